@@ -1,0 +1,180 @@
+"""Attention: softmax(q k' * scale + bias) v over grouped heads, its masks given by a few numbers per row instead of a [T, S] tensor."""
+
+import torch
+
+from mllama.ops._dispatch import check_float, check_value
+
+HEAD_SIZES = (16, 256)
+
+
+def attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    scale: float | None = None,
+    causal: bool = False,
+    query_offset: int | torch.Tensor | None = None,
+    key_mask: torch.Tensor | None = None,
+    key_bias: torch.Tensor | None = None,
+    prefix_length: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Scaled dot-product attention of T queries over S keys, H query heads sharing KV key heads (H a multiple of KV).
+
+    A query sees a key when every one of these lets it: `key_mask`, a `key_bias` above -inf and, with `causal`, the causal limit or the
+    prefix. A query that sees no key gets zeros, and zero gradients. Scores, softmax and sums are float32 whatever the inputs' type.
+
+    Args:
+        q: [B, T, H, D], float32, bfloat16 or float16; 16 <= D <= 256.
+        k: [B, S, KV, D] in q's type. A cache laid out [B, KV, S, D] comes as `.transpose(1, 2)`: strides are free, the last one best 1.
+        v: as k.
+        scale: factor on q k'; D**-0.5 when None.
+        causal: query i of row b sees key j only when j <= i + query_offset[b], or j < prefix_length[b].
+        query_offset: position of query 0 among the keys: an int, or int64 of 1 or B elements. None is S - T: the last query sees the last
+            key. Any value is valid: an offset below -T hides every key, one above S hides none. Only with `causal`.
+        key_mask: bool [B, S], True where a key may be seen: padding on either side, or holes.
+        key_bias: float32 [B or 1, S] added to the scores after scaling; log(n) makes one key count as n equal ones. It gets no gradient.
+        prefix_length: int64 [B], keys at the front that every query sees (a bidirectional prefix). Only with `causal`.
+
+    Returns:
+        [B, T, H, D], contiguous, in q's type.
+
+    Raises:
+        TypeError: a tensor or argument of the wrong type.
+        ValueError: shapes that do not fit, D out of range, devices that differ, a key_bias that asks for a gradient.
+    """
+    _check(q, k, v, scale, causal, query_offset, key_mask, key_bias, prefix_length)
+    return reference(
+        q, k, v, scale=scale, causal=causal, query_offset=query_offset, key_mask=key_mask, key_bias=key_bias, prefix_length=prefix_length
+    )
+
+
+def attention_weights(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    *,
+    scale: float | None = None,
+    causal: bool = False,
+    query_offset: int | torch.Tensor | None = None,
+    key_mask: torch.Tensor | None = None,
+    key_bias: torch.Tensor | None = None,
+    prefix_length: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """The probabilities `attention` weighs v with: [B, H, T, S] float32, rows summing to 1 (or to 0 where a query sees no key).
+
+    Arguments and errors as `attention`. For looking at attention: always plain torch, and T x S large.
+    """
+    _check(q, k, None, scale, causal, query_offset, key_mask, key_bias, prefix_length)
+    return _probabilities(q, k, scale, causal, query_offset, key_mask, key_bias, prefix_length).flatten(1, 2)
+
+
+def reference(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    scale: float | None = None,
+    causal: bool = False,
+    query_offset: int | torch.Tensor | None = None,
+    key_mask: torch.Tensor | None = None,
+    key_bias: torch.Tensor | None = None,
+    prefix_length: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """`attention` in plain torch: what it computes, written down. Takes float64 too."""
+    probabilities = _probabilities(q, k, scale, causal, query_offset, key_mask, key_bias, prefix_length)
+    out = torch.einsum("bkgts,bskd->btkgd", probabilities, v.to(probabilities.dtype))
+    return out.reshape(q.shape).to(q.dtype)
+
+
+def _probabilities(q, k, scale, causal, query_offset, key_mask, key_bias, prefix_length) -> torch.Tensor:
+    """[B, KV, H / KV, T, S] in float32 (float64 for float64 q)."""
+    (batch, queries, heads, size), (keys, kv_heads) = q.shape, k.shape[1:3]
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    grouped = q.reshape(batch, queries, kv_heads, heads // kv_heads, size)  # the query heads that share a key head, side by side
+    scores = torch.einsum("btkgd,bskd->bkgts", grouped.to(dtype), k.to(dtype)) * (size**-0.5 if scale is None else scale)
+    if key_bias is not None:
+        scores = scores + key_bias[:, None, None, None, :]
+    visible = _visible(q, keys, causal, query_offset, key_mask, key_bias, prefix_length)
+    if visible is None:
+        return scores.softmax(-1)
+    # A finite fill, and zeros after: a row that sees nothing gives zeros and zero gradients, where -inf would give nan.
+    scores = scores.masked_fill(~visible, torch.finfo(dtype).min)
+    return scores.softmax(-1).masked_fill(~visible, 0)
+
+
+def _visible(q, keys, causal, query_offset, key_mask, key_bias, prefix_length) -> torch.Tensor | None:
+    """Bool, broadcastable to [B, KV, H / KV, T, S]: which keys each query sees. None when all are seen."""
+    visible = None
+    if causal:
+        queries = q.shape[1]
+        offset = keys - queries if query_offset is None else query_offset
+        if isinstance(offset, torch.Tensor):
+            offset = offset.clamp(-queries, keys)[:, None, None]  # beyond these nothing changes, and i + offset cannot overflow
+        query = torch.arange(queries, device=q.device)[None, :, None]
+        key = torch.arange(keys, device=q.device)
+        visible = key <= query + offset
+        if prefix_length is not None:
+            visible = visible | (key < prefix_length[:, None, None])
+    if key_mask is not None:
+        visible = key_mask[:, None, :] if visible is None else visible & key_mask[:, None, :]
+    if key_bias is not None:
+        finite = (key_bias > -torch.inf)[:, None, :]
+        visible = finite if visible is None else visible & finite
+    return None if visible is None else visible[:, None, None]
+
+
+def _check(q, k, v, scale, causal, query_offset, key_mask, key_bias, prefix_length) -> None:
+    check_float("attention", q=q, k=k, v=v)
+    if q.dim() != 4 or k.dim() != 4:
+        raise ValueError(f"attention: q and k must be [batch, length, heads, head size], got {list(q.shape)} and {list(k.shape)}")
+    (batch, _, heads, size), (k_batch, keys, kv_heads, k_size) = q.shape, k.shape
+    low, high = HEAD_SIZES
+    if not low <= size <= high:
+        raise ValueError(f"attention: the head size (last of q) must be {low} to {high}, got {size}")
+    if k_batch != batch or k_size != size:
+        raise ValueError(f"attention: q {list(q.shape)} and k {list(k.shape)} must agree in batch and head size")
+    if kv_heads == 0 or heads % kv_heads != 0:
+        raise ValueError(f"attention: q's {heads} heads must be a multiple of k's {kv_heads}")
+    if k.dtype != q.dtype or k.device != q.device:
+        raise _kind_error("k", k, q)
+    if v is not None:
+        if v.shape != k.shape:
+            raise ValueError(f"attention: v must have k's shape {list(k.shape)}, got {list(v.shape)}")
+        if v.dtype != q.dtype or v.device != q.device:
+            raise _kind_error("v", v, q)
+    if scale is not None and (isinstance(scale, bool) or not isinstance(scale, (int, float))):
+        raise TypeError(f"attention: scale must be a float or None, got {type(scale).__name__}")
+    if not isinstance(causal, bool):
+        raise TypeError(f"attention: causal must be a bool, got {type(causal).__name__}")
+    if query_offset is None and key_mask is None and key_bias is None and prefix_length is None:
+        return
+    check_value(causal or query_offset is None, "attention: query_offset has a meaning only with causal=True")
+    check_value(causal or prefix_length is None, "attention: prefix_length has a meaning only with causal=True")
+    if isinstance(query_offset, torch.Tensor):
+        _check_mask("query_offset", query_offset, torch.int64, ((1,), (batch,)), q)
+    elif query_offset is not None and (isinstance(query_offset, bool) or not isinstance(query_offset, (int, torch.SymInt))):
+        raise TypeError(f"attention: query_offset must be an int, an int64 tensor or None, got {type(query_offset).__name__}")
+    _check_mask("prefix_length", prefix_length, torch.int64, ((batch,),), q)
+    _check_mask("key_mask", key_mask, torch.bool, ((batch, keys),), q)
+    _check_mask("key_bias", key_bias, torch.float32, ((batch, keys), (1, keys)), q)
+    if key_bias is not None and key_bias.requires_grad:
+        raise ValueError("attention: key_bias gets no gradient; pass key_bias.detach()")
+
+
+def _check_mask(name, tensor, dtype, shapes, q) -> None:
+    if tensor is None:
+        return
+    if not isinstance(tensor, torch.Tensor):
+        raise TypeError(f"attention: {name} must be a torch.Tensor, got {type(tensor).__name__}")
+    if tensor.dtype != dtype:
+        raise TypeError(f"attention: {name} must be {str(dtype).removeprefix('torch.')}, got {str(tensor.dtype).removeprefix('torch.')}")
+    if tuple(tensor.shape) not in shapes:
+        raise ValueError(f"attention: {name} must be {' or '.join(str(list(shape)) for shape in shapes)}, got {list(tensor.shape)}")
+    check_value(tensor.device == q.device, f"attention: {name} is on {tensor.device}, q on {q.device}")
+
+
+def _kind_error(name, tensor, q) -> Exception:
+    """What to raise when k or v differ from q in dtype or device."""
+    if tensor.dtype != q.dtype:
+        return TypeError(f"attention: {name} must have q's dtype {q.dtype}, got {tensor.dtype}".replace("torch.", ""))
+    return ValueError(f"attention: {name} is on {tensor.device}, q on {q.device}")
