@@ -1,5 +1,23 @@
 """The operators: public functions, each with its reference in plain torch. Importing this package registers them with torch."""
 
 from mllama.ops.attention import attention, attention_weights
+from mllama.ops.geglu import geglu
+from mllama.ops.layer_norm import layer_norm
+from mllama.ops.patch_embed import patch_embed
+from mllama.ops.rms_norm import add_rms_norm, rms_norm
+from mllama.ops.rope import rope, rope_frequencies, rope_tables
+from mllama.ops.swiglu import swiglu
 
-__all__ = ["attention", "attention_weights"]
+__all__ = [
+    "add_rms_norm",
+    "attention",
+    "attention_weights",
+    "geglu",
+    "layer_norm",
+    "patch_embed",
+    "rms_norm",
+    "rope",
+    "rope_frequencies",
+    "rope_tables",
+    "swiglu",
+]

@@ -1,0 +1,32 @@
+"""GEGLU (Shazeer, 2020): the gated activation between the linear layers of a feed-forward block."""
+
+import torch
+
+from mllama.ops._dispatch import check_float, check_value
+
+
+def geglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    """Return gelu(gate) * up, with GELU's tanh form: gelu(x) = x / 2 (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3))).
+
+    Args:
+        gate: any shape; float32, bfloat16 or float16.
+        up: of gate's shape and dtype.
+
+    Returns:
+        A tensor of that shape and dtype. Computed in float32 and rounded once.
+
+    Raises:
+        TypeError: an argument is no tensor, or of another dtype.
+        ValueError: shapes or dtypes differ.
+    """
+    check_float("geglu", gate=gate, up=up)
+    check_value(
+        up.shape == gate.shape and up.dtype == gate.dtype,
+        f"geglu: up must have gate's shape {tuple(gate.shape)} and dtype {gate.dtype}, got {tuple(up.shape)}, {up.dtype}",
+    )
+    return reference(gate, up)
+
+
+def reference(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    """`geglu` in plain torch."""
+    return (torch.nn.functional.gelu(gate.float(), approximate="tanh") * up.float()).to(gate.dtype)

@@ -1,0 +1,146 @@
+"""Rotary position embedding (Su et al., 2021) in the half-split layout: element i turns with element i + D/2.
+
+Three steps: `rope_frequencies` once per model, `rope_tables` once per forward pass, `rope` once per layer.
+"""
+
+import math
+
+import torch
+
+from mllama.ops._dispatch import check_float, check_value
+
+_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.uint8)
+
+
+def rope(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rotate queries and keys: (x1, x2) -> (x1 cos - x2 sin, x2 cos + x1 sin) with x1, x2 the halves of a head.
+
+    Args:
+        q: [B, T, H, D], float32, bfloat16 or float16; D even.
+        k: [B, T, KV, D], of q's dtype; KV may differ from H.
+        cos, sin: float32 [B or 1, T, D/2], from `rope_tables`.
+
+    Returns:
+        (rotated q, rotated k), contiguous, of the same shapes and dtype. Computed in float32 and rounded once.
+
+    Raises:
+        TypeError: an argument is no tensor, or of a dtype not named above.
+        ValueError: sizes do not fit each other.
+    """
+    check_float("rope", q=q, k=k)
+    for name, table in (("cos", cos), ("sin", sin)):
+        if not isinstance(table, torch.Tensor) or table.dtype != torch.float32:
+            raise TypeError(f"rope: {name} must be a float32 torch.Tensor, got {getattr(table, 'dtype', type(table).__name__)}")
+    check_value(q.dim() == 4 and k.dim() == 4, f"rope: q and k must be [B, T, heads, D], got {tuple(q.shape)} and {tuple(k.shape)}")
+    batch, length, _, size = q.shape
+    check_value(size % 2 == 0, f"rope: head size must be even, got {size}")
+    check_value(
+        k.shape[:2] == q.shape[:2] and k.shape[3] == size and k.dtype == q.dtype,
+        f"rope: k must be [{batch}, {length}, heads, {size}] of dtype {q.dtype} as q, got {tuple(k.shape)}, {k.dtype}",
+    )
+    for name, table in (("cos", cos), ("sin", sin)):
+        check_value(
+            table.dim() == 3 and table.shape[0] in (1, batch) and table.shape[1:] == (length, size // 2),
+            f"rope: {name} must be [{batch} or 1, {length}, {size // 2}], got {tuple(table.shape)}",
+        )
+    return reference(q, k, cos, sin)
+
+
+def reference(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """`rope` in plain torch."""
+    cos, sin = cos.unsqueeze(2), sin.unsqueeze(2)
+
+    def rotate(x: torch.Tensor) -> torch.Tensor:
+        x1, x2 = x.float().chunk(2, dim=-1)
+        return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin), dim=-1).to(x.dtype)
+
+    return rotate(q), rotate(k)
+
+
+def rope_tables(position_ids: torch.Tensor, frequencies: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return (cos, sin) of position * frequency: float32 [B, T, D/2] each, for integer positions [B, T] and float32 frequencies [D/2].
+
+    Raises:
+        TypeError: positions are no integer tensor, or frequencies no float32 tensor.
+        ValueError: positions are not [B, T], or frequencies not [D/2].
+    """
+    if not isinstance(position_ids, torch.Tensor) or position_ids.dtype not in _INTEGERS:
+        raise TypeError(
+            f"rope_tables: position_ids must be an integer torch.Tensor, got {getattr(position_ids, 'dtype', type(position_ids).__name__)}"
+        )
+    if not isinstance(frequencies, torch.Tensor) or frequencies.dtype != torch.float32:
+        raise TypeError(
+            f"rope_tables: frequencies must be a float32 torch.Tensor, got {getattr(frequencies, 'dtype', type(frequencies).__name__)}"
+        )
+    check_value(position_ids.dim() == 2, f"rope_tables: position_ids must be [B, T], got {tuple(position_ids.shape)}")
+    check_value(frequencies.dim() == 1, f"rope_tables: frequencies must be [D/2], got {tuple(frequencies.shape)}")
+    angles = position_ids.unsqueeze(-1).float() * frequencies
+    return angles.cos(), angles.sin()
+
+
+def rope_frequencies(
+    head_dim: int, theta: float = 10000.0, scaling: dict | None = None, device: torch.device | str | None = None
+) -> torch.Tensor:
+    """Return the angle per position of each pair: float32 [head_dim / 2], theta^(-2i / head_dim), scaled as `scaling` says.
+
+    Args:
+        head_dim: size of a head, even.
+        theta: base of the geometric row.
+        scaling: a Hugging Face `rope_scaling` or `rope_parameters` dict, or None. Its type (`rope_type` or the older `type`) is one of
+            default; linear (`factor`: every angle divided by it); llama3 (`factor`, `low_freq_factor`, `high_freq_factor`,
+            `original_max_position_embeddings`: long waves divided by the factor, short ones kept, those between interpolated). A
+            `rope_theta` in it stands before the argument.
+        device: where the result lives.
+
+    Raises:
+        TypeError: scaling is no dict, or head_dim no int.
+        ValueError: an unknown type, a missing or impossible number.
+    """
+    if not isinstance(head_dim, int):
+        raise TypeError(f"rope_frequencies: head_dim must be an int, got {type(head_dim).__name__}")
+    check_value(head_dim > 0 and head_dim % 2 == 0, f"rope_frequencies: head_dim must be even and positive, got {head_dim}")
+    if scaling is None:
+        scaling = {}
+    if not isinstance(scaling, dict):
+        raise TypeError(f"rope_frequencies: scaling must be a dict or None, got {type(scaling).__name__}")
+    kind = scaling.get("rope_type", scaling.get("type", "default"))
+    if kind not in _SCALINGS:
+        raise ValueError(f"rope_frequencies: unknown rope type {kind!r}; known are {', '.join(_SCALINGS)}")
+    check_value(scaling.get("partial_rotary_factor", 1.0) == 1.0, "rope_frequencies: partial_rotary_factor other than 1 is not supported")
+    theta = scaling.get("rope_theta", theta)
+    _check_positive("theta", theta)
+    exponents = torch.arange(0, head_dim, 2, dtype=torch.int64, device=device).float() / head_dim
+    return _SCALINGS[kind](1.0 / theta**exponents, scaling)
+
+
+def _default(frequencies: torch.Tensor, scaling: dict) -> torch.Tensor:
+    return frequencies
+
+
+def _linear(frequencies: torch.Tensor, scaling: dict) -> torch.Tensor:
+    return frequencies / _number(scaling, "factor")
+
+
+def _llama3(frequencies: torch.Tensor, scaling: dict) -> torch.Tensor:
+    factor, low, high, length = (
+        _number(scaling, name) for name in ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+    )
+    check_value(high > low, f"rope_frequencies: high_freq_factor must exceed low_freq_factor, got {high} and {low}")
+    waves = 2 * math.pi / frequencies
+    keep = ((length / waves - low) / (high - low)).clamp(0, 1)  # 1 for short waves, 0 for long ones
+    return keep * frequencies + (1 - keep) * frequencies / factor
+
+
+_SCALINGS = {"default": _default, "linear": _linear, "llama3": _llama3}
+
+
+def _number(scaling: dict, name: str) -> float:
+    if name not in scaling:
+        raise ValueError(f"rope_frequencies: scaling of this type needs {name!r}; it has {', '.join(map(str, scaling))}")
+    _check_positive(name, scaling[name])
+    return scaling[name]
+
+
+def _check_positive(name: str, value: float) -> None:
+    valid = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value) and value > 0
+    check_value(valid, f"rope_frequencies: {name} must be a positive number, got {value!r}")
