@@ -1,0 +1,1 @@
+"""Benchmarks: `python -m benchmarks [operator ...]` from the repository root, where mllama is installed."""

@@ -1,0 +1,212 @@
+"""The benchmarks' common part: cases, interleaved timing, the machine's description and roofs, tables and CSV files."""
+
+import csv
+import platform
+import statistics
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+RUNS = 5  # interleaved runs per case; their median counts
+RUN_SECONDS = 0.02  # a run repeats its call for at least this long
+
+DTYPES = (torch.float32, torch.bfloat16)
+
+
+@dataclass
+class Case:
+    """One row of a table: our call and its peer on the same inputs.
+
+    `bytes` is what a perfect implementation moves between memory and registers (every input read once, every output written once),
+    `flops` the arithmetic of one call; either may be 0 where it says nothing.
+    """
+
+    shape: str
+    dtype: torch.dtype
+    direction: str
+    ours: Callable[[], object]
+    peer: Callable[[], object]
+    bytes: int = 0
+    flops: int = 0
+
+
+@dataclass
+class Row:
+    """A case's medians in seconds per call."""
+
+    case: Case
+    ours: float
+    peer: float
+
+
+def both_directions(
+    shape: str,
+    ours: Callable,
+    peer: Callable,
+    inputs: tuple[torch.Tensor, ...],
+    *,
+    differentiable: int,
+    forward_bytes: int = 0,
+    backward_bytes: int = 0,
+    forward_flops: int = 0,
+    backward_flops: int = 0,
+    peer_inputs: tuple[torch.Tensor, ...] | None = None,
+) -> list[Case]:
+    """The forward and the forward+backward case of one shape.
+
+    The first `differentiable` inputs get gradients; `ours(*inputs)` and `peer(*(peer_inputs or inputs))` return a tensor or a tuple of them,
+    and every output gets a random gradient.
+    """
+    dtype = inputs[0].dtype
+    ours_forward, ours_both = _directions(ours, inputs, differentiable)
+    peer_forward, peer_both = _directions(peer, peer_inputs or inputs, differentiable)
+    return [
+        Case(shape, dtype, "forward", ours_forward, peer_forward, forward_bytes, forward_flops),
+        Case(shape, dtype, "forward+backward", ours_both, peer_both, forward_bytes + backward_bytes, forward_flops + backward_flops),
+    ]
+
+
+def _directions(function: Callable, inputs: tuple[torch.Tensor, ...], differentiable: int) -> tuple[Callable, Callable]:
+    """(forward alone in inference mode, forward and gradients) of one function."""
+    leaves = tuple(tensor.detach().requires_grad_(i < differentiable) for i, tensor in enumerate(inputs))
+    outputs = function(*leaves)
+    gradients = tuple(torch.randn_like(output) for output in _tuple(outputs))
+
+    def forward():
+        with torch.inference_mode():
+            return function(*inputs)
+
+    def both():
+        return torch.autograd.grad(_tuple(function(*leaves)), leaves[:differentiable], gradients)
+
+    return forward, both
+
+
+def _tuple(outputs) -> tuple[torch.Tensor, ...]:
+    return outputs if isinstance(outputs, tuple) else (outputs,)
+
+
+def measure(case: Case) -> Row:
+    """Time both sides of a case in turns, so that what else the machine does meets both, and take the medians."""
+    repeats = [_repeats(case.ours), _repeats(case.peer)]
+    times: list[list[float]] = [[], []]
+    for _ in range(RUNS):
+        for side, call in enumerate((case.ours, case.peer)):
+            times[side].append(_run(call, repeats[side]))
+    return Row(case, statistics.median(times[0]), statistics.median(times[1]))
+
+
+def _repeats(call: Callable) -> int:
+    """How many calls fill RUN_SECONDS; warms up on the way."""
+    call()
+    count = 1
+    while True:
+        seconds = _run(call, count) * count
+        if seconds >= RUN_SECONDS / 4:
+            return max(1, round(count * RUN_SECONDS / seconds))
+        count *= 4
+
+
+def _run(call: Callable, count: int) -> float:
+    start = time.perf_counter()
+    for _ in range(count):
+        call()
+    return (time.perf_counter() - start) / count
+
+
+@dataclass
+class Roofs:
+    """What the machine can do at most, measured through torch in the same process: GB/s from memory and GFLOP/s."""
+
+    read: float
+    copy: float
+    matmul_f32: float
+    matmul_bf16: float
+
+    def __str__(self) -> str:
+        memory = f"read {self.read:.1f} GB/s, copy {self.copy:.1f} GB/s"
+        return f"{memory}, matmul f32 {self.matmul_f32:.0f} GFLOP/s, bf16 {self.matmul_bf16:.0f} GFLOP/s"
+
+
+def measure_roofs() -> Roofs:
+    """Best of RUNS over buffers far larger than the caches (256 MiB) and matrices of 2048 x 2048."""
+    source = torch.ones(1 << 26)
+    target = torch.ones_like(source)
+    bytes_ = source.numel() * source.element_size()
+    a = torch.randn(2048, 2048)
+    b = a.bfloat16()
+
+    def best(call: Callable) -> float:
+        call()
+        return min(_run(call, 1) for _ in range(RUNS))
+
+    return Roofs(
+        read=bytes_ / best(source.sum) / 1e9,
+        copy=2 * bytes_ / best(lambda: target.copy_(source)) / 1e9,
+        matmul_f32=2 * 2048**3 / best(lambda: a @ a) / 1e9,
+        matmul_bf16=2 * 2048**3 / best(lambda: b @ b) / 1e9,
+    )
+
+
+def machine() -> str:
+    """One line: processor, threads, instruction sets, versions."""
+    from mllama import _ext
+
+    extension = _ext.load()
+    isa = extension.cpu_isa() if extension is not None else "references"
+    torch_isa = torch.backends.cpu.get_cpu_capability().lower()
+    return f"{_processor()}; {torch.get_num_threads()} threads; mllama on {isa}; torch {torch.__version__} on {torch_isa}"
+
+
+def _processor() -> str:
+    """Name, family and model from /proc/cpuinfo; what platform knows where there is none."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().split("\n\n")[0].splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    fields = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
+    if "cpu family" not in fields:
+        return platform.machine()
+    return f"{fields['model name']} family {fields['cpu family']} model {fields['model']}"
+
+
+HEADER = ("shape", "dtype", "direction", "ours us", "peer us", "speed-up", "GB/s", "GFLOP/s")
+
+
+def table_row(row: Row) -> tuple[str, ...]:
+    """A row as the strings of HEADER."""
+    case = row.case
+    return (
+        case.shape,
+        str(case.dtype).removeprefix("torch."),
+        case.direction,
+        f"{row.ours * 1e6:.1f}",
+        f"{row.peer * 1e6:.1f}",
+        f"{row.peer / row.ours:.2f}",
+        f"{case.bytes / row.ours / 1e9:.1f}" if case.bytes else "",
+        f"{case.flops / row.ours / 1e9:.1f}" if case.flops else "",
+    )
+
+
+def print_table(title: str, rows: Iterable[tuple[str, ...]]) -> None:
+    """Print rows under HEADER, columns aligned: words to the left, numbers to the right."""
+    lines = [HEADER, *rows]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(HEADER))]
+    print(f"\n{title}")
+    for line in lines:
+        print(
+            "  ".join(cell.ljust(width) if i < 3 else cell.rjust(width) for i, (cell, width) in enumerate(zip(line, widths, strict=True)))
+        )
+
+
+def write_csv(path: Path, notes: Iterable[str], rows: Iterable[tuple[str, ...]]) -> None:
+    """Write rows under HEADER, after the notes as lines that start with '#'."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="") as file:
+        file.writelines(f"# {note}\n" for note in notes)
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(HEADER)
+        writer.writerows(rows)

@@ -1,0 +1,28 @@
+"""swiglu on Llama-3.2-1B's feed-forward width."""
+
+from collections.abc import Iterator
+
+import torch
+
+from benchmarks import shapes
+from benchmarks.harness import DTYPES, Case, both_directions
+from mllama.ops import swiglu
+
+PEER = "torch.nn.functional.silu(gate) * up"
+
+
+def cases() -> Iterator[Case]:
+    """Every shape, dtype and direction."""
+    for shape in shapes.text(shapes.FFN):
+        for dtype in DTYPES:
+            gate, up = torch.randn(shape, dtype=dtype), torch.randn(shape, dtype=dtype)
+            size = gate.numel() * gate.element_size()
+            yield from both_directions(
+                shapes.label(shape),
+                swiglu,
+                lambda gate, up: torch.nn.functional.silu(gate) * up,
+                (gate, up),
+                differentiable=2,
+                forward_bytes=3 * size,
+                backward_bytes=5 * size,
+            )
