@@ -1,0 +1,32 @@
+// The Python module mllama._C. Importing it registers the operators (static initialisers of csrc/ops); what it exposes
+// itself is only about the build and the CPU. No tensor passes through pybind11.
+#include <pybind11/pybind11.h>
+
+#include <torch/headeronly/version.h>
+
+#include "simd/isa.h"
+
+namespace py = pybind11;
+
+PYBIND11_MODULE(_C, m) {
+    m.doc() = "mllama's compiled operators";
+    mllama::current_isa();  // a bad MLLAMA_CPU_ISA is refused at import, not in the first operator
+
+    m.def(
+        "build_info",
+        [] {
+            py::dict info;
+            info["operators"] = MLLAMA_OPS;
+            info["instruction_sets"] = MLLAMA_ISAS;
+            info["cuda"] = static_cast<bool>(MLLAMA_CUDA);
+            info["torch"] = TORCH_VERSION;
+            info["compiler"] = __VERSION__;
+            return info;
+        },
+        "What the extension was built with: operators, instruction sets, CUDA toolkit, torch, compiler.");
+    m.def("isa", [] { return mllama::isa_name(mllama::current_isa()); }, "The instruction set the kernels use now.");
+    m.def("best_isa", [] { return mllama::isa_name(mllama::best_isa()); }, "The best instruction set of this CPU.");
+    m.def("set_isa", &mllama::set_isa, py::arg("name"),
+          "Use another instruction set from now on (for tests; MLLAMA_CPU_ISA does it for a whole process).\n\n"
+          "Raises ValueError for an unknown name or one this CPU lacks.");
+}

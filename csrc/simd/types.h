@@ -1,0 +1,28 @@
+// The element types kernels read and write. The half-width floats are plain bits: no arithmetic is done on them, vectors
+// are widened to f32 first.
+#pragma once
+
+#include <cstdint>
+
+namespace mllama {
+
+struct bf16 {
+    uint16_t bits;
+};
+struct f16 {
+    uint16_t bits;
+};
+
+enum class Dtype { f32, bf16, f16 };
+
+// Calls body(T{}) with T = float, bf16 or f16, as `dtype` says.
+template <class Body>
+inline void dispatch(Dtype dtype, Body&& body) {
+    switch (dtype) {
+        case Dtype::f32: return body(float{});
+        case Dtype::bf16: return body(bf16{});
+        case Dtype::f16: return body(f16{});
+    }
+}
+
+}  // namespace mllama

@@ -1,0 +1,161 @@
+// One thin vector type for all kernels, on GCC's vector extensions: `vf` holds kWidth floats (4, 8 or 16 by instruction
+// set); + - * / and comparisons with ?: come from the compiler, a * b + c becomes an FMA. Memory may hold f32, bf16 or
+// f16: loads widen to f32, stores round to nearest even. The `_n` variants handle the tail of a row.
+//
+// Included by kernels only, once per instruction set: everything lives in that set's namespace.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+#include "simd/types.h"
+
+namespace mllama::simd::MLLAMA_ISA {
+
+#if defined(__AVX512F__)
+constexpr int kWidth = 16;
+#elif defined(__AVX2__)
+constexpr int kWidth = 8;
+#else
+constexpr int kWidth = 4;
+#endif
+
+typedef float vf __attribute__((vector_size(kWidth * 4)));
+typedef int32_t vi __attribute__((vector_size(kWidth * 4)));
+typedef uint32_t vu __attribute__((vector_size(kWidth * 4)));
+typedef uint16_t vh __attribute__((vector_size(kWidth * 2)));
+
+inline vf splat(float x) { return vf{} + x; }
+inline vu as_bits(vf x) { return reinterpret_cast<vu>(x); }
+inline vf as_float(vu x) { return reinterpret_cast<vf>(x); }
+inline vf as_float(vi x) { return reinterpret_cast<vf>(x); }
+inline vf max(vf a, vf b) { return a > b ? a : b; }
+inline vf min(vf a, vf b) { return a < b ? a : b; }
+
+// ---- conversions -----------------------------------------------------------------------------------------------------
+
+inline vf widen(vh h, bf16) { return as_float(__builtin_convertvector(h, vu) << 16); }
+
+inline vh narrow(vf x, bf16) {
+    vu bits = as_bits(x);
+    vu rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+    vu quiet = (bits >> 16) | 0x40u;  // a NaN stays a NaN: rounding could carry it into infinity
+    return __builtin_convertvector(x != x ? quiet : rounded, vh);
+}
+
+#if defined(__AVX512F__)
+inline vf widen(vh h, f16) { return reinterpret_cast<vf>(_mm512_cvtph_ps(reinterpret_cast<__m256i>(h))); }
+inline vh narrow(vf x, f16) {
+    return reinterpret_cast<vh>(_mm512_cvtps_ph(reinterpret_cast<__m512>(x), _MM_FROUND_TO_NEAREST_INT));
+}
+#elif defined(__F16C__)
+inline vf widen(vh h, f16) { return reinterpret_cast<vf>(_mm256_cvtph_ps(reinterpret_cast<__m128i>(h))); }
+inline vh narrow(vf x, f16) {
+    return reinterpret_cast<vh>(_mm256_cvtps_ph(reinterpret_cast<__m256>(x), _MM_FROUND_TO_NEAREST_INT));
+}
+#else
+inline vf widen(vh h, f16) {
+    vu bits = __builtin_convertvector(h, vu);
+    vu sign = (bits & 0x8000u) << 16, magnitude = bits & 0x7fffu;
+    // Shifting exponent and mantissa into place leaves the exponent 112 too small; the product with 2^112 mends it,
+    // subnormals included. Infinity and NaN get the full exponent.
+    vf value = as_float(magnitude << 13) * 0x1p112f;
+    vu special = (magnitude << 13) | 0x7f800000u;
+    return as_float((magnitude >= 0x7c00u ? special : as_bits(value)) | sign);
+}
+inline vh narrow(vf x, f16) {
+    vu bits = as_bits(x), sign = (bits >> 16) & 0x8000u, magnitude = bits & 0x7fffffffu;
+    vu normal = (magnitude - (112u << 23) + 0xfffu + ((magnitude >> 13) & 1u)) >> 13;
+    vu subnormal = as_bits(as_float(magnitude) + 0.5f) - as_bits(splat(0.5f));  // f32's last bit at 0.5 is f16's 2^-24
+    vu result = magnitude < (113u << 23) ? subnormal : normal;
+    result = magnitude >= 0x477ff000u ? vu{} + 0x7c00u : result;  // rounds past 65504
+    result = magnitude > 0x7f800000u ? vu{} + 0x7e00u : result;
+    return __builtin_convertvector(result | sign, vh);
+}
+#endif
+
+// x as it would be after a store to T and a load back: where the reference rounds between two steps.
+inline vf rounded(vf x, float) { return x; }
+template <class Half>
+inline vf rounded(vf x, Half) {
+    return widen(narrow(x, Half{}), Half{});
+}
+
+// ---- memory ----------------------------------------------------------------------------------------------------------
+
+inline vf load(const float* p) {
+    vf x;
+    std::memcpy(&x, p, sizeof x);
+    return x;
+}
+inline void store(float* p, vf x) { std::memcpy(p, &x, sizeof x); }
+inline vf load_n(const float* p, int64_t n) {
+    vf x{};
+    std::memcpy(&x, p, n * sizeof(float));
+    return x;
+}
+inline void store_n(float* p, vf x, int64_t n) { std::memcpy(p, &x, n * sizeof(float)); }
+
+template <class Half>  // bf16 or f16
+inline vf load(const Half* p) {
+    vh h;
+    std::memcpy(&h, p, sizeof h);
+    return widen(h, Half{});
+}
+template <class Half>
+inline void store(Half* p, vf x) {
+    vh h = narrow(x, Half{});
+    std::memcpy(p, &h, sizeof h);
+}
+template <class Half>
+inline vf load_n(const Half* p, int64_t n) {
+    vh h{};
+    std::memcpy(&h, p, n * sizeof(Half));
+    return widen(h, Half{});
+}
+template <class Half>
+inline void store_n(Half* p, vf x, int64_t n) {
+    vh h = narrow(x, Half{});
+    std::memcpy(p, &h, n * sizeof(Half));
+}
+
+// Calls body(i, n) along a row of `size` elements: n = kWidth for whole vectors, less for the tail. In the body
+// at(p + i, n) loads and put(p + i, x, n) stores; both are plain vector moves where n is kWidth.
+template <class Body>
+inline __attribute__((always_inline)) void for_vectors(int64_t size, Body&& body) {
+    int64_t i = 0;
+    for (; i + kWidth <= size; i += kWidth) body(i, kWidth);
+    if (i < size) body(i, static_cast<int>(size - i));
+}
+template <class T>
+inline __attribute__((always_inline)) vf at(const T* p, int n) {
+    return n == kWidth ? load(p) : load_n(p, n);
+}
+template <class T>
+inline __attribute__((always_inline)) void put(T* p, vf x, int n) {
+    n == kWidth ? store(p, x) : store_n(p, x, n);
+}
+
+// ---- reductions: a fixed tree, so the same bits on every run -----------------------------------------------------------
+
+inline float reduce_add(vf x) {
+    float lane[kWidth];
+    std::memcpy(lane, &x, sizeof x);
+    for (int half = kWidth / 2; half > 0; half /= 2) {
+        for (int i = 0; i < half; ++i) lane[i] += lane[i + half];
+    }
+    return lane[0];
+}
+inline float reduce_max(vf x) {
+    float lane[kWidth];
+    std::memcpy(lane, &x, sizeof x);
+    for (int half = kWidth / 2; half > 0; half /= 2) {
+        for (int i = 0; i < half; ++i) lane[i] = lane[i] > lane[i + half] ? lane[i] : lane[i + half];
+    }
+    return lane[0];
+}
+
+}  // namespace mllama::simd::MLLAMA_ISA
