@@ -18,7 +18,7 @@ PYBIND11_MODULE(_C, m) {
             py::dict info;
             info["operators"] = MLLAMA_OPS;
             info["instruction_sets"] = MLLAMA_ISAS;
-            info["cuda"] = static_cast<bool>(MLLAMA_CUDA);
+            info["cuda_toolkit"] = static_cast<bool>(MLLAMA_CUDA);
             info["torch"] = TORCH_VERSION;
             info["compiler"] = __VERSION__;
             return info;

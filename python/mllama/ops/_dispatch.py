@@ -13,15 +13,14 @@ def use_kernel(x: torch.Tensor) -> bool:
     return _EXTENSION is not None and x.device.type == "cpu"
 
 
-def check_float(op: str, **tensors: torch.Tensor | None) -> None:
-    """Raise TypeError unless every tensor given is a float32, bfloat16 or float16 torch.Tensor; None is passed over."""
+def check_float(op: str, *, optional: tuple[str, ...] = (), **tensors: torch.Tensor | None) -> None:
+    """Raise TypeError unless every tensor given is a float32, bfloat16 or float16 torch.Tensor; those named optional may be None."""
     for name, tensor in tensors.items():
-        if tensor is None:
-            continue
-        if not isinstance(tensor, torch.Tensor):
+        if isinstance(tensor, torch.Tensor):
+            if tensor.dtype not in FLOAT_DTYPES:
+                raise TypeError(f"{op}: {name} must be float32, bfloat16 or float16, got {str(tensor.dtype).removeprefix('torch.')}")
+        elif tensor is not None or name not in optional:
             raise TypeError(f"{op}: {name} must be a torch.Tensor, got {type(tensor).__name__}")
-        if tensor.dtype not in FLOAT_DTYPES:
-            raise TypeError(f"{op}: {name} must be float32, bfloat16 or float16, got {str(tensor.dtype).removeprefix('torch.')}")
 
 
 def check_value(condition: bool, message: str) -> None:
@@ -30,10 +29,24 @@ def check_value(condition: bool, message: str) -> None:
         raise ValueError(message)
 
 
-def no_second_derivative(op: str):
-    """An autograd formula for a backward operator: it raises, since a missing one would give silently wrong second derivatives."""
+def register(name: str, *, fake, backward=None, setup_context=None):
+    """Give the compiled operator `mllama::name` its fake and its autograd formula; return the overload to call.
 
+    Without `backward` the operator is itself a derivative: differentiating it raises, since a missing formula would give
+    silently wrong second derivatives. None where operators are disabled.
+    """
+    if _EXTENSION is None:
+        return None
+    qualified = f"mllama::{name}"
+    torch.library.register_fake(qualified, fake)
+    if backward is None:
+        backward, setup_context = _no_second_derivative(name), None
+    torch.library.register_autograd(qualified, backward, setup_context=setup_context)
+    return getattr(torch.ops.mllama, name).default
+
+
+def _no_second_derivative(name: str):
     def backward(ctx, *grads):
-        raise NotImplementedError(f"mllama::{op} has no second derivative; differentiate {op.removeprefix('_')} once, or set MLLAMA_DISABLE_OPS=1")
+        raise NotImplementedError(f"mllama::{name} has no derivative: mllama's operators can be differentiated once")
 
     return backward

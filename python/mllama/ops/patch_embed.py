@@ -20,7 +20,7 @@ def patch_embed(pixel_values: torch.Tensor, weight: torch.Tensor, bias: torch.Te
         TypeError: an argument is no tensor, or of another dtype.
         ValueError: the kernel is not square, the picture is no multiple of it, channels or bias do not fit.
     """
-    check_float("patch_embed", pixel_values=pixel_values, weight=weight, bias=bias)
+    check_float("patch_embed", optional=("bias",), pixel_values=pixel_values, weight=weight, bias=bias)
     check_value(pixel_values.dim() == 4, f"patch_embed: pixel_values must be [B, C, height, width], got {tuple(pixel_values.shape)}")
     check_value(
         weight.dim() == 4 and weight.shape[2] == weight.shape[3] > 0,

@@ -2,7 +2,7 @@
 
 import torch
 
-from mllama.ops._dispatch import check_float, check_value
+from mllama.ops._dispatch import check_float, register, use_kernel
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float = 1e-6) -> torch.Tensor:
@@ -23,6 +23,8 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float = 1e-6) -> torch.
         ValueError: weight is not [D].
     """
     _check("rms_norm", x, weight)
+    if use_kernel(x):
+        return _rms_norm(x, weight, eps)[0]
     return reference(x, weight, eps)
 
 
@@ -35,10 +37,12 @@ def add_rms_norm(x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, 
     """
     _check("add_rms_norm", x, weight)
     check_float("add_rms_norm", residual=residual)
-    check_value(
-        residual.shape == x.shape and residual.dtype == x.dtype,
-        f"add_rms_norm: residual must have x's shape {tuple(x.shape)} and dtype {x.dtype}, got {tuple(residual.shape)}, {residual.dtype}",
-    )
+    if residual.shape != x.shape or residual.dtype != x.dtype:
+        raise ValueError(
+            f"add_rms_norm: residual must have x's shape {tuple(x.shape)} and dtype {x.dtype}, got {tuple(residual.shape)}, {residual.dtype}"
+        )
+    if use_kernel(x):
+        return _add_rms_norm(x, residual, weight, eps)[:2]
     return add_reference(x, residual, weight, eps)
 
 
@@ -57,7 +61,60 @@ def add_reference(x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor,
 
 def _check(op: str, x: torch.Tensor, weight: torch.Tensor) -> None:
     check_float(op, x=x, weight=weight)
-    check_value(
-        x.dim() >= 1 and weight.shape == x.shape[-1:],
-        f"{op}: weight must be [{x.shape[-1] if x.dim() else 'D'}], the last size of x {tuple(x.shape)}, got {tuple(weight.shape)}",
-    )
+    if x.dim() == 0 or weight.shape != x.shape[-1:]:
+        size = x.shape[-1] if x.dim() else "D"
+        raise ValueError(f"{op}: weight must be [{size}], the last size of x {tuple(x.shape)}, got {tuple(weight.shape)}")
+
+
+def _statistic(x):
+    return x.new_empty(x.shape[:-1], dtype=torch.float32)
+
+
+def _rms_norm_setup(ctx, inputs, output):
+    x, weight, _ = inputs
+    rstd = output[1]
+    ctx.mark_non_differentiable(rstd)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(x, weight, rstd)
+
+
+def _rms_norm_derivative(ctx, grad_y, grad_rstd):
+    if grad_y is None:
+        return None, None, None
+    grad_x, grad_weight = _rms_norm_backward(grad_y, None, *ctx.saved_tensors, ctx.needs_input_grad[1])
+    return grad_x, grad_weight if ctx.needs_input_grad[1] else None, None
+
+
+def _add_rms_norm_setup(ctx, inputs, output):
+    hidden, rstd = output[1:]
+    ctx.mark_non_differentiable(rstd)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(hidden, inputs[2], rstd)
+
+
+def _add_rms_norm_derivative(ctx, grad_y, grad_hidden, grad_rstd):
+    if grad_y is None:
+        return grad_hidden, grad_hidden, None, None
+    grad_sum, grad_weight = _rms_norm_backward(grad_y, grad_hidden, *ctx.saved_tensors, ctx.needs_input_grad[2])
+    return grad_sum, grad_sum, grad_weight if ctx.needs_input_grad[2] else None, None
+
+
+_rms_norm = register(
+    "rms_norm",
+    fake=lambda x, weight, eps: (torch.empty_like(x, memory_format=torch.contiguous_format), _statistic(x)),
+    backward=_rms_norm_derivative,
+    setup_context=_rms_norm_setup,
+)
+_add_rms_norm = register(
+    "add_rms_norm",
+    fake=lambda x, residual, weight, eps: (*(torch.empty_like(x, memory_format=torch.contiguous_format) for _ in "yh"), _statistic(x)),
+    backward=_add_rms_norm_derivative,
+    setup_context=_add_rms_norm_setup,
+)
+_rms_norm_backward = register(
+    "_rms_norm_backward",
+    fake=lambda grad_y, grad_hidden, hidden, weight, rstd, weight_gradient: (
+        torch.empty_like(hidden, memory_format=torch.contiguous_format),
+        torch.empty_like(weight) if weight_gradient else weight.new_empty(0),
+    ),
+)
