@@ -1,0 +1,312 @@
+"""Configurations of a SigLIP + Llama model: Hugging Face's names, the short names people also type, and a check of every size.
+
+`attribute_map` alone lets a short name be read and set, but a short name given to the constructor would arrive after Hugging Face has
+derived the head size from its own default; so both names are settled before the parent's constructor runs.
+"""
+
+from typing import Any
+
+from huggingface_hub.errors import StrictDataclassError
+from transformers import AutoConfig, LlamaConfig, PretrainedConfig, SiglipVisionConfig
+from transformers.activations import ACT2FN
+
+SHORT_NAMES = {
+    "emb_dim": "hidden_size",
+    "hidden_dim": "intermediate_size",
+    "n_heads": "num_attention_heads",
+    "n_layers": "num_hidden_layers",
+}
+TEXT_SHORT_NAMES = SHORT_NAMES | {"n_kv_groups": "num_key_value_heads", "context_length": "max_position_embeddings"}
+
+# What the attention operator takes.
+HEAD_DIM_MIN, HEAD_DIM_MAX = 16, 256
+ROPE_TYPES = ("default", "linear", "llama3")
+TEXT_ACTIVATIONS = ("silu", "swish", "gelu_pytorch_tanh")
+VISION_FEATURES = ("last", "pre_norm")
+
+_SIZES = tuple(SHORT_NAMES.values())
+_VISION_SIZES = (*_SIZES, "num_channels", "image_size", "patch_size")
+_TEXT_SIZES = (*_SIZES, "num_key_value_heads", "max_position_embeddings", "head_dim", "vocab_size")
+
+
+def _check_size(owner: str, name: str, value: Any, minimum: int = 1) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
+        raise ValueError(f"{owner}: {name} must be an integer of at least {minimum}, got {value!r}")
+
+
+def _check_number(owner: str, name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0:
+        raise ValueError(f"{owner}: {name} must be a number above 0, got {value!r}")
+
+
+def _check_choice(owner: str, name: str, value: Any, choices: tuple) -> None:
+    if value not in choices:
+        raise ValueError(f"{owner}: {name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
+
+
+def _translate(owner: str, names: dict[str, str], given: dict[str, Any]) -> dict[str, Any]:
+    """Put Hugging Face's name in the place of every short one. Two names with two values are an error, save the context's length."""
+    settled = {name: value for name, value in given.items() if name not in names}
+    for short, name in names.items():
+        if given.get(short) is None:
+            continue
+        value, other = given[short], given.get(name)
+        if other is None:
+            settled[name] = value
+        elif short == "context_length":
+            _check_size(owner, short, value)
+            _check_size(owner, name, other)
+            settled[name] = max(value, other)
+        elif other != value:
+            raise ValueError(f"{owner}: {short} = {value!r} and {name} = {other!r} are two names of one field; give one, or the same value")
+    return settled
+
+
+def _check_type(owner: str, given: dict[str, Any], model_type: str) -> None:
+    found = given.pop("model_type", model_type)
+    if found != model_type:
+        raise ValueError(f"{owner}: model_type must be {model_type!r}, got {found!r}")
+
+
+class MllamaVisionConfig(SiglipVisionConfig):
+    """SigLIP's vision configuration. Takes Hugging Face's names and `emb_dim`, `hidden_dim`, `n_heads`, `n_layers`.
+
+    Raises:
+        ValueError: a size that is not a positive integer, or sizes that do not go together; the text names the field.
+    """
+
+    attribute_map = dict(SHORT_NAMES)
+
+    def __init__(self, **kwargs):
+        owner = "vision_config"
+        _check_type(owner, kwargs, self.model_type)
+        given = _translate(owner, SHORT_NAMES, kwargs)
+        given["vision_use_head"] = False  # the pooling head has no part in a vision-language model
+        _construct(super().__init__, owner, given)
+        for name in _VISION_SIZES:
+            _check_size(owner, name, getattr(self, name))
+        _check_number(owner, "layer_norm_eps", self.layer_norm_eps)
+        _check_heads(owner, self.hidden_size, self.num_attention_heads, self.hidden_size // self.num_attention_heads)
+        _check_choice(owner, "hidden_act", self.hidden_act, tuple(ACT2FN))
+        _check_choice(owner, "attention_dropout", self.attention_dropout, (0,))
+        if self.patch_size > self.image_size:
+            raise ValueError(f"{owner}: patch_size {self.patch_size} is larger than image_size {self.image_size}")
+
+
+class MllamaTextConfig(LlamaConfig):
+    """Llama's configuration. Takes Hugging Face's names and the short ones: `emb_dim`, `hidden_dim`, `n_heads`, `n_layers`,
+    `n_kv_groups`, `context_length`, `rope_base`, `rope_freq` (a dict of Llama 3's frequency scaling, with `original_context_length`).
+    Both spellings can be read and set afterwards. Of `context_length` and `max_position_embeddings` the larger holds.
+
+    Raises:
+        ValueError: a size that is not a positive integer, or sizes that do not go together; the text names the field.
+    """
+
+    attribute_map = dict(TEXT_SHORT_NAMES)
+
+    num_image_tokens: int | None = None
+
+    def __init__(self, **kwargs):
+        owner = "text_config"
+        _check_type(owner, kwargs, self.model_type)
+        given = _rope_names(owner, _translate(owner, TEXT_SHORT_NAMES, kwargs))
+        for name in ("hidden_size", "num_attention_heads"):  # the parent divides by them
+            if name in given:
+                _check_size(owner, name, given[name])
+        _construct(super().__init__, owner, given)
+        for name in _TEXT_SIZES:
+            _check_size(owner, name, getattr(self, name))
+        _check_number(owner, "rms_norm_eps", self.rms_norm_eps)
+        _check_heads(owner, self.hidden_size, self.num_attention_heads, self.head_dim)
+        if self.num_attention_heads % self.num_key_value_heads:
+            heads, kv_heads = self.num_attention_heads, self.num_key_value_heads
+            raise ValueError(f"{owner}: num_attention_heads {heads} is not a multiple of num_key_value_heads {kv_heads}")
+        if self.head_dim % 2:
+            raise ValueError(f"{owner}: head_dim {self.head_dim} must be even for rotary positions")
+        _check_choice(owner, "hidden_act", self.hidden_act, TEXT_ACTIVATIONS)
+        _check_choice(owner, "attention_dropout", self.attention_dropout, (0,))
+        _check_choice(owner, "rope_parameters['rope_type']", self.rope_parameters["rope_type"], ROPE_TYPES)
+        _check_number(owner, "rope_parameters['rope_theta']", self.rope_parameters["rope_theta"])
+
+    @property
+    def rope_base(self) -> float:
+        """The base of the rotary frequencies: `rope_parameters["rope_theta"]`."""
+        return self.rope_parameters["rope_theta"]
+
+    @property
+    def rope_freq(self) -> dict[str, float] | None:
+        """Llama 3's frequency scaling with the short names, None where the frequencies are not scaled that way."""
+        if self.rope_parameters["rope_type"] != "llama3":
+            return None
+        names = ("factor", "low_freq_factor", "high_freq_factor")
+        return {name: self.rope_parameters[name] for name in names} | {
+            "original_context_length": self.rope_parameters["original_max_position_embeddings"]
+        }
+
+
+def _rope_names(owner: str, given: dict[str, Any]) -> dict[str, Any]:
+    """Put `rope_base`, `rope_freq`, and Hugging Face's older `rope_theta` and `rope_scaling`, into one `rope_parameters`."""
+    given = dict(given)
+    base, frequencies = given.pop("rope_base", None), given.pop("rope_freq", None)
+    theta, scaling, parameters = (given.pop(name, None) for name in ("rope_theta", "rope_scaling", "rope_parameters"))
+    for name, value in (("rope_freq", frequencies), ("rope_scaling", scaling), ("rope_parameters", parameters)):
+        if value is not None and not isinstance(value, dict):
+            raise ValueError(f"{owner}: {name} must be a dict or None, got {value!r}")
+    merged = dict(parameters or scaling or {})
+    if frequencies is not None:
+        if merged.get("rope_type", merged.get("type", "default")) != "default":
+            raise ValueError(f"{owner}: rope_freq and rope_scaling both scale the rotary frequencies; give one")
+        merged |= frequencies
+        merged["rope_type"] = "llama3"
+        if "original_context_length" in merged:
+            merged["original_max_position_embeddings"] = merged.pop("original_context_length")
+    if "type" in merged:
+        merged.setdefault("rope_type", merged.pop("type"))
+    thetas = {name: value for name, value in (("rope_base", base), ("rope_theta", theta)) if value is not None}
+    thetas |= {"rope_parameters": merged["rope_theta"]} if merged.get("rope_theta") is not None else {}
+    if len(set(thetas.values())) > 1:
+        raise ValueError(f"{owner}: the base of the rotary frequencies is given twice: {thetas}")
+    needed = {"llama3": ("factor", "low_freq_factor", "high_freq_factor"), "linear": ("factor",)}
+    for name in needed.get(merged.get("rope_type"), ()):
+        _check_number(owner, f"rope_parameters[{name!r}]", merged.get(name))
+    return given | {"rope_parameters": merged | {"rope_theta": next(iter(thetas.values()), 10000.0)}}
+
+
+def _check_heads(owner: str, hidden_size: int, heads: int, head_dim: int) -> None:
+    if hidden_size % heads:
+        raise ValueError(f"{owner}: hidden_size {hidden_size} is not a multiple of num_attention_heads {heads}")
+    if not HEAD_DIM_MIN <= head_dim <= HEAD_DIM_MAX:
+        raise ValueError(
+            f"{owner}: a head of {head_dim} (hidden_size / num_attention_heads, or head_dim) is outside {HEAD_DIM_MIN} to {HEAD_DIM_MAX}"
+        )
+
+
+def _construct(constructor, owner: str, given: dict[str, Any]) -> None:
+    """Run the parent's constructor; its own kind of error becomes a ValueError."""
+    try:
+        constructor(**given)
+    except StrictDataclassError as error:
+        raise ValueError(f"{owner}: {' '.join(str(error).split())}") from error
+
+
+def _sub_config(name: str, kind: type[PretrainedConfig], given: Any, **defaults: Any) -> PretrainedConfig:
+    """A config of the given kind from None, a dict or a config object; `defaults` fill what it does not say."""
+    if given is None:
+        given = {}
+    elif isinstance(given, kind):
+        return given
+    elif isinstance(given, PretrainedConfig):
+        given = given.to_dict()
+    elif not isinstance(given, dict):
+        raise TypeError(f"{name} must be a dict, a config object or None, got {type(given).__name__}")
+    missing = {key: value for key, value in defaults.items() if value is not None and given.get(key) is None}
+    return kind(**(given | missing))
+
+
+class MllamaConfig(PretrainedConfig):
+    """Configuration of a SigLIP tower, an MLP projector and a Llama decoder joined by early fusion.
+
+    Args:
+        vision_config: dict or config of the SigLIP tower (`MllamaVisionConfig` says which names are taken). None: SigLIP-base's sizes.
+        text_config: dict or config of the Llama decoder (`MllamaTextConfig` says which names are taken). None: Llama's defaults.
+        ignore_index: label that is not trained.
+        image_token_index: id of the `<image>` placeholder. None: the model finds it, as the id standing in runs of a multiple of
+            `text_config.num_image_tokens`. It may lie outside the vocabulary: it is never looked up.
+        vocab_size, hidden_size, pad_token_index: taken for the decoder where `text_config` itself does not say.
+        projection_dim: width between the projector's two layers; the decoder's width by default.
+        vision_feature: "last" takes the tower's output after its final layer norm, "pre_norm" before it, as LLaVA's layer -1 does.
+        projector_hidden_act: activation between the projector's layers, a name transformers knows.
+        multimodal_projector_bias: whether the projector's layers have biases.
+
+    Attributes:
+        text_config.num_image_tokens: placeholders per picture, `(image_size // patch_size) ** 2`; set here.
+
+    Raises:
+        ValueError: a size or a choice that cannot be; the text names the field.
+        TypeError: a sub-config that is neither dict nor config.
+    """
+
+    model_type = "siglip_llama"
+    attribute_map = {"image_token_id": "image_token_index"}
+    sub_configs_defaults = {"vision_config": MllamaVisionConfig, "text_config": MllamaTextConfig}
+
+    vision_config: dict | PretrainedConfig | None = None
+    text_config: dict | PretrainedConfig | None = None
+    ignore_index: int = -100
+    image_token_index: int | None = None
+    projection_dim: int | None = None
+    vision_feature: str = "last"
+    projector_hidden_act: str = "gelu"
+    multimodal_projector_bias: bool = True
+
+    def __init__(
+        self,
+        vision_config: dict | PretrainedConfig | None = None,
+        text_config: dict | PretrainedConfig | None = None,
+        ignore_index: int = -100,
+        image_token_index: int | None = None,
+        vocab_size: int | None = None,
+        projection_dim: int | None = None,
+        hidden_size: int | None = None,
+        pad_token_index: int | None = None,
+        vision_feature: str = "last",
+        projector_hidden_act: str = "gelu",
+        multimodal_projector_bias: bool = True,
+        **kwargs,
+    ):
+        owner = type(self).__name__
+        _check_type(owner, kwargs, self.model_type)
+        if kwargs.get("image_token_id") is not None:
+            image_token_index = kwargs.pop("image_token_id")
+        tied = kwargs.pop("tie_word_embeddings", None)
+
+        self.vision_config = _sub_config("vision_config", MllamaVisionConfig, vision_config)
+        self.text_config = _sub_config(
+            "text_config", MllamaTextConfig, text_config, vocab_size=vocab_size, hidden_size=hidden_size, pad_token_id=pad_token_index
+        )
+        if tied:
+            self.text_config.tie_word_embeddings = True
+        self.text_config.num_image_tokens = (self.vision_config.image_size // self.vision_config.patch_size) ** 2
+
+        if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
+            raise ValueError(f"{owner}: ignore_index must be an integer, got {ignore_index!r}")
+        if image_token_index is not None:
+            _check_size(owner, "image_token_index", image_token_index, minimum=0)
+        self.ignore_index = ignore_index
+        self.image_token_index = image_token_index
+        self.projection_dim = self.text_config.hidden_size if projection_dim is None else projection_dim
+        _check_size(owner, "projection_dim", self.projection_dim)
+        _check_choice(owner, "vision_feature", vision_feature, VISION_FEATURES)
+        _check_choice(owner, "projector_hidden_act", projector_hidden_act, tuple(ACT2FN))
+        _check_choice(owner, "multimodal_projector_bias", multimodal_projector_bias, (True, False))
+        self.vision_feature = vision_feature
+        self.projector_hidden_act = projector_hidden_act
+        self.multimodal_projector_bias = multimodal_projector_bias
+        _construct(super().__init__, owner, kwargs)
+
+    @property
+    def vocab_size(self) -> int:
+        """The decoder's vocabulary."""
+        return self.text_config.vocab_size
+
+    @property
+    def hidden_size(self) -> int:
+        """The decoder's width."""
+        return self.text_config.hidden_size
+
+    @property
+    def pad_token_index(self) -> int | None:
+        """The decoder's padding id."""
+        return self.text_config.pad_token_id
+
+    @property
+    def tie_word_embeddings(self) -> bool:
+        """Whether the output head is the embedding matrix; the decoder's own setting."""
+        return self.text_config.tie_word_embeddings
+
+    @tie_word_embeddings.setter
+    def tie_word_embeddings(self, value: bool) -> None:
+        self.text_config.tie_word_embeddings = value
+
+
+AutoConfig.register(MllamaConfig.model_type, MllamaConfig)

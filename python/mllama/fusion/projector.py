@@ -1,0 +1,19 @@
+"""From the tower's width to the decoder's."""
+
+import torch
+from torch import nn
+from transformers.activations import ACT2FN
+
+
+class MultiModalProjector(nn.Module):
+    """linear_2(act(linear_1(x)))."""
+
+    def __init__(self, input_size: int, inner_size: int, output_size: int, activation: str = "gelu", bias: bool = True):
+        super().__init__()
+        self.linear_1 = nn.Linear(input_size, inner_size, bias=bias)
+        self.act = ACT2FN[activation]
+        self.linear_2 = nn.Linear(inner_size, output_size, bias=bias)
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        """[..., input_size] -> [..., output_size]."""
+        return self.linear_2(self.act(self.linear_1(features)))

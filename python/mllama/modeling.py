@@ -1,0 +1,301 @@
+"""A vision-language model put together: tower -> projector -> merge at the placeholders -> decoder -> head."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import AutoModelForImageTextToText, Cache, PreTrainedModel
+from transformers.modeling_outputs import ModelOutput
+from transformers.modeling_utils import slice_logits_to_keep
+
+from mllama.config import MllamaConfig
+from mllama.fusion.merge import find_placeholder, merge
+from mllama.fusion.projector import MultiModalProjector
+from mllama.generation import MllamaGenerationMixin
+from mllama.text.cache import check_cache
+from mllama.text.decoder import Decoder
+from mllama.towers.siglip import SiglipVisionTower
+
+
+@dataclass
+class MllamaOutput(ModelOutput):
+    """What the model returns; readable as `output.logits`, `output["logits"]` and by place. What is None is left out.
+
+    Attributes:
+        loss: float32 scalar, where labels were given.
+        logits: [B, T, vocabulary], in the model's dtype.
+        past_key_values: the cache, where one was used.
+        hidden_states: the decoder's, layers + 1 of [B, T, hidden].
+        attentions: the decoder's, one [B, heads, T, keys] float32 per layer.
+        image_hidden_states: projected features [pictures, patches, hidden].
+        image_attentions: the tower's, one [pictures, heads, patches, patches] float32 per layer.
+    """
+
+    loss: torch.Tensor | None = None
+    logits: torch.Tensor | None = None
+    past_key_values: Cache | None = None
+    hidden_states: tuple[torch.Tensor, ...] | None = None
+    attentions: tuple[torch.Tensor, ...] | None = None
+    image_hidden_states: torch.Tensor | None = None
+    image_attentions: tuple[torch.Tensor, ...] | None = None
+
+
+class MllamaForConditionalGeneration(MllamaGenerationMixin, PreTrainedModel):
+    """Answers about pictures: a SigLIP tower and a Llama decoder joined by early fusion.
+
+    Built from a `MllamaConfig` with random weights, or from a folder by `from_pretrained`.
+    """
+
+    config_class = MllamaConfig
+    config: MllamaConfig
+    main_input_name = "input_ids"
+    input_modalities = ("image", "text")
+    accepts_loss_kwargs = True
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["SiglipEncoderLayer", "DecoderLayer"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _tied_weights_keys = {"lm_head.weight": "language_model.embed_tokens.weight"}
+
+    def __init__(self, config: MllamaConfig):
+        super().__init__(config)
+        vision, text = config.vision_config, config.text_config
+        self.vision_tower = SiglipVisionTower(vision)
+        self.multi_modal_projector = MultiModalProjector(
+            vision.hidden_size, config.projection_dim, text.hidden_size, config.projector_hidden_act, config.multimodal_projector_bias
+        )
+        self.language_model = Decoder(text)
+        self.lm_head = nn.Linear(text.hidden_size, text.vocab_size, bias=False)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Embedding:
+        """The decoder's embedding matrix."""
+        return self.language_model.embed_tokens
+
+    def set_input_embeddings(self, value: nn.Embedding) -> None:
+        """Put another embedding matrix in place."""
+        self.language_model.embed_tokens = value
+
+    def get_image_features(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """Encode and project pictures.
+
+        Args:
+            pixel_values: float [pictures, channels, image_size, image_size].
+
+        Returns:
+            [pictures, patches, text hidden size]; `forward` and `generate` take it as `image_features` in place of the pixels.
+
+        Raises:
+            TypeError, ValueError: as the tower.
+        """
+        return self._encode(pixel_values)[0]
+
+    def _encode(self, pixel_values: torch.Tensor, output_attentions: bool = False) -> tuple[torch.Tensor, tuple | None]:
+        final_norm = self.config.vision_feature == "last"
+        encoded = self.vision_tower(pixel_values, output_attentions=output_attentions, final_norm=final_norm)
+        return self.multi_modal_projector(encoded.last_hidden_state), encoded.attentions
+
+    def find_placeholders(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None, pictures: int = 0) -> torch.Tensor:
+        """Where picture placeholders stand: bool [B, T].
+
+        With `config.image_token_index` these are the positions that hold it. Without, the id is told by `fusion.merge.find_placeholder`
+        from the runs it stands in at unmasked positions; where none stands so, no position is one.
+
+        Args:
+            input_ids: int [B, T].
+            attention_mask: [B, T], zero where padded, or None.
+            pictures: how many pictures the batch has.
+
+        Raises:
+            ValueError: the id is not set, and more than one could be it.
+        """
+        token = self.config.image_token_index
+        if token is not None:
+            return input_ids == token
+        if pictures:
+            token = find_placeholder(input_ids, attention_mask, self.config.text_config.num_image_tokens, pictures)
+        if token is None:
+            return torch.zeros_like(input_ids, dtype=torch.bool)
+        return input_ids == token if attention_mask is None else (input_ids == token) & (attention_mask != 0)
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        position_ids: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        image_features: torch.Tensor | None = None,
+        return_dict: bool | None = None,
+        **kwargs,
+    ) -> MllamaOutput | tuple:
+        """
+        Args:
+            input_ids: int [B, T], with one placeholder per feature. Placeholder ids may lie outside the vocabulary.
+            pixel_values: float [pictures of the batch in row order, channels, image_size, image_size]; cast to the tower's dtype. With a
+                filled cache and no placeholders in input_ids they are ignored.
+            attention_mask: [B, past + T] of any dtype, zero where padded, on either side.
+            labels: int [B, T], shifted inside: the logits at t are scored against the label at t + 1. `config.ignore_index`, placeholder
+                and padding positions are not trained.
+            inputs_embeds: [B, T, hidden] in place of input_ids; pictures must be merged already.
+            past_key_values: a transformers cache, dynamic or static.
+            position_ids: int [B or 1, T]. None counts the unmasked tokens of each row.
+            use_cache: return a cache; None asks for one outside training, as the decoder's config says.
+            output_attentions, output_hidden_states: also return what `MllamaOutput` says.
+            logits_to_keep: last positions to compute logits for (0: all), or which ones, as transformers takes it.
+            image_features: what `get_image_features` gave, in place of pixel_values.
+            return_dict: False returns a tuple.
+            num_items_in_batch: labels of the whole (accumulated) batch: the loss is their sum divided by it instead of their mean.
+
+        Raises:
+            ValueError: shapes that do not fit, placeholders that are not as many as features, labels out of range.
+            TypeError: tensors of a wrong kind.
+            IndexError: an id outside the vocabulary.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give exactly one of input_ids and inputs_embeds")
+        check_cache(past_key_values)
+        config = self.config
+        output_attentions = bool(config.output_attentions if output_attentions is None else output_attentions)
+        output_hidden_states = bool(config.output_hidden_states if output_hidden_states is None else output_hidden_states)
+        use_cache = config.text_config.use_cache and not self.training if use_cache is None else use_cache
+
+        placeholders = image_attentions = None
+        if inputs_embeds is None:
+            pictures = self._count_pictures(pixel_values, image_features)
+            filled = past_key_values is not None and int(past_key_values.get_seq_length()) > 0
+            if pictures or not filled:
+                placeholders = self._placeholders(input_ids, attention_mask, pictures, filled)
+            if placeholders is None:
+                pixel_values = image_features = None
+            elif pixel_values is not None:
+                image_features, image_attentions = self._encode(pixel_values, output_attentions)
+            inputs_embeds = self._embed(input_ids, placeholders, image_features)
+        elif pixel_values is not None or image_features is not None:
+            raise ValueError("pictures need input_ids, whose placeholders tell where they stand; inputs_embeds must hold them already")
+
+        decoded = self.language_model(
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            use_cache=use_cache,
+            output_attentions=output_attentions,
+            output_hidden_states=output_hidden_states,
+        )
+        logits = self.lm_head(slice_logits_to_keep(decoded.last_hidden_state, logits_to_keep))
+        loss = None
+        if labels is not None:
+            loss = self._loss(logits, labels, inputs_embeds.shape[:2], attention_mask, placeholders, kwargs.get("num_items_in_batch"))
+
+        output = MllamaOutput(
+            loss=loss,
+            logits=logits,
+            past_key_values=decoded.past_key_values,
+            hidden_states=decoded.hidden_states,
+            attentions=decoded.attentions,
+            image_hidden_states=image_features,
+            image_attentions=image_attentions,
+        )
+        return output.to_tuple() if (config.return_dict if return_dict is None else return_dict) is False else output
+
+    def _count_pictures(self, pixel_values: torch.Tensor | None, image_features: torch.Tensor | None) -> int:
+        if pixel_values is not None and image_features is not None:
+            raise ValueError("give pixel_values or image_features, not both")
+        if pixel_values is not None:
+            self.vision_tower.check(pixel_values)
+            return pixel_values.shape[0]
+        if image_features is None:
+            return 0
+        wanted = (self.config.text_config.num_image_tokens, self.config.text_config.hidden_size)
+        if not isinstance(image_features, torch.Tensor) or tuple(image_features.shape[1:]) != wanted:
+            shape = list(image_features.shape) if isinstance(image_features, torch.Tensor) else type(image_features).__name__
+            raise ValueError(f"image_features must be [pictures, {wanted[0]}, {wanted[1]}], got {shape}")
+        return image_features.shape[0]
+
+    def _placeholders(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None, pictures: int, filled: bool
+    ) -> torch.Tensor | None:
+        """bool [B, T] with as many True as there are features; None where a filled cache already holds the pictures given again."""
+        _check_ids(input_ids)
+        if attention_mask is not None and attention_mask.dim() == 2:
+            attention_mask = attention_mask[:, -input_ids.shape[1] :]
+        placeholders = self.find_placeholders(input_ids, attention_mask, pictures)
+        if torch.compiler.is_compiling():
+            return placeholders
+        found, features = int(placeholders.sum()), pictures * self.config.text_config.num_image_tokens
+        if filled and not found:
+            return None
+        if found != features:
+            unexpanded = "; expand each <image> with the processor (MllamaImageProcessor)" if found <= pictures else ""
+            raise ValueError(f"input_ids hold {found} picture placeholders, but {pictures} pictures give {features} features{unexpanded}")
+        return placeholders
+
+    def _embed(self, input_ids: torch.Tensor, placeholders: torch.Tensor | None, image_features: torch.Tensor | None) -> torch.Tensor:
+        """[B, T, hidden]: looked-up ids, with the features at the placeholders."""
+        embedding = self.get_input_embeddings()
+        if placeholders is not None:
+            input_ids = input_ids.masked_fill(placeholders, 0)
+        _check_range(input_ids, embedding.num_embeddings)
+        inputs_embeds = embedding(input_ids)
+        return inputs_embeds if image_features is None else merge(inputs_embeds, placeholders, image_features)
+
+    def _loss(
+        self,
+        logits: torch.Tensor,
+        labels: torch.Tensor,
+        shape: torch.Size,
+        attention_mask: torch.Tensor | None,
+        placeholders: torch.Tensor | None,
+        num_items_in_batch: int | torch.Tensor | None,
+    ) -> torch.Tensor:
+        """Next-token cross entropy in float32: mean over the trained positions, or their sum over `num_items_in_batch`."""
+        ignored = self.config.ignore_index
+        if not isinstance(labels, torch.Tensor) or labels.is_floating_point():
+            raise TypeError(f"labels must be an integer torch.Tensor, got {getattr(labels, 'dtype', type(labels).__name__)}")
+        if labels.shape != shape:
+            raise ValueError(f"labels must be {list(shape)}, one per token, got {list(labels.shape)}")
+        if logits.shape[:2] != shape:
+            raise ValueError("labels need the logits of every position; leave logits_to_keep at 0")
+        labels = labels.to(logits.device, torch.long)
+        untrained = torch.zeros_like(labels, dtype=torch.bool) if placeholders is None else placeholders
+        labels = labels.masked_fill(untrained, ignored)[:, 1:]
+        if attention_mask is not None:  # a padded position is neither a target nor a place to predict from
+            seen = attention_mask[:, -shape[1] :] != 0
+            labels = labels.masked_fill(~(seen[:, 1:] & seen[:, :-1]), ignored)
+        trained = labels != ignored
+        vocabulary = logits.shape[-1]
+        if not torch.compiler.is_compiling() and bool((trained & ((labels < 0) | (labels >= vocabulary))).any()):
+            raise ValueError(
+                f"labels must be {ignored} or within the vocabulary (0 to {vocabulary - 1}), got {labels.min()} to {labels.max()}"
+            )
+        total = nn.functional.cross_entropy(
+            logits[:, :-1].reshape(-1, vocabulary).float(), labels.reshape(-1), ignore_index=ignored, reduction="sum"
+        )
+        count = trained.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
+        return total / (count.to(total.device) if isinstance(count, torch.Tensor) else count)
+
+
+def _check_ids(input_ids: torch.Tensor) -> None:
+    if not isinstance(input_ids, torch.Tensor) or input_ids.dtype not in (torch.int64, torch.int32):
+        raise TypeError(f"input_ids must be an int64 or int32 torch.Tensor, got {getattr(input_ids, 'dtype', type(input_ids).__name__)}")
+    if input_ids.dim() != 2:
+        raise ValueError(f"input_ids must be [batch, tokens], got {list(input_ids.shape)}")
+
+
+def _check_range(input_ids: torch.Tensor, vocabulary: int) -> None:
+    """An id outside the embedding matrix is an IndexError on every device, instead of a device-side assertion on some."""
+    if torch.compiler.is_compiling() or input_ids.numel() == 0 or input_ids.is_meta:
+        return
+    low, high = (int(bound) for bound in input_ids.aminmax())
+    if low < 0 or high >= vocabulary:
+        raise IndexError(f"input_ids must lie within the vocabulary (0 to {vocabulary - 1}), got {low} to {high}")
+
+
+# The mapping is by class, but refuses a class whose name one of transformers' own bears; theirs stays what it was.
+AutoModelForImageTextToText.register(MllamaConfig, MllamaForConditionalGeneration, exist_ok=True)

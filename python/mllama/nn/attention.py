@@ -1,0 +1,79 @@
+"""Attention blocks: projections around the attention operator, on tensors laid out [batch, length, heads, head size]."""
+
+import torch
+from torch import nn
+from transformers import Cache
+
+from mllama.ops.attention import attention, attention_weights
+from mllama.ops.rope import rope
+
+
+class BidirectionalAttention(nn.Module):
+    """Every position sees every other; projections with biases, no positions of its own."""
+
+    def __init__(self, hidden_size: int, heads: int):
+        super().__init__()
+        self.head_dim = hidden_size // heads
+        self.q_proj = nn.Linear(hidden_size, hidden_size)
+        self.k_proj = nn.Linear(hidden_size, hidden_size)
+        self.v_proj = nn.Linear(hidden_size, hidden_size)
+        self.out_proj = nn.Linear(hidden_size, hidden_size)
+
+    def forward(self, x: torch.Tensor, output_attentions: bool = False) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """x: [B, T, hidden_size] -> (the same shape, probabilities [B, heads, T, T] float32 or None)."""
+        shape = (*x.shape[:-1], -1, self.head_dim)
+        q, k, v = self.q_proj(x).view(shape), self.k_proj(x).view(shape), self.v_proj(x).view(shape)
+        weights = attention_weights(q, k) if output_attentions else None
+        return self.out_proj(attention(q, k, v).flatten(2)), weights
+
+
+class CausalAttention(nn.Module):
+    """Grouped-query attention with rotary positions, a key-value cache, and padding on either side.
+
+    Args:
+        hidden_size: width of the input and of the output.
+        heads, kv_heads: query heads, and the key-value heads they share.
+        head_dim: size of a head.
+        layer_idx: this layer's place in the cache.
+        bias: whether the four projections have biases.
+    """
+
+    def __init__(self, hidden_size: int, heads: int, kv_heads: int, head_dim: int, layer_idx: int, bias: bool = False):
+        super().__init__()
+        self.head_dim = head_dim
+        self.layer_idx = layer_idx
+        self.q_proj = nn.Linear(hidden_size, heads * head_dim, bias=bias)
+        self.k_proj = nn.Linear(hidden_size, kv_heads * head_dim, bias=bias)
+        self.v_proj = nn.Linear(hidden_size, kv_heads * head_dim, bias=bias)
+        self.o_proj = nn.Linear(heads * head_dim, hidden_size, bias=bias)
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        positions: tuple[torch.Tensor, torch.Tensor],
+        past_key_values: Cache | None = None,
+        key_mask: torch.Tensor | None = None,
+        query_offset: int | torch.Tensor | None = None,
+        output_attentions: bool = False,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """
+        Args:
+            x: [B, T, hidden_size].
+            positions: rotary tables of the T positions.
+            past_key_values: cache that the new keys and values are written to and all S of them read from.
+            key_mask: bool [B, S], False where a key is padding.
+            query_offset: position of x's first row among the keys, as the attention operator takes it.
+            output_attentions: also return the probabilities.
+
+        Returns:
+            ([B, T, hidden_size], probabilities [B, heads, T, S] float32 or None)
+        """
+        shape = (*x.shape[:-1], -1, self.head_dim)
+        q, k = rope(self.q_proj(x).view(shape), self.k_proj(x).view(shape), *positions)
+        v = self.v_proj(x).view(shape)
+        if past_key_values is not None:  # caches hold [B, heads, S, head_dim]
+            k, v = past_key_values.update(k.transpose(1, 2), v.transpose(1, 2), self.layer_idx)
+            k, v = k.transpose(1, 2), v.transpose(1, 2)
+        masks = {"causal": True, "query_offset": query_offset, "key_mask": key_mask}
+        weights = attention_weights(q, k, **masks) if output_attentions else None
+        return self.o_proj(attention(q, k, v, **masks).flatten(2)), weights

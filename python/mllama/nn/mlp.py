@@ -1,0 +1,41 @@
+"""Feed-forward blocks."""
+
+import torch
+from torch import nn
+from transformers.activations import ACT2FN
+
+from mllama.ops.geglu import geglu
+from mllama.ops.swiglu import swiglu
+
+_GATES = {"silu": swiglu, "swish": swiglu, "gelu_pytorch_tanh": geglu}
+
+
+class GatedMLP(nn.Module):
+    """down(act(gate(x)) * up(x))."""
+
+    def __init__(self, hidden_size: int, intermediate_size: int, activation: str = "silu", bias: bool = False):
+        super().__init__()
+        if activation not in _GATES:
+            raise ValueError(f"GatedMLP: activation must be one of {', '.join(_GATES)}, got {activation!r}")
+        self.gate_proj = nn.Linear(hidden_size, intermediate_size, bias=bias)
+        self.up_proj = nn.Linear(hidden_size, intermediate_size, bias=bias)
+        self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=bias)
+        self.gate = _GATES[activation]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x: [..., hidden_size] -> the same shape."""
+        return self.down_proj(self.gate(self.gate_proj(x), self.up_proj(x)))
+
+
+class MLP(nn.Module):
+    """fc2(act(fc1(x)))."""
+
+    def __init__(self, hidden_size: int, intermediate_size: int, activation: str = "gelu_pytorch_tanh"):
+        super().__init__()
+        self.fc1 = nn.Linear(hidden_size, intermediate_size)
+        self.act = ACT2FN[activation]
+        self.fc2 = nn.Linear(intermediate_size, hidden_size)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x: [..., hidden_size] -> the same shape."""
+        return self.fc2(self.act(self.fc1(x)))

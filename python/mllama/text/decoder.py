@@ -1,0 +1,139 @@
+"""The Llama decoder: token ids or embeddings -> hidden states."""
+
+import torch
+from torch import nn
+from transformers import Cache, DynamicCache
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast
+
+from mllama.config import MllamaTextConfig
+from mllama.nn.attention import CausalAttention
+from mllama.nn.mlp import GatedMLP
+from mllama.nn.norm import RMSNorm
+from mllama.nn.rope import RotaryEmbedding
+from mllama.text.cache import check_cache, key_length, past_length
+
+
+class DecoderLayer(GradientCheckpointingLayer):
+    """Pre-norm transformer block."""
+
+    def __init__(self, config: MllamaTextConfig, layer_idx: int):
+        super().__init__()
+        self.self_attn = CausalAttention(
+            config.hidden_size, config.num_attention_heads, config.num_key_value_heads, config.head_dim, layer_idx, config.attention_bias
+        )
+        self.mlp = GatedMLP(config.hidden_size, config.intermediate_size, config.hidden_act, config.mlp_bias)
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        positions: tuple[torch.Tensor, torch.Tensor],
+        past_key_values: Cache | None = None,
+        **context,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """[B, T, hidden] -> (the same shape, probabilities or None). `context` goes to `CausalAttention.forward`."""
+        attended, weights = self.self_attn(self.input_layernorm(hidden_states), positions, past_key_values, **context)
+        normed, hidden_states = self.post_attention_layernorm.add(attended, hidden_states)
+        return hidden_states + self.mlp(normed), weights
+
+
+class Decoder(nn.Module):
+    """Embeddings, layers and final norm; the output head belongs to the model around it."""
+
+    def __init__(self, config: MllamaTextConfig):
+        super().__init__()
+        self.config = config
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(DecoderLayer(config, index) for index in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.rotary = RotaryEmbedding(config.head_dim, config.rope_parameters)
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        use_cache: bool = False,
+        output_attentions: bool = False,
+        output_hidden_states: bool = False,
+    ) -> BaseModelOutputWithPast:
+        """
+        Args:
+            input_ids: int [B, T]; or give
+            inputs_embeds: [B, T, hidden].
+            attention_mask: [B, past + T] of any dtype, zero where padded (either side); None sees everything. With a static cache it may
+                also cover all of the cache's slots.
+            position_ids: int [B or 1, T]. None counts the unmasked tokens of each row, or past + 0, 1, ... without a mask.
+            past_key_values: a transformers cache, dynamic or static.
+            use_cache: make a dynamic cache where none is given.
+            output_attentions: also return each layer's probabilities [B, heads, T, keys], float32.
+            output_hidden_states: also return the embeddings, each further layer's input, and the final norm's output: layers + 1 tensors.
+
+        Raises:
+            ValueError: both or none of ids and embeddings; a mask or positions of another shape.
+            TypeError: a past_key_values that is no Cache.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give exactly one of input_ids and inputs_embeds")
+        check_cache(past_key_values)
+        if inputs_embeds is None:
+            inputs_embeds = self.embed_tokens(input_ids)
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+
+        batch, length = inputs_embeds.shape[:2]
+        past = past_length(past_key_values)
+        keys = key_length(past_key_values, length)
+        _check_mask(attention_mask, batch, length, past, keys)
+        if position_ids is None:
+            position_ids = _positions(attention_mask, length, past, inputs_embeds.device)
+        elif position_ids.dim() != 2 or position_ids.shape[0] not in (1, batch) or position_ids.shape[1] != length:
+            raise ValueError(f"position_ids must be [{batch} or 1, {length}], got {list(position_ids.shape)}")
+        context = {"key_mask": _key_mask(attention_mask, keys), "query_offset": past, "output_attentions": output_attentions}
+
+        hidden_states = inputs_embeds
+        positions = self.rotary(position_ids)
+        states, attentions = [], []
+        for layer in self.layers:
+            if output_hidden_states:
+                states.append(hidden_states)
+            hidden_states, weights = layer(hidden_states, positions, past_key_values=past_key_values, **context)
+            attentions.append(weights)
+        hidden_states = self.norm(hidden_states)
+        return BaseModelOutputWithPast(
+            last_hidden_state=hidden_states,
+            past_key_values=past_key_values,
+            hidden_states=(*states, hidden_states) if output_hidden_states else None,
+            attentions=tuple(attentions) if output_attentions else None,
+        )
+
+
+def _check_mask(mask: torch.Tensor | None, batch: int, length: int, past: int | torch.Tensor, keys: int) -> None:
+    if mask is None:
+        return
+    if mask.dim() != 2:
+        raise ValueError(f"attention_mask must be 2-D [batch, past + new tokens], zero where padded; got {list(mask.shape)}")
+    if mask.shape[1] != keys and not torch.compiler.is_compiling():  # a static cache's length is read only where that breaks no graph
+        held = int(past) + length
+        if mask.shape[1] != held:
+            raise ValueError(f"attention_mask must cover {int(past)} cached and {length} new tokens, got {mask.shape[1]} columns")
+    if mask.shape[0] != batch:
+        raise ValueError(f"attention_mask must have {batch} rows, got {mask.shape[0]}")
+
+
+def _positions(mask: torch.Tensor | None, length: int, past: int | torch.Tensor, device: torch.device) -> torch.Tensor:
+    """[B or 1, T]: how many unmasked tokens of its row stand before each new token."""
+    slots = torch.arange(length, device=device).unsqueeze(0) + past
+    if mask is None:
+        return slots
+    counted = ((mask != 0).long().cumsum(-1) - 1).clamp(min=0)
+    return counted.gather(1, slots.expand(mask.shape[0], -1))
+
+
+def _key_mask(mask: torch.Tensor | None, keys: int) -> torch.Tensor | None:
+    """bool [B, keys]; slots of a static cache beyond the mask are hidden by causality, whatever stands here."""
+    return None if mask is None else nn.functional.pad(mask != 0, (0, keys - mask.shape[1]))

@@ -1,0 +1,117 @@
+"""The SigLIP vision tower: pixels -> one feature per patch, without a class token or a pooling head."""
+
+import torch
+from torch import nn
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutput
+
+from mllama.config import MllamaVisionConfig
+from mllama.nn.attention import BidirectionalAttention
+from mllama.nn.mlp import MLP
+from mllama.nn.norm import LayerNorm
+from mllama.ops.patch_embed import patch_embed
+
+
+class PatchEmbedding(nn.Conv2d):
+    """A convolution whose kernel is its stride, computed as one matrix product per patch."""
+
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """[B, C, H, W] -> [B, (H // p) * (W // p), E]; rows and columns left over at the bottom and right are dropped."""
+        p = self.kernel_size[0]
+        height, width = (size // p * p for size in pixel_values.shape[-2:])
+        return patch_embed(pixel_values[..., :height, :width].to(self.weight.dtype), self.weight, self.bias)
+
+
+class SiglipEmbeddings(nn.Module):
+    """Patches plus a learned position each."""
+
+    def __init__(self, config: MllamaVisionConfig):
+        super().__init__()
+        patches = (config.image_size // config.patch_size) ** 2
+        self.patch_embedding = PatchEmbedding(config.num_channels, config.hidden_size, config.patch_size, config.patch_size)
+        self.position_embedding = nn.Embedding(patches, config.hidden_size)
+
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """[B, C, S, S] -> [B, patches, hidden]."""
+        patches = self.patch_embedding(pixel_values)
+        return patches + self.position_embedding(torch.arange(patches.shape[1], device=patches.device))
+
+
+class SiglipEncoderLayer(GradientCheckpointingLayer):
+    """Pre-norm transformer block."""
+
+    def __init__(self, config: MllamaVisionConfig):
+        super().__init__()
+        self.layer_norm1 = LayerNorm(config.hidden_size, config.layer_norm_eps)
+        self.self_attn = BidirectionalAttention(config.hidden_size, config.num_attention_heads)
+        self.layer_norm2 = LayerNorm(config.hidden_size, config.layer_norm_eps)
+        self.mlp = MLP(config.hidden_size, config.intermediate_size, config.hidden_act)
+
+    def forward(self, hidden_states: torch.Tensor, output_attentions: bool = False) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """[B, patches, hidden] -> (the same shape, probabilities or None)."""
+        attended, weights = self.self_attn(self.layer_norm1(hidden_states), output_attentions)
+        hidden_states = hidden_states + attended
+        return hidden_states + self.mlp(self.layer_norm2(hidden_states)), weights
+
+
+class SiglipEncoder(nn.Module):
+    """The tower's layers."""
+
+    def __init__(self, config: MllamaVisionConfig):
+        super().__init__()
+        self.layers = nn.ModuleList(SiglipEncoderLayer(config) for _ in range(config.num_hidden_layers))
+
+
+class SiglipVisionTower(nn.Module):
+    """Encoder of square pictures."""
+
+    def __init__(self, config: MllamaVisionConfig):
+        super().__init__()
+        self.config = config
+        self.embeddings = SiglipEmbeddings(config)
+        self.encoder = SiglipEncoder(config)
+        self.post_layernorm = LayerNorm(config.hidden_size, config.layer_norm_eps)
+
+    def forward(
+        self,
+        pixel_values: torch.Tensor,
+        output_hidden_states: bool = False,
+        output_attentions: bool = False,
+        final_norm: bool = True,
+    ) -> BaseModelOutput:
+        """
+        Args:
+            pixel_values: float [pictures, channels, image_size, image_size]; cast to the tower's dtype.
+            output_hidden_states: also return the embeddings and every layer's output (before the final norm), layers + 1 tensors.
+            output_attentions: also return every layer's probabilities [pictures, heads, patches, patches].
+            final_norm: False leaves out the layer norm after the last layer.
+
+        Returns:
+            BaseModelOutput with `last_hidden_state` [pictures, patches, hidden], `hidden_states`, `attentions`.
+
+        Raises:
+            TypeError: pixel_values is no floating tensor.
+            ValueError: pixel_values has another shape.
+        """
+        self.check(pixel_values)
+        hidden_states = self.embeddings(pixel_values)
+        states, attentions = [hidden_states], []
+        for layer in self.encoder.layers:
+            hidden_states, weights = layer(hidden_states, output_attentions=output_attentions)
+            attentions.append(weights)
+            if output_hidden_states:
+                states.append(hidden_states)
+        return BaseModelOutput(
+            last_hidden_state=self.post_layernorm(hidden_states) if final_norm else hidden_states,
+            hidden_states=tuple(states) if output_hidden_states else None,
+            attentions=tuple(attentions) if output_attentions else None,
+        )
+
+    def check(self, pixel_values: torch.Tensor) -> None:
+        """Raise what `forward` would raise for these pixels, before any work."""
+        if not isinstance(pixel_values, torch.Tensor) or not pixel_values.is_floating_point():
+            kind = pixel_values.dtype if isinstance(pixel_values, torch.Tensor) else type(pixel_values).__name__
+            raise TypeError(f"pixel_values must be a floating torch.Tensor, got {kind}")
+        wanted = (self.config.num_channels, self.config.image_size, self.config.image_size)
+        if pixel_values.dim() != 4 or tuple(pixel_values.shape[1:]) != wanted:
+            raise ValueError(f"pixel_values must be [pictures, {', '.join(map(str, wanted))}], got {list(pixel_values.shape)}")
