@@ -2,6 +2,7 @@
 
 from mllama.ops.attention import attention, attention_weights
 from mllama.ops.geglu import geglu
+from mllama.ops.image import resize, resize_normalize
 from mllama.ops.layer_norm import layer_norm
 from mllama.ops.patch_embed import patch_embed
 from mllama.ops.rms_norm import add_rms_norm, rms_norm
@@ -15,6 +16,8 @@ __all__ = [
     "geglu",
     "layer_norm",
     "patch_embed",
+    "resize",
+    "resize_normalize",
     "rms_norm",
     "rope",
     "rope_frequencies",

@@ -1,0 +1,157 @@
+"""Pictures of every kind become 8-bit RGB: files, PIL pictures, arrays and tensors. No model, no transformers.
+
+| what comes                                        | what it becomes                                                                      |
+|---------------------------------------------------|--------------------------------------------------------------------------------------|
+| EXIF orientation (a file or a PIL picture)        | turned upright                                                                       |
+| grey, 1-bit, palette, CMYK, YCbCr, HSV            | Pillow's `convert("RGB")`                                                            |
+| transparency: RGBA, LA, palette or colour key     | laid onto white                                                                      |
+| 16-bit grey ("I;16" in any byte order, "I")       | 0..65535 onto 0..255, rounded: v / 257                                               |
+| float grey ("F")                                  | 0..1 onto 0..255 when no value is above 1, else read as 0..255; others are refused   |
+| uint8 array; bool array                           | as it is; False and True as 0 and 255                                                |
+| uint16 array                                      | as 16-bit grey, per channel                                                          |
+| float array or tensor                             | 0..1 onto 0..255, rounded; values outside are refused                                |
+
+Arrays are [H, W], or have an axis of 1, 3 or 4 channels (grey, RGB, RGBA) last or first. Where both axes would do ([3, H, 3], [1, W, 3]), a numpy
+array is read channels last and a torch tensor channels first, as each is used to.
+"""
+
+import functools
+import os
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+
+# What is opened from disk. The rest of Pillow's list is left out on purpose: EPS, for one, starts an interpreter.
+FORMATS = ("AVIF", "BMP", "DIB", "GIF", "ICO", "JPEG", "JPEG2000", "MPO", "PCX", "PNG", "PPM", "QOI", "TGA", "TIFF", "WEBP")
+
+
+def load_picture(source) -> Image.Image:
+    """Return any accepted picture as an upright PIL picture of mode RGB, by the table above.
+
+    Args:
+        source: a path (str or Path), a PIL picture, a numpy array or a torch tensor.
+
+    Raises:
+        FileNotFoundError: the path leads nowhere.
+        TypeError: something else than a picture, or an array of another dtype.
+        ValueError: a file that is no picture, is broken, truncated or too large (`PIL.Image.MAX_IMAGE_PIXELS`); an array without pixels, of
+            another shape, or with values out of range.
+    """
+    if isinstance(source, (str, os.PathLike)):
+        return _open(Path(source))
+    if isinstance(source, Image.Image):
+        try:
+            source.load()  # a picture opened elsewhere may not be decoded yet
+        except Exception as error:
+            raise ValueError(f"cannot read the picture {getattr(source, 'filename', '')}: {error}") from error
+        return _to_rgb(source)
+    return Image.fromarray(_array_to_rgb(source))
+
+
+def load_pixels(source) -> torch.Tensor:
+    """Return any accepted picture as [H, W, 3] uint8; `load_picture` says what is accepted and raised."""
+    if isinstance(source, (str, os.PathLike, Image.Image)):
+        return torch.from_numpy(np.array(load_picture(source)))
+    return torch.from_numpy(_array_to_rgb(source))
+
+
+@functools.lru_cache(maxsize=16)
+def normalisation_table(mean: tuple[float, ...], std: tuple[float, ...], rescale_factor: float = 1 / 255) -> torch.Tensor:
+    """Return [256, 3] float32: what each 8-bit value becomes, per channel, by the arithmetic of transformers' image processors.
+
+    v * rescale_factor in float64, rounded to float32, minus mean, divided by std: bit-equal to their rescale and normalise by construction.
+    The result is shared between callers: do not write to it.
+
+    Raises:
+        ValueError: mean or std has another length than 3, or std holds a zero.
+    """
+    if len(mean) != 3 or len(std) != 3 or 0 in std:
+        raise ValueError(f"mean and std must hold three numbers each, std none of them zero, got {mean} and {std}")
+    values = (np.arange(256).astype(np.float64) * rescale_factor).astype(np.float32)[:, None]
+    return torch.from_numpy((values - np.array(mean, dtype=np.float32)) / np.array(std, dtype=np.float32))
+
+
+def _open(path: Path) -> Image.Image:
+    if not path.exists():
+        raise FileNotFoundError(f"no such picture: {path}")
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder, not a picture")
+    try:
+        with Image.open(path) as picture:
+            limit = Image.MAX_IMAGE_PIXELS  # above it Pillow warns, above twice that it raises: a file is refused from there on
+            if limit is not None and picture.width * picture.height > limit:
+                raise ValueError(f"{picture.width} x {picture.height} pixels, more than {limit}")
+            if picture.format not in FORMATS:
+                raise ValueError(f"the format {picture.format} is not read, only {', '.join(FORMATS)}")
+            picture.load()
+            return _to_rgb(picture)
+    except PermissionError:
+        raise
+    except Exception as error:  # Pillow's decoders raise about a dozen kinds on hostile files
+        raise ValueError(f"cannot read the picture {path}: {error}") from error
+
+
+def _to_rgb(picture: Image.Image) -> Image.Image:
+    """An upright RGB picture; the one given is not changed."""
+    if picture.width == 0 or picture.height == 0:
+        raise ValueError(f"the picture has no pixels: {picture.width} x {picture.height}")
+    picture = ImageOps.exif_transpose(picture)
+    if picture.mode.startswith("I"):
+        return Image.fromarray(_array_to_rgb(_sixteen_bits(np.array(picture))))
+    if picture.mode == "F":
+        values = np.array(picture)
+        return Image.fromarray(_array_to_rgb(values / 255 if values.max() > 1 else values))
+    if picture.has_transparency_data:
+        picture = picture.convert("RGBA")
+        white = Image.new("RGBA", picture.size, "white")
+        return Image.alpha_composite(white, picture).convert("RGB")
+    return picture if picture.mode == "RGB" else picture.convert("RGB")
+
+
+def _sixteen_bits(values: np.ndarray) -> np.ndarray:
+    if values.min() < 0 or values.max() > 65535:
+        raise ValueError(f"a picture of mode I must hold 0..65535, got {values.min()}..{values.max()}")
+    return values.astype(np.uint16)
+
+
+def _array_to_rgb(source) -> np.ndarray:
+    """[H, W, 3] uint8, contiguous, from an array or tensor."""
+    is_tensor = isinstance(source, torch.Tensor)
+    if not is_tensor and not isinstance(source, np.ndarray):
+        raise TypeError(f"a picture must be a path, a PIL picture, a numpy array or a torch tensor, got {type(source).__name__}")
+    shape = tuple(source.shape)
+    if 0 in shape:
+        raise ValueError(f"the picture has no pixels: shape {shape}")
+    if is_tensor:
+        source = source.detach().cpu()
+        source = (source.float() if source.dtype == torch.bfloat16 else source).numpy()
+    pixels = _eight_bits(_channels_last(source, first=is_tensor))
+    if pixels.shape[2] == 4:
+        return np.array(_to_rgb(Image.fromarray(pixels)))
+    return np.ascontiguousarray(np.broadcast_to(pixels, (*pixels.shape[:2], 3)))
+
+
+def _channels_last(pixels: np.ndarray, first: bool) -> np.ndarray:
+    if pixels.ndim == 2:
+        return pixels[:, :, None]
+    for axis in ((0, -1) if first else (-1, 0)):
+        if pixels.ndim == 3 and pixels.shape[axis] in (1, 3, 4):
+            return np.moveaxis(pixels, axis, -1)
+    raise ValueError(f"a picture must be [H, W], [H, W, C] or [C, H, W] with 1, 3 or 4 channels, got shape {pixels.shape}")
+
+
+def _eight_bits(pixels: np.ndarray) -> np.ndarray:
+    if pixels.dtype == np.uint8:
+        return np.ascontiguousarray(pixels)
+    if pixels.dtype == np.bool_:
+        return pixels.astype(np.uint8) * 255
+    if pixels.dtype == np.uint16:
+        return ((pixels.astype(np.uint32) + 128) // 257).astype(np.uint8)
+    if np.issubdtype(pixels.dtype, np.floating):
+        low, high = pixels.min(), pixels.max()
+        if not (low >= 0 and high <= 1):  # written so that NaN is refused too
+            raise ValueError(f"a picture of floats must hold 0..1, got {low:g}..{high:g}: divide by its full scale, or cast to uint8")
+        return np.rint(pixels.astype(np.float32) * 255).astype(np.uint8)
+    raise TypeError(f"a picture's dtype must be uint8, uint16, bool or float, got {pixels.dtype}")
