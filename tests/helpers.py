@@ -1,7 +1,7 @@
 """What tests share. `check_op` proves one operator: every operator's test file calls it with its samples."""
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,15 +23,19 @@ class Sample:
     args: tuple
     kwargs: dict[str, Any] = field(default_factory=dict)
 
-    def map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> "Sample":
-        """The same call with every floating-point tensor changed; `keep_float32` tensors and all else stay."""
+    def map(
+        self, change: Callable[[torch.Tensor], torch.Tensor], *, keep: Sequence[int | str] = (), only: Sequence[int | str] | None = None
+    ) -> "Sample":
+        """The same call with its float tensors changed; `keep` and `only` say at which places (int) and names (str)."""
 
-        def one(value):
-            return change(value) if isinstance(value, torch.Tensor) and value.is_floating_point() else value
+        def one(place: int | str, value: Any) -> Any:
+            chosen = place not in keep and (only is None or place in only)
+            return change(value) if chosen and isinstance(value, torch.Tensor) and value.is_floating_point() else value
 
-        return Sample(tuple(map(one, self.args)), {name: one(value) for name, value in self.kwargs.items()})
+        return Sample(tuple(one(i, v) for i, v in enumerate(self.args)), {k: one(k, v) for k, v in self.kwargs.items()})
 
-    def tensors(self) -> list[torch.Tensor]:
+    def leaves(self) -> list[torch.Tensor]:
+        """The tensors that require a gradient, in order."""
         return [v for v in (*self.args, *self.kwargs.values()) if isinstance(v, torch.Tensor) and v.requires_grad]
 
 
@@ -82,29 +86,6 @@ def assert_close(actual: torch.Tensor, exact: torch.Tensor, tolerance: float, wh
         assert error <= tolerance * max(scale, 0.1), f"{what}: error {error:.3g} against values up to {scale:.3g}"
 
 
-def _results(value) -> tuple[torch.Tensor, ...]:
-    return value if isinstance(value, tuple) else (value,)
-
-
-def _gradients(function, sample: Sample) -> list[torch.Tensor]:
-    """Gradients of a fixed random projection of all results, for every tensor of the sample that asks for one."""
-    results = _results(function(*sample.args, **sample.kwargs))
-    generator = torch.Generator().manual_seed(1)
-    loss = sum((r.double() * torch.randn(r.shape, generator=generator, dtype=torch.float64)).sum() for r in results)
-    return list(torch.autograd.grad(loss, sample.tensors(), allow_unused=True))
-
-
-def _differentiable(sample: Sample, names: Sequence[int | str] | None) -> Sample:
-    """The sample with fresh leaves that require a gradient: all float tensors, or those at the given places and names."""
-
-    def one(place, value):
-        if not (isinstance(value, torch.Tensor) and value.is_floating_point()) or (names is not None and place not in names):
-            return value
-        return value.detach().clone(memory_format=torch.preserve_format).requires_grad_()
-
-    return Sample(tuple(one(i, v) for i, v in enumerate(sample.args)), {k: one(k, v) for k, v in sample.kwargs.items()})
-
-
 def check_op(
     public: Callable,
     reference: Callable,
@@ -136,80 +117,108 @@ def check_op(
     torch.compile(fullgraph=True, backend="aot_eager"), forward and gradients; every bad call.
     """
     gradient_tolerance = gradient_tolerance or {dtype: 4 * bound for dtype, bound in tolerance.items()}
-
-    def cast(sample: Sample, dtype: torch.dtype) -> Sample:
-        def one(place, value):
-            keep = place in keep_float32 or not (isinstance(value, torch.Tensor) and value.is_floating_point())
-            return value if keep else value.to(dtype)
-
-        return Sample(tuple(one(i, v) for i, v in enumerate(sample.args)), {k: one(k, v) for k, v in sample.kwargs.items()})
-
-    def exact(sample: Sample) -> Sample:
-        return sample.map(lambda t: t.detach().float())
-
+    has_gradient = differentiable != ()
     for number, sample in enumerate(samples):
         for dtype in dtypes:
-            typed = cast(sample, dtype)
-            expected = _results(reference(*exact(typed).args, **exact(typed).kwargs))
-            for isa in instruction_sets():
-                with instruction_set(isa):
-                    for layout, call in (("contiguous", typed), ("strided", typed.map(strided))):
-                        for k, (actual, wanted) in enumerate(zip(_results(public(*call.args, **call.kwargs)), expected, strict=True)):
-                            what = f"sample {number}, {dtype}, {isa}, {layout}, result {k}"
-                            assert actual.dtype == dtype, f"{what}: dtype {actual.dtype}"
-                            assert_close(actual, wanted, tolerance[dtype], what)
-
-    if differentiable != ():
-        for number, sample in enumerate(samples):
-            for dtype in dtypes:
-                typed = _differentiable(cast(sample, dtype), differentiable)
-                wanted = _gradients(reference, _differentiable(exact(typed), differentiable))
-                for isa in instruction_sets():
-                    with instruction_set(isa):
-                        for layout in ("contiguous", "strided"):
-                            call = typed if layout == "contiguous" else _differentiable(typed.map(lambda t: strided(t.detach())), differentiable)
-                            for k, (actual, target) in enumerate(zip(_gradients(public, call), wanted, strict=True)):
-                                what = f"sample {number}, {dtype}, {isa}, {layout}, gradient {k}"
-                                if actual is None or target is None:
-                                    assert actual is None and (target is None or not target.any()), what
-                                else:
-                                    assert_close(actual, target, gradient_tolerance[dtype], what)
-        typed = _differentiable(samples[0], differentiable)
-        results = _results(public(*typed.args, **typed.kwargs))
-        first = torch.autograd.grad(sum(r.square().sum() for r in results), typed.tensors(), create_graph=True)
-        with pytest.raises(NotImplementedError, match="differentiated once"):
-            torch.autograd.grad(first[0].sum(), typed.tensors())
-
-    # The same bits again, whatever the number of threads.
-    threads = torch.get_num_threads()
-    try:
-        for sample in samples:
-            call = _differentiable(sample, differentiable)
-            seen = []
-            for count in (threads, 1, 2):
-                torch.set_num_threads(count)
-                results = _results(public(*call.args, **call.kwargs))
-                seen.append([*results, *(_gradients(public, call) if differentiable != () else [])])
-            for again in seen[1:]:
-                for a, b in zip(seen[0], again, strict=True):
-                    assert (a is None and b is None) or torch.equal(a.nan_to_num(), b.nan_to_num()), "the bits change with the threads"
-    finally:
-        torch.set_num_threads(threads)
-
+            typed = sample.map(lambda value, dtype=dtype: value.to(dtype), keep=keep_float32)
+            what = f"sample {number}, {dtype}"
+            _check_values(public, reference, typed, dtype, tolerance[dtype], what)
+            if has_gradient:
+                _check_gradients(public, reference, typed, differentiable, gradient_tolerance[dtype], what)
+    if has_gradient:
+        _check_no_second_derivative(public, _leaves(samples[0], differentiable))
+    for sample in samples:
+        _check_determinism(public, _leaves(sample, differentiable), has_gradient)
     for overload, arguments in raw:
         torch.library.opcheck(overload, arguments)
-
-    compiled = torch.compile(public, fullgraph=True, backend="aot_eager")
     for sample in samples[:2]:
-        call = _differentiable(sample, differentiable)
-        for actual, wanted in zip(_results(compiled(*call.args, **call.kwargs)), _results(public(*call.args, **call.kwargs)), strict=True):
-            assert torch.equal(actual, wanted), "the compiled call gives other bits"
-        if differentiable != ():
-            for actual, wanted in zip(_gradients(compiled, call), _gradients(public, call), strict=True):
-                assert (actual is None and wanted is None) or torch.equal(actual, wanted), "the compiled gradient has other bits"
-    torch._dynamo.reset()
-
+        _check_compile(public, _leaves(sample, differentiable), has_gradient)
     for bad in bad_calls:
         with pytest.raises(bad.error, match=bad.match) as caught:
             bad.call()
         assert type(caught.value) is bad.error, f"{bad.match}: {type(caught.value).__name__}, expected {bad.error.__name__}"
+
+
+def _results(value) -> tuple[torch.Tensor, ...]:
+    return value if isinstance(value, tuple) else (value,)
+
+
+def _leaves(sample: Sample, differentiable: Sequence[int | str] | None) -> Sample:
+    """The sample with fresh leaves of the same memory layout that require a gradient: all float tensors, or those named."""
+
+    def leaf(value: torch.Tensor) -> torch.Tensor:
+        return value.detach().requires_grad_()
+
+    if differentiable is None:
+        return sample.map(leaf)
+    return sample.map(leaf, only=differentiable)
+
+
+def _gradients(function: Callable, sample: Sample) -> list[torch.Tensor | None]:
+    """Gradients of a fixed random projection of all results, for every tensor of the sample that asks for one."""
+    results = _results(function(*sample.args, **sample.kwargs))
+    generator = torch.Generator().manual_seed(1)
+    loss = sum((r.double() * torch.randn(r.shape, generator=generator, dtype=torch.float64)).sum() for r in results)
+    return list(torch.autograd.grad(loss, sample.leaves(), allow_unused=True))
+
+
+def _variants(sample: Sample) -> Iterator[tuple[str, Sample]]:
+    """The sample under every instruction set, with fresh and with strided memory."""
+    for isa in instruction_sets():
+        with instruction_set(isa):
+            yield f"{isa}, contiguous", sample
+            yield f"{isa}, strided", sample.map(strided)
+
+
+def _check_values(public, reference, sample, dtype, tolerance, what) -> None:
+    exact = sample.map(torch.Tensor.float)
+    expected = _results(reference(*exact.args, **exact.kwargs))
+    for variant, call in _variants(sample):
+        for k, (actual, wanted) in enumerate(zip(_results(public(*call.args, **call.kwargs)), expected, strict=True)):
+            assert actual.dtype == dtype, f"{what}, {variant}: result {k} is {actual.dtype}"
+            assert_close(actual, wanted, tolerance, f"{what}, {variant}, result {k}")
+
+
+def _check_gradients(public, reference, sample, differentiable, tolerance, what) -> None:
+    expected = _gradients(reference, _leaves(sample.map(torch.Tensor.float), differentiable))
+    for variant, call in _variants(sample):
+        for k, (actual, wanted) in enumerate(zip(_gradients(public, _leaves(call, differentiable)), expected, strict=True)):
+            where = f"{what}, {variant}, gradient {k}"
+            if actual is None or wanted is None:
+                assert actual is None and (wanted is None or not wanted.any()), where
+            else:
+                assert_close(actual, wanted, tolerance, where)
+
+
+def _check_no_second_derivative(public, sample) -> None:
+    loss = sum(r.square().sum() for r in _results(public(*sample.args, **sample.kwargs)))
+    first = torch.autograd.grad(loss, sample.leaves(), create_graph=True)
+    with pytest.raises(NotImplementedError, match="differentiated once"):
+        torch.autograd.grad(first[0].sum(), sample.leaves())
+
+
+def _check_determinism(public, sample, has_gradient) -> None:
+    """The same bits again, whatever the number of threads."""
+    threads = torch.get_num_threads()
+    runs = []
+    try:
+        for count in (threads, 1, 2):
+            torch.set_num_threads(count)
+            runs.append([*_results(public(*sample.args, **sample.kwargs)), *(_gradients(public, sample) if has_gradient else [])])
+    finally:
+        torch.set_num_threads(threads)
+    for run in runs[1:]:
+        assert all(map(_same_bits, runs[0], run)), "the bits change from run to run, or with the number of threads"
+
+
+def _check_compile(public, sample, has_gradient) -> None:
+    torch._dynamo.reset()
+    compiled = torch.compile(public, fullgraph=True, backend="aot_eager")
+    results = zip(_results(compiled(*sample.args, **sample.kwargs)), _results(public(*sample.args, **sample.kwargs)), strict=True)
+    assert all(_same_bits(*pair) for pair in results), "the compiled call gives other bits"
+    if has_gradient:
+        assert all(map(_same_bits, _gradients(compiled, sample), _gradients(public, sample))), "the compiled gradient has other bits"
+
+
+def _same_bits(a: torch.Tensor | None, b: torch.Tensor | None) -> bool:
+    return a is b or (a is not None and b is not None and torch.equal(a.nan_to_num(), b.nan_to_num()))

@@ -9,7 +9,7 @@ namespace mllama {
 
 template <class... Parts>
 void check_value(bool condition, const Parts&... message) {
-    if (condition) [[likely]] return;
+    if (condition) return;
     std::ostringstream out;
     (out << ... << message);
     throw std::invalid_argument(out.str());

@@ -22,7 +22,8 @@ void for_row_parts(int64_t rows, int64_t width, int64_t parts, Body&& body) {
     int64_t size = (rows + parts - 1) / parts;
     int64_t grain = rows * width <= 16384 ? parts : 1;
     parallel_for(parts, grain, [&](int64_t begin, int64_t end) {
-        for (int64_t part = begin; part < end; ++part) body(std::min(part * size, rows), std::min((part + 1) * size, rows), part);
+        for (int64_t part = begin; part < end; ++part)
+            body(std::min(part * size, rows), std::min((part + 1) * size, rows), part);
     });
 }
 

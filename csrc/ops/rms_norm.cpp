@@ -49,7 +49,7 @@ std::tuple<Tensor, Tensor> rms_norm(const Tensor& x, const Tensor& weight, doubl
 std::tuple<Tensor, Tensor, Tensor> add_rms_norm(const Tensor& x, const Tensor& residual, const Tensor& weight,
                                                 double eps) {
     check_value(x.sizes() == residual.sizes() && x.scalar_type() == residual.scalar_type(),
-                "add_rms_norm: residual must have x's shape and dtype");
+                "add_rms_norm: residual must be as x, in shape and dtype");
     return forward("add_rms_norm", x, residual, weight, eps);
 }
 
@@ -82,15 +82,15 @@ std::tuple<Tensor, Tensor> rms_norm_backward(const Tensor& grad_y, const std::op
     auto kernel = MLLAMA_CALL(rms_norm_backward);
     int64_t rows = row_count(x);
     if (!weight_gradient) {
-        parallel_for(rows, row_grain(args.width), [&](int64_t begin, int64_t end) { kernel(args, begin, end, nullptr); });
+        parallel_for(rows, row_grain(args.width),
+                     [&](int64_t begin, int64_t end) { kernel(args, begin, end, nullptr); });
         return {grad_x, new_empty(weight, {0})};
     }
     int64_t parts = partial_sums(rows);
     Tensor sums = torch::stable::new_zeros(x, {parts, args.width}, ScalarType::Float);
     float* sum = mutable_data<float>(sums);
-    for_row_parts(rows, args.width, parts, [&](int64_t begin, int64_t end, int64_t part) {
-        kernel(args, begin, end, sum + part * args.width);
-    });
+    for_row_parts(rows, args.width, parts,
+                  [&](int64_t begin, int64_t end, int64_t part) { kernel(args, begin, end, sum + part * args.width); });
     return {grad_x, add_parts(sums, weight)};
 }
 
@@ -98,7 +98,8 @@ std::tuple<Tensor, Tensor> rms_norm_backward(const Tensor& grad_y, const std::op
 
 STABLE_TORCH_LIBRARY_FRAGMENT(mllama, m) {
     m.def("rms_norm(Tensor x, Tensor weight, float eps) -> (Tensor y, Tensor rstd)");
-    m.def("add_rms_norm(Tensor x, Tensor residual, Tensor weight, float eps) -> (Tensor y, Tensor hidden, Tensor rstd)");
+    m.def(
+        "add_rms_norm(Tensor x, Tensor residual, Tensor weight, float eps) -> (Tensor y, Tensor hidden, Tensor rstd)");
     m.def(
         "_rms_norm_backward(Tensor grad_y, Tensor? grad_hidden, Tensor hidden, Tensor weight, Tensor rstd, "
         "bool weight_gradient) -> (Tensor grad_hidden, Tensor grad_weight)");

@@ -35,7 +35,7 @@ inline vf as_float(vi x) { return reinterpret_cast<vf>(x); }
 inline vf max(vf a, vf b) { return a > b ? a : b; }
 inline vf min(vf a, vf b) { return a < b ? a : b; }
 
-// ---- conversions -----------------------------------------------------------------------------------------------------
+// ---- conversions
 
 inline vf widen(vh h, bf16) { return as_float(__builtin_convertvector(h, vu) << 16); }
 
@@ -84,7 +84,7 @@ inline vf rounded(vf x, Half) {
     return widen(narrow(x, Half{}), Half{});
 }
 
-// ---- memory ----------------------------------------------------------------------------------------------------------
+// ---- memory
 
 inline vf load(const float* p) {
     vf x;
@@ -139,7 +139,7 @@ inline __attribute__((always_inline)) void put(T* p, vf x, int n) {
     n == kWidth ? store(p, x) : store_n(p, x, n);
 }
 
-// ---- reductions: a fixed tree, so the same bits on every run -----------------------------------------------------------
+// ---- reductions: a fixed tree, so the same bits on every run
 
 inline float reduce_add(vf x) {
     float lane[kWidth];

@@ -1,7 +1,7 @@
 import pytest
 import torch
-from helpers import BadCall, Sample, check_op, needs_kernels
 
+from helpers import BadCall, Sample, check_op, needs_kernels
 from mllama.ops import add_rms_norm, rms_norm
 from mllama.ops.rms_norm import add_reference, reference
 
@@ -53,8 +53,8 @@ def test_add_rms_norm():
         [add_sample(shape) for shape in SHAPES],
         raw=[(torch.ops.mllama.add_rms_norm.default, (X.clone().requires_grad_(), torch.randn(4, 8), W, 1e-5))],
         bad_calls=[
-            BadCall(lambda: add_rms_norm(X, X[:2], W), ValueError, "residual must have x's shape"),
-            BadCall(lambda: add_rms_norm(X, X.bfloat16(), W), ValueError, "residual must have x's shape"),
+            BadCall(lambda: add_rms_norm(X, X[:2], W), ValueError, "residual must be as x"),
+            BadCall(lambda: add_rms_norm(X, X.bfloat16(), W), ValueError, "residual must be as x"),
             BadCall(lambda: add_rms_norm(X, None, W), TypeError, "residual"),
         ],
     )

@@ -27,7 +27,8 @@ void forward_row(const RmsNorm& a, int64_t row) {
         vf s0{}, s1{}, s2{}, s3{};
         int64_t i = 0;
         for (; i + 4 * kWidth <= a.width; i += 4 * kWidth) {
-            vf x0 = load(x + i), x1 = load(x + i + kWidth), x2 = load(x + i + 2 * kWidth), x3 = load(x + i + 3 * kWidth);
+            vf x0 = load(x + i), x1 = load(x + i + kWidth), x2 = load(x + i + 2 * kWidth),
+               x3 = load(x + i + 3 * kWidth);
             s0 += x0 * x0;
             s1 += x1 * x1;
             s2 += x2 * x2;
@@ -42,7 +43,8 @@ void forward_row(const RmsNorm& a, int64_t row) {
     float rstd = 1.0f / __builtin_sqrtf(reduce_add(squares) / static_cast<float>(a.width) + a.eps);
     a.rstd[row] = rstd;
     // Llama's order: the normalised row is rounded to its dtype before the weight is applied.
-    for_vectors(a.width, [&](int64_t i, int n) { put(y + i, rounded(at(x + i, n) * rstd, T{}) * at(weight + i, n), n); });
+    for_vectors(a.width,
+                [&](int64_t i, int n) { put(y + i, rounded(at(x + i, n) * rstd, T{}) * at(weight + i, n), n); });
 }
 
 // With n = x * rstd: grad_x = rstd * (g w - n * mean(g w n)), grad_weight += g n.
@@ -93,7 +95,8 @@ void rms_norm(const RmsNorm& args, int64_t first_row, int64_t last_row) {
 
 void rms_norm_backward(const RmsNormBackward& args, int64_t first_row, int64_t last_row, float* grad_weight) {
     dispatch_pair(args.dtype, args.weight_dtype, [&](auto t, auto w) {
-        for (int64_t row = first_row; row < last_row; ++row) backward_row<decltype(t), decltype(w)>(args, row, grad_weight);
+        for (int64_t row = first_row; row < last_row; ++row)
+            backward_row<decltype(t), decltype(w)>(args, row, grad_weight);
     });
 }
 

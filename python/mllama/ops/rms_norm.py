@@ -39,7 +39,7 @@ def add_rms_norm(x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, 
     check_float("add_rms_norm", residual=residual)
     if residual.shape != x.shape or residual.dtype != x.dtype:
         raise ValueError(
-            f"add_rms_norm: residual must have x's shape {tuple(x.shape)} and dtype {x.dtype}, got {tuple(residual.shape)}, {residual.dtype}"
+            f"add_rms_norm: residual must be as x, {tuple(x.shape)} of {x.dtype}, got {tuple(residual.shape)} of {residual.dtype}"
         )
     if use_kernel(x):
         return _add_rms_norm(x, residual, weight, eps)[:2]
