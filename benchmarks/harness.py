@@ -57,8 +57,8 @@ def both_directions(
 ) -> list[Case]:
     """The forward and the forward+backward case of one shape.
 
-    The first `differentiable` inputs get gradients; `ours(*inputs)` and `peer(*(peer_inputs or inputs))` return a tensor or a tuple of them,
-    and every output gets a random gradient.
+    The first `differentiable` inputs get gradients; `ours(*inputs)` and `peer(*(peer_inputs or inputs))` return a tensor or a tuple
+    of them, and every output gets a random gradient.
     """
     dtype = inputs[0].dtype
     ours_forward, ours_both = _directions(ours, inputs, differentiable)
