@@ -156,7 +156,7 @@ def machine() -> str:
     from mllama import _ext
 
     extension = _ext.load()
-    isa = extension.cpu_isa() if extension is not None else "references"
+    isa = extension.isa() if extension is not None else "references"
     torch_isa = torch.backends.cpu.get_cpu_capability().lower()
     return f"{_processor()}; {torch.get_num_threads()} threads; mllama on {isa}; torch {torch.__version__} on {torch_isa}"
 

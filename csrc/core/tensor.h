@@ -1,6 +1,7 @@
 // The names operators use for torch's stable tensors: the files in core/ are the only ones that change with torch.
 #pragma once
 
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -16,9 +17,8 @@
 namespace mllama {
 
 using torch::headeronly::ScalarType;
-using torch::stable::empty_like;
-using torch::stable::new_empty;
 using torch::stable::Tensor;
+using Sizes = torch::headeronly::IntHeaderOnlyArrayRef;
 
 // The kernels' name for a tensor's dtype; refuses what they have no loop for.
 inline Dtype dtype_of(const char* op, const char* name, const Tensor& t) {
@@ -35,9 +35,25 @@ inline Tensor dense(const Tensor& t) { return t.is_contiguous() ? t : torch::sta
 inline Tensor to_dtype(const Tensor& t, ScalarType type) {
     return t.scalar_type() == type ? t : torch::stable::to(t, type);
 }
-inline Tensor new_float(const Tensor& like, const std::vector<int64_t>& sizes) {
-    return new_empty(like, sizes, ScalarType::Float);
+
+// Fresh contiguous memory on like's device. Through the C shim: torch::stable::new_empty goes through the dispatcher by
+// the operator's name and takes twice as long (1.4 us against 0.6), which short calls feel.
+inline Tensor new_tensor(const Tensor& like, Sizes sizes, std::optional<int32_t> dtype = std::nullopt) {
+    std::vector<int64_t> strides(sizes.size());
+    int64_t stride = 1;
+    for (size_t i = sizes.size(); i-- > 0; stride *= std::max<int64_t>(sizes[i], 1)) strides[i] = stride;
+    int32_t own_dtype, device, index;
+    AtenTensorHandle handle;
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &own_dtype));
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device));
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &index));
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(),
+                                                           strides.data(), dtype.value_or(own_dtype), device, index,
+                                                           &handle));
+    return Tensor(handle);
 }
+inline Tensor new_like(const Tensor& like) { return new_tensor(like, like.sizes()); }
+inline Tensor new_float(const Tensor& like, Sizes sizes) { return new_tensor(like, sizes, aoti_torch_dtype_float32()); }
 
 template <class T>
 const T* data(const Tensor& t) {

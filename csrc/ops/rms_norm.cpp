@@ -25,7 +25,7 @@ std::tuple<Tensor, Tensor, Tensor> forward(const char* op, const Tensor& x, cons
                                            const Tensor& weight, double eps) {
     Dtype dtype = dtype_of(op, "x", x);
     Tensor w = weight_for(op, x, weight), rows = dense(x), beside = residual ? dense(*residual) : rows;
-    Tensor y = empty_like(rows), hidden = residual ? empty_like(rows) : rows, rstd = new_float(x, statistic_sizes(x));
+    Tensor y = new_like(rows), hidden = residual ? new_like(rows) : rows, rstd = new_float(x, statistic_sizes(x));
     kernels::RmsNorm args{.dtype = dtype,
                           .weight_dtype = dtype_of(op, "weight", w),
                           .width = last_size(x),
@@ -69,7 +69,7 @@ std::tuple<Tensor, Tensor> rms_norm_backward(const Tensor& grad_y, const std::op
     Tensor w = weight_for(op, hidden, weight), x = dense(hidden), g = dense(grad_y), statistic = dense(rstd);
     std::optional<Tensor> beside;
     if (grad_hidden) beside = dense(*grad_hidden);
-    Tensor grad_x = empty_like(x);
+    Tensor grad_x = new_like(x);
     kernels::RmsNormBackward args{.dtype = dtype,
                                   .weight_dtype = dtype_of(op, "weight", w),
                                   .width = last_size(x),
@@ -84,7 +84,7 @@ std::tuple<Tensor, Tensor> rms_norm_backward(const Tensor& grad_y, const std::op
     if (!weight_gradient) {
         parallel_for(rows, row_grain(args.width),
                      [&](int64_t begin, int64_t end) { kernel(args, begin, end, nullptr); });
-        return {grad_x, new_empty(weight, {0})};
+        return {grad_x, new_tensor(weight, {0})};
     }
     int64_t parts = partial_sums(rows);
     Tensor sums = torch::stable::new_zeros(x, {parts, args.width}, ScalarType::Float);
