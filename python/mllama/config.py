@@ -284,6 +284,14 @@ class MllamaConfig(PretrainedConfig):
         self.multimodal_projector_bias = multimodal_projector_bias
         _construct(super().__init__, owner, kwargs)
 
+    @classmethod
+    def get_config_dict(cls, pretrained_model_name_or_path, **kwargs) -> tuple[dict[str, Any], dict[str, Any]]:
+        """As transformers', which `from_pretrained` asks; takes every folder the package reads, LLaVA's too."""
+        from mllama.checkpoints import config_arguments  # which file says what is the checkpoints' business
+
+        content, unused = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        return config_arguments(content), unused
+
     @property
     def vocab_size(self) -> int:
         """The decoder's vocabulary."""

@@ -1,5 +1,6 @@
 """A vision-language model put together: tower -> projector -> merge at the placeholders -> decoder -> head."""
 
+import os
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +16,22 @@ from mllama.generation import MllamaGenerationMixin
 from mllama.text.cache import check_cache
 from mllama.text.decoder import Decoder
 from mllama.towers.siglip import SiglipVisionTower
+
+_HUB_OPTIONS = {
+    "_from_auto",
+    "adapter_kwargs",
+    "cache_dir",
+    "code_revision",
+    "force_download",
+    "local_files_only",
+    "low_cpu_mem_usage",
+    "revision",
+    "subfolder",
+    "token",
+    "trust_remote_code",
+    "use_safetensors",
+    "weights_only",
+}
 
 
 @dataclass
@@ -66,6 +83,77 @@ class MllamaForConditionalGeneration(MllamaGenerationMixin, PreTrainedModel):
         self.language_model = Decoder(text)
         self.lm_head = nn.Linear(text.hidden_size, text.vocab_size, bias=False)
         self.post_init()
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike,
+        *,
+        config: MllamaConfig | None = None,
+        dtype: torch.dtype | str | None = None,
+        device_map: torch.device | str | dict | None = None,
+        **kwargs,
+    ) -> "MllamaForConditionalGeneration":
+        """Load a model folder: Hugging Face's LLaVA (SigLIP + Llama), or our own format. The model is in eval mode.
+
+        Args:
+            pretrained_model_name_or_path: the folder, with config.json and safetensors weights.
+            config: takes the place of the folder's.
+            dtype: "auto" (the default) is the files' own; or float32, bfloat16, float16. `torch_dtype` is its older name.
+            device_map: a device, or {"": device}; the CPU by default.
+            kwargs: options of transformers that say how to fetch a model from its hub are taken and change nothing for a folder.
+
+        Raises:
+            FileNotFoundError: no folder, config or safetensors weights there.
+            ValueError: an unknown `model_type`, a broken file, or weights that do not fit: every missing and unexpected tensor, and every
+                wrong shape, in one error.
+            TypeError: an option that is not known.
+        """
+        from mllama.checkpoints import load_model
+
+        if dtype is None:
+            dtype = kwargs.pop("torch_dtype", None) or "auto"
+        if isinstance(device_map, dict):
+            if list(device_map) != [""]:
+                raise ValueError(f"device_map must name one device for the whole model, got {device_map!r}")
+            device_map = device_map[""]
+        if unknown := sorted(kwargs.keys() - _HUB_OPTIONS):
+            raise TypeError(f"from_pretrained got options it does not know: {', '.join(unknown)}")
+        return load_model(cls, pretrained_model_name_or_path, config, dtype, "cpu" if device_map is None else device_map)
+
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike,
+        is_main_process: bool = True,
+        state_dict: dict | None = None,
+        push_to_hub: bool = False,
+        max_shard_size: int | str = "50GB",
+        **kwargs,
+    ) -> None:
+        """Write the model to a folder, whole or not at all. Signature as transformers'.
+
+        A model that Hugging Face's LLaVA can be (`vision_feature="pre_norm"`, projection_dim equal to the decoder's width, and an
+        `image_token_index` within the vocabulary) is written as LLaVA; any other in our own format.
+
+        Args:
+            save_directory: made if absent; other files in it stay.
+            is_main_process: False writes nothing.
+            state_dict: takes the place of the model's own.
+            push_to_hub: afterwards upload the folder, to `repo_id` (the folder's name by default).
+            max_shard_size: bytes of one weight file, or text as "5GB"; more is written as shards and an index.
+        """
+        from mllama.checkpoints import save_model
+
+        if is_main_process:
+            save_model(self, save_directory, state_dict, max_shard_size)
+            if push_to_hub:
+                self.push_to_hub(kwargs.pop("repo_id", os.path.basename(os.path.abspath(save_directory))), token=kwargs.get("token"))
+
+    def load_state_dict(self, state_dict: dict[str, torch.Tensor], strict: bool = True, assign: bool = False):
+        """As torch's; takes the names that weight files use too, whole or shard by shard with `strict=False`."""
+        from mllama.checkpoints import translate_state_dict
+
+        return super().load_state_dict(translate_state_dict(self, state_dict), strict=strict, assign=assign)
 
     def get_input_embeddings(self) -> nn.Embedding:
         """The decoder's embedding matrix."""

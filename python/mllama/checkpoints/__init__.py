@@ -1,0 +1,150 @@
+"""Model folders: which format one has, and reading and writing it. A folder's `model_type` decides, exactly."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import GenerationConfig, PreTrainedModel, __version__
+
+from mllama.checkpoints import engine, siglip_llama
+from mllama.config import MllamaConfig
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Format:
+    """One kind of model folder.
+
+    Attributes:
+        table: between the files' tensor names and the model's.
+        to_file: MllamaConfig -> the content of config.json.
+        from_file: the content of config.json -> the arguments of MllamaConfig.
+    """
+
+    table: engine.Table
+    to_file: Callable[[MllamaConfig], dict[str, Any]]
+    from_file: Callable[[dict[str, Any]], dict[str, Any]]
+
+
+FORMATS = {
+    "llava": Format(siglip_llama.TABLE, siglip_llama.llava_to_file, siglip_llama.llava_from_file),
+    MllamaConfig.model_type: Format(siglip_llama.TABLE, siglip_llama.own_to_file, dict),
+}
+
+
+def format_of(config: MllamaConfig) -> Format:
+    """The format a model of this config is written in: Hugging Face's own where there is one."""
+    return FORMATS["llava" if siglip_llama.is_llava(config) else config.model_type]
+
+
+def config_arguments(content: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of `MllamaConfig` from the content of a config.json of any known format.
+
+    Fields that could steer what code runs are left out.
+
+    Raises:
+        ValueError: an unknown `model_type`.
+    """
+    return _format_named(content).from_file(_harmless(content))
+
+
+def _format_named(content: dict[str, Any]) -> Format:
+    kind = content.get("model_type")
+    if not isinstance(kind, str) or kind not in FORMATS:
+        raise ValueError(f"config.json: model_type {kind!r} is not known; known are {', '.join(sorted(FORMATS))}")
+    return FORMATS[kind]
+
+
+def _harmless(content: Any) -> Any:
+    if not isinstance(content, dict):
+        return content
+    steering = ("auto_map", "trust_remote_code", "attn_implementation", "experts_implementation")
+    return {name: _harmless(value) for name, value in content.items() if not name.startswith("_") and name not in steering}
+
+
+def load_model(
+    model_class: type[PreTrainedModel],
+    folder: str | Path,
+    config: MllamaConfig | None = None,
+    dtype: torch.dtype | str = "auto",
+    device: torch.device | str = "cpu",
+) -> PreTrainedModel:
+    """Build a model from a folder, in eval mode. The model is laid out on the meta device first, so memory holds its weights once.
+
+    Args:
+        model_class: what to build.
+        folder: with config.json and safetensors weights.
+        config: takes the place of the folder's.
+        dtype: "auto" is the files' own (the one most of their elements have); or float32, bfloat16, float16.
+        device: where the weights go.
+
+    Raises:
+        FileNotFoundError: no such folder, no config.json, no weights.
+        ValueError: an unknown model_type, a broken file, a config that cannot be, weights that do not fit (every name in one error).
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"no model folder {str(folder)!r}")
+    if not (folder / engine.CONFIG).is_file():
+        raise FileNotFoundError(f"{folder} has no {engine.CONFIG}")
+    dtype = _dtype(dtype)
+    content = engine.read_json(folder / engine.CONFIG)
+    table = _format_named(content).table
+    if config is None:
+        config = MllamaConfig(**config_arguments(content))
+    config.name_or_path = str(folder)
+    with torch.device("meta"):
+        model = model_class(config)
+    tied = model.get_expanded_tied_weights_keys()
+    engine.load_weights(model, folder, table, dtype, device, optional=tied)
+    model.tie_weights()
+    config.dtype = model.dtype
+    if (folder / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_dict(_harmless(engine.read_json(folder / "generation_config.json")))
+    return model.eval()
+
+
+def save_model(
+    model: PreTrainedModel, folder: str | Path, state_dict: dict[str, torch.Tensor] | None = None, max_shard_size: int | str = "5GB"
+) -> None:
+    """Write a model's config, generation config and weights, whole or not at all.
+
+    Args:
+        model: what to write.
+        folder: made if absent. Other files in it stay.
+        state_dict: takes the place of the model's own.
+        max_shard_size: bytes of one weight file, or text as "5GB"; more is written as shards and an index.
+    """
+    form = format_of(model.config)
+    state_dict = model.state_dict() if state_dict is None else state_dict
+    tied = model.get_expanded_tied_weights_keys()
+    tensors = {engine.file_name(form.table, name): tensor for name, tensor in state_dict.items() if name not in tied}
+    content = form.to_file(model.config) | {"transformers_version": __version__, "torch_dtype": str(model.dtype).removeprefix("torch.")}
+    content.pop("dtype", None)
+
+    def write(aside: Path) -> None:
+        engine.write_json(aside / engine.CONFIG, content)
+        model.generation_config.save_pretrained(aside)
+        engine.save_weights(aside, tensors, max_shard_size)
+
+    engine.write_folder(Path(folder), write)
+
+
+def translate_state_dict(model: PreTrainedModel, state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """A state dict with the files' names brought to the model's. A name that neither knows stays, for `load_state_dict` to report."""
+    table, own = format_of(model.config).table, model.state_dict().keys()
+    names = {name: name if name in own else engine.our_name(table, name) for name in state_dict}
+    return {name if ours is None else ours: state_dict[name] for name, ours in names.items() if ours != ""}
+
+
+def _dtype(dtype: torch.dtype | str) -> torch.dtype | None:
+    """None for "auto"."""
+    if dtype in ("auto", None):
+        return None
+    known = _DTYPES.get(dtype.removeprefix("torch.")) if isinstance(dtype, str) else dtype
+    if known not in _DTYPES.values():
+        raise ValueError(f"dtype must be 'auto', {', '.join(map(repr, _DTYPES))} or one of these torch dtypes, got {dtype!r}")
+    return known
