@@ -98,6 +98,7 @@ def check_op(
     dtypes: Sequence[torch.dtype] = (torch.float32, torch.bfloat16, torch.float16),
     tolerance: dict[torch.dtype, float] = TOLERANCE,
     gradient_tolerance: dict[torch.dtype, float] | None = None,
+    second_derivative: bool = False,
 ) -> None:
     """Prove an operator on `samples` against its reference evaluated on the same (rounded) values in float64 or float32.
 
@@ -111,9 +112,10 @@ def check_op(
             () = the operator has no gradient.
         keep_float32: places and names of arguments that stay float32 beside 16-bit ones.
         dtypes, tolerance, gradient_tolerance: what is accepted for each dtype (see `assert_close`).
+        second_derivative: the operator has one, equal to the reference's; without, it must raise.
 
     Checked: values for each dtype, instruction set and memory layout; 16-bit beside float32 where kept so; determinism, run
-    to run and over thread counts; gradients against the reference's; that a second derivative raises; opcheck;
+    to run and over thread counts; gradients against the reference's; that a second derivative raises or is right; opcheck;
     torch.compile(fullgraph=True, backend="aot_eager"), forward and gradients; every bad call.
     """
     gradient_tolerance = gradient_tolerance or {dtype: 4 * bound for dtype, bound in tolerance.items()}
@@ -125,7 +127,9 @@ def check_op(
             _check_values(public, reference, typed, dtype, tolerance[dtype], what)
             if has_gradient:
                 _check_gradients(public, reference, typed, differentiable, gradient_tolerance[dtype], what)
-    if has_gradient:
+    if has_gradient and second_derivative:
+        _check_second_derivative(public, reference, _leaves(samples[0], differentiable), gradient_tolerance[torch.float32])
+    elif has_gradient:
         _check_no_second_derivative(public, _leaves(samples[0], differentiable))
     for sample in samples:
         _check_determinism(public, _leaves(sample, differentiable), has_gradient)
@@ -190,11 +194,23 @@ def _check_gradients(public, reference, sample, differentiable, tolerance, what)
                 assert_close(actual, wanted, tolerance, where)
 
 
+def _gradient_of_squares(function, sample) -> tuple[torch.Tensor, ...]:
+    loss = sum(r.square().sum() for r in _results(function(*sample.args, **sample.kwargs)))
+    return torch.autograd.grad(loss, sample.leaves(), create_graph=True)
+
+
 def _check_no_second_derivative(public, sample) -> None:
-    loss = sum(r.square().sum() for r in _results(public(*sample.args, **sample.kwargs)))
-    first = torch.autograd.grad(loss, sample.leaves(), create_graph=True)
+    first = _gradient_of_squares(public, sample)
     with pytest.raises(NotImplementedError, match="differentiated once"):
         torch.autograd.grad(first[0].sum(), sample.leaves())
+
+
+def _check_second_derivative(public, reference, sample, tolerance) -> None:
+    def second(function):
+        return torch.autograd.grad(sum(g.square().sum() for g in _gradient_of_squares(function, sample)), sample.leaves())
+
+    for k, pair in enumerate(zip(second(public), second(reference), strict=True)):
+        assert_close(*pair, tolerance, f"second derivative {k}")
 
 
 def _check_determinism(public, sample, has_gradient) -> None:

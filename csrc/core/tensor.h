@@ -7,6 +7,7 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
+#include <array>
 #include <optional>
 #include <tuple>
 #include <vector>
@@ -32,8 +33,21 @@ inline Dtype dtype_of(const char* op, const char* name, const Tensor& t) {
 }
 
 inline Tensor dense(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
+// The last dimension dense; other strides as they are.
+inline Tensor last_dense(const Tensor& t) {
+    int64_t last = t.dim() - 1;
+    return t.size(last) <= 1 || t.stride(last) == 1 ? t : torch::stable::contiguous(t);
+}
 inline Tensor to_dtype(const Tensor& t, ScalarType type) {
     return t.scalar_type() == type ? t : torch::stable::to(t, type);
+}
+
+// x weight^T + bias: torch's matrix product.
+inline Tensor linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias) {
+    using torch::stable::detail::from;
+    std::array<StableIValue, 3> stack{from(x), from(weight), from(bias)};
+    STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::linear", "", stack.data(), TORCH_ABI_VERSION));
+    return torch::stable::detail::to<Tensor>(stack[0]);
 }
 
 // Fresh contiguous memory on like's device. Through the C shim: torch::stable::new_empty goes through the dispatcher by

@@ -86,12 +86,9 @@ std::tuple<Tensor, Tensor> rms_norm_backward(const Tensor& grad_y, const std::op
                      [&](int64_t begin, int64_t end) { kernel(args, begin, end, nullptr); });
         return {grad_x, new_tensor(weight, {0})};
     }
-    int64_t parts = partial_sums(rows);
-    Tensor sums = torch::stable::new_zeros(x, {parts, args.width}, ScalarType::Float);
-    float* sum = mutable_data<float>(sums);
-    for_row_parts(rows, args.width, parts,
-                  [&](int64_t begin, int64_t end, int64_t part) { kernel(args, begin, end, sum + part * args.width); });
-    return {grad_x, add_parts(sums, weight)};
+    auto [grad_weight] = sums_over_rows<1>(
+        x, rows, args.width, [&](int64_t begin, int64_t end, auto sums) { kernel(args, begin, end, sums[0]); });
+    return {grad_x, to_dtype(grad_weight, weight.scalar_type())};
 }
 
 }  // namespace

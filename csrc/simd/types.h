@@ -25,4 +25,16 @@ inline void dispatch(Dtype dtype, Body&& body) {
     }
 }
 
+// The same for two types, where parameters are f32 or of the activations' dtype: body(T{}, W{}).
+template <class Body>
+inline void dispatch(Dtype dtype, Dtype weight_dtype, Body&& body) {
+    dispatch(dtype, [&](auto t) {
+        if (weight_dtype == Dtype::f32) {
+            body(t, float{});
+        } else {
+            body(t, t);
+        }
+    });
+}
+
 }  // namespace mllama

@@ -139,6 +139,14 @@ inline __attribute__((always_inline)) void put(T* p, vf x, int n) {
     n == kWidth ? store(p, x) : store_n(p, x, n);
 }
 
+// x in the first n lanes, 0 in the rest: what lies past a row's end stays out of its sums.
+inline __attribute__((always_inline)) vf first_lanes(vf x, int n) {
+    if (n == kWidth) return x;
+    vi index;
+    for (int i = 0; i < kWidth; ++i) index[i] = i;
+    return index < n ? x : vf{};
+}
+
 // ---- reductions: a fixed tree, so the same bits on every run
 
 inline float reduce_add(vf x) {

@@ -73,28 +73,16 @@ void backward_row(const RmsNormBackward& a, int64_t row, float* grad_weight) {
     });
 }
 
-// Calls body(T{}, W{}) for the row's and the weight's element types.
-template <class Body>
-void dispatch_pair(Dtype dtype, Dtype weight_dtype, Body&& body) {
-    dispatch(dtype, [&](auto t) {
-        if (weight_dtype == Dtype::f32) {
-            body(t, float{});
-        } else {
-            body(t, t);
-        }
-    });
-}
-
 }  // namespace
 
 void rms_norm(const RmsNorm& args, int64_t first_row, int64_t last_row) {
-    dispatch_pair(args.dtype, args.weight_dtype, [&](auto t, auto w) {
+    dispatch(args.dtype, args.weight_dtype, [&](auto t, auto w) {
         for (int64_t row = first_row; row < last_row; ++row) forward_row<decltype(t), decltype(w)>(args, row);
     });
 }
 
 void rms_norm_backward(const RmsNormBackward& args, int64_t first_row, int64_t last_row, float* grad_weight) {
-    dispatch_pair(args.dtype, args.weight_dtype, [&](auto t, auto w) {
+    dispatch(args.dtype, args.weight_dtype, [&](auto t, auto w) {
         for (int64_t row = first_row; row < last_row; ++row)
             backward_row<decltype(t), decltype(w)>(args, row, grad_weight);
     });

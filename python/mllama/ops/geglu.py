@@ -2,7 +2,8 @@
 
 import torch
 
-from mllama.ops._dispatch import check_float, check_value
+from mllama.ops._dispatch import use_kernel
+from mllama.ops._gated import check, register_gated
 
 
 def geglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
@@ -19,14 +20,15 @@ def geglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
         TypeError: an argument is no tensor, or of another dtype.
         ValueError: shapes or dtypes differ.
     """
-    check_float("geglu", gate=gate, up=up)
-    check_value(
-        up.shape == gate.shape and up.dtype == gate.dtype,
-        f"geglu: up must have gate's shape {tuple(gate.shape)} and dtype {gate.dtype}, got {tuple(up.shape)}, {up.dtype}",
-    )
+    check("geglu", gate, up)
+    if use_kernel(gate):
+        return _geglu(gate, up)
     return reference(gate, up)
 
 
 def reference(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     """`geglu` in plain torch."""
     return (torch.nn.functional.gelu(gate.float(), approximate="tanh") * up.float()).to(gate.dtype)
+
+
+_geglu = register_gated("geglu")

@@ -2,7 +2,7 @@
 
 import torch
 
-from mllama.ops._dispatch import check_float, check_value
+from mllama.ops._dispatch import check_float, register, use_kernel
 
 
 def layer_norm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float = 1e-6) -> torch.Tensor:
@@ -20,13 +20,9 @@ def layer_norm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: f
         TypeError: an argument is no tensor, or of another dtype.
         ValueError: weight or bias is not [D].
     """
-    check_float("layer_norm", x=x, weight=weight, bias=bias)
-    check_value(x.dim() >= 1, "layer_norm: x must have at least one dimension")
-    for name, tensor in (("weight", weight), ("bias", bias)):
-        check_value(
-            tensor.shape == x.shape[-1:],
-            f"layer_norm: {name} must be [{x.shape[-1]}], the last size of x {tuple(x.shape)}, got {tuple(tensor.shape)}",
-        )
+    _check(x, weight, bias)
+    if use_kernel(x):
+        return _layer_norm(x, weight, bias, eps)[0]
     return reference(x, weight, bias, eps)
 
 
@@ -36,3 +32,48 @@ def reference(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: fl
     h = h - h.mean(-1, keepdim=True)
     h = h * torch.rsqrt(h.square().mean(-1, keepdim=True) + eps)
     return (h * weight.float() + bias.float()).to(x.dtype)
+
+
+def _check(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> None:
+    check_float("layer_norm", x=x, weight=weight, bias=bias)
+    size = x.shape[-1:]
+    if x.dim() == 0 or weight.shape != size or bias.shape != size:
+        name, tensor = ("weight", weight) if weight.shape != size else ("bias", bias)
+        raise ValueError(
+            f"layer_norm: {name} must be {list(size) or '[D]'}, the last size of x {tuple(x.shape)}, got {tuple(tensor.shape)}"
+        )
+
+
+def _setup(ctx, inputs, output):
+    x, weight, bias, _ = inputs
+    statistics = output[1]
+    ctx.mark_non_differentiable(statistics)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(x, weight, bias, statistics)
+
+
+def _derivative(ctx, grad_y, grad_statistics):
+    if grad_y is None:
+        return None, None, None, None
+    _, weight, bias, _ = ctx.needs_input_grad
+    grad_x, grad_weight, grad_bias = _layer_norm_backward(grad_y, *ctx.saved_tensors, weight or bias)
+    return grad_x, grad_weight if weight else None, grad_bias if bias else None, None
+
+
+def _fresh(like):
+    return torch.empty_like(like, memory_format=torch.contiguous_format)
+
+
+_layer_norm = register(
+    "layer_norm",
+    fake=lambda x, weight, bias, eps: (_fresh(x), x.new_empty((*x.shape[:-1], 2), dtype=torch.float32)),
+    backward=_derivative,
+    setup_context=_setup,
+)
+_layer_norm_backward = register(
+    "_layer_norm_backward",
+    fake=lambda grad_y, x, weight, bias, statistics, parameter_gradients: (
+        _fresh(x),
+        *(_fresh(p) if parameter_gradients else p.new_empty(0) for p in (weight, bias)),
+    ),
+)

@@ -2,7 +2,7 @@
 
 import torch
 
-from mllama.ops._dispatch import check_float, check_value
+from mllama.ops._dispatch import check_float, register, use_kernel
 
 
 def patch_embed(pixel_values: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
@@ -20,24 +20,9 @@ def patch_embed(pixel_values: torch.Tensor, weight: torch.Tensor, bias: torch.Te
         TypeError: an argument is no tensor, or of another dtype.
         ValueError: the kernel is not square, the picture is no multiple of it, channels or bias do not fit.
     """
-    check_float("patch_embed", optional=("bias",), pixel_values=pixel_values, weight=weight, bias=bias)
-    check_value(pixel_values.dim() == 4, f"patch_embed: pixel_values must be [B, C, height, width], got {tuple(pixel_values.shape)}")
-    check_value(
-        weight.dim() == 4 and weight.shape[2] == weight.shape[3] > 0,
-        f"patch_embed: weight must be [E, C, p, p] with p > 0, got {tuple(weight.shape)}",
-    )
-    embed, channels, patch, _ = weight.shape
-    check_value(
-        pixel_values.shape[1] == channels, f"patch_embed: pixel_values have {pixel_values.shape[1]} channels, weight takes {channels}"
-    )
-    height, width = pixel_values.shape[2:]
-    check_value(
-        height % patch == 0 and width % patch == 0,
-        f"patch_embed: picture of {height} x {width} pixels cannot be cut into patches of {patch} x {patch}",
-    )
-    check_value(
-        bias is None or bias.shape == (embed,), f"patch_embed: bias must be [{embed}], got {None if bias is None else tuple(bias.shape)}"
-    )
+    _check(pixel_values, weight, bias)
+    if use_kernel(pixel_values):
+        return _patch_embed(pixel_values, weight, bias)
     return reference(pixel_values, weight, bias)
 
 
@@ -46,3 +31,47 @@ def reference(pixel_values: torch.Tensor, weight: torch.Tensor, bias: torch.Tens
     dtype = pixel_values.dtype
     bias = None if bias is None else bias.to(dtype)
     return torch.nn.functional.conv2d(pixel_values, weight.to(dtype), bias, stride=weight.shape[-1]).flatten(2).transpose(1, 2)
+
+
+def _check(pixel_values: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+    check_float("patch_embed", optional=("bias",), pixel_values=pixel_values, weight=weight, bias=bias)
+    if pixel_values.dim() != 4:
+        raise ValueError(f"patch_embed: pixel_values must be [B, C, height, width], got {tuple(pixel_values.shape)}")
+    if weight.dim() != 4 or weight.shape[2] != weight.shape[3] or weight.shape[3] == 0:
+        raise ValueError(f"patch_embed: weight must be [E, C, p, p] with p > 0, got {tuple(weight.shape)}")
+    embed, channels, patch, _ = weight.shape
+    if pixel_values.shape[1] != channels:
+        raise ValueError(f"patch_embed: pixel_values have {pixel_values.shape[1]} channels, weight takes {channels}")
+    height, width = pixel_values.shape[2:]
+    if height % patch or width % patch:
+        raise ValueError(f"patch_embed: a picture of {height} x {width} pixels cannot be cut into patches of {patch} x {patch}")
+    if bias is not None and bias.shape != (embed,):
+        raise ValueError(f"patch_embed: bias must be [{embed}], got {tuple(bias.shape)}")
+
+
+def _fake(pixel_values, weight, bias):
+    batch, _, height, width = pixel_values.shape
+    embed, _, patch, _ = weight.shape
+    return pixel_values.new_empty(batch, (height // patch) * (width // patch), embed)
+
+
+def _setup(ctx, inputs, output):
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*inputs)
+
+
+def _derivative(ctx, grad_y):
+    if grad_y is None:
+        return None, None, None
+    gradients = _patch_embed_backward(grad_y, *ctx.saved_tensors, *ctx.needs_input_grad)
+    return tuple(gradient if needed else None for gradient, needed in zip(gradients, ctx.needs_input_grad, strict=True))
+
+
+def _backward_fake(grad_y, pixel_values, weight, bias, *needed):
+    inputs = (pixel_values, weight, weight if bias is None else bias)
+    needed = (*needed[:2], needed[2] and bias is not None)
+    return tuple(x.new_empty(x.shape if need else 0) for x, need in zip(inputs, needed, strict=True))
+
+
+_patch_embed = register("patch_embed", fake=_fake, backward=_derivative, setup_context=_setup)
+_patch_embed_backward = register("_patch_embed_backward", fake=_backward_fake)

@@ -7,7 +7,7 @@ import math
 
 import torch
 
-from mllama.ops._dispatch import check_float, check_value
+from mllama.ops._dispatch import check_float, check_value, register, use_kernel
 
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.uint8)
 
@@ -27,22 +27,9 @@ def rope(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor)
         TypeError: an argument is no tensor, or of a dtype not named above.
         ValueError: sizes do not fit each other.
     """
-    check_float("rope", q=q, k=k)
-    for name, table in (("cos", cos), ("sin", sin)):
-        if not isinstance(table, torch.Tensor) or table.dtype != torch.float32:
-            raise TypeError(f"rope: {name} must be a float32 torch.Tensor, got {getattr(table, 'dtype', type(table).__name__)}")
-    check_value(q.dim() == 4 and k.dim() == 4, f"rope: q and k must be [B, T, heads, D], got {tuple(q.shape)} and {tuple(k.shape)}")
-    batch, length, _, size = q.shape
-    check_value(size % 2 == 0, f"rope: head size must be even, got {size}")
-    check_value(
-        k.shape[:2] == q.shape[:2] and k.shape[3] == size and k.dtype == q.dtype,
-        f"rope: k must be [{batch}, {length}, heads, {size}] of dtype {q.dtype} as q, got {tuple(k.shape)}, {k.dtype}",
-    )
-    for name, table in (("cos", cos), ("sin", sin)):
-        check_value(
-            table.dim() == 3 and table.shape[0] in (1, batch) and table.shape[1:] == (length, size // 2),
-            f"rope: {name} must be [{batch} or 1, {length}, {size // 2}], got {tuple(table.shape)}",
-        )
+    _check(q, k, cos, sin)
+    if use_kernel(q):
+        return _rope(q, k, cos, sin, False)
     return reference(q, k, cos, sin)
 
 
@@ -55,6 +42,42 @@ def reference(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Te
         return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin), dim=-1).to(x.dtype)
 
     return rotate(q), rotate(k)
+
+
+def _check(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> None:
+    check_float("rope", q=q, k=k)
+    if q.dim() != 4 or k.dim() != 4:
+        raise ValueError(f"rope: q and k must be [B, T, heads, D], got {tuple(q.shape)} and {tuple(k.shape)}")
+    batch, length, _, size = q.shape
+    if size % 2:
+        raise ValueError(f"rope: head size must be even, got {size}")
+    if k.shape[:2] != (batch, length) or k.shape[3] != size or k.dtype != q.dtype:
+        raise ValueError(f"rope: k must be [{batch}, {length}, heads, {size}] of {q.dtype} as q, got {tuple(k.shape)} of {k.dtype}")
+    for name, table in (("cos", cos), ("sin", sin)):
+        if not isinstance(table, torch.Tensor) or table.dtype != torch.float32:
+            raise TypeError(f"rope: {name} must be a float32 torch.Tensor, got {getattr(table, 'dtype', type(table).__name__)}")
+        if table.shape[1:] != (length, size // 2) or table.shape[0] not in (1, batch):
+            raise ValueError(f"rope: {name} must be [{batch} or 1, {length}, {size // 2}], got {tuple(table.shape)}")
+        if table.requires_grad and torch.is_grad_enabled():
+            raise ValueError(f"rope: {name} must not require a gradient: there is none")
+
+
+def _setup(ctx, inputs, output):
+    _, _, cos, sin, ctx.inverse = inputs
+    ctx.save_for_backward(cos, sin)
+
+
+def _derivative(ctx, grad_q, grad_k):
+    """A rotation's gradient is turned back by the same angles: linear, so that any higher derivative is right too."""
+    return *_rope(grad_q, grad_k, *ctx.saved_tensors, not ctx.inverse), None, None, None
+
+
+_rope = register(
+    "rope",
+    fake=lambda q, k, cos, sin, inverse: tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k)),
+    backward=_derivative,
+    setup_context=_setup,
+)
 
 
 def rope_tables(position_ids: torch.Tensor, frequencies: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

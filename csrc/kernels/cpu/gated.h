@@ -1,0 +1,36 @@
+// The gated activations: y = x sigmoid(z(x)) * up with x = gate, and their gradients. SwiGLU has z = x; GELU's tanh
+// form is x/2 (1 + tanh(z/2)) = x sigmoid(z) with z = 2 sqrt(2/pi) (x + 0.044715 x^3).
+#pragma once
+
+#include <cstdint>
+
+#include "simd/isa.h"
+#include "simd/types.h"
+
+namespace mllama::kernels {
+
+// Rows of `width` elements; inputs may have gaps between rows (halves of one projection), results have none.
+struct Gated {
+    Dtype dtype;
+    int64_t width;
+    const void* gate;
+    const void* up;
+    int64_t gate_stride;  // from row to row, in elements
+    int64_t up_stride;
+    void* y;
+};
+
+struct GatedBackward {
+    Dtype dtype;
+    int64_t width;
+    const void* grad_y;
+    const void* gate;
+    const void* up;
+    int64_t grad_stride;
+    int64_t gate_stride;
+    int64_t up_stride;
+    void* grad_gate;
+    void* grad_up;
+};
+
+}  // namespace mllama::kernels

@@ -1,0 +1,60 @@
+// The loops of the gated activations, for an Activation with z(x) and its slope dz/dx. Included by kernels only.
+#pragma once
+
+#include "kernels/cpu/gated.h"
+#include "simd/math.h"
+
+namespace mllama::kernels::MLLAMA_ISA {
+namespace {
+
+using namespace simd::MLLAMA_ISA;
+
+// Calls body(row, column, count) for the pieces of rows that make up the elements [first, last).
+template <class Body>
+void for_pieces(int64_t width, int64_t first, int64_t last, Body&& body) {
+    while (first < last) {
+        int64_t row = first / width, column = first % width;
+        int64_t count = width - column < last - first ? width - column : last - first;
+        body(row, column, count);
+        first += count;
+    }
+}
+
+template <class Activation>
+void gated_forward(const Gated& a, int64_t first, int64_t last) {
+    dispatch(a.dtype, [&](auto t) {
+        using T = decltype(t);
+        for_pieces(a.width, first, last, [&](int64_t row, int64_t column, int64_t count) {
+            const T* gate = static_cast<const T*>(a.gate) + row * a.gate_stride + column;
+            const T* up = static_cast<const T*>(a.up) + row * a.up_stride + column;
+            T* y = static_cast<T*>(a.y) + row * a.width + column;
+            for_vectors(count, [&](int64_t i, int n) {
+                vf x = at(gate + i, n);
+                put(y + i, x * sigmoid(Activation::z(x)) * at(up + i, n), n);
+            });
+        });
+    });
+}
+
+// With s = sigmoid(z): d(x s)/dx = s + x s (1 - s) dz/dx.
+template <class Activation>
+void gated_backward(const GatedBackward& a, int64_t first, int64_t last) {
+    dispatch(a.dtype, [&](auto t) {
+        using T = decltype(t);
+        for_pieces(a.width, first, last, [&](int64_t row, int64_t column, int64_t count) {
+            const T* grad = static_cast<const T*>(a.grad_y) + row * a.grad_stride + column;
+            const T* gate = static_cast<const T*>(a.gate) + row * a.gate_stride + column;
+            const T* up = static_cast<const T*>(a.up) + row * a.up_stride + column;
+            T* grad_gate = static_cast<T*>(a.grad_gate) + row * a.width + column;
+            T* grad_up = static_cast<T*>(a.grad_up) + row * a.width + column;
+            for_vectors(count, [&](int64_t i, int n) {
+                vf g = at(grad + i, n), x = at(gate + i, n), s = sigmoid(Activation::z(x)), active = x * s;
+                put(grad_gate + i, g * at(up + i, n) * (s + active * (1.0f - s) * Activation::slope(x)), n);
+                put(grad_up + i, g * active, n);
+            });
+        });
+    });
+}
+
+}  // namespace
+}  // namespace mllama::kernels::MLLAMA_ISA

@@ -1,0 +1,61 @@
+import pytest
+import torch
+
+from helpers import BadCall, Sample, check_op, needs_kernels
+from mllama.ops import layer_norm
+from mllama.ops.layer_norm import reference
+
+torch.manual_seed(0)
+SHAPES = [(3, 64), (2, 5, 77), (40, 16 + 13), (5,), (0, 8), (130, 100)]
+X, W, B = torch.randn(4, 8), torch.randn(8), torch.randn(8)
+
+
+def sample(shape):
+    return Sample((torch.randn(shape), torch.randn(shape[-1]), torch.randn(shape[-1])), {"eps": 1e-5})
+
+
+@needs_kernels
+@pytest.mark.parametrize("keep", [(), (1, 2), (2,)], ids=["parameters as x", "f32 parameters", "f32 bias"])
+def test_layer_norm(keep):
+    operators = torch.ops.mllama
+    statistics = operators.layer_norm(X, W, B, 1e-5)[1]
+    check_op(
+        layer_norm,
+        reference,
+        [sample(shape) for shape in SHAPES],
+        keep_float32=keep,
+        raw=[
+            (operators.layer_norm.default, (X, W.clone().requires_grad_(), B, 1e-5)),
+            (operators._layer_norm_backward.default, (torch.randn(4, 8), X, W, B, statistics, True)),
+            (operators._layer_norm_backward.default, (torch.randn(4, 8), X, W, B, statistics, False)),
+        ],
+        bad_calls=[
+            BadCall(lambda: layer_norm([1.0], W, B), TypeError, "x must be a torch.Tensor, got list"),
+            BadCall(lambda: layer_norm(X.double(), W, B), TypeError, "x must be float32, bfloat16 or float16, got float64"),
+            BadCall(lambda: layer_norm(X, W, B.int()), TypeError, "bias must be float32, bfloat16 or float16, got int32"),
+            BadCall(lambda: layer_norm(X, W, None), TypeError, "bias"),
+            BadCall(lambda: layer_norm(X, W[:3], B), ValueError, r"weight must be \[8\]"),
+            BadCall(lambda: layer_norm(X, W, B[:3]), ValueError, r"bias must be \[8\]"),
+            BadCall(lambda: layer_norm(torch.tensor(1.0), W, B), ValueError, r"weight must be \[D\]"),
+            BadCall(lambda: operators.layer_norm(X, W, B[:3], 1e-5), ValueError, r"bias must be \[8\]"),
+            BadCall(lambda: operators.layer_norm(X.double(), W, B, 1e-5), ValueError, "x must be float32"),
+        ],
+    )
+
+
+def test_large_mean_keeps_its_variance():
+    """The mean of squares less the squared mean would leave nothing here."""
+    x = torch.randn(4, 100, dtype=torch.float64) + 1000
+    expected = torch.nn.functional.layer_norm(x, (100,), eps=1e-5)
+    actual = layer_norm(x.float(), torch.ones(100), torch.zeros(100), 1e-5)
+    torch.testing.assert_close(actual.double(), expected, atol=2e-3, rtol=0)
+
+
+def test_frozen_parameters_get_no_gradient():
+    x = X.clone().requires_grad_()
+    layer_norm(x, W, B).sum().backward()
+    assert x.grad is not None and W.grad is None and B.grad is None
+
+
+def test_matches_torch():
+    torch.testing.assert_close(layer_norm(X, W, B, 1e-5), torch.nn.functional.layer_norm(X, (8,), W, B, 1e-5))
