@@ -1,5 +1,7 @@
 """What every operator file shares: the choice between kernel and reference, and checks of what a caller passed."""
 
+import contextlib
+
 import torch
 
 from mllama import _ext
@@ -11,6 +13,12 @@ FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 def use_kernel(x: torch.Tensor) -> bool:
     """True when the compiled kernel serves this tensor: it lives on the CPU and operators are not disabled."""
     return _EXTENSION is not None and x.is_cpu
+
+
+def exact(x: torch.Tensor) -> contextlib.AbstractContextManager:
+    """A context for a reference's matrix products: autocast, which would round them to 16 bits, leaves x's device alone."""
+    kind = x.device.type
+    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else contextlib.nullcontext()
 
 
 def check_float(op: str, *, optional: tuple[str, ...] = (), **tensors: torch.Tensor | None) -> None:

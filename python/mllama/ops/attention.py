@@ -2,7 +2,7 @@
 
 import torch
 
-from mllama.ops._dispatch import check_float, check_value
+from mllama.ops._dispatch import check_float, check_value, exact
 
 HEAD_SIZES = (16, 256)
 
@@ -64,8 +64,9 @@ def attention_weights(
 
     Arguments and errors as `attention`. For looking at attention: always plain torch, and T x S large.
     """
-    _check(q, k, None, scale, causal, query_offset, key_mask, key_bias, prefix_length)
-    return _probabilities(q, k, scale, causal, query_offset, key_mask, key_bias, prefix_length).flatten(1, 2)
+    _check(q, k, k, scale, causal, query_offset, key_mask, key_bias, prefix_length)
+    with exact(q):
+        return _probabilities(q, k, scale, causal, query_offset, key_mask, key_bias, prefix_length).flatten(1, 2)
 
 
 def reference(
@@ -81,8 +82,9 @@ def reference(
     prefix_length: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """`attention` in plain torch: what it computes, written down. Takes float64 too."""
-    probabilities = _probabilities(q, k, scale, causal, query_offset, key_mask, key_bias, prefix_length)
-    out = torch.einsum("bkgts,bskd->btkgd", probabilities, v.to(probabilities.dtype))
+    with exact(q):
+        probabilities = _probabilities(q, k, scale, causal, query_offset, key_mask, key_bias, prefix_length)
+        out = torch.einsum("bkgts,bskd->btkgd", probabilities, v.to(probabilities.dtype))
     return out.reshape(q.shape).to(q.dtype)
 
 
@@ -137,11 +139,10 @@ def _check(q, k, v, scale, causal, query_offset, key_mask, key_bias, prefix_leng
         raise ValueError(f"attention: q's {heads} heads must be a multiple of k's {kv_heads}")
     if k.dtype != q.dtype or k.device != q.device:
         raise _kind_error("k", k, q)
-    if v is not None:
-        if v.shape != k.shape:
-            raise ValueError(f"attention: v must have k's shape {list(k.shape)}, got {list(v.shape)}")
-        if v.dtype != q.dtype or v.device != q.device:
-            raise _kind_error("v", v, q)
+    if v.shape != k.shape:
+        raise ValueError(f"attention: v must have k's shape {list(k.shape)}, got {list(v.shape)}")
+    if v.dtype != q.dtype or v.device != q.device:
+        raise _kind_error("v", v, q)
     if scale is not None and (isinstance(scale, bool) or not isinstance(scale, (int, float))):
         raise TypeError(f"attention: scale must be a float or None, got {type(scale).__name__}")
     if not isinstance(causal, bool):
