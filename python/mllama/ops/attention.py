@@ -2,7 +2,7 @@
 
 import torch
 
-from mllama.ops._dispatch import check_float, check_value, exact
+from mllama.ops._dispatch import check_float, check_value, exact, register, use_kernel
 
 HEAD_SIZES = (16, 256)
 
@@ -44,6 +44,11 @@ def attention(
         ValueError: shapes that do not fit, D out of range, devices that differ, a key_bias that asks for a gradient.
     """
     _check(q, k, v, scale, causal, query_offset, key_mask, key_bias, prefix_length)
+    if use_kernel(q):
+        if query_offset is not None and not isinstance(query_offset, torch.Tensor):
+            query_offset = torch.full((1,), _limited(query_offset, q.shape[1], k.shape[1]), dtype=torch.int64)
+        factor = q.shape[-1] ** -0.5 if scale is None else scale
+        return _attention(q, k, v, key_mask, key_bias, query_offset, prefix_length, causal, factor)[0]
     return reference(
         q, k, v, scale=scale, causal=causal, query_offset=query_offset, key_mask=key_mask, key_bias=key_bias, prefix_length=prefix_length
     )
@@ -110,8 +115,9 @@ def _visible(q, keys, causal, query_offset, key_mask, key_bias, prefix_length) -
     if causal:
         queries = q.shape[1]
         offset = keys - queries if query_offset is None else query_offset
+        offset = _limited(offset, queries, keys)
         if isinstance(offset, torch.Tensor):
-            offset = offset.clamp(-queries, keys)[:, None, None]  # beyond these nothing changes, and i + offset cannot overflow
+            offset = offset[:, None, None]
         query = torch.arange(queries, device=q.device)[None, :, None]
         key = torch.arange(keys, device=q.device)
         visible = key <= query + offset
@@ -123,6 +129,11 @@ def _visible(q, keys, causal, query_offset, key_mask, key_bias, prefix_length) -
         finite = (key_bias > -torch.inf)[:, None, :]
         visible = finite if visible is None else visible & finite
     return None if visible is None else visible[:, None, None]
+
+
+def _limited(offset, queries, keys):
+    """The offset within [-queries, keys]: beyond, nothing changes, and sums cannot overflow."""
+    return offset.clamp(-queries, keys) if isinstance(offset, torch.Tensor) else max(-queries, min(offset, keys))
 
 
 def _check(q, k, v, scale, causal, query_offset, key_mask, key_bias, prefix_length) -> None:
@@ -179,3 +190,31 @@ def _kind_error(name, tensor, q) -> Exception:
     if tensor.dtype != q.dtype:
         return TypeError(f"attention: {name} must have q's dtype {q.dtype}, got {tensor.dtype}".replace("torch.", ""))
     return ValueError(f"attention: {name} is on {tensor.device}, q on {q.device}")
+
+
+def _setup(ctx, inputs, output):
+    q, k, v, key_mask, key_bias, query_offset, prefix_length, causal, scale = inputs
+    out, lse = output
+    ctx.mark_non_differentiable(lse)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(q, k, v, out, lse, key_mask, key_bias, query_offset, prefix_length)
+    ctx.causal, ctx.scale = causal, scale
+
+
+def _derivative(ctx, grad_out, grad_lse):
+    if grad_out is None:
+        return (None,) * 9
+    return (*_attention_backward(grad_out, *ctx.saved_tensors, ctx.causal, ctx.scale), *(None,) * 6)
+
+
+def _fake(q, k, v, key_mask, key_bias, query_offset, prefix_length, causal, scale):
+    batch, queries, heads, _ = q.shape
+    return torch.empty_like(q, memory_format=torch.contiguous_format), q.new_empty((batch, heads, queries), dtype=torch.float32)
+
+
+def _fake_backward(grad_out, q, k, v, out, lse, key_mask, key_bias, query_offset, prefix_length, causal, scale):
+    return tuple(torch.empty_like(tensor, memory_format=torch.contiguous_format) for tensor in (q, k, v))
+
+
+_attention = register("attention", fake=_fake, backward=_derivative, setup_context=_setup)
+_attention_backward = register("_attention_backward", fake=_fake_backward)

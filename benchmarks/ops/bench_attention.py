@@ -1,0 +1,66 @@
+"""attention on Llama-3.2-1B's decoder (one query over a long cache, prefill) and SigLIP-base's tower."""
+
+from collections.abc import Iterator
+from functools import partial
+
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+
+from benchmarks import shapes
+from benchmarks.harness import DTYPES, Case, both_directions, measure
+from mllama.ops import attention
+
+PEER = "torch's scaled_dot_product_attention (grouped or with repeated heads, whichever is faster)"
+CACHE, PREFILLS = 4096, (512, 2048)
+
+
+def cases() -> Iterator[Case]:
+    """Every shape, dtype and direction. K and V lie as a cache has them in decoding, else as the projections leave them."""
+    heads = (shapes.HEADS, shapes.KV_HEADS, shapes.HEAD_SIZE)
+    for dtype in DTYPES:
+        yield from _cases("decode", 1, 1, CACHE, *heads, dtype, causal=False)
+        for length in PREFILLS:
+            yield from _cases("prefill", 1, length, length, *heads, dtype, causal=True)
+    vision_heads = (shapes.VISION_HEADS, shapes.VISION_HEADS, shapes.VISION_HIDDEN // shapes.VISION_HEADS)
+    for batch in shapes.VISION_BATCHES:
+        for dtype in DTYPES:
+            yield from _cases("tower", batch, shapes.PATCHES, shapes.PATCHES, *vision_heads, dtype, causal=False)
+
+
+def _cases(name, batch, queries, keys, heads, kv_heads, size, dtype, causal) -> Iterator[Case]:
+    q = torch.randn(batch, queries, heads, size, dtype=dtype)
+    decode = queries == 1
+    if decode:
+        k, v = (torch.randn(batch, kv_heads, keys, size, dtype=dtype).transpose(1, 2) for _ in "kv")
+    else:
+        k, v = (torch.randn(batch, keys, kv_heads, size, dtype=dtype) for _ in "kv")
+    flops = 4 * batch * queries * keys * heads * size // (2 if causal else 1)
+    both = both_directions(
+        f"{name} {batch}x{queries}x{heads}x{size}, {keys} keys x {kv_heads}",
+        partial(attention, causal=causal),
+        _peer(q, k, v, causal),
+        (q, k, v),
+        differentiable=3,
+        forward_bytes=(2 * q.numel() + 2 * k.numel()) * q.element_size() if decode else 0,
+        forward_flops=flops,
+        backward_flops=flops * 5 // 2,
+    )
+    yield from both[:1] if decode else both
+
+
+def _peer(q, k, v, causal):
+    """torch's faster way to the same result: its own grouping, or K and V repeated for every query head."""
+    group = q.shape[2] // k.shape[2]
+
+    def grouped(q, k, v):
+        q, k, v = (tensor.transpose(1, 2) for tensor in (q, k, v))
+        return scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=group > 1).transpose(1, 2)
+
+    def repeated(q, k, v):
+        return grouped(q, k.repeat_interleave(group, 2), v.repeat_interleave(group, 2))
+
+    if group == 1:
+        return grouped
+    contest = Case("", q.dtype, "", partial(grouped, q, k, v), partial(repeated, q, k, v))
+    row = measure(contest)
+    return grouped if row.ours <= row.peer else repeated
