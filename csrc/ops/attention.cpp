@@ -14,12 +14,15 @@ using MaybeTensor = std::optional<Tensor>;
 constexpr int64_t kDecodeRows = 16;
 
 void check_inputs(const char* op, const Tensor& q, const Tensor& k, const Tensor& v) {
-    check_value(q.dim() == 4 && k.dim() == 4 && v.dim() == 4, op, ": q, k and v must be [batch, length, heads, head size]");
+    check_value(q.dim() == 4 && k.dim() == 4 && v.dim() == 4, op,
+                ": q, k and v must be [batch, length, heads, head size]");
     check_value(q.size(3) >= 16 && q.size(3) <= 256, op, ": the head size must be 16 to 256, got ", q.size(3));
     check_value(k.size(0) == q.size(0) && k.size(3) == q.size(3), op, ": q and k must agree in batch and head size");
-    check_value(k.size(2) > 0 && q.size(2) % k.size(2) == 0, op, ": q's ", q.size(2), " heads must be a multiple of k's ", k.size(2));
+    check_value(k.size(2) > 0 && q.size(2) % k.size(2) == 0, op, ": q's ", q.size(2),
+                " heads must be a multiple of k's ", k.size(2));
     check_value(v.sizes() == k.sizes(), op, ": v must have k's shape");
-    check_value(k.scalar_type() == q.scalar_type() && v.scalar_type() == q.scalar_type(), op, ": q, k and v must have one dtype");
+    check_value(k.scalar_type() == q.scalar_type() && v.scalar_type() == q.scalar_type(), op,
+                ": q, k and v must have one dtype");
     check_value(q.size(1) < (1 << 30) && k.size(1) < (1 << 30), op, ": more than 2^30 positions");
 }
 
@@ -35,11 +38,13 @@ class Visible {
         int64_t batch = q.size(0), queries = q.size(1), keys = k.size(1);
         check_value(causal || (!query_offset && !prefix_length), op, ": query_offset and prefix_length need causal");
         auto integers = [&](const char* name, const MaybeTensor& t, bool broadcast) {
-            check_value(!t || (t->dim() == 1 && (t->size(0) == batch || (broadcast && t->size(0) == 1)) && t->scalar_type() == ScalarType::Long),
+            check_value(!t || (t->dim() == 1 && (t->size(0) == batch || (broadcast && t->size(0) == 1)) &&
+                               t->scalar_type() == ScalarType::Long),
                         op, ": ", name, " must be int64 [", batch, broadcast ? "] or [1]" : "]");
             return t ? MaybeTensor(dense(*t)) : MaybeTensor();
         };
-        MaybeTensor offset = integers("query_offset", query_offset, true), prefix = integers("prefix_length", prefix_length, false);
+        MaybeTensor offset = integers("query_offset", query_offset, true),
+                    prefix = integers("prefix_length", prefix_length, false);
         for (int64_t b = 0; b < batch; ++b) {
             kernels::VisibleKeys& row = rows_[b];
             row = {.offset = keys, .prefix = 0, .first = 0, .last = keys, .added = nullptr};
@@ -64,8 +69,8 @@ class Visible {
             mask = dense(*key_mask);
         }
         if (key_bias) {
-            check_value(key_bias->dim() == 2 && (key_bias->size(0) == batch || key_bias->size(0) == 1) && key_bias->size(1) == keys &&
-                            key_bias->scalar_type() == ScalarType::Float,
+            check_value(key_bias->dim() == 2 && (key_bias->size(0) == batch || key_bias->size(0) == 1) &&
+                            key_bias->size(1) == keys && key_bias->scalar_type() == ScalarType::Float,
                         op, ": key_bias must be float32 [", batch, " or 1, ", keys, "]");
             bias = dense(*key_bias);
         }
@@ -95,7 +100,8 @@ class Visible {
 };
 
 template <class Args>
-void describe(Args& args, const char* op, const Tensor& q, const Tensor& k, const Tensor& v, const Visible& visible, double scale) {
+void describe(Args& args, const char* op, const Tensor& q, const Tensor& k, const Tensor& v, const Visible& visible,
+              double scale) {
     args.dtype = dtype_of(op, "q", q);
     args.batch = q.size(0);
     args.queries = q.size(1);
@@ -156,17 +162,19 @@ std::tuple<Tensor, Tensor> attention(const Tensor& q_, const Tensor& k_, const T
     return {out, lse};
 }
 
-std::tuple<Tensor, Tensor, Tensor> attention_backward(const Tensor& grad_out_, const Tensor& q_, const Tensor& k_, const Tensor& v_,
-                                                      const Tensor& out_, const Tensor& lse_, const MaybeTensor& key_mask,
-                                                      const MaybeTensor& key_bias, const MaybeTensor& query_offset,
-                                                      const MaybeTensor& prefix_length, bool causal, double scale) {
+std::tuple<Tensor, Tensor, Tensor> attention_backward(const Tensor& grad_out_, const Tensor& q_, const Tensor& k_,
+                                                      const Tensor& v_, const Tensor& out_, const Tensor& lse_,
+                                                      const MaybeTensor& key_mask, const MaybeTensor& key_bias,
+                                                      const MaybeTensor& query_offset, const MaybeTensor& prefix_length,
+                                                      bool causal, double scale) {
     const char* op = "_attention_backward";
     check_inputs(op, q_, k_, v_);
     for (const Tensor* t : {&grad_out_, &out_}) {
-        check_value(t->sizes() == q_.sizes() && t->scalar_type() == q_.scalar_type(), op, ": grad_out and out must be as q");
+        check_value(t->sizes() == q_.sizes() && t->scalar_type() == q_.scalar_type(), op,
+                    ": grad_out and out must be as q");
     }
-    check_value(lse_.dim() == 3 && lse_.size(0) == q_.size(0) && lse_.size(1) == q_.size(2) && lse_.size(2) == q_.size(1) &&
-                    lse_.scalar_type() == ScalarType::Float,
+    check_value(lse_.dim() == 3 && lse_.size(0) == q_.size(0) && lse_.size(1) == q_.size(2) &&
+                    lse_.size(2) == q_.size(1) && lse_.scalar_type() == ScalarType::Float,
                 op, ": lse must be float32 [batch, heads, queries]");
     Visible visible(op, q_, k_, key_mask, key_bias, query_offset, prefix_length, causal);
     Tensor q = unit_stride(q_), k = unit_stride(k_), v = unit_stride(v_), grad_out = unit_stride(grad_out_);

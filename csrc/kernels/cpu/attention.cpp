@@ -58,7 +58,8 @@ class Prefill {
     template <class T>
     void pack_keys(int64_t keys) {
         auto row_of = [this](const Heads& t) {
-            const T* base = static_cast<const T*>(t.data) + batch_ * t.batch + visible_.first * t.length + head_ * t.head;
+            const T* base =
+                static_cast<const T*>(t.data) + batch_ * t.batch + visible_.first * t.length + head_ * t.head;
             return [base, stride = t.length](int64_t i) { return base + i * stride; };
         };
         pack_tiles<E>(row_of(a_.k), keys, a_.size, room_, k_);
@@ -79,7 +80,8 @@ class Prefill {
         constexpr int kTileLanes = NV * kWidth;
         int32_t limits[kTileLanes];  // counted from visible_.first; rows past the last repeat it
         for (int r = 0; r < kTileLanes; ++r) {
-            limits[r] = static_cast<int32_t>(visible_.limit(query(first + std::min<int64_t>(r, rows - 1))) - visible_.first);
+            limits[r] =
+                static_cast<int32_t>(visible_.limit(query(first + std::min<int64_t>(r, rows - 1))) - visible_.first);
         }
         vi limit[NV];
         std::memcpy(limit, limits, sizeof limit);
@@ -142,8 +144,8 @@ class Prefill {
 
     // The same where something is added to keys, or some of the lanes do not see all of them.
     template <int NV>
-    __attribute__((always_inline)) void finish_masked(vf (&acc)[kTileRows][NV], float* scores, vf (&highest)[NV], int key,
-                                                      const vi (&limit)[NV], const float* added) {
+    __attribute__((always_inline)) void finish_masked(vf (&acc)[kTileRows][NV], float* scores, vf (&highest)[NV],
+                                                      int key, const vi (&limit)[NV], const float* added) {
         for (int r = 0; r < kTileRows; ++r) {
             for (int n = 0; n < NV; ++n) {
                 vf score = acc[r][n] * scale_ + added[r];
@@ -189,7 +191,8 @@ class Prefill {
         for (int64_t r = 0; r < rows; ++r) {
             T* out = static_cast<T*>(a_.out) +
                      ((batch_ * a_.queries + query(first + r)) * a_.heads + head(first + r)) * a_.size;
-            for_vectors(a_.size, [&](int64_t d, int n) { put(out + d, load(sums + r * columns_ + d) * inverse[r], n); });
+            for_vectors(a_.size,
+                        [&](int64_t d, int n) { put(out + d, load(sums + r * columns_ + d) * inverse[r], n); });
         }
     }
 
@@ -211,7 +214,8 @@ void attention_prefill(const AttentionForward& args, int64_t shares, int64_t fir
     dispatch(args.dtype, [&](auto t) {
         using T = decltype(t);
         Prefill<typename WordsOf<T>::type> work(args);
-        for (int64_t task = first_task; task < last_task; ++task) work.template task<T>(task / shares, task % shares, shares);
+        for (int64_t task = first_task; task < last_task; ++task)
+            work.template task<T>(task / shares, task % shares, shares);
     });
 }
 

@@ -19,10 +19,10 @@ struct Heads {
 
 // What the queries of one batch row may see. Query t sees keys [first, limit(t)), less those whose `added` is -inf.
 struct VisibleKeys {
-    int64_t offset;      // a causal query sees keys up to t + offset; at least `last` where nothing is causal
-    int64_t prefix;      // keys that all queries see
+    int64_t offset;       // a causal query sees keys up to t + offset; at least `last` where nothing is causal
+    int64_t prefix;       // keys that all queries see
     int64_t first, last;  // no key outside is visible to any query
-    const float* added;  // [keys], in log2 units, to every score of a key; null = 0
+    const float* added;   // [keys], in log2 units, to every score of a key; null = 0
 
     int64_t limit(int64_t t) const {
         int64_t keys = t + offset + 1 > prefix ? t + offset + 1 : prefix;
@@ -38,7 +38,7 @@ struct Attention {
     const VisibleKeys* visible;  // [batch]
 
     int64_t group() const { return heads / kv_heads; }
-    int64_t rows() const { return queries * group(); }   // of one pair
+    int64_t rows() const { return queries * group(); }  // of one pair
     int64_t pairs() const { return batch * kv_heads; }
 };
 
@@ -49,24 +49,27 @@ struct AttentionForward : Attention {
 
 struct AttentionBackward : Attention {
     Heads grad_out;
-    const void* out;                // as AttentionForward's
+    const void* out;  // as AttentionForward's
     const float* lse;
     void *grad_q, *grad_k, *grad_v;  // contiguous
-    int64_t parts;                  // how many partial sums make grad_k and grad_v
-    float* partial;                 // [pairs, parts, attention_partial_size]; unused for one part
+    int64_t parts;                   // how many partial sums make grad_k and grad_v
+    float* partial;                  // [pairs, parts, attention_partial_size]; unused for one part
 };
 
 // Many queries: blocks of scores on packed copies of q, k and v. Task = (pair, share): a share takes every shares-th
 // tile of queries.
-MLLAMA_KERNEL(void, attention_prefill, (const AttentionForward& args, int64_t shares, int64_t first_task, int64_t last_task))
+MLLAMA_KERNEL(void, attention_prefill,
+              (const AttentionForward& args, int64_t shares, int64_t first_task, int64_t last_task))
 
 // Few queries: k and v are read in place, once, in chunks of keys whose results are merged afterwards.
 // Task = (pair, chunk). `partial` holds `attention_chunk_size` floats for each task.
 constexpr int64_t kDecodeChunk = 256;
 inline int64_t attention_chunks(const Attention& a) { return (a.keys + kDecodeChunk - 1) / kDecodeChunk; }
 inline int64_t attention_chunk_size(const Attention& a) { return a.rows() * (a.size + 2); }
-MLLAMA_KERNEL(void, attention_decode, (const AttentionForward& args, float* partial, int64_t first_task, int64_t last_task))
-MLLAMA_KERNEL(void, attention_merge, (const AttentionForward& args, const float* partial, int64_t first_pair, int64_t last_pair))
+MLLAMA_KERNEL(void, attention_decode,
+              (const AttentionForward& args, float* partial, int64_t first_task, int64_t last_task))
+MLLAMA_KERNEL(void, attention_merge,
+              (const AttentionForward& args, const float* partial, int64_t first_pair, int64_t last_pair))
 
 // Gradients. Task = (pair, part); then, with more than one part, attention_backward_sum over the pairs.
 inline int64_t attention_partial_size(const Attention& a) { return 2 * (a.keys + 8) * ((a.size + 15) / 16 * 16); }

@@ -43,7 +43,8 @@ struct Scores<Pairs> {
         }
         if (!lanes) return;
         for (int r = 0; r < kTileRows; r += 2) {
-            for (int n = 0; n < NV; ++n) store_words(lanes + (r / 2 * NV + n) * kWidth, join_pairs(tile[r][n], tile[r + 1][n]));
+            for (int n = 0; n < NV; ++n)
+                store_words(lanes + (r / 2 * NV + n) * kWidth, join_pairs(tile[r][n], tile[r + 1][n]));
         }
     }
     static const Word* lanes(const Word*, const Word* lanes) { return lanes; }
@@ -122,7 +123,8 @@ class Backward {
     template <class T>
     void pack_keys() {
         auto rows_of = [this](const Heads& t) {
-            const T* base = static_cast<const T*>(t.data) + batch_ * t.batch + visible_.first * t.length + head_ * t.head;
+            const T* base =
+                static_cast<const T*>(t.data) + batch_ * t.batch + visible_.first * t.length + head_ * t.head;
             return [base, stride = t.length](int64_t i) { return base + i * stride; };
         };
         auto k_row = rows_of(a_.k), v_row = rows_of(a_.v);
@@ -136,7 +138,9 @@ class Backward {
     void pack_queries(int64_t first, int64_t rows) {
         auto rows_of = [&](const Heads& t) {
             const T* base = static_cast<const T*>(t.data) + batch_ * t.batch;
-            return [this, base, &t, first](int64_t r) { return base + query(first + r) * t.length + head(first + r) * t.head; };
+            return [this, base, &t, first](int64_t r) {
+                return base + query(first + r) * t.length + head(first + r) * t.head;
+            };
         };
         auto q_row = rows_of(a_.q), g_row = rows_of(a_.grad_out);
         pack_columns<E>(q_row, rows, lanes(rows), a_.size, room_, q_lanes_);
@@ -166,7 +170,8 @@ class Backward {
         constexpr int kTileLanes = NV * kWidth, kRow = kTileLanes / E::kElements;  // words in a row of P
         int32_t limits[kTileLanes];
         for (int r = 0; r < kTileLanes; ++r) {
-            limits[r] = static_cast<int32_t>(visible_.limit(query(first + std::min<int64_t>(r, rows - 1))) - visible_.first);
+            limits[r] =
+                static_cast<int32_t>(visible_.limit(query(first + std::min<int64_t>(r, rows - 1))) - visible_.first);
         }
         vi limit[NV];
         vf lse[NV], delta[NV];
@@ -210,7 +215,8 @@ class Backward {
             for (int64_t d = 0; d < round_up(a_.size, kTileRows); d += kTileRows) {
                 vf acc[kTileRows][NV];
                 load_tile(acc, grad_q_ + d * kTileLanes, kTileLanes);
-                multiply_add<E, NV, 1>(acc, k_rows_ + block / E::kElements * columns_ + d, columns_, ds, kTileLanes, steps);
+                multiply_add<E, NV, 1>(acc, k_rows_ + block / E::kElements * columns_ + d, columns_, ds, kTileLanes,
+                                       steps);
                 store_tile(acc, grad_q_ + d * kTileLanes, kTileLanes);
             }
         }
@@ -222,7 +228,8 @@ class Backward {
         int64_t d = 0, step = 0;
         for (; d < columns_; d += step * kWidth) {
             int64_t left = (columns_ - d) / kWidth;
-            step = left == 4 ? 2 : std::min<int64_t>(left, 3);  // 4 as 2 + 2: 3 + 1 would leave the 1 waiting for its sums
+            step =
+                left == 4 ? 2 : std::min<int64_t>(left, 3);  // 4 as 2 + 2: 3 + 1 would leave the 1 waiting for its sums
             switch (step) {
                 case 1: add_columns<kRow, 1>(scores, rows + d, sums + d); break;
                 case 2: add_columns<kRow, 2>(scores, rows + d, sums + d); break;
@@ -290,7 +297,8 @@ void attention_backward(const AttentionBackward& args, int64_t first_task, int64
     dispatch(args.dtype, [&](auto t) {
         using T = decltype(t);
         Backward<typename WordsOf<T>::type> work(args);
-        for (int64_t task = first_task; task < last_task; ++task) work.template task<T>(task / args.parts, task % args.parts);
+        for (int64_t task = first_task; task < last_task; ++task)
+            work.template task<T>(task / args.parts, task % args.parts);
     });
 }
 

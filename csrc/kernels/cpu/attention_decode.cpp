@@ -52,7 +52,8 @@ struct Paired {
 
     static vf query(const bf16* q) { return key(q, kStep); }
     static vf key(const bf16* k, int n) {
-        return reinterpret_cast<vf>(n == kStep ? _mm512_loadu_si512(k) : _mm512_maskz_loadu_epi16((__mmask32{1} << n) - 1, k));
+        return reinterpret_cast<vf>(n == kStep ? _mm512_loadu_si512(k)
+                                               : _mm512_maskz_loadu_epi16((__mmask32{1} << n) - 1, k));
     }
     static vf multiply_add(vf a, vf b, vf sum) { return Pairs::multiply_add(a, b, sum); }
     static vf probability(const float* p) { return Pairs::broadcast(reinterpret_cast<const Word*>(p)); }
@@ -62,7 +63,8 @@ struct Paired {
         static_assert(kVectors % 2 == 0);
         for (int i = 0; i < kVectors; i += 2) {
             int n = in_step(left - i * kWidth, kStep);
-            __m512i a = reinterpret_cast<__m512i>(key(low + i * kWidth, n)), b = reinterpret_cast<__m512i>(key(high + i * kWidth, n));
+            __m512i a = reinterpret_cast<__m512i>(key(low + i * kWidth, n)),
+                    b = reinterpret_cast<__m512i>(key(high + i * kWidth, n));
             x[i] = reinterpret_cast<vf>(_mm512_unpacklo_epi16(a, b));
             x[i + 1] = reinterpret_cast<vf>(_mm512_unpackhi_epi16(a, b));
         }
@@ -72,7 +74,8 @@ struct Paired {
     static void put_sums(float* out, const vf (&sum)[kVectors]) {
         for (int i = 0; i < kVectors; i += 2) {
             for (int part = 0; part < 4; ++part) {
-                const char *even = reinterpret_cast<const char*>(&sum[i]), *odd = reinterpret_cast<const char*>(&sum[i + 1]);
+                const char *even = reinterpret_cast<const char*>(&sum[i]),
+                           *odd = reinterpret_cast<const char*>(&sum[i + 1]);
                 std::memcpy(out + i * kWidth + part * 8, even + part * 16, 16);
                 std::memcpy(out + i * kWidth + part * 8 + 4, odd + part * 16, 16);
             }
@@ -102,7 +105,8 @@ inline __attribute__((always_inline)) vf sum_each(const vf (&acc)[kWidth]) {
     }
     auto parts = [](vf first, vf second) {  // of 128 bits: 0 + 1 and 2 + 3 of both
         __m512 a = reinterpret_cast<__m512>(first), b = reinterpret_cast<__m512>(second);
-        return reinterpret_cast<vf>(_mm512_shuffle_f32x4(a, b, 0x88)) + reinterpret_cast<vf>(_mm512_shuffle_f32x4(a, b, 0xdd));
+        return reinterpret_cast<vf>(_mm512_shuffle_f32x4(a, b, 0x88)) +
+               reinterpret_cast<vf>(_mm512_shuffle_f32x4(a, b, 0xdd));
     };
     return parts(parts(y[0], y[1]), parts(y[2], y[3]));
 #elif defined(__AVX2__)
@@ -111,7 +115,8 @@ inline __attribute__((always_inline)) vf sum_each(const vf (&acc)[kWidth]) {
     };
     __m256 a = reinterpret_cast<__m256>(pair(pair(acc[0], acc[1]), pair(acc[2], acc[3])));
     __m256 b = reinterpret_cast<__m256>(pair(pair(acc[4], acc[5]), pair(acc[6], acc[7])));
-    return reinterpret_cast<vf>(_mm256_permute2f128_ps(a, b, 0x20)) + reinterpret_cast<vf>(_mm256_permute2f128_ps(a, b, 0x31));
+    return reinterpret_cast<vf>(_mm256_permute2f128_ps(a, b, 0x20)) +
+           reinterpret_cast<vf>(_mm256_permute2f128_ps(a, b, 0x31));
 #else
     vf sums;
     for (int i = 0; i < kWidth; ++i) sums[i] = reduce_add(acc[i]);
@@ -174,7 +179,8 @@ class Decode {
         for (int i = 0; i < kWidth; ++i) total[i % M] += lanes[i];
         if constexpr (Rows::kKeys == 2) {  // each even key's probability beside the next one's, as words
             store(scores_ + size, vf{});
-            for (int64_t i = 0; i < size; i += kWidth) store(scores_ + i, join_pairs(load(scores_ + i), load(scores_ + i + M)));
+            for (int64_t i = 0; i < size; i += kWidth)
+                store(scores_ + i, join_pairs(load(scores_ + i), load(scores_ + i + M)));
         }
         int64_t d = 0;
         for (; d + (kValueVectors - 2) * kWidth < a_.size; d += kValueVectors * kWidth) weigh<M, kValueVectors>(d);
@@ -213,7 +219,8 @@ class Decode {
             T copy[kTile * kMaxSize];
             if (key + kTile > keys_) {  // past the last key lies nobody's memory
                 std::memset(copy, 0, sizeof copy);
-                for (int64_t i = 0; i < keys_ - key; ++i) std::memcpy(copy + i * kMaxSize, rows + i * stride, a_.size * sizeof(T));
+                for (int64_t i = 0; i < keys_ - key; ++i)
+                    std::memcpy(copy + i * kMaxSize, rows + i * stride, a_.size * sizeof(T));
                 rows = copy;
                 stride = kMaxSize;
             }
@@ -315,14 +322,17 @@ void attention_merge(const AttentionForward& args, const float* partial, int64_t
                 if (one[0] == -kInfinity) continue;  // saw nothing: its sums were not written
                 float weight = exp2_below(splat(one[0] - highest))[0];
                 total += weight * one[1];
-                for_vectors(args.size, [&](int64_t d, int n) { put(sums + d, load(sums + d) + at(one + 2 + d, n) * weight, n); });
+                for_vectors(args.size,
+                            [&](int64_t d, int n) { put(sums + d, load(sums + d) + at(one + 2 + d, n) * weight, n); });
             }
-            int64_t batch = pair / args.kv_heads, head = pair % args.kv_heads * group + row % group, query = row / group;
+            int64_t batch = pair / args.kv_heads, head = pair % args.kv_heads * group + row % group,
+                    query = row / group;
             args.lse[(batch * args.heads + head) * args.queries + query] =
                 total == 0 ? -kInfinity : (highest + __builtin_log2f(total)) * kLn2;
             float inverse = total == 0 ? 0 : 1 / total;
             dispatch(args.dtype, [&](auto t) {
-                auto* out = static_cast<decltype(t)*>(args.out) + ((batch * args.queries + query) * args.heads + head) * args.size;
+                auto* out = static_cast<decltype(t)*>(args.out) +
+                            ((batch * args.queries + query) * args.heads + head) * args.size;
                 for_vectors(args.size, [&](int64_t d, int n) { put(out + d, load(sums + d) * inverse, n); });
             });
         }

@@ -1,8 +1,8 @@
 // What the attention kernels share: operand formats, packing, the matrix micro-kernel, 2^x.
 //
-// Every product here is C[rows, columns] += A[rows, steps] B[steps, columns] on kTileRows x (NV vectors) register tiles:
-// each step broadcasts kTileRows words of A and multiplies them with NV vectors of B. A word is one f32, or, where the
-// CPU multiplies bf16, a pair of bf16 that are neighbours along the summed dimension: one step then sums two.
+// Every product here is C[rows, columns] += A[rows, steps] B[steps, columns] on kTileRows x (NV vectors) register
+// tiles: each step broadcasts kTileRows words of A and multiplies them with NV vectors of B. A word is one f32, or,
+// where the CPU multiplies bf16, a pair of bf16 that are neighbours along the summed dimension: one step then sums two.
 //
 // Scores are held transposed, [keys, queries]: queries are the lanes of vectors. The softmax over keys then needs no
 // horizontal sums, and K and V are always the broadcast side, which takes them nearly as they lie in memory.
@@ -26,7 +26,8 @@ constexpr float kLog2e = 1.44269504f, kLn2 = 0.693147181f, kInfinity = __builtin
 
 constexpr int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
 
-// ---- words -----------------------------------------------------------------------------------------------------------
+// ---- words
+// -----------------------------------------------------------------------------------------------------------
 
 using Word = uint32_t;
 
@@ -80,8 +81,8 @@ inline vf join_pairs(vf low, vf high) {
 inline vf join_pairs(vf low, vf) { return low; }  // never called: no product takes pairs here
 #endif
 
-// acc[r][n] += sum over steps of a[step, r] * b[step, n]. A row of `a` is kRowStride words after the one before it, a step
-// a_step words after the one before it; b's steps are b_step words apart.
+// acc[r][n] += sum over steps of a[step, r] * b[step, n]. A row of `a` is kRowStride words after the one before it, a
+// step a_step words after the one before it; b's steps are b_step words apart.
 template <class E, int NV, int kRowStride>
 inline __attribute__((always_inline)) void multiply_add(vf (&acc)[kTileRows][NV], const Word* a, int64_t a_step,
                                                         const Word* b, int64_t b_step, int64_t steps) {
@@ -115,10 +116,12 @@ inline __attribute__((always_inline)) void store_tile(const vf (&acc)[kTileRows]
     }
 }
 
-// ---- packing ---------------------------------------------------------------------------------------------------------
+// ---- packing
+// ---------------------------------------------------------------------------------------------------------
 
 // dst[c][r] = src[r][c]; rows and columns are multiples of 4.
-inline void transpose(const Word* src, int64_t src_stride, Word* dst, int64_t dst_stride, int64_t rows, int64_t columns) {
+inline void transpose(const Word* src, int64_t src_stride, Word* dst, int64_t dst_stride, int64_t rows,
+                      int64_t columns) {
     for (int64_t r = 0; r < rows; r += 4) {
         for (int64_t c = 0; c < columns; c += 4) {
             const Word* from = src + r * src_stride + c;
@@ -174,7 +177,8 @@ void pack_columns(RowAt&& row_at, int64_t rows, int64_t width, int64_t size, Wor
 template <class E, class RowAt>
 void pack_tiles(RowAt&& row_at, int64_t rows, int64_t size, Word* room, Word* dst) {
     for (int64_t r = 0; r < rows; r += kTileRows) {
-        pack_columns<E>([&](int64_t i) { return row_at(r + i); }, rows - r, kTileRows, size, room, dst + r * row_words<E>(size));
+        pack_columns<E>([&](int64_t i) { return row_at(r + i); }, rows - r, kTileRows, size, room,
+                        dst + r * row_words<E>(size));
     }
 }
 
@@ -182,7 +186,8 @@ void pack_tiles(RowAt&& row_at, int64_t rows, int64_t size, Word* room, Word* ds
 template <class E, class RowAt>
 void pack_rows(RowAt&& row_at, int64_t rows, int64_t size, int64_t columns, Word* dst) {
     if constexpr (E::kElements == 1) {
-        for (int64_t r = 0; r < rows; ++r) widen_row(row_at(r), reinterpret_cast<float*>(dst + r * columns), size, columns);
+        for (int64_t r = 0; r < rows; ++r)
+            widen_row(row_at(r), reinterpret_cast<float*>(dst + r * columns), size, columns);
     } else {
         for (int64_t r = 0; r < rows; r += 2) {
             const bf16 *low = row_at(r), *high = r + 1 < rows ? row_at(r + 1) : nullptr;
@@ -197,7 +202,8 @@ void pack_rows(RowAt&& row_at, int64_t rows, int64_t size, int64_t columns, Word
     }
 }
 
-// ---- numbers ---------------------------------------------------------------------------------------------------------
+// ---- numbers
+// ---------------------------------------------------------------------------------------------------------
 
 // 2^x for x up to 0 or little above it; 0 below -127. NaN stays NaN. The polynomials (degree 5, minimax) err by 1.5e-7.
 inline vf exp2_below(vf x) {
@@ -226,7 +232,8 @@ inline vf exp2_below(vf x) {
 #endif
 }
 
-// ---- memory ----------------------------------------------------------------------------------------------------------
+// ---- memory
+// ----------------------------------------------------------------------------------------------------------
 
 // A thread's scratch: aligned, not initialised.
 template <class T>

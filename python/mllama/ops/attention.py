@@ -43,7 +43,8 @@ def attention(
         TypeError: a tensor or argument of the wrong type.
         ValueError: shapes that do not fit, D out of range, devices that differ, a key_bias that asks for a gradient.
     """
-    _check(q, k, v, scale, causal, query_offset, key_mask, key_bias, prefix_length)
+    _check(q, k, scale, causal, query_offset, key_mask, key_bias, prefix_length)
+    _check_values(q, k, v)
     if use_kernel(q):
         if query_offset is not None and not isinstance(query_offset, torch.Tensor):
             query_offset = torch.full((1,), _limited(query_offset, q.shape[1], k.shape[1]), dtype=torch.int64)
@@ -69,7 +70,7 @@ def attention_weights(
 
     Arguments and errors as `attention`. For looking at attention: always plain torch, and T x S large.
     """
-    _check(q, k, k, scale, causal, query_offset, key_mask, key_bias, prefix_length)
+    _check(q, k, scale, causal, query_offset, key_mask, key_bias, prefix_length)
     with exact(q):
         return _probabilities(q, k, scale, causal, query_offset, key_mask, key_bias, prefix_length).flatten(1, 2)
 
@@ -136,8 +137,8 @@ def _limited(offset, queries, keys):
     return offset.clamp(-queries, keys) if isinstance(offset, torch.Tensor) else max(-queries, min(offset, keys))
 
 
-def _check(q, k, v, scale, causal, query_offset, key_mask, key_bias, prefix_length) -> None:
-    check_float("attention", q=q, k=k, v=v)
+def _check(q, k, scale, causal, query_offset, key_mask, key_bias, prefix_length) -> None:
+    check_float("attention", q=q, k=k)
     if q.dim() != 4 or k.dim() != 4:
         raise ValueError(f"attention: q and k must be [batch, length, heads, head size], got {list(q.shape)} and {list(k.shape)}")
     (batch, _, heads, size), (k_batch, keys, kv_heads, k_size) = q.shape, k.shape
@@ -148,12 +149,7 @@ def _check(q, k, v, scale, causal, query_offset, key_mask, key_bias, prefix_leng
         raise ValueError(f"attention: q {list(q.shape)} and k {list(k.shape)} must agree in batch and head size")
     if kv_heads == 0 or heads % kv_heads != 0:
         raise ValueError(f"attention: q's {heads} heads must be a multiple of k's {kv_heads}")
-    if k.dtype != q.dtype or k.device != q.device:
-        raise _kind_error("k", k, q)
-    if v.shape != k.shape:
-        raise ValueError(f"attention: v must have k's shape {list(k.shape)}, got {list(v.shape)}")
-    if v.dtype != q.dtype or v.device != q.device:
-        raise _kind_error("v", v, q)
+    _check_kind("k", k, q)
     if scale is not None and (isinstance(scale, bool) or not isinstance(scale, (int, float))):
         raise TypeError(f"attention: scale must be a float or None, got {type(scale).__name__}")
     if not isinstance(causal, bool):
@@ -185,11 +181,18 @@ def _check_mask(name, tensor, dtype, shapes, q) -> None:
     check_value(tensor.device == q.device, f"attention: {name} is on {tensor.device}, q on {q.device}")
 
 
-def _kind_error(name, tensor, q) -> Exception:
-    """What to raise when k or v differ from q in dtype or device."""
+def _check_values(q, k, v) -> None:
+    check_float("attention", v=v)
+    if v.shape != k.shape:
+        raise ValueError(f"attention: v must have k's shape {list(k.shape)}, got {list(v.shape)}")
+    _check_kind("v", v, q)
+
+
+def _check_kind(name, tensor, q) -> None:
     if tensor.dtype != q.dtype:
-        return TypeError(f"attention: {name} must have q's dtype {q.dtype}, got {tensor.dtype}".replace("torch.", ""))
-    return ValueError(f"attention: {name} is on {tensor.device}, q on {q.device}")
+        raise TypeError(f"attention: {name} must have q's dtype {q.dtype}, got {tensor.dtype}".replace("torch.", ""))
+    if tensor.device != q.device:
+        raise ValueError(f"attention: {name} is on {tensor.device}, q on {q.device}")
 
 
 def _setup(ctx, inputs, output):

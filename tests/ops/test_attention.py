@@ -1,0 +1,280 @@
+import math
+
+import pytest
+import torch
+from helpers import BadCall, Sample, assert_close, check_op, instruction_set, instruction_sets, needs_kernels
+
+from mllama.ops import attention, attention_weights
+from mllama.ops.attention import reference
+
+torch.manual_seed(0)
+# P and dS are rounded to the inputs' dtype where the CPU multiplies bf16, so a sum of many small errors remains.
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}
+
+
+def tensors(batch=1, queries=1, keys=1, heads=2, kv_heads=1, size=16):
+    return torch.randn(batch, queries, heads, size), torch.randn(batch, keys, kv_heads, size), torch.randn(batch, keys, kv_heads, size)
+
+
+def left_padding(*lengths, keys):
+    return torch.arange(keys) >= keys - torch.tensor(lengths)[:, None]
+
+
+def right_padding(*lengths, keys):
+    return torch.arange(keys) < torch.tensor(lengths)[:, None]
+
+
+def sample(*args, **masks):
+    return Sample(tensors(*args), masks)
+
+
+INT = torch.tensor
+# What each has to show. More than 16 rows (queries x query heads per key head) run on the prefill kernel, fewer on the decode kernel.
+SAMPLES = {
+    "causal, grouped": sample(2, 21, 21, 4, 2, 24, causal=True),
+    "one query over two chunks of keys": sample(2, 1, 300, 6, 2, 64, causal=True, key_mask=left_padding(300, 130, keys=300)),
+    "no mask, several tiles and blocks": sample(1, 150, 140, 2, 2, 40),
+    "odd size, rows that see nothing": sample(2, 30, 12, 3, 3, 17, causal=True),
+    "int offset, cache longer than what is visible": sample(1, 20, 150, 4, 1, 32, causal=True, query_offset=70),
+    "offset of one element": sample(2, 3, 40, 4, 2, 33, causal=True, query_offset=INT([5]), scale=0.3),
+    "offset per row, one beyond the keys": sample(3, 20, 40, 2, 2, 16, causal=True, query_offset=INT([-7, 3, 1 << 62])),
+    "left padding": sample(2, 18, 18, 4, 4, 16, causal=True, key_mask=left_padding(5, 18, keys=18)),
+    "right padding": sample(2, 18, 70, 2, 1, 16, key_mask=right_padding(9, 0, keys=70)),
+    "holes": sample(2, 19, 33, 2, 2, 16, key_mask=torch.rand(2, 33) > 0.5),
+    "prefix": sample(3, 24, 24, 2, 1, 16, causal=True, prefix_length=INT([0, 10, 1000])),
+    "bias for all rows, one key hidden": sample(2, 20, 9, 2, 2, 16, key_bias=INT([[0.0, 1, -2, 3, -math.inf, 0, 5, -1, 2]])),
+    "everything": sample(
+        2, 25, 60, 6, 2, 72, causal=True, query_offset=INT([30, 10]), key_mask=left_padding(50, 60, keys=60), key_bias=torch.randn(2, 60),
+        prefix_length=INT([15, 12]),
+    ),
+    "everything, few rows": sample(
+        2, 2, 60, 6, 2, 72, causal=True, query_offset=INT([30, 10]), key_mask=left_padding(50, 60, keys=60), key_bias=torch.randn(2, 60),
+        prefix_length=INT([15, 12]),
+    ),
+    "largest size": sample(1, 20, 20, 2, 2, 256, causal=True),
+    "no keys": sample(1, 2, 0, 2, 1, 16),
+    "no queries": sample(1, 0, 3, 2, 1, 16, causal=True),
+    "no rows": sample(0, 2, 3, 2, 1, 16, key_mask=torch.ones(0, 3, dtype=torch.bool)),
+}  # fmt: skip
+Q, K, V = tensors(2, 4, 6, 4, 2, 16)
+OFFSET, MASK, BIAS = torch.tensor([2]), right_padding(6, 3, keys=6), torch.zeros(1, 6)
+
+
+def raw(requires_grad):
+    q, k, v = (tensor.clone().requires_grad_(requires_grad) for tensor in (Q, K, V))
+    return (q, k, v, MASK, BIAS, OFFSET, None, True, 0.25)
+
+
+@needs_kernels
+def test_attention():
+    operators = torch.ops.mllama
+    out, lse = operators.attention(*raw(False))
+    check_op(
+        attention,
+        reference,
+        list(SAMPLES.values()),
+        keep_float32=("key_bias",),
+        differentiable=(0, 1, 2),
+        tolerance=TOLERANCE,
+        raw=[
+            (operators.attention.default, raw(True)),
+            (operators._attention_backward.default, (torch.randn_like(out), Q, K, V, out, lse, *raw(False)[3:])),
+        ],
+        bad_calls=BAD_CALLS,
+    )
+
+
+BAD_CALLS = [
+    BadCall(lambda: attention(1, K, V), TypeError, "q must be a torch.Tensor, got int"),
+    BadCall(lambda: attention(Q, K, V.double()), TypeError, "v must be float32, bfloat16 or float16, got float64"),
+    BadCall(lambda: attention(Q, K, None), TypeError, "v must be a torch.Tensor, got NoneType"),
+    BadCall(lambda: attention(Q, K.half(), V), TypeError, "k must have q's dtype float32, got float16"),
+    BadCall(lambda: attention(Q[0], K, V), ValueError, r"q and k must be \[batch, length, heads, head size\]"),
+    BadCall(lambda: attention(Q[..., :8], K[..., :8], V[..., :8]), ValueError, "head size .* must be 16 to 256, got 8"),
+    BadCall(lambda: attention(Q, K[:1], V), ValueError, "must agree in batch"),
+    BadCall(lambda: attention(Q[:, :, :3], K, V), ValueError, "q's 3 heads must be a multiple of k's 2"),
+    BadCall(lambda: attention(Q, K[:, :, :0], V[:, :, :0]), ValueError, "q's 4 heads must be a multiple of k's 0"),
+    BadCall(lambda: attention(Q, K, V[:, :3]), ValueError, "v must have k's shape"),
+    BadCall(lambda: attention(Q, K, V, scale="1"), TypeError, "scale must be a float or None, got str"),
+    BadCall(lambda: attention(Q, K, V, causal=1), TypeError, "causal must be a bool, got int"),
+    BadCall(lambda: attention(Q, K, V, query_offset=3), ValueError, "query_offset has a meaning only with causal=True"),
+    BadCall(lambda: attention(Q, K, V, prefix_length=OFFSET), ValueError, "prefix_length has a meaning only with causal=True"),
+    BadCall(lambda: attention(Q, K, V, causal=True, query_offset=1.5), TypeError, "query_offset must be an int, an int64 tensor or None"),
+    BadCall(lambda: attention(Q, K, V, causal=True, query_offset=OFFSET.int()), TypeError, "query_offset must be int64, got int32"),
+    BadCall(
+        lambda: attention(Q, K, V, causal=True, query_offset=torch.arange(3)), ValueError, r"query_offset must be \[1\] or \[2\], got \[3\]"
+    ),
+    BadCall(lambda: attention(Q, K, V, causal=True, prefix_length=OFFSET), ValueError, r"prefix_length must be \[2\], got \[1\]"),
+    BadCall(lambda: attention(Q, K, V, key_mask=MASK.int()), TypeError, "key_mask must be bool, got int32"),
+    BadCall(lambda: attention(Q, K, V, key_mask=[True]), TypeError, "key_mask must be a torch.Tensor, got list"),
+    BadCall(lambda: attention(Q, K, V, key_mask=MASK[:1]), ValueError, r"key_mask must be \[2, 6\], got \[1, 6\]"),
+    BadCall(lambda: attention(Q, K, V, key_bias=BIAS.half()), TypeError, "key_bias must be float32, got float16"),
+    BadCall(lambda: attention(Q, K, V, key_bias=BIAS[:, :2]), ValueError, r"key_bias must be \[2, 6\] or \[1, 6\], got \[1, 2\]"),
+    BadCall(lambda: attention(Q, K, V, key_bias=BIAS.clone().requires_grad_()), ValueError, "key_bias gets no gradient"),
+    BadCall(lambda: attention(Q.to("meta"), K, V), ValueError, "k is on cpu, q on meta"),
+    BadCall(lambda: torch.ops.mllama.attention(Q, K, V[:1], None, None, None, None, False, 1.0), ValueError, "v must have k's shape"),
+    BadCall(lambda: torch.ops.mllama.attention(Q, K, V, None, None, OFFSET, None, False, 1.0), ValueError, "need causal"),
+    BadCall(lambda: torch.ops.mllama.attention(Q, K, V, MASK[:1], None, None, None, False, 1.0), ValueError, "key_mask must be bool"),
+]
+
+
+def reference_of(q, k, v, dtype, **masks):
+    return reference(*(tensor.detach().to(dtype) for tensor in (q, k, v)), **masks)
+
+
+@pytest.mark.parametrize("heads, kv_heads", [(1, 1), (8, 1), (8, 2), (9, 3), (5, 5), (20, 1)])
+@pytest.mark.parametrize("queries", [1, 7])
+def test_group_sizes(queries, heads, kv_heads):
+    q, k, v = tensors(2, queries, 40, heads, kv_heads, 32)
+    assert_close(attention(q, k, v, causal=True), reference_of(q, k, v, torch.float64, causal=True), 1e-5, "attention")
+
+
+@needs_kernels
+@pytest.mark.parametrize("size", [16, 20, 31, 48, 63, 65, 80, 96, 100, 128, 160, 255])
+def test_head_sizes(size):
+    for isa in instruction_sets():
+        for dtype in (torch.float32, torch.bfloat16):
+            for queries in (1, 20):
+                q, k, v = (tensor.to(dtype) for tensor in tensors(1, queries, 21, 1, 1, size))
+                with instruction_set(isa):
+                    actual = attention(q, k, v, causal=True)
+                expected = reference_of(q, k, v, torch.float64, causal=True)
+                assert_close(actual, expected, TOLERANCE[dtype], f"{isa}, {dtype}, {queries} queries")
+
+
+@needs_kernels
+def test_cache_views():
+    """Keys in a cache [B, KV, room, D], seen through a transpose and cut to its length, equal the same keys laid out afresh."""
+    room = torch.full((2, 2, 64, 32), torch.nan)
+    cache_k, cache_v = room.clone(), room.clone()
+    cache_k[:, :, :50], cache_v[:, :, :50] = torch.randn(2, 2, 50, 32), torch.randn(2, 2, 50, 32)
+    k, v = cache_k[:, :, :50].transpose(1, 2), cache_v[:, :, :50].transpose(1, 2)
+    fused = torch.randn(2, 20, 3, 4, 32)  # queries as one slice of a joint projection
+    for queries in (1, 20):
+        q = fused[:, :queries, 1]
+        assert torch.equal(attention(q, k, v, causal=True), attention(q.contiguous(), k.contiguous(), v.contiguous(), causal=True))
+
+
+def test_static_cache_offset():
+    """A cache's unwritten end, beyond the causal limit, changes nothing."""
+    q, k, v = tensors(2, 1, 700, 4, 2, 32)
+    for queries in (1, 12):
+        q = torch.randn(2, queries, 4, 32)
+        short = attention(q, k[:, :300], v[:, :300], causal=True)
+        assert_close(attention(q, k, v, causal=True, query_offset=torch.tensor([300 - queries])), short, 1e-6, f"{queries} queries")
+
+
+def test_bias_is_multiplicity():
+    """log(n) added to a key's score equals n copies of that key."""
+    q, k, v = tensors(1, 20, 5, 2, 1, 16)
+    counts = torch.tensor([1, 3, 1, 7, 2])
+    copies = attention(q, k.repeat_interleave(counts, 1), v.repeat_interleave(counts, 1))
+    assert_close(attention(q, k, v, key_bias=counts.float().log()[None]), copies, 1e-5, "counts")
+
+
+def test_prefix_is_bidirectional():
+    q, k, v = tensors(1, 9, 9, 2, 1, 16)
+    out = attention(q, k, v, causal=True, prefix_length=torch.tensor([6]))
+    assert_close(out[:, :6], attention(q[:, :6], k[:, :6], v[:, :6]), 1e-6, "prefix")
+    assert_close(out[:, 6:], attention(q, k, v, causal=True)[:, 6:], 1e-6, "rest")
+
+
+@pytest.mark.parametrize("queries", [1, 20])
+def test_rows_that_see_nothing(queries):
+    q, k, v = (tensor.requires_grad_() for tensor in tensors(2, queries, 20, 2, 1, 16))
+    out = attention(q, k, v, key_mask=torch.tensor([True, False])[:, None].expand(2, 20))
+    assert not out[1].any() and out[0].all()
+    out.square().sum().backward()
+    for tensor in (q, k, v):
+        assert not tensor.grad[1].any() and tensor.grad[0].any() and tensor.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("queries", [1, 20])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_large_scores(queries, dtype):
+    """Scores of thousands, of either sign, neither overflow nor vanish."""
+    q, k, v = (tensor.to(dtype) for tensor in tensors(1, queries, 300, 2, 1, 64))
+    q, k = q * 50, k * 50
+    for bias in (0.0, -3000.0):
+        masks = {"key_bias": torch.full((1, 300), bias)}
+        assert_close(attention(q, k, v, **masks), reference_of(q, k, v, torch.float64, **masks), TOLERANCE[dtype], f"bias {bias}")
+
+
+@needs_kernels
+def test_nan_stays_in_its_row():
+    q, k, v = tensors(1, 20, 20, 1, 1, 16)
+    q[0, 3] = torch.nan
+    out = attention(q, k, v, causal=True)
+    assert out[0, 3].isnan().all() and out[0, :3].isfinite().all() and out[0, 4:].isfinite().all()
+
+
+@needs_kernels
+def test_same_bits_on_any_number_of_threads():
+    """Where work is cut into shares, chunks and partial sums: long enough for several of each."""
+    q, k, v = (tensor.requires_grad_() for tensor in tensors(1, 600, 600, 3, 1, 16))
+    few = torch.randn(1, 2, 3, 16)
+    threads, results = torch.get_num_threads(), []
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            out = attention(q, k, v, causal=True)
+            results.append([out, attention(few, k, v), *torch.autograd.grad(out.square().sum(), (q, k, v))])
+    finally:
+        torch.set_num_threads(threads)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+@needs_kernels
+def test_saved_for_backward():
+    """Nothing of size queries x keys is kept: q, k, v, the result and one number per query."""
+    q, k, v = (tensor.requires_grad_() for tensor in tensors(1, 64, 64, 2, 1, 16))
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: saved.append(tensor.shape) or tensor, lambda tensor: tensor):
+        attention(q, k, v, causal=True)
+    assert sorted(saved) == sorted([q.shape, k.shape, v.shape, q.shape, (1, 2, 64)])
+
+
+@pytest.mark.parametrize("wanted", [(0,), (1,), (0, 2)])
+def test_gradients_of_some_inputs(wanted):
+    inputs = [tensor.requires_grad_(i in wanted) for i, tensor in enumerate(tensors(1, 20, 20, 2, 1, 16))]
+    asked = [inputs[i] for i in wanted]
+    actual = torch.autograd.grad(attention(*inputs).square().sum(), asked)
+    for a, b in zip(actual, torch.autograd.grad(reference(*inputs).square().sum(), asked), strict=True):
+        assert_close(a, b, 1e-5, "gradient")
+
+
+def test_weights():
+    masks = SAMPLES["everything"].kwargs
+    q, k, v = SAMPLES["everything"].args
+    weights = attention_weights(q, k, **masks)
+    assert weights.shape == (2, 6, 25, 60) and weights.dtype == torch.float32
+    values = v.repeat_interleave(3, 2).transpose(1, 2)
+    assert_close((weights @ values).transpose(1, 2), attention(q, k, v, **masks), 1e-5, "weights times values")
+    sums = weights.sum(-1)
+    assert torch.all(((sums - 1).abs() < 1e-5) | (sums == 0))
+    with pytest.raises(ValueError, match="must agree in batch"):
+        attention_weights(q, k[:1])
+
+
+def test_matches_torch():
+    q, k, v = tensors(2, 30, 30, 4, 2, 64)
+    expected = torch.nn.functional.scaled_dot_product_attention(
+        q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), is_causal=True, enable_gqa=True
+    )
+    assert_close(attention(q, k, v, causal=True), expected.transpose(1, 2), 1e-5, "attention")
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compiled_with_offset_tensor(dynamic):
+    """One graph serves every position of a decoding step."""
+
+    def step(q, k, v, offset):
+        return attention(q, k, v, causal=True, query_offset=offset)
+
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager", dynamic=dynamic)
+    q, k, v = tensors(1, 1, 32, 4, 2, 16)
+    for position in (0, 5, 31):
+        offset = torch.tensor([position])
+        assert torch.equal(compiled(q, k, v, offset), step(q, k, v, offset))
+    torch._dynamo.reset()
