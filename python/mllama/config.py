@@ -82,11 +82,9 @@ class MllamaVisionConfig(SiglipVisionConfig):
         _check_type(owner, kwargs, self.model_type)
         given = _translate(owner, SHORT_NAMES, kwargs)
         given["vision_use_head"] = False  # the pooling head has no part in a vision-language model
+        _check_sizes(owner, _VISION_SIZES, given, SiglipVisionConfig)
         _construct(super().__init__, owner, given)
-        for name in _VISION_SIZES:
-            _check_size(owner, name, getattr(self, name))
         _check_number(owner, "layer_norm_eps", self.layer_norm_eps)
-        _check_heads(owner, self.hidden_size, self.num_attention_heads, self.hidden_size // self.num_attention_heads)
         _check_choice(owner, "hidden_act", self.hidden_act, tuple(ACT2FN))
         _check_choice(owner, "attention_dropout", self.attention_dropout, (0,))
         if self.patch_size > self.image_size:
@@ -110,19 +108,12 @@ class MllamaTextConfig(LlamaConfig):
         owner = "text_config"
         _check_type(owner, kwargs, self.model_type)
         given = _rope_names(owner, _translate(owner, TEXT_SHORT_NAMES, kwargs))
-        for name in ("hidden_size", "num_attention_heads"):  # the parent divides by them
-            if name in given:
-                _check_size(owner, name, given[name])
+        _check_sizes(owner, _TEXT_SIZES, given, LlamaConfig)
         _construct(super().__init__, owner, given)
-        for name in _TEXT_SIZES:
-            _check_size(owner, name, getattr(self, name))
         _check_number(owner, "rms_norm_eps", self.rms_norm_eps)
-        _check_heads(owner, self.hidden_size, self.num_attention_heads, self.head_dim)
         if self.num_attention_heads % self.num_key_value_heads:
             heads, kv_heads = self.num_attention_heads, self.num_key_value_heads
             raise ValueError(f"{owner}: num_attention_heads {heads} is not a multiple of num_key_value_heads {kv_heads}")
-        if self.head_dim % 2:
-            raise ValueError(f"{owner}: head_dim {self.head_dim} must be even for rotary positions")
         _check_choice(owner, "hidden_act", self.hidden_act, TEXT_ACTIVATIONS)
         _check_choice(owner, "attention_dropout", self.attention_dropout, (0,))
         _check_choice(owner, "rope_parameters['rope_type']", self.rope_parameters["rope_type"], ROPE_TYPES)
@@ -172,12 +163,19 @@ def _rope_names(owner: str, given: dict[str, Any]) -> dict[str, Any]:
     return given | {"rope_parameters": merged | {"rope_theta": next(iter(thetas.values()), 10000.0)}}
 
 
-def _check_heads(owner: str, hidden_size: int, heads: int, head_dim: int) -> None:
+def _check_sizes(owner: str, names: tuple[str, ...], given: dict[str, Any], parent: type[PretrainedConfig]) -> None:
+    """Before the parent's constructor divides by them: every size given, and what a head will be."""
+    for name in names:
+        if given.get(name) is not None:
+            _check_size(owner, name, given[name])
+    hidden_size, heads = (given.get(name) or getattr(parent, name) for name in ("hidden_size", "num_attention_heads"))
     if hidden_size % heads:
         raise ValueError(f"{owner}: hidden_size {hidden_size} is not a multiple of num_attention_heads {heads}")
+    head_dim = given.get("head_dim") or hidden_size // heads
     if not HEAD_DIM_MIN <= head_dim <= HEAD_DIM_MAX:
         raise ValueError(
-            f"{owner}: a head of {head_dim} (hidden_size / num_attention_heads, or head_dim) is outside {HEAD_DIM_MIN} to {HEAD_DIM_MAX}"
+            f"{owner}: head_dim (by default hidden_size / num_attention_heads, here {hidden_size} / {heads}) must be "
+            f"{HEAD_DIM_MIN} to {HEAD_DIM_MAX}, got {head_dim}"
         )
 
 
@@ -228,6 +226,7 @@ class MllamaConfig(PretrainedConfig):
 
     model_type = "siglip_llama"
     attribute_map = {"image_token_id": "image_token_index"}
+    keys_to_ignore_at_inference = ["past_key_values", "image_hidden_states"]
     sub_configs_defaults = {"vision_config": MllamaVisionConfig, "text_config": MllamaTextConfig}
 
     vision_config: dict | PretrainedConfig | None = None
@@ -258,7 +257,7 @@ class MllamaConfig(PretrainedConfig):
         _check_type(owner, kwargs, self.model_type)
         if kwargs.get("image_token_id") is not None:
             image_token_index = kwargs.pop("image_token_id")
-        tied = kwargs.pop("tie_word_embeddings", None)
+        tied, use_cache = kwargs.pop("tie_word_embeddings", None), kwargs.pop("use_cache", None)
 
         self.vision_config = _sub_config("vision_config", MllamaVisionConfig, vision_config)
         self.text_config = _sub_config(
@@ -266,6 +265,8 @@ class MllamaConfig(PretrainedConfig):
         )
         if tied:
             self.text_config.tie_word_embeddings = True
+        if use_cache is not None:
+            self.text_config.use_cache = use_cache
         self.text_config.num_image_tokens = (self.vision_config.image_size // self.vision_config.patch_size) ** 2
 
         if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
@@ -315,6 +316,15 @@ class MllamaConfig(PretrainedConfig):
     @tie_word_embeddings.setter
     def tie_word_embeddings(self, value: bool) -> None:
         self.text_config.tie_word_embeddings = value
+
+    @property
+    def use_cache(self) -> bool:
+        """Whether a forward pass outside training returns a cache unasked; the decoder's own setting."""
+        return self.text_config.use_cache
+
+    @use_cache.setter
+    def use_cache(self, value: bool) -> None:
+        self.text_config.use_cache = value
 
 
 AutoConfig.register(MllamaConfig.model_type, MllamaConfig)

@@ -14,9 +14,11 @@ class MllamaGenerationMixin(GenerationMixin):
         """The 2-D mask as it is: the attention operator takes no [T, S] masks, for static caches either."""
         return attention_mask
 
-    def prepare_inputs_for_generation(self, input_ids, is_first_iteration=False, **kwargs) -> dict[str, Any]:
+    def prepare_inputs_for_generation(self, input_ids, inputs_embeds=None, is_first_iteration=False, **kwargs) -> dict[str, Any]:
         """As GenerationMixin's; picture features, like pixels, are for the first step where there is a cache."""
-        inputs = super().prepare_inputs_for_generation(input_ids, is_first_iteration=is_first_iteration, **kwargs)
+        inputs = super().prepare_inputs_for_generation(
+            input_ids, inputs_embeds=inputs_embeds, is_first_iteration=is_first_iteration, **kwargs
+        )
         if not is_first_iteration and kwargs.get("use_cache", True):
             inputs.pop("image_features", None)
         return inputs
@@ -27,7 +29,7 @@ class MllamaGenerationMixin(GenerationMixin):
         if expand_size > 1 and features is None and pixel_values is not None:
             features, pixel_values = self.get_image_features(pixel_values), None
         if expand_size > 1 and features is not None:
-            placeholders = self.find_placeholders(input_ids, model_kwargs.get("attention_mask"), len(features))
+            placeholders = self._placeholders(input_ids, model_kwargs.get("attention_mask"), len(features))
             per_row = (placeholders.sum(1) // features.shape[1]).tolist()
             features = torch.cat([rows.repeat(expand_size, 1, 1) for rows in features.split(per_row)])
         input_ids, model_kwargs = super()._expand_inputs_for_generation(expand_size, is_encoder_decoder, input_ids, **model_kwargs)

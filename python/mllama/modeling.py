@@ -14,7 +14,7 @@ from mllama.fusion.merge import find_placeholder, merge
 from mllama.fusion.projector import MultiModalProjector
 from mllama.generation import MllamaGenerationMixin
 from mllama.text.cache import check_cache
-from mllama.text.decoder import Decoder
+from mllama.text.decoder import Decoder, check_mask
 from mllama.towers.siglip import SiglipVisionTower
 
 _HUB_OPTIONS = {
@@ -153,7 +153,10 @@ class MllamaForConditionalGeneration(MllamaGenerationMixin, PreTrainedModel):
         """As torch's; takes the names that weight files use too, whole or shard by shard with `strict=False`."""
         from mllama.checkpoints import translate_state_dict
 
-        return super().load_state_dict(translate_state_dict(self, state_dict), strict=strict, assign=assign)
+        report = super().load_state_dict(translate_state_dict(self, state_dict), strict=strict, assign=assign)
+        if assign:  # it gave every name a parameter of its own
+            self.tie_weights()
+        return report
 
     def get_input_embeddings(self) -> nn.Embedding:
         """The decoder's embedding matrix."""
@@ -238,7 +241,8 @@ class MllamaForConditionalGeneration(MllamaGenerationMixin, PreTrainedModel):
             logits_to_keep: last positions to compute logits for (0: all), or which ones, as transformers takes it.
             image_features: what `get_image_features` gave, in place of pixel_values.
             return_dict: False returns a tuple.
-            num_items_in_batch: labels of the whole (accumulated) batch: the loss is their sum divided by it instead of their mean.
+            kwargs: `num_items_in_batch`, the labels of the whole (accumulated) batch, makes the loss their sum divided by it instead of
+                their mean. Anything else is passed over, as in transformers.
 
         Raises:
             ValueError: shapes that do not fit, placeholders that are not as many as features, labels out of range.
@@ -248,6 +252,7 @@ class MllamaForConditionalGeneration(MllamaGenerationMixin, PreTrainedModel):
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
         check_cache(past_key_values)
+        check_mask(attention_mask)
         config = self.config
         output_attentions = bool(config.output_attentions if output_attentions is None else output_attentions)
         output_hidden_states = bool(config.output_hidden_states if output_hidden_states is None else output_hidden_states)
@@ -255,6 +260,7 @@ class MllamaForConditionalGeneration(MllamaGenerationMixin, PreTrainedModel):
 
         placeholders = image_attentions = None
         if inputs_embeds is None:
+            _check_ids(input_ids)
             pictures = self._count_pictures(pixel_values, image_features)
             filled = past_key_values is not None and int(past_key_values.get_seq_length()) > 0
             if pictures or not filled:
@@ -290,7 +296,9 @@ class MllamaForConditionalGeneration(MllamaGenerationMixin, PreTrainedModel):
             image_hidden_states=image_features,
             image_attentions=image_attentions,
         )
-        return output.to_tuple() if (config.return_dict if return_dict is None else return_dict) is False else output
+        if return_dict is None:
+            return_dict = config.return_dict
+        return output if return_dict else output.to_tuple()
 
     def _count_pictures(self, pixel_values: torch.Tensor | None, image_features: torch.Tensor | None) -> int:
         if pixel_values is not None and image_features is not None:
@@ -307,11 +315,10 @@ class MllamaForConditionalGeneration(MllamaGenerationMixin, PreTrainedModel):
         return image_features.shape[0]
 
     def _placeholders(
-        self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None, pictures: int, filled: bool
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None, pictures: int, filled: bool = False
     ) -> torch.Tensor | None:
         """bool [B, T] with as many True as there are features; None where a filled cache already holds the pictures given again."""
-        _check_ids(input_ids)
-        if attention_mask is not None and attention_mask.dim() == 2:
+        if attention_mask is not None:
             attention_mask = attention_mask[:, -input_ids.shape[1] :]
         placeholders = self.find_placeholders(input_ids, attention_mask, pictures)
         if torch.compiler.is_compiling():
@@ -372,8 +379,8 @@ class MllamaForConditionalGeneration(MllamaGenerationMixin, PreTrainedModel):
 def _check_ids(input_ids: torch.Tensor) -> None:
     if not isinstance(input_ids, torch.Tensor) or input_ids.dtype not in (torch.int64, torch.int32):
         raise TypeError(f"input_ids must be an int64 or int32 torch.Tensor, got {getattr(input_ids, 'dtype', type(input_ids).__name__)}")
-    if input_ids.dim() != 2:
-        raise ValueError(f"input_ids must be [batch, tokens], got {list(input_ids.shape)}")
+    if input_ids.dim() != 2 or input_ids.shape[1] == 0:
+        raise ValueError(f"input_ids must be [batch, tokens] with at least one token, got {list(input_ids.shape)}")
 
 
 def _check_range(input_ids: torch.Tensor, vocabulary: int) -> None:

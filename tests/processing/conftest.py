@@ -14,11 +14,17 @@ def small_tokenizer(bos: bool = True, adds_bos: bool = False, pad: bool = True) 
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    backend.train_from_iterator(WORDS, trainers.BpeTrainer(vocab_size=320, special_tokens=special, initial_alphabet=alphabet, show_progress=False))
+    backend.train_from_iterator(
+        WORDS, trainers.BpeTrainer(vocab_size=320, special_tokens=special, initial_alphabet=alphabet, show_progress=False)
+    )
     if adds_bos:
         backend.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", backend.token_to_id("<bos>"))])
     return PreTrainedTokenizerFast(
-        tokenizer_object=backend, eos_token="<eos>", bos_token="<bos>" if bos else None, pad_token="<pad>" if pad else None, padding_side="left"
+        tokenizer_object=backend,
+        eos_token="<eos>",
+        bos_token="<bos>" if bos else None,
+        pad_token="<pad>" if pad else None,
+        padding_side="left",
     )
 
 

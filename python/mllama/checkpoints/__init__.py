@@ -134,10 +134,15 @@ def save_model(
 
 
 def translate_state_dict(model: PreTrainedModel, state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """A state dict with the files' names brought to the model's. A name that neither knows stays, for `load_state_dict` to report."""
+    """A state dict with the files' names brought to the model's, tied tensors in both their places.
+
+    A name that neither knows stays, for `load_state_dict` to report.
+    """
     table, own = format_of(model.config).table, model.state_dict().keys()
     names = {name: name if name in own else engine.our_name(table, name) for name in state_dict}
-    return {name if ours is None else ours: state_dict[name] for name, ours in names.items() if ours != ""}
+    translated = {name if ours is None else ours: state_dict[name] for name, ours in names.items() if ours != ""}
+    tied = model.get_expanded_tied_weights_keys()
+    return {name: translated[other] for name, other in tied.items() if other in translated} | translated
 
 
 def _dtype(dtype: torch.dtype | str) -> torch.dtype | None:

@@ -20,8 +20,8 @@ class RMSNorm(nn.Module):
         return rms_norm(x, self.weight, self.eps)
 
     def add(self, x: torch.Tensor, residual: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """(norm(x + residual), x + residual) in one pass."""
-        return add_rms_norm(x, residual, self.weight, self.eps)
+        """(norm(x + residual), x + residual) in one pass, in the residual's dtype (under autocast x comes in a smaller one)."""
+        return add_rms_norm(x.to(residual.dtype), residual, self.weight, self.eps)
 
     def extra_repr(self) -> str:
         return f"{self.weight.shape[0]}, eps={self.eps}"

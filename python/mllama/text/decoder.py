@@ -80,20 +80,28 @@ class Decoder(nn.Module):
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
         check_cache(past_key_values)
+        check_mask(attention_mask)
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
+        elif inputs_embeds.dim() != 3 or inputs_embeds.shape[2] != self.config.hidden_size:
+            raise ValueError(f"inputs_embeds must be [batch, tokens, {self.config.hidden_size}], got {list(inputs_embeds.shape)}")
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
 
         batch, length = inputs_embeds.shape[:2]
         past = past_length(past_key_values)
         keys = key_length(past_key_values, length)
-        _check_mask(attention_mask, batch, length, past, keys)
+        _check_mask_size(attention_mask, batch, length, past, keys)
         if position_ids is None:
             position_ids = _positions(attention_mask, length, past, inputs_embeds.device)
         elif position_ids.dim() != 2 or position_ids.shape[0] not in (1, batch) or position_ids.shape[1] != length:
             raise ValueError(f"position_ids must be [{batch} or 1, {length}], got {list(position_ids.shape)}")
-        context = {"key_mask": _key_mask(attention_mask, keys), "query_offset": past, "output_attentions": output_attentions}
+        context = {
+            "key_mask": _key_mask(attention_mask, keys),
+            # None, the operator's cheap way: the last query sees the last key. Not so where a static cache shows unfilled slots.
+            "query_offset": None if isinstance(past, int) and keys == past + length else past,
+            "output_attentions": output_attentions,
+        }
 
         hidden_states = inputs_embeds
         positions = self.rotary(position_ids)
@@ -112,17 +120,25 @@ class Decoder(nn.Module):
         )
 
 
-def _check_mask(mask: torch.Tensor | None, batch: int, length: int, past: int | torch.Tensor, keys: int) -> None:
+def check_mask(attention_mask: torch.Tensor | None) -> None:
+    """Raise TypeError unless it is a tensor or None, ValueError unless it is 2-D."""
+    if attention_mask is None:
+        return
+    if not isinstance(attention_mask, torch.Tensor):
+        raise TypeError(f"attention_mask must be a torch.Tensor or None, got {type(attention_mask).__name__}")
+    if attention_mask.dim() != 2:
+        raise ValueError(f"attention_mask must be [batch, past + new tokens], zero where padded; got {list(attention_mask.shape)}")
+
+
+def _check_mask_size(mask: torch.Tensor | None, batch: int, length: int, past: int | torch.Tensor, keys: int) -> None:
     if mask is None:
         return
-    if mask.dim() != 2:
-        raise ValueError(f"attention_mask must be 2-D [batch, past + new tokens], zero where padded; got {list(mask.shape)}")
-    if mask.shape[1] != keys and not torch.compiler.is_compiling():  # a static cache's length is read only where that breaks no graph
-        held = int(past) + length
-        if mask.shape[1] != held:
-            raise ValueError(f"attention_mask must cover {int(past)} cached and {length} new tokens, got {mask.shape[1]} columns")
     if mask.shape[0] != batch:
         raise ValueError(f"attention_mask must have {batch} rows, got {mask.shape[0]}")
+    if mask.shape[1] == keys or torch.compiler.is_compiling():  # a static cache's length is not read where that would break a graph
+        return
+    if mask.shape[1] != int(past) + length:
+        raise ValueError(f"attention_mask must cover {int(past)} cached and {length} new tokens, got {mask.shape[1]} columns")
 
 
 def _positions(mask: torch.Tensor | None, length: int, past: int | torch.Tensor, device: torch.device) -> torch.Tensor:

@@ -1,0 +1,446 @@
+"""The model against stock transformers' LLaVA with the same weights, its loss and gradients, and what it refuses."""
+
+import copy
+
+import pytest
+import torch
+import twins
+from torch.nn.functional import cross_entropy
+from transformers import DynamicCache
+
+from mllama import MllamaConfig, MllamaForConditionalGeneration
+
+PICTURE = [twins.IMAGE] * twins.PATCHES
+ROWS = {
+    "one image": ([PICTURE + twins.tokens(6)], 1),
+    "several images in a row": ([twins.tokens(2) + PICTURE + twins.tokens(3) + PICTURE + PICTURE + twins.tokens(2, 5)], 3),
+    "a row without an image": ([PICTURE + twins.tokens(6), twins.tokens(4, 7), twins.tokens(3) + PICTURE + PICTURE + twins.tokens(2)], 3),
+    "no image": ([twins.tokens(6), twins.tokens(3, 4)], 0),
+}
+
+
+def close(ours: torch.Tensor, theirs: torch.Tensor, scale: float = 0.0) -> None:
+    """Within 1e-4 of the largest value, or of `scale` where that is larger."""
+    assert ours.shape == theirs.shape
+    assert (ours - theirs).abs().max() <= 1e-4 * max(theirs.abs().max(), scale)
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("case", ROWS)
+def test_logits_equal_the_twins(case, side, tied):
+    rows, pictures = ROWS[case]
+    ours = twins.model(text={"tie_word_embeddings": tied})
+    inputs = twins.batch(*rows, side=side)
+    if pictures:
+        inputs["pixel_values"] = twins.pictures(pictures)
+    with torch.no_grad():
+        seen = inputs["attention_mask"].bool()
+        close(ours(**inputs).logits[seen], twins.twin(ours)(**inputs).logits[seen])
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        {"num_key_value_heads": 4},
+        {"num_key_value_heads": 1, "attention_bias": True, "mlp_bias": True},
+        {"head_dim": 24},
+        {"rope_scaling": {"rope_type": "linear", "factor": 3.0}},
+        {
+            "rope_freq": {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_context_length": 16},
+            "rope_base": 100.0,
+            "rope_theta": None,
+        },
+    ],
+    ids=["as many key heads", "one key head, biases", "head size of its own", "linear rope", "llama3 rope"],
+)
+def test_other_decoders_equal_the_twins(text):
+    ours = twins.model(text=text)
+    inputs = twins.batch(PICTURE + twins.tokens(24)) | {"pixel_values": twins.pictures(1)}
+    with torch.no_grad():
+        close(ours(**inputs).logits, twins.twin(ours)(**inputs).logits)
+
+
+def test_a_picture_size_that_is_no_multiple_of_the_patch_equals_the_twins():
+    ours = twins.model(vision={"image_size": 21})
+    inputs = twins.batch(PICTURE + twins.tokens(3)) | {"pixel_values": torch.randn(1, 3, 21, 21)}
+    with torch.no_grad():
+        close(ours(**inputs).logits, twins.twin(ours)(**inputs).logits)
+
+
+def test_hidden_states_and_attentions_equal_the_twins():
+    ours = twins.model()
+    theirs = twins.twin(ours)
+    theirs.set_attn_implementation("eager")
+    inputs = twins.batch(PICTURE + twins.tokens(5)) | {"pixel_values": twins.pictures(1)}
+    with torch.no_grad():
+        got = ours(**inputs, output_hidden_states=True, output_attentions=True)
+        expected = theirs(**inputs, output_hidden_states=True, output_attentions=True)
+    assert len(got.hidden_states) == len(expected.hidden_states) == 3
+    for state, reference in zip(got.hidden_states, expected.hidden_states, strict=True):
+        close(state, reference)
+    for weights, reference in zip(got.attentions, expected.attentions, strict=True):
+        close(weights, reference)
+        torch.testing.assert_close(weights.sum(-1), torch.ones(1, 4, 9))
+    close(got.image_hidden_states, expected.image_hidden_states.view(1, twins.PATCHES, -1))
+    assert [tuple(weights.shape) for weights in got.image_attentions] == [(1, 2, 4, 4)] * 2
+    torch.testing.assert_close(got.image_attentions[0].sum(-1), torch.ones(1, 2, 4))
+
+
+def test_every_gradient_equals_the_twins():
+    ours = twins.model()
+    theirs = twins.twin(ours)
+    inputs = twins.batch(*ROWS["a row without an image"][0], side="right") | {"pixel_values": twins.pictures(3)}
+    labels = inputs["input_ids"].masked_fill((inputs["input_ids"] == twins.IMAGE) | (inputs["attention_mask"] == 0), -100)
+    loss, reference = ours(**inputs, labels=labels).loss, theirs(**inputs, labels=labels).loss
+    torch.testing.assert_close(loss, reference)
+    loss.backward()
+    reference.backward()
+    expected = dict(theirs.named_parameters())
+    for name, parameter in ours.named_parameters():
+        if "post_layernorm" in name:
+            assert parameter.grad is None
+        else:
+            close(parameter.grad, expected[twins.twin_name(name)].grad, scale=1e-3)  # a key's bias has none but rounding
+
+
+def test_vision_feature_last_is_taken_after_the_towers_norm():
+    model = twins.model(vision_feature="last")
+    pixels = twins.pictures(2)
+    with torch.no_grad():
+        encoded = model.vision_tower(pixels, output_hidden_states=True)
+        torch.testing.assert_close(encoded.last_hidden_state, model.vision_tower.post_layernorm(encoded.hidden_states[-1]))
+        torch.testing.assert_close(model.get_image_features(pixels), model.multi_modal_projector(encoded.last_hidden_state))
+
+
+def test_another_picture_changes_the_logits():
+    model = twins.model()
+    inputs = twins.batch(PICTURE + twins.tokens(3))
+    with torch.no_grad():
+        one, other = (model(**inputs, pixel_values=twins.pictures(1, seed)).logits[:, -1] for seed in (1, 2))
+    assert not torch.allclose(one, other, atol=1e-3)
+
+
+@pytest.mark.parametrize("token", [twins.IMAGE, 5000], ids=["in the vocabulary", "beyond it"])
+def test_the_placeholder_is_told_from_its_runs(token):
+    told, given = twins.model(image_token_index=None), twins.model()
+    rows = ROWS["a row without an image"][0]
+    inputs = twins.batch(*rows) | {"pixel_values": twins.pictures(3)}
+    with torch.no_grad():
+        expected = given(**inputs).logits
+        inputs["input_ids"] = inputs["input_ids"].masked_fill(inputs["input_ids"] == twins.IMAGE, token)
+        assert torch.equal(told(**inputs).logits, expected)
+
+
+def test_features_computed_before_are_taken():
+    model = twins.model()
+    inputs = twins.batch(PICTURE + twins.tokens(3), PICTURE + twins.tokens(5))
+    pixels = twins.pictures(2)
+    with torch.no_grad():
+        features = model.get_image_features(pixels)
+        assert torch.equal(model(**inputs, image_features=features).logits, model(**inputs, pixel_values=pixels).logits)
+
+
+def test_batched_equals_single():
+    model = twins.model()
+    rows, pixels = ROWS["a row without an image"][0], twins.pictures(3)
+    with torch.no_grad():
+        for side in ("left", "right"):
+            batched = model(**twins.batch(*rows, side=side), pixel_values=pixels).logits
+            for index, (row, pictures) in enumerate(zip(rows, (pixels[:1], None, pixels[1:]), strict=True)):
+                place = slice(-len(row), None) if side == "left" else slice(0, len(row))
+                single = model(**twins.batch(row), pixel_values=pictures).logits[0]
+                torch.testing.assert_close(batched[index, place], single, rtol=1e-4, atol=1e-4)
+
+
+def test_cached_equals_uncached_token_by_token():
+    model = twins.model()
+    row = PICTURE + twins.tokens(7)
+    inputs = twins.batch(row, row[:-3])
+    pixels = twins.pictures(2)
+    with torch.no_grad():
+        whole = model(**inputs, pixel_values=pixels).logits
+        cache = DynamicCache(config=model.config)
+        ids, mask = inputs["input_ids"], inputs["attention_mask"]
+        length = 8
+        part = model(ids[:, :length], pixels, mask[:, :length].float(), past_key_values=cache).logits
+        seen = mask.bool()
+        torch.testing.assert_close(part[seen[:, :length]], whole[:, :length][seen[:, :length]], rtol=1e-4, atol=1e-4)
+        for step in range(length, ids.shape[1]):  # pixel values given again are ignored; a float mask grows by ones
+            output = model(ids[:, step : step + 1], pixels, mask[:, : step + 1].float(), past_key_values=cache)
+            assert output.image_hidden_states is None
+            torch.testing.assert_close(output.logits[:, 0], whole[:, step], rtol=1e-4, atol=1e-4)
+
+
+def test_a_filled_cache_takes_a_new_picture():
+    model = twins.model()
+    first, second = PICTURE + twins.tokens(4), twins.tokens(2, 5) + PICTURE + twins.tokens(3, 6)
+    pixels = twins.pictures(2)
+    with torch.no_grad():
+        whole = model(**twins.batch(first + second), pixel_values=pixels).logits
+        cache = model(**twins.batch(first), pixel_values=pixels[:1], use_cache=True).past_key_values
+        part = model(torch.tensor([second]), pixels[1:], past_key_values=cache).logits
+    torch.testing.assert_close(part, whole[:, len(first) :], rtol=1e-4, atol=1e-4)
+
+
+def test_inputs_embeds_equal_input_ids():
+    model = twins.model()
+    inputs = twins.batch(twins.tokens(5), twins.tokens(3))
+    with torch.no_grad():
+        embeds = model.get_input_embeddings()(inputs["input_ids"])
+        got = model(inputs_embeds=embeds, attention_mask=inputs["attention_mask"]).logits
+        assert torch.equal(got, model(**inputs).logits)
+
+
+def test_logits_to_keep():
+    model = twins.model()
+    inputs = twins.batch(twins.tokens(5))
+    with torch.no_grad():
+        whole = model(**inputs).logits
+        torch.testing.assert_close(model(**inputs, logits_to_keep=2).logits, whole[:, -2:])
+        torch.testing.assert_close(model(**inputs, logits_to_keep=torch.tensor([1, 3])).logits, whole[:, [1, 3]])
+
+
+def test_outputs_are_read_by_name_key_and_place():
+    model = twins.model()
+    inputs = twins.batch(twins.tokens(5))
+    with torch.no_grad():
+        output = model(**inputs, labels=inputs["input_ids"])
+        assert output["loss"] is output.loss and output["logits"] is output.logits
+        assert output[0] is output.loss
+        assert isinstance(model(**inputs, return_dict=False), tuple)
+        assert output.past_key_values.get_seq_length() == 5
+        assert "past_key_values" not in model(**inputs, use_cache=False)
+        model.train()
+        assert "past_key_values" not in model(**inputs)
+
+
+def test_image_and_padding_positions_are_never_trained():
+    model = twins.model()
+    rows = [PICTURE + twins.tokens(6), twins.tokens(2) + PICTURE + twins.tokens(2)]
+    inputs = twins.batch(*rows) | {"pixel_values": twins.pictures(2)}
+    with torch.no_grad():
+        output = model(**inputs, labels=inputs["input_ids"])
+    scores, targets = output.logits[:, :-1], inputs["input_ids"][:, 1:]
+    mask = inputs["attention_mask"].bool()
+    trained = (targets != twins.IMAGE) & mask[:, 1:] & mask[:, :-1]
+    torch.testing.assert_close(output.loss, cross_entropy(scores[trained], targets[trained]))
+
+
+def test_a_rows_loss_does_not_depend_on_its_padding():
+    model = twins.model()
+    row, longer = twins.tokens(4), twins.tokens(9, 3)
+    with torch.no_grad():
+        ids = torch.tensor([row])
+        single = model(ids, labels=ids).loss
+        for side in ("left", "right"):
+            inputs = twins.batch(row, longer, side=side)
+            labels = inputs["input_ids"].clone()
+            labels[1] = -100
+            torch.testing.assert_close(model(**inputs, labels=labels).loss, single)
+
+
+def test_ignore_index_and_the_number_of_items():
+    model = twins.model(ignore_index=-7)
+    ids = torch.tensor([twins.tokens(6)])
+    labels = ids.clone()
+    labels[0, :3] = -7
+    with torch.no_grad():
+        scores = model(ids).logits[0, 2:-1]
+        expected = cross_entropy(scores, ids[0, 3:])
+        torch.testing.assert_close(model(ids, labels=labels).loss, expected)
+        for items in (6, torch.tensor(6)):
+            torch.testing.assert_close(model(ids, labels=labels, num_items_in_batch=items).loss, expected * 3 / 6)
+        assert model(ids, labels=torch.full_like(ids, -7)).loss == 0
+
+
+@pytest.mark.parametrize("kind", [torch.bfloat16, torch.float16])
+def test_sixteen_bit_models_stay_near(kind):
+    model = twins.model()
+    inputs = twins.batch(PICTURE + twins.tokens(5), PICTURE + twins.tokens(3)) | {"pixel_values": twins.pictures(2)}
+    seen = inputs["attention_mask"].bool()
+    with torch.no_grad():
+        expected = model(**inputs).logits
+        output = model.to(kind)(**inputs, labels=inputs["input_ids"])
+    assert output.logits.dtype == kind and output.loss.dtype == torch.float32
+    assert (output.logits.float() - expected)[seen].abs().max() < 0.05 * expected.abs().max()
+    assert model.language_model.rotary.frequencies.dtype == torch.float32
+
+
+def test_training_under_autocast():
+    model = twins.model().train()
+    inputs = twins.batch(PICTURE + twins.tokens(5)) | {"pixel_values": twins.pictures(1)}
+    exact = model(**inputs, labels=inputs["input_ids"]).loss
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = model(**inputs, labels=inputs["input_ids"]).loss
+    loss.backward()
+    torch.testing.assert_close(loss, exact, rtol=0.05, atol=0.05)
+    assert all(p.grad is not None and p.grad.isfinite().all() for n, p in model.named_parameters() if "post_layernorm" not in n)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointing_activations_changes_no_gradient(reentrant):
+    model = twins.model(vision_feature="last").train()
+    inputs = twins.batch(PICTURE + twins.tokens(5)) | {"pixel_values": twins.pictures(1)}
+    model(**inputs, labels=inputs["input_ids"]).loss.backward()
+    expected = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+    model.zero_grad()
+    model.activation_checkpointing_enable({"use_reentrant": reentrant})
+    assert model.is_activation_checkpointing
+    pixels = inputs["pixel_values"].requires_grad_(reentrant)  # the reentrant kind needs an input that asks for a gradient
+    model(**inputs | {"pixel_values": pixels}, labels=inputs["input_ids"]).loss.backward()
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter.grad, expected[name], msg=name)
+    model.activation_checkpointing_disable()
+    assert not model.is_activation_checkpointing
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+def test_resizing_the_vocabulary(tied):
+    model = twins.model(text={"tie_word_embeddings": tied})
+    ids = torch.tensor([twins.tokens(4)])
+    with torch.no_grad():
+        before = model(ids).logits
+        model.resize_token_embeddings(twins.VOCABULARY + 10)
+        after = model(ids).logits
+    assert model.config.vocab_size == after.shape[-1] == twins.VOCABULARY + 10
+    torch.testing.assert_close(after[..., : twins.VOCABULARY], before)
+    assert (model.lm_head.weight is model.get_input_embeddings().weight) is tied
+    with torch.no_grad():
+        assert model.resize_token_embeddings(50).weight.shape[0] == model.lm_head.weight.shape[0] == 50
+
+
+def test_embeddings_can_be_replaced():
+    model = twins.model(text={"tie_word_embeddings": True})
+    fresh = torch.nn.Embedding(twins.VOCABULARY, 64)
+    model.set_input_embeddings(fresh)
+    assert model.get_input_embeddings() is fresh
+    model.tie_weights()
+    assert model.get_output_embeddings().weight is fresh.weight
+
+
+def test_fresh_weights():
+    torch.manual_seed(0)
+    model = MllamaForConditionalGeneration(twins.config())
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            assert not parameter.any(), name
+        elif "norm" in name:
+            assert (parameter == 1).all(), name
+        else:
+            assert 0.015 < parameter.std() < 0.025, name
+
+
+def test_a_model_on_the_meta_device_knows_its_rotary_frequencies():
+    with torch.device("meta"):
+        model = MllamaForConditionalGeneration(twins.config())
+    assert {parameter.device.type for parameter in model.parameters()} == {"meta"}
+    model.load_state_dict(twins.model().state_dict(), assign=True)
+    ids = torch.tensor([twins.tokens(4)])
+    with torch.no_grad():
+        assert torch.equal(model(ids).logits, twins.model()(ids).logits)
+
+
+ONE_LAYER = {"text": {"num_hidden_layers": 1}, "vision": {"num_hidden_layers": 1}}
+
+
+def test_the_decoder_compiles_in_one_graph():
+    model = twins.model(**ONE_LAYER)
+    decoder = torch.compile(model.language_model, fullgraph=True, backend="aot_eager")
+    inputs = twins.batch(twins.tokens(6), twins.tokens(4))
+    embeds = model.get_input_embeddings()(inputs["input_ids"]).detach().requires_grad_()
+    got = decoder(inputs_embeds=embeds, attention_mask=inputs["attention_mask"]).last_hidden_state
+    expected = model.language_model(inputs_embeds=embeds, attention_mask=inputs["attention_mask"]).last_hidden_state
+    torch.testing.assert_close(got, expected)
+    torch.testing.assert_close(torch.autograd.grad(got.sum(), embeds), torch.autograd.grad(expected.sum(), embeds), rtol=1e-4, atol=1e-4)
+
+
+def test_the_whole_model_compiles_in_one_graph():
+    model = twins.model(**ONE_LAYER)
+    inputs = twins.batch(PICTURE + twins.tokens(6)) | {"pixel_values": twins.pictures(1)}
+    with torch.no_grad():
+        got = torch.compile(model, fullgraph=True, backend="aot_eager")(**inputs, labels=inputs["input_ids"], use_cache=False)
+        expected = model(**inputs, labels=inputs["input_ids"])
+    torch.testing.assert_close(got.logits, expected.logits)
+    torch.testing.assert_close(got.loss, expected.loss)
+
+
+def test_a_deep_copy_is_a_model_of_its_own():
+    model = twins.model()
+    copied = copy.deepcopy(model)
+    ids = torch.tensor([twins.tokens(4)])
+    with torch.no_grad():
+        assert torch.equal(model(ids).logits, copied(ids).logits)
+        copied.lm_head.weight.zero_()
+        assert model(ids).logits.any()
+
+
+def test_lora_by_peft():
+    peft = pytest.importorskip("peft")
+    model = peft.get_peft_model(twins.model(), peft.LoraConfig(target_modules=["q_proj", "v_proj"], r=2))
+    inputs = twins.batch(PICTURE + twins.tokens(4)) | {"pixel_values": twins.pictures(1)}
+    model(**inputs, labels=inputs["input_ids"]).loss.backward()
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    assert len(trained) == 2 * 2 * 4 and all(parameter.grad is not None for parameter in trained)
+
+
+IDS = torch.tensor([PICTURE + [1, 2, 3]])
+
+
+@pytest.mark.parametrize(
+    ("error", "named", "inputs"),
+    [
+        (ValueError, "exactly one of input_ids and inputs_embeds", {}),
+        (ValueError, "exactly one of input_ids and inputs_embeds", {"input_ids": IDS, "inputs_embeds": torch.zeros(1, 7, 64)}),
+        (TypeError, "input_ids must be an int64 or int32", {"input_ids": IDS.float()}),
+        (TypeError, "input_ids must be an int64 or int32", {"input_ids": [[1, 2]]}),
+        (ValueError, r"input_ids must be \[batch, tokens\]", {"input_ids": IDS[0]}),
+        (ValueError, r"input_ids must be \[batch, tokens\]", {"input_ids": IDS[:, :0]}),
+        (IndexError, "vocabulary", {"input_ids": torch.tensor([[1, 99]])}),
+        (IndexError, "vocabulary", {"input_ids": torch.tensor([[1, -1]])}),
+        (ValueError, r"inputs_embeds must be \[batch, tokens, 64\]", {"inputs_embeds": torch.zeros(1, 7, 63)}),
+        (ValueError, "4 picture placeholders, but 2 pictures give 8 features", {"input_ids": IDS, "pixel_values": twins.pictures(2)}),
+        (ValueError, "4 picture placeholders, but 0 pictures give 0 features", {"input_ids": IDS}),
+        (ValueError, "0 picture placeholders, but 1 pictures give 4", {"input_ids": IDS[:, 4:], "pixel_values": twins.pictures(1)}),
+        (ValueError, "1 picture placeholders.*MllamaImageProcessor", {"input_ids": IDS[:, 3:], "pixel_values": twins.pictures(1)}),
+        (ValueError, r"pixel_values must be \[pictures, 3, 16, 16\]", {"input_ids": IDS, "pixel_values": torch.zeros(1, 3, 16, 8)}),
+        (ValueError, r"pixel_values must be \[pictures, 3, 16, 16\]", {"input_ids": IDS, "pixel_values": torch.zeros(3, 16, 16)}),
+        (TypeError, "pixel_values must be a floating", {"input_ids": IDS, "pixel_values": torch.zeros(1, 3, 16, 16, dtype=torch.uint8)}),
+        (TypeError, "pixel_values must be a floating", {"input_ids": IDS, "pixel_values": "cat.png"}),
+        (ValueError, "not both", {"input_ids": IDS, "pixel_values": twins.pictures(1), "image_features": torch.zeros(1, 4, 64)}),
+        (ValueError, r"image_features must be \[pictures, 4, 64\]", {"input_ids": IDS, "image_features": torch.zeros(1, 3, 64)}),
+        (ValueError, "pictures need input_ids", {"inputs_embeds": torch.zeros(1, 7, 64), "pixel_values": twins.pictures(1)}),
+        (ValueError, r"attention_mask must be \[batch", {"input_ids": IDS[:, 4:], "attention_mask": torch.ones(1, 1, 3, 3)}),
+        (ValueError, "0 cached and 3 new tokens, got 4", {"input_ids": IDS[:, 4:], "attention_mask": torch.ones(1, 4)}),
+        (ValueError, "attention_mask must have 1 rows", {"input_ids": IDS[:, 4:], "attention_mask": torch.ones(2, 3)}),
+        (TypeError, "attention_mask must be a torch.Tensor", {"input_ids": IDS[:, 4:], "attention_mask": [[1, 1, 1]]}),
+        (ValueError, r"position_ids must be \[1 or 1, 3\]", {"input_ids": IDS[:, 4:], "position_ids": torch.zeros(1, 2, dtype=torch.long)}),
+        (TypeError, "past_key_values must be a transformers Cache", {"input_ids": IDS[:, 4:], "past_key_values": ()}),
+        (ValueError, r"labels must be \[1, 3\]", {"input_ids": IDS[:, 4:], "labels": IDS}),
+        (TypeError, "labels must be an integer", {"input_ids": IDS[:, 4:], "labels": IDS[:, 4:].float()}),
+        (ValueError, "labels must be -100 or within", {"input_ids": IDS[:, 4:], "labels": torch.tensor([[1, 99, 1]])}),
+        (ValueError, "labels must be -100 or within", {"input_ids": IDS[:, 4:], "labels": torch.tensor([[1, -1, 1]])}),
+        (ValueError, "logits_to_keep", {"input_ids": IDS[:, 4:], "labels": IDS[:, 4:], "logits_to_keep": 1}),
+    ],
+)
+def test_bad_inputs_are_refused(error, named, inputs):
+    with pytest.raises(error, match=named):
+        twins.model()(**inputs)
+
+
+def test_a_lone_unexpanded_placeholder_is_refused_when_its_id_is_not_known():
+    ids = torch.tensor([[90, *twins.tokens(5)]])
+    with pytest.raises(ValueError, match="MllamaImageProcessor"):
+        twins.model(image_token_index=None)(ids, twins.pictures(1))
+
+
+def test_a_placeholder_that_two_ids_could_be_is_refused():
+    ids = torch.tensor([[90] * 4 + [91] * 4 + [1]])
+    with pytest.raises(ValueError, match="set config.image_token_index"):
+        twins.model(image_token_index=None)(ids, twins.pictures(1))
+
+
+def test_a_config_of_another_family_is_refused():
+    with pytest.raises(TypeError):
+        MllamaForConditionalGeneration({"text_config": {}})
+    assert MllamaForConditionalGeneration.config_class is MllamaConfig
