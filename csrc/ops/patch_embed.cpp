@@ -62,7 +62,7 @@ Tensor patch_embed(const Tensor& pixels, const Tensor& weight, const std::option
         b = to_dtype(*bias, pixels.scalar_type());
     }
     Tensor matrix = torch::stable::view(dense(to_dtype(weight, pixels.scalar_type())), {embed, width});
-    Tensor y = linear(cut(pixels, patch), matrix, b);
+    Tensor y = to_dtype(linear(cut(pixels, patch), matrix, b), pixels.scalar_type());  // autocast may have lowered it
     return torch::stable::view(y, {pixels.size(0), pixels.size(2) / patch * (pixels.size(3) / patch), embed});
 }
 
@@ -81,7 +81,7 @@ std::tuple<Tensor, Tensor, Tensor> patch_embed_backward(const Tensor& grad_y, co
     Tensor grad_bias = new_tensor(bias.value_or(weight), {0});
     if (pixel_gradient) {
         Tensor matrix = torch::stable::view(dense(to_dtype(weight, pixels.scalar_type())), {embed, width});
-        grad_pixels = paste(torch::stable::matmul(g, matrix), pixels, patch);
+        grad_pixels = paste(to_dtype(torch::stable::matmul(g, matrix), pixels.scalar_type()), pixels, patch);
     }
     if (weight_gradient) {
         Tensor sum = torch::stable::matmul(torch::stable::transpose(g, 0, 1), cut(pixels, patch));
