@@ -6,11 +6,11 @@ import stat
 
 import pytest
 import torch
-import twins
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, LlavaForConditionalGeneration
 
+import twins
 from mllama import MllamaConfig, MllamaForConditionalGeneration
 from mllama.checkpoints import engine, siglip_llama
 from mllama.checkpoints.engine import Drop, Rename

@@ -4,10 +4,10 @@ import copy
 import json
 
 import pytest
-import twins
 from transformers import AutoConfig, LlamaConfig, SiglipVisionConfig
 from transformers.models.mllama import MllamaConfig as HFMllamaConfig
 
+import twins
 from mllama import MllamaConfig
 from mllama.config import MllamaTextConfig, MllamaVisionConfig
 

@@ -2,8 +2,9 @@
 
 import pytest
 import torch
-import twins
 from transformers import DynamicCache, StaticCache, TextStreamer
+
+import twins
 
 PICTURE = [twins.IMAGE] * twins.PATCHES
 ROWS = [PICTURE + twins.tokens(6), twins.tokens(4, 7), twins.tokens(3) + PICTURE + PICTURE + twins.tokens(2)]

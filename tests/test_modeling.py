@@ -4,10 +4,10 @@ import copy
 
 import pytest
 import torch
-import twins
 from torch.nn.functional import cross_entropy
 from transformers import DynamicCache
 
+import twins
 from mllama import MllamaConfig, MllamaForConditionalGeneration
 
 PICTURE = [twins.IMAGE] * twins.PATCHES

@@ -2,7 +2,7 @@
 
 import torch
 
-from mllama.ops._dispatch import check_float, register, use_kernel
+from mllama.ops._dispatch import check_float, exact, register, use_kernel
 
 
 def patch_embed(pixel_values: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
@@ -21,9 +21,10 @@ def patch_embed(pixel_values: torch.Tensor, weight: torch.Tensor, bias: torch.Te
         ValueError: the kernel is not square, the picture is no multiple of it, channels or bias do not fit.
     """
     _check(pixel_values, weight, bias)
-    if use_kernel(pixel_values):
-        return _patch_embed(pixel_values, weight, bias)
-    return reference(pixel_values, weight, bias)
+    with exact(pixel_values):  # the kernel's matrix product is torch's
+        if use_kernel(pixel_values):
+            return _patch_embed(pixel_values, weight, bias)
+        return reference(pixel_values, weight, bias)
 
 
 def reference(pixel_values: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
@@ -63,7 +64,8 @@ def _setup(ctx, inputs, output):
 def _derivative(ctx, grad_y):
     if grad_y is None:
         return None, None, None
-    gradients = _patch_embed_backward(grad_y, *ctx.saved_tensors, *ctx.needs_input_grad)
+    with exact(grad_y):
+        gradients = _patch_embed_backward(grad_y, *ctx.saved_tensors, *ctx.needs_input_grad)
     return tuple(gradient if needed else None for gradient, needed in zip(gradients, ctx.needs_input_grad, strict=True))
 
 
