@@ -1,25 +1,28 @@
-"""Resizing of 8-bit RGB pictures, bit for bit as Pillow's `Image.resize` does it, alone and with normalisation fused behind it.
+"""Resizing of 8-bit RGB pictures, bit for bit as Pillow's `Image.resize` does it, alone and with normalisation behind it.
 
-Pillow's arithmetic (src/libImaging/Resample.c): coefficients in double, normalised to sum 1, rounded half away from zero to integers with 22
-fractional bits; a horizontal pass to 8 bits, then a vertical one. The filter always widens with the ratio, so that shrinking is antialiased.
+Pillow's arithmetic (src/libImaging/Resample.c): weights in double, normalised to sum 1, rounded half away from zero to integers with 22
+fractional bits; one direction, rounded to 8 bits, then the other. The filter widens with the ratio, so that shrinking is antialiased.
 """
 
 import numpy as np
+import PIL
 import torch
 from PIL import Image
 
-from mllama.ops._dispatch import check_value
+from mllama.ops._dispatch import check_value, register, use_kernel
 
-MAX_PIXELS = 2**27  # of the result, and of the picture between the two passes: a hostile size is refused before anything is allocated
+MAX_PIXELS = 2**27  # of the result, and of the picture between the passes: a hostile size is refused before anything is allocated
 _FILTERS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
+_PILLOW = tuple(int(part) for part in PIL.__version__.split(".")[:2])
 
 
 def resize(image: torch.Tensor, height: int, width: int, resample: str = "bicubic") -> torch.Tensor:
-    """Return the picture in another size, equal in every bit to Pillow's `Image.resize((width, height), resample)`.
+    """Return the picture in another size, equal in every bit to the installed Pillow's `Image.resize((width, height), resample)`.
 
     Args:
         image: [H, W, 3] uint8 on the CPU, any strides.
-        height, width: of the result in pixels, at least 1; height * width and H * width at most MAX_PIXELS.
+        height, width: of the result in pixels, at least 1; neither the result nor the picture between the two passes ([H, width] or
+            [height, W]) may have more than MAX_PIXELS.
         resample: "bicubic" (a = -0.5) or "bilinear".
 
     Returns:
@@ -29,7 +32,9 @@ def resize(image: torch.Tensor, height: int, width: int, resample: str = "bicubi
         TypeError: image is no uint8 tensor, or a size is no int.
         ValueError: image is not [H, W, 3], empty, or not on the CPU; a size is out of range; an unknown filter.
     """
-    _check("resize", image, height, width, resample)
+    height_first = _check("resize", image, height, width, resample)
+    if use_kernel(image):
+        return _resize(image, height, width, resample == "bicubic", height_first)
     return reference(image, height, width, resample)
 
 
@@ -46,13 +51,15 @@ def resize_normalize(image: torch.Tensor, height: int, width: int, table: torch.
     Raises:
         TypeError, ValueError: as `resize`; table is no float32 tensor, or not [256, 3] on the CPU.
     """
-    _check("resize_normalize", image, height, width, resample)
+    height_first = _check("resize_normalize", image, height, width, resample)
     if not isinstance(table, torch.Tensor) or table.dtype != torch.float32:
         raise TypeError(f"resize_normalize: table must be a float32 tensor, got {_kind(table)}")
     check_value(
         table.shape == (256, 3) and table.device.type == "cpu",
         f"resize_normalize: table must be [256, 3] on the CPU, got {tuple(table.shape)} on {table.device}",
     )
+    if use_kernel(image):
+        return _resize_normalize(image, height, width, table, resample == "bicubic", height_first)
     return normalize_reference(image, height, width, table, resample)
 
 
@@ -68,11 +75,8 @@ def normalize_reference(image: torch.Tensor, height: int, width: int, table: tor
     return torch.stack([table[:, c][resized[:, :, c]] for c in range(3)])
 
 
-def _kind(value) -> str:
-    return str(value.dtype).removeprefix("torch.") + " tensor" if isinstance(value, torch.Tensor) else type(value).__name__
-
-
-def _check(op: str, image: torch.Tensor, height: int, width: int, resample: str) -> None:
+def _check(op: str, image: torch.Tensor, height: int, width: int, resample: str) -> bool:
+    """Refuse bad arguments, and return which direction Pillow resizes first."""
     if not isinstance(image, torch.Tensor) or image.dtype != torch.uint8:
         raise TypeError(f"{op}: image must be a uint8 tensor, got {_kind(image)}")
     check_value(
@@ -83,9 +87,28 @@ def _check(op: str, image: torch.Tensor, height: int, width: int, resample: str)
         if not isinstance(size, int) or isinstance(size, bool):
             raise TypeError(f"{op}: {name} must be an int, got {type(size).__name__}")
         check_value(size >= 1, f"{op}: {name} must be at least 1, got {size}")
-    tallest = max(height, image.shape[0])
-    check_value(
-        tallest * width <= MAX_PIXELS,
-        f"{op}: {image.shape[0]} x {image.shape[1]} to {height} x {width} takes {tallest * width} pixels on the way, at most {MAX_PIXELS}",
-    )
     check_value(resample in _FILTERS, f"{op}: resample must be one of {', '.join(_FILTERS)}, got {resample!r}")
+    in_height, in_width = image.shape[:2]
+    height_first = _height_first(in_height, in_width, height, width)
+    most = max(height * width, height * in_width if height_first else in_height * width)
+    check_value(most <= MAX_PIXELS, f"{op}: {in_height} x {in_width} to {height} x {width} makes {most} pixels, more than {MAX_PIXELS}")
+    return height_first
+
+
+def _height_first(in_height: int, in_width: int, height: int, width: int) -> bool:
+    """Pillow's choice, which changed over its versions: it rounds to 8 bits between the passes, so the order shows in the last bit."""
+    less_high, less_wide = in_height - height, in_width - width
+    if _PILLOW >= (13, 0):
+        return less_high > 0 and less_high > 2 * less_wide
+    return _PILLOW >= (12, 2) and less_high > 0 and in_height > 100 * in_width
+
+
+def _kind(value) -> str:
+    return f"{str(value.dtype).removeprefix('torch.')} tensor" if isinstance(value, torch.Tensor) else type(value).__name__
+
+
+_resize = register("resize", fake=lambda image, height, width, cubic, height_first: image.new_empty(height, width, 3))
+_resize_normalize = register(
+    "resize_normalize",
+    fake=lambda image, height, width, table, cubic, height_first: table.new_empty(3, height, width),
+)

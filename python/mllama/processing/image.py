@@ -11,13 +11,12 @@
 | uint16 array                                      | as 16-bit grey, per channel                                                          |
 | float array or tensor                             | 0..1 onto 0..255, rounded; values outside are refused                                |
 
-Arrays are [H, W], or have an axis of 1, 3 or 4 channels (grey, RGB, RGBA) last or first. Where both axes would do ([3, H, 3], [1, W, 3]), a numpy
-array is read channels last and a torch tensor channels first, as each is used to.
+Arrays are [H, W], or have an axis of 1, 3 or 4 channels (grey, RGB, RGBA) last or first. Where both would do ([3, H, 3], [1, W, 3]), a
+numpy array is read channels last and a torch tensor channels first, as each is used to.
 """
 
 import functools
 import os
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -40,7 +39,7 @@ def load_picture(source) -> Image.Image:
             another shape, or with values out of range.
     """
     if isinstance(source, (str, os.PathLike)):
-        return _open(Path(source))
+        return _open(os.fspath(source))
     if isinstance(source, Image.Image):
         try:
             source.load()  # a picture opened elsewhere may not be decoded yet
@@ -73,10 +72,12 @@ def normalisation_table(mean: tuple[float, ...], std: tuple[float, ...], rescale
     return torch.from_numpy((values - np.array(mean, dtype=np.float32)) / np.array(std, dtype=np.float32))
 
 
-def _open(path: Path) -> Image.Image:
-    if not path.exists():
+def _open(path: str) -> Image.Image:
+    if path.startswith(("http://", "https://", "data:")):
+        raise ValueError(f"pictures are read from files, not from addresses: {path[:80]}")
+    if not os.path.exists(path):
         raise FileNotFoundError(f"no such picture: {path}")
-    if path.is_dir():
+    if os.path.isdir(path):
         raise ValueError(f"{path} is a folder, not a picture")
     try:
         with Image.open(path) as picture:
@@ -130,13 +131,13 @@ def _array_to_rgb(source) -> np.ndarray:
     pixels = _eight_bits(_channels_last(source, first=is_tensor))
     if pixels.shape[2] == 4:
         return np.array(_to_rgb(Image.fromarray(pixels)))
-    return np.ascontiguousarray(np.broadcast_to(pixels, (*pixels.shape[:2], 3)))
+    return np.array(np.broadcast_to(pixels, (*pixels.shape[:2], 3)), order="C")
 
 
 def _channels_last(pixels: np.ndarray, first: bool) -> np.ndarray:
     if pixels.ndim == 2:
         return pixels[:, :, None]
-    for axis in ((0, -1) if first else (-1, 0)):
+    for axis in (0, -1) if first else (-1, 0):
         if pixels.ndim == 3 and pixels.shape[axis] in (1, 3, 4):
             return np.moveaxis(pixels, axis, -1)
     raise ValueError(f"a picture must be [H, W], [H, W, C] or [C, H, W] with 1, 3 or 4 channels, got shape {pixels.shape}")
@@ -144,7 +145,7 @@ def _channels_last(pixels: np.ndarray, first: bool) -> np.ndarray:
 
 def _eight_bits(pixels: np.ndarray) -> np.ndarray:
     if pixels.dtype == np.uint8:
-        return np.ascontiguousarray(pixels)
+        return pixels
     if pixels.dtype == np.bool_:
         return pixels.astype(np.uint8) * 255
     if pixels.dtype == np.uint16:

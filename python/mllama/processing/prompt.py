@@ -1,4 +1,4 @@
-"""The text around the pictures: the layout of a prompt, the chat template that gives the same layout, and which picture belongs to which prompt."""
+"""The text around the pictures: a prompt's layout, the chat template of the same layout, and which picture belongs to which prompt."""
 
 from collections.abc import Sequence
 
@@ -8,8 +8,8 @@ import torch
 IMAGE_TOKEN = "<image>"
 LOCATION_TOKENS = tuple(f"<loc{i:04d}>" for i in range(1024)) + tuple(f"<seg{i:03d}>" for i in range(128))
 
-# The layout of `lay_out` for conversations: every picture, BOS, then "question\n" and "answer<eos>" in turn. Pictures written into a text as
-# <image> move to the front like the others. `generation` marks the answers for return_assistant_tokens_mask.
+# The layout of `lay_out` for conversations: every picture, BOS, then "question\n" and "answer<eos>" in turn. Pictures written into a text
+# as <image> move to the front like the others. `generation` marks the answers for return_assistant_tokens_mask.
 CHAT_TEMPLATE = """\
 {%- macro text(content) -%}
 {%- if content is string -%}{{ content | replace('<image>', '') }}{%- else -%}
@@ -38,48 +38,42 @@ def lay_out(prompt: str, image_tokens: int, image_token: str = IMAGE_TOKEN, bos_
     return image_token * image_tokens + bos + prompt + newline
 
 
-def share_out(images, placeholders: Sequence[int], image_token: str = IMAGE_TOKEN) -> list[list]:
+def share_out(images, placeholders: Sequence[int | None], image_token: str = IMAGE_TOKEN) -> list[list]:
     """Return the pictures of each prompt.
 
     Args:
         images: None, one picture, a flat list, a [N, ...] array of pictures, or one list (or None) per prompt.
-        placeholders: how many placeholders each prompt holds. A prompt that holds some takes as many pictures, in order.
-            When none holds any, a flat list goes to a single prompt whole, and to several prompts one by one.
+        placeholders: how many placeholders each prompt holds, None for a prompt that takes what it is given. Of a flat list, prompts with
+            placeholders take their pictures in order; without any, a single prompt takes all and several take one each.
 
     Raises:
-        ValueError: the pictures do not go out; the text counts both sides.
+        ValueError: pictures and placeholders, or pictures and prompts, differ in number; the text counts both.
     """
-    prompts, wanted = len(placeholders), sum(placeholders)
+    prompts = len(placeholders)
     if images is None:
         images = []
-    if isinstance(images, (np.ndarray, torch.Tensor)) and images.ndim == 4 or isinstance(images, tuple):
+    elif isinstance(images, tuple) or (isinstance(images, (np.ndarray, torch.Tensor)) and images.ndim == 4):
         images = list(images)
-    if not isinstance(images, list):
+    elif not isinstance(images, list):
         images = [images]
+
     if any(row is None or isinstance(row, (list, tuple)) for row in images):
-        return _check_rows([_as_row(row) for row in images], placeholders, image_token)
-    if wanted:
-        if wanted != len(images):
-            raise ValueError(f"{prompts} prompt(s) hold {wanted} {image_token} placeholders in all, but {len(images)} picture(s) were given")
+        rows = [list(row) if isinstance(row, (list, tuple)) else [] if row is None else [row] for row in images]
+        if len(rows) != prompts:
+            raise ValueError(f"{len(rows)} lists of pictures for {prompts} prompt(s)")
+        for number, (row, wanted) in enumerate(zip(rows, placeholders, strict=True)):
+            if wanted is not None and wanted != len(row):
+                raise ValueError(f"prompt {number} holds {wanted} {image_token} placeholder(s), but got {len(row)} picture(s)")
+        return rows
+
+    if any(wanted is not None for wanted in placeholders):
+        total = sum(wanted or 0 for wanted in placeholders)
+        if total != len(images):
+            raise ValueError(f"{prompts} prompt(s) hold {total} {image_token} placeholder(s) in all, but got {len(images)} picture(s)")
         rest = iter(images)
-        return [[next(rest) for _ in range(count)] for count in placeholders]
-    if prompts == 1 or not images:
-        return [images] + [[] for _ in range(prompts - 1)]
-    if len(images) != prompts:
+        return [[next(rest) for _ in range(wanted or 0)] for wanted in placeholders]
+    if prompts == 1:
+        return [images]
+    if images and len(images) != prompts:
         raise ValueError(f"{len(images)} picture(s) for {prompts} prompts: give one each, or one list of pictures per prompt")
-    return [[image] for image in images]
-
-
-def _as_row(row) -> list:
-    if row is None:
-        return []
-    return list(row) if isinstance(row, (list, tuple)) else [row]
-
-
-def _check_rows(rows: list[list], placeholders: Sequence[int], image_token: str) -> list[list]:
-    if len(rows) != len(placeholders):
-        raise ValueError(f"{len(rows)} lists of pictures for {len(placeholders)} prompt(s)")
-    for number, (row, count) in enumerate(zip(rows, placeholders, strict=True)):
-        if count and count != len(row):
-            raise ValueError(f"prompt {number} holds {count} {image_token} placeholder(s), but {len(row)} picture(s) were given for it")
-    return rows
+    return [[image] for image in images] or [[] for _ in range(prompts)]

@@ -1,0 +1,210 @@
+import io
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
+
+from mllama.processing.image import load_picture, load_pixels, normalisation_table
+
+RGB = np.random.default_rng(0).integers(0, 256, (6, 9, 3), dtype=np.uint8)
+GREY = RGB[:, :, 0]
+ALPHA = np.linspace(0, 255, 54).astype(np.uint8).reshape(6, 9)
+
+
+def three(grey):
+    return np.repeat(grey[:, :, None], 3, axis=2)
+
+
+def on_white(colour, alpha):
+    """What a picture of that opacity looks like on white, exactly."""
+    share = alpha[:, :, None] / 255
+    return colour * share + 255 * (1 - share)
+
+
+def same(picture, expected, within=0):
+    actual = load_pixels(picture).numpy()
+    assert actual.shape == expected.shape and actual.dtype == np.uint8
+    assert np.abs(actual.astype(float) - expected).max() <= within
+
+
+def test_the_same_picture_in_every_wrapping(tmp_path):
+    picture = Image.fromarray(RGB)
+    picture.save(tmp_path / "a.png")
+    chw = np.ascontiguousarray(RGB.transpose(2, 0, 1))
+    wrappings = [picture, tmp_path / "a.png", str(tmp_path / "a.png")]
+    wrappings += [RGB, RGB[:, ::-1][:, ::-1], chw, RGB / 255, RGB.astype(np.float32) / 255]
+    wrappings += [torch.from_numpy(RGB), torch.from_numpy(chw), torch.from_numpy(chw / 255), torch.from_numpy(chw) / 255]
+    for wrapping in wrappings:
+        same(wrapping, RGB)
+        assert np.array_equal(np.array(load_picture(wrapping)), RGB) and load_picture(wrapping).mode == "RGB"
+
+
+def test_16_bit_floats_are_rounded():
+    for dtype in (torch.bfloat16, torch.float16):
+        same((torch.from_numpy(RGB.transpose(2, 0, 1).copy()) / 255).to(dtype), RGB, within=1)
+
+
+def test_grey_and_boolean():
+    for grey in (Image.fromarray(GREY), GREY, GREY[:, :, None], GREY[None], torch.from_numpy(GREY)):
+        same(grey, three(GREY))
+    for black_and_white in (Image.fromarray(GREY > 99), GREY > 99, torch.from_numpy(GREY > 99)):
+        same(black_and_white, three((GREY > 99) * 255))
+
+
+def test_palette_and_other_colour_spaces():
+    picture = Image.fromarray(RGB)
+    for other in (picture.quantize(16), picture.convert("CMYK"), picture.convert("YCbCr"), picture.convert("HSV")):
+        same(other, np.array(other.convert("RGB")))
+
+
+def test_transparency_goes_onto_white():
+    rgba = np.dstack([RGB, ALPHA])
+    same(Image.fromarray(rgba), on_white(RGB, ALPHA), within=1)
+    same(rgba, on_white(RGB, ALPHA), within=1)
+    same(torch.from_numpy(rgba.transpose(2, 0, 1).copy()), on_white(RGB, ALPHA), within=1)
+    same(Image.fromarray(np.dstack([GREY, ALPHA])), on_white(three(GREY), ALPHA), within=1)
+    hidden = np.dstack([RGB, np.zeros_like(GREY)])
+    same(Image.fromarray(hidden), np.full_like(RGB, 255))
+
+
+@pytest.mark.parametrize("mode", ["P", "L", "RGB"])
+def test_a_transparent_colour_goes_onto_white(tmp_path, mode):
+    picture = Image.fromarray(np.where(GREY > 99, 255, 7).astype(np.uint8)).convert(mode)
+    key = picture.getpixel((0, 0))
+    picture.save(tmp_path / "key.png", transparency=key)
+    colours = np.array(picture.convert("RGB"))
+    expected = np.where((colours == colours[0, 0]).all(axis=2, keepdims=True), 255, colours)
+    same(tmp_path / "key.png", expected)
+
+
+def test_16_bit_grey_is_scaled(tmp_path):
+    values = (np.arange(54).reshape(6, 9) * 1236).astype(np.uint16)
+    expected = three(np.rint(values / 257))
+    values[0, 0] = 65535
+    expected[0, 0] = 255
+    Image.fromarray(values).save(tmp_path / "deep.png")
+    Image.fromarray(values).save(tmp_path / "deep.tif")
+    big_endian, wide = Image.frombytes("I;16B", (9, 6), values.astype(">u2").tobytes()), Image.fromarray(values.astype(np.int32))
+    assert wide.mode == "I"
+    for deep in (Image.fromarray(values), big_endian, wide, tmp_path / "deep.png", tmp_path / "deep.tif", values, np.dstack([values] * 3)):
+        same(deep, expected)
+    with pytest.raises(ValueError, match="mode I must hold 0..65535, got -1..5"):
+        load_picture(Image.fromarray(np.array([[-1, 5]], dtype=np.int32)))
+
+
+def test_float_grey():
+    same(Image.fromarray(GREY.astype(np.float32)), three(GREY))
+    same(Image.fromarray(GREY.astype(np.float32) / 255), three(GREY))
+    for wrong in ([[0.5, np.nan]], [[-1.0, 0.5]], [[300.0, 0.5]]):
+        with pytest.raises(ValueError, match="must hold 0..1"):
+            load_picture(Image.fromarray(np.array(wrong, dtype=np.float32)))
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_orientation(tmp_path, orientation):
+    picture = Image.fromarray(RGB)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    picture.save(tmp_path / "turned.png", exif=exif)
+    turn = {2: 0, 3: 3, 4: 1, 5: 5, 6: 4, 7: 6, 8: 2}  # Image.Transpose that makes it upright
+    expected = picture.transpose(Image.Transpose(turn[orientation])) if orientation > 1 else picture
+    same(tmp_path / "turned.png", np.array(expected))
+    with Image.open(tmp_path / "turned.png") as opened:  # one that is not loaded yet
+        same(opened, np.array(expected))
+        same(opened, np.array(expected))  # and was not changed
+
+
+def test_channels_of_ambiguous_arrays():
+    cube = np.random.default_rng(1).integers(0, 256, (3, 5, 3), dtype=np.uint8)
+    same(cube, cube)  # numpy: channels last
+    same(torch.from_numpy(cube), cube.transpose(1, 2, 0))  # torch: channels first
+    line = cube[:1]
+    same(line, line)
+    same(torch.from_numpy(line), three(line[0]))
+    same(np.zeros((1, 1, 3), dtype=np.uint8), np.zeros((1, 1, 3)))
+
+
+@pytest.mark.parametrize(
+    ("picture", "error", "match"),
+    [
+        (np.zeros((0, 5, 3), dtype=np.uint8), ValueError, r"no pixels: shape \(0, 5, 3\)"),
+        (torch.zeros(3, 4, 0), ValueError, r"no pixels: shape \(3, 4, 0\)"),
+        (Image.new("RGB", (0, 4)), ValueError, "no pixels: 0 x 4"),
+        (np.zeros((5, 6, 2), dtype=np.uint8), ValueError, r"\(5, 6, 2\)"),
+        (np.zeros(5, dtype=np.uint8), ValueError, r"\(5,\)"),
+        (np.zeros((2, 3, 5, 5), dtype=np.uint8), ValueError, r"\(2, 3, 5, 5\)"),
+        (np.zeros((5, 5, 3), dtype=np.int64), TypeError, "uint8, uint16, bool or float, got int64"),
+        (np.full((5, 5, 3), 255.0), ValueError, "must hold 0..1, got 255..255"),
+        (torch.full((3, 5, 5), float("nan")), ValueError, "must hold 0..1, got nan"),
+        ([1, 2, 3], TypeError, "got list"),
+        (None, TypeError, "got NoneType"),
+        (b"bytes", TypeError, "got bytes"),
+        ("https://example.org/cat.png", ValueError, "not from addresses: https://example.org/cat.png"),
+        ("data:image/png;base64," + "A" * 9999, ValueError, "not from addresses: data:image"),
+        ("no/such/cat.png", FileNotFoundError, "no such picture: no/such/cat.png"),
+        (Path("no/such/cat.png"), FileNotFoundError, "no such picture: no/such/cat.png"),
+        ("x" * 9999, FileNotFoundError, "no such picture"),
+        (".", ValueError, "is a folder"),
+    ],
+    ids=lambda value: "" if isinstance(value, (np.ndarray, torch.Tensor, str)) else None,
+)
+def test_what_is_refused(picture, error, match):
+    with pytest.raises(error, match=match) as caught:
+        load_pixels(picture)
+    assert type(caught.value) is error
+
+
+def half_of(form):
+    buffer = io.BytesIO()
+    Image.fromarray(np.random.default_rng(2).integers(0, 256, (40, 40, 3), dtype=np.uint8)).save(buffer, form)
+    return buffer.getvalue()[: buffer.tell() // 2]
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("empty.png", b""),
+        ("text.jpg", b"this is no picture"),
+        ("cut.png", half_of("PNG")),
+        ("cut.jpg", half_of("JPEG")),
+        ("header.png", half_of("PNG")[:20]),
+        ("program.eps", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n%%EOF\n"),
+    ],
+)
+def test_files_that_are_no_pictures(tmp_path, name, content):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=f"cannot read the picture .*{name}") as caught:
+        load_picture(tmp_path / name)
+    assert type(caught.value) is ValueError
+
+
+def test_a_broken_picture_opened_elsewhere(tmp_path):
+    (tmp_path / "cut.png").write_bytes(half_of("PNG"))
+    with Image.open(tmp_path / "cut.png") as picture, pytest.raises(ValueError, match="cannot read the picture .*cut.png"):
+        load_picture(picture)
+
+
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+@pytest.mark.parametrize("limit", [40, 20])  # Pillow warns above the limit, and raises above twice that
+def test_too_many_pixels(tmp_path, monkeypatch, limit):
+    Image.fromarray(RGB).save(tmp_path / "bomb.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
+    with pytest.raises(ValueError, match="cannot read the picture .*bomb.png.*pixels"):
+        load_picture(tmp_path / "bomb.png")
+
+
+def test_normalisation_is_transformers(tmp_path):
+    mean, std = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+    every = np.arange(256, dtype=np.uint8)[None, :, None].repeat(3, axis=2)
+    stock = SiglipImageProcessorPil(do_resize=False, image_mean=list(mean), image_std=list(std))
+    expected = stock(Image.fromarray(every), return_tensors="pt").pixel_values[0, :, 0].T
+    assert torch.equal(normalisation_table(mean, std), expected)
+
+
+@pytest.mark.parametrize(("mean", "std"), [((0.5,), (0.5,) * 3), ((0.5,) * 3, (0.5, 0.0, 0.5))])
+def test_normalisation_that_cannot_be(mean, std):
+    with pytest.raises(ValueError, match="three numbers each"):
+        normalisation_table(mean, std)
