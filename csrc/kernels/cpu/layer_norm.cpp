@@ -61,10 +61,9 @@ void backward_row(const LayerNormBackward& a, int64_t row, float* grad_weight, f
             put(grad_bias + i, at(grad_bias + i, n) + gradient, n);
         }
     });
-    float sum = reduce_add(sums) / width, dot = reduce_add(dots) / width;
+    float sum = reduce_add(sums) / width * rstd, share = reduce_add(dots) / width * rstd * rstd;
     for_vectors(a.width, [&](int64_t i, int n) {
-        vf normal = (at(x + i, n) - mean) * rstd;
-        put(grad_x + i, (at(g + i, n) * at(weight + i, n) - sum - normal * dot) * rstd, n);
+        put(grad_x + i, at(g + i, n) * at(weight + i, n) * rstd - (at(x + i, n) - mean) * share - sum, n);
     });
 }
 

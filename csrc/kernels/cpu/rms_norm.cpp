@@ -56,18 +56,15 @@ void backward_row(const RmsNormBackward& a, int64_t row, float* grad_weight) {
     const W* weight = static_cast<const W*>(a.weight);
     T* grad_x = static_cast<T*>(a.grad_x) + row * a.width;
     float rstd = a.rstd[row];
-    vf dot0{}, dot1{};
-    bool odd = false;
+    vf dots{};
     for_vectors(a.width, [&](int64_t i, int n) {
         vf gradient = at(g + i, n), value = at(x + i, n);
-        vf& dot = odd ? dot1 : dot0;
-        dot += gradient * at(weight + i, n) * value;
-        odd = !odd;
+        dots += gradient * at(weight + i, n) * value;
         if (grad_weight) put(grad_weight + i, at(grad_weight + i, n) + gradient * (value * rstd), n);
     });
-    float mean = reduce_add(dot0 + dot1) * rstd / static_cast<float>(a.width);
+    float share = reduce_add(dots) / static_cast<float>(a.width) * rstd * rstd * rstd;
     for_vectors(a.width, [&](int64_t i, int n) {
-        vf gradient = (at(g + i, n) * at(weight + i, n) - at(x + i, n) * rstd * mean) * rstd;
+        vf gradient = at(g + i, n) * at(weight + i, n) * rstd - at(x + i, n) * share;
         if (beside) gradient += at(beside + i, n);
         put(grad_x + i, gradient, n);
     });
