@@ -15,8 +15,9 @@ inline vf times_power_of_2(vf p, vf n) {
 #endif
 }
 
-// e^x, for every float: 0 and infinity where f32 ends, NaN for NaN. Largest error measured over all floats: 0.9 ulp, 1.2 without FMA.
-// x = n ln 2 + r with |r| <= ln2 / 2; e^r = 1 + r + r^2 q(r) by the minimax polynomial of relative error 3e-9.
+// e^x, for every float: 0 and infinity where f32 ends, NaN for NaN. Largest error measured over all floats: 0.9
+// ulp, 1.2 without FMA. x = n ln 2 + r with |r| <= ln2 / 2; e^r = 1 + r + r^2 q(r) by the minimax polynomial of
+// relative error 3e-9.
 inline vf exp(vf x) {
     x = min(splat(89.0f), max(splat(-104.0f), x));  // in this order a NaN stays
     vf shifted = x * 1.44269504f + 12582912.0f;     // 1.5 * 2^23: the sum's low bits hold round(x / ln 2)

@@ -21,7 +21,6 @@ def test_patch_embed(keep):
     operators = torch.ops.mllama
     check_op(
         patch_embed,
-        # The operator uses f32 parameters in the pictures' dtype; the reference is given f32 pictures.
         reference,
         [
             sample(2, 3, 2, 3, 4, 32),
@@ -60,6 +59,17 @@ def test_order_of_patches():
 
 def test_channels_last_pictures():
     torch.testing.assert_close(patch_embed(X.to(memory_format=torch.channels_last), W, B), patch_embed(X, W, B))
+
+
+def test_autocast_leaves_it_alone():
+    """The result has the pictures' dtype and bits, gradients too, though the matrix product inside is one that autocast rounds."""
+    weight = W.clone().requires_grad_()
+    expected = torch.autograd.grad(patch_embed(X, weight, B).square().sum(), weight)[0]
+    with torch.autocast("cpu", torch.bfloat16):
+        result = patch_embed(X, weight, B)
+        gradient = torch.autograd.grad(result.square().sum(), weight)[0]
+    assert torch.equal(result, patch_embed(X, W, B))
+    assert torch.equal(gradient, expected)
 
 
 def test_matches_torch():
