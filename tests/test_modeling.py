@@ -384,6 +384,43 @@ def test_lora_by_peft():
     assert len(trained) == 2 * 2 * 4 and all(parameter.grad is not None for parameter in trained)
 
 
+def test_transformers_trainer_trains_and_resumes(tmp_path):
+    pytest.importorskip("accelerate")
+    from transformers import Trainer, TrainingArguments
+
+    inputs = twins.batch(PICTURE + twins.tokens(4))
+    example = {name: value[0] for name, value in inputs.items()} | {"labels": inputs["input_ids"][0], "pixel_values": twins.pictures(1)}
+
+    def collate(examples):
+        stacked = {name: torch.stack([e[name] for e in examples]) for name in inputs | {"labels": None}}
+        return stacked | {"pixel_values": torch.cat([e["pixel_values"] for e in examples])}
+
+    def trainer(steps, **options):
+        arguments = TrainingArguments(
+            str(tmp_path),
+            max_steps=steps,
+            save_steps=2,
+            per_device_train_batch_size=2,
+            gradient_accumulation_steps=2,
+            learning_rate=0.01,
+            report_to=[],
+            use_cpu=True,
+            disable_tqdm=True,
+            remove_unused_columns=False,
+            **options,
+        )
+        return Trainer(twins.model(), arguments, train_dataset=[example] * 4, eval_dataset=[example] * 2, data_collator=collate)
+
+    whole = trainer(4)
+    before = whole.evaluate()["eval_loss"]
+    whole.train()
+    assert whole.evaluate()["eval_loss"] < before
+    resumed = trainer(4)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    for (name, one), two in zip(whole.model.state_dict().items(), resumed.model.state_dict().values(), strict=True):
+        torch.testing.assert_close(one, two, msg=name)
+
+
 IDS = torch.tensor([PICTURE + [1, 2, 3]])
 
 
@@ -426,6 +463,12 @@ IDS = torch.tensor([PICTURE + [1, 2, 3]])
 def test_bad_inputs_are_refused(error, named, inputs):
     with pytest.raises(error, match=named):
         twins.model()(**inputs)
+
+
+def test_a_picture_that_spills_into_the_next_row_is_refused():
+    ids = torch.tensor([PICTURE + [twins.IMAGE], PICTURE[1:] + [1, 2]])
+    with pytest.raises(ValueError, match=r"a multiple of 4 picture placeholders, got \[5, 3\]"):
+        twins.model()(ids, twins.pictures(2))
 
 
 def test_a_lone_unexpanded_placeholder_is_refused_when_its_id_is_not_known():

@@ -263,7 +263,7 @@ class MllamaConfig(PretrainedConfig):
         self.text_config = _sub_config(
             "text_config", MllamaTextConfig, text_config, vocab_size=vocab_size, hidden_size=hidden_size, pad_token_id=pad_token_index
         )
-        if tied:
+        if tied:  # as LLaVA reads it: True here or there ties
             self.text_config.tie_word_embeddings = True
         if use_cache is not None:
             self.text_config.use_cache = use_cache

@@ -100,7 +100,7 @@ class MllamaForConditionalGeneration(MllamaGenerationMixin, PreTrainedModel):
             pretrained_model_name_or_path: the folder, with config.json and safetensors weights.
             config: takes the place of the folder's.
             dtype: "auto" (the default) is the files' own; or float32, bfloat16, float16. `torch_dtype` is its older name.
-            device_map: a device, or {"": device}; the CPU by default.
+            device_map: a device, {"": device}, or "auto" for the GPU where there is one; the CPU by default.
             kwargs: options of transformers that say how to fetch a model from its hub are taken and change nothing for a folder.
 
         Raises:
@@ -117,6 +117,8 @@ class MllamaForConditionalGeneration(MllamaGenerationMixin, PreTrainedModel):
             if list(device_map) != [""]:
                 raise ValueError(f"device_map must name one device for the whole model, got {device_map!r}")
             device_map = device_map[""]
+        if device_map == "auto":
+            device_map = "cuda" if torch.cuda.is_available() else "cpu"
         if unknown := sorted(kwargs.keys() - _HUB_OPTIONS):
             raise TypeError(f"from_pretrained got options it does not know: {', '.join(unknown)}")
         return load_model(cls, pretrained_model_name_or_path, config, dtype, "cpu" if device_map is None else device_map)
@@ -308,10 +310,11 @@ class MllamaForConditionalGeneration(MllamaGenerationMixin, PreTrainedModel):
             return pixel_values.shape[0]
         if image_features is None:
             return 0
-        wanted = (self.config.text_config.num_image_tokens, self.config.text_config.hidden_size)
-        if not isinstance(image_features, torch.Tensor) or tuple(image_features.shape[1:]) != wanted:
-            shape = list(image_features.shape) if isinstance(image_features, torch.Tensor) else type(image_features).__name__
-            raise ValueError(f"image_features must be [pictures, {wanted[0]}, {wanted[1]}], got {shape}")
+        if not isinstance(image_features, torch.Tensor):
+            raise TypeError(f"image_features must be a torch.Tensor, got {type(image_features).__name__}")
+        wanted = [self.config.text_config.num_image_tokens, self.config.text_config.hidden_size]
+        if list(image_features.shape[1:]) != wanted:
+            raise ValueError(f"image_features must be [pictures, {wanted[0]}, {wanted[1]}], got {list(image_features.shape)}")
         return image_features.shape[0]
 
     def _placeholders(
@@ -323,12 +326,18 @@ class MllamaForConditionalGeneration(MllamaGenerationMixin, PreTrainedModel):
         placeholders = self.find_placeholders(input_ids, attention_mask, pictures)
         if torch.compiler.is_compiling():
             return placeholders
-        found, features = int(placeholders.sum()), pictures * self.config.text_config.num_image_tokens
+        per_picture = self.config.text_config.num_image_tokens
+        rows = placeholders.sum(1).tolist()
+        found = sum(rows)
         if filled and not found:
             return None
-        if found != features:
+        if found != pictures * per_picture:
             unexpanded = "; expand each <image> with the processor (MllamaImageProcessor)" if found <= pictures else ""
-            raise ValueError(f"input_ids hold {found} picture placeholders, but {pictures} pictures give {features} features{unexpanded}")
+            raise ValueError(
+                f"input_ids hold {found} picture placeholders, but {pictures} pictures give {pictures * per_picture} features{unexpanded}"
+            )
+        if any(row % per_picture for row in rows):
+            raise ValueError(f"every row must hold a multiple of {per_picture} picture placeholders, got {rows}")
         return placeholders
 
     def _embed(self, input_ids: torch.Tensor, placeholders: torch.Tensor | None, image_features: torch.Tensor | None) -> torch.Tensor:
@@ -358,8 +367,9 @@ class MllamaForConditionalGeneration(MllamaGenerationMixin, PreTrainedModel):
         if logits.shape[:2] != shape:
             raise ValueError("labels need the logits of every position; leave logits_to_keep at 0")
         labels = labels.to(logits.device, torch.long)
-        untrained = torch.zeros_like(labels, dtype=torch.bool) if placeholders is None else placeholders
-        labels = labels.masked_fill(untrained, ignored)[:, 1:]
+        if placeholders is not None:
+            labels = labels.masked_fill(placeholders, ignored)
+        labels = labels[:, 1:]
         if attention_mask is not None:  # a padded position is neither a target nor a place to predict from
             seen = attention_mask[:, -shape[1] :] != 0
             labels = labels.masked_fill(~(seen[:, 1:] & seen[:, :-1]), ignored)

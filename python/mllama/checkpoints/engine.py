@@ -7,7 +7,7 @@ safetensors files are opened: pickle runs code.
 import json
 import os
 import shutil
-import tempfile
+import uuid
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -256,15 +256,13 @@ def write_folder(folder: Path, write: Callable[[Path], None]) -> None:
         raise NotADirectoryError(f"{folder} exists and is not a folder")
     fresh = not folder.exists()
     folder.parent.mkdir(parents=True, exist_ok=True)
-    aside = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent if fresh else folder))
+    aside = (folder.parent if fresh else folder) / f".{folder.name}-{uuid.uuid4().hex}"
+    aside.mkdir()
     try:
         write(aside)
         for path in aside.iterdir():
             _sync(path)
         if fresh:
-            umask = os.umask(0)
-            os.umask(umask)
-            aside.chmod(0o777 & ~umask)
             _sync(aside)
             aside.rename(folder)
             _sync(folder.parent)

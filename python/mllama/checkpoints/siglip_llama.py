@@ -74,14 +74,9 @@ def llava_from_file(given: dict[str, Any]) -> dict[str, Any]:
         kind = part.get("model_type", default) if isinstance(part, dict) else default
         if kind != taken:
             raise ValueError(f"config.json: a {name} of model_type {kind!r} is not supported; {taken!r} is")
-    text = dict(given.get("text_config") or {})
-    hidden_size = text.get("hidden_size")
-    kept = ("ignore_index", "multimodal_projector_bias", "projector_hidden_act", "tie_word_embeddings", "dtype", "torch_dtype")
-    return {name: given[name] for name in kept if name in given} | {
+    same = ("vision_config", "text_config", "ignore_index", "multimodal_projector_bias", "projector_hidden_act", "tie_word_embeddings")
+    return {name: given[name] for name in same if name in given} | {
         "image_token_index": given.get("image_token_index", given.get("image_token_id", 32000)),
-        "projection_dim": hidden_size,
-        "text_config": text,
-        "vision_config": given["vision_config"],
         "vision_feature": "pre_norm",
     }
 

@@ -65,8 +65,7 @@ class Decoder(nn.Module):
         Args:
             input_ids: int [B, T]; or give
             inputs_embeds: [B, T, hidden].
-            attention_mask: [B, past + T] of any dtype, zero where padded (either side); None sees everything. With a static cache it may
-                also cover all of the cache's slots.
+            attention_mask: [B, past + T] of any dtype, zero where padded (either side); None sees everything.
             position_ids: int [B or 1, T]. None counts the unmasked tokens of each row, or past + 0, 1, ... without a mask.
             past_key_values: a transformers cache, dynamic or static.
             use_cache: make a dynamic cache where none is given.
@@ -91,7 +90,7 @@ class Decoder(nn.Module):
         batch, length = inputs_embeds.shape[:2]
         past = past_length(past_key_values)
         keys = key_length(past_key_values, length)
-        _check_mask_size(attention_mask, batch, length, past, keys)
+        _check_mask_size(attention_mask, batch, length, past)
         if position_ids is None:
             position_ids = _positions(attention_mask, length, past, inputs_embeds.device)
         elif position_ids.dim() != 2 or position_ids.shape[0] not in (1, batch) or position_ids.shape[1] != length:
@@ -130,12 +129,12 @@ def check_mask(attention_mask: torch.Tensor | None) -> None:
         raise ValueError(f"attention_mask must be [batch, past + new tokens], zero where padded; got {list(attention_mask.shape)}")
 
 
-def _check_mask_size(mask: torch.Tensor | None, batch: int, length: int, past: int | torch.Tensor, keys: int) -> None:
+def _check_mask_size(mask: torch.Tensor | None, batch: int, length: int, past: int | torch.Tensor) -> None:
     if mask is None:
         return
     if mask.shape[0] != batch:
         raise ValueError(f"attention_mask must have {batch} rows, got {mask.shape[0]}")
-    if mask.shape[1] == keys or torch.compiler.is_compiling():  # a static cache's length is not read where that would break a graph
+    if isinstance(past, torch.Tensor) and torch.compiler.is_compiling():  # reading a static cache's length would break the graph
         return
     if mask.shape[1] != int(past) + length:
         raise ValueError(f"attention_mask must cover {int(past)} cached and {length} new tokens, got {mask.shape[1]} columns")
@@ -143,11 +142,9 @@ def _check_mask_size(mask: torch.Tensor | None, batch: int, length: int, past: i
 
 def _positions(mask: torch.Tensor | None, length: int, past: int | torch.Tensor, device: torch.device) -> torch.Tensor:
     """[B or 1, T]: how many unmasked tokens of its row stand before each new token."""
-    slots = torch.arange(length, device=device).unsqueeze(0) + past
     if mask is None:
-        return slots
-    counted = ((mask != 0).long().cumsum(-1) - 1).clamp(min=0)
-    return counted.gather(1, slots.expand(mask.shape[0], -1))
+        return torch.arange(length, device=device).unsqueeze(0) + past
+    return ((mask != 0).long().cumsum(-1) - 1).clamp(min=0)[:, -length:]
 
 
 def _key_mask(mask: torch.Tensor | None, keys: int) -> torch.Tensor | None:

@@ -1,0 +1,57 @@
+"""The decoder by itself: positions, masks and caches."""
+
+import pytest
+import torch
+from transformers import DynamicCache, StaticCache
+
+import twins
+
+
+@pytest.fixture(scope="module")
+def decoder():
+    return twins.model().language_model
+
+
+def run(decoder, ids, **options) -> torch.Tensor:
+    with torch.no_grad():
+        return decoder(torch.tensor(ids), **options).last_hidden_state
+
+
+def test_positions_are_counted_from_the_mask(decoder):
+    """Rotary positions are relative, so a shift of a whole row would not show; a gap within it does."""
+    mask = torch.tensor([[0, 1, 1, 0, 1]])
+    ids = [[7, 1, 2, 7, 3]]
+    counted = run(decoder, ids, attention_mask=mask)
+    given = run(decoder, ids, attention_mask=mask, position_ids=torch.tensor([[0, 0, 1, 1, 2]]))
+    assert torch.equal(counted, given)
+    torch.testing.assert_close(counted[:, mask[0] == 1], run(decoder, [[1, 2, 3]]), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", [torch.bool, torch.long, torch.float32, torch.bfloat16])
+def test_masks_of_any_dtype(decoder, kind):
+    mask = torch.tensor([[0, 1, 1, 1]])
+    assert torch.equal(run(decoder, [[1, 2, 3, 4]], attention_mask=mask.to(kind)), run(decoder, [[1, 2, 3, 4]], attention_mask=mask))
+
+
+def test_a_static_cache_hides_its_unfilled_slots(decoder):
+    mask = torch.tensor([[0, 1, 1, 1, 1, 1]])
+    whole = run(decoder, [[7, 1, 2, 3, 4, 5]], attention_mask=mask)
+    cache = StaticCache(config=decoder.config, max_cache_len=10)
+    first = run(decoder, [[7, 1, 2, 3]], attention_mask=mask[:, :4], past_key_values=cache)
+    rest = run(decoder, [[4, 5]], attention_mask=mask, past_key_values=cache)
+    torch.testing.assert_close(torch.cat([first, rest], dim=1)[:, 1:], whole[:, 1:], rtol=1e-4, atol=1e-4)
+
+
+def test_a_cache_is_made_when_asked_for(decoder):
+    with torch.no_grad():
+        output = decoder(torch.tensor([[1, 2, 3]]), use_cache=True)
+    assert isinstance(output.past_key_values, DynamicCache) and output.past_key_values.get_seq_length() == 3
+
+
+def test_ids_or_embeddings(decoder):
+    with pytest.raises(ValueError, match="exactly one"):
+        decoder()
+    with pytest.raises(ValueError, match="2 cached and 1 new tokens, got 2"):
+        cache = DynamicCache(config=decoder.config)
+        run(decoder, [[1, 2]], past_key_values=cache)
+        run(decoder, [[3]], past_key_values=cache, attention_mask=torch.ones(1, 2))
