@@ -1,0 +1,1 @@
+"""Generated pictures of simple shapes, with questions, answers and dense labels: what the embedded model learns from."""

@@ -1,0 +1,58 @@
+"""The embedded model's tokenizer: one token a question word, single characters for everything else."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from .questions import vocabulary
+from .words import CHARACTERS
+
+# The training layout, and what processors write for a conversation: pictures first, then "question\nanswer<eos>" for every turn.
+CHAT_TEMPLATE = """{%- for message in messages -%}
+{%- if message['content'] is not string -%}
+{%- for part in message['content'] if part['type'] == 'image' -%}<image>{%- endfor -%}
+{%- endif -%}
+{%- endfor -%}
+{%- for message in messages -%}
+{%- if message['content'] is string -%}{{ message['content'] }}
+{%- else -%}{%- for part in message['content'] if part['type'] == 'text' -%}{{ part['text'] }}{%- endfor -%}
+{%- endif -%}
+{{ '<eos>' if message['role'] == 'assistant' else '\\n' }}
+{%- endfor -%}
+"""
+
+
+def build_tokenizer():
+    """Builds the tokenizer from the question words; nothing is trained, so it is the same on every machine.
+
+    Lower-casing, byte-level pieces. A whole piece that stands in the vocabulary is one token (`ignore_merges`); every other piece, such
+    as a printed word or number, is spelled by its bytes, since there are no merges.
+
+    Returns:
+        A `transformers.PreTrainedTokenizerFast` with <pad>, <eos>, <unk>-free bytes and <image>; it adds no BOS.
+    """
+    from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    special = ["<pad>", "<eos>", "<image>"]
+    pieces = special + sorted(pre_tokenizers.ByteLevel.alphabet())
+    for word in vocabulary():
+        pieces += [word, "Ġ" + word]
+    pieces += ["Ġ" + character for character in CHARACTERS]
+    ids = {piece: i for i, piece in enumerate(dict.fromkeys(pieces))}
+    tokenizer = Tokenizer(models.BPE(vocab=ids, merges=[], ignore_merges=True))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in special])
+    wrapped = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", additional_special_tokens=["<image>"], padding_side="left",
+        clean_up_tokenization_spaces=False, model_max_length=1024, extra_special_tokens={"image_token": "<image>"},
+    )  # fmt: skip
+    wrapped.chat_template = CHAT_TEMPLATE
+    return wrapped
+
+
+def save_tokenizer(folder: str | Path) -> None:
+    """Writes tokenizer.json, tokenizer_config.json and chat_template.jinja into `folder`."""
+    build_tokenizer().save_pretrained(str(folder))

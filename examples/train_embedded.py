@@ -1,0 +1,41 @@
+"""Trains the embedded model on generated pictures.
+
+    python examples/train_embedded.py --out runs/embedded
+
+The run resumes from its folder with --resume; --export writes the averaged weights where `mllama.load()` finds them.
+"""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import fields
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from shapes.training import Plan, Run
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("runs/embedded"), help="folder of the run")
+    parser.add_argument("--resume", action="store_true", help="go on from the weights and optimiser state in --out")
+    parser.add_argument("--export", type=Path, help="after training (or at once with --pictures 0), write the model to this folder")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--workers", type=int, default=1, help="processes that draw pictures")
+    for field in fields(Plan):
+        kind = {"action": argparse.BooleanOptionalAction} if isinstance(field.default, bool) else {"type": type(field.default)}
+        parser.add_argument(f"--{field.name.replace('_', '-')}", default=field.default, **kind)
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    plan = Plan(**{field.name: getattr(arguments, field.name) for field in fields(Plan)})
+    run = Run(plan, arguments.out, resume=arguments.resume)
+    with tqdm(total=plan.pictures, initial=run.seen, unit="picture", smoothing=0.02, mininterval=2) as progress:
+        run.train(progress, workers=arguments.workers)
+    if arguments.export:
+        run.export(arguments.export)
+
+
+if __name__ == "__main__":
+    main()
