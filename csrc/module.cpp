@@ -10,7 +10,6 @@ namespace py = pybind11;
 
 PYBIND11_MODULE(_C, m) {
     m.doc() = "mllama's compiled operators";
-    mllama::current_isa();  // a bad MLLAMA_CPU_ISA is refused at import, not in the first operator
 
     m.def(
         "build_info",
@@ -24,7 +23,10 @@ PYBIND11_MODULE(_C, m) {
             return info;
         },
         "What the extension was built with: operators, instruction sets, CUDA toolkit, torch, compiler.");
-    m.def("isa", [] { return mllama::isa_name(mllama::current_isa()); }, "The instruction set the kernels use now.");
+    m.def(
+        "isa", [] { return mllama::isa_name(mllama::current_isa()); },
+        "The instruction set the kernels use now.\n\nRaises ValueError where MLLAMA_CPU_ISA names none that this CPU "
+        "has.");
     m.def("best_isa", [] { return mllama::isa_name(mllama::best_isa()); }, "The best instruction set of this CPU.");
     m.def("set_isa", &mllama::set_isa, py::arg("name"),
           "Use another instruction set from now on (for tests; MLLAMA_CPU_ISA does it for a whole process).\n\n"

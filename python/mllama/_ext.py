@@ -6,6 +6,7 @@
 import functools
 import importlib
 import os
+import platform
 
 
 class OpsUnavailable(ImportError):
@@ -20,23 +21,37 @@ def disabled() -> bool:
     return value == "1"
 
 
+def unavailable(cause: str) -> OpsUnavailable:
+    """The error for operators that cannot be used: its cause, and the cure."""
+    import torch
+
+    return OpsUnavailable(
+        f"{cause} (Python {platform.python_version()}, torch {torch.__version__}). Build it with `pip install .` or `pip install -e . "
+        "--no-build-isolation` in the source folder (needs a C++20 compiler and torch >= 2.11), or set MLLAMA_DISABLE_OPS=1 to run on the "
+        "slower plain-torch references."
+    )
+
+
 @functools.cache
 def load():
     """Import `mllama._C` once. Returns the module, or None when operators are disabled.
 
     Raises:
         OpsUnavailable: the module is missing or cannot be loaded; the text says why and what to do.
+        ValueError: MLLAMA_DISABLE_OPS or MLLAMA_CPU_ISA holds something else than it takes.
     """
     if disabled():
         return None
-    import torch  # first, so that the libraries _C is linked against are resident
+    import torch  # noqa: F401  first, so that the libraries _C is linked against are resident
 
     try:
-        return importlib.import_module("mllama._C")
+        module = importlib.import_module("mllama._C")
     except ImportError as error:
         missing = isinstance(error, ModuleNotFoundError) and error.name == "mllama._C"
-        cause = "the compiled module mllama._C was not built" if missing else f"mllama._C cannot be loaded: {error}"
-        raise OpsUnavailable(
-            f"{cause} (torch {torch.__version__}). Build it with `pip install .` or `pip install -e . --no-build-isolation` in the source "
-            "folder (needs a C++20 compiler and torch >= 2.11), or set MLLAMA_DISABLE_OPS=1 to run on the slower plain-torch references."
-        ) from error
+        cause = "the compiled module mllama._C is not there for this Python" if missing else f"mllama._C cannot be loaded: {error}"
+        raise unavailable(cause) from error
+    try:
+        module.isa()
+    except ValueError as error:
+        raise ValueError(f"MLLAMA_CPU_ISA: {error}") from None
+    return module

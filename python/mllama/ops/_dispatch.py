@@ -45,6 +45,8 @@ def register(name: str, *, fake, backward=None, setup_context=None):
     """
     if _EXTENSION is None:
         return None
+    if not hasattr(torch.ops.mllama, name):
+        raise _ext.unavailable(f"mllama._C was built from other sources than these: it lacks the operator {name}")
     qualified = f"mllama::{name}"
     torch.library.register_fake(qualified, fake)
     if backward is None:
