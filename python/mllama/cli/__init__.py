@@ -1,0 +1,116 @@
+"""The command line: `mllama ask`, `mllama chat`, `mllama info`. Nothing but argparse is imported until a command runs.
+
+Exit codes: 0; 2 where something given cannot be used, with one line on stderr; 130 after Ctrl-C; 141 where nobody reads the output.
+"""
+
+import argparse
+import importlib
+import math
+import os
+import sys
+import warnings
+
+from mllama import __version__
+from mllama._ext import OpsUnavailable
+
+_LONGEST_ERROR = 1000
+
+
+class _Parser(argparse.ArgumentParser):
+    """Errors in one line; argparse would print the usage above them."""
+
+    def error(self, message: str):
+        self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of all commands; what it returns has `command` and that command's arguments."""
+    parser = _Parser(prog="mllama", description="Ask questions about pictures.")
+    parser.add_argument("--version", action="version", version=f"mllama {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    ask = commands.add_parser("ask", help="answer one question about a picture", description="Answer one question about a picture.")
+    ask.add_argument("picture", metavar="PICTURE", help="a picture file")
+    ask.add_argument("question", metavar="QUESTION", type=_text, help="in quotes")
+    _add_model(ask)
+    ask.add_argument("--json", action="store_true", help="print one JSON object instead of streaming the answer")
+
+    talk = "Talk about a picture: a question a line; /exit or the end of input ends."
+    chat = commands.add_parser("chat", help="talk about a picture", description=talk)
+    chat.add_argument("picture", metavar="PICTURE", help="a picture file")
+    _add_model(chat)
+
+    machine = "What is installed and what this machine can do."
+    info = commands.add_parser("info", help="what is installed and what this machine can do", description=machine)
+    info.add_argument("--json", action="store_true", help="print one JSON object")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run a command line; returns the exit code. `argv` is sys.argv's by default."""
+    try:
+        arguments = build_parser().parse_args(argv)
+        _quieten()
+        importlib.import_module(f"mllama.cli.{arguments.command}").run(arguments)
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # so that the interpreter's last flush is quiet too
+        return 141
+    except (OSError, ValueError, OpsUnavailable) as error:
+        text = " ".join(str(error).split())
+        print(f"mllama: error: {text[:_LONGEST_ERROR]}{' ...' * (len(text) > _LONGEST_ERROR)}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _add_model(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", metavar="FOLDER", help="a model folder (default: the embedded model)")
+    parser.add_argument("--max-new-tokens", type=_integer(1), metavar="N", help="longest answer in tokens (default: 128)")
+    parser.add_argument("--temperature", type=_number(0), metavar="T", help="sample; the higher, the more freely (0: do not)")
+    parser.add_argument("--top-p", type=_number(0, 1, above=True), metavar="P", help="sample from the likeliest tokens that add up to P")
+    parser.add_argument("--top-k", type=_integer(1), metavar="K", help="sample from the K likeliest tokens")
+    parser.add_argument("--seed", type=_integer(0, 2**64 - 1), metavar="N", help="of the random numbers")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 ... (default: auto)")
+    parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"), help="default: auto, by the device")
+
+
+def _text(text: str) -> str:
+    if not text.strip():
+        raise argparse.ArgumentTypeError("must not be empty")
+    return text
+
+
+def _integer(least: int, most: int | None = None):
+    def parse(text: str) -> int:
+        value = int(text) if text.lstrip("+-").isdecimal() else None
+        if value is None or value < least or (most is not None and value > most):
+            bounds = f"of at least {least}{'' if most is None else f' and at most {most}'}"
+            raise argparse.ArgumentTypeError(f"must be a whole number {bounds}, got {text!r}")
+        return value
+
+    return parse
+
+
+def _number(least: float, most: float = math.inf, above: bool = False):
+    def parse(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+        if not (math.isfinite(value) and least <= value <= most) or (above and value == least):
+            bounds = f"{'above' if above else 'of at least'} {least}{'' if most == math.inf else f' and at most {most}'}"
+            raise argparse.ArgumentTypeError(f"must be a number {bounds}, got {text!r}")
+        return value
+
+    return parse
+
+
+def _quieten() -> None:
+    """Warnings of the libraries underneath are for their developers; progress bars are for terminals."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    if not sys.warnoptions:
+        warnings.simplefilter("ignore")
+    if not sys.stderr.isatty():
+        os.environ["TQDM_DISABLE"] = "1"

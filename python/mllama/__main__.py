@@ -1,0 +1,7 @@
+"""`python -m mllama`."""
+
+import sys
+
+from mllama.cli import main
+
+sys.exit(main())

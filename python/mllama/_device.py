@@ -1,0 +1,53 @@
+"""Where to run and in which dtype, as `mllama.load` and the command line choose it. Knows torch, no operator and no model."""
+
+import torch
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_CPU_FEATURES = ("avx2", "fma3", "f16c", "avx512_f", "avx512_vnni", "avx512_bf16", "amx_int8", "amx_bf16")
+
+
+def choose_device(device: str | torch.device) -> torch.device:
+    """The device named; "auto" is the current CUDA device, else the CPU.
+
+    Raises:
+        ValueError: a device that is not known, or not here.
+    """
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        found = torch.device(device)
+        torch.empty(1, device=found).item()
+    except Exception as error:  # which kind torch raises depends on the device and on the build
+        raise ValueError(f"device {str(device)!r} is not known or not here: {str(error).partition(chr(10))[0]}") from error
+    return found
+
+
+def choose_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
+    """The dtype named; "auto" is bfloat16 where the device computes in it, else float32.
+
+    Raises:
+        ValueError: neither "auto" nor one of `DTYPES`.
+    """
+    if isinstance(dtype, str) and dtype == "auto":
+        return torch.bfloat16 if _computes_in_bfloat16(device) else torch.float32
+    known = DTYPES.get(dtype) if isinstance(dtype, str) else dtype
+    if known not in DTYPES.values():
+        raise ValueError(f"dtype must be 'auto', {', '.join(map(repr, DTYPES))} or one of these torch dtypes, got {dtype!r}")
+    return known
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """ "float32" for torch.float32."""
+    return str(dtype).removeprefix("torch.")
+
+
+def cpu_features() -> list[str]:
+    """What this CPU has of the instruction sets that matter here, in torch's names; empty where torch cannot tell."""
+    found = getattr(torch.cpu, "get_capabilities", dict)()
+    return [name for name in _CPU_FEATURES if found.get(name)]
+
+
+def _computes_in_bfloat16(device: torch.device) -> bool:
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    return device.type == "cpu" and not {"avx512_bf16", "amx_bf16"}.isdisjoint(cpu_features())

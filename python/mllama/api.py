@@ -1,0 +1,154 @@
+"""The short way in: `load` a model with its processor, `ask` about a picture."""
+
+import functools
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from mllama._device import choose_device, choose_dtype, dtype_name
+from mllama.assets import EMBEDDED
+from mllama.modeling import MllamaForConditionalGeneration
+from mllama.processing.processor import MllamaBatch, MllamaImageProcessor
+
+MAX_NEW_TOKENS = 128
+_SAMPLING = ("temperature", "top_k", "top_p", "min_p")
+
+
+class Answer(NamedTuple):
+    """A generated answer: its text, and how many tokens it took, the end token included."""
+
+    text: str
+    tokens: int
+
+
+def load(
+    path: str | os.PathLike | None = None, dtype: str | torch.dtype = "auto", device: str | torch.device = "auto"
+) -> tuple[MllamaForConditionalGeneration, MllamaImageProcessor]:
+    """Load a model and its processor; what was chosen is said on stderr, once.
+
+    Args:
+        path: a model folder; None is the model that comes with the package.
+        dtype: "float32", "bfloat16", "float16" or the torch dtype. "auto" is bfloat16 where the device computes in it, else float32.
+        device: as torch names it. "auto" is the first CUDA device, else the CPU.
+
+    Returns:
+        The model, in eval mode, and the processor.
+
+    Raises:
+        FileNotFoundError: no such folder, or a file missing in it.
+        ValueError: a dtype or device that is not known or not here; a folder of an unknown family or with broken files.
+    """
+    folder = EMBEDDED if path is None else Path(path)
+    device = choose_device(device)
+    dtype = choose_dtype(dtype, device)
+    model = MllamaForConditionalGeneration.from_pretrained(folder, dtype=dtype, device_map=device)
+    try:
+        processor = MllamaImageProcessor.from_pretrained(folder)
+    except OSError as error:
+        raise FileNotFoundError(f"{folder} holds a model but not its processor: {error}") from error
+    _say(f"mllama: {'the embedded model' if path is None else folder} in {dtype_name(dtype)} on {device}")
+    return model, processor
+
+
+def ask(
+    picture,
+    question: str,
+    model: MllamaForConditionalGeneration | None = None,
+    processor: MllamaImageProcessor | None = None,
+    **generate_kwargs,
+) -> str:
+    """Ask one question about one picture.
+
+    Args:
+        picture: a path, a PIL picture, a numpy array or a torch tensor, as `mllama.processing.image.load_picture` takes it.
+        question: in words.
+        model, processor: what `load` returned; None for both is the embedded model, loaded once.
+        generate_kwargs: of transformers' `generate`. By default at most 128 new tokens, and always the likeliest: give a temperature,
+            top_k, top_p or min_p to sample.
+
+    Returns:
+        The answer's text.
+
+    Raises:
+        TypeError: a picture or question of another type.
+        ValueError: model without processor or the reverse; an empty question; one too long for the model; a picture that cannot be read.
+        FileNotFoundError: no such picture.
+    """
+    if (model is None) != (processor is None):
+        raise ValueError("give model and processor both, as mllama.load returns them, or neither for the embedded model")
+    if model is None:
+        model, processor = _embedded()
+    return answer(model, processor, encode(processor, picture, question), **generate_kwargs).text
+
+
+def encode(processor: MllamaImageProcessor, picture, question: str, turns: Sequence[tuple[str, str]] = ()) -> MllamaBatch:
+    """The model's inputs for a question about a picture, after earlier turns of (question, answer).
+
+    Written by the processor's chat template; without one, by the plain layout, which takes no turns.
+
+    Raises:
+        TypeError, ValueError, FileNotFoundError: as `ask`.
+    """
+    if not isinstance(question, str):
+        raise TypeError(f"the question must be a str, got {type(question).__name__}")
+    if not question.strip():
+        raise ValueError("the question is empty")
+    if processor.chat_template is None and not turns:
+        return processor([question], [picture])
+    said = [*(text for turn in turns for text in turn), question]
+    messages = [
+        {"role": "assistant" if index % 2 else "user", "content": [{"type": "text", "text": text}]} for index, text in enumerate(said)
+    ]
+    messages[0]["content"].insert(0, {"type": "image"})
+    prompt = processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    return processor([prompt], [picture], as_is=True)
+
+
+def answer(model: MllamaForConditionalGeneration, processor: MllamaImageProcessor, inputs: Mapping, **generate_kwargs) -> Answer:
+    """Generate the answer to one encoded prompt; `generate_kwargs` as `ask` takes them.
+
+    Raises:
+        ValueError: the prompt fills the model's context; an option that `generate` refuses.
+    """
+    prompt, room = inputs["input_ids"].shape[1], room_left(model, inputs)
+    if room < 1:
+        raise ValueError(f"the prompt is {prompt} tokens long; this model takes {prompt + room}, answer included")
+    options = _options(generate_kwargs)
+    if "max_new_tokens" in options:
+        options["max_new_tokens"] = min(options["max_new_tokens"], room)
+    with torch.inference_mode():
+        output = model.generate(**inputs.to(model.device), **options)
+    new = getattr(output, "sequences", output)[0, prompt:]
+    return Answer(processor.tokenizer.decode(new, skip_special_tokens=True).strip(), len(new))
+
+
+def room_left(model: MllamaForConditionalGeneration, inputs: Mapping) -> int:
+    """Tokens that an encoded prompt leaves for the answer in the model's context."""
+    return model.config.text_config.max_position_embeddings - inputs["input_ids"].shape[1]
+
+
+def _options(given: dict) -> dict:
+    """generate's options: greedy unless something about sampling is asked for; temperature 0 means greedy."""
+    options = {name: value for name, value in given.items() if value is not None}
+    if "generation_config" in options:
+        return options
+    if "max_length" not in options:
+        options.setdefault("max_new_tokens", MAX_NEW_TOKENS)
+    if options.get("temperature") == 0:
+        options = {name: value for name, value in options.items() if name not in _SAMPLING} | {"do_sample": False}
+    options.setdefault("do_sample", any(name in options for name in _SAMPLING))
+    return options
+
+
+@functools.cache
+def _embedded() -> tuple[MllamaForConditionalGeneration, MllamaImageProcessor]:
+    return load()
+
+
+@functools.cache
+def _say(line: str) -> None:
+    print(line, file=sys.stderr)

@@ -1,0 +1,31 @@
+"""`mllama ask PICTURE QUESTION`."""
+
+import argparse
+import json
+import time
+
+from mllama._device import dtype_name
+from mllama.api import answer, encode
+from mllama.cli._answering import load_model, streamer
+from mllama.processing.image import load_picture
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Print the answer: word by word, or as one JSON object."""
+    picture = load_picture(arguments.picture)  # before the model: an error should not take its time
+    model, processor, options = load_model(arguments)
+    start = time.perf_counter()
+    inputs = encode(processor, picture, arguments.question)
+    result = answer(model, processor, inputs, streamer=None if arguments.json else streamer(processor), **options)
+    if arguments.json:
+        said = {
+            "picture": arguments.picture,
+            "question": arguments.question,
+            "answer": result.text,
+            "tokens": result.tokens,
+            "seconds": round(time.perf_counter() - start, 3),
+            "model": arguments.model or "embedded",
+            "dtype": dtype_name(model.dtype),
+            "device": str(model.device),
+        }
+        print(json.dumps(said, ensure_ascii=False))

@@ -1,0 +1,70 @@
+"""`mllama info`: what to send along with a bug report."""
+
+import argparse
+import json
+import math
+import platform
+
+import torch
+import transformers
+from safetensors import safe_open
+
+from mllama import __version__, _ext
+from mllama._device import cpu_features
+from mllama.assets import EMBEDDED
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Print what is installed and what this machine can do."""
+    found = collect()
+    if arguments.json:
+        print(json.dumps(found, ensure_ascii=False))
+        return
+    for name, value in found.items():
+        print(f"{name + ':':18}{', '.join(map(str, value)) if isinstance(value, list) else value}")
+
+
+def collect() -> dict[str, str | int | list[str]]:
+    """Names and values, in the order they are shown. Kernels that cannot be loaded are told of, not raised."""
+    return {
+        "mllama": __version__,
+        "python": platform.python_version(),
+        "torch": str(torch.__version__),
+        "transformers": transformers.__version__,
+        "platform": platform.platform(),
+        "cpu": cpu_features(),
+        "threads": torch.get_num_threads(),
+        **_kernels(),
+        "cuda": _cuda(),
+        "embedded model": _embedded(),
+    }
+
+
+def _kernels() -> dict[str, str | list[str]]:
+    try:
+        module = _ext.load()
+    except (ImportError, ValueError) as error:
+        return {"kernels": f"not available: {error}"}
+    if module is None:
+        return {"kernels": "disabled by MLLAMA_DISABLE_OPS=1"}
+    built = module.build_info()
+    return {
+        "kernels": built["operators"].split(),
+        "instruction set": f"{module.isa()} (of {built['instruction_sets']}; best here {module.best_isa()})",
+        "built with": f"torch {built['torch']}, {built['compiler']}, {'with' if built['cuda_toolkit'] else 'without'} CUDA",
+    }
+
+
+def _cuda() -> str:
+    if not torch.cuda.is_available():
+        return "not available" if torch.version.cuda is None else f"{torch.version.cuda} in torch, no device"
+    return f"{torch.version.cuda}, " + ", ".join(torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count()))
+
+
+def _embedded() -> str:
+    weights = EMBEDDED / "model.safetensors"
+    if not weights.is_file():
+        return f"not in {EMBEDDED}"
+    with safe_open(weights, framework="numpy") as file:
+        parameters = sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
+    return f"{parameters / 1e6:.1f} million parameters, {weights.stat().st_size / 1e6:.1f} MB, {EMBEDDED}"

@@ -1,0 +1,28 @@
+"""The layer rules of docs/design.md, on include and import lines."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+MUST_NOT_NAME = {
+    "csrc/kernels": r"torch/|ATen|c10|pybind11|core/|ops/",
+    "csrc/simd": r"torch/|ATen|c10|pybind11|core/|ops/|kernels/",
+    "csrc/ops": r"torch/|ATen|c10|pybind11",
+    "python/mllama/ops": r"mllama\.(?!ops)|mllama import (?!_ext)|transformers",
+    "python/mllama/nn": r"mllama\.(?!ops|nn)|mllama import",
+    "python/mllama/towers": r"mllama\.(?!ops|nn|towers|config)|mllama import",
+    "python/mllama/fusion": r"mllama\.(?!ops|nn|fusion|config)|mllama import",
+    "python/mllama/text": r"mllama\.(?!ops|nn|text|config)|mllama import",
+    "python/mllama/processing": r"mllama\.(?!ops|processing)|mllama import",
+    "python/mllama/modeling.py": r"mllama\.(processing|cli|api)|safetensors|json",
+    "python/mllama/checkpoints": r"mllama\.(?!checkpoints|config)|mllama import",
+}
+
+
+@pytest.mark.parametrize("place", MUST_NOT_NAME)
+def test_layer(place):
+    files = [path for path in (ROOT / place, *(ROOT / place).rglob("*")) if path.suffix in (".h", ".cpp", ".cu", ".cuh", ".py")]
+    lines = [(path, line) for path in files for line in path.read_text().splitlines() if re.match(r"\s*(#include|import|from)\b", line)]
+    assert lines and [f"{path.relative_to(ROOT)}: {line}" for path, line in lines if re.search(MUST_NOT_NAME[place], line)] == []
