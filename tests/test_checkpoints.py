@@ -166,6 +166,14 @@ def test_a_loaded_model_is_trained_and_saved_again(saved, tmp_path):
     assert torch.equal(logits(MllamaForConditionalGeneration.from_pretrained(folder)), logits(model))
 
 
+def test_a_loaded_model_does_not_hang_on_its_files(saved):
+    folder, model = saved
+    loaded = MllamaForConditionalGeneration.from_pretrained(folder)
+    with open(folder / "model.safetensors", "r+b") as file:
+        file.truncate(0)
+    assert torch.equal(logits(loaded), logits(model))
+
+
 def test_the_files_names_load_as_a_state_dict(saved):
     """Trainer resumes this way: all at once, or shard by shard with strict=False."""
     folder, model = saved
@@ -209,6 +217,7 @@ def test_every_tensor_that_does_not_fit_is_named_in_one_error(saved):
     tensors["language_model.model.layers.7.mlp.up_proj.weight"] = torch.zeros(1)
     tensors["surprise"] = torch.zeros(1)
     tensors["language_model.lm_head.weight"] = torch.zeros(3, 64)
+    tensors["multi_modal_projector.linear_2.bias"] = torch.zeros(64, dtype=torch.int64)
     tensors["vision_tower.post_layernorm.bias"] = torch.zeros(32)
     save_file(tensors, folder / "model.safetensors")
     with pytest.raises(ValueError) as error:
@@ -216,7 +225,8 @@ def test_every_tensor_that_does_not_fit_is_named_in_one_error(saved):
     for part in (
         "missing (2): multi_modal_projector.linear_1.bias, language_model.model.norm.weight",
         "unexpected (2): language_model.model.layers.7.mlp.up_proj.weight, surprise",
-        "language_model.lm_head.weight is [3, 64], the model takes [99, 64]",
+        "language_model.lm_head.weight is F32 [3, 64], the model takes floating [99, 64]",
+        "multi_modal_projector.linear_2.bias is I64 [64], the model takes floating [64]",
         "given twice (1)",
     ):
         assert part in str(error.value)
@@ -356,6 +366,7 @@ def test_a_missing_shard_is_a_missing_file(sharded):
         (ValueError, "dtype must be", {"dtype": torch.float64}),
         (ValueError, "dtype must be", {"dtype": 16}),
         (ValueError, "device_map", {"device_map": {"vision_tower": "cpu", "language_model": "cpu"}}),
+        (ValueError, "'gpu' is not a device", {"device_map": "gpu"}),
         (TypeError, "ignore_mismatched_size", {"ignore_mismatched_sizes": True}),
     ],
 )

@@ -83,14 +83,15 @@ def load_model(
 
     Raises:
         FileNotFoundError: no such folder, no config.json, no weights.
-        ValueError: an unknown model_type, a broken file, a config that cannot be, weights that do not fit (every name in one error).
+        ValueError: an unknown model_type, a broken file, a config that cannot be, weights that do not fit (every name in one error), a
+            dtype or device that is none.
     """
     folder = Path(folder)
     if not folder.is_dir():
         raise FileNotFoundError(f"no model folder {str(folder)!r}")
     if not (folder / engine.CONFIG).is_file():
         raise FileNotFoundError(f"{folder} has no {engine.CONFIG}")
-    dtype = _dtype(dtype)
+    dtype, device = _dtype(dtype), _device(device)
     content = engine.read_json(folder / engine.CONFIG)
     table = _format_named(content).table
     if config is None:
@@ -152,4 +153,14 @@ def _dtype(dtype: torch.dtype | str) -> torch.dtype | None:
     known = _DTYPES.get(dtype.removeprefix("torch.")) if isinstance(dtype, str) else dtype
     if known not in _DTYPES.values():
         raise ValueError(f"dtype must be 'auto', {', '.join(map(repr, _DTYPES))} or one of these torch dtypes, got {dtype!r}")
+    return known
+
+
+def _device(device: torch.device | str) -> torch.device:
+    try:
+        known = torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(f"{device!r} is not a device: {error}") from error
+    if known.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device {device!r} was asked for, but this torch sees no CUDA device")
     return known

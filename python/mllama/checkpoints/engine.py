@@ -176,48 +176,17 @@ def load_weights(
             must hold them equal.
 
     Raises:
-        ValueError: a tensor is missing, unexpected, has another shape, or comes twice: one error with every list. Or a broken file.
+        ValueError: a tensor is missing, unexpected, of another shape or kind, or comes twice: one error with every list. Or a broken file.
         FileNotFoundError: no weights.
     """
     optional = optional or {}
-    wanted = model.state_dict()
-    places: dict[str, tuple[str, Path]] = {}  # our name -> (the file's name, the file)
-    unexpected, twice, shapes = [], [], []
-    elements: dict[torch.dtype, int] = {}
-    for path, names in _by_file(find_weights(folder)).items():
-        with _open(path) as file:
-            for name in names:
-                ours = our_name(table, name)
-                if ours == "":
-                    continue
-                if ours not in wanted:
-                    unexpected.append(name)
-                elif ours in places:
-                    twice.append(f"{places[ours][0]} and {name}")
-                else:
-                    places[ours] = (name, path)
-                    header = file.get_slice(name)
-                    shape, expected = header.get_shape(), list(wanted[ours].shape)
-                    if shape != expected:
-                        shapes.append(f"{name} is {shape}, the model takes {expected}")
-                    kind = _FLOATS.get(header.get_dtype())
-                    elements[kind] = elements.get(kind, 0) + wanted[ours].numel()
-    missing = [file_name(table, name) for name in wanted if name not in places and name not in optional]
-    kinds = {"missing": missing, "unexpected": unexpected, "of another shape": shapes, "given twice": twice}
-    if any(kinds.values()):
-        found = "; ".join(f"{kind} ({len(names)}): {_listing(names)}" for kind, names in kinds.items() if names)
-        raise ValueError(f"the weights in {folder} do not fit the model. Tensors {found}")
-
-    elements.pop(None, None)
-    if dtype is None:
-        dtype = max(elements, key=elements.get, default=torch.float32)
+    places, common = _match(model.state_dict(), folder, table, optional)
     loaded: dict[str, torch.Tensor] = {}
     for path in sorted({path for _, path in places.values()}):
         with _open(path, str(device)) as file:
             for ours, (name, home) in places.items():
-                if home == path:
-                    tensor = file.get_tensor(name)
-                    loaded[ours] = tensor.to(dtype) if tensor.is_floating_point() else tensor
+                if home == path:  # a copy: the file's own pages may be mapped here, and would change or vanish with it
+                    loaded[ours] = file.get_tensor(name).to(dtype or common, copy=True)
     for name, other in optional.items():
         if name not in loaded:
             loaded[name] = loaded[other]
@@ -226,14 +195,46 @@ def load_weights(
     torch.nn.Module.load_state_dict(model, loaded, strict=True, assign=True)
 
 
-_FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+# Names of safetensors, and what they are loaded as: the operators take no float64.
+_DTYPES = {"F64": torch.float32, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
-def _by_file(weights: dict[str, Path]) -> dict[Path, list[str]]:
-    files: dict[Path, list[str]] = {}
-    for name, path in weights.items():
-        files.setdefault(path, []).append(name)
-    return files
+def _match(
+    wanted: dict[str, torch.Tensor], folder: Path, table: Table, optional: dict[str, str]
+) -> tuple[dict[str, tuple[str, Path]], torch.dtype]:
+    """Where each tensor of the model is found, {our name: (the file's name, the file)}, and the dtype that most of their elements have.
+
+    Only headers are read. Raises ValueError as `load_weights` says.
+    """
+    places: dict[str, tuple[str, Path]] = {}
+    unexpected, unfit, twice = [], [], []
+    elements = dict.fromkeys(_DTYPES.values(), 0)
+    for name, path in find_weights(folder).items():
+        ours = our_name(table, name)
+        if ours == "":
+            continue
+        if ours not in wanted:
+            unexpected.append(name)
+        elif ours in places:
+            twice.append(f"{places[ours][0]} and {name}")
+        else:
+            places[ours] = (name, path)
+    for path in sorted({path for _, path in places.values()}):
+        with _open(path) as file:
+            for ours, (name, home) in places.items():
+                if home == path:
+                    header = file.get_slice(name)
+                    shape, kind, expected = header.get_shape(), header.get_dtype(), list(wanted[ours].shape)
+                    if shape != expected or kind not in _DTYPES:
+                        unfit.append(f"{name} is {kind} {shape}, the model takes floating {expected}")
+                    else:
+                        elements[_DTYPES[kind]] += wanted[ours].numel()
+    missing = [file_name(table, name) for name in wanted if name not in places and name not in optional]
+    kinds = {"missing": missing, "unexpected": unexpected, "of another shape or kind": unfit, "given twice": twice}
+    if any(kinds.values()):
+        found = "; ".join(f"{kind} ({len(names)}): {_listing(names)}" for kind, names in kinds.items() if names)
+        raise ValueError(f"the weights in {folder} do not fit the model. Tensors {found}")
+    return places, max(elements, key=elements.get)
 
 
 def save_weights(folder: Path, tensors: dict[str, torch.Tensor], max_shard_size: int | str) -> None:
