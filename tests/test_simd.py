@@ -6,8 +6,8 @@ import sys
 
 import pytest
 import torch
-from helpers import instruction_set, instruction_sets, needs_kernels
 
+from helpers import instruction_set, instruction_sets, needs_kernels
 from mllama import _ext
 from mllama.ops import add_rms_norm
 

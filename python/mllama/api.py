@@ -12,6 +12,7 @@ import torch
 from mllama._device import choose_device, choose_dtype, dtype_name
 from mllama.assets import EMBEDDED
 from mllama.modeling import MllamaForConditionalGeneration
+from mllama.processing.image import load_picture
 from mllama.processing.processor import MllamaBatch, MllamaImageProcessor
 
 MAX_NEW_TOKENS = 128
@@ -97,6 +98,7 @@ def encode(processor: MllamaImageProcessor, picture, question: str, turns: Seque
         raise TypeError(f"the question must be a str, got {type(question).__name__}")
     if not question.strip():
         raise ValueError("the question is empty")
+    picture = load_picture(picture)
     if processor.chat_template is None and not turns:
         return processor([question], [picture])
     said = [*(text for turn in turns for text in turn), question]

@@ -2,8 +2,8 @@ import math
 
 import pytest
 import torch
-from helpers import BadCall, Sample, assert_close, check_op, instruction_set, instruction_sets, needs_kernels
 
+from helpers import BadCall, Sample, assert_close, check_op, instruction_set, instruction_sets, needs_kernels
 from mllama.ops import attention, attention_weights
 from mllama.ops.attention import reference
 

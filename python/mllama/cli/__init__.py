@@ -49,14 +49,16 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     """Run a command line; returns the exit code. `argv` is sys.argv's by default."""
     try:
-        arguments = build_parser().parse_args(argv)
-        _quieten()
-        importlib.import_module(f"mllama.cli.{arguments.command}").run(arguments)
-        sys.stdout.flush()
+        try:
+            arguments = build_parser().parse_args(argv)
+            _quieten()
+            importlib.import_module(f"mllama.cli.{arguments.command}").run(arguments)
+        finally:
+            sys.stdout.flush()  # here, where it may fail: in the interpreter's last moments it would be noise
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # so that the interpreter's last flush is quiet too
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except (OSError, ValueError, OpsUnavailable) as error:
         text = " ".join(str(error).split())

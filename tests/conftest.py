@@ -1,6 +1,12 @@
+"""Fixtures that tests of several folders share."""
+
 import pytest
+from PIL import Image, ImageDraw
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
+
+import twins
+from mllama import MllamaImageProcessor
 
 WORDS = ["How many circles?", "What colour is it?", "two red three blue, describe the picture: hello a b c d"]
 
@@ -27,3 +33,26 @@ def make_tokenizer():
         return PreTrainedTokenizerFast(tokenizer_object=backend, padding_side="left", **named)
 
     return make
+
+
+@pytest.fixture(scope="session")
+def model_folder(make_tokenizer, tmp_path_factory):
+    """A model folder: tiny, with random weights, and with its processor."""
+    processor = MllamaImageProcessor(make_tokenizer(bos=False), twins.PATCHES, twins.VISION["image_size"])
+    tokenizer = processor.tokenizer
+    sizes = {"vocab_size": len(tokenizer), "max_position_embeddings": 512}
+    ends = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    folder = tmp_path_factory.mktemp("model")
+    twins.model(text=sizes | ends, image_token_index=processor.image_token_id).save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def picture_file(tmp_path_factory):
+    """A picture file: a red circle on white."""
+    picture = Image.new("RGB", (60, 40), "white")
+    ImageDraw.Draw(picture).ellipse((10, 5, 40, 35), fill="red")
+    path = tmp_path_factory.mktemp("pictures") / "circle.png"
+    picture.save(path)
+    return path

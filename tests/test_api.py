@@ -1,0 +1,105 @@
+"""`mllama.load` and `mllama.ask`."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+import mllama
+from mllama import api
+
+PICTURES = Path(__file__).parent.parent / "examples" / "pictures"
+
+
+@pytest.fixture(scope="module")
+def loaded(model_folder):
+    return mllama.load(model_folder, dtype="float32", device="cpu")
+
+
+def test_load_gives_what_was_asked_for_and_says_so_once(model_folder, capsys):
+    api._say.cache_clear()
+    for _ in range(2):
+        model, processor = mllama.load(str(model_folder), dtype=torch.bfloat16, device="cpu")
+    assert isinstance(model, mllama.MllamaForConditionalGeneration) and isinstance(processor, mllama.MllamaImageProcessor)
+    assert (model.training, model.dtype, model.device) == (False, torch.bfloat16, torch.device("cpu"))
+    captured = capsys.readouterr()
+    assert (captured.out, captured.err) == ("", f"mllama: {model_folder} in bfloat16 on cpu\n")
+
+
+@pytest.mark.parametrize(("features", "dtype"), [(["avx2"], torch.float32), (["avx512_bf16"], torch.bfloat16)])
+def test_load_chooses_the_dtype_by_the_cpu(model_folder, monkeypatch, features, dtype):
+    monkeypatch.setattr("mllama._device.cpu_features", lambda: features)
+    assert mllama.load(model_folder, device="cpu")[0].dtype == dtype
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"path": "nowhere"}, FileNotFoundError, "nowhere"),
+        ({"path": PICTURES}, FileNotFoundError, "pictures has no config.json"),
+        ({"path": 5}, TypeError, "int"),
+        ({"dtype": "int8"}, ValueError, "dtype must be 'auto', 'float32', .* got 'int8'"),
+        ({"dtype": torch.float64}, ValueError, "dtype must be .* got torch.float64"),
+        ({"device": "abacus"}, ValueError, "device 'abacus' is not known or not here"),
+        ({"device": "cuda:99"}, ValueError, "device 'cuda:99' is not known or not here"),
+    ],
+)
+def test_load_refuses(arguments, error, message):
+    with pytest.raises(error, match=message):
+        mllama.load(**arguments)
+
+
+def test_load_refuses_a_folder_without_processor(loaded, tmp_path):
+    loaded[0].save_pretrained(tmp_path)
+    with pytest.raises(FileNotFoundError, match="holds a model but not its processor"):
+        mllama.load(tmp_path)
+
+
+def test_ask_is_greedy_generation_from_the_processors_layout(loaded, picture_file):
+    model, processor = loaded
+    with Image.open(picture_file) as picture:
+        inputs = processor(["How many circles?"], [picture])
+        ids = model.generate(**inputs, max_new_tokens=12, do_sample=False)[0, inputs["input_ids"].shape[1] :]
+        expected = processor.tokenizer.decode(ids, skip_special_tokens=True).strip()
+        assert expected
+        assert mllama.ask(picture, "How many circles?", model, processor, max_new_tokens=12) == expected
+    assert mllama.ask(picture_file, "How many circles?", *loaded, max_new_tokens=12, temperature=0, top_k=5) == expected
+
+
+def test_ask_samples_when_told_to(loaded, picture_file):
+    answers = set()
+    for seed in range(8):
+        torch.manual_seed(seed)
+        answers.add(mllama.ask(picture_file, "How many circles?", *loaded, max_new_tokens=4, temperature=5.0))
+    assert len(answers) > 1
+
+
+def test_an_answer_ends_where_the_context_does(loaded, picture_file):
+    inputs = api.encode(loaded[1], picture_file, "a b c d " * 60)
+    room = api.room_left(loaded[0], inputs)
+    assert 0 < room < 300
+    assert api.answer(*loaded, inputs, max_new_tokens=1000, min_new_tokens=room).tokens == room
+
+
+@pytest.mark.parametrize(
+    ("picture", "question", "error", "message"),
+    [
+        (None, "How many?", TypeError, "a picture must be .* got NoneType"),
+        ("nowhere.png", "How many?", FileNotFoundError, "nowhere.png"),
+        (__file__, "How many?", ValueError, "cannot read the picture"),
+        ("circle", 3, TypeError, "question must be a str, got int"),
+        ("circle", " \n", ValueError, "question is empty"),
+        ("circle", "what <image>?", ValueError, "2 <image> placeholder"),
+        ("circle", "a b c d " * 200, ValueError, "this model takes 512, answer included"),
+    ],
+)
+def test_ask_refuses(loaded, picture_file, picture, question, error, message):
+    with pytest.raises(error, match=message):
+        mllama.ask(picture_file if picture == "circle" else picture, question, *loaded)
+
+
+def test_ask_refuses_half_a_pair(loaded, picture_file):
+    for half in ({"model": loaded[0]}, {"processor": loaded[1]}):
+        with pytest.raises(ValueError, match="give model and processor both"):
+            mllama.ask(picture_file, "How many?", **half)
