@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from mllama import _ext
+from mllama.ops import _dispatch
 
 INSTRUCTION_SETS = ("scalar", "avx2", "avx512", "avx512_bf16")
 # Largest error accepted, relative to the largest value of the exact result. 16-bit results carry one or two roundings.
@@ -116,7 +117,7 @@ def check_op(
 
     Checked: values for each dtype, instruction set and memory layout; 16-bit beside float32 where kept so; determinism, run
     to run and over thread counts; gradients against the reference's; that a second derivative raises or is right; opcheck;
-    torch.compile(fullgraph=True, backend="aot_eager"), forward and gradients; every bad call.
+    torch.compile(fullgraph=True, backend="aot_eager"), forward and gradients; every bad call, with kernels and without.
     """
     gradient_tolerance = gradient_tolerance or {dtype: 4 * bound for dtype, bound in tolerance.items()}
     has_gradient = differentiable != ()
@@ -138,9 +139,16 @@ def check_op(
     for sample in samples[:2]:
         _check_compile(public, _leaves(sample, differentiable), has_gradient)
     for bad in bad_calls:
-        with pytest.raises(bad.error, match=bad.match) as caught:
-            bad.call()
-        assert type(caught.value) is bad.error, f"{bad.match}: {type(caught.value).__name__}, expected {bad.error.__name__}"
+        _check_refused(bad)
+        with pytest.MonkeyPatch.context() as patch:  # the reference's own check refuses the same
+            patch.setattr(_dispatch, "_EXTENSION", None)
+            _check_refused(bad)
+
+
+def _check_refused(bad: BadCall) -> None:
+    with pytest.raises(bad.error, match=bad.match) as caught:
+        bad.call()
+    assert type(caught.value) is bad.error, f"{bad.match}: {type(caught.value).__name__}, expected {bad.error.__name__}"
 
 
 def _results(value) -> tuple[torch.Tensor, ...]:

@@ -21,6 +21,16 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using Sizes = torch::headeronly::IntHeaderOnlyArrayRef;
 
+// Prints a tensor's sizes in a message: [2, 3].
+struct Shape {
+    const Tensor& tensor;
+    friend std::ostream& operator<<(std::ostream& out, const Shape& shape) {
+        out << '[';
+        for (int64_t i = 0; i < shape.tensor.dim(); ++i) out << (i ? ", " : "") << shape.tensor.size(i);
+        return out << ']';
+    }
+};
+
 // The kernels' name for a tensor's dtype; refuses what they have no loop for.
 inline Dtype dtype_of(const char* op, const char* name, const Tensor& t) {
     switch (t.scalar_type()) {

@@ -8,9 +8,9 @@ namespace {
 
 void check_parameter(const char* op, const char* name, const Tensor& x, const Tensor& parameter) {
     dtype_of(op, name, parameter);
-    check_value(x.dim() >= 1 && parameter.dim() == 1 && parameter.size(0) == last_size(x), op, ": ", name, " must be [",
-                last_size(x), "], the last size of x, got ", parameter.dim(), " dimensions and ", parameter.numel(),
-                " elements");
+    check_value(x.dim() >= 1, op, ": x must have at least one dimension");
+    check_value(parameter.dim() == 1 && parameter.size(0) == last_size(x), op, ": ", name, " must be [", last_size(x),
+                "], the last size of x ", Shape{x}, ", got ", Shape{parameter});
 }
 
 std::tuple<Tensor, Tensor> layer_norm(const Tensor& x, const Tensor& weight, const Tensor& bias, double eps) {

@@ -9,10 +9,9 @@ namespace {
 void check_sizes(const char* op, const Tensor& pixels, const Tensor& weight) {
     dtype_of(op, "pixel_values", pixels);
     dtype_of(op, "weight", weight);
-    check_value(pixels.dim() == 4, op, ": pixel_values must be [B, C, height, width], got ", pixels.dim(),
-                " dimensions");
+    check_value(pixels.dim() == 4, op, ": pixel_values must be [B, C, height, width], got ", Shape{pixels});
     check_value(weight.dim() == 4 && weight.size(2) == weight.size(3) && weight.size(2) > 0, op,
-                ": weight must be [E, C, p, p] with p > 0");
+                ": weight must be [E, C, p, p] with p > 0, got ", Shape{weight});
     check_value(pixels.size(1) == weight.size(1), op, ": pixel_values have ", pixels.size(1),
                 " channels, weight takes ", weight.size(1));
     int64_t patch = weight.size(2);
@@ -58,7 +57,8 @@ Tensor patch_embed(const Tensor& pixels, const Tensor& weight, const std::option
     std::optional<Tensor> b;
     if (bias) {
         dtype_of("patch_embed", "bias", *bias);
-        check_value(bias->dim() == 1 && bias->size(0) == embed, "patch_embed: bias must be [", embed, "]");
+        check_value(bias->dim() == 1 && bias->size(0) == embed, "patch_embed: bias must be [", embed, "], got ",
+                    Shape{*bias});
         b = to_dtype(*bias, pixels.scalar_type());
     }
     Tensor matrix = torch::stable::view(dense(to_dtype(weight, pixels.scalar_type())), {embed, width});

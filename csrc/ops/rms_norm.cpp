@@ -11,7 +11,7 @@ Tensor weight_for(const char* op, const Tensor& x, const Tensor& weight) {
     dtype_of(op, "weight", weight);
     check_value(x.dim() >= 1, op, ": x must have at least one dimension");
     check_value(weight.dim() == 1 && weight.size(0) == last_size(x), op, ": weight must be [", last_size(x),
-                "], the last size of x, got ", weight.dim(), " dimensions and ", weight.numel(), " elements");
+                "], the last size of x ", Shape{x}, ", got ", Shape{weight});
     return dense(weight.scalar_type() == x.scalar_type() ? weight : to_dtype(weight, ScalarType::Float));
 }
 
@@ -49,7 +49,7 @@ std::tuple<Tensor, Tensor> rms_norm(const Tensor& x, const Tensor& weight, doubl
 std::tuple<Tensor, Tensor, Tensor> add_rms_norm(const Tensor& x, const Tensor& residual, const Tensor& weight,
                                                 double eps) {
     check_value(x.sizes() == residual.sizes() && x.scalar_type() == residual.scalar_type(),
-                "add_rms_norm: residual must be as x, in shape and dtype");
+                "add_rms_norm: residual must be as x, ", Shape{x}, " of the same dtype, got ", Shape{residual});
     return forward("add_rms_norm", x, residual, weight, eps);
 }
 

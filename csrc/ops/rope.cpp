@@ -9,14 +9,15 @@ namespace {
 constexpr const char* kOp = "rope";
 
 void check_heads(const char* name, const Tensor& x) {
-    check_value(x.dim() == 4, kOp, ": ", name, " must be [B, T, heads, D], got ", x.dim(), " dimensions");
+    check_value(x.dim() == 4, kOp, ": ", name, " must be [B, T, heads, D], got ", Shape{x});
 }
 
 void check_table(const char* name, const Tensor& table, const Tensor& q) {
     check_value(table.scalar_type() == ScalarType::Float, kOp, ": ", name, " must be float32");
     check_value(table.dim() == 3 && (table.size(0) == 1 || table.size(0) == q.size(0)) && table.size(1) == q.size(1) &&
                     table.size(2) == q.size(3) / 2,
-                kOp, ": ", name, " must be [", q.size(0), " or 1, ", q.size(1), ", ", q.size(3) / 2, "]");
+                kOp, ": ", name, " must be [", q.size(0), " or 1, ", q.size(1), ", ", q.size(3) / 2, "], got ",
+                Shape{table});
 }
 
 kernels::RopeHeads heads_of(const Tensor& x, const Tensor& y) {
@@ -34,7 +35,7 @@ std::tuple<Tensor, Tensor> rope(const Tensor& q, const Tensor& k, const Tensor& 
     int64_t batch = q.size(0), tokens = q.size(1), size = q.size(3);
     check_value(size % 2 == 0, kOp, ": head size must be even, got ", size);
     check_value(k.size(0) == batch && k.size(1) == tokens && k.size(3) == size && k.scalar_type() == q.scalar_type(),
-                kOp, ": k must be [", batch, ", ", tokens, ", heads, ", size, "] and of q's dtype");
+                kOp, ": k must be [", batch, ", ", tokens, ", heads, ", size, "] of q's dtype, got ", Shape{k});
     check_table("cos", cos, q);
     check_table("sin", sin, q);
     Tensor from_q = last_dense(q), from_k = last_dense(k), c = dense(cos), s = dense(sin);

@@ -31,7 +31,7 @@ def test_swiglu():
         bad_calls=[
             BadCall(lambda: swiglu(GATE, 1.0), TypeError, "up must be a torch.Tensor, got float"),
             BadCall(lambda: swiglu(GATE.double(), UP.double()), TypeError, "gate must be float32, bfloat16 or float16, got float64"),
-            BadCall(lambda: swiglu(GATE, UP[:2]), ValueError, r"up must be as gate, \(3, 8\)"),
+            BadCall(lambda: swiglu(GATE, UP[:2]), ValueError, r"up must be as gate, \[3, 8\]"),
             BadCall(lambda: swiglu(GATE, UP.bfloat16()), ValueError, "up must be as gate"),
             BadCall(lambda: operators.swiglu(GATE, UP[:2]), ValueError, "up must be as gate"),
             BadCall(lambda: operators.swiglu(GATE.double(), UP.double()), ValueError, "gate must be float32"),

@@ -11,7 +11,11 @@ FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def use_kernel(x: torch.Tensor) -> bool:
-    """True when the compiled kernel serves this tensor: it lives on the CPU and operators are not disabled."""
+    """True when the compiled kernel serves this tensor: it lives on the CPU and operators are not disabled.
+
+    A public function checks types, which would reach the user as torch's schema errors; shapes and values are checked by the
+    kernel, and where it does not run by the function beside the reference: twice would cost short calls a quarter of their time.
+    """
     return _EXTENSION is not None and x.is_cpu
 
 

@@ -2,14 +2,13 @@
 
 import torch
 
-from mllama.ops._dispatch import check_float, register
+from mllama.ops._dispatch import register
 
 
-def check(op: str, gate: torch.Tensor, up: torch.Tensor) -> None:
-    """Raise TypeError or ValueError unless gate and up are float tensors of one shape and dtype."""
-    check_float(op, gate=gate, up=up)
+def check_alike(op: str, gate: torch.Tensor, up: torch.Tensor) -> None:
+    """Raise ValueError unless gate and up are of one shape and dtype."""
     if up.shape != gate.shape or up.dtype != gate.dtype:
-        raise ValueError(f"{op}: up must be as gate, {tuple(gate.shape)} of {gate.dtype}, got {tuple(up.shape)} of {up.dtype}")
+        raise ValueError(f"{op}: up must be as gate, {list(gate.shape)} of the same dtype, got {list(up.shape)}")
 
 
 def register_gated(name: str):
@@ -20,6 +19,10 @@ def register_gated(name: str):
 
     backward = register(f"_{name}_backward", fake=lambda grad_y, gate, up: (fresh(gate), fresh(gate)))
 
+    def fake(gate, up):
+        check_alike(name, gate, up)
+        return fresh(gate)
+
     def setup(ctx, inputs, output):
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*inputs)
@@ -27,4 +30,4 @@ def register_gated(name: str):
     def derivative(ctx, grad_y):
         return (None, None) if grad_y is None else backward(grad_y, *ctx.saved_tensors)
 
-    return register(name, fake=lambda gate, up: fresh(gate), backward=derivative, setup_context=setup)
+    return register(name, fake=fake, backward=derivative, setup_context=setup)

@@ -20,9 +20,10 @@ def layer_norm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: f
         TypeError: an argument is no tensor, or of another dtype.
         ValueError: weight or bias is not [D].
     """
-    _check(x, weight, bias)
+    check_float("layer_norm", x=x, weight=weight, bias=bias)
     if use_kernel(x):
         return _layer_norm(x, weight, bias, eps)[0]
+    _check(x, weight, bias)
     return reference(x, weight, bias, eps)
 
 
@@ -35,13 +36,12 @@ def reference(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: fl
 
 
 def _check(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> None:
-    check_float("layer_norm", x=x, weight=weight, bias=bias)
-    size = x.shape[-1:]
-    if x.dim() == 0 or weight.shape != size or bias.shape != size:
-        name, tensor = ("weight", weight) if weight.shape != size else ("bias", bias)
-        raise ValueError(
-            f"layer_norm: {name} must be {list(size) or '[D]'}, the last size of x {tuple(x.shape)}, got {tuple(tensor.shape)}"
-        )
+    if x.dim() == 0:
+        raise ValueError("layer_norm: x must have at least one dimension")
+    for name, parameter in (("weight", weight), ("bias", bias)):
+        if parameter.shape != x.shape[-1:]:
+            size, got = x.shape[-1], list(parameter.shape)
+            raise ValueError(f"layer_norm: {name} must be [{size}], the last size of x {list(x.shape)}, got {got}")
 
 
 def _setup(ctx, inputs, output):
@@ -64,9 +64,14 @@ def _fresh(like):
     return torch.empty_like(like, memory_format=torch.contiguous_format)
 
 
+def _fake(x, weight, bias, eps):
+    _check(x, weight, bias)
+    return _fresh(x), x.new_empty((*x.shape[:-1], 2), dtype=torch.float32)
+
+
 _layer_norm = register(
     "layer_norm",
-    fake=lambda x, weight, bias, eps: (_fresh(x), x.new_empty((*x.shape[:-1], 2), dtype=torch.float32)),
+    fake=_fake,
     backward=_derivative,
     setup_context=_setup,
 )

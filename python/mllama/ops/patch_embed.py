@@ -20,10 +20,11 @@ def patch_embed(pixel_values: torch.Tensor, weight: torch.Tensor, bias: torch.Te
         TypeError: an argument is no tensor, or of another dtype.
         ValueError: the kernel is not square, the picture is no multiple of it, channels or bias do not fit.
     """
-    _check(pixel_values, weight, bias)
+    check_float("patch_embed", optional=("bias",), pixel_values=pixel_values, weight=weight, bias=bias)
     with exact(pixel_values):  # the kernel's matrix product is torch's
         if use_kernel(pixel_values):
             return _patch_embed(pixel_values, weight, bias)
+        _check(pixel_values, weight, bias)
         return reference(pixel_values, weight, bias)
 
 
@@ -35,11 +36,10 @@ def reference(pixel_values: torch.Tensor, weight: torch.Tensor, bias: torch.Tens
 
 
 def _check(pixel_values: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
-    check_float("patch_embed", optional=("bias",), pixel_values=pixel_values, weight=weight, bias=bias)
     if pixel_values.dim() != 4:
-        raise ValueError(f"patch_embed: pixel_values must be [B, C, height, width], got {tuple(pixel_values.shape)}")
+        raise ValueError(f"patch_embed: pixel_values must be [B, C, height, width], got {list(pixel_values.shape)}")
     if weight.dim() != 4 or weight.shape[2] != weight.shape[3] or weight.shape[3] == 0:
-        raise ValueError(f"patch_embed: weight must be [E, C, p, p] with p > 0, got {tuple(weight.shape)}")
+        raise ValueError(f"patch_embed: weight must be [E, C, p, p] with p > 0, got {list(weight.shape)}")
     embed, channels, patch, _ = weight.shape
     if pixel_values.shape[1] != channels:
         raise ValueError(f"patch_embed: pixel_values have {pixel_values.shape[1]} channels, weight takes {channels}")
@@ -47,10 +47,11 @@ def _check(pixel_values: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor 
     if height % patch or width % patch:
         raise ValueError(f"patch_embed: a picture of {height} x {width} pixels cannot be cut into patches of {patch} x {patch}")
     if bias is not None and bias.shape != (embed,):
-        raise ValueError(f"patch_embed: bias must be [{embed}], got {tuple(bias.shape)}")
+        raise ValueError(f"patch_embed: bias must be [{embed}], got {list(bias.shape)}")
 
 
 def _fake(pixel_values, weight, bias):
+    _check(pixel_values, weight, bias)
     batch, _, height, width = pixel_values.shape
     embed, _, patch, _ = weight.shape
     return pixel_values.new_empty(batch, (height // patch) * (width // patch), embed)

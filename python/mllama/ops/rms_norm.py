@@ -22,9 +22,10 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float = 1e-6) -> torch.
         TypeError: an argument is no tensor, or of another dtype.
         ValueError: weight is not [D].
     """
-    _check("rms_norm", x, weight)
+    check_float("rms_norm", x=x, weight=weight)
     if use_kernel(x):
         return _rms_norm(x, weight, eps)[0]
+    _check_weight("rms_norm", x, weight)
     return reference(x, weight, eps)
 
 
@@ -35,14 +36,11 @@ def add_rms_norm(x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, 
         TypeError: an argument is no tensor, or of another dtype.
         ValueError: weight is not [D], or residual differs from x in shape or dtype.
     """
-    _check("add_rms_norm", x, weight)
-    check_float("add_rms_norm", residual=residual)
-    if residual.shape != x.shape or residual.dtype != x.dtype:
-        raise ValueError(
-            f"add_rms_norm: residual must be as x, {tuple(x.shape)} of {x.dtype}, got {tuple(residual.shape)} of {residual.dtype}"
-        )
+    check_float("add_rms_norm", x=x, residual=residual, weight=weight)
     if use_kernel(x):
         return _add_rms_norm(x, residual, weight, eps)[:2]
+    _check_weight("add_rms_norm", x, weight)
+    _check_residual(x, residual)
     return add_reference(x, residual, weight, eps)
 
 
@@ -59,15 +57,27 @@ def add_reference(x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor,
     return reference(hidden, weight, eps), hidden
 
 
-def _check(op: str, x: torch.Tensor, weight: torch.Tensor) -> None:
-    check_float(op, x=x, weight=weight)
-    if x.dim() == 0 or weight.shape != x.shape[-1:]:
-        size = x.shape[-1] if x.dim() else "D"
-        raise ValueError(f"{op}: weight must be [{size}], the last size of x {tuple(x.shape)}, got {tuple(weight.shape)}")
+def _check_weight(op: str, x: torch.Tensor, weight: torch.Tensor) -> None:
+    if x.dim() == 0:
+        raise ValueError(f"{op}: x must have at least one dimension")
+    if weight.shape != x.shape[-1:]:
+        raise ValueError(f"{op}: weight must be [{x.shape[-1]}], the last size of x {list(x.shape)}, got {list(weight.shape)}")
 
 
-def _statistic(x):
-    return x.new_empty(x.shape[:-1], dtype=torch.float32)
+def _check_residual(x: torch.Tensor, residual: torch.Tensor) -> None:
+    if residual.shape != x.shape or residual.dtype != x.dtype:
+        raise ValueError(f"add_rms_norm: residual must be as x, {list(x.shape)} of the same dtype, got {list(residual.shape)}")
+
+
+def _fake(x, weight, eps):
+    _check_weight("rms_norm", x, weight)
+    return torch.empty_like(x, memory_format=torch.contiguous_format), x.new_empty(x.shape[:-1], dtype=torch.float32)
+
+
+def _add_fake(x, residual, weight, eps):
+    _check_residual(x, residual)
+    y, rstd = _fake(x, weight, eps)
+    return y, torch.empty_like(y), rstd
 
 
 def _rms_norm_setup(ctx, inputs, output):
@@ -101,13 +111,13 @@ def _add_rms_norm_derivative(ctx, grad_y, grad_hidden, grad_rstd):
 
 _rms_norm = register(
     "rms_norm",
-    fake=lambda x, weight, eps: (torch.empty_like(x, memory_format=torch.contiguous_format), _statistic(x)),
+    fake=_fake,
     backward=_rms_norm_derivative,
     setup_context=_rms_norm_setup,
 )
 _add_rms_norm = register(
     "add_rms_norm",
-    fake=lambda x, residual, weight, eps: (*(torch.empty_like(x, memory_format=torch.contiguous_format) for _ in "yh"), _statistic(x)),
+    fake=_add_fake,
     backward=_add_rms_norm_derivative,
     setup_context=_add_rms_norm_setup,
 )

@@ -27,9 +27,12 @@ def rope(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor)
         TypeError: an argument is no tensor, or of a dtype not named above.
         ValueError: sizes do not fit each other.
     """
-    _check(q, k, cos, sin)
+    check_float("rope", q=q, k=k)
+    _check_table_type("cos", cos)
+    _check_table_type("sin", sin)
     if use_kernel(q):
         return _rope(q, k, cos, sin, False)
+    _check_sizes(q, k, cos, sin)
     return reference(q, k, cos, sin)
 
 
@@ -44,22 +47,25 @@ def reference(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Te
     return rotate(q), rotate(k)
 
 
-def _check(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> None:
-    check_float("rope", q=q, k=k)
-    if q.dim() != 4 or k.dim() != 4:
-        raise ValueError(f"rope: q and k must be [B, T, heads, D], got {tuple(q.shape)} and {tuple(k.shape)}")
+def _check_table_type(name: str, table: torch.Tensor) -> None:
+    if not isinstance(table, torch.Tensor) or table.dtype != torch.float32:
+        raise TypeError(f"rope: {name} must be a float32 torch.Tensor, got {getattr(table, 'dtype', type(table).__name__)}")
+    if table.requires_grad and torch.is_grad_enabled():
+        raise ValueError(f"rope: {name} must not require a gradient: there is none")
+
+
+def _check_sizes(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> None:
+    for name, x in (("q", q), ("k", k)):
+        if x.dim() != 4:
+            raise ValueError(f"rope: {name} must be [B, T, heads, D], got {list(x.shape)}")
     batch, length, _, size = q.shape
     if size % 2:
         raise ValueError(f"rope: head size must be even, got {size}")
     if k.shape[:2] != (batch, length) or k.shape[3] != size or k.dtype != q.dtype:
-        raise ValueError(f"rope: k must be [{batch}, {length}, heads, {size}] of {q.dtype} as q, got {tuple(k.shape)} of {k.dtype}")
+        raise ValueError(f"rope: k must be [{batch}, {length}, heads, {size}] of q's dtype, got {list(k.shape)}")
     for name, table in (("cos", cos), ("sin", sin)):
-        if not isinstance(table, torch.Tensor) or table.dtype != torch.float32:
-            raise TypeError(f"rope: {name} must be a float32 torch.Tensor, got {getattr(table, 'dtype', type(table).__name__)}")
         if table.shape[1:] != (length, size // 2) or table.shape[0] not in (1, batch):
-            raise ValueError(f"rope: {name} must be [{batch} or 1, {length}, {size // 2}], got {tuple(table.shape)}")
-        if table.requires_grad and torch.is_grad_enabled():
-            raise ValueError(f"rope: {name} must not require a gradient: there is none")
+            raise ValueError(f"rope: {name} must be [{batch} or 1, {length}, {size // 2}], got {list(table.shape)}")
 
 
 def _setup(ctx, inputs, output):
@@ -72,12 +78,12 @@ def _derivative(ctx, grad_q, grad_k):
     return *_rope(grad_q, grad_k, *ctx.saved_tensors, not ctx.inverse), None, None, None
 
 
-_rope = register(
-    "rope",
-    fake=lambda q, k, cos, sin, inverse: tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k)),
-    backward=_derivative,
-    setup_context=_setup,
-)
+def _fake(q, k, cos, sin, inverse):
+    _check_sizes(q, k, cos, sin)
+    return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k))
+
+
+_rope = register("rope", fake=_fake, backward=_derivative, setup_context=_setup)
 
 
 def rope_tables(position_ids: torch.Tensor, frequencies: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -95,8 +101,8 @@ def rope_tables(position_ids: torch.Tensor, frequencies: torch.Tensor) -> tuple[
         raise TypeError(
             f"rope_tables: frequencies must be a float32 torch.Tensor, got {getattr(frequencies, 'dtype', type(frequencies).__name__)}"
         )
-    check_value(position_ids.dim() == 2, f"rope_tables: position_ids must be [B, T], got {tuple(position_ids.shape)}")
-    check_value(frequencies.dim() == 1, f"rope_tables: frequencies must be [D/2], got {tuple(frequencies.shape)}")
+    check_value(position_ids.dim() == 2, f"rope_tables: position_ids must be [B, T], got {list(position_ids.shape)}")
+    check_value(frequencies.dim() == 1, f"rope_tables: frequencies must be [D/2], got {list(frequencies.shape)}")
     angles = position_ids.unsqueeze(-1).float() * frequencies
     return angles.cos(), angles.sin()
 

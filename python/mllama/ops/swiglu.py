@@ -2,8 +2,8 @@
 
 import torch
 
-from mllama.ops._dispatch import use_kernel
-from mllama.ops._gated import check, register_gated
+from mllama.ops._dispatch import check_float, use_kernel
+from mllama.ops._gated import check_alike, register_gated
 
 
 def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
@@ -20,9 +20,10 @@ def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
         TypeError: an argument is no tensor, or of another dtype.
         ValueError: shapes or dtypes differ.
     """
-    check("swiglu", gate, up)
+    check_float("swiglu", gate=gate, up=up)
     if use_kernel(gate):
         return _swiglu(gate, up)
+    check_alike("swiglu", gate, up)
     return reference(gate, up)
 
 
