@@ -11,7 +11,7 @@ namespace {
 using MaybeTensor = std::optional<Tensor>;
 
 // At most this many rows of queries a key head are served by the decode kernel, which packs nothing.
-constexpr int64_t kDecodeRows = 16;
+constexpr int64_t kDecodeRows = 24;
 
 void check_inputs(const char* op, const Tensor& q, const Tensor& k, const Tensor& v) {
     check_value(q.dim() == 4 && k.dim() == 4 && v.dim() == 4, op,

@@ -89,14 +89,14 @@ class Prefill {
 
         vf max_score[NV], sum[NV];
         for (int n = 0; n < NV; ++n) max_score[n] = splat(-kInfinity), sum[n] = vf{};
-        std::memset(out_, 0, columns_ * kTileLanes * sizeof(float));
+        for (int64_t i = 0; i < columns_ * kTileLanes; i += kWidth) store(out_ + i, vf{});
         for (int block = 0; block < most; block += kKeys) {
             int keys = std::min(kKeys, most - block);
             vf highest[NV];
             for (int n = 0; n < NV; ++n) highest[n] = max_score[n];
             for (int key = 0; key < keys; key += kTileRows) {
-                vf acc[kTileRows][NV]{};
-                multiply_add<E, NV, 1>(acc, k_ + (block + key) * words_, kTileRows, q_, kTileLanes, words_);
+                Tile<NV> acc{};
+                multiply_add<E, 1>(acc, k_ + (block + key) * words_, kTileRows, q_, kTileLanes, words_);
                 float* scores = scores_ + key * kTileLanes;
                 if (!visible_.added && block + key + kTileRows <= fewest) {
                     finish_scores<NV>(acc, scores, highest);
@@ -114,12 +114,10 @@ class Prefill {
             exponentials<NV>(keys, shift, sum);
             int64_t steps = (keys + E::kElements - 1) / E::kElements;
             for (int64_t d = 0; d < round_up(a_.size, kTileRows); d += kTileRows) {
-                vf acc[kTileRows][NV];
+                Tile<NV> acc;
                 load_tile(acc, out_ + d * kTileLanes, kTileLanes);
-                for (auto& row : acc) {
-                    for (int n = 0; n < NV; ++n) row[n] *= shrink[n];
-                }
-                multiply_add<E, NV, 1>(acc, v_ + block / E::kElements * columns_ + d, columns_,
+                for_tile<NV>([&](int r, int n) { acc[r][n] *= shrink[n]; });
+                multiply_add<E, 1>(acc, v_ + block / E::kElements * columns_ + d, columns_,
                                        reinterpret_cast<const Word*>(static_cast<float*>(scores_)), kTileLanes, steps);
                 store_tile(acc, out_ + d * kTileLanes, kTileLanes);
             }
@@ -132,28 +130,24 @@ class Prefill {
 
     // Scales a tile of scores, stores them and keeps the lanes' running maximum.
     template <int NV>
-    __attribute__((always_inline)) void finish_scores(vf (&acc)[kTileRows][NV], float* scores, vf (&highest)[NV]) {
-        for (int r = 0; r < kTileRows; ++r) {
-            for (int n = 0; n < NV; ++n) {
-                vf score = acc[r][n] * scale_;
-                highest[n] = max(highest[n], score);
-                store(scores + (r * NV + n) * kWidth, score);
-            }
-        }
+    __attribute__((always_inline)) void finish_scores(const Tile<NV>& tile, float* scores, vf (&highest)[NV]) {
+        for_tile<NV>([&](int r, int n) {
+            vf score = tile[r][n] * scale_;
+            highest[n] = max(highest[n], score);
+            store(scores + (r * NV + n) * kWidth, score);
+        });
     }
 
     // The same where something is added to keys, or some of the lanes do not see all of them.
     template <int NV>
-    __attribute__((always_inline)) void finish_masked(vf (&acc)[kTileRows][NV], float* scores, vf (&highest)[NV],
-                                                      int key, const vi (&limit)[NV], const float* added) {
-        for (int r = 0; r < kTileRows; ++r) {
-            for (int n = 0; n < NV; ++n) {
-                vf score = acc[r][n] * scale_ + added[r];
-                score = vi{} + (key + r) < limit[n] ? score : splat(-kInfinity);
-                highest[n] = max(highest[n], score);
-                store(scores + (r * NV + n) * kWidth, score);
-            }
-        }
+    __attribute__((always_inline)) void finish_masked(const Tile<NV>& tile, float* scores, vf (&highest)[NV], int key,
+                                                      const vi (&limit)[NV], const float* added) {
+        for_tile<NV>([&](int r, int n) {
+            vf score = tile[r][n] * scale_ + added[r];
+            score = vi{} + (key + r) < limit[n] ? score : splat(-kInfinity);
+            highest[n] = max(highest[n], score);
+            store(scores + (r * NV + n) * kWidth, score);
+        });
     }
 
     // Scores become 2^(score - shift), in the words the product with V takes, over the scores.

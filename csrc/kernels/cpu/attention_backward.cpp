@@ -20,12 +20,9 @@ struct Scores;
 
 template <>
 struct Scores<Singles> {
-    static constexpr int kRowWords = 1;  // words a query takes in a row
     template <int NV>
-    static void put(const vf (&tile)[kTileRows][NV], Word* rows, Word*) {
-        for (int r = 0; r < kTileRows; ++r) {
-            for (int n = 0; n < NV; ++n) store_words(rows + (r * NV + n) * kWidth, tile[r][n]);
-        }
+    static __attribute__((always_inline)) void put(const Tile<NV>& tile, Word* rows, Word*) {
+        for_tile<NV>([&](int r, int n) { store_words(rows + (r * NV + n) * kWidth, tile[r][n]); });
     }
     static const Word* lanes(const Word* rows, const Word*) { return rows; }
 };
@@ -34,18 +31,14 @@ struct Scores<Singles> {
 template <>
 struct Scores<Pairs> {
     template <int NV>
-    static void put(const vf (&tile)[kTileRows][NV], Word* rows, Word* lanes) {
-        for (int r = 0; r < kTileRows; ++r) {
-            for (int n = 0; n < NV; ++n) {
-                auto half = _mm512_cvtneps_pbh(reinterpret_cast<__m512>(tile[r][n]));
-                std::memcpy(rows + (r * NV + n) * kWidth / 2, &half, sizeof half);
+    static __attribute__((always_inline)) void put(const Tile<NV>& tile, Word* rows, Word* lanes) {
+        for_tile<NV>([&](int r, int n) {
+            auto half = _mm512_cvtneps_pbh(reinterpret_cast<__m512>(tile[r][n]));
+            std::memcpy(rows + (r * NV + n) * kWidth / 2, &half, sizeof half);
+            if (lanes && r % 2) {
+                store_words(lanes + (r / 2 * NV + n) * kWidth, join_pairs(tile[r - 1][n], tile[r][n]));
             }
-        }
-        if (!lanes) return;
-        for (int r = 0; r < kTileRows; r += 2) {
-            for (int n = 0; n < NV; ++n)
-                store_words(lanes + (r / 2 * NV + n) * kWidth, join_pairs(tile[r][n], tile[r + 1][n]));
-        }
+        });
     }
     static const Word* lanes(const Word*, const Word* lanes) { return lanes; }
 };
@@ -180,30 +173,25 @@ class Backward {
         std::memcpy(delta, delta_, sizeof delta);
         int fewest = limits[0], most = limits[kTileLanes - 1];
 
-        std::memset(grad_q_, 0, columns_ * kTileLanes * sizeof(float));
+        for (int64_t i = 0; i < columns_ * kTileLanes; i += kWidth) store(grad_q_ + i, vf{});
         for (int block = 0; block < most; block += kKeys) {
             int keys = std::min(kKeys, most - block);
             for (int key = 0; key < keys; key += kTileRows) {
-                vf p[kTileRows][NV]{};
-                multiply_add<E, NV, 1>(p, k_tiles_ + (block + key) * words_, kTileRows, q_lanes_, kTileLanes, words_);
-                bool hidden = block + key + kTileRows > fewest;
+                Tile<NV> p{};
+                multiply_add<E, 1>(p, k_tiles_ + (block + key) * words_, kTileRows, q_lanes_, kTileLanes, words_);
                 const float* added = added_ + block + key;
-                for (int r = 0; r < kTileRows; ++r) {
-                    for (int n = 0; n < NV; ++n) {
-                        vf score = p[r][n] * scale_ + (added[r] - lse[n]);
-                        if (hidden) score = vi{} + (block + key + r) < limit[n] ? score : splat(-kInfinity);
-                        p[r][n] = exp2_below(score);
-                    }
-                }
-                float kept[kTileRows * kTileLanes];
-                std::memcpy(kept, p, sizeof kept);
+                bool hidden = block + key + kTileRows > fewest;
+                for_tile<NV>([&](int r, int n) {
+                    vf score = p[r][n] * scale_ + (added[r] - lse[n]);
+                    if (hidden) score = vi{} + (block + key + r) < limit[n] ? score : splat(-kInfinity);
+                    p[r][n] = exp2_below(score);
+                    store(kept_ + (r * NV + n) * kWidth, p[r][n]);
+                });
                 Scores<E>::template put<NV>(p, p_ + key * kRow, nullptr);
 
-                vf ds[kTileRows][NV]{};
-                multiply_add<E, NV, 1>(ds, v_tiles_ + (block + key) * words_, kTileRows, g_lanes_, kTileLanes, words_);
-                for (int r = 0; r < kTileRows; ++r) {
-                    for (int n = 0; n < NV; ++n) ds[r][n] = (ds[r][n] - delta[n]) * load(kept + (r * NV + n) * kWidth);
-                }
+                Tile<NV> ds{};
+                multiply_add<E, 1>(ds, v_tiles_ + (block + key) * words_, kTileRows, g_lanes_, kTileLanes, words_);
+                for_tile<NV>([&](int r, int n) { ds[r][n] = (ds[r][n] - delta[n]) * load(kept_ + (r * NV + n) * kWidth); });
                 Scores<E>::template put<NV>(ds, ds_ + key * kRow, ds_lanes_ + key / E::kElements * kTileLanes);
             }
             for (int key = 0; key < keys; key += kTileRows) {
@@ -213,9 +201,9 @@ class Backward {
             const Word* ds = Scores<E>::lanes(ds_, ds_lanes_);
             int64_t steps = (keys + E::kElements - 1) / E::kElements;
             for (int64_t d = 0; d < round_up(a_.size, kTileRows); d += kTileRows) {
-                vf acc[kTileRows][NV];
+                Tile<NV> acc;
                 load_tile(acc, grad_q_ + d * kTileLanes, kTileLanes);
-                multiply_add<E, NV, 1>(acc, k_rows_ + block / E::kElements * columns_ + d, columns_, ds, kTileLanes,
+                multiply_add<E, 1>(acc, k_rows_ + block / E::kElements * columns_ + d, columns_, ds, kTileLanes,
                                        steps);
                 store_tile(acc, grad_q_ + d * kTileLanes, kTileLanes);
             }
@@ -239,9 +227,9 @@ class Backward {
     }
     template <int kRow, int NV>
     void add_columns(const Word* scores, const Word* rows, float* sums) {
-        vf acc[kTileRows][NV];
+        Tile<NV> acc;
         load_tile(acc, sums, columns_);
-        multiply_add<E, NV, kRow>(acc, scores, 1, rows, columns_, kRow);
+        multiply_add<E, kRow>(acc, scores, 1, rows, columns_, kRow);
         store_tile(acc, sums, columns_);
     }
 
@@ -285,6 +273,7 @@ class Backward {
     Scratch<float> grad_q_;
     Scratch<Word> room_;
     Scratch<float> added_;
+    alignas(64) float kept_[kTileRows * kLanes];  // a tile of P in f32
     alignas(64) float lse_[kLanes], delta_[kLanes];
     int64_t batch_, head_, keys_;
     float *grad_k_, *grad_v_;  // f32 sums [keys, columns]

@@ -224,6 +224,7 @@ class Decode {
                 rows = copy;
                 stride = kMaxSize;
             }
+            prefetch(rows + 4 * kTile * stride, stride, kTile);
             vf acc[kWidth]{};
             for (int64_t d = 0; d < a_.size; d += Rows::kStep) {
                 int n = in_step(a_.size - d, Rows::kStep);
@@ -274,6 +275,7 @@ class Decode {
         vf sum[M][kVectors]{};
         for (int64_t key = 0; key < keys_; key += Rows::kKeys, row += Rows::kKeys * stride) {
             vf x[kVectors];
+            prefetch(row + 16 * stride, stride, Rows::kKeys);
             // An odd last key meets itself, with probability 0.
             Rows::values(row, key + 1 < keys_ ? row + stride : row, left, x);
 #pragma GCC unroll 4
@@ -284,6 +286,14 @@ class Decode {
             }
         }
         for (int m = 0; m < M; ++m) Rows::put_sums(sums_ + m * kRoom + d, sum[m]);
+    }
+
+    // Rows that do not follow each other in memory are more than the hardware foresees.
+    void prefetch(const T* row, int64_t stride, int rows) const {
+        if (stride == a_.size) return;
+        for (int i = 0; i < rows; ++i, row += stride) {
+            for (int64_t d = 0; d < a_.size; d += 64 / sizeof(T)) __builtin_prefetch(row + d);
+        }
     }
 
     const T* row_of(const Heads& t, int64_t d) const {

@@ -26,8 +26,7 @@ constexpr float kLog2e = 1.44269504f, kLn2 = 0.693147181f, kInfinity = __builtin
 
 constexpr int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
 
-// ---- words
-// -----------------------------------------------------------------------------------------------------------
+// ---- words ---------------------------------------------------------------------------------------------------------
 
 using Word = uint32_t;
 
@@ -81,43 +80,45 @@ inline vf join_pairs(vf low, vf high) {
 inline vf join_pairs(vf low, vf) { return low; }  // never called: no product takes pairs here
 #endif
 
-// acc[r][n] += sum over steps of a[step, r] * b[step, n]. A row of `a` is kRowStride words after the one before it, a
+// Calls body(r, n) for every vector of a tile, unrolled: an index that is no constant would move the tile to memory.
+template <int NV, class Body>
+inline __attribute__((always_inline)) void for_tile(Body&& body) {
+#pragma GCC unroll 8
+    for (int r = 0; r < kTileRows; ++r) {
+#pragma GCC unroll 3
+        for (int n = 0; n < NV; ++n) body(r, n);
+    }
+}
+
+template <int NV>
+using Tile = vf[kTileRows][NV];
+
+template <int NV>
+inline __attribute__((always_inline)) void load_tile(Tile<NV>& tile, const float* from, int64_t stride) {
+    for_tile<NV>([&](int r, int n) { tile[r][n] = load(from + r * stride + n * kWidth); });
+}
+template <int NV>
+inline __attribute__((always_inline)) void store_tile(const Tile<NV>& tile, float* to, int64_t stride) {
+    for_tile<NV>([&](int r, int n) { store(to + r * stride + n * kWidth, tile[r][n]); });
+}
+
+// tile[r][n] += sum over steps of a[step, r] * b[step, n]. A row of `a` is kRowStride words after the one before it, a
 // step a_step words after the one before it; b's steps are b_step words apart.
-template <class E, int NV, int kRowStride>
-inline __attribute__((always_inline)) void multiply_add(vf (&acc)[kTileRows][NV], const Word* a, int64_t a_step,
-                                                        const Word* b, int64_t b_step, int64_t steps) {
+template <class E, int kRowStride, int NV>
+inline __attribute__((always_inline)) void multiply_add(Tile<NV>& tile, const Word* a, int64_t a_step, const Word* b,
+                                                        int64_t b_step, int64_t steps) {
     for (int64_t step = 0; step < steps; ++step, a += a_step, b += b_step) {
-        vf column[NV];
+        vf column[NV], row{};
 #pragma GCC unroll 3
         for (int n = 0; n < NV; ++n) column[n] = load_words(b + n * kWidth);
-#pragma GCC unroll 8
-        for (int r = 0; r < kTileRows; ++r) {
-            vf row = E::broadcast(a + r * kRowStride);
-#pragma GCC unroll 3
-            for (int n = 0; n < NV; ++n) acc[r][n] = E::multiply_add(row, column[n], acc[r][n]);
-        }
+        for_tile<NV>([&](int r, int n) {
+            if (n == 0) row = E::broadcast(a + r * kRowStride);
+            tile[r][n] = E::multiply_add(row, column[n], tile[r][n]);
+        });
     }
 }
 
-template <int NV>
-inline __attribute__((always_inline)) void load_tile(vf (&acc)[kTileRows][NV], const float* from, int64_t stride) {
-#pragma GCC unroll 8
-    for (int r = 0; r < kTileRows; ++r) {
-#pragma GCC unroll 3
-        for (int n = 0; n < NV; ++n) acc[r][n] = load(from + r * stride + n * kWidth);
-    }
-}
-template <int NV>
-inline __attribute__((always_inline)) void store_tile(const vf (&acc)[kTileRows][NV], float* to, int64_t stride) {
-#pragma GCC unroll 8
-    for (int r = 0; r < kTileRows; ++r) {
-#pragma GCC unroll 3
-        for (int n = 0; n < NV; ++n) store(to + r * stride + n * kWidth, acc[r][n]);
-    }
-}
-
-// ---- packing
-// ---------------------------------------------------------------------------------------------------------
+// ---- packing -------------------------------------------------------------------------------------------------------
 
 // dst[c][r] = src[r][c]; rows and columns are multiples of 4.
 inline void transpose(const Word* src, int64_t src_stride, Word* dst, int64_t dst_stride, int64_t rows,
@@ -202,8 +203,7 @@ void pack_rows(RowAt&& row_at, int64_t rows, int64_t size, int64_t columns, Word
     }
 }
 
-// ---- numbers
-// ---------------------------------------------------------------------------------------------------------
+// ---- numbers -------------------------------------------------------------------------------------------------------
 
 // 2^x for x up to 0 or little above it; 0 below -127. NaN stays NaN. The polynomials (degree 5, minimax) err by 1.5e-7.
 inline vf exp2_below(vf x) {
@@ -232,8 +232,7 @@ inline vf exp2_below(vf x) {
 #endif
 }
 
-// ---- memory
-// ----------------------------------------------------------------------------------------------------------
+// ---- memory --------------------------------------------------------------------------------------------------------
 
 // A thread's scratch: aligned, not initialised.
 template <class T>
