@@ -133,12 +133,28 @@ inline vf load(const float* p) {
     return x;
 }
 inline void store(float* p, vf x) { std::memcpy(p, &x, sizeof x); }
+#if defined(__AVX512F__)  // masked moves: one instruction where memcpy of a varying size is a call
+inline __mmask16 first_n(int64_t n) { return static_cast<__mmask16>((1u << n) - 1); }
+inline vf load_n(const float* p, int64_t n) { return reinterpret_cast<vf>(_mm512_maskz_loadu_ps(first_n(n), p)); }
+inline void store_n(float* p, vf x, int64_t n) { _mm512_mask_storeu_ps(p, first_n(n), reinterpret_cast<__m512>(x)); }
+inline vh load_half_n(const void* p, int64_t n) { return reinterpret_cast<vh>(_mm256_maskz_loadu_epi16(first_n(n), p)); }
+inline void store_half_n(void* p, vh h, int64_t n) {
+    _mm256_mask_storeu_epi16(p, first_n(n), reinterpret_cast<__m256i>(h));
+}
+#else
 inline vf load_n(const float* p, int64_t n) {
     vf x{};
     std::memcpy(&x, p, n * sizeof(float));
     return x;
 }
 inline void store_n(float* p, vf x, int64_t n) { std::memcpy(p, &x, n * sizeof(float)); }
+inline vh load_half_n(const void* p, int64_t n) {
+    vh h{};
+    std::memcpy(&h, p, n * sizeof(uint16_t));
+    return h;
+}
+inline void store_half_n(void* p, vh h, int64_t n) { std::memcpy(p, &h, n * sizeof(uint16_t)); }
+#endif
 
 template <class Half>  // bf16 or f16
 inline vf load(const Half* p) {
@@ -153,14 +169,11 @@ inline void store(Half* p, vf x) {
 }
 template <class Half>
 inline vf load_n(const Half* p, int64_t n) {
-    vh h{};
-    std::memcpy(&h, p, n * sizeof(Half));
-    return widen(h, Half{});
+    return widen(load_half_n(p, n), Half{});
 }
 template <class Half>
 inline void store_n(Half* p, vf x, int64_t n) {
-    vh h = narrow(x, Half{});
-    std::memcpy(p, &h, n * sizeof(Half));
+    store_half_n(p, narrow(x, Half{}), n);
 }
 
 // Calls body(i, n) along a row of `size` elements: n = kWidth for whole vectors, less for the tail. In the body

@@ -118,7 +118,7 @@ class Prefill {
                 load_tile(acc, out_ + d * kTileLanes, kTileLanes);
                 for_tile<NV>([&](int r, int n) { acc[r][n] *= shrink[n]; });
                 multiply_add<E, 1>(acc, v_ + block / E::kElements * columns_ + d, columns_,
-                                       reinterpret_cast<const Word*>(static_cast<float*>(scores_)), kTileLanes, steps);
+                                   reinterpret_cast<const Word*>(static_cast<float*>(scores_)), kTileLanes, steps);
                 store_tile(acc, out_ + d * kTileLanes, kTileLanes);
             }
         }

@@ -191,7 +191,8 @@ class Backward {
 
                 Tile<NV> ds{};
                 multiply_add<E, 1>(ds, v_tiles_ + (block + key) * words_, kTileRows, g_lanes_, kTileLanes, words_);
-                for_tile<NV>([&](int r, int n) { ds[r][n] = (ds[r][n] - delta[n]) * load(kept_ + (r * NV + n) * kWidth); });
+                for_tile<NV>(
+                    [&](int r, int n) { ds[r][n] = (ds[r][n] - delta[n]) * load(kept_ + (r * NV + n) * kWidth); });
                 Scores<E>::template put<NV>(ds, ds_ + key * kRow, ds_lanes_ + key / E::kElements * kTileLanes);
             }
             for (int key = 0; key < keys; key += kTileRows) {
@@ -203,8 +204,7 @@ class Backward {
             for (int64_t d = 0; d < round_up(a_.size, kTileRows); d += kTileRows) {
                 Tile<NV> acc;
                 load_tile(acc, grad_q_ + d * kTileLanes, kTileLanes);
-                multiply_add<E, 1>(acc, k_rows_ + block / E::kElements * columns_ + d, columns_, ds, kTileLanes,
-                                       steps);
+                multiply_add<E, 1>(acc, k_rows_ + block / E::kElements * columns_ + d, columns_, ds, kTileLanes, steps);
                 store_tile(acc, grad_q_ + d * kTileLanes, kTileLanes);
             }
         }

@@ -327,7 +327,7 @@ void attention_merge(const AttentionForward& args, const float* partial, int64_t
             const float* from = partial + pair * chunks * attention_chunk_size(args) + row * width;
             float highest = -kInfinity, total = 0, sums[kMaxSize + kWidth]{};
             for (int64_t c = 0; c < chunks; ++c) highest = std::max(highest, from[c * attention_chunk_size(args)]);
-            for (int64_t c = 0; c < chunks && highest > -kInfinity; ++c) {
+            for (int64_t c = 0; c < chunks; ++c) {
                 const float* one = from + c * attention_chunk_size(args);
                 if (one[0] == -kInfinity) continue;  // saw nothing: its sums were not written
                 float weight = exp2_below(splat(one[0] - highest))[0];
