@@ -32,7 +32,20 @@ inline vf exp(vf x) {
     return times_power_of_2(q * r + 1.0f, n);
 }
 
+// The same where the result ends in 16 bits: a shorter way, of relative error below 2e-5 (bf16 rounds by 4e-3, f16 by
+// 5e-4). 2^t = 2^n 2^f with |f| <= 1/2, by the minimax polynomial of degree 4.
+inline vf exp_16bit(vf x) {
+    vf t = min(splat(129.0f), max(splat(-150.0f), x * 1.44269504f));
+    vf n = t + 12582912.0f - 12582912.0f, f = t - n;
+    vf p = splat(0.00952826522f);
+    p = p * f + 0.0557936199f;
+    p = p * f + 0.240251135f;
+    p = p * f + 0.693147181f;
+    return times_power_of_2(p * f + 1.0f, n);
+}
+
 // Largest error measured over all floats: 2.5 ulp.
 inline vf sigmoid(vf x) { return 1.0f / (1.0f + exp(-x)); }
+inline vf sigmoid_16bit(vf x) { return 1.0f / (1.0f + exp_16bit(-x)); }
 
 }  // namespace mllama::simd::MLLAMA_ISA

@@ -9,6 +9,12 @@ namespace {
 
 using namespace simd::MLLAMA_ISA;
 
+// As accurate as the element type asks for.
+template <class T>
+vf sigmoid_for(vf x) {
+    return sizeof(T) == 2 ? sigmoid_16bit(x) : sigmoid(x);
+}
+
 // Calls body(row, column, count) for the pieces of rows that make up the elements [first, last).
 template <class Body>
 void for_pieces(int64_t width, int64_t first, int64_t last, Body&& body) {
@@ -30,7 +36,7 @@ void gated_forward(const Gated& a, int64_t first, int64_t last) {
             T* y = static_cast<T*>(a.y) + row * a.width + column;
             for_vectors(count, [&](int64_t i, int n) {
                 vf x = at(gate + i, n);
-                put(y + i, x * sigmoid(Activation::z(x)) * at(up + i, n), n);
+                put(y + i, x * sigmoid_for<T>(Activation::z(x)) * at(up + i, n), n);
             });
         });
     });
@@ -48,7 +54,7 @@ void gated_backward(const GatedBackward& a, int64_t first, int64_t last) {
             T* grad_gate = static_cast<T*>(a.grad_gate) + row * a.width + column;
             T* grad_up = static_cast<T*>(a.grad_up) + row * a.width + column;
             for_vectors(count, [&](int64_t i, int n) {
-                vf g = at(grad + i, n), x = at(gate + i, n), s = sigmoid(Activation::z(x)), active = x * s;
+                vf g = at(grad + i, n), x = at(gate + i, n), s = sigmoid_for<T>(Activation::z(x)), active = x * s;
                 put(grad_gate + i, g * at(up + i, n) * (s + active * (1.0f - s) * Activation::slope(x)), n);
                 put(grad_up + i, g * active, n);
             });
