@@ -4,6 +4,7 @@ Exits with 1 when an answer is wrong.
 """
 
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -17,7 +18,7 @@ def main() -> int:
     sys.stdout.reconfigure(errors="replace")  # the marks, on terminals that lack them
     wrong = 0
     for name, questions in json.loads((PICTURES / "questions.json").read_text()).items():
-        print(PICTURES / name)
+        print(os.path.relpath(PICTURES / name))
         for question, expected in questions.items():
             answer = mllama.ask(PICTURES / name, question)
             print(f"  {question:32} {answer:10} {'✓' if answer == expected else f'✗ it is {expected}'}")

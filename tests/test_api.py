@@ -27,9 +27,14 @@ def test_load_gives_what_was_asked_for_and_says_so_once(model_folder, capsys):
     assert (captured.out, captured.err) == ("", f"mllama: {model_folder} in bfloat16 on cpu\n")
 
 
-@pytest.mark.parametrize(("features", "dtype"), [(["avx2"], torch.float32), (["avx512_bf16"], torch.bfloat16)])
-def test_load_chooses_the_dtype_by_the_cpu(model_folder, monkeypatch, features, dtype):
+@pytest.mark.parametrize(
+    ("features", "large", "dtype"),
+    [(["avx2"], True, torch.float32), (["avx512_bf16"], True, torch.bfloat16), (["avx512_bf16"], False, torch.float32)],
+)
+def test_load_chooses_the_dtype_by_the_cpu_and_the_size(model_folder, monkeypatch, features, large, dtype):
     monkeypatch.setattr("mllama._device.cpu_features", lambda: features)
+    if large:
+        monkeypatch.setattr("mllama._device.SMALL_MODEL", 0)
     assert mllama.load(model_folder, device="cpu")[0].dtype == dtype
 
 

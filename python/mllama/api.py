@@ -33,7 +33,8 @@ def load(
 
     Args:
         path: a model folder; None is the model that comes with the package.
-        dtype: "float32", "bfloat16", "float16" or the torch dtype. "auto" is bfloat16 where the device computes in it, else float32.
+        dtype: "float32", "bfloat16", "float16" or the torch dtype. "auto" is bfloat16 where the device computes in it and, on a CPU,
+            the model's files have more than 64 MB; else float32.
         device: as torch names it. "auto" is the first CUDA device, else the CPU.
 
     Returns:
@@ -45,7 +46,7 @@ def load(
     """
     folder = EMBEDDED if path is None else Path(path)
     device = choose_device(device)
-    dtype = choose_dtype(dtype, device)
+    dtype = choose_dtype(dtype, device, sum(file.stat().st_size for file in folder.glob("*.safetensors")))
     model = MllamaForConditionalGeneration.from_pretrained(folder, dtype=dtype, device_map=device)
     try:
         processor = MllamaImageProcessor.from_pretrained(folder)
