@@ -55,8 +55,8 @@ struct Weights {
     }
 };
 
-// Rows (or pixels) a thread takes at least, where one costs `work` operations.
-int64_t grain(int64_t work) { return std::max<int64_t>(65536 / std::max<int64_t>(work, 1), 1); }
+// What a thread takes at least, where one costs `work` multiplications: some 30 us.
+int64_t grain(int64_t work) { return std::max<int64_t>((1 << 19) / std::max<int64_t>(work, 1), 1); }
 
 // The picture in another width, or in another height.
 Tensor one_pass(const Tensor& image, int64_t size, bool is_width, bool cubic) {
