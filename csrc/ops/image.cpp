@@ -21,42 +21,51 @@ double bicubic(double x) {
     return x < 2.0 ? (((x - 5) * x + 8) * x - 4) * a : 0.0;
 }
 
-// What one output position sums along one dimension: Pillow's precompute_coeffs and normalize_coeffs_8bpc, operation by
-// operation. (Compiled without FMA on x86: a fused product would round differently.)
+// What one direction sums: Pillow's precompute_coeffs and normalize_coeffs_8bpc, operation by operation, then the
+// weights by twos as the kernels take them. (Compiled without FMA on x86: a fused product would round differently.)
 struct Weights {
-    int64_t taps;
+    int64_t most;
     std::vector<int64_t> first;
-    std::vector<int32_t> count, weights;
+    std::vector<int32_t> count, high, low;
 
     Weights(int64_t in_size, int64_t out_size, bool cubic) : first(out_size), count(out_size) {
         const double scale = static_cast<double>(in_size) / static_cast<double>(out_size);
         const double widened = std::max(scale, 1.0), support = (cubic ? 2.0 : 1.0) * widened, per_pixel = 1.0 / widened;
-        taps = static_cast<int64_t>(std::ceil(support)) * 2 + 1;
-        weights.assign(out_size * taps, 0);
+        const int64_t taps = static_cast<int64_t>(std::ceil(support)) * 2 + 1;
+        most = taps / 2 + 1;
+        high.assign(out_size * most, 0);
+        low.assign(out_size * most, 0);
         std::vector<double> exact(taps);
         for (int64_t i = 0; i < out_size; ++i) {
             const double center = (static_cast<double>(i) + 0.5) * scale;
-            const int64_t low = std::max<int64_t>(static_cast<int64_t>(center - support + 0.5), 0);
-            const int64_t high = std::min<int64_t>(static_cast<int64_t>(center + support + 0.5), in_size);
+            const int64_t begin = std::max<int64_t>(static_cast<int64_t>(center - support + 0.5), 0);
+            const int64_t end = std::min<int64_t>(static_cast<int64_t>(center + support + 0.5), in_size);
             double total = 0.0;
-            for (int64_t k = 0; k < high - low; ++k) {
-                const double x = (static_cast<double>(k + low) - center + 0.5) * per_pixel;
-                exact[k] = cubic ? bicubic(x) : bilinear(x);
-                total += exact[k];
+            for (int64_t k = begin; k < end; ++k) {
+                const double x = (static_cast<double>(k) - center + 0.5) * per_pixel;
+                exact[k - begin] = cubic ? bicubic(x) : bilinear(x);
+                total += exact[k - begin];
             }
-            for (int64_t k = 0; k < high - low; ++k) {
-                const double share = total != 0.0 ? exact[k] / total : exact[k];
+            first[i] = begin / 2;
+            count[i] = static_cast<int32_t>((end + 1) / 2 - begin / 2);
+            for (int64_t k = begin; k < end; ++k) {
+                const double share = total != 0.0 ? exact[k - begin] / total : exact[k - begin];
                 const double units = share * (1 << kernels::kFractionBits);
-                weights[i * taps + k] = static_cast<int32_t>(share < 0 ? units - 0.5 : units + 0.5);
+                const int32_t weight = static_cast<int32_t>(units < 0 ? units - 0.5 : units + 0.5);
+                const int32_t upper = (weight + (1 << (kernels::kLowBits - 1))) >> kernels::kLowBits;
+                const int64_t at = i * most + k / 2 - begin / 2;
+                high[at] |= half(upper, k % 2);
+                low[at] |= half(weight - upper * (1 << kernels::kLowBits), k % 2);
             }
-            first[i] = low;
-            count[i] = static_cast<int32_t>(high - low);
         }
     }
-};
 
-// What a thread takes at least, where one costs `work` multiplications: some 30 us.
-int64_t grain(int64_t work) { return std::max<int64_t>((1 << 19) / std::max<int64_t>(work, 1), 1); }
+    // The low 16 bits of x, in the place of an even or an odd input.
+    static int32_t half(int32_t x, bool odd) {
+        const uint32_t bits = static_cast<uint16_t>(x);
+        return static_cast<int32_t>(odd ? bits << 16 : bits);
+    }
+};
 
 // The picture in another width, or in another height.
 Tensor one_pass(const Tensor& image, int64_t size, bool is_width, bool cubic) {
@@ -65,26 +74,22 @@ Tensor one_pass(const Tensor& image, int64_t size, bool is_width, bool cubic) {
     const Weights weights(is_width ? in_width : in_height, size, cubic);
     const int64_t height = is_width ? in_height : size, width = is_width ? size : in_width;
     Tensor out = new_empty(image, {height, width, 3});
-    kernels::Resize args{.taps = weights.taps,
+    kernels::Resize args{.most = weights.most,
                          .first = weights.first.data(),
                          .count = weights.count.data(),
-                         .weights = weights.weights.data(),
+                         .high = weights.high.data(),
+                         .low = weights.low.data(),
                          .in_height = in_height,
                          .in_width = in_width,
                          .height = height,
                          .width = width,
                          .in = data<uint8_t>(image),
                          .out = mutable_data<uint8_t>(out)};
-    const int64_t row_work = width * 3 * weights.taps;
-    if (is_width) {
-        auto kernel = MLLAMA_CALL(resize_width);
-        const int64_t blocks = (height + kernels::kBlockRows - 1) / kernels::kBlockRows;
-        parallel_for(blocks, grain(kernels::kBlockRows * row_work),
-                     [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
-    } else {
-        auto kernel = MLLAMA_CALL(resize_height);
-        parallel_for(height, grain(row_work), [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
-    }
+    // Some 0.3 ms of work for each thread at least: less is not worth the wait for a second one.
+    const int64_t across = is_width ? height : width, block_work = kernels::kBlock * 3 * size * 2 * weights.most;
+    auto kernel = is_width ? MLLAMA_CALL(resize_width) : MLLAMA_CALL(resize_height);
+    parallel_for((across + kernels::kBlock - 1) / kernels::kBlock, std::max<int64_t>((1 << 22) / block_work, 1),
+                 [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
     return out;
 }
 
@@ -115,7 +120,7 @@ Tensor resize_normalize(const Tensor& image, int64_t height, int64_t width, cons
     const uint8_t* in = data<uint8_t>(pixels);
     float* out = mutable_data<float>(planes);
     auto kernel = MLLAMA_CALL(look_up);
-    parallel_for(height * width, grain(3),
+    parallel_for(height * width, 1 << 18,
                  [&](int64_t begin, int64_t end) { kernel(in, values, out, height * width, begin, end); });
     return planes;
 }

@@ -10,99 +10,171 @@ namespace {
 
 using namespace simd::MLLAMA_ISA;
 
-inline uint8_t clipped(int32_t x) { return static_cast<uint8_t>(x < 0 ? 0 : x > 255 ? 255 : x); }
+// Sums of pairs are exact modulo 2^32, so that neither their order nor the split into high and low halves shows.
 
-// kWidth bytes to integers and back, clipped. By intrinsics, since GCC 12 takes vector conversions between 8 and 32
-// bits apart element by element.
+typedef int16_t vs __attribute__((vector_size(kWidth * 4)));  // kWidth pairs of 16-bit numbers
+
+// load_pairs: 2 * kWidth bytes, widened. add_pairs: sum + a.even * b.even + a.odd * b.odd. store_bytes: kWidth numbers,
+// clipped to a byte each.
 #if defined(__AVX512F__)
-inline vi load_bytes(const uint8_t* p) {
-    return reinterpret_cast<vi>(_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+inline vs load_pairs(const uint8_t* p) {
+    return reinterpret_cast<vs>(_mm512_cvtepu8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))));
+}
+inline vi add_pairs(vi sum, vs a, vs b) {
+#if defined(__AVX512VNNI__)
+    return reinterpret_cast<vi>(_mm512_dpwssd_epi32(reinterpret_cast<__m512i>(sum), reinterpret_cast<__m512i>(a),
+                                                    reinterpret_cast<__m512i>(b)));
+#else
+    return reinterpret_cast<vi>(_mm512_add_epi32(
+        reinterpret_cast<__m512i>(sum), _mm512_madd_epi16(reinterpret_cast<__m512i>(a), reinterpret_cast<__m512i>(b))));
+#endif
 }
 inline void store_bytes(uint8_t* p, vi x) {
     __m512i positive = _mm512_max_epi32(reinterpret_cast<__m512i>(x), _mm512_setzero_si512());
     _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtusepi32_epi8(positive));
 }
 #elif defined(__AVX2__)
-inline vi load_bytes(const uint8_t* p) {
-    return reinterpret_cast<vi>(_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
+inline vs load_pairs(const uint8_t* p) {
+    return reinterpret_cast<vs>(_mm256_cvtepu8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+}
+inline vi add_pairs(vi sum, vs a, vs b) {
+    return reinterpret_cast<vi>(_mm256_add_epi32(
+        reinterpret_cast<__m256i>(sum), _mm256_madd_epi16(reinterpret_cast<__m256i>(a), reinterpret_cast<__m256i>(b))));
 }
 inline void store_bytes(uint8_t* p, vi x) {
     __m256i value = reinterpret_cast<__m256i>(x);
     __m128i words = _mm_packs_epi32(_mm256_castsi256_si128(value), _mm256_extracti128_si256(value, 1));
     _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm_packus_epi16(words, words));
 }
-#else
-inline vi load_bytes(const uint8_t* p) { return vi{p[0], p[1], p[2], p[3]}; }
+#elif defined(__SSE2__)
+inline vs load_pairs(const uint8_t* p) {
+    __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p));
+    return reinterpret_cast<vs>(_mm_unpacklo_epi8(bytes, _mm_setzero_si128()));
+}
+inline vi add_pairs(vi sum, vs a, vs b) {
+    return sum + reinterpret_cast<vi>(_mm_madd_epi16(reinterpret_cast<__m128i>(a), reinterpret_cast<__m128i>(b)));
+}
 inline void store_bytes(uint8_t* p, vi x) {
-    for (int i = 0; i < kWidth; ++i) p[i] = clipped(x[i]);
+    __m128i words = _mm_packs_epi32(reinterpret_cast<__m128i>(x), reinterpret_cast<__m128i>(x));
+    __m128i bytes = _mm_packus_epi16(words, words);
+    std::memcpy(p, &bytes, kWidth);
+}
+#else
+inline vs load_pairs(const uint8_t* p) { return vs{p[0], p[1], p[2], p[3], p[4], p[5], p[6], p[7]}; }
+inline vi add_pairs(vi sum, vs a, vs b) {
+    for (int i = 0; i < kWidth; ++i) sum[i] += a[2 * i] * b[2 * i] + a[2 * i + 1] * b[2 * i + 1];
+    return sum;
+}
+inline void store_bytes(uint8_t* p, vi x) {
+    for (int i = 0; i < kWidth; ++i) p[i] = static_cast<uint8_t>(x[i] < 0 ? 0 : x[i] > 255 ? 255 : x[i]);
 }
 #endif
 
-constexpr int32_t kHalf = 1 << (kFractionBits - 1);
-
-// out[i] = the weighted sum of in[k * stride + i] over k, for kWidth * N neighbouring i.
+// Pair q of lane i is at pairs[q * stride + 2 * i]. out[i] = result `index` of lane i, for N vectors of lanes.
 template <int N>
-inline void sum_vectors(const uint8_t* in, int64_t stride, const int32_t* weights, int32_t count, uint8_t* out) {
-    vi sums[N];
-    for (vi& sum : sums) sum = vi{} + kHalf;
-    for (int32_t k = 0; k < count; ++k, in += stride) {
-        for (int j = 0; j < N; ++j) sums[j] += load_bytes(in + j * kWidth) * weights[k];
+inline void sum_vectors(const Resize& a, int64_t index, const uint8_t* pairs, int64_t stride, uint8_t* out) {
+    vi high[N] = {}, low[N];
+    for (vi& sum : low) sum = vi{} + (1 << (kFractionBits - 1));
+    pairs += a.first[index] * stride;
+    for (int32_t k = 0; k < a.count[index]; ++k, pairs += stride) {
+        vs high_weights = reinterpret_cast<vs>(vi{} + a.high[index * a.most + k]);
+        vs low_weights = reinterpret_cast<vs>(vi{} + a.low[index * a.most + k]);
+        for (int j = 0; j < N; ++j) {
+            vs values = load_pairs(pairs + j * 2 * kWidth);
+            high[j] = add_pairs(high[j], values, high_weights);
+            low[j] = add_pairs(low[j], values, low_weights);
+        }
     }
-    for (int j = 0; j < N; ++j) store_bytes(out + j * kWidth, sums[j] >> kFractionBits);
+    for (int j = 0; j < N; ++j) {
+        vu sum = (reinterpret_cast<vu>(high[j]) << kLowBits) + reinterpret_cast<vu>(low[j]);
+        store_bytes(out + j * kWidth, reinterpret_cast<vi>(sum) >> kFractionBits);
+    }
 }
 
-// The same for `size` neighbouring i.
-void sum_rows(const uint8_t* in, int64_t stride, const int32_t* weights, int32_t count, uint8_t* out, int64_t size) {
-    constexpr int kMany = 6;
+// The same for `lanes` lanes, a multiple of kWidth.
+inline void sum_lanes(const Resize& a, int64_t index, const uint8_t* pairs, int64_t stride, uint8_t* out,
+                      int64_t lanes) {
+    constexpr int kMany = 6;  // of a full block, 96 lanes, every vector width makes a multiple of this
     int64_t i = 0;
-    for (; i + kMany * kWidth <= size; i += kMany * kWidth) sum_vectors<kMany>(in + i, stride, weights, count, out + i);
-    for (; i + kWidth <= size; i += kWidth) sum_vectors<1>(in + i, stride, weights, count, out + i);
-    for (; i < size; ++i) {
-        int32_t sum = kHalf;
-        for (int32_t k = 0; k < count; ++k) sum += in[k * stride + i] * weights[k];
-        out[i] = clipped(sum >> kFractionBits);
-    }
+    for (; i + kMany * kWidth <= lanes; i += kMany * kWidth)
+        sum_vectors<kMany>(a, index, pairs + 2 * i, stride, out + i);
+    for (; i < lanes; i += kWidth) sum_vectors<1>(a, index, pairs + 2 * i, stride, out + i);
 }
 
-// Pixels [rows, columns] become [columns, rows]. Strides are in bytes.
-void transpose(const uint8_t* in, int64_t in_stride, int64_t rows, int64_t columns, uint8_t* out, int64_t out_stride) {
-    constexpr int64_t kTile =
-        16;  // rows read side by side: few enough for the cache even where their addresses collide
+int64_t whole_vectors(int64_t lanes) { return (lanes + kWidth - 1) / kWidth * kWidth; }
+
+// ---- getting pixels into lanes
+// ---------------------------------------------------------------------------------------
+
+// Two neighbouring pixels r0 g0 b0 r1 g1 b1 become r0 r1 g0 g1 b0 b1; two bytes more are read and written.
+inline void pair_pixels(const uint8_t* from, uint8_t* to) {
+#if defined(__SSSE3__)
+    const __m128i order = _mm_setr_epi8(0, 3, 1, 4, 2, 5, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1);
+    __m128i pixels = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(from));
+    _mm_storel_epi64(reinterpret_cast<__m128i*>(to), _mm_shuffle_epi8(pixels, order));
+#else
+    const uint8_t paired[8] = {from[0], from[3], from[1], from[4], from[2], from[5]};
+    std::memcpy(to, paired, sizeof paired);
+#endif
+}
+
+// `rows` rows of pixels become pairs of columns, row by row in the lanes.
+void pair_columns(const uint8_t* in, int64_t rows, int64_t width, uint8_t* pairs, int64_t stride) {
+    constexpr int64_t kTile = 16;  // rows read side by side: few enough for the cache even where addresses collide
+    const int64_t inner = (width - 1) / 2 * 2;  // columns that another one follows, two by two
     for (int64_t top = 0; top < rows; top += kTile) {
         const int64_t bottom = std::min(top + kTile, rows);
-        for (int64_t column = 0; column < columns; ++column) {
-            const uint8_t* from = in + column * 3;
-            uint8_t* to = out + column * out_stride;
-            // Four bytes at once, where the fourth is inside the row and the next pixel overwrites it.
-            const int64_t wide = column + 1 < columns ? bottom - 1 : top;
-            for (int64_t row = top; row < wide; ++row) std::memcpy(to + row * 3, from + row * in_stride, 4);
-            for (int64_t row = wide; row < bottom; ++row) std::memcpy(to + row * 3, from + row * in_stride, 3);
+        for (int64_t x = 0; x < inner; x += 2) {
+            for (int64_t row = top; row < bottom; ++row) {
+                pair_pixels(in + (row * width + x) * 3, pairs + x / 2 * stride + row * 6);
+            }
+        }
+        for (int64_t row = top; row < bottom; ++row) {
+            uint8_t last[8] = {};
+            std::memcpy(last, in + (row * width + inner) * 3, (width - inner) * 3);
+            pair_pixels(last, pairs + inner / 2 * stride + row * 6);
         }
     }
 }
 
 }  // namespace
 
-void resize_height(const Resize& a, int64_t first_row, int64_t last_row) {
-    const int64_t size = a.width * 3;
-    for (int64_t y = first_row; y < last_row; ++y) {
-        sum_rows(a.in + a.first[y] * size, size, a.weights + y * a.taps, a.count[y], a.out + y * size, size);
+// A block of rows is turned on its side, so that neighbouring rows lie side by side in a vector.
+void resize_width(const Resize& a, int64_t first_block, int64_t last_block) {
+    const int64_t most = std::min(a.height, kBlock), lanes = whole_vectors(most * 3);
+    const int64_t stride = 2 * lanes + 8;  // pair_pixels writes a little ahead
+    auto pairs = std::make_unique<uint8_t[]>((a.in_width + 1) / 2 * stride), sums = std::make_unique<uint8_t[]>(lanes);
+    for (int64_t block = first_block; block < last_block; ++block) {
+        const int64_t top = block * kBlock, rows = std::min(a.height - top, most);
+        pair_columns(a.in + top * a.in_width * 3, rows, a.in_width, pairs.get(), stride);
+        uint8_t* out = a.out + top * a.width * 3;
+        const int64_t out_stride = a.width * 3;
+        for (int64_t x = 0; x < a.width; ++x, out += 3) {
+            sum_lanes(a, x, pairs.get(), stride, sums.get(), lanes);
+            for (int64_t row = 0; row < rows; ++row) std::memcpy(out + row * out_stride, sums.get() + row * 3, 3);
+        }
     }
 }
 
-// A block of rows is turned on its side, so that its rows lie side by side in a vector and the sum over columns is the
-// same loop as the sum over rows.
-void resize_width(const Resize& a, int64_t first_block, int64_t last_block) {
-    const int64_t most = std::min(a.height, kBlockRows), stride = most * 3;
-    std::unique_ptr<uint8_t[]> columns(new uint8_t[stride * a.in_width]), resized(new uint8_t[stride * a.width]);
+void resize_height(const Resize& a, int64_t first_block, int64_t last_block) {
+    const int64_t size = a.width * 3, most = std::min(a.width, kBlock) * 3;
+    const int64_t lanes = whole_vectors(most), stride = 2 * lanes;
+    auto pairs = std::make_unique<uint8_t[]>((a.in_height + 1) / 2 * stride), sums = std::make_unique<uint8_t[]>(lanes);
     for (int64_t block = first_block; block < last_block; ++block) {
-        const int64_t top = block * kBlockRows, rows = std::min(a.height - top, most);
-        transpose(a.in + top * a.in_width * 3, a.in_width * 3, rows, a.in_width, columns.get(), stride);
-        for (int64_t x = 0; x < a.width; ++x) {
-            sum_rows(columns.get() + a.first[x] * stride, stride, a.weights + x * a.taps, a.count[x],
-                     resized.get() + x * stride, rows * 3);
+        const int64_t left = block * kBlock * 3, bytes = std::min(size - left, most);
+        for (int64_t y = 0; y < a.in_height; y += 2) {
+            const uint8_t* even = a.in + y * size + left;
+            const uint8_t* odd = y + 1 < a.in_height ? even + size : even;  // beside a last one alone: weight 0
+            uint8_t* to = pairs.get() + y / 2 * stride;
+            for (int64_t i = 0; i < bytes; ++i) {
+                to[2 * i] = even[i];
+                to[2 * i + 1] = odd[i];
+            }
         }
-        transpose(resized.get(), stride, a.width, rows, a.out + top * a.width * 3, a.width * 3);
+        for (int64_t y = 0; y < a.height; ++y) {
+            sum_lanes(a, y, pairs.get(), stride, sums.get(), lanes);
+            std::memcpy(a.out + y * size + left, sums.get(), bytes);
+        }
     }
 }
 
