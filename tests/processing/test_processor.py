@@ -347,6 +347,14 @@ def test_refuses_other_families(make_tokenizer, processor, tmp_path):
     with pytest.raises(ValueError, match="holds a CLIPImageProcessor: MllamaImageProcessor reads a LlavaProcessor with a Siglip"):
         MllamaImageProcessor.from_pretrained(tmp_path / "clip")
 
+    (tmp_path / "gemma").mkdir()  # as older folders are: no processor_config.json
+    older = {"image_processor_type": "SiglipImageProcessor", "processor_class": "PaliGemmaProcessor", "size": {"height": S, "width": S}}
+    (tmp_path / "gemma" / "preprocessor_config.json").write_text(json.dumps(older))
+    with pytest.raises(ValueError, match="holds a PaliGemmaProcessor"):
+        MllamaImageProcessor.from_pretrained(tmp_path / "gemma")
+    with pytest.raises(OSError):
+        MllamaImageProcessor.from_pretrained(tmp_path)
+
     processor.save_pretrained(tmp_path / "ours")
     settings = json.loads((tmp_path / "ours" / "processor_config.json").read_text())
     for changes, match in [

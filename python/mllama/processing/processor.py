@@ -212,7 +212,8 @@ class MllamaImageProcessor(ProcessorMixin):
         where = pretrained_model_name_or_path
         settings, _ = cls.get_processor_dict(where, **kwargs)
         picture_settings, _ = SquareImageProcessor.get_image_processor_dict(where, **kwargs)
-        for kind in (settings.get("processor_class"), picture_settings.get("image_processor_type")):
+        family = settings.get("processor_class") or picture_settings.get("processor_class")
+        for kind in (family, picture_settings.get("image_processor_type")):
             if kind not in (None, "LlavaProcessor", "SiglipImageProcessor", "SiglipImageProcessorFast"):
                 raise ValueError(f"{where} holds a {kind}: MllamaImageProcessor reads a LlavaProcessor with a SiglipImageProcessor")
         image_processor = SquareImageProcessor.from_dict(picture_settings)
@@ -301,7 +302,8 @@ class MllamaImageProcessor(ProcessorMixin):
         rows = share_out(images, [len(places) if done else None for places, done in zip(offsets, finished, strict=True)], self.image_token)
         bos = self.tokenizer.bos_token
         special = all(finished) and not any(bos and bos in text for text in texts)
-        lead = bos if not special and self._adds_bos() else ""  # in a batch where the tokenizer may not, it is written in
+        # Where the tokenizer may not add BOS, since another prompt has one, it is written into those that lack it.
+        lead = bos if any(finished) and not special and self._adds_bos() else ""
         for number, text in enumerate(texts):
             if not finished[number]:
                 texts[number] = lay_out(text, self.image_seq_length * len(rows[number]), self.image_token, bos)
