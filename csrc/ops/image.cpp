@@ -85,10 +85,10 @@ Tensor one_pass(const Tensor& image, int64_t size, bool is_width, bool cubic) {
                          .width = width,
                          .in = data<uint8_t>(image),
                          .out = mutable_data<uint8_t>(out)};
-    // Some 0.3 ms of work for each thread at least: less is not worth the wait for a second one.
+    // Some millisecond of work for each thread at least: a second one gains less than waiting for it may cost.
     const int64_t across = is_width ? height : width, block_work = kernels::kBlock * 3 * size * 2 * weights.most;
     auto kernel = is_width ? MLLAMA_CALL(resize_width) : MLLAMA_CALL(resize_height);
-    parallel_for((across + kernels::kBlock - 1) / kernels::kBlock, std::max<int64_t>((1 << 22) / block_work, 1),
+    parallel_for((across + kernels::kBlock - 1) / kernels::kBlock, std::max<int64_t>((1 << 24) / block_work, 1),
                  [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
     return out;
 }

@@ -101,7 +101,7 @@ def test_the_result_is_new_memory():
 
 
 def test_same_bits_with_any_number_of_threads():
-    image, threads = pixels(800, 1000), torch.get_num_threads()
+    image, threads = pixels(1600, 1200), torch.get_num_threads()
     results = []
     try:
         for count in (1, 2, 3):
