@@ -31,10 +31,16 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     plan = Plan(**{field.name: getattr(arguments, field.name) for field in fields(Plan)})
     run = Run(plan, arguments.out, resume=arguments.resume)
-    with tqdm(total=plan.pictures, initial=run.seen, unit="picture", smoothing=0.02, mininterval=2) as progress:
-        run.train(progress, workers=arguments.workers)
+    if run.seen < plan.pictures:
+        train(run, arguments.workers)
     if arguments.export:
         run.export(arguments.export)
+
+
+def train(run: Run, workers: int) -> None:
+    """Runs to the end of the plan behind a progress bar on stderr."""
+    with tqdm(total=run.plan.pictures, initial=run.seen, unit="picture", smoothing=0.02, mininterval=2) as progress:
+        run.train(progress, workers=workers)
 
 
 if __name__ == "__main__":

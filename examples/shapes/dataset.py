@@ -15,6 +15,8 @@ from .questions import KINDS, Turn, ask
 from .scene import HELD_OUT, Recipe, Scene, make_scene
 from .tokenizer import build_tokenizer
 
+# yes or no carries one bit and is learned last, so training asks for it more often than the evaluation does
+TRAINING_WEIGHTS = {"colour": 0.2, "shape": 0.2, "where": 0.2, "exists": 0.3, "count": 0.1}
 HELD_OUT_SEED = 1 << 40  # pictures of the evaluation are numbered from here; training never comes that far
 
 
@@ -74,7 +76,7 @@ def curriculum(progress: float) -> Recipe:
 class Pictures(IterableDataset):
     """Endless batches; batch n holds pictures n * batch ... of `seed`, whatever was drawn before, so that a run resumes exactly."""
 
-    def __init__(self, seed: int, batch: int, total: int, start: int = 0, turns: int = 8, size: int = 96, patch: int = 8) -> None:
+    def __init__(self, seed: int, batch: int, total: int, start: int = 0, turns: int = 14, size: int = 96, patch: int = 8) -> None:
         self.seed, self.batch, self.total, self.start, self.turns, self.size, self.patch = seed, batch, total, start, turns, size, patch
 
     def __iter__(self) -> Iterator[Batch]:
@@ -95,12 +97,14 @@ class Pictures(IterableDataset):
         for i in range(number * self.batch, (number + 1) * self.batch):
             rng = picture_rng(self.seed, i)
             scene = make_scene(rng, recipe, grid)
-            turns = ask(scene, rng, self.turns) if self.turns else []
+            turns = ask(scene, rng, self.turns, describe=0.4, weights=TRAINING_WEIGHTS)
+            if turns[-1].kind == "describe" and rng.random() < 0.35:  # a description is also asked for at once
+                turns.insert(0, turns.pop())
             rows.append((scene, turns))
         return collate(rows, tokenizer, self.size, grid)
 
 
-def collate(rows: list[tuple[Scene, list[Turn]]], tokenizer, size: int, grid: int, limit: int = 112) -> Batch:
+def collate(rows: list[tuple[Scene, list[Turn]]], tokenizer, size: int, grid: int, limit: int = 176) -> Batch:
     """Puts scenes and turns together into one batch."""
     pixels = torch.from_numpy(np.stack([pixels_of(scene.picture, size) for scene, _ in rows]))
     dense = [dense_labels(scene, grid) for scene, _ in rows]
@@ -116,7 +120,7 @@ def collate(rows: list[tuple[Scene, list[Turn]]], tokenizer, size: int, grid: in
     return Batch(pixels, classes, offsets, ids, mask, labels)
 
 
-def batches(seed: int, batch: int, total: int, start: int = 0, turns: int = 8, workers: int = 1, **shape) -> Iterator[Batch]:
+def batches(seed: int, batch: int, total: int, start: int = 0, turns: int = 14, workers: int = 1, **shape) -> Iterator[Batch]:
     """Batches in order, made by `workers` processes."""
     data = Pictures(seed, batch, total, start, turns, **shape)
     return iter(DataLoader(data, batch_size=None, num_workers=workers, prefetch_factor=8 if workers else None))

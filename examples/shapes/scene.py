@@ -51,14 +51,14 @@ class Recipe:
 
     counts: tuple[float, ...] = (0.26, 0.24, 0.2, 0.1, 0.1, 0.1)  # one to six objects
     backgrounds: tuple[float, ...] = (0.5, 0.15, 0.15, 0.2)  # in the order of KINDS
-    text_only: float = 0.12
-    text_beside: float = 0.06
+    text_only: float = 0.06
+    text_beside: float = 0.05
     smallest: float = 0.09  # radius of an object, in shorter sides of the picture
     random_text: float = 0.5  # share of words that are made of random letters
     photos: tuple[str, ...] = TRAINING_PHOTOS
 
 
-HELD_OUT = Recipe(photos=TRAINING_PHOTOS + HELD_OUT_PHOTOS * 4)
+HELD_OUT = Recipe(text_only=0.12, text_beside=0.06, photos=TRAINING_PHOTOS + HELD_OUT_PHOTOS * 4)
 
 
 def position_name(x: float, y: float) -> str | None:

@@ -33,7 +33,7 @@ class Plan:
     tower: float = 0.35  # share of the pictures on which the tower alone learns
     frozen: float = 0.15  # share, after that, on which the decoder learns while the tower rests
     batch: int = 16
-    turns: int = 8
+    turns: int = 14
     rate: float = 1.5e-3
     decoder_rate: float = 1.5e-3
     joint_rate: float = 0.6  # of the tower, in the last phase, as a share of `rate`
@@ -150,7 +150,7 @@ class Run:
 
     # -- the loop ------------------------------------------------------------------------------------------------------------
 
-    def train(self, progress, save_every: float = 120.0, check_every: float = 300.0, workers: int = 1) -> None:
+    def train(self, progress, save_every: float = 120.0, check_every: float = 900.0, workers: int = 1) -> None:
         """Trains until the plan's pictures are seen; `progress` is a tqdm bar. Times are seconds of this process's work."""
         plan = self.plan
         source = batches(plan.seed, plan.batch, plan.pictures, self.seen // plan.batch, plan.turns, workers)

@@ -1,0 +1,57 @@
+"""The model that comes with the package: what it gets right, and that stock transformers reads its folder."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoProcessor, LlavaForConditionalGeneration
+
+import mllama
+from shapes.evaluation import evaluate, held_out_cases
+from shapes.other_renderer import matplotlib_case
+
+FOLDER = Path(mllama.__file__).parent / "assets" / "embedded"
+FLOOR = 0.60  # over colour, shape, position and yes/no questions on pictures of one to three objects
+FLOOR_OTHER_RENDERER = 0.50  # the same on pictures that matplotlib draws
+SEED = 9  # neither the evaluation's nor the training's
+
+
+@pytest.fixture(scope="module")
+def embedded():
+    return mllama.load(dtype="float32", device="cpu")
+
+
+def test_accuracy_on_held_out_pictures(embedded):
+    model, processor = embedded
+    figures = evaluate(model, processor.tokenizer, held_out_cases(150, seed=SEED))
+    assert figures["target"]["questions"] > 250
+    assert figures["target"]["share"] >= FLOOR, figures
+
+
+def test_accuracy_on_pictures_of_another_library(embedded):
+    pytest.importorskip("matplotlib")
+    model, processor = embedded
+    figures = evaluate(model, processor.tokenizer, [matplotlib_case(SEED * 1000 + i) for i in range(60)])
+    assert figures["target"]["share"] >= FLOOR_OTHER_RENDERER, figures
+
+
+def test_folder_is_small():
+    assert sum(file.stat().st_size for file in FOLDER.iterdir()) < 25 * 2**20
+
+
+def test_stock_transformers_gives_equal_ids_and_logits(embedded):
+    model, processor = embedded
+    case = held_out_cases(1, seed=SEED)[0]
+    picture = case.picture.convert("RGB")
+    ours = processor(images=picture, text=case.turns[0].question, return_tensors="pt")
+    stock_processor = AutoProcessor.from_pretrained(FOLDER)
+    talk = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": case.turns[0].question}]}]
+    prompt = stock_processor.apply_chat_template(talk, add_generation_prompt=True)
+    theirs = stock_processor(images=picture, text=prompt, return_tensors="pt")
+    assert torch.equal(ours["input_ids"], theirs["input_ids"])
+    torch.testing.assert_close(ours["pixel_values"], theirs["pixel_values"], atol=1e-6, rtol=0)
+    stock = LlavaForConditionalGeneration.from_pretrained(FOLDER, dtype=torch.float32).eval()
+    with torch.inference_mode():
+        expected = stock(**theirs).logits
+        got = model(**ours).logits
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
