@@ -63,7 +63,7 @@ OFFSET, MASK, BIAS = torch.tensor([2]), right_padding(6, 3, keys=6), torch.zeros
 
 def raw(requires_grad):
     q, k, v = (tensor.clone().requires_grad_(requires_grad) for tensor in (Q, K, V))
-    return (q, k, v, MASK, BIAS, OFFSET, None, True, 0.25)
+    return (q, k, v, MASK, BIAS, OFFSET, None, True, None)
 
 
 @needs_kernels
@@ -101,9 +101,10 @@ BAD_CALLS = [
     BadCall(lambda: attention(Q, K, V, query_offset=3), ValueError, "query_offset has a meaning only with causal=True"),
     BadCall(lambda: attention(Q, K, V, prefix_length=OFFSET), ValueError, "prefix_length has a meaning only with causal=True"),
     BadCall(lambda: attention(Q, K, V, causal=True, query_offset=1.5), TypeError, "query_offset must be an int, an int64 tensor or None"),
+    BadCall(lambda: attention(Q, K, V, causal=True, query_offset=1 << 70), ValueError, "query_offset must lie within"),
     BadCall(lambda: attention(Q, K, V, causal=True, query_offset=OFFSET.int()), TypeError, "query_offset must be int64, got int32"),
     BadCall(
-        lambda: attention(Q, K, V, causal=True, query_offset=torch.arange(3)), ValueError, r"query_offset must be \[1\] or \[2\], got \[3\]"
+        lambda: attention(Q, K, V, causal=True, query_offset=torch.arange(3)), ValueError, r"query_offset must be \[2\] or \[1\], got \[3\]"
     ),
     BadCall(lambda: attention(Q, K, V, causal=True, prefix_length=OFFSET), ValueError, r"prefix_length must be \[2\], got \[1\]"),
     BadCall(lambda: attention(Q, K, V, key_mask=MASK.int()), TypeError, "key_mask must be bool, got int32"),
@@ -114,8 +115,12 @@ BAD_CALLS = [
     BadCall(lambda: attention(Q, K, V, key_bias=BIAS.clone().requires_grad_()), ValueError, "key_bias gets no gradient"),
     BadCall(lambda: attention(Q.to("meta"), K, V), ValueError, "k is on cpu, q on meta"),
     BadCall(lambda: torch.ops.mllama.attention(Q, K, V[:1], None, None, None, None, False, 1.0), ValueError, "v must have k's shape"),
-    BadCall(lambda: torch.ops.mllama.attention(Q, K, V, None, None, OFFSET, None, False, 1.0), ValueError, "need causal"),
-    BadCall(lambda: torch.ops.mllama.attention(Q, K, V, MASK[:1], None, None, None, False, 1.0), ValueError, "key_mask must be bool"),
+    BadCall(lambda: torch.ops.mllama.attention(Q, K, V, None, None, OFFSET, None, False, 1.0), ValueError, "has a meaning only with"),
+    BadCall(lambda: torch.ops.mllama.attention(Q, K, V, MASK[:1], None, None, None, False, 1.0), ValueError, r"key_mask must be \[2, 6\]"),
+    BadCall(lambda: torch.ops.mllama.attention(Q, K.half(), V, None, None, None, None, False, 1.0), ValueError, "must have q's dtype"),
+    BadCall(
+        lambda: torch.ops.mllama.attention(Q, K, V, MASK.int(), None, None, None, False, 1.0), ValueError, "key_mask has the wrong dtype"
+    ),
 ]
 
 
@@ -213,18 +218,24 @@ def test_nan_stays_in_its_row(queries):
 @needs_kernels
 def test_same_bits_on_any_number_of_threads():
     """Where work is cut into shares, chunks and partial sums: long enough for several of each."""
-    q, k, v = (tensor.requires_grad_() for tensor in tensors(1, 600, 600, 3, 1, 16))
-    few = torch.randn(1, 2, 3, 16)
-    threads, results = torch.get_num_threads(), []
+    q, k, v = (tensor.requires_grad_() for tensor in tensors(1, 300, 300, 6, 2, 16))
+    few = torch.randn(1, 2, 6, 16)
+
+    def results(function):
+        out = function(q, k, v, causal=True)
+        return [out, function(few, k, v), *torch.autograd.grad(out.square().sum(), (q, k, v))]
+
+    threads, found = torch.get_num_threads(), []
     try:
         for count in (1, 2, 3):
             torch.set_num_threads(count)
-            out = attention(q, k, v, causal=True)
-            results.append([out, attention(few, k, v), *torch.autograd.grad(out.square().sum(), (q, k, v))])
+            found.append(results(attention))
     finally:
         torch.set_num_threads(threads)
-    for other in results[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+    for other in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
+    for actual, expected in zip(found[0], results(reference), strict=True):
+        assert_close(actual, expected, 1e-5, "cut work")
 
 
 @needs_kernels

@@ -1,7 +1,8 @@
 // softmax(q k' * scale + added) v, and its gradients, for H query heads that share KV key heads.
 //
-// The H / KV query heads of one key head are handled together: row r of a (batch row, key head) pair is query
-// r / group, head kv * group + r % group. Scores live in log2 units, so that the exponential is a plain 2^x.
+// A group is one key head of one batch row with the query heads that share it; they are handled together, so that K and
+// V are read once. Row r of a group is query r / group_size of head kv_head * group_size + r % group_size. Scores are
+// kept in log2 units, so that the exponential is a plain 2^x.
 #pragma once
 
 #include <cstdint>
@@ -37,9 +38,9 @@ struct Attention {
     Heads q, k, v;
     const VisibleKeys* visible;  // [batch]
 
-    int64_t group() const { return heads / kv_heads; }
-    int64_t rows() const { return queries * group(); }  // of one pair
-    int64_t pairs() const { return batch * kv_heads; }
+    int64_t group_size() const { return heads / kv_heads; }
+    int64_t groups() const { return batch * kv_heads; }
+    int64_t rows() const { return queries * group_size(); }  // of a group
 };
 
 struct AttentionForward : Attention {
@@ -52,28 +53,31 @@ struct AttentionBackward : Attention {
     const void* out;  // as AttentionForward's
     const float* lse;
     void *grad_q, *grad_k, *grad_v;  // contiguous
-    int64_t parts;                   // how many partial sums make grad_k and grad_v
-    float* partial;                  // [pairs, parts, attention_partial_size]; unused for one part
+    int64_t parts;                   // how many partial sums make a group's grad_k and grad_v
+    float* partial;                  // [groups, parts, attention_sums]; unused for one part
 };
 
-// Many queries: blocks of scores on packed copies of q, k and v. Task = (pair, share): a share takes every shares-th
-// tile of queries.
+constexpr int64_t kMostTileRows = 48;  // rows of a group that a kernel takes at once, at most
+
+// Many queries: blocks of scores on packed copies of q, k and v. Task = (group, share): a share takes every shares-th
+// tile of the group's rows.
 MLLAMA_KERNEL(void, attention_prefill,
               (const AttentionForward& args, int64_t shares, int64_t first_task, int64_t last_task))
 
 // Few queries: k and v are read in place, once, in chunks of keys whose results are merged afterwards.
-// Task = (pair, chunk). `partial` holds `attention_chunk_size` floats for each task.
+// Task = (group, chunk); `partial` is [groups, chunks, attention_chunk_size].
 constexpr int64_t kDecodeChunk = 256;
 inline int64_t attention_chunks(const Attention& a) { return (a.keys + kDecodeChunk - 1) / kDecodeChunk; }
 inline int64_t attention_chunk_size(const Attention& a) { return a.rows() * (a.size + 2); }
 MLLAMA_KERNEL(void, attention_decode,
               (const AttentionForward& args, float* partial, int64_t first_task, int64_t last_task))
 MLLAMA_KERNEL(void, attention_merge,
-              (const AttentionForward& args, const float* partial, int64_t first_pair, int64_t last_pair))
+              (const AttentionForward& args, const float* partial, int64_t first_group, int64_t last_group))
 
-// Gradients. Task = (pair, part); then, with more than one part, attention_backward_sum over the pairs.
-inline int64_t attention_partial_size(const Attention& a) { return 2 * (a.keys + 8) * ((a.size + 15) / 16 * 16); }
+// Gradients. Task = (group, part): a part takes every parts-th tile of the group's rows. With more than one part,
+// attention_backward_sum follows over the groups.
+inline int64_t attention_sums(const Attention& a) { return 2 * (a.keys + 8) * ((a.size + 15) / 16 * 16); }
 MLLAMA_KERNEL(void, attention_backward, (const AttentionBackward& args, int64_t first_task, int64_t last_task))
-MLLAMA_KERNEL(void, attention_backward_sum, (const AttentionBackward& args, int64_t first_pair, int64_t last_pair))
+MLLAMA_KERNEL(void, attention_backward_sum, (const AttentionBackward& args, int64_t first_group, int64_t last_group))
 
 }  // namespace mllama::kernels

@@ -1,7 +1,5 @@
 // The forward pass for few queries (generation): memory speed. Every thread reads chunks of K and V once, in place, for
 // all queries of a key head; the chunks' results are merged by their log-sum-exp.
-#include <algorithm>
-
 #include "kernels/cpu/attention.h"
 #include "kernels/cpu/attention_tiles.h"
 
@@ -55,8 +53,8 @@ struct Paired {
         return reinterpret_cast<vf>(n == kStep ? _mm512_loadu_si512(k)
                                                : _mm512_maskz_loadu_epi16((__mmask32{1} << n) - 1, k));
     }
-    static vf multiply_add(vf a, vf b, vf sum) { return Pairs::multiply_add(a, b, sum); }
-    static vf probability(const float* p) { return Pairs::broadcast(reinterpret_cast<const Word*>(p)); }
+    static vf multiply_add(vf a, vf b, vf sum) { return Bf16Words::multiply_add(a, b, sum); }
+    static vf probability(const float* p) { return Bf16Words::broadcast(reinterpret_cast<const Word*>(p)); }
 
     template <int kVectors>
     static void values(const bf16* low, const bf16* high, int64_t left, vf (&x)[kVectors]) {
@@ -128,103 +126,93 @@ template <class T>
 class Decode {
     using Rows = typename RowsOf<T>::type;
     using Query = typename Rows::Query;
-    static constexpr int64_t kRoom = kMaxSize + 32;  // a row of Q or of sums, padded to whole steps
+    static constexpr int64_t kRoom = kMaxSize + Rows::kStep;  // a row of Q or of sums, padded to whole steps
 
   public:
-    explicit Decode(const AttentionForward& args) : a_(args), scale_(args.scale * kLog2e) {}
+    explicit Decode(const AttentionForward& args) : a_(args) {}
 
-    void task(int64_t pair, int64_t chunk, float* partial) {
-        batch_ = pair / a_.kv_heads;
-        head_ = pair % a_.kv_heads;
-        const VisibleKeys& visible = a_.visible[batch_];
-        int64_t group = a_.group();
-        for (int64_t row = 0; row < a_.rows();) {
-            int64_t left = a_.rows() - row;
-            int rows = left > 2 ? 4 : static_cast<int>(left);
-            int64_t last = std::min(row + rows, a_.rows()) - 1;
-            first_ = std::max(chunk * kDecodeChunk, visible.first);
-            keys_ = std::min((chunk + 1) * kDecodeChunk, visible.limit(last / group)) - first_;
+    // partial: [rows] of the maximal score, the sum of 2^(score - maximum) and the sums of V weighed with those.
+    void task(int64_t index, int64_t chunk, float* partial) {
+        Group group(a_, index);
+        first_ = std::max(chunk * kDecodeChunk, group.visible.first);
+        for (int64_t row = 0, rows = 0; row < a_.rows(); row += rows) {
+            rows = std::min<int64_t>(kMostRows, a_.rows() - row);
+            int64_t end = group.visible.first + group.limit(row + rows - 1);
+            keys_ = std::min((chunk + 1) * kDecodeChunk, end) - first_;
             float* to = partial + row * (a_.size + 2);
             if (keys_ <= 0) {
-                for (int64_t r = row; r <= last; ++r, to += a_.size + 2) to[0] = -kInfinity, to[1] = 0;
-            } else if (rows == 4) {
-                pass<4>(row, to);
+                for (int64_t r = 0; r < rows; ++r, to += a_.size + 2) to[0] = -kInfinity, to[1] = 0;
+            } else if (rows > 2) {  // three as four, the last one twice
+                pass<4>(group, row, rows, to);
             } else if (rows == 2) {
-                pass<2>(row, to);
+                pass<2>(group, row, rows, to);
             } else {
-                pass<1>(row, to);
+                pass<1>(group, row, rows, to);
             }
-            row += rows;
         }
     }
 
   private:
     template <int M>
-    void pass(int64_t first_row, float* partial) {
-        pack_queries<M>(first_row);
-        scores<M>();
-        vf highest = mask<M>(first_row), sum{};
-        float lanes[kWidth], most[M], total[M]{};
-        store(lanes, highest);
-        for (int i = 0; i < kWidth; ++i) most[i % M] = i < M ? lanes[i] : std::max(most[i % M], lanes[i]);
-        for (int i = 0; i < kWidth; ++i) lanes[i] = most[i % M] == -kInfinity ? 0 : most[i % M];
-        vf shift = load(lanes);
-        int64_t size = round_up(keys_ * M, kWidth);
-        for (int64_t i = 0; i < size; i += kWidth) {
-            vf p = exp2_below(load(scores_ + i) - shift);
-            sum += p;
-            store(scores_ + i, p);
+    void pass(const Group& group, int64_t first_row, int64_t rows, float* partial) {
+        auto row_of = [&](int m) { return first_row + std::min<int64_t>(m, rows - 1); };
+        auto q_row = group.query_rows<T>(a_.q, 0);
+        for (int m = 0; m < M; ++m) pack_query(q_row(row_of(m)), queries_ + m * kRoom);
+        auto k_row = group.key_rows<T>(a_.k), v_row = group.key_rows<T>(a_.v);
+        int64_t skipped = first_ - group.visible.first;
+        scores<M>(k_row(skipped));
+
+        // Lanes hold kWidth / M keys by M rows, so that maxima and sums of a row are first taken lane by lane.
+        int32_t key_of[kWidth], limit_of[kWidth];
+        for (int i = 0; i < kWidth; ++i) {
+            key_of[i] = i / M;
+            limit_of[i] = static_cast<int32_t>(std::min(group.limit(row_of(i % M)) - skipped, keys_));
         }
-        store(lanes, sum);
+        float lanes[kWidth], highest[M], total[M]{};
+        store(lanes, mask<M>(group.visible.added, key_of, limit_of));
+        for (int i = 0; i < kWidth; ++i) highest[i % M] = i < M ? lanes[i] : std::max(highest[i % M], lanes[i]);
+        for (int i = 0; i < kWidth; ++i) lanes[i] = highest[i % M] == -kInfinity ? 0 : highest[i % M];
+        store(lanes, exponentials<M>(load(lanes)));
         for (int i = 0; i < kWidth; ++i) total[i % M] += lanes[i];
-        if constexpr (Rows::kKeys == 2) {  // each even key's probability beside the next one's, as words
-            store(scores_ + size, vf{});
-            for (int64_t i = 0; i < size; i += kWidth)
-                store(scores_ + i, join_pairs(load(scores_ + i), load(scores_ + i + M)));
-        }
+
+        const T* v = v_row(skipped);
         int64_t d = 0;
-        for (; d + (kValueVectors - 2) * kWidth < a_.size; d += kValueVectors * kWidth) weigh<M, kValueVectors>(d);
-        for (; d < a_.size; d += 2 * kWidth) weigh<M, 2>(d);
-        for (int r = 0; r < M && first_row + r < a_.rows(); ++r, partial += a_.size + 2) {
-            partial[0] = most[r];
+        for (; d + (kValueVectors - 2) * kWidth < a_.size; d += kValueVectors * kWidth) weigh<M, kValueVectors>(v, d);
+        for (; d < a_.size; d += 2 * kWidth) weigh<M, 2>(v, d);
+        for (int64_t r = 0; r < rows; ++r, partial += a_.size + 2) {
+            partial[0] = highest[r];
             partial[1] = total[r];
             std::memcpy(partial + 2, sums_ + r * kRoom, a_.size * sizeof(float));
         }
     }
 
-    template <int M>
-    void pack_queries(int64_t first_row) {
-        for (int64_t r = 0; r < M; ++r) {
-            int64_t row = std::min(first_row + r, a_.rows() - 1), group = a_.group();
-            const T* q = static_cast<const T*>(a_.q.data) + batch_ * a_.q.batch + row / group * a_.q.length +
-                         (head_ * group + row % group) * a_.q.head;
-            Query* to = queries_ + r * kRoom;
-            if constexpr (Rows::kKeys == 1) {
-                widen_row(q, to, a_.size, round_up(a_.size, kWidth));
-            } else {
-                std::memcpy(to, q, a_.size * sizeof(T));
-                std::memset(to + a_.size, 0, Rows::kStep * sizeof(T));
-            }
+    void pack_query(const T* q, Query* to) const {
+        if constexpr (std::is_same_v<Query, float>) {
+            widen_row(q, to, a_.size, round_up(a_.size, kWidth));
+        } else {
+            std::memcpy(to, q, a_.size * sizeof(T));
+            std::memset(to + a_.size, 0, Rows::kStep * sizeof(T));
         }
     }
 
     // scores_[key][M] = q k' in log2 units.
     template <int M>
-    void scores() {
+    void scores(const T* k) {
         constexpr int kTile = kWidth / M;  // keys
-        const T* k = row_of(a_.k, 0);
         for (int64_t key = 0; key < keys_; key += kTile) {
             const T* rows = k + key * a_.k.length;
             int64_t stride = a_.k.length;
             T copy[kTile * kMaxSize];
             if (key + kTile > keys_) {  // past the last key lies nobody's memory
                 std::memset(copy, 0, sizeof copy);
-                for (int64_t i = 0; i < keys_ - key; ++i)
+                for (int64_t i = 0; i < keys_ - key; ++i) {
                     std::memcpy(copy + i * kMaxSize, rows + i * stride, a_.size * sizeof(T));
+                }
                 rows = copy;
                 stride = kMaxSize;
+            } else {
+                prefetch(rows + 4 * kTile * stride, stride, kTile);
             }
-            prefetch(rows + 4 * kTile * stride, stride, kTile);
             vf acc[kWidth]{};
             for (int64_t d = 0; d < a_.size; d += Rows::kStep) {
                 int n = in_step(a_.size - d, Rows::kStep);
@@ -242,21 +230,14 @@ class Decode {
         }
     }
 
-    // Adds what is added to keys, hides what rows do not see; returns the maximum of each lane.
+    // Adds what is added to keys, hides what rows do not see; returns each lane's maximum.
     template <int M>
-    vf mask(int64_t first_row) {
-        const VisibleKeys& visible = a_.visible[batch_];
-        int32_t key_of[kWidth], limit_of[kWidth];
-        for (int i = 0; i < kWidth; ++i) {
-            int64_t row = std::min(first_row + i % M, a_.rows() - 1);
-            key_of[i] = i / M;
-            limit_of[i] = static_cast<int32_t>(std::min(visible.limit(row / a_.group()) - first_, keys_));
-        }
+    vf mask(const float* added, const int32_t* key_of, const int32_t* limit_of) {
         vi key, limit;
         std::memcpy(&key, key_of, sizeof key);
         std::memcpy(&limit, limit_of, sizeof limit);
-        if (visible.added) {
-            for (int64_t i = 0; i < keys_ * M; ++i) scores_[i] += visible.added[first_ + i / M];
+        if (added) {
+            for (int64_t i = 0; i < keys_ * M; ++i) scores_[i] += added[first_ + i / M];
         }
         vf highest = splat(-kInfinity);
         for (int64_t i = 0; i < keys_ * M; i += kWidth) {
@@ -267,15 +248,34 @@ class Decode {
         return highest;
     }
 
+    // Scores become 2^(score - shift), as the product with V takes them; returns each lane's sum.
+    template <int M>
+    vf exponentials(vf shift) {
+        int64_t size = round_up(keys_ * M, kWidth);
+        vf sum{};
+        for (int64_t i = 0; i < size; i += kWidth) {
+            vf p = exp2_below(load(scores_ + i) - shift);
+            sum += p;
+            store(scores_ + i, p);
+        }
+        if constexpr (Rows::kKeys == 2) {  // beside each even key's the next key's, as words
+            store(scores_ + size, vf{});
+            for (int64_t i = 0; i < size; i += kWidth) {
+                store(scores_ + i, join_bf16(load(scores_ + i), load(scores_ + i + M)));
+            }
+        }
+        return sum;
+    }
+
     // sums_[M][d ..] = probabilities times kVectors vectors of V.
     template <int M, int kVectors>
-    void weigh(int64_t d) {
-        const T* row = row_of(a_.v, d);
+    void weigh(const T* v, int64_t d) {
+        const T* row = v + d;
         int64_t stride = a_.v.length, left = a_.size - d;
         vf sum[M][kVectors]{};
         for (int64_t key = 0; key < keys_; key += Rows::kKeys, row += Rows::kKeys * stride) {
-            vf x[kVectors];
             prefetch(row + 16 * stride, stride, Rows::kKeys);
+            vf x[kVectors];
             // An odd last key meets itself, with probability 0.
             Rows::values(row, key + 1 < keys_ ? row + stride : row, left, x);
 #pragma GCC unroll 4
@@ -296,57 +296,53 @@ class Decode {
         }
     }
 
-    const T* row_of(const Heads& t, int64_t d) const {
-        return static_cast<const T*>(t.data) + batch_ * t.batch + first_ * t.length + head_ * t.head + d;
-    }
-
     const AttentionForward& a_;
-    const float scale_;
-    int64_t batch_, head_, first_, keys_;  // the keys of this chunk that some row sees
+    const float scale_ = a_.scale * kLog2e;
+    int64_t first_, keys_;  // the keys of this chunk that some row of the pass sees
     alignas(64) Query queries_[kMostRows * kRoom];
     alignas(64) float scores_[kDecodeChunk * kMostRows + 2 * kWidth];
     alignas(64) float sums_[kMostRows * kRoom];
 };
+
+// The chunks' results of one row become its output.
+template <class T>
+void merge_row(const AttentionForward& a, const Group& group, int64_t row, const float* partial) {
+    const int64_t chunks = attention_chunks(a), stride = attention_chunk_size(a);
+    float highest = -kInfinity, total = 0, sums[kMaxSize + kWidth]{};
+    for (int64_t c = 0; c < chunks; ++c) highest = std::max(highest, partial[c * stride]);
+    for (int64_t c = 0; c < chunks; ++c) {
+        const float* one = partial + c * stride;
+        if (one[0] == -kInfinity) continue;  // saw nothing: its sums were not written
+        float weight = exp2_below(splat(one[0] - highest))[0];
+        total += weight * one[1];
+        for_vectors(a.size, [&](int64_t d, int n) { put(sums + d, load(sums + d) + at(one + 2 + d, n) * weight, n); });
+    }
+    a.lse[group.statistic(row)] = total == 0 ? -kInfinity : (highest + __builtin_log2f(total)) * kLn2;
+    float inverse = total == 0 ? 0 : 1 / total;
+    T* out = static_cast<T*>(a.out) + group.element(row);
+    for_vectors(a.size, [&](int64_t d, int n) { put(out + d, load(sums + d) * inverse, n); });
+}
 
 }  // namespace
 
 void attention_decode(const AttentionForward& args, float* partial, int64_t first_task, int64_t last_task) {
     dispatch(args.dtype, [&](auto t) {
         Decode<decltype(t)> work(args);
-        int64_t chunks = attention_chunks(args);
-        for (int64_t task = first_task; task < last_task; ++task) {
-            work.task(task / chunks, task % chunks, partial + task * attention_chunk_size(args));
-        }
+        int64_t chunks = attention_chunks(args), size = attention_chunk_size(args);
+        for (int64_t task = first_task; task < last_task; ++task)
+            work.task(task / chunks, task % chunks, partial + task * size);
     });
 }
 
-void attention_merge(const AttentionForward& args, const float* partial, int64_t first_pair, int64_t last_pair) {
-    int64_t chunks = attention_chunks(args), group = args.group(), width = args.size + 2;
-    for (int64_t pair = first_pair; pair < last_pair; ++pair) {
-        for (int64_t row = 0; row < args.rows(); ++row) {
-            const float* from = partial + pair * chunks * attention_chunk_size(args) + row * width;
-            float highest = -kInfinity, total = 0, sums[kMaxSize + kWidth]{};
-            for (int64_t c = 0; c < chunks; ++c) highest = std::max(highest, from[c * attention_chunk_size(args)]);
-            for (int64_t c = 0; c < chunks; ++c) {
-                const float* one = from + c * attention_chunk_size(args);
-                if (one[0] == -kInfinity) continue;  // saw nothing: its sums were not written
-                float weight = exp2_below(splat(one[0] - highest))[0];
-                total += weight * one[1];
-                for_vectors(args.size,
-                            [&](int64_t d, int n) { put(sums + d, load(sums + d) + at(one + 2 + d, n) * weight, n); });
+void attention_merge(const AttentionForward& args, const float* partial, int64_t first_group, int64_t last_group) {
+    dispatch(args.dtype, [&](auto t) {
+        for (int64_t index = first_group; index < last_group; ++index) {
+            const float* from = partial + index * attention_chunks(args) * attention_chunk_size(args);
+            for (int64_t row = 0; row < args.rows(); ++row) {
+                merge_row<decltype(t)>(args, Group(args, index), row, from + row * (args.size + 2));
             }
-            int64_t batch = pair / args.kv_heads, head = pair % args.kv_heads * group + row % group,
-                    query = row / group;
-            args.lse[(batch * args.heads + head) * args.queries + query] =
-                total == 0 ? -kInfinity : (highest + __builtin_log2f(total)) * kLn2;
-            float inverse = total == 0 ? 0 : 1 / total;
-            dispatch(args.dtype, [&](auto t) {
-                auto* out = static_cast<decltype(t)*>(args.out) +
-                            ((batch * args.queries + query) * args.heads + head) * args.size;
-                for_vectors(args.size, [&](int64_t d, int n) { put(out + d, load(sums + d) * inverse, n); });
-            });
         }
-    }
+    });
 }
 
 }  // namespace mllama::kernels::MLLAMA_ISA

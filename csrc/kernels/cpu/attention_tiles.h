@@ -8,8 +8,10 @@
 // horizontal sums, and K and V are always the broadcast side, which takes them nearly as they lie in memory.
 #pragma once
 
+#include <algorithm>
 #include <cstdlib>
 #include <new>
+#include <type_traits>
 
 #include "kernels/cpu/attention.h"
 #include "simd/vec.h"
@@ -22,6 +24,8 @@ using namespace simd::MLLAMA_ISA;
 // 8 x 3 accumulators fill AVX-512's 32 registers, 4 x 3 the 16 of the others.
 constexpr int kTileRows = kWidth == 16 ? 8 : 4;
 constexpr int kTileVectors = 3;
+constexpr int kLanes = kTileVectors * kWidth;  // rows of a group in a tile
+static_assert(kLanes <= kMostTileRows);
 constexpr float kLog2e = 1.44269504f, kLn2 = 0.693147181f, kInfinity = __builtin_inff();
 
 constexpr int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
@@ -30,7 +34,7 @@ constexpr int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / st
 
 using Word = uint32_t;
 
-struct Singles {  // a word is one f32
+struct F32Words {  // a word is one f32
     static constexpr int kElements = 1;
     static vf broadcast(const Word* a) {
         float x;
@@ -39,9 +43,13 @@ struct Singles {  // a word is one f32
     }
     static vf multiply_add(vf a, vf b, vf sum) { return a * b + sum; }
 };
+template <class T>
+struct WordsOf {
+    using type = F32Words;
+};
 
 #if defined(__AVX512BF16__)
-struct Pairs {  // a word is two bf16, the one that comes first in the low half
+struct Bf16Words {  // a word is two bf16, the one that comes first in the low half
     static constexpr int kElements = 2;
     static vf broadcast(const Word* a) { return reinterpret_cast<vf>(_mm512_set1_epi32(static_cast<int>(*a))); }
     static vf multiply_add(vf a, vf b, vf sum) {
@@ -49,20 +57,16 @@ struct Pairs {  // a word is two bf16, the one that comes first in the low half
                                                      reinterpret_cast<__m512bh>(b)));
     }
 };
-template <class T>
-struct WordsOf {
-    using type = Singles;
-};
 template <>
 struct WordsOf<bf16> {
-    using type = Pairs;
-};
-#else
-template <class T>
-struct WordsOf {
-    using type = Singles;
+    using type = Bf16Words;
 };
 #endif
+
+// Two vectors as words of bf16, lane by lane, rounded (ties away from zero).
+inline vf join_bf16(vf low, vf high) {
+    return as_float(((as_bits(low) + 0x8000u) >> 16) | ((as_bits(high) + 0x8000u) & 0xffff0000u));
+}
 
 inline vf load_words(const Word* p) {
     vf x;
@@ -71,14 +75,7 @@ inline vf load_words(const Word* p) {
 }
 inline void store_words(Word* p, vf x) { std::memcpy(p, &x, sizeof x); }
 
-#if defined(__AVX512BF16__)
-// Two vectors of f32 >= 0 or of moderate size, rounded to bf16 and joined lane by lane into words.
-inline vf join_pairs(vf low, vf high) {
-    return as_float(((as_bits(low) + 0x8000u) >> 16) | ((as_bits(high) + 0x8000u) & 0xffff0000u));
-}
-#else
-inline vf join_pairs(vf low, vf) { return low; }  // never called: no product takes pairs here
-#endif
+// ---- tiles ---------------------------------------------------------------------------------------------------------
 
 // Calls body(r, n) for every vector of a tile, unrolled: an index that is no constant would move the tile to memory.
 template <int NV, class Body>
@@ -232,9 +229,75 @@ inline vf exp2_below(vf x) {
 #endif
 }
 
-// ---- memory --------------------------------------------------------------------------------------------------------
+// ---- a group and a thread's memory
+// -----------------------------------------------------------------------------------
 
-// A thread's scratch: aligned, not initialised.
+// One group's place in the tensors.
+struct Group {
+    Group(const Attention& args, int64_t index)
+        : a(args), batch(index / a.kv_heads), kv_head(index % a.kv_heads), visible(a.visible[batch]) {
+        keys = visible.limit(a.queries - 1) - visible.first;
+    }
+    int64_t query(int64_t row) const { return row / a.group_size(); }
+    int64_t head(int64_t row) const { return kv_head * a.group_size() + row % a.group_size(); }
+    // Where a row starts in a contiguous [batch, queries, heads, size], and its place in [batch, heads, queries].
+    int64_t element(int64_t row) const { return ((batch * a.queries + query(row)) * a.heads + head(row)) * a.size; }
+    int64_t statistic(int64_t row) const { return (batch * a.heads + head(row)) * a.queries + query(row); }
+    // How many keys a row sees, counted from visible.first.
+    int32_t limit(int64_t row) const { return static_cast<int32_t>(visible.limit(query(row)) - visible.first); }
+
+    // Functions i -> row i of k or v, counted from visible.first, and i -> row first + i of q or what is shaped as q.
+    template <class T>
+    auto key_rows(const Heads& t) const {
+        const T* base = static_cast<const T*>(t.data) + batch * t.batch + visible.first * t.length + kv_head * t.head;
+        return [base, stride = t.length](int64_t i) { return base + i * stride; };
+    }
+    template <class T>
+    auto query_rows(const Heads& t, int64_t first) const {
+        const T* base = static_cast<const T*>(t.data) + batch * t.batch;
+        return [this, base, &t, first](int64_t i) {
+            return base + query(first + i) * t.length + head(first + i) * t.head;
+        };
+    }
+
+    const Attention& a;
+    int64_t batch, kv_head;
+    VisibleKeys visible;
+    int64_t keys;  // that the last query sees, and so all that any does
+};
+
+// Calls body(first row, rows, vectors) for every count-th tile of a group, from tile `index` on; vectors of rows, 1 to
+// kTileVectors, as std::integral_constant.
+template <class Body>
+void for_row_tiles(const Attention& a, int64_t index, int64_t count, Body&& body) {
+    for (int64_t first = index * kLanes; first < a.rows(); first += count * kLanes) {
+        int64_t rows = std::min<int64_t>(kLanes, a.rows() - first);
+        switch ((rows + kWidth - 1) / kWidth) {
+            case 1: body(first, rows, std::integral_constant<int, 1>{}); break;
+            case 2: body(first, rows, std::integral_constant<int, 2>{}); break;
+            default: body(first, rows, std::integral_constant<int, 3>{});
+        }
+    }
+}
+
+// How many keys each row of a tile sees; lanes past the last row repeat it. Limits never fall from row to row.
+template <int NV>
+struct Limits {
+    Limits(const Group& group, int64_t first, int64_t rows) {
+        int32_t lane[NV * kWidth];
+        for (int i = 0; i < NV * kWidth; ++i) lane[i] = group.limit(first + std::min<int64_t>(i, rows - 1));
+        std::memcpy(limit, lane, sizeof limit);
+        fewest = lane[0];
+        most = lane[NV * kWidth - 1];
+    }
+    // x where lanes of vector n see the key, -inf elsewhere.
+    vf hide(vf x, int n, int key) const { return vi{} + key < limit[n] ? x : splat(-kInfinity); }
+
+    vi limit[NV];
+    int fewest, most;
+};
+
+// A thread's scratch: aligned; not initialised.
 template <class T>
 class Scratch {
   public:
@@ -250,6 +313,11 @@ class Scratch {
   private:
     T* data_;
 };
+using Words = Scratch<Word>;
+using Floats = Scratch<float>;
+
+inline Word* as_words(float* p) { return reinterpret_cast<Word*>(p); }
+inline float* as_floats(Word* p) { return reinterpret_cast<float*>(p); }
 
 }  // namespace
 }  // namespace mllama::kernels::MLLAMA_ISA

@@ -4,8 +4,6 @@ import torch
 
 from mllama.ops._dispatch import check_float, check_value, exact, register, use_kernel
 
-HEAD_SIZES = (16, 256)
-
 
 def attention(
     q: torch.Tensor,
@@ -41,15 +39,17 @@ def attention(
 
     Raises:
         TypeError: a tensor or argument of the wrong type.
-        ValueError: shapes that do not fit, D out of range, devices that differ, a key_bias that asks for a gradient.
+        ValueError: shapes that do not fit, D out of range, devices that differ, an int offset beyond 2**62, a key_bias that asks for a
+            gradient.
     """
-    _check(q, k, scale, causal, query_offset, key_mask, key_bias, prefix_length)
-    _check_values(q, k, v)
+    masks = (key_mask, key_bias, query_offset, prefix_length)
+    _check_types(q, k, scale, causal, *masks)
+    _check_kind("v", v, q)
     if use_kernel(q):
         if query_offset is not None and not isinstance(query_offset, torch.Tensor):
-            query_offset = torch.full((1,), _limited(query_offset, q.shape[1], k.shape[1]), dtype=torch.int64)
-        factor = q.shape[-1] ** -0.5 if scale is None else scale
-        return _attention(q, k, v, key_mask, key_bias, query_offset, prefix_length, causal, factor)[0]
+            query_offset = torch.full((1,), query_offset, dtype=torch.int64)
+        return _attention(q, k, v, key_mask, key_bias, query_offset, prefix_length, causal, scale)[0]
+    _check_sizes(q, k, v, causal, *masks)
     return reference(
         q, k, v, scale=scale, causal=causal, query_offset=query_offset, key_mask=key_mask, key_bias=key_bias, prefix_length=prefix_length
     )
@@ -70,7 +70,9 @@ def attention_weights(
 
     Arguments and errors as `attention`. For looking at attention: always plain torch, and T x S large.
     """
-    _check(q, k, scale, causal, query_offset, key_mask, key_bias, prefix_length)
+    masks = (key_mask, key_bias, query_offset, prefix_length)
+    _check_types(q, k, scale, causal, *masks)
+    _check_sizes(q, k, k, causal, *masks)
     with exact(q):
         return _probabilities(q, k, scale, causal, query_offset, key_mask, key_bias, prefix_length).flatten(1, 2)
 
@@ -116,9 +118,8 @@ def _visible(q, keys, causal, query_offset, key_mask, key_bias, prefix_length) -
     if causal:
         queries = q.shape[1]
         offset = keys - queries if query_offset is None else query_offset
-        offset = _limited(offset, queries, keys)
         if isinstance(offset, torch.Tensor):
-            offset = offset[:, None, None]
+            offset = offset.clamp(-queries, keys)[:, None, None]  # beyond these nothing changes, and i + offset cannot overflow
         query = torch.arange(queries, device=q.device)[None, :, None]
         key = torch.arange(keys, device=q.device)
         visible = key <= query + offset
@@ -132,67 +133,69 @@ def _visible(q, keys, causal, query_offset, key_mask, key_bias, prefix_length) -
     return None if visible is None else visible[:, None, None]
 
 
-def _limited(offset, queries, keys):
-    """The offset within [-queries, keys]: beyond, nothing changes, and sums cannot overflow."""
-    return offset.clamp(-queries, keys) if isinstance(offset, torch.Tensor) else max(-queries, min(offset, keys))
-
-
-def _check(q, k, scale, causal, query_offset, key_mask, key_bias, prefix_length) -> None:
-    check_float("attention", q=q, k=k)
-    if q.dim() != 4 or k.dim() != 4:
-        raise ValueError(f"attention: q and k must be [batch, length, heads, head size], got {list(q.shape)} and {list(k.shape)}")
-    (batch, _, heads, size), (k_batch, keys, kv_heads, k_size) = q.shape, k.shape
-    low, high = HEAD_SIZES
-    if not low <= size <= high:
-        raise ValueError(f"attention: the head size (last of q) must be {low} to {high}, got {size}")
-    if k_batch != batch or k_size != size:
-        raise ValueError(f"attention: q {list(q.shape)} and k {list(k.shape)} must agree in batch and head size")
-    if kv_heads == 0 or heads % kv_heads != 0:
-        raise ValueError(f"attention: q's {heads} heads must be a multiple of k's {kv_heads}")
+def _check_types(q, k, scale, causal, key_mask, key_bias, query_offset, prefix_length) -> None:
+    check_float("attention", q=q)
     _check_kind("k", k, q)
     if scale is not None and (isinstance(scale, bool) or not isinstance(scale, (int, float))):
         raise TypeError(f"attention: scale must be a float or None, got {type(scale).__name__}")
     if not isinstance(causal, bool):
         raise TypeError(f"attention: causal must be a bool, got {type(causal).__name__}")
-    if query_offset is None and key_mask is None and key_bias is None and prefix_length is None:
-        return
-    check_value(causal or query_offset is None, "attention: query_offset has a meaning only with causal=True")
-    check_value(causal or prefix_length is None, "attention: prefix_length has a meaning only with causal=True")
-    if isinstance(query_offset, torch.Tensor):
-        _check_mask("query_offset", query_offset, torch.int64, ((1,), (batch,)), q)
-    elif query_offset is not None and (isinstance(query_offset, bool) or not isinstance(query_offset, (int, torch.SymInt))):
-        raise TypeError(f"attention: query_offset must be an int, an int64 tensor or None, got {type(query_offset).__name__}")
-    _check_mask("prefix_length", prefix_length, torch.int64, ((batch,),), q)
-    _check_mask("key_mask", key_mask, torch.bool, ((batch, keys),), q)
-    _check_mask("key_bias", key_bias, torch.float32, ((batch, keys), (1, keys)), q)
+    if query_offset is not None and not isinstance(query_offset, torch.Tensor):
+        if isinstance(query_offset, bool) or not isinstance(query_offset, (int, torch.SymInt)):
+            raise TypeError(f"attention: query_offset must be an int, an int64 tensor or None, got {type(query_offset).__name__}")
+        check_value(-(2**62) < query_offset < 2**62, f"attention: query_offset must lie within 2**62 of 0, got {query_offset}")
+    else:
+        _check_mask_type("query_offset", query_offset, torch.int64, q)
+    _check_mask_type("prefix_length", prefix_length, torch.int64, q)
+    _check_mask_type("key_mask", key_mask, torch.bool, q)
+    _check_mask_type("key_bias", key_bias, torch.float32, q)
     if key_bias is not None and key_bias.requires_grad:
         raise ValueError("attention: key_bias gets no gradient; pass key_bias.detach()")
 
 
-def _check_mask(name, tensor, dtype, shapes, q) -> None:
+def _check_kind(name, tensor, q) -> None:
+    check_float("attention", **{name: tensor})
+    if tensor.dtype != q.dtype:
+        raise TypeError(f"attention: {name} must have q's dtype {q.dtype}, got {tensor.dtype}".replace("torch.", ""))
+    if tensor.device != q.device:
+        raise ValueError(f"attention: {name} is on {tensor.device}, q on {q.device}")
+
+
+def _check_mask_type(name, tensor, dtype, q) -> None:
     if tensor is None:
         return
     if not isinstance(tensor, torch.Tensor):
         raise TypeError(f"attention: {name} must be a torch.Tensor, got {type(tensor).__name__}")
     if tensor.dtype != dtype:
-        raise TypeError(f"attention: {name} must be {str(dtype).removeprefix('torch.')}, got {str(tensor.dtype).removeprefix('torch.')}")
-    if tuple(tensor.shape) not in shapes:
-        raise ValueError(f"attention: {name} must be {' or '.join(str(list(shape)) for shape in shapes)}, got {list(tensor.shape)}")
-    check_value(tensor.device == q.device, f"attention: {name} is on {tensor.device}, q on {q.device}")
-
-
-def _check_values(q, k, v) -> None:
-    check_float("attention", v=v)
-    if v.shape != k.shape:
-        raise ValueError(f"attention: v must have k's shape {list(k.shape)}, got {list(v.shape)}")
-    _check_kind("v", v, q)
-
-
-def _check_kind(name, tensor, q) -> None:
-    if tensor.dtype != q.dtype:
-        raise TypeError(f"attention: {name} must have q's dtype {q.dtype}, got {tensor.dtype}".replace("torch.", ""))
+        raise TypeError(f"attention: {name} must be {dtype}, got {tensor.dtype}".replace("torch.", ""))
     if tensor.device != q.device:
         raise ValueError(f"attention: {name} is on {tensor.device}, q on {q.device}")
+
+
+def _check_sizes(q, k, v, causal, key_mask, key_bias, query_offset, prefix_length) -> None:
+    """What the kernel checks, in the same words."""
+    if q.dim() != 4 or k.dim() != 4:
+        raise ValueError(f"attention: q and k must be [batch, length, heads, head size], got {list(q.shape)} and {list(k.shape)}")
+    (batch, _, heads, size), (k_batch, keys, kv_heads, k_size) = q.shape, k.shape
+    check_value(16 <= size <= 256, f"attention: the head size (last of q) must be 16 to 256, got {size}")
+    if k_batch != batch or k_size != size:
+        raise ValueError(f"attention: q {list(q.shape)} and k {list(k.shape)} must agree in batch and head size")
+    if kv_heads == 0 or heads % kv_heads != 0:
+        raise ValueError(f"attention: q's {heads} heads must be a multiple of k's {kv_heads}")
+    if v.shape != k.shape:
+        raise ValueError(f"attention: v must have k's shape {list(k.shape)}, got {list(v.shape)}")
+    check_value(causal or query_offset is None, "attention: query_offset has a meaning only with causal=True")
+    check_value(causal or prefix_length is None, "attention: prefix_length has a meaning only with causal=True")
+    if isinstance(query_offset, torch.Tensor):
+        _check_mask_size("query_offset", query_offset, [batch], [1])
+    _check_mask_size("prefix_length", prefix_length, [batch])
+    _check_mask_size("key_mask", key_mask, [batch, keys])
+    _check_mask_size("key_bias", key_bias, [batch, keys], [1, keys])
+
+
+def _check_mask_size(name, tensor, *shapes) -> None:
+    if tensor is not None and list(tensor.shape) not in shapes:
+        raise ValueError(f"attention: {name} must be {' or '.join(map(str, shapes))}, got {list(tensor.shape)}")
 
 
 def _setup(ctx, inputs, output):
@@ -211,6 +214,7 @@ def _derivative(ctx, grad_out, grad_lse):
 
 
 def _fake(q, k, v, key_mask, key_bias, query_offset, prefix_length, causal, scale):
+    _check_sizes(q, k, v, causal, key_mask, key_bias, query_offset, prefix_length)
     batch, queries, heads, _ = q.shape
     return torch.empty_like(q, memory_format=torch.contiguous_format), q.new_empty((batch, heads, queries), dtype=torch.float32)
 
