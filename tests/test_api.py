@@ -1,5 +1,6 @@
 """`mllama.load` and `mllama.ask`."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -59,6 +60,21 @@ def test_load_refuses_a_folder_without_processor(loaded, tmp_path):
     loaded[0].save_pretrained(tmp_path)
     with pytest.raises(FileNotFoundError, match="holds a model but not its processor"):
         mllama.load(tmp_path)
+
+
+@pytest.mark.parametrize("file", ["tokenizer.json", "processor_config.json"])
+def test_load_refuses_a_broken_processor(model_folder, tmp_path, file):
+    folder = shutil.copytree(model_folder, tmp_path / "broken")
+    (folder / file).write_text("{")
+    with pytest.raises((ValueError, FileNotFoundError), match=f"{folder} holds a model, but its processor cannot be read|not its processor"):
+        mllama.load(folder)
+
+
+def test_a_chat_template_that_fails_is_a_value_error(model_folder, picture_file):
+    processor = mllama.MllamaImageProcessor.from_pretrained(model_folder)
+    processor.chat_template = "{{ raise_exception('no pictures here') }}"
+    with pytest.raises(ValueError, match="chat template fails: no pictures here"):
+        api.encode(processor, picture_file, "How many?")
 
 
 def test_ask_is_greedy_generation_from_the_processors_layout(loaded, picture_file):

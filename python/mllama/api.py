@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from jinja2 import TemplateError
 
 from mllama._device import choose_device, choose_dtype, dtype_name
 from mllama.assets import EMBEDDED
@@ -52,6 +53,8 @@ def load(
         processor = MllamaImageProcessor.from_pretrained(folder)
     except OSError as error:
         raise FileNotFoundError(f"{folder} holds a model but not its processor: {error}") from error
+    except Exception as error:  # a broken tokenizer.json raises nothing more definite
+        raise ValueError(f"{folder} holds a model, but its processor cannot be read: {error}") from error
     _say(f"mllama: {'the embedded model' if path is None else folder} in {dtype_name(dtype)} on {device}")
     return model, processor
 
@@ -107,7 +110,10 @@ def encode(processor: MllamaImageProcessor, picture, question: str, turns: Seque
         {"role": "assistant" if index % 2 else "user", "content": [{"type": "text", "text": text}]} for index, text in enumerate(said)
     ]
     messages[0]["content"].insert(0, {"type": "image"})
-    prompt = processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    try:
+        prompt = processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    except TemplateError as error:
+        raise ValueError(f"the processor's chat template fails: {error}") from error
     return processor([prompt], [picture], as_is=True)
 
 
