@@ -14,7 +14,7 @@ demo: $(VENV)/.built
 	$(BIN)/python examples/demo.py
 
 test: $(VENV)/.built
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest tests notebooks --nbmake
 
 lint: $(VENV)/.lint
 	$(BIN)/ruff check .
@@ -25,7 +25,7 @@ bench: $(VENV)/.built
 	$(BIN)/python -m benchmarks
 
 notebooks: $(VENV)/.built
-	$(BIN)/python -m pytest --nbmake notebooks
+	$(BIN)/python notebooks/execute.py
 
 clean:
 	rm -rf $(VENV) build dist runs .pytest_cache .ruff_cache
