@@ -18,6 +18,11 @@ int64_t common_width(const Tensor& gate, const Tensors&... others) {
     return gate.is_contiguous() && (others.is_contiguous() && ...) ? gate.numel() : last_size(gate);
 }
 
+// Too large for a cache to hold it until the next operator reads it (measured: 17 % faster at 16 MiB, slower at 8).
+inline bool is_large(const Tensor& t) {
+    return t.numel() * static_cast<int64_t>(t.element_size()) >= int64_t{16} << 20;
+}
+
 template <class Kernel>
 Tensor gated(const char* op, Kernel kernel, const Tensor& gate, const Tensor& up) {
     Dtype dtype = dtype_of(op, "gate", gate);
@@ -31,7 +36,8 @@ Tensor gated(const char* op, Kernel kernel, const Tensor& gate, const Tensor& up
                         .up = u.const_data_ptr(),
                         .gate_stride = gate_stride,
                         .up_stride = up_stride,
-                        .y = y.mutable_data_ptr()};
+                        .y = y.mutable_data_ptr(),
+                        .large = is_large(y)};
     parallel_for(gate.numel(), kGrain, [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
     return y;
 }
@@ -55,7 +61,8 @@ std::tuple<Tensor, Tensor> gated_backward(const char* op, Kernel kernel, const T
                                 .gate_stride = gate_stride,
                                 .up_stride = up_stride,
                                 .grad_gate = grad_gate.mutable_data_ptr(),
-                                .grad_up = grad_up.mutable_data_ptr()};
+                                .grad_up = grad_up.mutable_data_ptr(),
+                                .large = is_large(grad_up)};
     parallel_for(gate.numel(), kGrain, [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
     return {grad_gate, grad_up};
 }

@@ -137,7 +137,9 @@ inline void store(float* p, vf x) { std::memcpy(p, &x, sizeof x); }
 inline __mmask16 first_n(int64_t n) { return static_cast<__mmask16>((1u << n) - 1); }
 inline vf load_n(const float* p, int64_t n) { return reinterpret_cast<vf>(_mm512_maskz_loadu_ps(first_n(n), p)); }
 inline void store_n(float* p, vf x, int64_t n) { _mm512_mask_storeu_ps(p, first_n(n), reinterpret_cast<__m512>(x)); }
-inline vh load_half_n(const void* p, int64_t n) { return reinterpret_cast<vh>(_mm256_maskz_loadu_epi16(first_n(n), p)); }
+inline vh load_half_n(const void* p, int64_t n) {
+    return reinterpret_cast<vh>(_mm256_maskz_loadu_epi16(first_n(n), p));
+}
 inline void store_half_n(void* p, vh h, int64_t n) {
     _mm256_mask_storeu_epi16(p, first_n(n), reinterpret_cast<__m256i>(h));
 }
@@ -191,6 +193,34 @@ inline __attribute__((always_inline)) vf at(const T* p, int n) {
 template <class T>
 inline __attribute__((always_inline)) void put(T* p, vf x, int n) {
     n == kWidth ? store(p, x) : store_n(p, x, n);
+}
+
+// Stores that go past the caches: for results so large that no cache would still hold them, this saves the reading of
+// every line before it is written. `p` is aligned to the bytes stored; streams_done() comes before others read.
+#if defined(__AVX512F__)
+inline void stream(float* p, vf x) { _mm512_stream_ps(p, reinterpret_cast<__m512>(x)); }
+template <class Half>
+inline void stream(Half* p, vf x) {
+    _mm256_stream_si256(reinterpret_cast<__m256i*>(p), reinterpret_cast<__m256i>(narrow(x, Half{})));
+}
+inline void streams_done() { _mm_sfence(); }
+#elif defined(__AVX2__)
+inline void stream(float* p, vf x) { _mm256_stream_ps(p, reinterpret_cast<__m256>(x)); }
+template <class Half>
+inline void stream(Half* p, vf x) {
+    _mm_stream_si128(reinterpret_cast<__m128i*>(p), reinterpret_cast<__m128i>(narrow(x, Half{})));
+}
+inline void streams_done() { _mm_sfence(); }
+#else
+template <class T>
+inline void stream(T* p, vf x) {
+    store(p, x);
+}
+inline void streams_done() {}
+#endif
+template <class T>
+inline bool can_stream(const T* p) {
+    return reinterpret_cast<uintptr_t>(p) % (kWidth * sizeof(T)) == 0;
 }
 
 // x in the first n lanes, 0 in the rest: what lies past a row's end stays out of its sums.

@@ -50,5 +50,18 @@ def test_extreme_values():
             torch.testing.assert_close(actual, expected, atol=1e-6, rtol=1e-6, equal_nan=True)
 
 
+@needs_kernels
+def test_large_results():
+    """Past 16 MiB results are stored around the caches: whole, in rows with gaps, with a tail."""
+    whole = torch.randn(2050, 2 * 2051)
+    for gate, up in (whole.chunk(2, dim=-1), (whole, whole.flip(0))):
+        gate, up = gate.detach().requires_grad_(), up.detach().requires_grad_()
+        actual, expected = swiglu(gate, up), reference(gate, up)
+        torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-5)
+        gradients = zip(torch.autograd.grad(actual.sum(), (gate, up)), torch.autograd.grad(expected.sum(), (gate, up)), strict=True)
+        for pair in gradients:
+            torch.testing.assert_close(*pair, atol=1e-5, rtol=1e-5)
+
+
 def test_matches_torch():
     torch.testing.assert_close(swiglu(GATE, UP), torch.nn.functional.silu(GATE) * UP)

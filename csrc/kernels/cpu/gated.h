@@ -18,6 +18,7 @@ struct Gated {
     int64_t gate_stride;  // from row to row, in elements
     int64_t up_stride;
     void* y;
+    bool large;  // y will not be found in a cache by who reads it next
 };
 
 struct GatedBackward {
@@ -31,6 +32,7 @@ struct GatedBackward {
     int64_t up_stride;
     void* grad_gate;
     void* grad_up;
+    bool large;
 };
 
 }  // namespace mllama::kernels

@@ -26,6 +26,23 @@ void for_pieces(int64_t width, int64_t first, int64_t last, Body&& body) {
     }
 }
 
+template <bool kStream, class T>
+void write(T* p, vf x, int n) {
+    if (kStream && n == kWidth) {
+        stream(p, x);
+    } else {
+        put(p, x, n);
+    }
+}
+
+template <class Activation, bool kStream, class T>
+void gated_piece(const T* gate, const T* up, T* y, int64_t count) {
+    for_vectors(count, [&](int64_t i, int n) {
+        vf x = at(gate + i, n);
+        write<kStream>(y + i, x * sigmoid_for<T>(Activation::z(x)) * at(up + i, n), n);
+    });
+}
+
 template <class Activation>
 void gated_forward(const Gated& a, int64_t first, int64_t last) {
     dispatch(a.dtype, [&](auto t) {
@@ -34,15 +51,23 @@ void gated_forward(const Gated& a, int64_t first, int64_t last) {
             const T* gate = static_cast<const T*>(a.gate) + row * a.gate_stride + column;
             const T* up = static_cast<const T*>(a.up) + row * a.up_stride + column;
             T* y = static_cast<T*>(a.y) + row * a.width + column;
-            for_vectors(count, [&](int64_t i, int n) {
-                vf x = at(gate + i, n);
-                put(y + i, x * sigmoid_for<T>(Activation::z(x)) * at(up + i, n), n);
-            });
+            bool streams = a.large && can_stream(y);
+            (streams ? gated_piece<Activation, true, T> : gated_piece<Activation, false, T>)(gate, up, y, count);
         });
     });
+    streams_done();
 }
 
 // With s = sigmoid(z): d(x s)/dx = s + x s (1 - s) dz/dx.
+template <class Activation, bool kStream, class T>
+void gated_backward_piece(const T* grad, const T* gate, const T* up, T* grad_gate, T* grad_up, int64_t count) {
+    for_vectors(count, [&](int64_t i, int n) {
+        vf g = at(grad + i, n), x = at(gate + i, n), s = sigmoid_for<T>(Activation::z(x)), active = x * s;
+        write<kStream>(grad_gate + i, g * at(up + i, n) * (s + active * (1.0f - s) * Activation::slope(x)), n);
+        write<kStream>(grad_up + i, g * active, n);
+    });
+}
+
 template <class Activation>
 void gated_backward(const GatedBackward& a, int64_t first, int64_t last) {
     dispatch(a.dtype, [&](auto t) {
@@ -53,13 +78,12 @@ void gated_backward(const GatedBackward& a, int64_t first, int64_t last) {
             const T* up = static_cast<const T*>(a.up) + row * a.up_stride + column;
             T* grad_gate = static_cast<T*>(a.grad_gate) + row * a.width + column;
             T* grad_up = static_cast<T*>(a.grad_up) + row * a.width + column;
-            for_vectors(count, [&](int64_t i, int n) {
-                vf g = at(grad + i, n), x = at(gate + i, n), s = sigmoid_for<T>(Activation::z(x)), active = x * s;
-                put(grad_gate + i, g * at(up + i, n) * (s + active * (1.0f - s) * Activation::slope(x)), n);
-                put(grad_up + i, g * active, n);
-            });
+            bool streams = a.large && can_stream(grad_gate) && can_stream(grad_up);
+            (streams ? gated_backward_piece<Activation, true, T>
+                     : gated_backward_piece<Activation, false, T>)(grad, gate, up, grad_gate, grad_up, count);
         });
     });
+    streams_done();
 }
 
 }  // namespace
