@@ -41,6 +41,11 @@ def check_value(condition: bool, message: str) -> None:
         raise ValueError(message)
 
 
+def fresh(like: torch.Tensor) -> torch.Tensor:
+    """For fakes: a contiguous tensor of like's shape and dtype, as kernels return them."""
+    return torch.empty_like(like, memory_format=torch.contiguous_format)
+
+
 def register(name: str, *, fake, backward=None, setup_context=None):
     """Give the compiled operator `mllama::name` its fake and its autograd formula; return the function to call it by.
 

@@ -2,7 +2,7 @@
 
 import torch
 
-from mllama.ops._dispatch import register
+from mllama.ops._dispatch import fresh, register
 
 
 def check_alike(op: str, gate: torch.Tensor, up: torch.Tensor) -> None:
@@ -13,9 +13,6 @@ def check_alike(op: str, gate: torch.Tensor, up: torch.Tensor) -> None:
 
 def register_gated(name: str):
     """Register `mllama::name` and its backward operator; return the function to call it by."""
-
-    def fresh(like):
-        return torch.empty_like(like, memory_format=torch.contiguous_format)
 
     backward = register(f"_{name}_backward", fake=lambda grad_y, gate, up: (fresh(gate), fresh(gate)))
 

@@ -2,7 +2,7 @@
 
 import torch
 
-from mllama.ops._dispatch import check_float, register, use_kernel
+from mllama.ops._dispatch import check_float, fresh, register, use_kernel
 
 
 def layer_norm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float = 1e-6) -> torch.Tensor:
@@ -60,25 +60,16 @@ def _derivative(ctx, grad_y, grad_statistics):
     return grad_x, grad_weight if weight else None, grad_bias if bias else None, None
 
 
-def _fresh(like):
-    return torch.empty_like(like, memory_format=torch.contiguous_format)
-
-
 def _fake(x, weight, bias, eps):
     _check(x, weight, bias)
-    return _fresh(x), x.new_empty((*x.shape[:-1], 2), dtype=torch.float32)
+    return fresh(x), x.new_empty((*x.shape[:-1], 2), dtype=torch.float32)
 
 
-_layer_norm = register(
-    "layer_norm",
-    fake=_fake,
-    backward=_derivative,
-    setup_context=_setup,
-)
+_layer_norm = register("layer_norm", fake=_fake, backward=_derivative, setup_context=_setup)
 _layer_norm_backward = register(
     "_layer_norm_backward",
     fake=lambda grad_y, x, weight, bias, statistics, parameter_gradients: (
-        _fresh(x),
-        *(_fresh(p) if parameter_gradients else p.new_empty(0) for p in (weight, bias)),
+        fresh(x),
+        *(fresh(p) if parameter_gradients else p.new_empty(0) for p in (weight, bias)),
     ),
 )

@@ -2,7 +2,7 @@
 
 import torch
 
-from mllama.ops._dispatch import check_float, register, use_kernel
+from mllama.ops._dispatch import check_float, fresh, register, use_kernel
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float = 1e-6) -> torch.Tensor:
@@ -71,7 +71,7 @@ def _check_residual(x: torch.Tensor, residual: torch.Tensor) -> None:
 
 def _fake(x, weight, eps):
     _check_weight("rms_norm", x, weight)
-    return torch.empty_like(x, memory_format=torch.contiguous_format), x.new_empty(x.shape[:-1], dtype=torch.float32)
+    return fresh(x), x.new_empty(x.shape[:-1], dtype=torch.float32)
 
 
 def _add_fake(x, residual, weight, eps):
@@ -124,7 +124,7 @@ _add_rms_norm = register(
 _rms_norm_backward = register(
     "_rms_norm_backward",
     fake=lambda grad_y, grad_hidden, hidden, weight, rstd, weight_gradient: (
-        torch.empty_like(hidden, memory_format=torch.contiguous_format),
-        torch.empty_like(weight) if weight_gradient else weight.new_empty(0),
+        fresh(hidden),
+        fresh(weight) if weight_gradient else weight.new_empty(0),
     ),
 )

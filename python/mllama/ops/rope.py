@@ -7,7 +7,7 @@ import math
 
 import torch
 
-from mllama.ops._dispatch import check_float, check_value, register, use_kernel
+from mllama.ops._dispatch import check_float, check_value, fresh, register, use_kernel
 
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.uint8)
 
@@ -80,7 +80,7 @@ def _derivative(ctx, grad_q, grad_k):
 
 def _fake(q, k, cos, sin, inverse):
     _check_sizes(q, k, cos, sin)
-    return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k))
+    return fresh(q), fresh(k)
 
 
 _rope = register("rope", fake=_fake, backward=_derivative, setup_context=_setup)
@@ -135,7 +135,7 @@ def rope_frequencies(
     kind = scaling.get("rope_type", scaling.get("type", "default"))
     if kind not in _SCALINGS:
         raise ValueError(f"rope_frequencies: unknown rope type {kind!r}; known are {', '.join(_SCALINGS)}")
-    check_value(scaling.get("partial_rotary_factor", 1.0) == 1.0, "rope_frequencies: partial_rotary_factor other than 1 is not supported")
+    check_value(scaling.get("partial_rotary_factor") in (None, 1.0), "rope_frequencies: only partial_rotary_factor 1 is supported")
     theta = scaling.get("rope_theta", theta)
     _check_positive("theta", theta)
     exponents = torch.arange(0, head_dim, 2, dtype=torch.int64, device=device).float() / head_dim
