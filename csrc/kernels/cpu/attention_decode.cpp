@@ -54,7 +54,7 @@ struct Paired {
                                                : _mm512_maskz_loadu_epi16((__mmask32{1} << n) - 1, k));
     }
     static vf multiply_add(vf a, vf b, vf sum) { return Bf16Words::multiply_add(a, b, sum); }
-    static vf probability(const float* p) { return Bf16Words::broadcast(reinterpret_cast<const Word*>(p)); }
+    static vf probability(const float* p) { return Bf16Words::broadcast(p); }
 
     template <int kVectors>
     static void values(const bf16* low, const bf16* high, int64_t left, vf (&x)[kVectors]) {

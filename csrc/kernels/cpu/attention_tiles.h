@@ -36,7 +36,7 @@ using Word = uint32_t;
 
 struct F32Words {  // a word is one f32
     static constexpr int kElements = 1;
-    static vf broadcast(const Word* a) {
+    static vf broadcast(const void* a) {
         float x;
         std::memcpy(&x, a, sizeof x);
         return splat(x);
@@ -51,7 +51,11 @@ struct WordsOf {
 #if defined(__AVX512BF16__)
 struct Bf16Words {  // a word is two bf16, the one that comes first in the low half
     static constexpr int kElements = 2;
-    static vf broadcast(const Word* a) { return reinterpret_cast<vf>(_mm512_set1_epi32(static_cast<int>(*a))); }
+    static vf broadcast(const void* a) {
+        int x;
+        std::memcpy(&x, a, sizeof x);
+        return reinterpret_cast<vf>(_mm512_set1_epi32(x));
+    }
     static vf multiply_add(vf a, vf b, vf sum) {
         return reinterpret_cast<vf>(_mm512_dpbf16_ps(reinterpret_cast<__m512>(sum), reinterpret_cast<__m512bh>(a),
                                                      reinterpret_cast<__m512bh>(b)));
@@ -73,6 +77,8 @@ inline vf load_words(const Word* p) {
     std::memcpy(&x, p, sizeof x);
     return x;
 }
+inline Word* as_words(float* p) { return reinterpret_cast<Word*>(p); }
+inline float* as_floats(Word* p) { return reinterpret_cast<float*>(p); }
 inline void store_words(Word* p, vf x) { std::memcpy(p, &x, sizeof x); }
 
 // ---- tiles ---------------------------------------------------------------------------------------------------------
@@ -162,7 +168,7 @@ void pack_columns(RowAt&& row_at, int64_t rows, int64_t width, int64_t size, Wor
         if (r >= rows) {
             std::memset(to, 0, stride * sizeof(Word));
         } else if constexpr (E::kElements == 1) {
-            widen_row(row_at(r), reinterpret_cast<float*>(to), size, stride);
+            widen_row(row_at(r), as_floats(to), size, stride);
         } else {
             std::memcpy(to, row_at(r), size * 2);
             std::memset(reinterpret_cast<char*>(to) + size * 2, 0, words * sizeof(Word) - size * 2);
@@ -184,8 +190,7 @@ void pack_tiles(RowAt&& row_at, int64_t rows, int64_t size, Word* room, Word* ds
 template <class E, class RowAt>
 void pack_rows(RowAt&& row_at, int64_t rows, int64_t size, int64_t columns, Word* dst) {
     if constexpr (E::kElements == 1) {
-        for (int64_t r = 0; r < rows; ++r)
-            widen_row(row_at(r), reinterpret_cast<float*>(dst + r * columns), size, columns);
+        for (int64_t r = 0; r < rows; ++r) widen_row(row_at(r), as_floats(dst + r * columns), size, columns);
     } else {
         for (int64_t r = 0; r < rows; r += 2) {
             const bf16 *low = row_at(r), *high = r + 1 < rows ? row_at(r + 1) : nullptr;
@@ -229,8 +234,7 @@ inline vf exp2_below(vf x) {
 #endif
 }
 
-// ---- a group and a thread's memory
-// -----------------------------------------------------------------------------------
+// ---- a group -------------------------------------------------------------------------------------------------------
 
 // One group's place in the tensors.
 struct Group {
@@ -297,6 +301,8 @@ struct Limits {
     int fewest, most;
 };
 
+// ---- memory --------------------------------------------------------------------------------------------------------
+
 // A thread's scratch: aligned; not initialised.
 template <class T>
 class Scratch {
@@ -315,9 +321,6 @@ class Scratch {
 };
 using Words = Scratch<Word>;
 using Floats = Scratch<float>;
-
-inline Word* as_words(float* p) { return reinterpret_cast<Word*>(p); }
-inline float* as_floats(Word* p) { return reinterpret_cast<float*>(p); }
 
 }  // namespace
 }  // namespace mllama::kernels::MLLAMA_ISA

@@ -143,7 +143,8 @@ def _check_types(q, k, scale, causal, key_mask, key_bias, query_offset, prefix_l
     if query_offset is not None and not isinstance(query_offset, torch.Tensor):
         if isinstance(query_offset, bool) or not isinstance(query_offset, (int, torch.SymInt)):
             raise TypeError(f"attention: query_offset must be an int, an int64 tensor or None, got {type(query_offset).__name__}")
-        check_value(-(2**62) < query_offset < 2**62, f"attention: query_offset must lie within 2**62 of 0, got {query_offset}")
+        if not -(2**62) < query_offset < 2**62:
+            raise ValueError(f"attention: query_offset must lie within 2**62 of 0, got {query_offset}")
     else:
         _check_mask_type("query_offset", query_offset, torch.int64, q)
     _check_mask_type("prefix_length", prefix_length, torch.int64, q)
@@ -177,7 +178,8 @@ def _check_sizes(q, k, v, causal, key_mask, key_bias, query_offset, prefix_lengt
     if q.dim() != 4 or k.dim() != 4:
         raise ValueError(f"attention: q and k must be [batch, length, heads, head size], got {list(q.shape)} and {list(k.shape)}")
     (batch, _, heads, size), (k_batch, keys, kv_heads, k_size) = q.shape, k.shape
-    check_value(16 <= size <= 256, f"attention: the head size (last of q) must be 16 to 256, got {size}")
+    if not 16 <= size <= 256:
+        raise ValueError(f"attention: the head size (last of q) must be 16 to 256, got {size}")
     if k_batch != batch or k_size != size:
         raise ValueError(f"attention: q {list(q.shape)} and k {list(k.shape)} must agree in batch and head size")
     if kv_heads == 0 or heads % kv_heads != 0:
