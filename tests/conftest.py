@@ -1,6 +1,7 @@
 """Fixtures that tests of several folders share."""
 
 import pytest
+import torch
 from PIL import Image, ImageDraw
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
@@ -9,6 +10,12 @@ import twins
 from mllama import MllamaImageProcessor
 
 WORDS = ["How many circles?", "What colour is it?", "two red three blue, describe the picture: hello a b c d"]
+
+
+@pytest.fixture(autouse=True)
+def _same_random_numbers():
+    """Every test draws the same numbers, whichever tests ran before it."""
+    torch.manual_seed(0)
 
 
 @pytest.fixture(scope="session")
