@@ -22,7 +22,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/embedded"), help="folder of the run")
     parser.add_argument("--resume", action="store_true", help="go on from the weights and optimiser state in --out")
     parser.add_argument("--export", type=Path, help="after training (or at once with --pictures 0), write the model to this folder")
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=2, help="1 where other work shares the machine")
     parser.add_argument("--workers", type=int, default=1, help="processes that draw pictures")
     for field in fields(Plan):
         kind = {"action": argparse.BooleanOptionalAction} if isinstance(field.default, bool) else {"type": type(field.default)}

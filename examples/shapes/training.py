@@ -29,16 +29,16 @@ STATE = ("step", "exp_avg", "exp_avg_sq", "momentum_buffer")  # what the optimis
 class Plan:
     """How long, how fast. Lengths are pictures."""
 
-    pictures: int = 90_000
-    tower: float = 0.35  # share of the pictures on which the tower alone learns
-    frozen: float = 0.15  # share, after that, on which the decoder learns while the tower rests
+    pictures: int = 84_000
+    tower: float = 0.36  # share of the pictures on which the tower alone learns
+    frozen: float = 0.1  # share, after that, on which the decoder learns while the tower rests
     batch: int = 16
     turns: int = 14
-    rate: float = 1.5e-3
-    decoder_rate: float = 1.5e-3
-    joint_rate: float = 0.6  # of the tower, in the last phase, as a share of `rate`
+    rate: float = 2e-3
+    decoder_rate: float = 2e-3
+    joint_rate: float = 0.8  # of the tower, in the last phase, as a share of `rate`
     warmup: int = 1600
-    decay: float = 0.3  # share of the pictures, at the end, over which the rate falls to nothing
+    decay: float = 0.4  # share of the pictures, at the end, over which the rate falls to nothing
     weight_decay: float = 0.02
     dense_weight: float = 0.4  # of the dense loss beside the answers' loss
     average: float = 0.998  # of the weights, by step; the averaged weights are the ones that are kept
