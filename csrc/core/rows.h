@@ -10,7 +10,11 @@
 namespace mllama {
 
 inline int64_t last_size(const Tensor& t) { return t.dim() ? t.size(t.dim() - 1) : 1; }
-inline int64_t row_count(const Tensor& t) { return t.numel() / std::max<int64_t>(last_size(t), 1); }
+inline int64_t row_count(const Tensor& t) {
+    int64_t rows = 1;
+    for (int64_t d = 0; d + 1 < t.dim(); ++d) rows *= t.size(d);
+    return rows;
+}
 inline std::vector<int64_t> sizes_of(const Tensor& t) { return {t.sizes().begin(), t.sizes().end()}; }
 
 // A tensor whose rows are dense and evenly spaced, with the stride from row to row: t itself where it is so already (a

@@ -21,6 +21,15 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using Sizes = torch::headeronly::IntHeaderOnlyArrayRef;
 
+inline const char* dtype_name(ScalarType type) {
+    switch (type) {
+        case ScalarType::Float: return "float32";
+        case ScalarType::BFloat16: return "bfloat16";
+        case ScalarType::Half: return "float16";
+        default: return "another dtype";
+    }
+}
+
 // Prints a tensor's sizes in a message: [2, 3].
 struct Shape {
     const Tensor& tensor;
@@ -28,6 +37,14 @@ struct Shape {
         out << '[';
         for (int64_t i = 0; i < shape.tensor.dim(); ++i) out << (i ? ", " : "") << shape.tensor.size(i);
         return out << ']';
+    }
+};
+
+// Prints its dtype too: [2, 3] of float32.
+struct Kind {
+    const Tensor& tensor;
+    friend std::ostream& operator<<(std::ostream& out, const Kind& kind) {
+        return out << Shape{kind.tensor} << " of " << dtype_name(kind.tensor.scalar_type());
     }
 };
 
@@ -52,12 +69,12 @@ inline Tensor to_dtype(const Tensor& t, ScalarType type) {
     return t.scalar_type() == type ? t : torch::stable::to(t, type);
 }
 
-// x weight^T + bias: torch's matrix product.
-inline Tensor linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias) {
+// y = x weight^T + bias: torch's matrix product.
+inline void linear_out(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, const Tensor& y) {
     using torch::stable::detail::from;
-    std::array<StableIValue, 3> stack{from(x), from(weight), from(bias)};
-    STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::linear", "", stack.data(), TORCH_ABI_VERSION));
-    return torch::stable::detail::to<Tensor>(stack[0]);
+    std::array<StableIValue, 4> stack{from(x), from(weight), from(bias), from(y)};
+    STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::linear", "out", stack.data(), TORCH_ABI_VERSION));
+    torch::stable::detail::to<Tensor>(stack[0]);  // takes the reference that the call returned
 }
 
 // Fresh contiguous memory on like's device. Through the C shim: torch::stable::new_empty goes through the dispatcher by

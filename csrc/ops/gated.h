@@ -9,7 +9,7 @@ namespace mllama {
 
 inline void check_alike(const char* op, const char* name, const Tensor& t, const Tensor& gate) {
     check_value(t.sizes() == gate.sizes() && t.scalar_type() == gate.scalar_type(), op, ": ", name,
-                " must be as gate, ", Shape{gate}, " of the same dtype, got ", Shape{t});
+                " must be as gate, ", Kind{gate}, ", got ", Kind{t});
 }
 
 // Where nothing has gaps all is one row, so that threads share the work whatever the width.

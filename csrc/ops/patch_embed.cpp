@@ -10,8 +10,8 @@ void check_sizes(const char* op, const Tensor& pixels, const Tensor& weight) {
     dtype_of(op, "pixel_values", pixels);
     dtype_of(op, "weight", weight);
     check_value(pixels.dim() == 4, op, ": pixel_values must be [B, C, height, width], got ", Shape{pixels});
-    check_value(weight.dim() == 4 && weight.size(2) == weight.size(3) && weight.size(2) > 0, op,
-                ": weight must be [E, C, p, p] with p > 0, got ", Shape{weight});
+    check_value(weight.dim() == 4 && weight.size(1) > 0 && weight.size(2) == weight.size(3) && weight.size(2) > 0, op,
+                ": weight must be [E, C, p, p] with C and p > 0, got ", Shape{weight});
     check_value(pixels.size(1) == weight.size(1), op, ": pixel_values have ", pixels.size(1),
                 " channels, weight takes ", weight.size(1));
     int64_t patch = weight.size(2);
@@ -62,8 +62,10 @@ Tensor patch_embed(const Tensor& pixels, const Tensor& weight, const std::option
         b = to_dtype(*bias, pixels.scalar_type());
     }
     Tensor matrix = torch::stable::view(dense(to_dtype(weight, pixels.scalar_type())), {embed, width});
-    Tensor y = to_dtype(linear(cut(pixels, patch), matrix, b), pixels.scalar_type());  // autocast may have lowered it
-    return torch::stable::view(y, {pixels.size(0), pixels.size(2) / patch * (pixels.size(3) / patch), embed});
+    int64_t patches = pixels.size(2) / patch * (pixels.size(3) / patch);
+    Tensor y = new_tensor(pixels, {pixels.size(0), patches, embed});
+    linear_out(cut(pixels, patch), matrix, b, torch::stable::view(y, {pixels.size(0) * patches, embed}));
+    return y;
 }
 
 // Each gradient is empty unless asked for.

@@ -49,7 +49,7 @@ std::tuple<Tensor, Tensor> rms_norm(const Tensor& x, const Tensor& weight, doubl
 std::tuple<Tensor, Tensor, Tensor> add_rms_norm(const Tensor& x, const Tensor& residual, const Tensor& weight,
                                                 double eps) {
     check_value(x.sizes() == residual.sizes() && x.scalar_type() == residual.scalar_type(),
-                "add_rms_norm: residual must be as x, ", Shape{x}, " of the same dtype, got ", Shape{residual});
+                "add_rms_norm: residual must be as x, ", Kind{x}, ", got ", Kind{residual});
     return forward("add_rms_norm", x, residual, weight, eps);
 }
 

@@ -35,7 +35,8 @@ std::tuple<Tensor, Tensor> rope(const Tensor& q, const Tensor& k, const Tensor& 
     int64_t batch = q.size(0), tokens = q.size(1), size = q.size(3);
     check_value(size % 2 == 0, kOp, ": head size must be even, got ", size);
     check_value(k.size(0) == batch && k.size(1) == tokens && k.size(3) == size && k.scalar_type() == q.scalar_type(),
-                kOp, ": k must be [", batch, ", ", tokens, ", heads, ", size, "] of q's dtype, got ", Shape{k});
+                kOp, ": k must be [", batch, ", ", tokens, ", heads, ", size, "] of ", dtype_name(q.scalar_type()),
+                ", got ", Kind{k});
     check_table("cos", cos, q);
     check_table("sin", sin, q);
     Tensor from_q = last_dense(q), from_k = last_dense(k), c = dense(cos), s = dense(sin);

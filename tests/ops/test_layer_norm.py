@@ -59,3 +59,9 @@ def test_frozen_parameters_get_no_gradient():
 
 def test_matches_torch():
     torch.testing.assert_close(layer_norm(X, W, B, 1e-5), torch.nn.functional.layer_norm(X, (8,), W, B, 1e-5))
+
+
+def test_rows_of_no_elements():
+    x, weight, bias = (torch.zeros(shape, requires_grad=True) for shape in ((5, 0), (0,), (0,)))
+    layer_norm(x, weight, bias).sum().backward()
+    assert x.grad.shape == (5, 0) and weight.grad.shape == bias.grad.shape == (0,)

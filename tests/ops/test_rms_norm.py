@@ -38,6 +38,9 @@ def test_rms_norm(keep_weight):
             BadCall(lambda: rms_norm([1.0], W), TypeError, "x must be a torch.Tensor, got list"),
             BadCall(lambda: rms_norm(X.double(), W), TypeError, "x must be float32, bfloat16 or float16, got float64"),
             BadCall(lambda: rms_norm(X, W.int()), TypeError, "weight must be float32, bfloat16 or float16, got int32"),
+            BadCall(lambda: rms_norm(X, W, "a"), TypeError, "eps must be a number, got str"),
+            BadCall(lambda: rms_norm(X, W, -1.0), ValueError, "eps must be finite and not negative"),
+            BadCall(lambda: rms_norm(X, W, float("nan")), ValueError, "eps must be finite and not negative"),
             BadCall(lambda: rms_norm(X, W[:3]), ValueError, r"weight must be \[8\]"),
             BadCall(lambda: operators.rms_norm(X, W[:3], 1e-5), ValueError, r"weight must be \[8\]"),
             BadCall(lambda: operators.rms_norm(X.double(), W, 1e-5), ValueError, "x must be float32"),
@@ -68,3 +71,10 @@ def test_frozen_weight_gets_no_gradient():
 
 def test_matches_torch():
     torch.testing.assert_close(rms_norm(X, W, 1e-5), torch.nn.functional.rms_norm(X, (8,), W, 1e-5))
+
+
+def test_rows_of_no_elements():
+    x, weight = torch.zeros(5, 0, requires_grad=True), torch.zeros(0, requires_grad=True)
+    y, hidden = add_rms_norm(x, x, weight)
+    (rms_norm(x, weight).sum() + y.sum() + hidden.sum()).backward()
+    assert x.grad.shape == (5, 0) and weight.grad.shape == (0,)

@@ -1,6 +1,8 @@
 """What every operator file shares: the choice between kernel and reference, and checks of what a caller passed."""
 
 import contextlib
+import functools
+import inspect
 
 import torch
 
@@ -41,6 +43,19 @@ def check_value(condition: bool, message: str) -> None:
         raise ValueError(message)
 
 
+def check_eps(op: str, eps: float) -> None:
+    """Raise TypeError unless eps is a number, ValueError unless it is finite and not negative."""
+    if isinstance(eps, bool) or not isinstance(eps, (int, float)):
+        raise TypeError(f"{op}: eps must be a number, got {type(eps).__name__}")
+    if not 0 <= eps < float("inf"):
+        raise ValueError(f"{op}: eps must be finite and not negative, got {eps}")
+
+
+def kind(x: torch.Tensor) -> str:
+    """Sizes and dtype for a message: [2, 3] of float32."""
+    return f"{list(x.shape)} of {str(x.dtype).removeprefix('torch.')}"
+
+
 def fresh(like: torch.Tensor) -> torch.Tensor:
     """For fakes: a contiguous tensor of like's shape and dtype, as kernels return them."""
     return torch.empty_like(like, memory_format=torch.contiguous_format)
@@ -57,11 +72,27 @@ def register(name: str, *, fake, backward=None, setup_context=None):
     if not hasattr(torch.ops.mllama, name):
         raise _ext.unavailable(f"mllama._C was built from other sources than these: it lacks the operator {name}")
     qualified = f"mllama::{name}"
-    torch.library.register_fake(qualified, fake)
+    torch.library.register_fake(qualified, _on_one_device(name, fake))
     if backward is None:
         backward, setup_context = _no_second_derivative(name), None
     torch.library.register_autograd(qualified, backward, setup_context=setup_context)
     return _caller(getattr(torch.ops.mllama, name).default, backward, setup_context)
+
+
+def _on_one_device(name: str, fake):
+    """The fake with a check before it: beside a meta tensor even real ones come here, and would get a result that nobody computed."""
+    names = tuple(inspect.signature(fake).parameters)
+
+    @functools.wraps(fake)
+    def checked(*arguments):
+        tensors = [(place, value) for place, value in zip(names, arguments, strict=False) if isinstance(value, torch.Tensor)]
+        first, home = tensors[0][0], tensors[0][1].device
+        for place, tensor in tensors:
+            if tensor.device != home:
+                raise ValueError(f"{name}: {place} is on {tensor.device}, {first} on {home}; all must be on one device")
+        return fake(*arguments)
+
+    return checked
 
 
 def _caller(overload, derivative, setup_context):

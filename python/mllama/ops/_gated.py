@@ -2,13 +2,13 @@
 
 import torch
 
-from mllama.ops._dispatch import fresh, register
+from mllama.ops._dispatch import fresh, kind, register
 
 
 def check_alike(op: str, gate: torch.Tensor, up: torch.Tensor) -> None:
     """Raise ValueError unless gate and up are of one shape and dtype."""
     if up.shape != gate.shape or up.dtype != gate.dtype:
-        raise ValueError(f"{op}: up must be as gate, {list(gate.shape)} of the same dtype, got {list(up.shape)}")
+        raise ValueError(f"{op}: up must be as gate, {kind(gate)}, got {kind(up)}")
 
 
 def register_gated(name: str):

@@ -87,7 +87,9 @@ def _check(op: str, image: torch.Tensor, height: int, width: int, resample: str)
         if not isinstance(size, int) or isinstance(size, bool):
             raise TypeError(f"{op}: {name} must be an int, got {type(size).__name__}")
         check_value(size >= 1, f"{op}: {name} must be at least 1, got {size}")
-    check_value(resample in _FILTERS, f"{op}: resample must be one of {', '.join(_FILTERS)}, got {resample!r}")
+    check_value(
+        isinstance(resample, str) and resample in _FILTERS, f"{op}: resample must be one of {', '.join(_FILTERS)}, got {resample!r}"
+    )
     in_height, in_width = image.shape[:2]
     height_first = _height_first(in_height, in_width, height, width)
     most = max(height * width, height * in_width if height_first else in_height * width)

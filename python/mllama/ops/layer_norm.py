@@ -2,7 +2,7 @@
 
 import torch
 
-from mllama.ops._dispatch import check_float, fresh, register, use_kernel
+from mllama.ops._dispatch import check_eps, check_float, fresh, register, use_kernel
 
 
 def layer_norm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float = 1e-6) -> torch.Tensor:
@@ -17,10 +17,11 @@ def layer_norm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: f
         [..., D] of x's dtype. Statistics and the product are taken in float32 and rounded once.
 
     Raises:
-        TypeError: an argument is no tensor, or of another dtype.
-        ValueError: weight or bias is not [D].
+        TypeError: an argument is no tensor, or of another dtype; eps is no number.
+        ValueError: weight or bias is not [D], or eps is negative or not finite.
     """
     check_float("layer_norm", x=x, weight=weight, bias=bias)
+    check_eps("layer_norm", eps)
     if use_kernel(x):
         return _layer_norm(x, weight, bias, eps)[0]
     _check(x, weight, bias)

@@ -38,8 +38,8 @@ def reference(pixel_values: torch.Tensor, weight: torch.Tensor, bias: torch.Tens
 def _check(pixel_values: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
     if pixel_values.dim() != 4:
         raise ValueError(f"patch_embed: pixel_values must be [B, C, height, width], got {list(pixel_values.shape)}")
-    if weight.dim() != 4 or weight.shape[2] != weight.shape[3] or weight.shape[3] == 0:
-        raise ValueError(f"patch_embed: weight must be [E, C, p, p] with p > 0, got {list(weight.shape)}")
+    if weight.dim() != 4 or weight.shape[2] != weight.shape[3] or weight.shape[3] == 0 or weight.shape[1] == 0:
+        raise ValueError(f"patch_embed: weight must be [E, C, p, p] with C and p > 0, got {list(weight.shape)}")
     embed, channels, patch, _ = weight.shape
     if pixel_values.shape[1] != channels:
         raise ValueError(f"patch_embed: pixel_values have {pixel_values.shape[1]} channels, weight takes {channels}")

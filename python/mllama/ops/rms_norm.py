@@ -2,7 +2,7 @@
 
 import torch
 
-from mllama.ops._dispatch import check_float, fresh, register, use_kernel
+from mllama.ops._dispatch import check_eps, check_float, fresh, kind, register, use_kernel
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float = 1e-6) -> torch.Tensor:
@@ -19,10 +19,11 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float = 1e-6) -> torch.
         [..., D] of x's dtype. Statistics are taken in float32.
 
     Raises:
-        TypeError: an argument is no tensor, or of another dtype.
-        ValueError: weight is not [D].
+        TypeError: an argument is no tensor, or of another dtype; eps is no number.
+        ValueError: weight is not [D], or eps is negative or not finite.
     """
     check_float("rms_norm", x=x, weight=weight)
+    check_eps("rms_norm", eps)
     if use_kernel(x):
         return _rms_norm(x, weight, eps)[0]
     _check_weight("rms_norm", x, weight)
@@ -33,10 +34,11 @@ def add_rms_norm(x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, 
     """Return (rms_norm(hidden), hidden) where hidden = x + residual, of x's dtype; arguments as in `rms_norm`, residual as x.
 
     Raises:
-        TypeError: an argument is no tensor, or of another dtype.
+        TypeError: an argument is no tensor, or of another dtype; eps is no number.
         ValueError: weight is not [D], or residual differs from x in shape or dtype.
     """
     check_float("add_rms_norm", x=x, residual=residual, weight=weight)
+    check_eps("add_rms_norm", eps)
     if use_kernel(x):
         return _add_rms_norm(x, residual, weight, eps)[:2]
     _check_weight("add_rms_norm", x, weight)
@@ -66,7 +68,7 @@ def _check_weight(op: str, x: torch.Tensor, weight: torch.Tensor) -> None:
 
 def _check_residual(x: torch.Tensor, residual: torch.Tensor) -> None:
     if residual.shape != x.shape or residual.dtype != x.dtype:
-        raise ValueError(f"add_rms_norm: residual must be as x, {list(x.shape)} of the same dtype, got {list(residual.shape)}")
+        raise ValueError(f"add_rms_norm: residual must be as x, {kind(x)}, got {kind(residual)}")
 
 
 def _fake(x, weight, eps):

@@ -7,7 +7,7 @@ import math
 
 import torch
 
-from mllama.ops._dispatch import check_float, check_value, fresh, register, use_kernel
+from mllama.ops._dispatch import check_float, check_value, fresh, kind, register, use_kernel
 
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.uint8)
 
@@ -62,7 +62,8 @@ def _check_sizes(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch
     if size % 2:
         raise ValueError(f"rope: head size must be even, got {size}")
     if k.shape[:2] != (batch, length) or k.shape[3] != size or k.dtype != q.dtype:
-        raise ValueError(f"rope: k must be [{batch}, {length}, heads, {size}] of q's dtype, got {list(k.shape)}")
+        dtype = str(q.dtype).removeprefix("torch.")
+        raise ValueError(f"rope: k must be [{batch}, {length}, heads, {size}] of {dtype}, got {kind(k)}")
     for name, table in (("cos", cos), ("sin", sin)):
         if table.shape[1:] != (length, size // 2) or table.shape[0] not in (1, batch):
             raise ValueError(f"rope: {name} must be [{batch} or 1, {length}, {size // 2}], got {list(table.shape)}")
@@ -133,7 +134,7 @@ def rope_frequencies(
     if not isinstance(scaling, dict):
         raise TypeError(f"rope_frequencies: scaling must be a dict or None, got {type(scaling).__name__}")
     kind = scaling.get("rope_type", scaling.get("type", "default"))
-    if kind not in _SCALINGS:
+    if not isinstance(kind, str) or kind not in _SCALINGS:
         raise ValueError(f"rope_frequencies: unknown rope type {kind!r}; known are {', '.join(_SCALINGS)}")
     check_value(scaling.get("partial_rotary_factor") in (None, 1.0), "rope_frequencies: only partial_rotary_factor 1 is supported")
     theta = scaling.get("rope_theta", theta)
@@ -171,5 +172,5 @@ def _number(scaling: dict, name: str) -> float:
 
 
 def _check_positive(name: str, value: float) -> None:
-    valid = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value) and value > 0
+    valid = isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < math.inf
     check_value(valid, f"rope_frequencies: {name} must be a positive number, got {value!r}")
