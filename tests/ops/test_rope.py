@@ -50,7 +50,7 @@ def test_rope():
             BadCall(lambda: rope(Q[0], K[0], COS, SIN), ValueError, r"q must be \[B, T, heads, D\]"),
             BadCall(lambda: rope(Q[..., :7], K[..., :7], COS, SIN), ValueError, "head size must be even, got 7"),
             BadCall(lambda: rope(Q, K[:1], COS, SIN), ValueError, r"k must be \[2, 3, heads, 8\]"),
-            BadCall(lambda: rope(Q, K.bfloat16(), COS, SIN), ValueError, r"k must be \[2, 3, heads, 8\] of q.s dtype"),
+            BadCall(lambda: rope(Q, K.bfloat16(), COS, SIN), ValueError, r"k must be \[2, 3, heads, 8\] of float32, got .* of bfloat16"),
             BadCall(lambda: rope(Q, K, COS[:, :2], SIN), ValueError, r"cos must be \[2 or 1, 3, 4\], got \[1, 2, 4\]"),
             BadCall(lambda: rope(Q, K, COS, torch.cat((SIN, SIN), -1)), ValueError, r"sin must be \[2 or 1, 3, 4\]"),
             BadCall(lambda: rope(Q, K, COS.clone().requires_grad_(), SIN), ValueError, "cos must not require a gradient"),
