@@ -51,7 +51,7 @@ def _kernels() -> dict[str, str | list[str]]:
     return {
         "kernels": built["operators"].split(),
         "instruction set": f"{module.isa()} (of {built['instruction_sets']}; best here {module.best_isa()})",
-        "built with": f"torch {built['torch']}, {built['compiler']}, {'with' if built['cuda_toolkit'] else 'without'} CUDA",
+        "built with": f"torch {built['torch']}, {built['compiler']}, {'a' if built['cuda_toolkit'] else 'no'} CUDA toolkit",
     }
 
 
