@@ -29,16 +29,19 @@ void check_inputs(const char* op, const Tensor& q, const Tensor& k, const Tensor
     check_value(q.size(1) < (1 << 30) && k.size(1) < (1 << 30), op, ": more than 2^30 queries or keys");
 }
 
-// A mask's tensor, dense: [size] or [rows, size], and [1] or [1, size] where one may serve the whole batch.
+// A mask's tensor, dense: [batch] or [batch, keys], and [1] (or []) or [1, keys] where one row may serve the whole
+// batch.
 MaybeTensor mask(const char* op, const char* name, const MaybeTensor& t, ScalarType type, bool shared, int64_t batch,
                  std::optional<int64_t> keys = std::nullopt) {
     if (!t) return t;
-    bool fits = t->dim() == (keys ? 2 : 1) && (t->size(0) == batch || (shared && t->size(0) == 1)) &&
-                (!keys || t->size(1) == *keys);
+    bool fits = t->dim() == 0 ? shared && !keys
+                              : t->dim() == (keys ? 2 : 1) && (t->size(0) == batch || (shared && t->size(0) == 1)) &&
+                                    (!keys || t->size(1) == *keys);
     auto shape = [&](int64_t rows) {
         return "[" + std::to_string(rows) + (keys ? ", " + std::to_string(*keys) : "") + "]";
     };
-    check_value(fits, op, ": ", name, " must be ", shape(batch), shared ? " or " + shape(1) : "", ", got ", Shape{*t});
+    check_value(fits, op, ": ", name, " must be ", shape(batch), shared && batch != 1 ? " or " + shape(1) : "",
+                ", got ", Shape{*t});
     check_value(t->scalar_type() == type, op, ": ", name, " has the wrong dtype");
     return dense(*t);
 }
@@ -48,7 +51,7 @@ template <class T>
 const T* mask_row(const MaybeTensor& t, int64_t b) {
     if (!t) return nullptr;
     int64_t width = t->dim() == 2 ? t->size(1) : 1;
-    return data<T>(*t) + (t->size(0) == 1 ? 0 : b * width);
+    return data<T>(*t) + (t->dim() == 0 || t->size(0) == 1 ? 0 : b * width);
 }
 
 // What the queries of each batch row see, from the masks' tensors.
@@ -81,11 +84,19 @@ class Visible {
     const kernels::VisibleKeys* rows() const { return rows_.data(); }
 
   private:
+    static constexpr float kHidden = -std::numeric_limits<float>::infinity();
+
+    // A bias in log2 units: finite where it is finite, though the largest are out of range there. NaN hides, as -inf.
+    static float in_log2(float bias) {
+        constexpr float kLog2e = 1.44269504f, kMost = std::numeric_limits<float>::max();
+        if (!(bias > kHidden)) return kHidden;
+        return bias > kMost ? bias : std::clamp(bias * kLog2e, -kMost, kMost);
+    }
+
     static void add(kernels::VisibleKeys& row, float* added, const bool* shown, const float* bias, int64_t keys) {
-        constexpr float kHidden = -std::numeric_limits<float>::infinity(), kLog2e = 1.44269504f;
         int64_t first = keys, last = 0, count = 0;
         for (int64_t key = 0; key < keys; ++key) {
-            added[key] = shown && !shown[key] ? kHidden : bias ? bias[key] * kLog2e : 0.0f;
+            added[key] = shown && !shown[key] ? kHidden : bias ? in_log2(bias[key]) : 0.0f;
             if (added[key] == kHidden) continue;
             first = std::min(first, key);
             last = key + 1;

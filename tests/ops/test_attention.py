@@ -36,6 +36,7 @@ SAMPLES = {
     "no mask, several tiles and blocks": sample(1, 150, 140, 2, 2, 40),
     "odd size, rows that see nothing": sample(2, 30, 12, 3, 3, 17, causal=True),
     "int offset, cache longer than what is visible": sample(1, 20, 150, 4, 1, 32, causal=True, query_offset=70),
+    "offset without dimensions": sample(2, 3, 40, 4, 2, 33, causal=True, query_offset=INT(5)),
     "offset of one element": sample(2, 3, 40, 4, 2, 33, causal=True, query_offset=INT([5]), scale=0.3),
     "offset per row, one beyond the keys": sample(3, 30, 40, 2, 2, 16, causal=True, query_offset=INT([-7, 3, 1 << 62])),
     "left padding": sample(2, 26, 26, 4, 4, 16, causal=True, key_mask=left_padding(5, 26, keys=26)),
@@ -106,6 +107,12 @@ BAD_CALLS = [
     BadCall(
         lambda: attention(Q, K, V, causal=True, query_offset=torch.arange(3)), ValueError, r"query_offset must be \[2\] or \[1\], got \[3\]"
     ),
+    BadCall(
+        lambda: attention(Q[:1], K[:1], V[:1], causal=True, query_offset=torch.arange(3)),
+        ValueError,
+        r"query_offset must be \[1\], got \[3\]",
+    ),
+    BadCall(lambda: attention(Q, K, V, causal=True, prefix_length=INT(3)), ValueError, r"prefix_length must be \[2\], got \[\]"),
     BadCall(lambda: attention(Q, K, V, causal=True, prefix_length=OFFSET), ValueError, r"prefix_length must be \[2\], got \[1\]"),
     BadCall(lambda: attention(Q, K, V, key_mask=MASK.int()), TypeError, "key_mask must be bool, got int32"),
     BadCall(lambda: attention(Q, K, V, key_mask=[True]), TypeError, "key_mask must be a torch.Tensor, got list"),
@@ -207,6 +214,82 @@ def test_large_scores(queries, dtype):
 
 
 @needs_kernels
+@pytest.mark.parametrize("queries, keys", [(1, 1), (2, 9), (3, 6), (4, 5), (2, 17), (2, 300), (30, 40)])
+def test_nan_query_is_nan(queries, keys):
+    """Wherever in a vector or chunk the row's last key lies: not taken for a row that sees nothing."""
+    q, k, v = tensors(1, queries, keys, 1, 1, 16)
+    q[0, 0] = torch.nan
+    for isa in instruction_sets():
+        with instruction_set(isa):
+            out = attention(q, k, v, causal=True)
+        assert_close(out, reference(q, k, v, causal=True), 1e-5, isa)
+
+
+def hide_by_mask(keys, *hidden):
+    return {"key_mask": ~torch.isin(torch.arange(keys), torch.tensor(hidden))[None]}
+
+
+def hide_by_bias(keys, *hidden):
+    return {"key_bias": torch.zeros(1, keys).masked_fill(~hide_by_mask(keys, *hidden)["key_mask"], -math.inf)}
+
+
+@needs_kernels
+@pytest.mark.parametrize("content", [math.nan, math.inf, 3e38])
+@pytest.mark.parametrize("hide", [hide_by_mask, hide_by_bias])
+def test_hidden_key_may_hold_anything(hide, content):
+    masks = hide(40, 0, 5, 20, 39)
+    for isa in instruction_sets():
+        for queries in (1, 3, 30):
+            q, k, v = (tensor.requires_grad_() for tensor in tensors(1, queries, 40, 1, 1, 16))
+            held = k.detach().clone()
+            held[0, [0, 5, 20, 39]] = content
+            held.requires_grad_()
+            with instruction_set(isa):
+                out = attention(q, held, v, **masks)
+                actual = torch.autograd.grad(out.square().sum(), (held, v))
+            plain = reference(q, k, v, **masks)
+            assert_close(out, plain, 1e-5, f"{isa}, {queries} queries")
+            for a, b in zip(actual, torch.autograd.grad(plain.square().sum(), (k, v)), strict=True):
+                assert_close(a, b, 1e-5, f"{isa}, {queries} queries, gradient")
+
+
+def joined(tensors):
+    return torch.cat([tensor.flatten() for tensor in tensors])
+
+
+LEAST, MOST = torch.finfo(torch.float32).min, torch.finfo(torch.float32).max
+
+
+@needs_kernels
+@pytest.mark.parametrize("queries", [1, 3, 30])
+@pytest.mark.parametrize(
+    "bias",
+    [[0, LEAST, 0, 0, 0], [0, 0, 3e38, 0, 0], [MOST, 0, LEAST, 0, 0], [math.nan, 0, 0, 1, 2], [math.nan] * 5, [0, math.inf, 0, 0, 0]],
+    ids=["one least", "one large", "both ends", "one nan", "all nan", "infinite"],
+)
+def test_extreme_bias(bias, queries):
+    """Biases that leave f32 in the kernels' log2 units, and NaN, which hides as -inf does: results and gradients."""
+    inputs = [tensor.requires_grad_() for tensor in tensors(1, queries, 5, 2, 1, 16)]
+    masks = {"key_bias": torch.tensor([bias], dtype=torch.float32)}
+    expected = reference(*inputs, **masks)
+    gradients = torch.autograd.grad(expected.square().sum(), inputs)
+    for isa in instruction_sets():
+        with instruction_set(isa):
+            out = attention(*inputs, **masks)
+            actual = torch.autograd.grad(out.square().sum(), inputs)
+        assert_close(out, expected, 1e-5, isa)
+        assert_close(joined(actual), joined(gradients), 1e-5, f"{isa}, gradients")  # together: where one key has all the weight, q's are 0
+
+
+@pytest.mark.parametrize("queries", [1, 30])
+def test_least_bias_everywhere_is_the_average(queries):
+    """Scores vanish beside it, in f32: as where a library writes a mask with finfo.min."""
+    q, k, v = tensors(1, queries, 9, 2, 1, 16)
+    out = attention(q, k, v, key_bias=torch.full((1, 9), LEAST))
+    assert_close(out, v.mean(1, keepdim=True).expand_as(q), 1e-5, "average")
+
+
+@needs_kernels
 @pytest.mark.parametrize("queries", [4, 30])
 def test_nan_stays_in_its_row(queries):
     q, k, v = tensors(1, queries, queries, 1, 1, 16)
@@ -289,4 +372,13 @@ def test_compiled_with_offset(offset):
     q, k, v = tensors(1, 1, 32, 4, 2, 16)
     for position in (2, 5, 31):
         assert torch.equal(compiled(q, k, v, offset(position)), step(q, k, v, offset(position)))
+    torch._dynamo.reset()
+
+
+def test_compiled_int_offset_becomes_dynamic():
+    """The second value of an int makes it a symbol, which messages must not be built from."""
+    q, k, v = tensors(1, 2, 32, 2, 1, 16)
+    compiled = torch.compile(lambda *args, o: attention(*args, causal=True, query_offset=o), fullgraph=True, backend="aot_eager")
+    for offset in (2, 3, 17):
+        assert torch.equal(compiled(q, k, v, o=offset), attention(q, k, v, causal=True, query_offset=offset))
     torch._dynamo.reset()

@@ -88,7 +88,7 @@ class Prefill {
                                                       int64_t keys) {
         for_tile<NV>([&](int r, int n) {
             float more = added && key + r < keys ? added[key + r] : 0.0f;
-            vf score = limits.hide(tile[r][n] * scale_ + more, n, key + r);
+            vf score = limits.mask(tile[r][n] * scale_, n, key + r, more);
             highest[n] = max(highest[n], score);
             store(scores + (r * NV + n) * kWidth, score);
         });
@@ -118,8 +118,7 @@ class Prefill {
         transpose(as_words(out_), lanes, room_, columns_, columns_, lanes);
         for (int64_t r = 0; r < rows; ++r) {
             float inverse = sum_[r] == 0 ? 0 : 1 / sum_[r];
-            a_.lse[group.statistic(first + r)] =
-                sum_[r] == 0 ? -kInfinity : (max_[r] + __builtin_log2f(sum_[r])) * kLn2;
+            a_.lse[group.statistic(first + r)] = sum_[r] == 0 ? -kInfinity : max_[r] + __builtin_log2f(sum_[r]);
             const float* from = as_floats(room_) + r * columns_;
             T* to = static_cast<T*>(a_.out) + group.element(first + r);
             for_vectors(a_.size, [&](int64_t d, int n) { put(to + d, load(from + d) * inverse, n); });

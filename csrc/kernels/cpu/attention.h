@@ -45,7 +45,7 @@ struct Attention {
 
 struct AttentionForward : Attention {
     void* out;   // [batch, queries, heads, size]
-    float* lse;  // [batch, heads, queries]: log of the sum of exp(scores); -inf where a query sees nothing
+    float* lse;  // [batch, heads, queries]: log2 of the sum of 2^scores; -inf where a query sees nothing
 };
 
 struct AttentionBackward : Attention {

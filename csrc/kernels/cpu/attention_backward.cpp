@@ -79,7 +79,7 @@ class Backward {
             delta_[r] = 0;
             if (r >= rows) continue;
             float lse = a_.lse[group.statistic(first + r)];
-            if (lse != -kInfinity) lse_[r] = lse * kLog2e;
+            if (lse != -kInfinity) lse_[r] = lse;
             const T *g = g_row(r), *out = static_cast<const T*>(a_.out) + group.element(first + r);
             vf sum{};
             for_vectors(a_.size, [&](int64_t d, int n) { sum += at(g + d, n) * at(out + d, n); });
@@ -109,7 +109,7 @@ class Backward {
                     vf score = p[r][n] * scale_;
                     if (masked) {
                         float more = added && block + key + r < group.keys ? added[block + key + r] : 0.0f;
-                        score = limits.hide(score + more, n, block + key + r);
+                        score = limits.mask(score, n, block + key + r, more);
                     }
                     p[r][n] = exp2_below(score - lse[n]);
                     store(kept_ + (r * NV + n) * kWidth, p[r][n]);

@@ -237,7 +237,10 @@ class Decode {
         std::memcpy(&key, key_of, sizeof key);
         std::memcpy(&limit, limit_of, sizeof limit);
         if (added) {
-            for (int64_t i = 0; i < keys_ * M; ++i) scores_[i] += added[first_ + i / M];
+            for (int64_t i = 0; i < keys_ * M; ++i) {
+                float more = added[first_ + i / M];
+                scores_[i] = more == -kInfinity ? more : scores_[i] + more;  // a hidden key may hold NaN
+            }
         }
         vf highest = splat(-kInfinity);
         for (int64_t i = 0; i < keys_ * M; i += kWidth) {
@@ -312,12 +315,12 @@ void merge_row(const AttentionForward& a, const Group& group, int64_t row, const
     for (int64_t c = 0; c < chunks; ++c) highest = std::max(highest, partial[c * stride]);
     for (int64_t c = 0; c < chunks; ++c) {
         const float* one = partial + c * stride;
-        if (one[0] == -kInfinity) continue;  // saw nothing: its sums were not written
+        if (one[1] == 0) continue;  // saw nothing: its sums may not be written. Not by one[0], which may lose a NaN
         float weight = exp2_below(splat(one[0] - highest))[0];
         total += weight * one[1];
         for_vectors(a.size, [&](int64_t d, int n) { put(sums + d, load(sums + d) + at(one + 2 + d, n) * weight, n); });
     }
-    a.lse[group.statistic(row)] = total == 0 ? -kInfinity : (highest + __builtin_log2f(total)) * kLn2;
+    a.lse[group.statistic(row)] = total == 0 ? -kInfinity : highest + __builtin_log2f(total);
     float inverse = total == 0 ? 0 : 1 / total;
     T* out = static_cast<T*>(a.out) + group.element(row);
     for_vectors(a.size, [&](int64_t d, int n) { put(out + d, load(sums + d) * inverse, n); });

@@ -26,7 +26,7 @@ constexpr int kTileRows = kWidth == 16 ? 8 : 4;
 constexpr int kTileVectors = 3;
 constexpr int kLanes = kTileVectors * kWidth;  // rows of a group in a tile
 static_assert(kLanes <= kMostTileRows);
-constexpr float kLog2e = 1.44269504f, kLn2 = 0.693147181f, kInfinity = __builtin_inff();
+constexpr float kLog2e = 1.44269504f, kInfinity = __builtin_inff();
 
 constexpr int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
 
@@ -294,8 +294,12 @@ struct Limits {
         fewest = lane[0];
         most = lane[NV * kWidth - 1];
     }
-    // x where lanes of vector n see the key, -inf elsewhere.
-    vf hide(vf x, int n, int key) const { return vi{} + key < limit[n] ? x : splat(-kInfinity); }
+    // x + added where lanes of vector n see the key, -inf elsewhere. Chosen, not added: what a hidden key holds may be
+    // NaN or overflow, and -inf would not cover that.
+    vf mask(vf x, int n, int key, float added) const {
+        int place = added == -kInfinity ? most : key;  // where no lane sees it
+        return vi{} + place < limit[n] ? x + added : splat(-kInfinity);
+    }
 
     vi limit[NV];
     int fewest, most;

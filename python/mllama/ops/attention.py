@@ -28,10 +28,11 @@ def attention(
         v: as k.
         scale: factor on q k'; D**-0.5 when None.
         causal: query i of row b sees key j only when j <= i + query_offset[b], or j < prefix_length[b].
-        query_offset: position of query 0 among the keys: an int, or int64 of 1 or B elements. None is S - T: the last query sees the last
+        query_offset: position of query 0 among the keys: an int, or int64 [], [1] or [B]. None is S - T: the last query sees the last
             key. Any value is valid: an offset below -T hides every key, one above S hides none. Only with `causal`.
         key_mask: bool [B, S], True where a key may be seen: padding on either side, or holes.
-        key_bias: float32 [B or 1, S] added to the scores after scaling; log(n) makes one key count as n equal ones. It gets no gradient.
+        key_bias: float32 [B or 1, S] added to the scores after scaling; log(n) makes one key count as n equal ones, -inf and NaN hide
+            it. It gets no gradient.
         prefix_length: int64 [B], keys at the front that every query sees (a bidirectional prefix). Only with `causal`.
 
     Returns:
@@ -119,7 +120,7 @@ def _visible(q, keys, causal, query_offset, key_mask, key_bias, prefix_length) -
         queries = q.shape[1]
         offset = keys - queries if query_offset is None else query_offset
         if isinstance(offset, torch.Tensor):
-            offset = offset.clamp(-queries, keys)[:, None, None]  # beyond these nothing changes, and i + offset cannot overflow
+            offset = offset.clamp(-queries, keys).reshape(-1, 1, 1)  # beyond these nothing changes, and i + offset cannot overflow
         query = torch.arange(queries, device=q.device)[None, :, None]
         key = torch.arange(keys, device=q.device)
         visible = key <= query + offset
@@ -189,7 +190,7 @@ def _check_sizes(q, k, v, causal, key_mask, key_bias, query_offset, prefix_lengt
     check_value(causal or query_offset is None, "attention: query_offset has a meaning only with causal=True")
     check_value(causal or prefix_length is None, "attention: prefix_length has a meaning only with causal=True")
     if isinstance(query_offset, torch.Tensor):
-        _check_mask_size("query_offset", query_offset, [batch], [1])
+        _check_mask_size("query_offset", query_offset, [batch], [1], [])
     _check_mask_size("prefix_length", prefix_length, [batch])
     _check_mask_size("key_mask", key_mask, [batch, keys])
     _check_mask_size("key_bias", key_bias, [batch, keys], [1, keys])
@@ -197,7 +198,8 @@ def _check_sizes(q, k, v, causal, key_mask, key_bias, query_offset, prefix_lengt
 
 def _check_mask_size(name, tensor, *shapes) -> None:
     if tensor is not None and list(tensor.shape) not in shapes:
-        raise ValueError(f"attention: {name} must be {' or '.join(map(str, shapes))}, got {list(tensor.shape)}")
+        accepted = " or ".join(dict.fromkeys(str(shape) for shape in shapes if shape))
+        raise ValueError(f"attention: {name} must be {accepted}, got {list(tensor.shape)}")
 
 
 def _setup(ctx, inputs, output):
