@@ -17,6 +17,7 @@ from mllama.processing.image import load_picture
 from mllama.processing.processor import MllamaBatch, MllamaImageProcessor
 
 MAX_NEW_TOKENS = 128
+_COLDEST = 1e-3  # below this temperature, 0 included, sampling is the likeliest token, and dividing by it would overflow
 _SAMPLING = ("temperature", "top_k", "top_p", "min_p")
 
 
@@ -141,13 +142,13 @@ def room_left(model: MllamaForConditionalGeneration, inputs: Mapping) -> int:
 
 
 def _options(given: dict) -> dict:
-    """generate's options: greedy unless something about sampling is asked for; temperature 0 means greedy."""
+    """generate's options: greedy unless something about sampling is asked for."""
     options = {name: value for name, value in given.items() if value is not None}
     if "generation_config" in options:
         return options
     if "max_length" not in options:
         options.setdefault("max_new_tokens", MAX_NEW_TOKENS)
-    if options.get("temperature") == 0:
+    if 0 <= options.get("temperature", 1) < _COLDEST:
         options = {name: value for name, value in options.items() if name not in _SAMPLING} | {"do_sample": False}
     options.setdefault("do_sample", any(name in options for name in _SAMPLING))
     return options

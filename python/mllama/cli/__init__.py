@@ -69,11 +69,13 @@ def main(argv: list[str] | None = None) -> int:
 
 def _add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", metavar="FOLDER", help="a model folder (default: the embedded model)")
-    parser.add_argument("--max-new-tokens", type=_integer(1), metavar="N", help="longest answer in tokens (default: 128)")
-    parser.add_argument("--temperature", type=_number(0), metavar="T", help="sample; the higher, the more freely (0: do not)")
-    parser.add_argument("--top-p", type=_number(0, 1, above=True), metavar="P", help="sample from the likeliest tokens that add up to P")
-    parser.add_argument("--top-k", type=_integer(1), metavar="K", help="sample from the K likeliest tokens")
-    parser.add_argument("--seed", type=_integer(0, 2**64 - 1), metavar="N", help="of the random numbers")
+    parser.add_argument("--max-new-tokens", type=_number(int, 1), metavar="N", help="longest answer in tokens (default: 128)")
+    parser.add_argument("--temperature", type=_number(float, 0), metavar="T", help="sample; the higher, the more freely (0: do not)")
+    parser.add_argument(
+        "--top-p", type=_number(float, 0, 1, above=True), metavar="P", help="sample from the likeliest tokens that add up to P"
+    )
+    parser.add_argument("--top-k", type=_number(int, 1), metavar="K", help="sample from the K likeliest tokens")
+    parser.add_argument("--seed", type=_number(int, 0, 2**64 - 1), metavar="N", help="of the random numbers")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 ... (default: auto)")
     parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"), help="default: auto, by the device")
 
@@ -84,26 +86,17 @@ def _text(text: str) -> str:
     return text
 
 
-def _integer(least: int, most: int | None = None):
-    def parse(text: str) -> int:
-        value = int(text) if text.lstrip("+-").isdecimal() else None
-        if value is None or value < least or (most is not None and value > most):
-            bounds = f"of at least {least}{'' if most is None else f' and at most {most}'}"
-            raise argparse.ArgumentTypeError(f"must be a whole number {bounds}, got {text!r}")
-        return value
+def _number(kind: type, least: float, most: float = math.inf, above: bool = False):
+    """A parser of int or float that says in its error what it takes; `above`: more than `least`."""
+    bounds = f"{'above' if above else 'of at least'} {least}{'' if most == math.inf else f' and at most {most}'}"
 
-    return parse
-
-
-def _number(least: float, most: float = math.inf, above: bool = False):
-    def parse(text: str) -> float:
+    def parse(text: str):
         try:
-            value = float(text)
+            value = kind(text)
         except ValueError:
             value = math.nan
-        if not (math.isfinite(value) and least <= value <= most) or (above and value == least):
-            bounds = f"{'above' if above else 'of at least'} {least}{'' if most == math.inf else f' and at most {most}'}"
-            raise argparse.ArgumentTypeError(f"must be a number {bounds}, got {text!r}")
+        if not least <= value <= most or value == math.inf or (above and value == least):
+            raise argparse.ArgumentTypeError(f"must be a {'whole ' * (kind is int)}number {bounds}, got {text!r}")
         return value
 
     return parse
