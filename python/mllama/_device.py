@@ -2,7 +2,6 @@
 
 import torch
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # On a CPU bfloat16 saves memory traffic. Weights that fit a cache have none: the embedded model takes 52 ms for an answer of 16 tokens
 # in float32 and 60 in bfloat16 (one Zen 4 core).
 SMALL_MODEL = 64 * 2**20
@@ -25,24 +24,10 @@ def choose_device(device: str | torch.device) -> torch.device:
     return found
 
 
-def choose_dtype(dtype: str | torch.dtype, device: torch.device, weight_bytes: int) -> torch.dtype:
-    """The dtype named; "auto" is bfloat16 where the device computes in it, else float32.
-
-    Args:
-        dtype: "auto", a name in `DTYPES` or a torch dtype of those.
-        device: where the model will run.
-        weight_bytes: the size of the model's files. On a CPU small models stay in float32 with "auto".
-
-    Raises:
-        ValueError: another dtype.
-    """
-    if isinstance(dtype, str) and dtype == "auto":
-        large = device.type != "cpu" or weight_bytes > SMALL_MODEL
-        return torch.bfloat16 if large and _computes_in_bfloat16(device) else torch.float32
-    known = DTYPES.get(dtype) if isinstance(dtype, str) else dtype
-    if known not in DTYPES.values():
-        raise ValueError(f"dtype must be 'auto', {', '.join(map(repr, DTYPES))} or one of these torch dtypes, got {dtype!r}")
-    return known
+def choose_dtype(device: torch.device, weight_bytes: int) -> torch.dtype:
+    """bfloat16 where the device computes in it, else float32. On a CPU models with small files stay in float32."""
+    large = device.type != "cpu" or weight_bytes > SMALL_MODEL
+    return torch.bfloat16 if large and _computes_in_bfloat16(device) else torch.float32
 
 
 def dtype_name(dtype: torch.dtype) -> str:

@@ -48,7 +48,8 @@ def load(
     """
     folder = EMBEDDED if path is None else Path(path)
     device = choose_device(device)
-    dtype = choose_dtype(dtype, device, sum(file.stat().st_size for file in folder.glob("*.safetensors")))
+    if isinstance(dtype, str) and dtype == "auto":
+        dtype = choose_dtype(device, sum(file.stat().st_size for file in folder.glob("*.safetensors")))
     model = MllamaForConditionalGeneration.from_pretrained(folder, dtype=dtype, device_map=device)
     try:
         processor = MllamaImageProcessor.from_pretrained(folder)
@@ -56,7 +57,7 @@ def load(
         raise FileNotFoundError(f"{folder} holds a model but not its processor: {error}") from error
     except Exception as error:  # a broken tokenizer.json raises nothing more definite
         raise ValueError(f"{folder} holds a model, but its processor cannot be read: {error}") from error
-    _say(f"mllama: {'the embedded model' if path is None else folder} in {dtype_name(dtype)} on {device}")
+    _say(f"mllama: {'the embedded model' if path is None else folder} in {dtype_name(model.dtype)} on {device}")
     return model, processor
 
 
