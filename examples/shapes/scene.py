@@ -58,7 +58,7 @@ class Recipe:
     photos: tuple[str, ...] = TRAINING_PHOTOS
 
 
-HELD_OUT = Recipe(text_only=0.12, text_beside=0.06, photos=TRAINING_PHOTOS + HELD_OUT_PHOTOS * 4)
+HELD_OUT = Recipe(backgrounds=(0.5, 0.15, 0.15, 0.2), text_only=0.12, text_beside=0.06, photos=TRAINING_PHOTOS + HELD_OUT_PHOTOS * 4)
 
 
 def position_name(x: float, y: float) -> str | None:
