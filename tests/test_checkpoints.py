@@ -426,11 +426,13 @@ def test_a_crash_between_the_renames_leaves_no_mixture(tmp_path, monkeypatch):
         MllamaForConditionalGeneration.from_pretrained(folder)
 
 
-def test_a_saved_folder_has_ordinary_permissions(saved):
+def test_what_is_saved_has_ordinary_permissions(saved):
     folder, _ = saved
     other = folder.parent / "other"
     other.mkdir()
+    (other / "file").touch()
     assert stat.S_IMODE(folder.stat().st_mode) == stat.S_IMODE(other.stat().st_mode)
+    assert {stat.S_IMODE(path.stat().st_mode) for path in folder.iterdir()} == {stat.S_IMODE((other / "file").stat().st_mode)}
 
 
 def test_a_file_in_the_folders_place_is_refused(tmp_path):

@@ -241,7 +241,10 @@ def save_weights(folder: Path, tensors: dict[str, torch.Tensor], max_shard_size:
     """Write tensors under the given names: one file, or shards and their index where they exceed `max_shard_size`."""
     split = split_torch_state_dict_into_shards(tensors, filename_pattern="model{suffix}.safetensors", max_shard_size=max_shard_size)
     for shard, names in split.filename_to_tensors.items():
+        (folder / shard).touch()
+        mode = (folder / shard).stat().st_mode  # as the umask has it; safetensors' own file is the owner's alone
         save_file({name: tensors[name].contiguous() for name in names}, folder / shard, metadata={"format": "pt"})
+        (folder / shard).chmod(mode)
     if split.is_sharded:
         write_json(folder / INDEX, {"metadata": split.metadata, "weight_map": split.tensor_to_filename})
 
