@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.autograd import forward_ad
 
 from helpers import needs_kernels
 from mllama import ops
@@ -29,3 +30,13 @@ def test_a_meta_tensor_beside_real_ones_is_refused(call, name):
 
 def test_all_on_meta_gives_meta():
     assert ops.rms_norm(X.to("meta"), META).shape == X.shape
+
+
+@needs_kernels
+def test_forward_mode_derivatives_are_refused():
+    with pytest.raises(NotImplementedError, match="mllama::swiglu has no forward-mode derivative"):
+        torch.func.jvp(lambda x: ops.swiglu(x, x), (X,), (X,))
+    with forward_ad.dual_level(), pytest.raises(NotImplementedError, match="mllama::rms_norm has no forward-mode derivative"):
+        ops.rms_norm(forward_ad.make_dual(X, X), W)
+    with forward_ad.dual_level():
+        assert ops.rms_norm(X, W).shape == X.shape

@@ -5,6 +5,7 @@ import functools
 import inspect
 
 import torch
+from torch.autograd import forward_ad
 
 from mllama import _ext
 
@@ -116,7 +117,11 @@ def _caller(overload, derivative, setup_context):
     apply = super(torch.autograd.Function, Node).apply  # what Function.apply adds for torch.func costs a third more
 
     def call(*arguments):
-        if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        if torch.compiler.is_compiling():
+            return overload(*arguments)
+        if forward_ad._current_level >= 0:
+            _refuse_tangents(overload, arguments)
+        if torch._C._are_functorch_transforms_active():
             return overload(*arguments)
         if torch.is_grad_enabled():
             for argument in arguments:
@@ -128,6 +133,12 @@ def _caller(overload, derivative, setup_context):
             return overload(*arguments)
 
     return call
+
+
+def _refuse_tangents(overload, arguments) -> None:
+    """Forward-mode derivatives have no formula, and torch would take them for zero without a word."""
+    if any(isinstance(value, torch.Tensor) and forward_ad.unpack_dual(value).tangent is not None for value in arguments):
+        raise NotImplementedError(f"{overload.name()} has no forward-mode derivative")
 
 
 def _no_second_derivative(name: str):
