@@ -452,6 +452,10 @@ IDS = torch.tensor([PICTURE + [1, 2, 3]])
         (ValueError, "attention_mask must have 1 rows", {"input_ids": IDS[:, 4:], "attention_mask": torch.ones(2, 3)}),
         (TypeError, "attention_mask must be a torch.Tensor", {"input_ids": IDS[:, 4:], "attention_mask": [[1, 1, 1]]}),
         (ValueError, r"position_ids must be \[1 or 1, 3\]", {"input_ids": IDS[:, 4:], "position_ids": torch.zeros(1, 2, dtype=torch.long)}),
+        (TypeError, "position_ids must be a torch.Tensor, got list", {"input_ids": IDS[:, 4:], "position_ids": [[0, 1, 2]]}),
+        (TypeError, "inputs_embeds must be a floating", {"inputs_embeds": torch.zeros(1, 7, 64, dtype=torch.long)}),
+        (ValueError, "at least one token", {"inputs_embeds": torch.zeros(1, 0, 64)}),
+        (TypeError, "labels must be an integer", {"input_ids": IDS[:, 4:], "labels": IDS[:, 4:] > 0}),
         (TypeError, "past_key_values must be a transformers Cache", {"input_ids": IDS[:, 4:], "past_key_values": ()}),
         (ValueError, r"labels must be \[1, 3\]", {"input_ids": IDS[:, 4:], "labels": IDS}),
         (TypeError, "labels must be an integer", {"input_ids": IDS[:, 4:], "labels": IDS[:, 4:].float()}),
@@ -487,3 +491,10 @@ def test_a_config_of_another_family_is_refused():
     with pytest.raises(TypeError):
         MllamaForConditionalGeneration({"text_config": {}})
     assert MllamaForConditionalGeneration.config_class is MllamaConfig
+
+
+def test_empty_batches_and_no_pictures():
+    model = twins.model()
+    assert model(input_ids=IDS[:0]).logits.shape == (0, 7, model.config.text_config.vocab_size)
+    none, text = twins.pictures(1)[:0], IDS[:, 4:]
+    torch.testing.assert_close(model(input_ids=text, pixel_values=none).logits, model(input_ids=text).logits)

@@ -263,6 +263,8 @@ class MllamaForConditionalGeneration(MllamaGenerationMixin, PreTrainedModel):
         placeholders = image_attentions = None
         if inputs_embeds is None:
             _check_ids(input_ids)
+            if attention_mask is not None and attention_mask.shape[0] != input_ids.shape[0]:
+                raise ValueError(f"attention_mask must have {input_ids.shape[0]} rows, as input_ids, got {attention_mask.shape[0]}")
             pictures = self._count_pictures(pixel_values, image_features)
             filled = past_key_values is not None and int(past_key_values.get_seq_length()) > 0
             if pictures or not filled:
@@ -360,7 +362,7 @@ class MllamaForConditionalGeneration(MllamaGenerationMixin, PreTrainedModel):
     ) -> torch.Tensor:
         """Next-token cross entropy in float32: mean over the trained positions, or their sum over `num_items_in_batch`."""
         ignored = self.config.ignore_index
-        if not isinstance(labels, torch.Tensor) or labels.is_floating_point():
+        if not isinstance(labels, torch.Tensor) or labels.is_floating_point() or labels.dtype == torch.bool:
             raise TypeError(f"labels must be an integer torch.Tensor, got {getattr(labels, 'dtype', type(labels).__name__)}")
         if labels.shape != shape:
             raise ValueError(f"labels must be {list(shape)}, one per token, got {list(labels.shape)}")

@@ -8,6 +8,11 @@ from mllama.ops.attention import attention, attention_weights
 from mllama.ops.rope import rope
 
 
+def split_heads(x: torch.Tensor, head_dim: int) -> torch.Tensor:
+    """[..., heads * head_dim] -> [..., heads, head_dim]; how many heads there are is told by x, which may be empty."""
+    return x.view(*x.shape[:-1], x.shape[-1] // head_dim, head_dim)
+
+
 class BidirectionalAttention(nn.Module):
     """Every position sees every other; projections with biases, no positions of its own."""
 
@@ -21,8 +26,7 @@ class BidirectionalAttention(nn.Module):
 
     def forward(self, x: torch.Tensor, output_attentions: bool = False) -> tuple[torch.Tensor, torch.Tensor | None]:
         """x: [B, T, hidden_size] -> (the same shape, probabilities [B, heads, T, T] float32 or None)."""
-        shape = (*x.shape[:-1], -1, self.head_dim)
-        q, k, v = self.q_proj(x).view(shape), self.k_proj(x).view(shape), self.v_proj(x).view(shape)
+        q, k, v = (split_heads(projection(x), self.head_dim) for projection in (self.q_proj, self.k_proj, self.v_proj))
         weights = attention_weights(q, k) if output_attentions else None
         return self.out_proj(attention(q, k, v).flatten(2)), weights
 
@@ -68,9 +72,8 @@ class CausalAttention(nn.Module):
         Returns:
             ([B, T, hidden_size], probabilities [B, heads, T, S] float32 or None)
         """
-        shape = (*x.shape[:-1], -1, self.head_dim)
-        q, k = rope(self.q_proj(x).view(shape), self.k_proj(x).view(shape), *positions)
-        v = self.v_proj(x).view(shape)
+        q, k, v = (split_heads(projection(x), self.head_dim) for projection in (self.q_proj, self.k_proj, self.v_proj))
+        q, k = rope(q, k, *positions)
         if past_key_values is not None:  # caches hold [B, heads, S, head_dim]
             k, v = past_key_values.update(k.transpose(1, 2), v.transpose(1, 2), self.layer_idx)
             k, v = k.transpose(1, 2), v.transpose(1, 2)

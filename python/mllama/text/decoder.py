@@ -82,8 +82,8 @@ class Decoder(nn.Module):
         check_mask(attention_mask)
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
-        elif inputs_embeds.dim() != 3 or inputs_embeds.shape[2] != self.config.hidden_size:
-            raise ValueError(f"inputs_embeds must be [batch, tokens, {self.config.hidden_size}], got {list(inputs_embeds.shape)}")
+        else:
+            _check_embeddings(inputs_embeds, self.config.hidden_size)
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
 
@@ -93,6 +93,8 @@ class Decoder(nn.Module):
         _check_mask_size(attention_mask, batch, length, past)
         if position_ids is None:
             position_ids = _positions(attention_mask, length, past, inputs_embeds.device)
+        elif not isinstance(position_ids, torch.Tensor):
+            raise TypeError(f"position_ids must be a torch.Tensor, got {type(position_ids).__name__}")
         elif position_ids.dim() != 2 or position_ids.shape[0] not in (1, batch) or position_ids.shape[1] != length:
             raise ValueError(f"position_ids must be [{batch} or 1, {length}], got {list(position_ids.shape)}")
         context = {
@@ -127,6 +129,14 @@ def check_mask(attention_mask: torch.Tensor | None) -> None:
         raise TypeError(f"attention_mask must be a torch.Tensor or None, got {type(attention_mask).__name__}")
     if attention_mask.dim() != 2:
         raise ValueError(f"attention_mask must be [batch, past + new tokens], zero where padded; got {list(attention_mask.shape)}")
+
+
+def _check_embeddings(inputs_embeds: torch.Tensor, size: int) -> None:
+    if not isinstance(inputs_embeds, torch.Tensor) or not inputs_embeds.is_floating_point():
+        kind = getattr(inputs_embeds, "dtype", type(inputs_embeds).__name__)
+        raise TypeError(f"inputs_embeds must be a floating torch.Tensor, got {kind}")
+    if inputs_embeds.dim() != 3 or inputs_embeds.shape[1] == 0 or inputs_embeds.shape[2] != size:
+        raise ValueError(f"inputs_embeds must be [batch, tokens, {size}] with at least one token, got {list(inputs_embeds.shape)}")
 
 
 def _check_mask_size(mask: torch.Tensor | None, batch: int, length: int, past: int | torch.Tensor) -> None:
