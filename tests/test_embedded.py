@@ -7,8 +7,10 @@ import torch
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 
 import mllama
+from mllama.processing.prompt import CHAT_TEMPLATE
 from shapes.evaluation import evaluate, held_out_cases
 from shapes.other_renderer import matplotlib_case
+from shapes.tokenizer import build_tokenizer
 
 FOLDER = Path(mllama.__file__).parent / "assets" / "embedded"
 FLOOR = 0.93  # over colour, shape, position and yes/no questions on pictures of one to three objects
@@ -37,6 +39,20 @@ def test_accuracy_on_pictures_of_another_library(embedded):
 
 def test_folder_is_small():
     assert sum(file.stat().st_size for file in FOLDER.iterdir()) < 25 * 2**20
+
+
+def test_chat_template_is_the_packages(embedded):
+    assert (FOLDER / "chat_template.jinja").read_text() == CHAT_TEMPLATE == build_tokenizer().chat_template
+    _, processor = embedded
+    turns = [("what is this?", "red"), ("and this?", "a circle")]
+    talk = [{"role": role, "content": text} for turn in turns for role, text in zip(("user", "assistant"), turn, strict=True)]
+    talk[0]["content"] = [{"type": "image"}, {"type": "text", "text": talk[0]["content"]}]
+    expected = "<image>what is this?\nred<eos>and this?\na circle<eos>"
+    for reader in (processor, AutoProcessor.from_pretrained(FOLDER)):
+        assert reader.apply_chat_template(talk) == expected
+        marked = reader.tokenizer.apply_chat_template(talk, tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
+        answers = [token for token, mark in zip(marked["input_ids"], marked["assistant_masks"], strict=True) if mark]
+        assert reader.tokenizer.decode(answers) == "red<eos>a circle<eos>"
 
 
 def test_stock_transformers_gives_equal_ids_and_logits(embedded):

@@ -4,22 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from mllama.processing.prompt import CHAT_TEMPLATE  # its layout is the training's
+
 from .questions import vocabulary
 from .words import CHARACTERS
-
-# The training layout, and what processors write for a conversation: pictures first, then "question\nanswer<eos>" for every turn.
-CHAT_TEMPLATE = """{%- for message in messages -%}
-{%- if message['content'] is not string -%}
-{%- for part in message['content'] if part['type'] == 'image' -%}<image>{%- endfor -%}
-{%- endif -%}
-{%- endfor -%}
-{%- for message in messages -%}
-{%- if message['content'] is string -%}{{ message['content'] }}
-{%- else -%}{%- for part in message['content'] if part['type'] == 'text' -%}{{ part['text'] }}{%- endfor -%}
-{%- endif -%}
-{{ '<eos>' if message['role'] == 'assistant' else '\\n' }}
-{%- endfor -%}
-"""
 
 
 def build_tokenizer():

@@ -89,10 +89,34 @@ def test_16_bit_grey_is_scaled(tmp_path):
     Image.fromarray(values).save(tmp_path / "deep.tif")
     big_endian, wide = Image.frombytes("I;16B", (9, 6), values.astype(">u2").tobytes()), Image.fromarray(values.astype(np.int32))
     assert wide.mode == "I"
-    for deep in (Image.fromarray(values), big_endian, wide, tmp_path / "deep.png", tmp_path / "deep.tif", values, np.dstack([values] * 3)):
+    for deep in (Image.fromarray(values), big_endian, wide, tmp_path / "deep.png", tmp_path / "deep.tif"):
+        same(deep, expected)
+    for deep in (values, values.astype(">u2"), values.astype("<u2"), np.dstack([values] * 3)):
         same(deep, expected)
     with pytest.raises(ValueError, match="mode I must hold 0..65535, got -1..5"):
         load_picture(Image.fromarray(np.array([[-1, 5]], dtype=np.int32)))
+
+
+def test_a_transparent_16_bit_grey_goes_onto_white(tmp_path):
+    values = np.array([[1285, 1286], [0, 1285]], dtype=np.uint16)  # 1286 is the same as the key in 8 bits, and stays
+    Image.fromarray(values).save(tmp_path / "key.png", transparency=1285)
+    same(tmp_path / "key.png", three(np.array([[255, 5], [0, 255]])))
+
+
+def test_floats_may_be_off_by_rounding():
+    exact = np.array([[0, 1], [0.5, 1]], dtype=np.float32)
+    expected = three(np.array([[0, 255], [128, 255]]))
+    off = exact + np.array([[-1e-7, 2e-7], [0, 2e-7]], dtype=np.float32)
+    assert off.max() > 1 and off.min() < 0
+    for floats in (off, off.astype(np.float64), off.astype(">f4"), torch.from_numpy(off), Image.fromarray(off)):
+        same(floats, expected)
+
+
+def test_a_tensor_that_negates_on_reading():
+    values = torch.linspace(-1, 0, 75, dtype=torch.float32).reshape(3, 5, 5)
+    view = torch._neg_view(values)
+    assert view.is_neg()
+    same(view, load_pixels(-values).numpy())
 
 
 def test_float_grey():
@@ -138,6 +162,9 @@ def test_channels_of_ambiguous_arrays():
         (np.zeros((2, 3, 5, 5), dtype=np.uint8), ValueError, r"\(2, 3, 5, 5\)"),
         (np.zeros((5, 5, 3), dtype=np.int64), TypeError, "uint8, uint16, bool or float, got int64"),
         (np.full((5, 5, 3), 255.0), ValueError, "must hold 0..1, got 255..255"),
+        (np.full((5, 5, 3), 1.00001), ValueError, "must hold 0..1, got 1.00001..1.00001"),
+        (Image.fromarray(np.full((5, 5), 300, np.float32)), ValueError, "mode F must hold 0..1 or 0..255, got 300..300"),
+        (torch.zeros(3, 5, 5, device="meta"), ValueError, r"is a meta tensor, without values: shape \(3, 5, 5\)"),
         (torch.full((3, 5, 5), float("nan")), ValueError, "must hold 0..1, got nan"),
         ([1, 2, 3], TypeError, "got list"),
         (None, TypeError, "got NoneType"),
@@ -206,5 +233,5 @@ def test_normalisation_is_transformers(tmp_path):
 
 @pytest.mark.parametrize(("mean", "std"), [((0.5,), (0.5,) * 3), ((0.5,) * 3, (0.5, 0.0, 0.5))])
 def test_normalisation_that_cannot_be(mean, std):
-    with pytest.raises(ValueError, match="three numbers each"):
+    with pytest.raises(ValueError, match="image_mean must be one|image_std must hold no zero"):
         normalisation_table(mean, std)

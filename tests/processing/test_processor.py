@@ -6,6 +6,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+from jinja2 import TemplateError
 from PIL import Image
 from transformers import AutoProcessor, BatchFeature
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
@@ -93,6 +94,29 @@ def test_older_keys(processor):
     assert isinstance(batch, BatchFeature)
 
 
+def test_older_keys_write_and_delete(processor):
+    new = torch.zeros(1, 3, S, S)
+    for name in ("pixel Value", "pixel_value"):
+        batch = processor(QUESTION, picture())
+        names = list(batch.keys())
+        assert batch.setdefault(name, None) is batch["pixel_values"]
+        batch[name] = new
+        assert batch["pixel_values"] is new and batch[name] is new and list(batch.keys()) == names
+        assert batch.pop(name) is new and name not in batch and "pixel_values" not in batch
+        batch.update({name: new})
+        assert list(batch.keys()) == names
+        del batch[name]
+        assert "pixel_values" not in batch and batch.pop(name, 5) == 5
+        assert batch.setdefault(name, new) is new and batch["pixel_values"] is new
+
+
+def test_placeholders_and_pixel_values_never_disagree(processor, monkeypatch):
+    double = {"pixel_values": torch.zeros(2, 3, S, S)}
+    monkeypatch.setattr(type(processor.image_processor), "__call__", lambda self, images, **kwargs: double)
+    with pytest.raises(ValueError, match=r"the prompts hold 1 picture\(s\), but pixel_values 2"):
+        processor(QUESTION, picture())
+
+
 def test_text_alone_and_pictures_alone(processor):
     batch = processor("hello")
     assert text_of(processor, batch) == ["<bos>hello\n"] and list(batch) == ["input_ids", "attention_mask"]
@@ -170,6 +194,12 @@ def test_bos_is_never_doubled(make_tokenizer, adds_bos):
         (lambda: {"text": "a", "images": 5}, TypeError, "got int"),
         (lambda: {"text": "a", "images": ["no/such.png"]}, FileNotFoundError, "no such picture: no/such.png"),
         (lambda: {"text": "a", "videos": [1]}, TypeError, "no videos and no audio"),
+        (lambda: {"text": "a", "images": [np.zeros((2, 9, 9, 3), np.uint8)]}, ValueError, r"got shape \(2, 9, 9, 3\): use list"),
+        (lambda: {"text": ["a"], "images": [[torch.zeros(2, 3, 9, 9)]]}, ValueError, r"got shape \(2, 3, 9, 9\): use list"),
+        (lambda: {"text": ["a"], "images": [[[picture(), picture()]]]}, ValueError, "pictures are nested too deeply"),
+        (lambda: {"text": "a", "images": picture(), "image_mean": "x"}, ValueError, "image_mean must be one finite number or three"),
+        (lambda: {"text": "a", "images": picture(), "image_std": [0, 1, 1]}, ValueError, "image_std must hold no zero"),
+        (lambda: {"images": picture(), "images_kwargs": {"image_mean": [0, 1]}}, ValueError, "image_mean must be one finite"),
     ],
 )
 def test_bad_calls(processor, arguments, error, match):
@@ -185,7 +215,12 @@ def test_bad_calls(processor, arguments, error, match):
         ({"num_image_token": 16.0}, TypeError, "num_image_token must be an int, got float"),
         ({"image_size": -1}, ValueError, "image_size must be at least 1, got -1"),
         ({"image_size": True}, TypeError, "image_size must be an int, got bool"),
-        ({"image_std": (1, 1, 0)}, ValueError, "std none of them zero"),
+        ({"image_std": (1, 1, 0)}, ValueError, "image_std must hold no zero"),
+        ({"image_mean": "x"}, ValueError, "image_mean must be one finite number or three, got 'x'"),
+        ({"image_mean": [0, 1]}, ValueError, "image_mean must be one finite number or three"),
+        ({"image_mean": [0.5, float("nan"), 0.5]}, ValueError, "image_mean must be one finite number or three"),
+        ({"image_token": ""}, ValueError, "image_token must be some text"),
+        ({"image_token": None}, TypeError, "image_token must be a str, got NoneType"),
         ({"tokenizer": "gpt2"}, TypeError, "Received a str for argument tokenizer"),
     ],
 )
@@ -252,6 +287,26 @@ def test_chat_template_gives_the_layout(processor):
     assert processor.apply_chat_template([{"role": "user", "content": f"<image>\n{QUESTION}"}]) == written
     ids = processor.apply_chat_template(messages(part(image), QUESTION), tokenize=True)
     assert torch.equal(ids, plain["input_ids"])
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        ("x <image> y", "<image><bos>x  y\n"),
+        ([{"type": "text", "text": "x <image> y"}], "<image><bos>x  y\n"),
+        ([{"type": "image"}, {"type": "text", "text": "x"}, {"type": "text", "text": "<image>y"}], "<image><image><bos>xy\n"),
+    ],
+)
+def test_chat_template_moves_written_pictures_to_the_front(processor, content, expected):
+    assert processor.apply_chat_template([{"role": "user", "content": content}]) == expected
+
+
+@pytest.mark.parametrize("text", ["<ima<image>ge> hi", "<im<image><image>age>"])
+@pytest.mark.parametrize("as_part", [False, True])
+def test_chat_template_refuses_nested_pictures(processor, text, as_part):
+    content = [{"type": "text", "text": text}] if as_part else text
+    with pytest.raises(TemplateError, match="one <image> inside another"):
+        processor.apply_chat_template([{"role": "user", "content": content}])
 
 
 def test_chat_template_of_several_turns(make_tokenizer):

@@ -8,15 +8,18 @@
 | 16-bit grey ("I;16" in any byte order, "I")       | 0..65535 onto 0..255, rounded: v / 257                                               |
 | float grey ("F")                                  | 0..1 onto 0..255 when no value is above 1, else read as 0..255; others are refused   |
 | uint8 array; bool array                           | as it is; False and True as 0 and 255                                                |
-| uint16 array                                      | as 16-bit grey, per channel                                                          |
-| float array or tensor                             | 0..1 onto 0..255, rounded; values outside are refused                                |
+| uint16 array, in any byte order                   | as 16-bit grey, per channel                                                          |
+| float array or tensor                             | 0..1 (to within 1e-6) onto 0..255, rounded; values outside are refused               |
 
 Arrays are [H, W], or have an axis of 1, 3 or 4 channels (grey, RGB, RGBA) last or first. Where both would do ([3, H, 3], [1, W, 3]), a
 numpy array is read channels last and a torch tensor channels first, as each is used to.
 """
 
 import functools
+import math
 import os
+from collections.abc import Iterable
+from numbers import Real
 
 import numpy as np
 import torch
@@ -24,6 +27,9 @@ from PIL import Image, ImageOps
 
 # What is opened from disk. The rest of Pillow's list is left out on purpose: EPS, for one, starts an interpreter.
 FORMATS = ("AVIF", "BMP", "DIB", "GIF", "ICO", "JPEG", "JPEG2000", "MPO", "PCX", "PNG", "PPM", "QOI", "TGA", "TIFF", "WEBP")
+
+
+_ROUNDING = 1e-6  # how far arithmetic in float32 may leave 0..1
 
 
 def load_picture(source) -> Image.Image:
@@ -56,6 +62,20 @@ def load_pixels(source) -> torch.Tensor:
     return torch.from_numpy(_array_to_rgb(source))
 
 
+def channel_values(name: str, values: float | Iterable[float]) -> tuple[float, float, float]:
+    """Return the mean or deviation of three channels, given as one number for all or as three.
+
+    Raises:
+        ValueError: no such numbers, one that is not finite, or a zero in image_std; the text begins with name.
+    """
+    numbers = (values,) * 3 if isinstance(values, Real) else tuple(values) if isinstance(values, Iterable) else ()
+    if len(numbers) == 3 and all(isinstance(number, Real) and math.isfinite(number) for number in numbers):
+        if name != "image_std" or 0 not in numbers:
+            return tuple(float(number) for number in numbers)
+        raise ValueError(f"{name} must hold no zero, got {values!r}")
+    raise ValueError(f"{name} must be one finite number or three, got {values!r}")
+
+
 @functools.lru_cache(maxsize=16)
 def normalisation_table(mean: tuple[float, ...], std: tuple[float, ...], rescale_factor: float = 1 / 255) -> torch.Tensor:
     """Return [256, 3] float32: what each 8-bit value becomes, per channel, by the arithmetic of transformers' image processors.
@@ -64,10 +84,9 @@ def normalisation_table(mean: tuple[float, ...], std: tuple[float, ...], rescale
     The result is shared between callers: do not write to it.
 
     Raises:
-        ValueError: mean or std has another length than 3, or std holds a zero.
+        ValueError: mean or std is refused by `channel_values`.
     """
-    if len(mean) != 3 or len(std) != 3 or 0 in std:
-        raise ValueError(f"mean and std must hold three numbers each, std none of them zero, got {mean} and {std}")
+    mean, std = channel_values("image_mean", mean), channel_values("image_std", std)
     values = (np.arange(256).astype(np.float64) * rescale_factor).astype(np.float32)[:, None]
     return torch.from_numpy((values - np.array(mean, dtype=np.float32)) / np.array(std, dtype=np.float32))
 
@@ -100,10 +119,17 @@ def _to_rgb(picture: Image.Image) -> Image.Image:
         raise ValueError(f"the picture has no pixels: {picture.width} x {picture.height}")
     picture = ImageOps.exif_transpose(picture)
     if picture.mode.startswith("I"):
-        return Image.fromarray(_array_to_rgb(_sixteen_bits(np.array(picture))))
+        values = _sixteen_bits(np.array(picture))
+        key = picture.info.get("transparency")  # a 16-bit PNG's colour key; Pillow keeps it, but does not apply it to this mode
+        if isinstance(key, int):
+            values[values == key] = 65535
+        return Image.fromarray(_array_to_rgb(values))
     if picture.mode == "F":
         values = np.array(picture)
-        return Image.fromarray(_array_to_rgb(values / 255 if values.max() > 1 else values))
+        low, high = values.min(), values.max()
+        if low < -_ROUNDING or high > 255 * (1 + _ROUNDING):
+            raise ValueError(f"a picture of mode F must hold 0..1 or 0..255, got {low:.8g}..{high:.8g}")
+        return Image.fromarray(_array_to_rgb(values / 255 if high > 1 + _ROUNDING else values))
     if picture.has_transparency_data:
         picture = picture.convert("RGBA")
         white = Image.new("RGBA", picture.size, "white")
@@ -126,7 +152,9 @@ def _array_to_rgb(source) -> np.ndarray:
     if 0 in shape:
         raise ValueError(f"the picture has no pixels: shape {shape}")
     if is_tensor:
-        source = source.detach().cpu()
+        if source.is_meta:
+            raise ValueError(f"the picture is a meta tensor, without values: shape {shape}")
+        source = source.detach().cpu().resolve_conj().resolve_neg()
         source = (source.float() if source.dtype == torch.bfloat16 else source).numpy()
     pixels = _eight_bits(_channels_last(source, first=is_tensor))
     if pixels.shape[2] == 4:
@@ -148,11 +176,11 @@ def _eight_bits(pixels: np.ndarray) -> np.ndarray:
         return pixels
     if pixels.dtype == np.bool_:
         return pixels.astype(np.uint8) * 255
-    if pixels.dtype == np.uint16:
+    if pixels.dtype.newbyteorder("=") == np.uint16:
         return ((pixels.astype(np.uint32) + 128) // 257).astype(np.uint8)
     if np.issubdtype(pixels.dtype, np.floating):
         low, high = pixels.min(), pixels.max()
-        if not (low >= 0 and high <= 1):  # written so that NaN is refused too
-            raise ValueError(f"a picture of floats must hold 0..1, got {low:g}..{high:g}: divide by its full scale, or cast to uint8")
-        return np.rint(pixels.astype(np.float32) * 255).astype(np.uint8)
+        if not (low >= -_ROUNDING and high <= 1 + _ROUNDING):  # written so that NaN is refused too
+            raise ValueError(f"a picture of floats must hold 0..1, got {low:.8g}..{high:.8g}: divide by its full scale, or cast to uint8")
+        return np.rint(pixels.astype(np.float32).clip(0, 1) * 255).astype(np.uint8)
     raise TypeError(f"a picture's dtype must be uint8, uint16, bool or float, got {pixels.dtype}")

@@ -18,7 +18,7 @@ from transformers.processing_utils import ProcessorMixin
 from transformers.tokenization_utils_base import AddedToken
 
 from mllama.ops.image import resize_normalize
-from mllama.processing.image import load_pixels, normalisation_table
+from mllama.processing.image import channel_values, load_pixels, normalisation_table
 from mllama.processing.prompt import CHAT_TEMPLATE, IMAGE_TOKEN, LOCATION_TOKENS, lay_out, share_out
 
 _RESAMPLE = {Image.Resampling.BILINEAR: "bilinear", Image.Resampling.BICUBIC: "bicubic"}
@@ -26,10 +26,19 @@ _OLDER_KEYS = {"pixel Value": "pixel_values", "pixel_value": "pixel_values"}
 
 
 class MllamaBatch(BatchFeature):
-    """A BatchFeature that also answers for pixel_values under the older keys "pixel Value" and "pixel_value", which it never lists."""
+    """A BatchFeature where the older keys "pixel Value" and "pixel_value" are other names of pixel_values; keys() never lists them.
+
+    They read, write and delete it; pop, get, setdefault and update are built on these.
+    """
 
     def __getitem__(self, key):
         return super().__getitem__(_OLDER_KEYS.get(key, key))
+
+    def __setitem__(self, key, value):
+        super().__setitem__(_OLDER_KEYS.get(key, key), value)
+
+    def __delitem__(self, key):
+        super().__delitem__(_OLDER_KEYS.get(key, key))
 
     def __contains__(self, key):
         return super().__contains__(_OLDER_KEYS.get(key, key))
@@ -41,6 +50,9 @@ class SquareImageProcessor(SiglipImageProcessorPil):
     Takes what `mllama.processing.image.load_picture` takes, singly or in flat or nested lists; whatever comes becomes RGB, do_convert_rgb
     or not. Returns pixel_values [pictures, 3, height, width] float32. Saved, and read by stock transformers, as a SiglipImageProcessor.
     """
+
+    def preprocess(self, images, *args, **kwargs) -> BatchFeature:
+        return super().preprocess(images, *args, **_with_channels(kwargs))
 
     def _prepare_images_structure(self, images, expected_ndims: int = 3) -> list:
         if isinstance(images, (list, tuple)):
@@ -65,7 +77,7 @@ class SquareImageProcessor(SiglipImageProcessorPil):
                 image_std=image_std,
                 **kwargs,
             )
-        table = normalisation_table(_three(image_mean), _three(image_std), rescale_factor)
+        table = normalisation_table(channel_values("image_mean", image_mean), channel_values("image_std", image_std), rescale_factor)
         pixels = (torch.from_numpy(image.transpose(1, 2, 0)) for image in images)
         planes = [resize_normalize(image, size.height, size.width, table, _RESAMPLE[resample]) for image in pixels]
         return BatchFeature({"pixel_values": torch.stack(planes).numpy()}, tensor_type=kwargs.get("return_tensors"))
@@ -100,8 +112,8 @@ class MllamaImageProcessor(ProcessorMixin):
             or EOS to every text is switched off, since the layout has them.
 
     Raises:
-        TypeError: tokenizer is no transformers tokenizer, or a size no int.
-        ValueError: a size below 1, or a mean or deviation that cannot be one.
+        TypeError: tokenizer is no transformers tokenizer, a size no int, or image_token no str.
+        ValueError: a size below 1, a mean or deviation that cannot be one, or an empty image_token.
     """
 
     text_kwargs = {"padding": True, "return_tensors": "pt"}
@@ -124,9 +136,13 @@ class MllamaImageProcessor(ProcessorMixin):
                 raise TypeError(f"{name} must be an int, got {type(value).__name__}")
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
-        normalisation_table(tuple(image_mean), tuple(image_std))  # refuses what cannot be a mean and a deviation
+        if not isinstance(image_token, str):
+            raise TypeError(f"image_token must be a str, got {type(image_token).__name__}")
+        if not image_token.strip():
+            raise ValueError(f"image_token must be some text, got {image_token!r}")
+        mean, std = channel_values("image_mean", image_mean), channel_values("image_std", image_std)
         size = {"height": image_size, "width": image_size}
-        image_processor = SquareImageProcessor(size=size, image_mean=list(image_mean), image_std=list(image_std))
+        image_processor = SquareImageProcessor(size=size, image_mean=list(mean), image_std=list(std))
         super().__init__(image_processor, tokenizer, chat_template=chat_template or None)
         if chat_template is None:
             self._choose_template(image_token)
@@ -167,6 +183,9 @@ class MllamaImageProcessor(ProcessorMixin):
         if videos is not None or audio is not None:
             raise TypeError("MllamaImageProcessor takes text and images, no videos and no audio")
         text, images = _in_order(text, images)
+        kwargs = _with_channels(kwargs)
+        if isinstance(kwargs.get("images_kwargs"), dict):
+            kwargs["images_kwargs"] = _with_channels(kwargs["images_kwargs"])
         merged = self._merge_kwargs(tokenizer_init_kwargs=self.tokenizer.init_kwargs, **kwargs)
         if text is None:
             return MllamaBatch(self.image_processor(images, **merged["images_kwargs"]))
@@ -186,6 +205,9 @@ class MllamaImageProcessor(ProcessorMixin):
             data["mm_token_type_ids"] = self.create_mm_token_type_ids(data["input_ids"])
         if any(rows):
             data.update(self.image_processor(rows, **merged["images_kwargs"]))
+            wanted, got = sum(len(row) for row in rows), len(data["pixel_values"])
+            if wanted != got:
+                raise ValueError(f"the prompts hold {wanted} picture(s), but pixel_values {got}")
         return MllamaBatch(data, tensor_type=text_kwargs.get("return_tensors"), skip_tensor_conversion=["text_replacement_offsets"])
 
     def apply_chat_template(self, conversation, chat_template: str | None = None, **kwargs):
@@ -312,8 +334,10 @@ class MllamaImageProcessor(ProcessorMixin):
         return texts, offsets, rows, special
 
 
-def _three(values: float | Sequence[float]) -> tuple[float, ...]:
-    return tuple(values) if isinstance(values, Sequence) else (values,) * 3
+def _with_channels(kwargs: dict) -> dict:
+    """kwargs with image_mean and image_std as lists of floats: transformers' own check refuses tuples and ints, by an error of its own."""
+    checked = {name: list(channel_values(name, kwargs[name])) for name in ("image_mean", "image_std") if kwargs.get(name) is not None}
+    return {**kwargs, **checked}
 
 
 def _is_text(value) -> bool:

@@ -8,22 +8,30 @@ import torch
 IMAGE_TOKEN = "<image>"
 LOCATION_TOKENS = tuple(f"<loc{i:04d}>" for i in range(1024)) + tuple(f"<seg{i:03d}>" for i in range(128))
 
-# The layout of `lay_out` for conversations: every picture, BOS, then "question\n" and "answer<eos>" in turn. Pictures written into a text
-# as <image> move to the front like the others. `generation` marks the answers for return_assistant_tokens_mask.
+# The layout of `lay_out` for conversations: every picture, BOS, then "question\n" and "answer<eos>" in turn. A message's text is its string
+# content, or its text parts joined. Each <image> in it stands for a picture, as an image part does, and moves to the front; what is around
+# it is joined. Where that would make a new <image> ("<ima<image>ge>"), the template raises. `generation` marks the answers for
+# return_assistant_tokens_mask.
 CHAT_TEMPLATE = """\
 {%- macro text(content) -%}
-{%- if content is string -%}{{ content | replace('<image>', '') }}{%- else -%}
+{%- if content is string -%}{{ content }}{%- else -%}
 {%- for part in content if part['type'] == 'text' -%}{{ part['text'] }}{%- endfor -%}{%- endif -%}
 {%- endmacro -%}
+{%- macro words(content) -%}
+{%- set rest = text(content) | replace('<image>', '') -%}
+{%- if '<image>' in rest -%}{{ raise_exception('a text with one <image> inside another') }}{%- endif -%}
+{{ rest | trim }}
+{%- endmacro -%}
 {%- for message in messages -%}
-{%- if message['content'] is string -%}{{ '<image>' * message['content'].count('<image>') }}{%- else -%}
+{%- if message['content'] is not string -%}
 {%- for part in message['content'] if part['type'] == 'image' -%}<image>{%- endfor -%}{%- endif -%}
+{{ '<image>' * text(message['content']).count('<image>') }}
 {%- endfor -%}
 {{- bos_token -}}
 {%- for message in messages -%}
 {%- if message['role'] == 'assistant' -%}
-{%- generation -%}{{ text(message['content']) | trim }}{{ eos_token }}{%- endgeneration -%}
-{%- else -%}{{ text(message['content']) | trim }}{{ '\\n' }}{%- endif -%}
+{%- generation -%}{{ words(message['content']) }}{{ eos_token }}{%- endgeneration -%}
+{%- else -%}{{ words(message['content']) }}{{ '\\n' }}{%- endif -%}
 {%- endfor -%}
 """
 
@@ -47,7 +55,8 @@ def share_out(images, placeholders: Sequence[int | None], image_token: str = IMA
             placeholders take their pictures in order; without any, a single prompt takes all and several take one each.
 
     Raises:
-        ValueError: pictures and placeholders, or pictures and prompts, differ in number; the text counts both.
+        ValueError: pictures and placeholders, or pictures and prompts, differ in number (the text counts both); an array of several
+            pictures, or a list of them, stands where one picture belongs.
     """
     prompts = len(placeholders)
     if images is None:
@@ -56,6 +65,9 @@ def share_out(images, placeholders: Sequence[int | None], image_token: str = IMA
         images = list(images)
     elif not isinstance(images, list):
         images = [images]
+    for item in images:
+        for picture in item if isinstance(item, (list, tuple)) else [item]:
+            _refuse_several(picture)
 
     if any(row is None or isinstance(row, (list, tuple)) for row in images):
         rows = [list(row) if isinstance(row, (list, tuple)) else [] if row is None else [row] for row in images]
@@ -77,3 +89,12 @@ def share_out(images, placeholders: Sequence[int | None], image_token: str = IMA
     if images and len(images) != prompts:
         raise ValueError(f"{len(images)} picture(s) for {prompts} prompts: give one each, or one list of pictures per prompt")
     return [[image] for image in images] or [[] for _ in range(prompts)]
+
+
+def _refuse_several(picture) -> None:
+    if isinstance(picture, (list, tuple)):
+        raise ValueError("pictures are nested too deeply: give a flat list, or one list of pictures per prompt")
+    if isinstance(picture, (np.ndarray, torch.Tensor)) and picture.ndim > 3:
+        raise ValueError(
+            f"a picture in a list must be [H, W] or have one axis of channels, got shape {tuple(picture.shape)}: use list(array)"
+        )
