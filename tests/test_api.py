@@ -44,10 +44,12 @@ def test_load_chooses_the_dtype_by_the_cpu_and_the_size(model_folder, monkeypatc
     [
         ({"path": "nowhere"}, FileNotFoundError, "nowhere"),
         ({"path": PICTURES}, FileNotFoundError, "pictures has no config.json"),
-        ({"path": 5}, TypeError, "int"),
+        ({"path": 5}, TypeError, "path must be .* got int"),
+        ({"path": ""}, ValueError, "path is empty"),
         ({"dtype": "int8"}, ValueError, "dtype must be 'auto', 'float32', .* got 'int8'"),
         ({"dtype": torch.float64}, ValueError, "dtype must be .* got torch.float64"),
         ({"device": "abacus"}, ValueError, "device 'abacus' is not known or not here"),
+        ({"device": "cpu:1"}, ValueError, "device 'cpu:1' is not known or not here"),
         ({"device": "cuda:99"}, ValueError, "device 'cuda:99' is not known or not here"),
     ],
 )
@@ -115,7 +117,8 @@ def test_an_answer_ends_where_the_context_does(loaded, picture_file):
         (__file__, "How many?", ValueError, "cannot read the picture"),
         ("circle", 3, TypeError, "question must be a str, got int"),
         ("circle", " \n", ValueError, "question is empty"),
-        ("circle", "what <image>?", ValueError, "2 <image> placeholder"),
+        ("circle", "what <image>?", ValueError, "question must not contain '<image>'"),
+        ("circle", "what \udcff?", ValueError, r"question is no valid UTF-8 text, at '\\udcff'"),
         ("circle", "a b c d " * 200, ValueError, "this model takes 512, answer included"),
     ],
 )
@@ -128,3 +131,25 @@ def test_ask_refuses_half_a_pair(loaded, picture_file):
     for half in ({"model": loaded[0]}, {"processor": loaded[1]}):
         with pytest.raises(ValueError, match="give model and processor both"):
             mllama.ask(picture_file, "How many?", **half)
+
+
+def test_ask_refuses_what_is_no_model_or_no_processor(loaded, picture_file):
+    model, processor = loaded
+    for arguments, name in (((5, processor), "model"), ((processor, model), "model"), ((model, 5), "processor")):
+        with pytest.raises(TypeError, match=f"{name} must be as mllama.load returns it"):
+            mllama.ask(picture_file, "How many?", *arguments)
+
+
+@pytest.mark.parametrize(
+    ("option", "error", "message"),
+    [
+        ({"max_new_tokens": "5"}, TypeError, "max_new_tokens must be an int, got str"),
+        ({"max_new_tokens": True}, TypeError, "max_new_tokens must be an int, got bool"),
+        ({"max_new_tokens": 0}, ValueError, "max_new_tokens must be at least 1, got 0"),
+        ({"num_beams": 0}, ValueError, "num_beams must be at least 1, got 0"),
+        ({"temperature": "hot"}, TypeError, "temperature must be a number, got str"),
+    ],
+)
+def test_ask_refuses_options(loaded, picture_file, option, error, message):
+    with pytest.raises(error, match=message):
+        mllama.ask(picture_file, "How many?", *loaded, **option)

@@ -14,11 +14,12 @@ from mllama import api, cli
 
 @pytest.fixture
 def run(monkeypatch, capsys):
-    """run(*arguments, stdin="") -> (exit code, stdout, stderr)."""
+    """run(*arguments, stdin="") -> (exit code, stdout, stderr); stdin is text, or bytes to be decoded."""
     monkeypatch.setenv("TQDM_DISABLE", "")
 
-    def main(*arguments, stdin: str = "") -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
+    def main(*arguments, stdin: str | bytes = "") -> tuple[int, str, str]:
+        stream = io.StringIO(stdin) if isinstance(stdin, str) else io.TextIOWrapper(io.BytesIO(stdin), encoding="utf-8")
+        monkeypatch.setattr(sys, "stdin", stream)
         api._say.cache_clear()
         try:
             code = cli.main([str(argument) for argument in arguments])
@@ -103,6 +104,12 @@ def test_info(run):
         (["ask", "PICTURE", "?", "--max-new-tokens", "0"], "a whole number of at least 1, got '0'"),
         (["ask", "PICTURE", "?", "--max-new-tokens", "many"], "a whole number of at least 1, got 'many'"),
         (["ask", "PICTURE", "?", "--max-new-tokens", "+-5"], "a whole number of at least 1, got '+-5'"),
+        (["ask", "PICTURE", "?", "--max-new-tokens", "9" * 5000], "a whole number of at least 1, got '9999"),
+        (["ask", "PICTURE", "\udcff"], "the question is no valid UTF-8 text"),
+        (["ask", "PICTURE", "what <image>?"], "the question must not contain '<image>'"),
+        (["ask", "PICTURE", "a b c d " * 2000], "answer included"),
+        (["ask", "PICTURE", "?", "--model", ""], "path is empty"),
+        (["ask", "PICTURE", "?", "--device", "cpu:1"], "device 'cpu:1' is not known or not here"),
         (["ask", "PICTURE", "?", "--temperature", "-0.5"], "a number of at least 0, got '-0.5'"),
         (["ask", "PICTURE", "?", "--temperature", "nan"], "a number of at least 0, got 'nan'"),
         (["ask", "PICTURE", "?", "--temperature", "inf"], "a number of at least 0, got 'inf'"),
@@ -122,6 +129,49 @@ def test_a_long_error_is_cut_to_a_line(run, monkeypatch, picture_file):
     monkeypatch.setattr("mllama.cli.ask.run", lambda arguments: (_ for _ in ()).throw(ValueError("missing:\n" + "weight\n" * 1000)))
     code, _, err = run("ask", picture_file, "?")
     assert (code, err.count("\n")) == (2, 1) and err.endswith(" ...\n") and len(err) < 1100
+
+
+def test_an_error_nobody_foresaw_is_told_in_one_line_unless_asked_for_whole(run, monkeypatch, picture_file):
+    monkeypatch.setattr("mllama.cli.ask.run", lambda arguments: (_ for _ in ()).throw(RuntimeError("out of memory\nat 3")))
+    assert run("ask", picture_file, "?") == (2, "", "mllama: error: RuntimeError: out of memory at 3\n")
+    monkeypatch.setenv("MLLAMA_TRACEBACK", "1")
+    with pytest.raises(RuntimeError, match="out of memory"):
+        run("ask", picture_file, "?")
+
+
+def test_a_bad_question_does_not_end_the_chat(run, options, picture_file):
+    _, plain, _ = run("chat", picture_file, *options, stdin="How many circles?\na b c\n")
+    bad = f"what <image>?\n{'a b c d ' * 2000}\nwhat \udcff?\n"
+    code, out, err = run("chat", picture_file, *options, stdin=f"How many circles?\n{bad}a b c\n")
+    assert (code, out) == (0, plain)
+    _, placeholder, length, text = err.splitlines()
+    assert "must not contain '<image>'" in placeholder and "answer included" in length and "no valid UTF-8" in text
+
+
+def test_a_chat_goes_on_after_bytes_that_are_no_text(run, options, picture_file):
+    code, out, err = run("chat", picture_file, *options, stdin=b"\xff\nHow many?\n")
+    assert code == 0 and out.strip() and "no valid UTF-8" in err
+
+
+def test_json_is_ascii(run, options, picture_file, tmp_path):
+    named = tmp_path / "Bild-é.png"
+    named.write_bytes(picture_file.read_bytes())
+    code, out, _ = run("ask", named, "How many?", "--json", *options)
+    assert code == 0 and out.isascii() and json.loads(out)["picture"] == str(named)
+
+
+@pytest.mark.parametrize(
+    ("redirection", "arguments", "code", "message"),
+    [
+        ("<&-", ["chat", "PICTURE"], 2, "mllama: error: stdin is closed: there are no questions to read\n"),
+        (">&-", ["ask", "PICTURE", "?"], 2, "mllama: error: stdout is closed\n"),
+        ("2>&-", ["ask", "nowhere.png", "?"], 2, ""),
+    ],
+)
+def test_closed_streams(picture_file, redirection, arguments, code, message):
+    command = [sys.executable, "-m", "mllama", *(str(picture_file) if argument == "PICTURE" else argument for argument in arguments)]
+    ended = subprocess.run(["sh", "-c", f'exec "$@" {redirection}', "sh", *command], capture_output=True, text=True)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (code, "", message)
 
 
 def test_interruption_ends_quietly(run, monkeypatch, picture_file):

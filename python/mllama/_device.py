@@ -21,7 +21,9 @@ def choose_device(device: str | torch.device) -> torch.device:
         torch.empty(1, device=found).item()
     except Exception as error:  # which kind torch raises depends on the device and on the build
         raise ValueError(f"device {str(device)!r} is not known or not here: {str(error).partition(chr(10))[0]}") from error
-    return found
+    if found.type == "cpu" and found.index:  # torch takes any number, what reads weights takes none
+        raise ValueError(f"device {str(device)!r} is not known or not here: there is one cpu")
+    return torch.device("cpu") if found.type == "cpu" else found
 
 
 def choose_dtype(device: torch.device, weight_bytes: int) -> torch.dtype:

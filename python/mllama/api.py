@@ -1,6 +1,7 @@
 """The short way in: `load` a model with its processor, `ask` about a picture."""
 
 import functools
+import numbers
 import os
 import sys
 from collections.abc import Mapping, Sequence
@@ -19,6 +20,7 @@ from mllama.processing.processor import MllamaBatch, MllamaImageProcessor
 MAX_NEW_TOKENS = 128
 _COLDEST = 1e-3  # below this temperature, 0 included, sampling is the likeliest token, and dividing by it would overflow
 _SAMPLING = ("temperature", "top_k", "top_p", "min_p")
+_COUNTS = ("max_new_tokens", "max_length", "num_beams")
 
 
 class Answer(NamedTuple):
@@ -43,9 +45,23 @@ def load(
         The model, in eval mode, and the processor.
 
     Raises:
+        TypeError: a path that is no path.
         FileNotFoundError: no such folder, or a file missing in it.
-        ValueError: a dtype or device that is not known or not here; a folder of an unknown family or with broken files.
+        ValueError: an empty path; a dtype or device that is not known or not here; a folder of an unknown family or with broken files.
     """
+    model, processor = load_quietly(path, dtype, device)
+    say_loaded(path, model)
+    return model, processor
+
+
+def load_quietly(
+    path: str | os.PathLike | None, dtype: str | torch.dtype, device: str | torch.device
+) -> tuple[MllamaForConditionalGeneration, MllamaImageProcessor]:
+    """`load` without the line on stderr, which `say_loaded` writes."""
+    if not isinstance(path, (str, os.PathLike, type(None))):
+        raise TypeError(f"path must be a str, a path or None, got {type(path).__name__}")
+    if path == "":  # to Path it would be the current folder
+        raise ValueError("path is empty; give a model folder, or None for the embedded model")
     folder = EMBEDDED if path is None else Path(path)
     device = choose_device(device)
     if isinstance(dtype, str) and dtype == "auto":
@@ -57,8 +73,12 @@ def load(
         raise FileNotFoundError(f"{folder} holds a model but not its processor: {error}") from error
     except Exception as error:  # a broken tokenizer.json raises nothing more definite
         raise ValueError(f"{folder} holds a model, but its processor cannot be read: {error}") from error
-    _say(f"mllama: {'the embedded model' if path is None else folder} in {dtype_name(model.dtype)} on {device}")
     return model, processor
+
+
+def say_loaded(path: str | os.PathLike | None, model: MllamaForConditionalGeneration) -> None:
+    """Say on stderr which model was loaded, its dtype and device; the same line is said once."""
+    _say(f"mllama: {'the embedded model' if path is None else Path(path)} in {dtype_name(model.dtype)} on {model.device}")
 
 
 def ask(
@@ -81,14 +101,18 @@ def ask(
         The answer's text.
 
     Raises:
-        TypeError: a picture or question of another type.
-        ValueError: model without processor or the reverse; an empty question; one too long for the model; a picture that cannot be read.
+        TypeError: a picture, question, model, processor or option of another type.
+        ValueError: model without processor or the reverse; a question that is empty, no valid text, too long for the model or has the
+            picture's placeholder in it; a picture that cannot be read; an option out of its range.
         FileNotFoundError: no such picture.
     """
     if (model is None) != (processor is None):
         raise ValueError("give model and processor both, as mllama.load returns them, or neither for the embedded model")
     if model is None:
         model, processor = _embedded()
+    for name, value, method in (("model", model, "generate"), ("processor", processor, "apply_chat_template")):
+        if not hasattr(value, method):  # not by class: adapters wrap models
+            raise TypeError(f"{name} must be as mllama.load returns it, got {type(value).__name__}")
     return answer(model, processor, encode(processor, picture, question), **generate_kwargs).text
 
 
@@ -100,10 +124,9 @@ def encode(processor: MllamaImageProcessor, picture, question: str, turns: Seque
     Raises:
         TypeError, ValueError, FileNotFoundError: as `ask`.
     """
-    if not isinstance(question, str):
-        raise TypeError(f"the question must be a str, got {type(question).__name__}")
-    if not question.strip():
-        raise ValueError("the question is empty")
+    check_question(question)
+    if processor.image_token in question:
+        raise ValueError(f"the question must not contain {processor.image_token!r}, which stands for the picture in a prompt")
     picture = load_picture(picture)
     if processor.chat_template is None and not turns:
         return processor([question], [picture])
@@ -119,15 +142,32 @@ def encode(processor: MllamaImageProcessor, picture, question: str, turns: Seque
     return processor([prompt], [picture], as_is=True)
 
 
+def check_question(question: str) -> None:
+    """Refuse what no processor takes as a question.
+
+    Raises:
+        TypeError: no str.
+        ValueError: empty, or with surrogates, which is how Python holds bytes that are no text.
+    """
+    if not isinstance(question, str):
+        raise TypeError(f"the question must be a str, got {type(question).__name__}")
+    if not question.strip():
+        raise ValueError("the question is empty")
+    try:
+        question.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"the question is no valid UTF-8 text, at {ascii(question[error.start])}") from error
+
+
 def answer(model: MllamaForConditionalGeneration, processor: MllamaImageProcessor, inputs: Mapping, **generate_kwargs) -> Answer:
     """Generate the answer to one encoded prompt; `generate_kwargs` as `ask` takes them.
 
     Raises:
+        TypeError: an option of another type.
         ValueError: the prompt fills the model's context; an option that `generate` refuses.
     """
-    prompt, room = inputs["input_ids"].shape[1], room_left(model, inputs)
-    if room < 1:
-        raise ValueError(f"the prompt is {prompt} tokens long; this model takes {prompt + room}, answer included")
+    room = check_room(model, inputs)
+    prompt = inputs["input_ids"].shape[1]
     options = _options(generate_kwargs)
     if "max_new_tokens" in options:
         options["max_new_tokens"] = min(options["max_new_tokens"], room)
@@ -142,9 +182,27 @@ def room_left(model: MllamaForConditionalGeneration, inputs: Mapping) -> int:
     return model.config.text_config.max_position_embeddings - inputs["input_ids"].shape[1]
 
 
+def check_room(model: MllamaForConditionalGeneration, inputs: Mapping) -> int:
+    """`room_left`, at least 1.
+
+    Raises:
+        ValueError: the prompt fills the model's context.
+    """
+    prompt, room = inputs["input_ids"].shape[1], room_left(model, inputs)
+    if room < 1:
+        raise ValueError(f"the prompt is {prompt} tokens long; this model takes {prompt + room}, answer included")
+    return room
+
+
 def _options(given: dict) -> dict:
     """generate's options: greedy unless something about sampling is asked for."""
     options = {name: value for name, value in given.items() if value is not None}
+    for name, kind, word in [*((name, numbers.Integral, "an int") for name in _COUNTS), ("temperature", numbers.Real, "a number")]:
+        value = options.get(name, 1)
+        if not isinstance(value, kind) or isinstance(value, bool):
+            raise TypeError(f"{name} must be {word}, got {type(value).__name__}")
+        if name in _COUNTS and value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
     if "generation_config" in options:
         return options
     if "max_length" not in options:
@@ -162,4 +220,5 @@ def _embedded() -> tuple[MllamaForConditionalGeneration, MllamaImageProcessor]:
 
 @functools.cache
 def _say(line: str) -> None:
-    print(line, file=sys.stderr)
+    if sys.stderr is not None:  # None where it was closed, and print would take stdout for it
+        print(line, file=sys.stderr)

@@ -1,6 +1,7 @@
 """The command line: `mllama ask`, `mllama chat`, `mllama info`. Nothing but argparse is imported until a command runs.
 
-Exit codes: 0; 2 where something given cannot be used, with one line on stderr; 130 after Ctrl-C; 141 where nobody reads the output.
+Exit codes: 0; 2 where something given cannot be used or fails, with one line on stderr; 130 after Ctrl-C; 141 where nobody reads the
+output. With MLLAMA_TRACEBACK=1 an error is raised, not told.
 """
 
 import argparse
@@ -25,7 +26,8 @@ class _Parser(argparse.ArgumentParser):
 
 def build_parser() -> argparse.ArgumentParser:
     """The parser of all commands; what it returns has `command` and that command's arguments."""
-    parser = _Parser(prog="mllama", description="Ask questions about pictures.")
+    whole = "An error is one line; MLLAMA_TRACEBACK=1 in the environment shows it whole."
+    parser = _Parser(prog="mllama", description="Ask questions about pictures.", epilog=whole)
     parser.add_argument("--version", action="version", version=f"mllama {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
@@ -49,6 +51,7 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     """Run a command line; returns the exit code. `argv` is sys.argv's by default."""
     try:
+        _open_streams()
         try:
             arguments = build_parser().parse_args(argv)
             _quieten()
@@ -60,11 +63,29 @@ def main(argv: list[str] | None = None) -> int:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
-    except (OSError, ValueError, OpsUnavailable) as error:
-        text = " ".join(str(error).split())
-        print(f"mllama: error: {text[:_LONGEST_ERROR]}{' ...' * (len(text) > _LONGEST_ERROR)}", file=sys.stderr)
+    except Exception as error:
+        if os.environ.get("MLLAMA_TRACEBACK") == "1":
+            raise
+        complain(error)
         return 2
     return 0
+
+
+def complain(error: Exception) -> None:
+    """Tell of an error in one line on stderr; with its type where it is not of the kinds that are raised to be read by users."""
+    told = isinstance(error, (OSError, ValueError, OpsUnavailable)) and str(error)
+    text = " ".join((str(error) if told else f"{type(error).__name__}: {error}").split())
+    print(f"mllama: error: {text[:_LONGEST_ERROR]}{' ...' * (len(text) > _LONGEST_ERROR)}", file=sys.stderr)
+
+
+def _open_streams() -> None:
+    """Without stderr errors go nowhere; without stdout there is nothing to do; what stdout cannot encode it escapes."""
+    if sys.stderr is None:  # so Python has it where it was closed
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115
+    if sys.stdout is None:
+        raise OSError("stdout is closed")
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 def _add_model(parser: argparse.ArgumentParser) -> None:
@@ -96,7 +117,9 @@ def _number(kind: type, least: float, most: float = math.inf, above: bool = Fals
         except ValueError:
             value = math.nan
         if not least <= value <= most or value == math.inf or (above and value == least):
-            raise argparse.ArgumentTypeError(f"must be a {'whole ' * (kind is int)}number {bounds}, got {text!r}")
+            raise argparse.ArgumentTypeError(
+                f"must be a {'whole ' * (kind is int)}number {bounds}, got {text[:40]!r}{' ...' * (len(text) > 40)}"
+            )
         return value
 
     return parse

@@ -5,14 +5,14 @@ import argparse
 import torch
 from transformers import TextStreamer
 
-from mllama.api import load
+from mllama.api import load_quietly
 
 
 def load_model(arguments: argparse.Namespace):
-    """(model, processor, generate's options) as the command line says."""
+    """(model, processor, generate's options) as the command line says. `say_loaded` is left to the caller, after its last check."""
     if arguments.seed is not None:
         torch.manual_seed(arguments.seed)
-    model, processor = load(arguments.model, arguments.dtype, arguments.device)
+    model, processor = load_quietly(arguments.model, arguments.dtype, arguments.device)
     options = {name: getattr(arguments, name) for name in ("max_new_tokens", "temperature", "top_p", "top_k")}
     return model, processor, options
 

@@ -5,17 +5,20 @@ import json
 import time
 
 from mllama._device import dtype_name
-from mllama.api import answer, encode
+from mllama.api import answer, check_question, check_room, encode, say_loaded
 from mllama.cli._answering import load_model, streamer
 from mllama.processing.image import load_picture
 
 
 def run(arguments: argparse.Namespace) -> None:
     """Print the answer: word by word, or as one JSON object."""
-    picture = load_picture(arguments.picture)  # before the model: an error should not take its time
+    check_question(arguments.question)  # this and the picture before the model: an error should not take its time
+    picture = load_picture(arguments.picture)
     model, processor, options = load_model(arguments)
     start = time.perf_counter()
     inputs = encode(processor, picture, arguments.question)
+    check_room(model, inputs)
+    say_loaded(arguments.model, model)
     result = answer(model, processor, inputs, streamer=None if arguments.json else streamer(processor), **options)
     if arguments.json:
         said = {
@@ -28,4 +31,4 @@ def run(arguments: argparse.Namespace) -> None:
             "dtype": dtype_name(model.dtype),
             "device": str(model.device),
         }
-        print(json.dumps(said, ensure_ascii=False))
+        print(json.dumps(said))  # in ASCII, which every stdout takes

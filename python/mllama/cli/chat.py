@@ -6,31 +6,52 @@ from collections.abc import Iterator
 
 import torch
 
-from mllama.api import MAX_NEW_TOKENS, answer, encode, room_left
+from mllama.api import MAX_NEW_TOKENS, answer, check_room, encode, room_left, say_loaded
+from mllama.cli import complain
 from mllama.cli._answering import load_model, streamer
 from mllama.processing.image import load_picture
+from mllama.processing.processor import MllamaBatch
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Answer questions from stdin, each in the light of those before; the oldest are forgotten when the model's context is full."""
+    """Answer questions from stdin, each in the light of those before; the oldest are forgotten when the model's context is full.
+
+    A question that cannot be put is told of on stderr, and the next one is read.
+    """
+    if sys.stdin is None:
+        raise OSError("stdin is closed: there are no questions to read")
     picture, features, turns = load_picture(arguments.picture), None, []
     model, processor, options = load_model(arguments)
+    say_loaded(arguments.model, model)
     for question in _questions():
-        inputs = encode(processor, picture, question, turns)
-        while turns and room_left(model, inputs) < MAX_NEW_TOKENS:
-            turns.pop(0)
-            inputs = encode(processor, picture, question, turns)
+        try:
+            inputs, kept = _fit(model, processor, picture, question, turns)
+        except ValueError as error:
+            complain(error)
+            continue
         if features is None:  # the picture is encoded once
             with torch.inference_mode():
                 features = model.get_image_features(inputs["pixel_values"].to(model.device))
         del inputs["pixel_values"]
         inputs["image_features"] = features
         result = answer(model, processor, inputs, streamer=streamer(processor), **options)
-        turns.append((question, result.text))
+        turns = [*kept, (question, result.text)]
+
+
+def _fit(model, processor, picture, question: str, turns: list) -> tuple[MllamaBatch, list]:
+    """The inputs and the newest turns that leave room for an answer. `turns` stays: a refused question must not cost the conversation."""
+    inputs = encode(processor, picture, question, turns)
+    while turns and room_left(model, inputs) < MAX_NEW_TOKENS:
+        turns = turns[1:]
+        inputs = encode(processor, picture, question, turns)
+    check_room(model, inputs)
+    return inputs, turns
 
 
 def _questions() -> Iterator[str]:
     """Lines of stdin that say something, up to /exit; with a prompt where somebody types them."""
+    if hasattr(sys.stdin, "reconfigure"):
+        sys.stdin.reconfigure(errors="surrogateescape")  # a line that is no text is refused as a question, not as the end of reading
     prompt = "> " if sys.stdin.isatty() and sys.stdout.isatty() else ""
     while True:
         try:

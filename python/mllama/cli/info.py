@@ -18,7 +18,7 @@ def run(arguments: argparse.Namespace) -> None:
     """Print what is installed and what this machine can do."""
     found = collect()
     if arguments.json:
-        print(json.dumps(found, ensure_ascii=False))
+        print(json.dumps(found))
         return
     for name, value in found.items():
         print(f"{name + ':':18}{', '.join(map(str, value)) if isinstance(value, list) else value}")
