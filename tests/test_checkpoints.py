@@ -333,7 +333,18 @@ def sharded(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "shard", ["../model.safetensors", "/tmp/model.safetensors", "sub/x.safetensors", "..", "", "model.bin", "a\\b.safetensors"]
+    "shard",
+    [
+        "../model.safetensors",
+        "/tmp/model.safetensors",
+        "sub/x.safetensors",
+        "..",
+        "",
+        "model.bin",
+        "a\\b.safetensors",
+        "\ud800.safetensors",
+        "\0.safetensors",
+    ],
 )
 def test_shard_names_stay_inside_the_folder(shard, sharded):
     change(sharded, lambda c: c["weight_map"].update({"surprise": shard}), engine.INDEX)
@@ -408,22 +419,119 @@ def test_a_save_that_fails_changes_nothing(exists, tmp_path, monkeypatch):
     assert folder.exists() is exists
 
 
-def test_a_crash_between_the_renames_leaves_no_mixture(tmp_path, monkeypatch):
-    folder = tmp_path / "model"
-    twins.model().save_pretrained(folder, max_shard_size="100KB")
-    replace, moved = engine.os.replace, []
+def interrupt(monkeypatch, after, times):
+    """Have the renames of a save fail: the first `after` are done, the next `times` raise."""
+    replace, calls = engine.os.replace, []
 
-    def crash(source, target):
-        if len(moved) == 3:
+    def replace_or_raise(source, target):
+        calls.append(target)
+        if after < len(calls) <= after + times:
             raise KeyboardInterrupt
-        moved.append(target)
         replace(source, target)
 
-    monkeypatch.setattr(engine.os, "replace", crash)
+    monkeypatch.setattr(engine.os, "replace", replace_or_raise)
+
+
+@pytest.mark.parametrize("after", [0, 1, 3, 7, 8, 9, 12])
+def test_an_interrupt_between_the_renames_leaves_the_older_model(after, tmp_path, monkeypatch):
+    folder = tmp_path / "model"
+    twins.model().save_pretrained(folder, max_shard_size="100KB")
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    interrupt(monkeypatch, after, times=1)
     with pytest.raises(KeyboardInterrupt):
         twins.model(seed=1).save_pretrained(folder, max_shard_size="100KB")
-    with pytest.raises(FileNotFoundError, match="neither"):
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+    assert [path for path in folder.iterdir() if path.is_dir()] == []
+
+
+def test_the_older_weights_are_kept_aside_where_they_cannot_be_put_back(tmp_path, monkeypatch):
+    folder = tmp_path / "model"
+    twins.model().save_pretrained(folder)
+    before = (folder / "model.safetensors").read_bytes()
+    interrupt(monkeypatch, after=4, times=100)
+    with pytest.raises(KeyboardInterrupt):
+        twins.model(seed=1).save_pretrained(folder)
+    with pytest.raises(FileNotFoundError):
         MllamaForConditionalGeneration.from_pretrained(folder)
+    (kept,) = folder.glob(".*-old/model.safetensors")
+    assert kept.read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("edit", "named"),
+    [
+        (lambda c: c["text_config"].update(num_hidden_layers=1000000), "text_config: num_hidden_layers is 1000000"),
+        (lambda c: c["vision_config"].update(num_hidden_layers=1000000), "vision_config: num_hidden_layers is 1000000"),
+        (lambda c: c["text_config"].update(vocab_size=2**40), "vocab_size"),
+        (lambda c: c["text_config"].update(intermediate_size=2**63), "intermediate_size"),
+        (lambda c: c["vision_config"].update(image_size=2**31 - 1, patch_size=1), "no model of these sizes|do not fit"),
+        (lambda c: c["text_config"].update(torch_dtype="foo"), "torch_dtype"),
+        (lambda c: c["text_config"].update(torch_dtype="load"), "torch_dtype"),
+        (lambda c: c["text_config"].update(self=1), "'self'"),
+        (lambda c: c["vision_config"].update(to_dict=3), "'to_dict'"),
+        (lambda c: c.update(self=1), "'self'"),
+        (lambda c: c.update(to_dict=3), "'to_dict'"),
+        (lambda c: c.update(text_config="x"), "text_config"),
+        (lambda c: c.update(vision_config=[1]), "vision_config"),
+        (lambda c: c["text_config"].update(rope_theta=[1]), "rope_theta"),
+        (lambda c: c["text_config"].update(rope_scaling={"rope_type": []}), "rope_type"),
+    ],
+)
+def test_hostile_configs_are_refused_by_name(edit, named, saved):
+    folder, _ = saved
+    change(folder, edit)
+    with pytest.raises(ValueError, match=named):
+        MllamaForConditionalGeneration.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("content", [{"max_new_tokens": "a"}, {"watermarking_config": {"a": 1}}, {"to_dict": 3}, {"self": 1}])
+def test_a_generation_config_that_cannot_be_is_refused(content, saved):
+    folder, _ = saved
+    (folder / "generation_config.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=r"generation_config\.json"):
+        MllamaForConditionalGeneration.from_pretrained(folder)
+
+
+def test_a_subfolder_is_honoured(tmp_path):
+    root, inner = twins.model(), twins.model(seed=1)
+    root.save_pretrained(tmp_path)
+    inner.save_pretrained(tmp_path / "inner")
+    assert torch.equal(logits(MllamaForConditionalGeneration.from_pretrained(tmp_path, subfolder="inner")), logits(inner))
+    assert torch.equal(logits(MllamaForConditionalGeneration.from_pretrained(tmp_path)), logits(root))
+    with pytest.raises(FileNotFoundError, match="absent"):
+        MllamaForConditionalGeneration.from_pretrained(tmp_path, subfolder="absent")
+    for outside in ("..", "inner/../..", str(tmp_path)):
+        with pytest.raises(ValueError, match="subfolder"):
+            MllamaForConditionalGeneration.from_pretrained(tmp_path / "inner", subfolder=outside)
+
+
+@pytest.mark.parametrize("config", [{}, "x"])
+def test_a_config_of_another_kind_is_a_type_error(config, saved):
+    with pytest.raises(TypeError, match="config must be a MllamaConfig"):
+        MllamaForConditionalGeneration.from_pretrained(saved[0], config=config)
+
+
+@pytest.mark.parametrize("options", [{"variant": "fp16"}, {"safe_serialization": False}])
+def test_options_that_a_save_cannot_follow_are_refused(options, tmp_path):
+    with pytest.raises(ValueError, match=next(iter(options))):
+        twins.model().save_pretrained(tmp_path / "model", **options)
+    assert not (tmp_path / "model").exists()
+
+
+def test_a_state_dict_that_is_not_the_whole_model_is_refused(tmp_path):
+    model = twins.model()
+    state = model.state_dict()
+    del state["language_model.norm.weight"]
+    state["language_model.layers.9.mlp.up_proj.weight"] = torch.zeros(1)
+    with pytest.raises(ValueError, match=r"lacks \(1\): language_model.norm.weight; .*layers.9.mlp"):
+        model.save_pretrained(tmp_path / "model", state_dict=state)
+    assert not (tmp_path / "model").exists()
+
+
+def test_the_dtype_written_follows_the_tensors(tmp_path):
+    model = twins.model()
+    model.save_pretrained(tmp_path, state_dict={name: value.bfloat16() for name, value in model.state_dict().items()})
+    assert json.loads((tmp_path / "config.json").read_text())["torch_dtype"] == "bfloat16"
 
 
 def test_what_is_saved_has_ordinary_permissions(saved):

@@ -57,6 +57,28 @@ def test_both_spellings_can_be_read_and_set():
     assert vision.n_heads == 4
 
 
+@pytest.mark.parametrize("start", [{}, {"rope_freq": LLAMA3}])
+def test_rope_can_be_set_by_its_short_names(start):
+    text = MllamaTextConfig(**start)
+    text.rope_base, text.rope_freq = 500000.0, LLAMA3 | {"factor": 8.0}
+    assert text.rope_parameters == MllamaTextConfig(rope_base=500000.0, rope_freq=LLAMA3 | {"factor": 8.0}).rope_parameters
+    text.rope_freq = None
+    assert text.rope_freq is None and text.rope_parameters == MllamaTextConfig(rope_base=500000.0).rope_parameters
+    with pytest.raises(ValueError, match="rope_base"):
+        text.rope_base = -1
+    with pytest.raises(ValueError, match="low_freq_factor"):
+        text.rope_freq = {"factor": 2.0}
+
+
+def test_a_config_is_not_changed_by_the_model_it_is_given_to():
+    text, vision = MllamaTextConfig(**twins.TEXT), MllamaVisionConfig(**twins.VISION)
+    first = MllamaConfig(vision, text)
+    second = MllamaConfig(MllamaVisionConfig(**twins.VISION | {"image_size": 32}), text, tie_word_embeddings=True, use_cache=False)
+    assert text.num_image_tokens is None and text.use_cache and not text.tie_word_embeddings
+    assert (first.text_config.num_image_tokens, second.text_config.num_image_tokens) == (4, 16)
+    assert second.tie_word_embeddings and not first.tie_word_embeddings
+
+
 def test_head_size_follows_the_short_names():
     """attribute_map alone would derive it from transformers' default number of heads."""
     text = MllamaTextConfig(emb_dim=256, n_heads=4, vocab_size=10)
@@ -127,6 +149,13 @@ def test_bad_vision_sizes_are_refused_by_name(name, value):
         ({"rope_scaling": {"rope_type": "llama3", "factor": 2.0}}, "low_freq_factor"),
         ({"rope_freq": 3}, "rope_freq"),
         ({"rope_base": -1.0}, "rope_theta"),
+        ({"rope_theta": float("inf")}, "rope_theta"),
+        ({"rope_theta": 10**400}, "rope_theta"),
+        ({"rope_freq": LLAMA3 | {"low_freq_factor": 4.0}}, "high_freq_factor"),
+        ({"vocab_size": 2**40}, "vocab_size"),
+        ({"to_dict": 3}, "to_dict"),
+        ({"__class__": 1}, "__class__"),
+        ({"dtype": "foo"}, "dtype"),
         ({"rms_norm_eps": 0}, "rms_norm_eps"),
         ({"hidden_act": "relu"}, "hidden_act"),
         ({"attention_dropout": 0.1}, "attention_dropout"),
@@ -176,6 +205,7 @@ def test_top_level_sizes_fill_what_the_text_config_does_not_say():
     assert (config.text_config.vocab_size, config.text_config.hidden_size, config.text_config.pad_token_id) == (77, 128, 3)
     assert (config.vocab_size, config.hidden_size, config.pad_token_index, config.projection_dim) == (77, 128, 3, 128)
     assert MllamaConfig(text_config=twins.TEXT, vocab_size=77).vocab_size == twins.VOCABULARY
+    assert MllamaConfig(text_config={"emb_dim": 64, "n_heads": 4}, hidden_size=128).hidden_size == 64
 
 
 @pytest.mark.parametrize("options", [{}, {"image_token_index": 97}, {"image_token_id": 97}])

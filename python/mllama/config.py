@@ -4,8 +4,12 @@
 derived the head size from its own default; so both names are settled before the parent's constructor runs.
 """
 
+import copy
+import inspect
+from dataclasses import fields
 from typing import Any
 
+import torch
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, LlamaConfig, PretrainedConfig, SiglipVisionConfig
 from transformers.activations import ACT2FN
@@ -23,6 +27,8 @@ HEAD_DIM_MIN, HEAD_DIM_MAX = 16, 256
 ROPE_TYPES = ("default", "linear", "llama3")
 TEXT_ACTIVATIONS = ("silu", "swish", "gelu_pytorch_tanh")
 VISION_FEATURES = ("last", "pre_norm")
+# Beyond these a size does not fit torch's 32-bit indices, and a number is infinite in float32.
+SIZE_MAX, NUMBER_MAX = 2**31 - 1, torch.finfo(torch.float32).max
 
 _SIZES = tuple(SHORT_NAMES.values())
 _VISION_SIZES = (*_SIZES, "num_channels", "image_size", "patch_size")
@@ -32,16 +38,42 @@ _TEXT_SIZES = (*_SIZES, "num_key_value_heads", "max_position_embeddings", "head_
 def _check_size(owner: str, name: str, value: Any, minimum: int = 1) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
         raise ValueError(f"{owner}: {name} must be an integer of at least {minimum}, got {value!r}")
+    if value > SIZE_MAX:
+        raise ValueError(f"{owner}: {name} must be at most {SIZE_MAX}")
 
 
 def _check_number(owner: str, name: str, value: Any) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0:
         raise ValueError(f"{owner}: {name} must be a number above 0, got {value!r}")
+    if value > NUMBER_MAX:
+        raise ValueError(f"{owner}: {name} must be a number that float32 can hold")
 
 
 def _check_choice(owner: str, name: str, value: Any, choices: tuple) -> None:
     if value not in choices:
         raise ValueError(f"{owner}: {name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
+
+
+def check_names(owner: str, kind: type, given: dict[str, Any]) -> None:
+    """Refuse names that would put a value in the place of a part of the class: its methods, its own tables, Python's own names.
+
+    Raises:
+        ValueError: names such a field.
+    """
+    taken = {field.name for field in fields(kind)} if hasattr(kind, "__dataclass_fields__") else set()
+    for name in given:
+        own = inspect.getattr_static(kind, name, None)
+        if name == "self" or name.startswith("__") or (own is not None and name not in taken and not isinstance(own, property)):
+            raise ValueError(f"{owner}: {name!r} is not the name of a field")
+
+
+def _check_dtype(owner: str, given: dict[str, Any]) -> None:
+    for name in ("dtype", "torch_dtype"):
+        value = given.get(name)
+        if value is None or isinstance(value, torch.dtype):
+            continue
+        if not isinstance(value, str) or not isinstance(getattr(torch, value, None), torch.dtype):
+            raise ValueError(f"{owner}: {name} must be the name of a torch dtype, got {value!r}")
 
 
 def _translate(owner: str, names: dict[str, str], given: dict[str, Any]) -> dict[str, Any]:
@@ -80,6 +112,7 @@ class MllamaVisionConfig(SiglipVisionConfig):
     def __init__(self, **kwargs):
         owner = "vision_config"
         _check_type(owner, kwargs, self.model_type)
+        check_names(owner, type(self), kwargs)
         given = _translate(owner, SHORT_NAMES, kwargs)
         given["vision_use_head"] = False  # the pooling head has no part in a vision-language model
         _check_sizes(owner, _VISION_SIZES, given, SiglipVisionConfig)
@@ -107,6 +140,7 @@ class MllamaTextConfig(LlamaConfig):
     def __init__(self, **kwargs):
         owner = "text_config"
         _check_type(owner, kwargs, self.model_type)
+        check_names(owner, type(self), kwargs)
         given = _rope_names(owner, _translate(owner, TEXT_SHORT_NAMES, kwargs))
         _check_sizes(owner, _TEXT_SIZES, given, LlamaConfig)
         _construct(super().__init__, owner, given)
@@ -116,13 +150,16 @@ class MllamaTextConfig(LlamaConfig):
             raise ValueError(f"{owner}: num_attention_heads {heads} is not a multiple of num_key_value_heads {kv_heads}")
         _check_choice(owner, "hidden_act", self.hidden_act, TEXT_ACTIVATIONS)
         _check_choice(owner, "attention_dropout", self.attention_dropout, (0,))
-        _check_choice(owner, "rope_parameters['rope_type']", self.rope_parameters["rope_type"], ROPE_TYPES)
-        _check_number(owner, "rope_parameters['rope_theta']", self.rope_parameters["rope_theta"])
 
     @property
     def rope_base(self) -> float:
         """The base of the rotary frequencies: `rope_parameters["rope_theta"]`."""
         return self.rope_parameters["rope_theta"]
+
+    @rope_base.setter
+    def rope_base(self, value: float) -> None:
+        _check_number("text_config", "rope_base", value)
+        self.rope_parameters = self.rope_parameters | {"rope_theta": value}
 
     @property
     def rope_freq(self) -> dict[str, float] | None:
@@ -133,6 +170,13 @@ class MllamaTextConfig(LlamaConfig):
         return {name: self.rope_parameters[name] for name in names} | {
             "original_context_length": self.rope_parameters["original_max_position_embeddings"]
         }
+
+    @rope_freq.setter
+    def rope_freq(self, value: dict[str, float] | None) -> None:
+        parameters = _rope_names("text_config", {"rope_base": self.rope_base, "rope_freq": value})["rope_parameters"]
+        if value is not None:  # as transformers fills it when the config is made
+            parameters.setdefault("original_max_position_embeddings", self.max_position_embeddings)
+        self.rope_parameters = {"rope_type": "default"} | parameters
 
 
 def _rope_names(owner: str, given: dict[str, Any]) -> dict[str, Any]:
@@ -155,11 +199,20 @@ def _rope_names(owner: str, given: dict[str, Any]) -> dict[str, Any]:
         merged.setdefault("rope_type", merged.pop("type"))
     thetas = {name: value for name, value in (("rope_base", base), ("rope_theta", theta)) if value is not None}
     thetas |= {"rope_parameters": merged["rope_theta"]} if merged.get("rope_theta") is not None else {}
+    for name, value in thetas.items():
+        _check_number(owner, f"{name} (rope_theta)" if name != "rope_theta" else name, value)
     if len(set(thetas.values())) > 1:
         raise ValueError(f"{owner}: the base of the rotary frequencies is given twice: {thetas}")
+    _check_choice(owner, "rope_parameters['rope_type']", merged.get("rope_type", "default"), ROPE_TYPES)
     needed = {"llama3": ("factor", "low_freq_factor", "high_freq_factor"), "linear": ("factor",)}
     for name in needed.get(merged.get("rope_type"), ()):
         _check_number(owner, f"rope_parameters[{name!r}]", merged.get(name))
+    if merged.get("rope_type") == "llama3":
+        low, high = merged["low_freq_factor"], merged["high_freq_factor"]
+        if not low < high:  # the frequencies between them are blended by their distance
+            raise ValueError(f"{owner}: rope_parameters: high_freq_factor {high!r} must be above low_freq_factor {low!r}")
+        if merged.get("original_max_position_embeddings") is not None:
+            _check_size(owner, "rope_parameters['original_max_position_embeddings']", merged["original_max_position_embeddings"])
     return given | {"rope_parameters": merged | {"rope_theta": next(iter(thetas.values()), 10000.0)}}
 
 
@@ -180,23 +233,29 @@ def _check_sizes(owner: str, names: tuple[str, ...], given: dict[str, Any], pare
 
 
 def _construct(constructor, owner: str, given: dict[str, Any]) -> None:
-    """Run the parent's constructor; its own kind of error becomes a ValueError."""
+    """Run the parent's constructor; the errors it has for values that cannot be become a ValueError."""
+    _check_dtype(owner, given)
     try:
         constructor(**given)
-    except StrictDataclassError as error:
+    except (StrictDataclassError, AttributeError, TypeError, KeyError, OverflowError) as error:
         raise ValueError(f"{owner}: {' '.join(str(error).split())}") from error
 
 
 def _sub_config(name: str, kind: type[PretrainedConfig], given: Any, **defaults: Any) -> PretrainedConfig:
-    """A config of the given kind from None, a dict or a config object; `defaults` fill what it does not say."""
+    """A config of the given kind from None, a dict or a config object; `defaults` fill what it does not say.
+
+    Always a new object: a model writes into its own, and the caller may give one to several.
+    """
     if given is None:
         given = {}
     elif isinstance(given, kind):
-        return given
+        return copy.deepcopy(given)
     elif isinstance(given, PretrainedConfig):
         given = given.to_dict()
     elif not isinstance(given, dict):
         raise TypeError(f"{name} must be a dict, a config object or None, got {type(given).__name__}")
+    check_names(name, kind, {key: value for key, value in given.items() if key != "model_type"})
+    given = _translate(name, kind.attribute_map, given)
     missing = {key: value for key, value in defaults.items() if value is not None and given.get(key) is None}
     return kind(**(given | missing))
 
@@ -255,6 +314,7 @@ class MllamaConfig(PretrainedConfig):
     ):
         owner = type(self).__name__
         _check_type(owner, kwargs, self.model_type)
+        check_names(owner, type(self), kwargs)
         if kwargs.get("image_token_id") is not None:
             image_token_index = kwargs.pop("image_token_id")
         tied, use_cache = kwargs.pop("tie_word_embeddings", None), kwargs.pop("use_cache", None)

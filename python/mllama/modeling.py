@@ -2,6 +2,7 @@
 
 import os
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -26,7 +27,6 @@ _HUB_OPTIONS = {
     "local_files_only",
     "low_cpu_mem_usage",
     "revision",
-    "subfolder",
     "token",
     "trust_remote_code",
     "use_safetensors",
@@ -92,6 +92,7 @@ class MllamaForConditionalGeneration(MllamaGenerationMixin, PreTrainedModel):
         config: MllamaConfig | None = None,
         dtype: torch.dtype | str | None = None,
         device_map: torch.device | str | dict | None = None,
+        subfolder: str | os.PathLike = "",
         **kwargs,
     ) -> "MllamaForConditionalGeneration":
         """Load a model folder: Hugging Face's LLaVA (SigLIP + Llama), or our own format. The model is in eval mode.
@@ -101,13 +102,14 @@ class MllamaForConditionalGeneration(MllamaGenerationMixin, PreTrainedModel):
             config: takes the place of the folder's.
             dtype: "auto" (the default) is the files' own; or float32, bfloat16, float16. `torch_dtype` is its older name.
             device_map: a device, {"": device}, or "auto" for the GPU where there is one; the CPU by default.
+            subfolder: the model's place inside the folder.
             kwargs: options of transformers that say how to fetch a model from its hub are taken and change nothing for a folder.
 
         Raises:
             FileNotFoundError: no folder, config or safetensors weights there.
             ValueError: an unknown `model_type`, a broken file, or weights that do not fit: every missing and unexpected tensor, and every
-                wrong shape, in one error.
-            TypeError: an option that is not known.
+                wrong shape, in one error. A `subfolder` outside the folder.
+            TypeError: an option that is not known, a config of another kind.
         """
         from mllama.checkpoints import load_model
 
@@ -121,7 +123,11 @@ class MllamaForConditionalGeneration(MllamaGenerationMixin, PreTrainedModel):
             device_map = "cuda" if torch.cuda.is_available() else "cpu"
         if unknown := sorted(kwargs.keys() - _HUB_OPTIONS):
             raise TypeError(f"from_pretrained got options it does not know: {', '.join(unknown)}")
-        return load_model(cls, pretrained_model_name_or_path, config, dtype, "cpu" if device_map is None else device_map)
+        inner = Path(subfolder or "")
+        if inner.is_absolute() or ".." in inner.parts:
+            raise ValueError(f"subfolder must lie inside the model folder, got {str(subfolder)!r}")
+        folder = Path(pretrained_model_name_or_path) / inner
+        return load_model(cls, folder, config, dtype, "cpu" if device_map is None else device_map)
 
     def save_pretrained(
         self,
@@ -140,12 +146,20 @@ class MllamaForConditionalGeneration(MllamaGenerationMixin, PreTrainedModel):
         Args:
             save_directory: made if absent; other files in it stay.
             is_main_process: False writes nothing.
-            state_dict: takes the place of the model's own.
+            state_dict: takes the place of the model's own; it must have all of its names.
             push_to_hub: afterwards upload the folder, to `repo_id` (the folder's name by default).
             max_shard_size: bytes of one weight file, or text as "5GB"; more is written as shards and an index.
+
+        Raises:
+            ValueError: a `state_dict` that is not the whole model; `variant` or `safe_serialization=False`, which would change what is
+                written and are not supported.
         """
         from mllama.checkpoints import save_model
 
+        if kwargs.get("variant") is not None:
+            raise ValueError(f"variant is not supported: weights have one name; got {kwargs['variant']!r}")
+        if not kwargs.get("safe_serialization", True):
+            raise ValueError("safe_serialization must be True: weights are written as safetensors only")
         if is_main_process:
             save_model(self, save_directory, state_dict, max_shard_size)
             if push_to_hub:

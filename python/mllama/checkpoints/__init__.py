@@ -9,7 +9,7 @@ import torch
 from transformers import GenerationConfig, PreTrainedModel, __version__
 
 from mllama.checkpoints import engine, siglip_llama
-from mllama.config import MllamaConfig
+from mllama.config import MllamaConfig, check_names
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -46,8 +46,12 @@ def config_arguments(content: dict[str, Any]) -> dict[str, Any]:
     Fields that could steer what code runs are left out.
 
     Raises:
-        ValueError: an unknown `model_type`.
+        ValueError: an unknown `model_type`, a sub-config that is no object, a name that is no field's.
     """
+    for name in ("vision_config", "text_config"):
+        if not isinstance(content.get(name, {}), (dict, type(None))):
+            raise ValueError(f"config.json: {name} must be an object, got {content[name]!r}")
+    check_names("config.json", MllamaConfig, {name: value for name, value in _harmless(content).items() if name != "model_type"})
     return _format_named(content).from_file(_harmless(content))
 
 
@@ -76,7 +80,7 @@ def load_model(
 
     Args:
         model_class: what to build.
-        folder: with config.json and safetensors weights.
+        folder: with config.json and safetensors weights. Their headers are read first: they bound what is built.
         config: takes the place of the folder's.
         dtype: "auto" is the files' own (the one most of their elements have); or float32, bfloat16, float16.
         device: where the weights go.
@@ -85,7 +89,10 @@ def load_model(
         FileNotFoundError: no such folder, no config.json, no weights.
         ValueError: an unknown model_type, a broken file, a config that cannot be, weights that do not fit (every name in one error), a
             dtype or device that is none.
+        TypeError: a config of another kind.
     """
+    if config is not None and not isinstance(config, MllamaConfig):
+        raise TypeError(f"config must be a MllamaConfig or None, got {type(config).__name__}")
     folder = Path(folder)
     if not folder.is_dir():
         raise FileNotFoundError(f"no model folder {str(folder)!r}")
@@ -95,17 +102,43 @@ def load_model(
     content = engine.read_json(folder / engine.CONFIG)
     table = _format_named(content).table
     if config is None:
-        config = MllamaConfig(**config_arguments(content))
+        try:
+            config = MllamaConfig(**config_arguments(content))
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{folder / engine.CONFIG}: {error}") from error
+    files = engine.find_weights(folder)
+    _check_layers(folder, config, len(files))
     config.name_or_path = str(folder)
-    with torch.device("meta"):
-        model = model_class(config)
+    try:
+        with torch.device("meta"):
+            model = model_class(config)
+    except (RuntimeError, OverflowError) as error:  # of sizes that are each in range, whose product is not
+        raise ValueError(f"{folder / engine.CONFIG}: no model of these sizes can be laid out: {error}") from error
     tied = model.get_expanded_tied_weights_keys()
-    engine.load_weights(model, folder, table, dtype, device, optional=tied)
+    engine.load_weights(model, folder, table, dtype, device, optional=tied, files=files)
     model.tie_weights()
     config.dtype = model.dtype
     if (folder / "generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_dict(_harmless(engine.read_json(folder / "generation_config.json")))
+        model.generation_config = _generation_config(folder / "generation_config.json")
     return model.eval()
+
+
+def _check_layers(folder: Path, config: MllamaConfig, tensors: int) -> None:
+    """Before layers are built: every one needs tensors of its own, so the files bound their number."""
+    for name, part in (("vision_config", config.vision_config), ("text_config", config.text_config)):
+        if part.num_hidden_layers > tensors:
+            raise ValueError(f"{folder}: {name}: num_hidden_layers is {part.num_hidden_layers}, the weights hold {tensors} tensors in all")
+
+
+def _generation_config(path: Path) -> GenerationConfig:
+    content = _harmless(engine.read_json(path))
+    check_names(str(path), GenerationConfig, content)
+    try:
+        generation_config = GenerationConfig.from_dict(content)
+        generation_config.validate()
+    except (ValueError, TypeError, AttributeError, KeyError, OverflowError) as error:
+        raise ValueError(f"{path}: {error}") from error
+    return generation_config
 
 
 def save_model(
@@ -116,14 +149,21 @@ def save_model(
     Args:
         model: what to write.
         folder: made if absent. Other files in it stay.
-        state_dict: takes the place of the model's own.
+        state_dict: takes the place of the model's own; it must have all of its names.
         max_shard_size: bytes of one weight file, or text as "5GB"; more is written as shards and an index.
+
+    Raises:
+        ValueError: `state_dict` lacks a tensor of the model or has one it does not know: `load_model` would refuse the folder.
     """
     form = format_of(model.config)
-    state_dict = model.state_dict() if state_dict is None else state_dict
     tied = model.get_expanded_tied_weights_keys()
+    if state_dict is None:
+        state_dict = model.state_dict()
+    else:
+        engine.check_complete(state_dict.keys(), model.state_dict().keys() - tied.keys(), model.state_dict().keys())
     tensors = {engine.file_name(form.table, name): tensor for name, tensor in state_dict.items() if name not in tied}
-    content = form.to_file(model.config) | {"transformers_version": __version__, "torch_dtype": str(model.dtype).removeprefix("torch.")}
+    dtype = str(engine.common_dtype(tensors, model.dtype)).removeprefix("torch.")
+    content = form.to_file(model.config) | {"transformers_version": __version__, "torch_dtype": dtype}
     content.pop("dtype", None)
 
     def write(aside: Path) -> None:

@@ -128,7 +128,8 @@ def find_weights(folder: Path) -> dict[str, Path]:
         raise ValueError(f"{index}: weight_map must be an object of tensor names and file names")
     found: dict[str, Path] = {}
     for shard in sorted(set(weight_map.values())):
-        if shard != os.path.basename(shard) or "\\" in shard or not shard.endswith(".safetensors"):
+        inside = shard == os.path.basename(shard) and "\\" not in shard
+        if not inside or not shard.isprintable() or not shard.endswith(".safetensors"):
             raise ValueError(f"{index}: {shard!r} is not the name of a safetensors file inside the folder")
         for name in _names(folder / shard):
             if weight_map.get(name) != shard:
@@ -163,6 +164,7 @@ def load_weights(
     dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
     optional: dict[str, str] | None = None,
+    files: dict[str, Path] | None = None,
 ) -> None:
     """Put a folder's tensors in the place of the model's parameters, which may be on the meta device: memory holds them once.
 
@@ -174,13 +176,15 @@ def load_weights(
         device: where they go.
         optional: tensors that files may leave out because they are another one's (tied): {name: the other's name}. A file that holds both
             must hold them equal.
+        files: what `find_weights` says of the folder, where that is known already.
 
     Raises:
         ValueError: a tensor is missing, unexpected, of another shape or kind, or comes twice: one error with every list. Or a broken file.
         FileNotFoundError: no weights.
     """
     optional = optional or {}
-    places, common = _match(model.state_dict(), folder, table, optional)
+    files = find_weights(folder) if files is None else files
+    places, common = _match(model.state_dict(), folder, files, table, optional)
     loaded: dict[str, torch.Tensor] = {}
     for path in sorted({path for _, path in places.values()}):
         with _open(path, str(device)) as file:
@@ -200,7 +204,7 @@ _DTYPES = {"F64": torch.float32, "F32": torch.float32, "F16": torch.float16, "BF
 
 
 def _match(
-    wanted: dict[str, torch.Tensor], folder: Path, table: Table, optional: dict[str, str]
+    wanted: dict[str, torch.Tensor], folder: Path, files: dict[str, Path], table: Table, optional: dict[str, str]
 ) -> tuple[dict[str, tuple[str, Path]], torch.dtype]:
     """Where each tensor of the model is found, {our name: (the file's name, the file)}, and the dtype that most of their elements have.
 
@@ -209,7 +213,7 @@ def _match(
     places: dict[str, tuple[str, Path]] = {}
     unexpected, unfit, twice = [], [], []
     elements = dict.fromkeys(_DTYPES.values(), 0)
-    for name, path in find_weights(folder).items():
+    for name, path in files.items():
         ours = our_name(table, name)
         if ours == "":
             continue
@@ -237,6 +241,27 @@ def _match(
     return places, max(elements, key=elements.get)
 
 
+def check_complete(given: Iterable[str], needed: Iterable[str], known: Iterable[str]) -> None:
+    """Refuse a state dict that is not the whole model.
+
+    Raises:
+        ValueError: with the names that are missing and those that are not known.
+    """
+    kinds = {"lacks": sorted(set(needed) - set(given)), "has, unknown to the model,": sorted(set(given) - set(known))}
+    if any(kinds.values()):
+        found = "; ".join(f"{kind} ({len(names)}): {_listing(names)}" for kind, names in kinds.items() if names)
+        raise ValueError(f"state_dict is not this model's: it {found}")
+
+
+def common_dtype(tensors: dict[str, torch.Tensor], default: torch.dtype) -> torch.dtype:
+    """The floating dtype that most of the tensors' elements have: what `load_weights` takes for "auto"."""
+    elements: dict[torch.dtype, int] = {}
+    for tensor in tensors.values():
+        if tensor.is_floating_point():
+            elements[tensor.dtype] = elements.get(tensor.dtype, 0) + tensor.numel()
+    return max(elements, key=elements.get, default=default)
+
+
 def save_weights(folder: Path, tensors: dict[str, torch.Tensor], max_shard_size: int | str) -> None:
     """Write tensors under the given names: one file, or shards and their index where they exceed `max_shard_size`."""
     split = split_torch_state_dict_into_shards(tensors, filename_pattern="model{suffix}.safetensors", max_shard_size=max_shard_size)
@@ -253,7 +278,8 @@ def write_folder(folder: Path, write: Callable[[Path], None]) -> None:
     """Let `write` fill a folder aside, then put it in place: a reader finds all of it or none, and so does who comes after a crash.
 
     A new folder is renamed into place at once. Into an existing one the files are moved with the weights' entry point (the single file or
-    the index) removed first and placed last; other files stay, weight files of an earlier save go.
+    the index) removed first and placed last; other files stay, weight files of an earlier save go. What they replace is kept in a hidden
+    folder beside them until all is in place, and moved back on an error; only a crash of the process leaves that folder there.
     """
     folder = Path(os.path.abspath(folder))
     if folder.exists() and not folder.is_dir():
@@ -277,16 +303,30 @@ def write_folder(folder: Path, write: Callable[[Path], None]) -> None:
 
 
 def _move_into(aside: Path, folder: Path) -> None:
-    entries = (WEIGHTS, INDEX)
-    for entry in entries:
-        (folder / entry).unlink(missing_ok=True)
-    new = sorted((path.name for path in aside.iterdir()), key=lambda name: name in entries)  # the entry point last
-    for name in new:
-        os.replace(aside / name, folder / name)
-    for path in folder.glob("model-*-of-*.safetensors"):
-        if path.name not in new:
-            path.unlink()
-    _sync(folder)
+    def entry_last(name: str) -> tuple[bool, str]:
+        return name in (WEIGHTS, INDEX), name
+
+    new = sorted((path.name for path in aside.iterdir()), key=entry_last)
+    replaced = {*new, WEIGHTS, INDEX, *(path.name for path in folder.glob("model-*-of-*.safetensors"))}
+    old = sorted((name for name in replaced if (folder / name).is_file()), key=entry_last, reverse=True)
+    backup = folder / f"{aside.name}-old"
+    backup.mkdir()
+    try:
+        for name in old:
+            os.replace(folder / name, backup / name)
+        for name in new:
+            os.replace(aside / name, folder / name)
+        _sync(folder)
+    except BaseException:
+        # Where each file is now says what was done: an interrupt may come after a rename and before any note of it.
+        for name in reversed(new):
+            if not (aside / name).exists():
+                (folder / name).unlink(missing_ok=True)
+        for name in sorted((path.name for path in backup.iterdir()), key=entry_last):
+            os.replace(backup / name, folder / name)
+        backup.rmdir()
+        raise
+    shutil.rmtree(backup, ignore_errors=True)
 
 
 def _sync(path: Path) -> None:
