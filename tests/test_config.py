@@ -153,6 +153,7 @@ def test_bad_vision_sizes_are_refused_by_name(name, value):
         ({"rope_theta": 10**400}, "rope_theta"),
         ({"rope_freq": LLAMA3 | {"low_freq_factor": 4.0}}, "high_freq_factor"),
         ({"vocab_size": 2**40}, "vocab_size"),
+        ({"num_labels": 10**12}, "num_labels"),
         ({"to_dict": 3}, "to_dict"),
         ({"__class__": 1}, "__class__"),
         ({"dtype": "foo"}, "dtype"),

@@ -29,6 +29,7 @@ TEXT_ACTIVATIONS = ("silu", "swish", "gelu_pytorch_tanh")
 VISION_FEATURES = ("last", "pre_norm")
 # Beyond these a size does not fit torch's 32-bit indices, and a number is infinite in float32.
 SIZE_MAX, NUMBER_MAX = 2**31 - 1, torch.finfo(torch.float32).max
+LABELS_MAX = 2**16  # no part of the model has labels
 
 _SIZES = tuple(SHORT_NAMES.values())
 _VISION_SIZES = (*_SIZES, "num_channels", "image_size", "patch_size")
@@ -235,6 +236,9 @@ def _check_sizes(owner: str, names: tuple[str, ...], given: dict[str, Any], pare
 def _construct(constructor, owner: str, given: dict[str, Any]) -> None:
     """Run the parent's constructor; the errors it has for values that cannot be become a ValueError."""
     _check_dtype(owner, given)
+    labels = given.get("num_labels")  # transformers makes a dict with as many entries
+    if labels is not None and not (isinstance(labels, int) and 0 <= labels <= LABELS_MAX):
+        raise ValueError(f"{owner}: num_labels must be an integer of 0 to {LABELS_MAX}, got {labels!r}")
     try:
         constructor(**given)
     except (StrictDataclassError, AttributeError, TypeError, KeyError, OverflowError) as error:
