@@ -157,6 +157,14 @@ def test_going_on_from_a_cache(model):
     assert torch.equal(cached, fresh)
 
 
+def test_assisted_decoding_equals_greedy_and_its_assistant_sees_the_picture(model):
+    batch = twins.batch(ROWS[0]) | {"pixel_values": twins.pictures(1)}
+    assistant, seen = twins.model(), []
+    assistant.vision_tower.register_forward_hook(lambda *_: seen.append(1))
+    assert torch.equal(model.generate(**batch, **GREEDY, assistant_model=assistant), model.generate(**batch, **GREEDY))
+    assert len(seen) == 1
+
+
 def test_prompt_lookup_equals_greedy(model):
     batch = twins.batch(ROWS[0]) | {"pixel_values": twins.pictures(1)}
     assert torch.equal(model.generate(**batch, **GREEDY, prompt_lookup_num_tokens=3), model.generate(**batch, **GREEDY))

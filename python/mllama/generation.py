@@ -15,7 +15,12 @@ class MllamaGenerationMixin(GenerationMixin):
         return attention_mask
 
     def prepare_inputs_for_generation(self, input_ids, inputs_embeds=None, is_first_iteration=False, **kwargs) -> dict[str, Any]:
-        """As GenerationMixin's; picture features, like pixels, are for the first step where there is a cache."""
+        """As GenerationMixin's; picture features, like pixels, are for the first step where there is a cache.
+
+        A step onto an empty cache is a first one whatever the caller says: assisted decoding starts its assistant with one.
+        """
+        cache = kwargs.get("past_key_values")
+        is_first_iteration = is_first_iteration or (cache is not None and int(cache.get_seq_length()) == 0)
         inputs = super().prepare_inputs_for_generation(
             input_ids, inputs_embeds=inputs_embeds, is_first_iteration=is_first_iteration, **kwargs
         )
