@@ -241,13 +241,5 @@ inline float reduce_add(vf x) {
     }
     return lane[0];
 }
-inline float reduce_max(vf x) {
-    float lane[kWidth];
-    std::memcpy(lane, &x, sizeof x);
-    for (int half = kWidth / 2; half > 0; half /= 2) {
-        for (int i = 0; i < half; ++i) lane[i] = lane[i] > lane[i + half] ? lane[i] : lane[i + half];
-    }
-    return lane[0];
-}
 
 }  // namespace mllama::simd::MLLAMA_ISA

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from mllama.processing.prompt import CHAT_TEMPLATE  # its layout is the training's
 
 from .questions import vocabulary
@@ -39,8 +37,3 @@ def build_tokenizer():
     )  # fmt: skip
     wrapped.chat_template = CHAT_TEMPLATE
     return wrapped
-
-
-def save_tokenizer(folder: str | Path) -> None:
-    """Writes tokenizer.json, tokenizer_config.json and chat_template.jinja into `folder`."""
-    build_tokenizer().save_pretrained(str(folder))
