@@ -11,9 +11,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, LlavaForConditionalGeneration
 
 import twins
-from mllama import MllamaConfig, MllamaForConditionalGeneration
-from mllama.checkpoints import engine, siglip_llama
-from mllama.checkpoints.engine import Drop, Rename
+from mllama import MllamaConfig, MllamaForConditionalGeneration, checkpoints
+from mllama.checkpoints import engine, files, siglip_llama
 
 PICTURE = [twins.IMAGE] * twins.PATCHES
 INPUTS = twins.batch(PICTURE + twins.tokens(6), twins.tokens(3) + PICTURE + twins.tokens(2)) | {"pixel_values": twins.pictures(2)}
@@ -225,8 +224,8 @@ def test_every_tensor_that_does_not_fit_is_named_in_one_error(saved):
     for part in (
         "missing (2): multi_modal_projector.linear_1.bias, language_model.model.norm.weight",
         "unexpected (2): language_model.model.layers.7.mlp.up_proj.weight, surprise",
-        "language_model.lm_head.weight is F32 [3, 64], the model takes floating [99, 64]",
-        "multi_modal_projector.linear_2.bias is I64 [64], the model takes floating [64]",
+        "language_model.lm_head.weight is float32 [3, 64], the model takes floating [99, 64]",
+        "multi_modal_projector.linear_2.bias is int64 [64], the model takes floating [64]",
         "given twice (1)",
     ):
         assert part in str(error.value)
@@ -347,19 +346,19 @@ def sharded(tmp_path):
     ],
 )
 def test_shard_names_stay_inside_the_folder(shard, sharded):
-    change(sharded, lambda c: c["weight_map"].update({"surprise": shard}), engine.INDEX)
+    change(sharded, lambda c: c["weight_map"].update({"surprise": shard}), files.INDEX)
     with pytest.raises(ValueError, match="inside the folder"):
         MllamaForConditionalGeneration.from_pretrained(sharded)
 
 
 def test_an_index_that_disagrees_with_its_shards_is_refused(sharded):
-    change(sharded, lambda c: c["weight_map"].update({"surprise": "model-00001-of-00005.safetensors"}), engine.INDEX)
+    change(sharded, lambda c: c["weight_map"].update({"surprise": "model-00001-of-00005.safetensors"}), files.INDEX)
     with pytest.raises(ValueError, match="do not hold: surprise"):
         MllamaForConditionalGeneration.from_pretrained(sharded)
-    change(sharded, lambda c: (c["weight_map"].pop("surprise"), c["weight_map"].pop("multi_modal_projector.linear_1.bias")), engine.INDEX)
+    change(sharded, lambda c: (c["weight_map"].pop("surprise"), c["weight_map"].pop("multi_modal_projector.linear_1.bias")), files.INDEX)
     with pytest.raises(ValueError, match="linear_1.bias', which model.safetensors.index.json places in no file"):
         MllamaForConditionalGeneration.from_pretrained(sharded)
-    change(sharded, lambda c: c.update(weight_map=["x"]), engine.INDEX)
+    change(sharded, lambda c: c.update(weight_map=["x"]), files.INDEX)
     with pytest.raises(ValueError, match="weight_map"):
         MllamaForConditionalGeneration.from_pretrained(sharded)
 
@@ -395,9 +394,9 @@ def test_saving_again_leaves_no_older_weights_and_keeps_other_files(tmp_path):
         model.save_pretrained(folder, max_shard_size=shard)
         assert torch.equal(logits(MllamaForConditionalGeneration.from_pretrained(folder)), logits(model))
         weights = {path.name for path in folder.glob("*.safetensors")}
-        index = folder / engine.INDEX
+        index = folder / files.INDEX
         assert weights == (set(json.loads(index.read_text())["weight_map"].values()) if index.exists() else {"model.safetensors"})
-    assert {path.name for path in folder.iterdir()} - weights == {"tokenizer.json", "config.json", "generation_config.json", engine.INDEX}
+    assert {path.name for path in folder.iterdir()} - weights == {"tokenizer.json", "config.json", "generation_config.json", files.INDEX}
     assert {path.name for path in tmp_path.iterdir()} == {"model"}
 
 
@@ -412,7 +411,7 @@ def test_a_save_that_fails_changes_nothing(exists, tmp_path, monkeypatch):
         (path / "model.safetensors").write_bytes(b"half")
         raise OSError("disk full")
 
-    monkeypatch.setattr(engine, "save_weights", fail)
+    monkeypatch.setattr(checkpoints, "save_weights", fail)
     with pytest.raises(OSError, match="disk full"):
         twins.model(seed=1).save_pretrained(folder)
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
@@ -421,7 +420,7 @@ def test_a_save_that_fails_changes_nothing(exists, tmp_path, monkeypatch):
 
 def interrupt(monkeypatch, after, times):
     """Have the renames of a save fail: the first `after` are done, the next `times` raise."""
-    replace, calls = engine.os.replace, []
+    replace, calls = files.os.replace, []
 
     def replace_or_raise(source, target):
         calls.append(target)
@@ -429,7 +428,7 @@ def interrupt(monkeypatch, after, times):
             raise KeyboardInterrupt
         replace(source, target)
 
-    monkeypatch.setattr(engine.os, "replace", replace_or_raise)
+    monkeypatch.setattr(files.os, "replace", replace_or_raise)
 
 
 @pytest.mark.parametrize("after", [0, 1, 3, 7, 8, 9, 12])
@@ -551,14 +550,8 @@ def test_a_file_in_the_folders_place_is_refused(tmp_path):
 
 def test_the_table_is_invertible():
     for name in twins.model().state_dict():
-        assert engine.our_name(siglip_llama.TABLE, engine.file_name(siglip_llama.TABLE, name)) == name
+        (theirs,) = engine.file_names(siglip_llama.TABLE, name)
+        (move,), unknown, twice = engine.plan(siglip_llama.TABLE, [theirs])
+        assert move.ours == [name] and not unknown and not twice
     with pytest.raises(ValueError, match="no place"):
-        engine.file_name(siglip_llama.TABLE, "surprise")
-
-
-def test_rows():
-    row = Rename("a.*.b", "x.*.y", also=("z.*",))
-    assert row.read("x.1.2.y") == "a.1.2.b" and row.read("z.3") == "a.3.b" and row.write("a.4.b") == "x.4.y"
-    assert row.read("x..y") is None and row.read("x.y") is None and row.write("b") is None
-    assert Rename("a", "b").read("b") == "a" and Rename("a", "b").read("c") is None
-    assert Drop("head.*").read("head.x") == "" and Drop("head.*").read("tail.x") is None and Drop("head.*").write("head.x") is None
+        engine.file_names(siglip_llama.TABLE, "surprise")

@@ -1,58 +1,50 @@
-"""Model folders: which format one has, and reading and writing it. A folder's `model_type` decides, exactly."""
+"""Model folders and files: which format one has, and reading and writing it. A folder's `model_type` decides, exactly."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import GenerationConfig, PreTrainedModel, __version__
+from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel, __version__
 
-from mllama.checkpoints import engine, siglip_llama
+from mllama.checkpoints import siglip_llama
+from mllama.checkpoints.engine import plan, to_file
+from mllama.checkpoints.files import CONFIG, find_inside, read_json, save_weights, write_folder, write_json
+from mllama.checkpoints.formats import Format, Opened
+from mllama.checkpoints.loading import check_complete, common_dtype, load_weights
+from mllama.checkpoints.sources import open_safetensors
 from mllama.config import MllamaConfig, check_names
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_GENERATION = "generation_config.json"
+
+FORMATS = {"llava": siglip_llama.LLAVA, "siglip_llama": siglip_llama.FORMAT}
 
 
-@dataclass(frozen=True)
-class Format:
-    """One kind of model folder.
-
-    Attributes:
-        table: between the files' tensor names and the model's.
-        to_file: MllamaConfig -> the content of config.json.
-        from_file: the content of config.json -> the arguments of MllamaConfig.
-    """
-
-    table: engine.Table
-    to_file: Callable[[MllamaConfig], dict[str, Any]]
-    from_file: Callable[[dict[str, Any]], dict[str, Any]]
-
-
-FORMATS = {
-    "llava": Format(siglip_llama.TABLE, siglip_llama.llava_to_file, siglip_llama.llava_from_file),
-    MllamaConfig.model_type: Format(siglip_llama.TABLE, siglip_llama.own_to_file, dict),
-}
-
-
-def format_of(config: MllamaConfig) -> Format:
+def format_of(config: PretrainedConfig) -> Format:
     """The format a model of this config is written in: Hugging Face's own where there is one."""
     return FORMATS["llava" if siglip_llama.is_llava(config) else config.model_type]
 
 
 def config_arguments(content: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of `MllamaConfig` from the content of a config.json of any known format.
+    """The arguments of `MllamaConfig` from the content of a config.json of LLaVA's or our own format.
 
     Fields that could steer what code runs are left out.
 
     Raises:
         ValueError: an unknown `model_type`, a sub-config that is no object, a name that is no field's.
     """
+    content = _checked(content, MllamaConfig)
+    _format_named(content)
+    return siglip_llama.llava_from_file(content) if content["model_type"] == "llava" else content
+
+
+def _checked(content: dict[str, Any], config_class: type[PretrainedConfig]) -> dict[str, Any]:
     for name in ("vision_config", "text_config"):
         if not isinstance(content.get(name, {}), (dict, type(None))):
             raise ValueError(f"config.json: {name} must be an object, got {content[name]!r}")
-    check_names("config.json", MllamaConfig, {name: value for name, value in _harmless(content).items() if name != "model_type"})
-    return _format_named(content).from_file(_harmless(content))
+    content = _harmless(content)
+    check_names("config.json", config_class, {name: value for name, value in content.items() if name != "model_type"})
+    return content
 
 
 def _format_named(content: dict[str, Any]) -> Format:
@@ -72,9 +64,10 @@ def _harmless(content: Any) -> Any:
 def load_model(
     model_class: type[PreTrainedModel],
     folder: str | Path,
-    config: MllamaConfig | None = None,
+    config: PretrainedConfig | None = None,
     dtype: torch.dtype | str = "auto",
     device: torch.device | str = "cpu",
+    **class_kwargs: Any,
 ) -> PreTrainedModel:
     """Build a model from a folder, in eval mode. The model is laid out on the meta device first, so memory holds its weights once.
 
@@ -84,6 +77,7 @@ def load_model(
         config: takes the place of the folder's.
         dtype: "auto" is the files' own (the one most of their elements have); or float32, bfloat16, float16.
         device: where the weights go.
+        class_kwargs: further arguments of the class's constructor.
 
     Raises:
         FileNotFoundError: no such folder, no config.json, no weights.
@@ -91,36 +85,51 @@ def load_model(
             dtype or device that is none.
         TypeError: a config of another kind.
     """
-    if config is not None and not isinstance(config, MllamaConfig):
-        raise TypeError(f"config must be a MllamaConfig or None, got {type(config).__name__}")
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise FileNotFoundError(f"no model folder {str(folder)!r}")
-    if not (folder / engine.CONFIG).is_file():
-        raise FileNotFoundError(f"{folder} has no {engine.CONFIG}")
     dtype, device = _dtype(dtype), _device(device)
-    content = engine.read_json(folder / engine.CONFIG)
-    table = _format_named(content).table
-    if config is None:
+    with (opened := open_checkpoint(folder, config)).source:
+        config = opened.config
+        config.name_or_path = str(folder)
         try:
-            config = MllamaConfig(**config_arguments(content))
-        except (ValueError, TypeError) as error:
-            raise ValueError(f"{folder / engine.CONFIG}: {error}") from error
-    files = engine.find_weights(folder)
-    _check_layers(folder, config, len(files))
-    config.name_or_path = str(folder)
-    try:
-        with torch.device("meta"):
-            model = model_class(config)
-    except (RuntimeError, OverflowError) as error:  # of sizes that are each in range, whose product is not
-        raise ValueError(f"{folder / engine.CONFIG}: no model of these sizes can be laid out: {error}") from error
-    tied = model.get_expanded_tied_weights_keys()
-    engine.load_weights(model, folder, table, dtype, device, optional=tied, files=files)
+            with torch.device("meta"):
+                model = model_class(config, **class_kwargs)
+        except (RuntimeError, OverflowError) as error:  # of sizes that are each in range, whose product is not
+            raise ValueError(f"{folder}: no model of these sizes can be laid out: {error}") from error
+        load_weights(model, opened.source, opened.table, dtype, lambda name: device, model.get_expanded_tied_weights_keys())
     model.tie_weights()
     config.dtype = model.dtype
-    if (folder / "generation_config.json").is_file():
-        model.generation_config = _generation_config(folder / "generation_config.json")
+    if opened.generation is not None:
+        model.generation_config = _generation_config(str(folder), opened.generation)
     return model.eval()
+
+
+def open_checkpoint(path: str | Path, config: PretrainedConfig | None = None) -> Opened:
+    """Find out what a path holds, and open it: a Hugging Face folder. Headers are read and no tensor.
+
+    Args:
+        path: the folder.
+        config: takes the place of the folder's.
+
+    Raises:
+        FileNotFoundError: no such folder, no config.json, no weights.
+        ValueError: an unknown model_type, a broken file, a config that cannot be.
+        TypeError: a config of another kind.
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"no model folder {str(folder)!r}")
+    content = read_json(find_inside(folder, CONFIG))
+    form = _format_named(content)
+    if config is None:
+        try:
+            config = form.from_file(_checked(content, form.config_class))
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{folder / CONFIG}: {error}") from error
+    elif not isinstance(config, form.config_class):
+        raise TypeError(f"config must be a {form.config_class.__name__} or None, got {type(config).__name__}")
+    generation = read_json(find_inside(folder, _GENERATION)) if (folder / _GENERATION).exists() else None
+    source = open_safetensors(folder)
+    _check_layers(folder, config, len(source.headers()))
+    return Opened(config, form.table(config), source, generation)
 
 
 def _check_layers(folder: Path, config: MllamaConfig, tensors: int) -> None:
@@ -130,14 +139,14 @@ def _check_layers(folder: Path, config: MllamaConfig, tensors: int) -> None:
             raise ValueError(f"{folder}: {name}: num_hidden_layers is {part.num_hidden_layers}, the weights hold {tensors} tensors in all")
 
 
-def _generation_config(path: Path) -> GenerationConfig:
-    content = _harmless(engine.read_json(path))
-    check_names(str(path), GenerationConfig, content)
+def _generation_config(where: str, content: dict[str, Any]) -> GenerationConfig:
+    content = _harmless(content)
+    check_names(f"{where}: {_GENERATION}", GenerationConfig, content)
     try:
         generation_config = GenerationConfig.from_dict(content)
         generation_config.validate()
     except (ValueError, TypeError, AttributeError, KeyError, OverflowError) as error:
-        raise ValueError(f"{path}: {error}") from error
+        raise ValueError(f"{where}: {_GENERATION}: {error}") from error
     return generation_config
 
 
@@ -160,18 +169,18 @@ def save_model(
     if state_dict is None:
         state_dict = model.state_dict()
     else:
-        engine.check_complete(state_dict.keys(), model.state_dict().keys() - tied.keys(), model.state_dict().keys())
-    tensors = {engine.file_name(form.table, name): tensor for name, tensor in state_dict.items() if name not in tied}
-    dtype = str(engine.common_dtype(tensors, model.dtype)).removeprefix("torch.")
+        check_complete(state_dict.keys(), model.state_dict().keys() - tied.keys(), model.state_dict().keys())
+    tensors = to_file(form.table(model.config), {name: tensor for name, tensor in state_dict.items() if name not in tied})
+    dtype = str(common_dtype(tensors, model.dtype)).removeprefix("torch.")
     content = form.to_file(model.config) | {"transformers_version": __version__, "torch_dtype": dtype}
     content.pop("dtype", None)
 
     def write(aside: Path) -> None:
-        engine.write_json(aside / engine.CONFIG, content)
+        write_json(aside / CONFIG, content)
         model.generation_config.save_pretrained(aside)
-        engine.save_weights(aside, tensors, max_shard_size)
+        save_weights(aside, tensors, max_shard_size)
 
-    engine.write_folder(Path(folder), write)
+    write_folder(Path(folder), write)
 
 
 def translate_state_dict(model: PreTrainedModel, state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -179,9 +188,13 @@ def translate_state_dict(model: PreTrainedModel, state_dict: dict[str, torch.Ten
 
     A name that neither knows stays, for `load_state_dict` to report.
     """
-    table, own = format_of(model.config).table, model.state_dict().keys()
-    names = {name: name if name in own else engine.our_name(table, name) for name in state_dict}
-    translated = {name if ours is None else ours: state_dict[name] for name, ours in names.items() if ours != ""}
+    own = model.state_dict().keys()
+    moves, unknown, _ = plan(format_of(model.config).table(model.config), [name for name in state_dict if name not in own])
+    translated = {name: tensor for name, tensor in state_dict.items() if name in own or name in unknown}
+    for move in moves:
+        given = {name: state_dict[name] for name in move.theirs if name is not None}
+        whole = len(given) == len(move.theirs)
+        translated |= zip(move.ours, move.row.read(list(given.values())), strict=True) if whole else given
     tied = model.get_expanded_tied_weights_keys()
     return {name: translated[other] for name, other in tied.items() if other in translated} | translated
 

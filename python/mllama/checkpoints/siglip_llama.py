@@ -3,6 +3,7 @@
 from typing import Any
 
 from mllama.checkpoints.engine import Drop, Rename
+from mllama.checkpoints.formats import Format
 from mllama.config import MllamaConfig
 
 TABLE = (
@@ -84,3 +85,7 @@ def llava_from_file(given: dict[str, Any]) -> dict[str, Any]:
 def own_to_file(config: MllamaConfig) -> dict[str, Any]:
     """The content of our own config.json."""
     return config.to_diff_dict() | {"architectures": ["MllamaForConditionalGeneration"]}
+
+
+LLAVA = Format(MllamaConfig, lambda config: TABLE, lambda content: MllamaConfig(**llava_from_file(content)), llava_to_file)
+FORMAT = Format(MllamaConfig, lambda config: TABLE, lambda content: MllamaConfig(**content), own_to_file)

@@ -1,0 +1,151 @@
+"""Files of a model folder: reading JSON, staying inside the folder, and writing a folder whole or not at all."""
+
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from huggingface_hub import split_torch_state_dict_into_shards
+from safetensors.torch import save_file
+
+WEIGHTS, INDEX, CONFIG = "model.safetensors", "model.safetensors.index.json", "config.json"
+_LISTED = 30  # names of one kind that an error lists
+_JSON_MAX = 2**26  # bytes; the index of the largest models has well under 2**24
+
+
+def find_inside(folder: Path, name: str) -> Path:
+    """The path of a file of the folder, which is an ordinary file and lies in it.
+
+    A symbolic link may not lead out of the folder, except as Hugging Face's cache lays out what it fetched: snapshots/REVISION/NAME
+    beside blobs/HASH, in one models--* folder.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: it is no ordinary file, or leads out of the folder.
+    """
+    path = folder / name
+    if not path.exists():
+        raise FileNotFoundError(f"{folder} has no {name}")
+    if not path.is_file():
+        raise ValueError(f"{path} is not an ordinary file")
+    home, real = folder.resolve(), path.resolve()
+    if not real.is_relative_to(home) and not any(real.parent == blobs for blobs in _blobs(home)):
+        raise ValueError(f"{path} is a link to {real}, which lies outside the folder")
+    return path
+
+
+def _blobs(folder: Path) -> list[Path]:
+    """Where the files of a snapshot in Hugging Face's cache, or of a folder inside it, really lie."""
+    return [
+        (repository / "blobs").resolve()
+        for repository, snapshots in zip(folder.parents[1:], folder.parents[0:], strict=False)
+        if snapshots.name == "snapshots" and repository.name.startswith("models--")
+    ]
+
+
+def listing(names: list[str]) -> str:
+    """Names for an error: all of a few, the first of many and how many more there are."""
+    more = f" ... and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
+    return ", ".join(names[:_LISTED]) + more
+
+
+def read_json(path: Path) -> dict:
+    """A JSON object from a file.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: it is not a JSON object, or too large to be one that a model folder has.
+    """
+    if path.stat().st_size > _JSON_MAX:
+        raise ValueError(f"{path} has {path.stat().st_size} bytes; at most {_JSON_MAX} are read")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} must hold a JSON object, got {type(content).__name__}")
+    return content
+
+
+def write_json(path: Path, content: dict) -> None:
+    """A JSON object as a file, indented, names sorted."""
+    path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def save_weights(folder: Path, tensors: dict[str, torch.Tensor], max_shard_size: int | str) -> None:
+    """Write tensors under the given names: one file, or shards and their index where they exceed `max_shard_size`."""
+    split = split_torch_state_dict_into_shards(tensors, filename_pattern="model{suffix}.safetensors", max_shard_size=max_shard_size)
+    for shard, names in split.filename_to_tensors.items():
+        (folder / shard).touch()
+        mode = (folder / shard).stat().st_mode  # as the umask has it; safetensors' own file is the owner's alone
+        save_file({name: tensors[name].contiguous() for name in names}, folder / shard, metadata={"format": "pt"})
+        (folder / shard).chmod(mode)
+    if split.is_sharded:
+        write_json(folder / INDEX, {"metadata": split.metadata, "weight_map": split.tensor_to_filename})
+
+
+def write_folder(folder: Path, write: Callable[[Path], None]) -> None:
+    """Let `write` fill a folder aside, then put it in place: a reader finds all of it or none, and so does who comes after a crash.
+
+    A new folder is renamed into place at once. Into an existing one the files are moved with the weights' entry point (the single file or
+    the index) removed first and placed last; other files stay, weight files of an earlier save go. What they replace is kept in a hidden
+    folder beside them until all is in place, and moved back on an error; only a crash of the process leaves that folder there.
+    """
+    folder = Path(os.path.abspath(folder))
+    if folder.exists() and not folder.is_dir():
+        raise NotADirectoryError(f"{folder} exists and is not a folder")
+    fresh = not folder.exists()
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    aside = (folder.parent if fresh else folder) / f".{folder.name}-{uuid.uuid4().hex}"
+    aside.mkdir()
+    try:
+        write(aside)
+        for path in aside.iterdir():
+            _sync(path)
+        if fresh:
+            _sync(aside)
+            aside.rename(folder)
+            _sync(folder.parent)
+        else:
+            _move_into(aside, folder)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def _move_into(aside: Path, folder: Path) -> None:
+    def entry_last(name: str) -> tuple[bool, str]:
+        return name in (WEIGHTS, INDEX), name
+
+    new = sorted((path.name for path in aside.iterdir()), key=entry_last)
+    replaced = {*new, WEIGHTS, INDEX, *(path.name for path in folder.glob("model-*-of-*.safetensors"))}
+    old = sorted((name for name in replaced if (folder / name).is_file()), key=entry_last, reverse=True)
+    backup = folder / f"{aside.name}-old"
+    backup.mkdir()
+    try:
+        for name in old:
+            os.replace(folder / name, backup / name)
+        for name in new:
+            os.replace(aside / name, folder / name)
+        _sync(folder)
+    except BaseException:
+        # Where each file is now says what was done: an interrupt may come after a rename and before any note of it.
+        for name in reversed(new):
+            if not (aside / name).exists():
+                (folder / name).unlink(missing_ok=True)
+        for name in sorted((path.name for path in backup.iterdir()), key=entry_last):
+            os.replace(backup / name, folder / name)
+        backup.rmdir()
+        raise
+    shutil.rmtree(backup, ignore_errors=True)
+
+
+def _sync(path: Path) -> None:
+    """Have a file's or a folder's content on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,185 @@
+"""Putting a source's tensors in the place of a model's parameters: strict accounting from headers first, then one tensor at a time."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+
+import torch
+
+from mllama.checkpoints.engine import Move, Table, file_names, plan
+from mllama.checkpoints.files import listing
+from mllama.checkpoints.sources import Header, Source
+
+# What tensors are loaded as: the operators take no float64.
+_LOADED_AS = {
+    torch.float64: torch.float32,
+    torch.float32: torch.float32,
+    torch.float16: torch.float16,
+    torch.bfloat16: torch.bfloat16,
+}
+
+
+@dataclass
+class Report:
+    """What a source and a model have for one another.
+
+    Attributes:
+        moves: what is loaded.
+        dtype: that most of the loaded elements have.
+        missing: the file's names of tensors that the model needs and the source lacks.
+        unexpected: names of the source that the model has no place for.
+        unfit: tensors of another shape or kind, each with both.
+        twice: names of one and the same tensor.
+        lacking: the model's own names of what is not loaded.
+    """
+
+    moves: list[Move] = field(default_factory=list)
+    dtype: torch.dtype = torch.float32
+    missing: list[str] = field(default_factory=list)
+    unexpected: list[str] = field(default_factory=list)
+    unfit: list[str] = field(default_factory=list)
+    twice: list[str] = field(default_factory=list)
+    lacking: list[str] = field(default_factory=list)
+
+    def problems(self) -> str:
+        """Every list that is not empty, for an error; the empty text where all fits."""
+        kinds = {
+            "missing": self.missing,
+            "unexpected": self.unexpected,
+            "of another shape or kind": self.unfit,
+            "given twice": self.twice,
+        }
+        return "; ".join(f"{kind} ({len(names)}): {listing(names)}" for kind, names in kinds.items() if names)
+
+
+def match(wanted: dict[str, torch.Tensor], headers: dict[str, Header], table: Table, optional: Iterable[str] = ()) -> Report:
+    """What of a file goes where, from its headers alone.
+
+    Args:
+        wanted: the model's state dict, which may be on the meta device: names and shapes are the measure.
+        headers: the file's tensors.
+        table: between the two.
+        optional: the model's names that the file may leave out.
+    """
+    report = Report()
+    moves, report.unexpected, report.twice = plan(table, headers)
+    homes: dict[str, str] = {}
+    elements = dict.fromkeys(_LOADED_AS.values(), 0)
+    for move in moves:
+        if None in move.theirs:
+            report.missing += [written for written, name in zip(move.written, move.theirs, strict=True) if name is None]
+            homes |= dict.fromkeys(move.ours, "")
+        elif not all(name in wanted for name in move.ours):
+            report.unexpected += move.theirs
+        elif again := [name for name in move.ours if name in homes]:
+            report.twice.append(f"{homes[again[0]]} and {move.theirs[0]}")
+        else:
+            homes |= dict.fromkeys(move.ours, move.theirs[0])
+            if fault := _fault(move, headers, wanted):
+                report.unfit.append(fault)
+            else:
+                report.moves.append(move)
+                for name in move.theirs:
+                    elements[_LOADED_AS[headers[name].dtype]] += torch.Size(headers[name].shape).numel()
+    for name in wanted:
+        if name not in homes and name not in optional:
+            report.missing += [written for written in file_names(table, name) if written not in report.missing]
+    report.unexpected.sort()
+    loaded = {name for move in report.moves for name in move.ours}
+    report.lacking = [name for name in wanted if name not in loaded]
+    report.dtype = max(elements, key=elements.get)
+    return report
+
+
+def _fault(move: Move, headers: dict[str, Header], wanted: dict[str, torch.Tensor]) -> str:
+    """How the file's tensors of a move differ from what the model takes; the empty text where they do not."""
+    given = [headers[name] for name in move.theirs]
+    kinds = [f"{str(header.dtype).removeprefix('torch.')} {list(header.shape)}" for header in given]
+    said = " and ".join(f"{name} is {kind}" for name, kind in zip(move.theirs, kinds, strict=True))
+    taken = " and ".join(str(list(wanted[name].shape)) for name in move.ours)
+    try:
+        values = move.row.read([torch.empty(header.shape, dtype=header.dtype, device="meta") for header in given])
+    except (RuntimeError, ValueError, IndexError, ZeroDivisionError) as error:
+        return f"{said}, the model takes floating {taken}: {' '.join(str(error).split())}"
+    fits = [value.shape == wanted[name].shape for value, name in zip(values, move.ours, strict=True)]
+    if all(fits) and all(header.dtype in _LOADED_AS for header in given):
+        return ""
+    return f"{said}, the model takes floating {taken}"
+
+
+def load_weights(
+    model: torch.nn.Module,
+    source: Source,
+    table: Table,
+    dtype: torch.dtype | None = None,
+    device_of: Callable[[str], torch.device | str] = lambda name: "cpu",
+    optional: dict[str, str] | None = None,
+    strict: bool = True,
+) -> Report:
+    """Put a source's tensors in the place of the model's parameters, which may be on the meta device: memory holds them once.
+
+    Args:
+        model: whose state dict's names and shapes are the measure.
+        source: of the tensors.
+        table: between its names and the model's.
+        dtype: of the loaded tensors; None is the one that most of the source's elements have.
+        device_of: where the model's tensor of a name goes.
+        optional: tensors that files may leave out because they are another one's (tied): {name: the other's name}. A file that holds both
+            must hold them equal.
+        strict: False loads what fits and leaves the rest as it is.
+
+    Returns:
+        What was loaded and what was not.
+
+    Raises:
+        ValueError: with `strict`, a tensor is missing, unexpected, of another shape or kind, or comes twice: one error with every list.
+    """
+    optional = optional or {}
+    report = match(model.state_dict(), source.headers(), table, optional)
+    if strict and (problems := report.problems()):
+        raise ValueError(f"the weights in {source.where} do not fit the model. Tensors {problems}")
+    dtype = dtype or report.dtype
+    loaded: dict[str, torch.Tensor] = {}
+    # A tied tensor last: it is only compared, and memory never holds it beside the one that it is.
+    for move in sorted(report.moves, key=lambda move: move.ours[0] in optional):
+        given = [source.read(name) for name in move.theirs]
+        for name, value in zip(move.ours, move.row.read(given), strict=True):
+            other = loaded.get(optional.get(name))
+            if other is None:
+                loaded[name] = _placed(value, given if source.mapped else [], device_of(name), dtype)
+            elif not torch.equal(other.cpu(), value.to(dtype)):
+                where = f"{source.where}: {move.theirs[0]} and {', '.join(file_names(table, optional[name]))}"
+                raise ValueError(f"{where} differ, but the config says they are one (tied)")
+    for name, other in optional.items():
+        if other in loaded:
+            loaded[name] = loaded[other]
+    torch.nn.Module.load_state_dict(model, loaded, strict=strict, assign=True)
+    return report
+
+
+def _placed(value: torch.Tensor, mapped: list[torch.Tensor], device: torch.device | str, dtype: torch.dtype) -> torch.Tensor:
+    """The value where it shall be, in memory that is its alone: a file's pages would change or vanish with the file."""
+    placed = value.to(device=device, dtype=dtype).contiguous()
+    memory = placed.untyped_storage()
+    shared = memory.nbytes() != placed.nbytes or any(memory.data_ptr() == given.untyped_storage().data_ptr() for given in mapped)
+    return placed.clone() if shared else placed
+
+
+def common_dtype(tensors: dict[str, torch.Tensor], default: torch.dtype) -> torch.dtype:
+    """The floating dtype that most of the tensors' elements have: what `load_weights` takes for None."""
+    elements: dict[torch.dtype, int] = {}
+    for tensor in tensors.values():
+        if tensor.is_floating_point():
+            elements[tensor.dtype] = elements.get(tensor.dtype, 0) + tensor.numel()
+    return max(elements, key=elements.get, default=default)
+
+
+def check_complete(given: Iterable[str], needed: Iterable[str], known: Iterable[str]) -> None:
+    """Refuse a state dict that is not the whole model.
+
+    Raises:
+        ValueError: with the names that are missing and those that are not known.
+    """
+    kinds = {"lacks": sorted(set(needed) - set(given)), "has, unknown to the model,": sorted(set(given) - set(known))}
+    if any(kinds.values()):
+        found = "; ".join(f"{kind} ({len(names)}): {listing(names)}" for kind, names in kinds.items() if names)
+        raise ValueError(f"state_dict is not this model's: it {found}")

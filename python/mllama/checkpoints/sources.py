@@ -1,0 +1,164 @@
+"""Where tensors come from: names with shapes and types first, from headers alone; then one tensor at a time."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol, Self
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from mllama.checkpoints.files import INDEX, WEIGHTS, find_inside, listing, read_json
+
+_TYPES = {
+    "BOOL": torch.bool,
+    "U8": torch.uint8,
+    "I8": torch.int8,
+    "I16": torch.int16,
+    "I32": torch.int32,
+    "I64": torch.int64,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F32": torch.float32,
+    "F64": torch.float64,
+}
+_MAPPED = 2**28  # bytes read from one mapping before it is given back
+
+
+@dataclass(frozen=True)
+class Header:
+    """What a file says of a tensor without its data."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+class Source(Protocol):
+    """Tensors by the names their files give them.
+
+    Attributes:
+        where: the files, for errors.
+        mapped: whether what `read` gives may be a view of the file's own pages; who keeps such a tensor copies it.
+    """
+
+    where: str
+    mapped: bool
+
+    def headers(self) -> dict[str, Header]:
+        """Every tensor's shape and type, in the order they are best read. No data is read."""
+
+    def read(self, name: str) -> torch.Tensor:
+        """One tensor, on the CPU."""
+
+    def close(self) -> None:
+        """Let go of the files. Idempotent."""
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(self, *error: object) -> None: ...
+
+
+class SafetensorsSource:
+    """One safetensors file, or the shards of an index."""
+
+    mapped = True
+
+    def __init__(self, where: str, files: dict[str, Path]):
+        """
+        Args:
+            where: the folder, for errors.
+            files: the file that holds each tensor.
+        """
+        self.where = where
+        self._files = files
+        self._open: tuple[Path, safe_open] | None = None
+        self._read = 0
+
+    def headers(self) -> dict[str, Header]:
+        """Every tensor's shape and type, file by file.
+
+        Raises:
+            ValueError: a type that torch has not.
+        """
+        found = {}
+        for path in dict.fromkeys(self._files.values()):
+            with _open(path) as file:
+                for name in file.offset_keys():  # as they lie in the file
+                    header = file.get_slice(name)
+                    if header.get_dtype() not in _TYPES:
+                        raise ValueError(f"{path}: {name} is of the type {header.get_dtype()}, which is not known")
+                    found[name] = Header(tuple(header.get_shape()), _TYPES[header.get_dtype()])
+        return found
+
+    def read(self, name: str) -> torch.Tensor:
+        """One tensor: a view of the mapped file.
+
+        The mapping is given back now and then, so that the pages of tensors that are done with do not stay in memory.
+        """
+        path = self._files[name]
+        if self._open is None or self._open[0] != path or self._read > _MAPPED:
+            self.close()
+            self._open, self._read = (path, _open(path)), 0
+        tensor = self._open[1].get_tensor(name)
+        self._read += tensor.nbytes
+        return tensor
+
+    def close(self) -> None:
+        """Let go of the mapped file. Idempotent."""
+        self._open = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+
+def open_safetensors(folder: str | Path) -> SafetensorsSource:
+    """The safetensors weights of a folder: the single file, or the shards that the index names.
+
+    The index and every file must agree on which tensor is where; no file outside the folder is opened.
+
+    Raises:
+        FileNotFoundError: no weights, or a shard that is not there.
+        ValueError: a broken file; an index that names files outside the folder or disagrees with its files.
+    """
+    folder = Path(folder)
+    if (folder / WEIGHTS).is_file():
+        path = find_inside(folder, WEIGHTS)
+        return SafetensorsSource(str(folder), dict.fromkeys(_names(path), path))
+    if not (folder / INDEX).is_file():
+        pickled = [path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in sorted(folder.glob(pattern))]
+        hint = f"; {pickled[0]} is a pickle, which is never opened: convert it to safetensors" if pickled else ""
+        raise FileNotFoundError(f"{folder} holds neither {WEIGHTS} nor {INDEX}{hint}")
+    index = find_inside(folder, INDEX)
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
+        raise ValueError(f"{index}: weight_map must be an object of tensor names and file names")
+    found: dict[str, Path] = {}
+    for shard in sorted(set(weight_map.values())):
+        plain = shard == os.path.basename(shard) and "\\" not in shard
+        if not plain or not shard.isprintable() or not shard.endswith(".safetensors"):
+            raise ValueError(f"{index}: {shard!r} is not the name of a safetensors file inside the folder")
+        path = find_inside(folder, shard)
+        for name in _names(path):
+            if weight_map.get(name) != shard:
+                raise ValueError(f"{path} holds {name!r}, which {INDEX} places in {weight_map.get(name, 'no file')}")
+            found[name] = path
+    if absent := sorted(weight_map.keys() - found.keys()):
+        raise ValueError(f"{index} names tensors that its files do not hold: {listing(absent)}")
+    return SafetensorsSource(str(folder), found)
+
+
+def _open(path: Path) -> safe_open:
+    try:
+        return safe_open(path, framework="pt", device="cpu")
+    except SafetensorError as error:
+        raise ValueError(f"{path} is not a valid safetensors file: {error}") from error
+
+
+def _names(path: Path) -> list[str]:
+    with _open(path) as file:
+        return list(file.keys())
