@@ -22,7 +22,7 @@ std::vector<int64_t> statistic_sizes(const Tensor& x) {
 }
 
 std::tuple<Tensor, Tensor, Tensor> forward(const char* op, const Tensor& x, const std::optional<Tensor>& residual,
-                                           const Tensor& weight, double eps) {
+                                           const Tensor& weight, double eps, double offset) {
     Dtype dtype = dtype_of(op, "x", x);
     Tensor w = weight_for(op, x, weight), rows = dense(x), beside = residual ? dense(*residual) : rows;
     Tensor y = new_like(rows), hidden = residual ? new_like(rows) : rows, rstd = new_float(x, statistic_sizes(x));
@@ -30,6 +30,7 @@ std::tuple<Tensor, Tensor, Tensor> forward(const char* op, const Tensor& x, cons
                           .weight_dtype = dtype_of(op, "weight", w),
                           .width = last_size(x),
                           .eps = static_cast<float>(eps),
+                          .offset = static_cast<float>(offset),
                           .x = rows.const_data_ptr(),
                           .residual = residual ? beside.const_data_ptr() : nullptr,
                           .weight = w.const_data_ptr(),
@@ -41,23 +42,23 @@ std::tuple<Tensor, Tensor, Tensor> forward(const char* op, const Tensor& x, cons
     return {y, hidden, rstd};
 }
 
-std::tuple<Tensor, Tensor> rms_norm(const Tensor& x, const Tensor& weight, double eps) {
-    auto [y, hidden, rstd] = forward("rms_norm", x, std::nullopt, weight, eps);
+std::tuple<Tensor, Tensor> rms_norm(const Tensor& x, const Tensor& weight, double eps, double offset) {
+    auto [y, hidden, rstd] = forward("rms_norm", x, std::nullopt, weight, eps, offset);
     return {y, rstd};
 }
 
 std::tuple<Tensor, Tensor, Tensor> add_rms_norm(const Tensor& x, const Tensor& residual, const Tensor& weight,
-                                                double eps) {
+                                                double eps, double offset) {
     check_value(x.sizes() == residual.sizes() && x.scalar_type() == residual.scalar_type(),
                 "add_rms_norm: residual must be as x, ", Kind{x}, ", got ", Kind{residual});
-    return forward("add_rms_norm", x, residual, weight, eps);
+    return forward("add_rms_norm", x, residual, weight, eps, offset);
 }
 
 // `hidden` is what was normalised; grad_hidden is the gradient that reaches it beside the norm (add_rms_norm's second
 // result). The weight's gradient is empty unless asked for: frozen weights need none.
 std::tuple<Tensor, Tensor> rms_norm_backward(const Tensor& grad_y, const std::optional<Tensor>& grad_hidden,
                                              const Tensor& hidden, const Tensor& weight, const Tensor& rstd,
-                                             bool weight_gradient) {
+                                             double offset, bool weight_gradient) {
     const char* op = "_rms_norm_backward";
     Dtype dtype = dtype_of(op, "hidden", hidden);
     check_value(grad_y.sizes() == hidden.sizes() && grad_y.scalar_type() == hidden.scalar_type() &&
@@ -73,6 +74,7 @@ std::tuple<Tensor, Tensor> rms_norm_backward(const Tensor& grad_y, const std::op
     kernels::RmsNormBackward args{.dtype = dtype,
                                   .weight_dtype = dtype_of(op, "weight", w),
                                   .width = last_size(x),
+                                  .offset = static_cast<float>(offset),
                                   .grad_y = g.const_data_ptr(),
                                   .grad_hidden = beside ? beside->const_data_ptr() : nullptr,
                                   .x = x.const_data_ptr(),
@@ -94,12 +96,13 @@ std::tuple<Tensor, Tensor> rms_norm_backward(const Tensor& grad_y, const std::op
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(mllama, m) {
-    m.def("rms_norm(Tensor x, Tensor weight, float eps) -> (Tensor y, Tensor rstd)");
+    m.def("rms_norm(Tensor x, Tensor weight, float eps, float offset) -> (Tensor y, Tensor rstd)");
     m.def(
-        "add_rms_norm(Tensor x, Tensor residual, Tensor weight, float eps) -> (Tensor y, Tensor hidden, Tensor rstd)");
+        "add_rms_norm(Tensor x, Tensor residual, Tensor weight, float eps, float offset) "
+        "-> (Tensor y, Tensor hidden, Tensor rstd)");
     m.def(
         "_rms_norm_backward(Tensor grad_y, Tensor? grad_hidden, Tensor hidden, Tensor weight, Tensor rstd, "
-        "bool weight_gradient) -> (Tensor grad_hidden, Tensor grad_weight)");
+        "float offset, bool weight_gradient) -> (Tensor grad_hidden, Tensor grad_weight)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(mllama, CPU, m) {

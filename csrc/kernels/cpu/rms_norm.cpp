@@ -42,12 +42,16 @@ void forward_row(const RmsNorm& a, int64_t row) {
     }
     float rstd = 1.0f / __builtin_sqrtf(reduce_add(squares) / static_cast<float>(a.width) + a.eps);
     a.rstd[row] = rstd;
-    // Llama's order: the normalised row is rounded to its dtype before the weight is applied.
-    for_vectors(a.width,
-                [&](int64_t i, int n) { put(y + i, rounded(at(x + i, n) * rstd, T{}) * at(weight + i, n), n); });
+    if (a.offset == 0) {  // Llama's order: the normalised row is rounded to its dtype before the weight is applied.
+        for_vectors(a.width,
+                    [&](int64_t i, int n) { put(y + i, rounded(at(x + i, n) * rstd, T{}) * at(weight + i, n), n); });
+    } else {  // Gemma's: rounded once, at the end
+        for_vectors(a.width,
+                    [&](int64_t i, int n) { put(y + i, at(x + i, n) * rstd * (at(weight + i, n) + a.offset), n); });
+    }
 }
 
-// With n = x * rstd: grad_x = rstd * (g w - n * mean(g w n)), grad_weight += g n.
+// With n = x * rstd and w = weight + offset: grad_x = rstd * (g w - n * mean(g w n)), grad_weight += g n.
 template <class T, class W>
 void backward_row(const RmsNormBackward& a, int64_t row, float* grad_weight) {
     const T* g = static_cast<const T*>(a.grad_y) + row * a.width;
@@ -59,12 +63,12 @@ void backward_row(const RmsNormBackward& a, int64_t row, float* grad_weight) {
     vf dots{};
     for_vectors(a.width, [&](int64_t i, int n) {
         vf gradient = at(g + i, n), value = at(x + i, n);
-        dots += gradient * at(weight + i, n) * value;
+        dots += gradient * (at(weight + i, n) + a.offset) * value;
         if (grad_weight) put(grad_weight + i, at(grad_weight + i, n) + gradient * (value * rstd), n);
     });
     float share = reduce_add(dots) / static_cast<float>(a.width) * rstd * rstd * rstd;
     for_vectors(a.width, [&](int64_t i, int n) {
-        vf gradient = at(g + i, n) * at(weight + i, n) * rstd - at(x + i, n) * share;
+        vf gradient = at(g + i, n) * (at(weight + i, n) + a.offset) * rstd - at(x + i, n) * share;
         if (beside) gradient += at(beside + i, n);
         put(grad_x + i, gradient, n);
     });

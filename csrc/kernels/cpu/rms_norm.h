@@ -1,4 +1,5 @@
-// y = round(x / rms(x)) * weight along rows, with an optional addition before it; and its gradients.
+// y = round(x / rms(x)) * weight along rows, or, with an offset, x / rms(x) * (offset + weight); an optional addition
+// before it; and the gradients.
 #pragma once
 
 #include <cstdint>
@@ -13,6 +14,7 @@ struct RmsNorm {
     Dtype weight_dtype;  // f32 or dtype
     int64_t width;
     float eps;
+    float offset;          // to every weight
     const void* x;         // [rows, width]
     const void* residual;  // [rows, width] or null: added to x first
     const void* weight;    // [width]
@@ -25,6 +27,7 @@ struct RmsNormBackward {
     Dtype dtype;
     Dtype weight_dtype;
     int64_t width;
+    float offset;
     const void* grad_y;       // [rows, width]
     const void* grad_hidden;  // [rows, width] or null: gradient that reaches x beside the norm
     const void* x;            // [rows, width]: what was normalised

@@ -8,23 +8,27 @@ from mllama.ops.rms_norm import add_rms_norm, rms_norm
 
 
 class RMSNorm(nn.Module):
-    """Root-mean-square norm over the last axis, in Llama's order: normalise in float32, cast, then scale."""
+    """Root-mean-square norm over the last axis, scaled by offset + weight.
 
-    def __init__(self, size: int, eps: float = 1e-6):
+    Offset 0 is Llama's order (normalise in float32, cast, then scale), 1 is Gemma's (scale in float32, cast last). The scale starts at 1.
+    """
+
+    def __init__(self, size: int, eps: float = 1e-6, offset: float = 0.0):
         super().__init__()
-        self.weight = nn.Parameter(torch.ones(size))
+        self.weight = nn.Parameter(torch.full((size,), 1.0 - offset))
         self.eps = eps
+        self.offset = offset
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x: [..., size] -> the same shape and dtype."""
-        return rms_norm(x, self.weight, self.eps)
+        return rms_norm(x, self.weight, self.eps, self.offset)
 
     def add(self, x: torch.Tensor, residual: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """(norm(x + residual), x + residual) in one pass, in the residual's dtype (under autocast x comes in a smaller one)."""
-        return add_rms_norm(x.to(residual.dtype), residual, self.weight, self.eps)
+        return add_rms_norm(x.to(residual.dtype), residual, self.weight, self.eps, self.offset)
 
     def extra_repr(self) -> str:
-        return f"{self.weight.shape[0]}, eps={self.eps}"
+        return f"{self.weight.shape[0]}, eps={self.eps}" + (f", offset={self.offset}" if self.offset else "")
 
 
 class LayerNorm(nn.Module):

@@ -1,62 +1,81 @@
 """Root-mean-square normalisation (Zhang and Sennrich, 2019), alone and with the residual addition before it."""
 
+import math
+
 import torch
 
 from mllama.ops._dispatch import check_eps, check_float, fresh, kind, register, use_kernel
 
 
-def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float = 1e-6) -> torch.Tensor:
-    """Return x / sqrt(mean(x^2) + eps) * weight over the last dimension.
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float = 1e-6, offset: float = 0.0) -> torch.Tensor:
+    """Return x / sqrt(mean(x^2) + eps) * (offset + weight) over the last dimension.
 
-    In Llama's order: the normalised x is rounded to its dtype before the product with weight.
+    Without an offset in Llama's order: the normalised x is rounded to its dtype before the product with weight. With one in Gemma's, where
+    it is 1: everything in float32, rounded once at the end.
 
     Args:
         x: [..., D], float32, bfloat16 or float16.
         weight: [D], one of the same dtypes; float32 beside 16-bit x is accepted.
         eps: added to the mean of squares.
+        offset: added to every weight.
 
     Returns:
         [..., D] of x's dtype. Statistics are taken in float32.
 
     Raises:
-        TypeError: an argument is no tensor, or of another dtype; eps is no number.
-        ValueError: weight is not [D], or eps is negative or not finite.
+        TypeError: an argument is no tensor, or of another dtype; eps or offset is no number.
+        ValueError: weight is not [D], eps is negative or not finite, or offset not finite.
     """
     check_float("rms_norm", x=x, weight=weight)
     check_eps("rms_norm", eps)
+    _check_offset("rms_norm", offset)
     if use_kernel(x):
-        return _rms_norm(x, weight, eps)[0]
+        return _rms_norm(x, weight, eps, offset)[0]
     _check_weight("rms_norm", x, weight)
-    return reference(x, weight, eps)
+    return reference(x, weight, eps, offset)
 
 
-def add_rms_norm(x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float = 1e-6) -> tuple[torch.Tensor, torch.Tensor]:
+def add_rms_norm(
+    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float = 1e-6, offset: float = 0.0
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Return (rms_norm(hidden), hidden) where hidden = x + residual, of x's dtype; arguments as in `rms_norm`, residual as x.
 
     Raises:
-        TypeError: an argument is no tensor, or of another dtype; eps is no number.
-        ValueError: weight is not [D], or residual differs from x in shape or dtype.
+        TypeError: an argument is no tensor, or of another dtype; eps or offset is no number.
+        ValueError: as `rms_norm`'s, or residual differs from x in shape or dtype.
     """
     check_float("add_rms_norm", x=x, residual=residual, weight=weight)
     check_eps("add_rms_norm", eps)
+    _check_offset("add_rms_norm", offset)
     if use_kernel(x):
-        return _add_rms_norm(x, residual, weight, eps)[:2]
+        return _add_rms_norm(x, residual, weight, eps, offset)[:2]
     _check_weight("add_rms_norm", x, weight)
     _check_residual(x, residual)
-    return add_reference(x, residual, weight, eps)
+    return add_reference(x, residual, weight, eps, offset)
 
 
-def reference(x: torch.Tensor, weight: torch.Tensor, eps: float = 1e-6) -> torch.Tensor:
+def reference(x: torch.Tensor, weight: torch.Tensor, eps: float = 1e-6, offset: float = 0.0) -> torch.Tensor:
     """`rms_norm` in plain torch."""
     h = x.float()
     h = h * torch.rsqrt(h.square().mean(-1, keepdim=True) + eps)
-    return (h.to(x.dtype) * weight).to(x.dtype)
+    if offset == 0:
+        return (h.to(x.dtype) * weight).to(x.dtype)
+    return (h * (offset + weight.float())).to(x.dtype)
 
 
-def add_reference(x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float = 1e-6) -> tuple[torch.Tensor, torch.Tensor]:
+def add_reference(
+    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float = 1e-6, offset: float = 0.0
+) -> tuple[torch.Tensor, torch.Tensor]:
     """`add_rms_norm` in plain torch."""
     hidden = x + residual
-    return reference(hidden, weight, eps), hidden
+    return reference(hidden, weight, eps, offset), hidden
+
+
+def _check_offset(op: str, offset: float) -> None:
+    if isinstance(offset, bool) or not isinstance(offset, (int, float)):
+        raise TypeError(f"{op}: offset must be a number, got {type(offset).__name__}")
+    if not math.isfinite(offset):
+        raise ValueError(f"{op}: offset must be finite, got {offset}")
 
 
 def _check_weight(op: str, x: torch.Tensor, weight: torch.Tensor) -> None:
@@ -71,19 +90,19 @@ def _check_residual(x: torch.Tensor, residual: torch.Tensor) -> None:
         raise ValueError(f"add_rms_norm: residual must be as x, {kind(x)}, got {kind(residual)}")
 
 
-def _fake(x, weight, eps):
+def _fake(x, weight, eps, offset):
     _check_weight("rms_norm", x, weight)
     return fresh(x), x.new_empty(x.shape[:-1], dtype=torch.float32)
 
 
-def _add_fake(x, residual, weight, eps):
+def _add_fake(x, residual, weight, eps, offset):
     _check_residual(x, residual)
-    y, rstd = _fake(x, weight, eps)
+    y, rstd = _fake(x, weight, eps, offset)
     return y, torch.empty_like(y), rstd
 
 
 def _rms_norm_setup(ctx, inputs, output):
-    x, weight, _ = inputs
+    x, weight, _, ctx.offset = inputs
     rstd = output[1]
     ctx.mark_non_differentiable(rstd)
     ctx.set_materialize_grads(False)
@@ -92,9 +111,9 @@ def _rms_norm_setup(ctx, inputs, output):
 
 def _rms_norm_derivative(ctx, grad_y, grad_rstd):
     if grad_y is None:
-        return None, None, None
-    grad_x, grad_weight = _rms_norm_backward(grad_y, None, *ctx.saved_tensors, ctx.needs_input_grad[1])
-    return grad_x, grad_weight if ctx.needs_input_grad[1] else None, None
+        return (None,) * 4
+    grad_x, grad_weight = _rms_norm_backward(grad_y, None, *ctx.saved_tensors, ctx.offset, ctx.needs_input_grad[1])
+    return grad_x, grad_weight if ctx.needs_input_grad[1] else None, None, None
 
 
 def _add_rms_norm_setup(ctx, inputs, output):
@@ -102,13 +121,14 @@ def _add_rms_norm_setup(ctx, inputs, output):
     ctx.mark_non_differentiable(rstd)
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(hidden, inputs[2], rstd)
+    ctx.offset = inputs[4]
 
 
 def _add_rms_norm_derivative(ctx, grad_y, grad_hidden, grad_rstd):
     if grad_y is None:
-        return grad_hidden, grad_hidden, None, None
-    grad_sum, grad_weight = _rms_norm_backward(grad_y, grad_hidden, *ctx.saved_tensors, ctx.needs_input_grad[2])
-    return grad_sum, grad_sum, grad_weight if ctx.needs_input_grad[2] else None, None
+        return grad_hidden, grad_hidden, None, None, None
+    grad_sum, grad_weight = _rms_norm_backward(grad_y, grad_hidden, *ctx.saved_tensors, ctx.offset, ctx.needs_input_grad[2])
+    return grad_sum, grad_sum, grad_weight if ctx.needs_input_grad[2] else None, None, None
 
 
 _rms_norm = register(
@@ -125,7 +145,7 @@ _add_rms_norm = register(
 )
 _rms_norm_backward = register(
     "_rms_norm_backward",
-    fake=lambda grad_y, grad_hidden, hidden, weight, rstd, weight_gradient: (
+    fake=lambda grad_y, grad_hidden, hidden, weight, rstd, offset, weight_gradient: (
         fresh(hidden),
         fresh(weight) if weight_gradient else weight.new_empty(0),
     ),
