@@ -12,6 +12,7 @@ _HOME = {
     "MllamaForConditionalGeneration": "modeling",
     "MllamaImageProcessor": "processing.processor",
     "Tokenizer": "processing.tokenizer",
+    "SiglipModel": "siglip",
     "ask": "api",
     "load": "api",
 }

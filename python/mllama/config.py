@@ -36,21 +36,21 @@ _VISION_SIZES = (*_SIZES, "num_channels", "image_size", "patch_size")
 _TEXT_SIZES = (*_SIZES, "num_key_value_heads", "max_position_embeddings", "head_dim", "vocab_size")
 
 
-def _check_size(owner: str, name: str, value: Any, minimum: int = 1) -> None:
+def check_size(owner: str, name: str, value: Any, minimum: int = 1) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
         raise ValueError(f"{owner}: {name} must be an integer of at least {minimum}, got {value!r}")
     if value > SIZE_MAX:
         raise ValueError(f"{owner}: {name} must be at most {SIZE_MAX}")
 
 
-def _check_number(owner: str, name: str, value: Any) -> None:
+def check_number(owner: str, name: str, value: Any) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0:
         raise ValueError(f"{owner}: {name} must be a number above 0, got {value!r}")
     if value > NUMBER_MAX:
         raise ValueError(f"{owner}: {name} must be a number that float32 can hold")
 
 
-def _check_choice(owner: str, name: str, value: Any, choices: tuple) -> None:
+def check_choice(owner: str, name: str, value: Any, choices: tuple) -> None:
     if value not in choices:
         raise ValueError(f"{owner}: {name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
 
@@ -87,8 +87,8 @@ def _translate(owner: str, names: dict[str, str], given: dict[str, Any]) -> dict
         if other is None:
             settled[name] = value
         elif short == "context_length":
-            _check_size(owner, short, value)
-            _check_size(owner, name, other)
+            check_size(owner, short, value)
+            check_size(owner, name, other)
             settled[name] = max(value, other)
         elif other != value:
             raise ValueError(f"{owner}: {short} = {value!r} and {name} = {other!r} are two names of one field; give one, or the same value")
@@ -118,17 +118,24 @@ class MllamaVisionConfig(SiglipVisionConfig):
         given["vision_use_head"] = False  # the pooling head has no part in a vision-language model
         _check_sizes(owner, _VISION_SIZES, given, SiglipVisionConfig)
         _construct(super().__init__, owner, given)
-        _check_number(owner, "layer_norm_eps", self.layer_norm_eps)
-        _check_choice(owner, "hidden_act", self.hidden_act, tuple(ACT2FN))
-        _check_choice(owner, "attention_dropout", self.attention_dropout, (0,))
+        check_number(owner, "layer_norm_eps", self.layer_norm_eps)
+        check_choice(owner, "hidden_act", self.hidden_act, tuple(ACT2FN))
+        check_choice(owner, "attention_dropout", self.attention_dropout, (0,))
         if self.patch_size > self.image_size:
             raise ValueError(f"{owner}: patch_size {self.patch_size} is larger than image_size {self.image_size}")
 
 
 class MllamaTextConfig(LlamaConfig):
-    """Llama's configuration. Takes Hugging Face's names and the short ones: `emb_dim`, `hidden_dim`, `n_heads`, `n_layers`,
-    `n_kv_groups`, `context_length`, `rope_base`, `rope_freq` (a dict of Llama 3's frequency scaling, with `original_context_length`).
-    Both spellings can be read and set afterwards. Of `context_length` and `max_position_embeddings` the larger holds.
+    """The decoder's configuration: Llama's, and what Gemma and Llama-3.2-Vision have beyond it. Takes Hugging Face's names and the short
+    ones: `emb_dim`, `hidden_dim`, `n_heads`, `n_layers`, `n_kv_groups`, `context_length`, `rope_base`, `rope_freq` (a dict of Llama 3's
+    frequency scaling, with `original_context_length`). Both spellings can be read and set afterwards. Of `context_length` and
+    `max_position_embeddings` the larger holds.
+
+    Attributes:
+        norm_offset: added to the norms' weights (Gemma: 1).
+        embedding_scale: factor on looked-up embeddings (Gemma: the root of hidden_size); None is 1.
+        extra_embeddings: rows of the embedding matrix beyond the vocabulary, which has no logits for them (Llama-3.2-Vision: 8).
+        cross_attention_layers: places of layers that attend to pictures instead of text (Llama-3.2-Vision).
 
     Raises:
         ValueError: a size that is not a positive integer, or sizes that do not go together; the text names the field.
@@ -137,6 +144,10 @@ class MllamaTextConfig(LlamaConfig):
     attribute_map = dict(TEXT_SHORT_NAMES)
 
     num_image_tokens: int | None = None
+    norm_offset: float = 0.0
+    embedding_scale: float | None = None
+    extra_embeddings: int = 0
+    cross_attention_layers: list[int] | None = None
 
     def __init__(self, **kwargs):
         owner = "text_config"
@@ -145,12 +156,21 @@ class MllamaTextConfig(LlamaConfig):
         given = _rope_names(owner, _translate(owner, TEXT_SHORT_NAMES, kwargs))
         _check_sizes(owner, _TEXT_SIZES, given, LlamaConfig)
         _construct(super().__init__, owner, given)
-        _check_number(owner, "rms_norm_eps", self.rms_norm_eps)
+        check_number(owner, "rms_norm_eps", self.rms_norm_eps)
         if self.num_attention_heads % self.num_key_value_heads:
             heads, kv_heads = self.num_attention_heads, self.num_key_value_heads
             raise ValueError(f"{owner}: num_attention_heads {heads} is not a multiple of num_key_value_heads {kv_heads}")
-        _check_choice(owner, "hidden_act", self.hidden_act, TEXT_ACTIVATIONS)
-        _check_choice(owner, "attention_dropout", self.attention_dropout, (0,))
+        check_choice(owner, "hidden_act", self.hidden_act, TEXT_ACTIVATIONS)
+        check_choice(owner, "attention_dropout", self.attention_dropout, (0,))
+        check_choice(owner, "norm_offset", self.norm_offset, (0, 1))
+        if self.embedding_scale is not None:
+            check_number(owner, "embedding_scale", self.embedding_scale)
+        check_size(owner, "extra_embeddings", self.extra_embeddings, minimum=0)
+        crossed = self.cross_attention_layers or []
+        if any(isinstance(index, bool) or not isinstance(index, int) or not 0 <= index < self.num_hidden_layers for index in crossed):
+            raise ValueError(f"{owner}: cross_attention_layers must be layers of 0 to {self.num_hidden_layers - 1}, got {crossed!r}")
+        if 0 in crossed:  # caches tell by their first layer how many tokens they hold
+            raise ValueError(f"{owner}: cross_attention_layers must not begin with layer 0, got {crossed!r}")
 
     @property
     def rope_base(self) -> float:
@@ -159,7 +179,7 @@ class MllamaTextConfig(LlamaConfig):
 
     @rope_base.setter
     def rope_base(self, value: float) -> None:
-        _check_number("text_config", "rope_base", value)
+        check_number("text_config", "rope_base", value)
         self.rope_parameters = self.rope_parameters | {"rope_theta": value}
 
     @property
@@ -201,19 +221,19 @@ def _rope_names(owner: str, given: dict[str, Any]) -> dict[str, Any]:
     thetas = {name: value for name, value in (("rope_base", base), ("rope_theta", theta)) if value is not None}
     thetas |= {"rope_parameters": merged["rope_theta"]} if merged.get("rope_theta") is not None else {}
     for name, value in thetas.items():
-        _check_number(owner, f"{name} (rope_theta)" if name != "rope_theta" else name, value)
+        check_number(owner, f"{name} (rope_theta)" if name != "rope_theta" else name, value)
     if len(set(thetas.values())) > 1:
         raise ValueError(f"{owner}: the base of the rotary frequencies is given twice: {thetas}")
-    _check_choice(owner, "rope_parameters['rope_type']", merged.get("rope_type", "default"), ROPE_TYPES)
+    check_choice(owner, "rope_parameters['rope_type']", merged.get("rope_type", "default"), ROPE_TYPES)
     needed = {"llama3": ("factor", "low_freq_factor", "high_freq_factor"), "linear": ("factor",)}
     for name in needed.get(merged.get("rope_type"), ()):
-        _check_number(owner, f"rope_parameters[{name!r}]", merged.get(name))
+        check_number(owner, f"rope_parameters[{name!r}]", merged.get(name))
     if merged.get("rope_type") == "llama3":
         low, high = merged["low_freq_factor"], merged["high_freq_factor"]
         if not low < high:  # the frequencies between them are blended by their distance
             raise ValueError(f"{owner}: rope_parameters: high_freq_factor {high!r} must be above low_freq_factor {low!r}")
         if merged.get("original_max_position_embeddings") is not None:
-            _check_size(owner, "rope_parameters['original_max_position_embeddings']", merged["original_max_position_embeddings"])
+            check_size(owner, "rope_parameters['original_max_position_embeddings']", merged["original_max_position_embeddings"])
     return given | {"rope_parameters": merged | {"rope_theta": next(iter(thetas.values()), 10000.0)}}
 
 
@@ -221,7 +241,7 @@ def _check_sizes(owner: str, names: tuple[str, ...], given: dict[str, Any], pare
     """Before the parent's constructor divides by them: every size given, and what a head will be."""
     for name in names:
         if given.get(name) is not None:
-            _check_size(owner, name, given[name])
+            check_size(owner, name, given[name])
     hidden_size, heads = (given.get(name) or getattr(parent, name) for name in ("hidden_size", "num_attention_heads"))
     if hidden_size % heads:
         raise ValueError(f"{owner}: hidden_size {hidden_size} is not a multiple of num_attention_heads {heads}")
@@ -336,14 +356,14 @@ class MllamaConfig(PretrainedConfig):
         if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
             raise ValueError(f"{owner}: ignore_index must be an integer, got {ignore_index!r}")
         if image_token_index is not None:
-            _check_size(owner, "image_token_index", image_token_index, minimum=0)
+            check_size(owner, "image_token_index", image_token_index, minimum=0)
         self.ignore_index = ignore_index
         self.image_token_index = image_token_index
         self.projection_dim = self.text_config.hidden_size if projection_dim is None else projection_dim
-        _check_size(owner, "projection_dim", self.projection_dim)
-        _check_choice(owner, "vision_feature", vision_feature, VISION_FEATURES)
-        _check_choice(owner, "projector_hidden_act", projector_hidden_act, tuple(ACT2FN))
-        _check_choice(owner, "multimodal_projector_bias", multimodal_projector_bias, (True, False))
+        check_size(owner, "projection_dim", self.projection_dim)
+        check_choice(owner, "vision_feature", vision_feature, VISION_FEATURES)
+        check_choice(owner, "projector_hidden_act", projector_hidden_act, tuple(ACT2FN))
+        check_choice(owner, "multimodal_projector_bias", multimodal_projector_bias, (True, False))
         self.vision_feature = vision_feature
         self.projector_hidden_act = projector_hidden_act
         self.multimodal_projector_bias = multimodal_projector_bias

@@ -28,6 +28,16 @@ class MllamaGenerationMixin(GenerationMixin):
             inputs.pop("image_features", None)
         return inputs
 
+    def _update_model_kwargs_for_generation(self, outputs, model_kwargs, is_encoder_decoder=False, num_new_tokens=1) -> dict[str, Any]:
+        """As GenerationMixin's; what is generated is of type 1, not of the prompt's, and sees the pictures that the last token sees."""
+        types, mask = model_kwargs.get("token_type_ids"), model_kwargs.get("cross_attention_mask")
+        model_kwargs = super()._update_model_kwargs_for_generation(outputs, model_kwargs, is_encoder_decoder, num_new_tokens)
+        if types is not None:
+            model_kwargs["token_type_ids"] = torch.cat([types, types.new_ones(types.shape[0], num_new_tokens)], dim=1)
+        if mask is not None:
+            model_kwargs["cross_attention_mask"] = torch.cat([mask, mask[:, -1:].expand(-1, num_new_tokens, -1, -1)], dim=1)
+        return model_kwargs
+
     def _expand_inputs_for_generation(self, expand_size=1, is_encoder_decoder=False, input_ids=None, **model_kwargs):
         """Repeat every row `expand_size` times (beams, several answers). Pictures are encoded once and repeated with their rows."""
         pixel_values, features = model_kwargs.pop("pixel_values", None), model_kwargs.pop("image_features", None)

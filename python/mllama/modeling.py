@@ -1,37 +1,26 @@
-"""A vision-language model put together: tower -> projector -> merge at the placeholders -> decoder -> head."""
+"""A vision-language model put together: tower -> projector -> fusion -> decoder -> head."""
 
-import os
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import AutoModelForImageTextToText, Cache, PreTrainedModel
+from transformers import AutoModelForImageTextToText, Cache, PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import ModelOutput
 from transformers.modeling_utils import slice_logits_to_keep
 
-from mllama.config import MllamaConfig
+from mllama.config import MllamaConfig, check_choice
+from mllama.families import Composition, compose
 from mllama.fusion.merge import find_placeholder, merge
-from mllama.fusion.projector import MultiModalProjector
+from mllama.fusion.projector import LinearProjector, MultiModalProjector
 from mllama.generation import MllamaGenerationMixin
-from mllama.text.cache import check_cache
+from mllama.nn.norm import RMSNorm
+from mllama.pretrained import PretrainedMixin, own_config
+from mllama.text.cache import check_cache, past_length
 from mllama.text.decoder import Decoder, check_mask
+from mllama.towers.clip import ClipVisionTower
 from mllama.towers.siglip import SiglipVisionTower
 
-_HUB_OPTIONS = {
-    "_from_auto",
-    "adapter_kwargs",
-    "cache_dir",
-    "code_revision",
-    "force_download",
-    "local_files_only",
-    "low_cpu_mem_usage",
-    "revision",
-    "token",
-    "trust_remote_code",
-    "use_safetensors",
-    "weights_only",
-}
+REFERENCES = ("meta", "hf")
 
 
 @dataclass
@@ -57,122 +46,61 @@ class MllamaOutput(ModelOutput):
     image_attentions: tuple[torch.Tensor, ...] | None = None
 
 
-class MllamaForConditionalGeneration(MllamaGenerationMixin, PreTrainedModel):
-    """Answers about pictures: a SigLIP tower and a Llama decoder joined by early fusion.
+class MllamaForConditionalGeneration(PretrainedMixin, MllamaGenerationMixin, PreTrainedModel):
+    """Answers about pictures, or goes on with text: a tower, a projector, a fusion and a decoder, as the config's family has them.
 
-    Built from a `MllamaConfig` with random weights, or from a folder by `from_pretrained`.
+    Args:
+        config: `mllama.MllamaConfig` for a SigLIP tower and a Llama decoder joined by early fusion; or transformers' own LlavaConfig,
+            PaliGemmaConfig, MllamaConfig (Llama-3.2-Vision), LlamaConfig, GemmaConfig. The weights are random; `from_pretrained` reads a
+            folder.
+        reference: whose Llama-3.2-Vision to follow where the two differ, "meta" (as it was trained) or "hf" (as transformers computes it):
+            the tower's intermediate features are the inputs or the outputs of the layers listed, and text before the first picture sees
+            none or, by way of the residual, all of them. It may be set later, and means nothing to other families.
+
+    Raises:
+        TypeError: no config.
+        ValueError: a family, a size, a choice or a reference that cannot be.
     """
 
     config_class = MllamaConfig
-    config: MllamaConfig
     main_input_name = "input_ids"
     input_modalities = ("image", "text")
     accepts_loss_kwargs = True
     supports_gradient_checkpointing = True
-    _no_split_modules = ["SiglipEncoderLayer", "DecoderLayer"]
+    load_options = frozenset({"reference"})
+    _no_split_modules = ["SiglipEncoderLayer", "TiledEncoderLayer", "DecoderLayer", "CrossAttentionDecoderLayer"]
     _skip_keys_device_placement = ["past_key_values"]
     _tied_weights_keys = {"lm_head.weight": "language_model.embed_tokens.weight"}
 
-    def __init__(self, config: MllamaConfig):
-        super().__init__(config)
-        vision, text = config.vision_config, config.text_config
-        self.vision_tower = SiglipVisionTower(vision)
-        self.multi_modal_projector = MultiModalProjector(
-            vision.hidden_size, config.projection_dim, text.hidden_size, config.projector_hidden_act, config.multimodal_projector_bias
-        )
+    def __init__(self, config: PretrainedConfig, reference: str = "meta"):
+        plan = compose(config)
+        super().__init__(own_config(config))
+        self.plan = plan
+        self.reference = reference
+        text = plan.text
+        if plan.tower is not None:
+            self.vision_tower = _TOWERS[plan.tower](plan.vision)
+            self.multi_modal_projector = _projector(plan)
         self.language_model = Decoder(text)
         self.lm_head = nn.Linear(text.hidden_size, text.vocab_size, bias=False)
+        if text.extra_embeddings:  # the head cannot be the embedding matrix, which has more rows
+            self._tied_weights_keys = None
         self.post_init()
 
-    @classmethod
-    def from_pretrained(
-        cls,
-        pretrained_model_name_or_path: str | os.PathLike,
-        *,
-        config: MllamaConfig | None = None,
-        dtype: torch.dtype | str | None = None,
-        device_map: torch.device | str | dict | None = None,
-        subfolder: str | os.PathLike = "",
-        **kwargs,
-    ) -> "MllamaForConditionalGeneration":
-        """Load a model folder: Hugging Face's LLaVA (SigLIP + Llama), or our own format. The model is in eval mode.
+    @property
+    def reference(self) -> str:
+        """Whose Llama-3.2-Vision is followed: "meta" or "hf"."""
+        return self._reference
 
-        Args:
-            pretrained_model_name_or_path: the folder, with config.json and safetensors weights.
-            config: takes the place of the folder's.
-            dtype: "auto" (the default) is the files' own; or float32, bfloat16, float16. `torch_dtype` is its older name.
-            device_map: a device, {"": device}, or "auto" for the GPU where there is one; the CPU by default.
-            subfolder: the model's place inside the folder.
-            kwargs: options of transformers that say how to fetch a model from its hub are taken and change nothing for a folder.
+    @reference.setter
+    def reference(self, value: str) -> None:
+        check_choice("model", "reference", value, REFERENCES)
+        self._reference = value
 
-        Raises:
-            FileNotFoundError: no folder, config or safetensors weights there.
-            ValueError: an unknown `model_type`, a broken file, or weights that do not fit: every missing and unexpected tensor, and every
-                wrong shape, in one error. A `subfolder` outside the folder.
-            TypeError: an option that is not known, a config of another kind.
-        """
-        from mllama.checkpoints import load_model
-
-        if dtype is None:
-            dtype = kwargs.pop("torch_dtype", None) or "auto"
-        if isinstance(device_map, dict):
-            if list(device_map) != [""]:
-                raise ValueError(f"device_map must name one device for the whole model, got {device_map!r}")
-            device_map = device_map[""]
-        if device_map == "auto":
-            device_map = "cuda" if torch.cuda.is_available() else "cpu"
-        if unknown := sorted(kwargs.keys() - _HUB_OPTIONS):
-            raise TypeError(f"from_pretrained got options it does not know: {', '.join(unknown)}")
-        inner = Path(subfolder or "")
-        if inner.is_absolute() or ".." in inner.parts:
-            raise ValueError(f"subfolder must lie inside the model folder, got {str(subfolder)!r}")
-        folder = Path(pretrained_model_name_or_path) / inner
-        return load_model(cls, folder, config, dtype, "cpu" if device_map is None else device_map)
-
-    def save_pretrained(
-        self,
-        save_directory: str | os.PathLike,
-        is_main_process: bool = True,
-        state_dict: dict | None = None,
-        push_to_hub: bool = False,
-        max_shard_size: int | str = "50GB",
-        **kwargs,
-    ) -> None:
-        """Write the model to a folder, whole or not at all. Signature as transformers'.
-
-        A model that Hugging Face's LLaVA can be (`vision_feature="pre_norm"`, projection_dim equal to the decoder's width, and an
-        `image_token_index` within the vocabulary) is written as LLaVA; any other in our own format.
-
-        Args:
-            save_directory: made if absent; other files in it stay.
-            is_main_process: False writes nothing.
-            state_dict: takes the place of the model's own; it must have all of its names.
-            push_to_hub: afterwards upload the folder, to `repo_id` (the folder's name by default).
-            max_shard_size: bytes of one weight file, or text as "5GB"; more is written as shards and an index.
-
-        Raises:
-            ValueError: a `state_dict` that is not the whole model; `variant` or `safe_serialization=False`, which would change what is
-                written and are not supported.
-        """
-        from mllama.checkpoints import save_model
-
-        if kwargs.get("variant") is not None:
-            raise ValueError(f"variant is not supported: weights have one name; got {kwargs['variant']!r}")
-        if not kwargs.get("safe_serialization", True):
-            raise ValueError("safe_serialization must be True: weights are written as safetensors only")
-        if is_main_process:
-            save_model(self, save_directory, state_dict, max_shard_size)
-            if push_to_hub:
-                self.push_to_hub(kwargs.pop("repo_id", os.path.basename(os.path.abspath(save_directory))), token=kwargs.get("token"))
-
-    def load_state_dict(self, state_dict: dict[str, torch.Tensor], strict: bool = True, assign: bool = False):
-        """As torch's; takes the names that weight files use too, whole or shard by shard with `strict=False`."""
-        from mllama.checkpoints import translate_state_dict
-
-        report = super().load_state_dict(translate_state_dict(self, state_dict), strict=strict, assign=assign)
-        if assign:  # it gave every name a parameter of its own
-            self.tie_weights()
-        return report
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, RMSNorm) and module.offset:
+            nn.init.constant_(module.weight, 1 - module.offset)
 
     def get_input_embeddings(self) -> nn.Embedding:
         """The decoder's embedding matrix."""
@@ -182,24 +110,53 @@ class MllamaForConditionalGeneration(MllamaGenerationMixin, PreTrainedModel):
         """Put another embedding matrix in place."""
         self.language_model.embed_tokens = value
 
-    def get_image_features(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """Encode and project pictures.
-
-        Args:
-            pixel_values: float [pictures, channels, image_size, image_size].
+    def get_image_features(
+        self,
+        pixel_values: torch.Tensor,
+        aspect_ratio_ids: torch.Tensor | None = None,
+        aspect_ratio_mask: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Encode and project pictures. Arguments as `forward` has them.
 
         Returns:
-            [pictures, patches, text hidden size]; `forward` and `generate` take it as `image_features` in place of the pixels.
+            [pictures, patches, text hidden size], or of a model that cuts pictures into tiles [B, pictures * tiles * patches, text hidden
+            size]; `forward` and `generate` take it as `image_features` in place of the pixels.
 
         Raises:
-            TypeError, ValueError: as the tower.
+            TypeError, ValueError: as the tower. A model without a tower takes no pictures.
         """
+        if self.plan.tower is None:
+            raise ValueError(f"this {self.config.model_type} model takes text alone: it has no tower")
+        if self.plan.fusion == "cross_attention":
+            return self._encode_tiles(pixel_values, aspect_ratio_ids, aspect_ratio_mask)[0]
         return self._encode(pixel_values)[0]
 
     def _encode(self, pixel_values: torch.Tensor, output_attentions: bool = False) -> tuple[torch.Tensor, tuple | None]:
-        final_norm = self.config.vision_feature == "last"
-        encoded = self.vision_tower(pixel_values, output_attentions=output_attentions, final_norm=final_norm)
-        return self.multi_modal_projector(encoded.last_hidden_state), encoded.attentions
+        read = self.plan.features
+        encoded = self.vision_tower(
+            pixel_values,
+            output_hidden_states=read is not None,
+            output_attentions=output_attentions,
+            final_norm=read is None,
+            depth=None if read is None else max(read),
+        )
+        states = [encoded.last_hidden_state] if read is None else [encoded.hidden_states[state] for state in read]
+        features = torch.cat(states, dim=-1)
+        if self.plan.skip_first:
+            features = features[:, 1:]
+        return self.multi_modal_projector(features), encoded.attentions
+
+    def _encode_tiles(
+        self,
+        pixel_values: torch.Tensor,
+        aspect_ratio_ids: torch.Tensor | None,
+        aspect_ratio_mask: torch.Tensor | None,
+        output_attentions: bool = False,
+    ) -> tuple[torch.Tensor, tuple | None]:
+        encoded = self.vision_tower(
+            pixel_values, aspect_ratio_ids, aspect_ratio_mask, reference=self.reference, output_attentions=output_attentions
+        )
+        return self.multi_modal_projector(encoded.last_hidden_state).flatten(1, 3), encoded.attentions
 
     def find_placeholders(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None, pictures: int = 0) -> torch.Tensor:
         """Where picture placeholders stand: bool [B, T].
@@ -215,11 +172,13 @@ class MllamaForConditionalGeneration(MllamaGenerationMixin, PreTrainedModel):
         Raises:
             ValueError: the id is not set, and more than one could be it.
         """
+        if self.plan.fusion is None:
+            return torch.zeros_like(input_ids, dtype=torch.bool)
         token = self.config.image_token_index
         if token is not None:
             return input_ids == token
         if pictures:
-            token = find_placeholder(input_ids, attention_mask, self.config.text_config.num_image_tokens, pictures)
+            token = find_placeholder(input_ids, attention_mask, self.plan.image_tokens, pictures)
         if token is None:
             return torch.zeros_like(input_ids, dtype=torch.bool)
         return input_ids == token if attention_mask is None else (input_ids == token) & (attention_mask != 0)
@@ -238,6 +197,10 @@ class MllamaForConditionalGeneration(MllamaGenerationMixin, PreTrainedModel):
         output_hidden_states: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         image_features: torch.Tensor | None = None,
+        token_type_ids: torch.Tensor | None = None,
+        aspect_ratio_ids: torch.Tensor | None = None,
+        aspect_ratio_mask: torch.Tensor | None = None,
+        cross_attention_mask: torch.Tensor | None = None,
         return_dict: bool | None = None,
         **kwargs,
     ) -> MllamaOutput | tuple:
@@ -245,7 +208,8 @@ class MllamaForConditionalGeneration(MllamaGenerationMixin, PreTrainedModel):
         Args:
             input_ids: int [B, T], with one placeholder per feature. Placeholder ids may lie outside the vocabulary.
             pixel_values: float [pictures of the batch in row order, channels, image_size, image_size]; cast to the tower's dtype. With a
-                filled cache and no placeholders in input_ids they are ignored.
+                filled cache and no placeholders in input_ids they are ignored. Of a model that cuts pictures into tiles, float
+                [B, pictures, tiles, channels, image_size, image_size]; with a filled cache they come after the pictures in it.
             attention_mask: [B, past + T] of any dtype, zero where padded, on either side.
             labels: int [B, T], shifted inside: the logits at t are scored against the label at t + 1. `config.ignore_index`, placeholder
                 and padding positions are not trained.
@@ -256,6 +220,13 @@ class MllamaForConditionalGeneration(MllamaGenerationMixin, PreTrainedModel):
             output_attentions, output_hidden_states: also return what `MllamaOutput` says.
             logits_to_keep: last positions to compute logits for (0: all), or which ones, as transformers takes it.
             image_features: what `get_image_features` gave, in place of pixel_values.
+            token_type_ids: int [B, T], of a model whose prompts are seen both ways (PaliGemma): 0 for the prompt, then 1 for what is to be
+                said. None: all of it is seen one way. With a filled cache, and by other models, they are not read.
+            aspect_ratio_ids: int [B, pictures], 1 + the place of a picture's arrangement of tiles in the config's list, 0 for no picture;
+                with pixel_values, of a model that cuts pictures into tiles (Llama-3.2-Vision).
+            aspect_ratio_mask: [B, pictures, tiles], 1 where a tile is filled; by default as aspect_ratio_ids say.
+            cross_attention_mask: [B, T or past + T, pictures, tiles], 1 where a token sees a tile, of the same model. What comes after
+                its last row sees what that row sees. None: every token sees every tile.
             return_dict: False returns a tuple.
             kwargs: `num_items_in_batch`, the labels of the whole (accumulated) batch, makes the loss their sum divided by it instead of
                 their mean. Anything else is passed over, as in transformers.
@@ -272,38 +243,49 @@ class MllamaForConditionalGeneration(MllamaGenerationMixin, PreTrainedModel):
         config = self.config
         output_attentions = bool(config.output_attentions if output_attentions is None else output_attentions)
         output_hidden_states = bool(config.output_hidden_states if output_hidden_states is None else output_hidden_states)
-        use_cache = config.text_config.use_cache and not self.training if use_cache is None else use_cache
+        use_cache = self.plan.text.use_cache and not self.training if use_cache is None else use_cache
+        filled = past_key_values is not None and int(past_key_values.get_seq_length()) > 0
 
-        placeholders = image_attentions = None
-        if inputs_embeds is None:
+        if input_ids is not None:
             _check_ids(input_ids)
             if attention_mask is not None and attention_mask.shape[0] != input_ids.shape[0]:
                 raise ValueError(f"attention_mask must have {input_ids.shape[0]} rows, as input_ids, got {attention_mask.shape[0]}")
-            pictures = self._count_pictures(pixel_values, image_features)
-            filled = past_key_values is not None and int(past_key_values.get_seq_length()) > 0
-            if pictures or not filled:
-                placeholders = self._placeholders(input_ids, attention_mask, pictures, filled)
-            if placeholders is None:
-                pixel_values = image_features = None
-            elif pixel_values is not None:
-                image_features, image_attentions = self._encode(pixel_values, output_attentions)
-            inputs_embeds = self._embed(input_ids, placeholders, image_features)
-        elif pixel_values is not None or image_features is not None:
-            raise ValueError("pictures need input_ids, whose placeholders tell where they stand; inputs_embeds must hold them already")
+        if pixel_values is not None and image_features is not None:
+            raise ValueError("give pixel_values or image_features, not both")
+        if (pixel_values is not None or image_features is not None) and self.plan.tower is None:
+            raise ValueError(f"pixel_values and image_features are for models with a tower; this {config.model_type} takes text alone")
+        if self.plan.fusion == "cross_attention":
+            seen = self._attend(
+                input_ids,
+                inputs_embeds,
+                pixel_values,
+                image_features,
+                (aspect_ratio_ids, aspect_ratio_mask),
+                cross_attention_mask,
+                past_key_values,
+                output_attentions,
+            )
+        else:
+            seen = self._merge(input_ids, inputs_embeds, attention_mask, pixel_values, image_features, filled, output_attentions)
 
+        prefix_length = None
+        if self.plan.prefix and token_type_ids is not None and not filled:
+            prefix_length = _prefix_length(token_type_ids, attention_mask, seen.embeds.shape[:2])
         decoded = self.language_model(
-            inputs_embeds=inputs_embeds,
+            inputs_embeds=seen.embeds,
             attention_mask=attention_mask,
             position_ids=position_ids,
             past_key_values=past_key_values,
             use_cache=use_cache,
             output_attentions=output_attentions,
             output_hidden_states=output_hidden_states,
+            prefix_length=prefix_length,
+            cross=seen.cross,
         )
         logits = self.lm_head(slice_logits_to_keep(decoded.last_hidden_state, logits_to_keep))
         loss = None
         if labels is not None:
-            loss = self._loss(logits, labels, inputs_embeds.shape[:2], attention_mask, placeholders, kwargs.get("num_items_in_batch"))
+            loss = self._loss(logits, labels, seen.embeds.shape[:2], attention_mask, seen.placeholders, kwargs.get("num_items_in_batch"))
 
         output = MllamaOutput(
             loss=loss,
@@ -311,16 +293,67 @@ class MllamaForConditionalGeneration(MllamaGenerationMixin, PreTrainedModel):
             past_key_values=decoded.past_key_values,
             hidden_states=decoded.hidden_states,
             attentions=decoded.attentions,
-            image_hidden_states=image_features,
-            image_attentions=image_attentions,
+            image_hidden_states=seen.features,
+            image_attentions=seen.attentions,
         )
         if return_dict is None:
             return_dict = config.return_dict
         return output if return_dict else output.to_tuple()
 
+    def _merge(
+        self,
+        input_ids: torch.Tensor | None,
+        inputs_embeds: torch.Tensor | None,
+        attention_mask: torch.Tensor | None,
+        pixel_values: torch.Tensor | None,
+        image_features: torch.Tensor | None,
+        filled: bool,
+        output_attentions: bool,
+    ) -> "_Seen":
+        """Embeddings with picture features in the placeholders' places."""
+        if input_ids is None:
+            if pixel_values is not None or image_features is not None:
+                raise ValueError("pictures need input_ids, whose placeholders tell where they stand; inputs_embeds must hold them already")
+            return _Seen(inputs_embeds)
+        pictures = self._count_pictures(pixel_values, image_features)
+        placeholders = attentions = None
+        if self.plan.fusion is not None and (pictures or not filled):
+            placeholders = self._placeholders(input_ids, attention_mask, pictures, filled)
+        if placeholders is None:
+            pixel_values = image_features = None
+        elif pixel_values is not None:
+            image_features, attentions = self._encode(pixel_values, output_attentions)
+        inputs_embeds = self._embed(input_ids, placeholders)
+        if image_features is not None:
+            inputs_embeds = merge(inputs_embeds, placeholders, image_features)
+        return _Seen(inputs_embeds, placeholders, image_features, attentions)
+
+    def _attend(
+        self,
+        input_ids: torch.Tensor | None,
+        inputs_embeds: torch.Tensor | None,
+        pixel_values: torch.Tensor | None,
+        image_features: torch.Tensor | None,
+        aspects: tuple[torch.Tensor | None, torch.Tensor | None],
+        cross_attention_mask: torch.Tensor | None,
+        past_key_values: Cache | None,
+        output_attentions: bool,
+    ) -> "_Seen":
+        """Embeddings, and what the cross-attention layers need: nothing where there are no pictures, here or in the cache."""
+        placeholders = attentions = cross = None
+        if inputs_embeds is None:
+            placeholders = self.find_placeholders(input_ids)
+            inputs_embeds = self._embed(input_ids)
+        if pixel_values is not None:
+            image_features, attentions = self._encode_tiles(pixel_values, *aspects, output_attentions)
+        if image_features is not None or self._cached_pictures(past_key_values):
+            mask = _rows_of_mask(cross_attention_mask, inputs_embeds.shape[:2], past_length(past_key_values))
+            from mllama.fusion.cross_attention import cross_context
+
+            cross = cross_context(image_features, mask, self.vision_tower.tokens_per_tile, self.reference)
+        return _Seen(inputs_embeds, placeholders, image_features, attentions, cross)
+
     def _count_pictures(self, pixel_values: torch.Tensor | None, image_features: torch.Tensor | None) -> int:
-        if pixel_values is not None and image_features is not None:
-            raise ValueError("give pixel_values or image_features, not both")
         if pixel_values is not None:
             self.vision_tower.check(pixel_values)
             return pixel_values.shape[0]
@@ -328,7 +361,7 @@ class MllamaForConditionalGeneration(MllamaGenerationMixin, PreTrainedModel):
             return 0
         if not isinstance(image_features, torch.Tensor):
             raise TypeError(f"image_features must be a torch.Tensor, got {type(image_features).__name__}")
-        wanted = [self.config.text_config.num_image_tokens, self.config.text_config.hidden_size]
+        wanted = [self.plan.image_tokens, self.plan.text.hidden_size]
         if list(image_features.shape[1:]) != wanted:
             raise ValueError(f"image_features must be [pictures, {wanted[0]}, {wanted[1]}], got {list(image_features.shape)}")
         return image_features.shape[0]
@@ -342,7 +375,7 @@ class MllamaForConditionalGeneration(MllamaGenerationMixin, PreTrainedModel):
         placeholders = self.find_placeholders(input_ids, attention_mask, pictures)
         if torch.compiler.is_compiling():
             return placeholders
-        per_picture = self.config.text_config.num_image_tokens
+        per_picture = self.plan.image_tokens
         rows = placeholders.sum(1).tolist()
         found = sum(rows)
         if filled and not found:
@@ -356,14 +389,12 @@ class MllamaForConditionalGeneration(MllamaGenerationMixin, PreTrainedModel):
             raise ValueError(f"every row must hold a multiple of {per_picture} picture placeholders, got {rows}")
         return placeholders
 
-    def _embed(self, input_ids: torch.Tensor, placeholders: torch.Tensor | None, image_features: torch.Tensor | None) -> torch.Tensor:
-        """[B, T, hidden]: looked-up ids, with the features at the placeholders."""
-        embedding = self.get_input_embeddings()
+    def _embed(self, input_ids: torch.Tensor, placeholders: torch.Tensor | None = None) -> torch.Tensor:
+        """[B, T, hidden]: looked-up ids. Placeholders, which may lie outside the vocabulary, are not."""
         if placeholders is not None:
             input_ids = input_ids.masked_fill(placeholders, 0)
-        _check_range(input_ids, embedding.num_embeddings)
-        inputs_embeds = embedding(input_ids)
-        return inputs_embeds if image_features is None else merge(inputs_embeds, placeholders, image_features)
+        _check_range(input_ids, self.get_input_embeddings().num_embeddings)
+        return self.language_model.embed(input_ids)
 
     def _loss(
         self,
@@ -400,6 +431,60 @@ class MllamaForConditionalGeneration(MllamaGenerationMixin, PreTrainedModel):
         )
         count = trained.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
         return total / (count.to(total.device) if isinstance(count, torch.Tensor) else count)
+
+
+@dataclass
+class _Seen:
+    """What the decoder starts from: embeddings, where the placeholders are, and what became of the pictures."""
+
+    embeds: torch.Tensor
+    placeholders: torch.Tensor | None = None
+    features: torch.Tensor | None = None
+    attentions: tuple | None = None
+    cross: object = None
+
+
+_TOWERS = {"siglip": SiglipVisionTower, "clip": ClipVisionTower}
+
+
+def _rows_of_mask(mask: torch.Tensor | None, shape: torch.Size, past: int | torch.Tensor) -> torch.Tensor | None:
+    """The rows of a cross-attention mask for the new tokens: all of them, or those after the cached ones, the last repeated."""
+    if mask is None:
+        return None
+    if not isinstance(mask, torch.Tensor):
+        raise TypeError(f"cross_attention_mask must be a torch.Tensor, got {type(mask).__name__}")
+    if mask.dim() != 4 or mask.shape[0] != shape[0] or mask.shape[1] == 0:
+        raise ValueError(f"cross_attention_mask must be [{shape[0]}, tokens, pictures, tiles], got {list(mask.shape)}")
+    if mask.shape[1] == shape[1]:
+        return mask
+    rows = torch.arange(shape[1], device=mask.device) + past
+    return mask[:, rows.clamp(max=mask.shape[1] - 1)]
+
+
+def _projector(plan: Composition) -> nn.Module:
+    features, inner, text = plan.projector_sizes
+    if plan.projector == "linear":
+        return LinearProjector(features, text)
+    return MultiModalProjector(features, inner, text, plan.projector_act, plan.projector_bias)
+
+
+def _prefix_length(token_type_ids: torch.Tensor, attention_mask: torch.Tensor | None, shape: torch.Size) -> torch.Tensor:
+    """[B]: how many positions of each row, its padding on the left included, come before the first of type 1."""
+    if not isinstance(token_type_ids, torch.Tensor) or token_type_ids.is_floating_point():
+        raise TypeError(
+            f"token_type_ids must be an integer torch.Tensor, got {getattr(token_type_ids, 'dtype', type(token_type_ids).__name__)}"
+        )
+    if token_type_ids.shape != shape:
+        raise ValueError(f"token_type_ids must be {list(shape)}, one per token, got {list(token_type_ids.shape)}")
+    said = token_type_ids != 0
+    length = (said.cumsum(-1) == 0).sum(-1)
+    if not torch.compiler.is_compiling():
+        late = ~said & (torch.arange(shape[1], device=said.device) >= length[:, None])
+        if attention_mask is not None:
+            late &= attention_mask != 0
+        if bool(late.any()):
+            raise ValueError("token_type_ids must be 0 for a row's prompt and then 1 up to its end; here a 0 follows a 1")
+    return length
 
 
 def _check_ids(input_ids: torch.Tensor) -> None:

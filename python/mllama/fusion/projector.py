@@ -17,3 +17,15 @@ class MultiModalProjector(nn.Module):
     def forward(self, features: torch.Tensor) -> torch.Tensor:
         """[..., input_size] -> [..., output_size]."""
         return self.linear_2(self.act(self.linear_1(features)))
+
+
+class LinearProjector(nn.Module):
+    """One matrix and its bias."""
+
+    def __init__(self, input_size: int, output_size: int):
+        super().__init__()
+        self.linear = nn.Linear(input_size, output_size)
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        """[..., input_size] -> [..., output_size]."""
+        return self.linear(features)

@@ -14,7 +14,7 @@ def split_heads(x: torch.Tensor, head_dim: int) -> torch.Tensor:
 
 
 class BidirectionalAttention(nn.Module):
-    """Every position sees every other; projections with biases, no positions of its own."""
+    """Every position sees every other, or all of a context; projections with biases, no positions of its own."""
 
     def __init__(self, hidden_size: int, heads: int):
         super().__init__()
@@ -24,9 +24,15 @@ class BidirectionalAttention(nn.Module):
         self.v_proj = nn.Linear(hidden_size, hidden_size)
         self.out_proj = nn.Linear(hidden_size, hidden_size)
 
-    def forward(self, x: torch.Tensor, output_attentions: bool = False) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """x: [B, T, hidden_size] -> (the same shape, probabilities [B, heads, T, T] float32 or None)."""
-        q, k, v = (split_heads(projection(x), self.head_dim) for projection in (self.q_proj, self.k_proj, self.v_proj))
+    def forward(
+        self, x: torch.Tensor, output_attentions: bool = False, context: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """x: [B, T, hidden_size], context: [B, S, hidden_size], by default x -> (x's shape, probabilities [B, heads, T, S] or None)."""
+        context = x if context is None else context
+        q, k, v = (
+            split_heads(projection(source), self.head_dim)
+            for projection, source in ((self.q_proj, x), (self.k_proj, context), (self.v_proj, context))
+        )
         weights = attention_weights(q, k) if output_attentions else None
         return self.out_proj(attention(q, k, v).flatten(2)), weights
 
@@ -58,6 +64,7 @@ class CausalAttention(nn.Module):
         past_key_values: Cache | None = None,
         key_mask: torch.Tensor | None = None,
         query_offset: int | torch.Tensor | None = None,
+        prefix_length: torch.Tensor | None = None,
         output_attentions: bool = False,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """
@@ -66,7 +73,8 @@ class CausalAttention(nn.Module):
             positions: rotary tables of the T positions.
             past_key_values: cache that the new keys and values are written to and all S of them read from.
             key_mask: bool [B, S], False where a key is padding.
-            query_offset: position of x's first row among the keys, as the attention operator takes it.
+            query_offset: position of x's first row among the keys, and
+            prefix_length: keys at the front that every row sees, both as the attention operator takes them.
             output_attentions: also return the probabilities.
 
         Returns:
@@ -77,6 +85,6 @@ class CausalAttention(nn.Module):
         if past_key_values is not None:  # caches hold [B, heads, S, head_dim]
             k, v = past_key_values.update(k.transpose(1, 2), v.transpose(1, 2), self.layer_idx)
             k, v = k.transpose(1, 2), v.transpose(1, 2)
-        masks = {"causal": True, "query_offset": query_offset, "key_mask": key_mask}
+        masks = {"causal": True, "query_offset": query_offset, "key_mask": key_mask, "prefix_length": prefix_length}
         weights = attention_weights(q, k, **masks) if output_attentions else None
         return self.o_proj(attention(q, k, v, **masks).flatten(2)), weights

@@ -1,4 +1,6 @@
-"""The Llama decoder: token ids or embeddings -> hidden states."""
+"""The decoder, Llama's or Gemma's by its config: token ids or embeddings -> hidden states."""
+
+from collections.abc import Callable
 
 import torch
 from torch import nn
@@ -23,32 +25,49 @@ class DecoderLayer(GradientCheckpointingLayer):
             config.hidden_size, config.num_attention_heads, config.num_key_value_heads, config.head_dim, layer_idx, config.attention_bias
         )
         self.mlp = GatedMLP(config.hidden_size, config.intermediate_size, config.hidden_act, config.mlp_bias)
-        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, config.norm_offset)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, config.norm_offset)
 
     def forward(
         self,
         hidden_states: torch.Tensor,
         positions: tuple[torch.Tensor, torch.Tensor],
         past_key_values: Cache | None = None,
+        cross: object = None,
         **context,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """[B, T, hidden] -> (the same shape, probabilities or None). `context` goes to `CausalAttention.forward`."""
+        """[B, T, hidden] -> (the same shape, probabilities or None). `context` goes to `CausalAttention.forward`; `cross` is for the layers
+        of another kind beside this one."""
         attended, weights = self.self_attn(self.input_layernorm(hidden_states), positions, past_key_values, **context)
         normed, hidden_states = self.post_attention_layernorm.add(attended, hidden_states)
         return hidden_states + self.mlp(normed), weights
 
 
 class Decoder(nn.Module):
-    """Embeddings, layers and final norm; the output head belongs to the model around it."""
+    """Embeddings, layers and final norm; the output head belongs to the model around it.
 
-    def __init__(self, config: MllamaTextConfig):
+    Args:
+        config: sizes and choices.
+        cross_layer: makes a layer for the places in `config.cross_attention_layers`, called and answering as `DecoderLayer` is.
+    """
+
+    def __init__(self, config: MllamaTextConfig, cross_layer: Callable[[MllamaTextConfig, int], nn.Module] | None = None):
         super().__init__()
         self.config = config
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(DecoderLayer(config, index) for index in range(config.num_hidden_layers))
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.embed_tokens = nn.Embedding(config.vocab_size + config.extra_embeddings, config.hidden_size)
+        crossed = set(config.cross_attention_layers or ())
+        self.layers = nn.ModuleList(
+            (cross_layer if index in crossed else DecoderLayer)(config, index) for index in range(config.num_hidden_layers)
+        )
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, config.norm_offset)
         self.rotary = RotaryEmbedding(config.head_dim, config.rope_parameters)
+
+    def embed(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """int [B, T] -> [B, T, hidden], scaled where the config says so, by the factor in the matrix's dtype as transformers does."""
+        embedded = self.embed_tokens(input_ids)
+        if self.config.embedding_scale is None:
+            return embedded
+        return embedded * torch.tensor(self.config.embedding_scale, dtype=embedded.dtype, device=embedded.device)
 
     def forward(
         self,
@@ -60,6 +79,8 @@ class Decoder(nn.Module):
         use_cache: bool = False,
         output_attentions: bool = False,
         output_hidden_states: bool = False,
+        prefix_length: torch.Tensor | None = None,
+        cross: object = None,
     ) -> BaseModelOutputWithPast:
         """
         Args:
@@ -71,6 +92,8 @@ class Decoder(nn.Module):
             use_cache: make a dynamic cache where none is given.
             output_attentions: also return each layer's probabilities [B, heads, T, keys], float32.
             output_hidden_states: also return the embeddings, each further layer's input, and the final norm's output: layers + 1 tensors.
+            prefix_length: int64 [B], positions at a row's front, its padding there included, that every other sees: None is causal.
+            cross: handed to every layer: what cross-attention layers attend to.
 
         Raises:
             ValueError: both or none of ids and embeddings; a mask or positions of another shape.
@@ -81,7 +104,7 @@ class Decoder(nn.Module):
         check_cache(past_key_values)
         check_mask(attention_mask)
         if inputs_embeds is None:
-            inputs_embeds = self.embed_tokens(input_ids)
+            inputs_embeds = self.embed(input_ids)
         else:
             _check_embeddings(inputs_embeds, self.config.hidden_size)
         if use_cache and past_key_values is None:
@@ -101,6 +124,8 @@ class Decoder(nn.Module):
             "key_mask": _key_mask(attention_mask, keys),
             # None, the operator's cheap way: the last query sees the last key. Not so where a static cache shows unfilled slots.
             "query_offset": None if isinstance(past, int) and keys == past + length else past,
+            "prefix_length": prefix_length,
+            "cross": cross,
             "output_attentions": output_attentions,
         }
 

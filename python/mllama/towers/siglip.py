@@ -72,31 +72,37 @@ class SiglipVisionTower(nn.Module):
         self.encoder = SiglipEncoder(config)
         self.post_layernorm = LayerNorm(config.hidden_size, config.layer_norm_eps)
 
+    def embed(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """What the first layer takes: [B, C, S, S] -> [B, features, hidden]."""
+        return self.embeddings(pixel_values)
+
     def forward(
         self,
         pixel_values: torch.Tensor,
         output_hidden_states: bool = False,
         output_attentions: bool = False,
         final_norm: bool = True,
+        depth: int | None = None,
     ) -> BaseModelOutput:
         """
         Args:
             pixel_values: float [pictures, channels, image_size, image_size]; cast to the tower's dtype.
             output_hidden_states: also return the embeddings and every layer's output (before the final norm), layers + 1 tensors.
-            output_attentions: also return every layer's probabilities [pictures, heads, patches, patches].
+            output_attentions: also return every layer's probabilities [pictures, heads, features, features].
             final_norm: False leaves out the layer norm after the last layer.
+            depth: run this many layers only; None is all.
 
         Returns:
-            BaseModelOutput with `last_hidden_state` [pictures, patches, hidden], `hidden_states`, `attentions`.
+            BaseModelOutput with `last_hidden_state` [pictures, features, hidden], `hidden_states`, `attentions`.
 
         Raises:
             TypeError: pixel_values is no floating tensor.
             ValueError: pixel_values has another shape.
         """
         self.check(pixel_values)
-        hidden_states = self.embeddings(pixel_values)
+        hidden_states = self.embed(pixel_values)
         states, attentions = [hidden_states], []
-        for layer in self.encoder.layers:
+        for layer in self.encoder.layers[:depth]:
             hidden_states, weights = layer(hidden_states, output_attentions=output_attentions)
             attentions.append(weights)
             if output_hidden_states:
@@ -115,3 +121,19 @@ class SiglipVisionTower(nn.Module):
         wanted = (self.config.num_channels, self.config.image_size, self.config.image_size)
         if pixel_values.dim() != 4 or tuple(pixel_values.shape[1:]) != wanted:
             raise ValueError(f"pixel_values must be [pictures, {', '.join(map(str, wanted))}], got {list(pixel_values.shape)}")
+
+
+class SiglipPoolingHead(nn.Module):
+    """SigLIP's pooled feature: one learned query attends to the patches, and a feed-forward block refines what it found."""
+
+    def __init__(self, config: MllamaVisionConfig):
+        super().__init__()
+        self.probe = nn.Parameter(torch.randn(1, 1, config.hidden_size))
+        self.attention = BidirectionalAttention(config.hidden_size, config.num_attention_heads)
+        self.layernorm = LayerNorm(config.hidden_size, config.layer_norm_eps)
+        self.mlp = MLP(config.hidden_size, config.intermediate_size, config.hidden_act)
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        """[B, patches, hidden] -> [B, hidden]."""
+        pooled, _ = self.attention(self.probe.to(features.dtype).expand(features.shape[0], 1, -1), context=features)
+        return (pooled + self.mlp(self.layernorm(pooled)))[:, 0]

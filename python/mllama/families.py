@@ -1,0 +1,247 @@
+"""What a model is made of, by family: a config of any kind -> its `Composition`. The config's `model_type` decides, exactly.
+
+`model.config` stays the family's own Hugging Face object, since PEFT, `generate` and Trainer read it; what is built is read from here
+alone, with every size checked.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import PretrainedConfig
+from transformers.activations import ACT2FN
+
+from mllama.config import MllamaConfig, MllamaTextConfig, MllamaVisionConfig, check_choice, check_number, check_size
+
+_TEXT_FIELDS = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "hidden_act",
+    "max_position_embeddings",
+    "initializer_range",
+    "rms_norm_eps",
+    "use_cache",
+    "pad_token_id",
+    "bos_token_id",
+    "eos_token_id",
+    "tie_word_embeddings",
+    "rope_parameters",
+    "attention_bias",
+    "attention_dropout",
+    "mlp_bias",
+    "cross_attention_layers",
+)
+_VISION_FIELDS = (
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_channels",
+    "image_size",
+    "patch_size",
+    "hidden_act",
+    "layer_norm_eps",
+    "attention_dropout",
+)
+TILES_MAX = 64  # of a picture; released models have 4
+
+
+@dataclass(frozen=True)
+class Composition:
+    """tower x projector x fusion x decoder.
+
+    Attributes:
+        text: the decoder.
+        tower: "siglip", "clip", "tiled", or None for a model without pictures. With it:
+        vision: the tower's config.
+        features: which of the tower's states are read, as places in (embeddings, each layer's output ...); several are laid side by side.
+            None is the output after the final norm.
+        skip_first: leave out the first feature of a picture: CLIP's class token.
+        projector: "mlp" or "linear"; the sizes and the activation of an "mlp":
+        projector_sizes: width of the features, between the layers, and of the decoder.
+        projector_act, projector_bias: of an "mlp".
+        fusion: "merge" writes features in the placeholders' places, "cross_attention" has layers of their own attend to them.
+        image_tokens: placeholders (with "merge") per picture.
+        prefix: prompts are seen both ways, as `token_type_ids` say (PaliGemma).
+    """
+
+    text: MllamaTextConfig
+    tower: str | None = None
+    vision: PretrainedConfig | None = None
+    features: tuple[int, ...] | None = None
+    skip_first: bool = False
+    projector: str | None = None
+    projector_sizes: tuple[int, int, int] = (0, 0, 0)
+    projector_act: str = "gelu"
+    projector_bias: bool = True
+    fusion: str | None = None
+    image_tokens: int = 0
+    prefix: bool = False
+
+
+def compose(config: PretrainedConfig) -> Composition:
+    """What a model of this config is made of.
+
+    Raises:
+        TypeError: no config.
+        ValueError: a `model_type` that is no family of ours; sizes and choices that cannot be. The text names the field.
+    """
+    if not isinstance(config, PretrainedConfig):
+        raise TypeError(f"config must be a config object of transformers or mllama, got {type(config).__name__}")
+    if config.model_type not in FAMILIES:
+        raise ValueError(f"no family has model_type {config.model_type!r}; there are {', '.join(sorted(FAMILIES))}")
+    return FAMILIES[config.model_type](config)
+
+
+def siglip_vision(config: PretrainedConfig) -> MllamaVisionConfig:
+    """The checked config of a SigLIP or CLIP tower."""
+    if isinstance(config, MllamaVisionConfig):
+        return config
+    return MllamaVisionConfig(**_fields(config, _VISION_FIELDS))
+
+
+def _fields(config: PretrainedConfig, names: tuple[str, ...], **replaced: Any) -> dict[str, Any]:
+    return {name: getattr(config, name) for name in names if getattr(config, name, None) is not None} | replaced
+
+
+def _text(config: PretrainedConfig, kind: str, **replaced: Any) -> MllamaTextConfig:
+    if isinstance(config, MllamaTextConfig):
+        return config
+    if config.model_type != kind:
+        raise ValueError(f"text_config: a decoder of model_type {config.model_type!r} is not supported here; {kind!r} is")
+    return MllamaTextConfig(**_fields(config, _TEXT_FIELDS, **replaced))
+
+
+def _llama(config: PretrainedConfig) -> Composition:
+    return Composition(text=_text(config, "llama"))
+
+
+def _gemma_text(config: PretrainedConfig) -> MllamaTextConfig:
+    # Gemma's scale is its root of the width; attention, norms and activation are said by these three.
+    return _text(config, "gemma", norm_offset=1.0, embedding_scale=float(config.hidden_size) ** 0.5)
+
+
+def _gemma(config: PretrainedConfig) -> Composition:
+    if config.use_bidirectional_attention:
+        raise ValueError("use_bidirectional_attention: a Gemma that attends both ways generates no text and is not supported")
+    return Composition(text=_gemma_text(config))
+
+
+def _own(config: MllamaConfig) -> Composition:
+    vision, text = config.vision_config, config.text_config
+    return Composition(
+        text=text,
+        tower="siglip",
+        vision=vision,
+        features=(vision.num_hidden_layers,) if config.vision_feature == "pre_norm" else None,
+        projector="mlp",
+        projector_sizes=(vision.hidden_size, config.projection_dim, text.hidden_size),
+        projector_act=config.projector_hidden_act,
+        projector_bias=config.multimodal_projector_bias,
+        fusion="merge",
+        image_tokens=text.num_image_tokens,
+    )
+
+
+def _llava(config: PretrainedConfig) -> Composition:
+    towers = {"siglip_vision_model": "siglip", "clip_vision_model": "clip"}
+    kind = config.vision_config.model_type
+    check_choice("vision_config", "model_type", kind, tuple(towers))
+    vision, text = siglip_vision(config.vision_config), _text(config.text_config, "llama")
+    given = config.vision_feature_layer
+    layers = [given] if isinstance(given, int) else given
+    states = vision.num_hidden_layers + 1
+    if not layers or any(isinstance(layer, bool) or not -states <= layer < states for layer in layers):
+        raise ValueError(f"vision_feature_layer must name states of -{states} to {states - 1}, got {given!r}")
+    strategy = config.vision_feature_select_strategy
+    check_choice("config", "vision_feature_select_strategy", strategy, ("default", "full"))
+    check_choice("config", "projector_hidden_act", config.projector_hidden_act, tuple(ACT2FN))
+    skip = strategy == "default"
+    tokens = (vision.image_size // vision.patch_size) ** 2 + (kind == "clip_vision_model") - skip
+    if tokens < 1:
+        raise ValueError("vision_feature_select_strategy 'default' leaves none of a tower's one feature")
+    return Composition(
+        text=text,
+        tower=towers[kind],
+        vision=vision,
+        features=tuple(layer % states for layer in layers),
+        skip_first=skip,
+        projector="mlp",
+        projector_sizes=(vision.hidden_size * len(layers), text.hidden_size, text.hidden_size),
+        projector_act=config.projector_hidden_act,
+        projector_bias=config.multimodal_projector_bias,
+        fusion="merge",
+        image_tokens=tokens,
+    )
+
+
+def _paligemma(config: PretrainedConfig) -> Composition:
+    check_choice("vision_config", "model_type", config.vision_config.model_type, ("siglip_vision_model",))
+    check_choice("text_config", "model_type", config.text_config.model_type, ("gemma",))
+    vision, text = siglip_vision(config.vision_config), _gemma_text(config.text_config)
+    if config.projection_dim != text.hidden_size:
+        raise ValueError(f"projection_dim {config.projection_dim!r} must be the decoder's hidden_size {text.hidden_size}")
+    return Composition(
+        text=text,
+        tower="siglip",
+        vision=vision,
+        projector="linear",
+        projector_sizes=(vision.hidden_size, 0, text.hidden_size),
+        fusion="merge",
+        image_tokens=(vision.image_size // vision.patch_size) ** 2,
+        prefix=True,
+    )
+
+
+def _mllama(config: PretrainedConfig) -> Composition:
+    text = _text(config.text_config, "mllama_text_model", extra_embeddings=8, tie_word_embeddings=False)
+    vision = config.vision_config
+    _check_tiled(vision)
+    return Composition(
+        text=text,
+        tower="tiled",
+        vision=vision,
+        projector="linear",
+        projector_sizes=(vision.vision_output_dim, 0, text.hidden_size),
+        fusion="cross_attention",
+    )
+
+
+def _check_tiled(vision: PretrainedConfig) -> None:
+    owner = "vision_config"
+    sizes = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_global_layers", "attention_heads", "num_channels")
+    for name in (*sizes, "vision_output_dim", "image_size", "patch_size", "max_num_tiles"):
+        check_size(owner, name, getattr(vision, name))
+    check_number(owner, "norm_eps", vision.norm_eps)
+    check_choice(owner, "hidden_act", vision.hidden_act, tuple(ACT2FN))
+    if vision.hidden_size % vision.attention_heads:
+        raise ValueError(f"{owner}: hidden_size {vision.hidden_size} is not a multiple of attention_heads {vision.attention_heads}")
+    if vision.image_size % vision.patch_size:
+        raise ValueError(f"{owner}: image_size {vision.image_size} is not a multiple of patch_size {vision.patch_size}")
+    if vision.max_num_tiles > TILES_MAX:
+        raise ValueError(f"{owner}: max_num_tiles must be at most {TILES_MAX}, got {vision.max_num_tiles}")
+    layers, ratios = vision.intermediate_layers_indices, vision.supported_aspect_ratios
+    if any(not 0 <= layer < vision.num_hidden_layers for layer in layers) or sorted(set(layers)) != list(layers):
+        raise ValueError(f"{owner}: intermediate_layers_indices must rise within 0 to {vision.num_hidden_layers - 1}, got {layers!r}")
+    wanted = vision.hidden_size * (len(layers) + 1)
+    if vision.vision_output_dim != wanted:
+        raise ValueError(
+            f"{owner}: vision_output_dim must be hidden_size x (intermediate layers + 1) = {wanted}, got {vision.vision_output_dim}"
+        )
+    if not ratios or any(len(ratio) != 2 or min(ratio) < 1 or ratio[0] * ratio[1] > vision.max_num_tiles for ratio in ratios):
+        raise ValueError(f"{owner}: supported_aspect_ratios must be pairs of at most {vision.max_num_tiles} tiles, got {ratios!r}")
+
+
+FAMILIES: dict[str, Callable[[Any], Composition]] = {
+    MllamaConfig.model_type: _own,
+    "llama": _llama,
+    "gemma": _gemma,
+    "llava": _llava,
+    "paligemma": _paligemma,
+    "mllama": _mllama,
+}

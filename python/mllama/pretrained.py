@@ -1,0 +1,132 @@
+"""How the package's models are read and written: transformers' methods, on our checkpoints."""
+
+import copy
+import os
+from pathlib import Path
+
+import torch
+from transformers import PretrainedConfig
+
+
+def own_config(config: PretrainedConfig) -> PretrainedConfig:
+    """The config itself, or a copy where a stock model wrote into it how it computes attention: ours has one way, called "eager"."""
+    if config._attn_implementation in (None, "eager"):
+        return config
+    config = copy.deepcopy(config)
+    config._attn_implementation = "eager"
+    return config
+
+
+class PretrainedMixin:
+    """`from_pretrained`, `save_pretrained` and `load_state_dict` of a PreTrainedModel, for every format of `mllama.checkpoints`."""
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike,
+        *,
+        config: PretrainedConfig | None = None,
+        dtype: torch.dtype | str | None = None,
+        device_map: torch.device | str | dict | None = None,
+        subfolder: str | os.PathLike = "",
+        **kwargs,
+    ):
+        """Load a model, in eval mode.
+
+        Args:
+            pretrained_model_name_or_path: a folder with config.json and safetensors weights (LLaVA, PaliGemma, Llama-3.2-Vision, Llama,
+                Gemma, SigLIP, or our own format), a folder with Meta's own files, a GGUF file, or the id of a model on the hub.
+            config: takes the place of the folder's.
+            dtype: "auto" (the default) is the files' own; or float32, bfloat16, float16. `torch_dtype` is its older name.
+            device_map: a device, or what accelerate takes to spread a model over several: "auto", or {module: device}. The CPU by default.
+            subfolder: the model's place inside the folder.
+            kwargs: `reference` of a model with cross-attention; the hub's options (`revision`, `cache_dir`, `token`, `local_files_only`,
+                `force_download`); the further ones transformers has for them are taken and change nothing.
+
+        Raises:
+            FileNotFoundError: no folder, config or weights there.
+            ValueError: an unknown `model_type`, a broken file, or weights that do not fit: every missing and unexpected tensor, and every
+                wrong shape, in one error. A `subfolder` outside the folder.
+            TypeError: an option that is not known, a config of another kind.
+        """
+        from mllama.checkpoints import load_model
+
+        if dtype is None:
+            dtype = kwargs.pop("torch_dtype", None) or "auto"
+        inner = Path(subfolder or "")
+        if inner.is_absolute() or ".." in inner.parts:
+            raise ValueError(f"subfolder must lie inside the model folder, got {str(subfolder)!r}")
+        if isinstance(device_map, dict):
+            if list(device_map) != [""]:
+                raise ValueError(f"device_map must name one device for the whole model, got {device_map!r}")
+            device_map = device_map[""]
+        if device_map == "auto":
+            device_map = "cuda" if torch.cuda.is_available() else "cpu"
+        own = {name: kwargs.pop(name) for name in cls.load_options & kwargs.keys()}
+        if unknown := sorted(kwargs.keys() - _HUB_OPTIONS):
+            raise TypeError(f"from_pretrained got options it does not know: {', '.join(unknown)}")
+        folder = Path(pretrained_model_name_or_path) / inner
+        return load_model(cls, folder, config, dtype, "cpu" if device_map is None else device_map, **own)
+
+    load_options: frozenset[str] = frozenset()  # arguments of the class's constructor that from_pretrained passes on
+
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike,
+        is_main_process: bool = True,
+        state_dict: dict | None = None,
+        push_to_hub: bool = False,
+        max_shard_size: int | str = "50GB",
+        **kwargs,
+    ) -> None:
+        """Write the model to a folder, whole or not at all, in its family's own format. Signature as transformers'.
+
+        Of our own composition, a model that Hugging Face's LLaVA can be (`vision_feature="pre_norm"`, projection_dim equal to the decoder's
+        width, and an `image_token_index` within the vocabulary) is written as LLaVA.
+
+        Args:
+            save_directory: made if absent; other files in it stay.
+            is_main_process: False writes nothing.
+            state_dict: takes the place of the model's own; it must have all of its names.
+            push_to_hub: afterwards upload the folder, to `repo_id` (the folder's name by default).
+            max_shard_size: bytes of one weight file, or text as "5GB"; more is written as shards and an index.
+
+        Raises:
+            ValueError: a `state_dict` that is not the whole model; `variant` or `safe_serialization=False`, which would change what is
+                written and are not supported.
+        """
+        from mllama.checkpoints import save_model
+
+        if kwargs.get("variant") is not None:
+            raise ValueError(f"variant is not supported: weights have one name; got {kwargs['variant']!r}")
+        if not kwargs.get("safe_serialization", True):
+            raise ValueError("safe_serialization must be True: weights are written as safetensors only")
+        if is_main_process:
+            save_model(self, save_directory, state_dict, max_shard_size)
+            if push_to_hub:
+                self.push_to_hub(kwargs.pop("repo_id", os.path.basename(os.path.abspath(save_directory))), token=kwargs.get("token"))
+
+    def load_state_dict(self, state_dict: dict[str, torch.Tensor], strict: bool = True, assign: bool = False):
+        """As torch's; takes the names that weight files use too, whole or shard by shard with `strict=False`."""
+        from mllama.checkpoints import translate_state_dict
+
+        report = super().load_state_dict(translate_state_dict(self, state_dict), strict=strict, assign=assign)
+        if assign:  # it gave every name a parameter of its own
+            self.tie_weights()
+        return report
+
+
+_HUB_OPTIONS = {
+    "_from_auto",
+    "adapter_kwargs",
+    "cache_dir",
+    "code_revision",
+    "force_download",
+    "local_files_only",
+    "low_cpu_mem_usage",
+    "revision",
+    "token",
+    "trust_remote_code",
+    "use_safetensors",
+    "weights_only",
+}
