@@ -11,8 +11,8 @@ _HOME = {
     "MllamaConfig": "config",
     "MllamaForConditionalGeneration": "modeling",
     "MllamaImageProcessor": "processing.processor",
-    "Tokenizer": "processing.tokenizer",
     "SiglipModel": "siglip",
+    "Tokenizer": "processing.tokenizer",
     "ask": "api",
     "load": "api",
 }
