@@ -161,11 +161,11 @@ std::tuple<Tensor, Tensor> attention(const Tensor& q_, const Tensor& k_, const T
     check_inputs(op, q_, k_, v_);
     Visible visible(op, q_, k_, key_mask, key_bias, query_offset, prefix_length, causal);
     Tensor q = last_dense(q_), k = last_dense(k_), v = last_dense(v_);
-    Tensor out = empty_as(q), lse = new_float(q, {q.size(0), q.size(2), q.size(1)});
+    Tensor out = empty_as(q), statistics = new_float(q, {q.size(0), q.size(2), q.size(1), 2});
     kernels::AttentionForward args{};
     describe(args, op, q, k, v, visible, scale);
     args.out = out.mutable_data_ptr();
-    args.lse = mutable_data<float>(lse);
+    args.statistics = mutable_data<kernels::Statistic>(statistics);
     if (args.rows() <= kDecodeRows) {
         decode(args);
     } else {
@@ -173,11 +173,11 @@ std::tuple<Tensor, Tensor> attention(const Tensor& q_, const Tensor& k_, const T
         int64_t shares = shares_for(args);
         parallel_for(args.groups() * shares, 1, [&](int64_t begin, int64_t end) { kernel(args, shares, begin, end); });
     }
-    return {out, lse};
+    return {out, statistics};
 }
 
 std::tuple<Tensor, Tensor, Tensor> attention_backward(const Tensor& grad_out_, const Tensor& q_, const Tensor& k_,
-                                                      const Tensor& v_, const Tensor& out_, const Tensor& lse_,
+                                                      const Tensor& v_, const Tensor& out_, const Tensor& statistics_,
                                                       const MaybeTensor& key_mask, const MaybeTensor& key_bias,
                                                       const MaybeTensor& query_offset, const MaybeTensor& prefix_length,
                                                       bool causal, std::optional<double> scale) {
@@ -187,17 +187,19 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward(const Tensor& grad_out_, c
         check_value(t->sizes() == q_.sizes() && t->scalar_type() == q_.scalar_type(), op,
                     ": grad_out and out must be as q");
     }
-    check_value(lse_.dim() == 3 && lse_.size(0) == q_.size(0) && lse_.size(1) == q_.size(2) &&
-                    lse_.size(2) == q_.size(1) && lse_.scalar_type() == ScalarType::Float,
-                op, ": lse must be float32 [batch, heads, queries]");
+    check_value(statistics_.dim() == 4 && statistics_.size(0) == q_.size(0) && statistics_.size(1) == q_.size(2) &&
+                    statistics_.size(2) == q_.size(1) && statistics_.size(3) == 2 &&
+                    statistics_.scalar_type() == ScalarType::Float,
+                op, ": statistics must be float32 [batch, heads, queries, 2]");
     Visible visible(op, q_, k_, key_mask, key_bias, query_offset, prefix_length, causal);
     Tensor q = last_dense(q_), k = last_dense(k_), v = last_dense(v_), grad_out = last_dense(grad_out_);
-    Tensor out = dense(out_), lse = dense(lse_), grad_q = empty_as(q), grad_k = empty_as(k), grad_v = empty_as(v);
+    Tensor out = dense(out_), statistics = dense(statistics_), grad_q = empty_as(q), grad_k = empty_as(k),
+           grad_v = empty_as(v);
     kernels::AttentionBackward args{};
     describe(args, op, q, k, v, visible, scale);
     args.grad_out = heads(grad_out);
     args.out = out.const_data_ptr();
-    args.lse = data<float>(lse);
+    args.statistics = data<kernels::Statistic>(statistics);
     args.grad_q = grad_q.mutable_data_ptr();
     args.grad_k = grad_k.mutable_data_ptr();
     args.grad_v = grad_v.mutable_data_ptr();
@@ -222,9 +224,10 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward(const Tensor& grad_out_, c
 STABLE_TORCH_LIBRARY_FRAGMENT(mllama, m) {
     m.def(
         "attention(Tensor q, Tensor k, Tensor v, Tensor? key_mask, Tensor? key_bias, Tensor? query_offset, "
-        "Tensor? prefix_length, bool causal, float? scale) -> (Tensor out, Tensor lse)");
+        "Tensor? prefix_length, bool causal, float? scale) -> (Tensor out, Tensor statistics)");
     m.def(
-        "_attention_backward(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor? key_mask, "
+        "_attention_backward(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor out, Tensor statistics, Tensor? "
+        "key_mask, "
         "Tensor? key_bias, Tensor? query_offset, Tensor? prefix_length, bool causal, float? scale) "
         "-> (Tensor grad_q, Tensor grad_k, Tensor grad_v)");
 }

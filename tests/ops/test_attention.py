@@ -70,7 +70,7 @@ def raw(requires_grad):
 @needs_kernels
 def test_attention():
     operators = torch.ops.mllama
-    out, lse = operators.attention(*raw(False))
+    out, statistics = operators.attention(*raw(False))
     check_op(
         attention,
         reference,
@@ -80,7 +80,7 @@ def test_attention():
         tolerance=TOLERANCE,
         raw=[
             (operators.attention.default, raw(True)),
-            (operators._attention_backward.default, (torch.randn_like(out), Q, K, V, out, lse, *raw(False)[3:])),
+            (operators._attention_backward.default, (torch.randn_like(out), Q, K, V, out, statistics, *raw(False)[3:])),
         ],
         bad_calls=BAD_CALLS,
     )
@@ -290,6 +290,27 @@ def test_least_bias_everywhere_is_the_average(queries):
 
 
 @needs_kernels
+@pytest.mark.parametrize("queries", [2, 30])
+@pytest.mark.parametrize("least", [-1e9, LEAST])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradients_under_a_huge_bias(dtype, least, queries):
+    """On every key of a row, on all but a few, and on all that the first queries see: beside it the logarithm of a sum would be lost."""
+    q, k, v = (tensor.to(dtype).requires_grad_() for tensor in tensors(3, queries, 40, 4, 2, 32))
+    huge = torch.arange(40) < torch.tensor([40, 36, 45 - queries])[:, None]
+    exact = [tensor.detach().double().requires_grad_() for tensor in (q, k, v)]
+    # What f32 swallows beside -1e9, f64 swallows beside finfo.min.
+    expected = reference(*exact, causal=True, key_bias=torch.zeros(3, 40).masked_fill(huge, LEAST))
+    gradients = torch.autograd.grad(expected.square().sum(), exact)
+    for isa in instruction_sets():
+        with instruction_set(isa):
+            out = attention(q, k, v, causal=True, key_bias=torch.zeros(3, 40).masked_fill(huge, least))
+            actual = torch.autograd.grad(out.square().sum(), (q, k, v))
+        assert_close(out, expected, TOLERANCE[dtype], isa)
+        for name, a, b in zip("qkv", actual, gradients, strict=True):
+            assert_close(a, b, 2 * TOLERANCE[dtype], f"{isa}, gradient of {name}")
+
+
+@needs_kernels
 @pytest.mark.parametrize("queries", [4, 30])
 def test_nan_stays_in_its_row(queries):
     q, k, v = tensors(1, queries, queries, 1, 1, 16)
@@ -323,12 +344,12 @@ def test_same_bits_on_any_number_of_threads():
 
 @needs_kernels
 def test_saved_for_backward():
-    """Nothing of size queries x keys is kept: q, k, v, the result and one number per query."""
+    """Nothing of size queries x keys is kept: q, k, v, the result and two numbers per query."""
     q, k, v = (tensor.requires_grad_() for tensor in tensors(1, 64, 64, 2, 1, 16))
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: saved.append(tensor.shape) or tensor, lambda tensor: tensor):
         attention(q, k, v, causal=True)
-    assert sorted(saved) == sorted([q.shape, k.shape, v.shape, q.shape, (1, 2, 64)])
+    assert sorted(saved) == sorted([q.shape, k.shape, v.shape, q.shape, (1, 2, 64, 2)])
 
 
 @pytest.mark.parametrize("wanted", [(0,), (1,), (0, 2)])

@@ -118,7 +118,7 @@ class Prefill {
         transpose(as_words(out_), lanes, room_, columns_, columns_, lanes);
         for (int64_t r = 0; r < rows; ++r) {
             float inverse = sum_[r] == 0 ? 0 : 1 / sum_[r];
-            a_.lse[group.statistic(first + r)] = sum_[r] == 0 ? -kInfinity : max_[r] + __builtin_log2f(sum_[r]);
+            a_.statistics[group.statistic(first + r)] = {max_[r], sum_[r]};
             const float* from = as_floats(room_) + r * columns_;
             T* to = static_cast<T*>(a_.out) + group.element(first + r);
             for_vectors(a_.size, [&](int64_t d, int n) { put(to + d, load(from + d) * inverse, n); });

@@ -43,15 +43,21 @@ struct Attention {
     int64_t rows() const { return queries * group_size(); }  // of a group
 };
 
+// What makes a query's probabilities of its scores: 2^(score - highest) / sum. Not one number, highest + log2(sum):
+// beside scores of -1e9, as a mask's bias makes them, the logarithm would be lost.
+struct Statistic {
+    float highest, sum;  // -inf and 0 where a query sees nothing
+};
+
 struct AttentionForward : Attention {
-    void* out;   // [batch, queries, heads, size]
-    float* lse;  // [batch, heads, queries]: log2 of the sum of 2^scores; -inf where a query sees nothing
+    void* out;              // [batch, queries, heads, size]
+    Statistic* statistics;  // [batch, heads, queries]
 };
 
 struct AttentionBackward : Attention {
     Heads grad_out;
     const void* out;  // as AttentionForward's
-    const float* lse;
+    const Statistic* statistics;
     void *grad_q, *grad_k, *grad_v;  // contiguous
     int64_t parts;                   // how many partial sums make a group's grad_k and grad_v
     float* partial;                  // [groups, parts, attention_sums]; unused for one part

@@ -1,4 +1,4 @@
-// Gradients. With P = exp(scores - lse) and delta = rowsum(dO * O):
+// Gradients. With P = exp(scores - highest) / sum and delta = rowsum(dO * O):
 //     dV = P' dO,  dS = P * (dO V' - delta),  dQ = scale * dS K,  dK = scale * dS' Q.
 // Scores are computed again, tile by tile. A task owns its group's dK and dV (or one of a fixed number of partial sums
 // of them, added in order afterwards), so there are no atomics and the bits do not depend on the threads.
@@ -75,11 +75,13 @@ class Backward {
         pack_rows<E>(q_row, rows, a_.size, columns_, q_rows_);
         pack_rows<E>(g_row, rows, a_.size, columns_, g_rows_);
         for (int64_t r = 0; r < lanes; ++r) {
-            lse_[r] = kInfinity;  // a row that is not there, or sees nothing, has P = 0
-            delta_[r] = 0;
+            highest_[r] = kInfinity;  // a row that is not there, or sees nothing, has P = 0
+            inverse_[r] = delta_[r] = 0;
             if (r >= rows) continue;
-            float lse = a_.lse[group.statistic(first + r)];
-            if (lse != -kInfinity) lse_[r] = lse;
+            if (auto [highest, sum] = a_.statistics[group.statistic(first + r)]; sum != 0) {
+                highest_[r] = highest;
+                inverse_[r] = 1 / sum;
+            }
             const T *g = g_row(r), *out = static_cast<const T*>(a_.out) + group.element(first + r);
             vf sum{};
             for_vectors(a_.size, [&](int64_t d, int n) { sum += at(g + d, n) * at(out + d, n); });
@@ -93,8 +95,9 @@ class Backward {
         constexpr int kTileLanes = NV * kWidth, kKeyWords = kTileLanes / E::kElements;  // words of a key in p_ and ds_
         const Limits<NV> limits(group, first, rows);
         const float* added = group.visible.added ? group.visible.added + group.visible.first : nullptr;
-        vf lse[NV], delta[NV];
-        std::memcpy(lse, lse_, sizeof lse);
+        vf highest[NV], inverse[NV], delta[NV];
+        std::memcpy(highest, highest_, sizeof highest);
+        std::memcpy(inverse, inverse_, sizeof inverse);
         std::memcpy(delta, delta_, sizeof delta);
         for (int64_t i = 0; i < columns_ * kTileLanes; i += kWidth) store(grad_q_ + i, vf{});
 
@@ -111,7 +114,8 @@ class Backward {
                         float more = added && block + key + r < group.keys ? added[block + key + r] : 0.0f;
                         score = limits.mask(score, n, block + key + r, more);
                     }
-                    p[r][n] = exp2_below(score - lse[n]);
+                    // Another order of summation can put a score above the highest: by much, where scores are huge.
+                    p[r][n] = exp2_below(min(vf{}, score - highest[n])) * inverse[n];
                     store(kept_ + (r * NV + n) * kWidth, p[r][n]);
                 });
                 put_scores<NV>(E{}, p, p_ + key * kKeyWords, nullptr);
@@ -189,7 +193,7 @@ class Backward {
     Floats kept_{kTileRows * kLanes}, grad_q_{columns_ * kLanes};  // a tile of P; dQ
     Floats own_sums_{a_.parts == 1 ? attention_sums(a_) : 0};
     float *grad_k_ = nullptr, *grad_v_ = nullptr;  // sums [keys, columns] that are open now
-    float lse_[kLanes], delta_[kLanes];
+    float highest_[kLanes], inverse_[kLanes], delta_[kLanes];
 };
 
 }  // namespace

@@ -320,7 +320,7 @@ void merge_row(const AttentionForward& a, const Group& group, int64_t row, const
         total += weight * one[1];
         for_vectors(a.size, [&](int64_t d, int n) { put(sums + d, load(sums + d) + at(one + 2 + d, n) * weight, n); });
     }
-    a.lse[group.statistic(row)] = total == 0 ? -kInfinity : highest + __builtin_log2f(total);
+    a.statistics[group.statistic(row)] = {highest, total};
     float inverse = total == 0 ? 0 : 1 / total;
     T* out = static_cast<T*>(a.out) + group.element(row);
     for_vectors(a.size, [&](int64_t d, int n) { put(out + d, load(sums + d) * inverse, n); });

@@ -204,14 +204,14 @@ def _check_mask_size(name, tensor, *shapes) -> None:
 
 def _setup(ctx, inputs, output):
     q, k, v, key_mask, key_bias, query_offset, prefix_length, causal, scale = inputs
-    out, lse = output
-    ctx.mark_non_differentiable(lse)
+    out, statistics = output
+    ctx.mark_non_differentiable(statistics)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(q, k, v, out, lse, key_mask, key_bias, query_offset, prefix_length)
+    ctx.save_for_backward(q, k, v, out, statistics, key_mask, key_bias, query_offset, prefix_length)
     ctx.causal, ctx.scale = causal, scale
 
 
-def _derivative(ctx, grad_out, grad_lse):
+def _derivative(ctx, grad_out, grad_statistics):
     if grad_out is None:
         return (None,) * 9
     return (*_attention_backward(grad_out, *ctx.saved_tensors, ctx.causal, ctx.scale), *(None,) * 6)
@@ -220,10 +220,10 @@ def _derivative(ctx, grad_out, grad_lse):
 def _fake(q, k, v, key_mask, key_bias, query_offset, prefix_length, causal, scale):
     _check_sizes(q, k, v, causal, key_mask, key_bias, query_offset, prefix_length)
     batch, queries, heads, _ = q.shape
-    return torch.empty_like(q, memory_format=torch.contiguous_format), q.new_empty((batch, heads, queries), dtype=torch.float32)
+    return torch.empty_like(q, memory_format=torch.contiguous_format), q.new_empty((batch, heads, queries, 2), dtype=torch.float32)
 
 
-def _fake_backward(grad_out, q, k, v, out, lse, key_mask, key_bias, query_offset, prefix_length, causal, scale):
+def _fake_backward(grad_out, q, k, v, out, statistics, key_mask, key_bias, query_offset, prefix_length, causal, scale):
     return tuple(torch.empty_like(tensor, memory_format=torch.contiguous_format) for tensor in (q, k, v))
 
 
