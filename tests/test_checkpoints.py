@@ -271,7 +271,7 @@ def test_pickle_is_never_opened(saved):
 @pytest.mark.parametrize(
     ("edit", "named"),
     [
-        (lambda c: c.update(model_type="mllama"), "model_type 'mllama' is not known"),
+        (lambda c: c.update(model_type="mistral"), "model_type 'mistral' is not known"),
         (lambda c: c.update(model_type="LLaVA"), "model_type 'LLaVA' is not known"),
         (lambda c: c.pop("model_type"), "model_type None"),
         (lambda c: c.update(model_type=["llava"]), "is not known"),

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel, __version__
 
-from mllama.checkpoints import siglip_llama
+from mllama.checkpoints import gemma, llama, mllama, paligemma, siglip, siglip_llama
 from mllama.checkpoints.engine import plan, to_file
 from mllama.checkpoints.files import CONFIG, find_inside, read_json, save_weights, write_folder, write_json
 from mllama.checkpoints.formats import Format, Opened
@@ -17,7 +17,16 @@ from mllama.config import MllamaConfig, check_names
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _GENERATION = "generation_config.json"
 
-FORMATS = {"llava": siglip_llama.LLAVA, "siglip_llama": siglip_llama.FORMAT}
+FORMATS = {
+    "gemma": gemma.FORMAT,
+    "llama": llama.FORMAT,
+    "llava": siglip_llama.LLAVA,
+    "mllama": mllama.FORMAT,
+    "paligemma": paligemma.FORMAT,
+    "siglip": siglip.WHOLE,
+    "siglip_llama": siglip_llama.FORMAT,
+    "siglip_vision_model": siglip.FORMAT,
+}
 
 
 def format_of(config: PretrainedConfig) -> Format:

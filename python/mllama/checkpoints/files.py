@@ -19,8 +19,8 @@ _JSON_MAX = 2**26  # bytes; the index of the largest models has well under 2**24
 def find_inside(folder: Path, name: str) -> Path:
     """The path of a file of the folder, which is an ordinary file and lies in it.
 
-    A symbolic link may not lead out of the folder, except as Hugging Face's cache lays out what it fetched: snapshots/REVISION/NAME
-    beside blobs/HASH, in one models--* folder.
+    A symbolic link may not lead out of the folder, except as Hugging Face's cache lays out what it fetched: from
+    models--NAME/snapshots/REVISION to models--NAME/blobs, or on to the blobs that models share, beside models--NAME.
 
     Raises:
         FileNotFoundError: no such file.
@@ -32,18 +32,17 @@ def find_inside(folder: Path, name: str) -> Path:
     if not path.is_file():
         raise ValueError(f"{path} is not an ordinary file")
     home, real = folder.resolve(), path.resolve()
-    if not real.is_relative_to(home) and not any(real.parent == blobs for blobs in _blobs(home)):
+    if not any(real.is_relative_to(place) for place in (home, *_blobs(home))):
         raise ValueError(f"{path} is a link to {real}, which lies outside the folder")
     return path
 
 
 def _blobs(folder: Path) -> list[Path]:
     """Where the files of a snapshot in Hugging Face's cache, or of a folder inside it, really lie."""
-    return [
-        (repository / "blobs").resolve()
-        for repository, snapshots in zip(folder.parents[1:], folder.parents[0:], strict=False)
-        if snapshots.name == "snapshots" and repository.name.startswith("models--")
-    ]
+    for snapshots, repository in zip(folder.parents, folder.parents[1:], strict=False):
+        if snapshots.name == "snapshots" and repository.name.startswith("models--"):
+            return [(home / "blobs").resolve() for home in (repository, repository.parent)]
+    return []
 
 
 def listing(names: list[str]) -> str:

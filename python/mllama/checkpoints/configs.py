@@ -1,0 +1,87 @@
+"""config.json <-> transformers' config classes: what a file may say, and the spelling that most readers know."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from huggingface_hub.errors import StrictDataclassError
+from transformers import PretrainedConfig
+
+from mllama.config import LABELS_MAX, _check_dtype, check_names
+
+# Fields that decide what code runs, or how; and transformers' own `_` names, which it trusts.
+_STEERING = ("auto_map", "trust_remote_code", "attn_implementation", "experts_implementation")
+
+
+def harmless(content: Any) -> Any:
+    """The content of a JSON file without fields that could steer what code runs, at any depth."""
+    if isinstance(content, dict):
+        return {name: harmless(value) for name, value in content.items() if not name.startswith("_") and name not in _STEERING}
+    return [harmless(value) for value in content] if isinstance(content, list) else content
+
+
+def build(
+    config_class: type[PretrainedConfig],
+    content: dict[str, Any],
+    parts: Mapping[str, tuple[type[PretrainedConfig], ...]] | None = None,
+) -> PretrainedConfig:
+    """A config object from the content of a config.json.
+
+    Args:
+        config_class: what to build.
+        content: of the file, harmless already.
+        parts: the classes that a field with a config of its own may be of; the first where the file does not say.
+
+    Raises:
+        ValueError: a field that the class refuses, another kind of part, quantised weights; the text names the field.
+    """
+    if content.get("quantization_config"):
+        raise ValueError("quantization_config: weights quantised by another library are not supported")
+    content = dict(content)
+    for name, classes in (parts or {}).items():
+        part = content.get(name)
+        if part is None:
+            part = {}
+        if not isinstance(part, dict):
+            raise ValueError(f"{name} must be an object, got {part!r}")
+        kinds = {kind.model_type: kind for kind in classes}
+        found = part.get("model_type", classes[0].model_type)
+        if not isinstance(found, str) or found not in kinds:
+            raise ValueError(f"a {name} of model_type {found!r} is not supported; {', '.join(map(repr, kinds))} is")
+        _check(name, kinds[found], part)
+        if part:
+            content[name] = part | {"model_type": found}
+    _check("config.json", config_class, content)
+    try:
+        return config_class(**content)
+    except (StrictDataclassError, AttributeError, TypeError, KeyError, OverflowError) as error:
+        raise ValueError(" ".join(str(error).split())) from error
+
+
+def _check(owner: str, config_class: type[PretrainedConfig], content: dict[str, Any]) -> None:
+    check_names(owner, config_class, {name: value for name, value in content.items() if name != "model_type"})
+    _check_dtype(owner, content)
+    labels = content.get("num_labels")  # transformers makes a dict with as many entries
+    if labels is not None and not (isinstance(labels, int) and 0 <= labels <= LABELS_MAX):
+        raise ValueError(f"{owner}: num_labels must be an integer of 0 to {LABELS_MAX}, got {labels!r}")
+
+
+def content_of(config: PretrainedConfig, architecture: str) -> dict[str, Any]:
+    """The content of a config.json in the older spelling, which every version of transformers, vLLM and other readers know: `rope_theta`
+    and `rope_scaling` for `rope_parameters`. Without dtypes.
+
+    Args:
+        config: to write.
+        architecture: Hugging Face's class of such models.
+    """
+    return _older(harmless(config.to_diff_dict())) | {"architectures": [architecture], "model_type": config.model_type}
+
+
+def _older(content: dict[str, Any]) -> dict[str, Any]:
+    content = {name: _older(value) if isinstance(value, dict) and name.endswith("_config") else value for name, value in content.items()}
+    content.pop("dtype", None)
+    rope = dict(content.pop("rope_parameters", None) or {})
+    if rope:
+        rope.pop("type", None)
+        content["rope_theta"] = rope.pop("rope_theta")
+        content["rope_scaling"] = None if rope.get("rope_type", "default") == "default" else rope
+    return content
