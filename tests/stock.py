@@ -29,11 +29,8 @@ def _llava(kind: str, **options):
 def _paligemma():
     text = TEXT | {"model_type": "gemma", "head_dim": 16}
     vision = VISION | {"model_type": "siglip_vision_model", "vision_use_head": False}
-    return transformers.PaliGemmaForConditionalGeneration(
-        transformers.PaliGemmaConfig(
-            vision_config=vision, text_config=text, image_token_index=twins.IMAGE, projection_dim=TEXT["hidden_size"]
-        )
-    )
+    sizes = {"projection_dim": TEXT["hidden_size"], "image_token_index": twins.IMAGE}
+    return transformers.PaliGemmaForConditionalGeneration(transformers.PaliGemmaConfig(vision_config=vision, text_config=text, **sizes))
 
 
 def _mllama():
@@ -46,9 +43,8 @@ def _mllama():
         "model_type": MllamaVisionConfig.model_type,
     }
     text = TEXT | {"num_hidden_layers": 4, "cross_attention_layers": [1, 3], "pad_token_id": 0, "bos_token_id": 1, "rope_scaling": ROPE}
-    return transformers.MllamaForConditionalGeneration(
-        transformers.MllamaConfig(vision_config=vision, text_config=text, image_token_index=VOCABULARY)
-    )
+    config = transformers.MllamaConfig(vision_config=vision, text_config=text, image_token_index=VOCABULARY)
+    return transformers.MllamaForConditionalGeneration(config)
 
 
 def _siglip():

@@ -17,7 +17,7 @@ MUST_NOT_NAME = {
     "python/mllama/text": r"mllama\.(?!ops|nn|text|config)|mllama import",
     "python/mllama/processing": r"mllama\.(?!ops|processing)|mllama import",
     "python/mllama/modeling.py": r"mllama\.(processing|cli|api)|safetensors|json",
-    "python/mllama/checkpoints": r"mllama\.(?!checkpoints|config)|mllama import",
+    "python/mllama/checkpoints": r"mllama\.(?!checkpoints|config)|from mllama import",
 }
 
 
