@@ -1,11 +1,15 @@
 """What the decoder asks of a key-value cache of transformers: how much it holds, and how many keys it will show.
 
 A dynamic cache answers with its number of tokens; a static one shows all of its slots, filled or not, and keeps its length in a tensor
-that its update changes in place, so the length is read and copied before any layer writes.
+that its update changes in place, so the length is read and copied before any layer writes. And the place of a layer that attends to
+pictures, whose keys have nothing to do with the text's length.
 """
 
 import torch
 from transformers import Cache
+from transformers.cache_utils import DynamicLayer
+
+from mllama.config import MllamaTextConfig
 
 
 def check_cache(past_key_values: Cache | None) -> None:
@@ -25,3 +29,45 @@ def past_length(past_key_values: Cache | None) -> int | torch.Tensor:
 def key_length(past_key_values: Cache | None, new: int) -> int:
     """Keys that attention sees once `new` tokens were written: a static cache's whole size, or past + new."""
     return new if past_key_values is None else past_key_values.get_mask_sizes(new, 0)[0]
+
+
+class CrossCacheLayer(DynamicLayer):
+    """The place of a cross-attention layer in a decoder's cache: keys and values of pictures, kept while text comes and goes."""
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs) -> tuple[torch.Tensor, torch.Tensor]:
+        """Append the keys and values of new pictures, [B, heads, keys, head_dim], which may be none; return all."""
+        if not self.get_seq_length():
+            self.lazy_initialization(key_states, value_states)
+            self.keys, self.values = key_states, value_states
+        elif key_states.shape[-2]:
+            super().update(key_states, value_states)
+        return self.keys, self.values
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Text is taken back, pictures are not."""
+
+
+def place_cross_layers(past_key_values: Cache, config: MllamaTextConfig) -> int:
+    """Put a `CrossCacheLayer` at every cross-attention layer's place, where a cache of transformers comes with one for text.
+
+    Args:
+        past_key_values: changed in place, when it is first used.
+        config: the decoder's.
+
+    Returns:
+        Keys of pictures that the cache holds.
+
+    Raises:
+        ValueError: the cache has too few layers, or another model has written to it.
+    """
+    places = past_key_values.layers
+    if past_key_values.layer_class_to_replicate is not None:
+        places.extend(past_key_values.layer_class_to_replicate() for _ in range(config.num_hidden_layers - len(places)))
+    if len(places) < config.num_hidden_layers:
+        raise ValueError(f"past_key_values must have {config.num_hidden_layers} layers, as the decoder, got {len(places)}")
+    for index in config.cross_attention_layers:
+        if not isinstance(places[index], CrossCacheLayer):
+            if int(places[index].get_seq_length()):
+                raise ValueError(f"past_key_values holds keys of another model at layer {index}, which attends to pictures")
+            places[index] = CrossCacheLayer()
+    return places[config.cross_attention_layers[0]].get_seq_length()

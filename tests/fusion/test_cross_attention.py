@@ -1,0 +1,192 @@
+"""Gated cross-attention against transformers' layer, with every gate and norm random."""
+
+import pytest
+import torch
+from torch import nn
+from transformers import DynamicCache
+from transformers.models.mllama.configuration_mllama import MllamaTextConfig as StockConfig
+from transformers.models.mllama.modeling_mllama import MllamaCrossAttentionDecoderLayer, _prepare_cross_attention_mask
+
+import twins
+from mllama.config import MllamaTextConfig
+from mllama.fusion.cross_attention import CrossAttentionDecoderLayer, cross_context
+from mllama.text.cache import place_cross_layers
+
+TOKENS = 5  # keys of a tile
+
+
+def layers(**sizes) -> tuple[CrossAttentionDecoderLayer, MllamaCrossAttentionDecoderLayer]:
+    """Ours, and stock transformers' with the same weights."""
+    sizes = twins.TEXT | sizes
+    ours = twins.randomise(CrossAttentionDecoderLayer(MllamaTextConfig(**sizes, rms_norm_eps=1e-5), 1)).eval()
+    sizes.pop("rope_theta")
+    config = StockConfig(**sizes | {"bos_token_id": 1, "eos_token_id": 2}, cross_attention_layers=[1], attn_implementation="eager")
+    theirs = MllamaCrossAttentionDecoderLayer(config, 1).eval()
+    theirs.load_state_dict(ours.state_dict())
+    return ours, theirs
+
+
+def stock(layer, hidden: torch.Tensor, states: torch.Tensor | None, mask: torch.Tensor | None, cache=None) -> torch.Tensor:
+    """What transformers computes."""
+    rows = None
+    if mask is not None:
+        mask, rows = _prepare_cross_attention_mask(mask, TOKENS, hidden.dtype)
+    return layer(hidden, states, mask, None, rows, past_key_values=cache)
+
+
+def example(pictures: int = 1, tiles: int = 4, rows: int = 2, length: int = 7) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Hidden states; features; a mask in which every row sees one picture after the other, the first from its second position on."""
+    hidden, states = torch.randn(rows, length, 64), torch.randn(rows, pictures * tiles * TOKENS, 64)
+    mask = torch.zeros(rows, length, pictures, tiles)
+    for row in range(rows):
+        for picture in range(pictures):
+            start, end = 1 + row + 2 * picture, length if picture == pictures - 1 else 3 + row + 2 * picture
+            mask[row, start:end, picture, : 1 + (row + picture) % tiles] = 1
+    return hidden, states, mask
+
+
+def relative(got: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((got - expected).abs().max() / expected.abs().max())
+
+
+@pytest.mark.parametrize("pictures", [1, 2])
+@pytest.mark.parametrize("tiles", [1, 4])
+@pytest.mark.parametrize("heads", [(2, 2), (4, 1), (4, 2)])
+def test_the_layer_equals_transformers(heads, tiles, pictures):
+    ours, theirs = layers(num_attention_heads=heads[0], num_key_value_heads=heads[1])
+    hidden, states, mask = example(pictures, tiles)
+    with torch.no_grad():
+        for masked in (mask, torch.ones_like(mask), None):
+            got, _ = ours(hidden, cross=cross_context(states, masked, TOKENS, "hf"))
+            assert relative(got, stock(theirs, hidden, states, masked)) <= 1e-5
+
+
+def test_metas_blind_positions_stay_as_they_are_and_others_do_not_care():
+    ours, _ = layers()
+    hidden, states, mask = example()
+    mask[1] = 0  # a row without a picture
+    with torch.no_grad():
+        meta, _ = ours(hidden, cross=cross_context(states, mask, TOKENS))
+        hf, _ = ours(hidden, cross=cross_context(states, mask, TOKENS, "hf"))
+    blind = ~mask.flatten(2).any(-1)
+    assert torch.equal(meta[blind], hidden[blind])
+    assert (hf[blind] - hidden[blind]).abs().amax(-1).min() > 1e-3
+    torch.testing.assert_close(meta[~blind], hf[~blind])
+
+
+@pytest.mark.parametrize("reference", ["meta", "hf"])
+def test_what_is_hidden_has_no_part(reference):
+    ours, _ = layers()
+    hidden, states, mask = example()
+    mask = mask[:, 3:]
+    changed = torch.where(mask[:, -1].flatten(1).bool().repeat_interleave(TOKENS, 1)[..., None], states, 1e4)
+    with torch.no_grad():
+        got, expected = (ours(hidden[:, 3:], cross=cross_context(s, mask, TOKENS, reference))[0] for s in (changed, states))
+    assert torch.equal(got, expected)
+
+
+def test_gradients_equal_transformers():
+    ours, theirs = layers()
+    hidden, states, mask = example(2)
+    weigh = torch.randn_like(hidden)
+    gradients = []
+    for model in (ours, theirs):
+        inputs = [hidden.clone().requires_grad_(), states.clone().requires_grad_()]
+        if model is ours:
+            out, _ = model(inputs[0], cross=cross_context(inputs[1], mask, TOKENS, "hf"))
+        else:
+            out = stock(model, *inputs, mask)
+        names = sorted(dict(model.named_parameters()))
+        gradients.append(torch.autograd.grad((out * weigh).sum(), [*inputs, *(dict(model.named_parameters())[name] for name in names)]))
+    for place, pair in enumerate(zip(*gradients, strict=True)):
+        assert relative(*pair) <= 1e-4, place
+
+
+def test_gradient_checkpointing_changes_no_gradient():
+    layer = layers()[0].train()
+    hidden, states, mask = example(2)
+    states.requires_grad_()
+
+    def gradients() -> tuple[torch.Tensor, ...]:
+        out, _ = layer(hidden, None, cross=cross_context(states, mask, TOKENS))
+        return torch.autograd.grad(out.square().sum(), [states, *layer.parameters()])
+
+    plain, calls = gradients(), []
+    layer.gradient_checkpointing = True
+    layer._gradient_checkpointing_func = lambda *args: calls.append(1) or torch.utils.checkpoint.checkpoint(*args, use_reentrant=False)
+    assert all(map(torch.equal, plain, gradients())) and calls
+
+
+def test_half_precision_is_as_near_as_transformers():
+    ours, theirs = layers()
+    hidden, states, mask = example(2, rows=8)
+    with torch.no_grad():
+        exact = stock(theirs, hidden, states, mask) - hidden
+        ours, theirs, hidden, states = ours.bfloat16(), theirs.bfloat16(), hidden.bfloat16(), states.bfloat16()
+        got, expected = ours(hidden, cross=cross_context(states, mask, TOKENS, "hf"))[0], stock(theirs, hidden, states, mask)
+    assert got.dtype == torch.bfloat16
+    errors = [((out.float() - hidden.float()) - exact).square().mean().sqrt() for out in (got, expected)]
+    assert errors[0] <= 1.2 * errors[1]
+
+
+def test_probabilities_cover_what_is_seen():
+    ours, _ = layers()
+    hidden, states, mask = example(2)
+    with torch.no_grad():
+        plain, none = ours(hidden, cross=cross_context(states, mask, TOKENS))
+        out, weights = ours(hidden, cross=cross_context(states, mask, TOKENS), output_attentions=True)
+    assert none is None and torch.equal(plain, out)
+    seen = mask.flatten(2).repeat_interleave(TOKENS, -1).bool()
+    assert weights.shape == (2, 4, 7, 2 * 4 * TOKENS)
+    assert torch.equal(weights > 0, seen[:, None].expand_as(weights))
+    torch.testing.assert_close(weights.sum(-1), seen.any(-1).float()[:, None].expand(2, 4, 7))
+
+
+def test_keys_are_computed_once_and_those_of_new_pictures_appended():
+    ours, theirs = layers()
+    config = MllamaTextConfig(**twins.TEXT, cross_attention_layers=[1])
+    hidden, states, mask = example(2)
+    first = slice(0, 4 * TOKENS)
+    cache, other = DynamicCache(), DynamicCache()
+    assert place_cross_layers(cache, config) == 0
+    with torch.no_grad():
+        steps = [
+            (hidden[:, :3], states[:, first], mask[:, :3, :1]),
+            (hidden[:, 3:4], None, mask[:, 3:4, :1]),
+            (hidden[:, 4:6], states[:, first.stop :], mask[:, 4:6]),
+            (hidden[:, 6:], None, mask[:, 6:]),
+        ]
+        for x, new, seen in steps:
+            got, _ = ours(x, None, cache, cross=cross_context(new, seen, TOKENS, "hf", cached=place_cross_layers(cache, config)))
+            assert relative(got, stock(theirs, x, new, seen, other)) <= 1e-5
+    assert place_cross_layers(cache, config) == 8 * TOKENS
+
+
+def test_without_pictures_the_layer_does_nothing():
+    ours, _ = layers()
+    hidden = torch.randn(2, 3, 64)
+    assert cross_context(None, None, TOKENS) is None and cross_context(None, torch.zeros(2, 3, 1, 4), TOKENS) is None
+    assert ours(hidden, None, None)[0] is hidden
+
+
+@pytest.mark.parametrize(
+    ("error", "match", "options"),
+    [
+        (TypeError, "cross_attention_mask must be a torch.Tensor", {"mask": [1]}),
+        (ValueError, "for 4 tiles, got .2, 7, 2, 4", {"mask": torch.ones(2, 7, 2, 4)}),
+        (ValueError, "cross_attention_mask must be", {"mask": torch.ones(2, 7)}),
+        (ValueError, "cross_attention_mask must be", {"cached": TOKENS}),
+        (ValueError, "reference must be", {"reference": "torchtune"}),
+    ],
+)
+def test_other_input_is_refused(error, match, options):
+    _, states, mask = example()
+    with pytest.raises(error, match=match):
+        cross_context(**{"states": states, "mask": mask, "tokens_per_tile": TOKENS} | options)
+
+
+def test_layers_are_plain_modules():
+    """LoRA and quantisation replace nn.Linear leaves by name."""
+    ours, _ = layers()
+    linear = {name.rpartition(".")[2] for name, module in ours.named_modules() if type(module) is nn.Linear}
+    assert linear == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
