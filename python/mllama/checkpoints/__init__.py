@@ -11,6 +11,7 @@ from mllama.checkpoints.engine import plan, to_file
 from mllama.checkpoints.files import CONFIG, find_inside, read_json, save_weights, write_folder, write_json
 from mllama.checkpoints.formats import Format, Opened
 from mllama.checkpoints.loading import check_complete, common_dtype, load_weights
+from mllama.checkpoints.meta import PARAMS, open_meta
 from mllama.checkpoints.sources import open_safetensors
 from mllama.config import MllamaConfig, check_names
 
@@ -126,6 +127,8 @@ def open_checkpoint(path: str | Path, config: PretrainedConfig | None = None) ->
     folder = Path(path)
     if not folder.is_dir():
         raise FileNotFoundError(f"no model folder {str(folder)!r}")
+    if (folder / PARAMS).exists() and not (folder / CONFIG).exists():
+        return open_meta(folder)
     content = read_json(find_inside(folder, CONFIG))
     form = _format_named(content)
     if config is None:
