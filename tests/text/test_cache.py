@@ -18,13 +18,13 @@ def states(keys: int, rows: int = 2) -> torch.Tensor:
 @pytest.mark.parametrize("make", [DynamicCache, lambda: DynamicCache(config=CONFIG), lambda: StaticCache(CONFIG, max_cache_len=8)])
 def test_pictures_stay_while_text_comes_and_goes(make):
     cache = make()
-    assert place_cross_layers(cache, CONFIG) == 0
+    assert place_cross_layers(cache, [1], 3) == 0
     keys, more, none = states(20), states(5), states(0)
     cache.update(states(3), states(3), 0)
     assert torch.equal(cache.update(keys, keys, 1)[0], keys)
     assert cache.update(none, none, 1)[1] is keys  # nothing is copied for a token
     place = cache.layers[1]
-    assert place_cross_layers(cache, CONFIG) == 20 and cache.layers[1] is place
+    assert place_cross_layers(cache, [1], 3) == 20 and cache.layers[1] is place
     if isinstance(cache, DynamicCache):
         cache.crop(-2)
         assert cache.get_seq_length() == 1
@@ -32,12 +32,12 @@ def test_pictures_stay_while_text_comes_and_goes(make):
     cache.reorder_cache(torch.tensor([1, 0]))
     assert torch.equal(place.keys[0, :, :20], keys[1])
     cache.reset()
-    assert place_cross_layers(cache, CONFIG) == 0
+    assert place_cross_layers(cache, [1], 3) == 0
 
 
 def test_empty_places_take_part_in_everything():
     cache = DynamicCache()
-    place_cross_layers(cache, CONFIG)
+    place_cross_layers(cache, [1], 3)
     cache.update(states(3), states(3), 0)
     cache.crop(-1)
     cache.batch_repeat_interleave(2)
@@ -50,6 +50,6 @@ def test_caches_of_other_models_are_refused():
     cache = DynamicCache()
     cache.update(states(3), states(3), 1)
     with pytest.raises(ValueError, match="another model at layer 1"):
-        place_cross_layers(cache, CONFIG)
+        place_cross_layers(cache, [1], 3)
     with pytest.raises(ValueError, match="must have 3 layers"):
-        place_cross_layers(StaticCache(MllamaTextConfig(**twins.TEXT), max_cache_len=8), CONFIG)
+        place_cross_layers(StaticCache(MllamaTextConfig(**twins.TEXT), max_cache_len=8), [1], 3)

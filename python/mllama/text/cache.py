@@ -5,11 +5,11 @@ that its update changes in place, so the length is read and copied before any la
 pictures, whose keys have nothing to do with the text's length.
 """
 
+from collections.abc import Sequence
+
 import torch
 from transformers import Cache
 from transformers.cache_utils import DynamicLayer
-
-from mllama.config import MllamaTextConfig
 
 
 def check_cache(past_key_values: Cache | None) -> None:
@@ -47,12 +47,13 @@ class CrossCacheLayer(DynamicLayer):
         """Text is taken back, pictures are not."""
 
 
-def place_cross_layers(past_key_values: Cache, config: MllamaTextConfig) -> int:
+def place_cross_layers(past_key_values: Cache, cross_attention_layers: Sequence[int], layers: int) -> int:
     """Put a `CrossCacheLayer` at every cross-attention layer's place, where a cache of transformers comes with one for text.
 
     Args:
         past_key_values: changed in place, when it is first used.
-        config: the decoder's.
+        cross_attention_layers: their indices.
+        layers: of the whole decoder.
 
     Returns:
         Keys of pictures that the cache holds.
@@ -62,12 +63,12 @@ def place_cross_layers(past_key_values: Cache, config: MllamaTextConfig) -> int:
     """
     places = past_key_values.layers
     if past_key_values.layer_class_to_replicate is not None:
-        places.extend(past_key_values.layer_class_to_replicate() for _ in range(config.num_hidden_layers - len(places)))
-    if len(places) < config.num_hidden_layers:
-        raise ValueError(f"past_key_values must have {config.num_hidden_layers} layers, as the decoder, got {len(places)}")
-    for index in config.cross_attention_layers:
+        places.extend(past_key_values.layer_class_to_replicate() for _ in range(layers - len(places)))
+    if len(places) < layers:
+        raise ValueError(f"past_key_values must have {layers} layers, as the decoder, got {len(places)}")
+    for index in cross_attention_layers:
         if not isinstance(places[index], CrossCacheLayer):
             if int(places[index].get_seq_length()):
                 raise ValueError(f"past_key_values holds keys of another model at layer {index}, which attends to pictures")
             places[index] = CrossCacheLayer()
-    return places[config.cross_attention_layers[0]].get_seq_length()
+    return max((places[index].get_seq_length() for index in cross_attention_layers), default=0)
