@@ -8,7 +8,7 @@ from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel, __
 
 from mllama.checkpoints import gemma, llama, mllama, paligemma, siglip, siglip_llama
 from mllama.checkpoints.engine import plan, to_file
-from mllama.checkpoints.files import CONFIG, find_inside, read_json, save_weights, write_folder, write_json
+from mllama.checkpoints.files import CONFIG, find_gguf, find_inside, read_json, save_weights, write_folder, write_json
 from mllama.checkpoints.formats import Format, Opened
 from mllama.checkpoints.loading import check_complete, common_dtype, load_weights
 from mllama.checkpoints.meta import PARAMS, open_meta
@@ -125,6 +125,10 @@ def open_checkpoint(path: str | Path, config: PretrainedConfig | None = None) ->
         TypeError: a config of another kind.
     """
     folder = Path(path)
+    if (file := find_gguf(folder)) is not None:
+        from mllama.checkpoints.gguf import open_gguf  # here, since its library is an optional dependency
+
+        return open_gguf(file, config)
     if not folder.is_dir():
         raise FileNotFoundError(f"no model folder {str(folder)!r}")
     if (folder / PARAMS).exists() and not (folder / CONFIG).exists():

@@ -37,6 +37,22 @@ def find_inside(folder: Path, name: str) -> Path:
     return path
 
 
+def find_gguf(path: Path) -> Path | None:
+    """The GGUF file that a path is, or that its folder has where the folder holds no other model; None where there is none.
+
+    Raises:
+        ValueError: several.
+    """
+    if path.suffix == ".gguf" and path.is_file():
+        return path
+    found = sorted(file.name for file in path.glob("*.gguf"))
+    if not found or any((path / name).exists() for name in (CONFIG, "params.json")):
+        return None
+    if len(found) > 1:
+        raise ValueError(f"{path} holds several GGUF files, name one: {listing(found)}")
+    return find_inside(path, found[0])
+
+
 def _blobs(folder: Path) -> list[Path]:
     """Where the files of a snapshot in Hugging Face's cache, or of a folder inside it, really lie."""
     for snapshots, repository in zip(folder.parents, folder.parents[1:], strict=False):

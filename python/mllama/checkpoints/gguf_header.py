@@ -1,0 +1,127 @@
+"""The header of a GGUF file, through the gguf library, with every number in it bounded by the file's size before it is used."""
+
+import gc
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+try:
+    import gguf
+except ImportError as error:  # an optional dependency
+    raise ImportError("GGUF files are read and written by the package gguf: pip install gguf") from error
+
+_READS_MAX = 2**22  # values and texts of a header; Llama 4's, with its vocabulary and merges, has 1.5 million
+_DIMS_MAX = 4  # as ggml's GGML_MAX_DIMS
+_ARRAY = int(gguf.GGUFValueType.ARRAY)  # a plain number compares many times faster
+
+
+class _Reader(gguf.GGUFReader):
+    """gguf's reader. It believes what a file says: a count beyond the file's end makes it loop without end, and arrays in arrays recurse.
+
+    All that it reads goes through `_get`, so what is bounded there is bounded everywhere.
+    """
+
+    _reads = 0
+    _in_array = False
+
+    def _get(self, offset, dtype, count=1, override_order=None):
+        offset, count = int(offset), int(count)
+        if self.byte_order != "I":
+            raise ValueError("it is of the other byte order")
+        if not 0 <= offset <= self.data.nbytes - count * np.dtype(dtype).itemsize:
+            raise ValueError("it ends before what its header speaks of")
+        self._reads += 1
+        if self._reads > _READS_MAX:
+            raise ValueError(f"its header has more than {_READS_MAX} values")
+        return np.frombuffer(self.data, dtype, count, offset)
+
+    def _get_field_parts(self, orig_offs, raw_type):
+        if raw_type != _ARRAY:
+            return super()._get_field_parts(orig_offs, raw_type)
+        if self._in_array:
+            raise ValueError("it has an array of arrays")
+        kind, length = self._get(orig_offs, np.uint32), self._get(orig_offs + 4, np.uint64)
+        if (scalar := self.gguf_scalar_to_np.get(gguf.GGUFValueType(kind[0]))) is not None:  # one view, where gguf makes one for each
+            values = self._get(orig_offs + 12, scalar, length[0])
+            return 12 + values.nbytes, [kind, length, values], [2], [gguf.GGUFValueType.ARRAY, gguf.GGUFValueType(kind[0])]
+        self._in_array = True
+        parts = super()._get_field_parts(orig_offs, raw_type)
+        self._in_array = False
+        return parts
+
+    def _get_tensor_info_field(self, orig_offs):
+        field = super()._get_tensor_info_field(orig_offs)
+        if (dims := field.parts[2][0]) > _DIMS_MAX:
+            raise ValueError(f"it has a tensor of {dims} dimensions; at most {_DIMS_MAX} are read")
+        return field
+
+
+class GgufHeader:
+    """Metadata and tensor entries of a GGUF file. No tensor is read.
+
+    Attributes:
+        path: the file.
+        tensors: by their names, in the order in which they lie in the file. They neither overlap nor leave it.
+    """
+
+    def __init__(self, path: str | os.PathLike):
+        """
+        Raises:
+            FileNotFoundError: no such file.
+            ValueError: it is no GGUF file, or a broken one.
+        """
+        self.path = Path(path)
+        if not self.path.is_file():
+            raise FileNotFoundError(f"no GGUF file {str(path)!r}")
+        collecting = gc.isenabled()
+        gc.disable()  # every text is an object: looking for garbage among them takes as long as the reading
+        try:
+            with np.errstate(over="raise"):  # offsets are added as uint64
+                reader = _Reader(self.path)
+            self._fields = reader.fields
+            self.tensors = _laid_out(reader)
+        except (ValueError, KeyError, IndexError, TypeError, OverflowError, FloatingPointError) as error:
+            raise ValueError(f"{path} is not a valid GGUF file: {str(error)[:200]}") from error
+        finally:
+            if collecting:
+                gc.enable()
+
+    def get(self, key: str, kind: type, default: Any = None) -> Any:
+        """A value of the metadata.
+
+        Args:
+            key: its full name.
+            kind: int, float, bool, str or list.
+            default: where the file has no such key; None: it must have.
+
+        Raises:
+            ValueError: there is none, or it is of another kind.
+        """
+        if key not in self._fields:
+            if default is None:
+                raise ValueError(f"{self.path} has no {key}")
+            return default
+        field = self._fields[key]
+        value = field.contents()
+        if field.types == [gguf.GGUFValueType.FLOAT32]:
+            value = float(str(np.float32(value)))  # 1e-05 and not 9.999999747378752e-06
+        if kind is float and type(value) is int:
+            value = float(value)
+        if type(value) is not kind:
+            raise ValueError(f"{self.path}: {key} must be of the kind {kind.__name__}, got {str(value)[:200]!r}")
+        return value
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._fields
+
+
+def _laid_out(reader: _Reader) -> dict[str, gguf.ReaderTensor]:
+    tensors = sorted(reader.tensors, key=lambda tensor: tensor.data_offset)
+    free = int(reader.data_offset)
+    for tensor in tensors:
+        if tensor.data_offset < free:
+            raise ValueError(f"{tensor.name} overlaps what lies before it")
+        free = tensor.data_offset + tensor.n_bytes
+    return {tensor.name: tensor for tensor in tensors}

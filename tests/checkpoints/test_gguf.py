@@ -1,0 +1,341 @@
+"""GGUF files against stock transformers, against llama.cpp's layout spelt out here, and against files that lie."""
+
+import struct
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import GemmaConfig, GemmaForCausalLM, LlamaConfig, LlamaForCausalLM
+
+from mllama import MllamaForConditionalGeneration
+
+gguf = pytest.importorskip("gguf")
+np = pytest.importorskip("numpy")
+
+from mllama.checkpoints.gguf import GgufSource, open_gguf  # noqa: E402
+from mllama.checkpoints.gguf_header import GgufHeader  # noqa: E402
+from mllama.checkpoints.gguf_tokenizer import load_tokenizer  # noqa: E402
+
+Type = gguf.GGMLQuantizationType
+SIZES = {
+    "vocab_size": 99,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 256,
+    "rms_norm_eps": 1e-5,
+}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 500000.0,
+    "factor": 32.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+# llama.cpp's names, from its converter.
+NAMES = {
+    "model.embed_tokens": "token_embd",
+    "model.norm": "output_norm",
+    "lm_head": "output",
+    "input_layernorm": "attn_norm",
+    "post_attention_layernorm": "ffn_norm",
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+}
+
+
+def stock(architecture: str = "llama", **options):
+    """A tiny random model of stock transformers, every parameter drawn."""
+    torch.manual_seed(0)
+    kinds = {"llama": (LlamaConfig, LlamaForCausalLM), "gemma": (GemmaConfig, GemmaForCausalLM)}
+    config_class, model_class = kinds[architecture]
+    ids = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
+    model = model_class(config_class(**SIZES | ids | options)).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.normal_(float("norm" in name and architecture == "llama"), 0.1)
+    return model
+
+
+def theirs(name: str) -> str:
+    """llama.cpp's name of a tensor of stock transformers."""
+    if not name.startswith("model.layers."):
+        stem, kind = name.rsplit(".", 1)
+        return f"{NAMES[stem]}.{kind}"
+    _, _, layer, *inner, kind = name.split(".")
+    return f"blk.{layer}.{NAMES['.'.join(inner)]}.{kind}"
+
+
+def write(path: Path, model, kind: Type = Type.F32, metadata=lambda writer: None, extra: dict | None = None, **changed) -> Path:
+    """A file as llama.cpp's converter writes it: permuted q and k for llama, norms with 1 added for gemma."""
+    config = model.config
+    architecture = config.model_type
+    writer = gguf.GGUFWriter(path, architecture)
+    sizes = {
+        "block_count": config.num_hidden_layers,
+        "context_length": config.max_position_embeddings,
+        "embedding_length": config.hidden_size,
+        "feed_forward_length": config.intermediate_size,
+        "attention.head_count": config.num_attention_heads,
+        "attention.head_count_kv": config.num_key_value_heads,
+        "attention.key_length": config.head_dim,
+    }
+    for name, value in sizes.items():
+        if changed.get(name, value) is not None:
+            writer.add_uint32(f"{architecture}.{name}", changed.get(name, value))
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    metadata(writer)
+    for name, tensor in model.state_dict().items():
+        if name == "lm_head.weight" and config.tie_word_embeddings:
+            continue
+        array = tensor.numpy()
+        if architecture == "gemma" and "norm" in name:
+            array = array + 1
+        if architecture == "llama" and ("q_proj" in name or "k_proj" in name):
+            heads = config.num_attention_heads if "q_proj" in name else config.num_key_value_heads
+            array = array.reshape(heads, 2, config.head_dim // 2, *array.shape[1:]).swapaxes(1, 2).reshape(array.shape)
+        matrix = kind if array.ndim > 1 else Type.F32
+        writer.add_tensor(theirs(name), gguf.quantize(array, matrix), raw_dtype=matrix)
+    for name, array in (extra or {}).items():
+        writer.add_tensor(name, array)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def logits(model) -> torch.Tensor:
+    ids = torch.randint(0, 99, (2, 40), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        return model(input_ids=ids).logits.float()
+
+
+def close(ours: torch.Tensor, wanted: torch.Tensor) -> bool:
+    return bool((ours - wanted).abs().max() <= 1e-4 * wanted.abs().max())
+
+
+def factors(parameters: dict, head_dim: int = 16) -> np.ndarray:
+    """Llama 3's, by transformers' own function."""
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    config = LlamaConfig(**SIZES | {"rope_parameters": parameters})
+    plain = 1 / parameters["rope_theta"] ** (np.arange(0, head_dim, 2) / head_dim)
+    return (plain / ROPE_INIT_FUNCTIONS["llama3"](config, "cpu")[0].numpy()).astype(np.float32)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "options"),
+    [
+        ("llama", {"tie_word_embeddings": True}),
+        ("llama", {"attention_bias": True, "mlp_bias": True, "num_key_value_heads": 4}),
+        ("llama", {"head_dim": 32, "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0}}),
+        ("gemma", {"num_key_value_heads": 1, "head_dim": 32}),
+    ],
+)
+def test_logits_are_the_ones_of_stock_transformers(tmp_path, architecture, options):
+    model = stock(architecture, **options)
+    ours = MllamaForConditionalGeneration.from_pretrained(write(tmp_path / "model.gguf", model))
+    assert ours.dtype == torch.float32 and close(logits(ours), logits(model))
+    assert ours.config.model_type == architecture and ours.config.rms_norm_eps == 1e-5
+
+
+def test_a_folder_whose_only_model_is_one_gguf_file(tmp_path):
+    model = stock()
+    write(tmp_path / "model.gguf", model)
+    (tmp_path / "README.md").write_text("about it")
+    assert close(logits(MllamaForConditionalGeneration.from_pretrained(tmp_path)), logits(model))
+    write(tmp_path / "other.gguf", model)
+    with pytest.raises(ValueError, match="several GGUF files, name one: model.gguf, other.gguf"):
+        MllamaForConditionalGeneration.from_pretrained(tmp_path)
+
+
+def test_llama3_scaling_is_recovered_from_its_factors(tmp_path):
+    model = stock(rope_parameters=LLAMA3, max_position_embeddings=32768)
+    path = write(tmp_path / "model.gguf", model, extra={"rope_freqs.weight": factors(LLAMA3)})
+    ours = MllamaForConditionalGeneration.from_pretrained(path)
+    assert ours.config.rope_parameters == LLAMA3 and close(logits(ours), logits(model))
+    path = write(tmp_path / "none.gguf", stock(), extra={"rope_freqs.weight": np.ones(8, np.float32)})
+    assert open_gguf(path).config.rope_parameters["rope_type"] == "default"
+    for wrong, said in ((np.linspace(1, 9, 8), "no scaling of Llama 3 with low_freq_factor 1.0"), (np.ones(7), "must have 8 factors")):
+        with pytest.raises(ValueError, match=said):
+            open_gguf(write(tmp_path / "wrong.gguf", stock(), extra={"rope_freqs.weight": wrong.astype(np.float32)}))
+
+
+def test_linear_scaling(tmp_path):
+    def metadata(writer):
+        writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
+        writer.add_rope_scaling_factor(4.0)
+
+    model = stock(rope_parameters={"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0})
+    ours = MllamaForConditionalGeneration.from_pretrained(write(tmp_path / "model.gguf", model, metadata=metadata))
+    assert close(logits(ours), logits(model))
+
+
+@pytest.mark.parametrize("kind", ["F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q4_K", "IQ4_XS"])
+def test_blocks_are_dequantised(tmp_path, kind):
+    """Random blocks, since gguf quantises to some types only; K and IQ blocks are 256 wide."""
+    kind, rng = Type[kind], np.random.default_rng(0)
+    block, size = gguf.GGML_QUANT_SIZES[kind]
+    stored = gguf.quantize(rng.normal(size=(4, 256)).astype(np.float32), kind) if block < 256 else rng.integers(0, 99, (4, size), np.uint8)
+    writer = gguf.GGUFWriter(tmp_path / "one.gguf", "llama")
+    writer.add_tensor("x", stored, raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    source = GgufSource(GgufHeader(tmp_path / "one.gguf"))
+    header, value = source.headers()["x"], source.read("x")
+    plain = {Type.F16: torch.float16, Type.BF16: torch.bfloat16}
+    assert (header.shape, header.dtype) == ((4, 256), plain.get(kind, torch.float32)) == (tuple(value.shape), value.dtype)
+    assert torch.equal(value.float().nan_to_num(), torch.from_numpy(gguf.dequantize(stored, kind)).nan_to_num())
+
+
+def test_auto_is_the_files_dtype_and_float32_for_blocks(tmp_path):
+    for kind, dtype in ((Type.F16, torch.float16), (Type.BF16, torch.bfloat16), (Type.Q8_0, torch.float32)):
+        assert MllamaForConditionalGeneration.from_pretrained(write(tmp_path / "model.gguf", stock(), kind)).dtype == dtype
+
+
+def test_special_ids(tmp_path):
+    def metadata(writer):
+        writer.add_bos_token_id(1)
+        writer.add_eos_token_id(2)
+        writer.add_eot_token_id(5)
+
+    model = MllamaForConditionalGeneration.from_pretrained(write(tmp_path / "model.gguf", stock(), metadata=metadata))
+    assert model.generation_config.eos_token_id == [2, 5] and model.generation_config.bos_token_id == 1
+    assert model.config.pad_token_id is None
+    with pytest.raises(ValueError, match="eos_token_id is 99, the vocabulary has 99 tokens"):
+        open_gguf(write(tmp_path / "wrong.gguf", stock(), metadata=lambda writer: writer.add_eos_token_id(99)))
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"block_count": 0}, "llama.block_count must be positive, got 0"),
+        ({"block_count": 2**31}, "block_count is 2147483648, the file holds 21 tensors in all"),
+        ({"block_count": 3}, r"missing \(9\): blk.2"),
+        ({"attention.head_count": None}, "has no llama.attention.head_count"),
+        ({"attention.key_length": 2**30}, "head_dim"),
+        ({"attention.head_count_kv": 3}, "num_attention_heads 4 is not a multiple of num_key_value_heads 3"),
+        ({"embedding_length": 2**31 - 2}, "embedding|hidden|shape|laid out"),
+        ({"feed_forward_length": 2**31}, "intermediate_size must be at most 2147483647"),
+        ({"feed_forward_length": 2**31 - 1}, "shape"),
+    ],
+)
+def test_sizes_that_cannot_be(tmp_path, changed, said):
+    with pytest.raises(ValueError, match=said):
+        MllamaForConditionalGeneration.from_pretrained(write(tmp_path / "model.gguf", stock(), **changed))
+
+
+def test_other_models_are_refused_by_name(tmp_path):
+    for architecture, add, said in (
+        ("qwen2", lambda writer: None, "'qwen2' is not read; llama and gemma are"),
+        ("llama", lambda writer: writer.add_expert_count(8), "has no llama.block_count"),
+        ("llama", lambda writer: writer.add_uint16("split.count", 3), "is one of 3 parts"),
+    ):
+        writer = gguf.GGUFWriter(tmp_path / "model.gguf", architecture)
+        add(writer)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+        with pytest.raises(ValueError, match=said):
+            open_gguf(tmp_path / "model.gguf")
+    for add, said in (
+        (lambda writer: writer.add_expert_count(8), "several experts are not read"),
+        (lambda writer: writer.add_rope_scaling_type(gguf.RopeScalingType.YARN), "'yarn' is not read"),
+        (lambda writer: writer.add_value_length(8), "attention.value_length is 8, attention.key_length is 16; they must be equal"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            open_gguf(write(tmp_path / "model.gguf", stock(), metadata=add))
+    with pytest.raises(FileNotFoundError):
+        open_gguf(tmp_path / "absent.gguf")
+
+
+def text(value: bytes) -> bytes:
+    return struct.pack("<Q", len(value)) + value
+
+
+def lying(tensors: int = 0, values: int = 0, rest: bytes = b"", version: int = 3) -> bytes:
+    return b"GGUF" + struct.pack("<IQQ", version, tensors, values) + rest
+
+
+HUGE = 2**63 - 1
+TENSOR = struct.Struct("<IQQIQ")  # dimensions, two sizes, type, offset
+HOSTILE = {
+    "empty": b"",
+    "another file": b"PK\x03\x04" + bytes(64),
+    "only magic": b"GGUF",
+    "version 1": lying(version=1),
+    "other byte order": b"GGUF" + struct.pack(">IQQ", 3, 0, 0),
+    "tensors without end": lying(tensors=HUGE),
+    "values without end": lying(values=2**64 - 1),
+    "key without end": lying(values=1, rest=struct.pack("<Q", HUGE) + b"abc"),
+    "text without end": lying(values=1, rest=text(b"key") + struct.pack("<IQ", 8, 2**64 - 1)),
+    "array without end": lying(values=1, rest=text(b"key") + struct.pack("<IIQ", 9, 0, 2**62)),
+    "array of empty texts": lying(values=1, rest=text(b"key") + struct.pack("<IIQ", 9, 8, 2**62) + bytes(800)),
+    "arrays in arrays": lying(values=1, rest=text(b"key") + struct.pack("<I", 9) + struct.pack("<IQ", 9, 1) * 5000),
+    "unknown type of value": lying(values=1, rest=text(b"key") + struct.pack("<IQ", 13, 0)),
+    "twice the same key": lying(values=2, rest=(text(b"key") + struct.pack("<II", 4, 1)) * 2),
+    "key that is no text": lying(values=1, rest=text(b"\xff\xfe") + struct.pack("<II", 4, 1)),
+    "alignment 0": lying(values=1, rest=text(b"general.alignment") + struct.pack("<II", 4, 0)),
+    "dimensions without end": lying(tensors=1, rest=text(b"x") + struct.pack("<I", 2**32 - 1) + bytes(64)),
+    "five dimensions": lying(tensors=1, rest=text(b"x") + struct.pack("<I5QIQ", 5, 1, 1, 1, 1, 1, 0, 0) + bytes(64)),
+    "no dimension": lying(tensors=1, rest=text(b"x") + struct.pack("<IIQ", 0, 2, 0) + bytes(64)),
+    "sizes that overflow": lying(tensors=1, rest=text(b"x") + TENSOR.pack(2, 2**33, 2**33, 0, 0) + bytes(64)),
+    "more data than the file": lying(tensors=1, rest=text(b"x") + TENSOR.pack(2, 64, 64, 0, 0) + bytes(64)),
+    "offset that wraps": lying(tensors=1, rest=text(b"x") + TENSOR.pack(2, 2, 2, 0, 2**64 - 32) + bytes(64)),
+    "unknown type of block": lying(tensors=1, rest=text(b"x") + TENSOR.pack(2, 2, 2, 99, 0) + bytes(64)),
+    "half a block": lying(tensors=1, rest=text(b"x") + TENSOR.pack(2, 31, 2, 2, 0) + bytes(64)),
+    "twice the same tensor": lying(tensors=2, rest=(text(b"x") + TENSOR.pack(2, 2, 2, 0, 0)) * 2 + bytes(96)),
+    "tensors over each other": lying(tensors=2, rest=b"".join(text(x) + TENSOR.pack(2, 2, 2, 0, 0) for x in (b"x", b"y")) + bytes(96)),
+}
+
+
+@pytest.mark.parametrize("case", HOSTILE)
+def test_files_that_lie_are_refused_at_once(tmp_path, case):
+    path = tmp_path / "model.gguf"
+    path.write_bytes(HOSTILE[case])
+    for opener in (open_gguf, load_tokenizer):
+        with pytest.raises(ValueError, match="not a valid GGUF file|general.architecture|tokenizer.ggml.tokens"):
+            opener(path)
+    if case not in ("alignment 0",):
+        with pytest.raises(ValueError, match="not a valid GGUF file"):
+            GgufHeader(path)
+
+
+def test_changed_bytes_give_an_error_or_a_model(tmp_path):
+    """Every byte of the header in turn, and the file cut there."""
+    whole = write(tmp_path / "whole.gguf", stock(), metadata=lambda writer: writer.add_token_list(["a", "b"])).read_bytes()
+    path, rng = tmp_path / "changed.gguf", np.random.default_rng(0)
+    refused = 0
+    for place in range(0, 1500, 3):
+        changed = bytearray(whole)
+        changed[place] ^= int(rng.integers(1, 256))
+        path.write_bytes(changed if place % 2 else whole[:place])
+        try:
+            source = open_gguf(path).source
+            source.read(next(iter(source.headers())))
+        except ValueError:
+            refused += 1
+    assert refused > 250
+
+
+def test_a_file_that_shrinks_after_it_was_opened(tmp_path):
+    path = write(tmp_path / "model.gguf", stock())
+    source = open_gguf(path).source
+    path.write_bytes(path.read_bytes()[:5000])
+    with pytest.raises(ValueError, match="ends within"):
+        for name in source.headers():
+            source.read(name)
