@@ -11,6 +11,7 @@ from PIL import Image
 from transformers import AutoProcessor, BatchFeature
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.llava.processing_llava import LlavaProcessor
+from transformers.models.mllama.image_processing_pil_mllama import MllamaImageProcessorPil
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
 from mllama import MllamaImageProcessor
@@ -190,7 +191,7 @@ def test_bos_is_never_doubled(make_tokenizer, adds_bos):
         (lambda: {}, ValueError, "give text, images, or both"),
         (lambda: {"text": []}, ValueError, "text is an empty list"),
         (lambda: {"text": 5, "images": picture()}, TypeError, "text must be a prompt or a list of prompts, got int"),
-        (lambda: {"text": picture(), "images": picture()}, TypeError, r"the order is processor\(text, images\)"),
+        (lambda: {"text": picture(), "images": picture()}, TypeError, r"processor\(text=\.\.\., images=\.\.\.\)"),
         (lambda: {"text": "a", "images": 5}, TypeError, "got int"),
         (lambda: {"text": "a", "images": ["no/such.png"]}, FileNotFoundError, "no such picture: no/such.png"),
         (lambda: {"text": "a", "videos": [1]}, TypeError, "no videos and no audio"),
@@ -374,11 +375,19 @@ def test_saving_again_changes_nothing(processor, tmp_path):
         assert (tmp_path / "b" / name).read_bytes() == (tmp_path / "a" / name).read_bytes(), name
 
 
-@pytest.mark.parametrize("strategy", ["full", "default"])
-def test_reads_other_llava_folders(make_tokenizer, tmp_path, strategy):
+@pytest.mark.parametrize("strategy", ["full", "default", None])
+@pytest.mark.parametrize(
+    "pictures",
+    [
+        SiglipImageProcessorPil(size={"height": 30, "width": 30}, image_mean=[0.4, 0.5, 0.6], resample=2),
+        CLIPImageProcessorPil(size={"shortest_edge": 30}, crop_size={"height": 30, "width": 30}),
+        CLIPImageProcessorPil(size={"shortest_edge": 24}, crop_size={"height": 30, "width": 30}),
+    ],
+    ids=["siglip", "clip", "clip padded"],
+)
+def test_reads_other_llava_folders(make_tokenizer, tmp_path, strategy, pictures):
     tokenizer = make_tokenizer(adds_bos=True)
     tokenizer.add_tokens(["<image>"], special_tokens=True)
-    pictures = SiglipImageProcessorPil(size={"height": 30, "width": 30}, image_mean=[0.4, 0.5, 0.6], resample=2)
     template = "USER: {% for part in messages[0]['content'] if part['type'] == 'image' %}<image>{% endfor %}\nASSISTANT:"
     stock = LlavaProcessor(
         pictures, tokenizer, patch_size=7, vision_feature_select_strategy=strategy, num_additional_image_tokens=1, chat_template=template
@@ -397,10 +406,10 @@ def test_reads_other_llava_folders(make_tokenizer, tmp_path, strategy):
 def test_refuses_other_families(make_tokenizer, processor, tmp_path):
     tokenizer = make_tokenizer()
     tokenizer.add_tokens(["<image>"], special_tokens=True)
-    clip = LlavaProcessor(CLIPImageProcessorPil(), tokenizer, patch_size=14, vision_feature_select_strategy="default")
-    clip.save_pretrained(tmp_path / "clip")
-    with pytest.raises(ValueError, match="holds a CLIPImageProcessor: MllamaImageProcessor reads a LlavaProcessor with a Siglip"):
-        MllamaImageProcessor.from_pretrained(tmp_path / "clip")
+    tiled = LlavaProcessor(MllamaImageProcessorPil(), tokenizer, patch_size=14, vision_feature_select_strategy="default")
+    tiled.save_pretrained(tmp_path / "tiled")
+    with pytest.raises(ValueError, match="holds a MllamaImageProcessor: MllamaImageProcessor reads a LlavaProcessor with a Siglip"):
+        MllamaImageProcessor.from_pretrained(tmp_path / "tiled")
 
     (tmp_path / "gemma").mkdir()  # as older folders are: no processor_config.json
     older = {"image_processor_type": "SiglipImageProcessor", "processor_class": "PaliGemmaProcessor", "size": {"height": S, "width": S}}

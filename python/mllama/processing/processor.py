@@ -1,27 +1,31 @@
 """The processor: text and pictures in, input_ids, attention_mask and pixel_values out.
 
-On disk it is the family's own: transformers' LlavaProcessor with a SiglipImageProcessor.
+On disk it is the family's own: transformers' LlavaProcessor with a SiglipImageProcessor, or CLIPImageProcessor as in LLaVA 1.5.
 """
 
 import math
-import os
-import tempfile
 from collections.abc import Sequence
-from pathlib import Path
 
-import numpy as np
-import torch
-from PIL import Image
 from transformers.feature_extraction_utils import BatchFeature
-from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 from transformers.processing_utils import ProcessorMixin
 from transformers.tokenization_utils_base import AddedToken
 
-from mllama.ops.image import resize_normalize
-from mllama.processing.image import channel_values, load_pixels, normalisation_table
-from mllama.processing.prompt import CHAT_TEMPLATE, IMAGE_TOKEN, LOCATION_TOKENS, lay_out, share_out
+from mllama.processing.folders import load_tokenizer, read_settings, save_aside
+from mllama.processing.image import channel_values
+from mllama.processing.prompt import (
+    CHAT_TEMPLATE,
+    IMAGE_TOKEN,
+    LOCATION_TOKENS,
+    MAX_IMAGE_TOKENS,
+    adds_bos,
+    check_whole,
+    in_order,
+    lay_out,
+    share_out,
+)
+from mllama.processing.square import CroppedImageProcessor, SquareImageProcessor, with_channels
 
-_RESAMPLE = {Image.Resampling.BILINEAR: "bilinear", Image.Resampling.BICUBIC: "bicubic"}
+_IMAGE_PROCESSORS = {"SiglipImageProcessor": SquareImageProcessor, "CLIPImageProcessor": CroppedImageProcessor}
 _OLDER_KEYS = {"pixel Value": "pixel_values", "pixel_value": "pixel_values"}
 
 
@@ -42,48 +46,6 @@ class MllamaBatch(BatchFeature):
 
     def __contains__(self, key):
         return super().__contains__(_OLDER_KEYS.get(key, key))
-
-
-class SquareImageProcessor(SiglipImageProcessorPil):
-    """transformers' SigLIP image processor with this package's picture loading and resize; bit-equal to it for upright 8-bit pictures.
-
-    Takes what `mllama.processing.image.load_picture` takes, singly or in flat or nested lists; whatever comes becomes RGB, do_convert_rgb
-    or not. Returns pixel_values [pictures, 3, height, width] float32. Saved, and read by stock transformers, as a SiglipImageProcessor.
-    """
-
-    def preprocess(self, images, *args, **kwargs) -> BatchFeature:
-        return super().preprocess(images, *args, **_with_channels(kwargs))
-
-    def _prepare_images_structure(self, images, expected_ndims: int = 3) -> list:
-        if isinstance(images, (list, tuple)):
-            return [picture for item in images for picture in self._prepare_images_structure(item)]
-        return list(images) if getattr(images, "ndim", 3) == 4 else [images]
-
-    def process_image(self, image, **kwargs) -> np.ndarray:
-        return load_pixels(image).numpy().transpose(2, 0, 1)
-
-    def _preprocess(self, images, do_resize, size, resample, do_rescale, rescale_factor, do_normalize, image_mean, image_std, **kwargs):
-        fused = do_resize and do_rescale and do_normalize and size.height and size.width and resample in _RESAMPLE
-        if not fused or kwargs.get("do_center_crop") or kwargs.get("do_pad"):
-            return super()._preprocess(
-                images,
-                do_resize=do_resize,
-                size=size,
-                resample=resample,
-                do_rescale=do_rescale,
-                rescale_factor=rescale_factor,
-                do_normalize=do_normalize,
-                image_mean=image_mean,
-                image_std=image_std,
-                **kwargs,
-            )
-        table = normalisation_table(channel_values("image_mean", image_mean), channel_values("image_std", image_std), rescale_factor)
-        pixels = (torch.from_numpy(image.transpose(1, 2, 0)) for image in images)
-        planes = [resize_normalize(image, size.height, size.width, table, _RESAMPLE[resample]) for image in pixels]
-        return BatchFeature({"pixel_values": torch.stack(planes).numpy()}, tensor_type=kwargs.get("return_tensors"))
-
-    def to_dict(self) -> dict:
-        return {**super().to_dict(), "image_processor_type": "SiglipImageProcessor"}
 
 
 class MllamaImageProcessor(ProcessorMixin):
@@ -182,10 +144,10 @@ class MllamaImageProcessor(ProcessorMixin):
         """
         if videos is not None or audio is not None:
             raise TypeError("MllamaImageProcessor takes text and images, no videos and no audio")
-        text, images = _in_order(text, images)
-        kwargs = _with_channels(kwargs)
+        text, images = in_order(text, images)
+        kwargs = with_channels(kwargs)
         if isinstance(kwargs.get("images_kwargs"), dict):
-            kwargs["images_kwargs"] = _with_channels(kwargs["images_kwargs"])
+            kwargs["images_kwargs"] = with_channels(kwargs["images_kwargs"])
         merged = self._merge_kwargs(tokenizer_init_kwargs=self.tokenizer.init_kwargs, **kwargs)
         if text is None:
             return MllamaBatch(self.image_processor(images, **merged["images_kwargs"]))
@@ -195,10 +157,7 @@ class MllamaImageProcessor(ProcessorMixin):
         for name in ("return_mm_token_type_ids", "return_text_replacement_offsets"):  # the processor's own, mirrored by _merge_kwargs
             text_kwargs.pop(name, None)
         data = dict(self.tokenizer(prompts, **text_kwargs))
-        for number, (row, ids) in enumerate(zip(rows, data["input_ids"], strict=False)):
-            wanted, left = self.image_seq_length * len(row), np.count_nonzero(np.asarray(ids) == self.image_token_id)
-            if wanted != left:
-                raise ValueError(f"truncation left {left} of the {wanted} image tokens of prompt {number}: raise max_length")
+        check_whole(data["input_ids"], self.image_token_id, [self.image_seq_length * len(row) for row in rows])
         if merged["return_text_replacement_offsets"]:
             data["text_replacement_offsets"] = offsets
         if merged["return_mm_token_type_ids"]:
@@ -220,7 +179,7 @@ class MllamaImageProcessor(ProcessorMixin):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, **kwargs) -> "MllamaImageProcessor":
-        """Read a folder (or hub id) that holds a LlavaProcessor with a SiglipImageProcessor, as `save_pretrained` writes it.
+        """Read a folder (or hub id) that holds a LlavaProcessor with a SiglipImageProcessor or a CLIPImageProcessor.
 
         Args:
             kwargs: of transformers' loading (revision, subfolder, local_files_only ...).
@@ -229,17 +188,17 @@ class MllamaImageProcessor(ProcessorMixin):
             OSError: there are no such files.
             ValueError: another family's processor, which the text names, or one whose pictures are not square.
         """
-        from transformers import AutoTokenizer
-
         where = pretrained_model_name_or_path
-        settings, _ = cls.get_processor_dict(where, **kwargs)
-        picture_settings, _ = SquareImageProcessor.get_image_processor_dict(where, **kwargs)
+        settings, picture_settings = read_settings(where, **kwargs)
         family = settings.get("processor_class") or picture_settings.get("processor_class")
-        for kind in (family, picture_settings.get("image_processor_type")):
-            if kind not in (None, "LlavaProcessor", "SiglipImageProcessor", "SiglipImageProcessorFast"):
-                raise ValueError(f"{where} holds a {kind}: MllamaImageProcessor reads a LlavaProcessor with a SiglipImageProcessor")
-        image_processor = SquareImageProcessor.from_dict(picture_settings)
-        size, patch = image_processor.size, settings.get("patch_size")
+        kind = str(picture_settings.get("image_processor_type") or "SiglipImageProcessor").removesuffix("Fast")
+        if family not in (None, "LlavaProcessor") or kind not in _IMAGE_PROCESSORS:
+            wrong = kind if family in (None, "LlavaProcessor") else family
+            accepted = " or a ".join(_IMAGE_PROCESSORS)
+            raise ValueError(f"{where} holds a {wrong}: MllamaImageProcessor reads a LlavaProcessor with a {accepted}")
+        image_processor = _IMAGE_PROCESSORS[kind].from_dict(picture_settings)
+        size = image_processor.crop_size if image_processor.do_center_crop else image_processor.size
+        patch = settings.get("patch_size")
         if not size.height or size.height != size.width or not isinstance(patch, int) or not 1 <= patch <= size.height:
             raise ValueError(f"{where} must have pictures of a square size and a patch_size within it, got {dict(size)} and {patch}")
         llava = {
@@ -247,11 +206,15 @@ class MllamaImageProcessor(ProcessorMixin):
             "vision_feature_select_strategy": settings.get("vision_feature_select_strategy", "full"),
             "num_additional_image_tokens": settings.get("num_additional_image_tokens", 0),
         }
-        dropped = int(llava["vision_feature_select_strategy"] == "default")
-        tokenizer = AutoTokenizer.from_pretrained(where, **kwargs)
+        more = llava["num_additional_image_tokens"]
+        if not isinstance(more, int) or not 0 <= (size.height // patch) ** 2 + more <= MAX_IMAGE_TOKENS:
+            raise ValueError(
+                f"{where}: {size.height} pixels in patches of {patch}, and {more!r} more, are not up to {MAX_IMAGE_TOKENS} tokens"
+            )
+        tokenizer = load_tokenizer(where, **kwargs)
         processor = cls(
             tokenizer,
-            (size.height // patch) ** 2 + llava["num_additional_image_tokens"] - dropped,
+            (size.height // patch) ** 2 + more - (llava["vision_feature_select_strategy"] == "default"),
             size.height,
             image_token=settings.get("image_token", IMAGE_TOKEN),
             chat_template=settings.get("chat_template") or tokenizer.chat_template or "",
@@ -269,20 +232,7 @@ class MllamaImageProcessor(ProcessorMixin):
         Raises:
             ValueError: num_image_token is no square grid of patches, which LlavaProcessor cannot say.
         """
-        llava = self._as_llava()
-        if push_to_hub:
-            return llava.save_pretrained(save_directory, push_to_hub=True, **kwargs)
-        folder = Path(save_directory)
-        folder.mkdir(parents=True, exist_ok=True)
-        written = []
-        with tempfile.TemporaryDirectory(prefix=".processor-", dir=folder) as aside:
-            llava.save_pretrained(aside, **kwargs)
-            for file in sorted(path for path in Path(aside).rglob("*") if path.is_file()):
-                target = folder / file.relative_to(aside)
-                target.parent.mkdir(exist_ok=True)
-                os.replace(file, target)
-                written.append(str(target))
-        return written
+        return save_aside(self._as_llava(), save_directory, push_to_hub, **kwargs)
 
     def to_dict(self) -> dict:
         """What processor_config.json says: a LlavaProcessor."""
@@ -306,12 +256,8 @@ class MllamaImageProcessor(ProcessorMixin):
             self.chat_template = theirs
             return
         self.chat_template = CHAT_TEMPLATE.replace(IMAGE_TOKEN, image_token)
-        if self._adds_bos() or getattr(self.tokenizer, "add_eos_token", False):
+        if adds_bos(self.tokenizer) or getattr(self.tokenizer, "add_eos_token", False):
             self.tokenizer.add_bos_token = self.tokenizer.add_eos_token = False
-
-    def _adds_bos(self) -> bool:
-        """True when the tokenizer puts BOS into every text by itself."""
-        return self.tokenizer.bos_token_id is not None and self.tokenizer.bos_token_id in self.tokenizer("")["input_ids"]
 
     def _prompts(self, prompts: list[str], images, as_is: bool) -> tuple[list[str], list, list[list], bool]:
         """The finished prompts, where their placeholders went, the pictures of each, and whether the tokenizer may add its own tokens."""
@@ -325,37 +271,10 @@ class MllamaImageProcessor(ProcessorMixin):
         bos = self.tokenizer.bos_token
         special = all(finished) and not any(bos and bos in text for text in texts)
         # Where the tokenizer may not add BOS, since another prompt has one, it is written into those that lack it.
-        lead = bos if any(finished) and not special and self._adds_bos() else ""
+        lead = bos if any(finished) and not special and adds_bos(self.tokenizer) else ""
         for number, text in enumerate(texts):
             if not finished[number]:
                 texts[number] = lay_out(text, self.image_seq_length * len(rows[number]), self.image_token, bos)
             elif lead and lead not in text:
                 texts[number] = lead + text
         return texts, offsets, rows, special
-
-
-def _with_channels(kwargs: dict) -> dict:
-    """kwargs with image_mean and image_std as lists of floats: transformers' own check refuses tuples and ints, by an error of its own."""
-    checked = {name: list(channel_values(name, kwargs[name])) for name in ("image_mean", "image_std") if kwargs.get(name) is not None}
-    return {**kwargs, **checked}
-
-
-def _is_text(value) -> bool:
-    return isinstance(value, str) or (isinstance(value, (list, tuple)) and all(isinstance(item, str) for item in value))
-
-
-def _is_pictures(value) -> bool:
-    if isinstance(value, (list, tuple)):
-        return all(item is None or _is_text(item) or _is_pictures(item) for item in value)
-    return isinstance(value, (Image.Image, np.ndarray, torch.Tensor, os.PathLike))
-
-
-def _in_order(text, images):
-    """(text, images), exchanged where they were plainly given in transformers' order."""
-    if text is None and images is None:
-        raise ValueError("give text, images, or both")
-    if text is None or _is_text(text):
-        return text, images
-    if _is_pictures(text) and (images is None or _is_text(images)):
-        return images, text
-    raise TypeError(f"text must be a prompt or a list of prompts, got {type(text).__name__}; the order is processor(text, images)")

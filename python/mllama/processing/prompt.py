@@ -1,11 +1,14 @@
 """The text around the pictures: a prompt's layout, the chat template of the same layout, and which picture belongs to which prompt."""
 
+import os
 from collections.abc import Sequence
 
 import numpy as np
 import torch
+from PIL import Image
 
 IMAGE_TOKEN = "<image>"
+MAX_IMAGE_TOKENS = 2**16  # of one picture; what a folder says above that is no model's, and would fill the memory
 LOCATION_TOKENS = tuple(f"<loc{i:04d}>" for i in range(1024)) + tuple(f"<seg{i:03d}>" for i in range(128))
 
 # The layout of `lay_out` for conversations: every picture, BOS, then "question\n" and "answer<eos>" in turn. A message's text is its string
@@ -44,6 +47,39 @@ def lay_out(prompt: str, image_tokens: int, image_token: str = IMAGE_TOKEN, bos_
     bos = "" if bos_token is None or prompt.startswith(bos_token) else bos_token
     newline = "" if prompt.endswith("\n") else "\n"
     return image_token * image_tokens + bos + prompt + newline
+
+
+def adds_bos(tokenizer) -> bool:
+    """True when the tokenizer puts BOS into every text by itself."""
+    return tokenizer.bos_token_id is not None and tokenizer.bos_token_id in tokenizer("")["input_ids"]
+
+
+def in_order(text, images) -> tuple:
+    """(text, images), exchanged where they were plainly given the other way round.
+
+    Raises:
+        TypeError: text is neither a prompt nor a list of prompts.
+        ValueError: both are None.
+    """
+    if text is None and images is None:
+        raise ValueError("give text, images, or both")
+    if text is None or _is_text(text):
+        return text, images
+    if _is_pictures(text) and (images is None or _is_text(images)):
+        return images, text
+    raise TypeError(f"text must be a prompt or a list of prompts, got {type(text).__name__}; name them: processor(text=..., images=...)")
+
+
+def check_whole(input_ids, image_token_id: int, wanted: Sequence[int]) -> None:
+    """Refuse token rows whose image tokens are not as many as wanted.
+
+    Raises:
+        ValueError: truncation cut image tokens away.
+    """
+    for number, (ids, count) in enumerate(zip(input_ids, wanted, strict=False)):
+        left = np.count_nonzero(np.asarray(ids) == image_token_id)
+        if left != count:
+            raise ValueError(f"truncation left {left} of the {count} image tokens of prompt {number}: raise max_length")
 
 
 def share_out(images, placeholders: Sequence[int | None], image_token: str = IMAGE_TOKEN) -> list[list]:
@@ -98,3 +134,13 @@ def _refuse_several(picture) -> None:
         raise ValueError(
             f"a picture in a list must be [H, W] or have one axis of channels, got shape {tuple(picture.shape)}: use list(array)"
         )
+
+
+def _is_text(value) -> bool:
+    return isinstance(value, str) or (isinstance(value, (list, tuple)) and all(isinstance(item, str) for item in value))
+
+
+def _is_pictures(value) -> bool:
+    if isinstance(value, (list, tuple)):
+        return all(item is None or _is_text(item) or _is_pictures(item) for item in value)
+    return isinstance(value, (Image.Image, np.ndarray, torch.Tensor, os.PathLike))

@@ -1,0 +1,202 @@
+"""The processor of any model folder, and conversations to model inputs by any processor."""
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from transformers import PreTrainedTokenizerBase
+from transformers.feature_extraction_utils import BatchFeature
+from transformers.processing_utils import ProcessorMixin
+
+from mllama.processing.folders import load_tokenizer, read_settings
+from mllama.processing.paligemma import PaliGemmaProcessor
+from mllama.processing.processor import MllamaImageProcessor
+from mllama.processing.square import SquareImageProcessor
+from mllama.processing.tiled import TiledProcessor
+
+_BY_CLASS = {
+    "LlavaProcessor": MllamaImageProcessor,
+    "MllamaProcessor": TiledProcessor,
+    "PaliGemmaProcessor": PaliGemmaProcessor,
+    "SiglipProcessor": SquareImageProcessor,
+}
+_BY_MODEL = {
+    "llava": MllamaImageProcessor,
+    "siglip_llama": MllamaImageProcessor,
+    "mllama": TiledProcessor,
+    "paligemma": PaliGemmaProcessor,
+    "siglip": SquareImageProcessor,
+    "siglip_vision_model": SquareImageProcessor,
+}
+_BY_PICTURES = {"MllamaImageProcessor": TiledProcessor, "SiglipImageProcessor": SquareImageProcessor}
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
+_PICTURE_KEYS = ("image", "path", "url")
+
+
+def load_processor(path: str | os.PathLike) -> ProcessorMixin | SquareImageProcessor | PreTrainedTokenizerBase:
+    """Return what a model needs before it: its processor, the image processor of a SigLIP alone, or a text model's tokenizer.
+
+    The choice is by exact names: processor_class, then config.json's model_type, then image_processor_type; a folder without an image
+    processor has a tokenizer. Meta's own folders (params.json) and GGUF files bring theirs in their own way.
+
+    Args:
+        path: a model folder, or a .gguf file.
+
+    Raises:
+        TypeError: path is no path.
+        FileNotFoundError: no such folder, or a file missing in it.
+        ValueError: files that cannot be read, or another family's processor, which the text names.
+    """
+    if not isinstance(path, (str, os.PathLike)):
+        raise TypeError(f"path must be a str or a path, got {type(path).__name__}")
+    folder = Path(path)
+    if not folder.exists():
+        raise FileNotFoundError(f"no such model: {folder}")
+    if folder.is_file() or not (folder / "config.json").exists():
+        if (folder / "params.json").exists():
+            from mllama.checkpoints.meta import load_processor as load_meta_processor
+
+            return load_meta_processor(folder)
+        files = [folder] if folder.is_file() else list(folder.glob("*.gguf"))
+        if len(files) == 1 and files[0].suffix == ".gguf":
+            from mllama.checkpoints.gguf import load_tokenizer as load_gguf_tokenizer
+
+            return load_gguf_tokenizer(files[0])
+    try:
+        kind = _processor_class(folder)
+        if kind is not None:
+            return kind.from_pretrained(folder)
+        if not any((folder / name).exists() for name in _TOKENIZER_FILES):
+            raise FileNotFoundError(f"{folder} holds neither a processor nor a tokenizer: none of {', '.join(_TOKENIZER_FILES)}")
+        return load_tokenizer(folder)
+    except (ValueError, FileNotFoundError):
+        raise
+    except OSError as error:
+        raise FileNotFoundError(f"{folder} lacks a processor's or tokenizer's files: {error}") from error
+    except Exception as error:  # a broken tokenizer.json raises nothing more definite
+        raise ValueError(f"{folder}: the processor cannot be read: {error}") from error
+
+
+def encode_messages(processor, messages: Sequence[Mapping], pictures: Sequence = ()) -> BatchFeature:
+    """Return a model's inputs for a conversation that the model is to continue: one row, as torch tensors.
+
+    Written by the chat template of the processor or tokenizer. Without one, a single message from the user is laid out as the family does
+    it: pictures, BOS, text (and for PaliGemma and LLaVA a newline).
+
+    Args:
+        processor: as `load_processor` returns it: a processor, or a tokenizer, which takes no pictures.
+        messages: {"role": ..., "content": ...}, content a str or a list of parts {"type": "text", "text": ...} and {"type": "image"},
+            which may bring its picture as "image", "path" or "url" (a file; nothing is downloaded).
+        pictures: for the image parts that bring none, in order. Where no part and no placeholder written in a text asks for a picture, they
+            come first in the first message of the user.
+
+    Raises:
+        TypeError: a processor, message or content of another type.
+        ValueError: no messages; a part that is neither text nor image; pictures and places for them differ in number, or the model takes
+            none; a chat template that fails or is missing; a picture that `load_picture` refuses.
+        FileNotFoundError: no such picture.
+    """
+    image_token = getattr(processor, "image_token", None) if isinstance(processor, ProcessorMixin) else None
+    if image_token is None and not hasattr(processor, "apply_chat_template"):
+        raise TypeError(f"processor must be a processor or a tokenizer, got {type(processor).__name__}")
+    if not isinstance(pictures, (list, tuple)):
+        raise TypeError(f"pictures must be a list, got {type(pictures).__name__}")
+    turns = [_with_parts(message, number) for number, message in enumerate(messages)]
+    if not turns:
+        raise ValueError("messages is empty: give at least one")
+    pictures = _place(turns, list(pictures), image_token)
+    if pictures and image_token is None:
+        raise ValueError(f"this model takes no pictures, got {len(pictures)}")
+    template = processor.chat_template
+    if template is None:
+        if len(turns) > 1:
+            raise ValueError(f"the processor has no chat template: give one message, not {len(turns)}")
+        return _encode_plainly(processor, _as_text(turns[0], image_token), pictures)
+    if image_token is None or "image" not in str(template):  # a template for text: contents are strings
+        turns = [{**turn, "content": _as_text(turn, image_token)} for turn in turns]
+    try:
+        prompt = processor.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
+    except Exception as error:  # templates come with models, and fail in their own ways: TemplateError, TypeError, OverflowError ...
+        raise ValueError(f"the chat template fails: {error}") from error
+    if image_token is None:
+        return processor(prompt, add_special_tokens=False, return_tensors="pt")
+    options = {"as_is": True} if isinstance(processor, MllamaImageProcessor) else {}
+    return processor(text=[prompt], images=[pictures] if pictures else None, return_tensors="pt", **options)
+
+
+def _processor_class(folder: Path) -> type | None:
+    """The class that reads a folder's processor; None for a tokenizer alone."""
+    settings, pictures = {}, {}
+    if any((folder / name).exists() for name in ("processor_config.json", "preprocessor_config.json")):
+        settings, pictures = read_settings(folder)
+    name = settings.get("processor_class") or pictures.get("processor_class")
+    if name:
+        name = str(name)
+        if name not in _BY_CLASS:
+            raise ValueError(f"{folder} holds a {name}; what is read is {', '.join(_BY_CLASS)}")
+        return _BY_CLASS[name]
+    try:
+        model_type = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
+    except FileNotFoundError:
+        model_type = None
+    if model_type in _BY_MODEL:
+        return _BY_MODEL[model_type]
+    if not pictures:
+        return None
+    kind = str(pictures.get("image_processor_type")).removesuffix("Fast")
+    if kind not in _BY_PICTURES:
+        raise ValueError(f"{folder} holds a {kind} and says of no model whose it is; what is read alone is {', '.join(_BY_PICTURES)}")
+    return _BY_PICTURES[kind]
+
+
+def _with_parts(message: Mapping, number: int) -> dict:
+    """A copy of a message with its content as parts of text and pictures."""
+    if not isinstance(message, Mapping):
+        raise TypeError(f"message {number} must be a dict, got {type(message).__name__}")
+    content = message.get("content")
+    parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
+    if not isinstance(parts, (list, tuple)) or not all(isinstance(part, Mapping) for part in parts):
+        raise TypeError(f"the content of message {number} must be a str or a list of dicts, got {type(content).__name__}")
+    for part in parts:
+        if part.get("type") not in ("text", "image"):
+            raise ValueError(f"a part of message {number} must be of type text or image, got {part.get('type')!r}")
+        if part["type"] == "text" and not isinstance(part.get("text"), str):
+            raise TypeError(f"a text part of message {number} must hold a str as text, got {type(part.get('text')).__name__}")
+    return {**message, "content": [dict(part) for part in parts]}
+
+
+def _place(turns: list[dict], pictures: list, image_token: str | None) -> list:
+    """All pictures in the order of their places; the parts keep none, since no template needs to see them."""
+    parts = [part for turn in turns for part in turn["content"]]
+    written = image_token is not None and any(image_token in part["text"] for part in parts if part["type"] == "text")
+    if pictures and not written and not any(part["type"] == "image" for part in parts):
+        first = next((turn for turn in turns if turn.get("role") == "user"), turns[0])
+        first["content"][:0] = [{"type": "image"} for _ in pictures]
+        return pictures
+    rest, placed = iter(pictures), []
+    for part in parts:
+        if part["type"] == "image":
+            own = [part.pop(key) for key in _PICTURE_KEYS if part.get(key) is not None]
+            if len(own) > 1:
+                raise ValueError(f"an image part must bring one picture, got {len(own)}")
+            placed += own or [next(rest, None)]
+        elif written:
+            placed += [next(rest, None) for _ in range(part["text"].count(image_token))]
+    missing, left = sum(picture is None for picture in placed), len(list(rest))
+    if missing or left:
+        raise ValueError(f"the messages have places for {len(placed)} picture(s), but {len(placed) - missing + left} came")
+    return placed
+
+
+def _as_text(turn: dict, image_token: str | None) -> str:
+    return "".join(part["text"] if part["type"] == "text" else image_token or "" for part in turn["content"])
+
+
+def _encode_plainly(processor, text: str, pictures: list) -> BatchFeature:
+    """One prompt in the family's own layout."""
+    if isinstance(processor, PreTrainedTokenizerBase):
+        return processor(text, return_tensors="pt")
+    if isinstance(processor, MllamaImageProcessor) and pictures and text.startswith(processor.image_token * len(pictures)):
+        text = text[len(processor.image_token) * len(pictures) :]  # unwritten, they get BOS and a newline around the text
+    return processor(text=[text], images=[pictures] if pictures else None, return_tensors="pt")

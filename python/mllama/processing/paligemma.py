@@ -1,0 +1,176 @@
+"""PaliGemma's processor, and what its answers say about places: `<loc0000>` ... and `<seg000>` ... decoded.
+
+transformers' PaliGemmaProcessor with this package's picture loading and C++ resize underneath.
+"""
+
+import math
+import os
+import re
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from transformers.feature_extraction_utils import BatchFeature
+from transformers.models.paligemma import processing_paligemma as stock
+
+from mllama.processing.folders import load_tokenizer, read_settings, save_aside
+from mllama.processing.prompt import MAX_IMAGE_TOKENS, check_whole, in_order, lay_out, share_out
+from mllama.processing.square import SquareImageProcessor
+
+_OBJECT = re.compile(r"((?:<loc\d{4}>){4})\s*((?:<seg\d{3}>){16})?([^;<>]*)")
+_GRID = 1024
+
+
+class Detection(NamedTuple):
+    """One object of an answer: its label, its box (x0, y0, x1, y1) in pixels, and 16 ids of segmentation tokens (0..127) or none."""
+
+    label: str
+    box: tuple[float, float, float, float]
+    segments: tuple[int, ...]
+
+
+def parse_detections(text: str, width: float, height: float) -> list[Detection]:
+    """Return the objects in an answer to "detect ..." or "segment ...", in its order.
+
+    An object is four `<locNNNN>`, y0, x0, y1, x1 on a grid of 1024 steps over the picture, then 16 `<segNNN>` after "segment", then its
+    label; objects are separated by ";". What is not written so is left out: a model may write anything. The segmentation tokens are codes
+    of the original's VQ-VAE, which this package does not have.
+
+    Args:
+        text: the answer, decoded with its location tokens (they are no special tokens, so skip_special_tokens keeps them).
+        width, height: of the picture, in pixels.
+
+    Raises:
+        TypeError: text is no str, or a size no number.
+        ValueError: a size that is not above 0 and finite.
+    """
+    if not isinstance(text, str):
+        raise TypeError(f"text must be a str, got {type(text).__name__}")
+    for name, size in (("width", width), ("height", height)):
+        if not isinstance(size, (int, float)) or isinstance(size, bool):
+            raise TypeError(f"{name} must be a number, got {type(size).__name__}")
+        if not 0 < size < math.inf:
+            raise ValueError(f"{name} must be above 0, got {size}")
+    found = []
+    for places, segments, label in _OBJECT.findall(text):
+        y0, x0, y1, x1 = (int(place) / _GRID for place in re.findall(r"\d{4}", places))
+        codes = tuple(int(code) for code in re.findall(r"\d{3}", segments))
+        if max(y0, x0, y1, x1) < 1 and max(codes, default=0) < 128:
+            found.append(Detection(label.strip(), (x0 * width, y0 * height, x1 * width, y1 * height), codes))
+    return found
+
+
+class PaliGemmaProcessor(stock.PaliGemmaProcessor):
+    """Text and pictures for PaliGemma, called as `processor(images=..., text=..., suffix=...)`.
+
+    A prompt becomes `<image>` * image_seq_length for each picture + BOS + prompt + newline; a prompt that holds `<image>` keeps its order,
+    with BOS after the last. It differs from transformers' PaliGemmaProcessor where that fails or surprises: prompts with and without
+    pictures may be mixed; BOS, newline and the suffix's end token are not doubled; there are labels only with a suffix; pictures are
+    whatever `load_picture` takes.
+
+    Args:
+        image_processor: a `SquareImageProcessor` with an image_seq_length (tokens per picture), or a SiglipImageProcessor of transformers,
+            which is made into one.
+        tokenizer: a transformers tokenizer. It is changed as transformers does: `<image>`, the 1024 `<loc0000>` ... and the 128
+            `<seg000>` ... are added where they are missing, and its habit of adding BOS or EOS is switched off.
+        chat_template: a Jinja template; released models have none.
+
+    Raises:
+        ValueError: another image processor, or one without a sound image_seq_length.
+    """
+
+    def __init__(self, image_processor, tokenizer, chat_template=None):
+        if not isinstance(image_processor, SquareImageProcessor):
+            image_processor = SquareImageProcessor.from_dict(_square_settings(image_processor.to_dict(), "image_processor"))
+        tokens = getattr(image_processor, "image_seq_length", None)
+        if not isinstance(tokens, int) or not 1 <= tokens <= MAX_IMAGE_TOKENS:
+            raise ValueError(f"image_seq_length must be in 1..{MAX_IMAGE_TOKENS}, got {tokens!r}")
+        super().__init__(image_processor, tokenizer, chat_template=chat_template)
+
+    def __call__(self, images=None, text=None, suffix=None, **kwargs) -> BatchFeature:
+        """Return input_ids, attention_mask, token_type_ids [B, T] (1 where the suffix is) and pixel_values [pictures, 3, S, S].
+
+        With a suffix there are labels [B, T] too: the ids of the suffix and its end token, -100 elsewhere.
+
+        Args:
+            images: pictures of any kind `load_picture` takes: one, a flat list, or one list (or None) per prompt. Of a flat list, the
+                placeholders take theirs in order; without placeholders, one prompt takes all and several take one each.
+            text: a prompt or a list of prompts.
+            suffix: what is to be learnt, one per prompt; EOS is put behind.
+            kwargs: of the tokenizer and the image processor (padding, return_tensors ...).
+
+        Raises:
+            TypeError: text or suffix is no text, or a picture no picture.
+            ValueError: pictures and placeholders, or prompts and suffixes, differ in number; truncation cut into a picture's placeholders;
+                a picture that `load_picture` refuses.
+        """
+        text, images = in_order(text, images)
+        merged = self._merge_kwargs(tokenizer_init_kwargs=self.tokenizer.init_kwargs, **kwargs)
+        if text is None:
+            return BatchFeature(self.image_processor(images, **merged["images_kwargs"]))
+        prompts = [text] if isinstance(text, str) else list(text)
+        if not prompts:
+            raise ValueError("text is an empty list: give at least one prompt")
+        if merged["return_text_replacement_offsets"]:
+            raise ValueError("PaliGemmaProcessor marks no answers in a conversation: give the answer as suffix")
+        rows = share_out(images, [prompt.count(self.image_token) or None for prompt in prompts], self.image_token)
+        text_kwargs = {**merged["text_kwargs"], "return_token_type_ids": True, "add_special_tokens": False}
+        for name in ("return_mm_token_type_ids", "return_text_replacement_offsets"):  # the processor's own, mirrored by _merge_kwargs
+            text_kwargs.pop(name, None)
+        tensors = text_kwargs.pop("return_tensors", None)
+        if suffix is not None:
+            text_kwargs["text_pair"] = self._suffixes(suffix, len(prompts))
+        texts = [self._lay_out(prompt, len(row)) for prompt, row in zip(prompts, rows, strict=True)]
+        data = dict(self.tokenizer(texts, **text_kwargs))
+        check_whole(data["input_ids"], self.image_token_id, [self.image_seq_length * len(row) for row in rows])
+        if suffix is not None:
+            pairs = zip(data["input_ids"], data["token_type_ids"], strict=True)
+            data["labels"] = [[token if kind else -100 for token, kind in zip(*pair, strict=True)] for pair in pairs]
+        if any(rows):
+            data.update(self.image_processor(rows, **merged["images_kwargs"]))
+        return BatchFeature(data, tensor_type=tensors)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, **kwargs) -> "PaliGemmaProcessor":
+        """Read a folder (or hub id) that holds a PaliGemmaProcessor.
+
+        Args:
+            kwargs: of transformers' loading (revision, subfolder, local_files_only ...).
+
+        Raises:
+            OSError: there are no such files.
+            ValueError: another family's image processor, which the text names.
+        """
+        where = pretrained_model_name_or_path
+        settings, pictures = read_settings(where, **kwargs)
+        tokenizer = load_tokenizer(where, **kwargs)
+        template = settings.get("chat_template") or tokenizer.chat_template
+        return cls(SquareImageProcessor.from_dict(_square_settings(pictures, where)), tokenizer, chat_template=template)
+
+    def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs) -> list[str]:
+        """Write what stock AutoProcessor reads as a PaliGemmaProcessor; each file aside and renamed. Returns the paths."""
+        theirs = stock.PaliGemmaProcessor(self.image_processor, self.tokenizer, chat_template=self.chat_template)
+        return save_aside(theirs, save_directory, push_to_hub, **kwargs)
+
+    def _lay_out(self, prompt: str, pictures: int) -> str:
+        bos = self.tokenizer.bos_token
+        cut = prompt.rfind(self.image_token) + len(self.image_token) if self.image_token in prompt else 0
+        head = prompt[:cut] if cut else self.image_token * pictures
+        tail = lay_out(prompt[cut:], 0, bos_token=None if bos and bos in prompt else bos)
+        return head.replace(self.image_token, self.image_token * self.image_seq_length) + tail
+
+    def _suffixes(self, suffix: str | Sequence[str], prompts: int) -> list[str]:
+        suffixes = [suffix] if isinstance(suffix, str) else suffix
+        if not isinstance(suffixes, (list, tuple)) or not all(isinstance(item, str) for item in suffixes):
+            raise TypeError(f"suffix must be a str or a list of them, got {suffix!r:.60}")
+        if len(suffixes) != prompts:
+            raise ValueError(f"{len(suffixes)} suffix(es) for {prompts} prompt(s)")
+        if any(self.image_token in item for item in suffixes):
+            raise ValueError(f"suffix must not hold {self.image_token}: pictures stand before what is learnt")
+        return [item.removesuffix(self.tokenizer.eos_token) + self.tokenizer.eos_token for item in suffixes]
+
+
+def _square_settings(settings: dict, where) -> dict:
+    kind = settings.get("image_processor_type")
+    if kind not in (None, "SiglipImageProcessor", "SiglipImageProcessorFast"):
+        raise ValueError(f"{where} holds a {kind}: PaliGemmaProcessor reads a SiglipImageProcessor")
+    return settings

@@ -1,0 +1,91 @@
+"""Image processors whose pictures all get one size: SigLIP's (squeezed into it) and CLIP's (shortest edge to it, then the centre).
+
+They are transformers' own, with this package's picture loading and C++ resize underneath; bit-equal to them for upright 8-bit pictures.
+"""
+
+import numpy as np
+import torch
+from PIL import Image
+from transformers.feature_extraction_utils import BatchFeature
+from transformers.image_transforms import center_crop, get_resize_output_image_size
+from transformers.image_utils import ChannelDimension
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
+
+from mllama.ops.image import resize, resize_normalize
+from mllama.processing.image import channel_values, load_pixels, normalisation_table
+
+RESAMPLE = {Image.Resampling.BILINEAR: "bilinear", Image.Resampling.BICUBIC: "bicubic"}
+
+
+def with_channels(kwargs: dict) -> dict:
+    """kwargs with image_mean and image_std as lists of floats: transformers' own check refuses tuples and ints, by an error of its own."""
+    checked = {name: list(channel_values(name, kwargs[name])) for name in ("image_mean", "image_std") if kwargs.get(name) is not None}
+    return {**kwargs, **checked}
+
+
+class OwnPictures:
+    """What makes a PIL image processor of transformers take all that `mllama.processing.image.load_picture` takes, and download nothing.
+
+    Whatever comes becomes RGB, do_convert_rgb or not. Saved under its parent's name, so that stock transformers reads it.
+    """
+
+    def preprocess(self, images, *args, **kwargs) -> BatchFeature:
+        return super().preprocess(images, *args, **with_channels(kwargs))
+
+    def fetch_images(self, images):
+        return images
+
+    def process_image(self, image, **kwargs) -> np.ndarray:
+        return load_pixels(image).numpy().transpose(2, 0, 1)
+
+    def to_dict(self) -> dict:
+        parent = next(base for base in type(self).__mro__ if base.__module__.startswith("transformers."))
+        return {**super().to_dict(), "image_processor_type": parent.__name__.removesuffix("Pil")}
+
+
+class _OneSize(OwnPictures):
+    """Takes pictures singly or in flat or nested lists; returns pixel_values [pictures, 3, height, width] float32."""
+
+    def _prepare_images_structure(self, images, expected_ndims: int = 3) -> list:
+        if isinstance(images, (list, tuple)):
+            return [picture for item in images for picture in self._prepare_images_structure(item)]
+        return list(images) if getattr(images, "ndim", 3) == 4 else [images]
+
+    def _preprocess(self, images, do_resize, size, resample, do_rescale, rescale_factor, do_normalize, image_mean, image_std, **kwargs):
+        crop = kwargs["crop_size"] if kwargs.get("do_center_crop") else None
+        sized = (size.height and size.width) or (crop and size.shortest_edge and not size.longest_edge)
+        if not (do_resize and do_rescale and do_normalize and sized and resample in RESAMPLE) or kwargs.get("do_pad"):
+            return super()._preprocess(
+                images,
+                do_resize=do_resize,
+                size=size,
+                resample=resample,
+                do_rescale=do_rescale,
+                rescale_factor=rescale_factor,
+                do_normalize=do_normalize,
+                image_mean=image_mean,
+                image_std=image_std,
+                **kwargs,
+            )
+        table = normalisation_table(channel_values("image_mean", image_mean), channel_values("image_std", image_std), rescale_factor)
+        planes = []
+        for image in images:
+            height, width = size.height, size.width
+            if not height:
+                height, width = get_resize_output_image_size(image, size.shortest_edge, False, input_data_format=ChannelDimension.FIRST)
+            pixels = torch.from_numpy(image.transpose(1, 2, 0))
+            if crop:
+                pixels = resize(pixels, height, width, RESAMPLE[resample]).numpy()
+                height, width = crop.height, crop.width
+                pixels = torch.from_numpy(center_crop(pixels, (height, width), input_data_format=ChannelDimension.LAST))
+            planes.append(resize_normalize(pixels, height, width, table, RESAMPLE[resample]))
+        return BatchFeature({"pixel_values": torch.stack(planes).numpy()}, tensor_type=kwargs.get("return_tensors"))
+
+
+class SquareImageProcessor(_OneSize, SiglipImageProcessorPil):
+    """transformers' SigLIP image processor on this package's pictures: `size` is the result's, the aspect is not kept."""
+
+
+class CroppedImageProcessor(_OneSize, CLIPImageProcessorPil):
+    """transformers' CLIP image processor on this package's pictures: the shortest edge becomes `size`, and the centre `crop_size` stays."""

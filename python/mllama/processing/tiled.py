@@ -1,0 +1,258 @@
+"""Llama-3.2-Vision's processor: a picture becomes up to four tiles, and a mask says which tokens see which picture.
+
+transformers' MllamaImageProcessor and MllamaProcessor, with this package's picture loading and C++ resize underneath; bit-equal to them
+for upright 8-bit pictures.
+"""
+
+import os
+
+import numpy as np
+import torch
+from transformers.feature_extraction_utils import BatchFeature
+from transformers.image_utils import SizeDict
+from transformers.models.mllama.image_processing_pil_mllama import (
+    MllamaImageProcessorPil,
+    build_aspect_ratio_mask_np,
+    convert_aspect_ratios_to_ids_np,
+    get_image_size_fit_to_canvas,
+    get_optimal_tiled_canvas,
+)
+from transformers.models.mllama.processing_mllama import (
+    MllamaProcessor,
+    build_string_from_input,
+    convert_sparse_cross_attention_mask_to_dense,
+    get_cross_attention_token_mask,
+)
+
+from mllama.ops.image import MAX_PIXELS, resize_normalize
+from mllama.processing.folders import load_tokenizer, read_settings, save_aside
+from mllama.processing.image import channel_values, normalisation_table
+from mllama.processing.prompt import adds_bos, in_order, share_out
+from mllama.processing.square import RESAMPLE, OwnPictures
+
+_MOST_TILES = 1024  # the arrangements are counted in a double loop
+
+
+class TiledImageProcessor(OwnPictures, MllamaImageProcessorPil):
+    """transformers' Llama-3.2-Vision image processor on this package's pictures.
+
+    A picture is laid onto the canvas of at most max_image_tiles tiles of size x size pixels where it is shrunk least, its aspect kept,
+    black below and to the right; unused tiles are zero after the normalisation.
+
+    Takes one picture, a flat list (one row), or a list of pictures (or None) per row; what `load_picture` takes. Returns, for B rows of
+    at most N pictures:
+
+    - pixel_values [B, N, max_image_tiles, 3, size, size] float32;
+    - aspect_ratio_ids [B, N] int64: 1 + the index among the arrangements, 0 where a row has no picture;
+    - aspect_ratio_mask [B, N, max_image_tiles] int64: 1 for tiles in use, and for the first tile everywhere;
+    - num_tiles: per row, the tiles of each picture.
+
+    Raises:
+        TypeError, ValueError, FileNotFoundError: a picture that `load_picture` refuses.
+        ValueError: no picture at all; tiles that are not square, or more or larger than memory should give.
+    """
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        _check_tiles(self.size, self.max_image_tiles)
+
+    def _validate_preprocess_kwargs(self, **kwargs):
+        super()._validate_preprocess_kwargs(**kwargs)
+        _check_tiles(kwargs["size"], kwargs["max_image_tiles"])
+
+    def _prepare_images_structure(self, images, expected_ndims: int = 3) -> list[list]:
+        rows = as_rows(images)
+        if not any(rows):
+            raise ValueError("give at least one picture")
+        return rows
+
+    def _preprocess(
+        self, images, size, resample, do_rescale, rescale_factor, do_normalize, image_mean, image_std, max_image_tiles, **kwargs
+    ) -> BatchFeature:
+        mean, std = (image_mean, image_std) if do_normalize else (0.0, 1.0)
+        table = normalisation_table(
+            channel_values("image_mean", mean), channel_values("image_std", std), rescale_factor if do_rescale else 1.0
+        )
+        tile, most = size.height, max(map(len, images))
+        pixel_values = torch.zeros(len(images), most, max_image_tiles, 3, tile, tile)
+        arrangements = []
+        for row, places in zip(images, pixel_values, strict=True):
+            arrangements.append([])
+            for image, tiles in zip(row, places, strict=False):
+                arrangement, target = _fit(*image.shape[1:], max_image_tiles, tile)
+                _lay_onto_tiles(tiles, arrangement, self._planes(image, target, resample, table), table[0])
+                arrangements[-1].append(arrangement)
+        batch = BatchFeature(
+            {
+                "pixel_values": pixel_values.numpy(),
+                "aspect_ratio_ids": convert_aspect_ratios_to_ids_np(arrangements, max_image_tiles),
+                "aspect_ratio_mask": build_aspect_ratio_mask_np(arrangements, max_image_tiles),
+            },
+            tensor_type=kwargs.get("return_tensors"),
+        )
+        batch["num_tiles"] = [[high * wide for high, wide in row] for row in arrangements]
+        return batch
+
+    def _planes(self, image: np.ndarray, target: tuple[int, int], resample, table: torch.Tensor) -> torch.Tensor:
+        """The picture [3, h, w] uint8 in its new size, normalised: [3, height, width] float32."""
+        if resample not in RESAMPLE:  # a filter that only Pillow has
+            image = super(MllamaImageProcessorPil, self).resize(image, SizeDict(height=target[0], width=target[1]), resample=resample)
+        return resize_normalize(torch.from_numpy(image.transpose(1, 2, 0)), *target, table, RESAMPLE.get(resample, "bilinear"))
+
+
+class TiledProcessor(MllamaProcessor):
+    """Text and pictures for Llama-3.2-Vision, called as `processor(images=..., text=...)`.
+
+    It differs from transformers' MllamaProcessor where that fails: rows with and without pictures may be mixed in a batch, BOS is not
+    doubled where the tokenizer adds one by itself, and pictures are whatever `load_picture` takes.
+
+    A prompt holds `<|image|>` once per picture. BOS is put in front, after leading `<|image|>`, unless the prompt has it. A picture is seen
+    from its `<|image|>` to the next one; pictures that follow each other directly are seen together.
+
+    Args:
+        image_processor: a `TiledImageProcessor`, or a MllamaImageProcessor of transformers, which is made into one.
+        tokenizer: a transformers tokenizer that knows `<|image|>`.
+        chat_template: a Jinja template.
+
+    Raises:
+        ValueError: another image processor, or a tokenizer without `<|image|>`.
+    """
+
+    def __init__(self, image_processor, tokenizer, chat_template=None):
+        if not isinstance(image_processor, TiledImageProcessor):
+            image_processor = TiledImageProcessor.from_dict(_tiled_settings(image_processor.to_dict(), "image_processor"))
+        super().__init__(image_processor, tokenizer, chat_template=chat_template)
+        if self.image_token_id is None or tokenizer.convert_ids_to_tokens(self.image_token_id) != self.image_token:
+            raise ValueError(f"the tokenizer has no token {self.image_token}")
+
+    def __call__(self, images=None, text=None, **kwargs) -> BatchFeature:
+        """Return input_ids and attention_mask [B, T] and, with pictures, what `TiledImageProcessor` returns but num_tiles.
+
+        With both there is cross_attention_mask [B, T, N, max_image_tiles] int64: 1 where a token sees a tile.
+
+        Args:
+            images: one picture or a flat list for one prompt; for several prompts one list (or None) per prompt.
+            text: a prompt or a list of prompts.
+            kwargs: of the tokenizer and the image processor (padding, return_tensors ...).
+
+        Raises:
+            TypeError: text is no text, or a picture no picture.
+            ValueError: pictures and `<|image|>` differ in number in some prompt, which a flat list for several prompts always does;
+                truncation cut an `<|image|>` away; a picture that `load_picture` refuses.
+        """
+        text, images = in_order(text, images)
+        merged = self._merge_kwargs(tokenizer_init_kwargs=self.tokenizer.init_kwargs, **kwargs)
+        text_kwargs, images_kwargs = merged["text_kwargs"], merged["images_kwargs"]
+        for name in ("return_mm_token_type_ids", "return_text_replacement_offsets"):  # a placeholder stays one token: nothing to tell
+            text_kwargs.pop(name, None)
+        tensors = text_kwargs.pop("return_tensors", None)
+        if text is None:
+            pictures = self.image_processor(images, **images_kwargs)
+            pictures.pop("num_tiles")
+            return BatchFeature(pictures)
+        prompts = [text] if isinstance(text, str) else list(text)
+        if not prompts:
+            raise ValueError("text is an empty list: give at least one prompt")
+        rows = self._rows(prompts, images)
+        if self.bos_token is not None:
+            prompts = [build_string_from_input(prompt, self.bos_token, self.image_token) for prompt in prompts]
+            if adds_bos(self.tokenizer):
+                text_kwargs["add_special_tokens"] = False
+        data = dict(self.tokenizer(prompts, **text_kwargs))
+        self._check_special_mm_tokens(prompts, data, modalities=["image"])
+        if any(rows):
+            pictures = self.image_processor(rows, **images_kwargs)
+            data["cross_attention_mask"] = convert_sparse_cross_attention_mask_to_dense(
+                [get_cross_attention_token_mask(ids, self.image_token_id) for ids in data["input_ids"]],
+                num_tiles=pictures.pop("num_tiles"),
+                max_num_tiles=pictures["aspect_ratio_mask"].shape[-1],
+                length=max(len(ids) for ids in data["input_ids"]),
+            )
+            data.update(pictures)
+        return BatchFeature(data, tensor_type=tensors)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, **kwargs) -> "TiledProcessor":
+        """Read a folder (or hub id) that holds a MllamaProcessor.
+
+        Args:
+            kwargs: of transformers' loading (revision, subfolder, local_files_only ...).
+
+        Raises:
+            OSError: there are no such files.
+            ValueError: another family's image processor, which the text names.
+        """
+        where = pretrained_model_name_or_path
+        settings, pictures = read_settings(where, **kwargs)
+        tokenizer = load_tokenizer(where, **kwargs)
+        template = settings.get("chat_template") or tokenizer.chat_template
+        return cls(TiledImageProcessor.from_dict(_tiled_settings(pictures, where)), tokenizer, chat_template=template)
+
+    def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs) -> list[str]:
+        """Write what stock AutoProcessor reads as a MllamaProcessor; each file aside and renamed. Returns the paths."""
+        stock = MllamaProcessor(self.image_processor, self.tokenizer, chat_template=self.chat_template)
+        return save_aside(stock, save_directory, push_to_hub, **kwargs)
+
+    def to_dict(self) -> dict:
+        """What processor_config.json says: a MllamaProcessor."""
+        return {**super().to_dict(), "processor_class": "MllamaProcessor"}
+
+    def _rows(self, prompts: list[str], images) -> list[list]:
+        """The pictures of each prompt."""
+        if images is None:
+            images = [None] * len(prompts)
+        nested = isinstance(images, (list, tuple)) and any(row is None or isinstance(row, (list, tuple)) for row in images)
+        rows = share_out(list(images) if nested else images, [None] * (len(prompts) if nested else 1), self.image_token)
+        wanted, given = [prompt.count(self.image_token) for prompt in prompts], [len(row) for row in rows]
+        if wanted != given:
+            raise ValueError(
+                f"The number of {self.image_token} tokens in each prompt should be the same as the number of images passed."
+                f" Found {wanted} {self.image_token} tokens and {given} images per sample."
+            )
+        return rows
+
+
+def as_rows(images) -> list[list]:
+    """One picture, a flat list, a [N, ...] array, or a list of pictures (or None) per row: as rows of pictures."""
+    if not isinstance(images, (list, tuple)):
+        return [list(images)] if getattr(images, "ndim", 3) == 4 else [[images]]
+    if not any(item is None or isinstance(item, (list, tuple)) or getattr(item, "ndim", 3) == 4 for item in images):
+        return [list(images)]
+    return [row for item in images for row in (as_rows(item) if item is not None else [[]])]
+
+
+def _fit(height: int, width: int, max_image_tiles: int, tile: int) -> tuple[tuple[int, int], tuple[int, int]]:
+    """How many tiles high and wide the canvas is, and the picture's height and width on it."""
+    canvas = get_optimal_tiled_canvas(height, width, max_image_tiles, tile)
+    target = get_image_size_fit_to_canvas(height, width, *canvas, tile)
+    return (int(canvas[0]) // tile, int(canvas[1]) // tile), (int(target[0]), int(target[1]))
+
+
+def _lay_onto_tiles(tiles: torch.Tensor, arrangement: tuple[int, int], planes: torch.Tensor, black: torch.Tensor) -> None:
+    """Write planes [3, h, w] into tiles [most, 3, tile, tile], row by row; what they leave of the arrangement's tiles becomes black [3]."""
+    tile = tiles.shape[-1]
+    for number in range(arrangement[0] * arrangement[1]):
+        top, left = number // arrangement[1] * tile, number % arrangement[1] * tile
+        part = planes[:, top : top + tile, left : left + tile]
+        if part.shape[1:] != tiles.shape[2:]:
+            tiles[number] = black[:, None, None]
+        tiles[number, :, : part.shape[1], : part.shape[2]] = part
+
+
+def _check_tiles(size: SizeDict, max_image_tiles: int) -> None:
+    for name, value in (("size", size.height), ("size", size.width), ("max_image_tiles", max_image_tiles)):
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value!r}")
+    if size.height != size.width:
+        raise ValueError(f"size must be a square's, got {size.height} x {size.width}")
+    if max_image_tiles > _MOST_TILES or max_image_tiles * size.height**2 > MAX_PIXELS:
+        raise ValueError(
+            f"max_image_tiles {max_image_tiles} of {size.height} pixels: at most {_MOST_TILES}, and {MAX_PIXELS} pixels in all"
+        )
+
+
+def _tiled_settings(settings: dict, where) -> dict:
+    kind = settings.get("image_processor_type")
+    if kind not in (None, "MllamaImageProcessor", "MllamaImageProcessorFast"):
+        raise ValueError(f"{where} holds a {kind}: TiledProcessor reads a MllamaProcessor with a MllamaImageProcessor")
+    return settings
