@@ -10,12 +10,14 @@ from typing import NamedTuple
 
 import torch
 from jinja2 import TemplateError
+from transformers import PretrainedConfig, PreTrainedModel, SiglipVisionConfig
 
 from mllama._device import choose_device, choose_dtype, dtype_name
 from mllama.assets import EMBEDDED
 from mllama.modeling import MllamaForConditionalGeneration
 from mllama.processing.image import load_picture
 from mllama.processing.processor import MllamaBatch, MllamaImageProcessor
+from mllama.siglip import SiglipModel
 
 MAX_NEW_TOKENS = 128
 _COLDEST = 1e-3  # below this temperature, 0 included, sampling is the likeliest token, and dividing by it would overflow
@@ -74,6 +76,11 @@ def load_quietly(
     except Exception as error:  # a broken tokenizer.json raises nothing more definite
         raise ValueError(f"{folder} holds a model, but its processor cannot be read: {error}") from error
     return model, processor
+
+
+def model_class(config: PretrainedConfig) -> type[PreTrainedModel]:
+    """The class that a config's models are of: SiglipModel for a SigLIP vision model alone."""
+    return SiglipModel if isinstance(config, SiglipVisionConfig) else MllamaForConditionalGeneration
 
 
 def say_loaded(path: str | os.PathLike | None, model: MllamaForConditionalGeneration) -> None:

@@ -1,0 +1,160 @@
+"""The arguments of every command; argparse and nothing else is imported."""
+
+import argparse
+import math
+
+from mllama import __version__
+
+SIZES = {
+    "1B": "meta-llama/Llama-3.2-1B-Instruct",
+    "3B": "meta-llama/Llama-3.2-3B-Instruct",
+    "8B": "meta-llama/Llama-3.1-8B-Instruct",
+    "11B": "meta-llama/Llama-3.2-11B-Vision-Instruct",
+}
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+class _Parser(argparse.ArgumentParser):
+    """Errors in one line; argparse would print the usage above them."""
+
+    def error(self, message: str):
+        self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of all commands; what it returns has `command` and that command's arguments."""
+    whole = "An error is one line; MLLAMA_TRACEBACK=1 in the environment shows it whole."
+    parser = _Parser(prog="mllama", description="Vision-language models of the Llama family: ask, chat, inspect, verify.", epilog=whole)
+    parser.add_argument("--version", action="version", version=f"mllama {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for add in (_add_ask, _add_chat, _add_inspect, _add_info):
+        add(commands)
+    return parser
+
+
+def _add_ask(commands) -> None:
+    parser = _command(commands, "ask", "answer one question about a picture")
+    parser.add_argument("picture", metavar="PICTURE", help="a picture file")
+    parser.add_argument("question", metavar="QUESTION", type=_text, help="in quotes; of PaliGemma its prefix, as 'caption en'")
+    _add_model(parser)
+    _add_sampling(parser)
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of streaming the answer")
+
+
+def _add_chat(commands) -> None:
+    parser = _command(commands, "chat", "talk about a picture, or without one: a question a line; /exit or the end of input ends")
+    parser.add_argument("picture", metavar="PICTURE", nargs="?", help="a picture file; without one the talk is in text alone")
+    _add_model(parser)
+    _add_sampling(parser)
+
+
+def _add_generate(commands) -> None:
+    parser = _command(commands, "generate", "go on from a prompt, with any number of pictures")
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument(
+        "--model-id", dest="model", metavar="ID", help="a model's id on the hub, or its folder (default: the embedded model)"
+    )
+    which.add_argument("--size", choices=SIZES, help="Meta's instruct model of that size in place of --model-id")
+    parser.add_argument("--prompt", required=True, type=_text, metavar="TEXT", help="put through the chat template where there is one")
+    parser.add_argument("--image", action="append", default=[], metavar="FILE", help="a picture; may be given several times")
+    parser.add_argument("--raw", action="store_true", help="leave the chat template out")
+    parser.add_argument("--do-sample", action="store_true", help="sample, as the options below or the model's own settings say")
+    parser.add_argument(
+        "--runtime", choices=("mllama", "transformers"), default="mllama", help="transformers: its own class on the same inputs, to compare"
+    )
+    _add_sampling(parser)
+    _add_device(parser)
+    parser.add_argument("--cpu", dest="device", action="store_const", const="cpu", help="the same as --device cpu")
+
+
+def _add_download(commands) -> None:
+    parser = _command(commands, "download", "fetch a model's config, tokenizer and weights from the hub into a folder")
+    parser.add_argument("id", metavar="ID", help="as meta-llama/Llama-3.2-1B-Instruct")
+    parser.add_argument("folder", metavar="DIR", help="made if absent")
+
+
+def _add_inspect(commands) -> None:
+    parser = _command(commands, "inspect", "a model's family, sizes and parameters, the memory it needs, and what would not load")
+    parser.add_argument("folder", metavar="FOLDER", help="of Hugging Face's or Meta's files, or a GGUF file")
+    parser.add_argument("--context", type=_number(int, 1), metavar="N", help="tokens of a row (default: 4096, or the model's most)")
+    parser.add_argument("--batch", type=_number(int, 1), default=1, metavar="N", help="rows (default: 1)")
+    parser.add_argument(
+        "--tiles",
+        type=_number(int, 0),
+        metavar="N",
+        help="tiles of a row's pictures, or pictures of a model without tiles (default: of one)",
+    )
+    parser.add_argument("--dtype", default="auto", choices=DTYPES, help="to load it in (default: auto, the files' own)")
+    parser.add_argument("--json", action="store_true", help="print one JSON object, with every name of what would not load")
+
+
+def _add_verify(commands) -> None:
+    parser = _command(
+        commands, "verify", "compare a model, stage by stage, with stock transformers, and cached and batched runs with plain ones"
+    )
+    parser.add_argument("folder", metavar="FOLDER", help="of Hugging Face's or Meta's files, or a GGUF file")
+    parser.add_argument("--dtype", default="float32", choices=DTYPES[1:], help="of both (default: float32)")
+    parser.add_argument(
+        "--reference",
+        default="meta",
+        choices=("meta", "hf"),
+        help="whose Llama-3.2-Vision the cached and batched runs follow (default: meta); transformers is compared as hf, always",
+    )
+    parser.add_argument(
+        "--seed", type=_number(int, 0, 2**64 - 1), default=0, metavar="N", help="of the random tokens and pixels (default: 0)"
+    )
+    parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1 ... (default: cpu)")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+
+
+def _add_info(commands) -> None:
+    parser = _command(commands, "info", "what is installed and what this machine can do")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+
+
+def _command(commands, name: str, what: str) -> argparse.ArgumentParser:
+    return commands.add_parser(name, help=what, description=f"{what[0].upper()}{what[1:]}.")
+
+
+def _add_model(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", metavar="FOLDER", help="a model folder, a GGUF file or an id on the hub (default: the embedded model)")
+    _add_device(parser)
+
+
+def _add_device(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 ... (default: auto)")
+    parser.add_argument("--dtype", default="auto", choices=DTYPES, help="default: auto, by the device")
+
+
+def _add_sampling(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--max-new-tokens", type=_number(int, 1), metavar="N", help="longest answer in tokens (default: 128)")
+    parser.add_argument("--temperature", type=_number(float, 0), metavar="T", help="sample; the higher, the more freely (0: do not)")
+    parser.add_argument(
+        "--top-p", type=_number(float, 0, 1, above=True), metavar="P", help="sample from the likeliest tokens that add up to P"
+    )
+    parser.add_argument("--top-k", type=_number(int, 1), metavar="K", help="sample from the K likeliest tokens")
+    parser.add_argument("--seed", type=_number(int, 0, 2**64 - 1), metavar="N", help="of the random numbers")
+
+
+def _text(text: str) -> str:
+    if not text.strip():
+        raise argparse.ArgumentTypeError("must not be empty")
+    return text
+
+
+def _number(kind: type, least: float, most: float = math.inf, above: bool = False):
+    """A parser of int or float that says in its error what it takes; `above`: more than `least`."""
+    bounds = f"{'above' if above else 'of at least'} {least}{'' if most == math.inf else f' and at most {most}'}"
+
+    def parse(text: str):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not least <= value <= most or value == math.inf or (above and value == least):
+            raise argparse.ArgumentTypeError(
+                f"must be a {'whole ' * (kind is int)}number {bounds}, got {text[:40]!r}{' ...' * (len(text) > 40)}"
+            )
+        return value
+
+    return parse

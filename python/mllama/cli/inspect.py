@@ -1,0 +1,129 @@
+"""`mllama inspect FOLDER`: what a model is, what memory it needs, and what would not load. Headers are read and no tensor."""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from mllama._device import dtype_name
+from mllama.api import model_class
+from mllama.checkpoints import open_checkpoint
+from mllama.checkpoints.formats import Opened
+from mllama.checkpoints.loading import Report, match
+from mllama.families import Composition
+from mllama.memory import Work, count_parameters, memory_needed, picture_tokens, plan_of
+
+_CONTEXT = 4096  # of models that take more
+_SHOWN = 5  # names of each kind of fault; --json has them all
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Print it; the exit code is 1 where the weights would not load."""
+    found = collect(arguments.folder, arguments.context, arguments.batch, arguments.tiles, arguments.dtype)
+    print(json.dumps(found) if arguments.json else _page(found))
+    return 0 if found["loads"] else 1
+
+
+def collect(folder: str | Path, context: int | None, batch: int, tiles: int | None, dtype: str) -> dict[str, Any]:
+    """What `run` prints.
+
+    Args:
+        folder: or file, as `open_checkpoint` takes it.
+        context: tokens of a row; None is 4096, or what the model takes if that is less.
+        batch: rows.
+        tiles: of a row's pictures; None is what one picture takes.
+        dtype: to load it in; "auto" is the files' own.
+
+    Raises:
+        FileNotFoundError, ValueError: as `open_checkpoint`.
+    """
+    with (opened := open_checkpoint(folder)).source:
+        with torch.device("meta"):
+            model = model_class(opened.config)(opened.config)
+        headers = opened.source.headers()
+        report = match(model.state_dict(), headers, opened.table, model.get_expanded_tied_weights_keys())
+    plan, parameters = plan_of(model), count_parameters(model)
+    elements: dict[str, int] = {}
+    for header in headers.values():
+        elements[dtype_name(header.dtype)] = elements.get(dtype_name(header.dtype), 0) + torch.Size(header.shape).numel()
+    work = _work(opened, model, report, context, batch, tiles, dtype)
+    memory = memory_needed(model, work)
+    return {
+        "folder": str(folder),
+        "family": opened.config.model_type,
+        "made of": _made_of(plan),
+        "sizes": _sizes(plan, work.tiles),
+        "file dtypes": elements,
+        "parameters": parameters | {"total": sum(parameters.values())},
+        "work": {"context": work.context, "batch": work.batch, "tiles": work.tiles, "dtype": dtype_name(work.dtype)},
+        "memory": memory | {"total": sum(memory.values())},
+        "loads": not report.problems(),
+        "missing": report.missing,
+        "unexpected": report.unexpected,
+        "of another shape or kind": report.unfit,
+        "given twice": report.twice,
+    }
+
+
+def _work(opened: Opened, model: PreTrainedModel, report: Report, context: int | None, batch: int, tiles: int | None, dtype: str) -> Work:
+    plan = plan_of(model)
+    most = plan.text.max_position_embeddings if plan.text else 0
+    return Work(
+        context=min(_CONTEXT, most) if context is None else context,
+        batch=batch,
+        tiles=(plan.vision.max_num_tiles if plan.tower == "tiled" else int(plan.tower is not None)) if tiles is None else tiles,
+        dtype=report.dtype if dtype == "auto" else getattr(torch, dtype),
+    )
+
+
+def _made_of(plan: Composition) -> str:
+    decoder = None if plan.text is None else f"{plan.text.num_hidden_layers}-layer decoder"
+    return " + ".join(filter(None, [plan.tower and f"{plan.tower} tower", plan.projector and f"{plan.projector} projector", decoder]))
+
+
+def _sizes(plan: Composition, tiles: int) -> dict[str, int]:
+    """Sizes by the names that config.json has for them."""
+    sizes = {}
+    if plan.tower is not None:
+        names = ("hidden_size", "num_hidden_layers", "image_size", "patch_size", *(("max_num_tiles",) * (plan.tower == "tiled")))
+        sizes |= {f"vision {name}": getattr(plan.vision, name) for name in names}
+        sizes["features of the pictures of a row"] = picture_tokens(plan, tiles)
+    if plan.text is not None:
+        names = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim", "vocab_size")
+        sizes |= {name: getattr(plan.text, name) for name in (*names, "max_position_embeddings")}
+    return sizes
+
+
+def _page(found: dict[str, Any]) -> str:
+    work = found["work"]
+    asked = f"context {work['context']}, batch {work['batch']}, tiles {work['tiles']}, {work['dtype']}"
+    faults = [
+        f"  {kind} ({len(found[kind])}): {', '.join(found[kind][:_SHOWN])}{' ...' * (len(found[kind]) > _SHOWN)}"
+        for kind in ("missing", "unexpected", "of another shape or kind", "given twice")
+        if found[kind]
+    ]
+    return "\n".join(
+        [
+            f"{found['folder']}: {found['family']}, {found['made of']}",
+            *_table("sizes", {name: str(size) for name, size in found["sizes"].items()}),
+            *_table("elements in the files", {name: f"{count:,}" for name, count in found["file dtypes"].items()}),
+            *_table("parameters", {name: f"{count:,}" for name, count in found["parameters"].items()}),
+            *_table(f"memory ({asked})", {name: _bytes(count) for name, count in found["memory"].items()}),
+            "loads: every tensor has its place" if found["loads"] else "would not load:",
+            *faults,
+        ]
+    )
+
+
+def _table(title: str, rows: dict[str, str]) -> list[str]:
+    return [title, *(f"  {name:34}{value:>18}" for name, value in rows.items())]
+
+
+def _bytes(count: int) -> str:
+    for power, unit in ((30, "GiB"), (20, "MiB")):
+        if count >= 2**power:
+            return f"{count / 2**power:,.2f} {unit}"
+    return f"{count / 2**10:,.2f} KiB"

@@ -1,0 +1,117 @@
+"""What memory a model needs, by part, from its composition and sizes alone: nothing is loaded and nothing allocated.
+
+Weights, caches and logits are counted to the byte. Activations are what the widest moment of one layer holds, which is where a forward
+pass in inference mode peaks: within a quarter or so of what is measured. What libraries and allocators keep for themselves comes on top.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from transformers import PreTrainedModel
+
+from mllama.families import Composition
+
+PARTS = ("tower", "projector", "embeddings", "decoder", "cross layers", "head")
+_STATES = 4  # of a layer's width, alive while its feed-forward block runs: the layer's input, attended, their sum, its norm
+_FLOAT32 = 4
+
+
+@dataclass(frozen=True)
+class Work:
+    """What is asked of a model at once.
+
+    Attributes:
+        context: tokens of a row, prompt and answer, placeholders included.
+        batch: rows.
+        tiles: of the pictures of a row; of a tower that cuts no tiles, its pictures. A picture takes the memory of `max_num_tiles`
+            however few it fills.
+        dtype: of weights and activations.
+    """
+
+    context: int
+    batch: int
+    tiles: int
+    dtype: torch.dtype
+
+
+def count_parameters(model: PreTrainedModel) -> dict[str, int]:
+    """Parameters by part, in the order of `PARTS`, without the parts that the model lacks. A tied head is no part of its own.
+
+    Args:
+        model: of this package; it may be on the meta device.
+    """
+    tied = model.get_expanded_tied_weights_keys()
+    crossed = _crossed(plan_of(model))
+    found = dict.fromkeys(PARTS, 0)
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if name not in tied:
+            found[_part(name, crossed)] += parameter.numel()
+    return {part: count for part, count in found.items() if count}
+
+
+def memory_needed(model: PreTrainedModel, work: Work) -> dict[str, int]:
+    """Bytes by what they are for, at the peak of a forward pass over the whole context in inference mode.
+
+    Args:
+        model: of this package; it may be on the meta device.
+        work: what is asked of it.
+
+    Returns:
+        "weights"; of a model with a tower "vision activations"; of one with cross-attention "cross-attention keys and values"; of one with
+        a decoder "key-value cache", "decoder activations" and "logits": of the last position, with the float32 copy from which `generate`
+        chooses.
+    """
+    plan, size = plan_of(model), work.dtype.itemsize
+    needed = {"weights": sum(count_parameters(model).values()) * size}
+    if plan.tower is not None:
+        needed["vision activations"] = _vision(plan, work)
+    if (text := plan.text) is None:
+        return needed
+    crossed = len(_crossed(plan))
+    per_key = 2 * text.num_key_value_heads * text.head_dim * size
+    tokens = work.batch * work.context
+    if crossed:
+        needed["cross-attention keys and values"] = crossed * work.batch * picture_tokens(plan, work.tiles) * per_key
+    return needed | {
+        "key-value cache": (text.num_hidden_layers - crossed) * tokens * per_key,
+        "decoder activations": tokens * (_STATES * text.hidden_size + 3 * text.intermediate_size) * size,
+        "logits": work.batch * text.vocab_size * (size + _FLOAT32),
+    }
+
+
+def plan_of(model: PreTrainedModel) -> Composition:
+    """What a model of this package is made of; a tower alone has no text."""
+    return model.plan if hasattr(model, "plan") else Composition(text=None, tower="siglip", vision=model.vision_tower.config)
+
+
+def picture_tokens(plan: Composition, tiles: int) -> int:
+    """Features that the tower gives for the pictures of one row."""
+    vision = plan.vision
+    patches = (vision.image_size // vision.patch_size) ** 2
+    if plan.tower == "tiled":
+        pictures = -(-tiles // vision.max_num_tiles)
+        return pictures * vision.max_num_tiles * (patches + 1)
+    return tiles * (patches + (plan.tower == "clip"))
+
+
+def _vision(plan: Composition, work: Work) -> int:
+    vision = plan.vision
+    if plan.tower == "tiled":  # states on the way, and the features made of them
+        kept = 2 * (len(vision.intermediate_layers_indices) + 1)
+    else:
+        kept = 0 if plan.features is None else max(plan.features) + 1
+    per_token = (_STATES + kept) * vision.hidden_size + 2 * vision.intermediate_size
+    return work.batch * picture_tokens(plan, work.tiles) * per_token * work.dtype.itemsize
+
+
+def _crossed(plan: Composition) -> frozenset[int]:
+    return frozenset(() if plan.text is None else plan.text.cross_attention_layers or ())
+
+
+def _part(name: str, crossed: frozenset[int]) -> str:
+    first, second, *rest = name.split(".")
+    if first == "language_model":
+        if second == "embed_tokens":
+            return "embeddings"
+        return "cross layers" if second == "layers" and int(rest[0]) in crossed else "decoder"
+    return {"vision_tower": "tower", "head": "tower", "multi_modal_projector": "projector", "lm_head": "head"}[first]

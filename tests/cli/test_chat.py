@@ -1,0 +1,30 @@
+"""`mllama chat`."""
+
+from mllama import api
+
+
+def test_chat_answers_in_the_light_of_what_was_said(run, loaded, options, picture_file):
+    first = api.answer(*loaded, api.encode(loaded[1], picture_file, "How many circles?"), max_new_tokens=8).text
+    turns = [("How many circles?", first)]
+    second = api.answer(*loaded, api.encode(loaded[1], picture_file, "a b c", turns), max_new_tokens=8).text
+    code, out, _ = run("chat", picture_file, *options, stdin="How many circles?\n\n a b c \n/exit\nWhat colour?\n")
+    assert (code, [line.strip() for line in out.splitlines()]) == (0, [first, second])
+
+
+def test_chat_forgets_the_oldest_turns_when_the_context_is_full(run, options, picture_file):
+    code, _, err = run("chat", picture_file, *options, stdin=f"{'a b c d ' * 20}\n" * 8)
+    assert (code, err.count("\n")) == (0, 1)
+
+
+def test_a_bad_question_does_not_end_the_chat(run, options, picture_file):
+    _, plain, _ = run("chat", picture_file, *options, stdin="How many circles?\na b c\n")
+    bad = f"what <image>?\n{'a b c d ' * 2000}\nwhat \udcff?\n"
+    code, out, err = run("chat", picture_file, *options, stdin=f"How many circles?\n{bad}a b c\n")
+    assert (code, out) == (0, plain)
+    _, placeholder, length, text = err.splitlines()
+    assert "must not contain '<image>'" in placeholder and "answer included" in length and "no valid UTF-8" in text
+
+
+def test_a_chat_goes_on_after_bytes_that_are_no_text(run, options, picture_file):
+    code, out, err = run("chat", picture_file, *options, stdin=b"\xff\nHow many?\n")
+    assert code == 0 and out.strip() and "no valid UTF-8" in err

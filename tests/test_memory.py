@@ -1,0 +1,97 @@
+"""What memory a model needs: against figures worked out by hand, and against what tiny models really hold."""
+
+import weakref
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import LlamaConfig, SiglipVisionConfig
+
+import twins
+from mllama import MllamaForConditionalGeneration, SiglipModel
+from mllama.memory import Work, count_parameters, memory_needed, picture_tokens
+
+LLAMA_1B = {
+    "vocab_size": 128256,
+    "hidden_size": 2048,
+    "intermediate_size": 8192,
+    "num_hidden_layers": 16,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "max_position_embeddings": 131072,
+    "tie_word_embeddings": True,
+}
+
+
+class Peak(TorchDispatchMode):
+    """Measures in `most` the bytes of all tensors made inside that are alive at once."""
+
+    def __init__(self):
+        super().__init__()
+        self.most = self.now = 0
+        self.alive = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        made = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(made):
+            if isinstance(tensor, torch.Tensor) and (memory := tensor.untyped_storage())._cdata not in self.alive:
+                self.alive.add(memory._cdata)
+                self.now += memory.nbytes()
+                self.most = max(self.most, self.now)
+                weakref.finalize(memory, self._gone, memory._cdata, memory.nbytes())
+        return made
+
+    def _gone(self, key: int, size: int) -> None:
+        self.alive.discard(key)
+        self.now -= size
+
+
+def on_meta(model_class, config):
+    with torch.device("meta"):
+        return model_class(config)
+
+
+def test_llama_1b_by_hand():
+    model = on_meta(MllamaForConditionalGeneration, LlamaConfig(**LLAMA_1B))
+    assert count_parameters(model) == {"embeddings": 128256 * 2048, "decoder": 973_146_112}  # 1 235 814 400, as published
+    needed = memory_needed(model, Work(context=8192, batch=2, tiles=0, dtype=torch.bfloat16))
+    assert needed == {
+        "weights": 1_235_814_400 * 2,
+        "key-value cache": 16 * 2 * 8 * 64 * 8192 * 2 * 2,  # layers, K and V, heads, width, tokens, rows, bytes: 512 MiB
+        "decoder activations": 8192 * 2 * (4 * 2048 + 3 * 8192) * 2,
+        "logits": 2 * 128256 * (2 + 4),
+    }
+
+
+def test_a_tower_alone():
+    model = on_meta(SiglipModel, SiglipVisionConfig())
+    assert count_parameters(model) == {"tower": 92_884_224}
+    work = Work(context=0, batch=3, tiles=1, dtype=torch.float32)
+    assert memory_needed(model, work) == {"weights": 92_884_224 * 4, "vision activations": 3 * 196 * (4 * 768 + 2 * 3072) * 4}
+
+
+@pytest.fixture(scope="module")
+def model():
+    vision = {"hidden_size": 64, "intermediate_size": 256, "image_size": 128, "num_hidden_layers": 3}
+    text = {"num_hidden_layers": 3, "intermediate_size": 256, "max_position_embeddings": 600}
+    return twins.model(vision=vision, text=text)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_against_what_a_model_holds(model, dtype):
+    model = model.to(dtype)
+    needed = memory_needed(model, Work(context=300, batch=2, tiles=1, dtype=dtype))
+    pixels, ids = torch.randn(2, 3, 128, 128), torch.randint(1, 90, (2, 300))
+    assert picture_tokens(model.plan, 1) == model.get_image_features(pixels).shape[1]
+    assert needed["weights"] == sum(parameter.nbytes for parameter in model.parameters())
+    with torch.inference_mode():
+        output = model(ids, logits_to_keep=1)
+        assert needed["key-value cache"] == sum(layer.keys.nbytes + layer.values.nbytes for layer in output.past_key_values.layers)
+        assert needed["logits"] == output.logits.nbytes + output.logits.float().numel() * 4
+        with Peak() as vision:
+            model.get_image_features(pixels)
+        with Peak() as decoder:
+            model(ids, use_cache=False, logits_to_keep=1)
+    assert needed["vision activations"] == pytest.approx(vision.most, rel=0.25)
+    assert needed["decoder activations"] == pytest.approx(decoder.most, rel=0.25)
