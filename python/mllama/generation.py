@@ -42,10 +42,14 @@ class MllamaGenerationMixin(GenerationMixin):
         """Repeat every row `expand_size` times (beams, several answers). Pictures are encoded once and repeated with their rows."""
         pixel_values, features = model_kwargs.pop("pixel_values", None), model_kwargs.pop("image_features", None)
         if expand_size > 1 and features is None and pixel_values is not None:
-            features, pixel_values = self.get_image_features(pixel_values), None
+            aspects = {name: model_kwargs[name] for name in ("aspect_ratio_ids", "aspect_ratio_mask") if name in model_kwargs}
+            features, pixel_values = self.get_image_features(pixel_values, **aspects), None
         if expand_size > 1 and features is not None:
-            placeholders = self._placeholders(input_ids, model_kwargs.get("attention_mask"), len(features))
-            per_row = (placeholders.sum(1) // features.shape[1]).tolist()
+            if self.plan.fusion == "merge":  # pictures in row order, several to a row or none
+                placeholders = self._placeholders(input_ids, model_kwargs.get("attention_mask"), len(features))
+                per_row = (placeholders.sum(1) // features.shape[1]).tolist()
+            else:
+                per_row = [1] * len(features)
             features = torch.cat([rows.repeat(expand_size, 1, 1) for rows in features.split(per_row)])
         input_ids, model_kwargs = super()._expand_inputs_for_generation(expand_size, is_encoder_decoder, input_ids, **model_kwargs)
         return input_ids, model_kwargs | {"pixel_values": pixel_values, "image_features": features}

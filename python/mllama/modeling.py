@@ -4,21 +4,23 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from transformers import AutoModelForImageTextToText, Cache, PretrainedConfig, PreTrainedModel
+from transformers import AutoModelForImageTextToText, Cache, DynamicCache, PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import ModelOutput
 from transformers.modeling_utils import slice_logits_to_keep
 
 from mllama.config import MllamaConfig, check_choice
 from mllama.families import Composition, compose
+from mllama.fusion.cross_attention import CrossAttentionContext, CrossAttentionDecoderLayer, cross_context
 from mllama.fusion.merge import find_placeholder, merge
 from mllama.fusion.projector import LinearProjector, MultiModalProjector
 from mllama.generation import MllamaGenerationMixin
 from mllama.nn.norm import RMSNorm
 from mllama.pretrained import PretrainedMixin, own_config
-from mllama.text.cache import check_cache, past_length
+from mllama.text.cache import check_cache, past_length, place_cross_layers
 from mllama.text.decoder import Decoder, check_mask
 from mllama.towers.clip import ClipVisionTower
 from mllama.towers.siglip import SiglipVisionTower
+from mllama.towers.tiled_vit import TiledVisionTower
 
 REFERENCES = ("meta", "hf")
 
@@ -81,7 +83,7 @@ class MllamaForConditionalGeneration(PretrainedMixin, MllamaGenerationMixin, Pre
         if plan.tower is not None:
             self.vision_tower = _TOWERS[plan.tower](plan.vision)
             self.multi_modal_projector = _projector(plan)
-        self.language_model = Decoder(text)
+        self.language_model = Decoder(text, CrossAttentionDecoderLayer)
         self.lm_head = nn.Linear(text.hidden_size, text.vocab_size, bias=False)
         if text.extra_embeddings:  # the head cannot be the embedding matrix, which has more rows
             self._tied_weights_keys = None
@@ -244,6 +246,8 @@ class MllamaForConditionalGeneration(PretrainedMixin, MllamaGenerationMixin, Pre
         output_attentions = bool(config.output_attentions if output_attentions is None else output_attentions)
         output_hidden_states = bool(config.output_hidden_states if output_hidden_states is None else output_hidden_states)
         use_cache = self.plan.text.use_cache and not self.training if use_cache is None else use_cache
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.plan.text)
         filled = past_key_values is not None and int(past_key_values.get_seq_length()) > 0
 
         if input_ids is not None:
@@ -276,7 +280,6 @@ class MllamaForConditionalGeneration(PretrainedMixin, MllamaGenerationMixin, Pre
             attention_mask=attention_mask,
             position_ids=position_ids,
             past_key_values=past_key_values,
-            use_cache=use_cache,
             output_attentions=output_attentions,
             output_hidden_states=output_hidden_states,
             prefix_length=prefix_length,
@@ -340,17 +343,17 @@ class MllamaForConditionalGeneration(PretrainedMixin, MllamaGenerationMixin, Pre
         output_attentions: bool,
     ) -> "_Seen":
         """Embeddings, and what the cross-attention layers need: nothing where there are no pictures, here or in the cache."""
-        placeholders = attentions = cross = None
+        placeholders = attentions = None
         if inputs_embeds is None:
             placeholders = self.find_placeholders(input_ids)
             inputs_embeds = self._embed(input_ids)
         if pixel_values is not None:
             image_features, attentions = self._encode_tiles(pixel_values, *aspects, output_attentions)
-        if image_features is not None or self._cached_pictures(past_key_values):
-            mask = _rows_of_mask(cross_attention_mask, inputs_embeds.shape[:2], past_length(past_key_values))
-            from mllama.fusion.cross_attention import cross_context
-
-            cross = cross_context(image_features, mask, self.vision_tower.tokens_per_tile, self.reference)
+        cached = 0
+        if past_key_values is not None:
+            cached = place_cross_layers(past_key_values, self.plan.text.cross_attention_layers, self.plan.text.num_hidden_layers)
+        mask = _rows_of_mask(cross_attention_mask, inputs_embeds.shape[:2], past_length(past_key_values))
+        cross = cross_context(image_features, mask, self.vision_tower.tokens_per_tile, self.reference, cached=cached)
         return _Seen(inputs_embeds, placeholders, image_features, attentions, cross)
 
     def _count_pictures(self, pixel_values: torch.Tensor | None, image_features: torch.Tensor | None) -> int:
@@ -441,10 +444,10 @@ class _Seen:
     placeholders: torch.Tensor | None = None
     features: torch.Tensor | None = None
     attentions: tuple | None = None
-    cross: object = None
+    cross: CrossAttentionContext | None = None
 
 
-_TOWERS = {"siglip": SiglipVisionTower, "clip": ClipVisionTower}
+_TOWERS = {"siglip": SiglipVisionTower, "clip": ClipVisionTower, "tiled": TiledVisionTower}
 
 
 def _rows_of_mask(mask: torch.Tensor | None, shape: torch.Size, past: int | torch.Tensor) -> torch.Tensor | None:

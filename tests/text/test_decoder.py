@@ -42,12 +42,6 @@ def test_a_static_cache_hides_its_unfilled_slots(decoder):
     torch.testing.assert_close(torch.cat([first, rest], dim=1)[:, 1:], whole[:, 1:], rtol=1e-4, atol=1e-4)
 
 
-def test_a_cache_is_made_when_asked_for(decoder):
-    with torch.no_grad():
-        output = decoder(torch.tensor([[1, 2, 3]]), use_cache=True)
-    assert isinstance(output.past_key_values, DynamicCache) and output.past_key_values.get_seq_length() == 3
-
-
 def test_ids_or_embeddings(decoder):
     with pytest.raises(ValueError, match="exactly one"):
         decoder()

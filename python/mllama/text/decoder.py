@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import torch
 from torch import nn
-from transformers import Cache, DynamicCache
+from transformers import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
@@ -76,7 +76,6 @@ class Decoder(nn.Module):
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
-        use_cache: bool = False,
         output_attentions: bool = False,
         output_hidden_states: bool = False,
         prefix_length: torch.Tensor | None = None,
@@ -89,7 +88,6 @@ class Decoder(nn.Module):
             attention_mask: [B, past + T] of any dtype, zero where padded (either side); None sees everything.
             position_ids: int [B or 1, T]. None counts the unmasked tokens of each row, or past + 0, 1, ... without a mask.
             past_key_values: a transformers cache, dynamic or static.
-            use_cache: make a dynamic cache where none is given.
             output_attentions: also return each layer's probabilities [B, heads, T, keys], float32.
             output_hidden_states: also return the embeddings, each further layer's input, and the final norm's output: layers + 1 tensors.
             prefix_length: int64 [B], positions at a row's front, its padding there included, that every other sees: None is causal.
@@ -107,8 +105,6 @@ class Decoder(nn.Module):
             inputs_embeds = self.embed(input_ids)
         else:
             _check_embeddings(inputs_embeds, self.config.hidden_size)
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=self.config)
 
         batch, length = inputs_embeds.shape[:2]
         past = past_length(past_key_values)
