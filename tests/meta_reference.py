@@ -45,7 +45,7 @@ def _modules() -> dict[str, types.ModuleType]:
         setattr(layers, layer.__name__, layer)
     found["fairscale.nn.model_parallel"].initialize = initialize
     transform = types.ModuleType("llama_models.llama3.multimodal.image_transform")
-    transform.VariableSizeImageTransform = lambda size: None
+    transform.VariableSizeImageTransform = lambda size: lambda *picture, **options: None
     utils = types.ModuleType("llama_models.llama3.multimodal.utils")
     utils.get_negative_inf_value = lambda dtype: torch.finfo(dtype).min
     utils.to_2tuple = lambda value: value if isinstance(value, tuple) else (value, value)
@@ -79,3 +79,42 @@ def shards(model: nn.Module, count: int) -> list[dict[str, torch.Tensor]]:
         for part, piece in zip(parts, cut, strict=True):
             part[name] = piece.clone()
     return parts
+
+
+def vision_model(params: dict, **tower) -> nn.Module:
+    """The reference's Llama-3.2-Vision, its tower changed from the released size by VisionEncoder's arguments."""
+    code = load("multimodal.model")
+    encoder, width = code.VisionEncoder, tower["width"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(code, "VisionEncoder", lambda **given: encoder(**given | tower))
+        model = code.CrossAttentionTransformer(code.ModelArgs(**params))
+    vision = model.vision_model
+    vision.vision_projection = ColumnParallelLinear((len(tower["return_intermediate"]) + 1) * width, params["dim"])
+    return model
+
+
+def vision_logits(
+    model: nn.Module, tokens: torch.Tensor, images: torch.Tensor, ratios: torch.Tensor, spans: list[list[list[int]]]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What the reference computes of finished tiles.
+
+    Args:
+        model: of `vision_model`.
+        tokens: int [B, T].
+        images: [B, N, tiles, 3, size, size], empty tiles zero.
+        ratios: int [B, N, 2], (tiles high, tiles wide).
+        spans: for each row and picture the positions [start, end) that see it; end -1 is the row's end.
+
+    Returns:
+        (the tower's features [B, N, tiles, tokens, width * states], logits [B, T, vocabulary])
+    """
+    code, text = load("multimodal.model"), model.text_model
+    (batch, length), tiles = tokens.shape, images.shape[2]
+    text.setup_cache(batch, tokens.device, torch.float32)
+    features = model.vision_model.vision_encoder(images, ratios)
+    projected = model.vision_model(images, ratios)
+    caches = torch.stack([layer.compute_xattn_kv_cache(projected.flatten(1, 3)) for layer in text.cross_attention_layers])
+    filled = [[int(high * wide) for high, wide in row[: len(spans[index])]] for index, row in enumerate(ratios)]
+    masks = code._pad_masks(spans, filled, length, tiles)
+    mask, rows = text._get_xattn_mask(length, "cpu", torch.float32, projected, masks)
+    return features, model(torch.arange(length), tokens, mask, rows, caches)

@@ -154,3 +154,63 @@ def test_other_input_is_refused(error, match, change):
     pixels, ids, mask = pictures(tower.config, [[1]])
     with pytest.raises(error, match=match):
         tower(**{"pixel_values": pixels, "aspect_ratio_ids": ids, "aspect_ratio_mask": mask} | change)
+
+
+def converted(**options) -> TiledVisionTower:
+    """A tower whose tables hold zeros for tiles that an arrangement has not, as those of released weights do."""
+    tower = towers(**options)[0]
+    config = tower.config
+    counts = torch.tensor([0] + [rows * columns for rows, columns in config.supported_aspect_ratios])
+    unused = torch.arange(config.max_num_tiles) >= counts[:, None]
+    position, before, after = tower.gated_positional_embedding, tower.pre_tile_positional_embedding, tower.post_tile_positional_embedding
+    with torch.no_grad():
+        for table in (position.tile_embedding, before.embedding, after.embedding):
+            table.weight.unflatten(1, (config.max_num_tiles, -1))[unused] = 0
+    return tower
+
+
+@pytest.mark.parametrize("reference", ["meta", "hf"])
+def test_equal_empty_tiles_are_computed_once(reference):
+    tower, seen = converted(), []
+    for layer in (tower.transformer.layers[0], tower.global_transformer.layers[0]):
+        layer.register_forward_hook(lambda layer, args, out: seen.append(args[0].shape[1]))
+    inputs = pictures(tower.config, [[1, 2, 6]])
+    with torch.no_grad():
+        once = tower(*inputs, reference).last_hidden_state
+        assert sorted(seen) == [16, 16, 24, 24, 32, 32]  # one, two and four tiles filled, one in the place of the empty ones; 8 tokens each
+        seen.clear()
+        plain = tower(*inputs, reference, output_attentions=True).last_hidden_state
+        assert seen == [32] * 6
+    assert (once - plain).abs().max() <= 1e-5 * plain.abs().max()
+    assert torch.equal(once[0, 0, 1], once[0, 0, 2]) and not torch.equal(once[0, 0, 0], once[0, 0, 1])
+
+
+def test_other_empty_tiles_are_computed_each():
+    """Where tables tell them apart, before the first layer or before the global ones, and where such a table is trained."""
+    for change in ("pre_tile_positional_embedding", "post_tile_positional_embedding", "trained"):
+        tower, seen = converted(), []
+        tower.requires_grad_(False)
+        for layer in (tower.transformer.layers[0], tower.global_transformer.layers[0]):
+            layer.register_forward_hook(lambda layer, args, out, seen=seen: seen.append(args[0].shape[1]))
+        if change == "trained":
+            tower.post_tile_positional_embedding.gate.requires_grad_()
+        else:
+            getattr(tower, change).embedding.weight.data[1, -1] += 1
+        tower(*pictures(tower.config, [[1]]))
+        assert seen == ([16, 32] if change.startswith("post") else [32, 32]), change
+
+
+def test_adapters_get_the_same_gradients_from_equal_empty_tiles():
+    tower = converted()
+    tower.requires_grad_(False)
+    adapted = [layer.self_attn.v_proj.weight for layer in (*tower.transformer.layers, *tower.global_transformer.layers)]
+    for weight in adapted:
+        weight.requires_grad_()
+    inputs = pictures(tower.config, [[1, 2]])
+    gradients = []
+    for options in ({}, {"output_attentions": True}):
+        features = tower(*inputs, **options).last_hidden_state
+        weigh = torch.randn(features.shape, generator=torch.Generator().manual_seed(4))
+        gradients.append(torch.autograd.grad((features * weigh).sum(), adapted))
+    for once, plain in zip(*gradients, strict=True):
+        assert (once - plain).abs().max() <= 1e-4 * plain.abs().max()

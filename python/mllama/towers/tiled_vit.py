@@ -5,6 +5,9 @@ The mask hides padding only from padding: real patches see every key, empty tile
 only. And the features put the last layer's beside those of chosen layers on the way, interleaved.
 """
 
+import math
+from collections.abc import Sequence
+
 import torch
 from torch import nn
 from transformers import PretrainedConfig
@@ -63,24 +66,27 @@ class TiledAttention(nn.Module):
         self.v_proj = nn.Linear(hidden_size, hidden_size, bias=False)
         self.o_proj = nn.Linear(hidden_size, hidden_size, bias=False)
 
-    def forward(self, x: torch.Tensor, real: int, output_attentions: bool = False) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def forward(
+        self, x: torch.Tensor, real: int, counts: torch.Tensor | None = None, output_attentions: bool = False
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """
         Args:
             x: [pictures, S, hidden_size], real tokens before padding.
             real: how many are real: they see all S, the others these only.
+            counts: float32 [1, S], the logarithm of how many equal tokens each stands for; None is one each.
             output_attentions: also return the probabilities.
 
         Returns:
             (the same shape, probabilities [pictures, heads, S, S] float32 or None)
         """
         q, k, v = (split_heads(projection(x), self.head_dim) for projection in (self.q_proj, self.k_proj, self.v_proj))
-        attended = torch.cat([attention(q[:, :real], k, v), attention(q[:, real:], k[:, :real], v[:, :real])], 1)
+        attended = [attention(q[:, :real], k, v, key_bias=counts), attention(q[:, real:], k[:, :real], v[:, :real])]
         weights = None
         if output_attentions:
             of_padding = attention_weights(q[:, real:], k[:, :real])
             of_padding = nn.functional.pad(of_padding, (0, k.shape[1] - real))
-            weights = torch.cat([attention_weights(q[:, :real], k), of_padding], 2)
-        return self.o_proj(attended.flatten(2)), weights
+            weights = torch.cat([attention_weights(q[:, :real], k, key_bias=counts), of_padding], 2)
+        return self.o_proj(torch.cat(attended, 1).flatten(2)), weights
 
 
 class TiledEncoderLayer(GradientCheckpointingLayer):
@@ -95,9 +101,11 @@ class TiledEncoderLayer(GradientCheckpointingLayer):
         self.gate_attn = nn.Parameter(torch.zeros(1)) if gated else None
         self.gate_ffn = nn.Parameter(torch.zeros(1)) if gated else None
 
-    def forward(self, hidden_states: torch.Tensor, real: int, output_attentions: bool = False) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def forward(
+        self, hidden_states: torch.Tensor, real: int, counts: torch.Tensor | None = None, output_attentions: bool = False
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """[pictures, S, hidden] -> (the same shape, probabilities or None); arguments as `TiledAttention.forward`."""
-        attended, weights = self.self_attn(self.input_layernorm(hidden_states), real, output_attentions)
+        attended, weights = self.self_attn(self.input_layernorm(hidden_states), real, counts, output_attentions)
         hidden_states = self._add(hidden_states, attended, self.gate_attn)
         return self._add(hidden_states, self.mlp(self.post_attention_layernorm(hidden_states)), self.gate_ffn), weights
 
@@ -107,11 +115,48 @@ class TiledEncoderLayer(GradientCheckpointingLayer):
 
 
 class TiledEncoder(nn.Module):
-    """A stack of layers."""
+    """A stack of layers over pictures with the same tiles filled."""
 
     def __init__(self, config: PretrainedConfig, layers: int, gated: bool):
         super().__init__()
         self.layers = nn.ModuleList(TiledEncoderLayer(config, gated) for _ in range(layers))
+
+    def forward(
+        self, x: torch.Tensor, filled: torch.Tensor, patches: int, wanted: Sequence[int], alike: bool, output_attentions: bool
+    ) -> tuple[torch.Tensor, list[torch.Tensor], list[torch.Tensor | None]]:
+        """
+        Args:
+            x: [pictures, tiles, tokens, hidden].
+            filled: bool [tiles], False where all pictures' tiles are empty.
+            patches: tokens of a tile that are not padding.
+            wanted: further states to return, by how many layers come before them.
+            alike: empty tiles that are equal stay so and may be computed once: exact, since no token of them sees another.
+            output_attentions: also return the probabilities.
+
+        Returns:
+            (the last state, of x's shape; the wanted ones; every layer's probabilities [pictures, heads, S, S] float32 or None)
+        """
+        tiles, tokens = x.shape[1:3]
+        place = torch.arange(tiles * tokens, device=x.device).view(tiles, tokens)
+        real, padding, empty = place[filled, :patches].flatten(), place[filled, patches:].flatten(), place[~filled]
+        once = alike and len(empty) > 1 and bool((x[:, ~filled] == x[:, ~filled][:, :1]).all())
+        order = torch.cat([real, padding, (empty[:1] if once else empty).flatten()])  # the attention wants real tokens first
+        back = torch.empty_like(place).flatten()
+        back[order] = torch.arange(len(order), device=x.device)
+        counts = None
+        if once:
+            back.view_as(place)[~filled] = back[empty[0]]
+            counts = x.new_zeros(1, len(order), dtype=torch.float32)
+            counts[:, -tokens:] = math.log(len(empty))
+
+        state = x.flatten(1, 2)[:, order]
+        kept, weights = {0: state}, []
+        for number, layer in enumerate(self.layers, 1):
+            state, seen = layer(state, len(real), counts, output_attentions)
+            weights.append(seen[:, :, back][..., back] if output_attentions else None)
+            if number in wanted:
+                kept[number] = state
+        return state[:, back].view(x.shape), [kept[number][:, back].view(x.shape) for number in wanted], weights
 
 
 class TiledVisionTower(nn.Module):
@@ -165,13 +210,16 @@ class TiledVisionTower(nn.Module):
         check_reference(reference)
         ids, filled = aspect_ratio_ids.flatten(), (aspect_ratio_mask != 0).flatten(0, 1)
         tokens = self._embed(pixel_values.flatten(0, 2), ids)
+        # Empty tiles go different ways only where something of a tile's own is trained; probabilities are asked for one by one.
+        trained = tokens.requires_grad or any(table.requires_grad for table in self.post_tile_positional_embedding.parameters())
+        alike = not (output_attentions or (trained and torch.is_grad_enabled()))
         # Pictures with the same tiles filled go together: their real tokens stand at the same places.
         kinds, kind = filled.unique(dim=0, return_inverse=True)
         features = tokens.new_empty(*filled.shape, self.tokens_per_tile, self.config.vision_output_dim)
         attentions = []
         for number in range(len(kinds)):
             chosen = kind == number
-            features[chosen], weights = self._encode(tokens[chosen], ids[chosen], kinds[number], reference, output_attentions)
+            features[chosen], weights = self._encode(tokens[chosen], ids[chosen], kinds[number], reference, alike, output_attentions)
             attentions.append(weights)
         back = kind.argsort(stable=True).argsort()
         return BaseModelOutput(
@@ -212,14 +260,14 @@ class TiledVisionTower(nn.Module):
         return nn.functional.pad(x, (0, 0, 0, -self.tokens_per_tile % _TOKENS_MULTIPLE))
 
     def _encode(
-        self, x: torch.Tensor, ids: torch.Tensor, filled: torch.Tensor, reference: str, output_attentions: bool
+        self, x: torch.Tensor, ids: torch.Tensor, filled: torch.Tensor, reference: str, alike: bool, output_attentions: bool
     ) -> tuple[torch.Tensor, list[torch.Tensor | None]]:
         """Pictures with the same tiles filled: tokens [pictures, tiles, tokens, hidden] -> features, and weights of every layer."""
         shift = 0 if reference == "meta" else 1
         wanted = [index + shift for index in self.config.intermediate_layers_indices]
-        x, between, weights = _run(self.transformer, x, filled, self.tokens_per_tile, wanted, output_attentions)
+        x, between, weights = self.transformer(x, filled, self.tokens_per_tile, wanted, alike, output_attentions)
         x = self.post_tile_positional_embedding(self.layernorm_post(x), ids)
-        x, _, more = _run(self.global_transformer, x, filled, self.tokens_per_tile, [], output_attentions)
+        x, _, more = self.global_transformer(x, filled, self.tokens_per_tile, (), alike, output_attentions)
         patches = slice(self.tokens_per_tile)
         features = [x[:, :, patches]]
         if between:
@@ -231,27 +279,6 @@ def check_reference(reference: str) -> None:
     """Raise ValueError unless it is "meta" or "hf"."""
     if reference not in ("meta", "hf"):
         raise ValueError(f"reference must be 'meta' or 'hf', got {reference!r}")
-
-
-def _run(
-    encoder: TiledEncoder, x: torch.Tensor, filled: torch.Tensor, patches: int, wanted: list[int], output_attentions: bool
-) -> tuple[torch.Tensor, list[torch.Tensor], list[torch.Tensor | None]]:
-    """x [pictures, tiles, tokens, hidden] through the layers -> (the same shape, the wanted of its states before, between and after the
-    layers, weights of every layer)."""
-    tiles, tokens = x.shape[1:3]
-    place = torch.arange(tiles * tokens, device=x.device).view(tiles, tokens)
-    real, padding = place[filled, :patches].flatten(), place[filled, patches:].flatten()
-    order = torch.cat([real, padding, place[~filled].flatten()])  # the attention wants real tokens first
-    back = order.argsort()
-
-    state = x.flatten(1, 2)[:, order]
-    kept, weights = {0: state}, []
-    for number, layer in enumerate(encoder.layers, 1):
-        state, seen = layer(state, len(real), output_attentions)
-        weights.append(seen[:, :, back][..., back] if output_attentions else None)
-        if number in wanted:
-            kept[number] = state
-    return state[:, back].view(x.shape), [kept[number][:, back].view(x.shape) for number in wanted], weights
 
 
 def _kind(value) -> str:
