@@ -5,6 +5,8 @@ from typing import Any
 import torch
 from transformers import GenerationMixin
 
+from mllama.text.prefix import count_prefix
+
 
 class MllamaGenerationMixin(GenerationMixin):
     """GenerationMixin for a model with pictures: they are encoded once, and their features follow their rows."""
@@ -28,18 +30,31 @@ class MllamaGenerationMixin(GenerationMixin):
             inputs.pop("image_features", None)
         return inputs
 
+    def _prefill(self, input_ids, generation_config, model_kwargs, is_first_iteration=True):
+        """As GenerationMixin's, which refuses to cut pixels into chunks; a prompt whose first words see its last is not cut either."""
+        if generation_config.prefill_chunk_size is not None and model_kwargs.get("prefix_length") is not None:
+            raise ValueError("prefill_chunk_size must be None where token_type_ids say that the prompt is seen both ways: it is read whole")
+        return super()._prefill(input_ids, generation_config, model_kwargs, is_first_iteration)
+
     def _update_model_kwargs_for_generation(self, outputs, model_kwargs, is_encoder_decoder=False, num_new_tokens=1) -> dict[str, Any]:
-        """As GenerationMixin's; what is generated is of type 1, not of the prompt's, and sees the pictures that the last token sees."""
-        types, mask = model_kwargs.get("token_type_ids"), model_kwargs.get("cross_attention_mask")
+        """As GenerationMixin's; what is generated sees the pictures that the last token sees."""
+        mask = model_kwargs.get("cross_attention_mask")
         model_kwargs = super()._update_model_kwargs_for_generation(outputs, model_kwargs, is_encoder_decoder, num_new_tokens)
-        if types is not None:
-            model_kwargs["token_type_ids"] = torch.cat([types, types.new_ones(types.shape[0], num_new_tokens)], dim=1)
         if mask is not None:
             model_kwargs["cross_attention_mask"] = torch.cat([mask, mask[:, -1:].expand(-1, num_new_tokens, -1, -1)], dim=1)
         return model_kwargs
 
     def _expand_inputs_for_generation(self, expand_size=1, is_encoder_decoder=False, input_ids=None, **model_kwargs):
-        """Repeat every row `expand_size` times (beams, several answers). Pictures are encoded once and repeated with their rows."""
+        """Repeat every row `expand_size` times (beams, several answers). Pictures are encoded once and repeated with their rows.
+
+        Token types become the length of what is seen both ways: transformers goes on with the last one, which would put an assistant's
+        words into the prompt.
+        """
+        types, embeds = model_kwargs.pop("token_type_ids", None), model_kwargs.get("inputs_embeds")
+        cache = model_kwargs.get("past_key_values")
+        if self.plan.prefix and types is not None and (cache is None or int(cache.get_seq_length()) == 0):
+            shape = (input_ids if embeds is None else embeds).shape[:2]
+            model_kwargs["prefix_length"] = count_prefix(types, model_kwargs.get("attention_mask"), shape)
         pixel_values, features = model_kwargs.pop("pixel_values", None), model_kwargs.pop("image_features", None)
         if expand_size > 1 and features is None and pixel_values is not None:
             aspects = {name: model_kwargs[name] for name in ("aspect_ratio_ids", "aspect_ratio_mask") if name in model_kwargs}

@@ -18,6 +18,7 @@ from mllama.nn.norm import RMSNorm
 from mllama.pretrained import PretrainedMixin, own_config
 from mllama.text.cache import check_cache, past_length, place_cross_layers
 from mllama.text.decoder import Decoder, check_mask
+from mllama.text.prefix import count_prefix
 from mllama.towers.clip import ClipVisionTower
 from mllama.towers.siglip import SiglipVisionTower
 from mllama.towers.tiled_vit import TiledVisionTower
@@ -200,6 +201,7 @@ class MllamaForConditionalGeneration(PretrainedMixin, MllamaGenerationMixin, Pre
         logits_to_keep: int | torch.Tensor = 0,
         image_features: torch.Tensor | None = None,
         token_type_ids: torch.Tensor | None = None,
+        prefix_length: torch.Tensor | None = None,
         aspect_ratio_ids: torch.Tensor | None = None,
         aspect_ratio_mask: torch.Tensor | None = None,
         cross_attention_mask: torch.Tensor | None = None,
@@ -224,6 +226,7 @@ class MllamaForConditionalGeneration(PretrainedMixin, MllamaGenerationMixin, Pre
             image_features: what `get_image_features` gave, in place of pixel_values.
             token_type_ids: int [B, T], of a model whose prompts are seen both ways (PaliGemma): 0 for the prompt, then 1 for what is to be
                 said. None: all of it is seen one way. With a filled cache, and by other models, they are not read.
+            prefix_length: int64 [B], how many positions at a row's front, padding included, are the prompt: in place of token_type_ids.
             aspect_ratio_ids: int [B, pictures], 1 + the place of a picture's arrangement of tiles in the config's list, 0 for no picture;
                 with pixel_values, of a model that cuts pictures into tiles (Llama-3.2-Vision).
             aspect_ratio_mask: [B, pictures, tiles], 1 where a tile is filled; by default as aspect_ratio_ids say.
@@ -272,9 +275,10 @@ class MllamaForConditionalGeneration(PretrainedMixin, MllamaGenerationMixin, Pre
         else:
             seen = self._merge(input_ids, inputs_embeds, attention_mask, pixel_values, image_features, filled, output_attentions)
 
-        prefix_length = None
-        if self.plan.prefix and token_type_ids is not None and not filled:
-            prefix_length = _prefix_length(token_type_ids, attention_mask, seen.embeds.shape[:2])
+        if filled or not self.plan.prefix:
+            prefix_length = None
+        elif token_type_ids is not None:
+            prefix_length = count_prefix(token_type_ids, attention_mask, seen.embeds.shape[:2])
         decoded = self.language_model(
             inputs_embeds=seen.embeds,
             attention_mask=attention_mask,
@@ -469,25 +473,6 @@ def _projector(plan: Composition) -> nn.Module:
     if plan.projector == "linear":
         return LinearProjector(features, text)
     return MultiModalProjector(features, inner, text, plan.projector_act, plan.projector_bias)
-
-
-def _prefix_length(token_type_ids: torch.Tensor, attention_mask: torch.Tensor | None, shape: torch.Size) -> torch.Tensor:
-    """[B]: how many positions of each row, its padding on the left included, come before the first of type 1."""
-    if not isinstance(token_type_ids, torch.Tensor) or token_type_ids.is_floating_point():
-        raise TypeError(
-            f"token_type_ids must be an integer torch.Tensor, got {getattr(token_type_ids, 'dtype', type(token_type_ids).__name__)}"
-        )
-    if token_type_ids.shape != shape:
-        raise ValueError(f"token_type_ids must be {list(shape)}, one per token, got {list(token_type_ids.shape)}")
-    said = token_type_ids != 0
-    length = (said.cumsum(-1) == 0).sum(-1)
-    if not torch.compiler.is_compiling():
-        late = ~said & (torch.arange(shape[1], device=said.device) >= length[:, None])
-        if attention_mask is not None:
-            late &= attention_mask != 0
-        if bool(late.any()):
-            raise ValueError("token_type_ids must be 0 for a row's prompt and then 1 up to its end; here a 0 follows a 1")
-    return length
 
 
 def _check_ids(input_ids: torch.Tensor) -> None:

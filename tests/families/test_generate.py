@@ -1,0 +1,165 @@
+"""generate() of every family: stock transformers' tokens, however they are chosen, and caches, padding and turns that change nothing."""
+
+import pytest
+import torch
+from transformers import DynamicCache, StaticCache, TextIteratorStreamer
+
+from families.cases import IMAGE, ONE_EACH, TALKING, ids, inputs, make, pair, pictures
+
+GREEDY = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
+MIXED = "a row without a picture"
+
+
+@pytest.mark.parametrize("rows", ["one picture", MIXED, "no picture"])
+@pytest.mark.parametrize("case", TALKING)
+def test_greedy(case, rows):
+    both = pair(case)
+    batch = inputs(both, rows)
+    ours, theirs = (model.generate(**batch, **GREEDY) for model in both)
+    assert torch.equal(ours, theirs)
+    end = ours[0, -4].item()  # a row that stops early is padded
+    ours, theirs = (model.generate(**batch, **GREEDY | {"eos_token_id": end}) for model in both)
+    assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"num_beams": 3, "num_return_sequences": 2},
+        {"num_beams": 2, "do_sample": True},
+        {"do_sample": True, "num_return_sequences": 2, "temperature": 0.7, "top_k": 7},
+        {"do_sample": True, "top_p": 0.8, "repetition_penalty": 1.3},
+    ],
+    ids=["beams", "beams by chance", "several answers", "by chance"],
+)
+@pytest.mark.parametrize("case", ONE_EACH)
+def test_other_ways_of_choosing(case, options):
+    both, drawn = pair(case), []
+    for model in both:
+        torch.manual_seed(0)
+        drawn.append(model.generate(**inputs(both), **GREEDY | options))
+    assert torch.equal(*drawn)
+
+
+@pytest.mark.parametrize("case", ONE_EACH)
+def test_caches_change_nothing(case):
+    model = pair(case).ours
+    batch = inputs(pair(case), MIXED)
+    expected = model.generate(**batch, **GREEDY)
+    for options in (
+        {"use_cache": False},
+        {"cache_implementation": "static"},
+        {"past_key_values": StaticCache(config=model.config, max_cache_len=100)},
+        {"past_key_values": DynamicCache(config=model.config)},
+        {"cache_implementation": "static", "num_beams": 2, "length_penalty": 0.0, "early_stopping": True},
+    ):
+        if "num_beams" in options:
+            expected = model.generate(**batch, **GREEDY, **options | {"cache_implementation": None})
+        assert torch.equal(model.generate(**batch, **GREEDY, **options), expected), options
+
+
+@pytest.mark.parametrize("case", TALKING)
+def test_a_row_does_not_depend_on_its_batch(case):
+    both = pair(case)
+    whole = inputs(both, ([7, "P", 3], [4], ["P", "P", 2]))
+    batched = both.ours.generate(**whole, **GREEDY)
+    pixels = whole.pop("pixel_values", None)
+    for index, shown in enumerate((slice(0, 1), slice(1, 1), slice(1, 3))):
+        seen = whole["attention_mask"][index].bool()
+        single = {name: value[index : index + 1, seen] for name, value in whole.items()}
+        if pixels is not None:
+            single["pixel_values"] = pixels[shown]
+        assert torch.equal(both.ours.generate(**single, **GREEDY)[0, -8:], batched[index, -8:])
+
+
+@pytest.mark.parametrize("case", ONE_EACH)
+def test_a_second_turn_goes_on_from_the_cache(case):
+    """Of LLaVA with a picture of its own."""
+    both = pair(case)
+    model = both.ours
+    first = inputs(both, ([3, "P", 4],) if case.startswith("llava") else (["P", 7],))
+    cache = DynamicCache(config=model.config)
+    start = model.generate(**first, past_key_values=cache, **GREEDY)
+    second = [IMAGE] * model.plan.image_tokens * case.startswith("llava") + ids(4, 11)
+    follow = torch.cat([start, torch.tensor([second])], dim=1)
+    batch = {"input_ids": follow, "attention_mask": torch.ones_like(follow)}
+    if "token_type_ids" in first:
+        said = torch.ones_like(follow)
+        said[:, : first["input_ids"].shape[1]] = 0
+        batch["token_type_ids"] = said
+    pixels, new = first.get("pixel_values"), {}
+    if case.startswith("llava"):
+        pixels = torch.cat([pixels, pictures(both, 1, seed=5)])
+        new = {"pixel_values": pixels[1:]}
+    whole = batch | ({} if pixels is None else {"pixel_values": pixels})
+    fresh = model.generate(**whole, **GREEDY)
+    assert torch.equal(fresh, both.theirs.generate(**whole, **GREEDY))
+    assert torch.equal(model.generate(**batch, **new, past_key_values=cache, **GREEDY), fresh)
+
+
+@pytest.mark.parametrize("case", ONE_EACH)
+def test_assisted_decoding_and_prompt_lookup_equal_greedy(case):
+    both = pair(case)
+    batch = inputs(both, "one row")
+    expected = both.ours.generate(**batch, **GREEDY)
+    for option in ({"prompt_lookup_num_tokens": 3}, {"assistant_model": make(case).ours}, {"assistant_model": make(case, seed=1).ours}):
+        assert torch.equal(both.ours.generate(**batch, **GREEDY, **option), expected), option
+
+
+@pytest.mark.parametrize("case", ONE_EACH)
+def test_embeddings_in_place_of_ids(case):
+    both = pair(case)
+    batch = inputs(both, "no picture")
+    expected = both.ours.generate(**batch, **GREEDY)[:, -8:]
+    embeds = both.ours.language_model.embed(batch.pop("input_ids"))
+    assert torch.equal(both.ours.generate(inputs_embeds=embeds, **batch, **GREEDY), expected)
+
+
+@pytest.mark.parametrize("case", ONE_EACH)
+def test_what_every_step_returns_has_the_shapes_of_theirs(case):
+    both = pair(case)
+    wanted = dict.fromkeys(("return_dict_in_generate", "output_logits", "output_scores", "output_hidden_states", "output_attentions"), True)
+    ours, theirs = (model.generate(**inputs(both), **GREEDY, **wanted) for model in both)
+    assert len(ours.logits) == len(ours.scores) == 8 and ours.past_key_values.get_seq_length() == theirs.past_key_values.get_seq_length()
+    for mine, logits in zip(ours.logits, theirs.logits, strict=True):
+        torch.testing.assert_close(mine, logits, rtol=1e-3, atol=1e-3)
+
+    def shapes(steps) -> list:
+        return [[layer.shape for layer in step] for step in steps]
+
+    assert shapes(ours.hidden_states) == shapes(theirs.hidden_states)
+    batch, heads = ours.attentions[0][0].shape[:2]
+    length = inputs(both)["input_ids"].shape[1]
+    for step, layers in enumerate(ours.attentions):
+        queries = length if step == 0 else 1
+        assert {tuple(layer.shape) for layer in layers} == {(batch, heads, queries, length + step)}
+
+
+@pytest.mark.parametrize("case", ONE_EACH)
+def test_text_is_streamed(case, make_tokenizer):
+    both, tokenizer = pair(case), make_tokenizer()
+    batch = inputs(both, "one row")
+    streamer = TextIteratorStreamer(tokenizer, skip_prompt=True)
+    answer = both.ours.generate(**batch, **GREEDY, streamer=streamer)
+    assert "".join(streamer) == tokenizer.decode(answer[0, batch["input_ids"].shape[1] :])
+
+
+@pytest.mark.parametrize("case", ["llama", "gemma", "llava, clip, -2"])
+def test_a_prompt_read_in_chunks(case):
+    both = pair(case)
+    batch = inputs(both, "no picture")
+    expected = both.ours.generate(**batch, **GREEDY)
+    assert torch.equal(both.ours.generate(**batch, **GREEDY, prefill_chunk_size=4), expected)
+
+
+@pytest.mark.parametrize("case", ["llava, clip, -2", "paligemma"])
+def test_pictures_are_not_read_in_chunks(case):
+    both = pair(case)
+    with pytest.raises(ValueError, match="prefill_chunk_size"):
+        both.ours.generate(**inputs(both), **GREEDY, prefill_chunk_size=4)
+
+
+def test_a_prompt_seen_both_ways_is_not_read_in_chunks():
+    both = pair("paligemma")
+    with pytest.raises(ValueError, match="prefill_chunk_size"):
+        both.ours.generate(**inputs(both, "no picture"), **GREEDY, prefill_chunk_size=4)
