@@ -15,7 +15,7 @@ MUST_NOT_NAME = {
     "python/mllama/towers": r"mllama\.(?!ops|nn|towers|config)|mllama import",
     "python/mllama/fusion": r"mllama\.(?!ops|nn|fusion|config)|mllama import",
     "python/mllama/text": r"mllama\.(?!ops|nn|text|config)|mllama import",
-    "python/mllama/processing": r"(?<!models\.)mllama\.(?!ops|processing|checkpoints\.(gguf|meta) import load_)|from mllama import",
+    "python/mllama/processing": r"(?<!models\.)mllama\.(?!ops|processing|checkpoints\.gguf_tokenizer)|from mllama import",
     "python/mllama/families.py": r"mllama\.(?!config)|mllama import",
     "python/mllama/modeling.py": r"mllama\.(processing|cli|api)|safetensors|json",
     "python/mllama/checkpoints": r"mllama\.(?!checkpoints|config)|from mllama import",

@@ -166,16 +166,16 @@ def test_missing(tmp_path):
 
 
 def test_other_formats_go_to_their_readers(monkeypatch, tmp_path):
-    for name, function in (("meta", "load_processor"), ("gguf", "load_tokenizer")):
-        module = types.ModuleType(f"mllama.checkpoints.{name}")
+    for name, function in (("processing.meta", "load_meta_processor"), ("checkpoints.gguf_tokenizer", "load_tokenizer")):
+        module = types.ModuleType(f"mllama.{name}")
         setattr(module, function, lambda path, name=name: (name, path))
         monkeypatch.setitem(sys.modules, module.__name__, module)
     (tmp_path / "one").mkdir()
     file = tmp_path / "one" / "a.gguf"
     file.touch()
-    assert load_processor(file) == load_processor(tmp_path / "one") == ("gguf", file)
+    assert load_processor(file) == load_processor(tmp_path / "one") == ("checkpoints.gguf_tokenizer", file)
     (tmp_path / "one" / "params.json").touch()
-    assert load_processor(tmp_path / "one") == ("meta", tmp_path / "one")
+    assert load_processor(tmp_path / "one") == ("processing.meta", tmp_path / "one")
 
 
 # ---- encode_messages ---------------------------------------------------------------------------------------------------------------------
@@ -295,33 +295,19 @@ def test_pictures_must_be_a_list(make, noise):
         encode_messages(make("mllama"), [user("a")], noise())
 
 
-@pytest.mark.parametrize(
-    "template",
-    [
-        "{{ ''.__class__.__mro__[1].__subclasses__() }}",
-        "{{ cycler.__init__.__globals__.os.popen('id').read() }}",
-        "{{ (messages | attr('__class__')).x }}",
-        "{{ namespace.__init__.__globals__['x'] }}",
-        "{{ messages.append(1) }}",
-        "{{ messages[0].update(role='x') }}",
-        "{% for i in range(10 ** 9) %}x{% endfor %}",
-        "{{ 'a' + 1 }}",
-        "{% include 'a' %}",
-        "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
-        "{{",
-        "{{ raise_exception('no') }}",
-    ],
-)
-@pytest.mark.parametrize("family", ["mllama", "llava", "text"])
-def test_hostile_templates(make, family, template):
-    processor = make(family)
-    processor.chat_template = template + " image"
-    with pytest.raises(ValueError, match="the chat template fails"):
-        encode_messages(processor, [user("a")])
-
-
-@pytest.mark.parametrize("inner", ["messages.__class__", "raise_exception.__globals__", "bos_token.__init__", "self.__dict__"])
-def test_templates_see_no_insides(make, inner):
-    processor = make("text")
-    processor.chat_template = "a{{ " + inner + " }}b"
-    assert read(processor, encode_messages(processor, [user("x")])) == "ab"
+@pytest.mark.parametrize("family", ["llava", "clip", "mllama", "paligemma"])
+def test_hostile_pictures(make, monkeypatch, tmp_path, noise, family):
+    make(family).save_pretrained(tmp_path / "model")
+    processor = load_processor(tmp_path / "model")
+    noise(300, 200).save(tmp_path / "whole.png")
+    content = (tmp_path / "whole.png").read_bytes()
+    (tmp_path / "broken.png").write_bytes(content[: len(content) // 2])
+    (tmp_path / "text.png").write_text("no picture")
+    for name in ("broken.png", "text.png", "model"):
+        with pytest.raises(ValueError, match="cannot read the picture|is a folder"):
+            encode_messages(processor, [user("a")], [tmp_path / name])
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 50000)
+    with pytest.raises(ValueError, match="300 x 200 pixels, more than 50000"):
+        encode_messages(processor, [user("a")], [tmp_path / "whole.png"])
+    for size in ((1, 1), (1, 3000), (3000, 1)):
+        assert encode_messages(processor, [user("a")], [Image.new("CMYK", size)])["pixel_values"].isfinite().all()

@@ -13,6 +13,7 @@ from mllama.processing.folders import load_tokenizer, read_settings
 from mllama.processing.paligemma import PaliGemmaProcessor
 from mllama.processing.processor import MllamaImageProcessor
 from mllama.processing.square import SquareImageProcessor
+from mllama.processing.template import render
 from mllama.processing.tiled import TiledProcessor
 
 _BY_CLASS = {
@@ -55,12 +56,12 @@ def load_processor(path: str | os.PathLike) -> ProcessorMixin | SquareImageProce
         raise FileNotFoundError(f"no such model: {folder}")
     if folder.is_file() or not (folder / "config.json").exists():
         if (folder / "params.json").exists():
-            from mllama.checkpoints.meta import load_processor as load_meta_processor
+            from mllama.processing.meta import load_meta_processor
 
             return load_meta_processor(folder)
         files = [folder] if folder.is_file() else list(folder.glob("*.gguf"))
         if len(files) == 1 and files[0].suffix == ".gguf":
-            from mllama.checkpoints.gguf import load_tokenizer as load_gguf_tokenizer
+            from mllama.checkpoints.gguf_tokenizer import load_tokenizer as load_gguf_tokenizer
 
             return load_gguf_tokenizer(files[0])
     try:
@@ -115,10 +116,7 @@ def encode_messages(processor, messages: Sequence[Mapping], pictures: Sequence =
         return _encode_plainly(processor, _as_text(turns[0], image_token), pictures)
     if image_token is None or "image" not in str(template):  # a template for text: contents are strings
         turns = [{**turn, "content": _as_text(turn, image_token)} for turn in turns]
-    try:
-        prompt = processor.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
-    except Exception as error:  # templates come with models, and fail in their own ways: TemplateError, TypeError, OverflowError ...
-        raise ValueError(f"the chat template fails: {error}") from error
+    prompt = render(processor, turns)
     if image_token is None:
         return processor(prompt, add_special_tokens=False, return_tensors="pt")
     options = {"as_is": True} if isinstance(processor, MllamaImageProcessor) else {}
