@@ -1,12 +1,16 @@
 """GGUF files against stock transformers, against llama.cpp's layout spelt out here, and against files that lie."""
 
+import re
 import struct
 from pathlib import Path
 
 import pytest
 import torch
-from transformers import GemmaConfig, GemmaForCausalLM, LlamaConfig, LlamaForCausalLM
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
+from transformers import GemmaConfig, GemmaForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+import stock as tiny
+import twins
 from mllama import MllamaForConditionalGeneration
 
 gguf = pytest.importorskip("gguf")
@@ -14,7 +18,9 @@ np = pytest.importorskip("numpy")
 
 from mllama.checkpoints.gguf import GgufSource, open_gguf  # noqa: E402
 from mllama.checkpoints.gguf_header import GgufHeader  # noqa: E402
+from mllama.checkpoints.gguf_tokenizer import _PRE as PRE  # noqa: E402
 from mllama.checkpoints.gguf_tokenizer import load_tokenizer  # noqa: E402
+from mllama.checkpoints.gguf_writer import save_gguf  # noqa: E402
 
 Type = gguf.GGMLQuantizationType
 SIZES = {
@@ -339,3 +345,183 @@ def test_a_file_that_shrinks_after_it_was_opened(tmp_path):
     with pytest.raises(ValueError, match="ends within"):
         for name in source.headers():
             source.read(name)
+
+
+def sentencepiece_tokenizer(prefix: bool = True):
+    """Bytes, words of a few merges, and tokens that are matched whole."""
+    words = ["\u2581", "a", "b", "c", "1", "ab", "\u2581a", "\u2581ab", "abc", "\u2581\u2581"]
+    tokens = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *words, "<user>"]
+    merges = [("a", "b"), ("\u2581", "ab"), ("\u2581", "a"), ("\u2581a", "b"), ("ab", "c"), ("\u2581", "\u2581")]
+    merges.sort(key=lambda pair: words.index("".join(pair)))
+    backend = Tokenizer(models.BPE({token: place for place, token in enumerate(tokens)}, merges, unk_token="<unk>", fuse_unk=True))
+    backend.model.byte_fallback = True
+    spaces = normalizers.Replace(" ", "\u2581")
+    backend.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), spaces]) if prefix else spaces
+    strip = [decoders.Strip(" ", 1, 0)] if prefix else []
+    backend.decoder = decoders.Sequence([decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), *strip])
+    backend.add_tokens([AddedToken("<user>", normalized=False)])
+    named = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
+    return PreTrainedTokenizerFast(tokenizer_object=backend, add_bos_token=True, chat_template="{{ messages[0]['content'] }}!", **named)
+
+
+TEXTS = ["a", "ab abc  c", " ab<user> a", "", "na\u00efve \u6771\u4eac 2024\n", "</s>a<s>", "abcabcab   ab"]
+
+
+def same(one, other) -> bool:
+    """Whether two tokenizers do the same with texts, and say the same of themselves."""
+    named = ("bos_token", "eos_token", "unk_token", "pad_token", "chat_template")
+    return (
+        all(one(text).input_ids == other(text).input_ids for text in TEXTS)
+        and all(one.decode(one(text).input_ids) == other.decode(one(text).input_ids) for text in TEXTS)
+        and all(
+            one.decode(one(text).input_ids, skip_special_tokens=True) == other.decode(one(text).input_ids, skip_special_tokens=True)
+            for text in TEXTS
+        )
+        and all(getattr(one, name) == getattr(other, name) for name in named)
+    )
+
+
+def own(model) -> MllamaForConditionalGeneration:
+    """Our model with the weights of a stock one."""
+    ours = MllamaForConditionalGeneration(model.config).to(model.dtype).eval()
+    state = {re.sub("^model\\.", "language_model.", name): value for name, value in model.state_dict().items()}
+    torch.nn.Module.load_state_dict(ours, state)
+    return ours
+
+
+@pytest.mark.parametrize("dtype", ["f16", "bf16"])
+@pytest.mark.parametrize("architecture", ["llama", "gemma"])
+def test_what_is_written_comes_back(tmp_path, architecture, dtype, make_tokenizer):
+    torch_dtype = {"f16": torch.float16, "bf16": torch.bfloat16}[dtype]
+    model = stock(architecture, vocab_size=330).to(torch_dtype)
+    ours, tokenizer = own(model), make_tokenizer(adds_bos=True)
+    path = tmp_path / "new" / "model.gguf"
+    save_gguf(ours, tokenizer, path, dtype)
+    again = MllamaForConditionalGeneration.from_pretrained(path)
+    assert again.dtype == torch_dtype and [entry.name for entry in path.parent.iterdir()] == ["model.gguf"]
+    assert all(torch.equal(value, again.state_dict()[name]) for name, value in ours.state_dict().items())
+    kept = ("hidden_size", "head_dim", "rms_norm_eps", "rope_parameters", "max_position_embeddings", "tie_word_embeddings", "vocab_size")
+    assert all(getattr(again.config, name) == getattr(ours.config, name) for name in kept)
+    assert same(load_tokenizer(path), tokenizer)
+
+
+def test_the_file_is_as_llama_cpps_converter_writes_it(tmp_path, make_tokenizer):
+    """Names, order of dimensions, permutation, types and keys; `write` is the converter spelt out."""
+    model = stock(rope_parameters=LLAMA3, vocab_size=330)
+    written = write(tmp_path / "wanted.gguf", model, Type.F16, extra={"rope_freqs.weight": factors(LLAMA3)})
+    save_gguf(own(model), make_tokenizer(), tmp_path / "model.gguf", "f16")
+    wanted, found = gguf.GGUFReader(written), gguf.GGUFReader(tmp_path / "model.gguf")
+    tensors = [{tensor.name: tensor for tensor in reader.tensors} for reader in (wanted, found)]
+    assert tensors[0].keys() == tensors[1].keys()
+    for name, tensor in tensors[0].items():
+        other = tensors[1][name]
+        assert (tensor.tensor_type, tensor.shape.tolist()) == (other.tensor_type, other.shape.tolist())
+        assert np.allclose(tensor.data, other.data, rtol=1e-6, atol=0)
+    for key, field in wanted.fields.items():
+        if not key.startswith("GGUF."):
+            assert (found.fields[key].types, found.fields[key].contents()) == (field.types, field.contents()), key
+    said = {key: field.contents() for key, field in found.fields.items()}
+    assert said["general.file_type"] == 1 and said["llama.vocab_size"] == 330 and said["llama.rope.dimension_count"] == 16
+    assert said["tokenizer.ggml.model"] == "gpt2" and said["tokenizer.ggml.pre"] == "gpt-2" and len(said["tokenizer.ggml.tokens"]) == 330
+
+
+def test_q8_0(tmp_path, make_tokenizer):
+    model = stock(vocab_size=330, intermediate_size=80)  # ffn_down's rows are no multiple of 32
+    ours = own(model)
+    save_gguf(ours, make_tokenizer(), tmp_path / "model.gguf", "q8_0")
+    kinds = {tensor.name: tensor.tensor_type.name for tensor in gguf.GGUFReader(tmp_path / "model.gguf").tensors}
+    assert (kinds["blk.0.attn_q.weight"], kinds["blk.0.ffn_down.weight"], kinds["blk.0.attn_norm.weight"]) == ("Q8_0", "F16", "F32")
+    again = MllamaForConditionalGeneration.from_pretrained(tmp_path / "model.gguf")
+    for name, value in ours.state_dict().items():
+        assert (again.state_dict()[name] - value).abs().max() <= value.abs().max() / 250
+
+
+@pytest.mark.parametrize("prefix", [True, False])
+def test_sentencepiece_tokenizers(tmp_path, prefix):
+    tokenizer = sentencepiece_tokenizer(prefix)
+    path = tmp_path / "model.gguf"
+    save_gguf(own(stock("gemma", vocab_size=280)), tokenizer, path)
+    again = load_tokenizer(path)
+    assert same(again, tokenizer)
+    assert again.apply_chat_template([{"role": "user", "content": "ab"}], tokenize=False) == "ab!"
+    assert GgufHeader(path).get("tokenizer.ggml.model", str) == "llama"
+
+
+@pytest.mark.parametrize("pre", ["llama-bpe", "smollm", "gpt-2", "default"])
+def test_pre_tokenizers_by_llama_cpps_names(tmp_path, make_tokenizer, pre):
+    """Expected pieces by hand, from the regular expressions of llama.cpp's llama-vocab.cpp."""
+    pieces = {
+        "llama-bpe": ["I", "'LL", " pay", " ", "123", "45", "!!\n\n", " ", " ok"],
+        "smollm": ["I", "'", "LL", " pay", " ", "1", "2", "3", "4", "5", "!!", "\n\n ", " ok"],
+        "gpt-2": ["I", "'", "LL", " pay", " 12345", "!!", "\n\n ", " ok"],
+        "default": ["I", "'", "LL", " pay", " ", "123", "45", "!!", "\n\n ", " ok"],
+    }
+    tokenizer = make_tokenizer()
+    tokenizer.backend_tokenizer.pre_tokenizer = PRE[pre]
+    save_gguf(own(stock(vocab_size=330)), tokenizer, tmp_path / "model.gguf")
+    again = load_tokenizer(tmp_path / "model.gguf").backend_tokenizer.pre_tokenizer
+    found = again.pre_tokenize_str("I'LL pay 12345!!\n\n  ok")
+    assert [piece.replace("\u0120", " ").replace("\u010a", "\n") for piece, _ in found] == pieces[pre]
+    assert GgufHeader(tmp_path / "model.gguf").get("tokenizer.ggml.pre", str) == pre
+
+
+def test_of_a_vision_language_model_the_text_part_is_written(tmp_path, make_tokenizer):
+    ours = twins.model(text={"vocab_size": 330})
+    with pytest.warns(UserWarning, match="gets the text part of the model"):
+        save_gguf(ours, make_tokenizer(), tmp_path / "model.gguf", "f16")
+    again = MllamaForConditionalGeneration.from_pretrained(tmp_path / "model.gguf", dtype="float32")
+    ids = torch.arange(20).view(1, 20)
+    with torch.no_grad():
+        difference = again(input_ids=ids).logits - ours(input_ids=ids).logits
+    assert difference.abs().max() < 0.05
+
+
+def test_what_cannot_be_written_is_refused_and_leaves_nothing(tmp_path, make_tokenizer):
+    tokenizer, path = make_tokenizer(), tmp_path / "out" / "model.gguf"
+    ours = own(stock(vocab_size=330))
+    lowercase = make_tokenizer()
+    lowercase.backend_tokenizer.normalizer = normalizers.Lowercase()
+    for arguments, error, said in (
+        ((ours, tokenizer, path, "q4_0"), ValueError, "dtype must be one of 'f16', 'bf16', 'q8_0', got 'q4_0'"),
+        ((ours, object(), path), TypeError, "tokenizer must be a fast tokenizer"),
+        ((own(stock(vocab_size=300)), tokenizer, path), ValueError, "an embedding matrix of 300 rows"),
+        ((ours, lowercase, path), ValueError, "its normalizer .*Lowercase"),
+        ((own(stock(vocab_size=330, hidden_act="gelu_pytorch_tanh")), tokenizer, path), ValueError, "hidden_act 'gelu_pyt"),
+    ):
+        with pytest.raises(error, match=said):
+            save_gguf(*arguments)
+    with torch.no_grad():
+        ours.language_model.layers[0].mlp.up_proj.weight[0, 0] = 1e6
+    with pytest.raises(ValueError, match="blk.0.ffn_up.weight has weights beyond float16's largest, 65504; write bf16"):
+        save_gguf(ours, tokenizer, path)
+    with pytest.raises(ValueError, match="cross-attention layers"):
+        save_gguf(MllamaForConditionalGeneration(tiny.make("mllama").config), tokenizer, path)
+    assert not list(path.parent.glob("*"))
+
+
+@pytest.mark.parametrize(
+    ("add", "said"),
+    [
+        (lambda writer: None, "has no tokenizer.ggml.tokens"),
+        (lambda writer: writer.add_token_list(["a", "a"]), "must be distinct texts"),
+        (lambda writer: (writer.add_token_list(["a", "b"]), writer.add_token_types([1])), "one tokenizer.ggml.token_type each"),
+        (lambda writer: writer.add_token_list(["a" * 600]), "a token has 600 characters; at most 512 are read"),
+        (lambda writer: (writer.add_token_list(["a"]), writer.add_tokenizer_model("bert")), "'bert' is not read; 'gpt2' and 'llama' are"),
+        (lambda writer: (writer.add_token_list(["a"]), writer.add_tokenizer_model("llama")), "has no tokenizer.ggml.scores"),
+        (
+            lambda writer: (writer.add_token_list(["a"]), writer.add_tokenizer_model("gpt2"), writer.add_tokenizer_pre("qwen2")),
+            "'qwen2' is not read; llama-bpe",
+        ),
+        (
+            lambda writer: (writer.add_token_list(["a"]), writer.add_tokenizer_model("gpt2"), writer.add_token_merges(["a b"])),
+            "the tokenizer cannot be",
+        ),
+        (
+            lambda writer: (writer.add_token_list(["a"]), writer.add_tokenizer_model("gpt2"), writer.add_bos_token_id(7)),
+            "bos_token_id is 7, there are 1 tokens",
+        ),
+    ],
+)
+def test_tokenizers_that_cannot_be(tmp_path, add, said):
+    with pytest.raises(ValueError, match=said):
+        load_tokenizer(write(tmp_path / "model.gguf", stock(), metadata=add))

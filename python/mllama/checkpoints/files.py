@@ -130,6 +130,20 @@ def write_folder(folder: Path, write: Callable[[Path], None]) -> None:
         shutil.rmtree(aside, ignore_errors=True)
 
 
+def write_file(path: Path, write: Callable[[Path], None]) -> None:
+    """Let `write` fill a file aside, then rename it into place: whole, or as it was before. Its folder is made if absent."""
+    path = Path(os.path.abspath(path))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.parent / f".{path.name}-{uuid.uuid4().hex}"
+    try:
+        write(aside)
+        _sync(aside)
+        os.replace(aside, path)
+        _sync(path.parent)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
 def _move_into(aside: Path, folder: Path) -> None:
     def entry_last(name: str) -> tuple[bool, str]:
         return name in (WEIGHTS, INDEX), name

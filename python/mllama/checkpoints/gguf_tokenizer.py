@@ -5,18 +5,22 @@ for each token. Transformers' own conversion does not know the pre-tokenizer of 
 without merging; so both are put together here, from the parts of the tokenizers library, as llama.cpp reads them.
 """
 
+import json
 import os
+import re
+from typing import Any
 
-from gguf import TokenType
+from gguf import GGUFWriter, TokenType
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_tokenizers
 from tokenizers.models import BPE
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers.tokenization_utils_base import generate_merges
 
 from mllama.checkpoints.gguf_header import GgufHeader
 
 _SPACE = "\u2581"  # SentencePiece's space
 _TOKEN_MAX = 512  # characters of one token; its merges are found by trying every cut of it
+_BYTE = re.compile("<0x[0-9A-F]{2}>")
 _KEYS = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
 
 _GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)"
@@ -98,7 +102,7 @@ def _byte_level(header: GgufHeader, tokens: list[str], kinds: list[int], unknown
     pre = _pre(header)
     if pre not in _PRE:
         raise ValueError(f"{header.path}: a tokenizer.ggml.pre {pre[:50]!r} is not read; {', '.join(_PRE)} are")
-    merges = [tuple(merge.split(" ", 1)) for merge in header.get("tokenizer.ggml.merges", list)]
+    merges = [tuple(merge.split(" ", 1)) for merge in header.get("tokenizer.ggml.merges", list, [])]
     backend = Tokenizer(BPE({token: place for place, token in enumerate(tokens)}, merges, ignore_merges=pre in _WHOLE_WORDS))
     backend.pre_tokenizer, backend.decoder = _PRE[pre], decoders.ByteLevel()
     return backend
@@ -121,3 +125,91 @@ def _sentencepiece(header: GgufHeader, tokens: list[str], kinds: list[int], unkn
         backend.normalizer = spaces
     backend.decoder = decoders.Sequence(steps)
     return backend
+
+
+def add_tokenizer(writer: GGUFWriter, tokenizer: PreTrainedTokenizerBase, vocabulary: int) -> None:
+    """Put a tokenizer into the metadata of a GGUF file.
+
+    SentencePiece's merges are told by a score for each token, the earlier the higher: that is all of them for tokenizers that come from
+    SentencePiece.
+
+    Args:
+        writer: of the file.
+        tokenizer: a fast one, whose model is BPE.
+        vocabulary: rows of the model's embedding matrix; what the tokenizer does not name is filled up with unused tokens.
+
+    Raises:
+        TypeError: no fast tokenizer.
+        ValueError: one of another kind, or with more tokens than the model.
+    """
+    if not isinstance(tokenizer, PreTrainedTokenizerFast):
+        raise TypeError(f"tokenizer must be a fast tokenizer of transformers, got {type(tokenizer).__name__}")
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    model = state["model"]
+    places = {place: token for token, place in tokenizer.get_vocab().items()}
+    if model["type"] != "BPE":
+        raise ValueError(f"a tokenizer whose model is {model['type']} cannot be written as GGUF; BPE can")
+    if max(places, default=-1) >= vocabulary:
+        raise ValueError(f"the tokenizer has the id {max(places)}, the model an embedding matrix of {vocabulary} rows")
+    merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
+    sentencepiece = model["byte_fallback"]
+    added = {entry["id"]: entry for entry in state["added_tokens"]}
+    tokens, kinds = [], []
+    for place in range(vocabulary):
+        token, kind = places.get(place), TokenType.NORMAL
+        if token is None:
+            token, kind = f"[PAD{place}]", TokenType.UNUSED
+        elif sentencepiece and token == model["unk_token"]:
+            kind = TokenType.UNKNOWN
+        elif place in added:
+            kind = TokenType.CONTROL if added[place]["special"] else TokenType.USER_DEFINED
+            if kind == TokenType.USER_DEFINED:  # these are found in text as it stands
+                token = token.replace(_SPACE, " ")
+        elif sentencepiece and _BYTE.fullmatch(token):
+            kind = TokenType.BYTE
+        tokens.append(token)
+        kinds.append(int(kind))
+    plain, whole = tokenizer.encode("a", add_special_tokens=False), tokenizer.encode("a")
+    writer.add_tokenizer_model("llama" if sentencepiece else "gpt2")
+    writer.add_tokenizer_pre("default" if sentencepiece else _pre_name(state))
+    writer.add_token_list(tokens)
+    writer.add_token_types(kinds)
+    if sentencepiece:
+        made = {merge.replace(" ", ""): -float(place) for place, merge in reversed(list(enumerate(merges)))}
+        writer.add_token_scores([made.get(token, -float(len(merges))) for token in tokens])
+        writer.add_add_space_prefix(tokenizer.convert_ids_to_tokens(plain)[0].startswith(_SPACE))
+    else:
+        writer.add_token_merges(merges)
+    for name, key in _KEYS.items():
+        if (place := getattr(tokenizer, f"{name}_token_id")) is not None:
+            writer.add_uint32(f"tokenizer.ggml.{key}_token_id", place)
+    writer.add_add_bos_token(whole[0] != plain[0] and whole[0] == tokenizer.bos_token_id)
+    writer.add_add_eos_token(whole[-1] != plain[-1] and whole[-1] == tokenizer.eos_token_id)
+    if tokenizer.chat_template:
+        template = tokenizer.chat_template
+        if isinstance(template, dict):
+            template = [{"name": name, "template": text} for name, text in template.items()]
+        writer.add_chat_template(template)
+
+
+def _pre_name(state: dict[str, Any]) -> str:
+    """llama.cpp's name of a pre-tokenizer, from a tokenizer's state.
+
+    Raises:
+        ValueError: it has none.
+    """
+    found = _without_offsets(state["pre_tokenizer"])
+    for name, known in _PRE.items():
+        backend = Tokenizer(BPE())
+        backend.pre_tokenizer = known
+        if state["normalizer"] is None and _without_offsets(json.loads(backend.to_str())["pre_tokenizer"]) == found:
+            return name
+    said = f"its pre-tokenizer is {str(found)[:200]}, its normalizer {str(state['normalizer'])[:100]}"
+    raise ValueError(f"the tokenizer cannot be written as GGUF: {said}; of byte-level ones those of {', '.join(_PRE)} can")
+
+
+def _without_offsets(part: Any) -> Any:
+    """A tokenizer's part without what only moves offsets."""
+    if isinstance(part, dict):
+        return {name: _without_offsets(value) for name, value in part.items() if name != "trim_offsets"}
+    return [_without_offsets(value) for value in part] if isinstance(part, list) else part
