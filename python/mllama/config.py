@@ -68,13 +68,21 @@ def check_names(owner: str, kind: type, given: dict[str, Any]) -> None:
             raise ValueError(f"{owner}: {name!r} is not the name of a field")
 
 
-def _check_dtype(owner: str, given: dict[str, Any]) -> None:
+def check_common(owner: str, given: dict[str, Any]) -> None:
+    """Check fields that every config has and transformers acts on before it looks: dtypes, and how many labels there are.
+
+    Raises:
+        ValueError: names the field.
+    """
     for name in ("dtype", "torch_dtype"):
         value = given.get(name)
         if value is None or isinstance(value, torch.dtype):
             continue
         if not isinstance(value, str) or not isinstance(getattr(torch, value, None), torch.dtype):
             raise ValueError(f"{owner}: {name} must be the name of a torch dtype, got {value!r}")
+    labels = given.get("num_labels")  # transformers makes a dict with as many entries
+    if labels is not None and not (isinstance(labels, int) and 0 <= labels <= LABELS_MAX):
+        raise ValueError(f"{owner}: num_labels must be an integer of 0 to {LABELS_MAX}, got {labels!r}")
 
 
 def _translate(owner: str, names: dict[str, str], given: dict[str, Any]) -> dict[str, Any]:
@@ -255,10 +263,7 @@ def _check_sizes(owner: str, names: tuple[str, ...], given: dict[str, Any], pare
 
 def _construct(constructor, owner: str, given: dict[str, Any]) -> None:
     """Run the parent's constructor; the errors it has for values that cannot be become a ValueError."""
-    _check_dtype(owner, given)
-    labels = given.get("num_labels")  # transformers makes a dict with as many entries
-    if labels is not None and not (isinstance(labels, int) and 0 <= labels <= LABELS_MAX):
-        raise ValueError(f"{owner}: num_labels must be an integer of 0 to {LABELS_MAX}, got {labels!r}")
+    check_common(owner, given)
     try:
         constructor(**given)
     except (StrictDataclassError, AttributeError, TypeError, KeyError, OverflowError) as error:

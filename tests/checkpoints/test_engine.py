@@ -13,9 +13,10 @@ def random(*shape: int, seed: int = 0) -> torch.Tensor:
 def read(table, given: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     moves, unknown, twice = plan(table, given)
     assert not unknown and not twice
-    return {
-        name: value for move in moves for name, value in zip(move.ours, move.row.read([given[one] for one in move.theirs]), strict=True)
-    }
+    ours = {}
+    for move in moves:
+        ours |= zip(move.ours, move.row.read([given[name] for name in move.theirs]), strict=True)
+    return ours
 
 
 ROWS = {

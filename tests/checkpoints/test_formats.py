@@ -6,14 +6,10 @@ import pytest
 import torch
 
 import stock
-from mllama.checkpoints import FORMATS, llava
+from mllama.checkpoints import FORMATS
 from mllama.checkpoints.engine import plan, to_file
 from mllama.checkpoints.files import save_weights, write_json
 from mllama.checkpoints.sources import open_safetensors
-
-
-def form_of(case: str):
-    return llava.FORMAT if case.startswith("llava") else FORMATS[case.split(",")[0]]
 
 
 def read_folder(folder, form):
@@ -30,7 +26,7 @@ def read_folder(folder, form):
 
 @pytest.mark.parametrize("case", stock.MAKERS)
 def test_stock_reads_what_is_written_of_what_stock_wrote(case, tmp_path):
-    model, form = stock.make(case), form_of(case)
+    model, form = stock.make(case), FORMATS[case.split(",")[0]]
     model.save_pretrained(tmp_path / "stock")
     config, values = read_folder(tmp_path / "stock", form)
     assert {name.split(".")[0] for name in values} <= {"language_model", "lm_head", "vision_tower", "multi_modal_projector", "head"}

@@ -6,10 +6,25 @@ from typing import Any
 from huggingface_hub.errors import StrictDataclassError
 from transformers import PretrainedConfig
 
-from mllama.config import LABELS_MAX, _check_dtype, check_names
+from mllama.config import check_common, check_names, check_size
 
 # Fields that decide what code runs, or how; and transformers' own `_` names, which it trusts.
 _STEERING = ("auto_map", "trust_remote_code", "attn_implementation", "experts_implementation")
+
+# What transformers' classes divide by, and what is laid out by the number.
+_SIZES = (
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_global_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "attention_heads",
+    "head_dim",
+    "image_size",
+    "patch_size",
+    "vocab_size",
+)
 
 
 def harmless(content: Any) -> Any:
@@ -50,19 +65,19 @@ def build(
         _check(name, kinds[found], part)
         if part:
             content[name] = part | {"model_type": found}
-    _check("config.json", config_class, content)
+    _check("config", config_class, content)
     try:
         return config_class(**content)
-    except (StrictDataclassError, AttributeError, TypeError, KeyError, OverflowError) as error:
+    except (StrictDataclassError, AttributeError, TypeError, KeyError, ArithmeticError) as error:
         raise ValueError(" ".join(str(error).split())) from error
 
 
 def _check(owner: str, config_class: type[PretrainedConfig], content: dict[str, Any]) -> None:
     check_names(owner, config_class, {name: value for name, value in content.items() if name != "model_type"})
-    _check_dtype(owner, content)
-    labels = content.get("num_labels")  # transformers makes a dict with as many entries
-    if labels is not None and not (isinstance(labels, int) and 0 <= labels <= LABELS_MAX):
-        raise ValueError(f"{owner}: num_labels must be an integer of 0 to {LABELS_MAX}, got {labels!r}")
+    check_common(owner, content)
+    for name in _SIZES:
+        if content.get(name) is not None:
+            check_size(owner, name, content[name])
 
 
 def content_of(config: PretrainedConfig, architecture: str) -> dict[str, Any]:

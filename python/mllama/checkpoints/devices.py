@@ -1,0 +1,112 @@
+"""Where a model's weights go, and in which type: one device, or several by way of accelerate."""
+
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_PLANS = ("auto", "balanced", "balanced_low_0", "sequential")
+
+
+def dtype_named(dtype: torch.dtype | str) -> torch.dtype | None:
+    """One of the types that models are loaded in; None for "auto".
+
+    Raises:
+        ValueError: any other.
+    """
+    if dtype in ("auto", None):
+        return None
+    known = _DTYPES.get(dtype.removeprefix("torch.")) if isinstance(dtype, str) else dtype
+    if known not in _DTYPES.values():
+        raise ValueError(f"dtype must be 'auto', {', '.join(map(repr, _DTYPES))} or one of these torch dtypes, got {dtype!r}")
+    return known
+
+
+class Placement:
+    """The device of every tensor of a model.
+
+    Raises:
+        ValueError: what is no device, or not here; a disk.
+        ImportError: several devices without accelerate.
+    """
+
+    def __init__(self, device: torch.device | str | int | dict[str, Any]):
+        """
+        Args:
+            device: one; "auto", "balanced", "balanced_low_0" or "sequential", which accelerate turns into a map of modules to the
+                devices there are; or such a map.
+        """
+        if isinstance(device, dict) and list(device) == [""]:
+            device = device[""]
+        if device in _PLANS and not torch.cuda.is_available():
+            device = "cpu"
+        self._plan = device if device in _PLANS else None
+        self._map: dict[str, torch.device] = {}
+        if isinstance(device, dict):
+            self._map = {name: _device(place) for name, place in device.items()}
+        elif self._plan is None:
+            self._map = {"": _device(device)}
+        self._spread = len(self._map) != 1
+        if self._spread:
+            try:
+                import accelerate  # noqa: F401
+            except ImportError as error:
+                raise ImportError(f"device_map={device!r} spreads a model over devices, which needs accelerate: install it") from error
+
+    def settle(self, model: PreTrainedModel, dtype: torch.dtype | None) -> None:
+        """Have a device for every tensor of a model, which may be on the meta device.
+
+        Raises:
+            ValueError: a tensor that the map leaves out, a module that the model has not, no room.
+        """
+        if self._plan is not None:
+            self._map = {name: _device(place) for name, place in _infer(model, self._plan, dtype).items()}
+        modules = dict(model.named_modules())
+        if unknown := [name for name in self._map if name not in modules]:
+            raise ValueError(f"device_map names {', '.join(unknown)}, which the model has not")
+        if absent := [name for name in model.state_dict() if self._find(name) is None]:
+            raise ValueError(f"device_map has no device for {', '.join(absent[:5])}{' ...' if len(absent) > 5 else ''}")
+
+    def _find(self, name: str) -> torch.device | None:
+        while name and name not in self._map:
+            name = name.rpartition(".")[0]
+        return self._map.get(name)
+
+    def of(self, name: str) -> torch.device:
+        """The device of the tensor of that name, after `settle`."""
+        return self._find(name)
+
+    def dispatch(self, model: PreTrainedModel) -> PreTrainedModel:
+        """Have accelerate move activations from device to device, where there are several."""
+        if not self._spread:
+            return model
+        from accelerate import dispatch_model
+
+        places = {name: place.index if place.type == "cuda" else place.type for name, place in self._map.items()}
+        return dispatch_model(model, places, skip_keys=model._skip_keys_device_placement)
+
+
+def _infer(model: PreTrainedModel, how: str, dtype: torch.dtype | None) -> dict[str, Any]:
+    from accelerate import infer_auto_device_map
+    from accelerate.utils import get_balanced_memory
+
+    model.tie_weights()
+    options = {"dtype": dtype, "no_split_module_classes": model._no_split_modules}
+    memory = None if how == "sequential" else get_balanced_memory(model, low_zero=how == "balanced_low_0", **options)
+    return infer_auto_device_map(model, max_memory=memory, **options)
+
+
+def _device(device: torch.device | str | int) -> torch.device:
+    if device == "disk":
+        raise ValueError("device_map places a part on the disk, which is not supported; the model has to fit into memory")
+    try:
+        known = torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(f"{device!r} is not a device: {error}") from error
+    if known.type == "cuda":
+        if not torch.cuda.is_available():
+            raise ValueError(f"device {device!r} was asked for, but this torch sees no CUDA device")
+        if known.index is None:
+            return torch.device("cuda", torch.cuda.current_device())
+    return known

@@ -1,0 +1,65 @@
+"""Models by their id on Hugging Face's hub, fetched by huggingface_hub into its cache; a local folder of that name wins."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
+
+# Configs, weights, and the files that tokenizers and processors have. Pickles and other frameworks' weights are left where they are.
+PATTERNS = ("*.json", "*.safetensors", "*.jinja", "tokenizer.model", "merges.txt", "vocab.txt")
+_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
+
+
+def find_folder(path_or_id: str | Path, subfolder: str | Path = "", **options: Any) -> Path:
+    """The folder (or file) of a model: the local one of that path, else the hub's model of that id, fetched.
+
+    Args:
+        path_or_id: a path, or "organisation/name".
+        subfolder: the model's place inside.
+        options: of the hub: revision, cache_dir, token, local_files_only, force_download.
+
+    Raises:
+        FileNotFoundError: neither there; or the hub cannot be reached, has no such model or does not give it without a login.
+        ValueError: a `subfolder` outside the folder.
+    """
+    inner = Path(subfolder or "")
+    if inner.is_absolute() or ".." in inner.parts:
+        raise ValueError(f"subfolder must lie inside the model folder, got {str(subfolder)!r}")
+    if Path(path_or_id).exists() or not _ID.fullmatch(str(path_or_id)):
+        return Path(path_or_id) / inner
+    return download(str(path_or_id), [f"{inner}/{pattern}" for pattern in PATTERNS] if subfolder else PATTERNS, **options) / inner
+
+
+def download(model_id: str, patterns: list[str] | tuple[str, ...] = PATTERNS, **options: Any) -> Path:
+    """Fetch a model's files from the hub.
+
+    Args:
+        model_id: "organisation/name".
+        patterns: of the files.
+        options: of `huggingface_hub.snapshot_download`; with `local_dir` files are put there instead of into the cache.
+
+    Returns:
+        The folder they are in.
+
+    Raises:
+        FileNotFoundError: as `find_folder`. The text is one line that says what to do.
+    """
+    page = f"https://huggingface.co/{model_id}"
+    try:
+        return Path(snapshot_download(model_id, allow_patterns=list(patterns), ignore_patterns=["original/*"], **options))
+    except GatedRepoError as error:
+        raise FileNotFoundError(f"{model_id} is gated: accept its licence at {page} and log in with `hf auth login`") from error
+    except RepositoryNotFoundError as error:
+        hint = f"if it is private or gated, accept its licence at {page} and log in with `hf auth login`"
+        raise FileNotFoundError(f"there is no folder {model_id!r} here, and no such model on the hub; {hint}") from error
+    except RevisionNotFoundError as error:
+        raise FileNotFoundError(f"{model_id} has no revision {options.get('revision')!r} on the hub") from error
+    except LocalEntryNotFoundError as error:
+        raise FileNotFoundError(
+            f"there is no folder {model_id!r} here, the cache does not hold that model, and the hub was not asked or cannot be reached "
+            "(offline, or local_files_only)"
+        ) from error
+    except HfHubHTTPError as error:
+        raise FileNotFoundError(f"{model_id} cannot be fetched from the hub: {str(error).splitlines()[0]}") from error

@@ -1,0 +1,153 @@
+"""Models from checkpoints and back: laid out on the meta device, filled one tensor at a time, written whole or not at all."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel, __version__
+
+from mllama.checkpoints import siglip_llama
+from mllama.checkpoints.configs import harmless
+from mllama.checkpoints.devices import Placement, dtype_named
+from mllama.checkpoints.engine import plan, to_file
+from mllama.checkpoints.files import CONFIG, save_weights, write_folder, write_json
+from mllama.checkpoints.formats import Opened
+from mllama.checkpoints.loading import Report, check_complete, common_dtype, load_weights
+from mllama.checkpoints.opening import FORMATS, GENERATION, open_checkpoint
+from mllama.config import check_names
+
+_COUNTS = ("num_hidden_layers", "num_global_layers")
+
+
+def load_model(
+    model_class: type[PreTrainedModel],
+    folder: str | Path,
+    config: PretrainedConfig | None = None,
+    dtype: torch.dtype | str = "auto",
+    device: torch.device | str | int | dict = "cpu",
+    **class_kwargs: Any,
+) -> PreTrainedModel:
+    """Build a model from a folder or file, in eval mode. It is laid out on the meta device first, so memory holds its weights once.
+
+    Args:
+        model_class: what to build.
+        folder: what `open_checkpoint` takes. The headers of its files are read first: they bound what is built.
+        config: takes the place of the folder's.
+        dtype: "auto" is the files' own (the one most of their elements have); or float32, bfloat16, float16.
+        device: where the weights go: one device; or what accelerate spreads a model over: "auto", "balanced", "balanced_low_0",
+            "sequential", or {module: device}.
+        class_kwargs: further arguments of the class's constructor.
+
+    Raises:
+        FileNotFoundError: no such folder, no config.json, no weights.
+        ValueError: an unknown model_type, a broken file, a config that cannot be, weights that do not fit (every name in one error), a
+            dtype or device that is none.
+        TypeError: a config of another kind.
+        ImportError: the weights shall be spread over devices, and accelerate is not installed.
+    """
+    with (opened := open_checkpoint(folder, config)).source:
+        return load_opened(model_class, opened, dtype, device, **class_kwargs)[0]
+
+
+def load_opened(
+    model_class: type[PreTrainedModel],
+    opened: Opened,
+    dtype: torch.dtype | str = "auto",
+    device: torch.device | str | int | dict = "cpu",
+    strict: bool = True,
+    **class_kwargs: Any,
+) -> tuple[PreTrainedModel, Report]:
+    """`load_model` of what is open already; says also what was loaded.
+
+    Args:
+        strict: False loads what fits; the rest of the model is left on the meta device.
+    """
+    dtype, placement = dtype_named(dtype), Placement(device)
+    where, config = opened.source.where, opened.config
+    _check_layers(where, config, len(opened.source.headers()))
+    config.name_or_path = where
+    try:
+        with torch.device("meta"):
+            model = model_class(config, **class_kwargs)
+    except (RuntimeError, OverflowError) as error:  # of sizes that are each in range, whose product is not
+        raise ValueError(f"{where}: no model of these sizes can be laid out: {error}") from error
+    placement.settle(model, dtype)
+    tied = model.get_expanded_tied_weights_keys()
+    report = load_weights(model, opened.source, opened.table, dtype, placement.of, tied, strict)
+    model.tie_weights()
+    model.config.dtype = model.dtype
+    if opened.generation is not None and model.can_generate():
+        model.generation_config = _generation_config(where, opened.generation)
+    return placement.dispatch(model.eval()), report
+
+
+def _check_layers(where: str, config: PretrainedConfig, tensors: int) -> None:
+    """Before layers are built: every one needs tensors of its own, so the files bound their number."""
+    for part in (None, *config.sub_configs):
+        owner = config if part is None else getattr(config, part)
+        for name in _COUNTS:
+            count = getattr(owner, name, 0)
+            if count > tensors:
+                raise ValueError(f"{where}: {part or 'config'}: {name} is {count}, the weights hold {tensors} tensors in all")
+
+
+def _generation_config(where: str, content: dict[str, Any]) -> GenerationConfig:
+    content = harmless(content)
+    check_names(f"{where}: {GENERATION}", GenerationConfig, content)
+    try:
+        generation_config = GenerationConfig.from_dict(content)
+        generation_config.validate()
+    except (ValueError, TypeError, AttributeError, KeyError, OverflowError) as error:
+        raise ValueError(f"{where}: {GENERATION}: {error}") from error
+    return generation_config
+
+
+def save_model(
+    model: PreTrainedModel, folder: str | Path, state_dict: dict[str, torch.Tensor] | None = None, max_shard_size: int | str = "5GB"
+) -> None:
+    """Write a model's config, generation config and weights, whole or not at all.
+
+    Args:
+        model: what to write.
+        folder: made if absent. Other files in it stay.
+        state_dict: takes the place of the model's own; it must have all of its names.
+        max_shard_size: bytes of one weight file, or text as "5GB"; more is written as shards and an index.
+
+    Raises:
+        ValueError: `state_dict` lacks a tensor of the model or has one it does not know: `load_model` would refuse the folder.
+    """
+    config = siglip_llama.written_as(model.config)
+    form = FORMATS[config.model_type]
+    tied = model.get_expanded_tied_weights_keys()
+    if state_dict is None:
+        state_dict = model.state_dict()
+    else:
+        check_complete(state_dict.keys(), model.state_dict().keys() - tied.keys(), model.state_dict().keys())
+    tensors = to_file(form.table(config), {name: tensor for name, tensor in state_dict.items() if name not in tied})
+    dtype = str(common_dtype(tensors, model.dtype)).removeprefix("torch.")
+    content = form.to_file(config) | {"transformers_version": __version__, "torch_dtype": dtype}
+    content.pop("dtype", None)
+
+    def write(aside: Path) -> None:
+        write_json(aside / CONFIG, content)
+        if model.can_generate():
+            model.generation_config.save_pretrained(aside)
+        save_weights(aside, tensors, max_shard_size)
+
+    write_folder(Path(folder), write)
+
+
+def translate_state_dict(model: PreTrainedModel, state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """A state dict with the files' names brought to the model's, tied tensors in both their places.
+
+    A name that neither knows stays, for `load_state_dict` to report.
+    """
+    own = model.state_dict().keys()
+    moves, unknown, _ = plan(FORMATS[model.config.model_type].table(model.config), [name for name in state_dict if name not in own])
+    translated = {name: tensor for name, tensor in state_dict.items() if name in own or name in unknown}
+    for move in moves:
+        given = {name: state_dict[name] for name in move.theirs if name is not None}
+        whole = len(given) == len(move.theirs)
+        translated |= zip(move.ours, move.row.read(list(given.values())), strict=True) if whole else given
+    tied = model.get_expanded_tied_weights_keys()
+    return {name: translated[other] for name, other in tied.items() if other in translated} | translated
