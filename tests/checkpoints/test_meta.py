@@ -8,6 +8,7 @@ import zipfile
 
 import pytest
 import torch
+from transformers import LlamaForCausalLM
 
 import meta_reference
 from mllama import MllamaForConditionalGeneration
@@ -78,6 +79,129 @@ def test_writes_what_it_read(tmp_path, params):
     written = to_file(meta.text_table(model.config), model.state_dict())
     assert written.keys() == reference.state_dict().keys()
     assert all(torch.equal(written[name], tensor) for name, tensor in reference.state_dict().items())
+
+
+def test_saved_folder_is_hugging_faces(tmp_path):
+    reference = text_reference(PARAMS["grouped"])
+    model = MllamaForConditionalGeneration.from_pretrained(write(tmp_path / "meta", reference, PARAMS["grouped"], 2), dtype="bfloat16")
+    model.save_pretrained(tmp_path / "saved")
+    stock = LlamaForCausalLM.from_pretrained(tmp_path / "saved", dtype="float32")
+    tokens = torch.randint(0, 520, (1, 12))
+    with torch.no_grad():
+        assert close(stock(tokens).logits, model.float()(input_ids=tokens).logits)
+    assert stock.generation_config.eos_token_id == [265, 272, 273] and stock.config.bos_token_id == 264
+
+
+VISION_PARAMS = PARAMS["grouped"] | {
+    "n_layers": 5,
+    "vision_chunk_size": 28,
+    "vision_max_num_chunks": 4,
+    "vision_num_cross_attention_layers": 2,
+}
+TOWER = {"width": 32, "layers": 4, "heads": 2, "n_global_layers": 2, "return_intermediate": [1, 3]}
+
+
+@pytest.fixture
+def small_tower(monkeypatch):
+    """Another tower than the released one, in place of the constants."""
+    changed = {
+        "hidden_size": TOWER["width"],
+        "intermediate_size": 4 * TOWER["width"],
+        "num_hidden_layers": TOWER["layers"],
+        "num_global_layers": TOWER["n_global_layers"],
+        "attention_heads": TOWER["heads"],
+        "intermediate_layers_indices": TOWER["return_intermediate"],
+    }
+    monkeypatch.setattr(meta, "VISION", meta.VISION | changed)
+
+
+def vision_reference(**changed) -> torch.nn.Module:
+    return randomise(meta_reference.vision_model(VISION_PARAMS | changed | {"max_seq_len": 16}, **TOWER)).eval()
+
+
+def pictures_seen(model: MllamaForConditionalGeneration, reference: torch.nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits of ours and of the reference for text, a picture of two tiles, and more text."""
+    size = model.config.vision_config.image_size
+    tokens = torch.randint(0, 500, (1, 12))
+    tokens[0, 3] = model.config.image_token_index
+    images = torch.randn(1, 1, 4, 3, size, size)
+    images[:, :, 2:] = 0
+    filled = torch.tensor([[[1, 1, 0, 0]]])
+    mask = torch.zeros(1, 12, 1, 4, dtype=torch.long)
+    mask[0, 3:] = filled[0]
+    with torch.no_grad():
+        ours = model(tokens, images, aspect_ratio_ids=torch.tensor([[5]]), aspect_ratio_mask=filled, cross_attention_mask=mask).logits
+        theirs = meta_reference.vision_logits(reference, tokens, images, torch.tensor([[[2, 1]]]), [[[3, -1]]])[1]
+    return ours, theirs
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_vision_logits_equal_metas(tmp_path, small_tower, count):
+    reference = vision_reference()
+    model = MllamaForConditionalGeneration.from_pretrained(write(tmp_path / "meta", reference, VISION_PARAMS, count))
+    assert model.config.text_config.cross_attention_layers == [1, 5] and model.config.image_token_index == 520
+    assert close(*pictures_seen(model, reference))
+    model.save_pretrained(tmp_path / "saved")
+    again = MllamaForConditionalGeneration.from_pretrained(tmp_path / "saved").state_dict()
+    assert all(torch.equal(again[name], tensor) for name, tensor in model.state_dict().items())
+
+
+def test_positions_for_other_tiles_are_interpolated(tmp_path, small_tower):
+    """The shards have positions for tiles of 28 pixels and are used with 56, as Meta's code loads them."""
+    weights = vision_reference().state_dict()
+    params = VISION_PARAMS | {"vision_chunk_size": 56}
+    reference = vision_reference(**params)
+    reference.load_state_dict(dict(weights))
+    write(tmp_path / "meta", reference, params)
+    torch.save(weights, tmp_path / "meta" / "consolidated.00.pth")
+    model = MllamaForConditionalGeneration.from_pretrained(tmp_path / "meta")
+    assert close(*pictures_seen(model, reference))
+
+    (tmp_path / "meta" / "params.json").write_text(json.dumps(VISION_PARAMS | {"vision_chunk_size": 560}))
+    with pytest.raises(ValueError, match="vision_chunk_size 560 makes 1600 patches; the shards have positions for 4"):
+        MllamaForConditionalGeneration.from_pretrained(tmp_path / "meta")
+
+
+def test_vision_writes_what_it_read(tmp_path, small_tower):
+    reference = vision_reference()
+    model = MllamaForConditionalGeneration.from_pretrained(write(tmp_path / "meta", reference, VISION_PARAMS))
+    written = to_file(meta.vision_table(model.config), model.state_dict())
+    original = reference.state_dict()
+    assert written.keys() == original.keys()
+    for name, tensor in original.items():
+        if name.endswith(("gated_positional_embedding", "tile_pos_embed.embedding")):  # no picture has these tiles
+            tensor = tensor.clone()
+            tensor[1, 2:] = tensor[2, 1:] = tensor[3, 1:] = 0
+        assert torch.equal(written[name], tensor), name
+
+    with torch.no_grad():  # tile 0 of one aspect ratio alone
+        model.vision_tower.pre_tile_positional_embedding.embedding.weight[1, 0] += 1
+    with pytest.raises(ValueError, match="Meta's layout cannot hold that"):
+        to_file(meta.vision_table(model.config), model.state_dict())
+
+
+def test_tower_that_is_not_the_released_one(tmp_path):
+    with pytest.raises(ValueError) as raised:
+        MllamaForConditionalGeneration.from_pretrained(write(tmp_path / "meta", vision_reference(), VISION_PARAMS))
+    for wrong in (
+        "conv1._linear.weight is [32, 588], not [1280, 588]",
+        "there are 4 vision_model.vision_encoder.transformer.resblocks, not 32",
+    ):
+        assert wrong in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("params", "error"),
+    [
+        ({"vision_chunk_size": 13}, "vision_chunk_size 13 makes 0 patches"),
+        ({"vision_max_num_chunks": 10**9}, "gated_positional_embedding is [4, 4, 5, 32], not [1000000000, 1000000000, any, 32]"),
+        ({"vision_num_cross_attention_layers": 3}, "there are 2 text_model.cross_attention_layers, not 3"),
+        ({"vision_num_cross_attention_layers": 10**9}, "there are 2 text_model.cross_attention_layers, not 5"),
+    ],
+)
+def test_vision_params_that_cannot_be(tmp_path, small_tower, params, error):
+    with pytest.raises(ValueError, match=re.escape(error)):
+        MllamaForConditionalGeneration.from_pretrained(write(tmp_path / "meta", vision_reference(), VISION_PARAMS | params))
 
 
 # A small folder without Meta's code: what is refused is the same.
