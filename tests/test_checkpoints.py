@@ -3,6 +3,7 @@
 import json
 import pickle
 import stat
+import sys
 
 import pytest
 import torch
@@ -378,7 +379,13 @@ def test_a_missing_shard_is_a_missing_file(sharded):
         (ValueError, "dtype must be", {"dtype": "int8"}),
         (ValueError, "dtype must be", {"dtype": torch.float64}),
         (ValueError, "dtype must be", {"dtype": 16}),
-        (ValueError, "device_map", {"device_map": {"vision_tower": "cpu", "language_model": "cpu"}}),
+        (
+            ValueError,
+            "no device for multi_modal_projector",
+            {"device_map": {"vision_tower": "cpu", "language_model": "cpu", "lm_head": "cpu"}},
+        ),
+        (ValueError, "the_tower", {"device_map": {"the_tower": "cpu", "": "cpu"}}),
+        (ValueError, "disk", {"device_map": {"vision_tower": "disk", "": "cpu"}}),
         (ValueError, "'gpu' is not a device", {"device_map": "gpu"}),
         (TypeError, "ignore_mismatched_size", {"ignore_mismatched_sizes": True}),
     ],
@@ -513,11 +520,26 @@ def test_a_config_of_another_kind_is_a_type_error(config, saved):
         MllamaForConditionalGeneration.from_pretrained(saved[0], config=config)
 
 
-@pytest.mark.parametrize("options", [{"variant": "fp16"}, {"safe_serialization": False}])
-def test_options_that_a_save_cannot_follow_are_refused(options, tmp_path):
-    with pytest.raises(ValueError, match=next(iter(options))):
+@pytest.mark.parametrize(
+    ("error", "options"),
+    [
+        (ValueError, {"variant": "fp16"}),
+        (ValueError, {"safe_serialization": False}),
+        (ValueError, {"distributed_checkpoint": True}),
+        (TypeError, {"max_shard": "1GB"}),
+    ],
+)
+def test_options_that_a_save_cannot_follow_are_refused(error, options, tmp_path):
+    with pytest.raises(error, match=next(iter(options))):
         twins.model().save_pretrained(tmp_path / "model", **options)
     assert not (tmp_path / "model").exists()
+
+
+def test_options_that_others_pass_are_taken(tmp_path):
+    twins.model().save_pretrained(
+        tmp_path, save_function=torch.save, safe_serialization=True, save_peft_format=True, save_original_format=True, token=None
+    )
+    MllamaForConditionalGeneration.from_pretrained(tmp_path)
 
 
 def test_a_state_dict_that_is_not_the_whole_model_is_refused(tmp_path):
@@ -558,3 +580,40 @@ def test_the_table_is_invertible():
         assert move.ours == [name] and not unknown and not twice
     with pytest.raises(ValueError, match="no place"):
         engine.file_names(llava.TABLE, "surprise")
+
+
+PARTS = ("vision_tower", "multi_modal_projector", "language_model.embed_tokens", "language_model", "lm_head")
+
+
+def test_a_map_of_devices_goes_to_accelerate(saved):
+    pytest.importorskip("accelerate")
+    folder, model = saved
+    loaded = MllamaForConditionalGeneration.from_pretrained(folder, device_map=dict.fromkeys(PARTS, "cpu"))
+    assert loaded.hf_device_map == dict.fromkeys(PARTS, "cpu") and torch.equal(logits(loaded), logits(model))
+
+
+@pytest.mark.parametrize("device_map", ["auto", "balanced", "sequential", {"": "cpu"}, torch.device("cpu"), None])
+def test_one_device_needs_no_accelerate(device_map, saved, monkeypatch):
+    monkeypatch.setitem(sys.modules, "accelerate", None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    folder, model = saved
+    assert torch.equal(logits(MllamaForConditionalGeneration.from_pretrained(folder, device_map=device_map)), logits(model))
+    with pytest.raises(ImportError, match="accelerate"):
+        MllamaForConditionalGeneration.from_pretrained(folder, device_map=dict.fromkeys(PARTS, "cpu"))
+
+
+def test_accelerates_plans_are_asked_for(saved, monkeypatch):
+    accelerate = pytest.importorskip("accelerate")
+    asked = []
+
+    def infer(model, max_memory, dtype, no_split_module_classes):
+        asked.append(no_split_module_classes)
+        return dict.fromkeys(PARTS, "cpu")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(accelerate, "infer_auto_device_map", infer)
+    folder, model = saved
+    for plan in ("auto", "balanced", "balanced_low_0", "sequential"):
+        loaded = MllamaForConditionalGeneration.from_pretrained(folder, device_map=plan)
+        assert loaded.hf_device_map == dict.fromkeys(PARTS, "cpu") and torch.equal(logits(loaded), logits(model))
+    assert len(asked) == 4 and "DecoderLayer" in asked[0]

@@ -2,7 +2,6 @@
 
 import copy
 import os
-from pathlib import Path
 
 import torch
 from transformers import PretrainedConfig
@@ -38,7 +37,8 @@ class PretrainedMixin:
                 Gemma, SigLIP, or our own format), a folder with Meta's own files, a GGUF file, or the id of a model on the hub.
             config: takes the place of the folder's.
             dtype: "auto" (the default) is the files' own; or float32, bfloat16, float16. `torch_dtype` is its older name.
-            device_map: a device, or what accelerate takes to spread a model over several: "auto", or {module: device}. The CPU by default.
+            device_map: a device; or what accelerate takes to spread a model over several: "auto", "balanced", "balanced_low_0",
+                "sequential", or {module: device}. The CPU by default.
             subfolder: the model's place inside the folder.
             kwargs: `reference` of a model with cross-attention; the hub's options (`revision`, `cache_dir`, `token`, `local_files_only`,
                 `force_download`); the further ones transformers has for them are taken and change nothing.
@@ -48,24 +48,18 @@ class PretrainedMixin:
             ValueError: an unknown `model_type`, a broken file, or weights that do not fit: every missing and unexpected tensor, and every
                 wrong shape, in one error. A `subfolder` outside the folder.
             TypeError: an option that is not known, a config of another kind.
+            ImportError: a model to be spread over devices, without accelerate.
         """
         from mllama.checkpoints import load_model
+        from mllama.checkpoints.hub import find_folder
 
         if dtype is None:
             dtype = kwargs.pop("torch_dtype", None) or "auto"
-        inner = Path(subfolder or "")
-        if inner.is_absolute() or ".." in inner.parts:
-            raise ValueError(f"subfolder must lie inside the model folder, got {str(subfolder)!r}")
-        if isinstance(device_map, dict):
-            if list(device_map) != [""]:
-                raise ValueError(f"device_map must name one device for the whole model, got {device_map!r}")
-            device_map = device_map[""]
-        if device_map == "auto":
-            device_map = "cuda" if torch.cuda.is_available() else "cpu"
         own = {name: kwargs.pop(name) for name in cls.load_options & kwargs.keys()}
-        if unknown := sorted(kwargs.keys() - _HUB_OPTIONS):
+        if unknown := sorted(kwargs.keys() - HUB_OPTIONS - _PASSED_OVER):
             raise TypeError(f"from_pretrained got options it does not know: {', '.join(unknown)}")
-        folder = Path(pretrained_model_name_or_path) / inner
+        options = {name: value for name, value in kwargs.items() if name in HUB_OPTIONS and value is not None}
+        folder = find_folder(pretrained_model_name_or_path, subfolder, **options)
         return load_model(cls, folder, config, dtype, "cpu" if device_map is None else device_map, **own)
 
     load_options: frozenset[str] = frozenset()  # arguments of the class's constructor that from_pretrained passes on
@@ -90,21 +84,25 @@ class PretrainedMixin:
             state_dict: takes the place of the model's own; it must have all of its names.
             push_to_hub: afterwards upload the folder, to `repo_id` (the folder's name by default).
             max_shard_size: bytes of one weight file, or text as "5GB"; more is written as shards and an index.
+            kwargs: the further options of transformers' method and of its `push_to_hub`.
 
         Raises:
-            ValueError: a `state_dict` that is not the whole model; `variant` or `safe_serialization=False`, which would change what is
-                written and are not supported.
+            ValueError: a `state_dict` that is not the whole model; `variant`, `distributed_checkpoint` or `safe_serialization=False`,
+                which would change what is written and are not supported.
+            TypeError: an option that is not known.
         """
         from mllama.checkpoints import save_model
 
-        if kwargs.get("variant") is not None:
-            raise ValueError(f"variant is not supported: weights have one name; got {kwargs['variant']!r}")
-        if not kwargs.get("safe_serialization", True):
-            raise ValueError("safe_serialization must be True: weights are written as safetensors only")
+        if unknown := sorted(kwargs.keys() - _PUSH_OPTIONS - _SAVE_PASSED_OVER - _SAVE_FIXED.keys()):
+            raise TypeError(f"save_pretrained got options it does not know: {', '.join(unknown)}")
+        for name, value in _SAVE_FIXED.items():
+            if kwargs.get(name, value) != value:
+                raise ValueError(f"{name} must be {value}: weights are written whole, as safetensors, under one name; got {kwargs[name]!r}")
         if is_main_process:
             save_model(self, save_directory, state_dict, max_shard_size)
             if push_to_hub:
-                self.push_to_hub(kwargs.pop("repo_id", os.path.basename(os.path.abspath(save_directory))), token=kwargs.get("token"))
+                push = {name: value for name, value in kwargs.items() if name in _PUSH_OPTIONS}
+                self.push_to_hub(**{"repo_id": os.path.basename(os.path.abspath(save_directory))} | push)
 
     def load_state_dict(self, state_dict: dict[str, torch.Tensor], strict: bool = True, assign: bool = False):
         """As torch's; takes the names that weight files use too, whole or shard by shard with `strict=False`."""
@@ -116,17 +114,19 @@ class PretrainedMixin:
         return report
 
 
-_HUB_OPTIONS = {
+# Of transformers: where and how to find a model on the hub; and what changes nothing here.
+HUB_OPTIONS = {"cache_dir", "force_download", "local_files_only", "revision", "token"}
+_PASSED_OVER = {
     "_from_auto",
     "adapter_kwargs",
-    "cache_dir",
     "code_revision",
-    "force_download",
-    "local_files_only",
     "low_cpu_mem_usage",
-    "revision",
-    "token",
     "trust_remote_code",
     "use_safetensors",
     "weights_only",
 }
+_PUSH_OPTIONS = {"commit_description", "commit_message", "create_pr", "private", "repo_id", "revision", "tags", "token"}
+# What transformers, Trainer, PEFT and accelerate pass; the files are the same either way.
+_SAVE_PASSED_OVER = {"save_function", "save_original_format", "save_peft_format"}
+# What would change the files in ways that are not supported: its only value.
+_SAVE_FIXED = {"variant": None, "safe_serialization": True, "distributed_checkpoint": False}
