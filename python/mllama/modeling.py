@@ -14,6 +14,8 @@ from mllama.fusion.cross_attention import CrossAttentionContext, CrossAttentionD
 from mllama.fusion.merge import find_placeholder, merge
 from mllama.fusion.projector import LinearProjector, MultiModalProjector
 from mllama.generation import MllamaGenerationMixin
+from mllama.inputs import check_ids, check_range, rows_of_mask
+from mllama.loss import next_token_loss
 from mllama.nn.norm import RMSNorm
 from mllama.pretrained import PretrainedMixin, own_config
 from mllama.text.cache import check_cache, past_length, place_cross_layers
@@ -254,7 +256,7 @@ class MllamaForConditionalGeneration(PretrainedMixin, MllamaGenerationMixin, Pre
         filled = past_key_values is not None and int(past_key_values.get_seq_length()) > 0
 
         if input_ids is not None:
-            _check_ids(input_ids)
+            check_ids(input_ids)
             if attention_mask is not None and attention_mask.shape[0] != input_ids.shape[0]:
                 raise ValueError(f"attention_mask must have {input_ids.shape[0]} rows, as input_ids, got {attention_mask.shape[0]}")
         if pixel_values is not None and image_features is not None:
@@ -292,7 +294,15 @@ class MllamaForConditionalGeneration(PretrainedMixin, MllamaGenerationMixin, Pre
         logits = self.lm_head(slice_logits_to_keep(decoded.last_hidden_state, logits_to_keep))
         loss = None
         if labels is not None:
-            loss = self._loss(logits, labels, seen.embeds.shape[:2], attention_mask, seen.placeholders, kwargs.get("num_items_in_batch"))
+            loss = next_token_loss(
+                logits,
+                labels,
+                seen.embeds.shape[:2],
+                attention_mask,
+                seen.placeholders,
+                getattr(config, "ignore_index", -100),
+                kwargs.get("num_items_in_batch"),
+            )
 
         output = MllamaOutput(
             loss=loss,
@@ -356,7 +366,7 @@ class MllamaForConditionalGeneration(PretrainedMixin, MllamaGenerationMixin, Pre
         cached = 0
         if past_key_values is not None:
             cached = place_cross_layers(past_key_values, self.plan.text.cross_attention_layers, self.plan.text.num_hidden_layers)
-        mask = _rows_of_mask(cross_attention_mask, inputs_embeds.shape[:2], past_length(past_key_values))
+        mask = rows_of_mask(cross_attention_mask, inputs_embeds.shape[:2], past_length(past_key_values))
         cross = cross_context(image_features, mask, self.vision_tower.tokens_per_tile, self.reference, cached=cached)
         return _Seen(inputs_embeds, placeholders, image_features, attentions, cross)
 
@@ -400,44 +410,8 @@ class MllamaForConditionalGeneration(PretrainedMixin, MllamaGenerationMixin, Pre
         """[B, T, hidden]: looked-up ids. Placeholders, which may lie outside the vocabulary, are not."""
         if placeholders is not None:
             input_ids = input_ids.masked_fill(placeholders, 0)
-        _check_range(input_ids, self.get_input_embeddings().num_embeddings)
+        check_range(input_ids, self.get_input_embeddings().num_embeddings)
         return self.language_model.embed(input_ids)
-
-    def _loss(
-        self,
-        logits: torch.Tensor,
-        labels: torch.Tensor,
-        shape: torch.Size,
-        attention_mask: torch.Tensor | None,
-        placeholders: torch.Tensor | None,
-        num_items_in_batch: int | torch.Tensor | None,
-    ) -> torch.Tensor:
-        """Next-token cross entropy in float32: mean over the trained positions, or their sum over `num_items_in_batch`."""
-        ignored = self.config.ignore_index
-        if not isinstance(labels, torch.Tensor) or labels.is_floating_point() or labels.dtype == torch.bool:
-            raise TypeError(f"labels must be an integer torch.Tensor, got {getattr(labels, 'dtype', type(labels).__name__)}")
-        if labels.shape != shape:
-            raise ValueError(f"labels must be {list(shape)}, one per token, got {list(labels.shape)}")
-        if logits.shape[:2] != shape:
-            raise ValueError("labels need the logits of every position; leave logits_to_keep at 0")
-        labels = labels.to(logits.device, torch.long)
-        if placeholders is not None:
-            labels = labels.masked_fill(placeholders, ignored)
-        labels = labels[:, 1:]
-        if attention_mask is not None:  # a padded position is neither a target nor a place to predict from
-            seen = attention_mask[:, -shape[1] :] != 0
-            labels = labels.masked_fill(~(seen[:, 1:] & seen[:, :-1]), ignored)
-        trained = labels != ignored
-        vocabulary = logits.shape[-1]
-        if not torch.compiler.is_compiling() and bool((trained & ((labels < 0) | (labels >= vocabulary))).any()):
-            raise ValueError(
-                f"labels must be {ignored} or within the vocabulary (0 to {vocabulary - 1}), got {labels.min()} to {labels.max()}"
-            )
-        total = nn.functional.cross_entropy(
-            logits[:, :-1].reshape(-1, vocabulary).float(), labels.reshape(-1), ignore_index=ignored, reduction="sum"
-        )
-        count = trained.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
-        return total / (count.to(total.device) if isinstance(count, torch.Tensor) else count)
 
 
 @dataclass
@@ -454,41 +428,11 @@ class _Seen:
 _TOWERS = {"siglip": SiglipVisionTower, "clip": ClipVisionTower, "tiled": TiledVisionTower}
 
 
-def _rows_of_mask(mask: torch.Tensor | None, shape: torch.Size, past: int | torch.Tensor) -> torch.Tensor | None:
-    """The rows of a cross-attention mask for the new tokens: all of them, or those after the cached ones, the last repeated."""
-    if mask is None:
-        return None
-    if not isinstance(mask, torch.Tensor):
-        raise TypeError(f"cross_attention_mask must be a torch.Tensor, got {type(mask).__name__}")
-    if mask.dim() != 4 or mask.shape[0] != shape[0] or mask.shape[1] == 0:
-        raise ValueError(f"cross_attention_mask must be [{shape[0]}, tokens, pictures, tiles], got {list(mask.shape)}")
-    if mask.shape[1] == shape[1]:
-        return mask
-    rows = torch.arange(shape[1], device=mask.device) + past
-    return mask[:, rows.clamp(max=mask.shape[1] - 1)]
-
-
 def _projector(plan: Composition) -> nn.Module:
     features, inner, text = plan.projector_sizes
     if plan.projector == "linear":
         return LinearProjector(features, text)
     return MultiModalProjector(features, inner, text, plan.projector_act, plan.projector_bias)
-
-
-def _check_ids(input_ids: torch.Tensor) -> None:
-    if not isinstance(input_ids, torch.Tensor) or input_ids.dtype not in (torch.int64, torch.int32):
-        raise TypeError(f"input_ids must be an int64 or int32 torch.Tensor, got {getattr(input_ids, 'dtype', type(input_ids).__name__)}")
-    if input_ids.dim() != 2 or input_ids.shape[1] == 0:
-        raise ValueError(f"input_ids must be [batch, tokens] with at least one token, got {list(input_ids.shape)}")
-
-
-def _check_range(input_ids: torch.Tensor, vocabulary: int) -> None:
-    """An id outside the embedding matrix is an IndexError on every device, instead of a device-side assertion on some."""
-    if torch.compiler.is_compiling() or input_ids.numel() == 0 or input_ids.is_meta:
-        return
-    low, high = (int(bound) for bound in input_ids.aminmax())
-    if low < 0 or high >= vocabulary:
-        raise IndexError(f"input_ids must lie within the vocabulary (0 to {vocabulary - 1}), got {low} to {high}")
 
 
 # The mapping is by class, but refuses a class whose name one of transformers' own bears; theirs stays what it was.

@@ -1,0 +1,34 @@
+"""What `forward` is given: checks of ids, and what a mask over pictures comes down to."""
+
+import torch
+
+
+def rows_of_mask(mask: torch.Tensor | None, shape: torch.Size, past: int | torch.Tensor) -> torch.Tensor | None:
+    """The rows of a cross-attention mask for the new tokens: all of them, or those after the cached ones, the last repeated."""
+    if mask is None:
+        return None
+    if not isinstance(mask, torch.Tensor):
+        raise TypeError(f"cross_attention_mask must be a torch.Tensor, got {type(mask).__name__}")
+    if mask.dim() != 4 or mask.shape[0] != shape[0] or mask.shape[1] == 0:
+        raise ValueError(f"cross_attention_mask must be [{shape[0]}, tokens, pictures, tiles], got {list(mask.shape)}")
+    if mask.shape[1] == shape[1]:
+        return mask
+    rows = torch.arange(shape[1], device=mask.device) + past
+    return mask[:, rows.clamp(max=mask.shape[1] - 1)]
+
+
+def check_ids(input_ids: torch.Tensor) -> None:
+    """Raise TypeError unless they are integers, ValueError unless they are [B, T] with a token."""
+    if not isinstance(input_ids, torch.Tensor) or input_ids.dtype not in (torch.int64, torch.int32):
+        raise TypeError(f"input_ids must be an int64 or int32 torch.Tensor, got {getattr(input_ids, 'dtype', type(input_ids).__name__)}")
+    if input_ids.dim() != 2 or input_ids.shape[1] == 0:
+        raise ValueError(f"input_ids must be [batch, tokens] with at least one token, got {list(input_ids.shape)}")
+
+
+def check_range(input_ids: torch.Tensor, vocabulary: int) -> None:
+    """An id outside the embedding matrix is an IndexError on every device, instead of a device-side assertion on some."""
+    if torch.compiler.is_compiling() or input_ids.numel() == 0 or input_ids.is_meta:
+        return
+    low, high = (int(bound) for bound in input_ids.aminmax())
+    if low < 0 or high >= vocabulary:
+        raise IndexError(f"input_ids must lie within the vocabulary (0 to {vocabulary - 1}), got {low} to {high}")
