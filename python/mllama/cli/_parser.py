@@ -12,6 +12,7 @@ SIZES = {
     "11B": "meta-llama/Llama-3.2-11B-Vision-Instruct",
 }
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+GGUF_DTYPES = ("f16", "bf16", "q8_0")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -27,7 +28,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="mllama", description="Vision-language models of the Llama family: ask, chat, inspect, verify.", epilog=whole)
     parser.add_argument("--version", action="version", version=f"mllama {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for add in (_add_ask, _add_chat, _add_inspect, _add_info):
+    for add in (_add_ask, _add_chat, _add_convert, _add_inspect, _add_info):
         add(commands)
     return parser
 
@@ -71,6 +72,21 @@ def _add_download(commands) -> None:
     parser = _command(commands, "download", "fetch a model's config, tokenizer and weights from the hub into a folder")
     parser.add_argument("id", metavar="ID", help="as meta-llama/Llama-3.2-1B-Instruct")
     parser.add_argument("folder", metavar="DIR", help="made if absent")
+
+
+def _add_convert(commands) -> None:
+    parser = _command(commands, "convert", "write a model, with its tokenizer or processor, in another format")
+    parser.add_argument("source", metavar="IN", help="a folder of Hugging Face's or Meta's files, a GGUF file or an id on the hub")
+    parser.add_argument("target", metavar="OUT", help="a folder, for --to gguf a file; made whole or not at all")
+    parser.add_argument(
+        "--to",
+        required=True,
+        choices=("hf", "llava", "gguf"),
+        help="hf: the family's own folder; llava: the same, refused for what is no LLaVA; gguf: the decoder, for llama.cpp",
+    )
+    kinds = f"of a folder {', '.join(DTYPES)} (default: auto, as in IN); of gguf {', '.join(GGUF_DTYPES)} (default: f16)"
+    parser.add_argument("--dtype", choices=(*DTYPES, *GGUF_DTYPES), metavar="TYPE", help=kinds)
+    parser.add_argument("--force", action="store_true", help="write over OUT; in a folder, other files stay")
 
 
 def _add_inspect(commands) -> None:

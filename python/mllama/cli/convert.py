@@ -1,0 +1,90 @@
+"""`mllama convert IN OUT`: a model with its tokenizer or processor from one format to another."""
+
+import argparse
+import sys
+import warnings
+from pathlib import Path
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.processing_utils import ProcessorMixin
+
+from mllama._device import dtype_name
+from mllama.api import model_class
+from mllama.checkpoints import open_checkpoint
+from mllama.checkpoints.files import write_folder
+from mllama.checkpoints.hub import find_folder
+from mllama.checkpoints.models import load_opened
+from mllama.checkpoints.siglip_llama import written_as
+from mllama.cli._parser import DTYPES, GGUF_DTYPES
+from mllama.processing.auto import load_processor
+
+_LLAVA = (
+    "That takes a tower whose features are read before its final norm, a projector as wide inside as the Llama decoder,"
+    " and a placeholder within the vocabulary"
+)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Convert, and say what was written."""
+    target, to_gguf = Path(arguments.target), arguments.to == "gguf"
+    kinds = GGUF_DTYPES if to_gguf else DTYPES
+    dtype = arguments.dtype or kinds[0]
+    if dtype not in kinds:
+        raise ValueError(f"--to {arguments.to} takes --dtype {', '.join(kinds)}, got {dtype}")
+    _check_free(target, to_gguf, arguments.force)
+    source = find_folder(arguments.source)
+    with (opened := open_checkpoint(source)).source:
+        kind = written_as(opened.config).model_type
+        if arguments.to == "llava" and kind != "llava":
+            raise ValueError(f"{source} holds a {kind}, which cannot be written as LLaVA. {_LLAVA}")
+        model, _ = load_opened(model_class(opened.config), opened, "auto" if to_gguf else dtype)
+    processor = _processor(source, required=to_gguf)
+    if to_gguf:
+        _write_gguf(model, processor, target, dtype)
+        print(f"{target}: the decoder of a {kind} in {dtype}")
+    else:
+        _write_folder(model, processor, target)
+        print(f"{target}: a {kind} in {dtype_name(model.dtype)}")
+
+
+def _check_free(target: Path, to_gguf: bool, force: bool) -> None:
+    """Before anything is read: nothing is overwritten that was not to be."""
+    if to_gguf and target.suffix != ".gguf":
+        raise ValueError(f"OUT must be a file that ends in .gguf, got {target}")
+    if target.exists() and target.is_dir() == to_gguf:
+        raise ValueError(f"OUT must be a {'file' if to_gguf else 'folder'}, and {target} is none")
+    if not force and target.exists() and (to_gguf or any(target.iterdir())):
+        raise FileExistsError(f"{target} exists{'' if to_gguf else ' and is not empty'}; --force writes over it")
+
+
+def _processor(source: Path, required: bool):
+    """What stands before the model; None, which is told, for a source without it."""
+    try:
+        return load_processor(source)
+    except FileNotFoundError as error:
+        if required:
+            raise
+        print(f"mllama: no tokenizer or processor is written: {error}", file=sys.stderr)
+        return None
+
+
+def _write_folder(model: PreTrainedModel, processor, target: Path) -> None:
+    def write(aside: Path) -> None:
+        model.save_pretrained(aside)
+        if processor is not None:
+            processor.save_pretrained(aside)
+
+    write_folder(target, write)
+
+
+def _write_gguf(model: PreTrainedModel, processor, target: Path, dtype: str) -> None:
+    from mllama.checkpoints.gguf_writer import save_gguf  # here, since its library is an optional dependency
+
+    tokenizer = processor.tokenizer if isinstance(processor, ProcessorMixin) else processor
+    if not isinstance(tokenizer, PreTrainedTokenizerBase):
+        raise ValueError("a SigLIP vision model has no decoder to write as GGUF")
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always", UserWarning)
+        save_gguf(model, tokenizer, target, dtype)
+    for warning in told:
+        print(f"mllama: {warning.message}", file=sys.stderr)
