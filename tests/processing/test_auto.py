@@ -96,7 +96,7 @@ def test_older_folders_by_model_type(make, make_llama_tokenizer, make_tokenizer,
 
 @pytest.mark.parametrize("name", ["Qwen2VLProcessor", "CLIPProcessor", "os.system", 5, ["LlavaProcessor"]])
 def test_refuses_other_families(tmp_path, name):
-    (tmp_path / "processor_config.json").write_text(json.dumps({"processor_class": name, "image_processor": {}}))
+    (tmp_path / "processor_config.json").write_text(json.dumps({"processor_class": name, "image_processor": {"do_resize": True}}))
     with pytest.raises(ValueError, match="what is read is LlavaProcessor, MllamaProcessor, PaliGemmaProcessor, SiglipProcessor"):
         load_processor(tmp_path)
     (tmp_path / "processor_config.json").unlink()
@@ -154,6 +154,15 @@ def test_code_of_a_folder_is_not_run(make, tmp_path):
     (tmp_path / "evil.py").write_text("raise SystemExit('run')")
     with pytest.raises(ValueError):
         load_processor(tmp_path)
+
+
+def test_nothing_is_loaded_from_elsewhere(make, monkeypatch, tmp_path):
+    make("mllama").save_pretrained(tmp_path / "model")
+    settings = json.loads((tmp_path / "model" / "processor_config.json").read_text())
+    settings["audio_tokenizer"] = {"audio_tokenizer_class": "DacModel", "audio_tokenizer_name_or_path": str(tmp_path / "elsewhere")}
+    (tmp_path / "model" / "processor_config.json").write_text(json.dumps(settings))
+    (tmp_path / "model" / "audio_tokenizer_config.json").write_text(json.dumps(settings["audio_tokenizer"]))
+    assert not hasattr(load_processor(tmp_path / "model"), "audio_tokenizer")
 
 
 def test_missing(tmp_path):

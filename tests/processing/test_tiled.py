@@ -283,6 +283,12 @@ def test_bad_calls(ours, noise, text, images, error, match):
         ours(images=images, text=text)
 
 
+def test_no_other_media(ours):
+    for name in ("videos", "audio"):
+        with pytest.raises(TypeError, match="no videos and no audio"):
+            ours(text="a", **{name: [1]})
+
+
 def test_stock_refuses_the_flat_list_alike(ours, stock, noise):
     errors = []
     for processor in (ours, stock):

@@ -1,6 +1,5 @@
 """The processor of any model folder, and conversations to model inputs by any processor."""
 
-import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -9,7 +8,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.feature_extraction_utils import BatchFeature
 from transformers.processing_utils import ProcessorMixin
 
-from mllama.processing.folders import load_tokenizer, read_settings
+from mllama.processing.folders import load_tokenizer, read_object, read_settings
 from mllama.processing.paligemma import PaliGemmaProcessor
 from mllama.processing.processor import MllamaImageProcessor
 from mllama.processing.square import SquareImageProcessor
@@ -134,11 +133,8 @@ def _processor_class(folder: Path) -> type | None:
         if name not in _BY_CLASS:
             raise ValueError(f"{folder} holds a {name}; what is read is {', '.join(_BY_CLASS)}")
         return _BY_CLASS[name]
-    try:
-        model_type = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
-    except FileNotFoundError:
-        model_type = None
-    if model_type in _BY_MODEL:
+    model_type = read_object(folder, "config.json").get("model_type")
+    if isinstance(model_type, str) and model_type in _BY_MODEL:
         return _BY_MODEL[model_type]
     if not pictures:
         return None

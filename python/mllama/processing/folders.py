@@ -1,32 +1,38 @@
 """Processors on disk: what a folder says, and writing one without leaving half a file."""
 
+import json
 import os
 import tempfile
 from pathlib import Path
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
-from transformers.image_processing_base import ImageProcessingMixin
 from transformers.processing_utils import ProcessorMixin
+from transformers.utils import cached_file
 
 
 def read_settings(where: str | os.PathLike, **kwargs) -> tuple[dict, dict]:
     """Return what a folder (or hub id) says of its processor and of its image processor.
 
-    The first is processor_config.json, with the chat template, and empty where there is none; the second is its "image_processor", or
-    preprocessor_config.json.
+    The first is processor_config.json, with the template of an older chat_template.json, and empty where there is neither (tokenizers read
+    chat_template.jinja); the second is its "image_processor", or preprocessor_config.json. Files are read here, not by transformers: it
+    would load an audio tokenizer from wherever they say.
+
+    Args:
+        kwargs: of transformers' loading (revision, subfolder, local_files_only ...).
 
     Raises:
-        OSError: there are no such files.
+        FileNotFoundError: there is no image processor's file.
         ValueError: a file that is no JSON object.
     """
-    try:
-        processor, _ = ProcessorMixin.get_processor_dict(where, **kwargs)
-        pictures, _ = ImageProcessingMixin.get_image_processor_dict(where, **kwargs)
-    except (AttributeError, TypeError, UnicodeError, RecursionError) as error:  # from reading what is JSON, but no object
-        raise ValueError(f"{where}: the processor's files cannot be read: {error}") from error
-    for settings in (processor, pictures):
-        if not isinstance(settings, dict):
-            raise ValueError(f"{where}: the processor's files must hold JSON objects, got {type(settings).__name__}")
+    processor = read_object(where, "processor_config.json", **kwargs)
+    older = read_object(where, "chat_template.json", **kwargs)
+    if "chat_template" in older:
+        processor = {"chat_template": older["chat_template"], **processor}
+    pictures = processor.get("image_processor") or read_object(where, "preprocessor_config.json", **kwargs)
+    if not pictures:
+        raise FileNotFoundError(f"{where} holds no preprocessor_config.json, and no image processor in a processor_config.json")
+    if not isinstance(pictures, dict):
+        raise ValueError(f"{where}: image_processor in processor_config.json must be a JSON object, got {type(pictures).__name__}")
     return processor, pictures
 
 
@@ -54,3 +60,21 @@ def save_aside(processor: ProcessorMixin, save_directory: str | os.PathLike, pus
             os.replace(file, target)
             written.append(str(target))
     return written
+
+
+def read_object(where: str | os.PathLike, name: str, **kwargs) -> dict:
+    """Return the JSON object in a file of a folder (or hub id), empty where there is no such file.
+
+    Raises:
+        ValueError: it is no JSON object.
+    """
+    file = cached_file(where, name, _raise_exceptions_for_missing_entries=False, **kwargs)
+    if file is None:
+        return {}
+    try:
+        content = json.loads(Path(file).read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{where}: {name} is no JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{where}: {name} must hold a JSON object, got {type(content).__name__}")
+    return content

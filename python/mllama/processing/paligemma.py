@@ -86,7 +86,7 @@ class PaliGemmaProcessor(stock.PaliGemmaProcessor):
             raise ValueError(f"image_seq_length must be in 1..{MAX_IMAGE_TOKENS}, got {tokens!r}")
         super().__init__(image_processor, tokenizer, chat_template=chat_template)
 
-    def __call__(self, images=None, text=None, suffix=None, **kwargs) -> BatchFeature:
+    def __call__(self, images=None, text=None, suffix=None, videos=None, audio=None, **kwargs) -> BatchFeature:
         """Return input_ids, attention_mask, token_type_ids [B, T] (1 where the suffix is) and pixel_values [pictures, 3, S, S].
 
         With a suffix there are labels [B, T] too: the ids of the suffix and its end token, -100 elsewhere.
@@ -99,11 +99,11 @@ class PaliGemmaProcessor(stock.PaliGemmaProcessor):
             kwargs: of the tokenizer and the image processor (padding, return_tensors ...).
 
         Raises:
-            TypeError: text or suffix is no text, or a picture no picture.
+            TypeError: text or suffix is no text, a picture no picture, or there are videos or audio.
             ValueError: pictures and placeholders, or prompts and suffixes, differ in number; truncation cut into a picture's placeholders;
                 a picture that `load_picture` refuses.
         """
-        text, images = in_order(text, images)
+        text, images = in_order(text, images, videos, audio)
         merged = self._merge_kwargs(tokenizer_init_kwargs=self.tokenizer.init_kwargs, **kwargs)
         if text is None:
             return BatchFeature(self.image_processor(images, **merged["images_kwargs"]))

@@ -142,9 +142,7 @@ class MllamaImageProcessor(ProcessorMixin):
                 or a picture is refused (`mllama.processing.image.load_picture`).
             FileNotFoundError: a picture's path leads nowhere.
         """
-        if videos is not None or audio is not None:
-            raise TypeError("MllamaImageProcessor takes text and images, no videos and no audio")
-        text, images = in_order(text, images)
+        text, images = in_order(text, images, videos, audio)
         kwargs = with_channels(kwargs)
         if isinstance(kwargs.get("images_kwargs"), dict):
             kwargs["images_kwargs"] = with_channels(kwargs["images_kwargs"])

@@ -54,13 +54,15 @@ def adds_bos(tokenizer) -> bool:
     return tokenizer.bos_token_id is not None and tokenizer.bos_token_id in tokenizer("")["input_ids"]
 
 
-def in_order(text, images) -> tuple:
+def in_order(text, images, *others) -> tuple:
     """(text, images), exchanged where they were plainly given the other way round.
 
     Raises:
-        TypeError: text is neither a prompt nor a list of prompts.
+        TypeError: text is neither a prompt nor a list of prompts, or there are others: videos, audio.
         ValueError: both are None.
     """
+    if any(other is not None for other in others):
+        raise TypeError("text and images are taken, no videos and no audio")
     if text is None and images is None:
         raise ValueError("give text, images, or both")
     if text is None or _is_text(text):

@@ -125,7 +125,7 @@ class TiledProcessor(MllamaProcessor):
         if self.image_token_id is None or tokenizer.convert_ids_to_tokens(self.image_token_id) != self.image_token:
             raise ValueError(f"the tokenizer has no token {self.image_token}")
 
-    def __call__(self, images=None, text=None, **kwargs) -> BatchFeature:
+    def __call__(self, images=None, text=None, videos=None, audio=None, **kwargs) -> BatchFeature:
         """Return input_ids and attention_mask [B, T] and, with pictures, what `TiledImageProcessor` returns but num_tiles.
 
         With both there is cross_attention_mask [B, T, N, max_image_tiles] int64: 1 where a token sees a tile.
@@ -136,11 +136,11 @@ class TiledProcessor(MllamaProcessor):
             kwargs: of the tokenizer and the image processor (padding, return_tensors ...).
 
         Raises:
-            TypeError: text is no text, or a picture no picture.
+            TypeError: text is no text, a picture no picture, or there are videos or audio.
             ValueError: pictures and `<|image|>` differ in number in some prompt, which a flat list for several prompts always does;
                 truncation cut an `<|image|>` away; a picture that `load_picture` refuses.
         """
-        text, images = in_order(text, images)
+        text, images = in_order(text, images, videos, audio)
         merged = self._merge_kwargs(tokenizer_init_kwargs=self.tokenizer.init_kwargs, **kwargs)
         text_kwargs, images_kwargs = merged["text_kwargs"], merged["images_kwargs"]
         for name in ("return_mm_token_type_ids", "return_text_replacement_offsets"):  # a placeholder stays one token: nothing to tell
