@@ -68,6 +68,7 @@ class Composition:
         fusion: "merge" writes features in the placeholders' places, "cross_attention" has layers of their own attend to them.
         image_tokens: placeholders (with "merge") per picture.
         prefix: prompts are seen both ways, as `token_type_ids` say (PaliGemma).
+        ignore_index: label that is not trained.
     """
 
     text: MllamaTextConfig
@@ -82,6 +83,7 @@ class Composition:
     fusion: str | None = None
     image_tokens: int = 0
     prefix: bool = False
+    ignore_index: int = -100
 
 
 def compose(config: PretrainedConfig) -> Composition:
@@ -145,6 +147,7 @@ def _own(config: MllamaConfig) -> Composition:
         projector_bias=config.multimodal_projector_bias,
         fusion="merge",
         image_tokens=text.num_image_tokens,
+        ignore_index=config.ignore_index,
     )
 
 

@@ -217,8 +217,8 @@ class MllamaForConditionalGeneration(PretrainedMixin, MllamaGenerationMixin, Pre
                 filled cache and no placeholders in input_ids they are ignored. Of a model that cuts pictures into tiles, float
                 [B, pictures, tiles, channels, image_size, image_size]; with a filled cache they come after the pictures in it.
             attention_mask: [B, past + T] of any dtype, zero where padded, on either side.
-            labels: int [B, T], shifted inside: the logits at t are scored against the label at t + 1. `config.ignore_index`, placeholder
-                and padding positions are not trained.
+            labels: int [B, T], shifted inside: the logits at t are scored against the label at t + 1. -100 (our own config's
+                `ignore_index`), placeholder and padding positions are not trained.
             inputs_embeds: [B, T, hidden] in place of input_ids; pictures must be merged already.
             past_key_values: a transformers cache, dynamic or static.
             position_ids: int [B or 1, T]. None counts the unmasked tokens of each row.
@@ -300,7 +300,7 @@ class MllamaForConditionalGeneration(PretrainedMixin, MllamaGenerationMixin, Pre
                 seen.embeds.shape[:2],
                 attention_mask,
                 seen.placeholders,
-                getattr(config, "ignore_index", -100),
+                self.plan.ignore_index,
                 kwargs.get("num_items_in_batch"),
             )
 

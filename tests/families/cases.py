@@ -122,10 +122,10 @@ def renamed(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     for kind in ("weight", "bias"):
         if (fused := weights.pop(f"head.attention.in_proj_{kind}", None)) is not None:
             weights |= {f"head.attention.{part}_proj.{kind}": piece for part, piece in zip("qkv", fused.chunk(3), strict=True)}
-    if "model.embed_tokens.weight" in weights:
-        return {name.replace("model.", "language_model."): value for name, value in weights.items()}
-    if "lm_head.weight" in weights:
+    if "model.language_model.norm.weight" in weights:
         return {name.removeprefix("model."): value for name, value in weights.items()}
+    if "model.norm.weight" in weights:
+        return {name.replace("model.", "language_model."): value for name, value in weights.items()}
     return {name if name.startswith("head.") else f"vision_tower.{name}": value for name, value in weights.items()}
 
 

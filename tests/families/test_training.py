@@ -1,0 +1,131 @@
+"""Training of every family: stock transformers' loss and gradients, and what the libraries around it do with the model."""
+
+import pytest
+import torch
+
+from families.cases import ONE_EACH, TALKING, Pair, close, inputs, make, pair, renamed
+
+
+def examples(both: Pair, side: str = "right") -> dict[str, torch.Tensor]:
+    """A batch with labels: of PaliGemma the answer's words, as its processor gives them, else every word that follows a word."""
+    batch = inputs(both, (["P", 3, 9], ["P", "P", 4], [5, 4]), side, said=4)
+    labels, seen = batch["input_ids"].clone(), batch["attention_mask"].bool()
+    labels[~seen | (labels == getattr(both.ours.config, "image_token_index", None))] = -100
+    labels[:, 1:][~seen[:, :-1]] = -100
+    if "token_type_ids" in batch:
+        labels[batch["token_type_ids"] == 0] = -100
+    return batch | {"labels": labels}
+
+
+def gradients(model) -> dict[str, torch.Tensor]:
+    return {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
+
+
+def trained(model, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """The loss and every parameter's gradient."""
+    model.train().zero_grad()
+    loss = model(**batch).loss
+    loss.backward()
+    return loss.detach(), gradients(model)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("case", TALKING)
+def test_loss_and_gradients(case, side):
+    both = make(case)
+    batch = examples(both, side)
+    (loss, mine), (expected, theirs) = (trained(model, batch) for model in both)
+    torch.testing.assert_close(loss, expected, rtol=1e-4, atol=0)
+    theirs = renamed(theirs)
+    assert mine.keys() == theirs.keys() and any(name.startswith("language_model.layers") for name in mine)
+    for name, gradient in mine.items():
+        close(gradient, theirs[name], tolerance=2e-4, floor=1e-2)  # a key's bias has none but rounding
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("case", ONE_EACH)
+def test_checkpointing_activations_changes_no_gradient(case, reentrant):
+    model = make(case).ours
+    batch = examples(pair(case))
+    loss, expected = trained(model, batch)
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    if reentrant:  # this kind needs an input that asks for a gradient
+        model.enable_input_require_grads()
+        if "pixel_values" in batch:
+            batch["pixel_values"].requires_grad_()
+    again, gradients = trained(model, batch)
+    torch.testing.assert_close(again, loss)
+    assert gradients.keys() == expected.keys()
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(gradient, expected[name], msg=name)
+
+
+@pytest.mark.parametrize("case", ONE_EACH)
+def test_lora_by_peft(case, tmp_path):
+    peft = pytest.importorskip("peft")
+    batch = examples(pair(case))
+    config = peft.LoraConfig(target_modules=r".*language_model.*\.(q|v|down)_proj", r=2, task_type="CAUSAL_LM", init_lora_weights=False)
+    model = peft.get_peft_model(make(case).ours, config)
+    _, mine = trained(model, batch)
+    assert len(mine) == 3 * 2 * len(model.base_model.model.language_model.layers)
+    assert all(gradient.any() for gradient in mine.values())
+    model.eval().save_pretrained(tmp_path)
+    words = inputs(pair(case), "one row")
+    answer = model.generate(**words, max_new_tokens=3, do_sample=False, pad_token_id=0)
+    with torch.no_grad():
+        expected = model(**words).logits
+        again = peft.PeftModel.from_pretrained(make(case).ours, tmp_path).eval()
+        torch.testing.assert_close(again(**words).logits, expected)
+        torch.testing.assert_close(model.merge_and_unload()(**words).logits, expected, rtol=1e-3, atol=1e-3)
+        plain = pair(case).ours(**words).logits
+    assert answer.shape[1] == words["input_ids"].shape[1] + 3 and not torch.allclose(plain, expected, atol=1e-2)
+
+
+@pytest.mark.parametrize("case", [*ONE_EACH, "llama, factor 32, tied, older spelling"])
+def test_resizing_the_vocabulary(case, tmp_path):
+    model, words = make(case).ours, inputs(pair(case), "one row")
+    with torch.no_grad():
+        before = model(**words).logits
+        model.resize_token_embeddings(109)
+        after = model(**words).logits
+    assert after.shape[-1] == model.config.get_text_config().vocab_size == 109
+    torch.testing.assert_close(after[..., :99], before)
+    tied = model.config.get_text_config().tie_word_embeddings
+    assert (model.lm_head.weight is model.get_input_embeddings().weight) is tied
+    model.save_pretrained(tmp_path)
+    with torch.no_grad():
+        torch.testing.assert_close(type(model).from_pretrained(tmp_path)(**words).logits, after)
+
+
+@pytest.mark.parametrize("case", ["llama, odd sizes, biases", "paligemma, odd sizes"])
+def test_the_model_compiles_in_one_graph(case):
+    model, batch = make(case).ours, examples(pair(case))
+    torch._dynamo.reset()
+    with torch.no_grad():
+        got = torch.compile(model, fullgraph=True, backend="aot_eager")(**batch, use_cache=False)
+        expected = model(**batch, use_cache=False)
+    torch.testing.assert_close(got.logits, expected.logits)
+    torch.testing.assert_close(got.loss, expected.loss)
+
+
+@pytest.mark.parametrize("case", ["llama", "llava, siglip, several", "paligemma"])
+def test_transformers_trainer_trains_and_resumes(case, tmp_path):
+    pytest.importorskip("accelerate")
+    from transformers import Trainer, TrainingArguments
+
+    batch = examples(pair(case))
+
+    def trainer(steps: int) -> Trainer:
+        options = {"report_to": [], "use_cpu": True, "disable_tqdm": True, "remove_unused_columns": False}
+        arguments = TrainingArguments(str(tmp_path), max_steps=steps, save_steps=1, learning_rate=0.01, **options)
+        return Trainer(make(case).ours, arguments, train_dataset=[0] * 8, data_collator=lambda _: batch)
+
+    whole = trainer(2)
+    whole.train()
+    assert whole.state.log_history[-1]["train_loss"] > 0
+    resumed = trainer(2)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    first = pair(case).ours.state_dict()
+    for (name, one), two in zip(whole.model.state_dict().items(), resumed.model.state_dict().values(), strict=True):
+        torch.testing.assert_close(one, two, msg=name)
+    assert not torch.equal(one, first[name])
