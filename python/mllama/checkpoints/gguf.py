@@ -7,7 +7,7 @@ the rotary frequencies is a tensor of the factors that it comes to.
 
 import math
 import os
-from typing import Any, Self
+from typing import Any
 
 import gguf
 import numpy as np
@@ -101,7 +101,7 @@ class GgufSource:
     def close(self) -> None:
         """Nothing is held open."""
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "GgufSource":
         return self
 
     def __exit__(self, *error: object) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any, Self
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -475,7 +475,7 @@ class MetaSource:
         """Let go of the mapped files. Idempotent."""
         self._open, self._read = {}, 0
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "MetaSource":
         return self
 
     def __exit__(self, *error: object) -> None:

@@ -3,7 +3,7 @@
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol, Self
+from typing import Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -55,7 +55,7 @@ class Source(Protocol):
     def close(self) -> None:
         """Let go of the files. Idempotent."""
 
-    def __enter__(self) -> Self: ...
+    def __enter__(self) -> "Source": ...
 
     def __exit__(self, *error: object) -> None: ...
 
@@ -109,7 +109,7 @@ class SafetensorsSource:
         """Let go of the mapped file. Idempotent."""
         self._open = None
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "SafetensorsSource":
         return self
 
     def __exit__(self, *error: object) -> None:
