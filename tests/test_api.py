@@ -66,7 +66,7 @@ def test_load_refuses_a_folder_without_processor(loaded, tmp_path):
 
 @pytest.mark.parametrize(
     ("file", "error", "message"),
-    [("tokenizer.json", ValueError, "cannot be read"), ("processor_config.json", FileNotFoundError, "not a valid JSON file")],
+    [("tokenizer.json", ValueError, "cannot be read"), ("processor_config.json", ValueError, "processor_config.json is no JSON")],
 )
 def test_load_refuses_a_broken_processor(model_folder, tmp_path, file, error, message):
     folder = shutil.copytree(model_folder, tmp_path / "broken")
