@@ -1,84 +1,69 @@
-"""A whole folder, model and processor as stock transformers saves them: the answer to a question about pictures equals stock's."""
+"""Folders of every family: stock transformers' are read, ours are read by stock, and nothing is lost on either way."""
+
+import json
 
 import pytest
 import torch
-import transformers
-from PIL import Image
-from transformers import AutoProcessor
-from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
-from transformers.models.llava.processing_llava import LlavaProcessor
-from transformers.models.mllama.image_processing_pil_mllama import MllamaImageProcessorPil
-from transformers.models.mllama.processing_mllama import MllamaProcessor
-from transformers.models.paligemma.processing_paligemma import PaliGemmaProcessor
-from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
+from safetensors.torch import load_file
 
-import twins
-from mllama import MllamaForConditionalGeneration
-from mllama.processing.auto import encode_messages, load_processor
-
-SIZE = {"height": 16, "width": 16}
-TEMPLATE = (
-    "{{ bos_token }}{% for message in messages %}{% for part in message['content'] %}"
-    "{% if part['type'] == 'image' %}<image>{% else %}{{ part['text'] }}{% endif %}{% endfor %}\n{% endfor %}"
-)
-MODELS = {
-    "llava": transformers.LlavaForConditionalGeneration,
-    "mllama": transformers.MllamaForConditionalGeneration,
-    "paligemma": transformers.PaliGemmaForConditionalGeneration,
-}
+from families.cases import CASES, ONE_EACH, inputs, make, pair, pictures
 
 
-def save(family: str, folder, tokenizer) -> None:
-    """A stock model with its stock processor."""
-    if family == "paligemma":
-        processor = PaliGemmaProcessor(SiglipImageProcessorPil(size=SIZE, image_seq_length=twins.PATCHES), tokenizer)
-        tokenizer = processor.tokenizer
-    else:
-        image_token = "<|image|>" if family == "mllama" else "<image>"
-        tokenizer.add_tokens(["<pad>", image_token], special_tokens=True)  # <|image|> last: it has a row, but no logit
-        if family == "llava":
-            pictures = CLIPImageProcessorPil(size={"shortest_edge": 16}, crop_size=SIZE)
-            options = {"patch_size": 8, "vision_feature_select_strategy": "default", "num_additional_image_tokens": 1}
-            processor = LlavaProcessor(pictures, tokenizer, chat_template=TEMPLATE, **options)
-        else:
-            processor = MllamaProcessor(MllamaImageProcessorPil(size=SIZE), tokenizer, TEMPLATE.replace("<image>", image_token))
-    image_id, size = processor.image_token_id, len(tokenizer)
-    ends = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": None, "pad_token_id": tokenizer.pad_token_id}
-    text = twins.TEXT | ends | {"vocab_size": size, "max_position_embeddings": 512}
-    if family == "mllama":
-        vision = {name: value for name, value in twins.VISION.items() if name != "num_attention_heads"}
-        vision |= {"attention_heads": 2, "num_global_layers": 2, "intermediate_layers_indices": [0], "vision_output_dim": 64}
-        text |= {"vocab_size": image_id, "num_hidden_layers": 3, "cross_attention_layers": [1]}
-        config = transformers.MllamaConfig(vision_config=vision, text_config=text, image_token_index=image_id)
-    elif family == "llava":
-        vision = twins.VISION | {"model_type": "clip_vision_model"}
-        config = transformers.LlavaConfig(vision_config=vision, text_config=text | {"model_type": "llama"}, image_token_index=image_id)
-    else:
-        vision = twins.VISION | {"model_type": "siglip_vision_model", "vision_use_head": False}
-        text |= {"model_type": "gemma", "head_dim": 16}
-        config = transformers.PaliGemmaConfig(vision_config=vision, text_config=text, image_token_index=image_id, projection_dim=64)
-    twins.randomise(MODELS[family](config)).save_pretrained(folder)
-    processor.save_pretrained(folder)
+def result(both, model) -> torch.Tensor:
+    """Logits, or of a tower alone its features."""
+    with torch.no_grad():
+        if model.main_input_name == "pixel_values":
+            return model(pictures(both, 2)).last_hidden_state
+        return model(**inputs(both, "two pictures", said=2)).logits
 
 
-@pytest.mark.parametrize("count", [0, 1, 2])
-@pytest.mark.parametrize("family", MODELS)
-def test_answers_equal_stock(make_tokenizer, tmp_path, family, count):
-    save(family, tmp_path, make_tokenizer(pad=family == "paligemma"))
-    pictures = [Image.effect_noise((40, 20 + 30 * number), 90).convert("RGB") for number in range(count)]
-    stock, theirs = MODELS[family].from_pretrained(tmp_path).eval(), AutoProcessor.from_pretrained(tmp_path)
-    model, processor = MllamaForConditionalGeneration.from_pretrained(tmp_path, reference="hf"), load_processor(tmp_path)
-    batch = encode_messages(processor, [{"role": "user", "content": "How many circles?"}], pictures)
-    greedy = {"max_new_tokens": 8, "do_sample": False}
-    if family == "paligemma" and not count:  # stock's processor takes no text alone
-        assert model.generate(**batch, **greedy).shape[1] == batch["input_ids"].shape[1] + 8
-        return
-    if family == "paligemma":
-        inputs = theirs(images=[pictures], text="<image>" * count + "How many circles?", return_tensors="pt")
-        inputs.pop("labels")
-    else:
-        parts = [{"type": "image", "image": picture} for picture in pictures] + [{"type": "text", "text": "How many circles?"}]
-        options = {"tokenize": True, "return_dict": True, "return_tensors": "pt"}
-        inputs = theirs.apply_chat_template([{"role": "user", "content": parts}], **options)
-    assert set(batch) == set(inputs) and all(torch.equal(batch[name], inputs[name]) for name in inputs)
-    assert torch.equal(model.generate(**batch, **greedy), stock.generate(**inputs, **greedy))
+@pytest.mark.parametrize("case", CASES)
+def test_there_and_back(case, tmp_path):
+    both = pair(case)
+    both.theirs.save_pretrained(tmp_path / "stock")
+    read = type(both.ours).from_pretrained(tmp_path / "stock")
+    assert type(read.config) is type(both.theirs.config) and not read.training
+    assert torch.equal(result(both, read), result(both, both.ours))
+
+    read.save_pretrained(tmp_path / "ours", max_shard_size="50KB")
+    assert json.loads((tmp_path / "ours" / "config.json").read_text())["architectures"] == [type(both.theirs).__name__]
+    again, report = type(both.theirs).from_pretrained(tmp_path / "ours", output_loading_info=True)
+    assert not any(report.values()), report
+    assert torch.equal(result(both, again), result(both, both.theirs))
+    assert torch.equal(result(both, type(read).from_pretrained(tmp_path / "ours")), result(both, read))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("case", [*ONE_EACH, "siglip_vision_model"])
+def test_sixteen_bits_there_and_back(case, dtype, tmp_path):
+    both = make(case)
+    both.theirs.to(dtype).save_pretrained(tmp_path / "stock")
+    read = type(both.ours).from_pretrained(tmp_path / "stock")
+    assert read.dtype == dtype and torch.equal(result(both, read), result(both, both.ours.to(dtype)))
+    read.save_pretrained(tmp_path / "ours")
+    again = type(both.theirs).from_pretrained(tmp_path / "ours")
+    assert again.dtype == dtype
+    for name, value in again.state_dict().items():
+        assert torch.equal(value, both.theirs.state_dict()[name]), name
+
+
+@pytest.mark.parametrize("case", [*ONE_EACH, "siglip_vision_model", "llava, siglip, -1"])
+def test_a_state_dict_with_the_files_names(case, tmp_path):
+    both, fresh = pair(case), make(case, seed=1).ours
+    both.theirs.save_pretrained(tmp_path)
+    for names in (load_file(tmp_path / "model.safetensors"), both.theirs.state_dict(), both.ours.state_dict()):
+        fresh = make(case, seed=1).ours
+        report = fresh.load_state_dict(names)
+        assert not report.missing_keys and not report.unexpected_keys
+        assert torch.equal(result(both, fresh), result(both, both.ours))
+    assert fresh.load_state_dict({"nobody.weight": torch.zeros(1)}, strict=False).unexpected_keys == ["nobody.weight"]
+
+
+def test_older_and_newer_spelling_of_rotary_scaling(tmp_path):
+    both = pair("llama, factor 8")
+    both.theirs.save_pretrained(tmp_path)
+    content = json.loads((tmp_path / "config.json").read_text())
+    rope = content.pop("rope_parameters")
+    for spelling in ({"rope_theta": rope.pop("rope_theta"), "rope_scaling": rope}, {"rope_parameters": rope | {"rope_theta": 500.0}}):
+        (tmp_path / "config.json").write_text(json.dumps(content | spelling))
+        assert torch.equal(result(both, type(both.ours).from_pretrained(tmp_path)), result(both, both.ours))
