@@ -1,4 +1,8 @@
-"""attention on Llama-3.2-1B's decoder (one query over a long cache, prefill) and SigLIP-base's tower."""
+"""attention on Llama-3.2-1B's decoder (one query over a long cache, prefill), SigLIP-base's tower, and Llama-3.2-Vision's.
+
+The last has a tower that sees the four tiles of a picture at once, and cross-attention from the text to them. Of its heads only a few are
+taken where a call would last a second; one query is the whole layer.
+"""
 
 from collections.abc import Iterator
 from functools import partial
@@ -12,6 +16,7 @@ from mllama.ops import attention
 
 PEER = "torch's scaled_dot_product_attention (grouped or with repeated heads, whichever is faster)"
 CACHE, PREFILLS = 4096, (512, 2048)
+TILES, PATCHES, ROOM = 4, 1601, 1608  # of Llama-3.2-Vision: a tile's patches, and what the tower pads them to
 
 
 def cases() -> Iterator[Case]:
@@ -25,9 +30,15 @@ def cases() -> Iterator[Case]:
     for batch in shapes.VISION_BATCHES:
         for dtype in DTYPES:
             yield from _cases("tower", batch, shapes.PATCHES, shapes.PATCHES, *vision_heads, dtype, causal=False)
+    padded = torch.arange(TILES * ROOM) % ROOM < PATCHES
+    tile_hidden = torch.arange(TILES * PATCHES) // PATCHES != 1
+    for dtype in DTYPES:
+        yield from _cases("tiled tower", 1, len(padded), len(padded), 2, 2, 80, dtype, causal=False, key_mask=padded[None])
+        yield from _cases("cross", 1, 256, len(tile_hidden), 8, 2, 128, dtype, causal=False, key_mask=tile_hidden[None])
+        yield from _cases("cross", 1, 1, len(tile_hidden), 32, 8, 128, dtype, causal=False, key_mask=tile_hidden[None])
 
 
-def _cases(name, batch, queries, keys, heads, kv_heads, size, dtype, causal) -> Iterator[Case]:
+def _cases(name, batch, queries, keys, heads, kv_heads, size, dtype, causal, key_mask=None) -> Iterator[Case]:
     q = torch.randn(batch, queries, heads, size, dtype=dtype)
     decode = queries == 1
     if decode:
@@ -37,8 +48,8 @@ def _cases(name, batch, queries, keys, heads, kv_heads, size, dtype, causal) -> 
     flops = 4 * batch * queries * keys * heads * size // (2 if causal else 1)
     both = both_directions(
         f"{name} {batch}x{queries}x{heads}x{size}, {keys} keys x {kv_heads}",
-        partial(attention, causal=causal),
-        _peer(q, k, v, causal),
+        partial(attention, causal=causal, key_mask=key_mask),
+        _peer(q, k, v, causal, key_mask),
         (q, k, v),
         differentiable=3,
         forward_bytes=(2 * q.numel() + 2 * k.numel()) * q.element_size() if decode else 0,
@@ -48,13 +59,14 @@ def _cases(name, batch, queries, keys, heads, kv_heads, size, dtype, causal) -> 
     yield from both[:1] if decode else both
 
 
-def _peer(q, k, v, causal):
+def _peer(q, k, v, causal, key_mask):
     """torch's faster way to the same result: its own grouping, or K and V repeated for every query head."""
     group = q.shape[2] // k.shape[2]
+    mask = None if key_mask is None else key_mask[:, None, None]
 
     def grouped(q, k, v):
         q, k, v = (tensor.transpose(1, 2) for tensor in (q, k, v))
-        return scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=group > 1).transpose(1, 2)
+        return scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=group > 1).transpose(1, 2)
 
     def repeated(q, k, v):
         return grouped(q, k.repeat_interleave(group, 2), v.repeat_interleave(group, 2))

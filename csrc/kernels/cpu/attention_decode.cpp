@@ -177,8 +177,11 @@ class Decode {
 
         const T* v = v_row(skipped);
         int64_t d = 0;
-        for (; d + (kValueVectors - 2) * kWidth < a_.size; d += kValueVectors * kWidth) weigh<M, kValueVectors>(v, d);
-        for (; d < a_.size; d += 2 * kWidth) weigh<M, 2>(v, d);
+        // The next chunk's keys come while V is weighed, which keeps memory less busy than the scores do.
+        const T* next = a_.k.length == a_.size ? k_row(skipped + keys_) : nullptr;
+        for (; d + (kValueVectors - 2) * kWidth < a_.size; d += kValueVectors * kWidth, next = nullptr)
+            weigh<M, kValueVectors>(v, d, next);
+        for (; d < a_.size; d += 2 * kWidth, next = nullptr) weigh<M, 2>(v, d, next);
         for (int64_t r = 0; r < rows; ++r, partial += a_.size + 2) {
             partial[0] = highest[r];
             partial[1] = total[r];
@@ -270,14 +273,15 @@ class Decode {
         return sum;
     }
 
-    // sums_[M][d ..] = probabilities times kVectors vectors of V.
+    // sums_[M][d ..] = probabilities times kVectors vectors of V. Fetches as many rows from `next`, unless null.
     template <int M, int kVectors>
-    void weigh(const T* v, int64_t d) {
+    void weigh(const T* v, int64_t d, const T* next) {
         const T* row = v + d;
         int64_t stride = a_.v.length, left = a_.size - d;
         vf sum[M][kVectors]{};
         for (int64_t key = 0; key < keys_; key += Rows::kKeys, row += Rows::kKeys * stride) {
             prefetch(row + 16 * stride, stride, Rows::kKeys);
+            if (next) fetch(next + key * a_.size, a_.size, Rows::kKeys);
             vf x[kVectors];
             // An odd last key meets itself, with probability 0.
             Rows::values(row, key + 1 < keys_ ? row + stride : row, left, x);
@@ -293,7 +297,9 @@ class Decode {
 
     // Rows that do not follow each other in memory are more than the hardware foresees.
     void prefetch(const T* row, int64_t stride, int rows) const {
-        if (stride == a_.size) return;
+        if (stride != a_.size) fetch(row, stride, rows);
+    }
+    void fetch(const T* row, int64_t stride, int rows) const {
         for (int i = 0; i < rows; ++i, row += stride) {
             for (int64_t d = 0; d < a_.size; d += 64 / sizeof(T)) __builtin_prefetch(row + d);
         }
