@@ -42,7 +42,8 @@ def _mllama():
         "vision_output_dim": 3 * VISION["hidden_size"],
         "model_type": MllamaVisionConfig.model_type,
     }
-    text = TEXT | {"num_hidden_layers": 4, "cross_attention_layers": [1, 3], "pad_token_id": 0, "bos_token_id": 1, "rope_scaling": ROPE}
+    text = TEXT | {"num_hidden_layers": 4, "cross_attention_layers": [1, 3], "pad_token_id": 0, "rope_scaling": dict(ROPE)}
+    text["bos_token_id"] = 1
     config = transformers.MllamaConfig(vision_config=vision, text_config=text, image_token_index=VOCABULARY)
     return transformers.MllamaForConditionalGeneration(config)
 
@@ -56,7 +57,7 @@ VOCABULARY = TEXT["vocab_size"]
 MAKERS = {
     "llama": _llama,
     "llama, tied": lambda: _llama(tie_word_embeddings=True),
-    "llama, scaled": lambda: _llama(rope_scaling=ROPE),
+    "llama, scaled": lambda: _llama(rope_scaling=dict(ROPE)),
     "gemma": _gemma,
     "siglip_vision_model": lambda: transformers.SiglipVisionModel(transformers.SiglipVisionConfig(**VISION)),
     "siglip_vision_model, headless": lambda: transformers.SiglipVisionModel(
