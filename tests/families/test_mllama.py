@@ -1,4 +1,4 @@
-"""Llama-3.2-Vision as a whole: against stock transformers, and against Meta's reference code."""
+"""Llama-3.2-Vision as a whole against stock transformers: logits, rounding, caches, generation, training, folders."""
 
 import math
 
@@ -9,107 +9,9 @@ from transformers import DynamicCache, StaticCache
 from transformers.models.mllama.configuration_mllama import MllamaTextConfig, MllamaVisionConfig
 from transformers.models.mllama.processing_mllama import convert_sparse_cross_attention_mask_to_dense, get_cross_attention_token_mask
 
-import meta_reference
 import twins
+from families.cases import Pair, close
 from mllama import MllamaForConditionalGeneration
-from mllama.checkpoints import engine, meta
-
-RATIOS = [[1, 1], [1, 2], [1, 3], [1, 4], [2, 1], [2, 2], [3, 1], [4, 1]]
-PARAMS = {
-    "dim": 64,
-    "n_layers": 4,
-    "n_heads": 4,
-    "n_kv_heads": 2,
-    "vocab_size": 512,
-    "multiple_of": 32,
-    "norm_eps": 1e-5,
-    "rope_theta": 500000.0,
-    "use_scaled_rope": True,
-    "vision_chunk_size": 28,
-    "vision_max_num_chunks": 4,
-    "vision_num_cross_attention_layers": 2,
-    "max_seq_len": 16,
-}
-TOWER = {"width": 32, "layers": 4, "heads": 2, "n_global_layers": 2, "return_intermediate": [1, 3]}
-
-
-def metas_twin(reference: torch.nn.Module, params: dict, tower: dict) -> MllamaForConditionalGeneration:
-    """Ours with the reference's weights."""
-    crossed = [layer + place for place, layer in enumerate(reference.text_model.fusion_schedule)]
-    weights = reference.state_dict()
-    inner = weights["text_model.layers.0.feed_forward.w1.weight"].shape[0]
-    scaled = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
-    config = transformers.MllamaConfig(
-        text_config=MllamaTextConfig(
-            vocab_size=params["vocab_size"],
-            hidden_size=params["dim"],
-            intermediate_size=inner,
-            num_hidden_layers=params["n_layers"] + len(crossed),
-            num_attention_heads=params["n_heads"],
-            num_key_value_heads=params["n_kv_heads"],
-            cross_attention_layers=crossed,
-            rope_parameters=scaled | {"rope_theta": params["rope_theta"], "original_max_position_embeddings": 8192},
-            pad_token_id=0,
-        ).to_dict(),
-        vision_config=MllamaVisionConfig(
-            hidden_size=tower["width"],
-            intermediate_size=4 * tower["width"],
-            num_hidden_layers=tower["layers"],
-            num_global_layers=tower["n_global_layers"],
-            attention_heads=tower["heads"],
-            image_size=params["vision_chunk_size"],
-            intermediate_layers_indices=tower["return_intermediate"],
-            vision_output_dim=(1 + len(tower["return_intermediate"])) * tower["width"],
-        ).to_dict(),
-        image_token_index=params["vocab_size"],
-    )
-    moves, unknown, _ = engine.plan(meta.vision_table(config), weights)
-    assert not unknown
-    ours = MllamaForConditionalGeneration(config).eval()
-    translated = {}
-    for move in moves:
-        translated |= zip(move.ours, move.row.read([weights[name] for name in move.theirs]), strict=True)
-    torch.nn.Module.load_state_dict(ours, translated)
-    return ours
-
-
-@pytest.mark.parametrize(
-    ("params", "tower"),
-    [
-        ({}, {}),
-        ({"n_heads": 2, "n_kv_heads": 2, "dim": 96, "n_layers": 3, "vision_num_cross_attention_layers": 1}, {"heads": 1, "layers": 4}),
-        ({"n_kv_heads": 1, "vision_chunk_size": 42}, {"width": 64, "return_intermediate": [0, 2, 3]}),
-    ],
-    ids=["grouped", "all heads", "larger tiles"],
-)
-def test_features_and_logits_equal_metas(params, tower):
-    """A row with two pictures, one with a single one after text, one without."""
-    params, tower = PARAMS | params, TOWER | tower
-    reference = twins.randomise(meta_reference.vision_model(params, **tower)).eval()
-    ours = metas_twin(reference, params, tower)
-    ratios = torch.tensor([[[1, 1], [2, 2]], [[1, 3], [1, 1]], [[1, 1], [1, 1]]])
-    filled = torch.arange(4) < ratios.prod(-1)[..., None]
-    present = torch.tensor([[True, True], [True, False], [False, False]])
-    size = params["vision_chunk_size"]
-    images = torch.randn(3, 2, 4, 3, size, size) * (filled & present[..., None])[..., None, None, None]
-    spans, mask = [[[1, 6], [6, -1]], [[3, -1]], []], torch.zeros(3, 12, 2, 4)
-    for row, pictures in enumerate(spans):
-        for picture, (start, end) in enumerate(pictures):
-            mask[row, start : 12 if end == -1 else end, picture] = filled[row, picture].float()
-    tokens = torch.randint(3, params["vocab_size"], (3, 12))
-    for row, column in ((0, 1), (0, 6), (1, 3)):
-        tokens[row, column] = params["vocab_size"]  # the placeholder
-    ids = torch.tensor([[RATIOS.index(ratio) + 1 for ratio in row] for row in ratios.tolist()])
-    with torch.no_grad():
-        features, logits = meta_reference.vision_logits(reference, tokens, images, ratios, spans)
-        got = ours.vision_tower(images, ids, filled).last_hidden_state
-        assert (got - features).abs().max() <= 1e-4 * features.abs().max()
-        inputs = {"aspect_ratio_ids": ids * present, "aspect_ratio_mask": filled, "cross_attention_mask": mask}
-        got = ours(tokens, images, **inputs).logits
-        assert (got - logits).abs().max() <= 1e-4 * logits.abs().max()
-        ours.reference = "hf"
-        assert (ours(tokens, images, **inputs).logits - logits).abs().max() > 1e-2 * logits.abs().max()
-
 
 VOCABULARY = 99
 PICTURE = VOCABULARY  # the placeholder's id: the first of the eight rows behind the vocabulary
@@ -121,13 +23,13 @@ SIZES = {
     ),
     "one kv head": (
         {"hidden_size": 96, "num_attention_heads": 6, "num_key_value_heads": 1, "cross_attention_layers": [1, 2, 4]},
-        {"hidden_size": 48, "attention_heads": 3, "intermediate_layers_indices": [1], "vision_output_dim": 96, "num_global_layers": 1},
+        {"hidden_size": 48, "attention_heads": 3, "intermediate_layers_indices": [1], "num_global_layers": 1},
     ),
 }
 
 
-def pair(text: dict | None = None, vision: dict | None = None, seed: int = 0):
-    """Stock transformers' model, random everywhere, and ours with the same weights."""
+def pair(text: dict | None = None, vision: dict | None = None, seed: int = 0) -> Pair:
+    """Stock transformers' model, random everywhere, and ours with the same weights, in its way."""
     rope = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 16}
     sizes = twins.TEXT | {
         "num_hidden_layers": 5,
@@ -141,33 +43,35 @@ def pair(text: dict | None = None, vision: dict | None = None, seed: int = 0):
         "num_hidden_layers": 3,
         "num_global_layers": 2,
         "intermediate_layers_indices": [0, 2],
-        "vision_output_dim": 96,
     }
     vision = MllamaVisionConfig(**tower | (vision or {}))
-    if text and "vision_output_dim" not in text:
-        vision.vision_output_dim = vision.hidden_size * (1 + len(vision.intermediate_layers_indices))
+    vision.vision_output_dim = vision.hidden_size * (1 + len(vision.intermediate_layers_indices))
     config = transformers.MllamaConfig(
         text_config=MllamaTextConfig(**sizes | (text or {})).to_dict(), vision_config=vision.to_dict(), image_token_index=PICTURE
     )
     theirs = twins.randomise(transformers.MllamaForConditionalGeneration(config), seed).eval()
     ours = MllamaForConditionalGeneration(config, reference="hf").eval()
+    torch.nn.Module.load_state_dict(ours, renamed(theirs.state_dict()))
+    return Pair(ours, theirs)
+
+
+def renamed(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Stock transformers' names in memory -> ours, written down apart from the tables of mllama.checkpoints."""
     names = {"model.vision_model.": "vision_tower.", "model.multi_modal_projector.": "multi_modal_projector.linear.", "model.": ""}
-    weights = {}
-    for name, value in theirs.state_dict().items():
+    translated = {}
+    for name, value in weights.items():
         old = next((prefix for prefix in names if name.startswith(prefix)), "")
-        weights[names.get(old, "") + name.removeprefix(old)] = value
-    torch.nn.Module.load_state_dict(ours, weights)
-    return ours, theirs
+        translated[names.get(old, "") + name.removeprefix(old)] = value
+    return translated
 
 
-def inputs(model, *rows: tuple[list[int], list[int]], side: str = "left", dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
+def inputs(model, *rows: tuple[list[int], list[int]], side: str = "left") -> dict[str, torch.Tensor]:
     """A batch as the processor makes it.
 
     Args:
         model: whose config it fits.
         rows: ids with placeholders, and the aspect ratio id of each picture.
         side: where shorter rows are padded.
-        dtype: of the pixels.
     """
     vision = model.config.vision_config
     batch = twins.batch(*(ids for ids, _ in rows), side=side)
@@ -185,7 +89,7 @@ def inputs(model, *rows: tuple[list[int], list[int]], side: str = "left", dtype:
     length = batch["input_ids"].shape[1]
     mask = torch.from_numpy(convert_sparse_cross_attention_mask_to_dense(spans, tiles, vision.max_num_tiles, length))
     return batch | {
-        "pixel_values": pixels.to(dtype),
+        "pixel_values": pixels,
         "aspect_ratio_ids": ratios,
         "aspect_ratio_mask": filled.long(),
         "cross_attention_mask": mask,
@@ -214,28 +118,51 @@ def stock_logits(theirs, batch: dict[str, torch.Tensor]) -> torch.Tensor:
 @pytest.mark.parametrize("sizes", SIZES)
 def test_logits_equal_transformers(sizes, side):
     ours, theirs = pair(*SIZES[sizes])
-    for case, rows in ROWS.items():
+    for rows in ROWS.values():
         batch = inputs(ours, *rows, side=side)
         with torch.no_grad():
             expected, got = stock_logits(theirs, batch), ours(**batch).logits
         real = batch["attention_mask"].bool()
-        assert got.shape == expected.shape
-        assert (got - expected)[real].abs().max() <= 1e-4 * expected[real].abs().max(), case
+        close(got[real], expected[real])
 
 
 @pytest.mark.parametrize("sizes", SIZES)
-def test_half_precision_is_as_near_as_transformers(sizes):
-    ours, theirs = pair(*SIZES[sizes])
-    batches = [inputs(ours, *rows) for rows in ROWS.values()]
+def test_bfloat16_rounds_no_more_than_theirs(sizes):
+    """On weights that bfloat16 holds exactly; stock's rotary frequencies stay float32, as its from_pretrained leaves them."""
+    both = pair(*SIZES[sizes])
+    long = ([3, PICTURE, *twins.tokens(50), PICTURE, *twins.tokens(20, 3)], [6, 2]), ([PICTURE, *twins.tokens(61, 4)], [1])
+    if both.ours.config.vision_config.max_num_tiles == 2:
+        long = tuple((ids, [2] * len(ratios)) for ids, ratios in long)
+    batch = inputs(both.ours, *long)
+    real, results = batch["attention_mask"].bool(), []
     with torch.no_grad():
-        exact = [stock_logits(theirs, batch) for batch in batches]
-        ours, theirs = ours.bfloat16(), theirs.bfloat16()
-        errors = torch.zeros(2)
-        for batch, wanted in zip(batches, exact, strict=True):
-            real = batch["attention_mask"].bool()
-            for place, logits in enumerate((ours(**batch).logits, stock_logits(theirs, batch))):
-                errors[place] += (logits.float() - wanted)[real].square().sum()
-    assert errors[0].sqrt() <= 1.2 * errors[1].sqrt()
+        for dtype in (torch.bfloat16, torch.float32):
+            for parameter in (*both.ours.parameters(), *both.theirs.parameters()):
+                parameter.data = parameter.data.to(dtype)
+            results += [both.ours(**batch).logits[real].float(), stock_logits(both.theirs, batch)[real].float()]
+    ours, theirs, again, exact = results
+    close(again, exact)
+    errors = [(result - exact).square().mean().sqrt() for result in (ours, theirs)]
+    assert 0 < errors[0] <= 1.2 * errors[1]
+
+
+def test_hidden_states_and_attentions():
+    ours, theirs = pair()
+    theirs.set_attn_implementation("eager")
+    for rows in ("two", "none"):
+        batch = inputs(ours, *ROWS[rows])
+        seen = batch["attention_mask"].bool()
+        with torch.no_grad():
+            mine = ours(**batch, output_hidden_states=True, output_attentions=True)
+            other = theirs(**batch, position_ids=positions(batch["attention_mask"]), output_hidden_states=True, output_attentions=True)
+        if rows == "two":  # stock records nothing of layers that it skips
+            for state, expected in zip(mine.hidden_states, other.hidden_states, strict=True):
+                close(state[seen], expected[seen])
+            for weights, expected in zip(mine.attentions, other.attentions, strict=True):
+                close(weights.transpose(1, 2)[seen], expected.transpose(1, 2)[seen])
+            assert mine.image_hidden_states.shape == (2, 2 * 4 * 5, 64) and len(mine.image_attentions) == 5
+        else:
+            assert [weights is None for weights in mine.attentions] == [False, True, False, True, False]
 
 
 @pytest.mark.parametrize("reference", ["meta", "hf"])
@@ -331,3 +258,89 @@ def test_a_conversation_goes_on_from_its_cache(models):
     for model, answer in zip(models, answers, strict=True):
         batch = {name: whole[name] for name in ("input_ids", "attention_mask", "cross_attention_mask")}
         assert torch.equal(model.generate(**batch, **GREEDY, past_key_values=answer.past_key_values), expected)
+
+
+def examples(model) -> dict[str, torch.Tensor]:
+    """A batch with labels."""
+    batch = inputs(model, *ROWS["mixed"], side="right")
+    labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+    return batch | {"labels": labels.masked_fill(labels == PICTURE, -100)}
+
+
+def trained(model, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """The loss and every parameter's gradient."""
+    model.train().zero_grad()
+    loss = model(**batch).loss
+    loss.backward()
+    return loss.detach(), {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
+
+
+@pytest.mark.parametrize("sizes", SIZES)
+def test_loss_and_gradients_equal_transformers(sizes):
+    both = pair(*SIZES[sizes])
+    batch = examples(both.ours)
+    (loss, mine), (expected, theirs) = (trained(model, batch) for model in both)
+    torch.testing.assert_close(loss, expected, rtol=1e-4, atol=0)
+    theirs = renamed(theirs)
+    assert mine.keys() == theirs.keys() and len(mine) == len(list(both.ours.parameters()))
+    for name, gradient in mine.items():
+        close(gradient, theirs[name], tolerance=2e-4, floor=1e-2)
+
+
+def test_labels_at_placeholders_are_not_trained():
+    ours, _ = pair()
+    batch = examples(ours)
+    loss = ours(**batch).loss
+    batch["labels"] = torch.where(batch["input_ids"] == PICTURE, PICTURE, batch["labels"])
+    assert torch.equal(ours(**batch).loss, loss)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointing_activations_changes_no_gradient(reentrant):
+    ours, _ = pair()
+    ours.reference = "meta"
+    batch = examples(ours)
+    loss, expected = trained(ours, batch)
+    ours.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    if reentrant:  # this kind needs an input that asks for a gradient
+        ours.enable_input_require_grads()
+        batch["pixel_values"].requires_grad_()
+    again, gradients = trained(ours, batch)
+    torch.testing.assert_close(again, loss)
+    assert gradients.keys() == expected.keys()
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(gradient, expected[name], msg=name)
+
+
+def test_lora_on_cross_attention_and_tower(tmp_path):
+    peft = pytest.importorskip("peft")
+    ours, _ = pair()
+    targets = r"(vision_tower.*transformer.*|.*cross_attn)\.(q|v)_proj"
+    config = peft.LoraConfig(target_modules=targets, r=2, task_type="CAUSAL_LM", init_lora_weights=False)
+    model = peft.get_peft_model(ours, config)
+    _, gradients = trained(model, examples(ours))
+    assert len(gradients) == 2 * 2 * (5 + 2) and all(gradient.any() for gradient in gradients.values())
+    model.eval().save_pretrained(tmp_path)
+    batch = inputs(ours, *ROWS["two"])
+    with torch.no_grad():
+        expected = model(**batch).logits
+        again = peft.PeftModel.from_pretrained(pair().ours, tmp_path).eval()
+        torch.testing.assert_close(again(**batch).logits, expected)
+        torch.testing.assert_close(model.merge_and_unload()(**batch).logits, expected, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("sizes", SIZES)
+def test_saved_folders_are_stock_transformers(sizes, tmp_path):
+    ours, theirs = pair(*SIZES[sizes])
+    ours.save_pretrained(tmp_path)
+    batch = inputs(ours, *ROWS["text before it"] if ours.config.vision_config.max_num_tiles == 4 else ROWS["one"])
+    with torch.no_grad():
+        stock = transformers.MllamaForConditionalGeneration.from_pretrained(tmp_path)
+        assert torch.equal(stock_logits(stock, batch), stock_logits(theirs, batch))
+        again = MllamaForConditionalGeneration.from_pretrained(tmp_path, reference="hf")
+        assert torch.equal(again(**batch).logits, ours(**batch).logits)
+        theirs.save_pretrained(tmp_path / "stock")
+        again = MllamaForConditionalGeneration.from_pretrained(tmp_path / "stock")
+        assert again.reference == "meta"
+        again.reference = "hf"
+        assert torch.equal(again(**batch).logits, ours(**batch).logits)

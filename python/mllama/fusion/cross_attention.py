@@ -4,7 +4,7 @@ What a text position sees is told per tile, and changes only where a picture's p
 call of the attention operator, and a [T, S] mask is never made.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -179,12 +179,20 @@ class CrossAttentionDecoderLayer(GradientCheckpointingLayer):
         self.cross_attn_attn_gate = nn.Parameter(torch.zeros(1))
         self.cross_attn_mlp_gate = nn.Parameter(torch.zeros(1))
 
+    def __call__(
+        self, hidden_states: torch.Tensor, positions=None, past_key_values: Cache | None = None, *, cross=None, **context
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """As `forward`; the pictures' features become an argument of their own, where reentrant checkpointing looks for gradients."""
+        states = None if cross is None else cross.states
+        return super().__call__(hidden_states, positions, states, past_key_values=past_key_values, cross=cross, **context)
+
     def forward(
         self,
         hidden_states: torch.Tensor,
         positions: tuple[torch.Tensor, torch.Tensor] | None = None,
-        past_key_values: Cache | None = None,
+        states: torch.Tensor | None = None,
         *,
+        past_key_values: Cache | None = None,
         cross: CrossAttentionContext | None = None,
         output_attentions: bool = False,
         **context,
@@ -193,6 +201,7 @@ class CrossAttentionDecoderLayer(GradientCheckpointingLayer):
         without `cross` the layer does nothing."""
         if cross is None:
             return hidden_states, None
+        cross = replace(cross, states=states)
         attended, weights = self.cross_attn(self.input_layernorm(hidden_states), cross, past_key_values, output_attentions)
         hidden_states = gated_add(hidden_states, attended, self.cross_attn_attn_gate)
         fed = self.mlp(self.post_attention_layernorm(hidden_states))
