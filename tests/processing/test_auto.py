@@ -240,6 +240,15 @@ def test_text_alone(make, tmp_path, family):
     assert (batch["input_ids"] == bos).sum() == 1
 
 
+def test_llama_takes_no_token_types(make_llama_tokenizer):
+    names = ["input_ids", "token_type_ids", "attention_mask"]
+    for template in (TEXT_TEMPLATE, None):
+        tokenizer = make_llama_tokenizer(chat_template=template, model_input_names=names)
+        assert set(encode_messages(tokenizer, [user("a")])) == {"input_ids", "attention_mask"}
+    processor = TiledProcessor(TiledImageProcessor(**SIZE), tokenizer)
+    assert set(encode_messages(processor, [user("a")])) == {"input_ids", "attention_mask"}
+
+
 def test_conversations(make, noise):
     processor, place = make("mllama"), {"type": "image"}
     messages = [user("a", place, "b"), {"role": "assistant", "content": "c"}, user({**place, "image": noise(60, 20)}, "d", place)]

@@ -117,7 +117,7 @@ def encode_messages(processor, messages: Sequence[Mapping], pictures: Sequence =
         turns = [{**turn, "content": _as_text(turn, image_token)} for turn in turns]
     prompt = render(processor, turns)
     if image_token is None:
-        return processor(prompt, add_special_tokens=False, return_tensors="pt")
+        return processor(prompt, add_special_tokens=False, return_token_type_ids=False, return_tensors="pt")
     options = {"as_is": True} if isinstance(processor, MllamaImageProcessor) else {}
     return processor(text=[prompt], images=[pictures] if pictures else None, return_tensors="pt", **options)
 
@@ -190,7 +190,7 @@ def _as_text(turn: dict, image_token: str | None) -> str:
 def _encode_plainly(processor, text: str, pictures: list) -> BatchFeature:
     """One prompt in the family's own layout."""
     if isinstance(processor, PreTrainedTokenizerBase):
-        return processor(text, return_tensors="pt")
+        return processor(text, return_token_type_ids=False, return_tensors="pt")
     if isinstance(processor, MllamaImageProcessor) and pictures and text.startswith(processor.image_token * len(pictures)):
         text = text[len(processor.image_token) * len(pictures) :]  # unwritten, they get BOS and a newline around the text
     return processor(text=[text], images=[pictures] if pictures else None, return_tensors="pt")

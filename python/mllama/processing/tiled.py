@@ -142,7 +142,7 @@ class TiledProcessor(MllamaProcessor):
         """
         text, images = in_order(text, images, videos, audio)
         merged = self._merge_kwargs(tokenizer_init_kwargs=self.tokenizer.init_kwargs, **kwargs)
-        text_kwargs, images_kwargs = merged["text_kwargs"], merged["images_kwargs"]
+        text_kwargs, images_kwargs = {"return_token_type_ids": False, **merged["text_kwargs"]}, merged["images_kwargs"]
         for name in ("return_mm_token_type_ids", "return_text_replacement_offsets"):  # a placeholder stays one token: nothing to tell
             text_kwargs.pop(name, None)
         tensors = text_kwargs.pop("return_tensors", None)
