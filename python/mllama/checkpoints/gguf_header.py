@@ -1,5 +1,6 @@
 """The header of a GGUF file, through the gguf library, with every number in it bounded by the file's size before it is used."""
 
+import functools
 import gc
 import os
 from pathlib import Path
@@ -12,7 +13,7 @@ try:
 except ImportError as error:  # an optional dependency
     raise ImportError("GGUF files are read and written by the package gguf: pip install gguf") from error
 
-_READS_MAX = 2**22  # values and texts of a header; Llama 4's, with its vocabulary and merges, has 1.5 million
+_READS_MAX = 2**21  # of numbers and texts of a header; Llama 4's, with its vocabulary and merges, takes 1.3 million
 _DIMS_MAX = 4  # as ggml's GGML_MAX_DIMS
 _ARRAY = int(gguf.GGUFValueType.ARRAY)  # a plain number compares many times faster
 
@@ -24,32 +25,40 @@ class _Reader(gguf.GGUFReader):
     """
 
     _reads = 0
-    _in_array = False
 
     def _get(self, offset, dtype, count=1, override_order=None):
-        offset, count = int(offset), int(count)
+        start, end = int(offset), int(offset) + int(count) * np.dtype(dtype).itemsize
         if self.byte_order != "I":
             raise ValueError("it is of the other byte order")
-        if not 0 <= offset <= self.data.nbytes - count * np.dtype(dtype).itemsize:
+        if not 0 <= start <= end <= len(self._bytes):
             raise ValueError("it ends before what its header speaks of")
         self._reads += 1
         if self._reads > _READS_MAX:
-            raise ValueError(f"its header has more than {_READS_MAX} values")
-        return np.frombuffer(self.data, dtype, count, offset)
+            raise ValueError("its header has too many values")
+        return self._bytes[start:end].view(dtype)
+
+    @functools.cached_property
+    def _bytes(self) -> np.ndarray:
+        return np.asarray(self.data)  # a view of it: slices of a plain array are smaller and sooner made than a memmap's
 
     def _get_field_parts(self, orig_offs, raw_type):
+        """As gguf's, but an array of numbers is one view and an array of texts one for each, where gguf makes several for every element."""
         if raw_type != _ARRAY:
             return super()._get_field_parts(orig_offs, raw_type)
-        if self._in_array:
+        head = [self._get(orig_offs, np.uint32), self._get(orig_offs + 4, np.uint64)]
+        kind, length, end = gguf.GGUFValueType(head[0][0]), int(head[1][0]), orig_offs + 12
+        values = []
+        if (scalar := self.gguf_scalar_to_np.get(kind)) is not None:
+            values.append(self._get(end, scalar, length))
+            end += values[0].nbytes
+        elif kind == gguf.GGUFValueType.STRING:
+            for _ in range(length):
+                values.append(self._get_str(end)[1])
+                end += 8 + values[-1].nbytes
+        else:
             raise ValueError("it has an array of arrays")
-        kind, length = self._get(orig_offs, np.uint32), self._get(orig_offs + 4, np.uint64)
-        if (scalar := self.gguf_scalar_to_np.get(gguf.GGUFValueType(kind[0]))) is not None:  # one view, where gguf makes one for each
-            values = self._get(orig_offs + 12, scalar, length[0])
-            return 12 + values.nbytes, [kind, length, values], [2], [gguf.GGUFValueType.ARRAY, gguf.GGUFValueType(kind[0])]
-        self._in_array = True
-        parts = super()._get_field_parts(orig_offs, raw_type)
-        self._in_array = False
-        return parts
+        places = list(range(len(head), len(head) + len(values)))
+        return end - orig_offs, head + values, places, [gguf.GGUFValueType.ARRAY, kind]
 
     def _get_tensor_info_field(self, orig_offs):
         field = super()._get_tensor_info_field(orig_offs)
@@ -121,6 +130,8 @@ def _laid_out(reader: _Reader) -> dict[str, gguf.ReaderTensor]:
     tensors = sorted(reader.tensors, key=lambda tensor: tensor.data_offset)
     free = int(reader.data_offset)
     for tensor in tensors:
+        if not tensor.n_elements:
+            raise ValueError(f"{tensor.name} has no elements")
         if tensor.data_offset < free:
             raise ValueError(f"{tensor.name} overlaps what lies before it")
         free = tensor.data_offset + tensor.n_bytes
