@@ -15,6 +15,7 @@ _HOME = {
     "Tokenizer": "processing.tokenizer",
     "ask": "api",
     "load": "api",
+    "load_hf_model": "hf",
 }
 
 __all__ = ["__version__", "ops", *sorted(_HOME)]

@@ -75,7 +75,7 @@ def load_opened(
     tied = model.get_expanded_tied_weights_keys()
     report = load_weights(model, opened.source, opened.table, dtype, placement.of, tied, strict)
     model.tie_weights()
-    model.config.dtype = model.dtype
+    model.config.dtype = dtype or report.dtype
     if opened.generation is not None and model.can_generate():
         model.generation_config = _generation_config(where, opened.generation)
     return placement.dispatch(model.eval()), report
