@@ -14,6 +14,9 @@ import meta_reference
 from mllama import MllamaForConditionalGeneration
 from mllama.checkpoints import meta
 from mllama.checkpoints.engine import to_file
+from mllama.checkpoints.loading import match
+from mllama.checkpoints.meta import MetaSource
+from mllama.checkpoints.sources import Header
 from twins import randomise
 
 PARAMS = {
@@ -70,6 +73,16 @@ def test_text_logits_equal_metas(tmp_path, params, count):
     with torch.no_grad():
         assert close(model(input_ids=tokens).logits, reference(tokens, 0))
     assert model.dtype == torch.float32 and model.config.model_type == "llama"
+
+
+def test_mappings_are_given_back(tmp_path, monkeypatch):
+    loads = []
+    monkeypatch.setattr(meta, "_MAPPED", 1)
+    monkeypatch.setattr(meta, "_load", lambda path, load=meta._load: loads.append(path) or load(path))
+    reference = text_reference(PARAMS["grouped"])
+    model = MllamaForConditionalGeneration.from_pretrained(write(tmp_path, reference, PARAMS["grouped"], 2))
+    written = to_file(meta.text_table(model.config), model.state_dict())
+    assert len(loads) > 20 and all(torch.equal(written[name], tensor) for name, tensor in reference.state_dict().items())
 
 
 @pytest.mark.parametrize("params", PARAMS.values(), ids=PARAMS)
@@ -202,6 +215,68 @@ def test_tower_that_is_not_the_released_one(tmp_path):
 def test_vision_params_that_cannot_be(tmp_path, small_tower, params, error):
     with pytest.raises(ValueError, match=re.escape(error)):
         MllamaForConditionalGeneration.from_pretrained(write(tmp_path / "meta", vision_reference(), VISION_PARAMS | params))
+
+
+RELEASED = {
+    "1B": {"dim": 2048, "n_layers": 16, "n_heads": 32, "n_kv_heads": 8, "ffn_dim_multiplier": 1.5, "multiple_of": 256},
+    "3B": {"dim": 3072, "n_layers": 28, "n_heads": 24, "n_kv_heads": 8, "ffn_dim_multiplier": 1.0, "multiple_of": 256},
+    "8B": {"dim": 4096, "n_layers": 32, "n_heads": 32, "n_kv_heads": 8, "ffn_dim_multiplier": 1.3, "multiple_of": 1024},
+    "405B": {"dim": 16384, "n_layers": 126, "n_heads": 128, "n_kv_heads": 8, "ffn_dim_multiplier": 1.2, "multiple_of": 4096},
+    "11B": {
+        "dim": 4096,
+        "n_layers": 32,
+        "n_heads": 32,
+        "n_kv_heads": 8,
+        "ffn_dim_multiplier": 1.3,
+        "multiple_of": 1024,
+        "vision_chunk_size": 560,
+        "vision_max_num_chunks": 4,
+        "vision_num_cross_attention_layers": 8,
+    },
+    "90B": {
+        "dim": 8192,
+        "n_layers": 80,
+        "n_heads": 64,
+        "n_kv_heads": 8,
+        "ffn_dim_multiplier": 1.3,
+        "multiple_of": 4096,
+        "vision_chunk_size": 560,
+        "vision_max_num_chunks": 4,
+        "vision_num_cross_attention_layers": 20,
+    },
+}
+
+
+@pytest.mark.parametrize("size", RELEASED)
+def test_released_sizes_fit_metas_code(tmp_path, monkeypatch, size):
+    """Every tensor of Meta's model has its place in ours, in its shape, and the other way round: on the meta device, at full size."""
+    params = RELEASED[size] | {"vocab_size": 128256, "norm_eps": 1e-5, "rope_theta": 500000.0, "use_scaled_rope": True}
+    vision = "vision_chunk_size" in params
+    code = meta_reference.load("multimodal.model" if vision else "model")
+    with torch.device("meta"):
+        arguments = meta_reference.load("args").ModelArgs(**params, max_seq_len=1, max_batch_size=1)
+        reference = (code.CrossAttentionTransformer if vision else code.Transformer)(arguments)
+    headers = {name: Header(tuple(tensor.shape), torch.bfloat16) for name, tensor in reference.state_dict().items()}
+
+    class Headers(MetaSource):
+        def __init__(self, where, paths):
+            self._headers, self.mapped = headers, False
+
+        def same(self, name, other):
+            return params["dim"] < 4096  # as released: 1B and 3B are tied
+
+        def read(self, name):
+            raise AssertionError("only headers are read")
+
+    (tmp_path / "params.json").write_text(json.dumps(params))
+    (tmp_path / "consolidated.00.pth").touch()
+    monkeypatch.setattr(meta, "MetaSource", Headers)
+    opened = meta.open_meta(tmp_path)
+    with torch.device("meta"):
+        model = MllamaForConditionalGeneration(opened.config)
+    report = match(model.state_dict(), headers, opened.table, model.get_expanded_tied_weights_keys())
+    assert report.problems() == "" and not report.lacking
+    assert sum(map(len, (move.theirs for move in report.moves))) == len(headers)
 
 
 # A small folder without Meta's code: what is refused is the same.
@@ -409,12 +484,12 @@ HOSTILE = {
         "something else than tensors (io.open)",
     ),
     "a module": (lambda path: torch.save(torch.nn.Linear(1, 1), path), "something else than tensors (torch.nn.modules.linear.Linear)"),
-    "a bare pickle": (lambda path: path.write_bytes(pickle.dumps({"a": 1})), "is no file that torch.save wrote"),
-    "the older format": (lambda path: torch.save({}, path, _use_new_zipfile_serialization=False), "is no file that torch.save wrote"),
-    "noise": (lambda path: path.write_bytes(os.urandom(4096)), "is no file that torch.save wrote"),
-    "nothing": (lambda path: path.write_bytes(b""), "is no file that torch.save wrote"),
-    "half a file": (lambda path: path.write_bytes(path.read_bytes()[: path.stat().st_size // 2]), "is no file that torch.save wrote"),
-    "an archive of nothing": (lambda path: zipfile.ZipFile(path, "w").close(), "is no file that torch.save wrote"),
+    "a bare pickle": (lambda path: path.write_bytes(pickle.dumps({"a": 1})), "is no archive that torch.save wrote"),
+    "the older format": (lambda path: torch.save({}, path, _use_new_zipfile_serialization=False), "is no archive that torch.save wrote"),
+    "noise": (lambda path: path.write_bytes(os.urandom(4096)), "is no archive that torch.save wrote"),
+    "nothing": (lambda path: path.write_bytes(b""), "is no archive that torch.save wrote"),
+    "half a file": (lambda path: path.write_bytes(path.read_bytes()[: path.stat().st_size // 2]), "is no archive that torch.save wrote"),
+    "an archive of nothing": (lambda path: zipfile.ZipFile(path, "w").close(), "is no archive that torch.save wrote"),
     "compressed": (lambda path: rewritten(path, bytes, zipfile.ZIP_DEFLATED), "is compressed, which torch.save never does"),
     "a pickle cut off": (lambda path: rewritten(path, lambda content: content[:-20]), "consolidated.00.pth"),
     "a list": (lambda path: torch.save([torch.ones(1)], path), "must hold dense tensors by their names"),
@@ -429,7 +504,7 @@ HOSTILE = {
     ),
     "a storage beyond the end": (
         lambda path: (torch.save({"a": torch.ones(300)}, path), rewritten(path, lambda pkl: pkl.replace(b"M,\x01", b"J\0\0\0\x10"))),
-        "is no file that torch.save wrote",
+        "is no archive that torch.save wrote",
     ),
     "integers": (lambda path: torch.save({name: value.int() for name, value in small_weights().items()}, path), "int32 [20, 32]"),
     "another's tensors": (lambda path: torch.save(small_weights() | {"more.weight": torch.ones(2)}, path), "unexpected (1): more.weight"),

@@ -146,7 +146,7 @@ def test_a_failure_leaves_nothing(run, metas, tmp_path, monkeypatch):
     assert (code, err) == (2, "mllama: error: disk full\n")
     (metas / "consolidated.00.pth").write_bytes(b"broken")
     code, _, err = run("convert", metas, tmp_path / "hf", "--to", "hf")
-    assert code == 2 and "is no file that torch.save wrote" in err
+    assert code == 2 and "is no archive that torch.save wrote" in err
     assert sorted(path.name for path in tmp_path.iterdir()) == before
 
 

@@ -36,7 +36,7 @@ _SPECIAL = 256  # special tokens, the last of the vocabulary
 _ROPE_FACTOR_32 = ((2048, 16), (3072, 28))  # (dim, n_layers) of 1B and 3B; the others have 8, which Meta's code uses for all
 _LARGEST = 2**31 - 1
 _FINER = 4  # times more patches than the file has positions for, at most, are interpolated
-_MAPPED = 2**28  # bytes read from a mapping before it is given back
+_MAPPED = 2**26  # bytes read from a mapping before it is given back, or a 32nd of the files: mapping them again reads their pickles
 
 _ENCODER = "vision_model.vision_encoder."
 # The axis along which Meta's parallel layers cut a tensor; the tensors of no pattern are whole in every shard.
@@ -443,7 +443,7 @@ class MetaSource:
         self.mapped = len(paths) == 1  # parts are put together in memory of their own
         self._paths = tuple(paths)
         self._open: dict[Path, dict[str, torch.Tensor]] = {}
-        self._read = 0
+        self._read, self._keep = 0, max(_MAPPED, sum(path.stat().st_size for path in self._paths) // 32)
         shards = [{name: Header(tuple(part.shape), part.dtype) for name, part in self._parts(path).items()} for path in self._paths]
         for path, headers in zip(self._paths[1:], shards[1:], strict=True):
             if other := sorted(name for name in headers.keys() | shards[0].keys() if headers.get(name) != shards[0].get(name)):
@@ -460,7 +460,7 @@ class MetaSource:
         parts = [self._parts(path)[name] for path in (self._paths if axis is not None else self._paths[:1])]
         tensor = torch.cat(parts, axis) if len(parts) > 1 else parts[0] if self.mapped else parts[0].clone()
         self._read += tensor.nbytes
-        if self._read > _MAPPED:
+        if self._read > self._keep:
             self.close()
         return tensor
 
@@ -517,7 +517,7 @@ def _load(path: Path) -> dict[str, torch.Tensor]:
     """The tensors of a .pth, mapped.
 
     Raises:
-        ValueError: it is no file of torch.save's, holds something else than tensors by name, or more of them than its size has room for.
+        ValueError: it is no archive of torch.save's, holds something else than tensors by name, or more of them than its size has room for.
     """
     try:
         with zipfile.ZipFile(path) as archive:
@@ -528,7 +528,7 @@ def _load(path: Path) -> dict[str, torch.Tensor]:
         found = re.search(r"GLOBAL (?!was )(\S+)", str(error))
         raise ValueError(f"{path} holds something else than tensors{f' ({found[1]})' if found else ''}, and is not read") from error
     except Exception as error:  # of a broken file anything may come
-        raise ValueError(f"{path} is no file that torch.save wrote: {error}") from error
+        raise ValueError(f"{path} is no archive that torch.save wrote: {error}") from error
     if not isinstance(content, dict) or not all(isinstance(name, str) and _is_plain(value) for name, value in content.items()):
         raise ValueError(f"{path} must hold dense tensors by their names, and nothing else")
     # Two names may share their memory, as tied tensors do; many could fill any memory from a small file.
