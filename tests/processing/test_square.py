@@ -48,6 +48,15 @@ def test_every_kind_of_picture_and_several(noise, tmp_path):
     assert batch.shape == (3, 3, 224, 224) and torch.equal(batch[0], batch[1]) and torch.equal(batch[0], batch[2])
 
 
+@pytest.mark.parametrize("edge", [0, -5, 10**6, 10**30])
+@pytest.mark.parametrize("options", [{}, {"do_normalize": False}], ids=str)
+def test_hostile_sizes(noise, edge, options):
+    square = {"height": edge, "width": edge}
+    for settings in ({"size": square}, {"size": {"shortest_edge": edge}}, {"crop_size": square}, {"do_pad": True, "pad_size": square}):
+        with pytest.raises(ValueError, match=r"must hold whole numbers of pixels in 1..16384"):
+            CroppedImageProcessor(**settings)(noise(), **options)
+
+
 def test_saved_as_stock(tmp_path):
     CroppedImageProcessor(crop_size={"height": 50, "width": 50}).save_pretrained(tmp_path)
     stock = AutoImageProcessor.from_pretrained(tmp_path)

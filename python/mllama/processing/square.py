@@ -8,13 +8,14 @@ import torch
 from PIL import Image
 from transformers.feature_extraction_utils import BatchFeature
 from transformers.image_transforms import center_crop, get_resize_output_image_size
-from transformers.image_utils import ChannelDimension
+from transformers.image_utils import ChannelDimension, SizeDict
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
 from mllama.ops.image import resize, resize_normalize
 from mllama.processing.image import channel_values, load_pixels, normalisation_table
 
+MAX_EDGE = 2**14  # of a result, in pixels
 RESAMPLE = {Image.Resampling.BILINEAR: "bilinear", Image.Resampling.BICUBIC: "bicubic"}
 
 
@@ -22,6 +23,17 @@ def with_channels(kwargs: dict) -> dict:
     """kwargs with image_mean and image_std as lists of floats: transformers' own check refuses tuples and ints, by an error of its own."""
     checked = {name: list(channel_values(name, kwargs[name])) for name in ("image_mean", "image_std") if kwargs.get(name) is not None}
     return {**kwargs, **checked}
+
+
+def check_edges(name: str, size: SizeDict | None) -> None:
+    """Refuse sizes that are none, or that a hostile folder gives to fill the memory.
+
+    Raises:
+        ValueError: an edge is no whole number of pixels in 1..MAX_EDGE; the text begins with name.
+    """
+    for edge in dict(size or {}).values():
+        if not isinstance(edge, int) or isinstance(edge, bool) or not 1 <= edge <= MAX_EDGE:
+            raise ValueError(f"{name} must hold whole numbers of pixels in 1..{MAX_EDGE}, got {dict(size)}")
 
 
 class OwnPictures:
@@ -54,6 +66,8 @@ class _OneSize(OwnPictures):
 
     def _preprocess(self, images, do_resize, size, resample, do_rescale, rescale_factor, do_normalize, image_mean, image_std, **kwargs):
         crop = kwargs["crop_size"] if kwargs.get("do_center_crop") else None
+        for name, given in (("size", size if do_resize else None), ("crop_size", crop), ("pad_size", kwargs.get("pad_size"))):
+            check_edges(name, given)
         sized = (size.height and size.width) or (crop and size.shortest_edge and not size.longest_edge)
         if not (do_resize and do_rescale and do_normalize and sized and resample in RESAMPLE) or kwargs.get("do_pad"):
             return super()._preprocess(
