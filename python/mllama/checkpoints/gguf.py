@@ -9,7 +9,6 @@ import math
 import os
 from typing import Any
 
-import gguf
 import numpy as np
 import torch
 from transformers import GemmaConfig, LlamaConfig, PretrainedConfig
@@ -17,7 +16,7 @@ from transformers import GemmaConfig, LlamaConfig, PretrainedConfig
 from mllama.checkpoints.configs import build
 from mllama.checkpoints.engine import Drop, Permute, Rename, Row, Shift, Table
 from mllama.checkpoints.formats import Opened
-from mllama.checkpoints.gguf_header import GgufHeader
+from mllama.checkpoints.gguf_header import GgufHeader, gguf
 from mllama.checkpoints.sources import Header
 
 ROPE_FREQS = "rope_freqs.weight"

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 
 try:
-    import gguf
+    import gguf  # the other modules take it from here
 except ImportError as error:  # an optional dependency
-    raise ImportError("GGUF files are read and written by the package gguf: pip install gguf") from error
+    raise ImportError("GGUF files are read and written by the package gguf: pip install 'mllama[convert]'") from error
 
 _READS_MAX = 2**21  # of numbers and texts of a header; Llama 4's, with its vocabulary and merges, takes 1.3 million
 _DIMS_MAX = 4  # as ggml's GGML_MAX_DIMS

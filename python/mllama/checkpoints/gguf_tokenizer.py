@@ -10,13 +10,12 @@ import os
 import re
 from typing import Any
 
-from gguf import GGUFWriter, TokenType
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_tokenizers
 from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers.tokenization_utils_base import generate_merges
 
-from mllama.checkpoints.gguf_header import GgufHeader
+from mllama.checkpoints.gguf_header import GgufHeader, gguf
 
 _SPACE = "\u2581"  # SentencePiece's space
 _TOKEN_MAX = 512  # characters of one token; its merges are found by trying every cut of it
@@ -57,7 +56,7 @@ def load_tokenizer(path: str | os.PathLike) -> PreTrainedTokenizerFast:
     """
     header = GgufHeader(path)
     tokens, kinds = header.get("tokenizer.ggml.tokens", list), header.get("tokenizer.ggml.token_type", list, [])
-    kinds = kinds or [TokenType.NORMAL] * len(tokens)
+    kinds = kinds or [gguf.TokenType.NORMAL] * len(tokens)
     if len(kinds) != len(tokens) or len(set(tokens)) != len(tokens) or not all(isinstance(token, str) for token in tokens):
         raise ValueError(f"{path}: tokenizer.ggml.tokens must be distinct texts, with one tokenizer.ggml.token_type each")
     if (longest := max(map(len, tokens), default=0)) > _TOKEN_MAX:
@@ -72,9 +71,11 @@ def load_tokenizer(path: str | os.PathLike) -> PreTrainedTokenizerFast:
         raise
     except Exception as error:  # tokenizers raises no narrower one, for merges that are none
         raise ValueError(f"{path}: the tokenizer cannot be: {str(error)[:200]}") from error
-    added = [(token, kind) for token, kind in zip(tokens, kinds, strict=True) if kind in (TokenType.CONTROL, TokenType.USER_DEFINED)]
-    backend.add_special_tokens([AddedToken(token, normalized=False) for token, kind in added if kind == TokenType.CONTROL])
-    backend.add_tokens([AddedToken(token, normalized=False) for token, kind in added if kind == TokenType.USER_DEFINED])
+    added = [
+        (token, kind) for token, kind in zip(tokens, kinds, strict=True) if kind in (gguf.TokenType.CONTROL, gguf.TokenType.USER_DEFINED)
+    ]
+    backend.add_special_tokens([AddedToken(token, normalized=False) for token, kind in added if kind == gguf.TokenType.CONTROL])
+    backend.add_tokens([AddedToken(token, normalized=False) for token, kind in added if kind == gguf.TokenType.USER_DEFINED])
     return PreTrainedTokenizerFast(
         tokenizer_object=backend,
         **{name: AddedToken(token, normalized=False, special=True) for name, token in named.items() if token is not None},
@@ -112,7 +113,7 @@ def _sentencepiece(header: GgufHeader, tokens: list[str], kinds: list[int], unkn
     scores = header.get("tokenizer.ggml.scores", list)
     if len(scores) != len(tokens):
         raise ValueError(f"{header.path}: {len(scores)} tokenizer.ggml.scores for {len(tokens)} tokens")
-    whole = {token for token, kind in zip(tokens, kinds, strict=True) if kind != TokenType.NORMAL}
+    whole = {token for token, kind in zip(tokens, kinds, strict=True) if kind != gguf.TokenType.NORMAL}
     vocabulary = {token: place for place, token in enumerate(tokens)}
     merges = generate_merges(vocabulary, dict(zip(tokens, scores, strict=True)), whole)
     backend = Tokenizer(BPE(vocabulary, merges, unk_token=unknown, fuse_unk=True, byte_fallback=True))
@@ -127,7 +128,7 @@ def _sentencepiece(header: GgufHeader, tokens: list[str], kinds: list[int], unkn
     return backend
 
 
-def add_tokenizer(writer: GGUFWriter, tokenizer: PreTrainedTokenizerBase, vocabulary: int) -> None:
+def add_tokenizer(writer: gguf.GGUFWriter, tokenizer: PreTrainedTokenizerBase, vocabulary: int) -> None:
     """Put a tokenizer into the metadata of a GGUF file.
 
     SentencePiece's merges are told by a score for each token, the earlier the higher: that is all of them for tokenizers that come from
@@ -156,17 +157,17 @@ def add_tokenizer(writer: GGUFWriter, tokenizer: PreTrainedTokenizerBase, vocabu
     added = {entry["id"]: entry for entry in state["added_tokens"]}
     tokens, kinds = [], []
     for place in range(vocabulary):
-        token, kind = places.get(place), TokenType.NORMAL
+        token, kind = places.get(place), gguf.TokenType.NORMAL
         if token is None:
-            token, kind = f"[PAD{place}]", TokenType.UNUSED
+            token, kind = f"[PAD{place}]", gguf.TokenType.UNUSED
         elif sentencepiece and token == model["unk_token"]:
-            kind = TokenType.UNKNOWN
+            kind = gguf.TokenType.UNKNOWN
         elif place in added:
-            kind = TokenType.CONTROL if added[place]["special"] else TokenType.USER_DEFINED
-            if kind == TokenType.USER_DEFINED:  # these are found in text as it stands
+            kind = gguf.TokenType.CONTROL if added[place]["special"] else gguf.TokenType.USER_DEFINED
+            if kind == gguf.TokenType.USER_DEFINED:  # these are found in text as it stands
                 token = token.replace(_SPACE, " ")
         elif sentencepiece and _BYTE.fullmatch(token):
-            kind = TokenType.BYTE
+            kind = gguf.TokenType.BYTE
         tokens.append(token)
         kinds.append(int(kind))
     plain, whole = tokenizer.encode("a", add_special_tokens=False), tokenizer.encode("a")

@@ -4,7 +4,6 @@ import os
 import warnings
 from pathlib import Path
 
-import gguf
 import numpy as np
 import torch
 from transformers import GemmaConfig, LlamaConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -12,6 +11,7 @@ from transformers import GemmaConfig, LlamaConfig, PretrainedConfig, PreTrainedM
 from mllama.checkpoints.engine import to_file
 from mllama.checkpoints.files import write_file
 from mllama.checkpoints.gguf import ROPE_FREQS, rope_factors, table
+from mllama.checkpoints.gguf_header import gguf
 from mllama.checkpoints.gguf_tokenizer import add_tokenizer
 
 _Type = gguf.GGMLQuantizationType
