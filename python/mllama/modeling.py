@@ -363,11 +363,14 @@ class MllamaForConditionalGeneration(PretrainedMixin, MllamaGenerationMixin, Pre
             inputs_embeds = self._embed(input_ids)
         if pixel_values is not None:
             image_features, attentions = self._encode_tiles(pixel_values, *aspects, output_attentions)
-        cached = 0
+        cached, text = None, self.plan.text
         if past_key_values is not None:
-            cached = place_cross_layers(past_key_values, self.plan.text.cross_attention_layers, self.plan.text.num_hidden_layers)
+            cached = place_cross_layers(past_key_values, text.cross_attention_layers, text.num_hidden_layers)
         mask = rows_of_mask(cross_attention_mask, inputs_embeds.shape[:2], past_length(past_key_values))
-        cross = cross_context(image_features, mask, self.vision_tower.tokens_per_tile, self.reference, cached=cached)
+        held = None if cached is None else cached.kept
+        cross = cross_context(image_features, mask, self.vision_tower.tokens_per_tile, self.reference, held=held, filled=aspects[1])
+        if cached is not None and cross is not None:
+            cached.kept = cross.kept
         return _Seen(inputs_embeds, placeholders, image_features, attentions, cross)
 
     def _count_pictures(self, pixel_values: torch.Tensor | None, image_features: torch.Tensor | None) -> int:

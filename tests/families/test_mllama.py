@@ -247,17 +247,26 @@ def test_ways_of_generating_agree(models, reference):
     ours.reference = "hf"
 
 
-def test_a_conversation_goes_on_from_its_cache(models):
-    """A second question, with a second picture, given to the cache of the first."""
+@pytest.mark.parametrize("reference", ["meta", "hf"])
+def test_a_conversation_goes_on_from_its_cache(models, reference):
+    """A second question, and one with a picture of its own: the cache has the first picture, and what was said of it."""
     ours, theirs = models
+    ours.reference = reference
     first = inputs(ours, *ROWS["text before it"])
-    answers = [model.generate(**first, **GREEDY, return_dict_in_generate=True) for model in models]
-    row = [*answers[0].sequences[0].tolist(), 4, 8, 15]
-    whole = inputs(ours, (row, [3]))
-    expected = ours.generate(**whole | {"pixel_values": first["pixel_values"]}, **GREEDY)
-    for model, answer in zip(models, answers, strict=True):
+    said = ours.generate(**first, **GREEDY)[0].tolist()
+    for more, ratios in (([4, 8, 15], []), ([PICTURE, 4, 8], [2])):
+        whole = inputs(ours, ([*said, *more], [3, *ratios]))
+        whole["pixel_values"][:, :1] = first["pixel_values"]
+        expected = ours.generate(**whole, **GREEDY)
+        if reference == "hf":
+            assert torch.equal(theirs.generate(**whole, **GREEDY), expected)
+        cache = ours.generate(**first, **GREEDY, return_dict_in_generate=True).past_key_values
+        new = {name: whole[name][:, 1:] for name in ("pixel_values", "aspect_ratio_ids", "aspect_ratio_mask")} if ratios else {}
         batch = {name: whole[name] for name in ("input_ids", "attention_mask", "cross_attention_mask")}
-        assert torch.equal(model.generate(**batch, **GREEDY, past_key_values=answer.past_key_values), expected)
+        assert torch.equal(ours.generate(**batch, **new, **GREEDY, past_key_values=cache), expected)
+        if reference == "meta":  # of three tiles and of two
+            assert cache.layers[1].keys.shape[2] == (3 + len(ratios) * 2) * ours.vision_tower.tokens_per_tile
+    ours.reference = "hf"
 
 
 def examples(model) -> dict[str, torch.Tensor]:

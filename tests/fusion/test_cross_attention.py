@@ -147,7 +147,7 @@ def test_keys_are_computed_once_and_those_of_new_pictures_appended():
     hidden, states, mask = example(2)
     first = slice(0, 4 * TOKENS)
     cache, other = DynamicCache(), DynamicCache()
-    assert place_cross_layers(cache, [1], 2) == 0
+    place = place_cross_layers(cache, [1], 2)
     with torch.no_grad():
         steps = [
             (hidden[:, :3], states[:, first], mask[:, :3, :1]),
@@ -156,9 +156,57 @@ def test_keys_are_computed_once_and_those_of_new_pictures_appended():
             (hidden[:, 6:], None, mask[:, 6:]),
         ]
         for x, new, seen in steps:
-            got, _ = ours(x, None, cache, cross=cross_context(new, seen, TOKENS, "hf", cached=place_cross_layers(cache, [1], 2)))
+            cross = cross_context(new, seen, TOKENS, "hf", held=place.kept)
+            place.kept = cross.kept
+            got, _ = ours(x, None, cache, cross=cross)
             assert relative(got, stock(theirs, x, new, seen, other)) <= 1e-5
-    assert place_cross_layers(cache, [1], 2) == 8 * TOKENS
+    assert place.get_seq_length() == 8 * TOKENS
+
+
+def test_tiles_that_are_empty_in_every_row_get_no_keys():
+    ours, _ = layers()
+    hidden, states, mask = example(2)  # the rows fill one and two tiles of the first picture, two and three of the second
+    filled = mask.any(1)
+    mask[:, :4, 1] = 0  # it comes later
+    first = slice(0, 4 * TOKENS)
+    steps = [
+        (hidden[:, :3], states[:, first], mask[:, :3, :1], filled[:, :1]),
+        (hidden[:, 3:4], None, mask[:, 3:4, :1], None),
+        (hidden[:, 4:6], states[:, first.stop :], mask[:, 4:6], filled[:, 1:]),
+        (hidden[:, 6:], None, mask[:, 6:], None),
+    ]
+    with torch.no_grad():
+        all_keys, _ = ours(hidden, cross=cross_context(states, mask, TOKENS))
+        cross = cross_context(states, mask, TOKENS, filled=filled)
+        assert cross.states.shape[1] == (2 + 3) * TOKENS
+        torch.testing.assert_close(ours(hidden, cross=cross)[0], all_keys)
+        cache, got = DynamicCache(), []
+        place = place_cross_layers(cache, [1], 2)
+        for x, new, seen, tiles in steps:
+            cross = cross_context(new, seen, TOKENS, held=place.kept, filled=tiles)
+            place.kept = cross.kept
+            got.append(ours(x, None, cache, cross=cross)[0])
+        torch.testing.assert_close(torch.cat(got, 1), all_keys)
+    assert place.kept.tolist() == [True, True, False, False, True, True, True, False]
+    assert place.get_seq_length() == 5 * TOKENS
+    mask[0, 6, 0, 3] = 1
+    with pytest.raises(ValueError, match="must not show tiles that were empty"):
+        cross_context(None, mask[:, 6:], TOKENS, held=place.kept)
+
+
+def test_keys_stay_where_they_might_be_seen():
+    _, states, mask = example()
+    filled = torch.zeros(2, 1, 4)
+    filled[..., 0] = 1
+    for options, kept in (
+        ({"filled": filled}, 2),  # the mask shows a tile more
+        ({"filled": filled, "reference": "hf"}, 4),  # positions that see none attend to all
+        ({"filled": torch.zeros(2, 1, 4), "mask": torch.zeros_like(mask)}, 4),  # a picture always has keys
+        ({"filled": filled, "mask": None}, 4),
+        ({}, 4),
+    ):
+        cross = cross_context(**{"states": states, "mask": mask, "tokens_per_tile": TOKENS} | options)
+        assert cross.states.shape[1] == kept * TOKENS == int(cross.kept.sum()) * TOKENS
 
 
 def test_without_pictures_the_layer_does_nothing():
@@ -174,7 +222,8 @@ def test_without_pictures_the_layer_does_nothing():
         (TypeError, "cross_attention_mask must be a torch.Tensor", {"mask": [1]}),
         (ValueError, "for 4 tiles, got .2, 7, 2, 4", {"mask": torch.ones(2, 7, 2, 4)}),
         (ValueError, "cross_attention_mask must be", {"mask": torch.ones(2, 7)}),
-        (ValueError, "cross_attention_mask must be", {"cached": TOKENS}),
+        (ValueError, "for 5 tiles", {"held": torch.ones(1, dtype=torch.bool)}),
+        (ValueError, "aspect_ratio_mask must be .* for 4 tiles", {"filled": torch.ones(2, 1, 3)}),
         (ValueError, "reference must be", {"reference": "torchtune"}),
     ],
 )

@@ -129,6 +129,12 @@ def test_probabilities_hide_padding_from_padding_only():
         assert torch.equal(weights > 0, seen.expand_as(weights))
 
 
+def test_ids_tell_which_tiles_are_filled():
+    tower = towers()[0]
+    pixels, ids, mask = pictures(tower.config, [[1, 6], [3, 0]])
+    assert torch.equal(tower(pixels, ids).last_hidden_state, tower(pixels, ids, mask).last_hidden_state)
+
+
 def test_no_pictures_give_no_features():
     tower = towers()[0]
     pixels, ids, mask = pictures(tower.config, [[1]])
@@ -145,7 +151,7 @@ def test_no_pictures_give_no_features():
         (TypeError, "aspect_ratio_ids must be", {"aspect_ratio_ids": torch.ones(1, 1)}),
         (ValueError, "aspect_ratio_ids must be", {"aspect_ratio_ids": torch.ones(2, 1, dtype=torch.long)}),
         (IndexError, "aspect_ratio_ids must lie in 0 to 8, got 9", {"aspect_ratio_ids": torch.tensor([[9]])}),
-        (TypeError, "aspect_ratio_mask must be", {"aspect_ratio_mask": None}),
+        (TypeError, "aspect_ratio_mask must be", {"aspect_ratio_mask": [1]}),
         (ValueError, "aspect_ratio_mask must be", {"aspect_ratio_mask": torch.ones(1, 1, 2)}),
         (ValueError, "reference must be", {"reference": "torchtune"}),
     ],

@@ -41,11 +41,13 @@ class CrossAttentionContext:
 
     Attributes:
         states: features of the pictures that are new in this pass, [B, keys, hidden], or None.
+        kept: bool [pictures * tiles], of all pictures so far: the tiles that have keys. On the CPU.
         segments: the text's positions, in order; None is one segment that sees all keys.
         visible: bool [B, T, 1], False where a position sees no picture; None where all see one.
     """
 
     states: torch.Tensor | None
+    kept: torch.Tensor
     segments: tuple[Segment, ...] | None = None
     visible: torch.Tensor | None = None
 
@@ -56,7 +58,8 @@ def cross_context(
     tokens_per_tile: int,
     reference: str = "meta",
     *,
-    cached: int = 0,
+    held: torch.Tensor | None = None,
+    filled: torch.Tensor | None = None,
 ) -> CrossAttentionContext | None:
     """Prepare one forward pass.
 
@@ -67,39 +70,59 @@ def cross_context(
         tokens_per_tile: keys of one tile.
         reference: what a position that sees no picture does. "meta": the layer leaves it as it is. "hf", as transformers: it attends to
             every key, padding too, and only the feed-forward half leaves it.
-        cached: keys of earlier pictures that the cache holds.
+        held: `kept` of the pass before, where its keys are in the cache.
+        filled: [B, pictures, tiles] of any dtype, zero where a tile of a new picture is empty. With "meta" and a mask, tiles that are
+            empty in every row, and seen by no position, get no keys: nothing would attend to them.
 
     Returns:
         The context, or None where there is no picture: layers given None do nothing.
 
     Raises:
         TypeError: mask is no tensor.
-        ValueError: mask does not fit the keys, or a reference that is not known.
+        ValueError: mask or filled do not fit the keys, mask shows a tile that got none, or a reference that is not known.
     """
     if reference not in ("meta", "hf"):
         raise ValueError(f"reference must be 'meta' or 'hf', got {reference!r}")
-    keys = cached + (0 if states is None else states.shape[1])
-    if not keys:
+    held = torch.ones(0, dtype=torch.bool) if held is None else held
+    new = torch.ones(0 if states is None else states.shape[1] // tokens_per_tile, dtype=torch.bool)
+    columns = len(held) + len(new)
+    if not columns:
         return None
     if mask is None:
-        return CrossAttentionContext(states)
+        return CrossAttentionContext(states, torch.cat([held, new]))
     if not isinstance(mask, torch.Tensor):
         raise TypeError(f"cross_attention_mask must be a torch.Tensor or None, got {type(mask).__name__}")
-    if mask.dim() != 4 or mask.shape[2] * mask.shape[3] * tokens_per_tile != keys:
-        raise ValueError(
-            f"cross_attention_mask must be [batch, tokens, pictures, tiles] for {keys // tokens_per_tile} tiles, got {list(mask.shape)}"
-        )
+    if mask.dim() != 4 or mask.shape[2] * mask.shape[3] != columns:
+        raise ValueError(f"cross_attention_mask must be [batch, tokens, pictures, tiles] for {columns} tiles, got {list(mask.shape)}")
     seen = (mask != 0).flatten(2)
-    visible = seen.any(-1, keepdim=True)
-    if reference == "hf":
-        seen = seen | ~visible
-    segments = _segments(seen, tokens_per_tile)
-    return CrossAttentionContext(states, segments, visible)
-
-
-def _segments(seen: torch.Tensor, tokens_per_tile: int) -> tuple[Segment, ...]:
-    """bool [B, T, pictures * tiles] -> runs of positions over which no row changes."""
     host = seen.cpu()
+    shown = host.flatten(0, 1).any(0)
+    if reference == "meta" and states is not None and filled is not None:
+        new = _used(filled, new) | shown[len(held) :]
+        if not new.all():
+            states = states.unflatten(1, (len(new), tokens_per_tile))[:, new].flatten(1, 2)
+    kept = torch.cat([held, new])
+    if (shown & ~kept).any():
+        raise ValueError("cross_attention_mask must not show tiles that were empty when their picture was given")
+    if not kept.all():
+        seen, host = seen[..., kept], host[..., kept]
+    visible = None if host.any(-1).all() else seen.any(-1, keepdim=True)
+    if reference == "hf" and visible is not None:
+        seen = seen | ~visible
+        host = seen.cpu()
+    return CrossAttentionContext(states, kept, _segments(seen, host, tokens_per_tile), visible)
+
+
+def _used(filled: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
+    """bool [pictures * tiles]: tiles that are filled in some row; all of them where none is, so that a picture always has keys."""
+    used = (filled != 0).flatten(1).any(0).cpu()
+    if used.shape != new.shape:
+        raise ValueError(f"aspect_ratio_mask must be [batch, pictures, tiles] for {len(new)} tiles, got {list(filled.shape)}")
+    return used if used.any() else new
+
+
+def _segments(seen: torch.Tensor, host: torch.Tensor, tokens_per_tile: int) -> tuple[Segment, ...]:
+    """bool [B, T, tiles], and the same on the CPU -> runs of positions over which no row changes."""
     changes = (host[:, 1:] != host[:, :-1]).any(-1).any(0).nonzero().flatten() + 1
     edges = [0, *changes.tolist(), host.shape[1]]
     segments = []

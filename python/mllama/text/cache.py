@@ -32,7 +32,13 @@ def key_length(past_key_values: Cache | None, new: int) -> int:
 
 
 class CrossCacheLayer(DynamicLayer):
-    """The place of a cross-attention layer in a decoder's cache: keys and values of pictures, kept while text comes and goes."""
+    """The place of a cross-attention layer in a decoder's cache: keys and values of pictures, kept while text comes and goes.
+
+    Attributes:
+        kept: bool [pictures * tiles], the tiles that have keys here, as `fusion.cross_attention` tells; in the first such layer alone.
+    """
+
+    kept: torch.Tensor | None = None
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs) -> tuple[torch.Tensor, torch.Tensor]:
         """Append the keys and values of new pictures, [B, heads, keys, head_dim], which may be none; return all."""
@@ -46,8 +52,13 @@ class CrossCacheLayer(DynamicLayer):
     def crop(self, tokens_to_remove: int) -> None:
         """Text is taken back, pictures are not."""
 
+    def reset(self) -> None:
+        """Forget pictures too."""
+        super().reset()
+        self.kept = None
 
-def place_cross_layers(past_key_values: Cache, cross_attention_layers: Sequence[int], layers: int) -> int:
+
+def place_cross_layers(past_key_values: Cache, cross_attention_layers: Sequence[int], layers: int) -> CrossCacheLayer | None:
     """Put a `CrossCacheLayer` at every cross-attention layer's place, where a cache of transformers comes with one for text.
 
     Args:
@@ -56,7 +67,7 @@ def place_cross_layers(past_key_values: Cache, cross_attention_layers: Sequence[
         layers: of the whole decoder.
 
     Returns:
-        Keys of pictures that the cache holds.
+        The first of them, or None where the decoder has none.
 
     Raises:
         ValueError: the cache has too few layers, or another model has written to it.
@@ -71,4 +82,4 @@ def place_cross_layers(past_key_values: Cache, cross_attention_layers: Sequence[
             if int(places[index].get_seq_length()):
                 raise ValueError(f"past_key_values holds keys of another model at layer {index}, which attends to pictures")
             places[index] = CrossCacheLayer()
-    return max((places[index].get_seq_length() for index in cross_attention_layers), default=0)
+    return next((places[index] for index in cross_attention_layers), None)

@@ -184,7 +184,7 @@ class TiledVisionTower(nn.Module):
         self,
         pixel_values: torch.Tensor,
         aspect_ratio_ids: torch.Tensor,
-        aspect_ratio_mask: torch.Tensor,
+        aspect_ratio_mask: torch.Tensor | None = None,
         reference: str = "meta",
         output_attentions: bool = False,
     ) -> BaseModelOutput:
@@ -192,7 +192,7 @@ class TiledVisionTower(nn.Module):
         Args:
             pixel_values: float [B, N, max_num_tiles, channels, image_size, image_size], N pictures a row; cast to the tower's dtype.
             aspect_ratio_ids: int [B, N], 1 + the place of the picture's (rows, columns) among `supported_aspect_ratios`; 0 is no picture.
-            aspect_ratio_mask: [B, N, max_num_tiles] of any dtype, zero where a tile is empty.
+            aspect_ratio_mask: [B, N, max_num_tiles] of any dtype, zero where a tile is empty; None is as the ids say.
             reference: "meta" takes the inputs of `intermediate_layers_indices`, as the released weights were trained; "hf" their
                 outputs, as transformers does.
             output_attentions: also return every layer's probabilities.
@@ -208,6 +208,8 @@ class TiledVisionTower(nn.Module):
         """
         self.check(pixel_values, aspect_ratio_ids, aspect_ratio_mask)
         check_reference(reference)
+        if aspect_ratio_mask is None:
+            aspect_ratio_mask = self._filled(aspect_ratio_ids)
         ids, filled = aspect_ratio_ids.flatten(), (aspect_ratio_mask != 0).flatten(0, 1)
         tokens = self._embed(pixel_values.flatten(0, 2), ids)
         # Empty tiles go different ways only where something of a tile's own is trained; probabilities are asked for one by one.
@@ -227,7 +229,7 @@ class TiledVisionTower(nn.Module):
             attentions=tuple(torch.cat(layer)[back] for layer in zip(*attentions, strict=True)) if output_attentions else None,
         )
 
-    def check(self, pixel_values: torch.Tensor, aspect_ratio_ids: torch.Tensor, aspect_ratio_mask: torch.Tensor) -> None:
+    def check(self, pixel_values: torch.Tensor, aspect_ratio_ids: torch.Tensor, aspect_ratio_mask: torch.Tensor | None = None) -> None:
         """Raise what `forward` would raise for this input, before any work."""
         config = self.config
         if not isinstance(pixel_values, torch.Tensor) or not pixel_values.is_floating_point():
@@ -240,16 +242,21 @@ class TiledVisionTower(nn.Module):
             raise TypeError(f"aspect_ratio_ids must be an int64 or int32 torch.Tensor, got {_kind(aspect_ratio_ids)}")
         if list(aspect_ratio_ids.shape) != [batch, pictures]:
             raise ValueError(f"aspect_ratio_ids must be [{batch}, {pictures}], one per picture, got {list(aspect_ratio_ids.shape)}")
-        if not isinstance(aspect_ratio_mask, torch.Tensor):
-            raise TypeError(f"aspect_ratio_mask must be a torch.Tensor, got {_kind(aspect_ratio_mask)}")
+        if aspect_ratio_mask is not None and not isinstance(aspect_ratio_mask, torch.Tensor):
+            raise TypeError(f"aspect_ratio_mask must be a torch.Tensor or None, got {_kind(aspect_ratio_mask)}")
         wanted = [batch, pictures, config.max_num_tiles]
-        if list(aspect_ratio_mask.shape) != wanted:
+        if aspect_ratio_mask is not None and list(aspect_ratio_mask.shape) != wanted:
             raise ValueError(f"aspect_ratio_mask must be {wanted}, one per tile, got {list(aspect_ratio_mask.shape)}")
         if torch.compiler.is_compiling() or aspect_ratio_ids.numel() == 0 or aspect_ratio_ids.is_meta:
             return
         low, high = (int(bound) for bound in aspect_ratio_ids.aminmax())
         if low < 0 or high > config.max_aspect_ratio_id:
             raise IndexError(f"aspect_ratio_ids must lie in 0 to {config.max_aspect_ratio_id}, got {low} to {high}")
+
+    def _filled(self, ids: torch.Tensor) -> torch.Tensor:
+        """The first tiles of each picture, as many as its arrangement has; of no picture one, as processors have it."""
+        counts = torch.tensor([1] + [rows * columns for rows, columns in self.config.supported_aspect_ratios], device=ids.device)
+        return torch.arange(self.config.max_num_tiles, device=ids.device) < counts[ids].unsqueeze(-1)
 
     def _embed(self, tiles: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
         """[pictures * tiles, channels, size, size] -> [pictures, tiles, tokens, hidden], tokens padded to a multiple of 8."""
