@@ -507,6 +507,10 @@ HOSTILE = {
         "is no archive that torch.save wrote",
     ),
     "integers": (lambda path: torch.save({name: value.int() for name, value in small_weights().items()}, path), "int32 [20, 32]"),
+    "a number for a head": (
+        lambda path: torch.save(small_weights() | {"output.weight": torch.tensor(1.0)}, path),
+        "output.weight is float32 []",
+    ),
     "another's tensors": (lambda path: torch.save(small_weights() | {"more.weight": torch.ones(2)}, path), "unexpected (1): more.weight"),
 }
 
