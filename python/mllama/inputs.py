@@ -17,6 +17,16 @@ def rows_of_mask(mask: torch.Tensor | None, shape: torch.Size, past: int | torch
     return mask[:, rows.clamp(max=mask.shape[1] - 1)]
 
 
+def check_tile_features(image_features: torch.Tensor, rows: int, tokens_per_tile: int, size: int) -> None:
+    """Raise TypeError unless they are a floating tensor, ValueError unless they are [rows, pictures * tiles * tokens_per_tile, size]."""
+    if not isinstance(image_features, torch.Tensor) or not image_features.is_floating_point():
+        kind = getattr(image_features, "dtype", type(image_features).__name__)
+        raise TypeError(f"image_features must be a floating torch.Tensor, got {kind}")
+    shape = image_features.shape
+    if len(shape) != 3 or shape[0] != rows or shape[1] % tokens_per_tile or shape[2] != size:
+        raise ValueError(f"image_features must be [{rows}, pictures x tiles x {tokens_per_tile}, {size}], got {list(shape)}")
+
+
 def check_ids(input_ids: torch.Tensor) -> None:
     """Raise TypeError unless they are integers, ValueError unless they are [B, T] with a token."""
     if not isinstance(input_ids, torch.Tensor) or input_ids.dtype not in (torch.int64, torch.int32):

@@ -14,7 +14,7 @@ from mllama.fusion.cross_attention import CrossAttentionContext, CrossAttentionD
 from mllama.fusion.merge import find_placeholder, merge
 from mllama.fusion.projector import LinearProjector, MultiModalProjector
 from mllama.generation import MllamaGenerationMixin
-from mllama.inputs import check_ids, check_range, rows_of_mask
+from mllama.inputs import check_ids, check_range, check_tile_features, rows_of_mask
 from mllama.loss import next_token_loss
 from mllama.nn.norm import RMSNorm
 from mllama.pretrained import PretrainedMixin, own_config
@@ -361,14 +361,20 @@ class MllamaForConditionalGeneration(PretrainedMixin, MllamaGenerationMixin, Pre
         if inputs_embeds is None:
             placeholders = self.find_placeholders(input_ids)
             inputs_embeds = self._embed(input_ids)
+        cached, text, rows = None, self.plan.text, inputs_embeds.shape[0]
+        tokens = self.vision_tower.tokens_per_tile
         if pixel_values is not None:
+            self.vision_tower.check(pixel_values, *aspects)
+            if pixel_values.shape[0] != rows:
+                raise ValueError(f"pixel_values must have {rows} rows, one per row of text, got {pixel_values.shape[0]}")
             image_features, attentions = self._encode_tiles(pixel_values, *aspects, output_attentions)
-        cached, text = None, self.plan.text
+        elif image_features is not None:
+            check_tile_features(image_features, rows, tokens, text.hidden_size)
         if past_key_values is not None:
             cached = place_cross_layers(past_key_values, text.cross_attention_layers, text.num_hidden_layers)
         mask = rows_of_mask(cross_attention_mask, inputs_embeds.shape[:2], past_length(past_key_values))
         held = None if cached is None else cached.kept
-        cross = cross_context(image_features, mask, self.vision_tower.tokens_per_tile, self.reference, held=held, filled=aspects[1])
+        cross = cross_context(image_features, mask, tokens, self.reference, held=held, filled=aspects[1])
         if cached is not None and cross is not None:
             cached.kept = cross.kept
         return _Seen(inputs_embeds, placeholders, image_features, attentions, cross)

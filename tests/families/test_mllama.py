@@ -353,3 +353,38 @@ def test_saved_folders_are_stock_transformers(sizes, tmp_path):
         assert again.reference == "meta"
         again.reference = "hf"
         assert torch.equal(again(**batch).logits, ours(**batch).logits)
+
+
+@pytest.mark.parametrize(
+    ("error", "match", "change"),
+    [
+        (ValueError, "pixel_values must have 2 rows", lambda b: {name: b[name][:1] for name in b if name[:5] in ("pixel", "aspec")}),
+        (TypeError, "aspect_ratio_ids must be", lambda b: {"aspect_ratio_ids": None}),
+        (ValueError, "cross_attention_mask must be .2, tokens", lambda b: {"cross_attention_mask": b["cross_attention_mask"][:1]}),
+        (ValueError, "for 8 tiles, got", lambda b: {"cross_attention_mask": b["cross_attention_mask"][:, :, :1]}),
+        (TypeError, "cross_attention_mask must be a torch.Tensor", lambda b: {"cross_attention_mask": [1]}),
+        (ValueError, "image_features must be .2, .* 5, 64.", lambda b: {"pixel_values": None, "image_features": torch.ones(2, 41, 64)}),
+        (ValueError, "image_features must be", lambda b: {"pixel_values": None, "image_features": torch.ones(2, 40, 32)}),
+        (ValueError, "image_features must be", lambda b: {"pixel_values": None, "image_features": torch.ones(80, 64)}),
+        (TypeError, "image_features must be", lambda b: {"pixel_values": None, "image_features": [1]}),
+        (ValueError, "not both", lambda b: {"image_features": torch.ones(2, 40, 64)}),
+        (IndexError, "0 to 106", lambda b: {"input_ids": torch.full_like(b["input_ids"], 107)}),
+    ],
+)
+def test_other_input_is_refused(models, error, match, change):
+    batch = inputs(models[0], *ROWS["two"])
+    with pytest.raises(error, match=match):
+        models[0](**batch | change(batch))
+
+
+def test_features_take_the_place_of_pixels(models):
+    ours, _ = models
+    batch = inputs(ours, *ROWS["two"])
+    with torch.no_grad():
+        expected = ours(**batch)
+        aspects = {name: batch[name] for name in ("aspect_ratio_ids", "aspect_ratio_mask")}
+        features = ours.get_image_features(batch.pop("pixel_values"), **aspects)
+        assert torch.equal(features, expected.image_hidden_states)
+        assert torch.equal(ours(**batch, image_features=features).logits, expected.logits)
+    embeds = ours.language_model.embed(batch.pop("input_ids"))
+    assert torch.equal(ours(inputs_embeds=embeds, **batch, image_features=features).logits, expected.logits)
