@@ -11,11 +11,15 @@ _HOME = {
     "MllamaConfig": "config",
     "MllamaForConditionalGeneration": "modeling",
     "MllamaImageProcessor": "processing.processor",
+    "PaliGemmaProcessor": "processing.paligemma",
     "SiglipModel": "siglip",
+    "TiledProcessor": "processing.tiled",
     "Tokenizer": "processing.tokenizer",
     "ask": "api",
     "load": "api",
     "load_hf_model": "hf",
+    "load_processor": "processing.auto",
+    "parse_detections": "processing.paligemma",
 }
 
 __all__ = ["__version__", "ops", *sorted(_HOME)]
