@@ -49,7 +49,7 @@ def build(
     Raises:
         ValueError: a field that the class refuses, another kind of part, quantised weights; the text names the field.
     """
-    if content.get("quantization_config"):
+    if content.get("quantization_config") is not None:
         raise ValueError("quantization_config: weights quantised by another library are not supported")
     content = dict(content)
     for name, classes in (parts or {}).items():
