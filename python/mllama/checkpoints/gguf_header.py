@@ -13,6 +13,9 @@ try:
 except ImportError as error:  # an optional dependency
     raise ImportError("GGUF files are read and written by the package gguf: pip install 'mllama[convert]'") from error
 
+if not all(hasattr(gguf.GGUFReader, name) for name in ("_get", "_get_field_parts", "_get_tensor_info_field")):
+    raise ImportError("this version of the package gguf reads in another way, which is not bounded here: pip install gguf==0.19.0")
+
 _READS_MAX = 2**21  # of numbers and texts of a header; Llama 4's, with its vocabulary and merges, takes 1.3 million
 _DIMS_MAX = 4  # as ggml's GGML_MAX_DIMS
 _ARRAY = int(gguf.GGUFValueType.ARRAY)  # a plain number compares many times faster
