@@ -53,6 +53,7 @@ SAMPLES = {
         prefix_length=INT([15, 12]),
     ),
     "holes, one row": sample(2, 1, 70, 2, 2, 16, key_mask=torch.rand(2, 70) > 0.5),
+    "chunks of keys for the gradients": sample(2, 60, 1100, 2, 1, 250, causal=True, query_offset=INT([490, 1039])),
     "largest size": sample(1, 26, 26, 2, 2, 256, causal=True),
     "no keys": sample(1, 2, 0, 2, 1, 16),
     "no queries": sample(1, 0, 3, 2, 1, 16, causal=True),

@@ -40,11 +40,19 @@ class Backward {
         pack_tiles<E>(group.key_rows<T>(a_.k), group.keys, a_.size, room_, k_tiles_);
         pack_tiles<E>(group.key_rows<T>(a_.v), group.keys, a_.size, room_, v_tiles_);
         pack_rows<E>(group.key_rows<T>(a_.k), group.keys, a_.size, columns_, k_rows_);
-        for_row_tiles(a_, part, a_.parts, [&](int64_t first, int64_t rows, auto vectors) {
-            pack_queries(group, first, rows, vectors * kWidth);
-            tile<vectors>(group, first, rows);
-            write_queries(group, first, rows, vectors * kWidth);
-        });
+        for (int64_t from = 0; from == 0 || from < group.keys; from += chunk_) {
+            float* grad_q = grad_q_;
+            for_row_tiles(a_, part, a_.parts, [&](int64_t first, int64_t rows, auto vectors) {
+                const int64_t seen = group.limit(first + rows - 1);
+                if (from == 0) std::memset(grad_q, 0, columns_ * kLanes * sizeof(float));
+                if (from == 0 || seen > from) {
+                    pack_queries(group, first, rows, vectors * kWidth);
+                    tile<vectors>(group, first, rows, from, grad_q);
+                    if (seen <= from + chunk_) write_queries(group, first, rows, vectors * kWidth, grad_q);
+                }
+                if (chunk_ < a_.keys) grad_q += columns_ * kLanes;
+            });
+        }
         if (a_.parts == 1) write_keys(group);
     }
 
@@ -61,6 +69,7 @@ class Backward {
     }
 
   private:
+    int64_t tiles() const { return (a_.rows() + kLanes * a_.parts - 1) / (kLanes * a_.parts); }  // of a part, at most
     int64_t sums_size(const Group& group) const { return round_up(group.keys, kTileRows) * columns_; }
     void open_sums(const Group& group, float* sums) { grad_k_ = sums, grad_v_ = sums + sums_size(group); }
 
@@ -89,9 +98,9 @@ class Backward {
         }
     }
 
-    // Adds the rows' share to grad_k_ and grad_v_, and leaves their dQ, transposed, in grad_q_.
+    // For one chunk of keys, adds the rows' share to grad_k_ and grad_v_, and their dQ, transposed, to grad_q.
     template <int NV>
-    void tile(const Group& group, int64_t first, int64_t rows) {
+    void tile(const Group& group, int64_t first, int64_t rows, int64_t from, float* grad_q) {
         constexpr int kTileLanes = NV * kWidth, kKeyWords = kTileLanes / E::kElements;  // words of a key in p_ and ds_
         const Limits<NV> limits(group, first, rows);
         const float* added = group.visible.added ? group.visible.added + group.visible.first : nullptr;
@@ -99,10 +108,10 @@ class Backward {
         std::memcpy(highest, highest_, sizeof highest);
         std::memcpy(inverse, inverse_, sizeof inverse);
         std::memcpy(delta, delta_, sizeof delta);
-        for (int64_t i = 0; i < columns_ * kTileLanes; i += kWidth) store(grad_q_ + i, vf{});
 
-        for (int block = 0; block < limits.most; block += kKeys) {
-            int keys = std::min(kKeys, limits.most - block);
+        const int end = static_cast<int>(std::min<int64_t>(from + chunk_, limits.most));
+        for (int block = static_cast<int>(from); block < end; block += kKeys) {
+            int keys = std::min(kKeys, end - block);
             for (int key = 0; key < keys; key += kTileRows) {
                 const int64_t at = (block + key) * words_;
                 Tile<NV> p{}, ds{};
@@ -132,9 +141,9 @@ class Backward {
             int64_t steps = (keys + E::kElements - 1) / E::kElements;
             for (int64_t d = 0; d < round_up(a_.size, kTileRows); d += kTileRows) {
                 Tile<NV> tile;
-                load_tile<NV>(tile, grad_q_ + d * kTileLanes, kTileLanes);
+                load_tile<NV>(tile, grad_q + d * kTileLanes, kTileLanes);
                 multiply_add<E, 1>(tile, k + d, columns_, ds, kTileLanes, steps);
-                store_tile<NV>(tile, grad_q_ + d * kTileLanes, kTileLanes);
+                store_tile<NV>(tile, grad_q + d * kTileLanes, kTileLanes);
             }
         }
     }
@@ -160,8 +169,8 @@ class Backward {
         store_tile<NV>(tile, sums, columns_);
     }
 
-    void write_queries(const Group& group, int64_t first, int64_t rows, int64_t lanes) {
-        transpose(as_words(grad_q_), lanes, room_, columns_, columns_, lanes);
+    void write_queries(const Group& group, int64_t first, int64_t rows, int64_t lanes, float* grad_q) {
+        transpose(as_words(grad_q), lanes, room_, columns_, columns_, lanes);
         for (int64_t r = 0; r < rows; ++r) {
             const float* from = as_floats(room_) + r * columns_;
             T* to = static_cast<T*>(a_.grad_q) + group.element(first + r);
@@ -186,11 +195,14 @@ class Backward {
     const int64_t words_ = row_words<E>(a_.size);        // in a packed row that becomes a column, or part of a tile
     const int64_t columns_ = round_up(a_.size, kWidth);  // in a packed row that stays one, and in sums
     const int64_t keys_ = round_up(a_.keys, kTileRows);
+    // Keys that all tiles of rows meet before the next: what belongs to them, 20 bytes an element, stays in a cache.
+    const int64_t chunk_ = round_up(131072 / columns_, kKeys);
     const float scale_ = a_.scale * kLog2e;
     Words k_tiles_{keys_ * words_}, v_tiles_{keys_ * words_}, k_rows_{keys_ * columns_};
     Words q_lanes_{kLanes * words_}, g_lanes_{kLanes * words_}, q_rows_{kLanes * columns_}, g_rows_{kLanes * columns_};
     Words p_{kKeys * kLanes}, ds_{kKeys * kLanes}, ds_lanes_{kKeys * kLanes}, room_{kLanes * kMaxSize};
-    Floats kept_{kTileRows * kLanes}, grad_q_{columns_ * kLanes};  // a tile of P; dQ
+    Floats kept_{kTileRows * kLanes};  // a tile of P
+    Floats grad_q_{(chunk_ < a_.keys ? tiles() : 1) * columns_ * kLanes};  // dQ of the tiles that wait for more keys
     Floats own_sums_{a_.parts == 1 ? attention_sums(a_) : 0};
     float *grad_k_ = nullptr, *grad_v_ = nullptr;  // sums [keys, columns] that are open now
     float highest_[kLanes], inverse_[kLanes], delta_[kLanes];
