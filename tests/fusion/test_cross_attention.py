@@ -238,3 +238,22 @@ def test_layers_are_plain_modules():
     ours, _ = layers()
     linear = {name.rpartition(".")[2] for name, module in ours.named_modules() if type(module) is nn.Linear}
     assert linear == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+
+
+def test_a_context_goes_to_the_layers_device():
+    _, states, mask = example()
+    cross = cross_context(states, mask, TOKENS).to("meta")
+    assert all(segment.key_mask.is_meta for segment in cross.segments)
+    assert cross.states.is_meta and cross.visible.is_meta and not cross.kept.is_meta
+    assert cross_context(states, None, TOKENS).to("meta").states.is_meta
+
+
+def test_layers_may_be_spread_by_accelerate():
+    accelerate = pytest.importorskip("accelerate")
+    layer, _ = layers()
+    hidden, states, mask = example()
+    cross = cross_context(states, mask, TOKENS)
+    with torch.no_grad():
+        expected, _ = layer(hidden, cross=cross)
+        accelerate.cpu_offload(layer, torch.device("cpu"))
+        assert torch.equal(layer(hidden, cross=cross)[0], expected)

@@ -51,6 +51,14 @@ class CrossAttentionContext:
     segments: tuple[Segment, ...] | None = None
     visible: torch.Tensor | None = None
 
+    def to(self, device: torch.device | str | int) -> "CrossAttentionContext":
+        """The same on another device; accelerate asks for it where layers are spread over several."""
+        states, visible = (None if tensor is None else tensor.to(device) for tensor in (self.states, self.visible))
+        segments = self.segments and tuple(
+            segment if segment.key_mask is None else replace(segment, key_mask=segment.key_mask.to(device)) for segment in self.segments
+        )
+        return replace(self, states=states, segments=segments, visible=visible)
+
 
 def cross_context(
     states: torch.Tensor | None,
