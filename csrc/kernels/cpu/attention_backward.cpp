@@ -201,7 +201,7 @@ class Backward {
     Words k_tiles_{keys_ * words_}, v_tiles_{keys_ * words_}, k_rows_{keys_ * columns_};
     Words q_lanes_{kLanes * words_}, g_lanes_{kLanes * words_}, q_rows_{kLanes * columns_}, g_rows_{kLanes * columns_};
     Words p_{kKeys * kLanes}, ds_{kKeys * kLanes}, ds_lanes_{kKeys * kLanes}, room_{kLanes * kMaxSize};
-    Floats kept_{kTileRows * kLanes};  // a tile of P
+    Floats kept_{kTileRows * kLanes};                                      // a tile of P
     Floats grad_q_{(chunk_ < a_.keys ? tiles() : 1) * columns_ * kLanes};  // dQ of the tiles that wait for more keys
     Floats own_sums_{a_.parts == 1 ? attention_sums(a_) : 0};
     float *grad_k_ = nullptr, *grad_v_ = nullptr;  // sums [keys, columns] that are open now
