@@ -1,11 +1,14 @@
 """Fixtures that tests of several folders share."""
 
+import functools
+
 import pytest
 import torch
 from PIL import Image, ImageDraw
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
+import family_folders
 import twins
 from mllama import MllamaImageProcessor
 
@@ -53,6 +56,19 @@ def model_folder(make_tokenizer, tmp_path_factory):
     twins.model(text=sizes | ends, image_token_index=processor.image_token_id).save_pretrained(folder)
     processor.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def family_folder(make_tokenizer, model_folder, tmp_path_factory):
+    """family_folder(family): a folder of `family_folders.MAKERS`, or "llava, siglip", written once."""
+
+    @functools.cache
+    def make(family: str):
+        return (
+            model_folder if family == "llava, siglip" else family_folders.write(family, make_tokenizer, tmp_path_factory.mktemp("family"))
+        )
+
+    return make
 
 
 @pytest.fixture(scope="session")

@@ -27,9 +27,11 @@ def choose_device(device: str | torch.device) -> torch.device:
 
 
 def choose_dtype(device: torch.device, weight_bytes: int) -> torch.dtype:
-    """bfloat16 where the device computes in it, else float32. On a CPU models with small files stay in float32."""
-    large = device.type != "cpu" or weight_bytes > SMALL_MODEL
-    return torch.bfloat16 if large and _computes_in_bfloat16(device) else torch.float32
+    """bfloat16 where the device computes in it, float16 on older CUDA devices, else float32. On a CPU small models stay in float32."""
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
+    fast = device.type == "cpu" and not {"avx512_bf16", "amx_bf16"}.isdisjoint(cpu_features())
+    return torch.bfloat16 if fast and weight_bytes > SMALL_MODEL else torch.float32
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -41,9 +43,3 @@ def cpu_features() -> list[str]:
     """What this CPU has of the instruction sets that matter here, in torch's names; empty where torch cannot tell."""
     found = getattr(torch.cpu, "get_capabilities", dict)()
     return [name for name in _CPU_FEATURES if found.get(name)]
-
-
-def _computes_in_bfloat16(device: torch.device) -> bool:
-    if device.type == "cuda":
-        return torch.cuda.get_device_capability(device) >= (8, 0)
-    return device.type == "cpu" and not {"avx512_bf16", "amx_bf16"}.isdisjoint(cpu_features())

@@ -6,17 +6,18 @@ import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-from jinja2 import TemplateError
-from transformers import PretrainedConfig, PreTrainedModel, SiglipVisionConfig
+from transformers import BatchEncoding, BatchFeature, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, SiglipVisionConfig
 
 from mllama._device import choose_device, choose_dtype, dtype_name
 from mllama.assets import EMBEDDED
+from mllama.checkpoints import open_checkpoint
+from mllama.checkpoints.hub import find_folder
 from mllama.modeling import MllamaForConditionalGeneration
+from mllama.processing.auto import encode_messages, load_processor
 from mllama.processing.image import load_picture
-from mllama.processing.processor import MllamaBatch, MllamaImageProcessor
 from mllama.siglip import SiglipModel
 
 MAX_NEW_TOKENS = 128
@@ -33,49 +34,85 @@ class Answer(NamedTuple):
 
 
 def load(
-    path: str | os.PathLike | None = None, dtype: str | torch.dtype = "auto", device: str | torch.device = "auto"
-) -> tuple[MllamaForConditionalGeneration, MllamaImageProcessor]:
-    """Load a model and its processor; what was chosen is said on stderr, once.
+    path: str | os.PathLike | None = None,
+    dtype: str | torch.dtype = "auto",
+    device: str | torch.device = "auto",
+    reference: str = "meta",
+) -> tuple[PreTrainedModel, Any]:
+    """Load a model of any family and its processor; what was chosen is said on stderr, once.
 
     Args:
-        path: a model folder; None is the model that comes with the package.
-        dtype: "float32", "bfloat16", "float16" or the torch dtype. "auto" is bfloat16 where the device computes in it and, on a CPU,
-            the model's files have more than 64 MB; else float32.
+        path: a model folder, a GGUF file, or a model's id on the hub; None is the model that comes with the package.
+        dtype: "float32", "bfloat16", "float16" or the torch dtype. "auto" is by the device: bfloat16 where it computes in it, float16 on
+            older CUDA devices, else float32; and float32 on a CPU for weights of less than 64 MB.
         device: as torch names it. "auto" is the first CUDA device, else the CPU.
+        reference: whose Llama-3.2-Vision to follow, "meta" or "hf"; it means nothing to other families.
 
     Returns:
-        The model, in eval mode, and the processor.
+        The model, in eval mode: MllamaForConditionalGeneration, or SiglipModel for a SigLIP vision model alone. And what it needs before
+        it: the processor, the tokenizer of a text model, the image processor of a SigLIP.
 
     Raises:
         TypeError: a path that is no path.
-        FileNotFoundError: no such folder, or a file missing in it.
-        ValueError: an empty path; a dtype or device that is not known or not here; a folder of an unknown family or with broken files.
+        FileNotFoundError: no such folder or model, or a file missing in it.
+        ValueError: an empty path; a dtype, device or reference that is not known or not here; an unknown family, or broken files.
     """
-    model, processor = load_quietly(path, dtype, device)
+    model, processor = load_quietly(path, dtype, device, reference)
     say_loaded(path, model)
     return model, processor
 
 
+class Choice(NamedTuple):
+    """What a load will be: the model's files, their config, and the dtype and device that were chosen."""
+
+    folder: Path
+    config: PretrainedConfig
+    dtype: str | torch.dtype
+    device: torch.device
+
+
 def load_quietly(
-    path: str | os.PathLike | None, dtype: str | torch.dtype, device: str | torch.device
-) -> tuple[MllamaForConditionalGeneration, MllamaImageProcessor]:
+    path: str | os.PathLike | None, dtype: str | torch.dtype, device: str | torch.device, reference: str = "meta"
+) -> tuple[PreTrainedModel, Any]:
     """`load` without the line on stderr, which `say_loaded` writes."""
+    chosen = choose(path, dtype, device)
+    found = model_class(chosen.config)
+    options = {"reference": reference} if "reference" in found.load_options else {}
+    model = found.from_pretrained(chosen.folder, dtype=chosen.dtype, device_map=chosen.device, **options)
+    return model, processor_of(chosen.folder)
+
+
+def processor_of(folder: Path) -> Any:
+    """`load_processor`, of a folder that holds a model."""
+    try:
+        return load_processor(folder)
+    except ValueError as error:  # broken JSON does not say where
+        raise ValueError(f"{folder} holds a model, but its processor cannot be read: {error}") from error
+
+
+def choose(path: str | os.PathLike | None, dtype: str | torch.dtype, device: str | torch.device) -> Choice:
+    """Find a model's files, read their headers, and choose by the device; arguments and errors as `load`."""
+    folder, device = find_model(path), choose_device(device)
+    with (opened := open_checkpoint(folder)).source:
+        if isinstance(dtype, str) and dtype == "auto":
+            sizes = (torch.Size(header.shape).numel() * header.dtype.itemsize for header in opened.source.headers().values())
+            dtype = choose_dtype(device, sum(sizes))
+    return Choice(folder, opened.config, dtype, device)
+
+
+def find_model(path: str | os.PathLike | None) -> Path:
+    """Where a model's files are: the embedded model's for None, the path's own, or where the hub's files of that id were put.
+
+    Raises:
+        TypeError: a path that is no path.
+        ValueError: an empty path.
+        FileNotFoundError: as `mllama.checkpoints.hub.find_folder`.
+    """
     if not isinstance(path, (str, os.PathLike, type(None))):
         raise TypeError(f"path must be a str, a path or None, got {type(path).__name__}")
     if path == "":  # to Path it would be the current folder
         raise ValueError("path is empty; give a model folder, or None for the embedded model")
-    folder = EMBEDDED if path is None else Path(path)
-    device = choose_device(device)
-    if isinstance(dtype, str) and dtype == "auto":
-        dtype = choose_dtype(device, sum(file.stat().st_size for file in folder.glob("*.safetensors")))
-    model = MllamaForConditionalGeneration.from_pretrained(folder, dtype=dtype, device_map=device)
-    try:
-        processor = MllamaImageProcessor.from_pretrained(folder)
-    except OSError as error:
-        raise FileNotFoundError(f"{folder} holds a model but not its processor: {error}") from error
-    except Exception as error:  # a broken tokenizer.json raises nothing more definite
-        raise ValueError(f"{folder} holds a model, but its processor cannot be read: {error}") from error
-    return model, processor
+    return EMBEDDED if path is None else find_folder(path)
 
 
 def model_class(config: PretrainedConfig) -> type[PreTrainedModel]:
@@ -83,7 +120,7 @@ def model_class(config: PretrainedConfig) -> type[PreTrainedModel]:
     return SiglipModel if isinstance(config, SiglipVisionConfig) else MllamaForConditionalGeneration
 
 
-def say_loaded(path: str | os.PathLike | None, model: MllamaForConditionalGeneration) -> None:
+def say_loaded(path: str | os.PathLike | None, model: PreTrainedModel) -> None:
     """Say on stderr which model was loaded, its dtype and device; the same line is said once."""
     _say(f"mllama: {'the embedded model' if path is None else Path(path)} in {dtype_name(model.dtype)} on {model.device}")
 
@@ -91,15 +128,16 @@ def say_loaded(path: str | os.PathLike | None, model: MllamaForConditionalGenera
 def ask(
     picture,
     question: str,
-    model: MllamaForConditionalGeneration | None = None,
-    processor: MllamaImageProcessor | None = None,
+    model: PreTrainedModel | None = None,
+    processor: Any = None,
     **generate_kwargs,
 ) -> str:
-    """Ask one question about one picture.
+    """Ask one question about one picture, or without one.
 
     Args:
-        picture: a path, a PIL picture, a numpy array or a torch tensor, as `mllama.processing.image.load_picture` takes it.
-        question: in words.
+        picture: a path, a PIL picture, a numpy array or a torch tensor, as `mllama.processing.image.load_picture` takes it; None for a
+            question in text alone, which every family with a chat template takes.
+        question: in words; of PaliGemma its prefix, such as "caption en" or "detect cat ; dog".
         model, processor: what `load` returned; None for both is the embedded model, loaded once.
         generate_kwargs: of transformers' `generate`. By default at most 128 new tokens, and always the likeliest: give a temperature,
             top_k, top_p or min_p to sample.
@@ -110,7 +148,7 @@ def ask(
     Raises:
         TypeError: a picture, question, model, processor or option of another type.
         ValueError: model without processor or the reverse; a question that is empty, no valid text, too long for the model or has the
-            picture's placeholder in it; a picture that cannot be read; an option out of its range.
+            picture's placeholder in it; a picture that cannot be read, or for a model that takes none; an option out of its range.
         FileNotFoundError: no such picture.
     """
     if (model is None) != (processor is None):
@@ -123,30 +161,21 @@ def ask(
     return answer(model, processor, encode(processor, picture, question), **generate_kwargs).text
 
 
-def encode(processor: MllamaImageProcessor, picture, question: str, turns: Sequence[tuple[str, str]] = ()) -> MllamaBatch:
-    """The model's inputs for a question about a picture, after earlier turns of (question, answer).
+def encode(processor, picture, question: str, turns: Sequence[tuple[str, str]] = ()) -> BatchFeature:
+    """The model's inputs for a question about a picture (None: about none), after earlier turns of (question, answer).
 
-    Written by the processor's chat template; without one, by the plain layout, which takes no turns.
+    Written by the processor's chat template; without one, by the family's plain layout, which takes no turns.
 
     Raises:
         TypeError, ValueError, FileNotFoundError: as `ask`.
     """
     check_question(question)
-    if processor.image_token in question:
-        raise ValueError(f"the question must not contain {processor.image_token!r}, which stands for the picture in a prompt")
-    picture = load_picture(picture)
-    if processor.chat_template is None and not turns:
-        return processor([question], [picture])
+    image_token = getattr(processor, "image_token", None)
+    if image_token and image_token in question:
+        raise ValueError(f"the question must not contain {image_token!r}, which stands for the picture in a prompt")
     said = [*(text for turn in turns for text in turn), question]
-    messages = [
-        {"role": "assistant" if index % 2 else "user", "content": [{"type": "text", "text": text}]} for index, text in enumerate(said)
-    ]
-    messages[0]["content"].insert(0, {"type": "image"})
-    try:
-        prompt = processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-    except TemplateError as error:
-        raise ValueError(f"the processor's chat template fails: {error}") from error
-    return processor([prompt], [picture], as_is=True)
+    messages = [{"role": "assistant" if index % 2 else "user", "content": text} for index, text in enumerate(said)]
+    return encode_messages(processor, messages, [] if picture is None else [load_picture(picture)])
 
 
 def check_question(question: str) -> None:
@@ -166,7 +195,7 @@ def check_question(question: str) -> None:
         raise ValueError(f"the question is no valid UTF-8 text, at {ascii(question[error.start])}") from error
 
 
-def answer(model: MllamaForConditionalGeneration, processor: MllamaImageProcessor, inputs: Mapping, **generate_kwargs) -> Answer:
+def answer(model: PreTrainedModel, processor, inputs: BatchFeature | BatchEncoding, **generate_kwargs) -> Answer:
     """Generate the answer to one encoded prompt; `generate_kwargs` as `ask` takes them.
 
     Raises:
@@ -181,15 +210,20 @@ def answer(model: MllamaForConditionalGeneration, processor: MllamaImageProcesso
     with torch.inference_mode():
         output = model.generate(**inputs.to(model.device), **options)
     new = getattr(output, "sequences", output)[0, prompt:]
-    return Answer(processor.tokenizer.decode(new, skip_special_tokens=True).strip(), len(new))
+    return Answer(tokenizer_of(processor).decode(new, skip_special_tokens=True).strip(), len(new))
 
 
-def room_left(model: MllamaForConditionalGeneration, inputs: Mapping) -> int:
+def tokenizer_of(processor) -> PreTrainedTokenizerBase:
+    """A processor's tokenizer; a tokenizer is its own."""
+    return getattr(processor, "tokenizer", processor)
+
+
+def room_left(model: PreTrainedModel, inputs: Mapping) -> int:
     """Tokens that an encoded prompt leaves for the answer in the model's context."""
-    return model.config.text_config.max_position_embeddings - inputs["input_ids"].shape[1]
+    return model.config.get_text_config().max_position_embeddings - inputs["input_ids"].shape[1]
 
 
-def check_room(model: MllamaForConditionalGeneration, inputs: Mapping) -> int:
+def check_room(model: PreTrainedModel, inputs: Mapping) -> int:
     """`room_left`, at least 1.
 
     Raises:
@@ -221,7 +255,7 @@ def _options(given: dict) -> dict:
 
 
 @functools.cache
-def _embedded() -> tuple[MllamaForConditionalGeneration, MllamaImageProcessor]:
+def _embedded() -> tuple[PreTrainedModel, Any]:
     return load()
 
 

@@ -18,6 +18,7 @@ def run(monkeypatch, capsys):
         stream = io.StringIO(stdin) if isinstance(stdin, str) else io.TextIOWrapper(io.BytesIO(stdin), encoding="utf-8")
         monkeypatch.setattr(sys, "stdin", stream)
         api._say.cache_clear()
+        capsys.readouterr()  # what fixtures wrote
         try:
             code = cli.main([str(argument) for argument in arguments])
         except SystemExit as end:  # argparse

@@ -28,7 +28,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="mllama", description="Vision-language models of the Llama family: ask, chat, inspect, verify.", epilog=whole)
     parser.add_argument("--version", action="version", version=f"mllama {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for add in (_add_ask, _add_chat, _add_convert, _add_inspect, _add_info):
+    for add in (_add_ask, _add_chat, _add_generate, _add_download, _add_convert, _add_inspect, _add_verify, _add_info):
         add(commands)
     return parser
 
@@ -110,11 +110,8 @@ def _add_verify(commands) -> None:
     )
     parser.add_argument("folder", metavar="FOLDER", help="of Hugging Face's or Meta's files, or a GGUF file")
     parser.add_argument("--dtype", default="float32", choices=DTYPES[1:], help="of both (default: float32)")
-    parser.add_argument(
-        "--reference",
-        default="meta",
-        choices=("meta", "hf"),
-        help="whose Llama-3.2-Vision the cached and batched runs follow (default: meta); transformers is compared as hf, always",
+    _add_reference(
+        parser, "whose Llama-3.2-Vision the cached and batched runs follow (default: meta); transformers is compared as hf, always"
     )
     parser.add_argument(
         "--seed", type=_number(int, 0, 2**64 - 1), default=0, metavar="N", help="of the random tokens and pixels (default: 0)"
@@ -140,6 +137,11 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
 def _add_device(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 ... (default: auto)")
     parser.add_argument("--dtype", default="auto", choices=DTYPES, help="default: auto, by the device")
+    _add_reference(parser, "whose Llama-3.2-Vision to follow: as it was trained, or as transformers computes it (default: meta)")
+
+
+def _add_reference(parser: argparse.ArgumentParser, what: str) -> None:
+    parser.add_argument("--reference", default="meta", choices=("meta", "hf"), help=what)
 
 
 def _add_sampling(parser: argparse.ArgumentParser) -> None:

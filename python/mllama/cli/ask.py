@@ -1,12 +1,13 @@
 """`mllama ask PICTURE QUESTION`."""
 
 import argparse
+import functools
 import json
 import time
 
 from mllama._device import dtype_name
 from mllama.api import answer, check_question, check_room, encode, say_loaded
-from mllama.cli._answering import load_model, streamer
+from mllama.cli._answering import AnswerStreamer, load_model
 from mllama.processing.image import load_picture
 
 
@@ -18,9 +19,10 @@ def run(arguments: argparse.Namespace) -> None:
     start = time.perf_counter()
     inputs = encode(processor, picture, arguments.question)
     check_room(model, inputs)
-    say_loaded(arguments.model, model)
-    result = answer(model, processor, inputs, streamer=None if arguments.json else streamer(processor), **options)
+    say = functools.partial(say_loaded, arguments.model, model)
+    result = answer(model, processor, inputs, streamer=None if arguments.json else AnswerStreamer(processor, say), **options)
     if arguments.json:
+        say()
         said = {
             "picture": arguments.picture,
             "question": arguments.question,

@@ -1,26 +1,28 @@
-"""`mllama chat PICTURE`."""
+"""`mllama chat [PICTURE]`."""
 
 import argparse
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import torch
 
 from mllama.api import MAX_NEW_TOKENS, answer, check_room, encode, room_left, say_loaded
 from mllama.cli import complain
-from mllama.cli._answering import load_model, streamer
+from mllama.cli._answering import AnswerStreamer, load_model
 from mllama.processing.image import load_picture
-from mllama.processing.processor import MllamaBatch
+
+_PIXELS = ("pixel_values", "aspect_ratio_ids", "aspect_ratio_mask")  # arguments of get_image_features
 
 
 def run(arguments: argparse.Namespace) -> None:
     """Answer questions from stdin, each in the light of those before; the oldest are forgotten when the model's context is full.
 
-    A question that cannot be put is told of on stderr, and the next one is read.
+    Without a chat template (PaliGemma) every question stands alone. A question that cannot be put is told of on stderr, and the next one is
+    read.
     """
     if sys.stdin is None:
         raise OSError("stdin is closed: there are no questions to read")
-    picture, features, turns = load_picture(arguments.picture), None, []
+    picture, features, turns = None if arguments.picture is None else load_picture(arguments.picture), None, []
     model, processor, options = load_model(arguments)
     say_loaded(arguments.model, model)
     for question in _questions():
@@ -29,16 +31,17 @@ def run(arguments: argparse.Namespace) -> None:
         except ValueError as error:
             complain(error)
             continue
-        if features is None:  # the picture is encoded once
-            with torch.inference_mode():
-                features = model.get_image_features(inputs["pixel_values"].to(model.device))
-        del inputs["pixel_values"]
-        inputs["image_features"] = features
-        result = answer(model, processor, inputs, streamer=streamer(processor), **options)
-        turns = [*kept, (question, result.text)]
+        if picture is not None:  # it is encoded once
+            pixels = {name: inputs.pop(name).to(model.device) for name in _PIXELS if name in inputs}
+            if features is None:
+                with torch.inference_mode():
+                    features = model.get_image_features(**pixels)
+            inputs["image_features"] = features
+        result = answer(model, processor, inputs, streamer=AnswerStreamer(processor), **options)
+        turns = [*kept, (question, result.text)] if processor.chat_template else []
 
 
-def _fit(model, processor, picture, question: str, turns: list) -> tuple[MllamaBatch, list]:
+def _fit(model, processor, picture, question: str, turns: list) -> tuple[Mapping, list]:
     """The inputs and the newest turns that leave room for an answer. `turns` stays: a refused question must not cost the conversation."""
     inputs = encode(processor, picture, question, turns)
     while turns and room_left(model, inputs) < MAX_NEW_TOKENS:

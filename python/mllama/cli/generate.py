@@ -1,0 +1,46 @@
+"""`mllama generate --prompt TEXT [--image FILE ...]`."""
+
+import argparse
+import functools
+import inspect
+from collections.abc import Mapping, Sequence
+
+from mllama.api import answer, check_question, check_room, choose, processor_of, say_loaded, tokenizer_of
+from mllama.cli._answering import AnswerStreamer, load_model, sampling
+from mllama.cli._parser import SIZES
+from mllama.cli._stock import load_stock
+from mllama.processing.auto import encode_messages
+from mllama.processing.image import load_picture
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Print what comes after the prompt, word by word."""
+    check_question(arguments.prompt)
+    pictures = [load_picture(path) for path in arguments.image]
+    if arguments.size:
+        arguments.model = SIZES[arguments.size]
+    model, processor, options = (load_model if arguments.runtime == "mllama" else _load_stock)(arguments)
+    inputs = _encode(processor, arguments.prompt, pictures, arguments.raw)
+    if arguments.runtime == "transformers":
+        for name in inputs.keys() - inspect.signature(model.forward).parameters.keys():
+            del inputs[name]
+    check_room(model, inputs)
+    if arguments.do_sample:
+        options["do_sample"] = True
+    streamer = AnswerStreamer(processor, functools.partial(say_loaded, arguments.model, model))
+    answer(model, processor, inputs, streamer=streamer, **options)
+
+
+def _load_stock(arguments: argparse.Namespace):
+    chosen = choose(arguments.model, arguments.dtype, arguments.device)
+    return load_stock(chosen.folder, chosen.dtype).to(chosen.device), processor_of(chosen.folder), sampling(arguments)
+
+
+def _encode(processor, prompt: str, pictures: Sequence, raw: bool) -> Mapping:
+    if not raw:
+        return encode_messages(processor, [{"role": "user", "content": prompt}], pictures)
+    if tokenizer_of(processor) is processor:
+        if pictures:
+            raise ValueError(f"this model takes no pictures, got {len(pictures)}")
+        return processor(prompt, return_tensors="pt")
+    return processor(text=[prompt], images=[pictures] if pictures else None, return_tensors="pt")

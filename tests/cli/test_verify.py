@@ -1,0 +1,98 @@
+"""`mllama verify`."""
+
+import json
+
+import pytest
+import torch
+
+import mllama
+import twins
+from mllama.cli import verify
+
+FAMILIES = ["llama", "gemma", "llava, siglip", "llava, clip", "paligemma", "mllama"]
+SEEN = ["patches", "tower", "projector"]
+OWN = ["cached = uncached", "batched = single"]
+
+
+def verified(run, folder, *options) -> tuple[int, dict]:
+    code, out, _ = run("verify", folder, "--json", *options)
+    return code, json.loads(out)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_is_transformers(run, family_folder, family):
+    code, said = verified(run, family_folder(family))
+    stages = [row["stage"] for row in said["checks"]]
+    layers = [f"layer {number}" for number in range(4 if family == "mllama" else 2)]
+    assert stages == (SEEN if "llama" != family != "gemma" else []) + ["embeddings", *layers, "logits", *OWN]
+    assert code == 0 and said["ok"] and all(row["ok"] and row["difference"] < 1e-5 for row in said["checks"])
+    assert ('reference="hf"' in said["against"]) == (family == "mllama")
+
+
+def test_a_siglip(run, family_folder):
+    code, said = verified(run, family_folder("siglip"))
+    stages = [row["stage"] for row in said["checks"]]
+    assert (code, stages) == (0, ["patches", "embeddings", "layer 0", "layer 1", "last hidden state", "pooler output"])
+
+
+@pytest.mark.parametrize("family", ["paligemma", "mllama"])
+def test_half_precision_is_measured_by_transformers_own_error(run, family_folder, family):
+    code, said = verified(run, family_folder(family), "--dtype", "bfloat16")
+    assert code == 0 and all(1e-3 < row["allowed"] < 0.3 for row in said["checks"])
+
+
+def test_both_references_are_cached_and_batched_alike(run, family_folder):
+    assert [verified(run, family_folder("mllama"), "--reference", name)[0] for name in ("meta", "hf")] == [0, 0]
+
+
+def swap_rows(model) -> None:
+    """What a file of rotating neighbours is when nobody permutes it."""
+    weight = model.language_model.layers[1].self_attn.k_proj.weight
+    weight.copy_(weight.unflatten(0, (2, 8, 2)).transpose(1, 2).flatten(0, 2).clone())
+
+
+def swap_norms(model) -> None:
+    layer = model.vision_tower.encoder.layers[0]
+    layer.layer_norm1, layer.layer_norm2 = layer.layer_norm2, layer.layer_norm1
+
+
+@pytest.mark.parametrize(("tamper", "first"), [(swap_rows, "layer 1"), (swap_norms, "tower")])
+def test_a_wrong_weight_fails_from_its_stage_on(run, model_folder, monkeypatch, tamper, first):
+    load = mllama.MllamaForConditionalGeneration.from_pretrained
+
+    def tampered(*args, **options):
+        model = load(*args, **options)
+        with torch.no_grad():
+            tamper(model)
+        return model
+
+    monkeypatch.setattr(mllama.MllamaForConditionalGeneration, "from_pretrained", tampered)
+    code, said = verified(run, model_folder)
+    wrong = [row["stage"] for row in said["checks"] if not row["ok"]]
+    assert (code, said["ok"], wrong[0], wrong[-1]) == (1, False, first, "logits")
+    code, out, _ = run("verify", model_folder)
+    assert code == 1 and [line.split()[-1] for line in out.splitlines() if line.startswith(first)] == ["FAIL"]
+
+
+def test_a_cache_that_differs_fails(run, model_folder, monkeypatch):
+    monkeypatch.setattr("mllama.cli._samples.Sample.cut", lambda sample, start, end: uncut(sample, max(start - 1, 0), end))
+    uncut = lambda sample, start, end: {"input_ids": sample.inputs["input_ids"][:, start : end or 1] * 0 + 1}  # noqa: E731
+    code, said = verified(run, model_folder)
+    assert code == 1 and [row["stage"] for row in said["checks"] if not row["ok"]] == ["cached = uncached"]
+
+
+def test_what_transformers_does_not_read_is_compared_with_itself(run, tmp_path):
+    twins.model(vision_feature="last").save_pretrained(tmp_path)
+    code, said = verified(run, tmp_path)
+    assert code == 0 and [row["stage"] for row in said["checks"]] == OWN and "itself alone: stock transformers has no" in said["against"]
+
+
+def test_differences():
+    assert verify.difference(torch.tensor([1.0, 2.5]), torch.tensor([[1.0], [2.0]])) == 0.25
+    assert verify.difference(torch.ones(3), torch.ones(2)) == float("inf")
+    assert not verify.Check("logits", verify.difference(torch.tensor([float("nan")]), torch.ones(1)), 1.0).ok
+
+
+def test_verify_refuses_what_is_not_there(run):
+    code, out, err = run("verify", "nowhere")
+    assert (code, out, err.count("\n")) == (2, "", 1)
