@@ -12,10 +12,10 @@ from transformers import LlamaForCausalLM
 
 import meta_reference
 from mllama import MllamaForConditionalGeneration
-from mllama.checkpoints import meta
+from mllama.checkpoints import meta, meta_source, meta_tables
 from mllama.checkpoints.engine import to_file
 from mllama.checkpoints.loading import match
-from mllama.checkpoints.meta import MetaSource
+from mllama.checkpoints.meta_source import MetaSource
 from mllama.checkpoints.sources import Header
 from twins import randomise
 
@@ -77,11 +77,11 @@ def test_text_logits_equal_metas(tmp_path, params, count):
 
 def test_mappings_are_given_back(tmp_path, monkeypatch):
     loads = []
-    monkeypatch.setattr(meta, "_MAPPED", 1)
-    monkeypatch.setattr(meta, "_load", lambda path, load=meta._load: loads.append(path) or load(path))
+    monkeypatch.setattr(meta_source, "_MAPPED", 1)
+    monkeypatch.setattr(meta_source, "_load", lambda path, load=meta_source._load: loads.append(path) or load(path))
     reference = text_reference(PARAMS["grouped"])
     model = MllamaForConditionalGeneration.from_pretrained(write(tmp_path, reference, PARAMS["grouped"], 2))
-    written = to_file(meta.text_table(model.config), model.state_dict())
+    written = to_file(meta_tables.text_table(model.config), model.state_dict())
     assert len(loads) > 20 and all(torch.equal(written[name], tensor) for name, tensor in reference.state_dict().items())
 
 
@@ -89,7 +89,7 @@ def test_mappings_are_given_back(tmp_path, monkeypatch):
 def test_writes_what_it_read(tmp_path, params):
     reference = text_reference(params)
     model = MllamaForConditionalGeneration.from_pretrained(write(tmp_path / "meta", reference, params))
-    written = to_file(meta.text_table(model.config), model.state_dict())
+    written = to_file(meta_tables.text_table(model.config), model.state_dict())
     assert written.keys() == reference.state_dict().keys()
     assert all(torch.equal(written[name], tensor) for name, tensor in reference.state_dict().items())
 
@@ -178,7 +178,7 @@ def test_positions_for_other_tiles_are_interpolated(tmp_path, small_tower):
 def test_vision_writes_what_it_read(tmp_path, small_tower):
     reference = vision_reference()
     model = MllamaForConditionalGeneration.from_pretrained(write(tmp_path / "meta", reference, VISION_PARAMS))
-    written = to_file(meta.vision_table(model.config), model.state_dict())
+    written = to_file(meta_tables.vision_table(model.config), model.state_dict())
     original = reference.state_dict()
     assert written.keys() == original.keys()
     for name, tensor in original.items():
@@ -190,7 +190,7 @@ def test_vision_writes_what_it_read(tmp_path, small_tower):
     with torch.no_grad():  # tile 0 of one aspect ratio alone
         model.vision_tower.pre_tile_positional_embedding.embedding.weight[1, 0] += 1
     with pytest.raises(ValueError, match="Meta's layout cannot hold that"):
-        to_file(meta.vision_table(model.config), model.state_dict())
+        to_file(meta_tables.vision_table(model.config), model.state_dict())
 
 
 def test_tower_that_is_not_the_released_one(tmp_path):
@@ -402,7 +402,7 @@ def test_params_that_are_no_json(small):
 
 
 def halves(weights: dict[str, torch.Tensor]) -> list[dict[str, torch.Tensor]]:
-    axes = {name: meta._axis(name) for name in weights}
+    axes = {name: meta_source._axis(name) for name in weights}
     return [
         {name: value if axes[name] is None else value.chunk(2, axes[name])[half].clone() for name, value in weights.items()}
         for half in (0, 1)

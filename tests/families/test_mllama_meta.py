@@ -8,7 +8,7 @@ from transformers.models.mllama.configuration_mllama import MllamaTextConfig, Ml
 import meta_reference
 import twins
 from mllama import MllamaForConditionalGeneration
-from mllama.checkpoints import engine, meta
+from mllama.checkpoints import engine, meta_tables
 
 RATIOS = [[1, 1], [1, 2], [1, 3], [1, 4], [2, 1], [2, 2], [3, 1], [4, 1]]
 PARAMS = {
@@ -59,7 +59,7 @@ def metas_twin(reference: torch.nn.Module, params: dict, tower: dict) -> MllamaF
         ).to_dict(),
         image_token_index=params["vocab_size"],
     )
-    moves, unknown, _ = engine.plan(meta.vision_table(config), weights)
+    moves, unknown, _ = engine.plan(meta_tables.vision_table(config), weights)
     assert not unknown
     ours = MllamaForConditionalGeneration(config).eval()
     translated = {}
