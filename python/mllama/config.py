@@ -69,7 +69,7 @@ def check_names(owner: str, kind: type, given: dict[str, Any]) -> None:
 
 
 def check_common(owner: str, given: dict[str, Any]) -> None:
-    """Check fields that every config has and transformers acts on before it looks: dtypes, and how many labels there are.
+    """Check fields that every config has and transformers acts on before it looks: dtypes, kinds of layers, how many labels there are.
 
     Raises:
         ValueError: names the field.
@@ -80,8 +80,11 @@ def check_common(owner: str, given: dict[str, Any]) -> None:
             continue
         if not isinstance(value, str) or not isinstance(getattr(torch, value, None), torch.dtype):
             raise ValueError(f"{owner}: {name} must be the name of a torch dtype, got {value!r}")
-    labels = given.get("num_labels")  # transformers makes a dict with as many entries
-    if labels is not None and not (isinstance(labels, int) and 0 <= labels <= LABELS_MAX):
+    for name, kind in (("rope_parameters", dict), ("rope_scaling", dict), ("layer_types", list)):
+        if not isinstance(given.get(name), (kind, type(None))):
+            raise ValueError(f"{owner}: {name} must be a {kind.__name__} or None, got {given[name]!r}")
+    labels = given.get("num_labels", 0)  # transformers makes a dict with as many entries
+    if not (isinstance(labels, int) and 0 <= labels <= LABELS_MAX):
         raise ValueError(f"{owner}: num_labels must be an integer of 0 to {LABELS_MAX}, got {labels!r}")
 
 
@@ -131,6 +134,7 @@ class MllamaVisionConfig(SiglipVisionConfig):
         check_choice(owner, "attention_dropout", self.attention_dropout, (0,))
         if self.patch_size > self.image_size:
             raise ValueError(f"{owner}: patch_size {self.patch_size} is larger than image_size {self.image_size}")
+        check_size(owner, "patches of an image_size", (self.image_size // self.patch_size) ** 2)
 
 
 class MllamaTextConfig(LlamaConfig):
@@ -174,6 +178,11 @@ class MllamaTextConfig(LlamaConfig):
         if self.embedding_scale is not None:
             check_number(owner, "embedding_scale", self.embedding_scale)
         check_size(owner, "extra_embeddings", self.extra_embeddings, minimum=0)
+        for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
+            given_id = getattr(self, name)
+            for token in given_id if isinstance(given_id, list) else [given_id]:
+                if token is not None and (isinstance(token, bool) or not isinstance(token, int) or abs(token) > SIZE_MAX):
+                    raise ValueError(f"{owner}: {name} must be an id, several or None, got {given_id!r}")
         crossed = self.cross_attention_layers or []
         if any(isinstance(index, bool) or not isinstance(index, int) or not 0 <= index < self.num_hidden_layers for index in crossed):
             raise ValueError(f"{owner}: cross_attention_layers must be layers of 0 to {self.num_hidden_layers - 1}, got {crossed!r}")

@@ -95,9 +95,11 @@ def compose(config: PretrainedConfig) -> Composition:
     """
     if not isinstance(config, PretrainedConfig):
         raise TypeError(f"config must be a config object of transformers or mllama, got {type(config).__name__}")
-    if config.model_type not in FAMILIES:
-        raise ValueError(f"no family has model_type {config.model_type!r}; there are {', '.join(sorted(FAMILIES))}")
-    return FAMILIES[config.model_type](config)
+    check_choice("config", "model_type", config.model_type, tuple(FAMILIES))
+    plan = FAMILIES[config.model_type](config)
+    if plan.tower is not None and config.image_token_index is not None:
+        check_size("config", "image_token_index", config.image_token_index, minimum=0)
+    return plan
 
 
 def siglip_vision(config: PretrainedConfig) -> MllamaVisionConfig:
@@ -116,6 +118,11 @@ def _text(config: PretrainedConfig, kind: str, **replaced: Any) -> MllamaTextCon
         return config
     if config.model_type != kind:
         raise ValueError(f"text_config: a decoder of model_type {config.model_type!r} is not supported here; {kind!r} is")
+    for name in ("sliding_window", "attention_chunk_size"):  # transformers' caches would forget what lies outside
+        if getattr(config, name, None) is not None:
+            raise ValueError(f"text_config: {name} must be None: layers see all tokens before them; got {getattr(config, name)!r}")
+    for kind in getattr(config, "layer_types", None) or ():
+        check_choice("text_config", "layer_types", kind, ("full_attention",))
     return MllamaTextConfig(**_fields(config, _TEXT_FIELDS, **replaced))
 
 

@@ -47,14 +47,14 @@ class MllamaGenerationMixin(GenerationMixin):
     def _expand_inputs_for_generation(self, expand_size=1, is_encoder_decoder=False, input_ids=None, **model_kwargs):
         """Repeat every row `expand_size` times (beams, several answers). Pictures are encoded once and repeated with their rows.
 
-        Token types become the length of what is seen both ways: transformers goes on with the last one, which would put an assistant's
-        words into the prompt.
+        Token types become the length of what is seen both ways, all of the prompt by default: transformers goes on with the last one,
+        which would put an assistant's words into the prompt.
         """
-        types, embeds = model_kwargs.pop("token_type_ids", None), model_kwargs.get("inputs_embeds")
-        cache = model_kwargs.get("past_key_values")
-        if self.plan.prefix and types is not None and (cache is None or int(cache.get_seq_length()) == 0):
-            shape = (input_ids if embeds is None else embeds).shape[:2]
-            model_kwargs["prefix_length"] = count_prefix(types, model_kwargs.get("attention_mask"), shape)
+        types, cache = model_kwargs.pop("token_type_ids", None), model_kwargs.get("past_key_values")
+        if self.plan.prefix and (cache is None or int(cache.get_seq_length()) == 0):
+            prompt = input_ids if model_kwargs.get("inputs_embeds") is None else model_kwargs["inputs_embeds"][..., 0]
+            types = torch.zeros_like(prompt, dtype=torch.long) if types is None else types
+            model_kwargs["prefix_length"] = count_prefix(types, model_kwargs.get("attention_mask"), prompt.shape)
         pixel_values, features = model_kwargs.pop("pixel_values", None), model_kwargs.pop("image_features", None)
         if expand_size > 1 and features is None and pixel_values is not None:
             aspects = {name: model_kwargs[name] for name in ("aspect_ratio_ids", "aspect_ratio_mask") if name in model_kwargs}

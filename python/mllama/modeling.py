@@ -227,7 +227,8 @@ class MllamaForConditionalGeneration(PretrainedMixin, MllamaGenerationMixin, Pre
             logits_to_keep: last positions to compute logits for (0: all), or which ones, as transformers takes it.
             image_features: what `get_image_features` gave, in place of pixel_values.
             token_type_ids: int [B, T], of a model whose prompts are seen both ways (PaliGemma): 0 for the prompt, then 1 for what is to be
-                said. None: all of it is seen one way. With a filled cache, and by other models, they are not read.
+                said. None: all of it is seen one way here, and both ways by `generate`. With a filled cache, and by other models, they are
+                not read.
             prefix_length: int64 [B], how many positions at a row's front, padding included, are the prompt: in place of token_type_ids.
             aspect_ratio_ids: int [B, pictures], 1 + the place of a picture's arrangement of tiles in the config's list, 0 for no picture;
                 with pixel_values, of a model that cuts pictures into tiles (Llama-3.2-Vision).

@@ -159,6 +159,15 @@ def test_pictures_are_not_read_in_chunks(case):
         both.ours.generate(**inputs(both), **GREEDY, prefill_chunk_size=4)
 
 
+def test_without_token_types_all_of_the_prompt_is_seen_both_ways():
+    both = pair("paligemma")
+    for rows in ("one row", MIXED):
+        batch = inputs(both, rows)
+        expected = both.ours.generate(**batch, **GREEDY)
+        del batch["token_type_ids"]
+        assert torch.equal(both.ours.generate(**batch, **GREEDY), expected)
+
+
 def test_a_prompt_seen_both_ways_is_not_read_in_chunks():
     both = pair("paligemma")
     with pytest.raises(ValueError, match="prefill_chunk_size"):

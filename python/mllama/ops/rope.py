@@ -4,6 +4,7 @@ Three steps: `rope_frequencies` once per model, `rope_tables` once per forward p
 """
 
 import math
+import sys
 
 import torch
 
@@ -140,7 +141,7 @@ def rope_frequencies(
     theta = scaling.get("rope_theta", theta)
     _check_positive("theta", theta)
     exponents = torch.arange(0, head_dim, 2, dtype=torch.int64, device=device).float() / head_dim
-    return _SCALINGS[kind](1.0 / theta**exponents, scaling)
+    return _SCALINGS[kind](1.0 / float(theta) ** exponents, scaling)
 
 
 def _default(frequencies: torch.Tensor, scaling: dict) -> torch.Tensor:
@@ -168,9 +169,9 @@ def _number(scaling: dict, name: str) -> float:
     if name not in scaling:
         raise ValueError(f"rope_frequencies: scaling of this type needs {name!r}; it has {', '.join(map(str, scaling))}")
     _check_positive(name, scaling[name])
-    return scaling[name]
+    return float(scaling[name])
 
 
 def _check_positive(name: str, value: float) -> None:
-    valid = isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < math.inf
+    valid = isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value <= sys.float_info.max
     check_value(valid, f"rope_frequencies: {name} must be a positive number, got {value!r}")
