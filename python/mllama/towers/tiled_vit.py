@@ -199,7 +199,8 @@ class TiledVisionTower(nn.Module):
 
         Returns:
             BaseModelOutput with `last_hidden_state` [B, N, max_num_tiles, patches + 1, vision_output_dim], and `attentions`, of every
-            layer [B * N, heads, S, S] float32 where S counts the tokens of all tiles, each tile's padded to a multiple of 8.
+            layer [B * N, heads, S, S] float32 where S counts the tokens of all tiles, each tile's padded to a multiple of 8. With "meta"
+            both are zero where there is no picture.
 
         Raises:
             TypeError: an argument is no tensor, or of another kind.
@@ -215,19 +216,22 @@ class TiledVisionTower(nn.Module):
         # Empty tiles go different ways only where something of a tile's own is trained; probabilities are asked for one by one.
         trained = tokens.requires_grad or any(table.requires_grad for table in self.post_tile_positional_embedding.parameters())
         alike = not (output_attentions or (trained and torch.is_grad_enabled()))
+        # By Meta's rule nothing attends to the places of rows with fewer pictures; with "hf", text before the first picture does.
+        shown = ids.nonzero().flatten() if reference == "meta" else torch.arange(len(ids), device=ids.device)
         # Pictures with the same tiles filled go together: their real tokens stand at the same places.
-        kinds, kind = filled.unique(dim=0, return_inverse=True)
-        features = tokens.new_empty(*filled.shape, self.tokens_per_tile, self.config.vision_output_dim)
-        attentions = []
+        kinds, kind = filled[shown].unique(dim=0, return_inverse=True)
+        features = tokens.new_zeros(*filled.shape, self.tokens_per_tile, self.config.vision_output_dim)
+        attentions = None
+        if output_attentions:
+            layers, places = self.config.num_hidden_layers + self.config.num_global_layers, tokens.shape[1] * tokens.shape[2]
+            shape = (len(ids), self.config.attention_heads, places, places)
+            attentions = tuple(tokens.new_zeros(shape, dtype=torch.float32) for _ in range(layers))
         for number in range(len(kinds)):
-            chosen = kind == number
+            chosen = shown[kind == number]
             features[chosen], weights = self._encode(tokens[chosen], ids[chosen], kinds[number], reference, alike, output_attentions)
-            attentions.append(weights)
-        back = kind.argsort(stable=True).argsort()
-        return BaseModelOutput(
-            last_hidden_state=features.unflatten(0, pixel_values.shape[:2]),
-            attentions=tuple(torch.cat(layer)[back] for layer in zip(*attentions, strict=True)) if output_attentions else None,
-        )
+            for layer, seen in zip(attentions or (), weights, strict=False):
+                layer[chosen] = seen
+        return BaseModelOutput(last_hidden_state=features.unflatten(0, pixel_values.shape[:2]), attentions=attentions)
 
     def check(self, pixel_values: torch.Tensor, aspect_ratio_ids: torch.Tensor, aspect_ratio_mask: torch.Tensor | None = None) -> None:
         """Raise what `forward` would raise for this input, before any work."""
