@@ -4,18 +4,17 @@ import os
 from pathlib import Path
 
 import torch
-from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, SiglipVisionConfig
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from mllama.api import model_class
 from mllama.checkpoints.files import CONFIG, listing
 from mllama.checkpoints.hub import find_folder
 from mllama.checkpoints.loading import Report
 from mllama.checkpoints.models import load_opened
 from mllama.checkpoints.opening import open_checkpoint
-from mllama.modeling import MllamaForConditionalGeneration
 from mllama.processing.auto import load_processor
 from mllama.processing.folders import load_tokenizer
 from mllama.processing.tokenizer import Tokenizer
-from mllama.siglip import SiglipModel
 
 
 def load_hf_model(
@@ -39,18 +38,13 @@ def load_hf_model(
     path = find_folder(model_path)
     tokenizer = _tokenizer(path)
     with (opened := open_checkpoint(path)).source:
-        kind = _class_of(opened.config)
-        model, report = load_opened(kind, opened, device=device, strict=strict)
+        model, report = load_opened(model_class(opened.config), opened, device=device, strict=strict)
     tied = model.get_expanded_tied_weights_keys()
     if fresh := [name for name in report.lacking if name not in tied or tied[name] in report.lacking]:
         _initialise(model, torch.device(device), report.dtype)
         model.tie_weights()
     print("\n".join(_lines(opened.config, opened.source.where, report, tied, fresh)))
     return model, tokenizer
-
-
-def _class_of(config: PretrainedConfig) -> type[PreTrainedModel]:
-    return SiglipModel if isinstance(config, SiglipVisionConfig) else MllamaForConditionalGeneration
 
 
 def _initialise(model: PreTrainedModel, device: torch.device, dtype: torch.dtype) -> None:

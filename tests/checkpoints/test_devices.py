@@ -1,0 +1,67 @@
+"""Types and devices that models are loaded to."""
+
+import sys
+
+import pytest
+import torch
+
+import twins
+from folders import logits
+from mllama import MllamaForConditionalGeneration
+
+
+@pytest.mark.parametrize(
+    ("asked", "got"),
+    [
+        ({}, torch.bfloat16),
+        ({"dtype": "auto"}, torch.bfloat16),
+        ({"dtype": "float32"}, torch.float32),
+        ({"dtype": torch.float16}, torch.float16),
+        ({"torch_dtype": "float32"}, torch.float32),
+    ],
+)
+def test_dtypes(asked, got, tmp_path):
+    model = twins.model().to(torch.bfloat16)
+    model.save_pretrained(tmp_path)
+    loaded = MllamaForConditionalGeneration.from_pretrained(tmp_path, device_map={"": "cpu"}, **asked)
+    assert {parameter.dtype for parameter in loaded.parameters()} == {got}
+    assert loaded.config.dtype == got
+    assert torch.equal(loaded.lm_head.weight, model.lm_head.weight.to(got))
+    assert logits(loaded).isfinite().all()
+
+
+PARTS = ("vision_tower", "multi_modal_projector", "language_model.embed_tokens", "language_model", "lm_head")
+
+
+def test_a_map_of_devices_goes_to_accelerate(saved):
+    pytest.importorskip("accelerate")
+    folder, model = saved
+    loaded = MllamaForConditionalGeneration.from_pretrained(folder, device_map=dict.fromkeys(PARTS, "cpu"))
+    assert loaded.hf_device_map == dict.fromkeys(PARTS, "cpu") and torch.equal(logits(loaded), logits(model))
+
+
+@pytest.mark.parametrize("device_map", ["auto", "balanced", "sequential", {"": "cpu"}, torch.device("cpu"), None])
+def test_one_device_needs_no_accelerate(device_map, saved, monkeypatch):
+    monkeypatch.setitem(sys.modules, "accelerate", None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    folder, model = saved
+    assert torch.equal(logits(MllamaForConditionalGeneration.from_pretrained(folder, device_map=device_map)), logits(model))
+    with pytest.raises(ImportError, match="accelerate"):
+        MllamaForConditionalGeneration.from_pretrained(folder, device_map=dict.fromkeys(PARTS, "cpu"))
+
+
+def test_accelerates_plans_are_asked_for(saved, monkeypatch):
+    accelerate = pytest.importorskip("accelerate")
+    asked = []
+
+    def infer(model, max_memory, dtype, no_split_module_classes):
+        asked.append(no_split_module_classes)
+        return dict.fromkeys(PARTS, "cpu")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(accelerate, "infer_auto_device_map", infer)
+    folder, model = saved
+    for plan in ("auto", "balanced", "balanced_low_0", "sequential"):
+        loaded = MllamaForConditionalGeneration.from_pretrained(folder, device_map=plan)
+        assert loaded.hf_device_map == dict.fromkeys(PARTS, "cpu") and torch.equal(logits(loaded), logits(model))
+    assert len(asked) == 4 and "DecoderLayer" in asked[0]
