@@ -34,10 +34,13 @@ def test_commands_exist(monkeypatch):
             assert re.search(rf"^{arguments[0]}:", makefile, re.MULTILINE)
         else:
             parsed = build_parser().parse_args(arguments)
-            assert not hasattr(parsed, "picture") or Path(parsed.picture).is_file()
+            pictures = [getattr(parsed, "picture", None), *getattr(parsed, "image", [])]
+            assert all(Path(picture).is_file() for picture in pictures if picture is not None)
 
 
-@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/design.md", "examples/pictures/README.md"])
+@pytest.mark.parametrize(
+    "page", ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/design.md", "docs/cli.md", "examples/pictures/README.md"]
+)
 def test_links_and_paths_lead_somewhere(page):
     text = (ROOT / page).read_text()
     links = [link for link in re.findall(r"\]\(([^)#]+)\)", text) if "://" not in link]
