@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import DynamicCache, StaticCache, TextIteratorStreamer
 
-from families.cases import IMAGE, ONE_EACH, TALKING, ids, inputs, make, pair, pictures
+from families.cases import IMAGE, ONE_EACH, TALKING, close, ids, inputs, make, pair, pictures
 
 GREEDY = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
 MIXED = "a row without a picture"
@@ -58,18 +58,38 @@ def test_caches_change_nothing(case):
         assert torch.equal(model.generate(**batch, **GREEDY, **options), expected), options
 
 
+@pytest.mark.parametrize("kind", [DynamicCache, StaticCache])
 @pytest.mark.parametrize("case", TALKING)
-def test_a_row_does_not_depend_on_its_batch(case):
+def test_logits_piece_by_piece(case, kind):
+    """A prompt at once and the rest in two pieces give what all of it at once does."""
+    both = pair(case)
+    model, batch = both.ours, inputs(both, (["P", 9], ["P", 6]), said=4)
+    mask, cuts = batch["attention_mask"], (0, -4, -2, None)
+    cache = kind(config=model.config.get_text_config(), **{"max_cache_len": 40} if kind is StaticCache else {})
+    with torch.no_grad():
+        whole = model(**batch).logits
+        for start, end in zip(cuts, cuts[1:], strict=False):
+            piece = {name: batch[name][:, start:end] for name in ("input_ids", "token_type_ids") if name in batch}
+            pixels = {} if start or "pixel_values" not in batch else {"pixel_values": batch["pixel_values"]}
+            got = model(**piece, **pixels, attention_mask=mask[:, :end], past_key_values=cache).logits
+            seen = mask[:, start:end].bool()
+            close(got[seen], whole[:, start:end][seen])
+
+
+@pytest.mark.parametrize("options", [GREEDY, GREEDY | {"num_beams": 2, "length_penalty": 0.0}], ids=["greedy", "beams"])
+@pytest.mark.parametrize("case", TALKING)
+def test_a_row_does_not_depend_on_its_batch(case, options):
+    """With beams too, where transformers repeats pictures one by one and mixes up rows that have several."""
     both = pair(case)
     whole = inputs(both, ([7, "P", 3], [4], ["P", "P", 2]))
-    batched = both.ours.generate(**whole, **GREEDY)
+    batched = both.ours.generate(**whole, **options)
     pixels = whole.pop("pixel_values", None)
     for index, shown in enumerate((slice(0, 1), slice(1, 1), slice(1, 3))):
         seen = whole["attention_mask"][index].bool()
         single = {name: value[index : index + 1, seen] for name, value in whole.items()}
         if pixels is not None:
             single["pixel_values"] = pixels[shown]
-        assert torch.equal(both.ours.generate(**single, **GREEDY)[0, -8:], batched[index, -8:])
+        assert torch.equal(both.ours.generate(**single, **options)[0, -8:], batched[index, -8:])
 
 
 @pytest.mark.parametrize("case", ONE_EACH)

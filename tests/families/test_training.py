@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from families.cases import ONE_EACH, TALKING, Pair, close, inputs, make, pair, renamed
+from families.cases import ONE_EACH, TALKING, Pair, close, inputs, make, pair, pictures, renamed
 
 
 def examples(both: Pair, side: str = "right") -> dict[str, torch.Tensor]:
@@ -42,13 +42,29 @@ def test_loss_and_gradients(case, side):
         close(gradient, theirs[name], tolerance=2e-4, floor=1e-2)  # a key's bias has none but rounding
 
 
+@pytest.mark.parametrize("case", ["siglip_vision_model", "siglip_vision_model, headless"])
+def test_gradients_of_the_tower_alone(case):
+    both, found = make(case), []
+    for model in (*both, both.ours):
+        output = model.train()(pictures(both, 2))
+        model.zero_grad()
+        (output.last_hidden_state if output.pooler_output is None else output.pooler_output).square().sum().backward()
+        found.append(gradients(model))
+        both.ours.activation_checkpointing_enable({"use_reentrant": False})  # for the third
+    mine, theirs, again = found[0], renamed(found[1]), found[2]
+    assert mine.keys() == theirs.keys() == again.keys()
+    for name, gradient in mine.items():
+        close(gradient, theirs[name], floor=1.0)
+        torch.testing.assert_close(again[name], gradient)
+
+
 @pytest.mark.parametrize("reentrant", [False, True])
 @pytest.mark.parametrize("case", ONE_EACH)
 def test_checkpointing_activations_changes_no_gradient(case, reentrant):
     model = make(case).ours
     batch = examples(pair(case))
     loss, expected = trained(model, batch)
-    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    model.activation_checkpointing_enable({"use_reentrant": reentrant})
     if reentrant:  # this kind needs an input that asks for a gradient
         model.enable_input_require_grads()
         if "pixel_values" in batch:
