@@ -138,15 +138,15 @@ class MllamaForConditionalGeneration(PretrainedMixin, MllamaGenerationMixin, Pre
 
     def _encode(self, pixel_values: torch.Tensor, output_attentions: bool = False) -> tuple[torch.Tensor, tuple | None]:
         read = self.plan.features
+        several = read is not None and len(read) > 1
         encoded = self.vision_tower(
             pixel_values,
-            output_hidden_states=read is not None,
+            output_hidden_states=several,
             output_attentions=output_attentions,
             final_norm=read is None,
             depth=None if read is None else max(read),
         )
-        states = [encoded.last_hidden_state] if read is None else [encoded.hidden_states[state] for state in read]
-        features = torch.cat(states, dim=-1)
+        features = torch.cat([encoded.hidden_states[state] for state in read], -1) if several else encoded.last_hidden_state
         if self.plan.skip_first:
             features = features[:, 1:]
         return self.multi_modal_projector(features), encoded.attentions
