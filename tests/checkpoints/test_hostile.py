@@ -144,6 +144,7 @@ def test_many_unexpected_tensors_make_a_short_error(llama):
 HOSTILE = [None, -1, 0, 2**31, 2**63, 1.5, float("nan"), "x", [], {}, [[1]], [2**40] * 3, {"a": 1}, True]
 
 
+@pytest.mark.filterwarnings("ignore::FutureWarning")
 @pytest.mark.parametrize("case", ["llama, scaled", "siglip_vision_model", "llava, clip", "paligemma", "mllama"])
 def test_any_value_of_any_field_loads_or_is_refused(case, tmp_path):
     """One value per field, others in another family; never another error, never for long."""

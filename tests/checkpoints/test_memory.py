@@ -25,17 +25,18 @@ CHILD = """
 
     torch.zeros(1) + 1  # what torch allocates on first use is none of the weights'
 
-    def anonymous():
-        return 1024 * int(re.search(r"RssAnon:\\s+(\\d+)", open("/proc/self/status").read())[1])
+    def resident(kind):
+        return 1024 * int(re.search(kind + r":\\s+(\\d+)", open("/proc/self/status").read())[1])
 
     def measure(folder, dtype):
-        peak = before = anonymous()
+        peak = before = resident("RssAnon")
+        read = pages = resident("RssFile")
         done = threading.Event()
 
         def sample():
-            nonlocal peak
+            nonlocal peak, read
             while not done.wait(0.001):
-                peak = max(peak, anonymous())
+                peak, read = max(peak, resident("RssAnon")), max(read, resident("RssFile"))
 
         thread = threading.Thread(target=sample)
         thread.start()
@@ -44,7 +45,7 @@ CHILD = """
         thread.join()
         mapped = {line.split()[-1] for line in open("/proc/self/maps") if ".safetensors" in line}
         weights = sum(parameter.nbytes for parameter in model.parameters())
-        return {"peak": peak - before, "mapped": sorted(mapped), "weights": weights}
+        return {"peak": peak - before, "pages": read - pages, "mapped": sorted(mapped), "weights": weights}
 
     print(json.dumps([measure(folder, dtype) for folder, dtype in json.loads(sys.argv[1])]))
 """
@@ -66,7 +67,7 @@ def save_zeros(config, folder, shard: str) -> None:
 
 
 def measure(*loads: tuple[str, str]) -> list[dict]:
-    """What loads of (folder, dtype) take, in a process of their own: {"peak", "weights": bytes, "mapped": file names} each."""
+    """What loads of (folder, dtype) take, in a process of their own: {"peak", "pages" of files, "weights": bytes, "mapped": names}."""
     command = [sys.executable, "-c", textwrap.dedent(CHILD), json.dumps(loads)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stderr
@@ -99,3 +100,4 @@ def test_a_scaled_down_llama_3_2_vision_from_four_shards(tmp_path):
     print(found, found["peak"] / found["weights"])
     assert found["mapped"] == []
     assert found["weights"] > 1.8e9 and found["peak"] <= BOUND * found["weights"]
+    assert found["pages"] < 0.35 * found["weights"]  # those of tensors that are done with are given back
