@@ -186,12 +186,81 @@ def names_of_llama_3_2_11b_vision():
     return names
 
 
+# What transformers 4 wrote into every config and sub-config, and released files have.
+OLD = {
+    "_name_or_path": "",
+    "add_cross_attention": False,
+    "architectures": None,
+    "bad_words_ids": None,
+    "begin_suppress_tokens": None,
+    "chunk_size_feed_forward": 0,
+    "cross_attention_hidden_size": None,
+    "decoder_start_token_id": None,
+    "diversity_penalty": 0.0,
+    "do_sample": False,
+    "early_stopping": False,
+    "encoder_no_repeat_ngram_size": 0,
+    "exponential_decay_length_penalty": None,
+    "finetuning_task": None,
+    "forced_bos_token_id": None,
+    "forced_eos_token_id": None,
+    "id2label": {"0": "LABEL_0", "1": "LABEL_1"},
+    "is_decoder": False,
+    "is_encoder_decoder": False,
+    "label2id": {"LABEL_0": 0, "LABEL_1": 1},
+    "length_penalty": 1.0,
+    "max_length": 20,
+    "min_length": 0,
+    "no_repeat_ngram_size": 0,
+    "num_beam_groups": 1,
+    "num_beams": 1,
+    "num_return_sequences": 1,
+    "output_attentions": False,
+    "output_hidden_states": False,
+    "output_scores": False,
+    "prefix": None,
+    "problem_type": None,
+    "pruned_heads": {},
+    "remove_invalid_values": False,
+    "repetition_penalty": 1.0,
+    "return_dict": True,
+    "return_dict_in_generate": False,
+    "sep_token_id": None,
+    "suppress_tokens": None,
+    "task_specific_params": None,
+    "temperature": 1.0,
+    "tf_legacy_loss": False,
+    "tie_encoder_decoder": False,
+    "tokenizer_class": None,
+    "top_k": 50,
+    "top_p": 1.0,
+    "torch_dtype": "bfloat16",
+    "torchscript": False,
+    "transformers_version": "4.45.0.dev0",
+    "typical_p": 1.0,
+    "use_bfloat16": False,
+}
+
+
+@pytest.mark.parametrize("case", stock.MAKERS)
+def test_the_fields_of_older_files_are_read_past(case, tmp_path):
+    stock.make(case).save_pretrained(tmp_path)
+    content = json.loads((tmp_path / "config.json").read_text())
+    for part in (content, *(value for name, value in content.items() if name.endswith("_config"))):
+        part |= {name: value for name, value in OLD.items() if name not in part}
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    loaded = ours_of(case).from_pretrained(tmp_path)
+    assert loaded.dtype == torch.float32  # the file's own, whatever the config says
+    loaded.save_pretrained(tmp_path)
+    ours_of(case).from_pretrained(tmp_path)
+
+
 def test_every_name_of_llama_3_2_11b_vision_is_accounted_for():
-    content = {
+    content = OLD | {
         "model_type": "mllama",
         "image_token_index": 128256,
-        "vision_config": {"model_type": "mllama_vision_model", "image_size": 560, "attention_heads": 16},
-        "text_config": {"model_type": "mllama_text_model", "rope_theta": 5e5, "rope_scaling": stock.ROPE},
+        "vision_config": OLD | {"model_type": "mllama_vision_model", "image_size": 560, "attention_heads": 16, "tie_word_embeddings": True},
+        "text_config": OLD | {"model_type": "mllama_text_model", "rope_theta": 5e5, "rope_scaling": stock.ROPE},
     }
     config = FORMATS["mllama"].from_file(content)
     with torch.device("meta"):

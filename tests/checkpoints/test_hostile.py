@@ -21,7 +21,7 @@ def llama(tmp_path):
     return tmp_path / "model"
 
 
-def refuse(folder, match: str = "", error=ValueError) -> str:
+def refuse(folder, match: str | None = None, error=ValueError) -> str:
     with pytest.raises(error, match=match) as caught:
         MllamaForConditionalGeneration.from_pretrained(folder)
     return str(caught.value)

@@ -16,6 +16,10 @@ def test_absent_folders_and_files(saved, tmp_path):
     (folder / "model.safetensors").unlink()
     with pytest.raises(FileNotFoundError, match="neither model.safetensors nor"):
         MllamaForConditionalGeneration.from_pretrained(folder)
+    (folder / "small.gguf").touch()
+    with pytest.raises(FileNotFoundError, match="to load small.gguf, give its own path"):
+        MllamaForConditionalGeneration.from_pretrained(folder)
+    (folder / "small.gguf").unlink()
     (folder / "config.json").unlink()
     with pytest.raises(FileNotFoundError, match="config.json"):
         MllamaForConditionalGeneration.from_pretrained(folder)

@@ -11,8 +11,9 @@ from mllama.checkpoints.formats import Format
 TOWERS = ("vision_tower.vision_model.", "vision_tower.", "model.vision_tower.vision_model.", "model.vision_tower.")
 
 TABLE = (
-    # Patches are read; a released SigLIP tower's pooling head has no part in it. Positions are computed.
+    # Patches are read; a released SigLIP tower's pooling head has no part in it. Positions and frequencies are computed.
     *(Drop(f"{tower}{part}") for tower in TOWERS for part in ("head.*", "embeddings.position_ids")),
+    Drop("language_model.model.layers.{}.self_attn.rotary_emb.inv_freq"),
     # `also`: what transformers 5 writes, and its names in memory.
     *(
         Rename(f"vision_tower.{part}.*", f"{TOWERS[0]}{part}.*", also=[f"{tower}{part}.*" for tower in TOWERS[1:]])

@@ -131,7 +131,9 @@ def open_safetensors(folder: str | Path) -> SafetensorsSource:
         return SafetensorsSource(str(folder), dict.fromkeys(_names(path), path))
     if not (folder / INDEX).is_file():
         pickled = [path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in sorted(folder.glob(pattern))]
+        ggufs = [path.name for path in sorted(folder.glob("*.gguf"))]
         hint = f"; {pickled[0]} is a pickle, which is never opened: convert it to safetensors" if pickled else ""
+        hint = f"; to load {ggufs[0]}, give its own path" if ggufs else hint
         raise FileNotFoundError(f"{folder} holds neither {WEIGHTS} nor {INDEX}{hint}")
     index = find_inside(folder, INDEX)
     weight_map = read_json(index).get("weight_map")
