@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import LlamaConfig, SiglipVisionConfig
+from transformers import LlamaConfig, MllamaConfig, SiglipVisionConfig
 
 import twins
 from mllama import MllamaForConditionalGeneration, SiglipModel
@@ -30,12 +30,15 @@ class Peak(TorchDispatchMode):
     def __init__(self):
         super().__init__()
         self.most = self.now = 0
-        self.alive = set()
+        self.alive, self.given = set(), set()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        for tensor in tree_leaves((args, kwargs)):
+            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage()._cdata not in self.alive:
+                self.given.add(tensor.untyped_storage()._cdata)
         made = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(made):
-            if isinstance(tensor, torch.Tensor) and (memory := tensor.untyped_storage())._cdata not in self.alive:
+            if isinstance(tensor, torch.Tensor) and (memory := tensor.untyped_storage())._cdata not in self.alive | self.given:
                 self.alive.add(memory._cdata)
                 self.now += memory.nbytes()
                 self.most = max(self.most, self.now)
@@ -95,3 +98,50 @@ def test_against_what_a_model_holds(model, dtype):
             model(ids, use_cache=False, logits_to_keep=1)
     assert needed["vision activations"] == pytest.approx(vision.most, rel=0.25)
     assert needed["decoder activations"] == pytest.approx(decoder.most, rel=0.25)
+
+
+@pytest.fixture(scope="module")
+def tiled():
+    vision = {
+        "hidden_size": 64,
+        "intermediate_size": 256,
+        "attention_heads": 2,
+        "num_hidden_layers": 6,
+        "num_global_layers": 2,
+        "intermediate_layers_indices": [0, 1, 2, 3, 4],
+        "vision_output_dim": 384,
+        "image_size": 112,
+        "patch_size": 14,
+    }
+    ends = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+    text = twins.TEXT | ends | {"num_hidden_layers": 4, "cross_attention_layers": [1, 3]}
+    return twins.randomise(MllamaForConditionalGeneration(MllamaConfig(vision_config=vision, text_config=text))).eval()
+
+
+@pytest.mark.parametrize(("arrangement", "tiles"), [(1, 1), (2, 2), (4, 4)])
+def test_against_what_a_tiled_model_holds(tiled, arrangement, tiles):
+    needed = memory_needed(tiled, Work(context=30, batch=2, tiles=tiles, dtype=torch.float32))
+    filled = (torch.arange(4) < tiles).long().expand(2, 1, 4)
+    pictures = {
+        "pixel_values": torch.randn(2, 1, 4, 3, 112, 112) * filled[..., None, None, None],
+        "aspect_ratio_ids": torch.full((2, 1), arrangement),
+        "aspect_ratio_mask": filled,
+    }
+    with torch.inference_mode():
+        output = tiled(torch.randint(1, 90, (2, 30)), **pictures, cross_attention_mask=filled[:, None].expand(2, 30, 1, 4))
+        with Peak() as vision:
+            tiled.get_image_features(**pictures)
+    sizes = [layer.keys.nbytes + layer.values.nbytes for layer in output.past_key_values.layers]
+    assert needed["cross-attention keys and values"] == sizes[1] + sizes[3] and needed["key-value cache"] == sizes[0] + sizes[2]
+    assert needed["vision activations"] == pytest.approx(vision.most, rel=0.25)
+
+
+def test_llama_11b_vision_by_hand():
+    config = MllamaConfig(vision_config={"image_size": 560}, text_config={})
+    model = on_meta(MllamaForConditionalGeneration, config)
+    parameters = count_parameters(model)
+    assert sum(parameters.values()) == 10_670_220_835  # as published
+    assert parameters["cross layers"] == 8 * (2 * 4096 * 4096 + 2 * 1024 * 4096 + 3 * 14336 * 4096 + 2 * 4096 + 2 * 128 + 2)
+    needed = memory_needed(model, Work(context=4096, batch=1, tiles=4, dtype=torch.bfloat16))
+    assert needed["cross-attention keys and values"] == 8 * 2 * 8 * 128 * 6404 * 2  # layers, K and V, heads, width, 4 x 1601 keys, bytes
+    assert needed["key-value cache"] == 32 * 2 * 8 * 128 * 4096 * 2

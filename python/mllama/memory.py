@@ -23,8 +23,8 @@ class Work:
     Attributes:
         context: tokens of a row, prompt and answer, placeholders included.
         batch: rows.
-        tiles: of the pictures of a row; of a tower that cuts no tiles, its pictures. A picture takes the memory of `max_num_tiles`
-            however few it fills.
+        tiles: of the pictures of a row that are filled; of a tower that cuts no tiles, its pictures. The tower holds a picture's
+            `max_num_tiles` however few are filled; keys have the filled ones (with reference="hf" all).
         dtype: of weights and activations.
     """
 
@@ -85,23 +85,20 @@ def plan_of(model: PreTrainedModel) -> Composition:
 
 
 def picture_tokens(plan: Composition, tiles: int) -> int:
-    """Features that the tower gives for the pictures of one row."""
-    vision = plan.vision
-    patches = (vision.image_size // vision.patch_size) ** 2
-    if plan.tower == "tiled":
-        pictures = -(-tiles // vision.max_num_tiles)
-        return pictures * vision.max_num_tiles * (patches + 1)
-    return tiles * (patches + (plan.tower == "clip"))
+    """Features of the filled tiles of one row; class tokens have one, too."""
+    patches = (plan.vision.image_size // plan.vision.patch_size) ** 2
+    return tiles * (patches + (plan.tower != "siglip"))
 
 
 def _vision(plan: Composition, work: Work) -> int:
-    vision = plan.vision
-    if plan.tower == "tiled":  # states on the way, and the features made of them
-        kept = 2 * (len(vision.intermediate_layers_indices) + 1)
+    vision, tiles = plan.vision, work.tiles
+    if plan.tower == "tiled":
+        tiles = -(-tiles // vision.max_num_tiles) * vision.max_num_tiles
+        kept = 2 * len(vision.intermediate_layers_indices) + 4  # states on the way, features made of them; what both stacks start from
     else:
         kept = 0 if plan.features is None else max(plan.features) + 1
     per_token = (_STATES + kept) * vision.hidden_size + 2 * vision.intermediate_size
-    return work.batch * picture_tokens(plan, work.tiles) * per_token * work.dtype.itemsize
+    return work.batch * picture_tokens(plan, tiles) * per_token * work.dtype.itemsize
 
 
 def _crossed(plan: Composition) -> frozenset[int]:

@@ -32,7 +32,7 @@ def test_a_sound_folder(run, model_folder):
     assert set(said["parameters"]) == {"tower", "projector", "embeddings", "decoder", "head", "total"}
     assert said["memory"]["weights"] == 4 * said["parameters"]["total"]
     assert said["work"] == {"context": 512, "batch": 1, "tiles": 1, "dtype": "float32"}
-    assert said["sizes"]["features of the pictures of a row"] == twins.PATCHES
+    assert said["sizes"]["features of a row's pictures"] == twins.PATCHES
     code, out, err = run("inspect", model_folder)
     assert (code, err) == (0, "") and "loads: every tensor has its place" in out and f"{said['parameters']['total']:,}" in out
 

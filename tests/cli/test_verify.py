@@ -88,9 +88,11 @@ def test_what_transformers_does_not_read_is_compared_with_itself(run, tmp_path):
 
 
 def test_differences():
-    assert verify.difference(torch.tensor([1.0, 2.5]), torch.tensor([[1.0], [2.0]])) == 0.25
-    assert verify.difference(torch.ones(3), torch.ones(2)) == float("inf")
-    assert not verify.Check("logits", verify.difference(torch.tensor([float("nan")]), torch.ones(1)), 1.0).ok
+    expected = torch.tensor([[1.0, 2.0], [100.0, 30.0], [0.0, 0.0]])
+    assert verify.difference((expected + torch.tensor([[0.0, -0.5], [0.0, 0.5], [0.0, 0.0]]))[None], expected) == 0.5 / expected.mean()
+    assert verify.difference(expected + torch.tensor([[0.0], [10.0], [0.0]]), expected) == pytest.approx(0.1)
+    assert verify.difference(torch.ones(3, 1), torch.ones(2, 1)) == float("inf")
+    assert not verify.Check("logits", verify.difference(torch.full((1, 1), float("nan")), torch.ones(1, 1)), 1.0).ok
 
 
 def test_verify_refuses_what_is_not_there(run):

@@ -56,7 +56,7 @@ def collect(folder: str | Path, context: int | None, batch: int, tiles: int | No
         "family": opened.config.model_type,
         "made of": _made_of(plan),
         "sizes": _sizes(plan, work.tiles),
-        "file dtypes": elements,
+        "read as": elements,
         "parameters": parameters | {"total": sum(parameters.values())},
         "work": {"context": work.context, "batch": work.batch, "tiles": work.tiles, "dtype": dtype_name(work.dtype)},
         "memory": memory | {"total": sum(memory.values())},
@@ -90,7 +90,7 @@ def _sizes(plan: Composition, tiles: int) -> dict[str, int]:
     if plan.tower is not None:
         names = ("hidden_size", "num_hidden_layers", "image_size", "patch_size", *(("max_num_tiles",) * (plan.tower == "tiled")))
         sizes |= {f"vision {name}": getattr(plan.vision, name) for name in names}
-        sizes["features of the pictures of a row"] = picture_tokens(plan, tiles)
+        sizes["features of a row's pictures"] = picture_tokens(plan, tiles)
     if plan.text is not None:
         names = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim", "vocab_size")
         sizes |= {name: getattr(plan.text, name) for name in (*names, "max_position_embeddings")}
@@ -109,7 +109,7 @@ def _page(found: dict[str, Any]) -> str:
         [
             f"{found['folder']}: {found['family']}, {found['made of']}",
             *_table("sizes", {name: str(size) for name, size in found["sizes"].items()}),
-            *_table("elements in the files", {name: f"{count:,}" for name, count in found["file dtypes"].items()}),
+            *_table("elements, by the type they are read as", {name: f"{count:,}" for name, count in found["read as"].items()}),
             *_table("parameters", {name: f"{count:,}" for name, count in found["parameters"].items()}),
             *_table(f"memory ({asked})", {name: _bytes(count) for name, count in found["memory"].items()}),
             "loads: every tensor has its place" if found["loads"] else "would not load:",
