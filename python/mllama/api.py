@@ -15,6 +15,7 @@ from mllama._device import choose_device, choose_dtype, dtype_name
 from mllama.assets import EMBEDDED
 from mllama.checkpoints import open_checkpoint
 from mllama.checkpoints.hub import find_folder
+from mllama.checkpoints.models import check_layers
 from mllama.modeling import MllamaForConditionalGeneration
 from mllama.processing.auto import encode_messages, load_processor
 from mllama.processing.image import load_picture
@@ -94,6 +95,7 @@ def choose(path: str | os.PathLike | None, dtype: str | torch.dtype, device: str
     """Find a model's files, read their headers, and choose by the device; arguments and errors as `load`."""
     folder, device = find_model(path), choose_device(device)
     with (opened := open_checkpoint(folder)).source:
+        check_layers(opened)
         if isinstance(dtype, str) and dtype == "auto":
             sizes = (torch.Size(header.shape).numel() * header.dtype.itemsize for header in opened.source.headers().values())
             dtype = choose_dtype(device, sum(sizes))

@@ -6,9 +6,21 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import LlamaConfig
 
 import mllama
 import twins
+from mllama.checkpoints.engine import to_file
+from mllama.checkpoints.meta import text_table
+
+METAS = {
+    "vocab_size": 300,
+    "hidden_size": 64,
+    "intermediate_size": 192,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "tie_word_embeddings": False,
+}
 
 
 @pytest.fixture
@@ -71,3 +83,37 @@ def test_what_would_not_load_is_told_from_headers(run, folder):
 def test_inspect_refuses(run, model_folder, arguments, message):
     code, out, err = run("inspect", *(model_folder if argument == "FOLDER" else argument for argument in arguments))
     assert (code, out, err.count("\n")) == (2, "", 1) and message in err
+
+
+def test_a_config_that_wants_more_layers_than_the_files_have_is_refused_before_they_are_built(run, folder):
+    config = json.loads((folder / "config.json").read_text())
+    config["text_config"]["num_hidden_layers"] = 10**9
+    (folder / "config.json").write_text(json.dumps(config))
+    for command in ("inspect", "verify"):
+        code, out, err = run(command, folder)
+        assert (code, out, err.count("\n")) == (2, "", 1) and "num_hidden_layers is 1000000000, the weights hold" in err
+
+
+def test_metas_own_folder(run, tmp_path):
+    params = {"dim": 64, "n_layers": 2, "n_heads": 4, "vocab_size": 300, "multiple_of": 32, "norm_eps": 1e-5, "rope_theta": 500000.0}
+    (tmp_path / "params.json").write_text(json.dumps(params))
+    model = mllama.MllamaForConditionalGeneration(LlamaConfig(**METAS))
+    torch.save(to_file(text_table(model.config), model.state_dict()), tmp_path / "consolidated.00.pth")
+    code, out, _ = run("inspect", tmp_path, "--json")
+    said = json.loads(out)
+    assert (code, said["family"], said["read as"]) == (0, "llama", {"float32": said["parameters"]["total"]})
+    code, out, _ = run("verify", tmp_path)
+    assert code == 0 and "stock transformers does not read" in out and out.count(" ok") == 2
+
+
+def test_a_gguf_file(run, family_folder, tmp_path):
+    pytest.importorskip("gguf")
+    code, _, err = run("convert", family_folder("llama"), tmp_path / "llama.gguf", "--to", "gguf", "--dtype", "f16")
+    assert (code, err) == (0, "")
+    code, out, _ = run("inspect", tmp_path / "llama.gguf", "--json")
+    said = json.loads(out)
+    assert (code, said["family"], said["loads"], said["work"]["dtype"]) == (0, "llama", True, "float16")
+    code, out, _ = run("verify", tmp_path)
+    assert code == 0 and "layer 1" in out
+    code, out, _ = run("chat", "--model", tmp_path / "llama.gguf", "--max-new-tokens", 8, stdin="How many circles?\n")
+    assert code == 0 and out.strip()

@@ -64,13 +64,8 @@ def load_opened(
     """
     dtype, placement = dtype_named(dtype), Placement(device)
     where, config = opened.source.where, opened.config
-    _check_layers(where, config, len(opened.source.headers()))
     config.name_or_path = where
-    try:
-        with torch.device("meta"):
-            model = model_class(config, **class_kwargs)
-    except (RuntimeError, OverflowError) as error:  # of sizes that are each in range, whose product is not
-        raise ValueError(f"{where}: no model of these sizes can be laid out: {error}") from error
+    model = lay_out(model_class, opened, **class_kwargs)
     placement.settle(model, dtype)
     tied = model.get_expanded_tied_weights_keys()
     report = load_weights(model, opened.source, opened.table, dtype, placement.of, tied, strict)
@@ -81,8 +76,27 @@ def load_opened(
     return placement.dispatch(model.eval()), report
 
 
-def _check_layers(where: str, config: PretrainedConfig, tensors: int) -> None:
-    """Before layers are built: every one needs tensors of its own, so the files bound their number."""
+def lay_out(model_class: type[PreTrainedModel], opened: Opened, **class_kwargs: Any) -> PreTrainedModel:
+    """The model that opened files are of, on the meta device: names and shapes without values.
+
+    Raises:
+        ValueError: sizes that cannot be, or that the files are too small for.
+    """
+    check_layers(opened)
+    try:
+        with torch.device("meta"):
+            return model_class(opened.config, **class_kwargs)
+    except (RuntimeError, OverflowError) as error:  # of sizes that are each in range, whose product is not
+        raise ValueError(f"{opened.source.where}: no model of these sizes can be laid out: {error}") from error
+
+
+def check_layers(opened: Opened) -> None:
+    """Before layers are built: every one needs tensors of its own, so the files bound their number.
+
+    Raises:
+        ValueError: more layers than tensors.
+    """
+    where, config, tensors = opened.source.where, opened.config, len(opened.source.headers())
     for part in (None, *config.sub_configs):
         owner = config if part is None else getattr(config, part)
         for name in _COUNTS:

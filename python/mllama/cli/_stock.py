@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel, SiglipVisionModel
 
-from mllama.checkpoints.files import CONFIG, find_inside, read_json
+from mllama.checkpoints.files import CONFIG, find_gguf, find_inside, read_json
 
 _CLASSES = {
     "gemma": AutoModelForCausalLM,
@@ -34,7 +34,6 @@ def load_stock(folder: Path, dtype: str | torch.dtype) -> PreTrainedModel:
         if kind in _CLASSES:
             return _CLASSES[kind].from_pretrained(folder, **options).eval()
         raise ValueError(f"stock transformers has no class for {folder}, of model_type {kind!r}")
-    files = [folder] if folder.suffix == ".gguf" else sorted(folder.glob("*.gguf"))
-    if len(files) != 1:
+    if (file := find_gguf(folder)) is None:
         raise ValueError(f"stock transformers does not read {folder}: it has no {CONFIG} and is no GGUF file")
-    return AutoModelForCausalLM.from_pretrained(files[0].parent, gguf_file=files[0].name, **options).eval()
+    return AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, **options).eval()

@@ -12,7 +12,9 @@ from mllama._device import dtype_name
 from mllama.api import model_class
 from mllama.checkpoints import open_checkpoint
 from mllama.checkpoints.formats import Opened
+from mllama.checkpoints.hub import find_folder
 from mllama.checkpoints.loading import Report, match
+from mllama.checkpoints.models import lay_out
 from mllama.families import Composition
 from mllama.memory import Work, count_parameters, memory_needed, picture_tokens, plan_of
 
@@ -40,9 +42,8 @@ def collect(folder: str | Path, context: int | None, batch: int, tiles: int | No
     Raises:
         FileNotFoundError, ValueError: as `open_checkpoint`.
     """
-    with (opened := open_checkpoint(folder)).source:
-        with torch.device("meta"):
-            model = model_class(opened.config)(opened.config)
+    with (opened := open_checkpoint(find_folder(folder))).source:
+        model = lay_out(model_class(opened.config), opened)
         headers = opened.source.headers()
         report = match(model.state_dict(), headers, opened.table, model.get_expanded_tied_weights_keys())
     plan, parameters = plan_of(model), count_parameters(model)
