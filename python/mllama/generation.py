@@ -33,7 +33,7 @@ class MllamaGenerationMixin(GenerationMixin):
     def _prefill(self, input_ids, generation_config, model_kwargs, is_first_iteration=True):
         """As GenerationMixin's, which refuses to cut pixels into chunks; a prompt whose first words see its last is not cut either."""
         if generation_config.prefill_chunk_size is not None and model_kwargs.get("prefix_length") is not None:
-            raise ValueError("prefill_chunk_size must be None where token_type_ids say that the prompt is seen both ways: it is read whole")
+            raise ValueError("prefill_chunk_size must be None for a model whose prompts are seen both ways: they are read whole")
         return super()._prefill(input_ids, generation_config, model_kwargs, is_first_iteration)
 
     def _update_model_kwargs_for_generation(self, outputs, model_kwargs, is_encoder_decoder=False, num_new_tokens=1) -> dict[str, Any]:
@@ -51,7 +51,8 @@ class MllamaGenerationMixin(GenerationMixin):
         which would put an assistant's words into the prompt.
         """
         types, cache = model_kwargs.pop("token_type_ids", None), model_kwargs.get("past_key_values")
-        if self.plan.prefix and (cache is None or int(cache.get_seq_length()) == 0):
+        given = model_kwargs.get("prefix_length") is not None
+        if self.plan.prefix and not given and (cache is None or int(cache.get_seq_length()) == 0):
             prompt = input_ids if model_kwargs.get("inputs_embeds") is None else model_kwargs["inputs_embeds"][..., 0]
             types = torch.zeros_like(prompt, dtype=torch.long) if types is None else types
             model_kwargs["prefix_length"] = count_prefix(types, model_kwargs.get("attention_mask"), prompt.shape)

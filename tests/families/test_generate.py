@@ -188,6 +188,18 @@ def test_without_token_types_all_of_the_prompt_is_seen_both_ways():
         assert torch.equal(both.ours.generate(**batch, **GREEDY), expected)
 
 
+@pytest.mark.parametrize("case", ["paligemma", "paligemma, odd sizes"])
+def test_an_answer_that_was_begun(case):
+    both = pair(case)
+    batch = inputs(both, said=2)
+    expected = both.theirs.generate(**batch, **GREEDY)
+    assert torch.equal(both.ours.generate(**batch, **GREEDY), expected)
+    prefix = (batch.pop("token_type_ids") == 0).sum(1)
+    assert torch.equal(both.ours.generate(**batch, **GREEDY, prefix_length=prefix), expected)
+    single = {name: value[:1] for name, value in batch.items()} | {"prefix_length": prefix[:1]}
+    assert torch.equal(both.ours.generate(**single, **GREEDY, assistant_model=make(case, seed=1).ours), expected[:1])
+
+
 def test_a_prompt_seen_both_ways_is_not_read_in_chunks():
     both = pair("paligemma")
     with pytest.raises(ValueError, match="prefill_chunk_size"):
