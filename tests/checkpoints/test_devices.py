@@ -65,3 +65,25 @@ def test_accelerates_plans_are_asked_for(saved, monkeypatch):
         loaded = MllamaForConditionalGeneration.from_pretrained(folder, device_map=plan)
         assert loaded.hf_device_map == dict.fromkeys(PARTS, "cpu") and torch.equal(logits(loaded), logits(model))
     assert len(asked) == 4 and "DecoderLayer" in asked[0]
+
+
+@pytest.mark.parametrize("plan", ["auto", "balanced", "balanced_low_0", "sequential"])
+def test_accelerate_makes_a_map_of_what_there_is(plan, saved, monkeypatch):
+    pytest.importorskip("accelerate")
+    from accelerate.utils import modeling
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)  # plans are made where there are devices to choose from
+    monkeypatch.setattr(modeling, "get_max_memory", lambda max_memory=None: {"cpu": 2**34})
+    folder, model = saved
+    loaded = MllamaForConditionalGeneration.from_pretrained(folder, device_map=plan)
+    assert loaded.hf_device_map == {"": "cpu"} and torch.equal(logits(loaded), logits(model))
+
+
+def test_a_model_that_fits_nowhere_is_refused(saved, monkeypatch):
+    pytest.importorskip("accelerate")
+    from accelerate.utils import modeling
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(modeling, "get_max_memory", lambda max_memory=None: {"cpu": 1000})
+    with pytest.raises(ValueError, match="disk"):
+        MllamaForConditionalGeneration.from_pretrained(saved[0], device_map="sequential")
