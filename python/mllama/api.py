@@ -14,8 +14,9 @@ from transformers import BatchEncoding, BatchFeature, PretrainedConfig, PreTrain
 from mllama._device import choose_device, choose_dtype, dtype_name
 from mllama.assets import EMBEDDED
 from mllama.checkpoints import open_checkpoint
+from mllama.checkpoints.formats import Opened
 from mllama.checkpoints.hub import find_folder
-from mllama.checkpoints.models import check_layers
+from mllama.checkpoints.models import load_opened
 from mllama.modeling import MllamaForConditionalGeneration
 from mllama.processing.auto import encode_messages, load_processor
 from mllama.processing.image import load_picture
@@ -63,24 +64,24 @@ def load(
     return model, processor
 
 
-class Choice(NamedTuple):
-    """What a load will be: the model's files, their config, and the dtype and device that were chosen."""
-
-    folder: Path
-    config: PretrainedConfig
-    dtype: str | torch.dtype
-    device: torch.device
-
-
 def load_quietly(
     path: str | os.PathLike | None, dtype: str | torch.dtype, device: str | torch.device, reference: str = "meta"
 ) -> tuple[PreTrainedModel, Any]:
     """`load` without the line on stderr, which `say_loaded` writes."""
-    chosen = choose(path, dtype, device)
-    found = model_class(chosen.config)
-    options = {"reference": reference} if "reference" in found.load_options else {}
-    model = found.from_pretrained(chosen.folder, dtype=chosen.dtype, device_map=chosen.device, **options)
-    return model, processor_of(chosen.folder)
+    folder, device = find_model(path), choose_device(device)
+    with (opened := open_checkpoint(folder)).source:
+        found = model_class(opened.config)
+        options = {"reference": reference} if "reference" in found.load_options else {}
+        model, _ = load_opened(found, opened, resolve_dtype(opened, dtype, device), device, **options)
+    return model, processor_of(folder)
+
+
+def resolve_dtype(opened: Opened, dtype: str | torch.dtype, device: torch.device) -> str | torch.dtype:
+    """What "auto" means for opened files on a device; another dtype as it is."""
+    if not isinstance(dtype, str) or dtype != "auto":
+        return dtype
+    headers = opened.source.headers().values()
+    return choose_dtype(device, sum(torch.Size(header.shape).numel() * header.dtype.itemsize for header in headers))
 
 
 def processor_of(folder: Path) -> Any:
@@ -89,17 +90,6 @@ def processor_of(folder: Path) -> Any:
         return load_processor(folder)
     except ValueError as error:  # broken JSON does not say where
         raise ValueError(f"{folder} holds a model, but its processor cannot be read: {error}") from error
-
-
-def choose(path: str | os.PathLike | None, dtype: str | torch.dtype, device: str | torch.device) -> Choice:
-    """Find a model's files, read their headers, and choose by the device; arguments and errors as `load`."""
-    folder, device = find_model(path), choose_device(device)
-    with (opened := open_checkpoint(folder)).source:
-        check_layers(opened)
-        if isinstance(dtype, str) and dtype == "auto":
-            sizes = (torch.Size(header.shape).numel() * header.dtype.itemsize for header in opened.source.headers().values())
-            dtype = choose_dtype(device, sum(sizes))
-    return Choice(folder, opened.config, dtype, device)
 
 
 def find_model(path: str | os.PathLike | None) -> Path:

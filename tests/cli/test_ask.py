@@ -2,6 +2,8 @@
 
 import json
 
+import pytest
+
 import mllama
 
 
@@ -36,3 +38,19 @@ def test_json_is_ascii(run, options, picture_file, tmp_path):
     named.write_bytes(picture_file.read_bytes())
     code, out, _ = run("ask", named, "How many?", "--json", *options)
     assert code == 0 and out.isascii() and json.loads(out)["picture"] == str(named)
+
+
+@pytest.mark.parametrize("more", [[], ["--json"]])
+def test_an_error_of_generation_is_one_line(run, options, picture_file, monkeypatch, more):
+    def fail(*args, **kwargs):
+        raise ValueError("no memory for this")
+
+    monkeypatch.setattr("mllama.text.decoder.Decoder.forward", fail)
+    assert run("ask", picture_file, "How many?", *options, *more) == (2, "", "mllama: error: no memory for this\n")
+
+
+def test_paligemmas_prefix(run, family_folder, picture_file):
+    folder = family_folder("paligemma")
+    code, out, _ = run("ask", picture_file, "detect circle", "--model", folder, "--dtype", "float32", "--max-new-tokens", 8)
+    loaded = mllama.load(folder, dtype="float32")
+    assert (code, out.strip()) == (0, mllama.ask(picture_file, "detect circle", *loaded, max_new_tokens=8))

@@ -1,5 +1,8 @@
 """`mllama chat`."""
 
+import pytest
+
+import mllama
 from mllama import api
 
 
@@ -28,3 +31,26 @@ def test_a_bad_question_does_not_end_the_chat(run, options, picture_file):
 def test_a_chat_goes_on_after_bytes_that_are_no_text(run, options, picture_file):
     code, out, err = run("chat", picture_file, *options, stdin=b"\xff\nHow many?\n")
     assert code == 0 and out.strip() and "no valid UTF-8" in err
+
+
+@pytest.mark.parametrize(
+    ("family", "pictured"), [("llama", False), ("llava, clip", True), ("llava, clip", False), ("mllama", True), ("mllama", False)]
+)
+def test_every_family_remembers_what_was_said(run, family_folder, picture_file, family, pictured):
+    folder, picture = family_folder(family), picture_file if pictured else None
+    model, processor = mllama.load(folder, dtype="float32", device="cpu")
+    turns = []
+    for question in ("How many circles?", "a b c"):
+        turns.append((question, api.answer(model, processor, api.encode(processor, picture, question, turns), max_new_tokens=8).text))
+    options = ["--model", folder, "--dtype", "float32", "--device", "cpu", "--max-new-tokens", 8]
+    code, out, _ = run("chat", *([picture] if pictured else []), *options, stdin="How many circles?\na b c\n")
+    assert (code, out.split()) == (0, " ".join(answer for _, answer in turns).split())
+
+
+def test_without_a_chat_template_every_question_stands_alone(run, family_folder, picture_file):
+    folder = family_folder("paligemma")
+    model, processor = mllama.load(folder, dtype="float32", device="cpu")
+    answers = [mllama.ask(picture_file, question, model, processor, max_new_tokens=8) for question in ("caption en", "detect circle")]
+    options = ["--model", folder, "--dtype", "float32", "--device", "cpu", "--max-new-tokens", 8]
+    code, out, _ = run("chat", picture_file, *options, stdin="caption en\ndetect circle\n")
+    assert (code, out.split()) == (0, " ".join(answers).split())

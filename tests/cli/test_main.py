@@ -2,12 +2,16 @@
 
 import json
 import os
+import re
+import shlex
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 import mllama
+from mllama.cli._parser import build_parser
 
 
 def test_info(run):
@@ -98,3 +102,12 @@ def test_a_closed_pipe_ends_quietly():
     ended = subprocess.run(command, env=environment, stdout=writer, stderr=subprocess.PIPE, text=True)
     os.close(writer)
     assert (ended.returncode, ended.stderr) == (141, "")
+
+
+def test_the_page_of_the_command_line_has_every_command_with_an_example_that_parses():
+    page = (Path(__file__).parents[2] / "docs" / "cli.md").read_text()
+    rows = re.findall(r"^\| `(\w+)` \|.*\| `(mllama .*)` \|$", page, re.MULTILINE)
+    parser = build_parser()
+    assert [parser.parse_args(shlex.split(example)[1:]).command for _, example in rows] == [command for command, _ in rows]
+    commands = parser._subparsers._group_actions[0].choices
+    assert commands.keys() == dict(rows).keys()

@@ -26,6 +26,11 @@ class Sample:
     length: int = 0
     prompt: int = 0
 
+    @property
+    def device(self) -> torch.device:
+        """Of the tensors."""
+        return next(iter(self.inputs.values())).device
+
     def cut(self, start: int, end: int) -> dict[str, torch.Tensor]:
         """The arguments for the tokens of `start` to `end` after those before; pictures come with the first."""
         cut = {name: value[:, start:end] for name, value in self.inputs.items() if name in _PER_TOKEN}

@@ -11,7 +11,7 @@ from mllama.cli import complain
 from mllama.cli._answering import AnswerStreamer, load_model
 from mllama.processing.image import load_picture
 
-_PIXELS = ("pixel_values", "aspect_ratio_ids", "aspect_ratio_mask")  # arguments of get_image_features
+_PICTURE = ("pixel_values", "aspect_ratio_ids", "aspect_ratio_mask")  # arguments of get_image_features
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -32,10 +32,10 @@ def run(arguments: argparse.Namespace) -> None:
             complain(error)
             continue
         if picture is not None:  # it is encoded once
-            pixels = {name: inputs.pop(name).to(model.device) for name in _PIXELS if name in inputs}
             if features is None:
                 with torch.inference_mode():
-                    features = model.get_image_features(**pixels)
+                    features = model.get_image_features(**{name: inputs[name].to(model.device) for name in _PICTURE if name in inputs})
+            del inputs["pixel_values"]
             inputs["image_features"] = features
         result = answer(model, processor, inputs, streamer=AnswerStreamer(processor), **options)
         turns = [*kept, (question, result.text)] if processor.chat_template else []

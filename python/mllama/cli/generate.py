@@ -5,7 +5,10 @@ import functools
 import inspect
 from collections.abc import Mapping, Sequence
 
-from mllama.api import answer, check_question, check_room, choose, processor_of, say_loaded, tokenizer_of
+from mllama._device import choose_device
+from mllama.api import answer, check_question, check_room, find_model, processor_of, resolve_dtype, say_loaded, tokenizer_of
+from mllama.checkpoints import open_checkpoint
+from mllama.checkpoints.models import check_layers
 from mllama.cli._answering import AnswerStreamer, load_model, sampling
 from mllama.cli._parser import SIZES
 from mllama.cli._stock import load_stock
@@ -32,8 +35,11 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def _load_stock(arguments: argparse.Namespace):
-    chosen = choose(arguments.model, arguments.dtype, arguments.device)
-    return load_stock(chosen.folder, chosen.dtype).to(chosen.device), processor_of(chosen.folder), sampling(arguments)
+    folder, device = find_model(arguments.model), choose_device(arguments.device)
+    with (opened := open_checkpoint(folder)).source:
+        check_layers(opened)
+        dtype = resolve_dtype(opened, arguments.dtype, device)
+    return load_stock(folder, dtype).to(device), processor_of(folder), sampling(arguments)
 
 
 def _encode(processor, prompt: str, pictures: Sequence, raw: bool) -> Mapping:

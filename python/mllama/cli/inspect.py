@@ -9,10 +9,9 @@ import torch
 from transformers import PreTrainedModel
 
 from mllama._device import dtype_name
-from mllama.api import model_class
+from mllama.api import find_model, model_class
 from mllama.checkpoints import open_checkpoint
 from mllama.checkpoints.formats import Opened
-from mllama.checkpoints.hub import find_folder
 from mllama.checkpoints.loading import Report, match
 from mllama.checkpoints.models import lay_out
 from mllama.families import Composition
@@ -42,7 +41,7 @@ def collect(folder: str | Path, context: int | None, batch: int, tiles: int | No
     Raises:
         FileNotFoundError, ValueError: as `open_checkpoint`.
     """
-    with (opened := open_checkpoint(find_folder(folder))).source:
+    with (opened := open_checkpoint(find_model(folder))).source:
         model = lay_out(model_class(opened.config), opened)
         headers = opened.source.headers()
         report = match(model.state_dict(), headers, opened.table, model.get_expanded_tied_weights_keys())

@@ -5,6 +5,7 @@ side. Tokens and pixels are random, from a seed.
 """
 
 import argparse
+import functools
 import gc
 import json
 from collections.abc import Callable, Iterator
@@ -16,7 +17,9 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from mllama._device import choose_device
-from mllama.api import choose, model_class
+from mllama.api import find_model, model_class
+from mllama.checkpoints import open_checkpoint
+from mllama.checkpoints.models import lay_out
 from mllama.cli._samples import Sample, make_samples
 from mllama.cli._stock import load_stock
 from mllama.memory import plan_of
@@ -41,19 +44,18 @@ class Check(NamedTuple):
 
 def run(arguments: argparse.Namespace) -> int:
     """Print the table; the exit code is 1 where a line of it fails."""
-    dtype = getattr(torch, arguments.dtype)
-    chosen = choose(arguments.folder, dtype, choose_device(arguments.device))
-    kind = model_class(chosen.config)
-    with torch.device("meta"):
-        plan = plan_of(kind(chosen.config))
-    samples = make_samples(plan, getattr(chosen.config, "image_token_index", None), arguments.seed, chosen.device)
+    folder, device, dtype = find_model(arguments.folder), choose_device(arguments.device), getattr(torch, arguments.dtype)
+    with (opened := open_checkpoint(folder)).source:
+        config, kind = opened.config, model_class(opened.config)
+        plan = plan_of(lay_out(kind, opened))
+    samples = make_samples(plan, getattr(config, "image_token_index", None), arguments.seed, device)
     try:
-        stages = _run_stock(chosen, samples[0])
+        stages = _run_stock(functools.partial(load_stock, folder), dtype, samples[0])
         against = f"stock transformers {transformers.__version__}"
     except ValueError as error:
         stages, against = None, f"itself alone: {error}"
     options = {"reference": "hf"} if "reference" in kind.load_options else {}
-    model = kind.from_pretrained(chosen.folder, dtype=dtype, device_map=chosen.device, **options)
+    model = kind.from_pretrained(folder, dtype=dtype, device_map=device, **options)
     if stages and plan.fusion == "cross_attention":
         against += ', whose Llama-3.2-Vision is reference="hf"'
     with torch.inference_mode():
@@ -67,9 +69,9 @@ def run(arguments: argparse.Namespace) -> int:
     passed = all(check.ok for check in checks)
     if arguments.json:
         rows = [check._asdict() | {"ok": check.ok} for check in checks]
-        print(json.dumps({"folder": str(chosen.folder), "dtype": arguments.dtype, "against": against, "checks": rows, "ok": passed}))
+        print(json.dumps({"folder": str(folder), "dtype": arguments.dtype, "against": against, "checks": rows, "ok": passed}))
     else:
-        print(f"{chosen.folder}: {chosen.config.model_type} in {arguments.dtype}, against {against}")
+        print(f"{folder}: {config.model_type} in {arguments.dtype}, against {against}")
         print(f"{'stage':20}{'difference':>12}{'allowed':>10}")
         for check in checks:
             print(f"{check.stage:20}{check.difference:12.1e}{check.allowed:10.1e}  {'ok' if check.ok else 'FAIL'}")
@@ -83,24 +85,26 @@ class _Expected(NamedTuple):
     allowed: float
 
 
-def _run_stock(chosen, sample: Sample) -> dict[str, _Expected]:
+def _run_stock(load: Callable[[torch.dtype], PreTrainedModel], dtype: torch.dtype, sample: Sample) -> dict[str, _Expected]:
     """Every stage in float32; in another dtype what is allowed goes by how far transformers itself comes from that.
 
     Raises:
         ValueError: transformers does not read the files.
     """
     values: dict[str, torch.Tensor] = {}
-    _watch_stock(chosen, torch.float32, sample, values.__setitem__)
-    if chosen.dtype == torch.float32:
+    _watch_stock(load, torch.float32, sample, values.__setitem__)
+    if dtype == torch.float32:
         return {stage: _Expected(value, _ALLOWED[torch.float32]) for stage, value in values.items()}
     errors: dict[str, float] = {}
-    _watch_stock(chosen, chosen.dtype, sample, lambda stage, value: errors.__setitem__(stage, difference(value, values[stage])))
-    least = torch.finfo(chosen.dtype).eps
+    _watch_stock(load, dtype, sample, lambda stage, value: errors.__setitem__(stage, difference(value, values[stage])))
+    least = torch.finfo(dtype).eps
     return {stage: _Expected(value, max(_TIMES * errors[stage], least)) for stage, value in values.items()}
 
 
-def _watch_stock(chosen, dtype: torch.dtype, sample: Sample, tell: Callable[[str, torch.Tensor], None]) -> None:
-    stock = load_stock(chosen.folder, dtype).to(chosen.device)
+def _watch_stock(
+    load: Callable[[torch.dtype], PreTrainedModel], dtype: torch.dtype, sample: Sample, tell: Callable[[str, torch.Tensor], None]
+) -> None:
+    stock = load(dtype).to(sample.device)
     base = getattr(stock, "model", stock)
     tower = getattr(base, "vision_tower", None) or getattr(base, "vision_model", None)
     if isinstance(stock, transformers.SiglipVisionModel):
