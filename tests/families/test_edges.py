@@ -151,6 +151,11 @@ HOSTILE = [
     ("paligemma", "text_config", "head_dim", (0, 300)),
 ]
 
+QUANTISED = [
+    ("llama", None, "quantization_config", (False, {"bits": 4})),
+    ("llava, clip, -2", "text_config", "quantization_config", (False, {"bits": 4})),
+]
+
 
 def at(config, part: str | None):
     return config if part is None else config[part] if isinstance(config, dict) else getattr(config, part)
@@ -183,7 +188,7 @@ def folders(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize(("case", "part", "field", "values"), [*HOSTILE, ("llama", None, "quantization_config", (False, {"bits": 4}))])
+@pytest.mark.parametrize(("case", "part", "field", "values"), [*HOSTILE, *QUANTISED])
 def test_folders_whose_config_cannot_be(case, part, field, values, folders):
     path, content = folders(case)
     for value in values:

@@ -49,8 +49,6 @@ def build(
     Raises:
         ValueError: a field that the class refuses, another kind of part, quantised weights; the text names the field.
     """
-    if content.get("quantization_config") is not None:
-        raise ValueError("quantization_config: weights quantised by another library are not supported")
     content = dict(content)
     for name, classes in (parts or {}).items():
         part = content.get(name)
@@ -75,6 +73,8 @@ def build(
 def _check(owner: str, config_class: type[PretrainedConfig], content: dict[str, Any]) -> None:
     check_names(owner, config_class, {name: value for name, value in content.items() if name != "model_type"})
     check_common(owner, content)
+    if content.get("quantization_config") is not None:
+        raise ValueError(f"{owner}: quantization_config: weights quantised by another library are not supported")
     for name in _SIZES:
         if content.get(name) is not None:
             check_size(owner, name, content[name])
