@@ -1,7 +1,7 @@
-"""`python -m benchmarks [operator ...] [--no-save]`: one table per operator, each also written to benchmarks/results/<operator>.csv.
+"""`python -m benchmarks [name ...] [--no-save]`: one table per operator or model, each also written to benchmarks/results/<name>.csv.
 
-Every operator's file benchmarks/ops/bench_<operator>.py has PEER, a line saying what ours is measured against, and cases(), which makes
-its Cases.
+Every file benchmarks/ops/bench_<name>.py and benchmarks/models/bench_<name>.py has PEER, a line saying what ours is measured against, and
+cases(), which makes its Cases.
 """
 
 import argparse
@@ -17,20 +17,21 @@ HERE = Path(__file__).parent
 
 
 def main() -> None:
-    known = sorted(path.stem.removeprefix("bench_") for path in (HERE / "ops").glob("bench_*.py"))
-    parser = argparse.ArgumentParser(prog="python -m benchmarks", description="Time the operators against torch's eager equivalents.")
-    parser.add_argument("operators", nargs="*", metavar="operator", help=f"which to time (default: all): {', '.join(known)}")
+    known = {path.stem.removeprefix("bench_"): path.parent.name for path in sorted(HERE.glob("*/bench_*.py"))}
+    what = "Time the operators against torch's eager equivalents, and models against transformers."
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=what)
+    parser.add_argument("names", nargs="*", metavar="name", help=f"which to time (default: all): {', '.join(sorted(known))}")
     parser.add_argument("--no-save", action="store_true", help="print only; leave benchmarks/results as it is")
     arguments = parser.parse_args()
-    unknown = sorted(set(arguments.operators) - set(known))
+    unknown = sorted(set(arguments.names) - set(known))
     if unknown:
-        parser.error(f"no benchmark of {', '.join(unknown)}; there are {', '.join(known)}")
+        parser.error(f"no benchmark of {', '.join(unknown)}; there are {', '.join(sorted(known))}")
 
     torch.manual_seed(0)
     notes = [harness.machine(), f"roofs: {harness.measure_roofs()}"]
     print("\n".join(notes))
-    for name in arguments.operators or known:
-        bench = importlib.import_module(f"benchmarks.ops.bench_{name}")
+    for name in arguments.names or sorted(known):
+        bench = importlib.import_module(f"benchmarks.{known[name]}.bench_{name}")
         rows = []
         for case in bench.cases():
             rows.append(harness.table_row(harness.measure(case)))
