@@ -32,7 +32,7 @@ def load_stock(folder: Path, dtype: str | torch.dtype) -> PreTrainedModel:
     if (folder / CONFIG).is_file():
         kind = read_json(find_inside(folder, CONFIG)).get("model_type")
         if kind in _CLASSES:
-            return _CLASSES[kind].from_pretrained(folder, **options).eval()
+            return _CLASSES[kind].from_pretrained(folder, use_safetensors=True, **options).eval()
         raise ValueError(f"stock transformers has no class for {folder}, of model_type {kind!r}")
     if (file := find_gguf(folder)) is None:
         raise ValueError(f"stock transformers does not read {folder}: it has no {CONFIG} and is no GGUF file")
