@@ -437,6 +437,29 @@ def test_q8_0(tmp_path, make_tokenizer):
         assert (again.state_dict()[name] - value).abs().max() <= value.abs().max() / 250
 
 
+def test_a_scaling_of_another_original_context_comes_back(tmp_path, make_tokenizer):
+    ours = own(stock(vocab_size=330, rope_parameters=LLAMA3 | {"original_max_position_embeddings": 64}))
+    save_gguf(ours, make_tokenizer(), tmp_path / "model.gguf")
+    again = MllamaForConditionalGeneration.from_pretrained(tmp_path / "model.gguf")
+    assert again.config.rope_parameters == ours.config.rope_parameters
+    for name, value in (("low_freq_factor", 2.0), ("factor", 0.5)):
+        ours.config.rope_parameters = LLAMA3 | {name: value}
+        with pytest.raises(ValueError, match="cannot be written as GGUF: of rope_type 'llama3' it takes low_freq_factor 1.0"):
+            save_gguf(ours, make_tokenizer(), tmp_path / "other.gguf")
+
+
+@pytest.mark.parametrize("length", [0, 2**40])
+def test_an_original_context_that_cannot_be_is_refused(length, tmp_path):
+    path = write(
+        tmp_path / "model.gguf",
+        stock(rope_parameters=LLAMA3),
+        metadata=lambda writer: writer.add_uint64("llama.rope.scaling.original_context_length", length),
+        extra={"rope_freqs.weight": factors(LLAMA3)},
+    )
+    with pytest.raises(ValueError, match="llama.rope.scaling.original_context_length must be"):
+        open_gguf(path)
+
+
 @pytest.mark.parametrize("prefix", [True, False])
 def test_sentencepiece_tokenizers(tmp_path, prefix):
     tokenizer = sentencepiece_tokenizer(prefix)

@@ -18,10 +18,12 @@ from mllama.checkpoints.engine import Drop, Permute, Rename, Row, Shift, Table
 from mllama.checkpoints.formats import Opened
 from mllama.checkpoints.gguf_header import GgufHeader, gguf
 from mllama.checkpoints.sources import Header
+from mllama.config import check_size
 
 ROPE_FREQS = "rope_freqs.weight"
 # What Meta's Llama 3 files of every size have; they differ in the factor.
-LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
+ORIGINAL_CONTEXT = 8192
 
 _Type = gguf.GGMLQuantizationType
 _PLAIN = {_Type.F32: torch.float32, _Type.F16: torch.float16, _Type.BF16: torch.bfloat16}
@@ -214,27 +216,40 @@ def _rope(header: GgufHeader, architecture: str, source: GgufSource, head_dim: i
     if factor not in (0.0, 1.0):
         parameters |= {"rope_type": "linear", "factor": factor}
     if ROPE_FREQS in header.tensors:
-        scaling = _llama3(header, source, base, head_dim)
+        name = f"{architecture}.rope.scaling.original_context_length"
+        original = header.get(name, int, ORIGINAL_CONTEXT)
+        check_size(str(header.path), name, original)
+        scaling = _llama3(header, source, base, head_dim, original)
         if scaling and parameters["rope_type"] != "default":
             raise ValueError(f"{header.path}: the rotary frequencies are scaled twice, by {ROPE_FREQS} and by a linear factor")
         parameters |= scaling
     return parameters
 
 
-def _llama3(header: GgufHeader, source: GgufSource, base: float, head_dim: int) -> dict[str, Any]:
+def _llama3(header: GgufHeader, source: GgufSource, base: float, head_dim: int, original: int) -> dict[str, Any]:
     """The parameters that rope_freqs.weight comes of; empty where it scales nothing."""
     shape = source.headers()[ROPE_FREQS].shape
     if shape != (head_dim // 2,):
         raise ValueError(f"{header.path}: {ROPE_FREQS} must have {head_dim // 2} factors, one for each rotary pair, got {list(shape)}")
-    stored = source.read(ROPE_FREQS).double()
+    parameters = llama3_parameters(source.read(ROPE_FREQS), head_dim, base, original)
+    if parameters is None:
+        said = ", ".join(f"{name} {value}" for name, value in LLAMA3.items())
+        raise ValueError(
+            f"{header.path}: {ROPE_FREQS} is no scaling of Llama 3 with {said}, an original context of {original} tokens and one factor; "
+            "others are not read"
+        )
+    return parameters
+
+
+def llama3_parameters(factors: torch.Tensor, head_dim: int, base: float, original: int) -> dict[str, Any] | None:
+    """The parameters of Llama 3's scaling that these factors come of; empty where they scale nothing, None for those of another."""
+    stored = factors.double()
     if bool((stored == 1).all()):
         return {}
     factor = round(float(stored[-1]), 4)  # the slowest pair's is the whole factor
-    parameters = {"rope_type": "llama3", "factor": factor} | LLAMA3
-    if not factor > 1 or not torch.allclose(stored, rope_factors(head_dim, base, parameters), rtol=1e-4):
-        said = ", ".join(f"{name} {value}" for name, value in LLAMA3.items())
-        raise ValueError(f"{header.path}: {ROPE_FREQS} is no scaling of Llama 3 with {said} and one factor; others are not read")
-    return parameters
+    parameters = {"rope_type": "llama3", "factor": factor, "original_max_position_embeddings": original} | LLAMA3
+    known = factor > 1 and torch.allclose(stored, rope_factors(head_dim, base, parameters), rtol=1e-4)
+    return parameters if known else None
 
 
 def rope_factors(head_dim: int, base: float, parameters: dict[str, Any]) -> torch.Tensor:

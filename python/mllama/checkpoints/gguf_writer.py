@@ -10,7 +10,7 @@ from transformers import GemmaConfig, LlamaConfig, PretrainedConfig, PreTrainedM
 
 from mllama.checkpoints.engine import to_file
 from mllama.checkpoints.files import write_file
-from mllama.checkpoints.gguf import ROPE_FREQS, rope_factors, table
+from mllama.checkpoints.gguf import LLAMA3, ORIGINAL_CONTEXT, ROPE_FREQS, llama3_parameters, rope_factors, table
 from mllama.checkpoints.gguf_header import gguf
 from mllama.checkpoints.gguf_tokenizer import add_tokenizer
 
@@ -51,7 +51,7 @@ def save_gguf(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path: 
     # Norms and biases in float32 from here on: 1 + w would lose most of w in a half.
     tensors = to_file(table(config), {name: tensor.float() if tensor.dim() == 1 else tensor for name, tensor in state.items()})
     if config.rope_parameters["rope_type"] == "llama3":
-        tensors[ROPE_FREQS] = rope_factors(config.head_dim, config.rope_parameters["rope_theta"], config.rope_parameters).float()
+        tensors[ROPE_FREQS] = _llama3(config.head_dim, config.rope_parameters)
     kinds = {name: _kind(tensor, kind) for name, tensor in tensors.items()}
     for name, tensor in tensors.items():
         if kinds[name] == _Type.F16 and bool((tensor.abs() > torch.finfo(torch.float16).max).any()):
@@ -117,6 +117,18 @@ def _architecture(config: PretrainedConfig) -> str:
     return name
 
 
+def _llama3(head_dim: int, parameters: dict) -> torch.Tensor:
+    """The rotary factors. Raises ValueError for those that would not be read back as what they are."""
+    base, original = parameters["rope_theta"], parameters["original_max_position_embeddings"]
+    factors = rope_factors(head_dim, base, parameters).float()
+    if llama3_parameters(factors, head_dim, base, original) is None:
+        taken = ", ".join(f"{name} {value}" for name, value in LLAMA3.items())
+        raise ValueError(
+            f"rope_parameters {parameters} cannot be written as GGUF: of rope_type 'llama3' it takes {taken} and a factor above 1"
+        )
+    return factors
+
+
 def _add_sizes(writer: gguf.GGUFWriter, config: PretrainedConfig) -> None:
     writer.add_vocab_size(config.vocab_size)
     writer.add_context_length(config.max_position_embeddings)
@@ -129,7 +141,10 @@ def _add_sizes(writer: gguf.GGUFWriter, config: PretrainedConfig) -> None:
     writer.add_value_length(config.head_dim)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_rope_dimension_count(config.head_dim)
-    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
-    if config.rope_parameters["rope_type"] == "linear":
+    rope = config.rope_parameters
+    writer.add_rope_freq_base(rope["rope_theta"])
+    if rope["rope_type"] == "linear":
         writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
-        writer.add_rope_scaling_factor(config.rope_parameters["factor"])
+        writer.add_rope_scaling_factor(rope["factor"])
+    if rope["rope_type"] == "llama3" and rope["original_max_position_embeddings"] != ORIGINAL_CONTEXT:
+        writer.add_rope_scaling_orig_ctx_len(rope["original_max_position_embeddings"])  # tells our reader what the factors come of
