@@ -82,3 +82,11 @@ def test_a_folder_without_a_tokenizer_is_refused(tmp_path):
     stock.make("llama").save_pretrained(tmp_path)
     with pytest.raises((FileNotFoundError, ValueError), match="tokenizer"):
         load_hf_model(tmp_path)
+
+
+@pytest.mark.parametrize("content", ["{", "{}", "[]", '{"model": {"type": "BPE", "vocab": {}, "merges": []}}'])
+def test_a_broken_tokenizer_is_a_value_error(content, folder):
+    path = folder("llama")
+    (path / "tokenizer.json").write_text(content)
+    with pytest.raises(ValueError, match="tokenizer"):
+        load_hf_model(path)

@@ -41,8 +41,14 @@ def load_tokenizer(where: str | os.PathLike, **kwargs) -> PreTrainedTokenizerBas
 
     Raises:
         OSError: there are no such files.
+        ValueError: they cannot be read.
     """
-    return AutoTokenizer.from_pretrained(where, **{"trust_remote_code": False, **kwargs})
+    try:
+        return AutoTokenizer.from_pretrained(where, **{"trust_remote_code": False, **kwargs})
+    except OSError:
+        raise
+    except Exception as error:  # a broken tokenizer.json raises nothing more definite
+        raise ValueError(f"{where}: the tokenizer cannot be read: {error!r}") from error
 
 
 def save_aside(processor: ProcessorMixin, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs) -> list[str]:
