@@ -53,8 +53,8 @@ class PretrainedMixin:
         from mllama.checkpoints import load_model
         from mllama.checkpoints.hub import find_folder
 
-        if dtype is None:
-            dtype = kwargs.pop("torch_dtype", None) or "auto"
+        older = kwargs.pop("torch_dtype", None)
+        dtype = next((given for given in (dtype, older) if given is not None), "auto")
         own = {name: kwargs.pop(name) for name in cls.load_options & kwargs.keys()}
         if unknown := sorted(kwargs.keys() - HUB_OPTIONS - _PASSED_OVER):
             raise TypeError(f"from_pretrained got options it does not know: {', '.join(unknown)}")
@@ -76,7 +76,8 @@ class PretrainedMixin:
         """Write the model to a folder, whole or not at all, in its family's own format. Signature as transformers'.
 
         Of our own composition, a model that Hugging Face's LLaVA can be (`vision_feature="pre_norm"`, projection_dim equal to the decoder's
-        width, and an `image_token_index` within the vocabulary) is written as LLaVA.
+        width, and an `image_token_index` within the vocabulary) is written as LLaVA. Of a model with an adapter of PEFT the adapter is
+        written, as in transformers.
 
         Args:
             save_directory: made if absent; other files in it stay.
@@ -87,8 +88,8 @@ class PretrainedMixin:
             kwargs: the further options of transformers' method and of its `push_to_hub`.
 
         Raises:
-            ValueError: a `state_dict` that is not the whole model; `variant`, `distributed_checkpoint` or `safe_serialization=False`,
-                which would change what is written and are not supported.
+            ValueError: a `state_dict` that is not the whole model; a model inside a PeftModel; `variant`, `distributed_checkpoint` or
+                `safe_serialization=False`, which would change what is written and are not supported.
             TypeError: an option that is not known.
         """
         from mllama.checkpoints import save_model
@@ -98,6 +99,11 @@ class PretrainedMixin:
         for name, value in _SAVE_FIXED.items():
             if kwargs.get(name, value) != value:
                 raise ValueError(f"{name} must be {value}: weights are written whole, as safetensors, under one name; got {kwargs[name]!r}")
+        if self._hf_peft_config_loaded:  # by `add_adapter` or `load_adapter`: the adapter alone, in PEFT's format
+            own = {"state_dict": state_dict, "push_to_hub": push_to_hub, "max_shard_size": max_shard_size}
+            return super().save_pretrained(save_directory, is_main_process, **own, **kwargs)
+        if hasattr(self, "peft_config"):
+            raise ValueError("a PeftModel has put adapters into this model: save that, or the model after its merge_and_unload()")
         if is_main_process:
             save_model(self, save_directory, state_dict, max_shard_size)
             if push_to_hub:

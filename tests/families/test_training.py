@@ -97,6 +97,23 @@ def test_lora_by_peft(case, tmp_path):
     assert answer.shape[1] == words["input_ids"].shape[1] + 3 and not torch.allclose(plain, expected, atol=1e-2)
 
 
+def test_of_a_model_with_an_adapter_the_adapter_is_saved(tmp_path):
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(target_modules=["q_proj"], r=2, init_lora_weights=False)
+    model, words = make("llama").ours, inputs(pair("llama"), "one row")
+    model.add_adapter(config)
+    model.save_pretrained(tmp_path / "adapter")
+    assert sorted(path.name for path in (tmp_path / "adapter").glob("adapter*")) == ["adapter_config.json", "adapter_model.safetensors"]
+    again = make("llama").ours
+    again.load_adapter(str(tmp_path / "adapter"))
+    with torch.no_grad():
+        assert torch.equal(again(**words).logits, model(**words).logits)
+    inner = peft.get_peft_model(make("llama").ours, config).base_model.model
+    with pytest.raises(ValueError, match=r"PeftModel .* merge_and_unload\(\)"):
+        inner.save_pretrained(tmp_path / "inner")
+    assert not (tmp_path / "inner").exists()
+
+
 @pytest.mark.parametrize("case", [*ONE_EACH, "llama, factor 32, tied, older spelling"])
 def test_resizing_the_vocabulary(case, tmp_path):
     model, words = make(case).ours, inputs(pair(case), "one row")
