@@ -18,6 +18,7 @@ from mllama import MllamaForConditionalGeneration
         ({"dtype": "float32"}, torch.float32),
         ({"dtype": torch.float16}, torch.float16),
         ({"torch_dtype": "float32"}, torch.float32),
+        ({"dtype": "float16", "torch_dtype": "float32"}, torch.float16),
     ],
 )
 def test_dtypes(asked, got, tmp_path):
@@ -87,3 +88,13 @@ def test_a_model_that_fits_nowhere_is_refused(saved, monkeypatch):
     monkeypatch.setattr(modeling, "get_max_memory", lambda max_memory=None: {"cpu": 1000})
     with pytest.raises(ValueError, match="disk"):
         MllamaForConditionalGeneration.from_pretrained(saved[0], device_map="sequential")
+
+
+@pytest.mark.parametrize("device", ["xpu", "hpu", "mps", "vulkan", {"vision_tower": "xla", "": "cpu"}])
+def test_a_device_that_is_not_here_is_refused(device, saved):
+    pytest.importorskip("accelerate")
+    name = device if isinstance(device, str) else "xla"
+    if getattr(torch, name, None) is not None and getattr(torch, name).is_available():
+        pytest.skip(f"{name} is here")
+    with pytest.raises(ValueError, match=f"device '{name}' was asked for, but this torch cannot use it: "):
+        MllamaForConditionalGeneration.from_pretrained(saved[0], device_map=device)

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, LlavaForConditionalGeneration
 
 import twins
-from folders import INPUTS, logits
+from folders import INPUTS, change, logits
 from mllama import MllamaConfig, MllamaForConditionalGeneration
 
 OPTIONS = {
@@ -109,6 +109,23 @@ def test_the_generation_config_is_kept(saved):
     model.generation_config.max_new_tokens = 7
     model.save_pretrained(folder)
     assert MllamaForConditionalGeneration.from_pretrained(folder).generation_config.max_new_tokens == 7
+
+
+def test_a_generation_config_is_written_as_it_came(saved):
+    """Released ones set temperature and top_p without do_sample, which transformers refuses to write, save of a config it has read."""
+    folder, _ = saved
+    change(folder, lambda content: content.update(temperature=0.9, top_p=0.6), "generation_config.json")
+    MllamaForConditionalGeneration.from_pretrained(folder).save_pretrained(folder)
+    assert json.loads((folder / "generation_config.json").read_text())["temperature"] == 0.9
+
+
+def test_a_config_given_stays_the_callers(saved):
+    folder, _ = saved
+    config = LlavaForConditionalGeneration.config_class.from_pretrained(folder)
+    before = config.to_dict()
+    for dtype in ("bfloat16", "float32"):
+        model = MllamaForConditionalGeneration.from_pretrained(folder, config=config, dtype=dtype)
+        assert model.config is not config and config.to_dict() == before
 
 
 def test_a_loaded_model_is_trained_and_saved_again(saved, tmp_path):

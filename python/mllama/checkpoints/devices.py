@@ -109,4 +109,8 @@ def _device(device: torch.device | str | int) -> torch.device:
             raise ValueError(f"device {device!r} was asked for, but this torch sees no CUDA device")
         if known.index is None:
             return torch.device("cuda", torch.cuda.current_device())
+    try:
+        torch.empty(0, device=known)
+    except (RuntimeError, AssertionError, ImportError, NotImplementedError) as error:  # each backend has its own for not being there
+        raise ValueError(f"device {device!r} was asked for, but this torch cannot use it: {str(error).splitlines()[0]}") from error
     return known

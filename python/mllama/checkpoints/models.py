@@ -111,6 +111,8 @@ def _generation_config(where: str, content: dict[str, Any]) -> GenerationConfig:
     try:
         generation_config = GenerationConfig.from_dict(content)
         generation_config.validate()
+        # As transformers marks what it has read: saved unchanged it is written as it came, though it may set what sampling alone takes.
+        generation_config._original_object_hash = hash(generation_config)
     except (ValueError, TypeError, AttributeError, KeyError, OverflowError) as error:
         raise ValueError(f"{where}: {GENERATION}: {error}") from error
     return generation_config

@@ -1,5 +1,6 @@
 """What a path holds: a Hugging Face folder of a known `model_type`, Meta's own files, or a GGUF file."""
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -31,14 +32,14 @@ def open_checkpoint(path: str | Path, config: PretrainedConfig | None = None) ->
     Args:
         path: a folder with config.json and safetensors weights, one with Meta's params.json, a GGUF file, or a folder whose only model
             file is one.
-        config: takes the place of config.json's.
+        config: takes the place of config.json's; a copy of it, since a model writes into its own.
 
     Raises:
         FileNotFoundError: nothing there, or no model file in it.
         ValueError: an unknown model_type, a broken file, a config that cannot be, several models in one folder.
         TypeError: a config of another kind.
     """
-    path = Path(path)
+    path, config = Path(path), copy.deepcopy(config)
     if (file := find_gguf(path)) is not None:
         from mllama.checkpoints.gguf import open_gguf  # here, since its library is an optional dependency
 
