@@ -74,6 +74,21 @@ def test_a_missing_embedding_of_a_tied_model(folder, capsys):
     assert "missing, initialised afresh (2)" in capsys.readouterr().out
 
 
+def test_a_tied_models_head_alone_or_another_one(folder, capsys):
+    path = folder("llama, tied")
+    embedding = load_file(path / "model.safetensors")["model.embed_tokens.weight"]
+    change(path, lambda tensors: tensors.update({"lm_head.weight": embedding + 1}))
+    model, _ = load_hf_model(path, "cpu")
+    assert torch.equal(model.lm_head.weight, embedding) and model.lm_head.weight is model.get_input_embeddings().weight
+    said = capsys.readouterr().out
+    assert "converted: 20 tensors" in said and "(1): lm_head.weight and model.embed_tokens.weight differ, but the config says" in said
+    with pytest.raises(ValueError, match="differ, but the config says"):
+        load_hf_model(path, "cpu", strict=True)
+    change(path, lambda tensors: tensors.pop("model.embed_tokens.weight"))
+    model, _ = load_hf_model(path, "cpu", strict=True)
+    assert torch.equal(model.get_input_embeddings().weight, embedding + 1) and "missing" not in capsys.readouterr().out
+
+
 def test_a_siglip_alone(folder):
     assert type(load_hf_model(folder("siglip"), "cpu")[0]) is SiglipModel
 

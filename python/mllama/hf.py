@@ -39,11 +39,10 @@ def load_hf_model(
     tokenizer = _tokenizer(path)
     with (opened := open_checkpoint(path)).source:
         model, report = load_opened(model_class(opened.config), opened, device=device, strict=strict)
-    tied = model.get_expanded_tied_weights_keys()
-    if fresh := [name for name in report.lacking if name not in tied or tied[name] in report.lacking]:
+    if report.lacking:
         _initialise(model, torch.device(device), report.dtype)
         model.tie_weights()
-    print("\n".join(_lines(opened.config, opened.source.where, report, tied, fresh)))
+    print("\n".join(_lines(opened.config, opened.source.where, report, model.get_expanded_tied_weights_keys())))
     return model, tokenizer
 
 
@@ -63,15 +62,15 @@ def _initialise(model: PreTrainedModel, device: torch.device, dtype: torch.dtype
                 getattr(module, name).copy_(value)
 
 
-def _lines(config: PretrainedConfig, where: str, report: Report, tied: dict[str, str], fresh: list[str]) -> list[str]:
+def _lines(config: PretrainedConfig, where: str, report: Report, tied: dict[str, str]) -> list[str]:
     converted = sum(len(move.theirs) for move in report.moves)
     lines = [f"converted: {converted} tensors of {where} ({config.model_type}), {str(report.dtype).removeprefix('torch.')}"]
-    lines += [f"tied: {name} is {other}" for name, other in tied.items() if name not in fresh]
+    lines += [f"tied: {name} is {other}" for name, other in tied.items() if name not in report.lacking]
     for what, names in (
         ("skipped, of unknown names", report.unexpected),
         ("skipped, of another shape or kind", report.unfit),
         ("skipped, given twice", report.twice),
-        ("missing, initialised afresh", fresh),
+        ("missing, initialised afresh", report.lacking),
     ):
         if names:
             lines.append(f"{what} ({len(names)}): {listing(names)}")

@@ -214,6 +214,24 @@ def test_a_head_that_should_be_tied_but_differs_is_refused(tmp_path):
         MllamaForConditionalGeneration.from_pretrained(tmp_path)
 
 
+def test_a_tied_models_head_alone_is_its_embedding_too(tmp_path):
+    """As safetensors' save_model and accelerate write it: of tensors that share memory the first by name."""
+    model = twins.model(text={"tie_word_embeddings": True})
+    model.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    tensors["language_model.lm_head.weight"] = tensors.pop("language_model.model.embed_tokens.weight")
+    save_file(tensors, tmp_path / "model.safetensors")
+    loaded = MllamaForConditionalGeneration.from_pretrained(tmp_path)
+    assert loaded.lm_head.weight is loaded.get_input_embeddings().weight and torch.equal(logits(loaded), logits(model))
+    other = twins.model(seed=1, text={"tie_word_embeddings": True})
+    other.load_state_dict(tensors)
+    assert torch.equal(logits(other), logits(model))
+    del tensors["language_model.lm_head.weight"]
+    save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match=r"missing \(1\): language_model.model.embed_tokens.weight$"):
+        MllamaForConditionalGeneration.from_pretrained(tmp_path)
+
+
 @pytest.mark.parametrize(
     ("error", "named", "options"),
     [

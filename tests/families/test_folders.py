@@ -67,3 +67,11 @@ def test_older_and_newer_spelling_of_rotary_scaling(tmp_path):
     for spelling in ({"rope_theta": rope.pop("rope_theta"), "rope_scaling": rope}, {"rope_parameters": rope | {"rope_theta": 500.0}}):
         (tmp_path / "config.json").write_text(json.dumps(content | spelling))
         assert torch.equal(result(both, type(both.ours).from_pretrained(tmp_path)), result(both, both.ours))
+
+
+@pytest.mark.parametrize("case", ["gemma", "llama, factor 32, tied, older spelling", "llava, siglip, -1", "paligemma"])
+def test_what_transformers_class_without_a_head_writes(case, tmp_path):
+    both = pair(case)
+    both.theirs.model.save_pretrained(tmp_path)
+    read = type(both.ours).from_pretrained(tmp_path)
+    assert torch.equal(result(both, read), result(both, both.ours))

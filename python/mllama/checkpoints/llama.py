@@ -9,8 +9,11 @@ from mllama.checkpoints.engine import Drop, Rename
 from mllama.checkpoints.formats import Format
 
 TABLE = (
-    Drop("model.layers.{}.self_attn.rotary_emb.inv_freq"),  # computed; old files hold it
-    Rename("language_model.*", "model.*"),
+    # Computed; old files hold it.
+    Drop("model.layers.{}.self_attn.rotary_emb.inv_freq"),
+    Drop("layers.{}.self_attn.rotary_emb.inv_freq"),
+    # `also`: transformers' class of the decoder without a head.
+    *(Rename(f"language_model.{part}.*", f"model.{part}.*", also=(f"{part}.*",)) for part in ("embed_tokens", "layers", "norm")),
     Rename("lm_head.weight", "lm_head.weight"),
 )
 

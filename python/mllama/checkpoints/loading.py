@@ -51,15 +51,16 @@ class Report:
         return "; ".join(f"{kind} ({len(names)}): {listing(names)}" for kind, names in kinds.items() if names)
 
 
-def match(wanted: dict[str, torch.Tensor], headers: dict[str, Header], table: Table, optional: Iterable[str] = ()) -> Report:
+def match(wanted: dict[str, torch.Tensor], headers: dict[str, Header], table: Table, tied: dict[str, str] | None = None) -> Report:
     """What of a file goes where, from its headers alone.
 
     Args:
         wanted: the model's state dict, which may be on the meta device: names and shapes are the measure.
         headers: the file's tensors.
         table: between the two.
-        optional: the model's names that the file may leave out.
+        tied: the model's names of tensors that are another one's: {name: the other's name}. The file may leave out either.
     """
+    tied = tied or {}
     report = Report()
     moves, report.unexpected, report.twice = plan(table, headers)
     homes: dict[str, str] = {}
@@ -80,14 +81,19 @@ def match(wanted: dict[str, torch.Tensor], headers: dict[str, Header], table: Ta
                 report.moves.append(move)
                 for name in move.theirs:
                     elements[_LOADED_AS[headers[name].dtype]] += torch.Size(headers[name].shape).numel()
-    for name in wanted:
-        if name not in homes and name not in optional:
+    loaded, twins = {name for move in report.moves for name in move.ours}, both_ways(tied)
+    report.lacking = [name for name in wanted if name not in loaded and twins.get(name) not in loaded]
+    for name in report.lacking:
+        if name not in homes and name not in tied:
             report.missing += [written for written in file_names(table, name) if written not in report.missing]
     report.unexpected.sort()
-    loaded = {name for move in report.moves for name in move.ours}
-    report.lacking = [name for name in wanted if name not in loaded]
     report.dtype = max(elements, key=elements.get)
     return report
+
+
+def both_ways(tied: dict[str, str]) -> dict[str, str]:
+    """Names of tied tensors, each with the other's."""
+    return {other: name for name, other in tied.items()} | tied
 
 
 def _fault(move: Move, headers: dict[str, Header], wanted: dict[str, torch.Tensor]) -> str:
@@ -112,7 +118,7 @@ def load_weights(
     table: Table,
     dtype: torch.dtype | None = None,
     device_of: Callable[[str], torch.device | str] = lambda name: "cpu",
-    optional: dict[str, str] | None = None,
+    tied: dict[str, str] | None = None,
     strict: bool = True,
 ) -> Report:
     """Put a source's tensors in the place of the model's parameters, which may be on the meta device: memory holds them once.
@@ -123,34 +129,38 @@ def load_weights(
         table: between its names and the model's.
         dtype: of the loaded tensors; None is the one that most of the source's elements have.
         device_of: where the model's tensor of a name goes.
-        optional: tensors that files may leave out because they are another one's (tied): {name: the other's name}. A file that holds both
-            must hold them equal.
+        tied: as `match`. A file that holds both must hold them equal.
         strict: False loads what fits and leaves the rest as it is.
 
     Returns:
         What was loaded and what was not.
 
     Raises:
-        ValueError: with `strict`, a tensor is missing, unexpected, of another shape or kind, or comes twice: one error with every list.
+        ValueError: with `strict`, a tensor is missing, unexpected, of another shape or kind, or comes twice: one error with every list;
+            or tied ones differ.
     """
-    optional = optional or {}
-    report = match(model.state_dict(), source.headers(), table, optional)
+    tied = tied or {}
+    report = match(model.state_dict(), source.headers(), table, tied)
     if strict and (problems := report.problems()):
         raise ValueError(f"the weights in {source.where} do not fit the model. Tensors {problems}")
     dtype = dtype or report.dtype
     loaded: dict[str, torch.Tensor] = {}
     # A tied tensor last: it is only compared, and memory never holds it beside the one that it is.
-    for move in sorted(report.moves, key=lambda move: move.ours[0] in optional):
+    for move in sorted(report.moves, key=lambda move: move.ours[0] in tied):
         given = [source.read(name) for name in move.theirs]
         for name, value in zip(move.ours, move.row.read(given), strict=True):
-            other = loaded.get(optional.get(name))
+            other = loaded.get(tied.get(name))
             if other is None:
                 loaded[name] = _placed(value, given if source.mapped else [], device_of(name), dtype)
             elif not torch.equal(other.cpu(), value.to(dtype)):
-                where = f"{source.where}: {move.theirs[0]} and {', '.join(file_names(table, optional[name]))}"
-                raise ValueError(f"{where} differ, but the config says they are one (tied)")
-    for name, other in optional.items():
-        if other in loaded:
+                both = f"{move.theirs[0]} and {', '.join(file_names(table, tied[name]))}"
+                said = f"{both} differ, but the config says they are one (tied)"
+                if strict:
+                    raise ValueError(f"{source.where}: {said}")
+                report.moves.remove(move)
+                report.unfit.append(said)
+    for name, other in both_ways(tied).items():
+        if name not in loaded and other in loaded:
             loaded[name] = loaded[other]
     torch.nn.Module.load_state_dict(model, loaded, strict=strict, assign=True)
     return report

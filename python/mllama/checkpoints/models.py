@@ -12,7 +12,7 @@ from mllama.checkpoints.devices import Placement, dtype_named
 from mllama.checkpoints.engine import plan, to_file
 from mllama.checkpoints.files import CONFIG, save_weights, write_folder, write_json
 from mllama.checkpoints.formats import Opened
-from mllama.checkpoints.loading import Report, check_complete, common_dtype, load_weights
+from mllama.checkpoints.loading import Report, both_ways, check_complete, common_dtype, load_weights
 from mllama.checkpoints.opening import FORMATS, GENERATION, open_checkpoint
 from mllama.config import check_names
 
@@ -165,5 +165,5 @@ def translate_state_dict(model: PreTrainedModel, state_dict: dict[str, torch.Ten
         given = {name: state_dict[name] for name in move.theirs if name is not None}
         whole = len(given) == len(move.theirs)
         translated |= zip(move.ours, move.row.read(list(given.values())), strict=True) if whole else given
-    tied = model.get_expanded_tied_weights_keys()
+    tied = both_ways(model.get_expanded_tied_weights_keys())
     return {name: translated[other] for name, other in tied.items() if other in translated} | translated
