@@ -74,7 +74,7 @@ def add_reference(
 def _check_offset(op: str, offset: float) -> None:
     if isinstance(offset, bool) or not isinstance(offset, (int, float)):
         raise TypeError(f"{op}: offset must be a number, got {type(offset).__name__}")
-    if not math.isfinite(offset):
+    if not -math.inf < offset < math.inf:  # math.isfinite breaks the graph under torch 2.11's compiler
         raise ValueError(f"{op}: offset must be finite, got {offset}")
 
 
