@@ -93,6 +93,7 @@ RESPONSE = httpx2.Response(403, request=httpx2.Request("GET", "https://huggingfa
         (RepositoryNotFoundError("long\ntext", response=RESPONSE), "no folder 'org/name' here, .* accept its licence .* and log in"),
         (RevisionNotFoundError("long\ntext", response=RESPONSE), "no revision 'v9'"),
         (LocalEntryNotFoundError("long\ntext"), "offline"),
+        (httpx2.ProxyError("long\ntext"), "cannot be fetched from the hub: ProxyError long text"),
     ],
 )
 def test_refusals_are_one_line(error, said, monkeypatch):

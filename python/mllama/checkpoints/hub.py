@@ -4,8 +4,14 @@ import re
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
+from huggingface_hub import model_info, snapshot_download
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
 
 # Configs, weights, and the files that tokenizers and processors have. Pickles and other frameworks' weights are left where they are.
 PATTERNS = ("*.json", "*.safetensors", "*.jinja", "tokenizer.model", "merges.txt", "vocab.txt")
@@ -48,6 +54,8 @@ def download(model_id: str, patterns: list[str] | tuple[str, ...] = PATTERNS, **
     """
     page = f"https://huggingface.co/{model_id}"
     try:
+        if "local_dir" in options:  # of one that is there snapshot_download takes the files as fetched where the hub refuses
+            model_info(model_id, revision=options.get("revision"), token=options.get("token"))
         return Path(snapshot_download(model_id, allow_patterns=list(patterns), ignore_patterns=["original/*"], **options))
     except GatedRepoError as error:
         raise FileNotFoundError(f"{model_id} is gated: accept its licence at {page} and log in with `hf auth login`") from error
@@ -56,10 +64,15 @@ def download(model_id: str, patterns: list[str] | tuple[str, ...] = PATTERNS, **
         raise FileNotFoundError(f"there is no folder {model_id!r} here, and no such model on the hub; {hint}") from error
     except RevisionNotFoundError as error:
         raise FileNotFoundError(f"{model_id} has no revision {options.get('revision')!r} on the hub") from error
-    except LocalEntryNotFoundError as error:
+    except (LocalEntryNotFoundError, ConnectionError) as error:
         raise FileNotFoundError(
             f"there is no folder {model_id!r} here, the cache does not hold that model, and the hub was not asked or cannot be reached "
             "(offline, or local_files_only)"
         ) from error
     except HfHubHTTPError as error:
         raise FileNotFoundError(f"{model_id} cannot be fetched from the hub: {str(error).splitlines()[0]}") from error
+    except (ValueError, OSError):  # an id that is none; the disk
+        raise
+    except Exception as error:  # of the connection, in classes of the library underneath
+        said = f"{type(error).__name__} {' '.join(str(error).split())}"
+        raise FileNotFoundError(f"{model_id} cannot be fetched from the hub: {said}") from error
