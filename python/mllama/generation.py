@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from transformers import GenerationMixin
 
+from mllama.text.cache import check_cache
 from mllama.text.prefix import count_prefix
 
 
@@ -51,6 +52,7 @@ class MllamaGenerationMixin(GenerationMixin):
         which would put an assistant's words into the prompt.
         """
         types, cache = model_kwargs.pop("token_type_ids", None), model_kwargs.get("past_key_values")
+        check_cache(cache)
         given = model_kwargs.get("prefix_length") is not None
         if self.plan.prefix and not given and (cache is None or int(cache.get_seq_length()) == 0):
             prompt = input_ids if model_kwargs.get("inputs_embeds") is None else model_kwargs["inputs_embeds"][..., 0]

@@ -220,7 +220,7 @@ class MllamaForConditionalGeneration(PretrainedMixin, MllamaGenerationMixin, Pre
             labels: int [B, T], shifted inside: the logits at t are scored against the label at t + 1. -100 (our own config's
                 `ignore_index`), placeholder and padding positions are not trained.
             inputs_embeds: [B, T, hidden] in place of input_ids; pictures must be merged already.
-            past_key_values: a transformers cache, dynamic or static.
+            past_key_values: a transformers cache, dynamic or static, that keeps all tokens; not while activations are checkpointed.
             position_ids: int [B or 1, T]. None counts the unmasked tokens of each row.
             use_cache: return a cache; None asks for one outside training, as the decoder's config says.
             output_attentions, output_hidden_states: also return what `MllamaOutput` says.
@@ -254,6 +254,8 @@ class MllamaForConditionalGeneration(PretrainedMixin, MllamaGenerationMixin, Pre
         use_cache = self.plan.text.use_cache and not self.training if use_cache is None else use_cache
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.plan.text)
+        if past_key_values is not None and self.training and self.is_activation_checkpointing:  # its layers would be called without it
+            raise ValueError("past_key_values cannot be kept while activations are checkpointed: call model.eval(), or set use_cache=False")
         filled = past_key_values is not None and int(past_key_values.get_seq_length()) > 0
 
         if input_ids is not None:
@@ -371,6 +373,8 @@ class MllamaForConditionalGeneration(PretrainedMixin, MllamaGenerationMixin, Pre
             image_features, attentions = self._encode_tiles(pixel_values, *aspects, output_attentions)
         elif image_features is not None:
             check_tile_features(image_features, rows, tokens, text.hidden_size)
+        if image_features is not None:
+            image_features = image_features.to(inputs_embeds.dtype)
         if past_key_values is not None:
             cached = place_cross_layers(past_key_values, text.cross_attention_layers, text.num_hidden_layers)
         mask = rows_of_mask(cross_attention_mask, inputs_embeds.shape[:2], past_length(past_key_values))
@@ -420,8 +424,8 @@ class MllamaForConditionalGeneration(PretrainedMixin, MllamaGenerationMixin, Pre
         """[B, T, hidden]: looked-up ids. Placeholders, which may lie outside the vocabulary, are not."""
         if placeholders is not None:
             input_ids = input_ids.masked_fill(placeholders, 0)
-        check_range(input_ids, self.get_input_embeddings().num_embeddings)
-        return self.language_model.embed(input_ids)
+        check_range(input_ids, self.get_input_embeddings().weight.shape[0])
+        return self.get_input_embeddings()(input_ids)
 
 
 @dataclass

@@ -58,6 +58,24 @@ def test_caches_change_nothing(case):
         assert torch.equal(model.generate(**batch, **GREEDY, **options), expected), options
 
 
+@pytest.mark.parametrize("case", ONE_EACH)
+def test_caches_that_cannot_hold_the_answer(case):
+    model, batch = make(case).ours, inputs(pair(case), MIXED)
+    length = batch["input_ids"].shape[1]
+    with pytest.raises(ValueError, match=f"room for {length} tokens: {length} are in it, and 1"):
+        model.generate(**batch, **GREEDY, past_key_values=StaticCache(config=model.config, max_cache_len=length))
+    with pytest.raises(ValueError, match=f"room for 2 tokens: 0 are in it, and {length}"):
+        model.generate(**batch, **GREEDY, past_key_values=StaticCache(config=model.config, max_cache_len=2))
+    with pytest.raises(TypeError, match="tuple"):
+        model.generate(**batch, **GREEDY, past_key_values=())
+    expected = model.generate(**batch, **GREEDY)
+    model.train()
+    model.activation_checkpointing_enable()
+    with pytest.raises(ValueError, match="checkpointed"):
+        model.generate(**batch, **GREEDY)
+    assert torch.equal(model.generate(**batch, **GREEDY, use_cache=False), expected)
+
+
 @pytest.mark.parametrize("kind", [DynamicCache, StaticCache])
 @pytest.mark.parametrize("case", TALKING)
 def test_logits_piece_by_piece(case, kind):
@@ -131,7 +149,9 @@ def test_embeddings_in_place_of_ids(case):
     both = pair(case)
     batch = inputs(both, "no picture")
     expected = both.ours.generate(**batch, **GREEDY)[:, -8:]
-    embeds = both.ours.language_model.embed(batch.pop("input_ids"))
+    tokens = batch.pop("input_ids")
+    embeds = both.ours.get_input_embeddings()(tokens)
+    assert torch.equal(embeds, both.theirs.get_input_embeddings()(tokens))  # of Gemma scaled
     assert torch.equal(both.ours.generate(inputs_embeds=embeds, **batch, **GREEDY), expected)
 
 

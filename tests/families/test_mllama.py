@@ -389,5 +389,17 @@ def test_features_take_the_place_of_pixels(models):
         features = ours.get_image_features(batch.pop("pixel_values"), **aspects)
         assert torch.equal(features, expected.image_hidden_states)
         assert torch.equal(ours(**batch, image_features=features).logits, expected.logits)
-    embeds = ours.language_model.embed(batch.pop("input_ids"))
+    embeds = ours.get_input_embeddings()(batch.pop("input_ids"))
     assert torch.equal(ours(inputs_embeds=embeds, **batch, image_features=features).logits, expected.logits)
+
+
+def test_a_tower_of_another_dtype():
+    ours, _ = pair()
+    batch = inputs(ours, *ROWS["two"])
+    with torch.no_grad():
+        expected = ours(**batch).logits
+        ours.vision_tower.bfloat16()
+        ours.multi_modal_projector.bfloat16()
+        logits = ours(**batch).logits
+    assert logits.dtype == torch.float32
+    close(logits, expected, tolerance=0.1)

@@ -1,5 +1,7 @@
 """Training of every family: stock transformers' loss and gradients, and what the libraries around it do with the model."""
 
+import re
+
 import pytest
 import torch
 
@@ -112,6 +114,26 @@ def test_of_a_model_with_an_adapter_the_adapter_is_saved(tmp_path):
     with pytest.raises(ValueError, match=r"PeftModel .* merge_and_unload\(\)"):
         inner.save_pretrained(tmp_path / "inner")
     assert not (tmp_path / "inner").exists()
+
+
+@pytest.mark.parametrize("case", ONE_EACH)
+def test_lora_on_embeddings(case):
+    """Of tokens and of patches, each as in stock transformers."""
+    peft = pytest.importorskip("peft")
+    both, words = make(case), inputs(pair(case), "one row")
+    adapted = []
+    for model in both:
+        config = peft.LoraConfig(target_modules=r".*(embed_tokens|patch_embedding)", r=2, init_lora_weights=False)
+        adapted.append(peft.get_peft_model(model, config).eval())
+    mine, theirs = (
+        {re.sub(r"(language_|model\.)", "", name): value for name, value in model.named_parameters() if "lora" in name} for model in adapted
+    )
+    assert mine.keys() == theirs.keys() and len(mine) == 2 * (1 + (both.ours.plan.tower is not None))
+    with torch.no_grad():
+        for name, parameter in mine.items():
+            parameter.copy_(theirs[name])
+        ours, stock = (model(**words).logits for model in adapted)
+    close(ours, stock)
 
 
 @pytest.mark.parametrize("case", [*ONE_EACH, "llama, factor 32, tied, older spelling"])

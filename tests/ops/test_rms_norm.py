@@ -133,3 +133,12 @@ def test_rows_of_no_elements():
     y, hidden = add_rms_norm(x, x, weight)
     (rms_norm(x, weight).sum() + y.sum() + hidden.sum()).backward()
     assert x.grad.shape == (5, 0) and weight.grad.shape == (0,)
+
+
+def test_several_offsets_in_one_compiled_function():
+    """The second makes it a symbol."""
+    torch._dynamo.reset()
+    x, weight = torch.randn(3, 16), torch.randn(16)
+    compiled = torch.compile(rms_norm, fullgraph=True, backend="aot_eager")
+    for offset in (1.0, 0.0, 0.5):
+        assert torch.equal(compiled(x, weight, 1e-6, offset), rms_norm(x, weight, 1e-6, offset))

@@ -179,10 +179,12 @@ CODES = "".join(f"<seg{code:03d}>" for code in range(112, 128))
         ("<loc0000><loc0256><loc0512><loc1024> cat", []),  # off the grid
         ("<loc0001><loc0000><loc0256><loc0512><loc0768> cat", [("", (0.0, 200 / 1024, 200.0, 50.0), ())]),
         ("<loc0000><loc0256><loc0512><loc0768> cat<eos>", [("cat", (100.0, 0.0, 300.0, 100.0), ())]),
+        ("<loc0000><loc\u0660\u0660\u0660\u0661><loc0512><loc0768> cat", []),  # digits of another script are no tokens
     ],
 )
 def test_detections(text, expected):
     assert parse_detections(text, 400, 200) == [Detection(*found) for found in expected]
+    assert parse_detections(text, np.int64(400), np.float32(200)) == [Detection(*found) for found in expected]
 
 
 @pytest.mark.parametrize(

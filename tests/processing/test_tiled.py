@@ -130,6 +130,7 @@ def test_ambiguous_channels(noise):  # a picture one or three pixels high is no 
         ([], ValueError, "give at least one picture"),
         ([[], None], ValueError, "give at least one picture"),
         (5, TypeError, "got int"),
+        ([[np.zeros((4, 4, 3), np.uint8), None]], TypeError, "got NoneType"),
         ("no/such.png", FileNotFoundError, "no such picture"),
         ("https://x.org/a.png", ValueError, "not from addresses"),
         (np.zeros((0, 5, 3), np.uint8), ValueError, "no pixels"),
@@ -271,6 +272,7 @@ def test_truncation_never_cuts_a_picture(ours, noise):
         (5, "a", TypeError, "text must be a prompt"),
         (None, None, ValueError, "give text, images, or both"),
         (IMAGE, [5], TypeError, "got int"),
+        ([IMAGE, IMAGE], [["a"], [None]], TypeError, "got NoneType"),
     ],
 )
 def test_bad_calls(ours, noise, text, images, error, match):
@@ -278,7 +280,7 @@ def test_bad_calls(ours, noise, text, images, error, match):
     if isinstance(images, str):
         images = [pictures[name] for name in images]
     elif images and isinstance(images[0], list):
-        images = [[pictures[name] for name in row] for row in images]
+        images = [[pictures.get(name) for name in row] for row in images]
     with pytest.raises(error, match=match):
         ours(images=images, text=text)
 

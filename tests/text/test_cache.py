@@ -2,11 +2,12 @@
 
 import pytest
 import torch
-from transformers import DynamicCache, StaticCache
+from transformers import Cache, DynamicCache, EncoderDecoderCache, StaticCache
+from transformers.cache_utils import DynamicSlidingWindowLayer, StaticSlidingWindowLayer
 
 import twins
 from mllama.config import MllamaTextConfig
-from mllama.text.cache import CrossCacheLayer, place_cross_layers
+from mllama.text.cache import CrossCacheLayer, check_cache, place_cross_layers
 
 CONFIG = MllamaTextConfig(**twins.TEXT | {"num_hidden_layers": 3}, cross_attention_layers=[1])
 
@@ -54,3 +55,17 @@ def test_caches_of_other_models_are_refused():
         place_cross_layers(cache, [1], 3)
     with pytest.raises(ValueError, match="must have 3 layers"):
         place_cross_layers(StaticCache(MllamaTextConfig(**twins.TEXT), max_cache_len=8), [1], 3)
+
+
+@pytest.mark.parametrize(
+    ("cache", "error", "match"),
+    [
+        (((torch.zeros(1),) * 2,), TypeError, "got tuple"),
+        (EncoderDecoderCache(DynamicCache(), DynamicCache()), TypeError, "got EncoderDecoderCache"),
+        (Cache(layers=[DynamicSlidingWindowLayer(sliding_window=4)]), ValueError, "got a DynamicSlidingWindowLayer at 0"),
+        (Cache(layers=[StaticSlidingWindowLayer(max_cache_len=8, sliding_window=4)]), ValueError, "must keep all tokens"),
+    ],
+)
+def test_caches_of_other_kinds_are_refused(cache, error, match):
+    with pytest.raises(error, match=match):
+        check_cache(cache)

@@ -7,6 +7,7 @@ import math
 import os
 import re
 from collections.abc import Sequence
+from numbers import Real
 from typing import NamedTuple
 
 from transformers.feature_extraction_utils import BatchFeature
@@ -16,7 +17,7 @@ from mllama.processing.folders import load_tokenizer, read_settings, save_aside
 from mllama.processing.prompt import MAX_IMAGE_TOKENS, check_whole, in_order, lay_out, share_out
 from mllama.processing.square import SquareImageProcessor
 
-_OBJECT = re.compile(r"((?:<loc\d{4}>){4})\s*((?:<seg\d{3}>){16})?([^;<>]*)")
+_OBJECT = re.compile(r"((?:<loc\d{4}>){4})\s*((?:<seg\d{3}>){16})?([^;<>]*)", re.ASCII)
 _GRID = 1024
 
 
@@ -46,10 +47,11 @@ def parse_detections(text: str, width: float, height: float) -> list[Detection]:
     if not isinstance(text, str):
         raise TypeError(f"text must be a str, got {type(text).__name__}")
     for name, size in (("width", width), ("height", height)):
-        if not isinstance(size, (int, float)) or isinstance(size, bool):
+        if not isinstance(size, Real) or isinstance(size, bool):
             raise TypeError(f"{name} must be a number, got {type(size).__name__}")
         if not 0 < size < math.inf:
             raise ValueError(f"{name} must be above 0, got {size}")
+    width, height = float(width), float(height)
     found = []
     for places, segments, label in _OBJECT.findall(text):
         y0, x0, y1, x1 = (int(place) / _GRID for place in re.findall(r"\d{4}", places))

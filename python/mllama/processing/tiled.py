@@ -215,10 +215,14 @@ class TiledProcessor(MllamaProcessor):
 def as_rows(images) -> list[list]:
     """One picture, a flat list, a [N, ...] array, or a list of pictures (or None) per row: as rows of pictures."""
     if not isinstance(images, (list, tuple)):
-        return [list(images)] if getattr(images, "ndim", 3) == 4 else [[images]]
+        return [_row(images)]
     if not any(item is None or isinstance(item, (list, tuple)) or getattr(item, "ndim", 3) == 4 for item in images):
         return [list(images)]
-    return [row for item in images for row in (as_rows(item) if item is not None else [[]])]
+    return [[] if item is None else _row(item) for item in images]
+
+
+def _row(item) -> list:
+    return list(item) if isinstance(item, (list, tuple)) or getattr(item, "ndim", 3) == 4 else [item]
 
 
 def _fit(height: int, width: int, max_image_tiles: int, tile: int) -> tuple[tuple[int, int], tuple[int, int]]:

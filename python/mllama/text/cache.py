@@ -8,14 +8,19 @@ pictures, whose keys have nothing to do with the text's length.
 from collections.abc import Sequence
 
 import torch
-from transformers import Cache
+from transformers import Cache, EncoderDecoderCache
 from transformers.cache_utils import DynamicLayer
 
 
 def check_cache(past_key_values: Cache | None) -> None:
-    """Raise TypeError unless it is None or a cache of transformers."""
-    if past_key_values is not None and not isinstance(past_key_values, Cache):
-        raise TypeError(f"past_key_values must be a transformers Cache or None, got {type(past_key_values).__name__}")
+    """Raise TypeError unless it is None or a decoder's cache of transformers, ValueError where it forgets tokens (a sliding window's)."""
+    if past_key_values is None:
+        return
+    if not isinstance(past_key_values, Cache) or isinstance(past_key_values, EncoderDecoderCache):
+        raise TypeError(f"past_key_values must be a transformers Cache of a decoder or None, got {type(past_key_values).__name__}")
+    for index, layer in enumerate(past_key_values.layers):
+        if layer.is_sliding:
+            raise ValueError(f"past_key_values must keep all tokens: layers see all before them; got a {type(layer).__name__} at {index}")
 
 
 def past_length(past_key_values: Cache | None) -> int | torch.Tensor:

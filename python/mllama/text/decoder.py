@@ -43,6 +43,18 @@ class DecoderLayer(GradientCheckpointingLayer):
         return hidden_states + self.mlp(normed), weights
 
 
+class ScaledEmbedding(nn.Embedding):
+    """Looked-up vectors times `embed_scale`, the factor in the matrix's dtype, as transformers does. PEFT reads the attribute."""
+
+    def __init__(self, num_embeddings: int, embedding_dim: int, embed_scale: float):
+        super().__init__(num_embeddings, embedding_dim)
+        self.embed_scale = embed_scale
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """int [...] -> [..., embedding_dim]."""
+        return super().forward(input_ids) * torch.tensor(self.embed_scale, dtype=self.weight.dtype, device=self.weight.device)
+
+
 class Decoder(nn.Module):
     """Embeddings, layers and final norm; the output head belongs to the model around it.
 
@@ -54,20 +66,14 @@ class Decoder(nn.Module):
     def __init__(self, config: MllamaTextConfig, cross_layer: Callable[[MllamaTextConfig, int], nn.Module] | None = None):
         super().__init__()
         self.config = config
-        self.embed_tokens = nn.Embedding(config.vocab_size + config.extra_embeddings, config.hidden_size)
+        rows, scale = config.vocab_size + config.extra_embeddings, config.embedding_scale
+        self.embed_tokens = nn.Embedding(rows, config.hidden_size) if scale is None else ScaledEmbedding(rows, config.hidden_size, scale)
         crossed = set(config.cross_attention_layers or ())
         self.layers = nn.ModuleList(
             (cross_layer if index in crossed else DecoderLayer)(config, index) for index in range(config.num_hidden_layers)
         )
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, config.norm_offset)
         self.rotary = RotaryEmbedding(config.head_dim, config.rope_parameters)
-
-    def embed(self, input_ids: torch.Tensor) -> torch.Tensor:
-        """int [B, T] -> [B, T, hidden], scaled where the config says so, by the factor in the matrix's dtype as transformers does."""
-        embedded = self.embed_tokens(input_ids)
-        if self.config.embedding_scale is None:
-            return embedded
-        return embedded * torch.tensor(self.config.embedding_scale, dtype=embedded.dtype, device=embedded.device)
 
     def forward(
         self,
@@ -102,13 +108,14 @@ class Decoder(nn.Module):
         check_cache(past_key_values)
         check_mask(attention_mask)
         if inputs_embeds is None:
-            inputs_embeds = self.embed(input_ids)
+            inputs_embeds = self.embed_tokens(input_ids)
         else:
             _check_embeddings(inputs_embeds, self.config.hidden_size)
 
         batch, length = inputs_embeds.shape[:2]
         past = past_length(past_key_values)
         keys = key_length(past_key_values, length)
+        _check_room(keys, length, past)
         _check_mask_size(attention_mask, batch, length, past)
         if position_ids is None:
             position_ids = _positions(attention_mask, length, past, inputs_embeds.device)
@@ -158,6 +165,12 @@ def _check_embeddings(inputs_embeds: torch.Tensor, size: int) -> None:
         raise TypeError(f"inputs_embeds must be a floating torch.Tensor, got {kind}")
     if inputs_embeds.dim() != 3 or inputs_embeds.shape[1] == 0 or inputs_embeds.shape[2] != size:
         raise ValueError(f"inputs_embeds must be [batch, tokens, {size}] with at least one token, got {list(inputs_embeds.shape)}")
+
+
+def _check_room(keys: int, length: int, past: int | torch.Tensor) -> None:
+    """A static cache that is full would fail in the middle of the layers."""
+    if not torch.compiler.is_compiling() and int(past) + length > keys:
+        raise ValueError(f"past_key_values has room for {keys} tokens: {int(past)} are in it, and {length} are to come")
 
 
 def _check_mask_size(mask: torch.Tensor | None, batch: int, length: int, past: int | torch.Tensor) -> None:

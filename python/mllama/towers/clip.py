@@ -20,7 +20,7 @@ class ClipEmbeddings(nn.Module):
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """[B, C, S, S] -> [B, 1 + patches, hidden]."""
-        patches = self.patch_embedding(pixel_values)
+        patches = self.patch_embedding(pixel_values).flatten(2).mT
         first = self.class_embedding.to(patches.dtype).expand(patches.shape[0], 1, -1)
         tokens = torch.cat([first, patches], dim=1)
         return tokens + self.position_embedding(torch.arange(tokens.shape[1], device=tokens.device))

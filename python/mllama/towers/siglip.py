@@ -16,10 +16,11 @@ class PatchEmbedding(nn.Conv2d):
     """A convolution whose kernel is its stride, computed as one matrix product per patch."""
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """[B, C, H, W] -> [B, (H // p) * (W // p), E]; rows and columns left over at the bottom and right are dropped."""
+        """[B, C, H, W] -> [B, E, H // p, W // p], the layout of a convolution, as PEFT needs it; rows and columns left over are dropped."""
         p = self.kernel_size[0]
-        height, width = (size // p * p for size in pixel_values.shape[-2:])
-        return patch_embed(pixel_values[..., :height, :width].to(self.weight.dtype), self.weight, self.bias)
+        height, width = (size // p for size in pixel_values.shape[-2:])
+        pixel_values = pixel_values[..., : height * p, : width * p].to(self.weight.dtype)
+        return patch_embed(pixel_values, self.weight, self.bias).mT.unflatten(-1, (height, width))
 
 
 class SiglipEmbeddings(nn.Module):
@@ -33,7 +34,7 @@ class SiglipEmbeddings(nn.Module):
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """[B, C, S, S] -> [B, patches, hidden]."""
-        patches = self.patch_embedding(pixel_values)
+        patches = self.patch_embedding(pixel_values).flatten(2).mT
         return patches + self.position_embedding(torch.arange(patches.shape[1], device=patches.device))
 
 

@@ -264,7 +264,7 @@ class TiledVisionTower(nn.Module):
 
     def _embed(self, tiles: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
         """[pictures * tiles, channels, size, size] -> [pictures, tiles, tokens, hidden], tokens padded to a multiple of 8."""
-        x = self.patch_embedding(tiles).unflatten(0, (-1, self.config.max_num_tiles))
+        x = self.patch_embedding(tiles).flatten(2).mT.unflatten(0, (-1, self.config.max_num_tiles))
         x = self.pre_tile_positional_embedding(x, ids)
         x = torch.cat([self.class_embedding.expand(*x.shape[:2], 1, -1), x], 2)
         x = self.layernorm_pre(self.gated_positional_embedding(x, ids))
