@@ -11,6 +11,7 @@ from transformers import AutoModelForImageTextToText, LlavaForConditionalGenerat
 import twins
 from folders import INPUTS, change, logits
 from mllama import MllamaConfig, MllamaForConditionalGeneration
+from mllama.checkpoints.sources import SafetensorsSource
 
 OPTIONS = {
     "LLaVA": {},
@@ -143,6 +144,23 @@ def test_a_loaded_model_does_not_hang_on_its_files(saved):
     with open(folder / "model.safetensors", "r+b") as file:
         file.truncate(0)
     assert torch.equal(logits(loaded), logits(model))
+
+
+@pytest.mark.parametrize("shard", ["5GB", "50KB"])
+def test_weights_that_are_replaced_while_they_are_read_are_refused(shard, tmp_path, monkeypatch):
+    twins.model().save_pretrained(tmp_path, max_shard_size=shard)
+    read, reads = SafetensorsSource.read, []
+
+    def replace(source, name):
+        reads.append(name)
+        if len(reads) == 20:
+            twins.model(seed=1).save_pretrained(tmp_path, max_shard_size=shard)
+        return read(source, name)
+
+    monkeypatch.setattr(SafetensorsSource, "read", replace)
+    with pytest.raises(ValueError, match="written anew while they were read: load them again"):
+        MllamaForConditionalGeneration.from_pretrained(tmp_path)
+    MllamaForConditionalGeneration.from_pretrained(tmp_path)
 
 
 def test_the_files_names_load_as_a_state_dict(saved):

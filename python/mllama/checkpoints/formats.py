@@ -36,9 +36,11 @@ class Opened:
         table: between the source's tensors and the model's.
         source: of the tensors; who opened it closes it.
         generation: the arguments of a GenerationConfig, None where the files say nothing.
+        changed: whether the weights' files are others now than when they were opened.
     """
 
     config: PretrainedConfig
     table: Table
     source: Source
     generation: dict[str, Any] | None = None
+    changed: Callable[[], bool] = lambda: False

@@ -69,6 +69,8 @@ def load_opened(
     placement.settle(model, dtype)
     tied = model.get_expanded_tied_weights_keys()
     report = load_weights(model, opened.source, opened.table, dtype, placement.of, tied, strict)
+    if opened.changed():  # shards are opened one after the other: some would be of one model, some of another
+        raise ValueError(f"the weights in {where} were written anew while they were read: load them again")
     model.tie_weights()
     model.config.dtype = dtype or report.dtype
     if opened.generation is not None and model.can_generate():

@@ -1,6 +1,8 @@
 """What a path holds: a Hugging Face folder of a known `model_type`, Meta's own files, or a GGUF file."""
 
+import contextlib
 import copy
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +10,7 @@ from transformers import PretrainedConfig
 
 from mllama.checkpoints import gemma, llama, llava, mllama, paligemma, siglip, siglip_llama
 from mllama.checkpoints.configs import harmless
-from mllama.checkpoints.files import CONFIG, find_gguf, find_inside, read_json
+from mllama.checkpoints.files import CONFIG, INDEX, find_gguf, find_inside, read_json
 from mllama.checkpoints.formats import Format, Opened
 from mllama.checkpoints.meta import PARAMS, open_meta
 from mllama.checkpoints.sources import open_safetensors
@@ -24,6 +26,7 @@ FORMATS = {
     "siglip_vision_model": siglip.FORMAT,
 }
 GENERATION = "generation_config.json"
+_WEIGHT_FILES = ("*.safetensors", INDEX, "consolidated*.pth", "*.gguf")
 
 
 def open_checkpoint(path: str | Path, config: PretrainedConfig | None = None) -> Opened:
@@ -40,6 +43,22 @@ def open_checkpoint(path: str | Path, config: PretrainedConfig | None = None) ->
         TypeError: a config of another kind.
     """
     path, config = Path(path), copy.deepcopy(config)
+    before = _stamps(path)
+    return dataclasses.replace(_open(path, config), changed=lambda: _stamps(path) != before)
+
+
+def _stamps(path: Path) -> dict[Path, tuple[int, int, int]]:
+    """What tells a weight file from another that takes its place, or from itself written to."""
+    files = [path] if path.is_file() else [file for pattern in _WEIGHT_FILES for file in path.glob(pattern)]
+    found = {}
+    for file in files:
+        with contextlib.suppress(OSError):  # gone meanwhile, or a link to nothing
+            status = file.stat()
+            found[file] = (status.st_ino, status.st_size, status.st_mtime_ns)
+    return found
+
+
+def _open(path: Path, config: PretrainedConfig | None) -> Opened:
     if (file := find_gguf(path)) is not None:
         from mllama.checkpoints.gguf import open_gguf  # here, since its library is an optional dependency
 
