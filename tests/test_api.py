@@ -109,7 +109,7 @@ def test_a_siglip_comes_with_its_image_processor(family_folder, picture_file):
     assert isinstance(model, mllama.SiglipModel)
     with torch.inference_mode():
         assert model(**processor(Image.open(picture_file), return_tensors="pt")).pooler_output.shape == (1, twins.VISION["hidden_size"])
-    with pytest.raises(TypeError, match="model must be as mllama.load returns it, got SiglipModel"):
+    with pytest.raises(ValueError, match="a SigLIP vision model has no decoder"):
         mllama.ask(picture_file, "How many?", model, processor)
 
 
@@ -199,6 +199,8 @@ def test_ask_refuses_what_is_no_model_or_no_processor(loaded, picture_file):
         ({"max_new_tokens": 0}, ValueError, "max_new_tokens must be at least 1, got 0"),
         ({"num_beams": 0}, ValueError, "num_beams must be at least 1, got 0"),
         ({"temperature": "hot"}, TypeError, "temperature must be a number, got str"),
+        ({"top_p": "most"}, TypeError, "top_p must be a number, got str"),
+        ({"top_k": 2.5}, TypeError, "top_k must be an int, got float"),
     ],
 )
 def test_ask_refuses_options(loaded, picture_file, option, error, message):

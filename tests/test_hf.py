@@ -95,7 +95,13 @@ def test_a_siglip_alone(folder):
 
 def test_a_folder_without_a_tokenizer_is_refused(tmp_path):
     stock.make("llama").save_pretrained(tmp_path)
-    with pytest.raises((FileNotFoundError, ValueError), match="tokenizer"):
+    with pytest.raises(FileNotFoundError, match="holds no tokenizer: none of tokenizer.json"):
+        load_hf_model(tmp_path)
+
+
+def test_a_tokenizer_is_not_made_up(tmp_path):
+    stock.make("gemma").save_pretrained(tmp_path)  # transformers has an empty one of its class
+    with pytest.raises(FileNotFoundError, match="holds no tokenizer"):
         load_hf_model(tmp_path)
 
 

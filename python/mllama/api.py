@@ -26,6 +26,10 @@ MAX_NEW_TOKENS = 128
 _COLDEST = 1e-3  # below this temperature, 0 included, sampling is the likeliest token, and dividing by it would overflow
 _SAMPLING = ("temperature", "top_k", "top_p", "min_p")
 _COUNTS = ("max_new_tokens", "max_length", "num_beams")
+_KINDS = [
+    *((name, numbers.Integral, "an int") for name in (*_COUNTS, "top_k")),
+    *((name, numbers.Real, "a number") for name in ("temperature", "top_p", "min_p")),
+]
 
 
 class Answer(NamedTuple):
@@ -102,8 +106,6 @@ def find_model(path: str | os.PathLike | None) -> Path:
     """
     if not isinstance(path, (str, os.PathLike, type(None))):
         raise TypeError(f"path must be a str, a path or None, got {type(path).__name__}")
-    if path == "":  # to Path it would be the current folder
-        raise ValueError("path is empty; give a model folder, or None for the embedded model")
     return EMBEDDED if path is None else find_folder(path)
 
 
@@ -139,14 +141,16 @@ def ask(
 
     Raises:
         TypeError: a picture, question, model, processor or option of another type.
-        ValueError: model without processor or the reverse; a question that is empty, no valid text, too long for the model or has the
-            picture's placeholder in it; a picture that cannot be read, or for a model that takes none; an option out of its range.
+        ValueError: model without processor or the reverse; a SigLIP, which has no decoder; a question that is empty, no valid text, too
+            long for the model or has the picture's placeholder in it; a picture that cannot be read, or for a model that takes none; an
+            option out of its range.
         FileNotFoundError: no such picture.
     """
     if (model is None) != (processor is None):
         raise ValueError("give model and processor both, as mllama.load returns them, or neither for the embedded model")
     if model is None:
         model, processor = _embedded()
+    check_answers(model)
     for name, value, method in (("model", model, "generate"), ("processor", processor, "apply_chat_template")):
         if not hasattr(value, method):  # not by class: adapters wrap models
             raise TypeError(f"{name} must be as mllama.load returns it, got {type(value).__name__}")
@@ -168,6 +172,16 @@ def encode(processor, picture, question: str, turns: Sequence[tuple[str, str]] =
     said = [*(text for turn in turns for text in turn), question]
     messages = [{"role": "assistant" if index % 2 else "user", "content": text} for index, text in enumerate(said)]
     return encode_messages(processor, messages, [] if picture is None else [load_picture(picture)])
+
+
+def check_answers(model) -> None:
+    """Refuse a model that cannot answer.
+
+    Raises:
+        ValueError: a SigLIP vision model, of this package or of transformers.
+    """
+    if isinstance(getattr(model, "config", None), SiglipVisionConfig):
+        raise ValueError("a SigLIP vision model has no decoder to answer with")
 
 
 def check_question(question: str) -> None:
@@ -230,7 +244,7 @@ def check_room(model: PreTrainedModel, inputs: Mapping) -> int:
 def _options(given: dict) -> dict:
     """generate's options: greedy unless something about sampling is asked for."""
     options = {name: value for name, value in given.items() if value is not None}
-    for name, kind, word in [*((name, numbers.Integral, "an int") for name in _COUNTS), ("temperature", numbers.Real, "a number")]:
+    for name, kind, word in _KINDS:
         value = options.get(name, 1)
         if not isinstance(value, kind) or isinstance(value, bool):
             raise TypeError(f"{name} must be {word}, got {type(value).__name__}")

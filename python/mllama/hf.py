@@ -36,8 +36,8 @@ def load_hf_model(
         ValueError: broken files; with `strict`, tensors that are missing, unexpected, doubled or of another shape, all in one error.
     """
     path = find_folder(model_path)
-    tokenizer = _tokenizer(path)
     with (opened := open_checkpoint(path)).source:
+        tokenizer = _tokenizer(path)  # before the weights: an error should not take their time
         model, report = load_opened(model_class(opened.config), opened, device=device, strict=strict)
     if report.lacking:
         _initialise(model, torch.device(device), report.dtype)

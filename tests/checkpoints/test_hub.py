@@ -111,12 +111,18 @@ def test_offline_says_so(tmp_path):
         MllamaForConditionalGeneration.from_pretrained("org/name", cache_dir=tmp_path, local_files_only=True)
 
 
-@pytest.mark.parametrize("path", ["nowhere", "./org/name", "../name", "org/name/more", "/org/name", "org/..", "a\nb/c", ""])
+@pytest.mark.parametrize("path", ["nowhere", "./org/name", "../name", "org/name/more", "/org/name", "org/..", "a\nb/c"])
 def test_what_is_no_id_is_a_path(path, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(hub, "snapshot_download", None)
     with pytest.raises(FileNotFoundError):
         MllamaForConditionalGeneration.from_pretrained(path)
+
+
+def test_an_empty_path_is_not_the_current_folder(saved, monkeypatch):
+    monkeypatch.chdir(saved[0])
+    with pytest.raises(ValueError, match="path is empty"):
+        MllamaForConditionalGeneration.from_pretrained("")
 
 
 def test_an_id_the_hub_refuses_is_a_value_error(tmp_path):

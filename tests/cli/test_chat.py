@@ -28,6 +28,11 @@ def test_a_bad_question_does_not_end_the_chat(run, options, picture_file):
     assert "must not contain '<image>'" in placeholder and "answer included" in length and "no valid UTF-8" in text
 
 
+def test_a_picture_for_a_text_model_is_refused_before_any_question(run, family_folder, picture_file):
+    code, out, err = run("chat", picture_file, "--model", family_folder("llama"), stdin="a\nb\n")
+    assert (code, out, err) == (2, "", "mllama: error: this model takes no pictures, got 1\n")
+
+
 def test_a_chat_goes_on_after_bytes_that_are_no_text(run, options, picture_file):
     code, out, err = run("chat", picture_file, *options, stdin=b"\xff\nHow many?\n")
     assert code == 0 and out.strip() and "no valid UTF-8" in err

@@ -118,6 +118,14 @@ def test_writes_over_nothing_unless_told(run, metas, tmp_path):
     assert (tmp_path / "a.gguf").read_text() == "mine"
 
 
+def test_no_processor_of_the_model_before_stays(run, family_folder, tmp_path):
+    assert run("convert", family_folder("llava, clip"), tmp_path / "hf", "--to", "hf")[0] == 0
+    assert (tmp_path / "hf" / "chat_template.jinja").exists() and (tmp_path / "hf" / "processor_config.json").exists()
+    assert run("convert", family_folder("gemma"), tmp_path / "hf", "--to", "hf", "--force")[0] == 0
+    assert run("convert", family_folder("gemma"), tmp_path / "fresh", "--to", "hf")[0] == 0
+    assert {path.name for path in (tmp_path / "hf").iterdir()} == {path.name for path in (tmp_path / "fresh").iterdir()}
+
+
 @pytest.mark.parametrize(
     ("target", "options", "error"),
     [

@@ -35,6 +35,7 @@ def test_gated_and_missing_models_are_one_line_that_says_what_to_do(run, monkeyp
     for arguments in (["download", "some/where", tmp_path / "new"], ["generate", "--model-id", "some/where", "--prompt", "a"]):
         code, out, err = run(*arguments)
         assert (code, out, err.count("\n")) == (2, "", 1) and message in err and "licence" in err and "log in" in err
+        assert ("no folder" in err) == (arguments[0] == "generate" and kind is RepositoryNotFoundError)
     assert not (tmp_path / "new").exists()
 
 

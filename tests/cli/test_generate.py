@@ -1,6 +1,9 @@
 """`mllama generate`."""
 
+import shutil
+
 import pytest
+from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
 import mllama
@@ -80,10 +83,22 @@ def test_sizes_are_ids(run, monkeypatch):
         (["--model-id", "nowhere", "--prompt", "a"], "nowhere"),
         (["--model-id", "some/where", "--prompt", "a"], "no folder 'some/where' here"),
         (["--model-id", "LLAMA", "--prompt", "a", "--top-p", "0"], "above 0"),
+        (["--model-id", "SIGLIP", "--prompt", "a"], "a SigLIP vision model has no decoder"),
+        (["--model-id", "SIGLIP", "--prompt", "a", "--raw", "--runtime", "transformers"], "a SigLIP vision model has no decoder"),
+        (["--model-id", "PICTURE", "--prompt", "a"], "circle.png is neither a model folder nor a .gguf file"),
     ],
 )
 def test_generate_refuses(run, family_folder, picture_file, monkeypatch, arguments, message):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    given = {"LLAMA": family_folder("llama"), "PICTURE": picture_file}
+    given = {"LLAMA": family_folder("llama"), "SIGLIP": family_folder("siglip"), "PICTURE": picture_file}
     code, out, err = run("generate", *(given.get(argument, argument) for argument in arguments))
     assert (code, out, err.count("\n")) == (2, "", 1) and message in err
+
+
+def test_transformers_makes_nothing_up(run, family_folder, tmp_path):
+    shutil.copytree(family_folder("llama"), tmp_path, dirs_exist_ok=True)
+    weights = load_file(tmp_path / "model.safetensors")
+    weights.pop("model.layers.0.mlp.down_proj.weight")
+    save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
+    code, out, err = run("generate", "--model-id", tmp_path, "--prompt", "a", "--runtime", "transformers")
+    assert (code, out, err.count("\n")) == (2, "", 1) and "missing (1): model.layers.0.mlp.down_proj.weight" in err

@@ -1,12 +1,16 @@
 """`mllama verify`."""
 
 import json
+import shutil
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import mllama
+import stock
 import twins
+from families import cases
 from mllama.cli import verify
 
 FAMILIES = ["llama", "gemma", "llava, siglip", "llava, clip", "paligemma", "mllama"]
@@ -98,3 +102,21 @@ def test_differences():
 def test_verify_refuses_what_is_not_there(run):
     code, out, err = run("verify", "nowhere")
     assert (code, out, err.count("\n")) == (2, "", 1)
+
+
+def test_weights_that_do_not_fit_are_told_before_transformers_runs(run, family_folder, tmp_path):
+    shutil.copytree(family_folder("llama"), tmp_path, dirs_exist_ok=True)
+    weights = load_file(tmp_path / "model.safetensors")
+    weights["model.norm.weight"] = torch.ones(7)
+    save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
+    code, out, err = run("verify", tmp_path)
+    assert (code, out, err.count("\n")) == (2, "", 1) and "model.norm.weight is float32 [7], the model takes floating [64]" in err
+
+
+def test_transformers_is_given_the_rotary_scaling_of_a_gguf_file(run, make_tokenizer, tmp_path):
+    pytest.importorskip("gguf")
+    twins.randomise(cases.llama(vocab_size=320, rope_scaling=dict(stock.ROPE))).save_pretrained(tmp_path / "hf")
+    make_tokenizer().save_pretrained(tmp_path / "hf")
+    assert run("convert", tmp_path / "hf", tmp_path / "a.gguf", "--to", "gguf")[0] == 0
+    code, said = verified(run, tmp_path / "a.gguf")
+    assert code == 0 and "stock transformers" in said["against"] and "logits" in [row["stage"] for row in said["checks"]]

@@ -4,7 +4,7 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 import torch
@@ -102,12 +102,13 @@ def save_weights(folder: Path, tensors: dict[str, torch.Tensor], max_shard_size:
         write_json(folder / INDEX, {"metadata": split.metadata, "weight_map": split.tensor_to_filename})
 
 
-def write_folder(folder: Path, write: Callable[[Path], None]) -> None:
+def write_folder(folder: Path, write: Callable[[Path], None], replaced: Collection[str] = ()) -> None:
     """Let `write` fill a folder aside, then put it in place: a reader finds all of it or none, and so does who comes after a crash.
 
     A new folder is renamed into place at once. Into an existing one the files are moved with the weights' entry point (the single file or
-    the index) removed first and placed last; other files stay, weight files of an earlier save go. What they replace is kept in a hidden
-    folder beside them until all is in place, and moved back on an error; only a crash of the process leaves that folder there.
+    the index) removed first and placed last; weight files of an earlier save go, and those named in `replaced`; other files stay. What
+    goes is kept in a hidden folder beside them until all is in place, and moved back on an error; only a crash of the process leaves that
+    folder there.
     """
     folder = Path(os.path.abspath(folder))
     if folder.exists() and not folder.is_dir():
@@ -125,7 +126,7 @@ def write_folder(folder: Path, write: Callable[[Path], None]) -> None:
             aside.rename(folder)
             _sync(folder.parent)
         else:
-            _move_into(aside, folder)
+            _move_into(aside, folder, replaced)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
 
@@ -144,12 +145,12 @@ def write_file(path: Path, write: Callable[[Path], None]) -> None:
         aside.unlink(missing_ok=True)
 
 
-def _move_into(aside: Path, folder: Path) -> None:
+def _move_into(aside: Path, folder: Path, more: Collection[str]) -> None:
     def entry_last(name: str) -> tuple[bool, str]:
         return name in (WEIGHTS, INDEX), name
 
     new = sorted((path.name for path in aside.iterdir()), key=entry_last)
-    replaced = {*new, WEIGHTS, INDEX, *(path.name for path in folder.glob("model-*-of-*.safetensors"))}
+    replaced = {*new, *more, WEIGHTS, INDEX, *(path.name for path in folder.glob("model-*-of-*.safetensors"))}
     old = sorted((name for name in replaced if (folder / name).is_file()), key=entry_last, reverse=True)
     backup = folder / f"{aside.name}-old"
     backup.mkdir()

@@ -28,8 +28,10 @@ def find_folder(path_or_id: str | Path, subfolder: str | Path = "", **options: A
 
     Raises:
         FileNotFoundError: neither there; or the hub cannot be reached, has no such model or does not give it without a login.
-        ValueError: a `subfolder` outside the folder.
+        ValueError: an empty path; a `subfolder` outside the folder.
     """
+    if path_or_id == "":  # to Path it would be the current folder
+        raise ValueError("path is empty; give a model folder, a GGUF file or a model's id on the hub")
     inner = Path(subfolder or "")
     if inner.is_absolute() or ".." in inner.parts:
         raise ValueError(f"subfolder must lie inside the model folder, got {str(subfolder)!r}")
@@ -52,6 +54,7 @@ def download(model_id: str, patterns: list[str] | tuple[str, ...] = PATTERNS, **
     Raises:
         FileNotFoundError: as `find_folder`. The text is one line that says what to do.
     """
+    absent = "" if "local_dir" in options else f"there is no folder {model_id!r} here, and "  # only then one was looked for
     page = f"https://huggingface.co/{model_id}"
     try:
         if "local_dir" in options:  # of one that is there snapshot_download takes the files as fetched where the hub refuses
@@ -61,13 +64,13 @@ def download(model_id: str, patterns: list[str] | tuple[str, ...] = PATTERNS, **
         raise FileNotFoundError(f"{model_id} is gated: accept its licence at {page} and log in with `hf auth login`") from error
     except RepositoryNotFoundError as error:
         hint = f"if it is private or gated, accept its licence at {page} and log in with `hf auth login`"
-        raise FileNotFoundError(f"there is no folder {model_id!r} here, and no such model on the hub; {hint}") from error
+        raise FileNotFoundError(f"{absent}no such model on the hub: {model_id!r}; {hint}") from error
     except RevisionNotFoundError as error:
         raise FileNotFoundError(f"{model_id} has no revision {options.get('revision')!r} on the hub") from error
     except (LocalEntryNotFoundError, ConnectionError) as error:
         raise FileNotFoundError(
-            f"there is no folder {model_id!r} here, the cache does not hold that model, and the hub was not asked or cannot be reached "
-            "(offline, or local_files_only)"
+            f"{absent}the cache does not hold the model {model_id!r}; the hub was not asked or cannot be reached (offline, or "
+            "local_files_only)"
         ) from error
     except HfHubHTTPError as error:
         raise FileNotFoundError(f"{model_id} cannot be fetched from the hub: {str(error).splitlines()[0]}") from error

@@ -50,6 +50,15 @@ class Report:
         }
         return "; ".join(f"{kind} ({len(names)}): {listing(names)}" for kind, names in kinds.items() if names)
 
+    def check(self, where: str) -> None:
+        """Refuse files that do not fit.
+
+        Raises:
+            ValueError: with every list that is not empty.
+        """
+        if problems := self.problems():
+            raise ValueError(f"the weights in {where} do not fit the model. Tensors {problems}")
+
 
 def match(wanted: dict[str, torch.Tensor], headers: dict[str, Header], table: Table, tied: dict[str, str] | None = None) -> Report:
     """What of a file goes where, from its headers alone.
@@ -141,8 +150,8 @@ def load_weights(
     """
     tied = tied or {}
     report = match(model.state_dict(), source.headers(), table, tied)
-    if strict and (problems := report.problems()):
-        raise ValueError(f"the weights in {source.where} do not fit the model. Tensors {problems}")
+    if strict:
+        report.check(source.where)
     dtype = dtype or report.dtype
     loaded: dict[str, torch.Tensor] = {}
     # A tied tensor last: it is only compared, and memory never holds it beside the one that it is.

@@ -12,7 +12,7 @@ from mllama.checkpoints.devices import Placement, dtype_named
 from mllama.checkpoints.engine import plan, to_file
 from mllama.checkpoints.files import CONFIG, save_weights, write_folder, write_json
 from mllama.checkpoints.formats import Opened
-from mllama.checkpoints.loading import Report, both_ways, check_complete, common_dtype, load_weights
+from mllama.checkpoints.loading import Report, both_ways, check_complete, common_dtype, load_weights, match
 from mllama.checkpoints.opening import FORMATS, GENERATION, open_checkpoint
 from mllama.config import check_names
 
@@ -90,6 +90,16 @@ def lay_out(model_class: type[PreTrainedModel], opened: Opened, **class_kwargs: 
             return model_class(opened.config, **class_kwargs)
     except (RuntimeError, OverflowError) as error:  # of sizes that are each in range, whose product is not
         raise ValueError(f"{opened.source.where}: no model of these sizes can be laid out: {error}") from error
+
+
+def survey(model_class: type[PreTrainedModel], opened: Opened) -> tuple[PreTrainedModel, Report]:
+    """`lay_out`, and what the files have for that model: from headers alone, no tensor is read.
+
+    Raises:
+        ValueError: as `lay_out`.
+    """
+    model = lay_out(model_class, opened)
+    return model, match(model.state_dict(), opened.source.headers(), opened.table, model.get_expanded_tied_weights_keys())
 
 
 def check_layers(opened: Opened) -> None:

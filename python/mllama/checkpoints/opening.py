@@ -64,7 +64,7 @@ def _open(path: Path, config: PretrainedConfig | None) -> Opened:
 
         return open_gguf(file, config)
     if not path.is_dir():
-        raise FileNotFoundError(f"no model folder {str(path)!r}")
+        raise FileNotFoundError(f"{path} is neither a model folder nor a .gguf file" if path.exists() else f"no model folder {str(path)!r}")
     if (path / PARAMS).exists() and not (path / CONFIG).exists():
         if config is not None:
             raise ValueError(f"{path}: a config cannot take the place of what {PARAMS} says")

@@ -6,12 +6,13 @@ from collections.abc import Callable
 import torch
 from transformers import TextStreamer
 
-from mllama.api import load_quietly, tokenizer_of
+from mllama.api import check_answers, load_quietly, tokenizer_of
 
 
 def load_model(arguments: argparse.Namespace):
     """(model, processor, generate's options) as the command line says. `say_loaded` is left to the caller, after its last check."""
     model, processor = load_quietly(arguments.model, arguments.dtype, arguments.device, arguments.reference)
+    check_answers(model)
     return model, processor, sampling(arguments)
 
 

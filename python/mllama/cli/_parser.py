@@ -86,7 +86,7 @@ def _add_convert(commands) -> None:
     )
     kinds = f"of a folder {', '.join(DTYPES)} (default: auto, as in IN); of gguf {', '.join(GGUF_DTYPES)} (default: f16)"
     parser.add_argument("--dtype", choices=(*DTYPES, *GGUF_DTYPES), metavar="TYPE", help=kinds)
-    parser.add_argument("--force", action="store_true", help="write over OUT; in a folder, other files stay")
+    parser.add_argument("--force", action="store_true", help="write over OUT; in a folder, files that are no part of a model stay")
 
 
 def _add_inspect(commands) -> None:

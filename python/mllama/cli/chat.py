@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 
 import torch
 
-from mllama.api import MAX_NEW_TOKENS, answer, check_room, encode, room_left, say_loaded
+from mllama.api import MAX_NEW_TOKENS, answer, check_room, encode, room_left, say_loaded, tokenizer_of
 from mllama.cli import complain
 from mllama.cli._answering import AnswerStreamer, load_model
 from mllama.processing.image import load_picture
@@ -24,6 +24,8 @@ def run(arguments: argparse.Namespace) -> None:
         raise OSError("stdin is closed: there are no questions to read")
     picture, features, turns = None if arguments.picture is None else load_picture(arguments.picture), None, []
     model, processor, options = load_model(arguments)
+    if picture is not None and tokenizer_of(processor) is processor:
+        raise ValueError("this model takes no pictures, got 1")
     say_loaded(arguments.model, model)
     for question in _questions():
         try:

@@ -17,6 +17,7 @@ from mllama.checkpoints.models import load_opened
 from mllama.checkpoints.siglip_llama import written_as
 from mllama.cli._parser import DTYPES, GGUF_DTYPES
 from mllama.processing.auto import load_processor
+from mllama.processing.folders import PROCESSOR_FILES
 
 _LLAVA = (
     "That takes a tower whose features are read before its final norm, a projector as wide inside as the Llama decoder,"
@@ -74,7 +75,7 @@ def _write_folder(model: PreTrainedModel, processor, target: Path) -> None:
         if processor is not None:
             processor.save_pretrained(aside)
 
-    write_folder(target, write)
+    write_folder(target, write, () if processor is None else PROCESSOR_FILES)
 
 
 def _write_gguf(model: PreTrainedModel, processor, target: Path, dtype: str) -> None:

@@ -6,9 +6,20 @@ import inspect
 from collections.abc import Mapping, Sequence
 
 from mllama._device import choose_device
-from mllama.api import answer, check_question, check_room, find_model, processor_of, resolve_dtype, say_loaded, tokenizer_of
+from mllama.api import (
+    answer,
+    check_answers,
+    check_question,
+    check_room,
+    find_model,
+    model_class,
+    processor_of,
+    resolve_dtype,
+    say_loaded,
+    tokenizer_of,
+)
 from mllama.checkpoints import open_checkpoint
-from mllama.checkpoints.models import check_layers
+from mllama.checkpoints.models import survey
 from mllama.cli._answering import AnswerStreamer, load_model, sampling
 from mllama.cli._parser import SIZES
 from mllama.cli._stock import load_stock
@@ -37,7 +48,9 @@ def run(arguments: argparse.Namespace) -> None:
 def _load_stock(arguments: argparse.Namespace):
     folder, device = find_model(arguments.model), choose_device(arguments.device)
     with (opened := open_checkpoint(folder)).source:
-        check_layers(opened)
+        model, report = survey(model_class(opened.config), opened)
+        check_answers(model)
+        report.check(opened.source.where)  # transformers would make up what is missing
         dtype = resolve_dtype(opened, arguments.dtype, device)
     return load_stock(folder, dtype).to(device), processor_of(folder), sampling(arguments)
 

@@ -12,8 +12,8 @@ from mllama._device import dtype_name
 from mllama.api import find_model, model_class
 from mllama.checkpoints import open_checkpoint
 from mllama.checkpoints.formats import Opened
-from mllama.checkpoints.loading import Report, match
-from mllama.checkpoints.models import lay_out
+from mllama.checkpoints.loading import Report
+from mllama.checkpoints.models import survey
 from mllama.families import Composition
 from mllama.memory import Work, count_parameters, memory_needed, picture_tokens, plan_of
 
@@ -42,9 +42,8 @@ def collect(folder: str | Path, context: int | None, batch: int, tiles: int | No
         FileNotFoundError, ValueError: as `open_checkpoint`.
     """
     with (opened := open_checkpoint(find_model(folder))).source:
-        model = lay_out(model_class(opened.config), opened)
+        model, report = survey(model_class(opened.config), opened)
         headers = opened.source.headers()
-        report = match(model.state_dict(), headers, opened.table, model.get_expanded_tied_weights_keys())
     plan, parameters = plan_of(model), count_parameters(model)
     elements: dict[str, int] = {}
     for header in headers.values():

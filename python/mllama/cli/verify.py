@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from mllama._device import choose_device
 from mllama.api import find_model, model_class
 from mllama.checkpoints import open_checkpoint
-from mllama.checkpoints.models import lay_out
+from mllama.checkpoints.models import survey
 from mllama.cli._samples import Sample, make_samples
 from mllama.cli._stock import load_stock
 from mllama.memory import plan_of
@@ -47,7 +47,9 @@ def run(arguments: argparse.Namespace) -> int:
     folder, device, dtype = find_model(arguments.folder), choose_device(arguments.device), getattr(torch, arguments.dtype)
     with (opened := open_checkpoint(folder)).source:
         config, kind = opened.config, model_class(opened.config)
-        plan = plan_of(lay_out(kind, opened))
+        model, report = survey(kind, opened)
+        report.check(opened.source.where)
+        plan = plan_of(model)
     samples = make_samples(plan, getattr(config, "image_token_index", None), arguments.seed, device)
     try:
         stages = _run_stock(functools.partial(load_stock, folder), dtype, samples[0])

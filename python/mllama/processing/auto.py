@@ -30,7 +30,6 @@ _BY_MODEL = {
     "siglip_vision_model": SquareImageProcessor,
 }
 _BY_PICTURES = {"MllamaImageProcessor": TiledProcessor, "SiglipImageProcessor": SquareImageProcessor}
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 _PICTURE_KEYS = ("image", "path", "url")
 
 
@@ -67,8 +66,6 @@ def load_processor(path: str | os.PathLike) -> ProcessorMixin | SquareImageProce
         kind = _processor_class(folder)
         if kind is not None:
             return kind.from_pretrained(folder)
-        if not any((folder / name).exists() for name in _TOKENIZER_FILES):
-            raise FileNotFoundError(f"{folder} holds neither a processor nor a tokenizer: none of {', '.join(_TOKENIZER_FILES)}")
         return load_tokenizer(folder)
     except (ValueError, FileNotFoundError):
         raise

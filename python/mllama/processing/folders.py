@@ -9,6 +9,20 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.processing_utils import ProcessorMixin
 from transformers.utils import cached_file
 
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json")  # one of them every tokenizer has
+# All that processors and tokenizers are read from: what one of them leaves beside another's would be taken for its own.
+PROCESSOR_FILES = (
+    *TOKENIZER_FILES,
+    "added_tokens.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    "merges.txt",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "special_tokens_map.json",
+    "tokenizer_config.json",
+)
+
 
 def read_settings(where: str | os.PathLike, **kwargs) -> tuple[dict, dict]:
     """Return what a folder (or hub id) says of its processor and of its image processor.
@@ -43,6 +57,9 @@ def load_tokenizer(where: str | os.PathLike, **kwargs) -> PreTrainedTokenizerBas
         OSError: there are no such files.
         ValueError: they cannot be read.
     """
+    folder = Path(where, kwargs.get("subfolder") or "")
+    if folder.is_dir() and not any((folder / name).exists() for name in TOKENIZER_FILES):  # transformers would make one up
+        raise FileNotFoundError(f"{folder} holds no tokenizer: none of {', '.join(TOKENIZER_FILES)}")
     try:
         return AutoTokenizer.from_pretrained(where, **{"trust_remote_code": False, **kwargs})
     except OSError:
