@@ -2,6 +2,7 @@
 
 import base64
 import json
+import shutil
 
 import pytest
 import torch
@@ -116,6 +117,16 @@ def test_writes_over_nothing_unless_told(run, metas, tmp_path):
     code, _, err = run("convert", metas, tmp_path / "a.gguf", "--to", "gguf")
     assert code == 2 and err == f"mllama: error: {tmp_path / 'a.gguf'} exists; --force writes over it\n"
     assert (tmp_path / "a.gguf").read_text() == "mine"
+
+
+def test_several_chat_templates_are_written_over(run, family_folder, tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(family_folder("llama"))
+    tokenizer.chat_template = {"default": tokenizer.chat_template, "tool_use": "{{ messages }}"}
+    shutil.copytree(family_folder("llama"), tmp_path / "several")
+    tokenizer.save_pretrained(tmp_path / "several")
+    for source, several in (("several", True), ("several", True), (family_folder("gemma"), False)):
+        assert run("convert", tmp_path / source, tmp_path / "hf", "--to", "hf", "--force")[0] == 0
+        assert (tmp_path / "hf" / "additional_chat_templates").exists() == several
 
 
 def test_no_processor_of_the_model_before_stays(run, family_folder, tmp_path):

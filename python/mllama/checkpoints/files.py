@@ -151,7 +151,8 @@ def _move_into(aside: Path, folder: Path, more: Collection[str]) -> None:
 
     new = sorted((path.name for path in aside.iterdir()), key=entry_last)
     replaced = {*new, *more, WEIGHTS, INDEX, *(path.name for path in folder.glob("model-*-of-*.safetensors"))}
-    old = sorted((name for name in replaced if (folder / name).is_file()), key=entry_last, reverse=True)
+    there = (name for name in replaced if (folder / name).is_file() or (name in more and (folder / name).is_dir()))
+    old = sorted(there, key=entry_last, reverse=True)
     backup = folder / f"{aside.name}-old"
     backup.mkdir()
     try:
@@ -163,8 +164,8 @@ def _move_into(aside: Path, folder: Path, more: Collection[str]) -> None:
     except BaseException:
         # Where each file is now says what was done: an interrupt may come after a rename and before any note of it.
         for name in reversed(new):
-            if not (aside / name).exists():
-                (folder / name).unlink(missing_ok=True)
+            if not (aside / name).exists() and (folder / name).exists():
+                os.replace(folder / name, aside / name)
         for name in sorted((path.name for path in backup.iterdir()), key=entry_last):
             os.replace(backup / name, folder / name)
         backup.rmdir()

@@ -14,6 +14,7 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.j
 PROCESSOR_FILES = (
     *TOKENIZER_FILES,
     "added_tokens.json",
+    "additional_chat_templates",  # a folder
     "chat_template.jinja",
     "chat_template.json",
     "merges.txt",
