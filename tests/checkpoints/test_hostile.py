@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import stock
+from folders import change
 from mllama import MllamaForConditionalGeneration, SiglipModel
 from mllama.checkpoints.files import CONFIG, INDEX, WEIGHTS
 
@@ -133,6 +134,15 @@ def test_a_huge_shape_of_no_elements_is_refused(llama):
     header = {name: tensor([2**63 - 1, 0], [0, 0])} | {str(other): tensor([0], [0, 0]) for other in range(9)}
     (llama / WEIGHTS).write_bytes(safetensors(header))
     refuse(llama, rf"{name} is float32 \[9223372036854775807, 0\], the model takes floating \[64\]")
+
+
+@pytest.mark.parametrize("name", ["\x1b[2J", "a\nb", "\ud800"])
+def test_names_that_a_terminal_would_act_on_are_escaped(name, tmp_path):
+    stock.make("llama").save_pretrained(tmp_path, max_shard_size="60KB")
+    change(tmp_path, lambda content: content["weight_map"].update({name: "model-00001-of-00006.safetensors"}), INDEX)
+    assert repr(name) in refuse(tmp_path, "its files do not hold")
+    change(tmp_path, lambda content: content["weight_map"].update({"lm_head.weight": name}), INDEX)
+    assert repr(name) in refuse(tmp_path)
 
 
 def test_many_unexpected_tensors_make_a_short_error(llama):

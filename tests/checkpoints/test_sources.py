@@ -67,6 +67,7 @@ def test_a_cut_weight_file_is_refused(saved):
         "a\\b.safetensors",
         "\ud800.safetensors",
         "\0.safetensors",
+        f"{'a' * 300}.safetensors",
     ],
 )
 def test_shard_names_stay_inside_the_folder(shard, sharded):

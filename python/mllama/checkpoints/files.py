@@ -62,7 +62,8 @@ def _blobs(folder: Path) -> list[Path]:
 
 
 def listing(names: list[str]) -> str:
-    """Names for an error: all of a few, the first of many and how many more there are."""
+    """Names for an error: all of a few, the first of many and how many more there are; escaped where a terminal would act on them."""
+    names = [name if name.isprintable() else repr(name) for name in names]
     more = f" ... and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
     return ", ".join(names[:_LISTED]) + more
 

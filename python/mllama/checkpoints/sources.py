@@ -141,13 +141,13 @@ def open_safetensors(folder: str | Path) -> SafetensorsSource:
         raise ValueError(f"{index}: weight_map must be an object of tensor names and file names")
     found: dict[str, Path] = {}
     for shard in sorted(set(weight_map.values())):
-        plain = shard == os.path.basename(shard) and "\\" not in shard
-        if not plain or not shard.isprintable() or not shard.endswith(".safetensors"):
+        plain = shard == os.path.basename(shard) and "\\" not in shard and shard.isprintable() and len(shard.encode()) < 256
+        if not plain or not shard.endswith(".safetensors"):
             raise ValueError(f"{index}: {shard!r} is not the name of a safetensors file inside the folder")
         path = find_inside(folder, shard)
         for name in _names(path):
             if weight_map.get(name) != shard:
-                raise ValueError(f"{path} holds {name!r}, which {INDEX} places in {weight_map.get(name, 'no file')}")
+                raise ValueError(f"{path} holds {name!r}, which {INDEX} places in {listing([weight_map.get(name, 'no file')])}")
             found[name] = path
     if absent := sorted(weight_map.keys() - found.keys()):
         raise ValueError(f"{index} names tensors that its files do not hold: {listing(absent)}")
