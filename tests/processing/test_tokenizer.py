@@ -53,6 +53,8 @@ def test_special_tokens_are_text_unless_allowed(small):
     assert small.encode(text, allowed_special={"<|eot_id|>"})[:2] == [small.special["<|eot_id|>"], 259]
     with pytest.raises(ValueError, match="allowed_special names no special tokens: '<image>'"):
         small.encode(text, allowed_special=["<image>"])
+    with pytest.raises(TypeError, match="allowed_special must be a collection of names or 'all', got NoneType"):
+        small.encode(text, allowed_special=None)
 
 
 def test_special_ids_follow_the_file(small):

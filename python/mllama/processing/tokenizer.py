@@ -74,11 +74,13 @@ class Tokenizer:
             allowed_special: special tokens whose names in the text mean the tokens; "all" is all of them.
 
         Raises:
-            TypeError: `text` is no string.
+            TypeError: `text` is no string, `allowed_special` no collection of names.
             ValueError: `allowed_special` names something else.
         """
         if not isinstance(text, str):
             raise TypeError(f"text must be a string, got {type(text).__name__}")
+        if not isinstance(allowed_special, Collection):
+            raise TypeError(f"allowed_special must be a collection of names or 'all', got {type(allowed_special).__name__}")
         allowed = set(self.special) if allowed_special == "all" else set(allowed_special)
         if unknown := sorted(allowed - self.special.keys()):
             raise ValueError(f"allowed_special names no special tokens: {', '.join(map(repr, unknown[:5]))}")
