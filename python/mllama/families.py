@@ -11,7 +11,16 @@ from typing import Any
 from transformers import PretrainedConfig
 from transformers.activations import ACT2FN
 
-from mllama.config import MllamaConfig, MllamaTextConfig, MllamaVisionConfig, check_choice, check_number, check_size
+from mllama.config import (
+    HEAD_DIM_MAX,
+    HEAD_DIM_MIN,
+    MllamaConfig,
+    MllamaTextConfig,
+    MllamaVisionConfig,
+    check_choice,
+    check_number,
+    check_size,
+)
 
 _TEXT_FIELDS = (
     "vocab_size",
@@ -34,7 +43,6 @@ _TEXT_FIELDS = (
     "attention_bias",
     "attention_dropout",
     "mlp_bias",
-    "cross_attention_layers",
 )
 _VISION_FIELDS = (
     "hidden_size",
@@ -143,6 +151,9 @@ def _gemma(config: PretrainedConfig) -> Composition:
 
 def _own(config: MllamaConfig) -> Composition:
     vision, text = config.vision_config, config.text_config
+    if text.cross_attention_layers:
+        given = text.cross_attention_layers
+        raise ValueError(f"text_config: cross_attention_layers must be None here: features are merged into the text; got {given!r}")
     return Composition(
         text=text,
         tower="siglip",
@@ -209,7 +220,8 @@ def _paligemma(config: PretrainedConfig) -> Composition:
 
 
 def _mllama(config: PretrainedConfig) -> Composition:
-    text = _text(config.text_config, "mllama_text_model", extra_embeddings=8, tie_word_embeddings=False)
+    crossed = {"cross_attention_layers": config.text_config.cross_attention_layers, "extra_embeddings": 8, "tie_word_embeddings": False}
+    text = _text(config.text_config, "mllama_text_model", **crossed)
     vision = config.vision_config
     _check_tiled(vision)
     return Composition(
@@ -231,6 +243,9 @@ def _check_tiled(vision: PretrainedConfig) -> None:
     check_choice(owner, "hidden_act", vision.hidden_act, tuple(ACT2FN))
     if vision.hidden_size % vision.attention_heads:
         raise ValueError(f"{owner}: hidden_size {vision.hidden_size} is not a multiple of attention_heads {vision.attention_heads}")
+    head_dim = vision.hidden_size // vision.attention_heads
+    if not HEAD_DIM_MIN <= head_dim <= HEAD_DIM_MAX:
+        raise ValueError(f"{owner}: hidden_size / attention_heads must be {HEAD_DIM_MIN} to {HEAD_DIM_MAX}, got {head_dim}")
     if vision.image_size % vision.patch_size:
         raise ValueError(f"{owner}: image_size {vision.image_size} is not a multiple of patch_size {vision.patch_size}")
     if vision.max_num_tiles > TILES_MAX:
