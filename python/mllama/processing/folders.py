@@ -86,6 +86,54 @@ def save_aside(processor: ProcessorMixin, save_directory: str | os.PathLike, pus
     return written
 
 
+class StockFiles:
+    """Reading and writing of a processor whose files are those of one of transformers' own.
+
+    Attributes:
+        stock_class: transformers' processor.
+        picture_class: our image processor.
+        picture_kind: what files call it.
+    """
+
+    stock_class: type[ProcessorMixin]
+    picture_class: type
+    picture_kind: str
+
+    @classmethod
+    def own_pictures(cls, settings: dict, where: str | os.PathLike):
+        """Our image processor from what an image processor says of itself.
+
+        Raises:
+            ValueError: it is of another kind, which the text names.
+        """
+        kind = settings.get("image_processor_type")
+        if kind not in (None, cls.picture_kind, f"{cls.picture_kind}Fast"):
+            raise ValueError(f"{where} holds a {kind}: {cls.__name__} reads a {cls.picture_kind}")
+        return cls.picture_class.from_dict(settings)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):
+        """Read a folder (or hub id) that holds such a processor.
+
+        Args:
+            kwargs: of transformers' loading (revision, subfolder, local_files_only ...).
+
+        Raises:
+            OSError: there are no such files.
+            ValueError: another family's image processor, which the text names, or files that cannot be read.
+        """
+        where = pretrained_model_name_or_path
+        settings, pictures = read_settings(where, **kwargs)
+        tokenizer = load_tokenizer(where, **kwargs)
+        template = settings.get("chat_template") or tokenizer.chat_template
+        return cls(cls.own_pictures(pictures, where), tokenizer, chat_template=template)
+
+    def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs) -> list[str]:
+        """Write what stock AutoProcessor reads; each file aside and renamed. Returns the paths."""
+        theirs = self.stock_class(self.image_processor, self.tokenizer, chat_template=self.chat_template)
+        return save_aside(theirs, save_directory, push_to_hub, **kwargs)
+
+
 def read_object(where: str | os.PathLike, name: str, **kwargs) -> dict:
     """Return the JSON object in a file of a folder (or hub id), empty where there is no such file.
 

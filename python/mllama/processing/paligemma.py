@@ -4,7 +4,6 @@ transformers' PaliGemmaProcessor with this package's picture loading and C++ res
 """
 
 import math
-import os
 import re
 from collections.abc import Sequence
 from numbers import Real
@@ -13,7 +12,7 @@ from typing import NamedTuple
 from transformers.feature_extraction_utils import BatchFeature
 from transformers.models.paligemma import processing_paligemma as stock
 
-from mllama.processing.folders import load_tokenizer, read_settings, save_aside
+from mllama.processing.folders import StockFiles
 from mllama.processing.prompt import MAX_IMAGE_TOKENS, check_whole, in_order, lay_out, share_out
 from mllama.processing.square import SquareImageProcessor
 
@@ -61,7 +60,7 @@ def parse_detections(text: str, width: float, height: float) -> list[Detection]:
     return found
 
 
-class PaliGemmaProcessor(stock.PaliGemmaProcessor):
+class PaliGemmaProcessor(StockFiles, stock.PaliGemmaProcessor):
     """Text and pictures for PaliGemma, called as `processor(images=..., text=..., suffix=...)`.
 
     A prompt becomes `<image>` * image_seq_length for each picture + BOS + prompt + newline; a prompt that holds `<image>` keeps its order,
@@ -80,9 +79,11 @@ class PaliGemmaProcessor(stock.PaliGemmaProcessor):
         ValueError: another image processor, or one without a sound image_seq_length.
     """
 
+    stock_class, picture_class, picture_kind = stock.PaliGemmaProcessor, SquareImageProcessor, "SiglipImageProcessor"
+
     def __init__(self, image_processor, tokenizer, chat_template=None):
         if not isinstance(image_processor, SquareImageProcessor):
-            image_processor = SquareImageProcessor.from_dict(_square_settings(image_processor.to_dict(), "image_processor"))
+            image_processor = self.own_pictures(image_processor.to_dict(), "image_processor")
         tokens = getattr(image_processor, "image_seq_length", None)
         if not isinstance(tokens, int) or not 1 <= tokens <= MAX_IMAGE_TOKENS:
             raise ValueError(f"image_seq_length must be in 1..{MAX_IMAGE_TOKENS}, got {tokens!r}")
@@ -131,28 +132,6 @@ class PaliGemmaProcessor(stock.PaliGemmaProcessor):
             data.update(self.image_processor(rows, **merged["images_kwargs"]))
         return BatchFeature(data, tensor_type=tensors)
 
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, **kwargs) -> "PaliGemmaProcessor":
-        """Read a folder (or hub id) that holds a PaliGemmaProcessor.
-
-        Args:
-            kwargs: of transformers' loading (revision, subfolder, local_files_only ...).
-
-        Raises:
-            OSError: there are no such files.
-            ValueError: another family's image processor, which the text names.
-        """
-        where = pretrained_model_name_or_path
-        settings, pictures = read_settings(where, **kwargs)
-        tokenizer = load_tokenizer(where, **kwargs)
-        template = settings.get("chat_template") or tokenizer.chat_template
-        return cls(SquareImageProcessor.from_dict(_square_settings(pictures, where)), tokenizer, chat_template=template)
-
-    def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs) -> list[str]:
-        """Write what stock AutoProcessor reads as a PaliGemmaProcessor; each file aside and renamed. Returns the paths."""
-        theirs = stock.PaliGemmaProcessor(self.image_processor, self.tokenizer, chat_template=self.chat_template)
-        return save_aside(theirs, save_directory, push_to_hub, **kwargs)
-
     def _lay_out(self, prompt: str, pictures: int) -> str:
         bos = self.tokenizer.bos_token
         cut = prompt.rfind(self.image_token) + len(self.image_token) if self.image_token in prompt else 0
@@ -169,10 +148,3 @@ class PaliGemmaProcessor(stock.PaliGemmaProcessor):
         if any(self.image_token in item for item in suffixes):
             raise ValueError(f"suffix must not hold {self.image_token}: pictures stand before what is learnt")
         return [item.removesuffix(self.tokenizer.eos_token) + self.tokenizer.eos_token for item in suffixes]
-
-
-def _square_settings(settings: dict, where) -> dict:
-    kind = settings.get("image_processor_type")
-    if kind not in (None, "SiglipImageProcessor", "SiglipImageProcessorFast"):
-        raise ValueError(f"{where} holds a {kind}: PaliGemmaProcessor reads a SiglipImageProcessor")
-    return settings

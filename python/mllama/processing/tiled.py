@@ -4,8 +4,6 @@ transformers' MllamaImageProcessor and MllamaProcessor, with this package's pict
 for upright 8-bit pictures.
 """
 
-import os
-
 import numpy as np
 import torch
 from transformers.feature_extraction_utils import BatchFeature
@@ -25,7 +23,7 @@ from transformers.models.mllama.processing_mllama import (
 )
 
 from mllama.ops.image import MAX_PIXELS, resize_normalize
-from mllama.processing.folders import load_tokenizer, read_settings, save_aside
+from mllama.processing.folders import StockFiles
 from mllama.processing.image import channel_values, normalisation_table
 from mllama.processing.prompt import adds_bos, in_order, share_out
 from mllama.processing.square import RESAMPLE, OwnPictures
@@ -100,7 +98,7 @@ class TiledImageProcessor(OwnPictures, MllamaImageProcessorPil):
         return resize_normalize(torch.from_numpy(image.transpose(1, 2, 0)), *target, table, RESAMPLE.get(resample, "bilinear"))
 
 
-class TiledProcessor(MllamaProcessor):
+class TiledProcessor(StockFiles, MllamaProcessor):
     """Text and pictures for Llama-3.2-Vision, called as `processor(images=..., text=...)`.
 
     It differs from transformers' MllamaProcessor where that fails: rows with and without pictures may be mixed in a batch, BOS is not
@@ -118,9 +116,11 @@ class TiledProcessor(MllamaProcessor):
         ValueError: another image processor, or a tokenizer without `<|image|>`.
     """
 
+    stock_class, picture_class, picture_kind = MllamaProcessor, TiledImageProcessor, "MllamaImageProcessor"
+
     def __init__(self, image_processor, tokenizer, chat_template=None):
         if not isinstance(image_processor, TiledImageProcessor):
-            image_processor = TiledImageProcessor.from_dict(_tiled_settings(image_processor.to_dict(), "image_processor"))
+            image_processor = self.own_pictures(image_processor.to_dict(), "image_processor")
         super().__init__(image_processor, tokenizer, chat_template=chat_template)
         if self.image_token_id is None or tokenizer.convert_ids_to_tokens(self.image_token_id) != self.image_token:
             raise ValueError(f"the tokenizer has no token {self.image_token}")
@@ -170,28 +170,6 @@ class TiledProcessor(MllamaProcessor):
             )
             data.update(pictures)
         return BatchFeature(data, tensor_type=tensors)
-
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, **kwargs) -> "TiledProcessor":
-        """Read a folder (or hub id) that holds a MllamaProcessor.
-
-        Args:
-            kwargs: of transformers' loading (revision, subfolder, local_files_only ...).
-
-        Raises:
-            OSError: there are no such files.
-            ValueError: another family's image processor, which the text names.
-        """
-        where = pretrained_model_name_or_path
-        settings, pictures = read_settings(where, **kwargs)
-        tokenizer = load_tokenizer(where, **kwargs)
-        template = settings.get("chat_template") or tokenizer.chat_template
-        return cls(TiledImageProcessor.from_dict(_tiled_settings(pictures, where)), tokenizer, chat_template=template)
-
-    def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs) -> list[str]:
-        """Write what stock AutoProcessor reads as a MllamaProcessor; each file aside and renamed. Returns the paths."""
-        stock = MllamaProcessor(self.image_processor, self.tokenizer, chat_template=self.chat_template)
-        return save_aside(stock, save_directory, push_to_hub, **kwargs)
 
     def to_dict(self) -> dict:
         """What processor_config.json says: a MllamaProcessor."""
@@ -253,10 +231,3 @@ def _check_tiles(size: SizeDict, max_image_tiles: int) -> None:
         raise ValueError(
             f"max_image_tiles {max_image_tiles} of {size.height} pixels: at most {_MOST_TILES}, and {MAX_PIXELS} pixels in all"
         )
-
-
-def _tiled_settings(settings: dict, where) -> dict:
-    kind = settings.get("image_processor_type")
-    if kind not in (None, "MllamaImageProcessor", "MllamaImageProcessorFast"):
-        raise ValueError(f"{where} holds a {kind}: TiledProcessor reads a MllamaProcessor with a MllamaImageProcessor")
-    return settings
