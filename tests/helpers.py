@@ -40,6 +40,10 @@ class Sample:
         return [v for v in (*self.args, *self.kwargs.values()) if isinstance(v, torch.Tensor) and v.requires_grad]
 
 
+# What torch.ops makes of C++'s std::invalid_argument; mllama.ops makes it a ValueError in any case.
+THROWN = RuntimeError if torch.__version__ >= (2, 15) else ValueError
+
+
 @dataclass
 class BadCall:
     """A call that must be refused: the exact exception and a piece of its text."""

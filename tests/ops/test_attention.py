@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from helpers import BadCall, Sample, assert_close, check_op, instruction_set, instruction_sets, needs_kernels
+from helpers import THROWN, BadCall, Sample, assert_close, check_op, instruction_set, instruction_sets, needs_kernels
 from mllama.ops import attention, attention_weights
 from mllama.ops.attention import reference
 
@@ -122,13 +122,11 @@ BAD_CALLS = [
     BadCall(lambda: attention(Q, K, V, key_bias=BIAS[:, :2]), ValueError, r"key_bias must be \[2, 6\] or \[1, 6\], got \[1, 2\]"),
     BadCall(lambda: attention(Q, K, V, key_bias=BIAS.clone().requires_grad_()), ValueError, "key_bias gets no gradient"),
     BadCall(lambda: attention(Q.to("meta"), K, V), ValueError, "k is on cpu, q on meta"),
-    BadCall(lambda: torch.ops.mllama.attention(Q, K, V[:1], None, None, None, None, False, 1.0), ValueError, "v must have k's shape"),
-    BadCall(lambda: torch.ops.mllama.attention(Q, K, V, None, None, OFFSET, None, False, 1.0), ValueError, "has a meaning only with"),
-    BadCall(lambda: torch.ops.mllama.attention(Q, K, V, MASK[:1], None, None, None, False, 1.0), ValueError, r"key_mask must be \[2, 6\]"),
-    BadCall(lambda: torch.ops.mllama.attention(Q, K.half(), V, None, None, None, None, False, 1.0), ValueError, "must have q's dtype"),
-    BadCall(
-        lambda: torch.ops.mllama.attention(Q, K, V, MASK.int(), None, None, None, False, 1.0), ValueError, "key_mask has the wrong dtype"
-    ),
+    BadCall(lambda: torch.ops.mllama.attention(Q, K, V[:1], None, None, None, None, False, 1.0), THROWN, "v must have k's shape"),
+    BadCall(lambda: torch.ops.mllama.attention(Q, K, V, None, None, OFFSET, None, False, 1.0), THROWN, "has a meaning only with"),
+    BadCall(lambda: torch.ops.mllama.attention(Q, K, V, MASK[:1], None, None, None, False, 1.0), THROWN, r"key_mask must be \[2, 6\]"),
+    BadCall(lambda: torch.ops.mllama.attention(Q, K.half(), V, None, None, None, None, False, 1.0), THROWN, "must have q's dtype"),
+    BadCall(lambda: torch.ops.mllama.attention(Q, K, V, MASK.int(), None, None, None, False, 1.0), THROWN, "key_mask has the wrong dtype"),
 ]
 
 

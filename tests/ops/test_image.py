@@ -3,7 +3,7 @@ import pytest
 import torch
 from PIL import Image
 
-from helpers import BadCall, instruction_set, instruction_sets, needs_kernels
+from helpers import THROWN, BadCall, instruction_set, instruction_sets, needs_kernels
 from mllama.ops import image as op
 from mllama.ops import resize, resize_normalize
 from mllama.processing.image import normalisation_table
@@ -141,12 +141,12 @@ BAD = [
     BadCall(lambda: resize_normalize(IMAGE, 2, 2, TABLE.T), ValueError, r"table must be \[256, 3\] on the CPU, got \(3, 256\)"),
 ]
 BAD_OPERATOR_CALLS = [
-    BadCall(lambda: torch.ops.mllama.resize(IMAGE.float(), 2, 2, True, False), ValueError, "image must be uint8"),
-    BadCall(lambda: torch.ops.mllama.resize(IMAGE[:0], 2, 2, True, False), ValueError, "not empty"),
-    BadCall(lambda: torch.ops.mllama.resize(IMAGE, 0, 2, True, False), ValueError, "out of range"),
-    BadCall(lambda: torch.ops.mllama.resize(IMAGE, 2**62, 2**62, True, True), ValueError, "out of range"),
-    BadCall(lambda: torch.ops.mllama.resize(IMAGE.repeat(2**14, 1, 1), 1, 2**13, True, False), ValueError, "out of range"),
-    BadCall(lambda: torch.ops.mllama.resize_normalize(IMAGE, 2, 2, TABLE[:9], True, False), ValueError, "table must be"),
+    BadCall(lambda: torch.ops.mllama.resize(IMAGE.float(), 2, 2, True, False), THROWN, "image must be uint8"),
+    BadCall(lambda: torch.ops.mllama.resize(IMAGE[:0], 2, 2, True, False), THROWN, "not empty"),
+    BadCall(lambda: torch.ops.mllama.resize(IMAGE, 0, 2, True, False), THROWN, "out of range"),
+    BadCall(lambda: torch.ops.mllama.resize(IMAGE, 2**62, 2**62, True, True), THROWN, "out of range"),
+    BadCall(lambda: torch.ops.mllama.resize(IMAGE.repeat(2**14, 1, 1), 1, 2**13, True, False), THROWN, "out of range"),
+    BadCall(lambda: torch.ops.mllama.resize_normalize(IMAGE, 2, 2, TABLE[:9], True, False), THROWN, "table must be"),
 ]
 
 

@@ -4,7 +4,7 @@ from transformers import LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
-from helpers import BadCall, Sample, check_op, needs_kernels
+from helpers import THROWN, BadCall, Sample, check_op, needs_kernels
 from mllama.ops import rope, rope_frequencies, rope_tables
 from mllama.ops.rope import reference
 
@@ -54,8 +54,8 @@ def test_rope():
             BadCall(lambda: rope(Q, K, COS[:, :2], SIN), ValueError, r"cos must be \[2 or 1, 3, 4\], got \[1, 2, 4\]"),
             BadCall(lambda: rope(Q, K, COS, torch.cat((SIN, SIN), -1)), ValueError, r"sin must be \[2 or 1, 3, 4\]"),
             BadCall(lambda: rope(Q, K, COS.clone().requires_grad_(), SIN), ValueError, "cos must not require a gradient"),
-            BadCall(lambda: operator(Q, K, COS[:, :2], SIN, False), ValueError, r"cos must be \[2 or 1, 3, 4\]"),
-            BadCall(lambda: operator(Q, K[:1], COS, SIN, False), ValueError, r"k must be \[2, 3, heads, 8\]"),
+            BadCall(lambda: operator(Q, K, COS[:, :2], SIN, False), THROWN, r"cos must be \[2 or 1, 3, 4\]"),
+            BadCall(lambda: operator(Q, K[:1], COS, SIN, False), THROWN, r"k must be \[2, 3, heads, 8\]"),
         ],
     )
 

@@ -115,22 +115,28 @@ def _caller(overload, derivative, setup_context):
         backward = staticmethod(derivative)
 
     apply = super(torch.autograd.Function, Node).apply  # what Function.apply adds for torch.func costs a third more
+    ours = f"{overload.name().removeprefix('mllama::').removesuffix('.default')}: "
 
     def call(*arguments):
         if torch.compiler.is_compiling():
             return overload(*arguments)
         if forward_ad._current_level >= 0:
             _refuse_tangents(overload, arguments)
-        if torch._C._are_functorch_transforms_active():
-            return overload(*arguments)
-        if torch.is_grad_enabled():
-            for argument in arguments:
-                if isinstance(argument, torch.Tensor) and argument.requires_grad:
-                    return apply(*arguments)
-        elif torch.is_inference_mode_enabled():  # nothing to skip
-            return overload(*arguments)
-        with torch._C._AutoDispatchBelowAutograd():
-            return overload(*arguments)
+        try:
+            if torch._C._are_functorch_transforms_active():
+                return overload(*arguments)
+            if torch.is_grad_enabled():
+                for argument in arguments:
+                    if isinstance(argument, torch.Tensor) and argument.requires_grad:
+                        return apply(*arguments)
+            elif torch.is_inference_mode_enabled():  # nothing to skip
+                return overload(*arguments)
+            with torch._C._AutoDispatchBelowAutograd():
+                return overload(*arguments)
+        except RuntimeError as error:  # what C++ threw as std::invalid_argument comes as a ValueError up to torch 2.14 only
+            if type(error) is RuntimeError and str(error).startswith(ours):
+                raise ValueError(str(error)) from None
+            raise
 
     return call
 
