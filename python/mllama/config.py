@@ -55,6 +55,11 @@ def check_choice(owner: str, name: str, value: Any, choices: tuple) -> None:
         raise ValueError(f"{owner}: {name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
 
 
+def check_reference(reference: str) -> None:
+    """Raise ValueError unless it is whose Llama-3.2-Vision to follow: "meta" or "hf"."""
+    check_choice("model", "reference", reference, ("meta", "hf"))
+
+
 def check_names(owner: str, kind: type, given: dict[str, Any]) -> None:
     """Refuse names that would put a value in the place of a part of the class: its methods, its own tables, Python's own names.
 

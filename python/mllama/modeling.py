@@ -8,7 +8,7 @@ from transformers import AutoModelForImageTextToText, Cache, DynamicCache, Pretr
 from transformers.modeling_outputs import ModelOutput
 from transformers.modeling_utils import slice_logits_to_keep
 
-from mllama.config import MllamaConfig, check_choice
+from mllama.config import MllamaConfig, check_reference
 from mllama.families import Composition, compose
 from mllama.fusion.cross_attention import CrossAttentionContext, CrossAttentionDecoderLayer, cross_context
 from mllama.fusion.merge import find_placeholder, merge
@@ -24,8 +24,6 @@ from mllama.text.prefix import count_prefix
 from mllama.towers.clip import ClipVisionTower
 from mllama.towers.siglip import SiglipVisionTower
 from mllama.towers.tiled_vit import TiledVisionTower
-
-REFERENCES = ("meta", "hf")
 
 
 @dataclass
@@ -99,7 +97,7 @@ class MllamaForConditionalGeneration(PretrainedMixin, MllamaGenerationMixin, Pre
 
     @reference.setter
     def reference(self, value: str) -> None:
-        check_choice("model", "reference", value, REFERENCES)
+        check_reference(value)
         self._reference = value
 
     def _init_weights(self, module: nn.Module) -> None:

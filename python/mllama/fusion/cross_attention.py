@@ -11,7 +11,7 @@ from torch import nn
 from transformers import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from mllama.config import MllamaTextConfig
+from mllama.config import MllamaTextConfig, check_reference
 from mllama.nn.attention import split_heads
 from mllama.nn.gate import gated_add
 from mllama.nn.mlp import GatedMLP
@@ -89,8 +89,7 @@ def cross_context(
         TypeError: mask is no tensor.
         ValueError: mask or filled do not fit the keys, mask shows a tile that got none, or a reference that is not known.
     """
-    if reference not in ("meta", "hf"):
-        raise ValueError(f"reference must be 'meta' or 'hf', got {reference!r}")
+    check_reference(reference)
     held = torch.ones(0, dtype=torch.bool) if held is None else held
     new = torch.ones(0 if states is None else states.shape[1] // tokens_per_tile, dtype=torch.bool)
     columns = len(held) + len(new)

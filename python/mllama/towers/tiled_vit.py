@@ -14,6 +14,7 @@ from transformers import PretrainedConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutput
 
+from mllama.config import check_reference
 from mllama.nn.attention import split_heads
 from mllama.nn.gate import gated_add
 from mllama.nn.mlp import MLP
@@ -284,12 +285,6 @@ class TiledVisionTower(nn.Module):
         if between:
             features.append(torch.stack([state[:, :, patches] for state in between], -1).flatten(-2))
         return torch.cat(features, -1), weights + more
-
-
-def check_reference(reference: str) -> None:
-    """Raise ValueError unless it is "meta" or "hf"."""
-    if reference not in ("meta", "hf"):
-        raise ValueError(f"reference must be 'meta' or 'hf', got {reference!r}")
 
 
 def _kind(value) -> str:
