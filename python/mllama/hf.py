@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from mllama._device import dtype_name
 from mllama.api import model_class
 from mllama.checkpoints.files import CONFIG, listing
 from mllama.checkpoints.hub import find_folder
@@ -64,7 +65,7 @@ def _initialise(model: PreTrainedModel, device: torch.device, dtype: torch.dtype
 
 def _lines(config: PretrainedConfig, where: str, report: Report, tied: dict[str, str]) -> list[str]:
     converted = sum(len(move.theirs) for move in report.moves)
-    lines = [f"converted: {converted} tensors of {where} ({config.model_type}), {str(report.dtype).removeprefix('torch.')}"]
+    lines = [f"converted: {converted} tensors of {where} ({config.model_type}), {dtype_name(report.dtype)}"]
     lines += [f"tied: {name} is {other}" for name, other in tied.items() if name not in report.lacking]
     for what, names in (
         ("skipped, of unknown names", report.unexpected),
