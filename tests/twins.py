@@ -16,7 +16,7 @@ VISION = {
     "image_size": 16,
     "patch_size": 8,
 }
-TEXT = {
+SIZES = {
     "vocab_size": VOCABULARY,
     "hidden_size": 64,
     "intermediate_size": 96,
@@ -24,10 +24,9 @@ TEXT = {
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "max_position_embeddings": 128,
-    "rope_theta": 500000.0,
-    "bos_token_id": None,
-    "eos_token_id": None,
 }
+ENDS = {"bos_token_id": None, "eos_token_id": None}
+TEXT = SIZES | ENDS | {"rope_theta": 500000.0}
 
 
 def config(text: dict | None = None, vision: dict | None = None, **options) -> MllamaConfig:

@@ -23,17 +23,7 @@ from mllama.checkpoints.gguf_tokenizer import load_tokenizer  # noqa: E402
 from mllama.checkpoints.gguf_writer import save_gguf  # noqa: E402
 
 Type = gguf.GGMLQuantizationType
-SIZES = {
-    "vocab_size": 99,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
-    "max_position_embeddings": 256,
-    "rms_norm_eps": 1e-5,
-}
+SIZES = twins.SIZES | {"head_dim": 16, "max_position_embeddings": 256, "rms_norm_eps": 1e-5}
 LLAMA3 = {
     "rope_type": "llama3",
     "rope_theta": 500000.0,

@@ -11,30 +11,12 @@ from transformers import PreTrainedModel
 import twins
 from mllama import MllamaForConditionalGeneration, SiglipModel
 
-IMAGE = 97  # the placeholder's id
-TEXT = {
-    "vocab_size": 99,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 128,
-    "bos_token_id": None,
-    "eos_token_id": None,
-    "pad_token_id": 0,
-}
+IMAGE = twins.IMAGE
+TEXT = twins.SIZES | twins.ENDS | {"pad_token_id": 0}
 WIDE = {"hidden_size": 96, "intermediate_size": 200, "num_hidden_layers": 3, "num_attention_heads": 3, "num_key_value_heads": 3}
 ODD = {"hidden_size": 60, "intermediate_size": 77, "num_hidden_layers": 1, "num_attention_heads": 5, "num_key_value_heads": 1}
 LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64}
-VISION = {
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 2,
-    "image_size": 16,
-    "patch_size": 8,
-}
+VISION = twins.VISION | {"num_hidden_layers": 3}
 PARTIAL = {"image_size": 23, "patch_size": 7, "hidden_size": 48, "num_attention_heads": 3}  # 3 x 3 patches, two pixels left over
 SMALL = {"image_size": 12, "patch_size": 6, "num_hidden_layers": 2, "intermediate_size": 33}
 
