@@ -27,6 +27,7 @@ HEAD_DIM_MIN, HEAD_DIM_MAX = 16, 256
 ROPE_TYPES = ("default", "linear", "llama3")
 TEXT_ACTIVATIONS = ("silu", "swish", "gelu_pytorch_tanh")
 VISION_FEATURES = ("last", "pre_norm")
+PROJECTORS = ("mlp", "linear")
 # Beyond these a size does not fit torch's 32-bit indices, and a number is infinite in float32.
 SIZE_MAX, NUMBER_MAX = 2**31 - 1, torch.finfo(torch.float32).max
 LABELS_MAX = 2**16  # no part of the model has labels
@@ -304,7 +305,7 @@ def _sub_config(name: str, kind: type[PretrainedConfig], given: Any, **defaults:
 
 
 class MllamaConfig(PretrainedConfig):
-    """Configuration of a SigLIP tower, an MLP projector and a Llama decoder joined by early fusion.
+    """Configuration of a SigLIP tower, a projector and a Llama decoder joined by early fusion.
 
     Args:
         vision_config: dict or config of the SigLIP tower (`MllamaVisionConfig` says which names are taken). None: SigLIP-base's sizes.
@@ -313,9 +314,10 @@ class MllamaConfig(PretrainedConfig):
         image_token_index: id of the `<image>` placeholder. None: the model finds it, as the id standing in runs of a multiple of
             `text_config.num_image_tokens`. It may lie outside the vocabulary: it is never looked up.
         vocab_size, hidden_size, pad_token_index: taken for the decoder where `text_config` itself does not say.
-        projection_dim: width between the projector's two layers; the decoder's width by default.
+        projector: "mlp", two layers with an activation between them, or "linear", one from the tower's width to the decoder's.
+        projection_dim: width between the layers of an "mlp"; the decoder's width by default, and always with "linear".
         vision_feature: "last" takes the tower's output after its final layer norm, "pre_norm" before it, as LLaVA's layer -1 does.
-        projector_hidden_act: activation between the projector's layers, a name transformers knows.
+        projector_hidden_act: activation between the layers of an "mlp", a name transformers knows.
         multimodal_projector_bias: whether the projector's layers have biases.
 
     Attributes:
@@ -335,6 +337,7 @@ class MllamaConfig(PretrainedConfig):
     text_config: dict | PretrainedConfig | None = None
     ignore_index: int = -100
     image_token_index: int | None = None
+    projector: str = "mlp"
     projection_dim: int | None = None
     vision_feature: str = "last"
     projector_hidden_act: str = "gelu"
@@ -353,6 +356,7 @@ class MllamaConfig(PretrainedConfig):
         vision_feature: str = "last",
         projector_hidden_act: str = "gelu",
         multimodal_projector_bias: bool = True,
+        projector: str = "mlp",
         **kwargs,
     ):
         owner = type(self).__name__
@@ -380,9 +384,16 @@ class MllamaConfig(PretrainedConfig):
         self.image_token_index = image_token_index
         self.projection_dim = self.text_config.hidden_size if projection_dim is None else projection_dim
         check_size(owner, "projection_dim", self.projection_dim)
+        check_choice(owner, "projector", projector, PROJECTORS)
+        if projector == "linear" and self.projection_dim != self.text_config.hidden_size:
+            raise ValueError(
+                f"{owner}: projection_dim must be the decoder's hidden_size {self.text_config.hidden_size} or None with "
+                f"projector='linear', which is one layer; got {self.projection_dim}"
+            )
         check_choice(owner, "vision_feature", vision_feature, VISION_FEATURES)
         check_choice(owner, "projector_hidden_act", projector_hidden_act, tuple(ACT2FN))
         check_choice(owner, "multimodal_projector_bias", multimodal_projector_bias, (True, False))
+        self.projector = projector
         self.vision_feature = vision_feature
         self.projector_hidden_act = projector_hidden_act
         self.multimodal_projector_bias = multimodal_projector_bias

@@ -70,9 +70,10 @@ class Composition:
         features: which of the tower's states are read, as places in (embeddings, each layer's output ...); several are laid side by side.
             None is the output after the final norm.
         skip_first: leave out the first feature of a picture: CLIP's class token.
-        projector: "mlp" or "linear"; the sizes and the activation of an "mlp":
-        projector_sizes: width of the features, between the layers, and of the decoder.
-        projector_act, projector_bias: of an "mlp".
+        projector: "mlp" or "linear". Of it:
+        projector_sizes: width of the features, between the layers of an "mlp", and of the decoder.
+        projector_act: between the layers of an "mlp".
+        projector_bias: whether its layers have biases.
         fusion: "merge" writes features in the placeholders' places, "cross_attention" has layers of their own attend to them.
         image_tokens: placeholders (with "merge") per picture.
         prefix: prompts are seen both ways, as `token_type_ids` say (PaliGemma).
@@ -159,7 +160,7 @@ def _own(config: MllamaConfig) -> Composition:
         tower="siglip",
         vision=vision,
         features=(vision.num_hidden_layers,) if config.vision_feature == "pre_norm" else None,
-        projector="mlp",
+        projector=config.projector,
         projector_sizes=(vision.hidden_size, config.projection_dim, text.hidden_size),
         projector_act=config.projector_hidden_act,
         projector_bias=config.multimodal_projector_bias,

@@ -443,7 +443,7 @@ _TOWERS = {"siglip": SiglipVisionTower, "clip": ClipVisionTower, "tiled": TiledV
 def _projector(plan: Composition) -> nn.Module:
     features, inner, text = plan.projector_sizes
     if plan.projector == "linear":
-        return LinearProjector(features, text)
+        return LinearProjector(features, text, plan.projector_bias)
     return MultiModalProjector(features, inner, text, plan.projector_act, plan.projector_bias)
 
 

@@ -12,10 +12,11 @@ from mllama.config import MllamaConfig
 
 def written_as(config: PretrainedConfig) -> PretrainedConfig:
     """The config under which a model is written: LLaVA's in place of ours for a model that Hugging Face's LLaVA can be: features before
-    the final norm, a projector as wide inside as the decoder, and a placeholder that has a row in the embedding matrix."""
+    the final norm, a projector of two layers as wide inside as the decoder, and a placeholder that has a row in the embedding matrix."""
     if not (
         isinstance(config, MllamaConfig)
         and config.vision_feature == "pre_norm"
+        and config.projector == "mlp"
         and config.projection_dim == config.text_config.hidden_size
         and config.image_token_index is not None
         and config.image_token_index < config.text_config.vocab_size

@@ -20,11 +20,11 @@ class MultiModalProjector(nn.Module):
 
 
 class LinearProjector(nn.Module):
-    """One matrix and its bias."""
+    """One matrix, with or without a bias."""
 
-    def __init__(self, input_size: int, output_size: int):
+    def __init__(self, input_size: int, output_size: int, bias: bool = True):
         super().__init__()
-        self.linear = nn.Linear(input_size, output_size)
+        self.linear = nn.Linear(input_size, output_size, bias=bias)
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
         """[..., input_size] -> [..., output_size]."""
