@@ -4,6 +4,7 @@ from mllama.ops.attention import attention, attention_weights
 from mllama.ops.geglu import geglu
 from mllama.ops.image import resize, resize_normalize
 from mllama.ops.layer_norm import layer_norm
+from mllama.ops.lora_linear import lora_linear
 from mllama.ops.patch_embed import patch_embed
 from mllama.ops.rms_norm import add_rms_norm, rms_norm
 from mllama.ops.rope import rope, rope_frequencies, rope_tables
@@ -15,6 +16,7 @@ __all__ = [
     "attention_weights",
     "geglu",
     "layer_norm",
+    "lora_linear",
     "patch_embed",
     "resize",
     "resize_normalize",

@@ -22,10 +22,16 @@ def use_kernel(x: torch.Tensor) -> bool:
     return _EXTENSION is not None and x.is_cpu
 
 
+def autocast_dtype(x: torch.Tensor) -> torch.dtype | None:
+    """The dtype that autocast computes in on x's device, None where it is off or unknown there (meta)."""
+    kind = x.device.type
+    enabled = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    return torch.get_autocast_dtype(kind) if enabled else None
+
+
 def exact(x: torch.Tensor) -> contextlib.AbstractContextManager:
     """A context for a reference's matrix products: autocast, which would round them to 16 bits, leaves x's device alone."""
-    kind = x.device.type
-    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else contextlib.nullcontext()
+    return contextlib.nullcontext() if autocast_dtype(x) is None else torch.autocast(x.device.type, enabled=False)
 
 
 def check_float(op: str, *, optional: tuple[str, ...] = (), **tensors: torch.Tensor | None) -> None:
