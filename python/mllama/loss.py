@@ -1,7 +1,9 @@
 """The loss of next-token prediction."""
 
+from collections.abc import Iterator
+
 import torch
-from torch import nn
+from torch.nn.functional import cross_entropy, pad
 
 
 def next_token_loss(
@@ -14,6 +16,8 @@ def next_token_loss(
     num_items_in_batch: int | torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Cross entropy in float32 of the logits at t against the label at t + 1.
+
+    Of the logits it keeps no copy, in float32 or as they are; the gradient is of their dtype. It can be differentiated once.
 
     Args:
         logits: [B, T, vocabulary].
@@ -43,12 +47,63 @@ def next_token_loss(
         labels = labels.masked_fill(~(seen[:, 1:] & seen[:, :-1]), ignore_index)
     trained = labels != ignore_index
     vocabulary = logits.shape[-1]
-    if not torch.compiler.is_compiling() and bool((trained & ((labels < 0) | (labels >= vocabulary))).any()):
+    compiling = torch.compiler.is_compiling()
+    if not compiling and bool((trained & ((labels < 0) | (labels >= vocabulary))).any()):
         raise ValueError(
             f"labels must be {ignore_index} or within the vocabulary (0 to {vocabulary - 1}), got {labels.min()} to {labels.max()}"
         )
-    total = nn.functional.cross_entropy(
-        logits[:, :-1].reshape(-1, vocabulary).float(), labels.reshape(-1), ignore_index=ignore_index, reduction="sum"
-    )
+    scores = logits.reshape(-1, vocabulary)  # the last position stays, as one that is not trained: a slice would be a copy
+    targets = pad(labels, (0, 1), value=ignore_index).flatten()
+    if compiling:  # how many rows are trained is not known there, and the compiler fuses what is chunked here
+        total = cross_entropy(scores.float(), targets, ignore_index=ignore_index, reduction="sum")
+    else:
+        rows = (targets != ignore_index).nonzero().squeeze(1)
+        total = _CrossEntropySum.apply(scores, rows, targets[rows])
     count = trained.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
     return total / (count.to(total.device) if isinstance(count, torch.Tensor) else count)
+
+
+class _CrossEntropySum(torch.autograd.Function):
+    """Cross entropy of some rows in float32, summed. It saves its arguments alone; the gradient takes the softmax again."""
+
+    @staticmethod
+    def forward(scores: torch.Tensor, rows: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """scores [N, vocabulary], rows int64 [n] of them, their targets int64 [n] -> float32 []."""
+        losses = [cross_entropy(x, target, reduction="none") for _, x, target in _chunks(scores, rows, targets)]
+        return torch.cat([scores.new_zeros(1, dtype=torch.float32), *losses]).sum()
+
+    @staticmethod
+    def setup_context(ctx, inputs: tuple, output: torch.Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        return _Gradient.apply(*ctx.saved_tensors, grad), None, None
+
+
+class _Gradient(torch.autograd.Function):
+    """The gradient of `_CrossEntropySum`, a function of its own so that differentiating it raises instead of giving zeros."""
+
+    @staticmethod
+    def forward(scores: torch.Tensor, rows: torch.Tensor, targets: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
+        gradient = torch.zeros_like(scores)
+        for part, x, target in _chunks(scores, rows, targets):
+            x = x.softmax(-1)
+            x[torch.arange(len(x), device=x.device), target] -= 1
+            gradient.index_copy_(0, part, (x * grad).to(gradient.dtype))
+        return gradient
+
+    @staticmethod
+    def setup_context(ctx, inputs: tuple, output: torch.Tensor) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx, grad: torch.Tensor):
+        raise NotImplementedError("mllama's loss can be differentiated once")
+
+
+def _chunks(scores: torch.Tensor, rows: torch.Tensor, targets: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """(rows, their scores in float32, their targets), as many at a time as a core's caches hold, or keep a device busy."""
+    size = max(1, (1 << 20 if scores.is_cpu else 1 << 24) // scores.shape[-1])
+    for part, target in zip(rows.split(size), targets.split(size), strict=True):
+        yield part, scores.index_select(0, part).float(), target
