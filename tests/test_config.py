@@ -143,7 +143,7 @@ def test_bad_vision_sizes_are_refused_by_name(name, value):
             {"hidden_size": 256, "num_attention_heads": 8, "num_key_value_heads": 3},
             "num_attention_heads 8 is not a multiple of num_key_value_heads 3",
         ),
-        ({"hidden_size": 64, "num_attention_heads": 8}, "head_dim .* got 8"),
+        ({"hidden_size": 600, "num_attention_heads": 2}, "head_dim .* got 300"),
         ({"hidden_size": 34, "num_attention_heads": 2}, "even .*head_dim.*17"),
         ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "rope_type"),
         ({"rope_scaling": {"rope_type": "llama3", "factor": 2.0}}, "low_freq_factor"),

@@ -16,5 +16,5 @@ def test_cross_attention_layers_belong_to_llama_vision_alone():
 
 
 def test_heads_that_the_attention_operator_does_not_take():
-    with pytest.raises(ValueError, match="hidden_size / attention_heads must be 16 to 256, got 10"):
-        compose(MllamaConfig(vision_config={"attention_heads": 128}))
+    with pytest.raises(ValueError, match="hidden_size / attention_heads must be 1 to 256, got 320"):
+        compose(MllamaConfig(vision_config={"attention_heads": 4}))

@@ -23,7 +23,7 @@ SHORT_NAMES = {
 TEXT_SHORT_NAMES = SHORT_NAMES | {"n_kv_groups": "num_key_value_heads", "context_length": "max_position_embeddings"}
 
 # What the attention operator takes.
-HEAD_DIM_MIN, HEAD_DIM_MAX = 16, 256
+HEAD_DIM_MIN, HEAD_DIM_MAX = 1, 256
 ROPE_TYPES = ("default", "linear", "llama3")
 TEXT_ACTIVATIONS = ("silu", "swish", "gelu_pytorch_tanh")
 VISION_FEATURES = ("last", "pre_norm")

@@ -1,8 +1,11 @@
 """Attention: softmax(q k' * scale + bias) v over grouped heads, its masks given by a few numbers per row instead of a [T, S] tensor."""
 
 import torch
+from torch.nn.functional import pad
 
 from mllama.ops._dispatch import check_float, check_value, exact, register, use_kernel
+
+_SMALLEST_HEAD, _LARGEST_HEAD = 16, 256  # of the kernel
 
 
 def attention(
@@ -23,7 +26,7 @@ def attention(
     prefix. A query that sees no key gets zeros, and zero gradients. Scores, softmax and sums are float32 whatever the inputs' type.
 
     Args:
-        q: [B, T, H, D], float32, bfloat16 or float16; 16 <= D <= 256.
+        q: [B, T, H, D], float32, bfloat16 or float16; 1 <= D <= 256, from 16 on without a copy.
         k: [B, S, KV, D] in q's type. A cache laid out [B, KV, S, D] comes as `.transpose(1, 2)`: strides are free, the last one best 1.
         v: as k.
         scale: factor on q k'; D**-0.5 when None.
@@ -46,6 +49,13 @@ def attention(
     masks = (key_mask, key_bias, query_offset, prefix_length)
     _check_types(q, k, scale, causal, *masks)
     _check_kind("v", v, q)
+    if q.dim() == 4 and not _SMALLEST_HEAD <= q.shape[-1] <= _LARGEST_HEAD:
+        _check_sizes(q, k, v, causal, *masks)
+        size = q.shape[-1]
+        q, k, v = (pad(x, (0, _SMALLEST_HEAD - size)) for x in (q, k, v))  # zeros change no score, and what they give is cut off
+        options = {"causal": causal, "query_offset": query_offset, "key_mask": key_mask, "key_bias": key_bias}
+        scale = size**-0.5 if scale is None else scale
+        return attention(q, k, v, scale=scale, prefix_length=prefix_length, **options)[..., :size].contiguous()
     if use_kernel(q):
         if query_offset is not None and not isinstance(query_offset, torch.Tensor):
             query_offset = torch.full((1,), query_offset, dtype=torch.int64)
@@ -179,8 +189,8 @@ def _check_sizes(q, k, v, causal, key_mask, key_bias, query_offset, prefix_lengt
     if q.dim() != 4 or k.dim() != 4:
         raise ValueError(f"attention: q and k must be [batch, length, heads, head size], got {list(q.shape)} and {list(k.shape)}")
     (batch, _, heads, size), (k_batch, keys, kv_heads, k_size) = q.shape, k.shape
-    if not 16 <= size <= 256:
-        raise ValueError(f"attention: the head size (last of q) must be 16 to 256, got {size}")
+    if not 1 <= size <= _LARGEST_HEAD:
+        raise ValueError(f"attention: the head size (last of q) must be 1 to {_LARGEST_HEAD}, got {size}")
     if k_batch != batch or k_size != size:
         raise ValueError(f"attention: q {list(q.shape)} and k {list(k.shape)} must agree in batch and head size")
     if kv_heads == 0 or heads % kv_heads != 0:
