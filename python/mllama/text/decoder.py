@@ -17,16 +17,27 @@ from mllama.text.cache import check_cache, key_length, past_length
 
 
 class DecoderLayer(GradientCheckpointingLayer):
-    """Pre-norm transformer block."""
+    """Pre-norm transformer block. The `make_` functions are its parts, for a subclass whose parts are subclasses too."""
 
     def __init__(self, config: MllamaTextConfig, layer_idx: int):
         super().__init__()
-        self.self_attn = CausalAttention(
-            config.hidden_size, config.num_attention_heads, config.num_key_value_heads, config.head_dim, layer_idx, config.attention_bias
-        )
-        self.mlp = GatedMLP(config.hidden_size, config.intermediate_size, config.hidden_act, config.mlp_bias)
-        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, config.norm_offset)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, config.norm_offset)
+        self.self_attn = self.make_attention(config, layer_idx)
+        self.mlp = self.make_mlp(config)
+        self.input_layernorm = self.make_norm(config)
+        self.post_attention_layernorm = self.make_norm(config)
+
+    @staticmethod
+    def make_attention(config: MllamaTextConfig, layer_idx: int) -> CausalAttention:
+        heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+        return CausalAttention(config.hidden_size, heads, kv_heads, config.head_dim, layer_idx, config.attention_bias)
+
+    @staticmethod
+    def make_mlp(config: MllamaTextConfig) -> GatedMLP:
+        return GatedMLP(config.hidden_size, config.intermediate_size, config.hidden_act, config.mlp_bias)
+
+    @staticmethod
+    def make_norm(config: MllamaTextConfig) -> RMSNorm:
+        return RMSNorm(config.hidden_size, config.rms_norm_eps, config.norm_offset)
 
     def forward(
         self,
@@ -38,7 +49,8 @@ class DecoderLayer(GradientCheckpointingLayer):
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """[B, T, hidden] -> (the same shape, probabilities or None). `context` goes to `CausalAttention.forward`; `cross` is for the layers
         of another kind beside this one."""
-        attended, weights = self.self_attn(self.input_layernorm(hidden_states), positions, past_key_values, **context)
+        normed = self.input_layernorm(hidden_states)
+        attended, weights = self.self_attn(normed, positions=positions, past_key_values=past_key_values, **context)
         normed, hidden_states = self.post_attention_layernorm.add(attended, hidden_states)
         return hidden_states + self.mlp(normed), weights
 
@@ -63,6 +75,8 @@ class Decoder(nn.Module):
         cross_layer: makes a layer for the places in `config.cross_attention_layers`, called and answering as `DecoderLayer` is.
     """
 
+    layer_class = DecoderLayer  # a subclass may have another
+
     def __init__(self, config: MllamaTextConfig, cross_layer: Callable[[MllamaTextConfig, int], nn.Module] | None = None):
         super().__init__()
         self.config = config
@@ -70,9 +84,9 @@ class Decoder(nn.Module):
         self.embed_tokens = nn.Embedding(rows, config.hidden_size) if scale is None else ScaledEmbedding(rows, config.hidden_size, scale)
         crossed = set(config.cross_attention_layers or ())
         self.layers = nn.ModuleList(
-            (cross_layer if index in crossed else DecoderLayer)(config, index) for index in range(config.num_hidden_layers)
+            (cross_layer if index in crossed else self.layer_class)(config, index) for index in range(config.num_hidden_layers)
         )
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, config.norm_offset)
+        self.norm = self.layer_class.make_norm(config)
         self.rotary = RotaryEmbedding(config.head_dim, config.rope_parameters)
 
     def forward(
@@ -138,7 +152,7 @@ class Decoder(nn.Module):
         for layer in self.layers:
             if output_hidden_states:
                 states.append(hidden_states)
-            hidden_states, weights = layer(hidden_states, positions, past_key_values=past_key_values, **context)
+            hidden_states, weights = layer(hidden_states, positions=positions, past_key_values=past_key_values, **context)
             attentions.append(weights)
         hidden_states = self.norm(hidden_states)
         return BaseModelOutputWithPast(
