@@ -137,7 +137,8 @@ class MllamaVisionConfig(SiglipVisionConfig):
         _construct(super().__init__, owner, given)
         check_number(owner, "layer_norm_eps", self.layer_norm_eps)
         check_choice(owner, "hidden_act", self.hidden_act, tuple(ACT2FN))
-        check_choice(owner, "attention_dropout", self.attention_dropout, (0,))
+        if not 0 <= self.attention_dropout < 1:
+            raise ValueError(f"{owner}: attention_dropout must be a number from 0 to below 1, got {self.attention_dropout!r}")
         if self.patch_size > self.image_size:
             raise ValueError(f"{owner}: patch_size {self.patch_size} is larger than image_size {self.image_size}")
         check_size(owner, "patches of an image_size", (self.image_size // self.patch_size) ** 2)

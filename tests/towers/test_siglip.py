@@ -24,6 +24,25 @@ def test_features_equal_transformers(size):
         torch.testing.assert_close(ours(pixels, final_norm=False).last_hidden_state, got.hidden_states[-1])
 
 
+def test_probabilities_are_dropped_in_training_as_in_transformers():
+    config = MllamaVisionConfig(**twins.VISION, attention_dropout=0.4, attn_implementation="eager")
+    ours = twins.randomise(SiglipVisionTower(config))
+    theirs = SiglipVisionModel(config)
+    theirs.load_state_dict(ours.state_dict())
+    pixels, features = twins.pictures(2), []
+    for tower in (ours.train(), theirs.train()):
+        torch.manual_seed(3)
+        features.append(tower(pixels).last_hidden_state)
+    torch.testing.assert_close(*features, rtol=1e-4, atol=1e-4)
+    assert (features[0] - ours.eval()(pixels).last_hidden_state).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("dropout", [-0.1, 1.0, float("nan"), "0.1"])
+def test_chances_that_cannot_be(dropout):
+    with pytest.raises(ValueError, match="attention_dropout"):
+        MllamaVisionConfig(attention_dropout=dropout)
+
+
 def test_pixels_are_cast_to_the_towers_dtype():
     tower = twins.randomise(SiglipVisionTower(MllamaVisionConfig(**twins.VISION))).to(torch.bfloat16)
     assert tower(twins.pictures(1)).last_hidden_state.dtype == torch.bfloat16

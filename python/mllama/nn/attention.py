@@ -14,11 +14,18 @@ def split_heads(x: torch.Tensor, head_dim: int) -> torch.Tensor:
 
 
 class BidirectionalAttention(nn.Module):
-    """Every position sees every other, or all of a context; projections with biases, no positions of its own."""
+    """Every position sees every other, or all of a context; projections with biases, no positions of its own.
 
-    def __init__(self, hidden_size: int, heads: int):
+    Args:
+        hidden_size: width of the input and of the output.
+        heads: how many heads it is shared out to.
+        dropout: chance that training leaves out a probability. Above 0 training lays out the [B, heads, T, S] probabilities in memory.
+    """
+
+    def __init__(self, hidden_size: int, heads: int, dropout: float = 0.0):
         super().__init__()
         self.head_dim = hidden_size // heads
+        self.dropout = dropout
         self.q_proj = nn.Linear(hidden_size, hidden_size)
         self.k_proj = nn.Linear(hidden_size, hidden_size)
         self.v_proj = nn.Linear(hidden_size, hidden_size)
@@ -33,8 +40,14 @@ class BidirectionalAttention(nn.Module):
             split_heads(projection(source), self.head_dim)
             for projection, source in ((self.q_proj, x), (self.k_proj, context), (self.v_proj, context))
         )
-        weights = attention_weights(q, k) if output_attentions else None
-        return self.out_proj(attention(q, k, v).flatten(2)), weights
+        dropping = self.training and self.dropout > 0
+        weights = attention_weights(q, k) if output_attentions or dropping else None
+        if dropping:
+            kept = nn.functional.dropout(weights, self.dropout).to(v.dtype)
+            attended = torch.einsum("bhts,bshd->bthd", kept, v)
+        else:
+            attended = attention(q, k, v)
+        return self.out_proj(attended.flatten(2)), weights
 
 
 class CausalAttention(nn.Module):

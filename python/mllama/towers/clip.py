@@ -29,9 +29,10 @@ class ClipEmbeddings(nn.Module):
 class ClipVisionTower(SiglipVisionTower):
     """Encoder of square pictures; the class token's feature comes first."""
 
+    embeddings_class = ClipEmbeddings
+
     def __init__(self, config: MllamaVisionConfig):
         super().__init__(config)
-        self.embeddings = ClipEmbeddings(config)
         self.pre_layrnorm = LayerNorm(config.hidden_size, config.layer_norm_eps)  # spelt as the files spell it
 
     def embed(self, pixel_values: torch.Tensor) -> torch.Tensor:

@@ -38,15 +38,47 @@ class SiglipEmbeddings(nn.Module):
         return patches + self.position_embedding(torch.arange(patches.shape[1], device=patches.device))
 
 
+def check_pixels(pixel_values: torch.Tensor, config: MllamaVisionConfig) -> None:
+    """Refuse what is not the tower's pictures.
+
+    Raises:
+        TypeError: pixel_values is no floating tensor.
+        ValueError: pixel_values has another shape than [pictures, channels, image_size, image_size].
+    """
+    if not isinstance(pixel_values, torch.Tensor) or not pixel_values.is_floating_point():
+        kind = pixel_values.dtype if isinstance(pixel_values, torch.Tensor) else type(pixel_values).__name__
+        raise TypeError(f"pixel_values must be a floating torch.Tensor, got {kind}")
+    wanted = (config.num_channels, config.image_size, config.image_size)
+    if pixel_values.dim() != 4 or tuple(pixel_values.shape[1:]) != wanted:
+        raise ValueError(f"pixel_values must be [pictures, {', '.join(map(str, wanted))}], got {list(pixel_values.shape)}")
+
+
+class SiglipAttention(BidirectionalAttention):
+    """Every patch sees every other."""
+
+    def __init__(self, config: MllamaVisionConfig):
+        super().__init__(config.hidden_size, config.num_attention_heads, config.attention_dropout)
+
+
+class SiglipMLP(MLP):
+    """A layer's feed-forward block."""
+
+    def __init__(self, config: MllamaVisionConfig):
+        super().__init__(config.hidden_size, config.intermediate_size, config.hidden_act)
+
+
 class SiglipEncoderLayer(GradientCheckpointingLayer):
     """Pre-norm transformer block."""
+
+    attention_class: type[nn.Module] = SiglipAttention
+    mlp_class: type[nn.Module] = SiglipMLP
 
     def __init__(self, config: MllamaVisionConfig):
         super().__init__()
         self.layer_norm1 = LayerNorm(config.hidden_size, config.layer_norm_eps)
-        self.self_attn = BidirectionalAttention(config.hidden_size, config.num_attention_heads)
+        self.self_attn = self.attention_class(config)
         self.layer_norm2 = LayerNorm(config.hidden_size, config.layer_norm_eps)
-        self.mlp = MLP(config.hidden_size, config.intermediate_size, config.hidden_act)
+        self.mlp = self.mlp_class(config)
 
     def forward(self, hidden_states: torch.Tensor, output_attentions: bool = False) -> tuple[torch.Tensor, torch.Tensor | None]:
         """[B, patches, hidden] -> (the same shape, probabilities or None)."""
@@ -58,19 +90,24 @@ class SiglipEncoderLayer(GradientCheckpointingLayer):
 class SiglipEncoder(nn.Module):
     """The tower's layers."""
 
+    layer_class: type[nn.Module] = SiglipEncoderLayer
+
     def __init__(self, config: MllamaVisionConfig):
         super().__init__()
-        self.layers = nn.ModuleList(SiglipEncoderLayer(config) for _ in range(config.num_hidden_layers))
+        self.layers = nn.ModuleList(self.layer_class(config) for _ in range(config.num_hidden_layers))
 
 
 class SiglipVisionTower(nn.Module):
     """Encoder of square pictures."""
 
+    embeddings_class: type[nn.Module] = SiglipEmbeddings
+    encoder_class: type[nn.Module] = SiglipEncoder
+
     def __init__(self, config: MllamaVisionConfig):
         super().__init__()
         self.config = config
-        self.embeddings = SiglipEmbeddings(config)
-        self.encoder = SiglipEncoder(config)
+        self.embeddings = self.embeddings_class(config)
+        self.encoder = self.encoder_class(config)
         self.post_layernorm = LayerNorm(config.hidden_size, config.layer_norm_eps)
 
     def embed(self, pixel_values: torch.Tensor) -> torch.Tensor:
@@ -116,12 +153,7 @@ class SiglipVisionTower(nn.Module):
 
     def check(self, pixel_values: torch.Tensor) -> None:
         """Raise what `forward` would raise for these pixels, before any work."""
-        if not isinstance(pixel_values, torch.Tensor) or not pixel_values.is_floating_point():
-            kind = pixel_values.dtype if isinstance(pixel_values, torch.Tensor) else type(pixel_values).__name__
-            raise TypeError(f"pixel_values must be a floating torch.Tensor, got {kind}")
-        wanted = (self.config.num_channels, self.config.image_size, self.config.image_size)
-        if pixel_values.dim() != 4 or tuple(pixel_values.shape[1:]) != wanted:
-            raise ValueError(f"pixel_values must be [pictures, {', '.join(map(str, wanted))}], got {list(pixel_values.shape)}")
+        check_pixels(pixel_values, self.config)
 
 
 class SiglipPoolingHead(nn.Module):
@@ -132,7 +164,7 @@ class SiglipPoolingHead(nn.Module):
         self.probe = nn.Parameter(torch.randn(1, 1, config.hidden_size))
         self.attention = BidirectionalAttention(config.hidden_size, config.num_attention_heads)
         self.layernorm = LayerNorm(config.hidden_size, config.layer_norm_eps)
-        self.mlp = MLP(config.hidden_size, config.intermediate_size, config.hidden_act)
+        self.mlp = SiglipMLP(config)
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
         """[B, patches, hidden] -> [B, hidden]."""
