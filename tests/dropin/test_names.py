@@ -36,3 +36,11 @@ def test_what_takes_a_childs_place_is_what_computes():
 
 def test_the_signature_is_the_subclass_own():
     assert list(inspect.signature(Older).parameters) == ["size", "inner"]
+
+
+def test_children_keep_their_order():
+    @older_names(gate_proj="fc1")
+    class First(GatedMLP):
+        pass
+
+    assert list(First(8, 24)._modules) == ["fc1", "up_proj", "down_proj"]

@@ -21,8 +21,9 @@ def older_names(**names: str) -> Callable[[type[nn.Module]], type[nn.Module]]:
 
         def __init__(self, *args, **kwargs):
             constructor(self, *args, **kwargs)
-            for ours in [name for name in self._modules if name in names]:
-                self._modules[names[ours]] = self._modules.pop(ours)
+            renamed = {names.get(name, name): child for name, child in self._modules.items()}
+            self._modules.clear()  # in place, so that the children keep their order
+            self._modules.update(renamed)
 
         __init__.__wrapped__ = constructor  # for inspect.signature
         kind.__init__ = __init__

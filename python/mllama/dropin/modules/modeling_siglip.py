@@ -1,0 +1,1 @@
+from mllama.dropin.modeling_siglip import *  # noqa: F403

@@ -1,0 +1,1 @@
+from mllama.dropin.siglip import *  # noqa: F403
