@@ -8,6 +8,7 @@ import importlib
 __version__ = "0.1.0"
 
 _HOME = {
+    "Linear_LORA": "lora",
     "MllamaConfig": "config",
     "MllamaForConditionalGeneration": "modeling",
     "MllamaImageProcessor": "processing.processor",
@@ -16,10 +17,20 @@ _HOME = {
     "TiledProcessor": "processing.tiled",
     "Tokenizer": "processing.tokenizer",
     "ask": "api",
+    "convert_linears_to_lora": "lora",
+    "convert_to_lora": "lora",
     "load": "api",
     "load_hf_model": "hf",
+    "load_lora": "lora",
     "load_processor": "processing.auto",
+    "lora_disabled": "lora",
+    "lora_parameters": "lora",
+    "merge_and_unload": "lora",
+    "merge_lora": "lora",
     "parse_detections": "processing.paligemma",
+    "replace_linear_with_lora": "lora",
+    "save_lora": "lora",
+    "unmerge_lora": "lora",
 }
 
 __all__ = ["__version__", "ops", *sorted(_HOME)]

@@ -1,9 +1,12 @@
 """How the package's models are read and written: transformers' methods, on our checkpoints."""
 
 import copy
+import functools
 import os
+from collections.abc import Callable
 
 import torch
+from torch.utils.checkpoint import checkpoint
 from transformers import PretrainedConfig
 
 
@@ -88,11 +91,12 @@ class PretrainedMixin:
             kwargs: the further options of transformers' method and of its `push_to_hub`.
 
         Raises:
-            ValueError: a `state_dict` that is not the whole model; a model inside a PeftModel; `variant`, `distributed_checkpoint` or
-                `safe_serialization=False`, which would change what is written and are not supported.
+            ValueError: a `state_dict` that is not the whole model; a model inside a PeftModel, or with LoRA layers; `variant`,
+                `distributed_checkpoint` or `safe_serialization=False`, which would change what is written and are not supported.
             TypeError: an option that is not known.
         """
         from mllama.checkpoints import save_model
+        from mllama.lora.layer import lora_layers
 
         if unknown := sorted(kwargs.keys() - _PUSH_OPTIONS - _SAVE_PASSED_OVER - _SAVE_FIXED.keys()):
             raise TypeError(f"save_pretrained got options it does not know: {', '.join(unknown)}")
@@ -104,6 +108,11 @@ class PretrainedMixin:
             return super().save_pretrained(save_directory, is_main_process, **own, **kwargs)
         if hasattr(self, "peft_config"):
             raise ValueError("a PeftModel has put adapters into this model: save that, or the model after its merge_and_unload()")
+        if lora_layers(self):
+            raise ValueError(
+                "this model has LoRA layers, which its format has no names for: mllama.save_lora(model, file) writes the adapters alone;"
+                " mllama.merge_and_unload(model) adds them to the weights for good, and the model can be saved"
+            )
         if is_main_process:
             save_model(self, save_directory, state_dict, max_shard_size)
             if push_to_hub:
@@ -118,6 +127,21 @@ class PretrainedMixin:
         if assign:  # it gave every name a parameter of its own
             self.tie_weights()
         return report
+
+    def _set_gradient_checkpointing(self, enable: bool = True, gradient_checkpointing_func: Callable = checkpoint, **kwargs) -> None:
+        """What transformers' methods call to have activations checkpointed, or not."""
+        if getattr(gradient_checkpointing_func, "keywords", {}).get("use_reentrant") is not False:  # what torch does unless told otherwise
+            gradient_checkpointing_func = functools.partial(_reentrant, gradient_checkpointing_func)
+        super()._set_gradient_checkpointing(enable, gradient_checkpointing_func, **kwargs)
+
+
+def _reentrant(checkpoint: Callable, forward: functools.partial, hidden_states: torch.Tensor, *args):
+    """The reentrant kind gives a layer's parameters no gradient, without a word, unless its input asks for one: the input of the first
+    layer with an adapter does not, where all below is frozen. transformers makes embedded tokens ask, not pictures."""
+    layer = forward.args[0]
+    if torch.is_grad_enabled() and any(parameter.requires_grad for parameter in layer.parameters()):
+        hidden_states = hidden_states if hidden_states.requires_grad else hidden_states.detach().requires_grad_()
+    return checkpoint(forward, hidden_states, *args)
 
 
 # Of transformers: where and how to find a model on the hub; and what changes nothing here.

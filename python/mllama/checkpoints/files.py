@@ -95,12 +95,17 @@ def save_weights(folder: Path, tensors: dict[str, torch.Tensor], max_shard_size:
     """Write tensors under the given names: one file, or shards and their index where they exceed `max_shard_size`."""
     split = split_torch_state_dict_into_shards(tensors, filename_pattern="model{suffix}.safetensors", max_shard_size=max_shard_size)
     for shard, names in split.filename_to_tensors.items():
-        (folder / shard).touch()
-        mode = (folder / shard).stat().st_mode  # as the umask has it; safetensors' own file is the owner's alone
-        save_file({name: tensors[name].contiguous() for name in names}, folder / shard, metadata={"format": "pt"})
-        (folder / shard).chmod(mode)
+        save_tensors(folder / shard, {name: tensors[name] for name in names})
     if split.is_sharded:
         write_json(folder / INDEX, {"metadata": split.metadata, "weight_map": split.tensor_to_filename})
+
+
+def save_tensors(path: Path, tensors: dict[str, torch.Tensor], **metadata: str) -> None:
+    """A safetensors file of tensors, with metadata beside `format`."""
+    path.touch()
+    mode = path.stat().st_mode  # as the umask has it; safetensors' own file is the owner's alone
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path, metadata={"format": "pt"} | metadata)
+    path.chmod(mode)
 
 
 def write_folder(folder: Path, write: Callable[[Path], None], replaced: Collection[str] = ()) -> None:

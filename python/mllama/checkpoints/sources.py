@@ -84,7 +84,7 @@ class SafetensorsSource:
         """
         found = {}
         for path in dict.fromkeys(self._files.values()):
-            with _open(path) as file:
+            with open_file(path) as file:
                 for name in file.offset_keys():  # as they lie in the file
                     header = file.get_slice(name)
                     if header.get_dtype() not in _TYPES:
@@ -100,7 +100,7 @@ class SafetensorsSource:
         path = self._files[name]
         if self._open is None or self._open[0] != path or self._read > _MAPPED:
             self.close()
-            self._open, self._read = (path, _open(path)), 0
+            self._open, self._read = (path, open_file(path)), 0
         tensor = self._open[1].get_tensor(name)
         self._read += tensor.nbytes
         return tensor
@@ -154,7 +154,12 @@ def open_safetensors(folder: str | Path) -> SafetensorsSource:
     return SafetensorsSource(str(folder), found)
 
 
-def _open(path: Path) -> safe_open:
+def open_file(path: Path) -> safe_open:
+    """A safetensors file: its header is read, its tensors are not.
+
+    Raises:
+        ValueError: it is broken, or none.
+    """
     try:
         return safe_open(path, framework="pt", device="cpu")
     except SafetensorError as error:
@@ -162,5 +167,5 @@ def _open(path: Path) -> safe_open:
 
 
 def _names(path: Path) -> list[str]:
-    with _open(path) as file:
+    with open_file(path) as file:
         return list(file.keys())

@@ -1,0 +1,218 @@
+"""A frozen linear layer with a trainable low-rank update beside it."""
+
+import math
+import numbers
+
+import torch
+from torch import nn
+
+from mllama.ops._dispatch import FLOAT_DTYPES
+from mllama.ops.lora_linear import lora_linear
+
+
+class Linear_LORA(nn.Module):
+    """y = x W' + bias + alpha / rank * (dropout(x) A') B', with W and bias frozen, A and B trainable.
+
+    `linear` holds W and the bias, `lora_a` A [rank, in_dim], `lora_b` B [out_dim, rank]. A starts as nn.Linear's weights do (Kaiming
+    uniform), B at zero, so that a new layer computes what `linear` does. Any of the three may be replaced or copied into. The operator
+    `mllama.ops.lora_linear` computes plain children; where one is of another class, has hooks, is float64 or was unfrozen, the children
+    are called one after the other.
+
+    Args:
+        in_dim, out_dim: features of an input and of an output.
+        rank: width of the update.
+        alpha: the update counts alpha / rank times.
+        dropout: probability with which the update does not see an input's element, in training mode only.
+        bias: whether `linear` has a bias.
+
+    Attributes:
+        rank, alpha: as given. `scale` is alpha / rank.
+        dropout: an nn.Dropout.
+        enabled: False leaves the update out; `mllama.lora_disabled` sets it for a while.
+        merged_weight: None, or [out_dim, in_dim], what `merge` made. No state dict has it.
+
+    Raises:
+        TypeError: a size or rank that is no int, an alpha or dropout that is no number.
+        ValueError: a size or rank below 1, an alpha that is not above 0 and finite, a dropout outside [0, 1).
+    """
+
+    def __init__(self, in_dim: int, out_dim: int, rank: int, alpha: float, dropout: float, bias: bool = False):
+        check_adapter(rank, alpha, dropout)
+        _check_size("in_dim", in_dim)
+        _check_size("out_dim", out_dim)
+        super().__init__()
+        self._adapt(nn.Linear(in_dim, out_dim, bias=bias), rank, alpha, dropout)
+
+    @classmethod
+    def around(cls, linear: nn.Linear, rank: int, alpha: float, dropout: float = 0.0) -> "Linear_LORA":
+        """A layer whose `linear` is this very module, frozen; the adapter is made on its device, in its dtype and its training mode."""
+        check_adapter(rank, alpha, dropout)
+        layer = cls.__new__(cls)
+        nn.Module.__init__(layer)
+        layer._adapt(linear, rank, alpha, dropout)
+        return layer
+
+    def _adapt(self, linear: nn.Linear, rank: int, alpha: float, dropout: float) -> None:
+        self.linear = linear.requires_grad_(False)
+        like = linear.weight
+        options = {"bias": False, "device": like.device, "dtype": like.dtype if like.is_floating_point() else torch.float32}
+        self.lora_a = nn.Linear(linear.in_features, rank, **options)
+        self.lora_b = nn.Linear(rank, linear.out_features, **options)
+        nn.init.zeros_(self.lora_b.weight)
+        self.dropout = nn.Dropout(float(dropout))
+        self.rank, self.alpha, self.enabled = rank, alpha, True
+        self.register_buffer("merged_weight", None, persistent=False)
+        self.train(linear.training)
+
+    @property
+    def scale(self) -> float:
+        """The update's factor, alpha / rank."""
+        return float(self.alpha / self.rank)
+
+    @property
+    def in_features(self) -> int:
+        """As nn.Linear's."""
+        return self.linear.in_features
+
+    @property
+    def out_features(self) -> int:
+        """As nn.Linear's."""
+        return self.linear.out_features
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """[out_dim, in_dim], W with the update in it, for modules that read a layer's weight instead of calling it, such as
+        nn.MultiheadAttention. It is computed anew each time: to copy weights in, write to `linear.weight`."""
+        if not self.enabled:
+            return self.linear.weight
+        return self._sum() if self.merged_weight is None else self.merged_weight
+
+    @property
+    def bias(self) -> torch.Tensor | None:
+        """`linear`'s."""
+        return self.linear.bias
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x: [..., in_dim] -> [..., out_dim].
+
+        Raises:
+            ValueError: training a layer that is merged.
+        """
+        if not self.enabled:
+            return self.linear(x)
+        if self.merged_weight is not None:
+            if self.training and torch.is_grad_enabled():
+                raise ValueError(
+                    "this LoRA layer is merged, so its adapter would not learn: call mllama.unmerge_lora(model) before training"
+                )
+            return nn.functional.linear(x, self.merged_weight, self.linear.bias)
+        if self._is_plain(x):
+            weights = self.linear.weight, self.lora_a.weight, self.lora_b.weight
+            return lora_linear(x, *weights, self.linear.bias, self.scale, self.dropout.p if self.dropout.training else 0.0)
+        y = self.linear(x)
+        down = self.lora_a(self.dropout(x).to(self.lora_a.weight.dtype))
+        return y + (self.lora_b(down) * self.scale).to(y.dtype)
+
+    def _is_plain(self, x: torch.Tensor) -> bool:
+        """Whether the operator does what calling the children would."""
+        weight = self.linear.weight
+        plain = not weight.requires_grad and weight.dtype in FLOAT_DTYPES and x.dtype in FLOAT_DTYPES
+        return plain and all(map(_has_no_ways_of_its_own, (self.linear, self.lora_a, self.lora_b)))
+
+    def adapter(self) -> list[nn.Parameter]:
+        """The trainable parameters: A and B."""
+        return [*self.lora_a.parameters(), *self.lora_b.parameters()]
+
+    def merge(self) -> None:
+        """Compute W with the update in it once; until `unmerge` inputs are multiplied by that alone. W itself is not changed.
+
+        Raises:
+            ValueError: `linear` has another way to compute than its weight.
+        """
+        self.check_mergeable("this layer")
+        self.merged_weight = self._sum().detach()
+
+    def unmerge(self) -> None:
+        """Forget what `merge` computed."""
+        self.merged_weight = None
+
+    def unload(self) -> nn.Linear:
+        """`linear`, the update added to its weight. The weight is a new parameter: whoever shares the old one keeps it as it was."""
+        self.check_mergeable("this layer")
+        self.linear.weight = nn.Parameter(self._sum().detach(), requires_grad=False)
+        return self.linear
+
+    def check_mergeable(self, name: str) -> None:
+        """Raise ValueError unless `linear` and the adapter are plain linear layers, whose product can be added."""
+        for child in ("linear", "lora_a", "lora_b"):
+            kind = type(getattr(self, child))
+            if kind.forward is not nn.Linear.forward:
+                raise ValueError(f"{name} cannot be merged: its {child} is a {kind.__name__}, which computes in a way of its own")
+
+    def _sum(self) -> torch.Tensor:
+        """[out_dim, in_dim] in W's dtype; computed in float32 or wider and rounded once."""
+        weight = self.linear.weight
+        kind = torch.promote_types(weight.dtype, torch.float32)
+        with torch.autocast(weight.device.type, enabled=False):
+            update = self.lora_b.weight.to(kind) @ self.lora_a.weight.to(kind)
+            return torch.add(weight.to(kind), update, alpha=self.scale).to(weight.dtype)
+
+    def _load_from_state_dict(self, state_dict: dict, prefix: str, *args) -> None:
+        """The weights of a plain linear layer are those of `linear`. What was merged from older ones is forgotten."""
+        for name in ("weight", "bias"):
+            if f"{prefix}{name}" in state_dict:
+                state_dict.setdefault(f"{prefix}linear.{name}", state_dict.pop(f"{prefix}{name}"))
+        self.unmerge()
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def extra_repr(self) -> str:
+        said = f"rank={self.rank}, alpha={self.alpha}"
+        return said + ", merged" * (self.merged_weight is not None) + ", disabled" * (not self.enabled)
+
+
+def lora_layers(model: nn.Module) -> dict[str, Linear_LORA]:
+    """The LoRA layers inside a module, each once, by dotted name.
+
+    Raises:
+        TypeError: model is no module.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"LoRA is for a torch.nn.Module, got {type(model).__name__}")
+    return {name: layer for name, layer in model.named_modules() if isinstance(layer, Linear_LORA)}
+
+
+def needed_lora_layers(model: nn.Module) -> dict[str, Linear_LORA]:
+    """`lora_layers`, of which there must be some.
+
+    Raises:
+        TypeError: model is no module.
+        ValueError: there are none.
+    """
+    if not (layers := lora_layers(model)):
+        raise ValueError(f"this {type(model).__name__} has no LoRA layers: call mllama.convert_linears_to_lora(model) first")
+    return layers
+
+
+def check_adapter(rank: int, alpha: float, dropout: float = 0.0) -> None:
+    """Raise TypeError or ValueError unless an adapter can have these numbers."""
+    _check_size("rank", rank)
+    for name, value in (("alpha", alpha), ("dropout", dropout)):
+        if isinstance(value, bool) or not isinstance(value, numbers.Real):
+            raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+    if not 0 < alpha < math.inf:
+        raise ValueError(f"alpha must be above 0 and finite, got {alpha}")
+    if not 0 <= dropout < 1:
+        raise ValueError(f"dropout must be at least 0 and below 1, got {dropout}")
+
+
+def _check_size(name: str, value: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        raise TypeError(f"{name} must be an int, got {type(value).__name__}")
+    if value < 1:
+        raise ValueError(f"{name} must be at least 1, got {value}")
+
+
+def _has_no_ways_of_its_own(module: nn.Module) -> bool:
+    """Whether calling the module would do what nn.Linear does with its weight, and nothing beside it."""
+    hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    return type(module).forward is nn.Linear.forward and not hooks and "forward" not in module.__dict__
