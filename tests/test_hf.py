@@ -74,6 +74,17 @@ def test_a_missing_embedding_of_a_tied_model(folder, capsys):
     assert "missing, initialised afresh (2)" in capsys.readouterr().out
 
 
+def test_a_head_that_the_files_lack_is_tied(folder, capsys):
+    path = folder("llama")
+    change(path, lambda tensors: tensors.pop("lm_head.weight"))
+    model, _ = load_hf_model(path, "cpu")
+    assert model.lm_head.weight is model.get_input_embeddings().weight and not model.lm_head.weight.is_meta
+    said = capsys.readouterr().out
+    assert "tied: lm_head.weight is language_model.embed_tokens.weight" in said and "missing" not in said
+    with pytest.raises(ValueError, match="missing .1.: lm_head.weight"):
+        load_hf_model(path, "cpu", strict=True)
+
+
 def test_a_tied_models_head_alone_or_another_one(folder, capsys):
     path = folder("llama, tied")
     embedding = load_file(path / "model.safetensors")["model.embed_tokens.weight"]

@@ -178,7 +178,7 @@ class MllamaTextConfig(LlamaConfig):
         check_number(owner, "rms_norm_eps", self.rms_norm_eps)
         if self.num_attention_heads % self.num_key_value_heads:
             heads, kv_heads = self.num_attention_heads, self.num_key_value_heads
-            raise ValueError(f"{owner}: num_attention_heads {heads} is not a multiple of num_key_value_heads {kv_heads}")
+            raise ValueError(f"{owner}: num_attention_heads {heads} is not a multiple of num_key_value_heads {kv_heads} (n_kv_groups)")
         check_choice(owner, "hidden_act", self.hidden_act, TEXT_ACTIVATIONS)
         check_choice(owner, "attention_dropout", self.attention_dropout, (0,))
         check_choice(owner, "norm_offset", self.norm_offset, (0, 1))

@@ -1,6 +1,7 @@
 """The loader that older scripts call: `load_hf_model`, which says what it did and forgives leftovers."""
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -26,8 +27,8 @@ def load_hf_model(
     Args:
         model_path: all that `MllamaForConditionalGeneration.from_pretrained` takes, or a SigLIP's folder.
         device: where the weights go.
-        strict: raise where the files and the model do not fit. Otherwise tensors of unknown names or other shapes are skipped, and what
-            the files lack is initialised afresh.
+        strict: raise where the files and the model do not fit. Otherwise tensors of unknown names or other shapes are skipped, an output
+            head that the files lack is tied to the embeddings, and what else they lack is initialised afresh.
 
     Returns:
         The model, in eval mode, and the tokenizer.
@@ -36,13 +37,25 @@ def load_hf_model(
         FileNotFoundError: no such model, or one without tokenizer files.
         ValueError: broken files; with `strict`, tensors that are missing, unexpected, doubled or of another shape, all in one error.
     """
+    return load_as(model_class, model_path, device, strict)
+
+
+def load_as(
+    class_of: Callable[[PretrainedConfig], type[PreTrainedModel]], model_path: str | os.PathLike, device: str | torch.device, strict: bool
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | Tokenizer]:
+    """`load_hf_model` of the class that `class_of` names for the model's config."""
     path = find_folder(model_path)
     with (opened := open_checkpoint(path)).source:
         tokenizer = _tokenizer(path)  # before the weights: an error should not take their time
-        model, report = load_opened(model_class(opened.config), opened, device=device, strict=strict)
+        model, report = load_opened(class_of(opened.config), opened, device=device, strict=strict)
     if report.lacking:
+        for name, other in (model._tied_weights_keys or {}).items():
+            if name in report.lacking and other not in report.lacking:
+                model.config.tie_word_embeddings = True
+                report.lacking.remove(name)
+        model.tie_weights(recompute_mapping=True)
         _initialise(model, torch.device(device), report.dtype)
-        model.tie_weights()
+        model.tie_weights(recompute_mapping=True)
     print("\n".join(_lines(opened.config, opened.source.where, report, model.get_expanded_tied_weights_keys())))
     return model, tokenizer
 

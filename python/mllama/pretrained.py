@@ -3,7 +3,7 @@
 import copy
 import functools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch.utils.checkpoint import checkpoint
@@ -119,13 +119,16 @@ class PretrainedMixin:
                 push = {name: value for name, value in kwargs.items() if name in _PUSH_OPTIONS}
                 self.push_to_hub(**{"repo_id": os.path.basename(os.path.abspath(save_directory))} | push)
 
+    older_files: Sequence = ()  # rows of `mllama.checkpoints.engine` for names that the format's own table does not know
+
     def load_state_dict(self, state_dict: dict[str, torch.Tensor], strict: bool = True, assign: bool = False):
         """As torch's; takes the names that weight files use too, whole or shard by shard with `strict=False`."""
         from mllama.checkpoints import translate_state_dict
 
-        report = super().load_state_dict(translate_state_dict(self, state_dict), strict=strict, assign=assign)
+        translated = translate_state_dict(self, state_dict, self.older_files)
+        report = super().load_state_dict(translated, strict=strict, assign=assign)
         if assign:  # it gave every name a parameter of its own
-            self.tie_weights()
+            self.tie_weights(recompute_mapping=False)
         return report
 
     def _set_gradient_checkpointing(self, enable: bool = True, gradient_checkpointing_func: Callable = checkpoint, **kwargs) -> None:

@@ -91,7 +91,7 @@ def _infer(model: PreTrainedModel, how: str, dtype: torch.dtype | None) -> dict[
     from accelerate import infer_auto_device_map
     from accelerate.utils import get_balanced_memory
 
-    model.tie_weights()
+    model.tie_weights(recompute_mapping=False)
     options = {"dtype": dtype, "no_split_module_classes": model._no_split_modules}
     memory = None if how == "sequential" else get_balanced_memory(model, low_zero=how == "balanced_low_0", **options)
     return infer_auto_device_map(model, max_memory=memory, **options)

@@ -9,7 +9,7 @@ from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel, __
 from mllama.checkpoints import siglip_llama
 from mllama.checkpoints.configs import harmless
 from mllama.checkpoints.devices import Placement, dtype_named
-from mllama.checkpoints.engine import plan, to_file
+from mllama.checkpoints.engine import Table, plan, to_file
 from mllama.checkpoints.files import CONFIG, save_weights, write_folder, write_json
 from mllama.checkpoints.formats import Opened
 from mllama.checkpoints.loading import Report, both_ways, check_complete, common_dtype, load_weights, match
@@ -71,7 +71,7 @@ def load_opened(
     report = load_weights(model, opened.source, opened.table, dtype, placement.of, tied, strict)
     if opened.changed():  # shards are opened one after the other: some would be of one model, some of another
         raise ValueError(f"the weights in {where} were written anew while they were read: load them again")
-    model.tie_weights()
+    model.tie_weights(recompute_mapping=False)
     model.config.dtype = dtype or report.dtype
     if opened.generation is not None and model.can_generate():
         model.generation_config = _generation_config(where, opened.generation)
@@ -165,13 +165,18 @@ def save_model(
     write_folder(Path(folder), write)
 
 
-def translate_state_dict(model: PreTrainedModel, state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def translate_state_dict(model: PreTrainedModel, state_dict: dict[str, torch.Tensor], older: Table = ()) -> dict[str, torch.Tensor]:
     """A state dict with the files' names brought to the model's, tied tensors in both their places.
 
     A name that neither knows stays, for `load_state_dict` to report.
+
+    Args:
+        model: whose names are wanted.
+        state_dict: under either's.
+        older: rows that come before those of the model's format.
     """
-    own = model.state_dict().keys()
-    moves, unknown, _ = plan(FORMATS[model.config.model_type].table(model.config), [name for name in state_dict if name not in own])
+    own, table = model.state_dict().keys(), (*older, *FORMATS[model.config.model_type].table(model.config))
+    moves, unknown, _ = plan(table, [name for name in state_dict if name not in own])
     translated = {name: tensor for name, tensor in state_dict.items() if name in own or name in unknown}
     for move in moves:
         given = {name: state_dict[name] for name in move.theirs if name is not None}

@@ -1,0 +1,1 @@
+from mllama.dropin.Tools import *  # noqa: F403

@@ -1,0 +1,1 @@
+from mllama.dropin.Tools.rmsnorm import *  # noqa: F403

@@ -1,0 +1,1 @@
+from mllama.dropin.Tools.swiglu.FusedSwiglu import *  # noqa: F403

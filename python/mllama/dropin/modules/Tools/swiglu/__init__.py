@@ -1,0 +1,1 @@
+from mllama.dropin.Tools.swiglu import *  # noqa: F403
