@@ -1,7 +1,7 @@
 """`python -m benchmarks [name ...] [--no-save]`: one table per operator or model, each also written to benchmarks/results/<name>.csv.
 
 Every file benchmarks/ops/bench_<name>.py and benchmarks/models/bench_<name>.py has PEER, a line saying what ours is measured against, and
-cases(), which makes its Cases.
+cases(), which makes its Cases, and strings, remarks that are written below the table and into the file's head.
 """
 
 import argparse
@@ -32,16 +32,20 @@ def main() -> None:
     print("\n".join(notes))
     for name in arguments.names or sorted(known):
         bench = importlib.import_module(f"benchmarks.{known[name]}.bench_{name}")
-        rows = []
+        rows, remarks = [], []
         for case in bench.cases():
+            if isinstance(case, str):
+                remarks.append(case)
+                continue
             rows.append(harness.table_row(harness.measure(case)))
             if sys.stderr.isatty():
                 print(f"\r{name}: {len(rows)} cases", end="", file=sys.stderr)
         if sys.stderr.isatty():
             print("\r\033[K", end="", file=sys.stderr)
         harness.print_table(f"{name} against {bench.PEER}", rows)
+        print("".join(f"{remark}\n" for remark in remarks), end="")
         if not arguments.no_save:
-            harness.write_csv(HERE / "results" / f"{name}.csv", [*notes, f"peer: {bench.PEER}"], rows)
+            harness.write_csv(HERE / "results" / f"{name}.csv", [*notes, f"peer: {bench.PEER}", *remarks], rows)
 
 
 if __name__ == "__main__":

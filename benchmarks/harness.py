@@ -117,6 +117,21 @@ def _run(call: Callable, count: int) -> float:
     return (time.perf_counter() - start) / count
 
 
+def saved_bytes(call: Callable[[], object], parameters: Iterable[torch.Tensor] = ()) -> int:
+    """What autograd keeps of the call for its backward pass: the bytes of all memory saved, once each, that of `parameters` left out."""
+    kept: dict[int, torch.UntypedStorage] = {}  # held, so that no address comes twice
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        result = call()  # noqa: F841  its graph lives until all is counted
+    for parameter in parameters:
+        kept.pop(parameter.untyped_storage().data_ptr(), None)
+    return sum(storage.nbytes() for storage in kept.values())
+
+
 @dataclass
 class Roofs:
     """What the machine can do at most, measured through torch in the same process: GB/s from memory and GFLOP/s."""

@@ -80,21 +80,6 @@ def strided(tensor: torch.Tensor) -> torch.Tensor:
     return view.copy_(tensor)
 
 
-def saved_bytes(call: Callable[[], Any], parameters: Sequence[torch.Tensor] = ()) -> int:
-    """What autograd keeps of the call for its backward pass: the bytes of all memory saved, once each, that of `parameters` left out."""
-    kept: dict[int, torch.UntypedStorage] = {}  # held, so that no address comes twice
-
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
-        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        result = call()  # noqa: F841  its graph lives until all is counted
-    for parameter in parameters:
-        kept.pop(parameter.untyped_storage().data_ptr(), None)
-    return sum(storage.nbytes() for storage in kept.values())
-
-
 def assert_close(actual: torch.Tensor, exact: torch.Tensor, tolerance: float, what: str) -> None:
     """Shapes equal, no NaN where there is none, and the largest error within `tolerance` of the largest exact value (of 0.1 at least)."""
     assert actual.shape == exact.shape, f"{what}: shape {tuple(actual.shape)}, expected {tuple(exact.shape)}"

@@ -5,7 +5,8 @@ import torch
 from torch.nn.functional import cross_entropy
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from helpers import assert_close, saved_bytes
+from benchmarks.harness import saved_bytes
+from helpers import assert_close
 from mllama.loss import next_token_loss
 
 WIDE = 1 << 19  # two rows of so many words are as much as is looked at together
