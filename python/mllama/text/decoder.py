@@ -124,7 +124,7 @@ class Decoder(nn.Module):
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
         else:
-            _check_embeddings(inputs_embeds, self.config.hidden_size)
+            check_embeddings(inputs_embeds, self.config.hidden_size)
 
         batch, length = inputs_embeds.shape[:2]
         past = past_length(past_key_values)
@@ -132,7 +132,7 @@ class Decoder(nn.Module):
         _check_room(keys, length, past)
         _check_mask_size(attention_mask, batch, length, past)
         if position_ids is None:
-            position_ids = _positions(attention_mask, length, past, inputs_embeds.device)
+            position_ids = count_positions(attention_mask, length, past, inputs_embeds.device)
         elif not isinstance(position_ids, torch.Tensor):
             raise TypeError(f"position_ids must be a torch.Tensor, got {type(position_ids).__name__}")
         elif position_ids.dim() != 2 or position_ids.shape[0] not in (1, batch) or position_ids.shape[1] != length:
@@ -173,7 +173,8 @@ def check_mask(attention_mask: torch.Tensor | None) -> None:
         raise ValueError(f"attention_mask must be [batch, past + new tokens], zero where padded; got {list(attention_mask.shape)}")
 
 
-def _check_embeddings(inputs_embeds: torch.Tensor, size: int) -> None:
+def check_embeddings(inputs_embeds: torch.Tensor, size: int) -> None:
+    """Raise TypeError unless they are a floating tensor, ValueError unless they are [B, T, size] with a token."""
     if not isinstance(inputs_embeds, torch.Tensor) or not inputs_embeds.is_floating_point():
         kind = getattr(inputs_embeds, "dtype", type(inputs_embeds).__name__)
         raise TypeError(f"inputs_embeds must be a floating torch.Tensor, got {kind}")
@@ -198,7 +199,7 @@ def _check_mask_size(mask: torch.Tensor | None, batch: int, length: int, past: i
         raise ValueError(f"attention_mask must cover {int(past)} cached and {length} new tokens, got {mask.shape[1]} columns")
 
 
-def _positions(mask: torch.Tensor | None, length: int, past: int | torch.Tensor, device: torch.device) -> torch.Tensor:
+def count_positions(mask: torch.Tensor | None, length: int, past: int | torch.Tensor, device: torch.device) -> torch.Tensor:
     """[B or 1, T]: how many unmasked tokens of its row stand before each new token."""
     if mask is None:
         return torch.arange(length, device=device).unsqueeze(0) + past

@@ -1,0 +1,56 @@
+"""One class for scripts of two families: those that build from a config object, and those that build from a plain dict or from sizes."""
+
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+
+def by_construction(*, sizes: str, config: str) -> Callable[[Callable], Callable]:
+    """A decorator of a `forward` that takes keywords alone: arguments without one get the names that go with how the module was built.
+
+    Args:
+        sizes: names in order, for a module built from sizes or from a dict: its `from_config` is False.
+        config: names in order, for one built from a config object.
+    """
+    orders = {False: tuple(sizes.split()), True: tuple(config.split())}
+
+    def decorate(forward: Callable) -> Callable:
+        @functools.wraps(forward)
+        def positional(self, *args, **kwargs):
+            owner, names = type(self).__name__, orders[self.from_config]
+            if len(args) > len(names):
+                raise TypeError(f"{owner}: takes at most {len(names)} arguments without a name ({', '.join(names)}), got {len(args)}")
+            placed = dict(zip(names, args, strict=False))
+            if twice := placed.keys() & kwargs.keys():
+                raise TypeError(f"{owner}: {', '.join(sorted(twice))} given twice, by place and by name")
+            return forward(self, **placed, **kwargs)
+
+        return positional
+
+    return decorate
+
+
+def either(owner: str, **named: Any) -> Any:
+    """The one argument that was given, of several names for it.
+
+    Raises:
+        TypeError: none or several were.
+    """
+    given = [value for value in named.values() if value is not None]
+    if len(given) != 1:
+        raise TypeError(f"{owner}: give one of {' and '.join(named)}")
+    return given[0]
+
+
+@contextmanager
+def made_in(dtype: torch.dtype | None) -> Iterator[None]:
+    """Parameters made inside are of this dtype from the start; None leaves torch's default."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(before if dtype is None else dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
