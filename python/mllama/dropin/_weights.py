@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from mllama.dropin._text import Llama3Model
+from mllama.lora import Linear_LORA
 
 _ATTENTION = tuple(f"self_attn.{name}_proj" for name in "qkvo")
 _LAYER = (*_ATTENTION, "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj", "input_layernorm", "post_attention_layernorm")
@@ -50,10 +51,13 @@ def load_weights_into_llama(model: Llama3Model, param_config: Mapping[str, Any],
     if missing := [source for source in sources.values() if source not in params]:
         more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
         raise ValueError(f"params: missing {', '.join(missing[:5])}{more}, of {len(sources)} tensors")
-    frozen = {name: getattr(module, "linear", module) for name, module in modules.items()}
-    weights = {name: assign(module.weight, params[sources[name]], sources[name]) for name, module in frozen.items()}
-    for name, weight in weights.items():
-        frozen[name].weight = weight
+    plain = {name: module.linear if isinstance(module, Linear_LORA) else module for name, module in modules.items()}
+    weights = {name: assign(module.weight, params[sources[name]], sources[name]) for name, module in plain.items()}
+    for name, module in plain.items():
+        module.weight = weights[name]
+    for module in modules.values():
+        if isinstance(module, Linear_LORA):
+            module.unmerge()  # what was merged is of the weights before
     if left := [name for name in params if name not in sources.values() and "rotary_emb" not in name]:
         warnings.warn(f"params: {len(left)} tensors have no place in the model, {left[0]!r} for one", stacklevel=2)
 

@@ -7,6 +7,7 @@ from mllama.dropin._rope import LLAMARotaryEmbedding, apply_rotary_pos_emb, comp
 from mllama.dropin._text import FeedForward, Llama3ForCausalLM, Llama3Model, LLAMARMSNorm, RMSNorm, TransformerBlock
 from mllama.dropin._text_config import LLAMA32_CONFIG, LLAMA32Config
 from mllama.dropin._weights import assign, load_weights_into_llama
+from mllama.lora import Linear_LORA, convert_linears_to_lora, convert_to_lora, replace_linear_with_lora
 from mllama.processing.tokenizer import Tokenizer
 
 __all__ = [
@@ -17,6 +18,7 @@ __all__ = [
     "LLAMA32Config",
     "LLAMARMSNorm",
     "LLAMARotaryEmbedding",
+    "Linear_LORA",
     "Llama3ForCausalLM",
     "Llama3Model",
     "RMSNorm",
@@ -25,9 +27,12 @@ __all__ = [
     "apply_rotary_pos_emb",
     "assign",
     "compute_rope_params",
+    "convert_linears_to_lora",
+    "convert_to_lora",
     "generate",
     "load_weights_into_llama",
     "repeat_kv",
+    "replace_linear_with_lora",
     "rope",
     "rotate_half",
     "text_to_tokens",
