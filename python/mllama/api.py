@@ -208,14 +208,23 @@ def answer(model: PreTrainedModel, processor, inputs: BatchFeature | BatchEncodi
         TypeError: an option of another type.
         ValueError: the prompt fills the model's context; an option that `generate` refuses.
     """
+    output = generate(model, inputs, **generate_kwargs)
+    return read_answer(processor, inputs, getattr(output, "sequences", output))
+
+
+def generate(model: PreTrainedModel, inputs: BatchFeature | BatchEncoding, **generate_kwargs) -> Any:
+    """What `model.generate` returns for one encoded prompt, with `ask`'s defaults and checks, which raise what `answer` says."""
     room = check_room(model, inputs)
-    prompt = inputs["input_ids"].shape[1]
     options = _options(generate_kwargs)
     if "max_new_tokens" in options:
         options["max_new_tokens"] = min(options["max_new_tokens"], room)
     with torch.inference_mode():
-        output = model.generate(**inputs.to(model.device), **options)
-    new = getattr(output, "sequences", output)[0, prompt:]
+        return model.generate(**inputs.to(model.device), **options)
+
+
+def read_answer(processor, inputs: Mapping, sequences: torch.Tensor) -> Answer:
+    """The answer in the ids that `generate` returned, [1, prompt and answer]."""
+    new = sequences[0, inputs["input_ids"].shape[1] :]
     return Answer(tokenizer_of(processor).decode(new, skip_special_tokens=True).strip(), len(new))
 
 
@@ -250,6 +259,8 @@ def _options(given: dict) -> dict:
             raise TypeError(f"{name} must be {word}, got {type(value).__name__}")
         if name in _COUNTS and value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
+        if kind is numbers.Real and name in options:
+            options[name] = float(value)  # transformers refuses whole numbers
     if "generation_config" in options:
         return options
     if "max_length" not in options:

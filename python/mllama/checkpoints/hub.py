@@ -46,7 +46,8 @@ def download(model_id: str, patterns: list[str] | tuple[str, ...] = PATTERNS, **
     Args:
         model_id: "organisation/name".
         patterns: of the files.
-        options: of `huggingface_hub.snapshot_download`; with `local_dir` files are put there instead of into the cache.
+        options: of `huggingface_hub.snapshot_download`; with `local_dir` files are put there instead of into the cache, and with them
+            original/tokenizer.model, Meta's own, which some scripts read.
 
     Returns:
         The folder they are in.
@@ -56,10 +57,12 @@ def download(model_id: str, patterns: list[str] | tuple[str, ...] = PATTERNS, **
     """
     absent = "" if "local_dir" in options else f"there is no folder {model_id!r} here, and "  # only then one was looked for
     page = f"https://huggingface.co/{model_id}"
+    ignored = ["original/*"]  # Meta's own files, the weights again
     try:
         if "local_dir" in options:  # of one that is there snapshot_download takes the files as fetched where the hub refuses
             model_info(model_id, revision=options.get("revision"), token=options.get("token"))
-        return Path(snapshot_download(model_id, allow_patterns=list(patterns), ignore_patterns=["original/*"], **options))
+            patterns, ignored = (*patterns, "original/tokenizer.model"), ["original/*.json", "original/*.safetensors"]
+        return Path(snapshot_download(model_id, allow_patterns=list(patterns), ignore_patterns=ignored, **options))
     except GatedRepoError as error:
         raise FileNotFoundError(f"{model_id} is gated: accept its licence at {page} and log in with `hf auth login`") from error
     except RepositoryNotFoundError as error:

@@ -8,6 +8,7 @@ import importlib
 import os
 import sys
 import warnings
+from collections.abc import Callable
 
 from mllama._ext import OpsUnavailable
 from mllama.cli._parser import build_parser
@@ -17,12 +18,21 @@ _LONGEST_ERROR = 1000
 
 def main(argv: list[str] | None = None) -> int:
     """Run a command line; returns the exit code. `argv` is sys.argv's by default."""
+
+    def work() -> int | None:
+        arguments = build_parser().parse_args(argv)
+        quieten()
+        return importlib.import_module(f"mllama.cli.{arguments.command}").run(arguments)
+
+    return run_told(work)
+
+
+def run_told(work: Callable[[], int | None]) -> int:
+    """Run `work` as a command is run: what it raises is told in one line; returns the exit code, which is `work`'s where it ends well."""
     try:
         _open_streams()
         try:
-            arguments = build_parser().parse_args(argv)
-            _quieten()
-            return importlib.import_module(f"mllama.cli.{arguments.command}").run(arguments) or 0
+            return work() or 0
         finally:
             sys.stdout.flush()  # here, where it may fail: in the interpreter's last moments it would be noise
     except KeyboardInterrupt:
@@ -54,7 +64,7 @@ def _open_streams() -> None:
         sys.stdout.reconfigure(errors="backslashreplace")
 
 
-def _quieten() -> None:
+def quieten() -> None:
     """Warnings of the libraries underneath are for their developers; progress bars are for terminals."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     if not sys.warnoptions:

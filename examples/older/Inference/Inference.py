@@ -1,0 +1,8 @@
+"""One question about one picture: `python Inference/Inference.py --image FILE --prompt TEXT --model-id ID`."""
+
+import sys
+
+from mllama.dropin.commands.vision import main
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,8 @@
+"""A model's tokenizer, config and weights from the hub: `python dev/get_tokenizer.py ID DIR`."""
+
+import sys
+
+from mllama.dropin.commands.get_tokenizer import main
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,8 @@
+"""One answer: `python inference.py --model_path DIR --prompt TEXT --image_file_path FILE`. dev/launch_inference.sh calls it."""
+
+import sys
+
+from mllama.dropin.commands.answer import main
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

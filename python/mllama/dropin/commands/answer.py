@@ -1,0 +1,78 @@
+"""`inference.py`: one answer about a picture, or from text alone; options by fire, spelt with underscores."""
+
+from mllama.api import check_question, encode, generate, load_quietly, read_answer, say_loaded
+from mllama.cli import quieten, run_told
+from mllama.cli._answering import AnswerStreamer
+from mllama.dropin.commands._comet import start_experiment
+from mllama.processing.image import load_picture
+
+
+def main(arguments: list[str]) -> int:
+    """Run the command line; returns the exit code."""
+    return run_told(lambda: _run(arguments))
+
+
+def _run(arguments: list[str]) -> None:
+    try:
+        import fire
+    except ImportError as error:
+        raise ImportError("inference.py needs fire: pip install 'mllama[older]'") from error
+    quieten()
+    as_written = fire.decorators.SetParseFn(str, "model_path", "prompt", "image_file_path")  # fire would read "1, 2" as a tuple
+    fire.Fire(as_written(inference), command=arguments, name="inference.py")
+
+
+def inference(
+    model_path: str = "",
+    prompt: str = "",
+    image_file_path: str = "",
+    max_tokens_to_generate: int = 100,
+    temperature: float = 0.8,
+    top_p: float = 0.9,
+    do_sample: bool = False,
+    only_cpu: bool = False,
+) -> None:
+    """Print what the model says to a prompt, about a picture or without one.
+
+    Args:
+        model_path: a model folder, a GGUF file or an id on the hub; without it, the embedded model.
+        prompt: put through the model's chat template.
+        image_file_path: the picture.
+        max_tokens_to_generate: the longest answer.
+        temperature: of sampling.
+        top_p: of sampling: from the likeliest tokens that add up to it.
+        do_sample: True or False; False takes the likeliest token, whatever temperature and top_p are.
+        only_cpu: True or False; the CPU even where there is a GPU.
+    """
+    if not prompt:
+        raise ValueError("--prompt is missing; give the question")
+    check_question(prompt)
+    if not isinstance(max_tokens_to_generate, int) or isinstance(max_tokens_to_generate, bool) or max_tokens_to_generate < 1:
+        raise ValueError(f"--max_tokens_to_generate must be a whole number of at least 1, got {max_tokens_to_generate!r}")
+    sampling = _truth("do_sample", do_sample)
+    device = "cpu" if _truth("only_cpu", only_cpu) else "auto"
+    picture = load_picture(image_file_path) if image_file_path else None  # before the model: an error should not take its time
+    options = {"max_new_tokens": max_tokens_to_generate, "do_sample": sampling}
+    if sampling:
+        options |= {"temperature": temperature, "top_p": top_p, "top_k": 0}
+    experiment = start_experiment()
+    model, processor = load_quietly(model_path or None, "auto", device)
+    inputs = encode(processor, picture, prompt)
+
+    def begin() -> None:
+        say_loaded(model_path or None, model)
+        print("User Input:", prompt)
+        print("AI Response:", end=" ")
+
+    kept = {"return_dict_in_generate": True, "output_logits": experiment is not None}
+    output = generate(model, inputs, streamer=AnswerStreamer(processor, begin), **options, **kept)
+    if experiment is not None:
+        experiment.log(options, inputs, output, picture, read_answer(processor, inputs, output.sequences).text)
+
+
+def _truth(name: str, value) -> bool:
+    """True and False, also as the words: shell scripts hand these over in quotes."""
+    words = {True: True, False: False, "True": True, "False": False}
+    if not isinstance(value, (bool, str)) or value not in words:
+        raise ValueError(f"--{name} must be True or False, got {value!r}")
+    return words[value]
