@@ -1,6 +1,7 @@
 """Tokenizers and processors of Meta's own folders: Meta's ids and chat format in transformers' classes."""
 
 import base64
+import functools
 import json
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from PIL import Image
 from transformers import AutoProcessor, AutoTokenizer
 
 import mllama
-from mllama.processing.meta import load_meta_processor
+from mllama.processing.meta import fast_tokenizer, load_meta_processor
 
 TEXTS = [
     "The quick brown fox doesn't jump over 12345 lazy dogs.\r\n\r\n  Indented\tand\u00a0spaced \n",
@@ -122,3 +123,20 @@ def test_ids_equal_metas(tmp_path):
         expected += [special["<|eot_id|>"]] if content else []
     messages = [{"role": "user", "content": "What is 2 + 2?"}]
     assert tokenizer.apply_chat_template(messages, add_generation_prompt=True)["input_ids"] == expected
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_a_tokenizer_of_ours_becomes_transformers(text):
+    pytest.importorskip("tiktoken", reason="tiktoken is not installed (pip install 'mllama[convert]')")
+    meta = pytest.importorskip("llama_models.llama3.tokenizer", reason="llama-models is not installed (--no-deps): no oracle")
+    ours, theirs = _both(Path(meta.__file__).parent / "tokenizer.model")
+    ids = theirs(text)["input_ids"]
+    assert ids == ours.encode(text, allowed_special="all") and theirs.decode(ids) == text
+    assert (theirs.bos_token_id, theirs.eos_token_id, theirs.pad_token_id) == (ours.bos_id, ours.eos_id, ours.pad_id)
+    assert len(theirs) == ours.n_words and theirs.chat_template is None
+
+
+@functools.cache
+def _both(path: Path):
+    ours = mllama.Tokenizer(path)
+    return ours, fast_tokenizer(ours)

@@ -1,16 +1,18 @@
 """What stands before a model in Meta's own folders: tokenizer.model and params.json, as transformers' tokenizer or processor."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 from tokenizers import AddedToken, processors
+from tokenizers import Tokenizer as Backend
 from transformers import PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import TikTokenConverter
 
 from mllama.processing.tiled import TiledImageProcessor, TiledProcessor
-from mllama.processing.tokenizer import PATTERN, SPECIAL_TOKENS, read_ranks
+from mllama.processing.tokenizer import PATTERN, SPECIAL_TOKENS, Tokenizer, read_ranks
 
-_IMAGE = "<|image|>"
+_BOS, _IMAGE = SPECIAL_TOKENS[0], "<|image|>"
 # Meta's chat format: contents as they are, pictures where they stand.
 _CHAT_TEMPLATE = """\
 {%- for message in messages -%}
@@ -67,31 +69,49 @@ def _vision_sizes(path: Path) -> tuple[int, int] | None:
     return None if size == -1 else (size, tiles)
 
 
+def fast_tokenizer(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
+    """The same vocabulary in transformers' fast tokenizer: the ids of `tokenizer.encode(text, allowed_special="all")`.
+
+    BOS and EOS are named, and put into no text by themselves; it pads on the left and has no chat template.
+    """
+    ranks = {token: tokenizer.model.encode_single_token(token) for token in tokenizer.model.token_byte_values()}
+    return _wrapped(_backend(ranks, sorted(tokenizer.special, key=tokenizer.special.get)))
+
+
 def _fast_tokenizer(path: Path, vision: bool) -> PreTrainedTokenizerFast:
     names = SPECIAL_TOKENS
     if vision:  # the names behind <|image|> move up, and it goes last
         before = SPECIAL_TOKENS.index(_IMAGE)
         names = (*names[:before], *names[before + 1 :], f"<|reserved_special_token_{len(names) - before + 1}|>", _IMAGE)
-    backend = _Converter(path, pattern=PATTERN).converted()
-    backend.add_special_tokens([AddedToken(name, normalized=False, special=True) for name in names])
-    bos = SPECIAL_TOKENS[0]
+    backend = _backend(read_ranks(path), names)
     if not vision:  # there the processor puts it in front, and stock transformers' would double it
-        first = processors.TemplateProcessing(single=f"{bos} $A", special_tokens=[(bos, backend.token_to_id(bos))])
+        first = processors.TemplateProcessing(single=f"{_BOS} $A", special_tokens=[(_BOS, backend.token_to_id(_BOS))])
         backend.post_processor = processors.Sequence([backend.post_processor, first])
+    return _wrapped(backend, chat_template=_CHAT_TEMPLATE)
+
+
+def _backend(ranks: dict[bytes, int], names: Sequence[str]) -> Backend:
+    """Byte pairs in the order of their ranks, then the special tokens of these names."""
+    backend = _Converter(ranks, pattern=PATTERN).converted()
+    backend.add_special_tokens([AddedToken(name, normalized=False, special=True) for name in names])
+    return backend
+
+
+def _wrapped(backend: Backend, **options) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(
         tokenizer_object=backend,
-        bos_token=bos,
+        bos_token=_BOS,
         eos_token="<|end_of_text|>",
         pad_token="<|finetune_right_pad_id|>",
         padding_side="left",
         model_input_names=["input_ids", "attention_mask"],
-        chat_template=_CHAT_TEMPLATE,
+        **options,
     )
 
 
 class _Converter(TikTokenConverter):
-    """transformers' converter on a checked file: its own reading needs tiktoken, and takes stale copies from the temporary folder."""
+    """transformers' converter on ranks: its own reading needs tiktoken, and takes stale copies from the temporary folder."""
 
     @staticmethod
-    def load_tiktoken_bpe(tiktoken_url: Path) -> dict[bytes, int]:
-        return read_ranks(tiktoken_url)
+    def load_tiktoken_bpe(tiktoken_url: dict[bytes, int]) -> dict[bytes, int]:
+        return tiktoken_url
