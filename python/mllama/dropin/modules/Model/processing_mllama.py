@@ -1,0 +1,1 @@
+from mllama.dropin.processing_mllama import *  # noqa: F403

@@ -1,0 +1,1 @@
+from mllama.dropin.processing_paligemma import *  # noqa: F403

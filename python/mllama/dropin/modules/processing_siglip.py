@@ -1,0 +1,1 @@
+from mllama.dropin.processing_siglip import *  # noqa: F403
