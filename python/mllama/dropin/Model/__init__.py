@@ -1,0 +1,6 @@
+"""`Model`: the folder of older scripts."""
+
+from mllama.dropin._config import MLLAMAConfig
+from mllama.dropin._multimodal import MllamaForConditionalGeneration
+
+__all__ = ["MLLAMAConfig", "MllamaForConditionalGeneration"]

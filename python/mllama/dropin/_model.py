@@ -1,0 +1,130 @@
+"""This package's model, called as older scripts call theirs: `kv_cache` in and out."""
+
+import warnings
+
+import torch
+from transformers import Cache, PretrainedConfig
+from transformers.modeling_outputs import ModelOutput
+
+from mllama.checkpoints.files import listing
+from mllama.dropin._output import OlderOutput
+from mllama.modeling import MllamaForConditionalGeneration
+
+
+class OlderModel(MllamaForConditionalGeneration):
+    """`mllama.MllamaForConditionalGeneration` of any family, whose cache is also called `kv_cache`.
+
+    Attributes:
+        vocab_size: the decoder's.
+    """
+
+    def __init__(self, config: PretrainedConfig, reference: str = "meta"):
+        super().__init__(config, reference)
+        self.vocab_size = self.plan.text.vocab_size
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        kv_cache: Cache | None = None,
+        position_ids: torch.Tensor | None = None,
+        image_mask: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        image_features: torch.Tensor | None = None,
+        token_type_ids: torch.Tensor | None = None,
+        prefix_length: torch.Tensor | None = None,
+        return_dict: bool | None = None,
+        **kwargs,
+    ) -> OlderOutput | tuple:
+        """As `mllama.MllamaForConditionalGeneration.forward`, under two further names.
+
+        Args:
+            kv_cache: another name of past_key_values: new keys and values are written to it. While it is empty the prompt is read; once it
+                is filled, input_ids are what comes after, and pictures given again are not looked at.
+            image_mask: not read; placeholders are found in input_ids.
+
+        Returns:
+            `output["logits"]`, `output["loss"]` (None without labels), `output["kv_cache"]`; all of them also as attributes.
+
+        Raises:
+            ValueError: kv_cache and past_key_values are both given; and as the package's.
+            TypeError, IndexError: as the package's.
+        """
+        if kv_cache is not None and past_key_values is not None:
+            raise ValueError("kv_cache and past_key_values are two names of one argument; give one")
+        output = super().forward(
+            input_ids,
+            pixel_values,
+            attention_mask,
+            labels,
+            inputs_embeds=inputs_embeds,
+            past_key_values=past_key_values if kv_cache is None else kv_cache,
+            position_ids=position_ids,
+            use_cache=use_cache,
+            logits_to_keep=logits_to_keep,
+            image_features=image_features,
+            token_type_ids=token_type_ids,
+            prefix_length=prefix_length,
+            return_dict=return_dict,
+            **kwargs,
+        )
+        return OlderOutput(**output) if isinstance(output, ModelOutput) else output
+
+    @property
+    def text_config(self):
+        """The decoder's config."""
+        return self.config.get_text_config()
+
+    @property
+    def vision_config(self):
+        """The tower's config."""
+        return self.config.vision_config
+
+    @property
+    def ignore_index(self) -> int:
+        """The label that is not trained."""
+        return self.plan.ignore_index
+
+    @property
+    def image_token_index(self) -> int | None:
+        """The placeholder's id, as the config says it; may be set."""
+        return self.config.image_token_index
+
+    @image_token_index.setter
+    def image_token_index(self, value: int | None) -> None:
+        self.config.image_token_index = value
+
+    def tie_weights(self, *args, **kwargs) -> None:
+        """Called by a script, without arguments: make the output head the embedding matrix. Called by transformers and this package, with
+        some: as the config says."""
+        if not (args or kwargs or self._resizing):
+            self.config.tie_word_embeddings = True
+        super().tie_weights(*args, **kwargs)
+
+    _resizing = False
+
+    def resize_token_embeddings(self, *args, **kwargs) -> torch.nn.Embedding:
+        """As transformers', whose last step is `tie_weights()`: it ties what was tied."""
+        self._resizing = True
+        try:
+            return super().resize_token_embeddings(*args, **kwargs)
+        finally:
+            self._resizing = False
+
+    def load_state_dict(self, state_dict: dict[str, torch.Tensor], strict: bool = True, assign: bool = False):
+        """As torch's; takes the names that weight files use, older scripts' among them. Warns where few of the tensors find a place."""
+        report = super().load_state_dict(state_dict, strict=strict, assign=assign)
+        unknown = report.unexpected_keys
+        if 2 * len(unknown) > len(state_dict) or not state_dict:
+            matched = sorted(self.state_dict().keys() - set(report.missing_keys))
+            warnings.warn(
+                f"load_state_dict: {len(state_dict) - len(unknown)} of {len(state_dict)} tensors found a place in the model "
+                f"({listing(matched) or 'none'}); not known: {listing(sorted(unknown)) or 'none'}",
+                stacklevel=2,
+            )
+        return report

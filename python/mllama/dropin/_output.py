@@ -1,0 +1,26 @@
+"""What the models of older scripts return."""
+
+from dataclasses import dataclass, fields
+from typing import Any
+
+from transformers import Cache
+
+from mllama.modeling import MllamaOutput
+
+
+@dataclass
+class OlderOutput(MllamaOutput):
+    """`MllamaOutput`, whose cache scripts call `kv_cache`. By its name every field can be read, None where there is nothing."""
+
+    @property
+    def kv_cache(self) -> Cache | None:
+        """The cache, where one was used."""
+        return self.past_key_values
+
+    def __getitem__(self, key: str | int | slice) -> Any:
+        if key == "kv_cache" or key in _FIELDS:
+            return getattr(self, key)
+        return super().__getitem__(key)
+
+
+_FIELDS = {field.name for field in fields(MllamaOutput)}

@@ -1,0 +1,1 @@
+from mllama.dropin.Model import *  # noqa: F403

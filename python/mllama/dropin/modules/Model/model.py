@@ -1,0 +1,1 @@
+from mllama.dropin.model import *  # noqa: F403

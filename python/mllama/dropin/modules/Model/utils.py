@@ -1,0 +1,1 @@
+from mllama.dropin.Model.utils import *  # noqa: F403

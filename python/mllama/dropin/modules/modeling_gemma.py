@@ -1,0 +1,1 @@
+from mllama.dropin.modeling_gemma import *  # noqa: F403

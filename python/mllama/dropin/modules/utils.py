@@ -1,0 +1,1 @@
+from mllama.dropin.utils import *  # noqa: F403
