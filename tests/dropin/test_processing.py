@@ -269,6 +269,11 @@ def test_every_way_to_call_it(processor):
         assert batch.keys() == expected.keys() and all(torch.equal(batch[name], expected[name]) for name in expected)
 
 
+def test_it_goes_to_worker_processes(processor):
+    copied = pickle.loads(pickle.dumps(processor))
+    assert torch.equal(copied([PROMPT], [picture()])["input_ids"], processor([PROMPT], [picture()])["input_ids"])
+
+
 def test_prompts_are_the_packages(module, make_tokenizer):
     ours = processor_of(module)(make_tokenizer(), N, S)
     mean, std = module.IMAGENET_STANDARD_MEAN, module.IMAGENET_STANDARD_STD

@@ -1,6 +1,7 @@
 """`siglip` and `modeling_siglip`: names, signatures, shapes, and features equal to the package's and to transformers'."""
 
 import inspect
+import types
 
 import pytest
 import torch
@@ -65,6 +66,15 @@ def test_config_by_place_and_with_further_names():
     assert tuple(getattr(config, name) for name in DEFAULTS) == values and config.projection_dim == 128
     config.projection_dim = 256
     assert config.projection_dim == 256
+
+
+def test_a_config_of_the_scripts_own_will_do():
+    own = types.SimpleNamespace(**DEFAULTS | SIZES)
+    ours = siglip.SiglipModel(own).eval()
+    theirs = siglip.SiglipModel(siglip.SiglipVisionConfig(**SIZES)).eval()
+    theirs.load_state_dict(ours.state_dict())
+    pixels = torch.randn(1, 3, 32, 32)
+    torch.testing.assert_close(ours(pixels), theirs(pixels), rtol=0, atol=0)
 
 
 def test_config_goes_into_the_packages():
@@ -134,7 +144,7 @@ def test_parts_are_read_as_scripts_read_them():
     for part in (ours, tower, embedding, attention, tower.encoder, tower.encoder.layers[0].mlp):
         assert part.config is config
     assert (embedding.embed_dim, embedding.image_size, embedding.patch_size) == (64, 32, 8)
-    assert embedding.num_patches == embedding.num_positions == 16
+    assert embedding.num_patches == embedding.num_positions == 16 and embedding.position_ids.tolist() == [list(range(16))]
     assert (attention.embed_dim, attention.num_heads, attention.head_dim, attention.scale, attention.dropout) == (64, 4, 16, 0.25, 0.0)
 
 

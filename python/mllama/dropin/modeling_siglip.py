@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from mllama.config import MllamaVisionConfig
+from mllama.nn.mlp import MLP
 from mllama.towers import siglip as towers
 
 __all__ = [
@@ -70,7 +71,7 @@ class SiglipVisionConfig(MllamaVisionConfig):
 class SiglipVisionEmbeddings(towers.SiglipEmbeddings):
     """Patches plus a learned position each.
 
-    Attributes: config, embed_dim, image_size, patch_size, num_patches (also num_positions).
+    Attributes: config, embed_dim, image_size, patch_size, num_patches (also num_positions), position_ids [1, num_patches].
     """
 
     def __init__(self, config: SiglipVisionConfig):
@@ -78,6 +79,7 @@ class SiglipVisionEmbeddings(towers.SiglipEmbeddings):
         self.config = config
         self.embed_dim, self.image_size, self.patch_size = config.hidden_size, config.image_size, config.patch_size
         self.num_patches = self.num_positions = (config.image_size // config.patch_size) ** 2
+        self.register_buffer("position_ids", torch.arange(self.num_patches)[None], persistent=False)
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """[B, channels, image_size, image_size] -> [B, patches, hidden_size].
@@ -108,11 +110,11 @@ class SiglipAttention(towers.SiglipAttention):
         return output, weights if weights is None else weights.to(output.dtype)
 
 
-class SiglipMLP(towers.SiglipMLP):
-    """fc2(gelu(fc1(x))), GELU in its tanh form."""
+class SiglipMLP(MLP):
+    """fc2(gelu(fc1(x))), GELU in its tanh form unless the config names another activation."""
 
     def __init__(self, config: SiglipVisionConfig):
-        super().__init__(config)
+        super().__init__(config.hidden_size, config.intermediate_size, getattr(config, "hidden_act", "gelu_pytorch_tanh"))
         self.config = config
 
 
