@@ -1,6 +1,7 @@
 """One class for scripts of two families: those that build from a config object, and those that build from a plain dict or from sizes."""
 
 import functools
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -28,6 +29,12 @@ def by_construction(*, sizes: str, config: str) -> Callable[[Callable], Callable
                 raise TypeError(f"{owner}: {', '.join(sorted(twice))} given twice, by place and by name")
             return forward(self, **placed, **kwargs)
 
+        own = inspect.signature(forward).parameters
+        names = dict.fromkeys(orders[False], inspect.Parameter.POSITIONAL_OR_KEYWORD)
+        names |= {name: inspect.Parameter.KEYWORD_ONLY for name in orders[True] if name not in names}
+        defaults = {name: own[name].default if name in own else None for name in names}
+        shown = [inspect.Parameter(name, kind, default=defaults[name]) for name, kind in names.items()]
+        positional.__signature__ = inspect.Signature([own["self"], *shown])
         return positional
 
     return decorate

@@ -1,8 +1,5 @@
 """Grouped-query attention of older scripts: the package's, under their names, with both families' arguments."""
 
-import inspect
-from typing import overload
-
 import torch
 from torch import nn
 from transformers import Cache
@@ -32,14 +29,15 @@ class LayerCache:
     Args:
         past_kv: (k, v), each [batch, groups, past, head_dim], or [batch, heads, past, head_dim] with every group repeated; or None.
         attention: whose they are.
+        batch: rows of the tokens to come.
 
     Raises:
         TypeError: no pair of tensors.
         ValueError: another shape, or heads of one group that differ.
     """
 
-    def __init__(self, past_kv: KeyValue | None, attention: "GroupQueryAttention"):
-        self.pair = None if past_kv is None else tuple(_groups(tensor, attention) for tensor in _pair(past_kv))
+    def __init__(self, past_kv: KeyValue | None, attention: "GroupQueryAttention", batch: int):
+        self.pair = None if past_kv is None else tuple(_groups(tensor, attention, batch) for tensor in _pair(past_kv))
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return 0 if self.pair is None else self.pair[0].shape[2]
@@ -59,22 +57,16 @@ def _pair(past_kv: KeyValue) -> KeyValue:
     return k, v
 
 
-def _groups(tensor: torch.Tensor, attention: "GroupQueryAttention") -> torch.Tensor:
+def _groups(tensor: torch.Tensor, attention: "GroupQueryAttention", batch: int) -> torch.Tensor:
     groups, heads, size = attention.num_kv_groups, attention.num_heads, attention.head_dim
-    if tensor.dim() != 4 or tensor.shape[1] not in (groups, heads) or tensor.shape[3] != size:
-        raise ValueError(f"past_kv: must be [batch, {groups} (or {heads}), past, {size}], got {list(tensor.shape)}")
+    if tensor.dim() != 4 or tensor.shape[0] != batch or tensor.shape[1] not in (groups, heads) or tensor.shape[3] != size:
+        raise ValueError(f"past_kv: k and v must be [{batch}, {groups} (or {heads}), past, {size}], got {list(tensor.shape)}")
     if tensor.shape[1] == groups:
         return tensor
     first = tensor[:, :: heads // groups]
     if not torch.equal(repeat_kv(first, heads // groups), tensor):
         raise ValueError(f"past_kv: of {heads} heads, those of one group must be equal; there are {groups} groups of keys and values")
     return first
-
-
-def _by_sizes(d_in, d_out, num_heads, num_kv_groups, dtype=None): ...
-
-
-def _by_config(config, layer_idx=None, dtype=None): ...
 
 
 @older_names(q_proj="W_query", k_proj="W_key", v_proj="W_value", o_proj="out_proj")
@@ -87,49 +79,49 @@ class GroupQueryAttention(CausalAttention):
         rotary_emb: of one built from a config; the other is given its tables.
     """
 
-    @overload
-    def __init__(self, d_in: int, d_out: int, num_heads: int, num_kv_groups: int, dtype: torch.dtype | None = None): ...
+    def __init__(
+        self,
+        d_in: int | MllamaTextConfig | None = None,
+        d_out: int | None = None,
+        num_heads: int | torch.dtype | None = None,
+        num_kv_groups: int | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        config: MllamaTextConfig | None = None,
+        layer_idx: int | None = None,
+    ):
+        """`GroupQueryAttention(d_in, d_out, num_heads, num_kv_groups, dtype=None)`, or `(config, layer_idx=None, dtype=None)`.
 
-    @overload
-    def __init__(self, config: MllamaTextConfig, layer_idx: int | None = None, dtype: torch.dtype | None = None): ...
-
-    def __init__(self, *args, **kwargs):
-        """
         Args:
             d_in, d_out: widths of the input and of the output.
             num_heads, num_kv_groups: query heads, and the key-value heads that they share.
             config: in their place, a LLAMA32Config.
-            layer_idx: this layer's place in a `kv_cache`; 0 by default.
+            layer_idx: this layer's place in a `kv_cache`; None is 0.
             dtype: of the weights; None is torch's default.
 
         Raises:
-            TypeError: arguments of neither kind.
             ValueError: sizes that do not go together.
         """
-        by_config = "config" in kwargs or (bool(args) and isinstance(args[0], MllamaTextConfig))
-        given = inspect.signature(_by_config if by_config else _by_sizes).bind(*args, **kwargs)
-        given.apply_defaults()
-        given = given.arguments
-        if by_config:
-            config = text_config(given["config"])
+        if isinstance(d_in, MllamaTextConfig):
+            config, layer_idx, dtype = d_in, layer_idx if d_out is None else d_out, dtype if num_heads is None else num_heads
+        if config is not None:
+            config = text_config(config)
             d_in = d_out = config.hidden_size
-            heads, groups, layer_idx = config.num_attention_heads, config.num_key_value_heads, given["layer_idx"] or 0
-        else:
-            d_in, d_out, heads, groups, layer_idx = given["d_in"], given["d_out"], given["num_heads"], given["num_kv_groups"], 0
-        for name, size in (("d_in", d_in), ("d_out", d_out), ("num_heads", heads), ("num_kv_groups", groups)):
+            num_heads, num_kv_groups = config.num_attention_heads, config.num_key_value_heads
+        for name, size in (("d_in", d_in), ("d_out", d_out), ("num_heads", num_heads), ("num_kv_groups", num_kv_groups)):
             check_size("GroupQueryAttention", name, size)
-        if d_out % heads or heads % groups or d_out // heads % 2:
+        if d_out % num_heads or num_heads % num_kv_groups or d_out // num_heads % 2:
             raise ValueError(
                 "GroupQueryAttention: d_out must be an even number times num_heads, and num_heads a multiple of num_kv_groups; "
-                f"got {d_out}, {heads} and {groups}"
+                f"got {d_out}, {num_heads} and {num_kv_groups}"
             )
-        with made_in(given["dtype"]):
-            super().__init__(d_in, heads, groups, d_out // heads, layer_idx)
+        with made_in(dtype):
+            super().__init__(d_in, num_heads, num_kv_groups, d_out // num_heads, layer_idx or 0)
             if d_in != d_out:
                 self.o_proj = nn.Linear(d_out, d_out, bias=False)
-        self.from_config = by_config
-        self.d_out, self.num_heads, self.num_kv_groups, self.group_size = d_out, heads, groups, heads // groups
-        if by_config:
+        self.from_config = config is not None
+        self.d_out, self.num_heads, self.num_kv_groups, self.group_size = d_out, num_heads, num_kv_groups, num_heads // num_kv_groups
+        if self.from_config:
             self.config = config
             self.rotary_emb = LLAMARotaryEmbedding(config)
 
@@ -198,7 +190,7 @@ def package_arguments(
     if mask is not None and attention_mask is not None:
         raise ValueError("give mask or attention_mask, not both")
     check_cache(kv_cache)
-    cache = LayerCache(past_kv, attention) if kv_cache is None else kv_cache
+    cache = LayerCache(past_kv, attention, len(x)) if kv_cache is None else kv_cache
     batch, tokens, _ = x.shape
     past = int(cache.get_seq_length(attention.layer_idx))
     seen = None

@@ -67,7 +67,7 @@ def generate(
         if use_cache and idx.shape[1] <= context_size:
             logits, past_kv = model(idx if past_kv is None else idx[:, -1:], past_kv=past_kv, use_cache=True)
         else:
-            answer = model(idx[:, -context_size:])
+            past_kv, answer = None, model(idx[:, -context_size:])
             logits = answer[0] if isinstance(answer, tuple) else answer
         token = _pick(logits[:, -1], temperature, top_k).to(idx.dtype)
         if eos_id is not None:

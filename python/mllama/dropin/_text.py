@@ -179,10 +179,11 @@ class Llama3Model(Decoder):
             check_ids(input_ids)
             check_range(input_ids, self.config.vocab_size)
             input_embeds = self.tok_emb(input_ids)
+        check_embeddings(input_embeds, self.config.hidden_size)
         if past_kv is not None and kv_cache is not None:
             raise ValueError("give past_kv or kv_cache, not both")
         if kv_cache is None and (use_cache or past_kv is not None):
-            kv_cache = self._cache(past_kv)
+            kv_cache = self._cache(past_kv, len(input_embeds))
         hidden_states = self._decode(input_embeds, attention_mask, whole(position_ids), kv_cache)
         answer = hidden_states if self.from_config else self.out_head(hidden_states)
         return (answer, [(layer.keys, layer.values) for layer in kv_cache.layers]) if use_cache else answer
@@ -193,18 +194,17 @@ class Llama3Model(Decoder):
         """`forward` on embeddings [B, T, width]: visual tokens before words', for one."""
         return self(input_embeds=inputs_embeds, past_kv=past_kv, use_cache=use_cache)
 
-    def _cache(self, past_kv: list[KeyValue] | None) -> KVCache:
+    def _cache(self, past_kv: list[KeyValue] | None, batch: int) -> KVCache:
         if past_kv is None:
             return KVCache()
         if not isinstance(past_kv, (list, tuple)) or len(past_kv) != len(self.trf_blocks):
             count = len(past_kv) if isinstance(past_kv, (list, tuple)) else type(past_kv).__name__
             raise ValueError(f"past_kv must be a list of {len(self.trf_blocks)} pairs (k, v), one per layer, got {count}")
-        return KVCache([LayerCache(pair, block.att).pair for pair, block in zip(past_kv, self.trf_blocks, strict=True)])
+        return KVCache([LayerCache(pair, block.att, batch).pair for pair, block in zip(past_kv, self.trf_blocks, strict=True)])
 
     def _decode(self, embeds, attention_mask, position_ids, kv_cache) -> torch.Tensor:
         check_cache(kv_cache)
         past = int(past_length(kv_cache))
-        check_embeddings(embeds, self.config.hidden_size)
         tokens, longest = past + embeds.shape[1], self.config.context_length
         if tokens > longest:
             raise ValueError(f"Llama3Model: {tokens} tokens ({past} of them cached) are more than context_length, {longest}")
