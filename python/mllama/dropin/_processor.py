@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from transformers import PreTrainedTokenizerBase
 
+from mllama.dropin._placeholders import remember
 from mllama.processing.meta import fast_tokenizer
 from mllama.processing.processor import MllamaBatch, MllamaImageProcessor
 from mllama.processing.tokenizer import Tokenizer
@@ -42,6 +43,7 @@ class OlderProcessor(MllamaImageProcessor):
         means = {"image_mean": self.pixel_mean, "image_std": self.pixel_std}
         super().__init__(tokenizer, num_image_token, image_size, location_tokens=True, **means)
         tokenizer.add_special_tokens({"extra_special_tokens": [self.IMAGE_TOKEN]}, replace_extra_special_tokens=False)
+        remember(self.image_token_id)  # a model has no other way to know it
         for habit in ("add_bos_token", "add_eos_token"):
             if hasattr(tokenizer, habit):
                 setattr(tokenizer, habit, False)
