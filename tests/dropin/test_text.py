@@ -232,7 +232,7 @@ def plain_attention(attention, x, added):
 
 MASKS = {
     "causal": hidden(6),
-    "with padding": (hidden(6) | (torch.arange(6) == 0)) & ~torch.eye(6, dtype=torch.bool),
+    "a key for one alone": (hidden(6) | (torch.arange(6) == 0)) & ~torch.eye(6, dtype=torch.bool),
     "sees all": torch.zeros(6, 6, dtype=torch.bool),
     "a window": hidden(6) | hidden(6).T.tril(-3),
     "for each row": torch.stack([hidden(6), torch.zeros(6, 6, dtype=torch.bool)])[:, None],
@@ -261,11 +261,21 @@ def test_other_numbers_are_added_to_the_scores():
     assert not torch.allclose(model(ids(2, 6), attention_mask=added)[0], model(ids(2, 6))[0])
 
 
-def test_a_query_that_sees_nothing_gets_zeros():
-    attention, x = GroupQueryAttention(64, 64, 4, 2), torch.randn(2, 6, 64)
-    mask = MASKS["with padding"].clone()
-    mask[2] = True
-    assert not attention(x, *compute_rope_params(16), mask)[:, 2].any()
+def test_causality_and_padding_are_the_operators(monkeypatch):
+    def refuse(*args, **kwargs):
+        raise AssertionError("torch's own attention was called")
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", refuse)
+    attention, x, tables = GroupQueryAttention(64, 64, 4, 2), torch.randn(2, 6, 64), compute_rope_params(16)
+    padded = hidden(6).repeat(2, 1, 1, 1)
+    padded[0, ..., :2] = True
+    for mask in (None, hidden(6), hidden(6)[None, None], hidden(6).float() * -1e9, padded):
+        out = attention(x, *tables, mask)
+    assert not out[0, :2].any()  # a query that sees nothing gets zeros
+    close(out[1], attention(x, *tables, None)[1])
+    toys.by_config()(ids(2, 6), attention_mask=padded * torch.finfo(torch.float32).min)
+    with pytest.raises(AssertionError, match="torch's own"):
+        attention(x, *tables, MASKS["a window"])
 
 
 def test_attention_by_sizes():

@@ -88,7 +88,8 @@ def _pick(logits: torch.Tensor, temperature: float, top_k: int | None) -> torch.
     if temperature == 0:
         return logits.argmax(-1, keepdim=True)
     logits = logits.float()
-    logits = (logits - logits.amax(-1, keepdim=True)) / temperature  # the largest is 0, and no temperature makes it infinite
+    # The largest becomes 0: no temperature makes it infinite.
+    logits = (logits - logits.amax(-1, keepdim=True)) / max(temperature, torch.finfo(logits.dtype).tiny)
     return torch.multinomial(logits.softmax(-1), 1)
 
 
