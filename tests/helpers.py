@@ -104,6 +104,7 @@ def check_op(
     tolerance: dict[torch.dtype, float] = TOLERANCE,
     gradient_tolerance: dict[torch.dtype, float] | None = None,
     second_derivative: bool = False,
+    thread_counts: Sequence[int] = (1, 2),
 ) -> None:
     """Prove an operator on `samples` against its reference evaluated on the same (rounded) values in float64 or float32.
 
@@ -118,6 +119,7 @@ def check_op(
         keep_float32: places and names of arguments that stay float32 beside 16-bit ones.
         dtypes, tolerance, gradient_tolerance: what is accepted for each dtype (see `assert_close`).
         second_derivative: the operator has one, equal to the reference's; without, it must raise.
+        thread_counts: which must give the same bits; () where torch's matrix product, whose bits depend on it, is a part.
 
     Checked: values for each dtype, instruction set and memory layout; 16-bit beside float32 where kept so; determinism, run
     to run and over thread counts; gradients against the reference's; that a second derivative raises or is right; opcheck;
@@ -137,7 +139,7 @@ def check_op(
     elif has_gradient:
         _check_no_second_derivative(public, _leaves(samples[0], differentiable))
     for sample in samples:
-        _check_determinism(public, _leaves(sample, differentiable), has_gradient)
+        _check_determinism(public, _leaves(sample, differentiable), has_gradient, thread_counts)
     for overload, arguments in raw:
         torch.library.opcheck(overload, arguments)
     for sample in samples[:2]:
@@ -225,12 +227,12 @@ def _check_second_derivative(public, reference, sample, tolerance) -> None:
         assert_close(*pair, tolerance, f"second derivative {k}")
 
 
-def _check_determinism(public, sample, has_gradient) -> None:
+def _check_determinism(public, sample, has_gradient, thread_counts) -> None:
     """The same bits again, whatever the number of threads."""
     threads = torch.get_num_threads()
     runs = []
     try:
-        for count in (threads, 1, 2):
+        for count in (threads, threads, *thread_counts):
             torch.set_num_threads(count)
             runs.append([*_results(public(*sample.args, **sample.kwargs)), *(_gradients(public, sample) if has_gradient else [])])
     finally:

@@ -4,7 +4,7 @@ import math
 
 import torch
 
-from mllama.ops._dispatch import autocast_dtype, check_float, exact
+from mllama.ops._dispatch import autocast_dtype, check_float, exact, fresh, register, use_kernel
 
 _32_BITS = 0xFFFFFFFF
 
@@ -55,6 +55,8 @@ def lora_linear(
     if dtype is not None:
         x = x.to(dtype)
     with exact(x):  # autocast has had its say
+        if use_kernel(x):
+            return _lora_linear(x, weight, lora_a, lora_b, bias, seed, scale, dropout)[0]
         _check(x, weight, lora_a, lora_b, bias)
         return reference(x, weight, lora_a, lora_b, bias, scale, dropout, seed)
 
@@ -136,3 +138,38 @@ def _check(x: torch.Tensor, weight: torch.Tensor, lora_a: torch.Tensor, lora_b: 
         raise ValueError(f"lora_linear: lora_b must be [{out}, {rank}], out of weight and rank of lora_a, got {list(lora_b.shape)}")
     if bias is not None and bias.shape != (out,):
         raise ValueError(f"lora_linear: bias must be [{out}], got {list(bias.shape)}")
+
+
+def _fake(x, weight, lora_a, lora_b, bias, seed, scale, dropout):
+    _check(x, weight, lora_a, lora_b, bias)
+    return x.new_empty((*x.shape[:-1], weight.shape[0])), x.new_empty((*x.shape[:-1], lora_a.shape[0]), dtype=torch.float32)
+
+
+def _setup(ctx, inputs, output):
+    *tensors, ctx.scale, ctx.dropout = inputs
+    small = output[1]
+    ctx.mark_non_differentiable(small)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*tensors, small)
+
+
+def _derivative(ctx, grad_y, grad_small):
+    if grad_y is None:
+        return (None,) * 8
+    x, weight, lora_a, lora_b, bias, seed, small = ctx.saved_tensors
+    x_needed, _, *needed = ctx.needs_input_grad[:5]
+    needed = (x_needed, *needed)
+    with exact(grad_y):
+        gradients = _lora_linear_backward(grad_y, x, weight, lora_a, lora_b, bias, small, seed, ctx.scale, ctx.dropout, *needed)
+    grad_x, *others = (gradient if need else None for gradient, need in zip(gradients, needed, strict=True))
+    return grad_x, None, *others, None, None, None
+
+
+def _backward_fake(grad_y, x, weight, lora_a, lora_b, bias, small, seed, scale, dropout, *needed):
+    inputs = (x, lora_a, lora_b, weight if bias is None else bias)
+    needed = (*needed[:3], needed[3] and bias is not None)
+    return tuple(fresh(value) if need else value.new_empty(0) for value, need in zip(inputs, needed, strict=True))
+
+
+_lora_linear = register("lora_linear", fake=_fake, backward=_derivative, setup_context=_setup)
+_lora_linear_backward = register("_lora_linear_backward", fake=_backward_fake)

@@ -1,0 +1,250 @@
+#include "kernels/cpu/lora_linear.h"
+
+#include <algorithm>
+#include <type_traits>
+
+#include "kernels/cpu/tiles.h"
+
+namespace mllama::kernels::MLLAMA_ISA {
+namespace {
+
+// All products run on f32 register tiles (tiles.h): blocks of x and of the factor are widened into scratch first, which
+// is also where dropout happens. Sums over a long dimension are taken in blocks, and the blocks' sums added in order.
+constexpr int64_t kSteps = 256;  // of x's width, summed at a time by low_rank_down
+
+// ---- dropout -------------------------------------------------------------------------------------------------------
+
+template <class U>  // uint32_t or a vector of them
+inline U mix(U h) {
+    h ^= h >> 16;
+    h *= 0x21f0aaadu;
+    h ^= h >> 15;
+    h *= 0x735a2d97u;
+    return h ^ (h >> 15);
+}
+
+// Which elements of one row are kept; `kept` in ops/lora_linear.py is the same in Python.
+class Kept {
+  public:
+    Kept() = default;
+    Kept(const LowRank& a, int64_t row) : threshold_(a.threshold) {
+        uint32_t low = static_cast<uint32_t>(a.seed), high = static_cast<uint32_t>(a.seed >> 32);
+        key_ = mix(static_cast<uint32_t>(row) ^ mix(low ^ mix(high)));
+        shift_ = mix(key_ ^ mix(high ^ 0x9e3779b9u));
+    }
+    // x in the lanes kept, 0 in the others; the first lane's place in the row is `column`.
+    vf operator()(vf x, int64_t column) const {
+        vu lane;
+        for (int i = 0; i < kWidth; ++i) lane[i] = i;
+        vu hash = mix((lane + static_cast<uint32_t>(column)) ^ key_) + shift_;
+        return hash >= threshold_ ? x : vf{};
+    }
+
+  private:
+    uint32_t threshold_, key_, shift_;
+};
+
+// Columns [column, column + size) of a row of dropout(x) as f32, then zeros up to `width`, a multiple of kWidth.
+template <class T>
+void widen_kept(const LowRank& a, int64_t row, int64_t column, int64_t size, float* to, int64_t width) {
+    widen_row(static_cast<const T*>(a.x) + row * a.width + column, to, size, width);
+    if (!a.dropout) return;
+    Kept kept(a, row);
+    for (int64_t i = 0; i < size; i += kWidth) store(to + i, kept(load(to + i), column + i));
+}
+
+// ---- tiles ---------------------------------------------------------------------------------------------------------
+
+// Calls body(first lane, vectors) for `lanes` lanes, a multiple of kWidth; vectors as std::integral_constant.
+template <class Body>
+inline __attribute__((always_inline)) void for_lanes(int64_t lanes, Body&& body) {
+    for (int64_t lane = 0; lane < lanes; lane += kTileVectors * kWidth) {
+        switch ((lanes - lane) / kWidth) {
+            case 1: body(lane, std::integral_constant<int, 1>{}); break;
+            case 2: body(lane, std::integral_constant<int, 2>{}); break;
+            default: body(lane, std::integral_constant<int, 3>{});
+        }
+    }
+}
+
+template <class W>
+const W* factor_row(const LowRank& a, int64_t row) {
+    return static_cast<const W*>(a.factor) + row * (a.by_column ? a.rank : a.width);
+}
+
+// ---- down ----------------------------------------------------------------------------------------------------------
+
+// Fewer rows than a tile has, as in decoding: a dot product for each element, with the factor read as it lies.
+template <class T, class W>
+void down_by_dots(const LowRank& a, int64_t first_row, int64_t last_row) {
+    int64_t width = round_up(a.width, 4 * kWidth);
+    Floats x(width);
+    for (int64_t row = first_row; row < last_row; ++row) {
+        widen_kept<T>(a, row, 0, a.width, x, width);
+        for (int64_t c = 0; c < a.rank; ++c) {
+            const W* factor = factor_row<W>(a, c);
+            vf sum[4]{};  // in flight, since one would wait for each addition
+            int64_t i = 0;
+            for (; i + 4 * kWidth <= a.width; i += 4 * kWidth) {
+#pragma GCC unroll 4
+                for (int j = 0; j < 4; ++j) sum[j] += load(x + i + j * kWidth) * load(factor + i + j * kWidth);
+            }
+            for_vectors(a.width - i, [&](int64_t j, int n) { sum[0] += load(x + i + j) * at(factor + i + j, n); });
+            a.small[row * a.rank + c] = a.scale * reduce_add((sum[0] + sum[1]) + (sum[2] + sum[3]));
+        }
+    }
+}
+
+template <class T, class W>
+void down(const LowRank& a, int64_t first_row, int64_t last_row) {
+    if (!a.by_column && a.rows < kTileRows) return down_by_dots<T, W>(a, first_row, last_row);
+    int64_t lanes = round_up(a.rank, kWidth);
+    Words factor(kSteps * lanes), room(kSteps * lanes);
+    Floats x(kTileRows * kSteps);
+    std::fill(a.small + first_row * a.rank, a.small + last_row * a.rank, 0.0f);
+    for (int64_t column = 0; column < a.width; column += kSteps) {
+        int64_t steps = std::min(kSteps, a.width - column);
+        if (a.by_column) {
+            pack_rows<F32Words>([&](int64_t i) { return factor_row<W>(a, column + i); }, steps, a.rank, lanes, factor);
+        } else {
+            pack_columns<F32Words>([&](int64_t i) { return factor_row<W>(a, i) + column; }, a.rank, lanes, steps, room,
+                                   factor);
+        }
+        for (int64_t row = first_row; row < last_row; row += kTileRows) {
+            int64_t rows = std::min<int64_t>(kTileRows, last_row - row);
+            for (int64_t i = 0; i < rows; ++i) widen_kept<T>(a, row + i, column, steps, x + i * kSteps, kSteps);
+            std::fill(x + rows * kSteps, x + kTileRows * kSteps, 0.0f);
+            for_lanes(lanes, [&](int64_t lane, auto vectors) {
+                constexpr int kVectors = vectors;
+                Tile<kVectors> tile{};
+                multiply_add<F32Words, kSteps>(tile, as_words(x), 1, factor + lane, lanes, steps);
+                for_tile<kVectors>([&](int r, int n) {
+                    int64_t c = lane + n * kWidth, count = std::min<int64_t>(kWidth, a.rank - c);
+                    float* sum = a.small + (row + r) * a.rank + c;
+                    if (r < rows) put(sum, at(sum, count) + a.scale * tile[r][n], count);
+                });
+            });
+        }
+    }
+}
+
+// ---- up ------------------------------------------------------------------------------------------------------------
+
+template <class T, class W>
+class Up {
+  public:
+    explicit Up(const LowRank& args) : a(args) {}
+
+    void run(int64_t block, int64_t row_block) {
+        if (block != block_) pack(block);
+        int64_t row = row_block * kRowBlock, last = std::min(row + kRowBlock, a.rows);
+        for (; row + kTileRows <= last; row += kTileRows) {
+            pack_columns<F32Words>([&](int64_t i) { return a.small + (row + i) * a.rank; }, kTileRows, kTileRows,
+                                   a.rank, room_, small_);
+            add_rows<kTileRows>(row, small_, kTileRows);
+        }
+        for (; row < last; ++row) add_rows<1>(row, as_words(a.small + row * a.rank), 1);
+    }
+
+  private:
+    void pack(int64_t block) {
+        block_ = block;
+        first_ = block * kUpColumns;
+        columns_ = std::min(kUpColumns, a.width - first_);
+        lanes_ = round_up(columns_, kWidth);
+        if (a.by_column) {
+            pack_columns<F32Words>([&](int64_t i) { return factor_row<W>(a, first_ + i); }, columns_, lanes_, a.rank,
+                                   room_, factor_);
+        } else {
+            pack_rows<F32Words>([&](int64_t i) { return factor_row<W>(a, i) + first_; }, a.rank, columns_, lanes_,
+                                factor_);
+        }
+    }
+
+    // Rows row .. row + R of x; small[step] holds theirs side by side, steps are `stride` apart.
+    template <int R>
+    void add_rows(int64_t row, const Word* small, int64_t stride) {
+        Kept kept[R];
+        if (a.dropout) {
+            for (int r = 0; r < R; ++r) kept[r] = Kept(a, row + r);
+        }
+        for_lanes(lanes_, [&](int64_t lane, auto vectors) {
+            constexpr int kVectors = vectors;
+            vf tile[R][kVectors]{};
+            multiply_add<F32Words, 1>(tile, small, stride, factor_ + lane, lanes_, a.rank);
+            for_tile<kVectors, R>([&](int r, int n) {
+                int64_t i = lane + n * kWidth, count = std::min<int64_t>(kWidth, columns_ - i);
+                T* x = static_cast<T*>(a.x) + (row + r) * a.width + first_ + i;
+                vf update = a.scale * tile[r][n];
+                if (a.dropout) update = kept[r](update, first_ + i);
+                put(x, at(x, count) + update, count);
+            });
+        });
+    }
+
+    const LowRank& a;
+    int64_t block_ = -1, first_ = 0, columns_ = 0, lanes_ = 0, words_ = round_up(a.rank, kWidth);
+    Words factor_{words_ * kUpColumns}, small_{words_ * kTileRows}, room_{words_ * kUpColumns};
+};
+
+// ---- outer ---------------------------------------------------------------------------------------------------------
+
+template <class T, class W>
+void outer(const LowRank& a, int64_t block) {
+    constexpr int64_t kStride = kOuterColumns;
+    int64_t first = block * kOuterColumns, columns = std::min(kOuterColumns, a.width - first);
+    int64_t lanes = round_up(columns, kWidth), ranks = round_up(a.rank, kWidth);
+    Floats sums(ranks * kStride), turned(ranks * kStride), x(kRowBlock * kStride);
+    Words small(kRowBlock * ranks);
+    std::fill(sums + 0, sums + ranks * kStride, 0.0f);
+    for (int64_t row = 0; row < a.rows; row += kRowBlock) {
+        int64_t rows = std::min(kRowBlock, a.rows - row);
+        for (int64_t i = 0; i < rows; ++i) widen_kept<T>(a, row + i, first, columns, x + i * kStride, lanes);
+        pack_rows<F32Words>([&](int64_t i) { return a.small + (row + i) * a.rank; }, rows, a.rank, ranks, small);
+        for (int64_t c = 0; c < a.rank; c += kTileRows) {
+            for_lanes(lanes, [&](int64_t lane, auto vectors) {
+                constexpr int kVectors = vectors;
+                Tile<kVectors> tile{};
+                multiply_add<F32Words, 1>(tile, small + c, ranks, as_words(x + lane), kStride, rows);
+                for_tile<kVectors>([&](int r, int n) {
+                    float* sum = sums + (c + r) * kStride + lane + n * kWidth;
+                    store(sum, load(sum) + tile[r][n]);
+                });
+            });
+        }
+    }
+    W* factor = static_cast<W*>(a.factor);
+    auto copy = [&](const float* from, W* to, int64_t size) {
+        for_vectors(size, [&](int64_t i, int n) { put(to + i, a.scale * load(from + i), n); });
+    };
+    if (a.by_column) {
+        transpose(as_words(sums), kStride, as_words(turned), ranks, ranks, lanes);
+        for (int64_t i = 0; i < columns; ++i) copy(turned + i * ranks, factor + (first + i) * a.rank, a.rank);
+    } else {
+        for (int64_t c = 0; c < a.rank; ++c) copy(sums + c * kStride, factor + c * a.width + first, columns);
+    }
+}
+
+}  // namespace
+
+void low_rank_down(const LowRank& args, int64_t first, int64_t last) {
+    dispatch(args.dtype, args.factor_dtype, [&](auto t, auto w) {
+        down<decltype(t), decltype(w)>(args, first * kRowBlock, std::min(last * kRowBlock, args.rows));
+    });
+}
+
+void low_rank_up(const LowRank& args, int64_t first, int64_t last) {
+    int64_t row_blocks = (args.rows + kRowBlock - 1) / kRowBlock;
+    dispatch(args.dtype, args.factor_dtype, [&](auto t, auto w) {
+        Up<decltype(t), decltype(w)> up(args);
+        for (int64_t i = first; i < last; ++i) up.run(i / row_blocks, i % row_blocks);
+    });
+}
+
+void low_rank_outer(const LowRank& args, int64_t first, int64_t last) {
+    dispatch(args.dtype, args.factor_dtype, [&](auto t, auto w) {
+        for (int64_t block = first; block < last; ++block) outer<decltype(t), decltype(w)>(args, block);
+    });
+}
+
+}  // namespace mllama::kernels::MLLAMA_ISA

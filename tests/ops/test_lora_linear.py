@@ -1,0 +1,329 @@
+import pytest
+import torch
+from torch.utils.checkpoint import checkpoint
+
+from helpers import THROWN, BadCall, Sample, check_op, instruction_set, instruction_sets, needs_kernels
+from mllama.ops import lora_linear
+from mllama.ops.lora_linear import kept, reference
+
+torch.manual_seed(0)
+X, W, A, B, BIAS = torch.randn(4, 8), torch.randn(5, 8), torch.randn(3, 8), torch.randn(5, 3), torch.randn(5)
+SEED = torch.tensor([-(1 << 62) - 12345])
+operators = torch.ops.mllama
+
+
+def inputs(shape, out, rank, dtype=torch.float32, adapters=torch.float32):
+    """x, weight, lora_a, lora_b, bias, scaled so that all results are near 1."""
+    width = shape[-1]
+    weight, a = torch.randn(out, width) * max(width, 1) ** -0.5, torch.randn(rank, width) * max(width, 1) ** -0.5
+    b, bias = torch.randn(out, rank) * rank**-0.5, torch.randn(out)
+    return torch.randn(shape).to(dtype), weight.to(dtype), a.to(adapters), b.to(adapters), bias.to(dtype)
+
+
+def sample(shape, out, rank, bias=True, **kwargs):
+    *tensors, shift = inputs(shape, out, rank)
+    return Sample((*tensors, shift if bias else None), kwargs)
+
+
+def leaves(*tensors):
+    return [tensor.detach().clone().requires_grad_() for tensor in tensors]
+
+
+def results(function, x, weight, a, b, bias, grad_y, **kwargs):
+    """y and the gradients of x, lora_a, lora_b, bias."""
+    x, a, b, bias = leaves(x, a, b, bias)
+    y = function(x, weight, a, b, bias, **kwargs)
+    return [y.detach(), *torch.autograd.grad(y, (x, a, b, bias), grad_y)]
+
+
+@needs_kernels
+@pytest.mark.parametrize("keep", [(), (2, 3), (1, 3, 4)], ids=["all as x", "f32 adapters", "f32 weight, bias and B"])
+def test_lora_linear(keep):
+    small = operators.lora_linear(X, W, A, B, BIAS, SEED, 0.5, 0.25)[1]
+    check_op(
+        lora_linear,
+        reference,
+        [
+            sample((2, 5, 40), 24, 4, scale=2.0),
+            sample((33, 77), 401, 5, bias=False, scale=0.5, dropout=0.3, seed=SEED),
+            sample((9,), 13, 16),
+            sample((70, 17), 20, 49, dropout=0.5, seed=SEED),
+            sample((3, 300), 7, 1, bias=False),
+            sample((0, 8), 4, 2, dropout=0.1, seed=SEED),
+            sample((5, 8), 0, 2),
+            sample((2, 0), 3, 2),
+        ],
+        differentiable=(0, 2, 3, 4),
+        keep_float32=keep,
+        thread_counts=(),  # see test_the_number_of_threads_does_not_matter
+        raw=[
+            (operators.lora_linear.default, (X, W, A.clone().requires_grad_(), B, BIAS, None, 2.0, 0.0)),
+            (operators.lora_linear.default, (X.clone().requires_grad_(), W, A, B, None, SEED, 2.0, 0.5)),
+            (
+                operators._lora_linear_backward.default,
+                (torch.randn(4, 5), X, W, A, B, BIAS, small, SEED, 0.5, 0.25, True, True, True, True),
+            ),
+            (
+                operators._lora_linear_backward.default,
+                (torch.randn(4, 5), X, W, A, B, None, small, None, 0.5, 0.0, False, False, True, False),
+            ),
+        ],
+        bad_calls=[
+            BadCall(lambda: lora_linear([1.0], W, A, B), TypeError, "x must be a torch.Tensor, got list"),
+            BadCall(lambda: lora_linear(X.double(), W, A, B), TypeError, "x must be float32, bfloat16 or float16, got float64"),
+            BadCall(lambda: lora_linear(X, W, A, B.int()), TypeError, "lora_b must be float32, bfloat16 or float16, got int32"),
+            BadCall(lambda: lora_linear(X, W, None, B), TypeError, "lora_a must be a torch.Tensor, got NoneType"),
+            BadCall(lambda: lora_linear(torch.tensor(1.0), W, A, B), ValueError, "x must have at least one dimension"),
+            BadCall(lambda: lora_linear(X[:, :7], W, A, B), ValueError, r"weight must be \[out, 7\] for x \[4, 7\], got \[5, 8\]"),
+            BadCall(lambda: lora_linear(X, W[0], A, B), ValueError, r"weight must be \[out, 8\] for x \[4, 8\], got \[8\]"),
+            BadCall(lambda: lora_linear(X, W, A[:, :7], B), ValueError, r"lora_a must be \[rank, 8\] with rank > 0 .*, got \[3, 7\]"),
+            BadCall(lambda: lora_linear(X, W, A[:0], B[:, :0]), ValueError, r"lora_a must be \[rank, 8\] with rank > 0 .*, got \[0, 8\]"),
+            BadCall(lambda: lora_linear(X, W, A, B.T), ValueError, r"lora_b must be \[5, 3\], out of weight and rank .*, got \[3, 5\]"),
+            BadCall(lambda: lora_linear(X, W, A, B, BIAS[:3]), ValueError, r"bias must be \[5\], got \[3\]"),
+            BadCall(lambda: lora_linear(X, W, A, B, scale="2"), TypeError, "scale must be a number, got str"),
+            BadCall(lambda: lora_linear(X, W, A, B, scale=float("nan")), ValueError, "scale must be finite, got nan"),
+            BadCall(lambda: lora_linear(X, W, A, B, dropout=True), TypeError, "dropout must be a number, got bool"),
+            BadCall(lambda: lora_linear(X, W, A, B, dropout=1.0), ValueError, "dropout must be at least 0 and below 1, got 1.0"),
+            BadCall(lambda: lora_linear(X, W, A, B, dropout=-0.1), ValueError, "dropout must be at least 0 and below 1, got -0.1"),
+            BadCall(lambda: lora_linear(X, W, A, B, seed=5), TypeError, "seed must be a torch.Tensor or None, got int"),
+            BadCall(lambda: lora_linear(X, W, A, B, seed=SEED.int()), TypeError, "seed must be int64, got int32"),
+            BadCall(lambda: lora_linear(X, W, A, B, seed=SEED[0]), ValueError, r"seed must be \[1\], got \[\]"),
+            BadCall(lambda: lora_linear(X, *leaves(W), A, B), ValueError, "weight.requires_grad is True, .* weight.requires_grad_"),
+            BadCall(lambda: operators.lora_linear(X, W, A, B, BIAS[:3], None, 1.0, 0.0), THROWN, r"bias must be \[5\]"),
+            BadCall(lambda: operators.lora_linear(X, W, A, B.T, None, None, 1.0, 0.0), THROWN, r"lora_b must be \[5, 3\]"),
+            BadCall(lambda: operators.lora_linear(X, W, A, B, None, None, 1.0, 0.5), THROWN, "dropout needs a seed"),
+            BadCall(lambda: operators.lora_linear(X, W, A, B, None, SEED, 1.0, 1.5), THROWN, "dropout must be at least 0 and below 1"),
+        ],
+    )
+
+
+# ---- values
+
+
+def plain(x, weight, a, b, bias, scale=1.0, dropout=0.0, seed=None):
+    """The formula as PEFT writes it, in the adapters' dtype where torch's matrix product wants one."""
+    linear = torch.nn.functional.linear
+    update = x.to(a.dtype)
+    if dropout:
+        update = update * kept(seed, x.shape, dropout) / (1 - dropout)
+    return (linear(x, weight, bias) + linear(linear(update, a), b) * scale).to(x.dtype)
+
+
+def errors(actual, exact):
+    return [((one.double() - other).norm() / other.norm()).item() for one, other in zip(actual, exact, strict=True)]
+
+
+# Of a result's norm. The longest sum here has 700 terms, taken in blocks of at most 256.
+F32_TOLERANCE = 8 * torch.finfo(torch.float32).eps
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.25])
+@pytest.mark.parametrize("rank", [4, 16, 37])
+def test_float32_against_float64(rank, dropout):
+    tensors = (*inputs((2, 45, 300), 700, rank), torch.randn(2, 45, 700))
+    options = {"scale": 2.0, "dropout": dropout, "seed": SEED}
+    exact = results(plain, *(tensor.double() for tensor in tensors), **options)
+    assert max(errors(results(lora_linear, *tensors, **options), exact)) <= F32_TOLERANCE
+
+
+@needs_kernels
+@pytest.mark.parametrize("rows", [3, 90])
+@pytest.mark.parametrize("adapters", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dropout", [0.0, 0.25])
+def test_bfloat16_no_worse_than_torch(adapters, dropout, rows):
+    tensors = (*inputs((rows, 300), 700, 16, torch.bfloat16, adapters), torch.randn(rows, 700).bfloat16())
+    options = {"scale": 2.0, "dropout": dropout, "seed": SEED}
+    exact = results(plain, *(tensor.double() for tensor in tensors), **options)
+    ours, peer = (errors(results(function, *tensors, **options), exact) for function in (lora_linear, plain))
+    for k, (error, bound) in enumerate(zip(ours, peer, strict=True)):
+        assert error <= max(1.02 * bound, F32_TOLERANCE), f"result {k}: error {error:.3g}, torch's {bound:.3g}"
+
+
+def test_matches_the_linear_layer_while_b_is_zero():
+    torch.testing.assert_close(lora_linear(X, W, A, torch.zeros(5, 3), BIAS), torch.nn.functional.linear(X, W, BIAS), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_batch_shape_does_not_matter(dtype):
+    x, weight, a, b, bias = inputs((2, 3, 40), 50, 6, dtype)
+    options = {"dropout": 0.5, "seed": SEED}
+    flat = lora_linear(x.view(6, 40), weight, a, b, bias, **options)
+    assert torch.equal(lora_linear(x, weight, a, b, bias, **options).view(6, 50), flat)
+    one = lora_linear(x[0, 0], weight, a, b, bias, **options)
+    assert torch.equal(lora_linear(x[:1, :1], weight, a, b, bias, **options)[0, 0], one)
+
+
+@needs_kernels
+@pytest.mark.parametrize("rows", [3, 150])
+def test_the_number_of_threads_does_not_matter(rows):
+    """Sizes of several blocks. The weight is zero: torch's product is not what is tested."""
+    x, weight, a, b, bias = inputs((rows, 700), 900, 20, torch.bfloat16)
+    options = {"grad_y": torch.randn(rows, 900).bfloat16(), "scale": 2.0, "dropout": 0.25, "seed": SEED}
+    threads, runs = torch.get_num_threads(), []
+    try:
+        for count in (1, 2, 5):
+            torch.set_num_threads(count)
+            runs.append(results(lora_linear, x, torch.zeros_like(weight), a, b, bias, **options))
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(*pair) for run in runs[1:] for pair in zip(runs[0], run, strict=True))
+
+
+# ---- dropout
+
+
+@needs_kernels
+@pytest.mark.parametrize("seed", [0, 1, -1, 1 << 40, (1 << 63) - 1, -(1 << 63)])
+def test_every_instruction_set_keeps_the_same_elements(seed):
+    """With A, B and the gradient identities, y and the gradient of x are the mask itself."""
+    seed, unit, zero, x = torch.tensor([seed]), torch.eye(37), torch.zeros(37, 37), torch.ones(50, 37)
+    mask = kept(seed, x.shape, 0.3)
+    for isa in instruction_sets():
+        for rows in (2, 50):
+            with instruction_set(isa):
+                y, grad_x, *_ = results(lora_linear, x[:rows], zero, unit, unit, zero[0], x[:rows], dropout=0.3, seed=seed)
+            for result in (y, grad_x):
+                torch.testing.assert_close(result, mask[:rows] / 0.7, msg=isa)
+
+
+@pytest.mark.parametrize("dropout", [0.001, 0.1, 0.5, 0.9])
+def test_dropout_is_random(dropout):
+    """Shares of 4 standard deviations: of all elements, and of neighbours in a row, in a column and in seed that are both kept."""
+
+    def check(mask, probability):
+        deviation = (probability * (1 - probability) / mask.numel()) ** 0.5
+        assert abs(mask.double().mean().item() - probability) < 4 * deviation
+
+    shape = (500, 400)
+    for number in (0, 1, 2, 1 << 32, -5):
+        mask, other = kept(torch.tensor([number]), shape, dropout), kept(torch.tensor([number + 1]), shape, dropout)
+        check(mask, 1 - dropout)
+        for both in (mask[1:] & mask[:-1], mask[:, 1:] & mask[:, :-1], mask & other, mask[:, 256:] & mask[:, :-256]):
+            # Pairs overlap, which widens the deviation of their share by less than 1.5.
+            share, wanted = both.double().mean().item(), (1 - dropout) ** 2
+            assert abs(share - wanted) < 6 * (wanted * (1 - wanted) / both.numel()) ** 0.5
+
+
+def test_a_seed_of_none_is_drawn_from_the_generator():
+    def call():
+        return lora_linear(X, W, A, B, dropout=0.5)
+
+    torch.manual_seed(3)
+    first, second = call(), call()
+    torch.manual_seed(3)
+    assert torch.equal(call(), first) and not torch.equal(second, first)
+
+
+def test_without_dropout_the_generator_is_left_alone():
+    state = torch.get_rng_state()
+    lora_linear(X, W, A, B)
+    lora_linear(X, W, A, B, seed=SEED)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_what_is_left_out_may_be_nan():
+    mask = kept(SEED, X.shape, 0.5)
+    y = lora_linear(X.masked_fill(~mask, float("nan")), torch.zeros_like(W), A, B, dropout=0.5, seed=SEED)
+    assert torch.equal(y.isnan(), ~mask.all(1, keepdim=True).expand_as(y))  # by way of W alone
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointing_drops_the_same_elements(reentrant):
+    def gradients(function):
+        torch.manual_seed(7)
+        x, a, b = leaves(X, A, B)
+        return torch.autograd.grad(function(x, a, b).square().sum(), (x, a, b))
+
+    def call(x, a, b):
+        return lora_linear(x, W, a, b, dropout=0.5)
+
+    def checkpointed(*tensors):
+        return checkpoint(call, *tensors, use_reentrant=reentrant)
+
+    if reentrant:  # which cannot serve torch.autograd.grad
+
+        def gradients(function):  # noqa: F811
+            torch.manual_seed(7)
+            tensors = leaves(X, A, B)
+            function(*tensors).square().sum().backward()
+            return [tensor.grad for tensor in tensors]
+
+    assert all(torch.equal(*pair) for pair in zip(gradients(call), gradients(checkpointed), strict=True))
+
+
+def test_dropout_compiles():
+    x, a, b = leaves(X, A, B)
+    compiled = torch.compile(lambda x, a, b: lora_linear(x, W, a, b, dropout=0.5), fullgraph=True, backend="aot_eager")
+    compiled(x, a, b).sum().backward()
+    assert all(tensor.grad is not None for tensor in (x, a, b))
+
+
+# ---- autograd, autocast, devices
+
+
+def test_frozen_arguments_get_no_gradient():
+    for wanted in range(4):
+        tensors = [X.clone(), A.clone(), B.clone(), BIAS.clone()]
+        tensors[wanted].requires_grad_()
+        x, a, b, bias = tensors
+        lora_linear(x, W, a, b, bias, dropout=0.5).sum().backward()
+        assert [tensor.grad is not None for tensor in tensors] == [i == wanted for i in range(4)]
+
+
+def test_a_weight_that_requires_a_gradient_is_taken_where_none_is_recorded():
+    (weight,) = leaves(W)
+    with torch.no_grad():
+        assert torch.equal(lora_linear(X, weight, A, B), lora_linear(X, W, A, B))
+    with torch.inference_mode():
+        lora_linear(X, weight, A, B)
+
+
+@needs_kernels
+def test_what_is_saved_and_allocated():
+    """Saved: the arguments and one float32 [rank] per row. Allocated on the way back: nothing as large as the weight or x in float32."""
+    rows, width, out, rank = 256, 256, 320, 4
+    x, weight, a, b, bias = inputs((rows, width), out, rank, torch.bfloat16)
+    x, a, b = leaves(x, a, b)
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: saved.append(tensor) or tensor, lambda tensor: tensor):
+        y = lora_linear(x, weight, a, b, bias, dropout=0.5, seed=SEED)
+    arguments = {tensor.data_ptr() for tensor in (x, weight, a, b, bias, SEED)}
+    others = [tensor for tensor in saved if tensor.data_ptr() not in arguments]
+    assert [(tensor.shape, tensor.dtype) for tensor in others] == [((rows, rank), torch.float32)]
+    grad_y = torch.ones_like(y)
+    with torch.profiler.profile(profile_memory=True) as profile:
+        y.backward(grad_y)
+    sizes = [event.nbytes() for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    assert max(sizes) == x.numel() * x.element_size()  # the gradient of x
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_autocast_computes_in_its_dtype(dtype):
+    x, weight, a, b, bias = inputs((6, 40), 50, 4)
+    x, a, b = leaves(x.to(dtype), a, b)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = lora_linear(x, weight, a, b, bias)
+    y.sum().backward()
+    assert y.dtype == torch.bfloat16 and x.grad.dtype == dtype and a.grad.dtype == b.grad.dtype == torch.float32
+    assert torch.equal(y, lora_linear(x.bfloat16(), weight, a, b, bias))
+    expected = torch.nn.functional.linear(x.bfloat16(), (weight + b @ a).bfloat16(), bias.bfloat16())
+    torch.testing.assert_close(y, expected, rtol=2e-2, atol=2e-2)
+
+
+def test_autocast_compiles():
+    x, a, b = leaves(X, A, B)
+    compiled = torch.compile(lambda x, a, b: lora_linear(x, W, a, b), fullgraph=True, backend="aot_eager")
+    with torch.autocast("cpu", torch.bfloat16):
+        y = compiled(x, a, b)
+    y.sum().backward()
+    assert y.dtype == torch.bfloat16 and x.grad.dtype == torch.float32
+
+
+def test_meta():
+    y = lora_linear(*(tensor.to("meta") for tensor in (X, W, A, B, BIAS)), dropout=0.5)
+    assert y.shape == (4, 5) and y.is_meta
+
+
+def test_inference_mode():
+    with torch.inference_mode():
+        torch.testing.assert_close(lora_linear(X, W, A, B, BIAS), reference(X, W, A, B, BIAS))
