@@ -1,9 +1,16 @@
 """What a LoRA training step keeps for its backward pass, beside stock transformers with PEFT on the same weights."""
 
+from functools import partial
+
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 
+import mllama
+from benchmarks.harness import saved_bytes
 from benchmarks.models.bench_llama import CONFIG
+from helpers import needs_kernels
+from mllama.nn.mlp import GatedMLP
 
 pytest.importorskip("peft")
 
@@ -17,6 +24,24 @@ IDS = torch.arange(7, 7 + 64)[None]
 def test_at_most_six_tenths_of_peft():
     ours, theirs = (bench_lora.saved(model, IDS) for model in bench_lora.pair(SMALL, 2, torch.bfloat16))
     assert ours <= 0.6 * theirs
+
+
+@needs_kernels
+def test_the_gated_product_is_not_kept():
+    block, x = GatedMLP(64, 256), torch.randn(2, 5, 64, requires_grad=True)
+    layers = mllama.convert_linears_to_lora(block, rank=2)
+    for layer in layers.values():
+        torch.nn.init.normal_(layer.lora_b.weight)
+    wide = 2 * 5 * 256 * x.element_size()  # gate and up are kept, and not their product
+    assert 2 * wide < saved_bytes(lambda: block(x).sum(), block.parameters()) < 2.8 * wide
+
+    def gradients(call):
+        return torch.autograd.grad(call(x).square().sum(), [x, *mllama.lora_parameters(block)])
+
+    recomputed = [gradients(call) for call in (block, partial(checkpoint, block, use_reentrant=False))]
+    block.down_proj.register_forward_pre_hook(lambda module, inputs: (inputs[0].clone(),))  # nobody knows how a clone was made
+    assert saved_bytes(lambda: block(x).sum(), block.parameters()) > 3 * wide
+    assert all(torch.equal(*pair) for found in recomputed for pair in zip(found, gradients(block), strict=True))
 
 
 def test_the_models_compared_learn_the_same():

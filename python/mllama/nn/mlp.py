@@ -5,6 +5,7 @@ from torch import nn
 from transformers.activations import ACT2FN
 
 from mllama.ops.geglu import geglu
+from mllama.ops.recompute import apply_recomputing
 from mllama.ops.swiglu import swiglu
 
 _GATES = {"silu": swiglu, "swish": swiglu, "gelu_pytorch_tanh": geglu}
@@ -24,7 +25,7 @@ class GatedMLP(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x: [..., hidden_size] -> the same shape."""
-        return self.down_proj(self.gate(self.gate_proj(x), self.up_proj(x)))
+        return apply_recomputing(self.down_proj, self.gate, self.gate_proj(x), self.up_proj(x))
 
 
 class MLP(nn.Module):

@@ -5,6 +5,7 @@ import math
 import torch
 
 from mllama.ops._dispatch import autocast_dtype, check_float, exact, fresh, register, use_kernel
+from mllama.ops.recompute import recipe
 
 _32_BITS = 0xFFFFFFFF
 
@@ -36,7 +37,7 @@ def lora_linear(
 
     Returns:
         [..., out] of x's dtype. The update is summed in float32 and added to the rounded x W' + bias. Saved for the backward pass: the
-        arguments and one float32 [rank] per row.
+        arguments, in place of an x that `apply_recomputing` made what it was made from, and one float32 [rank] per row.
 
     Raises:
         TypeError: an argument is no tensor, or of another dtype; scale or dropout is no number.
@@ -146,17 +147,19 @@ def _fake(x, weight, lora_a, lora_b, bias, seed, scale, dropout):
 
 
 def _setup(ctx, inputs, output):
-    *tensors, ctx.scale, ctx.dropout = inputs
-    small = output[1]
+    x, *tensors, ctx.scale, ctx.dropout = inputs
+    small, known = output[1], recipe(x)
     ctx.mark_non_differentiable(small)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*tensors, small)
+    ctx.again = known and known.function
+    ctx.save_for_backward(small, *tensors, *(known.inputs if known else [x]))
 
 
 def _derivative(ctx, grad_y, grad_small):
     if grad_y is None:
         return (None,) * 8
-    x, weight, lora_a, lora_b, bias, seed, small = ctx.saved_tensors
+    small, weight, lora_a, lora_b, bias, seed, *made_from = ctx.saved_tensors
+    x = ctx.again(*made_from) if ctx.again else made_from[0]
     x_needed, _, *needed = ctx.needs_input_grad[:5]
     needed = (x_needed, *needed)
     with exact(grad_y):
