@@ -5,7 +5,9 @@ import shlex
 from pathlib import Path
 
 import pytest
+import torch
 
+import mllama
 from mllama.cli import build_parser
 
 ROOT = Path(__file__).parent.parent
@@ -16,12 +18,20 @@ def blocks(language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
 
 
-def test_python_blocks_print_what_they_say(monkeypatch, capsys):
-    monkeypatch.chdir(ROOT)
-    code = "\n".join(blocks("python"))
-    exec(compile(code, "README.md", "exec"), {})
+def test_python_blocks_print_what_they_say(monkeypatch, capsys, tmp_path):
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
+    monkeypatch.chdir(tmp_path)  # one writes a file
+    code, names = "\n".join(blocks("python")), {}
+    exec(compile(code, "README.md", "exec"), names)
     said = re.findall(r"^print\(.*\)  # (.*)$", code, re.MULTILINE)
     assert said and capsys.readouterr().out.splitlines() == said
+
+    model, batch, labels, again = names["model"], names["batch"], names["labels"], mllama.load()[0]
+    with torch.no_grad():  # the adapters have learnt, and are what was saved
+        untrained = again(**batch, labels=labels).loss
+        mllama.load_lora(again, "please.safetensors")
+        assert again(**batch, labels=labels).loss == model(**batch, labels=labels).loss < untrained / 4
+    assert all(parameter.grad is None for parameter in model.parameters())  # none but the adapters, whose optimizer forgets them, had one
 
 
 def test_commands_exist(monkeypatch):
@@ -39,7 +49,7 @@ def test_commands_exist(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "page", ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/design.md", "docs/cli.md", "examples/pictures/README.md"]
+    "page", ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/design.md", "docs/cli.md", "docs/lora.md", "examples/pictures/README.md"]
 )
 def test_links_and_paths_lead_somewhere(page):
     text = (ROOT / page).read_text()

@@ -96,7 +96,6 @@ class PretrainedMixin:
             TypeError: an option that is not known.
         """
         from mllama.checkpoints import save_model
-        from mllama.lora.layer import lora_layers
 
         if unknown := sorted(kwargs.keys() - _PUSH_OPTIONS - _SAVE_PASSED_OVER - _SAVE_FIXED.keys()):
             raise TypeError(f"save_pretrained got options it does not know: {', '.join(unknown)}")
@@ -108,11 +107,6 @@ class PretrainedMixin:
             return super().save_pretrained(save_directory, is_main_process, **own, **kwargs)
         if hasattr(self, "peft_config"):
             raise ValueError("a PeftModel has put adapters into this model: save that, or the model after its merge_and_unload()")
-        if lora_layers(self):
-            raise ValueError(
-                "this model has LoRA layers, which its format has no names for: mllama.save_lora(model, file) writes the adapters alone;"
-                " mllama.merge_and_unload(model) adds them to the weights for good, and the model can be saved"
-            )
         if is_main_process:
             save_model(self, save_directory, state_dict, max_shard_size)
             if push_to_hub:

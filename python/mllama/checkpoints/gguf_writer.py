@@ -13,6 +13,7 @@ from mllama.checkpoints.files import write_file
 from mllama.checkpoints.gguf import LLAMA3, ORIGINAL_CONTEXT, ROPE_FREQS, llama3_parameters, rope_factors, table
 from mllama.checkpoints.gguf_header import gguf
 from mllama.checkpoints.gguf_tokenizer import add_tokenizer
+from mllama.checkpoints.loading import check_plain
 
 _Type = gguf.GGMLQuantizationType
 _KINDS = {
@@ -37,8 +38,8 @@ def save_gguf(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path: 
         dtype: "f16", "bf16" or "q8_0" (blocks of 32 weights in 8 bits and a scale); a matrix whose rows are no multiple of 32 is then f16.
 
     Raises:
-        ValueError: a model with cross-attention layers or anything else that llama.cpp's llama and gemma are not; weights too large for
-            f16; a tokenizer that the format cannot hold, or with more tokens than the model; another dtype.
+        ValueError: a model with LoRA layers, with cross-attention layers or anything else that llama.cpp's llama and gemma are not; weights
+            too large for f16; a tokenizer that the format cannot hold, or with more tokens than the model; another dtype.
         TypeError: a tokenizer of another kind.
     """
     if dtype not in _KINDS:
@@ -47,6 +48,7 @@ def save_gguf(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path: 
     architecture = _architecture(config)
     path, (kind, file_type) = Path(path), _KINDS[dtype]
     whole, tied = model.state_dict(), model.get_expanded_tied_weights_keys()
+    check_plain(whole)
     state = {name: tensor for name, tensor in whole.items() if name.startswith(("language_model.", "lm_head.")) and name not in tied}
     # Norms and biases in float32 from here on: 1 + w would lose most of w in a half.
     tensors = to_file(table(config), {name: tensor.float() if tensor.dim() == 1 else tensor for name, tensor in state.items()})

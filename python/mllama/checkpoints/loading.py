@@ -192,6 +192,19 @@ def common_dtype(tensors: dict[str, torch.Tensor], default: torch.dtype) -> torc
     return max(elements, key=elements.get, default=default)
 
 
+def check_plain(names: Iterable[str]) -> None:
+    """Refuse the state of a model with LoRA layers, for which no format has names.
+
+    Raises:
+        ValueError: with what to call instead.
+    """
+    if any(".lora_a." in name for name in names):
+        raise ValueError(
+            "this model has LoRA layers, which its format has no names for: mllama.save_lora(model, file) writes the adapters alone;"
+            " mllama.merge_and_unload(model) adds them to the weights for good, and the model can be saved"
+        )
+
+
 def check_complete(given: Iterable[str], needed: Iterable[str], known: Iterable[str]) -> None:
     """Refuse a state dict that is not the whole model.
 

@@ -12,7 +12,7 @@ from mllama.checkpoints.devices import Placement, dtype_named
 from mllama.checkpoints.engine import Table, plan, to_file
 from mllama.checkpoints.files import CONFIG, save_weights, write_folder, write_json
 from mllama.checkpoints.formats import Opened
-from mllama.checkpoints.loading import Report, both_ways, check_complete, common_dtype, load_weights, match
+from mllama.checkpoints.loading import Report, both_ways, check_complete, check_plain, common_dtype, load_weights, match
 from mllama.checkpoints.opening import FORMATS, GENERATION, open_checkpoint
 from mllama.config import check_names
 
@@ -142,8 +142,10 @@ def save_model(
         max_shard_size: bytes of one weight file, or text as "5GB"; more is written as shards and an index.
 
     Raises:
-        ValueError: `state_dict` lacks a tensor of the model or has one it does not know: `load_model` would refuse the folder.
+        ValueError: `state_dict` lacks a tensor of the model or has one it does not know: `load_model` would refuse the folder. A model with
+            LoRA layers.
     """
+    check_plain(model.state_dict())
     config = siglip_llama.written_as(model.config)
     form = FORMATS[config.model_type]
     tied = model.get_expanded_tied_weights_keys()
