@@ -45,6 +45,20 @@ def test_what_a_dict_leaves_out_is_the_older_default():
     assert text.dtype == torch.float16 and text.rope_freq["factor"] == 32.0
 
 
+def test_no_word_ends_an_answer_unless_a_script_says_so(tmp_path):
+    assert older.config().text_config.eos_token_id is None is older.config().text_config.bos_token_id
+    assert older.config(text={"eos_token_id": 9}).text_config.eos_token_id == 9
+    older.config().save_pretrained(tmp_path)
+    assert AutoConfig.from_pretrained(tmp_path).text_config.eos_token_id is None
+    assert MLLAMAConfig(**older.config().to_dict()).text_config.eos_token_id is None
+
+
+def test_names_of_readmes_that_are_no_fields():
+    text = older.TEXT | {"n_kv_heads": 8, "head_dim": 16, "rope_theta": 500000.0}
+    config = MLLAMAConfig(older.VISION, text, projection_dim=64, image2text_projection_bias=True)
+    assert config.text_config.n_kv_groups == 2 and config.text_config.rope_base == 500000.0
+
+
 def test_what_scripts_read():
     config = older.config(projection_dim=512, pad_token_index=7)
     assert config.image_token_index == 128256 and f"{config.image_token_index}" == "128256"

@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 
 import stock
 import twins
-from mllama import SiglipModel
+from mllama import SiglipModel, load_hf_model
 from mllama.dropin import utils
 from mllama.dropin._cache import KVCache
 from mllama.dropin.Model import utils as tolerant
@@ -56,6 +56,20 @@ def test_classes_that_take_a_kv_cache(family, load, family_folder, capsys):
         torch.testing.assert_close(step[:, -1], model(torch.cat([ids, token], 1), **types)["logits"][:, -1], rtol=1e-4, atol=1e-4)
     said = capsys.readouterr().out
     assert "converted: " in said and "skipped" not in said and "missing" not in said
+
+
+@pytest.mark.parametrize("family", CLASSES)
+def test_they_generate_what_the_packages_do(family, family_folder):
+    model, own = utils.load_hf_model(family_folder(family))[0], load_hf_model(family_folder(family))[0]
+    inputs = {"input_ids": torch.tensor([[5, 6, 7, 8]])}
+    if family == "mllama":
+        ratio, pixels = torch.ones(1, 1, dtype=torch.long), torch.randn(1, 1, 4, 3, 16, 16)
+        inputs |= {"pixel_values": pixels, "aspect_ratio_ids": ratio, "cross_attention_mask": torch.ones(1, 4, 1, 4)}
+    elif model.plan.fusion:
+        ids = torch.tensor([[model.image_token_index] * twins.PATCHES + [5, 6]])
+        inputs = {"input_ids": ids, "pixel_values": twins.pictures(1)}
+    options = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None}
+    assert torch.equal(model.generate(**inputs, **options), own.generate(**inputs, **options))
 
 
 def test_a_siglip_alone(tmp_path, make_tokenizer):

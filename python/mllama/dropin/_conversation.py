@@ -25,7 +25,7 @@ def assistant_mask(input_ids: torch.Tensor, tokenizer: PreTrainedTokenizerBase |
     start, end, turn = (_id(tokenizer, token) for token in (START, END, TURN))
     header = [start, *_encode(tokenizer, "assistant"), end]
     blank = _encode(tokenizer, "\n\n")
-    pad = getattr(tokenizer, "pad_token_id", None)
+    pad = tokenizer.pad_id if isinstance(tokenizer, Tokenizer) else tokenizer.pad_token_id
     rows = []
     for row in input_ids.tolist():
         said, place = [False] * len(row), 0

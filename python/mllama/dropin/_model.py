@@ -38,6 +38,9 @@ class OlderModel(MllamaForConditionalGeneration):
         image_features: torch.Tensor | None = None,
         token_type_ids: torch.Tensor | None = None,
         prefix_length: torch.Tensor | None = None,
+        aspect_ratio_ids: torch.Tensor | None = None,
+        aspect_ratio_mask: torch.Tensor | None = None,
+        cross_attention_mask: torch.Tensor | None = None,
         return_dict: bool | None = None,
         **kwargs,
     ) -> OlderOutput | tuple:
@@ -70,6 +73,9 @@ class OlderModel(MllamaForConditionalGeneration):
             image_features=image_features,
             token_type_ids=token_type_ids,
             prefix_length=prefix_length,
+            aspect_ratio_ids=aspect_ratio_ids,
+            aspect_ratio_mask=aspect_ratio_mask,
+            cross_attention_mask=cross_attention_mask,
             return_dict=return_dict,
             **kwargs,
         )

@@ -97,7 +97,8 @@ class LLAMA32Config(MllamaTextConfig):
         if "pad_token_index" in given:
             given["pad_token_id"] = given.pop("pad_token_index")
         lengths = {"context_length": context_length, "max_position_embeddings": max_position_embeddings}
-        super().__init__(vocab_size=vocab_size, rms_norm_eps=rms_norm_eps, **lengths, **given, **kwargs)
+        ends = {"bos_token_id": None, "eos_token_id": None}  # transformers' 1 and 2 are Llama 2's, and words of Llama 3
+        super().__init__(vocab_size=vocab_size, rms_norm_eps=rms_norm_eps, **lengths, **given, **ends | kwargs)
         self.context_length, self.max_position_embeddings = lengths.values()  # the package keeps the larger; scripts read both
 
 
