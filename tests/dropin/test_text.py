@@ -1,6 +1,7 @@
 """The text classes of older scripts against stock transformers and the package's decoder, in both families' ways of calling them."""
 
 import copy
+import importlib
 import inspect
 import pickle
 
@@ -10,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from dropin import toys
 from dropin.toys import CFG, hidden, ids
+from mllama.dropin import model as public
 from mllama.dropin.model import (
     FeedForward,
     GroupQueryAttention,
@@ -37,6 +39,12 @@ def close(actual, expected, tolerance=1e-5):
 def test_they_are_the_packages():
     pairs = ((GroupQueryAttention, CausalAttention), (FeedForward, GatedMLP), (TransformerBlock, DecoderLayer), (Llama3Model, Decoder))
     assert all(issubclass(older, own) for older, own in pairs) and LLAMARMSNorm is RMSNorm
+
+
+def test_both_modules_names_are_the_same_objects():
+    for name in ("model", "llama32_multimodal"):
+        module = importlib.import_module(name)
+        assert all(getattr(module, entry) is getattr(public, entry) for entry in public.__all__)
 
 
 def test_signatures():
@@ -430,6 +438,7 @@ def short(model, **given):
         (lambda m: short(m, past_kv=[(torch.zeros(2, 2, 3, 16), torch.zeros(2, 2, 4, 16))] * 2), ValueError, "one shape"),
         (lambda m: short(m, past_kv=[(torch.zeros(3, 2, 3, 16),) * 2] * 2), ValueError, r"\[2, 2 \(or 4\), past, 16\]"),
         (lambda m: short(m, past_kv=[(torch.randn(2, 4, 3, 16),) * 2] * 2), ValueError, "of one group must be equal"),
+        (lambda m: short(m, past_kv=[(torch.zeros(2, 2, n, 16),) * 2 for n in (3, 4)]), ValueError, r"every layer, got \[3, 4\]"),
         (lambda m: short(m, past_kv=m(ids(), use_cache=True)[1], kv_cache=KVCache()), ValueError, "not both"),
         (lambda m: short(m, kv_cache=[]), TypeError, "transformers Cache"),
         (lambda m: m(ids(), attention_mask=torch.ones(2, 39)), ValueError, "attention_mask must cover"),

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from mllama import MllamaConfig
+from mllama.config import MllamaTextConfig
 from mllama.dropin._text_config import text_config
 from mllama.dropin.model import LLAMA32_CONFIG, LLAMA32Config
 
@@ -103,10 +104,13 @@ def test_values_that_cannot_be(given, error, words):
         ({"emb_dim": 64}, ValueError, "missing vocab_size, context_length, n_heads"),
         (LLAMA32_CONFIG | {"dtype": ["dtype"]}, ValueError, "dtype must be"),
         (LLAMA32_CONFIG | {"dtype": torch.int8}, ValueError, "dtype must be one of torch.float32, .*int8"),
+        (MllamaTextConfig(norm_offset=1), ValueError, "norm_offset must be 0 in the older decoder, got 1"),
+        (LLAMA32Config(100, attention_bias=True), ValueError, "attention_bias must be False"),
+        (LLAMA32Config(100, head_dim=64), ValueError, "head_dim must be 128 .* got 64"),
         (LLAMA32_CONFIG | {"n_heads": 0}, ValueError, "num_attention_heads must be"),
     ],
 )
-def test_dicts_that_cannot_be(given, error, words):
+def test_what_the_classes_do_not_take(given, error, words):
     with pytest.raises(error, match=words):
         text_config(given)
 

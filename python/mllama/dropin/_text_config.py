@@ -9,6 +9,15 @@ import torch
 from mllama.config import TEXT_SHORT_NAMES, MllamaTextConfig
 
 _ROPE_FREQ = {"factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_context_length": 8192}
+# What a Llama has of the package's choices; the classes here have no others.
+_LLAMA = {
+    "attention_bias": False,
+    "mlp_bias": False,
+    "hidden_act": "silu",
+    "norm_offset": 0,
+    "embedding_scale": None,
+    "cross_attention_layers": None,
+}
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 # Of Llama 3.2 1B.
@@ -118,7 +127,6 @@ class DictConfig(MllamaTextConfig):
         if missing := [name for name in LLAMA32_CONFIG if name not in cfg]:
             raise ValueError(f"cfg: missing {', '.join(missing)}; its keys are those of LLAMA32_CONFIG")
         super().__init__(**{name: cfg[name] for name in LLAMA32_CONFIG}, rms_norm_eps=1e-5)  # Llama 3.2's; the dict carries none
-        self.context_length = cfg["context_length"]
 
 
 def text_config(config: Mapping[str, Any] | MllamaTextConfig) -> MllamaTextConfig:
@@ -126,7 +134,7 @@ def text_config(config: Mapping[str, Any] | MllamaTextConfig) -> MllamaTextConfi
 
     Raises:
         TypeError: it is neither a dict nor a config of text.
-        ValueError: a value in it cannot be, its dtype for one.
+        ValueError: a value in it cannot be, or is none of the older decoder's.
     """
     if isinstance(config, Mapping):
         config = DictConfig(config)
@@ -134,4 +142,7 @@ def text_config(config: Mapping[str, Any] | MllamaTextConfig) -> MllamaTextConfi
         raise TypeError(f"config must be a LLAMA32Config or a dict as LLAMA32_CONFIG, got {type(config).__name__}")
     if config.dtype not in (*_DTYPES, None):
         raise ValueError(f"config: dtype must be one of {', '.join(map(str, _DTYPES))}, got {config.dtype}")
+    fixed = _LLAMA | {"head_dim": config.hidden_size // config.num_attention_heads}
+    if other := [name for name, value in fixed.items() if getattr(config, name) != value]:
+        raise ValueError(f"config: {other[0]} must be {fixed[other[0]]!r} in the older decoder, got {getattr(config, other[0])!r}")
     return config
