@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+import multimodal_demo
 import text_inference
 import vision_inference
 
@@ -29,3 +30,10 @@ def test_vision(capsys):
 def test_vision_of_another_model(capsys, family_folder, picture_file, family):
     vision_inference.main([str(picture_file), "--model", str(family_folder(family))])
     assert "4 patches, 2 x 2, of 32 features each" in capsys.readouterr().out
+
+
+def test_fusion_by_hand(capsys):
+    logits = multimodal_demo.main()
+    printed = capsys.readouterr().out
+    assert logits.shape[1] == multimodal_demo.VISUAL_TOKENS + 4 and f"logits        {list(logits.shape)}" in printed
+    assert "visual tokens [1, 8, 128]" in printed

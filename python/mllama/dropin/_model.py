@@ -16,11 +16,15 @@ class OlderModel(MllamaForConditionalGeneration):
 
     Attributes:
         vocab_size: the decoder's.
+        config.vision_config.num_image_tokens, config.text_config.num_image_tokens: placeholders per picture, of a model that merges them.
     """
 
     def __init__(self, config: PretrainedConfig, reference: str = "meta"):
         super().__init__(config, reference)
         self.vocab_size = self.plan.text.vocab_size
+        if self.plan.image_tokens:
+            for part in (self.vision_config, self.text_config):
+                part.num_image_tokens = self.plan.image_tokens
 
     def forward(
         self,
