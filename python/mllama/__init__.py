@@ -19,6 +19,7 @@ _HOME = {
     "ask": "api",
     "convert_linears_to_lora": "lora",
     "convert_to_lora": "lora",
+    "fuse": "fusing",
     "load": "api",
     "load_hf_model": "hf",
     "load_lora": "lora",

@@ -28,6 +28,9 @@ ROPE_TYPES = ("default", "linear", "llama3")
 TEXT_ACTIVATIONS = ("silu", "swish", "gelu_pytorch_tanh")
 VISION_FEATURES = ("last", "pre_norm")
 PROJECTORS = ("mlp", "linear")
+FUSIONS = ("merge", "prepend", "cross_attention")
+POOLINGS = ("average", "learned")
+CROSS_ATTENTION_EVERY = 4  # layers, where the config does not say
 # Beyond these a size does not fit torch's 32-bit indices, and a number is infinite in float32.
 SIZE_MAX, NUMBER_MAX = 2**31 - 1, torch.finfo(torch.float32).max
 LABELS_MAX = 2**16  # no part of the model has labels
@@ -306,23 +309,32 @@ def _sub_config(name: str, kind: type[PretrainedConfig], given: Any, **defaults:
 
 
 class MllamaConfig(PretrainedConfig):
-    """Configuration of a SigLIP tower, a projector and a Llama decoder joined by early fusion.
+    """Configuration of a SigLIP tower, a projector, and a Llama decoder that sees what they give in one of three ways.
 
     Args:
         vision_config: dict or config of the SigLIP tower (`MllamaVisionConfig` says which names are taken). None: SigLIP-base's sizes.
         text_config: dict or config of the Llama decoder (`MllamaTextConfig` says which names are taken). None: Llama's defaults.
         ignore_index: label that is not trained.
-        image_token_index: id of the `<image>` placeholder. None: the model finds it, as the id standing in runs of a multiple of
-            `text_config.num_image_tokens`. It may lie outside the vocabulary: it is never looked up.
+        image_token_index: id of the `<image>` placeholder. None: with "merge" the model finds it, as the id standing in runs of a multiple
+            of `text_config.num_image_tokens`; else there is none. It may lie outside the vocabulary: it is never looked up, save with
+            "cross_attention", which has no use for it.
         vocab_size, hidden_size, pad_token_index: taken for the decoder where `text_config` itself does not say.
         projector: "mlp", two layers with an activation between them, or "linear", one from the tower's width to the decoder's.
         projection_dim: width between the layers of an "mlp"; the decoder's width by default, and always with "linear".
         vision_feature: "last" takes the tower's output after its final layer norm, "pre_norm" before it, as LLaVA's layer -1 does.
         projector_hidden_act: activation between the layers of an "mlp", a name transformers knows.
         multimodal_projector_bias: whether the projector's layers have biases.
+        fusion: how the decoder sees pictures. "merge": every patch is a position of the text, where a placeholder stands. "prepend":
+            patches are pooled to a few positions, which stand before the text. "cross_attention": gated layers, added to the decoder's
+            own, in which text attends to patches; with their gates at zero, as they start, the text model is what it was.
+        num_image_tokens: with "prepend", what a picture's patches are pooled to: 1 to all of them, which is the default.
+        image_pooling: with "prepend", "average" (the default; `torch.nn.AdaptiveAvgPool1d` over patches) or "learned" (a matrix over them).
+        cross_attention_every: with "cross_attention", a layer is added after every so many of `text_config.num_hidden_layers`; 4, or all of
+            a shorter decoder's, by default.
 
     Attributes:
-        text_config.num_image_tokens: placeholders per picture, `(image_size // patch_size) ** 2`; set here.
+        text_config.num_image_tokens: features of a picture, and placeholders where it has some: `num_image_tokens`, or where nothing is
+            pooled `(image_size // patch_size) ** 2`. Set here.
 
     Raises:
         ValueError: a size or a choice that cannot be; the text names the field.
@@ -343,6 +355,10 @@ class MllamaConfig(PretrainedConfig):
     vision_feature: str = "last"
     projector_hidden_act: str = "gelu"
     multimodal_projector_bias: bool = True
+    fusion: str = "merge"
+    num_image_tokens: int | None = None
+    image_pooling: str | None = None
+    cross_attention_every: int | None = None
 
     def __init__(
         self,
@@ -358,6 +374,10 @@ class MllamaConfig(PretrainedConfig):
         projector_hidden_act: str = "gelu",
         multimodal_projector_bias: bool = True,
         projector: str = "mlp",
+        fusion: str = "merge",
+        num_image_tokens: int | None = None,
+        image_pooling: str | None = None,
+        cross_attention_every: int | None = None,
         **kwargs,
     ):
         owner = type(self).__name__
@@ -375,7 +395,7 @@ class MllamaConfig(PretrainedConfig):
             self.text_config.tie_word_embeddings = True
         if use_cache is not None:
             self.text_config.use_cache = use_cache
-        self.text_config.num_image_tokens = (self.vision_config.image_size // self.vision_config.patch_size) ** 2
+        self._set_fusion(owner, fusion, num_image_tokens, image_pooling, cross_attention_every)
 
         if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
             raise ValueError(f"{owner}: ignore_index must be an integer, got {ignore_index!r}")
@@ -399,6 +419,28 @@ class MllamaConfig(PretrainedConfig):
         self.projector_hidden_act = projector_hidden_act
         self.multimodal_projector_bias = multimodal_projector_bias
         _construct(super().__init__, owner, kwargs)
+
+    def _set_fusion(self, owner: str, fusion: str, tokens: int | None, pooling: str | None, every: int | None) -> None:
+        check_choice(owner, "fusion", fusion, FUSIONS)
+        of_one = (("num_image_tokens", tokens, "prepend"), ("image_pooling", pooling, "prepend"))
+        for name, value, wanted in (*of_one, ("cross_attention_every", every, "cross_attention")):
+            if value is not None and fusion != wanted:
+                raise ValueError(f"{owner}: {name} is for fusion={wanted!r}; with {fusion!r} it must be None, got {value!r}")
+        patches = (self.vision_config.image_size // self.vision_config.patch_size) ** 2
+        layers = self.text_config.num_hidden_layers
+        if fusion == "prepend":
+            tokens, pooling = patches if tokens is None else tokens, "average" if pooling is None else pooling
+            check_size(owner, "num_image_tokens", tokens)
+            if tokens > patches:
+                raise ValueError(f"{owner}: num_image_tokens must be at most the {patches} patches of a picture, got {tokens}")
+            check_choice(owner, "image_pooling", pooling, POOLINGS)
+        if fusion == "cross_attention":
+            every = min(CROSS_ATTENTION_EVERY, layers) if every is None else every
+            check_size(owner, "cross_attention_every", every)
+            if every > layers:
+                raise ValueError(f"{owner}: cross_attention_every must be at most the text model's {layers} layers, got {every}")
+        self.fusion, self.num_image_tokens, self.image_pooling, self.cross_attention_every = fusion, tokens, pooling, every
+        self.text_config.num_image_tokens = patches if tokens is None else tokens
 
     @classmethod
     def get_config_dict(cls, pretrained_model_name_or_path, **kwargs) -> tuple[dict[str, Any], dict[str, Any]]:

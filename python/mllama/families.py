@@ -5,6 +5,7 @@ alone, with every size checked.
 """
 
 from collections.abc import Callable
+from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
 
@@ -74,8 +75,10 @@ class Composition:
         projector_sizes: width of the features, between the layers of an "mlp", and of the decoder.
         projector_act: between the layers of an "mlp".
         projector_bias: whether its layers have biases.
-        fusion: "merge" writes features in the placeholders' places, "cross_attention" has layers of their own attend to them.
-        image_tokens: placeholders (with "merge") per picture.
+        fusion: "merge" writes features in the placeholders' places, "prepend" does so too, or puts them before a text without; with
+            "cross_attention" layers of the decoder attend to them.
+        pooling: "average" or "learned", of a picture's patches before the projector; None leaves all of them.
+        image_tokens: features of a picture, and placeholders where it has some; 0 of a picture in tiles.
         prefix: prompts are seen both ways, as `token_type_ids` say (PaliGemma).
         ignore_index: label that is not trained.
     """
@@ -90,6 +93,7 @@ class Composition:
     projector_act: str = "gelu"
     projector_bias: bool = True
     fusion: str | None = None
+    pooling: str | None = None
     image_tokens: int = 0
     prefix: bool = False
     ignore_index: int = -100
@@ -154,9 +158,9 @@ def _own(config: MllamaConfig) -> Composition:
     vision, text = config.vision_config, config.text_config
     if text.cross_attention_layers:
         given = text.cross_attention_layers
-        raise ValueError(f"text_config: cross_attention_layers must be None here: features are merged into the text; got {given!r}")
+        raise ValueError(f"text_config: cross_attention_layers must be None here: cross_attention_every places them; got {given!r}")
     return Composition(
-        text=text,
+        text=text if config.cross_attention_every is None else _crossed(text, config.cross_attention_every),
         tower="siglip",
         vision=vision,
         features=(vision.num_hidden_layers,) if config.vision_feature == "pre_norm" else None,
@@ -164,10 +168,20 @@ def _own(config: MllamaConfig) -> Composition:
         projector_sizes=(vision.hidden_size, config.projection_dim, text.hidden_size),
         projector_act=config.projector_hidden_act,
         projector_bias=config.multimodal_projector_bias,
-        fusion="merge",
+        fusion=config.fusion,
+        pooling=config.image_pooling,
         image_tokens=text.num_image_tokens,
         ignore_index=config.ignore_index,
     )
+
+
+def _crossed(text: MllamaTextConfig, every: int) -> MllamaTextConfig:
+    """A decoder with a cross-attention layer added after every so many of its own."""
+    added = text.num_hidden_layers // every
+    text = deepcopy(text)
+    text.num_hidden_layers += added
+    text.cross_attention_layers = [number * (every + 1) + every for number in range(added)]
+    return text
 
 
 def _llava(config: PretrainedConfig) -> Composition:

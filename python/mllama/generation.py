@@ -1,10 +1,12 @@
 """What transformers' `generate` needs to know about pictures and masks."""
 
+import functools
 from typing import Any
 
 import torch
 from transformers import GenerationMixin
 
+from mllama.fusion.prepend import held_before_text, pictures_per_row
 from mllama.text.cache import check_cache
 from mllama.text.prefix import count_prefix
 
@@ -23,7 +25,10 @@ class MllamaGenerationMixin(GenerationMixin):
         A step onto an empty cache is a first one whatever the caller says: assisted decoding starts its assistant with one.
         """
         cache = kwargs.get("past_key_values")
-        is_first_iteration = is_first_iteration or (cache is not None and int(cache.get_seq_length()) == 0)
+        filled = cache is not None and int(cache.get_seq_length()) > 0
+        if is_first_iteration and filled and kwargs.get("next_sequence_length") is not None:
+            kwargs["next_sequence_length"] += held_before_text(cache)  # which the cache's length counts, and the ids do not have
+        is_first_iteration = is_first_iteration or (cache is not None and not filled)
         inputs = super().prepare_inputs_for_generation(
             input_ids, inputs_embeds=inputs_embeds, is_first_iteration=is_first_iteration, **kwargs
         )
@@ -32,9 +37,13 @@ class MllamaGenerationMixin(GenerationMixin):
         return inputs
 
     def _prefill(self, input_ids, generation_config, model_kwargs, is_first_iteration=True):
-        """As GenerationMixin's, which refuses to cut pixels into chunks; a prompt whose first words see its last is not cut either."""
-        if generation_config.prefill_chunk_size is not None and model_kwargs.get("prefix_length") is not None:
-            raise ValueError("prefill_chunk_size must be None for a model whose prompts are seen both ways: they are read whole")
+        """As GenerationMixin's, which refuses to cut pixels into chunks; a prompt whose first words see its last is not cut either, nor one
+        that visual tokens may stand before."""
+        if generation_config.prefill_chunk_size is not None:
+            if model_kwargs.get("prefix_length") is not None:
+                raise ValueError("prefill_chunk_size must be None for a model whose prompts are seen both ways: they are read whole")
+            if self.plan.fusion == "prepend":
+                raise ValueError('prefill_chunk_size must be None with fusion="prepend": prompts are read whole')
         return super()._prefill(input_ids, generation_config, model_kwargs, is_first_iteration)
 
     def _update_model_kwargs_for_generation(self, outputs, model_kwargs, is_encoder_decoder=False, num_new_tokens=1) -> dict[str, Any]:
@@ -63,11 +72,36 @@ class MllamaGenerationMixin(GenerationMixin):
             aspects = {name: model_kwargs[name] for name in ("aspect_ratio_ids", "aspect_ratio_mask") if name in model_kwargs}
             features, pixel_values = self.get_image_features(pixel_values, **aspects), None
         if expand_size > 1 and features is not None:
-            if self.plan.fusion == "merge":  # pictures in row order, several to a row or none
+            placeholders = None
+            if self.plan.fusion != "cross_attention":
                 placeholders = self._placeholders(input_ids, model_kwargs.get("attention_mask"), len(features))
+            if placeholders is not None:  # pictures in row order, several to a row or none
                 per_row = (placeholders.sum(1) // features.shape[1]).tolist()
             else:
-                per_row = [1] * len(features)
+                rows = len(input_ids)
+                per_row = [pictures_per_row(len(features), rows)] * rows
             features = torch.cat([rows.repeat(expand_size, 1, 1) for rows in features.split(per_row)])
         input_ids, model_kwargs = super()._expand_inputs_for_generation(expand_size, is_encoder_decoder, input_ids, **model_kwargs)
         return input_ids, model_kwargs | {"pixel_values": pixel_values, "image_features": features}
+
+    def _prepare_cache_for_generation(self, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length):
+        """As GenerationMixin's; a static cache gets room for visual tokens before the text, too, which its length does not count."""
+        pictures = next((given for name in ("pixel_values", "image_features") if (given := model_kwargs.get(name)) is not None), None)
+        if self.plan.fusion == "prepend" and pictures is not None:
+            rows = batch_size * max(generation_config.num_beams, generation_config.num_return_sequences)
+            max_cache_length += -(-len(pictures) // rows) * self.plan.image_tokens
+        return super()._prepare_cache_for_generation(generation_config, model_kwargs, generation_mode, batch_size, max_cache_length)
+
+    @functools.wraps(GenerationMixin._assisted_decoding)
+    def _assisted_decoding(self, input_ids, *args, **kwargs):
+        """As GenerationMixin's, which takes what it guessed wrong back from the cache by the length of the ids."""
+        pictures = next((given for name in ("pixel_values", "image_features") if (given := kwargs.get(name)) is not None), ())
+        hidden = held_before_text(kwargs.get("past_key_values"))
+        if self.plan.fusion == "prepend" and (
+            hidden or (len(pictures) and self._placeholders(input_ids, kwargs.get("attention_mask"), len(pictures)) is None)
+        ):
+            raise ValueError(
+                "assisted decoding and prompt lookup need input_ids that hold a placeholder for every visual token: set "
+                "config.image_token_index, and let the processor (MllamaImageProcessor) write them"
+            )
+        return super()._assisted_decoding(input_ids, *args, **kwargs)

@@ -14,6 +14,13 @@ from mllama.families import Composition
 PARTS = ("tower", "projector", "embeddings", "decoder", "cross layers", "head")
 _STATES = 4  # of a layer's width, alive while its feed-forward block runs: the layer's input, attended, their sum, its norm
 _FLOAT32 = 4
+_PARTS_NAMED = {
+    "vision_tower": "tower",
+    "head": "tower",
+    "image_pooling": "projector",
+    "multi_modal_projector": "projector",
+    "lm_head": "head",
+}
 
 
 @dataclass(frozen=True)
@@ -21,7 +28,7 @@ class Work:
     """What is asked of a model at once.
 
     Attributes:
-        context: tokens of a row, prompt and answer, placeholders included.
+        context: tokens of a row, prompt and answer, placeholders or visual tokens included.
         batch: rows.
         tiles: of the pictures of a row that are filled; of a tower that cuts no tiles, its pictures. The tower holds a picture's
             `max_num_tiles` however few are filled; keys have the filled ones (with reference="hf" all).
@@ -85,7 +92,12 @@ def plan_of(model: PreTrainedModel) -> Composition:
 
 
 def picture_tokens(plan: Composition, tiles: int) -> int:
-    """Features of the filled tiles of one row; class tokens have one, too."""
+    """Features of the filled tiles of one row, as the decoder has them."""
+    return tiles * plan.image_tokens if plan.pooling else _tower_tokens(plan, tiles)
+
+
+def _tower_tokens(plan: Composition, tiles: int) -> int:
+    """The same as the tower has them; class tokens have one, too."""
     patches = (plan.vision.image_size // plan.vision.patch_size) ** 2
     return tiles * (patches + (plan.tower != "siglip"))
 
@@ -98,7 +110,7 @@ def _vision(plan: Composition, work: Work) -> int:
     else:
         kept = 0 if plan.features is None else max(plan.features) + 1
     per_token = (_STATES + kept) * vision.hidden_size + 2 * vision.intermediate_size
-    return work.batch * picture_tokens(plan, tiles) * per_token * work.dtype.itemsize
+    return work.batch * _tower_tokens(plan, tiles) * per_token * work.dtype.itemsize
 
 
 def _crossed(plan: Composition) -> frozenset[int]:
@@ -111,4 +123,4 @@ def _part(name: str, crossed: frozenset[int]) -> str:
         if second == "embed_tokens":
             return "embeddings"
         return "cross layers" if second == "layers" and int(rest[0]) in crossed else "decoder"
-    return {"vision_tower": "tower", "head": "tower", "multi_modal_projector": "projector", "lm_head": "head"}[first]
+    return _PARTS_NAMED[first]

@@ -78,9 +78,9 @@ class PretrainedMixin:
     ) -> None:
         """Write the model to a folder, whole or not at all, in its family's own format. Signature as transformers'.
 
-        Of our own composition, a model that Hugging Face's LLaVA can be (`vision_feature="pre_norm"`, a projector of two layers,
-        projection_dim equal to the decoder's width, and an `image_token_index` within the vocabulary) is written as LLaVA. Of a model with
-        an adapter of PEFT the adapter is written, as in transformers.
+        Of our own composition, a model that Hugging Face's LLaVA can be (`vision_feature="pre_norm"`, `fusion="merge"`, a projector of two
+        layers, projection_dim equal to the decoder's width, and an `image_token_index` within the vocabulary) is written as LLaVA. Of a
+        model with an adapter of PEFT the adapter is written, as in transformers.
 
         Args:
             save_directory: made if absent; other files in it stay.

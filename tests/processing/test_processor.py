@@ -432,10 +432,12 @@ def test_refuses_other_families(make_tokenizer, processor, tmp_path):
             MllamaImageProcessor.from_pretrained(tmp_path / "ours")
 
 
-def test_what_llava_cannot_say_is_not_written(make_tokenizer, tmp_path):
-    with pytest.raises(ValueError, match="15 image tokens are no square grid of patches of 32 pixels"):
-        MllamaImageProcessor(make_tokenizer(), 15, S).save_pretrained(tmp_path / "a")
-    assert not (tmp_path / "a").exists()
+@pytest.mark.parametrize("tokens", [1, 15, 16, 5000])
+def test_any_number_of_placeholders_is_written(make_tokenizer, tokens, tmp_path):
+    MllamaImageProcessor(make_tokenizer(), tokens, S).save_pretrained(tmp_path)
+    for read in (MllamaImageProcessor.from_pretrained(tmp_path), AutoProcessor.from_pretrained(tmp_path)):
+        ids = read(text="<image>a", images=[picture()], return_tensors="pt")["input_ids"]
+        assert (ids == read.image_token_id).sum() == tokens
 
 
 def test_what_is_imported():

@@ -6,17 +6,19 @@ from typing import Any
 from transformers import LlamaConfig, LlavaConfig, PretrainedConfig, SiglipVisionConfig
 
 from mllama.checkpoints import llava
+from mllama.checkpoints.engine import Rename
 from mllama.checkpoints.formats import Format
 from mllama.config import MllamaConfig
 
 
 def written_as(config: PretrainedConfig) -> PretrainedConfig:
     """The config under which a model is written: LLaVA's in place of ours for a model that Hugging Face's LLaVA can be: features before
-    the final norm, a projector of two layers as wide inside as the decoder, and a placeholder that has a row in the embedding matrix."""
+    the final norm, all of them merged, a projector of two layers as wide inside as the decoder, and a placeholder that has a row in the
+    embedding matrix."""
     if not (
         isinstance(config, MllamaConfig)
         and config.vision_feature == "pre_norm"
-        and config.projector == "mlp"
+        and (config.fusion, config.projector) == ("merge", "mlp")
         and config.projection_dim == config.text_config.hidden_size
         and config.image_token_index is not None
         and config.image_token_index < config.text_config.vocab_size
@@ -73,4 +75,7 @@ def to_file(config: MllamaConfig) -> dict[str, Any]:
     return config.to_diff_dict() | {"architectures": ["MllamaForConditionalGeneration"]}
 
 
-FORMAT = Format(MllamaConfig, lambda config: llava.TABLE, from_file, to_file)
+# What a LLaVA has not: a pooling. Cross-attention layers are named as the decoder's others.
+TABLE = (*llava.TABLE, Rename("image_pooling.*", "image_pooling.*"))
+
+FORMAT = Format(MllamaConfig, lambda config: TABLE, from_file, to_file)

@@ -73,15 +73,15 @@ def _row(plan: Composition, token: int, number: int, generator: torch.Generator)
     text = torch.randint(1, plan.text.vocab_size, (_TEXT[number],), generator=generator)
     text[text == token] = 0
     lead = 0 if plan.prefix else 2  # text before the picture, where the family has such
-    shown = {None: 0, "merge": plan.image_tokens, "cross_attention": 1}[plan.fusion]
+    shown = {None: 0, "merge": plan.image_tokens, "prepend": 0, "cross_attention": int(plan.tower == "tiled")}[plan.fusion]
     ids = torch.cat([text[:lead], torch.full((shown,), token), text[lead:]])[None]
     total = ids.shape[1]
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     if plan.prefix:
         inputs["token_type_ids"] = (torch.arange(total) >= total - _ANSWER).long()[None]
-    if plan.fusion == "merge":
+    if plan.fusion is not None and plan.tower != "tiled":
         inputs["pixel_values"] = _pixels(plan, generator)
-    if plan.fusion == "cross_attention":
+    if plan.tower == "tiled":
         inputs |= _tiles(plan, generator, 0 if number else 1)
         seen = (torch.arange(total) >= lead).long()
         inputs["cross_attention_mask"] = seen[None, :, None, None] * inputs["aspect_ratio_mask"][:, None]

@@ -20,8 +20,8 @@ from mllama.processing.auto import load_processor
 from mllama.processing.folders import PROCESSOR_FILES
 
 _LLAVA = (
-    "That takes a tower whose features are read before its final norm, a projector as wide inside as the Llama decoder,"
-    " and a placeholder within the vocabulary"
+    "That takes a tower whose features are read before its final norm, all of them merged into the text of a Llama, a projector of two"
+    " layers as wide inside as the decoder, and a placeholder within the vocabulary"
 )
 
 

@@ -80,7 +80,10 @@ def _work(opened: Opened, model: PreTrainedModel, report: Report, context: int |
 
 def _made_of(plan: Composition) -> str:
     decoder = None if plan.text is None else f"{plan.text.num_hidden_layers}-layer decoder"
-    return " + ".join(filter(None, [plan.tower and f"{plan.tower} tower", plan.projector and f"{plan.projector} projector", decoder]))
+    if crossed := plan.text and plan.text.cross_attention_layers:
+        decoder += f", {len(crossed)} of them cross-attention"
+    parts = (("tower", plan.tower), ("pooling", plan.pooling), ("projector", plan.projector))
+    return " + ".join([*(f"{kind} {part}" for part, kind in parts if kind), *filter(None, [decoder])])
 
 
 def _sizes(plan: Composition, tiles: int) -> dict[str, int]:

@@ -214,6 +214,6 @@ def _batched(model: PreTrainedModel, samples: list[Sample]) -> float:
     """Rows of unequal lengths, padded on the left, against each by itself."""
     together = model(**Sample.join(samples), use_cache=False).logits
     return max(
-        difference(_kept(logits[-sample.length :]), _kept(model(**sample.inputs, use_cache=False).logits[0]))
+        difference(_kept(logits[-sample.length :]), _kept(model(**sample.inputs, use_cache=False).logits[0, -sample.length :]))
         for logits, sample in zip(together, samples, strict=True)
     )

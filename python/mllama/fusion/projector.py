@@ -1,4 +1,4 @@
-"""From the tower's width to the decoder's."""
+"""From the tower's features to the decoder's: fewer of them, and as wide as its embeddings."""
 
 import torch
 from torch import nn
@@ -29,3 +29,23 @@ class LinearProjector(nn.Module):
     def forward(self, features: torch.Tensor) -> torch.Tensor:
         """[..., input_size] -> [..., output_size]."""
         return self.linear(features)
+
+
+class AveragePooling(nn.AdaptiveAvgPool1d):
+    """Averages of neighbouring patches."""
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        """[pictures, patches, width] -> [pictures, output_size, width]."""
+        return super().forward(features.mT).mT
+
+
+class LearnedPooling(nn.Module):
+    """Every visual token is a learned sum of all patches."""
+
+    def __init__(self, patches: int, tokens: int):
+        super().__init__()
+        self.linear = nn.Linear(patches, tokens)
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        """[pictures, patches, width] -> [pictures, tokens, width]."""
+        return self.linear(features.mT).mT

@@ -64,7 +64,8 @@ class MllamaImageProcessor(ProcessorMixin):
     Args:
         tokenizer: a transformers tokenizer. It is changed: `<image>` is added where it is missing (len(processor.tokenizer) is then the
             vocabulary to make room for), and without a padding token it pads with its end-of-text token.
-        num_image_token: placeholders per picture, (image_size // patch_size) ** 2.
+        num_image_token: placeholders per picture, `config.text_config.num_image_tokens`: (image_size // patch_size) ** 2, or fewer where
+            patches are pooled.
         image_size: pictures become image_size x image_size pixels.
         image_mean, image_std: of the normalisation, per channel.
         image_token: the placeholder.
@@ -226,9 +227,6 @@ class MllamaImageProcessor(ProcessorMixin):
 
         Stock AutoProcessor reads the folder, and gives the same ids and pixel_values for what the chat template writes. Each file is
         written aside and renamed.
-
-        Raises:
-            ValueError: num_image_token is no square grid of patches, which LlavaProcessor cannot say.
         """
         return save_aside(self._as_llava(), save_directory, push_to_hub, **kwargs)
 
@@ -244,8 +242,9 @@ class MllamaImageProcessor(ProcessorMixin):
             side = math.isqrt(self.image_seq_length)
             patch = self.image_size // side
             if side**2 != self.image_seq_length or patch == 0 or self.image_size // patch != side:
-                raise ValueError(f"{self.image_seq_length} image tokens are no square grid of patches of {self.image_size} pixels")
-            llava = {"patch_size": patch, "vision_feature_select_strategy": "full", "num_additional_image_tokens": 0}
+                patch = self.image_size  # one patch, and the others are additional: so any number can be said
+            more = self.image_seq_length - (self.image_size // patch) ** 2
+            llava = {"patch_size": patch, "vision_feature_select_strategy": "full", "num_additional_image_tokens": more}
         return LlavaProcessor(self.image_processor, self.tokenizer, image_token=self.image_token, chat_template=self.chat_template, **llava)
 
     def _choose_template(self, image_token: str) -> None:

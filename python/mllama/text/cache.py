@@ -64,7 +64,8 @@ class CrossCacheLayer(DynamicLayer):
 
 
 def place_cross_layers(past_key_values: Cache, cross_attention_layers: Sequence[int], layers: int) -> CrossCacheLayer | None:
-    """Put a `CrossCacheLayer` at every cross-attention layer's place, where a cache of transformers comes with one for text.
+    """Put a `CrossCacheLayer` at every cross-attention layer's place, where a cache of transformers comes with one for text, or with none
+    since it was made for the layers of text alone.
 
     Args:
         past_key_values: changed in place, when it is first used.
@@ -80,6 +81,9 @@ def place_cross_layers(past_key_values: Cache, cross_attention_layers: Sequence[
     places = past_key_values.layers
     if past_key_values.layer_class_to_replicate is not None:
         places.extend(past_key_values.layer_class_to_replicate() for _ in range(layers - len(places)))
+    if len(places) == layers - len(cross_attention_layers) and not int(past_key_values.get_seq_length()):
+        for index in cross_attention_layers:  # they rise, so that each finds those before it in place
+            places.insert(index, CrossCacheLayer())
     if len(places) < layers:
         raise ValueError(f"past_key_values must have {layers} layers, as the decoder, got {len(places)}")
     for index in cross_attention_layers:

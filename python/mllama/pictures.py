@@ -1,0 +1,233 @@
+"""How pictures reach the decoder: encoded, and written into its embeddings or handed to its cross-attention layers."""
+
+from dataclasses import dataclass
+
+import torch
+from transformers import Cache
+
+from mllama.fusion.cross_attention import CrossAttentionContext, cross_context
+from mllama.fusion.merge import find_placeholder, merge
+from mllama.fusion.prepend import share_out
+from mllama.inputs import check_range, check_tile_features, rows_of_mask
+from mllama.text.cache import past_length, place_cross_layers
+
+
+@dataclass
+class Seen:
+    """What the decoder starts from: embeddings, where the placeholders are, what became of the pictures, and how many visual tokens stand
+    before the text in the embeddings that are none of its own."""
+
+    embeds: torch.Tensor
+    placeholders: torch.Tensor | None = None
+    features: torch.Tensor | None = None
+    attentions: tuple | None = None
+    cross: CrossAttentionContext | None = None
+    before_text: int = 0
+
+
+class PicturesMixin:
+    """The part of a model between `forward`'s arguments and its decoder; `plan` says what there is."""
+
+    def get_image_features(
+        self,
+        pixel_values: torch.Tensor,
+        aspect_ratio_ids: torch.Tensor | None = None,
+        aspect_ratio_mask: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Encode and project pictures. Arguments as `forward` has them.
+
+        Returns:
+            [pictures, patches (or what they are pooled to), text hidden size], or of a model that cuts pictures into tiles
+            [B, pictures * tiles * patches, text hidden size]; `forward` and `generate` take it as `image_features` in place of the pixels.
+
+        Raises:
+            TypeError, ValueError: as the tower. A model without a tower takes no pictures.
+        """
+        if self.plan.tower is None:
+            raise ValueError(f"this {self.config.model_type} model takes text alone: it has no tower")
+        if self.plan.tower == "tiled":
+            return self._encode_tiles(pixel_values, aspect_ratio_ids, aspect_ratio_mask)[0]
+        return self._encode(pixel_values)[0]
+
+    def _encode(self, pixel_values: torch.Tensor, output_attentions: bool = False) -> tuple[torch.Tensor, tuple | None]:
+        read = self.plan.features
+        several = read is not None and len(read) > 1
+        encoded = self.vision_tower(
+            pixel_values,
+            output_hidden_states=several,
+            output_attentions=output_attentions,
+            final_norm=read is None,
+            depth=None if read is None else max(read),
+        )
+        features = torch.cat([encoded.hidden_states[state] for state in read], -1) if several else encoded.last_hidden_state
+        if self.plan.skip_first:
+            features = features[:, 1:]
+        if self.plan.pooling is not None:
+            features = self.image_pooling(features)
+        return self.multi_modal_projector(features), encoded.attentions
+
+    def _encode_tiles(
+        self,
+        pixel_values: torch.Tensor,
+        aspect_ratio_ids: torch.Tensor | None,
+        aspect_ratio_mask: torch.Tensor | None,
+        output_attentions: bool = False,
+    ) -> tuple[torch.Tensor, tuple | None]:
+        encoded = self.vision_tower(
+            pixel_values, aspect_ratio_ids, aspect_ratio_mask, reference=self.reference, output_attentions=output_attentions
+        )
+        return self.multi_modal_projector(encoded.last_hidden_state).flatten(1, 3), encoded.attentions
+
+    def find_placeholders(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None, pictures: int = 0) -> torch.Tensor:
+        """Where picture placeholders stand: bool [B, T].
+
+        With `config.image_token_index` these are the positions that hold it. Without, where pictures are merged, the id is told by
+        `fusion.merge.find_placeholder` from the runs it stands in at unmasked positions; where none stands so, no position is one.
+
+        Args:
+            input_ids: int [B, T].
+            attention_mask: [B, T], zero where padded, or None.
+            pictures: how many pictures the batch has.
+
+        Raises:
+            ValueError: the id is not set, and more than one could be it.
+        """
+        if self.plan.fusion is None:
+            return torch.zeros_like(input_ids, dtype=torch.bool)
+        token = self.config.image_token_index
+        if token is not None:
+            return input_ids == token
+        if pictures and self.plan.fusion == "merge":
+            token = find_placeholder(input_ids, attention_mask, self.plan.image_tokens, pictures)
+        if token is None:
+            return torch.zeros_like(input_ids, dtype=torch.bool)
+        return input_ids == token if attention_mask is None else (input_ids == token) & (attention_mask != 0)
+
+    def _merge(
+        self,
+        input_ids: torch.Tensor | None,
+        inputs_embeds: torch.Tensor | None,
+        attention_mask: torch.Tensor | None,
+        pixel_values: torch.Tensor | None,
+        image_features: torch.Tensor | None,
+        filled: bool,
+        held: int,
+        output_attentions: bool,
+    ) -> Seen:
+        """Embeddings with picture features in the placeholders' places, or before a text that has none."""
+        if input_ids is None:
+            if pixel_values is not None or image_features is not None:
+                raise ValueError("pictures need input_ids, whose placeholders tell where they stand; inputs_embeds must hold them already")
+            return Seen(inputs_embeds)
+        pictures = self._count_pictures(pixel_values, image_features)
+        placeholders = attentions = None
+        if self.plan.fusion is not None and (pictures or not filled):
+            placeholders = self._placeholders(input_ids, attention_mask, pictures, filled)
+        if placeholders is None and filled:
+            self._check_held(held, pictures, input_ids.shape[0])
+            pixel_values = image_features = None
+        elif pixel_values is not None:
+            image_features, attentions = self._encode(pixel_values, output_attentions)
+        inputs_embeds = self._embed(input_ids, placeholders)
+        if image_features is None:
+            return Seen(inputs_embeds, placeholders)
+        if placeholders is not None:
+            return Seen(merge(inputs_embeds, placeholders, image_features), placeholders, image_features, attentions)
+        visual = share_out(image_features, inputs_embeds.shape[0]).to(inputs_embeds)
+        return Seen(torch.cat([visual, inputs_embeds], dim=1), None, image_features, attentions, before_text=visual.shape[1])
+
+    def _check_held(self, held: int, pictures: int, rows: int) -> None:
+        """Pictures given again, of a text that has no place for them, must be those before the text in the cache."""
+        again = pictures * self.plan.image_tokens
+        if again and again != held * rows and (held or (self.plan.fusion == "prepend" and self.config.image_token_index is None)):
+            raise ValueError(f"pictures must stand before the text: past_key_values holds text, and {held} visual tokens before it")
+
+    def _attend(
+        self,
+        input_ids: torch.Tensor | None,
+        inputs_embeds: torch.Tensor | None,
+        pixel_values: torch.Tensor | None,
+        image_features: torch.Tensor | None,
+        aspects: tuple[torch.Tensor | None, torch.Tensor | None],
+        cross_attention_mask: torch.Tensor | None,
+        past_key_values: Cache | None,
+        output_attentions: bool,
+    ) -> Seen:
+        """Embeddings, and what the cross-attention layers need: nothing where there are no pictures, here or in the cache."""
+        placeholders = attentions = None
+        if inputs_embeds is None:
+            placeholders = self.find_placeholders(input_ids)
+            inputs_embeds = self._embed(input_ids)
+        cached, text, rows = None, self.plan.text, inputs_embeds.shape[0]
+        if self.plan.tower == "tiled":
+            tokens, filled = self.vision_tower.tokens_per_tile, aspects[1]
+            if pixel_values is not None:
+                self.vision_tower.check(pixel_values, *aspects)
+                if pixel_values.shape[0] != rows:
+                    raise ValueError(f"pixel_values must have {rows} rows, one per row of text, got {pixel_values.shape[0]}")
+                image_features, attentions = self._encode_tiles(pixel_values, *aspects, output_attentions)
+            elif image_features is not None:
+                check_tile_features(image_features, rows, tokens, text.hidden_size)
+            states = image_features
+        else:
+            tokens, filled = self.plan.image_tokens, None
+            self._count_pictures(pixel_values, image_features)
+            if pixel_values is not None:
+                image_features, attentions = self._encode(pixel_values, output_attentions)
+            states = None if image_features is None else share_out(image_features, rows)
+        if states is not None:
+            states = states.to(inputs_embeds.dtype)
+        if past_key_values is not None:
+            cached = place_cross_layers(past_key_values, text.cross_attention_layers, text.num_hidden_layers)
+        mask = rows_of_mask(cross_attention_mask, inputs_embeds.shape[:2], past_length(past_key_values))
+        held = None if cached is None else cached.kept
+        cross = cross_context(states, mask, tokens, self.reference, held=held, filled=filled)
+        if cached is not None and cross is not None:
+            cached.kept = cross.kept
+        return Seen(inputs_embeds, placeholders, image_features, attentions, cross)
+
+    def _count_pictures(self, pixel_values: torch.Tensor | None, image_features: torch.Tensor | None) -> int:
+        if pixel_values is not None:
+            self.vision_tower.check(pixel_values)
+            return pixel_values.shape[0]
+        if image_features is None:
+            return 0
+        if not isinstance(image_features, torch.Tensor):
+            raise TypeError(f"image_features must be a torch.Tensor, got {type(image_features).__name__}")
+        wanted = [self.plan.image_tokens, self.plan.text.hidden_size]
+        if list(image_features.shape[1:]) != wanted:
+            raise ValueError(f"image_features must be [pictures, {wanted[0]}, {wanted[1]}], got {list(image_features.shape)}")
+        return image_features.shape[0]
+
+    def _placeholders(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None, pictures: int, filled: bool = False
+    ) -> torch.Tensor | None:
+        """bool [B, T] with as many True as there are features; None where the text has no place for them: a filled cache already holds
+        the pictures given again, or they stand before it."""
+        if self.plan.fusion == "prepend" and self.config.image_token_index is None:
+            return None
+        if attention_mask is not None:
+            attention_mask = attention_mask[:, -input_ids.shape[1] :]
+        placeholders = self.find_placeholders(input_ids, attention_mask, pictures)
+        if torch.compiler.is_compiling() and self.plan.fusion == "merge":
+            return placeholders
+        per_picture = self.plan.image_tokens
+        rows = placeholders.sum(1).tolist()
+        found = sum(rows)
+        if not found and (filled or self.plan.fusion == "prepend"):
+            return None
+        if found != pictures * per_picture:
+            unexpanded = "; expand each <image> with the processor (MllamaImageProcessor)" if found <= pictures else ""
+            raise ValueError(
+                f"input_ids hold {found} picture placeholders, but {pictures} pictures give {pictures * per_picture} features{unexpanded}"
+            )
+        if any(row % per_picture for row in rows):
+            raise ValueError(f"every row must hold a multiple of {per_picture} picture placeholders, got {rows}")
+        return placeholders
+
+    def _embed(self, input_ids: torch.Tensor, placeholders: torch.Tensor | None = None) -> torch.Tensor:
+        """[B, T, hidden]: looked-up ids. Placeholders, which may lie outside the vocabulary, are not."""
+        if placeholders is not None:
+            input_ids = input_ids.masked_fill(placeholders, 0)
+        check_range(input_ids, self.get_input_embeddings().weight.shape[0])
+        return self.get_input_embeddings()(input_ids)
