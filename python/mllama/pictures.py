@@ -123,7 +123,7 @@ class PicturesMixin:
         placeholders = attentions = None
         if self.plan.fusion is not None and (pictures or not filled):
             placeholders = self._placeholders(input_ids, attention_mask, pictures, filled)
-        if placeholders is None and filled:
+        if placeholders is None and (filled or self.plan.fusion != "prepend"):
             self._check_held(held, pictures, input_ids.shape[0])
             pixel_values = image_features = None
         elif pixel_values is not None:

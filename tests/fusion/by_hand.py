@@ -26,7 +26,9 @@ class ByHand(nn.Module):
         text = {name: getattr(config.text_config, name) for name in (*twins.SIZES, *twins.ENDS, "rms_norm_eps")}
         rope = config.text_config.rope_parameters
         self.text = LlamaForCausalLM(LlamaConfig(**text, rope_parameters=rope, attn_implementation="eager"))
-        self.own = nn.ParameterDict({name.replace(".", "/"): value.detach().clone() for name, value in model.named_parameters() if own(name)})
+        self.own = nn.ParameterDict(
+            {name.replace(".", "/"): value.detach().clone() for name, value in model.named_parameters() if own(name)}
+        )
         self.crossed = model.plan.text.cross_attention_layers or []
         stock = StockConfig(**text | {"bos_token_id": 1, "eos_token_id": 2}, cross_attention_layers=[1], attn_implementation="eager")
         self.cross = nn.ModuleList(MllamaCrossAttentionDecoderLayer(stock, index) for index in self.crossed)

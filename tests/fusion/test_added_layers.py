@@ -36,9 +36,7 @@ def mixed() -> torch.Tensor:
     return mask
 
 
-@pytest.mark.parametrize(
-    ("every", "layers", "places"), [(1, 2, [1, 3]), (2, 5, [2, 5]), (3, 3, [3]), (None, 9, [4, 9]), (None, 3, [3])]
-)
+@pytest.mark.parametrize(("every", "layers", "places"), [(1, 2, [1, 3]), (2, 5, [2, 5]), (3, 3, [3]), (None, 9, [4, 9]), (None, 3, [3])])
 def test_a_layer_is_added_after_every_so_many(every, layers, places):
     model = make(every, layers)
     crossed = [index for index, layer in enumerate(model.language_model.layers) if isinstance(layer, CrossAttentionDecoderLayer)]
@@ -165,7 +163,11 @@ def test_files_keep_it(tmp_path):
 def test_adapters_reach_both_kinds_of_layers():
     peft = pytest.importorskip("peft")
     adapted = peft.get_peft_model(make(), peft.LoraConfig(target_modules=["q_proj", "o_proj"], r=2))
-    names = {name.split(".lora_")[0].split("layers.")[1] for name, _ in adapted.named_parameters() if "language_model" in name and "lora_" in name}
+    names = {
+        name.split(".lora_")[0].split("layers.")[1]
+        for name, _ in adapted.named_parameters()
+        if "language_model" in name and "lora_" in name
+    }
     assert {"0.self_attn.q_proj", "1.cross_attn.q_proj", "2.self_attn.o_proj", "3.cross_attn.o_proj"} <= names
 
 

@@ -97,7 +97,8 @@ class MllamaForConditionalGeneration(OlderModel):
     ) -> torch.Tensor | None:
         """As the package's. A prompt of text alone is answered without its picture, and a warning says so; one with an `<image>` that was
         not expanded is refused."""
-        if not (pictures and is_unsaid(self.config.image_token_index)) or filled or torch.compiler.is_compiling():
+        told = self.plan.fusion != "merge" or not is_unsaid(self.config.image_token_index)
+        if told or not pictures or filled or torch.compiler.is_compiling():
             return super()._placeholders(input_ids, attention_mask, pictures, filled)
         mask = None if attention_mask is None else attention_mask[:, -input_ids.shape[1] :]
         if self.find_placeholders(input_ids, mask, pictures).any():
