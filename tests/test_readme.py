@@ -48,9 +48,10 @@ def test_commands_exist(monkeypatch):
             assert all(Path(picture).is_file() for picture in pictures if picture is not None)
 
 
-@pytest.mark.parametrize(
-    "page", ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/design.md", "docs/cli.md", "docs/lora.md", "examples/pictures/README.md"]
-)
+PAGES = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", *(f"docs/{name}.md" for name in ("cli", "design", "lora", "older-scripts"))]
+
+
+@pytest.mark.parametrize("page", [*PAGES, "examples/pictures/README.md"])
 def test_links_and_paths_lead_somewhere(page):
     text = (ROOT / page).read_text()
     links = [link for link in re.findall(r"\]\(([^)#]+)\)", text) if "://" not in link]
