@@ -96,6 +96,17 @@ inline Tensor new_tensor(const Tensor& like, Sizes sizes, std::optional<int32_t>
 inline Tensor new_like(const Tensor& like) { return new_tensor(like, like.sizes()); }
 inline Tensor new_float(const Tensor& like, Sizes sizes) { return new_tensor(like, sizes, aoti_torch_dtype_float32()); }
 
+// A contiguous tensor's memory as [rows, columns]; through the shim for the same reason.
+inline Tensor as_matrix(const Tensor& t, int64_t rows, int64_t columns) {
+    std::array<int64_t, 2> sizes{rows, columns}, strides{columns, 1};
+    int64_t offset;
+    AtenTensorHandle handle;
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_offset(t.get(), &offset));
+    STABLE_TORCH_ERROR_CODE_CHECK(
+        aoti_torch__reinterpret_tensor(t.get(), 2, sizes.data(), strides.data(), offset, &handle));
+    return Tensor(handle);
+}
+
 template <class T>
 const T* data(const Tensor& t) {
     return static_cast<const T*>(t.const_data_ptr());

@@ -29,12 +29,7 @@ std::vector<int64_t> with_last(const Tensor& x, int64_t size) {
     return sizes;
 }
 
-Tensor as_rows(const Tensor& t) { return torch::stable::view(dense(t), {row_count(t), last_size(t)}); }
-
-// A factor in a dtype the kernels read beside x: x's own, or f32.
-Tensor factor_for(const Tensor& x, const Tensor& factor) {
-    return dense(factor.scalar_type() == x.scalar_type() ? factor : to_dtype(factor, ScalarType::Float));
-}
+Tensor as_rows(const Tensor& t) { return as_matrix(dense(t), row_count(t), last_size(t)); }
 
 // A product between rows x, a factor (lora_a, or lora_b `by_column`) and small, all dense; one of them is written.
 LowRank product(const Tensor& x, const Tensor& factor, bool by_column, const Tensor& small, double scale) {
@@ -99,7 +94,7 @@ std::tuple<Tensor, Tensor> lora_linear(const Tensor& x, const Tensor& weight, co
         check_value(bias->dim() == 1 && bias->size(0) == out, op, ": bias must be [", out, "], got ", Shape{*bias});
         shift = to_dtype(*bias, x.scalar_type());
     }
-    Tensor rows = as_rows(x), a = factor_for(x, lora_a), b = factor_for(x, lora_b);
+    Tensor rows = as_rows(x), a = dense(lora_a), b = dense(lora_b);
     Tensor y = new_tensor(x, with_last(x, out)), small = new_float(x, with_last(x, rank));
     down(with_dropout(op, product(rows, a, false, small, 1), dropout, seed));
     linear_out(rows, to_dtype(weight, x.scalar_type()), shift, as_rows(y));
@@ -121,20 +116,18 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> lora_linear_backward(const Tensor& gr
                 op, ": grad_y must be [..., ", weight.size(0), "] and of x's dtype");
     check_value(small.numel() == row_count(x) * lora_a.size(0) && small.scalar_type() == ScalarType::Float, op,
                 ": small must be float32 with [rank] values a row");
-    Tensor g = as_rows(grad_y), rows = as_rows(x), a = factor_for(x, lora_a), b = factor_for(x, lora_b);
+    Tensor g = as_rows(grad_y), rows = as_rows(x), a = dense(lora_a), b = dense(lora_b);
     Tensor grad_x = new_tensor(x, {0}), grad_a = new_tensor(lora_a, {0}), grad_b = new_tensor(lora_b, {0});
     Tensor grad_bias = new_tensor(bias.value_or(weight), {0});
     Tensor grad_small = new_float(x, small.sizes());
     if (x_gradient || a_gradient) down(product(g, b, true, grad_small, scale));
     if (b_gradient) {
-        Tensor sum = new_like(b);
-        outer(product(g, sum, true, dense(small), scale));
-        grad_b = to_dtype(sum, lora_b.scalar_type());
+        grad_b = new_like(b);
+        outer(product(g, grad_b, true, dense(small), scale));
     }
     if (a_gradient) {
-        Tensor sum = new_like(a);
-        outer(with_dropout(op, product(rows, sum, false, grad_small, 1), dropout, seed));
-        grad_a = to_dtype(sum, lora_a.scalar_type());
+        grad_a = new_like(a);
+        outer(with_dropout(op, product(rows, grad_a, false, grad_small, 1), dropout, seed));
     }
     if (x_gradient) {
         grad_x = torch::stable::view(torch::stable::matmul(g, to_dtype(weight, x.scalar_type())), x.sizes());

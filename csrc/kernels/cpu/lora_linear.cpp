@@ -44,16 +44,33 @@ class Kept {
     uint32_t threshold_, key_, shift_;
 };
 
+// ---- operands ------------------------------------------------------------------------------------------------------
+
 // Columns [column, column + size) of a row of dropout(x) as f32, then zeros up to `width`, a multiple of kWidth.
-template <class T>
 void widen_kept(const LowRank& a, int64_t row, int64_t column, int64_t size, float* to, int64_t width) {
-    widen_row(static_cast<const T*>(a.x) + row * a.width + column, to, size, width);
+    dispatch(a.dtype, [&](auto t) {
+        widen_row(static_cast<const decltype(t)*>(a.x) + row * a.width + column, to, size, width);
+    });
     if (!a.dropout) return;
     Kept kept(a, row);
     for (int64_t i = 0; i < size; i += kWidth) store(to + i, kept(load(to + i), column + i));
 }
 
-// ---- tiles ---------------------------------------------------------------------------------------------------------
+// The factor's part at [first, first + count) of the width, as the vectors of a product: dst[step][lanes], where steps
+// run along the width or along the rank. `room` and dst hold lanes times the steps, these as multiples of kWidth.
+void pack_factor(const LowRank& a, int64_t first, int64_t count, bool along_width, int64_t lanes, Word* room,
+                 Word* dst) {
+    int64_t rows = a.by_column ? count : a.rank, size = a.by_column ? a.rank : count;
+    int64_t start = a.by_column ? first * a.rank : first, stride = a.by_column ? a.rank : a.width;
+    dispatch(a.factor_dtype, [&](auto w) {
+        auto row_at = [&](int64_t i) { return static_cast<const decltype(w)*>(a.factor) + start + i * stride; };
+        if (along_width == a.by_column) {
+            pack_rows<F32Words>(row_at, rows, size, lanes, dst);
+        } else {
+            pack_columns<F32Words>(row_at, rows, lanes, size, room, dst);
+        }
+    });
+}
 
 // Calls body(first lane, vectors) for `lanes` lanes, a multiple of kWidth; vectors as std::integral_constant.
 template <class Body>
@@ -67,52 +84,45 @@ inline __attribute__((always_inline)) void for_lanes(int64_t lanes, Body&& body)
     }
 }
 
-template <class W>
-const W* factor_row(const LowRank& a, int64_t row) {
-    return static_cast<const W*>(a.factor) + row * (a.by_column ? a.rank : a.width);
-}
-
 // ---- down ----------------------------------------------------------------------------------------------------------
 
-// Fewer rows than a tile has, as in decoding: a dot product for each element, with the factor read as it lies.
-template <class T, class W>
-void down_by_dots(const LowRank& a, int64_t first_row, int64_t last_row) {
-    int64_t width = round_up(a.width, 4 * kWidth);
+// Fewer rows than a tile has, as in decoding: a dot product for each element, with lora_a read as it lies.
+template <class W>
+void down_by_dots(const LowRank& a, const W* factor, int64_t first_row, int64_t last_row) {
+    int64_t width = round_up(a.width, kWidth);
     Floats x(width);
     for (int64_t row = first_row; row < last_row; ++row) {
-        widen_kept<T>(a, row, 0, a.width, x, width);
+        widen_kept(a, row, 0, a.width, x, width);
         for (int64_t c = 0; c < a.rank; ++c) {
-            const W* factor = factor_row<W>(a, c);
+            const W* f = factor + c * a.width;
             vf sum[4]{};  // in flight, since one would wait for each addition
             int64_t i = 0;
             for (; i + 4 * kWidth <= a.width; i += 4 * kWidth) {
 #pragma GCC unroll 4
-                for (int j = 0; j < 4; ++j) sum[j] += load(x + i + j * kWidth) * load(factor + i + j * kWidth);
+                for (int j = 0; j < 4; ++j) sum[j] += load(x + i + j * kWidth) * load(f + i + j * kWidth);
             }
-            for_vectors(a.width - i, [&](int64_t j, int n) { sum[0] += load(x + i + j) * at(factor + i + j, n); });
+            for_vectors(a.width - i, [&](int64_t j, int n) { sum[0] += load(x + i + j) * at(f + i + j, n); });
             a.small[row * a.rank + c] = a.scale * reduce_add((sum[0] + sum[1]) + (sum[2] + sum[3]));
         }
     }
 }
 
-template <class T, class W>
 void down(const LowRank& a, int64_t first_row, int64_t last_row) {
-    if (!a.by_column && a.rows < kTileRows) return down_by_dots<T, W>(a, first_row, last_row);
+    if (!a.by_column && a.rows < kTileRows) {
+        return dispatch(a.factor_dtype, [&](auto w) {
+            down_by_dots(a, static_cast<const decltype(w)*>(a.factor), first_row, last_row);
+        });
+    }
     int64_t lanes = round_up(a.rank, kWidth);
     Words factor(kSteps * lanes), room(kSteps * lanes);
     Floats x(kTileRows * kSteps);
     std::fill(a.small + first_row * a.rank, a.small + last_row * a.rank, 0.0f);
     for (int64_t column = 0; column < a.width; column += kSteps) {
         int64_t steps = std::min(kSteps, a.width - column);
-        if (a.by_column) {
-            pack_rows<F32Words>([&](int64_t i) { return factor_row<W>(a, column + i); }, steps, a.rank, lanes, factor);
-        } else {
-            pack_columns<F32Words>([&](int64_t i) { return factor_row<W>(a, i) + column; }, a.rank, lanes, steps, room,
-                                   factor);
-        }
+        pack_factor(a, column, steps, true, lanes, room, factor);
         for (int64_t row = first_row; row < last_row; row += kTileRows) {
             int64_t rows = std::min<int64_t>(kTileRows, last_row - row);
-            for (int64_t i = 0; i < rows; ++i) widen_kept<T>(a, row + i, column, steps, x + i * kSteps, kSteps);
+            for (int64_t i = 0; i < rows; ++i) widen_kept(a, row + i, column, steps, x + i * kSteps, kSteps);
             std::fill(x + rows * kSteps, x + kTileRows * kSteps, 0.0f);
             for_lanes(lanes, [&](int64_t lane, auto vectors) {
                 constexpr int kVectors = vectors;
@@ -130,7 +140,7 @@ void down(const LowRank& a, int64_t first_row, int64_t last_row) {
 
 // ---- up ------------------------------------------------------------------------------------------------------------
 
-template <class T, class W>
+template <class T>
 class Up {
   public:
     explicit Up(const LowRank& args) : a(args) {}
@@ -152,13 +162,7 @@ class Up {
         first_ = block * kUpColumns;
         columns_ = std::min(kUpColumns, a.width - first_);
         lanes_ = round_up(columns_, kWidth);
-        if (a.by_column) {
-            pack_columns<F32Words>([&](int64_t i) { return factor_row<W>(a, first_ + i); }, columns_, lanes_, a.rank,
-                                   room_, factor_);
-        } else {
-            pack_rows<F32Words>([&](int64_t i) { return factor_row<W>(a, i) + first_; }, a.rank, columns_, lanes_,
-                                factor_);
-        }
+        pack_factor(a, first_, columns_, false, lanes_, room_, factor_);
     }
 
     // Rows row .. row + R of x; small[step] holds theirs side by side, steps are `stride` apart.
@@ -189,7 +193,6 @@ class Up {
 
 // ---- outer ---------------------------------------------------------------------------------------------------------
 
-template <class T, class W>
 void outer(const LowRank& a, int64_t block) {
     constexpr int64_t kStride = kOuterColumns;
     int64_t first = block * kOuterColumns, columns = std::min(kOuterColumns, a.width - first);
@@ -199,7 +202,7 @@ void outer(const LowRank& a, int64_t block) {
     std::fill(sums + 0, sums + ranks * kStride, 0.0f);
     for (int64_t row = 0; row < a.rows; row += kRowBlock) {
         int64_t rows = std::min(kRowBlock, a.rows - row);
-        for (int64_t i = 0; i < rows; ++i) widen_kept<T>(a, row + i, first, columns, x + i * kStride, lanes);
+        for (int64_t i = 0; i < rows; ++i) widen_kept(a, row + i, first, columns, x + i * kStride, lanes);
         pack_rows<F32Words>([&](int64_t i) { return a.small + (row + i) * a.rank; }, rows, a.rank, ranks, small);
         for (int64_t c = 0; c < a.rank; c += kTileRows) {
             for_lanes(lanes, [&](int64_t lane, auto vectors) {
@@ -213,38 +216,36 @@ void outer(const LowRank& a, int64_t block) {
             });
         }
     }
-    W* factor = static_cast<W*>(a.factor);
-    auto copy = [&](const float* from, W* to, int64_t size) {
-        for_vectors(size, [&](int64_t i, int n) { put(to + i, a.scale * load(from + i), n); });
-    };
-    if (a.by_column) {
-        transpose(as_words(sums), kStride, as_words(turned), ranks, ranks, lanes);
-        for (int64_t i = 0; i < columns; ++i) copy(turned + i * ranks, factor + (first + i) * a.rank, a.rank);
-    } else {
-        for (int64_t c = 0; c < a.rank; ++c) copy(sums + c * kStride, factor + c * a.width + first, columns);
-    }
+    if (a.by_column) transpose(as_words(sums), kStride, as_words(turned), ranks, ranks, lanes);
+    dispatch(a.factor_dtype, [&](auto w) {
+        auto copy = [&](const float* from, int64_t to, int64_t size) {
+            auto* factor = static_cast<decltype(w)*>(a.factor) + to;
+            for_vectors(size, [&](int64_t i, int n) { put(factor + i, a.scale * load(from + i), n); });
+        };
+        if (a.by_column) {
+            for (int64_t i = 0; i < columns; ++i) copy(turned + i * ranks, (first + i) * a.rank, a.rank);
+        } else {
+            for (int64_t c = 0; c < a.rank; ++c) copy(sums + c * kStride, c * a.width + first, columns);
+        }
+    });
 }
 
 }  // namespace
 
 void low_rank_down(const LowRank& args, int64_t first, int64_t last) {
-    dispatch(args.dtype, args.factor_dtype, [&](auto t, auto w) {
-        down<decltype(t), decltype(w)>(args, first * kRowBlock, std::min(last * kRowBlock, args.rows));
-    });
+    down(args, first * kRowBlock, std::min(last * kRowBlock, args.rows));
 }
 
 void low_rank_up(const LowRank& args, int64_t first, int64_t last) {
     int64_t row_blocks = (args.rows + kRowBlock - 1) / kRowBlock;
-    dispatch(args.dtype, args.factor_dtype, [&](auto t, auto w) {
-        Up<decltype(t), decltype(w)> up(args);
+    dispatch(args.dtype, [&](auto t) {
+        Up<decltype(t)> up(args);
         for (int64_t i = first; i < last; ++i) up.run(i / row_blocks, i % row_blocks);
     });
 }
 
 void low_rank_outer(const LowRank& args, int64_t first, int64_t last) {
-    dispatch(args.dtype, args.factor_dtype, [&](auto t, auto w) {
-        for (int64_t block = first; block < last; ++block) outer<decltype(t), decltype(w)>(args, block);
-    });
+    for (int64_t block = first; block < last; ++block) outer(args, block);
 }
 
 }  // namespace mllama::kernels::MLLAMA_ISA

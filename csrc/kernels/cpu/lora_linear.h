@@ -13,9 +13,9 @@ struct LowRank {
     int64_t rows;
     int64_t width;
     int64_t rank;
-    Dtype dtype;         // of x
-    Dtype factor_dtype;  // f32 or x's
-    bool by_column;      // the factor is [width, rank], as B is, instead of [rank, width], as A is
+    Dtype dtype;  // of x
+    Dtype factor_dtype;
+    bool by_column;  // the factor is [width, rank], as B is, instead of [rank, width], as A is
     float scale;
     bool dropout;
     uint32_t threshold;  // hashes below it are left out

@@ -1,0 +1,47 @@
+"""lora_linear on the feed-forward projections of Llama-3.2-1B, frozen, with float32 adapters of rank 16."""
+
+from collections.abc import Iterator
+
+import torch
+
+from benchmarks import shapes
+from benchmarks.harness import DTYPES, Case, both_directions
+from mllama.ops import lora_linear
+
+PEER = "PEFT's formula: linear(x) + lora_b(lora_a(dropout(x))) * scale in eager torch"
+RANK, SCALE, DROPOUT = 16, 2.0, 0.1
+
+
+def cases() -> Iterator[Case]:
+    """Both projections, every length and dtype, without and (where training uses it) with dropout; gradients of x and the adapters."""
+    for width, out in ((shapes.HIDDEN, shapes.FFN), (shapes.FFN, shapes.HIDDEN)):
+        for shape in shapes.text(width):
+            for dtype in DTYPES:
+                yield from _cases(shape, out, dtype, 0.0)
+    for dtype in DTYPES:
+        yield _cases(shapes.text(shapes.HIDDEN)[-1], shapes.FFN, dtype, DROPOUT)[1]
+
+
+def _cases(shape: tuple[int, ...], out: int, dtype: torch.dtype, dropout: float) -> list[Case]:
+    width, rows = shape[-1], shape[0] * shape[1]
+    x, weight = torch.randn(shape, dtype=dtype), torch.randn(out, width, dtype=dtype)
+    a, b = torch.randn(RANK, width), torch.randn(out, RANK)
+    size = weight.numel() * weight.element_size() if rows == 1 else 0  # then its reading is what takes the time
+    flops, update_flops = 2 * rows * weight.numel(), 2 * rows * RANK * (width + out)
+    return both_directions(
+        f"{shapes.label(shape)} to {out}" + (f", dropout {dropout}" if dropout else ""),
+        lambda x, a, b, weight: lora_linear(x, weight, a, b, scale=SCALE, dropout=dropout),
+        lambda x, a, b, weight: _peer(x, a, b, weight, dropout),
+        (x, a, b, weight),
+        differentiable=3,
+        forward_bytes=size,
+        backward_bytes=size,
+        forward_flops=flops + update_flops,
+        backward_flops=flops + 2 * update_flops,
+    )
+
+
+def _peer(x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, weight: torch.Tensor, dropout: float) -> torch.Tensor:
+    linear = torch.nn.functional.linear
+    update = torch.nn.functional.dropout(x.to(a.dtype), dropout)
+    return (linear(x, weight) + linear(linear(update, a), b) * SCALE).to(x.dtype)
