@@ -61,6 +61,10 @@ def test_what_is_not_there_reads_as_none():
     with pytest.raises(KeyError):
         output["nothing"]
     assert output[0] is output.logits
+    assert "kv_cache" not in output and output.get("kv_cache", 3) == 3 and output.get("loss") is None
+    cache = KVCache()
+    output = older.model()(torch.tensor([TEXT]), kv_cache=cache)
+    assert "kv_cache" in output and output.get("kv_cache") is cache and output.get("logits") is output.logits
 
 
 @pytest.mark.parametrize("image_token_index", [None, 97], ids=["by its runs", "said"])
@@ -149,6 +153,13 @@ class TestPlaceholders:
         model.image_token_index = 91
         assert model.config.image_token_index == model.image_token_index == 91
         assert model(older.prompt(*TEXT, image=91), twins.pictures(1))["logits"].shape == (1, 10, 99)
+
+    def test_several_pictures_in_a_prompt(self):
+        model, run = older.model(), [older.IMAGE] * twins.PATCHES
+        for ids in (torch.tensor([run + run + TEXT]), torch.tensor([run + TEXT[:3] + run + TEXT[3:]])):
+            pictures = twins.pictures(2)
+            first, second = (model(ids, pixels)["logits"] for pixels in (pictures, pictures.flip(0)))
+            assert (first - second).abs().max() > 0.1
 
     def test_two_pictures_for_one_placeholder_are_refused(self):
         with pytest.raises(ValueError, match="hold 4 picture placeholders, but 2 pictures"):

@@ -22,5 +22,14 @@ class OlderOutput(MllamaOutput):
             return getattr(self, key)
         return super().__getitem__(key)
 
+    def __contains__(self, key: object) -> bool:
+        return self.kv_cache is not None if key == "kv_cache" else super().__contains__(key)
+
+    def get(self, key: str, default: Any = None) -> Any:
+        """As a dict's, `kv_cache` too."""
+        if key not in self:
+            return default
+        return self[key]
+
 
 _FIELDS = {field.name for field in fields(MllamaOutput)}
