@@ -13,6 +13,7 @@ from dropin import older
 from mllama import MllamaConfig
 from mllama.config import MllamaTextConfig, MllamaVisionConfig
 from mllama.dropin._config import MLLAMAConfig
+from mllama.dropin._multimodal import MllamaForConditionalGeneration
 from mllama.dropin._text_config import LLAMA32Config
 
 
@@ -110,6 +111,8 @@ def test_sizes_that_cannot_be(text, said):
 def test_other_kinds_are_refused():
     with pytest.raises(TypeError, match="text_config must be a dict, a config object or None, got int"):
         MLLAMAConfig(older.VISION, 3)
+    with pytest.raises(ValueError, match="dtype must be one of .*got torch.float64"):
+        older.config(text={"dtype": torch.float64})
     with pytest.raises(ValueError, match="image_token_index must be an integer of at least 0, got -1"):
         older.config(image_token_index=-1)
 
@@ -123,6 +126,19 @@ def test_what_is_written_the_package_reads(image_token_index, tmp_path):
     assert read.projection_dim == read.hidden_size == 64
     assert read.text_config.rope_parameters == config.text_config.rope_parameters
     assert MLLAMAConfig.from_pretrained(tmp_path).image_token_index == (128256 if image_token_index is None else 97)
+
+
+@pytest.mark.parametrize("name", [{"text": {"dtype": "bfloat16"}}, {"dtype": torch.bfloat16}], ids=["of the text", "of the whole"])
+def test_a_dtype_of_either_config(name):
+    assert older.config(**name).dtype == torch.bfloat16
+    assert MllamaForConditionalGeneration(older.config(**name)).dtype == torch.bfloat16
+
+
+def test_the_packages_folders(model_folder):
+    config, own = MLLAMAConfig.from_pretrained(model_folder), MllamaConfig.from_pretrained(model_folder)
+    assert (config.projector, config.projection_dim, config.image_token_index) == ("mlp", 64, own.image_token_index)
+    model = MllamaForConditionalGeneration.from_pretrained(model_folder, config=config)
+    assert not any(parameter.is_meta for parameter in model.parameters())
 
 
 @pytest.mark.parametrize("clone", [copy.deepcopy, lambda config: pickle.loads(pickle.dumps(config)), lambda c: MLLAMAConfig(**c.to_dict())])

@@ -4,8 +4,9 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
-from mllama.config import MllamaConfig
+from mllama.config import MllamaConfig, check_choice
 from mllama.dropin._text_config import LLAMA32Config
+from mllama.ops._dispatch import FLOAT_DTYPES
 
 
 class _Unsaid(int):
@@ -31,7 +32,7 @@ class MLLAMAConfig(MllamaConfig):
         image_token_index: id of the `<image>` placeholder. Unless it is given here or set later, the model finds it, as the id standing in
             runs of `text_config.num_image_tokens`.
         vocab_size: of a decoder that does not say its own.
-        projection_dim: kept to be read; the projector leads to the decoder's width.
+        projection_dim: kept to be read; the projector leads to the decoder's width. None reads as that.
         hidden_size: of the decoder where there is no text_config. It reads as the decoder's.
         pad_token_index: padding id of a decoder that does not say its own.
         kwargs: as `mllama.MllamaConfig`. `dtype` is what the model's weights are made in; the decoder's by default.
@@ -53,7 +54,7 @@ class MLLAMAConfig(MllamaConfig):
         ignore_index: int = -100,
         image_token_index: int | None = IMAGE_TOKEN_INDEX,
         vocab_size: int = 128256,
-        projection_dim: int = 2048,
+        projection_dim: int | None = 2048,
         hidden_size: int = 2048,
         pad_token_index: int | None = None,
         **kwargs,
@@ -69,9 +70,18 @@ class MLLAMAConfig(MllamaConfig):
             projection_dim=projection_dim if kwargs.get("projector") == "mlp" else None,
             **{"projector": "linear"} | kwargs,
         )
-        self.projection_dim = self.vision_config.projection_dim = projection_dim
+        if projection_dim is not None:
+            self.projection_dim = projection_dim
+        self.vision_config.projection_dim = self.projection_dim
         if self.dtype is None:
             self.dtype = self.text_config.dtype
+        check_choice(type(self).__name__, "dtype", self.dtype, (*FLOAT_DTYPES, None))
+
+    @classmethod
+    def get_config_dict(cls, pretrained_model_name_or_path, **kwargs) -> tuple[dict[str, Any], dict[str, Any]]:
+        """As `mllama.MllamaConfig`'s, for every folder it reads: what such a folder leaves out is as that class has it."""
+        content, unused = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        return {"projector": "mlp", "projection_dim": None} | content, unused
 
     def to_dict(self) -> dict[str, Any]:
         """As transformers'; `mllama.MllamaConfig` takes it too: a placeholder's id that was not said is None, and the projector's width is
