@@ -23,6 +23,7 @@ def apply_recomputing(consumer: Callable[[torch.Tensor], torch.Tensor], function
     """
     x = function(*inputs)
     if not x.requires_grad or torch.compiler.is_compiling():  # compilers decide such things themselves
+        del inputs  # their memory is free while the consumer runs
         return consumer(x)
     x._mllama_recipe = Recipe(function, inputs, x._version)
     try:
