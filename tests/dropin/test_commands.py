@@ -173,6 +173,7 @@ def test_in_text_alone(run, family_folder):
     ("arguments", "message"),
     [
         ([], "--prompt is missing"),
+        (["--prompt", "a", "--top_k", "5"], "there is no option --top_k"),
         (["--prompt", "a", "--do_sample", "yes"], "--do_sample must be True or False, got 'yes'"),
         (["--prompt", "a", "--only_cpu", "1"], "--only_cpu must be True or False, got 1"),
         (["--prompt", "a", "--do_sample", "[]"], "--do_sample must be True or False, got []"),
@@ -187,6 +188,12 @@ def test_in_text_alone(run, family_folder):
 def test_what_it_refuses_is_one_line(run, arguments, message):
     code, out, err = run("inference", *arguments)
     assert (code, out, err.count("\n")) == (2, "", 1) and message in err, err
+
+
+@pytest.mark.usefixtures("fire")
+def test_help_lists_the_options(run):
+    code, out, err = run("inference", "--help")
+    assert code == 0 and all(f"--{name}" in out + err for name in ("model_path", "max_tokens_to_generate", "only_cpu"))
 
 
 def test_without_fire_it_says_what_to_install(run, monkeypatch):

@@ -19,7 +19,8 @@ def _run(arguments: list[str]) -> None:
         raise ImportError("inference.py needs fire: pip install 'mllama[older]'") from error
     quieten()
     as_written = fire.decorators.SetParseFn(str, "model_path", "prompt", "image_file_path")  # fire would read "1, 2" as a tuple
-    fire.Fire(as_written(inference), command=arguments, name="inference.py")
+    help_wanted = not {"-h", "--help"}.isdisjoint(arguments)  # fire would hand it on as an unknown option
+    fire.Fire(as_written(inference), command=["--", "--help"] if help_wanted else arguments, name="inference.py")
 
 
 def inference(
@@ -31,6 +32,7 @@ def inference(
     top_p: float = 0.9,
     do_sample: bool = False,
     only_cpu: bool = False,
+    **unknown,
 ) -> None:
     """Print what the model says to a prompt, about a picture or without one.
 
@@ -43,7 +45,10 @@ def inference(
         top_p: of sampling: from the likeliest tokens that add up to it.
         do_sample: True or False; False takes the likeliest token, whatever temperature and top_p are.
         only_cpu: True or False; the CPU even where there is a GPU.
+        unknown: not so: any other option is an error.
     """
+    if unknown:  # fire would tell of them once the answer is there
+        raise ValueError(f"there is no option {', '.join(f'--{name}' for name in unknown)} (see --help)")
     if not prompt:
         raise ValueError("--prompt is missing; give the question")
     check_question(prompt)

@@ -12,6 +12,6 @@ def main(arguments: list[str]) -> int:
     Args:
         arguments: options of `inference.py`, which come before the environment.
     """
-    names = inspect.signature(answer.inference).parameters
+    names = inspect.getfullargspec(answer.inference).args
     given = [f"--{name}={os.environ[name.upper()]}" for name in names if os.environ.get(name.upper())]
     return answer.main([*given, *arguments])
