@@ -127,10 +127,11 @@ def test_copies_and_files():
         close(other(ids()), model(ids()), 0)
 
 
-def test_the_meta_device():
+def test_the_meta_device(monkeypatch):
     with torch.device("meta"):
         model = Llama3Model(CFG)
-    source = toys.by_dict()
+    source, empty_like = toys.by_dict(), torch.empty_like
+    monkeypatch.setattr(torch, "empty_like", lambda *args, **kwargs: empty_like(*args, **kwargs).fill_(torch.nan))
     model = model.to_empty(device="cpu")
     model.load_state_dict(source.state_dict())
     close(model(ids()), source(ids()), 0)
@@ -196,6 +197,10 @@ def test_kv_cache_by_itself():
     keys, values = cache.update(k, v, layer_idx=0)
     assert cache.num_items() == 6 and keys is cache.key_cache[0] and values is cache.value_cache[0]
     close(keys, torch.cat([k, k], 2), 0)
+    filled = KVCache.of([(k, v)])
+    assert filled.num_items() == 3 and filled.key_cache[0] is k and filled.value_cache[0] is v  # not copied
+    filled.update(k, v, 0)
+    assert filled.num_items() == 6 and k.shape[2] == 3
 
 
 def test_padding():
@@ -265,8 +270,10 @@ def test_other_numbers_are_added_to_the_scores():
     added = -(torch.arange(6)[:, None] - torch.arange(6)).abs() * torch.tensor([0.5, 0.25, 0.1, 0.0])[:, None, None]
     added = added.masked_fill(hidden(6), -torch.inf)[None]
     close(attention(x, *compute_rope_params(16, context_length=32), added), plain_attention(attention, x, added))
-    model = toys.by_config()
-    assert not torch.allclose(model(ids(2, 6), attention_mask=added)[0], model(ids(2, 6))[0])
+    model, tokens = toys.by_config(), ids(2, 6)
+    masked = model(tokens, attention_mask=added)[0]
+    assert not torch.allclose(masked, model(tokens)[0])
+    close(model(tokens, attention_mask=added.masked_fill(hidden(6), -0.5))[0], masked)  # causal all the same
 
 
 def test_causality_and_padding_are_the_operators(monkeypatch):

@@ -63,6 +63,7 @@ def test_a_model_on_the_meta_device():
         model = Llama3Model(CFG)
     load_weights_into_llama(model, CFG, toys.stock().state_dict())
     torch.testing.assert_close(model(ids()), toys.by_dict()(ids()), rtol=0, atol=0)
+    assert torch.equal(model.cos, toys.by_dict().cos)
 
 
 def test_beneath_lora():

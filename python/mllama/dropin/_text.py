@@ -122,9 +122,10 @@ class Llama3Model(Decoder):
                 self.out_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         if not self.from_config:
             self.cfg = given
-            self._make_tables()
+            self.make_tables()
 
-    def _make_tables(self) -> None:
+    def make_tables(self) -> None:
+        """Put `cos` and `sin` in place, on torch's default device."""
         sizes = self.config.head_dim, self.config.rope_base, self.config.context_length, self.config.rope_freq
         for name, table in zip(("cos", "sin"), compute_rope_params(*sizes), strict=True):
             self.register_buffer(name, table, persistent=False)
@@ -136,7 +137,7 @@ class Llama3Model(Decoder):
         after = self._buffers.get("cos")
         if after is not None and not after.is_meta and (after.dtype != torch.float32 or before.is_meta):
             with after.device:
-                self._make_tables()
+                self.make_tables()
         return self
 
     def get_input_embeddings(self) -> nn.Embedding:

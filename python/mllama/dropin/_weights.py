@@ -58,6 +58,8 @@ def load_weights_into_llama(model: Llama3Model, param_config: Mapping[str, Any],
     for module in modules.values():
         if isinstance(module, Linear_LORA):
             module.unmerge()  # what was merged is of the weights before
+    if model.cos.is_meta:
+        model.make_tables()
     if left := [name for name in params if name not in sources.values() and "rotary_emb" not in name]:
         warnings.warn(f"params: {len(left)} tensors have no place in the model, {left[0]!r} for one", stacklevel=2)
 
