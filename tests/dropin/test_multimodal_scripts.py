@@ -23,12 +23,20 @@ from Model.model import KVCache, Linear_LORA, Llama3ForCausalLM
 from Model.processing_mllama import MllamaImageProcessor
 from Model.siglip import SiglipModel
 from Model.utils import load_hf_model as tolerant
+from Tools.swiglu.FusedSwiglu import FusedFeedForward, FusedSwiGLU, convert_feedforward_to_fused
 from utils import load_hf_model as strict
+import Tools.rmsnorm, Tools.swiglu, mllama.dropin.Tools
 
 assert model.MLLAMAConfig is MLLAMAConfig is mllama.dropin.model.MLLAMAConfig
 assert model.MllamaForConditionalGeneration is MllamaForConditionalGeneration is Model.model.MllamaForConditionalGeneration
 assert model.KVCache is KVCache is modeling_gemma.KVCache and siglip.SiglipModel is SiglipModel
 assert strict is mllama.dropin.utils.load_hf_model and strict is not tolerant
+assert Tools.FusedSwiGLU is FusedSwiGLU is mllama.dropin.Tools.FusedSwiGLU is Tools.swiglu.FusedSwiGLU
+assert Tools.rmsnorm.FusedRMSNorm is Tools.FusedRMSNorm and model.FusedFeedforward is FusedFeedForward
+try:
+    from Tools import rope_cuda, rmsnorm_cuda
+except ImportError:
+    print("falls back")
 assert model.MultiModalProjector and model.FusedFeedforward and modeling_gemma.PaliGemmaForConditionalGeneration
 
 
@@ -129,7 +137,7 @@ class TestWithAProcessor:
 
 def test_names_where_scripts_look_for_them_and_lora_by_hand(run_python, tmp_path):
     done = run_python("-c", f"import mllama.dropin\n{SCRIPT}", cwd=tmp_path)
-    assert done.stdout == "adapted\n", done.stderr
+    assert done.stdout == "falls back\nadapted\n", done.stderr
 
 
 def test_it_trains_on_its_own():
