@@ -139,6 +139,31 @@ def test_against_what_a_tiled_model_holds(tiled, arrangement, tiles):
     assert needed["vision activations"] == pytest.approx(vision.most, rel=0.25)
 
 
+@pytest.mark.parametrize(
+    ("options", "features", "new"),
+    [
+        ({"fusion": "prepend", "num_image_tokens": 3}, 3, {}),
+        ({"fusion": "prepend", "num_image_tokens": 3, "image_pooling": "learned"}, 3, {"projector": 3 * 4 + 3}),
+        ({"fusion": "cross_attention", "cross_attention_every": 2, "text": {"num_hidden_layers": 5}}, 4, {"cross layers": 2 * 30882}),
+    ],
+    ids=["average", "learned", "cross_attention"],
+)
+def test_other_fusions(options, features, new):
+    model, plain = twins.model(**options | {"image_token_index": None}), twins.model(text=options.get("text"))
+    expected = count_parameters(plain)
+    assert count_parameters(model) == expected | {part: count + expected.get(part, 0) for part, count in new.items()}
+    needed = memory_needed(model, Work(context=20, batch=2, tiles=2, dtype=torch.float32))
+    words = 20 - 2 * features * (options["fusion"] == "prepend")
+    with torch.inference_mode():
+        cache = model(torch.randint(1, 90, (2, words)), twins.pictures(4)).past_key_values
+    sizes = [layer.keys.nbytes + layer.values.nbytes for layer in cache.layers]
+    crossed = model.plan.text.cross_attention_layers or []
+    assert picture_tokens(model.plan, 1) == features
+    assert needed.get("cross-attention keys and values", 0) == sum(sizes[index] for index in crossed)
+    assert needed["key-value cache"] == sum(sizes) - sum(sizes[index] for index in crossed)
+    assert needed["vision activations"] == memory_needed(plain, Work(20, 2, 2, torch.float32))["vision activations"]
+
+
 def test_llama_11b_vision_by_hand():
     config = MllamaConfig(vision_config={"image_size": 560}, text_config={})
     model = on_meta(MllamaForConditionalGeneration, config)

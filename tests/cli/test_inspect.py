@@ -49,6 +49,24 @@ def test_a_sound_folder(run, model_folder):
     assert (code, err) == (0, "") and "loads: every tensor has its place" in out and f"{said['parameters']['total']:,}" in out
 
 
+@pytest.mark.parametrize(
+    ("options", "made_of"),
+    [
+        ({"fusion": "prepend", "image_pooling": "learned"}, "siglip tower + learned pooling + mlp projector + 2-layer decoder"),
+        (
+            {"fusion": "cross_attention", "cross_attention_every": 1, "projector": "linear"},
+            "siglip tower + linear projector + 4-layer decoder, 2 of them cross-attention",
+        ),
+    ],
+)
+def test_other_fusions(run, options, made_of, tmp_path):
+    twins.model(**options).save_pretrained(tmp_path)
+    code, out, _ = run("inspect", tmp_path, "--json")
+    said = json.loads(out)
+    assert (code, said["made of"]) == (0, made_of)
+    assert ("cross layers" in said["parameters"]) == ("cross-attention keys and values" in said["memory"]) == ("cross" in made_of)
+
+
 def test_what_is_asked_decides_the_memory(run, model_folder):
     plain, asked = (
         json.loads(run("inspect", model_folder, "--json", *options)[1])["memory"]

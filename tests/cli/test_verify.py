@@ -39,6 +39,14 @@ def test_a_siglip(run, family_folder):
     assert (code, stages) == (0, ["patches", "embeddings", "layer 0", "layer 1", "last hidden state", "pooler output"])
 
 
+@pytest.mark.parametrize("token", [None, twins.IMAGE])
+@pytest.mark.parametrize("fusion", ["prepend", "cross_attention"])
+def test_other_fusions_agree_with_themselves(run, fusion, token, tmp_path):
+    twins.model(fusion=fusion, image_token_index=token).save_pretrained(tmp_path)
+    code, said = verified(run, tmp_path)
+    assert (code, [row["stage"] for row in said["checks"]]) == (0, OWN)
+
+
 @pytest.mark.parametrize("family", ["paligemma", "mllama"])
 def test_half_precision_is_measured_by_transformers_own_error(run, family_folder, family):
     code, said = verified(run, family_folder(family), "--dtype", "bfloat16")
