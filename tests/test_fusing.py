@@ -87,6 +87,26 @@ def test_new_parts_start_as_a_new_models(tmp_path):
     assert all(torch.equal(value, read.state_dict()[name]) for name, value in model.state_dict().items())
 
 
+@pytest.mark.parametrize(("fusion", "placeholders"), [("prepend", 3), ("cross_attention", 1)])
+def test_a_saved_model_is_asked(make_tokenizer, picture_file, fusion, placeholders, tmp_path):
+    """With a placeholder per visual token, or one per picture that is a word of the vocabulary."""
+    processor = mllama.MllamaImageProcessor(make_tokenizer(), placeholders, twins.VISION["image_size"])
+    options = OPTIONS[fusion] | ({"num_image_tokens": placeholders} if fusion == "prepend" else {})
+    llama = text(vocab_size=len(processor.tokenizer), eos_token_id=None)
+    model = mllama.fuse(llama, vision(), fusion, **options | {"image_token_index": processor.image_token_id})
+    model.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    model, read = mllama.load(tmp_path, dtype="float32", device="cpu")
+    for pictures in ([picture_file], [picture_file, picture_file]):
+        inputs = read("What is it?", pictures)
+        assert (inputs["input_ids"] == read.image_token_id).sum() == placeholders * len(pictures)
+        said = model.generate(**inputs, **GREEDY)[0, inputs["input_ids"].shape[1] :]
+        assert len(said) == 5
+        if len(pictures) == 1:
+            answer = mllama.ask(picture_file, "What is it?", model, read, max_new_tokens=5)
+            assert answer == read.decode(said, skip_special_tokens=True).strip()
+
+
 def test_what_does_not_fit_is_refused():
     llama, siglip = text(), vision()
     gemma = mllama.MllamaForConditionalGeneration(GemmaConfig(**twins.TEXT, head_dim=16))

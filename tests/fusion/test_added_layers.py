@@ -145,6 +145,19 @@ def test_token_by_token(kind):
     close(torch.cat([part.logits for part in parts], 1), whole)
 
 
+@pytest.mark.parametrize("first", [0, 1], ids=["words before any picture", "a picture at first"])
+def test_further_pictures_come_after_those_in_the_cache(first):
+    model, ids, pixels = make(2, 5), texts()["input_ids"], twins.pictures(4)
+    mask = torch.ones(2, 7, 2, 1)
+    mask[:, :4, first:] = 0
+    each = [pixels[:: 2 if first else 1], pixels[1::2]]  # a row has the first or both of its two
+    with torch.no_grad():
+        whole = model(ids, pixels, cross_attention_mask=mask).logits
+        begun = model(ids[:, :4], each[0] if first else None)
+        rest = model(ids[:, 4:], each[1] if first else pixels, past_key_values=begun.past_key_values)
+    close(torch.cat([begun.logits, rest.logits], 1), whole)
+
+
 def test_compile():
     model, inputs = make(), texts() | {"pixel_values": twins.pictures(2)}
     with torch.no_grad():

@@ -44,6 +44,14 @@ def test_logits_equal_those_by_hand(case, each, side):
         assert torch.equal(model(**inputs, image_features=features).logits, got.logits)
 
 
+def test_a_mask_of_any_type():
+    model, inputs = make(num_image_tokens=3), texts() | {"pixel_values": twins.pictures(2)}
+    mask = inputs.pop("attention_mask")
+    with torch.no_grad():
+        expected = model(**inputs, attention_mask=mask).logits
+        assert all(torch.equal(model(**inputs, attention_mask=mask.to(kind)).logits, expected) for kind in (torch.bool, torch.float32))
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_loss_and_every_gradient_equal_those_by_hand(case):
     model = make(**CASES[case])
@@ -158,6 +166,11 @@ def test_compile():
     model, inputs = make(num_image_tokens=3), texts() | {"pixel_values": twins.pictures(2)}
     with torch.no_grad():
         close(torch.compile(model, backend="eager", fullgraph=True)(**inputs, use_cache=False).logits, model(**inputs).logits)
+        compiled, ids = torch.compile(model, backend="eager"), inputs["input_ids"]
+        first = compiled(ids[:, :5], inputs["pixel_values"])
+        close(compiled(ids[:, 5:], past_key_values=first.past_key_values).logits, model(ids, inputs["pixel_values"]).logits[:, 8:])
+        written = make(num_image_tokens=3, image_token_index=twins.IMAGE)
+        close(torch.compile(written, backend="eager")(**inputs).logits, model(**inputs).logits)
 
 
 @pytest.mark.parametrize("case", ["three", "learned"])
