@@ -48,7 +48,8 @@ def test_commands_exist(monkeypatch):
             assert all(Path(picture).is_file() for picture in pictures if picture is not None)
 
 
-PAGES = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", *(f"docs/{name}.md" for name in ("cli", "design", "fusion", "lora", "older-scripts"))]
+DOCS = ("cli", "design", "fusion", "lora", "older-scripts")
+PAGES = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", *(f"docs/{name}.md" for name in DOCS)]
 
 
 @pytest.mark.parametrize("page", [*PAGES, "examples/pictures/README.md"])
