@@ -42,7 +42,8 @@ def cases() -> Iterator[Case | str]:
         if direction == "step":
             ours, peer = (saved(model, ids) / 1e6 for model in models)
             yield f"kept for the backward pass of {tokens} tokens: ours {ours:.1f} MB, peer {peer:.1f} MB, {ours / peer:.0%}"
-        yield Case(f"{tokens} tokens", torch.bfloat16, direction, *(call(model, ids) for model in models), flops=flops * weights * tokens)
+        shape, sides = f"{tokens} token{'s' * (tokens > 1)}", (call(model, ids) for model in models)
+        yield Case(shape, torch.bfloat16, direction, *sides, flops=flops * weights * tokens)
 
 
 def _forward(model, ids):
