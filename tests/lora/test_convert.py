@@ -316,3 +316,16 @@ def test_converters_written_by_hand(convert):
     assert len(mllama.lora_parameters(model)) == len(adapters)
     again = convert_linears_to_lora(model.language_model)  # ours goes on from there
     assert len(again) == (0 if convert is by_children else 2 * 4)
+
+
+def test_a_converter_by_hand_that_runs_twice_adapts_adapters():
+    model, x = stack(), torch.randn(3, 8)
+    by_children(model)
+    before = model(x)
+    by_children(model)
+    torch.testing.assert_close(model(x), before)
+    model(x).sum().backward()
+    assert model[2].linear.lora_b.weight.grad.any()
+    assert convert_linears_to_lora(model) == {}
+    with pytest.raises(ValueError, match="its linear is a Linear_LORA"):
+        mllama.merge_lora(model)

@@ -115,9 +115,10 @@ class Linear_LORA(nn.Module):
 
     def _is_plain(self, x: torch.Tensor) -> bool:
         """Whether the operator does what calling the children would."""
+        if not all(map(_has_no_ways_of_its_own, (self.linear, self.lora_a, self.lora_b))):
+            return False
         weight = self.linear.weight
-        plain = not weight.requires_grad and weight.dtype in FLOAT_DTYPES and x.dtype in FLOAT_DTYPES
-        return plain and all(map(_has_no_ways_of_its_own, (self.linear, self.lora_a, self.lora_b)))
+        return not weight.requires_grad and weight.dtype in FLOAT_DTYPES and x.dtype in FLOAT_DTYPES
 
     def adapter(self) -> list[nn.Parameter]:
         """The trainable parameters: A and B."""
