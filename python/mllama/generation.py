@@ -78,30 +78,30 @@ class MllamaGenerationMixin(GenerationMixin):
             if placeholders is not None:  # pictures in row order, several to a row or none
                 per_row = (placeholders.sum(1) // features.shape[1]).tolist()
             else:
-                rows = len(input_ids)
-                per_row = [pictures_per_row(len(features), rows)] * rows
+                per_row = [pictures_per_row(len(features), len(input_ids))] * len(input_ids)
             features = torch.cat([rows.repeat(expand_size, 1, 1) for rows in features.split(per_row)])
         input_ids, model_kwargs = super()._expand_inputs_for_generation(expand_size, is_encoder_decoder, input_ids, **model_kwargs)
         return input_ids, model_kwargs | {"pixel_values": pixel_values, "image_features": features}
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length):
         """As GenerationMixin's; a static cache gets room for visual tokens before the text, too, which its length does not count."""
-        pictures = next((given for name in ("pixel_values", "image_features") if (given := model_kwargs.get(name)) is not None), None)
-        if self.plan.fusion == "prepend" and pictures is not None:
+        if self.plan.fusion == "prepend":
             rows = batch_size * max(generation_config.num_beams, generation_config.num_return_sequences)
-            max_cache_length += -(-len(pictures) // rows) * self.plan.image_tokens
+            max_cache_length += -(-_count_pictures(model_kwargs) // rows) * self.plan.image_tokens
         return super()._prepare_cache_for_generation(generation_config, model_kwargs, generation_mode, batch_size, max_cache_length)
 
     @functools.wraps(GenerationMixin._assisted_decoding)
     def _assisted_decoding(self, input_ids, *args, **kwargs):
         """As GenerationMixin's, which takes what it guessed wrong back from the cache by the length of the ids."""
-        pictures = next((given for name in ("pixel_values", "image_features") if (given := kwargs.get(name)) is not None), ())
-        hidden = held_before_text(kwargs.get("past_key_values"))
-        if self.plan.fusion == "prepend" and (
-            hidden or (len(pictures) and self._placeholders(input_ids, kwargs.get("attention_mask"), len(pictures)) is None)
-        ):
-            raise ValueError(
-                "assisted decoding and prompt lookup need input_ids that hold a placeholder for every visual token: set "
-                "config.image_token_index, and let the processor (MllamaImageProcessor) write them"
-            )
+        if self.plan.fusion == "prepend":
+            pictures, mask = _count_pictures(kwargs), kwargs.get("attention_mask")
+            if held_before_text(kwargs.get("past_key_values")) or (pictures and self._placeholders(input_ids, mask, pictures) is None):
+                raise ValueError(
+                    "assisted decoding and prompt lookup need input_ids that hold a placeholder for every visual token: set "
+                    "config.image_token_index, and let the processor (MllamaImageProcessor) write them"
+                )
         return super()._assisted_decoding(input_ids, *args, **kwargs)
+
+
+def _count_pictures(model_kwargs: dict[str, Any]) -> int:
+    return next((len(given) for name in ("pixel_values", "image_features") if (given := model_kwargs.get(name)) is not None), 0)
