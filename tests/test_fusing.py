@@ -107,6 +107,18 @@ def test_a_saved_model_is_asked(make_tokenizer, picture_file, fusion, placeholde
             assert answer == read.decode(said, skip_special_tokens=True).strip()
 
 
+def test_the_text_may_come_from_a_gguf_file(make_tokenizer, tmp_path):
+    pytest.importorskip("gguf", reason="the optional library of GGUF files")
+    from mllama.checkpoints.gguf_writer import save_gguf
+
+    tokenizer = make_tokenizer()
+    save_gguf(text(vocab_size=len(tokenizer)), tokenizer, tmp_path / "text.gguf")
+    llama = mllama.MllamaForConditionalGeneration.from_pretrained(tmp_path / "text.gguf", dtype="float32")
+    model = mllama.fuse(llama, vision(), "cross_attention")
+    with torch.no_grad():
+        assert torch.equal(model(IDS, twins.pictures(2)).logits, llama(IDS).logits)
+
+
 def test_what_does_not_fit_is_refused():
     llama, siglip = text(), vision()
     gemma = mllama.MllamaForConditionalGeneration(GemmaConfig(**twins.TEXT, head_dim=16))

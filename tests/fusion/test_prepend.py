@@ -163,14 +163,13 @@ def test_text_alone_is_the_text_models():
 
 
 def test_compile():
-    model, inputs = make(num_image_tokens=3), texts() | {"pixel_values": twins.pictures(2)}
+    small = {"text": {"num_hidden_layers": 1}, "vision": {"num_hidden_layers": 1}, "num_image_tokens": 3}
+    model, inputs = make(**small), texts() | {"pixel_values": twins.pictures(2)}
     with torch.no_grad():
-        close(torch.compile(model, backend="eager", fullgraph=True)(**inputs, use_cache=False).logits, model(**inputs).logits)
-        compiled, ids = torch.compile(model, backend="eager"), inputs["input_ids"]
-        first = compiled(ids[:, :5], inputs["pixel_values"])
-        close(compiled(ids[:, 5:], past_key_values=first.past_key_values).logits, model(ids, inputs["pixel_values"]).logits[:, 8:])
-        written = make(num_image_tokens=3, image_token_index=twins.IMAGE)
-        close(torch.compile(written, backend="eager")(**inputs).logits, model(**inputs).logits)
+        expected = model(**inputs).logits
+        close(torch.compile(model, backend="eager", fullgraph=True)(**inputs, use_cache=False).logits, expected)
+        written = make(**small, image_token_index=twins.IMAGE)  # whether there are placeholders breaks the graph
+        close(torch.compile(written, backend="eager")(**inputs, use_cache=False).logits, expected)
 
 
 @pytest.mark.parametrize("case", ["three", "learned"])
