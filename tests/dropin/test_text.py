@@ -164,6 +164,17 @@ def test_embeddings_in_the_place_of_ids():
     close(causal(tokens, embeds * 2)[0], causal(input_embeds=embeds * 2)[0], 0)  # embeddings come before ids
 
 
+def test_pooled_patches_before_a_text_in_16_bits():
+    model, project = toys.by_dict(dtype=torch.bfloat16), torch.nn.Linear(24, 64)
+    pooled = torch.nn.AdaptiveAvgPool1d(4)(torch.randn(2, 9, 24).transpose(1, 2)).transpose(1, 2)
+    combined = torch.cat([project(pooled), model.tok_emb(ids(2, 5))], dim=1)
+    assert combined.dtype == torch.float32
+    logits = model.forward_with_embeds(combined)
+    assert logits.shape == (2, 9, 99) and logits.dtype == torch.bfloat16
+    logits.float().square().mean().backward()
+    assert project.weight.grad.abs().max() > 0
+
+
 @pytest.mark.parametrize("make", [toys.by_dict, lambda: toys.by_config().model])
 def test_keywords_of_both_families_work_on_both(make):
     model, tokens = make(), ids()

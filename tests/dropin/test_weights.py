@@ -86,6 +86,7 @@ def changed(params, **changes):
         (CFG, {"model.norm.weight": None}, "missing model.norm.weight, of 21 tensors"),
         (CFG, {f"model.layers.1.self_attn.{x}_proj.weight": None for x in "qkvo"} | {"model.norm.weight": None}, "missing .*q_proj"),
         (CFG, {"model.layers.0.mlp.up_proj.weight": torch.zeros(3, 3)}, r"'model.layers.0.mlp.up_proj.weight' must be \[96, 64\]"),
+        ({}, {}, "n_layers must be 2, as the model's, got None"),
         (CFG | {"n_layers": 3}, {}, "n_layers must be 2, as the model's, got 3"),
     ],
 )
@@ -100,3 +101,9 @@ def test_what_does_not_fit_is_an_error_and_changes_nothing(cfg, changes, words):
 def test_tensors_without_a_place_are_named():
     with pytest.warns(UserWarning, match="1 tensors have no place in the model, 'model.layers.2.x' for one"):
         load_weights_into_llama(Llama3Model(CFG), CFG, toys.stock().state_dict() | {"model.layers.2.x": torch.zeros(1)})
+
+
+def test_a_model_without_a_head_is_refused():
+    for model in (toys.by_config().model, torch.nn.Linear(2, 2)):
+        with pytest.raises(TypeError, match="must be a Llama3Model of a dict"):
+            load_weights_into_llama(model, CFG, toys.stock().state_dict())

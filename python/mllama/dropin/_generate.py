@@ -59,7 +59,7 @@ def generate(
     Raises:
         TypeError, ValueError: an argument that cannot be, by its name; top_k beyond the vocabulary for one.
     """
-    _check(idx, max_new_tokens, context_size, temperature, top_k)
+    _check(idx, max_new_tokens, context_size, temperature, top_k, eos_id)
     idx = idx.to(next((parameter.device for parameter in model.parameters()), idx.device))
     use_cache = use_cache and {"past_kv", "use_cache"} <= inspect.signature(model.forward).parameters.keys()
     past_kv, ended = None, torch.zeros(len(idx), 1, dtype=torch.bool, device=idx.device)
@@ -93,7 +93,7 @@ def _pick(logits: torch.Tensor, temperature: float, top_k: int | None) -> torch.
     return torch.multinomial(logits.softmax(-1), 1)
 
 
-def _check(idx: torch.Tensor, max_new_tokens: int, context_size: int, temperature: float, top_k: Any) -> None:
+def _check(idx: torch.Tensor, max_new_tokens: int, context_size: int, temperature: float, top_k: Any, eos_id: Any) -> None:
     if not isinstance(idx, torch.Tensor) or idx.is_floating_point():
         raise TypeError(f"idx must be an integer torch.Tensor, got {getattr(idx, 'dtype', type(idx).__name__)}")
     if idx.dim() != 2 or idx.shape[1] == 0:
@@ -102,5 +102,6 @@ def _check(idx: torch.Tensor, max_new_tokens: int, context_size: int, temperatur
     check_size("generate", "context_size", context_size)
     if isinstance(temperature, bool) or not isinstance(temperature, (int, float)) or not 0 <= temperature < float("inf"):
         raise ValueError(f"generate: temperature must be a number of at least 0, got {temperature!r}")
-    if top_k is not None:
-        check_size("generate", "top_k", top_k, minimum=0)
+    for name, value in (("top_k", top_k), ("eos_id", eos_id)):
+        if value is not None:
+            check_size("generate", name, value, minimum=0)

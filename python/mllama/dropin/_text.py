@@ -160,7 +160,7 @@ class Llama3Model(Decoder):
         """
         Args:
             in_idx, input_ids: int [B, T]; two names. Or
-            input_embeds: [B, T, width], which comes before ids.
+            input_embeds: [B, T, width] of any floating dtype, which comes before ids.
             past_kv: (k, v) of every layer, each [B, n_kv_groups, past, head_dim]; left as it is.
             use_cache: also return such a list, of the past and these tokens.
             attention_mask: [B, past + T], zero where padded, or numbers to be added to the scores, [B, 1 or heads, T, past + T or more].
@@ -181,6 +181,7 @@ class Llama3Model(Decoder):
             check_range(input_ids, self.config.vocab_size)
             input_embeds = self.tok_emb(input_ids)
         check_embeddings(input_embeds, self.config.hidden_size)
+        input_embeds = input_embeds.to(self.tok_emb.weight.dtype)  # a script's float32 projection joins a model of 16 bits
         if past_kv is not None and kv_cache is not None:
             raise ValueError("give past_kv or kv_cache, not both")
         if kv_cache is None and (use_cache or past_kv is not None):

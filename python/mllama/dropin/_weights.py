@@ -35,15 +35,18 @@ def load_weights_into_llama(model: Llama3Model, param_config: Mapping[str, Any],
     no `lm_head.weight`.
 
     Args:
-        model: changed in place.
+        model: of a dict, changed in place.
         param_config: its `n_layers` is read.
         params: {name: tensor or array}.
 
     Raises:
+        TypeError: the model is another.
         ValueError: n_layers is not the model's, names are missing, or a tensor has another shape.
     """
-    if param_config["n_layers"] != len(model.trf_blocks):
-        raise ValueError(f"param_config: n_layers must be {len(model.trf_blocks)}, as the model's, got {param_config['n_layers']}")
+    if not isinstance(model, Llama3Model) or model.from_config:
+        raise TypeError(f"model must be a Llama3Model of a dict, which has the output head, got {type(model).__name__}")
+    if param_config.get("n_layers") != len(model.trf_blocks):
+        raise ValueError(f"param_config: n_layers must be {len(model.trf_blocks)}, as the model's, got {param_config.get('n_layers')}")
     modules = {name: model.get_submodule(name) for name in _names(len(model.trf_blocks))}  # by the package's names, which are these
     sources = {name: f"model.{name}.weight" for name in modules}
     modules["lm_head"] = model.out_head
