@@ -303,7 +303,7 @@ def test_autocast_computes_in_its_dtype(dtype):
     x, a, b = leaves(x.to(dtype), a, b)
     with torch.autocast("cpu", torch.bfloat16):
         y = lora_linear(x, weight, a, b, bias)
-    y.sum().backward()
+        y.sum().backward()
     assert y.dtype == torch.bfloat16 and x.grad.dtype == dtype and a.grad.dtype == b.grad.dtype == torch.float32
     assert torch.equal(y, lora_linear(x.bfloat16(), weight, a, b, bias))
     expected = torch.nn.functional.linear(x.bfloat16(), (weight + b @ a).bfloat16(), bias.bfloat16())

@@ -48,18 +48,18 @@ def lora_linear(
     _check_seed(seed)
     if weight.requires_grad and torch.is_grad_enabled():
         raise ValueError("lora_linear: weight.requires_grad is True, but only a frozen weight is taken: weight.requires_grad_(False)")
+    dtype = autocast_dtype(x)
+    if dtype is not None:
+        with exact(x):
+            return lora_linear(x.to(dtype), weight, lora_a, lora_b, bias, scale, dropout, seed)
     if dropout == 0:
         seed = None
     elif seed is None:
         seed = torch.randint(1 << 62, (1,), device=x.device)
-    dtype = autocast_dtype(x)
-    if dtype is not None:
-        x = x.to(dtype)
-    with exact(x):  # autocast has had its say
-        if use_kernel(x):
-            return _lora_linear(x, weight, lora_a, lora_b, bias, seed, scale, dropout)[0]
-        _check(x, weight, lora_a, lora_b, bias)
-        return reference(x, weight, lora_a, lora_b, bias, scale, dropout, seed)
+    if use_kernel(x):
+        return _lora_linear(x, weight, lora_a, lora_b, bias, seed, scale, dropout)[0]
+    _check(x, weight, lora_a, lora_b, bias)
+    return reference(x, weight, lora_a, lora_b, bias, scale, dropout, seed)
 
 
 def reference(
