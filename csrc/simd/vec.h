@@ -28,7 +28,14 @@ typedef int32_t vi __attribute__((vector_size(kWidth * 4)));
 typedef uint32_t vu __attribute__((vector_size(kWidth * 4)));
 typedef uint16_t vh __attribute__((vector_size(kWidth * 2)));
 
+// The intrinsics can take x from memory within the instruction that uses it; GCC 12 moves it through two others.
+#if defined(__AVX512F__)
+inline vf splat(float x) { return reinterpret_cast<vf>(_mm512_set1_ps(x)); }
+#elif defined(__AVX2__)
+inline vf splat(float x) { return reinterpret_cast<vf>(_mm256_set1_ps(x)); }
+#else
 inline vf splat(float x) { return vf{} + x; }
+#endif
 inline vu as_bits(vf x) { return reinterpret_cast<vu>(x); }
 inline vf as_float(vu x) { return reinterpret_cast<vf>(x); }
 inline vf as_float(vi x) { return reinterpret_cast<vf>(x); }
