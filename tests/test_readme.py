@@ -1,5 +1,6 @@
 """The README's code runs and prints what it says; its commands exist."""
 
+import importlib.util
 import re
 import shlex
 from pathlib import Path
@@ -38,10 +39,12 @@ def test_commands_exist(monkeypatch):
     monkeypatch.chdir(ROOT)
     makefile = (ROOT / "Makefile").read_text()
     lines = [shlex.split(line, comments=True) for block in blocks("bash") for line in block.splitlines()]
-    assert {line[0] for line in lines} == {"make", "mllama"}
+    assert {line[0] for line in lines} == {"make", "mllama", "python"}
     for program, *arguments in lines:
         if program == "make":
             assert re.search(rf"^{arguments[0]}:", makefile, re.MULTILINE)
+        elif program == "python":
+            assert arguments[0] == "-m" and importlib.util.find_spec(f"{arguments[1]}.__main__")
         else:
             parsed = build_parser().parse_args(arguments)
             pictures = [getattr(parsed, "picture", None), *getattr(parsed, "image", [])]
