@@ -99,11 +99,9 @@ inline Tensor new_float(const Tensor& like, Sizes sizes) { return new_tensor(lik
 // A contiguous tensor's memory as [rows, columns]; through the shim for the same reason.
 inline Tensor as_matrix(const Tensor& t, int64_t rows, int64_t columns) {
     std::array<int64_t, 2> sizes{rows, columns}, strides{columns, 1};
-    int64_t offset;
     AtenTensorHandle handle;
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_offset(t.get(), &offset));
-    STABLE_TORCH_ERROR_CODE_CHECK(
-        aoti_torch__reinterpret_tensor(t.get(), 2, sizes.data(), strides.data(), offset, &handle));
+    STABLE_TORCH_ERROR_CODE_CHECK(  // 0 is added to t's own offset
+        aoti_torch__reinterpret_tensor(t.get(), 2, sizes.data(), strides.data(), 0, &handle));
     return Tensor(handle);
 }
 

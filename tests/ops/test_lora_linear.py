@@ -143,6 +143,15 @@ def test_matches_the_linear_layer_while_b_is_zero():
     torch.testing.assert_close(lora_linear(X, W, A, torch.zeros(5, 3), BIAS), torch.nn.functional.linear(X, W, BIAS), rtol=0, atol=0)
 
 
+def test_tensors_that_begin_in_the_middle_of_memory():
+    """Such as the last position of [1, T, width], which generate gives to an output head."""
+    tensors = [*inputs((1, 1, 40), 50, 6), torch.randn(1, 1, 50)]
+    inside = [torch.cat((torch.full_like(tensor, float("nan")), tensor))[len(tensor) :] for tensor in tensors]
+    assert all(tensor.is_contiguous() and tensor.storage_offset() for tensor in inside)
+    for got, expected in zip(results(lora_linear, *inside), results(lora_linear, *tensors), strict=True):
+        assert torch.equal(got, expected)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_batch_shape_does_not_matter(dtype):
     x, weight, a, b, bias = inputs((2, 3, 40), 50, 6, dtype)
