@@ -20,6 +20,7 @@ META = torch.ones(8, device="meta")
         (lambda: ops.add_rms_norm(X, X.to("meta"), W), "residual"),
         (lambda: ops.swiglu(X, X.to("meta")), "up"),
         (lambda: ops.geglu(X, X.to("meta")), "up"),
+        (lambda: ops.lora_linear(X, torch.zeros(5, 8, device="meta"), torch.zeros(2, 8), torch.zeros(5, 2)), "weight"),
         (lambda: ops.patch_embed(torch.zeros(1, 3, 4, 4), torch.zeros(5, 3, 2, 2, device="meta")), "weight"),
     ],
 )
