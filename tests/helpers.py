@@ -80,6 +80,12 @@ def strided(tensor: torch.Tensor) -> torch.Tensor:
     return view.copy_(tensor)
 
 
+def sliced(tensor: torch.Tensor) -> torch.Tensor:
+    """The same values within a larger tensor's memory: without gaps, but neither where it begins nor aligned."""
+    room = torch.full((tensor.numel() + 6,), float("nan"), dtype=tensor.dtype)
+    return room[3:-3].view(tensor.shape).copy_(tensor)
+
+
 def assert_close(actual: torch.Tensor, exact: torch.Tensor, tolerance: float, what: str) -> None:
     """Shapes equal, no NaN where there is none, and the largest error within `tolerance` of the largest exact value (of 0.1 at least)."""
     assert actual.shape == exact.shape, f"{what}: shape {tuple(actual.shape)}, expected {tuple(exact.shape)}"
@@ -181,10 +187,11 @@ def _gradients(function: Callable, sample: Sample) -> list[torch.Tensor | None]:
 
 
 def _variants(sample: Sample) -> Iterator[tuple[str, Sample]]:
-    """The sample under every instruction set, with fresh and with strided memory."""
+    """The sample under every instruction set, in memory of its own, in a part of another's, and with strides."""
     for isa in instruction_sets():
         with instruction_set(isa):
             yield f"{isa}, contiguous", sample
+            yield f"{isa}, sliced", sample.map(sliced)
             yield f"{isa}, strided", sample.map(strided)
 
 
