@@ -101,7 +101,7 @@ def test_signatures(module):
     ]
     assert module.add_image_tokens_to_prompt is module.add_image_tokens_to_prompts
     tokens = "num_image_tokens" if module is processing_paligemma else "num_image_token"
-    assert list(defaults(processor_of(module)).items()) == [(name, none) for name in ("tokenizer", tokens, "image_size")]
+    assert list(defaults(processor_of(module)).items()) == [(name, none) for name in ("tokenizer", tokens, "image_size", "kwargs")]
     call = inspect.signature(processor_of(module).__call__).parameters
     assert list(call)[1:5] == ["text", "images", "padding", "truncation"] and call["truncation"].default is True
 
@@ -272,6 +272,14 @@ def test_every_way_to_call_it(processor):
 def test_it_goes_to_worker_processes(processor):
     copied = pickle.loads(pickle.dumps(processor))
     assert torch.equal(copied([PROMPT], [picture()])["input_ids"], processor([PROMPT], [picture()])["input_ids"])
+
+
+def test_a_folder_gives_the_same_back(processor, tmp_path):
+    processor.save_pretrained(tmp_path)
+    read = type(processor).from_pretrained(tmp_path)
+    assert type(read) is type(processor) and len(read.tokenizer) == len(processor.tokenizer)
+    expected, batch = processor([PROMPT], [picture()]), read([PROMPT], [picture()])
+    assert all(torch.equal(batch[name], expected[name]) for name in expected)
 
 
 def test_prompts_are_the_packages(module, make_tokenizer):

@@ -25,7 +25,7 @@ class OlderProcessor(MllamaImageProcessor):
     pixel_mean: Sequence[float]
     pixel_std: Sequence[float]
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase | Tokenizer, num_image_token: int, image_size: int):
+    def __init__(self, tokenizer: PreTrainedTokenizerBase | Tokenizer, num_image_token: int, image_size: int, **kwargs):
         """
         Args:
             tokenizer: it is changed: `<image>`, the 1024 `<loc0000>` ... and the 128 `<seg000>` ... are added where they are missing, its
@@ -33,6 +33,7 @@ class OlderProcessor(MllamaImageProcessor):
                 tiktoken stays as it is; a transformers tokenizer of the same ids is made of it.
             num_image_token: placeholders per picture.
             image_size: in pixels.
+            kwargs: as the package's processor has them, which `from_pretrained` gives.
 
         Raises:
             TypeError: no such tokenizer, or a size that is no int.
@@ -40,8 +41,8 @@ class OlderProcessor(MllamaImageProcessor):
         """
         if isinstance(tokenizer, Tokenizer):
             tokenizer = fast_tokenizer(tokenizer)
-        means = {"image_mean": self.pixel_mean, "image_std": self.pixel_std}
-        super().__init__(tokenizer, num_image_token, image_size, location_tokens=True, **means)
+        own = {"image_mean": self.pixel_mean, "image_std": self.pixel_std, "location_tokens": True}
+        super().__init__(tokenizer, num_image_token, image_size, **own | kwargs)
         tokenizer.add_special_tokens({"extra_special_tokens": [self.IMAGE_TOKEN]}, replace_extra_special_tokens=False)
         remember(self.image_token_id)  # a model has no other way to know it
         for habit in ("add_bos_token", "add_eos_token"):

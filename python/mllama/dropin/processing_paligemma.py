@@ -30,5 +30,5 @@ class PaliGemmaProcessor(OlderProcessor):
 
     pixel_mean, pixel_std = IMAGENET_STANDARD_MEAN, IMAGENET_STANDARD_STD
 
-    def __init__(self, tokenizer, num_image_tokens: int, image_size: int):
-        super().__init__(tokenizer, num_image_tokens, image_size)
+    def __init__(self, tokenizer, num_image_tokens: int, image_size: int, **kwargs):
+        super().__init__(tokenizer, num_image_tokens, image_size, **kwargs)
