@@ -8,6 +8,7 @@ import pytest
 import torch
 from jinja2 import TemplateError
 from PIL import Image
+from tokenizers import normalizers
 from transformers import AutoProcessor, BatchFeature
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.llava.processing_llava import LlavaProcessor
@@ -249,6 +250,14 @@ def test_location_tokens(make_tokenizer):
     MllamaImageProcessor(tokenizer, N, S, location_tokens=True)
     assert len(tokenizer) == size + 1 + 1024 + 128
     assert tokenizer.convert_ids_to_tokens(tokenizer("<loc0007><seg127>")["input_ids"]) == ["<loc0007>", "<seg127>"]
+
+
+def test_location_tokens_of_a_tokenizer_that_puts_a_space_before_a_text(make_tokenizer):
+    """As Llama 2's does: a token that it normalised would be found behind a space alone, and swallow it."""
+    tokenizer = make_tokenizer()
+    tokenizer.backend_tokenizer.normalizer = normalizers.Prepend(" ")
+    MllamaImageProcessor(tokenizer, N, S, location_tokens=True)
+    assert {"<loc0007>", "<seg127>"} < set(tokenizer.convert_ids_to_tokens(tokenizer("a<loc0007><seg127> b")["input_ids"]))
 
 
 # ---- pixel values ------------------------------------------------------------------------------------------------------------------------

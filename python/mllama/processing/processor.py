@@ -115,7 +115,7 @@ class MllamaImageProcessor(ProcessorMixin):
         if len(ids) != 1 or tokenizer.convert_ids_to_tokens(ids[0]) != image_token:
             tokenizer.add_tokens([AddedToken(image_token, special=True, normalized=False)], special_tokens=True)
         if location_tokens:
-            tokenizer.add_tokens(list(LOCATION_TOKENS))
+            tokenizer.add_tokens([AddedToken(token, normalized=False) for token in LOCATION_TOKENS])
         self.IMAGE_TOKEN = self.image_token = image_token
         self.image_token_id = tokenizer.convert_tokens_to_ids(image_token)
         self.image_seq_length = num_image_token
