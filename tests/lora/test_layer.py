@@ -148,7 +148,7 @@ def test_replaced_children_compute():
         frozen = before.linear(x)
         wanted = 2 * frozen + (before(x) - frozen) if child == "linear" else frozen + 2 * (before(x) - frozen)
         torch.testing.assert_close(made(x), wanted)
-        with pytest.raises(ValueError, match=f"its {child} is a Doubling, which computes in a way of its own"):
+        with pytest.raises(ValueError, match=f"its {child}, a Doubling, has hooks or a forward of its own"):
             made.merge()
     made.lora_a, made.lora_b = nn.Linear(10, 5, bias=False), nn.Linear(5, 7, bias=False)
     assert made(x).shape == (4, 7)
@@ -174,6 +174,8 @@ def test_hooks_of_children_are_called(child):
     out.sum().backward()
     torch.testing.assert_close(out, expected)
     assert seen == ["forward", "backward"]
+    with pytest.raises(ValueError, match=f"its {child}, a Linear, has hooks"):
+        made.merge()
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.5])

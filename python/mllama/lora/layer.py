@@ -128,7 +128,7 @@ class Linear_LORA(nn.Module):
         """Compute W with the update in it once; until `unmerge` inputs are multiplied by that alone. W itself is not changed.
 
         Raises:
-            ValueError: `linear` has another way to compute than its weight.
+            ValueError: a child has another way to compute than its weight.
         """
         self.check_mergeable("this layer")
         self.merged_weight = self._sum().detach()
@@ -146,9 +146,9 @@ class Linear_LORA(nn.Module):
     def check_mergeable(self, name: str) -> None:
         """Raise ValueError unless `linear` and the adapter are plain linear layers, whose product can be added."""
         for child in ("linear", "lora_a", "lora_b"):
-            kind = type(getattr(self, child))
-            if kind.forward is not nn.Linear.forward:
-                raise ValueError(f"{name} cannot be merged: its {child} is a {kind.__name__}, which computes in a way of its own")
+            module = getattr(self, child)
+            if not _has_no_ways_of_its_own(module):
+                raise ValueError(f"{name} cannot be merged: its {child}, a {type(module).__name__}, has hooks or a forward of its own")
 
     def _sum(self) -> torch.Tensor:
         """[out_dim, in_dim] in W's dtype; computed in float32 or wider and rounded once."""
