@@ -109,13 +109,15 @@ def test_one_layer_in_several_places_and_a_lone_one(converted, path):
     model["again"] = model["first"]
     nn.init.normal_(mllama.convert_linears_to_lora(model)["again"].lora_b.weight)
     mllama.save_lora(model, path)
-    again = nn.ModuleDict({"first": nn.Linear(6, 6)})
-    again["again"] = again["first"]
+    again = nn.ModuleDict({"again": nn.Linear(6, 6)})  # in the other order
+    again["first"] = again["again"]
     again["first"].load_state_dict(model["first"].linear.state_dict())
     mllama.load_lora(again, path)
     assert again["first"] is again["again"] and torch.equal(again["again"](x), model["first"](x))
     mllama.save_lora(model["first"], path)
     assert sorted(load_file(path)) == ["lora_a.weight", "lora_b.weight"]
+    with pytest.raises(ValueError, match=r"not in the model \(2\): lora_a.weight, lora_b.weight"):
+        mllama.load_lora(nn.Linear(6, 6), path)
     nn.init.zeros_(again["first"].lora_a.weight)
     mllama.load_lora(again["first"], path)
     assert torch.equal(again["again"](x), model["first"](x))
@@ -233,8 +235,10 @@ class Evil:
         header({"0.lora_a.weight": {"dtype": "F8_E8M0", "shape": [1], "data_offsets": [0, 1]}}, b"1"),
         pickle.dumps({"0.lora_a.weight": [1.0]}),
         b"PK\x05\x06" + bytes(18),
+        b"PK\x03\x04" + bytes(18),
+        b"PK\x06\x07" + b"\1" * 16 + b"PK\x05\x06" + bytes(18),
     ],
-    ids=["empty", "text", "endless header", "cut off", "too large", "small type", "odd type", "pickle", "empty zip"],
+    ids=["empty", "text", "endless header", "cut off", "too large", "small type", "odd type", "pickle", "empty zip", "zip", "two disks"],
 )
 def test_broken_files(converted, tmp_path, content):
     path = tmp_path / "adapters.pth"

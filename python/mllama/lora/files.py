@@ -2,7 +2,6 @@
 
 import json
 import os
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -80,13 +79,13 @@ def _convert(model: nn.Module, path: Path, tensors: Mapping[str, torch.Tensor], 
     chosen, shapes = {}, {}
     for name, linear in linear_layers(model).items():
         down = tensors.get(_key(name, "lora_a"))
-        if name in alphas and down is not None:
+        if name and name in alphas and down is not None:  # a lone layer cannot be replaced from within
             rank = max([1, *down.shape[:1]])
             chosen[linear] = rank, alphas[name]
             shapes |= {_key(name, "lora_a"): (rank, linear.in_features), _key(name, "lora_b"): (linear.out_features, rank)}
     _check_fit(path, tensors, shapes)
-    put_adapters(model, chosen)
-    return lora_layers(model)
+    made = put_adapters(model, chosen)  # under each name of a layer, of which the file may have another than comes first here
+    return {name: layer for name, layer in made.items() if _key(name, "lora_a") in tensors}
 
 
 def _check_fit(path: Path, tensors: Mapping[str, torch.Tensor], shapes: Mapping[str, tuple[int, ...]]) -> None:
@@ -107,7 +106,9 @@ def _check_fit(path: Path, tensors: Mapping[str, torch.Tensor], shapes: Mapping[
 
 def _read(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
     """The file's tensors, and the alpha of every layer where its metadata have them, as a JSON object."""
-    if zipfile.is_zipfile(path):  # what torch.save writes
+    with path.open("rb") as file:
+        zipped = file.read(4) == b"PK\x03\x04"  # what torch.save writes
+    if zipped:
         with MetaSource(str(path), [path]) as source:
             return {name: source.read(name) for name in source.headers()}, {}
     with open_file(path) as file:
