@@ -57,7 +57,7 @@ def test_every_family(case, tmp_path):
         assert torch.equal(again(**words).logits, expected) and not torch.allclose(expected, before, atol=1e-2)
         said = model.generate(**words, max_new_tokens=4, do_sample=False, pad_token_id=0)
         mllama.merge_lora(model)
-        torch.testing.assert_close(model(**words).logits, expected, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(model(**words).logits, expected, rtol=1e-4, atol=5e-4)
         assert torch.equal(model.generate(**words, max_new_tokens=4, do_sample=False, pad_token_id=0), said)
     with pytest.raises(ValueError, match=r"mllama.save_lora\(model, file\) .* mllama.merge_and_unload\(model\)"):
         model.save_pretrained(tmp_path / "model")

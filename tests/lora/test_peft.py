@@ -26,7 +26,7 @@ def test_a_layer():
     theirs(y).square().sum().backward()
     torch.testing.assert_close(x.grad, y.grad)
     for mine, other in pairs[1:]:
-        torch.testing.assert_close(mine.weight.grad, other.weight.grad)
+        torch.testing.assert_close(mine.weight.grad, other.weight.grad, rtol=1e-5, atol=1e-4)
     ours.merge()
     lora.merge()
     torch.testing.assert_close(ours.merged_weight, lora.base_layer.weight)
