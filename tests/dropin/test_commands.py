@@ -54,6 +54,14 @@ def expected(folder, picture, prompt: str, **options) -> str:
     return mllama.ask(picture, prompt, model, processor, **options)
 
 
+def test_an_interrupt_while_a_command_is_imported(run, monkeypatch):
+    def interrupted(name):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("importlib.import_module", interrupted)
+    assert run("inference", "--prompt", "a") == (130, "", "")
+
+
 # ---- Inference/Inference.py
 
 
@@ -177,12 +185,13 @@ def test_in_text_alone(run, family_folder):
         (["--prompt", "a", "--do_sample", "yes"], "--do_sample must be True or False, got 'yes'"),
         (["--prompt", "a", "--only_cpu", "1"], "--only_cpu must be True or False, got 1"),
         (["--prompt", "a", "--do_sample", "[]"], "--do_sample must be True or False, got []"),
-        (["--prompt", "a", "--max_tokens_to_generate", "0"], "--max_tokens_to_generate must be a whole number of at least 1, got 0"),
+        (["--prompt", "a", "--max_tokens_to_generate", "0"], "--max_tokens_to_generate must be a whole number of at least 1, got '0'"),
         (["--prompt", "a", "--max_tokens_to_generate", "many"], "at least 1, got 'many'"),
-        (["--prompt", "a", "--max_tokens_to_generate", "True"], "at least 1, got True"),
+        (["--prompt", "a", "--max_tokens_to_generate", "True"], "at least 1, got 'True'"),
         (["--prompt", "a", "--image_file_path", "none.png"], "no such picture: none.png"),
         (["--prompt", "a", "--model_path", "/nowhere"], "no model folder"),
-        (["--prompt", "a", "--do_sample", "True", "--temperature", "hot"], "temperature must be a number, got str"),
+        (["--prompt", "a", "--do_sample", "True", "--temperature", "hot"], "--temperature must be a number of at least 0, got 'hot'"),
+        (["--prompt", "a", "--do_sample", "True", "--top_p", "2"], "--top_p must be a number above 0 and at most 1, got '2'"),
     ],
 )
 def test_what_it_refuses_is_one_line(run, arguments, message):

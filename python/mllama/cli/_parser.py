@@ -92,11 +92,11 @@ def _add_convert(commands) -> None:
 def _add_inspect(commands) -> None:
     parser = _command(commands, "inspect", "a model's family, sizes and parameters, the memory it needs, and what would not load")
     parser.add_argument("folder", metavar="FOLDER", help="of Hugging Face's or Meta's files, or a GGUF file")
-    parser.add_argument("--context", type=_number(int, 1), metavar="N", help="tokens of a row (default: 4096, or the model's most)")
-    parser.add_argument("--batch", type=_number(int, 1), default=1, metavar="N", help="rows (default: 1)")
+    parser.add_argument("--context", type=number(int, 1), metavar="N", help="tokens of a row (default: 4096, or the model's most)")
+    parser.add_argument("--batch", type=number(int, 1), default=1, metavar="N", help="rows (default: 1)")
     parser.add_argument(
         "--tiles",
-        type=_number(int, 0),
+        type=number(int, 0),
         metavar="N",
         help="tiles of a row's pictures, or pictures of a model without tiles (default: of one)",
     )
@@ -114,7 +114,7 @@ def _add_verify(commands) -> None:
         parser, "whose Llama-3.2-Vision the cached and batched runs follow (default: meta); transformers is compared as hf, always"
     )
     parser.add_argument(
-        "--seed", type=_number(int, 0, 2**64 - 1), default=0, metavar="N", help="of the random tokens and pixels (default: 0)"
+        "--seed", type=number(int, 0, 2**64 - 1), default=0, metavar="N", help="of the random tokens and pixels (default: 0)"
     )
     parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1 ... (default: cpu)")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
@@ -145,13 +145,13 @@ def _add_reference(parser: argparse.ArgumentParser, what: str) -> None:
 
 
 def _add_sampling(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--max-new-tokens", type=_number(int, 1), metavar="N", help="longest answer in tokens (default: 128)")
-    parser.add_argument("--temperature", type=_number(float, 0), metavar="T", help="sample; the higher, the more freely (0: do not)")
+    parser.add_argument("--max-new-tokens", type=number(int, 1), metavar="N", help="longest answer in tokens (default: 128)")
+    parser.add_argument("--temperature", type=number(float, 0), metavar="T", help="sample; the higher, the more freely (0: do not)")
     parser.add_argument(
-        "--top-p", type=_number(float, 0, 1, above=True), metavar="P", help="sample from the likeliest tokens that add up to P"
+        "--top-p", type=number(float, 0, 1, above=True), metavar="P", help="sample from the likeliest tokens that add up to P"
     )
-    parser.add_argument("--top-k", type=_number(int, 1), metavar="K", help="sample from the K likeliest tokens")
-    parser.add_argument("--seed", type=_number(int, 0, 2**64 - 1), metavar="N", help="of the random numbers")
+    parser.add_argument("--top-k", type=number(int, 1), metavar="K", help="sample from the K likeliest tokens")
+    parser.add_argument("--seed", type=number(int, 0, 2**64 - 1), metavar="N", help="of the random numbers")
 
 
 def _text(text: str) -> str:
@@ -160,7 +160,7 @@ def _text(text: str) -> str:
     return text
 
 
-def _number(kind: type, least: float, most: float = math.inf, above: bool = False):
+def number(kind: type, least: float, most: float = math.inf, above: bool = False):
     """A parser of int or float that says in its error what it takes; `above`: more than `least`."""
     bounds = f"{'above' if above else 'of at least'} {least}{'' if most == math.inf else f' and at most {most}'}"
 

@@ -6,6 +6,7 @@ import runpy
 import sys
 from pathlib import Path
 
+from mllama.cli import run_told
 from mllama.dropin import FOLDER
 from mllama.dropin.commands import COMMANDS
 
@@ -32,7 +33,7 @@ def main(arguments: list[str]) -> int:
     if name not in modules:
         print(f"mllama.dropin: error: there is no script {name!r}, and no command of that name (see --help)", file=sys.stderr)
         return 2
-    return importlib.import_module(f"mllama.dropin.commands.{modules[name]}").main(list(arguments[1:]))
+    return run_told(lambda: importlib.import_module(f"mllama.dropin.commands.{modules[name]}").main(arguments[1:]))
 
 
 def _parser() -> argparse.ArgumentParser:

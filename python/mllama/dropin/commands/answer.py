@@ -1,8 +1,12 @@
 """`inference.py`: one answer about a picture, or from text alone; options by fire, spelt with underscores."""
 
+from argparse import ArgumentTypeError
+from collections.abc import Callable
+
 from mllama.api import check_question, encode, generate, load_quietly, read_answer, say_loaded
 from mllama.cli import quieten, run_told
 from mllama.cli._answering import AnswerStreamer
+from mllama.cli._parser import number
 from mllama.dropin.commands._comet import start_experiment
 from mllama.processing.image import load_picture
 
@@ -52,14 +56,15 @@ def inference(
     if not prompt:
         raise ValueError("--prompt is missing; give the question")
     check_question(prompt)
-    if not isinstance(max_tokens_to_generate, int) or isinstance(max_tokens_to_generate, bool) or max_tokens_to_generate < 1:
-        raise ValueError(f"--max_tokens_to_generate must be a whole number of at least 1, got {max_tokens_to_generate!r}")
+    longest = _number("max_tokens_to_generate", max_tokens_to_generate, number(int, 1))
     sampling = _truth("do_sample", do_sample)
     device = "cpu" if _truth("only_cpu", only_cpu) else "auto"
     picture = load_picture(image_file_path) if image_file_path else None  # before the model: an error should not take its time
-    options = {"max_new_tokens": max_tokens_to_generate, "do_sample": sampling}
+    options = {"max_new_tokens": longest, "do_sample": sampling}
     if sampling:
-        options |= {"temperature": temperature, "top_p": top_p, "top_k": 0}
+        options["temperature"] = _number("temperature", temperature, number(float, 0))
+        options["top_p"] = _number("top_p", top_p, number(float, 0, 1, above=True))
+        options["top_k"] = 0
     experiment = start_experiment()
     model, processor = load_quietly(model_path or None, "auto", device)
     inputs = encode(processor, picture, prompt)
@@ -73,6 +78,14 @@ def inference(
     output = generate(model, inputs, streamer=AnswerStreamer(processor, begin), **options, **kept)
     if experiment is not None:
         experiment.log(options, inputs, output, picture, read_answer(processor, inputs, output.sequences).text)
+
+
+def _number(name: str, value, parse: Callable[[str], float]) -> float:
+    """As the other command lines read and refuse it; fire has made of it what it looked like."""
+    try:
+        return parse(str(value))
+    except ArgumentTypeError as error:
+        raise ValueError(f"--{name} {error}") from None
 
 
 def _truth(name: str, value) -> bool:
