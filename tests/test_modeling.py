@@ -449,7 +449,7 @@ IDS = torch.tensor([PICTURE + [1, 2, 3]])
         (ValueError, "pictures need input_ids", {"inputs_embeds": torch.zeros(1, 7, 64), "pixel_values": twins.pictures(1)}),
         (ValueError, r"attention_mask must be \[batch", {"input_ids": IDS[:, 4:], "attention_mask": torch.ones(1, 1, 3, 3)}),
         (ValueError, "0 cached and 3 new tokens, got 4", {"input_ids": IDS[:, 4:], "attention_mask": torch.ones(1, 4)}),
-        (ValueError, "attention_mask must have 1 rows", {"input_ids": IDS[:, 4:], "attention_mask": torch.ones(2, 3)}),
+        (ValueError, r"attention_mask must be \[1, past . 3\], ", {"input_ids": IDS[:, 4:], "attention_mask": torch.ones(2, 3)}),
         (TypeError, "attention_mask must be a torch.Tensor", {"input_ids": IDS[:, 4:], "attention_mask": [[1, 1, 1]]}),
         (ValueError, r"position_ids must be \[1 or 1, 3\]", {"input_ids": IDS[:, 4:], "position_ids": torch.zeros(1, 2, dtype=torch.long)}),
         (TypeError, "position_ids must be a torch.Tensor, got list", {"input_ids": IDS[:, 4:], "position_ids": [[0, 1, 2]]}),
@@ -467,6 +467,11 @@ IDS = torch.tensor([PICTURE + [1, 2, 3]])
 def test_bad_inputs_are_refused(error, named, inputs):
     with pytest.raises(error, match=named):
         twins.model()(**inputs)
+
+
+def test_a_mask_too_short_to_find_placeholders_by_is_refused():
+    with pytest.raises(ValueError, match=r"attention_mask must be \[1, past . 7\]"):
+        twins.model(image_token_index=None)(IDS, twins.pictures(1), torch.ones(1, 3))
 
 
 def test_a_picture_that_spills_into_the_next_row_is_refused():

@@ -193,8 +193,9 @@ class MllamaForConditionalGeneration(PretrainedMixin, MllamaGenerationMixin, Pic
 
         if input_ids is not None:
             check_ids(input_ids)
-            if attention_mask is not None and attention_mask.shape[0] != input_ids.shape[0]:
-                raise ValueError(f"attention_mask must have {input_ids.shape[0]} rows, as input_ids, got {attention_mask.shape[0]}")
+            rows, length = input_ids.shape
+            if attention_mask is not None and (attention_mask.shape[0] != rows or attention_mask.shape[1] < length):
+                raise ValueError(f"attention_mask must be [{rows}, past + {length}], as input_ids, got {list(attention_mask.shape)}")
         if pixel_values is not None and image_features is not None:
             raise ValueError("give pixel_values or image_features, not both")
         if (pixel_values is not None or image_features is not None) and self.plan.tower is None:

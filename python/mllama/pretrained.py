@@ -3,7 +3,7 @@
 import copy
 import functools
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch.utils.checkpoint import checkpoint
@@ -119,8 +119,9 @@ class PretrainedMixin:
         """As torch's; takes the names that weight files use too, whole or shard by shard with `strict=False`."""
         from mllama.checkpoints import translate_state_dict
 
-        translated = translate_state_dict(self, state_dict, self.older_files)
-        report = super().load_state_dict(translated, strict=strict, assign=assign)
+        if isinstance(state_dict, Mapping):  # torch says what else it is
+            state_dict = translate_state_dict(self, state_dict, self.older_files)
+        report = super().load_state_dict(state_dict, strict=strict, assign=assign)
         if assign:  # it gave every name a parameter of its own
             self.tie_weights(recompute_mapping=False)
         return report

@@ -76,6 +76,7 @@ def test_both_families_and_any_other_module():
     expected = generate(toys.by_dict(), tokens, 6, 64)
     assert torch.equal(generate(toys.by_config(), tokens, 6, 64), expected)  # (logits, kv_cache), without past_kv
     assert torch.equal(generate(toys.stock().model.embed_tokens, tokens, 0, 64), tokens)
+    assert torch.equal(generate(toys.stock(), tokens, 6, 64), expected)  # an output that begins with logits
     assert generate(Fixed(0.0, 2.0, 1.0), tokens, 3, 64)[:, 5:].eq(1).all()
 
 

@@ -185,6 +185,12 @@ class TestHelpers:
         same = model._merge_input_ids_with_image_features(features, embeds, ids, given)[1]
         assert torch.equal(same, given) and same is not given
 
+    @pytest.mark.parametrize("shape", [(1, 5, 64), (1, 4, 65), (2, 4, 64)])
+    def test_features_of_another_shape_are_not_merged(self, shape):
+        ids = older.prompt(*TEXT)
+        with pytest.raises(ValueError, match="features"):
+            older.model()._merge_input_ids_with_image_features(torch.randn(shape), torch.zeros(1, 10, 64), ids, None)
+
     def test_merging_text_alone(self):
         model, ids = older.model(), torch.tensor([TEXT])
         embeds, features = model.get_input_embeddings()(ids), torch.randn(1, 4, 64)
@@ -307,6 +313,15 @@ def test_generate_as_readmes_call_it():
                 input_ids=ids, pixel_values=twins.pictures(1), attention_mask=torch.ones_like(ids), max_new_tokens=5, **options
             )
             assert generated.shape[1] <= 15 and torch.equal(generated[:, :10], ids)
+
+
+def test_generate_with_a_kv_cache():
+    model, ids, cache = older.model(), torch.tensor([TEXT]), KVCache()
+    options = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None}
+    assert torch.equal(model.generate(ids, kv_cache=cache, **options), model.generate(ids, **options))
+    assert cache.num_items() == len(TEXT) + 3
+    with pytest.raises(TypeError, match="past_key_values"):
+        model.generate(ids, kv_cache=cache, past_key_values=cache, **options)
 
 
 def test_the_config_can_be_updated():

@@ -144,6 +144,12 @@ def test_a_load_that_matches_little_says_so(loose):
         model.load_state_dict(state)
 
 
+@pytest.mark.parametrize("given", ["ckpt.pt", None, [1]])
+def test_what_holds_no_names_is_refused(given):
+    with pytest.raises(TypeError, match="Expected state_dict to be dict-like"):
+        fresh().load_state_dict(given, strict=False)
+
+
 def test_another_shape_is_refused(loose):
     state = loose.state_dict() | {"language_model.model.final_norm.weight": torch.ones(3)}
     with pytest.raises(RuntimeError, match="size mismatch for language_model.norm.weight"):

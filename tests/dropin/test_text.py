@@ -150,6 +150,8 @@ def test_past_kv():
     close(model(tokens[:, 30:], past), whole[:, 30:])
     wide = [tuple(repeat_kv(tensor, 2) for tensor in pair) for pair in past]
     close(model(tokens[:, 30:], wide), whole[:, 30:])
+    started, held = model(tokens[:, :30], [None, None], use_cache=True)  # as a script begins its list
+    assert torch.equal(started, first) and all(map(torch.equal, held[1], past[1]))
 
 
 def test_embeddings_in_the_place_of_ids():

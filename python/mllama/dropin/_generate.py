@@ -43,8 +43,8 @@ def generate(
     and without `use_cache`.
 
     Args:
-        model: called as `model(ids)` for logits [B, T, vocabulary], or for a tuple that begins with them. With `past_kv` and `use_cache`
-            among its arguments it also keeps keys and values.
+        model: called as `model(ids)` for logits [B, T, vocabulary], or for a tuple or a model output that begins with them. With `past_kv`
+            and `use_cache` among its arguments it also keeps keys and values.
         idx: int [B, T], without padding.
         max_new_tokens: at most so many are added.
         context_size: tokens that the model is shown.
@@ -68,7 +68,7 @@ def generate(
             logits, past_kv = model(idx if past_kv is None else idx[:, -1:], past_kv=past_kv, use_cache=True)
         else:
             past_kv, answer = None, model(idx[:, -context_size:])
-            logits = answer[0] if isinstance(answer, tuple) else answer
+            logits = answer if isinstance(answer, torch.Tensor) else answer[0]
         token = _pick(logits[:, -1], temperature, top_k).to(idx.dtype)
         if eos_id is not None:
             token = token.masked_fill(ended, eos_id)

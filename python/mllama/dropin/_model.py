@@ -85,6 +85,12 @@ class OlderModel(MllamaForConditionalGeneration):
         )
         return OlderOutput(**output) if isinstance(output, ModelOutput) else output
 
+    def generate(self, *args, kv_cache: Cache | None = None, **kwargs):
+        """As transformers', with `kv_cache` as another name of past_key_values."""
+        if kv_cache is None:
+            return super().generate(*args, **kwargs)
+        return super().generate(*args, past_key_values=kv_cache, **kwargs)
+
     @property
     def text_config(self):
         """The decoder's config."""

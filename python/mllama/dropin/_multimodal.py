@@ -135,9 +135,9 @@ class MllamaForConditionalGeneration(OlderModel):
             [B, T, hidden] in inputs_embeds' dtype, and the mask, ones where there was none: new tensors.
 
         Raises:
-            ValueError: placeholders that are not as many as features.
+            ValueError: placeholders that are not as many as features, or features of another shape.
         """
-        placeholders = self._placeholders(input_ids, attention_mask, image_features.shape[0])
+        placeholders = self._placeholders(input_ids, attention_mask, self._count_pictures(None, image_features))
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask.clone()
         return inputs_embeds.clone() if placeholders is None else merge(inputs_embeds, placeholders, image_features), mask
 

@@ -202,10 +202,10 @@ class Llama3Model(Decoder):
         if not isinstance(past_kv, (list, tuple)) or len(past_kv) != len(self.trf_blocks):
             count = len(past_kv) if isinstance(past_kv, (list, tuple)) else type(past_kv).__name__
             raise ValueError(f"past_kv must be a list of {len(self.trf_blocks)} pairs (k, v), one per layer, got {count}")
-        pairs = [LayerCache(pair, block.att, batch).pair for pair, block in zip(past_kv, self.trf_blocks, strict=True)]
-        if len(lengths := {keys.shape[2] for keys, _ in pairs}) > 1:
+        layers = [LayerCache(pair, block.att, batch) for pair, block in zip(past_kv, self.trf_blocks, strict=True)]
+        if len(lengths := {layer.get_seq_length() for layer in layers}) > 1:
             raise ValueError(f"past_kv must hold as many tokens in every layer, got {sorted(lengths)}")
-        return KVCache.of(pairs)
+        return KVCache() if lengths == {0} else KVCache.of(layer.pair for layer in layers)
 
     def _decode(self, embeds, attention_mask, position_ids, kv_cache) -> torch.Tensor:
         check_cache(kv_cache)
