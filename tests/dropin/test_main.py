@@ -44,6 +44,13 @@ def test_a_file_beside_the_script_wins(run_python, tmp_path):
     assert run_python("-m", "mllama.dropin", script, cwd="/").stdout == said
 
 
+def test_a_file_beside_a_notebook_wins(run_python, tmp_path):
+    (tmp_path / "model.py").write_text("NAME = 'my own'\n")
+    path = "import sys\nsys.path = [*sys.path[1:], '']\n"  # IPython puts the current folder before site-packages
+    said = run_python("-c", path + "import mllama.dropin, model, siglip\nprint(model.NAME, siglip.SiglipModel.__name__)", cwd=tmp_path)
+    assert said.stdout == "my own SiglipModel\n", said.stderr
+
+
 @pytest.mark.parametrize("code", [0, 3])
 def test_a_script_runs_as_python_runs_it(run_python, folder, tmp_path, code):
     ended = run_python("-m", "mllama.dropin", folder / "script.py", code, "--flag", "a b", cwd=tmp_path)

@@ -11,4 +11,5 @@ from pathlib import Path
 FOLDER = str(Path(__file__).parent / "modules")
 
 if FOLDER not in sys.path:
-    sys.path.insert(1, FOLDER)  # after the script's own folder, as PYTHONPATH stands
+    # After the script's own folder, as PYTHONPATH stands; a notebook's, "", comes behind the standard library.
+    sys.path.insert(sys.path.index("") + 1 if "" in sys.path else 1, FOLDER)
