@@ -11,7 +11,7 @@ from transformers.modeling_utils import slice_logits_to_keep
 from mllama.config import MllamaConfig, check_reference
 from mllama.families import Composition, compose
 from mllama.fusion.cross_attention import CrossAttentionDecoderLayer
-from mllama.fusion.prepend import held_before_text, hold_before_text, lengthen, shift_positions
+from mllama.fusion.prepend import check_texts_own, held_before_text, hold_before_text, lengthen, shift_positions
 from mllama.fusion.projector import AveragePooling, LearnedPooling, LinearProjector, MultiModalProjector
 from mllama.generation import MllamaGenerationMixin
 from mllama.inputs import check_ids
@@ -189,7 +189,8 @@ class MllamaForConditionalGeneration(PretrainedMixin, MllamaGenerationMixin, Pic
             past_key_values = DynamicCache(config=self.plan.text)
         if past_key_values is not None and self.training and self.is_activation_checkpointing:  # its layers would be called without it
             raise ValueError("past_key_values cannot be kept while activations are checkpointed: call model.eval(), or set use_cache=False")
-        filled = past_key_values is not None and int(past_key_values.get_seq_length()) > 0
+        past = 0 if past_key_values is None else int(past_key_values.get_seq_length())
+        filled = past > 0
 
         if input_ids is not None:
             check_ids(input_ids)
@@ -216,8 +217,12 @@ class MllamaForConditionalGeneration(PretrainedMixin, MllamaGenerationMixin, Pic
             seen = self._merge(input_ids, inputs_embeds, attention_mask, pixel_values, image_features, filled, held, output_attentions)
             if self.plan.fusion == "prepend" and past_key_values is not None and not filled:
                 hold_before_text(past_key_values, seen.before_text)
-            if held or seen.before_text:
-                attention_mask = lengthen(attention_mask, held + seen.before_text, 1)
+            if visual := held + seen.before_text:
+                length = seen.embeds.shape[1] - seen.before_text
+                check_texts_own("attention_mask", attention_mask, past - held + length, visual)
+                check_texts_own("position_ids", position_ids, length, visual)
+                check_texts_own("labels", labels, length, visual)
+                attention_mask = lengthen(attention_mask, visual, 1)
                 position_ids = shift_positions(position_ids, held, seen.before_text)
                 labels = lengthen(labels, seen.before_text, self.plan.ignore_index)
 

@@ -208,10 +208,10 @@ def test_calls_that_cannot_be_are_refused():
         model(**inputs, pixel_values=twins.pictures(3))
     with pytest.raises(ValueError, match="as many for every row, got 3 for 2 rows"):
         model.generate(**inputs, pixel_values=twins.pictures(3), num_beams=2)
-    with pytest.raises(ValueError, match="attention_mask must cover 0 cached and 10 new tokens, got 9"):
-        model(ids, twins.pictures(2), attention_mask=torch.ones(2, 6))
-    with pytest.raises(ValueError, match="position_ids must be"):
-        model(ids, twins.pictures(2), position_ids=torch.arange(6)[None])
+    longer = torch.ones(2, 10, dtype=torch.long)  # as the text with its visual tokens
+    for name, wrong in (("attention_mask", longer), ("position_ids", torch.arange(6)[None]), ("labels", longer)):
+        with pytest.raises(ValueError, match=rf"{name} must be \[batch, 7\], .* the 3 visual tokens before it, got .*{wrong.shape[1]}\]"):
+            model(ids, twins.pictures(2), **{name: wrong})
     with pytest.raises(TypeError, match="labels must be an integer"):
         model(ids, twins.pictures(2), labels=ids.tolist())
     with pytest.raises(ValueError, match="prefill_chunk_size must be None"):
@@ -219,6 +219,8 @@ def test_calls_that_cannot_be_are_refused():
     with pytest.raises(ValueError, match="assisted decoding and prompt lookup need input_ids that hold a placeholder"):
         model.generate(ids[:1], pixel_values=twins.pictures(1), prompt_lookup_num_tokens=2)
     model(ids, twins.pictures(2), past_key_values=cache)
+    with pytest.raises(ValueError, match=r"attention_mask must be \[batch, 8\]"):
+        model(ids[:, :1], attention_mask=torch.ones(2, 11), past_key_values=cache)
     with pytest.raises(ValueError, match="holds text, and 3 visual tokens before it"):
         model(ids[:, :1], twins.pictures(4), past_key_values=cache)
     model(ids, past_key_values=(cache := DynamicCache()))

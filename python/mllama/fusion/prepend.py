@@ -34,6 +34,14 @@ def hold_before_text(past_key_values: Cache, count: int) -> None:
     past_key_values.before_text = count
 
 
+def check_texts_own(name: str, tensor: torch.Tensor | None, length: int, visual: int) -> None:
+    """Raise ValueError unless what comes with a text, [B, length], leaves out the visual tokens before it."""
+    if isinstance(tensor, torch.Tensor) and tensor.shape[1:] != (length,):
+        raise ValueError(
+            f"{name} must be [batch, {length}], the text's own without the {visual} visual tokens before it, got {list(tensor.shape)}"
+        )
+
+
 def lengthen(tensor: torch.Tensor | None, count: int, value: int) -> torch.Tensor | None:
     """[B, T] -> [B, count + T], `value` in front. What is no tensor is left to those who read it."""
     return pad(tensor, (count, 0), value=value) if isinstance(tensor, torch.Tensor) else tensor
@@ -41,7 +49,7 @@ def lengthen(tensor: torch.Tensor | None, count: int, value: int) -> torch.Tenso
 
 def shift_positions(position_ids: torch.Tensor | None, held: int, new: int) -> torch.Tensor | None:
     """Positions of a text [B, T] -> behind `held` visual tokens in the cache and `new` ones, which come first: [B, new + T]."""
-    if not isinstance(position_ids, torch.Tensor) or position_ids.dim() != 2:  # left to those who read it
+    if not isinstance(position_ids, torch.Tensor):  # left to those who read it
         return position_ids
     front = torch.arange(new, device=position_ids.device, dtype=position_ids.dtype).expand(position_ids.shape[0], new)
     return torch.cat([front, position_ids + held + new], dim=1)
