@@ -70,12 +70,12 @@ def run_merge(chosen: argparse.Namespace) -> None:
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ValueError(f"{target} exists and is not an empty folder")
     source = find_folder(chosen.model)
+    model = mllama.MllamaForConditionalGeneration.from_pretrained(source)
     try:
         processor = mllama.load_processor(source)
     except FileNotFoundError as error:
         print(f"convert_lo_ra: no tokenizer or processor is written: {error}", file=sys.stderr)
         processor = None
-    model = mllama.MllamaForConditionalGeneration.from_pretrained(source)
     mllama.load_lora(model, chosen.adapters)
     mllama.merge_and_unload(model)
 

@@ -58,12 +58,13 @@ def test_all_of_a_model_without_a_processor(tmp_path, capsys):
         (["adapt", "{folder}", "{tmp}/a.safetensors", "--targets", "W_query"], "no linear layer is called W_query; there are down_proj,"),
         (["adapt", "{folder}", "{tmp}/a.safetensors", "--rank", "0"], "rank must be at least 1, got 0"),
         (["adapt", "{tmp}/absent", "{tmp}/a.safetensors"], "absent"),
+        (["merge", "{tmp}/absent", "{tmp}/a.safetensors", "{tmp}/merged"], "absent"),
         (["merge", "{folder}", "{tmp}/a.safetensors", "{tmp}/merged"], "a.safetensors is no file of adapters"),
         (["merge", "{folder}", "{tmp}/a.safetensors", "{folder}"], "exists and is not an empty folder"),
     ],
 )
-def test_errors_are_one_line_and_nothing_is_written(model_folder, tmp_path, arguments, said):
+def test_errors_are_one_line_and_nothing_is_written(model_folder, tmp_path, capsys, arguments, said):
     with pytest.raises(SystemExit) as stopped:
         main([argument.format(folder=model_folder, tmp=tmp_path) for argument in arguments])
     assert str(stopped.value).startswith("convert_lo_ra: error: ") and said in str(stopped.value)
-    assert "\n" not in str(stopped.value) and not any(tmp_path.iterdir())
+    assert "\n" not in str(stopped.value) and not capsys.readouterr().err and not any(tmp_path.iterdir())
