@@ -206,6 +206,22 @@ class Doubling(nn.Linear):
         return 2 * super().forward(x)
 
 
+class Quantised(nn.Linear):
+    def forward(self, x):
+        return nn.functional.linear(x, self.weight.to(x.dtype), self.bias)
+
+
+@pytest.mark.parametrize("kind", [torch.int8, torch.float8_e4m3fn])
+def test_quantised_layers_get_float32_adapters(kind):
+    model, x = nn.Sequential(Quantised(8, 8)), torch.randn(3, 8)
+    model[0].weight = nn.Parameter(torch.randint(-5, 5, (8, 8)).to(kind), requires_grad=False)
+    before = model(x)
+    convert_linears_to_lora(model)
+    torch.testing.assert_close(model(x), before)
+    model(x).sum().backward()
+    assert model[0].lora_b.weight.grad.any() and model[0].lora_b.weight.dtype == torch.float32
+
+
 def test_subclasses_compute_as_they_did():
     model, x = nn.Sequential(Doubling(8, 8), nn.Linear(8, 8)), torch.randn(3, 8)
     before = model(x).detach()

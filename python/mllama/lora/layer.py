@@ -55,7 +55,8 @@ class Linear_LORA(nn.Module):
     def _adapt(self, linear: nn.Linear, rank: int, alpha: float, dropout: float) -> None:
         self.linear = linear.requires_grad_(False)
         like = linear.weight
-        options = {"bias": False, "device": like.device, "dtype": like.dtype if like.is_floating_point() else torch.float32}
+        dtype = like.dtype if like.dtype in (*FLOAT_DTYPES, torch.float64) else torch.float32  # beside quantised weights
+        options = {"bias": False, "device": like.device, "dtype": dtype}
         self.lora_a = nn.Linear(linear.in_features, rank, **options)
         self.lora_b = nn.Linear(rank, linear.out_features, **options)
         nn.init.zeros_(self.lora_b.weight)
