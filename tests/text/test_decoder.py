@@ -49,3 +49,18 @@ def test_ids_or_embeddings(decoder):
         cache = DynamicCache(config=decoder.config)
         run(decoder, [[1, 2]], past_key_values=cache)
         run(decoder, [[3]], past_key_values=cache, attention_mask=torch.ones(1, 2))
+
+
+def test_hooks_see_every_module_and_another_norm_takes_a_norms_place():
+    decoder, ids = twins.model().language_model, [[1, 2, 3]]
+    plain, seen = run(decoder, ids), set()
+    for name, module in decoder.named_modules():
+        module.register_forward_hook(lambda *_, name=name: seen.add(name))
+    torch.testing.assert_close(run(decoder, ids), plain)
+    assert {name for name, _ in decoder.named_modules()} - seen == {"layers"}
+
+    for layer in decoder.layers:
+        norm = torch.nn.RMSNorm(64, layer.post_attention_layernorm.eps)
+        norm.weight = layer.post_attention_layernorm.weight
+        layer.post_attention_layernorm = norm
+    torch.testing.assert_close(run(decoder, ids), plain)

@@ -28,10 +28,6 @@ class RMSNorm(norm.RMSNorm):
     def __init__(self, dim: int, eps: float = 1e-6):
         super().__init__(dim, eps)
 
-    def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
-        """[..., dim] -> the same shape and dtype: the norm of x, or of x + residual."""
-        return super().forward(x) if residual is None else self.add(x, residual)[0]
-
 
 LLAMARMSNorm = RMSNorm
 

@@ -6,6 +6,7 @@ import numbers
 import torch
 from torch import nn
 
+from mllama.nn.plain import is_plain
 from mllama.ops._dispatch import FLOAT_DTYPES
 from mllama.ops.lora_linear import lora_linear
 
@@ -116,7 +117,7 @@ class Linear_LORA(nn.Module):
 
     def _is_plain(self, x: torch.Tensor) -> bool:
         """Whether the operator does what calling the children would."""
-        if not all(map(_has_no_ways_of_its_own, (self.linear, self.lora_a, self.lora_b))):
+        if not all(is_plain(child, nn.Linear) for child in (self.linear, self.lora_a, self.lora_b)):
             return False
         weight = self.linear.weight
         return not weight.requires_grad and weight.dtype in FLOAT_DTYPES and x.dtype in FLOAT_DTYPES
@@ -148,7 +149,7 @@ class Linear_LORA(nn.Module):
         """Raise ValueError unless `linear` and the adapter are plain linear layers, whose product can be added."""
         for child in ("linear", "lora_a", "lora_b"):
             module = getattr(self, child)
-            if not _has_no_ways_of_its_own(module):
+            if not is_plain(module, nn.Linear):
                 raise ValueError(f"{name} cannot be merged: its {child}, a {type(module).__name__}, has hooks or a forward of its own")
 
     def _sum(self) -> torch.Tensor:
@@ -212,9 +213,3 @@ def _check_size(name: str, value: int) -> None:
         raise TypeError(f"{name} must be an int, got {type(value).__name__}")
     if value < 1:
         raise ValueError(f"{name} must be at least 1, got {value}")
-
-
-def _has_no_ways_of_its_own(module: nn.Module) -> bool:
-    """Whether calling the module would do what nn.Linear does with its weight, and nothing beside it."""
-    hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    return type(module).forward is nn.Linear.forward and not hooks and "forward" not in module.__dict__

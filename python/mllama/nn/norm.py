@@ -3,6 +3,7 @@
 import torch
 from torch import nn
 
+from mllama.nn.plain import is_plain
 from mllama.ops.layer_norm import layer_norm
 from mllama.ops.rms_norm import add_rms_norm, rms_norm
 
@@ -19,9 +20,9 @@ class RMSNorm(nn.Module):
         self.eps = eps
         self.offset = offset
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """x: [..., size] -> the same shape and dtype."""
-        return rms_norm(x, self.weight, self.eps, self.offset)
+    def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
+        """[..., size] -> the same shape and dtype: the norm of x, or of x + residual."""
+        return rms_norm(x, self.weight, self.eps, self.offset) if residual is None else self.add(x, residual)[0]
 
     def add(self, x: torch.Tensor, residual: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """(norm(x + residual), x + residual) in one pass, in the residual's dtype (under autocast x comes in a smaller one)."""
@@ -29,6 +30,14 @@ class RMSNorm(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.weight.shape[0]}, eps={self.eps}" + (f", offset={self.offset}" if self.offset else "")
+
+
+def add_and_norm(norm: nn.Module, x: torch.Tensor, residual: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(norm(x + residual), x + residual): in one pass, unless the norm has hooks or is another module, which is called."""
+    if is_plain(norm, RMSNorm):
+        return norm.add(x, residual)
+    total = x.to(residual.dtype) + residual
+    return norm(total), total
 
 
 class LayerNorm(nn.Module):

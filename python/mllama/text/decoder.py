@@ -11,7 +11,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from mllama.config import MllamaTextConfig
 from mllama.nn.attention import CausalAttention
 from mllama.nn.mlp import GatedMLP
-from mllama.nn.norm import RMSNorm
+from mllama.nn.norm import RMSNorm, add_and_norm
 from mllama.nn.rope import RotaryEmbedding
 from mllama.text.cache import check_cache, key_length, past_length
 
@@ -51,7 +51,7 @@ class DecoderLayer(GradientCheckpointingLayer):
         of another kind beside this one."""
         normed = self.input_layernorm(hidden_states)
         attended, weights = self.self_attn(normed, positions=positions, past_key_values=past_key_values, **context)
-        normed, hidden_states = self.post_attention_layernorm.add(attended, hidden_states)
+        normed, hidden_states = add_and_norm(self.post_attention_layernorm, attended, hidden_states)
         return hidden_states + self.mlp(normed), weights
 
 
