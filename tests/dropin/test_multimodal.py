@@ -60,7 +60,7 @@ def test_what_is_not_there_reads_as_none():
     assert output["loss"] is None and output["kv_cache"] is None and output.kv_cache is None
     with pytest.raises(KeyError):
         output["nothing"]
-    assert output[0] is output.logits
+    assert output[0] is output.logits and output[:1] == (output.logits,)
     assert "kv_cache" not in output and output.get("kv_cache", 3) == 3 and output.get("loss") is None
     cache = KVCache()
     output = older.model()(torch.tensor([TEXT]), kv_cache=cache)

@@ -18,7 +18,7 @@ class OlderOutput(MllamaOutput):
         return self.past_key_values
 
     def __getitem__(self, key: str | int | slice) -> Any:
-        if key == "kv_cache" or key in _FIELDS:
+        if isinstance(key, str) and key in _NAMES:
             return getattr(self, key)
         return super().__getitem__(key)
 
@@ -32,4 +32,4 @@ class OlderOutput(MllamaOutput):
         return self[key]
 
 
-_FIELDS = {field.name for field in fields(MllamaOutput)}
+_NAMES = {"kv_cache", *(field.name for field in fields(MllamaOutput))}
