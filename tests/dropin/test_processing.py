@@ -176,6 +176,7 @@ def test_steps_are_what_process_images_does(module):
         (lambda m: m.process_images([picture()], (8, 8), 1 / 255, [0.5, 0.5]), ValueError, "image_mean must be"),
         (lambda m: m.process_images([picture()], image_std=[1, 0, 1]), ValueError, "image_std must hold no zero"),
         (lambda m: m.process_images([5]), TypeError, "a picture must be"),
+        (lambda m: m.process_images(None), TypeError, "a picture must be .* got NoneType"),
         (lambda m: m.process_images(["nowhere.png"]), FileNotFoundError, "no such picture"),
         (lambda m: m.add_image_tokens_to_prompts(["hi"], None, 2, "<image>"), TypeError, "prefix_prompt must be a str, got list"),
     ],

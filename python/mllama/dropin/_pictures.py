@@ -100,7 +100,7 @@ def prepare(images, size, rescale_factor: float, image_mean, image_std, resample
 def filter_may_come_third(process_images: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
     """A decorator of `process_images`, which some scripts call (images, size, resample, rescale_factor, image_mean, image_std).
 
-    A filter in third place is told from a factor by its type, as an enum or its int. None stands for the default everywhere.
+    A filter in third place is told from a factor by its type, as an enum or its int. None stands for the default wherever there is one.
     """
     signature = inspect.signature(process_images)
 
@@ -110,7 +110,7 @@ def filter_may_come_third(process_images: Callable[..., torch.Tensor]) -> Callab
             bound = signature.bind(images, size, *rest[1:], resample=rest[0], **named)
         else:
             bound = signature.bind(images, size, *rest, **named)
-        return process_images(**{name: value for name, value in bound.arguments.items() if value is not None})
+        return process_images(**{name: value for name, value in bound.arguments.items() if value is not None or name == "images"})
 
     return either
 
