@@ -37,9 +37,11 @@ class MllamaGenerationMixin(GenerationMixin):
         return inputs
 
     def _prefill(self, input_ids, generation_config, model_kwargs, is_first_iteration=True):
-        """As GenerationMixin's, which refuses to cut pixels into chunks; a prompt whose first words see its last is not cut either, nor one
-        that visual tokens may stand before."""
+        """As GenerationMixin's, which refuses to cut a prompt with pixels into chunks; one with features is not cut either, nor one whose
+        first words see its last, nor one that visual tokens may stand before."""
         if generation_config.prefill_chunk_size is not None:
+            if model_kwargs.get("image_features") is not None and input_ids.shape[1] > generation_config.prefill_chunk_size:
+                raise ValueError("prefill_chunk_size must be None for a prompt with pictures: it is read whole")
             if model_kwargs.get("prefix_length") is not None:
                 raise ValueError("prefill_chunk_size must be None for a model whose prompts are seen both ways: they are read whole")
             if self.plan.fusion == "prepend":

@@ -192,11 +192,12 @@ def test_a_prompt_read_in_chunks(case):
     assert torch.equal(both.ours.generate(**batch, **GREEDY, prefill_chunk_size=4), expected)
 
 
+@pytest.mark.parametrize("options", [{}, {"num_beams": 2}], ids=["pixels", "features"])
 @pytest.mark.parametrize("case", ["llava, clip, -2", "paligemma"])
-def test_pictures_are_not_read_in_chunks(case):
+def test_pictures_are_not_read_in_chunks(case, options):
     both = pair(case)
     with pytest.raises(ValueError, match="prefill_chunk_size"):
-        both.ours.generate(**inputs(both), **GREEDY, prefill_chunk_size=4)
+        both.ours.generate(**inputs(both), **GREEDY | options, prefill_chunk_size=4)
 
 
 def test_without_token_types_all_of_the_prompt_is_seen_both_ways():

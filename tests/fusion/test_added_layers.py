@@ -206,6 +206,8 @@ def test_calls_that_cannot_be_are_refused():
         model(**inputs, pixel_values=twins.pictures(2), cross_attention_mask=mixed())
     with pytest.raises(ValueError, match=r"image_features must be \[pictures, 4, 64\]"):
         model(**inputs, image_features=torch.zeros(2, 8, 64))
+    with pytest.raises(ValueError, match="prefill_chunk_size must be None"):  # every chunk would see them anew
+        model.generate(**inputs, image_features=torch.zeros(2, 4, 64), prefill_chunk_size=2)
     with pytest.raises(IndexError, match="within the vocabulary"):
         model(torch.full((1, 3), twins.VOCABULARY), pixel_values=twins.pictures(1))
     with pytest.raises(ValueError, match="must have 4 layers, as the decoder, got 3"):
