@@ -37,6 +37,15 @@ class Scripted(nn.Module):
         return nn.functional.one_hot(self.script[:, : ids.shape[1]], 10).float()
 
 
+def test_a_model_without_a_head_is_refused_and_one_with_it_is_taken():
+    model, tokens = toys.by_config(), ids()
+    with pytest.raises(ValueError, match="Llama3ForCausalLM"):
+        generate(model.model, tokens, 4, 128)
+    for _ in range(4):
+        tokens = torch.cat([tokens, model(tokens)[0][:, -1:].argmax(-1)], 1)
+    assert torch.equal(generate(model, ids(), 4, 128), tokens)
+
+
 def test_signature():
     parameters = inspect.signature(generate).parameters
     defaults = {"temperature": 0.0, "top_k": None, "eos_id": None, "use_cache": True}

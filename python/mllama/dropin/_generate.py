@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from mllama.config import check_size
+from mllama.dropin._text import Llama3Model
 
 
 class _Tokenizer(Protocol):
@@ -59,6 +60,8 @@ def generate(
     Raises:
         TypeError, ValueError: an argument that cannot be, by its name; top_k beyond the vocabulary for one.
     """
+    if isinstance(model, Llama3Model) and model.from_config:
+        raise ValueError("generate: model must answer logits; a Llama3Model of a LLAMA32Config has no head: give its Llama3ForCausalLM")
     _check(idx, max_new_tokens, context_size, temperature, top_k, eos_id)
     idx = idx.to(next((parameter.device for parameter in model.parameters()), idx.device))
     use_cache = use_cache and {"past_kv", "use_cache"} <= inspect.signature(model.forward).parameters.keys()
