@@ -16,7 +16,8 @@ from mllama.processing.image import load_picture
 
 PICTURE = Path(__file__).parent / "pictures" / "drawn.png"
 VISUAL_TOKENS = 8
-SIZES = {"context_length": 256, "emb_dim": 128, "n_heads": 4, "n_layers": 2, "hidden_dim": 256, "n_kv_groups": 2, "dtype": torch.float32}
+SIZES = {"context_length": 256, "emb_dim": 128, "n_heads": 4, "n_layers": 2, "hidden_dim": 256, "n_kv_groups": 2}
+OTHERS = {"rope_freq": None, "dtype": torch.float32}  # frequencies are scaled for contexts far longer than this one
 
 
 @torch.no_grad()
@@ -24,7 +25,7 @@ def main() -> torch.Tensor:
     """Print what comes out of every step; returns the logits."""
     torch.manual_seed(0)
     embedded, processor = mllama.load(dtype="float32", device="cpu")
-    decoder = Llama3Model(LLAMA32_CONFIG | SIZES | {"vocab_size": len(processor.tokenizer)}).eval()
+    decoder = Llama3Model(LLAMA32_CONFIG | SIZES | OTHERS | {"vocab_size": len(processor.tokenizer)}).eval()
     pool = nn.AdaptiveAvgPool1d(VISUAL_TOKENS)
     project = nn.Linear(embedded.config.vision_config.hidden_size, SIZES["emb_dim"])
 
