@@ -61,10 +61,10 @@ Tensor patch_embed(const Tensor& pixels, const Tensor& weight, const std::option
                     Shape{*bias});
         b = to_dtype(*bias, pixels.scalar_type());
     }
-    Tensor matrix = torch::stable::view(dense(to_dtype(weight, pixels.scalar_type())), {embed, width});
+    Tensor matrix = as_matrix(dense(to_dtype(weight, pixels.scalar_type())), embed, width);
     int64_t patches = pixels.size(2) / patch * (pixels.size(3) / patch);
     Tensor y = new_tensor(pixels, {pixels.size(0), patches, embed});
-    linear_out(cut(pixels, patch), matrix, b, torch::stable::view(y, {pixels.size(0) * patches, embed}));
+    linear_out(cut(pixels, patch), matrix, b, as_matrix(y, pixels.size(0) * patches, embed));
     return y;
 }
 
@@ -78,11 +78,11 @@ std::tuple<Tensor, Tensor, Tensor> patch_embed_backward(const Tensor& grad_y, co
     int64_t count = pixels.numel() / std::max<int64_t>(width, 1);
     check_value(grad_y.numel() == count * embed && grad_y.scalar_type() == pixels.scalar_type(), op,
                 ": grad_y must be [B, patches, ", embed, "] and of pixel_values' dtype");
-    Tensor g = torch::stable::view(dense(grad_y), {count, embed});
+    Tensor g = as_matrix(dense(grad_y), count, embed);
     Tensor grad_pixels = new_tensor(pixels, {0}), grad_weight = new_tensor(weight, {0});
     Tensor grad_bias = new_tensor(bias.value_or(weight), {0});
     if (pixel_gradient) {
-        Tensor matrix = torch::stable::view(dense(to_dtype(weight, pixels.scalar_type())), {embed, width});
+        Tensor matrix = as_matrix(dense(to_dtype(weight, pixels.scalar_type())), embed, width);
         grad_pixels = paste(to_dtype(torch::stable::matmul(g, matrix), pixels.scalar_type()), pixels, patch);
     }
     if (weight_gradient) {
