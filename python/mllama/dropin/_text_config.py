@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from mllama.config import TEXT_SHORT_NAMES, MllamaTextConfig
+from mllama.ops._dispatch import FLOAT_DTYPES
 
 _ROPE_FREQ = {"factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_context_length": 8192}
 # What a Llama has of the package's choices; the classes here have no others.
@@ -18,7 +19,6 @@ _LLAMA = {
     "embedding_scale": None,
     "cross_attention_layers": None,
 }
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 # Of Llama 3.2 1B.
 LLAMA32_CONFIG = {
@@ -140,8 +140,8 @@ def text_config(config: Mapping[str, Any] | MllamaTextConfig) -> MllamaTextConfi
         config = DictConfig(config)
     if not isinstance(config, MllamaTextConfig):
         raise TypeError(f"config must be a LLAMA32Config or a dict as LLAMA32_CONFIG, got {type(config).__name__}")
-    if config.dtype not in (*_DTYPES, None):
-        raise ValueError(f"config: dtype must be one of {', '.join(map(str, _DTYPES))}, got {config.dtype}")
+    if config.dtype not in (*FLOAT_DTYPES, None):
+        raise ValueError(f"config: dtype must be one of {', '.join(map(str, FLOAT_DTYPES))}, got {config.dtype}")
     fixed = _LLAMA | {"head_dim": config.hidden_size // config.num_attention_heads}
     if other := [name for name, value in fixed.items() if getattr(config, name) != value]:
         raise ValueError(f"config: {other[0]} must be {fixed[other[0]]!r} in the older decoder, got {getattr(config, other[0])!r}")
