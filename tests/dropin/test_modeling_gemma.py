@@ -107,6 +107,16 @@ def test_token_by_token_as_generate_says_it():
     assert generated[0, 10:].tolist() == said
 
 
+def test_generate_takes_what_the_packages_takes():
+    ours, pictures, options = model(), twins.pictures(1), {"max_new_tokens": 5, "do_sample": False, "eos_token_id": None}
+    plain = ours.generate(IDS, pixel_values=pictures, **options)
+    typed = ours.generate(IDS, pixel_values=pictures, token_type_ids=torch.zeros_like(IDS), **options)
+    encoded = ours.generate(IDS, image_features=ours.get_image_features(pictures), **options)
+    assert torch.equal(typed, plain) and torch.equal(encoded, plain)
+    with pytest.raises(ValueError, match="pixel_value"):
+        ours.generate(IDS, pixel_value=pictures, **options)
+
+
 def test_labels_are_not_seen_before_they_are_said():
     ours, pictures = model(), twins.pictures(1)
     labels = IDS.masked_fill(IDS == twins.IMAGE, -100)

@@ -38,6 +38,7 @@ def test_the_order_of_arguments():
         "image_mask",
         "inputs_embeds",
     ]
+    assert set(inspect.signature(PackageModel.forward).parameters) <= set(names)
 
 
 def test_it_computes_what_the_package_computes():

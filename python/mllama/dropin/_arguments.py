@@ -1,4 +1,5 @@
-"""One class for scripts of two families: those that build from a config object, and those that build from a plain dict or from sizes."""
+"""Arguments: one class for scripts of two families, those that build from a config object and those that build from a plain dict or from
+sizes; and methods that hand on what they do not read themselves."""
 
 import functools
 import inspect
@@ -36,6 +37,20 @@ def by_construction(*, sizes: str, config: str) -> Callable[[Callable], Callable
         shown = [inspect.Parameter(name, kind, default=defaults[name]) for name, kind in names.items()]
         positional.__signature__ = inspect.Signature([own["self"], *shown])
         return positional
+
+    return decorate
+
+
+def hands_on(to: Callable) -> Callable[[Callable], Callable]:
+    """A decorator of a method that hands its kwargs on to another: its signature says their names, which `generate` and Trainer ask for."""
+    theirs = inspect.signature(to).parameters.values()
+
+    def decorate(method: Callable) -> Callable:
+        *own, rest = inspect.signature(method).parameters.values()
+        names = {parameter.name for parameter in own}
+        more = [one.replace(kind=one.KEYWORD_ONLY) for one in theirs if one.kind is not one.VAR_KEYWORD and one.name not in names]
+        method.__signature__ = inspect.signature(method).replace(parameters=[*own, *more, rest])
+        return method
 
     return decorate
 

@@ -7,6 +7,7 @@ from transformers import Cache, PretrainedConfig
 from transformers.modeling_outputs import ModelOutput
 
 from mllama.checkpoints.files import listing
+from mllama.dropin._arguments import hands_on
 from mllama.dropin._output import OlderOutput
 from mllama.modeling import MllamaForConditionalGeneration
 
@@ -26,6 +27,7 @@ class OlderModel(MllamaForConditionalGeneration):
             for part in (self.vision_config, self.text_config):
                 part.num_image_tokens = self.plan.image_tokens
 
+    @hands_on(MllamaForConditionalGeneration.forward)
     def forward(
         self,
         input_ids: torch.Tensor | None = None,
@@ -36,16 +38,6 @@ class OlderModel(MllamaForConditionalGeneration):
         position_ids: torch.Tensor | None = None,
         image_mask: torch.Tensor | None = None,
         inputs_embeds: torch.Tensor | None = None,
-        past_key_values: Cache | None = None,
-        use_cache: bool | None = None,
-        logits_to_keep: int | torch.Tensor = 0,
-        image_features: torch.Tensor | None = None,
-        token_type_ids: torch.Tensor | None = None,
-        prefix_length: torch.Tensor | None = None,
-        aspect_ratio_ids: torch.Tensor | None = None,
-        aspect_ratio_mask: torch.Tensor | None = None,
-        cross_attention_mask: torch.Tensor | None = None,
-        return_dict: bool | None = None,
         **kwargs,
     ) -> OlderOutput | tuple:
         """As `mllama.MllamaForConditionalGeneration.forward`, under two further names.
@@ -54,6 +46,7 @@ class OlderModel(MllamaForConditionalGeneration):
             kv_cache: another name of past_key_values: new keys and values are written to it. While it is empty the prompt is read; once it
                 is filled, input_ids are what comes after, and pictures given again are not looked at.
             image_mask: not read; placeholders are found in input_ids.
+            kwargs: further arguments of the package's.
 
         Returns:
             `output["logits"]`, `output["loss"]` (None without labels), `output["kv_cache"]`; all of them also as attributes.
@@ -62,27 +55,11 @@ class OlderModel(MllamaForConditionalGeneration):
             ValueError: kv_cache and past_key_values are both given; and as the package's.
             TypeError, IndexError: as the package's.
         """
-        if kv_cache is not None and past_key_values is not None:
-            raise ValueError("kv_cache and past_key_values are two names of one argument; give one")
-        output = super().forward(
-            input_ids,
-            pixel_values,
-            attention_mask,
-            labels,
-            inputs_embeds=inputs_embeds,
-            past_key_values=past_key_values if kv_cache is None else kv_cache,
-            position_ids=position_ids,
-            use_cache=use_cache,
-            logits_to_keep=logits_to_keep,
-            image_features=image_features,
-            token_type_ids=token_type_ids,
-            prefix_length=prefix_length,
-            aspect_ratio_ids=aspect_ratio_ids,
-            aspect_ratio_mask=aspect_ratio_mask,
-            cross_attention_mask=cross_attention_mask,
-            return_dict=return_dict,
-            **kwargs,
-        )
+        if kv_cache is not None:
+            if kwargs.get("past_key_values") is not None:
+                raise ValueError("kv_cache and past_key_values are two names of one argument; give one")
+            kwargs["past_key_values"] = kv_cache
+        output = super().forward(input_ids, pixel_values, attention_mask, labels, inputs_embeds, position_ids=position_ids, **kwargs)
         return OlderOutput(**output) if isinstance(output, ModelOutput) else output
 
     def generate(self, *args, kv_cache: Cache | None = None, **kwargs):

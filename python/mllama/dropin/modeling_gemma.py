@@ -5,6 +5,7 @@ from dataclasses import replace
 import torch
 import transformers
 
+from mllama.dropin._arguments import hands_on
 from mllama.dropin._cache import KVCache
 from mllama.dropin._model import OlderModel
 from mllama.dropin._output import OlderOutput
@@ -120,6 +121,7 @@ class PaliGemmaForConditionalGeneration(OlderModel):
         super().__init__(config, reference)
         self.plan = replace(self.plan, ignore_index=getattr(config, "ignore_index", self.plan.ignore_index))
 
+    @hands_on(OlderModel.forward)
     def forward(self, input_ids=None, pixel_values=None, attention_mask=None, labels=None, kv_cache=None, **kwargs) -> OlderOutput | tuple:
         """As `OlderModel.forward`. A prompt, read while there is no cache or an empty one, is seen both ways, unless labels,
         `token_type_ids` or `prefix_length` say what is to be learnt or said."""
