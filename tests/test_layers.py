@@ -14,7 +14,7 @@ MUST_NOT_NAME = {
     "python/mllama/nn": r"mllama\.(?!ops|nn)|mllama import",
     "python/mllama/towers": r"mllama\.(?!ops|nn|towers|config)|mllama import",
     "python/mllama/fusion": r"mllama\.(?!ops|nn|fusion|config)|mllama import",
-    "python/mllama/text": r"mllama\.(?!ops|nn|text|config)|mllama import",
+    "python/mllama/text": r"mllama\.(?!ops|nn|text|config|compat)|mllama import",
     "python/mllama/pictures.py": r"mllama\.(processing|cli|api)|safetensors|json",
     "python/mllama/processing": r"(?<!models\.)mllama\.(?!ops|processing|checkpoints\.gguf_tokenizer)|from mllama import",
     "python/mllama/families.py": r"mllama\.(?!config)|mllama import",

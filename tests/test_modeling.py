@@ -82,7 +82,7 @@ def test_hidden_states_and_attentions_equal_the_twins():
     for weights, reference in zip(got.attentions, expected.attentions, strict=True):
         close(weights, reference)
         torch.testing.assert_close(weights.sum(-1), torch.ones(1, 4, 9))
-    close(got.image_hidden_states, expected.image_hidden_states.view(1, twins.PATCHES, -1))
+    close(got.image_hidden_states, torch.stack(list(expected.image_hidden_states)).view(1, twins.PATCHES, -1))
     assert [tuple(weights.shape) for weights in got.image_attentions] == [(1, 2, 4, 4)] * 2
     torch.testing.assert_close(got.image_attentions[0].sum(-1), torch.ones(1, 2, 4))
 
@@ -456,7 +456,7 @@ IDS = torch.tensor([PICTURE + [1, 2, 3]])
         (TypeError, "inputs_embeds must be a floating", {"inputs_embeds": torch.zeros(1, 7, 64, dtype=torch.long)}),
         (ValueError, "at least one token", {"inputs_embeds": torch.zeros(1, 0, 64)}),
         (TypeError, "labels must be an integer", {"input_ids": IDS[:, 4:], "labels": IDS[:, 4:] > 0}),
-        (TypeError, "past_key_values must be a transformers Cache", {"input_ids": IDS[:, 4:], "past_key_values": ()}),
+        (TypeError, "cache must be a transformers Cache", {"input_ids": IDS[:, 4:], "past_key_values": ()}),
         (ValueError, r"labels must be \[1, 3\]", {"input_ids": IDS[:, 4:], "labels": IDS}),
         (TypeError, "labels must be an integer", {"input_ids": IDS[:, 4:], "labels": IDS[:, 4:].float()}),
         (ValueError, "labels must be -100 or within", {"input_ids": IDS[:, 4:], "labels": torch.tensor([[1, 99, 1]])}),

@@ -343,7 +343,7 @@ class MllamaConfig(PretrainedConfig):
 
     model_type = "siglip_llama"
     attribute_map = {"image_token_id": "image_token_index"}
-    keys_to_ignore_at_inference = ["past_key_values", "image_hidden_states"]
+    keys_to_ignore_at_inference = ["cache", "past_key_values", "image_hidden_states"]
     sub_configs_defaults = {"vision_config": MllamaVisionConfig, "text_config": MllamaTextConfig}
 
     vision_config: dict | PretrainedConfig | None = None

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from transformers import GenerationMixin
 
+from mllama.compat import CACHE_NAME, rename_cache
 from mllama.fusion.prepend import held_before_text, pictures_per_row
 from mllama.text.cache import check_cache
 from mllama.text.prefix import count_prefix
@@ -13,6 +14,10 @@ from mllama.text.prefix import count_prefix
 
 class MllamaGenerationMixin(GenerationMixin):
     """GenerationMixin for a model with pictures: they are encoded once, and their features follow their rows."""
+
+    def generate(self, *args, **kwargs):
+        """As GenerationMixin's; the cache may be called `cache` or `past_key_values`."""
+        return super().generate(*args, **rename_cache(kwargs))
 
     @staticmethod
     def create_masks_for_generate(attention_mask: torch.Tensor | None = None, **kwargs) -> torch.Tensor | None:
@@ -24,7 +29,7 @@ class MllamaGenerationMixin(GenerationMixin):
 
         A step onto an empty cache is a first one whatever the caller says: assisted decoding starts its assistant with one.
         """
-        cache = kwargs.get("past_key_values")
+        cache = kwargs.get(CACHE_NAME)
         filled = cache is not None and int(cache.get_seq_length()) > 0
         if is_first_iteration and filled and kwargs.get("next_sequence_length") is not None:
             kwargs["next_sequence_length"] += held_before_text(cache)  # which the cache's length counts, and the ids do not have
@@ -62,7 +67,7 @@ class MllamaGenerationMixin(GenerationMixin):
         Token types become the length of what is seen both ways, all of the prompt by default: transformers goes on with the last one,
         which would put an assistant's words into the prompt.
         """
-        types, cache = model_kwargs.pop("token_type_ids", None), model_kwargs.get("past_key_values")
+        types, cache = model_kwargs.pop("token_type_ids", None), model_kwargs.get(CACHE_NAME)
         check_cache(cache)
         given = model_kwargs.get("prefix_length") is not None
         if self.plan.prefix and not given and (cache is None or int(cache.get_seq_length()) == 0):
@@ -97,7 +102,7 @@ class MllamaGenerationMixin(GenerationMixin):
         """As GenerationMixin's, which takes what it guessed wrong back from the cache by the length of the ids."""
         if self.plan.fusion == "prepend":
             pictures, mask = _count_pictures(kwargs), kwargs.get("attention_mask")
-            if held_before_text(kwargs.get("past_key_values")) or (pictures and self._placeholders(input_ids, mask, pictures) is None):
+            if held_before_text(kwargs.get(CACHE_NAME)) or (pictures and self._placeholders(input_ids, mask, pictures) is None):
                 raise ValueError(
                     "assisted decoding and prompt lookup need input_ids that hold a placeholder for every visual token: set "
                     "config.image_token_index, and let the processor (MllamaImageProcessor) write them"

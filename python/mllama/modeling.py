@@ -5,9 +5,9 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 from transformers import AutoModelForImageTextToText, Cache, DynamicCache, PretrainedConfig, PreTrainedModel
-from transformers.modeling_outputs import ModelOutput
 from transformers.modeling_utils import slice_logits_to_keep
 
+from mllama.compat import CacheOutput, one_cache
 from mllama.config import MllamaConfig, check_reference
 from mllama.families import Composition, compose
 from mllama.fusion.cross_attention import CrossAttentionDecoderLayer
@@ -28,13 +28,13 @@ from mllama.towers.tiled_vit import TiledVisionTower
 
 
 @dataclass
-class MllamaOutput(ModelOutput):
+class MllamaOutput(CacheOutput):
     """What the model returns; readable as `output.logits`, `output["logits"]` and by place. What is None is left out.
 
     Attributes:
         loss: float32 scalar, where labels were given.
         logits: [B, T, vocabulary], in the model's dtype; of a text that visual tokens were put before, theirs come first.
-        past_key_values: the cache, where one was used.
+        cache: the key-value cache, where one was used; also read as `past_key_values`.
         hidden_states: the decoder's, layers + 1 of [B, T, hidden].
         attentions: the decoder's, one [B, heads, T, keys] float32 per layer.
         image_hidden_states: projected features [pictures, patches, hidden], as `get_image_features` gives them.
@@ -43,7 +43,7 @@ class MllamaOutput(ModelOutput):
 
     loss: torch.Tensor | None = None
     logits: torch.Tensor | None = None
-    past_key_values: Cache | None = None
+    cache: Cache | None = None
     hidden_states: tuple[torch.Tensor, ...] | None = None
     attentions: tuple[torch.Tensor, ...] | None = None
     image_hidden_states: torch.Tensor | None = None
@@ -73,7 +73,7 @@ class MllamaForConditionalGeneration(PretrainedMixin, MllamaGenerationMixin, Pic
     supports_gradient_checkpointing = True
     load_options = frozenset({"reference"})
     _no_split_modules = ["SiglipEncoderLayer", "TiledEncoderLayer", "DecoderLayer", "CrossAttentionDecoderLayer"]
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = ["cache", "past_key_values"]
     _tied_weights_keys = {"lm_head.weight": "language_model.embed_tokens.weight"}
 
     def __init__(self, config: PretrainedConfig, reference: str = "meta"):
@@ -123,7 +123,7 @@ class MllamaForConditionalGeneration(PretrainedMixin, MllamaGenerationMixin, Pic
         attention_mask: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
         inputs_embeds: torch.Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         position_ids: torch.Tensor | None = None,
         use_cache: bool | None = None,
         output_attentions: bool | None = None,
@@ -136,6 +136,7 @@ class MllamaForConditionalGeneration(PretrainedMixin, MllamaGenerationMixin, Pic
         aspect_ratio_mask: torch.Tensor | None = None,
         cross_attention_mask: torch.Tensor | None = None,
         return_dict: bool | None = None,
+        past_key_values: Cache | None = None,
         **kwargs,
     ) -> MllamaOutput | tuple:
         """
@@ -152,7 +153,7 @@ class MllamaForConditionalGeneration(PretrainedMixin, MllamaGenerationMixin, Pic
             labels: int [B, T], shifted inside: the logits at t are scored against the label at t + 1. -100 (our own config's
                 `ignore_index`), placeholder and padding positions are not trained.
             inputs_embeds: [B, T, hidden] in place of input_ids; pictures must be merged already.
-            past_key_values: a transformers cache, dynamic or static, that keeps all tokens; not while activations are checkpointed.
+            cache: a transformers cache, dynamic or static, that keeps all tokens; not while activations are checkpointed.
             position_ids: int [B or 1, T]. None counts the unmasked tokens of each row.
             use_cache: return a cache; None asks for one outside training, as the decoder's config says.
             output_attentions, output_hidden_states: also return what `MllamaOutput` says.
@@ -169,6 +170,7 @@ class MllamaForConditionalGeneration(PretrainedMixin, MllamaGenerationMixin, Pic
                 whose layers attend to pictures. What comes after its last row sees what that row sees. None: every token sees every
                 tile of its row.
             return_dict: False returns a tuple.
+            past_key_values: another name of `cache`, transformers' until 5.23.
             kwargs: `num_items_in_batch`, the labels of the whole (accumulated) batch, makes the loss their sum divided by it instead of
                 their mean. Anything else is passed over, as in transformers.
 
@@ -179,17 +181,18 @@ class MllamaForConditionalGeneration(PretrainedMixin, MllamaGenerationMixin, Pic
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
-        check_cache(past_key_values)
+        cache = one_cache(cache, past_key_values)
+        check_cache(cache)
         check_mask(attention_mask)
         config = self.config
         output_attentions = bool(config.output_attentions if output_attentions is None else output_attentions)
         output_hidden_states = bool(config.output_hidden_states if output_hidden_states is None else output_hidden_states)
         use_cache = self.plan.text.use_cache and not self.training if use_cache is None else use_cache
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=self.plan.text)
-        if past_key_values is not None and self.training and self.is_activation_checkpointing:  # its layers would be called without it
-            raise ValueError("past_key_values cannot be kept while activations are checkpointed: call model.eval(), or set use_cache=False")
-        past = 0 if past_key_values is None else int(past_key_values.get_seq_length())
+        if use_cache and cache is None:
+            cache = DynamicCache(config=self.plan.text)
+        if cache is not None and self.training and self.is_activation_checkpointing:  # its layers would be called without it
+            raise ValueError("cache cannot be kept while activations are checkpointed: call model.eval(), or set use_cache=False")
+        past = 0 if cache is None else int(cache.get_seq_length())
         filled = past > 0
 
         if input_ids is not None:
@@ -209,14 +212,14 @@ class MllamaForConditionalGeneration(PretrainedMixin, MllamaGenerationMixin, Pic
                 image_features,
                 (aspect_ratio_ids, aspect_ratio_mask),
                 cross_attention_mask,
-                past_key_values,
+                cache,
                 output_attentions,
             )
         else:
-            held = held_before_text(past_key_values) if filled else 0
+            held = held_before_text(cache) if filled else 0
             seen = self._merge(input_ids, inputs_embeds, attention_mask, pixel_values, image_features, filled, held, output_attentions)
-            if self.plan.fusion == "prepend" and past_key_values is not None and not filled:
-                hold_before_text(past_key_values, seen.before_text)
+            if self.plan.fusion == "prepend" and cache is not None and not filled:
+                hold_before_text(cache, seen.before_text)
             if visual := held + seen.before_text:
                 length = seen.embeds.shape[1] - seen.before_text
                 check_texts_own("attention_mask", attention_mask, past - held + length, visual)
@@ -234,7 +237,7 @@ class MllamaForConditionalGeneration(PretrainedMixin, MllamaGenerationMixin, Pic
             inputs_embeds=seen.embeds,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            cache=cache,
             output_attentions=output_attentions,
             output_hidden_states=output_hidden_states,
             prefix_length=prefix_length,
@@ -256,7 +259,7 @@ class MllamaForConditionalGeneration(PretrainedMixin, MllamaGenerationMixin, Pic
         output = MllamaOutput(
             loss=loss,
             logits=logits,
-            past_key_values=decoded.past_key_values,
+            cache=decoded.cache,
             hidden_states=decoded.hidden_states,
             attentions=decoded.attentions,
             image_hidden_states=seen.features,

@@ -140,7 +140,7 @@ class PicturesMixin:
         """Pictures given again, of a text that has no place for them, must be those before the text in the cache."""
         again = pictures * self.plan.image_tokens
         if again and again != held * rows and (held or (self.plan.fusion == "prepend" and self.config.image_token_index is None)):
-            raise ValueError(f"pictures must stand before the text: past_key_values holds text, and {held} visual tokens before it")
+            raise ValueError(f"pictures must stand before the text: cache holds text, and {held} visual tokens before it")
 
     def _attend(
         self,
@@ -150,7 +150,7 @@ class PicturesMixin:
         image_features: torch.Tensor | None,
         aspects: tuple[torch.Tensor | None, torch.Tensor | None],
         cross_attention_mask: torch.Tensor | None,
-        past_key_values: Cache | None,
+        cache: Cache | None,
         output_attentions: bool,
     ) -> Seen:
         """Embeddings, and what the cross-attention layers need: nothing where there are no pictures, here or in the cache."""
@@ -177,9 +177,9 @@ class PicturesMixin:
             states = None if image_features is None else share_out(image_features, rows)
         if states is not None:
             states = states.to(inputs_embeds.dtype)
-        if past_key_values is not None:
-            cached = place_cross_layers(past_key_values, text.cross_attention_layers, text.num_hidden_layers)
-        mask = rows_of_mask(cross_attention_mask, inputs_embeds.shape[:2], past_length(past_key_values))
+        if cache is not None:
+            cached = place_cross_layers(cache, text.cross_attention_layers, text.num_hidden_layers)
+        mask = rows_of_mask(cross_attention_mask, inputs_embeds.shape[:2], past_length(cache))
         held = None if cached is None else cached.kept
         cross = cross_context(states, mask, tokens, self.reference, held=held, filled=filled)
         if cached is not None and cross is not None:

@@ -108,8 +108,9 @@ def test_token_by_token_with_a_cache(dtype, again):
 
 
 def test_two_names_of_one_cache_are_refused():
-    with pytest.raises(ValueError, match="kv_cache and past_key_values are two names"):
-        older.model()(torch.tensor([TEXT]), kv_cache=KVCache(), past_key_values=KVCache())
+    for name in ("cache", "past_key_values"):
+        with pytest.raises(ValueError, match=f"kv_cache and {name} are two names"):
+            older.model()(torch.tensor([TEXT]), kv_cache=KVCache(), **{name: KVCache()})
 
 
 def test_embeddings_in_place_of_ids_and_positions():
@@ -321,7 +322,7 @@ def test_generate_with_a_kv_cache():
     options = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None}
     assert torch.equal(model.generate(ids, kv_cache=cache, **options), model.generate(ids, **options))
     assert cache.num_items() == len(TEXT) + 3
-    with pytest.raises(TypeError, match="past_key_values"):
+    with pytest.raises(ValueError, match="past_key_values"):
         model.generate(ids, kv_cache=cache, past_key_values=cache, **options)
 
 

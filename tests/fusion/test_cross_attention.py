@@ -31,7 +31,7 @@ def stock(layer, hidden: torch.Tensor, states: torch.Tensor | None, mask: torch.
     rows = None
     if mask is not None:
         mask, rows = _prepare_cross_attention_mask(mask, TOKENS, hidden.dtype)
-    return layer(hidden, states, mask, None, rows, past_key_values=cache)
+    return layer(hidden, states, mask, None, rows, cache=cache)
 
 
 def example(pictures: int = 1, tiles: int = 4, rows: int = 2, length: int = 7) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

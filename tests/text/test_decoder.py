@@ -37,8 +37,8 @@ def test_a_static_cache_hides_its_unfilled_slots(decoder):
     mask = torch.tensor([[0, 1, 1, 1, 1, 1]])
     whole = run(decoder, [[7, 1, 2, 3, 4, 5]], attention_mask=mask)
     cache = StaticCache(config=decoder.config, max_cache_len=10)
-    first = run(decoder, [[7, 1, 2, 3]], attention_mask=mask[:, :4], past_key_values=cache)
-    rest = run(decoder, [[4, 5]], attention_mask=mask, past_key_values=cache)
+    first = run(decoder, [[7, 1, 2, 3]], attention_mask=mask[:, :4], cache=cache)
+    rest = run(decoder, [[4, 5]], attention_mask=mask, cache=cache)
     torch.testing.assert_close(torch.cat([first, rest], dim=1)[:, 1:], whole[:, 1:], rtol=1e-4, atol=1e-4)
 
 
@@ -47,8 +47,8 @@ def test_ids_or_embeddings(decoder):
         decoder()
     with pytest.raises(ValueError, match="2 cached and 1 new tokens, got 2"):
         cache = DynamicCache(config=decoder.config)
-        run(decoder, [[1, 2]], past_key_values=cache)
-        run(decoder, [[3]], past_key_values=cache, attention_mask=torch.ones(1, 2))
+        run(decoder, [[1, 2]], cache=cache)
+        run(decoder, [[3]], cache=cache, attention_mask=torch.ones(1, 2))
 
 
 def test_hooks_see_every_module_and_another_norm_takes_a_norms_place():

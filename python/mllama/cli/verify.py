@@ -204,9 +204,9 @@ def _cached(model: PreTrainedModel, sample: Sample) -> float:
     """The last tokens one by one, on what the cache holds of the others, against one run over all."""
     plain = model(**sample.inputs, use_cache=False).logits
     first = model(**sample.cut(0, sample.prompt), use_cache=True)
-    logits, cache = [first.logits], first.past_key_values
+    logits, cache = [first.logits], first.cache
     for token in range(sample.prompt, sample.length):
-        logits.append(model(**sample.cut(token, token + 1), past_key_values=cache, use_cache=True).logits)
+        logits.append(model(**sample.cut(token, token + 1), cache=cache, use_cache=True).logits)
     return difference(_kept(torch.cat(logits, 1)), _kept(plain))
 
 

@@ -158,7 +158,7 @@ class GroupQueryAttention(CausalAttention):
             return super().forward(x, positions=positions, **older)
         arguments = package_arguments(self, x, **older)
         attended, _ = super().forward(x, **arguments)
-        return (attended, layer_pair(arguments["past_key_values"], self.layer_idx)) if use_cache else attended
+        return (attended, layer_pair(arguments["cache"], self.layer_idx)) if use_cache else attended
 
     @staticmethod
     def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, key_mask: torch.Tensor | None = None, **masks) -> torch.Tensor:
@@ -212,7 +212,7 @@ def package_arguments(
         positions = attention.rotary_emb.tables(position_ids)
     else:
         raise TypeError("GroupQueryAttention: cos and sin are needed where it was built from sizes")
-    return {"positions": positions, "past_key_values": cache, "key_mask": keys, "query_offset": past}
+    return {"positions": positions, "cache": cache, "key_mask": keys, "query_offset": past}
 
 
 def layer_pair(cache: LayerCache | Cache, layer_idx: int) -> KeyValue:

@@ -43,7 +43,7 @@ class OlderModel(MllamaForConditionalGeneration):
         """As `mllama.MllamaForConditionalGeneration.forward`, under two further names.
 
         Args:
-            kv_cache: another name of past_key_values: new keys and values are written to it. While it is empty the prompt is read; once it
+            kv_cache: another name of `cache`: new keys and values are written to it. While it is empty the prompt is read; once it
                 is filled, input_ids are what comes after, and pictures given again are not looked at.
             image_mask: not read; placeholders are found in input_ids.
             kwargs: further arguments of the package's.
@@ -52,21 +52,16 @@ class OlderModel(MllamaForConditionalGeneration):
             `output["logits"]`, `output["loss"]` (None without labels), `output["kv_cache"]`; all of them also as attributes.
 
         Raises:
-            ValueError: kv_cache and past_key_values are both given; and as the package's.
+            ValueError: the cache is given by two names; and as the package's.
             TypeError, IndexError: as the package's.
         """
-        if kv_cache is not None:
-            if kwargs.get("past_key_values") is not None:
-                raise ValueError("kv_cache and past_key_values are two names of one argument; give one")
-            kwargs["past_key_values"] = kv_cache
+        kwargs = _with_cache(kv_cache, kwargs)
         output = super().forward(input_ids, pixel_values, attention_mask, labels, inputs_embeds, position_ids=position_ids, **kwargs)
         return OlderOutput(**output) if isinstance(output, ModelOutput) else output
 
     def generate(self, *args, kv_cache: Cache | None = None, **kwargs):
-        """As transformers', with `kv_cache` as another name of past_key_values."""
-        if kv_cache is None:
-            return super().generate(*args, **kwargs)
-        return super().generate(*args, past_key_values=kv_cache, **kwargs)
+        """As transformers', with `kv_cache` as another name of `cache`."""
+        return super().generate(*args, **_with_cache(kv_cache, kwargs))
 
     @property
     def text_config(self):
@@ -121,3 +116,13 @@ class OlderModel(MllamaForConditionalGeneration):
                 stacklevel=2,
             )
         return report
+
+
+def _with_cache(kv_cache: Cache | None, kwargs: dict) -> dict:
+    """Keywords with `kv_cache` among them as `cache`."""
+    if kv_cache is None:
+        return kwargs
+    for name in ("cache", "past_key_values"):
+        if kwargs.get(name) is not None:
+            raise ValueError(f"kv_cache and {name} are two names of one argument; give one")
+    return {name: value for name, value in kwargs.items() if name != "past_key_values"} | {"cache": kv_cache}

@@ -15,7 +15,7 @@ class OlderOutput(MllamaOutput):
     @property
     def kv_cache(self) -> Cache | None:
         """The cache, where one was used."""
-        return self.past_key_values
+        return self.cache
 
     def __getitem__(self, key: str | int | slice) -> Any:
         if isinstance(key, str) and key in _NAMES:
@@ -32,4 +32,4 @@ class OlderOutput(MllamaOutput):
         return self[key]
 
 
-_NAMES = {"kv_cache", *(field.name for field in fields(MllamaOutput))}
+_NAMES = {"kv_cache", "past_key_values", *(field.name for field in fields(MllamaOutput))}

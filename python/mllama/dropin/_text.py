@@ -90,7 +90,7 @@ class TransformerBlock(DecoderLayer):
             return super().forward(x, positions=positions, **older)
         arguments = package_arguments(self.att, x, **older)
         x, _ = super().forward(x, **arguments)
-        return (x, layer_pair(arguments["past_key_values"], self.att.layer_idx)) if use_cache else x
+        return (x, layer_pair(arguments["cache"], self.att.layer_idx)) if use_cache else x
 
 
 @older_names(embed_tokens="tok_emb", layers="trf_blocks", norm="final_norm")

@@ -162,13 +162,13 @@ class CrossAttention(nn.Module):
         self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
 
     def forward(
-        self, x: torch.Tensor, cross: CrossAttentionContext, past_key_values: Cache | None = None, output_attentions: bool = False
+        self, x: torch.Tensor, cross: CrossAttentionContext, cache: Cache | None = None, output_attentions: bool = False
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """
         Args:
             x: [B, T, hidden].
             cross: what the positions see.
-            past_key_values: cache that new pictures' keys and values are appended to and all S of them read from.
+            cache: cache that new pictures' keys and values are appended to and all S of them read from.
             output_attentions: also return the probabilities.
 
         Returns:
@@ -176,8 +176,8 @@ class CrossAttention(nn.Module):
         """
         q = self.q_norm(split_heads(self.q_proj(x), self.head_dim))
         k, v = self._keys_values(x, cross.states)
-        if past_key_values is not None:  # caches hold [B, heads, S, head_dim]
-            k, v = past_key_values.update(k.transpose(1, 2), v.transpose(1, 2), self.layer_idx)
+        if cache is not None:  # caches hold [B, heads, S, head_dim]
+            k, v = cache.update(k.transpose(1, 2), v.transpose(1, 2), self.layer_idx)
             k, v = k.transpose(1, 2), v.transpose(1, 2)
         attended, weights = [], []
         for segment in cross.segments or (Segment(0, x.shape[1]),):
@@ -210,11 +210,11 @@ class CrossAttentionDecoderLayer(GradientCheckpointingLayer):
         self.cross_attn_mlp_gate = nn.Parameter(torch.zeros(1))
 
     def __call__(
-        self, hidden_states: torch.Tensor, positions=None, past_key_values: Cache | None = None, *, cross=None, **context
+        self, hidden_states: torch.Tensor, positions=None, cache: Cache | None = None, *, cross=None, **context
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """As `forward`; the pictures' features become an argument of their own, where reentrant checkpointing looks for gradients."""
         states = None if cross is None else cross.states
-        return super().__call__(hidden_states, positions, states, past_key_values=past_key_values, cross=cross, **context)
+        return super().__call__(hidden_states, positions, states, cache=cache, cross=cross, **context)
 
     def forward(
         self,
@@ -222,7 +222,7 @@ class CrossAttentionDecoderLayer(GradientCheckpointingLayer):
         positions: tuple[torch.Tensor, torch.Tensor] | None = None,
         states: torch.Tensor | None = None,
         *,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         cross: CrossAttentionContext | None = None,
         output_attentions: bool = False,
         **context,
@@ -232,7 +232,7 @@ class CrossAttentionDecoderLayer(GradientCheckpointingLayer):
         if cross is None:
             return hidden_states, None
         cross = replace(cross, states=states)
-        attended, weights = self.cross_attn(self.input_layernorm(hidden_states), cross, past_key_values, output_attentions)
+        attended, weights = self.cross_attn(self.input_layernorm(hidden_states), cross, cache, output_attentions)
         hidden_states = gated_add(hidden_states, attended, self.cross_attn_attn_gate)
         fed = self.mlp(self.post_attention_layernorm(hidden_states))
         if cross.visible is not None:

@@ -24,14 +24,14 @@ def share_out(image_features: torch.Tensor, rows: int) -> torch.Tensor:
     return image_features.unflatten(0, (rows, pictures_per_row(image_features.shape[0], rows))).flatten(1, 2)
 
 
-def held_before_text(past_key_values: Cache | None) -> int:
+def held_before_text(cache: Cache | None) -> int:
     """How many visual tokens before the text a cache holds."""
-    return getattr(past_key_values, "before_text", 0)
+    return getattr(cache, "before_text", 0)
 
 
-def hold_before_text(past_key_values: Cache, count: int) -> None:
+def hold_before_text(cache: Cache, count: int) -> None:
     """Write that down, when a cache is first filled."""
-    past_key_values.before_text = count
+    cache.before_text = count
 
 
 def check_texts_own(name: str, tensor: torch.Tensor | None, length: int, visual: int) -> None:

@@ -76,7 +76,7 @@ class CausalAttention(nn.Module):
         self,
         x: torch.Tensor,
         positions: tuple[torch.Tensor, torch.Tensor],
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         key_mask: torch.Tensor | None = None,
         query_offset: int | torch.Tensor | None = None,
         prefix_length: torch.Tensor | None = None,
@@ -86,7 +86,7 @@ class CausalAttention(nn.Module):
         Args:
             x: [B, T, hidden_size].
             positions: rotary tables of the T positions.
-            past_key_values: cache that the new keys and values are written to and all S of them read from.
+            cache: cache that the new keys and values are written to and all S of them read from.
             key_mask: bool [B, S], False where a key is padding.
             query_offset: position of x's first row among the keys, and
             prefix_length: keys at the front that every row sees, both as the attention operator takes them.
@@ -97,8 +97,8 @@ class CausalAttention(nn.Module):
         """
         q, k, v = (split_heads(projection(x), self.head_dim) for projection in (self.q_proj, self.k_proj, self.v_proj))
         q, k = rope(q, k, *positions)
-        if past_key_values is not None:  # caches hold [B, heads, S, head_dim]
-            k, v = past_key_values.update(k.transpose(1, 2), v.transpose(1, 2), self.layer_idx)
+        if cache is not None:  # caches hold [B, heads, S, head_dim]
+            k, v = cache.update(k.transpose(1, 2), v.transpose(1, 2), self.layer_idx)
             k, v = k.transpose(1, 2), v.transpose(1, 2)
         masks = {"causal": True, "query_offset": query_offset, "key_mask": key_mask, "prefix_length": prefix_length}
         weights = attention_weights(q, k, **masks) if output_attentions else None

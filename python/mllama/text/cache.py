@@ -12,28 +12,28 @@ from transformers import Cache, EncoderDecoderCache
 from transformers.cache_utils import DynamicLayer
 
 
-def check_cache(past_key_values: Cache | None) -> None:
+def check_cache(cache: Cache | None) -> None:
     """Raise TypeError unless it is None or a decoder's cache of transformers, ValueError where it forgets tokens (a sliding window's)."""
-    if past_key_values is None:
+    if cache is None:
         return
-    if not isinstance(past_key_values, Cache) or isinstance(past_key_values, EncoderDecoderCache):
-        raise TypeError(f"past_key_values must be a transformers Cache of a decoder or None, got {type(past_key_values).__name__}")
-    for index, layer in enumerate(past_key_values.layers):
+    if not isinstance(cache, Cache) or isinstance(cache, EncoderDecoderCache):
+        raise TypeError(f"cache must be a transformers Cache of a decoder or None, got {type(cache).__name__}")
+    for index, layer in enumerate(cache.layers):
         if layer.is_sliding:
-            raise ValueError(f"past_key_values must keep all tokens: layers see all before them; got a {type(layer).__name__} at {index}")
+            raise ValueError(f"cache must keep all tokens: layers see all before them; got a {type(layer).__name__} at {index}")
 
 
-def past_length(past_key_values: Cache | None) -> int | torch.Tensor:
+def past_length(cache: Cache | None) -> int | torch.Tensor:
     """Tokens the cache holds: an int, or a copy of a static cache's int64 tensor as [1]."""
-    if past_key_values is None:
+    if cache is None:
         return 0
-    length = past_key_values.get_seq_length()
+    length = cache.get_seq_length()
     return length.clone().reshape(1) if isinstance(length, torch.Tensor) else length
 
 
-def key_length(past_key_values: Cache | None, new: int) -> int:
+def key_length(cache: Cache | None, new: int) -> int:
     """Keys that attention sees once `new` tokens were written: a static cache's whole size, or past + new."""
-    return new if past_key_values is None else past_key_values.get_mask_sizes(new, 0)[0]
+    return new if cache is None else cache.get_mask_sizes(new, 0)[0]
 
 
 class CrossCacheLayer(DynamicLayer):
@@ -63,12 +63,12 @@ class CrossCacheLayer(DynamicLayer):
         self.kept = None
 
 
-def place_cross_layers(past_key_values: Cache, cross_attention_layers: Sequence[int], layers: int) -> CrossCacheLayer | None:
+def place_cross_layers(cache: Cache, cross_attention_layers: Sequence[int], layers: int) -> CrossCacheLayer | None:
     """Put a `CrossCacheLayer` at every cross-attention layer's place, where a cache of transformers comes with one for text, or with none
     since it was made for the layers of text alone.
 
     Args:
-        past_key_values: changed in place, when it is first used.
+        cache: changed in place, when it is first used.
         cross_attention_layers: their indices.
         layers: of the whole decoder.
 
@@ -78,17 +78,17 @@ def place_cross_layers(past_key_values: Cache, cross_attention_layers: Sequence[
     Raises:
         ValueError: the cache has too few layers, or another model has written to it.
     """
-    places = past_key_values.layers
-    if past_key_values.layer_class_to_replicate is not None:
-        places.extend(past_key_values.layer_class_to_replicate() for _ in range(layers - len(places)))
-    if len(places) == layers - len(cross_attention_layers) and not int(past_key_values.get_seq_length()):
+    places = cache.layers
+    if cache.layer_class_to_replicate is not None:
+        places.extend(cache.layer_class_to_replicate() for _ in range(layers - len(places)))
+    if len(places) == layers - len(cross_attention_layers) and not int(cache.get_seq_length()):
         for index in cross_attention_layers:  # they rise, so that each finds those before it in place
             places.insert(index, CrossCacheLayer())
     if len(places) < layers:
-        raise ValueError(f"past_key_values must have {layers} layers, as the decoder, got {len(places)}")
+        raise ValueError(f"cache must have {layers} layers, as the decoder, got {len(places)}")
     for index in cross_attention_layers:
         if not isinstance(places[index], CrossCacheLayer):
             if int(places[index].get_seq_length()):
-                raise ValueError(f"past_key_values holds keys of another model at layer {index}, which attends to pictures")
+                raise ValueError(f"cache holds keys of another model at layer {index}, which attends to pictures")
             places[index] = CrossCacheLayer()
     return next((places[index] for index in cross_attention_layers), None)

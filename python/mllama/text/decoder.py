@@ -6,8 +6,8 @@ import torch
 from torch import nn
 from transformers import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_outputs import BaseModelOutputWithPast
 
+from mllama.compat import DecoderOutput, one_cache
 from mllama.config import MllamaTextConfig
 from mllama.nn.attention import CausalAttention
 from mllama.nn.mlp import GatedMLP
@@ -43,14 +43,14 @@ class DecoderLayer(GradientCheckpointingLayer):
         self,
         hidden_states: torch.Tensor,
         positions: tuple[torch.Tensor, torch.Tensor],
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         cross: object = None,
         **context,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """[B, T, hidden] -> (the same shape, probabilities or None). `context` goes to `CausalAttention.forward`; `cross` is for the layers
         of another kind beside this one."""
         normed = self.input_layernorm(hidden_states)
-        attended, weights = self.self_attn(normed, positions=positions, past_key_values=past_key_values, **context)
+        attended, weights = self.self_attn(normed, positions=positions, cache=cache, **context)
         normed, hidden_states = add_and_norm(self.post_attention_layernorm, attended, hidden_states)
         return hidden_states + self.mlp(normed), weights
 
@@ -95,31 +95,34 @@ class Decoder(nn.Module):
         inputs_embeds: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         output_attentions: bool = False,
         output_hidden_states: bool = False,
         prefix_length: torch.Tensor | None = None,
         cross: object = None,
-    ) -> BaseModelOutputWithPast:
+        past_key_values: Cache | None = None,
+    ) -> DecoderOutput:
         """
         Args:
             input_ids: int [B, T]; or give
             inputs_embeds: [B, T, hidden].
             attention_mask: [B, past + T] of any dtype, zero where padded (either side); None sees everything.
             position_ids: int [B or 1, T]. None counts the unmasked tokens of each row, or past + 0, 1, ... without a mask.
-            past_key_values: a transformers cache, dynamic or static.
+            cache: a transformers cache, dynamic or static.
             output_attentions: also return each layer's probabilities [B, heads, T, keys], float32.
             output_hidden_states: also return the embeddings, each further layer's input, and the final norm's output: layers + 1 tensors.
             prefix_length: int64 [B], positions at a row's front, its padding there included, that every other sees: None is causal.
             cross: handed to every layer: what cross-attention layers attend to.
+            past_key_values: another name of `cache`.
 
         Raises:
             ValueError: both or none of ids and embeddings; a mask or positions of another shape.
-            TypeError: a past_key_values that is no Cache.
+            TypeError: a cache that is no Cache.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
-        check_cache(past_key_values)
+        cache = one_cache(cache, past_key_values)
+        check_cache(cache)
         check_mask(attention_mask)
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
@@ -127,8 +130,8 @@ class Decoder(nn.Module):
             check_embeddings(inputs_embeds, self.config.hidden_size)
 
         batch, length = inputs_embeds.shape[:2]
-        past = past_length(past_key_values)
-        keys = key_length(past_key_values, length)
+        past = past_length(cache)
+        keys = key_length(cache, length)
         _check_room(keys, length, past)
         _check_mask_size(attention_mask, batch, length, past)
         if position_ids is None:
@@ -152,12 +155,12 @@ class Decoder(nn.Module):
         for layer in self.layers:
             if output_hidden_states:
                 states.append(hidden_states)
-            hidden_states, weights = layer(hidden_states, positions=positions, past_key_values=past_key_values, **context)
+            hidden_states, weights = layer(hidden_states, positions=positions, cache=cache, **context)
             attentions.append(weights)
         hidden_states = self.norm(hidden_states)
-        return BaseModelOutputWithPast(
+        return DecoderOutput(
             last_hidden_state=hidden_states,
-            past_key_values=past_key_values,
+            cache=cache,
             hidden_states=(*states, hidden_states) if output_hidden_states else None,
             attentions=tuple(attentions) if output_attentions else None,
         )
@@ -185,7 +188,7 @@ def check_embeddings(inputs_embeds: torch.Tensor, size: int) -> None:
 def _check_room(keys: int, length: int, past: int | torch.Tensor) -> None:
     """A static cache that is full would fail in the middle of the layers."""
     if not torch.compiler.is_compiling() and int(past) + length > keys:
-        raise ValueError(f"past_key_values has room for {keys} tokens: {int(past)} are in it, and {length} are to come")
+        raise ValueError(f"cache has room for {keys} tokens: {int(past)} are in it, and {length} are to come")
 
 
 def _check_mask_size(mask: torch.Tensor | None, batch: int, length: int, past: int | torch.Tensor) -> None:

@@ -1,0 +1,84 @@
+"""What differs between the releases of transformers that are supported: the only module that knows it.
+
+transformers 5.24 calls `cache` what was `past_key_values` until 5.23. Here it is `cache`; callers may use either name under either release.
+"""
+
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from transformers import Cache
+from transformers.modeling_outputs import BaseModelOutputWithPast, ModelOutput
+
+_OLD_NAME = "past_key_values"
+# The keyword under which transformers' generate hands a cache on.
+CACHE_NAME = "cache" if "cache" in {field.name for field in fields(BaseModelOutputWithPast)} else _OLD_NAME
+
+
+def one_cache(cache: Cache | None, past_key_values: Cache | None) -> Cache | None:
+    """The cache given by either name.
+
+    Raises:
+        ValueError: it was given by both.
+    """
+    if cache is not None and past_key_values is not None:
+        raise ValueError("cache and past_key_values are two names of one argument; give one")
+    return past_key_values if cache is None else cache
+
+
+def rename_cache(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Keywords of `generate` with the cache under `CACHE_NAME`, by whichever name it was given.
+
+    Raises:
+        ValueError: it was given by both.
+    """
+    if "cache" not in kwargs and _OLD_NAME not in kwargs:
+        return kwargs
+    rest = {name: value for name, value in kwargs.items() if name not in ("cache", _OLD_NAME)}
+    return rest | {CACHE_NAME: one_cache(kwargs.get("cache"), kwargs.get(_OLD_NAME))}
+
+
+class CacheOutput(ModelOutput):
+    """A ModelOutput with a field `cache` that is also read and written as `past_key_values`, without a warning."""
+
+    @property
+    def past_key_values(self) -> Cache | None:
+        """`cache`."""
+        return self.cache
+
+    def __getitem__(self, key: Any) -> Any:
+        return super().__getitem__(_new_name(key))
+
+    def __setitem__(self, key: str, value: Any) -> None:
+        super().__setitem__(_new_name(key), value)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(_new_name(name), value)
+
+    def __contains__(self, key: object) -> bool:
+        return super().__contains__(_new_name(key))
+
+    def get(self, key: str, default: Any = None) -> Any:
+        """As a dict's, by either name."""
+        return self[key] if key in self else default
+
+
+def _new_name(key: Any) -> Any:
+    return "cache" if isinstance(key, str) and key == _OLD_NAME else key
+
+
+@dataclass
+class DecoderOutput(CacheOutput):
+    """What a decoder returns.
+
+    Attributes:
+        last_hidden_state: [B, T, hidden], after the final norm.
+        cache: the key-value cache, where one was used; also read as `past_key_values`.
+        hidden_states: layers + 1 of [B, T, hidden].
+        attentions: one [B, heads, T, keys] float32 per layer.
+    """
+
+    last_hidden_state: torch.Tensor | None = None
+    cache: Cache | None = None
+    hidden_states: tuple[torch.Tensor, ...] | None = None
+    attentions: tuple[torch.Tensor, ...] | None = None
