@@ -1,4 +1,4 @@
-# The verbs: demo, test, lint, bench, notebooks, clean. Each needs only Python (>= 3.10), a C++20 compiler and make;
+# The verbs: demo, test, lint, bench, notebooks, clean. Each needs only Python (>= 3.11), a C++20 compiler and make;
 # the rest is installed into .venv. `make PYTHON=python3.12 test` builds the environment with another Python.
 PYTHON ?= python3
 VENV := .venv
@@ -16,10 +16,11 @@ demo: $(VENV)/.built
 test: $(VENV)/.built
 	$(BIN)/python -m pytest tests notebooks --nbmake
 
-lint: $(VENV)/.lint
+lint: $(VENV)/.lint $(VENV)/.built  # mypy reads the types of what the package needs
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	find csrc -name '*.h' -o -name '*.cpp' | xargs $(BIN)/clang-format --dry-run --Werror
+	$(BIN)/mypy
 
 bench: $(VENV)/.built
 	$(BIN)/python -m benchmarks
@@ -28,12 +29,12 @@ notebooks: $(VENV)/.built
 	$(BIN)/python notebooks/execute.py
 
 clean:
-	rm -rf $(VENV) build dist runs .pytest_cache .ruff_cache
+	rm -rf $(VENV) build dist runs .pytest_cache .ruff_cache .mypy_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # torch is pinned: a range would fetch whatever is newest, CUDA included. --no-build-isolation then builds against it.
 $(VENV)/.tools:
-	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "mllama needs Python 3.10 or newer")'
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "mllama needs Python 3.11 or newer")'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check torch==2.13.0 scikit-build-core pybind11 cmake ninja
 	touch $@
@@ -45,5 +46,5 @@ $(VENV)/.built: $(VENV)/.tools $(SOURCES)
 	touch $@
 
 $(VENV)/.lint: $(VENV)/.tools
-	$(BIN)/pip install --quiet --disable-pip-version-check 'ruff==0.17.6' 'clang-format==23.1.5'
+	$(BIN)/pip install --quiet --disable-pip-version-check 'ruff==0.17.6' 'clang-format==23.1.5' 'mypy==2.4.1'
 	touch $@

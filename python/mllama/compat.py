@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 from transformers import Cache
-from transformers.modeling_outputs import BaseModelOutputWithPast, ModelOutput
+from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.utils.generic import ModelOutput
 
 _OLD_NAME = "past_key_values"
 # The keyword under which transformers' generate hands a cache on.
@@ -41,6 +42,8 @@ def rename_cache(kwargs: dict[str, Any]) -> dict[str, Any]:
 class CacheOutput(ModelOutput):
     """A ModelOutput with a field `cache` that is also read and written as `past_key_values`, without a warning."""
 
+    cache: Any  # the field of every subclass
+
     @property
     def past_key_values(self) -> Cache | None:
         """`cache`."""
@@ -60,7 +63,7 @@ class CacheOutput(ModelOutput):
 
     def get(self, key: str, default: Any = None) -> Any:
         """As a dict's, by either name."""
-        return self[key] if key in self else default
+        return self[key] if key in self else default  # noqa: SIM401  # by get itself
 
 
 def _new_name(key: Any) -> Any:
