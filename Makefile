@@ -25,10 +25,11 @@ test: $(VENV)/.built
 test-oldest test-newest test-wheel: test-%: .venv-%/.ready
 	.venv-$*/bin/$(PYTEST)
 
-lint: $(VENV)/.lint
+lint: $(VENV)/.lint $(VENV)/.built  # mypy reads the types of what the package needs
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	find csrc -name '*.h' -o -name '*.cpp' | xargs $(BIN)/clang-format --dry-run --Werror
+	$(BIN)/mypy
 
 # Every version of every package that development installs, on every system and Python, and the lowest that the metadata allows.
 lock: $(VENV)/.tools
@@ -45,7 +46,7 @@ notebooks: $(VENV)/.built
 	$(BIN)/python notebooks/execute.py
 
 clean:
-	rm -rf $(VENV) .venv-* build dist runs .pytest_cache .ruff_cache
+	rm -rf $(VENV) .venv-* build dist runs .pytest_cache .ruff_cache .mypy_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The lock is given as constraints: torch's CPU build, where pip has one, needs none of the CUDA packages that it lists.
@@ -65,7 +66,7 @@ $(VENV)/.built: $(VENV)/.tools $(SOURCES)
 	touch $@
 
 $(VENV)/.lint: $(VENV)/.tools
-	$(BIN)/$(PIP_INSTALL) -c requirements.lock ruff clang-format
+	$(BIN)/$(PIP_INSTALL) -c requirements.lock ruff clang-format mypy
 	touch $@
 
 dist/.wheel: $(VENV)/.tools $(SOURCES) $(shell find python -name '*.py')

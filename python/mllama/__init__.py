@@ -5,7 +5,36 @@ Importing the package costs nothing beyond this file: every public name is loade
 
 import importlib
 
+TYPE_CHECKING = False  # typing's, which type checkers take for true by its name; importing typing takes longer than this file
+
 __version__ = "0.1.0"
+
+if TYPE_CHECKING:  # what `_HOME` says, for type checkers; tests/test_types.py compares the two
+    from mllama import ops as ops
+    from mllama.api import ask as ask
+    from mllama.api import load as load
+    from mllama.config import MllamaConfig as MllamaConfig
+    from mllama.fusing import fuse as fuse
+    from mllama.hf import load_hf_model as load_hf_model
+    from mllama.lora import Linear_LORA as Linear_LORA
+    from mllama.lora import convert_linears_to_lora as convert_linears_to_lora
+    from mllama.lora import convert_to_lora as convert_to_lora
+    from mllama.lora import load_lora as load_lora
+    from mllama.lora import lora_disabled as lora_disabled
+    from mllama.lora import lora_parameters as lora_parameters
+    from mllama.lora import merge_and_unload as merge_and_unload
+    from mllama.lora import merge_lora as merge_lora
+    from mllama.lora import replace_linear_with_lora as replace_linear_with_lora
+    from mllama.lora import save_lora as save_lora
+    from mllama.lora import unmerge_lora as unmerge_lora
+    from mllama.modeling import MllamaForConditionalGeneration as MllamaForConditionalGeneration
+    from mllama.processing.auto import load_processor as load_processor
+    from mllama.processing.paligemma import PaliGemmaProcessor as PaliGemmaProcessor
+    from mllama.processing.paligemma import parse_detections as parse_detections
+    from mllama.processing.processor import MllamaImageProcessor as MllamaImageProcessor
+    from mllama.processing.tiled import TiledProcessor as TiledProcessor
+    from mllama.processing.tokenizer import Tokenizer as Tokenizer
+    from mllama.siglip import SiglipModel as SiglipModel
 
 _HOME = {
     "Linear_LORA": "lora",
@@ -34,16 +63,15 @@ _HOME = {
     "unmerge_lora": "lora",
 }
 
-__all__ = ["__version__", "ops", *sorted(_HOME)]
+if not TYPE_CHECKING:  # type checkers cannot read a computed __all__, and for __getattr__'s sake they would let any name pass
+    __all__ = ["__version__", "ops", *sorted(_HOME)]
 
+    def __getattr__(name: str):
+        if name == "ops":
+            return importlib.import_module("mllama.ops")
+        if name in _HOME:
+            return getattr(importlib.import_module(f"mllama.{_HOME[name]}"), name)
+        raise AttributeError(f"module 'mllama' has no attribute {name!r}; its public names are {', '.join(__all__)}")
 
-def __getattr__(name: str):
-    if name == "ops":
-        return importlib.import_module("mllama.ops")
-    if name in _HOME:
-        return getattr(importlib.import_module(f"mllama.{_HOME[name]}"), name)
-    raise AttributeError(f"module 'mllama' has no attribute {name!r}; its public names are {', '.join(__all__)}")
-
-
-def __dir__() -> list[str]:
-    return sorted(__all__)
+    def __dir__() -> list[str]:
+        return sorted(__all__)

@@ -1,5 +1,7 @@
 """Where to run and in which dtype, as `mllama.load` and the command line choose it. Knows torch, no operator and no model."""
 
+from typing import Any
+
 import torch
 
 # On a CPU bfloat16 saves memory traffic. Weights that fit a cache have none: the embedded model takes 52 ms for an answer of 16 tokens
@@ -41,5 +43,5 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 def cpu_features() -> list[str]:
     """What this CPU has of the instruction sets that matter here, in torch's names; empty where torch cannot tell."""
-    found = getattr(torch.cpu, "get_capabilities", dict)()
+    found: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
     return [name for name in _CPU_FEATURES if found.get(name)]

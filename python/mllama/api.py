@@ -44,8 +44,11 @@ def load(
     dtype: str | torch.dtype = "auto",
     device: str | torch.device = "auto",
     reference: str = "meta",
-) -> tuple[PreTrainedModel, Any]:
+) -> tuple[MllamaForConditionalGeneration | Any, Any]:
     """Load a model of any family and its processor; what was chosen is said on stderr, once.
+
+    transformers' `AutoModelForImageTextToText` makes its own class of most of these folders, which does not use this package's operators;
+    `MllamaForConditionalGeneration.from_pretrained(path)` is the model alone that does.
 
     Args:
         path: a model folder, a GGUF file, or a model's id on the hub; None is the model that comes with the package.
@@ -70,12 +73,12 @@ def load(
 
 def load_quietly(
     path: str | os.PathLike | None, dtype: str | torch.dtype, device: str | torch.device, reference: str = "meta"
-) -> tuple[PreTrainedModel, Any]:
+) -> tuple[MllamaForConditionalGeneration | Any, Any]:
     """`load` without the line on stderr, which `say_loaded` writes."""
     folder, device = find_model(path), choose_device(device)
     with (opened := open_checkpoint(folder)).source:
         found = model_class(opened.config)
-        options = {"reference": reference} if "reference" in found.load_options else {}
+        options: dict[str, Any] = {"reference": reference} if "reference" in found.load_options else {}
         model, _ = load_opened(found, opened, resolve_dtype(opened, dtype, device), device, **options)
     return model, processor_of(folder)
 
@@ -109,7 +112,7 @@ def find_model(path: str | os.PathLike | None) -> Path:
     return EMBEDDED if path is None else find_folder(path)
 
 
-def model_class(config: PretrainedConfig) -> type[PreTrainedModel]:
+def model_class(config: PretrainedConfig) -> type[MllamaForConditionalGeneration] | type[SiglipModel]:
     """The class that a config's models are of: SiglipModel for a SigLIP vision model alone."""
     return SiglipModel if isinstance(config, SiglipVisionConfig) else MllamaForConditionalGeneration
 
@@ -120,11 +123,11 @@ def say_loaded(path: str | os.PathLike | None, model: PreTrainedModel) -> None:
 
 
 def ask(
-    picture,
+    picture: Any,
     question: str,
     model: PreTrainedModel | None = None,
     processor: Any = None,
-    **generate_kwargs,
+    **generate_kwargs: Any,
 ) -> str:
     """Ask one question about one picture, or without one.
 
@@ -212,7 +215,7 @@ def answer(model: PreTrainedModel, processor, inputs: BatchFeature | BatchEncodi
     return read_answer(processor, inputs, getattr(output, "sequences", output))
 
 
-def generate(model: PreTrainedModel, inputs: BatchFeature | BatchEncoding, **generate_kwargs) -> Any:
+def generate(model: Any, inputs: BatchFeature | BatchEncoding, **generate_kwargs) -> Any:
     """What `model.generate` returns for one encoded prompt, with `ask`'s defaults and checks, which raise what `answer` says."""
     room = check_room(model, inputs)
     options = _options(generate_kwargs)
@@ -225,7 +228,7 @@ def generate(model: PreTrainedModel, inputs: BatchFeature | BatchEncoding, **gen
 def read_answer(processor, inputs: Mapping, sequences: torch.Tensor) -> Answer:
     """The answer in the ids that `generate` returned, [1, prompt and answer]."""
     new = sequences[0, inputs["input_ids"].shape[1] :]
-    return Answer(tokenizer_of(processor).decode(new, skip_special_tokens=True).strip(), len(new))
+    return Answer(tokenizer_of(processor).decode(new, skip_special_tokens=True).strip(), len(new))  # type: ignore[union-attr]
 
 
 def tokenizer_of(processor) -> PreTrainedTokenizerBase:

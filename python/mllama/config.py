@@ -6,6 +6,7 @@ derived the head size from its own default; so both names are settled before the
 
 import copy
 import inspect
+import os
 from dataclasses import fields
 from typing import Any
 
@@ -378,7 +379,7 @@ class MllamaConfig(PretrainedConfig):
         num_image_tokens: int | None = None,
         image_pooling: str | None = None,
         cross_attention_every: int | None = None,
-        **kwargs,
+        **kwargs: Any,
     ):
         owner = type(self).__name__
         _check_type(owner, kwargs, self.model_type)
@@ -443,7 +444,7 @@ class MllamaConfig(PretrainedConfig):
         self.text_config.num_image_tokens = patches if tokens is None else tokens
 
     @classmethod
-    def get_config_dict(cls, pretrained_model_name_or_path, **kwargs) -> tuple[dict[str, Any], dict[str, Any]]:
+    def get_config_dict(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]]:
         """As transformers', which `from_pretrained` asks; takes every folder the package reads, LLaVA's too."""
         from mllama.checkpoints import config_arguments  # which file says what is the checkpoints' business
 

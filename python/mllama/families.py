@@ -85,7 +85,7 @@ class Composition:
 
     text: MllamaTextConfig
     tower: str | None = None
-    vision: PretrainedConfig | None = None
+    vision: Any = None  # of one of several classes
     features: tuple[int, ...] | None = None
     skip_first: bool = False
     projector: str | None = None

@@ -2,7 +2,7 @@
 
 import copy
 import inspect
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -13,6 +13,7 @@ from mllama.fusion.cross_attention import CrossAttentionDecoderLayer
 from mllama.modeling import MllamaForConditionalGeneration, make_pooling, make_projector
 from mllama.siglip import SiglipModel
 
+_Module = TypeVar("_Module", bound=nn.Module)
 _NOT_OPTIONS = {"self", "vision_config", "text_config", "fusion", "vocab_size", "hidden_size", "pad_token_index", "kwargs"}
 _OPTIONS = sorted(inspect.signature(MllamaConfig.__init__).parameters.keys() - _NOT_OPTIONS)
 
@@ -67,7 +68,7 @@ def _check(text_model: Any, vision_model: Any, options: dict[str, Any]) -> None:
             raise ValueError(f"text_model and vision_model must have one {name}, got {ours} and {theirs}")
 
 
-def _sharing(module: nn.Module) -> nn.Module:
+def _sharing(module: _Module) -> _Module:
     """The same modules anew, with the same parameters: their places in a cache can be others, and their values cannot."""
     return copy.deepcopy(module, {id(tensor): tensor for tensor in (*module.parameters(), *module.buffers())})
 
@@ -77,8 +78,9 @@ def _take_decoder(model: MllamaForConditionalGeneration, text_model: MllamaForCo
     decoder.embed_tokens, decoder.norm = _sharing(source.embed_tokens), _sharing(source.norm)
     places = [index for index in range(len(decoder.layers)) if index not in (decoder.config.cross_attention_layers or ())]
     for index, layer in zip(places, source.layers, strict=True):
-        decoder.layers[index] = _sharing(layer)
-        decoder.layers[index].self_attn.layer_idx = index
+        ours: Any = _sharing(layer)
+        ours.self_attn.layer_idx = index
+        decoder.layers[index] = ours
 
 
 def _make_new(model: MllamaForConditionalGeneration, dtype: torch.dtype) -> None:

@@ -1,10 +1,11 @@
 """What transformers' `generate` needs to know about pictures and masks."""
 
 import functools
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 from transformers import GenerationMixin
+from transformers.generation.utils import GenerateOutput
 
 from mllama.compat import CACHE_NAME, rename_cache
 from mllama.fusion.prepend import held_before_text, pictures_per_row
@@ -15,7 +16,11 @@ from mllama.text.prefix import count_prefix
 class MllamaGenerationMixin(GenerationMixin):
     """GenerationMixin for a model with pictures: they are encoded once, and their features follow their rows."""
 
-    def generate(self, *args, **kwargs):
+    @overload
+    def generate(self, *args: Any, return_dict_in_generate: Literal[True], **kwargs: Any) -> GenerateOutput: ...
+    @overload
+    def generate(self, *args: Any, **kwargs: Any) -> torch.LongTensor: ...
+    def generate(self, *args: Any, **kwargs: Any) -> GenerateOutput | torch.LongTensor:
         """As GenerationMixin's; the cache may be called `cache` or `past_key_values`."""
         return super().generate(*args, **rename_cache(kwargs))
 

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -94,7 +95,7 @@ def _lines(config: PretrainedConfig, where: str, report: Report, tied: dict[str,
 def _tokenizer(path: Path) -> PreTrainedTokenizerBase | Tokenizer:
     """Of a Hugging Face folder its tokenizer alone: older scripts bring a processor of their own."""
     if not (path / CONFIG).exists():
-        processor = load_processor(path)
+        processor: Any = load_processor(path)
         return getattr(processor, "tokenizer", processor)
     try:
         return load_tokenizer(path)

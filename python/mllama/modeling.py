@@ -1,6 +1,7 @@
 """A vision-language model put together: tower -> projector -> fusion -> decoder -> head."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -68,7 +69,7 @@ class MllamaForConditionalGeneration(PretrainedMixin, MllamaGenerationMixin, Pic
 
     config_class = MllamaConfig
     main_input_name = "input_ids"
-    input_modalities = ("image", "text")
+    input_modalities = ("image", "text")  # type: ignore[assignment]  # as transformers' own models have it
     accepts_loss_kwargs = True
     supports_gradient_checkpointing = True
     load_options = frozenset({"reference"})
@@ -90,7 +91,7 @@ class MllamaForConditionalGeneration(PretrainedMixin, MllamaGenerationMixin, Pic
         self.language_model = Decoder(text, CrossAttentionDecoderLayer)
         self.lm_head = nn.Linear(text.hidden_size, text.vocab_size, bias=False)
         if text.extra_embeddings:  # the head cannot be the embedding matrix, which has more rows
-            self._tied_weights_keys = None
+            self._tied_weights_keys = None  # type: ignore[assignment]
         self.post_init()
 
     @property
@@ -112,7 +113,7 @@ class MllamaForConditionalGeneration(PretrainedMixin, MllamaGenerationMixin, Pic
         """The decoder's embedding matrix."""
         return self.language_model.embed_tokens
 
-    def set_input_embeddings(self, value: nn.Embedding) -> None:
+    def set_input_embeddings(self, value: nn.Embedding) -> None:  # type: ignore[override]
         """Put another embedding matrix in place."""
         self.language_model.embed_tokens = value
 
@@ -137,7 +138,7 @@ class MllamaForConditionalGeneration(PretrainedMixin, MllamaGenerationMixin, Pic
         cross_attention_mask: torch.Tensor | None = None,
         return_dict: bool | None = None,
         past_key_values: Cache | None = None,
-        **kwargs,
+        **kwargs: Any,
     ) -> MllamaOutput | tuple:
         """
         Args:

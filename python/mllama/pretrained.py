@@ -4,10 +4,16 @@ import copy
 import functools
 import os
 from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch.utils.checkpoint import checkpoint
-from transformers import PretrainedConfig
+from transformers import PretrainedConfig, PreTrainedModel
+
+if TYPE_CHECKING:  # a mixin of that class, not a subclass: its own methods come first
+    _Model = PreTrainedModel
+else:
+    _Model = object
 
 
 def own_config(config: PretrainedConfig) -> PretrainedConfig:
@@ -19,11 +25,11 @@ def own_config(config: PretrainedConfig) -> PretrainedConfig:
     return config
 
 
-class PretrainedMixin:
+class PretrainedMixin(_Model):
     """`from_pretrained`, `save_pretrained` and `load_state_dict` of a PreTrainedModel, for every format of `mllama.checkpoints`."""
 
     @classmethod
-    def from_pretrained(
+    def from_pretrained(  # type: ignore[override]  # the options that change nothing here are in kwargs
         cls,
         pretrained_model_name_or_path: str | os.PathLike,
         *,
@@ -31,8 +37,8 @@ class PretrainedMixin:
         dtype: torch.dtype | str | None = None,
         device_map: torch.device | str | dict | None = None,
         subfolder: str | os.PathLike = "",
-        **kwargs,
-    ):
+        **kwargs: Any,
+    ) -> Self:
         """Load a model, in eval mode.
 
         Args:
@@ -63,18 +69,18 @@ class PretrainedMixin:
             raise TypeError(f"from_pretrained got options it does not know: {', '.join(unknown)}")
         options = {name: value for name, value in kwargs.items() if name in HUB_OPTIONS and value is not None}
         folder = find_folder(pretrained_model_name_or_path, subfolder, **options)
-        return load_model(cls, folder, config, dtype, "cpu" if device_map is None else device_map, **own)
+        return load_model(cls, folder, config, dtype, "cpu" if device_map is None else device_map, **own)  # type: ignore[return-value]  # of the class that it is given
 
     load_options: frozenset[str] = frozenset()  # arguments of the class's constructor that from_pretrained passes on
 
-    def save_pretrained(
+    def save_pretrained(  # type: ignore[override]  # the options that are refused are in kwargs
         self,
         save_directory: str | os.PathLike,
         is_main_process: bool = True,
         state_dict: dict | None = None,
         push_to_hub: bool = False,
         max_shard_size: int | str = "50GB",
-        **kwargs,
+        **kwargs: Any,
     ) -> None:
         """Write the model to a folder, whole or not at all, in its family's own format. Signature as transformers'.
 
@@ -103,7 +109,7 @@ class PretrainedMixin:
             if kwargs.get(name, value) != value:
                 raise ValueError(f"{name} must be {value}: weights are written whole, as safetensors, under one name; got {kwargs[name]!r}")
         if self._hf_peft_config_loaded:  # by `add_adapter` or `load_adapter`: the adapter alone, in PEFT's format
-            own = {"state_dict": state_dict, "push_to_hub": push_to_hub, "max_shard_size": max_shard_size}
+            own: dict[str, Any] = {"state_dict": state_dict, "push_to_hub": push_to_hub, "max_shard_size": max_shard_size}
             return super().save_pretrained(save_directory, is_main_process, **own, **kwargs)
         if hasattr(self, "peft_config"):
             raise ValueError("a PeftModel has put adapters into this model: save that, or the model after its merge_and_unload()")
@@ -115,7 +121,7 @@ class PretrainedMixin:
 
     older_files: Sequence = ()  # rows of `mllama.checkpoints.engine` for names that the format's own table does not know
 
-    def load_state_dict(self, state_dict: dict[str, torch.Tensor], strict: bool = True, assign: bool = False):
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """As torch's; takes the names that weight files use too, whole or shard by shard with `strict=False`."""
         from mllama.checkpoints import translate_state_dict
 
@@ -126,7 +132,9 @@ class PretrainedMixin:
             self.tie_weights(recompute_mapping=False)
         return report
 
-    def _set_gradient_checkpointing(self, enable: bool = True, gradient_checkpointing_func: Callable = checkpoint, **kwargs) -> None:
+    def _set_gradient_checkpointing(  # type: ignore[override]  # what else releases of transformers pass is handed on
+        self, enable: bool = True, gradient_checkpointing_func: Callable = checkpoint, **kwargs: Any
+    ) -> None:
         """What transformers' methods call to have activations checkpointed, or not."""
         if getattr(gradient_checkpointing_func, "keywords", {}).get("use_reentrant") is not False:  # what torch does unless told otherwise
             gradient_checkpointing_func = functools.partial(_reentrant, gradient_checkpointing_func)

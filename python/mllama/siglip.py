@@ -1,5 +1,7 @@
 """SigLIP's vision model alone: features of pictures, and one pooled feature where the weights have a head for it."""
 
+from typing import Any
+
 import torch
 from transformers import PreTrainedModel, SiglipVisionConfig
 from transformers.modeling_outputs import BaseModelOutputWithPooling
@@ -22,7 +24,7 @@ class SiglipModel(PretrainedMixin, PreTrainedModel):
 
     config_class = SiglipVisionConfig
     main_input_name = "pixel_values"
-    input_modalities = ("image",)
+    input_modalities = ("image",)  # type: ignore[assignment]  # as transformers' own models have it
     supports_gradient_checkpointing = True
     _no_split_modules = ["SiglipEncoderLayer", "SiglipPoolingHead"]
 
@@ -37,7 +39,7 @@ class SiglipModel(PretrainedMixin, PreTrainedModel):
 
     def get_input_embeddings(self) -> torch.nn.Module:
         """The patch embedding."""
-        return self.vision_tower.embeddings.patch_embedding
+        return self.vision_tower.embeddings.patch_embedding  # type: ignore[return-value]
 
     def forward(
         self,
@@ -45,7 +47,7 @@ class SiglipModel(PretrainedMixin, PreTrainedModel):
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
-        **kwargs,
+        **kwargs: Any,
     ) -> BaseModelOutputWithPooling | tuple:
         """
         Args:

@@ -1,5 +1,6 @@
 """Models by their id on Hugging Face's hub, fetched by huggingface_hub into its cache; a local folder of that name wins."""
 
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ PATTERNS = ("*.json", "*.safetensors", "*.jinja", "tokenizer.model", "merges.txt
 _ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 
 
-def find_folder(path_or_id: str | Path, subfolder: str | Path = "", **options: Any) -> Path:
+def find_folder(path_or_id: str | os.PathLike, subfolder: str | os.PathLike = "", **options: Any) -> Path:
     """The folder (or file) of a model: the local one of that path, else the hub's model of that id, fetched.
 
     Args:

@@ -1,5 +1,7 @@
 """Models from checkpoints and back: laid out on the meta device, filled one tensor at a time, written whole or not at all."""
 
+import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,7 @@ _COUNTS = ("num_hidden_layers", "num_global_layers")
 
 def load_model(
     model_class: type[PreTrainedModel],
-    folder: str | Path,
+    folder: str | os.PathLike,
     config: PretrainedConfig | None = None,
     dtype: torch.dtype | str = "auto",
     device: torch.device | str | int | dict = "cpu",
@@ -131,7 +133,7 @@ def _generation_config(where: str, content: dict[str, Any]) -> GenerationConfig:
 
 
 def save_model(
-    model: PreTrainedModel, folder: str | Path, state_dict: dict[str, torch.Tensor] | None = None, max_shard_size: int | str = "5GB"
+    model: PreTrainedModel, folder: str | os.PathLike, state_dict: dict[str, torch.Tensor] | None = None, max_shard_size: int | str = "5GB"
 ) -> None:
     """Write a model's config, generation config and weights, whole or not at all.
 
@@ -167,7 +169,7 @@ def save_model(
     write_folder(Path(folder), write)
 
 
-def translate_state_dict(model: PreTrainedModel, state_dict: dict[str, torch.Tensor], older: Table = ()) -> dict[str, torch.Tensor]:
+def translate_state_dict(model: PreTrainedModel, state_dict: Mapping[str, torch.Tensor], older: Table = ()) -> dict[str, torch.Tensor]:
     """A state dict with the files' names brought to the model's, tied tensors in both their places.
 
     A name that neither knows stays, for `load_state_dict` to report.

@@ -106,9 +106,10 @@ def _check_found(module: nn.Module, names: tuple[str, ...] | None, there: list[s
     """There must be linear layers, and of every name some; adapted ones count."""
     if not there:
         raise ValueError(f"this {type(module).__name__} has no linear layers to convert")
-    unknown = [target for target in names or () if not any(_fits(name, [target]) for name in there)]
+    wanted = names or ()
+    unknown = [target for target in wanted if not any(_fits(name, [target]) for name in there)]
     ends = ", ".join(sorted({name.rpartition(".")[2] for name in there}))
-    if unknown and len(unknown) == len(names):
+    if unknown and len(unknown) == len(wanted):
         raise ValueError(f"target_module_names: no linear layer is called {', '.join(unknown)}; there are {ends}")
     if unknown:
         warnings.warn(f"target_module_names: no linear layer is called {', '.join(unknown)}; there are {ends}", stacklevel=3)

@@ -76,7 +76,8 @@ def _convert(model: nn.Module, path: Path, tensors: Mapping[str, torch.Tensor], 
             f"this {type(model).__name__} has no LoRA layers, and {path} does not say which alpha to make them with: call"
             " mllama.convert_linears_to_lora(model, rank, alpha) first"
         )
-    chosen, shapes = {}, {}
+    chosen: dict[nn.Linear, tuple[int, float]] = {}
+    shapes: dict[str, tuple[int, ...]] = {}
     for name, linear in linear_layers(model).items():
         down = tensors.get(_key(name, "lora_a"))
         if name and name in alphas and down is not None:  # a lone layer cannot be replaced from within

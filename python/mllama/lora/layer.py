@@ -2,6 +2,7 @@
 
 import math
 import numbers
+from typing import Any
 
 import torch
 from torch import nn
@@ -37,6 +38,8 @@ class Linear_LORA(nn.Module):
         ValueError: a size or rank below 1, an alpha that is not above 0 and finite, a dropout outside [0, 1).
     """
 
+    merged_weight: torch.Tensor | None
+
     def __init__(self, in_dim: int, out_dim: int, rank: int, alpha: float, dropout: float, bias: bool = False):
         check_adapter(rank, alpha, dropout)
         _check_size("in_dim", in_dim)
@@ -57,7 +60,7 @@ class Linear_LORA(nn.Module):
         self.linear = linear.requires_grad_(False)
         like = linear.weight
         dtype = like.dtype if like.dtype in (*FLOAT_DTYPES, torch.float64) else torch.float32  # beside quantised weights
-        options = {"bias": False, "device": like.device, "dtype": dtype}
+        options: dict[str, Any] = {"bias": False, "device": like.device, "dtype": dtype}
         self.lora_a = nn.Linear(linear.in_features, rank, **options)
         self.lora_b = nn.Linear(rank, linear.out_features, **options)
         nn.init.zeros_(self.lora_b.weight)
@@ -160,7 +163,7 @@ class Linear_LORA(nn.Module):
             update = self.lora_b.weight.to(kind) @ self.lora_a.weight.to(kind)
             return torch.add(weight.to(kind), update, alpha=self.scale).to(weight.dtype)
 
-    def _load_from_state_dict(self, state_dict: dict, prefix: str, *args) -> None:
+    def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any) -> None:
         """The weights of a plain linear layer are those of `linear`. What was merged from older ones is forgotten."""
         for name in ("weight", "bias"):
             if f"{prefix}{name}" in state_dict:

@@ -75,7 +75,7 @@ def merge_and_unload(model: nn.Module) -> nn.Module:
         TypeError: model is no module.
         ValueError: it has no LoRA layers, or one whose `linear` is no plain linear layer; then nothing is changed.
     """
-    plain = {layer: layer.unload() for layer in _mergeable(model)}
+    plain: dict[nn.Module, nn.Module] = {layer: layer.unload() for layer in _mergeable(model)}
     for name, layer in list(model.named_modules(remove_duplicate=False)):
         if name and layer in plain:
             model.set_submodule(name, plain[layer])

@@ -1,5 +1,7 @@
 """Attention: softmax(q k' * scale + bias) v over grouped heads, its masks given by a few numbers per row instead of a [T, S] tensor."""
 
+from typing import Any
+
 import torch
 from torch.nn.functional import pad
 
@@ -53,7 +55,7 @@ def attention(
         _check_sizes(q, k, v, causal, *masks)
         size = q.shape[-1]
         q, k, v = (pad(x, (0, _SMALLEST_HEAD - size)) for x in (q, k, v))  # zeros change no score, and what they give is cut off
-        options = {"causal": causal, "query_offset": query_offset, "key_mask": key_mask, "key_bias": key_bias}
+        options: dict[str, Any] = {"causal": causal, "query_offset": query_offset, "key_mask": key_mask, "key_bias": key_bias}
         scale = size**-0.5 if scale is None else scale
         return attention(q, k, v, scale=scale, prefix_length=prefix_length, **options)[..., :size].contiguous()
     if use_kernel(q):

@@ -77,7 +77,7 @@ def reference(
     dtype = x.dtype
     y = linear(x, weight.to(dtype), None if bias is None else bias.to(dtype))
     if dropout:
-        x = x.masked_fill(~kept(seed, x.shape, dropout), 0)
+        x = x.masked_fill(~kept(seed, x.shape, dropout), 0)  # type: ignore[arg-type]  # it comes with a seed
     down = linear(x, lora_a.to(dtype)) * (scale / (1 - dropout))
     return y + linear(down, lora_b.to(dtype))
 

@@ -15,7 +15,9 @@ class Recipe:
     version: int
 
 
-def apply_recomputing(consumer: Callable[[torch.Tensor], torch.Tensor], function: Callable[..., torch.Tensor], *inputs: torch.Tensor):
+def apply_recomputing(
+    consumer: Callable[[torch.Tensor], torch.Tensor], function: Callable[..., torch.Tensor], *inputs: torch.Tensor
+) -> torch.Tensor:
     """Return consumer(x) of x = function(*inputs), a function so cheap that the consumer's gradient may take it again.
 
     The consumer is called with a plain tensor. An operator below it that would save it for its backward pass asks `recipe` and may save
@@ -25,11 +27,11 @@ def apply_recomputing(consumer: Callable[[torch.Tensor], torch.Tensor], function
     if not x.requires_grad or torch.compiler.is_compiling():  # compilers decide such things themselves
         del inputs  # their memory is free while the consumer runs
         return consumer(x)
-    x._mllama_recipe = Recipe(function, inputs, x._version)
+    x._mllama_recipe = Recipe(function, inputs, x._version)  # type: ignore[attr-defined]
     try:
         return consumer(x)
     finally:
-        del x._mllama_recipe
+        del x._mllama_recipe  # type: ignore[attr-defined]
 
 
 def recipe(x: torch.Tensor) -> Recipe | None:

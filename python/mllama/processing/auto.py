@@ -3,6 +3,7 @@
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 from transformers.feature_extraction_utils import BatchFeature
@@ -75,7 +76,7 @@ def load_processor(path: str | os.PathLike) -> ProcessorMixin | SquareImageProce
         raise ValueError(f"{folder}: the processor cannot be read: {error}") from error
 
 
-def encode_messages(processor, messages: Sequence[Mapping], pictures: Sequence = ()) -> BatchFeature:
+def encode_messages(processor: Any, messages: Sequence[Mapping], pictures: Sequence = ()) -> BatchFeature:
     """Return a model's inputs for a conversation that the model is to continue: one row, as torch tensors.
 
     Written by the chat template of the processor or tokenizer. Without one, a single message from the user is laid out as the family does
@@ -119,9 +120,10 @@ def encode_messages(processor, messages: Sequence[Mapping], pictures: Sequence =
     return processor(text=[prompt], images=[pictures] if pictures else None, return_tensors="pt", **options)
 
 
-def _processor_class(folder: Path) -> type | None:
+def _processor_class(folder: Path) -> Any:
     """The class that reads a folder's processor; None for a tokenizer alone."""
-    settings, pictures = {}, {}
+    settings: dict[str, Any] = {}
+    pictures: dict[str, Any] = {}
     if any((folder / name).exists() for name in ("processor_config.json", "preprocessor_config.json")):
         settings, pictures = read_settings(folder)
     name = settings.get("processor_class") or pictures.get("processor_class")
@@ -184,7 +186,7 @@ def _as_text(turn: dict, image_token: str | None) -> str:
     return "".join(part["text"] if part["type"] == "text" else image_token or "" for part in turn["content"])
 
 
-def _encode_plainly(processor, text: str, pictures: list) -> BatchFeature:
+def _encode_plainly(processor: Any, text: str, pictures: list) -> BatchFeature:
     """One prompt in the family's own layout."""
     if isinstance(processor, PreTrainedTokenizerBase):
         return processor(text, return_token_type_ids=False, return_tensors="pt")

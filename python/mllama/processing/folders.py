@@ -4,6 +4,7 @@ import json
 import os
 import tempfile
 from pathlib import Path
+from typing import Any, Self
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.processing_utils import ProcessorMixin
@@ -96,11 +97,11 @@ class StockFiles:
     """
 
     stock_class: type[ProcessorMixin]
-    picture_class: type
+    picture_class: Any
     picture_kind: str
 
     @classmethod
-    def own_pictures(cls, settings: dict, where: str | os.PathLike):
+    def own_pictures(cls, settings: dict, where: str | os.PathLike) -> Any:
         """Our image processor from what an image processor says of itself.
 
         Raises:
@@ -112,7 +113,7 @@ class StockFiles:
         return cls.picture_class.from_dict(settings)
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> Self:
         """Read a folder (or hub id) that holds such a processor.
 
         Args:
@@ -128,7 +129,7 @@ class StockFiles:
         template = settings.get("chat_template") or tokenizer.chat_template
         return cls(cls.own_pictures(pictures, where), tokenizer, chat_template=template)
 
-    def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs) -> list[str]:
+    def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any) -> list[str]:
         """Write what stock AutoProcessor reads; each file aside and renamed. Returns the paths."""
         theirs = self.stock_class(self.image_processor, self.tokenizer, chat_template=self.chat_template)
         return save_aside(theirs, save_directory, push_to_hub, **kwargs)

@@ -20,6 +20,7 @@ import math
 import os
 from collections.abc import Iterable
 from numbers import Real
+from typing import Any
 
 import numpy as np
 import torch
@@ -32,7 +33,7 @@ FORMATS = ("AVIF", "BMP", "DIB", "GIF", "ICO", "JPEG", "JPEG2000", "MPO", "PCX",
 _ROUNDING = 1e-6  # how far arithmetic in float32 may leave 0..1
 
 
-def load_picture(source) -> Image.Image:
+def load_picture(source: Any) -> Image.Image:
     """Return any accepted picture as an upright PIL picture of mode RGB, by the table above.
 
     Args:
@@ -55,7 +56,7 @@ def load_picture(source) -> Image.Image:
     return Image.fromarray(_array_to_rgb(source))
 
 
-def load_pixels(source) -> torch.Tensor:
+def load_pixels(source: Any) -> torch.Tensor:
     """Return any accepted picture as [H, W, 3] uint8; `load_picture` says what is accepted and raised."""
     if isinstance(source, (str, os.PathLike, Image.Image)):
         return torch.from_numpy(np.array(load_picture(source)))

@@ -7,8 +7,9 @@ import math
 import re
 from collections.abc import Sequence
 from numbers import Real
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+from transformers import PreTrainedTokenizerBase
 from transformers.feature_extraction_utils import BatchFeature
 from transformers.models.paligemma import processing_paligemma as stock
 
@@ -60,7 +61,7 @@ def parse_detections(text: str, width: float, height: float) -> list[Detection]:
     return found
 
 
-class PaliGemmaProcessor(StockFiles, stock.PaliGemmaProcessor):
+class PaliGemmaProcessor(StockFiles, stock.PaliGemmaProcessor):  # type: ignore[misc]  # from_pretrained has the hub's options in kwargs
     """Text and pictures for PaliGemma, called as `processor(images=..., text=..., suffix=...)`.
 
     A prompt becomes `<image>` * image_seq_length for each picture + BOS + prompt + newline; a prompt that holds `<image>` keeps its order,
@@ -81,7 +82,7 @@ class PaliGemmaProcessor(StockFiles, stock.PaliGemmaProcessor):
 
     stock_class, picture_class, picture_kind = stock.PaliGemmaProcessor, SquareImageProcessor, "SiglipImageProcessor"
 
-    def __init__(self, image_processor, tokenizer, chat_template=None):
+    def __init__(self, image_processor: Any, tokenizer: PreTrainedTokenizerBase, chat_template: str | None = None):
         if not isinstance(image_processor, SquareImageProcessor):
             image_processor = self.own_pictures(image_processor.to_dict(), "image_processor")
         tokens = getattr(image_processor, "image_seq_length", None)
@@ -89,7 +90,15 @@ class PaliGemmaProcessor(StockFiles, stock.PaliGemmaProcessor):
             raise ValueError(f"image_seq_length must be in 1..{MAX_IMAGE_TOKENS}, got {tokens!r}")
         super().__init__(image_processor, tokenizer, chat_template=chat_template)
 
-    def __call__(self, images=None, text=None, suffix=None, videos=None, audio=None, **kwargs) -> BatchFeature:
+    def __call__(
+        self,
+        images: Any = None,
+        text: str | Sequence[str] | None = None,
+        suffix: str | Sequence[str] | None = None,
+        videos: None = None,
+        audio: None = None,
+        **kwargs: Any,
+    ) -> BatchFeature:
         """Return input_ids, attention_mask, token_type_ids [B, T] (1 where the suffix is) and pixel_values [pictures, 3, S, S].
 
         With a suffix there are labels [B, T] too: the ids of the suffix and its end token, -100 elsewhere.

@@ -4,8 +4,11 @@ On disk it is the family's own: transformers' LlavaProcessor with a SiglipImageP
 """
 
 import math
+import os
 from collections.abc import Sequence
+from typing import Any, Self
 
+from transformers import PreTrainedTokenizerBase
 from transformers.feature_extraction_utils import BatchFeature
 from transformers.processing_utils import ProcessorMixin
 from transformers.tokenization_utils_base import AddedToken
@@ -84,7 +87,7 @@ class MllamaImageProcessor(ProcessorMixin):
 
     def __init__(
         self,
-        tokenizer,
+        tokenizer: PreTrainedTokenizerBase,
         num_image_token: int,
         image_size: int,
         *,
@@ -126,7 +129,9 @@ class MllamaImageProcessor(ProcessorMixin):
     def get_attributes(cls) -> list[str]:
         return ["image_processor", "tokenizer"]
 
-    def __call__(self, text=None, images=None, videos=None, audio=None, *, as_is: bool = False, **kwargs) -> MllamaBatch:
+    def __call__(
+        self, text: Any = None, images: Any = None, videos: None = None, audio: None = None, *, as_is: bool = False, **kwargs: Any
+    ) -> MllamaBatch:
         """Return input_ids and attention_mask [prompts, tokens] int64 and, with pictures, pixel_values [pictures, 3, S, S] float32.
 
         Args:
@@ -168,7 +173,7 @@ class MllamaImageProcessor(ProcessorMixin):
                 raise ValueError(f"the prompts hold {wanted} picture(s), but pixel_values {got}")
         return MllamaBatch(data, tensor_type=text_kwargs.get("return_tensors"), skip_tensor_conversion=["text_replacement_offsets"])
 
-    def apply_chat_template(self, conversation, chat_template: str | None = None, **kwargs):
+    def apply_chat_template(self, conversation: Any, chat_template: str | None = None, **kwargs: Any) -> Any:
         """As transformers': messages to text, or with tokenize=True, return_dict=True to a batch, pictures in the messages included.
 
         A part {"type": "image", "image": picture} takes what `load_picture` takes; "path" and "url" name files, nothing is downloaded.
@@ -177,7 +182,7 @@ class MllamaImageProcessor(ProcessorMixin):
         return super().apply_chat_template(conversation, chat_template, **kwargs)
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, **kwargs) -> "MllamaImageProcessor":
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> Self:
         """Read a folder (or hub id) that holds a LlavaProcessor with a SiglipImageProcessor or a CLIPImageProcessor.
 
         Args:
@@ -222,7 +227,7 @@ class MllamaImageProcessor(ProcessorMixin):
         processor._llava = llava
         return processor
 
-    def save_pretrained(self, save_directory, push_to_hub: bool = False, **kwargs) -> list[str]:
+    def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any) -> list[str]:
         """Write processor_config.json, the tokenizer's files and chat_template.jinja; return their paths.
 
         Stock AutoProcessor reads the folder, and gives the same ids and pixel_values for what the chat template writes. Each file is

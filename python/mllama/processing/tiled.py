@@ -4,8 +4,12 @@ transformers' MllamaImageProcessor and MllamaProcessor, with this package's pict
 for upright 8-bit pictures.
 """
 
+from collections.abc import Sequence
+from typing import Any
+
 import numpy as np
 import torch
+from transformers import PreTrainedTokenizerBase
 from transformers.feature_extraction_utils import BatchFeature
 from transformers.image_utils import SizeDict
 from transformers.models.mllama.image_processing_pil_mllama import (
@@ -118,14 +122,21 @@ class TiledProcessor(StockFiles, MllamaProcessor):
 
     stock_class, picture_class, picture_kind = MllamaProcessor, TiledImageProcessor, "MllamaImageProcessor"
 
-    def __init__(self, image_processor, tokenizer, chat_template=None):
+    def __init__(self, image_processor: Any, tokenizer: PreTrainedTokenizerBase, chat_template: str | None = None):
         if not isinstance(image_processor, TiledImageProcessor):
             image_processor = self.own_pictures(image_processor.to_dict(), "image_processor")
         super().__init__(image_processor, tokenizer, chat_template=chat_template)
         if self.image_token_id is None or tokenizer.convert_ids_to_tokens(self.image_token_id) != self.image_token:
             raise ValueError(f"the tokenizer has no token {self.image_token}")
 
-    def __call__(self, images=None, text=None, videos=None, audio=None, **kwargs) -> BatchFeature:
+    def __call__(
+        self,
+        images: Any = None,
+        text: str | Sequence[str] | None = None,
+        videos: None = None,
+        audio: None = None,
+        **kwargs: Any,
+    ) -> BatchFeature:
         """Return input_ids and attention_mask [B, T] and, with pictures, what `TiledImageProcessor` returns but num_tiles.
 
         With both there is cross_attention_mask [B, T, N, max_image_tiles] int64: 1 where a token sees a tile.

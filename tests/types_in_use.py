@@ -1,0 +1,52 @@
+"""A user's script for type checkers to read; it never runs. A wrong call that they let pass is an ignore comment they call unused."""
+
+from typing import Any, assert_type
+
+import torch
+from torch import nn
+from transformers.generation.utils import GenerateOutput
+
+import mllama
+from mllama import MllamaForConditionalGeneration, SiglipModel, ops
+from mllama.modeling import MllamaOutput
+
+
+def loading() -> None:
+    assert_type(mllama.load(), tuple[MllamaForConditionalGeneration | Any, Any])
+    assert_type(MllamaForConditionalGeneration.from_pretrained("folder", dtype=torch.bfloat16), MllamaForConditionalGeneration)
+    assert_type(SiglipModel.from_pretrained("folder"), SiglipModel)
+    assert_type(mllama.TiledProcessor.from_pretrained("folder"), mllama.TiledProcessor)
+    assert_type(mllama.MllamaImageProcessor.from_pretrained("folder"), mllama.MllamaImageProcessor)
+    mllama.lode()  # type: ignore[attr-defined]
+    mllama.load(device=0)  # type: ignore[arg-type]
+    MllamaForConditionalGeneration.from_pretrained("folder", subfolder=1)  # type: ignore[arg-type]
+
+
+def answering(model: MllamaForConditionalGeneration, processor: Any) -> None:
+    assert_type(mllama.ask("picture.png", "How many?", model, processor, temperature=0.5), str)
+    inputs = processor(["How many?"], ["picture.png"])
+    assert_type(model.generate(inputs["input_ids"], max_new_tokens=5), torch.LongTensor)
+    assert_type(model.generate(inputs["input_ids"], return_dict_in_generate=True), GenerateOutput)
+    assert_type(model.forward(inputs["input_ids"]), MllamaOutput | tuple[Any, ...])
+    mllama.ask("How many?")  # type: ignore[call-arg]
+    mllama.ask("picture.png", 3)  # type: ignore[arg-type]
+    model.forward("How many?")  # type: ignore[arg-type]
+
+
+def adapting(model: MllamaForConditionalGeneration, siglip: SiglipModel) -> None:
+    assert_type(mllama.convert_linears_to_lora(model.language_model, rank=8, alpha=16), dict[str, mllama.Linear_LORA])
+    assert_type(mllama.lora_parameters(model), list[nn.Parameter])
+    assert_type(mllama.merge_and_unload(model), nn.Module)
+    assert_type(mllama.fuse(model, siglip, fusion="prepend", num_image_tokens=4), MllamaForConditionalGeneration)
+    mllama.save_lora("adapters.safetensors", model)  # type: ignore[arg-type]
+    mllama.convert_linears_to_lora(model, rank="8")  # type: ignore[arg-type]
+    mllama.fuse(siglip, model)  # type: ignore[arg-type]
+
+
+def operating(x: torch.Tensor, weight: torch.Tensor) -> None:
+    assert_type(ops.rms_norm(x, weight), torch.Tensor)
+    assert_type(ops.add_rms_norm(x, x, weight), tuple[torch.Tensor, torch.Tensor])
+    assert_type(mllama.ops.attention(x, x, x, causal=True, query_offset=3), torch.Tensor)
+    ops.rms_norm(x)  # type: ignore[call-arg]
+    ops.attention(x, x, x, causal="yes")  # type: ignore[arg-type]
+    ops.layernorm(x, weight)  # type: ignore[attr-defined]
