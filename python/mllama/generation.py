@@ -16,7 +16,14 @@ class MllamaGenerationMixin(GenerationMixin):
     """GenerationMixin for a model with pictures: they are encoded once, and their features follow their rows."""
 
     def generate(self, *args, **kwargs):
-        """As GenerationMixin's; the cache may be called `cache` or `past_key_values`."""
+        """As GenerationMixin's; the cache may be called `cache` or `past_key_values`.
+
+        Raises:
+            ValueError: an attention_mask that is not [B, T], too: one of four dimensions says nothing of the tokens to come.
+        """
+        mask = kwargs.get("attention_mask")
+        if isinstance(mask, torch.Tensor) and mask.dim() != 2:
+            raise ValueError(f"attention_mask of generate must be [batch, tokens], zero where padded; got {list(mask.shape)}")
         return super().generate(*args, **rename_cache(kwargs))
 
     @staticmethod
