@@ -21,7 +21,7 @@ from mllama.pictures import PicturesMixin
 from mllama.pretrained import PretrainedMixin, own_config
 from mllama.text.cache import check_cache
 from mllama.text.decoder import Decoder, check_embeddings, check_mask, split_mask
-from mllama.text.packing import find_sequences
+from mllama.text.packing import find_sequences, go_back
 from mllama.text.prefix import count_prefix
 from mllama.towers.clip import ClipVisionTower
 from mllama.towers.siglip import SiglipVisionTower
@@ -169,8 +169,9 @@ class MllamaForConditionalGeneration(PretrainedMixin, MllamaGenerationMixin, Pic
                 position that is not one more than the one before it begins another sequence of a packed row: each is as if alone. Of packed
                 rows, token_type_ids may begin anew with every sequence, cross_attention_mask must say which position sees which picture,
                 and visual tokens cannot stand before the text.
-            use_cache: return a cache; None asks for one outside training, as the decoder's config says, and not of packed rows. While
-                compiling, all rows with position_ids and without a mask count as packed.
+            use_cache: return a cache; None asks for one outside training, as the decoder's config says, but not of packed rows: without a
+                mask, where positions go back within a row or the arguments below describe it, and, while compiling, when values cannot be
+                read, with any position_ids.
             output_attentions, output_hidden_states: also return what `MllamaOutput` says.
             logits_to_keep: last positions to compute logits for (0: all), or which ones, as transformers takes it.
             image_features: what `get_image_features` gave, in place of pixel_values.
@@ -213,19 +214,19 @@ class MllamaForConditionalGeneration(PretrainedMixin, MllamaGenerationMixin, Pic
         padding_mask, attn_mask = split_mask(attention_mask)
         if padding_mask is not None and (padding_mask.shape[0] != rows or padding_mask.shape[1] < length):
             raise ValueError(f"attention_mask must be [{rows}, past + {length}], as the tokens, got {list(padding_mask.shape)}")
-        unpacking = {"attention_mask": attention_mask is not None, "cache": cache is not None, "use_cache": bool(use_cache)}
-        position_ids, first_key = find_sequences(
-            (rows, length),
-            position_ids,
-            next((name for name, given in unpacking.items() if given), None),
-            cu_seq_lens_q=cu_seq_lens_q,
-            cu_seq_lens_k=cu_seq_lens_k,
-            max_length_q=max_length_q,
-            max_length_k=max_length_k,
-            seq_idx=seq_idx,
-        )
+        packing = {
+            "cu_seq_lens_q": cu_seq_lens_q,
+            "cu_seq_lens_k": cu_seq_lens_k,
+            "max_length_q": max_length_q,
+            "max_length_k": max_length_k,
+            "seq_idx": seq_idx,
+        }
         if use_cache is None:
-            use_cache = self.plan.text.use_cache and not self.training and first_key is None
+            packed = attention_mask is None and (go_back(position_ids) or any(value is not None for value in packing.values()))
+            use_cache = self.plan.text.use_cache and not self.training and not packed
+        unpacking = {"attention_mask": attention_mask is not None, "cache": cache is not None, "use_cache": bool(use_cache)}
+        obstacle = next((name for name, given in unpacking.items() if given), None)
+        position_ids, first_key = find_sequences((rows, length), position_ids, obstacle, **packing)
         if use_cache and cache is None:
             cache = DynamicCache(config=self.plan.text)
         if cache is not None and self.training and self.is_activation_checkpointing:  # its layers would be called without it
@@ -268,8 +269,6 @@ class MllamaForConditionalGeneration(PretrainedMixin, MllamaGenerationMixin, Pic
 
         if filled or not self.plan.prefix:
             prefix_length = None
-        elif prefix_length is not None and attn_mask is not None:
-            raise ValueError("prefix_length must be None beside an attention_mask of 4 dimensions, which says all of what is seen")
         elif prefix_length is not None and first_key is not None and not torch.compiler.is_compiling():
             raise ValueError("prefix_length must be None where position_ids restart: token_type_ids tell the prompt of each sequence")
         elif token_type_ids is not None and attn_mask is None:

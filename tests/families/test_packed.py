@@ -209,6 +209,9 @@ def test_with_a_cache_or_a_mask_positions_are_positions_alone():
             expected = both.theirs(**batch, **more).logits
             close(both.ours(**batch, **more | ({"past_key_values": DynamicCache()} if "past_key_values" in more else {})).logits, expected)
         assert (expected - both.ours(**batch).logits).abs().max() > 0.1
+        gap = batch | {"position_ids": torch.arange(length)[None] + 6 * (torch.arange(length) > 9)}  # by default not taken for packed
+        for more in ({}, {"use_cache": False}):
+            close(both.ours(**gap, **more).logits, both.theirs(**gap, **more).logits)
 
 
 @pytest.mark.parametrize("case", ["llama", "paligemma"])

@@ -32,7 +32,7 @@ def masked_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, attn_mas
 def masked_attention_weights(q: torch.Tensor, k: torch.Tensor, attn_mask: torch.Tensor) -> torch.Tensor:
     """The probabilities that `masked_attention` weighs v with: [B, H, T, S] float32."""
     batch, keys, kv_heads, _ = k.shape
-    every = torch.eye(keys, device=k.device)[None, :, None].expand(batch, -1, kv_heads, -1)  # (B, S, KV, S)
+    every = torch.eye(keys, dtype=torch.float32, device=k.device)[None, :, None].expand(batch, -1, kv_heads, -1)  # (B, S, KV, S)
     return masked_attention(q.float(), k.float(), every, attn_mask).transpose(1, 2)
 
 

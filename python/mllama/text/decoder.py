@@ -146,6 +146,10 @@ class Decoder(nn.Module):
         _check_mask_size(padding_mask, batch, length, past)
         if attn_mask is not None:
             _check_attn_mask(attn_mask, batch, self.config.num_attention_heads, length, keys)
+            if prefix_length is not None or first_key is not None:
+                raise ValueError(
+                    "prefix_length and first_key must be None beside an attention_mask of 4 dimensions, which says all by itself"
+                )
         if position_ids is None:
             position_ids = count_positions(padding_mask, length, past, inputs_embeds.device)
         elif not isinstance(position_ids, torch.Tensor):

@@ -4,6 +4,13 @@ import torch
 from torch.nn.functional import pad
 
 
+def go_back(position_ids: torch.Tensor | None) -> bool:
+    """Whether positions fall somewhere in a row: it is packed, whatever else may be. While compiling, whether there are any."""
+    if not isinstance(position_ids, torch.Tensor) or position_ids.dim() != 2:  # refused where they are used
+        return False
+    return torch.compiler.is_compiling() or position_ids.is_meta or bool((position_ids.diff() < 0).any())
+
+
 def find_starts(position_ids: torch.Tensor) -> torch.Tensor | None:
     """Where the sequence of each position begins: int64 [B or 1, T].
 
@@ -95,7 +102,8 @@ def check_same_starts(name: str, starts: torch.Tensor | None, other_name: str, o
     """Raise ValueError unless two arguments begin sequences at the same places; None is one sequence in each row."""
     if torch.compiler.is_compiling():
         return
-    pair = [torch.zeros((1, 1), dtype=torch.long) if tensor is None else tensor.cpu() for tensor in (starts, other)]
+    one = torch.zeros((1, 1), dtype=torch.long, device="cpu")
+    pair = [one if tensor is None else tensor.cpu() for tensor in (starts, other)]
     if not torch.equal(*torch.broadcast_tensors(*pair)):
         begin, other_begin = (tensor[0].unique().tolist() for tensor in pair)
         raise ValueError(f"{name} must begin sequences where {other_name} does: at {other_begin} of the first row, got {begin}")
