@@ -1,4 +1,4 @@
-"""attention on Llama-3.2-1B's decoder (one query over a long cache, prefill), SigLIP-base's tower, and Llama-3.2-Vision's.
+"""attention on Llama-3.2-1B's decoder (one query over a long cache, prefill, packed rows), SigLIP-base's tower, and Llama-3.2-Vision's.
 
 The last has a tower that sees the four tiles of a picture at once, and cross-attention from the text to them. Of its heads only a few are
 taken where a call would last a second; one query is the whole layer.
@@ -16,6 +16,7 @@ from mllama.ops import attention
 
 PEER = "torch's scaled_dot_product_attention (grouped or with repeated heads, whichever is faster)"
 CACHE, PREFILLS = 4096, (512, 2048)
+PACKED = (512, 512, 512, 512)  # sequences of one row
 TILES, PATCHES, ROOM = 4, 1601, 1608  # of Llama-3.2-Vision: a tile's patches, and what the tower pads them to
 
 
@@ -26,6 +27,7 @@ def cases() -> Iterator[Case]:
         yield from _cases("decode", 1, 1, CACHE, *heads, dtype, causal=False)
         for length in PREFILLS:
             yield from _cases("prefill", 1, length, length, *heads, dtype, causal=True)
+        yield from _cases("packed", 1, sum(PACKED), sum(PACKED), *heads, dtype, causal=True, lengths=PACKED)
     vision_heads = (shapes.VISION_HEADS, shapes.VISION_HEADS, shapes.VISION_HIDDEN // shapes.VISION_HEADS)
     for batch in shapes.VISION_BATCHES:
         for dtype in DTYPES:
@@ -38,18 +40,20 @@ def cases() -> Iterator[Case]:
         yield from _cases("cross", 1, 1, len(tile_hidden), 32, 8, 128, dtype, causal=False, key_mask=tile_hidden[None])
 
 
-def _cases(name, batch, queries, keys, heads, kv_heads, size, dtype, causal, key_mask=None) -> Iterator[Case]:
+def _cases(name, batch, queries, keys, heads, kv_heads, size, dtype, causal, key_mask=None, lengths=None) -> Iterator[Case]:
     q = torch.randn(batch, queries, heads, size, dtype=dtype)
     decode = queries == 1
     if decode:
         k, v = (torch.randn(batch, kv_heads, keys, size, dtype=dtype).transpose(1, 2) for _ in "kv")
     else:
         k, v = (torch.randn(batch, keys, kv_heads, size, dtype=dtype) for _ in "kv")
-    flops = 4 * batch * queries * keys * heads * size // (2 if causal else 1)
+    pairs = queries * keys if lengths is None else sum(length * length for length in lengths)
+    flops = 4 * batch * pairs * heads * size // (2 if causal else 1)
+    first_key, mask = _packed(lengths) if lengths is not None else (None, None if key_mask is None else key_mask[:, None, None])
     both = both_directions(
         f"{name} {batch}x{queries}x{heads}x{size}, {keys} keys x {kv_heads}",
-        partial(attention, causal=causal, key_mask=key_mask),
-        _peer(q, k, v, causal, key_mask),
+        partial(attention, causal=causal, key_mask=key_mask, first_key=first_key),
+        _peer(q, k, v, causal and lengths is None, mask),
         (q, k, v),
         differentiable=3,
         forward_bytes=(2 * q.numel() + 2 * k.numel()) * q.element_size() if decode else 0,
@@ -59,10 +63,17 @@ def _cases(name, batch, queries, keys, heads, kv_heads, size, dtype, causal, key
     yield from both[:1] if decode else both
 
 
-def _peer(q, k, v, causal, key_mask):
+def _packed(lengths: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Where each position's sequence begins, [1, T], and the same as a causal block-diagonal mask, [1, 1, T, T]."""
+    ends = torch.tensor(lengths).cumsum(0)
+    first_key = (ends - torch.tensor(lengths)).repeat_interleave(torch.tensor(lengths))[None]
+    places = torch.arange(int(ends[-1]))
+    return first_key, ((places <= places[:, None]) & (places >= first_key[..., None]))[None]
+
+
+def _peer(q, k, v, causal, mask):
     """torch's faster way to the same result: its own grouping, or K and V repeated for every query head."""
     group = q.shape[2] // k.shape[2]
-    mask = None if key_mask is None else key_mask[:, None, None]
 
     def grouped(q, k, v):
         q, k, v = (tensor.transpose(1, 2) for tensor in (q, k, v))

@@ -29,16 +29,16 @@ void check_inputs(const char* op, const Tensor& q, const Tensor& k, const Tensor
     check_value(q.size(1) < (1 << 30) && k.size(1) < (1 << 30), op, ": more than 2^30 queries or keys");
 }
 
-// A mask's tensor, dense: [batch] or [batch, keys], and [1] (or []) or [1, keys] where one row may serve the whole
+// A mask's tensor, dense: [batch] or [batch, width], and [1] (or []) or [1, width] where one row may serve the whole
 // batch.
 MaybeTensor mask(const char* op, const char* name, const MaybeTensor& t, ScalarType type, bool shared, int64_t batch,
-                 std::optional<int64_t> keys = std::nullopt) {
+                 std::optional<int64_t> width = std::nullopt) {
     if (!t) return t;
-    bool fits = t->dim() == 0 ? shared && !keys
-                              : t->dim() == (keys ? 2 : 1) && (t->size(0) == batch || (shared && t->size(0) == 1)) &&
-                                    (!keys || t->size(1) == *keys);
+    bool fits = t->dim() == 0 ? shared && !width
+                              : t->dim() == (width ? 2 : 1) && (t->size(0) == batch || (shared && t->size(0) == 1)) &&
+                                    (!width || t->size(1) == *width);
     auto shape = [&](int64_t rows) {
-        return "[" + std::to_string(rows) + (keys ? ", " + std::to_string(*keys) : "") + "]";
+        return "[" + std::to_string(rows) + (width ? ", " + std::to_string(*width) : "") + "]";
     };
     check_value(fits, op, ": ", name, " must be ", shape(batch), shared && batch != 1 ? " or " + shape(1) : "",
                 ", got ", Shape{*t});
@@ -58,30 +58,43 @@ const T* mask_row(const MaybeTensor& t, int64_t b) {
 class Visible {
   public:
     Visible(const char* op, const Tensor& q, const Tensor& k, const MaybeTensor& key_mask, const MaybeTensor& key_bias,
-            const MaybeTensor& query_offset, const MaybeTensor& prefix_length, bool causal)
+            const MaybeTensor& query_offset, const MaybeTensor& prefix_length, const MaybeTensor& first_key,
+            bool causal)
         : rows_(q.size(0)) {
         int64_t batch = q.size(0), queries = q.size(1), keys = k.size(1);
         check_value(causal || !query_offset, op, ": query_offset has a meaning only with causal=True");
         check_value(causal || !prefix_length, op, ": prefix_length has a meaning only with causal=True");
         MaybeTensor offset = mask(op, "query_offset", query_offset, ScalarType::Long, true, batch);
-        MaybeTensor prefix = mask(op, "prefix_length", prefix_length, ScalarType::Long, false, batch);
+        bool each = prefix_length && prefix_length->dim() == 2;  // query has a prefix of its own
+        MaybeTensor prefix = each ? mask(op, "prefix_length", prefix_length, ScalarType::Long, false, batch, queries)
+                                  : mask(op, "prefix_length", prefix_length, ScalarType::Long, false, batch);
+        MaybeTensor start = mask(op, "first_key", first_key, ScalarType::Long, true, batch, queries);
         MaybeTensor shown = mask(op, "key_mask", key_mask, ScalarType::Bool, false, batch, keys);
         MaybeTensor bias = mask(op, "key_bias", key_bias, ScalarType::Float, true, batch, keys);
         if (shown || bias) added_.reset(new float[batch * keys]);
         for (int64_t b = 0; b < batch; ++b) {
             int64_t diagonal = offset ? *mask_row<int64_t>(offset, b) : causal ? keys - queries : keys;
-            int64_t front = prefix ? *mask_row<int64_t>(prefix, b) : 0;
+            int64_t front = prefix && !each ? *mask_row<int64_t>(prefix, b) : 0;
             rows_[b] = {// Beyond these bounds nothing changes, and sums cannot overflow.
                         .offset = std::clamp(diagonal, -queries, keys),
                         .prefix = std::clamp<int64_t>(front, 0, keys),
                         .first = 0,
                         .last = keys,
-                        .added = nullptr};
+                        .added = nullptr,
+                        .ranges = nullptr};
             if (added_)
                 add(rows_[b], added_.get() + b * keys, mask_row<bool>(shown, b), mask_row<float>(bias, b), keys);
+            const int64_t* starts = mask_row<int64_t>(start, b);
+            // Starts that hide nothing are as none: a graph that was compiled for both then does what the other does.
+            if (each || std::any_of(starts, starts + (starts ? queries : 0), [](int64_t key) { return key > 0; })) {
+                if (!ranges_) ranges_.reset(new kernels::KeyRange[batch * queries]);
+                limit(rows_[b], ranges_.get() + b * queries, starts, each ? mask_row<int64_t>(prefix, b) : nullptr,
+                      queries);
+            }
         }
     }
     const kernels::VisibleKeys* rows() const { return rows_.data(); }
+    bool ranges() const { return ranges_ != nullptr; }
 
   private:
     static constexpr float kHidden = -std::numeric_limits<float>::infinity();
@@ -107,8 +120,20 @@ class Visible {
         if (bias || count < last - first) row.added = added;  // padding at the ends alone needs no look at single keys
     }
 
+    static void limit(kernels::VisibleKeys& row, kernels::KeyRange* ranges, const int64_t* starts,
+                      const int64_t* prefixes, int64_t queries) {
+        kernels::VisibleKeys one = row;
+        for (int64_t t = 0; t < queries; ++t) {
+            if (prefixes) one.prefix = std::clamp<int64_t>(prefixes[t], 0, row.last);
+            int64_t start = starts ? std::clamp(starts[t], row.first, row.last) : row.first;
+            ranges[t] = {static_cast<int32_t>(start), static_cast<int32_t>(one.limit(t))};
+        }
+        row.ranges = ranges;
+    }
+
     std::vector<kernels::VisibleKeys> rows_;
     std::unique_ptr<float[]> added_;
+    std::unique_ptr<kernels::KeyRange[]> ranges_;
 };
 
 kernels::Heads heads(const Tensor& t) { return {t.const_data_ptr(), t.stride(0), t.stride(1), t.stride(2)}; }
@@ -156,17 +181,18 @@ void decode(const kernels::AttentionForward& args) {
 
 std::tuple<Tensor, Tensor> attention(const Tensor& q_, const Tensor& k_, const Tensor& v_, const MaybeTensor& key_mask,
                                      const MaybeTensor& key_bias, const MaybeTensor& query_offset,
-                                     const MaybeTensor& prefix_length, bool causal, std::optional<double> scale) {
+                                     const MaybeTensor& prefix_length, const MaybeTensor& first_key, bool causal,
+                                     std::optional<double> scale) {
     const char* op = "attention";
     check_inputs(op, q_, k_, v_);
-    Visible visible(op, q_, k_, key_mask, key_bias, query_offset, prefix_length, causal);
+    Visible visible(op, q_, k_, key_mask, key_bias, query_offset, prefix_length, first_key, causal);
     Tensor q = last_dense(q_), k = last_dense(k_), v = last_dense(v_);
     Tensor out = empty_as(q), statistics = new_float(q, {q.size(0), q.size(2), q.size(1), 2});
     kernels::AttentionForward args{};
     describe(args, op, q, k, v, visible, scale);
     args.out = out.mutable_data_ptr();
     args.statistics = mutable_data<kernels::Statistic>(statistics);
-    if (args.rows() <= kDecodeRows) {
+    if (args.rows() <= kDecodeRows && !visible.ranges()) {
         decode(args);
     } else {
         auto kernel = MLLAMA_CALL(attention_prefill);
@@ -180,7 +206,8 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward(const Tensor& grad_out_, c
                                                       const Tensor& v_, const Tensor& out_, const Tensor& statistics_,
                                                       const MaybeTensor& key_mask, const MaybeTensor& key_bias,
                                                       const MaybeTensor& query_offset, const MaybeTensor& prefix_length,
-                                                      bool causal, std::optional<double> scale) {
+                                                      const MaybeTensor& first_key, bool causal,
+                                                      std::optional<double> scale) {
     const char* op = "_attention_backward";
     check_inputs(op, q_, k_, v_);
     for (const Tensor* t : {&grad_out_, &out_}) {
@@ -191,7 +218,7 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward(const Tensor& grad_out_, c
                     statistics_.size(2) == q_.size(1) && statistics_.size(3) == 2 &&
                     statistics_.scalar_type() == ScalarType::Float,
                 op, ": statistics must be float32 [batch, heads, queries, 2]");
-    Visible visible(op, q_, k_, key_mask, key_bias, query_offset, prefix_length, causal);
+    Visible visible(op, q_, k_, key_mask, key_bias, query_offset, prefix_length, first_key, causal);
     Tensor q = last_dense(q_), k = last_dense(k_), v = last_dense(v_), grad_out = last_dense(grad_out_);
     Tensor out = dense(out_), statistics = dense(statistics_), grad_q = empty_as(q), grad_k = empty_as(k),
            grad_v = empty_as(v);
@@ -224,11 +251,11 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward(const Tensor& grad_out_, c
 STABLE_TORCH_LIBRARY_FRAGMENT(mllama, m) {
     m.def(
         "attention(Tensor q, Tensor k, Tensor v, Tensor? key_mask, Tensor? key_bias, Tensor? query_offset, "
-        "Tensor? prefix_length, bool causal, float? scale) -> (Tensor out, Tensor statistics)");
+        "Tensor? prefix_length, Tensor? first_key, bool causal, float? scale) -> (Tensor out, Tensor statistics)");
     m.def(
         "_attention_backward(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor out, Tensor statistics, Tensor? "
         "key_mask, "
-        "Tensor? key_bias, Tensor? query_offset, Tensor? prefix_length, bool causal, float? scale) "
+        "Tensor? key_bias, Tensor? query_offset, Tensor? prefix_length, Tensor? first_key, bool causal, float? scale) "
         "-> (Tensor grad_q, Tensor grad_k, Tensor grad_v)");
 }
 

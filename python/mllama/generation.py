@@ -21,7 +21,14 @@ class MllamaGenerationMixin(GenerationMixin):
     @overload
     def generate(self, *args: Any, **kwargs: Any) -> torch.LongTensor: ...
     def generate(self, *args: Any, **kwargs: Any) -> GenerateOutput | torch.LongTensor:
-        """As GenerationMixin's; the cache may be called `cache` or `past_key_values`."""
+        """As GenerationMixin's; the cache may be called `cache` or `past_key_values`.
+
+        Raises:
+            ValueError: an attention_mask that is not [B, T], too: one of four dimensions says nothing of the tokens to come.
+        """
+        mask = kwargs.get("attention_mask")
+        if isinstance(mask, torch.Tensor) and mask.dim() != 2:
+            raise ValueError(f"attention_mask of generate must be [batch, tokens], zero where padded; got {list(mask.shape)}")
         return super().generate(*args, **rename_cache(kwargs))
 
     @staticmethod

@@ -21,7 +21,8 @@ from mllama.nn.norm import RMSNorm
 from mllama.pictures import PicturesMixin
 from mllama.pretrained import PretrainedMixin, own_config
 from mllama.text.cache import check_cache
-from mllama.text.decoder import Decoder, check_mask
+from mllama.text.decoder import Decoder, check_embeddings, check_mask, split_mask
+from mllama.text.packing import find_sequences, go_back
 from mllama.text.prefix import count_prefix
 from mllama.towers.clip import ClipVisionTower
 from mllama.towers.siglip import SiglipVisionTower
@@ -138,6 +139,11 @@ class MllamaForConditionalGeneration(PretrainedMixin, MllamaGenerationMixin, Pic
         cross_attention_mask: torch.Tensor | None = None,
         return_dict: bool | None = None,
         past_key_values: Cache | None = None,
+        cu_seq_lens_q: torch.Tensor | None = None,
+        cu_seq_lens_k: torch.Tensor | None = None,
+        max_length_q: int | None = None,
+        max_length_k: int | None = None,
+        seq_idx: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> MllamaOutput | tuple:
         """
@@ -150,13 +156,23 @@ class MllamaForConditionalGeneration(PretrainedMixin, MllamaGenerationMixin, Pic
                 filled cache and no placeholders in input_ids they are ignored. With fusion="cross_attention" as many to every row. Of a
                 model that cuts pictures into tiles, float [B, pictures, tiles, channels, image_size, image_size]. Where layers attend to
                 pictures, with a filled cache they come after those in it.
-            attention_mask: [B, past + T] of any dtype, zero where padded, on either side.
+            attention_mask: [B, past + T] of any dtype, zero where padded, on either side. Or [B or 1, heads or 1, T, keys], bool (True
+                where a position sees a key) or floats that are added to the scores: it is taken as it is, in place of causality and of a
+                prompt's prefix, positions are counted without it, and of the loss it leaves out nothing, all as in transformers. It covers
+                all of a static cache's slots, and visual tokens before the text.
             labels: int [B, T], shifted inside: the logits at t are scored against the label at t + 1. -100 (our own config's
-                `ignore_index`), placeholder and padding positions are not trained.
+                `ignore_index`), placeholder and padding positions are not trained. Of several sequences in one row the last position of
+                one is scored against the first label of the next, as in transformers, unless that is -100, as
+                DataCollatorWithFlattening writes it.
             inputs_embeds: [B, T, hidden] in place of input_ids; pictures must be merged already.
             cache: a transformers cache, dynamic or static, that keeps all tokens; not while activations are checkpointed.
-            position_ids: int [B or 1, T]. None counts the unmasked tokens of each row.
-            use_cache: return a cache; None asks for one outside training, as the decoder's config says.
+            position_ids: int [B or 1, T]. None counts the unmasked tokens of each row. Without mask and cache, as in transformers, a
+                position that is not one more than the one before it begins another sequence of a packed row: each is as if alone. Of packed
+                rows, token_type_ids may begin anew with every sequence, cross_attention_mask must say which position sees which picture,
+                and visual tokens cannot stand before the text.
+            use_cache: return a cache; None asks for one outside training, as the decoder's config says, but not of packed rows: without a
+                mask, where positions go back within a row or the arguments below describe it, and, while compiling, when values cannot be
+                read, with any position_ids.
             output_attentions, output_hidden_states: also return what `MllamaOutput` says.
             logits_to_keep: last positions to compute logits for (0: all), or which ones, as transformers takes it.
             image_features: what `get_image_features` gave, in place of pixel_values.
@@ -172,6 +188,9 @@ class MllamaForConditionalGeneration(PretrainedMixin, MllamaGenerationMixin, Pic
                 tile of its row.
             return_dict: False returns a tuple.
             past_key_values: another name of `cache`, transformers' until 5.23.
+            cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k, seq_idx: packed rows, as DataCollatorWithFlattening describes them:
+                int [sequences + 1], where each begins in the rows laid end to end; the longest one's length; int [B or 1, T], which of them
+                each token belongs to. They must agree with each other and with position_ids, which None makes of them.
             kwargs: `num_items_in_batch`, the labels of the whole (accumulated) batch, makes the loss their sum divided by it instead of
                 their mean. Anything else is passed over, as in transformers.
 
@@ -188,7 +207,27 @@ class MllamaForConditionalGeneration(PretrainedMixin, MllamaGenerationMixin, Pic
         config = self.config
         output_attentions = bool(config.output_attentions if output_attentions is None else output_attentions)
         output_hidden_states = bool(config.output_hidden_states if output_hidden_states is None else output_hidden_states)
-        use_cache = self.plan.text.use_cache and not self.training if use_cache is None else use_cache
+        if input_ids is not None:
+            check_ids(input_ids)
+        else:
+            check_embeddings(inputs_embeds, self.plan.text.hidden_size)
+        rows, length = (inputs_embeds if input_ids is None else input_ids).shape[:2]
+        padding_mask, attn_mask = split_mask(attention_mask)
+        if padding_mask is not None and (padding_mask.shape[0] != rows or padding_mask.shape[1] < length):
+            raise ValueError(f"attention_mask must be [{rows}, past + {length}], as the tokens, got {list(padding_mask.shape)}")
+        packing = {
+            "cu_seq_lens_q": cu_seq_lens_q,
+            "cu_seq_lens_k": cu_seq_lens_k,
+            "max_length_q": max_length_q,
+            "max_length_k": max_length_k,
+            "seq_idx": seq_idx,
+        }
+        if use_cache is None:
+            packed = attention_mask is None and (go_back(position_ids) or any(value is not None for value in packing.values()))
+            use_cache = self.plan.text.use_cache and not self.training and not packed
+        unpacking = {"attention_mask": attention_mask is not None, "cache": cache is not None, "use_cache": bool(use_cache)}
+        obstacle = next((name for name, given in unpacking.items() if given), None)
+        position_ids, first_key = find_sequences((rows, length), position_ids, obstacle, **packing)
         if use_cache and cache is None:
             cache = DynamicCache(config=self.plan.text)
         if cache is not None and self.training and self.is_activation_checkpointing:  # its layers would be called without it
@@ -196,11 +235,6 @@ class MllamaForConditionalGeneration(PretrainedMixin, MllamaGenerationMixin, Pic
         past = 0 if cache is None else int(cache.get_seq_length())
         filled = past > 0
 
-        if input_ids is not None:
-            check_ids(input_ids)
-            rows, length = input_ids.shape
-            if attention_mask is not None and (attention_mask.shape[0] != rows or attention_mask.shape[1] < length):
-                raise ValueError(f"attention_mask must be [{rows}, past + {length}], as input_ids, got {list(attention_mask.shape)}")
         if pixel_values is not None and image_features is not None:
             raise ValueError("give pixel_values or image_features, not both")
         if (pixel_values is not None or image_features is not None) and self.plan.tower is None:
@@ -216,32 +250,39 @@ class MllamaForConditionalGeneration(PretrainedMixin, MllamaGenerationMixin, Pic
                 cache,
                 output_attentions,
             )
+            if first_key is not None and seen.cross is not None:
+                _check_cross_mask_of_packed(cross_attention_mask, length)
         else:
             held = held_before_text(cache) if filled else 0
-            seen = self._merge(input_ids, inputs_embeds, attention_mask, pixel_values, image_features, filled, held, output_attentions)
+            seen = self._merge(input_ids, inputs_embeds, padding_mask, pixel_values, image_features, filled, held, output_attentions)
             if self.plan.fusion == "prepend" and cache is not None and not filled:
                 hold_before_text(cache, seen.before_text)
             if visual := held + seen.before_text:
-                length = seen.embeds.shape[1] - seen.before_text
-                check_texts_own("attention_mask", attention_mask, past - held + length, visual)
+                if first_key is not None and not torch.compiler.is_compiling():
+                    raise ValueError("position_ids must be of one sequence per row: they restart, and visual tokens stand before the text")
+                first_key = None  # the decoder finds it in positions that cover both
+                check_texts_own("attention_mask", padding_mask, past - held + length, visual)
                 check_texts_own("position_ids", position_ids, length, visual)
                 check_texts_own("labels", labels, length, visual)
-                attention_mask = lengthen(attention_mask, visual, 1)
+                padding_mask = lengthen(padding_mask, visual, 1)
                 position_ids = shift_positions(position_ids, held, seen.before_text)
                 labels = lengthen(labels, seen.before_text, self.plan.ignore_index)
 
         if filled or not self.plan.prefix:
             prefix_length = None
-        elif token_type_ids is not None:
-            prefix_length = count_prefix(token_type_ids, attention_mask, seen.embeds.shape[:2])
+        elif prefix_length is not None and first_key is not None and not torch.compiler.is_compiling():
+            raise ValueError("prefix_length must be None where position_ids restart: token_type_ids tell the prompt of each sequence")
+        elif token_type_ids is not None and attn_mask is None:
+            prefix_length = count_prefix(token_type_ids, padding_mask, seen.embeds.shape[:2], first_key)
         decoded = self.language_model(
             inputs_embeds=seen.embeds,
-            attention_mask=attention_mask,
+            attention_mask=padding_mask if attn_mask is None else attn_mask,
             position_ids=position_ids,
             cache=cache,
             output_attentions=output_attentions,
             output_hidden_states=output_hidden_states,
             prefix_length=prefix_length,
+            first_key=first_key,
             cross=seen.cross,
         )
         logits = self.lm_head(slice_logits_to_keep(decoded.last_hidden_state, logits_to_keep))
@@ -251,7 +292,7 @@ class MllamaForConditionalGeneration(PretrainedMixin, MllamaGenerationMixin, Pic
                 logits,
                 labels,
                 seen.embeds.shape[:2],
-                attention_mask,
+                padding_mask,
                 seen.placeholders,
                 self.plan.ignore_index,
                 kwargs.get("num_items_in_batch"),
@@ -269,6 +310,13 @@ class MllamaForConditionalGeneration(PretrainedMixin, MllamaGenerationMixin, Pic
         if return_dict is None:
             return_dict = config.return_dict
         return output if return_dict else output.to_tuple()
+
+
+def _check_cross_mask_of_packed(mask: torch.Tensor | None, length: int) -> None:
+    """A sequence that no mask keeps from the pictures of the others would see them."""
+    if not torch.compiler.is_compiling() and (mask is None or mask.shape[1] != length):
+        given = "None" if mask is None else list(mask.shape)
+        raise ValueError(f"cross_attention_mask must say for each of {length} positions what it sees: position_ids restart; got {given}")
 
 
 _TOWERS = {"siglip": SiglipVisionTower, "clip": ClipVisionTower, "tiled": TiledVisionTower}

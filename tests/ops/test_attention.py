@@ -1,9 +1,11 @@
+import itertools
 import math
 
 import pytest
 import torch
 
 from helpers import THROWN, BadCall, Sample, assert_close, check_op, instruction_set, instruction_sets, needs_kernels
+from mllama import _ext
 from mllama.ops import attention, attention_weights
 from mllama.ops.attention import reference
 
@@ -22,6 +24,12 @@ def left_padding(*lengths, keys):
 
 def right_padding(*lengths, keys):
     return torch.arange(keys) < torch.tensor(lengths)[:, None]
+
+
+def starts(*lengths):
+    """[B, T]: for rows of sequences of these lengths, where the sequence of each position begins."""
+    rows = [[start for start, size in zip(itertools.accumulate(row, initial=0), row, strict=False) for _ in range(size)] for row in lengths]
+    return torch.tensor(rows)
 
 
 def sample(*args, **masks):
@@ -57,17 +65,31 @@ SAMPLES = {
     "small heads": sample(2, 21, 30, 4, 2, 8, causal=True, key_mask=left_padding(30, 26, keys=30)),
     "smallest heads, scaled": sample(1, 2, 5, 2, 1, 1, scale=0.7, key_bias=torch.randn(1, 5)),
     "largest size": sample(1, 26, 26, 2, 2, 256, causal=True),
+    "several sequences in a row": sample(2, 150, 150, 4, 2, 24, causal=True, first_key=starts([70, 1, 79], [3, 147])),
+    "several sequences, the same in all rows": sample(2, 30, 30, 2, 2, 33, causal=True, first_key=starts([17, 13])),
+    "several sequences, few queries": sample(2, 5, 5, 2, 1, 16, causal=True, first_key=starts([2, 3], [5])),
+    "several sequences over chunks of keys": sample(1, 1100, 1100, 2, 1, 250, causal=True, first_key=starts([400, 690, 10])),
+    "several sequences, each with its prefix": sample(
+        1, 40, 40, 2, 1, 16, causal=True, first_key=starts([22, 18]), prefix_length=INT([[9] * 22 + [33] * 18]),
+        key_mask=torch.rand(1, 40) > 0.2,
+    ),
+    "starts in any order, beyond all bounds": sample(
+        2, 30, 50, 4, 2, 16, causal=True, query_offset=INT([15, 40]), first_key=torch.randint(-9, 60, (2, 30)),
+        prefix_length=torch.randint(-9, 60, (2, 30)), key_mask=left_padding(40, 50, keys=50), key_bias=torch.randn(2, 50),
+    ),
+    "starts without causality": sample(1, 30, 20, 2, 1, 16, first_key=INT([[1 << 40] + [-(1 << 40)] + [7] * 28])),
+    "small heads, two sequences": sample(1, 21, 21, 4, 2, 8, causal=True, first_key=starts([8, 13])),
     "no keys": sample(1, 2, 0, 2, 1, 16),
     "no queries": sample(1, 0, 3, 2, 1, 16, causal=True),
     "no rows": sample(0, 2, 3, 2, 1, 16, key_mask=torch.ones(0, 3, dtype=torch.bool)),
 }  # fmt: skip
 Q, K, V = tensors(2, 4, 6, 4, 2, 16)
-OFFSET, MASK, BIAS = torch.tensor([2]), right_padding(6, 3, keys=6), torch.zeros(1, 6)
+OFFSET, MASK, BIAS, FIRST = torch.tensor([2]), right_padding(6, 3, keys=6), torch.zeros(1, 6), starts([1, 3])
 
 
 def raw(requires_grad):
     q, k, v = (tensor.clone().requires_grad_(requires_grad) for tensor in (Q, K, V))
-    return (q, k, v, MASK, BIAS, OFFSET, None, True, None)
+    return (q, k, v, MASK, BIAS, OFFSET, None, FIRST, True, None)
 
 
 @needs_kernels
@@ -119,6 +141,10 @@ BAD_CALLS = [
     ),
     BadCall(lambda: attention(Q, K, V, causal=True, prefix_length=INT(3)), ValueError, r"prefix_length must be \[2\], got \[\]"),
     BadCall(lambda: attention(Q, K, V, causal=True, prefix_length=OFFSET), ValueError, r"prefix_length must be \[2\], got \[1\]"),
+    BadCall(lambda: attention(Q, K, V, causal=True, prefix_length=FIRST), ValueError, r"prefix_length must be \[2, 4\], got \[1, 4\]"),
+    BadCall(lambda: attention(Q, K, V, first_key=FIRST.int()), TypeError, "first_key must be int64, got int32"),
+    BadCall(lambda: attention(Q, K, V, first_key=FIRST[:, :3]), ValueError, r"first_key must be \[2, 4\] or \[1, 4\], got \[1, 3\]"),
+    BadCall(lambda: attention(Q, K, V, first_key=FIRST[0]), ValueError, r"first_key must be \[2, 4\] or \[1, 4\], got \[4\]"),
     BadCall(lambda: attention(Q, K, V, key_mask=MASK.int()), TypeError, "key_mask must be bool, got int32"),
     BadCall(lambda: attention(Q, K, V, key_mask=[True]), TypeError, "key_mask must be a torch.Tensor, got list"),
     BadCall(lambda: attention(Q, K, V, key_mask=MASK[:1]), ValueError, r"key_mask must be \[2, 6\], got \[1, 6\]"),
@@ -126,11 +152,15 @@ BAD_CALLS = [
     BadCall(lambda: attention(Q, K, V, key_bias=BIAS[:, :2]), ValueError, r"key_bias must be \[2, 6\] or \[1, 6\], got \[1, 2\]"),
     BadCall(lambda: attention(Q, K, V, key_bias=BIAS.clone().requires_grad_()), ValueError, "key_bias gets no gradient"),
     BadCall(lambda: attention(Q.to("meta"), K, V), ValueError, "k is on cpu, q on meta"),
-    BadCall(lambda: torch.ops.mllama.attention(Q, K, V[:1], None, None, None, None, False, 1.0), THROWN, "v must have k's shape"),
-    BadCall(lambda: torch.ops.mllama.attention(Q, K, V, None, None, OFFSET, None, False, 1.0), THROWN, "has a meaning only with"),
-    BadCall(lambda: torch.ops.mllama.attention(Q, K, V, MASK[:1], None, None, None, False, 1.0), THROWN, r"key_mask must be \[2, 6\]"),
-    BadCall(lambda: torch.ops.mllama.attention(Q, K.half(), V, None, None, None, None, False, 1.0), THROWN, "must have q's dtype"),
-    BadCall(lambda: torch.ops.mllama.attention(Q, K, V, MASK.int(), None, None, None, False, 1.0), THROWN, "key_mask has the wrong dtype"),
+    BadCall(lambda: torch.ops.mllama.attention(Q, K, V[:1], None, None, None, None, None, False, 1.0), THROWN, "v must have k's shape"),
+    BadCall(lambda: torch.ops.mllama.attention(Q, K, V, None, None, OFFSET, None, None, False, 1.0), THROWN, "has a meaning only with"),
+    BadCall(
+        lambda: torch.ops.mllama.attention(Q, K, V, MASK[:1], None, None, None, None, False, 1.0), THROWN, r"key_mask must be \[2, 6\]"
+    ),
+    BadCall(lambda: torch.ops.mllama.attention(Q, K.half(), V, None, None, None, None, None, False, 1.0), THROWN, "must have q's dtype"),
+    BadCall(
+        lambda: torch.ops.mllama.attention(Q, K, V, MASK.int(), None, None, None, None, False, 1.0), THROWN, "key_mask has the wrong dtype"
+    ),
 ]
 
 
@@ -406,3 +436,33 @@ def test_compiled_int_offset_becomes_dynamic():
     for offset in (2, 3, 17):
         assert torch.equal(compiled(q, k, v, o=offset), attention(q, k, v, causal=True, query_offset=offset))
     torch._dynamo.reset()
+
+
+@needs_kernels
+@pytest.mark.parametrize("isa", instruction_sets() if not _ext.disabled() else [])
+def test_several_sequences_are_as_alone(isa):
+    """And what other sequences hold does not reach them, in results and gradients."""
+    lengths = [130, 1, 60, 9]
+    q, k, v = tensors(1, 200, 200, 4, 2, 32)
+    parts = [[part.requires_grad_() for part in tensor.split(lengths, 1)] for tensor in (q, k, v)]
+    with instruction_set(isa):
+        packed = attention(*(torch.cat(tensor, 1) for tensor in parts), causal=True, first_key=starts(lengths))
+        alone = torch.cat([attention(*tensor, causal=True) for tensor in zip(*parts, strict=True)], 1)
+        leaves = [leaf for tensor in parts for leaf in tensor]
+        gradients = [torch.autograd.grad(out.square().sum(), leaves) for out in (packed, alone)]
+        spoiled = torch.cat([torch.full_like(part, torch.nan) if i == 0 else part for i, part in enumerate(parts[1])], 1)
+        beside = attention(q, spoiled, v, causal=True, first_key=starts(lengths))[:, 130:]
+    assert_close(packed, alone, 1e-6, "results")
+    assert_close(joined(gradients[0]), joined(gradients[1]), 1e-6, "gradients")
+    assert_close(beside, packed[:, 130:], 1e-6, "beside a sequence of NaN")
+
+
+@needs_kernels
+@pytest.mark.parametrize("queries", [2, 60])
+def test_one_sequence_has_the_same_bits_as_none(queries):
+    inputs = [tensor.requires_grad_() for tensor in tensors(2, queries, queries, 4, 2, 32)]
+    found = []
+    for masks in ({}, {"first_key": torch.zeros(1, queries, dtype=torch.long)}):
+        out = attention(*inputs, causal=True, **masks)
+        found.append([out, *torch.autograd.grad(out.square().sum(), inputs)])
+    assert all(torch.equal(*pair) for pair in zip(*found, strict=True))

@@ -36,7 +36,7 @@ class Prefill {
         for (int n = 0; n < NV; ++n) highest[n] = splat(-kInfinity), sum[n] = vf{};
         for (int64_t i = 0; i < columns_ * kTileLanes; i += kWidth) store(out_ + i, vf{});
 
-        for (int block = 0; block < limits.most; block += kKeys) {
+        for (int block = limits.begin(); block < limits.most; block += kKeys) {
             int keys = std::min(kKeys, limits.most - block);
             vf before[NV];
             for (int n = 0; n < NV; ++n) before[n] = highest[n];
@@ -44,7 +44,7 @@ class Prefill {
                 Tile<NV> tile{};
                 multiply_add<E, 1>(tile, k_ + (block + key) * words_, kTileRows, q_, kTileLanes, words_);
                 float* scores = scores_ + key * kTileLanes;
-                if (!added && block + key + kTileRows <= limits.fewest) {
+                if (!added && limits.all_see(block + key, kTileRows)) {
                     finish<NV>(tile, scores, highest);
                 } else {
                     finish_masked<NV>(tile, scores, highest, limits, block + key, added, group.keys);

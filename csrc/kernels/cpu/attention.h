@@ -18,14 +18,22 @@ struct Heads {
     int64_t batch, length, head;
 };
 
-// What the queries of one batch row may see. Query t sees keys [first, limit(t)), less those whose `added` is -inf.
+struct KeyRange {
+    int32_t first, last;  // last is exclusive
+};
+
+// What the queries of one batch row may see. Query t sees keys [start(t), limit(t)), less those whose `added` is -inf.
 struct VisibleKeys {
     int64_t offset;       // a causal query sees keys up to t + offset; at least `last` where nothing is causal
     int64_t prefix;       // keys that all queries see
     int64_t first, last;  // no key outside is visible to any query
     const float* added;   // [keys], in log2 units, to every score of a key; null = 0
+    // [queries], within first and last, where queries differ in more than offset and prefix say; else null.
+    const KeyRange* ranges;
 
+    int64_t start(int64_t t) const { return ranges ? ranges[t].first : first; }
     int64_t limit(int64_t t) const {
+        if (ranges) return ranges[t].last;
         int64_t keys = t + offset + 1 > prefix ? t + offset + 1 : prefix;
         return keys < first ? first : keys < last ? keys : last;
     }
@@ -70,7 +78,7 @@ constexpr int64_t kMostTileRows = 48;  // rows of a group that a kernel takes at
 MLLAMA_KERNEL(void, attention_prefill,
               (const AttentionForward& args, int64_t shares, int64_t first_task, int64_t last_task))
 
-// Few queries: k and v are read in place, once, in chunks of keys whose results are merged afterwards.
+// Few queries, without ranges: k and v are read in place, once, in chunks of keys whose results are merged afterwards.
 // Task = (group, chunk); `partial` is [groups, chunks, attention_chunk_size].
 constexpr int64_t kDecodeChunk = 256;
 inline int64_t attention_chunks(const Attention& a) { return (a.keys + kDecodeChunk - 1) / kDecodeChunk; }

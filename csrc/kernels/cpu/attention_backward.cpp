@@ -43,12 +43,12 @@ class Backward {
         for (int64_t from = 0; from == 0 || from < group.keys; from += chunk_) {
             float* grad_q = grad_q_;
             for_row_tiles(a_, part, a_.parts, [&](int64_t first, int64_t rows, auto vectors) {
-                const int64_t seen = group.limit(first + rows - 1);
+                const Limits<vectors> limits(group, first, rows);
                 if (from == 0) std::memset(grad_q, 0, columns_ * kLanes * sizeof(float));
-                if (from == 0 || seen > from) {
+                if (from == 0 || limits.most > from) {
                     pack_queries(group, first, rows, vectors * kWidth);
-                    tile<vectors>(group, first, rows, from, grad_q);
-                    if (seen <= from + chunk_) write_queries(group, first, rows, vectors * kWidth, grad_q);
+                    tile<vectors>(group, limits, from, grad_q);
+                    if (limits.most <= from + chunk_) write_queries(group, first, rows, vectors * kWidth, grad_q);
                 }
                 if (chunk_ < a_.keys) grad_q += columns_ * kLanes;
             });
@@ -100,9 +100,8 @@ class Backward {
 
     // For one chunk of keys, adds the rows' share to grad_k_ and grad_v_, and their dQ, transposed, to grad_q.
     template <int NV>
-    void tile(const Group& group, int64_t first, int64_t rows, int64_t from, float* grad_q) {
+    void tile(const Group& group, const Limits<NV>& limits, int64_t from, float* grad_q) {
         constexpr int kTileLanes = NV * kWidth, kKeyWords = kTileLanes / E::kElements;  // words of a key in p_ and ds_
-        const Limits<NV> limits(group, first, rows);
         const float* added = group.visible.added ? group.visible.added + group.visible.first : nullptr;
         vf highest[NV], inverse[NV], delta[NV];
         std::memcpy(highest, highest_, sizeof highest);
@@ -110,13 +109,13 @@ class Backward {
         std::memcpy(delta, delta_, sizeof delta);
 
         const int end = static_cast<int>(std::min<int64_t>(from + chunk_, limits.most));
-        for (int block = static_cast<int>(from); block < end; block += kKeys) {
+        for (int block = std::max(static_cast<int>(from), limits.begin()); block < end; block += kKeys) {
             int keys = std::min(kKeys, end - block);
             for (int key = 0; key < keys; key += kTileRows) {
                 const int64_t at = (block + key) * words_;
                 Tile<NV> p{}, ds{};
                 multiply_add<E, 1>(p, k_tiles_ + at, kTileRows, q_lanes_, kTileLanes, words_);
-                bool masked = added || block + key + kTileRows > limits.fewest;
+                bool masked = added || !limits.all_see(block + key, kTileRows);
                 for_tile<NV>([&](int r, int n) {
                     vf score = p[r][n] * scale_;
                     if (masked) {

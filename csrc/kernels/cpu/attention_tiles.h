@@ -52,14 +52,15 @@ inline vf exp2_below(vf x) {
 struct Group {
     Group(const Attention& args, int64_t index)
         : a(args), batch(index / a.kv_heads), kv_head(index % a.kv_heads), visible(a.visible[batch]) {
-        keys = visible.limit(a.queries - 1) - visible.first;
+        keys = (visible.ranges ? visible.last : visible.limit(a.queries - 1)) - visible.first;
     }
     int64_t query(int64_t row) const { return row / a.group_size(); }
     int64_t head(int64_t row) const { return kv_head * a.group_size() + row % a.group_size(); }
     // Where a row starts in a contiguous [batch, queries, heads, size], and its place in [batch, heads, queries].
     int64_t element(int64_t row) const { return ((batch * a.queries + query(row)) * a.heads + head(row)) * a.size; }
     int64_t statistic(int64_t row) const { return (batch * a.heads + head(row)) * a.queries + query(row); }
-    // How many keys a row sees, counted from visible.first.
+    // The keys that a row sees, counted from visible.first: from `start` to `limit`, exclusive.
+    int32_t start(int64_t row) const { return static_cast<int32_t>(visible.start(query(row)) - visible.first); }
     int32_t limit(int64_t row) const { return static_cast<int32_t>(visible.limit(query(row)) - visible.first); }
 
     // Functions i -> row i of k or v, counted from visible.first, and i -> row first + i of q or what is shaped as q.
@@ -79,7 +80,7 @@ struct Group {
     const Attention& a;
     int64_t batch, kv_head;
     VisibleKeys visible;
-    int64_t keys;  // that the last query sees, and so all that any does
+    int64_t keys;  // no query sees one beyond
 };
 
 // Calls body(first row, rows, vectors) for every count-th tile of a group, from tile `index` on; vectors of rows, 1 to
@@ -96,25 +97,36 @@ void for_row_tiles(const Attention& a, int64_t index, int64_t count, Body&& body
     }
 }
 
-// How many keys each row of a tile sees; lanes past the last row repeat it. Limits never fall from row to row.
+// Which keys each row of a tile sees; lanes past the last row repeat it. All rows see keys latest to fewest, none sees
+// one before earliest or from most on.
 template <int NV>
 struct Limits {
     Limits(const Group& group, int64_t first, int64_t rows) {
-        int32_t lane[NV * kWidth];
-        for (int i = 0; i < NV * kWidth; ++i) lane[i] = group.limit(first + std::min<int64_t>(i, rows - 1));
-        std::memcpy(limit, lane, sizeof limit);
-        fewest = lane[0];
-        most = lane[NV * kWidth - 1];
+        int32_t starts[NV * kWidth], limits[NV * kWidth];
+        for (int i = 0; i < NV * kWidth; ++i) {
+            int64_t row = first + std::min<int64_t>(i, rows - 1);
+            starts[i] = group.start(row);
+            limits[i] = group.limit(row);
+        }
+        std::memcpy(start, starts, sizeof start);
+        std::memcpy(limit, limits, sizeof limit);
+        earliest = *std::min_element(starts, starts + NV * kWidth);
+        latest = *std::max_element(starts, starts + NV * kWidth);
+        fewest = *std::min_element(limits, limits + NV * kWidth);
+        most = *std::max_element(limits, limits + NV * kWidth);
     }
+    // The first key of a tile of keys before which no row sees one.
+    int begin() const { return earliest / kTileRows * kTileRows; }
+    bool all_see(int key, int keys) const { return key >= latest && key + keys <= fewest; }
     // x + added where lanes of vector n see the key, -inf elsewhere. Chosen, not added: what a hidden key holds may be
     // NaN or overflow, and -inf would not cover that.
     vf mask(vf x, int n, int key, float added) const {
         int place = added == -kInfinity ? most : key;  // where no lane sees it
-        return vi{} + place < limit[n] ? x + added : splat(-kInfinity);
+        return (vi{} + place < limit[n]) & (vi{} + place >= start[n]) ? x + added : splat(-kInfinity);
     }
 
-    vi limit[NV];
-    int fewest, most;
+    vi start[NV], limit[NV];
+    int earliest, latest, fewest, most;
 };
 
 }  // namespace

@@ -11,9 +11,8 @@ from mllama.dropin._names import older_names
 from mllama.dropin._rope import LLAMARotaryEmbedding, half_tables
 from mllama.dropin._text_config import text_config
 from mllama.nn.attention import CausalAttention
-from mllama.ops.attention import attention
 from mllama.text.cache import check_cache
-from mllama.text.decoder import check_mask, count_positions
+from mllama.text.decoder import check_mask, count_positions, split_mask
 
 KeyValue = tuple[torch.Tensor, torch.Tensor]
 
@@ -160,15 +159,6 @@ class GroupQueryAttention(CausalAttention):
         attended, _ = super().forward(x, **arguments)
         return (attended, layer_pair(arguments["cache"], self.layer_idx)) if use_cache else attended
 
-    @staticmethod
-    def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, key_mask: torch.Tensor | None = None, **masks) -> torch.Tensor:
-        """The operator, or torch's own attention for a mask that cannot be told in the operator's numbers: then `key_mask` is all of it."""
-        if key_mask is None or key_mask.dim() == 2:
-            return attention(q, k, v, key_mask=key_mask, **masks)
-        mask = key_mask if key_mask.dtype == torch.bool else key_mask.to(q.dtype)
-        q, k, v = (tensor.transpose(1, 2) for tensor in (q, k, v))
-        return nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True).transpose(1, 2)
-
 
 def package_arguments(
     attention: GroupQueryAttention,
@@ -200,19 +190,20 @@ def package_arguments(
         seen = _added_and_causal(attention_mask, tokens, past + tokens)
     else:
         check_mask(attention_mask)
+    keys = whole = None
     if seen is not None:
-        keys = key_mask(seen, batch, attention.num_heads, tokens)
-    else:
-        keys = None if attention_mask is None else attention_mask != 0
+        keys, whole = split_mask(key_mask(seen, batch, attention.num_heads, tokens))
+    elif attention_mask is not None:
+        keys = attention_mask != 0
     if cos is not None or sin is not None:
         positions = half_tables(cos, sin, tokens, attention.head_dim, past)
     elif attention.from_config:
         if position_ids is None:
-            position_ids = count_positions(keys if keys is not None and keys.dim() == 2 else None, tokens, past, x.device)
+            position_ids = count_positions(keys, tokens, past, x.device)
         positions = attention.rotary_emb.tables(position_ids)
     else:
         raise TypeError("GroupQueryAttention: cos and sin are needed where it was built from sizes")
-    return {"positions": positions, "cache": cache, "key_mask": keys, "query_offset": past}
+    return {"positions": positions, "cache": cache, "key_mask": keys, "attn_mask": whole, "query_offset": past}
 
 
 def layer_pair(cache: LayerCache | Cache, layer_idx: int) -> KeyValue:

@@ -13,6 +13,29 @@ def split_heads(x: torch.Tensor, head_dim: int) -> torch.Tensor:
     return x.view(*x.shape[:-1], x.shape[-1] // head_dim, head_dim)
 
 
+def masked_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, attn_mask: torch.Tensor) -> torch.Tensor:
+    """softmax(q k' * D**-0.5 + attn_mask) v, by torch's attention: for masks that the operator's numbers cannot tell.
+
+    Args:
+        q: [B, T, H, D]; k, v: [B, S, KV, D], of the same dtype.
+        attn_mask: [B or 1, H or 1, T or 1, S]: bool, True where a key is seen, or floats that are added to the scores.
+
+    Returns:
+        [B, T, H, D]; zeros for a query to which every key is False or -inf.
+    """
+    if attn_mask.dtype not in (torch.bool, torch.float32, q.dtype):
+        attn_mask = attn_mask.float()
+    q, k, v = (tensor.transpose(1, 2) for tensor in (q, k, v))
+    return nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask, enable_gqa=q.shape[1] != k.shape[1]).transpose(1, 2)
+
+
+def masked_attention_weights(q: torch.Tensor, k: torch.Tensor, attn_mask: torch.Tensor) -> torch.Tensor:
+    """The probabilities that `masked_attention` weighs v with: [B, H, T, S] float32."""
+    batch, keys, kv_heads, _ = k.shape
+    every = torch.eye(keys, dtype=torch.float32, device=k.device)[None, :, None].expand(batch, -1, kv_heads, -1)  # (B, S, KV, S)
+    return masked_attention(q.float(), k.float(), every, attn_mask).transpose(1, 2)
+
+
 class BidirectionalAttention(nn.Module):
     """Every position sees every other, or all of a context; projections with biases, no positions of its own.
 
@@ -61,8 +84,6 @@ class CausalAttention(nn.Module):
         bias: whether the four projections have biases.
     """
 
-    attend = staticmethod(attention)  # a subclass may take masks that the operator does not
-
     def __init__(self, hidden_size: int, heads: int, kv_heads: int, head_dim: int, layer_idx: int, bias: bool = False):
         super().__init__()
         self.head_dim = head_dim
@@ -80,6 +101,8 @@ class CausalAttention(nn.Module):
         key_mask: torch.Tensor | None = None,
         query_offset: int | torch.Tensor | None = None,
         prefix_length: torch.Tensor | None = None,
+        first_key: torch.Tensor | None = None,
+        attn_mask: torch.Tensor | None = None,
         output_attentions: bool = False,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """
@@ -88,8 +111,10 @@ class CausalAttention(nn.Module):
             positions: rotary tables of the T positions.
             cache: cache that the new keys and values are written to and all S of them read from.
             key_mask: bool [B, S], False where a key is padding.
-            query_offset: position of x's first row among the keys, and
-            prefix_length: keys at the front that every row sees, both as the attention operator takes them.
+            query_offset: position of x's first row among the keys,
+            prefix_length: keys at the front that every row sees, and
+            first_key: where each position's sequence begins, all as the attention operator takes them.
+            attn_mask: in place of all these, and of causality: as `masked_attention` takes it.
             output_attentions: also return the probabilities.
 
         Returns:
@@ -100,6 +125,9 @@ class CausalAttention(nn.Module):
         if cache is not None:  # caches hold [B, heads, S, head_dim]
             k, v = cache.update(k.transpose(1, 2), v.transpose(1, 2), self.layer_idx)
             k, v = k.transpose(1, 2), v.transpose(1, 2)
-        masks = {"causal": True, "query_offset": query_offset, "key_mask": key_mask, "prefix_length": prefix_length}
-        weights = attention_weights(q, k, **masks) if output_attentions else None
-        return self.o_proj(self.attend(q, k, v, **masks).flatten(2)), weights
+        if attn_mask is not None:
+            weights = masked_attention_weights(q, k, attn_mask) if output_attentions else None
+            return self.o_proj(masked_attention(q, k, v, attn_mask).flatten(2)), weights
+        masks = {"query_offset": query_offset, "key_mask": key_mask, "prefix_length": prefix_length, "first_key": first_key}
+        weights = attention_weights(q, k, causal=True, **masks) if output_attentions else None
+        return self.o_proj(attention(q, k, v, causal=True, **masks).flatten(2)), weights

@@ -13,7 +13,9 @@ from mllama.nn.attention import CausalAttention
 from mllama.nn.mlp import GatedMLP
 from mllama.nn.norm import RMSNorm, add_and_norm
 from mllama.nn.rope import RotaryEmbedding
+from mllama.ops._dispatch import FLOAT_DTYPES
 from mllama.text.cache import check_cache, key_length, past_length
+from mllama.text.packing import find_starts
 
 
 class DecoderLayer(GradientCheckpointingLayer):
@@ -99,6 +101,7 @@ class Decoder(nn.Module):
         output_attentions: bool = False,
         output_hidden_states: bool = False,
         prefix_length: torch.Tensor | None = None,
+        first_key: torch.Tensor | None = None,
         cross: object = None,
         past_key_values: Cache | None = None,
     ) -> DecoderOutput:
@@ -106,18 +109,24 @@ class Decoder(nn.Module):
         Args:
             input_ids: int [B, T]; or give
             inputs_embeds: [B, T, hidden].
-            attention_mask: [B, past + T] of any dtype, zero where padded (either side); None sees everything.
-            position_ids: int [B or 1, T]. None counts the unmasked tokens of each row, or past + 0, 1, ... without a mask.
+            attention_mask: [B, past + T] of any dtype, zero where padded (either side); None sees everything. Or [B or 1, heads or 1, T,
+                keys], over all the keys there are (a static cache's unfilled slots too): bool, True where a position sees a key, or
+                floats that are added to the scores. Such a mask is taken as it is, in place of causality and prefix too.
+            position_ids: int [B or 1, T]. None counts the unmasked tokens of each row, or past + 0, 1, ... without a mask of two
+                dimensions. Without mask and cache, a position that is not one more than the one before it begins a sequence that does not
+                see those before it.
             cache: a transformers cache, dynamic or static.
             output_attentions: also return each layer's probabilities [B, heads, T, keys], float32.
             output_hidden_states: also return the embeddings, each further layer's input, and the final norm's output: layers + 1 tensors.
-            prefix_length: int64 [B], positions at a row's front, its padding there included, that every other sees: None is causal.
+            prefix_length: int64 [B], positions at a row's front, its padding there included, that every other sees, or [B, T], that each
+                sees: None is causal.
+            first_key: int64 [B or 1, T], where each position's sequence begins. None is told from position_ids.
             cross: handed to every layer: what cross-attention layers attend to.
             past_key_values: another name of `cache`.
 
         Raises:
             ValueError: both or none of ids and embeddings; a mask or positions of another shape.
-            TypeError: a cache that is no Cache.
+            TypeError: a cache that is no Cache; a mask of four dimensions of another dtype.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
@@ -133,18 +142,29 @@ class Decoder(nn.Module):
         past = past_length(cache)
         keys = key_length(cache, length)
         _check_room(keys, length, past)
-        _check_mask_size(attention_mask, batch, length, past)
+        padding_mask, attn_mask = split_mask(attention_mask)
+        _check_mask_size(padding_mask, batch, length, past)
+        if attn_mask is not None:
+            _check_attn_mask(attn_mask, batch, self.config.num_attention_heads, length, keys)
+            if prefix_length is not None or first_key is not None:
+                raise ValueError(
+                    "prefix_length and first_key must be None beside an attention_mask of 4 dimensions, which says all by itself"
+                )
         if position_ids is None:
-            position_ids = count_positions(attention_mask, length, past, inputs_embeds.device)
+            position_ids = count_positions(padding_mask, length, past, inputs_embeds.device)
         elif not isinstance(position_ids, torch.Tensor):
             raise TypeError(f"position_ids must be a torch.Tensor, got {type(position_ids).__name__}")
         elif position_ids.dim() != 2 or position_ids.shape[0] not in (1, batch) or position_ids.shape[1] != length:
             raise ValueError(f"position_ids must be [{batch} or 1, {length}], got {list(position_ids.shape)}")
+        elif first_key is None and attention_mask is None and cache is None:
+            first_key = find_starts(position_ids)
         context = {
-            "key_mask": _key_mask(attention_mask, keys),
+            "key_mask": _key_mask(padding_mask, keys),
             # None, the operator's cheap way: the last query sees the last key. Not so where a static cache shows unfilled slots.
             "query_offset": None if isinstance(past, int) and keys == past + length else past,
             "prefix_length": prefix_length,
+            "first_key": first_key,
+            "attn_mask": attn_mask,
             "cross": cross,
             "output_attentions": output_attentions,
         }
@@ -167,13 +187,28 @@ class Decoder(nn.Module):
 
 
 def check_mask(attention_mask: torch.Tensor | None) -> None:
-    """Raise TypeError unless it is a tensor or None, ValueError unless it is 2-D."""
+    """Raise TypeError unless it is a tensor or None, of 4 dimensions bool or floating; ValueError unless it is 2-D or 4-D."""
     if attention_mask is None:
         return
     if not isinstance(attention_mask, torch.Tensor):
         raise TypeError(f"attention_mask must be a torch.Tensor or None, got {type(attention_mask).__name__}")
-    if attention_mask.dim() != 2:
-        raise ValueError(f"attention_mask must be [batch, past + new tokens], zero where padded; got {list(attention_mask.shape)}")
+    if attention_mask.dim() not in (2, 4):
+        raise ValueError(
+            "attention_mask must be [batch, past + new tokens], zero where padded, or [batch, 1 or heads, new tokens, keys]; "
+            f"got {list(attention_mask.shape)}"
+        )
+    if attention_mask.dim() == 4 and attention_mask.dtype not in (torch.bool, *FLOAT_DTYPES):
+        raise TypeError(
+            "attention_mask of 4 dimensions must be bool, True where a key is seen, or float32, bfloat16 or float16, added to the scores; "
+            f"got {attention_mask.dtype}"
+        )
+
+
+def split_mask(attention_mask: torch.Tensor | None) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """(the mask if it is [B, past + T] and says what is padding, the mask if it is 4-D and says all), at least one of them None."""
+    if attention_mask is None or attention_mask.dim() == 2:
+        return attention_mask, None
+    return None, attention_mask
 
 
 def check_embeddings(inputs_embeds: torch.Tensor, size: int) -> None:
@@ -200,6 +235,12 @@ def _check_mask_size(mask: torch.Tensor | None, batch: int, length: int, past: i
         return
     if mask.shape[1] != int(past) + length:
         raise ValueError(f"attention_mask must cover {int(past)} cached and {length} new tokens, got {mask.shape[1]} columns")
+
+
+def _check_attn_mask(mask: torch.Tensor, batch: int, heads: int, length: int, keys: int) -> None:
+    shape = mask.shape
+    if shape[0] not in (1, batch) or shape[1] not in (1, heads) or shape[2] not in (1, length) or shape[3] != keys:
+        raise ValueError(f"attention_mask of 4 dimensions must be [{batch}, 1 or {heads}, {length}, {keys}], got {list(shape)}")
 
 
 def count_positions(mask: torch.Tensor | None, length: int, past: int | torch.Tensor, device: torch.device) -> torch.Tensor:
