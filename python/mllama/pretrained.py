@@ -9,6 +9,8 @@ import torch
 from torch.utils.checkpoint import checkpoint
 from transformers import PretrainedConfig
 
+from mllama.built import check_built
+
 
 def own_config(config: PretrainedConfig) -> PretrainedConfig:
     """The config itself, or a copy where a stock model wrote into it how it computes attention: ours has one way, called "eager"."""
@@ -107,6 +109,7 @@ class PretrainedMixin:
             return super().save_pretrained(save_directory, is_main_process, **own, **kwargs)
         if hasattr(self, "peft_config"):
             raise ValueError("a PeftModel has put adapters into this model: save that, or the model after its merge_and_unload()")
+        check_built(self)
         if is_main_process:
             save_model(self, save_directory, state_dict, max_shard_size)
             if push_to_hub:
