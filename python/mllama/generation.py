@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from transformers import GenerationMixin
+from transformers.generation.candidate_generator import PromptLookupCandidateGenerator
 
 from mllama.arguments import check_special
 from mllama.compat import CACHE_NAME, rename_cache
@@ -122,16 +123,16 @@ class MllamaGenerationMixin(GenerationMixin):
         """As GenerationMixin's; what is proposed ends before a picture's placeholder, and before an id that the head has no logits for."""
         generator = super()._get_candidate_generator(generation_config, input_ids, *args, **kwargs)
         propose, stops = generator.get_candidates, self._placeholder_ids(input_ids, kwargs.get("model_kwargs") or {})
+        looks_up = isinstance(generator, PromptLookupCandidateGenerator)
 
         def get_candidates(input_ids: torch.Tensor, *args, **kwargs) -> tuple[torch.Tensor, torch.Tensor | None]:
-            proposed, logits = propose(input_ids, *args, **kwargs)
-            length = input_ids.shape[1]
-            new = proposed[0, length:]
-            bad = (torch.isin(new, stops.to(new.device)) | (new >= self.lm_head.weight.shape[0])).nonzero()
-            if not len(bad):
-                return proposed, logits
-            kept = int(bad[0])
-            return (proposed[:, : length + kept], None if logits is None else logits[:, :kept]) if kept else (input_ids, None)
+            no_text = torch.isin(input_ids, stops) | (input_ids >= self.lm_head.weight.shape[0])
+            # A lookup takes what it proposes for a column of logits.
+            proposed, logits = propose(input_ids.masked_fill(no_text, 0) if looks_up else input_ids, *args, **kwargs)
+            new = proposed[:, input_ids.shape[1] :].to(input_ids.device)
+            bad = (torch.isin(new, stops) | (new >= self.lm_head.weight.shape[0]))[0].nonzero().flatten().tolist()
+            kept = bad[0] if bad else new.shape[1]
+            return torch.cat([input_ids, new[:, :kept]], 1), logits[:, :kept] if kept and logits is not None else None
 
         generator.get_candidates = get_candidates
         return generator

@@ -111,13 +111,13 @@ class MllamaForConditionalGeneration(OlderModel):
         if self.find_placeholders(input_ids, mask, pictures, per_picture).any():
             return super()._placeholders(input_ids, attention_mask, pictures, filled, per_picture)
         per_picture = per_picture or self.plan.image_tokens
+        if per_picture != self.plan.image_tokens:
+            raise ValueError(f"input_ids hold no runs of {per_picture} placeholders, as many as each of {pictures} pictures has features")
         if strays := [str(token) for token in input_ids[self._no_text(input_ids)].unique().tolist()]:
             raise ValueError(
                 f"input_ids hold {listing(strays)}, which no text has, but not in runs of {per_picture} for each of {pictures} pictures: "
                 f"expand each <image> with the processor, MllamaImageProcessor(tokenizer, {per_picture}, image_size)"
             )
-        if per_picture != self.plan.image_tokens:
-            raise ValueError(f"input_ids hold no runs of {per_picture} placeholders, as many as each of {pictures} pictures has features")
         warnings.warn(
             f"pixel_values are not looked at: no id of input_ids stands in runs of {per_picture}, as the processor "
             "(MllamaImageProcessor) puts <image>",
