@@ -57,6 +57,16 @@ _VISION_FIELDS = (
     "layer_norm_eps",
     "attention_dropout",
 )
+# What is read when a model is called, and what says nothing about it.
+_LIVE_FIELDS = {"use_cache", "pad_token_id", "bos_token_id", "eos_token_id", "max_position_embeddings", "initializer_range"}
+_OWN_TEXT_FIELDS = ("norm_offset", "embedding_scale", "extra_embeddings", "cross_attention_layers", "num_image_tokens", "dropout")
+_TILED_FIELDS = ("num_global_layers", "attention_heads", "norm_eps", "max_num_tiles", "vision_output_dim", "intermediate_layers_indices")
+_JOINING_FIELDS = ("projector", "projection_dim", "projector_hidden_act", "multimodal_projector_bias", "vision_feature", "fusion")
+BUILT_FROM = frozenset(
+    {*_TEXT_FIELDS, *_VISION_FIELDS, *_OWN_TEXT_FIELDS, *_TILED_FIELDS, *_JOINING_FIELDS}
+    | {"supported_aspect_ratios", "vision_use_head", "image_pooling", "cross_attention_every", "use_bidirectional_attention"}
+) - (_LIVE_FIELDS | {"tie_word_embeddings"})
+"""Fields of configs and their parts that a model is built from: set afterwards they change nothing in it."""
 TILES_MAX = 64  # of a picture; released models have 4
 
 
@@ -71,6 +81,7 @@ class Composition:
         features: which of the tower's states are read, as places in (embeddings, each layer's output ...); several are laid side by side.
             None is the output after the final norm.
         skip_first: leave out the first feature of a picture: CLIP's class token.
+        selects_features: a call may choose other states and keep or leave the first feature (`select_features`).
         projector: "mlp" or "linear". Of it:
         projector_sizes: width of the features, between the layers of an "mlp", and of the decoder.
         projector_act: between the layers of an "mlp".
@@ -88,6 +99,7 @@ class Composition:
     vision: Any = None  # of one of several classes
     features: tuple[int, ...] | None = None
     skip_first: bool = False
+    selects_features: bool = False
     projector: str | None = None
     projector_sizes: tuple[int, int, int] = (0, 0, 0)
     projector_act: str = "gelu"
@@ -189,15 +201,8 @@ def _llava(config: PretrainedConfig) -> Composition:
     kind = config.vision_config.model_type
     check_choice("vision_config", "model_type", kind, tuple(towers))
     vision, text = siglip_vision(config.vision_config), _text(config.text_config, "llama")
-    given = config.vision_feature_layer
-    layers = [given] if isinstance(given, int) else given
-    states = vision.num_hidden_layers + 1
-    if not layers or any(isinstance(layer, bool) or not -states <= layer < states for layer in layers):
-        raise ValueError(f"vision_feature_layer must name states of -{states} to {states - 1}, got {given!r}")
-    strategy = config.vision_feature_select_strategy
-    check_choice("config", "vision_feature_select_strategy", strategy, ("default", "full"))
+    layers, skip = select_features(config, vision.num_hidden_layers + 1)
     check_choice("config", "projector_hidden_act", config.projector_hidden_act, tuple(ACT2FN))
-    skip = strategy == "default"
     tokens = (vision.image_size // vision.patch_size) ** 2 + (kind == "clip_vision_model") - skip
     if tokens < 1:
         raise ValueError("vision_feature_select_strategy 'default' leaves none of a tower's one feature")
@@ -205,8 +210,9 @@ def _llava(config: PretrainedConfig) -> Composition:
         text=text,
         tower=towers[kind],
         vision=vision,
-        features=tuple(layer % states for layer in layers),
+        features=layers,
         skip_first=skip,
+        selects_features=True,
         projector="mlp",
         projector_sizes=(vision.hidden_size * len(layers), text.hidden_size, text.hidden_size),
         projector_act=config.projector_hidden_act,
@@ -214,6 +220,29 @@ def _llava(config: PretrainedConfig) -> Composition:
         fusion="merge",
         image_tokens=tokens,
     )
+
+
+def select_features(
+    config: PretrainedConfig, states: int, layer: int | list[int] | None = None, strategy: str | None = None
+) -> tuple[tuple[int, ...], bool]:
+    """Which of a tower's states a LLaVA reads, and whether without the first feature.
+
+    Args:
+        config: says what is not given.
+        states: how many there are: the embeddings and every layer's output.
+        layer: `vision_feature_layer`.
+        strategy: `vision_feature_select_strategy`.
+
+    Raises:
+        ValueError: a layer that is none, or another strategy.
+    """
+    layer = config.vision_feature_layer if layer is None else layer
+    layers = list(layer) if isinstance(layer, (list, tuple)) else [layer]
+    if not layers or any(isinstance(one, bool) or not isinstance(one, int) or not -states <= one < states for one in layers):
+        raise ValueError(f"vision_feature_layer must name states of -{states} to {states - 1}, got {layer!r}")
+    strategy = config.vision_feature_select_strategy if strategy is None else strategy
+    check_choice("model", "vision_feature_select_strategy", strategy, ("default", "full"))
+    return tuple(one % states for one in layers), strategy == "default"
 
 
 def _paligemma(config: PretrainedConfig) -> Composition:

@@ -6,11 +6,16 @@ from typing import Any, Literal, overload
 import torch
 from transformers import GenerationMixin
 from transformers.generation.utils import GenerateOutput
+from transformers.generation.candidate_generator import PromptLookupCandidateGenerator
 
+from mllama.arguments import check_special
 from mllama.compat import CACHE_NAME, rename_cache
 from mllama.fusion.prepend import held_before_text, pictures_per_row
+from mllama.inputs import one_of_images
 from mllama.text.cache import check_cache
 from mllama.text.prefix import count_prefix
+
+_READING = ("vision_feature_layer", "vision_feature_select_strategy", "interpolate_pos_encoding")
 
 
 class MllamaGenerationMixin(GenerationMixin):
@@ -29,7 +34,15 @@ class MllamaGenerationMixin(GenerationMixin):
         mask = kwargs.get("attention_mask")
         if isinstance(mask, torch.Tensor) and mask.dim() != 2:
             raise ValueError(f"attention_mask of generate must be [batch, tokens], zero where padded; got {list(mask.shape)}")
-        return super().generate(*args, **rename_cache(kwargs))
+        kwargs = rename_cache(kwargs)
+        if (encoded := kwargs.pop("mm_encoder_outputs", None)) is not None:  # as features, which follow their rows
+            check_special(self.plan, self.config.model_type, mm_encoder_outputs=encoded)
+            kwargs["image_features"] = one_of_images(kwargs.get("pixel_values"), kwargs.get("image_features"), encoded, None)
+        return super().generate(*args, **kwargs)
+
+    def _supports_mm_encoder_outputs(self) -> bool:
+        """False: GenerationMixin need not encode pictures before the first step, which does."""
+        return False
 
     @staticmethod
     def create_masks_for_generate(attention_mask: torch.Tensor | None = None, **kwargs) -> torch.Tensor | None:
@@ -55,7 +68,10 @@ class MllamaGenerationMixin(GenerationMixin):
 
     def _prefill(self, input_ids, generation_config, model_kwargs, is_first_iteration=True):
         """As GenerationMixin's, which refuses to cut a prompt with pixels into chunks; one with features is not cut either, nor one whose
-        first words see its last, nor one that visual tokens may stand before."""
+        first words see its last, nor one that visual tokens may stand before. Without a cache, later steps are told where the prompt
+        ended: a placeholder's id that the model says is text."""
+        if self.plan.fusion is not None and not model_kwargs.get("use_cache", True) and model_kwargs.get("inputs_embeds") is None:
+            model_kwargs.setdefault("prompt_length", input_ids.shape[1])
         if generation_config.prefill_chunk_size is not None:
             if model_kwargs.get("image_features") is not None and input_ids.shape[1] > generation_config.prefill_chunk_size:
                 raise ValueError("prefill_chunk_size must be None for a prompt with pictures: it is read whole")
@@ -89,15 +105,20 @@ class MllamaGenerationMixin(GenerationMixin):
         pixel_values, features = model_kwargs.pop("pixel_values", None), model_kwargs.pop("image_features", None)
         if expand_size > 1 and features is None and pixel_values is not None:
             aspects = {name: model_kwargs[name] for name in ("aspect_ratio_ids", "aspect_ratio_mask") if name in model_kwargs}
-            features, pixel_values = self.get_image_features(pixel_values, **aspects), None
+            how = {name: model_kwargs.pop(name) for name in _READING if name in model_kwargs}
+            features, pixel_values = self.get_image_features(pixel_values, **aspects, **how), None
         if expand_size > 1 and features is not None:
             placeholders = None
             if self.plan.fusion != "cross_attention":
-                placeholders = self._placeholders(input_ids, model_kwargs.get("attention_mask"), len(features))
+                places = input_ids
+                if (embeds := model_kwargs.get("inputs_embeds")) is not None:
+                    places = self._ids_of(embeds)
+                placeholders = self._placeholders(places, model_kwargs.get("attention_mask"), len(features), per_picture=features.shape[1])
             if placeholders is not None:  # pictures in row order, several to a row or none
                 per_row = (placeholders.sum(1) // features.shape[1]).tolist()
             else:
-                per_row = [pictures_per_row(len(features), len(input_ids))] * len(input_ids)
+                rows = len(input_ids if model_kwargs.get("inputs_embeds") is None else model_kwargs["inputs_embeds"])
+                per_row = [pictures_per_row(len(features), rows)] * rows
             features = torch.cat([rows.repeat(expand_size, 1, 1) for rows in features.split(per_row)])
         input_ids, model_kwargs = super()._expand_inputs_for_generation(expand_size, is_encoder_decoder, input_ids, **model_kwargs)
         return input_ids, model_kwargs | {"pixel_values": pixel_values, "image_features": features}
@@ -108,6 +129,32 @@ class MllamaGenerationMixin(GenerationMixin):
             rows = batch_size * max(generation_config.num_beams, generation_config.num_return_sequences)
             max_cache_length += -(-_count_pictures(model_kwargs) // rows) * self.plan.image_tokens
         return super()._prepare_cache_for_generation(generation_config, model_kwargs, generation_mode, batch_size, max_cache_length)
+
+    @functools.wraps(GenerationMixin._get_candidate_generator)
+    def _get_candidate_generator(self, generation_config, input_ids, *args, **kwargs):
+        """As GenerationMixin's; what is proposed ends before a picture's placeholder, and before an id that the head has no logits for."""
+        generator = super()._get_candidate_generator(generation_config, input_ids, *args, **kwargs)
+        propose, stops = generator.get_candidates, self._placeholder_ids(input_ids, kwargs.get("model_kwargs") or {})
+        looks_up = isinstance(generator, PromptLookupCandidateGenerator)
+
+        def get_candidates(input_ids: torch.Tensor, *args, **kwargs) -> tuple[torch.Tensor, torch.Tensor | None]:
+            no_text = torch.isin(input_ids, stops) | (input_ids >= self.lm_head.weight.shape[0])
+            # A lookup takes what it proposes for a column of logits.
+            proposed, logits = propose(input_ids.masked_fill(no_text, 0) if looks_up else input_ids, *args, **kwargs)
+            new = proposed[:, input_ids.shape[1] :].to(input_ids.device)
+            bad = (torch.isin(new, stops) | (new >= self.lm_head.weight.shape[0]))[0].nonzero().flatten().tolist()
+            kept = bad[0] if bad else new.shape[1]
+            return torch.cat([input_ids, new[:, :kept]], 1), logits[:, :kept] if kept and logits is not None else None
+
+        generator.get_candidates = get_candidates
+        return generator
+
+    def _placeholder_ids(self, input_ids: torch.Tensor, model_kwargs: dict[str, Any]) -> torch.Tensor:
+        """The ids that stand for pictures in a prompt."""
+        if (token := getattr(self.config, "image_token_index", None)) is not None:
+            return torch.tensor([token], device=input_ids.device)
+        pictures, mask = _count_pictures(model_kwargs), model_kwargs.get("attention_mask")
+        return input_ids[self.find_placeholders(input_ids, mask, pictures)].unique()
 
     @functools.wraps(GenerationMixin._assisted_decoding)
     def _assisted_decoding(self, input_ids, *args, **kwargs):

@@ -1,6 +1,7 @@
 """What `forward` is given: checks of ids, and what a mask over pictures comes down to."""
 
 import torch
+from transformers.modeling_outputs import ModelOutput
 
 
 def rows_of_mask(mask: torch.Tensor | None, shape: torch.Size, past: int | torch.Tensor) -> torch.Tensor | None:
@@ -42,3 +43,60 @@ def check_range(input_ids: torch.Tensor, vocabulary: int) -> None:
     low, high = (int(bound) for bound in input_ids.aminmax())
     if low < 0 or high >= vocabulary:
         raise IndexError(f"input_ids must lie within the vocabulary (0 to {vocabulary - 1}), got {low} to {high}")
+
+
+def one_of_images(
+    pixel_values: torch.Tensor | None,
+    image_features: torch.Tensor | None,
+    mm_encoder_outputs: dict[str, ModelOutput] | None,
+    cross_attention_states: torch.Tensor | None,
+) -> torch.Tensor | None:
+    """The features among arguments that all give images, of which one may be given; None where it is pixels or nothing.
+
+    Raises:
+        ValueError: several are given; mm_encoder_outputs holds another kind than images, or images without features of one shape.
+        TypeError: mm_encoder_outputs is no dict of model outputs.
+    """
+    encoded = None if mm_encoder_outputs is None else encoded_images(mm_encoder_outputs)
+    given = {
+        "pixel_values": pixel_values,
+        "image_features": image_features,
+        "mm_encoder_outputs": encoded,
+        "cross_attention_states": cross_attention_states,
+    }
+    names = [name for name, value in given.items() if value is not None]
+    if len(names) > 1:
+        raise ValueError(f"{' and '.join(names)} each give images: give one, not both")
+    return image_features if encoded is None else encoded
+
+
+def encoded_images(mm_encoder_outputs: dict[str, ModelOutput]) -> torch.Tensor | None:
+    """The features [pictures, patches, hidden] in what transformers' `get_image_features` gave, by the name "image"."""
+    if not isinstance(mm_encoder_outputs, dict):
+        raise TypeError(f"mm_encoder_outputs must be a dict, got {type(mm_encoder_outputs).__name__}")
+    if unknown := mm_encoder_outputs.keys() - {"image"}:
+        raise ValueError(f'mm_encoder_outputs must have "image" alone, got {sorted(unknown)}')
+    if (output := mm_encoder_outputs.get("image")) is None:
+        return None
+    features = getattr(output, "pooler_output", None)
+    if isinstance(features, (list, tuple)) and len({one.shape for one in features}) == 1:
+        features = torch.stack(list(features))
+    if not isinstance(features, torch.Tensor):
+        raise ValueError('mm_encoder_outputs["image"].pooler_output must be features of one shape, a tensor or a list')
+    return features
+
+
+def by_rows(cross_attention_states: torch.Tensor, rows: int) -> torch.Tensor:
+    """[..., hidden] -> [rows, pictures * tiles * tokens, hidden].
+
+    Raises:
+        TypeError: no floating tensor.
+        ValueError: they cannot be shared out to the rows.
+    """
+    if not isinstance(cross_attention_states, torch.Tensor) or not cross_attention_states.is_floating_point():
+        kind = getattr(cross_attention_states, "dtype", type(cross_attention_states).__name__)
+        raise TypeError(f"cross_attention_states must be a floating torch.Tensor, got {kind}")
+    shape = cross_attention_states.shape
+    if not shape or cross_attention_states[..., 0].numel() % rows:
+        raise ValueError(f"cross_attention_states must have as many features for each of {rows} rows, got {list(shape)}")
+    return cross_attention_states.reshape(rows, -1, shape[-1])

@@ -6,16 +6,19 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import AutoModelForImageTextToText, Cache, DynamicCache, PretrainedConfig, PreTrainedModel
+from transformers.modeling_outputs import ModelOutput
 from transformers.modeling_utils import slice_logits_to_keep
 
+from mllama.arguments import check_keywords, check_special
+from mllama.built import check_built, remember_config
 from mllama.compat import CacheOutput, one_cache
-from mllama.config import MllamaConfig, check_reference
+from mllama.config import MllamaConfig, check_reference, check_size
 from mllama.families import Composition, compose
 from mllama.fusion.cross_attention import CrossAttentionDecoderLayer
 from mllama.fusion.prepend import check_texts_own, held_before_text, hold_before_text, lengthen, shift_positions
 from mllama.fusion.projector import AveragePooling, LearnedPooling, LinearProjector, MultiModalProjector
 from mllama.generation import MllamaGenerationMixin
-from mllama.inputs import check_ids
+from mllama.inputs import by_rows, check_ids, one_of_images
 from mllama.loss import next_token_loss
 from mllama.nn.norm import RMSNorm
 from mllama.pictures import PicturesMixin
@@ -79,7 +82,7 @@ class MllamaForConditionalGeneration(PretrainedMixin, MllamaGenerationMixin, Pic
     _tied_weights_keys = {"lm_head.weight": "language_model.embed_tokens.weight"}
 
     def __init__(self, config: PretrainedConfig, reference: str = "meta"):
-        plan = compose(config)
+        plan = self.make_plan(config)
         super().__init__(own_config(config))
         self.plan = plan
         self.reference = reference
@@ -94,6 +97,9 @@ class MllamaForConditionalGeneration(PretrainedMixin, MllamaGenerationMixin, Pic
         if text.extra_embeddings:  # the head cannot be the embedding matrix, which has more rows
             self._tied_weights_keys = None  # type: ignore[assignment]
         self.post_init()
+        remember_config(self)
+
+    make_plan = staticmethod(compose)  # a subclass may read further fields
 
     @property
     def reference(self) -> str:
@@ -117,6 +123,39 @@ class MllamaForConditionalGeneration(PretrainedMixin, MllamaGenerationMixin, Pic
     def set_input_embeddings(self, value: nn.Embedding) -> None:  # type: ignore[override]
         """Put another embedding matrix in place."""
         self.language_model.embed_tokens = value
+
+    def resize_token_embeddings(
+        self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, mean_resizing: bool = True
+    ) -> nn.Embedding:
+        """As transformers': the vocabulary gets `new_num_tokens`. An embedding matrix with rows beyond it (Llama-3.2-Vision: 8, the
+        placeholder's among them) has as many beyond the new one, and every row that was there stays at its id.
+
+        Raises:
+            ValueError: a size that cannot be, or that leaves out the placeholder's row.
+        """
+        if new_num_tokens is None and pad_to_multiple_of is None:
+            return self.get_input_embeddings()
+        rows = self.plan.text.vocab_size if new_num_tokens is None else new_num_tokens
+        check_size("resize_token_embeddings", "new_num_tokens", rows)
+        if pad_to_multiple_of is not None:
+            check_size("resize_token_embeddings", "pad_to_multiple_of", pad_to_multiple_of)
+            rows += -rows % pad_to_multiple_of
+        extra, token = self.plan.text.extra_embeddings, getattr(self.config, "image_token_index", None)
+        if extra and token is not None and rows + extra <= token:
+            raise ValueError(
+                f"new_num_tokens must be at least {token + 1 - extra}, for the placeholder {token} to keep its row; got {rows}"
+            )
+        super().resize_token_embeddings(rows, None, mean_resizing)
+        self.config.get_text_config().vocab_size = self.vocab_size = rows
+        self.plan = self.make_plan(self.config)
+        self.language_model.config = self.plan.text
+        remember_config(self)
+        return self.get_input_embeddings()
+
+    def _get_resized_embeddings(self, old_embeddings, new_num_tokens=None, pad_to_multiple_of=None, mean_resizing=True) -> nn.Embedding:
+        """As transformers', with the rows beyond the vocabulary."""
+        rows = new_num_tokens + self.plan.text.extra_embeddings
+        return super()._get_resized_embeddings(old_embeddings, rows, pad_to_multiple_of, mean_resizing)
 
     def forward(
         self,
@@ -144,6 +183,12 @@ class MllamaForConditionalGeneration(PretrainedMixin, MllamaGenerationMixin, Pic
         max_length_q: int | None = None,
         max_length_k: int | None = None,
         seq_idx: torch.Tensor | None = None,
+        vision_feature_layer: int | list[int] | None = None,
+        vision_feature_select_strategy: str | None = None,
+        interpolate_pos_encoding: bool | None = None,
+        mm_encoder_outputs: dict[str, ModelOutput] | None = None,
+        cross_attention_states: torch.Tensor | None = None,
+        prompt_length: int | None = None,
         **kwargs: Any,
     ) -> MllamaOutput | tuple:
         """
@@ -164,7 +209,8 @@ class MllamaForConditionalGeneration(PretrainedMixin, MllamaGenerationMixin, Pic
                 `ignore_index`), placeholder and padding positions are not trained. Of several sequences in one row the last position of
                 one is scored against the first label of the next, as in transformers, unless that is -100, as
                 DataCollatorWithFlattening writes it.
-            inputs_embeds: [B, T, hidden] in place of input_ids; pictures must be merged already.
+            inputs_embeds: [B, T, hidden] in place of input_ids. Where pictures are merged, the placeholders are the positions that equal
+                the embedding of `config.image_token_index`.
             cache: a transformers cache, dynamic or static, that keeps all tokens; not while activations are checkpointed.
             position_ids: int [B or 1, T]. None counts the unmasked tokens of each row. Without mask and cache, as in transformers, a
                 position that is not one more than the one before it begins another sequence of a packed row: each is as if alone. Of packed
@@ -191,22 +237,51 @@ class MllamaForConditionalGeneration(PretrainedMixin, MllamaGenerationMixin, Pic
             cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k, seq_idx: packed rows, as DataCollatorWithFlattening describes them:
                 int [sequences + 1], where each begins in the rows laid end to end; the longest one's length; int [B or 1, T], which of them
                 each token belongs to. They must agree with each other and with position_ids, which None makes of them.
+            vision_feature_layer, vision_feature_select_strategy: of LLaVA, which states of the tower are read, and whether without the
+                first feature ("default") or with it ("full"), in place of what the config says.
+            interpolate_pos_encoding: take pixel_values of any size, [pictures, channels, height, width], with positions between the
+                learned ones; a picture has as many placeholders as patches. Of SigLIP and CLIP towers.
+            mm_encoder_outputs: {"image": what transformers' `get_image_features` gave}, whose `pooler_output` are image_features.
+            cross_attention_states: image_features under the name, and in any shape [..., hidden], that transformers' Llama-3.2-Vision
+                takes.
+            prompt_length: ids from here on are text, whatever they are: what `generate` has added.
             kwargs: `num_items_in_batch`, the labels of the whole (accumulated) batch, makes the loss their sum divided by it instead of
-                their mean. Anything else is passed over, as in transformers.
+                their mean. Names that mean nothing in these models (`mllama.arguments` lists them) are passed over.
 
         Raises:
-            ValueError: shapes that do not fit, placeholders that are not as many as features, labels out of range.
-            TypeError: tensors of a wrong kind.
+            ValueError: shapes that do not fit, placeholders that are not as many as features, labels out of range; an argument of another
+                family; a config that was changed in what the model is built from.
+            TypeError: tensors of a wrong kind; an argument that is not known.
             IndexError: an id outside the vocabulary.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
+        check_keywords(type(self).__name__, MllamaForConditionalGeneration.forward, kwargs)
+        check_built(self)
+        check_special(
+            self.plan,
+            self.config.model_type,
+            aspect_ratio_ids=aspect_ratio_ids,
+            aspect_ratio_mask=aspect_ratio_mask,
+            cross_attention_mask=cross_attention_mask,
+            cross_attention_states=cross_attention_states,
+            prefix_length=prefix_length,
+            mm_encoder_outputs=mm_encoder_outputs,
+        )
+        reading = self._reading(vision_feature_layer, vision_feature_select_strategy, interpolate_pos_encoding)
+        image_features = one_of_images(pixel_values, image_features, mm_encoder_outputs, cross_attention_states)
+        if cross_attention_states is not None:
+            rows = len(input_ids if inputs_embeds is None else inputs_embeds)
+            image_features = by_rows(cross_attention_states, rows)
         cache = one_cache(cache, past_key_values)
         check_cache(cache)
         check_mask(attention_mask)
         config = self.config
-        output_attentions = bool(config.output_attentions if output_attentions is None else output_attentions)
-        output_hidden_states = bool(config.output_hidden_states if output_hidden_states is None else output_hidden_states)
+        text = getattr(config, "text_config", config)  # where transformers reads these; set on the whole they count too
+        if output_attentions is None:
+            output_attentions = config.output_attentions or text.output_attentions
+        if output_hidden_states is None:
+            output_hidden_states = config.output_hidden_states or text.output_hidden_states
         if input_ids is not None:
             check_ids(input_ids)
         else:
@@ -224,7 +299,7 @@ class MllamaForConditionalGeneration(PretrainedMixin, MllamaGenerationMixin, Pic
         }
         if use_cache is None:
             packed = attention_mask is None and (go_back(position_ids) or any(value is not None for value in packing.values()))
-            use_cache = self.plan.text.use_cache and not self.training and not packed
+            use_cache = not self.training and not packed and text.use_cache and getattr(config, "use_cache", True)
         unpacking = {"attention_mask": attention_mask is not None, "cache": cache is not None, "use_cache": bool(use_cache)}
         obstacle = next((name for name, given in unpacking.items() if given), None)
         position_ids, first_key = find_sequences((rows, length), position_ids, obstacle, **packing)
@@ -235,8 +310,6 @@ class MllamaForConditionalGeneration(PretrainedMixin, MllamaGenerationMixin, Pic
         past = 0 if cache is None else int(cache.get_seq_length())
         filled = past > 0
 
-        if pixel_values is not None and image_features is not None:
-            raise ValueError("give pixel_values or image_features, not both")
         if (pixel_values is not None or image_features is not None) and self.plan.tower is None:
             raise ValueError(f"pixel_values and image_features are for models with a tower; this {config.model_type} takes text alone")
         if self.plan.fusion == "cross_attention":
@@ -254,7 +327,9 @@ class MllamaForConditionalGeneration(PretrainedMixin, MllamaGenerationMixin, Pic
                 _check_cross_mask_of_packed(cross_attention_mask, length)
         else:
             held = held_before_text(cache) if filled else 0
-            seen = self._merge(input_ids, inputs_embeds, padding_mask, pixel_values, image_features, filled, held, output_attentions)
+            pictures = (pixel_values, image_features, reading)
+            told = None if prompt_length is None else max(prompt_length - past, 0)
+            seen = self._merge(input_ids, inputs_embeds, padding_mask, pictures, filled, held, output_attentions, told)
             if self.plan.fusion == "prepend" and cache is not None and not filled:
                 hold_before_text(cache, seen.before_text)
             if visual := held + seen.before_text:

@@ -1,15 +1,21 @@
 """How pictures reach the decoder: encoded, and written into its embeddings or handed to its cross-attention layers."""
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
+from torch.nn.functional import pad
 from transformers import Cache
 
+from mllama.arguments import check_special
+from mllama.built import check_built
+from mllama.families import select_features
 from mllama.fusion.cross_attention import CrossAttentionContext, cross_context
 from mllama.fusion.merge import find_placeholder, merge
 from mllama.fusion.prepend import share_out
 from mllama.inputs import check_range, check_tile_features, rows_of_mask
 from mllama.text.cache import past_length, place_cross_layers
+from mllama.text.decoder import check_embeddings
 
 
 @dataclass
@@ -25,6 +31,22 @@ class Seen:
     before_text: int = 0
 
 
+class Reading(NamedTuple):
+    """How one call reads pictures.
+
+    Attributes:
+        features: which of the tower's states, as `Composition.features`.
+        skip_first: leave out the first feature of each.
+        interpolate: pixels may be of any size.
+        told: the call itself said one of these.
+    """
+
+    features: tuple[int, ...] | None
+    skip_first: bool
+    interpolate: bool
+    told: bool
+
+
 class PicturesMixin:
     """The part of a model between `forward`'s arguments and its decoder; `plan` says what there is."""
 
@@ -33,6 +55,9 @@ class PicturesMixin:
         pixel_values: torch.Tensor,
         aspect_ratio_ids: torch.Tensor | None = None,
         aspect_ratio_mask: torch.Tensor | None = None,
+        vision_feature_layer: int | list[int] | None = None,
+        vision_feature_select_strategy: str | None = None,
+        interpolate_pos_encoding: bool | None = None,
     ) -> torch.Tensor:
         """Encode and project pictures. Arguments as `forward` has them.
 
@@ -45,12 +70,33 @@ class PicturesMixin:
         """
         if self.plan.tower is None:
             raise ValueError(f"this {self.config.model_type} model takes text alone: it has no tower")
+        check_built(self)
+        kind = self.config.model_type
+        check_special(self.plan, kind, aspect_ratio_ids=aspect_ratio_ids, aspect_ratio_mask=aspect_ratio_mask)
+        reading = self._reading(vision_feature_layer, vision_feature_select_strategy, interpolate_pos_encoding)
         if self.plan.tower == "tiled":
             return self._encode_tiles(pixel_values, aspect_ratio_ids, aspect_ratio_mask)[0]
-        return self._encode(pixel_values)[0]
+        return self._encode(pixel_values, reading)[0]
 
-    def _encode(self, pixel_values: torch.Tensor, output_attentions: bool = False) -> tuple[torch.Tensor, tuple | None]:
-        read = self.plan.features
+    def _reading(self, layer: int | list[int] | None, strategy: str | None, interpolate: bool | None) -> Reading:
+        """How pictures are read: as the call says, else as the config does.
+
+        Raises:
+            ValueError: an argument of another family; layers that are none, or that the projector is too wide or too narrow for.
+        """
+        plan = self.plan
+        given = {"vision_feature_layer": layer, "vision_feature_select_strategy": strategy, "interpolate_pos_encoding": interpolate}
+        check_special(plan, self.config.model_type, **given)
+        features, skip = plan.features, plan.skip_first
+        if layer is not None or strategy is not None:
+            features, skip = select_features(self.config, plan.vision.num_hidden_layers + 1, layer, strategy)
+        if features is not None and len(features) * plan.vision.hidden_size != plan.projector_sizes[0]:
+            wanted = plan.projector_sizes[0] // plan.vision.hidden_size
+            raise ValueError(f"vision_feature_layer must name {wanted} states, as many as the projector is wide for; got {layer!r}")
+        return Reading(features, skip, bool(interpolate), told=bool(layer is not None or strategy is not None or interpolate))
+
+    def _encode(self, pixel_values: torch.Tensor, reading: Reading, output_attentions: bool = False) -> tuple[torch.Tensor, tuple | None]:
+        read = reading.features
         several = read is not None and len(read) > 1
         encoded = self.vision_tower(
             pixel_values,
@@ -58,9 +104,10 @@ class PicturesMixin:
             output_attentions=output_attentions,
             final_norm=read is None,
             depth=None if read is None else max(read),
+            interpolate_pos_encoding=reading.interpolate,
         )
         features = torch.cat([encoded.hidden_states[state] for state in read], -1) if several else encoded.last_hidden_state
-        if self.plan.skip_first:
+        if reading.skip_first:
             features = features[:, 1:]
         if self.plan.pooling is not None:
             features = self.image_pooling(features)
@@ -78,7 +125,9 @@ class PicturesMixin:
         )
         return self.multi_modal_projector(encoded.last_hidden_state).flatten(1, 3), encoded.attentions
 
-    def find_placeholders(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None, pictures: int = 0) -> torch.Tensor:
+    def find_placeholders(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None, pictures: int = 0, per_picture: int | None = None
+    ) -> torch.Tensor:
         """Where picture placeholders stand: bool [B, T].
 
         With `config.image_token_index` these are the positions that hold it. Without, where pictures are merged, the id is told by
@@ -88,6 +137,7 @@ class PicturesMixin:
             input_ids: int [B, T].
             attention_mask: [B, T], zero where padded, or None.
             pictures: how many pictures the batch has.
+            per_picture: placeholders of each; by default the features of a picture of the config's size.
 
         Raises:
             ValueError: the id is not set, and more than one could be it.
@@ -98,7 +148,7 @@ class PicturesMixin:
         if token is not None:
             return input_ids == token
         if pictures and self.plan.fusion == "merge":
-            token = find_placeholder(input_ids, attention_mask, self.plan.image_tokens, pictures)
+            token = find_placeholder(input_ids, attention_mask, per_picture or self.plan.image_tokens, pictures)
         if token is None:
             return torch.zeros_like(input_ids, dtype=torch.bool)
         return input_ids == token if attention_mask is None else (input_ids == token) & (attention_mask != 0)
@@ -108,27 +158,38 @@ class PicturesMixin:
         input_ids: torch.Tensor | None,
         inputs_embeds: torch.Tensor | None,
         attention_mask: torch.Tensor | None,
-        pixel_values: torch.Tensor | None,
-        image_features: torch.Tensor | None,
+        given: tuple[torch.Tensor | None, torch.Tensor | None, Reading],
         filled: bool,
         held: int,
         output_attentions: bool,
+        told: int | None,
     ) -> Seen:
-        """Embeddings with picture features in the placeholders' places, or before a text that has none."""
+        """Embeddings with picture features in the placeholders' places, or before a text that has none.
+
+        `given` are pixels or features and how to read them; ids after the first `told` are text.
+        """
+        pixel_values, image_features, reading = given
+        pictures, per_picture = self._count_pictures(pixel_values, image_features, reading)
         if input_ids is None:
-            if pixel_values is not None or image_features is not None:
-                raise ValueError("pictures need input_ids, whose placeholders tell where they stand; inputs_embeds must hold them already")
-            return Seen(inputs_embeds)
-        pictures = self._count_pictures(pixel_values, image_features)
+            if not pictures:
+                return Seen(inputs_embeds)
+            input_ids = self._ids_of(inputs_embeds)
         placeholders = attentions = None
         if self.plan.fusion is not None and (pictures or not filled):
-            placeholders = self._placeholders(input_ids, attention_mask, pictures, filled)
+            mask = None if attention_mask is None else attention_mask[:, -input_ids.shape[1] :]
+            if told is not None and told < input_ids.shape[1]:
+                mask = None if mask is None else mask[:, :told]
+                placeholders = self._placeholders(input_ids[:, :told], mask, pictures, filled, per_picture)
+                placeholders = placeholders if placeholders is None else pad(placeholders, (0, input_ids.shape[1] - told))
+            else:
+                placeholders = self._placeholders(input_ids, mask, pictures, filled, per_picture)
         if placeholders is None and (filled or self.plan.fusion != "prepend"):
             self._check_held(held, pictures, input_ids.shape[0])
             pixel_values = image_features = None
         elif pixel_values is not None:
-            image_features, attentions = self._encode(pixel_values, output_attentions)
-        inputs_embeds = self._embed(input_ids, placeholders)
+            image_features, attentions = self._encode(pixel_values, reading, output_attentions)
+        if inputs_embeds is None:
+            inputs_embeds = self._embed(input_ids, placeholders)
         if image_features is None:
             return Seen(inputs_embeds, placeholders)
         if placeholders is not None:
@@ -171,9 +232,10 @@ class PicturesMixin:
             states = image_features
         else:
             tokens, filled = self.plan.image_tokens, None
-            self._count_pictures(pixel_values, image_features)
+            reading = self._reading(None, None, None)
+            self._count_pictures(pixel_values, image_features, reading)
             if pixel_values is not None:
-                image_features, attentions = self._encode(pixel_values, output_attentions)
+                image_features, attentions = self._encode(pixel_values, reading, output_attentions)
             states = None if image_features is None else share_out(image_features, rows)
         if states is not None:
             states = states.to(inputs_embeds.dtype)
@@ -186,21 +248,57 @@ class PicturesMixin:
             cached.kept = cross.kept
         return Seen(inputs_embeds, placeholders, image_features, attentions, cross)
 
-    def _count_pictures(self, pixel_values: torch.Tensor | None, image_features: torch.Tensor | None) -> int:
+    def _count_pictures(
+        self, pixel_values: torch.Tensor | None, image_features: torch.Tensor | None, reading: Reading | None = None
+    ) -> tuple[int, int]:
+        """How many pictures there are, and features of each."""
+        reading = reading or self._reading(None, None, None)
+        own = self.plan.image_tokens
         if pixel_values is not None:
-            self.vision_tower.check(pixel_values)
-            return pixel_values.shape[0]
+            self.vision_tower.check(pixel_values, reading.interpolate)
+            per_picture = own if self.plan.pooling else self.vision_tower.count_features(pixel_values) - reading.skip_first
+            return pixel_values.shape[0], per_picture
         if image_features is None:
-            return 0
+            return 0, own
         if not isinstance(image_features, torch.Tensor):
             raise TypeError(f"image_features must be a torch.Tensor, got {type(image_features).__name__}")
-        wanted = [self.plan.image_tokens, self.plan.text.hidden_size]
-        if list(image_features.shape[1:]) != wanted:
-            raise ValueError(f"image_features must be [pictures, {wanted[0]}, {wanted[1]}], got {list(image_features.shape)}")
-        return image_features.shape[0]
+        if reading.told:
+            raise ValueError(
+                "image_features are encoded already: give vision_feature_layer, vision_feature_select_strategy and "
+                "interpolate_pos_encoding to get_image_features"
+            )
+        wanted = [own, self.plan.text.hidden_size]
+        if self.plan.fusion == "merge" and image_features.dim() == 3:  # there may be others by size or strategy
+            wanted[0] = image_features.shape[1]
+        if list(image_features.shape[1:]) != wanted or not wanted[0]:
+            raise ValueError(f"image_features must be [pictures, {own}, {wanted[1]}], got {list(image_features.shape)}")
+        return image_features.shape[0], wanted[0]
+
+    def _ids_of(self, inputs_embeds: torch.Tensor) -> torch.Tensor:
+        """int64 [B, T], the placeholder's id where an embedding is its embedding, and another elsewhere.
+
+        Raises:
+            ValueError: the config does not say the placeholder's id, or it has no embedding.
+        """
+        check_embeddings(inputs_embeds, self.plan.text.hidden_size)
+        if self.plan.fusion == "prepend" and self.config.image_token_index is None:  # no position is one
+            return inputs_embeds.new_zeros(inputs_embeds.shape[:2], dtype=torch.long)
+        token, rows = self.config.image_token_index, self.get_input_embeddings().weight.shape[0]
+        if token is None or token >= rows:
+            raise ValueError(
+                f"pictures beside inputs_embeds need an image_token_index with an embedding (0 to {rows - 1}), whose places they take; "
+                f"got {token!r}"
+            )
+        places = (inputs_embeds == self.get_input_embeddings()(torch.tensor(token, device=inputs_embeds.device))).all(-1)
+        return torch.where(places, token, token - 1 if token else 1)
 
     def _placeholders(
-        self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None, pictures: int, filled: bool = False
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        pictures: int,
+        filled: bool = False,
+        per_picture: int | None = None,
     ) -> torch.Tensor | None:
         """bool [B, T] with as many True as there are features; None where the text has no place for them: a filled cache already holds
         the pictures given again, or they stand before it."""
@@ -208,10 +306,10 @@ class PicturesMixin:
             return None
         if attention_mask is not None:
             attention_mask = attention_mask[:, -input_ids.shape[1] :]
-        placeholders = self.find_placeholders(input_ids, attention_mask, pictures)
+        per_picture = per_picture or self.plan.image_tokens
+        placeholders = self.find_placeholders(input_ids, attention_mask, pictures, per_picture)
         if torch.compiler.is_compiling() and self.plan.fusion == "merge":
             return placeholders
-        per_picture = self.plan.image_tokens
         rows = placeholders.sum(1).tolist()
         found = sum(rows)
         if not found and (filled or self.plan.fusion == "prepend"):

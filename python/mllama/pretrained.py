@@ -15,6 +15,8 @@ if TYPE_CHECKING:  # a mixin of that class, not a subclass: its own methods come
 else:
     _Model = object
 
+from mllama.built import check_built
+
 
 def own_config(config: PretrainedConfig) -> PretrainedConfig:
     """The config itself, or a copy where a stock model wrote into it how it computes attention: ours has one way, called "eager"."""
@@ -113,6 +115,7 @@ class PretrainedMixin(_Model):
             return super().save_pretrained(save_directory, is_main_process, **own, **kwargs)
         if hasattr(self, "peft_config"):
             raise ValueError("a PeftModel has put adapters into this model: save that, or the model after its merge_and_unload()")
+        check_built(self)
         if is_main_process:
             save_model(self, save_directory, state_dict, max_shard_size)
             if push_to_hub:

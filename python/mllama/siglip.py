@@ -6,6 +6,8 @@ import torch
 from transformers import PreTrainedModel, SiglipVisionConfig
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
+from mllama.arguments import check_keywords
+from mllama.built import check_built, remember_config
 from mllama.families import siglip_vision
 from mllama.pretrained import PretrainedMixin, own_config
 from mllama.towers.siglip import SiglipPoolingHead, SiglipVisionTower
@@ -36,6 +38,7 @@ class SiglipModel(PretrainedMixin, PreTrainedModel):
         self.vision_tower = SiglipVisionTower(checked)
         self.head = SiglipPoolingHead(checked) if config.vision_use_head else None
         self.post_init()
+        remember_config(self)
 
     def get_input_embeddings(self) -> torch.nn.Module:
         """The patch embedding."""
@@ -47,6 +50,7 @@ class SiglipModel(PretrainedMixin, PreTrainedModel):
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
+        interpolate_pos_encoding: bool | None = False,
         **kwargs: Any,
     ) -> BaseModelOutputWithPooling | tuple:
         """
@@ -54,20 +58,24 @@ class SiglipModel(PretrainedMixin, PreTrainedModel):
             pixel_values: float [pictures, channels, image_size, image_size]; cast to the model's dtype.
             output_attentions, output_hidden_states: also return every layer's.
             return_dict: False returns a tuple.
-            kwargs: passed over, as in transformers.
+            interpolate_pos_encoding: take pixels of any size, [pictures, channels, height, width], with positions between the learned ones.
+            kwargs: what `mllama.arguments` lists: passed over.
 
         Returns:
             `last_hidden_state` [pictures, patches, hidden] after the final norm, `pooler_output` [pictures, hidden] with a head, and
             `hidden_states`, `attentions` where asked for.
 
         Raises:
-            TypeError: pixel_values is no floating tensor.
+            TypeError: pixel_values is no floating tensor; an argument that is not known.
             ValueError: pixel_values has another shape.
         """
+        check_keywords(type(self).__name__, SiglipModel.forward, kwargs)
+        check_built(self)
         encoded = self.vision_tower(
             pixel_values,
             output_hidden_states=bool(self.config.output_hidden_states if output_hidden_states is None else output_hidden_states),
             output_attentions=bool(self.config.output_attentions if output_attentions is None else output_attentions),
+            interpolate_pos_encoding=bool(interpolate_pos_encoding),
         )
         output = BaseModelOutputWithPooling(
             last_hidden_state=encoded.last_hidden_state,

@@ -12,7 +12,7 @@ from mllama.checkpoints import siglip_llama
 from mllama.checkpoints.configs import harmless
 from mllama.checkpoints.devices import Placement, dtype_named
 from mllama.checkpoints.engine import Table, plan, to_file
-from mllama.checkpoints.files import CONFIG, save_weights, write_folder, write_json
+from mllama.checkpoints.files import CONFIG, listing, save_weights, write_folder, write_json
 from mllama.checkpoints.formats import Opened
 from mllama.checkpoints.loading import Report, both_ways, check_complete, check_plain, common_dtype, load_weights, match
 from mllama.checkpoints.opening import FORMATS, GENERATION, open_checkpoint
@@ -144,8 +144,8 @@ def save_model(
         max_shard_size: bytes of one weight file, or text as "5GB"; more is written as shards and an index.
 
     Raises:
-        ValueError: `state_dict` lacks a tensor of the model or has one it does not know: `load_model` would refuse the folder. A model with
-            LoRA layers.
+        ValueError: the config says another model than this one: other shapes, or a tied head that is none. `state_dict` lacks a tensor
+            of the model or has one it does not know: `load_model` would refuse the folder. A model with LoRA layers.
     """
     check_plain(model.state_dict())
     config = siglip_llama.written_as(model.config)
@@ -159,6 +159,7 @@ def save_model(
     dtype = str(common_dtype(tensors, model.dtype)).removeprefix("torch.")
     content = form.to_file(config) | {"transformers_version": __version__, "torch_dtype": dtype}
     content.pop("dtype", None)
+    _check_readable(model, form.from_file(harmless(content)), state_dict)
 
     def write(aside: Path) -> None:
         write_json(aside / CONFIG, content)
@@ -167,6 +168,43 @@ def save_model(
         save_weights(aside, tensors, max_shard_size)
 
     write_folder(Path(folder), write)
+
+
+def _check_readable(model: PreTrainedModel, config: PretrainedConfig, state_dict: dict[str, torch.Tensor]) -> None:
+    """Refuse to write a folder that would be read as another model.
+
+    Args:
+        model: what is written.
+        config: as it will be read.
+        state_dict: what is written, by the model's names.
+
+    Raises:
+        ValueError: names every tensor of another shape, and one that the config ties and that has values of its own.
+    """
+    kind = next(kind for kind in type(model).__mro__ if kind.__module__.partition(".")[0] == "mllama")
+    with torch.device("meta"):
+        reader = kind(config)
+    tied = reader.get_expanded_tied_weights_keys()
+    read = {name: tensor.shape for name, tensor in reader.state_dict().items()}
+    given = {name: tensor.shape for name, tensor in state_dict.items() if name not in tied}
+    unlike = [
+        f"{name}: {list(given[name]) if name in given else 'nothing'} for {list(read[name]) if name in read else 'nothing'}"
+        for name in sorted(given.keys() | (read.keys() - tied.keys()))
+        if given.get(name) != read.get(name)
+    ]
+    if unlike:
+        raise ValueError(f"the config does not say this model, and the folder could not be read: {listing(unlike)}")
+    for name, other in tied.items():
+        if name in state_dict and not _same(state_dict[name], state_dict[other]):
+            raise ValueError(
+                f"tie_word_embeddings is True, but {name} has values of its own, which would be lost: set it to False, or tie_weights()"
+            )
+
+
+def _same(tensor: torch.Tensor, other: torch.Tensor) -> bool:
+    if tensor is other or tensor.is_meta or other.is_meta:
+        return True
+    return tensor.shape == other.shape and bool((tensor == other.to(tensor.device)).all())
 
 
 def translate_state_dict(model: PreTrainedModel, state_dict: Mapping[str, torch.Tensor], older: Table = ()) -> dict[str, torch.Tensor]:

@@ -6,6 +6,7 @@ import torch
 from transformers import Cache, PretrainedConfig
 from transformers.modeling_outputs import ModelOutput
 
+from mllama.built import remember_config
 from mllama.checkpoints.files import listing
 from mllama.dropin._arguments import hands_on
 from mllama.dropin._output import OlderOutput
@@ -26,6 +27,7 @@ class OlderModel(MllamaForConditionalGeneration):
         if self.plan.image_tokens:
             for part in (self.vision_config, self.text_config):
                 part.num_image_tokens = self.plan.image_tokens
+        remember_config(self)
 
     @hands_on(MllamaForConditionalGeneration.forward)
     def forward(

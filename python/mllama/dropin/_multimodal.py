@@ -77,14 +77,16 @@ class MllamaForConditionalGeneration(OlderModel):
         """The tower, whose call returns the bare features."""
         return VisionModel(self.vision_tower)
 
-    def find_placeholders(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None, pictures: int = 0) -> torch.Tensor:
+    def find_placeholders(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None, pictures: int = 0, per_picture: int | None = None
+    ) -> torch.Tensor:
         """As the package's: bool [B, T]. Where no script said the id, it is told from the runs it stands in; an id that no text has goes
         before one that an answer may repeat."""
         if self.plan.fusion != "merge" or not is_unsaid(self.config.image_token_index):
-            return super().find_placeholders(input_ids, attention_mask, pictures)
+            return super().find_placeholders(input_ids, attention_mask, pictures, per_picture)
         seen = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask != 0
         for places in (seen & self._no_text(input_ids), seen):
-            token = find_placeholder(input_ids, places, self.plan.image_tokens, pictures) if pictures else None
+            token = find_placeholder(input_ids, places, per_picture or self.plan.image_tokens, pictures) if pictures else None
             if token is not None:
                 return (input_ids == token) & seen
         return torch.zeros_like(seen)
@@ -93,17 +95,24 @@ class MllamaForConditionalGeneration(OlderModel):
         return no_text(input_ids, self.get_input_embeddings().num_embeddings)
 
     def _placeholders(
-        self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None, pictures: int, filled: bool = False
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        pictures: int,
+        filled: bool = False,
+        per_picture: int | None = None,
     ) -> torch.Tensor | None:
         """As the package's. A prompt of text alone is answered without its picture, and a warning says so; one with an `<image>` that was
         not expanded is refused."""
         told = self.plan.fusion != "merge" or not is_unsaid(self.config.image_token_index)
         if told or not pictures or filled or torch.compiler.is_compiling():
-            return super()._placeholders(input_ids, attention_mask, pictures, filled)
+            return super()._placeholders(input_ids, attention_mask, pictures, filled, per_picture)
         mask = None if attention_mask is None else attention_mask[:, -input_ids.shape[1] :]
-        if self.find_placeholders(input_ids, mask, pictures).any():
-            return super()._placeholders(input_ids, attention_mask, pictures, filled)
-        per_picture = self.plan.image_tokens
+        if self.find_placeholders(input_ids, mask, pictures, per_picture).any():
+            return super()._placeholders(input_ids, attention_mask, pictures, filled, per_picture)
+        per_picture = per_picture or self.plan.image_tokens
+        if per_picture != self.plan.image_tokens:
+            raise ValueError(f"input_ids hold no runs of {per_picture} placeholders, as many as each of {pictures} pictures has features")
         if strays := [str(token) for token in input_ids[self._no_text(input_ids)].unique().tolist()]:
             raise ValueError(
                 f"input_ids hold {listing(strays)}, which no text has, but not in runs of {per_picture} for each of {pictures} pictures: "
@@ -137,7 +146,8 @@ class MllamaForConditionalGeneration(OlderModel):
         Raises:
             ValueError: placeholders that are not as many as features, or features of another shape.
         """
-        placeholders = self._placeholders(input_ids, attention_mask, self._count_pictures(None, image_features))
+        pictures, per_picture = self._count_pictures(None, image_features)
+        placeholders = self._placeholders(input_ids, attention_mask, pictures, per_picture=per_picture)
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask.clone()
         return inputs_embeds.clone() if placeholders is None else merge(inputs_embeds, placeholders, image_features), mask
 

@@ -9,6 +9,7 @@ from mllama.dropin._arguments import hands_on
 from mllama.dropin._cache import KVCache
 from mllama.dropin._model import OlderModel
 from mllama.dropin._output import OlderOutput
+from mllama.families import Composition, compose
 
 __all__ = ["GemmaConfig", "GemmaForCausalLM", "KVCache", "PaliGemmaConfig", "PaliGemmaForConditionalGeneration"]
 
@@ -117,9 +118,11 @@ class PaliGemmaForConditionalGeneration(OlderModel):
         config: `PaliGemmaConfig`, or transformers'.
     """
 
-    def __init__(self, config: transformers.PaliGemmaConfig, reference: str = "meta"):
-        super().__init__(config, reference)
-        self.plan = replace(self.plan, ignore_index=getattr(config, "ignore_index", self.plan.ignore_index))
+    @staticmethod
+    def make_plan(config: transformers.PaliGemmaConfig) -> Composition:
+        """As the package's; the label that is not trained is the config's."""
+        plan = compose(config)
+        return replace(plan, ignore_index=getattr(config, "ignore_index", plan.ignore_index))
 
     @hands_on(OlderModel.forward)
     def forward(self, input_ids=None, pixel_values=None, attention_mask=None, labels=None, kv_cache=None, **kwargs) -> OlderOutput | tuple:

@@ -1,6 +1,7 @@
 """The decoder, Llama's or Gemma's by its config: token ids or embeddings -> hidden states."""
 
 from collections.abc import Callable
+from itertools import islice
 
 import torch
 from torch import nn
@@ -172,7 +173,7 @@ class Decoder(nn.Module):
         hidden_states = inputs_embeds
         positions = self.rotary(position_ids)
         states, attentions = [], []
-        for layer in self.layers:
+        for layer in islice(self.layers, self.config.num_hidden_layers):
             if output_hidden_states:
                 states.append(hidden_states)
             hidden_states, weights = layer(hidden_states, positions=positions, cache=cache, **context)

@@ -5,7 +5,7 @@ from torch import nn
 
 from mllama.config import MllamaVisionConfig
 from mllama.nn.norm import LayerNorm
-from mllama.towers.siglip import PatchEmbedding, SiglipVisionTower
+from mllama.towers.siglip import PatchEmbedding, SiglipVisionTower, interpolate_positions
 
 
 class ClipEmbeddings(nn.Module):
@@ -13,17 +13,18 @@ class ClipEmbeddings(nn.Module):
 
     def __init__(self, config: MllamaVisionConfig):
         super().__init__()
-        patches = (config.image_size // config.patch_size) ** 2
+        self.positions = (config.image_size // config.patch_size) ** 2 + 1
         self.class_embedding = nn.Parameter(torch.randn(config.hidden_size))
         self.patch_embedding = PatchEmbedding(config.num_channels, config.hidden_size, config.patch_size, config.patch_size, bias=False)
-        self.position_embedding = nn.Embedding(patches + 1, config.hidden_size)
+        self.position_embedding = nn.Embedding(self.positions, config.hidden_size)
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """[B, C, S, S] -> [B, 1 + patches, hidden]."""
-        patches = self.patch_embedding(pixel_values).flatten(2).mT
+        """[B, C, H, W] -> [B, 1 + patches, hidden]."""
+        patches = self.patch_embedding(pixel_values)
         first = self.class_embedding.to(patches.dtype).expand(patches.shape[0], 1, -1)
-        tokens = torch.cat([first, patches], dim=1)
-        return tokens + self.position_embedding(torch.arange(tokens.shape[1], device=tokens.device))
+        tokens = torch.cat([first, patches.flatten(2).mT], dim=1)
+        table = self.position_embedding(torch.arange(self.positions, device=patches.device))
+        return tokens + torch.cat([table[:1], interpolate_positions(table[1:], *patches.shape[-2:])])
 
 
 class ClipVisionTower(SiglipVisionTower):
@@ -38,3 +39,7 @@ class ClipVisionTower(SiglipVisionTower):
     def embed(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """[B, C, S, S] -> [B, 1 + patches, hidden]."""
         return self.pre_layrnorm(self.embeddings(pixel_values))
+
+    def count_features(self, pixel_values: torch.Tensor) -> int:
+        """Features of each of these pictures, the class token's among them."""
+        return 1 + super().count_features(pixel_values)

@@ -1,7 +1,10 @@
 """The SigLIP vision tower: pixels -> one feature per patch, without a class token or a pooling head."""
 
+import math
+
 import torch
 from torch import nn
+from torch.nn.functional import interpolate
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutput
 
@@ -23,32 +26,45 @@ class PatchEmbedding(nn.Conv2d):
         return patch_embed(pixel_values, self.weight, self.bias).mT.unflatten(-1, (height, width))
 
 
+def interpolate_positions(table: torch.Tensor, height: int, width: int) -> torch.Tensor:
+    """Learned positions of a square of patches [side * side, hidden] -> those of height x width patches, [height * width, hidden]."""
+    side = math.isqrt(table.shape[0])
+    if (height, width) == (side, side):
+        return table
+    square = table.T.view(1, -1, side, side)
+    return interpolate(square, (height, width), mode="bicubic", align_corners=False).flatten(2)[0].T
+
+
 class SiglipEmbeddings(nn.Module):
-    """Patches plus a learned position each."""
+    """Patches plus a learned position each, between the learned ones where an image has other patches than the config says."""
 
     def __init__(self, config: MllamaVisionConfig):
         super().__init__()
-        patches = (config.image_size // config.patch_size) ** 2
+        self.positions = (config.image_size // config.patch_size) ** 2
         self.patch_embedding = PatchEmbedding(config.num_channels, config.hidden_size, config.patch_size, config.patch_size)
-        self.position_embedding = nn.Embedding(patches, config.hidden_size)
+        self.position_embedding = nn.Embedding(self.positions, config.hidden_size)
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """[B, C, S, S] -> [B, patches, hidden]."""
-        patches = self.patch_embedding(pixel_values).flatten(2).mT
-        return patches + self.position_embedding(torch.arange(patches.shape[1], device=patches.device))
+        """[B, C, H, W] -> [B, patches, hidden]."""
+        patches = self.patch_embedding(pixel_values)
+        table = self.position_embedding(torch.arange(self.positions, device=patches.device))
+        return patches.flatten(2).mT + interpolate_positions(table, *patches.shape[-2:])
 
 
-def check_pixels(pixel_values: torch.Tensor, config: MllamaVisionConfig) -> None:
+def check_pixels(pixel_values: torch.Tensor, config: MllamaVisionConfig, any_size: bool = False) -> None:
     """Refuse what is not the tower's pictures.
 
     Raises:
         TypeError: pixel_values is no floating tensor.
-        ValueError: pixel_values has another shape than [pictures, channels, image_size, image_size].
+        ValueError: pixel_values has another shape than [pictures, channels, image_size, image_size], or with `any_size` sides smaller than
+            a patch.
     """
     if not isinstance(pixel_values, torch.Tensor) or not pixel_values.is_floating_point():
         kind = pixel_values.dtype if isinstance(pixel_values, torch.Tensor) else type(pixel_values).__name__
         raise TypeError(f"pixel_values must be a floating torch.Tensor, got {kind}")
     wanted = (config.num_channels, config.image_size, config.image_size)
+    if any_size and pixel_values.dim() == 4 and min(pixel_values.shape[2:]) >= config.patch_size:
+        wanted = (config.num_channels, *pixel_values.shape[2:])
     if pixel_values.dim() != 4 or tuple(pixel_values.shape[1:]) != wanted:
         raise ValueError(f"pixel_values must be [pictures, {', '.join(map(str, wanted))}], got {list(pixel_values.shape)}")
 
@@ -121,6 +137,7 @@ class SiglipVisionTower(nn.Module):
         output_attentions: bool = False,
         final_norm: bool = True,
         depth: int | None = None,
+        interpolate_pos_encoding: bool = False,
     ) -> BaseModelOutput:
         """
         Args:
@@ -129,6 +146,7 @@ class SiglipVisionTower(nn.Module):
             output_attentions: also return every layer's probabilities [pictures, heads, features, features].
             final_norm: False leaves out the layer norm after the last layer.
             depth: run this many layers only; None is all.
+            interpolate_pos_encoding: take pixels of any size, [pictures, channels, height, width].
 
         Returns:
             BaseModelOutput with `last_hidden_state` [pictures, features, hidden], `hidden_states`, `attentions`.
@@ -137,7 +155,7 @@ class SiglipVisionTower(nn.Module):
             TypeError: pixel_values is no floating tensor.
             ValueError: pixel_values has another shape.
         """
-        self.check(pixel_values)
+        self.check(pixel_values, interpolate_pos_encoding)
         hidden_states = self.embed(pixel_values)
         states, attentions = [hidden_states], []
         for layer in self.encoder.layers[:depth]:
@@ -151,9 +169,14 @@ class SiglipVisionTower(nn.Module):
             attentions=tuple(attentions) if output_attentions else None,
         )
 
-    def check(self, pixel_values: torch.Tensor) -> None:
+    def check(self, pixel_values: torch.Tensor, interpolate_pos_encoding: bool = False) -> None:
         """Raise what `forward` would raise for these pixels, before any work."""
-        check_pixels(pixel_values, self.config)
+        check_pixels(pixel_values, self.config, any_size=interpolate_pos_encoding)
+
+    def count_features(self, pixel_values: torch.Tensor) -> int:
+        """Features of each of these pictures."""
+        height, width = (size // self.config.patch_size for size in pixel_values.shape[-2:])
+        return height * width
 
 
 class SiglipPoolingHead(nn.Module):
