@@ -9,13 +9,20 @@ import torch
 from torch.utils.checkpoint import checkpoint
 from transformers import PretrainedConfig
 
+from mllama.config import NO_PREDICTIONS
+
 
 def own_config(config: PretrainedConfig) -> PretrainedConfig:
-    """The config itself, or a copy where a stock model wrote into it how it computes attention: ours has one way, called "eager"."""
-    if config._attn_implementation in (None, "eager"):
-        return config
-    config = copy.deepcopy(config)
-    config._attn_implementation = "eager"
+    """The config itself, or a copy where a stock model wrote into it how it computes attention: ours has one way, called "eager".
+
+    It says which of our outputs are no predictions; the configs of transformers know its own models' outputs alone.
+    """
+    if config._attn_implementation not in (None, "eager"):
+        config = copy.deepcopy(config)
+        config._attn_implementation = "eager"
+    ignored = getattr(config, "keys_to_ignore_at_inference", ())
+    if more := [name for name in NO_PREDICTIONS if name not in ignored]:
+        config.keys_to_ignore_at_inference = [*ignored, *more]
     return config
 
 
