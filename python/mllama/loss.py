@@ -90,8 +90,8 @@ def _count_of_none(count: int | torch.Tensor, alone: bool, ignore_index: int) ->
     if not alone and (count > 0 or not torch.is_grad_enabled()):
         return count
     raise ValueError(
-        f"labels have nothing to train on: every one is {ignore_index}, padding, a placeholder of a picture or the first of its row. If another"
-        " batch of the same step has some, say how many there are in all: num_items_in_batch"
+        f"labels have nothing to train on: every one is {ignore_index}, padding, a placeholder of a picture or the first of its row. If"
+        " another batch of the same step has some, say how many there are in all: num_items_in_batch"
     )
 
 
