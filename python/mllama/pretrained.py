@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
+from torch import distributed
 from torch.utils.checkpoint import checkpoint
 from transformers import PretrainedConfig
 
@@ -15,7 +16,7 @@ from mllama.lora.files import load_lora, own_adapters, save_adapter_folder
 from mllama.lora.layer import lora_layers
 from mllama.lora.peft import CONFIG as ADAPTER_CONFIG
 from mllama.lora.peft import adapted_model, is_peft
-from mllama.nn.wrappers import given_out, plain_key
+from mllama.nn.wrappers import given_out, is_sharded, may_write, plain_key, whole
 
 
 def own_config(config: PretrainedConfig) -> PretrainedConfig:
@@ -131,14 +132,24 @@ class PretrainedMixin:
             return super().save_pretrained(save_directory, is_main_process, **own, **kwargs)
         if hasattr(self, "peft_config"):
             raise ValueError("a PeftModel has put adapters into this model: save that, or the model after its merge_and_unload()")
-        if is_main_process:
-            if lora_layers(self):
+        lora, together = bool(lora_layers(self)), state_dict is None and is_sharded(self)
+        if together:
+            state_dict = self.state_dict()
+            if lora:  # the frozen weights are not written
+                learning = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
+                state_dict = {name: tensor for name, tensor in state_dict.items() if ".lora_" in name or name in learning}
+        if state_dict is not None:
+            state_dict = {name: whole(tensor) for name, tensor in self._plain_names(state_dict).items()}
+        if is_main_process and may_write(self):
+            if lora:
                 save_adapter_folder(self, Path(save_directory), state_dict, strict=False)
             else:
                 save_model(self, save_directory, state_dict, max_shard_size)
             if push_to_hub:
                 push = {name: value for name, value in kwargs.items() if name in _PUSH_OPTIONS}
                 self.push_to_hub(**{"repo_id": os.path.basename(os.path.abspath(save_directory))} | push)
+        if together:  # what one process wrote is there for all
+            distributed.barrier()
 
     older_files: Sequence = ()  # rows of `mllama.checkpoints.engine` for names that the format's own table does not know
 

@@ -5,6 +5,7 @@ import os
 import re
 import warnings
 from collections.abc import Iterable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -81,7 +82,7 @@ def save_adapter_folder(model: nn.Module, folder: Path, state_dict: Mapping[str,
     """`save_lora` in PEFT's format.
 
     Args:
-        state_dict: takes the place of the model's own.
+        state_dict: takes the place of the model's own. It is whole, so that no other process takes part.
         strict: False warns where PEFT could not read all of it, instead of raising: the package can.
     """
     if folder.exists() and not folder.is_dir():
@@ -94,7 +95,7 @@ def save_adapter_folder(model: nn.Module, folder: Path, state_dict: Mapping[str,
         if strict:
             raise ValueError(f"{said}. Freeze them, or save them by hand")
         warnings.warn(f"{said}. They are written for mllama to read", stacklevel=3)
-    with gathered(model):
+    with gathered(model) if state_dict is None else nullcontext():
         if state_dict is None:
             own = {plain_name(model, name): parameter for name, parameter in model.named_parameters(remove_duplicate=False)}
             tensors = _adapter_tensors(layers)

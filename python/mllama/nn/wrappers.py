@@ -20,9 +20,11 @@ def plain_name(module: nn.Module, name: str) -> str:
     """The dotted name of a module or parameter inside this one, without the parts that wrappers put into it."""
     parts = []
     for part in name.split(".") if name else ():
+        if part not in module._modules:  # a parameter; or FSDP left its own part out
+            module = unwrapped(module)
         if not _wraps(module, part):
             parts.append(part)
-        module = module._modules.get(part)
+        module = module._modules.get(part, module)
     return ".".join(parts)
 
 
@@ -34,7 +36,7 @@ def plain_key(key: str) -> str:
     return ".".join(parts)
 
 
-def _wraps(module: nn.Module | None, part: str) -> bool:
+def _wraps(module: nn.Module, part: str) -> bool:
     return part in _PARTS or (part == "module" and isinstance(module, (nn.DataParallel, nn.parallel.DistributedDataParallel)))
 
 
