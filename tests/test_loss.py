@@ -7,7 +7,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.harness import saved_bytes
 from helpers import assert_close
-from mllama.loss import next_token_loss
+from mllama.loss import counted_loss, next_token_loss
 
 WIDE = 1 << 19  # two rows of so many words are as much as is looked at together
 
@@ -67,10 +67,49 @@ def test_rows_that_are_not_trained_are_not_looked_at():
         logits[skipped] = float("nan")
     next_token_loss(logits, labels, labels.shape).backward()
     assert not logits.grad[skipped].any() and logits.grad[~skipped].isfinite().all() and logits.grad[~skipped].any()
-    logits.grad = None
-    loss = next_token_loss(logits, torch.full_like(labels, -100), labels.shape)
-    loss.backward()
-    assert loss == 0 and not logits.grad.any()
+
+
+@pytest.fixture
+def untrained():
+    """Logits, and labels of which none is trained: the first of a row has nothing before it."""
+    logits, labels = sample(2, 6, 11, torch.float32)
+    return logits, labels.fill_(-100).index_fill_(1, torch.tensor([0]), 3)
+
+
+@pytest.mark.parametrize("options", [{}, {"num_items_in_batch": 0}, {"num_items_in_batch": torch.tensor(0)}])
+def test_a_loss_over_no_labels_is_an_error(untrained, options):
+    logits, labels = untrained
+    with pytest.raises(ValueError, match="labels"):
+        next_token_loss(logits, labels, labels.shape, **options)
+
+
+def test_labels_of_other_batches_make_it_zero(untrained, monkeypatch):
+    logits, labels = untrained
+
+    def check(**options):
+        logits.grad = None
+        loss, found = counted_loss(logits, labels, labels.shape, **options)
+        loss.backward()
+        assert loss == 0 and found == 0 and not logits.grad.any()
+
+    check(num_items_in_batch=5)
+    with monkeypatch.context() as patch:  # several processes
+        patch.setattr(torch.distributed, "is_initialized", lambda: True)
+        patch.setattr(torch.distributed, "get_world_size", lambda: 2)
+        check()
+    state = pytest.importorskip("accelerate").state.GradientState
+    with monkeypatch.context() as patch:
+        patch.setattr(state, "_shared_state", {"plugin_kwargs": {"num_steps": 4}, "sync_gradients": True})
+        check()
+    with pytest.raises(ValueError, match="labels"):
+        check()
+    with torch.no_grad():  # an evaluation's batch
+        assert next_token_loss(logits, labels, labels.shape, num_items_in_batch=0).isnan()
+
+
+def test_trained_labels_are_counted():
+    logits, labels = sample(2, 6, 11, torch.float32)
+    assert counted_loss(logits, labels, labels.shape)[1] == (labels[:, 1:] != -100).sum() == 6
 
 
 def test_a_second_derivative_is_refused():

@@ -17,6 +17,9 @@ from mllama.checkpoints import open_checkpoint
 from mllama.checkpoints.formats import Opened
 from mllama.checkpoints.hub import find_folder
 from mllama.checkpoints.models import load_opened
+from mllama.lora.files import load_lora
+from mllama.lora.peft import CONFIG as ADAPTER_CONFIG
+from mllama.lora.peft import adapted_model
 from mllama.modeling import MllamaForConditionalGeneration
 from mllama.processing.auto import encode_messages, load_processor
 from mllama.processing.image import load_picture
@@ -44,6 +47,7 @@ def load(
     dtype: str | torch.dtype = "auto",
     device: str | torch.device = "auto",
     reference: str = "meta",
+    adapter: str | os.PathLike | None = None,
 ) -> tuple[MllamaForConditionalGeneration | Any, Any]:
     """Load a model of any family and its processor; what was chosen is said on stderr, once.
 
@@ -51,35 +55,50 @@ def load(
     `MllamaForConditionalGeneration.from_pretrained(path)` is the model alone that does.
 
     Args:
-        path: a model folder, a GGUF file, or a model's id on the hub; None is the model that comes with the package.
+        path: a model folder, a GGUF file, or a model's id on the hub; None is the model that comes with the package. A folder of adapters
+            in PEFT's format is the model that it is for, with them.
         dtype: "float32", "bfloat16", "float16" or the torch dtype. "auto" is by the device: bfloat16 where it computes in it, float16 on
             older CUDA devices, else float32; and float32 on a CPU for weights of less than 64 MB.
         device: as torch names it. "auto" is the first CUDA device, else the CPU.
         reference: whose Llama-3.2-Vision to follow, "meta" or "hf"; it means nothing to other families.
+        adapter: adapters to put into the model, as `mllama.load_lora` takes them.
 
     Returns:
         The model, in eval mode: MllamaForConditionalGeneration, or SiglipModel for a SigLIP vision model alone. And what it needs before
         it: the processor, the tokenizer of a text model, the image processor of a SigLIP.
 
     Raises:
-        TypeError: a path that is no path.
+        TypeError: a path or adapter that is no path.
         FileNotFoundError: no such folder or model, or a file missing in it.
-        ValueError: an empty path; a dtype, device or reference that is not known or not here; an unknown family, or broken files.
+        ValueError: an empty path; a dtype, device or reference that is not known or not here; an unknown family, or broken files; adapters
+            that do not fit the model.
     """
-    model, processor = load_quietly(path, dtype, device, reference)
+    model, processor = load_quietly(path, dtype, device, reference, adapter)
     say_loaded(path, model)
     return model, processor
 
 
 def load_quietly(
-    path: str | os.PathLike | None, dtype: str | torch.dtype, device: str | torch.device, reference: str = "meta"
+    path: str | os.PathLike | None,
+    dtype: str | torch.dtype,
+    device: str | torch.device,
+    reference: str = "meta",
+    adapter: str | os.PathLike | None = None,
 ) -> tuple[MllamaForConditionalGeneration | Any, Any]:
     """`load` without the line on stderr, which `say_loaded` writes."""
+    if not isinstance(adapter, (str, os.PathLike, type(None))):
+        raise TypeError(f"adapter must be a str, a path or None, got {type(adapter).__name__}")
     folder, device = find_model(path), choose_device(device)
+    if (folder / ADAPTER_CONFIG).is_file():
+        if adapter is not None:
+            raise ValueError(f"{folder} holds adapters, and adapter names others: give the model's own folder with one of them")
+        folder, adapter = find_model(adapted_model(folder)), folder
     with (opened := open_checkpoint(folder)).source:
         found = model_class(opened.config)
         options: dict[str, Any] = {"reference": reference} if "reference" in found.load_options else {}
         model, _ = load_opened(found, opened, resolve_dtype(opened, dtype, device), device, **options)
+    if adapter is not None:
+        load_lora(model, adapter)
     return model, processor_of(folder)
 
 

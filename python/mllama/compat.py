@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from transformers import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPast, ModelOutput
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 _OLD_NAME = "past_key_values"
 # The keyword under which transformers' generate hands a cache on.
@@ -36,6 +37,25 @@ def rename_cache(kwargs: dict[str, Any]) -> dict[str, Any]:
         return kwargs
     rest = {name: value for name, value in kwargs.items() if name not in ("cache", _OLD_NAME)}
     return rest | {CACHE_NAME: one_cache(kwargs.get("cache"), kwargs.get(_OLD_NAME))}
+
+
+class NextTokenModel:
+    """A model whose logits at t are scored against the label at t + 1, and which transformers knows as one.
+
+    Trainer's `label_smoothing_factor` shifts the labels of models whose name stands in transformers' list of causal ones, and of no other:
+    every subclass is entered, those made by a wrapper (FSDP) too. The package's name tells it from transformers' class of the same name.
+    """
+
+    def __init_subclass__(cls, **kwargs):
+        super().__init_subclass__(**kwargs)
+        MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[_named(cls)] = _named(cls)
+
+    def _get_name(self) -> str:
+        return _named(type(self))
+
+
+def _named(cls: type) -> str:
+    return f"mllama.{cls.__name__}"
 
 
 class CacheOutput(ModelOutput):

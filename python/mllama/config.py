@@ -32,6 +32,8 @@ PROJECTORS = ("mlp", "linear")
 FUSIONS = ("merge", "prepend", "cross_attention")
 POOLINGS = ("average", "learned")
 CROSS_ATTENTION_EVERY = 4  # layers, where the config does not say
+# Fields of the models' outputs that are no predictions: Trainer's evaluation would keep them all for compute_metrics.
+NO_PREDICTIONS = ("cache", "past_key_values", "image_hidden_states", "image_attentions", "num_trained_tokens")
 # Beyond these a size does not fit torch's 32-bit indices, and a number is infinite in float32.
 SIZE_MAX, NUMBER_MAX = 2**31 - 1, torch.finfo(torch.float32).max
 LABELS_MAX = 2**16  # no part of the model has labels
@@ -344,7 +346,7 @@ class MllamaConfig(PretrainedConfig):
 
     model_type = "siglip_llama"
     attribute_map = {"image_token_id": "image_token_index"}
-    keys_to_ignore_at_inference = ["cache", "past_key_values", "image_hidden_states"]
+    keys_to_ignore_at_inference = list(NO_PREDICTIONS)
     sub_configs_defaults = {"vision_config": MllamaVisionConfig, "text_config": MllamaTextConfig}
 
     vision_config: dict | PretrainedConfig | None = None

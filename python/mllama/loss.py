@@ -1,12 +1,19 @@
 """The loss of next-token prediction."""
 
+import sys
 from collections.abc import Iterator
 
 import torch
+from torch import distributed
 from torch.nn.functional import cross_entropy, pad
 
 
-def next_token_loss(
+def next_token_loss(*args, **kwargs) -> torch.Tensor:
+    """The loss alone of `counted_loss`, whose arguments it takes."""
+    return counted_loss(*args, **kwargs)[0]
+
+
+def counted_loss(
     logits: torch.Tensor,
     labels: torch.Tensor,
     shape: torch.Size,
@@ -14,8 +21,8 @@ def next_token_loss(
     placeholders: torch.Tensor | None = None,
     ignore_index: int = -100,
     num_items_in_batch: int | torch.Tensor | None = None,
-) -> torch.Tensor:
-    """Cross entropy in float32 of the logits at t against the label at t + 1.
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cross entropy in float32 of the logits at t against the label at t + 1, and how many labels were trained.
 
     Of the logits it keeps no copy, in float32 or as they are; the gradient is of their dtype. It can be differentiated once.
 
@@ -28,9 +35,15 @@ def next_token_loss(
         ignore_index: the label that is not trained.
         num_items_in_batch: what the sum is divided by; None is the number of trained positions.
 
+    Returns:
+        The loss, float32 scalar, and the number of trained positions, int64 scalar. Where none is trained, the loss is 0 beside other
+        batches that may have trained ones: `num_items_in_batch` above 0, several processes, accelerate's gradient accumulation. Where
+        `num_items_in_batch` is 0 and no gradient is asked for (Trainer's evaluation), it is nan, as in transformers.
+
     Raises:
         TypeError: labels of another kind.
-        ValueError: labels of another shape or outside the vocabulary; logits of some positions only.
+        ValueError: labels of another shape or outside the vocabulary; logits of some positions only; no label that is trained,
+            here or in the rest of the step.
     """
     if not isinstance(labels, torch.Tensor) or labels.is_floating_point() or labels.dtype == torch.bool:
         raise TypeError(f"labels must be an integer torch.Tensor, got {getattr(labels, 'dtype', type(labels).__name__)}")
@@ -59,8 +72,35 @@ def next_token_loss(
     else:
         rows = (targets != ignore_index).nonzero().squeeze(1)
         total = _CrossEntropySum.apply(scores, rows, targets[rows])
-    count = trained.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
-    return total / (count.to(total.device) if isinstance(count, torch.Tensor) else count)
+    found = trained.sum()
+    count = found if num_items_in_batch is None else num_items_in_batch
+    if not compiling and not len(rows):
+        count = _count_of_none(count, num_items_in_batch is None, ignore_index)
+    return total / (count.to(total.device) if isinstance(count, torch.Tensor) else count), found
+
+
+def _count_of_none(count: int | torch.Tensor, alone: bool, ignore_index: int) -> int | torch.Tensor:
+    """What the sum over no label is divided by: `count`, or 1 where other batches may have labels that nobody counted.
+
+    Raises:
+        ValueError: there is nothing to learn from, here or elsewhere.
+    """
+    if alone and _has_other_batches():
+        return 1
+    if not alone and (count > 0 or not torch.is_grad_enabled()):
+        return count
+    raise ValueError(
+        f"labels have nothing to train on: every one is {ignore_index}, padding, a placeholder of a picture or the first of its row. If"
+        " another batch of the same step has some, say how many there are in all: num_items_in_batch"
+    )
+
+
+def _has_other_batches() -> bool:
+    """Whether a step may be over several batches: of other processes, or accumulated by accelerate, whose state is the process's."""
+    if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
+        return True
+    state = getattr(sys.modules.get("accelerate.state"), "GradientState", None)
+    return bool(state is not None and state._shared_state) and state().num_steps > 1
 
 
 class _CrossEntropySum(torch.autograd.Function):

@@ -10,8 +10,9 @@ from transformers.modeling_outputs import ModelOutput
 from transformers.modeling_utils import slice_logits_to_keep
 
 from mllama.arguments import check_keywords, check_special
+from mllama.backbone import Backbone
 from mllama.built import check_built, remember_config
-from mllama.compat import CacheOutput, one_cache
+from mllama.compat import CacheOutput, DecoderOutput, NextTokenModel, one_cache
 from mllama.config import MllamaConfig, check_reference, check_size
 from mllama.families import Composition, compose
 from mllama.fusion.cross_attention import CrossAttentionDecoderLayer
@@ -19,7 +20,7 @@ from mllama.fusion.prepend import check_texts_own, held_before_text, hold_before
 from mllama.fusion.projector import AveragePooling, LearnedPooling, LinearProjector, MultiModalProjector
 from mllama.generation import MllamaGenerationMixin
 from mllama.inputs import by_rows, check_ids, one_of_images
-from mllama.loss import next_token_loss
+from mllama.loss import counted_loss
 from mllama.nn.norm import RMSNorm
 from mllama.pictures import PicturesMixin
 from mllama.pretrained import PretrainedMixin, own_config
@@ -44,6 +45,7 @@ class MllamaOutput(CacheOutput):
         attentions: the decoder's, one [B, heads, T, keys] float32 per layer.
         image_hidden_states: projected features [pictures, patches, hidden], as `get_image_features` gives them.
         image_attentions: the tower's, one [pictures, heads, patches, patches] float32 per layer.
+        num_trained_tokens: int64 scalar, the labels that the loss was taken over, where labels were given.
     """
 
     loss: torch.Tensor | None = None
@@ -53,9 +55,10 @@ class MllamaOutput(CacheOutput):
     attentions: tuple[torch.Tensor, ...] | None = None
     image_hidden_states: torch.Tensor | None = None
     image_attentions: tuple[torch.Tensor, ...] | None = None
+    num_trained_tokens: torch.Tensor | None = None
 
 
-class MllamaForConditionalGeneration(PretrainedMixin, MllamaGenerationMixin, PicturesMixin, PreTrainedModel):
+class MllamaForConditionalGeneration(NextTokenModel, PretrainedMixin, MllamaGenerationMixin, PicturesMixin, PreTrainedModel):
     """Answers about pictures, or goes on with text: a tower, a projector, a fusion and a decoder, as the config's family has them.
 
     Args:
@@ -72,6 +75,7 @@ class MllamaForConditionalGeneration(PretrainedMixin, MllamaGenerationMixin, Pic
     """
 
     config_class = MllamaConfig
+    base_model_prefix = "model"
     main_input_name = "input_ids"
     input_modalities = ("image", "text")  # type: ignore[assignment]  # as transformers' own models have it
     accepts_loss_kwargs = True
@@ -96,6 +100,7 @@ class MllamaForConditionalGeneration(PretrainedMixin, MllamaGenerationMixin, Pic
         self.lm_head = nn.Linear(text.hidden_size, text.vocab_size, bias=False)
         if text.extra_embeddings:  # the head cannot be the embedding matrix, which has more rows
             self._tied_weights_keys = None  # type: ignore[assignment]
+        self.__dict__["_backbone"] = Backbone(self)  # no child: its parameters are the model's own
         self.post_init()
         remember_config(self)
 
@@ -110,6 +115,11 @@ class MllamaForConditionalGeneration(PretrainedMixin, MllamaGenerationMixin, Pic
     def reference(self, value: str) -> None:
         check_reference(value)
         self._reference = value
+
+    @property
+    def model(self) -> Backbone:
+        """The model without its head, which `base_model` is, too: called as the model is, it returns last_hidden_state."""
+        return self._backbone.follow()
 
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
@@ -169,7 +179,7 @@ class MllamaForConditionalGeneration(PretrainedMixin, MllamaGenerationMixin, Pic
         use_cache: bool | None = None,
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
-        logits_to_keep: int | torch.Tensor = 0,
+        logits_to_keep: int | torch.Tensor | None = 0,
         image_features: torch.Tensor | None = None,
         token_type_ids: torch.Tensor | None = None,
         prefix_length: torch.Tensor | None = None,
@@ -190,7 +200,7 @@ class MllamaForConditionalGeneration(PretrainedMixin, MllamaGenerationMixin, Pic
         cross_attention_states: torch.Tensor | None = None,
         prompt_length: int | None = None,
         **kwargs: Any,
-    ) -> MllamaOutput | tuple:
+    ) -> MllamaOutput | DecoderOutput | tuple:
         """
         Args:
             input_ids: int [B, T], with one placeholder per feature. Placeholder ids may lie outside the vocabulary. With
@@ -220,7 +230,8 @@ class MllamaForConditionalGeneration(PretrainedMixin, MllamaGenerationMixin, Pic
                 mask, where positions go back within a row or the arguments below describe it, and, while compiling, when values cannot be
                 read, with any position_ids.
             output_attentions, output_hidden_states: also return what `MllamaOutput` says.
-            logits_to_keep: last positions to compute logits for (0: all), or which ones, as transformers takes it.
+            logits_to_keep: last positions to compute logits for (0: all), or which ones, as transformers takes it. None: no logits, and
+                `DecoderOutput` is returned, whose last_hidden_state is [B, T, hidden], of the text alone. `base_model` asks for it.
             image_features: what `get_image_features` gave, in place of pixel_values.
             token_type_ids: int [B, T], of a model whose prompts are seen both ways (PaliGemma): 0 for the prompt, then 1 for what is to be
                 said. None: all of it is seen one way here, and both ways by `generate`. With a filled cache, and by other models, they are
@@ -249,8 +260,9 @@ class MllamaForConditionalGeneration(PretrainedMixin, MllamaGenerationMixin, Pic
                 their mean. Names that mean nothing in these models (`mllama.arguments` lists them) are passed over.
 
         Raises:
-            ValueError: shapes that do not fit, placeholders that are not as many as features, labels out of range; an argument of another
-                family; a config that was changed in what the model is built from.
+            ValueError: shapes that do not fit, placeholders that are not as many as features, labels out of range, labels of which none is
+                trained (see `mllama.loss.counted_loss`); an argument of another family; a config that was changed in what the model is
+                built from.
             TypeError: tensors of a wrong kind; an argument that is not known.
             IndexError: an id outside the vocabulary.
         """
@@ -273,6 +285,8 @@ class MllamaForConditionalGeneration(PretrainedMixin, MllamaGenerationMixin, Pic
         if cross_attention_states is not None:
             rows = len(input_ids if inputs_embeds is None else inputs_embeds)
             image_features = by_rows(cross_attention_states, rows)
+        if labels is not None and logits_to_keep is None:
+            raise ValueError("labels need logits; leave logits_to_keep at 0")
         cache = one_cache(cache, past_key_values)
         check_cache(cache)
         check_mask(attention_mask)
@@ -360,10 +374,15 @@ class MllamaForConditionalGeneration(PretrainedMixin, MllamaGenerationMixin, Pic
             first_key=first_key,
             cross=seen.cross,
         )
+        if return_dict is None:
+            return_dict = config.return_dict
+        if logits_to_keep is None:
+            decoded.last_hidden_state = decoded.last_hidden_state[:, seen.before_text :]
+            return decoded if return_dict else decoded.to_tuple()
         logits = self.lm_head(slice_logits_to_keep(decoded.last_hidden_state, logits_to_keep))
-        loss = None
+        loss = num_trained_tokens = None
         if labels is not None:
-            loss = next_token_loss(
+            loss, num_trained_tokens = counted_loss(
                 logits,
                 labels,
                 seen.embeds.shape[:2],
@@ -381,9 +400,8 @@ class MllamaForConditionalGeneration(PretrainedMixin, MllamaGenerationMixin, Pic
             attentions=decoded.attentions,
             image_hidden_states=seen.features,
             image_attentions=seen.attentions,
+            num_trained_tokens=num_trained_tokens,
         )
-        if return_dict is None:
-            return_dict = config.return_dict
         return output if return_dict else output.to_tuple()
 
 

@@ -3,27 +3,40 @@
 import copy
 import functools
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 import torch
+from torch import distributed
 from torch.utils.checkpoint import checkpoint
 from transformers import PretrainedConfig, PreTrainedModel
+
+from mllama.built import check_built
+from mllama.config import NO_PREDICTIONS
+from mllama.lora.files import load_lora, own_adapters, save_adapter_folder
+from mllama.lora.layer import lora_layers
+from mllama.lora.peft import CONFIG as ADAPTER_CONFIG
+from mllama.lora.peft import adapted_model, is_peft
+from mllama.nn.wrappers import given_out, is_sharded, may_write, plain_key, whole
 
 if TYPE_CHECKING:  # a mixin of that class, not a subclass: its own methods come first
     _Model = PreTrainedModel
 else:
     _Model = object
 
-from mllama.built import check_built
-
 
 def own_config(config: PretrainedConfig) -> PretrainedConfig:
-    """The config itself, or a copy where a stock model wrote into it how it computes attention: ours has one way, called "eager"."""
-    if config._attn_implementation in (None, "eager"):
-        return config
-    config = copy.deepcopy(config)
-    config._attn_implementation = "eager"
+    """The config itself, or a copy where a stock model wrote into it how it computes attention: ours has one way, called "eager".
+
+    It says which of our outputs are no predictions; the configs of transformers know its own models' outputs alone.
+    """
+    if config._attn_implementation not in (None, "eager"):
+        config = copy.deepcopy(config)
+        config._attn_implementation = "eager"
+    ignored = getattr(config, "keys_to_ignore_at_inference", ())
+    if more := [name for name in NO_PREDICTIONS if name not in ignored]:
+        config.keys_to_ignore_at_inference = [*ignored, *more]
     return config
 
 
@@ -45,7 +58,8 @@ class PretrainedMixin(_Model):
 
         Args:
             pretrained_model_name_or_path: a folder with config.json and safetensors weights (LLaVA, PaliGemma, Llama-3.2-Vision, Llama,
-                Gemma, SigLIP, or our own format), a folder with Meta's own files, a GGUF file, or the id of a model on the hub.
+                Gemma, SigLIP, or our own format), a folder with Meta's own files, a GGUF file, a folder of adapters in PEFT's format that
+                says which model they are for, or the id of a model on the hub.
             config: takes the place of the folder's.
             dtype: "auto" (the default) is the files' own; or float32, bfloat16, float16. `torch_dtype` is its older name.
             device_map: a device; or what accelerate takes to spread a model over several: "auto", "balanced", "balanced_low_0",
@@ -71,6 +85,11 @@ class PretrainedMixin(_Model):
             raise TypeError(f"from_pretrained got options it does not know: {', '.join(unknown)}")
         options = {name: value for name, value in kwargs.items() if name in HUB_OPTIONS and value is not None}
         folder = find_folder(pretrained_model_name_or_path, subfolder, **options)
+        if (folder / ADAPTER_CONFIG).is_file():
+            base = {"config": config, "dtype": dtype, "device_map": device_map} | own | kwargs
+            model = cls.from_pretrained(adapted_model(folder), **base)
+            load_lora(model, folder)
+            return model
         return load_model(cls, folder, config, dtype, "cpu" if device_map is None else device_map, **own)  # type: ignore[return-value]  # of the class that it is given
 
     load_options: frozenset[str] = frozenset()  # arguments of the class's constructor that from_pretrained passes on
@@ -86,6 +105,10 @@ class PretrainedMixin(_Model):
     ) -> None:
         """Write the model to a folder, whole or not at all, in its family's own format. Signature as transformers'.
 
+        A model with LoRA layers is written as its adapters, in PEFT's format, with what else learns: `from_pretrained` of the folder loads
+        the model they were trained on and puts them in, and transformers' Trainer goes on from it. After `mllama.merge_and_unload` the
+        whole model is written.
+
         Of our own composition, a model that Hugging Face's LLaVA can be (`vision_feature="pre_norm"`, `fusion="merge"`, a projector of two
         layers, projection_dim equal to the decoder's width, and an `image_token_index` within the vocabulary) is written as LLaVA. Of a
         model with an adapter of PEFT the adapter is written, as in transformers.
@@ -99,8 +122,9 @@ class PretrainedMixin(_Model):
             kwargs: the further options of transformers' method and of its `push_to_hub`.
 
         Raises:
-            ValueError: a `state_dict` that is not the whole model; a model inside a PeftModel, or with LoRA layers; `variant`,
-                `distributed_checkpoint` or `safe_serialization=False`, which would change what is written and are not supported.
+            ValueError: a `state_dict` that is not the whole model; a model inside a PeftModel; adapters into a folder that
+                holds a whole model; `variant`, `distributed_checkpoint` or `safe_serialization=False`, which would change what is written
+                and are not supported.
             TypeError: an option that is not known.
         """
         from mllama.checkpoints import save_model
@@ -116,24 +140,68 @@ class PretrainedMixin(_Model):
         if hasattr(self, "peft_config"):
             raise ValueError("a PeftModel has put adapters into this model: save that, or the model after its merge_and_unload()")
         check_built(self)
-        if is_main_process:
-            save_model(self, save_directory, state_dict, max_shard_size)
+        lora, together = bool(lora_layers(self)), state_dict is None and is_sharded(self)
+        if together:
+            state_dict = self.state_dict()
+            if lora:  # the frozen weights are not written
+                learning = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
+                state_dict = {name: tensor for name, tensor in state_dict.items() if ".lora_" in name or name in learning}
+        if state_dict is not None:
+            state_dict = {name: whole(tensor) for name, tensor in self._plain_names(state_dict).items()}
+        if is_main_process and may_write(self):
+            if lora:
+                save_adapter_folder(self, Path(save_directory), state_dict, strict=False)
+            else:
+                save_model(self, save_directory, state_dict, max_shard_size)
             if push_to_hub:
                 push = {name: value for name, value in kwargs.items() if name in _PUSH_OPTIONS}
                 self.push_to_hub(**{"repo_id": os.path.basename(os.path.abspath(save_directory))} | push)
+        if together:  # what one process wrote is there for all
+            distributed.barrier()
 
     older_files: Sequence = ()  # rows of `mllama.checkpoints.engine` for names that the format's own table does not know
 
+    @property
+    def _checkpoint_conversion_mapping(self) -> dict[str, str]:
+        """What PEFT reads to put adapters of transformers' class into this one."""
+        from mllama.checkpoints.stock_names import stock_patterns
+
+        return stock_patterns(self.config)
+
+    def stock_name(self, name: str) -> str:
+        """The dotted name that a parameter or module has in transformers' own class of the model; the same where there is none."""
+        from mllama.checkpoints.stock_names import stock_name
+
+        return stock_name(self.config, name)
+
+    def own_names(self, names: Iterable[str]) -> dict[str, str]:
+        """The parameters' names here by those that files have, or transformers' classes; unknown ones are left out."""
+        from mllama.checkpoints.models import own_names
+
+        return own_names(self.config, names)
+
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """As torch's; takes the names that weight files use too, whole or shard by shard with `strict=False`."""
+        """As torch's; takes the names that weight files use too, whole or shard by shard with `strict=False`; those that torch.compile,
+        DDP and FSDP make of them; and adapters alone in PEFT's names, which miss nothing of the rest of the model. What is sharded over
+        processes, here or there, is gathered and given out."""
         from mllama.checkpoints import translate_state_dict
 
+        adapters_alone = False
         if isinstance(state_dict, Mapping):  # torch says what else it is
+            adapters_alone = bool(state_dict) and is_peft(state_dict)
+            state_dict = own_adapters(self, state_dict) if adapters_alone else self._plain_names(state_dict)
             state_dict = translate_state_dict(self, state_dict, self.older_files)
+            state_dict = given_out(self, state_dict)
         report = super().load_state_dict(state_dict, strict=strict, assign=assign)
+        if adapters_alone:
+            report.missing_keys[:] = [name for name in report.missing_keys if ".lora_" in name]
         if assign:  # it gave every name a parameter of its own
             self.tie_weights(recompute_mapping=False)
         return report
+
+    def _plain_names(self, state_dict: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        own = self.state_dict().keys()
+        return {name if name in own else plain_key(name): tensor for name, tensor in state_dict.items()}
 
     def _set_gradient_checkpointing(  # type: ignore[override]  # what else releases of transformers pass is handed on
         self, enable: bool = True, gradient_checkpointing_func: Callable = checkpoint, **kwargs: Any

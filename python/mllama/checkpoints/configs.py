@@ -94,6 +94,7 @@ def content_of(config: PretrainedConfig, architecture: str) -> dict[str, Any]:
 def _older(content: dict[str, Any]) -> dict[str, Any]:
     content = {name: _older(value) if isinstance(value, dict) and name.endswith("_config") else value for name, value in content.items()}
     content.pop("dtype", None)
+    content.pop("keys_to_ignore_at_inference", None)  # a model's, said by its class
     rope = dict(content.pop("rope_parameters", None) or {})
     if rope:
         rope.pop("type", None)

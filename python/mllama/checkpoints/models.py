@@ -1,7 +1,7 @@
 """Models from checkpoints and back: laid out on the meta device, filled one tensor at a time, written whole or not at all."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,8 @@ from mllama.checkpoints.opening import FORMATS, GENERATION, open_checkpoint
 from mllama.config import check_names
 
 _COUNTS = ("num_hidden_layers", "num_global_layers")
+# Of adapters that were saved there before: who reads the folder would take them for what it holds.
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
 
 
 def load_model(
@@ -167,7 +169,15 @@ def save_model(
             model.generation_config.save_pretrained(aside)
         save_weights(aside, tensors, max_shard_size)
 
-    write_folder(Path(folder), write)
+    write_folder(Path(folder), write, replaced=ADAPTER_FILES)
+
+
+def own_names(config: PretrainedConfig, names: Iterable[str]) -> dict[str, str]:
+    """The model's names of tensors by those that files have, or transformers' classes in memory. Names that no row knows are left out, and
+    what is put together of several tensors."""
+    moves, _, _ = plan(FORMATS[config.model_type].table(config), names)
+    single = [move for move in moves if len(move.theirs) == len(move.ours) == 1]
+    return {theirs: ours for move in single for theirs, ours in zip(move.theirs, move.ours, strict=True) if theirs is not None}
 
 
 def _check_readable(model: PreTrainedModel, config: PretrainedConfig, state_dict: dict[str, torch.Tensor]) -> None:

@@ -26,6 +26,7 @@ FORMATS = {
     "siglip_vision_model": siglip.FORMAT,
 }
 GENERATION = "generation_config.json"
+_ADAPTERS = (".safetensors", ".pth", ".bin")  # what files of adapters are called
 _WEIGHT_FILES = ("*.safetensors", INDEX, "consolidated*.pth", "*.gguf")
 
 
@@ -64,7 +65,10 @@ def _open(path: Path, config: PretrainedConfig | None) -> Opened:
 
         return open_gguf(file, config)
     if not path.is_dir():
-        raise FileNotFoundError(f"{path} is neither a model folder nor a .gguf file" if path.exists() else f"no model folder {str(path)!r}")
+        if not path.exists():
+            raise FileNotFoundError(f"no model folder {str(path)!r}")
+        hint = "; adapters go beside a model: --adapter, or adapter= of mllama.load" if path.suffix in _ADAPTERS else ""
+        raise FileNotFoundError(f"{path} is neither a model folder nor a .gguf file{hint}")
     if (path / PARAMS).exists() and not (path / CONFIG).exists():
         if config is not None:
             raise ValueError(f"{path}: a config cannot take the place of what {PARAMS} says")

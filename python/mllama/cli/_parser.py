@@ -64,6 +64,7 @@ def _add_generate(commands) -> None:
         "--runtime", choices=("mllama", "transformers"), default="mllama", help="transformers: its own class on the same inputs, to compare"
     )
     _add_sampling(parser)
+    _add_adapter(parser)
     _add_device(parser)
     parser.add_argument("--cpu", dest="device", action="store_const", const="cpu", help="the same as --device cpu")
 
@@ -131,7 +132,12 @@ def _command(commands, name: str, what: str) -> argparse.ArgumentParser:
 
 def _add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", metavar="FOLDER", help="a model folder, a GGUF file or an id on the hub (default: the embedded model)")
+    _add_adapter(parser)
     _add_device(parser)
+
+
+def _add_adapter(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--adapter", metavar="PATH", help="LoRA adapters for the model: a file of mllama.save_lora, or PEFT's folder")
 
 
 def _add_device(parser: argparse.ArgumentParser) -> None:

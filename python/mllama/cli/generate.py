@@ -46,6 +46,8 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def _load_stock(arguments: argparse.Namespace):
+    if arguments.adapter is not None:
+        raise ValueError("--adapter needs --runtime mllama")
     folder, device = find_model(arguments.model), choose_device(arguments.device)
     with (opened := open_checkpoint(folder)).source:
         model, report = survey(model_class(opened.config), opened)

@@ -1,0 +1,239 @@
+"""PEFT's adapter folders: adapter_config.json beside adapter_model.safetensors, with keys `base_model.model.NAME.lora_A.weight`."""
+
+import math
+import os
+import re
+import shutil
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from mllama.checkpoints.files import WEIGHTS, find_inside, listing, read_json, save_tensors, write_folder, write_json
+from mllama.lora.layer import Linear_LORA, check_adapter
+
+CONFIG, ADAPTERS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
+PREFIX = "base_model.model."
+_KEY = re.compile(r"(?P<name>.+)\.lora_(?P<part>[AB])(\.default)?\.weight")
+
+# Fields that say how the layers are made, all of them honored; and fields that change nothing of what a trained adapter computes.
+_READ = {"peft_type", "r", "lora_alpha", "lora_dropout", "rank_pattern", "alpha_pattern", "use_rslora", "target_modules", "modules_to_save"}
+_DESCRIPTIVE = {
+    "auto_mapping", "base_model_name_or_path", "corda_config", "eva_config", "exclude_modules", "inference_mode", "layers_pattern",
+    "layers_to_transform", "loftq_config", "lora_ga_config", "megatron_core", "peft_version", "qalora_group_size", "revision",
+    "runtime_config", "task_type",
+}  # fmt: skip
+# What these fields may say; any other field must be off (false, null or empty). Other ways to begin change the frozen weights, too.
+_ONLY = {"bias": ("none",), "init_lora_weights": (True, False, None, "gaussian", "orthogonal", "eva")}
+
+
+def is_peft(keys: Iterable[str]) -> bool:
+    """Whether tensors have PEFT's names."""
+    return any(key.startswith("base_model.") for key in keys)
+
+
+def weights_file(folder: Path) -> Path:
+    """The tensors of an adapter folder.
+
+    Raises:
+        FileNotFoundError: there are none.
+    """
+    return find_inside(folder, ADAPTERS if (folder / ADAPTERS).exists() or not (folder / PICKLE).exists() else PICKLE)
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """An adapter_config.json of which every field is one that can be honored.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: a field that is not, by its name.
+    """
+    path = find_inside(folder, CONFIG)
+    config = read_json(path)
+    if config.get("peft_type") != "LORA":
+        raise ValueError(f"{path}: peft_type must be 'LORA', got {config.get('peft_type')!r}")
+    for name, value in config.items():
+        allowed = _ONLY.get(name)
+        if name in _READ or name in _DESCRIPTIVE or (allowed is None and not value) or (allowed and value in allowed):
+            continue
+        taken = ", ".join(map(repr, allowed)) if allowed else "off"
+        raise ValueError(f"{path}: {name} must be {taken}, got {value!r}: adapters of that kind are not read")
+    try:
+        for name, key in (("r", "rank"), ("lora_alpha", "alpha"), ("lora_dropout", "dropout")):
+            if name in config:
+                check_adapter(**{"rank": 1, "alpha": 1} | {key: config[name]})
+        for name, key in (("rank_pattern", "rank"), ("alpha_pattern", "alpha")):
+            for value in (config.get(name) or {}).values():
+                check_adapter(**{"rank": 1, "alpha": 1} | {key: value})
+    except (TypeError, ValueError, AttributeError) as error:
+        raise ValueError(f"{path}: {name}: {error}") from error
+    return config
+
+
+def adapted_model(folder: Path) -> str:
+    """The model that an adapter folder is for.
+
+    Raises:
+        ValueError: the folder does not say.
+    """
+    base = read_config(folder).get("base_model_name_or_path")
+    if not isinstance(base, str) or not base:
+        raise ValueError(
+            f"{folder} holds adapters, and base_model_name_or_path in {CONFIG} does not say for which model: load that, then"
+            " mllama.load_lora(model, folder)"
+        )
+    return base
+
+
+def parse(
+    where: str, config: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]
+) -> tuple[dict[str, tuple[torch.Tensor, torch.Tensor, float]], dict[str, torch.Tensor]]:
+    """PEFT's tensors by what they are.
+
+    Returns:
+        (A, B, alpha) of every adapted layer by its name, as the file has it; and the parameters that were trained whole.
+
+    Raises:
+        ValueError: half an adapter, a rank that the config does not say, layers that it does not name, tensors of another kind.
+    """
+    halves: dict[str, dict[str, torch.Tensor]] = {}
+    trained = {}
+    for key, tensor in tensors.items():
+        name = key.removeprefix(PREFIX)
+        if found := _KEY.fullmatch(name):
+            halves.setdefault(found["name"], {})[found["part"]] = tensor
+        elif ".lora_" in key:  # of embeddings, of biases, of DoRA's magnitudes
+            raise ValueError(f"{where}: {key} is of a kind that is not read; adapters of linear layers are, as NAME.lora_A.weight")
+        else:
+            trained[name] = tensor
+    if odd := [name for name, parts in halves.items() if len(parts) < 2 or any(part.dim() != 2 for part in parts.values())]:
+        raise ValueError(f"{where}: no two matrices of {listing(odd)}")
+    if (targets := config.get("target_modules")) and not isinstance(targets, str):
+        ends = tuple(f".{target}" for target in targets)
+        if outside := [name for name in halves if not f".{name}".endswith(ends)]:
+            raise ValueError(f"{where}: target_modules does not name {listing(outside)}")
+    layers = {name: (parts["A"], parts["B"], _alpha(where, config, name, parts["A"].shape[0])) for name, parts in halves.items()}
+    return layers, trained
+
+
+def _alpha(where: str, config: Mapping[str, Any], name: str, rank: int) -> float:
+    """Alpha as a `Linear_LORA` counts: the update is multiplied by alpha / rank."""
+    said = _pattern(config.get("rank_pattern"), name, config.get("r", 8))
+    if said != rank:
+        raise ValueError(f"{where}: {name} has rank {rank}, r and rank_pattern say {said}")
+    alpha = float(_pattern(config.get("alpha_pattern"), name, config.get("lora_alpha", 8)))
+    return alpha * math.sqrt(rank) if config.get("use_rslora") else alpha
+
+
+def _pattern(patterns: Mapping[str, Any] | None, name: str, otherwise: Any) -> Any:
+    """As PEFT: the first pattern that the end of the name matches."""
+    return next((value for pattern, value in (patterns or {}).items() if re.match(rf"(.*\.)?({pattern})$", name)), otherwise)
+
+
+def write(
+    folder: Path,
+    layers: Mapping[str, Linear_LORA],
+    tensors: Mapping[str, torch.Tensor],
+    trained: Mapping[str, torch.Tensor],
+    modules_to_save: Iterable[str],
+    stock_name: Callable[[str], str],
+    base: str | None,
+) -> None:
+    """Write an adapter folder, whole or not at all.
+
+    Args:
+        folder: made if absent; other files in it stay.
+        layers: the LoRA layers by name.
+        tensors: NAME.lora_a.weight and NAME.lora_b.weight of each.
+        trained: further parameters, and
+        modules_to_save: the modules that they are all of.
+        stock_name: the model's name of a module or parameter -> that of transformers' class, by which other tools know it.
+        base: where the model came from.
+
+    Raises:
+        ValueError: a folder that holds a whole model.
+    """
+    if (folder / "config.json").exists():
+        raise ValueError(
+            f"{folder} holds a whole model (config.json), whose weights adapters must not take the place of: give another folder"
+        )
+    renamed = {f"{PREFIX}{_peft_key(stock_name(key))}": tensor for key, tensor in tensors.items()}
+    renamed |= {PREFIX + stock_name(name): tensor for name, tensor in trained.items()}
+    config = _config(layers, modules_to_save, stock_name, base)
+
+    def fill(aside: Path) -> None:
+        write_json(aside / CONFIG, config)
+        save_tensors(aside / ADAPTERS, renamed)
+        try:  # the same file under the name by which transformers' Trainer finds a checkpoint's weights
+            os.link(aside / ADAPTERS, aside / WEIGHTS)
+        except OSError:
+            shutil.copyfile(aside / ADAPTERS, aside / WEIGHTS)
+
+    write_folder(folder, fill, replaced=(PICKLE,))
+
+
+def _peft_key(key: str) -> str:
+    """NAME.lora_a.weight -> NAME.lora_A.weight."""
+    return re.sub(r"lora_([ab])\.weight$", lambda found: f"lora_{found[1].upper()}.weight", key)
+
+
+def _config(
+    layers: Mapping[str, Linear_LORA], modules_to_save: Iterable[str], stock_name: Callable[[str], str], base: str | None
+) -> dict[str, Any]:
+    """The content of adapter_config.json. Every layer has the package's name there and transformers', so that either class takes it."""
+
+    def both(name: str) -> list[str]:
+        return list(dict.fromkeys([name, stock_name(name)]))
+
+    rank, alpha, dropout = (
+        Counter(values).most_common(1)[0][0]
+        for values in zip(*((layer.rank, _number(layer.alpha), layer.dropout.p) for layer in layers.values()), strict=True)
+    )
+    return {
+        "peft_type": "LORA",
+        "task_type": None,
+        "base_model_name_or_path": base,
+        "inference_mode": True,
+        "r": int(rank),
+        "lora_alpha": alpha,
+        "lora_dropout": dropout,
+        "target_modules": sorted({each for name in layers for each in both(name)}),
+        "rank_pattern": {each: int(layer.rank) for name, layer in layers.items() if layer.rank != rank for each in both(name)},
+        "alpha_pattern": {each: _number(layer.alpha) for name, layer in layers.items() if layer.alpha != alpha for each in both(name)},
+        "modules_to_save": sorted({each for name in modules_to_save for each in both(name)}) or None,
+        "bias": "none",
+        "use_rslora": False,
+        "use_dora": False,
+        "fan_in_fan_out": False,
+        "init_lora_weights": True,
+    }
+
+
+def _number(value: float) -> int | float:
+    return int(value) if float(value).is_integer() else float(value)
+
+
+def trained_whole(model: nn.Module, adapted: Iterable[nn.Parameter]) -> tuple[list[str], list[str]]:
+    """The modules that learn as a whole beside adapters, and the parameters that learn in others, by their names in the model."""
+    adapters = {id(parameter) for parameter in adapted}
+    modules, loose = [], []
+
+    def visit(module: nn.Module, name: str) -> None:
+        parameters = list(module.parameters())
+        if not any(parameter.requires_grad and id(parameter) not in adapters for parameter in parameters):
+            return
+        inside = isinstance(module, Linear_LORA)  # PEFT has no name for what is inside a layer with adapters
+        if name and not inside and all(parameter.requires_grad and id(parameter) not in adapters for parameter in parameters):
+            modules.append(name)
+            return
+        for own, parameter in module.named_parameters(recurse=inside):
+            if parameter.requires_grad and id(parameter) not in adapters:
+                loose.append(f"{name}.{own}" if name else own)
+        for child_name, child in () if inside else module.named_children():
+            visit(child, f"{name}.{child_name}" if name else child_name)
+
+    visit(model, "")
+    return modules, loose
