@@ -12,6 +12,7 @@ from typing import NamedTuple
 from transformers.feature_extraction_utils import BatchFeature
 from transformers.models.paligemma import processing_paligemma as stock
 
+from mllama.processing.chat import ChatTemplates
 from mllama.processing.folders import StockFiles
 from mllama.processing.prompt import MAX_IMAGE_TOKENS, check_whole, in_order, lay_out, share_out
 from mllama.processing.square import SquareImageProcessor
@@ -60,7 +61,7 @@ def parse_detections(text: str, width: float, height: float) -> list[Detection]:
     return found
 
 
-class PaliGemmaProcessor(StockFiles, stock.PaliGemmaProcessor):
+class PaliGemmaProcessor(ChatTemplates, StockFiles, stock.PaliGemmaProcessor):
     """Text and pictures for PaliGemma, called as `processor(images=..., text=..., suffix=...)`.
 
     A prompt becomes `<image>` * image_seq_length for each picture + BOS + prompt + newline; a prompt that holds `<image>` keeps its order,
@@ -114,7 +115,7 @@ class PaliGemmaProcessor(StockFiles, stock.PaliGemmaProcessor):
         if not prompts:
             raise ValueError("text is an empty list: give at least one prompt")
         if merged["return_text_replacement_offsets"]:
-            raise ValueError("PaliGemmaProcessor marks no answers in a conversation: give the answer as suffix")
+            raise ValueError("PaliGemmaProcessor marks no answers in a conversation: give the answer as suffix, as mllama.chat_labels does")
         rows = share_out(images, [prompt.count(self.image_token) or None for prompt in prompts], self.image_token)
         text_kwargs = {**merged["text_kwargs"], "return_token_type_ids": True, "add_special_tokens": False}
         for name in ("return_mm_token_type_ids", "return_text_replacement_offsets"):  # the processor's own, mirrored by _merge_kwargs

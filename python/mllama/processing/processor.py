@@ -10,6 +10,7 @@ from transformers.feature_extraction_utils import BatchFeature
 from transformers.processing_utils import ProcessorMixin
 from transformers.tokenization_utils_base import AddedToken
 
+from mllama.processing.chat import ChatTemplates
 from mllama.processing.folders import load_tokenizer, read_settings, save_aside
 from mllama.processing.image import channel_values
 from mllama.processing.prompt import (
@@ -20,6 +21,7 @@ from mllama.processing.prompt import (
     adds_bos,
     check_whole,
     in_order,
+    inserted,
     lay_out,
     share_out,
 )
@@ -48,7 +50,7 @@ class MllamaBatch(BatchFeature):
         return super().__contains__(_OLDER_KEYS.get(key, key))
 
 
-class MllamaImageProcessor(ProcessorMixin):
+class MllamaImageProcessor(ChatTemplates, ProcessorMixin):
     """Text and pictures for SigLIP + Llama early fusion, called as `processor([prompt], [picture])`: the order is text, images.
 
     What becomes of a prompt:
@@ -169,10 +171,7 @@ class MllamaImageProcessor(ProcessorMixin):
         return MllamaBatch(data, tensor_type=text_kwargs.get("return_tensors"), skip_tensor_conversion=["text_replacement_offsets"])
 
     def apply_chat_template(self, conversation, chat_template: str | None = None, **kwargs):
-        """As transformers': messages to text, or with tokenize=True, return_dict=True to a batch, pictures in the messages included.
-
-        A part {"type": "image", "image": picture} takes what `load_picture` takes; "path" and "url" name files, nothing is downloaded.
-        """
+        """As `ChatTemplates` has it; nothing is added to what the template writes."""
         kwargs["processor_kwargs"] = {"as_is": True, **(kwargs.get("processor_kwargs") or {})}
         return super().apply_chat_template(conversation, chat_template, **kwargs)
 
@@ -274,4 +273,5 @@ class MllamaImageProcessor(ProcessorMixin):
                 texts[number] = lay_out(text, self.image_seq_length * len(rows[number]), self.image_token, bos)
             elif lead and lead not in text:
                 texts[number] = lead + text
+                offsets[number] = inserted(0, lead, offsets[number])
         return texts, offsets, rows, special

@@ -23,9 +23,10 @@ from transformers.models.mllama.processing_mllama import (
 )
 
 from mllama.ops.image import MAX_PIXELS, resize_normalize
+from mllama.processing.chat import ChatTemplates
 from mllama.processing.folders import StockFiles
 from mllama.processing.image import channel_values, normalisation_table
-from mllama.processing.prompt import adds_bos, in_order, share_out
+from mllama.processing.prompt import adds_bos, in_order, inserted, share_out
 from mllama.processing.square import RESAMPLE, OwnPictures
 
 _MOST_TILES = 1024  # the arrangements are counted in a double loop
@@ -98,7 +99,7 @@ class TiledImageProcessor(OwnPictures, MllamaImageProcessorPil):
         return resize_normalize(torch.from_numpy(image.transpose(1, 2, 0)), *target, table, RESAMPLE.get(resample, "bilinear"))
 
 
-class TiledProcessor(StockFiles, MllamaProcessor):
+class TiledProcessor(ChatTemplates, StockFiles, MllamaProcessor):
     """Text and pictures for Llama-3.2-Vision, called as `processor(images=..., text=...)`.
 
     It differs from transformers' MllamaProcessor where that fails: rows with and without pictures may be mixed in a batch, BOS is not
@@ -154,12 +155,19 @@ class TiledProcessor(StockFiles, MllamaProcessor):
         if not prompts:
             raise ValueError("text is an empty list: give at least one prompt")
         rows = self._rows(prompts, images)
+        offsets: list[list[dict]] = [[] for _ in prompts]
         if self.bos_token is not None:
-            prompts = [build_string_from_input(prompt, self.bos_token, self.image_token) for prompt in prompts]
+            given, prompts = prompts, [build_string_from_input(prompt, self.bos_token, self.image_token) for prompt in prompts]
+            offsets = [
+                [] if prompt == longer else inserted(longer.find(self.bos_token), self.bos_token, [])
+                for prompt, longer in zip(given, prompts, strict=True)
+            ]
             if adds_bos(self.tokenizer):
                 text_kwargs["add_special_tokens"] = False
         data = dict(self.tokenizer(prompts, **text_kwargs))
         self._check_special_mm_tokens(prompts, data, modalities=["image"])
+        if merged["return_text_replacement_offsets"]:
+            data["text_replacement_offsets"] = offsets
         if any(rows):
             pictures = self.image_processor(rows, **images_kwargs)
             data["cross_attention_mask"] = convert_sparse_cross_attention_mask_to_dense(
@@ -169,7 +177,7 @@ class TiledProcessor(StockFiles, MllamaProcessor):
                 length=max(len(ids) for ids in data["input_ids"]),
             )
             data.update(pictures)
-        return BatchFeature(data, tensor_type=tensors)
+        return BatchFeature(data, tensor_type=tensors, skip_tensor_conversion=["text_replacement_offsets"])
 
     def to_dict(self) -> dict:
         """What processor_config.json says: a MllamaProcessor."""
