@@ -11,6 +11,7 @@ from transformers.processing_utils import ProcessorMixin
 from mllama.processing.chat import with_answers
 from mllama.processing.folders import load_tokenizer, read_object, read_settings
 from mllama.processing.messages import as_messages, as_parts, as_text
+from mllama.processing.options import on_cpu
 from mllama.processing.paligemma import PaliGemmaProcessor
 from mllama.processing.processor import MllamaImageProcessor
 from mllama.processing.square import SquareImageProcessor
@@ -77,6 +78,7 @@ def load_processor(path: str | os.PathLike) -> ProcessorMixin | SquareImageProce
         raise ValueError(f"{folder}: the processor cannot be read: {error}") from error
 
 
+@on_cpu
 def encode_messages(processor, messages: Sequence[Mapping], pictures: Sequence = ()) -> BatchFeature:
     """Return a model's inputs for a conversation that the model is to continue: one row, as torch tensors.
 

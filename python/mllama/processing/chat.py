@@ -14,6 +14,7 @@ from transformers.processing_utils import ProcessorMixin
 
 from mllama.processing.answers import apply_template, as_batch
 from mllama.processing.messages import ASSISTANT, as_parts, as_text
+from mllama.processing.options import on_cpu
 
 IGNORED = -100  # a label that no loss counts
 _TOKENIZING = ("tokenize", "return_dict", "return_tensors", "return_assistant_tokens_mask")  # what a text alone does not need
@@ -21,6 +22,7 @@ _PLACES = {"return_offsets_mapping": True}
 _GENERATION = re.compile(r"\{%[-+]?\s*(end)?generation\s*[-+]?%\}")
 
 
+@on_cpu
 def chat_labels(processor: Any, conversations: Sequence, **options: Any) -> BatchFeature | BatchEncoding:
     """Return a batch to train on conversations: a model's inputs, and labels of what the assistant says.
 
@@ -80,6 +82,7 @@ def with_answers(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
+@on_cpu
 def apply_tokenizer_template(tokenizer: PreTrainedTokenizerBase, conversation, *args, **kwargs):
     """A tokenizer's apply_chat_template, for any template and any form of content."""
     stock = functools.partial(type(tokenizer).apply_chat_template, tokenizer)
@@ -104,6 +107,7 @@ def apply_tokenizer_template(tokenizer: PreTrainedTokenizerBase, conversation, *
     return apply_template(stock, render, template, tokenizer, conversation, options, places)
 
 
+@on_cpu
 def _processor_template(stock, processor: ProcessorMixin, conversation, chat_template: str | None, options: dict[str, Any]):
     """`ChatTemplates.apply_chat_template`, on transformers' method `stock`."""
     template = _template_of(processor, chat_template)
