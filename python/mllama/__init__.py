@@ -46,6 +46,7 @@ _HOME = {
     "TiledProcessor": "processing.tiled",
     "Tokenizer": "processing.tokenizer",
     "ask": "api",
+    "chat_labels": "processing.chat",
     "convert_linears_to_lora": "lora",
     "convert_to_lora": "lora",
     "fuse": "fusing",

@@ -211,8 +211,51 @@ def test_special_ids(tmp_path):
     model = MllamaForConditionalGeneration.from_pretrained(write(tmp_path / "model.gguf", stock(), metadata=metadata))
     assert model.generation_config.eos_token_id == [2, 5] and model.generation_config.bos_token_id == 1
     assert model.config.pad_token_id is None
+    with pytest.raises(ValueError, match="mllama.eos_token_ids"):
+        open_gguf(write(tmp_path / "wrong.gguf", stock(), metadata=lambda writer: writer.add_array("mllama.eos_token_ids", [1, 99])))
     with pytest.raises(ValueError, match="eos_token_id is 99, the vocabulary has 99 tokens"):
         open_gguf(write(tmp_path / "wrong.gguf", stock(), metadata=lambda writer: writer.add_eos_token_id(99)))
+
+
+CONTROL, NORMAL = gguf.TokenType.CONTROL, gguf.TokenType.NORMAL
+
+
+@pytest.mark.parametrize(
+    ("tokens", "ends"),
+    [
+        ({"<|end_of_text|>": CONTROL, "<|eot_id|>": CONTROL}, [2, 3]),
+        ({"<|end_of_text|>": CONTROL, "<|eom_id|>": CONTROL, "<|eot_id|>": NORMAL}, [2, 3, 4]),  # of files converted with wrong types
+        ({"<|endoftext|>": CONTROL, "<|im_end|>": CONTROL}, [2, 3]),
+        ({"<eos>": CONTROL, "<end_of_turn>": CONTROL}, [2, 3]),
+        ({"<eos>": CONTROL, "</s>": NORMAL}, 2),  # a struck-out text
+        ({"<eos>": CONTROL, "a": NORMAL}, 2),
+    ],
+)
+def test_ends_of_an_answer_are_known_by_their_texts(tmp_path, tokens, ends):
+    def metadata(writer):
+        writer.add_token_list(["x", "y", *tokens])
+        writer.add_token_types([NORMAL, NORMAL, *tokens.values()])
+        writer.add_eos_token_id(2)
+
+    model = MllamaForConditionalGeneration.from_pretrained(write(tmp_path / "model.gguf", stock(), metadata=metadata))
+    assert model.generation_config.eos_token_id == ends
+
+
+@pytest.mark.parametrize("ends", [[5, 0], [0, 5], [7, 0, 5, 9], 5, None])
+def test_ends_of_generation_come_back(tmp_path, make_tokenizer, ends):
+    """The tokenizer's EOS is 0; a second end goes where llama.cpp looks for it."""
+    ours, tokenizer = own(stock(vocab_size=320)), make_tokenizer()
+    ours.generation_config.eos_token_id = ends
+    save_gguf(ours, tokenizer, tmp_path / "model.gguf")
+    header = GgufHeader(tmp_path / "model.gguf")
+    assert header.get("tokenizer.ggml.eos_token_id", int) == tokenizer.eos_token_id == 0
+    others = [end for end in ends if end != 0] if isinstance(ends, list) else [ends] if ends else []
+    assert header.get("tokenizer.ggml.eot_token_id", int, -1) == (others[0] if others else -1)
+    again = MllamaForConditionalGeneration.from_pretrained(tmp_path / "model.gguf")
+    assert again.generation_config.eos_token_id == (0 if ends is None else ends)
+    ours.generation_config.eos_token_id = [0, 320]
+    with pytest.raises(ValueError, match="eos_token_id"):
+        save_gguf(ours, tokenizer, tmp_path / "other.gguf")
 
 
 @pytest.mark.parametrize(

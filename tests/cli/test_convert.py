@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, Auto
 import meta_reference
 import mllama
 import twins
-from mllama.checkpoints import meta
+from mllama.checkpoints import meta, open_checkpoint
 
 PARAMS = {
     "dim": 64,
@@ -153,6 +153,29 @@ def test_what_it_does_not_take(run, metas, tmp_path, target, options, error):
     code, _, err = run("convert", metas, tmp_path / target, *options)
     assert code == 2 and error in err and err.count("\n") == 1
     assert not (tmp_path / target).exists() or target in ("folder.gguf", "file")
+
+
+@pytest.mark.parametrize(
+    ("family", "formats"),
+    [
+        ("llama", ("hf", "gguf", "hf", "gguf")),
+        ("gemma", ("gguf", "hf")),
+        ("mllama", ("hf",)),
+        ("paligemma", ("hf",)),
+        ("llava, siglip", ("llava",)),
+    ],
+)
+def test_several_ends_of_generation_survive(run, family_folder, tmp_path, family, formats):
+    source = tmp_path / "source"
+    shutil.copytree(family_folder(family), source)
+    said = json.loads((source / "generation_config.json").read_text())
+    (source / "generation_config.json").write_text(json.dumps(said | {"eos_token_id": [7, 0, 9]}))
+    for number, kind in enumerate(formats):
+        target = tmp_path / f"{number}{'.gguf' if kind == 'gguf' else ''}"
+        assert run("convert", source, target, "--to", kind)[0] == 0
+        source = target
+        with (opened := open_checkpoint(source)).source:
+            assert opened.generation["eos_token_id"] == [7, 0, 9]
 
 
 def test_a_failure_leaves_nothing(run, metas, tmp_path, monkeypatch):

@@ -160,8 +160,9 @@ def test_truncation_never_cuts_a_picture(processor):
     batch = processor("a b c d a b c d", picture(), truncation=True, max_length=N + 3, padding=False)
     assert batch["input_ids"].shape == (1, N + 3)
     for side in ("right", "left"):
+        processor.tokenizer.truncation_side = side
         with pytest.raises(ValueError, match=f"truncation left .* of the {N} image tokens of prompt 0: raise max_length"):
-            processor("a <image> b", picture(), truncation=True, max_length=N - 1, truncation_side=side)
+            processor("a <image> b", picture(), truncation=True, max_length=N - 1)
 
 
 @pytest.mark.parametrize("adds_bos", [False, True])

@@ -21,6 +21,22 @@ from mllama.checkpoints.sources import Header
 from mllama.config import check_size
 
 ROPE_FREQS = "rope_freqs.weight"
+ENDS = (
+    "mllama.eos_token_ids"  # our own: all that generation ends with, in order; llama.cpp has keys for three and knows others by their texts
+)
+EOM = "<|eom_id|>"  # the end of a message that calls a tool
+# Tokens that llama.cpp ends an answer at wherever a vocabulary has them, from its llama-vocab.cpp.
+_TURN_ENDS = ("<|eot_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>", "<|endoftext|>", "<|end_of_text|>", EOM)
+_CONTROL_ENDS = (
+    "</s>",
+    "<EOT>",
+    "_<EOT>",
+    "[EOT]",
+    "[EOS]",
+    "<|return|>",
+    "<|call|>",
+    "<end_of_utterance>",
+)  # where they are no plain text
 # What Meta's Llama 3 files of every size have; they differ in the factor.
 LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
 ORIGINAL_CONTEXT = 8192
@@ -194,15 +210,29 @@ def _ids(header: GgufHeader) -> dict[str, Any]:
     """The special tokens' ids; None for what the file does not name, since a config's own defaults are another model's."""
     found: dict[str, Any] = {}
     vocabulary = int(header.tensors["token_embd.weight"].shape[1])
-    for name, key in (("bos", "bos"), ("eos", "eos"), ("eot", "eot"), ("pad", "padding")):
+    for name, key in (("bos", "bos"), ("eos", "eos"), ("eot", "eot"), ("eom", "eom"), ("pad", "padding")):
         value = header.get(f"tokenizer.ggml.{key}_token_id", int, -1)
         if value >= vocabulary:
             raise ValueError(f"{header.path}: tokenizer.ggml.{key}_token_id is {value}, the vocabulary has {vocabulary} tokens")
         found[f"{name}_token_id"] = value if value >= 0 else None
-    turn_end = found.pop("eot_token_id")  # what an answer of a chat ends with, where that is not the end of a text
-    if turn_end is not None and found["eos_token_id"] not in (None, turn_end):
-        found["eos_token_id"] = [found["eos_token_id"], turn_end]
+    # The end of a text, and what an answer of a chat ends with, where that is another.
+    named = [value for name in ("eos", "eot", "eom") if (value := found.pop(f"{name}_token_id")) is not None]
+    ends = header.get(ENDS, list, []) or list(dict.fromkeys([*named, *_ends_by_text(header, vocabulary)]))
+    if not all(type(end) is int and 0 <= end < vocabulary for end in ends):
+        raise ValueError(f"{header.path}: {ENDS} must be ids of the {vocabulary} tokens, got {str(ends)[:100]}")
+    found["eos_token_id"] = ends if len(ends) > 1 else ends[0] if ends else None
     return found
+
+
+def _ends_by_text(header: GgufHeader, vocabulary: int) -> list[int]:
+    tokens = header.get("tokenizer.ggml.tokens", list, [])[:vocabulary]
+    kinds = header.get("tokenizer.ggml.token_type", list, [])
+    control = (gguf.TokenType.CONTROL, gguf.TokenType.USER_DEFINED)
+    return [
+        place
+        for place, token in enumerate(tokens)
+        if token in _TURN_ENDS or (token in _CONTROL_ENDS and place < len(kinds) and kinds[place] in control)
+    ]
 
 
 def _rope(header: GgufHeader, architecture: str, source: GgufSource, head_dim: int) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from transformers import GemmaConfig, LlamaConfig, PretrainedConfig, PreTrainedM
 
 from mllama.checkpoints.engine import to_file
 from mllama.checkpoints.files import write_file
-from mllama.checkpoints.gguf import LLAMA3, ORIGINAL_CONTEXT, ROPE_FREQS, llama3_parameters, rope_factors, table
+from mllama.checkpoints.gguf import ENDS, EOM, LLAMA3, ORIGINAL_CONTEXT, ROPE_FREQS, llama3_parameters, rope_factors, table
 from mllama.checkpoints.gguf_header import gguf
 from mllama.checkpoints.gguf_tokenizer import add_tokenizer
 from mllama.checkpoints.loading import check_plain
@@ -47,6 +47,7 @@ def save_gguf(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path: 
     config = model.config.get_text_config()
     architecture = _architecture(config)
     path, (kind, file_type) = Path(path), _KINDS[dtype]
+    ends = _ends(model)
     whole, tied = model.state_dict(), model.get_expanded_tied_weights_keys()
     check_plain(whole)
     state = {name: tensor for name, tensor in whole.items() if name.startswith(("language_model.", "lm_head.")) and name not in tied}
@@ -68,6 +69,7 @@ def save_gguf(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path: 
         _add_sizes(writer, config)
         writer.add_file_type(file_type)
         add_tokenizer(writer, tokenizer, config.vocab_size)
+        _add_ends(writer, ends, tokenizer)
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
         for name, tensor in tensors.items():
             block, size = gguf.GGML_QUANT_SIZES[kinds[name]]
@@ -82,6 +84,31 @@ def save_gguf(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path: 
             writer.close()
 
     write_file(path, write)
+
+
+def _ends(model: PreTrainedModel) -> list[int]:
+    """What generation ends with.
+
+    Raises:
+        ValueError: an id that is none of the vocabulary's.
+    """
+    ends, vocabulary = model.generation_config.eos_token_id, model.config.get_text_config().vocab_size
+    ends = [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
+    if not all(isinstance(end, int) and 0 <= end < vocabulary for end in ends):
+        raise ValueError(f"generation_config.eos_token_id must be ids of the {vocabulary} tokens, got {ends}")
+    return ends
+
+
+def _add_ends(writer: gguf.GGUFWriter, ends: list[int], tokenizer: PreTrainedTokenizerBase) -> None:
+    """The ends that are not the tokenizer's EOS, by the keys that llama.cpp has, and all of them by one of ours."""
+    eom = tokenizer.get_vocab().get(EOM)
+    others = [end for end in ends if end not in (eom, tokenizer.eos_token_id)]
+    if others:
+        writer.add_eot_token_id(others[0])
+    if eom in ends and eom != tokenizer.eos_token_id:
+        writer.add_eom_token_id(eom)
+    if ends:
+        writer.add_array(ENDS, ends)
 
 
 def _kind(tensor: torch.Tensor, kind: gguf.GGMLQuantizationType) -> gguf.GGMLQuantizationType:

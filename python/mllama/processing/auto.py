@@ -9,7 +9,10 @@ from transformers import PreTrainedTokenizerBase
 from transformers.feature_extraction_utils import BatchFeature
 from transformers.processing_utils import ProcessorMixin
 
+from mllama.processing.chat import with_answers
 from mllama.processing.folders import load_tokenizer, read_object, read_settings
+from mllama.processing.messages import as_messages, as_parts, as_text
+from mllama.processing.options import on_cpu
 from mllama.processing.paligemma import PaliGemmaProcessor
 from mllama.processing.processor import MllamaImageProcessor
 from mllama.processing.square import SquareImageProcessor
@@ -62,7 +65,7 @@ def load_processor(path: str | os.PathLike) -> ProcessorMixin | SquareImageProce
         if len(files) == 1 and files[0].suffix == ".gguf":
             from mllama.checkpoints.gguf_tokenizer import load_tokenizer as load_gguf_tokenizer
 
-            return load_gguf_tokenizer(files[0])
+            return with_answers(load_gguf_tokenizer(files[0]))
     try:
         kind = _processor_class(folder)
         if kind is not None:
@@ -76,6 +79,7 @@ def load_processor(path: str | os.PathLike) -> ProcessorMixin | SquareImageProce
         raise ValueError(f"{folder}: the processor cannot be read: {error}") from error
 
 
+@on_cpu
 def encode_messages(processor: Any, messages: Sequence[Mapping], pictures: Sequence = ()) -> BatchFeature:
     """Return a model's inputs for a conversation that the model is to continue: one row, as torch tensors.
 
@@ -84,15 +88,16 @@ def encode_messages(processor: Any, messages: Sequence[Mapping], pictures: Seque
 
     Args:
         processor: as `load_processor` returns it: a processor, or a tokenizer, which takes no pictures.
-        messages: {"role": ..., "content": ...}, content a str or a list of parts {"type": "text", "text": ...} and {"type": "image"},
-            which may bring its picture as "image", "path" or "url" (a file; nothing is downloaded).
+        messages: {"role": ..., "content": ...}, content a str, None (an assistant's that only calls tools) or a list of parts
+            {"type": "text", "text": ...} and {"type": "image"}, which may bring its picture as "image", "path" or "url", or
+            {"type": "image_url", "image_url": {"url": ...}}.
         pictures: for the image parts that bring none, in order. Where no part and no placeholder written in a text asks for a picture, they
             come first in the first message of the user.
 
     Raises:
         TypeError: a processor, message or content of another type.
-        ValueError: no messages; a part that is neither text nor image; pictures and places for them differ in number, or the model takes
-            none; a chat template that fails or is missing; a picture that `load_picture` refuses.
+        ValueError: no messages; a message without a role; a part that is neither text nor image; pictures and places for them differ in
+            number, or the model takes none; a chat template that fails or is missing; a picture that `load_picture` refuses.
         FileNotFoundError: no such picture.
     """
     image_token = getattr(processor, "image_token", None) if isinstance(processor, ProcessorMixin) else None
@@ -100,9 +105,7 @@ def encode_messages(processor: Any, messages: Sequence[Mapping], pictures: Seque
         raise TypeError(f"processor must be a processor or a tokenizer, got {type(processor).__name__}")
     if not isinstance(pictures, (list, tuple)):
         raise TypeError(f"pictures must be a list, got {type(pictures).__name__}")
-    turns = [_with_parts(message, number) for number, message in enumerate(messages)]
-    if not turns:
-        raise ValueError("messages is empty: give at least one")
+    turns = [_in_parts(message) for message in as_messages(messages)]
     pictures = _place(turns, list(pictures), image_token)
     if pictures and image_token is None:
         raise ValueError(f"this model takes no pictures, got {len(pictures)}")
@@ -110,9 +113,9 @@ def encode_messages(processor: Any, messages: Sequence[Mapping], pictures: Seque
     if template is None:
         if len(turns) > 1:
             raise ValueError(f"the processor has no chat template: give one message, not {len(turns)}")
-        return _encode_plainly(processor, _as_text(turns[0], image_token), pictures)
+        return _encode_plainly(processor, as_text(turns[0]["content"], image_token), pictures)
     if image_token is None or "image" not in str(template):  # a template for text: contents are strings
-        turns = [{**turn, "content": _as_text(turn, image_token)} for turn in turns]
+        turns = [turn | {"content": as_text(turn["content"], image_token)} if isinstance(turn["content"], list) else turn for turn in turns]
     prompt = render(processor, turns)
     if image_token is None:
         return processor(prompt, add_special_tokens=False, return_token_type_ids=False, return_tensors="pt")
@@ -143,25 +146,14 @@ def _processor_class(folder: Path) -> Any:
     return _BY_PICTURES[kind]
 
 
-def _with_parts(message: Mapping, number: int) -> dict:
-    """A copy of a message with its content as parts of text and pictures."""
-    if not isinstance(message, Mapping):
-        raise TypeError(f"message {number} must be a dict, got {type(message).__name__}")
-    content = message.get("content")
-    parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
-    if not isinstance(parts, (list, tuple)) or not all(isinstance(part, Mapping) for part in parts):
-        raise TypeError(f"the content of message {number} must be a str or a list of dicts, got {type(content).__name__}")
-    for part in parts:
-        if part.get("type") not in ("text", "image"):
-            raise ValueError(f"a part of message {number} must be of type text or image, got {part.get('type')!r}")
-        if part["type"] == "text" and not isinstance(part.get("text"), str):
-            raise TypeError(f"a text part of message {number} must hold a str as text, got {type(part.get('text')).__name__}")
-    return {**message, "content": [dict(part) for part in parts]}
+def _in_parts(message: dict) -> dict:
+    content = message["content"]
+    return message if isinstance(content, Mapping) else message | {"content": as_parts(content)}
 
 
 def _place(turns: list[dict], pictures: list, image_token: str | None) -> list:
     """All pictures in the order of their places; the parts keep none, since no template needs to see them."""
-    parts = [part for turn in turns for part in turn["content"]]
+    parts = [part for turn in turns if isinstance(turn["content"], list) for part in turn["content"]]
     written = image_token is not None and any(image_token in part["text"] for part in parts if part["type"] == "text")
     if pictures and not written and not any(part["type"] == "image" for part in parts):
         first = next((turn for turn in turns if turn.get("role") == "user"), turns[0])
@@ -180,10 +172,6 @@ def _place(turns: list[dict], pictures: list, image_token: str | None) -> list:
     if missing or left:
         raise ValueError(f"the messages have places for {len(placed)} picture(s), but {len(placed) - missing + left} came")
     return placed
-
-
-def _as_text(turn: dict, image_token: str | None) -> str:
-    return "".join(part["text"] if part["type"] == "text" else image_token or "" for part in turn["content"])
 
 
 def _encode_plainly(processor: Any, text: str, pictures: list) -> BatchFeature:

@@ -10,6 +10,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.processing_utils import ProcessorMixin
 from transformers.utils import cached_file
 
+from mllama.processing.chat import with_answers
+
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json")  # one of them every tokenizer has
 # All that processors and tokenizers are read from: what one of them leaves beside another's would be taken for its own.
 PROCESSOR_FILES = (
@@ -63,7 +65,7 @@ def load_tokenizer(where: str | os.PathLike, **kwargs) -> PreTrainedTokenizerBas
     if folder.is_dir() and not any((folder / name).exists() for name in TOKENIZER_FILES):  # transformers would make one up
         raise FileNotFoundError(f"{folder} holds no tokenizer: none of {', '.join(TOKENIZER_FILES)}")
     try:
-        return AutoTokenizer.from_pretrained(where, **{"trust_remote_code": False, **kwargs})
+        return with_answers(AutoTokenizer.from_pretrained(where, **{"trust_remote_code": False, **kwargs}))
     except OSError:
         raise
     except Exception as error:  # a broken tokenizer.json raises nothing more definite

@@ -9,6 +9,7 @@ from tokenizers import Tokenizer as Backend
 from transformers import PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import TikTokenConverter
 
+from mllama.processing.chat import with_answers
 from mllama.processing.tiled import TiledImageProcessor, TiledProcessor
 from mllama.processing.tokenizer import PATTERN, SPECIAL_TOKENS, Tokenizer, read_ranks
 
@@ -24,6 +25,11 @@ _CHAT_TEMPLATE = """\
 {%- if part['type'] == 'image' -%}<|image|>{%- elif part['type'] == 'text' -%}{{ part['text'] }}{%- endif -%}
 {%- endfor -%}
 {%- endif -%}
+{%- for call in message['tool_calls'] or [] -%}
+{%- set call = call['function'] or call -%}
+{{ '{"name": ' + call['name'] | tojson + ', "parameters": ' }}
+{{- (call['arguments'] if call['arguments'] is string else call['arguments'] | tojson) + '}' }}
+{%- endfor -%}
 <|eot_id|>
 {%- endfor -%}
 {%- if add_generation_prompt -%}{{ '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}{%- endif -%}
@@ -50,7 +56,7 @@ def load_meta_processor(folder: str | Path) -> TiledProcessor | PreTrainedTokeni
     sizes = _vision_sizes(folder / "params.json")
     tokenizer = _fast_tokenizer(folder / "tokenizer.model", vision=sizes is not None)
     if sizes is None:
-        return tokenizer
+        return with_answers(tokenizer)
     size, tiles = sizes
     pictures = TiledImageProcessor(
         size={"height": size, "width": size}, max_image_tiles=tiles, image_mean=_IMAGE_MEAN, image_std=_IMAGE_STD

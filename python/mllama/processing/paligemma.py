@@ -13,12 +13,20 @@ from transformers import PreTrainedTokenizerBase
 from transformers.feature_extraction_utils import BatchFeature
 from transformers.models.paligemma import processing_paligemma as stock
 
+from mllama.processing.chat import ChatTemplates
 from mllama.processing.folders import StockFiles
+from mllama.processing.options import TEXT, check_rows, merge_options, on_cpu
 from mllama.processing.prompt import MAX_IMAGE_TOKENS, check_whole, in_order, lay_out, share_out
 from mllama.processing.square import SquareImageProcessor
 
 _OBJECT = re.compile(r"((?:<loc\d{4}>){4})\s*((?:<seg\d{3}>){16})?([^;<>]*)", re.ASCII)
 _GRID = 1024
+_REFUSED = {
+    **TEXT,
+    "add_special_tokens": (lambda value: not value, "the layout has BOS, and the suffix EOS"),
+    "return_token_type_ids": (lambda value: value is not False, "they tell the model where the suffix is"),
+    **dict.fromkeys(("text_pair", "text_target", "text_pair_target"), (lambda value: value is None, "give it as suffix")),
+}
 
 
 class Detection(NamedTuple):
@@ -61,7 +69,7 @@ def parse_detections(text: str, width: float, height: float) -> list[Detection]:
     return found
 
 
-class PaliGemmaProcessor(StockFiles, stock.PaliGemmaProcessor):  # type: ignore[misc]  # from_pretrained has the hub's options in kwargs
+class PaliGemmaProcessor(ChatTemplates, StockFiles, stock.PaliGemmaProcessor):  # type: ignore[misc]  # from_pretrained has the hub's options in kwargs
     """Text and pictures for PaliGemma, called as `processor(images=..., text=..., suffix=...)`.
 
     A prompt becomes `<image>` * image_seq_length for each picture + BOS + prompt + newline; a prompt that holds `<image>` keeps its order,
@@ -90,6 +98,7 @@ class PaliGemmaProcessor(StockFiles, stock.PaliGemmaProcessor):  # type: ignore[
             raise ValueError(f"image_seq_length must be in 1..{MAX_IMAGE_TOKENS}, got {tokens!r}")
         super().__init__(image_processor, tokenizer, chat_template=chat_template)
 
+    @on_cpu
     def __call__(
         self,
         images: Any = None,
@@ -111,19 +120,21 @@ class PaliGemmaProcessor(StockFiles, stock.PaliGemmaProcessor):  # type: ignore[
             kwargs: of the tokenizer and the image processor (padding, return_tensors ...).
 
         Raises:
-            TypeError: text or suffix is no text, a picture no picture, or there are videos or audio.
-            ValueError: pictures and placeholders, or prompts and suffixes, differ in number; truncation cut into a picture's placeholders;
+            TypeError: text or suffix is no text, a picture no picture, there are videos or audio, an option that is not known.
+            ValueError: an option's value that is not supported; rows of unequal length without padding; pictures and placeholders, or prompts and suffixes, differ in number; truncation cut into a picture's placeholders;
                 a picture that `load_picture` refuses.
         """
         text, images = in_order(text, images, videos, audio)
-        merged = self._merge_kwargs(tokenizer_init_kwargs=self.tokenizer.init_kwargs, **kwargs)
+        merged = merge_options(self, kwargs, _REFUSED)
         if text is None:
             return BatchFeature(self.image_processor(images, **merged["images_kwargs"]))
         prompts = [text] if isinstance(text, str) else list(text)
         if not prompts:
             raise ValueError("text is an empty list: give at least one prompt")
         if merged["return_text_replacement_offsets"]:
-            raise ValueError("PaliGemmaProcessor marks no answers in a conversation: give the answer as suffix")
+            raise ValueError(
+                "return_text_replacement_offsets, which marks answers in a conversation, is not supported: give the answer as suffix"
+            )
         rows = share_out(images, [prompt.count(self.image_token) or None for prompt in prompts], self.image_token)
         text_kwargs = {**merged["text_kwargs"], "return_token_type_ids": True, "add_special_tokens": False}
         for name in ("return_mm_token_type_ids", "return_text_replacement_offsets"):  # the processor's own, mirrored by _merge_kwargs
@@ -133,7 +144,10 @@ class PaliGemmaProcessor(StockFiles, stock.PaliGemmaProcessor):  # type: ignore[
             text_kwargs["text_pair"] = self._suffixes(suffix, len(prompts))
         texts = [self._lay_out(prompt, len(row)) for prompt, row in zip(prompts, rows, strict=True)]
         data = dict(self.tokenizer(texts, **text_kwargs))
+        check_rows(data["input_ids"], tensors)
         check_whole(data["input_ids"], self.image_token_id, [self.image_seq_length * len(row) for row in rows])
+        if merged["return_mm_token_type_ids"]:
+            data["mm_token_type_ids"] = self.create_mm_token_type_ids(data["input_ids"])
         if suffix is not None:
             pairs = zip(data["input_ids"], data["token_type_ids"], strict=True)
             data["labels"] = [[token if kind else -100 for token, kind in zip(*pair, strict=True)] for pair in pairs]

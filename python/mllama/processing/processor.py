@@ -13,8 +13,10 @@ from transformers.feature_extraction_utils import BatchFeature
 from transformers.processing_utils import ProcessorMixin
 from transformers.tokenization_utils_base import AddedToken
 
+from mllama.processing.chat import ChatTemplates
 from mllama.processing.folders import load_tokenizer, read_settings, save_aside
 from mllama.processing.image import channel_values
+from mllama.processing.options import merge_options, on_cpu
 from mllama.processing.prompt import (
     CHAT_TEMPLATE,
     IMAGE_TOKEN,
@@ -23,12 +25,14 @@ from mllama.processing.prompt import (
     adds_bos,
     check_whole,
     in_order,
+    inserted,
     lay_out,
     share_out,
 )
 from mllama.processing.square import CroppedImageProcessor, SquareImageProcessor, with_channels
 
 _IMAGE_PROCESSORS = {"SiglipImageProcessor": SquareImageProcessor, "CLIPImageProcessor": CroppedImageProcessor}
+_SIZING = ("size", "do_resize", "default_to_square", "crop_size", "do_center_crop", "pad_size", "do_pad")  # what may change an image's size
 _OLDER_KEYS = {"pixel Value": "pixel_values", "pixel_value": "pixel_values"}
 
 
@@ -51,7 +55,7 @@ class MllamaBatch(BatchFeature):
         return super().__contains__(_OLDER_KEYS.get(key, key))
 
 
-class MllamaImageProcessor(ProcessorMixin):
+class MllamaImageProcessor(ChatTemplates, ProcessorMixin):
     """Text and pictures for SigLIP + Llama early fusion, called as `processor([prompt], [picture])`: the order is text, images.
 
     What becomes of a prompt:
@@ -129,6 +133,7 @@ class MllamaImageProcessor(ProcessorMixin):
     def get_attributes(cls) -> list[str]:
         return ["image_processor", "tokenizer"]
 
+    @on_cpu
     def __call__(
         self, text: Any = None, images: Any = None, videos: None = None, audio: None = None, *, as_is: bool = False, **kwargs: Any
     ) -> MllamaBatch:
@@ -143,16 +148,16 @@ class MllamaImageProcessor(ProcessorMixin):
             kwargs: of the tokenizer and the image processor. padding is True (the longest) and return_tensors "pt" unless given.
 
         Raises:
-            TypeError: text is no text, a picture no picture, or there are videos or audio.
+            TypeError: text is no text, a picture no picture, there are videos or audio, an option that is not known.
             ValueError: pictures and placeholders differ in number (the text counts both), truncation cut into a picture's placeholders,
-                or a picture is refused (`mllama.processing.image.load_picture`).
+                a picture is refused (`mllama.processing.image.load_picture`), or an option's value (`mllama.processing.options`).
             FileNotFoundError: a picture's path leads nowhere.
         """
         text, images = in_order(text, images, videos, audio)
         kwargs = with_channels(kwargs)
         if isinstance(kwargs.get("images_kwargs"), dict):
             kwargs["images_kwargs"] = with_channels(kwargs["images_kwargs"])
-        merged = self._merge_kwargs(tokenizer_init_kwargs=self.tokenizer.init_kwargs, **kwargs)
+        merged = merge_options(self, kwargs)
         if text is None:
             return MllamaBatch(self.image_processor(images, **merged["images_kwargs"]))
         prompts, offsets, rows, special = self._prompts([text] if isinstance(text, str) else list(text), images, as_is)
@@ -171,13 +176,11 @@ class MllamaImageProcessor(ProcessorMixin):
             wanted, got = sum(len(row) for row in rows), len(data["pixel_values"])
             if wanted != got:
                 raise ValueError(f"the prompts hold {wanted} picture(s), but pixel_values {got}")
+            self._check_size(data["pixel_values"], kwargs)
         return MllamaBatch(data, tensor_type=text_kwargs.get("return_tensors"), skip_tensor_conversion=["text_replacement_offsets"])
 
     def apply_chat_template(self, conversation: Any, chat_template: str | None = None, **kwargs: Any) -> Any:
-        """As transformers': messages to text, or with tokenize=True, return_dict=True to a batch, pictures in the messages included.
-
-        A part {"type": "image", "image": picture} takes what `load_picture` takes; "path" and "url" name files, nothing is downloaded.
-        """
+        """As `ChatTemplates` has it; nothing is added to what the template writes."""
         kwargs["processor_kwargs"] = {"as_is": True, **(kwargs.get("processor_kwargs") or {})}
         return super().apply_chat_template(conversation, chat_template, **kwargs)
 
@@ -252,6 +255,17 @@ class MllamaImageProcessor(ProcessorMixin):
             llava = {"patch_size": patch, "vision_feature_select_strategy": "full", "num_additional_image_tokens": more}
         return LlavaProcessor(self.image_processor, self.tokenizer, image_token=self.image_token, chat_template=self.chat_template, **llava)
 
+    def _check_size(self, pixel_values, options: dict) -> None:
+        """Refuse options that make images of another size, which would have another number of placeholders."""
+        sizes = {tuple(image.shape[-2:]) for image in pixel_values}
+        if sizes != {(self.image_size, self.image_size)}:
+            given = {**options, **(options.get("images_kwargs") or {})}
+            names = ", ".join(name for name in _SIZING if name in given) or "size"
+            raise ValueError(
+                f"{names} is not supported with a text: its {self.image_seq_length} placeholders per image stand for {self.image_size} x"
+                f" {self.image_size} pixels, got {' and '.join(f'{high} x {wide}' for high, wide in sorted(sizes))}"
+            )
+
     def _choose_template(self, image_token: str) -> None:
         theirs = self.tokenizer.chat_template
         if isinstance(theirs, str) and "image" in theirs:
@@ -279,4 +293,5 @@ class MllamaImageProcessor(ProcessorMixin):
                 texts[number] = lay_out(text, self.image_seq_length * len(rows[number]), self.image_token, bos)
             elif lead and lead not in text:
                 texts[number] = lead + text
+                offsets[number] = inserted(0, lead, offsets[number])
         return texts, offsets, rows, special

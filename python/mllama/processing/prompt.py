@@ -49,6 +49,12 @@ def lay_out(prompt: str, image_tokens: int, image_token: str = IMAGE_TOKEN, bos_
     return image_token * image_tokens + bos + prompt + newline
 
 
+def inserted(place: int, text: str, offsets: Sequence[dict]) -> list[dict]:
+    """Offsets of replacements (transformers' text_replacement_offsets) with a text put in at a place before all of them."""
+    moved = [{**entry, "new_span": tuple(edge + len(text) for edge in entry["new_span"])} for entry in offsets]
+    return [{"type": "text", "span": (place, place), "new_span": (place, place + len(text)), "text": "", "replacement": text}, *moved]
+
+
 def adds_bos(tokenizer) -> bool:
     """True when the tokenizer puts BOS into every text by itself."""
     return tokenizer.bos_token_id is not None and tokenizer.bos_token_id in tokenizer("")["input_ids"]

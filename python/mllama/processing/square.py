@@ -14,6 +14,7 @@ from transformers.models.siglip.image_processing_pil_siglip import SiglipImagePr
 
 from mllama.ops.image import resize, resize_normalize
 from mllama.processing.image import channel_values, load_pixels, normalisation_table
+from mllama.processing.options import IMAGES, check_names, check_values, on_cpu
 
 MAX_EDGE = 2**14  # of a result, in pixels
 RESAMPLE = {Image.Resampling.BILINEAR: "bilinear", Image.Resampling.BICUBIC: "bicubic"}
@@ -39,16 +40,24 @@ def check_edges(name: str, size: SizeDict | None) -> None:
 class OwnPictures:
     """What makes a PIL image processor of transformers take all that `mllama.processing.image.load_picture` takes, and download nothing.
 
-    Whatever comes becomes RGB, do_convert_rgb or not. Saved under its parent's name, so that stock transformers reads it.
+    Whatever comes becomes RGB. Saved under its parent's name, so that stock transformers reads it.
     """
 
+    refused = IMAGES
+
+    @on_cpu
     def preprocess(self, images, *args, **kwargs) -> BatchFeature:
+        check_names(self, kwargs, self.valid_kwargs.__annotations__)
+        check_values(kwargs, self.refused)
         return super().preprocess(images, *args, **with_channels(kwargs))
 
     def fetch_images(self, images):
         return images
 
-    def process_image(self, image, **kwargs) -> np.ndarray:
+    def process_image(self, image, input_data_format: str | None = None, **kwargs) -> np.ndarray:
+        if input_data_format is not None and getattr(image, "ndim", 0) == 3:  # arrays are read channels last, tensors channels first
+            first, wanted = input_data_format == ChannelDimension.FIRST, not isinstance(image, np.ndarray)
+            image = image if first == wanted else image.transpose(1, 2, 0) if first else image.permute(2, 0, 1)
         return load_pixels(image).numpy().transpose(2, 0, 1)
 
     def to_dict(self) -> dict:

@@ -27,11 +27,14 @@ from transformers.models.mllama.processing_mllama import (
 )
 
 from mllama.ops.image import MAX_PIXELS, resize_normalize
+from mllama.processing.chat import ChatTemplates
 from mllama.processing.folders import StockFiles
 from mllama.processing.image import channel_values, normalisation_table
-from mllama.processing.prompt import adds_bos, in_order, share_out
+from mllama.processing.options import IMAGES, check_rows, merge_options, on_cpu
+from mllama.processing.prompt import adds_bos, in_order, inserted, share_out
 from mllama.processing.square import RESAMPLE, OwnPictures
 
+_FITTED = "images are fitted onto tiles"
 _MOST_TILES = 1024  # the arrangements are counted in a double loop
 
 
@@ -53,6 +56,14 @@ class TiledImageProcessor(OwnPictures, MllamaImageProcessorPil):
         TypeError, ValueError, FileNotFoundError: a picture that `load_picture` refuses.
         ValueError: no picture at all; tiles that are not square, or more or larger than memory should give.
     """
+
+    refused = IMAGES | {
+        "crop_size": (lambda value: value is None, _FITTED),
+        "do_center_crop": (lambda value: not value, _FITTED),
+        "do_pad": (lambda value: value is not False, _FITTED),
+        "do_resize": (lambda value: value is not False, _FITTED),
+        "pad_size": (lambda value: value is None, _FITTED),
+    }
 
     def __init__(self, **kwargs):
         super().__init__(**kwargs)
@@ -76,7 +87,7 @@ class TiledImageProcessor(OwnPictures, MllamaImageProcessorPil):
             channel_values("image_mean", mean), channel_values("image_std", std), rescale_factor if do_rescale else 1.0
         )
         tile, most = size.height, max(map(len, images))
-        pixel_values = torch.zeros(len(images), most, max_image_tiles, 3, tile, tile)
+        pixel_values = torch.zeros(len(images), most, max_image_tiles, 3, tile, tile, dtype=torch.float32, device="cpu")
         arrangements = []
         for row, places in zip(images, pixel_values, strict=True):
             arrangements.append([])
@@ -102,7 +113,7 @@ class TiledImageProcessor(OwnPictures, MllamaImageProcessorPil):
         return resize_normalize(torch.from_numpy(image.transpose(1, 2, 0)), *target, table, RESAMPLE.get(resample, "bilinear"))
 
 
-class TiledProcessor(StockFiles, MllamaProcessor):
+class TiledProcessor(ChatTemplates, StockFiles, MllamaProcessor):
     """Text and pictures for Llama-3.2-Vision, called as `processor(images=..., text=...)`.
 
     It differs from transformers' MllamaProcessor where that fails: rows with and without pictures may be mixed in a batch, BOS is not
@@ -129,6 +140,7 @@ class TiledProcessor(StockFiles, MllamaProcessor):
         if self.image_token_id is None or tokenizer.convert_ids_to_tokens(self.image_token_id) != self.image_token:
             raise ValueError(f"the tokenizer has no token {self.image_token}")
 
+    @on_cpu
     def __call__(
         self,
         images: Any = None,
@@ -147,14 +159,14 @@ class TiledProcessor(StockFiles, MllamaProcessor):
             kwargs: of the tokenizer and the image processor (padding, return_tensors ...).
 
         Raises:
-            TypeError: text is no text, a picture no picture, or there are videos or audio.
-            ValueError: pictures and `<|image|>` differ in number in some prompt, which a flat list for several prompts always does;
+            TypeError: text is no text, a picture no picture, there are videos or audio, an option that is not known.
+            ValueError: an option's value that is not supported; rows of unequal length without padding; pictures and `<|image|>` differ in number in some prompt, which a flat list for several prompts always does;
                 truncation cut an `<|image|>` away; a picture that `load_picture` refuses.
         """
         text, images = in_order(text, images, videos, audio)
-        merged = self._merge_kwargs(tokenizer_init_kwargs=self.tokenizer.init_kwargs, **kwargs)
+        merged = merge_options(self, kwargs)
         text_kwargs, images_kwargs = {"return_token_type_ids": False, **merged["text_kwargs"]}, merged["images_kwargs"]
-        for name in ("return_mm_token_type_ids", "return_text_replacement_offsets"):  # a placeholder stays one token: nothing to tell
+        for name in ("return_mm_token_type_ids", "return_text_replacement_offsets"):  # the processor's own, mirrored by _merge_kwargs
             text_kwargs.pop(name, None)
         tensors = text_kwargs.pop("return_tensors", None)
         if text is None:
@@ -165,12 +177,22 @@ class TiledProcessor(StockFiles, MllamaProcessor):
         if not prompts:
             raise ValueError("text is an empty list: give at least one prompt")
         rows = self._rows(prompts, images)
+        offsets: list[list[dict]] = [[] for _ in prompts]
         if self.bos_token is not None:
-            prompts = [build_string_from_input(prompt, self.bos_token, self.image_token) for prompt in prompts]
+            given, prompts = prompts, [build_string_from_input(prompt, self.bos_token, self.image_token) for prompt in prompts]
+            offsets = [
+                [] if prompt == longer else inserted(longer.find(self.bos_token), self.bos_token, [])
+                for prompt, longer in zip(given, prompts, strict=True)
+            ]
             if adds_bos(self.tokenizer):
                 text_kwargs["add_special_tokens"] = False
         data = dict(self.tokenizer(prompts, **text_kwargs))
+        check_rows(data["input_ids"], tensors)
         self._check_special_mm_tokens(prompts, data, modalities=["image"])
+        if merged["return_mm_token_type_ids"]:
+            data["mm_token_type_ids"] = self.create_mm_token_type_ids(data["input_ids"])
+        if merged["return_text_replacement_offsets"]:
+            data["text_replacement_offsets"] = offsets
         if any(rows):
             pictures = self.image_processor(rows, **images_kwargs)
             data["cross_attention_mask"] = convert_sparse_cross_attention_mask_to_dense(
@@ -180,7 +202,7 @@ class TiledProcessor(StockFiles, MllamaProcessor):
                 length=max(len(ids) for ids in data["input_ids"]),
             )
             data.update(pictures)
-        return BatchFeature(data, tensor_type=tensors)
+        return BatchFeature(data, tensor_type=tensors, skip_tensor_conversion=["text_replacement_offsets"])
 
     def to_dict(self) -> dict:
         """What processor_config.json says: a MllamaProcessor."""

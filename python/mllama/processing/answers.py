@@ -1,0 +1,247 @@
+"""Which tokens of a conversation are the assistant's: for any chat template, found by rendering it with marked answers.
+
+A template that marks them itself, by `{% generation %}`, is taken at its word, which is transformers' own way.
+"""
+
+import os
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from mllama.processing.messages import ASSISTANT, as_messages, as_text, fit_contents, mark_texts, unused_mark
+
+Span = tuple[int, int]  # of characters
+_GENERATION = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
+_THOUGHTS = ("reasoning_content", "thinking", "reasoning")
+
+
+def apply_template(
+    call: Callable[..., Any],
+    render: Callable[..., str],
+    template: Any,
+    tokenizer: Any,
+    conversation: Sequence,
+    options: dict[str, Any],
+    with_places: dict[str, Any],
+) -> Any:
+    """What transformers' apply_chat_template returns, with contents in the form that the template reads, and the assistant's tokens.
+
+    Args:
+        call: transformers' method: (conversation, **options).
+        render: the same to text, of one conversation: (messages, **changes of options).
+        template: what is rendered.
+        tokenizer: whose tokens are marked.
+        conversation: messages, or a list of conversations.
+        options: of `call`.
+        with_places: changes of options that make it return offset_mapping and text_replacement_offsets.
+
+    Raises:
+        TypeError, ValueError: messages that are none (`as_messages`), a conversation without an answer, answers that cannot be found in
+            what the template writes.
+    """
+    batched, conversations = as_batch(conversation)
+    conversations = [fit_contents(messages, render) for messages in conversations]
+    given = conversations if batched else conversations[0]
+    if not options.get("return_assistant_tokens_mask"):
+        return call(given, **options)
+    for name in ("continue_final_message", "sanitize_control_tokens"):
+        if options.get(name):
+            raise ValueError(f"{name} and return_assistant_tokens_mask exclude each other")
+    for number, messages in enumerate(conversations):
+        if not any(message["role"] == ASSISTANT for message in messages):
+            roles = ", ".join(dict.fromkeys(message["role"] for message in messages))
+            raise ValueError(f"conversation {number} has no message whose role is {ASSISTANT}, so no token of it is the model's: {roles}")
+    if _GENERATION.search(str(template)):
+        return call(given, **options)
+    if not options.get("tokenize") or not options.get("return_dict"):
+        raise ValueError("return_assistant_tokens_mask needs tokenize=True and return_dict=True")
+    if not getattr(tokenizer, "is_fast", False):
+        raise ValueError("return_assistant_tokens_mask needs a fast tokenizer, which tells where its tokens stand in the text")
+    names = _special_names(tokenizer)
+    spans = [find_answers(messages, render, names, number) for number, messages in enumerate(conversations)]
+    return _with_masks(call(given, **{**options, **with_places, "return_assistant_tokens_mask": False}), spans)
+
+
+def as_batch(conversation: Any) -> tuple[bool, list[list[dict]]]:
+    """Whether there are several conversations, and checked copies of them."""
+    several = isinstance(conversation, (list, tuple)) and len(conversation) > 0
+    several = several and (isinstance(conversation[0], (list, tuple)) or hasattr(conversation[0], "messages"))
+    if not several:
+        return False, [as_messages(conversation, "conversation")]
+    return True, [as_messages(messages, f"conversation[{number}]") for number, messages in enumerate(conversation)]
+
+
+def find_answers(messages: list[dict], render: Callable[..., str], names: re.Pattern, number: int = 0) -> list[Span]:
+    """Return where in `render(messages)` the assistant speaks: from the end of the prompt for an answer to its end token, inclusive.
+
+    Args:
+        messages: as `as_messages` returns them.
+        render: (messages, add_generation_prompt=None) -> text; None is as in the text that is tokenized.
+        names: matches the special tokens' texts, which are not to be cut.
+        number: of the conversation, for errors.
+
+    Raises:
+        ValueError: they cannot be found, or none is written.
+    """
+    text = render(messages)
+    mark = unused_mark(text + str(messages))
+    for before, empty in (
+        (True, True),
+        (True, False),
+        (False, False),
+    ):  # a mark can hide from a template how an answer begins, or its absence
+        marked = [
+            _mark(message, f"{mark}{place}{mark}", before, empty) if message["role"] == ASSISTANT else message
+            for place, message in enumerate(messages)
+        ]
+        whole = _try(render, marked)
+        if whole is not None and _Marks(mark).without(whole) == text:
+            break
+    else:
+        raise _unknown(number, "it writes other text around answers that are marked")
+    spans = _Spans(render, marked, whole, _Marks(mark), names, number)
+    found = [span for place, message in enumerate(messages) if message["role"] == ASSISTANT and (span := spans.of(place)) is not None]
+    if not found:
+        raise _unknown(number, "it writes none of them")
+    return found
+
+
+class _Marks:
+    """The marks in a text."""
+
+    def __init__(self, mark: str):
+        self.mark = mark
+        self.any = re.compile(rf"{mark}\d+{mark}")
+
+    def of(self, text: str, place: int) -> list[Span]:
+        """Where the marks of a message stand."""
+        return [match.span() for match in re.finditer(f"{self.mark}{place}{self.mark}", text)]
+
+    def without(self, text: str) -> str:
+        return self.any.sub("", text)
+
+
+class _Spans:
+    """The answers in a text whose answers are marked.
+
+    Attributes:
+        whole: the text.
+    """
+
+    def __init__(self, render: Callable[..., str], marked: list[dict], whole: str, marks: _Marks, names: re.Pattern, number: int):
+        self._render, self._marked, self.whole, self._marks, self._names, self._number = render, marked, whole, marks, names, number
+
+    def of(self, place: int) -> Span | None:
+        """Of the answer in a message, in the text without marks; None where the template leaves it out of a longer conversation."""
+        prompt = _try(self._render, self._marked[:place], add_generation_prompt=True)
+        alone = _try(self._render, self._marked[: place + 1], add_generation_prompt=False)
+        if alone is None:
+            raise _unknown(self._number, f"it fails on the first {place + 1} messages by themselves")
+        here, there = self._marks.of(self.whole, place), self._marks.of(alone, place)
+        if here and there:
+            start, last, rest = self._start(place, prompt, alone, here[0][0]), here[-1][1], alone[there[-1][1] :]
+        elif there:
+            return None
+        elif prompt is not None and alone.startswith(prompt) and self.whole.startswith(prompt):  # nothing to mark in it
+            start, last, rest = len(prompt), len(prompt), alone[len(prompt) :]
+        else:
+            raise _unknown(self._number, f"it does not write message {place}")
+        end = last + self._end(self.whole[last:], rest)
+        return (len(self._marks.without(self.whole[:start])), len(self._marks.without(self.whole[:end]))) if end > start else None
+
+    def _start(self, place: int, prompt: str | None, alone: str, first: int) -> int:
+        """Where what the model says begins: behind the prompt for it, which may write more or less than the header of an answer."""
+        if prompt is not None and len(shared := os.path.commonprefix([prompt, self.whole])) in (len(prompt), first):
+            return min(len(shared), first)
+        longer = _try(self._render, self._marked[: place + 1], add_generation_prompt=True)
+        if longer is not None and longer.startswith(alone) and (header := longer[len(alone) :]):
+            found = self.whole.rfind(header, 0, first)
+            if found >= 0 and not self._marks.any.search(self.whole, found, first):
+                return found + len(header)
+        raise _unknown(self._number, f"where message {place} begins is not told by the prompt for it")
+
+    def _end(self, text: str, alone: str) -> int:
+        """How much of the text behind an answer is the model's: what the template writes there whatever comes next."""
+        end = len(os.path.commonprefix([text, alone]).rstrip())
+        cut = next((match.start() for match in self._names.finditer(text) if match.start() < end < match.end()), end)
+        return len(text[:cut].rstrip())
+
+
+def _mark(message: dict, mark: str, ahead: bool, empty: bool) -> dict:
+    """An assistant's message with marks at all that the model would have said: behind it, ahead of it, where it is an empty text."""
+    before = mark if ahead else ""
+    marked = mark_texts(message, mark, before) if empty or as_text(message["content"]) else dict(message)
+    for name in _THOUGHTS:
+        if isinstance(message.get(name), str) and message[name]:
+            marked[name] = mark_texts({"content": message[name]}, mark, before)["content"]
+    if isinstance(message.get("tool_calls"), (list, tuple)):
+        marked["tool_calls"] = [_mark_call(call, mark) for call in message["tool_calls"]]
+    return marked
+
+
+def _mark_call(call: Any, mark: str) -> Any:
+    if not isinstance(call, Mapping):
+        return call
+    if isinstance(call.get("function"), Mapping):
+        return {**call, "function": _mark_call(call["function"], mark)}
+    return {**call, "name": f"{call['name']}{mark}"} if isinstance(call.get("name"), str) else call
+
+
+def _try(render: Callable[..., str], messages: list[dict], **changes: bool) -> str | None:
+    """What the template writes; None where it refuses."""
+    try:
+        return render(messages, **changes)
+    except Exception:  # templates fail in their own ways
+        return None
+
+
+def _unknown(number: int, reason: str) -> ValueError:
+    return ValueError(
+        f"the chat template does not tell the answers of conversation {number}: {reason}; put {{% generation %}} and"
+        " {% endgeneration %} around them in the template"
+    )
+
+
+def _special_names(tokenizer: Any) -> re.Pattern:
+    names = sorted(tokenizer.get_added_vocab(), key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, names)) or "(?!)")
+
+
+def _with_masks(batch: Any, spans: list[list[Span]]) -> Any:
+    """A batch with assistant_masks, in the form that its input_ids have; what tells where tokens stand is taken out."""
+    offsets, replaced, ids = batch.pop("offset_mapping"), batch.pop("text_replacement_offsets", None), batch["input_ids"]
+    rows, single = _lists(offsets), not isinstance(_lists(ids)[0], list)
+    rows = [rows] if single else rows
+    masks = [
+        _mask(row, _moved(places, replaced[number] if replaced else ()))
+        for number, (row, places) in enumerate(zip(rows, spans, strict=True))
+    ]
+    masks = masks[0] if single else masks
+    if isinstance(ids, torch.Tensor):
+        masks = torch.tensor(masks, dtype=torch.int64, device=ids.device)
+    elif isinstance(ids, np.ndarray):
+        masks = np.array(masks, dtype=np.int64)
+    batch["assistant_masks"] = masks
+    return batch
+
+
+def _lists(values: Any) -> list:
+    return values if isinstance(values, list) else values.tolist()
+
+
+def _moved(spans: list[Span], replaced: Sequence[Mapping]) -> list[Span]:
+    """Spans of the template's text, in the text that the processor made of it."""
+
+    def moved(character: int) -> int:
+        before = [place for place in replaced if place["span"][1] <= character]
+        return character + (before[-1]["new_span"][1] - before[-1]["span"][1] if before else 0)
+
+    return [(moved(start), moved(end)) for start, end in spans]
+
+
+def _mask(offsets: Sequence[Span], spans: list[Span]) -> list[int]:
+    """1 for each token that overlaps a span; padding and added tokens have no characters."""
+    return [int(any(start < last and end > first for first, last in spans)) for start, end in offsets]

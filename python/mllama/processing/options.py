@@ -1,0 +1,104 @@
+"""The options of a processor's call: transformers' own, each honored or refused by name."""
+
+import difflib
+import functools
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from transformers.processing_utils import ImagesKwargs, ProcessorMixin, TextKwargs
+
+_WHOLE_CALL = ("return_mm_token_type_ids", "return_text_replacement_offsets")
+_GROUPS = ("text_kwargs", "images_kwargs", "common_kwargs")
+
+
+# Options that are taken with some values alone: name -> (whether a value is one of them, what to say of others).
+Refusals = Mapping[str, tuple[Callable[[Any], bool], str]]
+IMAGES: Refusals = {
+    "data_format": (lambda value: value in (None, "channels_first"), "pixel_values are channels first"),
+    "device": (lambda value: value is None or torch.device(value).type == "cpu", "images are processed on the CPU; move what is returned"),
+    "do_convert_rgb": (lambda value: value is not False, "images are always made RGB"),
+    "image_seq_length": (lambda value: value is None, "it is the processor's, not the call's"),
+}
+TEXT: Refusals = {
+    "is_split_into_words": (lambda value: not value, "a prompt is one text"),
+    "return_overflowing_tokens": (lambda value: not value, "a prompt is one row"),
+    "stride": (lambda value: not value, "a prompt is one row"),
+}
+
+
+def on_cpu(function: Callable) -> Callable:
+    """The function with the CPU as torch's default device: what transformers makes of lists and arrays is then there, whatever is set."""
+
+    @functools.wraps(function)
+    def inner(*args: Any, **kwargs: Any) -> Any:
+        with torch.device("cpu"):
+            return function(*args, **kwargs)
+
+    return inner
+
+
+def merge_options(processor: ProcessorMixin, options: Mapping[str, Any], refused: Refusals = TEXT) -> dict[str, Any]:
+    """Return what transformers' processors make of a call's options: text_kwargs, images_kwargs, and what concerns the whole call.
+
+    Args:
+        processor: with a tokenizer and an image processor.
+        options: as given, flat or in text_kwargs, images_kwargs and common_kwargs.
+        refused: options of text that are taken with some values alone; of images the image processor says.
+
+    Raises:
+        TypeError: an option that is not known, one of videos or audio, a group that is no dict.
+        ValueError: a value that is not taken, or that transformers refuses.
+    """
+    images = {*ImagesKwargs.__annotations__, *processor.image_processor.valid_kwargs.__annotations__}
+    text = set(TextKwargs.__annotations__)
+    known = {"text_kwargs": text, "images_kwargs": images, "common_kwargs": text | images}
+    flat = {name: value for name, value in options.items() if name not in _GROUPS}
+    for name in ("videos_kwargs", "audio_kwargs"):
+        if flat.pop(name, None):
+            raise TypeError(f"{name}: text and images are taken, no videos and no audio")
+    check_names(processor, flat, text | images | {*_GROUPS, *_WHOLE_CALL})
+    check_values(flat, refused)
+    for group in _GROUPS:
+        inner = options.get(group)
+        if inner is not None and not isinstance(inner, Mapping):
+            raise TypeError(f"{group} must be a dict, got {type(inner).__name__}")
+        check_names(processor, inner or {}, known[group], f" in {group}")
+        check_values(inner or {}, refused)
+    given = {name: value for name, value in options.items() if value is not None or name not in _GROUPS}
+    return processor._merge_kwargs(tokenizer_init_kwargs=processor.tokenizer.init_kwargs, **given)
+
+
+def check_names(owner: Any, options: Iterable[str], known: Iterable[str], where: str = "") -> None:
+    """Refuse options of other names.
+
+    Raises:
+        TypeError: naming the first, and the known name that is most like it.
+    """
+    for name in options:
+        if name not in known:
+            near = difflib.get_close_matches(str(name), known, n=1)
+            raise TypeError(f"{type(owner).__name__} has no option {name!r}{where}" + (f"; did you mean {near[0]!r}?" if near else ""))
+
+
+def check_values(options: Mapping[str, Any], refused: Refusals) -> None:
+    """Refuse values that are not taken.
+
+    Raises:
+        ValueError: naming the option.
+    """
+    for name, value in options.items():
+        taken, reason = refused.get(name, (None, ""))
+        if taken is not None and not taken(value):
+            raise ValueError(f"{name}={value!r} is not supported: {reason}")
+
+
+def check_rows(rows: Iterable[list[int]], tensors: Any) -> None:
+    """Refuse rows of unequal length where they are to be one tensor.
+
+    Raises:
+        ValueError: naming padding.
+    """
+    lengths = sorted({len(row) for row in rows})
+    if tensors is not None and len(lengths) > 1:
+        raise ValueError(f"padding is off, and rows of {lengths[0]} to {lengths[-1]} tokens are no one tensor: give padding=True")
