@@ -9,6 +9,7 @@ from transformers.feature_extraction_utils import BatchFeature
 from transformers.processing_utils import ProcessorMixin
 
 from mllama.processing.folders import load_tokenizer, read_object, read_settings
+from mllama.processing.image import download_urls
 from mllama.processing.paligemma import PaliGemmaProcessor
 from mllama.processing.processor import MllamaImageProcessor
 from mllama.processing.square import SquareImageProcessor
@@ -30,7 +31,7 @@ _BY_MODEL = {
     "siglip_vision_model": SquareImageProcessor,
 }
 _BY_PICTURES = {"MllamaImageProcessor": TiledProcessor, "SiglipImageProcessor": SquareImageProcessor}
-_PICTURE_KEYS = ("image", "path", "url")
+_PICTURE_KEYS = ("image", "path", "url", "base64")
 
 
 def load_processor(path: str | os.PathLike) -> ProcessorMixin | SquareImageProcessor | PreTrainedTokenizerBase:
@@ -75,7 +76,7 @@ def load_processor(path: str | os.PathLike) -> ProcessorMixin | SquareImageProce
         raise ValueError(f"{folder}: the processor cannot be read: {error}") from error
 
 
-def encode_messages(processor, messages: Sequence[Mapping], pictures: Sequence = ()) -> BatchFeature:
+def encode_messages(processor, messages: Sequence[Mapping], pictures: Sequence = (), allow_urls: bool = False) -> BatchFeature:
     """Return a model's inputs for a conversation that the model is to continue: one row, as torch tensors.
 
     Written by the chat template of the processor or tokenizer. Without one, a single message from the user is laid out as the family does
@@ -84,9 +85,11 @@ def encode_messages(processor, messages: Sequence[Mapping], pictures: Sequence =
     Args:
         processor: as `load_processor` returns it: a processor, or a tokenizer, which takes no pictures.
         messages: {"role": ..., "content": ...}, content a str or a list of parts {"type": "text", "text": ...} and {"type": "image"},
-            which may bring its picture as "image", "path" or "url" (a file; nothing is downloaded).
+            which may bring its picture as "image", "path", "url" or "base64", each of which takes what `load_picture` takes; or OpenAI's
+            {"type": "image_url", "image_url": {"url": ...}}.
         pictures: for the image parts that bring none, in order. Where no part and no placeholder written in a text asks for a picture, they
             come first in the first message of the user.
+        allow_urls: download images given as http(s) URLs.
 
     Raises:
         TypeError: a processor, message or content of another type.
@@ -102,7 +105,7 @@ def encode_messages(processor, messages: Sequence[Mapping], pictures: Sequence =
     turns = [_with_parts(message, number) for number, message in enumerate(messages)]
     if not turns:
         raise ValueError("messages is empty: give at least one")
-    pictures = _place(turns, list(pictures), image_token)
+    pictures = download_urls(_place(turns, list(pictures), image_token), allow_urls)
     if pictures and image_token is None:
         raise ValueError(f"this model takes no pictures, got {len(pictures)}")
     template = processor.chat_template
@@ -149,12 +152,24 @@ def _with_parts(message: Mapping, number: int) -> dict:
     parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
     if not isinstance(parts, (list, tuple)) or not all(isinstance(part, Mapping) for part in parts):
         raise TypeError(f"the content of message {number} must be a str or a list of dicts, got {type(content).__name__}")
+    parts = [_image_part(part) for part in parts]
     for part in parts:
         if part.get("type") not in ("text", "image"):
             raise ValueError(f"a part of message {number} must be of type text or image, got {part.get('type')!r}")
         if part["type"] == "text" and not isinstance(part.get("text"), str):
             raise TypeError(f"a text part of message {number} must hold a str as text, got {type(part.get('text')).__name__}")
-    return {**message, "content": [dict(part) for part in parts]}
+    return {**message, "content": parts}
+
+
+def _image_part(part: Mapping) -> dict:
+    """A copy of a part; OpenAI's image_url as transformers writes it."""
+    if part.get("type") != "image_url":
+        return dict(part)
+    address = part.get("image_url")
+    url = address.get("url") if isinstance(address, Mapping) else address
+    if not isinstance(url, str):
+        raise TypeError(f'an image_url part must hold {{"url": text}} as image_url, got {type(address).__name__}')
+    return {"type": "image", "url": url}
 
 
 def _place(turns: list[dict], pictures: list, image_token: str | None) -> list:

@@ -13,6 +13,7 @@ from transformers.feature_extraction_utils import BatchFeature
 from transformers.models.paligemma import processing_paligemma as stock
 
 from mllama.processing.folders import StockFiles
+from mllama.processing.image import download_urls
 from mllama.processing.prompt import MAX_IMAGE_TOKENS, check_whole, in_order, lay_out, share_out
 from mllama.processing.square import SquareImageProcessor
 
@@ -89,7 +90,7 @@ class PaliGemmaProcessor(StockFiles, stock.PaliGemmaProcessor):
             raise ValueError(f"image_seq_length must be in 1..{MAX_IMAGE_TOKENS}, got {tokens!r}")
         super().__init__(image_processor, tokenizer, chat_template=chat_template)
 
-    def __call__(self, images=None, text=None, suffix=None, videos=None, audio=None, **kwargs) -> BatchFeature:
+    def __call__(self, images=None, text=None, suffix=None, videos=None, audio=None, allow_urls: bool = False, **kwargs) -> BatchFeature:
         """Return input_ids, attention_mask, token_type_ids [B, T] (1 where the suffix is) and pixel_values [pictures, 3, S, S].
 
         With a suffix there are labels [B, T] too: the ids of the suffix and its end token, -100 elsewhere.
@@ -99,6 +100,7 @@ class PaliGemmaProcessor(StockFiles, stock.PaliGemmaProcessor):
                 placeholders take theirs in order; without placeholders, one prompt takes all and several take one each.
             text: a prompt or a list of prompts.
             suffix: what is to be learnt, one per prompt; EOS is put behind.
+            allow_urls: download images given as http(s) URLs.
             kwargs: of the tokenizer and the image processor (padding, return_tensors ...).
 
         Raises:
@@ -107,6 +109,7 @@ class PaliGemmaProcessor(StockFiles, stock.PaliGemmaProcessor):
                 a picture that `load_picture` refuses.
         """
         text, images = in_order(text, images, videos, audio)
+        images = download_urls(images, allow_urls)
         merged = self._merge_kwargs(tokenizer_init_kwargs=self.tokenizer.init_kwargs, **kwargs)
         if text is None:
             return BatchFeature(self.image_processor(images, **merged["images_kwargs"]))

@@ -11,7 +11,7 @@ from transformers.processing_utils import ProcessorMixin
 from transformers.tokenization_utils_base import AddedToken
 
 from mllama.processing.folders import load_tokenizer, read_settings, save_aside
-from mllama.processing.image import channel_values
+from mllama.processing.image import channel_values, download_urls
 from mllama.processing.prompt import (
     CHAT_TEMPLATE,
     IMAGE_TOKEN,
@@ -126,7 +126,9 @@ class MllamaImageProcessor(ProcessorMixin):
     def get_attributes(cls) -> list[str]:
         return ["image_processor", "tokenizer"]
 
-    def __call__(self, text=None, images=None, videos=None, audio=None, *, as_is: bool = False, **kwargs) -> MllamaBatch:
+    def __call__(
+        self, text=None, images=None, videos=None, audio=None, *, as_is: bool = False, allow_urls: bool = False, **kwargs
+    ) -> MllamaBatch:
         """Return input_ids and attention_mask [prompts, tokens] int64 and, with pictures, pixel_values [pictures, 3, S, S] float32.
 
         Args:
@@ -135,6 +137,7 @@ class MllamaImageProcessor(ProcessorMixin):
             images: pictures of any kind `load_picture` takes: one, a flat list, or one list (or None) per prompt. Of a flat list, the
                 placeholders take theirs in order; without placeholders, one prompt takes all and several take one each.
             as_is: add nothing to a prompt even where it holds no placeholder. `apply_chat_template` sets it.
+            allow_urls: download images given as http(s) URLs.
             kwargs: of the tokenizer and the image processor. padding is True (the longest) and return_tensors "pt" unless given.
 
         Raises:
@@ -144,6 +147,7 @@ class MllamaImageProcessor(ProcessorMixin):
             FileNotFoundError: a picture's path leads nowhere.
         """
         text, images = in_order(text, images, videos, audio)
+        images = download_urls(images, allow_urls)
         kwargs = with_channels(kwargs)
         if isinstance(kwargs.get("images_kwargs"), dict):
             kwargs["images_kwargs"] = with_channels(kwargs["images_kwargs"])
@@ -171,7 +175,8 @@ class MllamaImageProcessor(ProcessorMixin):
     def apply_chat_template(self, conversation, chat_template: str | None = None, **kwargs):
         """As transformers': messages to text, or with tokenize=True, return_dict=True to a batch, pictures in the messages included.
 
-        A part {"type": "image", "image": picture} takes what `load_picture` takes; "path" and "url" name files, nothing is downloaded.
+        A part {"type": "image", "image": picture} takes what `load_picture` takes, "path", "url" and "base64" too;
+        http(s) URLs are downloaded only with `processor_kwargs={"allow_urls": True}`.
         """
         kwargs["processor_kwargs"] = {"as_is": True, **(kwargs.get("processor_kwargs") or {})}
         return super().apply_chat_template(conversation, chat_template, **kwargs)

@@ -24,7 +24,7 @@ from transformers.models.mllama.processing_mllama import (
 
 from mllama.ops.image import MAX_PIXELS, resize_normalize
 from mllama.processing.folders import StockFiles
-from mllama.processing.image import channel_values, normalisation_table
+from mllama.processing.image import channel_values, download_urls, normalisation_table
 from mllama.processing.prompt import adds_bos, in_order, share_out
 from mllama.processing.square import RESAMPLE, OwnPictures
 
@@ -125,7 +125,7 @@ class TiledProcessor(StockFiles, MllamaProcessor):
         if self.image_token_id is None or tokenizer.convert_ids_to_tokens(self.image_token_id) != self.image_token:
             raise ValueError(f"the tokenizer has no token {self.image_token}")
 
-    def __call__(self, images=None, text=None, videos=None, audio=None, **kwargs) -> BatchFeature:
+    def __call__(self, images=None, text=None, videos=None, audio=None, allow_urls: bool = False, **kwargs) -> BatchFeature:
         """Return input_ids and attention_mask [B, T] and, with pictures, what `TiledImageProcessor` returns but num_tiles.
 
         With both there is cross_attention_mask [B, T, N, max_image_tiles] int64: 1 where a token sees a tile.
@@ -133,6 +133,7 @@ class TiledProcessor(StockFiles, MllamaProcessor):
         Args:
             images: one picture or a flat list for one prompt; for several prompts one list (or None) per prompt.
             text: a prompt or a list of prompts.
+            allow_urls: download images given as http(s) URLs.
             kwargs: of the tokenizer and the image processor (padding, return_tensors ...).
 
         Raises:
@@ -141,6 +142,7 @@ class TiledProcessor(StockFiles, MllamaProcessor):
                 truncation cut an `<|image|>` away; a picture that `load_picture` refuses.
         """
         text, images = in_order(text, images, videos, audio)
+        images = download_urls(images, allow_urls)
         merged = self._merge_kwargs(tokenizer_init_kwargs=self.tokenizer.init_kwargs, **kwargs)
         text_kwargs, images_kwargs = {"return_token_type_ids": False, **merged["text_kwargs"]}, merged["images_kwargs"]
         for name in ("return_mm_token_type_ids", "return_text_replacement_offsets"):  # a placeholder stays one token: nothing to tell
