@@ -4,6 +4,8 @@ import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import torch
+from torch.nn.functional import pad
 from transformers import PreTrainedTokenizerBase
 from transformers.feature_extraction_utils import BatchFeature
 from transformers.processing_utils import ProcessorMixin
@@ -97,9 +99,31 @@ def encode_messages(processor, messages: Sequence[Mapping], pictures: Sequence =
             none; a chat template that fails or is missing; a picture that `load_picture` refuses.
         FileNotFoundError: no such picture.
     """
+    return encode_batch(processor, [messages], [pictures], allow_urls)
+
+
+def encode_batch(processor, conversations: Sequence, pictures: Sequence[Sequence], allow_urls: bool = False) -> BatchFeature:
+    """`encode_messages` of several conversations, each with pictures of its own: rows of one batch, padded on the left.
+
+    Raises:
+        TypeError, ValueError, FileNotFoundError: as `encode_messages`.
+    """
     image_token = getattr(processor, "image_token", None) if isinstance(processor, ProcessorMixin) else None
     if image_token is None and not hasattr(processor, "apply_chat_template"):
         raise TypeError(f"processor must be a processor or a tokenizer, got {type(processor).__name__}")
+    written = [_write(processor, image_token, messages, own, allow_urls) for messages, own in zip(conversations, pictures, strict=True)]
+    texts, rows = [text for text, _ in written], [own for _, own in written]
+    if image_token is None:
+        options = {"return_token_type_ids": False, "add_special_tokens": processor.chat_template is None}
+        return _pad_left([processor(text, return_tensors="pt", **options) for text in texts])
+    options = {"padding": True, "padding_side": "left"} if len(texts) > 1 else {}
+    if processor.chat_template is not None and isinstance(processor, MllamaImageProcessor):
+        options["as_is"] = True
+    return processor(text=texts, images=rows if any(rows) else None, return_tensors="pt", **options)
+
+
+def _write(processor, image_token: str | None, messages: Sequence[Mapping], pictures: Sequence, allow_urls: bool) -> tuple[str, list]:
+    """A conversation's prompt, and its pictures in the order of their places."""
     if not isinstance(pictures, (list, tuple)):
         raise TypeError(f"pictures must be a list, got {type(pictures).__name__}")
     turns = [_with_parts(message, number) for number, message in enumerate(messages)]
@@ -112,14 +136,10 @@ def encode_messages(processor, messages: Sequence[Mapping], pictures: Sequence =
     if template is None:
         if len(turns) > 1:
             raise ValueError(f"the processor has no chat template: give one message, not {len(turns)}")
-        return _encode_plainly(processor, _as_text(turns[0], image_token), pictures)
+        return _plain_text(processor, _as_text(turns[0], image_token), pictures), pictures
     if image_token is None or "image" not in str(template):  # a template for text: contents are strings
         turns = [{**turn, "content": _as_text(turn, image_token)} for turn in turns]
-    prompt = render(processor, turns)
-    if image_token is None:
-        return processor(prompt, add_special_tokens=False, return_token_type_ids=False, return_tensors="pt")
-    options = {"as_is": True} if isinstance(processor, MllamaImageProcessor) else {}
-    return processor(text=[prompt], images=[pictures] if pictures else None, return_tensors="pt", **options)
+    return render(processor, turns), pictures
 
 
 def _processor_class(folder: Path) -> type | None:
@@ -199,10 +219,17 @@ def _as_text(turn: dict, image_token: str | None) -> str:
     return "".join(part["text"] if part["type"] == "text" else image_token or "" for part in turn["content"])
 
 
-def _encode_plainly(processor, text: str, pictures: list) -> BatchFeature:
-    """One prompt in the family's own layout."""
-    if isinstance(processor, PreTrainedTokenizerBase):
-        return processor(text, return_token_type_ids=False, return_tensors="pt")
+def _plain_text(processor, text: str, pictures: list) -> str:
+    """What the family's own layout is made of."""
     if isinstance(processor, MllamaImageProcessor) and pictures and text.startswith(processor.image_token * len(pictures)):
-        text = text[len(processor.image_token) * len(pictures) :]  # unwritten, they get BOS and a newline around the text
-    return processor(text=[text], images=[pictures] if pictures else None, return_tensors="pt")
+        return text[len(processor.image_token) * len(pictures) :]  # unwritten, they get BOS and a newline around the text
+    return text
+
+
+def _pad_left(rows: list[BatchFeature]) -> BatchFeature:
+    """A batch of a tokenizer's rows; not by the tokenizer, since many of text models have no padding token."""
+    if len(rows) == 1:
+        return rows[0]
+    longest = max(row["input_ids"].shape[1] for row in rows)
+    names = ("input_ids", "attention_mask")
+    return BatchFeature({name: torch.cat([pad(row[name], (longest - row[name].shape[1], 0)) for row in rows]) for name in names})

@@ -32,6 +32,11 @@ def is_url(source: Any) -> bool:
     return isinstance(source, str) and source[:8].lower().startswith(("http://", "https://"))
 
 
+def names_image(text: str) -> bool:
+    """True for a text that is a URL, a data URL or the path of a file."""
+    return is_url(text) or text[:8].lower().startswith(("data:", "file://")) or os.path.isfile(text)
+
+
 def shorten(text: str, most: int = _SHOWN) -> str:
     """One line of at most `most` characters; where something is left out it says how long the text is."""
     line = "".join(letter if letter.isprintable() else "\ufffd" for letter in " ".join(text[: 4 * most].split()))
