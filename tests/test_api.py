@@ -10,6 +10,7 @@ from PIL import Image
 import mllama
 import twins
 from mllama import _device, api
+from mllama.processing.auto import encode_messages
 
 PICTURES = Path(__file__).parent.parent / "examples" / "pictures"
 
@@ -206,3 +207,102 @@ def test_ask_refuses_what_is_no_model_or_no_processor(loaded, picture_file):
 def test_ask_refuses_options(loaded, picture_file, option, error, message):
     with pytest.raises(error, match=message):
         mllama.ask(picture_file, "How many?", *loaded, **option)
+
+
+def test_ask_about_several_images(family_folder, picture_file):
+    model, processor = mllama.load(family_folder("mllama"), dtype="float32", device="cpu")
+    other = Image.open(picture_file).transpose(Image.Transpose.ROTATE_90)
+    inputs = encode_messages(processor, [{"role": "user", "content": "What changed?"}], [picture_file, other])
+    expected = api.answer(model, processor, inputs, max_new_tokens=8).text
+    asked = {"model": model, "processor": processor, "max_new_tokens": 8}
+    assert mllama.ask([picture_file, other], "What changed?", **asked) == expected
+    assert mllama.ask(picture_file, "What changed?", **asked) != expected
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_several_questions_are_answered_as_each_alone(family_folder, picture_file, family):
+    model, processor = mllama.load(family_folder(family), dtype="float32", device="cpu")
+    asked = {"model": model, "processor": processor, "max_new_tokens": 8}
+    questions = ["How many circles?", "a b c d a b c d", "What colour is it?"]
+    picture = None if family in TEXT else picture_file
+    alone = [mllama.ask(picture, question, **asked) for question in questions]
+    assert mllama.ask(picture, questions, **asked) == alone and len(set(alone)) > 1
+    if family not in TEXT:
+        with open(picture_file, "rb") as file:
+            assert mllama.ask(file, questions, **asked) == alone
+        each = [Image.open(picture_file).rotate(90), None, [picture_file]]
+        assert mllama.ask(each, questions, **asked) == [mllama.ask(*pair, **asked) for pair in zip(each, questions, strict=True)]
+
+
+def test_answers_of_a_batch_end_where_each_alone_does(loaded, picture_file):
+    model, processor = loaded
+    questions = ["How many circles?", "What colour is it?"]
+    inputs = api.encode_questions(processor, [[picture_file]] * 2, questions)
+    plain = api.answers(model, processor, inputs, max_new_tokens=8)
+    first = tokens_of(model, inputs)[0]
+    end = next(token for number, token in enumerate(first) if number and token != first[0])
+    ended = api.answers(model, processor, inputs, max_new_tokens=8, eos_token_id=end)
+    assert plain[0].tokens == 8 and ended[0].tokens == first.index(end) + 1
+
+
+def tokens_of(model, inputs) -> list[list[int]]:
+    return api.generate(model, inputs, max_new_tokens=8)[:, inputs["input_ids"].shape[1] :].tolist()
+
+
+def test_a_system_prompt_is_written_by_the_template(family_folder):
+    processor = mllama.load(family_folder("llama"), device="cpu")[1]
+    assert processor.decode(api.encode(processor, None, "a", system="b c")["input_ids"][0]) == "system: b c\nuser: a\n"
+    processor.chat_template = "{% for message in messages if message['role'] != 'system' %}{{ message['content'] }}{% endfor %}"
+    with pytest.raises(ValueError, match="leaves system prompts out"):
+        api.encode(processor, None, "a", system="b c")
+    with pytest.raises(ValueError, match="no chat template"):
+        api.encode(mllama.load(family_folder("paligemma"), device="cpu")[1], None, "a", system="b c")
+
+
+@pytest.mark.parametrize("pair", [("How many?", "FILE"), ("How many?", "IMAGE"), ("How many?", "BYTES"), (["How many?", "Where?"], "FILE")])
+def test_swapped_arguments_are_told(loaded, picture_file, pair):
+    forms = {"FILE": str(picture_file), "IMAGE": Image.open(picture_file), "BYTES": picture_file.read_bytes()}
+    with pytest.raises(ValueError, match="swapped"):
+        mllama.ask(pair[0], forms[pair[1]], *loaded)
+
+
+@pytest.mark.parametrize(
+    ("option", "near"),
+    [
+        ({"max_tokens": 5}, "max_new_tokens"),
+        ({"temprature": 0.5}, "temperature"),
+        ({"pixel_values": 0}, "pixel_values"),
+        ({"top_n": 1}, "top_"),
+    ],
+)
+def test_an_unknown_option_is_named_with_the_nearest(loaded, picture_file, option, near):
+    with pytest.raises(TypeError, match=f"{next(iter(option))}.*{near}" if near not in option else near):
+        mllama.ask(picture_file, "How many?", *loaded, **option)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"num_return_sequences": 2}, {"output_scores": True}, {"do_sample": False, "temperature": 0.5}, {"do_sample": False, "top_k": 5}],
+)
+def test_options_without_effect_are_refused(loaded, picture_file, options):
+    with pytest.raises(ValueError, match=list(options)[-1]):
+        mllama.ask(picture_file, "How many?", *loaded, **options)
+
+
+def test_as_many_images_as_questions(loaded, picture_file):
+    with pytest.raises(ValueError, match="list of 2 for 3 questions"):
+        mllama.ask([picture_file] * 2, ["a", "b", "c"], *loaded)
+    with pytest.raises(ValueError, match="empty"):
+        mllama.ask(picture_file, [], *loaded)
+    with pytest.raises(TypeError, match="question"):
+        mllama.ask(picture_file, ["a", 5], *loaded)
+
+
+def test_the_embedded_model_says_what_it_cannot_do(capsys):
+    api._say.cache_clear()
+    api._embedded.cache_clear()
+    with pytest.raises(ValueError, match="about an image and no others"):
+        mllama.ask(None, "What is the capital of France?")
+    assert "its answers mean nothing" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="about an image and no others"):
+        mllama.ask(None, "What is the capital of France?", *mllama.load())

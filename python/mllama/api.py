@@ -1,15 +1,26 @@
 """The short way in: `load` a model with its processor, `ask` about a picture."""
 
+import difflib
 import functools
+import inspect
 import numbers
 import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, overload
 
 import torch
-from transformers import BatchEncoding, BatchFeature, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, SiglipVisionConfig
+from transformers import (
+    BatchEncoding,
+    BatchFeature,
+    GenerationConfig,
+    GenerationMixin,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    SiglipVisionConfig,
+)
 
 from mllama._device import choose_device, choose_dtype, dtype_name
 from mllama.assets import EMBEDDED
@@ -21,13 +32,27 @@ from mllama.lora.files import load_lora
 from mllama.lora.peft import CONFIG as ADAPTER_CONFIG
 from mllama.lora.peft import adapted_model
 from mllama.modeling import MllamaForConditionalGeneration
-from mllama.processing.auto import encode_messages, load_processor
-from mllama.processing.image import load_picture
+from mllama.processing.auto import encode_batch, encode_messages, load_processor
+from mllama.processing.image import is_image, load_picture
+from mllama.processing.image_source import names_image
 from mllama.siglip import SiglipModel
 
 MAX_NEW_TOKENS = 128
 _COLDEST = 1e-3  # below this temperature, 0 included, sampling is the likeliest token, and dividing by it would overflow
-_SAMPLING = ("temperature", "top_k", "top_p", "min_p")
+_NEUTRAL = {"temperature": 1, "top_k": 0, "top_p": 1, "min_p": 0}  # values that change nothing
+_SAMPLING = tuple(_NEUTRAL)
+_UNREAD = (
+    "num_return_sequences",
+    "return_dict_in_generate",
+    "output_attentions",
+    "output_hidden_states",
+    "output_logits",
+    "output_scores",
+)
+_LIMITS = (
+    "it answers short English questions about six shapes, ten colors and five places in simple images; to anything else its answers mean"
+    " nothing (docs/embedded-model.md)"
+)
 _COUNTS = ("max_new_tokens", "max_length", "num_beams")
 _KINDS = [
     *((name, numbers.Integral, "an int") for name in (*_COUNTS, "top_k")),
@@ -137,63 +162,195 @@ def model_class(config: PretrainedConfig) -> type[MllamaForConditionalGeneration
 
 
 def say_loaded(path: str | os.PathLike | None, model: PreTrainedModel) -> None:
-    """Say on stderr which model was loaded, its dtype and device; the same line is said once."""
+    """Say on stderr which model was loaded, its dtype and device, and of the embedded one its limits; the same line is said once."""
     _say(f"mllama: {'the embedded model' if path is None else Path(path)} in {dtype_name(model.dtype)} on {model.device}")
+    if path is None:
+        _say(f"mllama: {_LIMITS}")
 
 
+@overload
 def ask(
     picture: Any,
     question: str,
     model: PreTrainedModel | None = None,
     processor: Any = None,
+    *,
+    allow_urls: bool = False,
     **generate_kwargs: Any,
-) -> str:
-    """Ask one question about one picture, or without one.
+) -> str: ...
+@overload
+def ask(
+    picture: Any,
+    question: Sequence[str],
+    model: PreTrainedModel | None = None,
+    processor: Any = None,
+    *,
+    allow_urls: bool = False,
+    **generate_kwargs: Any,
+) -> list[str]: ...
+def ask(
+    picture: Any,
+    question: str | Sequence[str],
+    model: PreTrainedModel | None = None,
+    processor: Any = None,
+    *,
+    allow_urls: bool = False,
+    **generate_kwargs: Any,
+) -> str | list[str]:
+    """Ask about an image, about several at once, or in text alone; a list of questions is answered in one batch.
 
     Args:
-        picture: a path, a PIL picture, a numpy array or a torch tensor, as `mllama.processing.image.load_picture` takes it; None for a
-            question in text alone, which every family with a chat template takes.
-        question: in words; of PaliGemma its prefix, such as "caption en" or "detect cat ; dog".
+        picture: an image in any form of `mllama.processing.image.load_picture` (a path, bytes, a file object, a data URL, a PIL image, an
+            array, a tensor ...), or a list of them for one question about several; None for a question in text alone, which every family
+            with a chat template takes. To a list of questions one image belongs to them all, and a list holds what belongs to each: an
+            image, a list of images, or None.
+        question: in words; of PaliGemma its prefix, such as "caption en" or "detect cat ; dog". Or a list of questions.
         model, processor: what `load` returned; None for both is the embedded model, loaded once.
+        allow_urls: download images given as http(s) URLs.
         generate_kwargs: of transformers' `generate`. By default at most 128 new tokens, and always the likeliest: give a temperature,
             top_k, top_p or min_p to sample.
 
     Returns:
-        The answer's text.
+        The answer's text; a list of them, in order, to a list of questions.
 
     Raises:
-        TypeError: a picture, question, model, processor or option of another type.
+        TypeError: a picture, question, model, processor or option of another type; an option that `generate` does not have, with the
+            nearest that it has.
         ValueError: model without processor or the reverse; a SigLIP, which has no decoder; a question that is empty, no valid text, too
-            long for the model or has the picture's placeholder in it; a picture that cannot be read, or for a model that takes none; an
-            option out of its range.
+            long for the model or has the picture's placeholder in it; picture and question swapped; a picture that cannot be read, or for
+            a model that takes none; the embedded model without a picture; an option out of its range, or without effect.
         FileNotFoundError: no such picture.
     """
     if (model is None) != (processor is None):
         raise ValueError("give model and processor both, as mllama.load returns them, or neither for the embedded model")
+    _refuse_swapped(picture, question)
     if model is None:
         model, processor = _embedded()
     check_answers(model)
     for name, value, method in (("model", model, "generate"), ("processor", processor, "apply_chat_template")):
         if not hasattr(value, method):  # not by class: adapters wrap models
             raise TypeError(f"{name} must be as mllama.load returns it, got {type(value).__name__}")
-    return answer(model, processor, encode(processor, picture, question), **generate_kwargs).text
+    for name in generate_kwargs:
+        value = generate_kwargs[name]
+        if name in _UNREAD and value is not None and value != (1 if name == "num_return_sequences" else 0):
+            raise ValueError(f"{name} has no effect here, where the answer's text alone is returned: call model.generate")
+    one = isinstance(question, str)
+    questions = [question] if one else list(question)
+    images = [_as_list(picture)] if one else _share(picture, len(questions))
+    for row in images:
+        check_images(model, row)
+    inputs = encode_questions(processor, images, questions, allow_urls=allow_urls)
+    texts = [found.text for found in answers(model, processor, inputs, **generate_kwargs)]
+    return texts[0] if one else texts
 
 
-def encode(processor, picture, question: str, turns: Sequence[tuple[str, str]] = ()) -> BatchFeature:
-    """The model's inputs for a question about a picture (None: about none), after earlier turns of (question, answer).
+def _refuse_swapped(picture, question) -> None:
+    """Refuse `ask(question, picture)`, and a question that is no text.
 
-    Written by the processor's chat template; without one, by the family's plain layout, which takes no turns.
+    Raises:
+        TypeError: the question is no text.
+        ValueError: it names an image, and the picture is the question.
+    """
+    shown = picture if isinstance(picture, (list, tuple)) else [picture]
+    is_words = bool(shown) and all(isinstance(text, str) and not names_image(text) for text in shown)
+    if is_words and (is_image(question) or (isinstance(question, str) and names_image(question))):
+        raise ValueError("picture and question are swapped: call ask(picture, question)")
+    if isinstance(question, str):
+        return
+    if not isinstance(question, (list, tuple)) or not all(isinstance(one, str) for one in question):
+        raise TypeError(f"the question must be a str, got {type(question).__name__} (to ask several, a list of str)")
+    if not question:
+        raise ValueError("the question is an empty list")
+
+
+def _as_list(picture) -> list:
+    """The images of one question."""
+    if picture is None:
+        return []
+    return list(picture) if isinstance(picture, (list, tuple)) or getattr(picture, "ndim", 3) == 4 else [picture]
+
+
+def _share(picture, questions: int) -> list[list]:
+    """The images of each question."""
+    if not isinstance(picture, (list, tuple)):
+        row = _as_list(picture)
+        return [[load_picture(image) if hasattr(image, "read") else image for image in row]] * questions  # a stream is read once
+    if len(picture) != questions:
+        raise ValueError(f"picture is a list of {len(picture)} for {questions} questions: give one image for all, or one entry for each")
+    return [_as_list(entry) for entry in picture]
+
+
+def check_images(model, images: Sequence) -> None:
+    """Refuse the embedded model without an image: it would answer all the same.
+
+    Raises:
+        ValueError: no images for the embedded model.
+    """
+    if not images and is_embedded(model):
+        raise ValueError("the embedded model answers questions about an image and no others: give an image")
+
+
+def is_embedded(model) -> bool:
+    """True for the model that comes with the package."""
+    return getattr(getattr(model, "config", None), "name_or_path", None) == str(EMBEDDED)
+
+
+def encode(
+    processor, picture, question: str, turns: Sequence[tuple[str, str]] = (), system: str | None = None, allow_urls: bool = False
+) -> BatchFeature:
+    """The model's inputs for a question about a picture or a list of them (None: about none), after earlier turns of (question, answer).
+
+    Written by the processor's chat template; without one, by the family's plain layout, which takes no turns and no system prompt.
 
     Raises:
         TypeError, ValueError, FileNotFoundError: as `ask`.
     """
-    check_question(question)
+    return encode_questions(processor, [_as_list(picture)], [question], turns, system, allow_urls)
+
+
+def encode_questions(
+    processor,
+    images: Sequence[Sequence],
+    questions: Sequence[str],
+    turns: Sequence[tuple[str, str]] = (),
+    system: str | None = None,
+    allow_urls: bool = False,
+) -> BatchFeature:
+    """`encode` for a batch: the images of each question, and the questions."""
     image_token = getattr(processor, "image_token", None)
-    if image_token and image_token in question:
-        raise ValueError(f"the question must not contain {image_token!r}, which stands for the picture in a prompt")
-    said = [*(text for turn in turns for text in turn), question]
-    messages = [{"role": "assistant" if index % 2 else "user", "content": text} for index, text in enumerate(said)]
-    return encode_messages(processor, messages, [] if picture is None else [load_picture(picture)])
+    conversations = []
+    for question in questions:
+        check_question(question)
+        if image_token and image_token in question:
+            raise ValueError(f"the question must not contain {image_token!r}, which stands for the picture in a prompt")
+        said = [*(text for turn in turns for text in turn), question]
+        messages = [{"role": "assistant" if index % 2 else "user", "content": text} for index, text in enumerate(said)]
+        conversations.append(messages if system is None else [{"role": "system", "content": system}, *messages])
+    if system is not None:
+        check_system(processor, system)
+    rows = [[load_picture(image, allow_urls) for image in row] for row in images]
+    return encode_batch(processor, conversations, rows)
+
+
+def check_system(processor, system: str) -> None:
+    """Refuse a system prompt that would not reach the model.
+
+    Raises:
+        ValueError: it is empty or holds the picture's placeholder; no chat template, or one that leaves it out or refuses it.
+    """
+    if not system.strip():
+        raise ValueError("the system prompt is empty")
+    if (image_token := getattr(processor, "image_token", None)) and image_token in system:
+        raise ValueError(f"the system prompt must not contain {image_token!r}, which stands for the picture in a prompt")
+    if processor.chat_template is None:
+        raise ValueError("this model has no chat template, and so no place for a system prompt")
+    user = {"role": "user", "content": "?"}
+    without, *both = (
+        encode_messages(processor, [*({"role": "system", "content": text} for text in texts), user])["input_ids"].tolist()
+        for texts in ([], ["a"], ["b"])
+    )
+    if both[0] == both[1] or without in both:
+        raise ValueError("this model's chat template leaves system prompts out")
 
 
 def check_answers(model) -> None:
@@ -227,15 +384,32 @@ def answer(model: PreTrainedModel, processor, inputs: BatchFeature | BatchEncodi
     """Generate the answer to one encoded prompt; `generate_kwargs` as `ask` takes them.
 
     Raises:
-        TypeError: an option of another type.
+        TypeError: an option of another type, or that `generate` does not have.
         ValueError: the prompt fills the model's context; an option that `generate` refuses.
     """
+    return answers(model, processor, inputs, **generate_kwargs)[0]
+
+
+def answers(model: PreTrainedModel, processor, inputs: BatchFeature | BatchEncoding, **generate_kwargs) -> list[Answer]:
+    """`answer` to each row of a batch that is padded on the left."""
     output = generate(model, inputs, **generate_kwargs)
-    return read_answer(processor, inputs, getattr(output, "sequences", output))
+    sequences = getattr(output, "sequences", output)
+    if len(sequences) == 1:
+        return [read_answer(processor, inputs, sequences)]
+    ends = generate_kwargs.get("eos_token_id", model.generation_config.eos_token_id)
+    rows = [_until_end(row, inputs["input_ids"].shape[1], ends) for row in sequences]
+    return [read_answer(processor, inputs, row[None]) for row in rows]
+
+
+def _until_end(sequence: torch.Tensor, prompt: int, ends: int | list[int] | None) -> torch.Tensor:
+    """A row of a batch without what follows the end of its answer."""
+    ends = [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
+    places = torch.isin(sequence[prompt:], torch.tensor(ends, dtype=sequence.dtype, device=sequence.device)).nonzero()
+    return sequence[: prompt + int(places[0]) + 1] if len(places) else sequence
 
 
 def generate(model: Any, inputs: BatchFeature | BatchEncoding, **generate_kwargs) -> Any:
-    """What `model.generate` returns for one encoded prompt, with `ask`'s defaults and checks, which raise what `answer` says."""
+    """What `model.generate` returns for encoded prompts, with `ask`'s defaults and checks, which raise what `answer` says."""
     room = check_room(model, inputs)
     options = _options(generate_kwargs)
     if "max_new_tokens" in options:
@@ -275,6 +449,7 @@ def check_room(model: PreTrainedModel, inputs: Mapping) -> int:
 def _options(given: dict) -> dict:
     """generate's options: greedy unless something about sampling is asked for."""
     options = {name: value for name, value in given.items() if value is not None}
+    _check_known(options)
     for name, kind, word in _KINDS:
         value = options.get(name, 1)
         if not isinstance(value, kind) or isinstance(value, bool):
@@ -285,12 +460,31 @@ def _options(given: dict) -> dict:
             options[name] = float(value)  # transformers refuses whole numbers
     if "generation_config" in options:
         return options
+    if options.get("do_sample") is False and (
+        unused := [name for name in _SAMPLING if options.get(name, _NEUTRAL[name]) != _NEUTRAL[name]]
+    ):
+        raise ValueError(f"{', '.join(unused)}: without effect beside do_sample=False")
     if "max_length" not in options:
         options.setdefault("max_new_tokens", MAX_NEW_TOKENS)
     if 0 <= options.get("temperature", 1) < _COLDEST:
         options = {name: value for name, value in options.items() if name not in _SAMPLING} | {"do_sample": False}
     options.setdefault("do_sample", any(name in options for name in _SAMPLING))
     return options
+
+
+def _check_known(options: Mapping) -> None:
+    """Refuse what `generate` does not have, which transformers would take for an argument of the model."""
+    known = {name for name in vars(GenerationConfig()) if not name.startswith("_")} | _generate_arguments()
+    for name in options:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, 1)
+            raise TypeError(f"generate has no option {name!r}{''.join(f': did you mean {other}?' for other in near)}")
+
+
+@functools.cache
+def _generate_arguments() -> set[str]:
+    named = inspect.signature(GenerationMixin.generate).parameters.keys() - {"self", "inputs", "kwargs"}
+    return {*named, "tokenizer", "assistant_tokenizer"}  # these it takes from its kwargs
 
 
 @functools.cache

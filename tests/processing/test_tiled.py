@@ -132,7 +132,7 @@ def test_ambiguous_channels(noise):  # a picture one or three pixels high is no 
         (5, TypeError, "got int"),
         ([[np.zeros((4, 4, 3), np.uint8), None]], TypeError, "got NoneType"),
         ("no/such.png", FileNotFoundError, "no such picture"),
-        ("https://x.org/a.png", ValueError, "not from addresses"),
+        ("https://x.org/a.png", ValueError, "allow_urls"),
         (np.zeros((0, 5, 3), np.uint8), ValueError, "no pixels"),
         (np.full((4, 4, 3), 7.0), ValueError, "must hold 0..1"),
     ],

@@ -5,12 +5,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch.nn.functional import pad
 from transformers import PreTrainedTokenizerBase
 from transformers.feature_extraction_utils import BatchFeature
 from transformers.processing_utils import ProcessorMixin
 
 from mllama.processing.chat import with_answers
 from mllama.processing.folders import load_tokenizer, read_object, read_settings
+from mllama.processing.image import download_urls
 from mllama.processing.messages import as_messages, as_parts, as_text
 from mllama.processing.options import on_cpu
 from mllama.processing.paligemma import PaliGemmaProcessor
@@ -34,7 +37,7 @@ _BY_MODEL = {
     "siglip_vision_model": SquareImageProcessor,
 }
 _BY_PICTURES = {"MllamaImageProcessor": TiledProcessor, "SiglipImageProcessor": SquareImageProcessor}
-_PICTURE_KEYS = ("image", "path", "url")
+_PICTURE_KEYS = ("image", "path", "url", "base64")
 
 
 def load_processor(path: str | os.PathLike) -> ProcessorMixin | SquareImageProcessor | PreTrainedTokenizerBase:
@@ -80,7 +83,7 @@ def load_processor(path: str | os.PathLike) -> ProcessorMixin | SquareImageProce
 
 
 @on_cpu
-def encode_messages(processor: Any, messages: Sequence[Mapping], pictures: Sequence = ()) -> BatchFeature:
+def encode_messages(processor: Any, messages: Sequence[Mapping], pictures: Sequence = (), allow_urls: bool = False) -> BatchFeature:
     """Return a model's inputs for a conversation that the model is to continue: one row, as torch tensors.
 
     Written by the chat template of the processor or tokenizer. Without one, a single message from the user is laid out as the family does
@@ -89,10 +92,12 @@ def encode_messages(processor: Any, messages: Sequence[Mapping], pictures: Seque
     Args:
         processor: as `load_processor` returns it: a processor, or a tokenizer, which takes no pictures.
         messages: {"role": ..., "content": ...}, content a str, None (an assistant's that only calls tools) or a list of parts
-            {"type": "text", "text": ...} and {"type": "image"}, which may bring its picture as "image", "path" or "url", or
+            {"type": "text", "text": ...} and {"type": "image"}, which may bring its picture as "image", "path", "url" or "base64", each
+            of which takes what `load_picture` takes; or OpenAI's
             {"type": "image_url", "image_url": {"url": ...}}.
         pictures: for the image parts that bring none, in order. Where no part and no placeholder written in a text asks for a picture, they
             come first in the first message of the user.
+        allow_urls: download images given as http(s) URLs.
 
     Raises:
         TypeError: a processor, message or content of another type.
@@ -100,27 +105,45 @@ def encode_messages(processor: Any, messages: Sequence[Mapping], pictures: Seque
             number, or the model takes none; a chat template that fails or is missing; a picture that `load_picture` refuses.
         FileNotFoundError: no such picture.
     """
+    return encode_batch(processor, [messages], [pictures], allow_urls)
+
+
+def encode_batch(processor, conversations: Sequence, pictures: Sequence[Sequence], allow_urls: bool = False) -> BatchFeature:
+    """`encode_messages` of several conversations, each with pictures of its own: rows of one batch, padded on the left.
+
+    Raises:
+        TypeError, ValueError, FileNotFoundError: as `encode_messages`.
+    """
     image_token = getattr(processor, "image_token", None) if isinstance(processor, ProcessorMixin) else None
     if image_token is None and not hasattr(processor, "apply_chat_template"):
         raise TypeError(f"processor must be a processor or a tokenizer, got {type(processor).__name__}")
+    written = [_write(processor, image_token, messages, own, allow_urls) for messages, own in zip(conversations, pictures, strict=True)]
+    texts, rows = [text for text, _ in written], [own for _, own in written]
+    if image_token is None:
+        options = {"return_token_type_ids": False, "add_special_tokens": processor.chat_template is None}
+        return _pad_left([processor(text, return_tensors="pt", **options) for text in texts])
+    options = {"padding": True, "padding_side": "left"} if len(texts) > 1 else {}
+    if processor.chat_template is not None and isinstance(processor, MllamaImageProcessor):
+        options["as_is"] = True
+    return processor(text=texts, images=rows if any(rows) else None, return_tensors="pt", **options)
+
+
+def _write(processor, image_token: str | None, messages: Sequence[Mapping], pictures: Sequence, allow_urls: bool) -> tuple[str, list]:
+    """A conversation's prompt, and its pictures in the order of their places."""
     if not isinstance(pictures, (list, tuple)):
         raise TypeError(f"pictures must be a list, got {type(pictures).__name__}")
     turns = [_in_parts(message) for message in as_messages(messages)]
-    pictures = _place(turns, list(pictures), image_token)
+    pictures = download_urls(_place(turns, list(pictures), image_token), allow_urls)
     if pictures and image_token is None:
         raise ValueError(f"this model takes no pictures, got {len(pictures)}")
     template = processor.chat_template
     if template is None:
         if len(turns) > 1:
             raise ValueError(f"the processor has no chat template: give one message, not {len(turns)}")
-        return _encode_plainly(processor, as_text(turns[0]["content"], image_token), pictures)
+        return _plain_text(processor, as_text(turns[0]["content"], image_token), pictures), pictures
     if image_token is None or "image" not in str(template):  # a template for text: contents are strings
         turns = [turn | {"content": as_text(turn["content"], image_token)} if isinstance(turn["content"], list) else turn for turn in turns]
-    prompt = render(processor, turns)
-    if image_token is None:
-        return processor(prompt, add_special_tokens=False, return_token_type_ids=False, return_tensors="pt")
-    options = {"as_is": True} if isinstance(processor, MllamaImageProcessor) else {}
-    return processor(text=[prompt], images=[pictures] if pictures else None, return_tensors="pt", **options)
+    return render(processor, turns), pictures
 
 
 def _processor_class(folder: Path) -> Any:
@@ -174,10 +197,17 @@ def _place(turns: list[dict], pictures: list, image_token: str | None) -> list:
     return placed
 
 
-def _encode_plainly(processor: Any, text: str, pictures: list) -> BatchFeature:
-    """One prompt in the family's own layout."""
-    if isinstance(processor, PreTrainedTokenizerBase):
-        return processor(text, return_token_type_ids=False, return_tensors="pt")
+def _plain_text(processor: Any, text: str, pictures: list) -> str:
+    """What the family's own layout is made of."""
     if isinstance(processor, MllamaImageProcessor) and pictures and text.startswith(processor.image_token * len(pictures)):
-        text = text[len(processor.image_token) * len(pictures) :]  # unwritten, they get BOS and a newline around the text
-    return processor(text=[text], images=[pictures] if pictures else None, return_tensors="pt")
+        return text[len(processor.image_token) * len(pictures) :]  # unwritten, they get BOS and a newline around the text
+    return text
+
+
+def _pad_left(rows: list[BatchFeature]) -> BatchFeature:
+    """A batch of a tokenizer's rows; not by the tokenizer, since many of text models have no padding token."""
+    if len(rows) == 1:
+        return rows[0]
+    longest = max(row["input_ids"].shape[1] for row in rows)
+    names = ("input_ids", "attention_mask")
+    return BatchFeature({name: torch.cat([pad(row[name], (longest - row[name].shape[1], 0)) for row in rows]) for name in names})

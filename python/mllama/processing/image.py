@@ -1,4 +1,6 @@
-"""Pictures of every kind become 8-bit RGB: files, PIL pictures, arrays and tensors. No model, no transformers.
+"""Images of every kind become 8-bit RGB: files, encoded bytes, PIL images, arrays and tensors. No model, no transformers.
+
+`mllama.processing.image_source` says where encoded images may come from.
 
 | what comes                                        | what it becomes                                                                      |
 |---------------------------------------------------|--------------------------------------------------------------------------------------|
@@ -16,51 +18,77 @@ numpy array is read channels last and a torch tensor channels first, as each is 
 """
 
 import functools
+import io
 import math
-import os
 from collections.abc import Iterable
 from numbers import Real
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from mllama.processing.image_source import is_encoded, is_url, open_source, shorten
 
 # What is opened from disk. The rest of Pillow's list is left out on purpose: EPS, for one, starts an interpreter.
 FORMATS = ("AVIF", "BMP", "DIB", "GIF", "ICO", "JPEG", "JPEG2000", "MPO", "PCX", "PNG", "PPM", "QOI", "TGA", "TIFF", "WEBP")
 
 
+_LOOKED_AT = 256  # bytes
 _ROUNDING = 1e-6  # how far arithmetic in float32 may leave 0..1
 
 
-def load_picture(source: Any) -> Image.Image:
-    """Return any accepted picture as an upright PIL picture of mode RGB, by the table above.
+def load_picture(source: Any, allow_urls: bool = False) -> Image.Image:
+    """Return any accepted image as an upright PIL image of mode RGB, by the table above.
 
     Args:
-        source: a path (str or Path), a PIL picture, a numpy array or a torch tensor.
+        source: a path (str or Path) or a `file://` URL; bytes, bytearray or memoryview of an image file; a binary file object; a data URL
+            or bare base64 text; a PIL image; a numpy array or a torch tensor.
+        allow_urls: take an http(s) URL too, and download it: at most 64 MiB in 30 seconds.
 
     Raises:
         FileNotFoundError: the path leads nowhere.
-        TypeError: something else than a picture, or an array of another dtype.
-        ValueError: a file that is no picture, is broken, truncated or too large (`PIL.Image.MAX_IMAGE_PIXELS`); an array without pixels, of
-            another shape, or with values out of range.
+        TypeError: something else than an image, an array of another dtype, or a file opened as text.
+        ValueError: a file that is no image, is broken, truncated, closed or too large (`PIL.Image.MAX_IMAGE_PIXELS`); broken base64; a URL
+            without `allow_urls`, or one that cannot be downloaded; an array without pixels, of another shape, or with values out of range.
     """
-    if isinstance(source, (str, os.PathLike)):
-        return _open(os.fspath(source))
+    if is_encoded(source):
+        return _decode(*open_source(source, allow_urls))
     if isinstance(source, Image.Image):
         try:
-            source.load()  # a picture opened elsewhere may not be decoded yet
+            source.load()  # an image opened elsewhere may not be decoded yet
         except Exception as error:
-            raise ValueError(f"cannot read the picture {getattr(source, 'filename', '')}: {error}") from error
+            raise ValueError(
+                f"cannot read the picture {getattr(source, 'filename', '') or 'given as a PIL image'}: {_reason(error)}"
+            ) from error
         return _to_rgb(source)
     return Image.fromarray(_array_to_rgb(source))
 
 
 def load_pixels(source: Any) -> torch.Tensor:
-    """Return any accepted picture as [H, W, 3] uint8; `load_picture` says what is accepted and raised."""
-    if isinstance(source, (str, os.PathLike, Image.Image)):
-        return torch.from_numpy(np.array(load_picture(source)))
-    return torch.from_numpy(_array_to_rgb(source))
+    """Return any accepted image as [H, W, 3] uint8; `load_picture` says what is accepted and raised."""
+    if isinstance(source, (np.ndarray, torch.Tensor)):
+        return torch.from_numpy(_array_to_rgb(source))
+    return torch.from_numpy(np.array(load_picture(source)))
+
+
+def is_image(source: Any) -> bool:
+    """True for what can only be an image: any accepted form but text."""
+    return not isinstance(source, str) and (is_encoded(source) or isinstance(source, (Image.Image, np.ndarray, torch.Tensor)))
+
+
+def download_urls(images: Any, allow_urls: bool) -> Any:
+    """Return images, in lists as they came, with the http(s) URLs among them downloaded where `allow_urls` is True.
+
+    Raises:
+        TypeError: allow_urls is no bool.
+        ValueError: a download fails, or is no image.
+    """
+    if not isinstance(allow_urls, bool):
+        raise TypeError(f"allow_urls must be True or False, got {type(allow_urls).__name__}")
+    if isinstance(images, (list, tuple)):
+        return [download_urls(image, allow_urls) for image in images]
+    return load_picture(images, allow_urls) if allow_urls and is_url(images) else images
 
 
 def channel_values(name: str, values: float | Iterable[float]) -> tuple[float, float, float]:
@@ -92,15 +120,9 @@ def normalisation_table(mean: tuple[float, ...], std: tuple[float, ...], rescale
     return torch.from_numpy((values - np.array(mean, dtype=np.float32)) / np.array(std, dtype=np.float32))
 
 
-def _open(path: str) -> Image.Image:
-    if path.startswith(("http://", "https://", "data:")):
-        raise ValueError(f"pictures are read from files, not from addresses: {path[:80]}")
-    if not os.path.exists(path):
-        raise FileNotFoundError(f"no such picture: {path}")
-    if os.path.isdir(path):
-        raise ValueError(f"{path} is a folder, not a picture")
+def _decode(file: str | io.BytesIO, name: str) -> Image.Image:
     try:
-        with Image.open(path) as picture:
+        with Image.open(file) as picture:
             limit = Image.MAX_IMAGE_PIXELS  # above it Pillow warns, above twice that it raises: a file is refused from there on
             if limit is not None and picture.width * picture.height > limit:
                 raise ValueError(f"{picture.width} x {picture.height} pixels, more than {limit}")
@@ -110,8 +132,27 @@ def _open(path: str) -> Image.Image:
             return _to_rgb(picture)
     except PermissionError:
         raise
+    except UnidentifiedImageError as error:
+        raise ValueError(f"cannot read the picture {name}: {_what_it_is(file)}") from error
     except Exception as error:  # Pillow's decoders raise about a dozen kinds on hostile files
-        raise ValueError(f"cannot read the picture {path}: {error}") from error
+        raise ValueError(f"cannot read the picture {name}: {_reason(error)}") from error
+
+
+def _what_it_is(file: str | io.BytesIO) -> str:
+    """Of something that is no image."""
+    if isinstance(file, io.BytesIO):
+        begin = file.getvalue()[:_LOOKED_AT]
+    else:
+        with open(file, "rb") as opened:
+            begin = opened.read(_LOOKED_AT)
+    if not begin:
+        return "it is empty"
+    page = begin.lstrip().lower().startswith((b"<!doctype html", b"<html"))
+    return "it is an HTML page" if page else f"it is no image of a known format, and begins with {begin[:16]!r}"
+
+
+def _reason(error: Exception) -> str:
+    return shorten(str(error), 300) or type(error).__name__
 
 
 def _to_rgb(picture: Image.Image) -> Image.Image:
@@ -148,7 +189,10 @@ def _array_to_rgb(source) -> np.ndarray:
     """[H, W, 3] uint8, contiguous, from an array or tensor."""
     is_tensor = isinstance(source, torch.Tensor)
     if not is_tensor and not isinstance(source, np.ndarray):
-        raise TypeError(f"a picture must be a path, a PIL picture, a numpy array or a torch tensor, got {type(source).__name__}")
+        raise TypeError(
+            "a picture must be a path, bytes, a file, a data URL, a PIL picture, a numpy array or a torch tensor,"
+            f" got {type(source).__name__}"
+        )
     shape = tuple(source.shape)
     if 0 in shape:
         raise ValueError(f"the picture has no pixels: shape {shape}")

@@ -15,6 +15,7 @@ from transformers.models.paligemma import processing_paligemma as stock
 
 from mllama.processing.chat import ChatTemplates
 from mllama.processing.folders import StockFiles
+from mllama.processing.image import download_urls
 from mllama.processing.options import TEXT, check_rows, merge_options, on_cpu
 from mllama.processing.prompt import MAX_IMAGE_TOKENS, check_whole, in_order, lay_out, share_out
 from mllama.processing.square import SquareImageProcessor
@@ -106,6 +107,7 @@ class PaliGemmaProcessor(ChatTemplates, StockFiles, stock.PaliGemmaProcessor):  
         suffix: str | Sequence[str] | None = None,
         videos: None = None,
         audio: None = None,
+        allow_urls: bool = False,
         **kwargs: Any,
     ) -> BatchFeature:
         """Return input_ids, attention_mask, token_type_ids [B, T] (1 where the suffix is) and pixel_values [pictures, 3, S, S].
@@ -117,6 +119,7 @@ class PaliGemmaProcessor(ChatTemplates, StockFiles, stock.PaliGemmaProcessor):  
                 placeholders take theirs in order; without placeholders, one prompt takes all and several take one each.
             text: a prompt or a list of prompts.
             suffix: what is to be learnt, one per prompt; EOS is put behind.
+            allow_urls: download images given as http(s) URLs.
             kwargs: of the tokenizer and the image processor (padding, return_tensors ...).
 
         Raises:
@@ -125,6 +128,7 @@ class PaliGemmaProcessor(ChatTemplates, StockFiles, stock.PaliGemmaProcessor):  
                 a picture that `load_picture` refuses.
         """
         text, images = in_order(text, images, videos, audio)
+        images = download_urls(images, allow_urls)
         merged = merge_options(self, kwargs, _REFUSED)
         if text is None:
             return BatchFeature(self.image_processor(images, **merged["images_kwargs"]))

@@ -15,7 +15,7 @@ from transformers.tokenization_utils_base import AddedToken
 
 from mllama.processing.chat import ChatTemplates
 from mllama.processing.folders import load_tokenizer, read_settings, save_aside
-from mllama.processing.image import channel_values
+from mllama.processing.image import channel_values, download_urls
 from mllama.processing.options import merge_options, on_cpu
 from mllama.processing.prompt import (
     CHAT_TEMPLATE,
@@ -135,7 +135,15 @@ class MllamaImageProcessor(ChatTemplates, ProcessorMixin):
 
     @on_cpu
     def __call__(
-        self, text: Any = None, images: Any = None, videos: None = None, audio: None = None, *, as_is: bool = False, **kwargs: Any
+        self,
+        text: Any = None,
+        images: Any = None,
+        videos: None = None,
+        audio: None = None,
+        *,
+        as_is: bool = False,
+        allow_urls: bool = False,
+        **kwargs: Any,
     ) -> MllamaBatch:
         """Return input_ids and attention_mask [prompts, tokens] int64 and, with pictures, pixel_values [pictures, 3, S, S] float32.
 
@@ -145,6 +153,7 @@ class MllamaImageProcessor(ChatTemplates, ProcessorMixin):
             images: pictures of any kind `load_picture` takes: one, a flat list, or one list (or None) per prompt. Of a flat list, the
                 placeholders take theirs in order; without placeholders, one prompt takes all and several take one each.
             as_is: add nothing to a prompt even where it holds no placeholder. `apply_chat_template` sets it.
+            allow_urls: download images given as http(s) URLs.
             kwargs: of the tokenizer and the image processor. padding is True (the longest) and return_tensors "pt" unless given.
 
         Raises:
@@ -154,6 +163,7 @@ class MllamaImageProcessor(ChatTemplates, ProcessorMixin):
             FileNotFoundError: a picture's path leads nowhere.
         """
         text, images = in_order(text, images, videos, audio)
+        images = download_urls(images, allow_urls)
         kwargs = with_channels(kwargs)
         if isinstance(kwargs.get("images_kwargs"), dict):
             kwargs["images_kwargs"] = with_channels(kwargs["images_kwargs"])
@@ -180,7 +190,10 @@ class MllamaImageProcessor(ChatTemplates, ProcessorMixin):
         return MllamaBatch(data, tensor_type=text_kwargs.get("return_tensors"), skip_tensor_conversion=["text_replacement_offsets"])
 
     def apply_chat_template(self, conversation: Any, chat_template: str | None = None, **kwargs: Any) -> Any:
-        """As `ChatTemplates` has it; nothing is added to what the template writes."""
+        """As `ChatTemplates` has it; nothing is added to what the template writes.
+
+        http(s) URLs in the messages are downloaded only with `processor_kwargs={"allow_urls": True}`.
+        """
         kwargs["processor_kwargs"] = {"as_is": True, **(kwargs.get("processor_kwargs") or {})}
         return super().apply_chat_template(conversation, chat_template, **kwargs)
 

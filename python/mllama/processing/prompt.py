@@ -1,11 +1,11 @@
 """The text around the pictures: a prompt's layout, the chat template of the same layout, and which picture belongs to which prompt."""
 
-import os
 from collections.abc import Sequence
 
 import numpy as np
 import torch
-from PIL import Image
+
+from mllama.processing.image import is_image
 
 IMAGE_TOKEN = "<image>"
 MAX_IMAGE_TOKENS = 2**16  # of one picture; what a folder says above that is no model's, and would fill the memory
@@ -151,4 +151,4 @@ def _is_text(value) -> bool:
 def _is_pictures(value) -> bool:
     if isinstance(value, (list, tuple)):
         return all(item is None or _is_text(item) or _is_pictures(item) for item in value)
-    return isinstance(value, (Image.Image, np.ndarray, torch.Tensor, os.PathLike))
+    return is_image(value)

@@ -13,7 +13,7 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
 from mllama.ops.image import resize, resize_normalize
-from mllama.processing.image import channel_values, load_pixels, normalisation_table
+from mllama.processing.image import channel_values, download_urls, load_pixels, normalisation_table
 from mllama.processing.options import IMAGES, check_names, check_values, on_cpu
 
 MAX_EDGE = 2**14  # of a result, in pixels
@@ -38,18 +38,19 @@ def check_edges(name: str, size: SizeDict | None) -> None:
 
 
 class OwnPictures:
-    """What makes a PIL image processor of transformers take all that `mllama.processing.image.load_picture` takes, and download nothing.
+    """What makes a PIL image processor of transformers take all that `mllama.processing.image.load_picture` takes.
 
-    Whatever comes becomes RGB. Saved under its parent's name, so that stock transformers reads it.
+    http(s) URLs are downloaded only with `allow_urls=True`. Whatever comes becomes RGB. Saved under its parent's name, so that stock
+    transformers reads it.
     """
 
     refused = IMAGES
 
     @on_cpu
-    def preprocess(self, images, *args, **kwargs) -> BatchFeature:
+    def preprocess(self, images, *args, allow_urls: bool = False, **kwargs) -> BatchFeature:
         check_names(self, kwargs, self.valid_kwargs.__annotations__)
         check_values(kwargs, self.refused)
-        return super().preprocess(images, *args, **with_channels(kwargs))
+        return super().preprocess(download_urls(images, allow_urls), *args, **with_channels(kwargs))
 
     def fetch_images(self, images):
         return images

@@ -29,7 +29,7 @@ from transformers.models.mllama.processing_mllama import (
 from mllama.ops.image import MAX_PIXELS, resize_normalize
 from mllama.processing.chat import ChatTemplates
 from mllama.processing.folders import StockFiles
-from mllama.processing.image import channel_values, normalisation_table
+from mllama.processing.image import channel_values, download_urls, normalisation_table
 from mllama.processing.options import IMAGES, check_rows, merge_options, on_cpu
 from mllama.processing.prompt import adds_bos, in_order, inserted, share_out
 from mllama.processing.square import RESAMPLE, OwnPictures
@@ -147,6 +147,7 @@ class TiledProcessor(ChatTemplates, StockFiles, MllamaProcessor):
         text: str | Sequence[str] | None = None,
         videos: None = None,
         audio: None = None,
+        allow_urls: bool = False,
         **kwargs: Any,
     ) -> BatchFeature:
         """Return input_ids and attention_mask [B, T] and, with pictures, what `TiledImageProcessor` returns but num_tiles.
@@ -156,6 +157,7 @@ class TiledProcessor(ChatTemplates, StockFiles, MllamaProcessor):
         Args:
             images: one picture or a flat list for one prompt; for several prompts one list (or None) per prompt.
             text: a prompt or a list of prompts.
+            allow_urls: download images given as http(s) URLs.
             kwargs: of the tokenizer and the image processor (padding, return_tensors ...).
 
         Raises:
@@ -164,6 +166,7 @@ class TiledProcessor(ChatTemplates, StockFiles, MllamaProcessor):
                 truncation cut an `<|image|>` away; a picture that `load_picture` refuses.
         """
         text, images = in_order(text, images, videos, audio)
+        images = download_urls(images, allow_urls)
         merged = merge_options(self, kwargs)
         text_kwargs, images_kwargs = {"return_token_type_ids": False, **merged["text_kwargs"]}, merged["images_kwargs"]
         for name in ("return_mm_token_type_ids", "return_text_replacement_offsets"):  # the processor's own, mirrored by _merge_kwargs

@@ -1,0 +1,187 @@
+"""Where an image comes from: a path, a `file://` URL, bytes, a binary file, a data URL, base64 text, or by permission an http(s) URL."""
+
+import base64
+import binascii
+import http.client
+import io
+import os
+import time
+import urllib.error
+import urllib.parse
+import urllib.request
+from collections.abc import Callable
+from typing import Any
+
+from PIL import Image
+
+MAX_BYTES = 2**26  # of a download: 64 MiB
+MAX_SECONDS = 30.0  # of a download
+_STALLED = 10.0  # seconds without any data
+_LONGEST_NAME = 255  # of a file; a text beyond it is no path
+_BYTES = (bytes, bytearray, memoryview)
+_SHOWN = 80
+
+
+def is_encoded(source: Any) -> bool:
+    """True for what names or holds an encoded image: text, a path, bytes, a file object."""
+    return isinstance(source, (str, os.PathLike, *_BYTES)) or hasattr(source, "read")
+
+
+def is_url(source: Any) -> bool:
+    """True for an http(s) URL."""
+    return isinstance(source, str) and source[:8].lower().startswith(("http://", "https://"))
+
+
+def names_image(text: str) -> bool:
+    """True for a text that is a URL, a data URL or the path of a file."""
+    return is_url(text) or text[:8].lower().startswith(("data:", "file://")) or os.path.isfile(text)
+
+
+def shorten(text: str, most: int = _SHOWN) -> str:
+    """One line of at most `most` characters; where something is left out it says how long the text is."""
+    line = "".join(letter if letter.isprintable() else "\ufffd" for letter in " ".join(text[: 4 * most].split()))
+    return line if len(line) <= most and len(text) <= 4 * most else f"{line[:most]} ... ({len(text)} characters)"
+
+
+def open_source(source: Any, allow_urls: bool = False) -> tuple[str | io.BytesIO, str]:
+    """Find the encoded image.
+
+    Args:
+        source: what `is_encoded` is true for. A file object is read from its beginning where it can seek.
+        allow_urls: download http(s) URLs, at most MAX_BYTES in MAX_SECONDS.
+
+    Returns:
+        A path or the bytes, and a short name for errors.
+
+    Raises:
+        FileNotFoundError: no such file.
+        TypeError: a file opened as text.
+        ValueError: a closed or unreadable file, no data, broken base64, a URL without permission, a failed download.
+    """
+    if isinstance(source, str):
+        return _open_text(source, allow_urls)
+    if isinstance(source, os.PathLike):
+        return _open_path(os.fsdecode(source))
+    if isinstance(source, _BYTES):
+        return _held(bytes(source), f"{memoryview(source).nbytes} bytes")
+    return _held(_read_file(source), f"file {shorten(str(getattr(source, 'name', 'object')))}")
+
+
+def _open_text(text: str, allow_urls: bool) -> tuple[str | io.BytesIO, str]:
+    scheme = text[:8].lower()
+    if is_url(text):
+        if not allow_urls:
+            raise ValueError(f"images are downloaded only with allow_urls=True, got {shorten(text)}")
+        return _held(_download(text), shorten(text))
+    if scheme.startswith("data:"):
+        return _held(_decode_data_url(text), shorten(text, 40))
+    if scheme.startswith("file://"):
+        return _open_path(_path_of(text))
+    if os.path.exists(text):
+        return _open_path(text)
+    data, fault = _decode_base64(text)
+    if data is not None and _begins_an_image(data):
+        return _held(data, f"base64 text {shorten(text, 20)}")
+    if data is None and len(text) > _LONGEST_NAME:
+        raise ValueError(f"the text is neither the path of a file nor base64 ({fault}): {shorten(text, 40)}")
+    raise FileNotFoundError(f"no such picture: {shorten(text, _LONGEST_NAME)}")
+
+
+def _open_path(path: str) -> tuple[str, str]:
+    if not os.path.exists(path):
+        raise FileNotFoundError(f"no such picture: {shorten(path, _LONGEST_NAME)}")
+    if os.path.isdir(path):
+        raise ValueError(f"{path} is a folder, not a picture")
+    return path, path
+
+
+def _held(data: bytes, name: str) -> tuple[io.BytesIO, str]:
+    if not data:
+        raise ValueError(f"the image holds no data: {name}")
+    return io.BytesIO(data), name
+
+
+def _read_file(file: Any) -> bytes:
+    if getattr(file, "closed", False):
+        raise ValueError("the image file is closed: open it again")
+    try:
+        if not hasattr(file, "seekable") or file.seekable():
+            file.seek(0)
+    except (AttributeError, OSError):  # a stream, which is where it is
+        pass
+    try:
+        data = file.read()
+    except (OSError, ValueError) as error:  # opened for writing, closed underneath
+        raise ValueError(f"the image file cannot be read: {error or type(error).__name__}") from error
+    if not isinstance(data, _BYTES):
+        raise TypeError(f"an image file must be opened in binary mode, 'rb': read() gave a {type(data).__name__}")
+    return bytes(data)
+
+
+def _path_of(url: str) -> str:
+    parts = urllib.parse.urlsplit(url)
+    if parts.netloc.lower() not in ("", "localhost"):
+        raise ValueError(f"a file URL must be of this machine, file:///path, got {shorten(url)}")
+    return urllib.request.url2pathname(parts.path)
+
+
+def _decode_data_url(url: str) -> bytes:
+    head, comma, data = url.partition(",")
+    if not comma:
+        raise ValueError(f"a data URL must be data:image/...;base64,... and this one has no comma: {shorten(url, 40)}")
+    if not head.lower().rstrip().endswith(";base64"):
+        return urllib.parse.unquote_to_bytes(data)
+    found, fault = _decode_base64(urllib.parse.unquote(data) if "%" in data else data)
+    if found is None:
+        raise ValueError(f"the data URL holds broken base64 ({fault}): {shorten(url, 40)}")
+    return found
+
+
+def _decode_base64(text: str) -> tuple[bytes | None, str]:
+    """The bytes, or None and what is wrong. White space, absent padding and the alphabet of URLs are taken."""
+    try:
+        packed = "".join(text.split()).translate(str.maketrans("-_", "+/")).rstrip("=").encode("ascii")
+        return base64.b64decode(packed + b"=" * (-len(packed) % 4), validate=True), ""
+    except UnicodeEncodeError:
+        return None, "it is not ASCII"
+    except binascii.Error as error:
+        return None, str(error)
+
+
+def _begins_an_image(data: bytes) -> bool:
+    try:
+        with Image.open(io.BytesIO(data)):
+            return True
+    except Exception:  # Pillow's decoders raise about a dozen kinds
+        return False
+
+
+class _HttpOnly(urllib.request.HTTPRedirectHandler):
+    def redirect_request(self, request, file, code, message, headers, new_url):
+        if not is_url(new_url):
+            raise ValueError(f"it leads on to {shorten(new_url)}")
+        return super().redirect_request(request, file, code, message, headers, new_url)
+
+
+def _download(url: str) -> bytes:
+    """The body, by Python's own client: proxies and certificates are the environment's."""
+    try:
+        request = urllib.request.Request(urllib.parse.quote(url, safe="%/:=&?~#+!$,;'@()*[]"), headers={"User-Agent": "mllama"})
+        with urllib.request.build_opener(_HttpOnly).open(request, timeout=_STALLED) as response:
+            return _read_within(response.read1, time.monotonic() + MAX_SECONDS)
+    except urllib.error.HTTPError as error:
+        raise ValueError(f"cannot download {shorten(url)}: the server answered {error.code} {error.reason}") from error
+    except (OSError, ValueError, http.client.HTTPException) as error:
+        reason = getattr(error, "reason", None) or error  # URLError's own text wraps it
+        raise ValueError(f"cannot download {shorten(url)}: {shorten(str(reason), 200) or type(reason).__name__}") from error
+
+
+def _read_within(read: Callable[[int], bytes], deadline: float) -> bytes:
+    data = bytearray()
+    while chunk := read(2**16):
+        data += chunk
+        if len(data) > MAX_BYTES:
+            raise ValueError(f"it is larger than {MAX_BYTES} bytes")
+        if time.monotonic() > deadline:
+            raise ValueError(f"it takes more than {MAX_SECONDS:g} seconds")
+    return bytes(data)
