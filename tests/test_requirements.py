@@ -1,10 +1,10 @@
 """The locked requirements and the metadata agree."""
 
 import re
+import tomllib
 from pathlib import Path
 
 import pytest
-import tomllib
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 

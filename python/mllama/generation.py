@@ -5,8 +5,8 @@ from typing import Any, Literal, overload
 
 import torch
 from transformers import GenerationMixin
-from transformers.generation.utils import GenerateOutput
 from transformers.generation.candidate_generator import PromptLookupCandidateGenerator
+from transformers.generation.utils import GenerateOutput
 
 from mllama.arguments import check_special
 from mllama.compat import CACHE_NAME, rename_cache

@@ -82,7 +82,6 @@ def load_processor(path: str | os.PathLike) -> ProcessorMixin | SquareImageProce
         raise ValueError(f"{folder}: the processor cannot be read: {error}") from error
 
 
-@on_cpu
 def encode_messages(processor: Any, messages: Sequence[Mapping], pictures: Sequence = (), allow_urls: bool = False) -> BatchFeature:
     """Return a model's inputs for a conversation that the model is to continue: one row, as torch tensors.
 
@@ -108,7 +107,8 @@ def encode_messages(processor: Any, messages: Sequence[Mapping], pictures: Seque
     return encode_batch(processor, [messages], [pictures], allow_urls)
 
 
-def encode_batch(processor, conversations: Sequence, pictures: Sequence[Sequence], allow_urls: bool = False) -> BatchFeature:
+@on_cpu
+def encode_batch(processor: Any, conversations: Sequence, pictures: Sequence[Sequence], allow_urls: bool = False) -> BatchFeature:
     """`encode_messages` of several conversations, each with pictures of its own: rows of one batch, padded on the left.
 
     Raises:
@@ -128,7 +128,7 @@ def encode_batch(processor, conversations: Sequence, pictures: Sequence[Sequence
     return processor(text=texts, images=rows if any(rows) else None, return_tensors="pt", **options)
 
 
-def _write(processor, image_token: str | None, messages: Sequence[Mapping], pictures: Sequence, allow_urls: bool) -> tuple[str, list]:
+def _write(processor: Any, image_token: str | None, messages: Sequence[Mapping], pictures: Sequence, allow_urls: bool) -> tuple[str, list]:
     """A conversation's prompt, and its pictures in the order of their places."""
     if not isinstance(pictures, (list, tuple)):
         raise TypeError(f"pictures must be a list, got {type(pictures).__name__}")
