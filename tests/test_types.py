@@ -73,6 +73,7 @@ def test_mypy_sees_signatures_wrong_calls_and_the_readme(tmp_path):
 
 @pytest.mark.skipif(shutil.which("pyright", path=str(Path(sys.executable).parent)) is None, reason="pyright is not installed")
 def test_pyright_sees_signatures_and_wrong_calls(tmp_path):
+    """Twenty seconds, for those who have installed it: the project does not."""
     functions = {name: value for name, value in FUNCTIONS.items() if not inspect.isclass(value)}
     (tmp_path / "revealed.py").write_text(revealing(list(functions)))
     shutil.copy(IN_USE, tmp_path)

@@ -17,6 +17,7 @@ def loading() -> None:
     assert_type(SiglipModel.from_pretrained("folder"), SiglipModel)
     assert_type(mllama.TiledProcessor.from_pretrained("folder"), mllama.TiledProcessor)
     assert_type(mllama.MllamaImageProcessor.from_pretrained("folder"), mllama.MllamaImageProcessor)
+    assert_type(mllama.load_hf_model("folder")[0], MllamaForConditionalGeneration | Any)
     mllama.lode()  # type: ignore[attr-defined]
     mllama.load(device=0)  # type: ignore[arg-type]
     MllamaForConditionalGeneration.from_pretrained("folder", subfolder=1)  # type: ignore[arg-type]
@@ -36,7 +37,8 @@ def answering(model: MllamaForConditionalGeneration, processor: Any) -> None:
 def adapting(model: MllamaForConditionalGeneration, siglip: SiglipModel) -> None:
     assert_type(mllama.convert_linears_to_lora(model.language_model, rank=8, alpha=16), dict[str, mllama.Linear_LORA])
     assert_type(mllama.lora_parameters(model), list[nn.Parameter])
-    assert_type(mllama.merge_and_unload(model), nn.Module)
+    assert_type(mllama.convert_to_lora(model, ["q_proj"], 8, 16), MllamaForConditionalGeneration)
+    assert_type(mllama.merge_and_unload(model), MllamaForConditionalGeneration)
     assert_type(mllama.fuse(model, siglip, fusion="prepend", num_image_tokens=4), MllamaForConditionalGeneration)
     mllama.save_lora("adapters.safetensors", model)  # type: ignore[arg-type]
     mllama.convert_linears_to_lora(model, rank="8")  # type: ignore[arg-type]

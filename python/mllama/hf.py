@@ -15,6 +15,7 @@ from mllama.checkpoints.hub import find_folder
 from mllama.checkpoints.loading import Report
 from mllama.checkpoints.models import load_opened
 from mllama.checkpoints.opening import open_checkpoint
+from mllama.modeling import MllamaForConditionalGeneration
 from mllama.processing.auto import load_processor
 from mllama.processing.folders import load_tokenizer
 from mllama.processing.tokenizer import Tokenizer
@@ -22,7 +23,7 @@ from mllama.processing.tokenizer import Tokenizer
 
 def load_hf_model(
     model_path: str | os.PathLike, device: str | torch.device = "cpu", strict: bool = False
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | Tokenizer]:
+) -> tuple[MllamaForConditionalGeneration | Any, PreTrainedTokenizerBase | Tokenizer]:
     """Load a model and its tokenizer, and print what was converted, tied, skipped and missing.
 
     Args:
@@ -43,7 +44,7 @@ def load_hf_model(
 
 def load_as(
     class_of: Callable[[PretrainedConfig], type[PreTrainedModel]], model_path: str | os.PathLike, device: str | torch.device, strict: bool
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | Tokenizer]:
+) -> tuple[MllamaForConditionalGeneration | Any, PreTrainedTokenizerBase | Tokenizer]:
     """`load_hf_model` of the class that `class_of` names for the model's config."""
     path = find_folder(model_path)
     with (opened := open_checkpoint(path)).source:

@@ -3,10 +3,13 @@
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Mapping
+from typing import TypeVar
 
 from torch import nn
 
 from mllama.lora.layer import Linear_LORA, check_adapter, lora_layers
+
+_Model = TypeVar("_Model", bound=nn.Module)
 
 
 def convert_linears_to_lora(
@@ -72,7 +75,7 @@ def replace_linear_with_lora(
     return convert_linears_to_lora(module, rank, alpha, dropout, target_module_names=target_module_names)
 
 
-def convert_to_lora(model: nn.Module, target_modules: str | Iterable[str] | None, rank: int, alpha: float) -> nn.Module:
+def convert_to_lora(model: _Model, target_modules: str | Iterable[str] | None, rank: int, alpha: float) -> _Model:
     """`convert_linears_to_lora` with names first, as some scripts know it; returns the model, which they assign."""
     convert_linears_to_lora(model, rank, alpha, target_module_names=target_modules)
     return model

@@ -2,10 +2,13 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TypeVar, overload
 
 from torch import nn
 
 from mllama.lora.layer import Linear_LORA, needed_lora_layers
+
+_Model = TypeVar("_Model", bound=nn.Module)
 
 
 def lora_parameters(model: nn.Module) -> list[nn.Parameter]:
@@ -64,6 +67,10 @@ def unmerge_lora(model: nn.Module) -> None:
         layer.unmerge()
 
 
+@overload
+def merge_and_unload(model: Linear_LORA) -> nn.Linear: ...
+@overload
+def merge_and_unload(model: _Model) -> _Model: ...
 def merge_and_unload(model: nn.Module) -> nn.Module:
     """Add every adapter to its layer's weight, for good, and put plain linear layers back in place: a model as it was before converting,
     with other weights, which `save_pretrained` writes in its family's format.
