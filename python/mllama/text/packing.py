@@ -86,14 +86,14 @@ def find_sequences(
         raise ValueError(f"{name} describes packed rows, which take no {obstacle}")
     if obstacle is not None:
         return position_ids, None
-    readable = isinstance(position_ids, torch.Tensor) and position_ids.dim() == 2 and position_ids.shape[1] == shape[1]
-    told = find_starts(position_ids) if readable else None  # others are refused where they are used
+    fitting = isinstance(position_ids, torch.Tensor) and tuple(position_ids.shape) in (tuple(shape), (1, shape[1]))
+    told = find_starts(position_ids) if fitting else None  # others are refused where they are used
     if name is None:
         return position_ids, told
     starts = given_starts(shape, **described)
     if position_ids is None:
         position_ids = positions_within(starts)
-    elif readable:
+    elif fitting:
         check_same_starts(name, starts, "position_ids", told)
     return position_ids, starts if not _readable(starts) or starts.any() else None
 
