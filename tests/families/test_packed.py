@@ -179,6 +179,7 @@ def test_what_describes_packed_rows_takes_the_place_of_positions():
         (ValueError, "max_length_q", {"max_length_q": 8}),
         (TypeError, "max_length_k", {"max_length_k": 9.0}),
         (ValueError, "position_ids", {"position_ids": positions(11, 11)}),
+        (ValueError, "position_ids", {"position_ids": positions(7, 5, 1, 9).expand(2, -1)}),
         (ValueError, "attention_mask", {"attention_mask": torch.ones(1, 22)}),
         (ValueError, "cache", {"cache": DynamicCache()}),
         (ValueError, "use_cache", {"use_cache": True}),

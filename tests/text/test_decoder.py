@@ -64,3 +64,16 @@ def test_hooks_see_every_module_and_another_norm_takes_a_norms_place():
         norm.weight = layer.post_attention_layernorm.weight
         layer.post_attention_layernorm = norm
     torch.testing.assert_close(run(decoder, ids), plain)
+
+
+def test_positions_that_restart_begin_sequences(decoder):
+    """By positions, or where the caller says so."""
+    alone = torch.cat([run(decoder, [[1, 2, 3]]), run(decoder, [[4, 5]])], dim=1)
+    place = torch.tensor([[0, 1, 2, 0, 1]])
+    torch.testing.assert_close(run(decoder, [[1, 2, 3, 4, 5]], position_ids=place), alone, rtol=1e-4, atol=1e-4)
+    given = run(decoder, [[1, 2, 3, 4, 5]], first_key=torch.tensor([[0, 0, 0, 3, 3]]))
+    torch.testing.assert_close(given, alone, rtol=1e-4, atol=1e-4)
+    mask = torch.ones(1, 1, 5, 5, dtype=torch.bool).tril()
+    for name, value in (("first_key", place), ("prefix_length", torch.tensor([2]))):
+        with pytest.raises(ValueError, match=name):
+            run(decoder, [[1, 2, 3, 4, 5]], attention_mask=mask, **{name: value})

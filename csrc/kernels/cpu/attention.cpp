@@ -46,8 +46,10 @@ class Prefill {
                 float* scores = scores_ + key * kTileLanes;
                 if (!added && limits.all_see(block + key, kTileRows)) {
                     finish<NV>(tile, scores, highest);
+                } else if (block + key >= limits.latest) {
+                    finish_masked<NV, false>(tile, scores, highest, limits, block + key, added, group.keys);
                 } else {
-                    finish_masked<NV>(tile, scores, highest, limits, block + key, added, group.keys);
+                    finish_masked<NV, true>(tile, scores, highest, limits, block + key, added, group.keys);
                 }
             }
             vf shift[NV], shrink[NV];
@@ -82,13 +84,13 @@ class Prefill {
     }
 
     // The same where something is added to keys, or some lanes do not see all of them.
-    template <int NV>
+    template <int NV, bool kStarts>
     __attribute__((always_inline)) void finish_masked(const Tile<NV>& tile, float* scores, vf (&highest)[NV],
                                                       const Limits<NV>& limits, int key, const float* added,
                                                       int64_t keys) {
         for_tile<NV>([&](int r, int n) {
             float more = added && key + r < keys ? added[key + r] : 0.0f;
-            vf score = limits.mask(tile[r][n] * scale_, n, key + r, more);
+            vf score = limits.template mask<kStarts>(tile[r][n] * scale_, n, key + r, more);
             highest[n] = max(highest[n], score);
             store(scores + (r * NV + n) * kWidth, score);
         });

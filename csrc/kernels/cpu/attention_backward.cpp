@@ -120,7 +120,7 @@ class Backward {
                     vf score = p[r][n] * scale_;
                     if (masked) {
                         float more = added && block + key + r < group.keys ? added[block + key + r] : 0.0f;
-                        score = limits.mask(score, n, block + key + r, more);
+                        score = limits.template mask<true>(score, n, block + key + r, more);
                     }
                     // Another order of summation can put a score above the highest: by much, where scores are huge.
                     p[r][n] = exp2_below(min(vf{}, score - highest[n])) * inverse[n];

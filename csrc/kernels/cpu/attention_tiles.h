@@ -102,27 +102,36 @@ void for_row_tiles(const Attention& a, int64_t index, int64_t count, Body&& body
 template <int NV>
 struct Limits {
     Limits(const Group& group, int64_t first, int64_t rows) {
-        int32_t starts[NV * kWidth], limits[NV * kWidth];
-        for (int i = 0; i < NV * kWidth; ++i) {
-            int64_t row = first + std::min<int64_t>(i, rows - 1);
-            starts[i] = group.start(row);
-            limits[i] = group.limit(row);
+        int32_t starts[NV * kWidth]{}, limits[NV * kWidth];
+        for (int i = 0; i < NV * kWidth; ++i) limits[i] = group.limit(first + std::min<int64_t>(i, rows - 1));
+        earliest = latest = 0;
+        fewest = limits[0];  // without ranges limits never fall from row to row
+        most = limits[NV * kWidth - 1];
+        if (group.visible.ranges) {
+            earliest = latest = group.start(first);
+            for (int i = 0; i < NV * kWidth; ++i) {
+                starts[i] = group.start(first + std::min<int64_t>(i, rows - 1));
+                earliest = std::min(earliest, starts[i]);
+                latest = std::max(latest, starts[i]);
+                fewest = std::min(fewest, limits[i]);
+                most = std::max(most, limits[i]);
+            }
         }
         std::memcpy(start, starts, sizeof start);
         std::memcpy(limit, limits, sizeof limit);
-        earliest = *std::min_element(starts, starts + NV * kWidth);
-        latest = *std::max_element(starts, starts + NV * kWidth);
-        fewest = *std::min_element(limits, limits + NV * kWidth);
-        most = *std::max_element(limits, limits + NV * kWidth);
     }
     // The first key of a tile of keys before which no row sees one.
     int begin() const { return earliest / kTileRows * kTileRows; }
     bool all_see(int key, int keys) const { return key >= latest && key + keys <= fewest; }
     // x + added where lanes of vector n see the key, -inf elsewhere. Chosen, not added: what a hidden key holds may be
     // NaN or overflow, and -inf would not cover that.
+    // kStarts: some lane may begin to see only after the key.
+    template <bool kStarts>
     vf mask(vf x, int n, int key, float added) const {
         int place = added == -kInfinity ? most : key;  // where no lane sees it
-        return (vi{} + place < limit[n]) & (vi{} + place >= start[n]) ? x + added : splat(-kInfinity);
+        vi seen = vi{} + place < limit[n];
+        if constexpr (kStarts) seen &= vi{} + place >= start[n];
+        return seen ? x + added : splat(-kInfinity);
     }
 
     vi start[NV], limit[NV];

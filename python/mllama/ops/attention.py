@@ -168,14 +168,18 @@ def _check_types(q, k, scale, causal, key_mask, key_bias, query_offset, prefix_l
             raise TypeError(f"attention: query_offset must be an int, an int64 tensor or None, got {type(query_offset).__name__}")
         if not -(2**62) < query_offset < 2**62:
             raise ValueError(f"attention: query_offset must lie within 2**62 of 0, got {query_offset}")
-    else:
+    elif query_offset is not None:
         _check_mask_type("query_offset", query_offset, torch.int64, q)
-    _check_mask_type("prefix_length", prefix_length, torch.int64, q)
-    _check_mask_type("first_key", first_key, torch.int64, q)
-    _check_mask_type("key_mask", key_mask, torch.bool, q)
-    _check_mask_type("key_bias", key_bias, torch.float32, q)
-    if key_bias is not None and key_bias.requires_grad:
-        raise ValueError("attention: key_bias gets no gradient; pass key_bias.detach()")
+    if prefix_length is not None:  # the calls that this spares are felt where one token is decoded
+        _check_mask_type("prefix_length", prefix_length, torch.int64, q)
+    if first_key is not None:
+        _check_mask_type("first_key", first_key, torch.int64, q)
+    if key_mask is not None:
+        _check_mask_type("key_mask", key_mask, torch.bool, q)
+    if key_bias is not None:
+        _check_mask_type("key_bias", key_bias, torch.float32, q)
+        if key_bias.requires_grad:
+            raise ValueError("attention: key_bias gets no gradient; pass key_bias.detach()")
 
 
 def _check_kind(name, tensor, q) -> None:
@@ -187,8 +191,6 @@ def _check_kind(name, tensor, q) -> None:
 
 
 def _check_mask_type(name, tensor, dtype, q) -> None:
-    if tensor is None:
-        return
     if not isinstance(tensor, torch.Tensor):
         raise TypeError(f"attention: {name} must be a torch.Tensor, got {type(tensor).__name__}")
     if tensor.dtype != dtype:

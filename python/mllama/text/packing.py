@@ -8,7 +8,7 @@ def go_back(position_ids: torch.Tensor | None) -> bool:
     """Whether positions fall somewhere in a row: it is packed, whatever else may be. While compiling, whether there are any."""
     if not isinstance(position_ids, torch.Tensor) or position_ids.dim() != 2:  # refused where they are used
         return False
-    return torch.compiler.is_compiling() or position_ids.is_meta or bool((position_ids.diff() < 0).any())
+    return not _readable(position_ids) or bool((position_ids.diff() < 0).any())
 
 
 def find_starts(position_ids: torch.Tensor) -> torch.Tensor | None:
@@ -21,7 +21,7 @@ def find_starts(position_ids: torch.Tensor) -> torch.Tensor | None:
         position_ids: int [B or 1, T].
     """
     new = position_ids.diff() != 1
-    if not (torch.compiler.is_compiling() or new.is_meta or new.any()):
+    if _readable(new) and not new.any():
         return None
     return _starts(new)
 
@@ -86,21 +86,21 @@ def find_sequences(
         raise ValueError(f"{name} describes packed rows, which take no {obstacle}")
     if obstacle is not None:
         return position_ids, None
-    readable = isinstance(position_ids, torch.Tensor) and position_ids.dim() == 2 and position_ids.shape[1] == shape[1]
-    told = find_starts(position_ids) if readable else None  # others are refused where they are used
+    fitting = isinstance(position_ids, torch.Tensor) and tuple(position_ids.shape) in (tuple(shape), (1, shape[1]))
+    told = find_starts(position_ids) if fitting else None  # others are refused where they are used
     if name is None:
         return position_ids, told
     starts = given_starts(shape, **described)
     if position_ids is None:
         position_ids = positions_within(starts)
-    elif readable:
+    elif fitting:
         check_same_starts(name, starts, "position_ids", told)
-    return position_ids, starts if torch.compiler.is_compiling() or starts.any() else None
+    return position_ids, starts if not _readable(starts) or starts.any() else None
 
 
 def check_same_starts(name: str, starts: torch.Tensor | None, other_name: str, other: torch.Tensor | None) -> None:
     """Raise ValueError unless two arguments begin sequences at the same places; None is one sequence in each row."""
-    if torch.compiler.is_compiling():
+    if not all(_readable(tensor) for tensor in (starts, other) if tensor is not None):
         return
     one = torch.zeros((1, 1), dtype=torch.long, device="cpu")
     pair = [one if tensor is None else tensor.cpu() for tensor in (starts, other)]
@@ -127,6 +127,11 @@ def next_place(marks: torch.Tensor, after: int = 0) -> torch.Tensor:
     return places.flip(1).cummin(1).values.flip(1)
 
 
+def _readable(tensor: torch.Tensor) -> bool:
+    """Whether values can be looked at: not while compiling, and a meta tensor has none."""
+    return not (torch.compiler.is_compiling() or tensor.is_meta)
+
+
 def _starts(new: torch.Tensor) -> torch.Tensor:
     """bool [B, T - 1], where a position is the first of a sequence, the row's first left out -> where each one's sequence begins."""
     new = pad(new, (1, 0))
@@ -139,11 +144,11 @@ def _from_lengths(name: str, lengths: torch.Tensor, shape: tuple[int, int]) -> t
         raise ValueError(f"{name} must be [sequences + 1], got {list(lengths.shape)}")
     rows, length = shape
     lengths = lengths.long()
-    if not torch.compiler.is_compiling() and (lengths[0] != 0 or lengths[-1] != rows * length or (lengths.diff() < 0).any()):
+    if _readable(lengths) and (lengths[0] != 0 or lengths[-1] != rows * length or (lengths.diff() < 0).any()):
         raise ValueError(f"{name} must rise from 0 to the number of tokens, {rows * length}, got {lengths.tolist()}")
     places = torch.arange(rows * length, device=lengths.device)
     starts = lengths[torch.searchsorted(lengths, places, right=True) - 1].view(rows, length) - places.view(rows, length)[:, :1]
-    if not torch.compiler.is_compiling() and (starts < 0).any():
+    if _readable(starts) and (starts < 0).any():
         raise ValueError(f"{name} must begin a sequence with every row of {length} tokens, got {lengths.tolist()}")
     return starts
 
@@ -153,7 +158,7 @@ def _check_longest(name: str, longest: int | torch.Tensor, lengths: torch.Tensor
         raise TypeError(f"{name} must be an int, got {type(longest).__name__}")
     if lengths is None:
         raise ValueError(f"{name} has a meaning only with cu_seq_lens_q")
-    if not torch.compiler.is_compiling() and longest < (real := int(lengths.diff().max())):
+    if _readable(lengths) and longest < (real := int(lengths.diff().max())):
         raise ValueError(f"{name} must be at least the longest sequence of cu_seq_lens_q, {real}, got {int(longest)}")
 
 
