@@ -19,7 +19,8 @@ STEPS = 10
 # Turns between marks, the assistant's marked for training: TRL's and transformers' own form.
 TEMPLATE = (
     "{% for message in messages %}{{ message['role'] + ': ' }}{% if message['role'] == 'assistant' %}"
-    "{% generation %}{{ message['content'] + '<eos>' }}{% endgeneration %}{% else %}{{ message['content'] }}{% endif %}{{ '\n' }}{% endfor %}"
+    "{% generation %}{{ message['content'] + '<eos>' }}{% endgeneration %}"
+    "{% else %}{{ message['content'] }}{% endif %}{{ '\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
 )
 TALKS = [("How many circles?", "two"), ("What colour is it?", "red"), ("describe the picture", "three blue"), ("hello", "a b c d")]
