@@ -79,8 +79,8 @@ class PretrainedMixin:
         options = {name: value for name, value in kwargs.items() if name in HUB_OPTIONS and value is not None}
         folder = find_folder(pretrained_model_name_or_path, subfolder, **options)
         if (folder / ADAPTER_CONFIG).is_file():
-            base = {"config": config, "dtype": dtype, "device_map": device_map} | own | kwargs
-            model = cls.from_pretrained(adapted_model(folder), **base)
+            options.pop("revision", None)  # the adapters'
+            model = cls.from_pretrained(adapted_model(folder), config=config, dtype=dtype, device_map=device_map, **own, **options)
             load_lora(model, folder)
             return model
         return load_model(cls, folder, config, dtype, "cpu" if device_map is None else device_map, **own)
@@ -139,7 +139,7 @@ class PretrainedMixin:
                 learning = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
                 state_dict = {name: tensor for name, tensor in state_dict.items() if ".lora_" in name or name in learning}
         if state_dict is not None:
-            state_dict = {name: whole(tensor) for name, tensor in self._plain_names(state_dict).items()}
+            state_dict = {plain_key(name): whole(tensor) for name, tensor in state_dict.items()}
         if is_main_process and may_write(self):
             if lora:
                 save_adapter_folder(self, Path(save_directory), state_dict, strict=False)
@@ -181,7 +181,8 @@ class PretrainedMixin:
         adapters_alone = False
         if isinstance(state_dict, Mapping):  # torch says what else it is
             adapters_alone = bool(state_dict) and is_peft(state_dict)
-            state_dict = own_adapters(self, state_dict) if adapters_alone else self._plain_names(state_dict)
+            plain = {plain_key(name): tensor for name, tensor in state_dict.items()}
+            state_dict = own_adapters(self, state_dict) if adapters_alone else plain
             state_dict = translate_state_dict(self, state_dict, self.older_files)
             state_dict = given_out(self, state_dict)
         report = super().load_state_dict(state_dict, strict=strict, assign=assign)
@@ -190,10 +191,6 @@ class PretrainedMixin:
         if assign:  # it gave every name a parameter of its own
             self.tie_weights(recompute_mapping=False)
         return report
-
-    def _plain_names(self, state_dict: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        own = self.state_dict().keys()
-        return {name if name in own else plain_key(name): tensor for name, tensor in state_dict.items()}
 
     def _set_gradient_checkpointing(self, enable: bool = True, gradient_checkpointing_func: Callable = checkpoint, **kwargs) -> None:
         """What transformers' methods call to have activations checkpointed, or not."""
