@@ -132,24 +132,32 @@ class PretrainedMixin:
             return super().save_pretrained(save_directory, is_main_process, **own, **kwargs)
         if hasattr(self, "peft_config"):
             raise ValueError("a PeftModel has put adapters into this model: save that, or the model after its merge_and_unload()")
-        lora, together = bool(lora_layers(self)), state_dict is None and is_sharded(self)
+        lora = bool(lora_layers(self))
+        together = state_dict is None and is_sharded(self)
         if together:
-            state_dict = self.state_dict()
-            if lora:  # the frozen weights are not written
-                learning = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
-                state_dict = {name: tensor for name, tensor in state_dict.items() if ".lora_" in name or name in learning}
+            state_dict = self._sharded_state(lora)
         if state_dict is not None:
             state_dict = {plain_key(name): whole(tensor) for name, tensor in state_dict.items()}
-        if is_main_process and may_write(self):
-            if lora:
-                save_adapter_folder(self, Path(save_directory), state_dict, strict=False)
-            else:
-                save_model(self, save_directory, state_dict, max_shard_size)
-            if push_to_hub:
-                push = {name: value for name, value in kwargs.items() if name in _PUSH_OPTIONS}
-                self.push_to_hub(**{"repo_id": os.path.basename(os.path.abspath(save_directory))} | push)
-        if together:  # what one process wrote is there for all
-            distributed.barrier()
+        try:
+            if is_main_process and may_write(self):
+                if lora:
+                    save_adapter_folder(self, Path(save_directory), state_dict, strict=False)
+                else:
+                    save_model(self, save_directory, state_dict, max_shard_size)
+                if push_to_hub:
+                    push = {name: value for name, value in kwargs.items() if name in _PUSH_OPTIONS}
+                    self.push_to_hub(**{"repo_id": os.path.basename(os.path.abspath(save_directory))} | push)
+        finally:
+            if together:  # what one process wrote is there for all
+                distributed.barrier()
+
+    def _sharded_state(self, lora: bool) -> dict[str, torch.Tensor]:
+        """The state dict; of a model with LoRA layers without the frozen weights, which are not written."""
+        state = self.state_dict()
+        if not lora:
+            return state
+        learning = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
+        return {name: tensor for name, tensor in state.items() if ".lora_" in name or name in learning}
 
     older_files: Sequence = ()  # rows of `mllama.checkpoints.engine` for names that the format's own table does not know
 
@@ -175,13 +183,19 @@ class PretrainedMixin:
     def load_state_dict(self, state_dict: dict[str, torch.Tensor], strict: bool = True, assign: bool = False):
         """As torch's; takes the names that weight files use too, whole or shard by shard with `strict=False`; those that torch.compile,
         DDP and FSDP make of them; and adapters alone in PEFT's names, which miss nothing of the rest of the model. What is sharded over
-        processes, here or there, is gathered and given out."""
+        processes, here or there, is gathered and given out.
+
+        Raises:
+            ValueError: adapters alone, for a model without LoRA layers; else as torch's.
+        """
         from mllama.checkpoints import translate_state_dict
 
         adapters_alone = False
         if isinstance(state_dict, Mapping):  # torch says what else it is
             adapters_alone = bool(state_dict) and is_peft(state_dict)
             plain = {plain_key(name): tensor for name, tensor in state_dict.items()}
+            if adapters_alone and not lora_layers(self):
+                raise ValueError("state_dict holds adapters, and this model has no LoRA layers: mllama.load_lora(model, path) converts it")
             state_dict = own_adapters(self, state_dict) if adapters_alone else plain
             state_dict = translate_state_dict(self, state_dict, self.older_files)
             state_dict = given_out(self, state_dict)
