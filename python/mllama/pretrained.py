@@ -198,7 +198,8 @@ class PretrainedMixin:
                 raise ValueError("state_dict holds adapters, and this model has no LoRA layers: mllama.load_lora(model, path) converts it")
             state_dict = own_adapters(self, state_dict) if adapters_alone else plain
             state_dict = translate_state_dict(self, state_dict, self.older_files)
-            state_dict = given_out(self, state_dict)
+            own = {plain_key(name): name for name in self.state_dict()}
+            state_dict = given_out(self, {own.get(name, name): tensor for name, tensor in state_dict.items()})
         report = super().load_state_dict(state_dict, strict=strict, assign=assign)
         if adapters_alone:
             report.missing_keys[:] = [name for name in report.missing_keys if ".lora_" in name]
