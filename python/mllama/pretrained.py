@@ -71,6 +71,7 @@ class PretrainedMixin:
         from mllama.checkpoints import load_model
         from mllama.checkpoints.hub import find_folder
 
+        asked = {"config": config, "dtype": dtype, "device_map": device_map} | kwargs
         older = kwargs.pop("torch_dtype", None)
         dtype = next((given for given in (dtype, older) if given is not None), "auto")
         own = {name: kwargs.pop(name) for name in cls.load_options & kwargs.keys()}
@@ -79,8 +80,8 @@ class PretrainedMixin:
         options = {name: value for name, value in kwargs.items() if name in HUB_OPTIONS and value is not None}
         folder = find_folder(pretrained_model_name_or_path, subfolder, **options)
         if (folder / ADAPTER_CONFIG).is_file():
-            options.pop("revision", None)  # the adapters'
-            model = cls.from_pretrained(adapted_model(folder), config=config, dtype=dtype, device_map=device_map, **own, **options)
+            asked.pop("revision", None)  # the adapters'
+            model = cls.from_pretrained(adapted_model(folder), **asked)
             load_lora(model, folder)
             return model
         return load_model(cls, folder, config, dtype, "cpu" if device_map is None else device_map, **own)
