@@ -20,7 +20,7 @@ MUST_NOT_NAME = {
     "python/mllama/families.py": r"mllama\.(?!config)|mllama import",
     "python/mllama/fusing.py": r"mllama\.(processing|cli|api)|safetensors|json",
     "python/mllama/modeling.py": r"mllama\.(processing|cli|api)|safetensors|json",
-    "python/mllama/checkpoints": r"mllama\.(?!checkpoints|config)|from mllama import",
+    "python/mllama/checkpoints": r"mllama\.(?!checkpoints|config|nn\.wrappers)|from mllama import",
     "python/mllama/lora": r"mllama\.(?!ops|nn|lora|checkpoints\.(files|sources|meta_source))|mllama import",
     "python/mllama/siglip.py": r"mllama\.(processing|cli|api)|safetensors|json",
 }

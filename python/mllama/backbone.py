@@ -1,5 +1,7 @@
 """A model without its head, as the libraries around transformers ask for it: `model.base_model`."""
 
+from collections.abc import Callable
+
 import torch
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
@@ -14,13 +16,16 @@ class Backbone(nn.Module):
 
     Args:
         owner: the model. It is no child of this module.
+        headless: its class's forward, which returns `DecoderOutput` where `logits_to_keep` is None. Not that of a subclass, which may
+            return something else.
     """
 
     _tp_plan = _pp_plan = None  # transformers asks its base models for them
 
-    def __init__(self, owner: PreTrainedModel):
+    def __init__(self, owner: PreTrainedModel, headless: Callable[..., DecoderOutput | tuple]):
         super().__init__()
         self.__dict__["owner"] = owner
+        self.headless = headless
 
     def follow(self) -> "Backbone":
         """This module, with the children that the model has now: wrappers (FSDP, torch.compile) take the place of some."""
@@ -65,4 +70,4 @@ class Backbone(nn.Module):
         Raises:
             TypeError, ValueError: as the model's forward.
         """
-        return type(self.owner).forward(self.owner, *args, **kwargs, logits_to_keep=None)
+        return self.headless(self.owner, *args, **kwargs, logits_to_keep=None)

@@ -100,7 +100,7 @@ class MllamaForConditionalGeneration(NextTokenModel, PretrainedMixin, MllamaGene
         self.lm_head = nn.Linear(text.hidden_size, text.vocab_size, bias=False)
         if text.extra_embeddings:  # the head cannot be the embedding matrix, which has more rows
             self._tied_weights_keys = None  # type: ignore[assignment]
-        self.__dict__["_backbone"] = Backbone(self)  # no child: its parameters are the model's own
+        self.__dict__["_backbone"] = Backbone(self, MllamaForConditionalGeneration.forward)  # no child: its parameters are the model's own
         self.post_init()
         remember_config(self)
 

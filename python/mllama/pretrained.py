@@ -78,6 +78,7 @@ class PretrainedMixin(_Model):
         from mllama.checkpoints import load_model
         from mllama.checkpoints.hub import find_folder
 
+        asked = {"config": config, "dtype": dtype, "device_map": device_map} | kwargs
         older = kwargs.pop("torch_dtype", None)
         dtype = next((given for given in (dtype, older) if given is not None), "auto")
         own = {name: kwargs.pop(name) for name in cls.load_options & kwargs.keys()}
@@ -86,8 +87,8 @@ class PretrainedMixin(_Model):
         options = {name: value for name, value in kwargs.items() if name in HUB_OPTIONS and value is not None}
         folder = find_folder(pretrained_model_name_or_path, subfolder, **options)
         if (folder / ADAPTER_CONFIG).is_file():
-            base = {"config": config, "dtype": dtype, "device_map": device_map} | own | kwargs
-            model = cls.from_pretrained(adapted_model(folder), **base)
+            asked.pop("revision", None)  # the adapters'
+            model = cls.from_pretrained(adapted_model(folder), **asked)
             load_lora(model, folder)
             return model
         return load_model(cls, folder, config, dtype, "cpu" if device_map is None else device_map, **own)  # type: ignore[return-value]  # of the class that it is given
@@ -140,24 +141,32 @@ class PretrainedMixin(_Model):
         if hasattr(self, "peft_config"):
             raise ValueError("a PeftModel has put adapters into this model: save that, or the model after its merge_and_unload()")
         check_built(self)
-        lora, together = bool(lora_layers(self)), state_dict is None and is_sharded(self)
+        lora = bool(lora_layers(self))
+        together = state_dict is None and is_sharded(self)
         if together:
-            state_dict = self.state_dict()
-            if lora:  # the frozen weights are not written
-                learning = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
-                state_dict = {name: tensor for name, tensor in state_dict.items() if ".lora_" in name or name in learning}
+            state_dict = self._sharded_state(lora)
         if state_dict is not None:
-            state_dict = {name: whole(tensor) for name, tensor in self._plain_names(state_dict).items()}
-        if is_main_process and may_write(self):
-            if lora:
-                save_adapter_folder(self, Path(save_directory), state_dict, strict=False)
-            else:
-                save_model(self, save_directory, state_dict, max_shard_size)
-            if push_to_hub:
-                push = {name: value for name, value in kwargs.items() if name in _PUSH_OPTIONS}
-                self.push_to_hub(**{"repo_id": os.path.basename(os.path.abspath(save_directory))} | push)
-        if together:  # what one process wrote is there for all
-            distributed.barrier()
+            state_dict = {plain_key(name): whole(tensor) for name, tensor in state_dict.items()}
+        try:
+            if is_main_process and may_write(self):
+                if lora:
+                    save_adapter_folder(self, Path(save_directory), state_dict, strict=False)
+                else:
+                    save_model(self, save_directory, state_dict, max_shard_size)
+                if push_to_hub:
+                    push = {name: value for name, value in kwargs.items() if name in _PUSH_OPTIONS}
+                    self.push_to_hub(**{"repo_id": os.path.basename(os.path.abspath(save_directory))} | push)
+        finally:
+            if together:  # what one process wrote is there for all
+                distributed.barrier()
+
+    def _sharded_state(self, lora: bool) -> dict[str, torch.Tensor]:
+        """The state dict; of a model with LoRA layers without the frozen weights, which are not written."""
+        state = self.state_dict()
+        if not lora:
+            return state
+        learning = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
+        return {name: tensor for name, tensor in state.items() if ".lora_" in name or name in learning}
 
     older_files: Sequence = ()  # rows of `mllama.checkpoints.engine` for names that the format's own table does not know
 
@@ -183,25 +192,29 @@ class PretrainedMixin(_Model):
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """As torch's; takes the names that weight files use too, whole or shard by shard with `strict=False`; those that torch.compile,
         DDP and FSDP make of them; and adapters alone in PEFT's names, which miss nothing of the rest of the model. What is sharded over
-        processes, here or there, is gathered and given out."""
+        processes, here or there, is gathered and given out.
+
+        Raises:
+            ValueError: adapters alone, for a model without LoRA layers; else as torch's.
+        """
         from mllama.checkpoints import translate_state_dict
 
         adapters_alone = False
         if isinstance(state_dict, Mapping):  # torch says what else it is
             adapters_alone = bool(state_dict) and is_peft(state_dict)
-            state_dict = own_adapters(self, state_dict) if adapters_alone else self._plain_names(state_dict)
+            plain = {plain_key(name): tensor for name, tensor in state_dict.items()}
+            if adapters_alone and not lora_layers(self):
+                raise ValueError("state_dict holds adapters, and this model has no LoRA layers: mllama.load_lora(model, path) converts it")
+            state_dict = own_adapters(self, state_dict) if adapters_alone else plain
             state_dict = translate_state_dict(self, state_dict, self.older_files)
-            state_dict = given_out(self, state_dict)
+            own = {plain_key(name): name for name in self.state_dict()}
+            state_dict = given_out(self, {own.get(name, name): tensor for name, tensor in state_dict.items()})
         report = super().load_state_dict(state_dict, strict=strict, assign=assign)
         if adapters_alone:
             report.missing_keys[:] = [name for name in report.missing_keys if ".lora_" in name]
         if assign:  # it gave every name a parameter of its own
             self.tie_weights(recompute_mapping=False)
         return report
-
-    def _plain_names(self, state_dict: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        own = self.state_dict().keys()
-        return {name if name in own else plain_key(name): tensor for name, tensor in state_dict.items()}
 
     def _set_gradient_checkpointing(  # type: ignore[override]  # what else releases of transformers pass is handed on
         self, enable: bool = True, gradient_checkpointing_func: Callable = checkpoint, **kwargs: Any

@@ -185,6 +185,15 @@ def test_one_of_two_tied_parameters_is_refused(tmp_path):
         mllama.load_lora(make("gemma").ours, tmp_path)
 
 
+@pytest.mark.parametrize("base", [None, "", 3, "itself"])
+def test_a_base_model_that_cannot_be(written, base):
+    folder = written()
+    config = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": str(folder) if base == "itself" else base}))
+    with pytest.raises(ValueError, match="base_model_name_or_path"):
+        MllamaForConditionalGeneration.from_pretrained(folder)
+
+
 def test_what_is_no_adapter_is_said(tmp_path):
     model = make("llama").ours
     model.save_pretrained(tmp_path / "model")
@@ -233,6 +242,11 @@ def test_from_pretrained_loads_the_model_and_its_adapters(tmp_path, model_folder
     assert torch.equal(logits(MllamaForConditionalGeneration.from_pretrained(tmp_path / "adapters"), batch), expected)
     again = mllama.load(model_folder, adapter=tmp_path / "adapters", dtype="float32", device="cpu")[0]
     assert torch.equal(logits(again, batch), expected)
+    with pytest.raises(ValueError, match="LoRA layers"):
+        MllamaForConditionalGeneration.from_pretrained(model_folder).load_state_dict(
+            load_file(file := tmp_path / "adapters/model.safetensors")
+        )
+    assert file.read_bytes() == (tmp_path / "adapters/adapter_model.safetensors").read_bytes()
     # The whole model in the same place: nobody takes it for adapters.
     mllama.merge_and_unload(model).save_pretrained(tmp_path / "adapters")
     merged = MllamaForConditionalGeneration.from_pretrained(tmp_path / "adapters")

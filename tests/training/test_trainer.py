@@ -5,6 +5,7 @@ import torch
 from torch.nn.functional import log_softmax
 
 import mllama
+import stock
 import twins
 from families.cases import make, pair
 from families.test_training import examples
@@ -91,6 +92,22 @@ def test_label_smoothing_and_predictions(case, wrapped, tmp_path):
         theirs = trainer(both.theirs, tmp_path, [batch], max_steps=1, label_smoothing_factor=0.1, learning_rate=0.0)
         theirs.train()
         assert losses(theirs)[0] == pytest.approx(expected.item(), rel=1e-4)
+
+
+def test_llama_32_vision_predicts_logits_alone(tmp_path):
+    theirs, seen = stock.make("mllama"), []
+    model = MllamaForConditionalGeneration(theirs.config).eval()
+    vision = theirs.config.vision_config
+    batch = twins.batch([theirs.config.image_token_index, *twins.tokens(5)]) | {
+        "pixel_values": torch.randn(1, 1, vision.max_num_tiles, 3, vision.image_size, vision.image_size),
+        "aspect_ratio_ids": torch.ones(1, 1, dtype=torch.long),
+    }
+    batch["labels"] = batch["input_ids"].masked_fill(batch["input_ids"] == theirs.config.image_token_index, -100)
+    trainer(model, tmp_path, [batch], compute_metrics=lambda out: seen.append(out.predictions) or {}).evaluate()
+    with torch.no_grad():
+        torch.testing.assert_close(torch.as_tensor(seen[0]), model(**batch).logits, rtol=1e-4, atol=1e-4)
+    model.save_pretrained(tmp_path / "model")
+    assert "keys_to_ignore_at_inference" not in (tmp_path / "model" / "config.json").read_text()
 
 
 def test_subclasses_smooth_rightly_too(tmp_path):

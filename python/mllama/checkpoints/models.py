@@ -17,6 +17,7 @@ from mllama.checkpoints.formats import Opened
 from mllama.checkpoints.loading import Report, both_ways, check_complete, check_plain, common_dtype, load_weights, match
 from mllama.checkpoints.opening import FORMATS, GENERATION, open_checkpoint
 from mllama.config import check_names
+from mllama.nn.wrappers import plain_key
 
 _COUNTS = ("num_hidden_layers", "num_global_layers")
 # Of adapters that were saved there before: who reads the folder would take them for what it holds.
@@ -149,14 +150,15 @@ def save_model(
         ValueError: the config says another model than this one: other shapes, or a tied head that is none. `state_dict` lacks a tensor
             of the model or has one it does not know: `load_model` would refuse the folder. A model with LoRA layers.
     """
-    check_plain(model.state_dict())
+    own = _plain(model.state_dict())
+    check_plain(own)
     config = siglip_llama.written_as(model.config)
     form = FORMATS[config.model_type]
-    tied = model.get_expanded_tied_weights_keys()
+    tied = _plain(model.get_expanded_tied_weights_keys())
     if state_dict is None:
-        state_dict = model.state_dict()
+        state_dict = own
     else:
-        check_complete(state_dict.keys(), model.state_dict().keys() - tied.keys(), model.state_dict().keys())
+        check_complete(state_dict.keys(), own.keys() - tied.keys(), own.keys())
     tensors = to_file(form.table(config), {name: tensor for name, tensor in state_dict.items() if name not in tied})
     dtype = str(common_dtype(tensors, model.dtype)).removeprefix("torch.")
     content = form.to_file(config) | {"transformers_version": __version__, "torch_dtype": dtype}
@@ -217,22 +219,27 @@ def _same(tensor: torch.Tensor, other: torch.Tensor) -> bool:
     return tensor.shape == other.shape and bool((tensor == other.to(tensor.device)).all())
 
 
+def _plain(named: dict[str, Any]) -> dict[str, Any]:
+    """Without the parts of names that wrappers of layers made."""
+    return {plain_key(name): value for name, value in named.items()}
+
+
 def translate_state_dict(model: PreTrainedModel, state_dict: Mapping[str, torch.Tensor], older: Table = ()) -> dict[str, torch.Tensor]:
     """A state dict with the files' names brought to the model's, tied tensors in both their places.
 
-    A name that neither knows stays, for `load_state_dict` to report.
+    A name that neither knows stays, for `load_state_dict` to report. Wrappers of layers have no part in the names.
 
     Args:
         model: whose names are wanted.
         state_dict: under either's.
         older: rows that come before those of the model's format.
     """
-    own, table = model.state_dict().keys(), (*older, *FORMATS[model.config.model_type].table(model.config))
+    own, table = _plain(model.state_dict()).keys(), (*older, *FORMATS[model.config.model_type].table(model.config))
     moves, unknown, _ = plan(table, [name for name in state_dict if name not in own])
     translated = {name: tensor for name, tensor in state_dict.items() if name in own or name in unknown}
     for move in moves:
         given = {name: state_dict[name] for name in move.theirs if name is not None}
         whole = len(given) == len(move.theirs)
         translated |= zip(move.ours, move.row.read(list(given.values())), strict=True) if whole else given
-    tied = both_ways(model.get_expanded_tied_weights_keys())
+    tied = both_ways({name: plain_key(other) for name, other in _plain(model.get_expanded_tied_weights_keys()).items()})
     return {name: translated[other] for name, other in tied.items() if other in translated} | translated

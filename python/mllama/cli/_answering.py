@@ -11,7 +11,8 @@ from mllama.api import check_answers, load_quietly, tokenizer_of
 
 def load_model(arguments: argparse.Namespace):
     """(model, processor, generate's options) as the command line says. `say_loaded` is left to the caller, after its last check."""
-    model, processor = load_quietly(arguments.model, arguments.dtype, arguments.device, arguments.reference, arguments.adapter)
+    more = {} if arguments.adapter is None else {"adapter": arguments.adapter}
+    model, processor = load_quietly(arguments.model, arguments.dtype, arguments.device, arguments.reference, **more)
     check_answers(model)
     return model, processor, sampling(arguments)
 

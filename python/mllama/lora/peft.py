@@ -85,6 +85,8 @@ def adapted_model(folder: Path) -> str:
             f"{folder} holds adapters, and base_model_name_or_path in {CONFIG} does not say for which model: load that, then"
             " mllama.load_lora(model, folder)"
         )
+    if (Path(base) / CONFIG).exists():
+        raise ValueError(f"{folder / CONFIG}: base_model_name_or_path must be a whole model, {base} is a folder of adapters")
     return base
 
 

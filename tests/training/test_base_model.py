@@ -1,0 +1,83 @@
+"""`base_model`: the model without its head, as transformers' classes have it."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+import twins
+from families.cases import make, pair
+from families.test_training import examples
+
+
+def without_labels(case: str) -> dict[str, torch.Tensor]:
+    return {name: value for name, value in examples(pair(case)).items() if name != "labels"}
+
+
+@pytest.mark.parametrize("case", ["llama", "gemma", "llava, siglip, several", "paligemma"])
+def test_last_hidden_state_equals_transformers(case):
+    both, batch = pair(case), without_labels(case)
+    seen = batch["attention_mask"] == 1
+    with torch.no_grad():
+        ours, theirs = (model.base_model(**batch, use_cache=False) for model in both)
+        logits = both.ours(**batch).logits
+    torch.testing.assert_close(ours.last_hidden_state[seen], theirs.last_hidden_state[seen], rtol=1e-4, atol=1e-4)
+    assert ours.cache is None
+    torch.testing.assert_close(both.ours.lm_head(ours.last_hidden_state), logits)
+    assert isinstance(both.ours.model(**batch, return_dict=False), tuple)
+
+
+def test_of_prepended_pictures_the_text_is_returned():
+    model = twins.model(fusion="prepend", image_token_index=None)
+    ids = torch.tensor([twins.tokens(6)])
+    with torch.no_grad():
+        states = model.base_model(ids, pixel_values=twins.pictures(1)).last_hidden_state
+        logits = model(ids, pixel_values=twins.pictures(1)).logits
+    assert states.shape[1] == 6 < logits.shape[1]
+    torch.testing.assert_close(model.lm_head(states), logits[:, -6:])
+
+
+def test_it_holds_the_models_own_modules():
+    model = make("llava, siglip, several").ours
+    base = model.base_model
+    assert base is model.model is getattr(model, model.base_model_prefix)
+    names = {name for name, _ in model.named_parameters()}
+    assert not any(name.startswith("model.") for name in names | set(model.state_dict()))
+    assert {name for name, _ in base.named_parameters()} == names - {"lm_head.weight"}
+    for parameter in base.parameters():
+        parameter.requires_grad = False
+    assert [name for name, parameter in model.named_parameters() if parameter.requires_grad] == ["lm_head.weight"]
+    assert base.config is model.config and base.dtype == model.dtype and base.get_input_embeddings() is model.get_input_embeddings()
+    assert model.get_decoder() is model.language_model
+    model.language_model = wrapped = torch.compile(model.language_model, backend="eager")
+    assert model.base_model.language_model is wrapped
+    assert not model.eval().base_model.training and model.train().base_model.training
+
+
+def test_copies_have_their_own():
+    model = make("llama").ours
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        nn.init.zeros_(other.language_model.norm.weight)
+        ids = torch.tensor([twins.tokens(4)])
+        assert not other.base_model(ids).last_hidden_state.any() and model.base_model(ids).last_hidden_state.any()
+
+
+def test_it_compiles_in_one_graph():
+    model, batch = make("llama").ours, without_labels("llama")
+    torch._dynamo.reset()
+
+    @torch.compile(fullgraph=True, backend="eager")
+    def states(ids, mask):
+        return model.base_model(ids, attention_mask=mask, use_cache=False).last_hidden_state
+
+    with torch.no_grad():
+        expected = model.base_model(**batch, use_cache=False).last_hidden_state
+        torch.testing.assert_close(states(batch["input_ids"], batch["attention_mask"]), expected)
+
+
+def test_labels_need_logits():
+    model, ids = pair("llama").ours, torch.tensor([twins.tokens(4)])
+    with pytest.raises(ValueError, match="labels"):
+        model.base_model(ids, labels=ids)
