@@ -195,7 +195,7 @@ def ask(
     """
     if (model is None) != (processor is None):
         raise ValueError("give model and processor both, as mllama.load returns them, or neither for the embedded model")
-    _refuse_swapped(picture, question)
+    refuse_swapped(picture, question)
     if model is None:
         model, processor = _embedded()
     check_answers(model)
@@ -216,7 +216,7 @@ def ask(
     return texts[0] if one else texts
 
 
-def _refuse_swapped(picture, question) -> None:
+def refuse_swapped(picture, question) -> None:
     """Refuse `ask(question, picture)`, and a question that is no text.
 
     Raises:
@@ -226,7 +226,7 @@ def _refuse_swapped(picture, question) -> None:
     shown = picture if isinstance(picture, (list, tuple)) else [picture]
     is_words = bool(shown) and all(isinstance(text, str) and not names_image(text) for text in shown)
     if is_words and (is_image(question) or (isinstance(question, str) and names_image(question))):
-        raise ValueError("picture and question are swapped: call ask(picture, question)")
+        raise ValueError("picture and question are swapped: the picture comes first")
     if isinstance(question, str):
         return
     if not isinstance(question, (list, tuple)) or not all(isinstance(one, str) for one in question):
