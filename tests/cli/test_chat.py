@@ -79,6 +79,11 @@ def test_commands_are_no_questions(run, options, picture_file, tmp_path, loaded)
     assert content["images"] == [str(turned)] and [message["role"] for message in content["messages"]] == ["user", "assistant"]
 
 
+def test_what_the_context_has_no_room_for_is_saved_all_the_same(run, options, picture_file, tmp_path):
+    run("chat", picture_file, *options, stdin=f"{'a b c d ' * 20}\n" * 5 + f"/image -\n/save {tmp_path / 'talk.json'}\n")
+    assert len(json.loads((tmp_path / "talk.json").read_text())["messages"]) == 10
+
+
 def test_a_system_prompt_in_a_chat(run, family_folder):
     folder = family_folder("llama")
     model, processor = mllama.load(folder, dtype="float32", device="cpu")

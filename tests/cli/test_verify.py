@@ -47,8 +47,8 @@ def test_other_fusions_agree_with_themselves(run, fusion, token, tmp_path):
     assert (code, [row["stage"] for row in said["checks"]]) == (0, OWN)
 
 
-@pytest.mark.parametrize("seed", range(3))
-@pytest.mark.parametrize("family", ["paligemma", "mllama"])
+@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("family", ["paligemma", "mllama", "siglip"])
 def test_half_precision_is_measured_by_transformers_own_error(run, family_folder, family, seed):
     code, said = verified(run, family_folder(family), "--dtype", "bfloat16", "--seed", seed)
     least = torch.finfo(torch.bfloat16).eps

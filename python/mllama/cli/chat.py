@@ -44,7 +44,7 @@ def run(arguments: argparse.Namespace) -> None:
     for line in _lines():
         try:
             if line.startswith("/"):
-                if not talk.command(*line.partition(" ")[::2]):
+                if not talk.command(*(*line.split(maxsplit=1), "")[:2]):
                     return
             else:
                 talk.answer(line)
@@ -55,7 +55,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 class _Talk:
-    """A conversation: its images, system prompt and turns."""
+    """A conversation: its images, system prompt and turns, those that still fit the context and all that were."""
 
     def __init__(self, arguments: argparse.Namespace, model, processor, options: dict):
         self.arguments, self.model, self.processor, self.options = arguments, model, processor, options
@@ -64,6 +64,7 @@ class _Talk:
         self.features = None
         self.system: str | None = None
         self.turns: list[tuple[str, str]] = []
+        self.said: list[tuple[str, str]] = []
         self.saved: set[Path] = set()
 
     def command(self, name: str, rest: str) -> bool:
@@ -80,13 +81,15 @@ class _Talk:
             raise ValueError(f"{name} takes {'a ' + ('FILE' if name == '/save' else 'PATH') if takes[name] else 'nothing after it'}")
         if name == "/image":
             path = rest[1:-1] if rest[0] == rest[-1] and rest[0] in "'\"" else rest
+            if path == "-":
+                raise ValueError("/image takes a PATH: stdin is where questions come from")
             self.show([path], read_images(self.arguments, [path]))
             _note(f"a new conversation about {path}")
         elif name == "/system":
             self.instruct(rest or None)
             _note("a new system prompt" if rest else "no system prompt")
         elif name == "/reset":
-            self.turns = []
+            self.turns, self.said = [], []
             _note("a new conversation")
         elif name == "/save":
             self.save(Path(rest))
@@ -103,7 +106,7 @@ class _Talk:
         """
         if tokenizer_of(self.processor) is self.processor:
             raise ValueError(f"this model takes no pictures, got {len(pictures)}")
-        self.names, self.pictures, self.features, self.turns = names, pictures, None, []
+        self.names, self.pictures, self.features, self.turns, self.said = names, pictures, None, [], []
 
     def instruct(self, system: str | None) -> None:
         """Take another system prompt.
@@ -123,7 +126,7 @@ class _Talk:
         """
         if path.exists() and path.resolve() not in self.saved:
             raise FileExistsError(f"{path} exists")
-        said = [text for turn in self.turns for text in turn]
+        said = [text for turn in self.said for text in turn]
         messages = [{"role": "system", "content": self.system}] * (self.system is not None)
         messages += [{"role": "assistant" if index % 2 else "user", "content": text} for index, text in enumerate(said)]
         content = {"model": self.arguments.model or "embedded", "images": self.names, "messages": messages}
@@ -162,6 +165,7 @@ class _Talk:
             print(json.dumps(shown | {"stopped": said.stopped}), flush=True)
         if said.text or not said.stopped:
             self.turns = [*kept, (question, said.text)] if self.processor.chat_template else []
+            self.said.append((question, said.text))
 
     def _fit(self, question: str) -> tuple[Mapping, list]:
         """The inputs and the newest turns that leave room for an answer. `turns` stays: a refused question costs no conversation."""
