@@ -30,7 +30,7 @@ from mllama.checkpoints.hub import find_folder
 from mllama.checkpoints.models import load_opened
 from mllama.modeling import MllamaForConditionalGeneration
 from mllama.processing.auto import encode_batch, encode_messages, load_processor
-from mllama.processing.image import is_image, load_picture
+from mllama.processing.image import download_urls, is_image, load_picture
 from mllama.processing.image_source import names_image
 from mllama.siglip import SiglipModel
 
@@ -153,7 +153,7 @@ def ask(
 @overload
 def ask(
     picture,
-    question: Sequence[str],
+    question: list[str] | tuple[str, ...],
     model: PreTrainedModel | None = None,
     processor: Any = None,
     *,
@@ -213,6 +213,8 @@ def ask(
         check_images(model, row)
     inputs = encode_questions(processor, images, questions, allow_urls=allow_urls)
     texts = [found.text for found in answers(model, processor, inputs, **generate_kwargs)]
+    if len(texts) != len(questions):
+        raise ValueError("generation_config must leave num_return_sequences at 1: every question has one answer")
     return texts[0] if one else texts
 
 
@@ -300,7 +302,7 @@ def encode_questions(
         conversations.append(messages if system is None else [{"role": "system", "content": system}, *messages])
     if system is not None:
         check_system(processor, system)
-    rows = [[load_picture(image, allow_urls) for image in row] for row in images]
+    rows = [[load_picture(image) for image in download_urls(list(row), allow_urls)] for row in images]
     return encode_batch(processor, conversations, rows)
 
 
@@ -368,7 +370,8 @@ def answers(model: PreTrainedModel, processor, inputs: BatchFeature | BatchEncod
     sequences = getattr(output, "sequences", output)
     if len(sequences) == 1:
         return [read_answer(processor, inputs, sequences)]
-    ends = generate_kwargs.get("eos_token_id", model.generation_config.eos_token_id)
+    settings = generate_kwargs.get("generation_config") or model.generation_config
+    ends = generate_kwargs.get("eos_token_id", settings.eos_token_id)
     rows = [_until_end(row, inputs["input_ids"].shape[1], ends) for row in sequences]
     return [read_answer(processor, inputs, row[None]) for row in rows]
 
