@@ -19,7 +19,11 @@ PYBIND11_MODULE(_C, m) {
             info["instruction_sets"] = MLLAMA_ISAS;
             info["cuda_toolkit"] = static_cast<bool>(MLLAMA_CUDA);
             info["torch"] = TORCH_VERSION;
+#if defined(__GNUC__) && !defined(__clang__)
+            info["compiler"] = "GCC " __VERSION__;  // Clang's version begins with its name
+#else
             info["compiler"] = __VERSION__;
+#endif
             return info;
         },
         "What the extension was built with: operators, instruction sets, CUDA toolkit, torch, compiler.");

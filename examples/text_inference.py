@@ -1,7 +1,4 @@
-"""Asks a language model in text alone: `python examples/text_inference.py "Name three rivers." --model FOLDER`.
-
-Without --model the embedded model answers, which knows little besides coloured shapes.
-"""
+"""Asks a language model in text alone: `python examples/text_inference.py "Name three rivers." --model FOLDER`."""
 
 import argparse
 
@@ -11,8 +8,8 @@ import mllama
 def main(arguments: list[str] | None = None) -> None:
     """Print the answer."""
     parser = argparse.ArgumentParser(description="Ask a language model in text alone.")
-    parser.add_argument("prompt", nargs="?", default="How many circles?")
-    parser.add_argument("--model", help="a model folder, a GGUF file or an id on the hub (default: the embedded model)")
+    parser.add_argument("prompt", nargs="?", default="Name three rivers.")
+    parser.add_argument("--model", required=True, help="a model folder, a GGUF file or an id on the hub; the embedded model needs an image")
     parser.add_argument("--max-new-tokens", type=int, default=64)
     parser.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token (default)")
     parser.add_argument("--top-k", type=int, default=50)

@@ -289,6 +289,15 @@ def test_options_without_effect_are_refused(loaded, picture_file, options):
         mllama.ask(picture_file, "How many?", *loaded, **options)
 
 
+def test_urls_take_permission(loaded):
+    with pytest.raises(ValueError, match="allow_urls"):
+        mllama.ask("https://localhost/a.png", "How many?", *loaded)
+    with pytest.raises(TypeError, match="allow_urls"):
+        mllama.ask("https://localhost/a.png", "How many?", *loaded, allow_urls="yes")
+    with pytest.raises(ValueError, match="cannot download"):
+        mllama.ask("http://127.0.0.1:9/a.png", "How many?", *loaded, allow_urls=True)
+
+
 def test_as_many_images_as_questions(loaded, picture_file):
     with pytest.raises(ValueError, match="list of 2 for 3 questions"):
         mllama.ask([picture_file] * 2, ["a", "b", "c"], *loaded)

@@ -9,8 +9,8 @@ import vision_inference
 
 
 def test_text(capsys, family_folder):
-    text_inference.main([])
-    assert capsys.readouterr().out.strip() == "1"
+    with pytest.raises(SystemExit):  # the embedded model answers about images alone
+        text_inference.main([])
     text_inference.main(["Name three rivers.", "--model", str(family_folder("llama")), "--max-new-tokens", "4"])
     greedy = capsys.readouterr().out
     torch.manual_seed(0)

@@ -33,7 +33,7 @@ from mllama.lora.peft import CONFIG as ADAPTER_CONFIG
 from mllama.lora.peft import adapted_model
 from mllama.modeling import MllamaForConditionalGeneration
 from mllama.processing.auto import encode_batch, encode_messages, load_processor
-from mllama.processing.image import is_image, load_picture
+from mllama.processing.image import download_urls, is_image, load_picture
 from mllama.processing.image_source import names_image
 from mllama.siglip import SiglipModel
 
@@ -181,7 +181,7 @@ def ask(
 @overload
 def ask(
     picture: Any,
-    question: Sequence[str],
+    question: list[str] | tuple[str, ...],
     model: PreTrainedModel | None = None,
     processor: Any = None,
     *,
@@ -223,7 +223,7 @@ def ask(
     """
     if (model is None) != (processor is None):
         raise ValueError("give model and processor both, as mllama.load returns them, or neither for the embedded model")
-    _refuse_swapped(picture, question)
+    refuse_swapped(picture, question)
     if model is None:
         model, processor = _embedded()
     check_answers(model)
@@ -241,10 +241,12 @@ def ask(
         check_images(model, row)
     inputs = encode_questions(processor, images, questions, allow_urls=allow_urls)
     texts = [found.text for found in answers(model, processor, inputs, **generate_kwargs)]
+    if len(texts) != len(questions):
+        raise ValueError("generation_config must leave num_return_sequences at 1: every question has one answer")
     return texts[0] if one else texts
 
 
-def _refuse_swapped(picture, question) -> None:
+def refuse_swapped(picture, question) -> None:
     """Refuse `ask(question, picture)`, and a question that is no text.
 
     Raises:
@@ -254,7 +256,7 @@ def _refuse_swapped(picture, question) -> None:
     shown = picture if isinstance(picture, (list, tuple)) else [picture]
     is_words = bool(shown) and all(isinstance(text, str) and not names_image(text) for text in shown)
     if is_words and (is_image(question) or (isinstance(question, str) and names_image(question))):
-        raise ValueError("picture and question are swapped: call ask(picture, question)")
+        raise ValueError("picture and question are swapped: the picture comes first")
     if isinstance(question, str):
         return
     if not isinstance(question, (list, tuple)) or not all(isinstance(one, str) for one in question):
@@ -328,7 +330,7 @@ def encode_questions(
         conversations.append(messages if system is None else [{"role": "system", "content": system}, *messages])
     if system is not None:
         check_system(processor, system)
-    rows = [[load_picture(image, allow_urls) for image in row] for row in images]
+    rows = [[load_picture(image) for image in download_urls(list(row), allow_urls)] for row in images]
     return encode_batch(processor, conversations, rows)
 
 
@@ -396,7 +398,8 @@ def answers(model: PreTrainedModel, processor, inputs: BatchFeature | BatchEncod
     sequences = getattr(output, "sequences", output)
     if len(sequences) == 1:
         return [read_answer(processor, inputs, sequences)]
-    ends = generate_kwargs.get("eos_token_id", model.generation_config.eos_token_id)
+    settings = generate_kwargs.get("generation_config") or model.generation_config
+    ends = generate_kwargs.get("eos_token_id", settings.eos_token_id)
     rows = [_until_end(row, inputs["input_ids"].shape[1], ends) for row in sequences]
     return [read_answer(processor, inputs, row[None]) for row in rows]
 

@@ -5,6 +5,7 @@ import json
 import pytest
 
 import mllama
+from mllama import api
 
 
 def test_ask_streams_the_answer(run, loaded, options, picture_file, model_folder):
@@ -54,3 +55,63 @@ def test_paligemmas_prefix(run, family_folder, picture_file):
     code, out, _ = run("ask", picture_file, "detect circle", "--model", folder, "--dtype", "float32", "--max-new-tokens", 8)
     loaded = mllama.load(folder, dtype="float32")
     assert (code, out.strip()) == (0, mllama.ask(picture_file, "detect circle", *loaded, max_new_tokens=8))
+
+
+def test_several_pictures_and_words_between_options(run, family_folder, picture_file):
+    folder = family_folder("mllama")
+    loaded = mllama.load(folder, dtype="float32", device="cpu")
+    expected = mllama.ask([picture_file, picture_file], "What changed?", *loaded, max_new_tokens=8)
+    options = ["--model-id", folder, "--dtype", "float32", "--max-new-tokens", 8]
+    code, out, _ = run("ask", picture_file, picture_file, *options, "What changed?")
+    assert (code, out.strip()) == (0, expected)
+    assert json.loads(run("ask", picture_file, picture_file, "What changed?", "--json", *options)[1])["picture"] == [str(picture_file)] * 2
+
+
+def test_dash_is_stdin(run, loaded, options, picture_file):
+    expected = mllama.ask(picture_file, "How many circles?", *loaded, max_new_tokens=8)
+    assert run("ask", picture_file, "-", *options, stdin="How many circles?\n")[:2] == (0, expected + "\n")
+    assert run("ask", "-", "How many circles?", *options, stdin=picture_file.read_bytes())[:2] == (0, expected + "\n")
+    code, out, err = run("ask", "-", "-", *options, stdin="a")
+    assert (code, out, err.count("\n")) == (2, "", 1) and "once" in err
+
+
+def test_a_question_in_text_alone(run, family_folder):
+    folder = family_folder("llama")
+    expected = mllama.ask(None, "a b c", *mllama.load(folder, dtype="float32", device="cpu"), max_new_tokens=8)
+    code, out, _ = run("ask", "-", "--model", folder, "--dtype", "float32", "--max-new-tokens", 8, stdin="a b c\n")
+    assert (code, out.strip()) == (0, expected)
+
+
+def test_a_system_prompt(run, family_folder):
+    folder = family_folder("llama")
+    model, processor = mllama.load(folder, dtype="float32", device="cpu")
+    expected = api.answer(model, processor, api.encode(processor, None, "a b c", system="be brief"), max_new_tokens=8).text
+    options = ["--model", folder, "--dtype", "float32", "--max-new-tokens", 8]
+    assert run("ask", "a b c", "--system", "be brief", *options)[1].strip() == expected != run("ask", "a b c", *options)[1].strip()
+
+
+def test_progress_and_speed_where_stderr_is_a_terminal(run, options, picture_file, monkeypatch):
+    monkeypatch.setattr("_pytest.capture.CaptureIO.isatty", lambda self: True, raising=False)
+    monkeypatch.setattr("tqdm.std.tqdm.refresh", lambda self, *args, **kwargs: self.fp.write(f"[{self.desc}]"))
+    code, _, err = run("ask", picture_file, "How many?", *options)
+    assert code == 0 and "[mllama: loading the model ...]" in err and "tokens ...]" in err and "8 tokens, " in err and "tokens/s" in err
+    monkeypatch.setattr("_pytest.capture.CaptureIO.isatty", lambda self: False)
+    assert "tokens/s" not in run("ask", picture_file, "How many?", *options)[2]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["How many?", "PICTURE"], "swapped"),
+        (["PICTURE"], "QUESTION is missing"),
+        (["How many?"], "about an image and no others"),
+        (["https://localhost/a.png", "How many?"], "--allow-urls"),
+        (["PICTURE", "?", "--seed", "5"], "--seed has no effect"),
+        (["PICTURE", "?", "--temperature", "0", "--top-k", "4"], "--top-k has no effect"),
+        (["PICTURE", "?", "--reference", "meta"], "--reference meta"),
+        (["PICTURE", "?", "--system", " "], "system prompt is empty"),
+    ],
+)
+def test_what_changes_nothing_is_refused(run, picture_file, arguments, said):
+    code, out, err = run("ask", *(picture_file if argument == "PICTURE" else argument for argument in arguments))
+    assert (code, out, err.count("\n")) == (2, "", 1) and said in err

@@ -96,6 +96,7 @@ def test_what_would_not_load_is_told_from_headers(run, folder):
         (["nowhere"], "nowhere"),
         (["FOLDER", "--context", "0"], "a whole number of at least 1"),
         (["FOLDER", "--tiles", "-1"], "a whole number of at least 0"),
+        (["FOLDER", "--model", "FOLDER"], "not allowed with"),
     ],
 )
 def test_inspect_refuses(run, model_folder, arguments, message):
@@ -110,6 +111,26 @@ def test_a_config_that_wants_more_layers_than_the_files_have_is_refused_before_t
     for command in ("inspect", "verify"):
         code, out, err = run(command, folder)
         assert (code, out, err.count("\n")) == (2, "", 1) and "num_hidden_layers is 1000000000, the weights hold" in err
+
+
+def test_a_config_alone_says_the_sizes(run, folder, family_folder):
+    whole = json.loads(run("inspect", folder, "--json")[1])
+    (folder / "model.safetensors").unlink()
+    code, out, _ = run("inspect", "--model", folder, "--json")
+    said = json.loads(out)
+    assert (code, said["loads"]) == (0, None) and all(said[name] == whole[name] for name in ("sizes", "parameters", "memory"))
+    assert "no weights" in run("inspect", folder)[1]
+    config = json.loads((folder / "config.json").read_text())
+    config["text_config"]["num_hidden_layers"] = 10**9
+    (folder / "config.json").write_text(json.dumps(config))
+    code, out, err = run("inspect", folder)
+    assert (code, out, err.count("\n")) == (2, "", 1) and "num_hidden_layers is 1000000000" in err
+
+
+@pytest.mark.parametrize(("family", "option"), [("llama", "--tiles"), ("siglip", "--context")])
+def test_sizes_of_what_a_model_lacks_are_refused(run, family_folder, family, option):
+    code, out, err = run("inspect", family_folder(family), option, 1)
+    assert (code, out, err.count("\n")) == (2, "", 1) and option in err
 
 
 def test_metas_own_folder(run, tmp_path):

@@ -28,7 +28,7 @@ def test_info(run):
         ([], "required: COMMAND"),
         (["look"], "invalid choice: 'look'"),
         (["ask"], "required: PICTURE, QUESTION"),
-        (["ask", "picture.png", " "], "QUESTION: must not be empty"),
+        (["ask", "picture.png", " "], "the question is empty"),
         (["ask", "nowhere.png", "?"], "no such picture: nowhere.png"),
         (["ask", __file__, "?"], "cannot read the picture"),
         (["chat", "nowhere.png"], "no such picture: nowhere.png"),

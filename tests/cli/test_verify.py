@@ -47,19 +47,19 @@ def test_other_fusions_agree_with_themselves(run, fusion, token, tmp_path):
     assert (code, [row["stage"] for row in said["checks"]]) == (0, OWN)
 
 
-@pytest.mark.parametrize("seed", range(3))
-@pytest.mark.parametrize("family", ["paligemma", "mllama"])
+@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("family", ["paligemma", "mllama", "siglip"])
 def test_half_precision_is_measured_by_transformers_own_error(run, family_folder, family, seed):
     code, said = verified(run, family_folder(family), "--dtype", "bfloat16", "--seed", seed)
     least = torch.finfo(torch.bfloat16).eps
-    assert code == 0 and all(least <= row["allowed"] < 0.15 for row in said["checks"])
+    assert code == 0 and all(least <= row["allowed"] < 0.2 for row in said["checks"])
 
 
 def test_half_precision_of_what_transformers_does_not_read_is_measured_by_its_own_error(run, tmp_path):
     twins.model(vision_feature="last").save_pretrained(tmp_path)
     code, said = verified(run, tmp_path, "--dtype", "bfloat16")
     assert (code, [row["stage"] for row in said["checks"]]) == (0, OWN)
-    assert all(torch.finfo(torch.bfloat16).eps < row["allowed"] < 0.15 for row in said["checks"])
+    assert all(torch.finfo(torch.bfloat16).eps < row["allowed"] < 0.2 for row in said["checks"])
 
 
 def test_both_references_are_cached_and_batched_alike(run, family_folder):

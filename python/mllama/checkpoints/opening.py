@@ -48,6 +48,16 @@ def open_checkpoint(path: str | Path, config: PretrainedConfig | None = None) ->
     return dataclasses.replace(_open(path, config), changed=lambda: _stamps(path) != before)
 
 
+def config_alone(folder: Path) -> PretrainedConfig | None:
+    """The config of a folder that holds config.json and no weights; None of any other.
+
+    Raises:
+        ValueError: an unknown model_type, or a config that cannot be.
+    """
+    bare = (folder / CONFIG).is_file() and not any(any(folder.glob(pattern)) for pattern in _WEIGHT_FILES)
+    return _read_config(folder)[1] if bare else None
+
+
 def _stamps(path: Path) -> dict[Path, tuple[int, int, int]]:
     """What tells a weight file from another that takes its place, or from itself written to."""
     files = [path] if path.is_file() else [file for pattern in _WEIGHT_FILES for file in path.glob(pattern)]
@@ -77,6 +87,13 @@ def _open(path: Path, config: PretrainedConfig | None) -> Opened:
 
 
 def _open_folder(folder: Path, config: PretrainedConfig | None) -> Opened:
+    form, config = _read_config(folder, config)
+    generation = read_json(find_inside(folder, GENERATION)) if (folder / GENERATION).exists() else None
+    return Opened(config, form.table(config), open_safetensors(folder), generation)
+
+
+def _read_config(folder: Path, config: PretrainedConfig | None = None) -> tuple[Format, PretrainedConfig]:
+    """What config.json says; of the config what is given in its place."""
     content = read_json(find_inside(folder, CONFIG))
     form = _format_named(content)
     if config is None:
@@ -86,8 +103,7 @@ def _open_folder(folder: Path, config: PretrainedConfig | None) -> Opened:
             raise ValueError(f"{folder / CONFIG}: {error}") from error
     elif not any(isinstance(one, form.config_class) for one in (config, siglip_llama.written_as(config))):
         raise TypeError(f"config must be a {form.config_class.__name__} or None, got {type(config).__name__}")
-    generation = read_json(find_inside(folder, GENERATION)) if (folder / GENERATION).exists() else None
-    return Opened(config, form.table(config), open_safetensors(folder), generation)
+    return form, config
 
 
 def config_arguments(content: dict[str, Any]) -> dict[str, Any]:

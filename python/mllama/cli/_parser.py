@@ -21,6 +21,14 @@ class _Parser(argparse.ArgumentParser):
     def error(self, message: str):
         self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
 
+    def parse_known_args(self, args=None, namespace=None):
+        """Also takes `words` wherever options stand between them; argparse alone takes those of one place."""
+        found, rest = super().parse_known_args(args, namespace)
+        words = [word for word in rest if word == "-" or not word.startswith("-")] if hasattr(found, "words") else []
+        if words:
+            found.words = [*found.words, *words]
+        return found, [word for word in rest if word not in words]
+
 
 def build_parser() -> argparse.ArgumentParser:
     """The parser of all commands; what it returns has `command` and that command's arguments."""
@@ -34,28 +42,30 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def _add_ask(commands) -> None:
-    parser = _command(commands, "ask", "answer one question about a picture")
-    parser.add_argument("picture", metavar="PICTURE", help="a picture file")
-    parser.add_argument("question", metavar="QUESTION", type=_text, help="in quotes; of PaliGemma its prefix, as 'caption en'")
+    parser = _command(commands, "ask", "answer one question about a picture, about several or without one")
+    parser.usage = "mllama ask [options] [PICTURE ...] QUESTION"
+    parser.add_argument(
+        "words",
+        metavar="PICTURE, QUESTION",
+        nargs="+",
+        help="picture files ('-': stdin), then the question in quotes ('-': from stdin); of PaliGemma its prefix, as 'caption en'",
+    )
     _add_model(parser)
-    _add_sampling(parser)
-    parser.add_argument("--json", action="store_true", help="print one JSON object instead of streaming the answer")
+    _add_answering(parser, "print one JSON object instead of streaming the answer")
 
 
 def _add_chat(commands) -> None:
-    parser = _command(commands, "chat", "talk about a picture, or without one: a question a line; /exit or the end of input ends")
-    parser.add_argument("picture", metavar="PICTURE", nargs="?", help="a picture file; without one the talk is in text alone")
+    parser = _command(commands, "chat", "talk about a picture, or without one: a question a line; /help lists commands")
+    parser.add_argument("words", metavar="PICTURE", nargs="*", help="picture files; without one the talk is in text alone")
     _add_model(parser)
-    _add_sampling(parser)
+    _add_answering(parser, "print one JSON object a line for every answer")
 
 
 def _add_generate(commands) -> None:
     parser = _command(commands, "generate", "go on from a prompt, with any number of pictures")
     which = parser.add_mutually_exclusive_group()
-    which.add_argument(
-        "--model-id", dest="model", metavar="ID", help="a model's id on the hub, or its folder (default: the embedded model)"
-    )
-    which.add_argument("--size", choices=SIZES, help="Meta's instruct model of that size in place of --model-id")
+    _add_name(which)
+    which.add_argument("--size", choices=SIZES, help="Meta's instruct model of that size in place of --model")
     parser.add_argument("--prompt", required=True, type=_text, metavar="TEXT", help="put through the chat template where there is one")
     parser.add_argument("--image", action="append", default=[], metavar="FILE", help="a picture; may be given several times")
     parser.add_argument("--raw", action="store_true", help="leave the chat template out")
@@ -63,10 +73,10 @@ def _add_generate(commands) -> None:
     parser.add_argument(
         "--runtime", choices=("mllama", "transformers"), default="mllama", help="transformers: its own class on the same inputs, to compare"
     )
-    _add_sampling(parser)
+    _add_answering(parser, "print one JSON object instead of streaming the answer")
     _add_adapter(parser)
-    _add_device(parser)
-    parser.add_argument("--cpu", dest="device", action="store_const", const="cpu", help="the same as --device cpu")
+    device = _add_device(parser)
+    device.add_argument("--cpu", dest="device", action="store_const", const="cpu", help="the same as --device cpu")
 
 
 def _add_download(commands) -> None:
@@ -92,7 +102,7 @@ def _add_convert(commands) -> None:
 
 def _add_inspect(commands) -> None:
     parser = _command(commands, "inspect", "a model's family, sizes and parameters, the memory it needs, and what would not load")
-    parser.add_argument("folder", metavar="FOLDER", help="of Hugging Face's or Meta's files, or a GGUF file")
+    _add_folder(parser)
     parser.add_argument("--context", type=number(int, 1), metavar="N", help="tokens of a row (default: 4096, or the model's most)")
     parser.add_argument("--batch", type=number(int, 1), default=1, metavar="N", help="rows (default: 1)")
     parser.add_argument(
@@ -109,7 +119,7 @@ def _add_verify(commands) -> None:
     parser = _command(
         commands, "verify", "compare a model, stage by stage, with stock transformers, and cached and batched runs with plain ones"
     )
-    parser.add_argument("folder", metavar="FOLDER", help="of Hugging Face's or Meta's files, or a GGUF file")
+    _add_folder(parser)
     parser.add_argument("--dtype", default="float32", choices=DTYPES[1:], help="of both (default: float32)")
     _add_reference(
         parser, "whose Llama-3.2-Vision the cached and batched runs follow (default: meta); transformers is compared as hf, always"
@@ -131,7 +141,7 @@ def _command(commands, name: str, what: str) -> argparse.ArgumentParser:
 
 
 def _add_model(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", metavar="FOLDER", help="a model folder, a GGUF file or an id on the hub (default: the embedded model)")
+    _add_name(parser)
     _add_adapter(parser)
     _add_device(parser)
 
@@ -140,14 +150,43 @@ def _add_adapter(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--adapter", metavar="PATH", help="LoRA adapters for the model: a file of mllama.save_lora, or PEFT's folder")
 
 
-def _add_device(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 ... (default: auto)")
+def _add_name(parser) -> None:
+    help = "a model folder, a GGUF file or an id on the hub (default: the embedded model)"
+    parser.add_argument("--model-id", "--model", dest="model", metavar="MODEL", help=help)
+
+
+def _add_folder(parser: argparse.ArgumentParser) -> None:
+    """The model that a command is about, in either spelling."""
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument(
+        "folder",
+        metavar="MODEL",
+        nargs="?",
+        default=argparse.SUPPRESS,
+        help="a folder of Hugging Face's or Meta's files, a GGUF file or an id on the hub",
+    )
+    which.add_argument("--model-id", "--model", dest="folder", metavar="MODEL", help="the same; without either, the embedded model")
+
+
+def _add_device(parser: argparse.ArgumentParser):
+    """Returns the group that --device is in, for other spellings of it."""
+    device = parser.add_mutually_exclusive_group()
+    device.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 ... (default: auto)")
     parser.add_argument("--dtype", default="auto", choices=DTYPES, help="default: auto, by the device")
-    _add_reference(parser, "whose Llama-3.2-Vision to follow: as it was trained, or as transformers computes it (default: meta)")
+    _add_reference(parser, "meta: Llama-3.2-Vision as it was trained (default); hf: as transformers computes it")
+    return device
 
 
 def _add_reference(parser: argparse.ArgumentParser, what: str) -> None:
-    parser.add_argument("--reference", default="meta", choices=("meta", "hf"), help=what)
+    parser.add_argument("--reference", choices=("meta", "hf"), help=what)
+
+
+def _add_answering(parser: argparse.ArgumentParser, json: str) -> None:
+    """What all commands that answer take."""
+    parser.add_argument("--system", metavar="TEXT", help="a system prompt, for models whose chat template has one")
+    parser.add_argument("--allow-urls", action="store_true", help="download pictures given as http(s) URLs")
+    _add_sampling(parser)
+    parser.add_argument("--json", action="store_true", help=json)
 
 
 def _add_sampling(parser: argparse.ArgumentParser) -> None:

@@ -1,36 +1,42 @@
-"""`mllama ask PICTURE QUESTION`."""
+"""`mllama ask PICTURE ... QUESTION`."""
 
 import argparse
 import functools
 import json
-import time
+import os
+import sys
 
-from mllama._device import dtype_name
-from mllama.api import answer, check_question, check_room, encode, say_loaded
-from mllama.cli._answering import AnswerStreamer, load_model
-from mllama.processing.image import load_picture
+from mllama.api import check_images, check_question, check_room, encode, refuse_swapped, say_loaded
+from mllama.cli._answering import facts, load_model, read_images, reply
 
 
 def run(arguments: argparse.Namespace) -> None:
     """Print the answer: word by word, or as one JSON object."""
-    check_question(arguments.question)  # this and the picture before the model: an error should not take its time
-    picture = load_picture(arguments.picture)
+    *paths, question = arguments.words
+    if not paths and os.path.isfile(question):
+        raise ValueError(f"QUESTION is missing after {question}")
+    refuse_swapped(paths, question)
+    if question == "-":
+        question = _read_question(paths)
+    check_question(question)
+    pictures = read_images(arguments, paths)
     model, processor, options = load_model(arguments)
-    start = time.perf_counter()
-    inputs = encode(processor, picture, arguments.question)
+    check_images(model, pictures)
+    inputs = encode(processor, pictures, question, system=arguments.system)
     check_room(model, inputs)
-    say = functools.partial(say_loaded, arguments.model, model)
-    result = answer(model, processor, inputs, streamer=None if arguments.json else AnswerStreamer(processor, say), **options)
+    begin = functools.partial(say_loaded, arguments.model, model)
+    said = reply(model, processor, inputs, options, begin, show=not arguments.json)
     if arguments.json:
-        say()
-        said = {
-            "picture": arguments.picture,
-            "question": arguments.question,
-            "answer": result.text,
-            "tokens": result.tokens,
-            "seconds": round(time.perf_counter() - start, 3),
-            "model": arguments.model or "embedded",
-            "dtype": dtype_name(model.dtype),
-            "device": str(model.device),
-        }
-        print(json.dumps(said))  # in ASCII, which every stdout takes
+        shown = {"picture": paths[0] if len(paths) == 1 else paths or None, "question": question}
+        print(json.dumps(shown | facts(arguments, model, said)))  # in ASCII, which every stdout takes
+
+
+def _read_question(paths: list[str]) -> str:
+    """From stdin."""
+    if "-" in paths:
+        raise ValueError("stdin, '-', can be read once")
+    if sys.stdin is None:
+        raise OSError("stdin is closed: there is no question to read")
+    if hasattr(sys.stdin, "reconfigure"):
+        sys.stdin.reconfigure(errors="surrogateescape")  # what is no text is refused as a question
+    return sys.stdin.read().strip()

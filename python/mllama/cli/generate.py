@@ -3,14 +3,16 @@
 import argparse
 import functools
 import inspect
+import json
 from collections.abc import Mapping, Sequence
 
 from mllama._device import choose_device
 from mllama.api import (
-    answer,
     check_answers,
+    check_images,
     check_question,
     check_room,
+    check_system,
     find_model,
     model_class,
     processor_of,
@@ -20,46 +22,58 @@ from mllama.api import (
 )
 from mllama.checkpoints import open_checkpoint
 from mllama.checkpoints.models import survey
-from mllama.cli._answering import AnswerStreamer, load_model, sampling
+from mllama.cli._answering import check_reference, facts, load_model, read_images, reply, sampling, working
 from mllama.cli._parser import SIZES
 from mllama.cli._stock import load_stock
 from mllama.processing.auto import encode_messages
-from mllama.processing.image import load_picture
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Print what comes after the prompt, word by word."""
+    """Print what comes after the prompt: word by word, or as one JSON object."""
     check_question(arguments.prompt)
-    pictures = [load_picture(path) for path in arguments.image]
+    if arguments.raw and arguments.system is not None:
+        raise ValueError("--system has no place with --raw, which leaves the chat template out")
+    pictures = read_images(arguments, arguments.image)
     if arguments.size:
         arguments.model = SIZES[arguments.size]
-    model, processor, options = (load_model if arguments.runtime == "mllama" else _load_stock)(arguments)
-    inputs = _encode(processor, arguments.prompt, pictures, arguments.raw)
-    if arguments.runtime == "transformers":
+    stock = arguments.runtime == "transformers"
+    model, processor, options = (_load_stock if stock else load_model)(arguments)
+    check_images(model, pictures)
+    inputs = _encode(processor, arguments, pictures)
+    if stock:
         for name in inputs.keys() - inspect.signature(model.forward).parameters.keys():
             del inputs[name]
     check_room(model, inputs)
-    if arguments.do_sample:
-        options["do_sample"] = True
-    streamer = AnswerStreamer(processor, functools.partial(say_loaded, arguments.model, model))
-    answer(model, processor, inputs, streamer=streamer, **options)
+    begin = functools.partial(say_loaded, arguments.model, model)
+    said = reply(model, processor, inputs, options, begin, show=not arguments.json)
+    if arguments.json:
+        print(json.dumps({"prompt": arguments.prompt, "images": arguments.image} | facts(arguments, model, said)))
 
 
 def _load_stock(arguments: argparse.Namespace):
     if arguments.adapter is not None:
         raise ValueError("--adapter needs --runtime mllama")
+    options = sampling(arguments)
+    check_reference(arguments)
+    if arguments.reference == "meta":
+        raise ValueError("--runtime transformers computes Llama-3.2-Vision its own way: --reference must be hf, got meta")
     folder, device = find_model(arguments.model), choose_device(arguments.device)
     with (opened := open_checkpoint(folder)).source:
         model, report = survey(model_class(opened.config), opened)
         check_answers(model)
         report.check(opened.source.where)  # transformers would make up what is missing
         dtype = resolve_dtype(opened, arguments.dtype, device)
-    return load_stock(folder, dtype).to(device), processor_of(folder), sampling(arguments)
+    with working("loading the model"):
+        return load_stock(folder, dtype).to(device), processor_of(folder), options
 
 
-def _encode(processor, prompt: str, pictures: Sequence, raw: bool) -> Mapping:
-    if not raw:
-        return encode_messages(processor, [{"role": "user", "content": prompt}], pictures)
+def _encode(processor, arguments: argparse.Namespace, pictures: Sequence) -> Mapping:
+    prompt = arguments.prompt
+    if arguments.system is not None:
+        check_system(processor, arguments.system)
+    if not arguments.raw:
+        system = [] if arguments.system is None else [{"role": "system", "content": arguments.system}]
+        return encode_messages(processor, [*system, {"role": "user", "content": prompt}], pictures)
     if tokenizer_of(processor) is processor:
         if pictures:
             raise ValueError(f"this model takes no pictures, got {len(pictures)}")

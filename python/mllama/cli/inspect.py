@@ -6,60 +6,66 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from mllama._device import dtype_name
 from mllama.api import find_model, model_class
 from mllama.checkpoints import open_checkpoint
-from mllama.checkpoints.formats import Opened
 from mllama.checkpoints.loading import Report
 from mllama.checkpoints.models import survey
+from mllama.checkpoints.opening import config_alone
 from mllama.families import Composition
 from mllama.memory import Work, count_parameters, memory_needed, picture_tokens, plan_of
 
 _CONTEXT = 4096  # of models that take more
+_MOST_LAYERS = 1000  # the largest released models have some 130
 _SHOWN = 5  # names of each kind of fault; --json has them all
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Print it; the exit code is 1 where the weights would not load."""
+    """Print it; the exit code is 1 where the weights would not load. Without weights the sizes are those of config.json."""
     found = collect(arguments.folder, arguments.context, arguments.batch, arguments.tiles, arguments.dtype)
     print(json.dumps(found) if arguments.json else _page(found))
-    return 0 if found["loads"] else 1
+    return 1 if found["loads"] is False else 0
 
 
-def collect(folder: str | Path, context: int | None, batch: int, tiles: int | None, dtype: str) -> dict[str, Any]:
+def collect(folder: str | Path | None, context: int | None, batch: int, tiles: int | None, dtype: str) -> dict[str, Any]:
     """What `run` prints.
 
     Args:
-        folder: or file, as `open_checkpoint` takes it.
+        folder: or file, as `open_checkpoint` takes it, or with config.json alone; None is the embedded model's.
         context: tokens of a row; None is 4096, or what the model takes if that is less.
         batch: rows.
         tiles: of a row's pictures; None is what one picture takes.
         dtype: to load it in; "auto" is the files' own.
 
     Raises:
-        FileNotFoundError, ValueError: as `open_checkpoint`.
+        FileNotFoundError, ValueError: as `open_checkpoint`; a context or tiles of a model that has none.
     """
-    with (opened := open_checkpoint(find_model(folder))).source:
-        model, report = survey(model_class(opened.config), opened)
-        headers = opened.source.headers()
+    path = find_model(folder)
+    if (config := config_alone(path)) is not None:
+        model, report, headers = _lay_out(config), Report(dtype=_dtype_of(config)), {}
+    else:
+        with (opened := open_checkpoint(path)).source:
+            config = opened.config
+            model, report = survey(model_class(config), opened)
+            headers = opened.source.headers()
     plan, parameters = plan_of(model), count_parameters(model)
     elements: dict[str, int] = {}
     for header in headers.values():
         elements[dtype_name(header.dtype)] = elements.get(dtype_name(header.dtype), 0) + torch.Size(header.shape).numel()
-    work = _work(opened, model, report, context, batch, tiles, dtype)
+    work = _work(model, report, context, batch, tiles, dtype)
     memory = memory_needed(model, work)
     return {
-        "folder": str(folder),
-        "family": opened.config.model_type,
+        "folder": str(path),
+        "family": config.model_type,
         "made of": _made_of(plan),
         "sizes": _sizes(plan, work.tiles),
         "read as": elements,
         "parameters": parameters | {"total": sum(parameters.values())},
         "work": {"context": work.context, "batch": work.batch, "tiles": work.tiles, "dtype": dtype_name(work.dtype)},
         "memory": memory | {"total": sum(memory.values())},
-        "loads": not report.problems(),
+        "loads": not report.problems() if headers else None,
         "missing": report.missing,
         "unexpected": report.unexpected,
         "of another shape or kind": report.unfit,
@@ -67,8 +73,25 @@ def collect(folder: str | Path, context: int | None, batch: int, tiles: int | No
     }
 
 
-def _work(opened: Opened, model: PreTrainedModel, report: Report, context: int | None, batch: int, tiles: int | None, dtype: str) -> Work:
+def _lay_out(config: PretrainedConfig) -> PreTrainedModel:
+    """The model of a config, on the meta device. No weights bound its layers, so a number does."""
+    for part in (config, *(getattr(config, name) for name in config.sub_configs)):
+        if (layers := getattr(part, "num_hidden_layers", 0)) > _MOST_LAYERS:
+            raise ValueError(f"num_hidden_layers is {layers}: without weights at most {_MOST_LAYERS} are laid out")
+    with torch.device("meta"):
+        return model_class(config)(config)
+
+
+def _dtype_of(config: PretrainedConfig) -> torch.dtype:
+    return config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
+
+
+def _work(model: PreTrainedModel, report: Report, context: int | None, batch: int, tiles: int | None, dtype: str) -> Work:
     plan = plan_of(model)
+    if context is not None and plan.text is None:
+        raise ValueError("--context is of a decoder, and this model has none")
+    if tiles is not None and plan.tower is None:
+        raise ValueError("--tiles is of pictures, and this model takes none")
     most = plan.text.max_position_embeddings if plan.text else 0
     return Work(
         context=min(_CONTEXT, most) if context is None else context,
@@ -114,7 +137,9 @@ def _page(found: dict[str, Any]) -> str:
             *_table("elements, by the type they are read as", {name: f"{count:,}" for name, count in found["read as"].items()}),
             *_table("parameters", {name: f"{count:,}" for name, count in found["parameters"].items()}),
             *_table(f"memory ({asked})", {name: _bytes(count) for name, count in found["memory"].items()}),
-            "loads: every tensor has its place" if found["loads"] else "would not load:",
+            {True: "loads: every tensor has its place", False: "would not load:", None: "no weights: all this is from config.json"}[
+                found["loads"]
+            ],
             *faults,
         ]
     )

@@ -71,7 +71,7 @@ def _open_text(text: str, allow_urls: bool) -> tuple[str | io.BytesIO, str]:
     scheme = text[:8].lower()
     if is_url(text):
         if not allow_urls:
-            raise ValueError(f"images are downloaded only with allow_urls=True, got {shorten(text)}")
+            raise ValueError(f"images are downloaded only with allow_urls=True (--allow-urls), got {shorten(text)}")
         return _held(_download(text), shorten(text))
     if scheme.startswith("data:"):
         return _held(_decode_data_url(text), shorten(text, 40))

@@ -1,9 +1,11 @@
 """`inference.py`: one answer about a picture, or from text alone; options by fire, spelt with underscores."""
 
+import inspect
+import sys
 from argparse import ArgumentTypeError
 from collections.abc import Callable
 
-from mllama.api import check_question, encode, generate, load_quietly, read_answer, say_loaded
+from mllama.api import check_images, check_question, encode, generate, load_quietly, read_answer, say_loaded
 from mllama.cli import quieten, run_told
 from mllama.cli._answering import AnswerStreamer
 from mllama.cli._parser import number
@@ -65,8 +67,11 @@ def inference(
         options["temperature"] = _number("temperature", temperature, number(float, 0))
         options["top_p"] = _number("top_p", top_p, number(float, 0, 1, above=True))
         options["top_k"] = 0
+    else:
+        _note_unused(temperature=temperature, top_p=top_p)
     experiment = start_experiment()
     model, processor = load_quietly(model_path or None, "auto", device)
+    check_images(model, [] if picture is None else [picture])
     inputs = encode(processor, picture, prompt)
 
     def begin() -> None:
@@ -78,6 +83,14 @@ def inference(
     output = generate(model, inputs, streamer=AnswerStreamer(processor, begin), **options, **kept)
     if experiment is not None:
         experiment.log(options, inputs, output, picture, read_answer(processor, inputs, output.sequences).text)
+
+
+def _note_unused(**given) -> None:
+    """Tell of sampling options without do_sample; not refused, since launch_inference.sh always gives them."""
+    defaults = inspect.signature(inference).parameters
+    unused = [f"--{name}" for name, value in given.items() if value != defaults[name].default]
+    if unused:
+        print(f"mllama: {' and '.join(unused)}: no effect without --do_sample True", file=sys.stderr)
 
 
 def _number(name: str, value, parse: Callable[[str], float]) -> float:

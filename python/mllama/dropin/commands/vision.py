@@ -10,7 +10,7 @@ def main(arguments: list[str]) -> int:
     """Print the answer; returns the exit code."""
     asked = _parser().parse_args(arguments)
     command = {
-        "--model-id": asked.hf_weights or asked.model_id,
+        "--model-id": asked.hf_weights or asked.model_id or SIZES["11B"],
         "--prompt": asked.prompt,
         "--image": asked.image,
         "--max-new-tokens": asked.max_new_tokens,
@@ -28,8 +28,9 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="Inference.py", description="Ask a vision-language model about a picture.")
     parser.add_argument("--image", required=True, metavar="FILE", help="the picture")
     parser.add_argument("--prompt", required=True, metavar="TEXT", help="the question; put through the model's chat template")
-    parser.add_argument("--model-id", default=SIZES["11B"], metavar="ID", help="on the hub, or a local folder (default: %(default)s)")
-    parser.add_argument("--hf-weights", metavar="DIR", help="a local folder, in place of --model-id")
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--model-id", metavar="ID", help=f"on the hub, or a local folder (default: {SIZES['11B']})")
+    which.add_argument("--hf-weights", metavar="DIR", help="a local folder, in place of --model-id")
     parser.add_argument("--max-new-tokens", default="128", metavar="N", help="the longest answer (default: %(default)s)")
     parser.add_argument("--temperature", default="0.0", metavar="T", help="0 takes the likeliest token (default: %(default)s)")
     parser.add_argument("--top-p", default="1.0", metavar="P", help="where the temperature is above 0 (default: %(default)s)")

@@ -1,0 +1,48 @@
+"""Every option of every command is read by it: none is accepted and ignored."""
+
+import argparse
+
+import pytest
+
+from mllama.cli import _parser
+
+TEXT = ["--dtype", "float32", "--max-new-tokens", "2"]
+
+
+class Recorder(argparse.Namespace):
+    """Arguments that remember which of them were read."""
+
+    def __init__(self, arguments: argparse.Namespace):
+        super().__init__(**vars(arguments))
+        super().__setattr__("read", set())
+
+    def __getattribute__(self, name: str):
+        if not name.startswith("_") and name != "read":
+            super().__getattribute__("read").add(name)
+        return super().__getattribute__(name)
+
+
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [
+        ("ask", ["PICTURE", "a", "--model", "MLLAMA", *TEXT]),
+        ("chat", ["PICTURE", "--model", "MLLAMA", *TEXT]),
+        ("generate", ["--prompt", "a", "--image", "PICTURE", "--model", "MLLAMA", *TEXT]),
+        ("download", ["some/where", "TARGET"]),
+        ("convert", ["LLAMA", "TARGET", "--to", "hf"]),
+        ("inspect", ["LLAMA"]),
+        ("verify", ["MLLAMA"]),
+        ("info", []),
+    ],
+)
+def test_every_option_is_read(run, family_folder, picture_file, monkeypatch, tmp_path, command, words):
+    commands = _parser.build_parser()._subparsers._group_actions[0].choices
+    assert set(commands) == {"ask", "chat", "generate", "download", "convert", "inspect", "verify", "info"}
+    recorded = []
+    parse = _parser._Parser.parse_args
+    monkeypatch.setattr(_parser._Parser, "parse_args", lambda self, *args: recorded.append(Recorder(parse(self, *args))) or recorded[-1])
+    monkeypatch.setattr("mllama.cli.download.download", lambda *args, **kwargs: tmp_path)
+    given = {"LLAMA": family_folder("llama"), "MLLAMA": family_folder("mllama"), "TARGET": tmp_path / "new", "PICTURE": picture_file}
+    assert run(command, *(given.get(word, word) for word in words), stdin="a\n")[0] == 0
+    options = {action.dest for action in commands[command]._actions} - {"help"}
+    assert options and options - recorded[0].read == set()
