@@ -257,9 +257,13 @@ class MllamaForConditionalGeneration(PretrainedMixin, MllamaGenerationMixin, Pic
         check_cache(cache)
         check_mask(attention_mask)
         config = self.config
-        output_attentions = bool(config.output_attentions if output_attentions is None else output_attentions)
-        output_hidden_states = bool(config.output_hidden_states if output_hidden_states is None else output_hidden_states)
-        use_cache = self.plan.text.use_cache and not self.training if use_cache is None else use_cache
+        text = getattr(config, "text_config", config)  # where transformers reads these; set on the whole they count too
+        if output_attentions is None:
+            output_attentions = config.output_attentions or text.output_attentions
+        if output_hidden_states is None:
+            output_hidden_states = config.output_hidden_states or text.output_hidden_states
+        if use_cache is None:
+            use_cache = not self.training and text.use_cache and getattr(config, "use_cache", True)
         if use_cache and cache is None:
             cache = DynamicCache(config=self.plan.text)
         if cache is not None and self.training and self.is_activation_checkpointing:  # its layers would be called without it
