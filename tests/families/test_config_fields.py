@@ -247,3 +247,36 @@ def test_a_dict_in_a_config_is_watched_too():
     ours.config.rope_parameters["rope_theta"] = 5.0
     with pytest.raises(ValueError, match="rope_parameters"):
         ours(torch.tensor([[1, 2]]))
+
+
+def test_fields_of_the_config_given_to_from_pretrained(tmp_path):
+    ours, theirs = cases.pair(LLAVA)
+    ours.save_pretrained(tmp_path)
+    given = {"vision_feature_layer": 1, "vision_feature_select_strategy": "full", "text_config": {"use_cache": False}}
+    both = [type(model).from_pretrained(tmp_path, **given).eval() for model in (ours, theirs)]
+    inputs = test_arguments.llava_inputs(cases.pair(LLAVA), 5)
+    with torch.no_grad():
+        mine, stock = (model(**inputs) for model in both)
+    cases.close(mine.logits, stock.logits)
+    assert mine.past_key_values is None and stock.past_key_values is None
+    assert MllamaForConditionalGeneration.from_pretrained(tmp_path, output_attentions=True).config.output_attentions
+
+
+@pytest.mark.parametrize(
+    ("error", "given", "match"),
+    [
+        (TypeError, {"vision_feature_layr": -1}, "vision_feature_layr.*vision_feature_layer"),
+        (TypeError, {"text_config": {"use_cach": False}}, "use_cach.*use_cache"),
+        (TypeError, {"load_in_4bit": True}, "load_in_4bit"),
+        (TypeError, {"to_dict": 1}, "to_dict"),
+        (ValueError, {"vision_feature_layer": 9}, "vision_feature_layer"),
+        (ValueError, {"text_config": {"attention_dropout": 0.5}}, "attention_dropout"),
+        (ValueError, {"text_config": {"vocab_size": 200}}, "embed_tokens"),
+        (ValueError, {"image_token_index": "x"}, "image_token_index"),
+        (ValueError, {"attn_implementation": "flash_attention_2"}, "attn_implementation"),
+    ],
+)
+def test_fields_that_from_pretrained_refuses(error, given, match, tmp_path):
+    cases.pair(LLAVA).ours.save_pretrained(tmp_path)
+    with pytest.raises(error, match=match):
+        MllamaForConditionalGeneration.from_pretrained(tmp_path, **given)
