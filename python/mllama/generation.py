@@ -26,7 +26,10 @@ class MllamaGenerationMixin(GenerationMixin):
         if (encoded := kwargs.pop("mm_encoder_outputs", None)) is not None:  # as features, which follow their rows
             check_special(self.plan, self.config.model_type, mm_encoder_outputs=encoded)
             kwargs["image_features"] = one_of_images(kwargs.get("pixel_values"), kwargs.get("image_features"), encoded, None)
-        return super().generate(*args, **kwargs)
+        if torch.get_default_device().type in ("cpu", self.device.type):
+            return super().generate(*args, **kwargs)
+        with self.device:  # GenerationMixin leaves it to torch's default where its tensors are
+            return super().generate(*args, **kwargs)
 
     def _supports_mm_encoder_outputs(self) -> bool:
         """False: GenerationMixin need not encode pictures before the first step, which does."""

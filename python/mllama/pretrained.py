@@ -47,8 +47,9 @@ class PretrainedMixin:
                 "sequential", or {module: device}. The CPU by default.
             subfolder: the model's place inside the folder.
             kwargs: fields of the config, in place of what it says, as `vision_feature_layer=-1` or `text_config={"use_cache": False}`;
-                `attn_implementation`, "eager" alone; `reference` of a model with cross-attention; the hub's options (`revision`, `cache_dir`, `token`, `local_files_only`,
-                `force_download`); the further ones transformers has for them are taken and change nothing.
+                `attn_implementation`, "eager" alone; `reference` of a model with cross-attention; the hub's options (`revision`,
+                `cache_dir`, `token`, `local_files_only`, `force_download`); the further ones transformers has for them are taken and
+                change nothing.
 
         Raises:
             FileNotFoundError: no folder, config or weights there.

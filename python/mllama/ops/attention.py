@@ -58,7 +58,7 @@ def attention(
         return attention(q, k, v, scale=scale, prefix_length=prefix_length, **options)[..., :size].contiguous()
     if use_kernel(q):
         if query_offset is not None and not isinstance(query_offset, torch.Tensor):
-            query_offset = torch.full((1,), query_offset, dtype=torch.int64)
+            query_offset = torch.full((1,), query_offset, dtype=torch.int64, device=q.device)
         return _attention(q, k, v, key_mask, key_bias, query_offset, prefix_length, causal, scale)[0]
     _check_sizes(q, k, v, causal, *masks)
     return reference(
