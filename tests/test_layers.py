@@ -18,6 +18,8 @@ MUST_NOT_NAME = {
     "python/mllama/pictures.py": r"mllama\.(processing|cli|api)|safetensors|json",
     "python/mllama/processing": r"(?<!models\.)mllama\.(?!ops|processing|checkpoints\.gguf_tokenizer)|from mllama import",
     "python/mllama/families.py": r"mllama\.(?!config)|mllama import",
+    "python/mllama/arguments.py": r"mllama\.(?!families)|mllama import",
+    "python/mllama/built.py": r"mllama\.(?!families)|mllama import",
     "python/mllama/fusing.py": r"mllama\.(processing|cli|api)|safetensors|json",
     "python/mllama/modeling.py": r"mllama\.(processing|cli|api)|safetensors|json",
     "python/mllama/checkpoints": r"mllama\.(?!checkpoints|config|nn\.wrappers)|from mllama import",

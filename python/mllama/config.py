@@ -255,6 +255,7 @@ def _rope_names(owner: str, given: dict[str, Any]) -> dict[str, Any]:
     if len(set(thetas.values())) > 1:
         raise ValueError(f"{owner}: the base of the rotary frequencies is given twice: {thetas}")
     check_choice(owner, "rope_parameters['rope_type']", merged.get("rope_type", "default"), ROPE_TYPES)
+    check_choice(owner, "rope_parameters['partial_rotary_factor']", merged.get("partial_rotary_factor"), (None, 1))
     needed = {"llama3": ("factor", "low_freq_factor", "high_freq_factor"), "linear": ("factor",)}
     for name in needed.get(merged.get("rope_type"), ()):
         check_number(owner, f"rope_parameters[{name!r}]", merged.get(name))

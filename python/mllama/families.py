@@ -67,6 +67,8 @@ BUILT_FROM = frozenset(
     | {"supported_aspect_ratios", "vision_use_head", "image_pooling", "cross_attention_every", "use_bidirectional_attention"}
 ) - (_LIVE_FIELDS | {"tie_word_embeddings"})
 """Fields of configs and their parts that a model is built from: set afterwards they change nothing in it."""
+# Fields of a decoder by which stock models compute something else, and the value by which they do not.
+_NOT_COMPUTED = {"is_causal": True, "dropout": 0, "final_logit_softcapping": None, "attn_logit_softcapping": None}
 TILES_MAX = 64  # of a picture; released models have 4
 
 
@@ -148,7 +150,10 @@ def _text(config: PretrainedConfig, kind: str, **replaced: Any) -> MllamaTextCon
             raise ValueError(f"text_config: {name} must be None: layers see all tokens before them; got {getattr(config, name)!r}")
     for kind in getattr(config, "layer_types", None) or ():
         check_choice("text_config", "layer_types", kind, ("full_attention",))
-    return MllamaTextConfig(**_fields(config, _TEXT_FIELDS, **replaced))
+    for name, value in _NOT_COMPUTED.items():
+        check_choice("text_config", name, getattr(config, name, None), (value, None))
+    own = tuple(name for name in _TEXT_FIELDS if hasattr(type(config), name) or name in type(config).__dataclass_fields__)
+    return MllamaTextConfig(**_fields(config, own, **replaced))
 
 
 def _llama(config: PretrainedConfig) -> Composition:

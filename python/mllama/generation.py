@@ -38,7 +38,10 @@ class MllamaGenerationMixin(GenerationMixin):
         if (encoded := kwargs.pop("mm_encoder_outputs", None)) is not None:  # as features, which follow their rows
             check_special(self.plan, self.config.model_type, mm_encoder_outputs=encoded)
             kwargs["image_features"] = one_of_images(kwargs.get("pixel_values"), kwargs.get("image_features"), encoded, None)
-        return super().generate(*args, **kwargs)
+        if torch.get_default_device().type in ("cpu", self.device.type):
+            return super().generate(*args, **kwargs)
+        with self.device:  # GenerationMixin leaves it to torch's default where its tensors are
+            return super().generate(*args, **kwargs)
 
     def _supports_mm_encoder_outputs(self) -> bool:
         """False: GenerationMixin need not encode pictures before the first step, which does."""
@@ -98,7 +101,7 @@ class MllamaGenerationMixin(GenerationMixin):
         types, cache = model_kwargs.pop("token_type_ids", None), model_kwargs.get(CACHE_NAME)
         check_cache(cache)
         given = model_kwargs.get("prefix_length") is not None
-        if self.plan.prefix and not given and (cache is None or int(cache.get_seq_length()) == 0):
+        if self.plan.prefix and not given and not self._has_soft_prompts() and (cache is None or int(cache.get_seq_length()) == 0):
             prompt = input_ids if model_kwargs.get("inputs_embeds") is None else model_kwargs["inputs_embeds"][..., 0]
             types = torch.zeros_like(prompt, dtype=torch.long) if types is None else types
             model_kwargs["prefix_length"] = count_prefix(types, model_kwargs.get("attention_mask"), prompt.shape)
@@ -122,6 +125,11 @@ class MllamaGenerationMixin(GenerationMixin):
             features = torch.cat([rows.repeat(expand_size, 1, 1) for rows in features.split(per_row)])
         input_ids, model_kwargs = super()._expand_inputs_for_generation(expand_size, is_encoder_decoder, input_ids, **model_kwargs)
         return input_ids, model_kwargs | {"pixel_values": pixel_values, "image_features": features}
+
+    def _has_soft_prompts(self) -> bool:
+        """Whether PEFT's `generate` called this one, to put learned embeddings before the prompt, which it sees one way, as in training."""
+        caller = getattr(self.prepare_inputs_for_generation, "__self__", self)
+        return bool(getattr(getattr(caller, "active_peft_config", None), "is_prompt_learning", False))
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length):
         """As GenerationMixin's; a static cache gets room for visual tokens before the text, too, which its length does not count."""

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import AutoModelForImageTextToText, Cache, DynamicCache, PretrainedConfig, PreTrainedModel
-from transformers.modeling_outputs import ModelOutput
+from transformers.modeling_outputs import BaseModelOutputWithPooling, ModelOutput
 from transformers.modeling_utils import slice_logits_to_keep
 
 from mllama.arguments import check_keywords, check_special
@@ -56,6 +56,13 @@ class MllamaOutput(CacheOutput):
     image_hidden_states: torch.Tensor | None = None
     image_attentions: tuple[torch.Tensor, ...] | None = None
     num_trained_tokens: torch.Tensor | None = None
+
+    @property
+    def image_outputs(self) -> BaseModelOutputWithPooling | None:
+        """The tower's part as transformers 5.24 returns it: `image_hidden_states` as `pooler_output`, and `attentions`."""
+        if self.image_hidden_states is None:
+            return None
+        return BaseModelOutputWithPooling(pooler_output=self.image_hidden_states, attentions=self.image_attentions)
 
 
 class MllamaForConditionalGeneration(NextTokenModel, PretrainedMixin, MllamaGenerationMixin, PicturesMixin, PreTrainedModel):

@@ -220,6 +220,10 @@ class PicturesMixin:
             placeholders = self.find_placeholders(input_ids)
             inputs_embeds = self._embed(input_ids)
         cached, text, rows = None, self.plan.text, inputs_embeds.shape[0]
+        if placeholders is None and isinstance(cross_attention_mask, torch.Tensor):
+            given, length = cross_attention_mask.shape[1], inputs_embeds.shape[1]
+            if 0 < given < length:  # whether the first or the last have none, nothing says
+                raise ValueError(f"cross_attention_mask must have a row for each of {length} inputs_embeds, got {given}")
         if self.plan.tower == "tiled":
             tokens, filled = self.vision_tower.tokens_per_tile, aspects[1]
             if pixel_values is not None:

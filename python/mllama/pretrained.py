@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PretrainedConfig, PreTrainedModel
 
 from mllama.built import check_built
-from mllama.config import NO_PREDICTIONS
+from mllama.config import NO_PREDICTIONS, check_choice
 from mllama.lora.files import load_lora, own_adapters, save_adapter_folder
 from mllama.lora.layer import lora_layers
 from mllama.lora.peft import CONFIG as ADAPTER_CONFIG
@@ -65,14 +65,16 @@ class PretrainedMixin(_Model):
             device_map: a device; or what accelerate takes to spread a model over several: "auto", "balanced", "balanced_low_0",
                 "sequential", or {module: device}. The CPU by default.
             subfolder: the model's place inside the folder.
-            kwargs: `reference` of a model with cross-attention; the hub's options (`revision`, `cache_dir`, `token`, `local_files_only`,
-                `force_download`); the further ones transformers has for them are taken and change nothing.
+            kwargs: fields of the config, in place of what it says, as `vision_feature_layer=-1` or `text_config={"use_cache": False}`;
+                `attn_implementation`, "eager" alone; `reference` of a model with cross-attention; the hub's options (`revision`,
+                `cache_dir`, `token`, `local_files_only`, `force_download`); the further ones transformers has for them are taken and
+                change nothing.
 
         Raises:
             FileNotFoundError: no folder, config or weights there.
             ValueError: an unknown `model_type`, a broken file, or weights that do not fit: every missing and unexpected tensor, and every
                 wrong shape, in one error. A `subfolder` outside the folder.
-            TypeError: an option that is not known, a config of another kind.
+            TypeError: an option that is not known and no field of the config, a config of another kind.
             ImportError: a model to be spread over devices, without accelerate.
         """
         from mllama.checkpoints import load_model
@@ -82,8 +84,8 @@ class PretrainedMixin(_Model):
         older = kwargs.pop("torch_dtype", None)
         dtype = next((given for given in (dtype, older) if given is not None), "auto")
         own = {name: kwargs.pop(name) for name in cls.load_options & kwargs.keys()}
-        if unknown := sorted(kwargs.keys() - HUB_OPTIONS - _PASSED_OVER):
-            raise TypeError(f"from_pretrained got options it does not know: {', '.join(unknown)}")
+        check_choice("from_pretrained", "attn_implementation", kwargs.pop("attn_implementation", None), (None, "eager"))
+        fields = {name: value for name, value in kwargs.items() if name not in HUB_OPTIONS | _PASSED_OVER}
         options = {name: value for name, value in kwargs.items() if name in HUB_OPTIONS and value is not None}
         folder = find_folder(pretrained_model_name_or_path, subfolder, **options)
         if (folder / ADAPTER_CONFIG).is_file():
@@ -91,7 +93,8 @@ class PretrainedMixin(_Model):
             model = cls.from_pretrained(adapted_model(folder), **asked)
             load_lora(model, folder)
             return model
-        return load_model(cls, folder, config, dtype, "cpu" if device_map is None else device_map, **own)  # type: ignore[return-value]  # of the class that it is given
+        where = "cpu" if device_map is None else device_map
+        return load_model(cls, folder, config, dtype, where, fields, **own)  # type: ignore[return-value]  # of the class that it is given
 
     load_options: frozenset[str] = frozenset()  # arguments of the class's constructor that from_pretrained passes on
 

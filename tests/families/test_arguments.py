@@ -196,3 +196,13 @@ def test_images_of_other_sizes(size):
             assert said[:, :-3].tolist() == given["input_ids"].tolist()
     with pytest.raises(ValueError, match="pixel_values"):
         siglip.ours(pixels)
+
+
+def test_features_are_read_by_both_releases_names():
+    pair, given = pair_and_inputs(LLAVA)
+    with torch.no_grad():
+        mine, stock = (model(**given) for model in pair)
+    expected = torch.cat([features.reshape(-1, 64) for features in stock.image_hidden_states])
+    for features in (mine.image_hidden_states, mine.image_outputs.pooler_output):
+        cases.close(features.flatten(0, 1), expected)
+    assert pair.ours(given["input_ids"][:, -3:]).image_outputs is None

@@ -1,6 +1,8 @@
 """config.json <-> transformers' config classes: what a file may say, and the spelling that most readers know."""
 
+import difflib
 from collections.abc import Mapping
+from dataclasses import fields
 from typing import Any
 
 from huggingface_hub.errors import StrictDataclassError
@@ -78,6 +80,37 @@ def _check(owner: str, config_class: type[PretrainedConfig], content: dict[str, 
     for name in _SIZES:
         if content.get(name) is not None:
             check_size(owner, name, content[name])
+
+
+def set_fields(config: PretrainedConfig, given: Mapping[str, Any]) -> None:
+    """Set fields of a config as `from_pretrained` takes them; a dict changes what it names of a config within.
+
+    Raises:
+        TypeError: a field that the config has not.
+        ValueError: a value that cannot be; the text names the field.
+    """
+    kind = type(config)
+    settable = {name for name in dir(kind) if getattr(getattr(kind, name), "fset", None)}
+    known = {field.name for field in fields(kind)} | vars(config).keys() | kind.attribute_map.keys() | settable
+    known = sorted(name for name in known if not name.startswith("_"))
+    for name, value in given.items():
+        if name not in known:
+            near = difflib.get_close_matches(name, known, 1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise TypeError(
+                f"from_pretrained got an option it does not know, {name!r}, which is no field of a {kind.__name__} either{hint}"
+            )
+        part = getattr(config, name)
+        if isinstance(part, PretrainedConfig) and isinstance(value, dict):
+            set_fields(part, value)
+            continue
+        try:
+            check_common(kind.__name__, {name: value})
+            setattr(config, name, value)
+        except (StrictDataclassError, TypeError) as error:
+            raise ValueError(f"{kind.__name__}: {name}: {' '.join(str(error).split())}") from error
+        if name == "tie_word_embeddings" and getattr(config, "text_config", None) is not None:
+            config.text_config.tie_word_embeddings = value
 
 
 def content_of(config: PretrainedConfig, architecture: str) -> dict[str, Any]:

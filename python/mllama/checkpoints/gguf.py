@@ -285,7 +285,7 @@ def llama3_parameters(factors: torch.Tensor, head_dim: int, base: float, origina
 def rope_factors(head_dim: int, base: float, parameters: dict[str, Any]) -> torch.Tensor:
     """What Llama 3's scaling divides each rotary frequency by: float64 [head_dim / 2]. Formula of transformers' `rope_type` "llama3"."""
     factor, low, high = (parameters[name] for name in ("factor", "low_freq_factor", "high_freq_factor"))
-    frequencies = base ** (-torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
+    frequencies = base ** (-torch.arange(0, head_dim, 2, dtype=torch.float64, device="cpu") / head_dim)
     turns = parameters["original_max_position_embeddings"] * frequencies / (2 * math.pi)
     kept = ((turns - low) / (high - low)).clamp(0, 1)
     return 1 / ((1 - kept) / factor + kept)

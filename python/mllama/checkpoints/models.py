@@ -9,7 +9,7 @@ import torch
 from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel, __version__
 
 from mllama.checkpoints import siglip_llama
-from mllama.checkpoints.configs import harmless
+from mllama.checkpoints.configs import harmless, set_fields
 from mllama.checkpoints.devices import Placement, dtype_named
 from mllama.checkpoints.engine import Table, plan, to_file
 from mllama.checkpoints.files import CONFIG, listing, save_weights, write_folder, write_json
@@ -30,6 +30,7 @@ def load_model(
     config: PretrainedConfig | None = None,
     dtype: torch.dtype | str = "auto",
     device: torch.device | str | int | dict = "cpu",
+    fields: dict[str, Any] | None = None,
     **class_kwargs: Any,
 ) -> PreTrainedModel:
     """Build a model from a folder or file, in eval mode. It is laid out on the meta device first, so memory holds its weights once.
@@ -41,16 +42,18 @@ def load_model(
         dtype: "auto" is the files' own (the one most of their elements have); or float32, bfloat16, float16.
         device: where the weights go: one device; or what accelerate spreads a model over: "auto", "balanced", "balanced_low_0",
             "sequential", or {module: device}.
+        fields: of the config, that take the place of what it says.
         class_kwargs: further arguments of the class's constructor.
 
     Raises:
         FileNotFoundError: no such folder, no config.json, no weights.
         ValueError: an unknown model_type, a broken file, a config that cannot be, weights that do not fit (every name in one error), a
             dtype or device that is none.
-        TypeError: a config of another kind.
+        TypeError: a config of another kind, or a field that it has not.
         ImportError: the weights shall be spread over devices, and accelerate is not installed.
     """
     with (opened := open_checkpoint(folder, config)).source:
+        set_fields(opened.config, fields or {})
         return load_opened(model_class, opened, dtype, device, **class_kwargs)[0]
 
 

@@ -90,8 +90,8 @@ def cross_context(
         ValueError: mask or filled do not fit the keys, mask shows a tile that got none, or a reference that is not known.
     """
     check_reference(reference)
-    held = torch.ones(0, dtype=torch.bool) if held is None else held
-    new = torch.ones(0 if states is None else states.shape[1] // tokens_per_tile, dtype=torch.bool)
+    held = torch.ones(0, dtype=torch.bool, device="cpu") if held is None else held
+    new = torch.ones(0 if states is None else states.shape[1] // tokens_per_tile, dtype=torch.bool, device="cpu")
     columns = len(held) + len(new)
     if not columns:
         return None

@@ -67,7 +67,7 @@ def attention(
         return attention(q, k, v, scale=size**-0.5 if scale is None else scale, **options)[..., :size].contiguous()
     if use_kernel(q):
         if query_offset is not None and not isinstance(query_offset, torch.Tensor):
-            query_offset = torch.full((1,), query_offset, dtype=torch.int64)
+            query_offset = torch.full((1,), query_offset, dtype=torch.int64, device=q.device)
         return _attention(q, k, v, key_mask, key_bias, query_offset, prefix_length, first_key, causal, scale)[0]
     _check_sizes(q, k, v, causal, *masks)
     options = {"query_offset": query_offset, "key_mask": key_mask, "key_bias": key_bias, "prefix_length": prefix_length}

@@ -1,0 +1,80 @@
+"""Other vocabularies: what is resized, saved and read again, by ours and by stock; and what would be read as another model."""
+
+import pytest
+import torch
+import transformers
+
+from families import cases, test_arguments, test_mllama
+from mllama import MllamaForConditionalGeneration
+
+STOCK = {
+    "llama": transformers.LlamaForCausalLM,
+    "gemma": transformers.GemmaForCausalLM,
+    test_arguments.LLAVA: transformers.LlavaForConditionalGeneration,
+    test_arguments.PALIGEMMA: transformers.PaliGemmaForConditionalGeneration,
+    "mllama": transformers.MllamaForConditionalGeneration,
+}
+
+
+def fresh(family: str):
+    return (test_mllama.pair() if family == "mllama" else cases.make(family)).ours
+
+
+@pytest.mark.parametrize("rows", [98, 105])
+@pytest.mark.parametrize("family", STOCK)
+def test_a_resized_model_is_read_by_both(family, rows, tmp_path):
+    ours, given = fresh(family), test_arguments.pair_and_inputs(family)[1]
+    given["input_ids"] = given["input_ids"].clamp(max=97)
+    with torch.no_grad():
+        before = ours(**given).logits
+        ours.resize_token_embeddings(rows, mean_resizing=False)
+        after = ours(**given).logits
+    torch.testing.assert_close(after[..., : min(rows, 99)], before[..., :rows])
+    extra = 8 if family == "mllama" else 0
+    assert ours.get_input_embeddings().weight.shape[0] == rows + extra and after.shape[-1] == rows
+    assert ours.config.get_text_config().vocab_size == rows
+    ours.save_pretrained(tmp_path)
+    again = MllamaForConditionalGeneration.from_pretrained(tmp_path)
+    again.reference = ours.reference
+    theirs = STOCK[family].from_pretrained(tmp_path)
+    with torch.no_grad():
+        torch.testing.assert_close(again(**given).logits, after, rtol=0, atol=0)
+        cases.close(theirs(**given).logits, after)
+    assert ours.generate(**given, max_new_tokens=3).shape[1] == given["input_ids"].shape[1] + 3
+
+
+def test_the_placeholder_of_llama_vision_keeps_its_row(tmp_path):
+    ours = fresh("mllama")
+    token = ours.config.image_token_index
+    row = ours.get_input_embeddings().weight[token].detach().clone()
+    for rows in (150, 93):
+        ours.resize_token_embeddings(rows)
+        assert torch.equal(ours.get_input_embeddings().weight[token], row)
+    with pytest.raises(ValueError, match="new_num_tokens"):
+        ours.resize_token_embeddings(91)
+    assert ours.resize_token_embeddings(pad_to_multiple_of=64).weight.shape[0] == 128 + 8
+    assert ours.config.text_config.vocab_size == ours.lm_head.weight.shape[0] == 128
+
+
+@pytest.mark.parametrize("family", STOCK)
+def test_what_would_be_read_as_another_model_is_not_written(family, tmp_path):
+    ours = fresh(family)
+    embeddings = ours.get_input_embeddings()
+    embeddings.weight = torch.nn.Parameter(torch.cat([embeddings.weight, embeddings.weight[:3]]).detach())
+    with pytest.raises(ValueError, match="embed_tokens"):
+        ours.save_pretrained(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_head_that_is_called_tied_and_is_not(tmp_path):
+    ours = cases.make("llama, factor 32, tied, older spelling").ours
+    ours.save_pretrained(tmp_path)
+    ours.lm_head.weight = torch.nn.Parameter(ours.lm_head.weight.detach().clone())
+    ours.save_pretrained(tmp_path)  # the same values, as those that are gathered from several devices
+    with torch.no_grad():
+        ours.lm_head.weight[0, 0] += 1
+    with pytest.raises(ValueError, match="tie_word_embeddings"):
+        ours.save_pretrained(tmp_path)
+    ours.config.tie_word_embeddings = False
+    ours.save_pretrained(tmp_path)
+    assert torch.equal(MllamaForConditionalGeneration.from_pretrained(tmp_path).lm_head.weight, ours.lm_head.weight)
