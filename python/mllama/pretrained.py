@@ -4,6 +4,7 @@ import copy
 import functools
 import os
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch.utils.checkpoint import checkpoint
@@ -109,10 +110,13 @@ class PretrainedMixin:
             raise ValueError("a PeftModel has put adapters into this model: save that, or the model after its merge_and_unload()")
         if is_main_process:
             save_model(self, save_directory, state_dict, max_shard_size)
+            if self.processor is not None:
+                self.processor.save_pretrained(save_directory)
             if push_to_hub:
                 push = {name: value for name, value in kwargs.items() if name in _PUSH_OPTIONS}
                 self.push_to_hub(**{"repo_id": os.path.basename(os.path.abspath(save_directory))} | push)
 
+    processor: Any = None  # of a fused model: what stands before it, saved with it
     older_files: Sequence = ()  # rows of `mllama.checkpoints.engine` for names that the format's own table does not know
 
     def load_state_dict(self, state_dict: dict[str, torch.Tensor], strict: bool = True, assign: bool = False):

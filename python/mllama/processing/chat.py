@@ -13,7 +13,7 @@ from transformers.feature_extraction_utils import BatchFeature
 from transformers.processing_utils import ProcessorMixin
 
 from mllama.processing.answers import apply_template, as_batch
-from mllama.processing.messages import ASSISTANT, as_parts, as_text
+from mllama.processing.messages import ASSISTANT, IMAGE_KEYS, as_parts, as_text
 from mllama.processing.options import on_cpu
 
 IGNORED = -100  # a label that no loss counts
@@ -126,8 +126,25 @@ def _processor_template(stock, processor: ProcessorMixin, conversation, chat_tem
     def render(messages: list[dict], **changes: Any) -> str:
         return stock(messages, chat_template, **{**rendering, **changes})
 
+    if template is not None and "image" not in template:
+        conversation, images = _images_apart(conversation, processor.image_token)
+        if any(images):
+            options["processor_kwargs"]["images"] = images if as_batch(conversation)[0] else images[0]
     places = {"processor_kwargs": {**options["processor_kwargs"], **_PLACES, "return_text_replacement_offsets": True}}
     return apply_template(call, render, template, processor.tokenizer, conversation, options, places)
+
+
+def _images_apart(conversation: Any, image_token: str) -> tuple[Any, list[list]]:
+    """A conversation or several for a template that knows texts alone, with placeholders in them; and the images of each."""
+    batched, conversations = as_batch(conversation)
+    images: list[list] = []
+    for messages in conversations:
+        images.append([])
+        for message in messages:
+            if isinstance(message["content"], list) and any(part["type"] == "image" for part in message["content"]):
+                images[-1] += [part[key] for part in message["content"] for key in IMAGE_KEYS if part["type"] == "image" and key in part]
+                message["content"] = as_text(message["content"], image_token)
+    return conversations if batched else conversations[0], images
 
 
 def _template_of(processor: ProcessorMixin, chat_template: str | None) -> str | None:
@@ -174,7 +191,7 @@ def _prefix_and_suffix(processor: ProcessorMixin, conversations: Sequence, optio
 
 
 def _image(part: Mapping) -> Any:
-    own = [part[key] for key in ("image", "path", "url") if part.get(key) is not None]
+    own = [part[key] for key in IMAGE_KEYS if part.get(key) is not None]
     if len(own) != 1:
         raise ValueError(f"an image part must bring one image, as image, path or url, got {len(own)}")
     return own[0]

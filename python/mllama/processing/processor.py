@@ -69,7 +69,7 @@ class MllamaImageProcessor(ChatTemplates, ProcessorMixin):
         tokenizer: a transformers tokenizer. It is changed: `<image>` is added where it is missing (len(processor.tokenizer) is then the
             vocabulary to make room for), and without a padding token it pads with its end-of-text token.
         num_image_token: placeholders per picture, `config.text_config.num_image_tokens`: (image_size // patch_size) ** 2, or fewer where
-            patches are pooled.
+            patches are pooled; 0 for a model whose pictures have no place in the text, where `<image>` in a prompt becomes nothing.
         image_size: pictures become image_size x image_size pixels.
         image_mean, image_std: of the normalisation, per channel.
         image_token: the placeholder.
@@ -80,7 +80,7 @@ class MllamaImageProcessor(ChatTemplates, ProcessorMixin):
 
     Raises:
         TypeError: tokenizer is no transformers tokenizer, a size no int, or image_token no str.
-        ValueError: a size below 1, a mean or deviation that cannot be one, or an empty image_token.
+        ValueError: an image_size below 1, a num_image_token below 0, a mean or deviation that cannot be one, or an empty image_token.
     """
 
     text_kwargs = {"padding": True, "return_tensors": "pt"}
@@ -98,11 +98,11 @@ class MllamaImageProcessor(ChatTemplates, ProcessorMixin):
         location_tokens: bool = False,
         chat_template: str | None = None,
     ):
-        for name, value in (("num_image_token", num_image_token), ("image_size", image_size)):
+        for name, value, least in (("num_image_token", num_image_token, 0), ("image_size", image_size, 1)):
             if not isinstance(value, int) or isinstance(value, bool):
                 raise TypeError(f"{name} must be an int, got {type(value).__name__}")
-            if value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
+            if value < least:
+                raise ValueError(f"{name} must be at least {least}, got {value}")
         if not isinstance(image_token, str):
             raise TypeError(f"image_token must be a str, got {type(image_token).__name__}")
         if not image_token.strip():
@@ -243,8 +243,8 @@ class MllamaImageProcessor(ChatTemplates, ProcessorMixin):
         llava = self._llava
         if llava is None:
             side = math.isqrt(self.image_seq_length)
-            patch = self.image_size // side
-            if side**2 != self.image_seq_length or patch == 0 or self.image_size // patch != side:
+            patch = self.image_size // max(side, 1)
+            if side == 0 or side**2 != self.image_seq_length or patch == 0 or self.image_size // patch != side:
                 patch = self.image_size  # one patch, and the others are additional: so any number can be said
             more = self.image_seq_length - (self.image_size // patch) ** 2
             llava = {"patch_size": patch, "vision_feature_select_strategy": "full", "num_additional_image_tokens": more}
