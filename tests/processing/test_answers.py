@@ -252,6 +252,11 @@ def test_what_is_no_conversation(talks, error):
         chat_labels(None, TALK)
 
 
+def test_a_text_model_takes_no_images():
+    with pytest.raises(ValueError, match="image"):
+        make(templates.CHATML).apply_chat_template([{"role": "user", "content": [{"type": "image"}]}])
+
+
 def test_nothing_left_to_train():
     with pytest.raises(ValueError, match="max_length"):
         chat_labels(make(templates.CHATML), TALK, truncation=True, max_length=5)

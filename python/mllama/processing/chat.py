@@ -92,6 +92,10 @@ def apply_tokenizer_template(tokenizer: PreTrainedTokenizerBase, conversation, *
     options.pop("kwargs", None)
     options.pop("conversation")
     template = tokenizer.get_chat_template(options["chat_template"], options["tools"])
+    if "image" not in template:
+        parts = [part for messages in as_batch(conversation)[1] for message in messages for part in _parts(message)]
+        if any(part["type"] == "image" for part in parts):
+            raise ValueError("conversation holds an image, which the chat template of a text model does not take")
     rendering = {
         **options,
         "tokenize": False,
@@ -141,10 +145,15 @@ def _images_apart(conversation: Any, image_token: str) -> tuple[Any, list[list]]
     for messages in conversations:
         images.append([])
         for message in messages:
-            if isinstance(message["content"], list) and any(part["type"] == "image" for part in message["content"]):
-                images[-1] += [part[key] for part in message["content"] for key in IMAGE_KEYS if part["type"] == "image" and key in part]
+            shown = [part for part in _parts(message) if part["type"] == "image"]
+            images[-1] += [part[key] for part in shown for key in IMAGE_KEYS if key in part]
+            if shown:
                 message["content"] = as_text(message["content"], image_token)
     return conversations if batched else conversations[0], images
+
+
+def _parts(message: dict) -> list[dict]:
+    return message["content"] if isinstance(message["content"], list) else []
 
 
 def _template_of(processor: ProcessorMixin, chat_template: str | None) -> str | None:
