@@ -91,7 +91,8 @@ def _processor(
     if images is not None:
         settings = {"image_mean": images.image_mean, "image_std": images.image_std}
     template = tokenizer.chat_template if isinstance(tokenizer.chat_template, str) else None
-    processor = MllamaImageProcessor(tokenizer, count, size, image_token=token, chat_template=template, **settings)
+    processor = MllamaImageProcessor(tokenizer, count or 1, size, image_token=token, chat_template=template, **settings)
+    processor.image_seq_length = count
     if images is not None:
         own = images.to_dict() | {"size": {"height": size, "width": size}}
         processor.image_processor = SquareImageProcessor.from_dict(own)

@@ -214,7 +214,7 @@ def test_bad_calls(processor, arguments, error, match):
 @pytest.mark.parametrize(
     ("arguments", "error", "match"),
     [
-        ({"num_image_token": -1}, ValueError, "num_image_token must be at least 0, got -1"),
+        ({"num_image_token": 0}, ValueError, "num_image_token must be at least 1, got 0"),
         ({"num_image_token": 16.0}, TypeError, "num_image_token must be an int, got float"),
         ({"image_size": -1}, ValueError, "image_size must be at least 1, got -1"),
         ({"image_size": True}, TypeError, "image_size must be an int, got bool"),

@@ -62,14 +62,14 @@ class MllamaImageProcessor(ChatTemplates, ProcessorMixin):
     - One that holds `<image>`, once per picture, as `apply_chat_template` writes it: each is expanded in place and nothing is added, except
       what the tokenizer itself adds to every text (some put BOS in front), and that not where the text has BOS already.
 
-    Attributes: tokenizer, image_processor, chat_template, image_size, image_seq_length (placeholders per picture), IMAGE_TOKEN (also
-    image_token), image_token_id.
+    Attributes: tokenizer, image_processor, chat_template, image_size, image_seq_length (placeholders per picture; 0 in a folder whose model
+    has no place for pictures in the text, so that `<image>` becomes nothing), IMAGE_TOKEN (also image_token), image_token_id.
 
     Args:
         tokenizer: a transformers tokenizer. It is changed: `<image>` is added where it is missing (len(processor.tokenizer) is then the
             vocabulary to make room for), and without a padding token it pads with its end-of-text token.
         num_image_token: placeholders per picture, `config.text_config.num_image_tokens`: (image_size // patch_size) ** 2, or fewer where
-            patches are pooled; 0 for a model whose pictures have no place in the text, where `<image>` in a prompt becomes nothing.
+            patches are pooled.
         image_size: pictures become image_size x image_size pixels.
         image_mean, image_std: of the normalisation, per channel.
         image_token: the placeholder.
@@ -80,7 +80,7 @@ class MllamaImageProcessor(ChatTemplates, ProcessorMixin):
 
     Raises:
         TypeError: tokenizer is no transformers tokenizer, a size no int, or image_token no str.
-        ValueError: an image_size below 1, a num_image_token below 0, a mean or deviation that cannot be one, or an empty image_token.
+        ValueError: a size below 1, a mean or deviation that cannot be one, or an empty image_token.
     """
 
     text_kwargs = {"padding": True, "return_tensors": "pt"}
@@ -98,11 +98,11 @@ class MllamaImageProcessor(ChatTemplates, ProcessorMixin):
         location_tokens: bool = False,
         chat_template: str | None = None,
     ):
-        for name, value, least in (("num_image_token", num_image_token, 0), ("image_size", image_size, 1)):
+        for name, value in (("num_image_token", num_image_token), ("image_size", image_size)):
             if not isinstance(value, int) or isinstance(value, bool):
                 raise TypeError(f"{name} must be an int, got {type(value).__name__}")
-            if value < least:
-                raise ValueError(f"{name} must be at least {least}, got {value}")
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
         if not isinstance(image_token, str):
             raise TypeError(f"image_token must be a str, got {type(image_token).__name__}")
         if not image_token.strip():
@@ -214,14 +214,15 @@ class MllamaImageProcessor(ChatTemplates, ProcessorMixin):
                 f"{where}: {size.height} pixels in patches of {patch}, and {more!r} more, are not up to {MAX_IMAGE_TOKENS} tokens"
             )
         tokenizer = load_tokenizer(where, **kwargs)
+        placeholders = (size.height // patch) ** 2 + more - (llava["vision_feature_select_strategy"] == "default")
         processor = cls(
             tokenizer,
-            (size.height // patch) ** 2 + more - (llava["vision_feature_select_strategy"] == "default"),
+            placeholders or 1,
             size.height,
             image_token=settings.get("image_token", IMAGE_TOKEN),
             chat_template=settings.get("chat_template") or tokenizer.chat_template or "",
         )
-        processor.image_processor = image_processor
+        processor.image_processor, processor.image_seq_length = image_processor, placeholders
         processor._llava = llava
         return processor
 
