@@ -6,6 +6,8 @@ from transformers import GemmaConfig, LlamaConfig, LlamaForCausalLM, SiglipVisio
 
 import mllama
 import twins
+from mllama.cli import main
+from mllama.processing.auto import encode_messages
 
 OPTIONS = {
     "merge": {"image_token_index": 200},
@@ -137,3 +139,46 @@ def test_what_does_not_fit_is_refused():
         first, options = (wrong[:-1], wrong[-1]) if isinstance(wrong[-1], dict) else (wrong, {})
         with pytest.raises(error, match=named):
             mllama.fuse(*first, **options)
+
+
+@pytest.mark.parametrize("fusion", OPTIONS)
+def test_the_processor_is_made_of_both_folders(family_folder, picture_file, fusion, tmp_path, capsys):
+    llama = mllama.MllamaForConditionalGeneration.from_pretrained(family_folder("llama"), dtype="float32")
+    siglip = mllama.SiglipModel.from_pretrained(family_folder("siglip"), dtype="float32")
+    options = {name: value for name, value in OPTIONS[fusion].items() if name != "image_token_index"}
+    model = mllama.fuse(llama, siglip, fusion, **options)
+    model.save_pretrained(tmp_path)
+    read, processor = mllama.load(tmp_path, dtype="float32", device="cpu")
+
+    tokenizer, images = mllama.load_processor(family_folder("llama")), mllama.load_processor(family_folder("siglip"))
+    messages = [{"role": "user", "content": "What is it?"}]
+    inputs = encode_messages(processor, messages, [picture_file])
+    assert torch.equal(inputs["pixel_values"], images([picture_file], return_tensors="pt")["pixel_values"])
+    places = inputs["input_ids"] == processor.image_token_id
+    assert places.sum() == (twins.PATCHES if fusion == "merge" else 0)
+    assert torch.equal(inputs["input_ids"][~places][None], encode_messages(tokenizer, messages)["input_ids"])
+    with torch.no_grad():
+        assert torch.equal(read(**inputs).logits, model(**inputs).logits)
+
+    answer = mllama.ask(picture_file, "What is it?", read, processor, max_new_tokens=5)
+    said = model.generate(**inputs, **GREEDY)[0, inputs["input_ids"].shape[1] :]
+    assert answer == tokenizer.decode(said, skip_special_tokens=True).strip()
+    assert main(["ask", str(picture_file), "What is it?", "--model", str(tmp_path), "--dtype", "float32", "--max-new-tokens", "5"]) == 0
+    assert capsys.readouterr().out.strip() == answer
+
+    talk = [{"role": "user", "content": [{"type": "image", "path": str(picture_file)}, {"type": "text", "text": "a"}]}]
+    batch = mllama.chat_labels(processor, [[*talk, {"role": "assistant", "content": "b"}]])
+    assert torch.equal(batch["pixel_values"], inputs["pixel_values"]) and read(**batch).loss.isfinite()
+
+
+def test_a_processor_of_another_tokenizer(make_tokenizer, tmp_path):
+    tokenizer = make_tokenizer()
+    tokenizer.add_tokens(["<picture>"], special_tokens=True)
+    llama, place = text(vocab_size=len(tokenizer)), len(tokenizer) - 1
+    model = mllama.fuse(llama, vision(), tokenizer=tokenizer, image_token_index=place)
+    assert model.processor.image_token == "<picture>" and model.processor.image_token_id == place
+    assert mllama.fuse(llama, vision()).processor is None  # made in memory: there is no tokenizer
+    with pytest.warns(UserWarning, match="image_token_index"):
+        assert mllama.fuse(llama, vision(), tokenizer=tokenizer, image_token_index=9).processor is None
+    with pytest.raises(TypeError, match="tokenizer"):
+        mllama.fuse(llama, vision(), tokenizer="a")

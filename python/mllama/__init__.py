@@ -49,7 +49,7 @@ _HOME = {
     "chat_labels": "processing.chat",
     "convert_linears_to_lora": "lora",
     "convert_to_lora": "lora",
-    "fuse": "fusing",
+    "fuse": "seeing",
     "load": "api",
     "load_hf_model": "hf",
     "load_lora": "lora",

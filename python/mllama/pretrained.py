@@ -156,6 +156,8 @@ class PretrainedMixin(_Model):
                     save_adapter_folder(self, Path(save_directory), state_dict, strict=False)
                 else:
                     save_model(self, save_directory, state_dict, max_shard_size)
+                if self.processor is not None:
+                    self.processor.save_pretrained(save_directory)
                 if push_to_hub:
                     push = {name: value for name, value in kwargs.items() if name in _PUSH_OPTIONS}
                     self.push_to_hub(**{"repo_id": os.path.basename(os.path.abspath(save_directory))} | push)
@@ -171,6 +173,8 @@ class PretrainedMixin(_Model):
         learning = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
         return {name: tensor for name, tensor in state.items() if ".lora_" in name or name in learning}
 
+
+    processor: Any = None  # of a fused model: what stands before it, saved with it
     older_files: Sequence = ()  # rows of `mllama.checkpoints.engine` for names that the format's own table does not know
 
     @property

@@ -12,6 +12,7 @@ from PIL import Image
 
 import mllama
 from mllama import api
+from mllama.assets import EMBEDDED
 from mllama.dropin.__main__ import main
 
 OLDER = Path(__file__).parent.parent.parent / "examples" / "older"
@@ -293,6 +294,54 @@ def test_a_model_is_fetched_with_metas_tokenizer(run, monkeypatch, tmp_path):
     ]
     patterns = {kind: asked[kind] for kind in ("allow_patterns", "ignore_patterns")}
     assert list(filter_repo_objects(files, **patterns)) == files[:4]
+
+
+def test_without_arguments_paligemma_is_fetched(run, monkeypatch):
+    """As the READMEs of such projects say."""
+    asked = []
+    monkeypatch.setattr("mllama.checkpoints.hub.model_info", lambda model_id, **options: None)
+    monkeypatch.setattr(
+        "mllama.checkpoints.hub.snapshot_download",
+        lambda name, **options: asked.append((name, options["local_dir"])) or options["local_dir"],
+    )
+    folder = "models/paligemma-weights/paligemma-3b-pt-224"
+    assert run("get_tokenizer")[:2] == (0, f"{folder}\n") and asked == [("google/paligemma-3b-pt-224", folder)]
+    monkeypatch.undo()
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    code, out, err = run("get_tokenizer")
+    assert (code, out, err.count("\n")) == (2, "", 1) and "google/paligemma-3b-pt-224" in err
+
+
+# ---- the commands of older READMEs, from the repository's root
+
+
+@pytest.mark.usefixtures("fire")
+def test_commands_of_older_readmes(run_python, tmp_path):
+    root, drawn = OLDER.parent.parent, "examples/pictures/drawn.png"
+    answer = expected(None, root / drawn, "How many circles?")
+    given = ["--prompt", "How many circles?", "--image_file_path", drawn, "--only_cpu", "True"]
+    assert read(run_python("dev/inference.py", *given, cwd=root).stdout) == ("How many circles?", answer)
+    for program, arguments, cwd in (
+        ("sh", ["dev/launch_inference.sh"], root),
+        ("sh", ["launch_inference.sh"], root / "dev"),
+        ("sh", [root / "dev" / "launch_inference.sh"], tmp_path),
+    ):
+        ended = run_python(*arguments, cwd=cwd, program=program, env={"ONLY_CPU": "True"})
+        assert read(ended.stdout) == ("How many circles?", answer), ended.stderr
+    shutil.copytree(root / "dev", tmp_path / "dev")  # on its own
+    ended = run_python(
+        "dev/launch_inference.sh", cwd=tmp_path, program="sh", env={"IMAGE_FILE_PATH": str(root / drawn), "ONLY_CPU": "True"}
+    )
+    assert read(ended.stdout) == ("How many circles?", answer), ended.stderr
+
+
+def test_the_cat_of_the_readmes(run_python):
+    root = OLDER.parent.parent
+    cat = root / "examples" / "cat.jpg"
+    assert cat.stat().st_size < 60_000 and "cat.jpg" in (root / "examples" / "README.md").read_text()
+    options = ["--image", "examples/cat.jpg", "--prompt", "What is this?", "--cpu", "--dtype", "float32", "--max-new-tokens", 8]
+    ended = run_python("Inference/Inference.py", *options, "--model-id", EMBEDDED, cwd=root)
+    assert (ended.returncode, ended.stdout) == (0, expected(None, cat, "What is this?", max_new_tokens=8) + "\n"), ended.stderr
 
 
 def test_what_cannot_be_fetched_is_one_line(run, monkeypatch):

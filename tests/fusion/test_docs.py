@@ -12,10 +12,11 @@ from mllama import MllamaForConditionalGeneration, SiglipModel
 PAGE = Path(__file__).parents[2] / "docs" / "fusion.md"
 
 
-def test_the_recipes_run(monkeypatch, tmp_path):
-    twins.randomise(MllamaForConditionalGeneration(LlamaConfig(**twins.TEXT | {"num_hidden_layers": 4}))).save_pretrained(
-        tmp_path / "llama"
-    )
+def test_the_recipes_run(monkeypatch, make_tokenizer, tmp_path):
+    tokenizer = make_tokenizer()
+    config = LlamaConfig(**twins.TEXT | {"num_hidden_layers": 4, "vocab_size": len(tokenizer), "max_position_embeddings": 512})
+    twins.randomise(MllamaForConditionalGeneration(config)).save_pretrained(tmp_path / "llama")
+    tokenizer.save_pretrained(tmp_path / "llama")
     twins.randomise(SiglipModel(SiglipVisionConfig(**twins.VISION))).save_pretrained(tmp_path / "siglip")
     monkeypatch.chdir(tmp_path)
     code, names = "\n".join(re.findall(r"^```python\n(.*?)^```", PAGE.read_text(), re.MULTILINE | re.DOTALL)), {}

@@ -1,6 +1,7 @@
 """The assistant's tokens of a conversation, by any chat template, and labels of them."""
 
 import copy
+import dataclasses
 import pickle
 
 import pytest
@@ -250,6 +251,17 @@ def test_what_is_no_conversation(talks, error):
             call()
     with pytest.raises(TypeError, match="processor"):
         chat_labels(None, TALK)
+
+
+def test_messages_may_be_objects():
+    message = dataclasses.make_dataclass("Message", ["role", "content", "tool_calls"])
+    talk = [message(turn["role"], turn["content"], None) for turn in TALK]
+    assert answers(templates.LLAMA_VISION, talk) == answers(templates.LLAMA_VISION, TALK)
+
+
+def test_a_text_model_takes_no_images():
+    with pytest.raises(ValueError, match="image"):
+        make(templates.CHATML).apply_chat_template([{"role": "user", "content": [{"type": "image"}]}])
 
 
 def test_nothing_left_to_train():

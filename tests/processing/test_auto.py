@@ -353,6 +353,41 @@ def test_bad_messages(make, noise, family, messages, pictures, error, match):
         encode_messages(make(family), messages, [noise()] * pictures)
 
 
+@pytest.mark.parametrize("family", ["llava", "mllama", "paligemma"])
+@pytest.mark.parametrize(
+    ("arguments", "error", "named"),
+    [
+        ({}, ValueError, "text"),
+        ({"text": []}, ValueError, "text"),
+        ({"text": [None]}, TypeError, "text"),
+        ({"text": 5}, TypeError, "text"),
+        ({"images": []}, ValueError, "picture|image"),
+        ({"images": [None]}, (TypeError, ValueError), "picture|image"),
+        ({"text": ["PLACE a"]}, ValueError, "<"),
+        ({"text": ["PLACE PLACE a"], "images": [["noise"]]}, ValueError, "<"),
+        ({"text": ["PLACE a"], "images": [["noise", "noise"]]}, ValueError, "<"),
+        ({"text": ["a"], "padding": "longst"}, ValueError, "padding"),
+        ({"text": ["a"], "truncation": True, "max_length": -1}, ValueError, "max_length"),
+        ({"text": ["a"], "return_tensors": "xx"}, ValueError, "return_tensors"),
+        ({"text": ["PLACE a"], "images": [["noise"]], "size": "x"}, TypeError, "size"),
+    ],
+    ids=str,
+)
+def test_bad_calls_name_the_argument(make, noise, family, arguments, error, named):
+    place = "<|image|>" if family == "mllama" else "<image>"
+    given = {name: value for name, value in arguments.items() if name not in ("text", "images")}
+    if "text" in arguments:
+        text = arguments["text"]
+        given["text"] = (
+            [part.replace("PLACE", place) if isinstance(part, str) else part for part in text] if isinstance(text, list) else text
+        )
+    if "images" in arguments:
+        given["images"] = [[noise() for _ in row] if isinstance(row, list) else row for row in arguments["images"]]
+    with pytest.raises(error, match=named) as raised:
+        make(family)(**given)
+    assert "\n" not in str(raised.value) and len(str(raised.value)) < 400
+
+
 def test_pictures_must_be_a_list(make, noise):
     with pytest.raises(TypeError, match="pictures must be a list, got Image"):
         encode_messages(make("mllama"), [user("a")], noise())

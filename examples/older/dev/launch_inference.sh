@@ -1,6 +1,6 @@
 #!/bin/sh
 # Change the values below, or set the variables in the environment; without MODEL_PATH the embedded model answers.
-HERE=$(cd "$(dirname "$0")" && pwd)
+HERE=$(cd "$(dirname "$0")" && pwd -P)  # behind links
 
 MODEL_PATH="${MODEL_PATH-}"
 PROMPT="${PROMPT-How many circles?}"
@@ -13,7 +13,10 @@ ONLY_CPU="${ONLY_CPU-False}"
 
 PYTHON="${PYTHON-$(command -v python || command -v python3)}"
 
-exec "$PYTHON" "$HERE/../inference.py" \
+PROGRAM="$HERE/../inference.py"
+[ -f "$PROGRAM" ] || PROGRAM="$HERE/inference.py"  # of a copied dev folder
+
+exec "$PYTHON" "$PROGRAM" \
     --model_path="$MODEL_PATH" \
     --prompt="$PROMPT" \
     --image_file_path="$IMAGE_FILE_PATH" \

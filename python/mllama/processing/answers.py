@@ -87,7 +87,7 @@ def find_answers(messages: list[dict], render: Callable[..., str], names: re.Pat
         ValueError: they cannot be found, or none is written.
     """
     text = render(messages)
-    mark = unused_mark(text + str(messages))
+    mark = unused_mark(text)
     for before, empty in (
         (True, True),
         (True, False),

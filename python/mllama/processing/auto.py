@@ -14,7 +14,7 @@ from transformers.processing_utils import ProcessorMixin
 from mllama.processing.chat import with_answers
 from mllama.processing.folders import load_tokenizer, read_object, read_settings
 from mllama.processing.image import download_urls
-from mllama.processing.messages import as_messages, as_parts, as_text
+from mllama.processing.messages import IMAGE_KEYS, as_messages, as_parts, as_text
 from mllama.processing.options import on_cpu
 from mllama.processing.paligemma import PaliGemmaProcessor
 from mllama.processing.processor import MllamaImageProcessor
@@ -37,7 +37,6 @@ _BY_MODEL = {
     "siglip_vision_model": SquareImageProcessor,
 }
 _BY_PICTURES = {"MllamaImageProcessor": TiledProcessor, "SiglipImageProcessor": SquareImageProcessor}
-_PICTURE_KEYS = ("image", "path", "url", "base64")
 
 
 def load_processor(path: str | os.PathLike) -> ProcessorMixin | SquareImageProcessor | PreTrainedTokenizerBase:
@@ -185,7 +184,7 @@ def _place(turns: list[dict], pictures: list, image_token: str | None) -> list:
     rest, placed = iter(pictures), []
     for part in parts:
         if part["type"] == "image":
-            own = [part.pop(key) for key in _PICTURE_KEYS if part.get(key) is not None]
+            own = [part.pop(key) for key in IMAGE_KEYS if part.get(key) is not None]
             if len(own) > 1:
                 raise ValueError(f"an image part must bring one picture, got {len(own)}")
             placed += own or [next(rest, None)]

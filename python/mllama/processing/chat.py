@@ -13,7 +13,7 @@ from transformers.feature_extraction_utils import BatchFeature
 from transformers.processing_utils import ProcessorMixin
 
 from mllama.processing.answers import apply_template, as_batch
-from mllama.processing.messages import ASSISTANT, as_parts, as_text
+from mllama.processing.messages import ASSISTANT, IMAGE_KEYS, as_parts, as_text
 from mllama.processing.options import on_cpu
 
 IGNORED = -100  # a label that no loss counts
@@ -92,6 +92,10 @@ def apply_tokenizer_template(tokenizer: PreTrainedTokenizerBase, conversation, *
     options.pop("kwargs", None)
     options.pop("conversation")
     template = tokenizer.get_chat_template(options["chat_template"], options["tools"])
+    if "image" not in template:
+        parts = [part for messages in as_batch(conversation)[1] for message in messages for part in _parts(message)]
+        if any(part["type"] == "image" for part in parts):
+            raise ValueError("conversation holds an image, which the chat template of a text model does not take")
     rendering = {
         **options,
         "tokenize": False,
@@ -126,8 +130,30 @@ def _processor_template(stock, processor: ProcessorMixin, conversation, chat_tem
     def render(messages: list[dict], **changes: Any) -> str:
         return stock(messages, chat_template, **{**rendering, **changes})
 
+    if template is not None and "image" not in template:
+        conversation, images = _images_apart(conversation, processor.image_token)
+        if any(images):
+            options["processor_kwargs"]["images"] = images if as_batch(conversation)[0] else images[0]
     places = {"processor_kwargs": {**options["processor_kwargs"], **_PLACES, "return_text_replacement_offsets": True}}
     return apply_template(call, render, template, processor.tokenizer, conversation, options, places)
+
+
+def _images_apart(conversation: Any, image_token: str) -> tuple[Any, list[list]]:
+    """A conversation or several for a template that knows texts alone, with placeholders in them; and the images of each."""
+    batched, conversations = as_batch(conversation)
+    images: list[list] = []
+    for messages in conversations:
+        images.append([])
+        for message in messages:
+            shown = [part for part in _parts(message) if part["type"] == "image"]
+            images[-1] += [part[key] for part in shown for key in IMAGE_KEYS if key in part]
+            if shown:
+                message["content"] = as_text(message["content"], image_token)
+    return conversations if batched else conversations[0], images
+
+
+def _parts(message: dict) -> list[dict]:
+    return message["content"] if isinstance(message["content"], list) else []
 
 
 def _template_of(processor: ProcessorMixin, chat_template: str | None) -> str | None:
@@ -174,7 +200,7 @@ def _prefix_and_suffix(processor: ProcessorMixin, conversations: Sequence, optio
 
 
 def _image(part: Mapping) -> Any:
-    own = [part[key] for key in ("image", "path", "url") if part.get(key) is not None]
+    own = [part[key] for key in IMAGE_KEYS if part.get(key) is not None]
     if len(own) != 1:
         raise ValueError(f"an image part must bring one image, as image, path or url, got {len(own)}")
     return own[0]

@@ -1,11 +1,14 @@
 """Conversations as chat templates take them: checked copies of messages, their contents in the form that a template reads."""
 
+import dataclasses
 import re
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 Render = Callable[[list[dict]], str]  # messages -> what the template writes
 
 ASSISTANT = "assistant"  # the role of messages that the model says
+IMAGE_KEYS = ("image", "path", "url")  # of a part that brings its image
 _CLOSED = re.compile(r"</\w+>\s*(?=\S)")  # behind thoughts, which templates cut off
 _TOOL_ROLES = ("tool", "ipython")  # whose content may be a JSON object
 
@@ -30,7 +33,11 @@ def as_messages(messages: Sequence[Mapping], where: str = "messages") -> list[di
     return [_as_message(message, f"message {number}") for number, message in enumerate(messages)]
 
 
-def _as_message(message: Mapping, where: str) -> dict:
+def _as_message(message: Any, where: str) -> dict:
+    if dataclasses.is_dataclass(message) and not isinstance(message, type):
+        message = {field.name: getattr(message, field.name) for field in dataclasses.fields(message)}
+    elif callable(getattr(message, "model_dump", None)):  # pydantic's, as clients of chat services have
+        message = message.model_dump()
     if not isinstance(message, Mapping):
         raise TypeError(f"{where} must be a dict, got {type(message).__name__}")
     role, content = message.get("role"), message.get("content")
@@ -81,7 +88,7 @@ def fit_contents(messages: list[dict], render: Render) -> list[dict]:
         messages: as `as_messages` returns them.
         render: may raise anything.
     """
-    mark = unused_mark(str(messages))
+    mark = unused_mark("".join(as_text(message["content"]) for message in messages if _is_text(message)))
     forms = [
         messages,
         [_with_content(message, as_text) for message in messages],

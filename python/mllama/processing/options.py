@@ -1,26 +1,38 @@
 """The options of a processor's call: transformers' own, each honored or refused by name."""
 
+import contextlib
 import difflib
 import functools
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from transformers.processing_utils import ImagesKwargs, ProcessorMixin, TextKwargs
 
 _WHOLE_CALL = ("return_mm_token_type_ids", "return_text_replacement_offsets")
 _GROUPS = ("text_kwargs", "images_kwargs", "common_kwargs")
 
 
+_TRUNCATION = ("longest_first", "only_first", "only_second", "do_not_truncate")
 # Options that are taken with some values alone: name -> (whether a value is one of them, what to say of others).
 Refusals = Mapping[str, tuple[Callable[[Any], bool], str]]
+_TENSORS = (lambda value: value in (None, "pt", "np"), "it is 'pt', 'np' or None")
+_COUNT = (lambda value: value is None or (isinstance(value, int) and not isinstance(value, bool) and value > 0), "it is a number above 0")
 IMAGES: Refusals = {
+    "return_tensors": _TENSORS,
     "data_format": (lambda value: value in (None, "channels_first"), "pixel_values are channels first"),
     "device": (lambda value: value is None or torch.device(value).type == "cpu", "images are processed on the CPU; move what is returned"),
     "do_convert_rgb": (lambda value: value is not False, "images are always made RGB"),
     "image_seq_length": (lambda value: value is None, "it is the processor's, not the call's"),
 }
 TEXT: Refusals = {
+    "max_length": _COUNT,
+    "pad_to_multiple_of": _COUNT,
+    "padding": (lambda value: value in (True, False, None, "longest", "max_length", "do_not_pad"), "it is True, False or 'max_length'"),
+    "padding_side": (lambda value: value in (None, "left", "right"), "it is 'left' or 'right'"),
+    "return_tensors": _TENSORS,
+    "truncation": (lambda value: value in (True, False, None, *_TRUNCATION), f"it is True, False, {', '.join(map(repr, _TRUNCATION))}"),
     "is_split_into_words": (lambda value: not value, "a prompt is one text"),
     "return_overflowing_tokens": (lambda value: not value, "a prompt is one row"),
     "stride": (lambda value: not value, "a prompt is one row"),
@@ -66,7 +78,22 @@ def merge_options(processor: ProcessorMixin, options: Mapping[str, Any], refused
         check_names(processor, inner or {}, known[group], f" in {group}")
         check_values(inner or {}, refused)
     given = {name: value for name, value in options.items() if value is not None or name not in _GROUPS}
-    return processor._merge_kwargs(tokenizer_init_kwargs=processor.tokenizer.init_kwargs, **given)
+    with in_one_line():
+        return processor._merge_kwargs(tokenizer_init_kwargs=processor.tokenizer.init_kwargs, **given)
+
+
+@contextlib.contextmanager
+def in_one_line() -> Iterator[None]:
+    """What transformers' check of options raises, as one line.
+
+    Raises:
+        TypeError, ValueError: as the reason is one.
+    """
+    try:
+        yield
+    except StrictDataclassError as error:
+        kind = TypeError if isinstance(error.__cause__, TypeError) else ValueError
+        raise kind(" ".join(str(error).split())[:300]) from error
 
 
 def check_names(owner: Any, options: Iterable[str], known: Iterable[str], where: str = "") -> None:

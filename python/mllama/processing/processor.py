@@ -65,8 +65,8 @@ class MllamaImageProcessor(ChatTemplates, ProcessorMixin):
     - One that holds `<image>`, once per picture, as `apply_chat_template` writes it: each is expanded in place and nothing is added, except
       what the tokenizer itself adds to every text (some put BOS in front), and that not where the text has BOS already.
 
-    Attributes: tokenizer, image_processor, chat_template, image_size, image_seq_length (placeholders per picture), IMAGE_TOKEN (also
-    image_token), image_token_id.
+    Attributes: tokenizer, image_processor, chat_template, image_size, image_seq_length (placeholders per picture; 0 in a folder whose model
+    has no place for pictures in the text, so that `<image>` becomes nothing), IMAGE_TOKEN (also image_token), image_token_id.
 
     Args:
         tokenizer: a transformers tokenizer. It is changed: `<image>` is added where it is missing (len(processor.tokenizer) is then the
@@ -232,14 +232,15 @@ class MllamaImageProcessor(ChatTemplates, ProcessorMixin):
                 f"{where}: {size.height} pixels in patches of {patch}, and {more!r} more, are not up to {MAX_IMAGE_TOKENS} tokens"
             )
         tokenizer = load_tokenizer(where, **kwargs)
+        placeholders = (size.height // patch) ** 2 + more - (llava["vision_feature_select_strategy"] == "default")
         processor = cls(
             tokenizer,
-            (size.height // patch) ** 2 + more - (llava["vision_feature_select_strategy"] == "default"),
+            placeholders or 1,
             size.height,
             image_token=settings.get("image_token", IMAGE_TOKEN),
             chat_template=settings.get("chat_template") or tokenizer.chat_template or "",
         )
-        processor.image_processor = image_processor
+        processor.image_processor, processor.image_seq_length = image_processor, placeholders
         processor._llava = llava
         return processor
 
@@ -261,8 +262,8 @@ class MllamaImageProcessor(ChatTemplates, ProcessorMixin):
         llava = self._llava
         if llava is None:
             side = math.isqrt(self.image_seq_length)
-            patch = self.image_size // side
-            if side**2 != self.image_seq_length or patch == 0 or self.image_size // patch != side:
+            patch = self.image_size // max(side, 1)
+            if side == 0 or side**2 != self.image_seq_length or patch == 0 or self.image_size // patch != side:
                 patch = self.image_size  # one patch, and the others are additional: so any number can be said
             more = self.image_seq_length - (self.image_size // patch) ** 2
             llava = {"patch_size": patch, "vision_feature_select_strategy": "full", "num_additional_image_tokens": more}

@@ -73,7 +73,7 @@ def in_order(text, images, *others) -> tuple:
         raise ValueError("give text, images, or both")
     if text is None or _is_text(text):
         return text, images
-    if _is_pictures(text) and (images is None or _is_text(images)):
+    if _is_pictures(text) and not _is_nothing(text) and (images is None or _is_text(images)):
         return images, text
     raise TypeError(f"text must be a prompt or a list of prompts, got {type(text).__name__}; name them: processor(text=..., images=...)")
 
@@ -146,6 +146,10 @@ def _refuse_several(picture) -> None:
 
 def _is_text(value) -> bool:
     return isinstance(value, str) or (isinstance(value, (list, tuple)) and all(isinstance(item, str) for item in value))
+
+
+def _is_nothing(value) -> bool:
+    return value is None or (isinstance(value, (list, tuple)) and all(map(_is_nothing, value)))
 
 
 def _is_pictures(value) -> bool:

@@ -14,7 +14,7 @@ from transformers.models.siglip.image_processing_pil_siglip import SiglipImagePr
 
 from mllama.ops.image import resize, resize_normalize
 from mllama.processing.image import channel_values, download_urls, load_pixels, normalisation_table
-from mllama.processing.options import IMAGES, check_names, check_values, on_cpu
+from mllama.processing.options import IMAGES, check_names, check_values, in_one_line, on_cpu
 
 MAX_EDGE = 2**14  # of a result, in pixels
 RESAMPLE = {Image.Resampling.BILINEAR: "bilinear", Image.Resampling.BICUBIC: "bicubic"}
@@ -50,7 +50,9 @@ class OwnPictures:
     def preprocess(self, images, *args, allow_urls: bool = False, **kwargs) -> BatchFeature:
         check_names(self, kwargs, self.valid_kwargs.__annotations__)
         check_values(kwargs, self.refused)
-        return super().preprocess(download_urls(images, allow_urls), *args, **with_channels(kwargs))
+        images = download_urls(images, allow_urls)
+        with in_one_line():
+            return super().preprocess(images, *args, **with_channels(kwargs))
 
     def fetch_images(self, images):
         return images
@@ -75,6 +77,8 @@ class _OneSize(OwnPictures):
         return list(images) if getattr(images, "ndim", 3) == 4 else [images]
 
     def _preprocess(self, images, do_resize, size, resample, do_rescale, rescale_factor, do_normalize, image_mean, image_std, **kwargs):
+        if not images:
+            raise ValueError("images is empty: give at least one image")
         crop = kwargs["crop_size"] if kwargs.get("do_center_crop") else None
         for name, given in (("size", size if do_resize else None), ("crop_size", crop), ("pad_size", kwargs.get("pad_size"))):
             check_edges(name, given)

@@ -7,6 +7,8 @@ Errors are told as `mllama`'s own: one line on stderr and exit code 2.
 COMMANDS = {
     "Inference/Inference.py": "vision",
     "inference.py": "answer",
+    "dev/inference.py": "answer",
     "dev/launch_inference.sh": "launch",
     "dev/get_tokenizer.py": "get_tokenizer",
+    "scripts/convert_lo_ra.py": "convert_lo_ra",
 }

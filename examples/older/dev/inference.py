@@ -1,0 +1,8 @@
+"""One answer: `python dev/inference.py --model_path DIR --prompt TEXT --image_file_path FILE`, with the options of ../inference.py."""
+
+import sys
+
+from mllama.dropin.commands.answer import main
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
