@@ -173,7 +173,6 @@ class PretrainedMixin(_Model):
         learning = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
         return {name: tensor for name, tensor in state.items() if ".lora_" in name or name in learning}
 
-
     processor: Any = None  # of a fused model: what stands before it, saved with it
     older_files: Sequence = ()  # rows of `mllama.checkpoints.engine` for names that the format's own table does not know
 

@@ -221,12 +221,12 @@ def test_torchs_defaults_change_nothing(pair, noise, family, setting):
         return [rows, dict(chat_labels(ours, [talk])), dict(ours(images=[noise()], **options))]
 
     wanted = results()
-    device, dtype = torch.get_default_device(), torch.get_default_dtype()
+    dtype = torch.get_default_dtype()
     try:
         (torch.set_default_device if isinstance(setting, str) else torch.set_default_dtype)(setting)
         found = results()
     finally:
-        torch.set_default_device(device)
+        torch.set_default_device(None)
         torch.set_default_dtype(dtype)
     for ours, theirs in zip(found, wanted, strict=True):
         assert ours.keys() == theirs.keys()

@@ -8,7 +8,7 @@ from typing import Any
 Render = Callable[[list[dict]], str]  # messages -> what the template writes
 
 ASSISTANT = "assistant"  # the role of messages that the model says
-IMAGE_KEYS = ("image", "path", "url")  # of a part that brings its image
+IMAGE_KEYS = ("image", "path", "url", "base64")  # of a part that brings its image
 _CLOSED = re.compile(r"</\w+>\s*(?=\S)")  # behind thoughts, which templates cut off
 _TOOL_ROLES = ("tool", "ipython")  # whose content may be a JSON object
 

@@ -124,8 +124,8 @@ class PaliGemmaProcessor(ChatTemplates, StockFiles, stock.PaliGemmaProcessor):  
 
         Raises:
             TypeError: text or suffix is no text, a picture no picture, there are videos or audio, an option that is not known.
-            ValueError: an option's value that is not supported; rows of unequal length without padding; pictures and placeholders, or prompts and suffixes, differ in number; truncation cut into a picture's placeholders;
-                a picture that `load_picture` refuses.
+            ValueError: an option's value that is not supported; rows of unequal length without padding; pictures and placeholders, or
+                prompts and suffixes, differ in number; truncation cut into a picture's placeholders; a picture that `load_picture` refuses.
         """
         text, images = in_order(text, images, videos, audio)
         images = download_urls(images, allow_urls)

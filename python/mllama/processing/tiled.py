@@ -162,7 +162,8 @@ class TiledProcessor(ChatTemplates, StockFiles, MllamaProcessor):
 
         Raises:
             TypeError: text is no text, a picture no picture, there are videos or audio, an option that is not known.
-            ValueError: an option's value that is not supported; rows of unequal length without padding; pictures and `<|image|>` differ in number in some prompt, which a flat list for several prompts always does;
+            ValueError: an option's value that is not supported; rows of unequal length without padding; pictures and `<|image|>` differ
+            in number in some prompt, which a flat list for several prompts always does;
                 truncation cut an `<|image|>` away; a picture that `load_picture` refuses.
         """
         text, images = in_order(text, images, videos, audio)
