@@ -47,8 +47,8 @@ def check_built(model: PreTrainedModel) -> None:
 
 def _parts(config: PretrainedConfig) -> dict[str, dict[str, Any]]:
     """The fields of a config and of those in it, as they are."""
-    parts = {part: getattr(config, part, None) for part in config.sub_configs}
-    return {"": vars(config)} | {part: vars(own) for part, own in parts.items() if own is not None}
+    own = vars(config)
+    return {"": own} | {name: vars(value) for name, value in own.items() if isinstance(value, PretrainedConfig)}
 
 
 def _is_fewer_layers(model: PreTrainedModel, part: str, name: str, value: Any) -> bool:

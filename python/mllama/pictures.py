@@ -86,14 +86,16 @@ class PicturesMixin:
         """
         plan = self.plan
         given = {"vision_feature_layer": layer, "vision_feature_select_strategy": strategy, "interpolate_pos_encoding": interpolate}
-        check_special(plan, self.config.model_type, **given)
+        told = any(value is not None and value is not False for value in given.values())
+        if told:
+            check_special(plan, self.config.model_type, **given)
         features, skip = plan.features, plan.skip_first
         if layer is not None or strategy is not None:
             features, skip = select_features(self.config, plan.vision.num_hidden_layers + 1, layer, strategy)
         if features is not None and len(features) * plan.vision.hidden_size != plan.projector_sizes[0]:
             wanted = plan.projector_sizes[0] // plan.vision.hidden_size
             raise ValueError(f"vision_feature_layer must name {wanted} states, as many as the projector is wide for; got {layer!r}")
-        return Reading(features, skip, bool(interpolate), told=bool(layer is not None or strategy is not None or interpolate))
+        return Reading(features, skip, bool(interpolate), told)
 
     def _encode(self, pixel_values: torch.Tensor, reading: Reading, output_attentions: bool = False) -> tuple[torch.Tensor, tuple | None]:
         read = reading.features
