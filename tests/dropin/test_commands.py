@@ -1,5 +1,6 @@
 """The older command lines: what they print, what they refuse, and what Comet is told."""
 
+import runpy
 import shutil
 import sys
 import types
@@ -15,7 +16,8 @@ from mllama import api
 from mllama.assets import EMBEDDED
 from mllama.dropin.__main__ import main
 
-OLDER = Path(__file__).parent.parent.parent / "examples" / "older"
+ROOT = Path(__file__).parent.parent.parent
+OLDER = ROOT / "examples" / "older"
 VARIABLES = (
     "MODEL_PATH PROMPT IMAGE_FILE_PATH MAX_TOKENS_TO_GENERATE TEMPERATURE TOP_P DO_SAMPLE ONLY_CPU"
     " COMET_API_KEY COMET_PROJECT_NAME COMET_WORKSPACE"
@@ -315,33 +317,51 @@ def test_without_arguments_paligemma_is_fetched(run, monkeypatch):
 # ---- the commands of older READMEs, from the repository's root
 
 
+@pytest.fixture
+def run_file(monkeypatch, capsys):
+    """run_file(path, *arguments) -> stdout of a Python file of the repository, run from its root."""
+
+    def call(path: str, *arguments) -> str:
+        monkeypatch.chdir(ROOT)
+        monkeypatch.setattr(sys, "argv", [path, *map(str, arguments)])
+        with pytest.raises(SystemExit) as end:
+            runpy.run_path(path, run_name="__main__")
+        captured = capsys.readouterr()
+        assert end.value.code == 0, captured.err
+        return captured.out
+
+    return call
+
+
 @pytest.mark.usefixtures("fire")
-def test_commands_of_older_readmes(run_python, tmp_path):
-    root, drawn = OLDER.parent.parent, "examples/pictures/drawn.png"
-    answer = expected(None, root / drawn, "How many circles?")
-    given = ["--prompt", "How many circles?", "--image_file_path", drawn, "--only_cpu", "True"]
-    assert read(run_python("dev/inference.py", *given, cwd=root).stdout) == ("How many circles?", answer)
-    for program, arguments, cwd in (
-        ("sh", ["dev/launch_inference.sh"], root),
-        ("sh", ["launch_inference.sh"], root / "dev"),
-        ("sh", [root / "dev" / "launch_inference.sh"], tmp_path),
+def test_dev_inference(run_file):
+    drawn = "examples/pictures/drawn.png"
+    out = run_file("dev/inference.py", "--prompt", "How many circles?", "--image_file_path", drawn, "--only_cpu", "True")
+    assert read(out) == ("How many circles?", expected(None, ROOT / drawn, "How many circles?"))
+
+
+def test_the_launcher_runs_from_any_folder(run_python, tmp_path):
+    shutil.copytree(ROOT / "dev", tmp_path / "dev")  # on its own
+    tell = tmp_path / "tell"  # in Python's place
+    tell.write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
+    tell.chmod(0o755)
+    for script, cwd in (
+        ("dev/launch_inference.sh", ROOT),
+        ("launch_inference.sh", ROOT / "dev"),
+        (ROOT / "dev" / "launch_inference.sh", tmp_path),
+        ("dev/launch_inference.sh", tmp_path),
     ):
-        ended = run_python(*arguments, cwd=cwd, program=program, env={"ONLY_CPU": "True"})
-        assert read(ended.stdout) == ("How many circles?", answer), ended.stderr
-    shutil.copytree(root / "dev", tmp_path / "dev")  # on its own
-    ended = run_python(
-        "dev/launch_inference.sh", cwd=tmp_path, program="sh", env={"IMAGE_FILE_PATH": str(root / drawn), "ONLY_CPU": "True"}
-    )
-    assert read(ended.stdout) == ("How many circles?", answer), ended.stderr
+        program, *options = run_python(script, cwd=cwd, program="sh", env={"PYTHON": str(tell)}).stdout.splitlines()
+        picture = next(option for option in options if option.startswith("--image_file_path")).split("=")[1]
+        assert (cwd / program).is_file() and ((cwd / picture).is_file() or cwd == tmp_path)
 
 
-def test_the_cat_of_the_readmes(run_python):
-    root = OLDER.parent.parent
-    cat = root / "examples" / "cat.jpg"
-    assert cat.stat().st_size < 60_000 and "cat.jpg" in (root / "examples" / "README.md").read_text()
+def test_the_cat_of_the_readmes(run_file):
+    cat = ROOT / "examples" / "cat.jpg"
+    assert cat.stat().st_size < 60_000 and "cat.jpg" in (ROOT / "examples" / "README.md").read_text()
     options = ["--image", "examples/cat.jpg", "--prompt", "What is this?", "--cpu", "--dtype", "float32", "--max-new-tokens", 8]
-    ended = run_python("Inference/Inference.py", *options, "--model-id", EMBEDDED, cwd=root)
-    assert (ended.returncode, ended.stdout) == (0, expected(None, cat, "What is this?", max_new_tokens=8) + "\n"), ended.stderr
+    out = run_file("Inference/Inference.py", *options, "--model-id", EMBEDDED)
+    assert out == expected(None, cat, "What is this?", max_new_tokens=8) + "\n"
 
 
 def test_what_cannot_be_fetched_is_one_line(run, monkeypatch):

@@ -15,6 +15,7 @@ from mllama.processing.messages import ASSISTANT, as_messages, as_text, fit_cont
 
 Span = tuple[int, int]  # of characters
 _GENERATION = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
+_ENOUGH = 5  # characters at the end of a prompt that are no chance
 _THOUGHTS = ("reasoning_content", "thinking", "reasoning")
 
 
@@ -154,13 +155,19 @@ class _Spans:
 
     def _start(self, place: int, prompt: str | None, alone: str, first: int) -> int:
         """Where what the model says begins: behind the prompt for it, which may write more or less than the header of an answer."""
-        if prompt is not None and len(shared := os.path.commonprefix([prompt, self.whole])) in (len(prompt), first):
-            return min(len(shared), first)
+        shared = len(os.path.commonprefix([prompt or "", self.whole]))
+        if prompt is not None and (shared == len(prompt) or not self.whole[shared:first].strip()):
+            return min(shared, first)
         longer = _try(self._render, self._marked[: place + 1], add_generation_prompt=True)
         if longer is not None and longer.startswith(alone) and (header := longer[len(alone) :]):
             found = self.whole.rfind(header, 0, first)
             if found >= 0 and not self._marks.any.search(self.whole, found, first):
                 return found + len(header)
+        # Templates that move a text, a system message into the last question: by the end of the prompt, and what is blank before the answer.
+        blank = first - len(self.whole[:first].rstrip())
+        alike = [len(os.path.commonprefix([(prompt or "")[::-1], self.whole[: first - more][::-1]])) for more in range(blank + 1)]
+        if max(alike) >= _ENOUGH:
+            return first - alike.index(max(alike))
         raise _unknown(self._number, f"where message {place} begins is not told by the prompt for it")
 
     def _end(self, text: str, alone: str) -> int:
