@@ -10,6 +10,7 @@ import twins
 from families.cases import make, pair
 from families.test_training import examples
 from mllama import MllamaForConditionalGeneration
+from training import two_processes
 
 pytest.importorskip("accelerate")
 peft = pytest.importorskip("peft")
@@ -207,14 +208,15 @@ def test_labels_that_train_nothing_end_the_run(tmp_path):
     assert run.evaluate([batch])["eval_loss"] != run.evaluate([good])["eval_loss"]
 
 
-def test_an_accelerate_loop(tmp_path):
+@pytest.mark.parametrize("kind", two_processes.KINDS)
+def test_an_accelerate_loop(kind):
     from accelerate import Accelerator
 
-    accelerator, model, batches = Accelerator(cpu=True, gradient_accumulation_steps=2), converted(), text_batches(4)
+    accelerator, model, batches = Accelerator(cpu=True, gradient_accumulation_steps=2), two_processes.learner(kind), text_batches(4)
     batches[1]["labels"] = torch.full_like(batches[1]["labels"], -100)
-    optimizer = torch.optim.AdamW(mllama.lora_parameters(model), lr=0.05)
-    model, optimizer = accelerator.prepare(model, optimizer)
-    first, steps = [parameter.clone() for parameter in mllama.lora_parameters(model)], []
+    learning = [parameter for parameter in model.language_model.parameters() if parameter.requires_grad]
+    model, optimizer = accelerator.prepare(model, torch.optim.AdamW(learning, lr=0.05))
+    first, steps = [parameter.clone() for parameter in learning], []
     for batch in batches:
         with accelerator.accumulate(model):
             output = model(**batch)
@@ -224,4 +226,4 @@ def test_an_accelerate_loop(tmp_path):
             optimizer.zero_grad()
     accelerator.gradient_state.plugin_kwargs = {}  # the process's, for other tests
     assert steps[1] == (0.0, 0) and all(loss > 0 and tokens > 0 for loss, tokens in (steps[0], *steps[2:]))
-    assert not any(torch.equal(*pair) for pair in zip(first, mllama.lora_parameters(model), strict=True))
+    assert not any(torch.equal(*both) for both in zip(first, learning, strict=True))

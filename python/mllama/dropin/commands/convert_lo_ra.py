@@ -48,7 +48,7 @@ def parser() -> argparse.ArgumentParser:
     merge = commands.add_parser("merge", help="write a model folder with the adapters in its weights")
     merge.set_defaults(run=run_merge)
     merge.add_argument("model", metavar="MODEL", help="what the adapters were trained on")
-    merge.add_argument("adapters", metavar="ADAPTERS", help="a file of mllama.save_lora")
+    merge.add_argument("adapters", metavar="ADAPTERS", help="a file of mllama.save_lora, or PEFT's folder")
     merge.add_argument("target", metavar="OUT", help="the folder to write; it must be empty or absent")
     return whole
 
