@@ -1,6 +1,7 @@
 """`mllama ask`."""
 
 import json
+import shutil
 
 import pytest
 
@@ -88,6 +89,16 @@ def test_a_system_prompt(run, family_folder):
     expected = api.answer(model, processor, api.encode(processor, None, "a b c", system="be brief"), max_new_tokens=8).text
     options = ["--model", folder, "--dtype", "float32", "--max-new-tokens", 8]
     assert run("ask", "a b c", "--system", "be brief", *options)[1].strip() == expected != run("ask", "a b c", *options)[1].strip()
+
+
+def test_a_model_that_searches_beams(run, family_folder, tmp_path):
+    folder = shutil.copytree(family_folder("llama"), tmp_path / "beams")
+    settings = json.loads((folder / "generation_config.json").read_text()) | {"num_beams": 2}
+    (folder / "generation_config.json").write_text(json.dumps(settings))
+    expected = mllama.ask(None, "a b c", *mllama.load(folder, dtype="float32", device="cpu"), max_new_tokens=8)
+    options = ["--model", folder, "--dtype", "float32", "--max-new-tokens", 8]
+    assert run("ask", "a b c", *options)[:2] == (0, expected + "\n")
+    assert json.loads(run("ask", "a b c", "--json", *options)[1])["answer"] == expected
 
 
 def test_progress_and_speed_where_stderr_is_a_terminal(run, options, picture_file, monkeypatch):

@@ -46,3 +46,22 @@ def test_every_option_is_read(run, family_folder, picture_file, monkeypatch, tmp
     assert run(command, *(given.get(word, word) for word in words), stdin="a\n")[0] == 0
     options = {action.dest for action in commands[command]._actions} - {"help"}
     assert options and options - recorded[0].read == set()
+
+
+@pytest.mark.parametrize("spelling", ["--model", "--model-id"])
+def test_every_command_takes_a_model_in_either_spelling(spelling):
+    parser = _parser.build_parser()
+    words = {
+        "ask": ["a", spelling, "x"],
+        "chat": [spelling, "x"],
+        "generate": ["--prompt", "a", spelling, "x"],
+        "download": [spelling, "x", "to"],
+        "convert": [spelling, "x", "to", "--to", "hf"],
+        "inspect": [spelling, "x"],
+        "verify": [spelling, "x"],
+    }
+    names = {"download": "id", "convert": "source", "inspect": "folder", "verify": "folder"}
+    for command, given in words.items():
+        found = parser.parse_args([command, *given])
+        assert getattr(found, names.get(command, "model")) == "x"
+        assert getattr(found, "target", getattr(found, "folder", "x")) in ("x", "to")

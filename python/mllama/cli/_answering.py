@@ -110,8 +110,13 @@ def reply(
             begin()
 
         streamer = AnswerStreamer(processor, first, show)
+        beams = (model.generation_config.num_beams or 1) > 1  # the model's own setting; generate streams none of them
         try:
-            found = answer(model, processor, inputs, streamer=streamer, **options)
+            found = answer(model, processor, inputs, streamer=None if beams else streamer, **options)
+            if beams:
+                first()
+                if show:
+                    print(found.text)
             text, tokens, stopped = found.text, found.tokens, False
         except KeyboardInterrupt:
             if not stoppable:
@@ -119,7 +124,7 @@ def reply(
             streamer.end()  # writes what is still held back, and a line's end
             text, tokens, stopped = streamer.said.strip(), streamer.tokens, True
     end = time.perf_counter()
-    if sys.stderr.isatty() and tokens > 1:
+    if sys.stderr.isatty() and streamer.tokens > 1:
         speed = (tokens - 1) / max(end - streamer.first, 1e-9)
         print(f"mllama: {tokens} tokens, {speed:.1f} tokens/s; {prompt} tokens read in {streamer.first - start:.2f} s", file=sys.stderr)
     return Reply(text, tokens, round(end - start, 3), stopped)

@@ -81,13 +81,13 @@ def _add_generate(commands) -> None:
 
 def _add_download(commands) -> None:
     parser = _command(commands, "download", "fetch a model's config, tokenizer and weights from the hub into a folder")
-    parser.add_argument("id", metavar="ID", help="as meta-llama/Llama-3.2-1B-Instruct")
+    _add_placed(parser, "id", "ID", "as meta-llama/Llama-3.2-1B-Instruct")
     parser.add_argument("folder", metavar="DIR", help="made if absent")
 
 
 def _add_convert(commands) -> None:
     parser = _command(commands, "convert", "write a model, with its tokenizer or processor, in another format")
-    parser.add_argument("source", metavar="IN", help="a folder of Hugging Face's or Meta's files, a GGUF file or an id on the hub")
+    _add_placed(parser, "source", "IN", "a folder of Hugging Face's or Meta's files, a GGUF file or an id on the hub")
     parser.add_argument("target", metavar="OUT", help="a folder, for --to gguf a file; made whole or not at all")
     parser.add_argument(
         "--to",
@@ -156,16 +156,15 @@ def _add_name(parser) -> None:
 
 
 def _add_folder(parser: argparse.ArgumentParser) -> None:
-    """The model that a command is about, in either spelling."""
-    which = parser.add_mutually_exclusive_group()
-    which.add_argument(
-        "folder",
-        metavar="MODEL",
-        nargs="?",
-        default=argparse.SUPPRESS,
-        help="a folder of Hugging Face's or Meta's files, a GGUF file or an id on the hub",
-    )
-    which.add_argument("--model-id", "--model", dest="folder", metavar="MODEL", help="the same; without either, the embedded model")
+    what = "a folder of Hugging Face's or Meta's files, a GGUF file or an id on the hub (default: the embedded model)"
+    _add_placed(parser, "folder", "MODEL", what, required=False)
+
+
+def _add_placed(parser: argparse.ArgumentParser, name: str, metavar: str, what: str, required: bool = True) -> None:
+    """The model that a command is about, by its place or as --model."""
+    which = parser.add_mutually_exclusive_group(required=required)
+    which.add_argument(name, metavar=metavar, nargs="?", default=argparse.SUPPRESS, help=what)
+    which.add_argument("--model-id", "--model", dest=name, metavar="MODEL", help="the same")
 
 
 def _add_device(parser: argparse.ArgumentParser):
