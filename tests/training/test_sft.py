@@ -72,10 +72,12 @@ def text_model(family_folder):
         (texts, {"loss_type": "dft"}),
         (texts, {"label_smoothing_factor": 0.1}),
         (texts, {"packing": True, "packing_strategy": "wrapped", "max_length": 8}),
+        (texts, {"packing": True, "max_length": 64}),
+        (texts, {"padding_free": True}),
         (talks, {"assistant_only_loss": True, "gradient_checkpointing": True}),
         (prompts, {"completion_only_loss": True, "gradient_accumulation_steps": 2}),
     ],
-    ids=["nll", "dft", "label smoothing", "wrapped packing", "assistant only", "completion only"],
+    ids=["nll", "dft", "label smoothing", "wrapped packing", "packing", "padding free", "assistant only", "completion only"],
 )
 def test_every_loss_equals_transformers(rows, options, text_model, tmp_path):
     ours, theirs, tokenizer = text_model
