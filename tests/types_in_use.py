@@ -8,6 +8,7 @@ from transformers.generation.utils import GenerateOutput
 
 import mllama
 from mllama import MllamaForConditionalGeneration, SiglipModel, ops
+from mllama.compat import DecoderOutput
 from mllama.modeling import MllamaOutput
 
 
@@ -28,9 +29,10 @@ def answering(model: MllamaForConditionalGeneration, processor: Any) -> None:
     inputs = processor(["How many?"], ["picture.png"])
     assert_type(model.generate(inputs["input_ids"], max_new_tokens=5), torch.LongTensor)
     assert_type(model.generate(inputs["input_ids"], return_dict_in_generate=True), GenerateOutput)
-    assert_type(model.forward(inputs["input_ids"]), MllamaOutput | tuple[Any, ...])
-    mllama.ask("How many?")  # type: ignore[call-arg]
-    mllama.ask("picture.png", 3)  # type: ignore[arg-type]
+    assert_type(model.forward(inputs["input_ids"]), MllamaOutput | DecoderOutput | tuple[Any, ...])
+    assert_type(mllama.ask("picture.png", ["How many?", "What color?"]), list[str])
+    mllama.ask("How many?")  # type: ignore[call-overload]
+    mllama.ask("picture.png", 3)  # type: ignore[call-overload]
     model.forward("How many?")  # type: ignore[arg-type]
 
 

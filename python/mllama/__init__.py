@@ -14,7 +14,6 @@ if TYPE_CHECKING:  # what `_HOME` says, for type checkers; tests/test_types.py c
     from mllama.api import ask as ask
     from mllama.api import load as load
     from mllama.config import MllamaConfig as MllamaConfig
-    from mllama.fusing import fuse as fuse
     from mllama.hf import load_hf_model as load_hf_model
     from mllama.lora import Linear_LORA as Linear_LORA
     from mllama.lora import convert_linears_to_lora as convert_linears_to_lora
@@ -29,11 +28,13 @@ if TYPE_CHECKING:  # what `_HOME` says, for type checkers; tests/test_types.py c
     from mllama.lora import unmerge_lora as unmerge_lora
     from mllama.modeling import MllamaForConditionalGeneration as MllamaForConditionalGeneration
     from mllama.processing.auto import load_processor as load_processor
+    from mllama.processing.chat import chat_labels as chat_labels
     from mllama.processing.paligemma import PaliGemmaProcessor as PaliGemmaProcessor
     from mllama.processing.paligemma import parse_detections as parse_detections
     from mllama.processing.processor import MllamaImageProcessor as MllamaImageProcessor
     from mllama.processing.tiled import TiledProcessor as TiledProcessor
     from mllama.processing.tokenizer import Tokenizer as Tokenizer
+    from mllama.seeing import fuse as fuse
     from mllama.siglip import SiglipModel as SiglipModel
 
 _HOME = {

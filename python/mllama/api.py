@@ -235,7 +235,7 @@ def ask(
         if name in _UNREAD and value is not None and value != (1 if name == "num_return_sequences" else 0):
             raise ValueError(f"{name} has no effect here, where the answer's text alone is returned: call model.generate")
     one = isinstance(question, str)
-    questions = [question] if one else list(question)
+    questions = [question] if isinstance(question, str) else list(question)
     images = [_as_list(picture)] if one else _share(picture, len(questions))
     for row in images:
         check_images(model, row)

@@ -1,6 +1,7 @@
 """A model without its head, as the libraries around transformers ask for it: `model.base_model`."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
@@ -22,7 +23,7 @@ class Backbone(nn.Module):
 
     _tp_plan = _pp_plan = None  # transformers asks its base models for them
 
-    def __init__(self, owner: PreTrainedModel, headless: Callable[..., DecoderOutput | tuple]):
+    def __init__(self, owner: PreTrainedModel, headless: Callable[..., Any]):
         super().__init__()
         self.__dict__["owner"] = owner
         self.headless = headless

@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 from transformers import Cache
-from transformers.modeling_outputs import BaseModelOutputWithPast, ModelOutput
+from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.utils.generic import ModelOutput
 
 _OLD_NAME = "past_key_values"
 # The keyword under which transformers' generate hands a cache on.
@@ -60,6 +61,8 @@ def _named(cls: type) -> str:
 
 class CacheOutput(ModelOutput):
     """A ModelOutput with a field `cache` that is also read and written as `past_key_values`, without a warning."""
+
+    cache: Any  # the field of every subclass
 
     @property
     def past_key_values(self) -> Cache | None:

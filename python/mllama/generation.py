@@ -21,6 +21,11 @@ _READING = ("vision_feature_layer", "vision_feature_select_strategy", "interpola
 class MllamaGenerationMixin(GenerationMixin):
     """GenerationMixin for a model with pictures: they are encoded once, and their features follow their rows."""
 
+    plan: Any  # these are the model's
+    config: Any
+    lm_head: Any
+    device: Any
+
     @overload
     def generate(self, *args: Any, return_dict_in_generate: Literal[True], **kwargs: Any) -> GenerateOutput: ...
     @overload
@@ -162,7 +167,7 @@ class MllamaGenerationMixin(GenerationMixin):
         if (token := getattr(self.config, "image_token_index", None)) is not None:
             return torch.tensor([token], device=input_ids.device)
         pictures, mask = _count_pictures(model_kwargs), model_kwargs.get("attention_mask")
-        return input_ids[self.find_placeholders(input_ids, mask, pictures)].unique()
+        return input_ids[self.find_placeholders(input_ids, mask, pictures)].unique()  # type: ignore[attr-defined]
 
     @functools.wraps(GenerationMixin._assisted_decoding)
     def _assisted_decoding(self, input_ids, *args, **kwargs):

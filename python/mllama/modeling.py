@@ -6,8 +6,9 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import AutoModelForImageTextToText, Cache, DynamicCache, PretrainedConfig, PreTrainedModel
-from transformers.modeling_outputs import BaseModelOutputWithPooling, ModelOutput
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.modeling_utils import slice_logits_to_keep
+from transformers.utils.generic import ModelOutput
 
 from mllama.arguments import check_keywords, check_special
 from mllama.backbone import Backbone
@@ -126,7 +127,7 @@ class MllamaForConditionalGeneration(NextTokenModel, PretrainedMixin, MllamaGene
     @property
     def model(self) -> Backbone:
         """The model without its head, which `base_model` is, too: called as the model is, it returns last_hidden_state."""
-        return self._backbone.follow()
+        return self._backbone.follow()  # type: ignore[union-attr,operator]
 
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
@@ -290,7 +291,7 @@ class MllamaForConditionalGeneration(NextTokenModel, PretrainedMixin, MllamaGene
         reading = self._reading(vision_feature_layer, vision_feature_select_strategy, interpolate_pos_encoding)
         image_features = one_of_images(pixel_values, image_features, mm_encoder_outputs, cross_attention_states)
         if cross_attention_states is not None:
-            rows = len(input_ids if inputs_embeds is None else inputs_embeds)
+            rows = len(input_ids if inputs_embeds is None else inputs_embeds)  # type: ignore[arg-type]
             image_features = by_rows(cross_attention_states, rows)
         if labels is not None and logits_to_keep is None:
             raise ValueError("labels need logits; leave logits_to_keep at 0")
@@ -306,8 +307,8 @@ class MllamaForConditionalGeneration(NextTokenModel, PretrainedMixin, MllamaGene
         if input_ids is not None:
             check_ids(input_ids)
         else:
-            check_embeddings(inputs_embeds, self.plan.text.hidden_size)
-        rows, length = (inputs_embeds if input_ids is None else input_ids).shape[:2]
+            check_embeddings(inputs_embeds, self.plan.text.hidden_size)  # type: ignore[arg-type]
+        rows, length = (inputs_embeds if input_ids is None else input_ids).shape[:2]  # type: ignore[union-attr]
         padding_mask, attn_mask = split_mask(attention_mask)
         if padding_mask is not None and (padding_mask.shape[0] != rows or padding_mask.shape[1] < length):
             raise ValueError(f"attention_mask must be [{rows}, past + {length}], as the tokens, got {list(padding_mask.shape)}")

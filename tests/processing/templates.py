@@ -114,14 +114,16 @@ MISTRAL = (
     "{% if messages[0]['role'] == 'system' %}{% set system = messages[0]['content'] %}{% set rest = messages[1:] %}{% else %}"
     "{% set rest = messages %}{% endif %}{{ bos_token }}{% for message in rest %}{% if message['role'] == 'user' %}"
     "{% if loop.last and system is defined %}{{ '[INST] ' + system + '\n\n' + message['content'] + '[/INST]' }}{% else %}"
-    "{{ '[INST] ' + message['content'] + '[/INST]' }}{% endif %}{% else %}{{ ' ' + message['content'] | trim + eos_token }}{% endif %}{% endfor %}"
+    "{{ '[INST] ' + message['content'] + '[/INST]' }}{% endif %}{% else %}"
+    "{{ ' ' + message['content'] | trim + eos_token }}{% endif %}{% endfor %}"
 )
 
 # DeepSeek-R1's: the prompt begins the thoughts, which no answer of the text has.
 R1 = (
     "{{ bos_token }}{% for message in messages %}{% if message['role'] == 'user' %}{{ '<|User|>' + message['content'] }}{% else %}"
     "{% set content = message['content'] %}{% if '</think>' in content %}{% set content = content.split('</think>')[-1] %}{% endif %}"
-    "{{ '<|Assistant|>' + content + eos_token }}{% endif %}{% endfor %}{% if add_generation_prompt %}{{ '<|Assistant|><think>\n' }}{% endif %}"
+    "{{ '<|Assistant|>' + content + eos_token }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|Assistant|><think>\n' }}{% endif %}"
 )
 
 # As Qwen3 and R1 do: thoughts of earlier turns are left out, the last turn always has a place for them.

@@ -4,7 +4,7 @@ import json
 import os
 import re
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -97,7 +97,9 @@ def save_adapter_folder(model: nn.Module, folder: Path, state_dict: Mapping[str,
         warnings.warn(f"{said}. They are written for mllama to read", stacklevel=3)
     with gathered(model) if state_dict is None else nullcontext():
         if state_dict is None:
-            own = {plain_name(model, name): parameter for name, parameter in model.named_parameters(remove_duplicate=False)}
+            own: dict[str, torch.Tensor] = {
+                plain_name(model, name): parameter for name, parameter in model.named_parameters(remove_duplicate=False)
+            }
             tensors = _adapter_tensors(layers)
         else:
             own = {plain_key(name): tensor for name, tensor in state_dict.items()}
@@ -247,7 +249,7 @@ def _own(state_dict: Mapping[str, torch.Tensor], key: str) -> torch.Tensor:
 def _named_as(model: nn.Module, found: Adapters) -> Adapters:
     """The file's names brought to the model's, where it knows them by others."""
     known = {plain_name(model, name) for name, _ in model.named_modules(remove_duplicate=False)}
-    translate = getattr(unwrapped(model), "own_names", lambda names: {})
+    translate: Callable[[set[str]], dict[str, str]] = getattr(unwrapped(model), "own_names", lambda names: {})
 
     def own(names: Iterable[str]) -> dict[str, str]:
         """Of modules, which files name by their weights."""
@@ -272,7 +274,7 @@ def _named_as(model: nn.Module, found: Adapters) -> Adapters:
 def own_adapters(model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """PEFT's tensors under the model's names, as a state dict of adapters alone."""
     renamed = {_PEFT_PART.sub(lambda found: f".lora_{found[1].lower()}.weight", key.removeprefix(peft.PREFIX)): key for key in tensors}
-    split = {True: {}, False: {}}
+    split: dict[bool, dict[str, torch.Tensor]] = {True: {}, False: {}}
     for name, key in renamed.items():
         split[_LAYER.fullmatch(name) is not None][name] = tensors[key]
     found = _named_as(model, Adapters(split[True], {}, split[False]))

@@ -163,7 +163,7 @@ class _Spans:
             found = self.whole.rfind(header, 0, first)
             if found >= 0 and not self._marks.any.search(self.whole, found, first):
                 return found + len(header)
-        # Templates that move a text, a system message into the last question: by the end of the prompt, and what is blank before the answer.
+        # Templates that move a text, as a system message into the last question: by the end of the prompt, and the blank before the answer.
         blank = first - len(self.whole[:first].rstrip())
         alike = [len(os.path.commonprefix([(prompt or "")[::-1], self.whole[: first - more][::-1]])) for more in range(blank + 1)]
         if max(alike) >= _ENOUGH:

@@ -119,7 +119,7 @@ def encode_batch(processor: Any, conversations: Sequence, pictures: Sequence[Seq
     written = [_write(processor, image_token, messages, own, allow_urls) for messages, own in zip(conversations, pictures, strict=True)]
     texts, rows = [text for text, _ in written], [own for _, own in written]
     if image_token is None:
-        options = {"return_token_type_ids": False, "add_special_tokens": processor.chat_template is None}
+        options: dict[str, Any] = {"return_token_type_ids": False, "add_special_tokens": processor.chat_template is None}
         return _pad_left([processor(text, return_tensors="pt", **options) for text in texts])
     options = {"padding": True, "padding_side": "left"} if len(texts) > 1 else {}
     if processor.chat_template is not None and isinstance(processor, MllamaImageProcessor):
@@ -132,17 +132,17 @@ def _write(processor: Any, image_token: str | None, messages: Sequence[Mapping],
     if not isinstance(pictures, (list, tuple)):
         raise TypeError(f"pictures must be a list, got {type(pictures).__name__}")
     turns = [_in_parts(message) for message in as_messages(messages)]
-    pictures = download_urls(_place(turns, list(pictures), image_token), allow_urls)
-    if pictures and image_token is None:
-        raise ValueError(f"this model takes no pictures, got {len(pictures)}")
+    placed: list = download_urls(_place(turns, list(pictures), image_token), allow_urls)
+    if placed and image_token is None:
+        raise ValueError(f"this model takes no pictures, got {len(placed)}")
     template = processor.chat_template
     if template is None:
         if len(turns) > 1:
             raise ValueError(f"the processor has no chat template: give one message, not {len(turns)}")
-        return _plain_text(processor, as_text(turns[0]["content"], image_token), pictures), pictures
+        return _plain_text(processor, as_text(turns[0]["content"], image_token), placed), placed
     if image_token is None or "image" not in str(template):  # a template for text: contents are strings
         turns = [turn | {"content": as_text(turn["content"], image_token)} if isinstance(turn["content"], list) else turn for turn in turns]
-    return render(processor, turns), pictures
+    return render(processor, turns), placed
 
 
 def _processor_class(folder: Path) -> Any:

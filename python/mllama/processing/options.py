@@ -4,7 +4,7 @@ import contextlib
 import difflib
 import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
@@ -38,8 +38,10 @@ TEXT: Refusals = {
     "stride": (lambda value: not value, "a prompt is one row"),
 }
 
+_Function = TypeVar("_Function", bound=Callable)
 
-def on_cpu(function: Callable) -> Callable:
+
+def on_cpu(function: _Function) -> _Function:
     """The function with the CPU as torch's default device: what transformers makes of lists and arrays is then there, whatever is set."""
 
     @functools.wraps(function)
@@ -47,7 +49,7 @@ def on_cpu(function: Callable) -> Callable:
         with torch.device("cpu"):
             return function(*args, **kwargs)
 
-    return inner
+    return inner  # type: ignore[return-value]  # of the same signature
 
 
 def merge_options(processor: ProcessorMixin, options: Mapping[str, Any], refused: Refusals = TEXT) -> dict[str, Any]:
