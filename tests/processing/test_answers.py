@@ -92,6 +92,14 @@ def test_answers_of_a_template(template, messages, expected):
     assert answers(getattr(templates, template), messages) == expected and messages == before
 
 
+def test_answers_that_are_numbers():
+    """Such as those of the messages themselves: no other token becomes theirs."""
+    for first in range(6):
+        said = [str((first + turn) % 6) for turn in range(6)]
+        talk = [turn for number in said for turn in (AGAIN, {"role": "assistant", "content": number})]
+        assert answers(templates.CHATML, talk) == [f"{number}<|im_end|>" for number in said]
+
+
 def test_a_prompt_that_says_more_than_the_answers_header():
     messages = [QUESTION, THOUGHT, AGAIN, {"role": "assistant", "content": "four", "reasoning_content": "well"}]
     found = answers(templates.THINKING, messages, enable_thinking=False)

@@ -114,12 +114,11 @@ class _Marks:
     """The marks in a text."""
 
     def __init__(self, mark: str):
-        self.mark = mark
-        self.any = re.compile(rf"{mark}\d+{mark}")
+        self.any = re.compile(rf"{mark}(\d+){mark}")
 
     def of(self, text: str, place: int) -> list[Span]:
-        """Where the marks of a message stand."""
-        return [match.span() for match in re.finditer(f"{self.mark}{place}{self.mark}", text)]
+        """Where the marks of a message stand. All marks are gone through: between two of them an answer that is a number looks like one."""
+        return [match.span() for match in self.any.finditer(text) if match[1] == str(place)]
 
     def without(self, text: str) -> str:
         return self.any.sub("", text)
