@@ -116,6 +116,18 @@ def test_templates_that_mark_answers_are_taken_at_their_word():
     assert wanted["assistant_masks"].any() and all(torch.equal(found[name], wanted[name]) for name in wanted)
 
 
+def test_marks_that_the_template_does_not_reach_are_an_error():
+    comment = "{# without {% generation %} #}" + templates.CHATML
+    assert answers(comment, TALK) == answers(templates.CHATML, TALK)
+    marked = templates.CHATML.replace("message['content'] +", "'' }}{% generation %}{{ message['content'] }}{% endgeneration %}{{")
+    some = make("{% if messages | length > 2 %}" + marked + "{% else %}" + templates.CHATML + "{% endif %}")
+    for tokenizer, talks in ((some, TALK[:2]), (some, [TALK, TALK[:2]])):
+        for call in (lambda t, x: t.apply_chat_template(x, return_assistant_tokens_mask=True), chat_labels):
+            with pytest.raises(ValueError, match="generation"):
+                call(tokenizer, talks)
+    assert answers(some.chat_template, TALK)
+
+
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_padding_and_truncation(side):
     tokenizer = make(templates.CHATML, padding_side=side, truncation_side=side)

@@ -15,6 +15,7 @@ from mllama.processing.messages import ASSISTANT, as_messages, as_text, fit_cont
 
 Span = tuple[int, int]  # of characters
 _GENERATION = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
+_COMMENT = re.compile(r"\{#.*?#\}", re.DOTALL)
 _ENOUGH = 5  # characters at the end of a prompt that are no chance
 _THOUGHTS = ("reasoning_content", "thinking", "reasoning")
 
@@ -41,7 +42,7 @@ def apply_template(
 
     Raises:
         TypeError, ValueError: messages that are none (`as_messages`), a conversation without an answer, answers that cannot be found in
-            what the template writes.
+            what the template writes, or that it should mark and does not.
     """
     batched, conversations = as_batch(conversation)
     conversations = [fit_contents(messages, render) for messages in conversations]
@@ -55,8 +56,8 @@ def apply_template(
         if not any(message["role"] == ASSISTANT for message in messages):
             roles = ", ".join(dict.fromkeys(message["role"] for message in messages))
             raise ValueError(f"conversation {number} has no message whose role is {ASSISTANT}, so no token of it is the model's: {roles}")
-    if _GENERATION.search(str(template)):
-        return call(given, **options)
+    if _GENERATION.search(_COMMENT.sub("", str(template))):
+        return _all_marked(call(given, **options), options)
     if not options.get("tokenize") or not options.get("return_dict"):
         raise ValueError("return_assistant_tokens_mask needs tokenize=True and return_dict=True")
     if not getattr(tokenizer, "is_fast", False):
@@ -231,6 +232,22 @@ def _with_masks(batch: Any, spans: list[list[Span]]) -> Any:
     elif isinstance(ids, np.ndarray):
         masks = np.array(masks, dtype=np.int64)
     batch["assistant_masks"] = masks
+    return batch
+
+
+def _all_marked(batch: Any, options: Mapping[str, Any]) -> Any:
+    """A batch with assistant_masks. Unless they may have been cut off, the template must have marked tokens of every conversation.
+
+    Raises:
+        ValueError: it marked none.
+    """
+    places = (options, options.get("tokenizer_kwargs") or {}, options.get("processor_kwargs") or {})
+    rows = _lists(batch["assistant_masks"]) if "assistant_masks" in batch else []
+    rows = rows if not rows or isinstance(rows[0], list) else [rows]
+    if not any(place.get("truncation") for place in places):
+        for number, row in enumerate(rows):
+            if not any(row):
+                raise ValueError(f"the chat template has {{% generation %}}, and marks no token of conversation {number} by it")
     return batch
 
 
