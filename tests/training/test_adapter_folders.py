@@ -1,5 +1,6 @@
 """Adapters in PEFT's format: what it writes is read, what is written it reads, onto transformers' classes and the package's."""
 
+import copy
 import json
 import re
 
@@ -252,3 +253,18 @@ def test_from_pretrained_loads_the_model_and_its_adapters(tmp_path, model_folder
     merged = MllamaForConditionalGeneration.from_pretrained(tmp_path / "adapters")
     assert not any(isinstance(part, mllama.Linear_LORA) for part in merged.modules())
     torch.testing.assert_close(logits(merged, batch), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_adapters_for_merged_weights_do_not_name_the_old_ones(tmp_path, model_folder):
+    """A folder that did would load another model than was trained, without a word."""
+    model = MllamaForConditionalGeneration.from_pretrained(model_folder)
+    mllama.merge_and_unload(adapted(model)).save_pretrained(tmp_path / "merged")
+    mllama.load_processor(model_folder).save_pretrained(tmp_path / "merged")
+    model = copy.deepcopy(adapted(model))
+    batch = {"input_ids": torch.tensor([twins.tokens(5)])}
+    expected = logits(model, batch)
+    model.save_pretrained(tmp_path / "adapters")
+    with pytest.raises(ValueError, match="base_model_name_or_path"):
+        MllamaForConditionalGeneration.from_pretrained(tmp_path / "adapters")
+    again = mllama.load(tmp_path / "merged", adapter=tmp_path / "adapters", dtype="float32", device="cpu")[0]
+    torch.testing.assert_close(logits(again, batch), expected)

@@ -18,7 +18,7 @@ from mllama.checkpoints.meta_source import MetaSource
 from mllama.checkpoints.sources import SafetensorsSource, open_file
 from mllama.lora import peft
 from mllama.lora.convert import linear_layers, put_adapters
-from mllama.lora.layer import Linear_LORA, check_adapter, lora_layers, needed_lora_layers
+from mllama.lora.layer import Linear_LORA, check_adapter, holds_adapters, lora_layers, needed_lora_layers
 from mllama.nn.wrappers import gathered, is_sharded, may_write, plain_key, plain_name, put, unwrapped, whole
 from mllama.ops._dispatch import kind
 
@@ -84,6 +84,8 @@ def save_adapter_folder(model: nn.Module, folder: Path, state_dict: Mapping[str,
     Args:
         state_dict: takes the place of the model's own. It is whole, so that no other process takes part.
         strict: False warns where PEFT could not read all of it, instead of raising: the package can.
+
+    Where other adapters were added to the model's weights for good, the folder does not say which model it is for: none that is in a file.
     """
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"path must be a folder in PEFT's format; {folder} is a file")
@@ -106,7 +108,7 @@ def save_adapter_folder(model: nn.Module, folder: Path, state_dict: Mapping[str,
             tensors = {key: _own(own, key) for name in layers for key in (_key(name, part) for part in _PARTS)}
         inside = tuple(f"{name}." for name in modules)
         trained = {name: _copied(tensor) for name, tensor in own.items() if name in loose or name.startswith(inside)}
-        base = getattr(getattr(inner, "config", None), "name_or_path", None) or None
+        base = None if holds_adapters(inner) else getattr(getattr(inner, "config", None), "name_or_path", None) or None
         if may_write(model):
             peft.write(folder, layers, tensors, trained, modules, getattr(inner, "stock_name", str), base)
 

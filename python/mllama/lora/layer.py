@@ -143,9 +143,11 @@ class Linear_LORA(nn.Module):
         self.merged_weight = None
 
     def unload(self) -> nn.Linear:
-        """`linear`, the update added to its weight. The weight is a new parameter: whoever shares the old one keeps it as it was."""
+        """`linear`, the update added to its weight. The weight is a new parameter: whoever shares the old one keeps it as it was. The layer
+        is marked, as further adapters of the model do not fit what it was loaded from."""
         self.check_mergeable("this layer")
         self.linear.weight = nn.Parameter(self._sum().detach(), requires_grad=False)
+        self.linear.__dict__["holds_adapter"] = True
         return self.linear
 
     def check_mergeable(self, name: str) -> None:
@@ -197,6 +199,11 @@ def needed_lora_layers(model: nn.Module) -> dict[str, Linear_LORA]:
     if not (layers := lora_layers(model)):
         raise ValueError(f"this {type(model).__name__} has no LoRA layers: call mllama.convert_linears_to_lora(model) first")
     return layers
+
+
+def holds_adapters(model: nn.Module) -> bool:
+    """Whether adapters were added to weights of the model for good, which its files then do not have."""
+    return any("holds_adapter" in vars(module) for module in model.modules())
 
 
 def check_adapter(rank: int, alpha: float, dropout: float = 0.0) -> None:

@@ -73,7 +73,8 @@ def merge_and_unload(model: Linear_LORA) -> nn.Linear: ...
 def merge_and_unload(model: _Model) -> _Model: ...
 def merge_and_unload(model: nn.Module) -> nn.Module:
     """Add every adapter to its layer's weight, for good, and put plain linear layers back in place: a model as it was before converting,
-    with other weights, which `save_pretrained` writes in its family's format.
+    with other weights, which `save_pretrained` writes in its family's format. Adapters that it is given afterwards are for these weights:
+    save them, too, and load the adapters onto them.
 
     Returns:
         The model, changed in place; of a lone LoRA layer its linear layer. Parameters stay frozen.
