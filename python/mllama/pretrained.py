@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PretrainedConfig, PreTrainedModel
 
 from mllama.built import check_built
+from mllama.checkpoints.files import listing
 from mllama.config import NO_PREDICTIONS, check_choice
 from mllama.lora.files import load_lora, own_adapters, save_adapter_folder
 from mllama.lora.layer import lora_layers
@@ -188,6 +189,21 @@ class PretrainedMixin(_Model):
         from mllama.checkpoints.stock_names import stock_name
 
         return stock_name(self.config, name)
+
+    def load_adapter(self, peft_model_id: str | None = None, adapter_name: str | None = None, **kwargs: Any) -> Any:
+        """As transformers', of a folder whose adapters have this model's names or those of transformers' class.
+
+        Raises:
+            ValueError: adapters that this model has and the folder lacks, which would be left at random; else as transformers'.
+        """
+        from transformers.core_model_loading import WeightRenaming
+
+        if "load_config" not in kwargs:
+            kwargs.setdefault("weight_mapping", [WeightRenaming(*pair) for pair in self._checkpoint_conversion_mapping.items()])
+        report = super().load_adapter(peft_model_id, adapter_name, **kwargs)
+        if report.missing_keys:
+            raise ValueError(f"the adapters in {peft_model_id} do not fit: not in the file: {listing(sorted(report.missing_keys))}")
+        return report
 
     def own_names(self, names: Iterable[str]) -> dict[str, str]:
         """The parameters' names here by those that files have, or transformers' classes; unknown ones are left out."""

@@ -4,6 +4,7 @@ import re
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers.integrations.peft import MIN_PEFT_VERSION, check_peft_version
 
 from families.cases import ONE_EACH, TALKING, Pair, close, inputs, make, pair, pictures, renamed
@@ -100,12 +101,34 @@ def test_lora_by_peft(case, tmp_path):
     assert answer.shape[1] == words["input_ids"].shape[1] + 3 and not torch.allclose(plain, expected, atol=1e-2)
 
 
-def test_of_a_model_with_an_adapter_the_adapter_is_saved(tmp_path):
-    peft = pytest.importorskip("peft")
+@pytest.fixture
+def peft():
+    """PEFT, where transformers' own `add_adapter` and `load_adapter` take it."""
+    found = pytest.importorskip("peft")
     try:
         check_peft_version(MIN_PEFT_VERSION)
     except ValueError as error:
         pytest.skip(f"this transformers' add_adapter does not take the installed PEFT: {error}")
+    return found
+
+
+@pytest.mark.parametrize("case", ONE_EACH)
+def test_load_adapter_reads_those_of_transformers_class(case, peft, tmp_path):
+    both, words = make(case), inputs(pair(case), "one row")
+    both.theirs.add_adapter(peft.LoraConfig(target_modules=["q_proj"], r=2, init_lora_weights=False))
+    both.theirs.save_pretrained(tmp_path)
+    both.ours.load_adapter(str(tmp_path))
+    with torch.no_grad():
+        ours, theirs, plain = (model(**words).logits for model in (*both, pair(case).ours))
+    close(ours, theirs)
+    assert not torch.allclose(ours, plain, atol=1e-2)
+    file = tmp_path / "adapter_model.safetensors"
+    save_file({f"base_model.model.other.{number}": tensor for number, tensor in enumerate(load_file(file).values())}, file)
+    with pytest.raises(ValueError, match="not in the file"):
+        make(case).ours.load_adapter(str(tmp_path))
+
+
+def test_of_a_model_with_an_adapter_the_adapter_is_saved(peft, tmp_path):
     config = peft.LoraConfig(target_modules=["q_proj"], r=2, init_lora_weights=False)
     model, words = make("llama").ours, inputs(pair("llama"), "one row")
     model.add_adapter(config)
