@@ -18,6 +18,20 @@ def rows_of_mask(mask: torch.Tensor | None, shape: torch.Size, past: int | torch
     return mask[:, rows.clamp(max=mask.shape[1] - 1)]
 
 
+def check_blind(mask: torch.Tensor, placeholders: torch.Tensor) -> None:
+    """Raise ValueError where a mask of fewer rows than there are tokens shows a placeholder [B, T] no picture: its rows stand elsewhere
+    than the text's, as where padding was moved after the mask was made, and answers would see nothing."""
+    if mask.shape[1] >= placeholders.shape[1] or torch.compiler.is_compiling():
+        return
+    blind = placeholders[:, : mask.shape[1]] & ~(mask != 0).flatten(2).any(-1)
+    if blind.any():
+        row, position = blind.nonzero()[0].tolist()
+        raise ValueError(
+            f"cross_attention_mask, of {mask.shape[1]} rows for {placeholders.shape[1]} tokens, shows the placeholder at"
+            f" position {position} of row {row} no picture: was the padding moved after the mask was made?"
+        )
+
+
 def check_tile_features(image_features: torch.Tensor, rows: int, tokens_per_tile: int, size: int) -> None:
     """Raise TypeError unless they are a floating tensor, ValueError unless they are [rows, pictures * tiles * tokens_per_tile, size]."""
     if not isinstance(image_features, torch.Tensor) or not image_features.is_floating_point():

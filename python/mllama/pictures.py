@@ -13,7 +13,7 @@ from mllama.families import select_features
 from mllama.fusion.cross_attention import CrossAttentionContext, cross_context
 from mllama.fusion.merge import find_placeholder, merge
 from mllama.fusion.prepend import share_out
-from mllama.inputs import check_range, check_tile_features, rows_of_mask
+from mllama.inputs import check_blind, check_range, check_tile_features, rows_of_mask
 from mllama.text.cache import past_length, place_cross_layers
 from mllama.text.decoder import check_embeddings
 
@@ -248,6 +248,8 @@ class PicturesMixin:
         if cache is not None:
             cached = place_cross_layers(cache, text.cross_attention_layers, text.num_hidden_layers)
         mask = rows_of_mask(cross_attention_mask, inputs_embeds.shape[:2], past_length(cache))
+        if cross_attention_mask is not None and placeholders is not None and states is not None:
+            check_blind(cross_attention_mask, placeholders)
         held = None if cached is None else cached.kept
         cross = cross_context(states, mask, tokens, self.reference, held=held, filled=filled)
         if cached is not None and cross is not None:

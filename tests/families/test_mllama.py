@@ -380,6 +380,19 @@ def test_other_input_is_refused(models, error, match, change):
         models[0](**batch | change(batch))
 
 
+def test_a_mask_made_before_padding_moved_is_refused(models):
+    """As TRL's collator of prompts and completions makes them: the mask is the padded prompts'. Stock transformers fails on its size."""
+    rows = ([PICTURE, *twins.tokens(6)], [1]), ([PICTURE, *twins.tokens(3)], [1])
+    padded, answer = inputs(models[0], *rows), torch.tensor(twins.tokens(4)).repeat(2, 1)
+    ids = torch.cat([inputs(models[0], *rows, side="right")["input_ids"], answer], 1)
+    batch = padded | {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    with pytest.raises(ValueError, match=r"cross_attention_mask.* position 0 of row 1"):
+        models[0](**batch)
+    batch["cross_attention_mask"] = inputs(models[0], *rows, side="right")["cross_attention_mask"]
+    with torch.no_grad():
+        assert torch.equal(models[0](**batch).logits[:1], models[0](**{name: value[:1] for name, value in batch.items()}).logits)
+
+
 def test_features_take_the_place_of_pixels(models):
     ours, _ = models
     batch = inputs(ours, *ROWS["two"])
