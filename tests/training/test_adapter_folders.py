@@ -108,6 +108,46 @@ def test_what_peft_writes_is_read(case, whose, tmp_path):
     assert {layer.rank for layer in layers} == {2, 4} and {layer.dropout.p for layer in layers} == {0.25}
 
 
+@pytest.mark.parametrize("case", ["llama", "llava, clip, -2", "mllama"])
+@pytest.mark.parametrize("targets", [["q_proj", "lm_head"], ["q_proj"]])
+def test_frozen_matrices_of_embeddings_beside_adapters(case, targets, tmp_path):
+    """PEFT writes them where a head is adapted or a vocabulary was resized: they are put in place, and do not learn."""
+    theirs, batch = both(case)[1:]
+    with torch.no_grad():
+        theirs.get_output_embeddings().weight += 0.1
+    model = peft.get_peft_model(theirs, peft.LoraConfig(r=2, target_modules=targets, init_lora_weights=False)).eval()
+    expected = logits(model, batch)
+    model.save_pretrained(tmp_path, save_embedding_layers=True)
+    for again in (both(case)[0], mllama.convert_to_lora(both(case)[0].requires_grad_(False), targets, 2, 8)):
+        mllama.load_lora(again, tmp_path)
+        torch.testing.assert_close(logits(again, batch), expected, rtol=1e-3, atol=1e-3)
+        assert all(".lora_" in name for name, parameter in again.named_parameters() if parameter.requires_grad)
+        torch.testing.assert_close(logits(mllama.merge_and_unload(again), batch), expected, rtol=1e-3, atol=1e-3)
+
+
+def test_trained_embeddings_written_with_what_they_were(tmp_path):
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["embed_tokens", "lm_head"], init_lora_weights=False)
+    model, batch = peft.get_peft_model(make("llama").theirs, config).eval(), both("llama")[2]
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if ".modules_to_save." in name:
+                parameter += 0.1
+    expected, again = logits(model, batch), make("llama").ours
+    model.save_pretrained(tmp_path, save_embedding_layers=True)
+    mllama.load_lora(again, tmp_path)
+    torch.testing.assert_close(logits(again, batch), expected, rtol=1e-3, atol=1e-3)
+    assert again.lm_head.weight.requires_grad and again.get_input_embeddings().weight.requires_grad
+
+
+def test_an_adapter_on_a_tied_head_is_read(tmp_path):
+    config = peft.LoraConfig(r=2, target_modules=["q_proj", "lm_head"], init_lora_weights=False)
+    model, batch = peft.get_peft_model(make("gemma").theirs, config).eval(), both("gemma")[2]
+    expected, again = logits(model, batch), make("gemma").ours
+    model.save_pretrained(tmp_path)
+    mllama.load_lora(again, tmp_path)
+    torch.testing.assert_close(logits(again, batch), expected, rtol=1e-3, atol=1e-3)
+
+
 def test_names_of_older_files(tmp_path):
     """Those of transformers 4, whose classes in memory were named as files still are."""
     ours, _, batch = both("llava, clip, -2")

@@ -6,7 +6,7 @@ import re
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,12 +37,14 @@ class Adapters:
         alphas: by layer; empty where the file does not know them.
         trained: further parameters, by name.
         dropout: of the layers, in training.
+        frozen: names among `trained` of what did not learn: the matrices of embeddings and heads, which PEFT writes beside adapters.
     """
 
     tensors: dict[str, torch.Tensor]
     alphas: dict[str, float]
     trained: dict[str, torch.Tensor] = field(default_factory=dict)
     dropout: float = 0.0
+    frozen: frozenset[str] = frozenset()
 
 
 def save_lora(model: nn.Module, path: str | os.PathLike, format: str = "mllama") -> None:
@@ -130,9 +132,9 @@ def load_lora(model: nn.Module, path: str | os.PathLike) -> None:
     """
     path = Path(path)
     layers = _plain_layers(model)
-    found = _named_as(model, _read(path))
+    found = _inside(_named_as(model, _read(path)), layers)
     places = _places(model, found)
-    _check_tied(model, path, found.trained)
+    _check_tied(model, path, found)
     if layers:
         shapes = {_key(name, part): _shape(layer, part) for name, layer in layers.items() for part in _PARTS}
         _check_fit(path, found.tensors | found.trained, shapes | places)
@@ -143,6 +145,7 @@ def load_lora(model: nn.Module, path: str | os.PathLike) -> None:
             raise ValueError(f"the adapters in {path} were trained with another alpha: {listing(other)}")
     else:
         layers = _convert(model, path, found, places)
+        found = _inside(found, layers)
     with gathered(model, write=True), torch.no_grad():
         for name, layer in layers.items():
             for part in _PARTS:
@@ -152,7 +155,7 @@ def load_lora(model: nn.Module, path: str | os.PathLike) -> None:
         for name, parameter in _parameters(model).items():
             if name in found.trained:
                 put(parameter, found.trained[name])
-                parameter.requires_grad_()
+                parameter.requires_grad_(name not in found.frozen)
 
 
 def _convert(model: nn.Module, path: Path, found: Adapters, places: Mapping[str, tuple[int, ...]]) -> dict[str, Linear_LORA]:
@@ -212,17 +215,35 @@ def _places(model: nn.Module, found: Adapters) -> dict[str, tuple[int, ...]]:
     )
 
 
-def _check_tied(model: nn.Module, path: Path, trained: Mapping[str, torch.Tensor]) -> None:
-    """PEFT trains a copy of one of several tied parameters; here all of them would change."""
+def _check_tied(model: nn.Module, path: Path, found: Adapters) -> None:
+    """PEFT trains a copy of one of several tied parameters; here all of them would change. What is frozen may be as it is."""
     sharing: dict[nn.Parameter, list[str]] = {}
     for name, parameter in _parameters(model).items():
         sharing.setdefault(parameter, []).append(name)
-    for names in sharing.values():
-        given = [trained[name] for name in names if name in trained]
+    for parameter, names in sharing.items():
+        here = [name for name in names if name in found.trained]
+        given = [found.trained[name] for name in here]
+        if found.frozen.issuperset(here) and all(_holds(parameter, value) for value in given):
+            continue
         if given and (len(given) < len(names) or not all(torch.equal(given[0], other) for other in given[1:])):
             raise ValueError(
                 f"modules_to_save in {path}: {' and '.join(names)} are one parameter in this model, and the file has other values"
             )
+
+
+def _holds(parameter: nn.Parameter, value: torch.Tensor) -> bool:
+    return value.shape == parameter.shape and torch.equal(value.to(parameter), whole(parameter))
+
+
+def _inside(found: Adapters, layers: Mapping[str, Linear_LORA]) -> Adapters:
+    """The weights of layers that have adapters stand one level deeper in the model than in PEFT's files."""
+
+    def moved(name: str) -> str:
+        owner, _, leaf = name.rpartition(".")
+        return f"{owner}.linear.{leaf}" if owner in layers else name
+
+    trained = {moved(name): tensor for name, tensor in found.trained.items()}
+    return replace(found, trained=trained, frozen=frozenset(map(moved, found.frozen)))
 
 
 def _shape(layer: Linear_LORA, part: str) -> tuple[int, int]:
@@ -262,14 +283,16 @@ def _named_as(model: nn.Module, found: Adapters) -> Adapters:
     split = {key: _LAYER.fullmatch(key) for key in found.tensors}
     layers = own({*found.alphas, *(parts["name"] or "" for parts in split.values() if parts)})
     owners = own({name.rpartition(".")[0] for name in found.trained})
+    named = {name: ".".join((owners[name.rpartition(".")[0]], name.rpartition(".")[2])) for name in found.trained}
     return Adapters(
         {
             _key(layers[parts["name"] or ""], parts["part"]) if (parts := split[key]) else key: tensor
             for key, tensor in found.tensors.items()
         },
         {layers[name]: alpha for name, alpha in found.alphas.items()},
-        {".".join((owners[name.rpartition(".")[0]], name.rpartition(".")[2])): tensor for name, tensor in found.trained.items()},
+        {named[name]: tensor for name, tensor in found.trained.items()},
         found.dropout,
+        frozenset(named[name] for name in found.frozen),
     )
 
 
@@ -301,7 +324,9 @@ def _read(path: Path) -> Adapters:
         config = peft.read_config(folder)
         layers, trained = peft.parse(str(folder), config, tensors)
         halves = {_key(name, part): half for name, (down, up, _) in layers.items() for part, half in zip(_PARTS, (down, up), strict=True)}
-        return Adapters(halves, {name: alpha for name, (*_, alpha) in layers.items()}, trained, float(config.get("lora_dropout") or 0.0))
+        alphas = {name: alpha for name, (*_, alpha) in layers.items()}
+        frozen = frozenset(name for name in trained if not peft.learns(config, name))
+        return Adapters(halves, alphas, trained, float(config.get("lora_dropout") or 0.0), frozen)
     if tensors and not any(".lora_" in f".{name}" for name in tensors):
         raise ValueError(f"{path} holds no adapters: its {len(tensors)} tensors are {listing(list(tensors)[:3])} ..., as a model's weights")
     return Adapters(tensors, _alphas(path, alpha))

@@ -17,6 +17,8 @@ from mllama.lora.layer import Linear_LORA, check_adapter
 
 CONFIG, ADAPTERS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 PREFIX = "base_model.model."
+_INSIDE = re.compile(r"\.(base_layer|modules_to_save(\.default)?)(?=\.[^.]+$)")  # what PEFT puts around a layer
+_EMBEDDINGS = ("embed_tokens", "lm_head")  # whose frozen weights PEFT writes, too, where their size or adapters ask for it
 _KEY = re.compile(r"(?P<name>.+)\.lora_(?P<part>[AB])(\.default)?\.weight")
 
 # Fields that say how the layers are made, all of them honored; and fields that change nothing of what a trained adapter computes.
@@ -96,7 +98,7 @@ def parse(
     """PEFT's tensors by what they are.
 
     Returns:
-        (A, B, alpha) of every adapted layer by its name, as the file has it; and the parameters that were trained whole.
+        (A, B, alpha) of every adapted layer by its name, as the file has it; and further parameters (`learns` tells which were trained).
 
     Raises:
         ValueError: half an adapter, a rank that the config does not say, layers that it does not name, tensors of another kind.
@@ -109,8 +111,8 @@ def parse(
             halves.setdefault(found["name"], {})[found["part"]] = tensor
         elif ".lora_" in key:  # of embeddings, of biases, of DoRA's magnitudes
             raise ValueError(f"{where}: {key} is of a kind that is not read; adapters of linear layers are, as NAME.lora_A.weight")
-        else:
-            trained[name] = tensor
+        elif ".original_module." not in name:  # what a module of modules_to_save was before
+            trained[_INSIDE.sub("", name)] = tensor
     if odd := [name for name, parts in halves.items() if len(parts) < 2 or any(part.dim() != 2 for part in parts.values())]:
         raise ValueError(f"{where}: no two matrices of {listing(odd)}")
     if (targets := config.get("target_modules")) and not isinstance(targets, str):
@@ -119,6 +121,12 @@ def parse(
             raise ValueError(f"{where}: target_modules does not name {listing(outside)}")
     layers = {name: (parts["A"], parts["B"], _alpha(where, config, name, parts["A"].shape[0])) for name, parts in halves.items()}
     return layers, trained
+
+
+def learns(config: Mapping[str, Any], name: str) -> bool:
+    """Whether a parameter beside adapters was trained: not one of an embedding or head that `modules_to_save` does not name."""
+    owner = name.rpartition(".")[0]
+    return owner.rpartition(".")[2] not in _EMBEDDINGS or owner.endswith(tuple(config.get("modules_to_save") or ()))
 
 
 def _alpha(where: str, config: Mapping[str, Any], name: str, rank: int) -> float:
