@@ -1,5 +1,6 @@
 """The loss of next-token prediction."""
 
+import numbers
 import sys
 from collections.abc import Iterator
 
@@ -41,9 +42,9 @@ def counted_loss(
         `num_items_in_batch` is 0 and no gradient is asked for (Trainer's evaluation), it is nan, as in transformers.
 
     Raises:
-        TypeError: labels of another kind.
+        TypeError: labels or num_items_in_batch of another kind.
         ValueError: labels of another shape or outside the vocabulary; logits of some positions only; no label that is trained,
-            here or in the rest of the step.
+            here or in the rest of the step; num_items_in_batch below 0, or 0 where labels are trained.
     """
     if not isinstance(labels, torch.Tensor) or labels.is_floating_point() or labels.dtype == torch.bool:
         raise TypeError(f"labels must be an integer torch.Tensor, got {getattr(labels, 'dtype', type(labels).__name__)}")
@@ -74,9 +75,21 @@ def counted_loss(
         total = _CrossEntropySum.apply(scores, rows, targets[rows])
     found = trained.sum()
     count = found if num_items_in_batch is None else num_items_in_batch
+    if num_items_in_batch is not None and not compiling:
+        _check_count(num_items_in_batch, len(rows))
     if not compiling and not len(rows):
         count = _count_of_none(count, num_items_in_batch is None, ignore_index)
     return total / (count.to(total.device) if isinstance(count, torch.Tensor) else count), found
+
+
+def _check_count(count: int | torch.Tensor, trained: int) -> None:
+    """Raise TypeError unless it is one number, ValueError unless a sum over so many labels can be divided by it."""
+    if isinstance(count, bool) or not isinstance(count, (numbers.Real, torch.Tensor)):
+        raise TypeError(f"num_items_in_batch must be a number or a tensor of one, got {type(count).__name__}")
+    if isinstance(count, torch.Tensor) and count.numel() != 1:
+        raise ValueError(f"num_items_in_batch must be one number, got {list(count.shape)}")
+    if count < 0 or not count and trained:
+        raise ValueError(f"num_items_in_batch must be how many labels are trained in all, at least 1 beside {trained} here, got {count}")
 
 
 def _count_of_none(count: int | torch.Tensor, alone: bool, ignore_index: int) -> int | torch.Tensor:

@@ -190,19 +190,19 @@ class PretrainedMixin(_Model):
 
         return stock_name(self.config, name)
 
-    def load_adapter(self, peft_model_id: str | None = None, adapter_name: str | None = None, **kwargs: Any) -> Any:
+    def load_adapter(self, *args: Any, **kwargs: Any) -> Any:
         """As transformers', of a folder whose adapters have this model's names or those of transformers' class.
 
         Raises:
-            ValueError: adapters that this model has and the folder lacks, which would be left at random; else as transformers'.
+            ValueError: layers that the adapters' config names and their file lacks, which would be left at random; else as transformers'.
         """
         from transformers.core_model_loading import WeightRenaming
 
         if "load_config" not in kwargs:
             kwargs.setdefault("weight_mapping", [WeightRenaming(*pair) for pair in self._checkpoint_conversion_mapping.items()])
-        report = super().load_adapter(peft_model_id, adapter_name, **kwargs)
+        report = super().load_adapter(*args, **kwargs)
         if report.missing_keys:
-            raise ValueError(f"the adapters in {peft_model_id} do not fit: not in the file: {listing(sorted(report.missing_keys))}")
+            raise ValueError(f"the adapters do not fit: not in their file: {listing(sorted(report.missing_keys))}")
         return report
 
     def own_names(self, names: Iterable[str]) -> dict[str, str]:

@@ -124,7 +124,7 @@ def test_load_adapter_reads_those_of_transformers_class(case, peft, tmp_path):
     assert not torch.allclose(ours, plain, atol=1e-2)
     file = tmp_path / "adapter_model.safetensors"
     save_file({f"base_model.model.other.{number}": tensor for number, tensor in enumerate(load_file(file).values())}, file)
-    with pytest.raises(ValueError, match="not in the file"):
+    with pytest.raises(ValueError, match="not in their file"):
         make(case).ours.load_adapter(str(tmp_path))
 
 
