@@ -180,3 +180,14 @@ def test_scores_and_attentions_of_every_step(model):
 def test_a_picture_without_placeholders_is_refused(model):
     with pytest.raises(ValueError, match="MllamaImageProcessor"):
         model.generate(**twins.batch(twins.tokens(4)), pixel_values=twins.pictures(1), **GREEDY)
+
+
+def test_stop_strings_need_the_tokenizer_and_stop_where_the_twin_does(make_tokenizer):
+    tokenizer = make_tokenizer()
+    model = twins.model(text={"vocab_size": len(tokenizer) + 1}, image_token_index=len(tokenizer))
+    prompt = tokenizer("two red three blue", return_tensors="pt", return_token_type_ids=False)
+    free = model.generate(**prompt, **GREEDY)
+    stop = {"stop_strings": [tokenizer.decode(free[0, -5])], "tokenizer": tokenizer}
+    stopped = model.generate(**prompt, **GREEDY, **stop)
+    assert prompt["input_ids"].shape[1] < stopped.shape[1] < free.shape[1]
+    assert torch.equal(stopped, twins.twin(model).generate(**prompt, **GREEDY, **stop))

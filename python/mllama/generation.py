@@ -16,6 +16,10 @@ from mllama.text.cache import check_cache
 from mllama.text.prefix import count_prefix
 
 _READING = ("vision_feature_layer", "vision_feature_select_strategy", "interpolate_pos_encoding")
+_TOKENIZERS = (
+    "tokenizer",
+    "assistant_tokenizer",
+)  # of stop strings and token healing; transformers leaves them among the model's arguments
 
 
 class MllamaGenerationMixin(GenerationMixin):
@@ -62,6 +66,7 @@ class MllamaGenerationMixin(GenerationMixin):
 
         A step onto an empty cache is a first one whatever the caller says: assisted decoding starts its assistant with one.
         """
+        kwargs = {name: value for name, value in kwargs.items() if name not in _TOKENIZERS}
         cache = kwargs.get(CACHE_NAME)
         filled = cache is not None and int(cache.get_seq_length()) > 0
         if is_first_iteration and filled and kwargs.get("next_sequence_length") is not None:

@@ -115,6 +115,7 @@ def test_progress_and_speed_where_stderr_is_a_terminal(run, options, picture_fil
     [
         (["How many?", "PICTURE"], "swapped"),
         (["PICTURE"], "QUESTION is missing"),
+        (["PICTURE", "PICTURE"], "QUESTION is missing"),
         (["How many?"], "about an image and no others"),
         (["https://localhost/a.png", "How many?"], "--allow-urls"),
         (["PICTURE", "?", "--seed", "5"], "--seed has no effect"),

@@ -147,8 +147,10 @@ def test_what_is_no_image_is_one_short_line_with_the_reason(data, tmp_path, make
 
 @pytest.fixture
 def server(data, monkeypatch):
-    """The address of a server on this machine: /image, /page, /slow, /far (leads to a file URL); anything else is not found."""
+    """The address of a server on this machine: /image, /page, /short (ends early), /slow (drips its headers), /far (leads to a file URL);
+    anything else is not found."""
     monkeypatch.setenv("no_proxy", "*")
+    ended = threading.Event()
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self):
@@ -157,8 +159,15 @@ def server(data, monkeypatch):
                 self.send_header("Location", "file:///etc/hostname" if self.path == "/far" else "/image")
                 self.end_headers()
                 return
-            body = {"/image": data, "/page": b"<!DOCTYPE html>"}.get(self.path)
+            if self.path == "/slow":
+                self.wfile.write(b"HTTP/1.1 200 OK\r\nX: ")
+                while not ended.wait(0.05):
+                    self.wfile.write(b"x")
+                return
+            body = {"/image": data, "/short": data, "/page": b"<!DOCTYPE html>"}.get(self.path)
             self.send_response(200 if body else 404)
+            if self.path == "/short":
+                self.send_header("Content-Length", str(len(data) + 7))
             self.end_headers()
             self.wfile.write(body or b"")
 
@@ -168,13 +177,14 @@ def server(data, monkeypatch):
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as served:
         threading.Thread(target=served.serve_forever, daemon=True).start()
         yield f"http://127.0.0.1:{served.server_port}"
+        ended.set()
         served.shutdown()
 
 
 def test_urls_are_downloaded_by_permission_alone(server, noise, monkeypatch):
     for path in ("/image", "/near"):
         assert torch.equal(load_pixels(load_picture(server + path, allow_urls=True)), load_pixels(noise()))
-    for path, said in (("/page", "HTML page"), ("/none", "404"), ("/far", "file:///etc")):
+    for path, said in (("/page", "HTML page"), ("/none", "404"), ("/far", "file:///etc"), ("/short", "7 bytes early")):
         with pytest.raises(ValueError, match=said):
             load_picture(server + path, allow_urls=True)
     with pytest.raises(ValueError, match="allow_urls"):
@@ -186,6 +196,9 @@ def test_urls_are_downloaded_by_permission_alone(server, noise, monkeypatch):
     monkeypatch.setattr(image_source, "MAX_SECONDS", -1.0)
     with pytest.raises(ValueError, match="more than -1 seconds"):
         load_picture(server + "/image", allow_urls=True)
+    monkeypatch.setattr(image_source, "MAX_SECONDS", 0.3)
+    with pytest.raises(ValueError, match="more than 0.3 seconds"):
+        load_picture(server + "/slow", allow_urls=True)
 
 
 def test_a_server_that_is_not_there():

@@ -13,9 +13,9 @@ from mllama.cli._answering import facts, load_model, read_images, reply
 def run(arguments: argparse.Namespace) -> None:
     """Print the answer: word by word, or as one JSON object."""
     *paths, question = arguments.words
-    if not paths and os.path.isfile(question):
-        raise ValueError(f"QUESTION is missing after {question}")
     refuse_swapped(paths, question)
+    if os.path.isfile(question):
+        raise ValueError(f"QUESTION is missing after {question}")
     if question == "-":
         question = _read_question(paths)
     check_question(question)

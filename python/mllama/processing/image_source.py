@@ -5,11 +5,13 @@ import binascii
 import http.client
 import io
 import os
+import threading
 import time
 import urllib.error
 import urllib.parse
 import urllib.request
 from collections.abc import Callable
+from concurrent.futures import Future
 from typing import Any
 
 from PIL import Image
@@ -17,6 +19,7 @@ from PIL import Image
 MAX_BYTES = 2**26  # of a download: 64 MiB
 MAX_SECONDS = 30.0  # of a download
 _STALLED = 10.0  # seconds without any data
+_TOO_SLOW = "it takes more than {:g} seconds"
 _LONGEST_NAME = 255  # of a file; a text beyond it is no path
 _BYTES = (bytes, bytearray, memoryview)
 _SHOWN = 80
@@ -165,15 +168,36 @@ class _HttpOnly(urllib.request.HTTPRedirectHandler):
 
 def _download(url: str) -> bytes:
     """The body, by Python's own client: proxies and certificates are the environment's."""
+    body: Future[bytes] = Future()
+
+    def work() -> None:
+        try:
+            body.set_result(_fetch(url))
+        except Exception as error:
+            body.set_exception(error)
+
+    # In a thread of its own: the client bounds each wait for data, and a server that drips its headers would hold the caller for hours.
+    worker = threading.Thread(target=work, daemon=True)
+    worker.start()
+    worker.join(MAX_SECONDS)
     try:
-        request = urllib.request.Request(urllib.parse.quote(url, safe="%/:=&?~#+!$,;'@()*[]"), headers={"User-Agent": "mllama"})
-        with urllib.request.build_opener(_HttpOnly).open(request, timeout=_STALLED) as response:
-            return _read_within(response.read1, time.monotonic() + MAX_SECONDS)
+        if worker.is_alive():
+            raise ValueError(_TOO_SLOW.format(MAX_SECONDS))
+        return body.result()
     except urllib.error.HTTPError as error:
-        raise ValueError(f"cannot download {shorten(url)}: the server answered {error.code} {error.reason}") from error
+        raise ValueError(f"cannot download {shorten(url)}: the server answered {error.code} {shorten(str(error.reason), 200)}") from error
     except (OSError, ValueError, http.client.HTTPException) as error:
         reason = getattr(error, "reason", None) or error  # URLError's own text wraps it
         raise ValueError(f"cannot download {shorten(url)}: {shorten(str(reason), 200) or type(reason).__name__}") from error
+
+
+def _fetch(url: str) -> bytes:
+    request = urllib.request.Request(urllib.parse.quote(url, safe="%/:=&?~#+!$,;'@()*[]"), headers={"User-Agent": "mllama"})
+    with urllib.request.build_opener(_HttpOnly).open(request, timeout=_STALLED) as response:
+        data = _read_within(response.read1, time.monotonic() + MAX_SECONDS)
+        if response.length:  # what is left of the Content-Length, which read1 does not mind
+            raise ValueError(f"it ended {response.length} bytes early")
+        return data
 
 
 def _read_within(read: Callable[[int], bytes], deadline: float) -> bytes:
@@ -183,5 +207,5 @@ def _read_within(read: Callable[[int], bytes], deadline: float) -> bytes:
         if len(data) > MAX_BYTES:
             raise ValueError(f"it is larger than {MAX_BYTES} bytes")
         if time.monotonic() > deadline:
-            raise ValueError(f"it takes more than {MAX_SECONDS:g} seconds")
+            raise ValueError(_TOO_SLOW.format(MAX_SECONDS))
     return bytes(data)
