@@ -34,7 +34,7 @@ def check_keywords(owner: str, function: Callable, given: dict[str, Any]) -> Non
     for name, (value, why) in _FIXED.items():
         if given.get(name, value) not in (value, None):
             raise ValueError(f"{name} must be {value}: {why}")
-    for name in given.keys() - PASSED_OVER - _READ - _FIXED.keys():
+    for name in set(given) - PASSED_OVER - _READ - _FIXED.keys():
         known = [*inspect.signature(function).parameters, *_READ]
         raise TypeError(f"{owner}: {name!r} is not an argument{nearest(name, known)}")
 

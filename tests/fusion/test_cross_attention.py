@@ -8,6 +8,7 @@ from transformers.models.mllama.configuration_mllama import MllamaTextConfig as 
 from transformers.models.mllama.modeling_mllama import MllamaCrossAttentionDecoderLayer, _prepare_cross_attention_mask
 
 import twins
+from mllama.compat import CACHE_NAME
 from mllama.config import MllamaTextConfig
 from mllama.fusion.cross_attention import CrossAttentionDecoderLayer, cross_context
 from mllama.text.cache import place_cross_layers
@@ -31,7 +32,7 @@ def stock(layer, hidden: torch.Tensor, states: torch.Tensor | None, mask: torch.
     rows = None
     if mask is not None:
         mask, rows = _prepare_cross_attention_mask(mask, TOKENS, hidden.dtype)
-    return layer(hidden, states, mask, None, rows, cache=cache)
+    return layer(hidden, states, mask, None, rows, **{CACHE_NAME: cache})
 
 
 def example(pictures: int = 1, tiles: int = 4, rows: int = 2, length: int = 7) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
