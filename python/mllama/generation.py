@@ -9,7 +9,7 @@ from transformers.generation.candidate_generator import PromptLookupCandidateGen
 from transformers.generation.utils import GenerateOutput
 
 from mllama.arguments import check_special
-from mllama.compat import CACHE_NAME, rename_cache
+from mllama.compat import CACHE_NAME, hand_on, rename_cache
 from mllama.fusion.prepend import held_before_text, pictures_per_row
 from mllama.inputs import one_of_images
 from mllama.text.cache import check_cache
@@ -62,6 +62,7 @@ class MllamaGenerationMixin(GenerationMixin):
 
         A step onto an empty cache is a first one whatever the caller says: assisted decoding starts its assistant with one.
         """
+        kwargs = rename_cache(kwargs)
         cache = kwargs.get(CACHE_NAME)
         filled = cache is not None and int(cache.get_seq_length()) > 0
         if is_first_iteration and filled and kwargs.get("next_sequence_length") is not None:
@@ -72,7 +73,7 @@ class MllamaGenerationMixin(GenerationMixin):
         )
         if not is_first_iteration and kwargs.get("use_cache", True):
             inputs.pop("image_features", None)
-        return inputs
+        return hand_on(inputs)
 
     def _prefill(self, input_ids, generation_config, model_kwargs, is_first_iteration=True):
         """As GenerationMixin's, which refuses to cut a prompt with pixels into chunks; one with features is not cut either, nor one whose
