@@ -13,7 +13,7 @@ PASSED_OVER = frozenset({"output_router_logits", "mm_token_type_ids"})
 _READ = frozenset({"num_items_in_batch"})
 # The only value of arguments that stock models take and these do not compute, and why.
 _FIXED = {
-    "is_causal": (True, "text is seen one way, or as token_type_ids say"),
+    "is_causal": (None, "text is seen one way, or as token_type_ids say, and images both ways"),
     "image_sizes": (None, "it is for towers that take images of several sizes (Pixtral's)"),
 }
 
