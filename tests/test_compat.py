@@ -55,6 +55,14 @@ def test_generate_takes_either_name(name, options, quiet):
     assert cache.get_seq_length() == expected.shape[1] - 1
 
 
+@pytest.mark.parametrize("name", ["cache", "past_key_values"])
+def test_the_step_of_generate_takes_either_name(name, quiet):
+    model, ids, cache = twins.model(), torch.tensor([twins.tokens(6)]), DynamicCache()
+    model(ids[:, :5], cache=cache)
+    step = model.prepare_inputs_for_generation(ids, next_sequence_length=1, **{name: cache})
+    assert step["past_key_values"] is cache and step["input_ids"].tolist() == ids[:, 5:].tolist()
+
+
 def test_both_names_at_once_are_refused():
     model, ids = twins.model(), torch.tensor([twins.tokens(3)])
     both = {"cache": DynamicCache(), "past_key_values": DynamicCache()}

@@ -13,7 +13,7 @@ PASSED_OVER = frozenset({"output_router_logits", "mm_token_type_ids"})
 _READ = frozenset({"num_items_in_batch"})
 # The only value of arguments that stock models take and these do not compute, and why.
 _FIXED = {
-    "is_causal": (True, "text is seen one way, or as token_type_ids say"),
+    "is_causal": (None, "text is seen one way, or as token_type_ids say, and images both ways"),
     "image_sizes": (None, "it is for towers that take images of several sizes (Pixtral's)"),
 }
 
@@ -59,6 +59,19 @@ _SPECIAL: dict[str, tuple[Callable[[Composition], bool], str]] = {
     "interpolate_pos_encoding": (_takes_other_sizes, "SigLIP and CLIP towers whose patches are merged into the text or averaged"),
     "mm_encoder_outputs": (lambda plan: plan.tower in ("siglip", "clip"), "models with a SigLIP or CLIP tower"),
 }
+_SEEING = frozenset({"pixel_values", "image_features", "token_type_ids", *_SPECIAL})
+
+
+def taken_by(model: Any, given: dict[str, Any]) -> dict[str, Any]:
+    """Arguments without those of pictures and prompts that another model, ours or of transformers, does not take."""
+    known, plan = inspect.signature(model.forward).parameters, getattr(model, "plan", None)
+
+    def takes(name: str) -> bool:
+        if name in ("pixel_values", "image_features") and plan is not None:
+            return plan.tower is not None
+        return name in known and (plan is None or name not in _SPECIAL or _SPECIAL[name][0](plan))
+
+    return {name: value for name, value in given.items() if name not in _SEEING or takes(name)}
 
 
 def check_special(plan: Composition, family: str, **given: Any) -> None:

@@ -40,6 +40,12 @@ def rename_cache(kwargs: dict[str, Any]) -> dict[str, Any]:
     return rest | {CACHE_NAME: one_cache(kwargs.get("cache"), kwargs.get(_OLD_NAME))}
 
 
+def hand_on(inputs: dict[str, Any]) -> dict[str, Any]:
+    """What a step of `generate` hands to forward, with the cache under the old name: PEFT, which puts soft prompts into that step, looks
+    there under either release, and would put them before every token where it finds none."""
+    return {_OLD_NAME if name == CACHE_NAME else name: value for name, value in inputs.items()}
+
+
 class NextTokenModel:
     """A model whose logits at t are scored against the label at t + 1, and which transformers knows as one.
 

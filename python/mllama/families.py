@@ -205,6 +205,9 @@ def _llava(config: PretrainedConfig) -> Composition:
     towers = {"siglip_vision_model": "siglip", "clip_vision_model": "clip"}
     kind = config.vision_config.model_type
     check_choice("vision_config", "model_type", kind, tuple(towers))
+    if kind == "clip_vision_model":  # transformers' sees causally where one of these says so
+        for owner, part in (("config", config), ("vision_config", config.vision_config)):
+            check_choice(owner, "is_causal", getattr(part, "is_causal", None), (False, None))
     vision, text = siglip_vision(config.vision_config), _text(config.text_config, "llama")
     layers, skip = select_features(config, vision.num_hidden_layers + 1)
     check_choice("config", "projector_hidden_act", config.projector_hidden_act, tuple(ACT2FN))

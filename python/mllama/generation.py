@@ -8,8 +8,8 @@ from transformers import GenerationMixin
 from transformers.generation.candidate_generator import PromptLookupCandidateGenerator
 from transformers.generation.utils import GenerateOutput
 
-from mllama.arguments import check_special
-from mllama.compat import CACHE_NAME, rename_cache
+from mllama.arguments import check_special, taken_by
+from mllama.compat import CACHE_NAME, hand_on, rename_cache
 from mllama.fusion.prepend import held_before_text, pictures_per_row
 from mllama.inputs import one_of_images
 from mllama.text.cache import check_cache
@@ -66,7 +66,7 @@ class MllamaGenerationMixin(GenerationMixin):
 
         A step onto an empty cache is a first one whatever the caller says: assisted decoding starts its assistant with one.
         """
-        kwargs = {name: value for name, value in kwargs.items() if name not in _TOKENIZERS}
+        kwargs = rename_cache({name: value for name, value in kwargs.items() if name not in _TOKENIZERS})
         cache = kwargs.get(CACHE_NAME)
         filled = cache is not None and int(cache.get_seq_length()) > 0
         if is_first_iteration and filled and kwargs.get("next_sequence_length") is not None:
@@ -77,7 +77,7 @@ class MllamaGenerationMixin(GenerationMixin):
         )
         if not is_first_iteration and kwargs.get("use_cache", True):
             inputs.pop("image_features", None)
-        return inputs
+        return hand_on(inputs)
 
     def _prefill(self, input_ids, generation_config, model_kwargs, is_first_iteration=True):
         """As GenerationMixin's, which refuses to cut a prompt with pixels into chunks; one with features is not cut either, nor one whose
@@ -150,15 +150,19 @@ class MllamaGenerationMixin(GenerationMixin):
 
     @functools.wraps(GenerationMixin._get_candidate_generator)
     def _get_candidate_generator(self, generation_config, input_ids, *args, **kwargs):
-        """As GenerationMixin's; what is proposed ends before a picture's placeholder, and before an id that the head has no logits for."""
+        """As GenerationMixin's; what is proposed ends before a picture's placeholder, and before an id that the head has no logits for. An
+        assistant guesses without the arguments that it does not take: pictures, where it knows text alone."""
+        given, assistant = kwargs["model_kwargs"], kwargs.get("assistant_model")
+        if assistant is not None:
+            kwargs["model_kwargs"] = taken_by(assistant, given)
         generator = super()._get_candidate_generator(generation_config, input_ids, *args, **kwargs)
-        propose, stops = generator.get_candidates, self._placeholder_ids(input_ids, kwargs.get("model_kwargs") or {})
-        looks_up = isinstance(generator, PromptLookupCandidateGenerator)
+        propose, stops = generator.get_candidates, self._placeholder_ids(input_ids, given)
+        blind = isinstance(generator, PromptLookupCandidateGenerator) or kwargs["model_kwargs"].keys() != given.keys()
 
         def get_candidates(input_ids: torch.Tensor, *args, **kwargs) -> tuple[torch.Tensor, torch.Tensor | None]:
             no_text = torch.isin(input_ids, stops) | (input_ids >= self.lm_head.weight.shape[0])
             # A lookup takes what it proposes for a column of logits.
-            proposed, logits = propose(input_ids.masked_fill(no_text, 0) if looks_up else input_ids, *args, **kwargs)
+            proposed, logits = propose(input_ids.masked_fill(no_text, 0) if blind else input_ids, *args, **kwargs)
             new = proposed[:, input_ids.shape[1] :].to(input_ids.device)
             bad = (torch.isin(new, stops) | (new >= self.lm_head.weight.shape[0]))[0].nonzero().flatten().tolist()
             kept = bad[0] if bad else new.shape[1]

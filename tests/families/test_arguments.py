@@ -99,6 +99,7 @@ def test_an_unknown_argument_is_refused_with_the_nearest(name, near):
     [
         (LLAVA, "image_sizes", torch.tensor([[16, 16]])),
         (LLAVA, "is_causal", False),
+        (LLAVA, "is_causal", True),  # transformers' CLIP would be, too
         (LLAVA, "aspect_ratio_ids", torch.ones(2, 1)),
         (LLAVA, "prefix_length", torch.ones(2)),
         (PALIGEMMA, "vision_feature_layer", -1),

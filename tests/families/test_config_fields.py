@@ -79,7 +79,7 @@ VALUES = {
     "attention_chunk_size": [2],
     "layer_types": [["sliding_attention"] * 2],
     "final_logit_softcapping": [2.0],
-    "is_causal": [False],
+    "is_causal": [False, True],
 }
 DECODERS = ("sliding_window", "attention_chunk_size", "layer_types", "final_logit_softcapping", "is_causal")
 
@@ -87,7 +87,7 @@ DECODERS = ("sliding_window", "attention_chunk_size", "layer_types", "final_logi
 def fields(config: transformers.PretrainedConfig, decoder: bool) -> list[str]:
     parts = ("vision_config", "text_config", "dtype")  # the dtype is the weights', of all parts
     names = [field.name for field in dataclasses.fields(config) if field.name not in parts]
-    return names + (list(DECODERS) if decoder else [])
+    return names + (list(DECODERS) if decoder else ["is_causal"])
 
 
 def base(family: str):

@@ -4,6 +4,7 @@ import pytest
 import torch
 from transformers import DynamicCache, StaticCache, TextIteratorStreamer
 
+from families import test_arguments
 from families.cases import IMAGE, ONE_EACH, TALKING, close, ids, inputs, make, pair, pictures
 
 GREEDY = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
@@ -225,3 +226,14 @@ def test_a_prompt_seen_both_ways_is_not_read_in_chunks():
     both = pair("paligemma")
     with pytest.raises(ValueError, match="prefill_chunk_size"):
         both.ours.generate(**inputs(both, "no picture"), **GREEDY, prefill_chunk_size=4)
+
+
+@pytest.mark.parametrize(("family", "text"), [("llava, clip, -2", "llama"), ("paligemma", "gemma"), ("mllama", "llama")])
+def test_an_assistant_that_sees_no_pictures(family, text):
+    """Ours or transformers', it guesses from the text alone: what is said is what greedy search says."""
+    both, given = test_arguments.pair_and_inputs(family)
+    given = {name: value[:1] for name, value in given.items()}
+    how = {"max_new_tokens": 8, "do_sample": False}
+    expected = both.theirs.generate(**given, **how)
+    for assistant in pair(text):
+        assert torch.equal(both.ours.generate(**given, **how, assistant_model=assistant), expected)

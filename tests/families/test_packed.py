@@ -150,6 +150,16 @@ def flattened() -> dict[str, torch.Tensor | int]:
     return FLATTENED([{"input_ids": ids(length, length)} for length in LENGTHS])
 
 
+def test_positions_in_bytes():
+    """Their differences wrap around; of 256 and more the next sequence would look like the present one going on."""
+    model = pair("llama").ours
+    row, place = torch.tensor([ids(260)]), positions(256, 4)
+    with torch.no_grad():
+        for part in (slice(254, None), slice(None)):
+            expected = model(row[:, part], position_ids=place[:, part]).logits
+            close(model(row[:, part], position_ids=place[:, part].to(torch.uint8)).logits, expected)
+
+
 def test_what_describes_packed_rows_takes_the_place_of_positions():
     model, batch = pair("llama").ours, flattened()
     lengths = {name: batch[name] for name in ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")}

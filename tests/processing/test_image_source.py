@@ -231,3 +231,9 @@ def test_messages_download_by_permission_alone(family_folder, server, noise):
     for encode in (lambda: processor.apply_chat_template(messages, **options), lambda: encode_messages(processor, messages)):
         with pytest.raises(ValueError, match="allow_urls"):
             encode()
+
+
+def test_a_password_in_a_url_is_refused_and_not_shown():
+    with pytest.raises(ValueError, match="password") as refused:
+        load_picture("http://someone:secret@127.0.0.1:9/a.png", allow_urls=True)
+    assert "secret" not in str(refused.value)

@@ -168,6 +168,8 @@ class _HttpOnly(urllib.request.HTTPRedirectHandler):
 
 def _download(url: str) -> bytes:
     """The body, by Python's own client: proxies and certificates are the environment's."""
+    if "@" in urllib.parse.urlsplit(url).netloc:
+        raise ValueError("a URL with a user name or password is not downloaded, and not shown here")
     body: Future[bytes] = Future()
 
     def work() -> None:

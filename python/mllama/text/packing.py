@@ -8,7 +8,7 @@ def go_back(position_ids: torch.Tensor | None) -> bool:
     """Whether positions fall somewhere in a row: it is packed, whatever else may be. While compiling, whether there are any."""
     if not isinstance(position_ids, torch.Tensor) or position_ids.dim() != 2:  # refused where they are used
         return False
-    return not _readable(position_ids) or bool((position_ids.diff() < 0).any())
+    return not _readable(position_ids) or bool((position_ids.long().diff() < 0).any())  # unsigned differences wrap
 
 
 def find_starts(position_ids: torch.Tensor) -> torch.Tensor | None:
@@ -20,7 +20,7 @@ def find_starts(position_ids: torch.Tensor) -> torch.Tensor | None:
     Args:
         position_ids: int [B or 1, T].
     """
-    new = position_ids.diff() != 1
+    new = position_ids.long().diff() != 1
     if _readable(new) and not new.any():
         return None
     return _starts(new)
