@@ -264,7 +264,7 @@ class PicturesMixin:
         own = self.plan.image_tokens
         if pixel_values is not None:
             self.vision_tower.check(pixel_values, reading.interpolate)
-            per_picture = own if self.plan.pooling else self.vision_tower.count_features(pixel_values) - reading.skip_first
+            per_picture = own if self.plan.pooling else self.vision_tower.count_features(pixel_values) - int(reading.skip_first)
             return pixel_values.shape[0], per_picture
         if image_features is None:
             return 0, own
