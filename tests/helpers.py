@@ -17,6 +17,15 @@ TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 2e-2, torch.float16: 3e-3}
 needs_kernels = pytest.mark.skipif(_ext.disabled(), reason="MLLAMA_DISABLE_OPS=1: there are no kernels to test")
 
 
+@pytest.fixture(autouse=True, scope="package")
+def one_thread():
+    """For the conftest.py of folders whose tiny models do not pay for threads."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @dataclass
 class Sample:
     """One call: positional and keyword arguments of the public function, float tensors given in float32."""

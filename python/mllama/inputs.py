@@ -65,7 +65,7 @@ def one_of_images(
     mm_encoder_outputs: dict[str, ModelOutput] | None,
     cross_attention_states: torch.Tensor | None,
 ) -> torch.Tensor | None:
-    """The features among arguments that all give images, of which one may be given; None where it is pixels or nothing.
+    """The features, given by one of several arguments; None where pixels or nothing are given.
 
     Raises:
         ValueError: several are given; mm_encoder_outputs holds another kind than images, or images without features of one shape.

@@ -5,14 +5,7 @@ import torch
 from torch import nn
 
 import mllama
-
-
-@pytest.fixture(autouse=True, scope="package")
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+from helpers import one_thread  # noqa: F401
 
 
 @pytest.fixture

@@ -177,9 +177,8 @@ def _convert(model: nn.Module, path: Path, found: Adapters, places: Mapping[str,
             chosen[linear] = rank, found.alphas[name]
             shapes |= {_key(name, "lora_a"): (rank, linear.in_features), _key(name, "lora_b"): (linear.out_features, rank)}
     _check_fit(path, found.tensors | found.trained, shapes)
-    made = put_adapters(
-        model, chosen, found.dropout
-    )  # under each name of a layer, of which the file may have another than comes first here
+    # Under each name of a shared layer: the file may use another one than the first here.
+    made = put_adapters(model, chosen, found.dropout)
     made = {plain_name(model, name): layer for name, layer in made.items()}
     return {name: layer for name, layer in made.items() if _key(name, "lora_a") in found.tensors}
 

@@ -47,7 +47,7 @@ def weights_file(folder: Path) -> Path:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """An adapter_config.json of which every field is one that can be honored.
+    """Read adapter_config.json, and refuse fields that cannot be honored.
 
     Raises:
         FileNotFoundError: there is none.
