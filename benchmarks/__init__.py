@@ -1,1 +1,3 @@
-"""Benchmarks: `python -m benchmarks [operator ...]` from the repository root, where mllama is installed."""
+"""Benchmarks: `python -m benchmarks [operator ...]` from the repository root, where mllama is
+installed.
+"""

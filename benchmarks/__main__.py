@@ -1,7 +1,9 @@
-"""`python -m benchmarks [name ...] [--no-save]`: one table per operator or model, each also written to benchmarks/results/<name>.csv.
+"""`python -m benchmarks [name ...] [--no-save]`: one table per operator or model, each also written
+to benchmarks/results/<name>.csv.
 
-Every file benchmarks/ops/bench_<name>.py and benchmarks/models/bench_<name>.py has PEER, a line saying what ours is measured against, and
-cases(), which makes its Cases, and strings, remarks that are written below the table and into the file's head.
+Every file benchmarks/ops/bench_<name>.py and benchmarks/models/bench_<name>.py has PEER, a line
+saying what ours is measured against, and cases(), which makes its Cases, and strings, remarks that
+are written below the table and into the file's head.
 """
 
 import argparse
@@ -17,11 +19,21 @@ HERE = Path(__file__).parent
 
 
 def main() -> None:
-    known = {path.stem.removeprefix("bench_"): path.parent.name for path in sorted(HERE.glob("*/bench_*.py"))}
+    known = {
+        path.stem.removeprefix("bench_"): path.parent.name
+        for path in sorted(HERE.glob("*/bench_*.py"))
+    }
     what = "Time the operators against torch's eager equivalents, and models against transformers."
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=what)
-    parser.add_argument("names", nargs="*", metavar="name", help=f"which to time (default: all): {', '.join(sorted(known))}")
-    parser.add_argument("--no-save", action="store_true", help="print only; leave benchmarks/results as it is")
+    parser.add_argument(
+        "names",
+        nargs="*",
+        metavar="name",
+        help=f"which to time (default: all): {', '.join(sorted(known))}",
+    )
+    parser.add_argument(
+        "--no-save", action="store_true", help="print only; leave benchmarks/results as it is"
+    )
     arguments = parser.parse_args()
     unknown = sorted(set(arguments.names) - set(known))
     if unknown:
@@ -45,7 +57,9 @@ def main() -> None:
         harness.print_table(f"{name} against {bench.PEER}", rows)
         print("".join(f"{remark}\n" for remark in remarks), end="")
         if not arguments.no_save:
-            harness.write_csv(HERE / "results" / f"{name}.csv", [*notes, f"peer: {bench.PEER}", *remarks], rows)
+            harness.write_csv(
+                HERE / "results" / f"{name}.csv", [*notes, f"peer: {bench.PEER}", *remarks], rows
+            )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,6 @@
-"""The benchmarks' common part: cases, interleaved timing, the machine's description and roofs, tables and CSV files."""
+"""The benchmarks' common part: cases, interleaved timing, the machine's description and roofs,
+tables and CSV files.
+"""
 
 import csv
 import platform
@@ -20,8 +22,9 @@ DTYPES = (torch.float32, torch.bfloat16)
 class Case:
     """One row of a table: our call and its peer on the same inputs.
 
-    `bytes` is what a perfect implementation moves between memory and registers (every input read once, every output written once),
-    `flops` the arithmetic of one call; either may be 0 where it says nothing.
+    `bytes` is what a perfect implementation moves between memory and registers (every input read
+    once, every output written once), `flops` the arithmetic of one call; either may be 0 where it
+    says nothing.
     """
 
     shape: str
@@ -57,21 +60,33 @@ def both_directions(
 ) -> list[Case]:
     """The forward and the forward+backward case of one shape.
 
-    The first `differentiable` inputs get gradients; `ours(*inputs)` and `peer(*(peer_inputs or inputs))` return a tensor or a tuple
-    of them, and every output gets a random gradient.
+    The first `differentiable` inputs get gradients; `ours(*inputs)` and `peer(*(peer_inputs or
+    inputs))` return a tensor or a tuple of them, and every output gets a random gradient.
     """
     dtype = inputs[0].dtype
     ours_forward, ours_both = _directions(ours, inputs, differentiable)
     peer_forward, peer_both = _directions(peer, peer_inputs or inputs, differentiable)
     return [
         Case(shape, dtype, "forward", ours_forward, peer_forward, forward_bytes, forward_flops),
-        Case(shape, dtype, "forward+backward", ours_both, peer_both, forward_bytes + backward_bytes, forward_flops + backward_flops),
+        Case(
+            shape,
+            dtype,
+            "forward+backward",
+            ours_both,
+            peer_both,
+            forward_bytes + backward_bytes,
+            forward_flops + backward_flops,
+        ),
     ]
 
 
-def _directions(function: Callable, inputs: tuple[torch.Tensor, ...], differentiable: int) -> tuple[Callable, Callable]:
+def _directions(
+    function: Callable, inputs: tuple[torch.Tensor, ...], differentiable: int
+) -> tuple[Callable, Callable]:
     """(forward alone in inference mode, forward and gradients) of one function."""
-    leaves = tuple(tensor.detach().requires_grad_(i < differentiable) for i, tensor in enumerate(inputs))
+    leaves = tuple(
+        tensor.detach().requires_grad_(i < differentiable) for i, tensor in enumerate(inputs)
+    )
     outputs = function(*leaves)
     gradients = tuple(torch.randn_like(output) for output in _tuple(outputs))
 
@@ -90,7 +105,9 @@ def _tuple(outputs) -> tuple[torch.Tensor, ...]:
 
 
 def measure(case: Case) -> Row:
-    """Time both sides of a case in turns, so that what else the machine does meets both, and take the medians."""
+    """Time both sides of a case in turns, so that what else the machine does meets both, and take
+    the medians.
+    """
     repeats = [_repeats(case.ours), _repeats(case.peer)]
     times: list[list[float]] = [[], []]
     for _ in range(RUNS):
@@ -118,7 +135,9 @@ def _run(call: Callable, count: int) -> float:
 
 
 def saved_bytes(call: Callable[[], object], parameters: Iterable[torch.Tensor] = ()) -> int:
-    """What autograd keeps of the call for its backward pass: the bytes of all memory saved, once each, that of `parameters` left out."""
+    """What autograd keeps of the call for its backward pass: the bytes of all memory saved, once
+    each, that of `parameters` left out.
+    """
     kept: dict[int, torch.UntypedStorage] = {}  # held, so that no address comes twice
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
@@ -134,7 +153,9 @@ def saved_bytes(call: Callable[[], object], parameters: Iterable[torch.Tensor] =
 
 @dataclass
 class Roofs:
-    """What the machine can do at most, measured through torch in the same process: GB/s from memory and GFLOP/s."""
+    """What the machine can do at most, measured through torch in the same process: GB/s from memory
+    and GFLOP/s.
+    """
 
     read: float
     copy: float
@@ -182,7 +203,9 @@ def _processor() -> str:
         lines = Path("/proc/cpuinfo").read_text().split("\n\n")[0].splitlines()
     except OSError:
         return platform.processor() or platform.machine()
-    fields = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
+    fields = {
+        key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)
+    }
     if "cpu family" not in fields:
         return platform.machine()
     return f"{fields['model name']} family {fields['cpu family']} model {fields['model']}"
@@ -213,7 +236,10 @@ def print_table(title: str, rows: Iterable[tuple[str, ...]]) -> None:
     print(f"\n{title}")
     for line in lines:
         print(
-            "  ".join(cell.ljust(width) if i < 3 else cell.rjust(width) for i, (cell, width) in enumerate(zip(line, widths, strict=True)))
+            "  ".join(
+                cell.ljust(width) if i < 3 else cell.rjust(width)
+                for i, (cell, width) in enumerate(zip(line, widths, strict=True))
+            )
         )
 
 

@@ -1,4 +1,6 @@
-"""The sizes that the benchmarks run on: Llama-3.2-1B's decoder and SigLIP-base's tower (224 pixels, patches of 16)."""
+"""The sizes that the benchmarks run on: Llama-3.2-1B's decoder and SigLIP-base's tower (224 pixels,
+patches of 16).
+"""
 
 HIDDEN, HEADS, KV_HEADS, HEAD_SIZE, FFN = 2048, 32, 8, 64, 8192
 TEXT_LENGTHS = (1, 512)  # one decoding step, one prefill

@@ -1,5 +1,6 @@
-// The Python module mllama._C. Importing it registers the operators (static initialisers of csrc/ops); what it exposes
-// itself is only about the build and the CPU. No tensor passes through pybind11.
+// The Python module mllama._C. Importing it registers the operators (static initialisers of
+// csrc/ops); what it exposes itself is only about the build and the CPU. No tensor passes through
+// pybind11.
 #include <pybind11/pybind11.h>
 
 #include <torch/headeronly/version.h>
@@ -26,13 +27,18 @@ PYBIND11_MODULE(_C, m) {
 #endif
             return info;
         },
-        "What the extension was built with: operators, instruction sets, CUDA toolkit, torch, compiler.");
+        "What the extension was built with: operators, instruction sets, CUDA toolkit, torch, "
+        "compiler.");
     m.def(
         "isa", [] { return mllama::isa_name(mllama::current_isa()); },
-        "The instruction set the kernels use now.\n\nRaises ValueError where MLLAMA_CPU_ISA names none that this CPU "
+        "The instruction set the kernels use now.\n\nRaises ValueError where MLLAMA_CPU_ISA names "
+        "none that this CPU "
         "has.");
-    m.def("best_isa", [] { return mllama::isa_name(mllama::best_isa()); }, "The best instruction set of this CPU.");
+    m.def(
+        "best_isa", [] { return mllama::isa_name(mllama::best_isa()); },
+        "The best instruction set of this CPU.");
     m.def("set_isa", &mllama::set_isa, py::arg("name"),
-          "Use another instruction set from now on (for tests; MLLAMA_CPU_ISA does it for a whole process).\n\n"
+          "Use another instruction set from now on (for tests; MLLAMA_CPU_ISA does it for a whole "
+          "process).\n\n"
           "Raises ValueError for an unknown name or one this CPU lacks.");
 }

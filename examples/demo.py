@@ -1,4 +1,5 @@
-"""Asks the embedded model about the pictures in examples/pictures and checks its answers. `make demo` runs it.
+"""Asks the embedded model about the pictures in examples/pictures and checks its answers. `make
+demo` runs it.
 
 Exits with 1 when an answer is wrong.
 """
@@ -21,7 +22,9 @@ def main() -> int:
         print(os.path.relpath(PICTURES / name))
         for question, expected in questions.items():
             answer = mllama.ask(PICTURES / name, question)
-            print(f"  {question:32} {answer:10} {'✓' if answer == expected else f'✗ it is {expected}'}")
+            print(
+                f"  {question:32} {answer:10} {'✓' if answer == expected else f'✗ it is {expected}'}"
+            )
             wrong += answer != expected
     return int(wrong > 0)
 

@@ -1,4 +1,6 @@
-"""Draws docs/demo.png, the README's picture: the questions of the demo and what the embedded model answers. Needs matplotlib."""
+"""Draws docs/demo.png, the README's picture: the questions of the demo and what the embedded model
+answers. Needs matplotlib.
+"""
 
 import json
 import textwrap
@@ -16,7 +18,9 @@ TARGET = Path(__file__).parent.parent / "docs" / "demo.png"
 def main() -> None:
     """Ask, and draw."""
     asked = json.loads((PICTURES / "questions.json").read_text())
-    figure, axes = plt.subplots(len(asked), 2, figsize=(9, 2.6 * len(asked)), width_ratios=(1, 1.5), layout="constrained")
+    figure, axes = plt.subplots(
+        len(asked), 2, figsize=(9, 2.6 * len(asked)), width_ratios=(1, 1.5), layout="constrained"
+    )
     for (left, right), (name, questions) in zip(axes, asked.items(), strict=True):
         with Image.open(PICTURES / name) as picture:
             left.imshow(picture)
@@ -26,7 +30,9 @@ def main() -> None:
             height = 1 - (row + 0.5) / len(questions)
             answer = textwrap.fill(mllama.ask(PICTURES / name, question), 26)
             right.text(0.02, height, question, va="center", fontsize=11)
-            right.text(0.52, height, answer, va="center", fontsize=11, family="monospace", weight="bold")
+            right.text(
+                0.52, height, answer, va="center", fontsize=11, family="monospace", weight="bold"
+            )
     figure.savefig(TARGET, dpi=100)
 
 

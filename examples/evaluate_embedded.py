@@ -1,7 +1,8 @@
 """Accuracy of a model on held-out generated pictures, by kind of question.
 
-python examples/evaluate_embedded.py                          # the embedded model, 1,000 pictures of this generator
-python examples/evaluate_embedded.py --renderer matplotlib    # 200 pictures drawn by matplotlib
+python examples/evaluate_embedded.py                          # the embedded model, 1,000 pictures
+of this generator python examples/evaluate_embedded.py --renderer matplotlib    # 200 pictures drawn
+by matplotlib
 """
 
 from __future__ import annotations
@@ -19,7 +20,9 @@ from shapes.other_renderer import matplotlib_case
 def main() -> None:
     import mllama
 
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", help="folder; the embedded model when left out")
     parser.add_argument("--renderer", choices=("shapes", "matplotlib"), default="shapes")
     parser.add_argument("--pictures", type=int, help="how many (1,000, or 200 of matplotlib's)")
@@ -34,12 +37,18 @@ def main() -> None:
     if arguments.renderer == "shapes":
         cases = held_out_cases(arguments.pictures or 1000, arguments.seed)
     else:
-        cases = [matplotlib_case(arguments.seed * 100_000 + i) for i in range(arguments.pictures or 200)]
+        cases = [
+            matplotlib_case(arguments.seed * 100_000 + i) for i in range(arguments.pictures or 200)
+        ]
     wrong: list = []
-    figures = {"renderer": arguments.renderer, "seed": arguments.seed} | evaluate(model, processor.tokenizer, cases, wrong)
+    figures = {"renderer": arguments.renderer, "seed": arguments.seed} | evaluate(
+        model, processor.tokenizer, cases, wrong
+    )
     print(summary(figures))
     for case, turn, answer in wrong[: arguments.mistakes]:
-        print(f"  {case.objects} objects, {case.background}: {turn.question} -> {answer!r}, not {turn.answer!r}")
+        print(
+            f"  {case.objects} objects, {case.background}: {turn.question} -> {answer!r}, not {turn.answer!r}"
+        )
     if arguments.json:
         arguments.json.write_text(json.dumps(figures, indent=1) + "\n")
 

@@ -2,7 +2,8 @@
 
     python examples/train_embedded.py --out runs/embedded
 
-The run resumes from its folder with --resume; --export writes the averaged weights where `mllama.load()` finds them.
+The run resumes from its folder with --resume; --export writes the averaged weights where
+`mllama.load()` finds them.
 """
 
 from __future__ import annotations
@@ -18,14 +19,28 @@ from shapes.training import Plan, Run
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", type=Path, default=Path("runs/embedded"), help="folder of the run")
-    parser.add_argument("--resume", action="store_true", help="go on from the weights and optimiser state in --out")
-    parser.add_argument("--export", type=Path, help="after training (or at once with --pictures 0), write the model to this folder")
-    parser.add_argument("--threads", type=int, default=2, help="1 where other work shares the machine")
+    parser.add_argument(
+        "--resume", action="store_true", help="go on from the weights and optimiser state in --out"
+    )
+    parser.add_argument(
+        "--export",
+        type=Path,
+        help="after training (or at once with --pictures 0), write the model to this folder",
+    )
+    parser.add_argument(
+        "--threads", type=int, default=2, help="1 where other work shares the machine"
+    )
     parser.add_argument("--workers", type=int, default=1, help="processes that draw pictures")
     for field in fields(Plan):
-        kind = {"action": argparse.BooleanOptionalAction} if isinstance(field.default, bool) else {"type": type(field.default)}
+        kind = (
+            {"action": argparse.BooleanOptionalAction}
+            if isinstance(field.default, bool)
+            else {"type": type(field.default)}
+        )
         parser.add_argument(f"--{field.name.replace('_', '-')}", default=field.default, **kind)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
@@ -39,7 +54,9 @@ def main() -> None:
 
 def train(run: Run, workers: int) -> None:
     """Runs to the end of the plan behind a progress bar on stderr."""
-    with tqdm(total=run.plan.pictures, initial=run.seen, unit="picture", smoothing=0.02, mininterval=2) as progress:
+    with tqdm(
+        total=run.plan.pictures, initial=run.seen, unit="picture", smoothing=0.02, mininterval=2
+    ) as progress:
         run.train(progress, workers=workers)
 
 

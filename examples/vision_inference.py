@@ -1,7 +1,9 @@
-"""Shows what a SigLIP tower makes of a picture: `python examples/vision_inference.py PICTURE --model FOLDER`.
+"""Shows what a SigLIP tower makes of a picture: `python examples/vision_inference.py PICTURE
+--model FOLDER`.
 
-Prints the features' shape and a map of how like every patch is to the one in the middle: the darker, the more alike. FOLDER holds a SigLIP,
-or a model with one; without it, the embedded model's tower looks.
+Prints the features' shape and a map of how like every patch is to the one in the middle: the
+darker, the more alike. FOLDER holds a SigLIP, or a model with one; without it, the embedded model's
+tower looks.
 """
 
 import argparse
@@ -20,13 +22,19 @@ def main(arguments: list[str] | None = None) -> None:
     """Print the shape and the map."""
     parser = argparse.ArgumentParser(description="Show what a SigLIP tower makes of a picture.")
     parser.add_argument("picture", nargs="?", default=PICTURE)
-    parser.add_argument("--model", help="a folder with a SigLIP tower (default: the embedded model)")
+    parser.add_argument(
+        "--model", help="a folder with a SigLIP tower (default: the embedded model)"
+    )
     asked = parser.parse_args(arguments)
     model, processor = mllama.load(asked.model)
     image_processor = getattr(processor, "image_processor", processor)
-    pixel_values = image_processor(load_picture(asked.picture), return_tensors="pt")["pixel_values"].to(model.device)
+    pixel_values = image_processor(load_picture(asked.picture), return_tensors="pt")[
+        "pixel_values"
+    ].to(model.device)
     with torch.no_grad():
-        features = model.vision_tower(pixel_values).last_hidden_state.float()  # [1, patches, hidden]
+        features = model.vision_tower(
+            pixel_values
+        ).last_hidden_state.float()  # [1, patches, hidden]
     side = round(features.shape[1] ** 0.5)
     print(f"{features.shape[1]} patches, {side} x {side}, of {features.shape[2]} features each")
     centre = features[0, side // 2 * side + side // 2]

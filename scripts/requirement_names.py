@@ -1,4 +1,6 @@
-"""Print the names of what the package and its tests need, without their versions, for an environment with versions of its own choice."""
+"""Print the names of what the package and its tests need, without their versions, for an
+environment with versions of its own choice.
+"""
 
 import re
 import tomllib

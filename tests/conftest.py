@@ -17,13 +17,21 @@ import mllama
 import twins
 from mllama import MllamaImageProcessor
 
-WORDS = ["How many circles?", "What colour is it?", "two red three blue, describe the picture: hello a b c d"]
+WORDS = [
+    "How many circles?",
+    "What colour is it?",
+    "two red three blue, describe the picture: hello a b c d",
+]
 
 
 def pytest_report_header() -> str:
     """What the run is under: what docs/compatibility.md tells apart."""
     names = ("torch", "transformers", "tokenizers", "peft", "trl", "accelerate", "pillow", "numpy")
-    found = [f"{name} {metadata.version(name)}" for name in names if find_spec("PIL" if name == "pillow" else name)]
+    found = [
+        f"{name} {metadata.version(name)}"
+        for name in names
+        if find_spec("PIL" if name == "pillow" else name)
+    ]
     return f"mllama of {Path(mllama.__file__).parent}; Python {platform.python_version()}, {', '.join(found)}"
 
 
@@ -35,7 +43,9 @@ def _same_random_numbers():
 
 @pytest.fixture(scope="session")
 def make_tokenizer():
-    """make_tokenizer(bos, adds_bos, pad): bytes and a few merges, <eos>; <bos> if asked, which it may put into every text itself; <pad>."""
+    """make_tokenizer(bos, adds_bos, pad): bytes and a few merges, <eos>; <bos> if asked, which it
+    may put into every text itself; <pad>.
+    """
 
     def make(bos: bool = True, adds_bos: bool = False, pad: bool = True) -> PreTrainedTokenizerFast:
         backend = Tokenizer(models.BPE())
@@ -50,8 +60,14 @@ def make_tokenizer():
         backend.train_from_iterator(WORDS, trainer)
         if adds_bos:
             tokens = [("<bos>", backend.token_to_id("<bos>"))]
-            backend.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=tokens)
-        named = {"eos_token": "<eos>"} | ({"bos_token": "<bos>"} if bos else {}) | ({"pad_token": "<pad>"} if pad else {})
+            backend.post_processor = processors.TemplateProcessing(
+                single="<bos> $A", special_tokens=tokens
+            )
+        named = (
+            {"eos_token": "<eos>"}
+            | ({"bos_token": "<bos>"} if bos else {})
+            | ({"pad_token": "<pad>"} if pad else {})
+        )
         return PreTrainedTokenizerFast(tokenizer_object=backend, padding_side="left", **named)
 
     return make
@@ -60,12 +76,16 @@ def make_tokenizer():
 @pytest.fixture(scope="session")
 def model_folder(make_tokenizer, tmp_path_factory):
     """A model folder: tiny, with random weights, and with its processor."""
-    processor = MllamaImageProcessor(make_tokenizer(bos=False), twins.PATCHES, twins.VISION["image_size"])
+    processor = MllamaImageProcessor(
+        make_tokenizer(bos=False), twins.PATCHES, twins.VISION["image_size"]
+    )
     tokenizer = processor.tokenizer
     sizes = {"vocab_size": len(tokenizer), "max_position_embeddings": 512}
     ends = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
     folder = tmp_path_factory.mktemp("model")
-    twins.model(text=sizes | ends, image_token_index=processor.image_token_id).save_pretrained(folder)
+    twins.model(text=sizes | ends, image_token_index=processor.image_token_id).save_pretrained(
+        folder
+    )
     processor.save_pretrained(folder)
     return folder
 
@@ -77,7 +97,9 @@ def family_folder(make_tokenizer, model_folder, tmp_path_factory):
     @functools.cache
     def make(family: str):
         return (
-            model_folder if family == "llava, siglip" else family_folders.write(family, make_tokenizer, tmp_path_factory.mktemp("family"))
+            model_folder
+            if family == "llava, siglip"
+            else family_folders.write(family, make_tokenizer, tmp_path_factory.mktemp("family"))
         )
 
     return make

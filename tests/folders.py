@@ -7,7 +7,9 @@ import torch
 import twins
 
 PICTURE = [twins.IMAGE] * twins.PATCHES
-INPUTS = twins.batch(PICTURE + twins.tokens(6), twins.tokens(3) + PICTURE + twins.tokens(2)) | {"pixel_values": twins.pictures(2)}
+INPUTS = twins.batch(PICTURE + twins.tokens(6), twins.tokens(3) + PICTURE + twins.tokens(2)) | {
+    "pixel_values": twins.pictures(2)
+}
 
 
 def logits(model) -> torch.Tensor:

@@ -1,4 +1,6 @@
-"""What tests share. `check_op` proves one operator: every operator's test file calls it with its samples."""
+"""What tests share. `check_op` proves one operator: every operator's test file calls it with its
+samples.
+"""
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
@@ -12,9 +14,12 @@ from mllama import _ext
 from mllama.ops import _dispatch
 
 INSTRUCTION_SETS = ("scalar", "avx2", "avx512", "avx512_bf16")
-# Largest error accepted, relative to the largest value of the exact result. 16-bit results carry one or two roundings.
+# Largest error accepted, relative to the largest value of the exact result. 16-bit results carry
+# one or two roundings.
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 2e-2, torch.float16: 3e-3}
-needs_kernels = pytest.mark.skipif(_ext.disabled(), reason="MLLAMA_DISABLE_OPS=1: there are no kernels to test")
+needs_kernels = pytest.mark.skipif(
+    _ext.disabled(), reason="MLLAMA_DISABLE_OPS=1: there are no kernels to test"
+)
 
 
 @pytest.fixture(autouse=True, scope="package")
@@ -28,25 +33,44 @@ def one_thread():
 
 @dataclass
 class Sample:
-    """One call: positional and keyword arguments of the public function, float tensors given in float32."""
+    """One call: positional and keyword arguments of the public function, float tensors given in
+    float32.
+    """
 
     args: tuple
     kwargs: dict[str, Any] = field(default_factory=dict)
 
     def map(
-        self, change: Callable[[torch.Tensor], torch.Tensor], *, keep: Sequence[int | str] = (), only: Sequence[int | str] | None = None
+        self,
+        change: Callable[[torch.Tensor], torch.Tensor],
+        *,
+        keep: Sequence[int | str] = (),
+        only: Sequence[int | str] | None = None,
     ) -> "Sample":
-        """The same call with its float tensors changed; `keep` and `only` say at which places (int) and names (str)."""
+        """The same call with its float tensors changed; `keep` and `only` say at which places (int)
+        and names (str).
+        """
 
         def one(place: int | str, value: Any) -> Any:
             chosen = place not in keep and (only is None or place in only)
-            return change(value) if chosen and isinstance(value, torch.Tensor) and value.is_floating_point() else value
+            return (
+                change(value)
+                if chosen and isinstance(value, torch.Tensor) and value.is_floating_point()
+                else value
+            )
 
-        return Sample(tuple(one(i, v) for i, v in enumerate(self.args)), {k: one(k, v) for k, v in self.kwargs.items()})
+        return Sample(
+            tuple(one(i, v) for i, v in enumerate(self.args)),
+            {k: one(k, v) for k, v in self.kwargs.items()},
+        )
 
     def leaves(self) -> list[torch.Tensor]:
         """The tensors that require a gradient, in order."""
-        return [v for v in (*self.args, *self.kwargs.values()) if isinstance(v, torch.Tensor) and v.requires_grad]
+        return [
+            v
+            for v in (*self.args, *self.kwargs.values())
+            if isinstance(v, torch.Tensor) and v.requires_grad
+        ]
 
 
 # What torch.ops makes of C++'s std::invalid_argument; mllama.ops makes it a ValueError in any case.
@@ -81,29 +105,43 @@ def instruction_set(name: str):
 
 
 def strided(tensor: torch.Tensor) -> torch.Tensor:
-    """The same values in memory where no stride is what a fresh tensor has: rows are padded, elements two apart."""
+    """The same values in memory where no stride is what a fresh tensor has: rows are padded,
+    elements two apart.
+    """
     if tensor.dim() == 0:
         return tensor
-    room = torch.full((*tensor.shape[:-1], 2 * tensor.shape[-1] + 3), float("nan"), dtype=tensor.dtype)
+    room = torch.full(
+        (*tensor.shape[:-1], 2 * tensor.shape[-1] + 3), float("nan"), dtype=tensor.dtype
+    )
     view = room[..., 1 : 1 + 2 * tensor.shape[-1] : 2]
     return view.copy_(tensor)
 
 
 def sliced(tensor: torch.Tensor) -> torch.Tensor:
-    """The same values within a larger tensor's memory: without gaps, but neither where it begins nor aligned."""
+    """The same values within a larger tensor's memory: without gaps, but neither where it begins
+    nor aligned.
+    """
     room = torch.full((tensor.numel() + 6,), float("nan"), dtype=tensor.dtype)
     return room[3:-3].view(tensor.shape).copy_(tensor)
 
 
 def assert_close(actual: torch.Tensor, exact: torch.Tensor, tolerance: float, what: str) -> None:
-    """Shapes equal, no NaN where there is none, and the largest error within `tolerance` of the largest exact value (of 0.1 at least)."""
-    assert actual.shape == exact.shape, f"{what}: shape {tuple(actual.shape)}, expected {tuple(exact.shape)}"
+    """Shapes equal, no NaN where there is none, and the largest error within `tolerance` of the
+    largest exact value (of 0.1 at least).
+    """
+    assert actual.shape == exact.shape, (
+        f"{what}: shape {tuple(actual.shape)}, expected {tuple(exact.shape)}"
+    )
     actual, exact = actual.detach().double(), exact.detach().double()
-    assert torch.equal(actual.isnan(), exact.isnan()), f"{what}: NaN in other places than in the reference"
+    assert torch.equal(actual.isnan(), exact.isnan()), (
+        f"{what}: NaN in other places than in the reference"
+    )
     if exact.numel():
         error = (actual - exact).nan_to_num().abs().max().item()
         scale = exact.nan_to_num().abs().max().item()
-        assert error <= tolerance * max(scale, 0.1), f"{what}: error {error:.3g} against values up to {scale:.3g}"
+        assert error <= tolerance * max(scale, 0.1), (
+            f"{what}: error {error:.3g} against values up to {scale:.3g}"
+        )
 
 
 def check_op(
@@ -121,26 +159,32 @@ def check_op(
     second_derivative: bool = False,
     thread_counts: Sequence[int] = (1, 2),
 ) -> None:
-    """Prove an operator on `samples` against its reference evaluated on the same (rounded) values in float64 or float32.
+    """Prove an operator on `samples` against its reference evaluated on the same (rounded) values
+    in float64 or float32.
 
     Args:
         public: the function of `mllama.ops`; called as samples say.
         reference: the same in plain torch.
-        samples: give odd widths, empty inputs and every option among them, all float tensors in float32.
+        samples: give odd widths, empty inputs and every option among them, all float tensors in
+            float32.
         raw: (overload, arguments) pairs of torch.ops.mllama for `torch.library.opcheck`.
         bad_calls: what must be refused, and how.
-        differentiable: places (int) and names (str) of the arguments that have gradients; None = every float tensor,
-            () = the operator has no gradient.
+        differentiable: places (int) and names (str) of the arguments that have gradients; None =
+            every float tensor, () = the operator has no gradient.
         keep_float32: places and names of arguments that stay float32 beside 16-bit ones.
         dtypes, tolerance, gradient_tolerance: what is accepted for each dtype (see `assert_close`).
         second_derivative: the operator has one, equal to the reference's; without, it must raise.
-        thread_counts: which must give the same bits; () where torch's matrix product, whose bits depend on it, is a part.
+        thread_counts: which must give the same bits; () where torch's matrix product, whose bits
+            depend on it, is a part.
 
-    Checked: values for each dtype, instruction set and memory layout; 16-bit beside float32 where kept so; determinism, run
-    to run and over thread counts; gradients against the reference's; that a second derivative raises or is right; opcheck;
-    torch.compile(fullgraph=True, backend="aot_eager"), forward and gradients; every bad call, with kernels and without.
+    Checked: values for each dtype, instruction set and memory layout; 16-bit beside float32 where
+    kept so; determinism, run to run and over thread counts; gradients against the reference's; that
+    a second derivative raises or is right; opcheck; torch.compile(fullgraph=True,
+    backend="aot_eager"), forward and gradients; every bad call, with kernels and without.
     """
-    gradient_tolerance = gradient_tolerance or {dtype: 4 * bound for dtype, bound in tolerance.items()}
+    gradient_tolerance = gradient_tolerance or {
+        dtype: 4 * bound for dtype, bound in tolerance.items()
+    }
     has_gradient = differentiable != ()
     for number, sample in enumerate(samples):
         for dtype in dtypes:
@@ -148,9 +192,16 @@ def check_op(
             what = f"sample {number}, {dtype}"
             _check_values(public, reference, typed, dtype, tolerance[dtype], what)
             if has_gradient:
-                _check_gradients(public, reference, typed, differentiable, gradient_tolerance[dtype], what)
+                _check_gradients(
+                    public, reference, typed, differentiable, gradient_tolerance[dtype], what
+                )
     if has_gradient and second_derivative:
-        _check_second_derivative(public, reference, _leaves(samples[0], differentiable), gradient_tolerance[torch.float32])
+        _check_second_derivative(
+            public,
+            reference,
+            _leaves(samples[0], differentiable),
+            gradient_tolerance[torch.float32],
+        )
     elif has_gradient:
         _check_no_second_derivative(public, _leaves(samples[0], differentiable))
     for sample in samples:
@@ -169,7 +220,9 @@ def check_op(
 def _check_refused(bad: BadCall) -> None:
     with pytest.raises(bad.error, match=bad.match) as caught:
         bad.call()
-    assert type(caught.value) is bad.error, f"{bad.match}: {type(caught.value).__name__}, expected {bad.error.__name__}"
+    assert type(caught.value) is bad.error, (
+        f"{bad.match}: {type(caught.value).__name__}, expected {bad.error.__name__}"
+    )
 
 
 def _results(value) -> tuple[torch.Tensor, ...]:
@@ -177,7 +230,9 @@ def _results(value) -> tuple[torch.Tensor, ...]:
 
 
 def _leaves(sample: Sample, differentiable: Sequence[int | str] | None) -> Sample:
-    """The sample with fresh leaves of the same memory layout that require a gradient: all float tensors, or those named."""
+    """The sample with fresh leaves of the same memory layout that require a gradient: all float
+    tensors, or those named.
+    """
 
     def leaf(value: torch.Tensor) -> torch.Tensor:
         return value.detach().requires_grad_()
@@ -188,15 +243,22 @@ def _leaves(sample: Sample, differentiable: Sequence[int | str] | None) -> Sampl
 
 
 def _gradients(function: Callable, sample: Sample) -> list[torch.Tensor | None]:
-    """Gradients of a fixed random projection of all results, for every tensor of the sample that asks for one."""
+    """Gradients of a fixed random projection of all results, for every tensor of the sample that
+    asks for one.
+    """
     results = _results(function(*sample.args, **sample.kwargs))
     generator = torch.Generator().manual_seed(1)
-    loss = sum((r.double() * torch.randn(r.shape, generator=generator, dtype=torch.float64)).sum() for r in results)
+    loss = sum(
+        (r.double() * torch.randn(r.shape, generator=generator, dtype=torch.float64)).sum()
+        for r in results
+    )
     return list(torch.autograd.grad(loss, sample.leaves(), allow_unused=True))
 
 
 def _variants(sample: Sample) -> Iterator[tuple[str, Sample]]:
-    """The sample under every instruction set, in memory of its own, in a part of another's, and with strides."""
+    """The sample under every instruction set, in memory of its own, in a part of another's, and
+    with strides.
+    """
     for isa in instruction_sets():
         with instruction_set(isa):
             yield f"{isa}, contiguous", sample
@@ -208,7 +270,9 @@ def _check_values(public, reference, sample, dtype, tolerance, what) -> None:
     exact = sample.map(torch.Tensor.float)
     expected = _results(reference(*exact.args, **exact.kwargs))
     for variant, call in _variants(sample):
-        for k, (actual, wanted) in enumerate(zip(_results(public(*call.args, **call.kwargs)), expected, strict=True)):
+        for k, (actual, wanted) in enumerate(
+            zip(_results(public(*call.args, **call.kwargs)), expected, strict=True)
+        ):
             assert actual.dtype == dtype, f"{what}, {variant}: result {k} is {actual.dtype}"
             assert_close(actual, wanted, tolerance, f"{what}, {variant}, result {k}")
 
@@ -216,7 +280,9 @@ def _check_values(public, reference, sample, dtype, tolerance, what) -> None:
 def _check_gradients(public, reference, sample, differentiable, tolerance, what) -> None:
     expected = _gradients(reference, _leaves(sample.map(torch.Tensor.float), differentiable))
     for variant, call in _variants(sample):
-        for k, (actual, wanted) in enumerate(zip(_gradients(public, _leaves(call, differentiable)), expected, strict=True)):
+        for k, (actual, wanted) in enumerate(
+            zip(_gradients(public, _leaves(call, differentiable)), expected, strict=True)
+        ):
             where = f"{what}, {variant}, gradient {k}"
             if actual is None or wanted is None:
                 assert actual is None and (wanted is None or not wanted.any()), where
@@ -237,7 +303,9 @@ def _check_no_second_derivative(public, sample) -> None:
 
 def _check_second_derivative(public, reference, sample, tolerance) -> None:
     def second(function):
-        return torch.autograd.grad(sum(g.square().sum() for g in _gradient_of_squares(function, sample)), sample.leaves())
+        return torch.autograd.grad(
+            sum(g.square().sum() for g in _gradient_of_squares(function, sample)), sample.leaves()
+        )
 
     for k, pair in enumerate(zip(second(public), second(reference), strict=True)):
         assert_close(*pair, tolerance, f"second derivative {k}")
@@ -250,21 +318,36 @@ def _check_determinism(public, sample, has_gradient, thread_counts) -> None:
     try:
         for count in (threads, threads, *thread_counts):
             torch.set_num_threads(count)
-            runs.append([*_results(public(*sample.args, **sample.kwargs)), *(_gradients(public, sample) if has_gradient else [])])
+            runs.append(
+                [
+                    *_results(public(*sample.args, **sample.kwargs)),
+                    *(_gradients(public, sample) if has_gradient else []),
+                ]
+            )
     finally:
         torch.set_num_threads(threads)
     for run in runs[1:]:
-        assert all(map(_same_bits, runs[0], run)), "the bits change from run to run, or with the number of threads"
+        assert all(map(_same_bits, runs[0], run)), (
+            "the bits change from run to run, or with the number of threads"
+        )
 
 
 def _check_compile(public, sample, has_gradient) -> None:
     torch._dynamo.reset()
     compiled = torch.compile(public, fullgraph=True, backend="aot_eager")
-    results = zip(_results(compiled(*sample.args, **sample.kwargs)), _results(public(*sample.args, **sample.kwargs)), strict=True)
+    results = zip(
+        _results(compiled(*sample.args, **sample.kwargs)),
+        _results(public(*sample.args, **sample.kwargs)),
+        strict=True,
+    )
     assert all(_same_bits(*pair) for pair in results), "the compiled call gives other bits"
     if has_gradient:
-        assert all(map(_same_bits, _gradients(compiled, sample), _gradients(public, sample))), "the compiled gradient has other bits"
+        assert all(map(_same_bits, _gradients(compiled, sample), _gradients(public, sample))), (
+            "the compiled gradient has other bits"
+        )
 
 
 def _same_bits(a: torch.Tensor | None, b: torch.Tensor | None) -> bool:
-    return a is b or (a is not None and b is not None and torch.equal(a.nan_to_num(), b.nan_to_num()))
+    return a is b or (
+        a is not None and b is not None and torch.equal(a.nan_to_num(), b.nan_to_num())
+    )

@@ -1,7 +1,9 @@
-"""Meta's reference code (PyPI's llama-models, installed without its dependencies) in one process: the oracle of what follows Meta.
+"""Meta's reference code (PyPI's llama-models, installed without its dependencies) in one process:
+the oracle of what follows Meta.
 
-The package's parallel layers come from fairscale and its pictures go through torchvision. Neither is needed here: in one process a
-parallel layer is a plain one, and tests hand over finished tensors.
+The package's parallel layers come from fairscale and its pictures go through torchvision. Neither
+is needed here: in one process a parallel layer is a plain one, and tests hand over finished
+tensors.
 """
 
 import importlib
@@ -38,7 +40,9 @@ def _modules() -> dict[str, types.ModuleType]:
     """What the package imports and need not have."""
     names = ("fairscale", "fairscale.nn", "fairscale.nn.model_parallel")
     found = {name: types.ModuleType(name) for name in names}
-    initialize, layers = (types.ModuleType(f"{names[-1]}.{name}") for name in ("initialize", "layers"))
+    initialize, layers = (
+        types.ModuleType(f"{names[-1]}.{name}") for name in ("initialize", "layers")
+    )
     initialize.get_model_parallel_world_size = lambda: 1
     initialize.get_model_parallel_rank = lambda: 0
     for layer in (ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding):
@@ -53,13 +57,20 @@ def _modules() -> dict[str, types.ModuleType]:
 
 
 def load(name: str) -> types.ModuleType:
-    """A module of the package: "model", "multimodal.model" ...; the test is skipped where the package is not installed."""
-    pytest.importorskip("llama_models", reason="llama-models is not installed (pip install --no-deps llama-models==0.3.0)")
+    """A module of the package: "model", "multimodal.model" ...; the test is skipped where the
+    package is not installed.
+    """
+    pytest.importorskip(
+        "llama_models",
+        reason="llama-models is not installed (pip install --no-deps llama-models==0.3.0)",
+    )
     stubs = {name: module for name, module in _modules().items() if name not in sys.modules}
     sys.modules.update(stubs)
     module = importlib.import_module(f"llama_models.llama3.{name}")
     if name == "multimodal.model":
-        module.reduce_from_tensor_model_parallel_region = module.gather_from_tensor_model_parallel_region = lambda tensor: tensor
+        module.reduce_from_tensor_model_parallel_region = (
+            module.gather_from_tensor_model_parallel_region
+        ) = lambda tensor: tensor
     return module
 
 
@@ -82,19 +93,27 @@ def shards(model: nn.Module, count: int) -> list[dict[str, torch.Tensor]]:
 
 
 def vision_model(params: dict, **tower) -> nn.Module:
-    """The reference's Llama-3.2-Vision, its tower changed from the released size by VisionEncoder's arguments."""
+    """The reference's Llama-3.2-Vision, its tower changed from the released size by VisionEncoder's
+    arguments.
+    """
     code = load("multimodal.model")
     encoder, width = code.VisionEncoder, tower["width"]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(code, "VisionEncoder", lambda **given: encoder(**given | tower))
         model = code.CrossAttentionTransformer(code.ModelArgs(**params))
     vision = model.vision_model
-    vision.vision_projection = ColumnParallelLinear((len(tower["return_intermediate"]) + 1) * width, params["dim"])
+    vision.vision_projection = ColumnParallelLinear(
+        (len(tower["return_intermediate"]) + 1) * width, params["dim"]
+    )
     return model
 
 
 def vision_logits(
-    model: nn.Module, tokens: torch.Tensor, images: torch.Tensor, ratios: torch.Tensor, spans: list[list[list[int]]]
+    model: nn.Module,
+    tokens: torch.Tensor,
+    images: torch.Tensor,
+    ratios: torch.Tensor,
+    spans: list[list[list[int]]],
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """What the reference computes of finished tiles.
 
@@ -103,7 +122,8 @@ def vision_logits(
         tokens: int [B, T].
         images: [B, N, tiles, 3, size, size], empty tiles zero.
         ratios: int [B, N, 2], (tiles high, tiles wide).
-        spans: for each row and picture the positions [start, end) that see it; end -1 is the row's end.
+        spans: for each row and picture the positions [start, end) that see it; end -1 is the row's
+            end.
 
     Returns:
         (the tower's features [B, N, tiles, tokens, width * states], logits [B, T, vocabulary])
@@ -113,8 +133,16 @@ def vision_logits(
     text.setup_cache(batch, tokens.device, torch.float32)
     features = model.vision_model.vision_encoder(images, ratios)
     projected = model.vision_model(images, ratios)
-    caches = torch.stack([layer.compute_xattn_kv_cache(projected.flatten(1, 3)) for layer in text.cross_attention_layers])
-    filled = [[int(high * wide) for high, wide in row[: len(spans[index])]] for index, row in enumerate(ratios)]
+    caches = torch.stack(
+        [
+            layer.compute_xattn_kv_cache(projected.flatten(1, 3))
+            for layer in text.cross_attention_layers
+        ]
+    )
+    filled = [
+        [int(high * wide) for high, wide in row[: len(spans[index])]]
+        for index, row in enumerate(ratios)
+    ]
     masks = code._pad_masks(spans, filled, length, tiles)
     mask, rows = text._get_xattn_mask(length, "cpu", torch.float32, projected, masks)
     return features, model(torch.arange(length), tokens, mask, rows, caches)

@@ -24,17 +24,29 @@ def test_load_gives_what_was_asked_for_and_says_so_once(model_folder, capsys):
     api._say.cache_clear()
     for _ in range(2):
         model, processor = mllama.load(str(model_folder), dtype=torch.bfloat16, device="cpu")
-    assert isinstance(model, mllama.MllamaForConditionalGeneration) and isinstance(processor, mllama.MllamaImageProcessor)
-    assert (model.training, model.dtype, model.device) == (False, torch.bfloat16, torch.device("cpu"))
+    assert isinstance(model, mllama.MllamaForConditionalGeneration) and isinstance(
+        processor, mllama.MllamaImageProcessor
+    )
+    assert (model.training, model.dtype, model.device) == (
+        False,
+        torch.bfloat16,
+        torch.device("cpu"),
+    )
     captured = capsys.readouterr()
     assert (captured.out, captured.err) == ("", f"mllama: {model_folder} in bfloat16 on cpu\n")
 
 
 @pytest.mark.parametrize(
     ("features", "large", "dtype"),
-    [(["avx2"], True, torch.float32), (["avx512_bf16"], True, torch.bfloat16), (["avx512_bf16"], False, torch.float32)],
+    [
+        (["avx2"], True, torch.float32),
+        (["avx512_bf16"], True, torch.bfloat16),
+        (["avx512_bf16"], False, torch.float32),
+    ],
 )
-def test_load_chooses_the_dtype_by_the_cpu_and_the_size(model_folder, monkeypatch, features, large, dtype):
+def test_load_chooses_the_dtype_by_the_cpu_and_the_size(
+    model_folder, monkeypatch, features, large, dtype
+):
     monkeypatch.setattr("mllama._device.cpu_features", lambda: features)
     if large:
         monkeypatch.setattr("mllama._device.SMALL_MODEL", 0)
@@ -68,7 +80,10 @@ def test_load_refuses_a_folder_without_processor(loaded, tmp_path):
 
 @pytest.mark.parametrize(
     ("file", "error", "message"),
-    [("tokenizer.json", ValueError, "cannot be read"), ("processor_config.json", ValueError, "processor_config.json is no JSON")],
+    [
+        ("tokenizer.json", ValueError, "cannot be read"),
+        ("processor_config.json", ValueError, "processor_config.json is no JSON"),
+    ],
 )
 def test_load_refuses_a_broken_processor(model_folder, tmp_path, file, error, message):
     folder = shutil.copytree(model_folder, tmp_path / "broken")
@@ -88,9 +103,14 @@ def test_every_family_is_loaded_and_asked(family_folder, picture_file, family):
     picture = None if family in TEXT else picture_file
     inputs = api.encode(processor, picture, "How many circles?")
     with torch.inference_mode():
-        ids = model.generate(**inputs, max_new_tokens=8, do_sample=False)[0, inputs["input_ids"].shape[1] :]
+        ids = model.generate(**inputs, max_new_tokens=8, do_sample=False)[
+            0, inputs["input_ids"].shape[1] :
+        ]
     expected = api.tokenizer_of(processor).decode(ids, skip_special_tokens=True).strip()
-    assert expected and mllama.ask(picture, "How many circles?", model, processor, max_new_tokens=8) == expected
+    assert (
+        expected
+        and mllama.ask(picture, "How many circles?", model, processor, max_new_tokens=8) == expected
+    )
     if family in TEXT:
         with pytest.raises(ValueError, match="takes no pictures"):
             mllama.ask(picture_file, "How many circles?", model, processor)
@@ -101,7 +121,10 @@ def test_every_family_is_loaded_and_asked(family_folder, picture_file, family):
 def test_paligemma_is_asked_by_prefix(family_folder, picture_file):
     processor = mllama.load(family_folder("paligemma"), device="cpu")[1]
     inputs = api.encode(processor, picture_file, "detect circle")
-    assert processor.tokenizer.decode(inputs["input_ids"][0]) == "<image>" * twins.PATCHES + "<bos>detect circle\n"
+    assert (
+        processor.tokenizer.decode(inputs["input_ids"][0])
+        == "<image>" * twins.PATCHES + "<bos>detect circle\n"
+    )
     assert not inputs["token_type_ids"].any()
 
 
@@ -109,18 +132,25 @@ def test_a_siglip_comes_with_its_image_processor(family_folder, picture_file):
     model, processor = mllama.load(family_folder("siglip"), device="cpu")
     assert isinstance(model, mllama.SiglipModel)
     with torch.inference_mode():
-        assert model(**processor(Image.open(picture_file), return_tensors="pt")).pooler_output.shape == (1, twins.VISION["hidden_size"])
+        assert model(
+            **processor(Image.open(picture_file), return_tensors="pt")
+        ).pooler_output.shape == (1, twins.VISION["hidden_size"])
     with pytest.raises(ValueError, match="a SigLIP vision model has no decoder"):
         mllama.ask(picture_file, "How many?", model, processor)
 
 
 def test_the_reference_is_passed_on(family_folder):
-    assert [mllama.load(family_folder("mllama"), reference=name)[0].reference for name in ("meta", "hf")] == ["meta", "hf"]
+    assert [
+        mllama.load(family_folder("mllama"), reference=name)[0].reference for name in ("meta", "hf")
+    ] == ["meta", "hf"]
     with pytest.raises(ValueError, match="reference must be one of 'meta', 'hf', got 'google'"):
         mllama.load(family_folder("mllama"), reference="google")
 
 
-@pytest.mark.parametrize(("capability", "dtype"), [((7, 5), torch.float16), ((8, 0), torch.bfloat16), ((9, 0), torch.bfloat16)])
+@pytest.mark.parametrize(
+    ("capability", "dtype"),
+    [((7, 5), torch.float16), ((8, 0), torch.bfloat16), ((9, 0), torch.bfloat16)],
+)
 def test_the_dtype_goes_by_the_cuda_device(monkeypatch, capability, dtype):
     monkeypatch.setattr("torch.cuda.get_device_capability", lambda device: capability)
     assert _device.choose_dtype(torch.device("cuda"), 0) == dtype
@@ -138,19 +168,38 @@ def test_ask_is_greedy_generation_from_the_processors_layout(loaded, picture_fil
     model, processor = loaded
     with Image.open(picture_file) as picture:
         inputs = processor(["How many circles?"], [picture])
-        ids = model.generate(**inputs, max_new_tokens=12, do_sample=False)[0, inputs["input_ids"].shape[1] :]
+        ids = model.generate(**inputs, max_new_tokens=12, do_sample=False)[
+            0, inputs["input_ids"].shape[1] :
+        ]
         expected = processor.tokenizer.decode(ids, skip_special_tokens=True).strip()
         assert expected
-        assert mllama.ask(picture, "How many circles?", model, processor, max_new_tokens=12) == expected
+        assert (
+            mllama.ask(picture, "How many circles?", model, processor, max_new_tokens=12)
+            == expected
+        )
     for temperature in (0, 1e-40):
-        assert mllama.ask(picture_file, "How many circles?", *loaded, max_new_tokens=12, temperature=temperature, top_k=5) == expected
+        assert (
+            mllama.ask(
+                picture_file,
+                "How many circles?",
+                *loaded,
+                max_new_tokens=12,
+                temperature=temperature,
+                top_k=5,
+            )
+            == expected
+        )
 
 
 def test_ask_samples_when_told_to(loaded, picture_file):
     answers = set()
     for seed in range(8):
         torch.manual_seed(seed)
-        answers.add(mllama.ask(picture_file, "How many circles?", *loaded, max_new_tokens=4, temperature=5.0))
+        answers.add(
+            mllama.ask(
+                picture_file, "How many circles?", *loaded, max_new_tokens=4, temperature=5.0
+            )
+        )
     assert len(answers) > 1
 
 
@@ -187,7 +236,11 @@ def test_ask_refuses_half_a_pair(loaded, picture_file):
 
 def test_ask_refuses_what_is_no_model_or_no_processor(loaded, picture_file):
     model, processor = loaded
-    for arguments, name in (((5, processor), "model"), ((processor, model), "model"), ((model, 5), "processor")):
+    for arguments, name in (
+        ((5, processor), "model"),
+        ((processor, model), "model"),
+        ((model, 5), "processor"),
+    ):
         with pytest.raises(TypeError, match=f"{name} must be as mllama.load returns it"):
             mllama.ask(picture_file, "How many?", *arguments)
 
@@ -212,7 +265,9 @@ def test_ask_refuses_options(loaded, picture_file, option, error, message):
 def test_ask_about_several_images(family_folder, picture_file):
     model, processor = mllama.load(family_folder("mllama"), dtype="float32", device="cpu")
     other = Image.open(picture_file).transpose(Image.Transpose.ROTATE_90)
-    inputs = encode_messages(processor, [{"role": "user", "content": "What changed?"}], [picture_file, other])
+    inputs = encode_messages(
+        processor, [{"role": "user", "content": "What changed?"}], [picture_file, other]
+    )
     expected = api.answer(model, processor, inputs, max_new_tokens=8).text
     asked = {"model": model, "processor": processor, "max_new_tokens": 8}
     assert mllama.ask([picture_file, other], "What changed?", **asked) == expected
@@ -231,7 +286,9 @@ def test_several_questions_are_answered_as_each_alone(family_folder, picture_fil
         with open(picture_file, "rb") as file:
             assert mllama.ask(file, questions, **asked) == alone
         each = [Image.open(picture_file).rotate(90), None, [picture_file]]
-        assert mllama.ask(each, questions, **asked) == [mllama.ask(*pair, **asked) for pair in zip(each, questions, strict=True)]
+        assert mllama.ask(each, questions, **asked) == [
+            mllama.ask(*pair, **asked) for pair in zip(each, questions, strict=True)
+        ]
 
 
 def test_answers_of_a_batch_end_where_each_alone_does(loaded, picture_file):
@@ -251,17 +308,34 @@ def tokens_of(model, inputs) -> list[list[int]]:
 
 def test_a_system_prompt_is_written_by_the_template(family_folder):
     processor = mllama.load(family_folder("llama"), device="cpu")[1]
-    assert processor.decode(api.encode(processor, None, "a", system="b c")["input_ids"][0]) == "system: b c\nuser: a\n"
+    assert (
+        processor.decode(api.encode(processor, None, "a", system="b c")["input_ids"][0])
+        == "system: b c\nuser: a\n"
+    )
     processor.chat_template = "{% for message in messages if message['role'] != 'system' %}{{ message['content'] }}{% endfor %}"
     with pytest.raises(ValueError, match="leaves system prompts out"):
         api.encode(processor, None, "a", system="b c")
     with pytest.raises(ValueError, match="no chat template"):
-        api.encode(mllama.load(family_folder("paligemma"), device="cpu")[1], None, "a", system="b c")
+        api.encode(
+            mllama.load(family_folder("paligemma"), device="cpu")[1], None, "a", system="b c"
+        )
 
 
-@pytest.mark.parametrize("pair", [("How many?", "FILE"), ("How many?", "IMAGE"), ("How many?", "BYTES"), (["How many?", "Where?"], "FILE")])
+@pytest.mark.parametrize(
+    "pair",
+    [
+        ("How many?", "FILE"),
+        ("How many?", "IMAGE"),
+        ("How many?", "BYTES"),
+        (["How many?", "Where?"], "FILE"),
+    ],
+)
 def test_swapped_arguments_are_told(loaded, picture_file, pair):
-    forms = {"FILE": str(picture_file), "IMAGE": Image.open(picture_file), "BYTES": picture_file.read_bytes()}
+    forms = {
+        "FILE": str(picture_file),
+        "IMAGE": Image.open(picture_file),
+        "BYTES": picture_file.read_bytes(),
+    }
     with pytest.raises(ValueError, match="swapped"):
         mllama.ask(pair[0], forms[pair[1]], *loaded)
 
@@ -276,13 +350,20 @@ def test_swapped_arguments_are_told(loaded, picture_file, pair):
     ],
 )
 def test_an_unknown_option_is_named_with_the_nearest(loaded, picture_file, option, near):
-    with pytest.raises(TypeError, match=f"{next(iter(option))}.*{near}" if near not in option else near):
+    with pytest.raises(
+        TypeError, match=f"{next(iter(option))}.*{near}" if near not in option else near
+    ):
         mllama.ask(picture_file, "How many?", *loaded, **option)
 
 
 @pytest.mark.parametrize(
     "options",
-    [{"num_return_sequences": 2}, {"output_scores": True}, {"do_sample": False, "temperature": 0.5}, {"do_sample": False, "top_k": 5}],
+    [
+        {"num_return_sequences": 2},
+        {"output_scores": True},
+        {"do_sample": False, "temperature": 0.5},
+        {"do_sample": False, "top_k": 5},
+    ],
 )
 def test_options_without_effect_are_refused(loaded, picture_file, options):
     with pytest.raises(ValueError, match=list(options)[-1]):

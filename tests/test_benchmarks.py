@@ -30,7 +30,9 @@ def test_cases_call_both_sides():
 
         return function
 
-    forward, both = harness.both_directions("2x3", side("ours"), side("peer"), (torch.ones(2, 3), torch.ones(3)), differentiable=1)
+    forward, both = harness.both_directions(
+        "2x3", side("ours"), side("peer"), (torch.ones(2, 3), torch.ones(3)), differentiable=1
+    )
     calls.clear()
     forward.ours()
     forward.peer()
@@ -47,7 +49,11 @@ def test_table_and_csv(tmp_path, capsys):
     harness.print_table("title", [row])
     assert capsys.readouterr().out.splitlines()[1].startswith("title")
     harness.write_csv(tmp_path / "new" / "x.csv", ["a machine"], [row])
-    assert (tmp_path / "new" / "x.csv").read_text().splitlines() == ["# a machine", ",".join(harness.HEADER), ",".join(row)]
+    assert (tmp_path / "new" / "x.csv").read_text().splitlines() == [
+        "# a machine",
+        ",".join(harness.HEADER),
+        ",".join(row),
+    ]
 
 
 def test_unknown_benchmark_is_refused(monkeypatch, capsys):

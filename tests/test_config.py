@@ -11,7 +11,12 @@ import twins
 from mllama import MllamaConfig
 from mllama.config import MllamaTextConfig, MllamaVisionConfig
 
-LLAMA3 = {"factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_context_length": 8192}
+LLAMA3 = {
+    "factor": 32.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_context_length": 8192,
+}
 SHORT_TEXT = {
     "vocab_size": 100,
     "emb_dim": 128,
@@ -53,7 +58,12 @@ def test_both_spellings_can_be_read_and_set():
     text.n_layers = 7
     assert text.num_hidden_layers == 7
     vision = MllamaVisionConfig(emb_dim=64, hidden_dim=96, n_heads=4, n_layers=2)
-    assert (vision.hidden_size, vision.intermediate_size, vision.num_attention_heads, vision.num_hidden_layers) == (64, 96, 4, 2)
+    assert (
+        vision.hidden_size,
+        vision.intermediate_size,
+        vision.num_attention_heads,
+        vision.num_hidden_layers,
+    ) == (64, 96, 4, 2)
     assert vision.n_heads == 4
 
 
@@ -61,9 +71,15 @@ def test_both_spellings_can_be_read_and_set():
 def test_rope_can_be_set_by_its_short_names(start):
     text = MllamaTextConfig(**start)
     text.rope_base, text.rope_freq = 500000.0, LLAMA3 | {"factor": 8.0}
-    assert text.rope_parameters == MllamaTextConfig(rope_base=500000.0, rope_freq=LLAMA3 | {"factor": 8.0}).rope_parameters
+    assert (
+        text.rope_parameters
+        == MllamaTextConfig(rope_base=500000.0, rope_freq=LLAMA3 | {"factor": 8.0}).rope_parameters
+    )
     text.rope_freq = None
-    assert text.rope_freq is None and text.rope_parameters == MllamaTextConfig(rope_base=500000.0).rope_parameters
+    assert (
+        text.rope_freq is None
+        and text.rope_parameters == MllamaTextConfig(rope_base=500000.0).rope_parameters
+    )
     with pytest.raises(ValueError, match="rope_base"):
         text.rope_base = -1
     with pytest.raises(ValueError, match="low_freq_factor"):
@@ -73,7 +89,12 @@ def test_rope_can_be_set_by_its_short_names(start):
 def test_a_config_is_not_changed_by_the_model_it_is_given_to():
     text, vision = MllamaTextConfig(**twins.TEXT), MllamaVisionConfig(**twins.VISION)
     first = MllamaConfig(vision, text)
-    second = MllamaConfig(MllamaVisionConfig(**twins.VISION | {"image_size": 32}), text, tie_word_embeddings=True, use_cache=False)
+    second = MllamaConfig(
+        MllamaVisionConfig(**twins.VISION | {"image_size": 32}),
+        text,
+        tie_word_embeddings=True,
+        use_cache=False,
+    )
     assert text.num_image_tokens is None and text.use_cache and not text.tie_word_embeddings
     assert (first.text_config.num_image_tokens, second.text_config.num_image_tokens) == (4, 16)
     assert second.tie_word_embeddings and not first.tie_word_embeddings
@@ -115,19 +136,45 @@ def test_rope_is_read_from_every_spelling():
 
 @pytest.mark.parametrize(
     "name",
-    ["vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"]
-    + ["max_position_embeddings", "head_dim", "emb_dim", "n_heads", "n_kv_groups", "context_length"],
+    [
+        "vocab_size",
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "num_key_value_heads",
+    ]
+    + [
+        "max_position_embeddings",
+        "head_dim",
+        "emb_dim",
+        "n_heads",
+        "n_kv_groups",
+        "context_length",
+    ],
 )
 @pytest.mark.parametrize("value", [0, -1, 2.5, "8", True])
 def test_bad_text_sizes_are_refused_by_name(name, value):
-    known = {"emb_dim": "hidden_size", "n_heads": "num_attention_heads", "n_kv_groups": "num_key_value_heads"}
+    known = {
+        "emb_dim": "hidden_size",
+        "n_heads": "num_attention_heads",
+        "n_kv_groups": "num_key_value_heads",
+    }
     known["context_length"] = "max_position_embeddings"
     with pytest.raises(ValueError, match=known.get(name, name)):
         MllamaTextConfig(**{name: value})
 
 
 @pytest.mark.parametrize(
-    "name", ["hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "image_size", "patch_size"]
+    "name",
+    [
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "image_size",
+        "patch_size",
+    ],
 )
 @pytest.mark.parametrize("value", [0, -1, 2.5, "8", True])
 def test_bad_vision_sizes_are_refused_by_name(name, value):
@@ -138,7 +185,10 @@ def test_bad_vision_sizes_are_refused_by_name(name, value):
 @pytest.mark.parametrize(
     ("given", "named"),
     [
-        ({"hidden_size": 100, "num_attention_heads": 3}, "hidden_size 100 is not a multiple of num_attention_heads 3"),
+        (
+            {"hidden_size": 100, "num_attention_heads": 3},
+            "hidden_size 100 is not a multiple of num_attention_heads 3",
+        ),
         (
             {"hidden_size": 256, "num_attention_heads": 8, "num_key_value_heads": 3},
             "num_attention_heads 8 is not a multiple of num_key_value_heads 3",
@@ -202,28 +252,52 @@ def test_the_number_of_image_tokens_is_set():
 
 
 def test_top_level_sizes_fill_what_the_text_config_does_not_say():
-    config = MllamaConfig(text_config={"num_attention_heads": 4}, vocab_size=77, hidden_size=128, pad_token_index=3)
-    assert (config.text_config.vocab_size, config.text_config.hidden_size, config.text_config.pad_token_id) == (77, 128, 3)
-    assert (config.vocab_size, config.hidden_size, config.pad_token_index, config.projection_dim) == (77, 128, 3, 128)
+    config = MllamaConfig(
+        text_config={"num_attention_heads": 4}, vocab_size=77, hidden_size=128, pad_token_index=3
+    )
+    assert (
+        config.text_config.vocab_size,
+        config.text_config.hidden_size,
+        config.text_config.pad_token_id,
+    ) == (77, 128, 3)
+    assert (
+        config.vocab_size,
+        config.hidden_size,
+        config.pad_token_index,
+        config.projection_dim,
+    ) == (77, 128, 3, 128)
     assert MllamaConfig(text_config=twins.TEXT, vocab_size=77).vocab_size == twins.VOCABULARY
-    assert MllamaConfig(text_config={"emb_dim": 64, "n_heads": 4}, hidden_size=128).hidden_size == 64
+    assert (
+        MllamaConfig(text_config={"emb_dim": 64, "n_heads": 4}, hidden_size=128).hidden_size == 64
+    )
 
 
 @pytest.mark.parametrize("options", [{}, {"image_token_index": 97}, {"image_token_id": 97}])
 def test_what_was_explicit_is_remembered(options, tmp_path):
     config = MllamaConfig(twins.VISION, twins.TEXT, **options)
     config.save_pretrained(tmp_path)
-    for copied in (MllamaConfig.from_pretrained(tmp_path), AutoConfig.from_pretrained(tmp_path), MllamaConfig.from_dict(config.to_dict())):
+    for copied in (
+        MllamaConfig.from_pretrained(tmp_path),
+        AutoConfig.from_pretrained(tmp_path),
+        MllamaConfig.from_dict(config.to_dict()),
+    ):
         assert copied.image_token_index == copied.image_token_id == (97 if options else None)
 
 
 def test_round_trips_change_nothing(tmp_path):
     config = twins.config(
-        text={"rope_freq": LLAMA3, "tie_word_embeddings": True}, ignore_index=-1, projection_dim=40, vision_feature="last"
+        text={"rope_freq": LLAMA3, "tie_word_embeddings": True},
+        ignore_index=-1,
+        projection_dim=40,
+        vision_feature="last",
     )
     config.save_pretrained(tmp_path)
     json.loads(json.dumps(config.to_dict()))
-    for copied in (MllamaConfig.from_pretrained(tmp_path), MllamaConfig.from_dict(config.to_dict()), copy.deepcopy(config)):
+    for copied in (
+        MllamaConfig.from_pretrained(tmp_path),
+        MllamaConfig.from_dict(config.to_dict()),
+        copy.deepcopy(config),
+    ):
         assert copied.to_dict() == config.to_dict()
     assert copied == config
     copied.text_config.hidden_size = 128

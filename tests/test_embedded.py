@@ -1,4 +1,6 @@
-"""The model that comes with the package: what it gets right, and that stock transformers reads its folder."""
+"""The model that comes with the package: what it gets right, and that stock transformers reads its
+folder.
+"""
 
 from pathlib import Path
 
@@ -13,7 +15,9 @@ from shapes.other_renderer import matplotlib_case
 from shapes.tokenizer import build_tokenizer
 
 FOLDER = Path(mllama.__file__).parent / "assets" / "embedded"
-FLOOR = 0.93  # over colour, shape, position and yes/no questions on pictures of one to three objects
+FLOOR = (
+    0.93  # over colour, shape, position and yes/no questions on pictures of one to three objects
+)
 FLOOR_OTHER_RENDERER = 0.93  # the same on pictures that matplotlib draws
 SEED = 9  # neither the evaluation's nor the training's
 
@@ -33,7 +37,9 @@ def test_accuracy_on_held_out_pictures(embedded):
 def test_accuracy_on_pictures_of_another_library(embedded):
     pytest.importorskip("matplotlib")
     model, processor = embedded
-    figures = evaluate(model, processor.tokenizer, [matplotlib_case(SEED * 1000 + i) for i in range(60)])
+    figures = evaluate(
+        model, processor.tokenizer, [matplotlib_case(SEED * 1000 + i) for i in range(60)]
+    )
     assert figures["target"]["share"] >= FLOOR_OTHER_RENDERER, figures
 
 
@@ -42,16 +48,30 @@ def test_folder_is_small():
 
 
 def test_chat_template_is_the_packages(embedded):
-    assert (FOLDER / "chat_template.jinja").read_text() == CHAT_TEMPLATE == build_tokenizer().chat_template
+    assert (
+        (FOLDER / "chat_template.jinja").read_text()
+        == CHAT_TEMPLATE
+        == build_tokenizer().chat_template
+    )
     _, processor = embedded
     turns = [("what is this?", "red"), ("and this?", "a circle")]
-    talk = [{"role": role, "content": text} for turn in turns for role, text in zip(("user", "assistant"), turn, strict=True)]
+    talk = [
+        {"role": role, "content": text}
+        for turn in turns
+        for role, text in zip(("user", "assistant"), turn, strict=True)
+    ]
     talk[0]["content"] = [{"type": "image"}, {"type": "text", "text": talk[0]["content"]}]
     expected = "<image>what is this?\nred<eos>and this?\na circle<eos>"
     for reader in (processor, AutoProcessor.from_pretrained(FOLDER)):
         assert reader.apply_chat_template(talk) == expected
-        marked = reader.tokenizer.apply_chat_template(talk, tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
-        answers = [token for token, mark in zip(marked["input_ids"], marked["assistant_masks"], strict=True) if mark]
+        marked = reader.tokenizer.apply_chat_template(
+            talk, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
+        )
+        answers = [
+            token
+            for token, mark in zip(marked["input_ids"], marked["assistant_masks"], strict=True)
+            if mark
+        ]
         assert reader.tokenizer.decode(answers) == "red<eos>a circle<eos>"
 
 
@@ -61,7 +81,12 @@ def test_stock_transformers_gives_equal_ids_and_logits(embedded):
     picture = case.picture.convert("RGB")
     ours = processor(images=picture, text=case.turns[0].question, return_tensors="pt")
     stock_processor = AutoProcessor.from_pretrained(FOLDER)
-    talk = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": case.turns[0].question}]}]
+    talk = [
+        {
+            "role": "user",
+            "content": [{"type": "image"}, {"type": "text", "text": case.turns[0].question}],
+        }
+    ]
     prompt = stock_processor.apply_chat_template(talk, add_generation_prompt=True)
     theirs = stock_processor(images=picture, text=prompt, return_tensors="pt")
     assert torch.equal(ours["input_ids"], theirs["input_ids"])

@@ -8,8 +8,14 @@ from mllama.families import compose
 
 
 def test_cross_attention_layers_belong_to_llama_vision_alone():
-    assert compose(LlamaConfig(**twins.TEXT, cross_attention_layers=[1])).text.cross_attention_layers is None
-    with pytest.raises(ValueError, match=r"cross_attention_layers must be None here: cross_attention_every places them; got \[1\]"):
+    assert (
+        compose(LlamaConfig(**twins.TEXT, cross_attention_layers=[1])).text.cross_attention_layers
+        is None
+    )
+    with pytest.raises(
+        ValueError,
+        match=r"cross_attention_layers must be None here: cross_attention_every places them; got \[1\]",
+    ):
         compose(twins.config(text={"cross_attention_layers": [1]}))
     with pytest.raises(ValueError, match="cross_attention_layers must not begin with layer 0"):
         compose(MllamaConfig(text_config={"cross_attention_layers": [0, 5]}))

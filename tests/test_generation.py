@@ -1,4 +1,6 @@
-"""generate(): every way of choosing tokens gives what the twin gives, and caches, padding and batches change nothing."""
+"""generate(): every way of choosing tokens gives what the twin gives, and caches, padding and
+batches change nothing.
+"""
 
 import pytest
 import torch
@@ -7,7 +9,11 @@ from transformers import DynamicCache, StaticCache, TextStreamer
 import twins
 
 PICTURE = [twins.IMAGE] * twins.PATCHES
-ROWS = [PICTURE + twins.tokens(6), twins.tokens(4, 7), twins.tokens(3) + PICTURE + PICTURE + twins.tokens(2)]
+ROWS = [
+    PICTURE + twins.tokens(6),
+    twins.tokens(4, 7),
+    twins.tokens(3) + PICTURE + PICTURE + twins.tokens(2),
+]
 GREEDY = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
 
 
@@ -43,7 +49,10 @@ def test_caches_change_nothing(model, greedy):
 
 def test_a_static_caches_logits_equal_a_dynamic_ones(model):
     batch = inputs()
-    static, dynamic = StaticCache(config=model.config, max_cache_len=24), DynamicCache(config=model.config)
+    static, dynamic = (
+        StaticCache(config=model.config, max_cache_len=24),
+        DynamicCache(config=model.config),
+    )
     mask = batch["attention_mask"]
     with torch.no_grad():
         for cache in (static, dynamic):
@@ -52,15 +61,21 @@ def test_a_static_caches_logits_equal_a_dynamic_ones(model):
             mask = torch.cat([mask, mask.new_ones(3, 1)], dim=1)
             ids = torch.full((3, 1), 5 + step)
             static_logits = model(ids, attention_mask=mask, past_key_values=static).logits
-            torch.testing.assert_close(static_logits, model(ids, attention_mask=mask, past_key_values=dynamic).logits)
-        unmasked = model(ids, past_key_values=static).logits  # without a mask every slot filled so far is seen
+            torch.testing.assert_close(
+                static_logits, model(ids, attention_mask=mask, past_key_values=dynamic).logits
+            )
+        unmasked = model(
+            ids, past_key_values=static
+        ).logits  # without a mask every slot filled so far is seen
         torch.testing.assert_close(unmasked, model(ids, past_key_values=dynamic).logits)
 
 
 def test_batched_equals_single(model, greedy):
     for index, (row, pictures) in enumerate(zip(ROWS, ((0, 1), (1, 1), (1, 3)), strict=True)):
         pixels = twins.pictures(3)[slice(*pictures)]
-        single = model.generate(**twins.batch(row), pixel_values=pixels if len(pixels) else None, **GREEDY)
+        single = model.generate(
+            **twins.batch(row), pixel_values=pixels if len(pixels) else None, **GREEDY
+        )
         assert torch.equal(single[0, -8:], greedy[index, -8:])
 
 
@@ -72,22 +87,32 @@ def test_the_placeholder_need_not_be_known(model, greedy):
 def test_beam_search_equals_the_twins_where_a_row_has_one_picture(model):
     batch = twins.batch(ROWS[0], PICTURE + twins.tokens(3)) | {"pixel_values": twins.pictures(2)}
     options = GREEDY | {"num_beams": 3, "num_return_sequences": 2}
-    assert torch.equal(model.generate(**batch, **options), twins.twin(model).generate(**batch, **options))
+    assert torch.equal(
+        model.generate(**batch, **options), twins.twin(model).generate(**batch, **options)
+    )
 
 
 def test_beams_of_rows_with_several_pictures_equal_single_rows(model):
-    """transformers repeats the pictures one by one, which mixes up the rows that have several; here they follow their rows."""
+    """transformers repeats the pictures one by one, which mixes up the rows that have several; here
+    they follow their rows.
+    """
     options = GREEDY | {"num_beams": 3, "length_penalty": 0.0}
     batched = model.generate(**inputs(), **options)
     for index, (row, pictures) in enumerate(zip(ROWS, ((0, 1), (1, 1), (1, 3)), strict=True)):
         pixels = twins.pictures(3)[slice(*pictures)]
-        single = model.generate(**twins.batch(row), pixel_values=pixels if len(pixels) else None, **options)
+        single = model.generate(
+            **twins.batch(row), pixel_values=pixels if len(pixels) else None, **options
+        )
         assert torch.equal(single[0, -8:], batched[index, -8:])
 
 
 @pytest.mark.parametrize(
     "options",
-    [{"temperature": 0.7, "top_k": 5}, {"top_p": 0.8, "top_k": 0}, {"min_p": 0.2, "top_k": 0, "temperature": 1.5}],
+    [
+        {"temperature": 0.7, "top_k": 5},
+        {"top_p": 0.8, "top_k": 0},
+        {"min_p": 0.2, "top_k": 0, "temperature": 1.5},
+    ],
     ids=["top-k", "top-p", "min-p"],
 )
 def test_sampling_equals_the_twins(model, options):
@@ -100,7 +125,9 @@ def test_sampling_equals_the_twins(model, options):
 
 def test_several_answers_per_prompt(model, greedy):
     torch.manual_seed(0)
-    answers = model.generate(**inputs(), **GREEDY | {"do_sample": True, "top_k": 1}, num_return_sequences=2)
+    answers = model.generate(
+        **inputs(), **GREEDY | {"do_sample": True, "top_k": 1}, num_return_sequences=2
+    )
     assert torch.equal(answers, greedy.repeat_interleave(2, dim=0))
 
 
@@ -116,14 +143,20 @@ def test_streaming(model):
             self.ended = True
 
     streamer = Collector()
-    single = model.generate(**twins.batch(ROWS[0]), pixel_values=twins.pictures(1), streamer=streamer, **GREEDY)
-    assert streamer.ended and torch.equal(torch.cat([piece.flatten() for piece in streamer.pieces]), single[0])
+    single = model.generate(
+        **twins.batch(ROWS[0]), pixel_values=twins.pictures(1), streamer=streamer, **GREEDY
+    )
+    assert streamer.ended and torch.equal(
+        torch.cat([piece.flatten() for piece in streamer.pieces]), single[0]
+    )
 
 
 def test_inputs_embeds(model):
     batch = twins.batch(twins.tokens(5), twins.tokens(3))
     embeds = model.get_input_embeddings()(batch["input_ids"])
-    from_embeds = model.generate(inputs_embeds=embeds, attention_mask=batch["attention_mask"], **GREEDY)
+    from_embeds = model.generate(
+        inputs_embeds=embeds, attention_mask=batch["attention_mask"], **GREEDY
+    )
     assert torch.equal(from_embeds, model.generate(**batch, **GREEDY)[:, -8:])
 
 
@@ -131,13 +164,19 @@ def test_features_computed_before(model, greedy):
     batch = inputs()
     features = model.get_image_features(batch.pop("pixel_values"))
     for options in ({}, {"use_cache": False}):
-        assert torch.equal(model.generate(**batch, image_features=features, **GREEDY, **options), greedy)
+        assert torch.equal(
+            model.generate(**batch, image_features=features, **GREEDY, **options), greedy
+        )
 
 
 def test_pictures_are_encoded_once(model, monkeypatch):
     calls = []
     forward = model.vision_tower.forward
-    monkeypatch.setattr(model.vision_tower, "forward", lambda *args, **kwargs: calls.append(args[0].shape[0]) or forward(*args, **kwargs))
+    monkeypatch.setattr(
+        model.vision_tower,
+        "forward",
+        lambda *args, **kwargs: calls.append(args[0].shape[0]) or forward(*args, **kwargs),
+    )
     model.generate(**inputs(), **GREEDY)
     assert calls == [3]
     model.generate(**inputs(), **GREEDY, num_beams=3)
@@ -145,15 +184,25 @@ def test_pictures_are_encoded_once(model, monkeypatch):
 
 
 def test_going_on_from_a_cache(model):
-    """A second question, with a picture of its own, about a conversation that is already in the cache."""
+    """A second question, with a picture of its own, about a conversation that is already in the
+    cache.
+    """
     first = twins.batch(ROWS[0])
     pixels = twins.pictures(2)
     cache = DynamicCache(config=model.config)
     start = model.generate(**first, pixel_values=pixels[:1], past_key_values=cache, **GREEDY)
-    follow = torch.cat([start, torch.tensor([twins.tokens(2, 3) + PICTURE + twins.tokens(3, 4)])], dim=1)
+    follow = torch.cat(
+        [start, torch.tensor([twins.tokens(2, 3) + PICTURE + twins.tokens(3, 4)])], dim=1
+    )
     ones = torch.ones_like(follow)
     fresh = model.generate(input_ids=follow, attention_mask=ones, pixel_values=pixels, **GREEDY)
-    cached = model.generate(input_ids=follow, attention_mask=ones, pixel_values=pixels[1:], past_key_values=cache, **GREEDY)
+    cached = model.generate(
+        input_ids=follow,
+        attention_mask=ones,
+        pixel_values=pixels[1:],
+        past_key_values=cache,
+        **GREEDY,
+    )
     assert torch.equal(cached, fresh)
 
 
@@ -161,20 +210,33 @@ def test_assisted_decoding_equals_greedy_and_its_assistant_sees_the_picture(mode
     batch = twins.batch(ROWS[0]) | {"pixel_values": twins.pictures(1)}
     assistant, seen = twins.model(), []
     assistant.vision_tower.register_forward_hook(lambda *_: seen.append(1))
-    assert torch.equal(model.generate(**batch, **GREEDY, assistant_model=assistant), model.generate(**batch, **GREEDY))
+    assert torch.equal(
+        model.generate(**batch, **GREEDY, assistant_model=assistant),
+        model.generate(**batch, **GREEDY),
+    )
     assert len(seen) == 1
 
 
 def test_prompt_lookup_equals_greedy(model):
     batch = twins.batch(ROWS[0]) | {"pixel_values": twins.pictures(1)}
-    assert torch.equal(model.generate(**batch, **GREEDY, prompt_lookup_num_tokens=3), model.generate(**batch, **GREEDY))
+    assert torch.equal(
+        model.generate(**batch, **GREEDY, prompt_lookup_num_tokens=3),
+        model.generate(**batch, **GREEDY),
+    )
 
 
 def test_scores_and_attentions_of_every_step(model):
     batch = twins.batch(ROWS[0]) | {"pixel_values": twins.pictures(1)}
-    output = model.generate(**batch, **GREEDY, return_dict_in_generate=True, output_logits=True, output_attentions=True)
+    output = model.generate(
+        **batch, **GREEDY, return_dict_in_generate=True, output_logits=True, output_attentions=True
+    )
     assert len(output.logits) == 8 and output.logits[0].shape == (1, twins.VOCABULARY)
-    assert output.attentions[0][0].shape == (1, 4, 10, 10) and output.attentions[1][0].shape == (1, 4, 1, 11)
+    assert output.attentions[0][0].shape == (1, 4, 10, 10) and output.attentions[1][0].shape == (
+        1,
+        4,
+        1,
+        11,
+    )
 
 
 def test_a_picture_without_placeholders_is_refused(model):

@@ -1,4 +1,6 @@
-"""The loader that older scripts call: what it prints, what it forgives, and what it refuses when told to be strict."""
+"""The loader that older scripts call: what it prints, what it forgives, and what it refuses when
+told to be strict.
+"""
 
 import pytest
 import torch
@@ -51,14 +53,22 @@ def test_leftovers_are_skipped_and_what_is_missing_is_initialised(folder, capsys
 
     change(path, edit)
     model, _ = load_hf_model(path, "cpu")
-    fresh = {"language_model.norm.weight", "vision_tower.class_embedding", "multi_modal_projector.linear.bias", "lm_head.weight"}
+    fresh = {
+        "language_model.norm.weight",
+        "vision_tower.class_embedding",
+        "multi_modal_projector.linear.bias",
+        "lm_head.weight",
+    }
     for name, value in model.state_dict().items():
         assert value.device.type == "cpu" and value.isfinite().all()
         assert torch.equal(value, expected[name]) is (name not in fresh), name
     assert torch.equal(model.language_model.norm.weight, torch.ones(64))
     said = capsys.readouterr().out
     assert "skipped, of unknown names (1): surprise" in said
-    assert "skipped, of another shape or kind (1): language_model.lm_head.weight is float32 [3, 64]" in said
+    assert (
+        "skipped, of another shape or kind (1): language_model.lm_head.weight is float32 [3, 64]"
+        in said
+    )
     assert "missing, initialised afresh (4)" in said and all(name in said for name in fresh)
     with torch.no_grad():
         assert model(input_ids=torch.tensor([[1, 2, 3]])).logits.isfinite().all()
@@ -70,7 +80,10 @@ def test_a_missing_embedding_of_a_tied_model(folder, capsys):
     path = folder("llama, tied")
     change(path, lambda tensors: tensors.pop("model.embed_tokens.weight"))
     model, _ = load_hf_model(path, "cpu")
-    assert model.lm_head.weight is model.get_input_embeddings().weight and not model.lm_head.weight.is_meta
+    assert (
+        model.lm_head.weight is model.get_input_embeddings().weight
+        and not model.lm_head.weight.is_meta
+    )
     assert "missing, initialised afresh (2)" in capsys.readouterr().out
 
 
@@ -78,9 +91,15 @@ def test_a_head_that_the_files_lack_is_tied(folder, capsys):
     path = folder("llama")
     change(path, lambda tensors: tensors.pop("lm_head.weight"))
     model, _ = load_hf_model(path, "cpu")
-    assert model.lm_head.weight is model.get_input_embeddings().weight and not model.lm_head.weight.is_meta
+    assert (
+        model.lm_head.weight is model.get_input_embeddings().weight
+        and not model.lm_head.weight.is_meta
+    )
     said = capsys.readouterr().out
-    assert "tied: lm_head.weight is language_model.embed_tokens.weight" in said and "missing" not in said
+    assert (
+        "tied: lm_head.weight is language_model.embed_tokens.weight" in said
+        and "missing" not in said
+    )
     with pytest.raises(ValueError, match="missing .1.: lm_head.weight"):
         load_hf_model(path, "cpu", strict=True)
 
@@ -90,14 +109,23 @@ def test_a_tied_models_head_alone_or_another_one(folder, capsys):
     embedding = load_file(path / "model.safetensors")["model.embed_tokens.weight"]
     change(path, lambda tensors: tensors.update({"lm_head.weight": embedding + 1}))
     model, _ = load_hf_model(path, "cpu")
-    assert torch.equal(model.lm_head.weight, embedding) and model.lm_head.weight is model.get_input_embeddings().weight
+    assert (
+        torch.equal(model.lm_head.weight, embedding)
+        and model.lm_head.weight is model.get_input_embeddings().weight
+    )
     said = capsys.readouterr().out
-    assert "converted: 20 tensors" in said and "(1): lm_head.weight and model.embed_tokens.weight differ, but the config says" in said
+    assert (
+        "converted: 20 tensors" in said
+        and "(1): lm_head.weight and model.embed_tokens.weight differ, but the config says" in said
+    )
     with pytest.raises(ValueError, match="differ, but the config says"):
         load_hf_model(path, "cpu", strict=True)
     change(path, lambda tensors: tensors.pop("model.embed_tokens.weight"))
     model, _ = load_hf_model(path, "cpu", strict=True)
-    assert torch.equal(model.get_input_embeddings().weight, embedding + 1) and "missing" not in capsys.readouterr().out
+    assert (
+        torch.equal(model.get_input_embeddings().weight, embedding + 1)
+        and "missing" not in capsys.readouterr().out
+    )
 
 
 def test_a_siglip_alone(folder):
@@ -116,7 +144,9 @@ def test_a_tokenizer_is_not_made_up(tmp_path):
         load_hf_model(tmp_path)
 
 
-@pytest.mark.parametrize("content", ["{", "{}", "[]", '{"model": {"type": "BPE", "vocab": {}, "merges": []}}'])
+@pytest.mark.parametrize(
+    "content", ["{", "{}", "[]", '{"model": {"type": "BPE", "vocab": {}, "merges": []}}']
+)
 def test_a_broken_tokenizer_is_a_value_error(content, folder):
     path = folder("llama")
     (path / "tokenizer.json").write_text(content)

@@ -1,4 +1,6 @@
-"""What happens before there is a model: lazy imports, and a compiled module that is missing, broken, stale or wrongly asked."""
+"""What happens before there is a model: lazy imports, and a compiled module that is missing,
+broken, stale or wrongly asked.
+"""
 
 import json
 import os
@@ -20,7 +22,12 @@ HEAVY = ("torch", "transformers", "numpy", "PIL", "safetensors")
 def python(code: str, **env: str) -> subprocess.CompletedProcess:
     """Run code in another Python, with kernels unless `env` says otherwise."""
     environment = os.environ | {"MLLAMA_DISABLE_OPS": "", "MLLAMA_CPU_ISA": ""} | env
-    return subprocess.run([sys.executable, "-c", f"import sys\n{code}"], env=environment, capture_output=True, text=True)
+    return subprocess.run(
+        [sys.executable, "-c", f"import sys\n{code}"],
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
 
 
 def compiled_module(file: str | None) -> str:
@@ -66,7 +73,11 @@ def test_public_names_exist_and_others_are_refused():
 def test_without_the_compiled_module_there_is_one_error_with_its_cure(kind, tmp_path):
     file = tmp_path / "_C.so"
     file.write_bytes(b"not a library")
-    cause = "the compiled module mllama._C is not there" if kind == "missing" else f"mllama._C cannot be loaded: {file}"
+    cause = (
+        "the compiled module mllama._C is not there"
+        if kind == "missing"
+        else f"mllama._C cannot be loaded: {file}"
+    )
     run = python(
         compiled_module(None if kind == "missing" else str(file))
         + """
@@ -96,7 +107,8 @@ sys.exit(cli.main(["ask", "picture.png", "How many?"]))
 
 def test_references_need_no_compiled_module():
     run = python(
-        compiled_module(None) + "import torch, mllama\nprint(mllama.ops.swiglu(torch.ones(1), torch.ones(1)).item())",
+        compiled_module(None)
+        + "import torch, mllama\nprint(mllama.ops.swiglu(torch.ones(1), torch.ones(1)).item())",
         MLLAMA_DISABLE_OPS="1",
     )
     assert run.returncode == 0 and run.stdout.startswith("0.731"), run.stderr
@@ -125,5 +137,8 @@ sys.exit(main(["ask", "picture.png", "How many?"]))
 
 @helpers.needs_kernels
 def test_a_module_of_older_sources_is_told():
-    with pytest.raises(_ext.OpsUnavailable, match="built from other sources .* lacks the operator rms_norm_of_tomorrow.*pip install"):
+    with pytest.raises(
+        _ext.OpsUnavailable,
+        match="built from other sources .* lacks the operator rms_norm_of_tomorrow.*pip install",
+    ):
         _dispatch.register("rms_norm_of_tomorrow", fake=torch.empty_like)

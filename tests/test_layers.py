@@ -30,12 +30,37 @@ MUST_NOT_NAME = {
 
 @pytest.mark.parametrize("place", MUST_NOT_NAME)
 def test_layer(place):
-    files = [path for path in (ROOT / place, *(ROOT / place).rglob("*")) if path.suffix in (".h", ".cpp", ".cu", ".cuh", ".py")]
-    lines = [(path, line) for path in files for line in path.read_text().splitlines() if re.match(r"\s*(#include|import|from)\b", line)]
-    assert lines and [f"{path.relative_to(ROOT)}: {line}" for path, line in lines if re.search(MUST_NOT_NAME[place], line)] == []
+    files = [
+        path
+        for path in (ROOT / place, *(ROOT / place).rglob("*"))
+        if path.suffix in (".h", ".cpp", ".cu", ".cuh", ".py")
+    ]
+    lines = [
+        (path, line)
+        for path in files
+        for line in path.read_text().splitlines()
+        if re.match(r"\s*(#include|import|from)\b", line)
+    ]
+    assert (
+        lines
+        and [
+            f"{path.relative_to(ROOT)}: {line}"
+            for path, line in lines
+            if re.search(MUST_NOT_NAME[place], line)
+        ]
+        == []
+    )
 
 
 def test_nothing_uses_the_older_names():
     package = ROOT / "python/mllama"
     files = [path for path in package.rglob("*.py") if package / "dropin" not in path.parents]
-    assert files and [path for path in files if re.search(r"^\s*(import|from) .*\bdropin\b", path.read_text(), re.MULTILINE)] == []
+    assert (
+        files
+        and [
+            path
+            for path in files
+            if re.search(r"^\s*(import|from) .*\bdropin\b", path.read_text(), re.MULTILINE)
+        ]
+        == []
+    )

@@ -1,4 +1,6 @@
-"""The loss of next-token prediction: values and gradients of the plain formula, without its copies of the logits."""
+"""The loss of next-token prediction: values and gradients of the plain formula, without its copies
+of the logits.
+"""
 
 import pytest
 import torch
@@ -12,8 +14,12 @@ from mllama.loss import counted_loss, next_token_loss
 WIDE = 1 << 19  # two rows of so many words are as much as is looked at together
 
 
-def sample(batch: int, length: int, vocabulary: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    """Logits that ask for a gradient, and labels, one in the middle of each row and the first ones not trained."""
+def sample(
+    batch: int, length: int, vocabulary: int, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits that ask for a gradient, and labels, one in the middle of each row and the first ones
+    not trained.
+    """
     torch.manual_seed(0)
     logits = (3 * torch.randn(batch, length, vocabulary)).to(dtype)
     labels = torch.randint(0, vocabulary, (batch, length))
@@ -34,13 +40,20 @@ def test_values_and_gradients(size, dtype):
     torch.testing.assert_close(loss, expected)
     (gradient,), (wanted,) = (torch.autograd.grad(3 * value, logits) for value in (loss, expected))
     assert gradient.dtype == dtype
-    assert_close(gradient, wanted, {torch.float32: 1e-6, torch.bfloat16: 4e-3, torch.float16: 5e-4}[dtype], "gradient")
+    assert_close(
+        gradient,
+        wanted,
+        {torch.float32: 1e-6, torch.bfloat16: 4e-3, torch.float16: 5e-4}[dtype],
+        "gradient",
+    )
 
 
 def test_only_the_logits_are_kept():
     logits, labels = sample(2, 40, 500, torch.bfloat16)
     given = logits.untyped_storage().nbytes()
-    assert given <= saved_bytes(lambda: next_token_loss(logits, labels, labels.shape)) <= 1.1 * given
+    assert (
+        given <= saved_bytes(lambda: next_token_loss(logits, labels, labels.shape)) <= 1.1 * given
+    )
     assert saved_bytes(lambda: plain(logits, labels)) > 1.9 * given
 
 
@@ -66,7 +79,11 @@ def test_rows_that_are_not_trained_are_not_looked_at():
     with torch.no_grad():
         logits[skipped] = float("nan")
     next_token_loss(logits, labels, labels.shape).backward()
-    assert not logits.grad[skipped].any() and logits.grad[~skipped].isfinite().all() and logits.grad[~skipped].any()
+    assert (
+        not logits.grad[skipped].any()
+        and logits.grad[~skipped].isfinite().all()
+        and logits.grad[~skipped].any()
+    )
 
 
 @pytest.fixture
@@ -76,14 +93,19 @@ def untrained():
     return logits, labels.fill_(-100).index_fill_(1, torch.tensor([0]), 3)
 
 
-@pytest.mark.parametrize("options", [{}, {"num_items_in_batch": 0}, {"num_items_in_batch": torch.tensor(0)}])
+@pytest.mark.parametrize(
+    "options", [{}, {"num_items_in_batch": 0}, {"num_items_in_batch": torch.tensor(0)}]
+)
 def test_a_loss_over_no_labels_is_an_error(untrained, options):
     logits, labels = untrained
     with pytest.raises(ValueError, match="labels"):
         next_token_loss(logits, labels, labels.shape, **options)
 
 
-@pytest.mark.parametrize(("count", "error"), [(0, ValueError), (-3, ValueError), (torch.tensor([2, 3]), ValueError), ("3", TypeError)])
+@pytest.mark.parametrize(
+    ("count", "error"),
+    [(0, ValueError), (-3, ValueError), (torch.tensor([2, 3]), ValueError), ("3", TypeError)],
+)
 def test_a_count_of_labels_that_cannot_be(count, error):
     logits, labels = torch.randn(1, 4, 9), torch.tensor([[1, 2, 3, 4]])
     with pytest.raises(error, match="num_items_in_batch"):
@@ -108,7 +130,9 @@ def test_labels_of_other_batches_make_it_zero(untrained, monkeypatch):
         check()
     state = pytest.importorskip("accelerate").state.GradientState
     with monkeypatch.context() as patch:
-        patch.setattr(state, "_shared_state", {"plugin_kwargs": {"num_steps": 4}, "sync_gradients": True})
+        patch.setattr(
+            state, "_shared_state", {"plugin_kwargs": {"num_steps": 4}, "sync_gradients": True}
+        )
         check()
     with pytest.raises(ValueError, match="labels"):
         check()
@@ -123,7 +147,9 @@ def test_trained_labels_are_counted():
 
 def test_a_second_derivative_is_refused():
     logits, labels = sample(1, 4, 11, torch.float32)
-    (gradient,) = torch.autograd.grad(next_token_loss(logits, labels, labels.shape), logits, create_graph=True)
+    (gradient,) = torch.autograd.grad(
+        next_token_loss(logits, labels, labels.shape), logits, create_graph=True
+    )
     with pytest.raises(NotImplementedError, match="differentiated once"):
         gradient.sum().backward()
 

@@ -1,4 +1,6 @@
-"""What memory a model needs: against figures worked out by hand, and against what tiny models really hold."""
+"""What memory a model needs: against figures worked out by hand, and against what tiny models
+really hold.
+"""
 
 import weakref
 
@@ -35,11 +37,17 @@ class Peak(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         for tensor in tree_leaves((args, kwargs)):
-            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage()._cdata not in self.alive:
+            if (
+                isinstance(tensor, torch.Tensor)
+                and tensor.untyped_storage()._cdata not in self.alive
+            ):
                 self.given.add(tensor.untyped_storage()._cdata)
         made = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(made):
-            if isinstance(tensor, torch.Tensor) and (memory := tensor.untyped_storage())._cdata not in self.alive | self.given:
+            if (
+                isinstance(tensor, torch.Tensor)
+                and (memory := tensor.untyped_storage())._cdata not in self.alive | self.given
+            ):
                 self.alive.add(memory._cdata)
                 self.now += memory.nbytes()
                 self.most = max(self.most, self.now)
@@ -58,11 +66,20 @@ def on_meta(model_class, config):
 
 def test_llama_1b_by_hand():
     model = on_meta(MllamaForConditionalGeneration, LlamaConfig(**LLAMA_1B))
-    assert count_parameters(model) == {"embeddings": 128256 * 2048, "decoder": 973_146_112}  # 1 235 814 400, as published
+    assert count_parameters(model) == {
+        "embeddings": 128256 * 2048,
+        "decoder": 973_146_112,
+    }  # 1 235 814 400, as published
     needed = memory_needed(model, Work(context=8192, batch=2, tiles=0, dtype=torch.bfloat16))
     assert needed == {
         "weights": 1_235_814_400 * 2,
-        "key-value cache": 16 * 2 * 8 * 64 * 8192 * 2 * 2,  # layers, K and V, heads, width, tokens, rows, bytes: 512 MiB
+        "key-value cache": 16
+        * 2
+        * 8
+        * 64
+        * 8192
+        * 2
+        * 2,  # layers, K and V, heads, width, tokens, rows, bytes: 512 MiB
         "decoder activations": 8192 * 2 * (4 * 2048 + 3 * 8192) * 2,
         "logits": 2 * 128256 * (2 + 4),
     }
@@ -72,12 +89,20 @@ def test_a_tower_alone():
     model = on_meta(SiglipModel, SiglipVisionConfig())
     assert count_parameters(model) == {"tower": 92_884_224}
     work = Work(context=0, batch=3, tiles=1, dtype=torch.float32)
-    assert memory_needed(model, work) == {"weights": 92_884_224 * 4, "vision activations": 3 * 196 * (4 * 768 + 2 * 3072) * 4}
+    assert memory_needed(model, work) == {
+        "weights": 92_884_224 * 4,
+        "vision activations": 3 * 196 * (4 * 768 + 2 * 3072) * 4,
+    }
 
 
 @pytest.fixture(scope="module")
 def model():
-    vision = {"hidden_size": 64, "intermediate_size": 256, "image_size": 128, "num_hidden_layers": 3}
+    vision = {
+        "hidden_size": 64,
+        "intermediate_size": 256,
+        "image_size": 128,
+        "num_hidden_layers": 3,
+    }
     text = {"num_hidden_layers": 3, "intermediate_size": 256, "max_position_embeddings": 600}
     return twins.model(vision=vision, text=text)
 
@@ -92,7 +117,9 @@ def test_against_what_a_model_holds(model, dtype):
     assert needed["weights"] == sum(parameter.nbytes for parameter in model.parameters())
     with torch.inference_mode():
         output = model(ids, logits_to_keep=1)
-        assert needed["key-value cache"] == sum(layer.keys.nbytes + layer.values.nbytes for layer in output.past_key_values.layers)
+        assert needed["key-value cache"] == sum(
+            layer.keys.nbytes + layer.values.nbytes for layer in output.past_key_values.layers
+        )
         assert needed["logits"] == output.logits.nbytes + output.logits.float().numel() * 4
         with Peak() as vision:
             model.get_image_features(pixels)
@@ -117,7 +144,9 @@ def tiled():
     }
     ends = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
     text = twins.TEXT | ends | {"num_hidden_layers": 4, "cross_attention_layers": [1, 3]}
-    return twins.randomise(MllamaForConditionalGeneration(MllamaConfig(vision_config=vision, text_config=text))).eval()
+    return twins.randomise(
+        MllamaForConditionalGeneration(MllamaConfig(vision_config=vision, text_config=text))
+    ).eval()
 
 
 @needs_kernels
@@ -131,11 +160,18 @@ def test_against_what_a_tiled_model_holds(tiled, arrangement, tiles):
         "aspect_ratio_mask": filled,
     }
     with torch.inference_mode():
-        output = tiled(torch.randint(1, 90, (2, 30)), **pictures, cross_attention_mask=filled[:, None].expand(2, 30, 1, 4))
+        output = tiled(
+            torch.randint(1, 90, (2, 30)),
+            **pictures,
+            cross_attention_mask=filled[:, None].expand(2, 30, 1, 4),
+        )
         with Peak() as vision:
             tiled.get_image_features(**pictures)
     sizes = [layer.keys.nbytes + layer.values.nbytes for layer in output.past_key_values.layers]
-    assert needed["cross-attention keys and values"] == sizes[1] + sizes[3] and needed["key-value cache"] == sizes[0] + sizes[2]
+    assert (
+        needed["cross-attention keys and values"] == sizes[1] + sizes[3]
+        and needed["key-value cache"] == sizes[0] + sizes[2]
+    )
     assert needed["vision activations"] == pytest.approx(vision.most, rel=0.25)
 
 
@@ -143,15 +179,32 @@ def test_against_what_a_tiled_model_holds(tiled, arrangement, tiles):
     ("options", "features", "new"),
     [
         ({"fusion": "prepend", "num_image_tokens": 3}, 3, {}),
-        ({"fusion": "prepend", "num_image_tokens": 3, "image_pooling": "learned"}, 3, {"projector": 3 * 4 + 3}),
-        ({"fusion": "cross_attention", "cross_attention_every": 2, "text": {"num_hidden_layers": 5}}, 4, {"cross layers": 2 * 30882}),
+        (
+            {"fusion": "prepend", "num_image_tokens": 3, "image_pooling": "learned"},
+            3,
+            {"projector": 3 * 4 + 3},
+        ),
+        (
+            {
+                "fusion": "cross_attention",
+                "cross_attention_every": 2,
+                "text": {"num_hidden_layers": 5},
+            },
+            4,
+            {"cross layers": 2 * 30882},
+        ),
     ],
     ids=["average", "learned", "cross_attention"],
 )
 def test_other_fusions(options, features, new):
-    model, plain = twins.model(**options | {"image_token_index": None}), twins.model(text=options.get("text"))
+    model, plain = (
+        twins.model(**options | {"image_token_index": None}),
+        twins.model(text=options.get("text")),
+    )
     expected = count_parameters(plain)
-    assert count_parameters(model) == expected | {part: count + expected.get(part, 0) for part, count in new.items()}
+    assert count_parameters(model) == expected | {
+        part: count + expected.get(part, 0) for part, count in new.items()
+    }
     needed = memory_needed(model, Work(context=20, batch=2, tiles=2, dtype=torch.float32))
     words = 20 - 2 * features * (options["fusion"] == "prepend")
     with torch.inference_mode():
@@ -159,9 +212,14 @@ def test_other_fusions(options, features, new):
     sizes = [layer.keys.nbytes + layer.values.nbytes for layer in cache.layers]
     crossed = model.plan.text.cross_attention_layers or []
     assert picture_tokens(model.plan, 1) == features
-    assert needed.get("cross-attention keys and values", 0) == sum(sizes[index] for index in crossed)
+    assert needed.get("cross-attention keys and values", 0) == sum(
+        sizes[index] for index in crossed
+    )
     assert needed["key-value cache"] == sum(sizes) - sum(sizes[index] for index in crossed)
-    assert needed["vision activations"] == memory_needed(plain, Work(20, 2, 2, torch.float32))["vision activations"]
+    assert (
+        needed["vision activations"]
+        == memory_needed(plain, Work(20, 2, 2, torch.float32))["vision activations"]
+    )
 
 
 def test_llama_11b_vision_by_hand():
@@ -169,7 +227,11 @@ def test_llama_11b_vision_by_hand():
     model = on_meta(MllamaForConditionalGeneration, config)
     parameters = count_parameters(model)
     assert sum(parameters.values()) == 10_670_220_835  # as published
-    assert parameters["cross layers"] == 8 * (2 * 4096 * 4096 + 2 * 1024 * 4096 + 3 * 14336 * 4096 + 2 * 4096 + 2 * 128 + 2)
+    assert parameters["cross layers"] == 8 * (
+        2 * 4096 * 4096 + 2 * 1024 * 4096 + 3 * 14336 * 4096 + 2 * 4096 + 2 * 128 + 2
+    )
     needed = memory_needed(model, Work(context=4096, batch=1, tiles=4, dtype=torch.bfloat16))
-    assert needed["cross-attention keys and values"] == 8 * 2 * 8 * 128 * 6404 * 2  # layers, K and V, heads, width, 4 x 1601 keys, bytes
+    assert (
+        needed["cross-attention keys and values"] == 8 * 2 * 8 * 128 * 6404 * 2
+    )  # layers, K and V, heads, width, 4 x 1601 keys, bytes
     assert needed["key-value cache"] == 32 * 2 * 8 * 128 * 4096 * 2

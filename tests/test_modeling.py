@@ -1,4 +1,6 @@
-"""The model against stock transformers' LLaVA with the same weights, its loss and gradients, and what it refuses."""
+"""The model against stock transformers' LLaVA with the same weights, its loss and gradients, and
+what it refuses.
+"""
 
 import copy
 
@@ -13,8 +15,18 @@ from mllama import MllamaConfig, MllamaForConditionalGeneration
 PICTURE = [twins.IMAGE] * twins.PATCHES
 ROWS = {
     "one image": ([PICTURE + twins.tokens(6)], 1),
-    "several images in a row": ([twins.tokens(2) + PICTURE + twins.tokens(3) + PICTURE + PICTURE + twins.tokens(2, 5)], 3),
-    "a row without an image": ([PICTURE + twins.tokens(6), twins.tokens(4, 7), twins.tokens(3) + PICTURE + PICTURE + twins.tokens(2)], 3),
+    "several images in a row": (
+        [twins.tokens(2) + PICTURE + twins.tokens(3) + PICTURE + PICTURE + twins.tokens(2, 5)],
+        3,
+    ),
+    "a row without an image": (
+        [
+            PICTURE + twins.tokens(6),
+            twins.tokens(4, 7),
+            twins.tokens(3) + PICTURE + PICTURE + twins.tokens(2),
+        ],
+        3,
+    ),
     "no image": ([twins.tokens(6), twins.tokens(3, 4)], 0),
 }
 
@@ -47,12 +59,23 @@ def test_logits_equal_the_twins(case, side, tied):
         {"head_dim": 24},
         {"rope_scaling": {"rope_type": "linear", "factor": 3.0}},
         {
-            "rope_freq": {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_context_length": 16},
+            "rope_freq": {
+                "factor": 8.0,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+                "original_context_length": 16,
+            },
             "rope_base": 100.0,
             "rope_theta": None,
         },
     ],
-    ids=["as many key heads", "one key head, biases", "head size of its own", "linear rope", "llama3 rope"],
+    ids=[
+        "as many key heads",
+        "one key head, biases",
+        "head size of its own",
+        "linear rope",
+        "llama3 rope",
+    ],
 )
 def test_other_decoders_equal_the_twins(text):
     ours = twins.model(text=text)
@@ -82,7 +105,10 @@ def test_hidden_states_and_attentions_equal_the_twins():
     for weights, reference in zip(got.attentions, expected.attentions, strict=True):
         close(weights, reference)
         torch.testing.assert_close(weights.sum(-1), torch.ones(1, 4, 9))
-    close(got.image_hidden_states, torch.stack(list(expected.image_hidden_states)).view(1, twins.PATCHES, -1))
+    close(
+        got.image_hidden_states,
+        torch.stack(list(expected.image_hidden_states)).view(1, twins.PATCHES, -1),
+    )
     assert [tuple(weights.shape) for weights in got.image_attentions] == [(1, 2, 4, 4)] * 2
     torch.testing.assert_close(got.image_attentions[0].sum(-1), torch.ones(1, 2, 4))
 
@@ -90,8 +116,12 @@ def test_hidden_states_and_attentions_equal_the_twins():
 def test_every_gradient_equals_the_twins():
     ours = twins.model()
     theirs = twins.twin(ours)
-    inputs = twins.batch(*ROWS["a row without an image"][0], side="right") | {"pixel_values": twins.pictures(3)}
-    labels = inputs["input_ids"].masked_fill((inputs["input_ids"] == twins.IMAGE) | (inputs["attention_mask"] == 0), -100)
+    inputs = twins.batch(*ROWS["a row without an image"][0], side="right") | {
+        "pixel_values": twins.pictures(3)
+    }
+    labels = inputs["input_ids"].masked_fill(
+        (inputs["input_ids"] == twins.IMAGE) | (inputs["attention_mask"] == 0), -100
+    )
     loss, reference = ours(**inputs, labels=labels).loss, theirs(**inputs, labels=labels).loss
     torch.testing.assert_close(loss, reference)
     loss.backward()
@@ -101,7 +131,9 @@ def test_every_gradient_equals_the_twins():
         if "post_layernorm" in name:
             assert parameter.grad is None
         else:
-            close(parameter.grad, expected[twins.twin_name(name)].grad, scale=1e-3)  # a key's bias has none but rounding
+            close(
+                parameter.grad, expected[twins.twin_name(name)].grad, scale=1e-3
+            )  # a key's bias has none but rounding
 
 
 def test_vision_feature_last_is_taken_after_the_towers_norm():
@@ -109,15 +141,21 @@ def test_vision_feature_last_is_taken_after_the_towers_norm():
     pixels = twins.pictures(2)
     with torch.no_grad():
         encoded = model.vision_tower(pixels, output_hidden_states=True)
-        torch.testing.assert_close(encoded.last_hidden_state, model.vision_tower.post_layernorm(encoded.hidden_states[-1]))
-        torch.testing.assert_close(model.get_image_features(pixels), model.multi_modal_projector(encoded.last_hidden_state))
+        torch.testing.assert_close(
+            encoded.last_hidden_state, model.vision_tower.post_layernorm(encoded.hidden_states[-1])
+        )
+        torch.testing.assert_close(
+            model.get_image_features(pixels), model.multi_modal_projector(encoded.last_hidden_state)
+        )
 
 
 def test_another_picture_changes_the_logits():
     model = twins.model()
     inputs = twins.batch(PICTURE + twins.tokens(3))
     with torch.no_grad():
-        one, other = (model(**inputs, pixel_values=twins.pictures(1, seed)).logits[:, -1] for seed in (1, 2))
+        one, other = (
+            model(**inputs, pixel_values=twins.pictures(1, seed)).logits[:, -1] for seed in (1, 2)
+        )
     assert not torch.allclose(one, other, atol=1e-3)
 
 
@@ -128,7 +166,9 @@ def test_the_placeholder_is_told_from_its_runs(token):
     inputs = twins.batch(*rows) | {"pixel_values": twins.pictures(3)}
     with torch.no_grad():
         expected = given(**inputs).logits
-        inputs["input_ids"] = inputs["input_ids"].masked_fill(inputs["input_ids"] == twins.IMAGE, token)
+        inputs["input_ids"] = inputs["input_ids"].masked_fill(
+            inputs["input_ids"] == twins.IMAGE, token
+        )
         assert torch.equal(told(**inputs).logits, expected)
 
 
@@ -138,7 +178,10 @@ def test_features_computed_before_are_taken():
     pixels = twins.pictures(2)
     with torch.no_grad():
         features = model.get_image_features(pixels)
-        assert torch.equal(model(**inputs, image_features=features).logits, model(**inputs, pixel_values=pixels).logits)
+        assert torch.equal(
+            model(**inputs, image_features=features).logits,
+            model(**inputs, pixel_values=pixels).logits,
+        )
 
 
 def test_batched_equals_single():
@@ -147,7 +190,9 @@ def test_batched_equals_single():
     with torch.no_grad():
         for side in ("left", "right"):
             batched = model(**twins.batch(*rows, side=side), pixel_values=pixels).logits
-            for index, (row, pictures) in enumerate(zip(rows, (pixels[:1], None, pixels[1:]), strict=True)):
+            for index, (row, pictures) in enumerate(
+                zip(rows, (pixels[:1], None, pixels[1:]), strict=True)
+            ):
                 place = slice(-len(row), None) if side == "left" else slice(0, len(row))
                 single = model(**twins.batch(row), pixel_values=pictures).logits[0]
                 torch.testing.assert_close(batched[index, place], single, rtol=1e-4, atol=1e-4)
@@ -163,11 +208,19 @@ def test_cached_equals_uncached_token_by_token():
         cache = DynamicCache(config=model.config)
         ids, mask = inputs["input_ids"], inputs["attention_mask"]
         length = 8
-        part = model(ids[:, :length], pixels, mask[:, :length].float(), past_key_values=cache).logits
+        part = model(
+            ids[:, :length], pixels, mask[:, :length].float(), past_key_values=cache
+        ).logits
         seen = mask.bool()
-        torch.testing.assert_close(part[seen[:, :length]], whole[:, :length][seen[:, :length]], rtol=1e-4, atol=1e-4)
-        for step in range(length, ids.shape[1]):  # pixel values given again are ignored; a float mask grows by ones
-            output = model(ids[:, step : step + 1], pixels, mask[:, : step + 1].float(), past_key_values=cache)
+        torch.testing.assert_close(
+            part[seen[:, :length]], whole[:, :length][seen[:, :length]], rtol=1e-4, atol=1e-4
+        )
+        for step in range(
+            length, ids.shape[1]
+        ):  # pixel values given again are ignored; a float mask grows by ones
+            output = model(
+                ids[:, step : step + 1], pixels, mask[:, : step + 1].float(), past_key_values=cache
+            )
             assert output.image_hidden_states is None
             torch.testing.assert_close(output.logits[:, 0], whole[:, step], rtol=1e-4, atol=1e-4)
 
@@ -198,7 +251,9 @@ def test_logits_to_keep():
     with torch.no_grad():
         whole = model(**inputs).logits
         torch.testing.assert_close(model(**inputs, logits_to_keep=2).logits, whole[:, -2:])
-        torch.testing.assert_close(model(**inputs, logits_to_keep=torch.tensor([1, 3])).logits, whole[:, [1, 3]])
+        torch.testing.assert_close(
+            model(**inputs, logits_to_keep=torch.tensor([1, 3])).logits, whole[:, [1, 3]]
+        )
 
 
 def test_outputs_are_read_by_name_key_and_place():
@@ -250,7 +305,9 @@ def test_ignore_index_and_the_number_of_items():
         expected = cross_entropy(scores, ids[0, 3:])
         torch.testing.assert_close(model(ids, labels=labels).loss, expected)
         for items in (6, torch.tensor(6)):
-            torch.testing.assert_close(model(ids, labels=labels, num_items_in_batch=items).loss, expected * 3 / 6)
+            torch.testing.assert_close(
+                model(ids, labels=labels, num_items_in_batch=items).loss, expected * 3 / 6
+            )
         with pytest.raises(ValueError, match="labels"):
             model(ids, labels=torch.full_like(ids, -7))
 
@@ -258,7 +315,9 @@ def test_ignore_index_and_the_number_of_items():
 @pytest.mark.parametrize("kind", [torch.bfloat16, torch.float16])
 def test_sixteen_bit_models_stay_near(kind):
     model = twins.model()
-    inputs = twins.batch(PICTURE + twins.tokens(5), PICTURE + twins.tokens(3)) | {"pixel_values": twins.pictures(2)}
+    inputs = twins.batch(PICTURE + twins.tokens(5), PICTURE + twins.tokens(3)) | {
+        "pixel_values": twins.pictures(2)
+    }
     seen = inputs["attention_mask"].bool()
     with torch.no_grad():
         expected = model(**inputs).logits
@@ -276,7 +335,11 @@ def test_training_under_autocast():
         loss = model(**inputs, labels=inputs["input_ids"]).loss
     loss.backward()
     torch.testing.assert_close(loss, exact, rtol=0.05, atol=0.05)
-    assert all(p.grad is not None and p.grad.isfinite().all() for n, p in model.named_parameters() if "post_layernorm" not in n)
+    assert all(
+        p.grad is not None and p.grad.isfinite().all()
+        for n, p in model.named_parameters()
+        if "post_layernorm" not in n
+    )
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
@@ -288,7 +351,9 @@ def test_checkpointing_activations_changes_no_gradient(reentrant):
     model.zero_grad()
     model.activation_checkpointing_enable({"use_reentrant": reentrant})
     assert model.is_activation_checkpointing
-    pixels = inputs["pixel_values"].requires_grad_(reentrant)  # the reentrant kind needs an input that asks for a gradient
+    pixels = inputs["pixel_values"].requires_grad_(
+        reentrant
+    )  # the reentrant kind needs an input that asks for a gradient
     model(**inputs | {"pixel_values": pixels}, labels=inputs["input_ids"]).loss.backward()
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(parameter.grad, expected[name], msg=name)
@@ -308,7 +373,9 @@ def test_resizing_the_vocabulary(tied):
     torch.testing.assert_close(after[..., : twins.VOCABULARY], before)
     assert (model.lm_head.weight is model.get_input_embeddings().weight) is tied
     with torch.no_grad():
-        assert model.resize_token_embeddings(50).weight.shape[0] == model.lm_head.weight.shape[0] == 50
+        assert (
+            model.resize_token_embeddings(50).weight.shape[0] == model.lm_head.weight.shape[0] == 50
+        )
 
 
 def test_embeddings_can_be_replaced():
@@ -351,16 +418,25 @@ def test_the_decoder_compiles_in_one_graph():
     inputs = twins.batch(twins.tokens(6), twins.tokens(4))
     embeds = model.get_input_embeddings()(inputs["input_ids"]).detach().requires_grad_()
     got = decoder(inputs_embeds=embeds, attention_mask=inputs["attention_mask"]).last_hidden_state
-    expected = model.language_model(inputs_embeds=embeds, attention_mask=inputs["attention_mask"]).last_hidden_state
+    expected = model.language_model(
+        inputs_embeds=embeds, attention_mask=inputs["attention_mask"]
+    ).last_hidden_state
     torch.testing.assert_close(got, expected)
-    torch.testing.assert_close(torch.autograd.grad(got.sum(), embeds), torch.autograd.grad(expected.sum(), embeds), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        torch.autograd.grad(got.sum(), embeds),
+        torch.autograd.grad(expected.sum(), embeds),
+        rtol=1e-4,
+        atol=1e-4,
+    )
 
 
 def test_the_whole_model_compiles_in_one_graph():
     model = twins.model(**ONE_LAYER)
     inputs = twins.batch(PICTURE + twins.tokens(6)) | {"pixel_values": twins.pictures(1)}
     with torch.no_grad():
-        got = torch.compile(model, fullgraph=True, backend="aot_eager")(**inputs, labels=inputs["input_ids"], use_cache=False)
+        got = torch.compile(model, fullgraph=True, backend="aot_eager")(
+            **inputs, labels=inputs["input_ids"], use_cache=False
+        )
         expected = model(**inputs, labels=inputs["input_ids"])
     torch.testing.assert_close(got.logits, expected.logits)
     torch.testing.assert_close(got.loss, expected.loss)
@@ -378,7 +454,9 @@ def test_a_deep_copy_is_a_model_of_its_own():
 
 def test_lora_by_peft():
     peft = pytest.importorskip("peft")
-    model = peft.get_peft_model(twins.model(), peft.LoraConfig(target_modules=["q_proj", "v_proj"], r=2))
+    model = peft.get_peft_model(
+        twins.model(), peft.LoraConfig(target_modules=["q_proj", "v_proj"], r=2)
+    )
     inputs = twins.batch(PICTURE + twins.tokens(4)) | {"pixel_values": twins.pictures(1)}
     model(**inputs, labels=inputs["input_ids"]).loss.backward()
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -390,10 +468,15 @@ def test_transformers_trainer_trains_and_resumes(tmp_path):
     from transformers import Trainer, TrainingArguments
 
     inputs = twins.batch(PICTURE + twins.tokens(4))
-    example = {name: value[0] for name, value in inputs.items()} | {"labels": inputs["input_ids"][0], "pixel_values": twins.pictures(1)}
+    example = {name: value[0] for name, value in inputs.items()} | {
+        "labels": inputs["input_ids"][0],
+        "pixel_values": twins.pictures(1),
+    }
 
     def collate(examples):
-        stacked = {name: torch.stack([e[name] for e in examples]) for name in inputs | {"labels": None}}
+        stacked = {
+            name: torch.stack([e[name] for e in examples]) for name in inputs | {"labels": None}
+        }
         return stacked | {"pixel_values": torch.cat([e["pixel_values"] for e in examples])}
 
     def trainer(steps, **options):
@@ -410,7 +493,13 @@ def test_transformers_trainer_trains_and_resumes(tmp_path):
             remove_unused_columns=False,
             **options,
         )
-        return Trainer(twins.model(), arguments, train_dataset=[example] * 4, eval_dataset=[example] * 2, data_collator=collate)
+        return Trainer(
+            twins.model(),
+            arguments,
+            train_dataset=[example] * 4,
+            eval_dataset=[example] * 2,
+            data_collator=collate,
+        )
 
     whole = trainer(4)
     before = whole.evaluate()["eval_loss"]
@@ -418,7 +507,9 @@ def test_transformers_trainer_trains_and_resumes(tmp_path):
     assert whole.evaluate()["eval_loss"] < before
     resumed = trainer(4)
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
-    for (name, one), two in zip(whole.model.state_dict().items(), resumed.model.state_dict().values(), strict=True):
+    for (name, one), two in zip(
+        whole.model.state_dict().items(), resumed.model.state_dict().values(), strict=True
+    ):
         torch.testing.assert_close(one, two, msg=name)
 
 
@@ -429,47 +520,179 @@ IDS = torch.tensor([PICTURE + [1, 2, 3]])
     ("error", "named", "inputs"),
     [
         (ValueError, "exactly one of input_ids and inputs_embeds", {}),
-        (ValueError, "exactly one of input_ids and inputs_embeds", {"input_ids": IDS, "inputs_embeds": torch.zeros(1, 7, 64)}),
+        (
+            ValueError,
+            "exactly one of input_ids and inputs_embeds",
+            {"input_ids": IDS, "inputs_embeds": torch.zeros(1, 7, 64)},
+        ),
         (TypeError, "input_ids must be an int64 or int32", {"input_ids": IDS.float()}),
         (TypeError, "input_ids must be an int64 or int32", {"input_ids": [[1, 2]]}),
         (ValueError, r"input_ids must be \[batch, tokens\]", {"input_ids": IDS[0]}),
         (ValueError, r"input_ids must be \[batch, tokens\]", {"input_ids": IDS[:, :0]}),
         (IndexError, "vocabulary", {"input_ids": torch.tensor([[1, 99]])}),
         (IndexError, "vocabulary", {"input_ids": torch.tensor([[1, -1]])}),
-        (ValueError, r"inputs_embeds must be \[batch, tokens, 64\]", {"inputs_embeds": torch.zeros(1, 7, 63)}),
-        (ValueError, "4 picture placeholders, but 2 pictures give 8 features", {"input_ids": IDS, "pixel_values": twins.pictures(2)}),
+        (
+            ValueError,
+            r"inputs_embeds must be \[batch, tokens, 64\]",
+            {"inputs_embeds": torch.zeros(1, 7, 63)},
+        ),
+        (
+            ValueError,
+            "4 picture placeholders, but 2 pictures give 8 features",
+            {"input_ids": IDS, "pixel_values": twins.pictures(2)},
+        ),
         (ValueError, "4 picture placeholders, but 0 pictures give 0 features", {"input_ids": IDS}),
-        (ValueError, "0 picture placeholders, but 1 pictures give 4", {"input_ids": IDS[:, 4:], "pixel_values": twins.pictures(1)}),
-        (ValueError, "1 picture placeholders.*MllamaImageProcessor", {"input_ids": IDS[:, 3:], "pixel_values": twins.pictures(1)}),
-        (ValueError, r"pixel_values must be \[pictures, 3, 16, 16\]", {"input_ids": IDS, "pixel_values": torch.zeros(1, 3, 16, 8)}),
-        (ValueError, r"pixel_values must be \[pictures, 3, 16, 16\]", {"input_ids": IDS, "pixel_values": torch.zeros(3, 16, 16)}),
-        (TypeError, "pixel_values must be a floating", {"input_ids": IDS, "pixel_values": torch.zeros(1, 3, 16, 16, dtype=torch.uint8)}),
-        (TypeError, "pixel_values must be a floating", {"input_ids": IDS, "pixel_values": "cat.png"}),
-        (ValueError, "not both", {"input_ids": IDS, "pixel_values": twins.pictures(1), "image_features": torch.zeros(1, 4, 64)}),
-        (ValueError, "image_features must be", {"input_ids": IDS, "image_features": torch.zeros(1, 4, 63)}),
-        (ValueError, "1 pictures give 3 features", {"input_ids": IDS, "image_features": torch.zeros(1, 3, 64)}),
-        (ValueError, "0 picture placeholders", {"inputs_embeds": torch.zeros(1, 7, 64), "pixel_values": twins.pictures(1)}),
-        (ValueError, r"attention_mask must be \[batch", {"input_ids": IDS[:, 4:], "attention_mask": torch.ones(1, 3, 3)}),
-        (TypeError, "attention_mask of 4", {"input_ids": IDS[:, 4:], "attention_mask": torch.ones(1, 1, 3, 3).long()}),
-        (TypeError, "attention_mask of 4", {"input_ids": IDS[:, 4:], "attention_mask": torch.ones(1, 1, 3, 3).double()}),
-        (ValueError, "attention_mask of 4", {"input_ids": IDS[:, 4:], "attention_mask": torch.ones(1, 1, 3, 4)}),
-        (ValueError, "attention_mask of 4", {"input_ids": IDS[:, 4:], "attention_mask": torch.ones(1, 2, 3, 3)}),
-        (ValueError, "attention_mask of 4", {"input_ids": IDS[:, 4:], "attention_mask": torch.ones(1, 1, 2, 3)}),
-        (ValueError, "attention_mask of 4", {"input_ids": IDS[:, 4:], "attention_mask": torch.ones(2, 1, 3, 3)}),
-        (ValueError, "0 cached and 3 new tokens, got 4", {"input_ids": IDS[:, 4:], "attention_mask": torch.ones(1, 4)}),
-        (ValueError, r"attention_mask must be \[1, past . 3\], ", {"input_ids": IDS[:, 4:], "attention_mask": torch.ones(2, 3)}),
-        (TypeError, "attention_mask must be a torch.Tensor", {"input_ids": IDS[:, 4:], "attention_mask": [[1, 1, 1]]}),
-        (ValueError, r"position_ids must be \[1 or 1, 3\]", {"input_ids": IDS[:, 4:], "position_ids": torch.zeros(1, 2, dtype=torch.long)}),
-        (TypeError, "position_ids must be a torch.Tensor, got list", {"input_ids": IDS[:, 4:], "position_ids": [[0, 1, 2]]}),
-        (TypeError, "inputs_embeds must be a floating", {"inputs_embeds": torch.zeros(1, 7, 64, dtype=torch.long)}),
+        (
+            ValueError,
+            "0 picture placeholders, but 1 pictures give 4",
+            {"input_ids": IDS[:, 4:], "pixel_values": twins.pictures(1)},
+        ),
+        (
+            ValueError,
+            "1 picture placeholders.*MllamaImageProcessor",
+            {"input_ids": IDS[:, 3:], "pixel_values": twins.pictures(1)},
+        ),
+        (
+            ValueError,
+            r"pixel_values must be \[pictures, 3, 16, 16\]",
+            {"input_ids": IDS, "pixel_values": torch.zeros(1, 3, 16, 8)},
+        ),
+        (
+            ValueError,
+            r"pixel_values must be \[pictures, 3, 16, 16\]",
+            {"input_ids": IDS, "pixel_values": torch.zeros(3, 16, 16)},
+        ),
+        (
+            TypeError,
+            "pixel_values must be a floating",
+            {"input_ids": IDS, "pixel_values": torch.zeros(1, 3, 16, 16, dtype=torch.uint8)},
+        ),
+        (
+            TypeError,
+            "pixel_values must be a floating",
+            {"input_ids": IDS, "pixel_values": "cat.png"},
+        ),
+        (
+            ValueError,
+            "not both",
+            {
+                "input_ids": IDS,
+                "pixel_values": twins.pictures(1),
+                "image_features": torch.zeros(1, 4, 64),
+            },
+        ),
+        (
+            ValueError,
+            "image_features must be",
+            {"input_ids": IDS, "image_features": torch.zeros(1, 4, 63)},
+        ),
+        (
+            ValueError,
+            "1 pictures give 3 features",
+            {"input_ids": IDS, "image_features": torch.zeros(1, 3, 64)},
+        ),
+        (
+            ValueError,
+            "0 picture placeholders",
+            {"inputs_embeds": torch.zeros(1, 7, 64), "pixel_values": twins.pictures(1)},
+        ),
+        (
+            ValueError,
+            r"attention_mask must be \[batch",
+            {"input_ids": IDS[:, 4:], "attention_mask": torch.ones(1, 3, 3)},
+        ),
+        (
+            TypeError,
+            "attention_mask of 4",
+            {"input_ids": IDS[:, 4:], "attention_mask": torch.ones(1, 1, 3, 3).long()},
+        ),
+        (
+            TypeError,
+            "attention_mask of 4",
+            {"input_ids": IDS[:, 4:], "attention_mask": torch.ones(1, 1, 3, 3).double()},
+        ),
+        (
+            ValueError,
+            "attention_mask of 4",
+            {"input_ids": IDS[:, 4:], "attention_mask": torch.ones(1, 1, 3, 4)},
+        ),
+        (
+            ValueError,
+            "attention_mask of 4",
+            {"input_ids": IDS[:, 4:], "attention_mask": torch.ones(1, 2, 3, 3)},
+        ),
+        (
+            ValueError,
+            "attention_mask of 4",
+            {"input_ids": IDS[:, 4:], "attention_mask": torch.ones(1, 1, 2, 3)},
+        ),
+        (
+            ValueError,
+            "attention_mask of 4",
+            {"input_ids": IDS[:, 4:], "attention_mask": torch.ones(2, 1, 3, 3)},
+        ),
+        (
+            ValueError,
+            "0 cached and 3 new tokens, got 4",
+            {"input_ids": IDS[:, 4:], "attention_mask": torch.ones(1, 4)},
+        ),
+        (
+            ValueError,
+            r"attention_mask must be \[1, past . 3\], ",
+            {"input_ids": IDS[:, 4:], "attention_mask": torch.ones(2, 3)},
+        ),
+        (
+            TypeError,
+            "attention_mask must be a torch.Tensor",
+            {"input_ids": IDS[:, 4:], "attention_mask": [[1, 1, 1]]},
+        ),
+        (
+            ValueError,
+            r"position_ids must be \[1 or 1, 3\]",
+            {"input_ids": IDS[:, 4:], "position_ids": torch.zeros(1, 2, dtype=torch.long)},
+        ),
+        (
+            TypeError,
+            "position_ids must be a torch.Tensor, got list",
+            {"input_ids": IDS[:, 4:], "position_ids": [[0, 1, 2]]},
+        ),
+        (
+            TypeError,
+            "inputs_embeds must be a floating",
+            {"inputs_embeds": torch.zeros(1, 7, 64, dtype=torch.long)},
+        ),
         (ValueError, "at least one token", {"inputs_embeds": torch.zeros(1, 0, 64)}),
-        (TypeError, "labels must be an integer", {"input_ids": IDS[:, 4:], "labels": IDS[:, 4:] > 0}),
-        (TypeError, "cache must be a transformers Cache", {"input_ids": IDS[:, 4:], "past_key_values": ()}),
+        (
+            TypeError,
+            "labels must be an integer",
+            {"input_ids": IDS[:, 4:], "labels": IDS[:, 4:] > 0},
+        ),
+        (
+            TypeError,
+            "cache must be a transformers Cache",
+            {"input_ids": IDS[:, 4:], "past_key_values": ()},
+        ),
         (ValueError, r"labels must be \[1, 3\]", {"input_ids": IDS[:, 4:], "labels": IDS}),
-        (TypeError, "labels must be an integer", {"input_ids": IDS[:, 4:], "labels": IDS[:, 4:].float()}),
-        (ValueError, "labels must be -100 or within", {"input_ids": IDS[:, 4:], "labels": torch.tensor([[1, 99, 1]])}),
-        (ValueError, "labels must be -100 or within", {"input_ids": IDS[:, 4:], "labels": torch.tensor([[1, -1, 1]])}),
-        (ValueError, "logits_to_keep", {"input_ids": IDS[:, 4:], "labels": IDS[:, 4:], "logits_to_keep": 1}),
+        (
+            TypeError,
+            "labels must be an integer",
+            {"input_ids": IDS[:, 4:], "labels": IDS[:, 4:].float()},
+        ),
+        (
+            ValueError,
+            "labels must be -100 or within",
+            {"input_ids": IDS[:, 4:], "labels": torch.tensor([[1, 99, 1]])},
+        ),
+        (
+            ValueError,
+            "labels must be -100 or within",
+            {"input_ids": IDS[:, 4:], "labels": torch.tensor([[1, -1, 1]])},
+        ),
+        (
+            ValueError,
+            "logits_to_keep",
+            {"input_ids": IDS[:, 4:], "labels": IDS[:, 4:], "logits_to_keep": 1},
+        ),
     ],
 )
 def test_bad_inputs_are_refused(error, named, inputs):
@@ -510,4 +733,6 @@ def test_empty_batches_and_no_pictures():
     model = twins.model()
     assert model(input_ids=IDS[:0]).logits.shape == (0, 7, model.config.text_config.vocab_size)
     none, text = twins.pictures(1)[:0], IDS[:, 4:]
-    torch.testing.assert_close(model(input_ids=text, pixel_values=none).logits, model(input_ids=text).logits)
+    torch.testing.assert_close(
+        model(input_ids=text, pixel_values=none).logits, model(input_ids=text).logits
+    )

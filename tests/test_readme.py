@@ -32,13 +32,17 @@ def test_python_blocks_print_what_they_say(monkeypatch, capsys, tmp_path):
         untrained = again(**batch).loss
         mllama.load_lora(again, "please.safetensors")
         assert again(**batch).loss == model(**batch).loss < untrained / 4
-    assert all(parameter.grad is None for parameter in model.parameters())  # none but the adapters, whose optimizer forgets them, had one
+    assert all(
+        parameter.grad is None for parameter in model.parameters()
+    )  # none but the adapters, whose optimizer forgets them, had one
 
 
 def test_commands_exist(monkeypatch):
     monkeypatch.chdir(ROOT)
     makefile = (ROOT / "Makefile").read_text()
-    lines = [shlex.split(line, comments=True) for block in blocks("bash") for line in block.splitlines()]
+    lines = [
+        shlex.split(line, comments=True) for block in blocks("bash") for line in block.splitlines()
+    ]
     assert {line[0] for line in lines} == {"make", "mllama", "python"}
     for program, *arguments in lines:
         if program == "make":
@@ -60,5 +64,7 @@ def test_links_and_paths_lead_somewhere(page):
     text = (ROOT / page).read_text()
     links = [link for link in re.findall(r"\]\(([^)#]+)\)", text) if "://" not in link]
     assert all((ROOT / page).parent.joinpath(link).exists() for link in links), links
-    paths = re.findall(r"`((?:python|csrc|tests|docs|examples|benchmarks|notebooks)/[\w./-]+\.\w+)`", text)
+    paths = re.findall(
+        r"`((?:python|csrc|tests|docs|examples|benchmarks|notebooks)/[\w./-]+\.\w+)`", text
+    )
     assert all((ROOT / path).exists() for path in paths), paths

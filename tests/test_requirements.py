@@ -42,5 +42,12 @@ def test_the_oldest_lock_has_the_lowest_versions_of_the_ranges():
 
 
 def test_the_build_and_the_lock_have_one_torch():
-    (pinned,) = (text for text in tomllib.loads((ROOT / "pyproject.toml").read_text())["build-system"]["requires"] if "torch" in text)
-    assert pinned == f"torch=={next(iter(locked('requirements.lock')['torch']))}" and pinned in (ROOT / "requirements.in").read_text()
+    (pinned,) = (
+        text
+        for text in tomllib.loads((ROOT / "pyproject.toml").read_text())["build-system"]["requires"]
+        if "torch" in text
+    )
+    assert (
+        pinned == f"torch=={next(iter(locked('requirements.lock')['torch']))}"
+        and pinned in (ROOT / "requirements.in").read_text()
+    )

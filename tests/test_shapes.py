@@ -1,4 +1,6 @@
-"""The generator of the embedded model's pictures: repeatable, rightly labelled, and asking only what can be answered."""
+"""The generator of the embedded model's pictures: repeatable, rightly labelled, and asking only
+what can be answered.
+"""
 
 import numpy as np
 import pytest
@@ -6,7 +8,15 @@ import torch
 from PIL import Image
 
 from shapes.backgrounds import DEMO_PHOTOS, HELD_OUT_PHOTOS, KINDS, TRAINING_PHOTOS, background
-from shapes.dataset import HELD_OUT_SEED, Pictures, batches, curriculum, held_out, picture_rng, pixels_of
+from shapes.dataset import (
+    HELD_OUT_SEED,
+    Pictures,
+    batches,
+    curriculum,
+    held_out,
+    picture_rng,
+    pixels_of,
+)
 from shapes.drawing import SHAPES, shape_masks, text_mask
 from shapes.evaluation import Case, is_right, named_objects
 from shapes.labels import HEADS, IGNORE, OFFSETS, dense_labels
@@ -68,13 +78,18 @@ def test_objects_are_drawn_where_and_how_the_scene_says():
     """In the middle of an object that is no ring stands a colour that is nearest to its own name's."""
     right = total = 0
     for i in range(100):
-        scene = make_scene(picture_rng(11, i), Recipe(backgrounds=(1, 0, 0, 0), text_only=0, text_beside=0))
+        scene = make_scene(
+            picture_rng(11, i), Recipe(backgrounds=(1, 0, 0, 0), text_only=0, text_beside=0)
+        )
         pixels = np.asarray(scene.picture.convert("RGB"))
         for thing in scene.objects:
             if thing.shape in ("ring", "triangle"):
                 continue
             here = pixels[int(thing.y * pixels.shape[0]), int(thing.x * pixels.shape[1])]
-            near = min(PALETTE, key=lambda name: min(contrast(here, np.array(value)) for value in PALETTE[name]))
+            near = min(
+                PALETTE,
+                key=lambda name: min(contrast(here, np.array(value)) for value in PALETTE[name]),
+            )
             right, total = right + (near == thing.colour), total + 1
     assert total > 100 and right / total > 0.93
 
@@ -101,10 +116,16 @@ def test_dense_labels_point_at_the_objects(scenes):
 
 
 def _answer(question: str, scene) -> str | None:
-    """Works a plainly phrased question out from the scene, by other code than the generator's. None: not understood."""
-    words = question.lower().strip("?.").replace("color", "colour").replace("crosses", "crosss").split()
+    """Works a plainly phrased question out from the scene, by other code than the generator's.
+    None: not understood.
+    """
+    words = (
+        question.lower().strip("?.").replace("color", "colour").replace("crosses", "crosss").split()
+    )
     words = [word.removesuffix("'s") for word in words]
-    singular = [word.removesuffix("s") if word.removesuffix("s") in SHAPES else word for word in words]
+    singular = [
+        word.removesuffix("s") if word.removesuffix("s") in SHAPES else word for word in words
+    ]
     shapes = [word for word in singular if word in SHAPES]
     colours = [word for word in words if word in COLOURS]
     match = [
@@ -133,7 +154,9 @@ def test_every_question_has_the_right_answer_and_only_one(scenes):
                 asked += 1
             elif turn.kind == "describe":
                 assert turn.answer == description(scene)
-                assert sum(named_objects(turn.answer).values()) == len(scene.objects) + (scene.text is not None)
+                assert sum(named_objects(turn.answer).values()) == len(scene.objects) + (
+                    scene.text is not None
+                )
             else:
                 assert turn.answer == scene.text.text.lower()
     assert asked > 3 * SCENES
@@ -143,14 +166,27 @@ def test_yes_and_no_are_balanced_and_phrasings_used(scenes):
     turns = [turn for _, asked in scenes for turn in asked]
     yes = [turn.answer == "yes" for turn in turns if turn.kind == "exists"]
     assert 0.4 < sum(yes) / len(yes) < 0.6
-    assert any("color" in turn.question.lower() for turn in turns) and any("colour" in turn.question.lower() for turn in turns)
-    assert any(turn.question.endswith("?") for turn in turns) and any(turn.question[-1].isalpha() for turn in turns)
-    assert len({turn.question.lower() for turn in turns if turn.kind == "describe"}) > len(PHRASINGS["describe"])
+    assert any("color" in turn.question.lower() for turn in turns) and any(
+        "colour" in turn.question.lower() for turn in turns
+    )
+    assert any(turn.question.endswith("?") for turn in turns) and any(
+        turn.question[-1].isalpha() for turn in turns
+    )
+    assert len({turn.question.lower() for turn in turns if turn.kind == "describe"}) > len(
+        PHRASINGS["describe"]
+    )
 
 
 @pytest.mark.parametrize(
     ("x", "y", "name"),
-    [(0.5, 0.5, "center"), (0.2, 0.5, "left"), (0.85, 0.6, "right"), (0.5, 0.15, "top"), (0.45, 0.9, "bottom"), (0.2, 0.2, None)],
+    [
+        (0.5, 0.5, "center"),
+        (0.2, 0.5, "left"),
+        (0.85, 0.6, "right"),
+        (0.5, 0.15, "top"),
+        (0.45, 0.9, "bottom"),
+        (0.2, 0.2, None),
+    ],
 )
 def test_positions(x, y, name):
     assert position_name(x, y) == name
@@ -160,7 +196,9 @@ def test_positions(x, y, name):
 def test_curriculum_ends_at_the_full_mixture():
     start, end = curriculum(0.0), curriculum(0.5)
     assert start.counts[2:] == (0, 0, 0, 0) and end == Recipe()
-    assert sum(curriculum(0.2).counts) == pytest.approx(1) and sum(curriculum(0.2).backgrounds) == pytest.approx(1)
+    assert sum(curriculum(0.2).counts) == pytest.approx(1) and sum(
+        curriculum(0.2).backgrounds
+    ) == pytest.approx(1)
 
 
 def test_shades_keep_their_names_apart():
@@ -183,13 +221,17 @@ def test_bad_names_are_refused():
 
 def test_text_boxes_stand_in_order():
     mask, boxes = text_mask("2048", 30, np.random.default_rng(1))
-    assert len(boxes) == 4 and all(a[2] <= b[0] + 1e-6 for a, b in zip(boxes, boxes[1:], strict=False))
+    assert len(boxes) == 4 and all(
+        a[2] <= b[0] + 1e-6 for a, b in zip(boxes, boxes[1:], strict=False)
+    )
     assert boxes[-1][2] <= mask.width + 3
 
 
 def test_pixels_are_pillows_bicubic():
     picture = Image.effect_noise((70, 50), 40).convert("RGB")
-    assert np.array_equal(pixels_of(picture, 96), np.asarray(picture.resize((96, 96), Image.Resampling.BICUBIC)))
+    assert np.array_equal(
+        pixels_of(picture, 96), np.asarray(picture.resize((96, 96), Image.Resampling.BICUBIC))
+    )
 
 
 def test_tokenizer_spells_printed_words_and_keeps_question_words_whole(tokenizer):
@@ -197,13 +239,19 @@ def test_tokenizer_spells_printed_words_and_keeps_question_words_whole(tokenizer
     assert pieces == ["is", "Ġthere", "Ġa", "Ġred", "Ġcircle", "?", "Ċ"]
     assert tokenizer.convert_ids_to_tokens(tokenizer("4096")["input_ids"]) == list("4096")
     assert tokenizer.convert_ids_to_tokens(tokenizer("Swan")["input_ids"]) == list("swan")
-    assert tokenizer.decode(tokenizer("what is the 1st word, über?")["input_ids"]) == "what is the 1st word, über?"
+    assert (
+        tokenizer.decode(tokenizer("what is the 1st word, über?")["input_ids"])
+        == "what is the 1st word, über?"
+    )
     assert tokenizer.convert_tokens_to_ids("<image>") < len(tokenizer)
 
 
 def test_chat_template_is_the_training_layout(tokenizer):
     talk = [
-        {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What colour is the star?"}]},
+        {
+            "role": "user",
+            "content": [{"type": "image"}, {"type": "text", "text": "What colour is the star?"}],
+        },
         {"role": "assistant", "content": "red"},
         {"role": "user", "content": [{"type": "text", "text": "Where is it?"}]},
     ]
@@ -215,7 +263,10 @@ def test_labels_stand_on_answers_only(tokenizer):
     batch = Pictures(0, 4, 1000).make(900, tokenizer)
     trained = batch.labels != IGNORE
     assert torch.equal(batch.labels[trained], batch.input_ids[trained])
-    assert not trained[:, :144].any() and (batch.input_ids[:, :144] == tokenizer.convert_tokens_to_ids("<image>")).all()
+    assert (
+        not trained[:, :144].any()
+        and (batch.input_ids[:, :144] == tokenizer.convert_tokens_to_ids("<image>")).all()
+    )
     assert not (trained & (batch.attention_mask == 0)).any()
     first = batch.input_ids[0][trained[0]]
     assert (first == tokenizer.eos_token_id).sum() >= 1
@@ -224,9 +275,14 @@ def test_labels_stand_on_answers_only(tokenizer):
 def test_scoring():
     turn = Turn("Describe it.", "a red circle and a blue ring", "describe")
     assert is_right(turn, "a blue ring and a red circle") and not is_right(turn, "a red circle")
-    assert is_right(Turn("?", "left", "where"), "Left.") and not is_right(Turn("?", "left", "where"), "right")
+    assert is_right(Turn("?", "left", "where"), "Left.") and not is_right(
+        Turn("?", "left", "where"), "right"
+    )
 
 
 def test_held_out_pictures_are_their_own():
     (scene, turns), *_ = held_out(1)
-    assert isinstance(Case(scene.picture, turns, len(scene.objects)).picture, Image.Image) and turns[-1].kind == "describe"
+    assert (
+        isinstance(Case(scene.picture, turns, len(scene.objects)).picture, Image.Image)
+        and turns[-1].kind == "describe"
+    )

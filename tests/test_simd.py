@@ -1,4 +1,6 @@
-"""The vector layer's conversions, seen through add_rms_norm's second result: hidden = round(x + residual), bit for bit as torch's."""
+"""The vector layer's conversions, seen through add_rms_norm's second result: hidden = round(x +
+residual), bit for bit as torch's.
+"""
 
 import os
 import subprocess
@@ -17,9 +19,14 @@ pytestmark = needs_kernels
 @pytest.mark.parametrize("isa", instruction_sets() if not _ext.disabled() else [])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_sixteen_bit_conversions_are_exact(isa, dtype):
-    every = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype).view(256, 256)
-    # Partners: zero (the round trip), itself (overflow), a shuffle (rounding at every distance), the smallest subnormal.
-    shuffled = every.flatten()[torch.randperm(2**16, generator=torch.Generator().manual_seed(0))].view(256, 256)
+    every = (
+        torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype).view(256, 256)
+    )
+    # Partners: zero (the round trip), itself (overflow), a shuffle (rounding at every distance),
+    # the smallest subnormal.
+    shuffled = every.flatten()[
+        torch.randperm(2**16, generator=torch.Generator().manual_seed(0))
+    ].view(256, 256)
     smallest = torch.ones(256, 256, dtype=torch.int16).view(dtype)
     with instruction_set(isa):
         for partner in (torch.zeros_like(every), every, shuffled, smallest):
@@ -33,7 +40,12 @@ def test_sixteen_bit_conversions_are_exact(isa, dtype):
 def test_environment_lowers_the_instruction_set():
     code = "from mllama import _ext; print(_ext.load().isa())"
     environment = {**os.environ, "MLLAMA_CPU_ISA": "scalar"}
-    assert subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True).stdout.strip() == "scalar"
+    assert (
+        subprocess.run(
+            [sys.executable, "-c", code], env=environment, capture_output=True, text=True
+        ).stdout.strip()
+        == "scalar"
+    )
 
 
 def test_unknown_instruction_set_is_refused():

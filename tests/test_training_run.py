@@ -1,4 +1,6 @@
-"""The embedded model's training run: it learns in every phase, resumes exactly, and writes a folder that the package reads."""
+"""The embedded model's training run: it learns in every phase, resumes exactly, and writes a folder
+that the package reads.
+"""
 
 import json
 
@@ -14,7 +16,9 @@ PLAN = Plan(pictures=36, batch=4, turns=4, tower=0.34, frozen=0.33, warmup=8, av
 
 
 def steps(run: Run, count: int) -> list[dict]:
-    source = batches(PLAN.seed, PLAN.batch, PLAN.pictures, run.seen // PLAN.batch, PLAN.turns, workers=0)
+    source = batches(
+        PLAN.seed, PLAN.batch, PLAN.pictures, run.seen // PLAN.batch, PLAN.turns, workers=0
+    )
     return [run.step(next(source)) for _ in range(count)]
 
 
@@ -39,14 +43,18 @@ def test_the_tower_rests_while_the_decoder_learns(tmp_path):
     before = {name: p.detach().clone() for name, p in run.parameters.items()}
     steps(run, 1)
     changed = {name for name, p in run.parameters.items() if not torch.equal(p, before[name])}
-    assert changed and not any("vision_tower" in name or name.startswith("heads.") for name in changed)
+    assert changed and not any(
+        "vision_tower" in name or name.startswith("heads.") for name in changed
+    )
 
 
 def test_resumes_exactly(run):
     again = Run(PLAN, run.folder, resume=True)
     assert (again.seen, again.steps) == (32, 8)
     for name, p in run.parameters.items():
-        assert torch.equal(p, again.parameters[name]) and torch.equal(run.average[name], again.average[name])
+        assert torch.equal(p, again.parameters[name]) and torch.equal(
+            run.average[name], again.average[name]
+        )
     (first,), (second,) = steps(run, 1), steps(again, 1)
     assert first["answers"] == pytest.approx(second["answers"], rel=1e-5)
     for name, p in run.parameters.items():
@@ -54,7 +62,12 @@ def test_resumes_exactly(run):
 
 
 def test_files_are_safetensors_and_json_only(run):
-    assert {file.suffix for file in run.folder.iterdir()} <= {".safetensors", ".json", ".jsonl", ".png"}
+    assert {file.suffix for file in run.folder.iterdir()} <= {
+        ".safetensors",
+        ".json",
+        ".jsonl",
+        ".png",
+    }
     assert json.loads((run.folder / "state.json").read_text())["plan"]["batch"] == PLAN.batch
 
 
@@ -85,5 +98,9 @@ def test_bfloat16_products_are_close_to_the_exact_ones():
     y = x.detach().clone().requires_grad_()
     exact(x).square().sum().backward()
     fast(y).square().sum().backward()
-    for a, b in ((x.grad, y.grad), (exact.weight.grad, fast.weight.grad), (exact.bias.grad, fast.bias.grad)):
+    for a, b in (
+        (x.grad, y.grad),
+        (exact.weight.grad, fast.weight.grad),
+        (exact.bias.grad, fast.bias.grad),
+    ):
         assert (a - b).norm() < 0.02 * a.norm()

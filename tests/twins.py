@@ -1,4 +1,6 @@
-"""Tiny models with random weights, and their twins in stock transformers: the oracle of the model's tests."""
+"""Tiny models with random weights, and their twins in stock transformers: the oracle of the model's
+tests.
+"""
 
 import torch
 from transformers import LlavaConfig, LlavaForConditionalGeneration
@@ -68,7 +70,9 @@ def twin(ours: MllamaForConditionalGeneration) -> LlavaForConditionalGeneration:
             vision_feature_select_strategy="full",
         )
     ).eval()
-    report = theirs.load_state_dict({twin_name(name): value for name, value in ours.state_dict().items()})
+    report = theirs.load_state_dict(
+        {twin_name(name): value for name, value in ours.state_dict().items()}
+    )
     assert not report.missing_keys and not report.unexpected_keys
     return theirs
 
@@ -80,13 +84,18 @@ def pictures(count: int, seed: int = 1) -> torch.Tensor:
 
 def tokens(length: int, seed: int = 2) -> list[int]:
     """Random ids that are neither padding (0) nor the placeholder."""
-    return torch.randint(1, IMAGE, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
+    return torch.randint(
+        1, IMAGE, (length,), generator=torch.Generator().manual_seed(seed)
+    ).tolist()
 
 
 def batch(*rows: list[int], side: str = "left") -> dict[str, torch.Tensor]:
     """Rows of ids padded to one length: input_ids and attention_mask."""
     longest = max(map(len, rows))
-    ids, mask = torch.zeros(len(rows), longest, dtype=torch.long), torch.zeros(len(rows), longest, dtype=torch.long)
+    ids, mask = (
+        torch.zeros(len(rows), longest, dtype=torch.long),
+        torch.zeros(len(rows), longest, dtype=torch.long),
+    )
     for index, row in enumerate(rows):
         place = slice(longest - len(row), longest) if side == "left" else slice(0, len(row))
         ids[index, place], mask[index, place] = torch.tensor(row), 1

@@ -1,4 +1,6 @@
-"""A user's script for type checkers to read; it never runs. A wrong call that they let pass is an ignore comment they call unused."""
+"""A user's script for type checkers to read; it never runs. A wrong call that they let pass is an
+ignore comment they call unused.
+"""
 
 from typing import Any, assert_type
 
@@ -14,7 +16,10 @@ from mllama.modeling import MllamaOutput
 
 def loading() -> None:
     assert_type(mllama.load(), tuple[MllamaForConditionalGeneration | Any, Any])
-    assert_type(MllamaForConditionalGeneration.from_pretrained("folder", dtype=torch.bfloat16), MllamaForConditionalGeneration)
+    assert_type(
+        MllamaForConditionalGeneration.from_pretrained("folder", dtype=torch.bfloat16),
+        MllamaForConditionalGeneration,
+    )
     assert_type(SiglipModel.from_pretrained("folder"), SiglipModel)
     assert_type(mllama.TiledProcessor.from_pretrained("folder"), mllama.TiledProcessor)
     assert_type(mllama.MllamaImageProcessor.from_pretrained("folder"), mllama.MllamaImageProcessor)
@@ -37,11 +42,17 @@ def answering(model: MllamaForConditionalGeneration, processor: Any) -> None:
 
 
 def adapting(model: MllamaForConditionalGeneration, siglip: SiglipModel) -> None:
-    assert_type(mllama.convert_linears_to_lora(model.language_model, rank=8, alpha=16), dict[str, mllama.Linear_LORA])
+    assert_type(
+        mllama.convert_linears_to_lora(model.language_model, rank=8, alpha=16),
+        dict[str, mllama.Linear_LORA],
+    )
     assert_type(mllama.lora_parameters(model), list[nn.Parameter])
     assert_type(mllama.convert_to_lora(model, ["q_proj"], 8, 16), MllamaForConditionalGeneration)
     assert_type(mllama.merge_and_unload(model), MllamaForConditionalGeneration)
-    assert_type(mllama.fuse(model, siglip, fusion="prepend", num_image_tokens=4), MllamaForConditionalGeneration)
+    assert_type(
+        mllama.fuse(model, siglip, fusion="prepend", num_image_tokens=4),
+        MllamaForConditionalGeneration,
+    )
     mllama.save_lora("adapters.safetensors", model)  # type: ignore[arg-type]
     mllama.convert_linears_to_lora(model, rank="8")  # type: ignore[arg-type]
     mllama.fuse(siglip, model)  # type: ignore[arg-type]

@@ -1,4 +1,6 @@
-"""A Llama decoder of Llama-3.2-1B's widths, four of its sixteen layers and a small vocabulary: a prompt, and the tokens after it."""
+"""A Llama decoder of Llama-3.2-1B's widths, four of its sixteen layers and a small vocabulary: a
+prompt, and the tokens after it.
+"""
 
 from collections.abc import Iterator
 
@@ -24,16 +26,22 @@ CONFIG = {
 
 
 def cases() -> Iterator[Case]:
-    """Prompts of 256 and 1024 tokens in one forward pass; 16 tokens after a prompt of 256 by greedy `generate`."""
+    """Prompts of 256 and 1024 tokens in one forward pass; 16 tokens after a prompt of 256 by greedy
+    `generate`.
+    """
     for dtype in DTYPES:
         theirs = LlamaForCausalLM(LlamaConfig(**CONFIG)).to(dtype).eval()
         ours = MllamaForConditionalGeneration(LlamaConfig(**CONFIG)).to(dtype).eval()
         ours.load_state_dict(theirs.state_dict())
         for length in (256, 1024):
             ids = torch.randint(0, CONFIG["vocab_size"], (1, length))
-            yield Case(f"prompt of {length}", dtype, "forward", _prefill(ours, ids), _prefill(theirs, ids))
+            yield Case(
+                f"prompt of {length}", dtype, "forward", _prefill(ours, ids), _prefill(theirs, ids)
+            )
         ids = torch.randint(0, CONFIG["vocab_size"], (1, 256))
-        yield Case("256, then 16 tokens", dtype, "generate", _generate(ours, ids), _generate(theirs, ids))
+        yield Case(
+            "256, then 16 tokens", dtype, "generate", _generate(ours, ids), _generate(theirs, ids)
+        )
 
 
 def _prefill(model, ids):
@@ -45,4 +53,10 @@ def _prefill(model, ids):
 
 
 def _generate(model, ids):
-    return lambda: model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=16, min_new_tokens=16, do_sample=False)
+    return lambda: model.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=16,
+        min_new_tokens=16,
+        do_sample=False,
+    )

@@ -1,4 +1,6 @@
-"""A LoRA training step: four layers of Llama-3.2-1B's widths, its whole vocabulary, rank 16 on all linear maps, adapters in float32."""
+"""A LoRA training step: four layers of Llama-3.2-1B's widths, its whole vocabulary, rank 16 on all
+linear maps, adapters in float32.
+"""
 
 from collections.abc import Iterator
 
@@ -15,13 +17,24 @@ RANK, TOKENS = 16, 512
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
-def pair(config: dict, rank: int, dtype: torch.dtype) -> tuple[mllama.MllamaForConditionalGeneration, PeftModel]:
-    """Ours and theirs, with the same weights and the same adapters, these in float32 as PEFT makes them."""
+def pair(
+    config: dict, rank: int, dtype: torch.dtype
+) -> tuple[mllama.MllamaForConditionalGeneration, PeftModel]:
+    """Ours and theirs, with the same weights and the same adapters, these in float32 as PEFT makes
+    them.
+    """
     theirs = LlamaForCausalLM(LlamaConfig(**config)).to(dtype)
     ours = mllama.MllamaForConditionalGeneration(LlamaConfig(**config)).to(dtype)
     ours.load_state_dict(theirs.state_dict())
-    theirs = get_peft_model(theirs, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=list(TARGETS), init_lora_weights=False))
-    mllama.convert_linears_to_lora(ours.requires_grad_(False), rank, 2 * rank, target_module_names=TARGETS)
+    theirs = get_peft_model(
+        theirs,
+        LoraConfig(
+            r=rank, lora_alpha=2 * rank, target_modules=list(TARGETS), init_lora_weights=False
+        ),
+    )
+    mllama.convert_linears_to_lora(
+        ours.requires_grad_(False), rank, 2 * rank, target_module_names=TARGETS
+    )
     adapters = (parameter for name, parameter in theirs.named_parameters() if "lora_" in name)
     for mine, given in zip(mllama.lora_parameters(ours), adapters, strict=True):
         mine.data = given.detach().clone()
@@ -30,14 +43,24 @@ def pair(config: dict, rank: int, dtype: torch.dtype) -> tuple[mllama.MllamaForC
 
 def saved(model: torch.nn.Module, ids: torch.Tensor) -> int:
     """Bytes kept for the backward pass of a training step, parameters left out."""
-    return saved_bytes(lambda: model(input_ids=ids, labels=ids, use_cache=False), model.parameters())
+    return saved_bytes(
+        lambda: model(input_ids=ids, labels=ids, use_cache=False), model.parameters()
+    )
 
 
 def cases() -> Iterator[Case | str]:
-    """What the backward pass needs kept; the forward pass of a step, the step with AdamW, and one token through adapters not merged."""
+    """What the backward pass needs kept; the forward pass of a step, the step with AdamW, and one
+    token through adapters not merged.
+    """
     models = pair(CONFIG | {"vocab_size": 128256}, RANK, torch.bfloat16)
-    weights = sum(parameter.numel() for parameter in models[1].parameters() if not parameter.requires_grad)
-    for tokens, direction, call, flops in ((TOKENS, "forward", _forward, 2), (TOKENS, "step", _step, 4), (1, "inference", _infer, 0)):
+    weights = sum(
+        parameter.numel() for parameter in models[1].parameters() if not parameter.requires_grad
+    )
+    for tokens, direction, call, flops in (
+        (TOKENS, "forward", _forward, 2),
+        (TOKENS, "step", _step, 4),
+        (1, "inference", _infer, 0),
+    ):
         ids = torch.randint(0, CONFIG["vocab_size"], (1, tokens))
         if direction == "step":
             ours, peer = (saved(model, ids) / 1e6 for model in models)
@@ -51,7 +74,9 @@ def _forward(model, ids):
 
 
 def _step(model, ids):
-    optimizer = torch.optim.AdamW([parameter for parameter in model.parameters() if parameter.requires_grad], lr=1e-4)
+    optimizer = torch.optim.AdamW(
+        [parameter for parameter in model.parameters() if parameter.requires_grad], lr=1e-4
+    )
 
     def run():
         model(input_ids=ids, labels=ids, use_cache=False).loss.backward()

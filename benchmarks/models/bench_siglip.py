@@ -20,7 +20,13 @@ def cases() -> Iterator[Case]:
         ours.load_state_dict(theirs.state_dict())
         for pictures in (1, 8):
             pixels = torch.randn(pictures, 3, 224, 224, dtype=dtype)
-            yield Case(f"{pictures} x 3 x 224 x 224", dtype, "forward", _forward(ours, pixels), _forward(theirs, pixels))
+            yield Case(
+                f"{pictures} x 3 x 224 x 224",
+                dtype,
+                "forward",
+                _forward(ours, pixels),
+                _forward(theirs, pixels),
+            )
 
 
 def _forward(model, pixels):

@@ -1,4 +1,6 @@
-"""Llama-3.2-Vision's tower at 560 pixels: three of its forty layers (two local, one global), on pictures of one tile and of four."""
+"""Llama-3.2-Vision's tower at 560 pixels: three of its forty layers (two local, one global), on
+pictures of one tile and of four.
+"""
 
 from collections.abc import Iterator
 
@@ -11,12 +13,18 @@ from mllama.towers.tiled_vit import TiledVisionTower
 
 PEER = "transformers' MllamaVisionModel"
 CONFIG = MllamaVisionConfig(
-    image_size=560, num_hidden_layers=2, num_global_layers=1, intermediate_layers_indices=[1], vision_output_dim=2560
+    image_size=560,
+    num_hidden_layers=2,
+    num_global_layers=1,
+    intermediate_layers_indices=[1],
+    vision_output_dim=2560,
 )
 
 
 def cases() -> Iterator[Case]:
-    """One picture, in bfloat16 as released; ours follows transformers' reading of the intermediate layers."""
+    """One picture, in bfloat16 as released; ours follows transformers' reading of the intermediate
+    layers.
+    """
     theirs = MllamaVisionModel(CONFIG).bfloat16().eval()
     ours = TiledVisionTower(CONFIG).bfloat16().eval()
     ours.load_state_dict(theirs.state_dict())

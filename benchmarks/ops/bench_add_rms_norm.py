@@ -29,6 +29,8 @@ def cases() -> Iterator[Case]:
             )
 
 
-def _peer(x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _peer(
+    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
     hidden = x + residual
     return torch.nn.functional.rms_norm(hidden, hidden.shape[-1:], weight, 1e-5), hidden

@@ -1,7 +1,9 @@
-"""attention on Llama-3.2-1B's decoder (one query over a long cache, prefill, packed rows), SigLIP-base's tower, and Llama-3.2-Vision's.
+"""attention on Llama-3.2-1B's decoder (one query over a long cache, prefill, packed rows),
+SigLIP-base's tower, and Llama-3.2-Vision's.
 
-The last has a tower that sees the four tiles of a picture at once, and cross-attention from the text to them. Of its heads only a few are
-taken where a call would last a second; one query is the whole layer.
+The last has a tower that sees the four tiles of a picture at once, and cross-attention from the
+text to them. Of its heads only a few are taken where a call would last a second; one query is the
+whole layer.
 """
 
 from collections.abc import Iterator
@@ -17,30 +19,79 @@ from mllama.ops import attention
 PEER = "torch's scaled_dot_product_attention (grouped or with repeated heads, whichever is faster)"
 CACHE, PREFILLS = 4096, (512, 2048)
 PACKED = (512, 512, 512, 512)  # sequences of one row
-TILES, PATCHES, ROOM = 4, 1601, 1608  # of Llama-3.2-Vision: a tile's patches, and what the tower pads them to
+TILES, PATCHES, ROOM = (
+    4,
+    1601,
+    1608,
+)  # of Llama-3.2-Vision: a tile's patches, and what the tower pads them to
 
 
 def cases() -> Iterator[Case]:
-    """Every shape, dtype and direction. K and V lie as a cache has them in decoding, else as the projections leave them."""
+    """Every shape, dtype and direction. K and V lie as a cache has them in decoding, else as the
+    projections leave them.
+    """
     heads = (shapes.HEADS, shapes.KV_HEADS, shapes.HEAD_SIZE)
     for dtype in DTYPES:
         yield from _cases("decode", 1, 1, CACHE, *heads, dtype, causal=False)
         for length in PREFILLS:
             yield from _cases("prefill", 1, length, length, *heads, dtype, causal=True)
-        yield from _cases("packed", 1, sum(PACKED), sum(PACKED), *heads, dtype, causal=True, lengths=PACKED)
-    vision_heads = (shapes.VISION_HEADS, shapes.VISION_HEADS, shapes.VISION_HIDDEN // shapes.VISION_HEADS)
+        yield from _cases(
+            "packed", 1, sum(PACKED), sum(PACKED), *heads, dtype, causal=True, lengths=PACKED
+        )
+    vision_heads = (
+        shapes.VISION_HEADS,
+        shapes.VISION_HEADS,
+        shapes.VISION_HIDDEN // shapes.VISION_HEADS,
+    )
     for batch in shapes.VISION_BATCHES:
         for dtype in DTYPES:
-            yield from _cases("tower", batch, shapes.PATCHES, shapes.PATCHES, *vision_heads, dtype, causal=False)
+            yield from _cases(
+                "tower", batch, shapes.PATCHES, shapes.PATCHES, *vision_heads, dtype, causal=False
+            )
     padded = torch.arange(TILES * ROOM) % ROOM < PATCHES
     tile_hidden = torch.arange(TILES * PATCHES) // PATCHES != 1
     for dtype in DTYPES:
-        yield from _cases("tiled tower", 1, len(padded), len(padded), 2, 2, 80, dtype, causal=False, key_mask=padded[None])
-        yield from _cases("cross", 1, 256, len(tile_hidden), 8, 2, 128, dtype, causal=False, key_mask=tile_hidden[None])
-        yield from _cases("cross", 1, 1, len(tile_hidden), 32, 8, 128, dtype, causal=False, key_mask=tile_hidden[None])
+        yield from _cases(
+            "tiled tower",
+            1,
+            len(padded),
+            len(padded),
+            2,
+            2,
+            80,
+            dtype,
+            causal=False,
+            key_mask=padded[None],
+        )
+        yield from _cases(
+            "cross",
+            1,
+            256,
+            len(tile_hidden),
+            8,
+            2,
+            128,
+            dtype,
+            causal=False,
+            key_mask=tile_hidden[None],
+        )
+        yield from _cases(
+            "cross",
+            1,
+            1,
+            len(tile_hidden),
+            32,
+            8,
+            128,
+            dtype,
+            causal=False,
+            key_mask=tile_hidden[None],
+        )
 
 
-def _cases(name, batch, queries, keys, heads, kv_heads, size, dtype, causal, key_mask=None, lengths=None) -> Iterator[Case]:
+def _cases(
+    name, batch, queries, keys, heads, kv_heads, size, dtype, causal, key_mask=None, lengths=None
+) -> Iterator[Case]:
     q = torch.randn(batch, queries, heads, size, dtype=dtype)
     decode = queries == 1
     if decode:
@@ -49,7 +100,11 @@ def _cases(name, batch, queries, keys, heads, kv_heads, size, dtype, causal, key
         k, v = (torch.randn(batch, keys, kv_heads, size, dtype=dtype) for _ in "kv")
     pairs = queries * keys if lengths is None else sum(length * length for length in lengths)
     flops = 4 * batch * pairs * heads * size // (2 if causal else 1)
-    first_key, mask = _packed(lengths) if lengths is not None else (None, None if key_mask is None else key_mask[:, None, None])
+    first_key, mask = (
+        _packed(lengths)
+        if lengths is not None
+        else (None, None if key_mask is None else key_mask[:, None, None])
+    )
     both = both_directions(
         f"{name} {batch}x{queries}x{heads}x{size}, {keys} keys x {kv_heads}",
         partial(attention, causal=causal, key_mask=key_mask, first_key=first_key),
@@ -64,7 +119,9 @@ def _cases(name, batch, queries, keys, heads, kv_heads, size, dtype, causal, key
 
 
 def _packed(lengths: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Where each position's sequence begins, [1, T], and the same as a causal block-diagonal mask, [1, 1, T, T]."""
+    """Where each position's sequence begins, [1, T], and the same as a causal block-diagonal mask,
+    [1, 1, T, T].
+    """
     ends = torch.tensor(lengths).cumsum(0)
     first_key = (ends - torch.tensor(lengths)).repeat_interleave(torch.tensor(lengths))[None]
     places = torch.arange(int(ends[-1]))
@@ -72,12 +129,16 @@ def _packed(lengths: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _peer(q, k, v, causal, mask):
-    """torch's faster way to the same result: its own grouping, or K and V repeated for every query head."""
+    """torch's faster way to the same result: its own grouping, or K and V repeated for every query
+    head.
+    """
     group = q.shape[2] // k.shape[2]
 
     def grouped(q, k, v):
         q, k, v = (tensor.transpose(1, 2) for tensor in (q, k, v))
-        return scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=group > 1).transpose(1, 2)
+        return scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=group > 1
+        ).transpose(1, 2)
 
     def repeated(q, k, v):
         return grouped(q, k.repeat_interleave(group, 2), v.repeat_interleave(group, 2))

@@ -17,7 +17,9 @@ SIZES = ((480, 640), (768, 1024), (3000, 4000), (96, 96))  # H, W
 
 
 def cases() -> Iterator[Case]:
-    """Every size, bicubic, against each peer. GB/s counts the picture read and the result written once."""
+    """Every size, bicubic, against each peer. GB/s counts the picture read and the result written
+    once.
+    """
     side = shapes.PICTURE
     half = (0.5, 0.5, 0.5)
     table = normalisation_table(half, half)
@@ -30,7 +32,9 @@ def cases() -> Iterator[Case]:
             return np.array(picture.resize((side, side), Image.Resampling.BICUBIC))
 
         def interpolate(planes=planes):
-            return torch.nn.functional.interpolate(planes, (side, side), mode="bicubic", antialias=True)
+            return torch.nn.functional.interpolate(
+                planes, (side, side), mode="bicubic", antialias=True
+            )
 
         def stock(pillow=pillow):
             return normalize(
@@ -48,5 +52,14 @@ def cases() -> Iterator[Case]:
 
         shape, read = f"{height}x{width} to {side}x{side}", array.nbytes
         yield Case(shape, torch.uint8, "resize, Pillow", ours, pillow, bytes=read + side * side * 3)
-        yield Case(shape, torch.uint8, "resize, torch", ours, interpolate, bytes=read + side * side * 3)
-        yield Case(shape, torch.float32, "and normalise", ours_normalised, stock, bytes=read + side * side * 12)
+        yield Case(
+            shape, torch.uint8, "resize, torch", ours, interpolate, bytes=read + side * side * 3
+        )
+        yield Case(
+            shape,
+            torch.float32,
+            "and normalise",
+            ours_normalised,
+            stock,
+            bytes=read + side * side * 12,
+        )

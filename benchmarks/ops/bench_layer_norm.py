@@ -21,7 +21,9 @@ def cases() -> Iterator[Case]:
             yield from both_directions(
                 shapes.label(shape),
                 lambda x, weight, bias: layer_norm(x, weight, bias, 1e-6),
-                lambda x, weight, bias: torch.nn.functional.layer_norm(x, x.shape[-1:], weight, bias, 1e-6),
+                lambda x, weight, bias: torch.nn.functional.layer_norm(
+                    x, x.shape[-1:], weight, bias, 1e-6
+                ),
                 (x, weight, bias),
                 differentiable=3,
                 forward_bytes=2 * size,

@@ -1,4 +1,6 @@
-"""lora_linear on the feed-forward projections of Llama-3.2-1B, frozen, with float32 adapters of rank 16."""
+"""lora_linear on the feed-forward projections of Llama-3.2-1B, frozen, with float32 adapters of
+rank 16.
+"""
 
 from collections.abc import Iterator
 
@@ -13,7 +15,9 @@ RANK, SCALE, DROPOUT = 16, 2.0, 0.1
 
 
 def cases() -> Iterator[Case]:
-    """Both projections, every length and dtype, without and (where training uses it) with dropout; gradients of x and the adapters."""
+    """Both projections, every length and dtype, without and (where training uses it) with dropout;
+    gradients of x and the adapters.
+    """
     for width, out in ((shapes.HIDDEN, shapes.FFN), (shapes.FFN, shapes.HIDDEN)):
         for shape in shapes.text(width):
             for dtype in DTYPES:
@@ -26,7 +30,9 @@ def _cases(shape: tuple[int, ...], out: int, dtype: torch.dtype, dropout: float)
     width, rows = shape[-1], shape[0] * shape[1]
     x, weight = torch.randn(shape, dtype=dtype), torch.randn(out, width, dtype=dtype)
     a, b = torch.randn(RANK, width), torch.randn(out, RANK)
-    size = weight.numel() * weight.element_size() if rows == 1 else 0  # then its reading is what takes the time
+    size = (
+        weight.numel() * weight.element_size() if rows == 1 else 0
+    )  # then its reading is what takes the time
     flops, update_flops = 2 * rows * weight.numel(), 2 * rows * RANK * (width + out)
     return both_directions(
         f"{shapes.label(shape)} to {out}" + (f", dropout {dropout}" if dropout else ""),
@@ -41,7 +47,9 @@ def _cases(shape: tuple[int, ...], out: int, dtype: torch.dtype, dropout: float)
     )
 
 
-def _peer(x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, weight: torch.Tensor, dropout: float) -> torch.Tensor:
+def _peer(
+    x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, weight: torch.Tensor, dropout: float
+) -> torch.Tensor:
     linear = torch.nn.functional.linear
     update = torch.nn.functional.dropout(x.to(a.dtype), dropout)
     return (linear(x, weight) + linear(linear(update, a), b) * SCALE).to(x.dtype)

@@ -31,4 +31,8 @@ def cases() -> Iterator[Case]:
 
 
 def _peer(weight: torch.Tensor, bias: torch.Tensor, pixels: torch.Tensor) -> torch.Tensor:
-    return torch.nn.functional.conv2d(pixels, weight, bias, stride=weight.shape[-1]).flatten(2).transpose(1, 2)
+    return (
+        torch.nn.functional.conv2d(pixels, weight, bias, stride=weight.shape[-1])
+        .flatten(2)
+        .transpose(1, 2)
+    )

@@ -1,4 +1,6 @@
-"""rms_norm on Llama-3.2-1B's hidden states, and in Gemma's form (weights beside 1) on as large ones."""
+"""rms_norm on Llama-3.2-1B's hidden states, and in Gemma's form (weights beside 1) on as large
+ones.
+"""
 
 from collections.abc import Iterator
 
@@ -22,7 +24,13 @@ def cases() -> Iterator[Case]:
                 (f"gemma {shapes.label(shape)}", _gemma, _gemma_peer),
             ):
                 yield from both_directions(
-                    label, ours, peer, (x, weight), differentiable=2, forward_bytes=2 * size, backward_bytes=3 * size
+                    label,
+                    ours,
+                    peer,
+                    (x, weight),
+                    differentiable=2,
+                    forward_bytes=2 * size,
+                    backward_bytes=3 * size,
                 )
 
 

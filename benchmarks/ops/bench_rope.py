@@ -13,12 +13,16 @@ PEER = "transformers' apply_rotary_pos_emb"
 
 
 def cases() -> Iterator[Case]:
-    """Every shape, dtype and direction. Both sides get the queries and keys as the projections leave them, [B, T, heads, D] in memory."""
+    """Every shape, dtype and direction. Both sides get the queries and keys as the projections
+    leave them, [B, T, heads, D] in memory.
+    """
     for length in shapes.TEXT_LENGTHS:
         for dtype in DTYPES:
             q = torch.randn(1, length, shapes.HEADS, shapes.HEAD_SIZE, dtype=dtype)
             k = torch.randn(1, length, shapes.KV_HEADS, shapes.HEAD_SIZE, dtype=dtype)
-            tables = rope_tables(torch.arange(length)[None], rope_frequencies(shapes.HEAD_SIZE, 500000.0))
+            tables = rope_tables(
+                torch.arange(length)[None], rope_frequencies(shapes.HEAD_SIZE, 500000.0)
+            )
             peer_tables = tuple(torch.cat((table, table), dim=-1).to(dtype) for table in tables)
             size = (q.numel() + k.numel()) * q.element_size()
             yield from both_directions(
@@ -33,5 +37,7 @@ def cases() -> Iterator[Case]:
             )
 
 
-def _peer(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _peer(
+    q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
     return apply_rotary_pos_emb(q.transpose(1, 2), k.transpose(1, 2), cos, sin)

@@ -1,4 +1,5 @@
-// The names operators use for torch's stable tensors: the files in core/ are the only ones that change with torch.
+// The names operators use for torch's stable tensors: the files in core/ are the only ones that
+// change with torch.
 #pragma once
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
@@ -35,7 +36,8 @@ struct Shape {
     const Tensor& tensor;
     friend std::ostream& operator<<(std::ostream& out, const Shape& shape) {
         out << '[';
-        for (int64_t i = 0; i < shape.tensor.dim(); ++i) out << (i ? ", " : "") << shape.tensor.size(i);
+        for (int64_t i = 0; i < shape.tensor.dim(); ++i)
+            out << (i ? ", " : "") << shape.tensor.size(i);
         return out << ']';
     }
 };
@@ -59,7 +61,9 @@ inline Dtype dtype_of(const char* op, const char* name, const Tensor& t) {
     return Dtype::f32;
 }
 
-inline Tensor dense(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
+inline Tensor dense(const Tensor& t) {
+    return t.is_contiguous() ? t : torch::stable::contiguous(t);
+}
 // The last dimension dense; other strides as they are.
 inline Tensor last_dense(const Tensor& t) {
     int64_t last = t.dim() - 1;
@@ -70,31 +74,38 @@ inline Tensor to_dtype(const Tensor& t, ScalarType type) {
 }
 
 // y = x weight^T + bias: torch's matrix product.
-inline void linear_out(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, const Tensor& y) {
+inline void linear_out(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
+                       const Tensor& y) {
     using torch::stable::detail::from;
     std::array<StableIValue, 4> stack{from(x), from(weight), from(bias), from(y)};
-    STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::linear", "out", stack.data(), TORCH_ABI_VERSION));
+    STABLE_TORCH_ERROR_CODE_CHECK(
+        torch_call_dispatcher("aten::linear", "out", stack.data(), TORCH_ABI_VERSION));
     torch::stable::detail::to<Tensor>(stack[0]);  // takes the reference that the call returned
 }
 
-// Fresh contiguous memory on like's device. Through the C shim: torch::stable::new_empty goes through the dispatcher by
-// the operator's name and takes twice as long (1.4 us against 0.6), which short calls feel.
-inline Tensor new_tensor(const Tensor& like, Sizes sizes, std::optional<int32_t> dtype = std::nullopt) {
+// Fresh contiguous memory on like's device. Through the C shim: torch::stable::new_empty goes
+// through the dispatcher by the operator's name and takes twice as long (1.4 us against 0.6), which
+// short calls feel.
+inline Tensor new_tensor(const Tensor& like, Sizes sizes,
+                         std::optional<int32_t> dtype = std::nullopt) {
     std::vector<int64_t> strides(sizes.size());
     int64_t stride = 1;
-    for (size_t i = sizes.size(); i-- > 0; stride *= std::max<int64_t>(sizes[i], 1)) strides[i] = stride;
+    for (size_t i = sizes.size(); i-- > 0; stride *= std::max<int64_t>(sizes[i], 1))
+        strides[i] = stride;
     int32_t own_dtype, device, index;
     AtenTensorHandle handle;
     STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &own_dtype));
     STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device));
     STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &index));
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(),
-                                                           strides.data(), dtype.value_or(own_dtype), device, index,
-                                                           &handle));
+    STABLE_TORCH_ERROR_CODE_CHECK(
+        aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(),
+                                 dtype.value_or(own_dtype), device, index, &handle));
     return Tensor(handle);
 }
 inline Tensor new_like(const Tensor& like) { return new_tensor(like, like.sizes()); }
-inline Tensor new_float(const Tensor& like, Sizes sizes) { return new_tensor(like, sizes, aoti_torch_dtype_float32()); }
+inline Tensor new_float(const Tensor& like, Sizes sizes) {
+    return new_tensor(like, sizes, aoti_torch_dtype_float32());
+}
 
 // A contiguous tensor's memory as [rows, columns]; through the shim for the same reason.
 inline Tensor as_matrix(const Tensor& t, int64_t rows, int64_t columns) {

@@ -11,37 +11,43 @@ namespace {
 
 using MaybeTensor = std::optional<Tensor>;
 
-// Up to this many rows a group goes to the decode kernel, which packs nothing; above, packing pays (measured).
+// Up to this many rows a group goes to the decode kernel, which packs nothing; above, packing pays
+// (measured).
 constexpr int64_t kDecodeRows = 24;
 
 void check_inputs(const char* op, const Tensor& q, const Tensor& k, const Tensor& v) {
-    check_value(q.dim() == 4 && k.dim() == 4, op, ": q and k must be [batch, length, heads, head size], got ", Shape{q},
-                " and ", Shape{k});
+    check_value(q.dim() == 4 && k.dim() == 4, op,
+                ": q and k must be [batch, length, heads, head size], got ", Shape{q}, " and ",
+                Shape{k});
     int64_t size = q.size(3), heads = q.size(2), kv_heads = k.size(2);
-    check_value(size >= 16 && size <= 256, op, ": the head size (last of q) must be 16 to 256, got ", size);
-    check_value(k.size(0) == q.size(0) && k.size(3) == size, op, ": q ", Shape{q}, " and k ", Shape{k},
-                " must agree in batch and head size");
-    check_value(kv_heads > 0 && heads % kv_heads == 0, op, ": q's ", heads, " heads must be a multiple of k's ",
-                kv_heads);
-    check_value(v.sizes() == k.sizes(), op, ": v must have k's shape ", Shape{k}, ", got ", Shape{v});
+    check_value(size >= 16 && size <= 256, op,
+                ": the head size (last of q) must be 16 to 256, got ", size);
+    check_value(k.size(0) == q.size(0) && k.size(3) == size, op, ": q ", Shape{q}, " and k ",
+                Shape{k}, " must agree in batch and head size");
+    check_value(kv_heads > 0 && heads % kv_heads == 0, op, ": q's ", heads,
+                " heads must be a multiple of k's ", kv_heads);
+    check_value(v.sizes() == k.sizes(), op, ": v must have k's shape ", Shape{k}, ", got ",
+                Shape{v});
     check_value(k.scalar_type() == q.scalar_type() && v.scalar_type() == q.scalar_type(), op,
                 ": k and v must have q's dtype");
-    check_value(q.size(1) < (1 << 30) && k.size(1) < (1 << 30), op, ": more than 2^30 queries or keys");
+    check_value(q.size(1) < (1 << 30) && k.size(1) < (1 << 30), op,
+                ": more than 2^30 queries or keys");
 }
 
-// A mask's tensor, dense: [batch] or [batch, width], and [1] (or []) or [1, width] where one row may serve the whole
-// batch.
-MaybeTensor mask(const char* op, const char* name, const MaybeTensor& t, ScalarType type, bool shared, int64_t batch,
-                 std::optional<int64_t> width = std::nullopt) {
+// A mask's tensor, dense: [batch] or [batch, width], and [1] (or []) or [1, width] where one row
+// may serve the whole batch.
+MaybeTensor mask(const char* op, const char* name, const MaybeTensor& t, ScalarType type,
+                 bool shared, int64_t batch, std::optional<int64_t> width = std::nullopt) {
     if (!t) return t;
     bool fits = t->dim() == 0 ? shared && !width
-                              : t->dim() == (width ? 2 : 1) && (t->size(0) == batch || (shared && t->size(0) == 1)) &&
+                              : t->dim() == (width ? 2 : 1) &&
+                                    (t->size(0) == batch || (shared && t->size(0) == 1)) &&
                                     (!width || t->size(1) == *width);
     auto shape = [&](int64_t rows) {
         return "[" + std::to_string(rows) + (width ? ", " + std::to_string(*width) : "") + "]";
     };
-    check_value(fits, op, ": ", name, " must be ", shape(batch), shared && batch != 1 ? " or " + shape(1) : "",
-                ", got ", Shape{*t});
+    check_value(fits, op, ": ", name, " must be ", shape(batch),
+                shared && batch != 1 ? " or " + shape(1) : "", ", got ", Shape{*t});
     check_value(t->scalar_type() == type, op, ": ", name, " has the wrong dtype");
     return dense(*t);
 }
@@ -57,23 +63,29 @@ const T* mask_row(const MaybeTensor& t, int64_t b) {
 // What the queries of each batch row see, from the masks' tensors.
 class Visible {
   public:
-    Visible(const char* op, const Tensor& q, const Tensor& k, const MaybeTensor& key_mask, const MaybeTensor& key_bias,
-            const MaybeTensor& query_offset, const MaybeTensor& prefix_length, const MaybeTensor& first_key,
-            bool causal)
+    Visible(const char* op, const Tensor& q, const Tensor& k, const MaybeTensor& key_mask,
+            const MaybeTensor& key_bias, const MaybeTensor& query_offset,
+            const MaybeTensor& prefix_length, const MaybeTensor& first_key, bool causal)
         : rows_(q.size(0)) {
         int64_t batch = q.size(0), queries = q.size(1), keys = k.size(1);
-        check_value(causal || !query_offset, op, ": query_offset has a meaning only with causal=True");
-        check_value(causal || !prefix_length, op, ": prefix_length has a meaning only with causal=True");
+        check_value(causal || !query_offset, op,
+                    ": query_offset has a meaning only with causal=True");
+        check_value(causal || !prefix_length, op,
+                    ": prefix_length has a meaning only with causal=True");
         MaybeTensor offset = mask(op, "query_offset", query_offset, ScalarType::Long, true, batch);
         bool each = prefix_length && prefix_length->dim() == 2;  // query has a prefix of its own
-        MaybeTensor prefix = each ? mask(op, "prefix_length", prefix_length, ScalarType::Long, false, batch, queries)
-                                  : mask(op, "prefix_length", prefix_length, ScalarType::Long, false, batch);
-        MaybeTensor start = mask(op, "first_key", first_key, ScalarType::Long, true, batch, queries);
+        MaybeTensor prefix =
+            each ? mask(op, "prefix_length", prefix_length, ScalarType::Long, false, batch, queries)
+                 : mask(op, "prefix_length", prefix_length, ScalarType::Long, false, batch);
+        MaybeTensor start =
+            mask(op, "first_key", first_key, ScalarType::Long, true, batch, queries);
         MaybeTensor shown = mask(op, "key_mask", key_mask, ScalarType::Bool, false, batch, keys);
         MaybeTensor bias = mask(op, "key_bias", key_bias, ScalarType::Float, true, batch, keys);
         if (shown || bias) added_.reset(new float[batch * keys]);
         for (int64_t b = 0; b < batch; ++b) {
-            int64_t diagonal = offset ? *mask_row<int64_t>(offset, b) : causal ? keys - queries : keys;
+            int64_t diagonal = offset   ? *mask_row<int64_t>(offset, b)
+                               : causal ? keys - queries
+                                        : keys;
             int64_t front = prefix && !each ? *mask_row<int64_t>(prefix, b) : 0;
             rows_[b] = {// Beyond these bounds nothing changes, and sums cannot overflow.
                         .offset = std::clamp(diagonal, -queries, keys),
@@ -83,13 +95,16 @@ class Visible {
                         .added = nullptr,
                         .ranges = nullptr};
             if (added_)
-                add(rows_[b], added_.get() + b * keys, mask_row<bool>(shown, b), mask_row<float>(bias, b), keys);
+                add(rows_[b], added_.get() + b * keys, mask_row<bool>(shown, b),
+                    mask_row<float>(bias, b), keys);
             const int64_t* starts = mask_row<int64_t>(start, b);
-            // Starts that hide nothing are as none: a graph that was compiled for both then does what the other does.
-            if (each || std::any_of(starts, starts + (starts ? queries : 0), [](int64_t key) { return key > 0; })) {
+            // Starts that hide nothing are as none: a graph that was compiled for both then does
+            // what the other does.
+            if (each || std::any_of(starts, starts + (starts ? queries : 0),
+                                    [](int64_t key) { return key > 0; })) {
                 if (!ranges_) ranges_.reset(new kernels::KeyRange[batch * queries]);
-                limit(rows_[b], ranges_.get() + b * queries, starts, each ? mask_row<int64_t>(prefix, b) : nullptr,
-                      queries);
+                limit(rows_[b], ranges_.get() + b * queries, starts,
+                      each ? mask_row<int64_t>(prefix, b) : nullptr, queries);
             }
         }
     }
@@ -99,14 +114,16 @@ class Visible {
   private:
     static constexpr float kHidden = -std::numeric_limits<float>::infinity();
 
-    // A bias in log2 units: finite where it is finite, though the largest are out of range there. NaN hides, as -inf.
+    // A bias in log2 units: finite where it is finite, though the largest are out of range there.
+    // NaN hides, as -inf.
     static float in_log2(float bias) {
         constexpr float kLog2e = 1.44269504f, kMost = std::numeric_limits<float>::max();
         if (!(bias > kHidden)) return kHidden;
         return bias > kMost ? bias : std::clamp(bias * kLog2e, -kMost, kMost);
     }
 
-    static void add(kernels::VisibleKeys& row, float* added, const bool* shown, const float* bias, int64_t keys) {
+    static void add(kernels::VisibleKeys& row, float* added, const bool* shown, const float* bias,
+                    int64_t keys) {
         int64_t first = keys, last = 0, count = 0;
         for (int64_t key = 0; key < keys; ++key) {
             added[key] = shown && !shown[key] ? kHidden : bias ? in_log2(bias[key]) : 0.0f;
@@ -117,7 +134,8 @@ class Visible {
         }
         row.first = std::min(first, last);
         row.last = last;
-        if (bias || count < last - first) row.added = added;  // padding at the ends alone needs no look at single keys
+        if (bias || count < last - first)
+            row.added = added;  // padding at the ends alone needs no look at single keys
     }
 
     static void limit(kernels::VisibleKeys& row, kernels::KeyRange* ranges, const int64_t* starts,
@@ -136,11 +154,15 @@ class Visible {
     std::unique_ptr<kernels::KeyRange[]> ranges_;
 };
 
-kernels::Heads heads(const Tensor& t) { return {t.const_data_ptr(), t.stride(0), t.stride(1), t.stride(2)}; }
-Tensor empty_as(const Tensor& t) { return new_empty(t, {t.size(0), t.size(1), t.size(2), t.size(3)}); }
+kernels::Heads heads(const Tensor& t) {
+    return {t.const_data_ptr(), t.stride(0), t.stride(1), t.stride(2)};
+}
+Tensor empty_as(const Tensor& t) {
+    return new_empty(t, {t.size(0), t.size(1), t.size(2), t.size(3)});
+}
 
-void describe(kernels::Attention& args, const char* op, const Tensor& q, const Tensor& k, const Tensor& v,
-              const Visible& visible, std::optional<double> scale) {
+void describe(kernels::Attention& args, const char* op, const Tensor& q, const Tensor& k,
+              const Tensor& v, const Visible& visible, std::optional<double> scale) {
     args.dtype = dtype_of(op, "q", q);
     args.batch = q.size(0);
     args.queries = q.size(1);
@@ -159,10 +181,14 @@ int64_t tiles(const kernels::Attention& args) {
     return (args.rows() + kernels::kMostTileRows - 1) / kernels::kMostTileRows;
 }
 
-// Into how many shares each group is cut so that no thread waits for another longer than a tenth of the time.
+// Into how many shares each group is cut so that no thread waits for another longer than a tenth of
+// the time.
 int64_t shares_for(const kernels::Attention& args) {
-    int64_t threads = torch::stable::get_num_threads(), most = std::min(tiles(args), 2 * threads), shares = 1;
-    auto waits = [&](int64_t tasks) { return 10 * ((tasks + threads - 1) / threads * threads) > 11 * tasks; };
+    int64_t threads = torch::stable::get_num_threads(), most = std::min(tiles(args), 2 * threads),
+            shares = 1;
+    auto waits = [&](int64_t tasks) {
+        return 10 * ((tasks + threads - 1) / threads * threads) > 11 * tasks;
+    };
     while (shares < most && waits(args.groups() * shares)) ++shares;
     return shares;
 }
@@ -179,10 +205,11 @@ void decode(const kernels::AttentionForward& args) {
                  [&](int64_t begin, int64_t end) { merge(args, partial.get(), begin, end); });
 }
 
-std::tuple<Tensor, Tensor> attention(const Tensor& q_, const Tensor& k_, const Tensor& v_, const MaybeTensor& key_mask,
-                                     const MaybeTensor& key_bias, const MaybeTensor& query_offset,
-                                     const MaybeTensor& prefix_length, const MaybeTensor& first_key, bool causal,
-                                     std::optional<double> scale) {
+std::tuple<Tensor, Tensor> attention(const Tensor& q_, const Tensor& k_, const Tensor& v_,
+                                     const MaybeTensor& key_mask, const MaybeTensor& key_bias,
+                                     const MaybeTensor& query_offset,
+                                     const MaybeTensor& prefix_length, const MaybeTensor& first_key,
+                                     bool causal, std::optional<double> scale) {
     const char* op = "attention";
     check_inputs(op, q_, k_, v_);
     Visible visible(op, q_, k_, key_mask, key_bias, query_offset, prefix_length, first_key, causal);
@@ -197,31 +224,32 @@ std::tuple<Tensor, Tensor> attention(const Tensor& q_, const Tensor& k_, const T
     } else {
         auto kernel = MLLAMA_CALL(attention_prefill);
         int64_t shares = shares_for(args);
-        parallel_for(args.groups() * shares, 1, [&](int64_t begin, int64_t end) { kernel(args, shares, begin, end); });
+        parallel_for(args.groups() * shares, 1,
+                     [&](int64_t begin, int64_t end) { kernel(args, shares, begin, end); });
     }
     return {out, statistics};
 }
 
-std::tuple<Tensor, Tensor, Tensor> attention_backward(const Tensor& grad_out_, const Tensor& q_, const Tensor& k_,
-                                                      const Tensor& v_, const Tensor& out_, const Tensor& statistics_,
-                                                      const MaybeTensor& key_mask, const MaybeTensor& key_bias,
-                                                      const MaybeTensor& query_offset, const MaybeTensor& prefix_length,
-                                                      const MaybeTensor& first_key, bool causal,
-                                                      std::optional<double> scale) {
+std::tuple<Tensor, Tensor, Tensor> attention_backward(
+    const Tensor& grad_out_, const Tensor& q_, const Tensor& k_, const Tensor& v_,
+    const Tensor& out_, const Tensor& statistics_, const MaybeTensor& key_mask,
+    const MaybeTensor& key_bias, const MaybeTensor& query_offset, const MaybeTensor& prefix_length,
+    const MaybeTensor& first_key, bool causal, std::optional<double> scale) {
     const char* op = "_attention_backward";
     check_inputs(op, q_, k_, v_);
     for (const Tensor* t : {&grad_out_, &out_}) {
         check_value(t->sizes() == q_.sizes() && t->scalar_type() == q_.scalar_type(), op,
                     ": grad_out and out must be as q");
     }
-    check_value(statistics_.dim() == 4 && statistics_.size(0) == q_.size(0) && statistics_.size(1) == q_.size(2) &&
-                    statistics_.size(2) == q_.size(1) && statistics_.size(3) == 2 &&
-                    statistics_.scalar_type() == ScalarType::Float,
+    check_value(statistics_.dim() == 4 && statistics_.size(0) == q_.size(0) &&
+                    statistics_.size(1) == q_.size(2) && statistics_.size(2) == q_.size(1) &&
+                    statistics_.size(3) == 2 && statistics_.scalar_type() == ScalarType::Float,
                 op, ": statistics must be float32 [batch, heads, queries, 2]");
     Visible visible(op, q_, k_, key_mask, key_bias, query_offset, prefix_length, first_key, causal);
-    Tensor q = last_dense(q_), k = last_dense(k_), v = last_dense(v_), grad_out = last_dense(grad_out_);
-    Tensor out = dense(out_), statistics = dense(statistics_), grad_q = empty_as(q), grad_k = empty_as(k),
-           grad_v = empty_as(v);
+    Tensor q = last_dense(q_), k = last_dense(k_), v = last_dense(v_),
+           grad_out = last_dense(grad_out_);
+    Tensor out = dense(out_), statistics = dense(statistics_), grad_q = empty_as(q),
+           grad_k = empty_as(k), grad_v = empty_as(v);
     kernels::AttentionBackward args{};
     describe(args, op, q, k, v, visible, scale);
     args.grad_out = heads(grad_out);
@@ -230,15 +258,18 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward(const Tensor& grad_out_, c
     args.grad_q = grad_q.mutable_data_ptr();
     args.grad_k = grad_k.mutable_data_ptr();
     args.grad_v = grad_v.mutable_data_ptr();
-    // Sixteen tasks or more, of eight tiles or more. By the sizes alone: the parts are sums, whose order makes the
-    // bits.
+    // Sixteen tasks or more, of eight tiles or more. By the sizes alone: the parts are sums, whose
+    // order makes the bits.
     int64_t groups = args.groups();
-    args.parts = std::clamp<int64_t>(16 / std::max<int64_t>(groups, 1), 1, std::max<int64_t>(tiles(args) / 8, 1));
+    args.parts = std::clamp<int64_t>(16 / std::max<int64_t>(groups, 1), 1,
+                                     std::max<int64_t>(tiles(args) / 8, 1));
     std::unique_ptr<float[]> partial;
-    if (args.parts > 1) partial.reset(new float[groups * args.parts * kernels::attention_sums(args)]);
+    if (args.parts > 1)
+        partial.reset(new float[groups * args.parts * kernels::attention_sums(args)]);
     args.partial = partial.get();
     auto kernel = MLLAMA_CALL(attention_backward);
-    parallel_for(groups * args.parts, 1, [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
+    parallel_for(groups * args.parts, 1,
+                 [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
     if (args.parts > 1) {
         auto sum = MLLAMA_CALL(attention_backward_sum);
         parallel_for(groups, 1, [&](int64_t begin, int64_t end) { sum(args, begin, end); });
@@ -250,12 +281,16 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward(const Tensor& grad_out_, c
 
 STABLE_TORCH_LIBRARY_FRAGMENT(mllama, m) {
     m.def(
-        "attention(Tensor q, Tensor k, Tensor v, Tensor? key_mask, Tensor? key_bias, Tensor? query_offset, "
-        "Tensor? prefix_length, Tensor? first_key, bool causal, float? scale) -> (Tensor out, Tensor statistics)");
+        "attention(Tensor q, Tensor k, Tensor v, Tensor? key_mask, Tensor? key_bias, Tensor? "
+        "query_offset, "
+        "Tensor? prefix_length, Tensor? first_key, bool causal, float? scale) -> (Tensor out, "
+        "Tensor statistics)");
     m.def(
-        "_attention_backward(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor out, Tensor statistics, Tensor? "
+        "_attention_backward(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor out, Tensor "
+        "statistics, Tensor? "
         "key_mask, "
-        "Tensor? key_bias, Tensor? query_offset, Tensor? prefix_length, Tensor? first_key, bool causal, float? scale) "
+        "Tensor? key_bias, Tensor? query_offset, Tensor? prefix_length, Tensor? first_key, bool "
+        "causal, float? scale) "
         "-> (Tensor grad_q, Tensor grad_k, Tensor grad_v)");
 }
 

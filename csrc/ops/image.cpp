@@ -7,7 +7,8 @@
 namespace mllama {
 namespace {
 
-constexpr int64_t kMaxPixels = int64_t{1} << 27;  // of the result and of the picture between the passes; ops/image.py
+constexpr int64_t kMaxPixels =
+    int64_t{1} << 27;  // of the result and of the picture between the passes; ops/image.py
 
 double bilinear(double x) {
     x = std::abs(x);
@@ -21,8 +22,9 @@ double bicubic(double x) {
     return x < 2.0 ? (((x - 5) * x + 8) * x - 4) * a : 0.0;
 }
 
-// What one direction sums: Pillow's precompute_coeffs and normalize_coeffs_8bpc, operation by operation, then the
-// weights by twos as the kernels take them. (Compiled without FMA on x86: a fused product would round differently.)
+// What one direction sums: Pillow's precompute_coeffs and normalize_coeffs_8bpc, operation by
+// operation, then the weights by twos as the kernels take them. (Compiled without FMA on x86: a
+// fused product would round differently.)
 struct Weights {
     int64_t most;
     std::vector<int64_t> first;
@@ -30,7 +32,8 @@ struct Weights {
 
     Weights(int64_t in_size, int64_t out_size, bool cubic) : first(out_size), count(out_size) {
         const double scale = static_cast<double>(in_size) / static_cast<double>(out_size);
-        const double widened = std::max(scale, 1.0), support = (cubic ? 2.0 : 1.0) * widened, per_pixel = 1.0 / widened;
+        const double widened = std::max(scale, 1.0), support = (cubic ? 2.0 : 1.0) * widened,
+                     per_pixel = 1.0 / widened;
         const int64_t taps = static_cast<int64_t>(std::ceil(support)) * 2 + 1;
         most = taps / 2 + 1;
         high.assign(out_size * most, 0);
@@ -38,8 +41,10 @@ struct Weights {
         std::vector<double> exact(taps);
         for (int64_t i = 0; i < out_size; ++i) {
             const double center = (static_cast<double>(i) + 0.5) * scale;
-            const int64_t begin = std::max<int64_t>(static_cast<int64_t>(center - support + 0.5), 0);
-            const int64_t end = std::min<int64_t>(static_cast<int64_t>(center + support + 0.5), in_size);
+            const int64_t begin =
+                std::max<int64_t>(static_cast<int64_t>(center - support + 0.5), 0);
+            const int64_t end =
+                std::min<int64_t>(static_cast<int64_t>(center + support + 0.5), in_size);
             double total = 0.0;
             for (int64_t k = begin; k < end; ++k) {
                 const double x = (static_cast<double>(k) - center + 0.5) * per_pixel;
@@ -52,7 +57,8 @@ struct Weights {
                 const double share = total != 0.0 ? exact[k - begin] / total : exact[k - begin];
                 const double units = share * (1 << kernels::kFractionBits);
                 const int32_t weight = static_cast<int32_t>(units < 0 ? units - 0.5 : units + 0.5);
-                const int32_t upper = (weight + (1 << (kernels::kLowBits - 1))) >> kernels::kLowBits;
+                const int32_t upper =
+                    (weight + (1 << (kernels::kLowBits - 1))) >> kernels::kLowBits;
                 const int64_t at = i * most + k / 2 - begin / 2;
                 high[at] |= half(upper, k % 2);
                 low[at] |= half(weight - upper * (1 << kernels::kLowBits), k % 2);
@@ -85,18 +91,24 @@ Tensor one_pass(const Tensor& image, int64_t size, bool is_width, bool cubic) {
                          .width = width,
                          .in = data<uint8_t>(image),
                          .out = mutable_data<uint8_t>(out)};
-    // Some millisecond of work for each thread at least: a second one gains less than waiting for it may cost.
-    const int64_t across = is_width ? height : width, block_work = kernels::kBlock * 3 * size * 2 * weights.most;
+    // Some millisecond of work for each thread at least: a second one gains less than waiting for
+    // it may cost.
+    const int64_t across = is_width ? height : width,
+                  block_work = kernels::kBlock * 3 * size * 2 * weights.most;
     auto kernel = is_width ? MLLAMA_CALL(resize_width) : MLLAMA_CALL(resize_height);
-    parallel_for((across + kernels::kBlock - 1) / kernels::kBlock, std::max<int64_t>((1 << 24) / block_work, 1),
+    parallel_for((across + kernels::kBlock - 1) / kernels::kBlock,
+                 std::max<int64_t>((1 << 24) / block_work, 1),
                  [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
     return out;
 }
 
-Tensor resized(const char* op, const Tensor& image, int64_t height, int64_t width, bool cubic, bool height_first) {
-    check_value(image.scalar_type() == ScalarType::Byte && image.dim() == 3 && image.size(2) == 3 && image.numel() > 0,
+Tensor resized(const char* op, const Tensor& image, int64_t height, int64_t width, bool cubic,
+               bool height_first) {
+    check_value(image.scalar_type() == ScalarType::Byte && image.dim() == 3 && image.size(2) == 3 &&
+                    image.numel() > 0,
                 op, ": image must be uint8 [H, W, 3] and not empty");
-    const int64_t between = height_first ? image.size(1) : image.size(0);  // of the picture after the first pass
+    const int64_t between =
+        height_first ? image.size(1) : image.size(0);  // of the picture after the first pass
     check_value(height >= 1 && width >= 1 && height <= kMaxPixels / width &&
                     between <= kMaxPixels / (height_first ? height : width),
                 op, ": a result of ", height, " x ", width, " pixels is out of range");
@@ -109,19 +121,21 @@ Tensor resize(const Tensor& image, int64_t height, int64_t width, bool cubic, bo
     return out.const_data_ptr() == image.const_data_ptr() ? torch::stable::clone(out) : out;
 }
 
-Tensor resize_normalize(const Tensor& image, int64_t height, int64_t width, const Tensor& table, bool cubic,
-                        bool height_first) {
-    check_value(
-        table.scalar_type() == ScalarType::Float && table.dim() == 2 && table.size(0) == 256 && table.size(1) == 3,
-        "resize_normalize: table must be float32 [256, 3]");
+Tensor resize_normalize(const Tensor& image, int64_t height, int64_t width, const Tensor& table,
+                        bool cubic, bool height_first) {
+    check_value(table.scalar_type() == ScalarType::Float && table.dim() == 2 &&
+                    table.size(0) == 256 && table.size(1) == 3,
+                "resize_normalize: table must be float32 [256, 3]");
     Tensor pixels = resized("resize_normalize", image, height, width, cubic, height_first);
-    Tensor planes = new_float(image, {3, height, width}), by_channel = dense(torch::stable::transpose(table, 0, 1));
+    Tensor planes = new_float(image, {3, height, width}),
+           by_channel = dense(torch::stable::transpose(table, 0, 1));
     const float* values = data<float>(by_channel);
     const uint8_t* in = data<uint8_t>(pixels);
     float* out = mutable_data<float>(planes);
     auto kernel = MLLAMA_CALL(look_up);
-    parallel_for(height * width, 1 << 18,
-                 [&](int64_t begin, int64_t end) { kernel(in, values, out, height * width, begin, end); });
+    parallel_for(height * width, 1 << 18, [&](int64_t begin, int64_t end) {
+        kernel(in, values, out, height * width, begin, end);
+    });
     return planes;
 }
 
@@ -130,7 +144,8 @@ Tensor resize_normalize(const Tensor& image, int64_t height, int64_t width, cons
 STABLE_TORCH_LIBRARY_FRAGMENT(mllama, m) {
     m.def("resize(Tensor image, int height, int width, bool cubic, bool height_first) -> Tensor");
     m.def(
-        "resize_normalize(Tensor image, int height, int width, Tensor table, bool cubic, bool height_first) -> Tensor");
+        "resize_normalize(Tensor image, int height, int width, Tensor table, bool cubic, bool "
+        "height_first) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(mllama, CPU, m) {

@@ -9,14 +9,17 @@ namespace {
 void check_sizes(const char* op, const Tensor& pixels, const Tensor& weight) {
     dtype_of(op, "pixel_values", pixels);
     dtype_of(op, "weight", weight);
-    check_value(pixels.dim() == 4, op, ": pixel_values must be [B, C, height, width], got ", Shape{pixels});
-    check_value(weight.dim() == 4 && weight.size(1) > 0 && weight.size(2) == weight.size(3) && weight.size(2) > 0, op,
-                ": weight must be [E, C, p, p] with C and p > 0, got ", Shape{weight});
+    check_value(pixels.dim() == 4, op, ": pixel_values must be [B, C, height, width], got ",
+                Shape{pixels});
+    check_value(weight.dim() == 4 && weight.size(1) > 0 && weight.size(2) == weight.size(3) &&
+                    weight.size(2) > 0,
+                op, ": weight must be [E, C, p, p] with C and p > 0, got ", Shape{weight});
     check_value(pixels.size(1) == weight.size(1), op, ": pixel_values have ", pixels.size(1),
                 " channels, weight takes ", weight.size(1));
     int64_t patch = weight.size(2);
-    check_value(pixels.size(2) % patch == 0 && pixels.size(3) % patch == 0, op, ": a picture of ", pixels.size(2),
-                " x ", pixels.size(3), " pixels cannot be cut into patches of ", patch, " x ", patch);
+    check_value(pixels.size(2) % patch == 0 && pixels.size(3) % patch == 0, op, ": a picture of ",
+                pixels.size(2), " x ", pixels.size(3), " pixels cannot be cut into patches of ",
+                patch, " x ", patch);
 }
 
 kernels::Patches layout(const Tensor& pixels, const Tensor& patches, int64_t size) {
@@ -34,11 +37,13 @@ kernels::Patches layout(const Tensor& pixels, const Tensor& patches, int64_t siz
 
 // [B * rows * columns, C p p]
 Tensor cut(const Tensor& pixels, int64_t size) {
-    int64_t width = pixels.size(1) * size * size, count = pixels.numel() / std::max<int64_t>(width, 1);
+    int64_t width = pixels.size(1) * size * size,
+            count = pixels.numel() / std::max<int64_t>(width, 1);
     Tensor source = last_dense(pixels), patches = new_tensor(pixels, {count, width});
     kernels::Patches args = layout(source, patches, size);
     auto kernel = MLLAMA_CALL(cut_patches);
-    parallel_for(count, row_grain(width), [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
+    parallel_for(count, row_grain(width),
+                 [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
     return patches;
 }
 
@@ -57,8 +62,8 @@ Tensor patch_embed(const Tensor& pixels, const Tensor& weight, const std::option
     std::optional<Tensor> b;
     if (bias) {
         dtype_of("patch_embed", "bias", *bias);
-        check_value(bias->dim() == 1 && bias->size(0) == embed, "patch_embed: bias must be [", embed, "], got ",
-                    Shape{*bias});
+        check_value(bias->dim() == 1 && bias->size(0) == embed, "patch_embed: bias must be [",
+                    embed, "], got ", Shape{*bias});
         b = to_dtype(*bias, pixels.scalar_type());
     }
     Tensor matrix = as_matrix(dense(to_dtype(weight, pixels.scalar_type())), embed, width);
@@ -70,8 +75,10 @@ Tensor patch_embed(const Tensor& pixels, const Tensor& weight, const std::option
 
 // Each gradient is empty unless asked for.
 std::tuple<Tensor, Tensor, Tensor> patch_embed_backward(const Tensor& grad_y, const Tensor& pixels,
-                                                        const Tensor& weight, const std::optional<Tensor>& bias,
-                                                        bool pixel_gradient, bool weight_gradient, bool bias_gradient) {
+                                                        const Tensor& weight,
+                                                        const std::optional<Tensor>& bias,
+                                                        bool pixel_gradient, bool weight_gradient,
+                                                        bool bias_gradient) {
     const char* op = "_patch_embed_backward";
     check_sizes(op, pixels, weight);
     int64_t embed = weight.size(0), patch = weight.size(2), width = weight.size(1) * patch * patch;
@@ -83,7 +90,8 @@ std::tuple<Tensor, Tensor, Tensor> patch_embed_backward(const Tensor& grad_y, co
     Tensor grad_bias = new_tensor(bias.value_or(weight), {0});
     if (pixel_gradient) {
         Tensor matrix = as_matrix(dense(to_dtype(weight, pixels.scalar_type())), embed, width);
-        grad_pixels = paste(to_dtype(torch::stable::matmul(g, matrix), pixels.scalar_type()), pixels, patch);
+        grad_pixels =
+            paste(to_dtype(torch::stable::matmul(g, matrix), pixels.scalar_type()), pixels, patch);
     }
     if (weight_gradient) {
         Tensor sum = torch::stable::matmul(torch::stable::transpose(g, 0, 1), cut(pixels, patch));
@@ -102,7 +110,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(mllama, m) {
     m.def("patch_embed(Tensor pixel_values, Tensor weight, Tensor? bias) -> Tensor");
     m.def(
         "_patch_embed_backward(Tensor grad_y, Tensor pixel_values, Tensor weight, Tensor? bias, "
-        "bool pixel_gradient, bool weight_gradient, bool bias_gradient) -> (Tensor grad_pixels, Tensor grad_weight, "
+        "bool pixel_gradient, bool weight_gradient, bool bias_gradient) -> (Tensor grad_pixels, "
+        "Tensor grad_weight, "
         "Tensor grad_bias)");
 }
 

@@ -14,10 +14,10 @@ void check_heads(const char* name, const Tensor& x) {
 
 void check_table(const char* name, const Tensor& table, const Tensor& q) {
     check_value(table.scalar_type() == ScalarType::Float, kOp, ": ", name, " must be float32");
-    check_value(table.dim() == 3 && (table.size(0) == 1 || table.size(0) == q.size(0)) && table.size(1) == q.size(1) &&
-                    table.size(2) == q.size(3) / 2,
-                kOp, ": ", name, " must be [", q.size(0), " or 1, ", q.size(1), ", ", q.size(3) / 2, "], got ",
-                Shape{table});
+    check_value(table.dim() == 3 && (table.size(0) == 1 || table.size(0) == q.size(0)) &&
+                    table.size(1) == q.size(1) && table.size(2) == q.size(3) / 2,
+                kOp, ": ", name, " must be [", q.size(0), " or 1, ", q.size(1), ", ", q.size(3) / 2,
+                "], got ", Shape{table});
 }
 
 kernels::RopeHeads heads_of(const Tensor& x, const Tensor& y) {
@@ -29,14 +29,16 @@ kernels::RopeHeads heads_of(const Tensor& x, const Tensor& y) {
             .head_stride = x.stride(2)};
 }
 
-std::tuple<Tensor, Tensor> rope(const Tensor& q, const Tensor& k, const Tensor& cos, const Tensor& sin, bool inverse) {
+std::tuple<Tensor, Tensor> rope(const Tensor& q, const Tensor& k, const Tensor& cos,
+                                const Tensor& sin, bool inverse) {
     check_heads("q", q);
     check_heads("k", k);
     int64_t batch = q.size(0), tokens = q.size(1), size = q.size(3);
     check_value(size % 2 == 0, kOp, ": head size must be even, got ", size);
-    check_value(k.size(0) == batch && k.size(1) == tokens && k.size(3) == size && k.scalar_type() == q.scalar_type(),
-                kOp, ": k must be [", batch, ", ", tokens, ", heads, ", size, "] of ", dtype_name(q.scalar_type()),
-                ", got ", Kind{k});
+    check_value(k.size(0) == batch && k.size(1) == tokens && k.size(3) == size &&
+                    k.scalar_type() == q.scalar_type(),
+                kOp, ": k must be [", batch, ", ", tokens, ", heads, ", size, "] of ",
+                dtype_name(q.scalar_type()), ", got ", Kind{k});
     check_table("cos", cos, q);
     check_table("sin", sin, q);
     Tensor from_q = last_dense(q), from_k = last_dense(k), c = dense(cos), s = dense(sin);

@@ -13,14 +13,15 @@ Isa from_name(const std::string& name) {
     for (int i = 0; i < 4; ++i) {
         if (name == kNames[i]) return static_cast<Isa>(i);
     }
-    throw std::invalid_argument("instruction set must be scalar, avx2, avx512 or avx512_bf16, got '" + name + "'");
+    throw std::invalid_argument(
+        "instruction set must be scalar, avx2, avx512 or avx512_bf16, got '" + name + "'");
 }
 
 Isa checked(const std::string& name) {
     Isa isa = from_name(name);
     if (isa > best_isa()) {
-        throw std::invalid_argument("instruction set " + name + " is not available here; the best is " +
-                                    isa_name(best_isa()));
+        throw std::invalid_argument("instruction set " + name +
+                                    " is not available here; the best is " + isa_name(best_isa()));
     }
     return isa;
 }
@@ -40,10 +41,13 @@ Isa best_isa() {
     // Each level needs all that its objects are compiled with (CMakeLists.txt, flags_<isa>).
     static const Isa best = [] {
         __builtin_cpu_init();
-        bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
-        bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-        bool bf16 = avx512 && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni");
+        bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+                    __builtin_cpu_supports("f16c");
+        bool avx512 = avx2 && __builtin_cpu_supports("avx512f") &&
+                      __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+                      __builtin_cpu_supports("avx512vl");
+        bool bf16 =
+            avx512 && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni");
         return bf16 ? Isa::avx512_bf16 : avx512 ? Isa::avx512 : avx2 ? Isa::avx2 : Isa::scalar;
     }();
     return best;

@@ -1,8 +1,8 @@
 // Which instruction set the kernels run with: found once from the CPU, lowered by MLLAMA_CPU_ISA.
 //
 // A kernel is declared for every instruction set and called through the chosen one:
-//     MLLAMA_KERNEL(void, scale_rows, (const float* x, float* y, int64_t n));   // in kernels/cpu/<op>.h
-//     MLLAMA_CALL(scale_rows)(x, y, n);                                         // in ops/<op>.cpp
+//     MLLAMA_KERNEL(void, scale_rows, (const float* x, float* y, int64_t n));   // in
+//     kernels/cpu/<op>.h MLLAMA_CALL(scale_rows)(x, y, n); // in ops/<op>.cpp
 // and defined in kernels/cpu/<op>.cpp inside `namespace mllama::kernels::MLLAMA_ISA`.
 #pragma once
 
@@ -12,9 +12,10 @@ namespace mllama {
 
 enum class Isa { scalar, avx2, avx512, avx512_bf16 };
 
-Isa best_isa();                         // the best this CPU has
-Isa current_isa();                      // the one in use
-void set_isa(const std::string& name);  // std::invalid_argument for an unknown name or one the CPU lacks
+Isa best_isa();     // the best this CPU has
+Isa current_isa();  // the one in use
+void set_isa(
+    const std::string& name);  // std::invalid_argument for an unknown name or one the CPU lacks
 std::string isa_name(Isa isa);
 
 template <class F>

@@ -8,19 +8,22 @@ namespace mllama::simd::MLLAMA_ISA {
 // p * 2^n for integers n in [-150, 129], gradual underflow and overflow to infinity included.
 inline vf times_power_of_2(vf p, vf n) {
 #if defined(__AVX512F__)
-    return reinterpret_cast<vf>(_mm512_scalef_ps(reinterpret_cast<__m512>(p), reinterpret_cast<__m512>(n)));
+    return reinterpret_cast<vf>(
+        _mm512_scalef_ps(reinterpret_cast<__m512>(p), reinterpret_cast<__m512>(n)));
 #else
-    vi exponent = __builtin_convertvector(n, vi), half = exponent >> 1;  // two factors, since each ends at 2^127
+    vi exponent = __builtin_convertvector(n, vi),
+       half = exponent >> 1;  // two factors, since each ends at 2^127
     return p * as_float((half + 127) << 23) * as_float((exponent - half + 127) << 23);
 #endif
 }
 
-// e^x, for every float: 0 and infinity where f32 ends, NaN for NaN. Largest error measured over all floats: 0.9
-// ulp, 1.2 without FMA. x = n ln 2 + r with |r| <= ln2 / 2; e^r = 1 + r + r^2 q(r) by the minimax polynomial of
-// relative error 3e-9.
+// e^x, for every float: 0 and infinity where f32 ends, NaN for NaN. Largest error measured over all
+// floats: 0.9 ulp, 1.2 without FMA. x = n ln 2 + r with |r| <= ln2 / 2; e^r = 1 + r + r^2 q(r) by
+// the minimax polynomial of relative error 3e-9.
 inline vf exp(vf x) {
     x = min(splat(89.0f), max(splat(-104.0f), x));  // in this order a NaN stays
-    vf shifted = x * 1.44269504f + 12582912.0f;     // 1.5 * 2^23: the sum's low bits hold round(x / ln 2)
+    vf shifted =
+        x * 1.44269504f + 12582912.0f;  // 1.5 * 2^23: the sum's low bits hold round(x / ln 2)
     vf n = shifted - 12582912.0f;
     vf r = x - n * 0.693145752f - n * 1.42860677e-6f;
     vf q = splat(0.00138145394f);
@@ -32,8 +35,9 @@ inline vf exp(vf x) {
     return times_power_of_2(q * r + 1.0f, n);
 }
 
-// The same where the result ends in 16 bits: a shorter way, of relative error below 2e-5 (bf16 rounds by 4e-3, f16 by
-// 5e-4). 2^t = 2^n 2^f with |f| <= 1/2, by the minimax polynomial of degree 4.
+// The same where the result ends in 16 bits: a shorter way, of relative error below 2e-5 (bf16
+// rounds by 4e-3, f16 by 5e-4). 2^t = 2^n 2^f with |f| <= 1/2, by the minimax polynomial of
+// degree 4.
 inline vf exp_16bit(vf x) {
     vf t = min(splat(129.0f), max(splat(-150.0f), x * 1.44269504f));
     vf n = t + 12582912.0f - 12582912.0f, f = t - n;

@@ -1,5 +1,5 @@
-// The element types kernels read and write. The half-width floats are plain bits: no arithmetic is done on them,
-// vectors are widened to f32 first.
+// The element types kernels read and write. The half-width floats are plain bits: no arithmetic is
+// done on them, vectors are widened to f32 first.
 #pragma once
 
 #include <cstdint>

@@ -1,6 +1,7 @@
-// One thin vector type for all kernels, on GCC's vector extensions: `vf` holds kWidth floats (4, 8 or 16 by instruction
-// set); + - * / and comparisons with ?: come from the compiler, a * b + c becomes an FMA. Memory may hold f32, bf16 or
-// f16: loads widen to f32, stores round to nearest even. The `_n` variants handle the tail of a row.
+// One thin vector type for all kernels, on GCC's vector extensions: `vf` holds kWidth floats (4, 8
+// or 16 by instruction set); + - * / and comparisons with ?: come from the compiler, a * b + c
+// becomes an FMA. Memory may hold f32, bf16 or f16: loads widen to f32, stores round to nearest
+// even. The `_n` variants handle the tail of a row.
 //
 // Included by kernels only, once per instruction set: everything lives in that set's namespace.
 #pragma once
@@ -28,7 +29,8 @@ typedef int32_t vi __attribute__((vector_size(kWidth * 4)));
 typedef uint32_t vu __attribute__((vector_size(kWidth * 4)));
 typedef uint16_t vh __attribute__((vector_size(kWidth * 2)));
 
-// The intrinsics can take x from memory within the instruction that uses it; GCC 12 moves it through two others.
+// The intrinsics can take x from memory within the instruction that uses it; GCC 12 moves it
+// through two others.
 #if defined(__AVX512F__)
 inline vf splat(float x) { return reinterpret_cast<vf>(_mm512_set1_ps(x)); }
 #elif defined(__AVX2__)
@@ -42,17 +44,21 @@ inline vf as_float(vi x) { return reinterpret_cast<vf>(x); }
 // b where one of them is NaN, in the instruction as in the expression.
 #if defined(__AVX512F__)
 inline vf max(vf a, vf b) {
-    return reinterpret_cast<vf>(_mm512_max_ps(reinterpret_cast<__m512>(a), reinterpret_cast<__m512>(b)));
+    return reinterpret_cast<vf>(
+        _mm512_max_ps(reinterpret_cast<__m512>(a), reinterpret_cast<__m512>(b)));
 }
 inline vf min(vf a, vf b) {
-    return reinterpret_cast<vf>(_mm512_min_ps(reinterpret_cast<__m512>(a), reinterpret_cast<__m512>(b)));
+    return reinterpret_cast<vf>(
+        _mm512_min_ps(reinterpret_cast<__m512>(a), reinterpret_cast<__m512>(b)));
 }
 #elif defined(__AVX2__)
 inline vf max(vf a, vf b) {
-    return reinterpret_cast<vf>(_mm256_max_ps(reinterpret_cast<__m256>(a), reinterpret_cast<__m256>(b)));
+    return reinterpret_cast<vf>(
+        _mm256_max_ps(reinterpret_cast<__m256>(a), reinterpret_cast<__m256>(b)));
 }
 inline vf min(vf a, vf b) {
-    return reinterpret_cast<vf>(_mm256_min_ps(reinterpret_cast<__m256>(a), reinterpret_cast<__m256>(b)));
+    return reinterpret_cast<vf>(
+        _mm256_min_ps(reinterpret_cast<__m256>(a), reinterpret_cast<__m256>(b)));
 }
 #else
 inline vf max(vf a, vf b) { return a > b ? a : b; }
@@ -61,7 +67,8 @@ inline vf min(vf a, vf b) { return a < b ? a : b; }
 
 // ---- conversions
 
-// 16-bit lanes to 32 and back. GCC 12 makes five instructions of __builtin_convertvector where one will do.
+// 16-bit lanes to 32 and back. GCC 12 makes five instructions of __builtin_convertvector where one
+// will do.
 inline vu extend(vh h) {
 #if defined(__AVX512F__)
     return reinterpret_cast<vu>(_mm512_cvtepu16_epi32(reinterpret_cast<__m256i>(h)));
@@ -84,8 +91,10 @@ inline vf widen(vh h, bf16) { return as_float(extend(h) << 16); }
 inline vh narrow(vf x, bf16) {
     vu bits = as_bits(x);
 #if defined(__AVX512BF16__)
-    // One instruction, but it takes subnormals for zero: where there are any (or zeros), the long way.
-    if (!_mm512_testn_epi32_mask(reinterpret_cast<__m512i>(bits), _mm512_set1_epi32(0x7f800000))) [[likely]] {
+    // One instruction, but it takes subnormals for zero: where there are any (or zeros), the long
+    // way.
+    if (!_mm512_testn_epi32_mask(reinterpret_cast<__m512i>(bits), _mm512_set1_epi32(0x7f800000)))
+        [[likely]] {
         return reinterpret_cast<vh>(_mm512_cvtneps_pbh(reinterpret_cast<__m512>(x)));
     }
 #endif
@@ -95,21 +104,27 @@ inline vh narrow(vf x, bf16) {
 }
 
 #if defined(__AVX512F__)
-inline vf widen(vh h, f16) { return reinterpret_cast<vf>(_mm512_cvtph_ps(reinterpret_cast<__m256i>(h))); }
+inline vf widen(vh h, f16) {
+    return reinterpret_cast<vf>(_mm512_cvtph_ps(reinterpret_cast<__m256i>(h)));
+}
 inline vh narrow(vf x, f16) {
-    return reinterpret_cast<vh>(_mm512_cvtps_ph(reinterpret_cast<__m512>(x), _MM_FROUND_TO_NEAREST_INT));
+    return reinterpret_cast<vh>(
+        _mm512_cvtps_ph(reinterpret_cast<__m512>(x), _MM_FROUND_TO_NEAREST_INT));
 }
 #elif defined(__F16C__)
-inline vf widen(vh h, f16) { return reinterpret_cast<vf>(_mm256_cvtph_ps(reinterpret_cast<__m128i>(h))); }
+inline vf widen(vh h, f16) {
+    return reinterpret_cast<vf>(_mm256_cvtph_ps(reinterpret_cast<__m128i>(h)));
+}
 inline vh narrow(vf x, f16) {
-    return reinterpret_cast<vh>(_mm256_cvtps_ph(reinterpret_cast<__m256>(x), _MM_FROUND_TO_NEAREST_INT));
+    return reinterpret_cast<vh>(
+        _mm256_cvtps_ph(reinterpret_cast<__m256>(x), _MM_FROUND_TO_NEAREST_INT));
 }
 #else
 inline vf widen(vh h, f16) {
     vu bits = __builtin_convertvector(h, vu);
     vu sign = (bits & 0x8000u) << 16, magnitude = bits & 0x7fffu;
-    // Shifting exponent and mantissa into place leaves the exponent 112 too small; the product with 2^112 mends it,
-    // subnormals included. Infinity and NaN get the full exponent.
+    // Shifting exponent and mantissa into place leaves the exponent 112 too small; the product with
+    // 2^112 mends it, subnormals included. Infinity and NaN get the full exponent.
     vf value = as_float(magnitude << 13) * 0x1p112f;
     vu special = (magnitude << 13) | 0x7f800000u;
     return as_float((magnitude >= 0x7c00u ? special : as_bits(value)) | sign);
@@ -117,7 +132,8 @@ inline vf widen(vh h, f16) {
 inline vh narrow(vf x, f16) {
     vu bits = as_bits(x), sign = (bits >> 16) & 0x8000u, magnitude = bits & 0x7fffffffu;
     vu normal = (magnitude - (112u << 23) + 0xfffu + ((magnitude >> 13) & 1u)) >> 13;
-    vu subnormal = as_bits(as_float(magnitude) + 0.5f) - as_bits(splat(0.5f));  // f32's last bit at 0.5 is f16's 2^-24
+    vu subnormal = as_bits(as_float(magnitude) + 0.5f) -
+                   as_bits(splat(0.5f));  // f32's last bit at 0.5 is f16's 2^-24
     vu result = magnitude < (113u << 23) ? subnormal : normal;
     result = magnitude >= 0x477ff000u ? vu{} + 0x7c00u : result;  // rounds past 65504
     result = magnitude > 0x7f800000u ? vu{} + 0x7e00u : result;
@@ -125,7 +141,8 @@ inline vh narrow(vf x, f16) {
 }
 #endif
 
-// x as it would be after a store to T and a load back: where the reference rounds between two steps.
+// x as it would be after a store to T and a load back: where the reference rounds between two
+// steps.
 inline vf rounded(vf x, float) { return x; }
 template <class Half>
 inline vf rounded(vf x, Half) {
@@ -142,8 +159,12 @@ inline vf load(const float* p) {
 inline void store(float* p, vf x) { std::memcpy(p, &x, sizeof x); }
 #if defined(__AVX512F__)  // masked moves: one instruction where memcpy of a varying size is a call
 inline __mmask16 first_n(int64_t n) { return static_cast<__mmask16>((1u << n) - 1); }
-inline vf load_n(const float* p, int64_t n) { return reinterpret_cast<vf>(_mm512_maskz_loadu_ps(first_n(n), p)); }
-inline void store_n(float* p, vf x, int64_t n) { _mm512_mask_storeu_ps(p, first_n(n), reinterpret_cast<__m512>(x)); }
+inline vf load_n(const float* p, int64_t n) {
+    return reinterpret_cast<vf>(_mm512_maskz_loadu_ps(first_n(n), p));
+}
+inline void store_n(float* p, vf x, int64_t n) {
+    _mm512_mask_storeu_ps(p, first_n(n), reinterpret_cast<__m512>(x));
+}
 inline vh load_half_n(const void* p, int64_t n) {
     return reinterpret_cast<vh>(_mm256_maskz_loadu_epi16(first_n(n), p));
 }
@@ -185,8 +206,9 @@ inline void store_n(Half* p, vf x, int64_t n) {
     store_half_n(p, narrow(x, Half{}), n);
 }
 
-// Calls body(i, n) along a row of `size` elements: n = kWidth for whole vectors, less for the tail. In the body
-// at(p + i, n) loads and put(p + i, x, n) stores; both are plain vector moves where n is kWidth.
+// Calls body(i, n) along a row of `size` elements: n = kWidth for whole vectors, less for the tail.
+// In the body at(p + i, n) loads and put(p + i, x, n) stores; both are plain vector moves where n
+// is kWidth.
 template <class Body>
 inline __attribute__((always_inline)) void for_vectors(int64_t size, Body&& body) {
     int64_t i = 0;
@@ -202,13 +224,15 @@ inline __attribute__((always_inline)) void put(T* p, vf x, int n) {
     n == kWidth ? store(p, x) : store_n(p, x, n);
 }
 
-// Stores that go past the caches: for results so large that no cache would still hold them, this saves the reading of
-// every line before it is written. `p` is aligned to the bytes stored; streams_done() comes before others read.
+// Stores that go past the caches: for results so large that no cache would still hold them, this
+// saves the reading of every line before it is written. `p` is aligned to the bytes stored;
+// streams_done() comes before others read.
 #if defined(__AVX512F__)
 inline void stream(float* p, vf x) { _mm512_stream_ps(p, reinterpret_cast<__m512>(x)); }
 template <class Half>
 inline void stream(Half* p, vf x) {
-    _mm256_stream_si256(reinterpret_cast<__m256i*>(p), reinterpret_cast<__m256i>(narrow(x, Half{})));
+    _mm256_stream_si256(reinterpret_cast<__m256i*>(p),
+                        reinterpret_cast<__m256i>(narrow(x, Half{})));
 }
 inline void streams_done() { _mm_sfence(); }
 #elif defined(__AVX2__)

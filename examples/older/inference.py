@@ -1,4 +1,6 @@
-"""One answer: `python inference.py --model_path DIR --prompt TEXT --image_file_path FILE`. dev/launch_inference.sh calls it."""
+"""One answer: `python inference.py --model_path DIR --prompt TEXT --image_file_path FILE`.
+dev/launch_inference.sh calls it.
+"""
 
 import sys
 

@@ -1,6 +1,8 @@
-"""Draws the demo's two pictures: shapes on white, and shapes on a photograph. Needs scikit-image for the photograph.
+"""Draws the demo's two pictures: shapes on white, and shapes on a photograph. Needs scikit-image
+for the photograph.
 
-The photograph is Chelsea the cat by Stefan van der Walt, CC0, as scikit-image carries it. The embedded model was not trained on it.
+The photograph is Chelsea the cat by Stefan van der Walt, CC0, as scikit-image carries it. The
+embedded model was not trained on it.
 """
 
 import math
@@ -13,7 +15,9 @@ HERE = Path(__file__).parent
 OVERSAMPLING = 4  # shapes are drawn this many times larger, then shrunk: smooth edges
 
 
-def polygon(corners: int, x: float, y: float, radius: float, inner: float = 1.0) -> list[tuple[float, float]]:
+def polygon(
+    corners: int, x: float, y: float, radius: float, inner: float = 1.0
+) -> list[tuple[float, float]]:
     """Corners on a circle, the first on top; with `inner` below 1 a star."""
     count = corners if inner == 1 else 2 * corners
     radii = [radius * (inner if inner != 1 and i % 2 else 1) for i in range(count)]
@@ -21,9 +25,13 @@ def polygon(corners: int, x: float, y: float, radius: float, inner: float = 1.0)
     return [(x + r * math.cos(a), y + r * math.sin(a)) for r, a in zip(radii, angles, strict=True)]
 
 
-def draw(background: Image.Image, shapes: list[tuple[str, str, float, float, float]]) -> Image.Image:
+def draw(
+    background: Image.Image, shapes: list[tuple[str, str, float, float, float]]
+) -> Image.Image:
     """The background with (shape, colour, x, y, radius) on it, in pixels."""
-    large = background.resize([OVERSAMPLING * side for side in background.size], Image.Resampling.BICUBIC)
+    large = background.resize(
+        [OVERSAMPLING * side for side in background.size], Image.Resampling.BICUBIC
+    )
     pen = ImageDraw.Draw(large)
     for shape, colour, *place in shapes:
         x, y, radius = (OVERSAMPLING * value for value in place)
@@ -32,13 +40,28 @@ def draw(background: Image.Image, shapes: list[tuple[str, str, float, float, flo
         elif shape == "square":
             pen.rectangle((x - radius, y - radius, x + radius, y + radius), fill=colour)
         else:
-            pen.polygon(polygon({"triangle": 3, "star": 5}[shape], x, y, radius, 0.45 if shape == "star" else 1.0), fill=colour)
+            pen.polygon(
+                polygon(
+                    {"triangle": 3, "star": 5}[shape],
+                    x,
+                    y,
+                    radius,
+                    0.45 if shape == "star" else 1.0,
+                ),
+                fill=colour,
+            )
     return large.resize(background.size, Image.Resampling.BOX)
 
 
 if __name__ == "__main__":
     white = Image.new("RGB", (320, 240), "white")
-    shapes = [("circle", "red", 62, 122, 40), ("star", "blue", 164, 52, 46), ("triangle", "green", 258, 132, 44)]
+    shapes = [
+        ("circle", "red", 62, 122, 40),
+        ("star", "blue", 164, 52, 46),
+        ("triangle", "green", 258, 132, 44),
+    ]
     draw(white, shapes).save(HERE / "drawn.png", optimize=True)
     photograph = Image.fromarray(data.chelsea())
-    draw(photograph, [("square", "blue", 62, 150, 42), ("star", "red", 394, 190, 52)]).save(HERE / "photograph.jpg", quality=88)
+    draw(photograph, [("square", "blue", 62, 150, 42), ("star", "red", 394, 190, 52)]).save(
+        HERE / "photograph.jpg", quality=88
+    )

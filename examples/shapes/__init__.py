@@ -1,1 +1,3 @@
-"""Generated pictures of simple shapes, with questions, answers and dense labels: what the embedded model learns from."""
+"""Generated pictures of simple shapes, with questions, answers and dense labels: what the embedded
+model learns from.
+"""

@@ -1,4 +1,6 @@
-"""What stands behind the objects: flat colours, noise, gradients and crops of scikit-image's sample photographs."""
+"""What stands behind the objects: flat colours, noise, gradients and crops of scikit-image's sample
+photographs.
+"""
 
 from __future__ import annotations
 
@@ -8,8 +10,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-# These come inside scikit-image's wheel: no download. The last two are never trained on: the first is kept for demonstrations,
-# the second for the held-out pictures.
+# These come inside scikit-image's wheel: no download. The last two are never trained on: the first
+# is kept for demonstrations, the second for the held-out pictures.
 TRAINING_PHOTOS = (
     "astronaut.png", "rocket.jpg", "hubble_deep_field.jpg", "ihc.png", "motorcycle_left.png", "retina.jpg",
     "brick.png", "grass.png", "gravel.png", "camera.png", "moon.png",
@@ -44,22 +46,43 @@ def _colour(rng: np.random.Generator) -> np.ndarray:
     return rng.integers(0, 256, size=3)
 
 
-def background(kind: str, width: int, height: int, rng: np.random.Generator, photos: tuple[str, ...] = TRAINING_PHOTOS) -> Image.Image:
+def background(
+    kind: str,
+    width: int,
+    height: int,
+    rng: np.random.Generator,
+    photos: tuple[str, ...] = TRAINING_PHOTOS,
+) -> Image.Image:
     """An RGB picture of one of `KINDS`."""
     if kind == "flat":
-        return Image.new("RGB", (width, height), tuple(int(v) for v in np.clip(_colour(rng), 0, 255)))
+        return Image.new(
+            "RGB", (width, height), tuple(int(v) for v in np.clip(_colour(rng), 0, 255))
+        )
     if kind == "noise":
         step = int(rng.integers(1, 5))  # coarse noise is drawn small and enlarged
         small = (height // step + 1, width // step + 1, 3 if rng.random() < 0.5 else 1)
         noise = rng.normal(0, rng.uniform(4, 28), size=small).astype(np.float32)
-        pixels = np.broadcast_to(np.clip(_colour(rng) + noise, 0, 255), (*small[:2], 3)).astype(np.uint8)
+        pixels = np.broadcast_to(np.clip(_colour(rng) + noise, 0, 255), (*small[:2], 3)).astype(
+            np.uint8
+        )
         picture = Image.fromarray(pixels)
-        return picture if step == 1 and picture.size == (width, height) else picture.resize((width, height), Image.Resampling.BILINEAR)
+        return (
+            picture
+            if step == 1 and picture.size == (width, height)
+            else picture.resize((width, height), Image.Resampling.BILINEAR)
+        )
     if kind == "gradient":
         corners = np.clip(np.stack([_colour(rng) for _ in range(4)]), 0, 255).reshape(2, 2, 3)
         if rng.random() < 0.6:  # along one axis
-            corners = np.repeat(corners[:1], 2, axis=0) if rng.random() < 0.5 else np.repeat(corners[:, :1], 2, axis=1)
-        y, x = np.linspace(0, 1, height, dtype=np.float32)[:, None, None], np.linspace(0, 1, width, dtype=np.float32)[None, :, None]
+            corners = (
+                np.repeat(corners[:1], 2, axis=0)
+                if rng.random() < 0.5
+                else np.repeat(corners[:, :1], 2, axis=1)
+            )
+        y, x = (
+            np.linspace(0, 1, height, dtype=np.float32)[:, None, None],
+            np.linspace(0, 1, width, dtype=np.float32)[None, :, None],
+        )
         left = corners[0, 0] * (1 - y) + corners[1, 0] * y
         right = corners[0, 1] * (1 - y) + corners[1, 1] * y
         return Image.fromarray((left * (1 - x) + right * x).astype(np.uint8))
@@ -67,8 +90,13 @@ def background(kind: str, width: int, height: int, rng: np.random.Generator, pho
         source = photo(photos[rng.integers(len(photos))])
         scale = rng.uniform(0.35, 1.0)
         crop_w, crop_h = max(16, int(source.width * scale)), max(16, int(source.height * scale))
-        x, y = int(rng.integers(0, source.width - crop_w + 1)), int(rng.integers(0, source.height - crop_h + 1))
-        crop = source.resize((width, height), Image.Resampling.BILINEAR, box=(x, y, x + crop_w, y + crop_h))
+        x, y = (
+            int(rng.integers(0, source.width - crop_w + 1)),
+            int(rng.integers(0, source.height - crop_h + 1)),
+        )
+        crop = source.resize(
+            (width, height), Image.Resampling.BILINEAR, box=(x, y, x + crop_w, y + crop_h)
+        )
         if rng.random() < 0.5:
             crop = crop.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
         return crop

@@ -9,8 +9,17 @@ from .initial import local_attention
 from .labels import HEADS, OFFSETS, SILHOUETTE
 
 
-def build_model(tokenizer, image_size: int = 96, patch_size: int = 8, width: int = 128, vision_layers: int = 6, text_layers: int = 4):
-    """A `MllamaForConditionalGeneration` with random weights in HF LLaVA's shape, its tower starting with local attention."""
+def build_model(
+    tokenizer,
+    image_size: int = 96,
+    patch_size: int = 8,
+    width: int = 128,
+    vision_layers: int = 6,
+    text_layers: int = 4,
+):
+    """A `MllamaForConditionalGeneration` with random weights in HF LLaVA's shape, its tower
+    starting with local attention.
+    """
     from mllama import MllamaConfig, MllamaForConditionalGeneration
 
     vocab = -(-len(tokenizer) // 16) * 16
@@ -36,8 +45,13 @@ def build_model(tokenizer, image_size: int = 96, patch_size: int = 8, width: int
 
 @torch.no_grad()
 def _start_decoder(model) -> None:
-    """Weights of the decoder and projector at the scale of their fan-in; 0.02 everywhere is far too small at this width."""
-    for name, weight in [*model.language_model.named_parameters(), *model.multi_modal_projector.named_parameters()]:
+    """Weights of the decoder and projector at the scale of their fan-in; 0.02 everywhere is far too
+    small at this width.
+    """
+    for name, weight in [
+        *model.language_model.named_parameters(),
+        *model.multi_modal_projector.named_parameters(),
+    ]:
         if weight.dim() < 2:
             continue
         scale = 1.0 if "embed_tokens" not in name else 0.0
@@ -50,7 +64,9 @@ def _start_decoder(model) -> None:
 
 
 class DenseHeads(nn.Module):
-    """One linear layer over every patch's feature, for all dense labels at once. Thrown away after training."""
+    """One linear layer over every patch's feature, for all dense labels at once. Thrown away after
+    training.
+    """
 
     # "nothing here" is most of every picture: it counts less
     NOTHING = {"shape": 0.3, "colour": 0.3, "centre": 0.1, "character": 0.1}
@@ -64,9 +80,15 @@ class DenseHeads(nn.Module):
         self.norm = nn.LayerNorm(width)
         self.linear = nn.Linear(width, sum(HEADS.values()) + OFFSETS + SILHOUETTE)
 
-    def forward(self, features: torch.Tensor, classes: torch.Tensor, offsets: torch.Tensor) -> tuple[torch.Tensor, dict[str, float]]:
-        """features [B, P, width], classes int64 [B, P, heads], offsets f32 [B, P, 66] -> (loss, share of right labels where one is)."""
-        *parts, moves, ink = self.linear(self.norm(features.float())).split([*HEADS.values(), OFFSETS, SILHOUETTE], -1)
+    def forward(
+        self, features: torch.Tensor, classes: torch.Tensor, offsets: torch.Tensor
+    ) -> tuple[torch.Tensor, dict[str, float]]:
+        """features [B, P, width], classes int64 [B, P, heads], offsets f32 [B, P, 66] -> (loss,
+        share of right labels where one is).
+        """
+        *parts, moves, ink = self.linear(self.norm(features.float())).split(
+            [*HEADS.values(), OFFSETS, SILHOUETTE], -1
+        )
         loss, right = features.new_zeros((), dtype=torch.float32), {}
         for i, (name, part) in enumerate(zip(HEADS, parts, strict=True)):
             wanted, scores = classes[..., i].reshape(-1), part.reshape(-1, part.shape[-1])
@@ -78,7 +100,9 @@ class DenseHeads(nn.Module):
             if name in self.NOTHING:
                 weight = torch.ones(scores.shape[-1])
                 weight[0] = self.NOTHING[name]
-            loss = loss + self.WEIGHTS[name] * nn.functional.cross_entropy(scores, wanted, weight=weight)
+            loss = loss + self.WEIGHTS[name] * nn.functional.cross_entropy(
+                scores, wanted, weight=weight
+            )
             there = wanted > 0 if name in self.NOTHING else wanted >= 0
             if there.any():
                 right[name] = float((scores.argmax(-1) == wanted)[there].float().mean())
@@ -88,5 +112,7 @@ class DenseHeads(nn.Module):
             loss = loss + 0.5 * nn.functional.smooth_l1_loss(moves[known], moved[known])
         known = ~inked.isnan()
         if known.any():
-            loss = loss + 3.0 * nn.functional.binary_cross_entropy_with_logits(ink[known], inked[known])
+            loss = loss + 3.0 * nn.functional.binary_cross_entropy_with_logits(
+                ink[known], inked[known]
+            )
         return loss, right

@@ -15,17 +15,22 @@ from .questions import KINDS, Turn, ask
 from .scene import HELD_OUT, Recipe, Scene, make_scene
 from .tokenizer import build_tokenizer
 
-# yes or no carries one bit and is learned last, so training asks for it more often than the evaluation does
+# yes or no carries one bit and is learned last, so training asks for it more often than the
+# evaluation does
 TRAINING_WEIGHTS = {"colour": 0.2, "shape": 0.2, "where": 0.2, "exists": 0.3, "count": 0.1}
-HELD_OUT_SEED = 1 << 40  # pictures of the evaluation are numbered from here; training never comes that far
+HELD_OUT_SEED = (
+    1 << 40
+)  # pictures of the evaluation are numbered from here; training never comes that far
 
 
 @dataclass
 class Batch:
     """One training batch.
 
-    pixels: uint8 [B, S, S, 3]. classes: int64 [B, patches, heads]. offsets: f32 [B, patches, 66] (NaN: none).
-    input_ids, labels: int64 [B, T], right padded, the placeholders included; labels are -100 except on answers and <eos>.
+    pixels: uint8 [B, S, S, 3]. classes: int64 [B, patches, heads]. offsets: f32 [B, patches, 66]
+    (NaN: none).
+    input_ids, labels: int64 [B, T], right padded, the placeholders included; labels are -100 except
+    on answers and <eos>.
     """
 
     pixels: torch.Tensor
@@ -42,16 +47,24 @@ def picture_rng(seed: int, number: int) -> np.random.Generator:
 
 
 def pixels_of(picture: Image.Image, size: int) -> np.ndarray:
-    """uint8 [size, size, 3], squashed to a square with Pillow's bicubic resize, as the processor does."""
+    """uint8 [size, size, 3], squashed to a square with Pillow's bicubic resize, as the processor
+    does.
+    """
     return np.asarray(picture.convert("RGB").resize((size, size), Image.Resampling.BICUBIC))
 
 
-def encode_turns(turns: list[Turn], tokenizer, patches: int, limit: int) -> tuple[list[int], list[int]]:
-    """Ids and labels of one conversation: placeholders, then question, newline, answer, <eos> for every turn that still fits."""
+def encode_turns(
+    turns: list[Turn], tokenizer, patches: int, limit: int
+) -> tuple[list[int], list[int]]:
+    """Ids and labels of one conversation: placeholders, then question, newline, answer, <eos> for
+    every turn that still fits.
+    """
     ids, labels = [tokenizer.convert_tokens_to_ids("<image>")] * patches, [IGNORE] * patches
     for turn in turns:
         question = tokenizer(turn.question + "\n", add_special_tokens=False)["input_ids"]
-        answer = tokenizer(turn.answer, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
+        answer = tokenizer(turn.answer, add_special_tokens=False)["input_ids"] + [
+            tokenizer.eos_token_id
+        ]
         if len(ids) + len(question) + len(answer) > patches + limit and len(ids) > patches:
             continue
         ids += question + answer
@@ -60,10 +73,14 @@ def encode_turns(turns: list[Turn], tokenizer, patches: int, limit: int) -> tupl
 
 
 def curriculum(progress: float) -> Recipe:
-    """From one or two large objects on plain backgrounds to the final mixture, which is reached at a third of the way."""
+    """From one or two large objects on plain backgrounds to the final mixture, which is reached at
+    a third of the way.
+    """
     full = Recipe()
     t = min(1.0, max(0.0, progress) / 0.33)
-    blend = lambda easy, hard: tuple(float(e + (h - e) * t) for e, h in zip(easy, hard, strict=True))  # noqa: E731
+    blend = lambda easy, hard: tuple(  # noqa: E731
+        float(e + (h - e) * t) for e, h in zip(easy, hard, strict=True)
+    )
     return Recipe(
         counts=blend((0.6, 0.4, 0, 0, 0, 0), full.counts),
         backgrounds=blend((0.9, 0.05, 0.05, 0), full.backgrounds),
@@ -74,10 +91,29 @@ def curriculum(progress: float) -> Recipe:
 
 
 class Pictures(IterableDataset):
-    """Endless batches; batch n holds pictures n * batch ... of `seed`, whatever was drawn before, so that a run resumes exactly."""
+    """Endless batches; batch n holds pictures n * batch ... of `seed`, whatever was drawn before,
+    so that a run resumes exactly.
+    """
 
-    def __init__(self, seed: int, batch: int, total: int, start: int = 0, turns: int = 14, size: int = 96, patch: int = 8) -> None:
-        self.seed, self.batch, self.total, self.start, self.turns, self.size, self.patch = seed, batch, total, start, turns, size, patch
+    def __init__(
+        self,
+        seed: int,
+        batch: int,
+        total: int,
+        start: int = 0,
+        turns: int = 14,
+        size: int = 96,
+        patch: int = 8,
+    ) -> None:
+        self.seed, self.batch, self.total, self.start, self.turns, self.size, self.patch = (
+            seed,
+            batch,
+            total,
+            start,
+            turns,
+            size,
+            patch,
+        )
 
     def __iter__(self) -> Iterator[Batch]:
         info = torch.utils.data.get_worker_info()
@@ -98,13 +134,17 @@ class Pictures(IterableDataset):
             rng = picture_rng(self.seed, i)
             scene = make_scene(rng, recipe, grid)
             turns = ask(scene, rng, self.turns, describe=0.4, weights=TRAINING_WEIGHTS)
-            if turns[-1].kind == "describe" and rng.random() < 0.35:  # a description is also asked for at once
+            if (
+                turns[-1].kind == "describe" and rng.random() < 0.35
+            ):  # a description is also asked for at once
                 turns.insert(0, turns.pop())
             rows.append((scene, turns))
         return collate(rows, tokenizer, self.size, grid)
 
 
-def collate(rows: list[tuple[Scene, list[Turn]]], tokenizer, size: int, grid: int, limit: int = 176) -> Batch:
+def collate(
+    rows: list[tuple[Scene, list[Turn]]], tokenizer, size: int, grid: int, limit: int = 176
+) -> Batch:
     """Puts scenes and turns together into one batch."""
     pixels = torch.from_numpy(np.stack([pixels_of(scene.picture, size) for scene, _ in rows]))
     dense = [dense_labels(scene, grid) for scene, _ in rows]
@@ -116,18 +156,32 @@ def collate(rows: list[tuple[Scene, list[Turn]]], tokenizer, size: int, grid: in
     labels = torch.full((len(rows), longest), IGNORE)
     mask = torch.zeros((len(rows), longest), dtype=torch.int64)
     for i, (row, row_labels) in enumerate(encoded):
-        ids[i, : len(row)], labels[i, : len(row)], mask[i, : len(row)] = torch.tensor(row), torch.tensor(row_labels), 1
+        ids[i, : len(row)], labels[i, : len(row)], mask[i, : len(row)] = (
+            torch.tensor(row),
+            torch.tensor(row_labels),
+            1,
+        )
     return Batch(pixels, classes, offsets, ids, mask, labels)
 
 
-def batches(seed: int, batch: int, total: int, start: int = 0, turns: int = 14, workers: int = 1, **shape) -> Iterator[Batch]:
+def batches(
+    seed: int, batch: int, total: int, start: int = 0, turns: int = 14, workers: int = 1, **shape
+) -> Iterator[Batch]:
     """Batches in order, made by `workers` processes."""
     data = Pictures(seed, batch, total, start, turns, **shape)
-    return iter(DataLoader(data, batch_size=None, num_workers=workers, prefetch_factor=8 if workers else None))
+    return iter(
+        DataLoader(
+            data, batch_size=None, num_workers=workers, prefetch_factor=8 if workers else None
+        )
+    )
 
 
-def held_out(count: int, seed: int = 0, turns: int = 8, recipe: Recipe = HELD_OUT, grid: int = 12) -> list[tuple[Scene, list[Turn]]]:
-    """`count` pictures that no training run ever sees, with their questions; they may show a photograph that training leaves out."""
+def held_out(
+    count: int, seed: int = 0, turns: int = 8, recipe: Recipe = HELD_OUT, grid: int = 12
+) -> list[tuple[Scene, list[Turn]]]:
+    """`count` pictures that no training run ever sees, with their questions; they may show a
+    photograph that training leaves out.
+    """
     rows = []
     for i in range(count):
         rng = picture_rng(seed, HELD_OUT_SEED + i)
@@ -136,4 +190,14 @@ def held_out(count: int, seed: int = 0, turns: int = 8, recipe: Recipe = HELD_OU
     return rows
 
 
-__all__ = ["HEADS", "KINDS", "Batch", "Pictures", "batches", "collate", "curriculum", "held_out", "pixels_of"]
+__all__ = [
+    "HEADS",
+    "KINDS",
+    "Batch",
+    "Pictures",
+    "batches",
+    "collate",
+    "curriculum",
+    "held_out",
+    "pixels_of",
+]

@@ -23,7 +23,13 @@ def _on_circle(count: int, start: float = -90.0) -> np.ndarray:
 
 
 def _square(rng: np.random.Generator) -> np.ndarray:
-    tilt = 0.0 if rng.random() < 0.6 else rng.uniform(-20, 20) if rng.random() < 0.8 else rng.uniform(0, 90)
+    tilt = (
+        0.0
+        if rng.random() < 0.6
+        else rng.uniform(-20, 20)
+        if rng.random() < 0.8
+        else rng.uniform(0, 90)
+    )
     side = 0.86 if tilt == 0.0 else 0.78
     return _rotated(np.array([[-side, -side], [side, -side], [side, side], [-side, side]]), tilt)
 
@@ -56,7 +62,22 @@ def _star(rng: np.random.Generator) -> np.ndarray:
 
 def _cross(rng: np.random.Generator) -> np.ndarray:
     w, e = rng.uniform(0.14, 0.36), 0.95
-    points = np.array([[-w, -e], [w, -e], [w, -w], [e, -w], [e, w], [w, w], [w, e], [-w, e], [-w, w], [-e, w], [-e, -w], [-w, -w]])
+    points = np.array(
+        [
+            [-w, -e],
+            [w, -e],
+            [w, -w],
+            [e, -w],
+            [e, w],
+            [w, w],
+            [w, e],
+            [-w, e],
+            [-w, w],
+            [-e, w],
+            [-e, -w],
+            [-w, -w],
+        ]
+    )
     turn = rng.random()
     return points if turn < 0.6 else _rotated(points, 45 if turn < 0.8 else rng.uniform(0, 90))
 
@@ -64,12 +85,14 @@ def _cross(rng: np.random.Generator) -> np.ndarray:
 _POLYGONS = {"square": _square, "triangle": _triangle, "star": _star, "cross": _cross}
 
 
-def shape_masks(shape: str, radius: float, smooth: bool, rng: np.random.Generator) -> tuple[Image.Image, Image.Image, Image.Image | None]:
+def shape_masks(
+    shape: str, radius: float, smooth: bool, rng: np.random.Generator
+) -> tuple[Image.Image, Image.Image, Image.Image | None]:
     """Draws one shape inside a circle of `radius` pixels.
 
     Returns:
-        (mask, hull, outline): "L" pictures of one size with the shape in the middle; hull also covers a ring's hole, outline
-        (None for most) is a stroke along the edge.
+        (mask, hull, outline): "L" pictures of one size with the shape in the middle; hull also
+        covers a ring's hole, outline (None for most) is a stroke along the edge.
     """
     if shape not in SHAPES:
         raise ValueError(f"shape must be one of {SHAPES}, got {shape!r}")
@@ -90,7 +113,9 @@ def shape_masks(shape: str, radius: float, smooth: bool, rng: np.random.Generato
         if shape == "ring":
             hull = mask.copy()
             inner = r * rng.uniform(0.45, 0.82)
-            draw.ellipse((centre - inner, centre - inner, centre + inner - 1, centre + inner - 1), fill=0)
+            draw.ellipse(
+                (centre - inner, centre - inner, centre + inner - 1, centre + inner - 1), fill=0
+            )
             outline = None
         elif outline is not None:
             pen.ellipse(box, outline=255, width=max(1, round(stroke)))
@@ -99,12 +124,21 @@ def shape_masks(shape: str, radius: float, smooth: bool, rng: np.random.Generato
         corners = [tuple(p) for p in points.tolist()]
         draw.polygon(corners, fill=255)
         if outline is not None:
-            pen.line([*corners, corners[0], corners[1]], fill=255, width=max(1, round(stroke)), joint="curve")
+            pen.line(
+                [*corners, corners[0], corners[1]],
+                fill=255,
+                width=max(1, round(stroke)),
+                joint="curve",
+            )
     if over > 1:
         small = (size, size)
         hull_small = hull.resize(small, Image.Resampling.BOX)
         mask = hull_small if hull is mask else mask.resize(small, Image.Resampling.BOX)
-        return mask, hull_small, None if outline is None else outline.resize(small, Image.Resampling.BOX)
+        return (
+            mask,
+            hull_small,
+            None if outline is None else outline.resize(small, Image.Resampling.BOX),
+        )
     return mask, hull, outline
 
 
@@ -114,21 +148,35 @@ def _font_files() -> tuple[str, ...]:
     import matplotlib
 
     folder = Path(matplotlib.__file__).parent / "mpl-data" / "fonts" / "ttf"
-    names = ("DejaVuSans", "DejaVuSans-Bold", "DejaVuSansMono", "DejaVuSansMono-Bold", "DejaVuSerif", "DejaVuSerif-Bold")
+    names = (
+        "DejaVuSans",
+        "DejaVuSans-Bold",
+        "DejaVuSansMono",
+        "DejaVuSansMono-Bold",
+        "DejaVuSerif",
+        "DejaVuSerif-Bold",
+    )
     return tuple(str(folder / f"{name}.ttf") for name in names)
 
 
 @cache
 def _font(index: int, size: int) -> ImageFont.FreeTypeFont:
     files = _font_files()
-    return ImageFont.load_default(size) if index >= len(files) else ImageFont.truetype(files[index], size)
+    return (
+        ImageFont.load_default(size)
+        if index >= len(files)
+        else ImageFont.truetype(files[index], size)
+    )
 
 
-def text_mask(text: str, height: int, rng: np.random.Generator) -> tuple[Image.Image, list[tuple[float, float, float, float]]]:
+def text_mask(
+    text: str, height: int, rng: np.random.Generator
+) -> tuple[Image.Image, list[tuple[float, float, float, float]]]:
     """Writes `text` in a font of about `height` pixels.
 
     Returns:
-        (mask, boxes): an "L" picture cropped to the ink, and (left, top, right, bottom) of each character in it, in pixels.
+        (mask, boxes): an "L" picture cropped to the ink, and (left, top, right, bottom) of each
+        character in it, in pixels.
     """
     font = _font(int(rng.integers(len(_font_files()) + 2)), max(8, height))
     left, top, right, bottom = font.getbbox(text)

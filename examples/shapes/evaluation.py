@@ -29,7 +29,10 @@ class Case:
 
 def held_out_cases(count: int, seed: int = 0, turns: int = 8) -> list[Case]:
     """Cases from the generator's held-out numbers."""
-    return [Case(scene.picture, asked, len(scene.objects), scene.background) for scene, asked in held_out(count, seed, turns)]
+    return [
+        Case(scene.picture, asked, len(scene.objects), scene.background)
+        for scene, asked in held_out(count, seed, turns)
+    ]
 
 
 def named_objects(sentence: str) -> Counter:
@@ -40,14 +43,18 @@ def named_objects(sentence: str) -> Counter:
 
 
 def is_right(turn: Turn, answer: str) -> bool:
-    """An answer is right when it equals the known one; a description when it names the same objects."""
+    """An answer is right when it equals the known one; a description when it names the same
+    objects.
+    """
     if turn.kind == "describe":
         return named_objects(answer) == named_objects(turn.answer)
     return answer.strip().lower().rstrip(".") == turn.answer
 
 
 @torch.no_grad()
-def answer_all(model, tokenizer, cases: list[Case], batch: int = 64, new_tokens: int = 44) -> list[list[str]]:
+def answer_all(
+    model, tokenizer, cases: list[Case], batch: int = 64, new_tokens: int = 44
+) -> list[list[str]]:
     """Greedy answers to every question of every case, each asked on its own."""
     model.eval()
     config = model.config
@@ -60,14 +67,29 @@ def answer_all(model, tokenizer, cases: list[Case], batch: int = 64, new_tokens:
     answers = [[""] * len(case.turns) for case in cases]
     features: dict[int, torch.Tensor] = {}
     for start in range(0, len(cases), batch):
-        pixels = torch.stack([torch.from_numpy(pixels_of(case.picture, size).copy()) for case in cases[start : start + batch]])
-        encoded = model.get_image_features((pixels.permute(0, 3, 1, 2).float() / 127.5 - 1).to(dtype))
+        pixels = torch.stack(
+            [
+                torch.from_numpy(pixels_of(case.picture, size).copy())
+                for case in cases[start : start + batch]
+            ]
+        )
+        encoded = model.get_image_features(
+            (pixels.permute(0, 3, 1, 2).float() / 127.5 - 1).to(dtype)
+        )
         features |= {start + i: row for i, row in enumerate(encoded)}
     for start in range(0, len(jobs), batch):
         chosen = jobs[start : start + batch]
-        texts = [tokenizer(cases[c].turns[t].question + "\n", add_special_tokens=False)["input_ids"] for c, t in chosen]
+        texts = [
+            tokenizer(cases[c].turns[t].question + "\n", add_special_tokens=False)["input_ids"]
+            for c, t in chosen
+        ]
         longest = max(map(len, texts))
-        ids = torch.tensor([[tokenizer.pad_token_id] * (longest - len(text)) + [image] * patches + text for text in texts])
+        ids = torch.tensor(
+            [
+                [tokenizer.pad_token_id] * (longest - len(text)) + [image] * patches + text
+                for text in texts
+            ]
+        )
         made = model.generate(
             input_ids=ids, attention_mask=(ids != tokenizer.pad_token_id).long(),
             image_features=torch.stack([features[c] for c, _ in chosen]),
@@ -79,7 +101,8 @@ def answer_all(model, tokenizer, cases: list[Case], batch: int = 64, new_tokens:
 
 
 def evaluate(model, tokenizer, cases: list[Case], mistakes: list | None = None) -> dict:
-    """Shares of right answers: by kind, on pictures of one to three objects by kind, and over the four target kinds there.
+    """Shares of right answers: by kind, on pictures of one to three objects by kind, and over the
+    four target kinds there.
 
     `mistakes`, where given, receives (case, turn, answer) of every wrong answer.
     """
@@ -106,6 +129,8 @@ def evaluate(model, tokenizer, cases: list[Case], mistakes: list | None = None) 
 
 def summary(figures: dict) -> str:
     """One line."""
-    kinds = " ".join(f"{kind} {value['share']:.0%}" for kind, value in figures["one_to_three_objects"].items())
+    kinds = " ".join(
+        f"{kind} {value['share']:.0%}" for kind, value in figures["one_to_three_objects"].items()
+    )
     rest = " ".join(f"{kind} {value['share']:.0%}" for kind, value in figures["all"].items())
     return f"target {figures['target']['share']:.1%} ({kinds}); all ({rest})"

@@ -1,4 +1,6 @@
-"""Matrix products in bfloat16, everything else in float32: nearly twice the speed on CPUs with AVX-512 BF16."""
+"""Matrix products in bfloat16, everything else in float32: nearly twice the speed on CPUs with
+AVX-512 BF16.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,9 @@ class _Linear(torch.autograd.Function):
 
 
 def bfloat16_products(model: nn.Module) -> None:
-    """Makes every nn.Linear of `model` multiply in bfloat16 (float32 weights, sums, inputs and outputs). For training only."""
+    """Makes every nn.Linear of `model` multiply in bfloat16 (float32 weights, sums, inputs and
+    outputs). For training only.
+    """
     for module in model.modules():
         if type(module) is nn.Linear:
             module.forward = lambda x, m=module: _Linear.apply(x, m.weight, m.bias)

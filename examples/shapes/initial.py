@@ -1,4 +1,6 @@
-"""A start for small towers: attention that already looks at neighbouring patches, as a convolution does."""
+"""A start for small towers: attention that already looks at neighbouring patches, as a convolution
+does.
+"""
 
 from __future__ import annotations
 
@@ -12,10 +14,11 @@ from torch import nn
 def local_attention(tower: nn.Module, strength: float = 4.0, share: float = 0.5) -> None:
     """Initialises a SigLIP tower so that every head of its layers looks in one direction.
 
-    A vision transformer trained from scratch spends most of its first pictures on finding out which patches are neighbours. Here the
-    position embeddings start as 2-D sines and cosines in the first `share` of the channels, and the query and key projections of every
-    head start as the rotation by which "my position" asks for "the position d patches from here" (Cordonnier et al. 2020; Zheng et al.
-    2024), with a different d for each head. Everything stays trainable.
+    A vision transformer trained from scratch spends most of its first pictures on finding out which
+    patches are neighbours. Here the position embeddings start as 2-D sines and cosines in the first
+    `share` of the channels, and the query and key projections of every head start as the rotation
+    by which "my position" asks for "the position d patches from here" (Cordonnier et al. 2020;
+    Zheng et al. 2024), with a different d for each head. Everything stays trainable.
 
     Args:
         tower: with SigLIP's inner names.
@@ -40,7 +43,21 @@ def local_attention(tower: nn.Module, strength: float = 4.0, share: float = 0.5)
     patch.normal_(std=1.0 / math.sqrt(patch[0].numel()))
     patch[:size] *= 0.1  # leave the position's channels mostly to the position
     nn.init.zeros_(tower.embeddings.patch_embedding.bias)
-    offsets = [(0, 0), (-1, 0), (1, 0), (0, -1), (0, 1), (-1, -1), (1, 1), (-1, 1), (1, -1), (-2, 0), (2, 0), (0, -2), (0, 2)]
+    offsets = [
+        (0, 0),
+        (-1, 0),
+        (1, 0),
+        (0, -1),
+        (0, 1),
+        (-1, -1),
+        (1, 1),
+        (-1, 1),
+        (1, -1),
+        (-2, 0),
+        (2, 0),
+        (0, -2),
+        (0, 2),
+    ]
     for number, layer in enumerate(tower.encoder.layers):
         attention = layer.self_attn
         heads = tower.config.num_attention_heads
@@ -49,10 +66,15 @@ def local_attention(tower: nn.Module, strength: float = 4.0, share: float = 0.5)
             nn.init.normal_(projection.weight, std=0.02)
             nn.init.zeros_(projection.bias)
         used = min(size, depth)
-        # a head of `depth` channels can hold this many frequencies of both axes: the ones that tell neighbours apart best
+        # a head of `depth` channels can hold this many frequencies of both axes: the ones that tell
+        # neighbours apart best
         keep = torch.arange(pairs)[: max(1, used // 4)]
         for head in range(heads):
-            dx, dy = offsets[(head + number * heads) % len(offsets)] if number else offsets[head % len(offsets)]
+            dx, dy = (
+                offsets[(head + number * heads) % len(offsets)]
+                if number
+                else offsets[head % len(offsets)]
+            )
             rows = slice(head * depth, (head + 1) * depth)
             query = torch.zeros(depth, width)
             key = torch.zeros(depth, width)
@@ -60,7 +82,10 @@ def local_attention(tower: nn.Module, strength: float = 4.0, share: float = 0.5)
             for axis, shift in ((0, dx), (1, dy)):
                 for f in keep.tolist():
                     cos_at, sin_at = axis * 2 * pairs + f, axis * 2 * pairs + pairs + f
-                    c, s = math.cos(float(frequencies[f]) * shift), math.sin(float(frequencies[f]) * shift)
+                    c, s = (
+                        math.cos(float(frequencies[f]) * shift),
+                        math.sin(float(frequencies[f]) * shift),
+                    )
                     key[row, cos_at] = key[row + 1, sin_at] = 1.0
                     # cos(w(x + d)) = c cos(wx) - s sin(wx), sin(w(x + d)) = s cos(wx) + c sin(wx)
                     query[row, cos_at], query[row, sin_at] = c, -s
@@ -73,5 +98,10 @@ def local_attention(tower: nn.Module, strength: float = 4.0, share: float = 0.5)
         nn.init.normal_(attention.out_proj.weight, std=0.5 / math.sqrt(width))
         nn.init.normal_(layer.mlp.fc1.weight, std=1 / math.sqrt(width))
         nn.init.normal_(layer.mlp.fc2.weight, std=0.5 / math.sqrt(layer.mlp.fc2.weight.shape[1]))
-        for bias in (attention.v_proj.bias, attention.out_proj.bias, layer.mlp.fc1.bias, layer.mlp.fc2.bias):
+        for bias in (
+            attention.v_proj.bias,
+            attention.out_proj.bias,
+            layer.mlp.fc1.bias,
+            layer.mlp.fc2.bias,
+        ):
             nn.init.zeros_(bias)

@@ -9,7 +9,8 @@ from .palette import COLOURS
 from .scene import POSITIONS, Scene
 from .words import CHARACTERS
 
-# name -> number of classes; every head of the auxiliary loss is one row of this table. 0 is "nothing here" where that makes sense.
+# name -> number of classes; every head of the auxiliary loss is one row of this table. 0 is
+# "nothing here" where that makes sense.
 HEADS: dict[str, int] = {
     "shape": 2 + len(SHAPES),  # nothing, the six shapes, text
     "colour": 1 + len(COLOURS),  # nothing, the ten colours
@@ -24,15 +25,17 @@ HEADS: dict[str, int] = {
 }
 IGNORE = -100
 OFFSETS = 2  # and numbers: the way to the object's centre, in quarters of the picture,
-SILHOUETTE = 64  # and the whole object's outline as 8 x 8 shares of ink: every patch is to know the shape that it is a part of
+# and the whole object's outline as 8 x 8 shares of ink: every patch is to know the shape that it is
+# a part of
+SILHOUETTE = 64
 
 
 def dense_labels(scene: Scene, grid: int = 12) -> tuple[np.ndarray, np.ndarray]:
     """Labels of every patch.
 
     Returns:
-        (classes, numbers): int16 [grid * grid, len(HEADS)] with IGNORE where a label makes no sense, and float32
-        [grid * grid, OFFSETS + SILHOUETTE] with NaN outside objects.
+        (classes, numbers): int16 [grid * grid, len(HEADS)] with IGNORE where a label makes no
+        sense, and float32 [grid * grid, OFFSETS + SILHOUETTE] with NaN outside objects.
     """
     names = list(HEADS)
     classes = np.full((grid, grid, len(names)), IGNORE, np.int16)
@@ -44,7 +47,8 @@ def dense_labels(scene: Scene, grid: int = 12) -> tuple[np.ndarray, np.ndarray]:
     things = scene.objects + ([scene.text] if scene.text is not None else [])
     if things:
         stack = np.stack([thing.coverage for thing in things])
-        # a patch belongs to the object that covers most of it; an object's best patch is always its own
+        # a patch belongs to the object that covers most of it; an object's best patch is always its
+        # own
         owner = np.where(stack.max(0) > 0.25, stack.argmax(0), -1)
         edge = (stack.max(0) > 0.02) & (owner < 0)
         middle = (np.arange(grid) + 0.5) / grid
@@ -74,22 +78,36 @@ def dense_labels(scene: Scene, grid: int = 12) -> tuple[np.ndarray, np.ndarray]:
                 classes[row, column, put["centre"]] = 1
             else:
                 _characters(thing, classes, put, grid)
-        for name in ("shape", "colour"):  # a sliver of an object at a patch's edge is nobody's business
+        for name in (
+            "shape",
+            "colour",
+        ):  # a sliver of an object at a patch's edge is nobody's business
             plane = classes[..., put[name]]
             plane[edge & (plane == 0)] = IGNORE
-    return classes.reshape(grid * grid, len(names)), offsets.reshape(grid * grid, OFFSETS + SILHOUETTE)
+    return classes.reshape(grid * grid, len(names)), offsets.reshape(
+        grid * grid, OFFSETS + SILHOUETTE
+    )
 
 
 def _characters(thing, classes, put, grid) -> None:
     edges = np.arange(grid + 1) / grid
     best = np.zeros((grid, grid), np.float32)
-    for place, (box, character) in enumerate(zip(thing.character_boxes, thing.text.lower(), strict=True)):
+    for place, (box, character) in enumerate(
+        zip(thing.character_boxes, thing.text.lower(), strict=True)
+    ):
         left, top, right, bottom = box
-        across = np.clip(np.minimum(right, edges[1:]) - np.maximum(left, edges[:-1]), 0, None) * grid
+        across = (
+            np.clip(np.minimum(right, edges[1:]) - np.maximum(left, edges[:-1]), 0, None) * grid
+        )
         down = np.clip(np.minimum(bottom, edges[1:]) - np.maximum(top, edges[:-1]), 0, None) * grid
         share = down[:, None] * across[None, :]
-        row, column = min(grid - 1, int((top + bottom) / 2 * grid)), min(grid - 1, int((left + right) / 2 * grid))
-        share[row, column] += 0.3  # the patch in a character's middle says its name even when the character is thin
+        row, column = (
+            min(grid - 1, int((top + bottom) / 2 * grid)),
+            min(grid - 1, int((left + right) / 2 * grid)),
+        )
+        share[row, column] += (
+            0.3  # the patch in a character's middle says its name even when the character is thin
+        )
         mine = (share > 0.3) & (share > best)
         best[mine] = share[mine]
         classes[..., put["character"]][mine] = 1 + CHARACTERS.index(character)

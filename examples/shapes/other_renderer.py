@@ -1,4 +1,6 @@
-"""Pictures of the same shapes drawn by matplotlib: a check that the model learned shapes and not this generator."""
+"""Pictures of the same shapes drawn by matplotlib: a check that the model learned shapes and not
+this generator.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,18 @@ from .palette import COLOURS
 from .questions import ask
 from .scene import POSITIONS, Scene, Thing, _place
 
-GREYS = ("white", "white", "white", "whitesmoke", "lightgrey", "dimgrey", "lightblue", "beige", "black", "navy")
+GREYS = (
+    "white",
+    "white",
+    "white",
+    "whitesmoke",
+    "lightgrey",
+    "dimgrey",
+    "lightblue",
+    "beige",
+    "black",
+    "navy",
+)
 UNSEEN_ON = {
     "white": ("white", "whitesmoke", "beige"), "black": ("black", "navy", "dimgrey"), "blue": ("navy", "lightblue"), "purple": ("navy",),
     "brown": ("dimgrey",), "yellow": ("beige",), "pink": ("lightgrey", "beige", "lightblue"), "green": ("dimgrey",),
@@ -21,31 +34,63 @@ UNSEEN_ON = {
 def _patch(shape: str, colour: str, x: float, y: float, r: float, rng: np.random.Generator):
     from matplotlib import patches
 
-    edge = {"facecolor": colour, "edgecolor": "black" if rng.random() < 0.3 else colour, "linewidth": 1}
+    edge = {
+        "facecolor": colour,
+        "edgecolor": "black" if rng.random() < 0.3 else colour,
+        "linewidth": 1,
+    }
     turn = 0.0 if rng.random() < 0.6 else rng.uniform(0, 2 * np.pi)
     if shape == "circle":
         return patches.Circle((x, y), r, **edge)
     if shape == "square":
-        return patches.Rectangle((x - 0.8 * r, y - 0.8 * r), 1.6 * r, 1.6 * r, angle=rng.uniform(-15, 15), rotation_point="center", **edge)
+        return patches.Rectangle(
+            (x - 0.8 * r, y - 0.8 * r),
+            1.6 * r,
+            1.6 * r,
+            angle=rng.uniform(-15, 15),
+            rotation_point="center",
+            **edge,
+        )
     if shape == "triangle":
         return patches.RegularPolygon((x, y), 3, radius=r, orientation=turn, **edge)
     if shape == "ring":
         if rng.random() < 0.5:
             return patches.Annulus((x, y), r, r * rng.uniform(0.2, 0.45), color=colour)
-        return patches.Circle((x, y), r * 0.9, fill=False, edgecolor=colour, linewidth=float(rng.uniform(4, 8)))
+        return patches.Circle(
+            (x, y), r * 0.9, fill=False, edgecolor=colour, linewidth=float(rng.uniform(4, 8))
+        )
     if shape == "star":
         angles = np.pi / 2 + np.pi / 5 * np.arange(10) + turn
         lengths = np.where(np.arange(10) % 2 == 0, r, r * rng.uniform(0.38, 0.5))
-        return patches.Polygon(np.stack([x + lengths * np.cos(angles), y + lengths * np.sin(angles)], 1), **edge)
+        return patches.Polygon(
+            np.stack([x + lengths * np.cos(angles), y + lengths * np.sin(angles)], 1), **edge
+        )
     w = rng.uniform(0.15, 0.33) * r
-    corners = np.array([[-w, -r], [w, -r], [w, -w], [r, -w], [r, w], [w, w], [w, r], [-w, r], [-w, w], [-r, w], [-r, -w], [-w, -w]])
+    corners = np.array(
+        [
+            [-w, -r],
+            [w, -r],
+            [w, -w],
+            [r, -w],
+            [r, w],
+            [w, w],
+            [w, r],
+            [-w, r],
+            [-w, w],
+            [-r, w],
+            [-r, -w],
+            [-w, -w],
+        ]
+    )
     if turn:
         corners = corners @ np.array([[1, 1], [-1, 1]]) / np.sqrt(2)
     return patches.Polygon(corners + [x, y], **edge)
 
 
 def matplotlib_case(number: int, turns: int = 8) -> Case:
-    """Picture `number`: one to six shapes in CSS colours on a plain ground, drawn by matplotlib's Agg renderer."""
+    """Picture `number`: one to six shapes in CSS colours on a plain ground, drawn by matplotlib's
+    Agg renderer.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -61,9 +106,16 @@ def matplotlib_case(number: int, turns: int = 8) -> Case:
     colours = [colour for colour in COLOURS if ground not in UNSEEN_ON.get(colour, ())]
     for _ in range(count):
         for _ in range(30):
-            shape, colour, r = SHAPES[rng.integers(6)], colours[rng.integers(len(colours))], rng.uniform(0.3, 0.75 if count < 4 else 0.45)
+            shape, colour, r = (
+                SHAPES[rng.integers(6)],
+                colours[rng.integers(len(colours))],
+                rng.uniform(0.3, 0.75 if count < 4 else 0.45),
+            )
             u, v = _place(POSITIONS[rng.integers(5)] if rng.random() < 0.6 else None, rng)
-            x, y = float(np.clip(u * width, r, width - r)), float(np.clip((1 - v) * height, r, height - r))
+            x, y = (
+                float(np.clip(u * width, r, width - r)),
+                float(np.clip((1 - v) * height, r, height - r)),
+            )
             if all((x - a) ** 2 + (y - b) ** 2 > (1.15 * (r + c)) ** 2 for a, b, c in taken):
                 axes.add_patch(_patch(shape, colour, x, y, r, rng))
                 taken.append((x, y, r))

@@ -4,17 +4,73 @@ from __future__ import annotations
 
 import numpy as np
 
-# The first entry of each row is the CSS colour of that name and is drawn most often; the rest are other libraries' choices
-# (matplotlib's cycle, flat user-interface palettes). Values that two names could claim are left out.
+# The first entry of each row is the CSS colour of that name and is drawn most often; the rest are
+# other libraries' choices (matplotlib's cycle, flat user-interface palettes). Values that two names
+# could claim are left out.
 PALETTE: dict[str, list[tuple[int, int, int]]] = {
     "red": [(255, 0, 0), (220, 20, 60), (214, 39, 40), (231, 30, 30), (205, 0, 0), (240, 50, 45)],
-    "orange": [(255, 165, 0), (255, 140, 0), (255, 127, 14), (255, 120, 0), (243, 146, 18), (250, 130, 40)],
-    "yellow": [(255, 255, 0), (255, 235, 59), (250, 245, 80), (255, 225, 20), (241, 215, 15), (240, 240, 40)],
-    "green": [(0, 128, 0), (0, 255, 0), (34, 139, 34), (44, 160, 44), (46, 204, 113), (50, 205, 50), (0, 100, 0), (60, 179, 113)],
-    "blue": [(0, 0, 255), (31, 119, 180), (30, 144, 255), (65, 105, 225), (0, 0, 160), (52, 140, 219), (0, 80, 205), (70, 130, 200)],
-    "purple": [(128, 0, 128), (148, 103, 189), (138, 43, 226), (155, 80, 182), (106, 13, 173), (153, 50, 204), (102, 51, 153)],
-    "pink": [(255, 192, 203), (255, 105, 180), (227, 119, 194), (255, 182, 193), (244, 143, 177), (255, 130, 190)],
-    "brown": [(165, 42, 42), (139, 69, 19), (140, 86, 75), (121, 85, 72), (160, 82, 45), (101, 67, 33), (150, 75, 0)],
+    "orange": [
+        (255, 165, 0),
+        (255, 140, 0),
+        (255, 127, 14),
+        (255, 120, 0),
+        (243, 146, 18),
+        (250, 130, 40),
+    ],
+    "yellow": [
+        (255, 255, 0),
+        (255, 235, 59),
+        (250, 245, 80),
+        (255, 225, 20),
+        (241, 215, 15),
+        (240, 240, 40),
+    ],
+    "green": [
+        (0, 128, 0),
+        (0, 255, 0),
+        (34, 139, 34),
+        (44, 160, 44),
+        (46, 204, 113),
+        (50, 205, 50),
+        (0, 100, 0),
+        (60, 179, 113),
+    ],
+    "blue": [
+        (0, 0, 255),
+        (31, 119, 180),
+        (30, 144, 255),
+        (65, 105, 225),
+        (0, 0, 160),
+        (52, 140, 219),
+        (0, 80, 205),
+        (70, 130, 200),
+    ],
+    "purple": [
+        (128, 0, 128),
+        (148, 103, 189),
+        (138, 43, 226),
+        (155, 80, 182),
+        (106, 13, 173),
+        (153, 50, 204),
+        (102, 51, 153),
+    ],
+    "pink": [
+        (255, 192, 203),
+        (255, 105, 180),
+        (227, 119, 194),
+        (255, 182, 193),
+        (244, 143, 177),
+        (255, 130, 190),
+    ],
+    "brown": [
+        (165, 42, 42),
+        (139, 69, 19),
+        (140, 86, 75),
+        (121, 85, 72),
+        (160, 82, 45),
+        (101, 67, 33),
+        (150, 75, 0),
+    ],
     "black": [(0, 0, 0), (15, 15, 15), (30, 30, 30)],
     "white": [(255, 255, 255), (248, 248, 248), (255, 255, 255)],
 }
@@ -22,7 +78,9 @@ COLOURS = list(PALETTE)
 
 
 def shade(name: str, rng: np.random.Generator) -> tuple[int, int, int]:
-    """One RGB value for a colour name: the CSS value two times in five, else a variant, a little jittered half the time."""
+    """One RGB value for a colour name: the CSS value two times in five, else a variant, a little
+    jittered half the time.
+    """
     choices = PALETTE[name]
     base = choices[0] if rng.random() < 0.4 else choices[rng.integers(len(choices))]
     if rng.random() < 0.5:
@@ -33,8 +91,12 @@ def shade(name: str, rng: np.random.Generator) -> tuple[int, int, int]:
 
 
 def contrast(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """How different two RGB colours look: a weighted distance in 0..~765 ("redmean"); inputs [..., 3] in 0..255."""
+    """How different two RGB colours look: a weighted distance in 0..~765 ("redmean"); inputs [...,
+    3] in 0..255.
+    """
     a, b = np.asarray(a, np.float32), np.asarray(b, np.float32)
     mean_red = (a[..., 0] + b[..., 0]) / 2
     d = (a - b) ** 2
-    return np.sqrt((2 + mean_red / 256) * d[..., 0] + 4 * d[..., 1] + (2 + (255 - mean_red) / 256) * d[..., 2])
+    return np.sqrt(
+        (2 + mean_red / 256) * d[..., 0] + 4 * d[..., 1] + (2 + (255 - mean_red) / 256) * d[..., 2]
+    )

@@ -97,7 +97,9 @@ def description(scene: Scene) -> str:
 
 
 class Asker:
-    """Asks about one scene. Every method returns a Turn, or None when no such question has a single right answer here."""
+    """Asks about one scene. Every method returns a Turn, or None when no such question has a single
+    right answer here.
+    """
 
     def __init__(self, scene: Scene, rng: np.random.Generator) -> None:
         self.scene, self.rng = scene, rng
@@ -105,7 +107,9 @@ class Asker:
         self.shapes = Counter(thing.shape for thing in self.objects)
         self.colours = Counter(thing.colour for thing in self.objects)
         self.pairs = Counter((thing.colour, thing.shape) for thing in self.objects)
-        self.seen_colours = set(self.colours) | ({scene.text.colour} if scene.text is not None else set())
+        self.seen_colours = set(self.colours) | (
+            {scene.text.colour} if scene.text is not None else set()
+        )
 
     def pick(self, items):
         return items[self.rng.integers(len(items))]
@@ -131,7 +135,9 @@ class Asker:
         return Turn(self.style(self.pick(PHRASINGS[phrasing]).format(*fill)), answer, kind)
 
     def reference(self, thing: Thing, hide: str = "") -> str | None:
-        """Words that point at one object and at no other; `hide` is what they must not give away ("colour" or "shape")."""
+        """Words that point at one object and at no other; `hide` is what they must not give away
+        ("colour" or "shape").
+        """
         choices = []
         if hide != "shape" and self.shapes[thing.shape] == 1:
             choices.append(thing.shape)
@@ -153,7 +159,11 @@ class Asker:
 
     def shape(self) -> Turn | None:
         thing = self.pick(self.objects)
-        if self.colours[thing.colour] == 1 and self.unlike_text(thing.colour) and self.rng.random() < 0.3:
+        if (
+            self.colours[thing.colour] == 1
+            and self.unlike_text(thing.colour)
+            and self.rng.random() < 0.3
+        ):
             return self.turn("shape_adjective", "shape", thing.shape, thing.colour)
         words = self.reference(thing, hide="shape")
         return words and self.turn("shape", "shape", thing.shape, words)
@@ -169,41 +179,71 @@ class Asker:
         wanted = bool(self.rng.integers(2))
         if self.rng.random() < 0.2 and self.objects:
             return self.is_colour(wanted)
-        colour, shape = self._wanted(wanted) if self.objects else (self.pick(COLOURS), self.pick(SHAPES))
-        if not self.objects or (colour and not shape and not wanted and not self.unlike_text(colour)):
+        colour, shape = (
+            self._wanted(wanted) if self.objects else (self.pick(COLOURS), self.pick(SHAPES))
+        )
+        if not self.objects or (
+            colour and not shape and not wanted and not self.unlike_text(colour)
+        ):
             return None
         noun = shape or self.pick(NOUNS[:3])
         words = f"{colour} {noun}" if colour else noun
         answer = "yes" if wanted else "no"
         if self.rng.random() < 0.15:
-            return self.turn("exists_plural", "exists", answer, f"{colour} {plural(noun)}" if colour else plural(noun))
+            return self.turn(
+                "exists_plural",
+                "exists",
+                answer,
+                f"{colour} {plural(noun)}" if colour else plural(noun),
+            )
         if not shape and self.rng.random() < 0.3:
-            return self.turn("exists", "exists", answer, f"anything {colour}" if self.rng.random() < 0.5 else f"something {colour}")
+            return self.turn(
+                "exists",
+                "exists",
+                answer,
+                f"anything {colour}" if self.rng.random() < 0.5 else f"something {colour}",
+            )
         return self.turn("exists", "exists", answer, with_article(words))
 
     def _wanted(self, present: bool) -> tuple[str, str]:
-        """A (colour, shape) that is there or not; either may be "". Absent ones mostly share half with an object."""
+        """A (colour, shape) that is there or not; either may be "". Absent ones mostly share half
+        with an object.
+        """
         thing, form = self.pick(self.objects), self.rng.random()
         absent_shapes = [shape for shape in SHAPES if shape not in self.shapes]
         absent_colours = [colour for colour in COLOURS if colour not in self.seen_colours]
         if form < 0.25:
-            return "", thing.shape if present else (self.pick(absent_shapes) if absent_shapes else "")
+            return "", thing.shape if present else (
+                self.pick(absent_shapes) if absent_shapes else ""
+            )
         if form < 0.45:
             return (thing.colour if present else self.pick(absent_colours)), ""
         if present:
             return thing.colour, thing.shape
         if form < 0.7:
-            return thing.colour, self.pick([s for s in SHAPES if (thing.colour, s) not in self.pairs])
+            return thing.colour, self.pick(
+                [s for s in SHAPES if (thing.colour, s) not in self.pairs]
+            )
         if form < 0.92:
-            return self.pick([c for c in COLOURS if (c, thing.shape) not in self.pairs]), thing.shape
-        return self.pick(absent_colours), (self.pick(absent_shapes) if absent_shapes else thing.shape)
+            return self.pick(
+                [c for c in COLOURS if (c, thing.shape) not in self.pairs]
+            ), thing.shape
+        return self.pick(absent_colours), (
+            self.pick(absent_shapes) if absent_shapes else thing.shape
+        )
 
     def is_colour(self, wanted: bool) -> Turn | None:
         thing = self.pick(self.objects)
         if self.shapes[thing.shape] != 1:
             return None
         others = [c for c in (list(self.colours) * 3 + COLOURS) if c != thing.colour]
-        return self.turn("is_colour", "exists", "yes" if wanted else "no", thing.shape, thing.colour if wanted else self.pick(others))
+        return self.turn(
+            "is_colour",
+            "exists",
+            "yes" if wanted else "no",
+            thing.shape,
+            thing.colour if wanted else self.pick(others),
+        )
 
     def count(self) -> Turn | None:
         form = self.rng.random()
@@ -212,14 +252,28 @@ class Asker:
         thing = self.pick(self.objects)
         if self.rng.random() < 0.12:  # something that is not there
             absent = [shape for shape in SHAPES if shape not in self.shapes]
-            return self.turn("count_some", "count", "0", plural(self.pick(absent))) if absent else None
+            return (
+                self.turn("count_some", "count", "0", plural(self.pick(absent))) if absent else None
+            )
         if form < 0.7:
-            return self.turn("count_some", "count", str(self.shapes[thing.shape]), plural(thing.shape))
+            return self.turn(
+                "count_some", "count", str(self.shapes[thing.shape]), plural(thing.shape)
+            )
         if form < 0.9:
             if not self.unlike_text(thing.colour):
                 return None
-            return self.turn("count_some", "count", str(self.colours[thing.colour]), f"{thing.colour} {plural(self.pick(NOUNS[:3]))}")
-        return self.turn("count_some", "count", str(self.pairs[thing.colour, thing.shape]), f"{thing.colour} {plural(thing.shape)}")
+            return self.turn(
+                "count_some",
+                "count",
+                str(self.colours[thing.colour]),
+                f"{thing.colour} {plural(self.pick(NOUNS[:3]))}",
+            )
+        return self.turn(
+            "count_some",
+            "count",
+            str(self.pairs[thing.colour, thing.shape]),
+            f"{thing.colour} {plural(thing.shape)}",
+        )
 
     def text(self) -> Turn | None:
         if self.scene.text is None:
@@ -236,10 +290,17 @@ class Asker:
 WEIGHTS = {"colour": 0.23, "shape": 0.22, "where": 0.18, "exists": 0.24, "count": 0.13}
 
 
-def ask(scene: Scene, rng: np.random.Generator, turns: int, describe: float = 0.5, weights: dict[str, float] | None = None) -> list[Turn]:
+def ask(
+    scene: Scene,
+    rng: np.random.Generator,
+    turns: int,
+    describe: float = 0.5,
+    weights: dict[str, float] | None = None,
+) -> list[Turn]:
     """Up to `turns` different turns about one scene, in random order.
 
-    A description would give all later answers away, so it comes last, and with probability `describe` only.
+    A description would give all later answers away, so it comes last, and with probability
+    `describe` only.
     """
     weights = weights or WEIGHTS
     asker, asked, seen = Asker(scene, rng), [], set()

@@ -18,7 +18,9 @@ POSITIONS = ("left", "right", "top", "bottom", "center")
 
 @dataclass
 class Thing:
-    """An object, or a written text, of a picture. Positions and boxes are in 0..1 of width and height."""
+    """An object, or a written text, of a picture. Positions and boxes are in 0..1 of width and
+    height.
+    """
 
     shape: str  # one of SHAPES, or "text"
     colour: str
@@ -31,7 +33,9 @@ class Thing:
 
     @property
     def position(self) -> str | None:
-        """One of POSITIONS, or None where people would not agree (near a diagonal, or between two regions)."""
+        """One of POSITIONS, or None where people would not agree (near a diagonal, or between two
+        regions).
+        """
         return position_name(self.x, self.y)
 
 
@@ -58,7 +62,12 @@ class Recipe:
     photos: tuple[str, ...] = TRAINING_PHOTOS
 
 
-HELD_OUT = Recipe(backgrounds=(0.5, 0.15, 0.15, 0.2), text_only=0.12, text_beside=0.06, photos=TRAINING_PHOTOS + HELD_OUT_PHOTOS * 4)
+HELD_OUT = Recipe(
+    backgrounds=(0.5, 0.15, 0.15, 0.2),
+    text_only=0.12,
+    text_beside=0.06,
+    photos=TRAINING_PHOTOS + HELD_OUT_PHOTOS * 4,
+)
 
 
 def position_name(x: float, y: float) -> str | None:
@@ -88,7 +97,9 @@ def _place(region: str | None, rng: np.random.Generator) -> tuple[float, float]:
     }[region]  # fmt: skip
 
 
-def _coverage(mask: Image.Image, left: int, top: int, size: tuple[int, int], grid: int) -> np.ndarray:
+def _coverage(
+    mask: Image.Image, left: int, top: int, size: tuple[int, int], grid: int
+) -> np.ndarray:
     full = Image.new("L", size, 0)
     full.paste(mask, (left, top))
     return np.asarray(full.resize((grid, grid), Image.Resampling.BOX), np.float32) / 255
@@ -114,19 +125,26 @@ def make_scene(rng: np.random.Generator, recipe: Recipe | None = None, grid: int
     recipe = recipe or Recipe()
     short = int(np.exp(rng.uniform(np.log(80), np.log(240))))
     aspect = 1.0 if rng.random() < 0.4 else float(np.exp(rng.uniform(0, np.log(1.8))))
-    width, height = (round(short * aspect), short) if rng.random() < 0.6 else (short, round(short * aspect))
+    width, height = (
+        (round(short * aspect), short) if rng.random() < 0.6 else (short, round(short * aspect))
+    )
     kind = KINDS[rng.choice(4, p=recipe.backgrounds)]
     canvas = background(kind, width, height, rng, recipe.photos)
     smooth = rng.random() < 0.75
     draw = rng.random()
-    only_text, beside = draw < recipe.text_only, recipe.text_only <= draw < recipe.text_only + recipe.text_beside
+    only_text, beside = (
+        draw < recipe.text_only,
+        recipe.text_only <= draw < recipe.text_only + recipe.text_beside,
+    )
     count = 0 if only_text else 1 + int(rng.choice(6, p=recipe.counts))
     if beside:
         count = min(count, 3)
     taken: list[tuple[float, float, float, float]] = []  # boxes that are occupied, in pixels
     text = _add_text(canvas, taken, only_text, grid, rng, recipe) if only_text or beside else None
     limit = {0: 0.3, 1: 0.36, 2: 0.26, 3: 0.22}.get(count, 0.18)
-    same = rng.random()  # some pictures repeat a shape or a colour, so that counting and telling apart mean something
+    same = (
+        rng.random()
+    )  # some pictures repeat a shape or a colour, so that counting and telling apart mean something
     shapes = [SHAPES[i] for i in rng.integers(6, size=count)]
     colours = [COLOURS[i] for i in rng.integers(10, size=count)]
     if count > 1 and same < 0.2:
@@ -148,13 +166,18 @@ def _add_object(canvas, taken, shape, colour, smooth, limit, grid, rng, recipe) 
     width, height = canvas.size
     short = min(width, height)
     for attempt in range(24):
-        radius = short * rng.uniform(recipe.smallest, max(limit * (1 - attempt / 40), recipe.smallest + 0.02))
+        radius = short * rng.uniform(
+            recipe.smallest, max(limit * (1 - attempt / 40), recipe.smallest + 0.02)
+        )
         if shape in ("star", "ring", "cross"):
             radius = max(radius, 0.11 * short)
         x, y = _place(POSITIONS[rng.integers(5)] if rng.random() < 0.6 else None, rng)
         cx = float(np.clip(x * width, radius + 1, width - radius - 1))
         cy = float(np.clip(y * height, radius + 1, height - radius - 1))
-        if any(cx + radius > l and cx - radius < r and cy + radius > t and cy - radius < b for l, t, r, b in taken):  # noqa: E741
+        if any(
+            cx + radius > l and cx - radius < r and cy + radius > t and cy - radius < b
+            for l, t, r, b in taken  # noqa: E741
+        ):
             continue
         if attempt % 6 == 5:
             colour = COLOURS[rng.integers(10)]
@@ -167,24 +190,46 @@ def _add_object(canvas, taken, shape, colour, smooth, limit, grid, rng, recipe) 
             continue
         canvas.paste(rgb, box, mask)
         if outline is not None:
-            ink = (0, 0, 0) if colour != "black" and rng.random() < 0.6 else tuple(int(v * 0.6) for v in rgb)
+            ink = (
+                (0, 0, 0)
+                if colour != "black" and rng.random() < 0.6
+                else tuple(int(v * 0.6) for v in rgb)
+            )
             canvas.paste(ink, box, outline)
         gap = 0.03 * short
         taken.append((cx - radius - gap, cy - radius - gap, cx + radius + gap, cy + radius + gap))
         silhouette = np.asarray(mask.resize((8, 8), Image.Resampling.BOX), np.float32) / 255
-        return Thing(shape, colour, cx / width, cy / height, _coverage(hull, left, top, canvas.size, grid), silhouette)
+        return Thing(
+            shape,
+            colour,
+            cx / width,
+            cy / height,
+            _coverage(hull, left, top, canvas.size, grid),
+            silhouette,
+        )
     return None
 
 
 def _add_text(canvas, taken, alone, grid, rng, recipe) -> Thing | None:
     width, height = canvas.size
     text = random_text(rng, recipe.random_text)
-    wide = width * (rng.uniform(0.5, 0.92) if alone else rng.uniform(0.4, 0.7)) * min(1.0, (len(text) + 1.2) / 5)
-    mask, boxes = text_mask(text, max(10, min(int(wide / (0.62 * len(text))), int(height * (0.8 if alone else 0.35)))), rng)
+    wide = (
+        width
+        * (rng.uniform(0.5, 0.92) if alone else rng.uniform(0.4, 0.7))
+        * min(1.0, (len(text) + 1.2) / 5)
+    )
+    mask, boxes = text_mask(
+        text,
+        max(10, min(int(wide / (0.62 * len(text))), int(height * (0.8 if alone else 0.35)))),
+        rng,
+    )
     if mask.width > width * 0.96 or mask.height > height * 0.96:
         scale = min(width * 0.96 / mask.width, height * 0.96 / mask.height)
         boxes = [tuple(v * scale for v in box) for box in boxes]
-        mask = mask.resize((max(1, int(mask.width * scale)), max(1, int(mask.height * scale))), Image.Resampling.BILINEAR)
+        mask = mask.resize(
+            (max(1, int(mask.width * scale)), max(1, int(mask.height * scale))),
+            Image.Resampling.BILINEAR,
+        )
     left = int(rng.integers(0, width - mask.width + 1))
     top = int(rng.integers(0, height - mask.height + 1))
     box = (left, top, left + mask.width, top + mask.height)
@@ -192,7 +237,11 @@ def _add_text(canvas, taken, alone, grid, rng, recipe) -> Thing | None:
     everywhere = np.ones(behind.shape[:2], bool)
     dark = behind.mean() < 110
     for attempt in range(12):
-        colour = ("white" if dark else "black") if attempt == 0 and rng.random() < 0.6 else COLOURS[rng.integers(10)]
+        colour = (
+            ("white" if dark else "black")
+            if attempt == 0 and rng.random() < 0.6
+            else COLOURS[rng.integers(10)]
+        )
         rgb = shade(colour, rng)
         if _visible(rgb, behind, everywhere):
             break
@@ -202,16 +251,23 @@ def _add_text(canvas, taken, alone, grid, rng, recipe) -> Thing | None:
         colour, rgb = ("black", (0, 0, 0)) if plate[0] else ("white", (255, 255, 255))
     canvas.paste(rgb, box, mask)
     taken.append((left - 2, top - 2, box[2] + 2, box[3] + 2))
-    places = [((left + l) / width, (top + t) / height, (left + r) / width, (top + b) / height) for l, t, r, b in boxes]  # noqa: E741
+    places = [
+        ((left + l) / width, (top + t) / height, (left + r) / width, (top + b) / height)
+        for l, t, r, b in boxes  # noqa: E741
+    ]
     solid = Image.new("L", mask.size, 255)
     x, y = (left + mask.width / 2) / width, (top + mask.height / 2) / height
-    return Thing("text", colour, x, y, _coverage(solid, left, top, canvas.size, grid), None, text, places)
+    return Thing(
+        "text", colour, x, y, _coverage(solid, left, top, canvas.size, grid), None, text, places
+    )
 
 
 def _finish(canvas: Image.Image, rng: np.random.Generator) -> Image.Image:
     """What happens to pictures on their way: a little blur, JPEG or PNG."""
     if rng.random() < 0.15:
-        canvas = canvas.filter(ImageFilter.GaussianBlur(float(rng.uniform(0.3, 1.1)) * min(canvas.size) / 160))
+        canvas = canvas.filter(
+            ImageFilter.GaussianBlur(float(rng.uniform(0.3, 1.1)) * min(canvas.size) / 160)
+        )
     if rng.random() < 0.4:
         file = io.BytesIO()
         canvas.save(file, "JPEG", quality=int(rng.integers(55, 98)))

@@ -9,13 +9,16 @@ from .words import CHARACTERS
 
 
 def build_tokenizer():
-    """Builds the tokenizer from the question words; nothing is trained, so it is the same on every machine.
+    """Builds the tokenizer from the question words; nothing is trained, so it is the same on every
+    machine.
 
-    Lower-casing, byte-level pieces. A whole piece that stands in the vocabulary is one token (`ignore_merges`); every other piece, such
-    as a printed word or number, is spelled by its bytes, since there are no merges.
+    Lower-casing, byte-level pieces. A whole piece that stands in the vocabulary is one token
+    (`ignore_merges`); every other piece, such as a printed word or number, is spelled by its bytes,
+    since there are no merges.
 
     Returns:
-        A `transformers.PreTrainedTokenizerFast` with <pad>, <eos>, <unk>-free bytes and <image>; it adds no BOS.
+        A `transformers.PreTrainedTokenizerFast` with <pad>, <eos>, <unk>-free bytes and <image>; it
+        adds no BOS.
     """
     from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
@@ -30,7 +33,9 @@ def build_tokenizer():
     tokenizer.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in special])
+    tokenizer.add_special_tokens(
+        [AddedToken(token, special=True, normalized=False) for token in special]
+    )
     wrapped = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", additional_special_tokens=["<image>"], padding_side="left",
         clean_up_tokenization_spaces=False, model_max_length=1024, extra_special_tokens={"image_token": "<image>"},

@@ -1,4 +1,6 @@
-"""The training run: first the tower on dense labels, then the decoder on its features, then all of it together."""
+"""The training run: first the tower on dense labels, then the decoder on its features, then all of
+it together.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,12 @@ from .evaluation import evaluate, held_out_cases, summary
 from .fast import bfloat16_products
 from .tokenizer import build_tokenizer
 
-STATE = ("step", "exp_avg", "exp_avg_sq", "momentum_buffer")  # what the optimisers remember of a parameter
+STATE = (
+    "step",
+    "exp_avg",
+    "exp_avg_sq",
+    "momentum_buffer",
+)  # what the optimisers remember of a parameter
 
 
 @dataclass
@@ -41,14 +48,22 @@ class Plan:
     decay: float = 0.4  # share of the pictures, at the end, over which the rate falls to nothing
     weight_decay: float = 0.02
     dense_weight: float = 0.4  # of the dense loss beside the answers' loss
-    average: float = 0.998  # of the weights, by step; the averaged weights are the ones that are kept
+    average: float = (
+        0.998  # of the weights, by step; the averaged weights are the ones that are kept
+    )
     muon: bool = True  # Muon for the matrices inside the layers, AdamW for the rest
     seed: int = 0
 
     def phase(self, seen: int) -> str:
         """ "tower", "frozen" or "joint"."""
         share = seen / self.pictures
-        return "tower" if share < self.tower else "frozen" if share < self.tower + self.frozen else "joint"
+        return (
+            "tower"
+            if share < self.tower
+            else "frozen"
+            if share < self.tower + self.frozen
+            else "joint"
+        )
 
     def factor(self, seen: int) -> float:
         """The learning rate's share at a point of the run: warm-up, level, then a cosine to zero."""
@@ -60,7 +75,9 @@ class Plan:
 class Run:
     """A training run in a folder: `step` after `step`, saved as safetensors and JSON only."""
 
-    def __init__(self, plan: Plan, folder: Path, resume: bool = False, check_pictures: int = 150) -> None:
+    def __init__(
+        self, plan: Plan, folder: Path, resume: bool = False, check_pictures: int = 150
+    ) -> None:
         self.plan, self.folder, self.check_pictures = plan, Path(folder), check_pictures
         self.folder.mkdir(parents=True, exist_ok=True)
         torch.manual_seed(plan.seed)
@@ -72,15 +89,27 @@ class Run:
         self.seen, self.steps, self.seconds = 0, 0, 0.0
         self.history: list[dict] = []
         self.parameters = {
-            **{f"model.{name}": p for name, p in self.model.named_parameters() if "post_layernorm" not in name},
+            **{
+                f"model.{name}": p
+                for name, p in self.model.named_parameters()
+                if "post_layernorm" not in name
+            },
             **{f"heads.{name}": p for name, p in self.heads.named_parameters()},
         }
         self.average = {name: p.detach().clone() for name, p in self.parameters.items()}
         groups = self._groups()
-        self.optimisers = [torch.optim.AdamW([g for g in groups if not g["muon"]], lr=plan.rate, betas=(0.9, 0.98), eps=1e-8)]
+        self.optimisers = [
+            torch.optim.AdamW(
+                [g for g in groups if not g["muon"]], lr=plan.rate, betas=(0.9, 0.98), eps=1e-8
+            )
+        ]
         if plan.muon:
             matrices = [g for g in groups if g["muon"]]
-            self.optimisers.append(torch.optim.Muon(matrices, lr=plan.rate, momentum=0.95, adjust_lr_fn="match_rms_adamw"))
+            self.optimisers.append(
+                torch.optim.Muon(
+                    matrices, lr=plan.rate, momentum=0.95, adjust_lr_fn="match_rms_adamw"
+                )
+            )
         if resume and (self.folder / "state.json").exists():
             self._load()
         bfloat16_products(self.model)
@@ -89,17 +118,24 @@ class Run:
         """Tower and the rest, each with and without weight decay."""
         groups = []
         for part in ("tower", "decoder"):
-            chosen = [(n, p) for n, p in self.parameters.items() if (("vision_tower" in n or n.startswith("heads.")) == (part == "tower"))]
+            chosen = [
+                (n, p)
+                for n, p in self.parameters.items()
+                if (("vision_tower" in n or n.startswith("heads.")) == (part == "tower"))
+            ]
             matrices = [p for n, p in chosen if p.dim() == 2 and ".layers." in n]
             inside = {id(p) for p in matrices}
-            others = [p for n, p in chosen if p.dim() >= 2 and "embed" not in n and id(p) not in inside]
+            others = [
+                p for n, p in chosen if p.dim() >= 2 and "embed" not in n and id(p) not in inside
+            ]
             plain = [p for n, p in chosen if p.dim() < 2 or "embed" in n]
             for these, decay, muon in ((matrices, self.plan.weight_decay, self.plan.muon), (others, self.plan.weight_decay, False),
                                        (plain, 0.0, False)):  # fmt: skip
                 groups.append({"params": these, "part": part, "weight_decay": decay, "muon": muon})
         return groups
 
-    # -- one step ------------------------------------------------------------------------------------------------------------
+    # -- one step
+    # ------------------------------------------------------------------------------------------------------------
 
     def step(self, batch: Batch) -> dict:
         """Learns from one batch; returns what to show."""
@@ -109,7 +145,16 @@ class Run:
         with torch.set_grad_enabled(phase != "frozen"):
             features = self.model.vision_tower(pixels, final_norm=False).last_hidden_state
             dense, right = self.heads(features, batch.classes, batch.offsets)
-        loss, shown = (dense if phase == "tower" else dense * self.plan.dense_weight if phase == "joint" else 0.0), {}
+        loss, shown = (
+            (
+                dense
+                if phase == "tower"
+                else dense * self.plan.dense_weight
+                if phase == "joint"
+                else 0.0
+            ),
+            {},
+        )
         if phase != "tower":
             answers, accuracy = self._answers(features, batch)
             loss = loss + answers
@@ -118,25 +163,35 @@ class Run:
         for optimiser in self.optimisers:
             optimiser.zero_grad(set_to_none=True)
         loss.backward()
-        norm = nn.utils.clip_grad_norm_([p for p in self.parameters.values() if p.grad is not None], 1.0)
+        norm = nn.utils.clip_grad_norm_(
+            [p for p in self.parameters.values() if p.grad is not None], 1.0
+        )
         for optimiser in self.optimisers:
             optimiser.step()
         self.seen += len(pixels)
         self.steps += 1
         keep = min(self.plan.average, 1 - 1 / (1 + self.steps / 10))
         with torch.no_grad():
-            torch._foreach_lerp_(list(self.average.values()), [p.detach() for p in self.parameters.values()], 1 - keep)
+            torch._foreach_lerp_(
+                list(self.average.values()),
+                [p.detach() for p in self.parameters.values()],
+                1 - keep,
+            )
         return {"phase": phase, "dense": dense.item(), **shown, "norm": float(norm), "right": right}
 
     def _answers(self, features: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, float]:
         """Cross entropy of the answers' tokens; only their rows reach the head."""
         image = self.model.multi_modal_projector(features)
         words = self.model.language_model.embed_tokens(batch.input_ids[:, self.patches :])
-        hidden = self.model.language_model(inputs_embeds=torch.cat([image, words], dim=1), attention_mask=batch.attention_mask)
+        hidden = self.model.language_model(
+            inputs_embeds=torch.cat([image, words], dim=1), attention_mask=batch.attention_mask
+        )
         wanted = batch.labels[:, 1:]
         known = wanted != -100
         logits = self.model.lm_head(hidden.last_hidden_state[:, :-1][known]).float()
-        return nn.functional.cross_entropy(logits, wanted[known]), float((logits.argmax(-1) == wanted[known]).float().mean())
+        return nn.functional.cross_entropy(logits, wanted[known]), float(
+            (logits.argmax(-1) == wanted[known]).float().mean()
+        )
 
     def _set_rates(self, phase: str) -> None:
         factor = self.plan.factor(self.seen)
@@ -144,16 +199,25 @@ class Run:
         warm = min(1.0, max(0.0, self.seen - start + self.plan.batch) / self.plan.warmup)
         for group in (group for optimiser in self.optimisers for group in optimiser.param_groups):
             if group["part"] == "tower":
-                group["lr"] = self.plan.rate * factor * (self.plan.joint_rate if phase == "joint" else 1.0)
+                group["lr"] = (
+                    self.plan.rate * factor * (self.plan.joint_rate if phase == "joint" else 1.0)
+                )
             else:
                 group["lr"] = self.plan.decoder_rate * factor * warm
 
-    # -- the loop ------------------------------------------------------------------------------------------------------------
+    # -- the loop
+    # ------------------------------------------------------------------------------------------------------------
 
-    def train(self, progress, save_every: float = 120.0, check_every: float = 900.0, workers: int = 1) -> None:
-        """Trains until the plan's pictures are seen; `progress` is a tqdm bar. Times are seconds of this process's work."""
+    def train(
+        self, progress, save_every: float = 120.0, check_every: float = 900.0, workers: int = 1
+    ) -> None:
+        """Trains until the plan's pictures are seen; `progress` is a tqdm bar. Times are seconds of
+        this process's work.
+        """
         plan = self.plan
-        source = batches(plan.seed, plan.batch, plan.pictures, self.seen // plan.batch, plan.turns, workers)
+        source = batches(
+            plan.seed, plan.batch, plan.pictures, self.seen // plan.batch, plan.turns, workers
+        )
         saved = checked = time.monotonic()
         smooth: dict[str, float] = {}
         stopping: list[int] = []
@@ -162,14 +226,31 @@ class Run:
             began = time.monotonic()
             shown = self.step(next(source))
             self.seconds += min(5.0, time.monotonic() - began)  # a paused process did not work
-            flat = {k: v for k, v in shown.items() if isinstance(v, float)} | {f"patch {k}": v for k, v in shown["right"].items()}
+            flat = {k: v for k, v in shown.items() if isinstance(v, float)} | {
+                f"patch {k}": v for k, v in shown["right"].items()
+            }
             for name, value in flat.items():
                 smooth[name] = value if name not in smooth else 0.97 * smooth[name] + 0.03 * value
             progress.update(plan.batch)
             if self.steps % 25 == 0:
-                names = ("dense", "answers", "tokens", "patch shape", "patch colour", "patch character")
-                progress.set_postfix_str(shown["phase"] + " " + " ".join(f"{n.split()[-1]} {smooth[n]:.3f}" for n in names if n in smooth))
-                row = {"pictures": self.seen, "seconds": round(self.seconds), "phase": shown["phase"]}
+                names = (
+                    "dense",
+                    "answers",
+                    "tokens",
+                    "patch shape",
+                    "patch colour",
+                    "patch character",
+                )
+                progress.set_postfix_str(
+                    shown["phase"]
+                    + " "
+                    + " ".join(f"{n.split()[-1]} {smooth[n]:.3f}" for n in names if n in smooth)
+                )
+                row = {
+                    "pictures": self.seen,
+                    "seconds": round(self.seconds),
+                    "phase": shown["phase"],
+                }
                 self.history.append(row | {n: round(v, 4) for n, v in smooth.items()})
             if time.monotonic() - saved > save_every:
                 self.save()
@@ -185,7 +266,9 @@ class Run:
     def check(self, progress, pictures: int | None = None) -> dict:
         """Accuracy of the averaged weights on a few held-out pictures, appended to checks.jsonl."""
         with self._averaged():
-            figures = evaluate(self.model, self.tokenizer, held_out_cases(pictures or self.check_pictures))
+            figures = evaluate(
+                self.model, self.tokenizer, held_out_cases(pictures or self.check_pictures)
+            )
         figures |= {"pictures": self.seen, "seconds": round(self.seconds)}
         with open(self.folder / "checks.jsonl", "a") as file:
             file.write(json.dumps(figures) + "\n")
@@ -208,20 +291,31 @@ class Run:
             p.copy_(self.average[name])
             self.average[name].copy_(kept)
 
-    # -- files ---------------------------------------------------------------------------------------------------------------
+    # -- files
+    # ---------------------------------------------------------------------------------------------------------------
 
     def save(self) -> None:
         """Writes everything that resuming needs, aside first, then in place."""
-        tensors = {f"now.{n}": p.detach() for n, p in self.parameters.items()} | {f"average.{n}": a for n, a in self.average.items()}
+        tensors = {f"now.{n}": p.detach() for n, p in self.parameters.items()} | {
+            f"average.{n}": a for n, a in self.average.items()
+        }
         for name, p in self.parameters.items():
             state = next((o.state[p] for o in self.optimisers if p in o.state), {})
             for key in STATE:
                 if key in state:
-                    tensors[f"state.{key}.{name}"] = torch.as_tensor(state[key], dtype=torch.float32)
+                    tensors[f"state.{key}.{name}"] = torch.as_tensor(
+                        state[key], dtype=torch.float32
+                    )
         aside = self.folder / "state.safetensors.part"
         save_file({n: t.contiguous().clone() for n, t in tensors.items()}, aside)
         os.replace(aside, self.folder / "state.safetensors")
-        state = {"plan": asdict(self.plan), "seen": self.seen, "steps": self.steps, "seconds": self.seconds, "history": self.history}
+        state = {
+            "plan": asdict(self.plan),
+            "seen": self.seen,
+            "steps": self.steps,
+            "seconds": self.seconds,
+            "history": self.history,
+        }
         aside = self.folder / "state.json.part"
         aside.write_text(json.dumps(state))
         os.replace(aside, self.folder / "state.json")
@@ -229,26 +323,48 @@ class Run:
 
     def _load(self) -> None:
         state = json.loads((self.folder / "state.json").read_text())
-        self.seen, self.steps, self.seconds, self.history = state["seen"], state["steps"], state["seconds"], state["history"]
+        self.seen, self.steps, self.seconds, self.history = (
+            state["seen"],
+            state["steps"],
+            state["seconds"],
+            state["history"],
+        )
         tensors = load_file(self.folder / "state.safetensors")
         with torch.no_grad():
             for name, p in self.parameters.items():
                 p.copy_(tensors[f"now.{name}"])
                 self.average[name].copy_(tensors[f"average.{name}"])
-                state = {key: tensors[f"state.{key}.{name}"].clone() for key in STATE if f"state.{key}.{name}" in tensors}
+                state = {
+                    key: tensors[f"state.{key}.{name}"].clone()
+                    for key in STATE
+                    if f"state.{key}.{name}" in tensors
+                }
                 if state:
-                    owner = next(o for o in self.optimisers if any(p is q for g in o.param_groups for q in g["params"]))
+                    owner = next(
+                        o
+                        for o in self.optimisers
+                        if any(p is q for g in o.param_groups for q in g["params"])
+                    )
                     owner.state[p] = state
 
     def export(self, folder: Path) -> None:
-        """Writes the averaged weights in bfloat16, with tokenizer and processor files, as `mllama.load` and transformers read them."""
+        """Writes the averaged weights in bfloat16, with tokenizer and processor files, as
+        `mllama.load` and transformers read them.
+        """
         from mllama.processing.processor import MllamaImageProcessor
 
         folder = Path(folder)
         aside = folder.with_name(folder.name + ".part")
         shutil.rmtree(aside, ignore_errors=True)
         model = build_model(self.tokenizer)
-        model.load_state_dict({n.removeprefix("model."): a for n, a in self.average.items() if n.startswith("model.")}, strict=False)
+        model.load_state_dict(
+            {
+                n.removeprefix("model."): a
+                for n, a in self.average.items()
+                if n.startswith("model.")
+            },
+            strict=False,
+        )
         model.tie_weights()
         model.to(torch.bfloat16).eval().save_pretrained(aside)
         size = model.config.vision_config.image_size
@@ -274,7 +390,11 @@ def draw_curve(history: list[dict], file: Path) -> None:
                        ("patch character", right)):  # fmt: skip
         points = [(p, row[name]) for p, row in zip(x, history, strict=True) if name in row]
         if points:
-            axis.plot(*zip(*points, strict=True), label={"dense": "dense labels", "tokens": "answer tokens"}.get(name, name), linewidth=1)
+            axis.plot(
+                *zip(*points, strict=True),
+                label={"dense": "dense labels", "tokens": "answer tokens"}.get(name, name),
+                linewidth=1,
+            )
     left.set(title="loss", xlabel="pictures", ylim=(0, None))
     right.set(title="share right (training pictures)", xlabel="pictures", ylim=(0, 1))
     for axis in (left, right):

@@ -1,4 +1,6 @@
-"""What is written in the pictures: numbers of one to four digits, common short words, and random letters."""
+"""What is written in the pictures: numbers of one to four digits, common short words, and random
+letters.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,9 @@ CHARACTERS = "0123456789" + LETTERS
 
 
 def random_text(rng: np.random.Generator, random_letters: float = 0.5) -> str:
-    """A number (half the time) or a word of one to five letters; words in capitals, small letters or with a first capital."""
+    """A number (half the time) or a word of one to five letters; words in capitals, small letters
+    or with a first capital.
+    """
     if rng.random() < 0.5:
         digits = int(rng.integers(1, 5))
         return str(rng.integers(10 ** (digits - 1) if digits > 1 else 0, 10**digits))

@@ -1,11 +1,15 @@
-"""mllama: run and fine-tune Llama-3.2-style vision-language models, on C++ operators registered with torch.
+"""mllama: run and fine-tune Llama-3.2-style vision-language models, on C++ operators registered
+with torch.
 
-Importing the package costs nothing beyond this file: every public name is loaded on first use (PEP 562).
+Importing the package costs nothing beyond this file: every public name is loaded on first use (PEP
+562).
 """
 
 import importlib
 
-TYPE_CHECKING = False  # typing's, which type checkers take for true by its name; importing typing takes longer than this file
+# typing's, which type checkers take for true by its name; importing typing takes longer than this
+# file
+TYPE_CHECKING = False
 
 __version__ = "0.1.0"
 
@@ -65,7 +69,9 @@ _HOME = {
     "unmerge_lora": "lora",
 }
 
-if not TYPE_CHECKING:  # type checkers cannot read a computed __all__, and for __getattr__'s sake they would let any name pass
+# type checkers cannot read a computed __all__, and for __getattr__'s sake they would let any name
+# pass
+if not TYPE_CHECKING:
     __all__ = ["__version__", "ops", *sorted(_HOME)]
 
     def __getattr__(name: str):
@@ -73,7 +79,9 @@ if not TYPE_CHECKING:  # type checkers cannot read a computed __all__, and for _
             return importlib.import_module("mllama.ops")
         if name in _HOME:
             return getattr(importlib.import_module(f"mllama.{_HOME[name]}"), name)
-        raise AttributeError(f"module 'mllama' has no attribute {name!r}; its public names are {', '.join(__all__)}")
+        raise AttributeError(
+            f"module 'mllama' has no attribute {name!r}; its public names are {', '.join(__all__)}"
+        )
 
     def __dir__() -> list[str]:
         return sorted(__all__)

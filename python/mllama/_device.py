@@ -1,13 +1,24 @@
-"""Where to run and in which dtype, as `mllama.load` and the command line choose it. Knows torch, no operator and no model."""
+"""Where to run and in which dtype, as `mllama.load` and the command line choose it. Knows torch, no
+operator and no model.
+"""
 
 from typing import Any
 
 import torch
 
-# On a CPU bfloat16 saves memory traffic. Weights that fit a cache have none: the embedded model takes 52 ms for an answer of 16 tokens
-# in float32 and 60 in bfloat16 (one Zen 4 core).
+# On a CPU bfloat16 saves memory traffic. Weights that fit a cache have none: the embedded model
+# takes 52 ms for an answer of 16 tokens in float32 and 60 in bfloat16 (one Zen 4 core).
 SMALL_MODEL = 64 * 2**20
-_CPU_FEATURES = ("avx2", "fma3", "f16c", "avx512_f", "avx512_vnni", "avx512_bf16", "amx_int8", "amx_bf16")
+_CPU_FEATURES = (
+    "avx2",
+    "fma3",
+    "f16c",
+    "avx512_f",
+    "avx512_vnni",
+    "avx512_bf16",
+    "amx_int8",
+    "amx_bf16",
+)
 
 
 def choose_device(device: str | torch.device) -> torch.device:
@@ -22,16 +33,22 @@ def choose_device(device: str | torch.device) -> torch.device:
         found = torch.device(device)
         torch.empty(1, device=found).item()
     except Exception as error:  # which kind torch raises depends on the device and on the build
-        raise ValueError(f"device {str(device)!r} is not known or not here: {str(error).partition(chr(10))[0]}") from error
+        raise ValueError(
+            f"device {str(device)!r} is not known or not here: {str(error).partition(chr(10))[0]}"
+        ) from error
     if found.type == "cpu" and found.index:  # torch takes any number, what reads weights takes none
         raise ValueError(f"device {str(device)!r} is not known or not here: there is one cpu")
     return torch.device("cpu") if found.type == "cpu" else found
 
 
 def choose_dtype(device: torch.device, weight_bytes: int) -> torch.dtype:
-    """bfloat16 where the device computes in it, float16 on older CUDA devices, else float32. On a CPU small models stay in float32."""
+    """bfloat16 where the device computes in it, float16 on older CUDA devices, else float32. On a
+    CPU small models stay in float32.
+    """
     if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
+        return (
+            torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
+        )
     fast = device.type == "cpu" and not {"avx512_bf16", "amx_bf16"}.isdisjoint(cpu_features())
     return torch.bfloat16 if fast and weight_bytes > SMALL_MODEL else torch.float32
 
@@ -42,6 +59,8 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 def cpu_features() -> list[str]:
-    """What this CPU has of the instruction sets that matter here, in torch's names; empty where torch cannot tell."""
+    """What this CPU has of the instruction sets that matter here, in torch's names; empty where
+    torch cannot tell.
+    """
     found: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
     return [name for name in _CPU_FEATURES if found.get(name)]

@@ -1,6 +1,7 @@
 """Loading of the compiled module `mllama._C`, with errors that name cause and cure.
 
-`load()` returns the module, or None where the environment says MLLAMA_DISABLE_OPS=1: then every operator runs its `reference()`.
+`load()` returns the module, or None where the environment says MLLAMA_DISABLE_OPS=1: then every
+operator runs its `reference()`.
 """
 
 import functools
@@ -48,7 +49,11 @@ def load():
         module = importlib.import_module("mllama._C")
     except ImportError as error:
         missing = isinstance(error, ModuleNotFoundError) and error.name == "mllama._C"
-        cause = "the compiled module mllama._C is not there for this Python" if missing else f"mllama._C cannot be loaded: {error}"
+        cause = (
+            "the compiled module mllama._C is not there for this Python"
+            if missing
+            else f"mllama._C cannot be loaded: {error}"
+        )
         raise unavailable(cause) from error
     try:
         module.isa()

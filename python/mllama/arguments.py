@@ -1,4 +1,6 @@
-"""Arguments by name: which of them a model takes, and what becomes of the others. None is accepted and ignored."""
+"""Arguments by name: which of them a model takes, and what becomes of the others. None is accepted
+and ignored.
+"""
 
 import difflib
 import inspect
@@ -7,8 +9,8 @@ from typing import Any
 
 from mllama.families import Composition
 
-# What transformers, Trainer and TRL hand to every model, and has no meaning in these: there are no experts, and input_ids tell the
-# modality of every token.
+# What transformers, Trainer and TRL hand to every model, and has no meaning in these: there are no
+# experts, and input_ids tell the modality of every token.
 PASSED_OVER = frozenset({"output_router_logits", "mm_token_type_ids"})
 _READ = frozenset({"num_items_in_batch"})
 # The only value of arguments that stock models take and these do not compute, and why.
@@ -25,7 +27,8 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 
 def check_keywords(owner: str, function: Callable, given: dict[str, Any]) -> None:
-    """Refuse further keywords of a forward pass that mean nothing, or something that is not computed.
+    """Refuse further keywords of a forward pass that mean nothing, or something that is not
+    computed.
 
     Raises:
         TypeError: a name that is not known.
@@ -45,7 +48,11 @@ def _is_tiled(plan: Composition) -> bool:
 
 
 def _takes_other_sizes(plan: Composition) -> bool:
-    return plan.tower in ("siglip", "clip") and plan.fusion != "cross_attention" and plan.pooling != "learned"
+    return (
+        plan.tower in ("siglip", "clip")
+        and plan.fusion != "cross_attention"
+        and plan.pooling != "learned"
+    )
 
 
 # Arguments that some families alone have, and who has them.
@@ -53,18 +60,32 @@ _SPECIAL: dict[str, tuple[Callable[[Composition], bool], str]] = {
     "aspect_ratio_ids": (_is_tiled, "models that cut images into tiles (Llama-3.2-Vision)"),
     "aspect_ratio_mask": (_is_tiled, "models that cut images into tiles (Llama-3.2-Vision)"),
     "cross_attention_states": (_is_tiled, "models that cut images into tiles (Llama-3.2-Vision)"),
-    "cross_attention_mask": (lambda plan: plan.fusion == "cross_attention", "models whose layers attend to images"),
-    "prefix_length": (lambda plan: plan.prefix, "models whose prompts are seen both ways (PaliGemma)"),
+    "cross_attention_mask": (
+        lambda plan: plan.fusion == "cross_attention",
+        "models whose layers attend to images",
+    ),
+    "prefix_length": (
+        lambda plan: plan.prefix,
+        "models whose prompts are seen both ways (PaliGemma)",
+    ),
     "vision_feature_layer": (lambda plan: plan.selects_features, "LLaVA"),
     "vision_feature_select_strategy": (lambda plan: plan.selects_features, "LLaVA"),
-    "interpolate_pos_encoding": (_takes_other_sizes, "SigLIP and CLIP towers whose patches are merged into the text or averaged"),
-    "mm_encoder_outputs": (lambda plan: plan.tower in ("siglip", "clip"), "models with a SigLIP or CLIP tower"),
+    "interpolate_pos_encoding": (
+        _takes_other_sizes,
+        "SigLIP and CLIP towers whose patches are merged into the text or averaged",
+    ),
+    "mm_encoder_outputs": (
+        lambda plan: plan.tower in ("siglip", "clip"),
+        "models with a SigLIP or CLIP tower",
+    ),
 }
 _SEEING = frozenset({"pixel_values", "image_features", "token_type_ids", *_SPECIAL})
 
 
 def taken_by(model: Any, given: dict[str, Any]) -> dict[str, Any]:
-    """Arguments without those of pictures and prompts that another model, ours or of transformers, does not take."""
+    """Arguments without those of pictures and prompts that another model, ours or of transformers,
+    does not take.
+    """
     known, plan = inspect.signature(model.forward).parameters, getattr(model, "plan", None)
 
     def takes(name: str) -> bool:

@@ -13,12 +13,13 @@ _HEAD = "lm_head"
 
 
 class Backbone(nn.Module):
-    """Tower, projector, fusion and decoder of a model. It holds the model's own modules, and computes by the model's forward.
+    """Tower, projector, fusion and decoder of a model. It holds the model's own modules, and
+    computes by the model's forward.
 
     Args:
         owner: the model. It is no child of this module.
-        headless: its class's forward, which returns `DecoderOutput` where `logits_to_keep` is None. Not that of a subclass, which may
-            return something else.
+        headless: its class's forward, which returns `DecoderOutput` where `logits_to_keep` is None.
+            Not that of a subclass, which may return something else.
     """
 
     _tp_plan = _pp_plan = None  # transformers asks its base models for them
@@ -29,7 +30,9 @@ class Backbone(nn.Module):
         self.headless = headless
 
     def follow(self) -> "Backbone":
-        """This module, with the children that the model has now: wrappers (FSDP, torch.compile) take the place of some."""
+        """This module, with the children that the model has now: wrappers (FSDP, torch.compile)
+        take the place of some.
+        """
         if not torch.compiler.is_compiling():
             children = {name: child for name, child in self.owner.named_children() if name != _HEAD}
             if children != self._modules:
@@ -66,7 +69,8 @@ class Backbone(nn.Module):
         return self.owner.get_image_features(*args, **kwargs)
 
     def forward(self, *args, **kwargs) -> DecoderOutput | tuple:
-        """As the model's forward, without labels: last_hidden_state [B, T, hidden], the decoder's after its final norm, in place of logits.
+        """As the model's forward, without labels: last_hidden_state [B, T, hidden], the decoder's
+        after its final norm, in place of logits.
 
         Raises:
             TypeError, ValueError: as the model's forward.

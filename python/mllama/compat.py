@@ -1,6 +1,8 @@
-"""What differs between the releases of transformers that are supported: the only module that knows it.
+"""What differs between the releases of transformers that are supported: the only module that knows
+it.
 
-transformers 5.24 calls `cache` what was `past_key_values` until 5.23. Here it is `cache`; callers may use either name under either release.
+transformers 5.24 calls `cache` what was `past_key_values` until 5.23. Here it is `cache`; callers
+may use either name under either release.
 """
 
 from dataclasses import dataclass, fields
@@ -14,7 +16,9 @@ from transformers.utils.generic import ModelOutput
 
 _OLD_NAME = "past_key_values"
 # The keyword under which transformers' generate hands a cache on.
-CACHE_NAME = "cache" if "cache" in {field.name for field in fields(BaseModelOutputWithPast)} else _OLD_NAME
+CACHE_NAME = (
+    "cache" if "cache" in {field.name for field in fields(BaseModelOutputWithPast)} else _OLD_NAME
+)
 
 
 def one_cache(cache: Cache | None, past_key_values: Cache | None) -> Cache | None:
@@ -41,16 +45,20 @@ def rename_cache(kwargs: dict[str, Any]) -> dict[str, Any]:
 
 
 def hand_on(inputs: dict[str, Any]) -> dict[str, Any]:
-    """What a step of `generate` hands to forward, with the cache under the old name: PEFT, which puts soft prompts into that step, looks
-    there under either release, and would put them before every token where it finds none."""
+    """What a step of `generate` hands to forward, with the cache under the old name: PEFT, which
+    puts soft prompts into that step, looks there under either release, and would put them before
+    every token where it finds none.
+    """
     return {_OLD_NAME if name == CACHE_NAME else name: value for name, value in inputs.items()}
 
 
 class NextTokenModel:
-    """A model whose logits at t are scored against the label at t + 1, and which transformers knows as one.
+    """A model whose logits at t are scored against the label at t + 1, and which transformers knows
+    as one.
 
-    Trainer's `label_smoothing_factor` shifts the labels of models whose name stands in transformers' list of causal ones, and of no other:
-    every subclass is entered, those made by a wrapper (FSDP) too. The package's name tells it from transformers' class of the same name.
+    Trainer's `label_smoothing_factor` shifts the labels of models whose name stands in
+    transformers' list of causal ones, and of no other: every subclass is entered, those made by a
+    wrapper (FSDP) too. The package's name tells it from transformers' class of the same name.
     """
 
     def __init_subclass__(cls, **kwargs):
@@ -66,7 +74,9 @@ def _named(cls: type) -> str:
 
 
 class CacheOutput(ModelOutput):
-    """A ModelOutput with a field `cache` that is also read and written as `past_key_values`, without a warning."""
+    """A ModelOutput with a field `cache` that is also read and written as `past_key_values`,
+    without a warning.
+    """
 
     cache: Any  # the field of every subclass
 

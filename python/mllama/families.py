@@ -1,7 +1,8 @@
-"""What a model is made of, by family: a config of any kind -> its `Composition`. The config's `model_type` decides, exactly.
+"""What a model is made of, by family: a config of any kind -> its `Composition`. The config's
+`model_type` decides, exactly.
 
-`model.config` stays the family's own Hugging Face object, since PEFT, `generate` and Trainer read it; what is built is read from here
-alone, with every size checked.
+`model.config` stays the family's own Hugging Face object, since PEFT, `generate` and Trainer read
+it; what is built is read from here alone, with every size checked.
 """
 
 from collections.abc import Callable
@@ -58,17 +59,59 @@ _VISION_FIELDS = (
     "attention_dropout",
 )
 # What is read when a model is called, and what says nothing about it.
-_LIVE_FIELDS = {"use_cache", "pad_token_id", "bos_token_id", "eos_token_id", "max_position_embeddings", "initializer_range"}
-_OWN_TEXT_FIELDS = ("norm_offset", "embedding_scale", "extra_embeddings", "cross_attention_layers", "num_image_tokens", "dropout")
-_TILED_FIELDS = ("num_global_layers", "attention_heads", "norm_eps", "max_num_tiles", "vision_output_dim", "intermediate_layers_indices")
-_JOINING_FIELDS = ("projector", "projection_dim", "projector_hidden_act", "multimodal_projector_bias", "vision_feature", "fusion")
+_LIVE_FIELDS = {
+    "use_cache",
+    "pad_token_id",
+    "bos_token_id",
+    "eos_token_id",
+    "max_position_embeddings",
+    "initializer_range",
+}
+_OWN_TEXT_FIELDS = (
+    "norm_offset",
+    "embedding_scale",
+    "extra_embeddings",
+    "cross_attention_layers",
+    "num_image_tokens",
+    "dropout",
+)
+_TILED_FIELDS = (
+    "num_global_layers",
+    "attention_heads",
+    "norm_eps",
+    "max_num_tiles",
+    "vision_output_dim",
+    "intermediate_layers_indices",
+)
+_JOINING_FIELDS = (
+    "projector",
+    "projection_dim",
+    "projector_hidden_act",
+    "multimodal_projector_bias",
+    "vision_feature",
+    "fusion",
+)
 BUILT_FROM = frozenset(
     {*_TEXT_FIELDS, *_VISION_FIELDS, *_OWN_TEXT_FIELDS, *_TILED_FIELDS, *_JOINING_FIELDS}
-    | {"supported_aspect_ratios", "vision_use_head", "image_pooling", "cross_attention_every", "use_bidirectional_attention"}
+    | {
+        "supported_aspect_ratios",
+        "vision_use_head",
+        "image_pooling",
+        "cross_attention_every",
+        "use_bidirectional_attention",
+    }
 ) - (_LIVE_FIELDS | {"tie_word_embeddings"})
-"""Fields of configs and their parts that a model is built from: set afterwards they change nothing in it."""
-# Fields of a decoder by which stock models compute something else, and the value by which they do not.
-_NOT_COMPUTED = {"is_causal": True, "dropout": 0, "final_logit_softcapping": None, "attn_logit_softcapping": None}
+"""Fields of configs and their parts that a model is built from: set afterwards they change nothing
+in it.
+"""
+# Fields of a decoder by which stock models compute something else, and the value by which they do
+# not.
+_NOT_COMPUTED = {
+    "is_causal": True,
+    "dropout": 0,
+    "final_logit_softcapping": None,
+    "attn_logit_softcapping": None,
+}
 TILES_MAX = 64  # of a picture; released models have 4
 
 
@@ -80,18 +123,21 @@ class Composition:
         text: the decoder.
         tower: "siglip", "clip", "tiled", or None for a model without pictures. With it:
         vision: the tower's config.
-        features: which of the tower's states are read, as places in (embeddings, each layer's output ...); several are laid side by side.
-            None is the output after the final norm.
+        features: which of the tower's states are read, as places in (embeddings, each layer's
+            output ...); several are laid side by side. None is the output after the final norm.
         skip_first: leave out the first feature of a picture: CLIP's class token.
-        selects_features: a call may choose other states and keep or leave the first feature (`select_features`).
+        selects_features: a call may choose other states and keep or leave the first feature
+            (`select_features`).
         projector: "mlp" or "linear". Of it:
         projector_sizes: width of the features, between the layers of an "mlp", and of the decoder.
         projector_act: between the layers of an "mlp".
         projector_bias: whether its layers have biases.
-        fusion: "merge" writes features in the placeholders' places, "prepend" does so too, or puts them before a text without; with
-            "cross_attention" layers of the decoder attend to them.
-        pooling: "average" or "learned", of a picture's patches before the projector; None leaves all of them.
-        image_tokens: features of a picture, and placeholders where it has some; 0 of a picture in tiles.
+        fusion: "merge" writes features in the placeholders' places, "prepend" does so too, or puts
+            them before a text without; with "cross_attention" layers of the decoder attend to them.
+        pooling: "average" or "learned", of a picture's patches before the projector; None leaves
+            all of them.
+        image_tokens: features of a picture, and placeholders where it has some; 0 of a picture in
+            tiles.
         prefix: prompts are seen both ways, as `token_type_ids` say (PaliGemma).
         ignore_index: label that is not trained.
     """
@@ -118,10 +164,13 @@ def compose(config: PretrainedConfig) -> Composition:
 
     Raises:
         TypeError: no config.
-        ValueError: a `model_type` that is no family of ours; sizes and choices that cannot be. The text names the field.
+        ValueError: a `model_type` that is no family of ours; sizes and choices that cannot be. The
+            text names the field.
     """
     if not isinstance(config, PretrainedConfig):
-        raise TypeError(f"config must be a config object of transformers or mllama, got {type(config).__name__}")
+        raise TypeError(
+            f"config must be a config object of transformers or mllama, got {type(config).__name__}"
+        )
     check_choice("config", "model_type", config.model_type, tuple(FAMILIES))
     plan = FAMILIES[config.model_type](config)
     if plan.tower is not None and config.image_token_index is not None:
@@ -137,22 +186,35 @@ def siglip_vision(config: PretrainedConfig) -> MllamaVisionConfig:
 
 
 def _fields(config: PretrainedConfig, names: tuple[str, ...], **replaced: Any) -> dict[str, Any]:
-    return {name: getattr(config, name) for name in names if getattr(config, name, None) is not None} | replaced
+    return {
+        name: getattr(config, name) for name in names if getattr(config, name, None) is not None
+    } | replaced
 
 
 def _text(config: PretrainedConfig, kind: str, **replaced: Any) -> MllamaTextConfig:
     if isinstance(config, MllamaTextConfig):
         return config
     if config.model_type != kind:
-        raise ValueError(f"text_config: a decoder of model_type {config.model_type!r} is not supported here; {kind!r} is")
-    for name in ("sliding_window", "attention_chunk_size"):  # transformers' caches would forget what lies outside
+        raise ValueError(
+            f"text_config: a decoder of model_type {config.model_type!r} is not supported here; {kind!r} is"
+        )
+    for name in (
+        "sliding_window",
+        "attention_chunk_size",
+    ):  # transformers' caches would forget what lies outside
         if getattr(config, name, None) is not None:
-            raise ValueError(f"text_config: {name} must be None: layers see all tokens before them; got {getattr(config, name)!r}")
+            raise ValueError(
+                f"text_config: {name} must be None: layers see all tokens before them; got {getattr(config, name)!r}"
+            )
     for kind in getattr(config, "layer_types", None) or ():
         check_choice("text_config", "layer_types", kind, ("full_attention",))
     for name, value in _NOT_COMPUTED.items():
         check_choice("text_config", name, getattr(config, name, None), (value, None))
-    own = tuple(name for name in _TEXT_FIELDS if hasattr(type(config), name) or name in type(config).__dataclass_fields__)
+    own = tuple(
+        name
+        for name in _TEXT_FIELDS
+        if hasattr(type(config), name) or name in type(config).__dataclass_fields__
+    )
     return MllamaTextConfig(**_fields(config, own, **replaced))
 
 
@@ -161,13 +223,16 @@ def _llama(config: PretrainedConfig) -> Composition:
 
 
 def _gemma_text(config: PretrainedConfig) -> MllamaTextConfig:
-    # Gemma's scale is its root of the width; attention, norms and activation are said by these three.
+    # Gemma's scale is its root of the width; attention, norms and activation are said by these
+    # three.
     return _text(config, "gemma", norm_offset=1.0, embedding_scale=float(config.hidden_size) ** 0.5)
 
 
 def _gemma(config: PretrainedConfig) -> Composition:
     if config.use_bidirectional_attention:
-        raise ValueError("use_bidirectional_attention: a Gemma that attends both ways generates no text and is not supported")
+        raise ValueError(
+            "use_bidirectional_attention: a Gemma that attends both ways generates no text and is not supported"
+        )
     return Composition(text=_gemma_text(config))
 
 
@@ -175,9 +240,13 @@ def _own(config: MllamaConfig) -> Composition:
     vision, text = config.vision_config, config.text_config
     if text.cross_attention_layers:
         given = text.cross_attention_layers
-        raise ValueError(f"text_config: cross_attention_layers must be None here: cross_attention_every places them; got {given!r}")
+        raise ValueError(
+            f"text_config: cross_attention_layers must be None here: cross_attention_every places them; got {given!r}"
+        )
     return Composition(
-        text=text if config.cross_attention_every is None else _crossed(text, config.cross_attention_every),
+        text=text
+        if config.cross_attention_every is None
+        else _crossed(text, config.cross_attention_every),
         tower="siglip",
         vision=vision,
         features=(vision.num_hidden_layers,) if config.vision_feature == "pre_norm" else None,
@@ -213,7 +282,9 @@ def _llava(config: PretrainedConfig) -> Composition:
     check_choice("config", "projector_hidden_act", config.projector_hidden_act, tuple(ACT2FN))
     tokens = (vision.image_size // vision.patch_size) ** 2 + (kind == "clip_vision_model") - skip
     if tokens < 1:
-        raise ValueError("vision_feature_select_strategy 'default' leaves none of a tower's one feature")
+        raise ValueError(
+            "vision_feature_select_strategy 'default' leaves none of a tower's one feature"
+        )
     return Composition(
         text=text,
         tower=towers[kind],
@@ -231,7 +302,10 @@ def _llava(config: PretrainedConfig) -> Composition:
 
 
 def select_features(
-    config: PretrainedConfig, states: int, layer: int | list[int] | None = None, strategy: str | None = None
+    config: PretrainedConfig,
+    states: int,
+    layer: int | list[int] | None = None,
+    strategy: str | None = None,
 ) -> tuple[tuple[int, ...], bool]:
     """Which of a tower's states a LLaVA reads, and whether without the first feature.
 
@@ -246,19 +320,28 @@ def select_features(
     """
     layer = config.vision_feature_layer if layer is None else layer
     layers = list(layer) if isinstance(layer, (list, tuple)) else [layer]
-    if not layers or any(isinstance(one, bool) or not isinstance(one, int) or not -states <= one < states for one in layers):
-        raise ValueError(f"vision_feature_layer must name states of -{states} to {states - 1}, got {layer!r}")
+    if not layers or any(
+        isinstance(one, bool) or not isinstance(one, int) or not -states <= one < states
+        for one in layers
+    ):
+        raise ValueError(
+            f"vision_feature_layer must name states of -{states} to {states - 1}, got {layer!r}"
+        )
     strategy = config.vision_feature_select_strategy if strategy is None else strategy
     check_choice("model", "vision_feature_select_strategy", strategy, ("default", "full"))
     return tuple(one % states for one in layers), strategy == "default"
 
 
 def _paligemma(config: PretrainedConfig) -> Composition:
-    check_choice("vision_config", "model_type", config.vision_config.model_type, ("siglip_vision_model",))
+    check_choice(
+        "vision_config", "model_type", config.vision_config.model_type, ("siglip_vision_model",)
+    )
     check_choice("text_config", "model_type", config.text_config.model_type, ("gemma",))
     vision, text = siglip_vision(config.vision_config), _gemma_text(config.text_config)
     if config.projection_dim != text.hidden_size:
-        raise ValueError(f"projection_dim {config.projection_dim!r} must be the decoder's hidden_size {text.hidden_size}")
+        raise ValueError(
+            f"projection_dim {config.projection_dim!r} must be the decoder's hidden_size {text.hidden_size}"
+        )
     return Composition(
         text=text,
         tower="siglip",
@@ -272,7 +355,11 @@ def _paligemma(config: PretrainedConfig) -> Composition:
 
 
 def _mllama(config: PretrainedConfig) -> Composition:
-    crossed = {"cross_attention_layers": config.text_config.cross_attention_layers, "extra_embeddings": 8, "tie_word_embeddings": False}
+    crossed = {
+        "cross_attention_layers": config.text_config.cross_attention_layers,
+        "extra_embeddings": 8,
+        "tie_word_embeddings": False,
+    }
     text = _text(config.text_config, "mllama_text_model", **crossed)
     vision = config.vision_config
     _check_tiled(vision)
@@ -288,30 +375,54 @@ def _mllama(config: PretrainedConfig) -> Composition:
 
 def _check_tiled(vision: PretrainedConfig) -> None:
     owner = "vision_config"
-    sizes = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_global_layers", "attention_heads", "num_channels")
+    sizes = (
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "num_global_layers",
+        "attention_heads",
+        "num_channels",
+    )
     for name in (*sizes, "vision_output_dim", "image_size", "patch_size", "max_num_tiles"):
         check_size(owner, name, getattr(vision, name))
     check_number(owner, "norm_eps", vision.norm_eps)
     check_choice(owner, "hidden_act", vision.hidden_act, tuple(ACT2FN))
     if vision.hidden_size % vision.attention_heads:
-        raise ValueError(f"{owner}: hidden_size {vision.hidden_size} is not a multiple of attention_heads {vision.attention_heads}")
+        raise ValueError(
+            f"{owner}: hidden_size {vision.hidden_size} is not a multiple of attention_heads {vision.attention_heads}"
+        )
     head_dim = vision.hidden_size // vision.attention_heads
     if not HEAD_DIM_MIN <= head_dim <= HEAD_DIM_MAX:
-        raise ValueError(f"{owner}: hidden_size / attention_heads must be {HEAD_DIM_MIN} to {HEAD_DIM_MAX}, got {head_dim}")
+        raise ValueError(
+            f"{owner}: hidden_size / attention_heads must be {HEAD_DIM_MIN} to {HEAD_DIM_MAX}, got {head_dim}"
+        )
     if vision.image_size % vision.patch_size:
-        raise ValueError(f"{owner}: image_size {vision.image_size} is not a multiple of patch_size {vision.patch_size}")
+        raise ValueError(
+            f"{owner}: image_size {vision.image_size} is not a multiple of patch_size {vision.patch_size}"
+        )
     if vision.max_num_tiles > TILES_MAX:
-        raise ValueError(f"{owner}: max_num_tiles must be at most {TILES_MAX}, got {vision.max_num_tiles}")
+        raise ValueError(
+            f"{owner}: max_num_tiles must be at most {TILES_MAX}, got {vision.max_num_tiles}"
+        )
     layers, ratios = vision.intermediate_layers_indices, vision.supported_aspect_ratios
-    if any(not 0 <= layer < vision.num_hidden_layers for layer in layers) or sorted(set(layers)) != list(layers):
-        raise ValueError(f"{owner}: intermediate_layers_indices must rise within 0 to {vision.num_hidden_layers - 1}, got {layers!r}")
+    if any(not 0 <= layer < vision.num_hidden_layers for layer in layers) or sorted(
+        set(layers)
+    ) != list(layers):
+        raise ValueError(
+            f"{owner}: intermediate_layers_indices must rise within 0 to {vision.num_hidden_layers - 1}, got {layers!r}"
+        )
     wanted = vision.hidden_size * (len(layers) + 1)
     if vision.vision_output_dim != wanted:
         raise ValueError(
             f"{owner}: vision_output_dim must be hidden_size x (intermediate layers + 1) = {wanted}, got {vision.vision_output_dim}"
         )
-    if not ratios or any(len(ratio) != 2 or min(ratio) < 1 or ratio[0] * ratio[1] > vision.max_num_tiles for ratio in ratios):
-        raise ValueError(f"{owner}: supported_aspect_ratios must be pairs of at most {vision.max_num_tiles} tiles, got {ratios!r}")
+    if not ratios or any(
+        len(ratio) != 2 or min(ratio) < 1 or ratio[0] * ratio[1] > vision.max_num_tiles
+        for ratio in ratios
+    ):
+        raise ValueError(
+            f"{owner}: supported_aspect_ratios must be pairs of at most {vision.max_num_tiles} tiles, got {ratios!r}"
+        )
 
 
 FAMILIES: dict[str, Callable[[Any], Composition]] = {

@@ -23,9 +23,11 @@ def counted_loss(
     ignore_index: int = -100,
     num_items_in_batch: int | torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cross entropy in float32 of the logits at t against the label at t + 1, and how many labels were trained.
+    """Cross entropy in float32 of the logits at t against the label at t + 1, and how many labels
+    were trained.
 
-    Of the logits it keeps no copy, in float32 or as they are; the gradient is of their dtype. It can be differentiated once.
+    Of the logits it keeps no copy, in float32 or as they are; the gradient is of their dtype. It
+    can be differentiated once.
 
     Args:
         logits: [B, T, vocabulary].
@@ -37,17 +39,27 @@ def counted_loss(
         num_items_in_batch: what the sum is divided by; None is the number of trained positions.
 
     Returns:
-        The loss, float32 scalar, and the number of trained positions, int64 scalar. Where none is trained, the loss is 0 beside other
-        batches that may have trained ones: `num_items_in_batch` above 0, several processes, accelerate's gradient accumulation. Where
-        `num_items_in_batch` is 0 and no gradient is asked for (Trainer's evaluation), it is nan, as in transformers.
+        The loss, float32 scalar, and the number of trained positions, int64 scalar. Where none is
+        trained, the loss is 0 beside other
+        batches that may have trained ones: `num_items_in_batch` above 0, several processes,
+            accelerate's gradient accumulation. Where
+        `num_items_in_batch` is 0 and no gradient is asked for (Trainer's evaluation), it is nan, as
+        in transformers.
 
     Raises:
         TypeError: labels or num_items_in_batch of another kind.
-        ValueError: labels of another shape or outside the vocabulary; logits of some positions only; no label that is trained,
-            here or in the rest of the step; num_items_in_batch below 0, or 0 where labels are trained.
+        ValueError: labels of another shape or outside the vocabulary; logits of some positions
+            only; no label that is trained, here or in the rest of the step; num_items_in_batch
+            below 0, or 0 where labels are trained.
     """
-    if not isinstance(labels, torch.Tensor) or labels.is_floating_point() or labels.dtype == torch.bool:
-        raise TypeError(f"labels must be an integer torch.Tensor, got {getattr(labels, 'dtype', type(labels).__name__)}")
+    if (
+        not isinstance(labels, torch.Tensor)
+        or labels.is_floating_point()
+        or labels.dtype == torch.bool
+    ):
+        raise TypeError(
+            f"labels must be an integer torch.Tensor, got {getattr(labels, 'dtype', type(labels).__name__)}"
+        )
     if labels.shape != shape:
         raise ValueError(f"labels must be {list(shape)}, one per token, got {list(labels.shape)}")
     if logits.shape[:2] != shape:
@@ -56,7 +68,9 @@ def counted_loss(
     if placeholders is not None:
         labels = labels.masked_fill(placeholders, ignore_index)
     labels = labels[:, 1:]
-    if attention_mask is not None:  # a padded position is neither a target nor a place to predict from
+    if (
+        attention_mask is not None
+    ):  # a padded position is neither a target nor a place to predict from
         seen = attention_mask[:, -shape[1] :] != 0
         labels = labels.masked_fill(~(seen[:, 1:] & seen[:, :-1]), ignore_index)
     trained = labels != ignore_index
@@ -66,9 +80,13 @@ def counted_loss(
         raise ValueError(
             f"labels must be {ignore_index} or within the vocabulary (0 to {vocabulary - 1}), got {labels.min()} to {labels.max()}"
         )
-    scores = logits.reshape(-1, vocabulary)  # the last position stays, as one that is not trained: a slice would be a copy
+    scores = logits.reshape(
+        -1, vocabulary
+    )  # the last position stays, as one that is not trained: a slice would be a copy
     targets = pad(labels, (0, 1), value=ignore_index).flatten()
-    if compiling:  # how many rows are trained is not known there, and the compiler fuses what is chunked here
+    if (
+        compiling
+    ):  # how many rows are trained is not known there, and the compiler fuses what is chunked here
         total = cross_entropy(scores.float(), targets, ignore_index=ignore_index, reduction="sum")
     else:
         rows = (targets != ignore_index).nonzero().squeeze(1)
@@ -83,17 +101,24 @@ def counted_loss(
 
 
 def _check_count(count: int | torch.Tensor, trained: int) -> None:
-    """Raise TypeError unless it is one number, ValueError unless a sum over so many labels can be divided by it."""
+    """Raise TypeError unless it is one number, ValueError unless a sum over so many labels can be
+    divided by it.
+    """
     if isinstance(count, bool) or not isinstance(count, (numbers.Real, torch.Tensor)):
-        raise TypeError(f"num_items_in_batch must be a number or a tensor of one, got {type(count).__name__}")
+        raise TypeError(
+            f"num_items_in_batch must be a number or a tensor of one, got {type(count).__name__}"
+        )
     if isinstance(count, torch.Tensor) and count.numel() != 1:
         raise ValueError(f"num_items_in_batch must be one number, got {list(count.shape)}")
     if count < 0 or not count and trained:
-        raise ValueError(f"num_items_in_batch must be how many labels are trained in all, at least 1 beside {trained} here, got {count}")
+        raise ValueError(
+            f"num_items_in_batch must be how many labels are trained in all, at least 1 beside {trained} here, got {count}"
+        )
 
 
 def _count_of_none(count: int | torch.Tensor, alone: bool, ignore_index: int) -> int | torch.Tensor:
-    """What the sum over no label is divided by: `count`, or 1 where other batches may have labels that nobody counted.
+    """What the sum over no label is divided by: `count`, or 1 where other batches may have labels
+    that nobody counted.
 
     Raises:
         ValueError: there is nothing to learn from, here or elsewhere.
@@ -109,20 +134,31 @@ def _count_of_none(count: int | torch.Tensor, alone: bool, ignore_index: int) ->
 
 
 def _has_other_batches() -> bool:
-    """Whether a step may be over several batches: of other processes, or accumulated by accelerate, whose state is the process's."""
-    if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
+    """Whether a step may be over several batches: of other processes, or accumulated by accelerate,
+    whose state is the process's.
+    """
+    if (
+        distributed.is_available()
+        and distributed.is_initialized()
+        and distributed.get_world_size() > 1
+    ):
         return True
     state = getattr(sys.modules.get("accelerate.state"), "GradientState", None)
     return bool(state is not None and state._shared_state) and state().num_steps > 1
 
 
 class _CrossEntropySum(torch.autograd.Function):
-    """Cross entropy of some rows in float32, summed. It saves its arguments alone; the gradient takes the softmax again."""
+    """Cross entropy of some rows in float32, summed. It saves its arguments alone; the gradient
+    takes the softmax again.
+    """
 
     @staticmethod
     def forward(scores: torch.Tensor, rows: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         """scores [N, vocabulary], rows int64 [n] of them, their targets int64 [n] -> float32 []."""
-        losses = [cross_entropy(x, target, reduction="none") for _, x, target in _chunks(scores, rows, targets)]
+        losses = [
+            cross_entropy(x, target, reduction="none")
+            for _, x, target in _chunks(scores, rows, targets)
+        ]
         return torch.cat([scores.new_zeros(1, dtype=torch.float32), *losses]).sum()
 
     @staticmethod
@@ -135,10 +171,14 @@ class _CrossEntropySum(torch.autograd.Function):
 
 
 class _Gradient(torch.autograd.Function):
-    """The gradient of `_CrossEntropySum`, a function of its own so that differentiating it raises instead of giving zeros."""
+    """The gradient of `_CrossEntropySum`, a function of its own so that differentiating it raises
+    instead of giving zeros.
+    """
 
     @staticmethod
-    def forward(scores: torch.Tensor, rows: torch.Tensor, targets: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
+    def forward(
+        scores: torch.Tensor, rows: torch.Tensor, targets: torch.Tensor, grad: torch.Tensor
+    ) -> torch.Tensor:
         gradient = torch.zeros_like(scores)
         for part, x, target in _chunks(scores, rows, targets):
             x = x.softmax(-1)
@@ -155,8 +195,12 @@ class _Gradient(torch.autograd.Function):
         raise NotImplementedError("mllama's loss can be differentiated once")
 
 
-def _chunks(scores: torch.Tensor, rows: torch.Tensor, targets: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-    """(rows, their scores in float32, their targets), as many at a time as a core's caches hold, or keep a device busy."""
+def _chunks(
+    scores: torch.Tensor, rows: torch.Tensor, targets: torch.Tensor
+) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """(rows, their scores in float32, their targets), as many at a time as a core's caches hold, or
+    keep a device busy.
+    """
     size = max(1, (1 << 20 if scores.is_cpu else 1 << 24) // scores.shape[-1])
     for part, target in zip(rows.split(size), targets.split(size), strict=True):
         yield part, scores.index_select(0, part).float(), target

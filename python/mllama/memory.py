@@ -1,7 +1,10 @@
-"""What memory a model needs, by part, from its composition and sizes alone: nothing is loaded and nothing allocated.
+"""What memory a model needs, by part, from its composition and sizes alone: nothing is loaded and
+nothing allocated.
 
-Weights, caches and logits are counted to the byte. Activations are what the widest moment of one layer holds, which is where a forward
-pass in inference mode peaks: within a quarter or so of what is measured. What libraries and allocators keep for themselves comes on top.
+Weights, caches and logits are counted to the byte. Activations are what the widest moment of one
+layer holds, which is where a forward
+pass in inference mode peaks: within a quarter or so of what is measured. What libraries and
+allocators keep for themselves comes on top.
 """
 
 from dataclasses import dataclass
@@ -12,7 +15,9 @@ from transformers import PreTrainedModel
 from mllama.families import Composition
 
 PARTS = ("tower", "projector", "embeddings", "decoder", "cross layers", "head")
-_STATES = 4  # of a layer's width, alive while its feed-forward block runs: the layer's input, attended, their sum, its norm
+# of a layer's width, alive while its feed-forward block runs: the layer's input, attended, their
+# sum, its norm
+_STATES = 4
 _FLOAT32 = 4
 _PARTS_NAMED = {
     "vision_tower": "tower",
@@ -30,8 +35,9 @@ class Work:
     Attributes:
         context: tokens of a row, prompt and answer, placeholders or visual tokens included.
         batch: rows.
-        tiles: of the pictures of a row that are filled; of a tower that cuts no tiles, its pictures. The tower holds a picture's
-            `max_num_tiles` however few are filled; keys have the filled ones (with reference="hf" all).
+        tiles: of the pictures of a row that are filled; of a tower that cuts no tiles, its
+            pictures. The tower holds a picture's `max_num_tiles` however few are filled; keys have
+            the filled ones (with reference="hf" all).
         dtype: of weights and activations.
     """
 
@@ -42,7 +48,8 @@ class Work:
 
 
 def count_parameters(model: PreTrainedModel) -> dict[str, int]:
-    """Parameters by part, in the order of `PARTS`, without the parts that the model lacks. A tied head is no part of its own.
+    """Parameters by part, in the order of `PARTS`, without the parts that the model lacks. A tied
+    head is no part of its own.
 
     Args:
         model: of this package; it may be on the meta device.
@@ -57,16 +64,18 @@ def count_parameters(model: PreTrainedModel) -> dict[str, int]:
 
 
 def memory_needed(model: PreTrainedModel, work: Work) -> dict[str, int]:
-    """Bytes by what they are for, at the peak of a forward pass over the whole context in inference mode.
+    """Bytes by what they are for, at the peak of a forward pass over the whole context in inference
+    mode.
 
     Args:
         model: of this package; it may be on the meta device.
         work: what is asked of it.
 
     Returns:
-        "weights"; of a model with a tower "vision activations"; of one with cross-attention "cross-attention keys and values"; of one with
-        a decoder "key-value cache", "decoder activations" and "logits": of the last position, with the float32 copy from which `generate`
-        chooses.
+        "weights"; of a model with a tower "vision activations"; of one with cross-attention
+        "cross-attention keys and values"; of one with a decoder "key-value cache", "decoder
+        activations" and "logits": of the last position, with the float32 copy from which `generate`
+            chooses.
     """
     plan, size = plan_of(model), work.dtype.itemsize
     needed = {"weights": sum(count_parameters(model).values()) * size}
@@ -78,17 +87,25 @@ def memory_needed(model: PreTrainedModel, work: Work) -> dict[str, int]:
     per_key = 2 * text.num_key_value_heads * text.head_dim * size
     tokens = work.batch * work.context
     if crossed:
-        needed["cross-attention keys and values"] = crossed * work.batch * picture_tokens(plan, work.tiles) * per_key
+        needed["cross-attention keys and values"] = (
+            crossed * work.batch * picture_tokens(plan, work.tiles) * per_key
+        )
     return needed | {
         "key-value cache": (text.num_hidden_layers - crossed) * tokens * per_key,
-        "decoder activations": tokens * (_STATES * text.hidden_size + 3 * text.intermediate_size) * size,
+        "decoder activations": tokens
+        * (_STATES * text.hidden_size + 3 * text.intermediate_size)
+        * size,
         "logits": work.batch * text.vocab_size * (size + _FLOAT32),
     }
 
 
 def plan_of(model: PreTrainedModel) -> Composition:
     """What a model of this package is made of; a tower alone has no text."""
-    return model.plan if hasattr(model, "plan") else Composition(text=None, tower="siglip", vision=model.vision_tower.config)
+    return (
+        model.plan
+        if hasattr(model, "plan")
+        else Composition(text=None, tower="siglip", vision=model.vision_tower.config)
+    )
 
 
 def picture_tokens(plan: Composition, tiles: int) -> int:
@@ -106,7 +123,9 @@ def _vision(plan: Composition, work: Work) -> int:
     vision, tiles = plan.vision, work.tiles
     if plan.tower == "tiled":
         tiles = -(-tiles // vision.max_num_tiles) * vision.max_num_tiles
-        kept = 2 * len(vision.intermediate_layers_indices) + 4  # states on the way, features made of them; what both stacks start from
+        kept = (
+            2 * len(vision.intermediate_layers_indices) + 4
+        )  # states on the way, features made of them; what both stacks start from
     else:
         kept = 0 if plan.features is None else max(plan.features) + 1
     per_token = (_STATES + kept) * vision.hidden_size + 2 * vision.intermediate_size

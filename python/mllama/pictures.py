@@ -1,4 +1,6 @@
-"""How pictures reach the decoder: encoded, and written into its embeddings or handed to its cross-attention layers."""
+"""How pictures reach the decoder: encoded, and written into its embeddings or handed to its
+cross-attention layers.
+"""
 
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -20,8 +22,10 @@ from mllama.text.decoder import check_embeddings
 
 @dataclass
 class Seen:
-    """What the decoder starts from: embeddings, where the placeholders are, what became of the pictures, and how many visual tokens stand
-    before the text in the embeddings that are none of its own."""
+    """What the decoder starts from: embeddings, where the placeholders are, what became of the
+    pictures, and how many visual tokens stand before the text in the embeddings that are none of
+    its own.
+    """
 
     embeds: torch.Tensor
     placeholders: torch.Tensor | None = None
@@ -62,42 +66,65 @@ class PicturesMixin:
         """Encode and project pictures. Arguments as `forward` has them.
 
         Returns:
-            [pictures, patches (or what they are pooled to), text hidden size], or of a model that cuts pictures into tiles
-            [B, pictures * tiles * patches, text hidden size]; `forward` and `generate` take it as `image_features` in place of the pixels.
+            [pictures, patches (or what they are pooled to), text hidden size], or of a model that
+            cuts pictures into tiles [B, pictures * tiles * patches, text hidden size]; `forward`
+            and `generate` take it as `image_features` in place of the pixels.
 
         Raises:
             TypeError, ValueError: as the tower. A model without a tower takes no pictures.
         """
         if self.plan.tower is None:
-            raise ValueError(f"this {self.config.model_type} model takes text alone: it has no tower")
+            raise ValueError(
+                f"this {self.config.model_type} model takes text alone: it has no tower"
+            )
         check_built(self)
         kind = self.config.model_type
-        check_special(self.plan, kind, aspect_ratio_ids=aspect_ratio_ids, aspect_ratio_mask=aspect_ratio_mask)
-        reading = self._reading(vision_feature_layer, vision_feature_select_strategy, interpolate_pos_encoding)
+        check_special(
+            self.plan, kind, aspect_ratio_ids=aspect_ratio_ids, aspect_ratio_mask=aspect_ratio_mask
+        )
+        reading = self._reading(
+            vision_feature_layer, vision_feature_select_strategy, interpolate_pos_encoding
+        )
         if self.plan.tower == "tiled":
             return self._encode_tiles(pixel_values, aspect_ratio_ids, aspect_ratio_mask)[0]
         return self._encode(pixel_values, reading)[0]
 
-    def _reading(self, layer: int | list[int] | None, strategy: str | None, interpolate: bool | None) -> Reading:
+    def _reading(
+        self, layer: int | list[int] | None, strategy: str | None, interpolate: bool | None
+    ) -> Reading:
         """How pictures are read: as the call says, else as the config does.
 
         Raises:
-            ValueError: an argument of another family; layers that are none, or that the projector is too wide or too narrow for.
+            ValueError: an argument of another family; layers that are none, or that the projector
+                is too wide or too narrow for.
         """
         plan = self.plan
-        given = {"vision_feature_layer": layer, "vision_feature_select_strategy": strategy, "interpolate_pos_encoding": interpolate}
+        given = {
+            "vision_feature_layer": layer,
+            "vision_feature_select_strategy": strategy,
+            "interpolate_pos_encoding": interpolate,
+        }
         told = any(value is not None and value is not False for value in given.values())
         if told:
             check_special(plan, self.config.model_type, **given)
         features, skip = plan.features, plan.skip_first
         if layer is not None or strategy is not None:
-            features, skip = select_features(self.config, plan.vision.num_hidden_layers + 1, layer, strategy)
-        if features is not None and len(features) * plan.vision.hidden_size != plan.projector_sizes[0]:
+            features, skip = select_features(
+                self.config, plan.vision.num_hidden_layers + 1, layer, strategy
+            )
+        if (
+            features is not None
+            and len(features) * plan.vision.hidden_size != plan.projector_sizes[0]
+        ):
             wanted = plan.projector_sizes[0] // plan.vision.hidden_size
-            raise ValueError(f"vision_feature_layer must name {wanted} states, as many as the projector is wide for; got {layer!r}")
+            raise ValueError(
+                f"vision_feature_layer must name {wanted} states, as many as the projector is wide for; got {layer!r}"
+            )
         return Reading(features, skip, bool(interpolate), told)
 
-    def _encode(self, pixel_values: torch.Tensor, reading: Reading, output_attentions: bool = False) -> tuple[torch.Tensor, tuple | None]:
+    def _encode(
+        self, pixel_values: torch.Tensor, reading: Reading, output_attentions: bool = False
+    ) -> tuple[torch.Tensor, tuple | None]:
         read = reading.features
         several = read is not None and len(read) > 1
         encoded = self.vision_tower(
@@ -108,7 +135,11 @@ class PicturesMixin:
             depth=None if read is None else max(read),
             interpolate_pos_encoding=reading.interpolate,
         )
-        features = torch.cat([encoded.hidden_states[state] for state in read], -1) if several else encoded.last_hidden_state
+        features = (
+            torch.cat([encoded.hidden_states[state] for state in read], -1)
+            if several
+            else encoded.last_hidden_state
+        )
         if reading.skip_first:
             features = features[:, 1:]
         if self.plan.pooling is not None:
@@ -123,23 +154,35 @@ class PicturesMixin:
         output_attentions: bool = False,
     ) -> tuple[torch.Tensor, tuple | None]:
         encoded = self.vision_tower(
-            pixel_values, aspect_ratio_ids, aspect_ratio_mask, reference=self.reference, output_attentions=output_attentions
+            pixel_values,
+            aspect_ratio_ids,
+            aspect_ratio_mask,
+            reference=self.reference,
+            output_attentions=output_attentions,
         )
-        return self.multi_modal_projector(encoded.last_hidden_state).flatten(1, 3), encoded.attentions
+        return self.multi_modal_projector(encoded.last_hidden_state).flatten(
+            1, 3
+        ), encoded.attentions
 
     def find_placeholders(
-        self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None, pictures: int = 0, per_picture: int | None = None
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        pictures: int = 0,
+        per_picture: int | None = None,
     ) -> torch.Tensor:
         """Where picture placeholders stand: bool [B, T].
 
-        With `config.image_token_index` these are the positions that hold it. Without, where pictures are merged, the id is told by
-        `fusion.merge.find_placeholder` from the runs it stands in at unmasked positions; where none stands so, no position is one.
+        With `config.image_token_index` these are the positions that hold it. Without, where
+        pictures are merged, the id is told by `fusion.merge.find_placeholder` from the runs it
+        stands in at unmasked positions; where none stands so, no position is one.
 
         Args:
             input_ids: int [B, T].
             attention_mask: [B, T], zero where padded, or None.
             pictures: how many pictures the batch has.
-            per_picture: placeholders of each; by default the features of a picture of the config's size.
+            per_picture: placeholders of each; by default the features of a picture of the config's
+                size.
 
         Raises:
             ValueError: the id is not set, and more than one could be it.
@@ -150,10 +193,16 @@ class PicturesMixin:
         if token is not None:
             return input_ids == token
         if pictures and self.plan.fusion == "merge":
-            token = find_placeholder(input_ids, attention_mask, per_picture or self.plan.image_tokens, pictures)
+            token = find_placeholder(
+                input_ids, attention_mask, per_picture or self.plan.image_tokens, pictures
+            )
         if token is None:
             return torch.zeros_like(input_ids, dtype=torch.bool)
-        return input_ids == token if attention_mask is None else (input_ids == token) & (attention_mask != 0)
+        return (
+            input_ids == token
+            if attention_mask is None
+            else (input_ids == token) & (attention_mask != 0)
+        )
 
     def _merge(
         self,
@@ -166,7 +215,8 @@ class PicturesMixin:
         output_attentions: bool,
         told: int | None,
     ) -> Seen:
-        """Embeddings with picture features in the placeholders' places, or before a text that has none.
+        """Embeddings with picture features in the placeholders' places, or before a text that has
+        none.
 
         `given` are pixels or features and how to read them; ids after the first `told` are text.
         """
@@ -181,8 +231,14 @@ class PicturesMixin:
             mask = None if attention_mask is None else attention_mask[:, -input_ids.shape[1] :]
             if told is not None and told < input_ids.shape[1]:
                 mask = None if mask is None else mask[:, :told]
-                placeholders = self._placeholders(input_ids[:, :told], mask, pictures, filled, per_picture)
-                placeholders = placeholders if placeholders is None else pad(placeholders, (0, input_ids.shape[1] - told))
+                placeholders = self._placeholders(
+                    input_ids[:, :told], mask, pictures, filled, per_picture
+                )
+                placeholders = (
+                    placeholders
+                    if placeholders is None
+                    else pad(placeholders, (0, input_ids.shape[1] - told))
+                )
             else:
                 placeholders = self._placeholders(input_ids, mask, pictures, filled, per_picture)
         if placeholders is None and (filled or self.plan.fusion != "prepend"):
@@ -195,15 +251,34 @@ class PicturesMixin:
         if image_features is None:
             return Seen(inputs_embeds, placeholders)
         if placeholders is not None:
-            return Seen(merge(inputs_embeds, placeholders, image_features), placeholders, image_features, attentions)
+            return Seen(
+                merge(inputs_embeds, placeholders, image_features),
+                placeholders,
+                image_features,
+                attentions,
+            )
         visual = share_out(image_features, inputs_embeds.shape[0]).to(inputs_embeds)
-        return Seen(torch.cat([visual, inputs_embeds], dim=1), None, image_features, attentions, before_text=visual.shape[1])
+        return Seen(
+            torch.cat([visual, inputs_embeds], dim=1),
+            None,
+            image_features,
+            attentions,
+            before_text=visual.shape[1],
+        )
 
     def _check_held(self, held: int, pictures: int, rows: int) -> None:
-        """Pictures given again, of a text that has no place for them, must be those before the text in the cache."""
+        """Pictures given again, of a text that has no place for them, must be those before the text
+        in the cache.
+        """
         again = pictures * self.plan.image_tokens
-        if again and again != held * rows and (held or (self.plan.fusion == "prepend" and self.config.image_token_index is None)):
-            raise ValueError(f"pictures must stand before the text: cache holds text, and {held} visual tokens before it")
+        if (
+            again
+            and again != held * rows
+            and (held or (self.plan.fusion == "prepend" and self.config.image_token_index is None))
+        ):
+            raise ValueError(
+                f"pictures must stand before the text: cache holds text, and {held} visual tokens before it"
+            )
 
     def _attend(
         self,
@@ -216,7 +291,9 @@ class PicturesMixin:
         cache: Cache | None,
         output_attentions: bool,
     ) -> Seen:
-        """Embeddings, and what the cross-attention layers need: nothing where there are no pictures, here or in the cache."""
+        """Embeddings, and what the cross-attention layers need: nothing where there are no
+        pictures, here or in the cache.
+        """
         placeholders = attentions = None
         if inputs_embeds is None:
             placeholders = self.find_placeholders(input_ids)
@@ -225,14 +302,20 @@ class PicturesMixin:
         if placeholders is None and isinstance(cross_attention_mask, torch.Tensor):
             given, length = cross_attention_mask.shape[1], inputs_embeds.shape[1]
             if 0 < given < length:  # whether the first or the last have none, nothing says
-                raise ValueError(f"cross_attention_mask must have a row for each of {length} inputs_embeds, got {given}")
+                raise ValueError(
+                    f"cross_attention_mask must have a row for each of {length} inputs_embeds, got {given}"
+                )
         if self.plan.tower == "tiled":
             tokens, filled = self.vision_tower.tokens_per_tile, aspects[1]
             if pixel_values is not None:
                 self.vision_tower.check(pixel_values, *aspects)
                 if pixel_values.shape[0] != rows:
-                    raise ValueError(f"pixel_values must have {rows} rows, one per row of text, got {pixel_values.shape[0]}")
-                image_features, attentions = self._encode_tiles(pixel_values, *aspects, output_attentions)
+                    raise ValueError(
+                        f"pixel_values must have {rows} rows, one per row of text, got {pixel_values.shape[0]}"
+                    )
+                image_features, attentions = self._encode_tiles(
+                    pixel_values, *aspects, output_attentions
+                )
             elif image_features is not None:
                 check_tile_features(image_features, rows, tokens, text.hidden_size)
             states = image_features
@@ -257,39 +340,55 @@ class PicturesMixin:
         return Seen(inputs_embeds, placeholders, image_features, attentions, cross)
 
     def _count_pictures(
-        self, pixel_values: torch.Tensor | None, image_features: torch.Tensor | None, reading: Reading | None = None
+        self,
+        pixel_values: torch.Tensor | None,
+        image_features: torch.Tensor | None,
+        reading: Reading | None = None,
     ) -> tuple[int, int]:
         """How many pictures there are, and features of each."""
         reading = reading or self._reading(None, None, None)
         own = self.plan.image_tokens
         if pixel_values is not None:
             self.vision_tower.check(pixel_values, reading.interpolate)
-            per_picture = own if self.plan.pooling else self.vision_tower.count_features(pixel_values) - int(reading.skip_first)
+            per_picture = (
+                own
+                if self.plan.pooling
+                else self.vision_tower.count_features(pixel_values) - int(reading.skip_first)
+            )
             return pixel_values.shape[0], per_picture
         if image_features is None:
             return 0, own
         if not isinstance(image_features, torch.Tensor):
-            raise TypeError(f"image_features must be a torch.Tensor, got {type(image_features).__name__}")
+            raise TypeError(
+                f"image_features must be a torch.Tensor, got {type(image_features).__name__}"
+            )
         if reading.told:
             raise ValueError(
                 "image_features are encoded already: give vision_feature_layer, vision_feature_select_strategy and "
                 "interpolate_pos_encoding to get_image_features"
             )
         wanted = [own, self.plan.text.hidden_size]
-        if self.plan.fusion == "merge" and image_features.dim() == 3:  # there may be others by size or strategy
+        if (
+            self.plan.fusion == "merge" and image_features.dim() == 3
+        ):  # there may be others by size or strategy
             wanted[0] = image_features.shape[1]
         if list(image_features.shape[1:]) != wanted or not wanted[0]:
-            raise ValueError(f"image_features must be [pictures, {own}, {wanted[1]}], got {list(image_features.shape)}")
+            raise ValueError(
+                f"image_features must be [pictures, {own}, {wanted[1]}], got {list(image_features.shape)}"
+            )
         return image_features.shape[0], wanted[0]
 
     def _ids_of(self, inputs_embeds: torch.Tensor) -> torch.Tensor:
-        """int64 [B, T], the placeholder's id where an embedding is its embedding, and another elsewhere.
+        """int64 [B, T], the placeholder's id where an embedding is its embedding, and another
+        elsewhere.
 
         Raises:
             ValueError: the config does not say the placeholder's id, or it has no embedding.
         """
         check_embeddings(inputs_embeds, self.plan.text.hidden_size)
-        if self.plan.fusion == "prepend" and self.config.image_token_index is None:  # no position is one
+        if (
+            self.plan.fusion == "prepend" and self.config.image_token_index is None
+        ):  # no position is one
             return inputs_embeds.new_zeros(inputs_embeds.shape[:2], dtype=torch.long)
         token, rows = self.config.image_token_index, self.get_input_embeddings().weight.shape[0]
         if token is None or token >= rows:
@@ -297,7 +396,10 @@ class PicturesMixin:
                 f"pictures beside inputs_embeds need an image_token_index with an embedding (0 to {rows - 1}), whose places they take; "
                 f"got {token!r}"
             )
-        places = (inputs_embeds == self.get_input_embeddings()(torch.tensor(token, device=inputs_embeds.device))).all(-1)
+        places = (
+            inputs_embeds
+            == self.get_input_embeddings()(torch.tensor(token, device=inputs_embeds.device))
+        ).all(-1)
         return torch.where(places, token, token - 1 if token else 1)
 
     def _placeholders(
@@ -308,8 +410,8 @@ class PicturesMixin:
         filled: bool = False,
         per_picture: int | None = None,
     ) -> torch.Tensor | None:
-        """bool [B, T] with as many True as there are features; None where the text has no place for them: a filled cache already holds
-        the pictures given again, or they stand before it."""
+        """bool [B, T] with as many True as there are features; None where the text has no place for
+        them: a filled cache already holds the pictures given again, or they stand before it."""
         if self.plan.fusion == "prepend" and self.config.image_token_index is None:
             return None
         if attention_mask is not None:
@@ -323,16 +425,26 @@ class PicturesMixin:
         if not found and (filled or self.plan.fusion == "prepend"):
             return None
         if found != pictures * per_picture:
-            unexpanded = "; expand each <image> with the processor (MllamaImageProcessor)" if found <= pictures else ""
+            unexpanded = (
+                "; expand each <image> with the processor (MllamaImageProcessor)"
+                if found <= pictures
+                else ""
+            )
             raise ValueError(
                 f"input_ids hold {found} picture placeholders, but {pictures} pictures give {pictures * per_picture} features{unexpanded}"
             )
         if any(row % per_picture for row in rows):
-            raise ValueError(f"every row must hold a multiple of {per_picture} picture placeholders, got {rows}")
+            raise ValueError(
+                f"every row must hold a multiple of {per_picture} picture placeholders, got {rows}"
+            )
         return placeholders
 
-    def _embed(self, input_ids: torch.Tensor, placeholders: torch.Tensor | None = None) -> torch.Tensor:
-        """[B, T, hidden]: looked-up ids. Placeholders, which may lie outside the vocabulary, are not."""
+    def _embed(
+        self, input_ids: torch.Tensor, placeholders: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """[B, T, hidden]: looked-up ids. Placeholders, which may lie outside the vocabulary, are
+        not.
+        """
         if placeholders is not None:
             input_ids = input_ids.masked_fill(placeholders, 0)
         check_range(input_ids, self.get_input_embeddings().weight.shape[0])

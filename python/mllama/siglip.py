@@ -1,4 +1,6 @@
-"""SigLIP's vision model alone: features of pictures, and one pooled feature where the weights have a head for it."""
+"""SigLIP's vision model alone: features of pictures, and one pooled feature where the weights have
+a head for it.
+"""
 
 from typing import Any
 
@@ -17,7 +19,8 @@ class SiglipModel(PretrainedMixin, PreTrainedModel):
     """What transformers' SiglipVisionModel computes, on this package's operators.
 
     Args:
-        config: transformers' SiglipVisionConfig. With `vision_use_head` (the default) there is a pooling head.
+        config: transformers' SiglipVisionConfig. With `vision_use_head` (the default) there is a
+            pooling head.
 
     Raises:
         TypeError: another config.
@@ -55,15 +58,17 @@ class SiglipModel(PretrainedMixin, PreTrainedModel):
     ) -> BaseModelOutputWithPooling | tuple:
         """
         Args:
-            pixel_values: float [pictures, channels, image_size, image_size]; cast to the model's dtype.
+            pixel_values: float [pictures, channels, image_size, image_size]; cast to the model's
+                dtype.
             output_attentions, output_hidden_states: also return every layer's.
             return_dict: False returns a tuple.
-            interpolate_pos_encoding: take pixels of any size, [pictures, channels, height, width], with positions between the learned ones.
+            interpolate_pos_encoding: take pixels of any size, [pictures, channels, height, width],
+                with positions between the learned ones.
             kwargs: what `mllama.arguments` lists: passed over.
 
         Returns:
-            `last_hidden_state` [pictures, patches, hidden] after the final norm, `pooler_output` [pictures, hidden] with a head, and
-            `hidden_states`, `attentions` where asked for.
+            `last_hidden_state` [pictures, patches, hidden] after the final norm, `pooler_output`
+            [pictures, hidden] with a head, and `hidden_states`, `attentions` where asked for.
 
         Raises:
             TypeError: pixel_values is no floating tensor; an argument that is not known.
@@ -73,8 +78,14 @@ class SiglipModel(PretrainedMixin, PreTrainedModel):
         check_built(self)
         encoded = self.vision_tower(
             pixel_values,
-            output_hidden_states=bool(self.config.output_hidden_states if output_hidden_states is None else output_hidden_states),
-            output_attentions=bool(self.config.output_attentions if output_attentions is None else output_attentions),
+            output_hidden_states=bool(
+                self.config.output_hidden_states
+                if output_hidden_states is None
+                else output_hidden_states
+            ),
+            output_attentions=bool(
+                self.config.output_attentions if output_attentions is None else output_attentions
+            ),
             interpolate_pos_encoding=bool(interpolate_pos_encoding),
         )
         output = BaseModelOutputWithPooling(
@@ -83,4 +94,8 @@ class SiglipModel(PretrainedMixin, PreTrainedModel):
             hidden_states=encoded.hidden_states,
             attentions=encoded.attentions,
         )
-        return output if (self.config.return_dict if return_dict is None else return_dict) else output.to_tuple()
+        return (
+            output
+            if (self.config.return_dict if return_dict is None else return_dict)
+            else output.to_tuple()
+        )

@@ -3,7 +3,19 @@
 import pytest
 import torch
 
-from mllama.checkpoints.engine import Concat, Drop, Permute, Rename, Reshape, Row, Shift, Split, file_names, plan, to_file
+from mllama.checkpoints.engine import (
+    Concat,
+    Drop,
+    Permute,
+    Rename,
+    Reshape,
+    Row,
+    Shift,
+    Split,
+    file_names,
+    plan,
+    to_file,
+)
 
 
 def random(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -23,15 +35,27 @@ ROWS = {
     "rename": (Rename("a.*", "x.*"), {"x.w": (3, 2), "x.{}.b": (4,)}),
     "layers": (Rename("a.{}.q", "x.{}.wq"), {"x.0.wq": (3, 2), "x.11.wq": (3, 2)}),
     "layers and a rest": (Rename("a.{}.*", "x.{}.y.*"), {"x.0.y.w": (3, 2), "x.7.y.b.c": (3,)}),
-    "other layers": (Rename("a.{}.q", "x.{}.wq", index={0: 3, 1: 8}), {"x.0.wq": (3, 2), "x.1.wq": (3, 2)}),
+    "other layers": (
+        Rename("a.{}.q", "x.{}.wq", index={0: 3, 1: 8}),
+        {"x.0.wq": (3, 2), "x.1.wq": (3, 2)},
+    ),
     "permute": (Rename("a.*", "x.*", steps=[Permute(3)]), {"x.w": (24, 5), "x.b": (24,)}),
     "reshape": (Rename("a", "x", steps=[Reshape((2, 3, 2, 2), (2, 12))]), {"x": (2, 12)}),
     "shift": (Rename("a", "x", steps=[Shift(-1.0)]), {"x": (6,)}),
-    "several steps": (Rename("a", "x", steps=[Reshape((8, 3), (24,)), Permute(2), Shift(0.5)]), {"x": (24,)}),
+    "several steps": (
+        Rename("a", "x", steps=[Reshape((8, 3), (24,)), Permute(2), Shift(0.5)]),
+        {"x": (24,)},
+    ),
     "concat": (Concat("a.{}", ["x.{}.q", "x.{}.k"]), {"x.0.q": (3, 2), "x.0.k": (3, 2)}),
-    "concat of sizes": (Concat("a", ["x", "y", "z"], dim=1, sizes=(1, 4, 2)), {"x": (3, 1), "y": (3, 4), "z": (3, 2)}),
+    "concat of sizes": (
+        Concat("a", ["x", "y", "z"], dim=1, sizes=(1, 4, 2)),
+        {"x": (3, 1), "y": (3, 4), "z": (3, 2)},
+    ),
     "split": (Split(["a.q", "a.k", "a.v"], "x.qkv"), {"x.qkv": (6, 2)}),
-    "split of sizes": (Split(["a.{}.*", "b.{}.*"], "x.{}.*", dim=-1, sizes=(3, 1)), {"x.0.w": (2, 4), "x.12.b": (4,)}),
+    "split of sizes": (
+        Split(["a.{}.*", "b.{}.*"], "x.{}.*", dim=-1, sizes=(3, 1)),
+        {"x.0.w": (2, 4), "x.12.b": (4,)},
+    ),
 }
 
 
@@ -44,16 +68,23 @@ def test_read_and_write_are_inverse(case, seed):
     assert not ours.keys() & given.keys()
     again = to_file([row], ours)
     assert again.keys() == given.keys()
-    assert all(torch.allclose(again[name], value, rtol=0, atol=1e-6) and again[name].shape == value.shape for name, value in given.items())
+    assert all(
+        torch.allclose(again[name], value, rtol=0, atol=1e-6) and again[name].shape == value.shape
+        for name, value in given.items()
+    )
     once_more = read([row], again)
-    assert once_more.keys() == ours.keys() and all(torch.equal(once_more[name], value) for name, value in ours.items())
+    assert once_more.keys() == ours.keys() and all(
+        torch.equal(once_more[name], value) for name, value in ours.items()
+    )
     for name in ours:
         assert set(file_names([row], name)) <= given.keys()
 
 
 def test_permute_turns_neighbours_into_halves():
     heads, size = 2, 6
-    pairs = torch.tensor([[10 * head + i for i in range(size)] for head in range(heads)]).reshape(-1, 1)
+    pairs = torch.tensor([[10 * head + i for i in range(size)] for head in range(heads)]).reshape(
+        -1, 1
+    )
     halves = Permute(heads).read(pairs)
     assert halves.flatten().tolist() == [0, 2, 4, 1, 3, 5, 10, 12, 14, 11, 13, 15]
 
@@ -82,7 +113,9 @@ def test_shapes_that_cannot_be_are_refused(row: Row, shapes):
 
 def test_the_first_row_that_knows_a_name_decides():
     table = [Drop("x.head.*"), Rename("a.q", "x.wq"), Rename("a.*", "x.*")]
-    assert read(table, {"x.head.w": torch.zeros(1), "x.wq": torch.ones(1), "x.k": torch.zeros(1)}).keys() == {"a.q", "a.k"}
+    assert read(
+        table, {"x.head.w": torch.zeros(1), "x.wq": torch.ones(1), "x.k": torch.zeros(1)}
+    ).keys() == {"a.q", "a.k"}
     assert plan(table, ["y"])[1] == ["y"]
 
 
@@ -98,14 +131,21 @@ def test_further_spellings_are_read_and_not_written():
 
 def test_what_only_part_of_a_file_has_is_told_by_name():
     (move,), _, _ = plan([Concat("a.{}", ["x.{}.q", "x.{}.k"])], ["x.4.k"])
-    assert move.theirs == [None, "x.4.k"] and move.written == ["x.4.q", "x.4.k"] and move.ours == ["a.4"]
+    assert (
+        move.theirs == [None, "x.4.k"]
+        and move.written == ["x.4.q", "x.4.k"]
+        and move.ours == ["a.4"]
+    )
     with pytest.raises(ValueError, match="x cannot be written without b"):
         to_file([Split(["a", "b"], "x")], {"a": torch.zeros(1)})
     with pytest.raises(ValueError, match="no place"):
         to_file([Rename("a", "x")], {"surprise": torch.zeros(1)})
 
 
-@pytest.mark.parametrize("name", ["x..wq", "x.-1.wq", "x.01.wq", "x.1.0.wq", "x.٣.wq", "x.999999.wq", "x.0.wq\n", "x.0.wq.more"])
+@pytest.mark.parametrize(
+    "name",
+    ["x..wq", "x.-1.wq", "x.01.wq", "x.1.0.wq", "x.٣.wq", "x.999999.wq", "x.0.wq\n", "x.0.wq.more"],
+)
 def test_odd_numbers_are_no_layers(name):
     assert plan([Rename("a.{}.q", "x.{}.wq")], [name])[1] == [name]
 

@@ -19,11 +19,22 @@ def test_saving_again_leaves_no_older_weights_and_keeps_other_files(tmp_path):
     (folder / "tokenizer.json").write_text("{}")
     for shard in ("100KB", "5GB", "150KB", "100KB"):
         model.save_pretrained(folder, max_shard_size=shard)
-        assert torch.equal(logits(MllamaForConditionalGeneration.from_pretrained(folder)), logits(model))
+        assert torch.equal(
+            logits(MllamaForConditionalGeneration.from_pretrained(folder)), logits(model)
+        )
         weights = {path.name for path in folder.glob("*.safetensors")}
         index = folder / files.INDEX
-        assert weights == (set(json.loads(index.read_text())["weight_map"].values()) if index.exists() else {"model.safetensors"})
-    assert {path.name for path in folder.iterdir()} - weights == {"tokenizer.json", "config.json", "generation_config.json", files.INDEX}
+        assert weights == (
+            set(json.loads(index.read_text())["weight_map"].values())
+            if index.exists()
+            else {"model.safetensors"}
+        )
+    assert {path.name for path in folder.iterdir()} - weights == {
+        "tokenizer.json",
+        "config.json",
+        "generation_config.json",
+        files.INDEX,
+    }
     assert {path.name for path in tmp_path.iterdir()} == {"model"}
 
 
@@ -89,7 +100,9 @@ def test_what_is_saved_has_ordinary_permissions(saved):
     other.mkdir()
     (other / "file").touch()
     assert stat.S_IMODE(folder.stat().st_mode) == stat.S_IMODE(other.stat().st_mode)
-    assert {stat.S_IMODE(path.stat().st_mode) for path in folder.iterdir()} == {stat.S_IMODE((other / "file").stat().st_mode)}
+    assert {stat.S_IMODE(path.stat().st_mode) for path in folder.iterdir()} == {
+        stat.S_IMODE((other / "file").stat().st_mode)
+    }
 
 
 def test_a_file_in_the_folders_place_is_refused(tmp_path):

@@ -1,4 +1,6 @@
-"""Every format's table and config against what stock transformers saves: all is read, and what is written stock reads back the same."""
+"""Every format's table and config against what stock transformers saves: all is read, and what is
+written stock reads back the same.
+"""
 
 import json
 
@@ -23,7 +25,11 @@ def read_folder(folder, form):
         assert not unknown and not twice
         values = {}
         for move in moves:
-            values |= zip(move.ours, move.row.read([source.read(name).clone() for name in move.theirs]), strict=True)
+            values |= zip(
+                move.ours,
+                move.row.read([source.read(name).clone() for name in move.theirs]),
+                strict=True,
+            )
     return config, values
 
 
@@ -32,7 +38,13 @@ def test_stock_reads_what_is_written_of_what_stock_wrote(case, tmp_path):
     model, form = stock.make(case), FORMATS[case.split(",")[0]]
     model.save_pretrained(tmp_path / "stock")
     config, values = read_folder(tmp_path / "stock", form)
-    assert {name.split(".")[0] for name in values} <= {"language_model", "lm_head", "vision_tower", "multi_modal_projector", "head"}
+    assert {name.split(".")[0] for name in values} <= {
+        "language_model",
+        "lm_head",
+        "vision_tower",
+        "multi_modal_projector",
+        "head",
+    }
 
     (tmp_path / "ours").mkdir()
     save_weights(tmp_path / "ours", to_file(form.table(config), values), "100KB")
@@ -40,10 +52,17 @@ def test_stock_reads_what_is_written_of_what_stock_wrote(case, tmp_path):
     part = model.vision_model if case == "siglip" else model
     again, report = type(part).from_pretrained(tmp_path / "ours", output_loading_info=True)
     assert not any(report.values()), report
-    assert again.state_dict().keys() == {name for name in part.state_dict() if not name.startswith("model.vision_tower.head.")}
+    assert again.state_dict().keys() == {
+        name for name in part.state_dict() if not name.startswith("model.vision_tower.head.")
+    }
     for name, value in again.state_dict().items():
         assert torch.equal(value, part.state_dict()[name]), name
-    assert read_folder(tmp_path / "ours", FORMATS["siglip_vision_model"] if case == "siglip" else form)[1].keys() == values.keys()
+    assert (
+        read_folder(
+            tmp_path / "ours", FORMATS["siglip_vision_model"] if case == "siglip" else form
+        )[1].keys()
+        == values.keys()
+    )
 
 
 def ours_of(case: str):
@@ -63,9 +82,19 @@ def test_a_folder_of_stock_loads_and_is_written_back(case, tmp_path):
     assert not any(report.values()), report
     for name, value in again.state_dict().items():
         assert torch.equal(value, part.state_dict()[name]), name
-    before, after = (json.loads((tmp_path / folder / "config.json").read_text()) for folder in ("stock", "ours"))
-    assert after["architectures"] == ["SiglipVisionModel"] if case == "siglip" else before["architectures"]
-    assert "rope_parameters" not in json.dumps(after) and "dtype" not in after and after["torch_dtype"] == "float32"
+    before, after = (
+        json.loads((tmp_path / folder / "config.json").read_text()) for folder in ("stock", "ours")
+    )
+    assert (
+        after["architectures"] == ["SiglipVisionModel"]
+        if case == "siglip"
+        else before["architectures"]
+    )
+    assert (
+        "rope_parameters" not in json.dumps(after)
+        and "dtype" not in after
+        and after["torch_dtype"] == "float32"
+    )
 
 
 @pytest.mark.parametrize("case", stock.MAKERS)
@@ -94,16 +123,28 @@ def test_every_era_loads_as_a_state_dict(case, tmp_path):
 def test_the_released_spelling_is_read_and_written(case, older, tmp_path):
     stock.make(case).save_pretrained(tmp_path)
     tensors = load_file(tmp_path / "model.safetensors")
-    renamed = {older[1] + name.removeprefix(older[0]) if name.startswith(older[0]) else name: value for name, value in tensors.items()}
+    renamed = {
+        older[1] + name.removeprefix(older[0]) if name.startswith(older[0]) else name: value
+        for name, value in tensors.items()
+    }
     loaded = ours_of(case).from_pretrained(tmp_path)
     save_file(renamed, tmp_path / "model.safetensors", metadata={"format": "pt"})
     again = ours_of(case).from_pretrained(tmp_path)
-    assert all(torch.equal(value, again.state_dict()[name]) for name, value in loaded.state_dict().items())
+    assert all(
+        torch.equal(value, again.state_dict()[name]) for name, value in loaded.state_dict().items()
+    )
     again.save_pretrained(tmp_path)
     assert load_file(tmp_path / "model.safetensors").keys() == renamed.keys()
 
 
-@pytest.mark.parametrize("rope", [stock.ROPE, {**stock.ROPE, "type": "llama3"}, {k: v for k, v in stock.ROPE.items() if k != "rope_type"}])
+@pytest.mark.parametrize(
+    "rope",
+    [
+        stock.ROPE,
+        {**stock.ROPE, "type": "llama3"},
+        {k: v for k, v in stock.ROPE.items() if k != "rope_type"},
+    ],
+)
 @pytest.mark.parametrize("new", [False, True])
 def test_rope_is_read_in_either_spelling_and_written_in_the_older(rope, new, tmp_path):
     if "rope_type" not in rope:
@@ -111,24 +152,36 @@ def test_rope_is_read_in_either_spelling_and_written_in_the_older(rope, new, tmp
     stock.make("llama, scaled").save_pretrained(tmp_path)
     content = json.loads((tmp_path / "config.json").read_text())
     content.pop("rope_parameters")
-    content |= {"rope_parameters": {**rope, "rope_theta": 5e5}} if new else {"rope_theta": 5e5, "rope_scaling": rope}
+    content |= (
+        {"rope_parameters": {**rope, "rope_theta": 5e5}}
+        if new
+        else {"rope_theta": 5e5, "rope_scaling": rope}
+    )
     (tmp_path / "config.json").write_text(json.dumps(content))
     loaded = MllamaForConditionalGeneration.from_pretrained(tmp_path)
     assert loaded.config.rope_parameters.items() >= {**stock.ROPE, "rope_theta": 5e5}.items()
     loaded.save_pretrained(tmp_path)
     written = json.loads((tmp_path / "config.json").read_text())
-    assert written["rope_theta"] == 5e5 and written["rope_scaling"] == stock.ROPE and "rope_parameters" not in written
+    assert (
+        written["rope_theta"] == 5e5
+        and written["rope_scaling"] == stock.ROPE
+        and "rope_parameters" not in written
+    )
 
 
 def test_mllamas_heads_are_read_under_either_name(tmp_path):
     stock.make("mllama").save_pretrained(tmp_path)
     content = json.loads((tmp_path / "config.json").read_text())
-    content["vision_config"]["num_attention_heads"] = content["vision_config"].pop("attention_heads")
+    content["vision_config"]["num_attention_heads"] = content["vision_config"].pop(
+        "attention_heads"
+    )
     (tmp_path / "config.json").write_text(json.dumps(content))
     loaded = MllamaForConditionalGeneration.from_pretrained(tmp_path)
     assert loaded.config.vision_config.attention_heads == 2
     loaded.save_pretrained(tmp_path)
-    assert json.loads((tmp_path / "config.json").read_text())["vision_config"]["attention_heads"] == 2
+    assert (
+        json.loads((tmp_path / "config.json").read_text())["vision_config"]["attention_heads"] == 2
+    )
 
 
 def test_the_wrong_class_for_a_folder_says_so(tmp_path):
@@ -150,26 +203,50 @@ def test_paligemma_2_is_refused_by_name(tmp_path):
 
 
 def names_of_llama_3_2_11b_vision():
-    """Every name of the released files, from notes on the format, not from the table: {name: shape}."""
-    names = {"language_model.model.embed_tokens.weight": (128264, 4096), "language_model.model.norm.weight": (4096,)}
+    """Every name of the released files, from notes on the format, not from the table: {name:
+    shape}.
+    """
+    names = {
+        "language_model.model.embed_tokens.weight": (128264, 4096),
+        "language_model.model.norm.weight": (4096,),
+    }
     names["language_model.lm_head.weight"] = (128256, 4096)
     for layer in range(40):
         here = f"language_model.model.layers.{layer}."
-        names |= {here + f"{norm}_layernorm.weight": (4096,) for norm in ("input", "post_attention")}
-        names |= {here + "mlp.gate_proj.weight": (14336, 4096), here + "mlp.up_proj.weight": (14336, 4096)}
+        names |= {
+            here + f"{norm}_layernorm.weight": (4096,) for norm in ("input", "post_attention")
+        }
+        names |= {
+            here + "mlp.gate_proj.weight": (14336, 4096),
+            here + "mlp.up_proj.weight": (14336, 4096),
+        }
         names[here + "mlp.down_proj.weight"] = (4096, 14336)
         cross = layer in (3, 8, 13, 18, 23, 28, 33, 38)
         attention = here + ("cross_attn." if cross else "self_attn.")
-        names |= {attention + f"{part}_proj.weight": (4096 if part in "qo" else 1024, 4096) for part in "qkvo"}
+        names |= {
+            attention + f"{part}_proj.weight": (4096 if part in "qo" else 1024, 4096)
+            for part in "qkvo"
+        }
         if cross:
             names |= {attention + "q_norm.weight": (128,), attention + "k_norm.weight": (128,)}
             names |= {here + "cross_attn_attn_gate": (1,), here + "cross_attn_mlp_gate": (1,)}
     names |= {"multi_modal_projector.weight": (4096, 7680), "multi_modal_projector.bias": (4096,)}
     vision, patches = "vision_model.", (560 // 14) ** 2 + 1
-    names |= {vision + "class_embedding": (1280,), vision + "patch_embedding.weight": (1280, 3, 14, 14)}
-    names |= {f"{vision}layernorm_{place}.{kind}": (1280,) for place in ("pre", "post") for kind in ("weight", "bias")}
+    names |= {
+        vision + "class_embedding": (1280,),
+        vision + "patch_embedding.weight": (1280, 3, 14, 14),
+    }
+    names |= {
+        f"{vision}layernorm_{place}.{kind}": (1280,)
+        for place in ("pre", "post")
+        for kind in ("weight", "bias")
+    }
     position = vision + "gated_positional_embedding."
-    names |= {position + "embedding": (patches, 1280), position + "gate": (1,), position + "tile_embedding.weight": (9, 4 * patches * 1280)}
+    names |= {
+        position + "embedding": (patches, 1280),
+        position + "gate": (1,),
+        position + "tile_embedding.weight": (9, 4 * patches * 1280),
+    }
     for place in ("pre", "post"):
         names[f"{vision}{place}_tile_positional_embedding.embedding.weight"] = (9, 4 * 1280)
         names[f"{vision}{place}_tile_positional_embedding.gate"] = (1,)
@@ -259,8 +336,15 @@ def test_every_name_of_llama_3_2_11b_vision_is_accounted_for():
     content = OLD | {
         "model_type": "mllama",
         "image_token_index": 128256,
-        "vision_config": OLD | {"model_type": "mllama_vision_model", "image_size": 560, "attention_heads": 16, "tie_word_embeddings": True},
-        "text_config": OLD | {"model_type": "mllama_text_model", "rope_theta": 5e5, "rope_scaling": stock.ROPE},
+        "vision_config": OLD
+        | {
+            "model_type": "mllama_vision_model",
+            "image_size": 560,
+            "attention_heads": 16,
+            "tie_word_embeddings": True,
+        },
+        "text_config": OLD
+        | {"model_type": "mllama_text_model", "rope_theta": 5e5, "rope_scaling": stock.ROPE},
     }
     config = FORMATS["mllama"].from_file(content)
     with torch.device("meta"):
@@ -270,5 +354,7 @@ def test_every_name_of_llama_3_2_11b_vision_is_accounted_for():
     report = match(model.state_dict(), headers, FORMATS["mllama"].table(config))
     assert report.problems() == "" and not report.lacking and report.dtype == torch.bfloat16
     assert to_file(FORMATS["mllama"].table(config), model.state_dict()).keys() == names.keys()
-    assert sum(torch.Size(shape).numel() for shape in names.values()) == sum(value.numel() for value in model.state_dict().values())
+    assert sum(torch.Size(shape).numel() for shape in names.values()) == sum(
+        value.numel() for value in model.state_dict().values()
+    )
     assert 10.6e9 < model.num_parameters() < 10.8e9

@@ -1,4 +1,6 @@
-"""GGUF files against stock transformers, against llama.cpp's layout spelt out here, and against files that lie."""
+"""GGUF files against stock transformers, against llama.cpp's layout spelt out here, and against
+files that lie.
+"""
 
 import re
 import struct
@@ -7,7 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
-from transformers import GemmaConfig, GemmaForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    GemmaConfig,
+    GemmaForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
 import stock as tiny
 import twins
@@ -71,8 +79,17 @@ def theirs(name: str) -> str:
     return f"blk.{layer}.{NAMES['.'.join(inner)]}.{kind}"
 
 
-def write(path: Path, model, kind: Type = Type.F32, metadata=lambda writer: None, extra: dict | None = None, **changed) -> Path:
-    """A file as llama.cpp's converter writes it: permuted q and k for llama, norms with 1 added for gemma."""
+def write(
+    path: Path,
+    model,
+    kind: Type = Type.F32,
+    metadata=lambda writer: None,
+    extra: dict | None = None,
+    **changed,
+) -> Path:
+    """A file as llama.cpp's converter writes it: permuted q and k for llama, norms with 1 added for
+    gemma.
+    """
     config = model.config
     architecture = config.model_type
     writer = gguf.GGUFWriter(path, architecture)
@@ -99,7 +116,11 @@ def write(path: Path, model, kind: Type = Type.F32, metadata=lambda writer: None
             array = array + 1
         if architecture == "llama" and ("q_proj" in name or "k_proj" in name):
             heads = config.num_attention_heads if "q_proj" in name else config.num_key_value_heads
-            array = array.reshape(heads, 2, config.head_dim // 2, *array.shape[1:]).swapaxes(1, 2).reshape(array.shape)
+            array = (
+                array.reshape(heads, 2, config.head_dim // 2, *array.shape[1:])
+                .swapaxes(1, 2)
+                .reshape(array.shape)
+            )
         matrix = kind if array.ndim > 1 else Type.F32
         writer.add_tensor(theirs(name), gguf.quantize(array, matrix), raw_dtype=matrix)
     for name, array in (extra or {}).items():
@@ -135,7 +156,10 @@ def factors(parameters: dict, head_dim: int = 16) -> np.ndarray:
     [
         ("llama", {"tie_word_embeddings": True}),
         ("llama", {"attention_bias": True, "mlp_bias": True, "num_key_value_heads": 4}),
-        ("llama", {"head_dim": 32, "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0}}),
+        (
+            "llama",
+            {"head_dim": 32, "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0}},
+        ),
         ("gemma", {"num_key_value_heads": 1, "head_dim": 32}),
     ],
 )
@@ -161,11 +185,22 @@ def test_llama3_scaling_is_recovered_from_its_factors(tmp_path):
     path = write(tmp_path / "model.gguf", model, extra={"rope_freqs.weight": factors(LLAMA3)})
     ours = MllamaForConditionalGeneration.from_pretrained(path)
     assert ours.config.rope_parameters == LLAMA3 and close(logits(ours), logits(model))
-    path = write(tmp_path / "none.gguf", stock(), extra={"rope_freqs.weight": np.ones(8, np.float32)})
+    path = write(
+        tmp_path / "none.gguf", stock(), extra={"rope_freqs.weight": np.ones(8, np.float32)}
+    )
     assert open_gguf(path).config.rope_parameters["rope_type"] == "default"
-    for wrong, said in ((np.linspace(1, 9, 8), "no scaling of Llama 3 with low_freq_factor 1.0"), (np.ones(7), "must have 8 factors")):
+    for wrong, said in (
+        (np.linspace(1, 9, 8), "no scaling of Llama 3 with low_freq_factor 1.0"),
+        (np.ones(7), "must have 8 factors"),
+    ):
         with pytest.raises(ValueError, match=said):
-            open_gguf(write(tmp_path / "wrong.gguf", stock(), extra={"rope_freqs.weight": wrong.astype(np.float32)}))
+            open_gguf(
+                write(
+                    tmp_path / "wrong.gguf",
+                    stock(),
+                    extra={"rope_freqs.weight": wrong.astype(np.float32)},
+                )
+            )
 
 
 def test_linear_scaling(tmp_path):
@@ -174,16 +209,24 @@ def test_linear_scaling(tmp_path):
         writer.add_rope_scaling_factor(4.0)
 
     model = stock(rope_parameters={"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0})
-    ours = MllamaForConditionalGeneration.from_pretrained(write(tmp_path / "model.gguf", model, metadata=metadata))
+    ours = MllamaForConditionalGeneration.from_pretrained(
+        write(tmp_path / "model.gguf", model, metadata=metadata)
+    )
     assert close(logits(ours), logits(model))
 
 
-@pytest.mark.parametrize("kind", ["F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q4_K", "IQ4_XS"])
+@pytest.mark.parametrize(
+    "kind", ["F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q4_K", "IQ4_XS"]
+)
 def test_blocks_are_dequantised(tmp_path, kind):
     """Random blocks, since gguf quantises to some types only; K and IQ blocks are 256 wide."""
     kind, rng = Type[kind], np.random.default_rng(0)
     block, size = gguf.GGML_QUANT_SIZES[kind]
-    stored = gguf.quantize(rng.normal(size=(4, 256)).astype(np.float32), kind) if block < 256 else rng.integers(0, 99, (4, size), np.uint8)
+    stored = (
+        gguf.quantize(rng.normal(size=(4, 256)).astype(np.float32), kind)
+        if block < 256
+        else rng.integers(0, 99, (4, size), np.uint8)
+    )
     writer = gguf.GGUFWriter(tmp_path / "one.gguf", "llama")
     writer.add_tensor("x", stored, raw_dtype=kind)
     writer.write_header_to_file()
@@ -193,13 +236,28 @@ def test_blocks_are_dequantised(tmp_path, kind):
     source = GgufSource(GgufHeader(tmp_path / "one.gguf"))
     header, value = source.headers()["x"], source.read("x")
     plain = {Type.F16: torch.float16, Type.BF16: torch.bfloat16}
-    assert (header.shape, header.dtype) == ((4, 256), plain.get(kind, torch.float32)) == (tuple(value.shape), value.dtype)
-    assert torch.equal(value.float().nan_to_num(), torch.from_numpy(gguf.dequantize(stored, kind)).nan_to_num())
+    assert (
+        (header.shape, header.dtype)
+        == ((4, 256), plain.get(kind, torch.float32))
+        == (tuple(value.shape), value.dtype)
+    )
+    assert torch.equal(
+        value.float().nan_to_num(), torch.from_numpy(gguf.dequantize(stored, kind)).nan_to_num()
+    )
 
 
 def test_auto_is_the_files_dtype_and_float32_for_blocks(tmp_path):
-    for kind, dtype in ((Type.F16, torch.float16), (Type.BF16, torch.bfloat16), (Type.Q8_0, torch.float32)):
-        assert MllamaForConditionalGeneration.from_pretrained(write(tmp_path / "model.gguf", stock(), kind)).dtype == dtype
+    for kind, dtype in (
+        (Type.F16, torch.float16),
+        (Type.BF16, torch.bfloat16),
+        (Type.Q8_0, torch.float32),
+    ):
+        assert (
+            MllamaForConditionalGeneration.from_pretrained(
+                write(tmp_path / "model.gguf", stock(), kind)
+            ).dtype
+            == dtype
+        )
 
 
 def test_special_ids(tmp_path):
@@ -208,13 +266,29 @@ def test_special_ids(tmp_path):
         writer.add_eos_token_id(2)
         writer.add_eot_token_id(5)
 
-    model = MllamaForConditionalGeneration.from_pretrained(write(tmp_path / "model.gguf", stock(), metadata=metadata))
-    assert model.generation_config.eos_token_id == [2, 5] and model.generation_config.bos_token_id == 1
+    model = MllamaForConditionalGeneration.from_pretrained(
+        write(tmp_path / "model.gguf", stock(), metadata=metadata)
+    )
+    assert (
+        model.generation_config.eos_token_id == [2, 5] and model.generation_config.bos_token_id == 1
+    )
     assert model.config.pad_token_id is None
     with pytest.raises(ValueError, match="mllama.eos_token_ids"):
-        open_gguf(write(tmp_path / "wrong.gguf", stock(), metadata=lambda writer: writer.add_array("mllama.eos_token_ids", [1, 99])))
+        open_gguf(
+            write(
+                tmp_path / "wrong.gguf",
+                stock(),
+                metadata=lambda writer: writer.add_array("mllama.eos_token_ids", [1, 99]),
+            )
+        )
     with pytest.raises(ValueError, match="eos_token_id is 99, the vocabulary has 99 tokens"):
-        open_gguf(write(tmp_path / "wrong.gguf", stock(), metadata=lambda writer: writer.add_eos_token_id(99)))
+        open_gguf(
+            write(
+                tmp_path / "wrong.gguf",
+                stock(),
+                metadata=lambda writer: writer.add_eos_token_id(99),
+            )
+        )
 
 
 CONTROL, NORMAL = gguf.TokenType.CONTROL, gguf.TokenType.NORMAL
@@ -224,7 +298,10 @@ CONTROL, NORMAL = gguf.TokenType.CONTROL, gguf.TokenType.NORMAL
     ("tokens", "ends"),
     [
         ({"<|end_of_text|>": CONTROL, "<|eot_id|>": CONTROL}, [2, 3]),
-        ({"<|end_of_text|>": CONTROL, "<|eom_id|>": CONTROL, "<|eot_id|>": NORMAL}, [2, 3, 4]),  # of files converted with wrong types
+        (
+            {"<|end_of_text|>": CONTROL, "<|eom_id|>": CONTROL, "<|eot_id|>": NORMAL},
+            [2, 3, 4],
+        ),  # of files converted with wrong types
         ({"<|endoftext|>": CONTROL, "<|im_end|>": CONTROL}, [2, 3]),
         ({"<eos>": CONTROL, "<end_of_turn>": CONTROL}, [2, 3]),
         ({"<eos>": CONTROL, "</s>": NORMAL}, 2),  # a struck-out text
@@ -237,7 +314,9 @@ def test_ends_of_an_answer_are_known_by_their_texts(tmp_path, tokens, ends):
         writer.add_token_types([NORMAL, NORMAL, *tokens.values()])
         writer.add_eos_token_id(2)
 
-    model = MllamaForConditionalGeneration.from_pretrained(write(tmp_path / "model.gguf", stock(), metadata=metadata))
+    model = MllamaForConditionalGeneration.from_pretrained(
+        write(tmp_path / "model.gguf", stock(), metadata=metadata)
+    )
     assert model.generation_config.eos_token_id == ends
 
 
@@ -266,7 +345,10 @@ def test_ends_of_generation_come_back(tmp_path, make_tokenizer, ends):
         ({"block_count": 3}, r"missing \(9\): blk.2"),
         ({"attention.head_count": None}, "has no llama.attention.head_count"),
         ({"attention.key_length": 2**30}, "head_dim"),
-        ({"attention.head_count_kv": 3}, "num_attention_heads 4 is not a multiple of num_key_value_heads 3"),
+        (
+            {"attention.head_count_kv": 3},
+            "num_attention_heads 4 is not a multiple of num_key_value_heads 3",
+        ),
         ({"embedding_length": 2**31 - 2}, "embedding|hidden|shape|laid out"),
         ({"feed_forward_length": 2**31}, "intermediate_size must be at most 2147483647"),
         ({"feed_forward_length": 2**31 - 1}, "shape"),
@@ -274,7 +356,9 @@ def test_ends_of_generation_come_back(tmp_path, make_tokenizer, ends):
 )
 def test_sizes_that_cannot_be(tmp_path, changed, said):
     with pytest.raises(ValueError, match=said):
-        MllamaForConditionalGeneration.from_pretrained(write(tmp_path / "model.gguf", stock(), **changed))
+        MllamaForConditionalGeneration.from_pretrained(
+            write(tmp_path / "model.gguf", stock(), **changed)
+        )
 
 
 def test_other_models_are_refused_by_name(tmp_path):
@@ -293,8 +377,14 @@ def test_other_models_are_refused_by_name(tmp_path):
             open_gguf(tmp_path / "model.gguf")
     for add, said in (
         (lambda writer: writer.add_expert_count(8), "several experts are not read"),
-        (lambda writer: writer.add_rope_scaling_type(gguf.RopeScalingType.YARN), "'yarn' is not read"),
-        (lambda writer: writer.add_value_length(8), "attention.value_length is 8, attention.key_length is 16; they must be equal"),
+        (
+            lambda writer: writer.add_rope_scaling_type(gguf.RopeScalingType.YARN),
+            "'yarn' is not read",
+        ),
+        (
+            lambda writer: writer.add_value_length(8),
+            "attention.value_length is 8, attention.key_length is 16; they must be equal",
+        ),
     ):
         with pytest.raises(ValueError, match=said):
             open_gguf(write(tmp_path / "model.gguf", stock(), metadata=add))
@@ -323,23 +413,44 @@ HOSTILE = {
     "key without end": lying(values=1, rest=struct.pack("<Q", HUGE) + b"abc"),
     "text without end": lying(values=1, rest=text(b"key") + struct.pack("<IQ", 8, 2**64 - 1)),
     "array without end": lying(values=1, rest=text(b"key") + struct.pack("<IIQ", 9, 0, 2**62)),
-    "array of empty texts": lying(values=1, rest=text(b"key") + struct.pack("<IIQ", 9, 8, 2**62) + bytes(800)),
-    "arrays in arrays": lying(values=1, rest=text(b"key") + struct.pack("<I", 9) + struct.pack("<IQ", 9, 1) * 5000),
+    "array of empty texts": lying(
+        values=1, rest=text(b"key") + struct.pack("<IIQ", 9, 8, 2**62) + bytes(800)
+    ),
+    "arrays in arrays": lying(
+        values=1, rest=text(b"key") + struct.pack("<I", 9) + struct.pack("<IQ", 9, 1) * 5000
+    ),
     "unknown type of value": lying(values=1, rest=text(b"key") + struct.pack("<IQ", 13, 0)),
     "twice the same key": lying(values=2, rest=(text(b"key") + struct.pack("<II", 4, 1)) * 2),
     "key that is no text": lying(values=1, rest=text(b"\xff\xfe") + struct.pack("<II", 4, 1)),
     "alignment 0": lying(values=1, rest=text(b"general.alignment") + struct.pack("<II", 4, 0)),
-    "dimensions without end": lying(tensors=1, rest=text(b"x") + struct.pack("<I", 2**32 - 1) + bytes(64)),
-    "five dimensions": lying(tensors=1, rest=text(b"x") + struct.pack("<I5QIQ", 5, 1, 1, 1, 1, 1, 0, 0) + bytes(64)),
+    "dimensions without end": lying(
+        tensors=1, rest=text(b"x") + struct.pack("<I", 2**32 - 1) + bytes(64)
+    ),
+    "five dimensions": lying(
+        tensors=1, rest=text(b"x") + struct.pack("<I5QIQ", 5, 1, 1, 1, 1, 1, 0, 0) + bytes(64)
+    ),
     "no dimension": lying(tensors=1, rest=text(b"x") + struct.pack("<IIQ", 0, 2, 0) + bytes(64)),
     "no elements": lying(tensors=1, rest=text(b"x") + TENSOR.pack(2, 0, 2, 0, 0) + bytes(64)),
-    "sizes that overflow": lying(tensors=1, rest=text(b"x") + TENSOR.pack(2, 2**33, 2**33, 0, 0) + bytes(64)),
-    "more data than the file": lying(tensors=1, rest=text(b"x") + TENSOR.pack(2, 64, 64, 0, 0) + bytes(64)),
-    "offset that wraps": lying(tensors=1, rest=text(b"x") + TENSOR.pack(2, 2, 2, 0, 2**64 - 32) + bytes(64)),
-    "unknown type of block": lying(tensors=1, rest=text(b"x") + TENSOR.pack(2, 2, 2, 99, 0) + bytes(64)),
+    "sizes that overflow": lying(
+        tensors=1, rest=text(b"x") + TENSOR.pack(2, 2**33, 2**33, 0, 0) + bytes(64)
+    ),
+    "more data than the file": lying(
+        tensors=1, rest=text(b"x") + TENSOR.pack(2, 64, 64, 0, 0) + bytes(64)
+    ),
+    "offset that wraps": lying(
+        tensors=1, rest=text(b"x") + TENSOR.pack(2, 2, 2, 0, 2**64 - 32) + bytes(64)
+    ),
+    "unknown type of block": lying(
+        tensors=1, rest=text(b"x") + TENSOR.pack(2, 2, 2, 99, 0) + bytes(64)
+    ),
     "half a block": lying(tensors=1, rest=text(b"x") + TENSOR.pack(2, 31, 2, 2, 0) + bytes(64)),
-    "twice the same tensor": lying(tensors=2, rest=(text(b"x") + TENSOR.pack(2, 2, 2, 0, 0)) * 2 + bytes(96)),
-    "tensors over each other": lying(tensors=2, rest=b"".join(text(x) + TENSOR.pack(2, 2, 2, 0, 0) for x in (b"x", b"y")) + bytes(96)),
+    "twice the same tensor": lying(
+        tensors=2, rest=(text(b"x") + TENSOR.pack(2, 2, 2, 0, 0)) * 2 + bytes(96)
+    ),
+    "tensors over each other": lying(
+        tensors=2,
+        rest=b"".join(text(x) + TENSOR.pack(2, 2, 2, 0, 0) for x in (b"x", b"y")) + bytes(96),
+    ),
 }
 
 
@@ -348,7 +459,9 @@ def test_files_that_lie_are_refused_at_once(tmp_path, case):
     path = tmp_path / "model.gguf"
     path.write_bytes(HOSTILE[case])
     for opener in (open_gguf, load_tokenizer):
-        with pytest.raises(ValueError, match="not a valid GGUF file|general.architecture|tokenizer.ggml.tokens"):
+        with pytest.raises(
+            ValueError, match="not a valid GGUF file|general.architecture|tokenizer.ggml.tokens"
+        ):
             opener(path)
     if case not in ("alignment 0",):
         with pytest.raises(ValueError, match="not a valid GGUF file"):
@@ -357,7 +470,9 @@ def test_files_that_lie_are_refused_at_once(tmp_path, case):
 
 def test_changed_bytes_give_an_error_or_a_model(tmp_path):
     """Every byte of the header in turn, and the file cut there."""
-    whole = write(tmp_path / "whole.gguf", stock(), metadata=lambda writer: writer.add_token_list(["a", "b"])).read_bytes()
+    whole = write(
+        tmp_path / "whole.gguf", stock(), metadata=lambda writer: writer.add_token_list(["a", "b"])
+    ).read_bytes()
     path, rng = tmp_path / "changed.gguf", np.random.default_rng(0)
     refused = 0
     for place in range(0, 1500, 3):
@@ -385,20 +500,51 @@ def sentencepiece_tokenizer(prefix: bool = True):
     """Bytes, words of a few merges, and tokens that are matched whole."""
     words = ["\u2581", "a", "b", "c", "1", "ab", "\u2581a", "\u2581ab", "abc", "\u2581\u2581"]
     tokens = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *words, "<user>"]
-    merges = [("a", "b"), ("\u2581", "ab"), ("\u2581", "a"), ("\u2581a", "b"), ("ab", "c"), ("\u2581", "\u2581")]
+    merges = [
+        ("a", "b"),
+        ("\u2581", "ab"),
+        ("\u2581", "a"),
+        ("\u2581a", "b"),
+        ("ab", "c"),
+        ("\u2581", "\u2581"),
+    ]
     merges.sort(key=lambda pair: words.index("".join(pair)))
-    backend = Tokenizer(models.BPE({token: place for place, token in enumerate(tokens)}, merges, unk_token="<unk>", fuse_unk=True))
+    backend = Tokenizer(
+        models.BPE(
+            {token: place for place, token in enumerate(tokens)},
+            merges,
+            unk_token="<unk>",
+            fuse_unk=True,
+        )
+    )
     backend.model.byte_fallback = True
     spaces = normalizers.Replace(" ", "\u2581")
-    backend.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), spaces]) if prefix else spaces
+    backend.normalizer = (
+        normalizers.Sequence([normalizers.Prepend("\u2581"), spaces]) if prefix else spaces
+    )
     strip = [decoders.Strip(" ", 1, 0)] if prefix else []
-    backend.decoder = decoders.Sequence([decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), *strip])
+    backend.decoder = decoders.Sequence(
+        [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), *strip]
+    )
     backend.add_tokens([AddedToken("<user>", normalized=False)])
     named = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
-    return PreTrainedTokenizerFast(tokenizer_object=backend, add_bos_token=True, chat_template="{{ messages[0]['content'] }}!", **named)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        add_bos_token=True,
+        chat_template="{{ messages[0]['content'] }}!",
+        **named,
+    )
 
 
-TEXTS = ["a", "ab abc  c", " ab<user> a", "", "na\u00efve \u6771\u4eac 2024\n", "</s>a<s>", "abcabcab   ab"]
+TEXTS = [
+    "a",
+    "ab abc  c",
+    " ab<user> a",
+    "",
+    "na\u00efve \u6771\u4eac 2024\n",
+    "</s>a<s>",
+    "abcabcab   ab",
+]
 
 
 def same(one, other) -> bool:
@@ -406,9 +552,12 @@ def same(one, other) -> bool:
     named = ("bos_token", "eos_token", "unk_token", "pad_token", "chat_template")
     return (
         all(one(text).input_ids == other(text).input_ids for text in TEXTS)
-        and all(one.decode(one(text).input_ids) == other.decode(one(text).input_ids) for text in TEXTS)
         and all(
-            one.decode(one(text).input_ids, skip_special_tokens=True) == other.decode(one(text).input_ids, skip_special_tokens=True)
+            one.decode(one(text).input_ids) == other.decode(one(text).input_ids) for text in TEXTS
+        )
+        and all(
+            one.decode(one(text).input_ids, skip_special_tokens=True)
+            == other.decode(one(text).input_ids, skip_special_tokens=True)
             for text in TEXTS
         )
         and all(getattr(one, name) == getattr(other, name) for name in named)
@@ -418,7 +567,10 @@ def same(one, other) -> bool:
 def own(model) -> MllamaForConditionalGeneration:
     """Our model with the weights of a stock one."""
     ours = MllamaForConditionalGeneration(model.config).to(model.dtype).eval()
-    state = {re.sub("^model\\.", "language_model.", name): value for name, value in model.state_dict().items()}
+    state = {
+        re.sub("^model\\.", "language_model.", name): value
+        for name, value in model.state_dict().items()
+    }
     torch.nn.Module.load_state_dict(ours, state)
     return ours
 
@@ -432,9 +584,21 @@ def test_what_is_written_comes_back(tmp_path, architecture, dtype, make_tokenize
     path = tmp_path / "new" / "model.gguf"
     save_gguf(ours, tokenizer, path, dtype)
     again = MllamaForConditionalGeneration.from_pretrained(path)
-    assert again.dtype == torch_dtype and [entry.name for entry in path.parent.iterdir()] == ["model.gguf"]
-    assert all(torch.equal(value, again.state_dict()[name]) for name, value in ours.state_dict().items())
-    kept = ("hidden_size", "head_dim", "rms_norm_eps", "rope_parameters", "max_position_embeddings", "tie_word_embeddings", "vocab_size")
+    assert again.dtype == torch_dtype and [entry.name for entry in path.parent.iterdir()] == [
+        "model.gguf"
+    ]
+    assert all(
+        torch.equal(value, again.state_dict()[name]) for name, value in ours.state_dict().items()
+    )
+    kept = (
+        "hidden_size",
+        "head_dim",
+        "rms_norm_eps",
+        "rope_parameters",
+        "max_position_embeddings",
+        "tie_word_embeddings",
+        "vocab_size",
+    )
     assert all(getattr(again.config, name) == getattr(ours.config, name) for name in kept)
     assert same(load_tokenizer(path), tokenizer)
 
@@ -442,42 +606,70 @@ def test_what_is_written_comes_back(tmp_path, architecture, dtype, make_tokenize
 def test_the_file_is_as_llama_cpps_converter_writes_it(tmp_path, make_tokenizer):
     """Names, order of dimensions, permutation, types and keys; `write` is the converter spelt out."""
     model = stock(rope_parameters=LLAMA3, vocab_size=330)
-    written = write(tmp_path / "wanted.gguf", model, Type.F16, extra={"rope_freqs.weight": factors(LLAMA3)})
+    written = write(
+        tmp_path / "wanted.gguf", model, Type.F16, extra={"rope_freqs.weight": factors(LLAMA3)}
+    )
     save_gguf(own(model), make_tokenizer(), tmp_path / "model.gguf", "f16")
     wanted, found = gguf.GGUFReader(written), gguf.GGUFReader(tmp_path / "model.gguf")
     tensors = [{tensor.name: tensor for tensor in reader.tensors} for reader in (wanted, found)]
     assert tensors[0].keys() == tensors[1].keys()
     for name, tensor in tensors[0].items():
         other = tensors[1][name]
-        assert (tensor.tensor_type, tensor.shape.tolist()) == (other.tensor_type, other.shape.tolist())
+        assert (tensor.tensor_type, tensor.shape.tolist()) == (
+            other.tensor_type,
+            other.shape.tolist(),
+        )
         assert np.allclose(tensor.data, other.data, rtol=1e-6, atol=0)
     for key, field in wanted.fields.items():
         if not key.startswith("GGUF."):
-            assert (found.fields[key].types, found.fields[key].contents()) == (field.types, field.contents()), key
+            assert (found.fields[key].types, found.fields[key].contents()) == (
+                field.types,
+                field.contents(),
+            ), key
     said = {key: field.contents() for key, field in found.fields.items()}
-    assert said["general.file_type"] == 1 and said["llama.vocab_size"] == 330 and said["llama.rope.dimension_count"] == 16
-    assert said["tokenizer.ggml.model"] == "gpt2" and said["tokenizer.ggml.pre"] == "gpt-2" and len(said["tokenizer.ggml.tokens"]) == 330
+    assert (
+        said["general.file_type"] == 1
+        and said["llama.vocab_size"] == 330
+        and said["llama.rope.dimension_count"] == 16
+    )
+    assert (
+        said["tokenizer.ggml.model"] == "gpt2"
+        and said["tokenizer.ggml.pre"] == "gpt-2"
+        and len(said["tokenizer.ggml.tokens"]) == 330
+    )
 
 
 def test_q8_0(tmp_path, make_tokenizer):
     model = stock(vocab_size=330, intermediate_size=80)  # ffn_down's rows are no multiple of 32
     ours = own(model)
     save_gguf(ours, make_tokenizer(), tmp_path / "model.gguf", "q8_0")
-    kinds = {tensor.name: tensor.tensor_type.name for tensor in gguf.GGUFReader(tmp_path / "model.gguf").tensors}
-    assert (kinds["blk.0.attn_q.weight"], kinds["blk.0.ffn_down.weight"], kinds["blk.0.attn_norm.weight"]) == ("Q8_0", "F16", "F32")
+    kinds = {
+        tensor.name: tensor.tensor_type.name
+        for tensor in gguf.GGUFReader(tmp_path / "model.gguf").tensors
+    }
+    assert (
+        kinds["blk.0.attn_q.weight"],
+        kinds["blk.0.ffn_down.weight"],
+        kinds["blk.0.attn_norm.weight"],
+    ) == ("Q8_0", "F16", "F32")
     again = MllamaForConditionalGeneration.from_pretrained(tmp_path / "model.gguf")
     for name, value in ours.state_dict().items():
         assert (again.state_dict()[name] - value).abs().max() <= value.abs().max() / 250
 
 
 def test_a_scaling_of_another_original_context_comes_back(tmp_path, make_tokenizer):
-    ours = own(stock(vocab_size=330, rope_parameters=LLAMA3 | {"original_max_position_embeddings": 64}))
+    ours = own(
+        stock(vocab_size=330, rope_parameters=LLAMA3 | {"original_max_position_embeddings": 64})
+    )
     save_gguf(ours, make_tokenizer(), tmp_path / "model.gguf")
     again = MllamaForConditionalGeneration.from_pretrained(tmp_path / "model.gguf")
     assert again.config.rope_parameters == ours.config.rope_parameters
     for name, value in (("low_freq_factor", 2.0), ("factor", 0.5)):
         ours.config.rope_parameters = LLAMA3 | {name: value}
-        with pytest.raises(ValueError, match="cannot be written as GGUF: of rope_type 'llama3' it takes low_freq_factor 1.0"):
+        with pytest.raises(
+            ValueError,
+            match="cannot be written as GGUF: of rope_type 'llama3' it takes low_freq_factor 1.0",
+        ):
             save_gguf(ours, make_tokenizer(), tmp_path / "other.gguf")
 
 
@@ -486,7 +678,9 @@ def test_an_original_context_that_cannot_be_is_refused(length, tmp_path):
     path = write(
         tmp_path / "model.gguf",
         stock(rope_parameters=LLAMA3),
-        metadata=lambda writer: writer.add_uint64("llama.rope.scaling.original_context_length", length),
+        metadata=lambda writer: writer.add_uint64(
+            "llama.rope.scaling.original_context_length", length
+        ),
         extra={"rope_freqs.weight": factors(LLAMA3)},
     )
     with pytest.raises(ValueError, match="llama.rope.scaling.original_context_length must be"):
@@ -518,7 +712,9 @@ def test_pre_tokenizers_by_llama_cpps_names(tmp_path, make_tokenizer, pre):
     save_gguf(own(stock(vocab_size=330)), tokenizer, tmp_path / "model.gguf")
     again = load_tokenizer(tmp_path / "model.gguf").backend_tokenizer.pre_tokenizer
     found = again.pre_tokenize_str("I'LL pay 12345!!\n\n  ok")
-    assert [piece.replace("\u0120", " ").replace("\u010a", "\n") for piece, _ in found] == pieces[pre]
+    assert [piece.replace("\u0120", " ").replace("\u010a", "\n") for piece, _ in found] == pieces[
+        pre
+    ]
     assert GgufHeader(tmp_path / "model.gguf").get("tokenizer.ggml.pre", str) == pre
 
 
@@ -539,17 +735,32 @@ def test_what_cannot_be_written_is_refused_and_leaves_nothing(tmp_path, make_tok
     lowercase = make_tokenizer()
     lowercase.backend_tokenizer.normalizer = normalizers.Lowercase()
     for arguments, error, said in (
-        ((ours, tokenizer, path, "q4_0"), ValueError, "dtype must be one of 'f16', 'bf16', 'q8_0', got 'q4_0'"),
+        (
+            (ours, tokenizer, path, "q4_0"),
+            ValueError,
+            "dtype must be one of 'f16', 'bf16', 'q8_0', got 'q4_0'",
+        ),
         ((ours, object(), path), TypeError, "tokenizer must be a fast tokenizer"),
-        ((own(stock(vocab_size=300)), tokenizer, path), ValueError, "an embedding matrix of 300 rows"),
+        (
+            (own(stock(vocab_size=300)), tokenizer, path),
+            ValueError,
+            "an embedding matrix of 300 rows",
+        ),
         ((ours, lowercase, path), ValueError, "its normalizer .*Lowercase"),
-        ((own(stock(vocab_size=330, hidden_act="gelu_pytorch_tanh")), tokenizer, path), ValueError, "hidden_act 'gelu_pyt"),
+        (
+            (own(stock(vocab_size=330, hidden_act="gelu_pytorch_tanh")), tokenizer, path),
+            ValueError,
+            "hidden_act 'gelu_pyt",
+        ),
     ):
         with pytest.raises(error, match=said):
             save_gguf(*arguments)
     with torch.no_grad():
         ours.language_model.layers[0].mlp.up_proj.weight[0, 0] = 1e6
-    with pytest.raises(ValueError, match="blk.0.ffn_up.weight has weights beyond float16's largest, 65504; write bf16"):
+    with pytest.raises(
+        ValueError,
+        match="blk.0.ffn_up.weight has weights beyond float16's largest, 65504; write bf16",
+    ):
         save_gguf(ours, tokenizer, path)
     with pytest.raises(ValueError, match="cross-attention layers"):
         save_gguf(tiny.make("mllama"), tokenizer, path)
@@ -561,20 +772,44 @@ def test_what_cannot_be_written_is_refused_and_leaves_nothing(tmp_path, make_tok
     [
         (lambda writer: None, "has no tokenizer.ggml.tokens"),
         (lambda writer: writer.add_token_list(["a", "a"]), "must be distinct texts"),
-        (lambda writer: (writer.add_token_list(["a", "b"]), writer.add_token_types([1])), "one tokenizer.ggml.token_type each"),
-        (lambda writer: writer.add_token_list(["a" * 600]), "a token has 600 characters; at most 512 are read"),
-        (lambda writer: (writer.add_token_list(["a"]), writer.add_tokenizer_model("bert")), "'bert' is not read; 'gpt2' and 'llama' are"),
-        (lambda writer: (writer.add_token_list(["a"]), writer.add_tokenizer_model("llama")), "has no tokenizer.ggml.scores"),
         (
-            lambda writer: (writer.add_token_list(["a"]), writer.add_tokenizer_model("gpt2"), writer.add_tokenizer_pre("qwen2")),
+            lambda writer: (writer.add_token_list(["a", "b"]), writer.add_token_types([1])),
+            "one tokenizer.ggml.token_type each",
+        ),
+        (
+            lambda writer: writer.add_token_list(["a" * 600]),
+            "a token has 600 characters; at most 512 are read",
+        ),
+        (
+            lambda writer: (writer.add_token_list(["a"]), writer.add_tokenizer_model("bert")),
+            "'bert' is not read; 'gpt2' and 'llama' are",
+        ),
+        (
+            lambda writer: (writer.add_token_list(["a"]), writer.add_tokenizer_model("llama")),
+            "has no tokenizer.ggml.scores",
+        ),
+        (
+            lambda writer: (
+                writer.add_token_list(["a"]),
+                writer.add_tokenizer_model("gpt2"),
+                writer.add_tokenizer_pre("qwen2"),
+            ),
             "'qwen2' is not read; llama-bpe",
         ),
         (
-            lambda writer: (writer.add_token_list(["a"]), writer.add_tokenizer_model("gpt2"), writer.add_token_merges(["a b"])),
+            lambda writer: (
+                writer.add_token_list(["a"]),
+                writer.add_tokenizer_model("gpt2"),
+                writer.add_token_merges(["a b"]),
+            ),
             "the tokenizer cannot be",
         ),
         (
-            lambda writer: (writer.add_token_list(["a"]), writer.add_tokenizer_model("gpt2"), writer.add_bos_token_id(7)),
+            lambda writer: (
+                writer.add_token_list(["a"]),
+                writer.add_tokenizer_model("gpt2"),
+                writer.add_bos_token_id(7),
+            ),
             "bos_token_id is 7, there are 1 tokens",
         ),
     ],

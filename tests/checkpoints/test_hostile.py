@@ -1,4 +1,6 @@
-"""Files made to harm: each is refused with a clear error, nothing outside the folder is read, no memory taken for what they claim."""
+"""Files made to harm: each is refused with a clear error, nothing outside the folder is read, no
+memory taken for what they claim.
+"""
 
 import copy
 import json
@@ -75,7 +77,9 @@ def test_what_is_no_ordinary_file_is_refused_at_once(name, kind, llama):
     elif kind == "pipe":
         os.mkfifo(llama / name)
     else:
-        (llama / name).symlink_to({"device": "/dev/zero", "dangling": "nowhere", "loop": name}[kind])
+        (llama / name).symlink_to(
+            {"device": "/dev/zero", "dangling": "nowhere", "loop": name}[kind]
+        )
     start = time.monotonic()
     if name == "generation_config.json" and kind in ("dangling", "loop"):
         MllamaForConditionalGeneration.from_pretrained(llama)  # as if it were not there
@@ -131,7 +135,9 @@ def test_safetensors_files_that_lie_are_refused(case, llama):
 
 def test_a_huge_shape_of_no_elements_is_refused(llama):
     name = "model.norm.weight"
-    header = {name: tensor([2**63 - 1, 0], [0, 0])} | {str(other): tensor([0], [0, 0]) for other in range(9)}
+    header = {name: tensor([2**63 - 1, 0], [0, 0])} | {
+        str(other): tensor([0], [0, 0]) for other in range(9)
+    }
     (llama / WEIGHTS).write_bytes(safetensors(header))
     refuse(llama, rf"{name} is float32 \[9223372036854775807, 0\], the model takes floating \[64\]")
 
@@ -139,7 +145,11 @@ def test_a_huge_shape_of_no_elements_is_refused(llama):
 @pytest.mark.parametrize("name", ["\x1b[2J", "a\nb", "\ud800"])
 def test_names_that_a_terminal_would_act_on_are_escaped(name, tmp_path):
     stock.make("llama").save_pretrained(tmp_path, max_shard_size="60KB")
-    change(tmp_path, lambda content: content["weight_map"].update({name: "model-00001-of-00006.safetensors"}), INDEX)
+    change(
+        tmp_path,
+        lambda content: content["weight_map"].update({name: "model-00001-of-00006.safetensors"}),
+        INDEX,
+    )
     assert repr(name) in refuse(tmp_path, "its files do not hold")
     change(tmp_path, lambda content: content["weight_map"].update({"lm_head.weight": name}), INDEX)
     assert repr(name) in refuse(tmp_path)
@@ -151,11 +161,28 @@ def test_many_unexpected_tensors_make_a_short_error(llama):
     assert len(refuse(llama, r"unexpected \(20000\)")) < 10000
 
 
-HOSTILE = [None, -1, 0, 2**31, 2**63, 1.5, float("nan"), "x", [], {}, [[1]], [2**40] * 3, {"a": 1}, True]
+HOSTILE = [
+    None,
+    -1,
+    0,
+    2**31,
+    2**63,
+    1.5,
+    float("nan"),
+    "x",
+    [],
+    {},
+    [[1]],
+    [2**40] * 3,
+    {"a": 1},
+    True,
+]
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")
-@pytest.mark.parametrize("case", ["llama, scaled", "siglip_vision_model", "llava, clip", "paligemma", "mllama"])
+@pytest.mark.parametrize(
+    "case", ["llama, scaled", "siglip_vision_model", "llava, clip", "paligemma", "mllama"]
+)
 def test_any_value_of_any_field_loads_or_is_refused(case, tmp_path):
     """One value per field, others in another family; never another error, never for long."""
     stock.make(case).save_pretrained(tmp_path)
@@ -165,7 +192,16 @@ def test_any_value_of_any_field_loads_or_is_refused(case, tmp_path):
     tried = 0
     for place in places:
         fields = content if place is None else content[place]
-        for number, field in enumerate([*fields, "num_labels", "rope_scaling", "quantization_config", "torch_dtype", "id2label"]):
+        for number, field in enumerate(
+            [
+                *fields,
+                "num_labels",
+                "rope_scaling",
+                "quantization_config",
+                "torch_dtype",
+                "id2label",
+            ]
+        ):
             value = HOSTILE[(7 * number + len(case)) % len(HOSTILE)]
             changed = copy.deepcopy(content)
             (changed if place is None else changed[place])[field] = value
@@ -185,21 +221,67 @@ def test_any_value_of_any_field_loads_or_is_refused(case, tmp_path):
 @pytest.mark.parametrize(
     ("case", "edit", "named"),
     [
-        ("mllama", lambda c: c["vision_config"].update(num_global_layers=10**6), "vision_config: num_global_layers is 1000000"),
-        ("mllama", lambda c: c["text_config"].update(num_hidden_layers=10**6), "text_config: num_hidden_layers is 1000000"),
-        ("mllama", lambda c: c["vision_config"].update(max_num_tiles=10**6, supported_aspect_ratios=[[1, 1]] * 1000), "max_num_tiles"),
-        ("mllama", lambda c: c["text_config"].update(cross_attention_layers=[0, 10**9]), "cross_attention_layers"),
-        ("mllama", lambda c: c["vision_config"].update(intermediate_layers_indices=[-1]), "intermediate_layers_indices"),
-        ("llama", lambda c: c.update(num_hidden_layers=10**6), "config: num_hidden_layers is 1000000"),
+        (
+            "mllama",
+            lambda c: c["vision_config"].update(num_global_layers=10**6),
+            "vision_config: num_global_layers is 1000000",
+        ),
+        (
+            "mllama",
+            lambda c: c["text_config"].update(num_hidden_layers=10**6),
+            "text_config: num_hidden_layers is 1000000",
+        ),
+        (
+            "mllama",
+            lambda c: c["vision_config"].update(
+                max_num_tiles=10**6, supported_aspect_ratios=[[1, 1]] * 1000
+            ),
+            "max_num_tiles",
+        ),
+        (
+            "mllama",
+            lambda c: c["text_config"].update(cross_attention_layers=[0, 10**9]),
+            "cross_attention_layers",
+        ),
+        (
+            "mllama",
+            lambda c: c["vision_config"].update(intermediate_layers_indices=[-1]),
+            "intermediate_layers_indices",
+        ),
+        (
+            "llama",
+            lambda c: c.update(num_hidden_layers=10**6),
+            "config: num_hidden_layers is 1000000",
+        ),
         ("llama", lambda c: c.update(num_labels=10**9), "num_labels"),
         ("llama", lambda c: c.update(to_dict=3), "to_dict"),
-        ("llama", lambda c: c.update(rope_scaling={"rope_type": "yarn", "factor": 2.0}), "rope_type"),
-        ("llama", lambda c: c.update(auto_map={"AutoModel": "x.Y"}, num_attention_heads=0), "num_attention_heads"),
+        (
+            "llama",
+            lambda c: c.update(rope_scaling={"rope_type": "yarn", "factor": 2.0}),
+            "rope_type",
+        ),
+        (
+            "llama",
+            lambda c: c.update(auto_map={"AutoModel": "x.Y"}, num_attention_heads=0),
+            "num_attention_heads",
+        ),
         ("paligemma", lambda c: c["vision_config"].update(patch_size=0), "patch_size"),
-        ("paligemma", lambda c: c["text_config"].update(num_labels=10**9), "text_config: num_labels"),
+        (
+            "paligemma",
+            lambda c: c["text_config"].update(num_labels=10**9),
+            "text_config: num_labels",
+        ),
         ("paligemma", lambda c: c.update(text_config=[]), "text_config must be an object"),
-        ("llava, clip", lambda c: c["text_config"].update(model_type="qwen2"), "'qwen2' is not supported; 'llama' is"),
-        ("llava, clip", lambda c: c["vision_config"].update(model_type="pixtral"), "'pixtral' is not supported"),
+        (
+            "llava, clip",
+            lambda c: c["text_config"].update(model_type="qwen2"),
+            "'qwen2' is not supported; 'llama' is",
+        ),
+        (
+            "llava, clip",
+            lambda c: c["vision_config"].update(model_type="pixtral"),
+            "'pixtral' is not supported",
+        ),
         ("siglip", lambda c: c["vision_config"].update(image_size=2**40), "image_size"),
     ],
 )
@@ -209,16 +291,26 @@ def test_hostile_configs_are_refused_by_name(case, edit, named, tmp_path):
     edit(content)
     (tmp_path / CONFIG).write_text(json.dumps(content))
     with pytest.raises(ValueError, match=named):
-        (SiglipModel if case == "siglip" else MllamaForConditionalGeneration).from_pretrained(tmp_path)
+        (SiglipModel if case == "siglip" else MllamaForConditionalGeneration).from_pretrained(
+            tmp_path
+        )
 
 
 def test_fields_that_steer_code_are_left_out_at_every_depth(tmp_path):
     stock.make("llava, clip").save_pretrained(tmp_path)
     content = json.loads((tmp_path / CONFIG).read_text())
-    steering = {"_attn_implementation_internal": "x/y", "auto_map": {"AutoModel": "evil.Model"}, "trust_remote_code": True}
+    steering = {
+        "_attn_implementation_internal": "x/y",
+        "auto_map": {"AutoModel": "evil.Model"},
+        "trust_remote_code": True,
+    }
     for part in (content, content["text_config"], content["vision_config"]):
         part |= steering
     (tmp_path / CONFIG).write_text(json.dumps(content))
     config = MllamaForConditionalGeneration.from_pretrained(tmp_path).config
     for part in (config, config.text_config, config.vision_config):
-        assert part._attn_implementation in (None, "eager") and not hasattr(part, "auto_map") and not hasattr(part, "trust_remote_code")
+        assert (
+            part._attn_implementation in (None, "eager")
+            and not hasattr(part, "auto_map")
+            and not hasattr(part, "trust_remote_code")
+        )

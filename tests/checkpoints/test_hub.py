@@ -1,4 +1,6 @@
-"""Models by their hub id, without a network: what is asked of huggingface_hub, its cache's layout, and every refusal in one line."""
+"""Models by their hub id, without a network: what is asked of huggingface_hub, its cache's layout,
+and every refusal in one line.
+"""
 
 import os
 
@@ -31,7 +33,12 @@ def cache(tmp_path):
     model.save_pretrained(tmp_path / "files", max_shard_size="100KB")
     repository = tmp_path / "cache" / "models--org--name"
     snapshot = repository / "snapshots" / REVISION
-    for folder in (repository / "blobs", repository / "refs", snapshot, tmp_path / "cache" / "blobs" / "ab"):
+    for folder in (
+        repository / "blobs",
+        repository / "refs",
+        snapshot,
+        tmp_path / "cache" / "blobs" / "ab",
+    ):
         folder.mkdir(parents=True)
     (repository / "refs" / "main").write_text(REVISION)
     for number, file in enumerate(sorted((tmp_path / "files").iterdir())):
@@ -46,12 +53,19 @@ def cache(tmp_path):
 
 
 def same(loaded, model) -> bool:
-    return all(torch.equal(value, model.state_dict()[name]) for name, value in loaded.state_dict().items())
+    return all(
+        torch.equal(value, model.state_dict()[name]) for name, value in loaded.state_dict().items()
+    )
 
 
 def test_a_cached_model_is_loaded_by_its_id(cache):
     folder, snapshot, model = cache
-    assert same(MllamaForConditionalGeneration.from_pretrained("org/name", cache_dir=folder, local_files_only=True), model)
+    assert same(
+        MllamaForConditionalGeneration.from_pretrained(
+            "org/name", cache_dir=folder, local_files_only=True
+        ),
+        model,
+    )
     assert same(MllamaForConditionalGeneration.from_pretrained(snapshot), model)
 
 
@@ -62,21 +76,39 @@ def test_a_link_out_of_the_cache_is_refused(cache):
     (snapshot / "config.json").unlink()
     (snapshot / "config.json").symlink_to(outside)
     with pytest.raises(ValueError, match="outside the folder"):
-        MllamaForConditionalGeneration.from_pretrained("org/name", cache_dir=folder, local_files_only=True)
+        MllamaForConditionalGeneration.from_pretrained(
+            "org/name", cache_dir=folder, local_files_only=True
+        )
 
 
 def test_what_is_asked_of_the_hub(tmp_path, monkeypatch):
     model = twins.model()
     model.save_pretrained(tmp_path / "fetched" / "inner")
     asked = {}
-    monkeypatch.setattr(hub, "snapshot_download", lambda name, **options: asked.update(name=name, **options) or str(tmp_path / "fetched"))
-    options = {"revision": "main", "cache_dir": tmp_path, "token": "secret", "local_files_only": False, "force_download": True}
-    loaded = MllamaForConditionalGeneration.from_pretrained("org/name", subfolder="inner", **options)
+    monkeypatch.setattr(
+        hub,
+        "snapshot_download",
+        lambda name, **options: asked.update(name=name, **options) or str(tmp_path / "fetched"),
+    )
+    options = {
+        "revision": "main",
+        "cache_dir": tmp_path,
+        "token": "secret",
+        "local_files_only": False,
+        "force_download": True,
+    }
+    loaded = MllamaForConditionalGeneration.from_pretrained(
+        "org/name", subfolder="inner", **options
+    )
     assert same(loaded, model)
     patterns = asked.pop("allow_patterns")
     assert asked == {"name": "org/name", "ignore_patterns": ["original/*"], **options}
     assert "inner/*.safetensors" in patterns and "inner/*.json" in patterns
-    assert not any(pattern.endswith(kind) for pattern in hub.PATTERNS for kind in ("bin", "pt", "pth", "h5", "*"))
+    assert not any(
+        pattern.endswith(kind)
+        for pattern in hub.PATTERNS
+        for kind in ("bin", "pt", "pth", "h5", "*")
+    )
 
 
 def test_a_local_folder_of_that_name_wins(tmp_path, monkeypatch):
@@ -93,8 +125,14 @@ RESPONSE = httpx.Response(403, request=httpx.Request("GET", "https://huggingface
 @pytest.mark.parametrize(
     ("error", "said"),
     [
-        (GatedRepoError("long\ntext", response=RESPONSE), "accept its licence at https://huggingface.co/org/name and log in"),
-        (RepositoryNotFoundError("long\ntext", response=RESPONSE), "no folder 'org/name' here, .* accept its licence .* and log in"),
+        (
+            GatedRepoError("long\ntext", response=RESPONSE),
+            "accept its licence at https://huggingface.co/org/name and log in",
+        ),
+        (
+            RepositoryNotFoundError("long\ntext", response=RESPONSE),
+            "no folder 'org/name' here, .* accept its licence .* and log in",
+        ),
         (RevisionNotFoundError("long\ntext", response=RESPONSE), "no revision 'v9'"),
         (LocalEntryNotFoundError("long\ntext"), "offline"),
         (httpx.ProxyError("long\ntext"), "cannot be fetched from the hub: ProxyError long text"),
@@ -112,10 +150,14 @@ def test_refusals_are_one_line(error, said, monkeypatch):
 
 def test_offline_says_so(tmp_path):
     with pytest.raises(FileNotFoundError, match="offline"):
-        MllamaForConditionalGeneration.from_pretrained("org/name", cache_dir=tmp_path, local_files_only=True)
+        MllamaForConditionalGeneration.from_pretrained(
+            "org/name", cache_dir=tmp_path, local_files_only=True
+        )
 
 
-@pytest.mark.parametrize("path", ["nowhere", "./org/name", "../name", "org/name/more", "/org/name", "org/..", "a\nb/c"])
+@pytest.mark.parametrize(
+    "path", ["nowhere", "./org/name", "../name", "org/name/more", "/org/name", "org/..", "a\nb/c"]
+)
 def test_what_is_no_id_is_a_path(path, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(hub, "snapshot_download", None)
@@ -131,4 +173,6 @@ def test_an_empty_path_is_not_the_current_folder(saved, monkeypatch):
 
 def test_an_id_the_hub_refuses_is_a_value_error(tmp_path):
     with pytest.raises(HFValidationError):  # a ValueError
-        MllamaForConditionalGeneration.from_pretrained("org--x/na..me", cache_dir=tmp_path, local_files_only=True)
+        MllamaForConditionalGeneration.from_pretrained(
+            "org--x/na..me", cache_dir=tmp_path, local_files_only=True
+        )

@@ -1,4 +1,6 @@
-"""Meta's own folders: tensors and logits equal to Meta's reference code, from one file and from parallel shards; hostile folders."""
+"""Meta's own folders: tensors and logits equal to Meta's reference code, from one file and from
+parallel shards; hostile folders.
+"""
 
 import json
 import os
@@ -32,7 +34,15 @@ PARAMS = {
         "rope_theta": 500000.0,
         "use_scaled_rope": True,
     },
-    "all heads": {"dim": 48, "n_layers": 2, "n_heads": 2, "vocab_size": 96, "norm_eps": 1e-6, "rope_theta": 10000.0, "multiple_of": 16},
+    "all heads": {
+        "dim": 48,
+        "n_layers": 2,
+        "n_heads": 2,
+        "vocab_size": 96,
+        "norm_eps": 1e-6,
+        "rope_theta": 10000.0,
+        "multiple_of": 16,
+    },
     "more layers": {
         "dim": 96,
         "n_layers": 5,
@@ -49,7 +59,9 @@ PARAMS = {
 
 def text_reference(params: dict) -> torch.nn.Module:
     code = meta_reference.load("model")
-    return randomise(code.Transformer(code.ModelArgs(**params, max_seq_len=16, max_batch_size=2))).eval()
+    return randomise(
+        code.Transformer(code.ModelArgs(**params, max_seq_len=16, max_batch_size=2))
+    ).eval()
 
 
 def write(folder, model: torch.nn.Module, params: dict, count: int = 1):
@@ -68,7 +80,9 @@ def close(ours: torch.Tensor, theirs: torch.Tensor) -> bool:
 @pytest.mark.parametrize("params", PARAMS.values(), ids=PARAMS)
 def test_text_logits_equal_metas(tmp_path, params, count):
     reference = text_reference(params)
-    model = MllamaForConditionalGeneration.from_pretrained(write(tmp_path / "meta", reference, params, count))
+    model = MllamaForConditionalGeneration.from_pretrained(
+        write(tmp_path / "meta", reference, params, count)
+    )
     tokens = torch.randint(0, params["vocab_size"], (2, 12))
     with torch.no_grad():
         assert close(model(input_ids=tokens).logits, reference(tokens, 0))
@@ -78,31 +92,45 @@ def test_text_logits_equal_metas(tmp_path, params, count):
 def test_mappings_are_given_back(tmp_path, monkeypatch):
     loads = []
     monkeypatch.setattr(meta_source, "_MAPPED", 1)
-    monkeypatch.setattr(meta_source, "_load", lambda path, load=meta_source._load: loads.append(path) or load(path))
+    monkeypatch.setattr(
+        meta_source, "_load", lambda path, load=meta_source._load: loads.append(path) or load(path)
+    )
     reference = text_reference(PARAMS["grouped"])
-    model = MllamaForConditionalGeneration.from_pretrained(write(tmp_path, reference, PARAMS["grouped"], 2))
+    model = MllamaForConditionalGeneration.from_pretrained(
+        write(tmp_path, reference, PARAMS["grouped"], 2)
+    )
     written = to_file(meta_tables.text_table(model.config), model.state_dict())
-    assert len(loads) > 20 and all(torch.equal(written[name], tensor) for name, tensor in reference.state_dict().items())
+    assert len(loads) > 20 and all(
+        torch.equal(written[name], tensor) for name, tensor in reference.state_dict().items()
+    )
 
 
 @pytest.mark.parametrize("params", PARAMS.values(), ids=PARAMS)
 def test_writes_what_it_read(tmp_path, params):
     reference = text_reference(params)
-    model = MllamaForConditionalGeneration.from_pretrained(write(tmp_path / "meta", reference, params))
+    model = MllamaForConditionalGeneration.from_pretrained(
+        write(tmp_path / "meta", reference, params)
+    )
     written = to_file(meta_tables.text_table(model.config), model.state_dict())
     assert written.keys() == reference.state_dict().keys()
-    assert all(torch.equal(written[name], tensor) for name, tensor in reference.state_dict().items())
+    assert all(
+        torch.equal(written[name], tensor) for name, tensor in reference.state_dict().items()
+    )
 
 
 def test_saved_folder_is_hugging_faces(tmp_path):
     reference = text_reference(PARAMS["grouped"])
-    model = MllamaForConditionalGeneration.from_pretrained(write(tmp_path / "meta", reference, PARAMS["grouped"], 2), dtype="bfloat16")
+    model = MllamaForConditionalGeneration.from_pretrained(
+        write(tmp_path / "meta", reference, PARAMS["grouped"], 2), dtype="bfloat16"
+    )
     model.save_pretrained(tmp_path / "saved")
     stock = LlamaForCausalLM.from_pretrained(tmp_path / "saved", dtype="float32")
     tokens = torch.randint(0, 520, (1, 12))
     with torch.no_grad():
         assert close(stock(tokens).logits, model.float()(input_ids=tokens).logits)
-    assert stock.generation_config.eos_token_id == [265, 272, 273] and stock.config.bos_token_id == 264
+    assert (
+        stock.generation_config.eos_token_id == [265, 272, 273] and stock.config.bos_token_id == 264
+    )
 
 
 VISION_PARAMS = PARAMS["grouped"] | {
@@ -129,10 +157,14 @@ def small_tower(monkeypatch):
 
 
 def vision_reference(**changed) -> torch.nn.Module:
-    return randomise(meta_reference.vision_model(VISION_PARAMS | changed | {"max_seq_len": 16}, **TOWER)).eval()
+    return randomise(
+        meta_reference.vision_model(VISION_PARAMS | changed | {"max_seq_len": 16}, **TOWER)
+    ).eval()
 
 
-def pictures_seen(model: MllamaForConditionalGeneration, reference: torch.nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
+def pictures_seen(
+    model: MllamaForConditionalGeneration, reference: torch.nn.Module
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Logits of ours and of the reference for text, a picture of two tiles, and more text."""
     size = model.config.vision_config.image_size
     tokens = torch.randint(0, 500, (1, 12))
@@ -143,16 +175,29 @@ def pictures_seen(model: MllamaForConditionalGeneration, reference: torch.nn.Mod
     mask = torch.zeros(1, 12, 1, 4, dtype=torch.long)
     mask[0, 3:] = filled[0]
     with torch.no_grad():
-        ours = model(tokens, images, aspect_ratio_ids=torch.tensor([[5]]), aspect_ratio_mask=filled, cross_attention_mask=mask).logits
-        theirs = meta_reference.vision_logits(reference, tokens, images, torch.tensor([[[2, 1]]]), [[[3, -1]]])[1]
+        ours = model(
+            tokens,
+            images,
+            aspect_ratio_ids=torch.tensor([[5]]),
+            aspect_ratio_mask=filled,
+            cross_attention_mask=mask,
+        ).logits
+        theirs = meta_reference.vision_logits(
+            reference, tokens, images, torch.tensor([[[2, 1]]]), [[[3, -1]]]
+        )[1]
     return ours, theirs
 
 
 @pytest.mark.parametrize("count", [1, 2])
 def test_vision_logits_equal_metas(tmp_path, small_tower, count):
     reference = vision_reference()
-    model = MllamaForConditionalGeneration.from_pretrained(write(tmp_path / "meta", reference, VISION_PARAMS, count))
-    assert model.config.text_config.cross_attention_layers == [1, 5] and model.config.image_token_index == 520
+    model = MllamaForConditionalGeneration.from_pretrained(
+        write(tmp_path / "meta", reference, VISION_PARAMS, count)
+    )
+    assert (
+        model.config.text_config.cross_attention_layers == [1, 5]
+        and model.config.image_token_index == 520
+    )
     assert close(*pictures_seen(model, reference))
     model.save_pretrained(tmp_path / "saved")
     again = MllamaForConditionalGeneration.from_pretrained(tmp_path / "saved").state_dict()
@@ -160,7 +205,9 @@ def test_vision_logits_equal_metas(tmp_path, small_tower, count):
 
 
 def test_positions_for_other_tiles_are_interpolated(tmp_path, small_tower):
-    """The shards have positions for tiles of 28 pixels and are used with 56, as Meta's code loads them."""
+    """The shards have positions for tiles of 28 pixels and are used with 56, as Meta's code loads
+    them.
+    """
     weights = vision_reference().state_dict()
     params = VISION_PARAMS | {"vision_chunk_size": 56}
     reference = vision_reference(**params)
@@ -170,19 +217,28 @@ def test_positions_for_other_tiles_are_interpolated(tmp_path, small_tower):
     model = MllamaForConditionalGeneration.from_pretrained(tmp_path / "meta")
     assert close(*pictures_seen(model, reference))
 
-    (tmp_path / "meta" / "params.json").write_text(json.dumps(VISION_PARAMS | {"vision_chunk_size": 560}))
-    with pytest.raises(ValueError, match="vision_chunk_size 560 makes 1600 patches; the shards have positions for 4"):
+    (tmp_path / "meta" / "params.json").write_text(
+        json.dumps(VISION_PARAMS | {"vision_chunk_size": 560})
+    )
+    with pytest.raises(
+        ValueError,
+        match="vision_chunk_size 560 makes 1600 patches; the shards have positions for 4",
+    ):
         MllamaForConditionalGeneration.from_pretrained(tmp_path / "meta")
 
 
 def test_vision_writes_what_it_read(tmp_path, small_tower):
     reference = vision_reference()
-    model = MllamaForConditionalGeneration.from_pretrained(write(tmp_path / "meta", reference, VISION_PARAMS))
+    model = MllamaForConditionalGeneration.from_pretrained(
+        write(tmp_path / "meta", reference, VISION_PARAMS)
+    )
     written = to_file(meta_tables.vision_table(model.config), model.state_dict())
     original = reference.state_dict()
     assert written.keys() == original.keys()
     for name, tensor in original.items():
-        if name.endswith(("gated_positional_embedding", "tile_pos_embed.embedding")):  # no picture has these tiles
+        if name.endswith(
+            ("gated_positional_embedding", "tile_pos_embed.embedding")
+        ):  # no picture has these tiles
             tensor = tensor.clone()
             tensor[1, 2:] = tensor[2, 1:] = tensor[3, 1:] = 0
         assert torch.equal(written[name], tensor), name
@@ -195,7 +251,9 @@ def test_vision_writes_what_it_read(tmp_path, small_tower):
 
 def test_tower_that_is_not_the_released_one(tmp_path):
     with pytest.raises(ValueError) as raised:
-        MllamaForConditionalGeneration.from_pretrained(write(tmp_path / "meta", vision_reference(), VISION_PARAMS))
+        MllamaForConditionalGeneration.from_pretrained(
+            write(tmp_path / "meta", vision_reference(), VISION_PARAMS)
+        )
     for wrong in (
         "conv1._linear.weight is [32, 588], not [1280, 588]",
         "there are 4 vision_model.vision_encoder.transformer.resblocks, not 32",
@@ -207,21 +265,60 @@ def test_tower_that_is_not_the_released_one(tmp_path):
     ("params", "error"),
     [
         ({"vision_chunk_size": 13}, "vision_chunk_size 13 makes 0 patches"),
-        ({"vision_max_num_chunks": 10**9}, "gated_positional_embedding is [4, 4, 5, 32], not [1000000000, 1000000000, any, 32]"),
-        ({"vision_num_cross_attention_layers": 3}, "there are 2 text_model.cross_attention_layers, not 3"),
-        ({"vision_num_cross_attention_layers": 10**9}, "there are 2 text_model.cross_attention_layers, not 5"),
+        (
+            {"vision_max_num_chunks": 10**9},
+            "gated_positional_embedding is [4, 4, 5, 32], not [1000000000, 1000000000, any, 32]",
+        ),
+        (
+            {"vision_num_cross_attention_layers": 3},
+            "there are 2 text_model.cross_attention_layers, not 3",
+        ),
+        (
+            {"vision_num_cross_attention_layers": 10**9},
+            "there are 2 text_model.cross_attention_layers, not 5",
+        ),
     ],
 )
 def test_vision_params_that_cannot_be(tmp_path, small_tower, params, error):
     with pytest.raises(ValueError, match=re.escape(error)):
-        MllamaForConditionalGeneration.from_pretrained(write(tmp_path / "meta", vision_reference(), VISION_PARAMS | params))
+        MllamaForConditionalGeneration.from_pretrained(
+            write(tmp_path / "meta", vision_reference(), VISION_PARAMS | params)
+        )
 
 
 RELEASED = {
-    "1B": {"dim": 2048, "n_layers": 16, "n_heads": 32, "n_kv_heads": 8, "ffn_dim_multiplier": 1.5, "multiple_of": 256},
-    "3B": {"dim": 3072, "n_layers": 28, "n_heads": 24, "n_kv_heads": 8, "ffn_dim_multiplier": 1.0, "multiple_of": 256},
-    "8B": {"dim": 4096, "n_layers": 32, "n_heads": 32, "n_kv_heads": 8, "ffn_dim_multiplier": 1.3, "multiple_of": 1024},
-    "405B": {"dim": 16384, "n_layers": 126, "n_heads": 128, "n_kv_heads": 8, "ffn_dim_multiplier": 1.2, "multiple_of": 4096},
+    "1B": {
+        "dim": 2048,
+        "n_layers": 16,
+        "n_heads": 32,
+        "n_kv_heads": 8,
+        "ffn_dim_multiplier": 1.5,
+        "multiple_of": 256,
+    },
+    "3B": {
+        "dim": 3072,
+        "n_layers": 28,
+        "n_heads": 24,
+        "n_kv_heads": 8,
+        "ffn_dim_multiplier": 1.0,
+        "multiple_of": 256,
+    },
+    "8B": {
+        "dim": 4096,
+        "n_layers": 32,
+        "n_heads": 32,
+        "n_kv_heads": 8,
+        "ffn_dim_multiplier": 1.3,
+        "multiple_of": 1024,
+    },
+    "405B": {
+        "dim": 16384,
+        "n_layers": 126,
+        "n_heads": 128,
+        "n_kv_heads": 8,
+        "ffn_dim_multiplier": 1.2,
+        "multiple_of": 4096,
+    },
     "11B": {
         "dim": 4096,
         "n_layers": 32,
@@ -249,14 +346,24 @@ RELEASED = {
 
 @pytest.mark.parametrize("size", RELEASED)
 def test_released_sizes_fit_metas_code(tmp_path, monkeypatch, size):
-    """Every tensor of Meta's model has its place in ours, in its shape, and the other way round: on the meta device, at full size."""
-    params = RELEASED[size] | {"vocab_size": 128256, "norm_eps": 1e-5, "rope_theta": 500000.0, "use_scaled_rope": True}
+    """Every tensor of Meta's model has its place in ours, in its shape, and the other way round: on
+    the meta device, at full size.
+    """
+    params = RELEASED[size] | {
+        "vocab_size": 128256,
+        "norm_eps": 1e-5,
+        "rope_theta": 500000.0,
+        "use_scaled_rope": True,
+    }
     vision = "vision_chunk_size" in params
     code = meta_reference.load("multimodal.model" if vision else "model")
     with torch.device("meta"):
         arguments = meta_reference.load("args").ModelArgs(**params, max_seq_len=1, max_batch_size=1)
         reference = (code.CrossAttentionTransformer if vision else code.Transformer)(arguments)
-    headers = {name: Header(tuple(tensor.shape), torch.bfloat16) for name, tensor in reference.state_dict().items()}
+    headers = {
+        name: Header(tuple(tensor.shape), torch.bfloat16)
+        for name, tensor in reference.state_dict().items()
+    }
 
     class Headers(MetaSource):
         def __init__(self, where, paths):
@@ -274,7 +381,9 @@ def test_released_sizes_fit_metas_code(tmp_path, monkeypatch, size):
     opened = meta.open_meta(tmp_path)
     with torch.device("meta"):
         model = MllamaForConditionalGeneration(opened.config)
-    report = match(model.state_dict(), headers, opened.table, model.get_expanded_tied_weights_keys())
+    report = match(
+        model.state_dict(), headers, opened.table, model.get_expanded_tied_weights_keys()
+    )
     assert report.problems() == "" and not report.lacking
     assert sum(map(len, (move.theirs for move in report.moves))) == len(headers)
 
@@ -293,21 +402,38 @@ SMALL = {
 
 
 def small_weights(tied: bool = False) -> dict[str, torch.Tensor]:
-    weights = {"tok_embeddings.weight": torch.randn(20, 32), "norm.weight": torch.randn(32), "rope.freqs": torch.randn(8)}
+    weights = {
+        "tok_embeddings.weight": torch.randn(20, 32),
+        "norm.weight": torch.randn(32),
+        "rope.freqs": torch.randn(8),
+    }
     for layer in range(2):
         shapes = {"wq": (32, 32), "wk": (16, 32), "wv": (16, 32), "wo": (32, 32)}
-        weights |= {f"layers.{layer}.attention.{name}.weight": torch.randn(shape) for name, shape in shapes.items()}
+        weights |= {
+            f"layers.{layer}.attention.{name}.weight": torch.randn(shape)
+            for name, shape in shapes.items()
+        }
         shapes = {"w1": (96, 32), "w2": (32, 96), "w3": (96, 32)}
-        weights |= {f"layers.{layer}.feed_forward.{name}.weight": torch.randn(shape) for name, shape in shapes.items()}
-        weights |= {f"layers.{layer}.{name}.weight": torch.randn(32) for name in ("attention_norm", "ffn_norm")}
-    return weights | {"output.weight": weights["tok_embeddings.weight"].clone() if tied else torch.randn(20, 32)}
+        weights |= {
+            f"layers.{layer}.feed_forward.{name}.weight": torch.randn(shape)
+            for name, shape in shapes.items()
+        }
+        weights |= {
+            f"layers.{layer}.{name}.weight": torch.randn(32)
+            for name in ("attention_norm", "ffn_norm")
+        }
+    return weights | {
+        "output.weight": weights["tok_embeddings.weight"].clone() if tied else torch.randn(20, 32)
+    }
 
 
 @pytest.fixture
 def small(tmp_path):
     """small(params, weights, name) -> the folder, with what is given in place of its own."""
 
-    def make(params: dict | None = None, weights: dict | None = None, name: str = "consolidated.00.pth"):
+    def make(
+        params: dict | None = None, weights: dict | None = None, name: str = "consolidated.00.pth"
+    ):
         (tmp_path / "params.json").write_text(json.dumps(SMALL | (params or {})))
         torch.save(small_weights() if weights is None else weights, tmp_path / name)
         return tmp_path
@@ -317,42 +443,72 @@ def small(tmp_path):
 
 def test_one_file_without_a_number(small):
     model = MllamaForConditionalGeneration.from_pretrained(small(name="consolidated.pth"))
-    assert model.config.tie_word_embeddings is False and model.generation_config.eos_token_id is None
+    assert (
+        model.config.tie_word_embeddings is False and model.generation_config.eos_token_id is None
+    )
 
 
 def test_heads_that_are_equal_are_tied(small):
     weights = small_weights(tied=True)
     model = MllamaForConditionalGeneration.from_pretrained(small(weights=weights))
-    assert model.config.tie_word_embeddings and model.lm_head.weight is model.get_input_embeddings().weight
+    assert (
+        model.config.tie_word_embeddings
+        and model.lm_head.weight is model.get_input_embeddings().weight
+    )
     del weights["output.weight"]
-    assert MllamaForConditionalGeneration.from_pretrained(small(weights=weights)).config.tie_word_embeddings
+    assert MllamaForConditionalGeneration.from_pretrained(
+        small(weights=weights)
+    ).config.tie_word_embeddings
 
 
 @pytest.mark.parametrize(
-    ("dim", "layers", "factor"), [(2048, 16, 32.0), (3072, 28, 32.0), (4096, 32, 8.0), (2048, 28, 8.0)], ids=["1B", "3B", "8B", "neither"]
+    ("dim", "layers", "factor"),
+    [(2048, 16, 32.0), (3072, 28, 32.0), (4096, 32, 8.0), (2048, 28, 8.0)],
+    ids=["1B", "3B", "8B", "neither"],
 )
 def test_rope_factor_by_size(tmp_path, dim, layers, factor):
-    (tmp_path / "params.json").write_text(json.dumps(SMALL | {"dim": dim, "n_layers": layers, "use_scaled_rope": True}))
+    (tmp_path / "params.json").write_text(
+        json.dumps(SMALL | {"dim": dim, "n_layers": layers, "use_scaled_rope": True})
+    )
     arguments = meta._text_arguments(meta._Params(tmp_path / "params.json"))
-    assert arguments["rope_parameters"]["factor"] == factor and arguments["max_position_embeddings"] == 131072
+    assert (
+        arguments["rope_parameters"]["factor"] == factor
+        and arguments["max_position_embeddings"] == 131072
+    )
 
 
 @pytest.mark.parametrize(
     ("dim", "multiplier", "multiple", "inner"),
-    [(2048, 1.5, 256, 8192), (3072, 1.0, 256, 8192), (4096, 1.3, 1024, 14336), (8192, 1.3, 4096, 28672), (16384, 1.2, 4096, 53248)],
+    [
+        (2048, 1.5, 256, 8192),
+        (3072, 1.0, 256, 8192),
+        (4096, 1.3, 1024, 14336),
+        (8192, 1.3, 4096, 28672),
+        (16384, 1.2, 4096, 53248),
+    ],
 )
 def test_inner_width_of_released_models(tmp_path, dim, multiplier, multiple, inner):
     given = SMALL | {"dim": dim, "ffn_dim_multiplier": multiplier, "multiple_of": multiple}
     (tmp_path / "params.json").write_text(json.dumps(given))
-    assert meta._text_arguments(meta._Params(tmp_path / "params.json"))["intermediate_size"] == inner
+    assert (
+        meta._text_arguments(meta._Params(tmp_path / "params.json"))["intermediate_size"] == inner
+    )
 
 
 @pytest.mark.parametrize(
     ("self_layers", "cross_layers", "expected"),
-    [(32, 8, [3, 8, 13, 18, 23, 28, 33, 38]), (80, 20, list(range(3, 99, 5))), (5, 2, [1, 5]), (5, 4, [0, 3, 6]), (2, 2, [0, 2])],
+    [
+        (32, 8, [3, 8, 13, 18, 23, 28, 33, 38]),
+        (80, 20, list(range(3, 99, 5))),
+        (5, 2, [1, 5]),
+        (5, 4, [0, 3, 6]),
+        (2, 2, [0, 2]),
+    ],
 )
 def test_fusion_schedule(self_layers, cross_layers, expected):
-    assert [layer + place for place, layer in enumerate(sorted(meta._fusion(self_layers, cross_layers)))] == expected
+    assert [
+        layer + place for place, layer in enumerate(sorted(meta._fusion(self_layers, cross_layers)))
+    ] == expected
 
 
 @pytest.mark.parametrize(
@@ -379,10 +535,18 @@ def test_fusion_schedule(self_layers, cross_layers, expected):
         ({"multiple_of": 128}, "layers.0.feed_forward.w1.weight is [96, 32], not [128, 32]"),
         ({"use_scaled_rope": 1}, "use_scaled_rope must be true or false, got 1"),
         ({"model": [1]}, "model must be an object"),
-        ({"vision_chunk_size": 560, "vision_num_cross_attention_layers": 8}, "there is no text_model.tok_embeddings.weight"),
+        (
+            {"vision_chunk_size": 560, "vision_num_cross_attention_layers": 8},
+            "there is no text_model.tok_embeddings.weight",
+        ),
         ({"vision_chunk_size": 560}, "has no vision_num_cross_attention_layers"),
         (
-            {"vision_chunk_size": 560, "vision_num_cross_attention_layers": 10**9, "vision_max_num_chunks": 10**9, "n_layers": 10**9},
+            {
+                "vision_chunk_size": 560,
+                "vision_num_cross_attention_layers": 10**9,
+                "vision_max_num_chunks": 10**9,
+                "n_layers": 10**9,
+            },
             "there are 0 text_model.layers, not 1000000000",
         ),
     ],
@@ -404,7 +568,10 @@ def test_params_that_are_no_json(small):
 def halves(weights: dict[str, torch.Tensor]) -> list[dict[str, torch.Tensor]]:
     axes = {name: meta_source._axis(name) for name in weights}
     return [
-        {name: value if axes[name] is None else value.chunk(2, axes[name])[half].clone() for name, value in weights.items()}
+        {
+            name: value if axes[name] is None else value.chunk(2, axes[name])[half].clone()
+            for name, value in weights.items()
+        }
         for half in (0, 1)
     ]
 
@@ -423,11 +590,16 @@ def test_shards_that_do_not_belong_together(small):
         {name: value for name, value in other.items() if name != "layers.1.attention.wq.weight"},
     ):
         torch.save(wrong, folder / "consolidated.01.pth")
-        with pytest.raises(ValueError, match="consolidated.01.pth is no part of the same model as consolidated.00.pth: they differ in"):
+        with pytest.raises(
+            ValueError,
+            match="consolidated.01.pth is no part of the same model as consolidated.00.pth: they differ in",
+        ):
             MllamaForConditionalGeneration.from_pretrained(folder)
 
     (folder / "consolidated.01.pth").unlink()
-    with pytest.raises(ValueError, match=re.escape("tok_embeddings.weight is [10, 32], not [20, 32]")):
+    with pytest.raises(
+        ValueError, match=re.escape("tok_embeddings.weight is [10, 32], not [20, 32]")
+    ):
         MllamaForConditionalGeneration.from_pretrained(folder)
 
 
@@ -483,35 +655,88 @@ HOSTILE = {
         lambda path: torch.save({"a": Runs(path.with_name("made"))}, path),
         "something else than tensors (io.open)",
     ),
-    "a module": (lambda path: torch.save(torch.nn.Linear(1, 1), path), "something else than tensors (torch.nn.modules.linear.Linear)"),
-    "a bare pickle": (lambda path: path.write_bytes(pickle.dumps({"a": 1})), "is no archive that torch.save wrote"),
-    "the older format": (lambda path: torch.save({}, path, _use_new_zipfile_serialization=False), "is no archive that torch.save wrote"),
-    "noise": (lambda path: path.write_bytes(os.urandom(4096)), "is no archive that torch.save wrote"),
+    "a module": (
+        lambda path: torch.save(torch.nn.Linear(1, 1), path),
+        "something else than tensors (torch.nn.modules.linear.Linear)",
+    ),
+    "a bare pickle": (
+        lambda path: path.write_bytes(pickle.dumps({"a": 1})),
+        "is no archive that torch.save wrote",
+    ),
+    "the older format": (
+        lambda path: torch.save({}, path, _use_new_zipfile_serialization=False),
+        "is no archive that torch.save wrote",
+    ),
+    "noise": (
+        lambda path: path.write_bytes(os.urandom(4096)),
+        "is no archive that torch.save wrote",
+    ),
     "nothing": (lambda path: path.write_bytes(b""), "is no archive that torch.save wrote"),
-    "half a file": (lambda path: path.write_bytes(path.read_bytes()[: path.stat().st_size // 2]), "is no archive that torch.save wrote"),
-    "an archive of nothing": (lambda path: zipfile.ZipFile(path, "w").close(), "is no archive that torch.save wrote"),
-    "compressed": (lambda path: rewritten(path, bytes, zipfile.ZIP_DEFLATED), "is compressed, which torch.save never does"),
-    "a pickle cut off": (lambda path: rewritten(path, lambda content: content[:-20]), "consolidated.00.pth"),
-    "a list": (lambda path: torch.save([torch.ones(1)], path), "must hold dense tensors by their names"),
-    "nested": (lambda path: torch.save({"model": {"a": torch.ones(1)}}, path), "must hold dense tensors by their names"),
-    "numbers for names": (lambda path: torch.save({1: torch.ones(1)}, path), "must hold dense tensors by their names"),
-    "sparse": (lambda path: torch.save({"a": torch.ones(2).to_sparse()}, path), "must hold dense tensors by their names"),
-    "without data": (lambda path: torch.save({"a": torch.ones(2, device="meta")}, path), "must hold dense tensors by their names"),
-    "one number expanded": (lambda path: torch.save({"a": torch.ones(1).expand(10**12)}, path), "claims more tensors than its"),
+    "half a file": (
+        lambda path: path.write_bytes(path.read_bytes()[: path.stat().st_size // 2]),
+        "is no archive that torch.save wrote",
+    ),
+    "an archive of nothing": (
+        lambda path: zipfile.ZipFile(path, "w").close(),
+        "is no archive that torch.save wrote",
+    ),
+    "compressed": (
+        lambda path: rewritten(path, bytes, zipfile.ZIP_DEFLATED),
+        "is compressed, which torch.save never does",
+    ),
+    "a pickle cut off": (
+        lambda path: rewritten(path, lambda content: content[:-20]),
+        "consolidated.00.pth",
+    ),
+    "a list": (
+        lambda path: torch.save([torch.ones(1)], path),
+        "must hold dense tensors by their names",
+    ),
+    "nested": (
+        lambda path: torch.save({"model": {"a": torch.ones(1)}}, path),
+        "must hold dense tensors by their names",
+    ),
+    "numbers for names": (
+        lambda path: torch.save({1: torch.ones(1)}, path),
+        "must hold dense tensors by their names",
+    ),
+    "sparse": (
+        lambda path: torch.save({"a": torch.ones(2).to_sparse()}, path),
+        "must hold dense tensors by their names",
+    ),
+    "without data": (
+        lambda path: torch.save({"a": torch.ones(2, device="meta")}, path),
+        "must hold dense tensors by their names",
+    ),
+    "one number expanded": (
+        lambda path: torch.save({"a": torch.ones(1).expand(10**12)}, path),
+        "claims more tensors than its",
+    ),
     "one tensor many times": (
         lambda path: torch.save(dict.fromkeys(map(str, range(10_000)), torch.ones(1000)), path),
         "claims more tensors than its",
     ),
     "a storage beyond the end": (
-        lambda path: (torch.save({"a": torch.ones(300)}, path), rewritten(path, lambda pkl: pkl.replace(b"M,\x01", b"J\0\0\0\x10"))),
+        lambda path: (
+            torch.save({"a": torch.ones(300)}, path),
+            rewritten(path, lambda pkl: pkl.replace(b"M,\x01", b"J\0\0\0\x10")),
+        ),
         "is no archive that torch.save wrote",
     ),
-    "integers": (lambda path: torch.save({name: value.int() for name, value in small_weights().items()}, path), "int32 [20, 32]"),
+    "integers": (
+        lambda path: torch.save(
+            {name: value.int() for name, value in small_weights().items()}, path
+        ),
+        "int32 [20, 32]",
+    ),
     "a number for a head": (
         lambda path: torch.save(small_weights() | {"output.weight": torch.tensor(1.0)}, path),
         "output.weight is float32 []",
     ),
-    "another's tensors": (lambda path: torch.save(small_weights() | {"more.weight": torch.ones(2)}, path), "unexpected (1): more.weight"),
+    "another's tensors": (
+        lambda path: torch.save(small_weights() | {"more.weight": torch.ones(2)}, path),
+        "unexpected (1): more.weight",
+    ),
 }
 
 

@@ -1,4 +1,6 @@
-"""Models and their folders: what is saved loads equal, here and in stock transformers; what does not fit is refused with every name."""
+"""Models and their folders: what is saved loads equal, here and in stock transformers; what does
+not fit is refused with every name.
+"""
 
 import json
 
@@ -17,7 +19,14 @@ OPTIONS = {
     "LLaVA": {},
     "LLaVA, tied": {"text": {"tie_word_embeddings": True}},
     "LLaVA, llama3 rope": {
-        "text": {"rope_freq": {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_context_length": 16}}
+        "text": {
+            "rope_freq": {
+                "factor": 8.0,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+                "original_context_length": 16,
+            }
+        }
     },
     "last": {"vision_feature": "last"},
     "inner width": {"projection_dim": 24},
@@ -33,16 +42,24 @@ def test_what_is_saved_loads_equal(case, shard, tmp_path):
     model.save_pretrained(tmp_path, max_shard_size=shard)
     loaded = MllamaForConditionalGeneration.from_pretrained(tmp_path)
     assert not loaded.training
-    for (name, value), (other, again) in zip(model.state_dict().items(), loaded.state_dict().items(), strict=True):
+    for (name, value), (other, again) in zip(
+        model.state_dict().items(), loaded.state_dict().items(), strict=True
+    ):
         assert name == other and torch.equal(value, again)
-    assert (loaded.lm_head.weight is loaded.get_input_embeddings().weight) is loaded.config.tie_word_embeddings
+    assert (
+        loaded.lm_head.weight is loaded.get_input_embeddings().weight
+    ) is loaded.config.tie_word_embeddings
     for name in ("text_config", "vision_config"):
-        before, after = (getattr(config, name).to_dict() for config in (model.config, loaded.config))
+        before, after = (
+            getattr(config, name).to_dict() for config in (model.config, loaded.config)
+        )
         assert {key: value for key, value in before.items() if key in after} == after
     for name in ("image_token_index", "ignore_index", "projection_dim", "vision_feature"):
         if hasattr(loaded.config, name):
             assert getattr(model.config, name) == getattr(loaded.config, name)
-    assert json.loads((tmp_path / "config.json").read_text())["model_type"] == ("llava" if case.startswith("LLaVA") else "siglip_llama")
+    assert json.loads((tmp_path / "config.json").read_text())["model_type"] == (
+        "llava" if case.startswith("LLaVA") else "siglip_llama"
+    )
     assert (tmp_path / "model.safetensors").exists() is (shard == "5GB")
 
 
@@ -50,7 +67,9 @@ def test_what_is_saved_loads_equal(case, shard, tmp_path):
 def test_stock_transformers_reads_a_llava_folder(case, tmp_path):
     model = twins.model(**OPTIONS[case])
     model.save_pretrained(tmp_path, max_shard_size="100KB")
-    stock, report = LlavaForConditionalGeneration.from_pretrained(tmp_path, output_loading_info=True)
+    stock, report = LlavaForConditionalGeneration.from_pretrained(
+        tmp_path, output_loading_info=True
+    )
     assert not any(report.values()), report
     expected = logits(model)
     assert (logits(stock) - expected).abs().max() <= 1e-5 * expected.abs().max()
@@ -60,7 +79,10 @@ def test_a_llava_folder_holds_the_names_that_older_readers_know(saved):
     folder, model = saved
     config = json.loads((folder / "config.json").read_text())
     assert config["architectures"] == ["LlavaForConditionalGeneration"]
-    assert (config["vision_feature_layer"], config["vision_feature_select_strategy"]) == (-1, "full")
+    assert (config["vision_feature_layer"], config["vision_feature_select_strategy"]) == (
+        -1,
+        "full",
+    )
     assert config["text_config"]["rope_theta"] == 500000.0 and config["torch_dtype"] == "float32"
     with safe_open(folder / "model.safetensors", framework="pt") as file:
         names, metadata = set(file.keys()), file.metadata()
@@ -83,39 +105,56 @@ def test_a_tied_head_is_not_written(tmp_path):
 def test_what_stock_transformers_saves_is_read(tmp_path):
     model = twins.model()
     twins.twin(model).save_pretrained(tmp_path)
-    assert torch.equal(logits(MllamaForConditionalGeneration.from_pretrained(tmp_path)), logits(model))
+    assert torch.equal(
+        logits(MllamaForConditionalGeneration.from_pretrained(tmp_path)), logits(model)
+    )
 
 
 def test_the_towers_pooling_head_is_read_past(saved):
     folder, model = saved
-    tensors = load_file(folder / "model.safetensors") | {"vision_tower.vision_model.head.probe": torch.zeros(1, 1, 32)}
+    tensors = load_file(folder / "model.safetensors") | {
+        "vision_tower.vision_model.head.probe": torch.zeros(1, 1, 32)
+    }
     save_file(tensors, folder / "model.safetensors")
-    assert torch.equal(logits(MllamaForConditionalGeneration.from_pretrained(folder)), logits(model))
+    assert torch.equal(
+        logits(MllamaForConditionalGeneration.from_pretrained(folder)), logits(model)
+    )
 
 
 def test_the_auto_class_knows_our_own_format(tmp_path):
     model = twins.model(vision_feature="last")
     model.save_pretrained(tmp_path)
     loaded = AutoModelForImageTextToText.from_pretrained(tmp_path)
-    assert type(loaded) is MllamaForConditionalGeneration and torch.equal(logits(loaded), logits(model))
+    assert type(loaded) is MllamaForConditionalGeneration and torch.equal(
+        logits(loaded), logits(model)
+    )
 
 
 def test_the_config_of_either_format_is_read_alone(saved):
     folder, model = saved
-    assert MllamaConfig.from_pretrained(folder).text_config.to_dict() == model.config.text_config.to_dict()
+    assert (
+        MllamaConfig.from_pretrained(folder).text_config.to_dict()
+        == model.config.text_config.to_dict()
+    )
 
 
 def test_the_generation_config_is_kept(saved):
     folder, model = saved
     model.generation_config.max_new_tokens = 7
     model.save_pretrained(folder)
-    assert MllamaForConditionalGeneration.from_pretrained(folder).generation_config.max_new_tokens == 7
+    assert (
+        MllamaForConditionalGeneration.from_pretrained(folder).generation_config.max_new_tokens == 7
+    )
 
 
 def test_a_generation_config_is_written_as_it_came(saved):
-    """Released ones set temperature and top_p without do_sample, which transformers refuses to write, save of a config it has read."""
+    """Released ones set temperature and top_p without do_sample, which transformers refuses to
+    write, save of a config it has read.
+    """
     folder, _ = saved
-    change(folder, lambda content: content.update(temperature=0.9, top_p=0.6), "generation_config.json")
+    change(
+        folder, lambda content: content.update(temperature=0.9, top_p=0.6), "generation_config.json"
+    )
     MllamaForConditionalGeneration.from_pretrained(folder).save_pretrained(folder)
     assert json.loads((folder / "generation_config.json").read_text())["temperature"] == 0.9
 
@@ -135,7 +174,9 @@ def test_a_loaded_model_is_trained_and_saved_again(saved, tmp_path):
     model(**INPUTS, labels=INPUTS["input_ids"]).loss.backward()
     torch.optim.SGD(model.parameters(), 0.1).step()
     model.eval().save_pretrained(folder)  # over the files it was loaded from
-    assert torch.equal(logits(MllamaForConditionalGeneration.from_pretrained(folder)), logits(model))
+    assert torch.equal(
+        logits(MllamaForConditionalGeneration.from_pretrained(folder)), logits(model)
+    )
 
 
 def test_a_loaded_model_does_not_hang_on_its_files(saved):
@@ -172,7 +213,12 @@ def test_the_files_names_load_as_a_state_dict(saved):
     parts = twins.model(seed=1)
     names = sorted(tensors)
     for part in (names[::2], names[1::2]):
-        assert parts.load_state_dict({name: tensors[name] for name in part}, strict=False).unexpected_keys == []
+        assert (
+            parts.load_state_dict(
+                {name: tensors[name] for name in part}, strict=False
+            ).unexpected_keys
+            == []
+        )
     assert torch.equal(logits(whole), logits(model)) and torch.equal(logits(parts), logits(model))
     with pytest.raises(RuntimeError, match="unknown.weight"):
         whole.load_state_dict(tensors | {"unknown.weight": torch.zeros(1)})
@@ -191,7 +237,9 @@ def test_a_tied_models_file_loads_strictly_as_a_state_dict(tmp_path):
 def test_another_state_dict_can_be_saved(tmp_path):
     model, other = twins.model(), twins.model(seed=1)
     model.save_pretrained(tmp_path, state_dict=other.state_dict())
-    assert torch.equal(logits(MllamaForConditionalGeneration.from_pretrained(tmp_path)), logits(other))
+    assert torch.equal(
+        logits(MllamaForConditionalGeneration.from_pretrained(tmp_path)), logits(other)
+    )
 
 
 def test_only_the_main_process_writes(tmp_path):
@@ -225,28 +273,41 @@ def test_a_head_that_should_be_tied_but_differs_is_refused(tmp_path):
     twins.model(text={"tie_word_embeddings": True}).save_pretrained(tmp_path)
     tensors = load_file(tmp_path / "model.safetensors")
     embedding = tensors["language_model.model.embed_tokens.weight"]
-    save_file(tensors | {"language_model.lm_head.weight": embedding.clone()}, tmp_path / "model.safetensors")
+    save_file(
+        tensors | {"language_model.lm_head.weight": embedding.clone()},
+        tmp_path / "model.safetensors",
+    )
     MllamaForConditionalGeneration.from_pretrained(tmp_path)
-    save_file(tensors | {"language_model.lm_head.weight": embedding + 1}, tmp_path / "model.safetensors")
+    save_file(
+        tensors | {"language_model.lm_head.weight": embedding + 1}, tmp_path / "model.safetensors"
+    )
     with pytest.raises(ValueError, match="tied"):
         MllamaForConditionalGeneration.from_pretrained(tmp_path)
 
 
 def test_a_tied_models_head_alone_is_its_embedding_too(tmp_path):
-    """As safetensors' save_model and accelerate write it: of tensors that share memory the first by name."""
+    """As safetensors' save_model and accelerate write it: of tensors that share memory the first by
+    name.
+    """
     model = twins.model(text={"tie_word_embeddings": True})
     model.save_pretrained(tmp_path)
     tensors = load_file(tmp_path / "model.safetensors")
-    tensors["language_model.lm_head.weight"] = tensors.pop("language_model.model.embed_tokens.weight")
+    tensors["language_model.lm_head.weight"] = tensors.pop(
+        "language_model.model.embed_tokens.weight"
+    )
     save_file(tensors, tmp_path / "model.safetensors")
     loaded = MllamaForConditionalGeneration.from_pretrained(tmp_path)
-    assert loaded.lm_head.weight is loaded.get_input_embeddings().weight and torch.equal(logits(loaded), logits(model))
+    assert loaded.lm_head.weight is loaded.get_input_embeddings().weight and torch.equal(
+        logits(loaded), logits(model)
+    )
     other = twins.model(seed=1, text={"tie_word_embeddings": True})
     other.load_state_dict(tensors)
     assert torch.equal(logits(other), logits(model))
     del tensors["language_model.lm_head.weight"]
     save_file(tensors, tmp_path / "model.safetensors")
-    with pytest.raises(ValueError, match=r"missing \(1\): language_model.model.embed_tokens.weight$"):
+    with pytest.raises(
+        ValueError, match=r"missing \(1\): language_model.model.embed_tokens.weight$"
+    ):
         MllamaForConditionalGeneration.from_pretrained(tmp_path)
 
 
@@ -278,8 +339,13 @@ def test_a_subfolder_is_honoured(tmp_path):
     root, inner = twins.model(), twins.model(seed=1)
     root.save_pretrained(tmp_path)
     inner.save_pretrained(tmp_path / "inner")
-    assert torch.equal(logits(MllamaForConditionalGeneration.from_pretrained(tmp_path, subfolder="inner")), logits(inner))
-    assert torch.equal(logits(MllamaForConditionalGeneration.from_pretrained(tmp_path)), logits(root))
+    assert torch.equal(
+        logits(MllamaForConditionalGeneration.from_pretrained(tmp_path, subfolder="inner")),
+        logits(inner),
+    )
+    assert torch.equal(
+        logits(MllamaForConditionalGeneration.from_pretrained(tmp_path)), logits(root)
+    )
     with pytest.raises(FileNotFoundError, match="absent"):
         MllamaForConditionalGeneration.from_pretrained(tmp_path, subfolder="absent")
     for outside in ("..", "inner/../..", str(tmp_path)):
@@ -310,7 +376,12 @@ def test_options_that_a_save_cannot_follow_are_refused(error, options, tmp_path)
 
 def test_options_that_others_pass_are_taken(tmp_path):
     twins.model().save_pretrained(
-        tmp_path, save_function=torch.save, safe_serialization=True, save_peft_format=True, save_original_format=True, token=None
+        tmp_path,
+        save_function=torch.save,
+        safe_serialization=True,
+        save_peft_format=True,
+        save_original_format=True,
+        token=None,
     )
     MllamaForConditionalGeneration.from_pretrained(tmp_path)
 
@@ -320,12 +391,16 @@ def test_a_state_dict_that_is_not_the_whole_model_is_refused(tmp_path):
     state = model.state_dict()
     del state["language_model.norm.weight"]
     state["language_model.layers.9.mlp.up_proj.weight"] = torch.zeros(1)
-    with pytest.raises(ValueError, match=r"lacks \(1\): language_model.norm.weight; .*layers.9.mlp"):
+    with pytest.raises(
+        ValueError, match=r"lacks \(1\): language_model.norm.weight; .*layers.9.mlp"
+    ):
         model.save_pretrained(tmp_path / "model", state_dict=state)
     assert not (tmp_path / "model").exists()
 
 
 def test_the_dtype_written_follows_the_tensors(tmp_path):
     model = twins.model()
-    model.save_pretrained(tmp_path, state_dict={name: value.bfloat16() for name, value in model.state_dict().items()})
+    model.save_pretrained(
+        tmp_path, state_dict={name: value.bfloat16() for name, value in model.state_dict().items()}
+    )
     assert json.loads((tmp_path / "config.json").read_text())["torch_dtype"] == "bfloat16"

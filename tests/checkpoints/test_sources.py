@@ -39,7 +39,9 @@ def test_pickle_is_never_opened(saved):
     assert not (folder / "sprung").exists()
 
 
-@pytest.mark.parametrize("content", [b"", b"\xff" * 100, b"\x08\x00\x00\x00\x00\x00\x00\x00{}      "[:12]])
+@pytest.mark.parametrize(
+    "content", [b"", b"\xff" * 100, b"\x08\x00\x00\x00\x00\x00\x00\x00{}      "[:12]]
+)
 def test_broken_weight_files_are_refused(content, saved):
     folder, _ = saved
     (folder / "model.safetensors").write_bytes(content)
@@ -77,11 +79,24 @@ def test_shard_names_stay_inside_the_folder(shard, sharded):
 
 
 def test_an_index_that_disagrees_with_its_shards_is_refused(sharded):
-    change(sharded, lambda c: c["weight_map"].update({"surprise": "model-00001-of-00005.safetensors"}), files.INDEX)
+    change(
+        sharded,
+        lambda c: c["weight_map"].update({"surprise": "model-00001-of-00005.safetensors"}),
+        files.INDEX,
+    )
     with pytest.raises(ValueError, match="do not hold: surprise"):
         MllamaForConditionalGeneration.from_pretrained(sharded)
-    change(sharded, lambda c: (c["weight_map"].pop("surprise"), c["weight_map"].pop("multi_modal_projector.linear_1.bias")), files.INDEX)
-    with pytest.raises(ValueError, match="linear_1.bias', which model.safetensors.index.json places in no file"):
+    change(
+        sharded,
+        lambda c: (
+            c["weight_map"].pop("surprise"),
+            c["weight_map"].pop("multi_modal_projector.linear_1.bias"),
+        ),
+        files.INDEX,
+    )
+    with pytest.raises(
+        ValueError, match="linear_1.bias', which model.safetensors.index.json places in no file"
+    ):
         MllamaForConditionalGeneration.from_pretrained(sharded)
     change(sharded, lambda c: c.update(weight_map=["x"]), files.INDEX)
     with pytest.raises(ValueError, match="weight_map"):

@@ -11,11 +11,17 @@ from mllama import api, cli
 
 @pytest.fixture
 def run(monkeypatch, capsys):
-    """run(*arguments, stdin="") -> (exit code, stdout, stderr); stdin is text, or bytes to be decoded."""
+    """run(*arguments, stdin="") -> (exit code, stdout, stderr); stdin is text, or bytes to be
+    decoded.
+    """
     monkeypatch.setenv("TQDM_DISABLE", "")
 
     def main(*arguments, stdin: str | bytes = "") -> tuple[int, str, str]:
-        stream = io.StringIO(stdin) if isinstance(stdin, str) else io.TextIOWrapper(io.BytesIO(stdin), encoding="utf-8")
+        stream = (
+            io.StringIO(stdin)
+            if isinstance(stdin, str)
+            else io.TextIOWrapper(io.BytesIO(stdin), encoding="utf-8")
+        )
         monkeypatch.setattr(sys, "stdin", stream)
         api._say.cache_clear()
         capsys.readouterr()  # what fixtures wrote

@@ -22,7 +22,9 @@ def adapters(model_folder, tmp_path_factory):
 
 def test_every_command_that_answers_takes_them(run, options, loaded, picture_file, adapters):
     folder, *adapted = adapters
-    expected, plain = (mllama.ask(picture_file, "How many?", *each, max_new_tokens=8) for each in (adapted, loaded))
+    expected, plain = (
+        mllama.ask(picture_file, "How many?", *each, max_new_tokens=8) for each in (adapted, loaded)
+    )
     assert expected != plain
     calls = {
         "ask": (["ask", picture_file, "How many?"], {}),
@@ -31,7 +33,10 @@ def test_every_command_that_answers_takes_them(run, options, loaded, picture_fil
     }
     for name, (arguments, more) in calls.items():
         given = [
-            option.replace("--model", "--model-id") if name == "generate" and isinstance(option, str) else option for option in options
+            option.replace("--model", "--model-id")
+            if name == "generate" and isinstance(option, str)
+            else option
+            for option in options
         ]
         for path in ("own.safetensors", "peft"):
             code, out, _ = run(*arguments, *given, "--adapter", folder / path, **more)
@@ -41,14 +46,27 @@ def test_every_command_that_answers_takes_them(run, options, loaded, picture_fil
 def test_a_folder_of_adapters_names_its_model(run, options, picture_file, adapters):
     folder, *adapted = adapters
     code, out, _ = run("ask", picture_file, "How many?", "--model", folder / "peft", *options[2:])
-    assert (code, out.strip()) == (0, mllama.ask(picture_file, "How many?", *adapted, max_new_tokens=8))
+    assert (code, out.strip()) == (
+        0,
+        mllama.ask(picture_file, "How many?", *adapted, max_new_tokens=8),
+    )
 
 
 def test_what_cannot_be_is_said(run, options, picture_file, adapters, model_folder):
     folder, *_ = adapters
     for arguments in (
         ["ask", picture_file, "How many?", "--model", folder / "own.safetensors"],
-        ["generate", "--prompt", "a", "--model-id", model_folder, "--runtime", "transformers", "--adapter", folder / "peft"],
+        [
+            "generate",
+            "--prompt",
+            "a",
+            "--model-id",
+            model_folder,
+            "--runtime",
+            "transformers",
+            "--adapter",
+            folder / "peft",
+        ],
     ):
         code, _, err = run(*arguments)
         assert code == 2 and "--adapter" in err

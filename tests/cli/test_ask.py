@@ -11,14 +11,22 @@ from mllama import api
 
 def test_ask_streams_the_answer(run, loaded, options, picture_file, model_folder):
     code, out, err = run("ask", picture_file, "How many circles?", *options)
-    assert (code, out.strip()) == (0, mllama.ask(picture_file, "How many circles?", *loaded, max_new_tokens=8))
+    assert (code, out.strip()) == (
+        0,
+        mllama.ask(picture_file, "How many circles?", *loaded, max_new_tokens=8),
+    )
     assert err == f"mllama: {model_folder} in float32 on cpu\n"
 
 
 def test_ask_json_is_one_object(run, loaded, options, picture_file, model_folder):
     code, out, _ = run("ask", picture_file, "How many circles?", "--json", *options)
     said = json.loads(out)
-    assert code == 0 and out.count("\n") == 1 and said.pop("seconds") > 0 and 1 <= said.pop("tokens") <= 8
+    assert (
+        code == 0
+        and out.count("\n") == 1
+        and said.pop("seconds") > 0
+        and 1 <= said.pop("tokens") <= 8
+    )
     assert said == {
         "picture": str(picture_file),
         "question": "How many circles?",
@@ -30,7 +38,18 @@ def test_ask_json_is_one_object(run, loaded, options, picture_file, model_folder
 
 
 def test_a_seed_repeats_a_sampled_answer(run, options, picture_file):
-    sampled = ["ask", picture_file, "How many?", "--temperature", "3", "--top-k", "200", "--top-p", "0.99", *options]
+    sampled = [
+        "ask",
+        picture_file,
+        "How many?",
+        "--temperature",
+        "3",
+        "--top-k",
+        "200",
+        "--top-p",
+        "0.99",
+        *options,
+    ]
     first, again, other = (run(*sampled, "--seed", seed)[1] for seed in (1, 1, 2))
     assert first == again != other
 
@@ -48,14 +67,31 @@ def test_an_error_of_generation_is_one_line(run, options, picture_file, monkeypa
         raise ValueError("no memory for this")
 
     monkeypatch.setattr("mllama.text.decoder.Decoder.forward", fail)
-    assert run("ask", picture_file, "How many?", *options, *more) == (2, "", "mllama: error: no memory for this\n")
+    assert run("ask", picture_file, "How many?", *options, *more) == (
+        2,
+        "",
+        "mllama: error: no memory for this\n",
+    )
 
 
 def test_paligemmas_prefix(run, family_folder, picture_file):
     folder = family_folder("paligemma")
-    code, out, _ = run("ask", picture_file, "detect circle", "--model", folder, "--dtype", "float32", "--max-new-tokens", 8)
+    code, out, _ = run(
+        "ask",
+        picture_file,
+        "detect circle",
+        "--model",
+        folder,
+        "--dtype",
+        "float32",
+        "--max-new-tokens",
+        8,
+    )
     loaded = mllama.load(folder, dtype="float32")
-    assert (code, out.strip()) == (0, mllama.ask(picture_file, "detect circle", *loaded, max_new_tokens=8))
+    assert (code, out.strip()) == (
+        0,
+        mllama.ask(picture_file, "detect circle", *loaded, max_new_tokens=8),
+    )
 
 
 def test_several_pictures_and_words_between_options(run, family_folder, picture_file):
@@ -65,37 +101,60 @@ def test_several_pictures_and_words_between_options(run, family_folder, picture_
     options = ["--model-id", folder, "--dtype", "float32", "--max-new-tokens", 8]
     code, out, _ = run("ask", picture_file, picture_file, *options, "What changed?")
     assert (code, out.strip()) == (0, expected)
-    assert json.loads(run("ask", picture_file, picture_file, "What changed?", "--json", *options)[1])["picture"] == [str(picture_file)] * 2
+    assert (
+        json.loads(run("ask", picture_file, picture_file, "What changed?", "--json", *options)[1])[
+            "picture"
+        ]
+        == [str(picture_file)] * 2
+    )
 
 
 def test_dash_is_stdin(run, loaded, options, picture_file):
     expected = mllama.ask(picture_file, "How many circles?", *loaded, max_new_tokens=8)
-    assert run("ask", picture_file, "-", *options, stdin="How many circles?\n")[:2] == (0, expected + "\n")
-    assert run("ask", "-", "How many circles?", *options, stdin=picture_file.read_bytes())[:2] == (0, expected + "\n")
+    assert run("ask", picture_file, "-", *options, stdin="How many circles?\n")[:2] == (
+        0,
+        expected + "\n",
+    )
+    assert run("ask", "-", "How many circles?", *options, stdin=picture_file.read_bytes())[:2] == (
+        0,
+        expected + "\n",
+    )
     code, out, err = run("ask", "-", "-", *options, stdin="a")
     assert (code, out, err.count("\n")) == (2, "", 1) and "once" in err
 
 
 def test_a_question_in_text_alone(run, family_folder):
     folder = family_folder("llama")
-    expected = mllama.ask(None, "a b c", *mllama.load(folder, dtype="float32", device="cpu"), max_new_tokens=8)
-    code, out, _ = run("ask", "-", "--model", folder, "--dtype", "float32", "--max-new-tokens", 8, stdin="a b c\n")
+    expected = mllama.ask(
+        None, "a b c", *mllama.load(folder, dtype="float32", device="cpu"), max_new_tokens=8
+    )
+    code, out, _ = run(
+        "ask", "-", "--model", folder, "--dtype", "float32", "--max-new-tokens", 8, stdin="a b c\n"
+    )
     assert (code, out.strip()) == (0, expected)
 
 
 def test_a_system_prompt(run, family_folder):
     folder = family_folder("llama")
     model, processor = mllama.load(folder, dtype="float32", device="cpu")
-    expected = api.answer(model, processor, api.encode(processor, None, "a b c", system="be brief"), max_new_tokens=8).text
+    expected = api.answer(
+        model, processor, api.encode(processor, None, "a b c", system="be brief"), max_new_tokens=8
+    ).text
     options = ["--model", folder, "--dtype", "float32", "--max-new-tokens", 8]
-    assert run("ask", "a b c", "--system", "be brief", *options)[1].strip() == expected != run("ask", "a b c", *options)[1].strip()
+    assert (
+        run("ask", "a b c", "--system", "be brief", *options)[1].strip()
+        == expected
+        != run("ask", "a b c", *options)[1].strip()
+    )
 
 
 def test_a_model_that_searches_beams(run, family_folder, tmp_path):
     folder = shutil.copytree(family_folder("llama"), tmp_path / "beams")
     settings = json.loads((folder / "generation_config.json").read_text()) | {"num_beams": 2}
     (folder / "generation_config.json").write_text(json.dumps(settings))
-    expected = mllama.ask(None, "a b c", *mllama.load(folder, dtype="float32", device="cpu"), max_new_tokens=8)
+    expected = mllama.ask(
+        None, "a b c", *mllama.load(folder, dtype="float32", device="cpu"), max_new_tokens=8
+    )
     options = ["--model", folder, "--dtype", "float32", "--max-new-tokens", 8]
     assert run("ask", "a b c", *options)[:2] == (0, expected + "\n")
     assert json.loads(run("ask", "a b c", "--json", *options)[1])["answer"] == expected
@@ -103,9 +162,17 @@ def test_a_model_that_searches_beams(run, family_folder, tmp_path):
 
 def test_progress_and_speed_where_stderr_is_a_terminal(run, options, picture_file, monkeypatch):
     monkeypatch.setattr("_pytest.capture.CaptureIO.isatty", lambda self: True, raising=False)
-    monkeypatch.setattr("tqdm.std.tqdm.refresh", lambda self, *args, **kwargs: self.fp.write(f"[{self.desc}]"))
+    monkeypatch.setattr(
+        "tqdm.std.tqdm.refresh", lambda self, *args, **kwargs: self.fp.write(f"[{self.desc}]")
+    )
     code, _, err = run("ask", picture_file, "How many?", *options)
-    assert code == 0 and "[mllama: loading the model ...]" in err and "tokens ...]" in err and "8 tokens, " in err and "tokens/s" in err
+    assert (
+        code == 0
+        and "[mllama: loading the model ...]" in err
+        and "tokens ...]" in err
+        and "8 tokens, " in err
+        and "tokens/s" in err
+    )
     monkeypatch.setattr("_pytest.capture.CaptureIO.isatty", lambda self: False)
     assert "tokens/s" not in run("ask", picture_file, "How many?", *options)[2]
 
@@ -125,5 +192,7 @@ def test_progress_and_speed_where_stderr_is_a_terminal(run, options, picture_fil
     ],
 )
 def test_what_changes_nothing_is_refused(run, picture_file, arguments, said):
-    code, out, err = run("ask", *(picture_file if argument == "PICTURE" else argument for argument in arguments))
+    code, out, err = run(
+        "ask", *(picture_file if argument == "PICTURE" else argument for argument in arguments)
+    )
     assert (code, out, err.count("\n")) == (2, "", 1) and said in err

@@ -11,10 +11,16 @@ from mllama.cli._answering import AnswerStreamer
 
 
 def test_chat_answers_in_the_light_of_what_was_said(run, loaded, options, picture_file):
-    first = api.answer(*loaded, api.encode(loaded[1], picture_file, "How many circles?"), max_new_tokens=8).text
+    first = api.answer(
+        *loaded, api.encode(loaded[1], picture_file, "How many circles?"), max_new_tokens=8
+    ).text
     turns = [("How many circles?", first)]
-    second = api.answer(*loaded, api.encode(loaded[1], picture_file, "a b c", turns), max_new_tokens=8).text
-    code, out, _ = run("chat", picture_file, *options, stdin="How many circles?\n\n a b c \n/exit\nWhat colour?\n")
+    second = api.answer(
+        *loaded, api.encode(loaded[1], picture_file, "a b c", turns), max_new_tokens=8
+    ).text
+    code, out, _ = run(
+        "chat", picture_file, *options, stdin="How many circles?\n\n a b c \n/exit\nWhat colour?\n"
+    )
     assert (code, [line.strip() for line in out.splitlines()]) == (0, [first, second])
 
 
@@ -29,10 +35,16 @@ def test_a_bad_question_does_not_end_the_chat(run, options, picture_file):
     code, out, err = run("chat", picture_file, *options, stdin=f"How many circles?\n{bad}a b c\n")
     assert (code, out) == (0, plain)
     _, placeholder, length, text = err.splitlines()
-    assert "must not contain '<image>'" in placeholder and "answer included" in length and "no valid UTF-8" in text
+    assert (
+        "must not contain '<image>'" in placeholder
+        and "answer included" in length
+        and "no valid UTF-8" in text
+    )
 
 
-def test_a_picture_for_a_text_model_is_refused_before_any_question(run, family_folder, picture_file):
+def test_a_picture_for_a_text_model_is_refused_before_any_question(
+    run, family_folder, picture_file
+):
     code, out, err = run("chat", picture_file, "--model", family_folder("llama"), stdin="a\nb\n")
     assert (code, out, err) == (2, "", "mllama: error: this model takes no pictures, got 1\n")
 
@@ -43,23 +55,45 @@ def test_a_chat_goes_on_after_bytes_that_are_no_text(run, options, picture_file)
 
 
 @pytest.mark.parametrize(
-    ("family", "pictured"), [("llama", False), ("llava, clip", True), ("llava, clip", False), ("mllama", True), ("mllama", False)]
+    ("family", "pictured"),
+    [
+        ("llama", False),
+        ("llava, clip", True),
+        ("llava, clip", False),
+        ("mllama", True),
+        ("mllama", False),
+    ],
 )
 def test_every_family_remembers_what_was_said(run, family_folder, picture_file, family, pictured):
     folder, picture = family_folder(family), picture_file if pictured else None
     model, processor = mllama.load(folder, dtype="float32", device="cpu")
     turns = []
     for question in ("How many circles?", "a b c"):
-        turns.append((question, api.answer(model, processor, api.encode(processor, picture, question, turns), max_new_tokens=8).text))
+        turns.append(
+            (
+                question,
+                api.answer(
+                    model,
+                    processor,
+                    api.encode(processor, picture, question, turns),
+                    max_new_tokens=8,
+                ).text,
+            )
+        )
     options = ["--model", folder, "--dtype", "float32", "--device", "cpu", "--max-new-tokens", 8]
-    code, out, _ = run("chat", *([picture] if pictured else []), *options, stdin="How many circles?\na b c\n")
+    code, out, _ = run(
+        "chat", *([picture] if pictured else []), *options, stdin="How many circles?\na b c\n"
+    )
     assert (code, out.split()) == (0, " ".join(answer for _, answer in turns).split())
 
 
 def test_without_a_chat_template_every_question_stands_alone(run, family_folder, picture_file):
     folder = family_folder("paligemma")
     model, processor = mllama.load(folder, dtype="float32", device="cpu")
-    answers = [mllama.ask(picture_file, question, model, processor, max_new_tokens=8) for question in ("caption en", "detect circle")]
+    answers = [
+        mllama.ask(picture_file, question, model, processor, max_new_tokens=8)
+        for question in ("caption en", "detect circle")
+    ]
     options = ["--model", folder, "--dtype", "float32", "--device", "cpu", "--max-new-tokens", 8]
     code, out, _ = run("chat", picture_file, *options, stdin="caption en\ndetect circle\n")
     assert (code, out.split()) == (0, " ".join(answers).split())
@@ -68,34 +102,82 @@ def test_without_a_chat_template_every_question_stands_alone(run, family_folder,
 def test_commands_are_no_questions(run, options, picture_file, tmp_path, loaded):
     saved, turned = tmp_path / "talk.json", tmp_path / "a b.png"
     Image.open(picture_file).rotate(90).save(turned)
-    lines = ["/help", "/foo bar", "How many circles?", "/image nowhere.png", f"/image {turned}", "How many circles?", f"/save {saved}"]
+    lines = [
+        "/help",
+        "/foo bar",
+        "How many circles?",
+        "/image nowhere.png",
+        f"/image {turned}",
+        "How many circles?",
+        f"/save {saved}",
+    ]
     lines += [f"/save {picture_file}", "/reset", "/reset now", "a b c", "/exit", "What colour?"]
     code, out, err = run("chat", picture_file, *options, stdin="\n".join(lines))
     asked = [(picture_file, "How many circles?"), (turned, "How many circles?"), (turned, "a b c")]
-    assert (code, [line.strip() for line in out.splitlines()]) == (0, [mllama.ask(*pair, *loaded, max_new_tokens=8) for pair in asked])
-    for said in ("/system TEXT", "no command /foo", "no such picture: nowhere.png", f"{picture_file} exists", "/reset takes nothing"):
+    assert (code, [line.strip() for line in out.splitlines()]) == (
+        0,
+        [mllama.ask(*pair, *loaded, max_new_tokens=8) for pair in asked],
+    )
+    for said in (
+        "/system TEXT",
+        "no command /foo",
+        "no such picture: nowhere.png",
+        f"{picture_file} exists",
+        "/reset takes nothing",
+    ):
         assert said in err
     content = json.loads(saved.read_text())
-    assert content["images"] == [str(turned)] and [message["role"] for message in content["messages"]] == ["user", "assistant"]
+    assert content["images"] == [str(turned)] and [
+        message["role"] for message in content["messages"]
+    ] == ["user", "assistant"]
 
 
-def test_what_the_context_has_no_room_for_is_saved_all_the_same(run, options, picture_file, tmp_path):
-    run("chat", picture_file, *options, stdin=f"{'a b c d ' * 20}\n" * 5 + f"/image -\n/save {tmp_path / 'talk.json'}\n")
+def test_what_the_context_has_no_room_for_is_saved_all_the_same(
+    run, options, picture_file, tmp_path
+):
+    run(
+        "chat",
+        picture_file,
+        *options,
+        stdin=f"{'a b c d ' * 20}\n" * 5 + f"/image -\n/save {tmp_path / 'talk.json'}\n",
+    )
     assert len(json.loads((tmp_path / "talk.json").read_text())["messages"]) == 10
 
 
 def test_a_system_prompt_in_a_chat(run, family_folder):
     folder = family_folder("llama")
     model, processor = mllama.load(folder, dtype="float32", device="cpu")
-    ask = lambda system: api.answer(model, processor, api.encode(processor, None, "a", system=system), max_new_tokens=8).text  # noqa: E731
-    options = ["--model", folder, "--dtype", "float32", "--max-new-tokens", 8, "--json", "--system", "b c"]
-    code, out, err = run("chat", *options, stdin="a\n/reset\n/system d\na\n/reset\n/system\na\n/image x.png\n")
-    assert code == 0 and [json.loads(line)["answer"] for line in out.splitlines()] == [ask("b c"), ask("d"), ask(None)]
+    ask = lambda system: (  # noqa: E731
+        api.answer(
+            model, processor, api.encode(processor, None, "a", system=system), max_new_tokens=8
+        ).text
+    )
+    options = [
+        "--model",
+        folder,
+        "--dtype",
+        "float32",
+        "--max-new-tokens",
+        8,
+        "--json",
+        "--system",
+        "b c",
+    ]
+    code, out, err = run(
+        "chat", *options, stdin="a\n/reset\n/system d\na\n/reset\n/system\na\n/image x.png\n"
+    )
+    assert code == 0 and [json.loads(line)["answer"] for line in out.splitlines()] == [
+        ask("b c"),
+        ask("d"),
+        ask(None),
+    ]
     code, out, err = run("chat", "--model", family_folder("paligemma"), "--system", "a")
     assert (code, out, err.count("\n")) == (2, "", 1) and "no chat template" in err
 
 
-def test_an_interrupt_stops_the_answer_and_keeps_the_conversation(run, family_folder, monkeypatch, tmp_path):
+def test_an_interrupt_stops_the_answer_and_keeps_the_conversation(
+    run, family_folder, monkeypatch, tmp_path
+):
     folder, put = family_folder("llama"), AnswerStreamer.put
     left = [3]  # tokens until Ctrl-C, once
 
@@ -108,12 +190,19 @@ def test_an_interrupt_stops_the_answer_and_keeps_the_conversation(run, family_fo
 
     monkeypatch.setattr(AnswerStreamer, "put", interrupted)
     options = ["--model", folder, "--dtype", "float32", "--max-new-tokens", 8, "--json"]
-    code, out, _ = run("chat", *options, stdin=f"How many circles?\na b c\n/save {tmp_path / 'talk.json'}\n")
+    code, out, _ = run(
+        "chat", *options, stdin=f"How many circles?\na b c\n/save {tmp_path / 'talk.json'}\n"
+    )
     first, second = map(json.loads, out.splitlines())
     assert (code, first["stopped"], first["tokens"], second["stopped"]) == (0, True, 3, False)
     model, processor = mllama.load(folder, dtype="float32", device="cpu")
     turns = [("How many circles?", first["answer"])]
-    assert second["answer"] == api.answer(model, processor, api.encode(processor, None, "a b c", turns), max_new_tokens=8).text
+    assert (
+        second["answer"]
+        == api.answer(
+            model, processor, api.encode(processor, None, "a b c", turns), max_new_tokens=8
+        ).text
+    )
     assert len(json.loads((tmp_path / "talk.json").read_text())["messages"]) == 4
 
 

@@ -21,9 +21,12 @@ def test_files_go_into_the_folder(run, monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("kind", "message"), [(GatedRepoError, "is gated: accept its licence"), (RepositoryNotFoundError, "no such model")]
+    ("kind", "message"),
+    [(GatedRepoError, "is gated: accept its licence"), (RepositoryNotFoundError, "no such model")],
 )
-def test_gated_and_missing_models_are_one_line_that_says_what_to_do(run, monkeypatch, tmp_path, kind, message):
+def test_gated_and_missing_models_are_one_line_that_says_what_to_do(
+    run, monkeypatch, tmp_path, kind, message
+):
     class Response:
         headers, status_code, request = {}, 403, None
 
@@ -32,10 +35,20 @@ def test_gated_and_missing_models_are_one_line_that_says_what_to_do(run, monkeyp
 
     monkeypatch.setattr("mllama.checkpoints.hub.model_info", lambda model_id, **options: None)
     monkeypatch.setattr("mllama.checkpoints.hub.snapshot_download", fetch)
-    for arguments in (["download", "some/where", tmp_path / "new"], ["generate", "--model-id", "some/where", "--prompt", "a"]):
+    for arguments in (
+        ["download", "some/where", tmp_path / "new"],
+        ["generate", "--model-id", "some/where", "--prompt", "a"],
+    ):
         code, out, err = run(*arguments)
-        assert (code, out, err.count("\n")) == (2, "", 1) and message in err and "licence" in err and "log in" in err
-        assert ("no folder" in err) == (arguments[0] == "generate" and kind is RepositoryNotFoundError)
+        assert (
+            (code, out, err.count("\n")) == (2, "", 1)
+            and message in err
+            and "licence" in err
+            and "log in" in err
+        )
+        assert ("no folder" in err) == (
+            arguments[0] == "generate" and kind is RepositoryNotFoundError
+        )
     assert not (tmp_path / "new").exists()
 
 
@@ -53,6 +66,8 @@ def test_a_folder_that_is_there_is_not_taken_for_the_model(run, monkeypatch, tmp
         headers, status_code, request = {}, 401, None
 
     monkeypatch.setattr("mllama.checkpoints.hub.model_info", refuse)
-    monkeypatch.setattr("mllama.checkpoints.hub.snapshot_download", lambda model_id, **options: options["local_dir"])
+    monkeypatch.setattr(
+        "mllama.checkpoints.hub.snapshot_download", lambda model_id, **options: options["local_dir"]
+    )
     code, out, err = run("download", "some/where", tmp_path)
     assert (code, out, err.count("\n")) == (2, "", 1) and "no such model on the hub" in err

@@ -17,7 +17,17 @@ GREEDY = ["--dtype", "float32", "--cpu", "--max-new-tokens", 12]
 @pytest.mark.parametrize("family", ["llama", "gemma", *PICTURED])
 def test_both_runtimes_say_the_same(run, family_folder, picture_file, family):
     pictures = ["--image", picture_file] if family in PICTURED else []
-    command = ["generate", "--model-id", family_folder(family), "--prompt", "How many circles?", *pictures, *GREEDY, "--reference", "hf"]
+    command = [
+        "generate",
+        "--model-id",
+        family_folder(family),
+        "--prompt",
+        "How many circles?",
+        *pictures,
+        *GREEDY,
+        "--reference",
+        "hf",
+    ]
     code, out, err = run(*command)
     assert (code, err) == (0, f"mllama: {family_folder(family)} in float32 on cpu\n")
     assert out.strip() == mllama.ask(
@@ -31,10 +41,22 @@ def test_both_runtimes_say_the_same(run, family_folder, picture_file, family):
 
 
 def test_several_pictures(run, family_folder, picture_file):
-    command = ["generate", "--model-id", family_folder("mllama"), "--prompt", "What changed?", *GREEDY]
+    command = [
+        "generate",
+        "--model-id",
+        family_folder("mllama"),
+        "--prompt",
+        "What changed?",
+        *GREEDY,
+    ]
     one, two = (run(*command, *["--image", picture_file] * count) for count in (1, 2))
     assert one[0] == two[0] == 0 and one[1] != two[1]
-    assert run(*command, "--image", picture_file, "--image", picture_file, "--runtime", "transformers")[0] == 0
+    assert (
+        run(
+            *command, "--image", picture_file, "--image", picture_file, "--runtime", "transformers"
+        )[0]
+        == 0
+    )
 
 
 def test_raw_leaves_the_template_out(run, family_folder):
@@ -43,18 +65,25 @@ def test_raw_leaves_the_template_out(run, family_folder):
     raw, plain = run(*command, "--raw"), run(*command)
     model, tokenizer = mllama.load(folder, dtype="float32", device="cpu")
     inputs = AutoTokenizer.from_pretrained(folder)("a b c", return_tensors="pt")
-    assert raw[0] == 0 and raw[1].strip() == api.answer(model, tokenizer, inputs, max_new_tokens=12).text
+    assert (
+        raw[0] == 0
+        and raw[1].strip() == api.answer(model, tokenizer, inputs, max_new_tokens=12).text
+    )
     assert raw[1] != plain[1]
 
 
 def test_do_sample_samples(run, family_folder):
     command = ["generate", "--model-id", family_folder("llama"), "--prompt", "a b c", *GREEDY]
-    sampled = {run(*command, "--do-sample", "--temperature", "3", "--seed", seed)[1] for seed in range(3)}
+    sampled = {
+        run(*command, "--do-sample", "--temperature", "3", "--seed", seed)[1] for seed in range(3)
+    }
     assert len(sampled) > 1
 
 
 def test_without_a_model_it_is_the_embedded_one(run, picture_file):
-    code, out, err = run("generate", "--prompt", "How many circles?", "--image", picture_file, *GREEDY)
+    code, out, err = run(
+        "generate", "--prompt", "How many circles?", "--image", picture_file, *GREEDY
+    )
     assert code == 0 and out.strip() and "the embedded model" in err
 
 
@@ -66,8 +95,13 @@ def test_sizes_are_ids(run, monkeypatch):
         raise FileNotFoundError(f"{path} is gated")
 
     monkeypatch.setattr("mllama.cli._answering.load_quietly", load)
-    assert [run("generate", "--size", size, "--prompt", "a")[0] for size in _parser.SIZES] == [2] * 4
-    assert asked == list(_parser.SIZES.values()) and asked[-1] == "meta-llama/Llama-3.2-11B-Vision-Instruct"
+    assert [run("generate", "--size", size, "--prompt", "a")[0] for size in _parser.SIZES] == [
+        2
+    ] * 4
+    assert (
+        asked == list(_parser.SIZES.values())
+        and asked[-1] == "meta-llama/Llama-3.2-11B-Vision-Instruct"
+    )
 
 
 @pytest.mark.parametrize(
@@ -75,22 +109,44 @@ def test_sizes_are_ids(run, monkeypatch):
     [
         (["--model-id", "LLAMA"], "required: --prompt"),
         (["--model-id", "LLAMA", "--prompt", " "], "--prompt: must not be empty"),
-        (["--model-id", "LLAMA", "--prompt", "a", "--size", "1B"], "not allowed with argument --model-id"),
+        (
+            ["--model-id", "LLAMA", "--prompt", "a", "--size", "1B"],
+            "not allowed with argument --model-id",
+        ),
         (["--size", "2B", "--prompt", "a"], "invalid choice: '2B'"),
-        (["--model-id", "LLAMA", "--prompt", "a", "--image", "nowhere.png"], "no such picture: nowhere.png"),
-        (["--model-id", "LLAMA", "--prompt", "a", "--image", "PICTURE"], "this model takes no pictures"),
-        (["--model-id", "LLAMA", "--prompt", "a", "--image", "PICTURE", "--raw"], "this model takes no pictures"),
+        (
+            ["--model-id", "LLAMA", "--prompt", "a", "--image", "nowhere.png"],
+            "no such picture: nowhere.png",
+        ),
+        (
+            ["--model-id", "LLAMA", "--prompt", "a", "--image", "PICTURE"],
+            "this model takes no pictures",
+        ),
+        (
+            ["--model-id", "LLAMA", "--prompt", "a", "--image", "PICTURE", "--raw"],
+            "this model takes no pictures",
+        ),
         (["--model-id", "nowhere", "--prompt", "a"], "nowhere"),
         (["--model-id", "some/where", "--prompt", "a"], "no folder 'some/where' here"),
         (["--model-id", "LLAMA", "--prompt", "a", "--top-p", "0"], "above 0"),
         (["--model-id", "SIGLIP", "--prompt", "a"], "a SigLIP vision model has no decoder"),
-        (["--model-id", "SIGLIP", "--prompt", "a", "--raw", "--runtime", "transformers"], "a SigLIP vision model has no decoder"),
-        (["--model-id", "PICTURE", "--prompt", "a"], "circle.png is neither a model folder nor a .gguf file"),
+        (
+            ["--model-id", "SIGLIP", "--prompt", "a", "--raw", "--runtime", "transformers"],
+            "a SigLIP vision model has no decoder",
+        ),
+        (
+            ["--model-id", "PICTURE", "--prompt", "a"],
+            "circle.png is neither a model folder nor a .gguf file",
+        ),
     ],
 )
 def test_generate_refuses(run, family_folder, picture_file, monkeypatch, arguments, message):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    given = {"LLAMA": family_folder("llama"), "SIGLIP": family_folder("siglip"), "PICTURE": picture_file}
+    given = {
+        "LLAMA": family_folder("llama"),
+        "SIGLIP": family_folder("siglip"),
+        "PICTURE": picture_file,
+    }
     code, out, err = run("generate", *(given.get(argument, argument) for argument in arguments))
     assert (code, out, err.count("\n")) == (2, "", 1) and message in err
 
@@ -100,5 +156,11 @@ def test_transformers_makes_nothing_up(run, family_folder, tmp_path):
     weights = load_file(tmp_path / "model.safetensors")
     weights.pop("model.layers.0.mlp.down_proj.weight")
     save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
-    code, out, err = run("generate", "--model-id", tmp_path, "--prompt", "a", "--runtime", "transformers")
-    assert (code, out, err.count("\n")) == (2, "", 1) and "missing (1): model.layers.0.mlp.down_proj.weight" in err
+    code, out, err = run(
+        "generate", "--model-id", tmp_path, "--prompt", "a", "--runtime", "transformers"
+    )
+    assert (code, out, err.count("\n")) == (
+        2,
+        "",
+        1,
+    ) and "missing (1): model.layers.0.mlp.down_proj.weight" in err

@@ -41,18 +41,32 @@ def test_a_sound_folder(run, model_folder):
     model = mllama.MllamaForConditionalGeneration.from_pretrained(model_folder)
     assert (code, err, said["loads"], said["missing"], said["unexpected"]) == (0, "", True, [], [])
     assert said["parameters"]["total"] == sum(parameter.numel() for parameter in model.parameters())
-    assert set(said["parameters"]) == {"tower", "projector", "embeddings", "decoder", "head", "total"}
+    assert set(said["parameters"]) == {
+        "tower",
+        "projector",
+        "embeddings",
+        "decoder",
+        "head",
+        "total",
+    }
     assert said["memory"]["weights"] == 4 * said["parameters"]["total"]
     assert said["work"] == {"context": 512, "batch": 1, "tiles": 1, "dtype": "float32"}
     assert said["sizes"]["features of a row's pictures"] == twins.PATCHES
     code, out, err = run("inspect", model_folder)
-    assert (code, err) == (0, "") and "loads: every tensor has its place" in out and f"{said['parameters']['total']:,}" in out
+    assert (
+        (code, err) == (0, "")
+        and "loads: every tensor has its place" in out
+        and f"{said['parameters']['total']:,}" in out
+    )
 
 
 @pytest.mark.parametrize(
     ("options", "made_of"),
     [
-        ({"fusion": "prepend", "image_pooling": "learned"}, "siglip tower + learned pooling + mlp projector + 2-layer decoder"),
+        (
+            {"fusion": "prepend", "image_pooling": "learned"},
+            "siglip tower + learned pooling + mlp projector + 2-layer decoder",
+        ),
         (
             {"fusion": "cross_attention", "cross_attention_every": 1, "projector": "linear"},
             "siglip tower + linear projector + 4-layer decoder, 2 of them cross-attention",
@@ -64,7 +78,11 @@ def test_other_fusions(run, options, made_of, tmp_path):
     code, out, _ = run("inspect", tmp_path, "--json")
     said = json.loads(out)
     assert (code, said["made of"]) == (0, made_of)
-    assert ("cross layers" in said["parameters"]) == ("cross-attention keys and values" in said["memory"]) == ("cross" in made_of)
+    assert (
+        ("cross layers" in said["parameters"])
+        == ("cross-attention keys and values" in said["memory"])
+        == ("cross" in made_of)
+    )
 
 
 def test_what_is_asked_decides_the_memory(run, model_folder):
@@ -80,14 +98,29 @@ def test_what_is_asked_decides_the_memory(run, model_folder):
 
 def test_what_would_not_load_is_told_from_headers(run, folder):
     names = list(load_file(folder / "model.safetensors"))
-    gone, bent = (next(name for name in names if name.endswith(end)) for end in ("layers.1.mlp.up_proj.weight", "model.norm.weight"))
+    gone, bent = (
+        next(name for name in names if name.endswith(end))
+        for end in ("layers.1.mlp.up_proj.weight", "model.norm.weight")
+    )
     change(folder, **{gone: None, bent: torch.zeros(3), "stray.weight": torch.zeros(1)})
     code, out, err = run("inspect", folder, "--json")
     said = json.loads(out)
-    assert (code, err, said["loads"], said["missing"], said["unexpected"]) == (1, "", False, [gone], ["stray.weight"])
-    assert len(said["of another shape or kind"]) == 1 and bent in said["of another shape or kind"][0]
+    assert (code, err, said["loads"], said["missing"], said["unexpected"]) == (
+        1,
+        "",
+        False,
+        [gone],
+        ["stray.weight"],
+    )
+    assert (
+        len(said["of another shape or kind"]) == 1 and bent in said["of another shape or kind"][0]
+    )
     code, out, err = run("inspect", folder)
-    assert (code, err) == (1, "") and f"missing (1): {gone}" in out and "unexpected (1): stray.weight" in out
+    assert (
+        (code, err) == (1, "")
+        and f"missing (1): {gone}" in out
+        and "unexpected (1): stray.weight" in out
+    )
 
 
 @pytest.mark.parametrize(
@@ -100,17 +133,25 @@ def test_what_would_not_load_is_told_from_headers(run, folder):
     ],
 )
 def test_inspect_refuses(run, model_folder, arguments, message):
-    code, out, err = run("inspect", *(model_folder if argument == "FOLDER" else argument for argument in arguments))
+    code, out, err = run(
+        "inspect", *(model_folder if argument == "FOLDER" else argument for argument in arguments)
+    )
     assert (code, out, err.count("\n")) == (2, "", 1) and message in err
 
 
-def test_a_config_that_wants_more_layers_than_the_files_have_is_refused_before_they_are_built(run, folder):
+def test_a_config_that_wants_more_layers_than_the_files_have_is_refused_before_they_are_built(
+    run, folder
+):
     config = json.loads((folder / "config.json").read_text())
     config["text_config"]["num_hidden_layers"] = 10**9
     (folder / "config.json").write_text(json.dumps(config))
     for command in ("inspect", "verify"):
         code, out, err = run(command, folder)
-        assert (code, out, err.count("\n")) == (2, "", 1) and "num_hidden_layers is 1000000000, the weights hold" in err
+        assert (code, out, err.count("\n")) == (
+            2,
+            "",
+            1,
+        ) and "num_hidden_layers is 1000000000, the weights hold" in err
 
 
 def test_a_config_alone_says_the_sizes(run, folder, family_folder):
@@ -118,7 +159,9 @@ def test_a_config_alone_says_the_sizes(run, folder, family_folder):
     (folder / "model.safetensors").unlink()
     code, out, _ = run("inspect", "--model", folder, "--json")
     said = json.loads(out)
-    assert (code, said["loads"]) == (0, None) and all(said[name] == whole[name] for name in ("sizes", "parameters", "memory"))
+    assert (code, said["loads"]) == (0, None) and all(
+        said[name] == whole[name] for name in ("sizes", "parameters", "memory")
+    )
     assert "no weights" in run("inspect", folder)[1]
     config = json.loads((folder / "config.json").read_text())
     config["text_config"]["num_hidden_layers"] = 10**9
@@ -134,13 +177,27 @@ def test_sizes_of_what_a_model_lacks_are_refused(run, family_folder, family, opt
 
 
 def test_metas_own_folder(run, tmp_path):
-    params = {"dim": 64, "n_layers": 2, "n_heads": 4, "vocab_size": 300, "multiple_of": 32, "norm_eps": 1e-5, "rope_theta": 500000.0}
+    params = {
+        "dim": 64,
+        "n_layers": 2,
+        "n_heads": 4,
+        "vocab_size": 300,
+        "multiple_of": 32,
+        "norm_eps": 1e-5,
+        "rope_theta": 500000.0,
+    }
     (tmp_path / "params.json").write_text(json.dumps(params))
     model = mllama.MllamaForConditionalGeneration(LlamaConfig(**METAS))
-    torch.save(to_file(text_table(model.config), model.state_dict()), tmp_path / "consolidated.00.pth")
+    torch.save(
+        to_file(text_table(model.config), model.state_dict()), tmp_path / "consolidated.00.pth"
+    )
     code, out, _ = run("inspect", tmp_path, "--json")
     said = json.loads(out)
-    assert (code, said["family"], said["read as"]) == (0, "llama", {"float32": said["parameters"]["total"]})
+    assert (code, said["family"], said["read as"]) == (
+        0,
+        "llama",
+        {"float32": said["parameters"]["total"]},
+    )
     code, out, _ = run("verify", tmp_path)
     assert code == 0 and "stock transformers does not read" in out and out.count(" ok") == 2
 
@@ -148,12 +205,26 @@ def test_metas_own_folder(run, tmp_path):
 def test_a_gguf_file(run, family_folder, tmp_path):
     pytest.importorskip("gguf")
     pytest.importorskip("accelerate", reason="transformers reads no GGUF without it")
-    code, _, err = run("convert", family_folder("llama"), tmp_path / "llama.gguf", "--to", "gguf", "--dtype", "f16")
+    code, _, err = run(
+        "convert", family_folder("llama"), tmp_path / "llama.gguf", "--to", "gguf", "--dtype", "f16"
+    )
     assert (code, err) == (0, "")
     code, out, _ = run("inspect", tmp_path / "llama.gguf", "--json")
     said = json.loads(out)
-    assert (code, said["family"], said["loads"], said["work"]["dtype"]) == (0, "llama", True, "float16")
+    assert (code, said["family"], said["loads"], said["work"]["dtype"]) == (
+        0,
+        "llama",
+        True,
+        "float16",
+    )
     code, out, _ = run("verify", tmp_path)
     assert code == 0 and "layer 1" in out
-    code, out, _ = run("chat", "--model", tmp_path / "llama.gguf", "--max-new-tokens", 8, stdin="How many circles?\n")
+    code, out, _ = run(
+        "chat",
+        "--model",
+        tmp_path / "llama.gguf",
+        "--max-new-tokens",
+        8,
+        stdin="How many circles?\n",
+    )
     assert code == 0 and out.strip()

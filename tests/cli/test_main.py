@@ -36,9 +36,18 @@ def test_info(run):
         (["ask", "PICTURE", "?", "--device", "abacus"], "device 'abacus' is not known or not here"),
         (["ask", "PICTURE", "?", "--dtype", "int8"], "invalid choice: 'int8'"),
         (["ask", "PICTURE", "?", "--max-new-tokens", "0"], "a whole number of at least 1, got '0'"),
-        (["ask", "PICTURE", "?", "--max-new-tokens", "many"], "a whole number of at least 1, got 'many'"),
-        (["ask", "PICTURE", "?", "--max-new-tokens", "+-5"], "a whole number of at least 1, got '+-5'"),
-        (["ask", "PICTURE", "?", "--max-new-tokens", "9" * 5000], "a whole number of at least 1, got '9999"),
+        (
+            ["ask", "PICTURE", "?", "--max-new-tokens", "many"],
+            "a whole number of at least 1, got 'many'",
+        ),
+        (
+            ["ask", "PICTURE", "?", "--max-new-tokens", "+-5"],
+            "a whole number of at least 1, got '+-5'",
+        ),
+        (
+            ["ask", "PICTURE", "?", "--max-new-tokens", "9" * 5000],
+            "a whole number of at least 1, got '9999",
+        ),
         (["ask", "PICTURE", "\udcff"], "the question is no valid UTF-8 text"),
         (["ask", "PICTURE", "what <image>?"], "the question must not contain '<image>'"),
         (["ask", "PICTURE", "a b c d " * 2000], "answer included"),
@@ -55,19 +64,35 @@ def test_info(run):
     ],
 )
 def test_what_is_refused_is_told_in_one_line(run, picture_file, arguments, message):
-    code, out, err = run(*(picture_file if argument == "PICTURE" else argument for argument in arguments))
-    assert (code, out, err.count("\n")) == (2, "", 1) and err.startswith("mllama") and message in err
+    code, out, err = run(
+        *(picture_file if argument == "PICTURE" else argument for argument in arguments)
+    )
+    assert (
+        (code, out, err.count("\n")) == (2, "", 1) and err.startswith("mllama") and message in err
+    )
 
 
 def test_a_long_error_is_cut_to_a_line(run, monkeypatch, picture_file):
-    monkeypatch.setattr("mllama.cli.ask.run", lambda arguments: (_ for _ in ()).throw(ValueError("missing:\n" + "weight\n" * 1000)))
+    monkeypatch.setattr(
+        "mllama.cli.ask.run",
+        lambda arguments: (_ for _ in ()).throw(ValueError("missing:\n" + "weight\n" * 1000)),
+    )
     code, _, err = run("ask", picture_file, "?")
     assert (code, err.count("\n")) == (2, 1) and err.endswith(" ...\n") and len(err) < 1100
 
 
-def test_an_error_nobody_foresaw_is_told_in_one_line_unless_asked_for_whole(run, monkeypatch, picture_file):
-    monkeypatch.setattr("mllama.cli.ask.run", lambda arguments: (_ for _ in ()).throw(RuntimeError("out of memory\nat 3")))
-    assert run("ask", picture_file, "?") == (2, "", "mllama: error: RuntimeError: out of memory at 3\n")
+def test_an_error_nobody_foresaw_is_told_in_one_line_unless_asked_for_whole(
+    run, monkeypatch, picture_file
+):
+    monkeypatch.setattr(
+        "mllama.cli.ask.run",
+        lambda arguments: (_ for _ in ()).throw(RuntimeError("out of memory\nat 3")),
+    )
+    assert run("ask", picture_file, "?") == (
+        2,
+        "",
+        "mllama: error: RuntimeError: out of memory at 3\n",
+    )
     monkeypatch.setenv("MLLAMA_TRACEBACK", "1")
     with pytest.raises(RuntimeError, match="out of memory"):
         run("ask", picture_file, "?")
@@ -76,14 +101,26 @@ def test_an_error_nobody_foresaw_is_told_in_one_line_unless_asked_for_whole(run,
 @pytest.mark.parametrize(
     ("redirection", "arguments", "code", "message"),
     [
-        ("<&-", ["chat", "PICTURE"], 2, "mllama: error: stdin is closed: there are no questions to read\n"),
+        (
+            "<&-",
+            ["chat", "PICTURE"],
+            2,
+            "mllama: error: stdin is closed: there are no questions to read\n",
+        ),
         (">&-", ["ask", "PICTURE", "?"], 2, "mllama: error: stdout is closed\n"),
         ("2>&-", ["ask", "nowhere.png", "?"], 2, ""),
     ],
 )
 def test_closed_streams(picture_file, redirection, arguments, code, message):
-    command = [sys.executable, "-m", "mllama", *(str(picture_file) if argument == "PICTURE" else argument for argument in arguments)]
-    ended = subprocess.run(["sh", "-c", f'exec "$@" {redirection}', "sh", *command], capture_output=True, text=True)
+    command = [
+        sys.executable,
+        "-m",
+        "mllama",
+        *(str(picture_file) if argument == "PICTURE" else argument for argument in arguments),
+    ]
+    ended = subprocess.run(
+        ["sh", "-c", f'exec "$@" {redirection}', "sh", *command], capture_output=True, text=True
+    )
     assert (ended.returncode, ended.stdout, ended.stderr) == (code, "", message)
 
 
@@ -98,8 +135,13 @@ def test_interruption_ends_quietly(run, monkeypatch, picture_file):
 def test_a_closed_pipe_ends_quietly():
     reader, writer = os.pipe()
     os.close(reader)
-    command, environment = [sys.executable, "-m", "mllama", "--help"], os.environ | {"PYTHONUNBUFFERED": ""}
-    ended = subprocess.run(command, env=environment, stdout=writer, stderr=subprocess.PIPE, text=True)
+    command, environment = (
+        [sys.executable, "-m", "mllama", "--help"],
+        os.environ | {"PYTHONUNBUFFERED": ""},
+    )
+    ended = subprocess.run(
+        command, env=environment, stdout=writer, stderr=subprocess.PIPE, text=True
+    )
     os.close(writer)
     assert (ended.returncode, ended.stderr) == (141, "")
 
@@ -108,6 +150,8 @@ def test_the_page_of_the_command_line_has_every_command_with_an_example_that_par
     page = (Path(__file__).parents[2] / "docs" / "cli.md").read_text()
     rows = re.findall(r"^\| `(\w+)` \|.*\| `(mllama .*)` \|$", page, re.MULTILINE)
     parser = build_parser()
-    assert [parser.parse_args(shlex.split(example)[1:]).command for _, example in rows] == [command for command, _ in rows]
+    assert [parser.parse_args(shlex.split(example)[1:]).command for _, example in rows] == [
+        command for command, _ in rows
+    ]
     commands = parser._subparsers._group_actions[0].choices
     assert commands.keys() == dict(rows).keys()

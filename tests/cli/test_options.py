@@ -35,14 +35,34 @@ class Recorder(argparse.Namespace):
         ("info", []),
     ],
 )
-def test_every_option_is_read(run, family_folder, picture_file, monkeypatch, tmp_path, command, words):
+def test_every_option_is_read(
+    run, family_folder, picture_file, monkeypatch, tmp_path, command, words
+):
     commands = _parser.build_parser()._subparsers._group_actions[0].choices
-    assert set(commands) == {"ask", "chat", "generate", "download", "convert", "inspect", "verify", "info"}
+    assert set(commands) == {
+        "ask",
+        "chat",
+        "generate",
+        "download",
+        "convert",
+        "inspect",
+        "verify",
+        "info",
+    }
     recorded = []
     parse = _parser._Parser.parse_args
-    monkeypatch.setattr(_parser._Parser, "parse_args", lambda self, *args: recorded.append(Recorder(parse(self, *args))) or recorded[-1])
+    monkeypatch.setattr(
+        _parser._Parser,
+        "parse_args",
+        lambda self, *args: recorded.append(Recorder(parse(self, *args))) or recorded[-1],
+    )
     monkeypatch.setattr("mllama.cli.download.download", lambda *args, **kwargs: tmp_path)
-    given = {"LLAMA": family_folder("llama"), "MLLAMA": family_folder("mllama"), "TARGET": tmp_path / "new", "PICTURE": picture_file}
+    given = {
+        "LLAMA": family_folder("llama"),
+        "MLLAMA": family_folder("mllama"),
+        "TARGET": tmp_path / "new",
+        "PICTURE": picture_file,
+    }
     assert run(command, *(given.get(word, word) for word in words), stdin="a\n")[0] == 0
     options = {action.dest for action in commands[command]._actions} - {"help"}
     assert options and options - recorded[0].read == set()

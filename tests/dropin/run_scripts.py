@@ -1,6 +1,8 @@
-"""Runs scripts as `__main__`, each in a process of its own that has imported what costs seconds: `python run_scripts.py SCRIPT ...`.
+"""Runs scripts as `__main__`, each in a process of its own that has imported what costs seconds:
+`python run_scripts.py SCRIPT ...`.
 
-Prints one JSON object: {script's stem: {"code": exit code, "out": what it printed, "err": its traceback and warnings}}.
+Prints one JSON object: {script's stem: {"code": exit code, "out": what it printed, "err": its
+traceback and warnings}}.
 """
 
 import json
@@ -41,7 +43,11 @@ def run(script: str) -> dict:
         _, status = os.waitpid(child, 0)
         out.seek(0)
         err.seek(0)
-        return {"code": os.waitstatus_to_exitcode(status), "out": out.read().decode(), "err": err.read().decode()}
+        return {
+            "code": os.waitstatus_to_exitcode(status),
+            "out": out.read().decode(),
+            "err": err.read().decode(),
+        }
 
 
 if __name__ == "__main__":

@@ -22,12 +22,17 @@ SAID = (11, 12, 23)  # the parts that the assistant says
 def tokenizer(request, make_tokenizer, tmp_path):
     if request.param == "transformers":
         made = make_tokenizer(adds_bos=True)
-        made.add_tokens(["<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<|begin_of_text|>"], special_tokens=True)
+        made.add_tokens(
+            ["<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<|begin_of_text|>"],
+            special_tokens=True,
+        )
         return made
     pytest.importorskip("tiktoken", reason="tiktoken is not installed")
     ranks = [bytes([byte]) for byte in range(256)] + [b"as", b"ass", b"\n\n"]
     path = tmp_path / "tokenizer.model"
-    path.write_bytes(b"".join(base64.b64encode(token) + b" %d\n" % rank for rank, token in enumerate(ranks)))
+    path.write_bytes(
+        b"".join(base64.b64encode(token) + b" %d\n" % rank for rank, token in enumerate(ranks))
+    )
     return mllama.Tokenizer(path)
 
 
@@ -54,7 +59,11 @@ def test_what_the_assistant_says(tokenizer):
 
 def test_rows_padding_and_talk_without_an_assistant(tokenizer):
     pad = tokenizer.pad_id if isinstance(tokenizer, mllama.Tokenizer) else tokenizer.pad_token_id
-    rows = [row(tokenizer, CHAT[:13], SAID), row(tokenizer, CHAT, SAID), row(tokenizer, CHAT[:7], ())]
+    rows = [
+        row(tokenizer, CHAT[:13], SAID),
+        row(tokenizer, CHAT, SAID),
+        row(tokenizer, CHAT[:7], ()),
+    ]
     longest = max(len(ids) for ids, _ in rows) + 3
     ids = torch.tensor([ids + [pad] * (longest - len(ids)) for ids, _ in rows])
     expected = [mask + [False] * (longest - len(mask)) for _, mask in rows]
@@ -67,5 +76,7 @@ def test_a_header_at_the_very_end(tokenizer):
 
 
 def test_a_tokenizer_without_such_chats_is_refused(make_tokenizer):
-    with pytest.raises(ValueError, match="tokenizer has no <.start_header_id.>, which Llama 3's chats have"):
+    with pytest.raises(
+        ValueError, match="tokenizer has no <.start_header_id.>, which Llama 3's chats have"
+    ):
         older.model()._create_conversation_mask(torch.tensor([[1, 2]]), make_tokenizer())

@@ -34,7 +34,9 @@ def close(actual, expected, tolerance=1e-5):
 
 
 class Falling(nn.Module):
-    """Logits that fall with the id and are far above any id: a threshold taken from top-k's indices keeps all of them."""
+    """Logits that fall with the id and are far above any id: a threshold taken from top-k's indices
+    keeps all of them.
+    """
 
     def __init__(self, dtype: torch.dtype = torch.float32):
         super().__init__()
@@ -45,14 +47,18 @@ class Falling(nn.Module):
 
 
 def test_top_k_threshold_is_not_taken_from_indices():
-    drawn = generate(Falling(), torch.zeros(500, 1, dtype=torch.long), 1, 8, temperature=100.0, top_k=3)[:, 1]
+    drawn = generate(
+        Falling(), torch.zeros(500, 1, dtype=torch.long), 1, 8, temperature=100.0, top_k=3
+    )[:, 1]
     assert set(drawn.tolist()) == {0, 1, 2}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_minus_infinity_is_on_the_logits_device_and_of_their_dtype(dtype):
     model, start = Falling(dtype), torch.zeros(2, 1, dtype=torch.long)
-    with torch.device("meta"):  # a tensor that is not told where to live is not where the logits are
+    with torch.device(
+        "meta"
+    ):  # a tensor that is not told where to live is not where the logits are
         tokens = generate(model, start, 2, 8, temperature=1.0, top_k=1)
     assert tokens.tolist() == [[0, 0, 0]] * 2
     assert generate(model, start, 2, 8, top_k=1).tolist() == [[0, 0, 0]] * 2
@@ -60,12 +66,17 @@ def test_minus_infinity_is_on_the_logits_device_and_of_their_dtype(dtype):
 
 def test_fc2_has_fc1s_shape_and_the_gate_is_silu_of_fc1_alone():
     feed, x = FeedForward(CFG), torch.randn(3, 64)
-    assert feed.fc2.weight.shape == feed.fc1.weight.shape == (96, 64) and feed.fc3.weight.shape == (64, 96)
+    assert feed.fc2.weight.shape == feed.fc1.weight.shape == (96, 64) and feed.fc3.weight.shape == (
+        64,
+        96,
+    )
     close(feed(x), feed.fc3(nn.functional.silu(feed.fc1(x)) * feed.fc2(x)))
 
 
 def test_dtype_is_the_configs_value_and_not_a_list_of_its_name():
-    assert {linear.weight.dtype for linear in FeedForward(CFG | {"dtype": torch.bfloat16}).children()} == {torch.bfloat16}
+    assert {
+        linear.weight.dtype for linear in FeedForward(CFG | {"dtype": torch.bfloat16}).children()
+    } == {torch.bfloat16}
     with pytest.raises(ValueError, match="dtype must be"):
         FeedForward(CFG | {"dtype": ["dtype"]})
 
@@ -101,11 +112,15 @@ def test_positions_go_on_after_the_cache():
     close(model(tokens[:, 39:], past), model(tokens)[:, 39:])
 
 
-@pytest.mark.parametrize("make", [lambda: TransformerBlock(CFG), lambda: TransformerBlock(toys.config(), 0)])
+@pytest.mark.parametrize(
+    "make", [lambda: TransformerBlock(CFG), lambda: TransformerBlock(toys.config(), 0)]
+)
 def test_attention_and_feed_forward_have_shortcuts_of_their_own(make):
     block, x = make(), torch.randn(2, 6, 64)
     nn.init.zeros_(block.ff.fc3.weight)
-    arguments = {"x": x} | ({} if block.from_config else dict(zip(("cos", "sin"), compute_rope_params(16), strict=True)))
+    arguments = {"x": x} | (
+        {} if block.from_config else dict(zip(("cos", "sin"), compute_rope_params(16), strict=True))
+    )
     attended = block(**arguments) - x
     assert attended.abs().max() > 1e-3
     fed = make()
@@ -116,7 +131,11 @@ def test_attention_and_feed_forward_have_shortcuts_of_their_own(make):
 
 
 def test_norms_are_made_as_they_are_used():
-    assert RMSNorm(64).eps == 1e-6 and RMSNorm(64, 1e-5).eps == 1e-5 and RMSNorm(dim=64, eps=1e-5).weight.eq(1).all()
+    assert (
+        RMSNorm(64).eps == 1e-6
+        and RMSNorm(64, 1e-5).eps == 1e-5
+        and RMSNorm(dim=64, eps=1e-5).weight.eq(1).all()
+    )
     assert {norm.eps for norm in Llama3Model(CFG).modules() if isinstance(norm, RMSNorm)} == {1e-5}
 
 
@@ -139,19 +158,37 @@ def test_an_odd_head_dim_is_refused():
 
 
 def test_a_mask_that_is_not_boolean_is_understood_or_refused():
-    attention, x, tables = GroupQueryAttention(64, 64, 4, 2), torch.randn(2, 6, 64), compute_rope_params(16)
+    attention, x, tables = (
+        GroupQueryAttention(64, 64, 4, 2),
+        torch.randn(2, 6, 64),
+        compute_rope_params(16),
+    )
     expected = attention(x, *tables, hidden(6))
-    for mask in (hidden(6).int(), hidden(6).float(), torch.zeros(6, 6).masked_fill(hidden(6), -torch.inf)):
+    for mask in (
+        hidden(6).int(),
+        hidden(6).float(),
+        torch.zeros(6, 6).masked_fill(hidden(6), -torch.inf),
+    ):
         close(attention(x, *tables, mask), expected)
-    for mask, words in ((torch.ones(6, 6).tril(), "hides every key from a query"), (hidden(6) * 2, "must be boolean")):
+    for mask, words in (
+        (torch.ones(6, 6).tril(), "hides every key from a query"),
+        (hidden(6) * 2, "must be boolean"),
+    ):
         with pytest.raises(ValueError, match=words):
             attention(x, *tables, mask)
 
 
 def test_scores_are_scaled_before_they_are_masked():
-    attention, x, tables = GroupQueryAttention(64, 64, 4, 2), torch.randn(1, 6, 64), compute_rope_params(16)
+    attention, x, tables = (
+        GroupQueryAttention(64, 64, 4, 2),
+        torch.randn(1, 6, 64),
+        compute_rope_params(16),
+    )
     added = torch.zeros(6, 6).masked_fill(hidden(6), -3.0)  # not hidden, so its size counts
-    q, k = (projection(x).unflatten(-1, (-1, 16)).transpose(1, 2) for projection in (attention.W_query, attention.W_key))
+    q, k = (
+        projection(x).unflatten(-1, (-1, 16)).transpose(1, 2)
+        for projection in (attention.W_query, attention.W_key)
+    )
     v = attention.W_value(x).unflatten(-1, (-1, 16)).transpose(1, 2).repeat_interleave(2, 1)
     scores = rope(q, *tables) @ rope(k, *tables).repeat_interleave(2, 1).transpose(2, 3) / 4
     expected = attention.out_proj(((scores + added).softmax(-1) @ v).transpose(1, 2).flatten(2))
@@ -171,18 +208,24 @@ def test_there_is_one_of_each(name):
 
 
 def test_assign_keeps_device_and_dtype():
-    made = assign(nn.Parameter(torch.zeros(3, dtype=torch.float16)), torch.ones(3, dtype=torch.float64))
+    made = assign(
+        nn.Parameter(torch.zeros(3, dtype=torch.float16)), torch.ones(3, dtype=torch.float64)
+    )
     assert made.dtype == torch.float16 and made.device.type == "cpu"
 
 
 def test_frozen_weights_get_no_gradients():
     model = toys.by_dict()
     replace_linear_with_lora(model, rank=4, alpha=8)
-    load_weights_into_llama(model, CFG, toys.stock().state_dict())  # new parameters, as frozen as those before
+    load_weights_into_llama(
+        model, CFG, toys.stock().state_dict()
+    )  # new parameters, as frozen as those before
     model(ids()).square().mean().backward()
     frozen = [layer.linear.weight for layer in model.modules() if isinstance(layer, Linear_LORA)]
     assert frozen and not any(weight.requires_grad or weight.grad is not None for weight in frozen)
-    assert {id(p) for p in model.parameters() if p.grad is not None} == {id(p) for p in mllama.lora_parameters(model)}
+    assert {id(p) for p in model.parameters() if p.grad is not None} == {
+        id(p) for p in mllama.lora_parameters(model)
+    }
 
 
 def test_lora_b_leads_from_rank_to_out_dim():
@@ -204,7 +247,9 @@ def test_a_decoder_is_causal_without_being_told(mask):
     model, tokens = toys.by_config(), ids()
     other = tokens.clone()
     other[:, 30:] = (other[:, 30:] + 1) % 99
-    close(model(tokens, attention_mask=mask)[0][:, :30], model(other, attention_mask=mask)[0][:, :30])
+    close(
+        model(tokens, attention_mask=mask)[0][:, :30], model(other, attention_mask=mask)[0][:, :30]
+    )
 
 
 def test_one_forward_takes_ids_and_embeddings():
@@ -213,7 +258,9 @@ def test_one_forward_takes_ids_and_embeddings():
 
 
 def test_rotary_scaling_of_the_config_is_not_forgotten():
-    unscaled = toys.by_config(rope_freq=None, rope_parameters={"rope_type": "default", "rope_theta": 500000.0})
+    unscaled = toys.by_config(
+        rope_freq=None, rope_parameters={"rope_type": "default", "rope_theta": 500000.0}
+    )
     assert not torch.allclose(toys.by_config()(ids())[0], unscaled(ids())[0])
 
 

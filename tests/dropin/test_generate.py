@@ -55,7 +55,9 @@ def test_signature():
 
 def test_greedy_is_stock_transformers():
     stock, tokens = toys.stock(), ids(2, 5)
-    expected = stock.generate(tokens, max_new_tokens=20, do_sample=False, eos_token_id=None, pad_token_id=0)
+    expected = stock.generate(
+        tokens, max_new_tokens=20, do_sample=False, eos_token_id=None, pad_token_id=0
+    )
     assert torch.equal(generate(toys.by_dict(), tokens, 20, 64), expected)
 
 
@@ -83,18 +85,28 @@ def test_the_cache_is_used_while_the_window_holds_all():
 def test_both_families_and_any_other_module():
     tokens = ids(2, 5)
     expected = generate(toys.by_dict(), tokens, 6, 64)
-    assert torch.equal(generate(toys.by_config(), tokens, 6, 64), expected)  # (logits, kv_cache), without past_kv
+    assert torch.equal(
+        generate(toys.by_config(), tokens, 6, 64), expected
+    )  # (logits, kv_cache), without past_kv
     assert torch.equal(generate(toys.stock().model.embed_tokens, tokens, 0, 64), tokens)
-    assert torch.equal(generate(toys.stock(), tokens, 6, 64), expected)  # an output that begins with logits
+    assert torch.equal(
+        generate(toys.stock(), tokens, 6, 64), expected
+    )  # an output that begins with logits
     assert generate(Fixed(0.0, 2.0, 1.0), tokens, 3, 64)[:, 5:].eq(1).all()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_top_k_keeps_the_likeliest(dtype):
     model = Fixed(0.0, 3.0, 2.0, 2.9, -1.0, dtype=dtype)
-    drawn = generate(model, torch.zeros(200, 1, dtype=torch.long), 5, 8, temperature=1.0, top_k=2)[:, 1:]
+    drawn = generate(model, torch.zeros(200, 1, dtype=torch.long), 5, 8, temperature=1.0, top_k=2)[
+        :, 1:
+    ]
     assert set(drawn.flatten().tolist()) == {1, 3}
-    assert generate(model, torch.zeros(2, 1, dtype=torch.long), 2, 8, temperature=FAR, top_k=1)[:, 1:].eq(1).all()
+    assert (
+        generate(model, torch.zeros(2, 1, dtype=torch.long), 2, 8, temperature=FAR, top_k=1)[:, 1:]
+        .eq(1)
+        .all()
+    )
 
 
 def test_temperature():
@@ -110,15 +122,24 @@ def test_temperature():
 def test_a_row_ends_for_itself():
     model = Scripted([1, 2, 9, 4, 5, 6], [1, 2, 3, 4, 9, 6])
     tokens = generate(model, torch.zeros(2, 1, dtype=torch.long), 6, 8, eos_id=9)
-    assert tokens.tolist() == [[0, 1, 2, 9, 9], [0, 1, 2, 3, 4]]  # where all have ended, the last one's is not added
+    assert tokens.tolist() == [
+        [0, 1, 2, 9, 9],
+        [0, 1, 2, 3, 4],
+    ]  # where all have ended, the last one's is not added
     assert generate(model, torch.zeros(2, 1, dtype=torch.long), 6, 8).shape == (2, 7)
-    assert generate(Scripted([1, 9, 3]), torch.zeros(1, 1, dtype=torch.long), 3, 8, eos_id=9).tolist() == [[0, 1]]
+    assert generate(
+        Scripted([1, 9, 3]), torch.zeros(1, 1, dtype=torch.long), 3, 8, eos_id=9
+    ).tolist() == [[0, 1]]
 
 
 def test_nothing_is_kept_for_gradients_and_the_prompt_stays():
     model, tokens = toys.by_dict().train(), ids(1, 4)
     before = tokens.clone()
-    assert not generate(model, tokens.int(), 3, 8).requires_grad and model.training and torch.equal(tokens, before)
+    assert (
+        not generate(model, tokens.int(), 3, 8).requires_grad
+        and model.training
+        and torch.equal(tokens, before)
+    )
 
 
 @pytest.mark.parametrize(
@@ -140,29 +161,51 @@ def test_nothing_is_kept_for_gradients_and_the_prompt_stays():
 )
 def test_what_is_refused(change, error, words):
     with pytest.raises(error, match=words):
-        generate(**{"model": toys.by_dict(), "idx": ids(1, 4), "max_new_tokens": 2, "context_size": 8} | change)
+        generate(
+            **{"model": toys.by_dict(), "idx": ids(1, 4), "max_new_tokens": 2, "context_size": 8}
+            | change
+        )
 
 
 @pytest.fixture(scope="module")
 def tokenizer_file():
-    meta = pytest.importorskip("llama_models.llama3.tokenizer", reason="llama-models is not installed (--no-deps): no tokenizer file")
+    meta = pytest.importorskip(
+        "llama_models.llama3.tokenizer",
+        reason="llama-models is not installed (--no-deps): no tokenizer file",
+    )
     return Path(meta.__file__).parent / "tokenizer.model"
 
 
 def test_the_tokenizer(tokenizer_file):
     assert Tokenizer is mllama.Tokenizer
     tokenizer = Tokenizer(str(tokenizer_file))
-    named = {"begin_of_text": 128000, "end_of_text": 128001, "start_header_id": 128006, "end_header_id": 128007, "eot_id": 128009}
-    assert {name: tokenizer.special[f"<|{name}|>"] for name in named} == named and len(tokenizer.special) == 256
+    named = {
+        "begin_of_text": 128000,
+        "end_of_text": 128001,
+        "start_header_id": 128006,
+        "end_header_id": 128007,
+        "eot_id": 128009,
+    }
+    assert {name: tokenizer.special[f"<|{name}|>"] for name in named} == named and len(
+        tokenizer.special
+    ) == 256
     text = "Write a short sentence: naïve café, 12345."
     ids = tokenizer.encode(text)
-    assert tokenizer.encode(text, bos=True, eos=True) == [128000, *ids, 128001] and tokenizer.model.decode(ids) == text
-    assert text_to_tokens(text, tokenizer).tolist() == [ids] and token_to_text(torch.tensor([ids]), tokenizer) == text
+    assert (
+        tokenizer.encode(text, bos=True, eos=True) == [128000, *ids, 128001]
+        and tokenizer.model.decode(ids) == text
+    )
+    assert (
+        text_to_tokens(text, tokenizer).tolist() == [ids]
+        and token_to_text(torch.tensor([ids]), tokenizer) == text
+    )
 
 
 def test_a_script_from_prompt_to_text(tokenizer_file):
     tokenizer = Tokenizer(tokenizer_file)
-    model = Llama3Model(toys.CFG | {"vocab_size": tokenizer.n_words, "emb_dim": 16, "n_layers": 1, "hidden_dim": 16})
+    model = Llama3Model(
+        toys.CFG | {"vocab_size": tokenizer.n_words, "emb_dim": 16, "n_layers": 1, "hidden_dim": 16}
+    )
     idx = torch.tensor(tokenizer.encode("Hello", bos=True, eos=False)).unsqueeze(0)
     out = generate(model, idx, max_new_tokens=4, context_size=64, temperature=0.8, top_k=50)
     assert tokenizer.decode(out.squeeze(0).tolist()).startswith("<|begin_of_text|>Hello")

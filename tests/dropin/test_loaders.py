@@ -1,4 +1,6 @@
-"""`utils.load_hf_model` and `Model.utils.load_hf_model` on folders that stock transformers and this package wrote."""
+"""`utils.load_hf_model` and `Model.utils.load_hf_model` on folders that stock transformers and this
+package wrote.
+"""
 
 import inspect
 
@@ -44,7 +46,9 @@ def broken(family_folder, tmp_path):
 @pytest.mark.parametrize("family", CLASSES)
 def test_classes_that_take_a_kv_cache(family, load, family_folder, capsys):
     model, tokenizer = load(str(family_folder(family)), "cpu")
-    assert type(model) is CLASSES[family] and not model.training and tokenizer.padding_side == "right"
+    assert (
+        type(model) is CLASSES[family] and not model.training and tokenizer.padding_side == "right"
+    )
     cache, ids = KVCache(), torch.tensor([[5, 6, 7]])
     with torch.no_grad():
         output = model(input_ids=ids, kv_cache=cache)
@@ -53,18 +57,30 @@ def test_classes_that_take_a_kv_cache(family, load, family_folder, capsys):
         step = model(input_ids=token, attention_mask=torch.ones(1, 4), kv_cache=cache)["logits"]
         # a prompt of PaliGemma is seen both ways: what was said after it is not
         types = {"token_type_ids": torch.tensor([[0, 0, 0, 1]])} if family == "paligemma" else {}
-        torch.testing.assert_close(step[:, -1], model(torch.cat([ids, token], 1), **types)["logits"][:, -1], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(
+            step[:, -1],
+            model(torch.cat([ids, token], 1), **types)["logits"][:, -1],
+            rtol=1e-4,
+            atol=1e-4,
+        )
     said = capsys.readouterr().out
     assert "converted: " in said and "skipped" not in said and "missing" not in said
 
 
 @pytest.mark.parametrize("family", CLASSES)
 def test_they_generate_what_the_packages_do(family, family_folder):
-    model, own = utils.load_hf_model(family_folder(family))[0], load_hf_model(family_folder(family))[0]
+    model, own = (
+        utils.load_hf_model(family_folder(family))[0],
+        load_hf_model(family_folder(family))[0],
+    )
     inputs = {"input_ids": torch.tensor([[5, 6, 7, 8]])}
     if family == "mllama":
         ratio, pixels = torch.ones(1, 1, dtype=torch.long), torch.randn(1, 1, 4, 3, 16, 16)
-        inputs |= {"pixel_values": pixels, "aspect_ratio_ids": ratio, "cross_attention_mask": torch.ones(1, 4, 1, 4)}
+        inputs |= {
+            "pixel_values": pixels,
+            "aspect_ratio_ids": ratio,
+            "cross_attention_mask": torch.ones(1, 4, 1, 4),
+        }
     elif model.plan.fusion:
         ids = torch.tensor([[model.image_token_index] * twins.PATCHES + [5, 6]])
         inputs = {"input_ids": ids, "pixel_values": twins.pictures(1)}
@@ -84,13 +100,18 @@ def test_leftovers(broken, capsys):
         del tensors["language_model.model.norm.weight"]
 
     path = broken(edit)
-    with pytest.raises(ValueError, match="missing .1.: language_model.model.norm.weight; unexpected .1.: surprise"):
+    with pytest.raises(
+        ValueError, match="missing .1.: language_model.model.norm.weight; unexpected .1.: surprise"
+    ):
         utils.load_hf_model(path, "cpu")
     assert "converted" not in capsys.readouterr().out
     model, _ = tolerant.load_hf_model(path, "cpu")
     assert bool((model.language_model.norm.weight == 1).all())
     said = capsys.readouterr().out
-    assert "skipped, of unknown names (1): surprise" in said and "initialised afresh (1): language_model.norm.weight" in said
+    assert (
+        "skipped, of unknown names (1): surprise" in said
+        and "initialised afresh (1): language_model.norm.weight" in said
+    )
 
 
 def test_a_head_that_is_not_there_is_tied(broken, capsys):

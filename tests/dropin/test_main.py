@@ -38,7 +38,9 @@ def test_prints_the_folder_for_pythonpath(run_python, tmp_path):
 def test_a_file_beside_the_script_wins(run_python, tmp_path):
     (tmp_path / "model.py").write_text("NAME = 'my own'\n")
     script = tmp_path / "script.py"
-    script.write_text("import importlib.util, model\nprint(model.NAME, importlib.util.find_spec('siglip').origin)\n")
+    script.write_text(
+        "import importlib.util, model\nprint(model.NAME, importlib.util.find_spec('siglip').origin)\n"
+    )
     said = f"my own {Path(mllama.dropin.FOLDER) / 'siglip.py'}\n"
     assert run_python(script, cwd="/", path=mllama.dropin.FOLDER).stdout == said
     assert run_python("-m", "mllama.dropin", script, cwd="/").stdout == said
@@ -46,14 +48,22 @@ def test_a_file_beside_the_script_wins(run_python, tmp_path):
 
 def test_a_file_beside_a_notebook_wins(run_python, tmp_path):
     (tmp_path / "model.py").write_text("NAME = 'my own'\n")
-    path = "import sys\nsys.path = [*sys.path[1:], '']\n"  # IPython puts the current folder before site-packages
-    said = run_python("-c", path + "import mllama.dropin, model, siglip\nprint(model.NAME, siglip.SiglipModel.__name__)", cwd=tmp_path)
+    # IPython puts the current folder before site-packages
+    path = "import sys\nsys.path = [*sys.path[1:], '']\n"
+    said = run_python(
+        "-c",
+        path
+        + "import mllama.dropin, model, siglip\nprint(model.NAME, siglip.SiglipModel.__name__)",
+        cwd=tmp_path,
+    )
     assert said.stdout == "my own SiglipModel\n", said.stderr
 
 
 @pytest.mark.parametrize("code", [0, 3])
 def test_a_script_runs_as_python_runs_it(run_python, folder, tmp_path, code):
-    ended = run_python("-m", "mllama.dropin", folder / "script.py", code, "--flag", "a b", cwd=tmp_path)
+    ended = run_python(
+        "-m", "mllama.dropin", folder / "script.py", code, "--flag", "a b", cwd=tmp_path
+    )
     assert (ended.returncode, ended.stderr) == (code, "")
     assert ended.stdout == f"['{code}', '--flag', 'a b'] {folder} {folder / 'script.py'}\n"
     plain = run_python(folder / "script.py", code, "--flag", "a b", cwd=tmp_path)
@@ -65,14 +75,19 @@ def test_what_a_script_raises_is_shown(run_python, folder, tmp_path):
     assert (ended.returncode, ended.stderr) == (1, "words\n")
     (folder / "broken.py").write_text("def deep():\n    raise KeyError('what')\n\ndeep()\n")
     ended = run_python("-m", "mllama.dropin", folder / "broken.py", cwd=tmp_path)
-    assert ended.returncode == 1 and ended.stderr.endswith("in deep\n    raise KeyError('what')\nKeyError: 'what'\n")
+    assert ended.returncode == 1 and ended.stderr.endswith(
+        "in deep\n    raise KeyError('what')\nKeyError: 'what'\n"
+    )
 
 
 def test_what_is_no_script_is_one_line(capsys, tmp_path):
     for name in ("nowhere.py", str(tmp_path), "elsewhere/inference.py", "--folder"):
         assert main([name]) == 2
         out, err = capsys.readouterr()
-        assert (out, err) == ("", f"mllama.dropin: error: there is no script {name!r}, and no command of that name (see --help)\n")
+        assert (out, err) == (
+            "",
+            f"mllama.dropin: error: there is no script {name!r}, and no command of that name (see --help)\n",
+        )
 
 
 def test_help_names_the_commands(capsys):

@@ -1,4 +1,6 @@
-"""`MllamaForConditionalGeneration` of older scripts: its calls, its cache, its placeholders, and equality with the package's model."""
+"""`MllamaForConditionalGeneration` of older scripts: its calls, its cache, its placeholders, and
+equality with the package's model.
+"""
 
 import copy
 import inspect
@@ -46,7 +48,10 @@ def test_it_computes_what_the_package_computes():
     same, labels = own(model), ids.masked_fill(ids == older.IMAGE, -100)
     assert isinstance(model, PackageModel) and model.state_dict().keys() == same.state_dict().keys()
     output, expected = model(ids, pictures, None, labels), same(ids, pictures, labels=labels)
-    assert output["logits"].shape == (1, 10, twins.VOCABULARY) and output["logits"].dtype == torch.float32
+    assert (
+        output["logits"].shape == (1, 10, twins.VOCABULARY)
+        and output["logits"].dtype == torch.float32
+    )
     torch.testing.assert_close(output["logits"], expected.logits, **EXACT)
     torch.testing.assert_close(output["loss"], expected.loss, **EXACT)
     assert output.logits is output["logits"] and output.loss is output["loss"]
@@ -62,10 +67,16 @@ def test_what_is_not_there_reads_as_none():
     with pytest.raises(KeyError):
         output["nothing"]
     assert output[0] is output.logits and output[:1] == (output.logits,)
-    assert "kv_cache" not in output and output.get("kv_cache", 3) == 3 and output.get("loss") is None
+    assert (
+        "kv_cache" not in output and output.get("kv_cache", 3) == 3 and output.get("loss") is None
+    )
     cache = KVCache()
     output = older.model()(torch.tensor([TEXT]), kv_cache=cache)
-    assert "kv_cache" in output and output.get("kv_cache") is cache and output.get("logits") is output.logits
+    assert (
+        "kv_cache" in output
+        and output.get("kv_cache") is cache
+        and output.get("logits") is output.logits
+    )
 
 
 @pytest.mark.parametrize("image_token_index", [None, 97], ids=["by its runs", "said"])
@@ -99,11 +110,22 @@ def test_token_by_token_with_a_cache(dtype, again):
         token = output["logits"][:, -1].argmax(-1, keepdim=True)
         ids = torch.cat([ids, token], 1)
         mask = None if mask is None else torch.cat([mask, torch.ones(1, 1, dtype=dtype)], 1)
-        output = model(input_ids=token, pixel_values=pictures if again else None, attention_mask=mask, kv_cache=cache)
+        output = model(
+            input_ids=token,
+            pixel_values=pictures if again else None,
+            attention_mask=mask,
+            kv_cache=cache,
+        )
         whole = model(ids, pictures, mask)["logits"]
         torch.testing.assert_close(output["logits"][:, -1], whole[:, -1], rtol=1e-4, atol=1e-5)
     assert cache.num_items() == ids.shape[1]
-    generated = model.generate(older.prompt(*TEXT), pixel_values=pictures, max_new_tokens=6, do_sample=False, eos_token_id=None)
+    generated = model.generate(
+        older.prompt(*TEXT),
+        pixel_values=pictures,
+        max_new_tokens=6,
+        do_sample=False,
+        eos_token_id=None,
+    )
     assert torch.equal(generated, ids)
 
 
@@ -118,13 +140,19 @@ def test_embeddings_in_place_of_ids_and_positions():
     embeds = model.get_input_embeddings()(ids)
     torch.testing.assert_close(model(inputs_embeds=embeds)["logits"], model(ids)["logits"], **EXACT)
     positions = torch.arange(len(TEXT))[None]
-    torch.testing.assert_close(model(ids, position_ids=positions, image_mask=ids > 0)["logits"], model(ids)["logits"], **EXACT)
+    torch.testing.assert_close(
+        model(ids, position_ids=positions, image_mask=ids > 0)["logits"],
+        model(ids)["logits"],
+        **EXACT,
+    )
 
 
 class TestPlaceholders:
     def test_a_prompt_of_random_ids_runs_and_a_warning_says_what_is_not_seen(self):
         model, ids = older.model(), torch.randint(0, 97, (1, 64))
-        with pytest.warns(UserWarning, match="pixel_values are not looked at: .* runs of 4, as the processor"):
+        with pytest.warns(
+            UserWarning, match="pixel_values are not looked at: .* runs of 4, as the processor"
+        ):
             output = model(input_ids=ids, pixel_values=twins.pictures(1))
         torch.testing.assert_close(output["logits"], model(ids)["logits"], **EXACT)
 
@@ -141,26 +169,43 @@ class TestPlaceholders:
         _placeholders.remember(97)
         with pytest.raises(ValueError, match="input_ids hold 97"):
             older.model()(torch.tensor([[97, *TEXT]]), twins.pictures(1))
-        assert older.model()(older.prompt(*TEXT, image=97), twins.pictures(1))["logits"].isfinite().all()
+        assert (
+            older.model()(older.prompt(*TEXT, image=97), twins.pictures(1))["logits"]
+            .isfinite()
+            .all()
+        )
 
     def test_an_answer_that_repeats_itself_is_no_placeholder(self):
         ids, changed = older.prompt(*TEXT, 5, 5, 5, 5), twins.pictures(1, seed=3)
         model = older.model()
-        assert not torch.equal(model(ids, twins.pictures(1))["logits"], model(ids, changed)["logits"])
+        assert not torch.equal(
+            model(ids, twins.pictures(1))["logits"], model(ids, changed)["logits"]
+        )
 
     def test_what_was_said_goes_before_what_is_found(self):
         model = older.model(image_token_index=90)
-        with pytest.raises(ValueError, match="hold 0 picture placeholders.*expand each <image> with the processor"):
+        with pytest.raises(
+            ValueError, match="hold 0 picture placeholders.*expand each <image> with the processor"
+        ):
             model(older.prompt(*TEXT, image=91), twins.pictures(1))
         model.image_token_index = 91
         assert model.config.image_token_index == model.image_token_index == 91
-        assert model(older.prompt(*TEXT, image=91), twins.pictures(1))["logits"].shape == (1, 10, 99)
+        assert model(older.prompt(*TEXT, image=91), twins.pictures(1))["logits"].shape == (
+            1,
+            10,
+            99,
+        )
 
     def test_several_pictures_in_a_prompt(self):
         model, run = older.model(), [older.IMAGE] * twins.PATCHES
-        for ids in (torch.tensor([run + run + TEXT]), torch.tensor([run + TEXT[:3] + run + TEXT[3:]])):
+        for ids in (
+            torch.tensor([run + run + TEXT]),
+            torch.tensor([run + TEXT[:3] + run + TEXT[3:]]),
+        ):
             pictures = twins.pictures(2)
-            first, second = (model(ids, pixels)["logits"] for pixels in (pictures, pictures.flip(0)))
+            first, second = (
+                model(ids, pixels)["logits"] for pixels in (pictures, pictures.flip(0))
+            )
             assert (first - second).abs().max() > 0.1
 
     def test_two_pictures_for_one_placeholder_are_refused(self):
@@ -181,7 +226,10 @@ class TestHelpers:
         torch.testing.assert_close(merged[:, :4], features, **EXACT)
         torch.testing.assert_close(merged[:, 4:], embeds[:, 4:], **EXACT)
         assert torch.equal(mask, torch.ones_like(ids)) and not torch.equal(merged, embeds)
-        torch.testing.assert_close(model(inputs_embeds=merged, attention_mask=mask)["logits"], model(ids, pictures)["logits"])
+        torch.testing.assert_close(
+            model(inputs_embeds=merged, attention_mask=mask)["logits"],
+            model(ids, pictures)["logits"],
+        )
         given = torch.ones(1, 10)
         given[0, -1] = 0
         same = model._merge_input_ids_with_image_features(features, embeds, ids, given)[1]
@@ -191,7 +239,9 @@ class TestHelpers:
     def test_features_of_another_shape_are_not_merged(self, shape):
         ids = older.prompt(*TEXT)
         with pytest.raises(ValueError, match="features"):
-            older.model()._merge_input_ids_with_image_features(torch.randn(shape), torch.zeros(1, 10, 64), ids, None)
+            older.model()._merge_input_ids_with_image_features(
+                torch.randn(shape), torch.zeros(1, 10, 64), ids, None
+            )
 
     def test_merging_text_alone(self):
         model, ids = older.model(), torch.tensor([TEXT])
@@ -206,7 +256,9 @@ class TestHelpers:
         logits, labels = torch.randn(1, 10, twins.VOCABULARY), ids.clone()
         labels[0, 5] = ignore_index
         kept = [3, 5, 6, 7, 8]  # whose next id is text and has a label
-        expected = torch.nn.functional.cross_entropy(logits[0, kept], ids[0, [place + 1 for place in kept]])
+        expected = torch.nn.functional.cross_entropy(
+            logits[0, kept], ids[0, [place + 1 for place in kept]]
+        )
         torch.testing.assert_close(model._compute_loss_with_masking(logits, labels, ids), expected)
 
     def test_ignore_index_is_honoured_by_forward(self):
@@ -216,16 +268,29 @@ class TestHelpers:
         labels[0, 2] = 3
         logits = model(ids)["logits"]
         kept = [0, 2, 3, 4]
-        expected = torch.nn.functional.cross_entropy(logits[0, kept], ids[0, [place + 1 for place in kept]])
+        expected = torch.nn.functional.cross_entropy(
+            logits[0, kept], ids[0, [place + 1 for place in kept]]
+        )
         torch.testing.assert_close(model(ids, labels=labels)["loss"], expected)
 
     def test_parts_as_scripts_call_them(self):
         model, pictures = older.model(), twins.pictures(2)
         features = model.vision_model(pictures)
-        torch.testing.assert_close(features, model.vision_tower(pictures).last_hidden_state, **EXACT)
-        assert features.shape == (2, 4, 32) and model.multi_modal_projector.linear(features).shape == (2, 4, 64)
-        assert model.vocab_size == 99 and model.ignore_index == -100 and model.image_token_index == 128256
-        assert model.text_config is model.config.text_config and model.vision_config is model.config.vision_config
+        torch.testing.assert_close(
+            features, model.vision_tower(pictures).last_hidden_state, **EXACT
+        )
+        assert features.shape == (2, 4, 32) and model.multi_modal_projector.linear(
+            features
+        ).shape == (2, 4, 64)
+        assert (
+            model.vocab_size == 99
+            and model.ignore_index == -100
+            and model.image_token_index == 128256
+        )
+        assert (
+            model.text_config is model.config.text_config
+            and model.vision_config is model.config.vision_config
+        )
         for parameter in model.vision_model.parameters():
             parameter.requires_grad = False
         assert not any(parameter.requires_grad for parameter in model.vision_tower.parameters())
@@ -244,7 +309,9 @@ class TestWeights:
     @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
     def test_they_are_made_in_the_configs_dtype(self, dtype):
         model = MllamaForConditionalGeneration(older.config(text={"dtype": dtype}))
-        assert {parameter.dtype for parameter in model.parameters()} == {dtype} and torch.get_default_dtype() == torch.float32
+        assert {parameter.dtype for parameter in model.parameters()} == {
+            dtype
+        } and torch.get_default_dtype() == torch.float32
         output = model.eval()(older.prompt(*TEXT), twins.pictures(1))  # float32 pixels
         assert output["logits"].dtype == dtype and output["logits"].isfinite().all()
 
@@ -260,39 +327,63 @@ class TestWeights:
                 assert 0 < parameter.std() < 1, name
 
     def test_the_same_seed_draws_the_same(self):
-        first, second = (torch.manual_seed(3) and MllamaForConditionalGeneration(older.config()) for _ in range(2))
-        assert all(torch.equal(value, second.state_dict()[name]) for name, value in first.state_dict().items())
+        first, second = (
+            torch.manual_seed(3) and MllamaForConditionalGeneration(older.config())
+            for _ in range(2)
+        )
+        assert all(
+            torch.equal(value, second.state_dict()[name])
+            for name, value in first.state_dict().items()
+        )
 
     def test_on_the_meta_device_nothing_is_drawn(self):
         with torch.device("meta"):
-            assert all(parameter.is_meta for parameter in MllamaForConditionalGeneration(older.config()).parameters())
+            assert all(
+                parameter.is_meta
+                for parameter in MllamaForConditionalGeneration(older.config()).parameters()
+            )
 
     def test_tie_weights_ties(self):
         model = older.model()
         assert model.lm_head.weight is not model.get_input_embeddings().weight
         model.tie_weights()
-        assert model.lm_head.weight is model.get_input_embeddings().weight and model.config.tie_word_embeddings
+        assert (
+            model.lm_head.weight is model.get_input_embeddings().weight
+            and model.config.tie_word_embeddings
+        )
 
     def test_what_transformers_calls_ties_nothing(self, tmp_path):
         model = older.model()
         model.resize_token_embeddings(120)
-        assert model.lm_head.weight is not model.get_input_embeddings().weight and model.vocab_size == 120
+        assert (
+            model.lm_head.weight is not model.get_input_embeddings().weight
+            and model.vocab_size == 120
+        )
         model.save_pretrained(tmp_path)
         read = MllamaForConditionalGeneration.from_pretrained(tmp_path)
         assert read.lm_head.weight is not read.get_input_embeddings().weight
         read.load_state_dict(model.state_dict(), assign=True)
-        assert torch.equal(read.lm_head.weight, model.lm_head.weight) and not read.config.tie_word_embeddings
+        assert (
+            torch.equal(read.lm_head.weight, model.lm_head.weight)
+            and not read.config.tie_word_embeddings
+        )
 
     def test_folders_are_the_packages(self, tmp_path):
         model, ids, pictures = older.model(), older.prompt(*TEXT), twins.pictures(1)
         model.save_pretrained(tmp_path)
         for kind in (PackageModel, MllamaForConditionalGeneration):
-            torch.testing.assert_close(kind.from_pretrained(tmp_path)(ids, pictures)["logits"], model(ids, pictures)["logits"], **EXACT)
+            torch.testing.assert_close(
+                kind.from_pretrained(tmp_path)(ids, pictures)["logits"],
+                model(ids, pictures)["logits"],
+                **EXACT,
+            )
 
     def test_a_folder_without_the_placeholders_id_still_warns(self, tmp_path):
         older.model().save_pretrained(tmp_path)
         with pytest.warns(UserWarning, match="not looked at"):
-            MllamaForConditionalGeneration.from_pretrained(tmp_path)(torch.tensor([TEXT]), twins.pictures(1))
+            MllamaForConditionalGeneration.from_pretrained(tmp_path)(
+                torch.tensor([TEXT]), twins.pictures(1)
+            )
 
     def test_half_and_gradient_checkpointing(self):
         model, ids = older.model(), older.prompt(*TEXT)
@@ -312,7 +403,11 @@ def test_generate_as_readmes_call_it():
         warnings.simplefilter("ignore")
         for options in ({"temperature": 0.7}, {"do_sample": True, "top_p": 0.9}, {"num_beams": 2}):
             generated = model.generate(
-                input_ids=ids, pixel_values=twins.pictures(1), attention_mask=torch.ones_like(ids), max_new_tokens=5, **options
+                input_ids=ids,
+                pixel_values=twins.pictures(1),
+                attention_mask=torch.ones_like(ids),
+                max_new_tokens=5,
+                **options,
             )
             assert generated.shape[1] <= 15 and torch.equal(generated[:, :10], ids)
 
@@ -320,7 +415,9 @@ def test_generate_as_readmes_call_it():
 def test_generate_with_a_kv_cache():
     model, ids, cache = older.model(), torch.tensor([TEXT]), KVCache()
     options = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None}
-    assert torch.equal(model.generate(ids, kv_cache=cache, **options), model.generate(ids, **options))
+    assert torch.equal(
+        model.generate(ids, kv_cache=cache, **options), model.generate(ids, **options)
+    )
     assert cache.num_items() == len(TEXT) + 3
     with pytest.raises(ValueError, match="past_key_values"):
         model.generate(ids, kv_cache=cache, past_key_values=cache, **options)

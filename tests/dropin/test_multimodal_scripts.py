@@ -13,7 +13,10 @@ from mllama.dropin.processing_mllama import MllamaImageProcessor
 from mllama.dropin.processing_paligemma import PaliGemmaProcessor
 from mllama.dropin.processing_siglip import paligemmaProcessor
 
-large = pytest.mark.skipif(os.environ.get("MLLAMA_LARGE_TESTS") != "1", reason="needs 8 GB and minutes: set MLLAMA_LARGE_TESTS=1")
+large = pytest.mark.skipif(
+    os.environ.get("MLLAMA_LARGE_TESTS") != "1",
+    reason="needs 8 GB and minutes: set MLLAMA_LARGE_TESTS=1",
+)
 
 SCRIPT = """
 import torch
@@ -98,25 +101,44 @@ class TestWithAProcessor:
     @pytest.fixture
     def model(self, processor, inside):
         vocabulary = len(processor.tokenizer) if inside else processor.image_token_id
-        return twins.randomise(MllamaForConditionalGeneration(older.config(text={"vocab_size": vocabulary}))).eval()
+        return twins.randomise(
+            MllamaForConditionalGeneration(older.config(text={"vocab_size": vocabulary}))
+        ).eval()
 
     def test_another_picture_changes_the_logits(self, processor, model):
         pictures = [Image.new("RGB", (20, 30), colour) for colour in ("red", "white")]
-        first, second = (model(**processor(["hello"], [picture], padding=True))["logits"] for picture in pictures)
-        assert first.shape == (1, first.shape[1], model.vocab_size) and (first - second).abs().max() > 0.1
+        first, second = (
+            model(**processor(["hello"], [picture], padding=True))["logits"] for picture in pictures
+        )
+        assert (
+            first.shape == (1, first.shape[1], model.vocab_size)
+            and (first - second).abs().max() > 0.1
+        )
 
     def test_both_of_a_batch_count(self, processor, model):
         red, white = (Image.new("RGB", (20, 30), colour) for colour in ("red", "white"))
         prompts = ["hello", "hello, what colour is it?"]
-        same, other = (model(**processor(prompts, pair, padding=True))["logits"] for pair in ([red, red], [red, white]))
+        same, other = (
+            model(**processor(prompts, pair, padding=True))["logits"]
+            for pair in ([red, red], [red, white])
+        )
         torch.testing.assert_close(same[0], other[0])
         assert (same[1] - other[1]).abs().max() > 0.1
 
     def test_token_by_token(self, processor, model):
-        batch, cache, said = processor(["hello"], [Image.new("RGB", (20, 30), "red")]), KVCache(), []
+        batch, cache, said = (
+            processor(["hello"], [Image.new("RGB", (20, 30), "red")]),
+            KVCache(),
+            [],
+        )
         ids, mask = batch["input_ids"], batch["attention_mask"]
         for _ in range(8):
-            output = model(input_ids=ids, pixel_values=batch["pixel Value"], attention_mask=mask, kv_cache=cache)
+            output = model(
+                input_ids=ids,
+                pixel_values=batch["pixel Value"],
+                attention_mask=mask,
+                kv_cache=cache,
+            )
             ids = output["logits"][:, -1].argmax(-1, keepdim=True)
             mask = torch.cat([mask, torch.ones(1, 1)], 1)
             said.append(int(ids))
@@ -126,11 +148,15 @@ class TestWithAProcessor:
     def test_one_that_was_not_expanded_is_refused(self, processor, model):
         ids = processor.tokenizer(["<image>hello"], return_tensors="pt")["input_ids"]
         assert processor.image_token_id in ids
-        with pytest.raises(ValueError, match="expand each <image> with the processor, MllamaImageProcessor"):
+        with pytest.raises(
+            ValueError, match="expand each <image> with the processor, MllamaImageProcessor"
+        ):
             model(ids, twins.pictures(1))
 
     def test_runs_of_another_length_are_refused(self, kind, processor, model):
-        batch = kind(processor.tokenizer, twins.PATCHES - 1, older.VISION["image_size"])(["hello"], [Image.new("RGB", (20, 30), "red")])
+        batch = kind(processor.tokenizer, twins.PATCHES - 1, older.VISION["image_size"])(
+            ["hello"], [Image.new("RGB", (20, 30), "red")]
+        )
         with pytest.raises(ValueError, match="not in runs of 4 for each of 1 pictures"):
             model(**batch)
 
@@ -145,7 +171,9 @@ def test_it_trains_on_its_own():
     optimizer = torch.optim.AdamW(model.train().parameters(), lr=1e-2)
     losses = []
     for _ in range(10):
-        loss = model(ids, twins.pictures(1), labels=ids.masked_fill(ids == older.IMAGE, -100))["loss"]
+        loss = model(ids, twins.pictures(1), labels=ids.masked_fill(ids == older.IMAGE, -100))[
+            "loss"
+        ]
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

@@ -24,7 +24,12 @@ def test_children_have_the_older_names_alone():
 
 def test_the_packages_forward_pass_runs_on_them():
     module, own, x = Older(8), GatedMLP(8, 24), torch.randn(3, 8)
-    own.load_state_dict({ours: module.state_dict()[f"fc{place}.weight"] for place, ours in enumerate(own.state_dict(), 1)})
+    own.load_state_dict(
+        {
+            ours: module.state_dict()[f"fc{place}.weight"]
+            for place, ours in enumerate(own.state_dict(), 1)
+        }
+    )
     torch.testing.assert_close(module(x), own(x), rtol=0, atol=0)
 
 

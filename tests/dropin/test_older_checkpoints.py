@@ -11,17 +11,33 @@ import twins
 from dropin import older
 from mllama.checkpoints.engine import to_file
 from mllama.dropin._older_checkpoints import TABLE
-from mllama.dropin.model import Linear_LORA, Llama3ForCausalLM, MllamaForConditionalGeneration, MultiModalProjector, convert_linears_to_lora
+from mllama.dropin.model import (
+    Linear_LORA,
+    Llama3ForCausalLM,
+    MllamaForConditionalGeneration,
+    MultiModalProjector,
+    convert_linears_to_lora,
+)
 from mllama.dropin.siglip import SiglipModel, SiglipVisionConfig
 
 EXACT = {"rtol": 0, "atol": 0}
 TEXT = twins.tokens(6)
 # Of one layer and one block, as the files of several ages have them.
 LAYER = (
-    *("norm1.weight", "att.W_query.weight", "att.W_key.weight", "att.W_value.weight", "att.out_proj.weight"),
+    *(
+        "norm1.weight",
+        "att.W_query.weight",
+        "att.W_key.weight",
+        "att.W_value.weight",
+        "att.out_proj.weight",
+    ),
     *("norm2.weight", "ff.fc1.weight", "ff.fc2.weight", "ff.fc3.weight"),
 )
-FUSED = {"ff.fc1.weight": "ff.swiglu.w_gate", "ff.fc2.weight": "ff.swiglu.w_up", "ff.fc3.weight": "ff.w_down.weight"}
+FUSED = {
+    "ff.fc1.weight": "ff.swiglu.w_gate",
+    "ff.fc2.weight": "ff.swiglu.w_up",
+    "ff.fc3.weight": "ff.w_down.weight",
+}
 PLAIN_VIT = {
     "vision_model.vision_model.": "vision_model.",
     ".embedding.": ".embeddings.",
@@ -63,7 +79,15 @@ def fresh() -> MllamaForConditionalGeneration:
     return MllamaForConditionalGeneration(older.config()).eval()
 
 
-@pytest.mark.parametrize("names", [{}, FUSED, {"ff.fc1": "ff.swiglu.w_gate", "ff.fc2": "ff.swiglu.w_up", "ff.fc3": "ff.w_down"}, PLAIN_VIT])
+@pytest.mark.parametrize(
+    "names",
+    [
+        {},
+        FUSED,
+        {"ff.fc1": "ff.swiglu.w_gate", "ff.fc2": "ff.swiglu.w_up", "ff.fc3": "ff.w_down"},
+        PLAIN_VIT,
+    ],
+)
 def test_a_file_gives_the_older_models_logits(loose, names, tmp_path):
     save_file(renamed(loose.state_dict(), names), tmp_path / "checkpoint.safetensors")
     model = fresh()
@@ -72,12 +96,18 @@ def test_a_file_gives_the_older_models_logits(loose, names, tmp_path):
         report = model.load_state_dict(load_file(tmp_path / "checkpoint.safetensors"), strict=False)
     assert not report.missing_keys and not report.unexpected_keys
     pictures = twins.pictures(1)
-    torch.testing.assert_close(model(older.prompt(*TEXT), pictures)["logits"], loose(pictures, torch.tensor([TEXT])))
+    torch.testing.assert_close(
+        model(older.prompt(*TEXT), pictures)["logits"], loose(pictures, torch.tensor([TEXT]))
+    )
 
 
 def test_the_names_are_those_of_the_files(loose):
     names = set(loose.state_dict())
-    assert {name.removeprefix("language_model.model.trf_blocks.1.") for name in names if "trf_blocks.1." in name} == set(LAYER)
+    assert {
+        name.removeprefix("language_model.model.trf_blocks.1.")
+        for name in names
+        if "trf_blocks.1." in name
+    } == set(LAYER)
     assert names >= {
         "language_model.model.tok_emb.weight",
         "language_model.model.final_norm.weight",
@@ -95,9 +125,15 @@ def test_the_names_are_those_of_the_files(loose):
 
 
 def test_every_tensor_of_the_model_has_a_place_in_older_files(loose):
-    state = {name: value for name, value in fresh().state_dict().items() if not name.startswith("multi_modal_projector")}
+    state = {
+        name: value
+        for name, value in fresh().state_dict().items()
+        if not name.startswith("multi_modal_projector")
+    }
     theirs = renamed(loose.state_dict(), FUSED | {"ff.w_down": "ff.fc3"})
-    assert to_file(TABLE, state).keys() == {name for name in theirs if not name.startswith("multi_modal_projector")}
+    assert to_file(TABLE, state).keys() == {
+        name for name in theirs if not name.startswith("multi_modal_projector")
+    }
 
 
 def test_what_is_computed_is_passed_over(loose):
@@ -109,9 +145,13 @@ def test_what_is_computed_is_passed_over(loose):
 
 
 def test_biases_of_fused_blocks(loose):
-    state = renamed(loose.state_dict(), FUSED) | {f"language_model.model.trf_blocks.{i}.ff.swiglu.b_gate": torch.ones(96) for i in range(2)}
+    state = renamed(loose.state_dict(), FUSED) | {
+        f"language_model.model.trf_blocks.{i}.ff.swiglu.b_gate": torch.ones(96) for i in range(2)
+    }
     report = fresh().load_state_dict(state, strict=False)  # which this model does not have
-    assert report.unexpected_keys == [f"language_model.layers.{i}.mlp.gate_proj.bias" for i in range(2)]
+    assert report.unexpected_keys == [
+        f"language_model.layers.{i}.mlp.gate_proj.bias" for i in range(2)
+    ]
 
 
 def test_hugging_faces_names_and_the_models_own(tmp_path):
@@ -120,14 +160,19 @@ def test_hugging_faces_names_and_the_models_own(tmp_path):
     for state in (load_file(tmp_path / "model.safetensors"), model.state_dict()):
         same = fresh()
         assert not same.load_state_dict(state, strict=True).missing_keys
-        assert all(torch.equal(value, model.state_dict()[name]) for name, value in same.state_dict().items())
+        assert all(
+            torch.equal(value, model.state_dict()[name])
+            for name, value in same.state_dict().items()
+        )
 
 
 def test_a_pickle_of_the_models_own_state(tmp_path):
     model, same = older.model(), fresh()
     torch.save(model.state_dict(), tmp_path / "ckpt.pt")
     same.load_state_dict(torch.load(tmp_path / "ckpt.pt"))
-    assert all(torch.equal(value, model.state_dict()[name]) for name, value in same.state_dict().items())
+    assert all(
+        torch.equal(value, model.state_dict()[name]) for name, value in same.state_dict().items()
+    )
 
 
 def test_a_load_that_matches_little_says_so(loose):
@@ -138,7 +183,9 @@ def test_a_load_that_matches_little_says_so(loose):
     with pytest.warns(UserWarning, match=said):
         model.load_state_dict(state, strict=False)
     assert torch.equal(model.lm_head.weight, loose.language_model.lm_head.weight)
-    with pytest.warns(UserWarning, match="0 of 0 tensors found a place in the model .none.; not known: none"):
+    with pytest.warns(
+        UserWarning, match="0 of 0 tensors found a place in the model .none.; not known: none"
+    ):
         model.load_state_dict({}, strict=False)
     with pytest.raises(RuntimeError, match="Unexpected key"):
         model.load_state_dict(state)
@@ -165,7 +212,10 @@ def test_a_converted_models_tensors(loose):
     report = model.load_state_dict(loose.state_dict(), strict=True)
     assert not report.missing_keys and not report.unexpected_keys
     pictures = twins.pictures(1)
-    torch.testing.assert_close(model.eval()(older.prompt(*TEXT), pictures)["logits"], loose.eval()(pictures, torch.tensor([TEXT])))
+    torch.testing.assert_close(
+        model.eval()(older.prompt(*TEXT), pictures)["logits"],
+        loose.eval()(pictures, torch.tensor([TEXT])),
+    )
 
 
 def test_adapters_alone_are_no_bad_match():

@@ -1,4 +1,6 @@
-"""Scripts in the older style run as they are, on `PYTHONPATH=$(python -m mllama.dropin)`: `scripts/`, against stock transformers."""
+"""Scripts in the older style run as they are, on `PYTHONPATH=$(python -m mllama.dropin)`:
+`scripts/`, against stock transformers.
+"""
 
 import json
 import os
@@ -56,7 +58,9 @@ def metas_file() -> Path | None:
 def write_llama(folder: Path) -> None:
     """A tiny Llama 3.2 by stock transformers, with Meta's tokenizer where it is."""
     torch.manual_seed(0)
-    twins.randomise(transformers.LlamaForCausalLM(transformers.LlamaConfig(**LLAMA))).save_pretrained(folder)
+    twins.randomise(
+        transformers.LlamaForCausalLM(transformers.LlamaConfig(**LLAMA))
+    ).save_pretrained(folder)
     if metas_file():
         (folder / "original").mkdir()
         shutil.copy(metas_file(), folder / "original" / "tokenizer.model")
@@ -64,15 +68,26 @@ def write_llama(folder: Path) -> None:
 
 def write_llama_tokenizer(folder: Path) -> None:
     """A tokenizer of Llama 2's kind: bytes and letters."""
-    pieces = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "\u2581", *map(chr, range(33, 127))]
-    transformers.LlamaTokenizer(vocab={piece: place for place, piece in enumerate(pieces)}, merges=[]).save_pretrained(folder)
+    pieces = [
+        "<unk>",
+        "<s>",
+        "</s>",
+        *(f"<0x{byte:02X}>" for byte in range(256)),
+        "\u2581",
+        *map(chr, range(33, 127)),
+    ]
+    transformers.LlamaTokenizer(
+        vocab={piece: place for place, piece in enumerate(pieces)}, merges=[]
+    ).save_pretrained(folder)
 
 
 def write_llava(folder: Path, tokenizer) -> None:
     """A tiny SigLIP + Llama by stock transformers."""
     processor = MllamaImageProcessor(tokenizer, twins.PATCHES, twins.VISION["image_size"])
     sizes = {"vocab_size": len(processor.tokenizer), "max_position_embeddings": 512}
-    twins.twin(twins.model(text=sizes, image_token_index=processor.image_token_id)).save_pretrained(folder)
+    twins.twin(twins.model(text=sizes, image_token_index=processor.image_token_id)).save_pretrained(
+        folder
+    )
     processor.save_pretrained(folder)
 
 
@@ -87,7 +102,9 @@ def workplace(tmp_path_factory, make_tokenizer, family_folder):
     write_llava(folder / "hf-model", make_tokenizer(bos=True))
     shutil.copytree(folder / "hf-model", folder / "hf-model-with-leftovers")
     weights = folder / "hf-model-with-leftovers" / "model.safetensors"
-    save_file(load_file(weights) | {"model.leftover.weight": torch.zeros(3)}, weights, {"format": "pt"})
+    save_file(
+        load_file(weights) | {"model.leftover.weight": torch.zeros(3)}, weights, {"format": "pt"}
+    )
     (folder / "paligemma").symlink_to(family_folder("paligemma"))
     return folder
 
@@ -95,7 +112,9 @@ def workplace(tmp_path_factory, make_tokenizer, family_folder):
 @pytest.fixture(scope="module")
 def results(workplace):
     """{script's name: what became of it}, all of them run in one go."""
-    scripts = [str(script) for script in SCRIPTS if metas_file() or script.stem not in NEED_METAS_FILE]
+    scripts = [
+        str(script) for script in SCRIPTS if metas_file() or script.stem not in NEED_METAS_FILE
+    ]
     paths = [dropin.FOLDER, *filter(None, [os.environ.get("PYTHONPATH"), *sys.path[1:]])]
     run = subprocess.run(
         [sys.executable, HERE / "run_scripts.py", *scripts],
@@ -115,7 +134,9 @@ def said(results):
 
     def read(script: str) -> dict[str, str]:
         if script not in results:
-            pytest.skip("llama-models is not installed (--no-deps): there is no tokenizer.model of Meta's")
+            pytest.skip(
+                "llama-models is not installed (--no-deps): there is no tokenizer.model of Meta's"
+            )
         result = results[script]
         assert result["code"] == 0, result["err"]
         return dict(line.split(": ", 1) for line in result["out"].splitlines() if ": " in line)
@@ -134,21 +155,29 @@ def test_siglip_on_random_pixels(said):
 
 def test_forward_of_random_ids(said, results):
     assert said("minimal_forward") == {"Logits": "(1, 24, 500) torch.float16", "Loss": "None"}
-    assert "pixel_values are not looked at" in results["minimal_forward"]["err"]  # the ids hold no placeholder
+    assert (
+        "pixel_values are not looked at" in results["minimal_forward"]["err"]
+    )  # the ids hold no placeholder
 
 
 def test_quick_inference(said):
     printed = said("quick_infer")
     assert printed["image tokens"].startswith("16 ")
     assert printed["pixels"].startswith("(1, 3, 64, 64)")
-    assert printed["logits"].endswith(" 2048)") and {f"Image {i}" for i in range(3)} <= printed.keys()
+    assert (
+        printed["logits"].endswith(" 2048)") and {f"Image {i}" for i in range(3)} <= printed.keys()
+    )
 
 
 def test_text_generation_is_stock_transformers(said, workplace):
     printed = said("text_generate")
     prompt = torch.tensor([json.loads(printed["prompt ids"])])
-    stock = transformers.LlamaForCausalLM.from_pretrained(workplace / "Llama-3.2-1B-Instruct", dtype=torch.float32)
-    expected = stock.generate(prompt, max_new_tokens=12, do_sample=False, pad_token_id=0)[0, prompt.shape[1] :].tolist()
+    stock = transformers.LlamaForCausalLM.from_pretrained(
+        workplace / "Llama-3.2-1B-Instruct", dtype=torch.float32
+    )
+    expected = stock.generate(prompt, max_new_tokens=12, do_sample=False, pad_token_id=0)[
+        0, prompt.shape[1] :
+    ].tolist()
     assert json.loads(printed["greedy ids"]) == expected
     assert len(json.loads(printed["sampled ids"])) == 12
     assert printed["rows"] == str((2, prompt.shape[1] + 3)) and int(printed["stopped after"]) <= 3
@@ -156,7 +185,10 @@ def test_text_generation_is_stock_transformers(said, workplace):
 
 def test_cache_holds_the_groups_alone(said):
     printed = said("text_cache_loop")
-    assert printed["cache"] == "3 [(2, 2, 9, 16), (2, 2, 9, 16)]" and printed["dtype"] == "torch.bfloat16"
+    assert (
+        printed["cache"] == "3 [(2, 2, 9, 16), (2, 2, 9, 16)]"
+        and printed["dtype"] == "torch.bfloat16"
+    )
     assert "trf_blocks.0.att.W_query.weight" in printed["keys"] and "cos" not in printed["keys"]
 
 
@@ -184,15 +216,22 @@ def test_token_by_token(said):
 
 
 def greedy(stock, inputs, count: int = 8) -> list[int]:
-    new = stock.generate(**inputs, max_new_tokens=count, min_new_tokens=count, do_sample=False, pad_token_id=0)
+    new = stock.generate(
+        **inputs, max_new_tokens=count, min_new_tokens=count, do_sample=False, pad_token_id=0
+    )
     return new[0, inputs["input_ids"].shape[1] :].tolist()
 
 
 def test_a_folder_of_stock_transformers(said, workplace):
     folder = workplace / "hf-model"
-    tokenizer, means = transformers.AutoTokenizer.from_pretrained(folder), {"image_mean": CLIP_MEAN, "image_std": CLIP_STD}
+    tokenizer, means = (
+        transformers.AutoTokenizer.from_pretrained(folder),
+        {"image_mean": CLIP_MEAN, "image_std": CLIP_STD},
+    )
     processor = MllamaImageProcessor(tokenizer, twins.PATCHES, twins.VISION["image_size"], **means)
-    inputs = processor(["How many circles?"], [Image.open(workplace / "cat.jpg")], return_tensors="pt")
+    inputs = processor(
+        ["How many circles?"], [Image.open(workplace / "cat.jpg")], return_tensors="pt"
+    )
     stock = transformers.LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
     printed, expected = said("load_hf_tolerant"), greedy(stock, inputs)
     assert json.loads(printed["prompt ids"]) == inputs["input_ids"][0].tolist()
@@ -204,7 +243,11 @@ def test_a_folder_of_stock_transformers(said, workplace):
 def test_a_paligemma_of_stock_transformers(said, workplace):
     folder, printed = workplace / "paligemma", said("paligemma_inference")
     processor = PaliGemmaProcessor.from_pretrained(folder)
-    inputs = processor(text=["describe"], images=[Image.open(workplace / "cat.jpg")], return_tensors="pt")
-    stock = transformers.PaliGemmaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
+    inputs = processor(
+        text=["describe"], images=[Image.open(workplace / "cat.jpg")], return_tensors="pt"
+    )
+    stock = transformers.PaliGemmaForConditionalGeneration.from_pretrained(
+        folder, dtype=torch.float32
+    )
     expected, ids = greedy(stock, inputs), json.loads(printed["greedy ids"])
     assert ids == expected[: len(ids)]

@@ -1,4 +1,6 @@
-"""`siglip` and `modeling_siglip`: names, signatures, shapes, and features equal to the package's and to transformers'."""
+"""`siglip` and `modeling_siglip`: names, signatures, shapes, and features equal to the package's
+and to transformers'.
+"""
 
 import inspect
 import types
@@ -32,13 +34,20 @@ DEFAULTS = {
     "attention_dropout": 0.0,
     "num_image_tokens": None,
 }
-OLDER = {".embedding.": ".embeddings.", "layernorm1": "layer_norm1", "layernorm2": "layer_norm2", ".layernorm.": ".post_layernorm."}
+OLDER = {
+    ".embedding.": ".embeddings.",
+    "layernorm1": "layer_norm1",
+    "layernorm2": "layer_norm2",
+    ".layernorm.": ".post_layernorm.",
+}
 MODULES = [siglip, modeling_siglip]
 
 
 def model(module, **sizes):
     config = module.SiglipVisionConfig(**SIZES | sizes)
-    return twins.randomise((module.SiglipModel if module is siglip else module.SiglipVisionModel)(config)).eval()
+    return twins.randomise(
+        (module.SiglipModel if module is siglip else module.SiglipVisionModel)(config)
+    ).eval()
 
 
 def stock_names(weights: dict) -> dict:
@@ -48,14 +57,20 @@ def stock_names(weights: dict) -> dict:
     return weights
 
 
-# ---- config ------------------------------------------------------------------------------------------------------------------------------
+# ---- config
+# ------------------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("module", MODULES)
 def test_config_has_the_older_signature(module):
     parameters = inspect.signature(module.SiglipVisionConfig).parameters
-    assert {name: parameter.default for name, parameter in parameters.items() if name != "kwargs"} == DEFAULTS
-    assert list(parameters)[:10] == list(DEFAULTS) and parameters["kwargs"].kind is inspect.Parameter.VAR_KEYWORD
+    assert {
+        name: parameter.default for name, parameter in parameters.items() if name != "kwargs"
+    } == DEFAULTS
+    assert (
+        list(parameters)[:10] == list(DEFAULTS)
+        and parameters["kwargs"].kind is inspect.Parameter.VAR_KEYWORD
+    )
     config = module.SiglipVisionConfig()
     assert {name: getattr(config, name) for name in DEFAULTS} == DEFAULTS
 
@@ -63,7 +78,9 @@ def test_config_has_the_older_signature(module):
 def test_config_by_place_and_with_further_names():
     config = siglip.SiglipVisionConfig(64, 96, 2, 4, 3, 32, 8, 1e-5, 0.1, 16, projection_dim=128)
     values = (64, 96, 2, 4, 3, 32, 8, 1e-5, 0.1, 16)
-    assert tuple(getattr(config, name) for name in DEFAULTS) == values and config.projection_dim == 128
+    assert (
+        tuple(getattr(config, name) for name in DEFAULTS) == values and config.projection_dim == 128
+    )
     config.projection_dim = 256
     assert config.projection_dim == 256
 
@@ -79,7 +96,12 @@ def test_a_config_of_the_scripts_own_will_do():
 
 def test_config_goes_into_the_packages():
     vision = siglip.SiglipVisionConfig(**SIZES)
-    assert MllamaConfig(vision, {"vocab_size": 99, "hidden_size": 64, "num_attention_heads": 4}).text_config.num_image_tokens == 16
+    assert (
+        MllamaConfig(
+            vision, {"vocab_size": 99, "hidden_size": 64, "num_attention_heads": 4}
+        ).text_config.num_image_tokens
+        == 16
+    )
 
 
 @pytest.mark.parametrize(
@@ -99,7 +121,8 @@ def test_sizes_that_cannot_be_are_refused(sizes, named):
         siglip.SiglipVisionConfig(**SIZES | sizes)
 
 
-# ---- names -------------------------------------------------------------------------------------------------------------------------------
+# ---- names
+# -------------------------------------------------------------------------------------------------------------------------------
 
 
 def test_modules_of_those_names_are_these():
@@ -121,7 +144,11 @@ def test_weights_have_the_older_names():
         *(f"vision_model.embedding.patch_embedding.{kind}" for kind in both),
         "vision_model.embedding.position_embedding.weight",
         *(f"{layer}.layernorm1.{kind}" for kind in both),
-        *(f"{layer}.self_attn.{part}.{kind}" for part in ("q_proj", "k_proj", "v_proj", "out_proj") for kind in both),
+        *(
+            f"{layer}.self_attn.{part}.{kind}"
+            for part in ("q_proj", "k_proj", "v_proj", "out_proj")
+            for kind in both
+        ),
         *(f"{layer}.layernorm2.{kind}" for kind in both),
         *(f"{layer}.mlp.{part}.{kind}" for part in ("fc1", "fc2") for kind in both),
         *(f"vision_model.layernorm.{kind}" for kind in both),
@@ -138,34 +165,66 @@ def test_parts_are_read_as_scripts_read_them():
     ours = siglip.SiglipModel(config)
     tower = ours.vision_model
     embedding, attention = tower.embedding, tower.encoder.layers[1].self_attn
-    assert isinstance(tower, siglip.SiglipVisionTransformer) and isinstance(embedding, siglip.SiglipVisionEmbedding)
-    assert isinstance(tower.encoder, siglip.SiglipEncoder) and isinstance(tower.encoder.layers[0], siglip.SiglipVisionEncoder)
-    assert isinstance(tower.encoder.layers[0].mlp, siglip.SiglipMLP) and isinstance(attention, siglip.SiglipAttention)
+    assert isinstance(tower, siglip.SiglipVisionTransformer) and isinstance(
+        embedding, siglip.SiglipVisionEmbedding
+    )
+    assert isinstance(tower.encoder, siglip.SiglipEncoder) and isinstance(
+        tower.encoder.layers[0], siglip.SiglipVisionEncoder
+    )
+    assert isinstance(tower.encoder.layers[0].mlp, siglip.SiglipMLP) and isinstance(
+        attention, siglip.SiglipAttention
+    )
     for part in (ours, tower, embedding, attention, tower.encoder, tower.encoder.layers[0].mlp):
         assert part.config is config
     assert (embedding.embed_dim, embedding.image_size, embedding.patch_size) == (64, 32, 8)
-    assert embedding.num_patches == embedding.num_positions == 16 and embedding.position_ids.tolist() == [list(range(16))]
-    assert (attention.embed_dim, attention.num_heads, attention.head_dim, attention.scale, attention.dropout) == (64, 4, 16, 0.25, 0.0)
+    assert (
+        embedding.num_patches == embedding.num_positions == 16
+        and embedding.position_ids.tolist() == [list(range(16))]
+    )
+    assert (
+        attention.embed_dim,
+        attention.num_heads,
+        attention.head_dim,
+        attention.scale,
+        attention.dropout,
+    ) == (64, 4, 16, 0.25, 0.0)
 
 
-# ---- values ------------------------------------------------------------------------------------------------------------------------------
+# ---- values
+# ------------------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("module", MODULES)
 @pytest.mark.parametrize(
-    "sizes", [{}, {"num_attention_heads": 8}, {"image_size": 27, "num_channels": 1}, {"hidden_size": 60, "num_attention_heads": 3}]
+    "sizes",
+    [
+        {},
+        {"num_attention_heads": 8},
+        {"image_size": 27, "num_channels": 1},
+        {"hidden_size": 60, "num_attention_heads": 3},
+    ],
 )
 def test_features_equal_the_packages_and_transformers(module, sizes):
     ours = model(module, **sizes)
     config = transformers.SiglipVisionConfig(**SIZES | sizes, vision_use_head=False)
-    weights = {name.removeprefix("vision_model."): value for name, value in stock_names(ours.state_dict()).items()}
-    theirs, packages = transformers.SiglipVisionModel(config).eval(), mllama.SiglipModel(config).eval()
+    weights = {
+        name.removeprefix("vision_model."): value
+        for name, value in stock_names(ours.state_dict()).items()
+    }
+    theirs, packages = (
+        transformers.SiglipVisionModel(config).eval(),
+        mllama.SiglipModel(config).eval(),
+    )
     theirs.load_state_dict(weights)
     packages.vision_tower.load_state_dict(weights)
     pixels = torch.randn(2, config.num_channels, config.image_size, config.image_size)
     with torch.no_grad():
         features = ours(pixels)
-        assert type(features) is torch.Tensor and features.shape == (2, (config.image_size // 8) ** 2, config.hidden_size)
+        assert type(features) is torch.Tensor and features.shape == (
+            2,
+            (config.image_size // 8) ** 2,
+            config.hidden_size,
+        )
         torch.testing.assert_close(features, packages(pixels).last_hidden_state, rtol=0, atol=0)
         torch.testing.assert_close(features, theirs(pixels).last_hidden_state, rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(ours.vision_model(pixel_values=pixels), features, rtol=0, atol=0)
@@ -177,10 +236,15 @@ def test_attention_returns_probabilities():
     output, weights = attention(x)
     assert output.shape == x.shape and weights.shape == (2, 4, 7, 7)
     torch.testing.assert_close(weights.sum(-1), torch.ones(2, 4, 7))
-    q, k, v = (projection(x).view(2, 7, 4, 16).transpose(1, 2) for projection in (attention.q_proj, attention.k_proj, attention.v_proj))
+    q, k, v = (
+        projection(x).view(2, 7, 4, 16).transpose(1, 2)
+        for projection in (attention.q_proj, attention.k_proj, attention.v_proj)
+    )
     expected = (q @ k.transpose(2, 3) / 4).softmax(-1)
     torch.testing.assert_close(weights, expected, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(output, attention.out_proj((expected @ v).transpose(1, 2).flatten(2)), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        output, attention.out_proj((expected @ v).transpose(1, 2).flatten(2)), rtol=1e-4, atol=1e-4
+    )
     assert attention.bfloat16()(x.bfloat16())[1].dtype == torch.bfloat16
 
 
@@ -194,7 +258,9 @@ def test_parts_alone():
         assert type(states) is torch.Tensor and states.shape == embedded.shape
     assert siglip.SiglipEncoder(config)(inputs_embeds=embedded).shape == embedded.shape
     mlp = siglip.SiglipMLP(config)
-    torch.testing.assert_close(mlp(embedded), mlp.fc2(torch.nn.functional.gelu(mlp.fc1(embedded), approximate="tanh")))
+    torch.testing.assert_close(
+        mlp(embedded), mlp.fc2(torch.nn.functional.gelu(mlp.fc1(embedded), approximate="tanh"))
+    )
 
 
 def test_gradients_reach_every_weight():
@@ -218,10 +284,16 @@ def test_half_precision_takes_float32_pixels():
     assert model(siglip).half()(torch.randn(1, 3, 32, 32)).dtype == torch.float16
 
 
-@pytest.mark.parametrize("part", [siglip.SiglipModel, siglip.SiglipVisionTransformer, siglip.SiglipVisionEmbeddings])
+@pytest.mark.parametrize(
+    "part", [siglip.SiglipModel, siglip.SiglipVisionTransformer, siglip.SiglipVisionEmbeddings]
+)
 def test_other_pixels_are_refused(part):
     part = part(siglip.SiglipVisionConfig(**SIZES))
-    with pytest.raises(ValueError, match=r"pixel_values must be \[pictures, 3, 32, 32\], got \[1, 3, 24, 24\]"):
+    with pytest.raises(
+        ValueError, match=r"pixel_values must be \[pictures, 3, 32, 32\], got \[1, 3, 24, 24\]"
+    ):
         part(torch.randn(1, 3, 24, 24))
-    with pytest.raises(TypeError, match="pixel_values must be a floating torch.Tensor, got torch.uint8"):
+    with pytest.raises(
+        TypeError, match="pixel_values must be a floating torch.Tensor, got torch.uint8"
+    ):
         part(torch.zeros(1, 3, 32, 32, dtype=torch.uint8))

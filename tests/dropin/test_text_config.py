@@ -11,7 +11,12 @@ from mllama.config import MllamaTextConfig
 from mllama.dropin._text_config import text_config
 from mllama.dropin.model import LLAMA32_CONFIG, LLAMA32Config
 
-ROPE_FREQ = {"factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_context_length": 8192}
+ROPE_FREQ = {
+    "factor": 32.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_context_length": 8192,
+}
 DEFAULTS = {
     "hidden_size": 4096,
     "context_length": 131072,
@@ -52,39 +57,95 @@ def test_signature():
 def test_omitted_fields_have_the_older_defaults_under_both_spellings():
     config = LLAMA32Config(100)
     assert {name: getattr(config, name) for name in DEFAULTS} == DEFAULTS
-    assert (config.num_hidden_layers, config.num_attention_heads, config.num_key_value_heads) == (16, 32, 8)
-    assert (config.intermediate_size, config.emb_dim, config.head_dim, config.pad_token_id) == (8192, 4096, 128, None)
-    assert config.rope_parameters["rope_theta"] == 500000.0 and config.rope_parameters["rope_type"] == "llama3"
+    assert (config.num_hidden_layers, config.num_attention_heads, config.num_key_value_heads) == (
+        16,
+        32,
+        8,
+    )
+    assert (config.intermediate_size, config.emb_dim, config.head_dim, config.pad_token_id) == (
+        8192,
+        4096,
+        128,
+        None,
+    )
+    assert (
+        config.rope_parameters["rope_theta"] == 500000.0
+        and config.rope_parameters["rope_type"] == "llama3"
+    )
 
 
 def test_by_place():
-    config = LLAMA32Config(100, 64, 256, 4, 2, 96, 128, 2, 1e4, 1e-6, torch.bfloat16, ROPE_FREQ | {"factor": 8.0}, 7)
+    config = LLAMA32Config(
+        100, 64, 256, 4, 2, 96, 128, 2, 1e4, 1e-6, torch.bfloat16, ROPE_FREQ | {"factor": 8.0}, 7
+    )
     values = [getattr(config, name) for name in DEFAULTS]
-    assert values == [64, 256, 4, 2, 96, 128, 2, 1e4, 1e-6, torch.bfloat16, ROPE_FREQ | {"factor": 8.0}, 7]
+    assert values == [
+        64,
+        256,
+        4,
+        2,
+        96,
+        128,
+        2,
+        1e4,
+        1e-6,
+        torch.bfloat16,
+        ROPE_FREQ | {"factor": 8.0},
+        7,
+    ]
 
 
 def test_hugging_faces_names_stand_before_the_defaults():
-    names = {"num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 3, "intermediate_size": 96, "rope_theta": 1e4}
+    names = {
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "num_hidden_layers": 3,
+        "intermediate_size": 96,
+        "rope_theta": 1e4,
+    }
     config = LLAMA32Config(100, 64, **names, pad_token_id=5, dtype="float32")
-    assert (config.n_heads, config.n_kv_groups, config.n_layers, config.hidden_dim, config.rope_base) == (4, 2, 3, 96, 1e4)
-    assert config.pad_token_index == 5 and config.dtype == torch.float32 and config.rope_freq == ROPE_FREQ
+    assert (
+        config.n_heads,
+        config.n_kv_groups,
+        config.n_layers,
+        config.hidden_dim,
+        config.rope_base,
+    ) == (4, 2, 3, 96, 1e4)
+    assert (
+        config.pad_token_index == 5
+        and config.dtype == torch.float32
+        and config.rope_freq == ROPE_FREQ
+    )
     assert LLAMA32Config(100, emb_dim=128).hidden_size == 128
-    assert LLAMA32Config(100, rope_parameters={"rope_type": "default", "rope_theta": 1e4}).rope_freq is None
+    assert (
+        LLAMA32Config(100, rope_parameters={"rope_type": "default", "rope_theta": 1e4}).rope_freq
+        is None
+    )
 
 
 def test_it_is_a_config_of_the_package():
     config = LLAMA32Config(100, 64, n_heads=4, n_kv_groups=2)
     config.num_image_tokens, config.dtype = 9, torch.float32
-    for other in (copy.deepcopy(config), LLAMA32Config(**config.to_dict()), MllamaConfig(text_config=config).text_config):
+    for other in (
+        copy.deepcopy(config),
+        LLAMA32Config(**config.to_dict()),
+        MllamaConfig(text_config=config).text_config,
+    ):
         assert type(other) is LLAMA32Config
-        assert {name: getattr(other, name) for name in DEFAULTS} == {name: getattr(config, name) for name in DEFAULTS}
+        assert {name: getattr(other, name) for name in DEFAULTS} == {
+            name: getattr(config, name) for name in DEFAULTS
+        }
     assert '"context_length": 131072' in repr(config)
 
 
 @pytest.mark.parametrize(
     "given, error, words",
     [
-        ({"n_layers": 4, "num_hidden_layers": 2}, ValueError, "n_layers = 4 and num_hidden_layers = 2"),
+        (
+            {"n_layers": 4, "num_hidden_layers": 2},
+            ValueError,
+            "n_layers = 4 and num_hidden_layers = 2",
+        ),
         ({"hidden_size": 63}, ValueError, "hidden_size 63"),
         ({"n_kv_groups": 5}, ValueError, "num_key_value_heads 5"),
         ({"context_length": 0}, ValueError, "context_length .* 0"),
@@ -103,8 +164,16 @@ def test_values_that_cannot_be(given, error, words):
         (3, TypeError, "LLAMA32Config or a dict as LLAMA32_CONFIG, got int"),
         ({"emb_dim": 64}, ValueError, "missing vocab_size, context_length, n_heads"),
         (LLAMA32_CONFIG | {"dtype": ["dtype"]}, ValueError, "dtype must be"),
-        (LLAMA32_CONFIG | {"dtype": torch.int8}, ValueError, "dtype must be one of torch.float32, .*int8"),
-        (MllamaTextConfig(norm_offset=1), ValueError, "norm_offset must be 0 in the older decoder, got 1"),
+        (
+            LLAMA32_CONFIG | {"dtype": torch.int8},
+            ValueError,
+            "dtype must be one of torch.float32, .*int8",
+        ),
+        (
+            MllamaTextConfig(norm_offset=1),
+            ValueError,
+            "norm_offset must be 0 in the older decoder, got 1",
+        ),
         (LLAMA32Config(100, attention_bias=True), ValueError, "attention_bias must be False"),
         (LLAMA32Config(100, head_dim=64), ValueError, "head_dim must be 128 .* got 64"),
         (LLAMA32_CONFIG | {"n_heads": 0}, ValueError, "num_attention_heads must be"),
@@ -117,4 +186,8 @@ def test_what_the_classes_do_not_take(given, error, words):
 
 def test_a_dict_may_have_more_keys_and_no_frequency_scaling():
     config = text_config(LLAMA32_CONFIG | {"drop_rate": 0.1, "rope_freq": None})
-    assert config.rope_freq is None and config.rms_norm_eps == 1e-5 and config.context_length == 131_072
+    assert (
+        config.rope_freq is None
+        and config.rms_norm_eps == 1e-5
+        and config.context_length == 131_072
+    )

@@ -4,11 +4,20 @@ import pytest
 import torch
 from torch import nn
 
-from mllama.dropin.Tools import FusedFeedForward, FusedRMSNorm, FusedSwiGLU, convert_feedforward_to_fused
+from mllama.dropin.Tools import (
+    FusedFeedForward,
+    FusedRMSNorm,
+    FusedSwiGLU,
+    convert_feedforward_to_fused,
+)
 from mllama.nn.mlp import GatedMLP
 from mllama.nn.norm import RMSNorm
 
-NAMES = {"fc": ("fc1", "fc2", "fc3"), "w": ("w1", "w3", "w2"), "proj": ("gate_proj", "up_proj", "down_proj")}
+NAMES = {
+    "fc": ("fc1", "fc2", "fc3"),
+    "w": ("w1", "w3", "w2"),
+    "proj": ("gate_proj", "up_proj", "down_proj"),
+}
 
 
 def block(names: str, bias: bool, dtype: torch.dtype = torch.float32) -> nn.Module:
@@ -22,12 +31,16 @@ def block(names: str, bias: bool, dtype: torch.dtype = torch.float32) -> nn.Modu
 @pytest.mark.parametrize("bias", [False, True])
 def test_parameters_and_shapes(bias):
     swiglu = FusedSwiGLU(8, 12, bias=bias)
-    shapes = {"w_gate": (12, 8), "w_up": (12, 8)} | ({"b_gate": (12,), "b_up": (12,)} if bias else {})
+    shapes = {"w_gate": (12, 8), "w_up": (12, 8)} | (
+        {"b_gate": (12,), "b_up": (12,)} if bias else {}
+    )
     assert {name: tuple(value.shape) for name, value in swiglu.named_parameters()} == shapes
     assert bias or (swiglu.b_gate is None and swiglu.b_up is None)
     assert swiglu(torch.randn(2, 3, 8)).shape == (2, 3, 12)
     whole = FusedFeedForward(8, 12, bias=bias)
-    assert whole(torch.randn(2, 3, 8)).shape == (2, 3, 8) and (whole.w_down.bias is not None) is bias
+    assert (
+        whole(torch.randn(2, 3, 8)).shape == (2, 3, 8) and (whole.w_down.bias is not None) is bias
+    )
     assert whole.state_dict().keys() >= {"swiglu.w_gate", "swiglu.w_up", "w_down.weight"}
 
 
@@ -53,7 +66,9 @@ def test_gradients_reach_every_parameter():
 
 
 def test_a_module_without_such_layers_is_refused():
-    with pytest.raises(TypeError, match="must have linear layers w1, w3, w2; fc1, fc2, fc3; .*got Linear"):
+    with pytest.raises(
+        TypeError, match="must have linear layers w1, w3, w2; fc1, fc2, fc3; .*got Linear"
+    ):
         convert_feedforward_to_fused(nn.Linear(2, 2))
 
 
@@ -61,7 +76,9 @@ def test_a_module_without_such_layers_is_refused():
 def test_the_norm_adds_a_residual(dtype):
     norm, own = FusedRMSNorm(8, eps=1e-5).to(dtype), RMSNorm(8, eps=1e-5).to(dtype)
     x, residual = torch.randn(2, 3, 8).to(dtype), torch.randn(2, 3, 8).to(dtype)
-    assert norm.eps == 1e-5 and list(norm.state_dict()) == ["weight"] and FusedRMSNorm(8).eps == 1e-6
+    assert (
+        norm.eps == 1e-5 and list(norm.state_dict()) == ["weight"] and FusedRMSNorm(8).eps == 1e-6
+    )
     torch.testing.assert_close(norm(x), own(x), rtol=0, atol=0)
     torch.testing.assert_close(norm(x, residual), own(x + residual))
     torch.testing.assert_close(norm(x, residual=residual), own.add(x, residual)[0], rtol=0, atol=0)

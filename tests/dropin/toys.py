@@ -1,14 +1,26 @@
-"""Tiny text models of both families of older scripts, and their twins in stock transformers and in the package."""
+"""Tiny text models of both families of older scripts, and their twins in stock transformers and in
+the package.
+"""
 
 import torch
 import transformers
 
 import twins
 from mllama.config import MllamaTextConfig
-from mllama.dropin.model import Llama3ForCausalLM, Llama3Model, LLAMA32Config, load_weights_into_llama
+from mllama.dropin.model import (
+    Llama3ForCausalLM,
+    Llama3Model,
+    LLAMA32Config,
+    load_weights_into_llama,
+)
 from mllama.text.decoder import Decoder
 
-ROPE_FREQ = {"factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_context_length": 16}
+ROPE_FREQ = {
+    "factor": 32.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_context_length": 16,
+}
 CFG = {
     "vocab_size": 99,
     "context_length": 64,
@@ -25,10 +37,20 @@ CFG = {
 
 def stock(**changes) -> transformers.LlamaForCausalLM:
     """Stock transformers' Llama of CFG's sizes, random everywhere."""
-    scaling = ROPE_FREQ | {"rope_type": "llama3", "original_max_position_embeddings": ROPE_FREQ["original_context_length"]}
+    scaling = ROPE_FREQ | {
+        "rope_type": "llama3",
+        "original_max_position_embeddings": ROPE_FREQ["original_context_length"],
+    }
     del scaling["original_context_length"]
-    sizes = twins.SIZES | {"max_position_embeddings": 64, "rms_norm_eps": 1e-5, "rope_theta": 500000.0, "rope_scaling": scaling}
-    return twins.randomise(transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes | changes))).eval()
+    sizes = twins.SIZES | {
+        "max_position_embeddings": 64,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 500000.0,
+        "rope_scaling": scaling,
+    }
+    return twins.randomise(
+        transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes | changes))
+    ).eval()
 
 
 def by_dict(**changes) -> Llama3Model:
@@ -39,7 +61,11 @@ def by_dict(**changes) -> Llama3Model:
 
 
 def config(**changes) -> LLAMA32Config:
-    return LLAMA32Config(**{name: value for name, value in CFG.items() if name != "emb_dim"} | {"hidden_size": 64} | changes)
+    return LLAMA32Config(
+        **{name: value for name, value in CFG.items() if name != "emb_dim"}
+        | {"hidden_size": 64}
+        | changes
+    )
 
 
 def by_config(**changes) -> Llama3ForCausalLM:
@@ -53,7 +79,13 @@ def by_config(**changes) -> Llama3ForCausalLM:
 def decoder() -> Decoder:
     """The package's own decoder with the stock twin's weights."""
     own = Decoder(MllamaTextConfig(**CFG, rms_norm_eps=1e-5))
-    own.load_state_dict({name.removeprefix("model."): value for name, value in stock().state_dict().items() if name != "lm_head.weight"})
+    own.load_state_dict(
+        {
+            name.removeprefix("model."): value
+            for name, value in stock().state_dict().items()
+            if name != "lm_head.weight"
+        }
+    )
     return own.eval()
 
 

@@ -1,4 +1,6 @@
-"""One table of families, sizes and choices: a tiny model of stock transformers each, random everywhere, and ours with the same weights."""
+"""One table of families, sizes and choices: a tiny model of stock transformers each, random
+everywhere, and ours with the same weights.
+"""
 
 import functools
 from collections.abc import Callable
@@ -13,11 +15,33 @@ from mllama import MllamaForConditionalGeneration, SiglipModel
 
 IMAGE = twins.IMAGE
 TEXT = twins.SIZES | twins.ENDS | {"pad_token_id": 0}
-WIDE = {"hidden_size": 96, "intermediate_size": 200, "num_hidden_layers": 3, "num_attention_heads": 3, "num_key_value_heads": 3}
-ODD = {"hidden_size": 60, "intermediate_size": 77, "num_hidden_layers": 1, "num_attention_heads": 5, "num_key_value_heads": 1}
-LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64}
+WIDE = {
+    "hidden_size": 96,
+    "intermediate_size": 200,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 3,
+    "num_key_value_heads": 3,
+}
+ODD = {
+    "hidden_size": 60,
+    "intermediate_size": 77,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 5,
+    "num_key_value_heads": 1,
+}
+LLAMA3 = {
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
 VISION = twins.VISION | {"num_hidden_layers": 3}
-PARTIAL = {"image_size": 23, "patch_size": 7, "hidden_size": 48, "num_attention_heads": 3}  # 3 x 3 patches, two pixels left over
+PARTIAL = {
+    "image_size": 23,
+    "patch_size": 7,
+    "hidden_size": 48,
+    "num_attention_heads": 3,
+}  # 3 x 3 patches, two pixels left over
 SMALL = {"image_size": 12, "patch_size": 6, "num_hidden_layers": 2, "intermediate_size": 33}
 
 
@@ -26,14 +50,23 @@ def llama(**options: Any) -> PreTrainedModel:
 
 
 def gemma(**options: Any) -> PreTrainedModel:
-    return transformers.GemmaForCausalLM(transformers.GemmaConfig(**TEXT | {"head_dim": 16} | options))
+    return transformers.GemmaForCausalLM(
+        transformers.GemmaConfig(**TEXT | {"head_dim": 16} | options)
+    )
 
 
 def siglip(**options: Any) -> PreTrainedModel:
     return transformers.SiglipVisionModel(transformers.SiglipVisionConfig(**VISION | options))
 
 
-def llava(kind: str, layer: int | list[int], strategy: str, text: dict | None = None, vision: dict | None = None, **options: Any):
+def llava(
+    kind: str,
+    layer: int | list[int],
+    strategy: str,
+    text: dict | None = None,
+    vision: dict | None = None,
+    **options: Any,
+):
     config = transformers.LlavaConfig(
         vision_config=VISION | {"model_type": kind} | (vision or {}),
         text_config=TEXT | {"model_type": "llama"} | (text or {}),
@@ -47,9 +80,13 @@ def llava(kind: str, layer: int | list[int], strategy: str, text: dict | None = 
     return transformers.LlavaForConditionalGeneration(config)
 
 
-def paligemma(text: dict | None = None, vision: dict | None = None, image_token_index: int = IMAGE) -> PreTrainedModel:
+def paligemma(
+    text: dict | None = None, vision: dict | None = None, image_token_index: int = IMAGE
+) -> PreTrainedModel:
     text = TEXT | {"model_type": "gemma", "num_key_value_heads": 1, "head_dim": 32} | (text or {})
-    vision = VISION | {"model_type": "siglip_vision_model", "vision_use_head": False} | (vision or {})
+    vision = (
+        VISION | {"model_type": "siglip_vision_model", "vision_use_head": False} | (vision or {})
+    )
     return transformers.PaliGemmaForConditionalGeneration(
         transformers.PaliGemmaConfig(
             vision_config=vision,
@@ -63,12 +100,20 @@ def paligemma(text: dict | None = None, vision: dict | None = None, image_token_
 
 CASES: dict[str, Callable[[], PreTrainedModel]] = {
     "llama": llama,
-    "llama, factor 8": lambda: llama(**WIDE, rope_parameters={"rope_type": "llama3", "rope_theta": 500.0} | LLAMA3),
-    "llama, factor 32, tied, older spelling": lambda: llama(
-        tie_word_embeddings=True, rope_theta=900.0, rope_scaling={"type": "llama3"} | LLAMA3 | {"factor": 32.0}
+    "llama, factor 8": lambda: llama(
+        **WIDE, rope_parameters={"rope_type": "llama3", "rope_theta": 500.0} | LLAMA3
     ),
-    "llama, odd sizes, biases": lambda: llama(**ODD | {"head_dim": 24}, attention_bias=True, mlp_bias=True),
-    "llama, linear": lambda: llama(rope_theta=500000.0, rope_scaling={"rope_type": "linear", "factor": 3.0}, head_dim=32),
+    "llama, factor 32, tied, older spelling": lambda: llama(
+        tie_word_embeddings=True,
+        rope_theta=900.0,
+        rope_scaling={"type": "llama3"} | LLAMA3 | {"factor": 32.0},
+    ),
+    "llama, odd sizes, biases": lambda: llama(
+        **ODD | {"head_dim": 24}, attention_bias=True, mlp_bias=True
+    ),
+    "llama, linear": lambda: llama(
+        rope_theta=500000.0, rope_scaling={"rope_type": "linear", "factor": 3.0}, head_dim=32
+    ),
     "gemma": gemma,
     "gemma, as many key heads": lambda: gemma(**WIDE, head_dim=64),
     "gemma, odd sizes": lambda: gemma(**ODD | {"head_dim": 256}),
@@ -76,45 +121,82 @@ CASES: dict[str, Callable[[], PreTrainedModel]] = {
     "siglip_vision_model, headless": lambda: siglip(**SMALL, vision_use_head=False),
     "siglip_vision_model, partial patches": lambda: siglip(**PARTIAL),
     "llava, clip, -2": lambda: llava("clip_vision_model", -2, "default"),
-    "llava, clip, several": lambda: llava("clip_vision_model", [-1, 1, 0], "full", ODD | {"head_dim": 24}, PARTIAL),
-    "llava, clip, 2, tied": lambda: llava("clip_vision_model", 2, "full", WIDE | {"rope_scaling": {"rope_type": "llama3"} | LLAMA3}, SMALL),
+    "llava, clip, several": lambda: llava(
+        "clip_vision_model", [-1, 1, 0], "full", ODD | {"head_dim": 24}, PARTIAL
+    ),
+    "llava, clip, 2, tied": lambda: llava(
+        "clip_vision_model",
+        2,
+        "full",
+        WIDE | {"rope_scaling": {"rope_type": "llama3"} | LLAMA3},
+        SMALL,
+    ),
     "llava, siglip, -1": lambda: llava("siglip_vision_model", -1, "full", tie_word_embeddings=True),
-    "llava, siglip, several": lambda: llava("siglip_vision_model", [1, -2], "default", WIDE, PARTIAL, multimodal_projector_bias=False),
-    "llava, siglip, -3": lambda: llava("siglip_vision_model", -3, "full", ODD | {"head_dim": 24}, SMALL, projector_hidden_act="relu"),
+    "llava, siglip, several": lambda: llava(
+        "siglip_vision_model", [1, -2], "default", WIDE, PARTIAL, multimodal_projector_bias=False
+    ),
+    "llava, siglip, -3": lambda: llava(
+        "siglip_vision_model",
+        -3,
+        "full",
+        ODD | {"head_dim": 24},
+        SMALL,
+        projector_hidden_act="relu",
+    ),
     "paligemma": paligemma,
-    "paligemma, placeholder beyond the vocabulary": lambda: paligemma(WIDE | {"head_dim": 64}, PARTIAL, image_token_index=200),
+    "paligemma, placeholder beyond the vocabulary": lambda: paligemma(
+        WIDE | {"head_dim": 64}, PARTIAL, image_token_index=200
+    ),
     "paligemma, odd sizes": lambda: paligemma(ODD | {"head_dim": 256}, SMALL),
 }
 TEXTS = [name for name in CASES if name.startswith(("llama", "gemma"))]
 PICTURES = [name for name in CASES if name.startswith(("llava", "paligemma"))]
 TALKING = TEXTS + PICTURES
-ONE_EACH = ["llama", "gemma", "llava, clip, -2", "llava, siglip, several", "paligemma, placeholder beyond the vocabulary"]
+ONE_EACH = [
+    "llama",
+    "gemma",
+    "llava, clip, -2",
+    "llava, siglip, several",
+    "paligemma, placeholder beyond the vocabulary",
+]
 
 
 class Pair(NamedTuple):
-    """Ours and stock transformers' model, with the same weights, in eval mode. Shared by tests: to change one, `make` a new one."""
+    """Ours and stock transformers' model, with the same weights, in eval mode. Shared by tests: to
+    change one, `make` a new one.
+    """
 
     ours: MllamaForConditionalGeneration | SiglipModel
     theirs: PreTrainedModel
 
 
 def renamed(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Stock transformers' names in memory -> ours, written down apart from the tables of mllama.checkpoints."""
+    """Stock transformers' names in memory -> ours, written down apart from the tables of
+    mllama.checkpoints.
+    """
     weights = dict(weights)
     for kind in ("weight", "bias"):
         if (fused := weights.pop(f"head.attention.in_proj_{kind}", None)) is not None:
-            weights |= {f"head.attention.{part}_proj.{kind}": piece for part, piece in zip("qkv", fused.chunk(3), strict=True)}
+            weights |= {
+                f"head.attention.{part}_proj.{kind}": piece
+                for part, piece in zip("qkv", fused.chunk(3), strict=True)
+            }
     if "model.language_model.norm.weight" in weights:
         return {name.removeprefix("model."): value for name, value in weights.items()}
     if "model.norm.weight" in weights:
         return {name.replace("model.", "language_model."): value for name, value in weights.items()}
-    return {name if name.startswith("head.") else f"vision_tower.{name}": value for name, value in weights.items()}
+    return {
+        name if name.startswith("head.") else f"vision_tower.{name}": value
+        for name, value in weights.items()
+    }
 
 
 def make(name: str, seed: int = 0) -> Pair:
     """A pair of a case of the table."""
     theirs = twins.randomise(CASES[name](), seed).eval()
-    ours = (SiglipModel if name.startswith("siglip") else MllamaForConditionalGeneration)(theirs.config).eval()
+    ours = (SiglipModel if name.startswith("siglip") else MllamaForConditionalGeneration)(
+        theirs.config
+    ).eval()
     report = torch.nn.Module.load_state_dict(ours, renamed(theirs.state_dict()))
     assert not report.missing_keys and not report.unexpected_keys
     return Pair(ours, theirs)
@@ -131,7 +213,13 @@ def ids(length: int, seed: int = 2) -> list[int]:
 def pictures(pair: Pair, count: int, seed: int = 1) -> torch.Tensor:
     """float [count, 3, S, S] for the model's tower."""
     config = getattr(pair.theirs.config, "vision_config", pair.theirs.config)
-    return torch.randn(count, 3, config.image_size, config.image_size, generator=torch.Generator().manual_seed(seed))
+    return torch.randn(
+        count,
+        3,
+        config.image_size,
+        config.image_size,
+        generator=torch.Generator().manual_seed(seed),
+    )
 
 
 # Rows of a batch: "P" is a picture, a number that many words.
@@ -145,16 +233,25 @@ ROWS = {
 }
 
 
-def inputs(pair: Pair, rows: str | tuple = "one picture", side: str = "left", said: int = 0) -> dict[str, torch.Tensor]:
-    """A batch of `ROWS` for a model, without their pictures where it has none; of PaliGemma, whose pictures come first, with
-    `token_type_ids` by which the last `said` words of a row are the answer's."""
+def inputs(
+    pair: Pair, rows: str | tuple = "one picture", side: str = "left", said: int = 0
+) -> dict[str, torch.Tensor]:
+    """A batch of `ROWS` for a model, without their pictures where it has none; of PaliGemma, whose
+    pictures come first, with `token_type_ids` by which the last `said` words of a row are the
+    answer's.
+    """
     rows = ROWS[rows] if isinstance(rows, str) else rows
     count = sum(part == "P" for row in rows for part in row)
     if not (model := pair.ours).plan.fusion:
         rows, count = [[part for part in row if part != "P"] for row in rows], 0
     placeholder = [getattr(model.config, "image_token_index", None)] * model.plan.image_tokens
     lists = [
-        [i for k, part in enumerate(row) for i in (placeholder if part == "P" else ids(part, seed=7 * r + k))] for r, row in enumerate(rows)
+        [
+            i
+            for k, part in enumerate(row)
+            for i in (placeholder if part == "P" else ids(part, seed=7 * r + k))
+        ]
+        for r, row in enumerate(rows)
     ]
     batch = twins.batch(*lists, side=side)
     if count:
@@ -168,7 +265,9 @@ def inputs(pair: Pair, rows: str | tuple = "one picture", side: str = "left", sa
     return batch
 
 
-def close(ours: torch.Tensor, theirs: torch.Tensor, tolerance: float = 1e-4, floor: float = 0.0) -> None:
+def close(
+    ours: torch.Tensor, theirs: torch.Tensor, tolerance: float = 1e-4, floor: float = 0.0
+) -> None:
     """Within `tolerance` of the largest value, or of `floor` where that is larger."""
     assert ours.shape == theirs.shape
     assert (ours - theirs).abs().max() <= tolerance * max(theirs.abs().max().item(), floor)

@@ -1,4 +1,6 @@
-"""Arguments of stock forward passes and of `generate`: each is honored with stock's values, or refused by its name."""
+"""Arguments of stock forward passes and of `generate`: each is honored with stock's values, or
+refused by its name.
+"""
 
 import functools
 import inspect
@@ -45,7 +47,10 @@ def pair_and_inputs(family: str):
 
 
 def stock_names(model) -> list[str]:
-    names = [*inspect.signature(inspect.unwrap(type(model).forward)).parameters, *TransformersKwargs.__annotations__]
+    names = [
+        *inspect.signature(inspect.unwrap(type(model).forward)).parameters,
+        *TransformersKwargs.__annotations__,
+    ]
     return [name for name in dict.fromkeys(names) if name not in ("self", "kwargs")]
 
 
@@ -55,12 +60,20 @@ def test_no_argument_of_the_stock_forward_is_swallowed(family):
     (ours, theirs), given = pair_and_inputs(family)
     given["labels"] = given["input_ids"]
     with torch.no_grad():
-        swallowed = [name for name in stock_names(theirs) if name not in SWITCHES and not _looks_at(ours, given, name)]
+        swallowed = [
+            name
+            for name in stock_names(theirs)
+            if name not in SWITCHES and not _looks_at(ours, given, name)
+        ]
     assert set(swallowed) <= PASSED_OVER
 
 
 def _looks_at(call, given: dict, name: str) -> bool:
-    rest = {key: value for key, value in given.items() if key not in (name, "pixel_values" if name in ENCODED else name)}
+    rest = {
+        key: value
+        for key, value in given.items()
+        if key not in (name, "pixel_values" if name in ENCODED else name)
+    }
     if name == "inputs_embeds":
         del rest["input_ids"]
     try:
@@ -80,11 +93,19 @@ def test_no_argument_of_the_stock_forward_is_swallowed_by_generate(family):
     def generate(**kwargs):
         ours.generate(**kwargs, max_new_tokens=2, do_sample=False)
 
-    names = [name for name in stock_names(theirs) if name not in SWITCHES | {"labels"}]  # generate never trains
-    assert {name for name in names if not _looks_at(generate, given, name)} <= PASSED_OVER | {"num_items_in_batch", "token_type_ids"}
+    names = [
+        name for name in stock_names(theirs) if name not in SWITCHES | {"labels"}
+    ]  # generate never trains
+    assert {name for name in names if not _looks_at(generate, given, name)} <= PASSED_OVER | {
+        "num_items_in_batch",
+        "token_type_ids",
+    }
 
 
-@pytest.mark.parametrize(("name", "near"), [("vision_feature_layers", "vision_feature_layer"), ("pixel_value", "pixel_values")])
+@pytest.mark.parametrize(
+    ("name", "near"),
+    [("vision_feature_layers", "vision_feature_layer"), ("pixel_value", "pixel_values")],
+)
 def test_an_unknown_argument_is_refused_with_the_nearest(name, near):
     pair, given = pair_and_inputs(LLAVA)
     with pytest.raises(TypeError, match=rf"{name}.*{near}"):
@@ -119,25 +140,49 @@ def test_arguments_of_other_families_are_refused_by_name(family, name, value):
 
 def test_what_trainers_hand_on_is_taken():
     pair, given = pair_and_inputs(LLAVA)
-    extras = {"use_cache": False, "return_dict": True, "logits_to_keep": 0, "output_router_logits": True, "num_items_in_batch": 3}
+    extras = {
+        "use_cache": False,
+        "return_dict": True,
+        "logits_to_keep": 0,
+        "output_router_logits": True,
+        "num_items_in_batch": 3,
+    }
     cases.close(pair.ours(**given, **extras).logits, pair.theirs(**given).logits)
 
 
 def llava_inputs(pair, tokens: int) -> dict[str, torch.Tensor]:
-    rows = [[*cases.ids(2, seed=row), *[cases.IMAGE] * tokens, *cases.ids(5, seed=9 + row)] for row in range(2)]
+    rows = [
+        [*cases.ids(2, seed=row), *[cases.IMAGE] * tokens, *cases.ids(5, seed=9 + row)]
+        for row in range(2)
+    ]
     return twins.batch(*rows) | {"pixel_values": cases.pictures(pair, 2)}
 
 
-@pytest.mark.parametrize(("layer", "strategy", "tokens"), [(-1, "default", 4), ([0], "full", 5), (None, "full", 5), ([-3], None, 4)])
+@pytest.mark.parametrize(
+    ("layer", "strategy", "tokens"),
+    [(-1, "default", 4), ([0], "full", 5), (None, "full", 5), ([-3], None, 4)],
+)
 def test_llava_reads_the_layer_and_the_features_that_a_call_names(layer, strategy, tokens):
     pair = cases.pair(LLAVA)
-    given = llava_inputs(pair, tokens) | {"vision_feature_layer": layer, "vision_feature_select_strategy": strategy}
+    given = llava_inputs(pair, tokens) | {
+        "vision_feature_layer": layer,
+        "vision_feature_select_strategy": strategy,
+    }
     with torch.no_grad():
         cases.close(pair.ours(**given).logits, pair.theirs(**given).logits)
-        how = {name: given[name] for name in ("pixel_values", "vision_feature_layer", "vision_feature_select_strategy")}
-        cases.close(pair.ours.get_image_features(**how), torch.stack(pair.theirs.get_image_features(**how).pooler_output))
+        how = {
+            name: given[name]
+            for name in ("pixel_values", "vision_feature_layer", "vision_feature_select_strategy")
+        }
+        cases.close(
+            pair.ours.get_image_features(**how),
+            torch.stack(pair.theirs.get_image_features(**how).pooler_output),
+        )
     for options in ({}, {"num_beams": 2}):
-        said = [model.generate(**given, max_new_tokens=5, min_new_tokens=5, do_sample=False, **options) for model in pair]
+        said = [
+            model.generate(**given, max_new_tokens=5, min_new_tokens=5, do_sample=False, **options)
+            for model in pair
+        ]
         assert said[0].tolist() == said[1].tolist()
 
 
@@ -155,8 +200,14 @@ def test_features_that_stock_encoded_are_taken(family):
     pair, given = pair_and_inputs(family)
     with torch.no_grad():
         encoded = {"image": pair.theirs.get_image_features(given.pop("pixel_values"))}
-        cases.close(pair.ours(**given, mm_encoder_outputs=encoded).logits, pair.theirs(**given, mm_encoder_outputs=encoded).logits)
-    said = [model.generate(**given, mm_encoder_outputs=dict(encoded), max_new_tokens=4, do_sample=False) for model in pair]
+        cases.close(
+            pair.ours(**given, mm_encoder_outputs=encoded).logits,
+            pair.theirs(**given, mm_encoder_outputs=encoded).logits,
+        )
+    said = [
+        model.generate(**given, mm_encoder_outputs=dict(encoded), max_new_tokens=4, do_sample=False)
+        for model in pair
+    ]
     assert said[0].tolist() == said[1].tolist()
     with pytest.raises(ValueError, match="mm_encoder_outputs"):
         pair.ours(**given, mm_encoder_outputs={"video": BaseModelOutputWithPooling()})
@@ -166,12 +217,19 @@ def test_cross_attention_states_are_attended_to():
     pair, given = pair_and_inputs("mllama")
     with torch.no_grad():
         plain = pair.theirs(**given).logits
-        vision = pair.theirs.model.vision_model(given["pixel_values"], given["aspect_ratio_ids"], given["aspect_ratio_mask"])
+        vision = pair.theirs.model.vision_model(
+            given["pixel_values"], given["aspect_ratio_ids"], given["aspect_ratio_mask"]
+        )
         states = pair.theirs.model.multi_modal_projector(vision.last_hidden_state)
         states = states.reshape(-1, states.shape[-2], states.shape[-1])
         for model in pair:
             mask = given["cross_attention_mask"]
-            cases.close(model(given["input_ids"], cross_attention_states=states, cross_attention_mask=mask).logits, plain)
+            cases.close(
+                model(
+                    given["input_ids"], cross_attention_states=states, cross_attention_mask=mask
+                ).logits,
+                plain,
+            )
     with pytest.raises(ValueError, match="cross_attention_states"):
         pair.ours(given["input_ids"], cross_attention_states=states[:3, :1])
 
@@ -189,10 +247,15 @@ def test_images_of_other_sizes(size):
             ours, theirs = cases.pair(family)
             encoded = {"image": theirs.get_image_features(pixels, **how)}
             tokens = (size[0] // 8) * (size[1] // 8)
-            given = twins.batch(*[[*[cases.IMAGE] * tokens, *cases.ids(4, seed=row)] for row in range(2)])
+            given = twins.batch(
+                *[[*[cases.IMAGE] * tokens, *cases.ids(4, seed=row)] for row in range(2)]
+            )
             if family == PALIGEMMA:
                 given["token_type_ids"] = torch.zeros_like(given["input_ids"])
-            cases.close(ours(**given, pixel_values=pixels, **how).logits, theirs(**given, mm_encoder_outputs=encoded).logits)
+            cases.close(
+                ours(**given, pixel_values=pixels, **how).logits,
+                theirs(**given, mm_encoder_outputs=encoded).logits,
+            )
             said = ours.generate(**given, pixel_values=pixels, **how, max_new_tokens=3, num_beams=2)
             assert said[:, :-3].tolist() == given["input_ids"].tolist()
     with pytest.raises(ValueError, match="pixel_values"):

@@ -20,13 +20,17 @@ def both_and_batch(case: str) -> tuple[Pair, dict[str, torch.Tensor]]:
     if case == LLAMA_VISION:
         both = test_mllama.pair()
         batch = test_mllama.inputs(
-            both.ours, ([test_mllama.PICTURE, *twins.tokens(8)], [1]), ([5, test_mllama.PICTURE, *twins.tokens(7)], [3])
+            both.ours,
+            ([test_mllama.PICTURE, *twins.tokens(8)], [1]),
+            ([5, test_mllama.PICTURE, *twins.tokens(7)], [3]),
         )
     else:
         both = make(case)
         batch = inputs(both, (["P", 5], ["P", 2, 3]), said=3)
     del batch["attention_mask"]
-    labels = batch["input_ids"].masked_fill(batch["input_ids"] == getattr(both.ours.config, "image_token_index", -1), -100)
+    labels = batch["input_ids"].masked_fill(
+        batch["input_ids"] == getattr(both.ours.config, "image_token_index", -1), -100
+    )
     return both, batch | {"labels": labels}
 
 
@@ -35,12 +39,16 @@ def random(*shape: int) -> torch.Tensor:
 
 
 def numbers(seen: torch.Tensor, hidden: float = -math.inf) -> torch.Tensor:
-    return torch.randn(seen.shape, generator=torch.Generator().manual_seed(5)).masked_fill(~seen, hidden)
+    return torch.randn(seen.shape, generator=torch.Generator().manual_seed(5)).masked_fill(
+        ~seen, hidden
+    )
 
 
 def masks(heads: int, length: int) -> dict[str, torch.Tensor]:
     causal = torch.ones(length, length, dtype=torch.bool).tril()
-    padded = causal & (torch.arange(length) >= torch.tensor([0, 2])[:, None, None, None])  # its first two rows see nothing
+    padded = causal & (
+        torch.arange(length) >= torch.tensor([0, 2])[:, None, None, None]
+    )  # its first two rows see nothing
     return {
         "causal and padding": padded,
         "bool, one for all": random(1, 1, length, length),
@@ -60,12 +68,19 @@ def test_loss_and_gradients_equal_transformers(case):
     named = masks(heads, batch["input_ids"].shape[1])
     with torch.no_grad():
         for name, mask in named.items():
-            stock = mask if mask.dtype == torch.bool else mask.float()  # torch takes no half beside float32
-            got, expected = both.ours(**batch, attention_mask=mask), both.theirs(**batch, attention_mask=stock)
+            stock = (
+                mask if mask.dtype == torch.bool else mask.float()
+            )  # torch takes no half beside float32
+            got, expected = (
+                both.ours(**batch, attention_mask=mask),
+                both.theirs(**batch, attention_mask=stock),
+            )
             close(got.logits, expected.logits)
             torch.testing.assert_close(got.loss, expected.loss, rtol=1e-4, atol=0, msg=name)
     batch["attention_mask"] = named["numbers of each head"]
-    (loss, mine), (expected, theirs) = (trained(model, batch | {"use_cache": False}) for model in both)
+    (loss, mine), (expected, theirs) = (
+        trained(model, batch | {"use_cache": False}) for model in both
+    )
     torch.testing.assert_close(loss, expected, rtol=1e-4, atol=0)
     theirs = (test_mllama.renamed if case == LLAMA_VISION else renamed)(theirs)
     for name, gradient in mine.items():
@@ -74,7 +89,9 @@ def test_loss_and_gradients_equal_transformers(case):
 
 @pytest.mark.parametrize("case", [*ONE_EACH, LLAMA_VISION])
 def test_with_a_cache(case):
-    """Dynamic, in steps of which the last is of one token, and static, whose mask covers slots that are not filled yet."""
+    """Dynamic, in steps of which the last is of one token, and static, whose mask covers slots that
+    are not filled yet.
+    """
     both, batch = both_and_batch(case)
     length, crossed = batch["input_ids"].shape[1], batch.pop("cross_attention_mask", None)
     del batch["labels"]
@@ -87,19 +104,37 @@ def test_with_a_cache(case):
             more["cross_attention_mask"] = crossed[:, start:end]
         if types is not None and not start:
             more["token_type_ids"] = types
-        return model(input_ids=ids[:, start:end], attention_mask=mask[:, :, start:end, :keys], past_key_values=cache, **more).logits
+        return model(
+            input_ids=ids[:, start:end],
+            attention_mask=mask[:, :, start:end, :keys],
+            past_key_values=cache,
+            **more,
+        ).logits
 
     def parts(model, kind, first: int):
         cache, keys = kind(), length + 3
         static = isinstance(cache, StaticCache)
         edges = [0, first, length - 1, length]
-        return torch.cat([step(model, cache, *edge, keys if static else edge[1]) for edge in zip(edges, edges[1:], strict=False)], 1)
+        return torch.cat(
+            [
+                step(model, cache, *edge, keys if static else edge[1])
+                for edge in zip(edges, edges[1:], strict=False)
+            ],
+            1,
+        )
 
     first = length - 3
     with torch.no_grad():
         expected = parts(both.theirs, lambda: DynamicCache(config=both.theirs.config), first)
         close(parts(both.ours, DynamicCache, first), expected)
-        close(parts(both.ours, lambda: StaticCache(config=both.ours.plan.text, max_cache_len=length + 3), first), expected)
+        close(
+            parts(
+                both.ours,
+                lambda: StaticCache(config=both.ours.plan.text, max_cache_len=length + 3),
+                first,
+            ),
+            expected,
+        )
 
 
 def test_attentions_are_those_of_the_mask():
@@ -107,7 +142,10 @@ def test_attentions_are_those_of_the_mask():
     both.theirs.set_attn_implementation("eager")
     mask = numbers(random(2, 4, 5, 5) | torch.ones(5, 5, dtype=torch.bool).tril())
     with torch.no_grad():
-        mine, theirs = (model(batch["input_ids"], attention_mask=mask, output_attentions=True).attentions for model in both)
+        mine, theirs = (
+            model(batch["input_ids"], attention_mask=mask, output_attentions=True).attentions
+            for model in both
+        )
     for weights, expected in zip(mine, theirs, strict=True):
         close(weights, expected)
 
@@ -116,7 +154,12 @@ def test_positions_are_honored_and_never_begin_sequences():
     both, batch = both_and_batch("llama")
     mask, place = masks(1, 5)["causal and padding"], torch.tensor([[0, 1, 0, 5, 6]])
     with torch.no_grad():
-        ours, theirs = (model(batch["input_ids"], attention_mask=mask, position_ids=place, use_cache=False).logits for model in both)
+        ours, theirs = (
+            model(
+                batch["input_ids"], attention_mask=mask, position_ids=place, use_cache=False
+            ).logits
+            for model in both
+        )
     close(ours, theirs)
 
 
@@ -125,13 +168,19 @@ def test_a_mask_of_packed_rows_equals_positions_that_restart():
     row, sequence = torch.tensor([[5, 6, 7, 8, 9]]), torch.tensor([0, 0, 0, 1, 1])
     mask = (sequence[:, None] == sequence) & torch.ones(5, 5, dtype=torch.bool).tril()
     with torch.no_grad():
-        close(model(row, attention_mask=mask[None, None], position_ids=place).logits, model(row, position_ids=place).logits)
+        close(
+            model(row, attention_mask=mask[None, None], position_ids=place).logits,
+            model(row, position_ids=place).logits,
+        )
 
 
 @pytest.mark.parametrize("visual", [False, True])
 def test_prepended_visual_tokens_are_covered(visual):
     model = twins.model(fusion="prepend", vision_feature="last", image_token_index=None)
-    row, pixels = torch.tensor([twins.tokens(5)]), {"pixel_values": twins.pictures(1)} if visual else {}
+    row, pixels = (
+        torch.tensor([twins.tokens(5)]),
+        {"pixel_values": twins.pictures(1)} if visual else {},
+    )
     length = 5 + visual * twins.PATCHES
     causal = torch.ones(1, 1, length, length, dtype=torch.bool).tril()
     with torch.no_grad():
@@ -148,7 +197,10 @@ def test_numbers_in_float32_beside_16_bits(dtype):
     for model in both:
         model.to(dtype)
     with torch.no_grad():
-        for mask in (numbers(masks(1, 5)["causal and padding"], LEAST), numbers(random(2, 1, 5, 5)).to(dtype)):
+        for mask in (
+            numbers(masks(1, 5)["causal and padding"], LEAST),
+            numbers(random(2, 1, 5, 5)).to(dtype),
+        ):
             ours, theirs = (model(batch["input_ids"], attention_mask=mask).logits for model in both)
             close(ours.float(), theirs.float(), tolerance=5e-2)
 
@@ -158,7 +210,9 @@ def test_it_compiles_in_one_graph():
     mask = masks(1, batch["input_ids"].shape[1])["numbers"]
     torch._dynamo.reset()
     with torch.no_grad():
-        got = torch.compile(both.ours, fullgraph=True, backend="aot_eager")(**batch, attention_mask=mask, use_cache=False)
+        got = torch.compile(both.ours, fullgraph=True, backend="aot_eager")(
+            **batch, attention_mask=mask, use_cache=False
+        )
         torch.testing.assert_close(got.loss, both.ours(**batch, attention_mask=mask).loss)
     torch._dynamo.reset()
 
@@ -167,18 +221,29 @@ def test_it_compiles_in_one_graph():
 def test_generate_takes_none(given):
     """Nor does transformers', which makes masks of later steps from one of two dimensions."""
     both, batch = both_and_batch("llama")
-    words = {given: batch["input_ids"] if given == "input_ids" else both.ours.get_input_embeddings()(batch["input_ids"])}
+    words = {
+        given: batch["input_ids"]
+        if given == "input_ids"
+        else both.ours.get_input_embeddings()(batch["input_ids"])
+    }
     with pytest.raises(ValueError, match="attention_mask"):
-        both.ours.generate(**words, attention_mask=masks(1, 5)["causal and padding"], max_new_tokens=2)
+        both.ours.generate(
+            **words, attention_mask=masks(1, 5)["causal and padding"], max_new_tokens=2
+        )
     if given == "input_ids":
         with pytest.raises(ValueError, match="attention_mask"):
-            both.theirs.generate(**words, attention_mask=masks(1, 5)["causal and padding"], max_new_tokens=2)
+            both.theirs.generate(
+                **words, attention_mask=masks(1, 5)["causal and padding"], max_new_tokens=2
+            )
 
 
 def test_what_a_mask_excludes_is_refused():
     both, batch = both_and_batch("paligemma")
     length = batch["input_ids"].shape[1]
     batch = batch | {"token_type_ids": None, "attention_mask": masks(1, length)["numbers"]}
-    for name, value in (("prefix_length", torch.tensor([3, 3])), ("seq_idx", torch.zeros(2, length, dtype=torch.int))):
+    for name, value in (
+        ("prefix_length", torch.tensor([3, 3])),
+        ("seq_idx", torch.zeros(2, length, dtype=torch.int)),
+    ):
         with pytest.raises(ValueError, match=name):
             both.ours(**batch | {name: value})

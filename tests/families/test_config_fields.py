@@ -1,4 +1,6 @@
-"""Fields of every family's config: at other values the model is stock's, or the field is refused by its name."""
+"""Fields of every family's config: at other values the model is stock's, or the field is refused by
+its name.
+"""
 
 import copy
 import dataclasses
@@ -17,10 +19,16 @@ ROPES = [
     {"rope_type": "linear", "rope_theta": 300.0, "factor": 2.0},
     {"rope_type": "llama3", "rope_theta": 300.0} | cases.LLAMA3,
     {"rope_type": "dynamic", "rope_theta": 300.0, "factor": 2.0},
-    {"rope_type": "yarn", "rope_theta": 300.0, "factor": 2.0, "original_max_position_embeddings": 64},
+    {
+        "rope_type": "yarn",
+        "rope_theta": 300.0,
+        "factor": 2.0,
+        "original_max_position_embeddings": 64,
+    },
     {"rope_type": "default", "rope_theta": 300.0, "partial_rotary_factor": 0.5},
 ]
-# Of every part of a config. What is no dataclass field here is an attribute that stock code asks for all the same.
+# Of every part of a config. What is no dataclass field here is an attribute that stock code asks
+# for all the same.
 VALUES = {
     "vocab_size": [110],
     "hidden_size": [96],
@@ -81,7 +89,13 @@ VALUES = {
     "final_logit_softcapping": [2.0],
     "is_causal": [False, True],
 }
-DECODERS = ("sliding_window", "attention_chunk_size", "layer_types", "final_logit_softcapping", "is_causal")
+DECODERS = (
+    "sliding_window",
+    "attention_chunk_size",
+    "layer_types",
+    "final_logit_softcapping",
+    "is_causal",
+)
 
 
 def fields(config: transformers.PretrainedConfig, decoder: bool) -> list[str]:
@@ -95,16 +109,24 @@ def base(family: str):
 
 
 def build(kind, config):
-    """A stock model with the config and ours with its weights; None where stock itself cannot be built."""
+    """A stock model with the config and ours with its weights; None where stock itself cannot be
+    built.
+    """
     try:
         theirs = kind(copy.deepcopy(config))
     except Exception:  # noqa: BLE001 what stock refuses in any way is no matter here
         return None
     theirs = twins.randomise(theirs).eval()
-    ours = (SiglipModel if kind is transformers.SiglipVisionModel else MllamaForConditionalGeneration)(copy.deepcopy(config)).eval()
+    ours = (
+        SiglipModel if kind is transformers.SiglipVisionModel else MllamaForConditionalGeneration
+    )(copy.deepcopy(config)).eval()
     if "aspect_ratio" in str(kind.forward.__doc__):
         ours.reference = "hf"
-    renamed = test_mllama.renamed if kind is transformers.MllamaForConditionalGeneration else cases.renamed
+    renamed = (
+        test_mllama.renamed
+        if kind is transformers.MllamaForConditionalGeneration
+        else cases.renamed
+    )
     torch.nn.Module.load_state_dict(ours, renamed(theirs.state_dict()))
     return cases.Pair(ours, theirs)
 
@@ -112,10 +134,16 @@ def build(kind, config):
 def example(pair: cases.Pair) -> dict[str, torch.Tensor]:
     if isinstance(pair.ours, SiglipModel):
         config = pair.theirs.config
-        return {"pixel_values": torch.randn(2, config.num_channels, config.image_size, config.image_size)}
+        return {
+            "pixel_values": torch.randn(
+                2, config.num_channels, config.image_size, config.image_size
+            )
+        }
     if pair.ours.plan.tower == "tiled":
         given = test_arguments.mllama_inputs(pair.ours)
-        given["pixel_values"] = given["pixel_values"][:, :, :, : pair.ours.config.vision_config.num_channels]
+        given["pixel_values"] = given["pixel_values"][
+            :, :, :, : pair.ours.config.vision_config.num_channels
+        ]
         return given
     given = cases.inputs(pair, (["P", 6], ["P", 6]))
     if "pixel_values" in given:
@@ -123,11 +151,17 @@ def example(pair: cases.Pair) -> dict[str, torch.Tensor]:
     return given
 
 
-PARTS = [(family, part) for family in (LLAVA, PALIGEMMA, "mllama") for part in ("", "text_config", "vision_config")]
+PARTS = [
+    (family, part)
+    for family in (LLAVA, PALIGEMMA, "mllama")
+    for part in ("", "text_config", "vision_config")
+]
 PARTS += [(SIGLIP_LLAVA, "")]
 
 
-@pytest.mark.parametrize(("family", "part"), [("llama", ""), ("gemma", ""), ("siglip_vision_model", ""), *PARTS])
+@pytest.mark.parametrize(
+    ("family", "part"), [("llama", ""), ("gemma", ""), ("siglip_vision_model", ""), *PARTS]
+)
 def test_every_field_is_honored_or_refused(family, part):
     stock = base(family)
     own = getattr(stock.config, part) if part else stock.config
@@ -142,17 +176,26 @@ def test_every_field_is_honored_or_refused(family, part):
 
 
 def compare(kind, config: transformers.PretrainedConfig, name: str) -> str:
-    """What is wrong with ours of a config, whose field `name` has an unusual value: nothing where it is as stock's, or refused."""
+    """What is wrong with ours of a config, whose field `name` has an unusual value: nothing where
+    it is as stock's, or refused.
+    """
     try:
         pair = build(kind, config)
     except ValueError as error:
-        return "" if name in str(error) or "vision_output_dim" in str(error) else str(error)  # which follows from others
+        return (
+            "" if name in str(error) or "vision_output_dim" in str(error) else str(error)
+        )  # which follows from others
     if pair is None:
         return ""
     given = example(pair)
     with torch.no_grad():
         expected, got = pair.theirs(**given)[0], pair.ours(**given)[0]
-    return "" if got.shape == expected.shape and (got - expected).abs().max() <= 1e-3 * expected.abs().max() else "another result"
+    return (
+        ""
+        if got.shape == expected.shape
+        and (got - expected).abs().max() <= 1e-3 * expected.abs().max()
+        else "another result"
+    )
 
 
 @pytest.mark.parametrize("family", test_arguments.FAMILIES)
@@ -222,7 +265,9 @@ def test_fewer_layers_set_after_loading(family):
         ("mllama", "text_config", "cross_attention_layers", [1]),
     ],
 )
-def test_fields_that_a_model_is_built_from_cannot_be_set_afterwards(family, part, name, value, tmp_path):
+def test_fields_that_a_model_is_built_from_cannot_be_set_afterwards(
+    family, part, name, value, tmp_path
+):
     ours, given = fresh(family).ours, test_arguments.pair_and_inputs(family)[1]
     own = getattr(ours.config, part) if part else ours.config
     before = getattr(own, name)
@@ -252,14 +297,20 @@ def test_a_dict_in_a_config_is_watched_too():
 def test_fields_of_the_config_given_to_from_pretrained(tmp_path):
     ours, theirs = cases.pair(LLAVA)
     ours.save_pretrained(tmp_path)
-    given = {"vision_feature_layer": 1, "vision_feature_select_strategy": "full", "text_config": {"use_cache": False}}
+    given = {
+        "vision_feature_layer": 1,
+        "vision_feature_select_strategy": "full",
+        "text_config": {"use_cache": False},
+    }
     both = [type(model).from_pretrained(tmp_path, **given).eval() for model in (ours, theirs)]
     inputs = test_arguments.llava_inputs(cases.pair(LLAVA), 5)
     with torch.no_grad():
         mine, stock = (model(**inputs) for model in both)
     cases.close(mine.logits, stock.logits)
     assert mine.past_key_values is None and stock.past_key_values is None
-    assert MllamaForConditionalGeneration.from_pretrained(tmp_path, output_attentions=True).config.output_attentions
+    assert MllamaForConditionalGeneration.from_pretrained(
+        tmp_path, output_attentions=True
+    ).config.output_attentions
 
 
 @pytest.mark.parametrize(

@@ -29,12 +29,20 @@ def results(model, given: dict[str, torch.Tensor]) -> list[torch.Tensor]:
         found = [model(**given)[0]]
         if "input_ids" in given:
             found.append(model(**given, labels=given["input_ids"]).loss)
-            for options in ({"do_sample": False}, {"num_beams": 2}, {"use_cache": False}, {"cache_implementation": "static"}):
+            for options in (
+                {"do_sample": False},
+                {"num_beams": 2},
+                {"use_cache": False},
+                {"cache_implementation": "static"},
+            ):
                 found.append(model.generate(**given, **LENGTH, **options))
     return found
 
 
-@pytest.mark.parametrize("family", ["gemma", test_arguments.LLAVA, test_arguments.PALIGEMMA, "mllama", "siglip_vision_model"])
+@pytest.mark.parametrize(
+    "family",
+    ["gemma", test_arguments.LLAVA, test_arguments.PALIGEMMA, "mllama", "siglip_vision_model"],
+)
 def test_results_are_those_without(family, tmp_path):
     if family.startswith("siglip"):
         pair = cases.pair(family)

@@ -1,4 +1,6 @@
-"""The edges of every family: odd batches, wrong inputs, configs that cannot be. Each is an answer, or an error that names what is wrong."""
+"""The edges of every family: odd batches, wrong inputs, configs that cannot be. Each is an answer,
+or an error that names what is wrong.
+"""
 
 import copy
 import json
@@ -7,7 +9,19 @@ import pytest
 import torch
 import transformers
 
-from families.cases import ONE_EACH, PICTURES, TALKING, TEXT, VISION, close, ids, inputs, make, pair, pictures
+from families.cases import (
+    ONE_EACH,
+    PICTURES,
+    TALKING,
+    TEXT,
+    VISION,
+    close,
+    ids,
+    inputs,
+    make,
+    pair,
+    pictures,
+)
 from mllama import MllamaForConditionalGeneration, SiglipModel
 from mllama.families import compose
 
@@ -38,7 +52,10 @@ def test_float16(case):
 @pytest.mark.parametrize("case", ["llama", "gemma"])
 def test_a_model_of_text_takes_no_pictures(case):
     model, words = pair(case).ours, torch.tensor([ids(4)])
-    for given in ({"pixel_values": torch.zeros(1, 3, 16, 16)}, {"image_features": torch.zeros(1, 4, 64)}):
+    for given in (
+        {"pixel_values": torch.zeros(1, 3, 16, 16)},
+        {"image_features": torch.zeros(1, 4, 64)},
+    ):
         with pytest.raises(ValueError, match=f"models with a tower; this {case} takes text alone"):
             model(input_ids=words, **given)
     with pytest.raises(ValueError, match="takes text alone"):
@@ -51,7 +68,10 @@ def test_placeholders_that_do_not_match_the_pictures(case):
     model, batch = both.ours, inputs(both, "one row")
     tokens = model.plan.image_tokens
     for count in (0, 2):
-        with pytest.raises(ValueError, match=f"{tokens} picture placeholders, but {count} pictures give {count * tokens} features"):
+        with pytest.raises(
+            ValueError,
+            match=f"{tokens} picture placeholders, but {count} pictures give {count * tokens} features",
+        ):
             model(**batch | {"pixel_values": pictures(both, count)})
     with pytest.raises(ValueError, match=f"{tokens} picture placeholders, but 0 pictures"):
         model(batch["input_ids"])
@@ -64,7 +84,9 @@ def test_ids_and_labels_out_of_range(case):
     both = pair(case)
     model, size = both.ours, TEXT["vocab_size"]
     for wrong in (size, -1):
-        with pytest.raises(IndexError, match=rf"input_ids must lie within the vocabulary \(0 to {size - 1}\)"):
+        with pytest.raises(
+            IndexError, match=rf"input_ids must lie within the vocabulary \(0 to {size - 1}\)"
+        ):
             model(torch.tensor([[1, wrong]]))
         with pytest.raises(ValueError, match="labels must be -100 or within the vocabulary"):
             model(torch.tensor([[1, 2, 3]]), labels=torch.tensor([[1, 2, wrong]]))
@@ -98,13 +120,17 @@ def test_wrong_token_types(error, named, types):
     with pytest.raises(error, match=named):
         model(PROMPT, token_type_ids=types)
     with pytest.raises(error, match=named):
-        model.generate(PROMPT, attention_mask=torch.ones_like(PROMPT), token_type_ids=types, max_new_tokens=1)
+        model.generate(
+            PROMPT, attention_mask=torch.ones_like(PROMPT), token_type_ids=types, max_new_tokens=1
+        )
 
 
 def test_token_types_mean_nothing_to_other_families():
     model = pair("llama").ours
     with torch.no_grad():
-        assert torch.equal(model(PROMPT, token_type_ids=torch.ones_like(PROMPT)).logits, model(PROMPT).logits)
+        assert torch.equal(
+            model(PROMPT, token_type_ids=torch.ones_like(PROMPT)).logits, model(PROMPT).logits
+        )
 
 
 @pytest.mark.parametrize("case", [*ONE_EACH, "siglip_vision_model"])
@@ -113,11 +139,14 @@ def test_a_config_shared_with_a_stock_model_stays_as_it_was(case):
     theirs.set_attn_implementation("sdpa")
     before = copy.deepcopy(theirs.config)
     ours = type(pair(case).ours)(theirs.config)
-    assert theirs.config.to_dict() == before.to_dict() and theirs.config._attn_implementation == "sdpa"
+    assert (
+        theirs.config.to_dict() == before.to_dict() and theirs.config._attn_implementation == "sdpa"
+    )
     assert ours.config._attn_implementation == "eager" and type(ours.config) is type(before)
 
 
-# Case, part of the config, field, values that cannot be. Configs of transformers refuse some of them themselves, when they are set.
+# Case, part of the config, field, values that cannot be. Configs of transformers refuse some of
+# them themselves, when they are set.
 HOSTILE = [
     ("llama", None, "hidden_size", (0, -64, True, 2**31, 2**70, 63, 2.5, "64")),
     ("llama", None, "num_hidden_layers", (-1, 0, True, 2**31)),
@@ -158,7 +187,13 @@ QUANTISED = [
 
 
 def at(config, part: str | None):
-    return config if part is None else config[part] if isinstance(config, dict) else getattr(config, part)
+    return (
+        config
+        if part is None
+        else config[part]
+        if isinstance(config, dict)
+        else getattr(config, part)
+    )
 
 
 @pytest.mark.parametrize(("case", "part", "field", "values"), HOSTILE)
@@ -195,14 +230,21 @@ def test_folders_whose_config_cannot_be(case, part, field, values, folders):
         changed = copy.deepcopy(content)
         at(changed, part)[field] = value
         (path / "config.json").write_text(json.dumps(changed))
-        with pytest.raises(ValueError, match=f"{field}|{field.replace('_', ' ').removeprefix('num ')}"):
+        with pytest.raises(
+            ValueError, match=f"{field}|{field.replace('_', ' ').removeprefix('num ')}"
+        ):
             type(pair(case).ours).from_pretrained(path)
 
 
 @pytest.mark.parametrize("kind", ["yarn", "dynamic", "longrope", "proportional", "__class__"])
 def test_rotary_types_that_are_not_supported_are_named(kind, folders):
     path, content = folders("llama")
-    scaling = {"rope_type": kind, "factor": 4.0, "original_max_position_embeddings": 64, "long_factor": [1.0] * 8}
+    scaling = {
+        "rope_type": kind,
+        "factor": 4.0,
+        "original_max_position_embeddings": 64,
+        "long_factor": [1.0] * 8,
+    }
     config = transformers.LlamaConfig(**TEXT)
     config.rope_parameters = scaling | {"rope_theta": 1e4}
     with pytest.raises(ValueError, match=f"rope_type.*{kind}"):
@@ -217,9 +259,21 @@ def test_rotary_types_that_are_not_supported_are_named(kind, folders):
     [
         (TypeError, "config must be a config object", {"model_type": "llama"}),
         (ValueError, "model_type must be one of", transformers.MistralConfig()),
-        (ValueError, "text_config.*'mistral'", transformers.LlavaConfig(text_config={"model_type": "mistral"}, vision_config=VISION)),
-        (ValueError, "model_type.*'gemma2'", transformers.PaliGemmaConfig(text_config={"model_type": "gemma2"})),
-        (ValueError, "model_type.*'vit'", transformers.LlavaConfig(vision_config={"model_type": "vit"}, text_config=TEXT)),
+        (
+            ValueError,
+            "text_config.*'mistral'",
+            transformers.LlavaConfig(text_config={"model_type": "mistral"}, vision_config=VISION),
+        ),
+        (
+            ValueError,
+            "model_type.*'gemma2'",
+            transformers.PaliGemmaConfig(text_config={"model_type": "gemma2"}),
+        ),
+        (
+            ValueError,
+            "model_type.*'vit'",
+            transformers.LlavaConfig(vision_config={"model_type": "vit"}, text_config=TEXT),
+        ),
     ],
 )
 def test_other_families_are_refused_by_name(error, named, config):

@@ -1,4 +1,6 @@
-"""Images beside embeddings: the placeholders are told by theirs, so that PEFT's soft prompts may stand before them."""
+"""Images beside embeddings: the placeholders are told by theirs, so that PEFT's soft prompts may
+stand before them.
+"""
 
 import peft
 import pytest
@@ -12,17 +14,27 @@ FAMILIES = [LLAVA, "llava, siglip, several", PALIGEMMA, "mllama"]
 
 def embedded(model, given: dict[str, torch.Tensor], soft: torch.Tensor) -> dict[str, torch.Tensor]:
     embeds = model.get_input_embeddings()(given["input_ids"])
-    rest = {name: value for name, value in given.items() if name not in ("input_ids", "attention_mask", "token_type_ids")}
+    rest = {
+        name: value
+        for name, value in given.items()
+        if name not in ("input_ids", "attention_mask", "token_type_ids")
+    }
     return rest | {"inputs_embeds": torch.cat([soft.expand(len(embeds), -1, -1), embeds], 1)}
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_images_beside_embeddings_equal_stock(family):
     pair, given = test_arguments.pair_and_inputs(family)
-    soft = torch.randn(1, 3, pair.ours.plan.text.hidden_size, generator=torch.Generator().manual_seed(1))
+    soft = torch.randn(
+        1, 3, pair.ours.plan.text.hidden_size, generator=torch.Generator().manual_seed(1)
+    )
     if family == "mllama":
         given["cross_attention_mask"] = torch.ones(2, 9, *given["cross_attention_mask"].shape[2:])
-    types = {"token_type_ids": torch.zeros(2, 3 + given["input_ids"].shape[1], dtype=torch.long)} if family == PALIGEMMA else {}
+    types = (
+        {"token_type_ids": torch.zeros(2, 3 + given["input_ids"].shape[1], dtype=torch.long)}
+        if family == PALIGEMMA
+        else {}
+    )
     with torch.no_grad():
         mine, stock = (model(**embedded(model, given, soft), **types).logits for model in pair)
     cases.close(mine, stock)
@@ -35,7 +47,10 @@ def test_embeddings_that_tell_no_placeholder_are_refused():
         pair.ours(**given | {"inputs_embeds": given["inputs_embeds"] + 1})
     beyond = cases.pair("paligemma, placeholder beyond the vocabulary").ours
     with pytest.raises(ValueError, match="image_token_index"):
-        beyond(inputs_embeds=torch.zeros(1, 12, 96), pixel_values=cases.pictures(cases.Pair(beyond, beyond), 1))
+        beyond(
+            inputs_embeds=torch.zeros(1, 12, 96),
+            pixel_values=cases.pictures(cases.Pair(beyond, beyond), 1),
+        )
     crossed, given = test_arguments.pair_and_inputs("mllama")
     with pytest.raises(ValueError, match="cross_attention_mask"):
         crossed.ours(**embedded(crossed.ours, given, torch.zeros(1, 2, 64)))
@@ -43,13 +58,17 @@ def test_embeddings_that_tell_no_placeholder_are_refused():
 
 KINDS = {
     "prompt tuning": lambda: peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3),
-    "p-tuning": lambda: peft.PromptEncoderConfig(task_type="CAUSAL_LM", num_virtual_tokens=3, encoder_hidden_size=8),
+    "p-tuning": lambda: peft.PromptEncoderConfig(
+        task_type="CAUSAL_LM", num_virtual_tokens=3, encoder_hidden_size=8
+    ),
     "prefix tuning": lambda: peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3),
 }
 
 
 def by_forward(model, given: dict[str, torch.Tensor], new: int) -> list[list[int]]:
-    """Greedy tokens by forward passes over the whole text: transformers' generate of 5.24 calls the cache otherwise than PEFT does."""
+    """Greedy tokens by forward passes over the whole text: transformers' generate of 5.24 calls the
+    cache otherwise than PEFT does.
+    """
     given = dict(given)
     for _ in range(new):
         logits = model(**given).logits[:, -1:]
@@ -62,10 +81,17 @@ def by_forward(model, given: dict[str, torch.Tensor], new: int) -> list[list[int
 
 @pytest.mark.parametrize(
     ("family", "kind"),
-    [("llama", "prefix tuning"), *((LLAVA, kind) for kind in KINDS), (PALIGEMMA, "prompt tuning"), (PALIGEMMA, "p-tuning")],
+    [
+        ("llama", "prefix tuning"),
+        *((LLAVA, kind) for kind in KINDS),
+        (PALIGEMMA, "prompt tuning"),
+        (PALIGEMMA, "p-tuning"),
+    ],
 )
 def test_soft_prompts_by_peft(family, kind):
-    """Loss, the prompt's gradients and what is said equal those of a stock model with the same prompt."""
+    """Loss, the prompt's gradients and what is said equal those of a stock model with the same
+    prompt.
+    """
     pair, given = cases.make(family), test_arguments.pair_and_inputs(family)[1]
     given.pop("token_type_ids", None)
     pair.theirs.set_attn_implementation("eager")
@@ -75,11 +101,16 @@ def test_soft_prompts_by_peft(family, kind):
     for model in pair:
         torch.manual_seed(0)
         tuned.append(peft.get_peft_model(model, KINDS[kind]()))
-    tuned[0].load_state_dict({name: value for name, value in tuned[1].state_dict().items() if "prompt_encoder" in name}, strict=False)
+    tuned[0].load_state_dict(
+        {name: value for name, value in tuned[1].state_dict().items() if "prompt_encoder" in name},
+        strict=False,
+    )
     gradients = []
     for model in tuned:
         model(**given, labels=labels).loss.backward()
-        gradients.append([parameter.grad for parameter in model.parameters() if parameter.grad is not None])
+        gradients.append(
+            [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+        )
         model.eval()
     assert gradients[0] and len(gradients[0]) == len(gradients[1])
     for mine, stock in zip(*gradients, strict=True):
@@ -87,5 +118,7 @@ def test_soft_prompts_by_peft(family, kind):
     with torch.no_grad():
         cases.close(tuned[0](**given).logits, tuned[1](**given).logits)
         expected = by_forward(tuned[1], given, 4)
-    said = tuned[0].generate(**given, max_new_tokens=4, do_sample=False, pad_token_id=0, suppress_tokens=[cases.IMAGE])
+    said = tuned[0].generate(
+        **given, max_new_tokens=4, do_sample=False, pad_token_id=0, suppress_tokens=[cases.IMAGE]
+    )
     assert said[:, -4:].tolist() == expected

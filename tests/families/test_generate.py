@@ -1,4 +1,6 @@
-"""generate() of every family: stock transformers' tokens, however they are chosen, and caches, padding and turns that change nothing."""
+"""generate() of every family: stock transformers' tokens, however they are chosen, and caches,
+padding and turns that change nothing.
+"""
 
 import pytest
 import torch
@@ -52,7 +54,12 @@ def test_caches_change_nothing(case):
         {"cache_implementation": "static"},
         {"past_key_values": StaticCache(config=model.config, max_cache_len=100)},
         {"past_key_values": DynamicCache(config=model.config)},
-        {"cache_implementation": "static", "num_beams": 2, "length_penalty": 0.0, "early_stopping": True},
+        {
+            "cache_implementation": "static",
+            "num_beams": 2,
+            "length_penalty": 0.0,
+            "early_stopping": True,
+        },
     ):
         if "num_beams" in options:
             expected = model.generate(**batch, **GREEDY, **options | {"cache_implementation": None})
@@ -64,9 +71,15 @@ def test_caches_that_cannot_hold_the_answer(case):
     model, batch = make(case).ours, inputs(pair(case), MIXED)
     length = batch["input_ids"].shape[1]
     with pytest.raises(ValueError, match=f"room for {length} tokens: {length} are in it, and 1"):
-        model.generate(**batch, **GREEDY, past_key_values=StaticCache(config=model.config, max_cache_len=length))
+        model.generate(
+            **batch,
+            **GREEDY,
+            past_key_values=StaticCache(config=model.config, max_cache_len=length),
+        )
     with pytest.raises(ValueError, match=f"room for 2 tokens: 0 are in it, and {length}"):
-        model.generate(**batch, **GREEDY, past_key_values=StaticCache(config=model.config, max_cache_len=2))
+        model.generate(
+            **batch, **GREEDY, past_key_values=StaticCache(config=model.config, max_cache_len=2)
+        )
     with pytest.raises(TypeError, match="tuple"):
         model.generate(**batch, **GREEDY, past_key_values=())
     expected = model.generate(**batch, **GREEDY)
@@ -84,21 +97,38 @@ def test_logits_piece_by_piece(case, kind):
     both = pair(case)
     model, batch = both.ours, inputs(both, (["P", 9], ["P", 6]), said=4)
     mask, cuts = batch["attention_mask"], (0, -4, -2, None)
-    cache = kind(config=model.config.get_text_config(), **{"max_cache_len": 40} if kind is StaticCache else {})
+    cache = kind(
+        config=model.config.get_text_config(),
+        **{"max_cache_len": 40} if kind is StaticCache else {},
+    )
     with torch.no_grad():
         whole = model(**batch).logits
         for start, end in zip(cuts, cuts[1:], strict=False):
-            piece = {name: batch[name][:, start:end] for name in ("input_ids", "token_type_ids") if name in batch}
-            pixels = {} if start or "pixel_values" not in batch else {"pixel_values": batch["pixel_values"]}
-            got = model(**piece, **pixels, attention_mask=mask[:, :end], past_key_values=cache).logits
+            piece = {
+                name: batch[name][:, start:end]
+                for name in ("input_ids", "token_type_ids")
+                if name in batch
+            }
+            pixels = (
+                {}
+                if start or "pixel_values" not in batch
+                else {"pixel_values": batch["pixel_values"]}
+            )
+            got = model(
+                **piece, **pixels, attention_mask=mask[:, :end], past_key_values=cache
+            ).logits
             seen = mask[:, start:end].bool()
             close(got[seen], whole[:, start:end][seen])
 
 
-@pytest.mark.parametrize("options", [GREEDY, GREEDY | {"num_beams": 2, "length_penalty": 0.0}], ids=["greedy", "beams"])
+@pytest.mark.parametrize(
+    "options", [GREEDY, GREEDY | {"num_beams": 2, "length_penalty": 0.0}], ids=["greedy", "beams"]
+)
 @pytest.mark.parametrize("case", TALKING)
 def test_a_row_does_not_depend_on_its_batch(case, options):
-    """With beams too, where transformers repeats pictures one by one and mixes up rows that have several."""
+    """With beams too, where transformers repeats pictures one by one and mixes up rows that have
+    several.
+    """
     both = pair(case)
     whole = inputs(both, ([7, "P", 3], [4], ["P", "P", 2]))
     batched = both.ours.generate(**whole, **options)
@@ -141,7 +171,11 @@ def test_assisted_decoding_and_prompt_lookup_equal_greedy(case):
     both = pair(case)
     batch = inputs(both, "one row")
     expected = both.ours.generate(**batch, **GREEDY)
-    for option in ({"prompt_lookup_num_tokens": 3}, {"assistant_model": make(case).ours}, {"assistant_model": make(case, seed=1).ours}):
+    for option in (
+        {"prompt_lookup_num_tokens": 3},
+        {"assistant_model": make(case).ours},
+        {"assistant_model": make(case, seed=1).ours},
+    ):
         assert torch.equal(both.ours.generate(**batch, **GREEDY, **option), expected), option
 
 
@@ -159,9 +193,21 @@ def test_embeddings_in_place_of_ids(case):
 @pytest.mark.parametrize("case", ONE_EACH)
 def test_what_every_step_returns_has_the_shapes_of_theirs(case):
     both = pair(case)
-    wanted = dict.fromkeys(("return_dict_in_generate", "output_logits", "output_scores", "output_hidden_states", "output_attentions"), True)
+    wanted = dict.fromkeys(
+        (
+            "return_dict_in_generate",
+            "output_logits",
+            "output_scores",
+            "output_hidden_states",
+            "output_attentions",
+        ),
+        True,
+    )
     ours, theirs = (model.generate(**inputs(both), **GREEDY, **wanted) for model in both)
-    assert len(ours.logits) == len(ours.scores) == 8 and ours.past_key_values.get_seq_length() == theirs.past_key_values.get_seq_length()
+    assert (
+        len(ours.logits) == len(ours.scores) == 8
+        and ours.past_key_values.get_seq_length() == theirs.past_key_values.get_seq_length()
+    )
     for mine, logits in zip(ours.logits, theirs.logits, strict=True):
         torch.testing.assert_close(mine, logits, rtol=1e-3, atol=1e-3)
 
@@ -219,7 +265,10 @@ def test_an_answer_that_was_begun(case):
     prefix = (batch.pop("token_type_ids") == 0).sum(1)
     assert torch.equal(both.ours.generate(**batch, **GREEDY, prefix_length=prefix), expected)
     single = {name: value[:1] for name, value in batch.items()} | {"prefix_length": prefix[:1]}
-    assert torch.equal(both.ours.generate(**single, **GREEDY, assistant_model=make(case, seed=1).ours), expected[:1])
+    assert torch.equal(
+        both.ours.generate(**single, **GREEDY, assistant_model=make(case, seed=1).ours),
+        expected[:1],
+    )
 
 
 def test_a_prompt_seen_both_ways_is_not_read_in_chunks():
@@ -228,9 +277,13 @@ def test_a_prompt_seen_both_ways_is_not_read_in_chunks():
         both.ours.generate(**inputs(both, "no picture"), **GREEDY, prefill_chunk_size=4)
 
 
-@pytest.mark.parametrize(("family", "text"), [("llava, clip, -2", "llama"), ("paligemma", "gemma"), ("mllama", "llama")])
+@pytest.mark.parametrize(
+    ("family", "text"), [("llava, clip, -2", "llama"), ("paligemma", "gemma"), ("mllama", "llama")]
+)
 def test_an_assistant_that_sees_no_pictures(family, text):
-    """Ours or transformers', it guesses from the text alone: what is said is what greedy search says."""
+    """Ours or transformers', it guesses from the text alone: what is said is what greedy search
+    says.
+    """
     both, given = test_arguments.pair_and_inputs(family)
     given = {name: value[:1] for name, value in given.items()}
     how = {"max_new_tokens": 8, "do_sample": False}

@@ -1,4 +1,6 @@
-"""Every family's numbers against stock transformers': logits, hidden states and attentions in float32, rounding in bfloat16."""
+"""Every family's numbers against stock transformers': logits, hidden states and attentions in
+float32, rounding in bfloat16.
+"""
 
 import pytest
 import torch
@@ -9,7 +11,9 @@ ALONE = [name for name in CASES if name.startswith("siglip")]
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
-@pytest.mark.parametrize("rows", ["one picture", "two pictures", "a row without a picture", "no picture", "long"])
+@pytest.mark.parametrize(
+    "rows", ["one picture", "two pictures", "a row without a picture", "no picture", "long"]
+)
 @pytest.mark.parametrize("case", TALKING)
 def test_logits(case, rows, side):
     both = pair(case)
@@ -26,7 +30,9 @@ def test_a_prompt_without_token_types_is_seen_one_way(case):
     batch = inputs(both, "two pictures")
     seen, types = batch["attention_mask"].bool(), batch.pop("token_type_ids")
     with torch.no_grad():
-        one_way, both_ways = (both.ours(**batch, **more).logits[seen] for more in ({}, {"token_type_ids": types}))
+        one_way, both_ways = (
+            both.ours(**batch, **more).logits[seen] for more in ({}, {"token_type_ids": types})
+        )
         close(one_way, both.theirs(**batch).logits[seen])
     assert not torch.allclose(one_way, both_ways, atol=1e-2)
 
@@ -52,7 +58,9 @@ def test_hidden_states_and_attentions(case):
     batch = inputs(both, "two pictures", said=2)
     seen = batch["attention_mask"].bool()
     with torch.no_grad():
-        ours, theirs = (model(**batch, output_hidden_states=True, output_attentions=True) for model in both)
+        ours, theirs = (
+            model(**batch, output_hidden_states=True, output_attentions=True) for model in both
+        )
     for mine, state in zip(ours.hidden_states, theirs.hidden_states, strict=True):
         close(mine[seen], state[seen])
     for mine, weights in zip(ours.attentions, theirs.attentions, strict=True):
@@ -60,18 +68,25 @@ def test_hidden_states_and_attentions(case):
         close(mine.transpose(1, 2)[seen], weights.transpose(1, 2)[seen])
     if both.ours.plan.tower:
         # transformers 5.24 gives a list, one tensor per image
-        close(ours.image_hidden_states.flatten(), torch.stack(list(theirs.image_hidden_states)).flatten())
+        close(
+            ours.image_hidden_states.flatten(),
+            torch.stack(list(theirs.image_hidden_states)).flatten(),
+        )
 
 
 def cast(both: Pair, dtype: torch.dtype) -> None:
-    """Parameters alone: stock's rotary frequencies are buffers, which its from_pretrained leaves float32 and `.to` would round."""
+    """Parameters alone: stock's rotary frequencies are buffers, which its from_pretrained leaves
+    float32 and `.to` would round.
+    """
     for model in both:
         for parameter in model.parameters():
             parameter.data = parameter.data.to(dtype)
 
 
 def errors_in_bfloat16(case: str, call) -> list[float]:
-    """Ours and theirs: the root mean square of what `call` gives less the float32 result, on weights that bfloat16 holds exactly."""
+    """Ours and theirs: the root mean square of what `call` gives less the float32 result, on
+    weights that bfloat16 holds exactly.
+    """
     both = make(case)
     cast(both, torch.bfloat16)
     with torch.no_grad():
@@ -93,5 +108,7 @@ def test_bfloat16_rounds_no_more_than_theirs(case):
 
 @pytest.mark.parametrize("case", ALONE)
 def test_bfloat16_of_the_tower_rounds_no_more_than_theirs(case):
-    ours, theirs = errors_in_bfloat16(case, lambda both, model: model(pictures(both, 64)).last_hidden_state)
+    ours, theirs = errors_in_bfloat16(
+        case, lambda both, model: model(pictures(both, 64)).last_hidden_state
+    )
     assert 0 < ours <= 1.2 * theirs

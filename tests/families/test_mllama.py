@@ -1,4 +1,6 @@
-"""Llama-3.2-Vision as a whole against stock transformers: logits, rounding, caches, generation, training, folders."""
+"""Llama-3.2-Vision as a whole against stock transformers: logits, rounding, caches, generation,
+training, folders.
+"""
 
 import math
 
@@ -7,7 +9,10 @@ import torch
 import transformers
 from transformers import DynamicCache, StaticCache
 from transformers.models.mllama.configuration_mllama import MllamaTextConfig, MllamaVisionConfig
-from transformers.models.mllama.processing_mllama import convert_sparse_cross_attention_mask_to_dense, get_cross_attention_token_mask
+from transformers.models.mllama.processing_mllama import (
+    convert_sparse_cross_attention_mask_to_dense,
+    get_cross_attention_token_mask,
+)
 
 import twins
 from families.cases import Pair, close
@@ -18,19 +23,45 @@ PICTURE = VOCABULARY  # the placeholder's id: the first of the eight rows behind
 SIZES = {
     "grouped": ({}, {}),
     "all heads": (
-        {"num_attention_heads": 2, "num_key_value_heads": 2, "num_hidden_layers": 3, "cross_attention_layers": [2]},
-        {"max_num_tiles": 2, "supported_aspect_ratios": [[1, 1], [1, 2], [2, 1]], "image_size": 24, "attention_heads": 1},
+        {
+            "num_attention_heads": 2,
+            "num_key_value_heads": 2,
+            "num_hidden_layers": 3,
+            "cross_attention_layers": [2],
+        },
+        {
+            "max_num_tiles": 2,
+            "supported_aspect_ratios": [[1, 1], [1, 2], [2, 1]],
+            "image_size": 24,
+            "attention_heads": 1,
+        },
     ),
     "one kv head": (
-        {"hidden_size": 96, "num_attention_heads": 6, "num_key_value_heads": 1, "cross_attention_layers": [1, 2, 4]},
-        {"hidden_size": 48, "attention_heads": 3, "intermediate_layers_indices": [1], "num_global_layers": 1},
+        {
+            "hidden_size": 96,
+            "num_attention_heads": 6,
+            "num_key_value_heads": 1,
+            "cross_attention_layers": [1, 2, 4],
+        },
+        {
+            "hidden_size": 48,
+            "attention_heads": 3,
+            "intermediate_layers_indices": [1],
+            "num_global_layers": 1,
+        },
     ),
 }
 
 
 def pair(text: dict | None = None, vision: dict | None = None, seed: int = 0) -> Pair:
     """Stock transformers' model, random everywhere, and ours with the same weights, in its way."""
-    rope = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 16}
+    rope = {
+        "rope_type": "llama3",
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 16,
+    }
     sizes = twins.TEXT | {
         "num_hidden_layers": 5,
         "cross_attention_layers": [1, 3],
@@ -47,7 +78,9 @@ def pair(text: dict | None = None, vision: dict | None = None, seed: int = 0) ->
     vision = MllamaVisionConfig(**tower | (vision or {}))
     vision.vision_output_dim = vision.hidden_size * (1 + len(vision.intermediate_layers_indices))
     config = transformers.MllamaConfig(
-        text_config=MllamaTextConfig(**sizes | (text or {})).to_dict(), vision_config=vision.to_dict(), image_token_index=PICTURE
+        text_config=MllamaTextConfig(**sizes | (text or {})).to_dict(),
+        vision_config=vision.to_dict(),
+        image_token_index=PICTURE,
     )
     theirs = twins.randomise(transformers.MllamaForConditionalGeneration(config), seed).eval()
     ours = MllamaForConditionalGeneration(config, reference="hf").eval()
@@ -56,8 +89,14 @@ def pair(text: dict | None = None, vision: dict | None = None, seed: int = 0) ->
 
 
 def renamed(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Stock transformers' names in memory -> ours, written down apart from the tables of mllama.checkpoints."""
-    names = {"model.vision_model.": "vision_tower.", "model.multi_modal_projector.": "multi_modal_projector.linear.", "model.": ""}
+    """Stock transformers' names in memory -> ours, written down apart from the tables of
+    mllama.checkpoints.
+    """
+    names = {
+        "model.vision_model.": "vision_tower.",
+        "model.multi_modal_projector.": "multi_modal_projector.linear.",
+        "model.": "",
+    }
     translated = {}
     for name, value in weights.items():
         old = next((prefix for prefix in names if name.startswith(prefix)), "")
@@ -65,7 +104,9 @@ def renamed(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return translated
 
 
-def inputs(model, *rows: tuple[list[int], list[int]], side: str = "left") -> dict[str, torch.Tensor]:
+def inputs(
+    model, *rows: tuple[list[int], list[int]], side: str = "left"
+) -> dict[str, torch.Tensor]:
     """A batch as the processor makes it.
 
     Args:
@@ -78,16 +119,33 @@ def inputs(model, *rows: tuple[list[int], list[int]], side: str = "left") -> dic
     most = max(len(ratios) for _, ratios in rows)
     if not most:
         return batch
-    tiles = [[math.prod(vision.supported_aspect_ratios[ratio - 1]) for ratio in ratios] for _, ratios in rows]
+    tiles = [
+        [math.prod(vision.supported_aspect_ratios[ratio - 1]) for ratio in ratios]
+        for _, ratios in rows
+    ]
     ratios = torch.tensor([ratios + [0] * (most - len(ratios)) for _, ratios in rows])
     filled = torch.tensor(
-        [[[place < count for place in range(vision.max_num_tiles)] for count in row + [1] * (most - len(row))] for row in tiles]
+        [
+            [
+                [place < count for place in range(vision.max_num_tiles)]
+                for count in row + [1] * (most - len(row))
+            ]
+            for row in tiles
+        ]
     )
-    pixels = torch.randn(*filled.shape, 3, vision.image_size, vision.image_size, generator=torch.Generator().manual_seed(5))
+    pixels = torch.randn(
+        *filled.shape,
+        3,
+        vision.image_size,
+        vision.image_size,
+        generator=torch.Generator().manual_seed(5),
+    )
     pixels = pixels * (filled & (ratios > 0)[..., None])[..., None, None, None]
     spans = [get_cross_attention_token_mask(row, PICTURE) for row in batch["input_ids"].tolist()]
     length = batch["input_ids"].shape[1]
-    mask = torch.from_numpy(convert_sparse_cross_attention_mask_to_dense(spans, tiles, vision.max_num_tiles, length))
+    mask = torch.from_numpy(
+        convert_sparse_cross_attention_mask_to_dense(spans, tiles, vision.max_num_tiles, length)
+    )
     return batch | {
         "pixel_values": pixels,
         "aspect_ratio_ids": ratios,
@@ -99,8 +157,15 @@ def inputs(model, *rows: tuple[list[int], list[int]], side: str = "left") -> dic
 ROWS = {
     "one": (([PICTURE, *twins.tokens(6)], [1]),),
     "text before it": (([*twins.tokens(3), PICTURE, *twins.tokens(4)], [3]),),
-    "two": (([5, PICTURE, *twins.tokens(3), PICTURE, *twins.tokens(3)], [2, 1]), ([PICTURE, PICTURE, *twins.tokens(3)], [1, 3])),
-    "mixed": (([*twins.tokens(2), PICTURE, *twins.tokens(4)], [2]), (twins.tokens(5), []), ([PICTURE, 7, PICTURE, 9], [3, 1])),
+    "two": (
+        ([5, PICTURE, *twins.tokens(3), PICTURE, *twins.tokens(3)], [2, 1]),
+        ([PICTURE, PICTURE, *twins.tokens(3)], [1, 3]),
+    ),
+    "mixed": (
+        ([*twins.tokens(2), PICTURE, *twins.tokens(4)], [2]),
+        (twins.tokens(5), []),
+        ([PICTURE, 7, PICTURE, 9], [3, 1]),
+    ),
     "none": ((twins.tokens(6), []), (twins.tokens(4), [])),
 }
 
@@ -128,9 +193,14 @@ def test_logits_equal_transformers(sizes, side):
 
 @pytest.mark.parametrize("sizes", SIZES)
 def test_bfloat16_rounds_no_more_than_theirs(sizes):
-    """On weights that bfloat16 holds exactly; stock's rotary frequencies stay float32, as its from_pretrained leaves them."""
+    """On weights that bfloat16 holds exactly; stock's rotary frequencies stay float32, as its
+    from_pretrained leaves them.
+    """
     both = pair(*SIZES[sizes])
-    long = ([3, PICTURE, *twins.tokens(50), PICTURE, *twins.tokens(20, 3)], [6, 2]), ([PICTURE, *twins.tokens(61, 4)], [1])
+    long = (
+        ([3, PICTURE, *twins.tokens(50), PICTURE, *twins.tokens(20, 3)], [6, 2]),
+        ([PICTURE, *twins.tokens(61, 4)], [1]),
+    )
     if both.ours.config.vision_config.max_num_tiles == 2:
         long = tuple((ids, [2] * len(ratios)) for ids, ratios in long)
     batch = inputs(both.ours, *long)
@@ -139,7 +209,10 @@ def test_bfloat16_rounds_no_more_than_theirs(sizes):
         for dtype in (torch.bfloat16, torch.float32):
             for parameter in (*both.ours.parameters(), *both.theirs.parameters()):
                 parameter.data = parameter.data.to(dtype)
-            results += [both.ours(**batch).logits[real].float(), stock_logits(both.theirs, batch)[real].float()]
+            results += [
+                both.ours(**batch).logits[real].float(),
+                stock_logits(both.theirs, batch)[real].float(),
+            ]
     ours, theirs, again, exact = results
     close(again, exact)
     errors = [(result - exact).square().mean().sqrt() for result in (ours, theirs)]
@@ -154,15 +227,29 @@ def test_hidden_states_and_attentions():
         seen = batch["attention_mask"].bool()
         with torch.no_grad():
             mine = ours(**batch, output_hidden_states=True, output_attentions=True)
-            other = theirs(**batch, position_ids=positions(batch["attention_mask"]), output_hidden_states=True, output_attentions=True)
+            other = theirs(
+                **batch,
+                position_ids=positions(batch["attention_mask"]),
+                output_hidden_states=True,
+                output_attentions=True,
+            )
         if rows == "two":  # stock records nothing of layers that it skips
             for state, expected in zip(mine.hidden_states, other.hidden_states, strict=True):
                 close(state[seen], expected[seen])
             for weights, expected in zip(mine.attentions, other.attentions, strict=True):
                 close(weights.transpose(1, 2)[seen], expected.transpose(1, 2)[seen])
-            assert mine.image_hidden_states.shape == (2, 2 * 4 * 5, 64) and len(mine.image_attentions) == 5
+            assert (
+                mine.image_hidden_states.shape == (2, 2 * 4 * 5, 64)
+                and len(mine.image_attentions) == 5
+            )
         else:
-            assert [weights is None for weights in mine.attentions] == [False, True, False, True, False]
+            assert [weights is None for weights in mine.attentions] == [
+                False,
+                True,
+                False,
+                True,
+                False,
+            ]
 
 
 @pytest.mark.parametrize("reference", ["meta", "hf"])
@@ -175,10 +262,16 @@ def test_cached_equals_uncached(reference):
         whole = ours(**batch).logits
         cache, got = DynamicCache(), []
         for start, end in ((0, 2), (2, 3), (3, 7), (7, 9)):
-            step = {"input_ids": batch["input_ids"][:, start:end], "attention_mask": batch["attention_mask"][:, :end]}
+            step = {
+                "input_ids": batch["input_ids"][:, start:end],
+                "attention_mask": batch["attention_mask"][:, :end],
+            }
             step["cross_attention_mask"] = batch["cross_attention_mask"][:, start:end]
             if start == 0:
-                step |= {name: batch[name] for name in ("pixel_values", "aspect_ratio_ids", "aspect_ratio_mask")}
+                step |= {
+                    name: batch[name]
+                    for name in ("pixel_values", "aspect_ratio_ids", "aspect_ratio_mask")
+                }
             got.append(ours(**step, past_key_values=cache).logits)
     real = batch["attention_mask"].bool()
     torch.testing.assert_close(torch.cat(got, 1)[real], whole[real], rtol=1e-4, atol=1e-4)
@@ -203,7 +296,9 @@ def test_a_picture_may_come_to_a_filled_cache():
             cross_attention_mask=batch["cross_attention_mask"][:, 5:],
             past_key_values=first.past_key_values,
         )
-    torch.testing.assert_close(torch.cat([first.logits, second.logits], 1), whole, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        torch.cat([first.logits, second.logits], 1), whole, rtol=1e-4, atol=1e-4
+    )
 
 
 GREEDY = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
@@ -241,7 +336,10 @@ def test_ways_of_generating_agree(models, reference):
         ):
             assert torch.equal(ours.generate(**batch, **GREEDY, **options), greedy), (rows, options)
     beams = GREEDY | {"num_beams": 3}
-    assert torch.equal(ours.generate(**batch, **beams, cache_implementation="static"), ours.generate(**batch, **beams))
+    assert torch.equal(
+        ours.generate(**batch, **beams, cache_implementation="static"),
+        ours.generate(**batch, **beams),
+    )
     batch = inputs(ours, *ROWS["text before it"])  # these take one row
     greedy = ours.generate(**batch, **GREEDY)
     assistant = pair(seed=1)[0]
@@ -252,7 +350,9 @@ def test_ways_of_generating_agree(models, reference):
 
 @pytest.mark.parametrize("reference", ["meta", "hf"])
 def test_a_conversation_goes_on_from_its_cache(models, reference):
-    """A second question, and one with a picture of its own: the cache has the first picture, and what was said of it."""
+    """A second question, and one with a picture of its own: the cache has the first picture, and
+    what was said of it.
+    """
     ours, theirs = models
     ours.reference = reference
     first = inputs(ours, *ROWS["text before it"])
@@ -264,11 +364,23 @@ def test_a_conversation_goes_on_from_its_cache(models, reference):
         if reference == "hf":
             assert torch.equal(theirs.generate(**whole, **GREEDY), expected)
         cache = ours.generate(**first, **GREEDY, return_dict_in_generate=True).past_key_values
-        new = {name: whole[name][:, 1:] for name in ("pixel_values", "aspect_ratio_ids", "aspect_ratio_mask")} if ratios else {}
-        batch = {name: whole[name] for name in ("input_ids", "attention_mask", "cross_attention_mask")}
+        new = (
+            {
+                name: whole[name][:, 1:]
+                for name in ("pixel_values", "aspect_ratio_ids", "aspect_ratio_mask")
+            }
+            if ratios
+            else {}
+        )
+        batch = {
+            name: whole[name] for name in ("input_ids", "attention_mask", "cross_attention_mask")
+        }
         assert torch.equal(ours.generate(**batch, **new, **GREEDY, past_key_values=cache), expected)
         if reference == "meta":  # of three tiles and of two
-            assert cache.layers[1].keys.shape[2] == (3 + len(ratios) * 2) * ours.vision_tower.tokens_per_tile
+            assert (
+                cache.layers[1].keys.shape[2]
+                == (3 + len(ratios) * 2) * ours.vision_tower.tokens_per_tile
+            )
     ours.reference = "hf"
 
 
@@ -284,7 +396,11 @@ def trained(model, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, dict[s
     model.train().zero_grad()
     loss = model(**batch).loss
     loss.backward()
-    return loss.detach(), {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
+    return loss.detach(), {
+        name: parameter.grad
+        for name, parameter in model.named_parameters()
+        if parameter.grad is not None
+    }
 
 
 @pytest.mark.parametrize("sizes", SIZES)
@@ -328,24 +444,33 @@ def test_lora_on_cross_attention_and_tower(tmp_path):
     peft = pytest.importorskip("peft")
     ours, _ = pair()
     targets = r"(vision_tower.*transformer.*|.*cross_attn)\.(q|v)_proj"
-    config = peft.LoraConfig(target_modules=targets, r=2, task_type="CAUSAL_LM", init_lora_weights=False)
+    config = peft.LoraConfig(
+        target_modules=targets, r=2, task_type="CAUSAL_LM", init_lora_weights=False
+    )
     model = peft.get_peft_model(ours, config)
     _, gradients = trained(model, examples(ours))
-    assert len(gradients) == 2 * 2 * (5 + 2) and all(gradient.any() for gradient in gradients.values())
+    assert len(gradients) == 2 * 2 * (5 + 2) and all(
+        gradient.any() for gradient in gradients.values()
+    )
     model.eval().save_pretrained(tmp_path)
     batch = inputs(ours, *ROWS["two"])
     with torch.no_grad():
         expected = model(**batch).logits
         again = peft.PeftModel.from_pretrained(pair().ours, tmp_path).eval()
         torch.testing.assert_close(again(**batch).logits, expected)
-        torch.testing.assert_close(model.merge_and_unload()(**batch).logits, expected, rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(
+            model.merge_and_unload()(**batch).logits, expected, rtol=1e-3, atol=1e-3
+        )
 
 
 @pytest.mark.parametrize("sizes", SIZES)
 def test_saved_folders_are_stock_transformers(sizes, tmp_path):
     ours, theirs = pair(*SIZES[sizes])
     ours.save_pretrained(tmp_path)
-    batch = inputs(ours, *ROWS["text before it"] if ours.config.vision_config.max_num_tiles == 4 else ROWS["one"])
+    batch = inputs(
+        ours,
+        *ROWS["text before it"] if ours.config.vision_config.max_num_tiles == 4 else ROWS["one"],
+    )
     with torch.no_grad():
         stock = transformers.MllamaForConditionalGeneration.from_pretrained(tmp_path)
         assert torch.equal(stock_logits(stock, batch), stock_logits(theirs, batch))
@@ -361,15 +486,47 @@ def test_saved_folders_are_stock_transformers(sizes, tmp_path):
 @pytest.mark.parametrize(
     ("error", "match", "change"),
     [
-        (ValueError, "pixel_values must have 2 rows", lambda b: {name: b[name][:1] for name in b if name[:5] in ("pixel", "aspec")}),
+        (
+            ValueError,
+            "pixel_values must have 2 rows",
+            lambda b: {name: b[name][:1] for name in b if name[:5] in ("pixel", "aspec")},
+        ),
         (TypeError, "aspect_ratio_ids must be", lambda b: {"aspect_ratio_ids": None}),
-        (ValueError, "cross_attention_mask must be .2, tokens", lambda b: {"cross_attention_mask": b["cross_attention_mask"][:1]}),
-        (ValueError, "for 8 tiles, got", lambda b: {"cross_attention_mask": b["cross_attention_mask"][:, :, :1]}),
-        (TypeError, "cross_attention_mask must be a torch.Tensor", lambda b: {"cross_attention_mask": [1]}),
-        (ValueError, "image_features must be .2, .* 5, 64.", lambda b: {"pixel_values": None, "image_features": torch.ones(2, 41, 64)}),
-        (ValueError, "image_features must be", lambda b: {"pixel_values": None, "image_features": torch.ones(2, 40, 32)}),
-        (ValueError, "image_features must be", lambda b: {"pixel_values": None, "image_features": torch.ones(80, 64)}),
-        (TypeError, "image_features must be", lambda b: {"pixel_values": None, "image_features": [1]}),
+        (
+            ValueError,
+            "cross_attention_mask must be .2, tokens",
+            lambda b: {"cross_attention_mask": b["cross_attention_mask"][:1]},
+        ),
+        (
+            ValueError,
+            "for 8 tiles, got",
+            lambda b: {"cross_attention_mask": b["cross_attention_mask"][:, :, :1]},
+        ),
+        (
+            TypeError,
+            "cross_attention_mask must be a torch.Tensor",
+            lambda b: {"cross_attention_mask": [1]},
+        ),
+        (
+            ValueError,
+            "image_features must be .2, .* 5, 64.",
+            lambda b: {"pixel_values": None, "image_features": torch.ones(2, 41, 64)},
+        ),
+        (
+            ValueError,
+            "image_features must be",
+            lambda b: {"pixel_values": None, "image_features": torch.ones(2, 40, 32)},
+        ),
+        (
+            ValueError,
+            "image_features must be",
+            lambda b: {"pixel_values": None, "image_features": torch.ones(80, 64)},
+        ),
+        (
+            TypeError,
+            "image_features must be",
+            lambda b: {"pixel_values": None, "image_features": [1]},
+        ),
         (ValueError, "not both", lambda b: {"image_features": torch.ones(2, 40, 64)}),
         (IndexError, "0 to 106", lambda b: {"input_ids": torch.full_like(b["input_ids"], 107)}),
     ],
@@ -381,7 +538,9 @@ def test_other_input_is_refused(models, error, match, change):
 
 
 def test_a_mask_made_before_padding_moved_is_refused(models):
-    """As TRL's collator of prompts and completions makes them: the mask is the padded prompts'. Stock transformers fails on its size."""
+    """As TRL's collator of prompts and completions makes them: the mask is the padded prompts'.
+    Stock transformers fails on its size.
+    """
     rows = ([PICTURE, *twins.tokens(6)], [1]), ([PICTURE, *twins.tokens(3)], [1])
     padded, answer = inputs(models[0], *rows), torch.tensor(twins.tokens(4)).repeat(2, 1)
     ids = torch.cat([inputs(models[0], *rows, side="right")["input_ids"], answer], 1)
@@ -390,7 +549,10 @@ def test_a_mask_made_before_padding_moved_is_refused(models):
         models[0](**batch)
     batch["cross_attention_mask"] = inputs(models[0], *rows, side="right")["cross_attention_mask"]
     with torch.no_grad():
-        assert torch.equal(models[0](**batch).logits[:1], models[0](**{name: value[:1] for name, value in batch.items()}).logits)
+        assert torch.equal(
+            models[0](**batch).logits[:1],
+            models[0](**{name: value[:1] for name, value in batch.items()}).logits,
+        )
 
 
 def test_features_take_the_place_of_pixels(models):
@@ -403,7 +565,9 @@ def test_features_take_the_place_of_pixels(models):
         assert torch.equal(features, expected.image_hidden_states)
         assert torch.equal(ours(**batch, image_features=features).logits, expected.logits)
     embeds = ours.get_input_embeddings()(batch.pop("input_ids"))
-    assert torch.equal(ours(inputs_embeds=embeds, **batch, image_features=features).logits, expected.logits)
+    assert torch.equal(
+        ours(inputs_embeds=embeds, **batch, image_features=features).logits, expected.logits
+    )
 
 
 def test_a_tower_of_another_dtype():

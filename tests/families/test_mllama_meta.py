@@ -29,7 +29,9 @@ PARAMS = {
 TOWER = {"width": 32, "layers": 4, "heads": 2, "n_global_layers": 2, "return_intermediate": [1, 3]}
 
 
-def metas_twin(reference: torch.nn.Module, params: dict, tower: dict) -> MllamaForConditionalGeneration:
+def metas_twin(
+    reference: torch.nn.Module, params: dict, tower: dict
+) -> MllamaForConditionalGeneration:
     """Ours with the reference's weights."""
     crossed = [layer + place for place, layer in enumerate(reference.text_model.fusion_schedule)]
     weights = reference.state_dict()
@@ -44,7 +46,8 @@ def metas_twin(reference: torch.nn.Module, params: dict, tower: dict) -> MllamaF
             num_attention_heads=params["n_heads"],
             num_key_value_heads=params["n_kv_heads"],
             cross_attention_layers=crossed,
-            rope_parameters=scaled | {"rope_theta": params["rope_theta"], "original_max_position_embeddings": 8192},
+            rope_parameters=scaled
+            | {"rope_theta": params["rope_theta"], "original_max_position_embeddings": 8192},
             pad_token_id=0,
         ).to_dict(),
         vision_config=MllamaVisionConfig(
@@ -64,7 +67,9 @@ def metas_twin(reference: torch.nn.Module, params: dict, tower: dict) -> MllamaF
     ours = MllamaForConditionalGeneration(config).eval()
     translated = {}
     for move in moves:
-        translated |= zip(move.ours, move.row.read([weights[name] for name in move.theirs]), strict=True)
+        translated |= zip(
+            move.ours, move.row.read([weights[name] for name in move.theirs]), strict=True
+        )
     torch.nn.Module.load_state_dict(ours, translated)
     return ours
 
@@ -73,8 +78,20 @@ def metas_twin(reference: torch.nn.Module, params: dict, tower: dict) -> MllamaF
     ("params", "tower"),
     [
         ({}, {}),
-        ({"n_heads": 2, "n_kv_heads": 2, "dim": 96, "n_layers": 3, "vision_num_cross_attention_layers": 1}, {"heads": 1, "layers": 4}),
-        ({"n_kv_heads": 1, "vision_chunk_size": 42}, {"width": 64, "return_intermediate": [0, 2, 3]}),
+        (
+            {
+                "n_heads": 2,
+                "n_kv_heads": 2,
+                "dim": 96,
+                "n_layers": 3,
+                "vision_num_cross_attention_layers": 1,
+            },
+            {"heads": 1, "layers": 4},
+        ),
+        (
+            {"n_kv_heads": 1, "vision_chunk_size": 42},
+            {"width": 64, "return_intermediate": [0, 2, 3]},
+        ),
     ],
     ids=["grouped", "all heads", "larger tiles"],
 )
@@ -87,7 +104,9 @@ def test_features_and_logits_equal_metas(params, tower):
     filled = torch.arange(4) < ratios.prod(-1)[..., None]
     present = torch.tensor([[True, True], [True, False], [False, False]])
     size = params["vision_chunk_size"]
-    images = torch.randn(3, 2, 4, 3, size, size) * (filled & present[..., None])[..., None, None, None]
+    images = (
+        torch.randn(3, 2, 4, 3, size, size) * (filled & present[..., None])[..., None, None, None]
+    )
     spans, mask = [[[1, 6], [6, -1]], [[3, -1]], []], torch.zeros(3, 12, 2, 4)
     for row, pictures in enumerate(spans):
         for picture, (start, end) in enumerate(pictures):
@@ -100,8 +119,14 @@ def test_features_and_logits_equal_metas(params, tower):
         features, logits = meta_reference.vision_logits(reference, tokens, images, ratios, spans)
         got = ours.vision_tower(images, ids, filled).last_hidden_state
         assert (got - features).abs().max() <= 1e-4 * features.abs().max()
-        inputs = {"aspect_ratio_ids": ids * present, "aspect_ratio_mask": filled, "cross_attention_mask": mask}
+        inputs = {
+            "aspect_ratio_ids": ids * present,
+            "aspect_ratio_mask": filled,
+            "cross_attention_mask": mask,
+        }
         got = ours(tokens, images, **inputs).logits
         assert (got - logits).abs().max() <= 1e-4 * logits.abs().max()
         ours.reference = "hf"
-        assert (ours(tokens, images, **inputs).logits - logits).abs().max() > 1e-2 * logits.abs().max()
+        assert (
+            ours(tokens, images, **inputs).logits - logits
+        ).abs().max() > 1e-2 * logits.abs().max()

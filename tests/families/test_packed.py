@@ -1,4 +1,6 @@
-"""Several sequences in one row: stock transformers on the same weights, and each sequence alone, say what is right."""
+"""Several sequences in one row: stock transformers on the same weights, and each sequence alone,
+say what is right.
+"""
 
 import pytest
 import torch
@@ -37,8 +39,15 @@ def with_pictures(both: Pair) -> tuple[dict[str, torch.Tensor], list[dict[str, t
         batch["labels"] = batch["input_ids"].masked_fill(places, -100)
         batch["labels"][:, 0] = -100
         alone.append(batch)
-    whole = {name: torch.cat([batch[name] for batch in alone if name in batch], int(name != "pixel_values")) for name in alone[0]}
-    return whole | {"position_ids": positions(*(batch["input_ids"].shape[1] for batch in alone))}, alone
+    whole = {
+        name: torch.cat(
+            [batch[name] for batch in alone if name in batch], int(name != "pixel_values")
+        )
+        for name in alone[0]
+    }
+    return whole | {
+        "position_ids": positions(*(batch["input_ids"].shape[1] for batch in alone))
+    }, alone
 
 
 def sums(losses: list[torch.Tensor], counts: list[int]) -> torch.Tensor:
@@ -53,7 +62,9 @@ def test_loss_and_gradients_equal_transformers(case, shared):
     batch = {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
     if shared:
         batch["position_ids"] = batch["position_ids"][:1] + 5  # wherever they begin
-    (loss, mine), (expected, theirs) = (trained(model, batch | {"use_cache": False}) for model in both)
+    (loss, mine), (expected, theirs) = (
+        trained(model, batch | {"use_cache": False}) for model in both
+    )
     torch.testing.assert_close(loss, expected, rtol=1e-5, atol=0)
     theirs = renamed(theirs)
     assert mine.keys() == theirs.keys()
@@ -63,7 +74,9 @@ def test_loss_and_gradients_equal_transformers(case, shared):
 
 @pytest.mark.parametrize("case", ONE_EACH)
 def test_each_sequence_is_as_alone(case):
-    """With its pictures, and of PaliGemma with a prompt of its own that is seen both ways; other sequences leave no gradient in it."""
+    """With its pictures, and of PaliGemma with a prompt of its own that is seen both ways; other
+    sequences leave no gradient in it.
+    """
     model = make(case).ours
     whole, alone = with_pictures(pair(case))
     with torch.no_grad():
@@ -82,12 +95,21 @@ def test_each_sequence_is_as_alone(case):
 
 @pytest.mark.parametrize("fusion", ["merge", "prepend"])
 def test_our_own_fusions(fusion):
-    model = twins.model(**{"fusion": fusion} | ({} if fusion == "merge" else {"vision_feature": "last"}))
-    rows = [[*[twins.IMAGE] * twins.PATCHES, *ids(3)], ids(4, 5), [5, *[twins.IMAGE] * twins.PATCHES, *ids(2)]]
+    model = twins.model(
+        **{"fusion": fusion} | ({} if fusion == "merge" else {"vision_feature": "last"})
+    )
+    rows = [
+        [*[twins.IMAGE] * twins.PATCHES, *ids(3)],
+        ids(4, 5),
+        [5, *[twins.IMAGE] * twins.PATCHES, *ids(2)],
+    ]
     pixels, row = twins.pictures(2), [token for row in rows for token in row]
     with torch.no_grad():
         got = model(torch.tensor([row]), pixels, position_ids=positions(*map(len, rows))).logits
-        alone = [model(torch.tensor([row]), pixel).logits for row, pixel in zip(rows, (pixels[:1], None, pixels[1:]), strict=True)]
+        alone = [
+            model(torch.tensor([row]), pixel).logits
+            for row, pixel in zip(rows, (pixels[:1], None, pixels[1:]), strict=True)
+        ]
     close(got, torch.cat(alone, 1))
     if fusion == "prepend":
         with pytest.raises(ValueError, match="position_ids"):
@@ -97,7 +119,10 @@ def test_our_own_fusions(fusion):
 def test_added_cross_attention():
     model = test_added_layers.make()
     pixels, mask = twins.pictures(2), torch.zeros(1, 9, 2, 1)
-    mask[:, 1:4, 0], mask[:, 6:, 1] = 1, 1  # four positions and the first picture, two without, three and the second
+    mask[:, 1:4, 0], mask[:, 6:, 1] = (
+        1,
+        1,
+    )  # four positions and the first picture, two without, three and the second
     row, place = torch.tensor([ids(9)]), positions(4, 2, 3)
     with torch.no_grad():
         got = model(row, pixels, position_ids=place, cross_attention_mask=mask).logits
@@ -119,13 +144,20 @@ def test_llama_vision(reference):
     lengths = [len(row) for row, _ in rows]
     batch = test_mllama.inputs(ours, ([token for row, _ in rows for token in row], [1, 3]))
     mask = batch["cross_attention_mask"]
-    for length, start in zip(lengths, (0, lengths[0], sum(lengths[:2])), strict=True):  # the processor's goes on to the row's end
+    for length, start in zip(
+        lengths, (0, lengths[0], sum(lengths[:2])), strict=True
+    ):  # the processor's goes on to the row's end
         own = (batch["input_ids"][0, start : start + length] == picture).cumsum(0) > 0
         mask[0, start : start + length][~own] = 0
     del batch["attention_mask"]
-    batch |= {"position_ids": positions(*lengths), "labels": batch["input_ids"].masked_fill(batch["input_ids"] == picture, -100)}
+    batch |= {
+        "position_ids": positions(*lengths),
+        "labels": batch["input_ids"].masked_fill(batch["input_ids"] == picture, -100),
+    }
     if reference == "hf":
-        (loss, mine), (expected, stock) = (trained(model, batch | {"use_cache": False}) for model in (ours, theirs))
+        (loss, mine), (expected, stock) = (
+            trained(model, batch | {"use_cache": False}) for model in (ours, theirs)
+        )
         torch.testing.assert_close(loss, expected, rtol=1e-5, atol=0)
         stock = test_mllama.renamed(stock)
         for name, gradient in mine.items():
@@ -151,7 +183,9 @@ def flattened() -> dict[str, torch.Tensor | int]:
 
 
 def test_positions_in_bytes():
-    """Their differences wrap around; of 256 and more the next sequence would look like the present one going on."""
+    """Their differences wrap around; of 256 and more the next sequence would look like the present
+    one going on.
+    """
     model = pair("llama").ours
     row, place = torch.tensor([ids(260)]), positions(256, 4)
     with torch.no_grad():
@@ -162,26 +196,61 @@ def test_positions_in_bytes():
 
 def test_what_describes_packed_rows_takes_the_place_of_positions():
     model, batch = pair("llama").ours, flattened()
-    lengths = {name: batch[name] for name in ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")}
+    lengths = {
+        name: batch[name]
+        for name in ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
+    }
     row = {"input_ids": batch["input_ids"]}
     with torch.no_grad():
         expected = model(**row, position_ids=batch["position_ids"]).logits
-        for described in (batch, lengths, {"cu_seq_lens_q": batch["cu_seq_lens_q"].long()}, {"seq_idx": batch["seq_idx"]}):
+        for described in (
+            batch,
+            lengths,
+            {"cu_seq_lens_q": batch["cu_seq_lens_q"].long()},
+            {"seq_idx": batch["seq_idx"]},
+        ):
             close(model(**row | described).logits, expected)
-        two = {"input_ids": row["input_ids"].view(2, 11), "cu_seq_lens_q": torch.tensor([0, 7, 11, 12, 13, 22])}
-        close(model(**two).logits, model(two["input_ids"], position_ids=torch.cat([positions(7, 4), positions(1, 1, 9)])).logits)
-        one = {"cu_seq_lens_q": torch.tensor([0, 22]), "seq_idx": torch.zeros(1, 22, dtype=torch.int)}
+        two = {
+            "input_ids": row["input_ids"].view(2, 11),
+            "cu_seq_lens_q": torch.tensor([0, 7, 11, 12, 13, 22]),
+        }
+        close(
+            model(**two).logits,
+            model(
+                two["input_ids"], position_ids=torch.cat([positions(7, 4), positions(1, 1, 9)])
+            ).logits,
+        )
+        one = {
+            "cu_seq_lens_q": torch.tensor([0, 22]),
+            "seq_idx": torch.zeros(1, 22, dtype=torch.int),
+        }
         close(model(**row, **one).logits, model(**row).logits)
 
 
 @pytest.mark.parametrize(
     ("error", "named", "change"),
     [
-        (ValueError, "cu_seq_lens_q", {"cu_seq_lens_q": torch.tensor([0, 7, 13, 22], dtype=torch.int32)}),  # other than position_ids
-        (ValueError, "cu_seq_lens_k", {"cu_seq_lens_k": torch.tensor([0, 7, 12, 22], dtype=torch.int32)}),  # than cu_seq_lens_q
+        (
+            ValueError,
+            "cu_seq_lens_q",
+            {"cu_seq_lens_q": torch.tensor([0, 7, 13, 22], dtype=torch.int32)},
+        ),  # other than position_ids
+        (
+            ValueError,
+            "cu_seq_lens_k",
+            {"cu_seq_lens_k": torch.tensor([0, 7, 12, 22], dtype=torch.int32)},
+        ),  # than cu_seq_lens_q
         (ValueError, "seq_idx", {"seq_idx": torch.zeros(1, 22, dtype=torch.int32)}),
-        (ValueError, "cu_seq_lens_q", {"cu_seq_lens_q": torch.tensor([0, 7, 12, 13, 21], dtype=torch.int32)}),
-        (ValueError, "cu_seq_lens_q", {"cu_seq_lens_q": torch.tensor([0, 12, 7, 13, 22], dtype=torch.int32)}),
+        (
+            ValueError,
+            "cu_seq_lens_q",
+            {"cu_seq_lens_q": torch.tensor([0, 7, 12, 13, 21], dtype=torch.int32)},
+        ),
+        (
+            ValueError,
+            "cu_seq_lens_q",
+            {"cu_seq_lens_q": torch.tensor([0, 12, 7, 13, 22], dtype=torch.int32)},
+        ),
         (ValueError, "cu_seq_lens_q", {"cu_seq_lens_q": torch.zeros(2, 2, dtype=torch.int32)}),
         (TypeError, "cu_seq_lens_q", {"cu_seq_lens_q": [0, 22]}),
         (TypeError, "seq_idx", {"seq_idx": torch.zeros(1, 22)}),
@@ -193,7 +262,15 @@ def test_what_describes_packed_rows_takes_the_place_of_positions():
         (ValueError, "attention_mask", {"attention_mask": torch.ones(1, 22)}),
         (ValueError, "cache", {"cache": DynamicCache()}),
         (ValueError, "use_cache", {"use_cache": True}),
-        (ValueError, "cu_seq_lens_q", {"input_ids": torch.ones(2, 11, dtype=torch.long), "position_ids": None, "seq_idx": None}),
+        (
+            ValueError,
+            "cu_seq_lens_q",
+            {
+                "input_ids": torch.ones(2, 11, dtype=torch.long),
+                "position_ids": None,
+                "seq_idx": None,
+            },
+        ),
     ],
 )
 def test_contradictions_are_refused(error, named, change):
@@ -216,21 +293,40 @@ def test_with_a_cache_or_a_mask_positions_are_positions_alone():
     with torch.no_grad():
         assert both.ours(**batch).cache is None
         assert both.ours(**batch | {"position_ids": torch.arange(length)[None]}).cache is not None
-        for more in ({"use_cache": True}, {"attention_mask": torch.ones(1, length)}, {"past_key_values": DynamicCache()}):
+        for more in (
+            {"use_cache": True},
+            {"attention_mask": torch.ones(1, length)},
+            {"past_key_values": DynamicCache()},
+        ):
             expected = both.theirs(**batch, **more).logits
-            close(both.ours(**batch, **more | ({"past_key_values": DynamicCache()} if "past_key_values" in more else {})).logits, expected)
+            close(
+                both.ours(
+                    **batch,
+                    **more
+                    | ({"past_key_values": DynamicCache()} if "past_key_values" in more else {}),
+                ).logits,
+                expected,
+            )
         assert (expected - both.ours(**batch).logits).abs().max() > 0.1
-        gap = batch | {"position_ids": torch.arange(length)[None] + 6 * (torch.arange(length) > 9)}  # by default not taken for packed
+        gap = batch | {
+            "position_ids": torch.arange(length)[None] + 6 * (torch.arange(length) > 9)
+        }  # by default not taken for packed
         for more in ({}, {"use_cache": False}):
             close(both.ours(**gap, **more).logits, both.theirs(**gap, **more).logits)
 
 
 @pytest.mark.parametrize("case", ["llama", "paligemma"])
 def test_it_compiles_in_one_graph(case):
-    """The same graph serves rows of one sequence and of several: values are not read, so by default there is no cache of either."""
+    """The same graph serves rows of one sequence and of several: values are not read, so by default
+    there is no cache of either.
+    """
     model, (whole, _) = make(case).ours, with_pictures(pair(case))
     length = whole["input_ids"].shape[1]
-    calls = [whole, whole | {"position_ids": torch.arange(length)[None]}, whole | {"position_ids": whole["position_ids"] + 1}]
+    calls = [
+        whole,
+        whole | {"position_ids": torch.arange(length)[None]},
+        whole | {"position_ids": whole["position_ids"] + 1},
+    ]
     torch._dynamo.reset()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     with torch.no_grad():
@@ -245,7 +341,9 @@ def test_what_describes_packed_rows_compiles():
     model, batch = pair("llama").ours, flattened()
     torch._dynamo.reset()
     with torch.no_grad():
-        got = torch.compile(model, fullgraph=True, backend="aot_eager")(**batch | {"position_ids": None})
+        got = torch.compile(model, fullgraph=True, backend="aot_eager")(
+            **batch | {"position_ids": None}
+        )
         torch.testing.assert_close(got.loss, model(**batch).loss)
     torch._dynamo.reset()
 
@@ -270,14 +368,19 @@ def test_adapters(kind):
         lora.convert_linears_to_lora(model, rank=2, target_module_names=["q_proj", "down_proj"])
     else:
         peft = pytest.importorskip("peft")
-        model = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj", "down_proj"], r=2, init_lora_weights=False))
+        model = peft.get_peft_model(
+            model,
+            peft.LoraConfig(target_modules=["q_proj", "down_proj"], r=2, init_lora_weights=False),
+        )
     for name, parameter in model.named_parameters():
         if "lora" in name:
             torch.nn.init.normal_(parameter, std=0.2)
     loss, _ = trained(model, whole)
     counts = [int((batch["labels"] != -100).sum()) for batch in alone]
     with torch.no_grad():
-        torch.testing.assert_close(loss, sums([model(**batch).loss for batch in alone], counts), rtol=1e-5, atol=0)
+        torch.testing.assert_close(
+            loss, sums([model(**batch).loss for batch in alone], counts), rtol=1e-5, atol=0
+        )
 
 
 @pytest.mark.parametrize("case", ["llama", "gemma"])

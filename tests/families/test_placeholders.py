@@ -1,4 +1,6 @@
-"""Placeholders that the model says itself, or that something proposes to it: text, with and without a cache."""
+"""Placeholders that the model says itself, or that something proposes to it: text, with and without
+a cache.
+"""
 
 import pytest
 import torch
@@ -35,24 +37,37 @@ def says_placeholders(monkeypatch):
 def test_the_model_says_a_placeholder(says_placeholders, family, rows):
     ours = says_placeholders(family)
     given = cases.inputs(cases.pair(family), rows)
-    for options in ({"do_sample": False}, {"do_sample": False, "num_beams": 3}, {"do_sample": True}):
+    for options in (
+        {"do_sample": False},
+        {"do_sample": False, "num_beams": 3},
+        {"do_sample": True},
+    ):
         said = []
         for use_cache in (True, False):
             torch.manual_seed(0)
-            said.append(ours.generate(**given, **LENGTH, **options, use_cache=use_cache)[:, given["input_ids"].shape[1] :])
+            said.append(
+                ours.generate(**given, **LENGTH, **options, use_cache=use_cache)[
+                    :, given["input_ids"].shape[1] :
+                ]
+            )
         assert (said[0] == cases.IMAGE).any()
         assert said[0].tolist() == said[1].tolist()
 
 
 def test_a_prompt_with_too_many_placeholders_stays_an_error():
     pair, given = pair_and_inputs(LLAVA)
-    given = given | {"input_ids": torch.cat([given["input_ids"], torch.full((2, 1), cases.IMAGE)], 1), "attention_mask": None}
+    given = given | {
+        "input_ids": torch.cat([given["input_ids"], torch.full((2, 1), cases.IMAGE)], 1),
+        "attention_mask": None,
+    }
     for use_cache in (True, False):
         with pytest.raises(ValueError, match="placeholders"):
             pair.ours.generate(**given, **LENGTH, use_cache=use_cache)
 
 
-@pytest.mark.parametrize("family", [LLAVA, "paligemma, placeholder beyond the vocabulary", "mllama"])
+@pytest.mark.parametrize(
+    "family", [LLAVA, "paligemma, placeholder beyond the vocabulary", "mllama"]
+)
 def test_prompt_lookup_that_proposes_a_placeholder(family):
     """The prompt's last words stand before a picture, too: what follows them there is proposed."""
     if family == "mllama":
@@ -61,17 +76,33 @@ def test_prompt_lookup_that_proposes_a_placeholder(family):
         given["input_ids"] = torch.tensor([[5, 6, ours.config.image_token_index, 7, 5, 6]])
     else:
         pair = cases.pair(family)
-        ours, placeholders = pair.ours, [pair.ours.config.image_token_index] * pair.ours.plan.image_tokens
-        given = twins.batch([5, 6, *placeholders, 7, 5, 6]) | {"pixel_values": cases.pictures(pair, 1)}
+        ours, placeholders = (
+            pair.ours,
+            [pair.ours.config.image_token_index] * pair.ours.plan.image_tokens,
+        )
+        given = twins.batch([5, 6, *placeholders, 7, 5, 6]) | {
+            "pixel_values": cases.pictures(pair, 1)
+        }
     greedy = ours.generate(**given, **LENGTH, do_sample=False)
-    assert ours.generate(**given, **LENGTH, do_sample=False, prompt_lookup_num_tokens=4).tolist() == greedy.tolist()
+    assert (
+        ours.generate(**given, **LENGTH, do_sample=False, prompt_lookup_num_tokens=4).tolist()
+        == greedy.tolist()
+    )
 
 
 def test_an_assistant_that_proposes_placeholders(says_placeholders):
     assistant, ours = says_placeholders(LLAVA), cases.pair(LLAVA).ours
-    given = twins.batch([5, *[cases.IMAGE] * 4, 7, 6]) | {"pixel_values": cases.pictures(cases.pair(LLAVA), 1)}
+    given = twins.batch([5, *[cases.IMAGE] * 4, 7, 6]) | {
+        "pixel_values": cases.pictures(cases.pair(LLAVA), 1)
+    }
     greedy = ours.generate(**given, **LENGTH, do_sample=False)
-    assert ours.generate(**given, **LENGTH, do_sample=False, assistant_model=assistant).tolist() == greedy.tolist()
+    assert (
+        ours.generate(**given, **LENGTH, do_sample=False, assistant_model=assistant).tolist()
+        == greedy.tolist()
+    )
     for model in (assistant,):  # the model that says them, with itself as its assistant
         said = model.generate(**given, **LENGTH, do_sample=False)
-        assert model.generate(**given, **LENGTH, do_sample=False, assistant_model=model).tolist() == said.tolist()
+        assert (
+            model.generate(**given, **LENGTH, do_sample=False, assistant_model=model).tolist()
+            == said.tolist()
+        )

@@ -1,4 +1,6 @@
-"""Other vocabularies: what is resized, saved and read again, by ours and by stock; and what would be read as another model."""
+"""Other vocabularies: what is resized, saved and read again, by ours and by stock; and what would
+be read as another model.
+"""
 
 import pytest
 import torch
@@ -60,7 +62,9 @@ def test_the_placeholder_of_llama_vision_keeps_its_row(tmp_path):
 def test_what_would_be_read_as_another_model_is_not_written(family, tmp_path):
     ours = fresh(family)
     embeddings = ours.get_input_embeddings()
-    embeddings.weight = torch.nn.Parameter(torch.cat([embeddings.weight, embeddings.weight[:3]]).detach())
+    embeddings.weight = torch.nn.Parameter(
+        torch.cat([embeddings.weight, embeddings.weight[:3]]).detach()
+    )
     with pytest.raises(ValueError, match="embed_tokens"):
         ours.save_pretrained(tmp_path)
     assert not list(tmp_path.iterdir())
@@ -70,11 +74,15 @@ def test_a_head_that_is_called_tied_and_is_not(tmp_path):
     ours = cases.make("llama, factor 32, tied, older spelling").ours
     ours.save_pretrained(tmp_path)
     ours.lm_head.weight = torch.nn.Parameter(ours.lm_head.weight.detach().clone())
-    ours.save_pretrained(tmp_path)  # the same values, as those that are gathered from several devices
+    ours.save_pretrained(
+        tmp_path
+    )  # the same values, as those that are gathered from several devices
     with torch.no_grad():
         ours.lm_head.weight[0, 0] += 1
     with pytest.raises(ValueError, match="tie_word_embeddings"):
         ours.save_pretrained(tmp_path)
     ours.config.tie_word_embeddings = False
     ours.save_pretrained(tmp_path)
-    assert torch.equal(MllamaForConditionalGeneration.from_pretrained(tmp_path).lm_head.weight, ours.lm_head.weight)
+    assert torch.equal(
+        MllamaForConditionalGeneration.from_pretrained(tmp_path).lm_head.weight, ours.lm_head.weight
+    )

@@ -1,4 +1,6 @@
-"""Training of every family: stock transformers' loss and gradients, and what the libraries around it do with the model."""
+"""Training of every family: stock transformers' loss and gradients, and what the libraries around
+it do with the model.
+"""
 
 import re
 
@@ -11,7 +13,9 @@ from families.cases import ONE_EACH, TALKING, Pair, close, inputs, make, pair, p
 
 
 def examples(both: Pair, side: str = "right") -> dict[str, torch.Tensor]:
-    """A batch with labels: of PaliGemma the answer's words, as its processor gives them, else every word that follows a word."""
+    """A batch with labels: of PaliGemma the answer's words, as its processor gives them, else every
+    word that follows a word.
+    """
     batch = inputs(both, (["P", 3, 9], ["P", "P", 4], [5, 4]), side, said=4)
     labels, seen = batch["input_ids"].clone(), batch["attention_mask"].bool()
     labels[~seen | (labels == getattr(both.ours.config, "image_token_index", None))] = -100
@@ -22,7 +26,11 @@ def examples(both: Pair, side: str = "right") -> dict[str, torch.Tensor]:
 
 
 def gradients(model) -> dict[str, torch.Tensor]:
-    return {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
+    return {
+        name: parameter.grad
+        for name, parameter in model.named_parameters()
+        if parameter.grad is not None
+    }
 
 
 def trained(model, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
@@ -41,9 +49,13 @@ def test_loss_and_gradients(case, side):
     (loss, mine), (expected, theirs) = (trained(model, batch) for model in both)
     torch.testing.assert_close(loss, expected, rtol=1e-4, atol=0)
     theirs = renamed(theirs)
-    assert mine.keys() == theirs.keys() and any(name.startswith("language_model.layers") for name in mine)
+    assert mine.keys() == theirs.keys() and any(
+        name.startswith("language_model.layers") for name in mine
+    )
     for name, gradient in mine.items():
-        close(gradient, theirs[name], tolerance=2e-4, floor=1e-2)  # a key's bias has none but rounding
+        close(
+            gradient, theirs[name], tolerance=2e-4, floor=1e-2
+        )  # a key's bias has none but rounding
 
 
 @pytest.mark.parametrize("case", ["siglip_vision_model", "siglip_vision_model, headless"])
@@ -52,7 +64,9 @@ def test_gradients_of_the_tower_alone(case):
     for model in (*both, both.ours):
         output = model.train()(pictures(both, 2))
         model.zero_grad()
-        (output.last_hidden_state if output.pooler_output is None else output.pooler_output).square().sum().backward()
+        (
+            output.last_hidden_state if output.pooler_output is None else output.pooler_output
+        ).square().sum().backward()
         found.append(gradients(model))
         both.ours.activation_checkpointing_enable({"use_reentrant": False})  # for the third
     mine, theirs, again = found[0], renamed(found[1]), found[2]
@@ -84,7 +98,12 @@ def test_checkpointing_activations_changes_no_gradient(case, reentrant):
 def test_lora_by_peft(case, tmp_path):
     peft = pytest.importorskip("peft")
     batch = examples(pair(case))
-    config = peft.LoraConfig(target_modules=r".*language_model.*\.(q|v|down)_proj", r=2, task_type="CAUSAL_LM", init_lora_weights=False)
+    config = peft.LoraConfig(
+        target_modules=r".*language_model.*\.(q|v|down)_proj",
+        r=2,
+        task_type="CAUSAL_LM",
+        init_lora_weights=False,
+    )
     model = peft.get_peft_model(make(case).ours, config)
     _, mine = trained(model, batch)
     assert len(mine) == 3 * 2 * len(model.base_model.model.language_model.layers)
@@ -96,9 +115,13 @@ def test_lora_by_peft(case, tmp_path):
         expected = model(**words).logits
         again = peft.PeftModel.from_pretrained(make(case).ours, tmp_path).eval()
         torch.testing.assert_close(again(**words).logits, expected)
-        torch.testing.assert_close(model.merge_and_unload()(**words).logits, expected, rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(
+            model.merge_and_unload()(**words).logits, expected, rtol=1e-3, atol=1e-3
+        )
         plain = pair(case).ours(**words).logits
-    assert answer.shape[1] == words["input_ids"].shape[1] + 3 and not torch.allclose(plain, expected, atol=1e-2)
+    assert answer.shape[1] == words["input_ids"].shape[1] + 3 and not torch.allclose(
+        plain, expected, atol=1e-2
+    )
 
 
 @pytest.fixture
@@ -115,7 +138,9 @@ def peft():
 @pytest.mark.parametrize("case", ONE_EACH)
 def test_load_adapter_reads_those_of_transformers_class(case, peft, tmp_path):
     both, words = make(case), inputs(pair(case), "one row")
-    both.theirs.add_adapter(peft.LoraConfig(target_modules=["q_proj"], r=2, init_lora_weights=False))
+    both.theirs.add_adapter(
+        peft.LoraConfig(target_modules=["q_proj"], r=2, init_lora_weights=False)
+    )
     both.theirs.save_pretrained(tmp_path)
     both.ours.load_adapter(str(tmp_path))
     with torch.no_grad():
@@ -123,7 +148,13 @@ def test_load_adapter_reads_those_of_transformers_class(case, peft, tmp_path):
     close(ours, theirs)
     assert not torch.allclose(ours, plain, atol=1e-2)
     file = tmp_path / "adapter_model.safetensors"
-    save_file({f"base_model.model.other.{number}": tensor for number, tensor in enumerate(load_file(file).values())}, file)
+    save_file(
+        {
+            f"base_model.model.other.{number}": tensor
+            for number, tensor in enumerate(load_file(file).values())
+        },
+        file,
+    )
     with pytest.raises(ValueError, match="not in their file"):
         make(case).ours.load_adapter(str(tmp_path))
 
@@ -133,7 +164,10 @@ def test_of_a_model_with_an_adapter_the_adapter_is_saved(peft, tmp_path):
     model, words = make("llama").ours, inputs(pair("llama"), "one row")
     model.add_adapter(config)
     model.save_pretrained(tmp_path / "adapter")
-    assert sorted(path.name for path in (tmp_path / "adapter").glob("adapter*")) == ["adapter_config.json", "adapter_model.safetensors"]
+    assert sorted(path.name for path in (tmp_path / "adapter").glob("adapter*")) == [
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    ]
     again = make("llama").ours
     again.load_adapter(str(tmp_path / "adapter"))
     with torch.no_grad():
@@ -151,12 +185,21 @@ def test_lora_on_embeddings(case):
     both, words = make(case), inputs(pair(case), "one row")
     adapted = []
     for model in both:
-        config = peft.LoraConfig(target_modules=r".*(embed_tokens|patch_embedding)", r=2, init_lora_weights=False)
+        config = peft.LoraConfig(
+            target_modules=r".*(embed_tokens|patch_embedding)", r=2, init_lora_weights=False
+        )
         adapted.append(peft.get_peft_model(model, config).eval())
     mine, theirs = (
-        {re.sub(r"(language_|model\.)", "", name): value for name, value in model.named_parameters() if "lora" in name} for model in adapted
+        {
+            re.sub(r"(language_|model\.)", "", name): value
+            for name, value in model.named_parameters()
+            if "lora" in name
+        }
+        for model in adapted
     )
-    assert mine.keys() == theirs.keys() and len(mine) == 2 * (1 + (both.ours.plan.tower is not None))
+    assert mine.keys() == theirs.keys() and len(mine) == 2 * (
+        1 + (both.ours.plan.tower is not None)
+    )
     with torch.no_grad():
         for name, parameter in mine.items():
             parameter.copy_(theirs[name])
@@ -199,9 +242,18 @@ def test_transformers_trainer_trains_and_resumes(case, tmp_path):
     batch = examples(pair(case))
 
     def trainer(steps: int) -> Trainer:
-        options = {"report_to": [], "use_cpu": True, "disable_tqdm": True, "remove_unused_columns": False}
-        arguments = TrainingArguments(str(tmp_path), max_steps=steps, save_steps=1, learning_rate=0.01, **options)
-        return Trainer(make(case).ours, arguments, train_dataset=[0] * 8, data_collator=lambda _: batch)
+        options = {
+            "report_to": [],
+            "use_cpu": True,
+            "disable_tqdm": True,
+            "remove_unused_columns": False,
+        }
+        arguments = TrainingArguments(
+            str(tmp_path), max_steps=steps, save_steps=1, learning_rate=0.01, **options
+        )
+        return Trainer(
+            make(case).ours, arguments, train_dataset=[0] * 8, data_collator=lambda _: batch
+        )
 
     whole = trainer(2)
     whole.train()
@@ -209,6 +261,8 @@ def test_transformers_trainer_trains_and_resumes(case, tmp_path):
     resumed = trainer(2)
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
     first = pair(case).ours.state_dict()
-    for (name, one), two in zip(whole.model.state_dict().items(), resumed.model.state_dict().values(), strict=True):
+    for (name, one), two in zip(
+        whole.model.state_dict().items(), resumed.model.state_dict().values(), strict=True
+    ):
         torch.testing.assert_close(one, two, msg=name)
     assert not torch.equal(one, first[name])

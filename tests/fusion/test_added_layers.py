@@ -1,4 +1,6 @@
-"""fusion="cross_attention": gated layers added to a text model, against transformers' layers put into its Llama by hand."""
+"""fusion="cross_attention": gated layers added to a text model, against transformers' layers put
+into its Llama by hand.
+"""
 
 import pytest
 import torch
@@ -30,21 +32,31 @@ def texts(side: str = "left") -> dict[str, torch.Tensor]:
 
 
 def mixed() -> torch.Tensor:
-    """Of two rows of seven words and two pictures each: the first row sees one, then both; the second none."""
+    """Of two rows of seven words and two pictures each: the first row sees one, then both; the
+    second none.
+    """
     mask = torch.zeros(2, 7, 2, 1)
     mask[0, 1:, 0], mask[0, 4:, 1] = 1, 1
     return mask
 
 
-@pytest.mark.parametrize(("every", "layers", "places"), [(1, 2, [1, 3]), (2, 5, [2, 5]), (3, 3, [3]), (None, 9, [4, 9]), (None, 3, [3])])
+@pytest.mark.parametrize(
+    ("every", "layers", "places"),
+    [(1, 2, [1, 3]), (2, 5, [2, 5]), (3, 3, [3]), (None, 9, [4, 9]), (None, 3, [3])],
+)
 def test_a_layer_is_added_after_every_so_many(every, layers, places):
     model = make(every, layers)
-    crossed = [index for index, layer in enumerate(model.language_model.layers) if isinstance(layer, CrossAttentionDecoderLayer)]
+    crossed = [
+        index
+        for index, layer in enumerate(model.language_model.layers)
+        if isinstance(layer, CrossAttentionDecoderLayer)
+    ]
     assert crossed == places and len(model.language_model.layers) == layers + len(places)
     assert model.config.text_config.num_hidden_layers == layers
-    assert [(getattr(layer, "self_attn", None) or layer.cross_attn).layer_idx for layer in model.language_model.layers] == list(
-        range(layers + len(places))
-    )
+    assert [
+        (getattr(layer, "self_attn", None) or layer.cross_attn).layer_idx
+        for layer in model.language_model.layers
+    ] == list(range(layers + len(places)))
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
@@ -67,11 +79,23 @@ def test_a_mask_says_who_sees_what():
     with torch.no_grad():
         got = model(**inputs, cross_attention_mask=mixed()).logits
         text = texts("right")["input_ids"]
-        close(got[1, :4], model(text[1:, :4]).logits[0])  # a row that sees no picture is as one without
-        close(got[0, 1:4], model(text[:1], twins.pictures(4)[:1], cross_attention_mask=mixed()[:1, :, :1]).logits[0, 1:4])
-        model.reference = "hf"  # as transformers: who sees none attends to all, and leaves out the other half
+        close(
+            got[1, :4], model(text[1:, :4]).logits[0]
+        )  # a row that sees no picture is as one without
+        close(
+            got[0, 1:4],
+            model(text[:1], twins.pictures(4)[:1], cross_attention_mask=mixed()[:1, :, :1]).logits[
+                0, 1:4
+            ],
+        )
+        model.reference = (
+            "hf"  # as transformers: who sees none attends to all, and leaves out the other half
+        )
         seen = inputs["attention_mask"].bool()
-        close(model(**inputs, cross_attention_mask=mixed()).logits[seen], ByHand(model).crossing(**inputs, mask=mixed())[seen])
+        close(
+            model(**inputs, cross_attention_mask=mixed()).logits[seen],
+            ByHand(model).crossing(**inputs, mask=mixed())[seen],
+        )
 
 
 @pytest.mark.parametrize("checkpointed", [False, True])
@@ -82,7 +106,9 @@ def test_loss_and_every_gradient_equal_those_by_hand(checkpointed):
     if checkpointed:
         model.train().gradient_checkpointing_enable()
     loss = model(**inputs, labels=labels).loss
-    expected = torch.nn.functional.cross_entropy(oracle.crossing(**inputs)[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+    expected = torch.nn.functional.cross_entropy(
+        oracle.crossing(**inputs)[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
+    )
     torch.testing.assert_close(loss, expected)
     loss.backward()
     expected.backward()
@@ -98,26 +124,46 @@ def test_gates_at_zero_leave_the_text_model_and_learn():
     with torch.no_grad():
         assert torch.equal(model(**inputs).logits, model(**texts()).logits)
     model(**inputs, labels=inputs["input_ids"]).loss.backward()
-    reached = {name for name, parameter in model.named_parameters() if parameter.grad is not None and parameter.grad.any()}
-    assert {name for name in reached if "cross" in name} == {name for name, _ in model.named_parameters() if name.endswith("_gate")}
+    reached = {
+        name
+        for name, parameter in model.named_parameters()
+        if parameter.grad is not None and parameter.grad.any()
+    }
+    assert {name for name in reached if "cross" in name} == {
+        name for name, _ in model.named_parameters() if name.endswith("_gate")
+    }
     assert not any(name.startswith(("vision_tower", "multi_modal_projector")) for name in reached)
     torch.optim.SGD(gates, lr=1.0).step()
     model.zero_grad()
     model(**inputs, labels=inputs["input_ids"]).loss.backward()
-    assert all(parameter.grad.any() for name, parameter in model.named_parameters() if name != "language_model.embed_tokens.weight")
+    assert all(
+        parameter.grad.any()
+        for name, parameter in model.named_parameters()
+        if name != "language_model.embed_tokens.weight"
+    )
 
 
 def test_a_new_model_starts_with_gates_at_zero():
     model = MllamaForConditionalGeneration(make().config).eval()
     with torch.no_grad():
-        assert torch.equal(model(**texts(), pixel_values=twins.pictures(2)).logits, model(**texts()).logits)
+        assert torch.equal(
+            model(**texts(), pixel_values=twins.pictures(2)).logits, model(**texts()).logits
+        )
 
 
-@pytest.mark.parametrize("options", [GREEDY, GREEDY | {"num_beams": 3, "num_return_sequences": 2}], ids=["greedy", "beams"])
+@pytest.mark.parametrize(
+    "options",
+    [GREEDY, GREEDY | {"num_beams": 3, "num_return_sequences": 2}],
+    ids=["greedy", "beams"],
+)
 @pytest.mark.parametrize("masked", [True, False])
 def test_caches_change_nothing(masked, options):
     model = make(2, 5)
-    inputs = texts() | {"pixel_values": twins.pictures(4)} | ({"cross_attention_mask": mixed()} if masked else {})
+    inputs = (
+        texts()
+        | {"pixel_values": twins.pictures(4)}
+        | ({"cross_attention_mask": mixed()} if masked else {})
+    )
     expected = model.generate(**inputs, **options)
     for more in (
         {"use_cache": False},
@@ -129,8 +175,14 @@ def test_caches_change_nothing(masked, options):
             assert torch.equal(model.generate(**inputs, **options, **more), expected), more
     for row in range(2):
         seen = inputs["attention_mask"][row].bool()
-        one = {name: value[row : row + 1, seen] for name, value in inputs.items() if name != "pixel_values"}
-        alone = model.generate(**one, pixel_values=twins.pictures(4)[2 * row : 2 * row + 2], **options)
+        one = {
+            name: value[row : row + 1, seen]
+            for name, value in inputs.items()
+            if name != "pixel_values"
+        }
+        alone = model.generate(
+            **one, pixel_values=twins.pictures(4)[2 * row : 2 * row + 2], **options
+        )
         assert torch.equal(alone[0, -6:], expected[row * len(alone), -6:])
 
 
@@ -154,21 +206,33 @@ def test_further_pictures_come_after_those_in_the_cache(first):
     with torch.no_grad():
         whole = model(ids, pixels, cross_attention_mask=mask).logits
         begun = model(ids[:, :4], each[0] if first else None)
-        rest = model(ids[:, 4:], each[1] if first else pixels, past_key_values=begun.past_key_values)
+        rest = model(
+            ids[:, 4:], each[1] if first else pixels, past_key_values=begun.past_key_values
+        )
     close(torch.cat([begun.logits, rest.logits], 1), whole)
 
 
 def test_compile():
-    model, inputs = make(layers=1, vision={"num_hidden_layers": 1}), texts() | {"pixel_values": twins.pictures(2)}
+    model, inputs = (
+        make(layers=1, vision={"num_hidden_layers": 1}),
+        texts() | {"pixel_values": twins.pictures(2)},
+    )
     with torch.no_grad():
-        close(torch.compile(model, backend="eager")(**inputs, use_cache=False).logits, model(**inputs).logits)
+        close(
+            torch.compile(model, backend="eager")(**inputs, use_cache=False).logits,
+            model(**inputs).logits,
+        )
 
 
 def test_files_keep_it(tmp_path):
     model, inputs = make(2, 5), texts() | {"pixel_values": twins.pictures(2)}
     model.save_pretrained(tmp_path, max_shard_size="50KB")
     read = MllamaForConditionalGeneration.from_pretrained(tmp_path)
-    assert (read.config.fusion, read.config.cross_attention_every, read.config.text_config.num_hidden_layers) == ("cross_attention", 2, 5)
+    assert (
+        read.config.fusion,
+        read.config.cross_attention_every,
+        read.config.text_config.num_hidden_layers,
+    ) == ("cross_attention", 2, 5)
     with torch.no_grad():
         assert torch.equal(read(**inputs).logits, model(**inputs).logits)
 
@@ -181,16 +245,30 @@ def test_adapters_reach_both_kinds_of_layers():
         for name, _ in adapted.named_parameters()
         if "language_model" in name and "lora_" in name
     }
-    assert {"0.self_attn.q_proj", "1.cross_attn.q_proj", "2.self_attn.o_proj", "3.cross_attn.o_proj"} <= names
+    assert {
+        "0.self_attn.q_proj",
+        "1.cross_attn.q_proj",
+        "2.self_attn.o_proj",
+        "3.cross_attn.o_proj",
+    } <= names
 
 
 @pytest.mark.parametrize(
     ("options", "named"),
     [
-        ({"cross_attention_every": 0}, "cross_attention_every must be an integer of at least 1, got 0"),
-        ({"cross_attention_every": 3}, "cross_attention_every must be at most the text model's 2 layers, got 3"),
+        (
+            {"cross_attention_every": 0},
+            "cross_attention_every must be an integer of at least 1, got 0",
+        ),
+        (
+            {"cross_attention_every": 3},
+            "cross_attention_every must be at most the text model's 2 layers, got 3",
+        ),
         ({"cross_attention_every": True}, "cross_attention_every must be an integer"),
-        ({"num_image_tokens": 2}, "num_image_tokens is for fusion='prepend'; with 'cross_attention' it must be None, got 2"),
+        (
+            {"num_image_tokens": 2},
+            "num_image_tokens is for fusion='prepend'; with 'cross_attention' it must be None, got 2",
+        ),
     ],
 )
 def test_configs_that_cannot_be_are_refused(options, named):
@@ -206,7 +284,9 @@ def test_calls_that_cannot_be_are_refused():
         model(**inputs, pixel_values=twins.pictures(2), cross_attention_mask=mixed())
     with pytest.raises(ValueError, match=r"image_features must be \[pictures, 4, 64\]"):
         model(**inputs, image_features=torch.zeros(2, 8, 64))
-    with pytest.raises(ValueError, match="prefill_chunk_size must be None"):  # every chunk would see them anew
+    with pytest.raises(
+        ValueError, match="prefill_chunk_size must be None"
+    ):  # every chunk would see them anew
         model.generate(**inputs, image_features=torch.zeros(2, 4, 64), prefill_chunk_size=2)
     with pytest.raises(IndexError, match="within the vocabulary"):
         model(torch.full((1, 3), twins.VOCABULARY), pixel_values=twins.pictures(1))

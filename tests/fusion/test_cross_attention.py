@@ -5,7 +5,10 @@ import torch
 from torch import nn
 from transformers import DynamicCache
 from transformers.models.mllama.configuration_mllama import MllamaTextConfig as StockConfig
-from transformers.models.mllama.modeling_mllama import MllamaCrossAttentionDecoderLayer, _prepare_cross_attention_mask
+from transformers.models.mllama.modeling_mllama import (
+    MllamaCrossAttentionDecoderLayer,
+    _prepare_cross_attention_mask,
+)
 
 import twins
 from mllama.compat import CACHE_NAME
@@ -19,15 +22,23 @@ TOKENS = 5  # keys of a tile
 def layers(**sizes) -> tuple[CrossAttentionDecoderLayer, MllamaCrossAttentionDecoderLayer]:
     """Ours, and stock transformers' with the same weights."""
     sizes = twins.TEXT | sizes
-    ours = twins.randomise(CrossAttentionDecoderLayer(MllamaTextConfig(**sizes, rms_norm_eps=1e-5), 1)).eval()
+    ours = twins.randomise(
+        CrossAttentionDecoderLayer(MllamaTextConfig(**sizes, rms_norm_eps=1e-5), 1)
+    ).eval()
     sizes.pop("rope_theta")
-    config = StockConfig(**sizes | {"bos_token_id": 1, "eos_token_id": 2}, cross_attention_layers=[1], attn_implementation="eager")
+    config = StockConfig(
+        **sizes | {"bos_token_id": 1, "eos_token_id": 2},
+        cross_attention_layers=[1],
+        attn_implementation="eager",
+    )
     theirs = MllamaCrossAttentionDecoderLayer(config, 1).eval()
     theirs.load_state_dict(ours.state_dict())
     return ours, theirs
 
 
-def stock(layer, hidden: torch.Tensor, states: torch.Tensor | None, mask: torch.Tensor | None, cache=None) -> torch.Tensor:
+def stock(
+    layer, hidden: torch.Tensor, states: torch.Tensor | None, mask: torch.Tensor | None, cache=None
+) -> torch.Tensor:
     """What transformers computes."""
     rows = None
     if mask is not None:
@@ -35,13 +46,20 @@ def stock(layer, hidden: torch.Tensor, states: torch.Tensor | None, mask: torch.
     return layer(hidden, states, mask, None, rows, **{CACHE_NAME: cache})
 
 
-def example(pictures: int = 1, tiles: int = 4, rows: int = 2, length: int = 7) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Hidden states; features; a mask in which every row sees one picture after the other, the first from its second position on."""
+def example(
+    pictures: int = 1, tiles: int = 4, rows: int = 2, length: int = 7
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Hidden states; features; a mask in which every row sees one picture after the other, the
+    first from its second position on.
+    """
     hidden, states = torch.randn(rows, length, 64), torch.randn(rows, pictures * tiles * TOKENS, 64)
     mask = torch.zeros(rows, length, pictures, tiles)
     for row in range(rows):
         for picture in range(pictures):
-            start, end = 1 + row + 2 * picture, length if picture == pictures - 1 else 3 + row + 2 * picture
+            start, end = (
+                1 + row + 2 * picture,
+                length if picture == pictures - 1 else 3 + row + 2 * picture,
+            )
             mask[row, start:end, picture, : 1 + (row + picture) % tiles] = 1
     return hidden, states, mask
 
@@ -80,9 +98,14 @@ def test_what_is_hidden_has_no_part(reference):
     ours, _ = layers()
     hidden, states, mask = example()
     mask = mask[:, 3:]
-    changed = torch.where(mask[:, -1].flatten(1).bool().repeat_interleave(TOKENS, 1)[..., None], states, 1e4)
+    changed = torch.where(
+        mask[:, -1].flatten(1).bool().repeat_interleave(TOKENS, 1)[..., None], states, 1e4
+    )
     with torch.no_grad():
-        got, expected = (ours(hidden[:, 3:], cross=cross_context(s, mask, TOKENS, reference))[0] for s in (changed, states))
+        got, expected = (
+            ours(hidden[:, 3:], cross=cross_context(s, mask, TOKENS, reference))[0]
+            for s in (changed, states)
+        )
     assert torch.equal(got, expected)
 
 
@@ -98,7 +121,12 @@ def test_gradients_equal_transformers():
         else:
             out = stock(model, *inputs, mask)
         names = sorted(dict(model.named_parameters()))
-        gradients.append(torch.autograd.grad((out * weigh).sum(), [*inputs, *(dict(model.named_parameters())[name] for name in names)]))
+        gradients.append(
+            torch.autograd.grad(
+                (out * weigh).sum(),
+                [*inputs, *(dict(model.named_parameters())[name] for name in names)],
+            )
+        )
     for place, pair in enumerate(zip(*gradients, strict=True)):
         assert relative(*pair) <= 1e-4, place
 
@@ -114,20 +142,29 @@ def test_gradient_checkpointing_changes_no_gradient():
 
     plain, calls = gradients(), []
     layer.gradient_checkpointing = True
-    layer._gradient_checkpointing_func = lambda *args: calls.append(1) or torch.utils.checkpoint.checkpoint(*args, use_reentrant=False)
+    layer._gradient_checkpointing_func = lambda *args: (
+        calls.append(1) or torch.utils.checkpoint.checkpoint(*args, use_reentrant=False)
+    )
     assert all(map(torch.equal, plain, gradients())) and calls
 
 
 def test_bfloat16_rounds_no_more_than_theirs():
-    """What the layer adds to the residual stream, on weights and inputs that bfloat16 holds exactly."""
+    """What the layer adds to the residual stream, on weights and inputs that bfloat16 holds
+    exactly.
+    """
     ours, theirs = (layer.bfloat16() for layer in layers())
     hidden, states, mask = example(2, rows=8)
     hidden, states = hidden.bfloat16(), states.bfloat16()
     with torch.no_grad():
-        got, expected = ours(hidden, cross=cross_context(states, mask, TOKENS, "hf"))[0], stock(theirs, hidden, states, mask)
+        got, expected = (
+            ours(hidden, cross=cross_context(states, mask, TOKENS, "hf"))[0],
+            stock(theirs, hidden, states, mask),
+        )
         exact = stock(theirs.float(), hidden.float(), states.float(), mask)
     assert got.dtype == torch.bfloat16
-    assert 0 < (got - exact).square().mean().sqrt() <= 1.2 * (expected - exact).square().mean().sqrt()
+    assert (
+        0 < (got - exact).square().mean().sqrt() <= 1.2 * (expected - exact).square().mean().sqrt()
+    )
 
 
 def test_probabilities_cover_what_is_seen():
@@ -135,7 +172,9 @@ def test_probabilities_cover_what_is_seen():
     hidden, states, mask = example(2)
     with torch.no_grad():
         plain, none = ours(hidden, cross=cross_context(states, mask, TOKENS))
-        out, weights = ours(hidden, cross=cross_context(states, mask, TOKENS), output_attentions=True)
+        out, weights = ours(
+            hidden, cross=cross_context(states, mask, TOKENS), output_attentions=True
+        )
     assert none is None and torch.equal(plain, out)
     seen = mask.flatten(2).repeat_interleave(TOKENS, -1).bool()
     assert weights.shape == (2, 4, 7, 2 * 4 * TOKENS)
@@ -166,7 +205,9 @@ def test_keys_are_computed_once_and_those_of_new_pictures_appended():
 
 def test_tiles_that_are_empty_in_every_row_get_no_keys():
     ours, _ = layers()
-    hidden, states, mask = example(2)  # the rows fill one and two tiles of the first picture, two and three of the second
+    hidden, states, mask = example(
+        2
+    )  # the rows fill one and two tiles of the first picture, two and three of the second
     filled = mask.any(1)
     mask[:, :4, 1] = 0  # it comes later
     first = slice(0, 4 * TOKENS)
@@ -202,18 +243,26 @@ def test_keys_stay_where_they_might_be_seen():
     for options, kept in (
         ({"filled": filled}, 2),  # the mask shows a tile more
         ({"filled": filled, "reference": "hf"}, 4),  # positions that see none attend to all
-        ({"filled": torch.zeros(2, 1, 4), "mask": torch.zeros_like(mask)}, 4),  # a picture always has keys
+        (
+            {"filled": torch.zeros(2, 1, 4), "mask": torch.zeros_like(mask)},
+            4,
+        ),  # a picture always has keys
         ({"filled": filled, "mask": None}, 4),
         ({}, 4),
     ):
-        cross = cross_context(**{"states": states, "mask": mask, "tokens_per_tile": TOKENS} | options)
+        cross = cross_context(
+            **{"states": states, "mask": mask, "tokens_per_tile": TOKENS} | options
+        )
         assert cross.states.shape[1] == kept * TOKENS == int(cross.kept.sum()) * TOKENS
 
 
 def test_without_pictures_the_layer_does_nothing():
     ours, _ = layers()
     hidden = torch.randn(2, 3, 64)
-    assert cross_context(None, None, TOKENS) is None and cross_context(None, torch.zeros(2, 3, 1, 4), TOKENS) is None
+    assert (
+        cross_context(None, None, TOKENS) is None
+        and cross_context(None, torch.zeros(2, 3, 1, 4), TOKENS) is None
+    )
     assert ours(hidden, None, None)[0] is hidden
 
 
@@ -237,7 +286,11 @@ def test_other_input_is_refused(error, match, options):
 def test_layers_are_plain_modules():
     """LoRA and quantisation replace nn.Linear leaves by name."""
     ours, _ = layers()
-    linear = {name.rpartition(".")[2] for name, module in ours.named_modules() if type(module) is nn.Linear}
+    linear = {
+        name.rpartition(".")[2]
+        for name, module in ours.named_modules()
+        if type(module) is nn.Linear
+    }
     assert linear == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
 
 

@@ -18,7 +18,12 @@ from mllama.fusion.merge import find_placeholder, merge
         ([[9, 1, 2, 3]], None, 1, None),  # unexpanded
         ([[9, 9, 9, 1, 9]], None, 1, None),  # a run of another length
         ([[0, 0, 0, 9, 9, 9, 1]], [[0, 0, 0, 1, 1, 1, 1]], 1, 9),  # padding stands in runs too
-        ([[0, 0, 0, 9, 9, 9, 1], [1, 2, 3, 4, 5, 6, 7]], None, 1, ValueError),  # not known to be padding: it could be either
+        (
+            [[0, 0, 0, 9, 9, 9, 1], [1, 2, 3, 4, 5, 6, 7]],
+            None,
+            1,
+            ValueError,
+        ),  # not known to be padding: it could be either
         ([[9, 9, 9, 9, 9, 9, 8, 8, 8]], None, 2, 9),  # told apart by their number
         ([[9, 9, 9, 8, 8, 8]], None, 3, ValueError),
     ],
@@ -38,6 +43,9 @@ def test_merge_writes_features_in_row_order():
     features = torch.arange(8.0).view(2, 2, 2).requires_grad_()
     merged = merge(embeds, placeholders, features)
     assert merged.dtype == torch.bfloat16
-    assert torch.equal(merged[placeholders].float(), features.detach().view(4, 2)) and not merged[~placeholders].any()
+    assert (
+        torch.equal(merged[placeholders].float(), features.detach().view(4, 2))
+        and not merged[~placeholders].any()
+    )
     merged.sum().backward()
     assert torch.equal(features.grad, torch.ones_like(features))

@@ -1,4 +1,6 @@
-"""Visual tokens before the text: the same as by hand with stock transformers' modules, however it is asked for."""
+"""Visual tokens before the text: the same as by hand with stock transformers' modules, however it
+is asked for.
+"""
 
 import pytest
 import torch
@@ -20,7 +22,9 @@ CASES = {
 
 
 def make(seed: int = 0, **options) -> MllamaForConditionalGeneration:
-    return twins.model(seed, **{"fusion": "prepend", "vision_feature": "last", "image_token_index": None} | options)
+    return twins.model(
+        seed, **{"fusion": "prepend", "vision_feature": "last", "image_token_index": None} | options
+    )
 
 
 def texts(side: str = "left") -> dict[str, torch.Tensor]:
@@ -49,7 +53,10 @@ def test_a_mask_of_any_type():
     mask = inputs.pop("attention_mask")
     with torch.no_grad():
         expected = model(**inputs, attention_mask=mask).logits
-        assert all(torch.equal(model(**inputs, attention_mask=mask.to(kind)).logits, expected) for kind in (torch.bool, torch.float32))
+        assert all(
+            torch.equal(model(**inputs, attention_mask=mask.to(kind)).logits, expected)
+            for kind in (torch.bool, torch.float32)
+        )
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -58,7 +65,9 @@ def test_loss_and_every_gradient_equal_those_by_hand(case):
     oracle, inputs = ByHand(model), texts() | {"pixel_values": twins.pictures(2)}
     labels = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)
     loss = model(**inputs, labels=labels).loss
-    logits = oracle.text(**oracle.prepended(**inputs)).logits[:, -8:-1]  # the last visual token's are for the first word
+    logits = oracle.text(**oracle.prepended(**inputs)).logits[
+        :, -8:-1
+    ]  # the last visual token's are for the first word
     labels[1, 3] = -100  # before which there is padding here
     expected = cross_entropy(logits.flatten(0, 1), labels.flatten())
     torch.testing.assert_close(loss, expected)
@@ -83,12 +92,18 @@ def test_as_many_tokens_as_patches_are_a_merge():
 
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_placeholders_say_the_same_and_more(side):
-    """Text alone and placeholders in front of it are one; with them rows may have several pictures, or none."""
+    """Text alone and placeholders in front of it are one; with them rows may have several pictures,
+    or none.
+    """
     model, picture = make(num_image_tokens=3, image_token_index=twins.IMAGE), [twins.IMAGE] * 3
     words = twins.tokens(7), twins.tokens(4, 5)
     plain = twins.batch(*words, side=side) | {"pixel_values": twins.pictures(2)}
-    written = twins.batch(*(picture + row for row in words), side=side) | {"pixel_values": twins.pictures(2)}
-    mixed = twins.batch(words[0], picture + picture + words[1], side=side) | {"pixel_values": twins.pictures(2)}
+    written = twins.batch(*(picture + row for row in words), side=side) | {
+        "pixel_values": twins.pictures(2)
+    }
+    mixed = twins.batch(words[0], picture + picture + words[1], side=side) | {
+        "pixel_values": twins.pictures(2)
+    }
     with torch.no_grad():
         got, expected = model(**plain).logits[:, 3:], model(**written).logits
         for row, length in enumerate((7, 4)):
@@ -97,24 +112,43 @@ def test_placeholders_say_the_same_and_more(side):
         logits = model(**mixed).logits
         seen = mixed["attention_mask"].bool()
         close(logits[0][seen[0]], model(**twins.batch(words[0])).logits[0])
-        close(logits[1][seen[1]], model(**twins.batch(words[1]), pixel_values=twins.pictures(2)).logits[0])
-    assert torch.equal(model.generate(**plain, **GREEDY)[:, 7:], model.generate(**written, **GREEDY)[:, -6:]) is (side == "left")
+        close(
+            logits[1][seen[1]],
+            model(**twins.batch(words[1]), pixel_values=twins.pictures(2)).logits[0],
+        )
+    assert torch.equal(
+        model.generate(**plain, **GREEDY)[:, 7:], model.generate(**written, **GREEDY)[:, -6:]
+    ) is (side == "left")
 
 
-@pytest.mark.parametrize("options", [GREEDY, GREEDY | {"num_beams": 3, "num_return_sequences": 2}], ids=["greedy", "beams"])
+@pytest.mark.parametrize(
+    "options",
+    [GREEDY, GREEDY | {"num_beams": 3, "num_return_sequences": 2}],
+    ids=["greedy", "beams"],
+)
 @pytest.mark.parametrize("each", [1, 2])
 def test_what_is_generated_equals_what_is_by_hand(each, options):
     model = make(num_image_tokens=3)
     inputs = texts() | {"pixel_values": twins.pictures(2 * each)}
     with torch.no_grad():
         given = ByHand(model).prepended(**inputs)
-        expected = ByHand(model).text.generate(inputs_embeds=given["inputs_embeds"], attention_mask=given["attention_mask"], **options)
+        expected = ByHand(model).text.generate(
+            inputs_embeds=given["inputs_embeds"], attention_mask=given["attention_mask"], **options
+        )
     got = model.generate(**inputs, **options)
-    assert torch.equal(got[:, :7], inputs["input_ids"].repeat_interleave(options.get("num_return_sequences", 1), 0))
+    assert torch.equal(
+        got[:, :7], inputs["input_ids"].repeat_interleave(options.get("num_return_sequences", 1), 0)
+    )
     assert torch.equal(got[:, 7:], expected)
-    for more in ({"use_cache": False}, {"cache_implementation": "static"}, {"past_key_values": DynamicCache(config=model.config)}):
+    for more in (
+        {"use_cache": False},
+        {"cache_implementation": "static"},
+        {"past_key_values": DynamicCache(config=model.config)},
+    ):
         assert torch.equal(model.generate(**inputs, **options, **more), got), more
-    assert torch.equal(model.generate(**inputs, **options | {"max_new_tokens": None, "max_length": 13}), got)
+    assert torch.equal(
+        model.generate(**inputs, **options | {"max_new_tokens": None, "max_length": 13}), got
+    )
 
 
 @pytest.mark.parametrize("masked", [True, False])
@@ -128,10 +162,16 @@ def test_token_by_token(kind, masked):
         whole = model(**inputs, pixel_values=twins.pictures(2)).logits
         logits = []
         for start, end in ((0, 4), (4, 5), (5, 7)):
-            rest = {"pixel_values": twins.pictures(2)} if start != 5 else {}  # given again, they change nothing
+            rest = (
+                {"pixel_values": twins.pictures(2)} if start != 5 else {}
+            )  # given again, they change nothing
             rest |= {} if mask is None else {"attention_mask": mask[:, :end]}
             logits.append(model(ids[:, start:end], **rest, past_key_values=cache).logits)
-        seen = torch.ones(2, 10, dtype=torch.bool) if mask is None else torch.cat([torch.ones(2, 3), mask], 1).bool()
+        seen = (
+            torch.ones(2, 10, dtype=torch.bool)
+            if mask is None
+            else torch.cat([torch.ones(2, 3), mask], 1).bool()
+        )
         close(torch.cat(logits, 1)[seen], whole[seen])
         if kind is StaticCache:  # the next text of a cache that was emptied has no pictures
             cache.reset()
@@ -144,8 +184,12 @@ def test_a_second_turn_goes_on_from_the_cache():
     first = model.generate(**inputs, **GREEDY, past_key_values=cache)
     follow = torch.cat([first, torch.tensor([twins.tokens(3, 8), twins.tokens(3, 9)])], 1)
     mask = torch.cat([inputs["attention_mask"], torch.ones(2, 9, dtype=torch.long)], 1)
-    fresh = model.generate(follow, pixel_values=inputs["pixel_values"], attention_mask=mask, **GREEDY)
-    assert torch.equal(model.generate(follow, attention_mask=mask, past_key_values=cache, **GREEDY), fresh)
+    fresh = model.generate(
+        follow, pixel_values=inputs["pixel_values"], attention_mask=mask, **GREEDY
+    )
+    assert torch.equal(
+        model.generate(follow, attention_mask=mask, past_key_values=cache, **GREEDY), fresh
+    )
 
 
 def test_positions_are_the_texts():
@@ -159,16 +203,27 @@ def test_positions_are_the_texts():
 def test_text_alone_is_the_text_models():
     model = make(num_image_tokens=3)
     with torch.no_grad():
-        assert torch.equal(model(**texts()).logits, twins.model(vision_feature="last")(**texts()).logits)
+        assert torch.equal(
+            model(**texts()).logits, twins.model(vision_feature="last")(**texts()).logits
+        )
 
 
 def test_compile():
-    small = {"text": {"num_hidden_layers": 1}, "vision": {"num_hidden_layers": 1}, "num_image_tokens": 3}
+    small = {
+        "text": {"num_hidden_layers": 1},
+        "vision": {"num_hidden_layers": 1},
+        "num_image_tokens": 3,
+    }
     model, inputs = make(**small), texts() | {"pixel_values": twins.pictures(2)}
     with torch.no_grad():
         expected = model(**inputs).logits
-        close(torch.compile(model, backend="eager", fullgraph=True)(**inputs, use_cache=False).logits, expected)
-        written = make(**small, image_token_index=twins.IMAGE)  # whether there are placeholders breaks the graph
+        close(
+            torch.compile(model, backend="eager", fullgraph=True)(**inputs, use_cache=False).logits,
+            expected,
+        )
+        written = make(
+            **small, image_token_index=twins.IMAGE
+        )  # whether there are placeholders breaks the graph
         close(torch.compile(written, backend="eager")(**inputs, use_cache=False).logits, expected)
 
 
@@ -186,14 +241,29 @@ def test_files_keep_it(case, tmp_path):
 @pytest.mark.parametrize(
     ("options", "named"),
     [
-        ({"fusion": "prepended"}, "fusion must be one of 'merge', 'prepend', 'cross_attention', got 'prepended'"),
+        (
+            {"fusion": "prepended"},
+            "fusion must be one of 'merge', 'prepend', 'cross_attention', got 'prepended'",
+        ),
         ({"num_image_tokens": 0}, "num_image_tokens must be an integer of at least 1, got 0"),
-        ({"num_image_tokens": 5}, "num_image_tokens must be at most the 4 patches of a picture, got 5"),
+        (
+            {"num_image_tokens": 5},
+            "num_image_tokens must be at most the 4 patches of a picture, got 5",
+        ),
         ({"num_image_tokens": 1.0}, "num_image_tokens must be an integer"),
         ({"image_pooling": "max"}, "image_pooling must be one of 'average', 'learned', got 'max'"),
-        ({"cross_attention_every": 1}, "cross_attention_every is for fusion='cross_attention'; with 'prepend' it must be None, got 1"),
-        ({"fusion": "merge", "num_image_tokens": 4}, "num_image_tokens is for fusion='prepend'; with 'merge' it must be None, got 4"),
-        ({"fusion": "cross_attention", "image_pooling": "average"}, "image_pooling is for fusion='prepend'"),
+        (
+            {"cross_attention_every": 1},
+            "cross_attention_every is for fusion='cross_attention'; with 'prepend' it must be None, got 1",
+        ),
+        (
+            {"fusion": "merge", "num_image_tokens": 4},
+            "num_image_tokens is for fusion='prepend'; with 'merge' it must be None, got 4",
+        ),
+        (
+            {"fusion": "cross_attention", "image_pooling": "average"},
+            "image_pooling is for fusion='prepend'",
+        ),
     ],
 )
 def test_configs_that_cannot_be_are_refused(options, named):
@@ -209,14 +279,24 @@ def test_calls_that_cannot_be_are_refused():
     with pytest.raises(ValueError, match="as many for every row, got 3 for 2 rows"):
         model.generate(**inputs, pixel_values=twins.pictures(3), num_beams=2)
     longer = torch.ones(2, 10, dtype=torch.long)  # as the text with its visual tokens
-    for name, wrong in (("attention_mask", longer), ("position_ids", torch.arange(6)[None]), ("labels", longer)):
-        with pytest.raises(ValueError, match=rf"{name} must be \[batch, 7\], .* the 3 visual tokens before it, got .*{wrong.shape[1]}\]"):
+    for name, wrong in (
+        ("attention_mask", longer),
+        ("position_ids", torch.arange(6)[None]),
+        ("labels", longer),
+    ):
+        with pytest.raises(
+            ValueError,
+            match=rf"{name} must be \[batch, 7\], .* the 3 visual tokens before it, got .*{wrong.shape[1]}\]",
+        ):
             model(ids, twins.pictures(2), **{name: wrong})
     with pytest.raises(TypeError, match="labels must be an integer"):
         model(ids, twins.pictures(2), labels=ids.tolist())
     with pytest.raises(ValueError, match="prefill_chunk_size must be None"):
         model.generate(**inputs, pixel_values=twins.pictures(2), prefill_chunk_size=2)
-    with pytest.raises(ValueError, match="assisted decoding and prompt lookup need input_ids that hold a placeholder"):
+    with pytest.raises(
+        ValueError,
+        match="assisted decoding and prompt lookup need input_ids that hold a placeholder",
+    ):
         model.generate(ids[:1], pixel_values=twins.pictures(1), prompt_lookup_num_tokens=2)
     model(ids, twins.pictures(2), past_key_values=cache)
     with pytest.raises(ValueError, match=r"attention_mask must be \[batch, 8\]"):
@@ -231,4 +311,7 @@ def test_calls_that_cannot_be_are_refused():
 def test_prompt_lookup_with_placeholders_equals_greedy():
     model, picture = make(num_image_tokens=3, image_token_index=twins.IMAGE), [twins.IMAGE] * 3
     inputs = twins.batch(picture + twins.tokens(6)) | {"pixel_values": twins.pictures(1)}
-    assert torch.equal(model.generate(**inputs, **GREEDY, prompt_lookup_num_tokens=2), model.generate(**inputs, **GREEDY))
+    assert torch.equal(
+        model.generate(**inputs, **GREEDY, prompt_lookup_num_tokens=2),
+        model.generate(**inputs, **GREEDY),
+    )

@@ -16,7 +16,11 @@ PICTURE = [twins.IMAGE] * twins.PATCHES
 @pytest.mark.parametrize("bias", [True, False])
 def test_a_linear_projector_is_one_layer_from_width_to_width(bias):
     model = twins.model(projector="linear", multimodal_projector_bias=bias)
-    weights = {name.removeprefix("multi_modal_projector."): value for name, value in model.named_parameters() if "projector" in name}
+    weights = {
+        name.removeprefix("multi_modal_projector."): value
+        for name, value in model.named_parameters()
+        if "projector" in name
+    }
     assert list(weights) == (["linear.weight", "linear.bias"] if bias else ["linear.weight"])
     assert weights["linear.weight"].shape == (64, 32) and model.plan.projector == "linear"
     assert count_parameters(model)["projector"] == 64 * 32 + 64 * bias
@@ -30,7 +34,9 @@ def test_a_linear_projector_is_one_layer_from_width_to_width(bias):
 def test_files_keep_a_linear_projector(feature, tmp_path):
     model = twins.model(projector="linear", vision_feature=feature)
     model.save_pretrained(tmp_path)
-    assert json.loads((tmp_path / "config.json").read_text())["model_type"] == "siglip_llama"  # a LLaVA's has two layers
+    assert (
+        json.loads((tmp_path / "config.json").read_text())["model_type"] == "siglip_llama"
+    )  # a LLaVA's has two layers
     read = MllamaForConditionalGeneration.from_pretrained(tmp_path)
     inputs = twins.batch(PICTURE + twins.tokens(5)) | {"pixel_values": twins.pictures(1)}
     with torch.no_grad():
@@ -40,6 +46,9 @@ def test_files_keep_a_linear_projector(feature, tmp_path):
 def test_projectors_that_cannot_be_are_refused():
     with pytest.raises(ValueError, match="projector must be one of 'mlp', 'linear', got 'conv'"):
         twins.config(projector="conv")
-    with pytest.raises(ValueError, match="projection_dim must be the decoder's hidden_size 64 or None with projector='linear'.*got 40"):
+    with pytest.raises(
+        ValueError,
+        match="projection_dim must be the decoder's hidden_size 64 or None with projector='linear'.*got 40",
+    ):
         twins.config(projector="linear", projection_dim=40)
     assert twins.config(projector="linear", projection_dim=64).projection_dim == 64

@@ -14,8 +14,12 @@ def converted():
 
     def make(seed: int = 0, **options) -> nn.Sequential:
         torch.manual_seed(seed)
-        model = nn.Sequential(nn.Linear(6, 9), nn.Tanh(), nn.Linear(9, 9), nn.Tanh(), nn.Linear(9, 4, bias=False)).eval()
-        for layer in mllama.convert_linears_to_lora(model, **{"target_module_names": ["0", "4"]} | options).values():
+        model = nn.Sequential(
+            nn.Linear(6, 9), nn.Tanh(), nn.Linear(9, 9), nn.Tanh(), nn.Linear(9, 4, bias=False)
+        ).eval()
+        for layer in mllama.convert_linears_to_lora(
+            model, **{"target_module_names": ["0", "4"]} | options
+        ).values():
             nn.init.normal_(layer.lora_b.weight)
         return model
 

@@ -23,7 +23,9 @@ def keys(*names: str) -> list[str]:
 def plain() -> nn.Sequential:
     """`converted` before it was."""
     torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(6, 9), nn.Tanh(), nn.Linear(9, 9), nn.Tanh(), nn.Linear(9, 4, bias=False)).eval()
+    return nn.Sequential(
+        nn.Linear(6, 9), nn.Tanh(), nn.Linear(9, 9), nn.Tanh(), nn.Linear(9, 4, bias=False)
+    ).eval()
 
 
 @pytest.fixture
@@ -75,14 +77,24 @@ def test_a_folder_is_no_file(converted, tmp_path):
 
 def test_a_plain_model_is_converted_as_the_file_says(converted, path):
     model, x = converted(rank=2, alpha=5, target_module_names="0"), torch.randn(5, 6)
-    nn.init.normal_(mllama.convert_linears_to_lora(model, rank=3, alpha=7, target_module_names="4")["4"].lora_b.weight)
+    nn.init.normal_(
+        mllama.convert_linears_to_lora(model, rank=3, alpha=7, target_module_names="4")[
+            "4"
+        ].lora_b.weight
+    )
     mllama.save_lora(model, path)
     again = plain()
     mllama.load_lora(again, path)
     assert torch.equal(again(x), model(x))
-    found = {name: (layer.rank, layer.alpha) for name, layer in again.named_children() if isinstance(layer, Linear_LORA)}
+    found = {
+        name: (layer.rank, layer.alpha)
+        for name, layer in again.named_children()
+        if isinstance(layer, Linear_LORA)
+    }
     assert found == {"0": (2, 5), "4": (3, 7)}
-    assert [name for name, parameter in again.named_parameters() if parameter.requires_grad] == keys("0", "4")
+    assert [
+        name for name, parameter in again.named_parameters() if parameter.requires_grad
+    ] == keys("0", "4")
 
 
 def test_values_are_cast_to_the_models_dtype(converted, path):
@@ -90,7 +102,9 @@ def test_values_are_cast_to_the_models_dtype(converted, path):
     for model in (plain().bfloat16(), converted(seed=1).bfloat16()):
         mllama.load_lora(model, path)
         assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
-        assert torch.equal(model[4].lora_b.weight.float(), load_file(path)["4.lora_b.weight"].bfloat16().float())
+        assert torch.equal(
+            model[4].lora_b.weight.float(), load_file(path)["4.lora_b.weight"].bfloat16().float()
+        )
 
 
 def test_a_merged_model_takes_other_adapters(converted, path):
@@ -141,7 +155,10 @@ def test_an_older_pth_is_read(converted, tmp_path):
     torch.save(state, tmp_path / "lora_adapters.pth")
     mllama.load_lora(again, tmp_path / "lora_adapters.pth")
     assert torch.equal(again(x), model(x))
-    with pytest.raises(ValueError, match=r"has no LoRA layers, and .*\.pth does not say which alpha .* mllama.convert_linears_to_lora"):
+    with pytest.raises(
+        ValueError,
+        match=r"has no LoRA layers, and .*\.pth does not say which alpha .* mllama.convert_linears_to_lora",
+    ):
         mllama.load_lora(plain(), tmp_path / "lora_adapters.pth")
 
 
@@ -149,7 +166,9 @@ def test_another_alpha_is_refused(converted, path):
     mllama.save_lora(converted(alpha=32), path)
     model = converted(seed=1)
     before = [parameter.clone() for parameter in mllama.lora_parameters(model)]
-    with pytest.raises(ValueError, match=r"trained with another alpha: 0 32.0, not 16, 4 32.0, not 16$"):
+    with pytest.raises(
+        ValueError, match=r"trained with another alpha: 0 32.0, not 16, 4 32.0, not 16$"
+    ):
         mllama.load_lora(model, path)
     assert all(map(torch.equal, mllama.lora_parameters(model), before))
 
@@ -180,18 +199,38 @@ def test_all_that_does_not_fit_is_one_error(converted, path):
         ({"4.lora_b.weight": None}, "not in the file (1): 4.lora_b.weight"),
         ({"4.lora_a.weight": None}, "not in the model (1): 4.lora_b.weight"),
         ({"5.lora_a.weight": torch.zeros(4, 9)}, "not in the model (1): 5.lora_a.weight"),
-        ({"0.lora_a.weight": torch.zeros(0, 6), "0.lora_b.weight": torch.zeros(9, 0)}, "0.lora_a.weight is [0, 6] of float32, not [1, 6]"),
+        (
+            {"0.lora_a.weight": torch.zeros(0, 6), "0.lora_b.weight": torch.zeros(9, 0)},
+            "0.lora_a.weight is [0, 6] of float32, not [1, 6]",
+        ),
         ({"0.lora_a.weight": torch.zeros(())}, "0.lora_a.weight is [] of float32, not [1, 6]"),
-        ({"0.lora_a.weight": torch.zeros(4, 7)}, "0.lora_a.weight is [4, 7] of float32, not [4, 6]"),
-        ({"0.lora_b.weight": torch.zeros(9, 5)}, "0.lora_b.weight is [9, 5] of float32, not [9, 4]"),
-        ({"0.lora_b.weight": torch.zeros(9, 4, dtype=torch.bool)}, "0.lora_b.weight is [9, 4] of bool, not [9, 4]"),
+        (
+            {"0.lora_a.weight": torch.zeros(4, 7)},
+            "0.lora_a.weight is [4, 7] of float32, not [4, 6]",
+        ),
+        (
+            {"0.lora_b.weight": torch.zeros(9, 5)},
+            "0.lora_b.weight is [9, 5] of float32, not [9, 4]",
+        ),
+        (
+            {"0.lora_b.weight": torch.zeros(9, 4, dtype=torch.bool)},
+            "0.lora_b.weight is [9, 4] of bool, not [9, 4]",
+        ),
     ],
 )
 def test_a_plain_model_stays_plain_where_something_does_not_fit(converted, path, changed, said):
     mllama.save_lora(converted(), path)
     with safe_open(path, "pt") as file:
         metadata = file.metadata()
-    save_file({name: tensor for name, tensor in (load_file(path) | changed).items() if tensor is not None}, path, metadata)
+    save_file(
+        {
+            name: tensor
+            for name, tensor in (load_file(path) | changed).items()
+            if tensor is not None
+        },
+        path,
+        metadata,
+    )
     model = plain()
     with pytest.raises(ValueError) as caught:
         mllama.load_lora(model, path)
@@ -202,7 +241,19 @@ def test_a_plain_model_stays_plain_where_something_does_not_fit(converted, path,
 
 @pytest.mark.parametrize(
     "alpha",
-    ["", "{", "[]", "16", '{"0": "16"}', '{"0": 0}', '{"0": -1}', '{"0": NaN}', '{"0": Infinity}', '{"0": true}', '{"0": null}']
+    [
+        "",
+        "{",
+        "[]",
+        "16",
+        '{"0": "16"}',
+        '{"0": 0}',
+        '{"0": -1}',
+        '{"0": NaN}',
+        '{"0": Infinity}',
+        '{"0": true}',
+        '{"0": null}',
+    ]
     + ['{"0": 1' + "0" * 400 + "}", '{"0": 1' + "0" * 5000 + "}", "[" * 100_000],
 )
 def test_metadata_that_cannot_be(converted, path, alpha):
@@ -230,15 +281,32 @@ class Evil:
         b"not a file of tensors",
         struct.pack("<Q", 2**62) + b"{}",
         header({"0.lora_a.weight": {"dtype": "F32", "shape": [4, 6], "data_offsets": [0, 96]}}),
-        header({"0.lora_a.weight": {"dtype": "F32", "shape": [2**40, 6], "data_offsets": [0, 4]}}, b"1234"),
+        header(
+            {"0.lora_a.weight": {"dtype": "F32", "shape": [2**40, 6], "data_offsets": [0, 4]}},
+            b"1234",
+        ),
         header({"0.lora_a.weight": {"dtype": "F4", "shape": [2], "data_offsets": [0, 1]}}, b"1"),
-        header({"0.lora_a.weight": {"dtype": "F8_E8M0", "shape": [1], "data_offsets": [0, 1]}}, b"1"),
+        header(
+            {"0.lora_a.weight": {"dtype": "F8_E8M0", "shape": [1], "data_offsets": [0, 1]}}, b"1"
+        ),
         pickle.dumps({"0.lora_a.weight": [1.0]}),
         b"PK\x05\x06" + bytes(18),
         b"PK\x03\x04" + bytes(18),
         b"PK\x06\x07" + b"\1" * 16 + b"PK\x05\x06" + bytes(18),
     ],
-    ids=["empty", "text", "endless header", "cut off", "too large", "small type", "odd type", "pickle", "empty zip", "zip", "two disks"],
+    ids=[
+        "empty",
+        "text",
+        "endless header",
+        "cut off",
+        "too large",
+        "small type",
+        "odd type",
+        "pickle",
+        "empty zip",
+        "zip",
+        "two disks",
+    ],
 )
 def test_broken_files(converted, tmp_path, content):
     path = tmp_path / "adapters.pth"
@@ -247,7 +315,16 @@ def test_broken_files(converted, tmp_path, content):
         mllama.load_lora(converted(), path)
 
 
-@pytest.mark.parametrize("held", [Evil(), {"0.lora_a.weight": Evil()}, [torch.zeros(1)], {"0.lora_a.weight": 3.0}, {3: torch.zeros(1)}])
+@pytest.mark.parametrize(
+    "held",
+    [
+        Evil(),
+        {"0.lora_a.weight": Evil()},
+        [torch.zeros(1)],
+        {"0.lora_a.weight": 3.0},
+        {3: torch.zeros(1)},
+    ],
+)
 def test_pickles_of_anything_but_tensors(converted, tmp_path, monkeypatch, held):
     monkeypatch.chdir(tmp_path)
     torch.save(held, "adapters.pth")

@@ -11,7 +11,13 @@ from torch import nn
 from mllama import Linear_LORA
 
 
-def layer(rank: int = 3, alpha: float = 6, dropout: float = 0.0, bias: bool = False, sizes: tuple[int, int] = (10, 7)) -> Linear_LORA:
+def layer(
+    rank: int = 3,
+    alpha: float = 6,
+    dropout: float = 0.0,
+    bias: bool = False,
+    sizes: tuple[int, int] = (10, 7),
+) -> Linear_LORA:
     """A layer whose adapter says something."""
     made = Linear_LORA(*sizes, rank, alpha, dropout, bias)
     nn.init.normal_(made.lora_b.weight)
@@ -20,11 +26,18 @@ def layer(rank: int = 3, alpha: float = 6, dropout: float = 0.0, bias: bool = Fa
 
 def formula(made: Linear_LORA, x: torch.Tensor) -> torch.Tensor:
     bias = 0 if made.linear.bias is None else made.linear.bias
-    return x @ made.linear.weight.T + bias + made.alpha / made.rank * (x @ made.lora_a.weight.T @ made.lora_b.weight.T)
+    return (
+        x @ made.linear.weight.T
+        + bias
+        + made.alpha / made.rank * (x @ made.lora_a.weight.T @ made.lora_b.weight.T)
+    )
 
 
 def test_the_signature():
-    assert str(inspect.signature(Linear_LORA)) == "(in_dim: int, out_dim: int, rank: int, alpha: float, dropout: float, bias: bool = False)"
+    assert (
+        str(inspect.signature(Linear_LORA))
+        == "(in_dim: int, out_dim: int, rank: int, alpha: float, dropout: float, bias: bool = False)"
+    )
     made = Linear_LORA(in_dim=10, out_dim=7, rank=3, alpha=6, dropout=0.25)
     assert (made.rank, made.alpha, made.scale, made.dropout.p) == (3, 6, 2.0, 0.25)
     assert (made.in_features, made.out_features, made.linear.bias) == (10, 7, None)
@@ -33,7 +46,10 @@ def test_the_signature():
         "lora_a.weight": [3, 10],
         "lora_b.weight": [7, 3],
     }
-    assert [name for name, parameter in made.named_parameters() if parameter.requires_grad] == ["lora_a.weight", "lora_b.weight"]
+    assert [name for name, parameter in made.named_parameters() if parameter.requires_grad] == [
+        "lora_a.weight",
+        "lora_b.weight",
+    ]
     assert "rank=3, alpha=6" in repr(made) and "merged" not in repr(made)
 
 
@@ -62,8 +78,16 @@ def test_values_and_gradients(kind, bias):
     seed = torch.randn(4, 6, 7).to(kind)
     out.backward(seed)
     expected.backward(seed.double())
-    tolerance = {torch.float32: 1e-5, torch.float64: 1e-12, torch.bfloat16: 4e-2, torch.float16: 5e-3}[kind]
-    adapters = [(mine.grad, theirs.grad) for mine, theirs in zip(made.adapter(), exact.adapter(), strict=True)]
+    tolerance = {
+        torch.float32: 1e-5,
+        torch.float64: 1e-12,
+        torch.bfloat16: 4e-2,
+        torch.float16: 5e-3,
+    }[kind]
+    adapters = [
+        (mine.grad, theirs.grad)
+        for mine, theirs in zip(made.adapter(), exact.adapter(), strict=True)
+    ]
     for got, wanted in ((out, expected), (x.grad, y.grad), *adapters):
         assert (got.double() - wanted).abs().max() <= tolerance * wanted.abs().max()
     assert made.linear.weight.grad is None
@@ -76,7 +100,9 @@ def test_float32_adapters_beside_sixteen_bit_weights():
     x = torch.randn(8, 10)
     out = made(x.bfloat16())
     out.sum().backward()
-    assert out.dtype == torch.bfloat16 and {parameter.grad.dtype for parameter in made.adapter()} == {torch.float32}
+    assert out.dtype == torch.bfloat16 and {
+        parameter.grad.dtype for parameter in made.adapter()
+    } == {torch.float32}
     torch.testing.assert_close(out.float(), formula(made.float(), x), rtol=0.05, atol=0.05)
 
 
@@ -122,7 +148,9 @@ def test_under_autocast():
         assert out.dtype == made.linear(x).dtype == torch.bfloat16
     out.float().sum().backward()
     torch.testing.assert_close(out.float(), formula(made, x), rtol=0.05, atol=0.05)
-    assert x.grad.dtype == torch.float32 and {parameter.grad.dtype for parameter in made.adapter()} == {torch.float32}
+    assert x.grad.dtype == torch.float32 and {
+        parameter.grad.dtype for parameter in made.adapter()
+    } == {torch.float32}
 
 
 def test_hand_copied_weights_count():
@@ -142,13 +170,23 @@ def test_replaced_children_compute():
     for child in ("linear", "lora_a", "lora_b"):
         made = layer(bias=True)
         before = copy.deepcopy(made)
-        doubling = Doubling(getattr(made, child).in_features, getattr(made, child).out_features, bias=child == "linear")
+        doubling = Doubling(
+            getattr(made, child).in_features,
+            getattr(made, child).out_features,
+            bias=child == "linear",
+        )
         doubling.load_state_dict(getattr(made, child).state_dict())
         setattr(made, child, doubling)
         frozen = before.linear(x)
-        wanted = 2 * frozen + (before(x) - frozen) if child == "linear" else frozen + 2 * (before(x) - frozen)
+        wanted = (
+            2 * frozen + (before(x) - frozen)
+            if child == "linear"
+            else frozen + 2 * (before(x) - frozen)
+        )
         torch.testing.assert_close(made(x), wanted)
-        with pytest.raises(ValueError, match=f"its {child}, a Doubling, has hooks or a forward of its own"):
+        with pytest.raises(
+            ValueError, match=f"its {child}, a Doubling, has hooks or a forward of its own"
+        ):
             made.merge()
     made.lora_a, made.lora_b = nn.Linear(10, 5, bias=False), nn.Linear(5, 7, bias=False)
     assert made(x).shape == (4, 7)
@@ -168,8 +206,12 @@ def test_an_unfrozen_weight_learns():
 def test_hooks_of_children_are_called(child):
     made, seen, x = layer(), [], torch.randn(3, 10, requires_grad=True)
     expected = made(x)
-    getattr(made, child).register_forward_hook(lambda module, inputs, output: seen.append("forward"))
-    getattr(made, child).register_full_backward_hook(lambda module, inputs, output: seen.append("backward"))
+    getattr(made, child).register_forward_hook(
+        lambda module, inputs, output: seen.append("forward")
+    )
+    getattr(made, child).register_full_backward_hook(
+        lambda module, inputs, output: seen.append("backward")
+    )
     out = made(x)
     out.sum().backward()
     torch.testing.assert_close(out, expected)
@@ -209,7 +251,9 @@ def test_merging_adds_the_update_once():
     expected, weight = made(x), made.linear.weight.clone()
     made.merge()
     assert "merged" in repr(made) and torch.equal(made.linear.weight, weight)
-    torch.testing.assert_close(made.merged_weight, weight + 2 * made.lora_b.weight @ made.lora_a.weight, rtol=0, atol=1e-6)
+    torch.testing.assert_close(
+        made.merged_weight, weight + 2 * made.lora_b.weight @ made.lora_a.weight, rtol=0, atol=1e-6
+    )
     torch.testing.assert_close(made(x), expected, rtol=0, atol=1e-5)
     assert list(made.state_dict()) == list(layer(bias=True).state_dict())
     assert made.bfloat16()(x.bfloat16()).dtype == torch.bfloat16
@@ -239,7 +283,11 @@ def test_weights_of_a_plain_layer_are_loaded_as_the_frozen_ones():
     made.merge()
     report = made.load_state_dict(plain.state_dict(), strict=False)
     assert report.missing_keys == ["lora_a.weight", "lora_b.weight"] and not report.unexpected_keys
-    assert made.merged_weight is None and torch.equal(made.linear.weight, plain.weight) and torch.equal(made.linear.bias, plain.bias)
+    assert (
+        made.merged_weight is None
+        and torch.equal(made.linear.weight, plain.weight)
+        and torch.equal(made.linear.bias, plain.bias)
+    )
     with pytest.raises(RuntimeError, match="lora_a.weight"):
         nn.Sequential(made).load_state_dict(nn.Sequential(plain).state_dict())
     with pytest.raises(RuntimeError, match="Unexpected key.*weights"):

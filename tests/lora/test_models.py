@@ -1,4 +1,6 @@
-"""LoRA in the package's models, with what is done to them: training, checkpointing, autocast, compiling, generating, folders."""
+"""LoRA in the package's models, with what is done to them: training, checkpointing, autocast,
+compiling, generating, folders.
+"""
 
 import pytest
 import torch
@@ -12,15 +14,21 @@ PICTURE = [twins.IMAGE] * twins.PATCHES
 
 
 def adapted(part: str | None = None, sizes: dict | None = None, **options):
-    """A tiny model in training mode with adapters that say something, in a part of it or everywhere, and nothing else to train."""
+    """A tiny model in training mode with adapters that say something, in a part of it or
+    everywhere, and nothing else to train.
+    """
     model = twins.model(**sizes or {}).train().requires_grad_(False)
-    for layer in mllama.convert_linears_to_lora(model if part is None else model.get_submodule(part), **options).values():
+    for layer in mllama.convert_linears_to_lora(
+        model if part is None else model.get_submodule(part), **options
+    ).values():
         nn.init.normal_(layer.lora_b.weight, std=0.1)
     return model
 
 
 def batch() -> dict[str, torch.Tensor]:
-    found = twins.batch(PICTURE + twins.tokens(5), PICTURE + twins.tokens(3)) | {"pixel_values": twins.pictures(2)}
+    found = twins.batch(PICTURE + twins.tokens(5), PICTURE + twins.tokens(3)) | {
+        "pixel_values": twins.pictures(2)
+    }
     return found | {"labels": found["input_ids"]}
 
 
@@ -28,8 +36,14 @@ def gradients(model, **options) -> dict[str, torch.Tensor | None]:
     """Of every trainable parameter."""
     model.zero_grad()
     model(**batch() | options).loss.backward()
-    assert all(parameter.grad is None for parameter in model.parameters() if not parameter.requires_grad)
-    return {name: parameter.grad for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert all(
+        parameter.grad is None for parameter in model.parameters() if not parameter.requires_grad
+    )
+    return {
+        name: parameter.grad
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad
+    }
 
 
 def test_names_stand_in_the_tower_too():
@@ -38,7 +52,9 @@ def test_names_stand_in_the_tower_too():
     model = twins.model()
     made = mllama.convert_linears_to_lora(model.language_model, target_module_names=["q_proj"])
     assert set(made) == {"layers.0.self_attn.q_proj", "layers.1.self_attn.q_proj"}
-    assert all(parameter.requires_grad for parameter in model.vision_tower.parameters()), "not touched"
+    assert all(parameter.requires_grad for parameter in model.vision_tower.parameters()), (
+        "not touched"
+    )
 
 
 @pytest.mark.parametrize("case", ONE_EACH)
@@ -54,14 +70,20 @@ def test_every_family(case, tmp_path):
         mllama.save_lora(model, tmp_path / "adapters.safetensors")
         again = make(case).ours
         mllama.load_lora(again, tmp_path / "adapters.safetensors")
-        assert torch.equal(again(**words).logits, expected) and not torch.allclose(expected, before, atol=1e-2)
+        assert torch.equal(again(**words).logits, expected) and not torch.allclose(
+            expected, before, atol=1e-2
+        )
         said = model.generate(**words, max_new_tokens=4, do_sample=False, pad_token_id=0)
         mllama.merge_lora(model)
         torch.testing.assert_close(model(**words).logits, expected, rtol=1e-4, atol=5e-4)
-        assert torch.equal(model.generate(**words, max_new_tokens=4, do_sample=False, pad_token_id=0), said)
+        assert torch.equal(
+            model.generate(**words, max_new_tokens=4, do_sample=False, pad_token_id=0), said
+        )
     mllama.merge_and_unload(model).save_pretrained(tmp_path / "model")
     with torch.no_grad():
-        torch.testing.assert_close(type(model).from_pretrained(tmp_path / "model")(**words).logits, model(**words).logits)
+        torch.testing.assert_close(
+            type(model).from_pretrained(tmp_path / "model")(**words).logits, model(**words).logits
+        )
 
 
 def test_a_tied_head_is_written_as_it_was(tmp_path):
@@ -74,7 +96,9 @@ def test_a_tied_head_is_written_as_it_was(tmp_path):
 
 
 @pytest.mark.parametrize("options", [None, {}, {"use_reentrant": False}, {"use_reentrant": True}])
-@pytest.mark.parametrize("part", [None, "vision_tower", "language_model", "language_model.layers.1.mlp"])
+@pytest.mark.parametrize(
+    "part", [None, "vision_tower", "language_model", "language_model.layers.1.mlp"]
+)
 def test_checkpointing_activations_changes_no_gradient(part, options):
     model = adapted(part, dropout=0.1)
     torch.manual_seed(1)
@@ -94,7 +118,9 @@ def test_a_frozen_tower_is_not_gone_back_through(monkeypatch):
     model = adapted("language_model")
     model.gradient_checkpointing_enable({"use_reentrant": True})
     calls = []
-    model.vision_tower.encoder.layers[0].self_attn.q_proj.register_forward_hook(lambda *_: calls.append(torch.is_grad_enabled()))
+    model.vision_tower.encoder.layers[0].self_attn.q_proj.register_forward_hook(
+        lambda *_: calls.append(torch.is_grad_enabled())
+    )
     gradients(model)
     assert len(calls) == 1, "computed again by the backward pass"
 
@@ -104,7 +130,9 @@ def test_the_tower_alone_under_checkpointing():
     model = mllama.SiglipModel(tower).train()
     mllama.convert_linears_to_lora(model)
     model.gradient_checkpointing_enable({"use_reentrant": True})
-    model(torch.randn(2, 3, tower.image_size, tower.image_size)).last_hidden_state.square().sum().backward()
+    model(
+        torch.randn(2, 3, tower.image_size, tower.image_size)
+    ).last_hidden_state.square().sum().backward()
     trained = [parameter for parameter in mllama.lora_parameters(model.vision_tower)]
     assert sum(parameter.grad is not None for parameter in trained) == len(trained)
 
@@ -144,7 +172,9 @@ def test_a_converted_model_compiles_in_one_graph():
     torch._dynamo.reset()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     with torch.no_grad():
-        torch.testing.assert_close(compiled(**batch(), use_cache=False).logits, model(**batch(), use_cache=False).logits)
+        torch.testing.assert_close(
+            compiled(**batch(), use_cache=False).logits, model(**batch(), use_cache=False).logits
+        )
 
 
 def test_weights_are_loaded_into_a_converted_model(tmp_path):
@@ -167,8 +197,16 @@ def test_transformers_trainer_trains_the_adapters(tmp_path):
 
     model = adapted("language_model")
     before = {name: parameter.clone() for name, parameter in model.named_parameters()}
-    options = {"report_to": [], "use_cpu": True, "disable_tqdm": True, "remove_unused_columns": False, "gradient_checkpointing": True}
-    arguments = TrainingArguments(str(tmp_path), max_steps=3, learning_rate=0.01, save_strategy="no", **options)
+    options = {
+        "report_to": [],
+        "use_cpu": True,
+        "disable_tqdm": True,
+        "remove_unused_columns": False,
+        "gradient_checkpointing": True,
+    }
+    arguments = TrainingArguments(
+        str(tmp_path), max_steps=3, learning_rate=0.01, save_strategy="no", **options
+    )
     trainer = Trainer(model, arguments, train_dataset=[0] * 8, data_collator=lambda _: batch())
     trainer.train()
     for name, parameter in model.named_parameters():

@@ -18,14 +18,33 @@ def logits(model) -> torch.Tensor:
 
 def test_adapted_trained_and_merged(model_folder, tmp_path, capsys):
     file, merged = tmp_path / "adapters.safetensors", tmp_path / "merged"
-    main(["adapt", str(model_folder), str(file), "--rank", "2", "--alpha", "6", "--targets", "q_proj", "down_proj"])
-    assert capsys.readouterr().out.startswith(f"{file}: 4 layers, 1,152 parameters that learn beside ")
+    main(
+        [
+            "adapt",
+            str(model_folder),
+            str(file),
+            "--rank",
+            "2",
+            "--alpha",
+            "6",
+            "--targets",
+            "q_proj",
+            "down_proj",
+        ]
+    )
+    assert capsys.readouterr().out.startswith(
+        f"{file}: 4 layers, 1,152 parameters that learn beside "
+    )
     assert {name.split(".")[0] for name in load_file(file)} == {"language_model"}
 
     model = MllamaForConditionalGeneration.from_pretrained(model_folder)
     plain = logits(model)
     mllama.load_lora(model, file)
-    assert {(layer.rank, layer.alpha) for layer in model.modules() if isinstance(layer, mllama.Linear_LORA)} == {(2, 6)}
+    assert {
+        (layer.rank, layer.alpha)
+        for layer in model.modules()
+        if isinstance(layer, mllama.Linear_LORA)
+    } == {(2, 6)}
     torch.testing.assert_close(logits(model), plain)
     for parameter in mllama.lora_parameters(model):
         torch.nn.init.normal_(parameter, std=0.2)
@@ -42,9 +61,22 @@ def test_adapted_trained_and_merged(model_folder, tmp_path, capsys):
 def test_by_name_from_anywhere(model_folder, tmp_path, capsys):
     """Where only the package is, as of a wheel."""
     file = tmp_path / "adapters.safetensors"
-    assert dropin(["convert_lo_ra", "adapt", str(model_folder), str(file), "--rank", "2"]) == 0 and load_file(file)
+    assert dropin(
+        ["convert_lo_ra", "adapt", str(model_folder), str(file), "--rank", "2"]
+    ) == 0 and load_file(file)
     capsys.readouterr()
-    assert dropin(["convert_lo_ra", "merge", str(tmp_path / "absent"), str(file), str(tmp_path / "merged")]) == 2
+    assert (
+        dropin(
+            [
+                "convert_lo_ra",
+                "merge",
+                str(tmp_path / "absent"),
+                str(file),
+                str(tmp_path / "merged"),
+            ]
+        )
+        == 2
+    )
     out, err = capsys.readouterr()
     assert (out, err.count("\n")) == ("", 1) and "absent" in err
 
@@ -53,10 +85,17 @@ def test_all_of_a_model_without_a_processor(tmp_path, capsys):
     folder, file = tmp_path / "model", tmp_path / "adapters.safetensors"
     twins.model().save_pretrained(folder)
     main(["adapt", str(folder), str(file), "--part", ""])
-    assert {name.split(".")[0] for name in load_file(file)} == {"language_model", "lm_head", "multi_modal_projector", "vision_tower"}
+    assert {name.split(".")[0] for name in load_file(file)} == {
+        "language_model",
+        "lm_head",
+        "multi_modal_projector",
+        "vision_tower",
+    }
     main(["merge", str(folder), str(file), str(tmp_path / "merged")])
     assert "no tokenizer or processor is written" in capsys.readouterr().err
-    assert logits(MllamaForConditionalGeneration.from_pretrained(tmp_path / "merged")).isfinite().all()
+    assert (
+        logits(MllamaForConditionalGeneration.from_pretrained(tmp_path / "merged")).isfinite().all()
+    )
 
 
 @pytest.mark.parametrize(
@@ -66,16 +105,34 @@ def test_all_of_a_model_without_a_processor(tmp_path, capsys):
             ["adapt", "{folder}", "{tmp}/a.safetensors", "--part", "decoder"],
             "the model has no decoder; its parts are vision_tower,",
         ),
-        (["adapt", "{folder}", "{tmp}/a.safetensors", "--targets", "W_query"], "no linear layer is called W_query; there are down_proj,"),
-        (["adapt", "{folder}", "{tmp}/a.safetensors", "--rank", "0"], "rank must be at least 1, got 0"),
+        (
+            ["adapt", "{folder}", "{tmp}/a.safetensors", "--targets", "W_query"],
+            "no linear layer is called W_query; there are down_proj,",
+        ),
+        (
+            ["adapt", "{folder}", "{tmp}/a.safetensors", "--rank", "0"],
+            "rank must be at least 1, got 0",
+        ),
         (["adapt", "{tmp}/absent", "{tmp}/a.safetensors"], "absent"),
         (["merge", "{tmp}/absent", "{tmp}/a.safetensors", "{tmp}/merged"], "absent"),
-        (["merge", "{folder}", "{tmp}/a.safetensors", "{tmp}/merged"], "a.safetensors is no file of adapters"),
-        (["merge", "{folder}", "{tmp}/a.safetensors", "{folder}"], "exists and is not an empty folder"),
+        (
+            ["merge", "{folder}", "{tmp}/a.safetensors", "{tmp}/merged"],
+            "a.safetensors is no file of adapters",
+        ),
+        (
+            ["merge", "{folder}", "{tmp}/a.safetensors", "{folder}"],
+            "exists and is not an empty folder",
+        ),
     ],
 )
-def test_errors_are_one_line_and_nothing_is_written(model_folder, tmp_path, capsys, arguments, said):
+def test_errors_are_one_line_and_nothing_is_written(
+    model_folder, tmp_path, capsys, arguments, said
+):
     with pytest.raises(SystemExit) as stopped:
         main([argument.format(folder=model_folder, tmp=tmp_path) for argument in arguments])
     assert str(stopped.value).startswith("convert_lo_ra: error: ") and said in str(stopped.value)
-    assert "\n" not in str(stopped.value) and not capsys.readouterr().err and not any(tmp_path.iterdir())
+    assert (
+        "\n" not in str(stopped.value)
+        and not capsys.readouterr().err
+        and not any(tmp_path.iterdir())
+    )

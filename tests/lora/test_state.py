@@ -20,7 +20,9 @@ def base(model: nn.Sequential, x: torch.Tensor) -> torch.Tensor:
 
 def test_parameters_are_the_adapters_alone(converted):
     model = converted()
-    assert mllama.lora_parameters(model) == [model[i].get_submodule(part).weight for i in (0, 4) for part in ("lora_a", "lora_b")]
+    assert mllama.lora_parameters(model) == [
+        model[i].get_submodule(part).weight for i in (0, 4) for part in ("lora_a", "lora_b")
+    ]
     model[4].lora_a.weight = nn.Parameter(torch.zeros(4, 9))
     model[0].lora_b.weight = model[4].lora_b.weight  # one adapter's part in two layers
     assert len(mllama.lora_parameters(model)) == 3
@@ -67,7 +69,8 @@ def test_other_threads_see_the_switch(converted):
 
 
 @pytest.mark.parametrize(
-    ("kind", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-12), (torch.bfloat16, 0.1), (torch.float16, 0.01)]
+    ("kind", "tolerance"),
+    [(torch.float32, 1e-5), (torch.float64, 1e-12), (torch.bfloat16, 0.1), (torch.float16, 0.01)],
 )
 def test_merged_and_back(converted, kind, tolerance):
     model, x = converted().to(kind), torch.randn(50, 6, dtype=kind)
@@ -78,7 +81,9 @@ def test_merged_and_back(converted, kind, tolerance):
     torch.testing.assert_close(model(x), adapted, rtol=0, atol=tolerance)
     mllama.unmerge_lora(model)
     assert torch.equal(model(x), adapted)
-    assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items()), "not bit for bit"
+    assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items()), (
+        "not bit for bit"
+    )
 
 
 def test_merging_again_and_unmerging_again(converted):
@@ -96,7 +101,10 @@ def test_merging_again_and_unmerging_again(converted):
 def test_a_merged_model_is_not_trained(converted):
     model, x = converted(), torch.randn(5, 6)
     mllama.merge_lora(model)
-    with pytest.raises(ValueError, match=r"merged, so its adapter would not learn: call mllama.unmerge_lora\(model\)"):
+    with pytest.raises(
+        ValueError,
+        match=r"merged, so its adapter would not learn: call mllama.unmerge_lora\(model\)",
+    ):
         model.train()(x)
     with torch.no_grad():
         model(x)
@@ -190,7 +198,10 @@ def test_layers_that_compute_in_a_way_of_their_own_are_not_merged(converted, cha
     ],
 )
 def test_models_without_adapters(call):
-    with pytest.raises(ValueError, match=r"this MllamaFor.* has no LoRA layers: call mllama.convert_linears_to_lora\(model\)"):
+    with pytest.raises(
+        ValueError,
+        match=r"this MllamaFor.* has no LoRA layers: call mllama.convert_linears_to_lora\(model\)",
+    ):
         call(twins.model())
     with pytest.raises(TypeError, match="torch.nn.Module, got str"):
         call("model")

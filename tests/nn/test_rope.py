@@ -7,19 +7,30 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from mllama.nn.rope import RotaryEmbedding
 
-LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64}
+LLAMA3 = {
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
 
 
 @pytest.mark.parametrize(
     "parameters",
-    [{"rope_type": "default"}, {"rope_type": "linear", "factor": 4.0}, {"rope_type": "llama3", **LLAMA3}],
+    [
+        {"rope_type": "default"},
+        {"rope_type": "linear", "factor": 4.0},
+        {"rope_type": "llama3", **LLAMA3},
+    ],
     ids=["default", "linear", "llama3"],
 )
 def test_tables_equal_transformers(parameters):
     parameters = parameters | {"rope_theta": 10000.0}
     config = LlamaConfig(hidden_size=64, num_attention_heads=2, rope_parameters=dict(parameters))
     positions = torch.arange(200).unsqueeze(0)
-    cos, sin = LlamaRotaryEmbedding(config)(torch.zeros(1), positions)  # both halves of a head, equal
+    cos, sin = LlamaRotaryEmbedding(config)(
+        torch.zeros(1), positions
+    )  # both halves of a head, equal
     ours = RotaryEmbedding(32, parameters)(positions)
     torch.testing.assert_close(ours, (cos[..., :16], sin[..., :16]), rtol=1e-5, atol=1e-5)
 

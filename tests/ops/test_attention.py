@@ -4,18 +4,32 @@ import math
 import pytest
 import torch
 
-from helpers import THROWN, BadCall, Sample, assert_close, check_op, instruction_set, instruction_sets, needs_kernels
+from helpers import (
+    THROWN,
+    BadCall,
+    Sample,
+    assert_close,
+    check_op,
+    instruction_set,
+    instruction_sets,
+    needs_kernels,
+)
 from mllama import _ext
 from mllama.ops import attention, attention_weights
 from mllama.ops.attention import reference
 
 torch.manual_seed(0)
-# P and dS are rounded to the inputs' dtype where the CPU multiplies bf16, so a sum of many small errors remains.
+# P and dS are rounded to the inputs' dtype where the CPU multiplies bf16, so a sum of many small
+# errors remains.
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}
 
 
 def tensors(batch=1, queries=1, keys=1, heads=2, kv_heads=1, size=16):
-    return torch.randn(batch, queries, heads, size), torch.randn(batch, keys, kv_heads, size), torch.randn(batch, keys, kv_heads, size)
+    return (
+        torch.randn(batch, queries, heads, size),
+        torch.randn(batch, keys, kv_heads, size),
+        torch.randn(batch, keys, kv_heads, size),
+    )
 
 
 def left_padding(*lengths, keys):
@@ -28,7 +42,14 @@ def right_padding(*lengths, keys):
 
 def starts(*lengths):
     """[B, T]: for rows of sequences of these lengths, where the sequence of each position begins."""
-    rows = [[start for start, size in zip(itertools.accumulate(row, initial=0), row, strict=False) for _ in range(size)] for row in lengths]
+    rows = [
+        [
+            start
+            for start, size in zip(itertools.accumulate(row, initial=0), row, strict=False)
+            for _ in range(size)
+        ]
+        for row in lengths
+    ]
     return torch.tensor(rows)
 
 
@@ -37,7 +58,8 @@ def sample(*args, **masks):
 
 
 INT = torch.tensor
-# Up to 24 rows (queries x query heads per key head) run on the decode kernel, more on the prefill kernel.
+# Up to 24 rows (queries x query heads per key head) run on the decode kernel, more on the prefill
+# kernel.
 SAMPLES = {
     "causal, grouped": sample(2, 21, 21, 4, 2, 24, causal=True),
     "one query over two chunks of keys": sample(2, 1, 300, 6, 2, 64, causal=True, key_mask=left_padding(300, 130, keys=300)),
@@ -84,7 +106,12 @@ SAMPLES = {
     "no rows": sample(0, 2, 3, 2, 1, 16, key_mask=torch.ones(0, 3, dtype=torch.bool)),
 }  # fmt: skip
 Q, K, V = tensors(2, 4, 6, 4, 2, 16)
-OFFSET, MASK, BIAS, FIRST = torch.tensor([2]), right_padding(6, 3, keys=6), torch.zeros(1, 6), starts([1, 3])
+OFFSET, MASK, BIAS, FIRST = (
+    torch.tensor([2]),
+    right_padding(6, 3, keys=6),
+    torch.zeros(1, 6),
+    starts([1, 3]),
+)
 
 
 def raw(requires_grad):
@@ -105,7 +132,10 @@ def test_attention():
         tolerance=TOLERANCE,
         raw=[
             (operators.attention.default, raw(True)),
-            (operators._attention_backward.default, (torch.randn_like(out), Q, K, V, out, statistics, *raw(False)[3:])),
+            (
+                operators._attention_backward.default,
+                (torch.randn_like(out), Q, K, V, out, statistics, *raw(False)[3:]),
+            ),
         ],
         bad_calls=BAD_CALLS,
     )
@@ -113,53 +143,169 @@ def test_attention():
 
 BAD_CALLS = [
     BadCall(lambda: attention(1, K, V), TypeError, "q must be a torch.Tensor, got int"),
-    BadCall(lambda: attention(Q, K, V.double()), TypeError, "v must be float32, bfloat16 or float16, got float64"),
-    BadCall(lambda: attention(Q, K, None), TypeError, "v must be a torch.Tensor, got NoneType"),
-    BadCall(lambda: attention(Q, K.half(), V), TypeError, "k must have q's dtype float32, got float16"),
-    BadCall(lambda: attention(Q[0], K, V), ValueError, r"q and k must be \[batch, length, heads, head size\]"),
-    BadCall(lambda: attention(Q[..., :0], K[..., :0], V[..., :0]), ValueError, "head size .* must be 1 to 256, got 0"),
-    BadCall(lambda: attention(*tensors(1, 2, 2, 1, 1, 257)), ValueError, "head size .* must be 1 to 256, got 257"),
-    BadCall(lambda: attention(Q[..., :8], K[:1, ..., :8], V[..., :8]), ValueError, "must agree in batch"),
-    BadCall(lambda: attention(Q, K[:1], V), ValueError, "must agree in batch"),
-    BadCall(lambda: attention(Q[:, :, :3], K, V), ValueError, "q's 3 heads must be a multiple of k's 2"),
-    BadCall(lambda: attention(Q, K[:, :, :0], V[:, :, :0]), ValueError, "q's 4 heads must be a multiple of k's 0"),
-    BadCall(lambda: attention(Q, K, V[:, :3]), ValueError, "v must have k's shape"),
-    BadCall(lambda: attention(Q, K, V, scale="1"), TypeError, "scale must be a float or None, got str"),
-    BadCall(lambda: attention(Q, K, V, causal=1), TypeError, "causal must be a bool, got int"),
-    BadCall(lambda: attention(Q, K, V, query_offset=3), ValueError, "query_offset has a meaning only with causal=True"),
-    BadCall(lambda: attention(Q, K, V, prefix_length=OFFSET), ValueError, "prefix_length has a meaning only with causal=True"),
-    BadCall(lambda: attention(Q, K, V, causal=True, query_offset=1.5), TypeError, "query_offset must be an int, an int64 tensor or None"),
-    BadCall(lambda: attention(Q, K, V, causal=True, query_offset=1 << 70), ValueError, "query_offset must lie within"),
-    BadCall(lambda: attention(Q, K, V, causal=True, query_offset=OFFSET.int()), TypeError, "query_offset must be int64, got int32"),
     BadCall(
-        lambda: attention(Q, K, V, causal=True, query_offset=torch.arange(3)), ValueError, r"query_offset must be \[2\] or \[1\], got \[3\]"
+        lambda: attention(Q, K, V.double()),
+        TypeError,
+        "v must be float32, bfloat16 or float16, got float64",
+    ),
+    BadCall(lambda: attention(Q, K, None), TypeError, "v must be a torch.Tensor, got NoneType"),
+    BadCall(
+        lambda: attention(Q, K.half(), V), TypeError, "k must have q's dtype float32, got float16"
+    ),
+    BadCall(
+        lambda: attention(Q[0], K, V),
+        ValueError,
+        r"q and k must be \[batch, length, heads, head size\]",
+    ),
+    BadCall(
+        lambda: attention(Q[..., :0], K[..., :0], V[..., :0]),
+        ValueError,
+        "head size .* must be 1 to 256, got 0",
+    ),
+    BadCall(
+        lambda: attention(*tensors(1, 2, 2, 1, 1, 257)),
+        ValueError,
+        "head size .* must be 1 to 256, got 257",
+    ),
+    BadCall(
+        lambda: attention(Q[..., :8], K[:1, ..., :8], V[..., :8]), ValueError, "must agree in batch"
+    ),
+    BadCall(lambda: attention(Q, K[:1], V), ValueError, "must agree in batch"),
+    BadCall(
+        lambda: attention(Q[:, :, :3], K, V), ValueError, "q's 3 heads must be a multiple of k's 2"
+    ),
+    BadCall(
+        lambda: attention(Q, K[:, :, :0], V[:, :, :0]),
+        ValueError,
+        "q's 4 heads must be a multiple of k's 0",
+    ),
+    BadCall(lambda: attention(Q, K, V[:, :3]), ValueError, "v must have k's shape"),
+    BadCall(
+        lambda: attention(Q, K, V, scale="1"), TypeError, "scale must be a float or None, got str"
+    ),
+    BadCall(lambda: attention(Q, K, V, causal=1), TypeError, "causal must be a bool, got int"),
+    BadCall(
+        lambda: attention(Q, K, V, query_offset=3),
+        ValueError,
+        "query_offset has a meaning only with causal=True",
+    ),
+    BadCall(
+        lambda: attention(Q, K, V, prefix_length=OFFSET),
+        ValueError,
+        "prefix_length has a meaning only with causal=True",
+    ),
+    BadCall(
+        lambda: attention(Q, K, V, causal=True, query_offset=1.5),
+        TypeError,
+        "query_offset must be an int, an int64 tensor or None",
+    ),
+    BadCall(
+        lambda: attention(Q, K, V, causal=True, query_offset=1 << 70),
+        ValueError,
+        "query_offset must lie within",
+    ),
+    BadCall(
+        lambda: attention(Q, K, V, causal=True, query_offset=OFFSET.int()),
+        TypeError,
+        "query_offset must be int64, got int32",
+    ),
+    BadCall(
+        lambda: attention(Q, K, V, causal=True, query_offset=torch.arange(3)),
+        ValueError,
+        r"query_offset must be \[2\] or \[1\], got \[3\]",
     ),
     BadCall(
         lambda: attention(Q[:1], K[:1], V[:1], causal=True, query_offset=torch.arange(3)),
         ValueError,
         r"query_offset must be \[1\], got \[3\]",
     ),
-    BadCall(lambda: attention(Q, K, V, causal=True, prefix_length=INT(3)), ValueError, r"prefix_length must be \[2\], got \[\]"),
-    BadCall(lambda: attention(Q, K, V, causal=True, prefix_length=OFFSET), ValueError, r"prefix_length must be \[2\], got \[1\]"),
-    BadCall(lambda: attention(Q, K, V, causal=True, prefix_length=FIRST), ValueError, r"prefix_length must be \[2, 4\], got \[1, 4\]"),
-    BadCall(lambda: attention(Q, K, V, first_key=FIRST.int()), TypeError, "first_key must be int64, got int32"),
-    BadCall(lambda: attention(Q, K, V, first_key=FIRST[:, :3]), ValueError, r"first_key must be \[2, 4\] or \[1, 4\], got \[1, 3\]"),
-    BadCall(lambda: attention(Q, K, V, first_key=FIRST[0]), ValueError, r"first_key must be \[2, 4\] or \[1, 4\], got \[4\]"),
-    BadCall(lambda: attention(Q, K, V, key_mask=MASK.int()), TypeError, "key_mask must be bool, got int32"),
-    BadCall(lambda: attention(Q, K, V, key_mask=[True]), TypeError, "key_mask must be a torch.Tensor, got list"),
-    BadCall(lambda: attention(Q, K, V, key_mask=MASK[:1]), ValueError, r"key_mask must be \[2, 6\], got \[1, 6\]"),
-    BadCall(lambda: attention(Q, K, V, key_bias=BIAS.half()), TypeError, "key_bias must be float32, got float16"),
-    BadCall(lambda: attention(Q, K, V, key_bias=BIAS[:, :2]), ValueError, r"key_bias must be \[2, 6\] or \[1, 6\], got \[1, 2\]"),
-    BadCall(lambda: attention(Q, K, V, key_bias=BIAS.clone().requires_grad_()), ValueError, "key_bias gets no gradient"),
-    BadCall(lambda: attention(Q.to("meta"), K, V), ValueError, "k is on cpu, q on meta"),
-    BadCall(lambda: torch.ops.mllama.attention(Q, K, V[:1], None, None, None, None, None, False, 1.0), THROWN, "v must have k's shape"),
-    BadCall(lambda: torch.ops.mllama.attention(Q, K, V, None, None, OFFSET, None, None, False, 1.0), THROWN, "has a meaning only with"),
     BadCall(
-        lambda: torch.ops.mllama.attention(Q, K, V, MASK[:1], None, None, None, None, False, 1.0), THROWN, r"key_mask must be \[2, 6\]"
+        lambda: attention(Q, K, V, causal=True, prefix_length=INT(3)),
+        ValueError,
+        r"prefix_length must be \[2\], got \[\]",
     ),
-    BadCall(lambda: torch.ops.mllama.attention(Q, K.half(), V, None, None, None, None, None, False, 1.0), THROWN, "must have q's dtype"),
     BadCall(
-        lambda: torch.ops.mllama.attention(Q, K, V, MASK.int(), None, None, None, None, False, 1.0), THROWN, "key_mask has the wrong dtype"
+        lambda: attention(Q, K, V, causal=True, prefix_length=OFFSET),
+        ValueError,
+        r"prefix_length must be \[2\], got \[1\]",
+    ),
+    BadCall(
+        lambda: attention(Q, K, V, causal=True, prefix_length=FIRST),
+        ValueError,
+        r"prefix_length must be \[2, 4\], got \[1, 4\]",
+    ),
+    BadCall(
+        lambda: attention(Q, K, V, first_key=FIRST.int()),
+        TypeError,
+        "first_key must be int64, got int32",
+    ),
+    BadCall(
+        lambda: attention(Q, K, V, first_key=FIRST[:, :3]),
+        ValueError,
+        r"first_key must be \[2, 4\] or \[1, 4\], got \[1, 3\]",
+    ),
+    BadCall(
+        lambda: attention(Q, K, V, first_key=FIRST[0]),
+        ValueError,
+        r"first_key must be \[2, 4\] or \[1, 4\], got \[4\]",
+    ),
+    BadCall(
+        lambda: attention(Q, K, V, key_mask=MASK.int()),
+        TypeError,
+        "key_mask must be bool, got int32",
+    ),
+    BadCall(
+        lambda: attention(Q, K, V, key_mask=[True]),
+        TypeError,
+        "key_mask must be a torch.Tensor, got list",
+    ),
+    BadCall(
+        lambda: attention(Q, K, V, key_mask=MASK[:1]),
+        ValueError,
+        r"key_mask must be \[2, 6\], got \[1, 6\]",
+    ),
+    BadCall(
+        lambda: attention(Q, K, V, key_bias=BIAS.half()),
+        TypeError,
+        "key_bias must be float32, got float16",
+    ),
+    BadCall(
+        lambda: attention(Q, K, V, key_bias=BIAS[:, :2]),
+        ValueError,
+        r"key_bias must be \[2, 6\] or \[1, 6\], got \[1, 2\]",
+    ),
+    BadCall(
+        lambda: attention(Q, K, V, key_bias=BIAS.clone().requires_grad_()),
+        ValueError,
+        "key_bias gets no gradient",
+    ),
+    BadCall(lambda: attention(Q.to("meta"), K, V), ValueError, "k is on cpu, q on meta"),
+    BadCall(
+        lambda: torch.ops.mllama.attention(Q, K, V[:1], None, None, None, None, None, False, 1.0),
+        THROWN,
+        "v must have k's shape",
+    ),
+    BadCall(
+        lambda: torch.ops.mllama.attention(Q, K, V, None, None, OFFSET, None, None, False, 1.0),
+        THROWN,
+        "has a meaning only with",
+    ),
+    BadCall(
+        lambda: torch.ops.mllama.attention(Q, K, V, MASK[:1], None, None, None, None, False, 1.0),
+        THROWN,
+        r"key_mask must be \[2, 6\]",
+    ),
+    BadCall(
+        lambda: torch.ops.mllama.attention(
+            Q, K.half(), V, None, None, None, None, None, False, 1.0
+        ),
+        THROWN,
+        "must have q's dtype",
+    ),
+    BadCall(
+        lambda: torch.ops.mllama.attention(Q, K, V, MASK.int(), None, None, None, None, False, 1.0),
+        THROWN,
+        "key_mask has the wrong dtype",
     ),
 ]
 
@@ -172,7 +318,12 @@ def reference_of(q, k, v, dtype, **masks):
 @pytest.mark.parametrize("queries", [1, 7])
 def test_group_sizes(queries, heads, kv_heads):
     q, k, v = tensors(2, queries, 40, heads, kv_heads, 32)
-    assert_close(attention(q, k, v, causal=True), reference_of(q, k, v, torch.float64, causal=True), 1e-5, "attention")
+    assert_close(
+        attention(q, k, v, causal=True),
+        reference_of(q, k, v, torch.float64, causal=True),
+        1e-5,
+        "attention",
+    )
 
 
 @needs_kernels
@@ -185,12 +336,16 @@ def test_head_sizes(size):
                 with instruction_set(isa):
                     actual = attention(q, k, v, causal=True)
                 expected = reference_of(q, k, v, torch.float64, causal=True)
-                assert_close(actual, expected, TOLERANCE[dtype], f"{isa}, {dtype}, {queries} queries")
+                assert_close(
+                    actual, expected, TOLERANCE[dtype], f"{isa}, {dtype}, {queries} queries"
+                )
 
 
 @needs_kernels
 def test_cache_views():
-    """Keys in a cache [B, KV, room, D], seen through a transpose and cut to its length, equal the same keys laid out afresh."""
+    """Keys in a cache [B, KV, room, D], seen through a transpose and cut to its length, equal the
+    same keys laid out afresh.
+    """
     room = torch.full((2, 2, 64, 32), torch.nan)
     cache_k, cache_v = room.clone(), room.clone()
     cache_k[:, :, :50], cache_v[:, :, :50] = torch.randn(2, 2, 50, 32), torch.randn(2, 2, 50, 32)
@@ -198,7 +353,10 @@ def test_cache_views():
     fused = torch.randn(2, 30, 3, 4, 32)  # queries as one slice of a joint projection
     for queries in (1, 30):
         q = fused[:, :queries, 1]
-        assert torch.equal(attention(q, k, v, causal=True), attention(q.contiguous(), k.contiguous(), v.contiguous(), causal=True))
+        assert torch.equal(
+            attention(q, k, v, causal=True),
+            attention(q.contiguous(), k.contiguous(), v.contiguous(), causal=True),
+        )
 
 
 def test_static_cache_offset():
@@ -207,7 +365,12 @@ def test_static_cache_offset():
     for queries in (1, 30):
         q = torch.randn(2, queries, 4, 32)
         short = attention(q, k[:, :300], v[:, :300], causal=True)
-        assert_close(attention(q, k, v, causal=True, query_offset=torch.tensor([300 - queries])), short, 1e-6, f"{queries} queries")
+        assert_close(
+            attention(q, k, v, causal=True, query_offset=torch.tensor([300 - queries])),
+            short,
+            1e-6,
+            f"{queries} queries",
+        )
 
 
 def test_bias_is_multiplicity():
@@ -243,11 +406,18 @@ def test_large_scores(queries, dtype):
     q, k = q * 50, k * 50
     for bias in (0.0, -3000.0):
         masks = {"key_bias": torch.full((1, 300), bias)}
-        assert_close(attention(q, k, v, **masks), reference_of(q, k, v, torch.float64, **masks), TOLERANCE[dtype], f"bias {bias}")
+        assert_close(
+            attention(q, k, v, **masks),
+            reference_of(q, k, v, torch.float64, **masks),
+            TOLERANCE[dtype],
+            f"bias {bias}",
+        )
 
 
 @needs_kernels
-@pytest.mark.parametrize("queries, keys", [(1, 1), (2, 9), (3, 6), (4, 5), (2, 17), (2, 300), (30, 40)])
+@pytest.mark.parametrize(
+    "queries, keys", [(1, 1), (2, 9), (3, 6), (4, 5), (2, 17), (2, 300), (30, 40)]
+)
 def test_nan_query_is_nan(queries, keys):
     """Wherever in a vector or chunk the row's last key lies: not taken for a row that sees nothing."""
     q, k, v = tensors(1, queries, keys, 1, 1, 16)
@@ -263,7 +433,11 @@ def hide_by_mask(keys, *hidden):
 
 
 def hide_by_bias(keys, *hidden):
-    return {"key_bias": torch.zeros(1, keys).masked_fill(~hide_by_mask(keys, *hidden)["key_mask"], -math.inf)}
+    return {
+        "key_bias": torch.zeros(1, keys).masked_fill(
+            ~hide_by_mask(keys, *hidden)["key_mask"], -math.inf
+        )
+    }
 
 
 @needs_kernels
@@ -297,11 +471,20 @@ LEAST, MOST = torch.finfo(torch.float32).min, torch.finfo(torch.float32).max
 @pytest.mark.parametrize("queries", [1, 3, 30])
 @pytest.mark.parametrize(
     "bias",
-    [[0, LEAST, 0, 0, 0], [0, 0, 3e38, 0, 0], [MOST, 0, LEAST, 0, 0], [math.nan, 0, 0, 1, 2], [math.nan] * 5, [0, math.inf, 0, 0, 0]],
+    [
+        [0, LEAST, 0, 0, 0],
+        [0, 0, 3e38, 0, 0],
+        [MOST, 0, LEAST, 0, 0],
+        [math.nan, 0, 0, 1, 2],
+        [math.nan] * 5,
+        [0, math.inf, 0, 0, 0],
+    ],
     ids=["one least", "one large", "both ends", "one nan", "all nan", "infinite"],
 )
 def test_extreme_bias(bias, queries):
-    """Biases that leave f32 in the kernels' log2 units, and NaN, which hides as -inf does: results and gradients."""
+    """Biases that leave f32 in the kernels' log2 units, and NaN, which hides as -inf does: results
+    and gradients.
+    """
     inputs = [tensor.requires_grad_() for tensor in tensors(1, queries, 5, 2, 1, 16)]
     masks = {"key_bias": torch.tensor([bias], dtype=torch.float32)}
     expected = reference(*inputs, **masks)
@@ -311,7 +494,9 @@ def test_extreme_bias(bias, queries):
             out = attention(*inputs, **masks)
             actual = torch.autograd.grad(out.square().sum(), inputs)
         assert_close(out, expected, 1e-5, isa)
-        assert_close(joined(actual), joined(gradients), 1e-5, f"{isa}, gradients")  # together: where one key has all the weight, q's are 0
+        assert_close(
+            joined(actual), joined(gradients), 1e-5, f"{isa}, gradients"
+        )  # together: where one key has all the weight, q's are 0
 
 
 @pytest.mark.parametrize("queries", [1, 30])
@@ -327,7 +512,9 @@ def test_least_bias_everywhere_is_the_average(queries):
 @pytest.mark.parametrize("least", [-1e9, LEAST])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_gradients_under_a_huge_bias(dtype, least, queries):
-    """On every key of a row, on all but a few, and on all that the first queries see: beside it the logarithm of a sum would be lost."""
+    """On every key of a row, on all but a few, and on all that the first queries see: beside it the
+    logarithm of a sum would be lost.
+    """
     q, k, v = (tensor.to(dtype).requires_grad_() for tensor in tensors(3, queries, 40, 4, 2, 32))
     huge = torch.arange(40) < torch.tensor([40, 36, 45 - queries])[:, None]
     exact = [tensor.detach().double().requires_grad_() for tensor in (q, k, v)]
@@ -336,7 +523,9 @@ def test_gradients_under_a_huge_bias(dtype, least, queries):
     gradients = torch.autograd.grad(expected.square().sum(), exact)
     for isa in instruction_sets():
         with instruction_set(isa):
-            out = attention(q, k, v, causal=True, key_bias=torch.zeros(3, 40).masked_fill(huge, least))
+            out = attention(
+                q, k, v, causal=True, key_bias=torch.zeros(3, 40).masked_fill(huge, least)
+            )
             actual = torch.autograd.grad(out.square().sum(), (q, k, v))
         assert_close(out, expected, TOLERANCE[dtype], isa)
         for name, a, b in zip("qkv", actual, gradients, strict=True):
@@ -380,17 +569,23 @@ def test_saved_for_backward():
     """Nothing of size queries x keys is kept: q, k, v, the result and two numbers per query."""
     q, k, v = (tensor.requires_grad_() for tensor in tensors(1, 64, 64, 2, 1, 16))
     saved = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: saved.append(tensor.shape) or tensor, lambda tensor: tensor):
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda tensor: saved.append(tensor.shape) or tensor, lambda tensor: tensor
+    ):
         attention(q, k, v, causal=True)
     assert sorted(saved) == sorted([q.shape, k.shape, v.shape, q.shape, (1, 2, 64, 2)])
 
 
 @pytest.mark.parametrize("wanted", [(0,), (1,), (0, 2)])
 def test_gradients_of_some_inputs(wanted):
-    inputs = [tensor.requires_grad_(i in wanted) for i, tensor in enumerate(tensors(1, 20, 20, 2, 1, 16))]
+    inputs = [
+        tensor.requires_grad_(i in wanted) for i, tensor in enumerate(tensors(1, 20, 20, 2, 1, 16))
+    ]
     asked = [inputs[i] for i in wanted]
     actual = torch.autograd.grad(attention(*inputs).square().sum(), asked)
-    for a, b in zip(actual, torch.autograd.grad(reference(*inputs).square().sum(), asked), strict=True):
+    for a, b in zip(
+        actual, torch.autograd.grad(reference(*inputs).square().sum(), asked), strict=True
+    ):
         assert_close(a, b, 1e-5, "gradient")
 
 
@@ -400,7 +595,12 @@ def test_weights():
     weights = attention_weights(q, k, **masks)
     assert weights.shape == (2, 6, 25, 60) and weights.dtype == torch.float32
     values = v.repeat_interleave(3, 2).transpose(1, 2)
-    assert_close((weights @ values).transpose(1, 2), attention(q, k, v, **masks), 1e-5, "weights times values")
+    assert_close(
+        (weights @ values).transpose(1, 2),
+        attention(q, k, v, **masks),
+        1e-5,
+        "weights times values",
+    )
     sums = weights.sum(-1)
     assert torch.all(((sums - 1).abs() < 1e-5) | (sums == 0))
     with pytest.raises(ValueError, match="must agree in batch"):
@@ -415,7 +615,9 @@ def test_matches_torch():
     assert_close(attention(q, k, v, causal=True), expected.transpose(1, 2), 1e-5, "attention")
 
 
-@pytest.mark.parametrize("offset", [lambda position: torch.tensor([position]), int], ids=["tensor", "int"])
+@pytest.mark.parametrize(
+    "offset", [lambda position: torch.tensor([position]), int], ids=["tensor", "int"]
+)
 def test_compiled_with_offset(offset):
     """One graph serves every position of a decoding step."""
 
@@ -432,9 +634,15 @@ def test_compiled_with_offset(offset):
 def test_compiled_int_offset_becomes_dynamic():
     """The second value of an int makes it a symbol, which messages must not be built from."""
     q, k, v = tensors(1, 2, 32, 2, 1, 16)
-    compiled = torch.compile(lambda *args, o: attention(*args, causal=True, query_offset=o), fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(
+        lambda *args, o: attention(*args, causal=True, query_offset=o),
+        fullgraph=True,
+        backend="aot_eager",
+    )
     for offset in (2, 3, 17):
-        assert torch.equal(compiled(q, k, v, o=offset), attention(q, k, v, causal=True, query_offset=offset))
+        assert torch.equal(
+            compiled(q, k, v, o=offset), attention(q, k, v, causal=True, query_offset=offset)
+        )
     torch._dynamo.reset()
 
 
@@ -446,11 +654,21 @@ def test_several_sequences_are_as_alone(isa):
     q, k, v = tensors(1, 200, 200, 4, 2, 32)
     parts = [[part.requires_grad_() for part in tensor.split(lengths, 1)] for tensor in (q, k, v)]
     with instruction_set(isa):
-        packed = attention(*(torch.cat(tensor, 1) for tensor in parts), causal=True, first_key=starts(lengths))
-        alone = torch.cat([attention(*tensor, causal=True) for tensor in zip(*parts, strict=True)], 1)
+        packed = attention(
+            *(torch.cat(tensor, 1) for tensor in parts), causal=True, first_key=starts(lengths)
+        )
+        alone = torch.cat(
+            [attention(*tensor, causal=True) for tensor in zip(*parts, strict=True)], 1
+        )
         leaves = [leaf for tensor in parts for leaf in tensor]
         gradients = [torch.autograd.grad(out.square().sum(), leaves) for out in (packed, alone)]
-        spoiled = torch.cat([torch.full_like(part, torch.nan) if i == 0 else part for i, part in enumerate(parts[1])], 1)
+        spoiled = torch.cat(
+            [
+                torch.full_like(part, torch.nan) if i == 0 else part
+                for i, part in enumerate(parts[1])
+            ],
+            1,
+        )
         beside = attention(q, spoiled, v, causal=True, first_key=starts(lengths))[:, 130:]
     assert_close(packed, alone, 1e-6, "results")
     assert_close(joined(gradients[0]), joined(gradients[1]), 1e-6, "gradients")

@@ -3,14 +3,26 @@
 import pytest
 import torch
 
-from helpers import THROWN, BadCall, Sample, check_op, instruction_set, instruction_sets, needs_kernels
+from helpers import (
+    THROWN,
+    BadCall,
+    Sample,
+    check_op,
+    instruction_set,
+    instruction_sets,
+    needs_kernels,
+)
 from mllama.ops import geglu, swiglu
 from mllama.ops.geglu import reference as geglu_reference
 from mllama.ops.swiglu import reference as swiglu_reference
 
 torch.manual_seed(0)
 GATE, UP = torch.randn(2, 3, 8)
-both = pytest.mark.parametrize(("gated", "reference"), [(swiglu, swiglu_reference), (geglu, geglu_reference)], ids=["swiglu", "geglu"])
+both = pytest.mark.parametrize(
+    ("gated", "reference"),
+    [(swiglu, swiglu_reference), (geglu, geglu_reference)],
+    ids=["swiglu", "geglu"],
+)
 
 
 def sample(*shape):
@@ -31,12 +43,27 @@ def test_gated(gated, reference):
         gated,
         reference,
         [sample(3, 64), halves(5, 77), sample(2, 3, 29), sample(0, 8), sample(), sample(40, 1000)],
-        raw=[(operator, (GATE.clone().requires_grad_(), UP)), (backward, (torch.randn(3, 8), GATE, UP))],
+        raw=[
+            (operator, (GATE.clone().requires_grad_(), UP)),
+            (backward, (torch.randn(3, 8), GATE, UP)),
+        ],
         bad_calls=[
             BadCall(lambda: gated(GATE, 1.0), TypeError, "up must be a torch.Tensor, got float"),
-            BadCall(lambda: gated(GATE.double(), UP.double()), TypeError, "gate must be float32, bfloat16 or float16, got float64"),
-            BadCall(lambda: gated(GATE, UP[:2]), ValueError, r"up must be as gate, \[3, 8\] of float32, got \[2, 8\]"),
-            BadCall(lambda: gated(GATE, UP.bfloat16()), ValueError, r"up must be as gate, .* got \[3, 8\] of bfloat16"),
+            BadCall(
+                lambda: gated(GATE.double(), UP.double()),
+                TypeError,
+                "gate must be float32, bfloat16 or float16, got float64",
+            ),
+            BadCall(
+                lambda: gated(GATE, UP[:2]),
+                ValueError,
+                r"up must be as gate, \[3, 8\] of float32, got \[2, 8\]",
+            ),
+            BadCall(
+                lambda: gated(GATE, UP.bfloat16()),
+                ValueError,
+                r"up must be as gate, .* got \[3, 8\] of bfloat16",
+            ),
             BadCall(lambda: operator(GATE, UP[:2]), THROWN, "up must be as gate"),
             BadCall(lambda: operator(GATE.double(), UP.double()), THROWN, "gate must be float32"),
         ],
@@ -47,11 +74,29 @@ def test_gated(gated, reference):
 @both
 def test_extreme_values(gated, reference):
     """Where the exponential ends, in both directions; NaN stays NaN."""
-    gate = torch.tensor([-3e4, -200.0, -100.0, -88.0, -20.0, -0.0, 1e-30, 20.0, 88.0, 200.0, 3e4, float("inf"), float("nan")])
+    gate = torch.tensor(
+        [
+            -3e4,
+            -200.0,
+            -100.0,
+            -88.0,
+            -20.0,
+            -0.0,
+            1e-30,
+            20.0,
+            88.0,
+            200.0,
+            3e4,
+            float("inf"),
+            float("nan"),
+        ]
+    )
     ones = torch.ones_like(gate)
     for isa in instruction_sets():
         with instruction_set(isa):
-            torch.testing.assert_close(gated(gate, ones), reference(gate, ones), atol=1e-6, rtol=1e-6, equal_nan=True)
+            torch.testing.assert_close(
+                gated(gate, ones), reference(gate, ones), atol=1e-6, rtol=1e-6, equal_nan=True
+            )
 
 
 @needs_kernels
@@ -63,11 +108,17 @@ def test_large_results(gated, reference):
         gate, up = gate.detach().requires_grad_(), up.detach().requires_grad_()
         actual, expected = gated(gate, up), reference(gate, up)
         torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-5)
-        gradients = zip(torch.autograd.grad(actual.sum(), (gate, up)), torch.autograd.grad(expected.sum(), (gate, up)), strict=True)
+        gradients = zip(
+            torch.autograd.grad(actual.sum(), (gate, up)),
+            torch.autograd.grad(expected.sum(), (gate, up)),
+            strict=True,
+        )
         for pair in gradients:
             torch.testing.assert_close(*pair, atol=1e-5, rtol=1e-5)
 
 
 def test_match_torch():
     torch.testing.assert_close(swiglu(GATE, UP), torch.nn.functional.silu(GATE) * UP)
-    torch.testing.assert_close(geglu(GATE, UP), torch.nn.functional.gelu(GATE, approximate="tanh") * UP)
+    torch.testing.assert_close(
+        geglu(GATE, UP), torch.nn.functional.gelu(GATE, approximate="tanh") * UP
+    )

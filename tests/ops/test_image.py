@@ -9,7 +9,8 @@ from mllama.ops import resize, resize_normalize
 from mllama.processing.image import normalisation_table
 
 TABLE = normalisation_table((0.48, 0.46, 0.41), (0.27, 0.26, 0.28))
-# (H, W) to (height, width): up, down, one of each, one pixel, a line, odd sizes, more than one block of rows, the same size.
+# (H, W) to (height, width): up, down, one of each, one pixel, a line, odd sizes, more than one
+# block of rows, the same size.
 SIZES = [
     ((37, 51), (96, 64)),
     ((131, 173), (32, 33)),
@@ -29,12 +30,16 @@ SIZES = [
 
 
 def pixels(height, width, seed=0):
-    return torch.from_numpy(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))
+    return torch.from_numpy(
+        np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    )
 
 
 def some_sizes(count):
     """Sizes from 1 to 200, evenly over their logarithms."""
-    drawn = np.exp(np.random.default_rng(5).uniform(0, np.log(200), (count, 4))).astype(int).tolist()
+    drawn = (
+        np.exp(np.random.default_rng(5).uniform(0, np.log(200), (count, 4))).astype(int).tolist()
+    )
     return [((a, b), (c, d)) for a, b, c, d in drawn]
 
 
@@ -42,7 +47,13 @@ def in_two_steps(image, height, width, height_first):
     """One direction at a time, each by Pillow: what the order of the passes means."""
     picture = Image.fromarray(image.numpy())
     between = (picture.width, height) if height_first else (width, picture.height)
-    return torch.from_numpy(np.array(picture.resize(between, Image.Resampling.BICUBIC).resize((width, height), Image.Resampling.BICUBIC)))
+    return torch.from_numpy(
+        np.array(
+            picture.resize(between, Image.Resampling.BICUBIC).resize(
+                (width, height), Image.Resampling.BICUBIC
+            )
+        )
+    )
 
 
 @needs_kernels
@@ -53,12 +64,21 @@ def test_every_bit_is_pillows(isa):
     with instruction_set(isa):
         for number, ((in_height, in_width), (height, width)) in enumerate(SIZES + some_sizes(60)):
             # Black and white as well: the cubic's overshoot must be clipped.
-            image = pixels(in_height, in_width) if number % 3 else pixels(in_height, in_width) // 128 * 255
+            image = (
+                pixels(in_height, in_width)
+                if number % 3
+                else pixels(in_height, in_width) // 128 * 255
+            )
             for resample in ("bicubic", "bilinear"):
                 what = f"{in_height} x {in_width} to {height} x {width}, {resample}"
-                assert torch.equal(resize(image, height, width, resample), op.reference(image, height, width, resample)), what
+                assert torch.equal(
+                    resize(image, height, width, resample),
+                    op.reference(image, height, width, resample),
+                ), what
                 expected = op.normalize_reference(image, height, width, TABLE, resample)
-                assert torch.equal(resize_normalize(image, height, width, TABLE, resample), expected), what
+                assert torch.equal(
+                    resize_normalize(image, height, width, TABLE, resample), expected
+                ), what
 
 
 @needs_kernels
@@ -90,7 +110,12 @@ def test_order_of_pillows_versions(monkeypatch, version, sizes, height_first):
 
 def test_memory_layouts():
     image = pixels(40, 60)
-    for view in (image.transpose(0, 1), image.flip(1), image[5:30:2, 3:50:3], image.permute(2, 0, 1).contiguous().permute(1, 2, 0)):
+    for view in (
+        image.transpose(0, 1),
+        image.flip(1),
+        image[5:30:2, 3:50:3],
+        image.permute(2, 0, 1).contiguous().permute(1, 2, 0),
+    ):
         assert torch.equal(resize(view, 16, 16), op.reference(view, 16, 16))
 
 
@@ -116,7 +141,9 @@ def test_same_bits_with_any_number_of_threads():
 def test_operators_are_well_formed():
     image = pixels(12, 10)
     torch.library.opcheck(torch.ops.mllama.resize.default, (image, 5, 7, True, False))
-    torch.library.opcheck(torch.ops.mllama.resize_normalize.default, (image, 5, 7, TABLE, False, True))
+    torch.library.opcheck(
+        torch.ops.mllama.resize_normalize.default, (image, 5, 7, TABLE, False, True)
+    )
     compiled = torch.compile(resize_normalize, fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(image, 5, 7, TABLE), resize_normalize(image, 5, 7, TABLE))
     torch._dynamo.reset()
@@ -124,8 +151,14 @@ def test_operators_are_well_formed():
 
 IMAGE = pixels(4, 5)
 BAD = [
-    BadCall(lambda: resize(IMAGE.numpy(), 2, 2), TypeError, "image must be a uint8 tensor, got ndarray"),
-    BadCall(lambda: resize(IMAGE.float(), 2, 2), TypeError, "image must be a uint8 tensor, got float32 tensor"),
+    BadCall(
+        lambda: resize(IMAGE.numpy(), 2, 2), TypeError, "image must be a uint8 tensor, got ndarray"
+    ),
+    BadCall(
+        lambda: resize(IMAGE.float(), 2, 2),
+        TypeError,
+        "image must be a uint8 tensor, got float32 tensor",
+    ),
     BadCall(lambda: resize(IMAGE.permute(2, 0, 1), 2, 2), ValueError, r"image must be \[H, W, 3\]"),
     BadCall(lambda: resize(IMAGE[:, :0], 2, 2), ValueError, "not empty"),
     BadCall(lambda: resize(IMAGE.to("meta"), 2, 2), ValueError, "on the CPU"),
@@ -135,18 +168,48 @@ BAD = [
     BadCall(lambda: resize(IMAGE, 2, -3), ValueError, "width must be at least 1, got -3"),
     BadCall(lambda: resize(IMAGE, 2**16, 2**16), ValueError, "more than"),
     BadCall(lambda: resize(IMAGE, 2**62, 2**62), ValueError, "more than"),
-    BadCall(lambda: resize(IMAGE, 2, 2, "lanczos"), ValueError, "resample must be one of bilinear, bicubic, got 'lanczos'"),
-    BadCall(lambda: resize_normalize(IMAGE, 2, 2, TABLE.double()), TypeError, "table must be a float32 tensor, got float64 tensor"),
-    BadCall(lambda: resize_normalize(IMAGE, 2, 2, None), TypeError, "table must be a float32 tensor, got NoneType"),
-    BadCall(lambda: resize_normalize(IMAGE, 2, 2, TABLE.T), ValueError, r"table must be \[256, 3\] on the CPU, got \(3, 256\)"),
+    BadCall(
+        lambda: resize(IMAGE, 2, 2, "lanczos"),
+        ValueError,
+        "resample must be one of bilinear, bicubic, got 'lanczos'",
+    ),
+    BadCall(
+        lambda: resize_normalize(IMAGE, 2, 2, TABLE.double()),
+        TypeError,
+        "table must be a float32 tensor, got float64 tensor",
+    ),
+    BadCall(
+        lambda: resize_normalize(IMAGE, 2, 2, None),
+        TypeError,
+        "table must be a float32 tensor, got NoneType",
+    ),
+    BadCall(
+        lambda: resize_normalize(IMAGE, 2, 2, TABLE.T),
+        ValueError,
+        r"table must be \[256, 3\] on the CPU, got \(3, 256\)",
+    ),
 ]
 BAD_OPERATOR_CALLS = [
-    BadCall(lambda: torch.ops.mllama.resize(IMAGE.float(), 2, 2, True, False), THROWN, "image must be uint8"),
+    BadCall(
+        lambda: torch.ops.mllama.resize(IMAGE.float(), 2, 2, True, False),
+        THROWN,
+        "image must be uint8",
+    ),
     BadCall(lambda: torch.ops.mllama.resize(IMAGE[:0], 2, 2, True, False), THROWN, "not empty"),
     BadCall(lambda: torch.ops.mllama.resize(IMAGE, 0, 2, True, False), THROWN, "out of range"),
-    BadCall(lambda: torch.ops.mllama.resize(IMAGE, 2**62, 2**62, True, True), THROWN, "out of range"),
-    BadCall(lambda: torch.ops.mllama.resize(IMAGE.repeat(2**14, 1, 1), 1, 2**13, True, False), THROWN, "out of range"),
-    BadCall(lambda: torch.ops.mllama.resize_normalize(IMAGE, 2, 2, TABLE[:9], True, False), THROWN, "table must be"),
+    BadCall(
+        lambda: torch.ops.mllama.resize(IMAGE, 2**62, 2**62, True, True), THROWN, "out of range"
+    ),
+    BadCall(
+        lambda: torch.ops.mllama.resize(IMAGE.repeat(2**14, 1, 1), 1, 2**13, True, False),
+        THROWN,
+        "out of range",
+    ),
+    BadCall(
+        lambda: torch.ops.mllama.resize_normalize(IMAGE, 2, 2, TABLE[:9], True, False),
+        THROWN,
+        "table must be",
+    ),
 ]
 
 

@@ -11,11 +11,15 @@ X, W, B = torch.randn(4, 8), torch.randn(8), torch.randn(8)
 
 
 def sample(shape):
-    return Sample((torch.randn(shape), torch.randn(shape[-1]), torch.randn(shape[-1])), {"eps": 1e-5})
+    return Sample(
+        (torch.randn(shape), torch.randn(shape[-1]), torch.randn(shape[-1])), {"eps": 1e-5}
+    )
 
 
 @needs_kernels
-@pytest.mark.parametrize("keep", [(), (1, 2), (2,)], ids=["parameters as x", "f32 parameters", "f32 bias"])
+@pytest.mark.parametrize(
+    "keep", [(), (1, 2), (2,)], ids=["parameters as x", "f32 parameters", "f32 bias"]
+)
 def test_layer_norm(keep):
     operators = torch.ops.mllama
     statistics = operators.layer_norm(X, W, B, 1e-5)[1]
@@ -26,19 +30,41 @@ def test_layer_norm(keep):
         keep_float32=keep,
         raw=[
             (operators.layer_norm.default, (X, W.clone().requires_grad_(), B, 1e-5)),
-            (operators._layer_norm_backward.default, (torch.randn(4, 8), X, W, B, statistics, True)),
-            (operators._layer_norm_backward.default, (torch.randn(4, 8), X, W, B, statistics, False)),
+            (
+                operators._layer_norm_backward.default,
+                (torch.randn(4, 8), X, W, B, statistics, True),
+            ),
+            (
+                operators._layer_norm_backward.default,
+                (torch.randn(4, 8), X, W, B, statistics, False),
+            ),
         ],
         bad_calls=[
-            BadCall(lambda: layer_norm([1.0], W, B), TypeError, "x must be a torch.Tensor, got list"),
-            BadCall(lambda: layer_norm(X.double(), W, B), TypeError, "x must be float32, bfloat16 or float16, got float64"),
-            BadCall(lambda: layer_norm(X, W, B.int()), TypeError, "bias must be float32, bfloat16 or float16, got int32"),
+            BadCall(
+                lambda: layer_norm([1.0], W, B), TypeError, "x must be a torch.Tensor, got list"
+            ),
+            BadCall(
+                lambda: layer_norm(X.double(), W, B),
+                TypeError,
+                "x must be float32, bfloat16 or float16, got float64",
+            ),
+            BadCall(
+                lambda: layer_norm(X, W, B.int()),
+                TypeError,
+                "bias must be float32, bfloat16 or float16, got int32",
+            ),
             BadCall(lambda: layer_norm(X, W, None), TypeError, "bias"),
             BadCall(lambda: layer_norm(X, W[:3], B), ValueError, r"weight must be \[8\]"),
             BadCall(lambda: layer_norm(X, W, B[:3]), ValueError, r"bias must be \[8\]"),
-            BadCall(lambda: layer_norm(torch.tensor(1.0), W, B), ValueError, "x must have at least one dimension"),
+            BadCall(
+                lambda: layer_norm(torch.tensor(1.0), W, B),
+                ValueError,
+                "x must have at least one dimension",
+            ),
             BadCall(lambda: operators.layer_norm(X, W, B[:3], 1e-5), THROWN, r"bias must be \[8\]"),
-            BadCall(lambda: operators.layer_norm(X.double(), W, B, 1e-5), THROWN, "x must be float32"),
+            BadCall(
+                lambda: operators.layer_norm(X.double(), W, B, 1e-5), THROWN, "x must be float32"
+            ),
         ],
     )
 
@@ -58,7 +84,9 @@ def test_frozen_parameters_get_no_gradient():
 
 
 def test_matches_torch():
-    torch.testing.assert_close(layer_norm(X, W, B, 1e-5), torch.nn.functional.layer_norm(X, (8,), W, B, 1e-5))
+    torch.testing.assert_close(
+        layer_norm(X, W, B, 1e-5), torch.nn.functional.layer_norm(X, (8,), W, B, 1e-5)
+    )
 
 
 def test_rows_of_no_elements():

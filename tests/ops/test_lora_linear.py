@@ -2,12 +2,26 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from helpers import THROWN, BadCall, Sample, check_op, instruction_set, instruction_sets, needs_kernels
+from helpers import (
+    THROWN,
+    BadCall,
+    Sample,
+    check_op,
+    instruction_set,
+    instruction_sets,
+    needs_kernels,
+)
 from mllama.ops import lora_linear
 from mllama.ops.lora_linear import kept, reference
 
 torch.manual_seed(0)
-X, W, A, B, BIAS = torch.randn(4, 8), torch.randn(5, 8), torch.randn(3, 8), torch.randn(5, 3), torch.randn(5)
+X, W, A, B, BIAS = (
+    torch.randn(4, 8),
+    torch.randn(5, 8),
+    torch.randn(3, 8),
+    torch.randn(5, 3),
+    torch.randn(5),
+)
 SEED = torch.tensor([-(1 << 62) - 12345])
 operators = torch.ops.mllama
 
@@ -15,9 +29,18 @@ operators = torch.ops.mllama
 def inputs(shape, out, rank, dtype=torch.float32, adapters=torch.float32):
     """x, weight, lora_a, lora_b, bias, scaled so that all results are near 1."""
     width = shape[-1]
-    weight, a = torch.randn(out, width) * max(width, 1) ** -0.5, torch.randn(rank, width) * max(width, 1) ** -0.5
+    weight, a = (
+        torch.randn(out, width) * max(width, 1) ** -0.5,
+        torch.randn(rank, width) * max(width, 1) ** -0.5,
+    )
     b, bias = torch.randn(out, rank) * rank**-0.5, torch.randn(out)
-    return torch.randn(shape).to(dtype), weight.to(dtype), a.to(adapters), b.to(adapters), bias.to(dtype)
+    return (
+        torch.randn(shape).to(dtype),
+        weight.to(dtype),
+        a.to(adapters),
+        b.to(adapters),
+        bias.to(dtype),
+    )
 
 
 def sample(shape, out, rank, bias=True, **kwargs):
@@ -37,7 +60,9 @@ def results(function, x, weight, a, b, bias, grad_y, **kwargs):
 
 
 @needs_kernels
-@pytest.mark.parametrize("keep", [(), (2, 3), (1, 3, 4)], ids=["all as x", "f32 adapters", "f32 weight, bias and B"])
+@pytest.mark.parametrize(
+    "keep", [(), (2, 3), (1, 3, 4)], ids=["all as x", "f32 adapters", "f32 weight, bias and B"]
+)
 def test_lora_linear(keep):
     small = operators.lora_linear(X, W, A, B, BIAS, SEED, 0.5, 0.25)[1]
     check_op(
@@ -57,42 +82,172 @@ def test_lora_linear(keep):
         keep_float32=keep,
         thread_counts=(),  # see test_the_number_of_threads_does_not_matter
         raw=[
-            (operators.lora_linear.default, (X, W, A.clone().requires_grad_(), B, BIAS, None, 2.0, 0.0)),
-            (operators.lora_linear.default, (X.clone().requires_grad_(), W, A, B, None, SEED, 2.0, 0.5)),
             (
-                operators._lora_linear_backward.default,
-                (torch.randn(4, 5), X, W, A, B, BIAS, small, SEED, 0.5, 0.25, True, True, True, True),
+                operators.lora_linear.default,
+                (X, W, A.clone().requires_grad_(), B, BIAS, None, 2.0, 0.0),
+            ),
+            (
+                operators.lora_linear.default,
+                (X.clone().requires_grad_(), W, A, B, None, SEED, 2.0, 0.5),
             ),
             (
                 operators._lora_linear_backward.default,
-                (torch.randn(4, 5), X, W, A, B, None, small, None, 0.5, 0.0, False, False, True, False),
+                (
+                    torch.randn(4, 5),
+                    X,
+                    W,
+                    A,
+                    B,
+                    BIAS,
+                    small,
+                    SEED,
+                    0.5,
+                    0.25,
+                    True,
+                    True,
+                    True,
+                    True,
+                ),
+            ),
+            (
+                operators._lora_linear_backward.default,
+                (
+                    torch.randn(4, 5),
+                    X,
+                    W,
+                    A,
+                    B,
+                    None,
+                    small,
+                    None,
+                    0.5,
+                    0.0,
+                    False,
+                    False,
+                    True,
+                    False,
+                ),
             ),
         ],
         bad_calls=[
-            BadCall(lambda: lora_linear([1.0], W, A, B), TypeError, "x must be a torch.Tensor, got list"),
-            BadCall(lambda: lora_linear(X.double(), W, A, B), TypeError, "x must be float32, bfloat16 or float16, got float64"),
-            BadCall(lambda: lora_linear(X, W, A, B.int()), TypeError, "lora_b must be float32, bfloat16 or float16, got int32"),
-            BadCall(lambda: lora_linear(X, W, None, B), TypeError, "lora_a must be a torch.Tensor, got NoneType"),
-            BadCall(lambda: lora_linear(torch.tensor(1.0), W, A, B), ValueError, "x must have at least one dimension"),
-            BadCall(lambda: lora_linear(X[:, :7], W, A, B), ValueError, r"weight must be \[out, 7\] for x \[4, 7\], got \[5, 8\]"),
-            BadCall(lambda: lora_linear(X, W[0], A, B), ValueError, r"weight must be \[out, 8\] for x \[4, 8\], got \[8\]"),
-            BadCall(lambda: lora_linear(X, W, A[:, :7], B), ValueError, r"lora_a must be \[rank, 8\] with rank > 0 .*, got \[3, 7\]"),
-            BadCall(lambda: lora_linear(X, W, A[:0], B[:, :0]), ValueError, r"lora_a must be \[rank, 8\] with rank > 0 .*, got \[0, 8\]"),
-            BadCall(lambda: lora_linear(X, W, A, B.T), ValueError, r"lora_b must be \[5, 3\], out of weight and rank .*, got \[3, 5\]"),
-            BadCall(lambda: lora_linear(X, W, A, B, BIAS[:3]), ValueError, r"bias must be \[5\], got \[3\]"),
-            BadCall(lambda: lora_linear(X, W, A, B, scale="2"), TypeError, "scale must be a number, got str"),
-            BadCall(lambda: lora_linear(X, W, A, B, scale=float("nan")), ValueError, "scale must be finite, got nan"),
-            BadCall(lambda: lora_linear(X, W, A, B, dropout=True), TypeError, "dropout must be a number, got bool"),
-            BadCall(lambda: lora_linear(X, W, A, B, dropout=1.0), ValueError, "dropout must be at least 0 and below 1, got 1.0"),
-            BadCall(lambda: lora_linear(X, W, A, B, dropout=-0.1), ValueError, "dropout must be at least 0 and below 1, got -0.1"),
-            BadCall(lambda: lora_linear(X, W, A, B, seed=5), TypeError, "seed must be a torch.Tensor or None, got int"),
-            BadCall(lambda: lora_linear(X, W, A, B, seed=SEED.int()), TypeError, "seed must be int64, got int32"),
-            BadCall(lambda: lora_linear(X, W, A, B, seed=SEED[0]), ValueError, r"seed must be \[1\], got \[\]"),
-            BadCall(lambda: lora_linear(X, *leaves(W), A, B), ValueError, "weight.requires_grad is True, .* weight.requires_grad_"),
-            BadCall(lambda: operators.lora_linear(X, W, A, B, BIAS[:3], None, 1.0, 0.0), THROWN, r"bias must be \[5\]"),
-            BadCall(lambda: operators.lora_linear(X, W, A, B.T, None, None, 1.0, 0.0), THROWN, r"lora_b must be \[5, 3\]"),
-            BadCall(lambda: operators.lora_linear(X, W, A, B, None, None, 1.0, 0.5), THROWN, "dropout needs a seed"),
-            BadCall(lambda: operators.lora_linear(X, W, A, B, None, SEED, 1.0, 1.5), THROWN, "dropout must be at least 0 and below 1"),
+            BadCall(
+                lambda: lora_linear([1.0], W, A, B), TypeError, "x must be a torch.Tensor, got list"
+            ),
+            BadCall(
+                lambda: lora_linear(X.double(), W, A, B),
+                TypeError,
+                "x must be float32, bfloat16 or float16, got float64",
+            ),
+            BadCall(
+                lambda: lora_linear(X, W, A, B.int()),
+                TypeError,
+                "lora_b must be float32, bfloat16 or float16, got int32",
+            ),
+            BadCall(
+                lambda: lora_linear(X, W, None, B),
+                TypeError,
+                "lora_a must be a torch.Tensor, got NoneType",
+            ),
+            BadCall(
+                lambda: lora_linear(torch.tensor(1.0), W, A, B),
+                ValueError,
+                "x must have at least one dimension",
+            ),
+            BadCall(
+                lambda: lora_linear(X[:, :7], W, A, B),
+                ValueError,
+                r"weight must be \[out, 7\] for x \[4, 7\], got \[5, 8\]",
+            ),
+            BadCall(
+                lambda: lora_linear(X, W[0], A, B),
+                ValueError,
+                r"weight must be \[out, 8\] for x \[4, 8\], got \[8\]",
+            ),
+            BadCall(
+                lambda: lora_linear(X, W, A[:, :7], B),
+                ValueError,
+                r"lora_a must be \[rank, 8\] with rank > 0 .*, got \[3, 7\]",
+            ),
+            BadCall(
+                lambda: lora_linear(X, W, A[:0], B[:, :0]),
+                ValueError,
+                r"lora_a must be \[rank, 8\] with rank > 0 .*, got \[0, 8\]",
+            ),
+            BadCall(
+                lambda: lora_linear(X, W, A, B.T),
+                ValueError,
+                r"lora_b must be \[5, 3\], out of weight and rank .*, got \[3, 5\]",
+            ),
+            BadCall(
+                lambda: lora_linear(X, W, A, B, BIAS[:3]),
+                ValueError,
+                r"bias must be \[5\], got \[3\]",
+            ),
+            BadCall(
+                lambda: lora_linear(X, W, A, B, scale="2"),
+                TypeError,
+                "scale must be a number, got str",
+            ),
+            BadCall(
+                lambda: lora_linear(X, W, A, B, scale=float("nan")),
+                ValueError,
+                "scale must be finite, got nan",
+            ),
+            BadCall(
+                lambda: lora_linear(X, W, A, B, dropout=True),
+                TypeError,
+                "dropout must be a number, got bool",
+            ),
+            BadCall(
+                lambda: lora_linear(X, W, A, B, dropout=1.0),
+                ValueError,
+                "dropout must be at least 0 and below 1, got 1.0",
+            ),
+            BadCall(
+                lambda: lora_linear(X, W, A, B, dropout=-0.1),
+                ValueError,
+                "dropout must be at least 0 and below 1, got -0.1",
+            ),
+            BadCall(
+                lambda: lora_linear(X, W, A, B, seed=5),
+                TypeError,
+                "seed must be a torch.Tensor or None, got int",
+            ),
+            BadCall(
+                lambda: lora_linear(X, W, A, B, seed=SEED.int()),
+                TypeError,
+                "seed must be int64, got int32",
+            ),
+            BadCall(
+                lambda: lora_linear(X, W, A, B, seed=SEED[0]),
+                ValueError,
+                r"seed must be \[1\], got \[\]",
+            ),
+            BadCall(
+                lambda: lora_linear(X, *leaves(W), A, B),
+                ValueError,
+                "weight.requires_grad is True, .* weight.requires_grad_",
+            ),
+            BadCall(
+                lambda: operators.lora_linear(X, W, A, B, BIAS[:3], None, 1.0, 0.0),
+                THROWN,
+                r"bias must be \[5\]",
+            ),
+            BadCall(
+                lambda: operators.lora_linear(X, W, A, B.T, None, None, 1.0, 0.0),
+                THROWN,
+                r"lora_b must be \[5, 3\]",
+            ),
+            BadCall(
+                lambda: operators.lora_linear(X, W, A, B, None, None, 1.0, 0.5),
+                THROWN,
+                "dropout needs a seed",
+            ),
+            BadCall(
+                lambda: operators.lora_linear(X, W, A, B, None, SEED, 1.0, 1.5),
+                THROWN,
+                "dropout must be at least 0 and below 1",
+            ),
         ],
     )
 
@@ -110,7 +265,10 @@ def plain(x, weight, a, b, bias, scale=1.0, dropout=0.0, seed=None):
 
 
 def errors(actual, exact):
-    return [((one.double() - other).norm() / other.norm()).item() for one, other in zip(actual, exact, strict=True)]
+    return [
+        ((one.double() - other).norm() / other.norm()).item()
+        for one, other in zip(actual, exact, strict=True)
+    ]
 
 
 # Of a result's norm. The longest sum here has 700 terms, taken in blocks of at most 256.
@@ -131,24 +289,41 @@ def test_float32_against_float64(rank, dropout):
 @pytest.mark.parametrize("adapters", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("dropout", [0.0, 0.25])
 def test_bfloat16_no_worse_than_torch(adapters, dropout, rows):
-    tensors = (*inputs((rows, 300), 700, 16, torch.bfloat16, adapters), torch.randn(rows, 700).bfloat16())
+    tensors = (
+        *inputs((rows, 300), 700, 16, torch.bfloat16, adapters),
+        torch.randn(rows, 700).bfloat16(),
+    )
     options = {"scale": 2.0, "dropout": dropout, "seed": SEED}
     exact = results(plain, *(tensor.double() for tensor in tensors), **options)
-    ours, peer = (errors(results(function, *tensors, **options), exact) for function in (lora_linear, plain))
+    ours, peer = (
+        errors(results(function, *tensors, **options), exact) for function in (lora_linear, plain)
+    )
     for k, (error, bound) in enumerate(zip(ours, peer, strict=True)):
-        assert error <= max(1.02 * bound, F32_TOLERANCE), f"result {k}: error {error:.3g}, torch's {bound:.3g}"
+        assert error <= max(1.02 * bound, F32_TOLERANCE), (
+            f"result {k}: error {error:.3g}, torch's {bound:.3g}"
+        )
 
 
 def test_matches_the_linear_layer_while_b_is_zero():
-    torch.testing.assert_close(lora_linear(X, W, A, torch.zeros(5, 3), BIAS), torch.nn.functional.linear(X, W, BIAS), rtol=0, atol=0)
+    torch.testing.assert_close(
+        lora_linear(X, W, A, torch.zeros(5, 3), BIAS),
+        torch.nn.functional.linear(X, W, BIAS),
+        rtol=0,
+        atol=0,
+    )
 
 
 def test_tensors_that_begin_in_the_middle_of_memory():
     """Such as the last position of [1, T, width], which generate gives to an output head."""
     tensors = [*inputs((1, 1, 40), 50, 6), torch.randn(1, 1, 50)]
-    inside = [torch.cat((torch.full_like(tensor, float("nan")), tensor))[len(tensor) :] for tensor in tensors]
+    inside = [
+        torch.cat((torch.full_like(tensor, float("nan")), tensor))[len(tensor) :]
+        for tensor in tensors
+    ]
     assert all(tensor.is_contiguous() and tensor.storage_offset() for tensor in inside)
-    for got, expected in zip(results(lora_linear, *inside), results(lora_linear, *tensors), strict=True):
+    for got, expected in zip(
+        results(lora_linear, *inside), results(lora_linear, *tensors), strict=True
+    ):
         assert torch.equal(got, expected)
 
 
@@ -167,7 +342,12 @@ def test_the_batch_shape_does_not_matter(dtype):
 def test_the_number_of_threads_does_not_matter(rows):
     """Sizes of several blocks. The weight is zero: torch's product is not what is tested."""
     x, weight, a, b, bias = inputs((rows, 700), 900, 20, torch.bfloat16)
-    options = {"grad_y": torch.randn(rows, 900).bfloat16(), "scale": 2.0, "dropout": 0.25, "seed": SEED}
+    options = {
+        "grad_y": torch.randn(rows, 900).bfloat16(),
+        "scale": 2.0,
+        "dropout": 0.25,
+        "seed": SEED,
+    }
     threads, runs = torch.get_num_threads(), []
     try:
         for count in (1, 2, 5):
@@ -185,19 +365,36 @@ def test_the_number_of_threads_does_not_matter(rows):
 @pytest.mark.parametrize("seed", [0, 1, -1, 1 << 40, (1 << 63) - 1, -(1 << 63)])
 def test_every_instruction_set_keeps_the_same_elements(seed):
     """With A, B and the gradient identities, y and the gradient of x are the mask itself."""
-    seed, unit, zero, x = torch.tensor([seed]), torch.eye(37), torch.zeros(37, 37), torch.ones(50, 37)
+    seed, unit, zero, x = (
+        torch.tensor([seed]),
+        torch.eye(37),
+        torch.zeros(37, 37),
+        torch.ones(50, 37),
+    )
     mask = kept(seed, x.shape, 0.3)
     for isa in instruction_sets():
         for rows in (2, 50):
             with instruction_set(isa):
-                y, grad_x, *_ = results(lora_linear, x[:rows], zero, unit, unit, zero[0], x[:rows], dropout=0.3, seed=seed)
+                y, grad_x, *_ = results(
+                    lora_linear,
+                    x[:rows],
+                    zero,
+                    unit,
+                    unit,
+                    zero[0],
+                    x[:rows],
+                    dropout=0.3,
+                    seed=seed,
+                )
             for result in (y, grad_x):
                 torch.testing.assert_close(result, mask[:rows] / 0.7, msg=isa)
 
 
 @pytest.mark.parametrize("dropout", [0.001, 0.1, 0.5, 0.9])
 def test_dropout_is_random(dropout):
-    """Shares of 4 standard deviations: of all elements, and of neighbours in a row, in a column and in seed that are both kept."""
+    """Shares of 4 standard deviations: of all elements, and of neighbours in a row, in a column and
+    in seed that are both kept.
+    """
 
     def check(mask, probability):
         deviation = (probability * (1 - probability) / mask.numel()) ** 0.5
@@ -205,9 +402,17 @@ def test_dropout_is_random(dropout):
 
     shape = (500, 400)
     for number in (0, 1, 2, 1 << 32, -5):
-        mask, other = kept(torch.tensor([number]), shape, dropout), kept(torch.tensor([number + 1]), shape, dropout)
+        mask, other = (
+            kept(torch.tensor([number]), shape, dropout),
+            kept(torch.tensor([number + 1]), shape, dropout),
+        )
         check(mask, 1 - dropout)
-        for both in (mask[1:] & mask[:-1], mask[:, 1:] & mask[:, :-1], mask & other, mask[:, 256:] & mask[:, :-256]):
+        for both in (
+            mask[1:] & mask[:-1],
+            mask[:, 1:] & mask[:, :-1],
+            mask & other,
+            mask[:, 256:] & mask[:, :-256],
+        ):
             # Pairs overlap, which widens the deviation of their share by less than 1.5.
             share, wanted = both.double().mean().item(), (1 - dropout) ** 2
             assert abs(share - wanted) < 6 * (wanted * (1 - wanted) / both.numel()) ** 0.5
@@ -232,7 +437,9 @@ def test_without_dropout_the_generator_is_left_alone():
 
 def test_what_is_left_out_may_be_nan():
     mask = kept(SEED, X.shape, 0.5)
-    y = lora_linear(X.masked_fill(~mask, float("nan")), torch.zeros_like(W), A, B, dropout=0.5, seed=SEED)
+    y = lora_linear(
+        X.masked_fill(~mask, float("nan")), torch.zeros_like(W), A, B, dropout=0.5, seed=SEED
+    )
     assert torch.equal(y.isnan(), ~mask.all(1, keepdim=True).expand_as(y))  # by way of W alone
 
 
@@ -250,12 +457,16 @@ def test_checkpointing_drops_the_same_elements(reentrant):
     def checkpointed(*tensors):
         return checkpoint(call, *tensors, use_reentrant=reentrant)
 
-    assert all(torch.equal(*pair) for pair in zip(gradients(call), gradients(checkpointed), strict=True))
+    assert all(
+        torch.equal(*pair) for pair in zip(gradients(call), gradients(checkpointed), strict=True)
+    )
 
 
 def test_dropout_compiles():
     x, a, b = leaves(X, A, B)
-    compiled = torch.compile(lambda x, a, b: lora_linear(x, W, a, b, dropout=0.5), fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(
+        lambda x, a, b: lora_linear(x, W, a, b, dropout=0.5), fullgraph=True, backend="aot_eager"
+    )
     compiled(x, a, b).sum().backward()
     assert all(tensor.grad is not None for tensor in (x, a, b))
 
@@ -282,12 +493,16 @@ def test_a_weight_that_requires_a_gradient_is_taken_where_none_is_recorded():
 
 @needs_kernels
 def test_what_is_saved_and_allocated():
-    """Saved: the arguments and one float32 [rank] per row. Allocated on the way back: nothing as large as the weight or x in float32."""
+    """Saved: the arguments and one float32 [rank] per row. Allocated on the way back: nothing as
+    large as the weight or x in float32.
+    """
     rows, width, out, rank = 256, 256, 320, 4
     x, weight, a, b, bias = inputs((rows, width), out, rank, torch.bfloat16)
     x, a, b = leaves(x, a, b)
     saved = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: saved.append(tensor) or tensor, lambda tensor: tensor):
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda tensor: saved.append(tensor) or tensor, lambda tensor: tensor
+    ):
         y = lora_linear(x, weight, a, b, bias, dropout=0.5, seed=SEED)
     arguments = {tensor.data_ptr() for tensor in (x, weight, a, b, bias, SEED)}
     others = [tensor for tensor in saved if tensor.data_ptr() not in arguments]
@@ -299,7 +514,11 @@ def test_what_is_saved_and_allocated():
             y.backward(grad_y)
     finally:
         torch.set_num_threads(threads)
-    sizes = [event.nbytes() for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    sizes = [
+        event.nbytes()
+        for event in profile.profiler.kineto_results.events()
+        if event.name() == "[memory]"
+    ]
     assert max(sizes) == x.numel() * x.element_size()  # the gradient of x
 
 
@@ -310,15 +529,23 @@ def test_autocast_computes_in_its_dtype(dtype):
     with torch.autocast("cpu", torch.bfloat16):
         y = lora_linear(x, weight, a, b, bias)
         y.sum().backward()
-    assert y.dtype == torch.bfloat16 and x.grad.dtype == dtype and a.grad.dtype == b.grad.dtype == torch.float32
+    assert (
+        y.dtype == torch.bfloat16
+        and x.grad.dtype == dtype
+        and a.grad.dtype == b.grad.dtype == torch.float32
+    )
     assert torch.equal(y, lora_linear(x.bfloat16(), weight, a, b, bias))
-    expected = torch.nn.functional.linear(x.bfloat16(), (weight + b @ a).bfloat16(), bias.bfloat16())
+    expected = torch.nn.functional.linear(
+        x.bfloat16(), (weight + b @ a).bfloat16(), bias.bfloat16()
+    )
     torch.testing.assert_close(y, expected, rtol=2e-2, atol=2e-2)
 
 
 def test_autocast_compiles():
     x, a, b = leaves(X, A, B)
-    compiled = torch.compile(lambda x, a, b: lora_linear(x, W, a, b), fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(
+        lambda x, a, b: lora_linear(x, W, a, b), fullgraph=True, backend="aot_eager"
+    )
     with torch.autocast("cpu", torch.bfloat16):
         y = compiled(x, a, b)
     y.sum().backward()

@@ -12,7 +12,13 @@ X, W, B = torch.randn(2, 3, 8, 12), torch.randn(5, 3, 4, 4), torch.randn(5)
 def sample(batch, channels, rows, columns, patch, embed, bias=True):
     scale = (channels * patch * patch) ** -0.5
     weight = torch.randn(embed, channels, patch, patch) * scale
-    return Sample((torch.randn(batch, channels, rows * patch, columns * patch), weight, torch.randn(embed) if bias else None))
+    return Sample(
+        (
+            torch.randn(batch, channels, rows * patch, columns * patch),
+            weight,
+            torch.randn(embed) if bias else None,
+        )
+    )
 
 
 @needs_kernels
@@ -32,37 +38,73 @@ def test_patch_embed(keep):
         raw=[
             (operators.patch_embed.default, (X, W.clone().requires_grad_(), B)),
             (operators.patch_embed.default, (X.clone().requires_grad_(), W, None)),
-            (operators._patch_embed_backward.default, (torch.randn(2, 6, 5), X, W, B, True, True, True)),
-            (operators._patch_embed_backward.default, (torch.randn(2, 6, 5), X, W, None, False, True, False)),
+            (
+                operators._patch_embed_backward.default,
+                (torch.randn(2, 6, 5), X, W, B, True, True, True),
+            ),
+            (
+                operators._patch_embed_backward.default,
+                (torch.randn(2, 6, 5), X, W, None, False, True, False),
+            ),
         ],
         bad_calls=[
             BadCall(lambda: patch_embed(None, W, B), TypeError, "pixel_values"),
-            BadCall(lambda: patch_embed(X.byte(), W, B), TypeError, "pixel_values must be float32, bfloat16 or float16, got uint8"),
-            BadCall(lambda: patch_embed(X[0], W, B), ValueError, r"pixel_values must be \[B, C, height, width\], got \[3, 8, 12\]"),
-            BadCall(lambda: patch_embed(X, W[..., :2], B), ValueError, r"\[E, C, p, p\] with C and p > 0, got \[5, 3, 4, 2\]"),
+            BadCall(
+                lambda: patch_embed(X.byte(), W, B),
+                TypeError,
+                "pixel_values must be float32, bfloat16 or float16, got uint8",
+            ),
+            BadCall(
+                lambda: patch_embed(X[0], W, B),
+                ValueError,
+                r"pixel_values must be \[B, C, height, width\], got \[3, 8, 12\]",
+            ),
+            BadCall(
+                lambda: patch_embed(X, W[..., :2], B),
+                ValueError,
+                r"\[E, C, p, p\] with C and p > 0, got \[5, 3, 4, 2\]",
+            ),
             BadCall(lambda: patch_embed(X, W[..., :0, :0], B), ValueError, "with C and p > 0"),
-            BadCall(lambda: patch_embed(X[:, :2], W, B), ValueError, "pixel_values have 2 channels, weight takes 3"),
-            BadCall(lambda: patch_embed(X[..., :10], W, B), ValueError, "a picture of 8 x 10 pixels cannot be cut into patches of 4 x 4"),
+            BadCall(
+                lambda: patch_embed(X[:, :2], W, B),
+                ValueError,
+                "pixel_values have 2 channels, weight takes 3",
+            ),
+            BadCall(
+                lambda: patch_embed(X[..., :10], W, B),
+                ValueError,
+                "a picture of 8 x 10 pixels cannot be cut into patches of 4 x 4",
+            ),
             BadCall(lambda: patch_embed(X, W, B[:3]), ValueError, r"bias must be \[5\], got \[3\]"),
-            BadCall(lambda: operators.patch_embed(X[..., :10], W, B), THROWN, "a picture of 8 x 10 pixels cannot be cut"),
+            BadCall(
+                lambda: operators.patch_embed(X[..., :10], W, B),
+                THROWN,
+                "a picture of 8 x 10 pixels cannot be cut",
+            ),
             BadCall(lambda: operators.patch_embed(X, W, B[:3]), THROWN, r"bias must be \[5\]"),
         ],
     )
 
 
 def test_order_of_patches():
-    """Row by row from the top left: patch n of a picture that holds its number everywhere is that number."""
+    """Row by row from the top left: patch n of a picture that holds its number everywhere is that
+    number.
+    """
     numbers = torch.arange(6.0).view(2, 3).repeat_interleave(4, 0).repeat_interleave(4, 1)
     result = patch_embed(numbers[None, None], torch.full((1, 1, 4, 4), 1 / 16))
     torch.testing.assert_close(result.flatten(), torch.arange(6.0))
 
 
 def test_channels_last_pictures():
-    torch.testing.assert_close(patch_embed(X.to(memory_format=torch.channels_last), W, B), patch_embed(X, W, B))
+    torch.testing.assert_close(
+        patch_embed(X.to(memory_format=torch.channels_last), W, B), patch_embed(X, W, B)
+    )
 
 
 def test_autocast_leaves_it_alone():
-    """The result has the pictures' dtype and bits, gradients too, though the matrix product inside is one that autocast rounds."""
+    """The result has the pictures' dtype and bits, gradients too, though the matrix product inside
+    is one that autocast rounds.
+    """
     weight = W.clone().requires_grad_()
     expected = torch.autograd.grad(patch_embed(X, weight, B).square().sum(), weight)[0]
     with torch.autocast("cpu", torch.bfloat16):

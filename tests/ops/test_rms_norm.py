@@ -2,7 +2,16 @@ import pytest
 import torch
 from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 
-from helpers import THROWN, BadCall, Sample, assert_close, check_op, instruction_set, instruction_sets, needs_kernels
+from helpers import (
+    THROWN,
+    BadCall,
+    Sample,
+    assert_close,
+    check_op,
+    instruction_set,
+    instruction_sets,
+    needs_kernels,
+)
 from mllama.nn.norm import RMSNorm
 from mllama.ops import add_rms_norm, rms_norm
 from mllama.ops.rms_norm import add_reference, reference
@@ -12,7 +21,9 @@ SHAPES = [(3, 64), (2, 5, 77), (40, 16 + 13), (1,), (0, 8), (130, 100)]
 
 
 def norm_sample(shape, **options):
-    torch.manual_seed(0)  # each for itself: near 0 the gradient of a row of one element is all cancellation
+    torch.manual_seed(
+        0
+    )  # each for itself: near 0 the gradient of a row of one element is all cancellation
     return Sample((torch.randn(shape), torch.randn(shape[-1])), {"eps": 1e-5, **options})
 
 
@@ -32,24 +43,55 @@ def test_rms_norm(keep_weight):
     check_op(
         rms_norm,
         reference,
-        [norm_sample((3, 29), offset=1.0), *(norm_sample(shape) for shape in SHAPES), norm_sample((40, 64), offset=-0.5)],
+        [
+            norm_sample((3, 29), offset=1.0),
+            *(norm_sample(shape) for shape in SHAPES),
+            norm_sample((40, 64), offset=-0.5),
+        ],
         keep_float32=keep_weight,
         raw=[
             (operators.rms_norm.default, (X, W.clone().requires_grad_(), 1e-5, 1.0)),
-            (operators._rms_norm_backward.default, (torch.randn(4, 8), None, X, W, rstd, 1.0, True)),
+            (
+                operators._rms_norm_backward.default,
+                (torch.randn(4, 8), None, X, W, rstd, 1.0, True),
+            ),
         ],
         bad_calls=[
             BadCall(lambda: rms_norm([1.0], W), TypeError, "x must be a torch.Tensor, got list"),
-            BadCall(lambda: rms_norm(X.double(), W), TypeError, "x must be float32, bfloat16 or float16, got float64"),
-            BadCall(lambda: rms_norm(X, W.int()), TypeError, "weight must be float32, bfloat16 or float16, got int32"),
+            BadCall(
+                lambda: rms_norm(X.double(), W),
+                TypeError,
+                "x must be float32, bfloat16 or float16, got float64",
+            ),
+            BadCall(
+                lambda: rms_norm(X, W.int()),
+                TypeError,
+                "weight must be float32, bfloat16 or float16, got int32",
+            ),
             BadCall(lambda: rms_norm(X, W, "a"), TypeError, "eps must be a number, got str"),
-            BadCall(lambda: rms_norm(X, W, -1.0), ValueError, "eps must be finite and not negative"),
-            BadCall(lambda: rms_norm(X, W, float("nan")), ValueError, "eps must be finite and not negative"),
-            BadCall(lambda: rms_norm(X, W, offset=True), TypeError, "offset must be a number, got bool"),
-            BadCall(lambda: rms_norm(X, W, offset=float("inf")), ValueError, "offset must be finite, got inf"),
+            BadCall(
+                lambda: rms_norm(X, W, -1.0), ValueError, "eps must be finite and not negative"
+            ),
+            BadCall(
+                lambda: rms_norm(X, W, float("nan")),
+                ValueError,
+                "eps must be finite and not negative",
+            ),
+            BadCall(
+                lambda: rms_norm(X, W, offset=True), TypeError, "offset must be a number, got bool"
+            ),
+            BadCall(
+                lambda: rms_norm(X, W, offset=float("inf")),
+                ValueError,
+                "offset must be finite, got inf",
+            ),
             BadCall(lambda: rms_norm(X, W[:3]), ValueError, r"weight must be \[8\]"),
-            BadCall(lambda: operators.rms_norm(X, W[:3], 1e-5, 0.0), THROWN, r"weight must be \[8\]"),
-            BadCall(lambda: operators.rms_norm(X.double(), W, 1e-5, 0.0), THROWN, "x must be float32"),
+            BadCall(
+                lambda: operators.rms_norm(X, W[:3], 1e-5, 0.0), THROWN, r"weight must be \[8\]"
+            ),
+            BadCall(
+                lambda: operators.rms_norm(X.double(), W, 1e-5, 0.0), THROWN, "x must be float32"
+            ),
         ],
     )
 
@@ -60,12 +102,21 @@ def test_add_rms_norm():
         add_rms_norm,
         add_reference,
         [add_sample((3, 29), offset=1.0), *(add_sample(shape) for shape in SHAPES)],
-        raw=[(torch.ops.mllama.add_rms_norm.default, (X.clone().requires_grad_(), torch.randn(4, 8), W, 1e-5, 1.0))],
+        raw=[
+            (
+                torch.ops.mllama.add_rms_norm.default,
+                (X.clone().requires_grad_(), torch.randn(4, 8), W, 1e-5, 1.0),
+            )
+        ],
         bad_calls=[
             BadCall(lambda: add_rms_norm(X, X[:2], W), ValueError, "residual must be as x"),
             BadCall(lambda: add_rms_norm(X, X.bfloat16(), W), ValueError, "residual must be as x"),
             BadCall(lambda: add_rms_norm(X, None, W), TypeError, "residual"),
-            BadCall(lambda: add_rms_norm(X, X, W, offset="1"), TypeError, "offset must be a number, got str"),
+            BadCall(
+                lambda: add_rms_norm(X, X, W, offset="1"),
+                TypeError,
+                "offset must be a number, got str",
+            ),
         ],
     )
 
@@ -80,7 +131,9 @@ def gemma_norm(size, dtype):
 @pytest.mark.parametrize("size", [29, 64])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_gemma_bit_for_bit(dtype, size):
-    """Where the sum of squares is exact in any order nothing but the two forms' own rounding could differ, and nothing does."""
+    """Where the sum of squares is exact in any order nothing but the two forms' own rounding could
+    differ, and nothing does.
+    """
     gemma = gemma_norm(size, dtype)
     x, residual = (torch.randint(-16, 17, (2, 50, size)) / 8).to(dtype).unbind()
     for isa in instruction_sets():
@@ -93,7 +146,9 @@ def test_gemma_bit_for_bit(dtype, size):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_gemma_rounds_once(dtype):
-    """On any values at most one in a thousand lands on the other side of a rounding; Llama's order would move one in five."""
+    """On any values at most one in a thousand lands on the other side of a rounding; Llama's order
+    would move one in five.
+    """
     gemma, x = gemma_norm(256, dtype), torch.randn(200, 256, dtype=dtype)
     ours, theirs = rms_norm(x, gemma.weight, offset=1.0), gemma(x)
     assert (ours != theirs).float().mean() < 1e-3
@@ -104,7 +159,9 @@ def test_gemma_rounds_once(dtype):
 def test_gemma_gradients(dtype):
     gemma, x = gemma_norm(64, torch.float32), torch.randn(10, 64, requires_grad=True)
     expected = torch.autograd.grad(gemma(x).square().sum(), (x, gemma.weight))
-    actual = torch.autograd.grad(rms_norm(x.to(dtype), gemma.weight.to(dtype), offset=1.0).square().sum(), (x, gemma.weight))
+    actual = torch.autograd.grad(
+        rms_norm(x.to(dtype), gemma.weight.to(dtype), offset=1.0).square().sum(), (x, gemma.weight)
+    )
     for a, b in zip(actual, expected, strict=True):
         assert_close(a, b, 1e-5 if dtype == torch.float32 else 3e-2, "gradient")
 
@@ -115,7 +172,10 @@ def test_module_starts_at_scale_one():
         assert torch.all(norm.weight + offset == 1)
         assert torch.equal(norm(X), rms_norm(X, norm.weight, 1e-5, offset))
         assert torch.equal(norm.add(X, X)[0], rms_norm(X + X, norm.weight, 1e-5, offset))
-    assert repr(norm) == "RMSNorm(8, eps=1e-05, offset=1.0)" and repr(RMSNorm(8)) == "RMSNorm(8, eps=1e-06)"
+    assert (
+        repr(norm) == "RMSNorm(8, eps=1e-05, offset=1.0)"
+        and repr(RMSNorm(8)) == "RMSNorm(8, eps=1e-06)"
+    )
 
 
 def test_frozen_weight_gets_no_gradient():

@@ -1,4 +1,6 @@
-"""Chat templates of released models, in their authors' form, without `{% generation %}`; and what they write."""
+"""Chat templates of released models, in their authors' form, without `{% generation %}`; and what
+they write.
+"""
 
 # Meta's of Llama-3.2-Vision, without the text about tools in a user's message.
 LLAMA_VISION = """\
@@ -126,7 +128,8 @@ R1 = (
     "{% if add_generation_prompt %}{{ '<|Assistant|><think>\n' }}{% endif %}"
 )
 
-# As Qwen3 and R1 do: thoughts of earlier turns are left out, the last turn always has a place for them.
+# As Qwen3 and R1 do: thoughts of earlier turns are left out, the last turn always has a place for
+# them.
 THINKING = (
     "{% for message in messages %}{% set content = message['content'] %}{{ '<|im_start|>' + message['role'] + '\n' }}"
     "{% if message['role'] == 'assistant' %}{% set thoughts = message.reasoning_content or '' %}"

@@ -42,11 +42,24 @@ def make(make_tokenizer, make_llama_tokenizer, llama_template):
             tokenizer = make_tokenizer(adds_bos=True)
             tokenizer.add_tokens(["<image>"], special_tokens=True)
             pictures = CLIPImageProcessorPil(size={"shortest_edge": S}, crop_size=SIZE["size"])
-            return LlavaProcessor(pictures, tokenizer, 7, "default", chat_template=LLAVA_TEMPLATE, num_additional_image_tokens=1)
+            return LlavaProcessor(
+                pictures,
+                tokenizer,
+                7,
+                "default",
+                chat_template=LLAVA_TEMPLATE,
+                num_additional_image_tokens=1,
+            )
         if family == "mllama":
-            return TiledProcessor(TiledImageProcessor(**SIZE), make_llama_tokenizer(adds_bos=True), chat_template=llama_template)
+            return TiledProcessor(
+                TiledImageProcessor(**SIZE),
+                make_llama_tokenizer(adds_bos=True),
+                chat_template=llama_template,
+            )
         if family == "paligemma":
-            return PaliGemmaProcessor(SquareImageProcessor(**SIZE, image_seq_length=4), make_tokenizer())
+            return PaliGemmaProcessor(
+                SquareImageProcessor(**SIZE, image_seq_length=4), make_tokenizer()
+            )
         if family == "siglip":
             return SiglipImageProcessorPil(**SIZE)
         return make_llama_tokenizer(adds_bos=True, chat_template=TEXT_TEMPLATE)
@@ -58,7 +71,8 @@ def read(processor, batch) -> str:
     return processor.decode(batch["input_ids"][0])
 
 
-# ---- load_processor ----------------------------------------------------------------------------------------------------------------------
+# ---- load_processor
+# ----------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -76,7 +90,10 @@ def test_families(make, tmp_path, family, kind):
     processor = load_processor(tmp_path)
     assert type(processor) is kind and type(load_processor(str(tmp_path))) is kind
     if family == "clip":
-        assert type(processor.image_processor) is CroppedImageProcessor and processor.image_seq_length == 16
+        assert (
+            type(processor.image_processor) is CroppedImageProcessor
+            and processor.image_seq_length == 16
+        )
 
 
 def test_text_models(make, tmp_path):
@@ -87,23 +104,46 @@ def test_text_models(make, tmp_path):
 
 @pytest.mark.parametrize(
     ("model_type", "kind"),
-    [("mllama", "MllamaImageProcessor"), ("paligemma", "SiglipImageProcessor"), ("siglip_vision_model", "SiglipImageProcessor")],
+    [
+        ("mllama", "MllamaImageProcessor"),
+        ("paligemma", "SiglipImageProcessor"),
+        ("siglip_vision_model", "SiglipImageProcessor"),
+    ],
 )
-def test_older_folders_by_model_type(make, make_llama_tokenizer, make_tokenizer, tmp_path, model_type, kind):
-    expected = {"mllama": TiledProcessor, "paligemma": PaliGemmaProcessor, "siglip_vision_model": SquareImageProcessor}[model_type]
-    (make_llama_tokenizer() if model_type == "mllama" else make_tokenizer()).save_pretrained(tmp_path)
+def test_older_folders_by_model_type(
+    make, make_llama_tokenizer, make_tokenizer, tmp_path, model_type, kind
+):
+    expected = {
+        "mllama": TiledProcessor,
+        "paligemma": PaliGemmaProcessor,
+        "siglip_vision_model": SquareImageProcessor,
+    }[model_type]
+    (make_llama_tokenizer() if model_type == "mllama" else make_tokenizer()).save_pretrained(
+        tmp_path
+    )
     (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}))
-    (tmp_path / "preprocessor_config.json").write_text(json.dumps({**SIZE, "image_processor_type": kind, "image_seq_length": 4}))
+    (tmp_path / "preprocessor_config.json").write_text(
+        json.dumps({**SIZE, "image_processor_type": kind, "image_seq_length": 4})
+    )
     assert type(load_processor(tmp_path)) is expected
 
 
-@pytest.mark.parametrize("name", ["Qwen2VLProcessor", "CLIPProcessor", "os.system", 5, ["LlavaProcessor"]])
+@pytest.mark.parametrize(
+    "name", ["Qwen2VLProcessor", "CLIPProcessor", "os.system", 5, ["LlavaProcessor"]]
+)
 def test_refuses_other_families(tmp_path, name):
-    (tmp_path / "processor_config.json").write_text(json.dumps({"processor_class": name, "image_processor": {"do_resize": True}}))
-    with pytest.raises(ValueError, match="what is read is LlavaProcessor, MllamaProcessor, PaliGemmaProcessor, SiglipProcessor"):
+    (tmp_path / "processor_config.json").write_text(
+        json.dumps({"processor_class": name, "image_processor": {"do_resize": True}})
+    )
+    with pytest.raises(
+        ValueError,
+        match="what is read is LlavaProcessor, MllamaProcessor, PaliGemmaProcessor, SiglipProcessor",
+    ):
         load_processor(tmp_path)
     (tmp_path / "processor_config.json").unlink()
-    (tmp_path / "preprocessor_config.json").write_text(json.dumps({"image_processor_type": "ViTImageProcessor"}))
+    (tmp_path / "preprocessor_config.json").write_text(
+        json.dumps({"image_processor_type": "ViTImageProcessor"})
+    )
     with pytest.raises(ValueError, match="holds a ViTImageProcessor"):
         load_processor(tmp_path)
 
@@ -114,8 +154,16 @@ NO_SETTINGS = ['{"image_processor": 5}', '{"image_processor_type": []}']
 
 @pytest.mark.parametrize(
     ("name", "content"),
-    [(name, content) for name in ("processor_config.json", "preprocessor_config.json", "config.json") for content in NO_OBJECT]
-    + [(name, content) for name in ("processor_config.json", "preprocessor_config.json") for content in NO_SETTINGS],
+    [
+        (name, content)
+        for name in ("processor_config.json", "preprocessor_config.json", "config.json")
+        for content in NO_OBJECT
+    ]
+    + [
+        (name, content)
+        for name in ("processor_config.json", "preprocessor_config.json")
+        for content in NO_SETTINGS
+    ],
 )
 def test_broken_files(make, tmp_path, name, content):
     make("mllama").save_pretrained(tmp_path)
@@ -162,9 +210,14 @@ def test_code_of_a_folder_is_not_run(make, tmp_path):
 def test_nothing_is_loaded_from_elsewhere(make, monkeypatch, tmp_path):
     make("mllama").save_pretrained(tmp_path / "model")
     settings = json.loads((tmp_path / "model" / "processor_config.json").read_text())
-    settings["audio_tokenizer"] = {"audio_tokenizer_class": "DacModel", "audio_tokenizer_name_or_path": str(tmp_path / "elsewhere")}
+    settings["audio_tokenizer"] = {
+        "audio_tokenizer_class": "DacModel",
+        "audio_tokenizer_name_or_path": str(tmp_path / "elsewhere"),
+    }
     (tmp_path / "model" / "processor_config.json").write_text(json.dumps(settings))
-    (tmp_path / "model" / "audio_tokenizer_config.json").write_text(json.dumps(settings["audio_tokenizer"]))
+    (tmp_path / "model" / "audio_tokenizer_config.json").write_text(
+        json.dumps(settings["audio_tokenizer"])
+    )
     assert not hasattr(load_processor(tmp_path / "model"), "audio_tokenizer")
 
 
@@ -178,23 +231,36 @@ def test_missing(tmp_path):
 
 
 def test_other_formats_go_to_their_readers(monkeypatch, tmp_path):
-    for name, function in (("processing.meta", "load_meta_processor"), ("checkpoints.gguf_tokenizer", "load_tokenizer")):
+    for name, function in (
+        ("processing.meta", "load_meta_processor"),
+        ("checkpoints.gguf_tokenizer", "load_tokenizer"),
+    ):
         module = types.ModuleType(f"mllama.{name}")
         setattr(module, function, lambda path, name=name: types.SimpleNamespace(read=(name, path)))
         monkeypatch.setitem(sys.modules, module.__name__, module)
     (tmp_path / "one").mkdir()
     file = tmp_path / "one" / "a.gguf"
     file.touch()
-    assert load_processor(file).read == load_processor(tmp_path / "one").read == ("checkpoints.gguf_tokenizer", file)
+    assert (
+        load_processor(file).read
+        == load_processor(tmp_path / "one").read
+        == ("checkpoints.gguf_tokenizer", file)
+    )
     (tmp_path / "one" / "params.json").touch()
     assert load_processor(tmp_path / "one").read == ("processing.meta", tmp_path / "one")
 
 
-# ---- encode_messages ---------------------------------------------------------------------------------------------------------------------
+# ---- encode_messages
+# ---------------------------------------------------------------------------------------------------------------------
 
 
 def user(*parts):
-    return {"role": "user", "content": [{"type": "text", "text": part} if isinstance(part, str) else part for part in parts]}
+    return {
+        "role": "user",
+        "content": [
+            {"type": "text", "text": part} if isinstance(part, str) else part for part in parts
+        ],
+    }
 
 
 @pytest.mark.parametrize(
@@ -224,13 +290,22 @@ def test_one_question(make, noise, tmp_path, family, expected):
         ([user({**place, "url": str(tmp_path / "a.png")}, "a b")], ()),
     ]:
         same = encode_messages(processor, messages, pictures)
-        assert set(same) == set(batch) and all(torch.equal(same[name], batch[name]) for name in batch)
+        assert set(same) == set(batch) and all(
+            torch.equal(same[name], batch[name]) for name in batch
+        )
         assert all(isinstance(value, torch.Tensor) for value in batch.values())
     if family in ("clip", "mllama"):
         stock = AutoProcessor.from_pretrained(tmp_path / "model")
-        options = {"add_generation_prompt": True, "tokenize": True, "return_dict": True, "return_tensors": "pt"}
+        options = {
+            "add_generation_prompt": True,
+            "tokenize": True,
+            "return_dict": True,
+            "return_tensors": "pt",
+        }
         theirs = stock.apply_chat_template([user({**place, "image": picture}, "a b")], **options)
-        assert set(theirs) == set(batch) and all(torch.equal(theirs[name], batch[name]) for name in batch)
+        assert set(theirs) == set(batch) and all(
+            torch.equal(theirs[name], batch[name]) for name in batch
+        )
 
 
 @pytest.mark.parametrize("family", ["llava", "clip", "mllama", "paligemma", "text"])
@@ -238,7 +313,11 @@ def test_text_alone(make, tmp_path, family):
     make(family).save_pretrained(tmp_path)
     processor = load_processor(tmp_path)
     batch = encode_messages(processor, [{"role": "user", "content": "a b"}])
-    assert "a b" in read(processor, batch) and "pixel_values" not in batch and batch["input_ids"].shape[0] == 1
+    assert (
+        "a b" in read(processor, batch)
+        and "pixel_values" not in batch
+        and batch["input_ids"].shape[0] == 1
+    )
     bos = getattr(processor, "tokenizer", processor).bos_token_id
     assert (batch["input_ids"] == bos).sum() == 1
 
@@ -254,13 +333,23 @@ def test_llama_takes_no_token_types(make_llama_tokenizer):
 
 def test_conversations(make, noise):
     processor, place = make("mllama"), {"type": "image"}
-    messages = [user("a", place, "b"), {"role": "assistant", "content": "c"}, user({**place, "image": noise(60, 20)}, "d", place)]
+    messages = [
+        user("a", place, "b"),
+        {"role": "assistant", "content": "c"},
+        user({**place, "image": noise(60, 20)}, "d", place),
+    ]
     pictures = [noise(seed=1), noise(10, 90, 2)]
     batch = encode_messages(processor, messages, pictures)
-    assert read(processor, batch).count("<|image|>") == 3 and "a<|image|>b<|eot_id|>" in read(processor, batch)
-    expected = processor.image_processor([pictures[0], noise(60, 20), pictures[1]], return_tensors="pt")
+    assert read(processor, batch).count("<|image|>") == 3 and "a<|image|>b<|eot_id|>" in read(
+        processor, batch
+    )
+    expected = processor.image_processor(
+        [pictures[0], noise(60, 20), pictures[1]], return_tensors="pt"
+    )
     assert torch.equal(batch["pixel_values"], expected["pixel_values"])
-    assert messages[2]["content"][0]["image"] is not None and len(messages[0]["content"]) == 3  # the caller's, unchanged
+    assert (
+        messages[2]["content"][0]["image"] is not None and len(messages[0]["content"]) == 3
+    )  # the caller's, unchanged
 
 
 def test_placeholders_written_in_the_text(make, noise):
@@ -271,15 +360,23 @@ def test_placeholders_written_in_the_text(make, noise):
 
 
 def test_templates_for_text_get_strings(make, noise, make_llama_tokenizer):
-    processor = TiledProcessor(TiledImageProcessor(**SIZE), make_llama_tokenizer(), chat_template=TEXT_TEMPLATE)
+    processor = TiledProcessor(
+        TiledImageProcessor(**SIZE), make_llama_tokenizer(), chat_template=TEXT_TEMPLATE
+    )
     batch = encode_messages(processor, [user("a ", {"type": "image"}, "b")], [noise()])
     assert read(processor, batch) == "<|begin_of_text|>user: a <|image|>b\n"
-    assert read(make("text"), encode_messages(make("text"), [user("a ", "b")])) == "<|begin_of_text|>user: a b\n"
+    assert (
+        read(make("text"), encode_messages(make("text"), [user("a ", "b")]))
+        == "<|begin_of_text|>user: a b\n"
+    )
 
 
 CALLED = [
     user("a"),
-    {"role": "assistant", "tool_calls": [{"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}]},
+    {
+        "role": "assistant",
+        "tool_calls": [{"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}],
+    },
     {"role": "tool", "content": "5"},
     {"role": "assistant", "content": None},
     user("b"),
@@ -293,16 +390,31 @@ def test_an_assistant_without_content(make, tmp_path, family):
     if family == "paligemma":
         processor.chat_template = CHAT_TEMPLATE
     said = [turn if turn.get("content") else turn | {"content": ""} for turn in CALLED]
-    assert read(processor, encode_messages(processor, CALLED)) == read(processor, encode_messages(processor, said))
-    assert processor.apply_chat_template(CALLED, tokenize=False) == processor.apply_chat_template(said, tokenize=False)
+    assert read(processor, encode_messages(processor, CALLED)) == read(
+        processor, encode_messages(processor, said)
+    )
+    assert processor.apply_chat_template(CALLED, tokenize=False) == processor.apply_chat_template(
+        said, tokenize=False
+    )
 
 
-@pytest.mark.parametrize("template", [LLAVA_TEMPLATE, TEXT_TEMPLATE, templates.LLAMA_VISION, templates.CHATML, CHAT_TEMPLATE])
+@pytest.mark.parametrize(
+    "template",
+    [LLAVA_TEMPLATE, TEXT_TEMPLATE, templates.LLAMA_VISION, templates.CHATML, CHAT_TEMPLATE],
+)
 def test_texts_and_lists_of_parts_are_one(make, make_llama_tokenizer, template):
-    """Some templates read one of the two alone: LLaVA's writes nothing of a text, Meta's the Python form of a system message's list."""
-    messages = [{"role": role, "content": f" {role} {number} "} for number, role in enumerate(("system", "user", "assistant"))]
+    """Some templates read one of the two alone: LLaVA's writes nothing of a text, Meta's the Python
+    form of a system message's list.
+    """
+    messages = [
+        {"role": role, "content": f" {role} {number} "}
+        for number, role in enumerate(("system", "user", "assistant"))
+    ]
     lists = [turn | {"content": [{"type": "text", "text": turn["content"]}]} for turn in messages]
-    for processor in (MllamaImageProcessor(make_llama_tokenizer(), 16, S, chat_template=template), with_answers(make_llama_tokenizer())):
+    for processor in (
+        MllamaImageProcessor(make_llama_tokenizer(), 16, S, chat_template=template),
+        with_answers(make_llama_tokenizer()),
+    ):
         options = {"tokenize": False, "chat_template": template}
         written = processor.apply_chat_template(messages, **options)
         assert all(turn["content"].strip() in written for turn in messages)
@@ -313,15 +425,24 @@ def test_texts_and_lists_of_parts_are_one(make, make_llama_tokenizer, template):
 def test_image_url_parts(make, noise, tmp_path):
     noise().save(tmp_path / "a.png")
     for processor in (make("llava"), make("mllama")):
-        wanted = encode_messages(processor, [user({"type": "image", "path": str(tmp_path / "a.png")}, "a")])
+        wanted = encode_messages(
+            processor, [user({"type": "image", "path": str(tmp_path / "a.png")}, "a")]
+        )
         for address in (str(tmp_path / "a.png"), {"url": str(tmp_path / "a.png")}):
-            found = encode_messages(processor, [user({"type": "image_url", "image_url": address}, "a")])
-            assert set(found) == set(wanted) and all(torch.equal(found[name], wanted[name]) for name in wanted)
+            found = encode_messages(
+                processor, [user({"type": "image_url", "image_url": address}, "a")]
+            )
+            assert set(found) == set(wanted) and all(
+                torch.equal(found[name], wanted[name]) for name in wanted
+            )
 
 
 def test_no_template(make, make_llama_tokenizer, noise):
     processor = TiledProcessor(TiledImageProcessor(**SIZE), make_llama_tokenizer())
-    assert read(processor, encode_messages(processor, [user("a")], [noise()])) == "<|image|><|begin_of_text|>a"
+    assert (
+        read(processor, encode_messages(processor, [user("a")], [noise()]))
+        == "<|image|><|begin_of_text|>a"
+    )
     tokenizer = make_llama_tokenizer(adds_bos=True)
     assert read(tokenizer, encode_messages(tokenizer, [user("a")])) == "<|begin_of_text|>a"
     with pytest.raises(ValueError, match="no chat template: give one message, not 2"):
@@ -333,19 +454,67 @@ def test_no_template(make, make_llama_tokenizer, noise):
     [
         ("mllama", [], 0, ValueError, "messages is empty"),
         ("mllama", ["a"], 0, TypeError, "message 0 must be a dict, got str"),
-        ("mllama", [{"role": "user"}], 0, TypeError, "content of message 0 must be a str or a list of dicts, got NoneType"),
+        (
+            "mllama",
+            [{"role": "user"}],
+            0,
+            TypeError,
+            "content of message 0 must be a str or a list of dicts, got NoneType",
+        ),
         ("mllama", [{"role": "user", "content": ["a"]}], 0, TypeError, "content of message 0"),
         ("mllama", [user({"type": "video"})], 0, ValueError, "type"),
         ("mllama", [user({"type": "text"})], 0, TypeError, "must hold a str as text, got NoneType"),
-        ("mllama", [user({"type": "image"})], 0, ValueError, r"places for 1 picture\(s\), but 0 came"),
-        ("mllama", [user({"type": "image"})], 2, ValueError, r"places for 1 picture\(s\), but 2 came"),
-        ("mllama", [user({"type": "image", "image": Image.new("RGB", (9, 9))})], 1, ValueError, r"places for 1 picture\(s\), but 2 came"),
-        ("mllama", [user({"type": "image", "image": "a", "path": "b"})], 0, ValueError, "must bring one picture, got 2"),
-        ("mllama", [user({"type": "image", "path": "no/such.png"})], 0, FileNotFoundError, "no such picture"),
-        ("mllama", [user({"type": "image", "url": "https://x.org/a.png"})], 0, ValueError, "allow_urls"),
+        (
+            "mllama",
+            [user({"type": "image"})],
+            0,
+            ValueError,
+            r"places for 1 picture\(s\), but 0 came",
+        ),
+        (
+            "mllama",
+            [user({"type": "image"})],
+            2,
+            ValueError,
+            r"places for 1 picture\(s\), but 2 came",
+        ),
+        (
+            "mllama",
+            [user({"type": "image", "image": Image.new("RGB", (9, 9))})],
+            1,
+            ValueError,
+            r"places for 1 picture\(s\), but 2 came",
+        ),
+        (
+            "mllama",
+            [user({"type": "image", "image": "a", "path": "b"})],
+            0,
+            ValueError,
+            "must bring one picture, got 2",
+        ),
+        (
+            "mllama",
+            [user({"type": "image", "path": "no/such.png"})],
+            0,
+            FileNotFoundError,
+            "no such picture",
+        ),
+        (
+            "mllama",
+            [user({"type": "image", "url": "https://x.org/a.png"})],
+            0,
+            ValueError,
+            "allow_urls",
+        ),
         ("mllama", [{"content": "a"}], 0, ValueError, "role"),
         ("text", [user("a")], 1, ValueError, "takes no pictures, got 1"),
-        ("siglip", [user("a")], 0, TypeError, "processor must be a processor or a tokenizer, got SiglipImageProcessorPil"),
+        (
+            "siglip",
+            [user("a")],
+            0,
+            TypeError,
+            "processor must be a processor or a tokenizer, got SiglipImageProcessorPil",
+        ),
     ],
 )
 def test_bad_messages(make, noise, family, messages, pictures, error, match):
@@ -379,10 +548,14 @@ def test_bad_calls_name_the_argument(make, noise, family, arguments, error, name
     if "text" in arguments:
         text = arguments["text"]
         given["text"] = (
-            [part.replace("PLACE", place) if isinstance(part, str) else part for part in text] if isinstance(text, list) else text
+            [part.replace("PLACE", place) if isinstance(part, str) else part for part in text]
+            if isinstance(text, list)
+            else text
         )
     if "images" in arguments:
-        given["images"] = [[noise() for _ in row] if isinstance(row, list) else row for row in arguments["images"]]
+        given["images"] = [
+            [noise() for _ in row] if isinstance(row, list) else row for row in arguments["images"]
+        ]
     with pytest.raises(error, match=named) as raised:
         make(family)(**given)
     assert "\n" not in str(raised.value) and len(str(raised.value)) < 400
@@ -408,4 +581,8 @@ def test_hostile_pictures(make, monkeypatch, tmp_path, noise, family):
     with pytest.raises(ValueError, match="300 x 200 pixels, more than 50000"):
         encode_messages(processor, [user("a")], [tmp_path / "whole.png"])
     for size in ((1, 1), (1, 3000), (3000, 1)):
-        assert encode_messages(processor, [user("a")], [Image.new("CMYK", size)])["pixel_values"].isfinite().all()
+        assert (
+            encode_messages(processor, [user("a")], [Image.new("CMYK", size)])["pixel_values"]
+            .isfinite()
+            .all()
+        )

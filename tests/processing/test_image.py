@@ -36,10 +36,18 @@ def test_the_same_picture_in_every_wrapping(tmp_path):
     chw = np.ascontiguousarray(RGB.transpose(2, 0, 1))
     wrappings = [picture, tmp_path / "a.png", str(tmp_path / "a.png")]
     wrappings += [RGB, RGB[:, ::-1][:, ::-1], chw, RGB / 255, RGB.astype(np.float32) / 255]
-    wrappings += [torch.from_numpy(RGB), torch.from_numpy(chw), torch.from_numpy(chw / 255), torch.from_numpy(chw) / 255]
+    wrappings += [
+        torch.from_numpy(RGB),
+        torch.from_numpy(chw),
+        torch.from_numpy(chw / 255),
+        torch.from_numpy(chw) / 255,
+    ]
     for wrapping in wrappings:
         same(wrapping, RGB)
-        assert np.array_equal(np.array(load_picture(wrapping)), RGB) and load_picture(wrapping).mode == "RGB"
+        assert (
+            np.array_equal(np.array(load_picture(wrapping)), RGB)
+            and load_picture(wrapping).mode == "RGB"
+        )
 
 
 def test_16_bit_floats_are_rounded():
@@ -56,7 +64,12 @@ def test_grey_and_boolean():
 
 def test_palette_and_other_colour_spaces():
     picture = Image.fromarray(RGB)
-    for other in (picture.quantize(16), picture.convert("CMYK"), picture.convert("YCbCr"), picture.convert("HSV")):
+    for other in (
+        picture.quantize(16),
+        picture.convert("CMYK"),
+        picture.convert("YCbCr"),
+        picture.convert("HSV"),
+    ):
         same(other, np.array(other.convert("RGB")))
 
 
@@ -87,9 +100,18 @@ def test_16_bit_grey_is_scaled(tmp_path):
     expected[0, 0] = 255
     Image.fromarray(values).save(tmp_path / "deep.png")
     Image.fromarray(values).save(tmp_path / "deep.tif")
-    big_endian, wide = Image.frombytes("I;16B", (9, 6), values.astype(">u2").tobytes()), Image.fromarray(values.astype(np.int32))
+    big_endian, wide = (
+        Image.frombytes("I;16B", (9, 6), values.astype(">u2").tobytes()),
+        Image.fromarray(values.astype(np.int32)),
+    )
     assert wide.mode == "I"
-    for deep in (Image.fromarray(values), big_endian, wide, tmp_path / "deep.png", tmp_path / "deep.tif"):
+    for deep in (
+        Image.fromarray(values),
+        big_endian,
+        wide,
+        tmp_path / "deep.png",
+        tmp_path / "deep.tif",
+    ):
         same(deep, expected)
     for deep in (values, values.astype(">u2"), values.astype("<u2"), np.dstack([values] * 3)):
         same(deep, expected)
@@ -98,7 +120,9 @@ def test_16_bit_grey_is_scaled(tmp_path):
 
 
 def test_a_transparent_16_bit_grey_goes_onto_white(tmp_path):
-    values = np.array([[1285, 1286], [0, 1285]], dtype=np.uint16)  # 1286 is the same as the key in 8 bits, and stays
+    values = np.array(
+        [[1285, 1286], [0, 1285]], dtype=np.uint16
+    )  # 1286 is the same as the key in 8 bits, and stays
     Image.fromarray(values).save(tmp_path / "key.png", transparency=1285)
     same(tmp_path / "key.png", three(np.array([[255, 5], [0, 255]])))
 
@@ -108,7 +132,13 @@ def test_floats_may_be_off_by_rounding():
     expected = three(np.array([[0, 255], [128, 255]]))
     off = exact + np.array([[-1e-7, 2e-7], [0, 2e-7]], dtype=np.float32)
     assert off.max() > 1 and off.min() < 0
-    for floats in (off, off.astype(np.float64), off.astype(">f4"), torch.from_numpy(off), Image.fromarray(off)):
+    for floats in (
+        off,
+        off.astype(np.float64),
+        off.astype(">f4"),
+        torch.from_numpy(off),
+        Image.fromarray(off),
+    ):
         same(floats, expected)
 
 
@@ -163,13 +193,25 @@ def test_channels_of_ambiguous_arrays():
         (np.zeros((5, 5, 3), dtype=np.int64), TypeError, "uint8, uint16, bool or float, got int64"),
         (np.full((5, 5, 3), 255.0), ValueError, "must hold 0..1, got 255..255"),
         (np.full((5, 5, 3), 1.00001), ValueError, "must hold 0..1, got 1.00001..1.00001"),
-        (Image.fromarray(np.full((5, 5), 300, np.float32)), ValueError, "mode F must hold 0..1 or 0..255, got 300..300"),
-        (torch.zeros(3, 5, 5, device="meta"), ValueError, r"is a meta tensor, without values: shape \(3, 5, 5\)"),
+        (
+            Image.fromarray(np.full((5, 5), 300, np.float32)),
+            ValueError,
+            "mode F must hold 0..1 or 0..255, got 300..300",
+        ),
+        (
+            torch.zeros(3, 5, 5, device="meta"),
+            ValueError,
+            r"is a meta tensor, without values: shape \(3, 5, 5\)",
+        ),
         (torch.full((3, 5, 5), float("nan")), ValueError, "must hold 0..1, got nan"),
         ([1, 2, 3], TypeError, "got list"),
         (None, TypeError, "got NoneType"),
         (b"bytes", ValueError, "no image of a known format"),
-        ("https://example.org/cat.png", ValueError, "allow_urls=True .*, got https://example.org/cat.png"),
+        (
+            "https://example.org/cat.png",
+            ValueError,
+            "allow_urls=True .*, got https://example.org/cat.png",
+        ),
         ("data:image/png;base64," + "A" * 9999, ValueError, "no image of a known format"),
         ("no/such/cat.png", FileNotFoundError, "no such picture: no/such/cat.png"),
         (Path("no/such/cat.png"), FileNotFoundError, "no such picture: no/such/cat.png"),
@@ -186,7 +228,9 @@ def test_what_is_refused(picture, error, match):
 
 def half_of(form):
     buffer = io.BytesIO()
-    Image.fromarray(np.random.default_rng(2).integers(0, 256, (40, 40, 3), dtype=np.uint8)).save(buffer, form)
+    Image.fromarray(np.random.default_rng(2).integers(0, 256, (40, 40, 3), dtype=np.uint8)).save(
+        buffer, form
+    )
     return buffer.getvalue()[: buffer.tell() // 2]
 
 
@@ -210,12 +254,17 @@ def test_files_that_are_no_pictures(tmp_path, name, content):
 
 def test_a_broken_picture_opened_elsewhere(tmp_path):
     (tmp_path / "cut.png").write_bytes(half_of("PNG"))
-    with Image.open(tmp_path / "cut.png") as picture, pytest.raises(ValueError, match="cannot read the picture .*cut.png"):
+    with (
+        Image.open(tmp_path / "cut.png") as picture,
+        pytest.raises(ValueError, match="cannot read the picture .*cut.png"),
+    ):
         load_picture(picture)
 
 
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
-@pytest.mark.parametrize("limit", [40, 20])  # Pillow warns above the limit, and raises above twice that
+@pytest.mark.parametrize(
+    "limit", [40, 20]
+)  # Pillow warns above the limit, and raises above twice that
 def test_too_many_pixels(tmp_path, monkeypatch, limit):
     Image.fromarray(RGB).save(tmp_path / "bomb.png")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)

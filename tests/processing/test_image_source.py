@@ -1,4 +1,6 @@
-"""Where images come from: every form gives the same pixels, by every door; what is no image is one short line."""
+"""Where images come from: every form gives the same pixels, by every door; what is no image is one
+short line.
+"""
 
 import base64
 import http.server
@@ -71,7 +73,9 @@ def test_every_form_is_the_same_image(made, noise, form):
     assert torch.equal(load_pixels(made(form)), load_pixels(noise()))
 
 
-@pytest.mark.parametrize("family", ["siglip", "llava, siglip", "llava, clip", "paligemma", "mllama"])
+@pytest.mark.parametrize(
+    "family", ["siglip", "llava, siglip", "llava, clip", "paligemma", "mllama"]
+)
 def test_every_processor_takes_every_form(family_folder, made, noise, family):
     processor = load_processor(family_folder(family))
     named = {} if family == "siglip" else {"text": getattr(processor, "image_token", "") + "a"}
@@ -97,7 +101,13 @@ def test_image_parts_of_messages(family_folder, made, noise, family):
     expected = encode_messages(processor, said({"type": "image", "image": noise()}))
     for part in parts:
         ours = encode_messages(processor, said(part))
-        theirs = processor.apply_chat_template(said(part), tokenize=True, return_dict=True, return_tensors="pt", add_generation_prompt=True)
+        theirs = processor.apply_chat_template(
+            said(part),
+            tokenize=True,
+            return_dict=True,
+            return_tensors="pt",
+            add_generation_prompt=True,
+        )
         for batch in (ours, theirs):
             assert all(torch.equal(batch[name], expected[name]) for name in expected), part["type"]
 
@@ -127,11 +137,19 @@ def closed_underneath(path):
         (lambda path: b"", ValueError, "no data"),
         (lambda path: path.read_bytes()[:300], ValueError, "truncated"),
         (lambda path: base64.b64encode(path.read_bytes()[:300]).decode(), ValueError, "truncated"),
-        (lambda path: base64.b64encode(b"hello" * 4000).decode(), FileNotFoundError, "no such picture"),
+        (
+            lambda path: base64.b64encode(b"hello" * 4000).decode(),
+            FileNotFoundError,
+            "no such picture",
+        ),
         (lambda path: f"data:image/png;base64,{'A@' * 10000}", ValueError, "broken base64"),
         (lambda path: "data:image/png;base64", ValueError, "comma"),
         (lambda path: b"<!DOCTYPE html><html>" + b"x" * 20000, ValueError, "HTML page"),
-        (lambda path: "<!DOCTYPE html><html>" + "x" * 20000, ValueError, "neither the path of a file nor base64"),
+        (
+            lambda path: "<!DOCTYPE html><html>" + "x" * 20000,
+            ValueError,
+            "neither the path of a file nor base64",
+        ),
         (lambda path: "no/such/" * 20 + "image.png", FileNotFoundError, "no such picture"),
         (lambda path: "file://elsewhere/a.png", ValueError, "of this machine"),
         (lambda path: f"https://localhost/{'x' * 20000}", ValueError, "allow_urls"),
@@ -147,8 +165,8 @@ def test_what_is_no_image_is_one_short_line_with_the_reason(data, tmp_path, make
 
 @pytest.fixture
 def server(data, monkeypatch):
-    """The address of a server on this machine: /image, /page, /short (ends early), /slow (drips its headers), /far (leads to a file URL);
-    anything else is not found."""
+    """The address of a server on this machine: /image, /page, /short (ends early), /slow (drips its
+    headers), /far (leads to a file URL); anything else is not found."""
     monkeypatch.setenv("no_proxy", "*")
     ended = threading.Event()
 
@@ -156,7 +174,9 @@ def server(data, monkeypatch):
         def do_GET(self):
             if self.path in ("/far", "/near"):
                 self.send_response(302)
-                self.send_header("Location", "file:///etc/hostname" if self.path == "/far" else "/image")
+                self.send_header(
+                    "Location", "file:///etc/hostname" if self.path == "/far" else "/image"
+                )
                 self.end_headers()
                 return
             if self.path == "/slow":
@@ -183,8 +203,15 @@ def server(data, monkeypatch):
 
 def test_urls_are_downloaded_by_permission_alone(server, noise, monkeypatch):
     for path in ("/image", "/near"):
-        assert torch.equal(load_pixels(load_picture(server + path, allow_urls=True)), load_pixels(noise()))
-    for path, said in (("/page", "HTML page"), ("/none", "404"), ("/far", "file:///etc"), ("/short", "7 bytes early")):
+        assert torch.equal(
+            load_pixels(load_picture(server + path, allow_urls=True)), load_pixels(noise())
+        )
+    for path, said in (
+        ("/page", "HTML page"),
+        ("/none", "404"),
+        ("/far", "file:///etc"),
+        ("/short", "7 bytes early"),
+    ):
         with pytest.raises(ValueError, match=said):
             load_picture(server + path, allow_urls=True)
     with pytest.raises(ValueError, match="allow_urls"):
@@ -211,7 +238,12 @@ def test_processors_download_by_permission_alone(family_folder, server, noise, f
     processor = load_processor(family_folder(family))
     named = {} if family == "siglip" else {"text": getattr(processor, "image_token", "") + "a"}
     expected = processor(images=noise(), return_tensors="pt", **named)["pixel_values"]
-    assert torch.equal(processor(images=[server + "/image"], return_tensors="pt", allow_urls=True, **named)["pixel_values"], expected)
+    assert torch.equal(
+        processor(images=[server + "/image"], return_tensors="pt", allow_urls=True, **named)[
+            "pixel_values"
+        ],
+        expected,
+    )
     with pytest.raises(ValueError, match="allow_urls"):
         processor(images=[server + "/image"], return_tensors="pt", **named)
     with pytest.raises(TypeError, match="allow_urls"):
@@ -221,14 +253,27 @@ def test_processors_download_by_permission_alone(family_folder, server, noise, f
 def test_messages_download_by_permission_alone(family_folder, server, noise):
     processor = load_processor(family_folder("mllama"))
     messages = [
-        {"role": "user", "content": [{"type": "image_url", "image_url": {"url": server + "/image"}}, {"type": "text", "text": "a"}]}
+        {
+            "role": "user",
+            "content": [
+                {"type": "image_url", "image_url": {"url": server + "/image"}},
+                {"type": "text", "text": "a"},
+            ],
+        }
     ]
     expected = processor.image_processor([noise()], return_tensors="pt")["pixel_values"]
     options = {"tokenize": True, "return_dict": True, "return_tensors": "pt"}
-    theirs = processor.apply_chat_template(messages, processor_kwargs={"allow_urls": True}, **options)
+    theirs = processor.apply_chat_template(
+        messages, processor_kwargs={"allow_urls": True}, **options
+    )
     assert torch.equal(theirs["pixel_values"], expected)
-    assert torch.equal(encode_messages(processor, messages, allow_urls=True)["pixel_values"], expected)
-    for encode in (lambda: processor.apply_chat_template(messages, **options), lambda: encode_messages(processor, messages)):
+    assert torch.equal(
+        encode_messages(processor, messages, allow_urls=True)["pixel_values"], expected
+    )
+    for encode in (
+        lambda: processor.apply_chat_template(messages, **options),
+        lambda: encode_messages(processor, messages),
+    ):
         with pytest.raises(ValueError, match="allow_urls"):
             encode()
 

@@ -1,4 +1,6 @@
-"""Options of a processor's call: each that transformers' processor of the family takes does the same here, or is refused by name."""
+"""Options of a processor's call: each that transformers' processor of the family takes does the
+same here, or is refused by name.
+"""
 
 import logging
 
@@ -76,9 +78,25 @@ NEEDS |= {
     "padding": ["max_length"],
     "truncation": ["max_length"],
 }
-REFUSED = {"stride", "is_split_into_words", "return_overflowing_tokens", "data_format", "device", "do_convert_rgb", "image_seq_length"}
+REFUSED = {
+    "stride",
+    "is_split_into_words",
+    "return_overflowing_tokens",
+    "data_format",
+    "device",
+    "do_convert_rgb",
+    "image_seq_length",
+}
 ALSO_REFUSED = {
-    "llava": {"max_image_tiles", "size", "do_resize", "crop_size", "pad_size", "do_center_crop", "do_pad"},
+    "llava": {
+        "max_image_tiles",
+        "size",
+        "do_resize",
+        "crop_size",
+        "pad_size",
+        "do_center_crop",
+        "do_pad",
+    },
     "mllama": {"do_resize", "do_pad", "pad_size", "crop_size", "do_center_crop"},
     "paligemma": {
         "text_pair",
@@ -93,15 +111,25 @@ ALSO_REFUSED = {
 
 @pytest.fixture
 def pair(make_tokenizer, make_llama_tokenizer):
-    """pair(family): our processor, transformers', and a prompt's text that either lays out the same."""
+    """pair(family): our processor, transformers', and a prompt's text that either lays out the
+    same.
+    """
 
     def make(family: str):
         if family == "mllama":
             ours = TiledProcessor(MllamaImageProcessorPil(size=SIZE), make_llama_tokenizer())
-            return ours, MllamaProcessor(MllamaImageProcessorPil(size=SIZE), make_llama_tokenizer()), "<|image|><|begin_of_text|>a b"
+            return (
+                ours,
+                MllamaProcessor(MllamaImageProcessorPil(size=SIZE), make_llama_tokenizer()),
+                "<|image|><|begin_of_text|>a b",
+            )
         pictures = SiglipImageProcessorPil(size=SIZE, image_seq_length=4)
         if family == "paligemma":
-            return PaliGemmaProcessor(pictures, make_tokenizer()), StockPaliGemma(pictures, make_tokenizer()), "<image>a b"
+            return (
+                PaliGemmaProcessor(pictures, make_tokenizer()),
+                StockPaliGemma(pictures, make_tokenizer()),
+                "<image>a b",
+            )
         ours = MllamaImageProcessor(make_tokenizer(), 4, 28)
         return ours, LlavaProcessor(pictures, ours.tokenizer, 14, "full"), "<image>a b"
 
@@ -109,7 +137,9 @@ def pair(make_tokenizer, make_llama_tokenizer):
 
 
 def call(processor, prompts: list[str], pictures: list, options: dict) -> dict:
-    return dict(processor(text=list(prompts), images=[[picture] for picture in pictures], **options))
+    return dict(
+        processor(text=list(prompts), images=[[picture] for picture in pictures], **options)
+    )
 
 
 def listed(value):
@@ -129,32 +159,55 @@ def test_every_option_is_honored_or_refused(pair, noise, family):
     assert names <= VALUES.keys()
     for name in names:
         for value in VALUES[name]:
-            options = {"return_tensors": "np", **{other: VALUES[other][0] for other in NEEDS.get(name, ())}, name: value}
+            options = {
+                "return_tensors": "np",
+                **{other: VALUES[other][0] for other in NEEDS.get(name, ())},
+                name: value,
+            }
             try:
                 found = call(ours, [prompt], [noise()], options)
             except (TypeError, ValueError) as error:
-                assert any(given in str(error) for given in options) and name in REFUSED | ALSO_REFUSED[family], (name, value, error)
+                assert (
+                    any(given in str(error) for given in options)
+                    and name in REFUSED | ALSO_REFUSED[family]
+                ), (name, value, error)
                 continue
             if name == "return_text_replacement_offsets":
                 continue  # tests of answers use it
             wanted = call(stock, [prompt], [noise()], options)
             assert {"input_ids", "pixel_values"} <= found.keys() & wanted.keys(), (name, value)
             for key in found.keys() & wanted.keys():
-                if (name, key) == ("max_image_tiles", "cross_attention_mask"):  # transformers' has the tiles of the processor
+                if (name, key) == (
+                    "max_image_tiles",
+                    "cross_attention_mask",
+                ):  # transformers' has the tiles of the processor
                     continue
                 assert listed(found[key]) == listed(wanted[key]), (name, value, key)
-            asked = {"text_target": "labels", "return_length": "length", "return_offsets_mapping": "offset_mapping"}.get(name)
+            asked = {
+                "text_target": "labels",
+                "return_length": "length",
+                "return_offsets_mapping": "offset_mapping",
+            }.get(name)
             assert asked is None or asked in found, (name, value)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_options_in_groups(pair, noise, family):
     ours, stock, prompt = pair(family)
-    grouped = {"text_kwargs": {"padding": "max_length", "max_length": 50}, "images_kwargs": {"image_mean": 0.1, "resample": 0}}
+    grouped = {
+        "text_kwargs": {"padding": "max_length", "max_length": 50},
+        "images_kwargs": {"image_mean": 0.1, "resample": 0},
+    }
     grouped["common_kwargs"] = {"return_tensors": "pt"}
     grouped_stock = grouped | {"images_kwargs": {"image_mean": [0.1] * 3, "resample": 0}}
-    found, wanted = call(ours, [prompt], [noise()], grouped), call(stock, [prompt], [noise()], grouped_stock)
-    assert all(torch.equal(found[name], wanted[name]) for name in ("input_ids", "attention_mask", "pixel_values"))
+    found, wanted = (
+        call(ours, [prompt], [noise()], grouped),
+        call(stock, [prompt], [noise()], grouped_stock),
+    )
+    assert all(
+        torch.equal(found[name], wanted[name])
+        for name in ("input_ids", "attention_mask", "pixel_values")
+    )
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -189,7 +242,11 @@ def test_rows_of_unequal_length(pair, noise, family, caplog):
     found = call(ours, prompts, pictures, {"padding": True, "return_tensors": "pt"})
     ours.chat_template = "{{ bos_token }}{{ messages[0]['content'] }}"
     ours.apply_chat_template(
-        [[{"role": "user", "content": text}] for text in ("a", "a b c")], tokenize=True, return_dict=True, padding=True, return_tensors="pt"
+        [[{"role": "user", "content": text}] for text in ("a", "a b c")],
+        tokenize=True,
+        return_dict=True,
+        padding=True,
+        return_tensors="pt",
     )
     assert caplog.records == []
     logging.getLogger("transformers").removeHandler(caplog.handler)
@@ -204,7 +261,9 @@ def test_arrays_with_their_axes_named(pair, noise):
     pixels = np.array(noise(3, 40))  # [40, 3, 3]: channels could be either of two axes
     for value in (pixels.transpose(2, 0, 1), torch.tensor(pixels.transpose(2, 0, 1))):
         found = call(ours, [prompt], [value], {"input_data_format": "channels_first"})
-        assert torch.equal(found["pixel_values"], call(ours, [prompt], [noise(3, 40)], {})["pixel_values"])
+        assert torch.equal(
+            found["pixel_values"], call(ours, [prompt], [noise(3, 40)], {})["pixel_values"]
+        )
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -214,7 +273,9 @@ def test_torchs_defaults_change_nothing(pair, noise, family, setting):
     options = {"padding": True, "return_tensors": "pt"}
     talk = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     if family != "paligemma":
-        ours.chat_template = "{% for m in messages %}{{ m['role'] + ' ' + m['content'] + '\n' }}{% endfor %}"
+        ours.chat_template = (
+            "{% for m in messages %}{{ m['role'] + ' ' + m['content'] + '\n' }}{% endfor %}"
+        )
 
     def results() -> list[dict]:
         rows = call(ours, [prompt, prompt + " c"], [noise(), noise(70, 30, 1)], options)
@@ -231,4 +292,8 @@ def test_torchs_defaults_change_nothing(pair, noise, family, setting):
     for ours, theirs in zip(found, wanted, strict=True):
         assert ours.keys() == theirs.keys()
         for name, value in theirs.items():
-            assert ours[name].dtype == value.dtype and ours[name].device == value.device and torch.equal(ours[name], value), name
+            assert (
+                ours[name].dtype == value.dtype
+                and ours[name].device == value.device
+                and torch.equal(ours[name], value)
+            ), name

@@ -28,7 +28,10 @@ def stock(make_tokenizer):
 
 
 def text_of(processor, batch):
-    return [processor.decode(row[mask.bool()]) for row, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True)]
+    return [
+        processor.decode(row[mask.bool()])
+        for row, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True)
+    ]
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
@@ -43,7 +46,11 @@ def test_batches_are_stock(ours, stock, noise, side, suffix):
         (["<image>a", "<image><image>bc"], [a, b, c]),
         (["<image> a <image> b"], [[b, c]]),
     ]:
-        given = {"suffix": ["two cats", "x"][: 1 if isinstance(text, str) else len(text)]} if suffix else {}
+        given = (
+            {"suffix": ["two cats", "x"][: 1 if isinstance(text, str) else len(text)]}
+            if suffix
+            else {}
+        )
         batch = ours(images=images, text=text, padding_side=side, **given, **BOTH)
         expected = stock(images=images, text=text, padding_side=side, **given, **BOTH)
         if not suffix:  # there stock writes labels of nothing
@@ -65,22 +72,40 @@ def test_layout(ours, noise):
         ("", noise(), f"{RUN}<bos>\n"),
     ]:
         assert text_of(ours, ours(images=images, text=text, **BOTH)) == [expected]
-    batch = ours(images=[[noise()], None, [noise(), noise()]], text=["<image>a", "b", "<image>c<image>d"], **BOTH)
-    assert text_of(ours, batch) == [f"{RUN}<bos>a\n", "<bos>b\n", f"{RUN}c{RUN}<bos>d\n"] and len(batch["pixel_values"]) == 3
+    batch = ours(
+        images=[[noise()], None, [noise(), noise()]],
+        text=["<image>a", "b", "<image>c<image>d"],
+        **BOTH,
+    )
+    assert (
+        text_of(ours, batch) == [f"{RUN}<bos>a\n", "<bos>b\n", f"{RUN}c{RUN}<bos>d\n"]
+        and len(batch["pixel_values"]) == 3
+    )
     assert set(ours(images=[noise()] * 2, return_tensors="pt")) == {"pixel_values"}
 
 
 def test_suffix_and_labels(ours, noise):
     for suffix in ("two cats", "two cats<eos>"):
-        batch = ours(images=[noise()] * 2, text=["count", "how many cats"], suffix=[suffix, "x"], padding_side="right", **BOTH)
-        assert text_of(ours, batch) == [f"{RUN}<bos>count\ntwo cats<eos>", f"{RUN}<bos>how many cats\nx<eos>"]
+        batch = ours(
+            images=[noise()] * 2,
+            text=["count", "how many cats"],
+            suffix=[suffix, "x"],
+            padding_side="right",
+            **BOTH,
+        )
+        assert text_of(ours, batch) == [
+            f"{RUN}<bos>count\ntwo cats<eos>",
+            f"{RUN}<bos>how many cats\nx<eos>",
+        ]
         for row, answer in zip(range(2), ("two cats<eos>", "x<eos>"), strict=True):
             learnt = batch["labels"][row] != -100
             assert torch.equal(learnt, batch["token_type_ids"][row] == 1)
             assert ours.decode(batch["labels"][row][learnt]) == answer
         assert (batch["labels"][batch["attention_mask"] == 0] == -100).all()
     ragged = ours(images=noise(), text="count", suffix="x")
-    assert [len(ragged[name][0]) for name in ("labels", "token_type_ids")] == [len(ragged["input_ids"][0])] * 2
+    assert [len(ragged[name][0]) for name in ("labels", "token_type_ids")] == [
+        len(ragged["input_ids"][0])
+    ] * 2
 
 
 @pytest.mark.parametrize("suffix", [None, "x"])
@@ -91,8 +116,17 @@ def test_tokenizers_that_add_bos_do_not_double_it(make_tokenizer, noise, suffix)
 
 
 def test_truncation_never_cuts_a_picture(ours, noise):
-    assert len(ours(images=noise(), text="caption en", truncation=True, max_length=N + 2)["input_ids"][0]) == N + 2
-    with pytest.raises(ValueError, match=f"truncation left 3 of the {N} image tokens of prompt 0: raise max_length"):
+    assert (
+        len(
+            ours(images=noise(), text="caption en", truncation=True, max_length=N + 2)["input_ids"][
+                0
+            ]
+        )
+        == N + 2
+    )
+    with pytest.raises(
+        ValueError, match=f"truncation left 3 of the {N} image tokens of prompt 0: raise max_length"
+    ):
         ours(images=noise(), text="caption en", truncation=True, max_length=3)
 
 
@@ -102,14 +136,30 @@ def test_truncation_never_cuts_a_picture(ours, noise):
         ({"text": "<image>a", "images": 2}, ValueError, r"hold 1 <image> .* got 2 picture"),
         ({"text": ["a", "b", "c"], "images": 2}, ValueError, "2 picture.* for 3 prompts"),
         ({"text": "<image>a"}, ValueError, r"hold 1 <image> .* got 0 picture"),
-        ({"text": ["a", "b"], "images": 2, "suffix": ["x"]}, ValueError, r"1 suffix\(es\) for 2 prompt"),
-        ({"text": "a", "images": 1, "suffix": [None]}, TypeError, "suffix must be a str or a list of them"),
-        ({"text": "a", "images": 1, "suffix": "an <image>"}, ValueError, "suffix must not hold <image>"),
+        (
+            {"text": ["a", "b"], "images": 2, "suffix": ["x"]},
+            ValueError,
+            r"1 suffix\(es\) for 2 prompt",
+        ),
+        (
+            {"text": "a", "images": 1, "suffix": [None]},
+            TypeError,
+            "suffix must be a str or a list of them",
+        ),
+        (
+            {"text": "a", "images": 1, "suffix": "an <image>"},
+            ValueError,
+            "suffix must not hold <image>",
+        ),
         ({"text": [], "images": 1}, ValueError, "text is an empty list"),
         ({"text": "a", "videos": [1]}, TypeError, "no videos and no audio"),
         ({}, ValueError, "give text, images, or both"),
         ({"text": 5, "images": 1}, TypeError, "text must be a prompt"),
-        ({"text": "a", "images": 1, "return_text_replacement_offsets": True}, ValueError, "give the answer as suffix"),
+        (
+            {"text": "a", "images": 1, "return_text_replacement_offsets": True},
+            ValueError,
+            "give the answer as suffix",
+        ),
     ],
 )
 def test_bad_calls(ours, noise, arguments, error, match):
@@ -122,7 +172,9 @@ def test_bad_calls(ours, noise, arguments, error, match):
 @pytest.mark.parametrize("tokens", [None, 0, -1, 1.5, 10**9, "4"])
 def test_bad_image_seq_length(make_tokenizer, tokens):
     with pytest.raises(ValueError, match="image_seq_length must be in 1..65536"):
-        PaliGemmaProcessor(SquareImageProcessor(size=SETTINGS["size"], image_seq_length=tokens), make_tokenizer())
+        PaliGemmaProcessor(
+            SquareImageProcessor(size=SETTINGS["size"], image_seq_length=tokens), make_tokenizer()
+        )
 
 
 def test_refuses_another_image_processor(make_tokenizer):
@@ -137,7 +189,10 @@ def test_stock_autoprocessor_gives_the_same(ours, noise, tmp_path):
         settings["processor_class"] == "PaliGemmaProcessor"
         and settings["image_processor"]["image_processor_type"] == "SiglipImageProcessor"
     )
-    stock, again = AutoProcessor.from_pretrained(tmp_path), PaliGemmaProcessor.from_pretrained(tmp_path)
+    stock, again = (
+        AutoProcessor.from_pretrained(tmp_path),
+        PaliGemmaProcessor.from_pretrained(tmp_path),
+    )
     assert type(stock) is Stock and type(again.image_processor) is SquareImageProcessor
     again.save_pretrained(tmp_path / "again")
     for name in ("processor_config.json", "tokenizer.json"):
@@ -145,19 +200,30 @@ def test_stock_autoprocessor_gives_the_same(ours, noise, tmp_path):
     given = {"images": noise(), "text": "caption en", "suffix": "a cat", **BOTH}
     expected = ours(**given)
     for other in (stock(**given), again(**given)):
-        assert set(other) == set(expected) and all(torch.equal(other[name], expected[name]) for name in expected)
+        assert set(other) == set(expected) and all(
+            torch.equal(other[name], expected[name]) for name in expected
+        )
 
 
-def test_reads_older_folders(make_tokenizer, noise, tmp_path):  # as released: preprocessor_config.json only
+def test_reads_older_folders(
+    make_tokenizer, noise, tmp_path
+):  # as released: preprocessor_config.json only
     make_tokenizer().save_pretrained(tmp_path)
-    older = {**SETTINGS, "image_processor_type": "SiglipImageProcessor", "processor_class": "PaliGemmaProcessor"}
+    older = {
+        **SETTINGS,
+        "image_processor_type": "SiglipImageProcessor",
+        "processor_class": "PaliGemmaProcessor",
+    }
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(older))
     ours, stock = PaliGemmaProcessor.from_pretrained(tmp_path), Stock.from_pretrained(tmp_path)
-    batch, expected = (processor(images=noise(), text="a", suffix="b", **BOTH) for processor in (ours, stock))
+    batch, expected = (
+        processor(images=noise(), text="a", suffix="b", **BOTH) for processor in (ours, stock)
+    )
     assert all(torch.equal(batch[name], expected[name]) for name in expected)
 
 
-# ---- places ------------------------------------------------------------------------------------------------------------------------------
+# ---- places
+# ------------------------------------------------------------------------------------------------------------------------------
 
 CODES = "".join(f"<seg{code:03d}>" for code in range(112, 128))
 
@@ -170,21 +236,41 @@ CODES = "".join(f"<seg{code:03d}>" for code in range(112, 128))
         ("<loc0000><loc0256><loc0512><loc0768> cat", [("cat", (100.0, 0.0, 300.0, 100.0), ())]),
         (
             "<loc0000><loc0256><loc0512><loc0768> black cat ; <loc0512><loc0512><loc1023><loc1023> dog",
-            [("black cat", (100.0, 0.0, 300.0, 100.0), ()), ("dog", (200.0, 100.0, 400 * 1023 / 1024, 200 * 1023 / 1024), ())],
+            [
+                ("black cat", (100.0, 0.0, 300.0, 100.0), ()),
+                ("dog", (200.0, 100.0, 400 * 1023 / 1024, 200 * 1023 / 1024), ()),
+            ],
         ),
-        (f"<loc0000><loc0256><loc0512><loc0768>{CODES} cat", [("cat", (100.0, 0.0, 300.0, 100.0), tuple(range(112, 128)))]),
-        (f"<loc0000><loc0256><loc0512><loc0768> {CODES}cat ;", [("cat", (100.0, 0.0, 300.0, 100.0), tuple(range(112, 128)))]),
+        (
+            f"<loc0000><loc0256><loc0512><loc0768>{CODES} cat",
+            [("cat", (100.0, 0.0, 300.0, 100.0), tuple(range(112, 128)))],
+        ),
+        (
+            f"<loc0000><loc0256><loc0512><loc0768> {CODES}cat ;",
+            [("cat", (100.0, 0.0, 300.0, 100.0), tuple(range(112, 128)))],
+        ),
         ("<loc0000><loc0256><loc0512><loc0768>", [("", (100.0, 0.0, 300.0, 100.0), ())]),
         ("<loc0000><loc0256><loc0512> cat", []),  # three places
         ("<loc0000><loc0256><loc0512><loc1024> cat", []),  # off the grid
-        ("<loc0001><loc0000><loc0256><loc0512><loc0768> cat", [("", (0.0, 200 / 1024, 200.0, 50.0), ())]),
-        ("<loc0000><loc0256><loc0512><loc0768> cat<eos>", [("cat", (100.0, 0.0, 300.0, 100.0), ())]),
-        ("<loc0000><loc\u0660\u0660\u0660\u0661><loc0512><loc0768> cat", []),  # digits of another script are no tokens
+        (
+            "<loc0001><loc0000><loc0256><loc0512><loc0768> cat",
+            [("", (0.0, 200 / 1024, 200.0, 50.0), ())],
+        ),
+        (
+            "<loc0000><loc0256><loc0512><loc0768> cat<eos>",
+            [("cat", (100.0, 0.0, 300.0, 100.0), ())],
+        ),
+        (
+            "<loc0000><loc\u0660\u0660\u0660\u0661><loc0512><loc0768> cat",
+            [],
+        ),  # digits of another script are no tokens
     ],
 )
 def test_detections(text, expected):
     assert parse_detections(text, 400, 200) == [Detection(*found) for found in expected]
-    assert parse_detections(text, np.int64(400), np.float32(200)) == [Detection(*found) for found in expected]
+    assert parse_detections(text, np.int64(400), np.float32(200)) == [
+        Detection(*found) for found in expected
+    ]
 
 
 @pytest.mark.parametrize(
@@ -205,5 +291,10 @@ def test_bad_detections(arguments, error):
 def test_location_tokens_survive_decoding(ours):
     text = "<loc0000><loc0256><loc0512><loc0768> cat"
     ids = ours.tokenizer(text, add_special_tokens=False)["input_ids"]
-    assert parse_detections(ours.decode(ids, skip_special_tokens=True), 400, 200)[0].box == (100.0, 0.0, 300.0, 100.0)
+    assert parse_detections(ours.decode(ids, skip_special_tokens=True), 400, 200)[0].box == (
+        100.0,
+        0.0,
+        300.0,
+        100.0,
+    )
     assert np.count_nonzero(np.array(ids) >= ours.tokenizer.convert_tokens_to_ids("<loc0000>")) == 4

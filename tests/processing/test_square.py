@@ -10,7 +10,9 @@ SIZES = [(1, 1), (1, 90), (90, 1), (50, 37), (37, 50), (640, 480), (32, 32), (31
 
 
 @pytest.mark.parametrize("edge", [20, 32, 45])  # the crop sticks out, fits, cuts
-@pytest.mark.parametrize("crop", [{"height": 32, "width": 32}, {"height": 31, "width": 20}], ids=str)
+@pytest.mark.parametrize(
+    "crop", [{"height": 32, "width": 32}, {"height": 31, "width": 20}], ids=str
+)
 def test_crops_are_stock(noise, edge, crop):
     settings = {"size": {"shortest_edge": edge}, "crop_size": crop}
     ours, stock = CroppedImageProcessor(**settings), CLIPImageProcessorPil(**settings)
@@ -37,22 +39,40 @@ def test_crops_are_stock(noise, edge, crop):
 def test_options_are_stock(noise, overrides):
     settings = {"size": {"shortest_edge": 40}, "crop_size": {"height": 32, "width": 32}}
     picture = noise(90, 70)
-    expected = CLIPImageProcessorPil(**settings)(picture, return_tensors="pt", **overrides)["pixel_values"]
-    assert torch.equal(CroppedImageProcessor(**settings)(picture, return_tensors="pt", **overrides)["pixel_values"], expected)
+    expected = CLIPImageProcessorPil(**settings)(picture, return_tensors="pt", **overrides)[
+        "pixel_values"
+    ]
+    assert torch.equal(
+        CroppedImageProcessor(**settings)(picture, return_tensors="pt", **overrides)[
+            "pixel_values"
+        ],
+        expected,
+    )
 
 
 def test_every_kind_of_picture_and_several(noise, tmp_path):
     processor, picture = CroppedImageProcessor(), noise()
     picture.save(tmp_path / "a.png")
-    batch = processor([picture, str(tmp_path / "a.png"), [np.array(picture)]], return_tensors="pt")["pixel_values"]
-    assert batch.shape == (3, 3, 224, 224) and torch.equal(batch[0], batch[1]) and torch.equal(batch[0], batch[2])
+    batch = processor([picture, str(tmp_path / "a.png"), [np.array(picture)]], return_tensors="pt")[
+        "pixel_values"
+    ]
+    assert (
+        batch.shape == (3, 3, 224, 224)
+        and torch.equal(batch[0], batch[1])
+        and torch.equal(batch[0], batch[2])
+    )
 
 
 @pytest.mark.parametrize("edge", [0, -5, 10**6, 10**30])
 @pytest.mark.parametrize("options", [{}, {"do_normalize": False}], ids=str)
 def test_hostile_sizes(noise, edge, options):
     square = {"height": edge, "width": edge}
-    for settings in ({"size": square}, {"size": {"shortest_edge": edge}}, {"crop_size": square}, {"do_pad": True, "pad_size": square}):
+    for settings in (
+        {"size": square},
+        {"size": {"shortest_edge": edge}},
+        {"crop_size": square},
+        {"do_pad": True, "pad_size": square},
+    ):
         with pytest.raises(ValueError, match=r"must hold whole numbers of pixels in 1..16384"):
             CroppedImageProcessor(**settings)(noise(), **options)
 

@@ -16,7 +16,9 @@ def tokenizer(make_llama_tokenizer) -> PreTrainedTokenizerFast:
 
 def test_as_transformers(tokenizer, llama_template):
     tokenizer.chat_template = llama_template
-    assert render(tokenizer, MESSAGES) == tokenizer.apply_chat_template(MESSAGES, add_generation_prompt=True, tokenize=False)
+    assert render(tokenizer, MESSAGES) == tokenizer.apply_chat_template(
+        MESSAGES, add_generation_prompt=True, tokenize=False
+    )
 
 
 def test_tracing_is_put_back(tokenizer):
@@ -48,8 +50,14 @@ def test_long_conversations_are_no_attack(tokenizer, llama_template):
         ("{{ messages[0].update(role='x') }}", "unsafe"),
         ("{% set ns = namespace(__class__=1) %}", "underscore"),
         ("{% for i in range(100000 * 10000) %}x{% endfor %}", "Range too big"),
-        ("{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}", "more than 1000000 steps"),
-        ("{% macro f(n) %}{{ f(n + 1) if n < 60 }}{{ f(n + 1) if n < 60 }}{% endmacro %}{{ f(0) }}", "more than 1000000 steps"),
+        (
+            "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
+            "more than 1000000 steps",
+        ),
+        (
+            "{% macro f(n) %}{{ f(n + 1) if n < 60 }}{{ f(n + 1) if n < 60 }}{% endmacro %}{{ f(0) }}",
+            "more than 1000000 steps",
+        ),
         ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "recursion"),
         ("{{ 10 ** 10 }}", r"\*\* is not accepted"),
         ("{{ 'a' * 10000000000 }}", "10000000000 is not accepted"),
@@ -70,7 +78,10 @@ def test_attacks(tokenizer, template, match):
     assert time.monotonic() - started < 20 and sys.gettrace() is None
 
 
-@pytest.mark.parametrize("inner", ["messages.__class__", "raise_exception.__globals__", "bos_token.__init__", "self.__dict__"])
+@pytest.mark.parametrize(
+    "inner",
+    ["messages.__class__", "raise_exception.__globals__", "bos_token.__init__", "self.__dict__"],
+)
 def test_templates_see_no_insides(tokenizer, inner):
     tokenizer.chat_template = "a{{ " + inner + " }}b"
     assert render(tokenizer, MESSAGES) == "ab"

@@ -12,7 +12,10 @@ from transformers.models.siglip.image_processing_pil_siglip import SiglipImagePr
 from mllama.processing.tiled import TiledImageProcessor, TiledProcessor
 
 T = 28
-CLIP = {"image_mean": [0.48145466, 0.4578275, 0.40821073], "image_std": [0.26862954, 0.26130258, 0.27577711]}
+CLIP = {
+    "image_mean": [0.48145466, 0.4578275, 0.40821073],
+    "image_std": [0.26862954, 0.26130258, 0.27577711],
+}
 SETTINGS = {"size": {"height": T, "width": T}, **CLIP}
 SIZES = [
     (1, 1),
@@ -44,20 +47,28 @@ def equal(ours, theirs):
 
 @pytest.fixture
 def ours(make_llama_tokenizer, llama_template):
-    return TiledProcessor(TiledImageProcessor(**SETTINGS), make_llama_tokenizer(), chat_template=llama_template)
+    return TiledProcessor(
+        TiledImageProcessor(**SETTINGS), make_llama_tokenizer(), chat_template=llama_template
+    )
 
 
 @pytest.fixture
 def stock(make_llama_tokenizer, llama_template):
-    return MllamaProcessor(MllamaImageProcessorPil(**SETTINGS), make_llama_tokenizer(), chat_template=llama_template)
+    return MllamaProcessor(
+        MllamaImageProcessorPil(**SETTINGS), make_llama_tokenizer(), chat_template=llama_template
+    )
 
 
-# ---- pictures ----------------------------------------------------------------------------------------------------------------------------
+# ---- pictures
+# ----------------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("tiles", [1, 2, 3, 4, 5, 12])
 def test_tiles_are_stock(noise, tiles):
-    ours, stock = TiledImageProcessor(**SETTINGS, max_image_tiles=tiles), MllamaImageProcessorPil(**SETTINGS, max_image_tiles=tiles)
+    ours, stock = (
+        TiledImageProcessor(**SETTINGS, max_image_tiles=tiles),
+        MllamaImageProcessorPil(**SETTINGS, max_image_tiles=tiles),
+    )
     for size in SIZES:
         picture = noise(*size)
         equal(ours(picture, return_tensors="pt"), stock(picture, return_tensors="pt"))
@@ -91,9 +102,15 @@ def test_rows_are_stock(noise):
     a, b, c = noise(100, 30), noise(20, 20, 1), noise(60, 90, 2)
     for rows in (a, [a, b], [[a], [b, c]], [[a, b, c], [c], [b, b]], [[a], []]):
         equal(ours(rows, return_tensors="pt"), stock(rows, return_tensors="pt"))
-    batch, expected = ours([None, a, [b, c]], return_tensors="pt"), ours([[], [a], [b, c]], return_tensors="pt")
+    batch, expected = (
+        ours([None, a, [b, c]], return_tensors="pt"),
+        ours([[], [a], [b, c]], return_tensors="pt"),
+    )
     equal(batch, expected)
-    assert batch["aspect_ratio_ids"][0].tolist() == [0, 0] and batch["aspect_ratio_mask"][0].tolist() == [[1, 0, 0, 0]] * 2
+    assert (
+        batch["aspect_ratio_ids"][0].tolist() == [0, 0]
+        and batch["aspect_ratio_mask"][0].tolist() == [[1, 0, 0, 0]] * 2
+    )
     assert not batch["pixel_values"][0].any() and batch["num_tiles"][0] == []
 
 
@@ -102,7 +119,14 @@ def test_every_kind_of_picture(noise, tmp_path):
     picture.save(tmp_path / "a.png")
     array = np.array(picture)
     expected = processor(picture, return_tensors="pt")
-    for same in (str(tmp_path / "a.png"), tmp_path / "a.png", array, torch.from_numpy(array), array[None], [array[None]]):
+    for same in (
+        str(tmp_path / "a.png"),
+        tmp_path / "a.png",
+        array,
+        torch.from_numpy(array),
+        array[None],
+        [array[None]],
+    ):
         equal(processor(same, return_tensors="pt"), expected)
     for mode in ("L", "CMYK", "P", "LA", "1", "I;16"):
         odd = Image.new("I;16", (40, 30)) if mode == "I;16" else picture.convert(mode)
@@ -118,10 +142,14 @@ def test_every_kind_of_picture(noise, tmp_path):
     )
 
 
-def test_ambiguous_channels(noise):  # a picture one or three pixels high is no picture of one or three channels
+def test_ambiguous_channels(
+    noise,
+):  # a picture one or three pixels high is no picture of one or three channels
     processor, stock = TiledImageProcessor(**SETTINGS), MllamaImageProcessorPil(**SETTINGS)
     for size in ((1, 1), (100, 1), (3, 3), (3, 1), (100, 3)):
-        equal(processor(noise(*size), return_tensors="pt"), stock(noise(*size), return_tensors="pt"))
+        equal(
+            processor(noise(*size), return_tensors="pt"), stock(noise(*size), return_tensors="pt")
+        )
 
 
 @pytest.mark.parametrize(
@@ -163,7 +191,8 @@ def test_bad_settings(noise, settings):
             TiledImageProcessor(**SETTINGS)(noise(), **settings)
 
 
-# ---- text and pictures -------------------------------------------------------------------------------------------------------------------
+# ---- text and pictures
+# -------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
@@ -185,7 +214,9 @@ def test_batches_are_stock(ours, stock, noise, side):
 
 
 def test_keys_and_shapes(ours, noise):
-    batch = ours(images=[[noise(100, 30)], [noise(), noise()]], text=[IMAGE, f"{IMAGE}{IMAGE} hi"], **BOTH)
+    batch = ours(
+        images=[[noise(100, 30)], [noise(), noise()]], text=[IMAGE, f"{IMAGE}{IMAGE} hi"], **BOTH
+    )
     tokens = batch["input_ids"].shape[1]
     assert {name: tuple(value.shape) for name, value in batch.items()} == {
         "input_ids": (2, tokens),
@@ -203,7 +234,11 @@ def test_who_sees_which_picture(ours, noise):
     seen = batch["cross_attention_mask"][0]
     assert seen[..., 3].sum() == 0 and torch.equal(seen[..., 0], seen[..., 2])
     #                                   BOS  a  1  b  2  3  c
-    assert seen[..., 0].T.tolist() == [[0, 0, 1, 1, 0, 0, 0], [0, 0, 0, 0, 1, 1, 1], [0, 0, 0, 0, 0, 1, 1]]
+    assert seen[..., 0].T.tolist() == [
+        [0, 0, 1, 1, 0, 0, 0],
+        [0, 0, 0, 0, 1, 1, 1],
+        [0, 0, 0, 0, 0, 1, 1],
+    ]
 
 
 def test_rows_with_and_without_pictures(ours, noise):
@@ -215,7 +250,10 @@ def test_rows_with_and_without_pictures(ours, noise):
     for name in ("pixel_values", "aspect_ratio_ids", "aspect_ratio_mask"):
         assert torch.equal(batch[name][1:2], alone[name])
     for row in (0, 2):
-        assert not batch["cross_attention_mask"][row].any() and not batch["aspect_ratio_ids"][row].any()
+        assert (
+            not batch["cross_attention_mask"][row].any()
+            and not batch["aspect_ratio_ids"][row].any()
+        )
         assert not batch["pixel_values"][row].any()
     assert batch["cross_attention_mask"][1].any()
     without = ours(images=[None, []], text=["a", "b"], **BOTH)
@@ -238,8 +276,13 @@ def test_bos_is_never_doubled(make_llama_tokenizer, noise, adds_bos):
 
 
 def test_tokenizers_without_bos(make_llama_tokenizer, noise):
-    processor = TiledProcessor(TiledImageProcessor(**SETTINGS), make_llama_tokenizer(bos_token=None))
-    assert processor.decode(processor(images=noise(), text=f"{IMAGE}hi")["input_ids"][0]) == f"{IMAGE}hi"
+    processor = TiledProcessor(
+        TiledImageProcessor(**SETTINGS), make_llama_tokenizer(bos_token=None)
+    )
+    assert (
+        processor.decode(processor(images=noise(), text=f"{IMAGE}hi")["input_ids"][0])
+        == f"{IMAGE}hi"
+    )
 
 
 def test_mask_has_as_many_tiles_as_the_pictures(ours, noise):
@@ -261,12 +304,22 @@ def test_truncation_never_cuts_a_picture(ours, noise):
 @pytest.mark.parametrize(
     ("text", "images", "error", "match"),
     [
-        ([IMAGE, IMAGE], "ab", ValueError, r"Found \[1, 1\] <\|image\|> tokens and \[2\] images per sample"),  # flat: ambiguous
+        (
+            [IMAGE, IMAGE],
+            "ab",
+            ValueError,
+            r"Found \[1, 1\] <\|image\|> tokens and \[2\] images per sample",
+        ),  # flat: ambiguous
         ([IMAGE, IMAGE], "a", ValueError, r"Found \[1, 1\]"),
         (IMAGE, "ab", ValueError, r"Found \[1\] .* \[2\] images"),
         (IMAGE, None, ValueError, r"Found \[1\] .* \[0\] images"),
         ("hi", "a", ValueError, r"Found \[0\]"),
-        ([f"{IMAGE}{IMAGE}", "x"], [["a"], ["b"]], ValueError, r"Found \[2, 0\] .* \[1, 1\] images"),
+        (
+            [f"{IMAGE}{IMAGE}", "x"],
+            [["a"], ["b"]],
+            ValueError,
+            r"Found \[2, 0\] .* \[1, 1\] images",
+        ),
         ([IMAGE], [["a"], ["b"]], ValueError, "2 lists of pictures for 1 prompt"),
         ([], None, ValueError, "text is an empty list"),
         (5, "a", TypeError, "text must be a prompt"),
@@ -300,49 +353,99 @@ def test_stock_refuses_the_flat_list_alike(ours, stock, noise):
     assert errors[0] == errors[1]
 
 
-# ---- chat template -----------------------------------------------------------------------------------------------------------------------
+# ---- chat template
+# -----------------------------------------------------------------------------------------------------------------------
 
 
 def test_chat_template(ours, stock, noise, tmp_path):
     picture = noise()
     picture.save(tmp_path / "a.png")
     question = {"type": "text", "text": "What is it?"}
-    batch = {"add_generation_prompt": True, "tokenize": True, "return_dict": True, "return_tensors": "pt"}
-    expected = stock.apply_chat_template([{"role": "user", "content": [{"type": "image", "image": picture}, question]}], **batch)
-    for part in ({"image": picture}, {"image": np.array(picture)}, {"path": str(tmp_path / "a.png")}, {"url": str(tmp_path / "a.png")}):
-        equal(ours.apply_chat_template([{"role": "user", "content": [{"type": "image", **part}, question]}], **batch), expected)
-    as_string = ours.apply_chat_template([{"role": "user", "content": f"{IMAGE}What is it?"}], add_generation_prompt=True)
+    batch = {
+        "add_generation_prompt": True,
+        "tokenize": True,
+        "return_dict": True,
+        "return_tensors": "pt",
+    }
+    expected = stock.apply_chat_template(
+        [{"role": "user", "content": [{"type": "image", "image": picture}, question]}], **batch
+    )
+    for part in (
+        {"image": picture},
+        {"image": np.array(picture)},
+        {"path": str(tmp_path / "a.png")},
+        {"url": str(tmp_path / "a.png")},
+    ):
+        equal(
+            ours.apply_chat_template(
+                [{"role": "user", "content": [{"type": "image", **part}, question]}], **batch
+            ),
+            expected,
+        )
+    as_string = ours.apply_chat_template(
+        [{"role": "user", "content": f"{IMAGE}What is it?"}], add_generation_prompt=True
+    )
     equal(ours(images=picture, text=as_string, return_tensors="pt"), expected)
     text = ours.decode(expected["input_ids"][0])
-    assert text.count(BOS) == 1 and text.startswith(f"{BOS}<|start_header_id|>user<|end_header_id|>\n\n{IMAGE}What")
+    assert text.count(BOS) == 1 and text.startswith(
+        f"{BOS}<|start_header_id|>user<|end_header_id|>\n\n{IMAGE}What"
+    )
 
 
 def test_chat_template_of_a_mixed_batch(ours, noise):
-    conversations = [[{"role": "user", "content": [{"type": "image", "image": noise()}]}], [{"role": "user", "content": "hello"}]]
+    conversations = [
+        [{"role": "user", "content": [{"type": "image", "image": noise()}]}],
+        [{"role": "user", "content": "hello"}],
+    ]
     batch = ours.apply_chat_template(
-        conversations, tokenize=True, return_dict=True, return_tensors="pt", processor_kwargs={"padding": True}
+        conversations,
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+        processor_kwargs={"padding": True},
     )
-    assert batch["aspect_ratio_ids"][:, 0].tolist()[1] == 0 and not batch["cross_attention_mask"][1].any()
+    assert (
+        batch["aspect_ratio_ids"][:, 0].tolist()[1] == 0
+        and not batch["cross_attention_mask"][1].any()
+    )
 
 
-# ---- on disk -----------------------------------------------------------------------------------------------------------------------------
+# ---- on disk
+# -----------------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("adds_bos", [False, True])
-def test_stock_autoprocessor_gives_the_same(make_llama_tokenizer, llama_template, noise, tmp_path, adds_bos):
-    ours = TiledProcessor(TiledImageProcessor(**SETTINGS), make_llama_tokenizer(adds_bos), chat_template=llama_template)
+def test_stock_autoprocessor_gives_the_same(
+    make_llama_tokenizer, llama_template, noise, tmp_path, adds_bos
+):
+    ours = TiledProcessor(
+        TiledImageProcessor(**SETTINGS),
+        make_llama_tokenizer(adds_bos),
+        chat_template=llama_template,
+    )
     written = ours.save_pretrained(tmp_path)
     assert sorted(written) == sorted(str(path) for path in tmp_path.iterdir())
     on_disk = "".join(path.read_text() for path in tmp_path.glob("*.json"))
     assert "Tiled" not in on_disk
     settings = json.loads((tmp_path / "processor_config.json").read_text())
     assert (
-        settings["processor_class"] == "MllamaProcessor" and settings["image_processor"]["image_processor_type"] == "MllamaImageProcessor"
+        settings["processor_class"] == "MllamaProcessor"
+        and settings["image_processor"]["image_processor_type"] == "MllamaImageProcessor"
     )
     stock, again = AutoProcessor.from_pretrained(tmp_path), TiledProcessor.from_pretrained(tmp_path)
     assert type(stock) is MllamaProcessor and type(again.image_processor) is TiledImageProcessor
-    turns = [{"role": "user", "content": [{"type": "image", "image": noise()}, {"type": "text", "text": "a"}]}]
-    options = {"tokenize": True, "return_dict": True, "return_tensors": "pt", "add_generation_prompt": True}
+    turns = [
+        {
+            "role": "user",
+            "content": [{"type": "image", "image": noise()}, {"type": "text", "text": "a"}],
+        }
+    ]
+    options = {
+        "tokenize": True,
+        "return_dict": True,
+        "return_tensors": "pt",
+        "add_generation_prompt": True,
+    }
     expected = ours.apply_chat_template(turns, **options)
     equal(stock.apply_chat_template(turns, **options), expected)
     equal(again.apply_chat_template(turns, **options), expected)
@@ -356,10 +459,15 @@ def test_reads_older_folders(
 ):  # preprocessor_config.json and chat_template.json, as released
     make_llama_tokenizer().save_pretrained(tmp_path)
     (tmp_path / "preprocessor_config.json").write_text(
-        json.dumps({**SETTINGS, "image_processor_type": "MllamaImageProcessor", "max_image_tiles": 3})
+        json.dumps(
+            {**SETTINGS, "image_processor_type": "MllamaImageProcessor", "max_image_tiles": 3}
+        )
     )
     (tmp_path / "chat_template.json").write_text(json.dumps({"chat_template": llama_template}))
-    ours, stock = TiledProcessor.from_pretrained(tmp_path), MllamaProcessor.from_pretrained(tmp_path)
+    ours, stock = (
+        TiledProcessor.from_pretrained(tmp_path),
+        MllamaProcessor.from_pretrained(tmp_path),
+    )
     assert ours.image_processor.max_image_tiles == 3 and ours.chat_template == llama_template
     equal(ours(images=noise(), text=IMAGE, **BOTH), stock(images=noise(), text=IMAGE, **BOTH))
 
@@ -369,4 +477,11 @@ def test_refuses_others(make_llama_tokenizer, tmp_path):
         TiledProcessor(TiledImageProcessor(**SETTINGS), make_llama_tokenizer(without="image"))
     with pytest.raises(ValueError, match="holds a SiglipImageProcessor: TiledProcessor reads"):
         TiledProcessor(SiglipImageProcessorPil(), make_llama_tokenizer())
-    assert type(TiledProcessor(MllamaImageProcessorPil(**SETTINGS), make_llama_tokenizer()).image_processor) is TiledImageProcessor
+    assert (
+        type(
+            TiledProcessor(
+                MllamaImageProcessorPil(**SETTINGS), make_llama_tokenizer()
+            ).image_processor
+        )
+        is TiledImageProcessor
+    )

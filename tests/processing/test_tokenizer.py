@@ -13,7 +13,9 @@ pytest.importorskip("tiktoken", reason="tiktoken is not installed (pip install '
 
 
 def write_ranks(path: Path, tokens: list[bytes]) -> Path:
-    path.write_bytes(b"".join(base64.b64encode(token) + b" %d\n" % rank for rank, token in enumerate(tokens)))
+    path.write_bytes(
+        b"".join(base64.b64encode(token) + b" %d\n" % rank for rank, token in enumerate(tokens))
+    )
     return path
 
 
@@ -22,12 +24,19 @@ BYTES = [bytes([byte]) for byte in range(256)]
 
 @pytest.fixture
 def small(tmp_path):
-    return mllama.Tokenizer(write_ranks(tmp_path / "tokenizer.model", [*BYTES, b"he", b"ll", b"hell", b"hello", b" hello"]))
+    return mllama.Tokenizer(
+        write_ranks(
+            tmp_path / "tokenizer.model", [*BYTES, b"he", b"ll", b"hell", b"hello", b" hello"]
+        )
+    )
 
 
 @pytest.fixture(scope="module")
 def metas():
-    meta = pytest.importorskip("llama_models.llama3.tokenizer", reason="llama-models is not installed (--no-deps): no oracle")
+    meta = pytest.importorskip(
+        "llama_models.llama3.tokenizer",
+        reason="llama-models is not installed (--no-deps): no oracle",
+    )
     return meta.Tokenizer(Path(meta.__file__).parent / "tokenizer.model")
 
 
@@ -48,12 +57,23 @@ def test_encodes_and_decodes(small):
 
 def test_special_tokens_are_text_unless_allowed(small):
     text = "<|eot_id|>hello<|image|>"
-    assert small.decode(small.encode(text)) == text and small.special["<|eot_id|>"] not in small.encode(text)
-    assert small.encode(text, allowed_special="all") == [small.special["<|eot_id|>"], 259, small.special["<|image|>"]]
-    assert small.encode(text, allowed_special={"<|eot_id|>"})[:2] == [small.special["<|eot_id|>"], 259]
+    assert small.decode(small.encode(text)) == text and small.special[
+        "<|eot_id|>"
+    ] not in small.encode(text)
+    assert small.encode(text, allowed_special="all") == [
+        small.special["<|eot_id|>"],
+        259,
+        small.special["<|image|>"],
+    ]
+    assert small.encode(text, allowed_special={"<|eot_id|>"})[:2] == [
+        small.special["<|eot_id|>"],
+        259,
+    ]
     with pytest.raises(ValueError, match="allowed_special names no special tokens: '<image>'"):
         small.encode(text, allowed_special=["<image>"])
-    with pytest.raises(TypeError, match="allowed_special must be a collection of names or 'all', got NoneType"):
+    with pytest.raises(
+        TypeError, match="allowed_special must be a collection of names or 'all', got NoneType"
+    ):
         small.encode(text, allowed_special=None)
 
 
@@ -82,13 +102,26 @@ def test_copies_for_worker_processes(small):
     ("content", "reason"),
     [
         (b"", "256 of the 256 single bytes are missing"),
-        (b"\x0a\x0e\x0a\x05<unk>\x15\x00\x00\x00\x00\x18\x02", "line 1 is no base64"),  # how Llama 2's SentencePiece file begins
+        (
+            b"\x0a\x0e\x0a\x05<unk>\x15\x00\x00\x00\x00\x18\x02",
+            "line 1 is no base64",
+        ),  # how Llama 2's SentencePiece file begins
         (b"aGVsbG8= 0 1\n", "line 1 is no base64"),
         (b"aGVsbG8 0\n", "line 1 is no base64"),
         (b"aGVsbG8= many\n", "line 1 is no base64"),
         (b"".join(base64.b64encode(token) + b" 0\n" for token in BYTES), "not the numbers from 0"),
-        (b"".join(base64.b64encode(token) + b" %d\n" % (rank * 2) for rank, token in enumerate(BYTES)), "not the numbers from 0"),
-        (b"".join(base64.b64encode(token) + b" %d\n" % rank for rank, token in enumerate(BYTES[1:])), "1 of the 256 single bytes"),
+        (
+            b"".join(
+                base64.b64encode(token) + b" %d\n" % (rank * 2) for rank, token in enumerate(BYTES)
+            ),
+            "not the numbers from 0",
+        ),
+        (
+            b"".join(
+                base64.b64encode(token) + b" %d\n" % rank for rank, token in enumerate(BYTES[1:])
+            ),
+            "1 of the 256 single bytes",
+        ),
     ],
 )
 def test_broken_files(tmp_path, content, reason):
@@ -124,7 +157,9 @@ TEXTS = {
 def test_equal_to_metas_class(ours, metas, text):
     assert ours.encode(text) == metas.encode(text, bos=False, eos=False)
     assert ours.encode(text, bos=True, eos=True) == metas.encode(text, bos=True, eos=True)
-    assert ours.encode(text, allowed_special="all") == metas.encode(text, bos=False, eos=False, allowed_special="all")
+    assert ours.encode(text, allowed_special="all") == metas.encode(
+        text, bos=False, eos=False, allowed_special="all"
+    )
     assert ours.decode(ours.encode(text)) == metas.decode(metas.encode(text, bos=False, eos=False))
 
 

@@ -16,7 +16,14 @@ def states(keys: int, rows: int = 2) -> torch.Tensor:
     return torch.randn(rows, 2, keys, 16)
 
 
-@pytest.mark.parametrize("make", [DynamicCache, lambda: DynamicCache(config=CONFIG), lambda: StaticCache(CONFIG, max_cache_len=8)])
+@pytest.mark.parametrize(
+    "make",
+    [
+        DynamicCache,
+        lambda: DynamicCache(config=CONFIG),
+        lambda: StaticCache(CONFIG, max_cache_len=8),
+    ],
+)
 def test_pictures_stay_while_text_comes_and_goes(make):
     cache = make()
     assert place_cross_layers(cache, [1], 3).get_seq_length() == 0
@@ -54,15 +61,26 @@ def test_caches_of_other_models_are_refused():
     with pytest.raises(ValueError, match="another model at layer 1"):
         place_cross_layers(cache, [1], 3)
     with pytest.raises(ValueError, match="must have 3 layers"):
-        place_cross_layers(StaticCache(MllamaTextConfig(**twins.TEXT | {"num_hidden_layers": 1}), max_cache_len=8), [1], 3)
+        place_cross_layers(
+            StaticCache(MllamaTextConfig(**twins.TEXT | {"num_hidden_layers": 1}), max_cache_len=8),
+            [1],
+            3,
+        )
 
 
-@pytest.mark.parametrize("make", [lambda text: DynamicCache(config=text), lambda text: StaticCache(text, max_cache_len=8)])
+@pytest.mark.parametrize(
+    "make",
+    [lambda text: DynamicCache(config=text), lambda text: StaticCache(text, max_cache_len=8)],
+)
 def test_a_cache_of_the_layers_of_text_gets_places_for_the_others(make):
     cache = make(MllamaTextConfig(**twins.TEXT))
     text = list(cache.layers)
     first = place_cross_layers(cache, [1, 3], 4)
-    assert cache.layers[::2] == text and cache.layers[1] is first and isinstance(cache.layers[3], CrossCacheLayer)
+    assert (
+        cache.layers[::2] == text
+        and cache.layers[1] is first
+        and isinstance(cache.layers[3], CrossCacheLayer)
+    )
     assert place_cross_layers(cache, [1, 3], 4) is first and len(cache.layers) == 4
 
 
@@ -71,8 +89,16 @@ def test_a_cache_of_the_layers_of_text_gets_places_for_the_others(make):
     [
         (((torch.zeros(1),) * 2,), TypeError, "got tuple"),
         (EncoderDecoderCache(DynamicCache(), DynamicCache()), TypeError, "got EncoderDecoderCache"),
-        (Cache(layers=[DynamicSlidingWindowLayer(sliding_window=4)]), ValueError, "got a DynamicSlidingWindowLayer at 0"),
-        (Cache(layers=[StaticSlidingWindowLayer(max_cache_len=8, sliding_window=4)]), ValueError, "must keep all tokens"),
+        (
+            Cache(layers=[DynamicSlidingWindowLayer(sliding_window=4)]),
+            ValueError,
+            "got a DynamicSlidingWindowLayer at 0",
+        ),
+        (
+            Cache(layers=[StaticSlidingWindowLayer(max_cache_len=8, sliding_window=4)]),
+            ValueError,
+            "must keep all tokens",
+        ),
     ],
 )
 def test_caches_of_other_kinds_are_refused(cache, error, match):

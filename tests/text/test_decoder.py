@@ -18,19 +18,26 @@ def run(decoder, ids, **options) -> torch.Tensor:
 
 
 def test_positions_are_counted_from_the_mask(decoder):
-    """Rotary positions are relative, so a shift of a whole row would not show; a gap within it does."""
+    """Rotary positions are relative, so a shift of a whole row would not show; a gap within it
+    does.
+    """
     mask = torch.tensor([[0, 1, 1, 0, 1]])
     ids = [[7, 1, 2, 7, 3]]
     counted = run(decoder, ids, attention_mask=mask)
     given = run(decoder, ids, attention_mask=mask, position_ids=torch.tensor([[0, 0, 1, 1, 2]]))
     assert torch.equal(counted, given)
-    torch.testing.assert_close(counted[:, mask[0] == 1], run(decoder, [[1, 2, 3]]), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        counted[:, mask[0] == 1], run(decoder, [[1, 2, 3]]), rtol=1e-4, atol=1e-4
+    )
 
 
 @pytest.mark.parametrize("kind", [torch.bool, torch.long, torch.float32, torch.bfloat16])
 def test_masks_of_any_dtype(decoder, kind):
     mask = torch.tensor([[0, 1, 1, 1]])
-    assert torch.equal(run(decoder, [[1, 2, 3, 4]], attention_mask=mask.to(kind)), run(decoder, [[1, 2, 3, 4]], attention_mask=mask))
+    assert torch.equal(
+        run(decoder, [[1, 2, 3, 4]], attention_mask=mask.to(kind)),
+        run(decoder, [[1, 2, 3, 4]], attention_mask=mask),
+    )
 
 
 def test_a_static_cache_hides_its_unfilled_slots(decoder):
@@ -39,7 +46,9 @@ def test_a_static_cache_hides_its_unfilled_slots(decoder):
     cache = StaticCache(config=decoder.config, max_cache_len=10)
     first = run(decoder, [[7, 1, 2, 3]], attention_mask=mask[:, :4], cache=cache)
     rest = run(decoder, [[4, 5]], attention_mask=mask, cache=cache)
-    torch.testing.assert_close(torch.cat([first, rest], dim=1)[:, 1:], whole[:, 1:], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        torch.cat([first, rest], dim=1)[:, 1:], whole[:, 1:], rtol=1e-4, atol=1e-4
+    )
 
 
 def test_ids_or_embeddings(decoder):
@@ -70,7 +79,9 @@ def test_positions_that_restart_begin_sequences(decoder):
     """By positions, or where the caller says so."""
     alone = torch.cat([run(decoder, [[1, 2, 3]]), run(decoder, [[4, 5]])], dim=1)
     place = torch.tensor([[0, 1, 2, 0, 1]])
-    torch.testing.assert_close(run(decoder, [[1, 2, 3, 4, 5]], position_ids=place), alone, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        run(decoder, [[1, 2, 3, 4, 5]], position_ids=place), alone, rtol=1e-4, atol=1e-4
+    )
     given = run(decoder, [[1, 2, 3, 4, 5]], first_key=torch.tensor([[0, 0, 0, 3, 3]]))
     torch.testing.assert_close(given, alone, rtol=1e-4, atol=1e-4)
     mask = torch.ones(1, 1, 5, 5, dtype=torch.bool).tril()

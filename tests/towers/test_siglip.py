@@ -17,11 +17,18 @@ def test_features_equal_transformers(size):
     theirs.load_state_dict(ours.state_dict())
     pixels = torch.randn(2, config.num_channels, config.image_size, config.image_size)
     with torch.no_grad():
-        got, expected = ours(pixels, output_hidden_states=True), theirs(pixels, output_hidden_states=True)
-        torch.testing.assert_close(got.last_hidden_state, expected.last_hidden_state, rtol=1e-4, atol=1e-4)
+        got, expected = (
+            ours(pixels, output_hidden_states=True),
+            theirs(pixels, output_hidden_states=True),
+        )
+        torch.testing.assert_close(
+            got.last_hidden_state, expected.last_hidden_state, rtol=1e-4, atol=1e-4
+        )
         for state, reference in zip(got.hidden_states, expected.hidden_states, strict=True):
             torch.testing.assert_close(state, reference, rtol=1e-4, atol=1e-4)
-        torch.testing.assert_close(ours(pixels, final_norm=False).last_hidden_state, got.hidden_states[-1])
+        torch.testing.assert_close(
+            ours(pixels, final_norm=False).last_hidden_state, got.hidden_states[-1]
+        )
 
 
 def test_probabilities_are_dropped_in_training_as_in_transformers():
@@ -44,7 +51,9 @@ def test_chances_that_cannot_be(dropout):
 
 
 def test_pixels_are_cast_to_the_towers_dtype():
-    tower = twins.randomise(SiglipVisionTower(MllamaVisionConfig(**twins.VISION))).to(torch.bfloat16)
+    tower = twins.randomise(SiglipVisionTower(MllamaVisionConfig(**twins.VISION))).to(
+        torch.bfloat16
+    )
     assert tower(twins.pictures(1)).last_hidden_state.dtype == torch.bfloat16
 
 

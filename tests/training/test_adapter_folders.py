@@ -1,4 +1,6 @@
-"""Adapters in PEFT's format: what it writes is read, what is written it reads, onto transformers' classes and the package's."""
+"""Adapters in PEFT's format: what it writes is read, what is written it reads, onto transformers'
+classes and the package's.
+"""
 
 import copy
 import json
@@ -31,7 +33,9 @@ def both(case: str):
     vision = theirs.config.vision_config
     batch = {
         "input_ids": torch.tensor([[theirs.config.image_token_index, *twins.tokens(5)]]),
-        "pixel_values": torch.randn(1, 1, vision.max_num_tiles, 3, vision.image_size, vision.image_size),
+        "pixel_values": torch.randn(
+            1, 1, vision.max_num_tiles, 3, vision.image_size, vision.image_size
+        ),
         "aspect_ratio_ids": torch.ones(1, 1, dtype=torch.long),
         "aspect_ratio_mask": torch.tensor([[[1] + [0] * (vision.max_num_tiles - 1)]]),
         "cross_attention_mask": torch.ones(1, 6, 1, vision.max_num_tiles, dtype=torch.long),
@@ -45,12 +49,20 @@ def logits(model: nn.Module, batch: dict) -> torch.Tensor:
 
 
 def adapted(model: nn.Module) -> nn.Module:
-    """With adapters in every part, whose ranks and alphas differ by layer, and with a projector that learns whole where there is one."""
-    made = mllama.convert_linears_to_lora(model.language_model, 2, 6, target_module_names=["q_proj", "down_proj"])
-    made |= mllama.convert_linears_to_lora(model.language_model, 3, 5.5, target_module_names=["layers.0.mlp.up_proj"])
+    """With adapters in every part, whose ranks and alphas differ by layer, and with a projector
+    that learns whole where there is one.
+    """
+    made = mllama.convert_linears_to_lora(
+        model.language_model, 2, 6, target_module_names=["q_proj", "down_proj"]
+    )
+    made |= mllama.convert_linears_to_lora(
+        model.language_model, 3, 5.5, target_module_names=["layers.0.mlp.up_proj"]
+    )
     model.requires_grad_(False)
     if model.plan.tower:
-        made |= mllama.convert_linears_to_lora(model.vision_tower, 4, 6, target_module_names=["fc1"])
+        made |= mllama.convert_linears_to_lora(
+            model.vision_tower, 4, 6, target_module_names=["fc1"]
+        )
         model.multi_modal_projector.requires_grad_(True)
         for parameter in model.multi_modal_projector.parameters():
             nn.init.normal_(parameter, std=0.1)
@@ -74,7 +86,9 @@ def test_what_is_written_peft_loads_onto_both_classes(case, tmp_path):
     mllama.load_lora(again, tmp_path / "adapters")
     assert torch.equal(logits(again, batch), expected)
     learns = {name for name, parameter in ours.named_parameters() if parameter.requires_grad}
-    assert {name for name, parameter in again.named_parameters() if parameter.requires_grad} == learns
+    assert {
+        name for name, parameter in again.named_parameters() if parameter.requires_grad
+    } == learns
     mllama.load_lora(adapted(again), tmp_path / "adapters" / "adapter_model.safetensors")
     assert torch.equal(logits(again, batch), expected)
 
@@ -105,28 +119,48 @@ def test_what_peft_writes_is_read(case, whose, tmp_path):
     mllama.load_lora(again, tmp_path)
     torch.testing.assert_close(logits(again, batch), expected, rtol=1e-3, atol=1e-3)
     layers = [layer for layer in again.modules() if isinstance(layer, mllama.Linear_LORA)]
-    assert {layer.rank for layer in layers} == {2, 4} and {layer.dropout.p for layer in layers} == {0.25}
+    assert {layer.rank for layer in layers} == {2, 4} and {layer.dropout.p for layer in layers} == {
+        0.25
+    }
 
 
 @pytest.mark.parametrize("case", ["llama", "llava, clip, -2", "mllama"])
 @pytest.mark.parametrize("targets", [["q_proj", "lm_head"], ["q_proj"]])
 def test_frozen_matrices_of_embeddings_beside_adapters(case, targets, tmp_path):
-    """PEFT writes them where a head is adapted or a vocabulary was resized: they are put in place, and do not learn."""
+    """PEFT writes them where a head is adapted or a vocabulary was resized: they are put in place,
+    and do not learn.
+    """
     theirs, batch = both(case)[1:]
     with torch.no_grad():
         theirs.get_output_embeddings().weight += 0.1
-    model = peft.get_peft_model(theirs, peft.LoraConfig(r=2, target_modules=targets, init_lora_weights=False)).eval()
+    model = peft.get_peft_model(
+        theirs, peft.LoraConfig(r=2, target_modules=targets, init_lora_weights=False)
+    ).eval()
     expected = logits(model, batch)
     model.save_pretrained(tmp_path, save_embedding_layers=True)
-    for again in (both(case)[0], mllama.convert_to_lora(both(case)[0].requires_grad_(False), targets, 2, 8)):
+    for again in (
+        both(case)[0],
+        mllama.convert_to_lora(both(case)[0].requires_grad_(False), targets, 2, 8),
+    ):
         mllama.load_lora(again, tmp_path)
         torch.testing.assert_close(logits(again, batch), expected, rtol=1e-3, atol=1e-3)
-        assert all(".lora_" in name for name, parameter in again.named_parameters() if parameter.requires_grad)
-        torch.testing.assert_close(logits(mllama.merge_and_unload(again), batch), expected, rtol=1e-3, atol=1e-3)
+        assert all(
+            ".lora_" in name
+            for name, parameter in again.named_parameters()
+            if parameter.requires_grad
+        )
+        torch.testing.assert_close(
+            logits(mllama.merge_and_unload(again), batch), expected, rtol=1e-3, atol=1e-3
+        )
 
 
 def test_trained_embeddings_written_with_what_they_were(tmp_path):
-    config = peft.LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["embed_tokens", "lm_head"], init_lora_weights=False)
+    config = peft.LoraConfig(
+        r=2,
+        target_modules=["q_proj"],
+        modules_to_save=["embed_tokens", "lm_head"],
+        init_lora_weights=False,
+    )
     model, batch = peft.get_peft_model(make("llama").theirs, config).eval(), both("llama")[2]
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -154,14 +188,26 @@ def test_names_of_older_files(tmp_path):
     expected = logits(adapted(ours), batch)
     mllama.save_lora(ours, tmp_path, format="peft")
     file = tmp_path / "adapter_model.safetensors"
-    older = {re.sub(r"model\.model\.language_model\.", "model.language_model.model.", key): value for key, value in load_file(file).items()}
-    older = {re.sub(r"\.model\.(vision_tower|multi)", r".\1", key, count=1): value for key, value in older.items()}
+    older = {
+        re.sub(r"model\.model\.language_model\.", "model.language_model.model.", key): value
+        for key, value in load_file(file).items()
+    }
+    older = {
+        re.sub(r"\.model\.(vision_tower|multi)", r".\1", key, count=1): value
+        for key, value in older.items()
+    }
     assert older.keys() != load_file(file).keys()
     save_file(older, file)
-    config = json.loads((tmp_path / "adapter_config.json").read_text()) | {"target_modules": None, "rank_pattern": {}, "alpha_pattern": {}}
+    config = json.loads((tmp_path / "adapter_config.json").read_text()) | {
+        "target_modules": None,
+        "rank_pattern": {},
+        "alpha_pattern": {},
+    }
     for name, tensor in older.items():
         if "lora_A" in name:
-            config["rank_pattern"][name.removeprefix("base_model.model.").removesuffix(".lora_A.weight")] = len(tensor)
+            config["rank_pattern"][
+                name.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
+            ] = len(tensor)
     config["alpha_pattern"] = {"layers.0.mlp.up_proj": 5.5}
     (tmp_path / "adapter_config.json").write_text(json.dumps(config))
     again = both("llava, clip, -2")[0]
@@ -213,7 +259,9 @@ def test_fields_that_are_not_honored_are_named(written, field, value):
 
 
 def test_embeddings_are_refused(tmp_path):
-    config = peft.LoraConfig(target_modules=["q_proj", "embed_tokens"], r=2, init_lora_weights=False)
+    config = peft.LoraConfig(
+        target_modules=["q_proj", "embed_tokens"], r=2, init_lora_weights=False
+    )
     peft.get_peft_model(make("llama").ours, config).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="embed_tokens"):
         mllama.load_lora(make("llama").ours, tmp_path)
@@ -230,7 +278,9 @@ def test_one_of_two_tied_parameters_is_refused(tmp_path):
 def test_a_base_model_that_cannot_be(written, base):
     folder = written()
     config = json.loads((folder / "adapter_config.json").read_text())
-    (folder / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": str(folder) if base == "itself" else base}))
+    (folder / "adapter_config.json").write_text(
+        json.dumps(config | {"base_model_name_or_path": str(folder) if base == "itself" else base})
+    )
     with pytest.raises(ValueError, match="base_model_name_or_path"):
         MllamaForConditionalGeneration.from_pretrained(folder)
 
@@ -267,7 +317,10 @@ def test_what_the_format_cannot_say_is_refused(tmp_path):
 def test_a_whole_models_weights_are_not_replaced(tmp_path):
     make("llama").ours.save_pretrained(tmp_path)
     before = (tmp_path / "model.safetensors").read_bytes()
-    for save in (lambda model: model.save_pretrained(tmp_path), lambda model: mllama.save_lora(model, tmp_path, format="peft")):
+    for save in (
+        lambda model: model.save_pretrained(tmp_path),
+        lambda model: mllama.save_lora(model, tmp_path, format="peft"),
+    ):
         with pytest.raises(ValueError, match="whole model"):
             save(adapted(make("llama").ours))
     assert (tmp_path / "model.safetensors").read_bytes() == before
@@ -280,8 +333,13 @@ def test_from_pretrained_loads_the_model_and_its_adapters(tmp_path, model_folder
     batch = {"input_ids": torch.tensor([twins.tokens(5)])}
     expected = logits(model, batch)
     model.save_pretrained(tmp_path / "adapters")
-    assert torch.equal(logits(MllamaForConditionalGeneration.from_pretrained(tmp_path / "adapters"), batch), expected)
-    again = mllama.load(model_folder, adapter=tmp_path / "adapters", dtype="float32", device="cpu")[0]
+    assert torch.equal(
+        logits(MllamaForConditionalGeneration.from_pretrained(tmp_path / "adapters"), batch),
+        expected,
+    )
+    again = mllama.load(model_folder, adapter=tmp_path / "adapters", dtype="float32", device="cpu")[
+        0
+    ]
     assert torch.equal(logits(again, batch), expected)
     with pytest.raises(ValueError, match="LoRA layers"):
         MllamaForConditionalGeneration.from_pretrained(model_folder).load_state_dict(
@@ -306,5 +364,7 @@ def test_adapters_for_merged_weights_do_not_name_the_old_ones(tmp_path, model_fo
     model.save_pretrained(tmp_path / "adapters")
     with pytest.raises(ValueError, match="base_model_name_or_path"):
         MllamaForConditionalGeneration.from_pretrained(tmp_path / "adapters")
-    again = mllama.load(tmp_path / "merged", adapter=tmp_path / "adapters", dtype="float32", device="cpu")[0]
+    again = mllama.load(
+        tmp_path / "merged", adapter=tmp_path / "adapters", dtype="float32", device="cpu"
+    )[0]
     torch.testing.assert_close(logits(again, batch), expected)

@@ -23,7 +23,9 @@ def test_last_hidden_state_equals_transformers(case):
     with torch.no_grad():
         ours, theirs = (model.base_model(**batch, use_cache=False) for model in both)
         logits = both.ours(**batch).logits
-    torch.testing.assert_close(ours.last_hidden_state[seen], theirs.last_hidden_state[seen], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        ours.last_hidden_state[seen], theirs.last_hidden_state[seen], rtol=1e-4, atol=1e-4
+    )
     assert ours.cache is None
     torch.testing.assert_close(both.ours.lm_head(ours.last_hidden_state), logits)
     assert isinstance(both.ours.model(**batch, return_dict=False), tuple)
@@ -48,8 +50,14 @@ def test_it_holds_the_models_own_modules():
     assert {name for name, _ in base.named_parameters()} == names - {"lm_head.weight"}
     for parameter in base.parameters():
         parameter.requires_grad = False
-    assert [name for name, parameter in model.named_parameters() if parameter.requires_grad] == ["lm_head.weight"]
-    assert base.config is model.config and base.dtype == model.dtype and base.get_input_embeddings() is model.get_input_embeddings()
+    assert [name for name, parameter in model.named_parameters() if parameter.requires_grad] == [
+        "lm_head.weight"
+    ]
+    assert (
+        base.config is model.config
+        and base.dtype == model.dtype
+        and base.get_input_embeddings() is model.get_input_embeddings()
+    )
     assert model.get_decoder() is model.language_model
     model.language_model = wrapped = torch.compile(model.language_model, backend="eager")
     assert model.base_model.language_model is wrapped
@@ -61,7 +69,10 @@ def test_copies_have_their_own():
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         nn.init.zeros_(other.language_model.norm.weight)
         ids = torch.tensor([twins.tokens(4)])
-        assert not other.base_model(ids).last_hidden_state.any() and model.base_model(ids).last_hidden_state.any()
+        assert (
+            not other.base_model(ids).last_hidden_state.any()
+            and model.base_model(ids).last_hidden_state.any()
+        )
 
 
 def test_it_compiles_in_one_graph():

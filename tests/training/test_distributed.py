@@ -30,7 +30,12 @@ def results(tmp_path_factory):
         folder,
     ]
     paths = os.pathsep.join([str(TESTS), *filter(None, [os.environ.get("PYTHONPATH")])])
-    done = subprocess.run(command, env=os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+    done = subprocess.run(
+        command,
+        env=os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr[-5000:]
     return folder, [json.loads((folder / f"rank-{rank}.json").read_text()) for rank in range(2)]
 
@@ -39,7 +44,10 @@ def test_adapters_and_models_of_wrapped_models(results):
     folder, found = results
     for each in found:
         values = each["adapters"] | each["whole models"]
-        assert len(values) == 5 * 3 + 4 * 2 + 1 and [name for name, equal in values.items() if not equal] == []
+        assert (
+            len(values) == 5 * 3 + 4 * 2 + 1
+            and [name for name, equal in values.items() if not equal] == []
+        )
 
 
 @pytest.mark.parametrize("kind", two_processes.KINDS)
@@ -48,4 +56,6 @@ def test_two_processes_learn_what_one_does_of_all_rows(kind, results, tmp_path):
     expected = two_processes.losses(kind, tmp_path, 4)
     assert first["trained"][kind] == second["trained"][kind] == pytest.approx(expected, rel=1e-4)
     written = {path.name for path in (folder / f"trained {kind}/checkpoint-2").iterdir()}
-    assert ("adapter_config.json" in written) is (kind != "full") and ("config.json" in written) is (kind == "full")
+    assert ("adapter_config.json" in written) is (kind != "full") and (
+        "config.json" in written
+    ) is (kind == "full")

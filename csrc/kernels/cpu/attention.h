@@ -1,8 +1,9 @@
 // softmax(q k' * scale + added) v, and its gradients, for H query heads that share KV key heads.
 //
-// A group is one key head of one batch row with the query heads that share it; they are handled together, so that K and
-// V are read once. Row r of a group is query r / group_size of head kv_head * group_size + r % group_size. Scores are
-// kept in log2 units, so that the exponential is a plain 2^x.
+// A group is one key head of one batch row with the query heads that share it; they are handled
+// together, so that K and V are read once. Row r of a group is query r / group_size of head kv_head
+// * group_size + r % group_size. Scores are kept in log2 units, so that the exponential is a plain
+// 2^x.
 #pragma once
 
 #include <cstdint>
@@ -22,13 +23,16 @@ struct KeyRange {
     int32_t first, last;  // last is exclusive
 };
 
-// What the queries of one batch row may see. Query t sees keys [start(t), limit(t)), less those whose `added` is -inf.
+// What the queries of one batch row may see. Query t sees keys [start(t), limit(t)), less those
+// whose `added` is -inf.
 struct VisibleKeys {
-    int64_t offset;       // a causal query sees keys up to t + offset; at least `last` where nothing is causal
-    int64_t prefix;       // keys that all queries see
+    int64_t offset;  // a causal query sees keys up to t + offset; at least `last` where nothing is
+                     // causal
+    int64_t prefix;  // keys that all queries see
     int64_t first, last;  // no key outside is visible to any query
     const float* added;   // [keys], in log2 units, to every score of a key; null = 0
-    // [queries], within first and last, where queries differ in more than offset and prefix say; else null.
+    // [queries], within first and last, where queries differ in more than offset and prefix say;
+    // else null.
     const KeyRange* ranges;
 
     int64_t start(int64_t t) const { return ranges ? ranges[t].first : first; }
@@ -51,8 +55,9 @@ struct Attention {
     int64_t rows() const { return queries * group_size(); }  // of a group
 };
 
-// What makes a query's probabilities of its scores: 2^(score - highest) / sum. Not one number, highest + log2(sum):
-// beside scores of -1e9, as a mask's bias makes them, the logarithm would be lost.
+// What makes a query's probabilities of its scores: 2^(score - highest) / sum. Not one number,
+// highest + log2(sum): beside scores of -1e9, as a mask's bias makes them, the logarithm would be
+// lost.
 struct Statistic {
     float highest, sum;  // -inf and 0 where a query sees nothing
 };
@@ -73,25 +78,32 @@ struct AttentionBackward : Attention {
 
 constexpr int64_t kMostTileRows = 48;  // rows of a group that a kernel takes at once, at most
 
-// Many queries: blocks of scores on packed copies of q, k and v. Task = (group, share): a share takes every shares-th
-// tile of the group's rows.
+// Many queries: blocks of scores on packed copies of q, k and v. Task = (group, share): a share
+// takes every shares-th tile of the group's rows.
 MLLAMA_KERNEL(void, attention_prefill,
               (const AttentionForward& args, int64_t shares, int64_t first_task, int64_t last_task))
 
-// Few queries, without ranges: k and v are read in place, once, in chunks of keys whose results are merged afterwards.
-// Task = (group, chunk); `partial` is [groups, chunks, attention_chunk_size].
+// Few queries, without ranges: k and v are read in place, once, in chunks of keys whose results are
+// merged afterwards. Task = (group, chunk); `partial` is [groups, chunks, attention_chunk_size].
 constexpr int64_t kDecodeChunk = 256;
-inline int64_t attention_chunks(const Attention& a) { return (a.keys + kDecodeChunk - 1) / kDecodeChunk; }
+inline int64_t attention_chunks(const Attention& a) {
+    return (a.keys + kDecodeChunk - 1) / kDecodeChunk;
+}
 inline int64_t attention_chunk_size(const Attention& a) { return a.rows() * (a.size + 2); }
 MLLAMA_KERNEL(void, attention_decode,
               (const AttentionForward& args, float* partial, int64_t first_task, int64_t last_task))
 MLLAMA_KERNEL(void, attention_merge,
-              (const AttentionForward& args, const float* partial, int64_t first_group, int64_t last_group))
+              (const AttentionForward& args, const float* partial, int64_t first_group,
+               int64_t last_group))
 
-// Gradients. Task = (group, part): a part takes every parts-th tile of the group's rows. With more than one part,
-// attention_backward_sum follows over the groups.
-inline int64_t attention_sums(const Attention& a) { return 2 * (a.keys + 8) * ((a.size + 15) / 16 * 16); }
-MLLAMA_KERNEL(void, attention_backward, (const AttentionBackward& args, int64_t first_task, int64_t last_task))
-MLLAMA_KERNEL(void, attention_backward_sum, (const AttentionBackward& args, int64_t first_group, int64_t last_group))
+// Gradients. Task = (group, part): a part takes every parts-th tile of the group's rows. With more
+// than one part, attention_backward_sum follows over the groups.
+inline int64_t attention_sums(const Attention& a) {
+    return 2 * (a.keys + 8) * ((a.size + 15) / 16 * 16);
+}
+MLLAMA_KERNEL(void, attention_backward,
+              (const AttentionBackward& args, int64_t first_task, int64_t last_task))
+MLLAMA_KERNEL(void, attention_backward_sum,
+              (const AttentionBackward& args, int64_t first_group, int64_t last_group))
 
 }  // namespace mllama::kernels

@@ -1,7 +1,8 @@
 // Gradients. With P = exp(scores - highest) / sum and delta = rowsum(dO * O):
 //     dV = P' dO,  dS = P * (dO V' - delta),  dQ = scale * dS K,  dK = scale * dS' Q.
-// Scores are computed again, tile by tile. A task owns its group's dK and dV (or one of a fixed number of partial sums
-// of them, added in order afterwards), so there are no atomics and the bits do not depend on the threads.
+// Scores are computed again, tile by tile. A task owns its group's dK and dV (or one of a fixed
+// number of partial sums of them, added in order afterwards), so there are no atomics and the bits
+// do not depend on the threads.
 #include "kernels/cpu/attention.h"
 #include "kernels/cpu/attention_tiles.h"
 
@@ -10,19 +11,23 @@ namespace {
 
 constexpr int kKeys = 64;  // in a block: P and dS together fit the first-level cache
 
-// Stores a tile of P or dS [keys, rows] as the products read it: `by_key` as the broadcast side, summed over rows (dV
-// and dK), `by_row` as lanes, summed over keys (dQ). In f32 one copy serves both.
+// Stores a tile of P or dS [keys, rows] as the products read it: `by_key` as the broadcast side,
+// summed over rows (dV and dK), `by_row` as lanes, summed over keys (dQ). In f32 one copy serves
+// both.
 template <int NV>
-inline __attribute__((always_inline)) void put_scores(F32Words, const Tile<NV>& tile, Word* by_key, Word*) {
+inline __attribute__((always_inline)) void put_scores(F32Words, const Tile<NV>& tile, Word* by_key,
+                                                      Word*) {
     for_tile<NV>([&](int r, int n) { store_words(by_key + (r * NV + n) * kWidth, tile[r][n]); });
 }
 #if defined(__AVX512BF16__)
 template <int NV>
-inline __attribute__((always_inline)) void put_scores(Bf16Words, const Tile<NV>& tile, Word* by_key, Word* by_row) {
+inline __attribute__((always_inline)) void put_scores(Bf16Words, const Tile<NV>& tile, Word* by_key,
+                                                      Word* by_row) {
     for_tile<NV>([&](int r, int n) {
         auto half = _mm512_cvtneps_pbh(reinterpret_cast<__m512>(tile[r][n]));
         std::memcpy(by_key + (r * NV + n) * kWidth / 2, &half, sizeof half);
-        if (by_row && r % 2) store_words(by_row + (r / 2 * NV + n) * kWidth, join_bf16(tile[r - 1][n], tile[r][n]));
+        if (by_row && r % 2)
+            store_words(by_row + (r / 2 * NV + n) * kWidth, join_bf16(tile[r - 1][n], tile[r][n]));
     });
 }
 #endif
@@ -35,7 +40,9 @@ class Backward {
 
     void task(int64_t index, int64_t part) {
         Group group(a_, index);
-        open_sums(group, a_.parts == 1 ? own_sums_ : a_.partial + (index * a_.parts + part) * attention_sums(a_));
+        open_sums(group, a_.parts == 1
+                             ? own_sums_
+                             : a_.partial + (index * a_.parts + part) * attention_sums(a_));
         for (int64_t i = 0; i < 2 * sums_size(group); i += kWidth) store(grad_k_ + i, vf{});
         pack_tiles<E>(group.key_rows<T>(a_.k), group.keys, a_.size, room_, k_tiles_);
         pack_tiles<E>(group.key_rows<T>(a_.v), group.keys, a_.size, room_, v_tiles_);
@@ -48,7 +55,8 @@ class Backward {
                 if (from == 0 || limits.most > from) {
                     pack_queries(group, first, rows, vectors * kWidth);
                     tile<vectors>(group, limits, from, grad_q);
-                    if (limits.most <= from + chunk_) write_queries(group, first, rows, vectors * kWidth, grad_q);
+                    if (limits.most <= from + chunk_)
+                        write_queries(group, first, rows, vectors * kWidth, grad_q);
                 }
                 if (chunk_ < a_.keys) grad_q += columns_ * kLanes;
             });
@@ -69,16 +77,24 @@ class Backward {
     }
 
   private:
-    int64_t tiles() const { return (a_.rows() + kLanes * a_.parts - 1) / (kLanes * a_.parts); }  // of a part, at most
-    int64_t sums_size(const Group& group) const { return round_up(group.keys, kTileRows) * columns_; }
-    void open_sums(const Group& group, float* sums) { grad_k_ = sums, grad_v_ = sums + sums_size(group); }
+    int64_t tiles() const {
+        return (a_.rows() + kLanes * a_.parts - 1) / (kLanes * a_.parts);
+    }  // of a part, at most
+    int64_t sums_size(const Group& group) const {
+        return round_up(group.keys, kTileRows) * columns_;
+    }
+    void open_sums(const Group& group, float* sums) {
+        grad_k_ = sums, grad_v_ = sums + sums_size(group);
+    }
 
     void pack_queries(const Group& group, int64_t first, int64_t rows, int64_t lanes) {
-        auto q_row = group.query_rows<T>(a_.q, first), g_row = group.query_rows<T>(a_.grad_out, first);
+        auto q_row = group.query_rows<T>(a_.q, first),
+             g_row = group.query_rows<T>(a_.grad_out, first);
         pack_columns<E>(q_row, rows, lanes, a_.size, room_, q_lanes_);
         pack_columns<E>(g_row, rows, lanes, a_.size, room_, g_lanes_);
         // Rows past the last have P = 0, and that must not meet what lay in memory.
-        int64_t last = (rows - 1) / E::kElements * columns_, size = lanes / E::kElements * columns_ - last;
+        int64_t last = (rows - 1) / E::kElements * columns_,
+                size = lanes / E::kElements * columns_ - last;
         std::memset(q_rows_ + last, 0, size * sizeof(Word));
         std::memset(g_rows_ + last, 0, size * sizeof(Word));
         pack_rows<E>(q_row, rows, a_.size, columns_, q_rows_);
@@ -98,18 +114,22 @@ class Backward {
         }
     }
 
-    // For one chunk of keys, adds the rows' share to grad_k_ and grad_v_, and their dQ, transposed, to grad_q.
+    // For one chunk of keys, adds the rows' share to grad_k_ and grad_v_, and their dQ, transposed,
+    // to grad_q.
     template <int NV>
     void tile(const Group& group, const Limits<NV>& limits, int64_t from, float* grad_q) {
-        constexpr int kTileLanes = NV * kWidth, kKeyWords = kTileLanes / E::kElements;  // words of a key in p_ and ds_
-        const float* added = group.visible.added ? group.visible.added + group.visible.first : nullptr;
+        constexpr int kTileLanes = NV * kWidth,
+                      kKeyWords = kTileLanes / E::kElements;  // words of a key in p_ and ds_
+        const float* added =
+            group.visible.added ? group.visible.added + group.visible.first : nullptr;
         vf highest[NV], inverse[NV], delta[NV];
         std::memcpy(highest, highest_, sizeof highest);
         std::memcpy(inverse, inverse_, sizeof inverse);
         std::memcpy(delta, delta_, sizeof delta);
 
         const int end = static_cast<int>(std::min<int64_t>(from + chunk_, limits.most));
-        for (int block = std::max(static_cast<int>(from), limits.begin()); block < end; block += kKeys) {
+        for (int block = std::max(static_cast<int>(from), limits.begin()); block < end;
+             block += kKeys) {
             int keys = std::min(kKeys, end - block);
             for (int key = 0; key < keys; key += kTileRows) {
                 const int64_t at = (block + key) * words_;
@@ -119,24 +139,31 @@ class Backward {
                 for_tile<NV>([&](int r, int n) {
                     vf score = p[r][n] * scale_;
                     if (masked) {
-                        float more = added && block + key + r < group.keys ? added[block + key + r] : 0.0f;
+                        float more =
+                            added && block + key + r < group.keys ? added[block + key + r] : 0.0f;
                         score = limits.template mask<true>(score, n, block + key + r, more);
                     }
-                    // Another order of summation can put a score above the highest: by much, where scores are huge.
+                    // Another order of summation can put a score above the highest: by much, where
+                    // scores are huge.
                     p[r][n] = exp2_below(min(vf{}, score - highest[n])) * inverse[n];
                     store(kept_ + (r * NV + n) * kWidth, p[r][n]);
                 });
                 put_scores<NV>(E{}, p, p_ + key * kKeyWords, nullptr);
                 multiply_add<E, 1>(ds, v_tiles_ + at, kTileRows, g_lanes_, kTileLanes, words_);
-                for_tile<NV>(
-                    [&](int r, int n) { ds[r][n] = (ds[r][n] - delta[n]) * load(kept_ + (r * NV + n) * kWidth); });
-                put_scores<NV>(E{}, ds, ds_ + key * kKeyWords, ds_lanes_ + key / E::kElements * kTileLanes);
+                for_tile<NV>([&](int r, int n) {
+                    ds[r][n] = (ds[r][n] - delta[n]) * load(kept_ + (r * NV + n) * kWidth);
+                });
+                put_scores<NV>(E{}, ds, ds_ + key * kKeyWords,
+                               ds_lanes_ + key / E::kElements * kTileLanes);
             }
             for (int key = 0; key < keys; key += kTileRows) {
-                add_to_keys<kKeyWords>(p_ + key * kKeyWords, g_rows_, grad_v_ + (block + key) * columns_);
-                add_to_keys<kKeyWords>(ds_ + key * kKeyWords, q_rows_, grad_k_ + (block + key) * columns_);
+                add_to_keys<kKeyWords>(p_ + key * kKeyWords, g_rows_,
+                                       grad_v_ + (block + key) * columns_);
+                add_to_keys<kKeyWords>(ds_ + key * kKeyWords, q_rows_,
+                                       grad_k_ + (block + key) * columns_);
             }
-            const Word *k = k_rows_ + block / E::kElements * columns_, *ds = E::kElements == 1 ? ds_ : ds_lanes_;
+            const Word *k = k_rows_ + block / E::kElements * columns_,
+                       *ds = E::kElements == 1 ? ds_ : ds_lanes_;
             int64_t steps = (keys + E::kElements - 1) / E::kElements;
             for (int64_t d = 0; d < round_up(a_.size, kTileRows); d += kTileRows) {
                 Tile<NV> tile;
@@ -152,7 +179,9 @@ class Backward {
     void add_to_keys(const Word* scores, const Word* rows, float* sums) {
         for (int64_t d = 0, width = 0; d < columns_; d += width * kWidth) {
             int64_t left = (columns_ - d) / kWidth;
-            width = left == 4 ? 2 : std::min<int64_t>(left, 3);  // 4 as 2 + 2: a narrow tile waits for its own sums
+            width = left == 4 ? 2
+                              : std::min<int64_t>(
+                                    left, 3);  // 4 as 2 + 2: a narrow tile waits for its own sums
             switch (width) {
                 case 1: add_columns<kKeyWords, 1>(scores, rows + d, sums + d); break;
                 case 2: add_columns<kKeyWords, 2>(scores, rows + d, sums + d); break;
@@ -168,12 +197,14 @@ class Backward {
         store_tile<NV>(tile, sums, columns_);
     }
 
-    void write_queries(const Group& group, int64_t first, int64_t rows, int64_t lanes, float* grad_q) {
+    void write_queries(const Group& group, int64_t first, int64_t rows, int64_t lanes,
+                       float* grad_q) {
         transpose(as_words(grad_q), lanes, room_, columns_, columns_, lanes);
         for (int64_t r = 0; r < rows; ++r) {
             const float* from = as_floats(room_) + r * columns_;
             T* to = static_cast<T*>(a_.grad_q) + group.element(first + r);
-            for_vectors(a_.size, [&](int64_t d, int n) { put(to + d, load(from + d) * a_.scale, n); });
+            for_vectors(a_.size,
+                        [&](int64_t d, int n) { put(to + d, load(from + d) * a_.scale, n); });
         }
     }
 
@@ -191,17 +222,23 @@ class Backward {
     }
 
     const AttentionBackward& a_;
-    const int64_t words_ = row_words<E>(a_.size);        // in a packed row that becomes a column, or part of a tile
-    const int64_t columns_ = round_up(a_.size, kWidth);  // in a packed row that stays one, and in sums
+    const int64_t words_ =
+        row_words<E>(a_.size);  // in a packed row that becomes a column, or part of a tile
+    const int64_t columns_ =
+        round_up(a_.size, kWidth);  // in a packed row that stays one, and in sums
     const int64_t keys_ = round_up(a_.keys, kTileRows);
-    // Keys that all tiles of rows meet before the next: what belongs to them, 20 bytes an element, stays in a cache.
+    // Keys that all tiles of rows meet before the next: what belongs to them, 20 bytes an element,
+    // stays in a cache.
     const int64_t chunk_ = round_up(131072 / columns_, kKeys);
     const float scale_ = a_.scale * kLog2e;
     Words k_tiles_{keys_ * words_}, v_tiles_{keys_ * words_}, k_rows_{keys_ * columns_};
-    Words q_lanes_{kLanes * words_}, g_lanes_{kLanes * words_}, q_rows_{kLanes * columns_}, g_rows_{kLanes * columns_};
-    Words p_{kKeys * kLanes}, ds_{kKeys * kLanes}, ds_lanes_{kKeys * kLanes}, room_{kLanes * kMaxSize};
-    Floats kept_{kTileRows * kLanes};                                      // a tile of P
-    Floats grad_q_{(chunk_ < a_.keys ? tiles() : 1) * columns_ * kLanes};  // dQ of the tiles that wait for more keys
+    Words q_lanes_{kLanes * words_}, g_lanes_{kLanes * words_}, q_rows_{kLanes * columns_},
+        g_rows_{kLanes * columns_};
+    Words p_{kKeys * kLanes}, ds_{kKeys * kLanes}, ds_lanes_{kKeys * kLanes},
+        room_{kLanes * kMaxSize};
+    Floats kept_{kTileRows * kLanes};  // a tile of P
+    Floats grad_q_{(chunk_ < a_.keys ? tiles() : 1) * columns_ *
+                   kLanes};  // dQ of the tiles that wait for more keys
     Floats own_sums_{a_.parts == 1 ? attention_sums(a_) : 0};
     float *grad_k_ = nullptr, *grad_v_ = nullptr;  // sums [keys, columns] that are open now
     float highest_[kLanes], inverse_[kLanes], delta_[kLanes];
@@ -212,11 +249,13 @@ class Backward {
 void attention_backward(const AttentionBackward& args, int64_t first_task, int64_t last_task) {
     dispatch(args.dtype, [&](auto t) {
         Backward<decltype(t)> work(args);
-        for (int64_t task = first_task; task < last_task; ++task) work.task(task / args.parts, task % args.parts);
+        for (int64_t task = first_task; task < last_task; ++task)
+            work.task(task / args.parts, task % args.parts);
     });
 }
 
-void attention_backward_sum(const AttentionBackward& args, int64_t first_group, int64_t last_group) {
+void attention_backward_sum(const AttentionBackward& args, int64_t first_group,
+                            int64_t last_group) {
     dispatch(args.dtype, [&](auto t) {
         Backward<decltype(t)> work(args);
         for (int64_t group = first_group; group < last_group; ++group) work.sum(group);

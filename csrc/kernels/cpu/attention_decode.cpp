@@ -1,19 +1,25 @@
-// The forward pass for few queries (generation): memory speed. Every thread reads chunks of K and V once, in place, for
-// all queries of a key head; the chunks' results are merged by their log-sum-exp.
+// The forward pass for few queries (generation): memory speed. Every thread reads chunks of K and V
+// once, in place, for all queries of a key head; the chunks' results are merged by their
+// log-sum-exp.
 #include "kernels/cpu/attention.h"
 #include "kernels/cpu/attention_tiles.h"
 
 namespace mllama::kernels::MLLAMA_ISA {
 namespace {
 
-// M query rows share one pass over a chunk. A vector of scores holds kWidth / M keys, the M rows of a key side by side.
+// M query rows share one pass over a chunk. A vector of scores holds kWidth / M keys, the M rows of
+// a key side by side.
 constexpr int kMostRows = 4;
-constexpr int kValueVectors = kWidth == 16 ? 4 : 2;  // f32 vectors of V in one pass: kMostRows times as many sums
+constexpr int kValueVectors =
+    kWidth == 16 ? 4 : 2;  // f32 vectors of V in one pass: kMostRows times as many sums
 
 // How many of a step's elements a row still has.
-inline int in_step(int64_t left, int step) { return static_cast<int>(std::clamp<int64_t>(left, 0, step)); }
+inline int in_step(int64_t left, int step) {
+    return static_cast<int>(std::clamp<int64_t>(left, 0, step));
+}
 
-// How rows of K meet rows of Q, and rows of V their probabilities: widened to f32, whatever the memory holds.
+// How rows of K meet rows of Q, and rows of V their probabilities: widened to f32, whatever the
+// memory holds.
 template <class T>
 struct Widened {
     using Query = float;
@@ -28,7 +34,8 @@ struct Widened {
     // kVectors f32 vectors of V from d on, `left` elements before the row ends.
     template <int kVectors>
     static void values(const T* row, const T*, int64_t left, vf (&x)[kVectors]) {
-        for (int i = 0; i < kVectors; ++i) x[i] = at(row + i * kWidth, in_step(left - i * kWidth, kWidth));
+        for (int i = 0; i < kVectors; ++i)
+            x[i] = at(row + i * kWidth, in_step(left - i * kWidth, kWidth));
     }
     template <int kVectors>
     static void put_sums(float* out, const vf (&sum)[kVectors]) {
@@ -50,8 +57,9 @@ struct Paired {
 
     static vf query(const bf16* q) { return key(q, kStep); }
     static vf key(const bf16* k, int n) {
-        return reinterpret_cast<vf>(n == kStep ? _mm512_loadu_si512(k)
-                                               : _mm512_maskz_loadu_epi16((__mmask32{1} << n) - 1, k));
+        return reinterpret_cast<vf>(n == kStep
+                                        ? _mm512_loadu_si512(k)
+                                        : _mm512_maskz_loadu_epi16((__mmask32{1} << n) - 1, k));
     }
     static vf multiply_add(vf a, vf b, vf sum) { return Bf16Words::multiply_add(a, b, sum); }
     static vf probability(const float* p) { return Bf16Words::broadcast(p); }
@@ -93,13 +101,17 @@ inline __attribute__((always_inline)) vf sum_each(const vf (&acc)[kWidth]) {
     vf x[8], y[4];
 #pragma GCC unroll 8
     for (int i = 0; i < 8; ++i) {
-        __m512 a = reinterpret_cast<__m512>(acc[2 * i]), b = reinterpret_cast<__m512>(acc[2 * i + 1]);
-        x[i] = reinterpret_cast<vf>(_mm512_unpacklo_ps(a, b)) + reinterpret_cast<vf>(_mm512_unpackhi_ps(a, b));
+        __m512 a = reinterpret_cast<__m512>(acc[2 * i]),
+               b = reinterpret_cast<__m512>(acc[2 * i + 1]);
+        x[i] = reinterpret_cast<vf>(_mm512_unpacklo_ps(a, b)) +
+               reinterpret_cast<vf>(_mm512_unpackhi_ps(a, b));
     }
 #pragma GCC unroll 4
     for (int i = 0; i < 4; ++i) {
-        __m512d a = reinterpret_cast<__m512d>(x[2 * i]), b = reinterpret_cast<__m512d>(x[2 * i + 1]);
-        y[i] = reinterpret_cast<vf>(_mm512_unpacklo_pd(a, b)) + reinterpret_cast<vf>(_mm512_unpackhi_pd(a, b));
+        __m512d a = reinterpret_cast<__m512d>(x[2 * i]),
+                b = reinterpret_cast<__m512d>(x[2 * i + 1]);
+        y[i] = reinterpret_cast<vf>(_mm512_unpacklo_pd(a, b)) +
+               reinterpret_cast<vf>(_mm512_unpackhi_pd(a, b));
     }
     auto parts = [](vf first, vf second) {  // of 128 bits: 0 + 1 and 2 + 3 of both
         __m512 a = reinterpret_cast<__m512>(first), b = reinterpret_cast<__m512>(second);
@@ -109,7 +121,8 @@ inline __attribute__((always_inline)) vf sum_each(const vf (&acc)[kWidth]) {
     return parts(parts(y[0], y[1]), parts(y[2], y[3]));
 #elif defined(__AVX2__)
     auto pair = [](vf a, vf b) {
-        return reinterpret_cast<vf>(_mm256_hadd_ps(reinterpret_cast<__m256>(a), reinterpret_cast<__m256>(b)));
+        return reinterpret_cast<vf>(
+            _mm256_hadd_ps(reinterpret_cast<__m256>(a), reinterpret_cast<__m256>(b)));
     };
     __m256 a = reinterpret_cast<__m256>(pair(pair(acc[0], acc[1]), pair(acc[2], acc[3])));
     __m256 b = reinterpret_cast<__m256>(pair(pair(acc[4], acc[5]), pair(acc[6], acc[7])));
@@ -126,12 +139,14 @@ template <class T>
 class Decode {
     using Rows = typename RowsOf<T>::type;
     using Query = typename Rows::Query;
-    static constexpr int64_t kRoom = kMaxSize + Rows::kStep;  // a row of Q or of sums, padded to whole steps
+    static constexpr int64_t kRoom =
+        kMaxSize + Rows::kStep;  // a row of Q or of sums, padded to whole steps
 
   public:
     explicit Decode(const AttentionForward& args) : a_(args) {}
 
-    // partial: [rows] of the maximal score, the sum of 2^(score - maximum) and the sums of V weighed with those.
+    // partial: [rows] of the maximal score, the sum of 2^(score - maximum) and the sums of V
+    // weighed with those.
     void task(int64_t index, int64_t chunk, float* partial) {
         Group group(a_, index);
         first_ = std::max(chunk * kDecodeChunk, group.visible.first);
@@ -162,24 +177,30 @@ class Decode {
         int64_t skipped = first_ - group.visible.first;
         scores<M>(k_row(skipped));
 
-        // Lanes hold kWidth / M keys by M rows, so that maxima and sums of a row are first taken lane by lane.
+        // Lanes hold kWidth / M keys by M rows, so that maxima and sums of a row are first taken
+        // lane by lane.
         int32_t key_of[kWidth], limit_of[kWidth];
         for (int i = 0; i < kWidth; ++i) {
             key_of[i] = i / M;
-            limit_of[i] = static_cast<int32_t>(std::min(group.limit(row_of(i % M)) - skipped, keys_));
+            limit_of[i] =
+                static_cast<int32_t>(std::min(group.limit(row_of(i % M)) - skipped, keys_));
         }
         float lanes[kWidth], highest[M], total[M]{};
         store(lanes, mask<M>(group.visible.added, key_of, limit_of));
-        for (int i = 0; i < kWidth; ++i) highest[i % M] = i < M ? lanes[i] : std::max(highest[i % M], lanes[i]);
-        for (int i = 0; i < kWidth; ++i) lanes[i] = highest[i % M] == -kInfinity ? 0 : highest[i % M];
+        for (int i = 0; i < kWidth; ++i)
+            highest[i % M] = i < M ? lanes[i] : std::max(highest[i % M], lanes[i]);
+        for (int i = 0; i < kWidth; ++i)
+            lanes[i] = highest[i % M] == -kInfinity ? 0 : highest[i % M];
         store(lanes, exponentials<M>(load(lanes)));
         for (int i = 0; i < kWidth; ++i) total[i % M] += lanes[i];
 
         const T* v = v_row(skipped);
         int64_t d = 0;
-        // The next chunk's keys come while V is weighed, which keeps memory less busy than the scores do.
+        // The next chunk's keys come while V is weighed, which keeps memory less busy than the
+        // scores do.
         const T* next = a_.k.length == a_.size ? k_row(skipped + keys_) : nullptr;
-        for (; d + (kValueVectors - 2) * kWidth < a_.size; d += kValueVectors * kWidth, next = nullptr)
+        for (; d + (kValueVectors - 2) * kWidth < a_.size;
+             d += kValueVectors * kWidth, next = nullptr)
             weigh<M, kValueVectors>(v, d, next);
         for (; d < a_.size; d += 2 * kWidth, next = nullptr) weigh<M, 2>(v, d, next);
         for (int64_t r = 0; r < rows; ++r, partial += a_.size + 2) {
@@ -226,7 +247,8 @@ class Decode {
                 for (int i = 0; i < kTile; ++i) {
                     vf x = Rows::key(rows + i * stride + d, n);
 #pragma GCC unroll 4
-                    for (int m = 0; m < M; ++m) acc[i * M + m] = Rows::multiply_add(x, q[m], acc[i * M + m]);
+                    for (int m = 0; m < M; ++m)
+                        acc[i * M + m] = Rows::multiply_add(x, q[m], acc[i * M + m]);
                 }
             }
             store(scores_ + key * M, sum_each(acc) * scale_);
@@ -242,12 +264,14 @@ class Decode {
         if (added) {
             for (int64_t i = 0; i < keys_ * M; ++i) {
                 float more = added[first_ + i / M];
-                scores_[i] = more == -kInfinity ? more : scores_[i] + more;  // a hidden key may hold NaN
+                scores_[i] =
+                    more == -kInfinity ? more : scores_[i] + more;  // a hidden key may hold NaN
             }
         }
         vf highest = splat(-kInfinity);
         for (int64_t i = 0; i < keys_ * M; i += kWidth) {
-            vf score = key + static_cast<int32_t>(i / M) < limit ? load(scores_ + i) : splat(-kInfinity);
+            vf score =
+                key + static_cast<int32_t>(i / M) < limit ? load(scores_ + i) : splat(-kInfinity);
             highest = max(highest, score);
             store(scores_ + i, score);
         }
@@ -273,7 +297,8 @@ class Decode {
         return sum;
     }
 
-    // sums_[M][d ..] = probabilities times kVectors vectors of V. Fetches as many rows from `next`, unless null.
+    // sums_[M][d ..] = probabilities times kVectors vectors of V. Fetches as many rows from `next`,
+    // unless null.
     template <int M, int kVectors>
     void weigh(const T* v, int64_t d, const T* next) {
         const T* row = v + d;
@@ -289,7 +314,8 @@ class Decode {
             for (int m = 0; m < M; ++m) {
                 vf p = Rows::probability(scores_ + key * M + m);
 #pragma GCC unroll 4
-                for (int i = 0; i < kVectors; ++i) sum[m][i] = Rows::multiply_add(p, x[i], sum[m][i]);
+                for (int i = 0; i < kVectors; ++i)
+                    sum[m][i] = Rows::multiply_add(p, x[i], sum[m][i]);
             }
         }
         for (int m = 0; m < M; ++m) Rows::put_sums(sums_ + m * kRoom + d, sum[m]);
@@ -321,10 +347,14 @@ void merge_row(const AttentionForward& a, const Group& group, int64_t row, const
     for (int64_t c = 0; c < chunks; ++c) highest = std::max(highest, partial[c * stride]);
     for (int64_t c = 0; c < chunks; ++c) {
         const float* one = partial + c * stride;
-        if (one[1] == 0) continue;  // saw nothing: its sums may not be written. Not by one[0], which may lose a NaN
+        if (one[1] == 0)
+            continue;  // saw nothing: its sums may not be written. Not by one[0], which may lose a
+                       // NaN
         float weight = exp2_below(splat(one[0] - highest))[0];
         total += weight * one[1];
-        for_vectors(a.size, [&](int64_t d, int n) { put(sums + d, load(sums + d) + at(one + 2 + d, n) * weight, n); });
+        for_vectors(a.size, [&](int64_t d, int n) {
+            put(sums + d, load(sums + d) + at(one + 2 + d, n) * weight, n);
+        });
     }
     a.statistics[group.statistic(row)] = {highest, total};
     float inverse = total == 0 ? 0 : 1 / total;
@@ -334,7 +364,8 @@ void merge_row(const AttentionForward& a, const Group& group, int64_t row, const
 
 }  // namespace
 
-void attention_decode(const AttentionForward& args, float* partial, int64_t first_task, int64_t last_task) {
+void attention_decode(const AttentionForward& args, float* partial, int64_t first_task,
+                      int64_t last_task) {
     dispatch(args.dtype, [&](auto t) {
         Decode<decltype(t)> work(args);
         int64_t chunks = attention_chunks(args), size = attention_chunk_size(args);
@@ -343,10 +374,12 @@ void attention_decode(const AttentionForward& args, float* partial, int64_t firs
     });
 }
 
-void attention_merge(const AttentionForward& args, const float* partial, int64_t first_group, int64_t last_group) {
+void attention_merge(const AttentionForward& args, const float* partial, int64_t first_group,
+                     int64_t last_group) {
     dispatch(args.dtype, [&](auto t) {
         for (int64_t index = first_group; index < last_group; ++index) {
-            const float* from = partial + index * attention_chunks(args) * attention_chunk_size(args);
+            const float* from =
+                partial + index * attention_chunks(args) * attention_chunk_size(args);
             for (int64_t row = 0; row < args.rows(); ++row) {
                 merge_row<decltype(t)>(args, Group(args, index), row, from + row * (args.size + 2));
             }

@@ -1,7 +1,9 @@
-// What the attention kernels share beyond register tiles: 2^x, a group's place in the tensors, what a query sees.
+// What the attention kernels share beyond register tiles: 2^x, a group's place in the tensors, what
+// a query sees.
 //
-// Scores are held transposed, [keys, queries]: queries are the lanes of vectors. The softmax over keys then needs no
-// horizontal sums, and K and V are always the broadcast side, which takes them nearly as they lie in memory.
+// Scores are held transposed, [keys, queries]: queries are the lanes of vectors. The softmax over
+// keys then needs no horizontal sums, and K and V are always the broadcast side, which takes them
+// nearly as they lie in memory.
 #pragma once
 
 #include <algorithm>
@@ -17,12 +19,15 @@ constexpr int kLanes = kTileVectors * kWidth;  // rows of a group in a tile
 static_assert(kLanes <= kMostTileRows);
 constexpr float kLog2e = 1.44269504f, kInfinity = __builtin_inff();
 
-// ---- numbers -------------------------------------------------------------------------------------------------------
+// ---- numbers
+// -------------------------------------------------------------------------------------------------------
 
-// 2^x for x up to 0 or little above it; 0 below -127. NaN stays NaN. The polynomials (degree 5, minimax) err by 1.5e-7.
+// 2^x for x up to 0 or little above it; 0 below -127. NaN stays NaN. The polynomials (degree 5,
+// minimax) err by 1.5e-7.
 inline vf exp2_below(vf x) {
 #if defined(__AVX512F__)
-    // x = floor(x) + f; scalef multiplies by 2^floor(x), and gives 0 for -inf, where reduce gives f = 0.
+    // x = floor(x) + f; scalef multiplies by 2^floor(x), and gives 0 for -inf, where reduce gives f
+    // = 0.
     __m512 v = reinterpret_cast<__m512>(x);
     vf f = reinterpret_cast<vf>(_mm512_reduce_ps(v, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC));
     vf p = splat(1.867130087e-3f);
@@ -46,27 +51,42 @@ inline vf exp2_below(vf x) {
 #endif
 }
 
-// ---- a group -------------------------------------------------------------------------------------------------------
+// ---- a group
+// -------------------------------------------------------------------------------------------------------
 
 // One group's place in the tensors.
 struct Group {
     Group(const Attention& args, int64_t index)
-        : a(args), batch(index / a.kv_heads), kv_head(index % a.kv_heads), visible(a.visible[batch]) {
+        : a(args),
+          batch(index / a.kv_heads),
+          kv_head(index % a.kv_heads),
+          visible(a.visible[batch]) {
         keys = (visible.ranges ? visible.last : visible.limit(a.queries - 1)) - visible.first;
     }
     int64_t query(int64_t row) const { return row / a.group_size(); }
     int64_t head(int64_t row) const { return kv_head * a.group_size() + row % a.group_size(); }
-    // Where a row starts in a contiguous [batch, queries, heads, size], and its place in [batch, heads, queries].
-    int64_t element(int64_t row) const { return ((batch * a.queries + query(row)) * a.heads + head(row)) * a.size; }
-    int64_t statistic(int64_t row) const { return (batch * a.heads + head(row)) * a.queries + query(row); }
+    // Where a row starts in a contiguous [batch, queries, heads, size], and its place in [batch,
+    // heads, queries].
+    int64_t element(int64_t row) const {
+        return ((batch * a.queries + query(row)) * a.heads + head(row)) * a.size;
+    }
+    int64_t statistic(int64_t row) const {
+        return (batch * a.heads + head(row)) * a.queries + query(row);
+    }
     // The keys that a row sees, counted from visible.first: from `start` to `limit`, exclusive.
-    int32_t start(int64_t row) const { return static_cast<int32_t>(visible.start(query(row)) - visible.first); }
-    int32_t limit(int64_t row) const { return static_cast<int32_t>(visible.limit(query(row)) - visible.first); }
+    int32_t start(int64_t row) const {
+        return static_cast<int32_t>(visible.start(query(row)) - visible.first);
+    }
+    int32_t limit(int64_t row) const {
+        return static_cast<int32_t>(visible.limit(query(row)) - visible.first);
+    }
 
-    // Functions i -> row i of k or v, counted from visible.first, and i -> row first + i of q or what is shaped as q.
+    // Functions i -> row i of k or v, counted from visible.first, and i -> row first + i of q or
+    // what is shaped as q.
     template <class T>
     auto key_rows(const Heads& t) const {
-        const T* base = static_cast<const T*>(t.data) + batch * t.batch + visible.first * t.length + kv_head * t.head;
+        const T* base = static_cast<const T*>(t.data) + batch * t.batch + visible.first * t.length +
+                        kv_head * t.head;
         return [base, stride = t.length](int64_t i) { return base + i * stride; };
     }
     template <class T>
@@ -83,8 +103,8 @@ struct Group {
     int64_t keys;  // no query sees one beyond
 };
 
-// Calls body(first row, rows, vectors) for every count-th tile of a group, from tile `index` on; vectors of rows, 1 to
-// kTileVectors, as std::integral_constant.
+// Calls body(first row, rows, vectors) for every count-th tile of a group, from tile `index` on;
+// vectors of rows, 1 to kTileVectors, as std::integral_constant.
 template <class Body>
 void for_row_tiles(const Attention& a, int64_t index, int64_t count, Body&& body) {
     for (int64_t first = index * kLanes; first < a.rows(); first += count * kLanes) {
@@ -97,13 +117,14 @@ void for_row_tiles(const Attention& a, int64_t index, int64_t count, Body&& body
     }
 }
 
-// Which keys each row of a tile sees; lanes past the last row repeat it. All rows see keys latest to fewest, none sees
-// one before earliest or from most on.
+// Which keys each row of a tile sees; lanes past the last row repeat it. All rows see keys latest
+// to fewest, none sees one before earliest or from most on.
 template <int NV>
 struct Limits {
     Limits(const Group& group, int64_t first, int64_t rows) {
         int32_t starts[NV * kWidth]{}, limits[NV * kWidth];
-        for (int i = 0; i < NV * kWidth; ++i) limits[i] = group.limit(first + std::min<int64_t>(i, rows - 1));
+        for (int i = 0; i < NV * kWidth; ++i)
+            limits[i] = group.limit(first + std::min<int64_t>(i, rows - 1));
         earliest = latest = 0;
         fewest = limits[0];  // without ranges limits never fall from row to row
         most = limits[NV * kWidth - 1];
@@ -123,9 +144,9 @@ struct Limits {
     // The first key of a tile of keys before which no row sees one.
     int begin() const { return earliest / kTileRows * kTileRows; }
     bool all_see(int key, int keys) const { return key >= latest && key + keys <= fewest; }
-    // x + added where lanes of vector n see the key, -inf elsewhere. Chosen, not added: what a hidden key holds may be
-    // NaN or overflow, and -inf would not cover that.
-    // kStarts: some lane may begin to see only after the key.
+    // x + added where lanes of vector n see the key, -inf elsewhere. Chosen, not added: what a
+    // hidden key holds may be NaN or overflow, and -inf would not cover that. kStarts: some lane
+    // may begin to see only after the key.
     template <bool kStarts>
     vf mask(vf x, int n, int key, float added) const {
         int place = added == -kInfinity ? most : key;  // where no lane sees it

@@ -1,5 +1,6 @@
-// The gated activations: y = x sigmoid(z(x)) * up with x = gate, and their gradients. SwiGLU has z = x; GELU's tanh
-// form is x/2 (1 + tanh(z/2)) = x sigmoid(z) with z = 2 sqrt(2/pi) (x + 0.044715 x^3).
+// The gated activations: y = x sigmoid(z(x)) * up with x = gate, and their gradients. SwiGLU has z
+// = x; GELU's tanh form is x/2 (1 + tanh(z/2)) = x sigmoid(z) with z = 2 sqrt(2/pi) (x + 0.044715
+// x^3).
 #pragma once
 
 #include <cstdint>
@@ -9,7 +10,8 @@
 
 namespace mllama::kernels {
 
-// Rows of `width` elements; inputs may have gaps between rows (halves of one projection), results have none.
+// Rows of `width` elements; inputs may have gaps between rows (halves of one projection), results
+// have none.
 struct Gated {
     Dtype dtype;
     int64_t width;

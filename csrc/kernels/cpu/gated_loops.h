@@ -1,4 +1,5 @@
-// The loops of the gated activations, for an Activation with z(x) and its slope dz/dx. Included by kernels only.
+// The loops of the gated activations, for an Activation with z(x) and its slope dz/dx. Included by
+// kernels only.
 #pragma once
 
 #include "kernels/cpu/gated.h"
@@ -52,7 +53,8 @@ void gated_forward(const Gated& a, int64_t first, int64_t last) {
             const T* up = static_cast<const T*>(a.up) + row * a.up_stride + column;
             T* y = static_cast<T*>(a.y) + row * a.width + column;
             bool streams = a.large && can_stream(y);
-            (streams ? gated_piece<Activation, true, T> : gated_piece<Activation, false, T>)(gate, up, y, count);
+            (streams ? gated_piece<Activation, true, T>
+                     : gated_piece<Activation, false, T>)(gate, up, y, count);
         });
     });
     streams_done();
@@ -60,10 +62,13 @@ void gated_forward(const Gated& a, int64_t first, int64_t last) {
 
 // With s = sigmoid(z): d(x s)/dx = s + x s (1 - s) dz/dx.
 template <class Activation, bool kStream, class T>
-void gated_backward_piece(const T* grad, const T* gate, const T* up, T* grad_gate, T* grad_up, int64_t count) {
+void gated_backward_piece(const T* grad, const T* gate, const T* up, T* grad_gate, T* grad_up,
+                          int64_t count) {
     for_vectors(count, [&](int64_t i, int n) {
-        vf g = at(grad + i, n), x = at(gate + i, n), s = sigmoid_for<T>(Activation::z(x)), active = x * s;
-        write<kStream>(grad_gate + i, g * at(up + i, n) * (s + active * (1.0f - s) * Activation::slope(x)), n);
+        vf g = at(grad + i, n), x = at(gate + i, n), s = sigmoid_for<T>(Activation::z(x)),
+           active = x * s;
+        write<kStream>(grad_gate + i,
+                       g * at(up + i, n) * (s + active * (1.0f - s) * Activation::slope(x)), n);
         write<kStream>(grad_up + i, g * active, n);
     });
 }
@@ -80,7 +85,8 @@ void gated_backward(const GatedBackward& a, int64_t first, int64_t last) {
             T* grad_up = static_cast<T*>(a.grad_up) + row * a.width + column;
             bool streams = a.large && can_stream(grad_gate) && can_stream(grad_up);
             (streams ? gated_backward_piece<Activation, true, T>
-                     : gated_backward_piece<Activation, false, T>)(grad, gate, up, grad_gate, grad_up, count);
+                     : gated_backward_piece<Activation, false, T>)(grad, gate, up, grad_gate,
+                                                                   grad_up, count);
         });
     });
     streams_done();

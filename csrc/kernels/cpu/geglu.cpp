@@ -13,7 +13,11 @@ struct Gelu {
 
 }  // namespace
 
-void geglu(const Gated& args, int64_t first, int64_t last) { gated_forward<Gelu>(args, first, last); }
-void geglu_backward(const GatedBackward& args, int64_t first, int64_t last) { gated_backward<Gelu>(args, first, last); }
+void geglu(const Gated& args, int64_t first, int64_t last) {
+    gated_forward<Gelu>(args, first, last);
+}
+void geglu_backward(const GatedBackward& args, int64_t first, int64_t last) {
+    gated_backward<Gelu>(args, first, last);
+}
 
 }  // namespace mllama::kernels::MLLAMA_ISA

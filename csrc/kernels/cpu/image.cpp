@@ -10,23 +10,27 @@ namespace {
 
 using namespace simd::MLLAMA_ISA;
 
-// Sums of pairs are exact modulo 2^32, so that neither their order nor the split into high and low halves shows.
+// Sums of pairs are exact modulo 2^32, so that neither their order nor the split into high and low
+// halves shows.
 
 typedef int16_t vs __attribute__((vector_size(kWidth * 4)));  // kWidth pairs of 16-bit numbers
 
-// load_pairs: 2 * kWidth bytes, widened. add_pairs: sum + a.even * b.even + a.odd * b.odd. store_bytes: kWidth numbers,
-// clipped to a byte each.
+// load_pairs: 2 * kWidth bytes, widened. add_pairs: sum + a.even * b.even + a.odd * b.odd.
+// store_bytes: kWidth numbers, clipped to a byte each.
 #if defined(__AVX512F__)
 inline vs load_pairs(const uint8_t* p) {
-    return reinterpret_cast<vs>(_mm512_cvtepu8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))));
+    return reinterpret_cast<vs>(
+        _mm512_cvtepu8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))));
 }
 inline vi add_pairs(vi sum, vs a, vs b) {
 #if defined(__AVX512VNNI__)
-    return reinterpret_cast<vi>(_mm512_dpwssd_epi32(reinterpret_cast<__m512i>(sum), reinterpret_cast<__m512i>(a),
+    return reinterpret_cast<vi>(_mm512_dpwssd_epi32(reinterpret_cast<__m512i>(sum),
+                                                    reinterpret_cast<__m512i>(a),
                                                     reinterpret_cast<__m512i>(b)));
 #else
     return reinterpret_cast<vi>(_mm512_add_epi32(
-        reinterpret_cast<__m512i>(sum), _mm512_madd_epi16(reinterpret_cast<__m512i>(a), reinterpret_cast<__m512i>(b))));
+        reinterpret_cast<__m512i>(sum),
+        _mm512_madd_epi16(reinterpret_cast<__m512i>(a), reinterpret_cast<__m512i>(b))));
 #endif
 }
 inline void store_bytes(uint8_t* p, vi x) {
@@ -35,15 +39,18 @@ inline void store_bytes(uint8_t* p, vi x) {
 }
 #elif defined(__AVX2__)
 inline vs load_pairs(const uint8_t* p) {
-    return reinterpret_cast<vs>(_mm256_cvtepu8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+    return reinterpret_cast<vs>(
+        _mm256_cvtepu8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
 }
 inline vi add_pairs(vi sum, vs a, vs b) {
     return reinterpret_cast<vi>(_mm256_add_epi32(
-        reinterpret_cast<__m256i>(sum), _mm256_madd_epi16(reinterpret_cast<__m256i>(a), reinterpret_cast<__m256i>(b))));
+        reinterpret_cast<__m256i>(sum),
+        _mm256_madd_epi16(reinterpret_cast<__m256i>(a), reinterpret_cast<__m256i>(b))));
 }
 inline void store_bytes(uint8_t* p, vi x) {
     __m256i value = reinterpret_cast<__m256i>(x);
-    __m128i words = _mm_packs_epi32(_mm256_castsi256_si128(value), _mm256_extracti128_si256(value, 1));
+    __m128i words =
+        _mm_packs_epi32(_mm256_castsi256_si128(value), _mm256_extracti128_si256(value, 1));
     _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm_packus_epi16(words, words));
 }
 #elif defined(__SSE2__)
@@ -52,7 +59,8 @@ inline vs load_pairs(const uint8_t* p) {
     return reinterpret_cast<vs>(_mm_unpacklo_epi8(bytes, _mm_setzero_si128()));
 }
 inline vi add_pairs(vi sum, vs a, vs b) {
-    return sum + reinterpret_cast<vi>(_mm_madd_epi16(reinterpret_cast<__m128i>(a), reinterpret_cast<__m128i>(b)));
+    return sum + reinterpret_cast<vi>(
+                     _mm_madd_epi16(reinterpret_cast<__m128i>(a), reinterpret_cast<__m128i>(b)));
 }
 inline void store_bytes(uint8_t* p, vi x) {
     __m128i words = _mm_packs_epi32(reinterpret_cast<__m128i>(x), reinterpret_cast<__m128i>(x));
@@ -60,19 +68,24 @@ inline void store_bytes(uint8_t* p, vi x) {
     std::memcpy(p, &bytes, kWidth);
 }
 #else
-inline vs load_pairs(const uint8_t* p) { return vs{p[0], p[1], p[2], p[3], p[4], p[5], p[6], p[7]}; }
+inline vs load_pairs(const uint8_t* p) {
+    return vs{p[0], p[1], p[2], p[3], p[4], p[5], p[6], p[7]};
+}
 inline vi add_pairs(vi sum, vs a, vs b) {
     for (int i = 0; i < kWidth; ++i) sum[i] += a[2 * i] * b[2 * i] + a[2 * i + 1] * b[2 * i + 1];
     return sum;
 }
 inline void store_bytes(uint8_t* p, vi x) {
-    for (int i = 0; i < kWidth; ++i) p[i] = static_cast<uint8_t>(x[i] < 0 ? 0 : x[i] > 255 ? 255 : x[i]);
+    for (int i = 0; i < kWidth; ++i)
+        p[i] = static_cast<uint8_t>(x[i] < 0 ? 0 : x[i] > 255 ? 255 : x[i]);
 }
 #endif
 
-// Pair q of lane i is at pairs[q * stride + 2 * i]. out[i] = result `index` of lane i, for N vectors of lanes.
+// Pair q of lane i is at pairs[q * stride + 2 * i]. out[i] = result `index` of lane i, for N
+// vectors of lanes.
 template <int N>
-inline void sum_vectors(const Resize& a, int64_t index, const uint8_t* pairs, int64_t stride, uint8_t* out) {
+inline void sum_vectors(const Resize& a, int64_t index, const uint8_t* pairs, int64_t stride,
+                        uint8_t* out) {
     vi high[N] = {}, low[N];
     for (vi& sum : low) sum = vi{} + (1 << (kFractionBits - 1));
     pairs += a.first[index] * stride;
@@ -92,9 +105,10 @@ inline void sum_vectors(const Resize& a, int64_t index, const uint8_t* pairs, in
 }
 
 // The same for `lanes` lanes, a multiple of kWidth.
-inline void sum_lanes(const Resize& a, int64_t index, const uint8_t* pairs, int64_t stride, uint8_t* out,
-                      int64_t lanes) {
-    constexpr int kMany = 6;  // of a full block, 96 lanes, every vector width makes a multiple of this
+inline void sum_lanes(const Resize& a, int64_t index, const uint8_t* pairs, int64_t stride,
+                      uint8_t* out, int64_t lanes) {
+    constexpr int kMany =
+        6;  // of a full block, 96 lanes, every vector width makes a multiple of this
     int64_t i = 0;
     for (; i + kMany * kWidth <= lanes; i += kMany * kWidth)
         sum_vectors<kMany>(a, index, pairs + 2 * i, stride, out + i);
@@ -106,7 +120,8 @@ int64_t whole_vectors(int64_t lanes) { return (lanes + kWidth - 1) / kWidth * kW
 // ---- getting pixels into lanes
 // ---------------------------------------------------------------------------------------
 
-// Two neighbouring pixels r0 g0 b0 r1 g1 b1 become r0 r1 g0 g1 b0 b1; two bytes more are read and written.
+// Two neighbouring pixels r0 g0 b0 r1 g1 b1 become r0 r1 g0 g1 b0 b1; two bytes more are read and
+// written.
 inline void pair_pixels(const uint8_t* from, uint8_t* to) {
 #if defined(__SSSE3__)
     const __m128i order = _mm_setr_epi8(0, 3, 1, 4, 2, 5, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1);
@@ -120,7 +135,8 @@ inline void pair_pixels(const uint8_t* from, uint8_t* to) {
 
 // `rows` rows of pixels become pairs of columns, row by row in the lanes.
 void pair_columns(const uint8_t* in, int64_t rows, int64_t width, uint8_t* pairs, int64_t stride) {
-    constexpr int64_t kTile = 16;  // rows read side by side: few enough for the cache even where addresses collide
+    constexpr int64_t kTile =
+        16;  // rows read side by side: few enough for the cache even where addresses collide
     const int64_t inner = (width - 1) / 2 * 2;  // columns that another one follows, two by two
     for (int64_t top = 0; top < rows; top += kTile) {
         const int64_t bottom = std::min(top + kTile, rows);
@@ -143,7 +159,8 @@ void pair_columns(const uint8_t* in, int64_t rows, int64_t width, uint8_t* pairs
 void resize_width(const Resize& a, int64_t first_block, int64_t last_block) {
     const int64_t most = std::min(a.height, kBlock), lanes = whole_vectors(most * 3);
     const int64_t stride = 2 * lanes + 8;  // pair_pixels writes a little ahead
-    auto pairs = std::make_unique<uint8_t[]>((a.in_width + 1) / 2 * stride), sums = std::make_unique<uint8_t[]>(lanes);
+    auto pairs = std::make_unique<uint8_t[]>((a.in_width + 1) / 2 * stride),
+         sums = std::make_unique<uint8_t[]>(lanes);
     for (int64_t block = first_block; block < last_block; ++block) {
         const int64_t top = block * kBlock, rows = std::min(a.height - top, most);
         pair_columns(a.in + top * a.in_width * 3, rows, a.in_width, pairs.get(), stride);
@@ -151,7 +168,8 @@ void resize_width(const Resize& a, int64_t first_block, int64_t last_block) {
         const int64_t out_stride = a.width * 3;
         for (int64_t x = 0; x < a.width; ++x, out += 3) {
             sum_lanes(a, x, pairs.get(), stride, sums.get(), lanes);
-            for (int64_t row = 0; row < rows; ++row) std::memcpy(out + row * out_stride, sums.get() + row * 3, 3);
+            for (int64_t row = 0; row < rows; ++row)
+                std::memcpy(out + row * out_stride, sums.get() + row * 3, 3);
         }
     }
 }
@@ -159,12 +177,14 @@ void resize_width(const Resize& a, int64_t first_block, int64_t last_block) {
 void resize_height(const Resize& a, int64_t first_block, int64_t last_block) {
     const int64_t size = a.width * 3, most = std::min(a.width, kBlock) * 3;
     const int64_t lanes = whole_vectors(most), stride = 2 * lanes;
-    auto pairs = std::make_unique<uint8_t[]>((a.in_height + 1) / 2 * stride), sums = std::make_unique<uint8_t[]>(lanes);
+    auto pairs = std::make_unique<uint8_t[]>((a.in_height + 1) / 2 * stride),
+         sums = std::make_unique<uint8_t[]>(lanes);
     for (int64_t block = first_block; block < last_block; ++block) {
         const int64_t left = block * kBlock * 3, bytes = std::min(size - left, most);
         for (int64_t y = 0; y < a.in_height; y += 2) {
             const uint8_t* even = a.in + y * size + left;
-            const uint8_t* odd = y + 1 < a.in_height ? even + size : even;  // beside a last one alone: weight 0
+            const uint8_t* odd =
+                y + 1 < a.in_height ? even + size : even;  // beside a last one alone: weight 0
             uint8_t* to = pairs.get() + y / 2 * stride;
             for (int64_t i = 0; i < bytes; ++i) {
                 to[2 * i] = even[i];
@@ -178,9 +198,11 @@ void resize_height(const Resize& a, int64_t first_block, int64_t last_block) {
     }
 }
 
-void look_up(const uint8_t* pixels, const float* table, float* planes, int64_t size, int64_t first, int64_t last) {
+void look_up(const uint8_t* pixels, const float* table, float* planes, int64_t size, int64_t first,
+             int64_t last) {
     for (int64_t c = 0; c < 3; ++c) {
-        for (int64_t i = first; i < last; ++i) planes[c * size + i] = table[c * 256 + pixels[i * 3 + c]];
+        for (int64_t i = first; i < last; ++i)
+            planes[c * size + i] = table[c * 256 + pixels[i * 3 + c]];
     }
 }
 

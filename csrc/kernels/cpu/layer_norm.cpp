@@ -7,7 +7,8 @@ namespace {
 
 using namespace simd::MLLAMA_ISA;
 
-// The sum of f(x, lanes in use) along a row, with four sums in flight, since one would wait for each addition.
+// The sum of f(x, lanes in use) along a row, with four sums in flight, since one would wait for
+// each addition.
 template <class T, class F>
 float row_sum(const T* x, int64_t width, F&& f) {
     vf s0{}, s1{}, s2{}, s3{};
@@ -43,17 +44,20 @@ void forward_row(const LayerNorm& a, int64_t row) {
     });
 }
 
-// With n = (x - mean) rstd: grad_x = rstd (g w - mean(g w) - n mean(g w n)), grad_weight += g n, grad_bias += g.
+// With n = (x - mean) rstd: grad_x = rstd (g w - mean(g w) - n mean(g w n)), grad_weight += g n,
+// grad_bias += g.
 template <class T, class W>
 void backward_row(const LayerNormBackward& a, int64_t row, float* grad_weight, float* grad_bias) {
     const T* g = static_cast<const T*>(a.grad_y) + row * a.width;
     const T* x = static_cast<const T*>(a.x) + row * a.width;
     const W* weight = static_cast<const W*>(a.weight);
     T* grad_x = static_cast<T*>(a.grad_x) + row * a.width;
-    float mean = a.statistics[2 * row], rstd = a.statistics[2 * row + 1], width = static_cast<float>(a.width);
+    float mean = a.statistics[2 * row], rstd = a.statistics[2 * row + 1],
+          width = static_cast<float>(a.width);
     vf sums{}, dots{};
     for_vectors(a.width, [&](int64_t i, int n) {
-        vf gradient = at(g + i, n), normal = (at(x + i, n) - mean) * rstd, weighted = gradient * at(weight + i, n);
+        vf gradient = at(g + i, n), normal = (at(x + i, n) - mean) * rstd,
+           weighted = gradient * at(weight + i, n);
         sums += weighted;
         dots += weighted * normal;
         if (grad_weight) {
@@ -63,7 +67,8 @@ void backward_row(const LayerNormBackward& a, int64_t row, float* grad_weight, f
     });
     float sum = reduce_add(sums) / width * rstd, share = reduce_add(dots) / width * rstd * rstd;
     for_vectors(a.width, [&](int64_t i, int n) {
-        put(grad_x + i, at(g + i, n) * at(weight + i, n) * rstd - (at(x + i, n) - mean) * share - sum, n);
+        put(grad_x + i,
+            at(g + i, n) * at(weight + i, n) * rstd - (at(x + i, n) - mean) * share - sum, n);
     });
 }
 
@@ -71,12 +76,13 @@ void backward_row(const LayerNormBackward& a, int64_t row, float* grad_weight, f
 
 void layer_norm(const LayerNorm& args, int64_t first_row, int64_t last_row) {
     dispatch(args.dtype, args.weight_dtype, [&](auto t, auto w) {
-        for (int64_t row = first_row; row < last_row; ++row) forward_row<decltype(t), decltype(w)>(args, row);
+        for (int64_t row = first_row; row < last_row; ++row)
+            forward_row<decltype(t), decltype(w)>(args, row);
     });
 }
 
-void layer_norm_backward(const LayerNormBackward& args, int64_t first_row, int64_t last_row, float* grad_weight,
-                         float* grad_bias) {
+void layer_norm_backward(const LayerNormBackward& args, int64_t first_row, int64_t last_row,
+                         float* grad_weight, float* grad_bias) {
     dispatch(args.dtype, args.weight_dtype, [&](auto t, auto w) {
         for (int64_t row = first_row; row < last_row; ++row) {
             backward_row<decltype(t), decltype(w)>(args, row, grad_weight, grad_bias);

@@ -32,9 +32,10 @@ struct LayerNormBackward {
 };
 
 MLLAMA_KERNEL(void, layer_norm, (const LayerNorm& args, int64_t first_row, int64_t last_row))
-// Adds the rows' share of the gradients of weight and bias to grad_weight and grad_bias [width], unless those are null.
+// Adds the rows' share of the gradients of weight and bias to grad_weight and grad_bias [width],
+// unless those are null.
 MLLAMA_KERNEL(void, layer_norm_backward,
-              (const LayerNormBackward& args, int64_t first_row, int64_t last_row, float* grad_weight,
-               float* grad_bias))
+              (const LayerNormBackward& args, int64_t first_row, int64_t last_row,
+               float* grad_weight, float* grad_bias))
 
 }  // namespace mllama::kernels

@@ -8,11 +8,13 @@
 namespace mllama::kernels::MLLAMA_ISA {
 namespace {
 
-// All products run on f32 register tiles (tiles.h): blocks of x and of the factor are widened into scratch first, which
-// is also where dropout happens. Sums over a long dimension are taken in blocks, and the blocks' sums added in order.
+// All products run on f32 register tiles (tiles.h): blocks of x and of the factor are widened into
+// scratch first, which is also where dropout happens. Sums over a long dimension are taken in
+// blocks, and the blocks' sums added in order.
 constexpr int64_t kSteps = 256;  // of x's width, summed at a time by low_rank_down
 
-// ---- dropout -------------------------------------------------------------------------------------------------------
+// ---- dropout
+// -------------------------------------------------------------------------------------------------------
 
 template <class U>  // uint32_t or a vector of them
 inline U mix(U h) {
@@ -44,10 +46,13 @@ class Kept {
     uint32_t threshold_, key_, shift_;
 };
 
-// ---- operands ------------------------------------------------------------------------------------------------------
+// ---- operands
+// ------------------------------------------------------------------------------------------------------
 
-// Columns [column, column + size) of a row of dropout(x) as f32, then zeros up to `width`, a multiple of kWidth.
-void widen_kept(const LowRank& a, int64_t row, int64_t column, int64_t size, float* to, int64_t width) {
+// Columns [column, column + size) of a row of dropout(x) as f32, then zeros up to `width`, a
+// multiple of kWidth.
+void widen_kept(const LowRank& a, int64_t row, int64_t column, int64_t size, float* to,
+                int64_t width) {
     dispatch(a.dtype, [&](auto t) {
         widen_row(static_cast<const decltype(t)*>(a.x) + row * a.width + column, to, size, width);
     });
@@ -56,14 +61,17 @@ void widen_kept(const LowRank& a, int64_t row, int64_t column, int64_t size, flo
     for (int64_t i = 0; i < size; i += kWidth) store(to + i, kept(load(to + i), column + i));
 }
 
-// The factor's part at [first, first + count) of the width, as the vectors of a product: dst[step][lanes], where steps
-// run along the width or along the rank. `room` and dst hold lanes times the steps, these as multiples of kWidth.
-void pack_factor(const LowRank& a, int64_t first, int64_t count, bool along_width, int64_t lanes, Word* room,
-                 Word* dst) {
+// The factor's part at [first, first + count) of the width, as the vectors of a product:
+// dst[step][lanes], where steps run along the width or along the rank. `room` and dst hold lanes
+// times the steps, these as multiples of kWidth.
+void pack_factor(const LowRank& a, int64_t first, int64_t count, bool along_width, int64_t lanes,
+                 Word* room, Word* dst) {
     int64_t rows = a.by_column ? count : a.rank, size = a.by_column ? a.rank : count;
     int64_t start = a.by_column ? first * a.rank : first, stride = a.by_column ? a.rank : a.width;
     dispatch(a.factor_dtype, [&](auto w) {
-        auto row_at = [&](int64_t i) { return static_cast<const decltype(w)*>(a.factor) + start + i * stride; };
+        auto row_at = [&](int64_t i) {
+            return static_cast<const decltype(w)*>(a.factor) + start + i * stride;
+        };
         if (along_width == a.by_column) {
             pack_rows<F32Words>(row_at, rows, size, lanes, dst);
         } else {
@@ -72,7 +80,8 @@ void pack_factor(const LowRank& a, int64_t first, int64_t count, bool along_widt
     });
 }
 
-// Calls body(first lane, vectors) for `lanes` lanes, a multiple of kWidth; vectors as std::integral_constant.
+// Calls body(first lane, vectors) for `lanes` lanes, a multiple of kWidth; vectors as
+// std::integral_constant.
 template <class Body>
 inline __attribute__((always_inline)) void for_lanes(int64_t lanes, Body&& body) {
     for (int64_t lane = 0; lane < lanes; lane += kTileVectors * kWidth) {
@@ -84,9 +93,11 @@ inline __attribute__((always_inline)) void for_lanes(int64_t lanes, Body&& body)
     }
 }
 
-// ---- down ----------------------------------------------------------------------------------------------------------
+// ---- down
+// ----------------------------------------------------------------------------------------------------------
 
-// Fewer rows than a tile has, as in decoding: a dot product for each element, with lora_a read as it lies.
+// Fewer rows than a tile has, as in decoding: a dot product for each element, with lora_a read as
+// it lies.
 template <class W>
 void down_by_dots(const LowRank& a, const W* factor, int64_t first_row, int64_t last_row) {
     int64_t width = round_up(a.width, kWidth);
@@ -99,9 +110,11 @@ void down_by_dots(const LowRank& a, const W* factor, int64_t first_row, int64_t 
             int64_t i = 0;
             for (; i + 4 * kWidth <= a.width; i += 4 * kWidth) {
 #pragma GCC unroll 4
-                for (int j = 0; j < 4; ++j) sum[j] += load(x + i + j * kWidth) * load(f + i + j * kWidth);
+                for (int j = 0; j < 4; ++j)
+                    sum[j] += load(x + i + j * kWidth) * load(f + i + j * kWidth);
             }
-            for_vectors(a.width - i, [&](int64_t j, int n) { sum[0] += load(x + i + j) * at(f + i + j, n); });
+            for_vectors(a.width - i,
+                        [&](int64_t j, int n) { sum[0] += load(x + i + j) * at(f + i + j, n); });
             a.small[row * a.rank + c] = a.scale * reduce_add((sum[0] + sum[1]) + (sum[2] + sum[3]));
         }
     }
@@ -122,7 +135,8 @@ void down(const LowRank& a, int64_t first_row, int64_t last_row) {
         pack_factor(a, column, steps, true, lanes, room, factor);
         for (int64_t row = first_row; row < last_row; row += kTileRows) {
             int64_t rows = std::min<int64_t>(kTileRows, last_row - row);
-            for (int64_t i = 0; i < rows; ++i) widen_kept(a, row + i, column, steps, x + i * kSteps, kSteps);
+            for (int64_t i = 0; i < rows; ++i)
+                widen_kept(a, row + i, column, steps, x + i * kSteps, kSteps);
             std::fill(x + rows * kSteps, x + kTileRows * kSteps, 0.0f);
             for_lanes(lanes, [&](int64_t lane, auto vectors) {
                 constexpr int kVectors = vectors;
@@ -138,7 +152,8 @@ void down(const LowRank& a, int64_t first_row, int64_t last_row) {
     }
 }
 
-// ---- up ------------------------------------------------------------------------------------------------------------
+// ---- up
+// ------------------------------------------------------------------------------------------------------------
 
 template <class T>
 class Up {
@@ -149,8 +164,8 @@ class Up {
         if (block != block_) pack(block);
         int64_t row = row_block * kRowBlock, last = std::min(row + kRowBlock, a.rows);
         for (; row + kTileRows <= last; row += kTileRows) {
-            pack_columns<F32Words>([&](int64_t i) { return a.small + (row + i) * a.rank; }, kTileRows, kTileRows,
-                                   a.rank, room_, small_);
+            pack_columns<F32Words>([&](int64_t i) { return a.small + (row + i) * a.rank; },
+                                   kTileRows, kTileRows, a.rank, room_, small_);
             add_rows<kTileRows>(row, small_, kTileRows);
         }
         for (; row < last; ++row) add_rows<1>(row, as_words(a.small + row * a.rank), 1);
@@ -191,7 +206,8 @@ class Up {
     Words factor_{words_ * kUpColumns}, small_{words_ * kTileRows}, room_{words_ * kUpColumns};
 };
 
-// ---- outer ---------------------------------------------------------------------------------------------------------
+// ---- outer
+// ---------------------------------------------------------------------------------------------------------
 
 void outer(const LowRank& a, int64_t block) {
     constexpr int64_t kStride = kOuterColumns;
@@ -202,13 +218,16 @@ void outer(const LowRank& a, int64_t block) {
     std::fill(sums + 0, sums + ranks * kStride, 0.0f);
     for (int64_t row = 0; row < a.rows; row += kRowBlock) {
         int64_t rows = std::min(kRowBlock, a.rows - row);
-        for (int64_t i = 0; i < rows; ++i) widen_kept(a, row + i, first, columns, x + i * kStride, lanes);
-        pack_rows<F32Words>([&](int64_t i) { return a.small + (row + i) * a.rank; }, rows, a.rank, ranks, small);
+        for (int64_t i = 0; i < rows; ++i)
+            widen_kept(a, row + i, first, columns, x + i * kStride, lanes);
+        pack_rows<F32Words>([&](int64_t i) { return a.small + (row + i) * a.rank; }, rows, a.rank,
+                            ranks, small);
         for (int64_t c = 0; c < a.rank; c += kTileRows) {
             for_lanes(lanes, [&](int64_t lane, auto vectors) {
                 constexpr int kVectors = vectors;
                 Tile<kVectors> tile{};
-                multiply_add<F32Words, 1>(tile, small + c, ranks, as_words(x + lane), kStride, rows);
+                multiply_add<F32Words, 1>(tile, small + c, ranks, as_words(x + lane), kStride,
+                                          rows);
                 for_tile<kVectors>([&](int r, int n) {
                     float* sum = sums + (c + r) * kStride + lane + n * kWidth;
                     store(sum, load(sum) + tile[r][n]);
@@ -220,12 +239,15 @@ void outer(const LowRank& a, int64_t block) {
     dispatch(a.factor_dtype, [&](auto w) {
         auto copy = [&](const float* from, int64_t to, int64_t size) {
             auto* factor = static_cast<decltype(w)*>(a.factor) + to;
-            for_vectors(size, [&](int64_t i, int n) { put(factor + i, a.scale * load(from + i), n); });
+            for_vectors(size,
+                        [&](int64_t i, int n) { put(factor + i, a.scale * load(from + i), n); });
         };
         if (a.by_column) {
-            for (int64_t i = 0; i < columns; ++i) copy(turned + i * ranks, (first + i) * a.rank, a.rank);
+            for (int64_t i = 0; i < columns; ++i)
+                copy(turned + i * ranks, (first + i) * a.rank, a.rank);
         } else {
-            for (int64_t c = 0; c < a.rank; ++c) copy(sums + c * kStride, c * a.width + first, columns);
+            for (int64_t c = 0; c < a.rank; ++c)
+                copy(sums + c * kStride, c * a.width + first, columns);
         }
     });
 }

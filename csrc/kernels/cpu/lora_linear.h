@@ -1,5 +1,6 @@
-// The three products of a low-rank update, between rows x [rows, width], a factor of low rank and small [rows, rank]:
-// each is made of the other two. Dropout leaves out the same elements of x in all three.
+// The three products of a low-rank update, between rows x [rows, width], a factor of low rank and
+// small [rows, rank]: each is made of the other two. Dropout leaves out the same elements of x in
+// all three.
 #pragma once
 
 #include <cstdint>
@@ -25,13 +26,14 @@ struct LowRank {
     float* small;  // [rows, rank]
 };
 
-// What threads share out: blocks of rows, blocks of columns, or both, then in the order [column block][row block].
-// No bit of a result depends on who computes which.
+// What threads share out: blocks of rows, blocks of columns, or both, then in the order [column
+// block][row block]. No bit of a result depends on who computes which.
 constexpr int64_t kRowBlock = 32, kUpColumns = 384, kOuterColumns = 192;
 
 // small = scale * dropout(x) factor', for the row blocks [first, last)
 MLLAMA_KERNEL(void, low_rank_down, (const LowRank& args, int64_t first, int64_t last))
-// x += dropout(scale * small factor), for the blocks [first, last) of kUpColumns columns and kRowBlock rows
+// x += dropout(scale * small factor), for the blocks [first, last) of kUpColumns columns and
+// kRowBlock rows
 MLLAMA_KERNEL(void, low_rank_up, (const LowRank& args, int64_t first, int64_t last))
 // factor = scale * small' dropout(x), for the blocks [first, last) of kOuterColumns columns
 MLLAMA_KERNEL(void, low_rank_outer, (const LowRank& args, int64_t first, int64_t last))

@@ -42,21 +42,26 @@ void forward_row(const RmsNorm& a, int64_t row) {
     }
     float rstd = 1.0f / __builtin_sqrtf(reduce_add(squares) / static_cast<float>(a.width) + a.eps);
     a.rstd[row] = rstd;
-    if (a.offset == 0) {  // Llama's order: the normalised row is rounded to its dtype before the weight is applied.
-        for_vectors(a.width,
-                    [&](int64_t i, int n) { put(y + i, rounded(at(x + i, n) * rstd, T{}) * at(weight + i, n), n); });
+    if (a.offset == 0) {  // Llama's order: the normalised row is rounded to its dtype before the
+                          // weight is applied.
+        for_vectors(a.width, [&](int64_t i, int n) {
+            put(y + i, rounded(at(x + i, n) * rstd, T{}) * at(weight + i, n), n);
+        });
     } else {  // Gemma's: rounded once, at the end
-        for_vectors(a.width,
-                    [&](int64_t i, int n) { put(y + i, at(x + i, n) * rstd * (at(weight + i, n) + a.offset), n); });
+        for_vectors(a.width, [&](int64_t i, int n) {
+            put(y + i, at(x + i, n) * rstd * (at(weight + i, n) + a.offset), n);
+        });
     }
 }
 
-// With n = x * rstd and w = weight + offset: grad_x = rstd * (g w - n * mean(g w n)), grad_weight += g n.
+// With n = x * rstd and w = weight + offset: grad_x = rstd * (g w - n * mean(g w n)), grad_weight
+// += g n.
 template <class T, class W>
 void backward_row(const RmsNormBackward& a, int64_t row, float* grad_weight) {
     const T* g = static_cast<const T*>(a.grad_y) + row * a.width;
     const T* x = static_cast<const T*>(a.x) + row * a.width;
-    const T* beside = a.grad_hidden ? static_cast<const T*>(a.grad_hidden) + row * a.width : nullptr;
+    const T* beside =
+        a.grad_hidden ? static_cast<const T*>(a.grad_hidden) + row * a.width : nullptr;
     const W* weight = static_cast<const W*>(a.weight);
     T* grad_x = static_cast<T*>(a.grad_x) + row * a.width;
     float rstd = a.rstd[row];
@@ -64,7 +69,8 @@ void backward_row(const RmsNormBackward& a, int64_t row, float* grad_weight) {
     for_vectors(a.width, [&](int64_t i, int n) {
         vf gradient = at(g + i, n), value = at(x + i, n);
         dots += gradient * (at(weight + i, n) + a.offset) * value;
-        if (grad_weight) put(grad_weight + i, at(grad_weight + i, n) + gradient * (value * rstd), n);
+        if (grad_weight)
+            put(grad_weight + i, at(grad_weight + i, n) + gradient * (value * rstd), n);
     });
     float share = reduce_add(dots) / static_cast<float>(a.width) * rstd * rstd * rstd;
     for_vectors(a.width, [&](int64_t i, int n) {
@@ -78,11 +84,13 @@ void backward_row(const RmsNormBackward& a, int64_t row, float* grad_weight) {
 
 void rms_norm(const RmsNorm& args, int64_t first_row, int64_t last_row) {
     dispatch(args.dtype, args.weight_dtype, [&](auto t, auto w) {
-        for (int64_t row = first_row; row < last_row; ++row) forward_row<decltype(t), decltype(w)>(args, row);
+        for (int64_t row = first_row; row < last_row; ++row)
+            forward_row<decltype(t), decltype(w)>(args, row);
     });
 }
 
-void rms_norm_backward(const RmsNormBackward& args, int64_t first_row, int64_t last_row, float* grad_weight) {
+void rms_norm_backward(const RmsNormBackward& args, int64_t first_row, int64_t last_row,
+                       float* grad_weight) {
     dispatch(args.dtype, args.weight_dtype, [&](auto t, auto w) {
         for (int64_t row = first_row; row < last_row; ++row)
             backward_row<decltype(t), decltype(w)>(args, row, grad_weight);

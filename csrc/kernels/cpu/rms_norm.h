@@ -1,5 +1,5 @@
-// y = round(x / rms(x)) * weight along rows, or, with an offset, x / rms(x) * (offset + weight); an optional addition
-// before it; and the gradients.
+// y = round(x / rms(x)) * weight along rows, or, with an offset, x / rms(x) * (offset + weight); an
+// optional addition before it; and the gradients.
 #pragma once
 
 #include <cstdint>
@@ -39,6 +39,7 @@ struct RmsNormBackward {
 MLLAMA_KERNEL(void, rms_norm, (const RmsNorm& args, int64_t first_row, int64_t last_row))
 // Adds the rows' share of the weight's gradient to grad_weight [width], unless that is null.
 MLLAMA_KERNEL(void, rms_norm_backward,
-              (const RmsNormBackward& args, int64_t first_row, int64_t last_row, float* grad_weight))
+              (const RmsNormBackward& args, int64_t first_row, int64_t last_row,
+               float* grad_weight))
 
 }  // namespace mllama::kernels

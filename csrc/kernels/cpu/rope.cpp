@@ -8,7 +8,8 @@ namespace {
 using namespace simd::MLLAMA_ISA;
 
 template <class T>
-void rotate(const Rope& a, const RopeHeads& h, int64_t batch, int64_t token, const float* cos, const float* sin) {
+void rotate(const Rope& a, const RopeHeads& h, int64_t batch, int64_t token, const float* cos,
+            const float* sin) {
     const T* x = static_cast<const T*>(h.x) + batch * h.batch_stride + token * h.token_stride;
     T* y = static_cast<T*>(h.y) + (batch * a.tokens + token) * h.heads * 2 * a.half;
     for_vectors(a.half, [&](int64_t i, int n) {

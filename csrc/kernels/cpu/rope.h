@@ -1,5 +1,5 @@
-// Rotary position embedding, half-split: in every head (x1, x2) -> (x1 cos - x2 sin, x2 cos + x1 sin) for its two
-// halves.
+// Rotary position embedding, half-split: in every head (x1, x2) -> (x1 cos - x2 sin, x2 cos + x1
+// sin) for its two halves.
 #pragma once
 
 #include <cstdint>
@@ -9,7 +9,8 @@
 
 namespace mllama::kernels {
 
-// Queries or keys: [batch, tokens, heads, 2 half], strides in elements, the last one 1. The result has no gaps.
+// Queries or keys: [batch, tokens, heads, 2 half], strides in elements, the last one 1. The result
+// has no gaps.
 struct RopeHeads {
     const void* x;
     void* y;

@@ -12,7 +12,9 @@ struct Silu {
 
 }  // namespace
 
-void swiglu(const Gated& args, int64_t first, int64_t last) { gated_forward<Silu>(args, first, last); }
+void swiglu(const Gated& args, int64_t first, int64_t last) {
+    gated_forward<Silu>(args, first, last);
+}
 void swiglu_backward(const GatedBackward& args, int64_t first, int64_t last) {
     gated_backward<Silu>(args, first, last);
 }

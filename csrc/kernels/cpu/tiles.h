@@ -1,8 +1,10 @@
-// Register tiles, which the kernels that multiply matrices share: operand formats, the micro-kernel, packing, scratch.
+// Register tiles, which the kernels that multiply matrices share: operand formats, the
+// micro-kernel, packing, scratch.
 //
-// Every product here is C[rows, columns] += A[rows, steps] B[steps, columns] on kTileRows x (NV vectors) register
-// tiles: each step broadcasts kTileRows words of A and multiplies them with NV vectors of B. A word is one f32, or,
-// where the CPU multiplies bf16, a pair of bf16 that are neighbours along the summed dimension: one step then sums two.
+// Every product here is C[rows, columns] += A[rows, steps] B[steps, columns] on kTileRows x (NV
+// vectors) register tiles: each step broadcasts kTileRows words of A and multiplies them with NV
+// vectors of B. A word is one f32, or, where the CPU multiplies bf16, a pair of bf16 that are
+// neighbours along the summed dimension: one step then sums two.
 #pragma once
 
 #include <cstdlib>
@@ -21,7 +23,8 @@ constexpr int kTileVectors = 3;
 
 constexpr int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
 
-// ---- words ---------------------------------------------------------------------------------------------------------
+// ---- words
+// ---------------------------------------------------------------------------------------------------------
 
 using Word = uint32_t;
 
@@ -48,7 +51,8 @@ struct Bf16Words {  // a word is two bf16, the one that comes first in the low h
         return reinterpret_cast<vf>(_mm512_set1_epi32(x));
     }
     static vf multiply_add(vf a, vf b, vf sum) {
-        return reinterpret_cast<vf>(_mm512_dpbf16_ps(reinterpret_cast<__m512>(sum), reinterpret_cast<__m512bh>(a),
+        return reinterpret_cast<vf>(_mm512_dpbf16_ps(reinterpret_cast<__m512>(sum),
+                                                     reinterpret_cast<__m512bh>(a),
                                                      reinterpret_cast<__m512bh>(b)));
     }
 };
@@ -72,9 +76,11 @@ inline Word* as_words(float* p) { return reinterpret_cast<Word*>(p); }
 inline float* as_floats(Word* p) { return reinterpret_cast<float*>(p); }
 inline void store_words(Word* p, vf x) { std::memcpy(p, &x, sizeof x); }
 
-// ---- tiles ---------------------------------------------------------------------------------------------------------
+// ---- tiles
+// ---------------------------------------------------------------------------------------------------------
 
-// Calls body(r, n) for every vector of a tile, unrolled: an index that is no constant would move the tile to memory.
+// Calls body(r, n) for every vector of a tile, unrolled: an index that is no constant would move
+// the tile to memory.
 template <int NV, int R = kTileRows, class Body>
 inline __attribute__((always_inline)) void for_tile(Body&& body) {
 #pragma GCC unroll 8
@@ -88,18 +94,21 @@ template <int NV>
 using Tile = vf[kTileRows][NV];
 
 template <int NV>
-inline __attribute__((always_inline)) void load_tile(Tile<NV>& tile, const float* from, int64_t stride) {
+inline __attribute__((always_inline)) void load_tile(Tile<NV>& tile, const float* from,
+                                                     int64_t stride) {
     for_tile<NV>([&](int r, int n) { tile[r][n] = load(from + r * stride + n * kWidth); });
 }
 template <int NV>
-inline __attribute__((always_inline)) void store_tile(const Tile<NV>& tile, float* to, int64_t stride) {
+inline __attribute__((always_inline)) void store_tile(const Tile<NV>& tile, float* to,
+                                                      int64_t stride) {
     for_tile<NV>([&](int r, int n) { store(to + r * stride + n * kWidth, tile[r][n]); });
 }
 
-// tile[r][n] += sum over steps of a[step, r] * b[step, n]. A row of `a` is kRowStride words after the one before it, a
-// step a_step words after the one before it; b's steps are b_step words apart.
+// tile[r][n] += sum over steps of a[step, r] * b[step, n]. A row of `a` is kRowStride words after
+// the one before it, a step a_step words after the one before it; b's steps are b_step words apart.
 template <class E, int kRowStride, int R, int NV>
-inline __attribute__((always_inline)) void multiply_add(vf (&tile)[R][NV], const Word* a, int64_t a_step, const Word* b,
+inline __attribute__((always_inline)) void multiply_add(vf (&tile)[R][NV], const Word* a,
+                                                        int64_t a_step, const Word* b,
                                                         int64_t b_step, int64_t steps) {
     for (int64_t step = 0; step < steps; ++step, a += a_step, b += b_step) {
         vf column[NV], row{};
@@ -112,11 +121,12 @@ inline __attribute__((always_inline)) void multiply_add(vf (&tile)[R][NV], const
     }
 }
 
-// ---- packing -------------------------------------------------------------------------------------------------------
+// ---- packing
+// -------------------------------------------------------------------------------------------------------
 
 // dst[c][r] = src[r][c]; rows and columns are multiples of 4.
-inline void transpose(const Word* src, int64_t src_stride, Word* dst, int64_t dst_stride, int64_t rows,
-                      int64_t columns) {
+inline void transpose(const Word* src, int64_t src_stride, Word* dst, int64_t dst_stride,
+                      int64_t rows, int64_t columns) {
     for (int64_t r = 0; r < rows; r += 4) {
         for (int64_t c = 0; c < columns; c += 4) {
             const Word* from = src + r * src_stride + c;
@@ -144,15 +154,17 @@ void widen_row(const T* row, float* to, int64_t size, int64_t width) {
     for (; i < width; i += kWidth) store(to + i, vf{});
 }
 
-// Packs the rows row_at(0 .. rows) of `size` elements so that they become columns: dst[step][r], with `width` >= rows
-// columns (a multiple of 4, zeros past rows) and steps as `row_words` counts them. `room` holds width * kMaxSize words.
+// Packs the rows row_at(0 .. rows) of `size` elements so that they become columns: dst[step][r],
+// with `width` >= rows columns (a multiple of 4, zeros past rows) and steps as `row_words` counts
+// them. `room` holds width * kMaxSize words.
 constexpr int64_t kMaxSize = 256;
 template <class E>
 constexpr int64_t row_words(int64_t size) {
     return round_up((size + E::kElements - 1) / E::kElements, 4);
 }
 template <class E, class RowAt>
-void pack_columns(RowAt&& row_at, int64_t rows, int64_t width, int64_t size, Word* room, Word* dst) {
+void pack_columns(RowAt&& row_at, int64_t rows, int64_t width, int64_t size, Word* room,
+                  Word* dst) {
     int64_t words = row_words<E>(size), stride = round_up(words, kWidth);
     for (int64_t r = 0; r < width; ++r) {
         Word* to = room + r * stride;
@@ -168,7 +180,8 @@ void pack_columns(RowAt&& row_at, int64_t rows, int64_t width, int64_t size, Wor
     transpose(room, stride, dst, width, width, words);
 }
 
-// Packs rows in tiles [tile][step][kTileRows], the broadcast side of a product that sums over the rows' elements.
+// Packs rows in tiles [tile][step][kTileRows], the broadcast side of a product that sums over the
+// rows' elements.
 template <class E, class RowAt>
 void pack_tiles(RowAt&& row_at, int64_t rows, int64_t size, Word* room, Word* dst) {
     for (int64_t r = 0; r < rows; r += kTileRows) {
@@ -181,13 +194,15 @@ void pack_tiles(RowAt&& row_at, int64_t rows, int64_t size, Word* room, Word* ds
 template <class E, class RowAt>
 void pack_rows(RowAt&& row_at, int64_t rows, int64_t size, int64_t columns, Word* dst) {
     if constexpr (E::kElements == 1) {
-        for (int64_t r = 0; r < rows; ++r) widen_row(row_at(r), as_floats(dst + r * columns), size, columns);
+        for (int64_t r = 0; r < rows; ++r)
+            widen_row(row_at(r), as_floats(dst + r * columns), size, columns);
     } else {
         for (int64_t r = 0; r < rows; r += 2) {
             const bf16 *low = row_at(r), *high = r + 1 < rows ? row_at(r + 1) : nullptr;
             Word* to = dst + r / 2 * columns;
             if (high) {
-                for (int64_t d = 0; d < size; ++d) to[d] = low[d].bits | static_cast<Word>(high[d].bits) << 16;
+                for (int64_t d = 0; d < size; ++d)
+                    to[d] = low[d].bits | static_cast<Word>(high[d].bits) << 16;
             } else {
                 for (int64_t d = 0; d < size; ++d) to[d] = low[d].bits;
             }
@@ -196,14 +211,16 @@ void pack_rows(RowAt&& row_at, int64_t rows, int64_t size, int64_t columns, Word
     }
 }
 
-// ---- memory --------------------------------------------------------------------------------------------------------
+// ---- memory
+// --------------------------------------------------------------------------------------------------------
 
 // A thread's scratch: aligned; not initialised.
 template <class T>
 class Scratch {
   public:
     explicit Scratch(int64_t size)
-        : data_(static_cast<T*>(std::aligned_alloc(64, round_up(size * static_cast<int64_t>(sizeof(T)) + 1, 64)))) {
+        : data_(static_cast<T*>(
+              std::aligned_alloc(64, round_up(size * static_cast<int64_t>(sizeof(T)) + 1, 64)))) {
         if (!data_) throw std::bad_alloc();
     }
     ~Scratch() { std::free(data_); }

@@ -1,4 +1,6 @@
-"""One question about one picture: `python Inference/Inference.py --image FILE --prompt TEXT --model-id ID`."""
+"""One question about one picture: `python Inference/Inference.py --image FILE --prompt TEXT
+--model-id ID`.
+"""
 
 import sys
 

@@ -1,4 +1,6 @@
-"""A model's tokenizer, config and weights from the hub: `python dev/get_tokenizer.py [ID DIR]`; PaliGemma where nothing is said."""
+"""A model's tokenizer, config and weights from the hub: `python dev/get_tokenizer.py [ID DIR]`;
+PaliGemma where nothing is said.
+"""
 
 import sys
 

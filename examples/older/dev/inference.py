@@ -1,4 +1,6 @@
-"""One answer: `python dev/inference.py --model_path DIR --prompt TEXT --image_file_path FILE`, with the options of ../inference.py."""
+"""One answer: `python dev/inference.py --model_path DIR --prompt TEXT --image_file_path FILE`, with
+the options of ../inference.py.
+"""
 
 import sys
 

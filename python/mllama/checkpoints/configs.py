@@ -1,4 +1,6 @@
-"""config.json <-> transformers' config classes: what a file may say, and the spelling that most readers know."""
+"""config.json <-> transformers' config classes: what a file may say, and the spelling that most
+readers know.
+"""
 
 import difflib
 from collections.abc import Mapping
@@ -32,7 +34,11 @@ _SIZES = (
 def harmless(content: Any) -> Any:
     """The content of a JSON file without fields that could steer what code runs, at any depth."""
     if isinstance(content, dict):
-        return {name: harmless(value) for name, value in content.items() if not name.startswith("_") and name not in _STEERING}
+        return {
+            name: harmless(value)
+            for name, value in content.items()
+            if not name.startswith("_") and name not in _STEERING
+        }
     return [harmless(value) for value in content] if isinstance(content, list) else content
 
 
@@ -46,10 +52,12 @@ def build(
     Args:
         config_class: what to build.
         content: of the file, harmless already.
-        parts: the classes that a field with a config of its own may be of; the first where the file does not say.
+        parts: the classes that a field with a config of its own may be of; the first where the file
+            does not say.
 
     Raises:
-        ValueError: a field that the class refuses, another kind of part, quantised weights; the text names the field.
+        ValueError: a field that the class refuses, another kind of part, quantised weights; the
+            text names the field.
     """
     content = dict(content)
     for name, classes in (parts or {}).items():
@@ -61,7 +69,9 @@ def build(
         kinds = {kind.model_type: kind for kind in classes}
         found = part.get("model_type", classes[0].model_type)
         if not isinstance(found, str) or found not in kinds:
-            raise ValueError(f"a {name} of model_type {found!r} is not supported; {', '.join(map(repr, kinds))} is")
+            raise ValueError(
+                f"a {name} of model_type {found!r} is not supported; {', '.join(map(repr, kinds))} is"
+            )
         _check(name, kinds[found], part)
         if part:
             content[name] = part | {"model_type": found}
@@ -73,17 +83,24 @@ def build(
 
 
 def _check(owner: str, config_class: type[PretrainedConfig], content: dict[str, Any]) -> None:
-    check_names(owner, config_class, {name: value for name, value in content.items() if name != "model_type"})
+    check_names(
+        owner,
+        config_class,
+        {name: value for name, value in content.items() if name != "model_type"},
+    )
     check_common(owner, content)
     if content.get("quantization_config") is not None:
-        raise ValueError(f"{owner}: quantization_config: weights quantised by another library are not supported")
+        raise ValueError(
+            f"{owner}: quantization_config: weights quantised by another library are not supported"
+        )
     for name in _SIZES:
         if content.get(name) is not None:
             check_size(owner, name, content[name])
 
 
 def set_fields(config: PretrainedConfig, given: Mapping[str, Any]) -> None:
-    """Set fields of a config as `from_pretrained` takes them; a dict changes what it names of a config within.
+    """Set fields of a config as `from_pretrained` takes them; a dict changes what it names of a
+    config within.
 
     Raises:
         TypeError: a field that the config has not.
@@ -91,7 +108,12 @@ def set_fields(config: PretrainedConfig, given: Mapping[str, Any]) -> None:
     """
     kind = type(config)
     settable = {name for name in dir(kind) if getattr(getattr(kind, name), "fset", None)}
-    known = {field.name for field in fields(kind)} | vars(config).keys() | kind.attribute_map.keys() | settable
+    known = (
+        {field.name for field in fields(kind)}
+        | vars(config).keys()
+        | kind.attribute_map.keys()
+        | settable
+    )
     known = sorted(name for name in known if not name.startswith("_"))
     for name, value in given.items():
         if name not in known:
@@ -114,18 +136,24 @@ def set_fields(config: PretrainedConfig, given: Mapping[str, Any]) -> None:
 
 
 def content_of(config: PretrainedConfig, architecture: str) -> dict[str, Any]:
-    """The content of a config.json in the older spelling, which every version of transformers, vLLM and other readers know: `rope_theta`
-    and `rope_scaling` for `rope_parameters`. Without dtypes.
+    """The content of a config.json in the older spelling, which every version of transformers, vLLM
+    and other readers know: `rope_theta` and `rope_scaling` for `rope_parameters`. Without dtypes.
 
     Args:
         config: to write.
         architecture: Hugging Face's class of such models.
     """
-    return _older(harmless(config.to_diff_dict())) | {"architectures": [architecture], "model_type": config.model_type}
+    return _older(harmless(config.to_diff_dict())) | {
+        "architectures": [architecture],
+        "model_type": config.model_type,
+    }
 
 
 def _older(content: dict[str, Any]) -> dict[str, Any]:
-    content = {name: _older(value) if isinstance(value, dict) and name.endswith("_config") else value for name, value in content.items()}
+    content = {
+        name: _older(value) if isinstance(value, dict) and name.endswith("_config") else value
+        for name, value in content.items()
+    }
     content.pop("dtype", None)
     content.pop("keys_to_ignore_at_inference", None)  # a model's, said by its class
     rope = dict(content.pop("rope_parameters", None) or {})

@@ -19,7 +19,9 @@ def dtype_named(dtype: torch.dtype | str) -> torch.dtype | None:
         return None
     known = _DTYPES.get(dtype.removeprefix("torch.")) if isinstance(dtype, str) else dtype
     if known not in _DTYPES.values():
-        raise ValueError(f"dtype must be 'auto', {', '.join(map(repr, _DTYPES))} or one of these torch dtypes, got {dtype!r}")
+        raise ValueError(
+            f"dtype must be 'auto', {', '.join(map(repr, _DTYPES))} or one of these torch dtypes, got {dtype!r}"
+        )
     return known
 
 
@@ -34,8 +36,8 @@ class Placement:
     def __init__(self, device: torch.device | str | int | dict[str, Any]):
         """
         Args:
-            device: one; "auto", "balanced", "balanced_low_0" or "sequential", which accelerate turns into a map of modules to the
-                devices there are; or such a map.
+            device: one; "auto", "balanced", "balanced_low_0" or "sequential", which accelerate
+                turns into a map of modules to the devices there are; or such a map.
         """
         if isinstance(device, dict) and list(device) == [""]:
             device = device[""]
@@ -52,7 +54,9 @@ class Placement:
             try:
                 import accelerate  # noqa: F401
             except ImportError as error:
-                raise ImportError(f"device_map={device!r} spreads a model over devices, which needs accelerate: install it") from error
+                raise ImportError(
+                    f"device_map={device!r} spreads a model over devices, which needs accelerate: install it"
+                ) from error
 
     def settle(self, model: PreTrainedModel, dtype: torch.dtype | None) -> None:
         """Have a device for every tensor of a model, which may be on the meta device.
@@ -61,12 +65,16 @@ class Placement:
             ValueError: a tensor that the map leaves out, a module that the model has not, no room.
         """
         if self._plan is not None:
-            self._map = {name: _device(place) for name, place in _infer(model, self._plan, dtype).items()}
+            self._map = {
+                name: _device(place) for name, place in _infer(model, self._plan, dtype).items()
+            }
         modules = dict(model.named_modules())
         if unknown := [name for name in self._map if name not in modules]:
             raise ValueError(f"device_map names {', '.join(unknown)}, which the model has not")
         if absent := [name for name in model.state_dict() if self._find(name) is None]:
-            raise ValueError(f"device_map has no device for {', '.join(absent[:5])}{' ...' if len(absent) > 5 else ''}")
+            raise ValueError(
+                f"device_map has no device for {', '.join(absent[:5])}{' ...' if len(absent) > 5 else ''}"
+            )
 
     def _find(self, name: str) -> torch.device | None:
         while name and name not in self._map:
@@ -83,7 +91,10 @@ class Placement:
             return model
         from accelerate import dispatch_model
 
-        places = {name: place.index if place.type == "cuda" else place.type for name, place in self._map.items()}
+        places = {
+            name: place.index if place.type == "cuda" else place.type
+            for name, place in self._map.items()
+        }
         return dispatch_model(model, places, skip_keys=model._skip_keys_device_placement)
 
 
@@ -93,13 +104,19 @@ def _infer(model: PreTrainedModel, how: str, dtype: torch.dtype | None) -> dict[
 
     model.tie_weights(recompute_mapping=False)
     options = {"dtype": dtype, "no_split_module_classes": model._no_split_modules}
-    memory = None if how == "sequential" else get_balanced_memory(model, low_zero=how == "balanced_low_0", **options)
+    memory = (
+        None
+        if how == "sequential"
+        else get_balanced_memory(model, low_zero=how == "balanced_low_0", **options)
+    )
     return infer_auto_device_map(model, max_memory=memory, **options)
 
 
 def _device(device: torch.device | str | int) -> torch.device:
     if device == "disk":
-        raise ValueError("device_map places a part on the disk, which is not supported; the model has to fit into memory")
+        raise ValueError(
+            "device_map places a part on the disk, which is not supported; the model has to fit into memory"
+        )
     try:
         known = torch.device(device)
     except (RuntimeError, TypeError) as error:
@@ -111,6 +128,13 @@ def _device(device: torch.device | str | int) -> torch.device:
             return torch.device("cuda", torch.cuda.current_device())
     try:
         torch.empty(0, device=known)
-    except (RuntimeError, AssertionError, ImportError, NotImplementedError) as error:  # each backend has its own for not being there
-        raise ValueError(f"device {device!r} was asked for, but this torch cannot use it: {str(error).splitlines()[0]}") from error
+    except (
+        RuntimeError,
+        AssertionError,
+        ImportError,
+        NotImplementedError,
+    ) as error:  # each backend has its own for not being there
+        raise ValueError(
+            f"device {device!r} was asked for, but this torch cannot use it: {str(error).splitlines()[0]}"
+        ) from error
     return known

@@ -1,8 +1,9 @@
-"""Tables between the tensors of a file and a model's: rows that rename, drop, concatenate, split and reshape, each one invertible.
+"""Tables between the tensors of a file and a model's: rows that rename, drop, concatenate, split
+and reshape, each one invertible.
 
-A table is a list of rows, one per group of tensors. It is read from top to bottom, and the first row that knows a name decides. In a
-name's pattern `{}` stands for a layer's number and `*` for any rest, the same on both sides. "Ours" is the model's side, "theirs" the
-file's.
+A table is a list of rows, one per group of tensors. It is read from top to bottom, and the first
+row that knows a name decides. In a name's pattern `{}` stands for a layer's number and `*` for any
+rest, the same on both sides. "Ours" is the model's side, "theirs" the file's.
 """
 
 import re
@@ -20,7 +21,9 @@ class Step(Protocol):
     """A change of a tensor's values or shape on its way from the file to the model, and back."""
 
     def read(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The file's tensor as the model has it. Raises RuntimeError or ValueError for a shape that it cannot be."""
+        """The file's tensor as the model has it. Raises RuntimeError or ValueError for a shape that
+        it cannot be.
+        """
 
     def write(self, tensor: torch.Tensor) -> torch.Tensor:
         """The model's tensor as the file has it."""
@@ -28,7 +31,8 @@ class Step(Protocol):
 
 @dataclass(frozen=True)
 class Permute:
-    """Rotary pairs <-> halves: files of Meta and GGUF rotate neighbours (2i, 2i + 1) of a head, the model (i, i + d/2).
+    """Rotary pairs <-> halves: files of Meta and GGUF rotate neighbours (2i, 2i + 1) of a head, the
+    model (i, i + d/2).
 
     Attributes:
         heads: along the first axis: query heads for q_proj, key-value heads for k_proj.
@@ -38,11 +42,19 @@ class Permute:
 
     def read(self, tensor: torch.Tensor) -> torch.Tensor:
         """[heads * d, ...] of neighbours -> of halves."""
-        return tensor.reshape(self.heads, -1, 2, *tensor.shape[1:]).transpose(1, 2).reshape(tensor.shape)
+        return (
+            tensor.reshape(self.heads, -1, 2, *tensor.shape[1:])
+            .transpose(1, 2)
+            .reshape(tensor.shape)
+        )
 
     def write(self, tensor: torch.Tensor) -> torch.Tensor:
         """[heads * d, ...] of halves -> of neighbours."""
-        return tensor.reshape(self.heads, 2, -1, *tensor.shape[1:]).transpose(1, 2).reshape(tensor.shape)
+        return (
+            tensor.reshape(self.heads, 2, -1, *tensor.shape[1:])
+            .transpose(1, 2)
+            .reshape(tensor.shape)
+        )
 
 
 @dataclass(frozen=True)
@@ -92,23 +104,35 @@ class Row:
     Attributes:
         ours: patterns of the model's names.
         theirs: patterns of the file's names, as they are written.
-        spellings: `theirs`, and further sets of names that files are known to have; those are read, never written.
+        spellings: `theirs`, and further sets of names that files are known to have; those are read,
+            never written.
     """
 
     def __init__(
-        self, ours: Sequence[str], theirs: Sequence[str], also: Sequence[Sequence[str]] = (), index: Mapping[int, int] | None = None
+        self,
+        ours: Sequence[str],
+        theirs: Sequence[str],
+        also: Sequence[Sequence[str]] = (),
+        index: Mapping[int, int] | None = None,
     ):
         """
         Args:
             ours, theirs, also: as the attributes.
-            index: a file's layer number -> the model's; where given, other layers are not this row's.
+            index: a file's layer number -> the model's; where given, other layers are not this
+                row's.
         """
-        self.ours, self.theirs, self.spellings = tuple(ours), tuple(theirs), (tuple(theirs), *map(tuple, also))
+        self.ours, self.theirs, self.spellings = (
+            tuple(ours),
+            tuple(theirs),
+            (tuple(theirs), *map(tuple, also)),
+        )
         self._ours_of = index
         self._theirs_of = None if index is None else {mine: layer for layer, mine in index.items()}
 
     def find(self, name: str) -> tuple[Binding, int] | None:
-        """What a file's name stands for here: the binding on our side and its place in `theirs`; None where this row does not know it."""
+        """What a file's name stands for here: the binding on our side and its place in `theirs`;
+        None where this row does not know it.
+        """
         for spelling in self.spellings:
             for place, pattern in enumerate(spelling):
                 if (binding := _bind(pattern, name, self._ours_of)) is not None:
@@ -130,7 +154,10 @@ class Row:
     def file_names(self, binding: Binding) -> list[str]:
         """The file's names of a binding, as written."""
         layer, rest = binding
-        return [_fill(pattern, (layer if self._theirs_of is None else self._theirs_of[layer], rest)) for pattern in self.theirs]
+        return [
+            _fill(pattern, (layer if self._theirs_of is None else self._theirs_of[layer], rest))
+            for pattern in self.theirs
+        ]
 
     def read(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """Theirs -> ours. Raises RuntimeError or ValueError for shapes that they cannot be."""
@@ -145,7 +172,12 @@ class Rename(Row):
     """Tensors that change their names, and their values by the steps given."""
 
     def __init__(
-        self, ours: str, theirs: str, also: Sequence[str] = (), steps: Sequence[Step] = (), index: Mapping[int, int] | None = None
+        self,
+        ours: str,
+        theirs: str,
+        also: Sequence[str] = (),
+        steps: Sequence[Step] = (),
+        index: Mapping[int, int] | None = None,
     ):
         super().__init__((ours,), (theirs,), [(spelling,) for spelling in also], index)
         self.steps = tuple(steps)
@@ -234,7 +266,9 @@ def _join(tensors: Sequence[torch.Tensor], dim: int, sizes: Sequence[int] | None
     return torch.cat(list(tensors), dim)
 
 
-def _cut(tensor: torch.Tensor, dim: int, parts: int, sizes: Sequence[int] | None) -> list[torch.Tensor]:
+def _cut(
+    tensor: torch.Tensor, dim: int, parts: int, sizes: Sequence[int] | None
+) -> list[torch.Tensor]:
     if sizes is None and tensor.shape[dim] % parts:
         raise ValueError(f"must have a multiple of {parts} along axis {dim}")
     return list(tensor.split(list(sizes) if sizes else tensor.shape[dim] // parts, dim))
@@ -242,7 +276,11 @@ def _cut(tensor: torch.Tensor, dim: int, parts: int, sizes: Sequence[int] | None
 
 @lru_cache(maxsize=4096)
 def _compiled(pattern: str) -> re.Pattern:
-    text = re.escape(pattern).replace(r"\{\}", r"(?P<layer>0|[1-9][0-9]{0,4})").replace(r"\*", r"(?P<rest>.+)")
+    text = (
+        re.escape(pattern)
+        .replace(r"\{\}", r"(?P<layer>0|[1-9][0-9]{0,4})")
+        .replace(r"\*", r"(?P<rest>.+)")
+    )
     return re.compile(text, re.DOTALL)
 
 
@@ -289,7 +327,8 @@ def plan(table: Table, names: Iterable[str]) -> tuple[list[Move], list[str], lis
         names: the file's.
 
     Returns:
-        The moves, in the order of the names; the names that no row knows; and "one and other" for names of one and the same tensor.
+        The moves, in the order of the names; the names that no row knows; and "one and other" for
+        names of one and the same tensor.
     """
     moves: dict[tuple[Row, Binding], Move] = {}
     unknown, twice = [], []
@@ -328,7 +367,8 @@ def to_file(table: Table, tensors: Mapping[str, torch.Tensor]) -> dict[str, torc
     """The model's tensors as the file has them.
 
     Raises:
-        ValueError: a tensor that no row knows, or one without the others that go into the same tensor of the file.
+        ValueError: a tensor that no row knows, or one without the others that go into the same
+            tensor of the file.
     """
     groups: dict[tuple[Row, Binding], list[torch.Tensor | None]] = {}
     for name, tensor in tensors.items():
@@ -336,8 +376,14 @@ def to_file(table: Table, tensors: Mapping[str, torch.Tensor]) -> dict[str, torc
         groups.setdefault((row, binding), [None] * len(row.ours))[place] = tensor
     written = {}
     for (row, binding), group in groups.items():
-        if absent := [name for name, tensor in zip(row.our_names(binding), group, strict=True) if tensor is None]:
-            raise ValueError(f"{', '.join(row.file_names(binding))} cannot be written without {', '.join(absent)}")
+        if absent := [
+            name
+            for name, tensor in zip(row.our_names(binding), group, strict=True)
+            if tensor is None
+        ]:
+            raise ValueError(
+                f"{', '.join(row.file_names(binding))} cannot be written without {', '.join(absent)}"
+            )
         written |= zip(row.file_names(binding), row.write(group), strict=True)
     return written
 

@@ -1,4 +1,6 @@
-"""Files of a model folder: reading JSON, staying inside the folder, and writing a folder whole or not at all."""
+"""Files of a model folder: reading JSON, staying inside the folder, and writing a folder whole or
+not at all.
+"""
 
 import json
 import os
@@ -19,8 +21,9 @@ _JSON_MAX = 2**26  # bytes; the index of the largest models has well under 2**24
 def find_inside(folder: Path, name: str) -> Path:
     """The path of a file of the folder, which is an ordinary file and lies in it.
 
-    A symbolic link may not lead out of the folder, except as Hugging Face's cache lays out what it fetched: from
-    models--NAME/snapshots/REVISION to models--NAME/blobs, or on to the blobs that models share, beside models--NAME.
+    A symbolic link may not lead out of the folder, except as Hugging Face's cache lays out what it
+    fetched: from models--NAME/snapshots/REVISION to models--NAME/blobs, or on to the blobs that
+    models share, beside models--NAME.
 
     Raises:
         FileNotFoundError: no such file.
@@ -38,7 +41,8 @@ def find_inside(folder: Path, name: str) -> Path:
 
 
 def find_gguf(path: Path) -> Path | None:
-    """The GGUF file that a path is, or that its folder has where the folder holds no other model; None where there is none.
+    """The GGUF file that a path is, or that its folder has where the folder holds no other model;
+    None where there is none.
 
     Raises:
         ValueError: several.
@@ -62,7 +66,9 @@ def _blobs(folder: Path) -> list[Path]:
 
 
 def listing(names: list[str]) -> str:
-    """Names for an error: all of a few, the first of many and how many more there are; escaped where a terminal would act on them."""
+    """Names for an error: all of a few, the first of many and how many more there are; escaped
+    where a terminal would act on them.
+    """
     names = [name if name.isprintable() else repr(name) for name in names]
     more = f" ... and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
     return ", ".join(names[:_LISTED]) + more
@@ -92,29 +98,43 @@ def write_json(path: Path, content: dict) -> None:
 
 
 def save_weights(folder: Path, tensors: dict[str, torch.Tensor], max_shard_size: int | str) -> None:
-    """Write tensors under the given names: one file, or shards and their index where they exceed `max_shard_size`."""
-    split = split_torch_state_dict_into_shards(tensors, filename_pattern="model{suffix}.safetensors", max_shard_size=max_shard_size)
+    """Write tensors under the given names: one file, or shards and their index where they exceed
+    `max_shard_size`.
+    """
+    split = split_torch_state_dict_into_shards(
+        tensors, filename_pattern="model{suffix}.safetensors", max_shard_size=max_shard_size
+    )
     for shard, names in split.filename_to_tensors.items():
         save_tensors(folder / shard, {name: tensors[name] for name in names})
     if split.is_sharded:
-        write_json(folder / INDEX, {"metadata": split.metadata, "weight_map": split.tensor_to_filename})
+        write_json(
+            folder / INDEX, {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+        )
 
 
 def save_tensors(path: Path, tensors: dict[str, torch.Tensor], **metadata: str) -> None:
     """A safetensors file of tensors, with metadata beside `format`."""
     path.touch()
     mode = path.stat().st_mode  # as the umask has it; safetensors' own file is the owner's alone
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path, metadata={"format": "pt"} | metadata)
+    save_file(
+        {name: tensor.contiguous() for name, tensor in tensors.items()},
+        path,
+        metadata={"format": "pt"} | metadata,
+    )
     path.chmod(mode)
 
 
-def write_folder(folder: Path, write: Callable[[Path], None], replaced: Collection[str] = ()) -> None:
-    """Let `write` fill a folder aside, then put it in place: a reader finds all of it or none, and so does who comes after a crash.
+def write_folder(
+    folder: Path, write: Callable[[Path], None], replaced: Collection[str] = ()
+) -> None:
+    """Let `write` fill a folder aside, then put it in place: a reader finds all of it or none, and
+    so does who comes after a crash.
 
-    A new folder is renamed into place at once. Into an existing one the files are moved with the weights' entry point (the single file or
-    the index) removed first and placed last; weight files of an earlier save go, and those named in `replaced`; other files stay. What
-    goes is kept in a hidden folder beside them until all is in place, and moved back on an error; only a crash of the process leaves that
-    folder there.
+    A new folder is renamed into place at once. Into an existing one the files are moved with the
+    weights' entry point (the single file or the index) removed first and placed last; weight files
+    of an earlier save go, and those named in `replaced`; other files stay. What goes is kept in a
+    hidden folder beside them until all is in place, and moved back on an error; only a crash of the
+    process leaves that folder there.
     """
     folder = Path(os.path.abspath(folder))
     if folder.exists() and not folder.is_dir():
@@ -138,7 +158,9 @@ def write_folder(folder: Path, write: Callable[[Path], None], replaced: Collecti
 
 
 def write_file(path: Path, write: Callable[[Path], None]) -> None:
-    """Let `write` fill a file aside, then rename it into place: whole, or as it was before. Its folder is made if absent."""
+    """Let `write` fill a file aside, then rename it into place: whole, or as it was before. Its
+    folder is made if absent.
+    """
     path = Path(os.path.abspath(path))
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.parent / f".{path.name}-{uuid.uuid4().hex}"
@@ -156,8 +178,18 @@ def _move_into(aside: Path, folder: Path, more: Collection[str]) -> None:
         return name in (WEIGHTS, INDEX), name
 
     new = sorted((path.name for path in aside.iterdir()), key=entry_last)
-    replaced = {*new, *more, WEIGHTS, INDEX, *(path.name for path in folder.glob("model-*-of-*.safetensors"))}
-    there = (name for name in replaced if (folder / name).is_file() or (name in more and (folder / name).is_dir()))
+    replaced = {
+        *new,
+        *more,
+        WEIGHTS,
+        INDEX,
+        *(path.name for path in folder.glob("model-*-of-*.safetensors")),
+    }
+    there = (
+        name
+        for name in replaced
+        if (folder / name).is_file() or (name in more and (folder / name).is_dir())
+    )
     old = sorted(there, key=entry_last, reverse=True)
     backup = folder / f"{aside.name}-old"
     backup.mkdir()
@@ -168,7 +200,8 @@ def _move_into(aside: Path, folder: Path, more: Collection[str]) -> None:
             os.replace(aside / name, folder / name)
         _sync(folder)
     except BaseException:
-        # Where each file is now says what was done: an interrupt may come after a rename and before any note of it.
+        # Where each file is now says what was done: an interrupt may come after a rename and before
+        # any note of it.
         for name in reversed(new):
             if not (aside / name).exists() and (folder / name).exists():
                 os.replace(folder / name, aside / name)

@@ -1,4 +1,6 @@
-"""The header of a GGUF file, through the gguf library, with every number in it bounded by the file's size before it is used."""
+"""The header of a GGUF file, through the gguf library, with every number in it bounded by the
+file's size before it is used.
+"""
 
 import functools
 import gc
@@ -11,18 +13,28 @@ import numpy as np
 try:
     import gguf  # the other modules take it from here
 except ImportError as error:  # an optional dependency
-    raise ImportError("GGUF files are read and written by the package gguf: pip install 'mllama[convert]'") from error
+    raise ImportError(
+        "GGUF files are read and written by the package gguf: pip install 'mllama[convert]'"
+    ) from error
 
-if not all(hasattr(gguf.GGUFReader, name) for name in ("_get", "_get_field_parts", "_get_tensor_info_field")):
-    raise ImportError("this version of the package gguf reads in another way, which is not bounded here: pip install gguf==0.19.0")
+if not all(
+    hasattr(gguf.GGUFReader, name)
+    for name in ("_get", "_get_field_parts", "_get_tensor_info_field")
+):
+    raise ImportError(
+        "this version of the package gguf reads in another way, which is not bounded here: pip install gguf==0.19.0"
+    )
 
-_READS_MAX = 2**21  # of numbers and texts of a header; Llama 4's, with its vocabulary and merges, takes 1.3 million
+_READS_MAX = (
+    2**21
+)  # of numbers and texts of a header; Llama 4's, with its vocabulary and merges, takes 1.3 million
 _DIMS_MAX = 4  # as ggml's GGML_MAX_DIMS
 _ARRAY = int(gguf.GGUFValueType.ARRAY)  # a plain number compares many times faster
 
 
 class _Reader(gguf.GGUFReader):
-    """gguf's reader. It believes what a file says: a count beyond the file's end makes it loop without end, and arrays in arrays recurse.
+    """gguf's reader. It believes what a file says: a count beyond the file's end makes it loop
+    without end, and arrays in arrays recurse.
 
     All that it reads goes through `_get`, so what is bounded there is bounded everywhere.
     """
@@ -42,10 +54,14 @@ class _Reader(gguf.GGUFReader):
 
     @functools.cached_property
     def _bytes(self) -> np.ndarray:
-        return np.asarray(self.data)  # a view of it: slices of a plain array are smaller and sooner made than a memmap's
+        return np.asarray(
+            self.data
+        )  # a view of it: slices of a plain array are smaller and sooner made than a memmap's
 
     def _get_field_parts(self, orig_offs, raw_type):
-        """As gguf's, but an array of numbers is one view and an array of texts one for each, where gguf makes several for every element."""
+        """As gguf's, but an array of numbers is one view and an array of texts one for each, where
+        gguf makes several for every element.
+        """
         if raw_type != _ARRAY:
             return super()._get_field_parts(orig_offs, raw_type)
         head = [self._get(orig_offs, np.uint32), self._get(orig_offs + 4, np.uint64)]
@@ -75,7 +91,8 @@ class GgufHeader:
 
     Attributes:
         path: the file.
-        tensors: by their names, in the order in which they lie in the file. They neither overlap nor leave it.
+        tensors: by their names, in the order in which they lie in the file. They neither overlap
+            nor leave it.
     """
 
     def __init__(self, path: str | os.PathLike):
@@ -88,13 +105,21 @@ class GgufHeader:
         if not self.path.is_file():
             raise FileNotFoundError(f"no GGUF file {str(path)!r}")
         collecting = gc.isenabled()
-        gc.disable()  # every text is an object: looking for garbage among them takes as long as the reading
+        # every text is an object: looking for garbage among them takes as long as the reading
+        gc.disable()
         try:
             with np.errstate(over="raise"):  # offsets are added as uint64
                 reader = _Reader(self.path)
             self._fields = reader.fields
             self.tensors = _laid_out(reader)
-        except (ValueError, KeyError, IndexError, TypeError, OverflowError, FloatingPointError) as error:
+        except (
+            ValueError,
+            KeyError,
+            IndexError,
+            TypeError,
+            OverflowError,
+            FloatingPointError,
+        ) as error:
             raise ValueError(f"{path} is not a valid GGUF file: {str(error)[:200]}") from error
         finally:
             if collecting:
@@ -122,7 +147,9 @@ class GgufHeader:
         if kind is float and type(value) is int:
             value = float(value)
         if type(value) is not kind:
-            raise ValueError(f"{self.path}: {key} must be of the kind {kind.__name__}, got {str(value)[:200]!r}")
+            raise ValueError(
+                f"{self.path}: {key} must be of the kind {kind.__name__}, got {str(value)[:200]!r}"
+            )
         return value
 
     def __contains__(self, key: str) -> bool:

@@ -6,11 +6,26 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from transformers import GemmaConfig, LlamaConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    GemmaConfig,
+    LlamaConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from mllama.checkpoints.engine import to_file
 from mllama.checkpoints.files import write_file
-from mllama.checkpoints.gguf import ENDS, EOM, LLAMA3, ORIGINAL_CONTEXT, ROPE_FREQS, llama3_parameters, rope_factors, table
+from mllama.checkpoints.gguf import (
+    ENDS,
+    EOM,
+    LLAMA3,
+    ORIGINAL_CONTEXT,
+    ROPE_FREQS,
+    llama3_parameters,
+    rope_factors,
+    table,
+)
 from mllama.checkpoints.gguf_header import gguf
 from mllama.checkpoints.gguf_tokenizer import add_tokenizer
 from mllama.checkpoints.loading import check_plain
@@ -24,22 +39,31 @@ _KINDS = {
 _ACTIVATIONS = {"llama": ("silu", "swish"), "gemma": ("gelu_pytorch_tanh",)}
 
 
-def save_gguf(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path: str | os.PathLike, dtype: str = "f16") -> None:
-    """Write a Llama or Gemma decoder and its tokenizer to a GGUF file, whole or not at all. llama.cpp runs it, `from_pretrained` reads it.
+def save_gguf(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    path: str | os.PathLike,
+    dtype: str = "f16",
+) -> None:
+    """Write a Llama or Gemma decoder and its tokenizer to a GGUF file, whole or not at all.
+    llama.cpp runs it, `from_pretrained` reads it.
 
-    Of a vision-language model it is the text part, and a UserWarning says so. Norms and biases are float32, and so exact, but for
-    Gemma's: the file holds 1 + w, rounded to float32. Weights of the type that is written come back as they were.
+    Of a vision-language model it is the text part, and a UserWarning says so. Norms and biases are
+    float32, and so exact, but for Gemma's: the file holds 1 + w, rounded to float32. Weights of the
+    type that is written come back as they were.
 
     Args:
         model: whose decoder is written.
-        tokenizer: goes into the file with its special tokens and chat template. A byte-level BPE with a pre-tokenizer that llama.cpp has
-            a name for, or a BPE of SentencePiece.
+        tokenizer: goes into the file with its special tokens and chat template. A byte-level BPE
+            with a pre-tokenizer that llama.cpp has a name for, or a BPE of SentencePiece.
         path: of the file, *.gguf by custom. Its folder is made if absent.
-        dtype: "f16", "bf16" or "q8_0" (blocks of 32 weights in 8 bits and a scale); a matrix whose rows are no multiple of 32 is then f16.
+        dtype: "f16", "bf16" or "q8_0" (blocks of 32 weights in 8 bits and a scale); a matrix whose
+            rows are no multiple of 32 is then f16.
 
     Raises:
-        ValueError: a model with LoRA layers, with cross-attention layers or anything else that llama.cpp's llama and gemma are not; weights
-            too large for f16; a tokenizer that the format cannot hold, or with more tokens than the model; another dtype.
+        ValueError: a model with LoRA layers, with cross-attention layers or anything else that
+            llama.cpp's llama and gemma are not; weights too large for f16; a tokenizer that the
+            format cannot hold, or with more tokens than the model; another dtype.
         TypeError: a tokenizer of another kind.
     """
     if dtype not in _KINDS:
@@ -50,17 +74,29 @@ def save_gguf(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path: 
     ends = _ends(model)
     whole, tied = model.state_dict(), model.get_expanded_tied_weights_keys()
     check_plain(whole)
-    state = {name: tensor for name, tensor in whole.items() if name.startswith(("language_model.", "lm_head.")) and name not in tied}
+    state = {
+        name: tensor
+        for name, tensor in whole.items()
+        if name.startswith(("language_model.", "lm_head.")) and name not in tied
+    }
     # Norms and biases in float32 from here on: 1 + w would lose most of w in a half.
-    tensors = to_file(table(config), {name: tensor.float() if tensor.dim() == 1 else tensor for name, tensor in state.items()})
+    tensors = to_file(
+        table(config),
+        {name: tensor.float() if tensor.dim() == 1 else tensor for name, tensor in state.items()},
+    )
     if config.rope_parameters["rope_type"] == "llama3":
         tensors[ROPE_FREQS] = _llama3(config.head_dim, config.rope_parameters)
     kinds = {name: _kind(tensor, kind) for name, tensor in tensors.items()}
     for name, tensor in tensors.items():
         if kinds[name] == _Type.F16 and bool((tensor.abs() > torch.finfo(torch.float16).max).any()):
-            raise ValueError(f"{name} has weights beyond float16's largest, {torch.finfo(torch.float16).max:.0f}; write bf16")
+            raise ValueError(
+                f"{name} has weights beyond float16's largest, {torch.finfo(torch.float16).max:.0f}; write bf16"
+            )
     if len(state) + len(tied) < len(whole):
-        warnings.warn(f"{path} gets the text part of the model; a GGUF file has no place for the rest", stacklevel=2)
+        warnings.warn(
+            f"{path} gets the text part of the model; a GGUF file has no place for the rest",
+            stacklevel=2,
+        )
 
     def write(aside: Path) -> None:
         writer = gguf.GGUFWriter(aside, architecture)
@@ -73,13 +109,21 @@ def save_gguf(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path: 
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
         for name, tensor in tensors.items():
             block, size = gguf.GGML_QUANT_SIZES[kinds[name]]
-            writer.add_tensor_info(name, tuple(tensor.shape), np.dtype(np.float32), tensor.numel() // block * size, kinds[name])
+            writer.add_tensor_info(
+                name,
+                tuple(tensor.shape),
+                np.dtype(np.float32),
+                tensor.numel() // block * size,
+                kinds[name],
+            )
         try:
             writer.write_header_to_file()
             writer.write_kv_data_to_file()
             writer.write_ti_data_to_file()
             for name, tensor in tensors.items():
-                writer.write_tensor_data(gguf.quantize(tensor.detach().cpu().float().contiguous().numpy(), kinds[name]))
+                writer.write_tensor_data(
+                    gguf.quantize(tensor.detach().cpu().float().contiguous().numpy(), kinds[name])
+                )
         finally:
             writer.close()
 
@@ -92,15 +136,22 @@ def _ends(model: PreTrainedModel) -> list[int]:
     Raises:
         ValueError: an id that is none of the vocabulary's.
     """
-    ends, vocabulary = model.generation_config.eos_token_id, model.config.get_text_config().vocab_size
+    ends, vocabulary = (
+        model.generation_config.eos_token_id,
+        model.config.get_text_config().vocab_size,
+    )
     ends = [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
     if not all(isinstance(end, int) and 0 <= end < vocabulary for end in ends):
-        raise ValueError(f"generation_config.eos_token_id must be ids of the {vocabulary} tokens, got {ends}")
+        raise ValueError(
+            f"generation_config.eos_token_id must be ids of the {vocabulary} tokens, got {ends}"
+        )
     return ends
 
 
 def _add_ends(writer: gguf.GGUFWriter, ends: list[int], tokenizer: PreTrainedTokenizerBase) -> None:
-    """The ends that are not the tokenizer's EOS, by the keys that llama.cpp has, and all of them by one of ours."""
+    """The ends that are not the tokenizer's EOS, by the keys that llama.cpp has, and all of them by
+    one of ours.
+    """
     eom = tokenizer.get_vocab().get(EOM)
     others = [end for end in ends if end not in (eom, tokenizer.eos_token_id)]
     if others:
@@ -125,9 +176,13 @@ def _architecture(config: PretrainedConfig) -> str:
         ValueError: a decoder that is neither, or that has what llama.cpp's has not.
     """
     if getattr(config, "cross_attention_layers", None):
-        raise ValueError("a decoder with cross-attention layers has no place in a GGUF file: llama.cpp has no such model")
+        raise ValueError(
+            "a decoder with cross-attention layers has no place in a GGUF file: llama.cpp has no such model"
+        )
     if not isinstance(config, (LlamaConfig, GemmaConfig)):
-        raise ValueError(f"a decoder of model_type {config.model_type!r} cannot be written as GGUF; Llama's and Gemma's can")
+        raise ValueError(
+            f"a decoder of model_type {config.model_type!r} cannot be written as GGUF; Llama's and Gemma's can"
+        )
     name = "gemma" if isinstance(config, GemmaConfig) else "llama"
     for field, taken in {
         "hidden_act": _ACTIVATIONS[name],
@@ -137,12 +192,18 @@ def _architecture(config: PretrainedConfig) -> str:
         "use_bidirectional_attention": (False, None),
     }.items():
         if getattr(config, field, None) not in taken:
-            raise ValueError(f"{field} {getattr(config, field)!r} cannot be written as GGUF: llama.cpp's {name} has {taken[0]!r}")
+            raise ValueError(
+                f"{field} {getattr(config, field)!r} cannot be written as GGUF: llama.cpp's {name} has {taken[0]!r}"
+            )
     rope = config.rope_parameters["rope_type"]
     if rope not in (("default", "linear", "llama3") if name == "llama" else ("default", "linear")):
-        raise ValueError(f"rope_type {rope!r} cannot be written as GGUF: llama.cpp's {name} has no such scaling")
+        raise ValueError(
+            f"rope_type {rope!r} cannot be written as GGUF: llama.cpp's {name} has no such scaling"
+        )
     if name == "gemma" and not config.tie_word_embeddings:
-        raise ValueError("tie_word_embeddings False cannot be written as GGUF: llama.cpp's gemma is tied")
+        raise ValueError(
+            "tie_word_embeddings False cannot be written as GGUF: llama.cpp's gemma is tied"
+        )
     return name
 
 
@@ -175,5 +236,10 @@ def _add_sizes(writer: gguf.GGUFWriter, config: PretrainedConfig) -> None:
     if rope["rope_type"] == "linear":
         writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
         writer.add_rope_scaling_factor(rope["factor"])
-    if rope["rope_type"] == "llama3" and rope["original_max_position_embeddings"] != ORIGINAL_CONTEXT:
-        writer.add_rope_scaling_orig_ctx_len(rope["original_max_position_embeddings"])  # tells our reader what the factors come of
+    if (
+        rope["rope_type"] == "llama3"
+        and rope["original_max_position_embeddings"] != ORIGINAL_CONTEXT
+    ):
+        writer.add_rope_scaling_orig_ctx_len(
+            rope["original_max_position_embeddings"]
+        )  # tells our reader what the factors come of

@@ -1,4 +1,6 @@
-"""Models by their id on Hugging Face's hub, fetched by huggingface_hub into its cache; a local folder of that name wins."""
+"""Models by their id on Hugging Face's hub, fetched by huggingface_hub into its cache; a local
+folder of that name wins.
+"""
 
 import os
 import re
@@ -14,13 +16,17 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-# Configs, weights, and the files that tokenizers and processors have. Pickles and other frameworks' weights are left where they are.
+# Configs, weights, and the files that tokenizers and processors have. Pickles and other frameworks'
+# weights are left where they are.
 PATTERNS = ("*.json", "*.safetensors", "*.jinja", "tokenizer.model", "merges.txt", "vocab.txt")
 _ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 
 
-def find_folder(path_or_id: str | os.PathLike, subfolder: str | os.PathLike = "", **options: Any) -> Path:
-    """The folder (or file) of a model: the local one of that path, else the hub's model of that id, fetched.
+def find_folder(
+    path_or_id: str | os.PathLike, subfolder: str | os.PathLike = "", **options: Any
+) -> Path:
+    """The folder (or file) of a model: the local one of that path, else the hub's model of that id,
+    fetched.
 
     Args:
         path_or_id: a path, or "organisation/name".
@@ -28,27 +34,40 @@ def find_folder(path_or_id: str | os.PathLike, subfolder: str | os.PathLike = ""
         options: of the hub: revision, cache_dir, token, local_files_only, force_download.
 
     Raises:
-        FileNotFoundError: neither there; or the hub cannot be reached, has no such model or does not give it without a login.
+        FileNotFoundError: neither there; or the hub cannot be reached, has no such model or does
+            not give it without a login.
         ValueError: an empty path; a `subfolder` outside the folder.
     """
     if path_or_id == "":  # to Path it would be the current folder
-        raise ValueError("path is empty; give a model folder, a GGUF file or a model's id on the hub")
+        raise ValueError(
+            "path is empty; give a model folder, a GGUF file or a model's id on the hub"
+        )
     inner = Path(subfolder or "")
     if inner.is_absolute() or ".." in inner.parts:
         raise ValueError(f"subfolder must lie inside the model folder, got {str(subfolder)!r}")
     if Path(path_or_id).exists() or not _ID.fullmatch(str(path_or_id)):
         return Path(path_or_id) / inner
-    return download(str(path_or_id), [f"{inner}/{pattern}" for pattern in PATTERNS] if subfolder else PATTERNS, **options) / inner
+    return (
+        download(
+            str(path_or_id),
+            [f"{inner}/{pattern}" for pattern in PATTERNS] if subfolder else PATTERNS,
+            **options,
+        )
+        / inner
+    )
 
 
-def download(model_id: str, patterns: list[str] | tuple[str, ...] = PATTERNS, **options: Any) -> Path:
+def download(
+    model_id: str, patterns: list[str] | tuple[str, ...] = PATTERNS, **options: Any
+) -> Path:
     """Fetch a model's files from the hub.
 
     Args:
         model_id: "organisation/name".
         patterns: of the files.
-        options: of `huggingface_hub.snapshot_download`; with `local_dir` files are put there instead of into the cache, and with them
-            original/tokenizer.model, Meta's own, which some scripts read.
+        options: of `huggingface_hub.snapshot_download`; with `local_dir` files are put there
+            instead of into the cache, and with them original/tokenizer.model, Meta's own, which
+            some scripts read.
 
     Returns:
         The folder they are in.
@@ -56,28 +75,48 @@ def download(model_id: str, patterns: list[str] | tuple[str, ...] = PATTERNS, **
     Raises:
         FileNotFoundError: as `find_folder`. The text is one line that says what to do.
     """
-    absent = "" if "local_dir" in options else f"there is no folder {model_id!r} here, and "  # only then one was looked for
+    absent = (
+        "" if "local_dir" in options else f"there is no folder {model_id!r} here, and "
+    )  # only then one was looked for
     page = f"https://huggingface.co/{model_id}"
     ignored = ["original/*"]  # Meta's own files, the weights again
     try:
-        if "local_dir" in options:  # of one that is there snapshot_download takes the files as fetched where the hub refuses
+        if (
+            "local_dir" in options
+            # of one that is there snapshot_download takes the files as fetched where the hub refuses
+        ):
             model_info(model_id, revision=options.get("revision"), token=options.get("token"))
-            patterns, ignored = (*patterns, "original/tokenizer.model"), ["original/*.json", "original/*.safetensors"]
-        return Path(snapshot_download(model_id, allow_patterns=list(patterns), ignore_patterns=ignored, **options))
+            patterns, ignored = (
+                (*patterns, "original/tokenizer.model"),
+                ["original/*.json", "original/*.safetensors"],
+            )
+        return Path(
+            snapshot_download(
+                model_id, allow_patterns=list(patterns), ignore_patterns=ignored, **options
+            )
+        )
     except GatedRepoError as error:
-        raise FileNotFoundError(f"{model_id} is gated: accept its licence at {page} and log in with `hf auth login`") from error
+        raise FileNotFoundError(
+            f"{model_id} is gated: accept its licence at {page} and log in with `hf auth login`"
+        ) from error
     except RepositoryNotFoundError as error:
         hint = f"if it is private or gated, accept its licence at {page} and log in with `hf auth login`"
-        raise FileNotFoundError(f"{absent}no such model on the hub: {model_id!r}; {hint}") from error
+        raise FileNotFoundError(
+            f"{absent}no such model on the hub: {model_id!r}; {hint}"
+        ) from error
     except RevisionNotFoundError as error:
-        raise FileNotFoundError(f"{model_id} has no revision {options.get('revision')!r} on the hub") from error
+        raise FileNotFoundError(
+            f"{model_id} has no revision {options.get('revision')!r} on the hub"
+        ) from error
     except (LocalEntryNotFoundError, ConnectionError) as error:
         raise FileNotFoundError(
             f"{absent}the cache does not hold the model {model_id!r}; the hub was not asked or cannot be reached (offline, or "
             "local_files_only)"
         ) from error
     except HfHubHTTPError as error:
-        raise FileNotFoundError(f"{model_id} cannot be fetched from the hub: {str(error).splitlines()[0]}") from error
+        raise FileNotFoundError(
+            f"{model_id} cannot be fetched from the hub: {str(error).splitlines()[0]}"
+        ) from error
     except (ValueError, OSError):  # an id that is none; the disk
         raise
     except Exception as error:  # of the connection, in classes of the library underneath

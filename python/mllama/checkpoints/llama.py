@@ -13,7 +13,10 @@ TABLE = (
     Drop("model.layers.{}.self_attn.rotary_emb.inv_freq"),
     Drop("layers.{}.self_attn.rotary_emb.inv_freq"),
     # `also`: transformers' class of the decoder without a head.
-    *(Rename(f"language_model.{part}.*", f"model.{part}.*", also=(f"{part}.*",)) for part in ("embed_tokens", "layers", "norm")),
+    *(
+        Rename(f"language_model.{part}.*", f"model.{part}.*", also=(f"{part}.*",))
+        for part in ("embed_tokens", "layers", "norm")
+    ),
     Rename("lm_head.weight", "lm_head.weight"),
 )
 

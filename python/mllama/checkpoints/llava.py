@@ -8,18 +8,32 @@ from mllama.checkpoints.configs import build, content_of
 from mllama.checkpoints.engine import Drop, Rename
 from mllama.checkpoints.formats import Format
 
-TOWERS = ("vision_tower.vision_model.", "vision_tower.", "model.vision_tower.vision_model.", "model.vision_tower.")
+TOWERS = (
+    "vision_tower.vision_model.",
+    "vision_tower.",
+    "model.vision_tower.vision_model.",
+    "model.vision_tower.",
+)
 
 TABLE = (
-    # Patches are read; a released SigLIP tower's pooling head has no part in it. Positions and frequencies are computed.
+    # Patches are read; a released SigLIP tower's pooling head has no part in it. Positions and
+    # frequencies are computed.
     *(Drop(f"{tower}{part}") for tower in TOWERS for part in ("head.*", "embeddings.position_ids")),
     Drop("language_model.model.layers.{}.self_attn.rotary_emb.inv_freq"),
     # `also`: what transformers 5 writes, and its names in memory.
     *(
-        Rename(f"vision_tower.{part}.*", f"{TOWERS[0]}{part}.*", also=[f"{tower}{part}.*" for tower in TOWERS[1:]])
+        Rename(
+            f"vision_tower.{part}.*",
+            f"{TOWERS[0]}{part}.*",
+            also=[f"{tower}{part}.*" for tower in TOWERS[1:]],
+        )
         for part in ("embeddings", "pre_layrnorm", "encoder", "post_layernorm")
     ),
-    Rename("multi_modal_projector.*", "multi_modal_projector.*", also=("model.multi_modal_projector.*",)),
+    Rename(
+        "multi_modal_projector.*",
+        "multi_modal_projector.*",
+        also=("model.multi_modal_projector.*",),
+    ),
     Rename("language_model.*", "language_model.model.*", also=("model.language_model.*",)),
     Rename("lm_head.weight", "language_model.lm_head.weight", also=("lm_head.weight",)),
 )
@@ -27,7 +41,11 @@ TABLE = (
 
 def from_file(content: dict[str, Any]) -> LlavaConfig:
     """Raises ValueError for what cannot be: another tower or decoder among it."""
-    config = build(LlavaConfig, content, {"vision_config": (CLIPVisionConfig, SiglipVisionConfig), "text_config": (LlamaConfig,)})
+    config = build(
+        LlavaConfig,
+        content,
+        {"vision_config": (CLIPVisionConfig, SiglipVisionConfig), "text_config": (LlamaConfig,)},
+    )
     config.text_config.tie_word_embeddings = config.tie_word_embeddings  # either ties
     return config
 

@@ -1,4 +1,6 @@
-"""Putting a source's tensors in the place of a model's parameters: strict accounting from headers first, then one tensor at a time."""
+"""Putting a source's tensors in the place of a model's parameters: strict accounting from headers
+first, then one tensor at a time.
+"""
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -48,7 +50,9 @@ class Report:
             "of another shape or kind": self.unfit,
             "given twice": self.twice,
         }
-        return "; ".join(f"{kind} ({len(names)}): {listing(names)}" for kind, names in kinds.items() if names)
+        return "; ".join(
+            f"{kind} ({len(names)}): {listing(names)}" for kind, names in kinds.items() if names
+        )
 
     def check(self, where: str) -> None:
         """Refuse files that do not fit.
@@ -60,14 +64,21 @@ class Report:
             raise ValueError(f"the weights in {where} do not fit the model. Tensors {problems}")
 
 
-def match(wanted: dict[str, torch.Tensor], headers: dict[str, Header], table: Table, tied: dict[str, str] | None = None) -> Report:
+def match(
+    wanted: dict[str, torch.Tensor],
+    headers: dict[str, Header],
+    table: Table,
+    tied: dict[str, str] | None = None,
+) -> Report:
     """What of a file goes where, from its headers alone.
 
     Args:
-        wanted: the model's state dict, which may be on the meta device: names and shapes are the measure.
+        wanted: the model's state dict, which may be on the meta device: names and shapes are the
+            measure.
         headers: the file's tensors.
         table: between the two.
-        tied: the model's names of tensors that are another one's: {name: the other's name}. The file may leave out either.
+        tied: the model's names of tensors that are another one's: {name: the other's name}. The
+            file may leave out either.
     """
     tied = tied or {}
     report = Report()
@@ -76,7 +87,11 @@ def match(wanted: dict[str, torch.Tensor], headers: dict[str, Header], table: Ta
     elements = dict.fromkeys(_LOADED_AS.values(), 0)
     for move in moves:
         if None in move.theirs:
-            report.missing += [written for written, name in zip(move.written, move.theirs, strict=True) if name is None]
+            report.missing += [
+                written
+                for written, name in zip(move.written, move.theirs, strict=True)
+                if name is None
+            ]
             homes |= dict.fromkeys(move.ours, "")
         elif not all(name in wanted for name in move.ours):
             report.unexpected += move.theirs
@@ -89,12 +104,18 @@ def match(wanted: dict[str, torch.Tensor], headers: dict[str, Header], table: Ta
             else:
                 report.moves.append(move)
                 for name in move.theirs:
-                    elements[_LOADED_AS[headers[name].dtype]] += torch.Size(headers[name].shape).numel()
+                    elements[_LOADED_AS[headers[name].dtype]] += torch.Size(
+                        headers[name].shape
+                    ).numel()
     loaded, twins = {name for move in report.moves for name in move.ours}, both_ways(tied)
-    report.lacking = [name for name in wanted if name not in loaded and twins.get(name) not in loaded]
+    report.lacking = [
+        name for name in wanted if name not in loaded and twins.get(name) not in loaded
+    ]
     for name in report.lacking:
         if name not in homes and name not in tied:
-            report.missing += [written for written in file_names(table, name) if written not in report.missing]
+            report.missing += [
+                written for written in file_names(table, name) if written not in report.missing
+            ]
     report.unexpected.sort()
     report.dtype = max(elements, key=elements.get)
     return report
@@ -106,16 +127,22 @@ def both_ways(tied: dict[str, str]) -> dict[str, str]:
 
 
 def _fault(move: Move, headers: dict[str, Header], wanted: dict[str, torch.Tensor]) -> str:
-    """How the file's tensors of a move differ from what the model takes; the empty text where they do not."""
+    """How the file's tensors of a move differ from what the model takes; the empty text where they
+    do not.
+    """
     given = [headers[name] for name in move.theirs]
     kinds = [f"{str(header.dtype).removeprefix('torch.')} {list(header.shape)}" for header in given]
     said = " and ".join(f"{name} is {kind}" for name, kind in zip(move.theirs, kinds, strict=True))
     taken = " and ".join(str(list(wanted[name].shape)) for name in move.ours)
     try:
-        values = move.row.read([torch.empty(header.shape, dtype=header.dtype, device="meta") for header in given])
+        values = move.row.read(
+            [torch.empty(header.shape, dtype=header.dtype, device="meta") for header in given]
+        )
     except (RuntimeError, ValueError, IndexError, ZeroDivisionError) as error:
         return f"{said}, the model takes floating {taken}: {' '.join(str(error).split())}"
-    fits = [value.shape == wanted[name].shape for value, name in zip(values, move.ours, strict=True)]
+    fits = [
+        value.shape == wanted[name].shape for value, name in zip(values, move.ours, strict=True)
+    ]
     if all(fits) and all(header.dtype in _LOADED_AS for header in given):
         return ""
     return f"{said}, the model takes floating {taken}"
@@ -130,7 +157,8 @@ def load_weights(
     tied: dict[str, str] | None = None,
     strict: bool = True,
 ) -> Report:
-    """Put a source's tensors in the place of the model's parameters, which may be on the meta device: memory holds them once.
+    """Put a source's tensors in the place of the model's parameters, which may be on the meta
+    device: memory holds them once.
 
     Args:
         model: whose state dict's names and shapes are the measure.
@@ -145,8 +173,8 @@ def load_weights(
         What was loaded and what was not.
 
     Raises:
-        ValueError: with `strict`, a tensor is missing, unexpected, of another shape or kind, or comes twice: one error with every list;
-            or tied ones differ.
+        ValueError: with `strict`, a tensor is missing, unexpected, of another shape or kind, or
+            comes twice: one error with every list; or tied ones differ.
     """
     tied = tied or {}
     report = match(model.state_dict(), source.headers(), table, tied)
@@ -160,7 +188,9 @@ def load_weights(
         for name, value in zip(move.ours, move.row.read(given), strict=True):
             other = loaded.get(tied.get(name))
             if other is None:
-                loaded[name] = _placed(value, given if source.mapped else [], device_of(name), dtype)
+                loaded[name] = _placed(
+                    value, given if source.mapped else [], device_of(name), dtype
+                )
             elif not torch.equal(other.cpu(), value.to(dtype)):
                 both = f"{move.theirs[0]} and {', '.join(file_names(table, tied[name]))}"
                 said = f"{both} differ, but the config says they are one (tied)"
@@ -175,16 +205,24 @@ def load_weights(
     return report
 
 
-def _placed(value: torch.Tensor, mapped: list[torch.Tensor], device: torch.device | str, dtype: torch.dtype) -> torch.Tensor:
-    """The value where it shall be, in memory that is its alone: a file's pages would change or vanish with the file."""
+def _placed(
+    value: torch.Tensor, mapped: list[torch.Tensor], device: torch.device | str, dtype: torch.dtype
+) -> torch.Tensor:
+    """The value where it shall be, in memory that is its alone: a file's pages would change or
+    vanish with the file.
+    """
     placed = value.to(device=device, dtype=dtype).contiguous()
     memory = placed.untyped_storage()
-    shared = memory.nbytes() != placed.nbytes or any(memory.data_ptr() == given.untyped_storage().data_ptr() for given in mapped)
+    shared = memory.nbytes() != placed.nbytes or any(
+        memory.data_ptr() == given.untyped_storage().data_ptr() for given in mapped
+    )
     return placed.clone() if shared else placed
 
 
 def common_dtype(tensors: dict[str, torch.Tensor], default: torch.dtype) -> torch.dtype:
-    """The floating dtype that most of the tensors' elements have: what `load_weights` takes for None."""
+    """The floating dtype that most of the tensors' elements have: what `load_weights` takes for
+    None.
+    """
     elements: dict[torch.dtype, int] = {}
     for tensor in tensors.values():
         if tensor.is_floating_point():
@@ -211,7 +249,12 @@ def check_complete(given: Iterable[str], needed: Iterable[str], known: Iterable[
     Raises:
         ValueError: with the names that are missing and those that are not known.
     """
-    kinds = {"lacks": sorted(set(needed) - set(given)), "has, unknown to the model,": sorted(set(given) - set(known))}
+    kinds = {
+        "lacks": sorted(set(needed) - set(given)),
+        "has, unknown to the model,": sorted(set(given) - set(known)),
+    }
     if any(kinds.values()):
-        found = "; ".join(f"{kind} ({len(names)}): {listing(names)}" for kind, names in kinds.items() if names)
+        found = "; ".join(
+            f"{kind} ({len(names)}): {listing(names)}" for kind, names in kinds.items() if names
+        )
         raise ValueError(f"state_dict is not this model's: it {found}")

@@ -1,4 +1,6 @@
-"""Meta's own folders: params.json, consolidated.*.pth and the names of Meta's reference code, for Llama 3.x and Llama-3.2-Vision."""
+"""Meta's own folders: params.json, consolidated.*.pth and the names of Meta's reference code, for
+Llama 3.x and Llama-3.2-Vision.
+"""
 
 import math
 from collections.abc import Mapping
@@ -27,26 +29,36 @@ VISION = {
     "intermediate_layers_indices": [3, 7, 15, 23, 30],
 }
 _SPECIAL = 256  # special tokens, the last of the vocabulary
-_ROPE_FACTOR_32 = ((2048, 16), (3072, 28))  # (dim, n_layers) of 1B and 3B; the others have 8, which Meta's code uses for all
+_ROPE_FACTOR_32 = (
+    (2048, 16),
+    (3072, 28),
+)  # (dim, n_layers) of 1B and 3B; the others have 8, which Meta's code uses for all
 _LARGEST = 2**31 - 1
 _FINER = 4  # times more patches than the file has positions for, at most, are interpolated
 
 
 def open_meta(folder: str | Path) -> Opened:
-    """A folder as Meta ships it: its config, and its tensors under Meta's names, parallel shards put together.
+    """A folder as Meta ships it: its config, and its tensors under Meta's names, parallel shards
+    put together.
 
     Args:
-        folder: with params.json and consolidated.pth, or consolidated.00.pth, consolidated.01.pth and so on.
+        folder: with params.json and consolidated.pth, or consolidated.00.pth, consolidated.01.pth
+            and so on.
 
     Raises:
         FileNotFoundError: no params.json, no weights, or a shard that is not there.
-        ValueError: params.json or a shard is broken, is of no Llama 3, or the two do not fit each other.
+        ValueError: params.json or a shard is broken, is of no Llama 3, or the two do not fit each
+            other.
     """
     folder = Path(folder)
     params = _Params(find_inside(folder, PARAMS))
     source = MetaSource(str(folder), find_shards(folder))
     text = _text_arguments(params)
-    return _open_vision(params, text, source) if params.has_vision else _open_text(params, text, source)
+    return (
+        _open_vision(params, text, source)
+        if params.has_vision
+        else _open_text(params, text, source)
+    )
 
 
 def _open_text(params: "_Params", text: dict[str, Any], source: "MetaSource") -> Opened:
@@ -69,10 +81,16 @@ def _open_vision(params: "_Params", text: dict[str, Any], source: "MetaSource") 
         _text_shapes("text_model.", text)
         | {
             "text_model.learnable_embedding.weight": (NEW_ROWS, dim),
-            f"{ENCODER}conv1._linear.weight": (width, VISION["num_channels"] * VISION["patch_size"] ** 2),
+            f"{ENCODER}conv1._linear.weight": (
+                width,
+                VISION["num_channels"] * VISION["patch_size"] ** 2,
+            ),
             f"{ENCODER}positional_embedding": (None, width),
             f"{ENCODER}gated_positional_embedding": (tiles, tiles, None, width),
-            f"{ENCODER}transformer.resblocks.0.mlp.c_fc.weight": (VISION["intermediate_size"], width),
+            f"{ENCODER}transformer.resblocks.0.mlp.c_fc.weight": (
+                VISION["intermediate_size"],
+                width,
+            ),
             "vision_model.vision_projection.weight": (dim, states * width),
         },
         {
@@ -83,18 +101,27 @@ def _open_vision(params: "_Params", text: dict[str, Any], source: "MetaSource") 
         },
     )
     size = params.count("vision_chunk_size")
-    patches, positions = (size // VISION["patch_size"]) ** 2, headers[f"{ENCODER}positional_embedding"].shape[0] - 1
+    patches, positions = (
+        (size // VISION["patch_size"]) ** 2,
+        headers[f"{ENCODER}positional_embedding"].shape[0] - 1,
+    )
     if not 0 < patches <= _FINER * positions:
-        raise ValueError(f"{params.path}: vision_chunk_size {size} makes {patches} patches; the shards have positions for {positions}")
+        raise ValueError(
+            f"{params.path}: vision_chunk_size {size} makes {patches} patches; the shards have positions for {positions}"
+        )
     crossed = [layer + place for place, layer in enumerate(sorted(fusion))]
     config = MllamaConfig(
-        text_config=MllamaTextConfig(**text | {"num_hidden_layers": layers + len(crossed)}, cross_attention_layers=crossed).to_dict(),
+        text_config=MllamaTextConfig(
+            **text | {"num_hidden_layers": layers + len(crossed)}, cross_attention_layers=crossed
+        ).to_dict(),
         vision_config=MllamaVisionConfig(
             **VISION,
             image_size=size,
             vision_output_dim=states * width,
             max_num_tiles=tiles,
-            supported_aspect_ratios=[[h, w] for h in range(1, tiles + 1) for w in range(1, tiles + 1) if h * w <= tiles],
+            supported_aspect_ratios=[
+                [h, w] for h in range(1, tiles + 1) for w in range(1, tiles + 1) if h * w <= tiles
+            ],
         ).to_dict(),
         image_token_index=text["vocab_size"],  # the first of the new rows
     )
@@ -102,7 +129,9 @@ def _open_vision(params: "_Params", text: dict[str, Any], source: "MetaSource") 
 
 
 def _fusion(self_layers: int, cross_layers: int) -> range:
-    """Meta's schedule, from the last one on: the self-attention layers that a cross-attention layer stands before, evenly spread."""
+    """Meta's schedule, from the last one on: the self-attention layers that a cross-attention layer
+    stands before, evenly spread.
+    """
     return range(self_layers - 1, -1, -math.ceil(self_layers / cross_layers))[:cross_layers]
 
 
@@ -111,7 +140,9 @@ def _text_arguments(params: "_Params") -> dict[str, Any]:
     dim, layers, heads = (params.count(name) for name in ("dim", "n_layers", "n_heads"))
     kv_heads, vocabulary = params.count("n_kv_heads", heads), params.count("vocab_size")
     if dim % (2 * heads) or heads % kv_heads:
-        raise ValueError(f"{params.path}: dim {dim}, n_heads {heads} and n_kv_heads {kv_heads} do not divide one another")
+        raise ValueError(
+            f"{params.path}: dim {dim}, n_heads {heads} and n_kv_heads {kv_heads} do not divide one another"
+        )
     rope = {"rope_type": "default", "rope_theta": params.number("rope_theta")}
     scaled = params.content.get("use_scaled_rope", False)
     if not isinstance(scaled, bool):
@@ -143,12 +174,18 @@ def _text_arguments(params: "_Params") -> dict[str, Any]:
 
 
 def _special_ids(vocabulary: int) -> dict[str, Any]:
-    """Meta's special tokens as a config has them; none where the vocabulary has no room for them beside the single bytes."""
+    """Meta's special tokens as a config has them; none where the vocabulary has no room for them
+    beside the single bytes.
+    """
     if vocabulary < 256 + _SPECIAL:
         return {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
     first = vocabulary - _SPECIAL
     # Meta stops at end of text, end of message and end of turn, whatever the model.
-    return {"bos_token_id": first, "eos_token_id": [first + 1, first + 8, first + 9], "pad_token_id": first + 4}
+    return {
+        "bos_token_id": first,
+        "eos_token_id": [first + 1, first + 8, first + 9],
+        "pad_token_id": first + 4,
+    }
 
 
 def _generation(config: LlamaConfig | MllamaTextConfig) -> dict[str, Any] | None:
@@ -168,7 +205,12 @@ def _text_shapes(prefix: str, text: dict[str, Any]) -> dict[str, tuple[int | Non
     }
 
 
-def _check_fit(path: Path, headers: Mapping[str, Header], shapes: dict[str, tuple[int | None, ...]], counts: dict[str, int]) -> None:
+def _check_fit(
+    path: Path,
+    headers: Mapping[str, Header],
+    shapes: dict[str, tuple[int | None, ...]],
+    counts: dict[str, int],
+) -> None:
     """Before anything of the sizes that params.json gives is built: the shards must have them.
 
     Args:
@@ -180,14 +222,20 @@ def _check_fit(path: Path, headers: Mapping[str, Header], shapes: dict[str, tupl
         found = headers[name].shape if name in headers else None
         if found is None:
             wrong.append(f"there is no {name}")
-        elif len(found) != len(shape) or any(size not in (None, given) for size, given in zip(shape, found, strict=True)):
+        elif len(found) != len(shape) or any(
+            size not in (None, given) for size, given in zip(shape, found, strict=True)
+        ):
             wrong.append(f"{name} is {list(found)}, not {str(list(shape)).replace('None', 'any')}")
     for stem, count in counts.items():
-        numbers = {name[len(stem) + 1 :].split(".")[0] for name in headers if name.startswith(f"{stem}.")}
+        numbers = {
+            name[len(stem) + 1 :].split(".")[0] for name in headers if name.startswith(f"{stem}.")
+        }
         if len(numbers) != count:
             wrong.append(f"there are {len(numbers)} {stem}, not {count}")
     if wrong:
-        raise ValueError(f"{path} and the shards beside it do not fit each other: {'; '.join(wrong)}")
+        raise ValueError(
+            f"{path} and the shards beside it do not fit each other: {'; '.join(wrong)}"
+        )
 
 
 class _Params:
@@ -207,17 +255,27 @@ class _Params:
         return self.content.get("vision_chunk_size", -1) != -1
 
     def count(self, name: str, default: int | None = None) -> int:
-        """A whole number of at least 1. Raises ValueError for another thing, and for none without a default."""
+        """A whole number of at least 1. Raises ValueError for another thing, and for none without a
+        default.
+        """
         value = self._get(name, default)
         if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= _LARGEST:
-            raise ValueError(f"{self.path}: {name} must be a whole number from 1 to {_LARGEST}, got {str(value)[:40]!r}")
+            raise ValueError(
+                f"{self.path}: {name} must be a whole number from 1 to {_LARGEST}, got {str(value)[:40]!r}"
+            )
         return value
 
     def number(self, name: str) -> float:
         """A number above 0. Raises ValueError for another thing, and for none."""
         value = self._get(name, None)
-        if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value <= _LARGEST:
-            raise ValueError(f"{self.path}: {name} must be a number above 0 and at most {_LARGEST}, got {str(value)[:40]!r}")
+        if (
+            not isinstance(value, (int, float))
+            or isinstance(value, bool)
+            or not 0 < value <= _LARGEST
+        ):
+            raise ValueError(
+                f"{self.path}: {name} must be a number above 0 and at most {_LARGEST}, got {str(value)[:40]!r}"
+            )
         return float(value)
 
     def _get(self, name: str, default: int | None) -> Any:

@@ -1,4 +1,6 @@
-"""The tensors of Meta's consolidated.*.pth, parallel shards put together. Only plain tensors are read from these pickles."""
+"""The tensors of Meta's consolidated.*.pth, parallel shards put together. Only plain tensors are
+read from these pickles.
+"""
 
 import re
 import zipfile
@@ -12,19 +14,31 @@ import torch
 from mllama.checkpoints.files import find_inside, listing
 from mllama.checkpoints.sources import Header
 
-_MAPPED = 2**26  # bytes read from a mapping before it is given back, or a 32nd of the files: mapping them again reads their pickles
+_MAPPED = (
+    2**26
+    # bytes read from a mapping before it is given back, or a 32nd of the files: mapping them again
+    # reads their pickles
+)
 
-# The axis along which Meta's parallel layers cut a tensor; the tensors of no pattern are whole in every shard.
+# The axis along which Meta's parallel layers cut a tensor; the tensors of no pattern are whole in
+# every shard.
 _CUT = (
-    (0, re.compile(r"(.*\.)?(w[qkv13]|c_fc|_linear|vision_projection|output|tok_embeddings|learnable_embedding)\.(weight|bias)")),
+    (
+        0,
+        re.compile(
+            r"(.*\.)?(w[qkv13]|c_fc|_linear|vision_projection|output|tok_embeddings|learnable_embedding)\.(weight|bias)"
+        ),
+    ),
     (1, re.compile(r"(.*\.)?(wo|w2|c_proj)\.weight")),
 )
 
 
 class MetaSource:
-    """The tensors of consolidated.*.pth; of parallel shards the parts are put together, one tensor at a time.
+    """The tensors of consolidated.*.pth; of parallel shards the parts are put together, one tensor
+    at a time.
 
-    Only plain tensors are read from the pickles in these files; whatever else they hold is refused and never tried another way.
+    Only plain tensors are read from the pickles in these files; whatever else they hold is refused
+    and never tried another way.
     """
 
     def __init__(self, where: str, paths: Sequence[Path]):
@@ -40,11 +54,26 @@ class MetaSource:
         self.mapped = len(paths) == 1  # parts are put together in memory of their own
         self._paths = tuple(paths)
         self._open: dict[Path, dict[str, torch.Tensor]] = {}
-        self._read, self._keep = 0, max(_MAPPED, sum(path.stat().st_size for path in self._paths) // 32)
-        shards = [{name: Header(tuple(part.shape), part.dtype) for name, part in self._parts(path).items()} for path in self._paths]
+        self._read, self._keep = (
+            0,
+            max(_MAPPED, sum(path.stat().st_size for path in self._paths) // 32),
+        )
+        shards = [
+            {
+                name: Header(tuple(part.shape), part.dtype)
+                for name, part in self._parts(path).items()
+            }
+            for path in self._paths
+        ]
         for path, headers in zip(self._paths[1:], shards[1:], strict=True):
-            if other := sorted(name for name in headers.keys() | shards[0].keys() if headers.get(name) != shards[0].get(name)):
-                raise ValueError(f"{path} is no part of the same model as {self._paths[0].name}: they differ in {listing(other)}")
+            if other := sorted(
+                name
+                for name in headers.keys() | shards[0].keys()
+                if headers.get(name) != shards[0].get(name)
+            ):
+                raise ValueError(
+                    f"{path} is no part of the same model as {self._paths[0].name}: they differ in {listing(other)}"
+                )
         self._headers = {name: self._whole(name, header) for name, header in shards[0].items()}
 
     def headers(self) -> dict[str, Header]:
@@ -52,10 +81,21 @@ class MetaSource:
         return self._headers
 
     def read(self, name: str) -> torch.Tensor:
-        """One tensor: of a single file a view of its mapping, which is given back now and then; else a tensor of its own."""
+        """One tensor: of a single file a view of its mapping, which is given back now and then;
+        else a tensor of its own.
+        """
         axis = _axis(name)
-        parts = [self._parts(path)[name] for path in (self._paths if axis is not None else self._paths[:1])]
-        tensor = torch.cat(parts, axis) if len(parts) > 1 else parts[0] if self.mapped else parts[0].clone()
+        parts = [
+            self._parts(path)[name]
+            for path in (self._paths if axis is not None else self._paths[:1])
+        ]
+        tensor = (
+            torch.cat(parts, axis)
+            if len(parts) > 1
+            else parts[0]
+            if self.mapped
+            else parts[0].clone()
+        )
         self._read += tensor.nbytes
         if self._read > self._keep:
             self.close()
@@ -66,7 +106,9 @@ class MetaSource:
         if self._headers[name] != self._headers[other]:
             return False
         pairs = ((self._parts(path)[name], self._parts(path)[other]) for path in self._paths)
-        equal = all(torch.equal(one[:1], two[:1]) and torch.equal(one, two) for one, two in pairs)  # most differ in the first row
+        equal = all(
+            torch.equal(one[:1], two[:1]) and torch.equal(one, two) for one, two in pairs
+        )  # most differ in the first row
         self.close()
         return equal
 
@@ -87,7 +129,10 @@ class MetaSource:
 
     def _whole(self, name: str, part: Header) -> Header:
         axis = _axis(name)
-        shape = [size * len(self._paths) if place == axis else size for place, size in enumerate(part.shape)]
+        shape = [
+            size * len(self._paths) if place == axis else size
+            for place, size in enumerate(part.shape)
+        ]
         return Header(tuple(shape), part.dtype)
 
 
@@ -116,7 +161,8 @@ def _load(path: Path) -> dict[str, torch.Tensor]:
     """The tensors of a .pth, mapped.
 
     Raises:
-        ValueError: it is no archive of torch.save's, holds something else than tensors by name, or more of them than its size has room for.
+        ValueError: it is no archive of torch.save's, holds something else than tensors by name, or
+            more of them than its size has room for.
     """
     try:
         with zipfile.ZipFile(path) as archive:
@@ -125,16 +171,30 @@ def _load(path: Path) -> dict[str, torch.Tensor]:
         content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     except UnpicklingError as error:
         found = re.search(r"GLOBAL (?!was )(\S+)", str(error))
-        raise ValueError(f"{path} holds something else than tensors{f' ({found[1]})' if found else ''}, and is not read") from error
+        raise ValueError(
+            f"{path} holds something else than tensors{f' ({found[1]})' if found else ''}, and is not read"
+        ) from error
     except Exception as error:  # of a broken file anything may come
         raise ValueError(f"{path} is no archive that torch.save wrote: {error}") from error
-    if not isinstance(content, dict) or not all(isinstance(name, str) and _is_plain(value) for name, value in content.items()):
+    if not isinstance(content, dict) or not all(
+        isinstance(name, str) and _is_plain(value) for name, value in content.items()
+    ):
         raise ValueError(f"{path} must hold dense tensors by their names, and nothing else")
-    # Two names may share their memory, as tied tensors do; many could fill any memory from a small file.
-    if sum(tensor.nbytes for name, tensor in content.items() if not name.endswith("output.weight")) > path.stat().st_size:
-        raise ValueError(f"{path} claims more tensors than its {path.stat().st_size} bytes can hold")
+    # Two names may share their memory, as tied tensors do; many could fill any memory from a small
+    # file.
+    if (
+        sum(tensor.nbytes for name, tensor in content.items() if not name.endswith("output.weight"))
+        > path.stat().st_size
+    ):
+        raise ValueError(
+            f"{path} claims more tensors than its {path.stat().st_size} bytes can hold"
+        )
     return {name: tensor.detach() for name, tensor in content.items()}
 
 
 def _is_plain(value: Any) -> bool:
-    return isinstance(value, torch.Tensor) and value.layout == torch.strided and value.device.type == "cpu"
+    return (
+        isinstance(value, torch.Tensor)
+        and value.layout == torch.strided
+        and value.device.type == "cpu"
+    )

@@ -12,7 +12,11 @@ from mllama.checkpoints.formats import Format
 # `also`: the names in transformers 5's memory.
 TABLE = (
     Rename("vision_tower.*", "vision_model.*", also=("model.vision_model.*",)),
-    Rename("multi_modal_projector.linear.*", "multi_modal_projector.*", also=("model.multi_modal_projector.*",)),
+    Rename(
+        "multi_modal_projector.linear.*",
+        "multi_modal_projector.*",
+        also=("model.multi_modal_projector.*",),
+    ),
     Rename("language_model.*", "language_model.model.*", also=("model.language_model.*",)),
     Rename("lm_head.weight", "language_model.lm_head.weight", also=("lm_head.weight",)),
 )
@@ -20,7 +24,11 @@ TABLE = (
 
 def from_file(content: dict[str, Any]) -> MllamaConfig:
     """Raises ValueError for what cannot be."""
-    return build(MllamaConfig, content, {"vision_config": (MllamaVisionConfig,), "text_config": (MllamaTextConfig,)})
+    return build(
+        MllamaConfig,
+        content,
+        {"vision_config": (MllamaVisionConfig,), "text_config": (MllamaTextConfig,)},
+    )
 
 
 def to_file(config: MllamaConfig) -> dict[str, Any]:

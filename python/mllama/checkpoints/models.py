@@ -1,4 +1,6 @@
-"""Models from checkpoints and back: laid out on the meta device, filled one tensor at a time, written whole or not at all."""
+"""Models from checkpoints and back: laid out on the meta device, filled one tensor at a time,
+written whole or not at all.
+"""
 
 import os
 from collections.abc import Iterable, Mapping
@@ -14,7 +16,15 @@ from mllama.checkpoints.devices import Placement, dtype_named
 from mllama.checkpoints.engine import Table, plan, to_file
 from mllama.checkpoints.files import CONFIG, listing, save_weights, write_folder, write_json
 from mllama.checkpoints.formats import Opened
-from mllama.checkpoints.loading import Report, both_ways, check_complete, check_plain, common_dtype, load_weights, match
+from mllama.checkpoints.loading import (
+    Report,
+    both_ways,
+    check_complete,
+    check_plain,
+    common_dtype,
+    load_weights,
+    match,
+)
 from mllama.checkpoints.opening import FORMATS, GENERATION, open_checkpoint
 from mllama.config import check_names
 from mllama.nn.wrappers import plain_key
@@ -33,22 +43,25 @@ def load_model(
     fields: dict[str, Any] | None = None,
     **class_kwargs: Any,
 ) -> PreTrainedModel:
-    """Build a model from a folder or file, in eval mode. It is laid out on the meta device first, so memory holds its weights once.
+    """Build a model from a folder or file, in eval mode. It is laid out on the meta device first,
+    so memory holds its weights once.
 
     Args:
         model_class: what to build.
-        folder: what `open_checkpoint` takes. The headers of its files are read first: they bound what is built.
+        folder: what `open_checkpoint` takes. The headers of its files are read first: they bound
+            what is built.
         config: takes the place of the folder's.
-        dtype: "auto" is the files' own (the one most of their elements have); or float32, bfloat16, float16.
-        device: where the weights go: one device; or what accelerate spreads a model over: "auto", "balanced", "balanced_low_0",
-            "sequential", or {module: device}.
+        dtype: "auto" is the files' own (the one most of their elements have); or float32, bfloat16,
+            float16.
+        device: where the weights go: one device; or what accelerate spreads a model over: "auto",
+            "balanced", "balanced_low_0", "sequential", or {module: device}.
         fields: of the config, that take the place of what it says.
         class_kwargs: further arguments of the class's constructor.
 
     Raises:
         FileNotFoundError: no such folder, no config.json, no weights.
-        ValueError: an unknown model_type, a broken file, a config that cannot be, weights that do not fit (every name in one error), a
-            dtype or device that is none.
+        ValueError: an unknown model_type, a broken file, a config that cannot be, weights that do
+            not fit (every name in one error), a dtype or device that is none.
         TypeError: a config of another kind, or a field that it has not.
         ImportError: the weights shall be spread over devices, and accelerate is not installed.
     """
@@ -77,8 +90,12 @@ def load_opened(
     placement.settle(model, dtype)
     tied = model.get_expanded_tied_weights_keys()
     report = load_weights(model, opened.source, opened.table, dtype, placement.of, tied, strict)
-    if opened.changed():  # shards are opened one after the other: some would be of one model, some of another
-        raise ValueError(f"the weights in {where} were written anew while they were read: load them again")
+    if (
+        opened.changed()
+    ):  # shards are opened one after the other: some would be of one model, some of another
+        raise ValueError(
+            f"the weights in {where} were written anew while they were read: load them again"
+        )
     model.tie_weights(recompute_mapping=False)
     model.config.dtype = dtype or report.dtype
     if opened.generation is not None and model.can_generate():
@@ -86,7 +103,9 @@ def load_opened(
     return placement.dispatch(model.eval()), report
 
 
-def lay_out(model_class: type[PreTrainedModel], opened: Opened, **class_kwargs: Any) -> PreTrainedModel:
+def lay_out(
+    model_class: type[PreTrainedModel], opened: Opened, **class_kwargs: Any
+) -> PreTrainedModel:
     """The model that opened files are of, on the meta device: names and shapes without values.
 
     Raises:
@@ -96,8 +115,13 @@ def lay_out(model_class: type[PreTrainedModel], opened: Opened, **class_kwargs: 
     try:
         with torch.device("meta"):
             return model_class(opened.config, **class_kwargs)
-    except (RuntimeError, OverflowError) as error:  # of sizes that are each in range, whose product is not
-        raise ValueError(f"{opened.source.where}: no model of these sizes can be laid out: {error}") from error
+    except (
+        RuntimeError,
+        OverflowError,
+    ) as error:  # of sizes that are each in range, whose product is not
+        raise ValueError(
+            f"{opened.source.where}: no model of these sizes can be laid out: {error}"
+        ) from error
 
 
 def survey(model_class: type[PreTrainedModel], opened: Opened) -> tuple[PreTrainedModel, Report]:
@@ -107,7 +131,12 @@ def survey(model_class: type[PreTrainedModel], opened: Opened) -> tuple[PreTrain
         ValueError: as `lay_out`.
     """
     model = lay_out(model_class, opened)
-    return model, match(model.state_dict(), opened.source.headers(), opened.table, model.get_expanded_tied_weights_keys())
+    return model, match(
+        model.state_dict(),
+        opened.source.headers(),
+        opened.table,
+        model.get_expanded_tied_weights_keys(),
+    )
 
 
 def check_layers(opened: Opened) -> None:
@@ -122,7 +151,9 @@ def check_layers(opened: Opened) -> None:
         for name in _COUNTS:
             count = getattr(owner, name, 0)
             if count > tensors:
-                raise ValueError(f"{where}: {part or 'config'}: {name} is {count}, the weights hold {tensors} tensors in all")
+                raise ValueError(
+                    f"{where}: {part or 'config'}: {name} is {count}, the weights hold {tensors} tensors in all"
+                )
 
 
 def _generation_config(where: str, content: dict[str, Any]) -> GenerationConfig:
@@ -131,7 +162,8 @@ def _generation_config(where: str, content: dict[str, Any]) -> GenerationConfig:
     try:
         generation_config = GenerationConfig.from_dict(content)
         generation_config.validate()
-        # As transformers marks what it has read: saved unchanged it is written as it came, though it may set what sampling alone takes.
+        # As transformers marks what it has read: saved unchanged it is written as it came, though
+        # it may set what sampling alone takes.
         generation_config._original_object_hash = hash(generation_config)
     except (ValueError, TypeError, AttributeError, KeyError, OverflowError) as error:
         raise ValueError(f"{where}: {GENERATION}: {error}") from error
@@ -139,7 +171,10 @@ def _generation_config(where: str, content: dict[str, Any]) -> GenerationConfig:
 
 
 def save_model(
-    model: PreTrainedModel, folder: str | os.PathLike, state_dict: dict[str, torch.Tensor] | None = None, max_shard_size: int | str = "5GB"
+    model: PreTrainedModel,
+    folder: str | os.PathLike,
+    state_dict: dict[str, torch.Tensor] | None = None,
+    max_shard_size: int | str = "5GB",
 ) -> None:
     """Write a model's config, generation config and weights, whole or not at all.
 
@@ -147,11 +182,13 @@ def save_model(
         model: what to write.
         folder: made if absent. Other files in it stay.
         state_dict: takes the place of the model's own; it must have all of its names.
-        max_shard_size: bytes of one weight file, or text as "5GB"; more is written as shards and an index.
+        max_shard_size: bytes of one weight file, or text as "5GB"; more is written as shards and an
+            index.
 
     Raises:
-        ValueError: the config says another model than this one: other shapes, or a tied head that is none. `state_dict` lacks a tensor
-            of the model or has one it does not know: `load_model` would refuse the folder. A model with LoRA layers.
+        ValueError: the config says another model than this one: other shapes, or a tied head that
+            is none. `state_dict` lacks a tensor of the model or has one it does not know:
+            `load_model` would refuse the folder. A model with LoRA layers.
     """
     own = _plain(model.state_dict())
     check_plain(own)
@@ -162,7 +199,10 @@ def save_model(
         state_dict = own
     else:
         check_complete(state_dict.keys(), own.keys() - tied.keys(), own.keys())
-    tensors = to_file(form.table(config), {name: tensor for name, tensor in state_dict.items() if name not in tied})
+    tensors = to_file(
+        form.table(config),
+        {name: tensor for name, tensor in state_dict.items() if name not in tied},
+    )
     dtype = str(common_dtype(tensors, model.dtype)).removeprefix("torch.")
     content = form.to_file(config) | {"transformers_version": __version__, "torch_dtype": dtype}
     content.pop("dtype", None)
@@ -178,14 +218,21 @@ def save_model(
 
 
 def own_names(config: PretrainedConfig, names: Iterable[str]) -> dict[str, str]:
-    """The model's names of tensors by those that files have, or transformers' classes in memory. Names that no row knows are left out, and
-    what is put together of several tensors."""
+    """The model's names of tensors by those that files have, or transformers' classes in memory.
+    Names that no row knows are left out, and what is put together of several tensors."""
     moves, _, _ = plan(FORMATS[config.model_type].table(config), names)
     single = [move for move in moves if len(move.theirs) == len(move.ours) == 1]
-    return {theirs: ours for move in single for theirs, ours in zip(move.theirs, move.ours, strict=True) if theirs is not None}
+    return {
+        theirs: ours
+        for move in single
+        for theirs, ours in zip(move.theirs, move.ours, strict=True)
+        if theirs is not None
+    }
 
 
-def _check_readable(model: PreTrainedModel, config: PretrainedConfig, state_dict: dict[str, torch.Tensor]) -> None:
+def _check_readable(
+    model: PreTrainedModel, config: PretrainedConfig, state_dict: dict[str, torch.Tensor]
+) -> None:
     """Refuse to write a folder that would be read as another model.
 
     Args:
@@ -194,9 +241,12 @@ def _check_readable(model: PreTrainedModel, config: PretrainedConfig, state_dict
         state_dict: what is written, by the model's names.
 
     Raises:
-        ValueError: names every tensor of another shape, and one that the config ties and that has values of its own.
+        ValueError: names every tensor of another shape, and one that the config ties and that has
+            values of its own.
     """
-    kind = next(kind for kind in type(model).__mro__ if kind.__module__.partition(".")[0] == "mllama")
+    kind = next(
+        kind for kind in type(model).__mro__ if kind.__module__.partition(".")[0] == "mllama"
+    )
     with torch.device("meta"):
         reader = kind(config)
     tied = reader.get_expanded_tied_weights_keys()
@@ -208,7 +258,9 @@ def _check_readable(model: PreTrainedModel, config: PretrainedConfig, state_dict
         if given.get(name) != read.get(name)
     ]
     if unlike:
-        raise ValueError(f"the config does not say this model, and the folder could not be read: {listing(unlike)}")
+        raise ValueError(
+            f"the config does not say this model, and the folder could not be read: {listing(unlike)}"
+        )
     for name, other in tied.items():
         if name in state_dict and not _same(state_dict[name], state_dict[other]):
             raise ValueError(
@@ -227,22 +279,39 @@ def _plain(named: dict[str, Any]) -> dict[str, Any]:
     return {plain_key(name): value for name, value in named.items()}
 
 
-def translate_state_dict(model: PreTrainedModel, state_dict: Mapping[str, torch.Tensor], older: Table = ()) -> dict[str, torch.Tensor]:
+def translate_state_dict(
+    model: PreTrainedModel, state_dict: Mapping[str, torch.Tensor], older: Table = ()
+) -> dict[str, torch.Tensor]:
     """A state dict with the files' names brought to the model's, tied tensors in both their places.
 
-    A name that neither knows stays, for `load_state_dict` to report. Wrappers of layers have no part in the names.
+    A name that neither knows stays, for `load_state_dict` to report. Wrappers of layers have no
+    part in the names.
 
     Args:
         model: whose names are wanted.
         state_dict: under either's.
         older: rows that come before those of the model's format.
     """
-    own, table = _plain(model.state_dict()).keys(), (*older, *FORMATS[model.config.model_type].table(model.config))
+    own, table = (
+        _plain(model.state_dict()).keys(),
+        (*older, *FORMATS[model.config.model_type].table(model.config)),
+    )
     moves, unknown, _ = plan(table, [name for name in state_dict if name not in own])
-    translated = {name: tensor for name, tensor in state_dict.items() if name in own or name in unknown}
+    translated = {
+        name: tensor for name, tensor in state_dict.items() if name in own or name in unknown
+    }
     for move in moves:
         given = {name: state_dict[name] for name in move.theirs if name is not None}
         whole = len(given) == len(move.theirs)
-        translated |= zip(move.ours, move.row.read(list(given.values())), strict=True) if whole else given
-    tied = both_ways({name: plain_key(other) for name, other in _plain(model.get_expanded_tied_weights_keys()).items()})
-    return {name: translated[other] for name, other in tied.items() if other in translated} | translated
+        translated |= (
+            zip(move.ours, move.row.read(list(given.values())), strict=True) if whole else given
+        )
+    tied = both_ways(
+        {
+            name: plain_key(other)
+            for name, other in _plain(model.get_expanded_tied_weights_keys()).items()
+        }
+    )
+    return {
+        name: translated[other] for name, other in tied.items() if other in translated
+    } | translated

@@ -11,7 +11,11 @@ from mllama.checkpoints.formats import Format
 
 def from_file(content: dict[str, Any]) -> PaliGemmaConfig:
     """Raises ValueError for what cannot be: PaliGemma 2, whose decoder is a Gemma 2, among it."""
-    config = build(PaliGemmaConfig, content, {"vision_config": (SiglipVisionConfig,), "text_config": (GemmaConfig,)})
+    config = build(
+        PaliGemmaConfig,
+        content,
+        {"vision_config": (SiglipVisionConfig,), "text_config": (GemmaConfig,)},
+    )
     config.text_config.tie_word_embeddings = config.tie_word_embeddings
     return config
 

@@ -24,12 +24,25 @@ _NO_HEAD = (Drop("vision_model.head.*"), Drop("head.*"))
 
 
 def table(config: SiglipVisionConfig) -> Table:
-    """The rows of a vision model, with its pooling head where it has one. Transformers 5 leaves `vision_model.` out."""
+    """The rows of a vision model, with its pooling head where it has one. Transformers 5 leaves
+    `vision_model.` out.
+    """
     return (
         # What is no part of the vision model, and what is computed.
-        *(Drop(theirs) for theirs in ("text_model.*", "logit_scale", "logit_bias", "vision_model.embeddings.position_ids")),
+        *(
+            Drop(theirs)
+            for theirs in (
+                "text_model.*",
+                "logit_scale",
+                "logit_bias",
+                "vision_model.embeddings.position_ids",
+            )
+        ),
         *(_HEAD if config.vision_use_head else _NO_HEAD),
-        *(Rename(f"vision_tower.{part}.*", f"vision_model.{part}.*", also=(f"{part}.*",)) for part in _PARTS),
+        *(
+            Rename(f"vision_tower.{part}.*", f"vision_model.{part}.*", also=(f"{part}.*",))
+            for part in _PARTS
+        ),
     )
 
 
@@ -40,7 +53,11 @@ def from_file(content: dict[str, Any]) -> SiglipVisionConfig:
 
 def from_whole(content: dict[str, Any]) -> SiglipVisionConfig:
     """The vision part's config of a SigLIP with both towers. Raises ValueError for what cannot be."""
-    return build(SiglipConfig, content, {"vision_config": (SiglipVisionConfig,), "text_config": (SiglipTextConfig,)}).vision_config
+    return build(
+        SiglipConfig,
+        content,
+        {"vision_config": (SiglipVisionConfig,), "text_config": (SiglipTextConfig,)},
+    ).vision_config
 
 
 def to_file(config: SiglipVisionConfig) -> dict[str, Any]:

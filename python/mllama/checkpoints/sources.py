@@ -1,4 +1,6 @@
-"""Where tensors come from: names with shapes and types first, from headers alone; then one tensor at a time."""
+"""Where tensors come from: names with shapes and types first, from headers alone; then one tensor
+at a time.
+"""
 
 import os
 from dataclasses import dataclass
@@ -40,7 +42,8 @@ class Source(Protocol):
 
     Attributes:
         where: the files, for errors.
-        mapped: whether what `read` gives may be a view of the file's own pages; who keeps such a tensor copies it.
+        mapped: whether what `read` gives may be a view of the file's own pages; who keeps such a
+            tensor copies it.
     """
 
     where: str
@@ -88,14 +91,17 @@ class SafetensorsSource:
                 for name in file.offset_keys():  # as they lie in the file
                     header = file.get_slice(name)
                     if header.get_dtype() not in _TYPES:
-                        raise ValueError(f"{path}: {name} is of the type {header.get_dtype()}, which is not known")
+                        raise ValueError(
+                            f"{path}: {name} is of the type {header.get_dtype()}, which is not known"
+                        )
                     found[name] = Header(tuple(header.get_shape()), _TYPES[header.get_dtype()])
         return found
 
     def read(self, name: str) -> torch.Tensor:
         """One tensor: a view of the mapped file.
 
-        The mapping is given back now and then, so that the pages of tensors that are done with do not stay in memory.
+        The mapping is given back now and then, so that the pages of tensors that are done with do
+        not stay in memory.
         """
         path = self._files[name]
         if self._open is None or self._open[0] != path or self._read > _MAPPED:
@@ -119,35 +125,56 @@ class SafetensorsSource:
 def open_safetensors(folder: str | Path) -> SafetensorsSource:
     """The safetensors weights of a folder: the single file, or the shards that the index names.
 
-    The index and every file must agree on which tensor is where; no file outside the folder is opened.
+    The index and every file must agree on which tensor is where; no file outside the folder is
+    opened.
 
     Raises:
         FileNotFoundError: no weights, or a shard that is not there.
-        ValueError: a broken file; an index that names files outside the folder or disagrees with its files.
+        ValueError: a broken file; an index that names files outside the folder or disagrees with
+            its files.
     """
     folder = Path(folder)
     if (folder / WEIGHTS).is_file():
         path = find_inside(folder, WEIGHTS)
         return SafetensorsSource(str(folder), dict.fromkeys(_names(path), path))
     if not (folder / INDEX).is_file():
-        pickled = [path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in sorted(folder.glob(pattern))]
+        pickled = [
+            path.name
+            for pattern in ("*.bin", "*.pt", "*.pth")
+            for path in sorted(folder.glob(pattern))
+        ]
         ggufs = [path.name for path in sorted(folder.glob("*.gguf"))]
-        hint = f"; {pickled[0]} is a pickle, which is never opened: convert it to safetensors" if pickled else ""
+        hint = (
+            f"; {pickled[0]} is a pickle, which is never opened: convert it to safetensors"
+            if pickled
+            else ""
+        )
         hint = f"; to load {ggufs[0]}, give its own path" if ggufs else hint
         raise FileNotFoundError(f"{folder} holds neither {WEIGHTS} nor {INDEX}{hint}")
     index = find_inside(folder, INDEX)
     weight_map = read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
+    if not isinstance(weight_map, dict) or not all(
+        isinstance(shard, str) for shard in weight_map.values()
+    ):
         raise ValueError(f"{index}: weight_map must be an object of tensor names and file names")
     found: dict[str, Path] = {}
     for shard in sorted(set(weight_map.values())):
-        plain = shard == os.path.basename(shard) and "\\" not in shard and shard.isprintable() and len(shard.encode()) < 256
+        plain = (
+            shard == os.path.basename(shard)
+            and "\\" not in shard
+            and shard.isprintable()
+            and len(shard.encode()) < 256
+        )
         if not plain or not shard.endswith(".safetensors"):
-            raise ValueError(f"{index}: {shard!r} is not the name of a safetensors file inside the folder")
+            raise ValueError(
+                f"{index}: {shard!r} is not the name of a safetensors file inside the folder"
+            )
         path = find_inside(folder, shard)
         for name in _names(path):
             if weight_map.get(name) != shard:
-                raise ValueError(f"{path} holds {name!r}, which {INDEX} places in {listing([weight_map.get(name, 'no file')])}")
+                raise ValueError(
+                    f"{path} holds {name!r}, which {INDEX} places in {listing([weight_map.get(name, 'no file')])}"
+                )
             found[name] = path
     if absent := sorted(weight_map.keys() - found.keys()):
         raise ValueError(f"{index} names tensors that its files do not hold: {listing(absent)}")

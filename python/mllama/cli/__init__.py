@@ -1,7 +1,9 @@
-"""The command line: `mllama --help` lists the commands, each a module of its name. Nothing but argparse is imported until one runs.
+"""The command line: `mllama --help` lists the commands, each a module of its name. Nothing but
+argparse is imported until one runs.
 
-Exit codes: 0; 1 where `inspect` or `verify` found something wrong; 2 where something given cannot be used or fails, with one line on
-stderr; 130 after Ctrl-C; 141 where nobody reads the output. With MLLAMA_TRACEBACK=1 an error is raised, not told.
+Exit codes: 0; 1 where `inspect` or `verify` found something wrong; 2 where something given cannot
+be used or fails, with one line on stderr; 130 after Ctrl-C; 141 where nobody reads the output. With
+MLLAMA_TRACEBACK=1 an error is raised, not told.
 """
 
 import importlib
@@ -28,13 +30,16 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def run_told(work: Callable[[], int | None]) -> int:
-    """Run `work` as a command is run: what it raises is told in one line; returns the exit code, which is `work`'s where it ends well."""
+    """Run `work` as a command is run: what it raises is told in one line; returns the exit code,
+    which is `work`'s where it ends well.
+    """
     try:
         _open_streams()
         try:
             return work() or 0
         finally:
-            sys.stdout.flush()  # here, where it may fail: in the interpreter's last moments it would be noise
+            # here, where it may fail: in the interpreter's last moments it would be noise
+            sys.stdout.flush()
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:
@@ -48,14 +53,21 @@ def run_told(work: Callable[[], int | None]) -> int:
 
 
 def complain(error: Exception) -> None:
-    """Tell of an error in one line on stderr; with its type where it is not of the kinds that are raised to be read by users."""
+    """Tell of an error in one line on stderr; with its type where it is not of the kinds that are
+    raised to be read by users.
+    """
     told = isinstance(error, (OSError, ValueError, OpsUnavailable)) and str(error)
     text = " ".join((str(error) if told else f"{type(error).__name__}: {error}").split())
-    print(f"mllama: error: {text[:_LONGEST_ERROR]}{' ...' * (len(text) > _LONGEST_ERROR)}", file=sys.stderr)
+    print(
+        f"mllama: error: {text[:_LONGEST_ERROR]}{' ...' * (len(text) > _LONGEST_ERROR)}",
+        file=sys.stderr,
+    )
 
 
 def _open_streams() -> None:
-    """Without stderr errors go nowhere; without stdout there is nothing to do; what stdout cannot encode it escapes."""
+    """Without stderr errors go nowhere; without stdout there is nothing to do; what stdout cannot
+    encode it escapes.
+    """
     if sys.stderr is None:  # so Python has it where it was closed
         sys.stderr = open(os.devnull, "w")  # noqa: SIM115
     if sys.stdout is None:
@@ -65,7 +77,9 @@ def _open_streams() -> None:
 
 
 def quieten() -> None:
-    """Warnings of the libraries underneath are for their developers; progress bars are for terminals."""
+    """Warnings of the libraries underneath are for their developers; progress bars are for
+    terminals.
+    """
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     if not sys.warnoptions:
         warnings.simplefilter("ignore")

@@ -1,4 +1,6 @@
-"""What `ask`, `chat` and `generate` share: the model their options name, images, and answers written while they are generated."""
+"""What `ask`, `chat` and `generate` share: the model their options name, images, and answers
+written while they are generated.
+"""
 
 import argparse
 import contextlib
@@ -19,12 +21,20 @@ from mllama.processing.image import load_picture
 
 
 def load_model(arguments: argparse.Namespace):
-    """(model, processor, generate's options) as the command line says. `say_loaded` is left to the caller, after its last check."""
+    """(model, processor, generate's options) as the command line says. `say_loaded` is left to the
+    caller, after its last check.
+    """
     options = sampling(arguments)
     check_reference(arguments)
     more = {} if arguments.adapter is None else {"adapter": arguments.adapter}
     with working("loading the model"):
-        model, processor = load_quietly(arguments.model, arguments.dtype, arguments.device, arguments.reference or "meta", **more)
+        model, processor = load_quietly(
+            arguments.model,
+            arguments.dtype,
+            arguments.device,
+            arguments.reference or "meta",
+            **more,
+        )
     check_answers(model)
     return model, processor, options
 
@@ -47,7 +57,9 @@ def refuse_meta(family: str) -> None:
         ValueError: the family is another.
     """
     if family != "mllama":
-        raise ValueError(f"--reference meta is of Llama-3.2-Vision alone; this model is a {family}, and computed as transformers does")
+        raise ValueError(
+            f"--reference meta is of Llama-3.2-Vision alone; this model is a {family}, and computed as transformers does"
+        )
 
 
 def sampling(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -56,16 +68,27 @@ def sampling(arguments: argparse.Namespace) -> dict[str, Any]:
     Raises:
         ValueError: an option that would change nothing beside the others.
     """
-    options = {name: getattr(arguments, name) for name in ("max_new_tokens", "temperature", "top_p", "top_k")}
-    wanted = [name for name, neutral in (("top_p", 1), ("top_k", 0)) if options[name] not in (None, neutral)]
+    options = {
+        name: getattr(arguments, name)
+        for name in ("max_new_tokens", "temperature", "top_p", "top_k")
+    }
+    wanted = [
+        name
+        for name, neutral in (("top_p", 1), ("top_k", 0))
+        if options[name] not in (None, neutral)
+    ]
     if getattr(arguments, "do_sample", False):
         options["do_sample"] = True
         wanted.append("do_sample")
     if options["temperature"] == 0 and wanted:
-        raise ValueError(f"{_option(wanted[0])} has no effect beside --temperature 0, which takes the likeliest token")
+        raise ValueError(
+            f"{_option(wanted[0])} has no effect beside --temperature 0, which takes the likeliest token"
+        )
     if arguments.seed is not None:
         if not options["temperature"] and not wanted:
-            raise ValueError("--seed has no effect without sampling: give --temperature, --top-p or --top-k too")
+            raise ValueError(
+                "--seed has no effect without sampling: give --temperature, --top-p or --top-k too"
+            )
         torch.manual_seed(arguments.seed)
     return options
 
@@ -75,10 +98,15 @@ def _option(name: str) -> str:
 
 
 def read_images(arguments: argparse.Namespace, paths: list[str]) -> list[Image.Image]:
-    """The images of a command line, before the model: an error should not take its time. "-" is stdin."""
+    """The images of a command line, before the model: an error should not take its time. "-" is
+    stdin.
+    """
     if paths.count("-") > 1:
         raise ValueError("stdin, '-', can be read once")
-    return [load_picture(sys.stdin.buffer if path == "-" else path, arguments.allow_urls) for path in paths]
+    return [
+        load_picture(sys.stdin.buffer if path == "-" else path, arguments.allow_urls)
+        for path in paths
+    ]
 
 
 class Reply(NamedTuple):
@@ -91,7 +119,13 @@ class Reply(NamedTuple):
 
 
 def reply(
-    model, processor, inputs: Mapping, options: dict, begin: Callable[[], None] = lambda: None, show: bool = True, stoppable: bool = False
+    model,
+    processor,
+    inputs: Mapping,
+    options: dict,
+    begin: Callable[[], None] = lambda: None,
+    show: bool = True,
+    stoppable: bool = False,
 ) -> Reply:
     """Generate an answer, on stdout word by word.
 
@@ -110,9 +144,13 @@ def reply(
             begin()
 
         streamer = AnswerStreamer(processor, first, show)
-        beams = (model.generation_config.num_beams or 1) > 1  # the model's own setting; generate streams none of them
+        beams = (
+            model.generation_config.num_beams or 1
+        ) > 1  # the model's own setting; generate streams none of them
         try:
-            found = answer(model, processor, inputs, streamer=None if beams else streamer, **options)
+            found = answer(
+                model, processor, inputs, streamer=None if beams else streamer, **options
+            )
             if beams:
                 first()
                 if show:
@@ -126,7 +164,10 @@ def reply(
     end = time.perf_counter()
     if sys.stderr.isatty() and streamer.tokens > 1:
         speed = (tokens - 1) / max(end - streamer.first, 1e-9)
-        print(f"mllama: {tokens} tokens, {speed:.1f} tokens/s; {prompt} tokens read in {streamer.first - start:.2f} s", file=sys.stderr)
+        print(
+            f"mllama: {tokens} tokens, {speed:.1f} tokens/s; {prompt} tokens read in {streamer.first - start:.2f} s",
+            file=sys.stderr,
+        )
     return Reply(text, tokens, round(end - start, 3), stopped)
 
 
@@ -144,8 +185,12 @@ def facts(arguments: argparse.Namespace, model, said: Reply) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def working(what: str) -> Iterator[Callable[[], None]]:
-    """A line on stderr, where that is a terminal, that says what takes its time; gone at the end, or when what is yielded is called."""
-    line = tqdm(desc=f"mllama: {what} ...", bar_format="{desc}", leave=False, disable=None, file=sys.stderr)
+    """A line on stderr, where that is a terminal, that says what takes its time; gone at the end,
+    or when what is yielded is called.
+    """
+    line = tqdm(
+        desc=f"mllama: {what} ...", bar_format="{desc}", leave=False, disable=None, file=sys.stderr
+    )
     try:
         yield line.close
     finally:
@@ -162,7 +207,8 @@ class AnswerStreamer(TextStreamer):
 
     Args:
         processor: the model's.
-        begin: called once the first token is there: until then something may be refused, and its error shall be the one line on stderr.
+        begin: called once the first token is there: until then something may be refused, and its
+            error shall be the one line on stderr.
         show: False keeps the text to itself.
     """
 

@@ -22,9 +22,15 @@ class _Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
 
     def parse_known_args(self, args=None, namespace=None):
-        """Also takes `words` wherever options stand between them; argparse alone takes those of one place."""
+        """Also takes `words` wherever options stand between them; argparse alone takes those of one
+        place.
+        """
         found, rest = super().parse_known_args(args, namespace)
-        words = [word for word in rest if word == "-" or not word.startswith("-")] if hasattr(found, "words") else []
+        words = (
+            [word for word in rest if word == "-" or not word.startswith("-")]
+            if hasattr(found, "words")
+            else []
+        )
         if words:
             found.words = [*found.words, *words]
         return found, [word for word in rest if word not in words]
@@ -33,16 +39,31 @@ class _Parser(argparse.ArgumentParser):
 def build_parser() -> argparse.ArgumentParser:
     """The parser of all commands; what it returns has `command` and that command's arguments."""
     whole = "An error is one line; MLLAMA_TRACEBACK=1 in the environment shows it whole."
-    parser = _Parser(prog="mllama", description="Vision-language models of the Llama family: ask, chat, inspect, verify.", epilog=whole)
+    parser = _Parser(
+        prog="mllama",
+        description="Vision-language models of the Llama family: ask, chat, inspect, verify.",
+        epilog=whole,
+    )
     parser.add_argument("--version", action="version", version=f"mllama {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for add in (_add_ask, _add_chat, _add_generate, _add_download, _add_convert, _add_inspect, _add_verify, _add_info):
+    for add in (
+        _add_ask,
+        _add_chat,
+        _add_generate,
+        _add_download,
+        _add_convert,
+        _add_inspect,
+        _add_verify,
+        _add_info,
+    ):
         add(commands)
     return parser
 
 
 def _add_ask(commands) -> None:
-    parser = _command(commands, "ask", "answer one question about a picture, about several or without one")
+    parser = _command(
+        commands, "ask", "answer one question about a picture, about several or without one"
+    )
     parser.usage = "mllama ask [options] [PICTURE ...] QUESTION"
     parser.add_argument(
         "words",
@@ -55,8 +76,17 @@ def _add_ask(commands) -> None:
 
 
 def _add_chat(commands) -> None:
-    parser = _command(commands, "chat", "talk about a picture, or without one: a question a line; /help lists commands")
-    parser.add_argument("words", metavar="PICTURE", nargs="*", help="picture files; without one the talk is in text alone")
+    parser = _command(
+        commands,
+        "chat",
+        "talk about a picture, or without one: a question a line; /help lists commands",
+    )
+    parser.add_argument(
+        "words",
+        metavar="PICTURE",
+        nargs="*",
+        help="picture files; without one the talk is in text alone",
+    )
     _add_model(parser)
     _add_answering(parser, "print one JSON object a line for every answer")
 
@@ -65,30 +95,66 @@ def _add_generate(commands) -> None:
     parser = _command(commands, "generate", "go on from a prompt, with any number of pictures")
     which = parser.add_mutually_exclusive_group()
     _add_name(which)
-    which.add_argument("--size", choices=SIZES, help="Meta's instruct model of that size in place of --model")
-    parser.add_argument("--prompt", required=True, type=_text, metavar="TEXT", help="put through the chat template where there is one")
-    parser.add_argument("--image", action="append", default=[], metavar="FILE", help="a picture; may be given several times")
-    parser.add_argument("--raw", action="store_true", help="leave the chat template out")
-    parser.add_argument("--do-sample", action="store_true", help="sample, as the options below or the model's own settings say")
+    which.add_argument(
+        "--size", choices=SIZES, help="Meta's instruct model of that size in place of --model"
+    )
     parser.add_argument(
-        "--runtime", choices=("mllama", "transformers"), default="mllama", help="transformers: its own class on the same inputs, to compare"
+        "--prompt",
+        required=True,
+        type=_text,
+        metavar="TEXT",
+        help="put through the chat template where there is one",
+    )
+    parser.add_argument(
+        "--image",
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="a picture; may be given several times",
+    )
+    parser.add_argument("--raw", action="store_true", help="leave the chat template out")
+    parser.add_argument(
+        "--do-sample",
+        action="store_true",
+        help="sample, as the options below or the model's own settings say",
+    )
+    parser.add_argument(
+        "--runtime",
+        choices=("mllama", "transformers"),
+        default="mllama",
+        help="transformers: its own class on the same inputs, to compare",
     )
     _add_answering(parser, "print one JSON object instead of streaming the answer")
     _add_adapter(parser)
     device = _add_device(parser)
-    device.add_argument("--cpu", dest="device", action="store_const", const="cpu", help="the same as --device cpu")
+    device.add_argument(
+        "--cpu", dest="device", action="store_const", const="cpu", help="the same as --device cpu"
+    )
 
 
 def _add_download(commands) -> None:
-    parser = _command(commands, "download", "fetch a model's config, tokenizer and weights from the hub into a folder")
+    parser = _command(
+        commands,
+        "download",
+        "fetch a model's config, tokenizer and weights from the hub into a folder",
+    )
     _add_placed(parser, "id", "ID", "as meta-llama/Llama-3.2-1B-Instruct")
     parser.add_argument("folder", metavar="DIR", help="made if absent")
 
 
 def _add_convert(commands) -> None:
-    parser = _command(commands, "convert", "write a model, with its tokenizer or processor, in another format")
-    _add_placed(parser, "source", "IN", "a folder of Hugging Face's or Meta's files, a GGUF file or an id on the hub")
-    parser.add_argument("target", metavar="OUT", help="a folder, for --to gguf a file; made whole or not at all")
+    parser = _command(
+        commands, "convert", "write a model, with its tokenizer or processor, in another format"
+    )
+    _add_placed(
+        parser,
+        "source",
+        "IN",
+        "a folder of Hugging Face's or Meta's files, a GGUF file or an id on the hub",
+    )
+    parser.add_argument(
+        "target", metavar="OUT", help="a folder, for --to gguf a file; made whole or not at all"
+    )
     parser.add_argument(
         "--to",
         required=True,
@@ -97,35 +163,68 @@ def _add_convert(commands) -> None:
     )
     kinds = f"of a folder {', '.join(DTYPES)} (default: auto, as in IN); of gguf {', '.join(GGUF_DTYPES)} (default: f16)"
     parser.add_argument("--dtype", choices=(*DTYPES, *GGUF_DTYPES), metavar="TYPE", help=kinds)
-    parser.add_argument("--force", action="store_true", help="write over OUT; in a folder, files that are no part of a model stay")
+    parser.add_argument(
+        "--force",
+        action="store_true",
+        help="write over OUT; in a folder, files that are no part of a model stay",
+    )
 
 
 def _add_inspect(commands) -> None:
-    parser = _command(commands, "inspect", "a model's family, sizes and parameters, the memory it needs, and what would not load")
+    parser = _command(
+        commands,
+        "inspect",
+        "a model's family, sizes and parameters, the memory it needs, and what would not load",
+    )
     _add_folder(parser)
-    parser.add_argument("--context", type=number(int, 1), metavar="N", help="tokens of a row (default: 4096, or the model's most)")
-    parser.add_argument("--batch", type=number(int, 1), default=1, metavar="N", help="rows (default: 1)")
+    parser.add_argument(
+        "--context",
+        type=number(int, 1),
+        metavar="N",
+        help="tokens of a row (default: 4096, or the model's most)",
+    )
+    parser.add_argument(
+        "--batch", type=number(int, 1), default=1, metavar="N", help="rows (default: 1)"
+    )
     parser.add_argument(
         "--tiles",
         type=number(int, 0),
         metavar="N",
         help="tiles of a row's pictures, or pictures of a model without tiles (default: of one)",
     )
-    parser.add_argument("--dtype", default="auto", choices=DTYPES, help="to load it in (default: auto, the files' own)")
-    parser.add_argument("--json", action="store_true", help="print one JSON object, with every name of what would not load")
+    parser.add_argument(
+        "--dtype",
+        default="auto",
+        choices=DTYPES,
+        help="to load it in (default: auto, the files' own)",
+    )
+    parser.add_argument(
+        "--json",
+        action="store_true",
+        help="print one JSON object, with every name of what would not load",
+    )
 
 
 def _add_verify(commands) -> None:
     parser = _command(
-        commands, "verify", "compare a model, stage by stage, with stock transformers, and cached and batched runs with plain ones"
+        commands,
+        "verify",
+        "compare a model, stage by stage, with stock transformers, and cached and batched runs with plain ones",
     )
     _add_folder(parser)
-    parser.add_argument("--dtype", default="float32", choices=DTYPES[1:], help="of both (default: float32)")
+    parser.add_argument(
+        "--dtype", default="float32", choices=DTYPES[1:], help="of both (default: float32)"
+    )
     _add_reference(
-        parser, "whose Llama-3.2-Vision the cached and batched runs follow (default: meta); transformers is compared as hf, always"
+        parser,
+        "whose Llama-3.2-Vision the cached and batched runs follow (default: meta); transformers is compared as hf, always",
     )
     parser.add_argument(
-        "--seed", type=number(int, 0, 2**64 - 1), default=0, metavar="N", help="of the random tokens and pixels (default: 0)"
+        "--seed",
+        type=number(int, 0, 2**64 - 1),
+        default=0,
+        metavar="N",
+        help="of the random tokens and pixels (default: 0)",
     )
     parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1 ... (default: cpu)")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
@@ -147,7 +246,11 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_adapter(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--adapter", metavar="PATH", help="LoRA adapters for the model: a file of mllama.save_lora, or PEFT's folder")
+    parser.add_argument(
+        "--adapter",
+        metavar="PATH",
+        help="LoRA adapters for the model: a file of mllama.save_lora, or PEFT's folder",
+    )
 
 
 def _add_name(parser) -> None:
@@ -160,7 +263,9 @@ def _add_folder(parser: argparse.ArgumentParser) -> None:
     _add_placed(parser, "folder", "MODEL", what, required=False)
 
 
-def _add_placed(parser: argparse.ArgumentParser, name: str, metavar: str, what: str, required: bool = True) -> None:
+def _add_placed(
+    parser: argparse.ArgumentParser, name: str, metavar: str, what: str, required: bool = True
+) -> None:
     """The model that a command is about, by its place or as --model."""
     which = parser.add_mutually_exclusive_group(required=required)
     which.add_argument(name, metavar=metavar, nargs="?", default=argparse.SUPPRESS, help=what)
@@ -170,9 +275,16 @@ def _add_placed(parser: argparse.ArgumentParser, name: str, metavar: str, what: 
 def _add_device(parser: argparse.ArgumentParser):
     """Returns the group that --device is in, for other spellings of it."""
     device = parser.add_mutually_exclusive_group()
-    device.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 ... (default: auto)")
-    parser.add_argument("--dtype", default="auto", choices=DTYPES, help="default: auto, by the device")
-    _add_reference(parser, "meta: Llama-3.2-Vision as it was trained (default); hf: as transformers computes it")
+    device.add_argument(
+        "--device", default="auto", help="auto, cpu, cuda, cuda:1 ... (default: auto)"
+    )
+    parser.add_argument(
+        "--dtype", default="auto", choices=DTYPES, help="default: auto, by the device"
+    )
+    _add_reference(
+        parser,
+        "meta: Llama-3.2-Vision as it was trained (default); hf: as transformers computes it",
+    )
     return device
 
 
@@ -182,20 +294,41 @@ def _add_reference(parser: argparse.ArgumentParser, what: str) -> None:
 
 def _add_answering(parser: argparse.ArgumentParser, json: str) -> None:
     """What all commands that answer take."""
-    parser.add_argument("--system", metavar="TEXT", help="a system prompt, for models whose chat template has one")
-    parser.add_argument("--allow-urls", action="store_true", help="download pictures given as http(s) URLs")
+    parser.add_argument(
+        "--system", metavar="TEXT", help="a system prompt, for models whose chat template has one"
+    )
+    parser.add_argument(
+        "--allow-urls", action="store_true", help="download pictures given as http(s) URLs"
+    )
     _add_sampling(parser)
     parser.add_argument("--json", action="store_true", help=json)
 
 
 def _add_sampling(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--max-new-tokens", type=number(int, 1), metavar="N", help="longest answer in tokens (default: 128)")
-    parser.add_argument("--temperature", type=number(float, 0), metavar="T", help="sample; the higher, the more freely (0: do not)")
     parser.add_argument(
-        "--top-p", type=number(float, 0, 1, above=True), metavar="P", help="sample from the likeliest tokens that add up to P"
+        "--max-new-tokens",
+        type=number(int, 1),
+        metavar="N",
+        help="longest answer in tokens (default: 128)",
     )
-    parser.add_argument("--top-k", type=number(int, 1), metavar="K", help="sample from the K likeliest tokens")
-    parser.add_argument("--seed", type=number(int, 0, 2**64 - 1), metavar="N", help="of the random numbers")
+    parser.add_argument(
+        "--temperature",
+        type=number(float, 0),
+        metavar="T",
+        help="sample; the higher, the more freely (0: do not)",
+    )
+    parser.add_argument(
+        "--top-p",
+        type=number(float, 0, 1, above=True),
+        metavar="P",
+        help="sample from the likeliest tokens that add up to P",
+    )
+    parser.add_argument(
+        "--top-k", type=number(int, 1), metavar="K", help="sample from the K likeliest tokens"
+    )
+    parser.add_argument(
+        "--seed", type=number(int, 0, 2**64 - 1), metavar="N", help="of the random numbers"
+    )
 
 
 def _text(text: str) -> str:

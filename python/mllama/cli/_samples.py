@@ -32,10 +32,16 @@ class Sample:
         return next(iter(self.inputs.values())).device
 
     def cut(self, start: int, end: int) -> dict[str, torch.Tensor]:
-        """The arguments for the tokens of `start` to `end` after those before; pictures come with the first."""
-        cut = {name: value[:, start:end] for name, value in self.inputs.items() if name in _PER_TOKEN}
+        """The arguments for the tokens of `start` to `end` after those before; pictures come with
+        the first.
+        """
+        cut = {
+            name: value[:, start:end] for name, value in self.inputs.items() if name in _PER_TOKEN
+        }
         cut["attention_mask"] = self.inputs["attention_mask"][:, :end]
-        return cut | ({} if start else {name: self.inputs[name] for name in _PICTURES if name in self.inputs})
+        return cut | (
+            {} if start else {name: self.inputs[name] for name in _PICTURES if name in self.inputs}
+        )
 
     @staticmethod
     def join(samples: list["Sample"]) -> dict[str, torch.Tensor]:
@@ -46,12 +52,17 @@ class Sample:
             values = [sample.inputs[name] for sample in samples]
             if name in _PER_TOKEN:
                 pads = [longest - sample.length for sample in samples]
-                values = [torch.cat([value.new_zeros(1, pad, *value.shape[2:]), value], 1) for value, pad in zip(values, pads, strict=True)]
+                values = [
+                    torch.cat([value.new_zeros(1, pad, *value.shape[2:]), value], 1)
+                    for value, pad in zip(values, pads, strict=True)
+                ]
             joined[name] = torch.cat(values)
         return joined
 
 
-def make_samples(plan: Composition, image_token: int | None, seed: int, device: torch.device) -> list[Sample]:
+def make_samples(
+    plan: Composition, image_token: int | None, seed: int, device: torch.device
+) -> list[Sample]:
     """Two rows of unequal lengths, each with a picture of its own where the model takes pictures.
 
     Args:
@@ -66,14 +77,26 @@ def make_samples(plan: Composition, image_token: int | None, seed: int, device: 
     else:
         token = plan.text.vocab_size - 1 if image_token is None else image_token
         samples = [_row(plan, token, number, generator) for number in range(len(_TEXT))]
-    return [Sample({name: value.to(device) for name, value in sample.inputs.items()}, sample.length, sample.prompt) for sample in samples]
+    return [
+        Sample(
+            {name: value.to(device) for name, value in sample.inputs.items()},
+            sample.length,
+            sample.prompt,
+        )
+        for sample in samples
+    ]
 
 
 def _row(plan: Composition, token: int, number: int, generator: torch.Generator) -> Sample:
     text = torch.randint(1, plan.text.vocab_size, (_TEXT[number],), generator=generator)
     text[text == token] = 0
     lead = 0 if plan.prefix else 2  # text before the picture, where the family has such
-    shown = {None: 0, "merge": plan.image_tokens, "prepend": 0, "cross_attention": int(plan.tower == "tiled")}[plan.fusion]
+    shown = {
+        None: 0,
+        "merge": plan.image_tokens,
+        "prepend": 0,
+        "cross_attention": int(plan.tower == "tiled"),
+    }[plan.fusion]
     ids = torch.cat([text[:lead], torch.full((shown,), token), text[lead:]])[None]
     total = ids.shape[1]
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
@@ -84,22 +107,38 @@ def _row(plan: Composition, token: int, number: int, generator: torch.Generator)
     if plan.tower == "tiled":
         inputs |= _tiles(plan, generator, 0 if number else 1)
         seen = (torch.arange(total) >= lead).long()
-        inputs["cross_attention_mask"] = seen[None, :, None, None] * inputs["aspect_ratio_mask"][:, None]
+        inputs["cross_attention_mask"] = (
+            seen[None, :, None, None] * inputs["aspect_ratio_mask"][:, None]
+        )
     return Sample(inputs, total, total - _ANSWER)
 
 
 def _pixels(plan: Composition, generator: torch.Generator) -> torch.Tensor:
     vision = plan.vision
-    return torch.randn(1, vision.num_channels, vision.image_size, vision.image_size, generator=generator)
+    return torch.randn(
+        1, vision.num_channels, vision.image_size, vision.image_size, generator=generator
+    )
 
 
-def _tiles(plan: Composition, generator: torch.Generator, arrangement: int) -> dict[str, torch.Tensor]:
-    """A picture in one of the arrangements of tiles that the config lists. The first ones leave tiles empty."""
+def _tiles(
+    plan: Composition, generator: torch.Generator, arrangement: int
+) -> dict[str, torch.Tensor]:
+    """A picture in one of the arrangements of tiles that the config lists. The first ones leave
+    tiles empty.
+    """
     vision = plan.vision
     arrangement = min(arrangement, len(vision.supported_aspect_ratios) - 1)
     height, width = vision.supported_aspect_ratios[arrangement]
     filled = (torch.arange(vision.max_num_tiles) < height * width).long()[None, None]
-    pixels = torch.randn(1, 1, vision.max_num_tiles, vision.num_channels, vision.image_size, vision.image_size, generator=generator)
+    pixels = torch.randn(
+        1,
+        1,
+        vision.max_num_tiles,
+        vision.num_channels,
+        vision.image_size,
+        vision.image_size,
+        generator=generator,
+    )
     return {
         "pixel_values": pixels * filled[..., None, None, None],
         "aspect_ratio_ids": torch.tensor([[arrangement + 1]]),

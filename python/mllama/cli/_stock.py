@@ -1,9 +1,17 @@
-"""Stock transformers' classes, which `generate --runtime transformers` runs and `verify` compares with."""
+"""Stock transformers' classes, which `generate --runtime transformers` runs and `verify` compares
+with.
+"""
 
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel, SiglipVisionModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    PreTrainedModel,
+    SiglipVisionModel,
+)
 
 from mllama.checkpoints.files import CONFIG, find_gguf, find_inside, read_json
 
@@ -35,10 +43,16 @@ def load_stock(folder: Path, dtype: str | torch.dtype) -> PreTrainedModel:
             return _CLASSES[kind].from_pretrained(folder, use_safetensors=True, **options).eval()
         raise ValueError(f"stock transformers has no class for {folder}, of model_type {kind!r}")
     if (file := find_gguf(folder)) is None:
-        raise ValueError(f"stock transformers does not read {folder}: it has no {CONFIG} and is no GGUF file")
-    from mllama.checkpoints.gguf import open_gguf  # here, since its library is an optional dependency
+        raise ValueError(
+            f"stock transformers does not read {folder}: it has no {CONFIG} and is no GGUF file"
+        )
+    from mllama.checkpoints.gguf import (
+        open_gguf,
+    )  # here, since its library is an optional dependency
 
     options |= {"gguf_file": file.name}
     config = AutoConfig.from_pretrained(file.parent, **options)
-    config.rope_parameters = open_gguf(file).config.rope_parameters  # transformers reads no scaling of the rotary frequencies
+    config.rope_parameters = open_gguf(
+        file
+    ).config.rope_parameters  # transformers reads no scaling of the rotary frequencies
     return AutoModelForCausalLM.from_pretrained(file.parent, config=config, **options).eval()

@@ -28,7 +28,9 @@ def run(arguments: argparse.Namespace) -> None:
     said = reply(model, processor, inputs, options, begin, show=not arguments.json)
     if arguments.json:
         shown = {"picture": paths[0] if len(paths) == 1 else paths or None, "question": question}
-        print(json.dumps(shown | facts(arguments, model, said)))  # in ASCII, which every stdout takes
+        print(
+            json.dumps(shown | facts(arguments, model, said))
+        )  # in ASCII, which every stdout takes
 
 
 def _read_question(paths: list[str]) -> str:

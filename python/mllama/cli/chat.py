@@ -9,12 +9,25 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from mllama.api import MAX_NEW_TOKENS, check_images, check_room, check_system, encode, room_left, say_loaded, tokenizer_of
+from mllama.api import (
+    MAX_NEW_TOKENS,
+    check_images,
+    check_room,
+    check_system,
+    encode,
+    room_left,
+    say_loaded,
+    tokenizer_of,
+)
 from mllama.checkpoints.files import write_file, write_json
 from mllama.cli import complain
 from mllama.cli._answering import facts, load_model, read_images, reply
 
-_PICTURE = ("pixel_values", "aspect_ratio_ids", "aspect_ratio_mask")  # arguments of get_image_features
+_PICTURE = (
+    "pixel_values",
+    "aspect_ratio_ids",
+    "aspect_ratio_mask",
+)  # arguments of get_image_features
 _HELP = """\
 /image PATH   a new conversation about this image
 /system TEXT  a system prompt from the next question on; without TEXT none
@@ -25,10 +38,11 @@ _HELP = """\
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Answer questions from stdin, each in the light of those before; the oldest are forgotten when the model's context is full.
+    """Answer questions from stdin, each in the light of those before; the oldest are forgotten when
+    the model's context is full.
 
-    Without a chat template (PaliGemma) every question stands alone. A question that cannot be put, and a command that fails, is told of on
-    stderr, and the next line is read.
+    Without a chat template (PaliGemma) every question stands alone. A question that cannot be put,
+    and a command that fails, is told of on stderr, and the next line is read.
     """
     if sys.stdin is None:
         raise OSError("stdin is closed: there are no questions to read")
@@ -55,10 +69,17 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 class _Talk:
-    """A conversation: its images, system prompt and turns, those that still fit the context and all that were."""
+    """A conversation: its images, system prompt and turns, those that still fit the context and all
+    that were.
+    """
 
     def __init__(self, arguments: argparse.Namespace, model, processor, options: dict):
-        self.arguments, self.model, self.processor, self.options = arguments, model, processor, options
+        self.arguments, self.model, self.processor, self.options = (
+            arguments,
+            model,
+            processor,
+            options,
+        )
         self.names: list[str] = []
         self.pictures: list[Image.Image] = []
         self.features = None
@@ -74,11 +95,20 @@ class _Talk:
             ValueError, OSError: no such command, or it cannot be done.
         """
         rest = rest.strip()
-        takes = {"/image": True, "/save": True, "/system": None, "/reset": False, "/help": False, "/exit": False}
+        takes = {
+            "/image": True,
+            "/save": True,
+            "/system": None,
+            "/reset": False,
+            "/help": False,
+            "/exit": False,
+        }
         if name not in takes:
             raise ValueError(f"there is no command {name[:40]}: /help lists them")
         if takes[name] is not None and takes[name] != bool(rest):
-            raise ValueError(f"{name} takes {'a ' + ('FILE' if name == '/save' else 'PATH') if takes[name] else 'nothing after it'}")
+            raise ValueError(
+                f"{name} takes {'a ' + ('FILE' if name == '/save' else 'PATH') if takes[name] else 'nothing after it'}"
+            )
         if name == "/image":
             path = rest[1:-1] if rest[0] == rest[-1] and rest[0] in "'\"" else rest
             if path == "-":
@@ -106,7 +136,13 @@ class _Talk:
         """
         if tokenizer_of(self.processor) is self.processor:
             raise ValueError(f"this model takes no pictures, got {len(pictures)}")
-        self.names, self.pictures, self.features, self.turns, self.said = names, pictures, None, [], []
+        self.names, self.pictures, self.features, self.turns, self.said = (
+            names,
+            pictures,
+            None,
+            [],
+            [],
+        )
 
     def instruct(self, system: str | None) -> None:
         """Take another system prompt.
@@ -128,8 +164,15 @@ class _Talk:
             raise FileExistsError(f"{path} exists")
         said = [text for turn in self.said for text in turn]
         messages = [{"role": "system", "content": self.system}] * (self.system is not None)
-        messages += [{"role": "assistant" if index % 2 else "user", "content": text} for index, text in enumerate(said)]
-        content = {"model": self.arguments.model or "embedded", "images": self.names, "messages": messages}
+        messages += [
+            {"role": "assistant" if index % 2 else "user", "content": text}
+            for index, text in enumerate(said)
+        ]
+        content = {
+            "model": self.arguments.model or "embedded",
+            "images": self.names,
+            "messages": messages,
+        }
         write_file(path, lambda aside: write_json(aside, content))
         self.saved.add(path.resolve())
 
@@ -155,11 +198,22 @@ class _Talk:
         if self.pictures:  # they are encoded once
             if self.features is None:
                 with torch.inference_mode():
-                    pixels = {name: inputs[name].to(self.model.device) for name in _PICTURE if name in inputs}
+                    pixels = {
+                        name: inputs[name].to(self.model.device)
+                        for name in _PICTURE
+                        if name in inputs
+                    }
                     self.features = self.model.get_image_features(**pixels)
             del inputs["pixel_values"]
             inputs["image_features"] = self.features
-        said = reply(self.model, self.processor, inputs, self.options, show=not self.arguments.json, stoppable=True)
+        said = reply(
+            self.model,
+            self.processor,
+            inputs,
+            self.options,
+            show=not self.arguments.json,
+            stoppable=True,
+        )
         if self.arguments.json:
             shown = {"question": question} | facts(self.arguments, self.model, said)
             print(json.dumps(shown | {"stopped": said.stopped}), flush=True)
@@ -168,7 +222,9 @@ class _Talk:
             self.said.append((question, said.text))
 
     def _fit(self, question: str) -> tuple[Mapping, list]:
-        """The inputs and the newest turns that leave room for an answer. `turns` stays: a refused question costs no conversation."""
+        """The inputs and the newest turns that leave room for an answer. `turns` stays: a refused
+        question costs no conversation.
+        """
         turns = self.turns
         inputs = encode(self.processor, self.pictures, question, turns, self.system)
         while turns and room_left(self.model, inputs) < MAX_NEW_TOKENS:
@@ -185,7 +241,9 @@ def _note(text: str) -> None:
 def _lines() -> Iterator[str]:
     """Lines of stdin that say something; with a prompt where somebody types them."""
     if hasattr(sys.stdin, "reconfigure"):
-        sys.stdin.reconfigure(errors="surrogateescape")  # a line that is no text is refused as a question, not as the end of reading
+        sys.stdin.reconfigure(
+            errors="surrogateescape"
+        )  # a line that is no text is refused as a question, not as the end of reading
     prompt = "> " if sys.stdin.isatty() and sys.stdout.isatty() else ""
     while True:
         try:

@@ -55,7 +55,9 @@ def _check_free(target: Path, to_gguf: bool, force: bool) -> None:
     if target.exists() and target.is_dir() == to_gguf:
         raise ValueError(f"OUT must be a {'file' if to_gguf else 'folder'}, and {target} is none")
     if not force and target.exists() and (to_gguf or any(target.iterdir())):
-        raise FileExistsError(f"{target} exists{'' if to_gguf else ' and is not empty'}; --force writes over it")
+        raise FileExistsError(
+            f"{target} exists{'' if to_gguf else ' and is not empty'}; --force writes over it"
+        )
 
 
 def _processor(source: Path, required: bool):
@@ -79,7 +81,9 @@ def _write_folder(model: PreTrainedModel, processor, target: Path) -> None:
 
 
 def _write_gguf(model: PreTrainedModel, processor, target: Path, dtype: str) -> None:
-    from mllama.checkpoints.gguf_writer import save_gguf  # here, since its library is an optional dependency
+    from mllama.checkpoints.gguf_writer import (
+        save_gguf,
+    )  # here, since its library is an optional dependency
 
     tokenizer = processor.tokenizer if isinstance(processor, ProcessorMixin) else processor
     if not isinstance(tokenizer, PreTrainedTokenizerBase):

@@ -22,7 +22,15 @@ from mllama.api import (
 )
 from mllama.checkpoints import open_checkpoint
 from mllama.checkpoints.models import survey
-from mllama.cli._answering import check_reference, facts, load_model, read_images, reply, sampling, working
+from mllama.cli._answering import (
+    check_reference,
+    facts,
+    load_model,
+    read_images,
+    reply,
+    sampling,
+    working,
+)
 from mllama.cli._parser import SIZES
 from mllama.cli._stock import load_stock
 from mllama.processing.auto import encode_messages
@@ -47,7 +55,12 @@ def run(arguments: argparse.Namespace) -> None:
     begin = functools.partial(say_loaded, arguments.model, model)
     said = reply(model, processor, inputs, options, begin, show=not arguments.json)
     if arguments.json:
-        print(json.dumps({"prompt": arguments.prompt, "images": arguments.image} | facts(arguments, model, said)))
+        print(
+            json.dumps(
+                {"prompt": arguments.prompt, "images": arguments.image}
+                | facts(arguments, model, said)
+            )
+        )
 
 
 def _load_stock(arguments: argparse.Namespace):
@@ -56,7 +69,9 @@ def _load_stock(arguments: argparse.Namespace):
     options = sampling(arguments)
     check_reference(arguments)
     if arguments.reference == "meta":
-        raise ValueError("--runtime transformers computes Llama-3.2-Vision its own way: --reference must be hf, got meta")
+        raise ValueError(
+            "--runtime transformers computes Llama-3.2-Vision its own way: --reference must be hf, got meta"
+        )
     folder, device = find_model(arguments.model), choose_device(arguments.device)
     with (opened := open_checkpoint(folder)).source:
         model, report = survey(model_class(opened.config), opened)
@@ -72,7 +87,9 @@ def _encode(processor, arguments: argparse.Namespace, pictures: Sequence) -> Map
     if arguments.system is not None:
         check_system(processor, arguments.system)
     if not arguments.raw:
-        system = [] if arguments.system is None else [{"role": "system", "content": arguments.system}]
+        system = (
+            [] if arguments.system is None else [{"role": "system", "content": arguments.system}]
+        )
         return encode_messages(processor, [*system, {"role": "user", "content": prompt}], pictures)
     if tokenizer_of(processor) is processor:
         if pictures:

@@ -25,7 +25,9 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def collect() -> dict[str, str | int | list[str]]:
-    """Names and values, in the order they are shown. Kernels that cannot be loaded are told of, not raised."""
+    """Names and values, in the order they are shown. Kernels that cannot be loaded are told of, not
+    raised.
+    """
     return {
         "mllama": __version__,
         "python": platform.python_version(),
@@ -57,8 +59,14 @@ def _kernels() -> dict[str, str | list[str]]:
 
 def _cuda() -> str:
     if not torch.cuda.is_available():
-        return "not available" if torch.version.cuda is None else f"{torch.version.cuda} in torch, no device"
-    return f"{torch.version.cuda}, " + ", ".join(torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count()))
+        return (
+            "not available"
+            if torch.version.cuda is None
+            else f"{torch.version.cuda} in torch, no device"
+        )
+    return f"{torch.version.cuda}, " + ", ".join(
+        torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())
+    )
 
 
 def _embedded() -> str:

@@ -1,4 +1,6 @@
-"""`mllama inspect FOLDER`: what a model is, what memory it needs, and what would not load. Headers are read and no tensor."""
+"""`mllama inspect FOLDER`: what a model is, what memory it needs, and what would not load. Headers
+are read and no tensor.
+"""
 
 import argparse
 import json
@@ -23,24 +25,32 @@ _SHOWN = 5  # names of each kind of fault; --json has them all
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Print it; the exit code is 1 where the weights would not load. Without weights the sizes are those of config.json."""
-    found = collect(arguments.folder, arguments.context, arguments.batch, arguments.tiles, arguments.dtype)
+    """Print it; the exit code is 1 where the weights would not load. Without weights the sizes are
+    those of config.json.
+    """
+    found = collect(
+        arguments.folder, arguments.context, arguments.batch, arguments.tiles, arguments.dtype
+    )
     print(json.dumps(found) if arguments.json else _page(found))
     return 1 if found["loads"] is False else 0
 
 
-def collect(folder: str | Path | None, context: int | None, batch: int, tiles: int | None, dtype: str) -> dict[str, Any]:
+def collect(
+    folder: str | Path | None, context: int | None, batch: int, tiles: int | None, dtype: str
+) -> dict[str, Any]:
     """What `run` prints.
 
     Args:
-        folder: or file, as `open_checkpoint` takes it, or with config.json alone; None is the embedded model's.
+        folder: or file, as `open_checkpoint` takes it, or with config.json alone; None is the
+            embedded model's.
         context: tokens of a row; None is 4096, or what the model takes if that is less.
         batch: rows.
         tiles: of a row's pictures; None is what one picture takes.
         dtype: to load it in; "auto" is the files' own.
 
     Raises:
-        FileNotFoundError, ValueError: as `open_checkpoint`; a context or tiles of a model that has none.
+        FileNotFoundError, ValueError: as `open_checkpoint`; a context or tiles of a model that has
+            none.
     """
     path = find_model(folder)
     if (config := config_alone(path)) is not None:
@@ -53,7 +63,9 @@ def collect(folder: str | Path | None, context: int | None, batch: int, tiles: i
     plan, parameters = plan_of(model), count_parameters(model)
     elements: dict[str, int] = {}
     for header in headers.values():
-        elements[dtype_name(header.dtype)] = elements.get(dtype_name(header.dtype), 0) + torch.Size(header.shape).numel()
+        elements[dtype_name(header.dtype)] = (
+            elements.get(dtype_name(header.dtype), 0) + torch.Size(header.shape).numel()
+        )
     work = _work(model, report, context, batch, tiles, dtype)
     memory = memory_needed(model, work)
     return {
@@ -63,7 +75,12 @@ def collect(folder: str | Path | None, context: int | None, batch: int, tiles: i
         "sizes": _sizes(plan, work.tiles),
         "read as": elements,
         "parameters": parameters | {"total": sum(parameters.values())},
-        "work": {"context": work.context, "batch": work.batch, "tiles": work.tiles, "dtype": dtype_name(work.dtype)},
+        "work": {
+            "context": work.context,
+            "batch": work.batch,
+            "tiles": work.tiles,
+            "dtype": dtype_name(work.dtype),
+        },
         "memory": memory | {"total": sum(memory.values())},
         "loads": not report.problems() if headers else None,
         "missing": report.missing,
@@ -77,7 +94,9 @@ def _lay_out(config: PretrainedConfig) -> PreTrainedModel:
     """The model of a config, on the meta device. No weights bound its layers, so a number does."""
     for part in (config, *(getattr(config, name) for name in config.sub_configs)):
         if (layers := getattr(part, "num_hidden_layers", 0)) > _MOST_LAYERS:
-            raise ValueError(f"num_hidden_layers is {layers}: without weights at most {_MOST_LAYERS} are laid out")
+            raise ValueError(
+                f"num_hidden_layers is {layers}: without weights at most {_MOST_LAYERS} are laid out"
+            )
     with torch.device("meta"):
         return model_class(config)(config)
 
@@ -86,7 +105,14 @@ def _dtype_of(config: PretrainedConfig) -> torch.dtype:
     return config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
 
 
-def _work(model: PreTrainedModel, report: Report, context: int | None, batch: int, tiles: int | None, dtype: str) -> Work:
+def _work(
+    model: PreTrainedModel,
+    report: Report,
+    context: int | None,
+    batch: int,
+    tiles: int | None,
+    dtype: str,
+) -> Work:
     plan = plan_of(model)
     if context is not None and plan.text is None:
         raise ValueError("--context is of a decoder, and this model has none")
@@ -96,7 +122,9 @@ def _work(model: PreTrainedModel, report: Report, context: int | None, batch: in
     return Work(
         context=min(_CONTEXT, most) if context is None else context,
         batch=batch,
-        tiles=(plan.vision.max_num_tiles if plan.tower == "tiled" else int(plan.tower is not None)) if tiles is None else tiles,
+        tiles=(plan.vision.max_num_tiles if plan.tower == "tiled" else int(plan.tower is not None))
+        if tiles is None
+        else tiles,
         dtype=report.dtype if dtype == "auto" else getattr(torch, dtype),
     )
 
@@ -106,25 +134,42 @@ def _made_of(plan: Composition) -> str:
     if crossed := plan.text and plan.text.cross_attention_layers:
         decoder += f", {len(crossed)} of them cross-attention"
     parts = (("tower", plan.tower), ("pooling", plan.pooling), ("projector", plan.projector))
-    return " + ".join([*(f"{kind} {part}" for part, kind in parts if kind), *filter(None, [decoder])])
+    return " + ".join(
+        [*(f"{kind} {part}" for part, kind in parts if kind), *filter(None, [decoder])]
+    )
 
 
 def _sizes(plan: Composition, tiles: int) -> dict[str, int]:
     """Sizes by the names that config.json has for them."""
     sizes = {}
     if plan.tower is not None:
-        names = ("hidden_size", "num_hidden_layers", "image_size", "patch_size", *(("max_num_tiles",) * (plan.tower == "tiled")))
+        names = (
+            "hidden_size",
+            "num_hidden_layers",
+            "image_size",
+            "patch_size",
+            *(("max_num_tiles",) * (plan.tower == "tiled")),
+        )
         sizes |= {f"vision {name}": getattr(plan.vision, name) for name in names}
         sizes["features of a row's pictures"] = picture_tokens(plan, tiles)
     if plan.text is not None:
-        names = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim", "vocab_size")
+        names = (
+            "hidden_size",
+            "num_hidden_layers",
+            "num_attention_heads",
+            "num_key_value_heads",
+            "head_dim",
+            "vocab_size",
+        )
         sizes |= {name: getattr(plan.text, name) for name in (*names, "max_position_embeddings")}
     return sizes
 
 
 def _page(found: dict[str, Any]) -> str:
     work = found["work"]
-    asked = f"context {work['context']}, batch {work['batch']}, tiles {work['tiles']}, {work['dtype']}"
+    asked = (
+        f"context {work['context']}, batch {work['batch']}, tiles {work['tiles']}, {work['dtype']}"
+    )
     faults = [
         f"  {kind} ({len(found[kind])}): {', '.join(found[kind][:_SHOWN])}{' ...' * (len(found[kind]) > _SHOWN)}"
         for kind in ("missing", "unexpected", "of another shape or kind", "given twice")
@@ -134,12 +179,22 @@ def _page(found: dict[str, Any]) -> str:
         [
             f"{found['folder']}: {found['family']}, {found['made of']}",
             *_table("sizes", {name: str(size) for name, size in found["sizes"].items()}),
-            *_table("elements, by the type they are read as", {name: f"{count:,}" for name, count in found["read as"].items()}),
-            *_table("parameters", {name: f"{count:,}" for name, count in found["parameters"].items()}),
-            *_table(f"memory ({asked})", {name: _bytes(count) for name, count in found["memory"].items()}),
-            {True: "loads: every tensor has its place", False: "would not load:", None: "no weights: all this is from config.json"}[
-                found["loads"]
-            ],
+            *_table(
+                "elements, by the type they are read as",
+                {name: f"{count:,}" for name, count in found["read as"].items()},
+            ),
+            *_table(
+                "parameters", {name: f"{count:,}" for name, count in found["parameters"].items()}
+            ),
+            *_table(
+                f"memory ({asked})",
+                {name: _bytes(count) for name, count in found["memory"].items()},
+            ),
+            {
+                True: "loads: every tensor has its place",
+                False: "would not load:",
+                None: "no weights: all this is from config.json",
+            }[found["loads"]],
             *faults,
         ]
     )

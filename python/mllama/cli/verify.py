@@ -1,7 +1,8 @@
-"""`mllama verify FOLDER`: is this model, here, what stock transformers says it is, and the same cached, batched and plain?
+"""`mllama verify FOLDER`: is this model, here, what stock transformers says it is, and the same
+cached, batched and plain?
 
-Transformers runs first and is let go before this package's model is loaded: its stages' outputs stay, the two models never stand side by
-side. Tokens and pixels are random, from a seed.
+Transformers runs first and is let go before this package's model is loaded: its stages' outputs
+stay, the two models never stand side by side. Tokens and pixels are random, from a seed.
 """
 
 import argparse
@@ -28,11 +29,15 @@ from mllama.memory import plan_of
 from mllama.siglip import SiglipModel
 
 _FLOAT32 = 1e-4  # the largest relative error of a vector in float32
-_TIMES = 2  # in half precision: as far from the float32 run as transformers itself comes, times this
+_TIMES = (
+    2  # in half precision: as far from the float32 run as transformers itself comes, times this
+)
 
 
 class Check(NamedTuple):
-    """One line of the table: what was compared, the relative difference as `Measure` takes it, and how large it may be."""
+    """One line of the table: what was compared, the relative difference as `Measure` takes it, and
+    how large it may be.
+    """
 
     stage: str
     difference: float
@@ -46,7 +51,11 @@ class Check(NamedTuple):
 
 def run(arguments: argparse.Namespace) -> int:
     """Print the table; the exit code is 1 where a line of it fails."""
-    folder, device, dtype = find_model(arguments.folder), choose_device(arguments.device), getattr(torch, arguments.dtype)
+    folder, device, dtype = (
+        find_model(arguments.folder),
+        choose_device(arguments.device),
+        getattr(torch, arguments.dtype),
+    )
     with (opened := open_checkpoint(folder)).source:
         config, kind = opened.config, model_class(opened.config)
         model, report = survey(kind, opened)
@@ -59,7 +68,9 @@ def run(arguments: argparse.Namespace) -> int:
     options = {"reference": "hf"} if "reference" in kind.load_options else {}
     load = functools.partial(kind.from_pretrained, folder, device_map=device, **options)
     try:
-        expected = _expect(functools.partial(load_stock, folder), _stock_stages, dtype, samples, measure)
+        expected = _expect(
+            functools.partial(load_stock, folder), _stock_stages, dtype, samples, measure
+        )
         against = f"stock transformers {transformers.__version__}"
     except ValueError as error:
         expected, against = {}, f"itself alone: {error}"
@@ -67,7 +78,9 @@ def run(arguments: argparse.Namespace) -> int:
         against += ', whose Llama-3.2-Vision is reference="hf"'
     allowed = _FLOAT32
     if dtype != torch.float32 and plan.text is not None:
-        bounds = expected or _expect(lambda dtype: load(dtype=dtype), lambda model: (), dtype, samples, measure)
+        bounds = expected or _expect(
+            lambda dtype: load(dtype=dtype), lambda model: (), dtype, samples, measure
+        )
         allowed = bounds["logits"].allowed
     model = load(dtype=dtype)
     with torch.inference_mode():
@@ -80,20 +93,33 @@ def run(arguments: argparse.Namespace) -> int:
     passed = all(check.ok for check in checks)
     if arguments.json:
         rows = [check._asdict() | {"ok": check.ok} for check in checks]
-        print(json.dumps({"folder": str(folder), "dtype": arguments.dtype, "against": against, "checks": rows, "ok": passed}))
+        print(
+            json.dumps(
+                {
+                    "folder": str(folder),
+                    "dtype": arguments.dtype,
+                    "against": against,
+                    "checks": rows,
+                    "ok": passed,
+                }
+            )
+        )
     else:
         print(f"{folder}: {config.model_type} in {arguments.dtype}, against {against}")
         print(f"{'stage':20}{'difference':>12}{'allowed':>10}")
         for check in checks:
-            print(f"{check.stage:20}{check.difference:12.1e}{check.allowed:10.1e}  {'ok' if check.ok else 'FAIL'}")
+            print(
+                f"{check.stage:20}{check.difference:12.1e}{check.allowed:10.1e}  {'ok' if check.ok else 'FAIL'}"
+            )
     return 0 if passed else 1
 
 
 class Measure(NamedTuple):
     """How far two tensors are apart, relative to the second, vector by vector along the last axis.
 
-    float32 goes by the worst element: order inf. Half precision goes by the root mean square, order 2: its worst element is chance, which
-    changes with the machine's instructions, while the root mean square over all elements hardly does.
+    float32 goes by the worst element: order inf. Half precision goes by the root mean square, order
+    2: its worst element is chance, which changes with the machine's instructions, while the root
+    mean square over all elements hardly does.
     """
 
     order: float
@@ -104,9 +130,11 @@ class Measure(NamedTuple):
         return Measure(math.inf if dtype == torch.float32 else 2.0)
 
     def errors(self, found: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:
-        """The norm of each vector's difference by its own norm, or by that of a vector of the tensor's mean value where that is more.
+        """The norm of each vector's difference by its own norm, or by that of a vector of the
+        tensor's mean value where that is more.
 
-        By vector, since some tokens' states are thousands of times larger than others' and would hide these. Infinite where sizes differ.
+        By vector, since some tokens' states are thousands of times larger than others' and would
+        hide these. Infinite where sizes differ.
         """
         if found.numel() != expected.numel() or found.shape[-1] != expected.shape[-1]:
             return torch.tensor([math.inf])
@@ -118,7 +146,9 @@ class Measure(NamedTuple):
     def total(self, errors: list[torch.Tensor]) -> float:
         """Of the errors of many vectors: the largest, or their root mean square."""
         joined = torch.cat(errors)
-        return float(torch.linalg.vector_norm(joined, self.order)) / joined.numel() ** (1 / self.order)
+        return float(torch.linalg.vector_norm(joined, self.order)) / joined.numel() ** (
+            1 / self.order
+        )
 
     def difference(self, found: torch.Tensor, expected: torch.Tensor) -> float:
         """Of one tensor from another."""
@@ -126,28 +156,45 @@ class Measure(NamedTuple):
 
 
 class _Expected(NamedTuple):
-    """What a stage must be: its output for each sample in float32, and how far from these ours may be."""
+    """What a stage must be: its output for each sample in float32, and how far from these ours may
+    be.
+    """
 
     values: list[torch.Tensor]
     allowed: float
 
 
 def _expect(
-    load: Callable[[torch.dtype], PreTrainedModel], stages_of: Callable, dtype: torch.dtype, samples: list[Sample], measure: Measure
+    load: Callable[[torch.dtype], PreTrainedModel],
+    stages_of: Callable,
+    dtype: torch.dtype,
+    samples: list[Sample],
+    measure: Measure,
 ) -> dict[str, _Expected]:
-    """Every stage in float32; in another dtype what is allowed goes by how far the same model itself comes from that.
+    """Every stage in float32; in another dtype what is allowed goes by how far the same model
+    itself comes from that.
 
     Raises:
         ValueError: `load` does not read the files.
     """
     values: dict[str, list[torch.Tensor]] = {}
-    _run(load(torch.float32), stages_of, samples, lambda stage, value: values.setdefault(stage, []).append(value))
+    _run(
+        load(torch.float32),
+        stages_of,
+        samples,
+        lambda stage, value: values.setdefault(stage, []).append(value),
+    )
     if dtype == torch.float32:
         return {stage: _Expected(found, _FLOAT32) for stage, found in values.items()}
     errors = _Errors(values, measure)
     _run(load(dtype), stages_of, samples, errors.add)
-    least = torch.finfo(dtype).eps  # a stage of one rounding, which transformers may happen to do without
-    return {stage: _Expected(found, max(_TIMES * errors.total(stage), least)) for stage, found in values.items()}
+    least = torch.finfo(
+        dtype
+    ).eps  # a stage of one rounding, which transformers may happen to do without
+    return {
+        stage: _Expected(found, max(_TIMES * errors.total(stage), least))
+        for stage, found in values.items()
+    }
 
 
 class _Errors:
@@ -167,7 +214,12 @@ class _Errors:
         return self._measure.total(self._errors[stage]) if stage in self._errors else math.nan
 
 
-def _run(model: PreTrainedModel, stages_of: Callable, samples: list[Sample], tell: Callable[[str, torch.Tensor], None]) -> None:
+def _run(
+    model: PreTrainedModel,
+    stages_of: Callable,
+    samples: list[Sample],
+    tell: Callable[[str, torch.Tensor], None],
+) -> None:
     """Run all samples and let the model go."""
     model = model.to(samples[0].device)
     with torch.inference_mode():
@@ -182,15 +234,21 @@ def _stock_stages(stock: PreTrainedModel) -> Iterator[tuple[str, nn.Module, bool
     tower = getattr(base, "vision_tower", None) or getattr(base, "vision_model", None)
     if isinstance(stock, transformers.SiglipVisionModel):
         return _stages(stock, None, stock)
-    return _stages(tower, getattr(base, "multi_modal_projector", None), getattr(base, "language_model", base))
+    return _stages(
+        tower, getattr(base, "multi_modal_projector", None), getattr(base, "language_model", base)
+    )
 
 
 def _own_stages(model: PreTrainedModel) -> Iterator[tuple[str, nn.Module, bool]]:
     stack = model.vision_tower if isinstance(model, SiglipModel) else model.language_model
-    return _stages(getattr(model, "vision_tower", None), getattr(model, "multi_modal_projector", None), stack)
+    return _stages(
+        getattr(model, "vision_tower", None), getattr(model, "multi_modal_projector", None), stack
+    )
 
 
-def _compare(model: PreTrainedModel, samples: list[Sample], expected: dict[str, _Expected], measure: Measure) -> list[Check]:
+def _compare(
+    model: PreTrainedModel, samples: list[Sample], expected: dict[str, _Expected], measure: Measure
+) -> list[Check]:
     """Our stages against what is expected of them."""
     errors = _Errors({stage: found.values for stage, found in expected.items()}, measure)
     for sample in samples:
@@ -198,8 +256,12 @@ def _compare(model: PreTrainedModel, samples: list[Sample], expected: dict[str, 
     return [Check(stage, errors.total(stage), found.allowed) for stage, found in expected.items()]
 
 
-def _stages(tower: nn.Module | None, projector: nn.Module | None, stack: nn.Module) -> Iterator[tuple[str, nn.Module, bool]]:
-    """(name, module, whether its output or its input is meant), by parts that ours and transformers' have in common."""
+def _stages(
+    tower: nn.Module | None, projector: nn.Module | None, stack: nn.Module
+) -> Iterator[tuple[str, nn.Module, bool]]:
+    """(name, module, whether its output or its input is meant), by parts that ours and
+    transformers' have in common.
+    """
     if tower is not None:
         yield "patches", _find(tower, "patch_embedding"), True
     if projector is not None:
@@ -215,12 +277,16 @@ def _find(module: nn.Module, name: str) -> nn.Module:
     return next(found for path, found in module.named_modules() if path.split(".")[-1] == name)
 
 
-def _watch(model: PreTrainedModel, stages, sample: Sample, tell: Callable[[str, torch.Tensor], None]) -> None:
+def _watch(
+    model: PreTrainedModel, stages, sample: Sample, tell: Callable[[str, torch.Tensor], None]
+) -> None:
     """Run a model and tell of each stage's value, and of what it returns."""
 
     def after(stage: str, output: Any) -> None:
         value = output[0] if isinstance(output, tuple) else output
-        if value.dim() == 4 and stage == "patches":  # a convolution's [pictures, width, rows, columns]
+        if (
+            value.dim() == 4 and stage == "patches"
+        ):  # a convolution's [pictures, width, rows, columns]
             value = value.flatten(2).transpose(1, 2)
         tell(stage, _kept(value))
 
@@ -230,10 +296,17 @@ def _watch(model: PreTrainedModel, stages, sample: Sample, tell: Callable[[str, 
     hooks = []
     for stage, module, out in stages:
         if out:
-            hooks.append(module.register_forward_hook(lambda module, args, output, stage=stage: after(stage, output)))
+            hooks.append(
+                module.register_forward_hook(
+                    lambda module, args, output, stage=stage: after(stage, output)
+                )
+            )
         else:
             hooks.append(
-                module.register_forward_pre_hook(lambda module, args, kwargs, stage=stage: before(stage, args, kwargs), with_kwargs=True)
+                module.register_forward_pre_hook(
+                    lambda module, args, kwargs, stage=stage: before(stage, args, kwargs),
+                    with_kwargs=True,
+                )
             )
     try:
         output = model(**sample.inputs, **({"use_cache": False} if sample.length else {}))
@@ -263,6 +336,9 @@ def _batched(model: PreTrainedModel, samples: list[Sample], measure: Measure) ->
     """Rows of unequal lengths, padded on the left, against each by itself."""
     together = model(**Sample.join(samples), use_cache=False).logits
     return max(
-        measure.difference(_kept(logits[-sample.length :]), _kept(model(**sample.inputs, use_cache=False).logits[0, -sample.length :]))
+        measure.difference(
+            _kept(logits[-sample.length :]),
+            _kept(model(**sample.inputs, use_cache=False).logits[0, -sample.length :]),
+        )
         for logits, sample in zip(together, samples, strict=True)
     )

@@ -1,4 +1,6 @@
-"""`python -m mllama.dropin`: the folder for PYTHONPATH, scripts run on the older names, and the older command lines."""
+"""`python -m mllama.dropin`: the folder for PYTHONPATH, scripts run on the older names, and the
+older command lines.
+"""
 
 import argparse
 import importlib
@@ -14,7 +16,8 @@ from mllama.dropin.commands import COMMANDS
 def main(arguments: list[str]) -> int:
     """Run `python -m mllama.dropin [script.py | NAME] [arguments]`; returns the exit code.
 
-    A script runs as Python would run it: `sys.argv` and `sys.path[0]` are its own, it is `__main__`, and it ends with what it raises.
+    A script runs as Python would run it: `sys.argv` and `sys.path[0]` are its own, it is
+    `__main__`, and it ends with what it raises.
     """
     parser = _parser()
     if not arguments:
@@ -24,16 +27,29 @@ def main(arguments: list[str]) -> int:
     if name in ("-h", "--help"):
         parser.print_help()
         return 0
-    if Path(name).is_file():  # first: a script of the reader's own is what a name on the command line means
+    if Path(
+        name
+    ).is_file():  # first: a script of the reader's own is what a name on the command line means
         sys.argv = list(arguments)
         sys.path[0] = str(Path(name).resolve().parent)
         runpy.run_path(name, run_name="__main__")
         return 0
-    modules = {spelling: module for path, module in COMMANDS.items() for spelling in (path, Path(path).stem)}
+    modules = {
+        spelling: module
+        for path, module in COMMANDS.items()
+        for spelling in (path, Path(path).stem)
+    }
     if name not in modules:
-        print(f"mllama.dropin: error: there is no script {name!r}, and no command of that name (see --help)", file=sys.stderr)
+        print(
+            f"mllama.dropin: error: there is no script {name!r}, and no command of that name (see --help)",
+            file=sys.stderr,
+        )
         return 2
-    return run_told(lambda: importlib.import_module(f"mllama.dropin.commands.{modules[name]}").main(arguments[1:]))
+    return run_told(
+        lambda: importlib.import_module(f"mllama.dropin.commands.{modules[name]}").main(
+            arguments[1:]
+        )
+    )
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -1,5 +1,7 @@
-"""Arguments: one class for scripts of two families, those that build from a config object and those that build from a plain dict or from
-sizes; and methods that hand on what they do not read themselves."""
+"""Arguments: one class for scripts of two families, those that build from a config object and those
+that build from a plain dict or from sizes; and methods that hand on what they do not read
+themselves.
+"""
 
 import functools
 import inspect
@@ -11,10 +13,12 @@ import torch
 
 
 def by_construction(*, sizes: str, config: str) -> Callable[[Callable], Callable]:
-    """A decorator of a `forward` that takes keywords alone: arguments without one get the names that go with how the module was built.
+    """A decorator of a `forward` that takes keywords alone: arguments without one get the names
+    that go with how the module was built.
 
     Args:
-        sizes: names in order, for a module built from sizes or from a dict: its `from_config` is False.
+        sizes: names in order, for a module built from sizes or from a dict: its `from_config` is
+            False.
         config: names in order, for one built from a config object.
     """
     orders = {False: tuple(sizes.split()), True: tuple(config.split())}
@@ -24,17 +28,25 @@ def by_construction(*, sizes: str, config: str) -> Callable[[Callable], Callable
         def positional(self, *args, **kwargs):
             owner, names = type(self).__name__, orders[self.from_config]
             if len(args) > len(names):
-                raise TypeError(f"{owner}: takes at most {len(names)} arguments without a name ({', '.join(names)}), got {len(args)}")
+                raise TypeError(
+                    f"{owner}: takes at most {len(names)} arguments without a name ({', '.join(names)}), got {len(args)}"
+                )
             placed = dict(zip(names, args, strict=False))
             if twice := placed.keys() & kwargs.keys():
-                raise TypeError(f"{owner}: {', '.join(sorted(twice))} given twice, by place and by name")
+                raise TypeError(
+                    f"{owner}: {', '.join(sorted(twice))} given twice, by place and by name"
+                )
             return forward(self, **placed, **kwargs)
 
         own = inspect.signature(forward).parameters
         names = dict.fromkeys(orders[False], inspect.Parameter.POSITIONAL_OR_KEYWORD)
-        names |= {name: inspect.Parameter.KEYWORD_ONLY for name in orders[True] if name not in names}
+        names |= {
+            name: inspect.Parameter.KEYWORD_ONLY for name in orders[True] if name not in names
+        }
         defaults = {name: own[name].default if name in own else None for name in names}
-        shown = [inspect.Parameter(name, kind, default=defaults[name]) for name, kind in names.items()]
+        shown = [
+            inspect.Parameter(name, kind, default=defaults[name]) for name, kind in names.items()
+        ]
         positional.__signature__ = inspect.Signature([own["self"], *shown])
         return positional
 
@@ -42,13 +54,19 @@ def by_construction(*, sizes: str, config: str) -> Callable[[Callable], Callable
 
 
 def hands_on(to: Callable) -> Callable[[Callable], Callable]:
-    """A decorator of a method that hands its kwargs on to another: its signature says their names, which `generate` and Trainer ask for."""
+    """A decorator of a method that hands its kwargs on to another: its signature says their names,
+    which `generate` and Trainer ask for.
+    """
     theirs = inspect.signature(to).parameters.values()
 
     def decorate(method: Callable) -> Callable:
         *own, rest = inspect.signature(method).parameters.values()
         names = {parameter.name for parameter in own}
-        more = [one.replace(kind=one.KEYWORD_ONLY) for one in theirs if one.kind is not one.VAR_KEYWORD and one.name not in names]
+        more = [
+            one.replace(kind=one.KEYWORD_ONLY)
+            for one in theirs
+            if one.kind is not one.VAR_KEYWORD and one.name not in names
+        ]
         method.__signature__ = inspect.signature(method).replace(parameters=[*own, *more, rest])
         return method
 

@@ -1,4 +1,6 @@
-"""Grouped-query attention of older scripts: the package's, under their names, with both families' arguments."""
+"""Grouped-query attention of older scripts: the package's, under their names, with both families'
+arguments.
+"""
 
 import torch
 from torch import nn
@@ -23,10 +25,12 @@ def repeat_kv(hidden_states: torch.Tensor, n_rep: int) -> torch.Tensor:
 
 
 class LayerCache:
-    """One layer's (k, v), as family B hands them from call to call, with what attention asks of a cache.
+    """One layer's (k, v), as family B hands them from call to call, with what attention asks of a
+    cache.
 
     Args:
-        past_kv: (k, v), each [batch, groups, past, head_dim], or [batch, heads, past, head_dim] with every group repeated; or None.
+        past_kv: (k, v), each [batch, groups, past, head_dim], or [batch, heads, past, head_dim]
+            with every group repeated; or None.
         attention: whose they are.
         batch: rows of the tokens to come.
 
@@ -36,35 +40,62 @@ class LayerCache:
     """
 
     def __init__(self, past_kv: KeyValue | None, attention: "GroupQueryAttention", batch: int):
-        self.pair = None if past_kv is None else tuple(_groups(tensor, attention, batch) for tensor in _pair(past_kv))
+        self.pair = (
+            None
+            if past_kv is None
+            else tuple(_groups(tensor, attention, batch) for tensor in _pair(past_kv))
+        )
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return 0 if self.pair is None else self.pair[0].shape[2]
 
-    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int) -> KeyValue:
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int
+    ) -> KeyValue:
         new = key_states, value_states
-        self.pair = new if self.pair is None else tuple(torch.cat(both, 2) for both in zip(self.pair, new, strict=True))
+        self.pair = (
+            new
+            if self.pair is None
+            else tuple(torch.cat(both, 2) for both in zip(self.pair, new, strict=True))
+        )
         return self.pair
 
 
 def _pair(past_kv: KeyValue) -> KeyValue:
-    if not isinstance(past_kv, (tuple, list)) or len(past_kv) != 2 or not all(isinstance(tensor, torch.Tensor) for tensor in past_kv):
-        raise TypeError(f"past_kv must be a pair of tensors (k, v) per layer, got {type(past_kv).__name__}")
+    if (
+        not isinstance(past_kv, (tuple, list))
+        or len(past_kv) != 2
+        or not all(isinstance(tensor, torch.Tensor) for tensor in past_kv)
+    ):
+        raise TypeError(
+            f"past_kv must be a pair of tensors (k, v) per layer, got {type(past_kv).__name__}"
+        )
     k, v = past_kv
     if k.shape != v.shape:
-        raise ValueError(f"past_kv: k and v must have one shape, got {list(k.shape)} and {list(v.shape)}")
+        raise ValueError(
+            f"past_kv: k and v must have one shape, got {list(k.shape)} and {list(v.shape)}"
+        )
     return k, v
 
 
 def _groups(tensor: torch.Tensor, attention: "GroupQueryAttention", batch: int) -> torch.Tensor:
     groups, heads, size = attention.num_kv_groups, attention.num_heads, attention.head_dim
-    if tensor.dim() != 4 or tensor.shape[0] != batch or tensor.shape[1] not in (groups, heads) or tensor.shape[3] != size:
-        raise ValueError(f"past_kv: k and v must be [{batch}, {groups} (or {heads}), past, {size}], got {list(tensor.shape)}")
+    if (
+        tensor.dim() != 4
+        or tensor.shape[0] != batch
+        or tensor.shape[1] not in (groups, heads)
+        or tensor.shape[3] != size
+    ):
+        raise ValueError(
+            f"past_kv: k and v must be [{batch}, {groups} (or {heads}), past, {size}], got {list(tensor.shape)}"
+        )
     if tensor.shape[1] == groups:
         return tensor
     first = tensor[:, :: heads // groups]
     if not torch.equal(repeat_kv(first, heads // groups), tensor):
-        raise ValueError(f"past_kv: of {heads} heads, those of one group must be equal; there are {groups} groups of keys and values")
+        raise ValueError(
+            f"past_kv: of {heads} heads, those of one group must be equal; there are {groups} groups of keys and values"
+        )
     return first
 
 
@@ -89,7 +120,8 @@ class GroupQueryAttention(CausalAttention):
         config: MllamaTextConfig | None = None,
         layer_idx: int | None = None,
     ):
-        """`GroupQueryAttention(d_in, d_out, num_heads, num_kv_groups, dtype=None)`, or `(config, layer_idx=None, dtype=None)`.
+        """`GroupQueryAttention(d_in, d_out, num_heads, num_kv_groups, dtype=None)`, or `(config,
+        layer_idx=None, dtype=None)`.
 
         Args:
             d_in, d_out: widths of the input and of the output.
@@ -102,12 +134,21 @@ class GroupQueryAttention(CausalAttention):
             ValueError: sizes that do not go together.
         """
         if isinstance(d_in, MllamaTextConfig):
-            config, layer_idx, dtype = d_in, layer_idx if d_out is None else d_out, dtype if num_heads is None else num_heads
+            config, layer_idx, dtype = (
+                d_in,
+                layer_idx if d_out is None else d_out,
+                dtype if num_heads is None else num_heads,
+            )
         if config is not None:
             config = text_config(config)
             d_in = d_out = config.hidden_size
             num_heads, num_kv_groups = config.num_attention_heads, config.num_key_value_heads
-        for name, size in (("d_in", d_in), ("d_out", d_out), ("num_heads", num_heads), ("num_kv_groups", num_kv_groups)):
+        for name, size in (
+            ("d_in", d_in),
+            ("d_out", d_out),
+            ("num_heads", num_heads),
+            ("num_kv_groups", num_kv_groups),
+        ):
             check_size("GroupQueryAttention", name, size)
         if d_out % num_heads or num_heads % num_kv_groups or d_out // num_heads % 2:
             raise ValueError(
@@ -119,12 +160,20 @@ class GroupQueryAttention(CausalAttention):
             if d_in != d_out:
                 self.o_proj = nn.Linear(d_out, d_out, bias=False)
         self.from_config = config is not None
-        self.d_out, self.num_heads, self.num_kv_groups, self.group_size = d_out, num_heads, num_kv_groups, num_heads // num_kv_groups
+        self.d_out, self.num_heads, self.num_kv_groups, self.group_size = (
+            d_out,
+            num_heads,
+            num_kv_groups,
+            num_heads // num_kv_groups,
+        )
         if self.from_config:
             self.config = config
             self.rotary_emb = LLAMARotaryEmbedding(config)
 
-    @by_construction(sizes="x cos sin mask past_kv use_cache", config="hidden_states attention_mask position_ids kv_cache")
+    @by_construction(
+        sizes="x cos sin mask past_kv use_cache",
+        config="hidden_states attention_mask position_ids kv_cache",
+    )
     def forward(
         self,
         *,
@@ -138,11 +187,13 @@ class GroupQueryAttention(CausalAttention):
         Args:
             x, hidden_states: [B, T, d_in]; two names.
             cos, sin: [positions, head_dim], all of them, of which those after the past are taken.
-            mask: bool [T, past + T] or [B, heads, T, past + T], True where a key is hidden; None hides what comes later. 0 and 1, and
-                floats to be added to the scores, are understood too.
+            mask: bool [T, past + T] or [B, heads, T, past + T], True where a key is hidden; None
+                hides what comes later. 0 and 1, and floats to be added to the scores, are
+                understood too.
             past_kv: (k, v) of the tokens before, each [B, num_kv_groups, past, head_dim].
             use_cache: also return (k, v), of the past and these.
-            attention_mask: [B, past + T], zero where padded, or numbers to be added to the scores, [B, 1 or heads, T, past + T or more].
+            attention_mask: [B, past + T], zero where padded, or numbers to be added to the scores,
+                [B, 1 or heads, T, past + T or more].
             position_ids: [B, T]; None counts.
             kv_cache: a `KVCache`, which these tokens are written to.
 
@@ -174,7 +225,9 @@ def package_arguments(
 ) -> dict:
     """What a call of either family comes to: the arguments of `CausalAttention.forward` beside x."""
     if not isinstance(x, torch.Tensor) or not x.is_floating_point() or x.dim() != 3:
-        raise ValueError(f"x must be a floating tensor [batch, tokens, width], got {getattr(x, 'shape', type(x).__name__)}")
+        raise ValueError(
+            f"x must be a floating tensor [batch, tokens, width], got {getattr(x, 'shape', type(x).__name__)}"
+        )
     if past_kv is not None and kv_cache is not None:
         raise ValueError("give past_kv or kv_cache, not both")
     if mask is not None and attention_mask is not None:
@@ -203,19 +256,35 @@ def package_arguments(
         positions = attention.rotary_emb.tables(position_ids)
     else:
         raise TypeError("GroupQueryAttention: cos and sin are needed where it was built from sizes")
-    return {"positions": positions, "cache": cache, "key_mask": keys, "attn_mask": whole, "query_offset": past}
+    return {
+        "positions": positions,
+        "cache": cache,
+        "key_mask": keys,
+        "attn_mask": whole,
+        "query_offset": past,
+    }
 
 
 def layer_pair(cache: LayerCache | Cache, layer_idx: int) -> KeyValue:
     """(k, v) that a layer has in a cache."""
-    return cache.pair if isinstance(cache, LayerCache) else (cache.layers[layer_idx].keys, cache.layers[layer_idx].values)
+    return (
+        cache.pair
+        if isinstance(cache, LayerCache)
+        else (cache.layers[layer_idx].keys, cache.layers[layer_idx].values)
+    )
 
 
 def _added_and_causal(mask: torch.Tensor, queries: int, keys: int) -> torch.Tensor:
-    """A 4-D mask of family A, which may be longer than the keys: what it hides, and what comes later."""
+    """A 4-D mask of family A, which may be longer than the keys: what it hides, and what comes
+    later.
+    """
     if not mask.is_floating_point():
-        raise TypeError(f"attention_mask of 4 dimensions must be floats to be added to the scores, got {mask.dtype}")
+        raise TypeError(
+            f"attention_mask of 4 dimensions must be floats to be added to the scores, got {mask.dtype}"
+        )
     if mask.shape[2] not in (1, queries) or mask.shape[3] < keys:
-        raise ValueError(f"attention_mask must be [batch, 1 or heads, {queries}, at least {keys}], got {list(mask.shape)}")
+        raise ValueError(
+            f"attention_mask must be [batch, 1 or heads, {queries}, at least {keys}], got {list(mask.shape)}"
+        )
     seen, causal = added_mask(mask[..., :keys]), causal_mask(queries, keys, mask.device)
     return seen & causal if seen.dtype == torch.bool else seen.masked_fill(~causal, -torch.inf)

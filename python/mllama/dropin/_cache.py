@@ -10,12 +10,15 @@ from transformers.cache_utils import DynamicLayer
 class KVCache(DynamicCache):
     """A transformers cache that also answers in the older names.
 
-    `update(key_states, value_states, layer_idx)` appends tensors [B, key-value heads, T, head_dim] and returns all of that layer.
+    `update(key_states, value_states, layer_idx)` appends tensors [B, key-value heads, T, head_dim]
+    and returns all of that layer.
     """
 
     @classmethod
     def of(cls, pairs: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> "KVCache":
-        """A cache that holds (k, v) for each layer. They are not copied: what is appended makes new tensors."""
+        """A cache that holds (k, v) for each layer. They are not copied: what is appended makes new
+        tensors.
+        """
         cache = cls()
         for keys, values in pairs:
             layer = DynamicLayer()

@@ -8,9 +8,12 @@ from mllama.processing.tokenizer import Tokenizer
 START, END, TURN = "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"
 
 
-def assistant_mask(input_ids: torch.Tensor, tokenizer: PreTrainedTokenizerBase | Tokenizer) -> torch.Tensor:
-    """Where the assistant speaks: from after `<|start_header_id|>assistant<|end_header_id|>` and its blank line to `<|eot_id|>`, which is
-    included; without one, to the next header, the padding or the end.
+def assistant_mask(
+    input_ids: torch.Tensor, tokenizer: PreTrainedTokenizerBase | Tokenizer
+) -> torch.Tensor:
+    """Where the assistant speaks: from after `<|start_header_id|>assistant<|end_header_id|>` and
+    its blank line to `<|eot_id|>`, which is included; without one, to the next header, the padding
+    or the end.
 
     Args:
         input_ids: int [B, T].
@@ -54,4 +57,8 @@ def _id(tokenizer: PreTrainedTokenizerBase | Tokenizer, token: str) -> int:
 
 def _encode(tokenizer: PreTrainedTokenizerBase | Tokenizer, text: str) -> list[int]:
     """The ids of plain text, without any that a tokenizer adds."""
-    return list(tokenizer.encode(text) if isinstance(tokenizer, Tokenizer) else tokenizer.encode(text, add_special_tokens=False))
+    return list(
+        tokenizer.encode(text)
+        if isinstance(tokenizer, Tokenizer)
+        else tokenizer.encode(text, add_special_tokens=False)
+    )

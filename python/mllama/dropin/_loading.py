@@ -1,4 +1,6 @@
-"""The two loaders of older scripts, `utils.load_hf_model` and `Model.utils.load_hf_model`, by one function."""
+"""The two loaders of older scripts, `utils.load_hf_model` and `Model.utils.load_hf_model`, by one
+function.
+"""
 
 import os
 
@@ -18,7 +20,9 @@ _GEMMAS = {"gemma": GemmaForCausalLM, "paligemma": PaliGemmaForConditionalGenera
 def load_older(
     model_path: str | os.PathLike, device: str | torch.device, strict: bool
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | Tokenizer]:
-    """`mllama.load_hf_model` of the class that takes `kv_cache`, with a tokenizer that pads on the right."""
+    """`mllama.load_hf_model` of the class that takes `kv_cache`, with a tokenizer that pads on the
+    right.
+    """
     model, tokenizer = load_as(_class, model_path, device, strict)
     if isinstance(tokenizer, PreTrainedTokenizerBase):
         tokenizer.padding_side = "right"
@@ -27,4 +31,8 @@ def load_older(
 
 def _class(config: PretrainedConfig) -> type[PreTrainedModel]:
     found = model_class(config)
-    return _GEMMAS.get(config.model_type, MllamaForConditionalGeneration) if found is PackageModel else found
+    return (
+        _GEMMAS.get(config.model_type, MllamaForConditionalGeneration)
+        if found is PackageModel
+        else found
+    )

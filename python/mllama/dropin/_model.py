@@ -18,7 +18,8 @@ class OlderModel(MllamaForConditionalGeneration):
 
     Attributes:
         vocab_size: the decoder's.
-        config.vision_config.num_image_tokens, config.text_config.num_image_tokens: placeholders per picture, of a model that merges them.
+        config.vision_config.num_image_tokens, config.text_config.num_image_tokens: placeholders per
+        picture, of a model that merges them.
     """
 
     def __init__(self, config: PretrainedConfig, reference: str = "meta"):
@@ -45,20 +46,30 @@ class OlderModel(MllamaForConditionalGeneration):
         """As `mllama.MllamaForConditionalGeneration.forward`, under two further names.
 
         Args:
-            kv_cache: another name of `cache`: new keys and values are written to it. While it is empty the prompt is read; once it
-                is filled, input_ids are what comes after, and pictures given again are not looked at.
+            kv_cache: another name of `cache`: new keys and values are written to it. While it is
+                empty the prompt is read; once it is filled, input_ids are what comes after, and
+                pictures given again are not looked at.
             image_mask: not read; placeholders are found in input_ids.
             kwargs: further arguments of the package's.
 
         Returns:
-            `output["logits"]`, `output["loss"]` (None without labels), `output["kv_cache"]`; all of them also as attributes.
+            `output["logits"]`, `output["loss"]` (None without labels), `output["kv_cache"]`; all of
+            them also as attributes.
 
         Raises:
             ValueError: the cache is given by two names; and as the package's.
             TypeError, IndexError: as the package's.
         """
         kwargs = _with_cache(kv_cache, kwargs)
-        output = super().forward(input_ids, pixel_values, attention_mask, labels, inputs_embeds, position_ids=position_ids, **kwargs)
+        output = super().forward(
+            input_ids,
+            pixel_values,
+            attention_mask,
+            labels,
+            inputs_embeds,
+            position_ids=position_ids,
+            **kwargs,
+        )
         return OlderOutput(**output) if isinstance(output, ModelOutput) else output
 
     def generate(self, *args, kv_cache: Cache | None = None, **kwargs):
@@ -90,7 +101,8 @@ class OlderModel(MllamaForConditionalGeneration):
         self.config.image_token_index = value
 
     def tie_weights(self, *args, **kwargs) -> None:
-        """Called by a script, without arguments: make the output head the embedding matrix. Called by transformers and this package, with
+        """Called by a script, without arguments: make the output head the embedding matrix. Called
+        by transformers and this package, with
         some: as the config says."""
         if not (args or kwargs or self._resizing):
             self.config.tie_word_embeddings = True
@@ -106,8 +118,12 @@ class OlderModel(MllamaForConditionalGeneration):
         finally:
             self._resizing = False
 
-    def load_state_dict(self, state_dict: dict[str, torch.Tensor], strict: bool = True, assign: bool = False):
-        """As torch's; takes the names that weight files use, older scripts' among them. Warns where few of the tensors find a place."""
+    def load_state_dict(
+        self, state_dict: dict[str, torch.Tensor], strict: bool = True, assign: bool = False
+    ):
+        """As torch's; takes the names that weight files use, older scripts' among them. Warns where
+        few of the tensors find a place.
+        """
         report = super().load_state_dict(state_dict, strict=strict, assign=assign)
         unknown = report.unexpected_keys
         if 2 * len(unknown) > len(state_dict) or not state_dict:
@@ -127,4 +143,6 @@ def _with_cache(kv_cache: Cache | None, kwargs: dict) -> dict:
     for name in ("cache", "past_key_values"):
         if kwargs.get(name) is not None:
             raise ValueError(f"kv_cache and {name} are two names of one argument; give one")
-    return {name: value for name, value in kwargs.items() if name != "past_key_values"} | {"cache": kv_cache}
+    return {name: value for name, value in kwargs.items() if name != "past_key_values"} | {
+        "cache": kv_cache
+    }

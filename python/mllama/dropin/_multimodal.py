@@ -41,18 +41,22 @@ class VisionModel(nn.Module):
         self.vision_model = tower
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """[pictures, channels, image_size, image_size] -> [pictures, patches, hidden], after the final norm."""
+        """[pictures, channels, image_size, image_size] -> [pictures, patches, hidden], after the
+        final norm.
+        """
         return self.vision_model(pixel_values).last_hidden_state
 
 
 class MllamaForConditionalGeneration(OlderModel):
     """Answers about pictures, under the names that older scripts call.
 
-    Parameters have this package's names; weight files with the older ones are read by `load_state_dict`. `from_pretrained` reads every
-    folder that `mllama.MllamaForConditionalGeneration` reads.
+    Parameters have this package's names; weight files with the older ones are read by
+    `load_state_dict`. `from_pretrained` reads every folder that
+    `mllama.MllamaForConditionalGeneration` reads.
 
     Args:
-        config: `MLLAMAConfig`; its weights are random, in `config.dtype`. Or what `mllama.MllamaForConditionalGeneration` takes.
+        config: `MLLAMAConfig`; its weights are random, in `config.dtype`. Or what
+            `mllama.MllamaForConditionalGeneration` takes.
         reference: as there.
 
     Raises:
@@ -78,15 +82,27 @@ class MllamaForConditionalGeneration(OlderModel):
         return VisionModel(self.vision_tower)
 
     def find_placeholders(
-        self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None, pictures: int = 0, per_picture: int | None = None
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        pictures: int = 0,
+        per_picture: int | None = None,
     ) -> torch.Tensor:
-        """As the package's: bool [B, T]. Where no script said the id, it is told from the runs it stands in; an id that no text has goes
-        before one that an answer may repeat."""
+        """As the package's: bool [B, T]. Where no script said the id, it is told from the runs it
+        stands in; an id that no text has goes before one that an answer may repeat."""
         if self.plan.fusion != "merge" or not is_unsaid(self.config.image_token_index):
             return super().find_placeholders(input_ids, attention_mask, pictures, per_picture)
-        seen = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask != 0
+        seen = (
+            torch.ones_like(input_ids, dtype=torch.bool)
+            if attention_mask is None
+            else attention_mask != 0
+        )
         for places in (seen & self._no_text(input_ids), seen):
-            token = find_placeholder(input_ids, places, per_picture or self.plan.image_tokens, pictures) if pictures else None
+            token = (
+                find_placeholder(input_ids, places, per_picture or self.plan.image_tokens, pictures)
+                if pictures
+                else None
+            )
             if token is not None:
                 return (input_ids == token) & seen
         return torch.zeros_like(seen)
@@ -102,8 +118,8 @@ class MllamaForConditionalGeneration(OlderModel):
         filled: bool = False,
         per_picture: int | None = None,
     ) -> torch.Tensor | None:
-        """As the package's. A prompt of text alone is answered without its picture, and a warning says so; one with an `<image>` that was
-        not expanded is refused."""
+        """As the package's. A prompt of text alone is answered without its picture, and a warning
+        says so; one with an `<image>` that was not expanded is refused."""
         told = self.plan.fusion != "merge" or not is_unsaid(self.config.image_token_index)
         if told or not pictures or filled or torch.compiler.is_compiling():
             return super()._placeholders(input_ids, attention_mask, pictures, filled, per_picture)
@@ -112,8 +128,12 @@ class MllamaForConditionalGeneration(OlderModel):
             return super()._placeholders(input_ids, attention_mask, pictures, filled, per_picture)
         per_picture = per_picture or self.plan.image_tokens
         if per_picture != self.plan.image_tokens:
-            raise ValueError(f"input_ids hold no runs of {per_picture} placeholders, as many as each of {pictures} pictures has features")
-        if strays := [str(token) for token in input_ids[self._no_text(input_ids)].unique().tolist()]:
+            raise ValueError(
+                f"input_ids hold no runs of {per_picture} placeholders, as many as each of {pictures} pictures has features"
+            )
+        if strays := [
+            str(token) for token in input_ids[self._no_text(input_ids)].unique().tolist()
+        ]:
             raise ValueError(
                 f"input_ids hold {listing(strays)}, which no text has, but not in runs of {per_picture} for each of {pictures} pictures: "
                 f"expand each <image> with the processor, MllamaImageProcessor(tokenizer, {per_picture}, image_size)"
@@ -141,24 +161,36 @@ class MllamaForConditionalGeneration(OlderModel):
             attention_mask: [B, T], zero where padded, or None.
 
         Returns:
-            [B, T, hidden] in inputs_embeds' dtype, and the mask, ones where there was none: new tensors.
+            [B, T, hidden] in inputs_embeds' dtype, and the mask, ones where there was none: new
+            tensors.
 
         Raises:
             ValueError: placeholders that are not as many as features, or features of another shape.
         """
         pictures, per_picture = self._count_pictures(None, image_features)
-        placeholders = self._placeholders(input_ids, attention_mask, pictures, per_picture=per_picture)
+        placeholders = self._placeholders(
+            input_ids, attention_mask, pictures, per_picture=per_picture
+        )
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask.clone()
-        return inputs_embeds.clone() if placeholders is None else merge(inputs_embeds, placeholders, image_features), mask
+        return inputs_embeds.clone() if placeholders is None else merge(
+            inputs_embeds, placeholders, image_features
+        ), mask
 
-    def _compute_loss_with_masking(self, logits: torch.Tensor, labels: torch.Tensor, input_ids: torch.Tensor) -> torch.Tensor:
-        """The mean loss of logits [B, T, vocabulary] at t against labels [B, T] at t + 1. Placeholders in input_ids [B, T], one picture to
-        a row where the config does not say their id, and labels of `ignore_index` are not trained."""
+    def _compute_loss_with_masking(
+        self, logits: torch.Tensor, labels: torch.Tensor, input_ids: torch.Tensor
+    ) -> torch.Tensor:
+        """The mean loss of logits [B, T, vocabulary] at t against labels [B, T] at t + 1.
+        Placeholders in input_ids [B, T], one picture to a row where the config does not say their
+        id, and labels of `ignore_index` are not trained.
+        """
         placeholders = self.find_placeholders(input_ids, pictures=input_ids.shape[0])
-        return next_token_loss(logits, labels, labels.shape, placeholders=placeholders, ignore_index=self.ignore_index)
+        return next_token_loss(
+            logits, labels, labels.shape, placeholders=placeholders, ignore_index=self.ignore_index
+        )
 
     def _create_conversation_mask(self, input_ids: torch.Tensor, tokenizer) -> torch.Tensor:
-        """bool [B, T]: what the assistant says in input_ids [B, T] of a chat in Llama 3's form, its `<|eot_id|>` included.
+        """bool [B, T]: what the assistant says in input_ids [B, T] of a chat in Llama 3's form, its
+        `<|eot_id|>` included.
 
         Raises:
             ValueError: the tokenizer has no such ids.

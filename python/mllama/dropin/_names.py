@@ -1,7 +1,8 @@
 """Modules under older attribute names: one implementation, two spellings.
 
-A class of the package computes with `self.q_proj`; scripts, `state_dict()` and adapters' target names say `W_query`. `older_names` makes a
-subclass whose children really are called as the scripts say, while the package's spelling reads the same child.
+A class of the package computes with `self.q_proj`; scripts, `state_dict()` and adapters' target
+names say `W_query`. `older_names` makes a subclass whose children really are called as the scripts
+say, while the package's spelling reads the same child.
 """
 
 from collections.abc import Callable
@@ -10,10 +11,12 @@ from torch import nn
 
 
 def older_names(**names: str) -> Callable[[type[nn.Module]], type[nn.Module]]:
-    """A decorator of a subclass of one of the package's modules: its child `ours` is called `theirs`, for every `ours="theirs"`.
+    """A decorator of a subclass of one of the package's modules: its child `ours` is called
+    `theirs`, for every `ours="theirs"`.
 
-    `state_dict()`, `named_modules()` and `setattr` know the older name alone; `module.ours` still is that child, so that the package's
-    forward pass, written against its own names, runs whatever a script puts in the older one's place.
+    `state_dict()`, `named_modules()` and `setattr` know the older name alone; `module.ours` still
+    is that child, so that the package's forward pass, written against its own names, runs whatever
+    a script puts in the older one's place.
     """
 
     def decorate(kind: type[nn.Module]) -> type[nn.Module]:

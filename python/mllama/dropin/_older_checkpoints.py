@@ -22,7 +22,9 @@ _TEXT = (
     ),
     *(
         Rename(
-            f"{_OURS}.mlp.{part}_proj.{kind}", f"{_LAYER}.ff.swiglu.{letter}_{part}", also=(f"{_LAYER}.ff.swiglu.{letter}_{part}.{kind}",)
+            f"{_OURS}.mlp.{part}_proj.{kind}",
+            f"{_LAYER}.ff.swiglu.{letter}_{part}",
+            also=(f"{_LAYER}.ff.swiglu.{letter}_{part}.{kind}",),
         )
         for part in ("gate", "up")
         for kind, letter in (("weight", "w"), ("bias", "b"))
@@ -43,7 +45,11 @@ def _tower(ours: str, *theirs: str) -> Rename:
 
 
 _VISION = (
-    *(Drop(f"{tower}.{name}.position_ids") for tower in _TOWERS for name in ("embedding", "embeddings")),
+    *(
+        Drop(f"{tower}.{name}.position_ids")
+        for tower in _TOWERS
+        for name in ("embedding", "embeddings")
+    ),
     _tower("embeddings.*", "embedding.*", "embeddings.*"),
     _tower("encoder.layers.{}.layer_norm1.*", "encoder.layers.{}.layernorm1.*"),
     _tower("encoder.layers.{}.layer_norm2.*", "encoder.layers.{}.layernorm2.*"),
@@ -52,4 +58,6 @@ _VISION = (
 )
 
 TABLE: Table = (*_TEXT, *_VISION)
-"""Between `MllamaForConditionalGeneration`'s tensors and older files', of all ages; the projector's names are the same."""
+"""Between `MllamaForConditionalGeneration`'s tensors and older files', of all ages; the projector's
+names are the same.
+"""

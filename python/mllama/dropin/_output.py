@@ -10,7 +10,9 @@ from mllama.modeling import MllamaOutput
 
 @dataclass
 class OlderOutput(MllamaOutput):
-    """`MllamaOutput`, whose cache scripts call `kv_cache`. By its name every field can be read, None where there is nothing."""
+    """`MllamaOutput`, whose cache scripts call `kv_cache`. By its name every field can be read,
+    None where there is nothing.
+    """
 
     @property
     def kv_cache(self) -> Cache | None:

@@ -1,4 +1,6 @@
-"""The picture functions of older scripts: the loose steps, and all of them at once through the package's own image processor."""
+"""The picture functions of older scripts: the loose steps, and all of them at once through the
+package's own image processor.
+"""
 
 import functools
 import inspect
@@ -15,7 +17,12 @@ from mllama.processing.prompt import lay_out
 from mllama.processing.square import MAX_EDGE, SquareImageProcessor
 
 
-def resize(image, size: tuple[int, int], resample: int | None = Image.Resampling.BICUBIC, reducing_gap: float | None = None) -> Image.Image:
+def resize(
+    image,
+    size: tuple[int, int],
+    resample: int | None = Image.Resampling.BICUBIC,
+    reducing_gap: float | None = None,
+) -> Image.Image:
     """Return a picture in another size, its aspect not kept, as a PIL picture of mode RGB.
 
     Args:
@@ -26,7 +33,8 @@ def resize(image, size: tuple[int, int], resample: int | None = Image.Resampling
 
     Raises:
         TypeError: image is no picture.
-        ValueError: a size that is no two ints from 1, an unknown filter, or a picture that `load_picture` refuses.
+        ValueError: a size that is no two ints from 1, an unknown filter, or a picture that
+            `load_picture` refuses.
         FileNotFoundError: a path that leads nowhere.
     """
     height, width = _edges("resize", size)
@@ -39,7 +47,9 @@ def rescale(image: np.ndarray, scale: float = 1 / 255, dtype: np.dtype = np.floa
     return (np.asarray(image) * scale).astype(dtype)
 
 
-def normalize(image: np.ndarray, mean: float | Sequence[float], std: float | Sequence[float]) -> np.ndarray:
+def normalize(
+    image: np.ndarray, mean: float | Sequence[float], std: float | Sequence[float]
+) -> np.ndarray:
     """Return (image - mean) / std in the image's dtype, float32 for whole numbers.
 
     Args:
@@ -56,14 +66,18 @@ def normalize(image: np.ndarray, mean: float | Sequence[float], std: float | Seq
     for name, given in (("mean", mean), ("std", std)):
         part = np.asarray(given, dtype=image.dtype)
         if part.size != 1 and part.shape != image.shape[-1:]:
-            raise ValueError(f"normalize: {name} must be one number or one per channel of an image of shape {image.shape}, got {given!r}")
+            raise ValueError(
+                f"normalize: {name} must be one number or one per channel of an image of shape {image.shape}, got {given!r}"
+            )
         parts.append(part)
     if not parts[1].all():
         raise ValueError(f"normalize: std must hold no zero, got {std!r}")
     return (image - parts[0]) / parts[1]
 
 
-def prepare(images, size, rescale_factor: float, image_mean, image_std, resample: int) -> torch.Tensor:
+def prepare(
+    images, size, rescale_factor: float, image_mean, image_std, resample: int
+) -> torch.Tensor:
     """Resize, rescale and normalise pictures: [pictures, 3, height, width] float32.
 
     Args:
@@ -75,16 +89,21 @@ def prepare(images, size, rescale_factor: float, image_mean, image_std, resample
 
     Raises:
         TypeError: no picture, or an argument of another type.
-        ValueError: no pictures, sizes or numbers that cannot be, or a picture that `load_picture` refuses.
+        ValueError: no pictures, sizes or numbers that cannot be, or a picture that `load_picture`
+            refuses.
         FileNotFoundError: a path that leads nowhere.
     """
     height, width = _edges("process_images", size)
     if not isinstance(rescale_factor, Real) or isinstance(rescale_factor, bool):
-        raise TypeError(f"process_images: rescale_factor must be a number, got {type(rescale_factor).__name__}")
+        raise TypeError(
+            f"process_images: rescale_factor must be a number, got {type(rescale_factor).__name__}"
+        )
     if not math.isfinite(rescale_factor):
         raise ValueError(f"process_images: rescale_factor must be finite, got {rescale_factor}")
     if not _is_filter(resample):
-        raise ValueError(f"process_images: resample must be one of {', '.join(map(repr, Image.Resampling))}, got {resample!r}")
+        raise ValueError(
+            f"process_images: resample must be one of {', '.join(map(repr, Image.Resampling))}, got {resample!r}"
+        )
     if isinstance(images, (list, tuple)) and not images:
         raise ValueError("process_images: images is empty: give at least one picture")
     processor = SquareImageProcessor(
@@ -97,10 +116,14 @@ def prepare(images, size, rescale_factor: float, image_mean, image_std, resample
     return processor(images, return_tensors="pt")["pixel_values"]
 
 
-def filter_may_come_third(process_images: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-    """A decorator of `process_images`, which some scripts call (images, size, resample, rescale_factor, image_mean, image_std).
+def filter_may_come_third(
+    process_images: Callable[..., torch.Tensor],
+) -> Callable[..., torch.Tensor]:
+    """A decorator of `process_images`, which some scripts call (images, size, resample,
+    rescale_factor, image_mean, image_std).
 
-    A filter in third place is told from a factor by its type, as an enum or its int. None stands for the default wherever there is one.
+    A filter in third place is told from a factor by its type, as an enum or its int. None stands
+    for the default wherever there is one.
     """
     signature = inspect.signature(process_images)
 
@@ -110,13 +133,22 @@ def filter_may_come_third(process_images: Callable[..., torch.Tensor]) -> Callab
             bound = signature.bind(images, size, *rest[1:], resample=rest[0], **named)
         else:
             bound = signature.bind(images, size, *rest, **named)
-        return process_images(**{name: value for name, value in bound.arguments.items() if value is not None or name == "images"})
+        return process_images(
+            **{
+                name: value
+                for name, value in bound.arguments.items()
+                if value is not None or name == "images"
+            }
+        )
 
     return either
 
 
-def add_image_tokens_to_prompts(prefix_prompt: str, bos_token: str | None, image_seq_len: int, image_token: str) -> str:
-    """Return image tokens + BOS + prompt + newline; without BOS (None) there is none, and what the prompt has already is not doubled.
+def add_image_tokens_to_prompts(
+    prefix_prompt: str, bos_token: str | None, image_seq_len: int, image_token: str
+) -> str:
+    """Return image tokens + BOS + prompt + newline; without BOS (None) there is none, and what the
+    prompt has already is not doubled.
 
     Raises:
         TypeError: prefix_prompt is no str.
@@ -131,6 +163,12 @@ def _is_filter(value) -> bool:
 
 
 def _edges(owner: str, size: Sequence[int]) -> tuple[int, int]:
-    if isinstance(size, Sequence) and len(size) == 2 and all(isinstance(edge, Integral) and 1 <= edge <= MAX_EDGE for edge in size):
+    if (
+        isinstance(size, Sequence)
+        and len(size) == 2
+        and all(isinstance(edge, Integral) and 1 <= edge <= MAX_EDGE for edge in size)
+    ):
         return int(size[0]), int(size[1])
-    raise ValueError(f"{owner}: size must be (height, width) in pixels, each in 1..{MAX_EDGE}, got {size!r}")
+    raise ValueError(
+        f"{owner}: size must be (height, width) in pixels, each in 1..{MAX_EDGE}, got {size!r}"
+    )

@@ -11,7 +11,8 @@ from mllama.processing.tokenizer import Tokenizer
 
 
 class OlderProcessor(MllamaImageProcessor):
-    """Prompts and pictures to tensors: `processor([prompt], [picture])`, laid out as image tokens + BOS + prompt + newline.
+    """Prompts and pictures to tensors: `processor([prompt], [picture])`, laid out as image tokens +
+    BOS + prompt + newline.
 
     Attributes:
         IMAGE_TOKEN, image_token_id: the placeholder `<image>` and its id.
@@ -25,12 +26,19 @@ class OlderProcessor(MllamaImageProcessor):
     pixel_mean: Sequence[float]
     pixel_std: Sequence[float]
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase | Tokenizer, num_image_token: int, image_size: int, **kwargs):
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase | Tokenizer,
+        num_image_token: int,
+        image_size: int,
+        **kwargs,
+    ):
         """
         Args:
-            tokenizer: it is changed: `<image>`, the 1024 `<loc0000>` ... and the 128 `<seg000>` ... are added where they are missing, its
-                habit of adding BOS or EOS is switched off, and without a padding token it pads with its end of text. A `Tokenizer` of
-                tiktoken stays as it is; a transformers tokenizer of the same ids is made of it.
+            tokenizer: it is changed: `<image>`, the 1024 `<loc0000>` ... and the 128 `<seg000>` ...
+                are added where they are missing, its habit of adding BOS or EOS is switched off,
+                and without a padding token it pads with its end of text. A `Tokenizer` of tiktoken
+                stays as it is; a transformers tokenizer of the same ids is made of it.
             num_image_token: placeholders per picture.
             image_size: in pixels.
             kwargs: as the package's processor has them, which `from_pretrained` gives.
@@ -43,21 +51,32 @@ class OlderProcessor(MllamaImageProcessor):
             tokenizer = fast_tokenizer(tokenizer)
         own = {"image_mean": self.pixel_mean, "image_std": self.pixel_std, "location_tokens": True}
         super().__init__(tokenizer, num_image_token, image_size, **own | kwargs)
-        tokenizer.add_special_tokens({"extra_special_tokens": [self.IMAGE_TOKEN]}, replace_extra_special_tokens=False)
+        tokenizer.add_special_tokens(
+            {"extra_special_tokens": [self.IMAGE_TOKEN]}, replace_extra_special_tokens=False
+        )
         remember(self.image_token_id)  # a model has no other way to know it
         for habit in ("add_bos_token", "add_eos_token"):
             if hasattr(tokenizer, habit):
                 setattr(tokenizer, habit, False)
 
-    def __call__(self, text=None, images=None, padding: bool | str = "longest", truncation: bool | str = True, **kwargs) -> MllamaBatch:
-        """Return input_ids and attention_mask [prompts, tokens] int64 and, with pictures, pixel_values [pictures, 3, S, S] float32.
+    def __call__(
+        self,
+        text=None,
+        images=None,
+        padding: bool | str = "longest",
+        truncation: bool | str = True,
+        **kwargs,
+    ) -> MllamaBatch:
+        """Return input_ids and attention_mask [prompts, tokens] int64 and, with pictures,
+        pixel_values [pictures, 3, S, S] float32.
 
         The pixels are also read as "pixel Value" and "pixel_value".
 
         Args:
-            text: a prompt or a list of prompts. Placeholders in it are not doubled: `<image>` stands for one picture, and so does a run of
-                as many as a picture has.
-            images: pictures of any kind `mllama.processing.image.load_picture` takes: one, a list, or one list per prompt.
+            text: a prompt or a list of prompts. Placeholders in it are not doubled: `<image>`
+                stands for one picture, and so does a run of as many as a picture has.
+            images: pictures of any kind `mllama.processing.image.load_picture` takes: one, a list,
+                or one list per prompt.
             padding: of the tokenizer.
             truncation: of the tokenizer, where there is a max_length; without one nothing is cut.
             kwargs: as the package's processor takes them (max_length, return_tensors ...).
@@ -65,10 +84,14 @@ class OlderProcessor(MllamaImageProcessor):
         Raises:
             TypeError, ValueError, FileNotFoundError: as `mllama.MllamaImageProcessor`.
         """
-        if kwargs.get("max_length") is None:  # the tokenizer would take its own limit, which knows of no pictures
+        if (
+            kwargs.get("max_length") is None
+        ):  # the tokenizer would take its own limit, which knows of no pictures
             truncation = False
             kwargs.setdefault("verbose", False)
-        return super().__call__(self._with_one_each(text), images, padding=padding, truncation=truncation, **kwargs)
+        return super().__call__(
+            self._with_one_each(text), images, padding=padding, truncation=truncation, **kwargs
+        )
 
     def _with_one_each(self, text):
         if isinstance(text, str):

@@ -1,4 +1,6 @@
-"""The text configs of older scripts: an object, `LLAMA32Config`, and a plain dict, `LLAMA32_CONFIG`."""
+"""The text configs of older scripts: an object, `LLAMA32Config`, and a plain dict,
+`LLAMA32_CONFIG`.
+"""
 
 import inspect
 from collections.abc import Mapping
@@ -9,7 +11,12 @@ import torch
 from mllama.config import TEXT_SHORT_NAMES, MllamaTextConfig
 from mllama.ops._dispatch import FLOAT_DTYPES
 
-_ROPE_FREQ = {"factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_context_length": 8192}
+_ROPE_FREQ = {
+    "factor": 32.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_context_length": 8192,
+}
 # What a Llama has of the package's choices; the classes here have no others.
 _LLAMA = {
     "attention_bias": False,
@@ -49,10 +56,12 @@ _OTHER_NAMES = {
 
 
 class LLAMA32Config(MllamaTextConfig):
-    """The package's config of a decoder with the older names, order and defaults. Hugging Face's names are taken and read too.
+    """The package's config of a decoder with the older names, order and defaults. Hugging Face's
+    names are taken and read too.
 
     Args:
-        vocab_size, hidden_size, n_heads, n_layers, hidden_dim, n_kv_groups, rms_norm_eps: sizes and numbers of the decoder.
+        vocab_size, hidden_size, n_heads, n_layers, hidden_dim, n_kv_groups, rms_norm_eps: sizes and
+        numbers of the decoder.
         context_length: the most tokens that the model takes.
         max_position_embeddings: kept, to be read.
         rope_base: base of the rotary frequencies.
@@ -61,13 +70,16 @@ class LLAMA32Config(MllamaTextConfig):
         pad_token_index: padding id, or None.
 
     Raises:
-        ValueError: a size that is not a positive integer, or sizes that do not go together; the text names the field.
+        ValueError: a size that is not a positive integer, or sizes that do not go together; the
+            text names the field.
     """
 
-    attribute_map = {short: name for short, name in TEXT_SHORT_NAMES.items() if short != "context_length"} | {
-        "pad_token_index": "pad_token_id"
-    }
-    has_no_defaults_at_init = True  # or transformers would make one without arguments, to print what differs
+    attribute_map = {
+        short: name for short, name in TEXT_SHORT_NAMES.items() if short != "context_length"
+    } | {"pad_token_index": "pad_token_id"}
+    has_no_defaults_at_init = (
+        True  # or transformers would make one without arguments, to print what differs
+    )
 
     def __init__(
         self,
@@ -105,17 +117,31 @@ class LLAMA32Config(MllamaTextConfig):
             given["rope_freq"] = _ROPE_FREQ
         if "pad_token_index" in given:
             given["pad_token_id"] = given.pop("pad_token_index")
-        lengths = {"context_length": context_length, "max_position_embeddings": max_position_embeddings}
-        ends = {"bos_token_id": None, "eos_token_id": None}  # transformers' 1 and 2 are Llama 2's, and words of Llama 3
-        super().__init__(vocab_size=vocab_size, rms_norm_eps=rms_norm_eps, **lengths, **given, **ends | kwargs)
-        self.context_length, self.max_position_embeddings = lengths.values()  # the package keeps the larger; scripts read both
+        lengths = {
+            "context_length": context_length,
+            "max_position_embeddings": max_position_embeddings,
+        }
+        ends = {
+            "bos_token_id": None,
+            "eos_token_id": None,
+        }  # transformers' 1 and 2 are Llama 2's, and words of Llama 3
+        super().__init__(
+            vocab_size=vocab_size, rms_norm_eps=rms_norm_eps, **lengths, **given, **ends | kwargs
+        )
+        self.context_length, self.max_position_embeddings = (
+            lengths.values()
+        )  # the package keeps the larger; scripts read both
 
 
-_DEFAULTS = {name: parameter.default for name, parameter in inspect.signature(LLAMA32Config).parameters.items()}
+_DEFAULTS = {
+    name: parameter.default
+    for name, parameter in inspect.signature(LLAMA32Config).parameters.items()
+}
 
 
 class DictConfig(MllamaTextConfig):
-    """A plain dict of `LLAMA32_CONFIG`'s keys, as the package's config. Further keys are left alone.
+    """A plain dict of `LLAMA32_CONFIG`'s keys, as the package's config. Further keys are left
+    alone.
 
     Raises:
         ValueError: a key is missing, or a value cannot be; the text names it.
@@ -125,8 +151,12 @@ class DictConfig(MllamaTextConfig):
 
     def __init__(self, cfg: Mapping[str, Any]):
         if missing := [name for name in LLAMA32_CONFIG if name not in cfg]:
-            raise ValueError(f"cfg: missing {', '.join(missing)}; its keys are those of LLAMA32_CONFIG")
-        super().__init__(**{name: cfg[name] for name in LLAMA32_CONFIG}, rms_norm_eps=1e-5)  # Llama 3.2's; the dict carries none
+            raise ValueError(
+                f"cfg: missing {', '.join(missing)}; its keys are those of LLAMA32_CONFIG"
+            )
+        super().__init__(
+            **{name: cfg[name] for name in LLAMA32_CONFIG}, rms_norm_eps=1e-5
+        )  # Llama 3.2's; the dict carries none
 
 
 def text_config(config: Mapping[str, Any] | MllamaTextConfig) -> MllamaTextConfig:
@@ -139,10 +169,16 @@ def text_config(config: Mapping[str, Any] | MllamaTextConfig) -> MllamaTextConfi
     if isinstance(config, Mapping):
         config = DictConfig(config)
     if not isinstance(config, MllamaTextConfig):
-        raise TypeError(f"config must be a LLAMA32Config or a dict as LLAMA32_CONFIG, got {type(config).__name__}")
+        raise TypeError(
+            f"config must be a LLAMA32Config or a dict as LLAMA32_CONFIG, got {type(config).__name__}"
+        )
     if config.dtype not in (*FLOAT_DTYPES, None):
-        raise ValueError(f"config: dtype must be one of {', '.join(map(str, FLOAT_DTYPES))}, got {config.dtype}")
+        raise ValueError(
+            f"config: dtype must be one of {', '.join(map(str, FLOAT_DTYPES))}, got {config.dtype}"
+        )
     fixed = _LLAMA | {"head_dim": config.hidden_size // config.num_attention_heads}
     if other := [name for name, value in fixed.items() if getattr(config, name) != value]:
-        raise ValueError(f"config: {other[0]} must be {fixed[other[0]]!r} in the older decoder, got {getattr(config, other[0])!r}")
+        raise ValueError(
+            f"config: {other[0]} must be {fixed[other[0]]!r} in the older decoder, got {getattr(config, other[0])!r}"
+        )
     return config

@@ -5,12 +5,30 @@ from mllama.dropin._cache import KVCache
 from mllama.dropin._config import MLLAMAConfig
 from mllama.dropin._generate import generate, text_to_tokens, token_to_text
 from mllama.dropin._multimodal import MllamaForConditionalGeneration, MultiModalProjector
-from mllama.dropin._rope import LLAMARotaryEmbedding, apply_rotary_pos_emb, compute_rope_params, rope, rotate_half
-from mllama.dropin._text import FeedForward, Llama3ForCausalLM, Llama3Model, LLAMARMSNorm, RMSNorm, TransformerBlock
+from mllama.dropin._rope import (
+    LLAMARotaryEmbedding,
+    apply_rotary_pos_emb,
+    compute_rope_params,
+    rope,
+    rotate_half,
+)
+from mllama.dropin._text import (
+    FeedForward,
+    Llama3ForCausalLM,
+    Llama3Model,
+    LLAMARMSNorm,
+    RMSNorm,
+    TransformerBlock,
+)
 from mllama.dropin._text_config import LLAMA32_CONFIG, LLAMA32Config
 from mllama.dropin._weights import assign, load_weights_into_llama
 from mllama.dropin.Tools import FusedFeedForward
-from mllama.lora import Linear_LORA, convert_linears_to_lora, convert_to_lora, replace_linear_with_lora
+from mllama.lora import (
+    Linear_LORA,
+    convert_linears_to_lora,
+    convert_to_lora,
+    replace_linear_with_lora,
+)
 from mllama.processing.tokenizer import Tokenizer
 
 __all__ = [

@@ -1,4 +1,6 @@
-"""`modeling_gemma`: PaliGemma and its decoder under the names of a from-scratch PaliGemma, on this package's models."""
+"""`modeling_gemma`: PaliGemma and its decoder under the names of a from-scratch PaliGemma, on this
+package's models.
+"""
 
 from dataclasses import replace
 
@@ -11,7 +13,13 @@ from mllama.dropin._model import OlderModel
 from mllama.dropin._output import OlderOutput
 from mllama.families import Composition, compose
 
-__all__ = ["GemmaConfig", "GemmaForCausalLM", "KVCache", "PaliGemmaConfig", "PaliGemmaForConditionalGeneration"]
+__all__ = [
+    "GemmaConfig",
+    "GemmaForCausalLM",
+    "KVCache",
+    "PaliGemmaConfig",
+    "PaliGemmaForConditionalGeneration",
+]
 
 
 class GemmaConfig(transformers.GemmaConfig):
@@ -88,7 +96,9 @@ class PaliGemmaConfig(transformers.PaliGemmaConfig):
             vision_config = {"vision_use_head": False} | vision_config
         if isinstance(text_config, dict):
             text_config = {"pad_token_id": pad_token_id} | text_config
-        elif isinstance(text_config, GemmaConfig):  # transformers makes a part's class without arguments, to write what differs
+        elif isinstance(
+            text_config, GemmaConfig
+        ):  # transformers makes a part's class without arguments, to write what differs
             text_config = transformers.GemmaConfig(**text_config.to_dict())
         super().__init__(
             vision_config=vision_config,
@@ -104,7 +114,8 @@ class PaliGemmaConfig(transformers.PaliGemmaConfig):
 
 
 class GemmaForCausalLM(OlderModel):
-    """A Gemma that goes on with text. The weights are random, the output head is the embedding matrix.
+    """A Gemma that goes on with text. The weights are random, the output head is the embedding
+    matrix.
 
     Args:
         config: `GemmaConfig`, or transformers'.
@@ -125,9 +136,19 @@ class PaliGemmaForConditionalGeneration(OlderModel):
         return replace(plan, ignore_index=getattr(config, "ignore_index", plan.ignore_index))
 
     @hands_on(OlderModel.forward)
-    def forward(self, input_ids=None, pixel_values=None, attention_mask=None, labels=None, kv_cache=None, **kwargs) -> OlderOutput | tuple:
-        """As `OlderModel.forward`. A prompt, read while there is no cache or an empty one, is seen both ways, unless labels,
-        `token_type_ids` or `prefix_length` say what is to be learnt or said."""
+    def forward(
+        self,
+        input_ids=None,
+        pixel_values=None,
+        attention_mask=None,
+        labels=None,
+        kv_cache=None,
+        **kwargs,
+    ) -> OlderOutput | tuple:
+        """As `OlderModel.forward`. A prompt, read while there is no cache or an empty one, is seen
+        both ways, unless labels, `token_type_ids` or `prefix_length` say what is to be learnt or
+        said.
+        """
         said = (labels, kwargs.get("token_type_ids"), kwargs.get("prefix_length"))
         if input_ids is not None and all(given is None for given in said):
             kwargs["token_type_ids"] = torch.zeros_like(input_ids)

@@ -1,6 +1,8 @@
-"""`modeling_siglip` of older PaliGemma scripts: SigLIP whose modules take one config and return bare tensors, under Hugging Face's names.
+"""`modeling_siglip` of older PaliGemma scripts: SigLIP whose modules take one config and return
+bare tensors, under Hugging Face's names.
 
-They are the package's tower, read one part at a time: the operators underneath, GELU in its tanh form, pixels cast to the weights' dtype.
+They are the package's tower, read one part at a time: the operators underneath, GELU in its tanh
+form, pixels cast to the weights' dtype.
 """
 
 import torch
@@ -30,13 +32,15 @@ class SiglipVisionConfig(MllamaVisionConfig):
         intermediate_size: width inside a feed-forward block.
         num_hidden_layers, num_attention_heads: layers, and heads of each, which share hidden_size.
         num_channels: of a picture.
-        image_size, patch_size: edges in pixels; what is left over at the right and at the bottom is not seen.
+        image_size, patch_size: edges in pixels; what is left over at the right and at the bottom is
+            not seen.
         layer_norm_eps: of every norm.
         attention_dropout: chance that training leaves out a probability.
         num_image_tokens: placeholders per picture, for the scripts' own use.
 
     Raises:
-        ValueError: a size that is not a positive integer, or sizes that do not go together; the text names the field.
+        ValueError: a size that is not a positive integer, or sizes that do not go together; the
+            text names the field.
     """
 
     def __init__(
@@ -71,13 +75,18 @@ class SiglipVisionConfig(MllamaVisionConfig):
 class SiglipVisionEmbeddings(towers.SiglipEmbeddings):
     """Patches plus a learned position each.
 
-    Attributes: config, embed_dim, image_size, patch_size, num_patches (also num_positions), position_ids [1, num_patches].
+    Attributes: config, embed_dim, image_size, patch_size, num_patches (also num_positions),
+    position_ids [1, num_patches].
     """
 
     def __init__(self, config: SiglipVisionConfig):
         super().__init__(config)
         self.config = config
-        self.embed_dim, self.image_size, self.patch_size = config.hidden_size, config.image_size, config.patch_size
+        self.embed_dim, self.image_size, self.patch_size = (
+            config.hidden_size,
+            config.image_size,
+            config.patch_size,
+        )
         self.num_patches = self.num_positions = (config.image_size // config.patch_size) ** 2
         self.register_buffer("position_ids", torch.arange(self.num_patches)[None], persistent=False)
 
@@ -104,8 +113,12 @@ class SiglipAttention(towers.SiglipAttention):
         self.embed_dim, self.num_heads = config.hidden_size, config.num_attention_heads
         self.scale = self.head_dim**-0.5
 
-    def forward(self, hidden_states: torch.Tensor, output_attentions: bool = True) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """[B, P, hidden_size] -> (the same shape, probabilities [B, heads, P, P] whose rows sum to 1, or None where not asked for)."""
+    def forward(
+        self, hidden_states: torch.Tensor, output_attentions: bool = True
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """[B, P, hidden_size] -> (the same shape, probabilities [B, heads, P, P] whose rows sum to
+        1, or None where not asked for).
+        """
         output, weights = super().forward(hidden_states, output_attentions)
         return output, weights if weights is None else weights.to(output.dtype)
 
@@ -114,7 +127,11 @@ class SiglipMLP(MLP):
     """fc2(gelu(fc1(x))), GELU in its tanh form unless the config names another activation."""
 
     def __init__(self, config: SiglipVisionConfig):
-        super().__init__(config.hidden_size, config.intermediate_size, getattr(config, "hidden_act", "gelu_pytorch_tanh"))
+        super().__init__(
+            config.hidden_size,
+            config.intermediate_size,
+            getattr(config, "hidden_act", "gelu_pytorch_tanh"),
+        )
         self.config = config
 
 
@@ -150,7 +167,9 @@ class SiglipVisionTransformer(towers.SiglipVisionTower):
     embeddings_class, encoder_class = SiglipVisionEmbeddings, SiglipEncoder
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """[B, channels, image_size, image_size] -> [B, patches, hidden_size]; raises as `SiglipVisionEmbeddings`."""
+        """[B, channels, image_size, image_size] -> [B, patches, hidden_size]; raises as
+        `SiglipVisionEmbeddings`.
+        """
         return self.post_layernorm(self.encoder(self.embeddings(pixel_values)))
 
 
@@ -165,5 +184,7 @@ class SiglipVisionModel(nn.Module):
         self.vision_model = self.transformer_class(config)
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """[B, channels, image_size, image_size] -> [B, patches, hidden_size], a bare tensor; raises as `SiglipVisionEmbeddings`."""
+        """[B, channels, image_size, image_size] -> [B, patches, hidden_size], a bare tensor; raises
+        as `SiglipVisionEmbeddings`.
+        """
         return self.vision_model(pixel_values)

@@ -1,9 +1,18 @@
-"""`processing_mllama` of older scripts: pictures normalised with CLIP's mean and deviation, which the module calls ImageNet's."""
+"""`processing_mllama` of older scripts: pictures normalised with CLIP's mean and deviation, which
+the module calls ImageNet's.
+"""
 
 import torch
 from PIL import Image
 
-from mllama.dropin._pictures import add_image_tokens_to_prompts, filter_may_come_third, normalize, prepare, rescale, resize
+from mllama.dropin._pictures import (
+    add_image_tokens_to_prompts,
+    filter_may_come_third,
+    normalize,
+    prepare,
+    rescale,
+    resize,
+)
 from mllama.dropin._processor import OlderProcessor
 
 __all__ = [
@@ -36,12 +45,15 @@ def process_images(
 ) -> torch.Tensor:
     """Resize, rescale and normalise pictures: [pictures, 3, height, width] float32.
 
-    size is (height, width). resample may also come third, before rescale_factor. `prepare` says what is accepted and raised.
+    size is (height, width). resample may also come third, before rescale_factor. `prepare` says
+    what is accepted and raised.
     """
     return prepare(images, size, rescale_factor, image_mean, image_std, resample)
 
 
 class MllamaImageProcessor(OlderProcessor):
-    """`MllamaImageProcessor(tokenizer, num_image_token, image_size)`: prompts and pictures to tensors, with this module's normalisation."""
+    """`MllamaImageProcessor(tokenizer, num_image_token, image_size)`: prompts and pictures to
+    tensors, with this module's normalisation.
+    """
 
     pixel_mean, pixel_std = IMAGENET_STANDARD_MEAN, IMAGENET_STANDARD_STD

@@ -1,4 +1,6 @@
-"""`processing_paligemma` of older scripts: the functions of `processing_siglip`, and its processor under PaliGemma's name."""
+"""`processing_paligemma` of older scripts: the functions of `processing_siglip`, and its processor
+under PaliGemma's name.
+"""
 
 from mllama.dropin._processor import OlderProcessor
 from mllama.dropin.processing_siglip import (
@@ -26,7 +28,9 @@ __all__ = [
 
 
 class PaliGemmaProcessor(OlderProcessor):
-    """`PaliGemmaProcessor(tokenizer, num_image_tokens, image_size)`: prompts and pictures to tensors, pixels in -1..1."""
+    """`PaliGemmaProcessor(tokenizer, num_image_tokens, image_size)`: prompts and pictures to
+    tensors, pixels in -1..1.
+    """
 
     pixel_mean, pixel_std = IMAGENET_STANDARD_MEAN, IMAGENET_STANDARD_STD
 

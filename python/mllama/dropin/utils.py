@@ -14,7 +14,8 @@ __all__ = ["load_hf_model"]
 def load_hf_model(
     model_path: str | os.PathLike, device: str | torch.device = "cpu"
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | Tokenizer]:
-    """Load a model and its tokenizer, which pads on the right, and print what was converted and tied.
+    """Load a model and its tokenizer, which pads on the right, and print what was converted and
+    tied.
 
     Args:
         model_path: what `mllama.load_hf_model` takes.
@@ -25,6 +26,7 @@ def load_hf_model(
 
     Raises:
         FileNotFoundError: no such model, or one without tokenizer files.
-        ValueError: broken files; tensors that are missing, unexpected, doubled or of another shape, all in one error.
+        ValueError: broken files; tensors that are missing, unexpected, doubled or of another shape,
+            all in one error.
     """
     return load_older(model_path, device, strict=True)

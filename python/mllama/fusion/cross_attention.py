@@ -1,7 +1,8 @@
 """Gated cross-attention: decoder layers in which text attends to the features of pictures.
 
-What a text position sees is told per tile, and changes only where a picture's placeholder stands: positions between two changes are one
-call of the attention operator, and a [T, S] mask is never made.
+What a text position sees is told per tile, and changes only where a picture's placeholder stands:
+positions between two changes are one call of the attention operator, and a [T, S] mask is never
+made.
 """
 
 from dataclasses import dataclass, replace
@@ -53,9 +54,14 @@ class CrossAttentionContext:
 
     def to(self, device: torch.device | str | int) -> "CrossAttentionContext":
         """The same on another device; accelerate asks for it where layers are spread over several."""
-        states, visible = (None if tensor is None else tensor.to(device) for tensor in (self.states, self.visible))
+        states, visible = (
+            None if tensor is None else tensor.to(device) for tensor in (self.states, self.visible)
+        )
         segments = self.segments and tuple(
-            segment if segment.key_mask is None else replace(segment, key_mask=segment.key_mask.to(device)) for segment in self.segments
+            segment
+            if segment.key_mask is None
+            else replace(segment, key_mask=segment.key_mask.to(device))
+            for segment in self.segments
         )
         return replace(self, states=states, segments=segments, visible=visible)
 
@@ -72,35 +78,45 @@ def cross_context(
     """Prepare one forward pass.
 
     Args:
-        states: projected features of new pictures, [B, pictures * tiles * tokens_per_tile, hidden], or None.
-        mask: [B, T, pictures, tiles] of any dtype, non-zero where a position sees a tile, over cached pictures and new ones; None lets
-            every position see all.
+        states: projected features of new pictures, [B, pictures * tiles * tokens_per_tile, hidden],
+            or None.
+        mask: [B, T, pictures, tiles] of any dtype, non-zero where a position sees a tile, over
+            cached pictures and new ones; None lets every position see all.
         tokens_per_tile: keys of one tile.
-        reference: what a position that sees no picture does. "meta": the layer leaves it as it is. "hf", as transformers: it attends to
-            every key, padding too, and only the feed-forward half leaves it.
+        reference: what a position that sees no picture does. "meta": the layer leaves it as it is.
+            "hf", as transformers: it attends to every key, padding too, and only the feed-forward
+            half leaves it.
         held: `kept` of the pass before, where its keys are in the cache.
-        filled: [B, pictures, tiles] of any dtype, zero where a tile of a new picture is empty. With "meta" and a mask, tiles that are
-            empty in every row, and seen by no position, get no keys: nothing would attend to them.
+        filled: [B, pictures, tiles] of any dtype, zero where a tile of a new picture is empty. With
+            "meta" and a mask, tiles that are empty in every row, and seen by no position, get no
+            keys: nothing would attend to them.
 
     Returns:
         The context, or None where there is no picture: layers given None do nothing.
 
     Raises:
         TypeError: mask is no tensor.
-        ValueError: mask or filled do not fit the keys, mask shows a tile that got none, or a reference that is not known.
+        ValueError: mask or filled do not fit the keys, mask shows a tile that got none, or a
+            reference that is not known.
     """
     check_reference(reference)
     held = torch.ones(0, dtype=torch.bool, device="cpu") if held is None else held
-    new = torch.ones(0 if states is None else states.shape[1] // tokens_per_tile, dtype=torch.bool, device="cpu")
+    new = torch.ones(
+        0 if states is None else states.shape[1] // tokens_per_tile, dtype=torch.bool, device="cpu"
+    )
     columns = len(held) + len(new)
     if not columns:
         return None
     if mask is None:
         return CrossAttentionContext(states, torch.cat([held, new]))
     if not isinstance(mask, torch.Tensor):
-        raise TypeError(f"cross_attention_mask must be a torch.Tensor or None, got {type(mask).__name__}")
+        raise TypeError(
+            f"cross_attention_mask must be a torch.Tensor or None, got {type(mask).__name__}"
+        )
     if mask.dim() != 4 or mask.shape[2] * mask.shape[3] != columns:
-        raise ValueError(f"cross_attention_mask must be [batch, tokens, pictures, tiles] for {columns} tiles, got {list(mask.shape)}")
+        raise ValueError(
+            f"cross_attention_mask must be [batch, tokens, pictures, tiles] for {columns} tiles, got {list(mask.shape)}"
+        )
     seen = (mask != 0).flatten(2)
     host = seen.cpu()
     shown = host.flatten(0, 1).any(0)
@@ -110,7 +126,9 @@ def cross_context(
             states = states.unflatten(1, (len(new), tokens_per_tile))[:, new].flatten(1, 2)
     kept = torch.cat([held, new])
     if (shown & ~kept).any():
-        raise ValueError("cross_attention_mask must not show tiles that were empty when their picture was given")
+        raise ValueError(
+            "cross_attention_mask must not show tiles that were empty when their picture was given"
+        )
     if not kept.all():
         seen, host = seen[..., kept], host[..., kept]
     visible = None if host.any(-1).all() else seen.any(-1, keepdim=True)
@@ -121,10 +139,14 @@ def cross_context(
 
 
 def _used(filled: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
-    """bool [pictures * tiles]: tiles that are filled in some row; all of them where none is, so that a picture always has keys."""
+    """bool [pictures * tiles]: tiles that are filled in some row; all of them where none is, so
+    that a picture always has keys.
+    """
     used = (filled != 0).flatten(1).any(0).cpu()
     if used.shape != new.shape:
-        raise ValueError(f"aspect_ratio_mask must be [batch, pictures, tiles] for {len(new)} tiles, got {list(filled.shape)}")
+        raise ValueError(
+            f"aspect_ratio_mask must be [batch, pictures, tiles] for {len(new)} tiles, got {list(filled.shape)}"
+        )
     return used if used.any() else new
 
 
@@ -141,7 +163,8 @@ def _segments(seen: torch.Tensor, host: torch.Tensor, tokens_per_tile: int) -> t
 
 
 class CrossAttention(nn.Module):
-    """Grouped-query attention of text over pictures, with a norm on every head of q and k and no positions.
+    """Grouped-query attention of text over pictures, with a norm on every head of q and k and no
+    positions.
 
     Args:
         config: the decoder's.
@@ -153,7 +176,10 @@ class CrossAttention(nn.Module):
         self.head_dim = config.head_dim
         self.kv_heads = config.num_key_value_heads
         self.layer_idx = layer_idx
-        heads, kv_heads = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
+        heads, kv_heads = (
+            config.num_attention_heads * config.head_dim,
+            config.num_key_value_heads * config.head_dim,
+        )
         self.q_proj = nn.Linear(config.hidden_size, heads, bias=False)
         self.k_proj = nn.Linear(config.hidden_size, kv_heads, bias=False)
         self.v_proj = nn.Linear(config.hidden_size, kv_heads, bias=False)
@@ -162,17 +188,23 @@ class CrossAttention(nn.Module):
         self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
 
     def forward(
-        self, x: torch.Tensor, cross: CrossAttentionContext, cache: Cache | None = None, output_attentions: bool = False
+        self,
+        x: torch.Tensor,
+        cross: CrossAttentionContext,
+        cache: Cache | None = None,
+        output_attentions: bool = False,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """
         Args:
             x: [B, T, hidden].
             cross: what the positions see.
-            cache: cache that new pictures' keys and values are appended to and all S of them read from.
+            cache: cache that new pictures' keys and values are appended to and all S of them read
+                from.
             output_attentions: also return the probabilities.
 
         Returns:
-            ([B, T, hidden], zero where a position sees no key; probabilities [B, heads, T, S] float32 or None)
+            ([B, T, hidden], zero where a position sees no key; probabilities [B, heads, T, S]
+            float32 or None)
         """
         q = self.q_norm(split_heads(self.q_proj(x), self.head_dim))
         k, v = self._keys_values(x, cross.states)
@@ -182,23 +214,36 @@ class CrossAttention(nn.Module):
         attended, weights = [], []
         for segment in cross.segments or (Segment(0, x.shape[1]),):
             part = q[:, segment.start : segment.end]
-            attended.append(torch.zeros_like(part) if segment.blind else attention(part, k, v, key_mask=segment.key_mask))
+            attended.append(
+                torch.zeros_like(part)
+                if segment.blind
+                else attention(part, k, v, key_mask=segment.key_mask)
+            )
             if output_attentions:
                 weights.append(attention_weights(part, k, key_mask=segment.key_mask))
         attended = attended[0] if len(attended) == 1 else torch.cat(attended, 1)
-        return self.o_proj(attended.flatten(2)), torch.cat(weights, 2) if output_attentions else None
+        return self.o_proj(attended.flatten(2)), torch.cat(
+            weights, 2
+        ) if output_attentions else None
 
-    def _keys_values(self, x: torch.Tensor, states: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+    def _keys_values(
+        self, x: torch.Tensor, states: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """[B, keys, kv heads, head_dim] of the new pictures; no keys where there are none."""
         if states is None:
             empty = x.new_empty(x.shape[0], 0, self.kv_heads, self.head_dim)
             return empty, empty
-        k, v = (split_heads(projection(states), self.head_dim) for projection in (self.k_proj, self.v_proj))
+        k, v = (
+            split_heads(projection(states), self.head_dim)
+            for projection in (self.k_proj, self.v_proj)
+        )
         return self.k_norm(k), v
 
 
 class CrossAttentionDecoderLayer(GradientCheckpointingLayer):
-    """A decoder layer that attends to pictures in the place of text; both halves are scaled by tanh of a learned number."""
+    """A decoder layer that attends to pictures in the place of text; both halves are scaled by tanh
+    of a learned number.
+    """
 
     def __init__(self, config: MllamaTextConfig, layer_idx: int):
         super().__init__()
@@ -210,11 +255,21 @@ class CrossAttentionDecoderLayer(GradientCheckpointingLayer):
         self.cross_attn_mlp_gate = nn.Parameter(torch.zeros(1))
 
     def __call__(
-        self, hidden_states: torch.Tensor, positions=None, cache: Cache | None = None, *, cross=None, **context
+        self,
+        hidden_states: torch.Tensor,
+        positions=None,
+        cache: Cache | None = None,
+        *,
+        cross=None,
+        **context,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """As `forward`; the pictures' features become an argument of their own, where reentrant checkpointing looks for gradients."""
+        """As `forward`; the pictures' features become an argument of their own, where reentrant
+        checkpointing looks for gradients.
+        """
         states = None if cross is None else cross.states
-        return super().__call__(hidden_states, positions, states, cache=cache, cross=cross, **context)
+        return super().__call__(
+            hidden_states, positions, states, cache=cache, cross=cross, **context
+        )
 
     def forward(
         self,
@@ -227,12 +282,14 @@ class CrossAttentionDecoderLayer(GradientCheckpointingLayer):
         output_attentions: bool = False,
         **context,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """[B, T, hidden] -> (the same shape, probabilities or None). `positions` and `context` are for layers that attend to text;
-        without `cross` the layer does nothing."""
+        """[B, T, hidden] -> (the same shape, probabilities or None). `positions` and `context` are
+        for layers that attend to text; without `cross` the layer does nothing."""
         if cross is None:
             return hidden_states, None
         cross = replace(cross, states=states)
-        attended, weights = self.cross_attn(self.input_layernorm(hidden_states), cross, cache, output_attentions)
+        attended, weights = self.cross_attn(
+            self.input_layernorm(hidden_states), cross, cache, output_attentions
+        )
         hidden_states = gated_add(hidden_states, attended, self.cross_attn_attn_gate)
         fed = self.mlp(self.post_attention_layernorm(hidden_states))
         if cross.visible is not None:

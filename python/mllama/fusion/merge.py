@@ -3,11 +3,15 @@
 import torch
 
 
-def find_placeholder(input_ids: torch.Tensor, attention_mask: torch.Tensor | None, per_picture: int, pictures: int) -> int | None:
-    """The id of the picture placeholder, told by how it stands: `per_picture` of it in a row for each picture.
+def find_placeholder(
+    input_ids: torch.Tensor, attention_mask: torch.Tensor | None, per_picture: int, pictures: int
+) -> int | None:
+    """The id of the picture placeholder, told by how it stands: `per_picture` of it in a row for
+    each picture.
 
-    A candidate is an id whose every run of equal neighbours at unmasked positions of a row has a length that is a multiple of
-    `per_picture`. Several candidates are told apart by their number, which must be `pictures * per_picture`.
+    A candidate is an id whose every run of equal neighbours at unmasked positions of a row has a
+    length that is a multiple of `per_picture`. Several candidates are told apart by their number,
+    which must be `pictures * per_picture`.
 
     Args:
         input_ids: int [B, T].
@@ -21,10 +25,17 @@ def find_placeholder(input_ids: torch.Tensor, attention_mask: torch.Tensor | Non
     Raises:
         ValueError: more than one id could be it.
     """
-    seen = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
-    # The rows end to end, each closed by a marker, so that no run crosses from row to row or over a padded position.
+    seen = (
+        torch.ones_like(input_ids, dtype=torch.bool)
+        if attention_mask is None
+        else attention_mask.bool()
+    )
+    # The rows end to end, each closed by a marker, so that no run crosses from row to row or over a
+    # padded position.
     marker = input_ids.min() - 1
-    ids = torch.nn.functional.pad(input_ids.masked_fill(~seen, marker), (0, 1), value=int(marker)).flatten()
+    ids = torch.nn.functional.pad(
+        input_ids.masked_fill(~seen, marker), (0, 1), value=int(marker)
+    ).flatten()
     values, lengths = torch.unique_consecutive(ids, return_counts=True)
     broken = values[lengths % per_picture != 0]
     candidates = values[~torch.isin(values, broken) & (values != marker)].unique()
@@ -39,7 +50,9 @@ def find_placeholder(input_ids: torch.Tensor, attention_mask: torch.Tensor | Non
     return int(candidates[0]) if len(candidates) else None
 
 
-def merge(inputs_embeds: torch.Tensor, placeholders: torch.Tensor, image_features: torch.Tensor) -> torch.Tensor:
+def merge(
+    inputs_embeds: torch.Tensor, placeholders: torch.Tensor, image_features: torch.Tensor
+) -> torch.Tensor:
     """Write picture features at the placeholders, in row order.
 
     Args:
@@ -50,4 +63,6 @@ def merge(inputs_embeds: torch.Tensor, placeholders: torch.Tensor, image_feature
     Returns:
         [B, T, hidden], a new tensor in inputs_embeds' dtype.
     """
-    return inputs_embeds.masked_scatter(placeholders.unsqueeze(-1), image_features.to(inputs_embeds.device, inputs_embeds.dtype))
+    return inputs_embeds.masked_scatter(
+        placeholders.unsqueeze(-1), image_features.to(inputs_embeds.device, inputs_embeds.dtype)
+    )

@@ -8,7 +8,14 @@ from transformers.activations import ACT2FN
 class MultiModalProjector(nn.Module):
     """linear_2(act(linear_1(x)))."""
 
-    def __init__(self, input_size: int, inner_size: int, output_size: int, activation: str = "gelu", bias: bool = True):
+    def __init__(
+        self,
+        input_size: int,
+        inner_size: int,
+        output_size: int,
+        activation: str = "gelu",
+        bias: bool = True,
+    ):
         super().__init__()
         self.linear_1 = nn.Linear(input_size, inner_size, bias=bias)
         self.act = ACT2FN[activation]

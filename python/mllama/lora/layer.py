@@ -13,18 +13,21 @@ from mllama.ops.lora_linear import lora_linear
 
 
 class Linear_LORA(nn.Module):
-    """y = x W' + bias + alpha / rank * (dropout(x) A') B', with W and bias frozen, A and B trainable.
+    """y = x W' + bias + alpha / rank * (dropout(x) A') B', with W and bias frozen, A and B
+    trainable.
 
-    `linear` holds W and the bias, `lora_a` A [rank, in_dim], `lora_b` B [out_dim, rank]. A starts as nn.Linear's weights do (Kaiming
-    uniform), B at zero, so that a new layer computes what `linear` does. Any of the three may be replaced or copied into. The operator
-    `mllama.ops.lora_linear` computes plain children; where one is of another class, has hooks, is float64 or was unfrozen, the children
-    are called one after the other.
+    `linear` holds W and the bias, `lora_a` A [rank, in_dim], `lora_b` B [out_dim, rank]. A starts
+    as nn.Linear's weights do (Kaiming uniform), B at zero, so that a new layer computes what
+    `linear` does. Any of the three may be replaced or copied into. The operator
+    `mllama.ops.lora_linear` computes plain children; where one is of another class, has hooks, is
+    float64 or was unfrozen, the children are called one after the other.
 
     Args:
         in_dim, out_dim: features of an input and of an output.
         rank: width of the update.
         alpha: the update counts alpha / rank times.
-        dropout: probability with which the update does not see an input's element, in training mode only.
+        dropout: probability with which the update does not see an input's element, in training mode
+            only.
         bias: whether `linear` has a bias.
 
     Attributes:
@@ -35,12 +38,15 @@ class Linear_LORA(nn.Module):
 
     Raises:
         TypeError: a size or rank that is no int, an alpha or dropout that is no number.
-        ValueError: a size or rank below 1, an alpha that is not above 0 and finite, a dropout outside [0, 1).
+        ValueError: a size or rank below 1, an alpha that is not above 0 and finite, a dropout
+            outside [0, 1).
     """
 
     merged_weight: torch.Tensor | None
 
-    def __init__(self, in_dim: int, out_dim: int, rank: int, alpha: float, dropout: float, bias: bool = False):
+    def __init__(
+        self, in_dim: int, out_dim: int, rank: int, alpha: float, dropout: float, bias: bool = False
+    ):
         check_adapter(rank, alpha, dropout)
         _check_size("in_dim", in_dim)
         _check_size("out_dim", out_dim)
@@ -48,8 +54,12 @@ class Linear_LORA(nn.Module):
         self._adapt(nn.Linear(in_dim, out_dim, bias=bias), rank, alpha, dropout)
 
     @classmethod
-    def around(cls, linear: nn.Linear, rank: int, alpha: float, dropout: float = 0.0) -> "Linear_LORA":
-        """A layer whose `linear` is this very module, frozen; the adapter is made on its device, in its dtype and its training mode."""
+    def around(
+        cls, linear: nn.Linear, rank: int, alpha: float, dropout: float = 0.0
+    ) -> "Linear_LORA":
+        """A layer whose `linear` is this very module, frozen; the adapter is made on its device, in
+        its dtype and its training mode.
+        """
         check_adapter(rank, alpha, dropout)
         layer = cls.__new__(cls)
         nn.Module.__init__(layer)
@@ -59,7 +69,9 @@ class Linear_LORA(nn.Module):
     def _adapt(self, linear: nn.Linear, rank: int, alpha: float, dropout: float) -> None:
         self.linear = linear.requires_grad_(False)
         like = linear.weight
-        dtype = like.dtype if like.dtype in (*FLOAT_DTYPES, torch.float64) else torch.float32  # beside quantised weights
+        dtype = (
+            like.dtype if like.dtype in (*FLOAT_DTYPES, torch.float64) else torch.float32
+        )  # beside quantised weights
         options: dict[str, Any] = {"bias": False, "device": like.device, "dtype": dtype}
         self.lora_a = nn.Linear(linear.in_features, rank, **options)
         self.lora_b = nn.Linear(rank, linear.out_features, **options)
@@ -86,8 +98,10 @@ class Linear_LORA(nn.Module):
 
     @property
     def weight(self) -> torch.Tensor:
-        """[out_dim, in_dim], W with the update in it, for modules that read a layer's weight instead of calling it, such as
-        nn.MultiheadAttention. It is computed anew each time: to copy weights in, write to `linear.weight`."""
+        """[out_dim, in_dim], W with the update in it, for modules that read a layer's weight
+        instead of calling it, such as nn.MultiheadAttention. It is computed anew each time: to copy
+        weights in, write to `linear.weight`.
+        """
         if not self.enabled:
             return self.linear.weight
         return self._sum() if self.merged_weight is None else self.merged_weight
@@ -113,7 +127,13 @@ class Linear_LORA(nn.Module):
             return nn.functional.linear(x, self.merged_weight, self.linear.bias)
         if self._is_plain(x):
             weights = self.linear.weight, self.lora_a.weight, self.lora_b.weight
-            return lora_linear(x, *weights, self.linear.bias, self.scale, self.dropout.p if self.dropout.training else 0.0)
+            return lora_linear(
+                x,
+                *weights,
+                self.linear.bias,
+                self.scale,
+                self.dropout.p if self.dropout.training else 0.0,
+            )
         y = self.linear(x)
         down = self.lora_a(self.dropout(x).to(self.lora_a.weight.dtype))
         return y + (self.lora_b(down) * self.scale).to(y.dtype)
@@ -130,7 +150,8 @@ class Linear_LORA(nn.Module):
         return [*self.lora_a.parameters(), *self.lora_b.parameters()]
 
     def merge(self) -> None:
-        """Compute W with the update in it once; until `unmerge` inputs are multiplied by that alone. W itself is not changed.
+        """Compute W with the update in it once; until `unmerge` inputs are multiplied by that
+        alone. W itself is not changed.
 
         Raises:
             ValueError: a child has another way to compute than its weight.
@@ -143,19 +164,25 @@ class Linear_LORA(nn.Module):
         self.merged_weight = None
 
     def unload(self) -> nn.Linear:
-        """`linear`, the update added to its weight. The weight is a new parameter: whoever shares the old one keeps it as it was. The layer
-        is marked, as further adapters of the model do not fit what it was loaded from."""
+        """`linear`, the update added to its weight. The weight is a new parameter: whoever shares
+        the old one keeps it as it was. The layer is marked, as further adapters of the model do not
+        fit what it was loaded from.
+        """
         self.check_mergeable("this layer")
         self.linear.weight = nn.Parameter(self._sum().detach(), requires_grad=False)
         self.linear.__dict__["holds_adapter"] = True
         return self.linear
 
     def check_mergeable(self, name: str) -> None:
-        """Raise ValueError unless `linear` and the adapter are plain linear layers, whose product can be added."""
+        """Raise ValueError unless `linear` and the adapter are plain linear layers, whose product
+        can be added.
+        """
         for child in ("linear", "lora_a", "lora_b"):
             module = getattr(self, child)
             if not is_plain(module, nn.Linear):
-                raise ValueError(f"{name} cannot be merged: its {child}, a {type(module).__name__}, has hooks or a forward of its own")
+                raise ValueError(
+                    f"{name} cannot be merged: its {child}, a {type(module).__name__}, has hooks or a forward of its own"
+                )
 
     def _sum(self) -> torch.Tensor:
         """[out_dim, in_dim] in W's dtype; computed in float32 or wider and rounded once."""
@@ -166,7 +193,9 @@ class Linear_LORA(nn.Module):
             return torch.add(weight.to(kind), update, alpha=self.scale).to(weight.dtype)
 
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any) -> None:
-        """The weights of a plain linear layer are those of `linear`. What was merged from older ones is forgotten."""
+        """The weights of a plain linear layer are those of `linear`. What was merged from older
+        ones is forgotten.
+        """
         for name in ("weight", "bias"):
             if f"{prefix}{name}" in state_dict:
                 state_dict.setdefault(f"{prefix}linear.{name}", state_dict.pop(f"{prefix}{name}"))
@@ -175,7 +204,9 @@ class Linear_LORA(nn.Module):
 
     def extra_repr(self) -> str:
         said = f"rank={self.rank}, alpha={self.alpha}"
-        return said + ", merged" * (self.merged_weight is not None) + ", disabled" * (not self.enabled)
+        return (
+            said + ", merged" * (self.merged_weight is not None) + ", disabled" * (not self.enabled)
+        )
 
 
 def lora_layers(model: nn.Module) -> dict[str, Linear_LORA]:
@@ -197,12 +228,16 @@ def needed_lora_layers(model: nn.Module) -> dict[str, Linear_LORA]:
         ValueError: there are none.
     """
     if not (layers := lora_layers(model)):
-        raise ValueError(f"this {type(model).__name__} has no LoRA layers: call mllama.convert_linears_to_lora(model) first")
+        raise ValueError(
+            f"this {type(model).__name__} has no LoRA layers: call mllama.convert_linears_to_lora(model) first"
+        )
     return layers
 
 
 def holds_adapters(model: nn.Module) -> bool:
-    """Whether adapters were added to weights of the model for good, which its files then do not have."""
+    """Whether adapters were added to weights of the model for good, which its files then do not
+    have.
+    """
     return any("holds_adapter" in vars(module) for module in model.modules())
 
 

@@ -1,4 +1,6 @@
-"""PEFT's adapter folders: adapter_config.json beside adapter_model.safetensors, with keys `base_model.model.NAME.lora_A.weight`."""
+"""PEFT's adapter folders: adapter_config.json beside adapter_model.safetensors, with keys
+`base_model.model.NAME.lora_A.weight`.
+"""
 
 import math
 import os
@@ -12,24 +14,52 @@ from typing import Any
 import torch
 from torch import nn
 
-from mllama.checkpoints.files import WEIGHTS, find_inside, listing, read_json, save_tensors, write_folder, write_json
+from mllama.checkpoints.files import (
+    WEIGHTS,
+    find_inside,
+    listing,
+    read_json,
+    save_tensors,
+    write_folder,
+    write_json,
+)
 from mllama.lora.layer import Linear_LORA, check_adapter
 
 CONFIG, ADAPTERS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 PREFIX = "base_model.model."
-_INSIDE = re.compile(r"\.(base_layer|modules_to_save(\.default)?)(?=\.[^.]+$)")  # what PEFT puts around a layer
-_EMBEDDINGS = ("embed_tokens", "lm_head")  # whose frozen weights PEFT writes, too, where their size or adapters ask for it
+_INSIDE = re.compile(
+    r"\.(base_layer|modules_to_save(\.default)?)(?=\.[^.]+$)"
+)  # what PEFT puts around a layer
+_EMBEDDINGS = (
+    "embed_tokens",
+    "lm_head",
+)  # whose frozen weights PEFT writes, too, where their size or adapters ask for it
 _KEY = re.compile(r"(?P<name>.+)\.lora_(?P<part>[AB])(\.default)?\.weight")
 
-# Fields that say how the layers are made, all of them honored; and fields that change nothing of what a trained adapter computes.
-_READ = {"peft_type", "r", "lora_alpha", "lora_dropout", "rank_pattern", "alpha_pattern", "use_rslora", "target_modules", "modules_to_save"}
+# Fields that say how the layers are made, all of them honored; and fields that change nothing of
+# what a trained adapter computes.
+_READ = {
+    "peft_type",
+    "r",
+    "lora_alpha",
+    "lora_dropout",
+    "rank_pattern",
+    "alpha_pattern",
+    "use_rslora",
+    "target_modules",
+    "modules_to_save",
+}
 _DESCRIPTIVE = {
     "auto_mapping", "base_model_name_or_path", "corda_config", "eva_config", "exclude_modules", "inference_mode", "layers_pattern",
     "layers_to_transform", "loftq_config", "lora_ga_config", "megatron_core", "peft_version", "qalora_group_size", "revision",
     "runtime_config", "task_type",
 }  # fmt: skip
-# What these fields may say; any other field must be off (false, null or empty). Other ways to begin change the frozen weights, too.
-_ONLY = {"bias": ("none",), "init_lora_weights": (True, False, None, "gaussian", "orthogonal", "eva")}
+# What these fields may say; any other field must be off (false, null or empty). Other ways to begin
+# change the frozen weights, too.
+_ONLY = {
+    "bias": ("none",),
+    "init_lora_weights": (True, False, None, "gaussian", "orthogonal", "eva"),
+}
 
 
 def is_peft(keys: Iterable[str]) -> bool:
@@ -43,7 +73,10 @@ def weights_file(folder: Path) -> Path:
     Raises:
         FileNotFoundError: there are none.
     """
-    return find_inside(folder, ADAPTERS if (folder / ADAPTERS).exists() or not (folder / PICKLE).exists() else PICKLE)
+    return find_inside(
+        folder,
+        ADAPTERS if (folder / ADAPTERS).exists() or not (folder / PICKLE).exists() else PICKLE,
+    )
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -59,10 +92,17 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise ValueError(f"{path}: peft_type must be 'LORA', got {config.get('peft_type')!r}")
     for name, value in config.items():
         allowed = _ONLY.get(name)
-        if name in _READ or name in _DESCRIPTIVE or (allowed is None and not value) or (allowed and value in allowed):
+        if (
+            name in _READ
+            or name in _DESCRIPTIVE
+            or (allowed is None and not value)
+            or (allowed and value in allowed)
+        ):
             continue
         taken = ", ".join(map(repr, allowed)) if allowed else "off"
-        raise ValueError(f"{path}: {name} must be {taken}, got {value!r}: adapters of that kind are not read")
+        raise ValueError(
+            f"{path}: {name} must be {taken}, got {value!r}: adapters of that kind are not read"
+        )
     try:
         for name, key in (("r", "rank"), ("lora_alpha", "alpha"), ("lora_dropout", "dropout")):
             if name in config:
@@ -88,7 +128,9 @@ def adapted_model(folder: Path) -> str:
             " mllama.load_lora(model, folder)"
         )
     if (Path(base) / CONFIG).exists():
-        raise ValueError(f"{folder / CONFIG}: base_model_name_or_path must be a whole model, {base} is a folder of adapters")
+        raise ValueError(
+            f"{folder / CONFIG}: base_model_name_or_path must be a whole model, {base} is a folder of adapters"
+        )
     return base
 
 
@@ -98,10 +140,12 @@ def parse(
     """PEFT's tensors by what they are.
 
     Returns:
-        (A, B, alpha) of every adapted layer by its name, as the file has it; and further parameters (`learns` tells which were trained).
+        (A, B, alpha) of every adapted layer by its name, as the file has it; and further parameters
+        (`learns` tells which were trained).
 
     Raises:
-        ValueError: half an adapter, a rank that the config does not say, layers that it does not name, tensors of another kind.
+        ValueError: half an adapter, a rank that the config does not say, layers that it does not
+            name, tensors of another kind.
     """
     halves: dict[str, dict[str, torch.Tensor]] = {}
     trained = {}
@@ -110,23 +154,36 @@ def parse(
         if found := _KEY.fullmatch(name):
             halves.setdefault(found["name"], {})[found["part"]] = tensor
         elif ".lora_" in key:  # of embeddings, of biases, of DoRA's magnitudes
-            raise ValueError(f"{where}: {key} is of a kind that is not read; adapters of linear layers are, as NAME.lora_A.weight")
+            raise ValueError(
+                f"{where}: {key} is of a kind that is not read; adapters of linear layers are, as NAME.lora_A.weight"
+            )
         elif ".original_module." not in name:  # what a module of modules_to_save was before
             trained[_INSIDE.sub("", name)] = tensor
-    if odd := [name for name, parts in halves.items() if len(parts) < 2 or any(part.dim() != 2 for part in parts.values())]:
+    if odd := [
+        name
+        for name, parts in halves.items()
+        if len(parts) < 2 or any(part.dim() != 2 for part in parts.values())
+    ]:
         raise ValueError(f"{where}: no two matrices of {listing(odd)}")
     if (targets := config.get("target_modules")) and not isinstance(targets, str):
         ends = tuple(f".{target}" for target in targets)
         if outside := [name for name in halves if not f".{name}".endswith(ends)]:
             raise ValueError(f"{where}: target_modules does not name {listing(outside)}")
-    layers = {name: (parts["A"], parts["B"], _alpha(where, config, name, parts["A"].shape[0])) for name, parts in halves.items()}
+    layers = {
+        name: (parts["A"], parts["B"], _alpha(where, config, name, parts["A"].shape[0]))
+        for name, parts in halves.items()
+    }
     return layers, trained
 
 
 def learns(config: Mapping[str, Any], name: str) -> bool:
-    """Whether a parameter beside adapters was trained: not one of an embedding or head that `modules_to_save` does not name."""
+    """Whether a parameter beside adapters was trained: not one of an embedding or head that
+    `modules_to_save` does not name.
+    """
     owner = name.rpartition(".")[0]
-    return owner.rpartition(".")[2] not in _EMBEDDINGS or owner.endswith(tuple(config.get("modules_to_save") or ()))
+    return owner.rpartition(".")[2] not in _EMBEDDINGS or owner.endswith(
+        tuple(config.get("modules_to_save") or ())
+    )
 
 
 def _alpha(where: str, config: Mapping[str, Any], name: str, rank: int) -> float:
@@ -140,7 +197,14 @@ def _alpha(where: str, config: Mapping[str, Any], name: str, rank: int) -> float
 
 def _pattern(patterns: Mapping[str, Any] | None, name: str, otherwise: Any) -> Any:
     """As PEFT: the first pattern that the end of the name matches."""
-    return next((value for pattern, value in (patterns or {}).items() if re.match(rf"(.*\.)?({pattern})$", name)), otherwise)
+    return next(
+        (
+            value
+            for pattern, value in (patterns or {}).items()
+            if re.match(rf"(.*\.)?({pattern})$", name)
+        ),
+        otherwise,
+    )
 
 
 def write(
@@ -160,7 +224,8 @@ def write(
         tensors: NAME.lora_a.weight and NAME.lora_b.weight of each.
         trained: further parameters, and
         modules_to_save: the modules that they are all of.
-        stock_name: the model's name of a module or parameter -> that of transformers' class, by which other tools know it.
+        stock_name: the model's name of a module or parameter -> that of transformers' class, by
+            which other tools know it.
         base: where the model came from.
 
     Raises:
@@ -177,7 +242,8 @@ def write(
     def fill(aside: Path) -> None:
         write_json(aside / CONFIG, config)
         save_tensors(aside / ADAPTERS, renamed)
-        try:  # the same file under the name by which transformers' Trainer finds a checkpoint's weights
+        # the same file under the name by which transformers' Trainer finds a checkpoint's weights
+        try:
             os.link(aside / ADAPTERS, aside / WEIGHTS)
         except OSError:
             shutil.copyfile(aside / ADAPTERS, aside / WEIGHTS)
@@ -191,16 +257,24 @@ def _peft_key(key: str) -> str:
 
 
 def _config(
-    layers: Mapping[str, Linear_LORA], modules_to_save: Iterable[str], stock_name: Callable[[str], str], base: str | None
+    layers: Mapping[str, Linear_LORA],
+    modules_to_save: Iterable[str],
+    stock_name: Callable[[str], str],
+    base: str | None,
 ) -> dict[str, Any]:
-    """The content of adapter_config.json. Every layer has the package's name there and transformers', so that either class takes it."""
+    """The content of adapter_config.json. Every layer has the package's name there and
+    transformers', so that either class takes it.
+    """
 
     def both(name: str) -> list[str]:
         return list(dict.fromkeys([name, stock_name(name)]))
 
     rank, alpha, dropout = (
         Counter(values).most_common(1)[0][0]
-        for values in zip(*((layer.rank, _number(layer.alpha), layer.dropout.p) for layer in layers.values()), strict=True)
+        for values in zip(
+            *((layer.rank, _number(layer.alpha), layer.dropout.p) for layer in layers.values()),
+            strict=True,
+        )
     )
     return {
         "peft_type": "LORA",
@@ -211,9 +285,20 @@ def _config(
         "lora_alpha": alpha,
         "lora_dropout": dropout,
         "target_modules": sorted({each for name in layers for each in both(name)}),
-        "rank_pattern": {each: int(layer.rank) for name, layer in layers.items() if layer.rank != rank for each in both(name)},
-        "alpha_pattern": {each: _number(layer.alpha) for name, layer in layers.items() if layer.alpha != alpha for each in both(name)},
-        "modules_to_save": sorted({each for name in modules_to_save for each in both(name)}) or None,
+        "rank_pattern": {
+            each: int(layer.rank)
+            for name, layer in layers.items()
+            if layer.rank != rank
+            for each in both(name)
+        },
+        "alpha_pattern": {
+            each: _number(layer.alpha)
+            for name, layer in layers.items()
+            if layer.alpha != alpha
+            for each in both(name)
+        },
+        "modules_to_save": sorted({each for name in modules_to_save for each in both(name)})
+        or None,
         "bias": "none",
         "use_rslora": False,
         "use_dora": False,
@@ -227,16 +312,29 @@ def _number(value: float) -> int | float:
 
 
 def trained_whole(model: nn.Module, adapted: Iterable[nn.Parameter]) -> tuple[list[str], list[str]]:
-    """The modules that learn as a whole beside adapters, and the parameters that learn in others, by their names in the model."""
+    """The modules that learn as a whole beside adapters, and the parameters that learn in others,
+    by their names in the model.
+    """
     adapters = {id(parameter) for parameter in adapted}
     modules, loose = [], []
 
     def visit(module: nn.Module, name: str) -> None:
         parameters = list(module.parameters())
-        if not any(parameter.requires_grad and id(parameter) not in adapters for parameter in parameters):
+        if not any(
+            parameter.requires_grad and id(parameter) not in adapters for parameter in parameters
+        ):
             return
-        inside = isinstance(module, Linear_LORA)  # PEFT has no name for what is inside a layer with adapters
-        if name and not inside and all(parameter.requires_grad and id(parameter) not in adapters for parameter in parameters):
+        inside = isinstance(
+            module, Linear_LORA
+        )  # PEFT has no name for what is inside a layer with adapters
+        if (
+            name
+            and not inside
+            and all(
+                parameter.requires_grad and id(parameter) not in adapters
+                for parameter in parameters
+            )
+        ):
             modules.append(name)
             return
         for own, parameter in module.named_parameters(recurse=inside):

@@ -14,10 +14,14 @@ _GATES = {"silu": swiglu, "swish": swiglu, "gelu_pytorch_tanh": geglu}
 class GatedMLP(nn.Module):
     """down(act(gate(x)) * up(x))."""
 
-    def __init__(self, hidden_size: int, intermediate_size: int, activation: str = "silu", bias: bool = False):
+    def __init__(
+        self, hidden_size: int, intermediate_size: int, activation: str = "silu", bias: bool = False
+    ):
         super().__init__()
         if activation not in _GATES:
-            raise ValueError(f"GatedMLP: activation must be one of {', '.join(_GATES)}, got {activation!r}")
+            raise ValueError(
+                f"GatedMLP: activation must be one of {', '.join(_GATES)}, got {activation!r}"
+            )
         self.gate_proj = nn.Linear(hidden_size, intermediate_size, bias=bias)
         self.up_proj = nn.Linear(hidden_size, intermediate_size, bias=bias)
         self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=bias)
@@ -31,7 +35,9 @@ class GatedMLP(nn.Module):
 class MLP(nn.Module):
     """fc2(act(fc1(x)))."""
 
-    def __init__(self, hidden_size: int, intermediate_size: int, activation: str = "gelu_pytorch_tanh"):
+    def __init__(
+        self, hidden_size: int, intermediate_size: int, activation: str = "gelu_pytorch_tanh"
+    ):
         super().__init__()
         self.fc1 = nn.Linear(hidden_size, intermediate_size)
         self.act = ACT2FN[activation]

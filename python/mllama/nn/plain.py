@@ -4,6 +4,13 @@ from torch import nn
 
 
 def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
-    """Whether calling the module would do what `kind` does with its parameters, and nothing beside it: no hooks, no forward of its own."""
-    hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    """Whether calling the module would do what `kind` does with its parameters, and nothing beside
+    it: no hooks, no forward of its own.
+    """
+    hooks = (
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+    )
     return type(module).forward is kind.forward and not hooks and "forward" not in module.__dict__

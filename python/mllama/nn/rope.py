@@ -9,18 +9,21 @@ from mllama.ops.rope import rope_frequencies, rope_tables
 class RotaryEmbedding(nn.Module):
     """Position ids -> (cos, sin).
 
-    The frequencies are a plain attribute, not a buffer: a model built on the meta device still has them, and `.to(bfloat16)` leaves them
-    float32.
+    The frequencies are a plain attribute, not a buffer: a model built on the meta device still has
+    them, and `.to(bfloat16)` leaves them float32.
 
     Args:
         head_dim: size of a head.
-        parameters: transformers' `rope_parameters`: `rope_theta`, `rope_type` (default, linear, llama3) and what that type needs.
+        parameters: transformers' `rope_parameters`: `rope_theta`, `rope_type` (default, linear,
+            llama3) and what that type needs.
     """
 
     def __init__(self, head_dim: int, parameters: dict):
         super().__init__()
         scaling = None if parameters["rope_type"] == "default" else parameters
-        self.frequencies = rope_frequencies(head_dim, parameters["rope_theta"], scaling, device="cpu")
+        self.frequencies = rope_frequencies(
+            head_dim, parameters["rope_theta"], scaling, device="cpu"
+        )
 
     def _apply(self, fn, recurse: bool = True):
         device = fn(torch.empty(0, device=self.frequencies.device)).device

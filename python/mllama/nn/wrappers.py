@@ -1,4 +1,6 @@
-"""Modules that wrap others (torch.compile, DDP, FSDP, activation checkpointing): plain names, and whole tensors of what they shard."""
+"""Modules that wrap others (torch.compile, DDP, FSDP, activation checkpointing): plain names, and
+whole tensors of what they shard.
+"""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -11,13 +13,17 @@ _PARTS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 
 def unwrapped(module: nn.Module) -> nn.Module:
     """The module inside the wrappers around it."""
-    while (part := next((name for name in module._modules if _wraps(module, name)), None)) is not None:
+    while (
+        part := next((name for name in module._modules if _wraps(module, name)), None)
+    ) is not None:
         module = module._modules[part]
     return module
 
 
 def plain_name(module: nn.Module, name: str) -> str:
-    """The dotted name of a module or parameter inside this one, without the parts that wrappers put into it."""
+    """The dotted name of a module or parameter inside this one, without the parts that wrappers put
+    into it.
+    """
     parts = []
     for part in name.split(".") if name else ():
         if part not in module._modules:  # a parameter; or FSDP left its own part out
@@ -29,7 +35,9 @@ def plain_name(module: nn.Module, name: str) -> str:
 
 
 def plain_key(key: str) -> str:
-    """A name from elsewhere, whose modules are not at hand, without the parts that wrappers put into it."""
+    """A name from elsewhere, whose modules are not at hand, without the parts that wrappers put
+    into it.
+    """
     parts = [part for part in key.split(".") if part not in _PARTS]
     while len(parts) > 1 and parts[0] == "module":
         parts = parts[1:]
@@ -37,11 +45,16 @@ def plain_key(key: str) -> str:
 
 
 def _wraps(module: nn.Module, part: str) -> bool:
-    return part in _PARTS or (part == "module" and isinstance(module, (nn.DataParallel, nn.parallel.DistributedDataParallel)))
+    return part in _PARTS or (
+        part == "module"
+        and isinstance(module, (nn.DataParallel, nn.parallel.DistributedDataParallel))
+    )
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:
-    """A tensor as it is; of one that is sharded over processes (`fully_shard`) all of it, for which every process must ask."""
+    """A tensor as it is; of one that is sharded over processes (`fully_shard`) all of it, for which
+    every process must ask.
+    """
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
@@ -50,12 +63,16 @@ def put(tensor: torch.Tensor, value: torch.Tensor) -> None:
     if hasattr(tensor, "full_tensor"):
         from torch.distributed.tensor import distribute_tensor  # an import that takes its time
 
-        value = distribute_tensor(value.to(tensor.device, tensor.dtype), tensor.device_mesh, tensor.placements)
+        value = distribute_tensor(
+            value.to(tensor.device, tensor.dtype), tensor.device_mesh, tensor.placements
+        )
     tensor.copy_(value)
 
 
 def given_out(module: nn.Module, state_dict: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """A state dict as the module's parameters are: whole tensors, or of a sharded module each process its part."""
+    """A state dict as the module's parameters are: whole tensors, or of a sharded module each
+    process its part.
+    """
     own = dict(module.named_parameters(remove_duplicate=False))
     placed = {}
     for name, tensor in state_dict.items():
@@ -69,8 +86,12 @@ def given_out(module: nn.Module, state_dict: Mapping[str, torch.Tensor]) -> dict
 
 
 def is_sharded(module: nn.Module) -> bool:
-    """Whether parameters lie in parts on several processes, each of which must take part in reading and writing them."""
-    return bool(_flat_roots(module)) or any(hasattr(parameter, "full_tensor") for parameter in module.parameters())
+    """Whether parameters lie in parts on several processes, each of which must take part in reading
+    and writing them.
+    """
+    return bool(_flat_roots(module)) or any(
+        hasattr(parameter, "full_tensor") for parameter in module.parameters()
+    )
 
 
 def may_write(module: nn.Module) -> bool:
@@ -80,8 +101,10 @@ def may_write(module: nn.Module) -> bool:
 
 @contextmanager
 def gathered(module: nn.Module, write: bool = False) -> Iterator[None]:
-    """Inside this context FSDP's flat parameters are whole; with `write`, what is written to them is kept. At its end, and on an error,
-    the processes of a sharded module wait for one another, so that what one wrote is there for all."""
+    """Inside this context FSDP's flat parameters are whole; with `write`, what is written to them
+    is kept. At its end, and on an error, the processes of a sharded module wait for one another, so
+    that what one wrote is there for all.
+    """
     sharded = is_sharded(module)
     try:
         if roots := _flat_roots(module):

@@ -1,4 +1,6 @@
-"""The operators: public functions, each with its reference in plain torch. Importing this package registers them with torch."""
+"""The operators: public functions, each with its reference in plain torch. Importing this package
+registers them with torch.
+"""
 
 from mllama.ops.attention import attention, attention_weights
 from mllama.ops.geglu import geglu

@@ -14,7 +14,9 @@ def check_alike(op: str, gate: torch.Tensor, up: torch.Tensor) -> None:
 def register_gated(name: str):
     """Register `mllama::name` and its backward operator; return the function to call it by."""
 
-    backward = register(f"_{name}_backward", fake=lambda grad_y, gate, up: (fresh(gate), fresh(gate)))
+    backward = register(
+        f"_{name}_backward", fake=lambda grad_y, gate, up: (fresh(gate), fresh(gate))
+    )
 
     def fake(gate, up):
         check_alike(name, gate, up)

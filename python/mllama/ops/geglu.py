@@ -7,7 +7,8 @@ from mllama.ops._gated import check_alike, register_gated
 
 
 def geglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-    """Return gelu(gate) * up, with GELU's tanh form: gelu(x) = x / 2 (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3))).
+    """Return gelu(gate) * up, with GELU's tanh form: gelu(x) = x / 2 (1 + tanh(sqrt(2 / pi) (x +
+    0.044715 x^3))).
 
     Args:
         gate: any shape; float32, bfloat16 or float16.

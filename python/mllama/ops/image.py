@@ -1,7 +1,9 @@
-"""Resizing of 8-bit RGB pictures, bit for bit as Pillow's `Image.resize` does it, alone and with normalisation behind it.
+"""Resizing of 8-bit RGB pictures, bit for bit as Pillow's `Image.resize` does it, alone and with
+normalisation behind it.
 
-Pillow's arithmetic (src/libImaging/Resample.c): weights in double, normalised to sum 1, rounded half away from zero to integers with 22
-fractional bits; one direction, rounded to 8 bits, then the other. The filter widens with the ratio, so that shrinking is antialiased.
+Pillow's arithmetic (src/libImaging/Resample.c): weights in double, normalised to sum 1, rounded
+half away from zero to integers with 22 fractional bits; one direction, rounded to 8 bits, then the
+other. The filter widens with the ratio, so that shrinking is antialiased.
 """
 
 import numpy as np
@@ -11,18 +13,23 @@ from PIL import Image
 
 from mllama.ops._dispatch import check_value, register, use_kernel
 
-MAX_PIXELS = 2**27  # of the result, and of the picture between the passes: a hostile size is refused before anything is allocated
+MAX_PIXELS = (
+    2**27
+    # of the result, and of the picture between the passes: a hostile size is refused before anything is
+    # allocated
+)
 _FILTERS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
 _PILLOW = tuple(int(part) for part in PIL.__version__.split(".")[:2])
 
 
 def resize(image: torch.Tensor, height: int, width: int, resample: str = "bicubic") -> torch.Tensor:
-    """Return the picture in another size, equal in every bit to the installed Pillow's `Image.resize((width, height), resample)`.
+    """Return the picture in another size, equal in every bit to the installed Pillow's
+    `Image.resize((width, height), resample)`.
 
     Args:
         image: [H, W, 3] uint8 on the CPU, any strides.
-        height, width: of the result in pixels, at least 1; neither the result nor the picture between the two passes ([H, width] or
-            [height, W]) may have more than MAX_PIXELS.
+        height, width: of the result in pixels, at least 1; neither the result nor the picture
+            between the two passes ([H, width] or [height, W]) may have more than MAX_PIXELS.
         resample: "bicubic" (a = -0.5) or "bilinear".
 
     Returns:
@@ -30,7 +37,8 @@ def resize(image: torch.Tensor, height: int, width: int, resample: str = "bicubi
 
     Raises:
         TypeError: image is no uint8 tensor, or a size is no int.
-        ValueError: image is not [H, W, 3], empty, or not on the CPU; a size is out of range; an unknown filter.
+        ValueError: image is not [H, W, 3], empty, or not on the CPU; a size is out of range; an
+            unknown filter.
     """
     height_first = _check("resize", image, height, width, resample)
     if use_kernel(image):
@@ -38,12 +46,16 @@ def resize(image: torch.Tensor, height: int, width: int, resample: str = "bicubi
     return reference(image, height, width, resample)
 
 
-def resize_normalize(image: torch.Tensor, height: int, width: int, table: torch.Tensor, resample: str = "bicubic") -> torch.Tensor:
-    """Resize as `resize` does, then look every 8-bit value up in a table and lay the channels out as planes.
+def resize_normalize(
+    image: torch.Tensor, height: int, width: int, table: torch.Tensor, resample: str = "bicubic"
+) -> torch.Tensor:
+    """Resize as `resize` does, then look every 8-bit value up in a table and lay the channels out
+    as planes.
 
     Args:
         image, height, width, resample: as in `resize`.
-        table: [256, 3] float32: what value v of channel c becomes (`mllama.processing.image.normalisation_table`).
+        table: [256, 3] float32: what value v of channel c becomes
+            (`mllama.processing.image.normalisation_table`).
 
     Returns:
         [3, height, width] float32.
@@ -63,13 +75,17 @@ def resize_normalize(image: torch.Tensor, height: int, width: int, table: torch.
     return normalize_reference(image, height, width, table, resample)
 
 
-def reference(image: torch.Tensor, height: int, width: int, resample: str = "bicubic") -> torch.Tensor:
+def reference(
+    image: torch.Tensor, height: int, width: int, resample: str = "bicubic"
+) -> torch.Tensor:
     """`resize` by Pillow itself."""
     picture = Image.fromarray(image.contiguous().numpy())
     return torch.from_numpy(np.array(picture.resize((width, height), _FILTERS[resample])))
 
 
-def normalize_reference(image: torch.Tensor, height: int, width: int, table: torch.Tensor, resample: str = "bicubic") -> torch.Tensor:
+def normalize_reference(
+    image: torch.Tensor, height: int, width: int, table: torch.Tensor, resample: str = "bicubic"
+) -> torch.Tensor:
     """`resize_normalize` by Pillow and a lookup."""
     resized = reference(image, height, width, resample).long()
     return torch.stack([table[:, c][resized[:, :, c]] for c in range(3)])
@@ -80,7 +96,10 @@ def _check(op: str, image: torch.Tensor, height: int, width: int, resample: str)
     if not isinstance(image, torch.Tensor) or image.dtype != torch.uint8:
         raise TypeError(f"{op}: image must be a uint8 tensor, got {_kind(image)}")
     check_value(
-        image.dim() == 3 and image.shape[2] == 3 and image.numel() > 0 and image.device.type == "cpu",
+        image.dim() == 3
+        and image.shape[2] == 3
+        and image.numel() > 0
+        and image.device.type == "cpu",
         f"{op}: image must be [H, W, 3] on the CPU and not empty, got {tuple(image.shape)} on {image.device}",
     )
     for name, size in (("height", height), ("width", width)):
@@ -88,17 +107,23 @@ def _check(op: str, image: torch.Tensor, height: int, width: int, resample: str)
             raise TypeError(f"{op}: {name} must be an int, got {type(size).__name__}")
         check_value(size >= 1, f"{op}: {name} must be at least 1, got {size}")
     check_value(
-        isinstance(resample, str) and resample in _FILTERS, f"{op}: resample must be one of {', '.join(_FILTERS)}, got {resample!r}"
+        isinstance(resample, str) and resample in _FILTERS,
+        f"{op}: resample must be one of {', '.join(_FILTERS)}, got {resample!r}",
     )
     in_height, in_width = image.shape[:2]
     height_first = _height_first(in_height, in_width, height, width)
     most = max(height * width, height * in_width if height_first else in_height * width)
-    check_value(most <= MAX_PIXELS, f"{op}: {in_height} x {in_width} to {height} x {width} makes {most} pixels, more than {MAX_PIXELS}")
+    check_value(
+        most <= MAX_PIXELS,
+        f"{op}: {in_height} x {in_width} to {height} x {width} makes {most} pixels, more than {MAX_PIXELS}",
+    )
     return height_first
 
 
 def _height_first(in_height: int, in_width: int, height: int, width: int) -> bool:
-    """Pillow's choice, which changed over its versions: it rounds to 8 bits between the passes, so the order shows in the last bit."""
+    """Pillow's choice, which changed over its versions: it rounds to 8 bits between the passes, so
+    the order shows in the last bit.
+    """
     less_high, less_wide = in_height - height, in_width - width
     if _PILLOW >= (13, 0):
         return less_high > 0 and less_high > 2 * less_wide
@@ -106,10 +131,17 @@ def _height_first(in_height: int, in_width: int, height: int, width: int) -> boo
 
 
 def _kind(value) -> str:
-    return f"{str(value.dtype).removeprefix('torch.')} tensor" if isinstance(value, torch.Tensor) else type(value).__name__
+    return (
+        f"{str(value.dtype).removeprefix('torch.')} tensor"
+        if isinstance(value, torch.Tensor)
+        else type(value).__name__
+    )
 
 
-_resize = register("resize", fake=lambda image, height, width, cubic, height_first: image.new_empty(height, width, 3))
+_resize = register(
+    "resize",
+    fake=lambda image, height, width, cubic, height_first: image.new_empty(height, width, 3),
+)
 _resize_normalize = register(
     "resize_normalize",
     fake=lambda image, height, width, table, cubic, height_first: table.new_empty(3, height, width),

@@ -5,7 +5,9 @@ import torch
 from mllama.ops._dispatch import check_eps, check_float, fresh, register, use_kernel
 
 
-def layer_norm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float = 1e-6) -> torch.Tensor:
+def layer_norm(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float = 1e-6
+) -> torch.Tensor:
     """Return (x - mean) / sqrt(variance + eps) * weight + bias over the last dimension.
 
     Args:
@@ -28,7 +30,9 @@ def layer_norm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: f
     return reference(x, weight, bias, eps)
 
 
-def reference(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float = 1e-6) -> torch.Tensor:
+def reference(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float = 1e-6
+) -> torch.Tensor:
     """`layer_norm` in plain torch."""
     h = x.float()
     h = h - h.mean(-1, keepdim=True)
@@ -42,7 +46,9 @@ def _check(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> None:
     for name, parameter in (("weight", weight), ("bias", bias)):
         if parameter.shape != x.shape[-1:]:
             size, got = x.shape[-1], list(parameter.shape)
-            raise ValueError(f"layer_norm: {name} must be [{size}], the last size of x {list(x.shape)}, got {got}")
+            raise ValueError(
+                f"layer_norm: {name} must be [{size}], the last size of x {list(x.shape)}, got {got}"
+            )
 
 
 def _setup(ctx, inputs, output):
@@ -57,7 +63,9 @@ def _derivative(ctx, grad_y, grad_statistics):
     if grad_y is None:
         return None, None, None, None
     _, weight, bias, _ = ctx.needs_input_grad
-    grad_x, grad_weight, grad_bias = _layer_norm_backward(grad_y, *ctx.saved_tensors, weight or bias)
+    grad_x, grad_weight, grad_bias = _layer_norm_backward(
+        grad_y, *ctx.saved_tensors, weight or bias
+    )
     return grad_x, grad_weight if weight else None, grad_bias if bias else None, None
 
 

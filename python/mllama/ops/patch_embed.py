@@ -1,11 +1,15 @@
-"""Patch embedding: a picture cut into squares that do not overlap, each projected to a vector (convolution with stride = kernel)."""
+"""Patch embedding: a picture cut into squares that do not overlap, each projected to a vector
+(convolution with stride = kernel).
+"""
 
 import torch
 
 from mllama.ops._dispatch import check_float, exact, register, use_kernel
 
 
-def patch_embed(pixel_values: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+def patch_embed(
+    pixel_values: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None
+) -> torch.Tensor:
     """Return the embedding of every patch, row by row from the top left.
 
     Args:
@@ -14,13 +18,17 @@ def patch_embed(pixel_values: torch.Tensor, weight: torch.Tensor, bias: torch.Te
         bias: [E] or None.
 
     Returns:
-        [B, rows * columns, E] of pixel_values' dtype; weight and bias are used in that dtype, sums are taken in float32.
+        [B, rows * columns, E] of pixel_values' dtype; weight and bias are used in that dtype, sums
+        are taken in float32.
 
     Raises:
         TypeError: an argument is no tensor, or of another dtype.
-        ValueError: the kernel is not square, the picture is no multiple of it, channels or bias do not fit.
+        ValueError: the kernel is not square, the picture is no multiple of it, channels or bias do
+            not fit.
     """
-    check_float("patch_embed", optional=("bias",), pixel_values=pixel_values, weight=weight, bias=bias)
+    check_float(
+        "patch_embed", optional=("bias",), pixel_values=pixel_values, weight=weight, bias=bias
+    )
     with exact(pixel_values):  # the kernel's matrix product is torch's
         if use_kernel(pixel_values):
             return _patch_embed(pixel_values, weight, bias)
@@ -28,24 +36,43 @@ def patch_embed(pixel_values: torch.Tensor, weight: torch.Tensor, bias: torch.Te
         return reference(pixel_values, weight, bias)
 
 
-def reference(pixel_values: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+def reference(
+    pixel_values: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None
+) -> torch.Tensor:
     """`patch_embed` in plain torch."""
     dtype = pixel_values.dtype
     bias = None if bias is None else bias.to(dtype)
-    return torch.nn.functional.conv2d(pixel_values, weight.to(dtype), bias, stride=weight.shape[-1]).flatten(2).transpose(1, 2)
+    return (
+        torch.nn.functional.conv2d(pixel_values, weight.to(dtype), bias, stride=weight.shape[-1])
+        .flatten(2)
+        .transpose(1, 2)
+    )
 
 
 def _check(pixel_values: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
     if pixel_values.dim() != 4:
-        raise ValueError(f"patch_embed: pixel_values must be [B, C, height, width], got {list(pixel_values.shape)}")
-    if weight.dim() != 4 or weight.shape[2] != weight.shape[3] or weight.shape[3] == 0 or weight.shape[1] == 0:
-        raise ValueError(f"patch_embed: weight must be [E, C, p, p] with C and p > 0, got {list(weight.shape)}")
+        raise ValueError(
+            f"patch_embed: pixel_values must be [B, C, height, width], got {list(pixel_values.shape)}"
+        )
+    if (
+        weight.dim() != 4
+        or weight.shape[2] != weight.shape[3]
+        or weight.shape[3] == 0
+        or weight.shape[1] == 0
+    ):
+        raise ValueError(
+            f"patch_embed: weight must be [E, C, p, p] with C and p > 0, got {list(weight.shape)}"
+        )
     embed, channels, patch, _ = weight.shape
     if pixel_values.shape[1] != channels:
-        raise ValueError(f"patch_embed: pixel_values have {pixel_values.shape[1]} channels, weight takes {channels}")
+        raise ValueError(
+            f"patch_embed: pixel_values have {pixel_values.shape[1]} channels, weight takes {channels}"
+        )
     height, width = pixel_values.shape[2:]
     if height % patch or width % patch:
-        raise ValueError(f"patch_embed: a picture of {height} x {width} pixels cannot be cut into patches of {patch} x {patch}")
+        raise ValueError(
+            f"patch_embed: a picture of {height} x {width} pixels cannot be cut into patches of {patch} x {patch}"
+        )
     if bias is not None and bias.shape != (embed,):
         raise ValueError(f"patch_embed: bias must be [{embed}], got {list(bias.shape)}")
 
@@ -67,13 +94,18 @@ def _derivative(ctx, grad_y):
         return None, None, None
     with exact(grad_y):
         gradients = _patch_embed_backward(grad_y, *ctx.saved_tensors, *ctx.needs_input_grad)
-    return tuple(gradient if needed else None for gradient, needed in zip(gradients, ctx.needs_input_grad, strict=True))
+    return tuple(
+        gradient if needed else None
+        for gradient, needed in zip(gradients, ctx.needs_input_grad, strict=True)
+    )
 
 
 def _backward_fake(grad_y, pixel_values, weight, bias, *needed):
     inputs = (pixel_values, weight, weight if bias is None else bias)
     needed = (*needed[:2], needed[2] and bias is not None)
-    return tuple(x.new_empty(x.shape if need else 0) for x, need in zip(inputs, needed, strict=True))
+    return tuple(
+        x.new_empty(x.shape if need else 0) for x, need in zip(inputs, needed, strict=True)
+    )
 
 
 _patch_embed = register("patch_embed", fake=_fake, backward=_derivative, setup_context=_setup)

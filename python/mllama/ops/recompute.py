@@ -16,15 +16,21 @@ class Recipe:
 
 
 def apply_recomputing(
-    consumer: Callable[[torch.Tensor], torch.Tensor], function: Callable[..., torch.Tensor], *inputs: torch.Tensor
+    consumer: Callable[[torch.Tensor], torch.Tensor],
+    function: Callable[..., torch.Tensor],
+    *inputs: torch.Tensor,
 ) -> torch.Tensor:
-    """Return consumer(x) of x = function(*inputs), a function so cheap that the consumer's gradient may take it again.
+    """Return consumer(x) of x = function(*inputs), a function so cheap that the consumer's gradient
+    may take it again.
 
-    The consumer is called with a plain tensor. An operator below it that would save it for its backward pass asks `recipe` and may save
-    `inputs` instead, which `function` keeps anyway; any other saves x as ever.
+    The consumer is called with a plain tensor. An operator below it that would save it for its
+    backward pass asks `recipe` and may save `inputs` instead, which `function` keeps anyway; any
+    other saves x as ever.
     """
     x = function(*inputs)
-    if not x.requires_grad or torch.compiler.is_compiling():  # compilers decide such things themselves
+    if (
+        not x.requires_grad or torch.compiler.is_compiling()
+    ):  # compilers decide such things themselves
         del inputs  # their memory is free while the consumer runs
         return consumer(x)
     x._mllama_recipe = Recipe(function, inputs, x._version)  # type: ignore[attr-defined]

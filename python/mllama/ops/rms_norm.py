@@ -1,4 +1,6 @@
-"""Root-mean-square normalisation (Zhang and Sennrich, 2019), alone and with the residual addition before it."""
+"""Root-mean-square normalisation (Zhang and Sennrich, 2019), alone and with the residual addition
+before it.
+"""
 
 import math
 
@@ -7,10 +9,13 @@ import torch
 from mllama.ops._dispatch import check_eps, check_float, fresh, kind, register, use_kernel
 
 
-def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float = 1e-6, offset: float = 0.0) -> torch.Tensor:
+def rms_norm(
+    x: torch.Tensor, weight: torch.Tensor, eps: float = 1e-6, offset: float = 0.0
+) -> torch.Tensor:
     """Return x / sqrt(mean(x^2) + eps) * (offset + weight) over the last dimension.
 
-    Without an offset in Llama's order: the normalised x is rounded to its dtype before the product with weight. With one in Gemma's, where
+    Without an offset in Llama's order: the normalised x is rounded to its dtype before the product
+    with weight. With one in Gemma's, where
     it is 1: everything in float32, rounded once at the end.
 
     Args:
@@ -36,9 +41,14 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float = 1e-6, offset: f
 
 
 def add_rms_norm(
-    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float = 1e-6, offset: float = 0.0
+    x: torch.Tensor,
+    residual: torch.Tensor,
+    weight: torch.Tensor,
+    eps: float = 1e-6,
+    offset: float = 0.0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return (rms_norm(hidden), hidden) where hidden = x + residual, of x's dtype; arguments as in `rms_norm`, residual as x.
+    """Return (rms_norm(hidden), hidden) where hidden = x + residual, of x's dtype; arguments as in
+    `rms_norm`, residual as x.
 
     Raises:
         TypeError: an argument is no tensor, or of another dtype; eps or offset is no number.
@@ -54,7 +64,9 @@ def add_rms_norm(
     return add_reference(x, residual, weight, eps, offset)
 
 
-def reference(x: torch.Tensor, weight: torch.Tensor, eps: float = 1e-6, offset: float = 0.0) -> torch.Tensor:
+def reference(
+    x: torch.Tensor, weight: torch.Tensor, eps: float = 1e-6, offset: float = 0.0
+) -> torch.Tensor:
     """`rms_norm` in plain torch."""
     h = x.float()
     h = h * torch.rsqrt(h.square().mean(-1, keepdim=True) + eps)
@@ -64,7 +76,11 @@ def reference(x: torch.Tensor, weight: torch.Tensor, eps: float = 1e-6, offset: 
 
 
 def add_reference(
-    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float = 1e-6, offset: float = 0.0
+    x: torch.Tensor,
+    residual: torch.Tensor,
+    weight: torch.Tensor,
+    eps: float = 1e-6,
+    offset: float = 0.0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`add_rms_norm` in plain torch."""
     hidden = x + residual
@@ -74,7 +90,9 @@ def add_reference(
 def _check_offset(op: str, offset: float) -> None:
     if isinstance(offset, bool) or not isinstance(offset, (int, float)):
         raise TypeError(f"{op}: offset must be a number, got {type(offset).__name__}")
-    if not -math.inf < offset < math.inf:  # math.isfinite breaks the graph under torch 2.11's compiler
+    if (
+        not -math.inf < offset < math.inf
+    ):  # math.isfinite breaks the graph under torch 2.11's compiler
         raise ValueError(f"{op}: offset must be finite, got {offset}")
 
 
@@ -82,7 +100,9 @@ def _check_weight(op: str, x: torch.Tensor, weight: torch.Tensor) -> None:
     if x.dim() == 0:
         raise ValueError(f"{op}: x must have at least one dimension")
     if weight.shape != x.shape[-1:]:
-        raise ValueError(f"{op}: weight must be [{x.shape[-1]}], the last size of x {list(x.shape)}, got {list(weight.shape)}")
+        raise ValueError(
+            f"{op}: weight must be [{x.shape[-1]}], the last size of x {list(x.shape)}, got {list(weight.shape)}"
+        )
 
 
 def _check_residual(x: torch.Tensor, residual: torch.Tensor) -> None:
@@ -112,7 +132,9 @@ def _rms_norm_setup(ctx, inputs, output):
 def _rms_norm_derivative(ctx, grad_y, grad_rstd):
     if grad_y is None:
         return (None,) * 4
-    grad_x, grad_weight = _rms_norm_backward(grad_y, None, *ctx.saved_tensors, ctx.offset, ctx.needs_input_grad[1])
+    grad_x, grad_weight = _rms_norm_backward(
+        grad_y, None, *ctx.saved_tensors, ctx.offset, ctx.needs_input_grad[1]
+    )
     return grad_x, grad_weight if ctx.needs_input_grad[1] else None, None, None
 
 
@@ -127,15 +149,14 @@ def _add_rms_norm_setup(ctx, inputs, output):
 def _add_rms_norm_derivative(ctx, grad_y, grad_hidden, grad_rstd):
     if grad_y is None:
         return grad_hidden, grad_hidden, None, None, None
-    grad_sum, grad_weight = _rms_norm_backward(grad_y, grad_hidden, *ctx.saved_tensors, ctx.offset, ctx.needs_input_grad[2])
+    grad_sum, grad_weight = _rms_norm_backward(
+        grad_y, grad_hidden, *ctx.saved_tensors, ctx.offset, ctx.needs_input_grad[2]
+    )
     return grad_sum, grad_sum, grad_weight if ctx.needs_input_grad[2] else None, None, None
 
 
 _rms_norm = register(
-    "rms_norm",
-    fake=_fake,
-    backward=_rms_norm_derivative,
-    setup_context=_rms_norm_setup,
+    "rms_norm", fake=_fake, backward=_rms_norm_derivative, setup_context=_rms_norm_setup
 )
 _add_rms_norm = register(
     "add_rms_norm",

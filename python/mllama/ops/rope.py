@@ -1,6 +1,8 @@
-"""Rotary position embedding (Su et al., 2021) in the half-split layout: element i turns with element i + D/2.
+"""Rotary position embedding (Su et al., 2021) in the half-split layout: element i turns with
+element i + D/2.
 
-Three steps: `rope_frequencies` once per model, `rope_tables` once per forward pass, `rope` once per layer.
+Three steps: `rope_frequencies` once per model, `rope_tables` once per forward pass, `rope` once per
+layer.
 """
 
 import math
@@ -13,8 +15,11 @@ from mllama.ops._dispatch import check_float, check_value, fresh, kind, register
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.uint8)
 
 
-def rope(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rotate queries and keys: (x1, x2) -> (x1 cos - x2 sin, x2 cos + x1 sin) with x1, x2 the halves of a head.
+def rope(
+    q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rotate queries and keys: (x1, x2) -> (x1 cos - x2 sin, x2 cos + x1 sin) with x1, x2 the
+    halves of a head.
 
     Args:
         q: [B, T, H, D], float32, bfloat16 or float16; D even.
@@ -22,7 +27,8 @@ def rope(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor)
         cos, sin: float32 [B or 1, T, D/2], from `rope_tables`.
 
     Returns:
-        (rotated q, rotated k), contiguous, of the same shapes and dtype. Computed in float32 and rounded once.
+        (rotated q, rotated k), contiguous, of the same shapes and dtype. Computed in float32 and
+        rounded once.
 
     Raises:
         TypeError: an argument is no tensor, or of a dtype not named above.
@@ -37,7 +43,9 @@ def rope(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor)
     return reference(q, k, cos, sin)
 
 
-def reference(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def reference(
+    q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
     """`rope` in plain torch."""
     cos, sin = cos.unsqueeze(2), sin.unsqueeze(2)
 
@@ -50,7 +58,9 @@ def reference(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Te
 
 def _check_table_type(name: str, table: torch.Tensor) -> None:
     if not isinstance(table, torch.Tensor) or table.dtype != torch.float32:
-        raise TypeError(f"rope: {name} must be a float32 torch.Tensor, got {getattr(table, 'dtype', type(table).__name__)}")
+        raise TypeError(
+            f"rope: {name} must be a float32 torch.Tensor, got {getattr(table, 'dtype', type(table).__name__)}"
+        )
     if table.requires_grad and torch.is_grad_enabled():
         raise ValueError(f"rope: {name} must not require a gradient: there is none")
 
@@ -64,10 +74,14 @@ def _check_sizes(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch
         raise ValueError(f"rope: head size must be even, got {size}")
     if k.shape[:2] != (batch, length) or k.shape[3] != size or k.dtype != q.dtype:
         dtype = str(q.dtype).removeprefix("torch.")
-        raise ValueError(f"rope: k must be [{batch}, {length}, heads, {size}] of {dtype}, got {kind(k)}")
+        raise ValueError(
+            f"rope: k must be [{batch}, {length}, heads, {size}] of {dtype}, got {kind(k)}"
+        )
     for name, table in (("cos", cos), ("sin", sin)):
         if table.shape[1:] != (length, size // 2) or table.shape[0] not in (1, batch):
-            raise ValueError(f"rope: {name} must be [{batch} or 1, {length}, {size // 2}], got {list(table.shape)}")
+            raise ValueError(
+                f"rope: {name} must be [{batch} or 1, {length}, {size // 2}], got {list(table.shape)}"
+            )
 
 
 def _setup(ctx, inputs, output):
@@ -76,7 +90,9 @@ def _setup(ctx, inputs, output):
 
 
 def _derivative(ctx, grad_q, grad_k):
-    """A rotation's gradient is turned back by the same angles: linear, so that any higher derivative is right too."""
+    """A rotation's gradient is turned back by the same angles: linear, so that any higher
+    derivative is right too.
+    """
     return *_rope(grad_q, grad_k, *ctx.saved_tensors, not ctx.inverse), None, None, None
 
 
@@ -88,8 +104,11 @@ def _fake(q, k, cos, sin, inverse):
 _rope = register("rope", fake=_fake, backward=_derivative, setup_context=_setup)
 
 
-def rope_tables(position_ids: torch.Tensor, frequencies: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return (cos, sin) of position * frequency: float32 [B, T, D/2] each, for integer positions [B, T] and float32 frequencies [D/2].
+def rope_tables(
+    position_ids: torch.Tensor, frequencies: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return (cos, sin) of position * frequency: float32 [B, T, D/2] each, for integer positions
+    [B, T] and float32 frequencies [D/2].
 
     Raises:
         TypeError: positions are no integer tensor, or frequencies no float32 tensor.
@@ -103,24 +122,35 @@ def rope_tables(position_ids: torch.Tensor, frequencies: torch.Tensor) -> tuple[
         raise TypeError(
             f"rope_tables: frequencies must be a float32 torch.Tensor, got {getattr(frequencies, 'dtype', type(frequencies).__name__)}"
         )
-    check_value(position_ids.dim() == 2, f"rope_tables: position_ids must be [B, T], got {list(position_ids.shape)}")
-    check_value(frequencies.dim() == 1, f"rope_tables: frequencies must be [D/2], got {list(frequencies.shape)}")
+    check_value(
+        position_ids.dim() == 2,
+        f"rope_tables: position_ids must be [B, T], got {list(position_ids.shape)}",
+    )
+    check_value(
+        frequencies.dim() == 1,
+        f"rope_tables: frequencies must be [D/2], got {list(frequencies.shape)}",
+    )
     angles = position_ids.unsqueeze(-1).float() * frequencies
     return angles.cos(), angles.sin()
 
 
 def rope_frequencies(
-    head_dim: int, theta: float = 10000.0, scaling: dict | None = None, device: torch.device | str | None = None
+    head_dim: int,
+    theta: float = 10000.0,
+    scaling: dict | None = None,
+    device: torch.device | str | None = None,
 ) -> torch.Tensor:
-    """Return the angle per position of each pair: float32 [head_dim / 2], theta^(-2i / head_dim), scaled as `scaling` says.
+    """Return the angle per position of each pair: float32 [head_dim / 2], theta^(-2i / head_dim),
+    scaled as `scaling` says.
 
     Args:
         head_dim: size of a head, even.
         theta: base of the geometric row.
-        scaling: a Hugging Face `rope_scaling` or `rope_parameters` dict, or None. Its type (`rope_type` or the older `type`) is one of
-            default; linear (`factor`: every angle divided by it); llama3 (`factor`, `low_freq_factor`, `high_freq_factor`,
-            `original_max_position_embeddings`: long waves divided by the factor, short ones kept, those between interpolated). A
-            `rope_theta` in it stands before the argument.
+        scaling: a Hugging Face `rope_scaling` or `rope_parameters` dict, or None. Its type
+            (`rope_type` or the older `type`) is one of default; linear (`factor`: every angle
+            divided by it); llama3 (`factor`, `low_freq_factor`, `high_freq_factor`,
+            `original_max_position_embeddings`: long waves divided by the factor, short ones kept,
+            those between interpolated). A `rope_theta` in it stands before the argument.
         device: where the result lives.
 
     Raises:
@@ -129,15 +159,25 @@ def rope_frequencies(
     """
     if not isinstance(head_dim, int):
         raise TypeError(f"rope_frequencies: head_dim must be an int, got {type(head_dim).__name__}")
-    check_value(head_dim > 0 and head_dim % 2 == 0, f"rope_frequencies: head_dim must be even and positive, got {head_dim}")
+    check_value(
+        head_dim > 0 and head_dim % 2 == 0,
+        f"rope_frequencies: head_dim must be even and positive, got {head_dim}",
+    )
     if scaling is None:
         scaling = {}
     if not isinstance(scaling, dict):
-        raise TypeError(f"rope_frequencies: scaling must be a dict or None, got {type(scaling).__name__}")
+        raise TypeError(
+            f"rope_frequencies: scaling must be a dict or None, got {type(scaling).__name__}"
+        )
     kind = scaling.get("rope_type", scaling.get("type", "default"))
     if not isinstance(kind, str) or kind not in _SCALINGS:
-        raise ValueError(f"rope_frequencies: unknown rope type {kind!r}; known are {', '.join(_SCALINGS)}")
-    check_value(scaling.get("partial_rotary_factor") in (None, 1.0), "rope_frequencies: only partial_rotary_factor 1 is supported")
+        raise ValueError(
+            f"rope_frequencies: unknown rope type {kind!r}; known are {', '.join(_SCALINGS)}"
+        )
+    check_value(
+        scaling.get("partial_rotary_factor") in (None, 1.0),
+        "rope_frequencies: only partial_rotary_factor 1 is supported",
+    )
     theta = scaling.get("rope_theta", theta)
     _check_positive("theta", theta)
     exponents = torch.arange(0, head_dim, 2, dtype=torch.int64, device=device).float() / head_dim
@@ -154,9 +194,18 @@ def _linear(frequencies: torch.Tensor, scaling: dict) -> torch.Tensor:
 
 def _llama3(frequencies: torch.Tensor, scaling: dict) -> torch.Tensor:
     factor, low, high, length = (
-        _number(scaling, name) for name in ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+        _number(scaling, name)
+        for name in (
+            "factor",
+            "low_freq_factor",
+            "high_freq_factor",
+            "original_max_position_embeddings",
+        )
     )
-    check_value(high > low, f"rope_frequencies: high_freq_factor must exceed low_freq_factor, got {high} and {low}")
+    check_value(
+        high > low,
+        f"rope_frequencies: high_freq_factor must exceed low_freq_factor, got {high} and {low}",
+    )
     waves = 2 * math.pi / frequencies
     keep = ((length / waves - low) / (high - low)).clamp(0, 1)  # 1 for short waves, 0 for long ones
     return keep * frequencies + (1 - keep) * frequencies / factor
@@ -167,11 +216,17 @@ _SCALINGS = {"default": _default, "linear": _linear, "llama3": _llama3}
 
 def _number(scaling: dict, name: str) -> float:
     if name not in scaling:
-        raise ValueError(f"rope_frequencies: scaling of this type needs {name!r}; it has {', '.join(map(str, scaling))}")
+        raise ValueError(
+            f"rope_frequencies: scaling of this type needs {name!r}; it has {', '.join(map(str, scaling))}"
+        )
     _check_positive(name, scaling[name])
     return float(scaling[name])
 
 
 def _check_positive(name: str, value: float) -> None:
-    valid = isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value <= sys.float_info.max
+    valid = (
+        isinstance(value, (int, float))
+        and not isinstance(value, bool)
+        and 0 < value <= sys.float_info.max
+    )
     check_value(valid, f"rope_frequencies: {name} must be a positive number, got {value!r}")

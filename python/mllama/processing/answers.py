@@ -1,6 +1,8 @@
-"""Which tokens of a conversation are the assistant's: for any chat template, found by rendering it with marked answers.
+"""Which tokens of a conversation are the assistant's: for any chat template, found by rendering it
+with marked answers.
 
-A template that marks them itself, by `{% generation %}`, is taken at its word, which is transformers' own way.
+A template that marks them itself, by `{% generation %}`, is taken at its word, which is
+transformers' own way.
 """
 
 import os
@@ -11,7 +13,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from mllama.processing.messages import ASSISTANT, as_messages, as_text, fit_contents, mark_texts, unused_mark
+from mllama.processing.messages import (
+    ASSISTANT,
+    as_messages,
+    as_text,
+    fit_contents,
+    mark_texts,
+    unused_mark,
+)
 
 Span = tuple[int, int]  # of characters
 _GENERATION = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
@@ -29,7 +38,8 @@ def apply_template(
     options: dict[str, Any],
     with_places: dict[str, Any],
 ) -> Any:
-    """What transformers' apply_chat_template returns, with contents in the form that the template reads, and the assistant's tokens.
+    """What transformers' apply_chat_template returns, with contents in the form that the template
+    reads, and the assistant's tokens.
 
     Args:
         call: transformers' method: (conversation, **options).
@@ -38,11 +48,13 @@ def apply_template(
         tokenizer: whose tokens are marked.
         conversation: messages, or a list of conversations.
         options: of `call`.
-        with_places: changes of options that make it return offset_mapping and text_replacement_offsets.
+        with_places: changes of options that make it return offset_mapping and
+            text_replacement_offsets.
 
     Raises:
-        TypeError, ValueError: messages that are none (`as_messages`), a conversation without an answer, answers that cannot be found in
-            what the template writes, or that it should mark and does not.
+        TypeError, ValueError: messages that are none (`as_messages`), a conversation without an
+            answer, answers that cannot be found in what the template writes, or that it should mark
+            and does not.
     """
     batched, conversations = as_batch(conversation)
     conversations = [fit_contents(messages, render) for messages in conversations]
@@ -55,33 +67,51 @@ def apply_template(
     for number, messages in enumerate(conversations):
         if not any(message["role"] == ASSISTANT for message in messages):
             roles = ", ".join(dict.fromkeys(message["role"] for message in messages))
-            raise ValueError(f"conversation {number} has no message whose role is {ASSISTANT}, so no token of it is the model's: {roles}")
+            raise ValueError(
+                f"conversation {number} has no message whose role is {ASSISTANT}, so no token of it is the model's: {roles}"
+            )
     if _GENERATION.search(_COMMENT.sub("", str(template))):
         return _all_marked(call(given, **options), options)
     if not options.get("tokenize") or not options.get("return_dict"):
         raise ValueError("return_assistant_tokens_mask needs tokenize=True and return_dict=True")
     if not getattr(tokenizer, "is_fast", False):
-        raise ValueError("return_assistant_tokens_mask needs a fast tokenizer, which tells where its tokens stand in the text")
+        raise ValueError(
+            "return_assistant_tokens_mask needs a fast tokenizer, which tells where its tokens stand in the text"
+        )
     names = _special_names(tokenizer)
-    spans = [find_answers(messages, render, names, number) for number, messages in enumerate(conversations)]
-    return _with_masks(call(given, **{**options, **with_places, "return_assistant_tokens_mask": False}), spans)
+    spans = [
+        find_answers(messages, render, names, number)
+        for number, messages in enumerate(conversations)
+    ]
+    return _with_masks(
+        call(given, **{**options, **with_places, "return_assistant_tokens_mask": False}), spans
+    )
 
 
 def as_batch(conversation: Any) -> tuple[bool, list[list[dict]]]:
     """Whether there are several conversations, and checked copies of them."""
     several = isinstance(conversation, (list, tuple)) and len(conversation) > 0
-    several = several and (isinstance(conversation[0], (list, tuple)) or hasattr(conversation[0], "messages"))
+    several = several and (
+        isinstance(conversation[0], (list, tuple)) or hasattr(conversation[0], "messages")
+    )
     if not several:
         return False, [as_messages(conversation, "conversation")]
-    return True, [as_messages(messages, f"conversation[{number}]") for number, messages in enumerate(conversation)]
+    return True, [
+        as_messages(messages, f"conversation[{number}]")
+        for number, messages in enumerate(conversation)
+    ]
 
 
-def find_answers(messages: list[dict], render: Callable[..., str], names: re.Pattern, number: int = 0) -> list[Span]:
-    """Return where in `render(messages)` the assistant speaks: from the end of the prompt for an answer to its end token, inclusive.
+def find_answers(
+    messages: list[dict], render: Callable[..., str], names: re.Pattern, number: int = 0
+) -> list[Span]:
+    """Return where in `render(messages)` the assistant speaks: from the end of the prompt for an
+    answer to its end token, inclusive.
 
     Args:
         messages: as `as_messages` returns them.
-        render: (messages, add_generation_prompt=None) -> text; None is as in the text that is tokenized.
+        render: (messages, add_generation_prompt=None) -> text; None is as in the text that is
+            tokenized.
         names: matches the special tokens' texts, which are not to be cut.
         number: of the conversation, for errors.
 
@@ -96,7 +126,9 @@ def find_answers(messages: list[dict], render: Callable[..., str], names: re.Pat
         (False, False),
     ):  # a mark can hide from a template how an answer begins, or its absence
         marked = [
-            _mark(message, f"{mark}{place}{mark}", before, empty) if message["role"] == ASSISTANT else message
+            _mark(message, f"{mark}{place}{mark}", before, empty)
+            if message["role"] == ASSISTANT
+            else message
             for place, message in enumerate(messages)
         ]
         whole = _try(render, marked)
@@ -105,7 +137,11 @@ def find_answers(messages: list[dict], render: Callable[..., str], names: re.Pat
     else:
         raise _unknown(number, "it writes other text around answers that are marked")
     spans = _Spans(render, marked, whole, _Marks(mark), names, number)
-    found = [span for place, message in enumerate(messages) if message["role"] == ASSISTANT and (span := spans.of(place)) is not None]
+    found = [
+        span
+        for place, message in enumerate(messages)
+        if message["role"] == ASSISTANT and (span := spans.of(place)) is not None
+    ]
     if not found:
         raise _unknown(number, "it writes none of them")
     return found
@@ -118,7 +154,9 @@ class _Marks:
         self.any = re.compile(rf"{mark}(\d+){mark}")
 
     def of(self, text: str, place: int) -> list[Span]:
-        """Where the marks of a message stand. All marks are gone through: between two of them an answer that is a number looks like one."""
+        """Where the marks of a message stand. All marks are gone through: between two of them an
+        answer that is a number looks like one.
+        """
         return [match.span() for match in self.any.finditer(text) if match[1] == str(place)]
 
     def without(self, text: str) -> str:
@@ -132,29 +170,63 @@ class _Spans:
         whole: the text.
     """
 
-    def __init__(self, render: Callable[..., str], marked: list[dict], whole: str, marks: _Marks, names: re.Pattern, number: int):
-        self._render, self._marked, self.whole, self._marks, self._names, self._number = render, marked, whole, marks, names, number
+    def __init__(
+        self,
+        render: Callable[..., str],
+        marked: list[dict],
+        whole: str,
+        marks: _Marks,
+        names: re.Pattern,
+        number: int,
+    ):
+        self._render, self._marked, self.whole, self._marks, self._names, self._number = (
+            render,
+            marked,
+            whole,
+            marks,
+            names,
+            number,
+        )
 
     def of(self, place: int) -> Span | None:
-        """Of the answer in a message, in the text without marks; None where the template leaves it out of a longer conversation."""
+        """Of the answer in a message, in the text without marks; None where the template leaves it
+        out of a longer conversation.
+        """
         prompt = _try(self._render, self._marked[:place], add_generation_prompt=True)
         alone = _try(self._render, self._marked[: place + 1], add_generation_prompt=False)
         if alone is None:
-            raise _unknown(self._number, f"it fails on the first {place + 1} messages by themselves")
+            raise _unknown(
+                self._number, f"it fails on the first {place + 1} messages by themselves"
+            )
         here, there = self._marks.of(self.whole, place), self._marks.of(alone, place)
         if here and there:
-            start, last, rest = self._start(place, prompt, alone, here[0][0]), here[-1][1], alone[there[-1][1] :]
+            start, last, rest = (
+                self._start(place, prompt, alone, here[0][0]),
+                here[-1][1],
+                alone[there[-1][1] :],
+            )
         elif there:
             return None
-        elif prompt is not None and alone.startswith(prompt) and self.whole.startswith(prompt):  # nothing to mark in it
+        elif (
+            prompt is not None and alone.startswith(prompt) and self.whole.startswith(prompt)
+        ):  # nothing to mark in it
             start, last, rest = len(prompt), len(prompt), alone[len(prompt) :]
         else:
             raise _unknown(self._number, f"it does not write message {place}")
         end = last + self._end(self.whole[last:], rest)
-        return (len(self._marks.without(self.whole[:start])), len(self._marks.without(self.whole[:end]))) if end > start else None
+        return (
+            (
+                len(self._marks.without(self.whole[:start])),
+                len(self._marks.without(self.whole[:end])),
+            )
+            if end > start
+            else None
+        )
 
     def _start(self, place: int, prompt: str | None, alone: str, first: int) -> int:
-        """Where what the model says begins: behind the prompt for it, which may write more or less than the header of an answer."""
+        """Where what the model says begins: behind the prompt for it, which may write more or less
+        than the header of an answer.
+        """
         shared = len(os.path.commonprefix([prompt or "", self.whole]))
         if prompt is not None and (shared == len(prompt) or not self.whole[shared:first].strip()):
             return min(shared, first)
@@ -163,24 +235,43 @@ class _Spans:
             found = self.whole.rfind(header, 0, first)
             if found >= 0 and not self._marks.any.search(self.whole, found, first):
                 return found + len(header)
-        # Templates that move a text, as a system message into the last question: by the end of the prompt, and the blank before the answer.
+        # Templates that move a text, as a system message into the last question: by the end of the
+        # prompt, and the blank before the answer.
         blank = first - len(self.whole[:first].rstrip())
-        alike = [len(os.path.commonprefix([(prompt or "")[::-1], self.whole[: first - more][::-1]])) for more in range(blank + 1)]
+        alike = [
+            len(os.path.commonprefix([(prompt or "")[::-1], self.whole[: first - more][::-1]]))
+            for more in range(blank + 1)
+        ]
         if max(alike) >= _ENOUGH:
             return first - alike.index(max(alike))
-        raise _unknown(self._number, f"where message {place} begins is not told by the prompt for it")
+        raise _unknown(
+            self._number, f"where message {place} begins is not told by the prompt for it"
+        )
 
     def _end(self, text: str, alone: str) -> int:
-        """How much of the text behind an answer is the model's: what the template writes there whatever comes next."""
+        """How much of the text behind an answer is the model's: what the template writes there
+        whatever comes next.
+        """
         end = len(os.path.commonprefix([text, alone]).rstrip())
-        cut = next((match.start() for match in self._names.finditer(text) if match.start() < end < match.end()), end)
+        cut = next(
+            (
+                match.start()
+                for match in self._names.finditer(text)
+                if match.start() < end < match.end()
+            ),
+            end,
+        )
         return len(text[:cut].rstrip())
 
 
 def _mark(message: dict, mark: str, ahead: bool, empty: bool) -> dict:
-    """An assistant's message with marks at all that the model would have said: behind it, ahead of it, where it is an empty text."""
+    """An assistant's message with marks at all that the model would have said: behind it, ahead of
+    it, where it is an empty text.
+    """
     before = mark if ahead else ""
-    marked = mark_texts(message, mark, before) if empty or as_text(message["content"]) else dict(message)
+    marked = (
+        mark_texts(message, mark, before) if empty or as_text(message["content"]) else dict(message)
+    )
     for name in _THOUGHTS:
         if isinstance(message.get(name), str) and message[name]:
             marked[name] = mark_texts({"content": message[name]}, mark, before)["content"]
@@ -218,8 +309,14 @@ def _special_names(tokenizer: Any) -> re.Pattern:
 
 
 def _with_masks(batch: Any, spans: list[list[Span]]) -> Any:
-    """A batch with assistant_masks, in the form that its input_ids have; what tells where tokens stand is taken out."""
-    offsets, replaced, ids = batch.pop("offset_mapping"), batch.pop("text_replacement_offsets", None), batch["input_ids"]
+    """A batch with assistant_masks, in the form that its input_ids have; what tells where tokens
+    stand is taken out.
+    """
+    offsets, replaced, ids = (
+        batch.pop("offset_mapping"),
+        batch.pop("text_replacement_offsets", None),
+        batch["input_ids"],
+    )
     rows, single = _lists(offsets), not isinstance(_lists(ids)[0], list)
     rows = [rows] if single else rows
     masks = [
@@ -236,7 +333,8 @@ def _with_masks(batch: Any, spans: list[list[Span]]) -> Any:
 
 
 def _all_marked(batch: Any, options: Mapping[str, Any]) -> Any:
-    """A batch with assistant_masks. Unless they may have been cut off, the template must have marked tokens of every conversation.
+    """A batch with assistant_masks. Unless they may have been cut off, the template must have
+    marked tokens of every conversation.
 
     Raises:
         ValueError: it marked none.
@@ -247,7 +345,9 @@ def _all_marked(batch: Any, options: Mapping[str, Any]) -> Any:
     if not any(place.get("truncation") for place in places):
         for number, row in enumerate(rows):
             if not any(row):
-                raise ValueError(f"the chat template has {{% generation %}}, and marks no token of conversation {number} by it")
+                raise ValueError(
+                    f"the chat template has {{% generation %}}, and marks no token of conversation {number} by it"
+                )
     return batch
 
 
@@ -267,4 +367,6 @@ def _moved(spans: list[Span], replaced: Sequence[Mapping]) -> list[Span]:
 
 def _mask(offsets: Sequence[Span], spans: list[Span]) -> list[int]:
     """1 for each token that overlaps a span; padding and added tokens have no characters."""
-    return [int(any(start < last and end > first for first, last in spans)) for start, end in offsets]
+    return [
+        int(any(start < last and end > first for first, last in spans)) for start, end in offsets
+    ]

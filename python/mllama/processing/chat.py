@@ -1,4 +1,6 @@
-"""Chat templates of processors and tokenizers: any form of content, the assistant's tokens of any template, and labels."""
+"""Chat templates of processors and tokenizers: any form of content, the assistant's tokens of any
+template, and labels.
+"""
 
 import functools
 import inspect
@@ -17,34 +19,48 @@ from mllama.processing.messages import ASSISTANT, IMAGE_KEYS, as_parts, as_text
 from mllama.processing.options import on_cpu
 
 IGNORED = -100  # a label that no loss counts
-_TOKENIZING = ("tokenize", "return_dict", "return_tensors", "return_assistant_tokens_mask")  # what a text alone does not need
+_TOKENIZING = (
+    "tokenize",
+    "return_dict",
+    "return_tensors",
+    "return_assistant_tokens_mask",
+)  # what a text alone does not need
 _PLACES = {"return_offsets_mapping": True}
 _GENERATION = re.compile(r"\{%[-+]?\s*(end)?generation\s*[-+]?%\}")
 
 
 @on_cpu
-def chat_labels(processor: Any, conversations: Sequence, **options: Any) -> BatchFeature | BatchEncoding:
-    """Return a batch to train on conversations: a model's inputs, and labels of what the assistant says.
+def chat_labels(
+    processor: Any, conversations: Sequence, **options: Any
+) -> BatchFeature | BatchEncoding:
+    """Return a batch to train on conversations: a model's inputs, and labels of what the assistant
+    says.
 
-    The answers are found in what the chat template writes, whichever it is, each from the end of its prompt to its end token. PaliGemma,
-    which has no chat template, takes one question with its images and one answer, as prefix and suffix.
+    The answers are found in what the chat template writes, whichever it is, each from the end of
+    its prompt to its end token. PaliGemma, which has no chat template, takes one question with its
+    images and one answer, as prefix and suffix.
 
     Args:
         processor: a processor or a fast tokenizer, of this package or of transformers.
-        conversations: one, or a list of them: messages {"role": ..., "content": ...}, whose image parts bring their images.
-        options: of the processor's (tokenizer's) apply_chat_template. Rows are padded to the longest unless they say otherwise.
+        conversations: one, or a list of them: messages {"role": ..., "content": ...}, whose image
+            parts bring their images.
+        options: of the processor's (tokenizer's) apply_chat_template. Rows are padded to the
+            longest unless they say otherwise.
 
     Returns:
-        What the processor returns, as torch tensors, and labels [rows, tokens] int64: the ids of the assistant's tokens, -100 elsewhere.
-        `(batch["labels"] != -100).sum()` is how many are trained.
+        What the processor returns, as torch tensors, and labels [rows, tokens] int64: the ids of
+        the assistant's tokens, -100 elsewhere. `(batch["labels"] != -100).sum()` is how many are
+        trained.
 
     Raises:
         TypeError: a processor, conversation or message of another type.
-        ValueError: a conversation without an answer, a chat template that is missing or does not tell the answers, no token left to train
-            after truncation; what the processor refuses.
+        ValueError: a conversation without an answer, a chat template that is missing or does not
+            tell the answers, no token left to train after truncation; what the processor refuses.
     """
     if not isinstance(processor, (ProcessorMixin, PreTrainedTokenizerBase)):
-        raise TypeError(f"processor must be a processor or a tokenizer, got {type(processor).__name__}")
+        raise TypeError(
+            f"processor must be a processor or a tokenizer, got {type(processor).__name__}"
+        )
     if (
         isinstance(processor, ProcessorMixin)
         and processor.chat_template is None
@@ -54,9 +70,13 @@ def chat_labels(processor: Any, conversations: Sequence, **options: Any) -> Batc
     else:
         batch = _masked(processor, conversations, options)
         mask = batch.pop("assistant_masks")
-        batch["labels"] = batch["input_ids"].masked_fill(torch.as_tensor(mask, device=batch["input_ids"].device) != 1, IGNORED)
+        batch["labels"] = batch["input_ids"].masked_fill(
+            torch.as_tensor(mask, device=batch["input_ids"].device) != 1, IGNORED
+        )
     if not bool((batch["labels"] != IGNORED).any()):
-        raise ValueError("conversations: truncation leaves no token of an answer to train; raise max_length")
+        raise ValueError(
+            "conversations: truncation leaves no token of an answer to train; raise max_length"
+        )
     return batch
 
 
@@ -64,16 +84,20 @@ class ChatTemplates:
     """apply_chat_template of a processor, for any template and any form of content."""
 
     def apply_chat_template(self, conversation, chat_template: str | None = None, **kwargs):
-        """As transformers': messages to text, or with tokenize=True, return_dict=True to a batch, images in the messages included.
+        """As transformers': messages to text, or with tokenize=True, return_dict=True to a batch,
+        images in the messages included.
 
-        A part {"type": "image", "image": image} takes what `load_picture` takes; "path" and "url" name files. Contents may be a text or a
-        list of parts, whichever of them the template reads, and an assistant's may be None. With return_assistant_tokens_mask=True the
-        answers are found whether or not the template marks them.
+        A part {"type": "image", "image": image} takes what `load_picture` takes; "path" and "url"
+        name files. Contents may be a text or a list of parts, whichever of them the template reads,
+        and an assistant's may be None. With return_assistant_tokens_mask=True the answers are found
+        whether or not the template marks them.
 
         Raises:
             TypeError, ValueError: messages that are none; answers that the template does not tell.
         """
-        return _processor_template(super().apply_chat_template, self, conversation, chat_template, kwargs)
+        return _processor_template(
+            super().apply_chat_template, self, conversation, chat_template, kwargs
+        )
 
 
 def with_answers(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
@@ -93,9 +117,16 @@ def apply_tokenizer_template(tokenizer: PreTrainedTokenizerBase, conversation, *
     options.pop("conversation")
     template = tokenizer.get_chat_template(options["chat_template"], options["tools"])
     if "image" not in template:
-        parts = [part for messages in as_batch(conversation)[1] for message in messages for part in _parts(message)]
+        parts = [
+            part
+            for messages in as_batch(conversation)[1]
+            for message in messages
+            for part in _parts(message)
+        ]
         if any(part["type"] == "image" for part in parts):
-            raise ValueError("conversation holds an image, which the chat template of a text model does not take")
+            raise ValueError(
+                "conversation holds an image, which the chat template of a text model does not take"
+            )
     rendering = {
         **options,
         "tokenize": False,
@@ -112,16 +143,26 @@ def apply_tokenizer_template(tokenizer: PreTrainedTokenizerBase, conversation, *
 
 
 @on_cpu
-def _processor_template(stock, processor: ProcessorMixin, conversation, chat_template: str | None, options: dict[str, Any]):
+def _processor_template(
+    stock,
+    processor: ProcessorMixin,
+    conversation,
+    chat_template: str | None,
+    options: dict[str, Any],
+):
     """`ChatTemplates.apply_chat_template`, on transformers' method `stock`."""
     template = _template_of(processor, chat_template)
     variables = {} if template is None else _variables(template)
     own = inspect.signature(ProcessorMixin.apply_chat_template).parameters
-    loose = {name: value for name, value in options.items() if name not in own and name not in variables}  # as transformers, of the call
+    loose = {
+        name: value for name, value in options.items() if name not in own and name not in variables
+    }  # as transformers, of the call
     options = {name: value for name, value in options.items() if name not in loose}
     options["processor_kwargs"] = {**(options.get("processor_kwargs") or {}), **loose}
     rendering = {
-        name: value for name, value in options.items() if name not in (*_TOKENIZING, "processor_kwargs", "sanitize_control_tokens")
+        name: value
+        for name, value in options.items()
+        if name not in (*_TOKENIZING, "processor_kwargs", "sanitize_control_tokens")
     }
 
     def call(messages, **options: Any):
@@ -133,13 +174,25 @@ def _processor_template(stock, processor: ProcessorMixin, conversation, chat_tem
     if template is not None and "image" not in template:
         conversation, images = _images_apart(conversation, processor.image_token)
         if any(images):
-            options["processor_kwargs"]["images"] = images if as_batch(conversation)[0] else images[0]
-    places = {"processor_kwargs": {**options["processor_kwargs"], **_PLACES, "return_text_replacement_offsets": True}}
-    return apply_template(call, render, template, processor.tokenizer, conversation, options, places)
+            options["processor_kwargs"]["images"] = (
+                images if as_batch(conversation)[0] else images[0]
+            )
+    places = {
+        "processor_kwargs": {
+            **options["processor_kwargs"],
+            **_PLACES,
+            "return_text_replacement_offsets": True,
+        }
+    }
+    return apply_template(
+        call, render, template, processor.tokenizer, conversation, options, places
+    )
 
 
 def _images_apart(conversation: Any, image_token: str) -> tuple[Any, list[list]]:
-    """A conversation or several for a template that knows texts alone, with placeholders in them; and the images of each."""
+    """A conversation or several for a template that knows texts alone, with placeholders in them;
+    and the images of each.
+    """
     batched, conversations = as_batch(conversation)
     images: list[list] = []
     for messages in conversations:
@@ -157,7 +210,9 @@ def _parts(message: dict) -> list[dict]:
 
 
 def _template_of(processor: ProcessorMixin, chat_template: str | None) -> str | None:
-    """The text of the template that is rendered; None where transformers will say that there is none."""
+    """The text of the template that is rendered; None where transformers will say that there is
+    none.
+    """
     templates = processor.chat_template
     if isinstance(templates, Mapping):
         return templates.get("default" if chat_template is None else chat_template, chat_template)
@@ -166,26 +221,48 @@ def _template_of(processor: ProcessorMixin, chat_template: str | None) -> str | 
 
 @functools.lru_cache(maxsize=32)
 def _variables(template: str) -> frozenset[str]:
-    """What a template reads beside its own names; empty for a broken one, of which rendering will tell."""
+    """What a template reads beside its own names; empty for a broken one, of which rendering will
+    tell.
+    """
     try:
         return frozenset(
-            meta.find_undeclared_variables(Environment(extensions=["jinja2.ext.loopcontrols"]).parse(_GENERATION.sub("", template)))
+            meta.find_undeclared_variables(
+                Environment(extensions=["jinja2.ext.loopcontrols"]).parse(
+                    _GENERATION.sub("", template)
+                )
+            )
         )
     except Exception:
         return frozenset()
 
 
-def _masked(processor: Any, conversations: Sequence, options: dict[str, Any]) -> BatchFeature | BatchEncoding:
-    options = {"tokenize": True, "return_dict": True, "return_tensors": "pt", **options, "return_assistant_tokens_mask": True}
+def _masked(
+    processor: Any, conversations: Sequence, options: dict[str, Any]
+) -> BatchFeature | BatchEncoding:
+    options = {
+        "tokenize": True,
+        "return_dict": True,
+        "return_tensors": "pt",
+        **options,
+        "return_assistant_tokens_mask": True,
+    }
     if isinstance(processor, PreTrainedTokenizerBase):
         return apply_tokenizer_template(processor, conversations, **{"padding": True, **options})
     options["processor_kwargs"] = {"padding": True, **(options.get("processor_kwargs") or {})}
     if isinstance(processor, ChatTemplates):
         return processor.apply_chat_template(conversations, **options)
-    return _processor_template(processor.apply_chat_template, processor, conversations, options.pop("chat_template", None), options)
+    return _processor_template(
+        processor.apply_chat_template,
+        processor,
+        conversations,
+        options.pop("chat_template", None),
+        options,
+    )
 
 
-def _prefix_and_suffix(processor: ProcessorMixin, conversations: Sequence, options: dict[str, Any]) -> BatchFeature:
+def _prefix_and_suffix(
+    processor: ProcessorMixin, conversations: Sequence, options: dict[str, Any]
+) -> BatchFeature:
     rows = as_batch(conversations)[1]
     for number, messages in enumerate(rows):
         roles = [message["role"] for message in messages]
@@ -193,14 +270,28 @@ def _prefix_and_suffix(processor: ProcessorMixin, conversations: Sequence, optio
             raise ValueError(
                 f"conversation {number} must be one message of the user and one of the assistant, as prefix and suffix, got {roles}"
             )
-    images = [[_image(part) for part in as_parts(messages[0]["content"]) if part["type"] == "image"] for messages in rows]
-    prefixes, suffixes = ([as_text(messages[side]["content"]) for messages in rows] for side in (0, 1))
-    options = {"padding": True, **options, **(options.pop("processor_kwargs", None) or {}), "return_tensors": "pt"}
-    return processor(text=prefixes, images=images if any(images) else None, suffix=suffixes, **options)
+    images = [
+        [_image(part) for part in as_parts(messages[0]["content"]) if part["type"] == "image"]
+        for messages in rows
+    ]
+    prefixes, suffixes = (
+        [as_text(messages[side]["content"]) for messages in rows] for side in (0, 1)
+    )
+    options = {
+        "padding": True,
+        **options,
+        **(options.pop("processor_kwargs", None) or {}),
+        "return_tensors": "pt",
+    }
+    return processor(
+        text=prefixes, images=images if any(images) else None, suffix=suffixes, **options
+    )
 
 
 def _image(part: Mapping) -> Any:
     own = [part[key] for key in IMAGE_KEYS if part.get(key) is not None]
     if len(own) != 1:
-        raise ValueError(f"an image part must bring one image, as image, path or url, got {len(own)}")
+        raise ValueError(
+            f"an image part must bring one image, as image, path or url, got {len(own)}"
+        )
     return own[0]

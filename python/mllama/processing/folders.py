@@ -12,8 +12,14 @@ from transformers.utils import cached_file
 
 from mllama.processing.chat import with_answers
 
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json")  # one of them every tokenizer has
-# All that processors and tokenizers are read from: what one of them leaves beside another's would be taken for its own.
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "spiece.model",
+    "vocab.json",
+)  # one of them every tokenizer has
+# All that processors and tokenizers are read from: what one of them leaves beside another's would
+# be taken for its own.
 PROCESSOR_FILES = (
     *TOKENIZER_FILES,
     "added_tokens.json",
@@ -31,8 +37,9 @@ PROCESSOR_FILES = (
 def read_settings(where: str | os.PathLike, **kwargs) -> tuple[dict, dict]:
     """Return what a folder (or hub id) says of its processor and of its image processor.
 
-    The first is processor_config.json, with the template of an older chat_template.json, and empty where there is neither (tokenizers read
-    chat_template.jinja); the second is its "image_processor", or preprocessor_config.json. Files are read here, not by transformers: it
+    The first is processor_config.json, with the template of an older chat_template.json, and empty
+    where there is neither (tokenizers read chat_template.jinja); the second is its
+    "image_processor", or preprocessor_config.json. Files are read here, not by transformers: it
     would load an audio tokenizer from wherever they say.
 
     Args:
@@ -46,34 +53,54 @@ def read_settings(where: str | os.PathLike, **kwargs) -> tuple[dict, dict]:
     older = read_object(where, "chat_template.json", **kwargs)
     if "chat_template" in older:
         processor = {"chat_template": older["chat_template"], **processor}
-    pictures = processor.get("image_processor") or read_object(where, "preprocessor_config.json", **kwargs)
+    pictures = processor.get("image_processor") or read_object(
+        where, "preprocessor_config.json", **kwargs
+    )
     if not pictures:
-        raise FileNotFoundError(f"{where} holds no preprocessor_config.json, and no image processor in a processor_config.json")
+        raise FileNotFoundError(
+            f"{where} holds no preprocessor_config.json, and no image processor in a processor_config.json"
+        )
     if not isinstance(pictures, dict):
-        raise ValueError(f"{where}: image_processor in processor_config.json must be a JSON object, got {type(pictures).__name__}")
+        raise ValueError(
+            f"{where}: image_processor in processor_config.json must be a JSON object, got {type(pictures).__name__}"
+        )
     return processor, pictures
 
 
 def load_tokenizer(where: str | os.PathLike, **kwargs) -> PreTrainedTokenizerBase:
-    """Read a folder's (or hub id's) tokenizer; code that comes with it is not run unless kwargs say trust_remote_code.
+    """Read a folder's (or hub id's) tokenizer; code that comes with it is not run unless kwargs say
+    trust_remote_code.
 
     Raises:
         OSError: there are no such files.
         ValueError: they cannot be read.
     """
     folder = Path(where, kwargs.get("subfolder") or "")
-    if folder.is_dir() and not any((folder / name).exists() for name in TOKENIZER_FILES):  # transformers would make one up
-        raise FileNotFoundError(f"{folder} holds no tokenizer: none of {', '.join(TOKENIZER_FILES)}")
+    if folder.is_dir() and not any(
+        (folder / name).exists() for name in TOKENIZER_FILES
+    ):  # transformers would make one up
+        raise FileNotFoundError(
+            f"{folder} holds no tokenizer: none of {', '.join(TOKENIZER_FILES)}"
+        )
     try:
-        return with_answers(AutoTokenizer.from_pretrained(where, **{"trust_remote_code": False, **kwargs}))
+        return with_answers(
+            AutoTokenizer.from_pretrained(where, **{"trust_remote_code": False, **kwargs})
+        )
     except OSError:
         raise
     except Exception as error:  # a broken tokenizer.json raises nothing more definite
         raise ValueError(f"{where}: the tokenizer cannot be read: {error!r}") from error
 
 
-def save_aside(processor: ProcessorMixin, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs) -> list[str]:
-    """Save a processor of transformers; each file is written aside and renamed. Returns their paths."""
+def save_aside(
+    processor: ProcessorMixin,
+    save_directory: str | os.PathLike,
+    push_to_hub: bool = False,
+    **kwargs,
+) -> list[str]:
+    """Save a processor of transformers; each file is written aside and renamed. Returns their
+    paths.
+    """
     if push_to_hub:
         return processor.save_pretrained(save_directory, push_to_hub=True, **kwargs)
     folder = Path(save_directory)
@@ -115,7 +142,9 @@ class StockFiles:
         return cls.picture_class.from_dict(settings)
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> Self:
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any
+    ) -> Self:
         """Read a folder (or hub id) that holds such a processor.
 
         Args:
@@ -123,7 +152,8 @@ class StockFiles:
 
         Raises:
             OSError: there are no such files.
-            ValueError: another family's image processor, which the text names, or files that cannot be read.
+            ValueError: another family's image processor, which the text names, or files that cannot
+                be read.
         """
         where = pretrained_model_name_or_path
         settings, pictures = read_settings(where, **kwargs)
@@ -131,9 +161,13 @@ class StockFiles:
         template = settings.get("chat_template") or tokenizer.chat_template
         return cls(cls.own_pictures(pictures, where), tokenizer, chat_template=template)
 
-    def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any) -> list[str]:
+    def save_pretrained(
+        self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any
+    ) -> list[str]:
         """Write what stock AutoProcessor reads; each file aside and renamed. Returns the paths."""
-        theirs = self.stock_class(self.image_processor, self.tokenizer, chat_template=self.chat_template)
+        theirs = self.stock_class(
+            self.image_processor, self.tokenizer, chat_template=self.chat_template
+        )
         return save_aside(theirs, save_directory, push_to_hub, **kwargs)
 
 

@@ -1,4 +1,5 @@
-"""Images of every kind become 8-bit RGB: files, encoded bytes, PIL images, arrays and tensors. No model, no transformers.
+"""Images of every kind become 8-bit RGB: files, encoded bytes, PIL images, arrays and tensors. No
+model, no transformers.
 
 `mllama.processing.image_source` says where encoded images may come from.
 
@@ -13,8 +14,9 @@
 | uint16 array, in any byte order                   | as 16-bit grey, per channel                                                          |
 | float array or tensor                             | 0..1 (to within 1e-6) onto 0..255, rounded; values outside are refused               |
 
-Arrays are [H, W], or have an axis of 1, 3 or 4 channels (grey, RGB, RGBA) last or first. Where both would do ([3, H, 3], [1, W, 3]), a
-numpy array is read channels last and a torch tensor channels first, as each is used to.
+Arrays are [H, W], or have an axis of 1, 3 or 4 channels (grey, RGB, RGBA) last or first. Where both
+would do ([3, H, 3], [1, W, 3]), a numpy array is read channels last and a torch tensor channels
+first, as each is used to.
 """
 
 import functools
@@ -30,8 +32,25 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from mllama.processing.image_source import is_encoded, is_url, open_source, shorten
 
-# What is opened from disk. The rest of Pillow's list is left out on purpose: EPS, for one, starts an interpreter.
-FORMATS = ("AVIF", "BMP", "DIB", "GIF", "ICO", "JPEG", "JPEG2000", "MPO", "PCX", "PNG", "PPM", "QOI", "TGA", "TIFF", "WEBP")
+# What is opened from disk. The rest of Pillow's list is left out on purpose: EPS, for one, starts
+# an interpreter.
+FORMATS = (
+    "AVIF",
+    "BMP",
+    "DIB",
+    "GIF",
+    "ICO",
+    "JPEG",
+    "JPEG2000",
+    "MPO",
+    "PCX",
+    "PNG",
+    "PPM",
+    "QOI",
+    "TGA",
+    "TIFF",
+    "WEBP",
+)
 
 
 _LOOKED_AT = 256  # bytes
@@ -42,15 +61,19 @@ def load_picture(source: Any, allow_urls: bool = False) -> Image.Image:
     """Return any accepted image as an upright PIL image of mode RGB, by the table above.
 
     Args:
-        source: a path (str or Path) or a `file://` URL; bytes, bytearray or memoryview of an image file; a binary file object; a data URL
-            or bare base64 text; a PIL image; a numpy array or a torch tensor.
+        source: a path (str or Path) or a `file://` URL; bytes, bytearray or memoryview of an image
+            file; a binary file object; a data URL or bare base64 text; a PIL image; a numpy array
+            or a torch tensor.
         allow_urls: take an http(s) URL too, and download it: at most 64 MiB in 30 seconds.
 
     Raises:
         FileNotFoundError: the path leads nowhere.
-        TypeError: something else than an image, an array of another dtype, or a file opened as text.
-        ValueError: a file that is no image, is broken, truncated, closed or too large (`PIL.Image.MAX_IMAGE_PIXELS`); broken base64; a URL
-            without `allow_urls`, or one that cannot be downloaded; an array without pixels, of another shape, or with values out of range.
+        TypeError: something else than an image, an array of another dtype, or a file opened as
+            text.
+        ValueError: a file that is no image, is broken, truncated, closed or too large
+            (`PIL.Image.MAX_IMAGE_PIXELS`); broken base64; a URL without `allow_urls`, or one that
+            cannot be downloaded; an array without pixels, of another shape, or with values out of
+            range.
     """
     if is_encoded(source):
         return _decode(*open_source(source, allow_urls))
@@ -66,7 +89,9 @@ def load_picture(source: Any, allow_urls: bool = False) -> Image.Image:
 
 
 def load_pixels(source: Any) -> torch.Tensor:
-    """Return any accepted image as [H, W, 3] uint8; `load_picture` says what is accepted and raised."""
+    """Return any accepted image as [H, W, 3] uint8; `load_picture` says what is accepted and
+    raised.
+    """
     if isinstance(source, (np.ndarray, torch.Tensor)):
         return torch.from_numpy(_array_to_rgb(source))
     return torch.from_numpy(np.array(load_picture(source)))
@@ -74,11 +99,14 @@ def load_pixels(source: Any) -> torch.Tensor:
 
 def is_image(source: Any) -> bool:
     """True for what can only be an image: any accepted form but text."""
-    return not isinstance(source, str) and (is_encoded(source) or isinstance(source, (Image.Image, np.ndarray, torch.Tensor)))
+    return not isinstance(source, str) and (
+        is_encoded(source) or isinstance(source, (Image.Image, np.ndarray, torch.Tensor))
+    )
 
 
 def download_urls(images: Any, allow_urls: bool) -> Any:
-    """Return images, in lists as they came, with the http(s) URLs among them downloaded where `allow_urls` is True.
+    """Return images, in lists as they came, with the http(s) URLs among them downloaded where
+    `allow_urls` is True.
 
     Raises:
         TypeError: allow_urls is no bool.
@@ -95,10 +123,19 @@ def channel_values(name: str, values: float | Iterable[float]) -> tuple[float, f
     """Return the mean or deviation of three channels, given as one number for all or as three.
 
     Raises:
-        ValueError: no such numbers, one that is not finite, or a zero in image_std; the text begins with name.
+        ValueError: no such numbers, one that is not finite, or a zero in image_std; the text begins
+            with name.
     """
-    numbers = (values,) * 3 if isinstance(values, Real) else tuple(values) if isinstance(values, Iterable) else ()
-    if len(numbers) == 3 and all(isinstance(number, Real) and math.isfinite(number) for number in numbers):
+    numbers = (
+        (values,) * 3
+        if isinstance(values, Real)
+        else tuple(values)
+        if isinstance(values, Iterable)
+        else ()
+    )
+    if len(numbers) == 3 and all(
+        isinstance(number, Real) and math.isfinite(number) for number in numbers
+    ):
         if name != "image_std" or 0 not in numbers:
             return tuple(float(number) for number in numbers)
         raise ValueError(f"{name} must hold no zero, got {values!r}")
@@ -106,10 +143,14 @@ def channel_values(name: str, values: float | Iterable[float]) -> tuple[float, f
 
 
 @functools.lru_cache(maxsize=16)
-def normalisation_table(mean: tuple[float, ...], std: tuple[float, ...], rescale_factor: float = 1 / 255) -> torch.Tensor:
-    """Return [256, 3] float32: what each 8-bit value becomes, per channel, by the arithmetic of transformers' image processors.
+def normalisation_table(
+    mean: tuple[float, ...], std: tuple[float, ...], rescale_factor: float = 1 / 255
+) -> torch.Tensor:
+    """Return [256, 3] float32: what each 8-bit value becomes, per channel, by the arithmetic of
+    transformers' image processors.
 
-    v * rescale_factor in float64, rounded to float32, minus mean, divided by std: bit-equal to their rescale and normalise by construction.
+    v * rescale_factor in float64, rounded to float32, minus mean, divided by std: bit-equal to
+    their rescale and normalise by construction.
     The result is shared between callers: do not write to it.
 
     Raises:
@@ -117,17 +158,23 @@ def normalisation_table(mean: tuple[float, ...], std: tuple[float, ...], rescale
     """
     mean, std = channel_values("image_mean", mean), channel_values("image_std", std)
     values = (np.arange(256).astype(np.float64) * rescale_factor).astype(np.float32)[:, None]
-    return torch.from_numpy((values - np.array(mean, dtype=np.float32)) / np.array(std, dtype=np.float32))
+    return torch.from_numpy(
+        (values - np.array(mean, dtype=np.float32)) / np.array(std, dtype=np.float32)
+    )
 
 
 def _decode(file: str | io.BytesIO, name: str) -> Image.Image:
     try:
         with Image.open(file) as picture:
-            limit = Image.MAX_IMAGE_PIXELS  # above it Pillow warns, above twice that it raises: a file is refused from there on
+            limit = (
+                Image.MAX_IMAGE_PIXELS
+            )  # above it Pillow warns, above twice that it raises: a file is refused from there on
             if limit is not None and picture.width * picture.height > limit:
                 raise ValueError(f"{picture.width} x {picture.height} pixels, more than {limit}")
             if picture.format not in FORMATS:
-                raise ValueError(f"the format {picture.format} is not read, only {', '.join(FORMATS)}")
+                raise ValueError(
+                    f"the format {picture.format} is not read, only {', '.join(FORMATS)}"
+                )
             picture.load()
             return _to_rgb(picture)
     except PermissionError:
@@ -148,7 +195,11 @@ def _what_it_is(file: str | io.BytesIO) -> str:
     if not begin:
         return "it is empty"
     page = begin.lstrip().lower().startswith((b"<!doctype html", b"<html"))
-    return "it is an HTML page" if page else f"it is no image of a known format, and begins with {begin[:16]!r}"
+    return (
+        "it is an HTML page"
+        if page
+        else f"it is no image of a known format, and begins with {begin[:16]!r}"
+    )
 
 
 def _reason(error: Exception) -> str:
@@ -162,7 +213,9 @@ def _to_rgb(picture: Image.Image) -> Image.Image:
     picture = ImageOps.exif_transpose(picture)
     if picture.mode.startswith("I"):
         values = _sixteen_bits(np.array(picture))
-        key = picture.info.get("transparency")  # a 16-bit PNG's colour key; Pillow keeps it, but does not apply it to this mode
+        key = picture.info.get(
+            "transparency"
+        )  # a 16-bit PNG's colour key; Pillow keeps it, but does not apply it to this mode
         if isinstance(key, int):
             values[values == key] = 65535
         return Image.fromarray(_array_to_rgb(values))
@@ -170,7 +223,9 @@ def _to_rgb(picture: Image.Image) -> Image.Image:
         values = np.array(picture)
         low, high = values.min(), values.max()
         if low < -_ROUNDING or high > 255 * (1 + _ROUNDING):
-            raise ValueError(f"a picture of mode F must hold 0..1 or 0..255, got {low:.8g}..{high:.8g}")
+            raise ValueError(
+                f"a picture of mode F must hold 0..1 or 0..255, got {low:.8g}..{high:.8g}"
+            )
         return Image.fromarray(_array_to_rgb(values / 255 if high > 1 + _ROUNDING else values))
     if picture.has_transparency_data:
         picture = picture.convert("RGBA")
@@ -181,7 +236,9 @@ def _to_rgb(picture: Image.Image) -> Image.Image:
 
 def _sixteen_bits(values: np.ndarray) -> np.ndarray:
     if values.min() < 0 or values.max() > 65535:
-        raise ValueError(f"a picture of mode I must hold 0..65535, got {values.min()}..{values.max()}")
+        raise ValueError(
+            f"a picture of mode I must hold 0..65535, got {values.min()}..{values.max()}"
+        )
     return values.astype(np.uint16)
 
 
@@ -213,7 +270,9 @@ def _channels_last(pixels: np.ndarray, first: bool) -> np.ndarray:
     for axis in (0, -1) if first else (-1, 0):
         if pixels.ndim == 3 and pixels.shape[axis] in (1, 3, 4):
             return np.moveaxis(pixels, axis, -1)
-    raise ValueError(f"a picture must be [H, W], [H, W, C] or [C, H, W] with 1, 3 or 4 channels, got shape {pixels.shape}")
+    raise ValueError(
+        f"a picture must be [H, W], [H, W, C] or [C, H, W] with 1, 3 or 4 channels, got shape {pixels.shape}"
+    )
 
 
 def _eight_bits(pixels: np.ndarray) -> np.ndarray:
@@ -226,6 +285,8 @@ def _eight_bits(pixels: np.ndarray) -> np.ndarray:
     if np.issubdtype(pixels.dtype, np.floating):
         low, high = pixels.min(), pixels.max()
         if not (low >= -_ROUNDING and high <= 1 + _ROUNDING):  # written so that NaN is refused too
-            raise ValueError(f"a picture of floats must hold 0..1, got {low:.8g}..{high:.8g}: divide by its full scale, or cast to uint8")
+            raise ValueError(
+                f"a picture of floats must hold 0..1, got {low:.8g}..{high:.8g}: divide by its full scale, or cast to uint8"
+            )
         return np.rint(pixels.astype(np.float32).clip(0, 1) * 255).astype(np.uint8)
     raise TypeError(f"a picture's dtype must be uint8, uint16, bool or float, got {pixels.dtype}")

@@ -1,4 +1,6 @@
-"""Where an image comes from: a path, a `file://` URL, bytes, a binary file, a data URL, base64 text, or by permission an http(s) URL."""
+"""Where an image comes from: a path, a `file://` URL, bytes, a binary file, a data URL, base64
+text, or by permission an http(s) URL.
+"""
 
 import base64
 import binascii
@@ -41,16 +43,26 @@ def names_image(text: str) -> bool:
 
 
 def shorten(text: str, most: int = _SHOWN) -> str:
-    """One line of at most `most` characters; where something is left out it says how long the text is."""
-    line = "".join(letter if letter.isprintable() else "\ufffd" for letter in " ".join(text[: 4 * most].split()))
-    return line if len(line) <= most and len(text) <= 4 * most else f"{line[:most]} ... ({len(text)} characters)"
+    """One line of at most `most` characters; where something is left out it says how long the text
+    is.
+    """
+    line = "".join(
+        letter if letter.isprintable() else "\ufffd"
+        for letter in " ".join(text[: 4 * most].split())
+    )
+    return (
+        line
+        if len(line) <= most and len(text) <= 4 * most
+        else f"{line[:most]} ... ({len(text)} characters)"
+    )
 
 
 def open_source(source: Any, allow_urls: bool = False) -> tuple[str | io.BytesIO, str]:
     """Find the encoded image.
 
     Args:
-        source: what `is_encoded` is true for. A file object is read from its beginning where it can seek.
+        source: what `is_encoded` is true for. A file object is read from its beginning where it can
+            seek.
         allow_urls: download http(s) URLs, at most MAX_BYTES in MAX_SECONDS.
 
     Returns:
@@ -59,7 +71,8 @@ def open_source(source: Any, allow_urls: bool = False) -> tuple[str | io.BytesIO
     Raises:
         FileNotFoundError: no such file.
         TypeError: a file opened as text.
-        ValueError: a closed or unreadable file, no data, broken base64, a URL without permission, a failed download.
+        ValueError: a closed or unreadable file, no data, broken base64, a URL without permission, a
+            failed download.
     """
     if isinstance(source, str):
         return _open_text(source, allow_urls)
@@ -74,7 +87,9 @@ def _open_text(text: str, allow_urls: bool) -> tuple[str | io.BytesIO, str]:
     scheme = text[:8].lower()
     if is_url(text):
         if not allow_urls:
-            raise ValueError(f"images are downloaded only with allow_urls=True (--allow-urls), got {shorten(text)}")
+            raise ValueError(
+                f"images are downloaded only with allow_urls=True (--allow-urls), got {shorten(text)}"
+            )
         return _held(_download(text), shorten(text))
     if scheme.startswith("data:"):
         return _held(_decode_data_url(text), shorten(text, 40))
@@ -86,7 +101,9 @@ def _open_text(text: str, allow_urls: bool) -> tuple[str | io.BytesIO, str]:
     if data is not None and _begins_an_image(data):
         return _held(data, f"base64 text {shorten(text, 20)}")
     if data is None and len(text) > _LONGEST_NAME:
-        raise ValueError(f"the text is neither the path of a file nor base64 ({fault}): {shorten(text, 40)}")
+        raise ValueError(
+            f"the text is neither the path of a file nor base64 ({fault}): {shorten(text, 40)}"
+        )
     raise FileNotFoundError(f"no such picture: {shorten(text, _LONGEST_NAME)}")
 
 
@@ -115,9 +132,13 @@ def _read_file(file: Any) -> bytes:
     try:
         data = file.read()
     except (OSError, ValueError) as error:  # opened for writing, closed underneath
-        raise ValueError(f"the image file cannot be read: {error or type(error).__name__}") from error
+        raise ValueError(
+            f"the image file cannot be read: {error or type(error).__name__}"
+        ) from error
     if not isinstance(data, _BYTES):
-        raise TypeError(f"an image file must be opened in binary mode, 'rb': read() gave a {type(data).__name__}")
+        raise TypeError(
+            f"an image file must be opened in binary mode, 'rb': read() gave a {type(data).__name__}"
+        )
     return bytes(data)
 
 
@@ -131,7 +152,9 @@ def _path_of(url: str) -> str:
 def _decode_data_url(url: str) -> bytes:
     head, comma, data = url.partition(",")
     if not comma:
-        raise ValueError(f"a data URL must be data:image/...;base64,... and this one has no comma: {shorten(url, 40)}")
+        raise ValueError(
+            f"a data URL must be data:image/...;base64,... and this one has no comma: {shorten(url, 40)}"
+        )
     if not head.lower().rstrip().endswith(";base64"):
         return urllib.parse.unquote_to_bytes(data)
     found, fault = _decode_base64(urllib.parse.unquote(data) if "%" in data else data)
@@ -141,9 +164,13 @@ def _decode_data_url(url: str) -> bytes:
 
 
 def _decode_base64(text: str) -> tuple[bytes | None, str]:
-    """The bytes, or None and what is wrong. White space, absent padding and the alphabet of URLs are taken."""
+    """The bytes, or None and what is wrong. White space, absent padding and the alphabet of URLs
+    are taken.
+    """
     try:
-        packed = "".join(text.split()).translate(str.maketrans("-_", "+/")).rstrip("=").encode("ascii")
+        packed = (
+            "".join(text.split()).translate(str.maketrans("-_", "+/")).rstrip("=").encode("ascii")
+        )
         return base64.b64decode(packed + b"=" * (-len(packed) % 4), validate=True), ""
     except UnicodeEncodeError:
         return None, "it is not ASCII"
@@ -178,7 +205,8 @@ def _download(url: str) -> bytes:
         except Exception as error:
             body.set_exception(error)
 
-    # In a thread of its own: the client bounds each wait for data, and a server that drips its headers would hold the caller for hours.
+    # In a thread of its own: the client bounds each wait for data, and a server that drips its
+    # headers would hold the caller for hours.
     worker = threading.Thread(target=work, daemon=True)
     worker.start()
     worker.join(MAX_SECONDS)
@@ -187,14 +215,20 @@ def _download(url: str) -> bytes:
             raise ValueError(_TOO_SLOW.format(MAX_SECONDS))
         return body.result()
     except urllib.error.HTTPError as error:
-        raise ValueError(f"cannot download {shorten(url)}: the server answered {error.code} {shorten(str(error.reason), 200)}") from error
+        raise ValueError(
+            f"cannot download {shorten(url)}: the server answered {error.code} {shorten(str(error.reason), 200)}"
+        ) from error
     except (OSError, ValueError, http.client.HTTPException) as error:
         reason = getattr(error, "reason", None) or error  # URLError's own text wraps it
-        raise ValueError(f"cannot download {shorten(url)}: {shorten(str(reason), 200) or type(reason).__name__}") from error
+        raise ValueError(
+            f"cannot download {shorten(url)}: {shorten(str(reason), 200) or type(reason).__name__}"
+        ) from error
 
 
 def _fetch(url: str) -> bytes:
-    request = urllib.request.Request(urllib.parse.quote(url, safe="%/:=&?~#+!$,;'@()*[]"), headers={"User-Agent": "mllama"})
+    request = urllib.request.Request(
+        urllib.parse.quote(url, safe="%/:=&?~#+!$,;'@()*[]"), headers={"User-Agent": "mllama"}
+    )
     with urllib.request.build_opener(_HttpOnly).open(request, timeout=_STALLED) as response:
         data = _read_within(response.read1, time.monotonic() + MAX_SECONDS)
         if response.length:  # what is left of the Content-Length, which read1 does not mind

@@ -1,4 +1,6 @@
-"""What stands before a model in Meta's own folders: tokenizer.model and params.json, as transformers' tokenizer or processor."""
+"""What stands before a model in Meta's own folders: tokenizer.model and params.json, as
+transformers' tokenizer or processor.
+"""
 
 import json
 from collections.abc import Sequence
@@ -40,10 +42,11 @@ _IMAGE_STD = [0.26862954, 0.26130258, 0.27577711]
 
 
 def load_meta_processor(folder: str | Path) -> TiledProcessor | PreTrainedTokenizerFast:
-    """Meta's tokenizer.model as transformers' fast tokenizer, with Meta's ids and chat format; for a vision model, the processor around it.
+    """Meta's tokenizer.model as transformers' fast tokenizer, with Meta's ids and chat format; for
+    a vision model, the processor around it.
 
-    A vision model's `<|image|>` is the first id behind the vocabulary, as Hugging Face's checkpoints have it and as Meta's code replaces
-    its tokenizer's own id for it.
+    A vision model's `<|image|>` is the first id behind the vocabulary, as Hugging Face's
+    checkpoints have it and as Meta's code replaces its tokenizer's own id for it.
 
     Args:
         folder: with params.json and tokenizer.model.
@@ -59,7 +62,10 @@ def load_meta_processor(folder: str | Path) -> TiledProcessor | PreTrainedTokeni
         return with_answers(tokenizer)
     size, tiles = sizes
     pictures = TiledImageProcessor(
-        size={"height": size, "width": size}, max_image_tiles=tiles, image_mean=_IMAGE_MEAN, image_std=_IMAGE_STD
+        size={"height": size, "width": size},
+        max_image_tiles=tiles,
+        image_mean=_IMAGE_MEAN,
+        image_std=_IMAGE_STD,
     )
     return TiledProcessor(pictures, tokenizer, chat_template=_CHAT_TEMPLATE)
 
@@ -76,11 +82,16 @@ def _vision_sizes(path: Path) -> tuple[int, int] | None:
 
 
 def fast_tokenizer(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
-    """The same vocabulary in transformers' fast tokenizer: the ids of `tokenizer.encode(text, allowed_special="all")`.
+    """The same vocabulary in transformers' fast tokenizer: the ids of `tokenizer.encode(text,
+    allowed_special="all")`.
 
-    BOS and EOS are named, and put into no text by themselves; it pads on the left and has no chat template.
+    BOS and EOS are named, and put into no text by themselves; it pads on the left and has no chat
+    template.
     """
-    ranks = {token: tokenizer.model.encode_single_token(token) for token in tokenizer.model.token_byte_values()}
+    ranks = {
+        token: tokenizer.model.encode_single_token(token)
+        for token in tokenizer.model.token_byte_values()
+    }
     return _wrapped(_backend(ranks, sorted(tokenizer.special, key=tokenizer.special.get)))
 
 
@@ -88,10 +99,17 @@ def _fast_tokenizer(path: Path, vision: bool) -> PreTrainedTokenizerFast:
     names = SPECIAL_TOKENS
     if vision:  # the names behind <|image|> move up, and it goes last
         before = SPECIAL_TOKENS.index(_IMAGE)
-        names = (*names[:before], *names[before + 1 :], f"<|reserved_special_token_{len(names) - before + 1}|>", _IMAGE)
+        names = (
+            *names[:before],
+            *names[before + 1 :],
+            f"<|reserved_special_token_{len(names) - before + 1}|>",
+            _IMAGE,
+        )
     backend = _backend(read_ranks(path), names)
     if not vision:  # there the processor puts it in front, and stock transformers' would double it
-        first = processors.TemplateProcessing(single=f"{_BOS} $A", special_tokens=[(_BOS, backend.token_to_id(_BOS))])
+        first = processors.TemplateProcessing(
+            single=f"{_BOS} $A", special_tokens=[(_BOS, backend.token_to_id(_BOS))]
+        )
         backend.post_processor = processors.Sequence([backend.post_processor, first])
     return _wrapped(backend, chat_template=_CHAT_TEMPLATE)
 
@@ -116,7 +134,9 @@ def _wrapped(backend: Backend, **options) -> PreTrainedTokenizerFast:
 
 
 class _Converter(TikTokenConverter):
-    """transformers' converter on ranks: its own reading needs tiktoken, and takes stale copies from the temporary folder."""
+    """transformers' converter on ranks: its own reading needs tiktoken, and takes stale copies from
+    the temporary folder.
+    """
 
     @staticmethod
     def load_tiktoken_bpe(tiktoken_url: dict[bytes, int]) -> dict[bytes, int]:

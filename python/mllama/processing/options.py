@@ -15,24 +15,42 @@ _GROUPS = ("text_kwargs", "images_kwargs", "common_kwargs")
 
 
 _TRUNCATION = ("longest_first", "only_first", "only_second", "do_not_truncate")
-# Options that are taken with some values alone: name -> (whether a value is one of them, what to say of others).
+# Options that are taken with some values alone: name -> (whether a value is one of them, what to
+# say of others).
 Refusals = Mapping[str, tuple[Callable[[Any], bool], str]]
 _TENSORS = (lambda value: value in (None, "pt", "np"), "it is 'pt', 'np' or None")
-_COUNT = (lambda value: value is None or (isinstance(value, int) and not isinstance(value, bool) and value > 0), "it is a number above 0")
+_COUNT = (
+    lambda value: (
+        value is None or (isinstance(value, int) and not isinstance(value, bool) and value > 0)
+    ),
+    "it is a number above 0",
+)
 IMAGES: Refusals = {
     "return_tensors": _TENSORS,
-    "data_format": (lambda value: value in (None, "channels_first"), "pixel_values are channels first"),
-    "device": (lambda value: value is None or torch.device(value).type == "cpu", "images are processed on the CPU; move what is returned"),
+    "data_format": (
+        lambda value: value in (None, "channels_first"),
+        "pixel_values are channels first",
+    ),
+    "device": (
+        lambda value: value is None or torch.device(value).type == "cpu",
+        "images are processed on the CPU; move what is returned",
+    ),
     "do_convert_rgb": (lambda value: value is not False, "images are always made RGB"),
     "image_seq_length": (lambda value: value is None, "it is the processor's, not the call's"),
 }
 TEXT: Refusals = {
     "max_length": _COUNT,
     "pad_to_multiple_of": _COUNT,
-    "padding": (lambda value: value in (True, False, None, "longest", "max_length", "do_not_pad"), "it is True, False or 'max_length'"),
+    "padding": (
+        lambda value: value in (True, False, None, "longest", "max_length", "do_not_pad"),
+        "it is True, False or 'max_length'",
+    ),
     "padding_side": (lambda value: value in (None, "left", "right"), "it is 'left' or 'right'"),
     "return_tensors": _TENSORS,
-    "truncation": (lambda value: value in (True, False, None, *_TRUNCATION), f"it is True, False, {', '.join(map(repr, _TRUNCATION))}"),
+    "truncation": (
+        lambda value: value in (True, False, None, *_TRUNCATION),
+        f"it is True, False, {', '.join(map(repr, _TRUNCATION))}",
+    ),
     "is_split_into_words": (lambda value: not value, "a prompt is one text"),
     "return_overflowing_tokens": (lambda value: not value, "a prompt is one row"),
     "stride": (lambda value: not value, "a prompt is one row"),
@@ -42,7 +60,9 @@ _Function = TypeVar("_Function", bound=Callable)
 
 
 def on_cpu(function: _Function) -> _Function:
-    """The function with the CPU as torch's default device: what transformers makes of lists and arrays is then there, whatever is set."""
+    """The function with the CPU as torch's default device: what transformers makes of lists and
+    arrays is then there, whatever is set.
+    """
 
     @functools.wraps(function)
     def inner(*args: Any, **kwargs: Any) -> Any:
@@ -52,19 +72,26 @@ def on_cpu(function: _Function) -> _Function:
     return inner  # type: ignore[return-value]  # of the same signature
 
 
-def merge_options(processor: ProcessorMixin, options: Mapping[str, Any], refused: Refusals = TEXT) -> dict[str, Any]:
-    """Return what transformers' processors make of a call's options: text_kwargs, images_kwargs, and what concerns the whole call.
+def merge_options(
+    processor: ProcessorMixin, options: Mapping[str, Any], refused: Refusals = TEXT
+) -> dict[str, Any]:
+    """Return what transformers' processors make of a call's options: text_kwargs, images_kwargs,
+    and what concerns the whole call.
 
     Args:
         processor: with a tokenizer and an image processor.
         options: as given, flat or in text_kwargs, images_kwargs and common_kwargs.
-        refused: options of text that are taken with some values alone; of images the image processor says.
+        refused: options of text that are taken with some values alone; of images the image
+            processor says.
 
     Raises:
         TypeError: an option that is not known, one of videos or audio, a group that is no dict.
         ValueError: a value that is not taken, or that transformers refuses.
     """
-    images = {*ImagesKwargs.__annotations__, *processor.image_processor.valid_kwargs.__annotations__}
+    images = {
+        *ImagesKwargs.__annotations__,
+        *processor.image_processor.valid_kwargs.__annotations__,
+    }
     text = set(TextKwargs.__annotations__)
     known = {"text_kwargs": text, "images_kwargs": images, "common_kwargs": text | images}
     flat = {name: value for name, value in options.items() if name not in _GROUPS}
@@ -79,9 +106,13 @@ def merge_options(processor: ProcessorMixin, options: Mapping[str, Any], refused
             raise TypeError(f"{group} must be a dict, got {type(inner).__name__}")
         check_names(processor, inner or {}, known[group], f" in {group}")
         check_values(inner or {}, refused)
-    given = {name: value for name, value in options.items() if value is not None or name not in _GROUPS}
+    given = {
+        name: value for name, value in options.items() if value is not None or name not in _GROUPS
+    }
     with in_one_line():
-        return processor._merge_kwargs(tokenizer_init_kwargs=processor.tokenizer.init_kwargs, **given)
+        return processor._merge_kwargs(
+            tokenizer_init_kwargs=processor.tokenizer.init_kwargs, **given
+        )
 
 
 @contextlib.contextmanager
@@ -107,7 +138,10 @@ def check_names(owner: Any, options: Iterable[str], known: Iterable[str], where:
     for name in options:
         if name not in known:
             near = difflib.get_close_matches(str(name), known, n=1)
-            raise TypeError(f"{type(owner).__name__} has no option {name!r}{where}" + (f"; did you mean {near[0]!r}?" if near else ""))
+            raise TypeError(
+                f"{type(owner).__name__} has no option {name!r}{where}"
+                + (f"; did you mean {near[0]!r}?" if near else "")
+            )
 
 
 def check_values(options: Mapping[str, Any], refused: Refusals) -> None:
@@ -130,4 +164,6 @@ def check_rows(rows: Iterable[list[int]], tensors: Any) -> None:
     """
     lengths = sorted({len(row) for row in rows})
     if tensors is not None and len(lengths) > 1:
-        raise ValueError(f"padding is off, and rows of {lengths[0]} to {lengths[-1]} tokens are no one tensor: give padding=True")
+        raise ValueError(
+            f"padding is off, and rows of {lengths[0]} to {lengths[-1]} tokens are no one tensor: give padding=True"
+        )

@@ -1,4 +1,5 @@
-"""PaliGemma's processor, and what its answers say about places: `<loc0000>` ... and `<seg000>` ... decoded.
+"""PaliGemma's processor, and what its answers say about places: `<loc0000>` ... and `<seg000>` ...
+decoded.
 
 transformers' PaliGemmaProcessor with this package's picture loading and C++ resize underneath.
 """
@@ -25,13 +26,21 @@ _GRID = 1024
 _REFUSED = {
     **TEXT,
     "add_special_tokens": (lambda value: not value, "the layout has BOS, and the suffix EOS"),
-    "return_token_type_ids": (lambda value: value is not False, "they tell the model where the suffix is"),
-    **dict.fromkeys(("text_pair", "text_target", "text_pair_target"), (lambda value: value is None, "give it as suffix")),
+    "return_token_type_ids": (
+        lambda value: value is not False,
+        "they tell the model where the suffix is",
+    ),
+    **dict.fromkeys(
+        ("text_pair", "text_target", "text_pair_target"),
+        (lambda value: value is None, "give it as suffix"),
+    ),
 }
 
 
 class Detection(NamedTuple):
-    """One object of an answer: its label, its box (x0, y0, x1, y1) in pixels, and 16 ids of segmentation tokens (0..127) or none."""
+    """One object of an answer: its label, its box (x0, y0, x1, y1) in pixels, and 16 ids of
+    segmentation tokens (0..127) or none.
+    """
 
     label: str
     box: tuple[float, float, float, float]
@@ -41,12 +50,14 @@ class Detection(NamedTuple):
 def parse_detections(text: str, width: float, height: float) -> list[Detection]:
     """Return the objects in an answer to "detect ..." or "segment ...", in its order.
 
-    An object is four `<locNNNN>`, y0, x0, y1, x1 on a grid of 1024 steps over the picture, then 16 `<segNNN>` after "segment", then its
-    label; objects are separated by ";". What is not written so is left out: a model may write anything. The segmentation tokens are codes
-    of the original's VQ-VAE, which this package does not have.
+    An object is four `<locNNNN>`, y0, x0, y1, x1 on a grid of 1024 steps over the picture, then 16
+    `<segNNN>` after "segment", then its label; objects are separated by ";". What is not written so
+    is left out: a model may write anything. The segmentation tokens are codes of the original's
+    VQ-VAE, which this package does not have.
 
     Args:
-        text: the answer, decoded with its location tokens (they are no special tokens, so skip_special_tokens keeps them).
+        text: the answer, decoded with its location tokens (they are no special tokens, so
+            skip_special_tokens keeps them).
         width, height: of the picture, in pixels.
 
     Raises:
@@ -66,32 +77,45 @@ def parse_detections(text: str, width: float, height: float) -> list[Detection]:
         y0, x0, y1, x1 = (int(place) / _GRID for place in re.findall(r"\d{4}", places))
         codes = tuple(int(code) for code in re.findall(r"\d{3}", segments))
         if max(y0, x0, y1, x1) < 1 and max(codes, default=0) < 128:
-            found.append(Detection(label.strip(), (x0 * width, y0 * height, x1 * width, y1 * height), codes))
+            found.append(
+                Detection(label.strip(), (x0 * width, y0 * height, x1 * width, y1 * height), codes)
+            )
     return found
 
 
 class PaliGemmaProcessor(ChatTemplates, StockFiles, stock.PaliGemmaProcessor):  # type: ignore[misc]  # from_pretrained has the hub's options in kwargs
     """Text and pictures for PaliGemma, called as `processor(images=..., text=..., suffix=...)`.
 
-    A prompt becomes `<image>` * image_seq_length for each picture + BOS + prompt + newline; a prompt that holds `<image>` keeps its order,
-    with BOS after the last. It differs from transformers' PaliGemmaProcessor where that fails or surprises: prompts with and without
-    pictures may be mixed; BOS, newline and the suffix's end token are not doubled; there are labels only with a suffix; pictures are
-    whatever `load_picture` takes.
+    A prompt becomes `<image>` * image_seq_length for each picture + BOS + prompt + newline; a
+    prompt that holds `<image>` keeps its order, with BOS after the last. It differs from
+    transformers' PaliGemmaProcessor where that fails or surprises: prompts with and without
+    pictures may be mixed; BOS, newline and the suffix's end token are not doubled; there are labels
+    only with a suffix; pictures are whatever `load_picture` takes.
 
     Args:
-        image_processor: a `SquareImageProcessor` with an image_seq_length (tokens per picture), or a SiglipImageProcessor of transformers,
-            which is made into one.
-        tokenizer: a transformers tokenizer. It is changed as transformers does: `<image>`, the 1024 `<loc0000>` ... and the 128
-            `<seg000>` ... are added where they are missing, and its habit of adding BOS or EOS is switched off.
+        image_processor: a `SquareImageProcessor` with an image_seq_length (tokens per picture), or
+            a SiglipImageProcessor of transformers, which is made into one.
+        tokenizer: a transformers tokenizer. It is changed as transformers does: `<image>`, the 1024
+            `<loc0000>` ... and the 128 `<seg000>` ... are added where they are missing, and its
+            habit of adding BOS or EOS is switched off.
         chat_template: a Jinja template; released models have none.
 
     Raises:
         ValueError: another image processor, or one without a sound image_seq_length.
     """
 
-    stock_class, picture_class, picture_kind = stock.PaliGemmaProcessor, SquareImageProcessor, "SiglipImageProcessor"
+    stock_class, picture_class, picture_kind = (
+        stock.PaliGemmaProcessor,
+        SquareImageProcessor,
+        "SiglipImageProcessor",
+    )
 
-    def __init__(self, image_processor: Any, tokenizer: PreTrainedTokenizerBase, chat_template: str | None = None):
+    def __init__(
+        self,
+        image_processor: Any,
+        tokenizer: PreTrainedTokenizerBase,
+        chat_template: str | None = None,
+    ):
         if not isinstance(image_processor, SquareImageProcessor):
             image_processor = self.own_pictures(image_processor.to_dict(), "image_processor")
         tokens = getattr(image_processor, "image_seq_length", None)
@@ -110,22 +134,27 @@ class PaliGemmaProcessor(ChatTemplates, StockFiles, stock.PaliGemmaProcessor):  
         allow_urls: bool = False,
         **kwargs: Any,
     ) -> BatchFeature:
-        """Return input_ids, attention_mask, token_type_ids [B, T] (1 where the suffix is) and pixel_values [pictures, 3, S, S].
+        """Return input_ids, attention_mask, token_type_ids [B, T] (1 where the suffix is) and
+        pixel_values [pictures, 3, S, S].
 
-        With a suffix there are labels [B, T] too: the ids of the suffix and its end token, -100 elsewhere.
+        With a suffix there are labels [B, T] too: the ids of the suffix and its end token, -100
+        elsewhere.
 
         Args:
-            images: pictures of any kind `load_picture` takes: one, a flat list, or one list (or None) per prompt. Of a flat list, the
-                placeholders take theirs in order; without placeholders, one prompt takes all and several take one each.
+            images: pictures of any kind `load_picture` takes: one, a flat list, or one list (or
+                None) per prompt. Of a flat list, the placeholders take theirs in order; without
+                placeholders, one prompt takes all and several take one each.
             text: a prompt or a list of prompts.
             suffix: what is to be learnt, one per prompt; EOS is put behind.
             allow_urls: download images given as http(s) URLs.
             kwargs: of the tokenizer and the image processor (padding, return_tensors ...).
 
         Raises:
-            TypeError: text or suffix is no text, a picture no picture, there are videos or audio, an option that is not known.
-            ValueError: an option's value that is not supported; rows of unequal length without padding; pictures and placeholders, or
-                prompts and suffixes, differ in number; truncation cut into a picture's placeholders; a picture that `load_picture` refuses.
+            TypeError: text or suffix is no text, a picture no picture, there are videos or audio,
+                an option that is not known.
+            ValueError: an option's value that is not supported; rows of unequal length without
+                padding; pictures and placeholders, or prompts and suffixes, differ in number;
+                truncation cut into a picture's placeholders; a picture that `load_picture` refuses.
         """
         text, images = in_order(text, images, videos, audio)
         images = download_urls(images, allow_urls)
@@ -139,9 +168,18 @@ class PaliGemmaProcessor(ChatTemplates, StockFiles, stock.PaliGemmaProcessor):  
             raise ValueError(
                 "return_text_replacement_offsets, which marks answers in a conversation, is not supported: give the answer as suffix"
             )
-        rows = share_out(images, [prompt.count(self.image_token) or None for prompt in prompts], self.image_token)
-        text_kwargs = {**merged["text_kwargs"], "return_token_type_ids": True, "add_special_tokens": False}
-        for name in ("return_mm_token_type_ids", "return_text_replacement_offsets"):  # the processor's own, mirrored by _merge_kwargs
+        rows = share_out(
+            images, [prompt.count(self.image_token) or None for prompt in prompts], self.image_token
+        )
+        text_kwargs = {
+            **merged["text_kwargs"],
+            "return_token_type_ids": True,
+            "add_special_tokens": False,
+        }
+        for name in (
+            "return_mm_token_type_ids",
+            "return_text_replacement_offsets",
+        ):  # the processor's own, mirrored by _merge_kwargs
             text_kwargs.pop(name, None)
         tensors = text_kwargs.pop("return_tensors", None)
         if suffix is not None:
@@ -149,29 +187,47 @@ class PaliGemmaProcessor(ChatTemplates, StockFiles, stock.PaliGemmaProcessor):  
         texts = [self._lay_out(prompt, len(row)) for prompt, row in zip(prompts, rows, strict=True)]
         data = dict(self.tokenizer(texts, **text_kwargs))
         check_rows(data["input_ids"], tensors)
-        check_whole(data["input_ids"], self.image_token_id, [self.image_seq_length * len(row) for row in rows])
+        check_whole(
+            data["input_ids"],
+            self.image_token_id,
+            [self.image_seq_length * len(row) for row in rows],
+        )
         if merged["return_mm_token_type_ids"]:
             data["mm_token_type_ids"] = self.create_mm_token_type_ids(data["input_ids"])
         if suffix is not None:
             pairs = zip(data["input_ids"], data["token_type_ids"], strict=True)
-            data["labels"] = [[token if kind else -100 for token, kind in zip(*pair, strict=True)] for pair in pairs]
+            data["labels"] = [
+                [token if kind else -100 for token, kind in zip(*pair, strict=True)]
+                for pair in pairs
+            ]
         if any(rows):
             data.update(self.image_processor(rows, **merged["images_kwargs"]))
         return BatchFeature(data, tensor_type=tensors)
 
     def _lay_out(self, prompt: str, pictures: int) -> str:
         bos = self.tokenizer.bos_token
-        cut = prompt.rfind(self.image_token) + len(self.image_token) if self.image_token in prompt else 0
+        cut = (
+            prompt.rfind(self.image_token) + len(self.image_token)
+            if self.image_token in prompt
+            else 0
+        )
         head = prompt[:cut] if cut else self.image_token * pictures
         tail = lay_out(prompt[cut:], 0, bos_token=None if bos and bos in prompt else bos)
         return head.replace(self.image_token, self.image_token * self.image_seq_length) + tail
 
     def _suffixes(self, suffix: str | Sequence[str], prompts: int) -> list[str]:
         suffixes = [suffix] if isinstance(suffix, str) else suffix
-        if not isinstance(suffixes, (list, tuple)) or not all(isinstance(item, str) for item in suffixes):
+        if not isinstance(suffixes, (list, tuple)) or not all(
+            isinstance(item, str) for item in suffixes
+        ):
             raise TypeError(f"suffix must be a str or a list of them, got {suffix!r:.60}")
         if len(suffixes) != prompts:
             raise ValueError(f"{len(suffixes)} suffix(es) for {prompts} prompt(s)")
         if any(self.image_token in item for item in suffixes):
-            raise ValueError(f"suffix must not hold {self.image_token}: pictures stand before what is learnt")
-        return [item.removesuffix(self.tokenizer.eos_token) + self.tokenizer.eos_token for item in suffixes]
+            raise ValueError(
+                f"suffix must not hold {self.image_token}: pictures stand before what is learnt"
+            )
+        return [
+            item.removesuffix(self.tokenizer.eos_token) + self.tokenizer.eos_token
+            for item in suffixes
+        ]

@@ -1,6 +1,7 @@
 """The processor: text and pictures in, input_ids, attention_mask and pixel_values out.
 
-On disk it is the family's own: transformers' LlavaProcessor with a SiglipImageProcessor, or CLIPImageProcessor as in LLaVA 1.5.
+On disk it is the family's own: transformers' LlavaProcessor with a SiglipImageProcessor, or
+CLIPImageProcessor as in LLaVA 1.5.
 """
 
 import math
@@ -31,13 +32,25 @@ from mllama.processing.prompt import (
 )
 from mllama.processing.square import CroppedImageProcessor, SquareImageProcessor, with_channels
 
-_IMAGE_PROCESSORS = {"SiglipImageProcessor": SquareImageProcessor, "CLIPImageProcessor": CroppedImageProcessor}
-_SIZING = ("size", "do_resize", "default_to_square", "crop_size", "do_center_crop", "pad_size", "do_pad")  # what may change an image's size
+_IMAGE_PROCESSORS = {
+    "SiglipImageProcessor": SquareImageProcessor,
+    "CLIPImageProcessor": CroppedImageProcessor,
+}
+_SIZING = (
+    "size",
+    "do_resize",
+    "default_to_square",
+    "crop_size",
+    "do_center_crop",
+    "pad_size",
+    "do_pad",
+)  # what may change an image's size
 _OLDER_KEYS = {"pixel Value": "pixel_values", "pixel_value": "pixel_values"}
 
 
 class MllamaBatch(BatchFeature):
-    """A BatchFeature where the older keys "pixel Value" and "pixel_value" are other names of pixel_values; keys() never lists them.
+    """A BatchFeature where the older keys "pixel Value" and "pixel_value" are other names of
+    pixel_values; keys() never lists them.
 
     They read, write and delete it; pop, get, setdefault and update are built on these.
     """
@@ -56,30 +69,35 @@ class MllamaBatch(BatchFeature):
 
 
 class MllamaImageProcessor(ChatTemplates, ProcessorMixin):
-    """Text and pictures for SigLIP + Llama early fusion, called as `processor([prompt], [picture])`: the order is text, images.
+    """Text and pictures for SigLIP + Llama early fusion, called as `processor([prompt],
+    [picture])`: the order is text, images.
 
     What becomes of a prompt:
 
-    - One without `<image>`: image tokens (`image_seq_length` per picture) + BOS (if the tokenizer has one) + prompt + newline. A BOS at its
-      start or a newline at its end is not doubled.
-    - One that holds `<image>`, once per picture, as `apply_chat_template` writes it: each is expanded in place and nothing is added, except
-      what the tokenizer itself adds to every text (some put BOS in front), and that not where the text has BOS already.
+    - One without `<image>`: image tokens (`image_seq_length` per picture) + BOS (if the tokenizer
+      has one) + prompt + newline. A BOS at its start or a newline at its end is not doubled.
+    - One that holds `<image>`, once per picture, as `apply_chat_template` writes it: each is
+      expanded in place and nothing is added, except what the tokenizer itself adds to every text
+      (some put BOS in front), and that not where the text has BOS already.
 
-    Attributes: tokenizer, image_processor, chat_template, image_size, image_seq_length (placeholders per picture; 0 in a folder whose model
-    has no place for pictures in the text, so that `<image>` becomes nothing), IMAGE_TOKEN (also image_token), image_token_id.
+    Attributes: tokenizer, image_processor, chat_template, image_size, image_seq_length
+    (placeholders per picture; 0 in a folder whose model has no place for pictures in the text, so
+    that `<image>` becomes nothing), IMAGE_TOKEN (also image_token), image_token_id.
 
     Args:
-        tokenizer: a transformers tokenizer. It is changed: `<image>` is added where it is missing (len(processor.tokenizer) is then the
-            vocabulary to make room for), and without a padding token it pads with its end-of-text token.
-        num_image_token: placeholders per picture, `config.text_config.num_image_tokens`: (image_size // patch_size) ** 2, or fewer where
-            patches are pooled.
+        tokenizer: a transformers tokenizer. It is changed: `<image>` is added where it is missing
+            (len(processor.tokenizer) is then the vocabulary to make room for), and without a
+            padding token it pads with its end-of-text token.
+        num_image_token: placeholders per picture, `config.text_config.num_image_tokens`:
+            (image_size // patch_size) ** 2, or fewer where patches are pooled.
         image_size: pictures become image_size x image_size pixels.
         image_mean, image_std: of the normalisation, per channel.
         image_token: the placeholder.
         location_tokens: add the 1024 tokens `<loc0000>` ... and the 128 `<seg000>` ... as well.
-        chat_template: a Jinja template, or "" for none. None takes the tokenizer's if it speaks of images, else the package's own
-            (`mllama.processing.prompt.CHAT_TEMPLATE`), which gives the layout above; beside the latter the tokenizer's habit of adding BOS
-            or EOS to every text is switched off, since the layout has them.
+        chat_template: a Jinja template, or "" for none. None takes the tokenizer's if it speaks of
+            images, else the package's own (`mllama.processing.prompt.CHAT_TEMPLATE`), which gives
+            the layout above; beside the latter the tokenizer's habit of adding BOS or EOS to every
+            text is switched off, since the layout has them.
 
     Raises:
         TypeError: tokenizer is no transformers tokenizer, a size no int, or image_token no str.
@@ -112,7 +130,9 @@ class MllamaImageProcessor(ChatTemplates, ProcessorMixin):
             raise ValueError(f"image_token must be some text, got {image_token!r}")
         mean, std = channel_values("image_mean", image_mean), channel_values("image_std", image_std)
         size = {"height": image_size, "width": image_size}
-        image_processor = SquareImageProcessor(size=size, image_mean=list(mean), image_std=list(std))
+        image_processor = SquareImageProcessor(
+            size=size, image_mean=list(mean), image_std=list(std)
+        )
         super().__init__(image_processor, tokenizer, chat_template=chat_template or None)
         if chat_template is None:
             self._choose_template(image_token)
@@ -120,7 +140,9 @@ class MllamaImageProcessor(ChatTemplates, ProcessorMixin):
             tokenizer.pad_token = tokenizer.eos_token
         ids = tokenizer.encode(image_token, add_special_tokens=False)
         if len(ids) != 1 or tokenizer.convert_ids_to_tokens(ids[0]) != image_token:
-            tokenizer.add_tokens([AddedToken(image_token, special=True, normalized=False)], special_tokens=True)
+            tokenizer.add_tokens(
+                [AddedToken(image_token, special=True, normalized=False)], special_tokens=True
+            )
         if location_tokens:
             tokenizer.add_tokens([AddedToken(token, normalized=False) for token in LOCATION_TOKENS])
         self.IMAGE_TOKEN = self.image_token = image_token
@@ -145,21 +167,28 @@ class MllamaImageProcessor(ChatTemplates, ProcessorMixin):
         allow_urls: bool = False,
         **kwargs: Any,
     ) -> MllamaBatch:
-        """Return input_ids and attention_mask [prompts, tokens] int64 and, with pictures, pixel_values [pictures, 3, S, S] float32.
+        """Return input_ids and attention_mask [prompts, tokens] int64 and, with pictures,
+        pixel_values [pictures, 3, S, S] float32.
 
         Args:
-            text: a prompt or a list of prompts; None for pictures alone. Text and images are exchanged where they were plainly given in
-                transformers' order, images first.
-            images: pictures of any kind `load_picture` takes: one, a flat list, or one list (or None) per prompt. Of a flat list, the
-                placeholders take theirs in order; without placeholders, one prompt takes all and several take one each.
-            as_is: add nothing to a prompt even where it holds no placeholder. `apply_chat_template` sets it.
+            text: a prompt or a list of prompts; None for pictures alone. Text and images are
+                exchanged where they were plainly given in transformers' order, images first.
+            images: pictures of any kind `load_picture` takes: one, a flat list, or one list (or
+                None) per prompt. Of a flat list, the placeholders take theirs in order; without
+                placeholders, one prompt takes all and several take one each.
+            as_is: add nothing to a prompt even where it holds no placeholder. `apply_chat_template`
+                sets it.
             allow_urls: download images given as http(s) URLs.
-            kwargs: of the tokenizer and the image processor. padding is True (the longest) and return_tensors "pt" unless given.
+            kwargs: of the tokenizer and the image processor. padding is True (the longest) and
+                return_tensors "pt" unless given.
 
         Raises:
-            TypeError: text is no text, a picture no picture, there are videos or audio, an option that is not known.
-            ValueError: pictures and placeholders differ in number (the text counts both), truncation cut into a picture's placeholders,
-                a picture is refused (`mllama.processing.image.load_picture`), or an option's value (`mllama.processing.options`).
+            TypeError: text is no text, a picture no picture, there are videos or audio, an option
+                that is not known.
+            ValueError: pictures and placeholders differ in number (the text counts both),
+                truncation cut into a picture's placeholders, a picture is refused
+                (`mllama.processing.image.load_picture`), or an option's value
+                (`mllama.processing.options`).
             FileNotFoundError: a picture's path leads nowhere.
         """
         text, images = in_order(text, images, videos, audio)
@@ -170,13 +199,22 @@ class MllamaImageProcessor(ChatTemplates, ProcessorMixin):
         merged = merge_options(self, kwargs)
         if text is None:
             return MllamaBatch(self.image_processor(images, **merged["images_kwargs"]))
-        prompts, offsets, rows, special = self._prompts([text] if isinstance(text, str) else list(text), images, as_is)
+        prompts, offsets, rows, special = self._prompts(
+            [text] if isinstance(text, str) else list(text), images, as_is
+        )
         text_kwargs = {"return_token_type_ids": False, **merged["text_kwargs"]}
         text_kwargs["add_special_tokens"] = special and text_kwargs.get("add_special_tokens", True)
-        for name in ("return_mm_token_type_ids", "return_text_replacement_offsets"):  # the processor's own, mirrored by _merge_kwargs
+        for name in (
+            "return_mm_token_type_ids",
+            "return_text_replacement_offsets",
+        ):  # the processor's own, mirrored by _merge_kwargs
             text_kwargs.pop(name, None)
         data = dict(self.tokenizer(prompts, **text_kwargs))
-        check_whole(data["input_ids"], self.image_token_id, [self.image_seq_length * len(row) for row in rows])
+        check_whole(
+            data["input_ids"],
+            self.image_token_id,
+            [self.image_seq_length * len(row) for row in rows],
+        )
         if merged["return_text_replacement_offsets"]:
             data["text_replacement_offsets"] = offsets
         if merged["return_mm_token_type_ids"]:
@@ -187,52 +225,83 @@ class MllamaImageProcessor(ChatTemplates, ProcessorMixin):
             if wanted != got:
                 raise ValueError(f"the prompts hold {wanted} picture(s), but pixel_values {got}")
             self._check_size(data["pixel_values"], kwargs)
-        return MllamaBatch(data, tensor_type=text_kwargs.get("return_tensors"), skip_tensor_conversion=["text_replacement_offsets"])
+        return MllamaBatch(
+            data,
+            tensor_type=text_kwargs.get("return_tensors"),
+            skip_tensor_conversion=["text_replacement_offsets"],
+        )
 
-    def apply_chat_template(self, conversation: Any, chat_template: str | None = None, **kwargs: Any) -> Any:
+    def apply_chat_template(
+        self, conversation: Any, chat_template: str | None = None, **kwargs: Any
+    ) -> Any:
         """As `ChatTemplates` has it; nothing is added to what the template writes.
 
-        http(s) URLs in the messages are downloaded only with `processor_kwargs={"allow_urls": True}`.
+        http(s) URLs in the messages are downloaded only with `processor_kwargs={"allow_urls":
+        True}`.
         """
         kwargs["processor_kwargs"] = {"as_is": True, **(kwargs.get("processor_kwargs") or {})}
         return super().apply_chat_template(conversation, chat_template, **kwargs)
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> Self:
-        """Read a folder (or hub id) that holds a LlavaProcessor with a SiglipImageProcessor or a CLIPImageProcessor.
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any
+    ) -> Self:
+        """Read a folder (or hub id) that holds a LlavaProcessor with a SiglipImageProcessor or a
+        CLIPImageProcessor.
 
         Args:
             kwargs: of transformers' loading (revision, subfolder, local_files_only ...).
 
         Raises:
             OSError: there are no such files.
-            ValueError: another family's processor, which the text names, or one whose pictures are not square.
+            ValueError: another family's processor, which the text names, or one whose pictures are
+                not square.
         """
         where = pretrained_model_name_or_path
         settings, picture_settings = read_settings(where, **kwargs)
         family = settings.get("processor_class") or picture_settings.get("processor_class")
-        kind = str(picture_settings.get("image_processor_type") or "SiglipImageProcessor").removesuffix("Fast")
+        kind = str(
+            picture_settings.get("image_processor_type") or "SiglipImageProcessor"
+        ).removesuffix("Fast")
         if family not in (None, "LlavaProcessor") or kind not in _IMAGE_PROCESSORS:
             wrong = kind if family in (None, "LlavaProcessor") else family
             accepted = " or a ".join(_IMAGE_PROCESSORS)
-            raise ValueError(f"{where} holds a {wrong}: MllamaImageProcessor reads a LlavaProcessor with a {accepted}")
+            raise ValueError(
+                f"{where} holds a {wrong}: MllamaImageProcessor reads a LlavaProcessor with a {accepted}"
+            )
         image_processor = _IMAGE_PROCESSORS[kind].from_dict(picture_settings)
         size = image_processor.crop_size if image_processor.do_center_crop else image_processor.size
         patch = settings.get("patch_size")
-        if not size.height or size.height != size.width or not isinstance(patch, int) or not 1 <= patch <= size.height:
-            raise ValueError(f"{where} must have pictures of a square size and a patch_size within it, got {dict(size)} and {patch}")
+        if (
+            not size.height
+            or size.height != size.width
+            or not isinstance(patch, int)
+            or not 1 <= patch <= size.height
+        ):
+            raise ValueError(
+                f"{where} must have pictures of a square size and a patch_size within it, got {dict(size)} and {patch}"
+            )
         llava = {
             "patch_size": patch,
-            "vision_feature_select_strategy": settings.get("vision_feature_select_strategy", "full"),
+            "vision_feature_select_strategy": settings.get(
+                "vision_feature_select_strategy", "full"
+            ),
             "num_additional_image_tokens": settings.get("num_additional_image_tokens", 0),
         }
         more = llava["num_additional_image_tokens"]
-        if not isinstance(more, int) or not 0 <= (size.height // patch) ** 2 + more <= MAX_IMAGE_TOKENS:
+        if (
+            not isinstance(more, int)
+            or not 0 <= (size.height // patch) ** 2 + more <= MAX_IMAGE_TOKENS
+        ):
             raise ValueError(
                 f"{where}: {size.height} pixels in patches of {patch}, and {more!r} more, are not up to {MAX_IMAGE_TOKENS} tokens"
             )
         tokenizer = load_tokenizer(where, **kwargs)
-        placeholders = (size.height // patch) ** 2 + more - (llava["vision_feature_select_strategy"] == "default")
+        placeholders = (
+            (size.height // patch) ** 2
+            + more
+            - (llava["vision_feature_select_strategy"] == "default")
+        )
         processor = cls(
             tokenizer,
             placeholders or 1,
@@ -244,11 +313,14 @@ class MllamaImageProcessor(ChatTemplates, ProcessorMixin):
         processor._llava = llava
         return processor
 
-    def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any) -> list[str]:
-        """Write processor_config.json, the tokenizer's files and chat_template.jinja; return their paths.
+    def save_pretrained(
+        self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any
+    ) -> list[str]:
+        """Write processor_config.json, the tokenizer's files and chat_template.jinja; return their
+        paths.
 
-        Stock AutoProcessor reads the folder, and gives the same ids and pixel_values for what the chat template writes. Each file is
-        written aside and renamed.
+        Stock AutoProcessor reads the folder, and gives the same ids and pixel_values for what the
+        chat template writes. Each file is written aside and renamed.
         """
         return save_aside(self._as_llava(), save_directory, push_to_hub, **kwargs)
 
@@ -263,14 +335,33 @@ class MllamaImageProcessor(ChatTemplates, ProcessorMixin):
         if llava is None:
             side = math.isqrt(self.image_seq_length)
             patch = self.image_size // max(side, 1)
-            if side == 0 or side**2 != self.image_seq_length or patch == 0 or self.image_size // patch != side:
-                patch = self.image_size  # one patch, and the others are additional: so any number can be said
+            if (
+                side == 0
+                or side**2 != self.image_seq_length
+                or patch == 0
+                or self.image_size // patch != side
+            ):
+                patch = (
+                    self.image_size
+                )  # one patch, and the others are additional: so any number can be said
             more = self.image_seq_length - (self.image_size // patch) ** 2
-            llava = {"patch_size": patch, "vision_feature_select_strategy": "full", "num_additional_image_tokens": more}
-        return LlavaProcessor(self.image_processor, self.tokenizer, image_token=self.image_token, chat_template=self.chat_template, **llava)
+            llava = {
+                "patch_size": patch,
+                "vision_feature_select_strategy": "full",
+                "num_additional_image_tokens": more,
+            }
+        return LlavaProcessor(
+            self.image_processor,
+            self.tokenizer,
+            image_token=self.image_token,
+            chat_template=self.chat_template,
+            **llava,
+        )
 
     def _check_size(self, pixel_values, options: dict) -> None:
-        """Refuse options that make images of another size, which would have another number of placeholders."""
+        """Refuse options that make images of another size, which would have another number of
+        placeholders.
+        """
         sizes = {tuple(image.shape[-2:]) for image in pixel_values}
         if sizes != {(self.image_size, self.image_size)}:
             given = {**options, **(options.get("images_kwargs") or {})}
@@ -289,22 +380,33 @@ class MllamaImageProcessor(ChatTemplates, ProcessorMixin):
         if adds_bos(self.tokenizer) or getattr(self.tokenizer, "add_eos_token", False):
             self.tokenizer.add_bos_token = self.tokenizer.add_eos_token = False
 
-    def _prompts(self, prompts: list[str], images, as_is: bool) -> tuple[list[str], list, list[list], bool]:
-        """The finished prompts, where their placeholders went, the pictures of each, and whether the tokenizer may add its own tokens."""
+    def _prompts(
+        self, prompts: list[str], images, as_is: bool
+    ) -> tuple[list[str], list, list[list], bool]:
+        """The finished prompts, where their placeholders went, the pictures of each, and whether
+        the tokenizer may add its own tokens.
+        """
         if not prompts:
             raise ValueError("text is an empty list: give at least one prompt")
         picture = self.image_token * self.image_seq_length
         most = sum(prompt.count(self.image_token) for prompt in prompts)
         texts, offsets = self.get_text_with_replacements(list(prompts), [picture] * most)
         finished = [as_is or bool(places) for places in offsets]
-        rows = share_out(images, [len(places) if done else None for places, done in zip(offsets, finished, strict=True)], self.image_token)
+        rows = share_out(
+            images,
+            [len(places) if done else None for places, done in zip(offsets, finished, strict=True)],
+            self.image_token,
+        )
         bos = self.tokenizer.bos_token
         special = all(finished) and not any(bos and bos in text for text in texts)
-        # Where the tokenizer may not add BOS, since another prompt has one, it is written into those that lack it.
+        # Where the tokenizer may not add BOS, since another prompt has one, it is written into
+        # those that lack it.
         lead = bos if any(finished) and not special and adds_bos(self.tokenizer) else ""
         for number, text in enumerate(texts):
             if not finished[number]:
-                texts[number] = lay_out(text, self.image_seq_length * len(rows[number]), self.image_token, bos)
+                texts[number] = lay_out(
+                    text, self.image_seq_length * len(rows[number]), self.image_token, bos
+                )
             elif lead and lead not in text:
                 texts[number] = lead + text
                 offsets[number] = inserted(0, lead, offsets[number])

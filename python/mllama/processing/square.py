@@ -1,6 +1,8 @@
-"""Image processors whose pictures all get one size: SigLIP's (squeezed into it) and CLIP's (shortest edge to it, then the centre).
+"""Image processors whose pictures all get one size: SigLIP's (squeezed into it) and CLIP's
+(shortest edge to it, then the centre).
 
-They are transformers' own, with this package's picture loading and C++ resize underneath; bit-equal to them for upright 8-bit pictures.
+They are transformers' own, with this package's picture loading and C++ resize underneath; bit-equal
+to them for upright 8-bit pictures.
 """
 
 import numpy as np
@@ -21,8 +23,14 @@ RESAMPLE = {Image.Resampling.BILINEAR: "bilinear", Image.Resampling.BICUBIC: "bi
 
 
 def with_channels(kwargs: dict) -> dict:
-    """kwargs with image_mean and image_std as lists of floats: transformers' own check refuses tuples and ints, by an error of its own."""
-    checked = {name: list(channel_values(name, kwargs[name])) for name in ("image_mean", "image_std") if kwargs.get(name) is not None}
+    """kwargs with image_mean and image_std as lists of floats: transformers' own check refuses
+    tuples and ints, by an error of its own.
+    """
+    checked = {
+        name: list(channel_values(name, kwargs[name]))
+        for name in ("image_mean", "image_std")
+        if kwargs.get(name) is not None
+    }
     return {**kwargs, **checked}
 
 
@@ -34,14 +42,17 @@ def check_edges(name: str, size: SizeDict | None) -> None:
     """
     for edge in dict(size or {}).values():
         if not isinstance(edge, int) or isinstance(edge, bool) or not 1 <= edge <= MAX_EDGE:
-            raise ValueError(f"{name} must hold whole numbers of pixels in 1..{MAX_EDGE}, got {dict(size)}")
+            raise ValueError(
+                f"{name} must hold whole numbers of pixels in 1..{MAX_EDGE}, got {dict(size)}"
+            )
 
 
 class OwnPictures:
-    """What makes a PIL image processor of transformers take all that `mllama.processing.image.load_picture` takes.
+    """What makes a PIL image processor of transformers take all that
+    `mllama.processing.image.load_picture` takes.
 
-    http(s) URLs are downloaded only with `allow_urls=True`. Whatever comes becomes RGB. Saved under its parent's name, so that stock
-    transformers reads it.
+    http(s) URLs are downloaded only with `allow_urls=True`. Whatever comes becomes RGB. Saved under
+    its parent's name, so that stock transformers reads it.
     """
 
     refused = IMAGES
@@ -58,32 +69,67 @@ class OwnPictures:
         return images
 
     def process_image(self, image, input_data_format: str | None = None, **kwargs) -> np.ndarray:
-        if input_data_format is not None and getattr(image, "ndim", 0) == 3:  # arrays are read channels last, tensors channels first
-            first, wanted = input_data_format == ChannelDimension.FIRST, not isinstance(image, np.ndarray)
-            image = image if first == wanted else image.transpose(1, 2, 0) if first else image.permute(2, 0, 1)
+        if (
+            input_data_format is not None and getattr(image, "ndim", 0) == 3
+        ):  # arrays are read channels last, tensors channels first
+            first, wanted = (
+                input_data_format == ChannelDimension.FIRST,
+                not isinstance(image, np.ndarray),
+            )
+            image = (
+                image
+                if first == wanted
+                else image.transpose(1, 2, 0)
+                if first
+                else image.permute(2, 0, 1)
+            )
         return load_pixels(image).numpy().transpose(2, 0, 1)
 
     def to_dict(self) -> dict:
-        parent = next(base for base in type(self).__mro__ if base.__module__.startswith("transformers."))
+        parent = next(
+            base for base in type(self).__mro__ if base.__module__.startswith("transformers.")
+        )
         return {**super().to_dict(), "image_processor_type": parent.__name__.removesuffix("Pil")}
 
 
 class _OneSize(OwnPictures):
-    """Takes pictures singly or in flat or nested lists; returns pixel_values [pictures, 3, height, width] float32."""
+    """Takes pictures singly or in flat or nested lists; returns pixel_values [pictures, 3, height,
+    width] float32.
+    """
 
     def _prepare_images_structure(self, images, expected_ndims: int = 3) -> list:
         if isinstance(images, (list, tuple)):
             return [picture for item in images for picture in self._prepare_images_structure(item)]
         return list(images) if getattr(images, "ndim", 3) == 4 else [images]
 
-    def _preprocess(self, images, do_resize, size, resample, do_rescale, rescale_factor, do_normalize, image_mean, image_std, **kwargs):
+    def _preprocess(
+        self,
+        images,
+        do_resize,
+        size,
+        resample,
+        do_rescale,
+        rescale_factor,
+        do_normalize,
+        image_mean,
+        image_std,
+        **kwargs,
+    ):
         if not images:
             raise ValueError("images is empty: give at least one image")
         crop = kwargs["crop_size"] if kwargs.get("do_center_crop") else None
-        for name, given in (("size", size if do_resize else None), ("crop_size", crop), ("pad_size", kwargs.get("pad_size"))):
+        for name, given in (
+            ("size", size if do_resize else None),
+            ("crop_size", crop),
+            ("pad_size", kwargs.get("pad_size")),
+        ):
             check_edges(name, given)
-        sized = (size.height and size.width) or (crop and size.shortest_edge and not size.longest_edge)
-        if not (do_resize and do_rescale and do_normalize and sized and resample in RESAMPLE) or kwargs.get("do_pad"):
+        sized = (size.height and size.width) or (
+            crop and size.shortest_edge and not size.longest_edge
+        )
+        if not (
+            do_resize and do_rescale and do_normalize and sized and resample in RESAMPLE
+        ) or kwargs.get("do_pad"):
             return super()._preprocess(
                 images,
                 do_resize=do_resize,
@@ -96,24 +142,38 @@ class _OneSize(OwnPictures):
                 image_std=image_std,
                 **kwargs,
             )
-        table = normalisation_table(channel_values("image_mean", image_mean), channel_values("image_std", image_std), rescale_factor)
+        table = normalisation_table(
+            channel_values("image_mean", image_mean),
+            channel_values("image_std", image_std),
+            rescale_factor,
+        )
         planes = []
         for image in images:
             height, width = size.height, size.width
             if not height:
-                height, width = get_resize_output_image_size(image, size.shortest_edge, False, input_data_format=ChannelDimension.FIRST)
+                height, width = get_resize_output_image_size(
+                    image, size.shortest_edge, False, input_data_format=ChannelDimension.FIRST
+                )
             pixels = torch.from_numpy(image.transpose(1, 2, 0))
             if crop:
                 pixels = resize(pixels, height, width, RESAMPLE[resample]).numpy()
                 height, width = crop.height, crop.width
-                pixels = torch.from_numpy(center_crop(pixels, (height, width), input_data_format=ChannelDimension.LAST))
+                pixels = torch.from_numpy(
+                    center_crop(pixels, (height, width), input_data_format=ChannelDimension.LAST)
+                )
             planes.append(resize_normalize(pixels, height, width, table, RESAMPLE[resample]))
-        return BatchFeature({"pixel_values": torch.stack(planes).numpy()}, tensor_type=kwargs.get("return_tensors"))
+        return BatchFeature(
+            {"pixel_values": torch.stack(planes).numpy()}, tensor_type=kwargs.get("return_tensors")
+        )
 
 
 class SquareImageProcessor(_OneSize, SiglipImageProcessorPil):
-    """transformers' SigLIP image processor on this package's pictures: `size` is the result's, the aspect is not kept."""
+    """transformers' SigLIP image processor on this package's pictures: `size` is the result's, the
+    aspect is not kept.
+    """
 
 
 class CroppedImageProcessor(_OneSize, CLIPImageProcessorPil):
-    """transformers' CLIP image processor on this package's pictures: the shortest edge becomes `size`, and the centre `crop_size` stays."""
+    """transformers' CLIP image processor on this package's pictures: the shortest edge becomes
+    `size`, and the centre `crop_size` stays.
+    """

@@ -1,4 +1,6 @@
-"""Chat templates come with models, from anyone: they are rendered in jinja2's immutable sandbox (transformers' own), and bounded."""
+"""Chat templates come with models, from anyone: they are rendered in jinja2's immutable sandbox
+(transformers' own), and bounded.
+"""
 
 import sys
 from collections.abc import Sequence
@@ -11,10 +13,12 @@ _MAX_NUMBER = 100_000  # jinja2's own bound of range()
 
 
 def render(processor, messages: Sequence[dict]) -> str:
-    """Return the prompt that the chat template of a processor or tokenizer writes for messages, up to the model's turn.
+    """Return the prompt that the chat template of a processor or tokenizer writes for messages, up
+    to the model's turn.
 
-    The sandbox keeps a template from the interpreter's insides, and ends range() at 100 000. Beyond it: no `**` and no larger number, which
-    one step would turn into gigabytes; at most MAX_STEPS lines of the compiled template; at most MAX_CHARACTERS of result. What a template
+    The sandbox keeps a template from the interpreter's insides, and ends range() at 100 000. Beyond
+    it: no `**` and no larger number, which one step would turn into gigabytes; at most MAX_STEPS
+    lines of the compiled template; at most MAX_CHARACTERS of result. What a template
     holds in between is not bounded: one that doubles a text in steps can still fill the memory.
 
     Raises:
@@ -23,10 +27,13 @@ def render(processor, messages: Sequence[dict]) -> str:
     try:
         _check_numbers(processor)
         with _Steps(MAX_STEPS):
-            prompt = processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+            prompt = processor.apply_chat_template(
+                messages, add_generation_prompt=True, tokenize=False
+            )
         if len(prompt) > MAX_CHARACTERS:
             raise ValueError(f"it wrote {len(prompt)} characters, more than {MAX_CHARACTERS}")
-    except Exception as error:  # a template fails in its own ways: TemplateError, TypeError, OverflowError, RecursionError ...
+    # a template fails in its own ways: TemplateError, TypeError, OverflowError, RecursionError ...
+    except Exception as error:
         raise ValueError(f"the chat template fails: {error}") from error
     return prompt
 
@@ -35,8 +42,12 @@ def _check_numbers(processor) -> None:
     templates = processor.chat_template
     for template in templates.values() if isinstance(templates, dict) else [templates]:
         for _, kind, value in Environment().lex(template):
-            if (kind, value) == ("operator", "**") or (kind == "integer" and int(value.replace("_", ""), 0) > _MAX_NUMBER):
-                raise ValueError(f"{value} is not accepted in a template: numbers end at {_MAX_NUMBER}")
+            if (kind, value) == ("operator", "**") or (
+                kind == "integer" and int(value.replace("_", ""), 0) > _MAX_NUMBER
+            ):
+                raise ValueError(
+                    f"{value} is not accepted in a template: numbers end at {_MAX_NUMBER}"
+                )
 
 
 class _Steps:

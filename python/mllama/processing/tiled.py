@@ -1,7 +1,8 @@
-"""Llama-3.2-Vision's processor: a picture becomes up to four tiles, and a mask says which tokens see which picture.
+"""Llama-3.2-Vision's processor: a picture becomes up to four tiles, and a mask says which tokens
+see which picture.
 
-transformers' MllamaImageProcessor and MllamaProcessor, with this package's picture loading and C++ resize underneath; bit-equal to them
-for upright 8-bit pictures.
+transformers' MllamaImageProcessor and MllamaProcessor, with this package's picture loading and C++
+resize underneath; bit-equal to them for upright 8-bit pictures.
 """
 
 from collections.abc import Sequence
@@ -41,20 +42,24 @@ _MOST_TILES = 1024  # the arrangements are counted in a double loop
 class TiledImageProcessor(OwnPictures, MllamaImageProcessorPil):
     """transformers' Llama-3.2-Vision image processor on this package's pictures.
 
-    A picture is laid onto the canvas of at most max_image_tiles tiles of size x size pixels where it is shrunk least, its aspect kept,
-    black below and to the right; unused tiles are zero after the normalisation.
+    A picture is laid onto the canvas of at most max_image_tiles tiles of size x size pixels where
+    it is shrunk least, its aspect kept, black below and to the right; unused tiles are zero after
+    the normalisation.
 
-    Takes one picture, a flat list (one row), or a list of pictures (or None) per row; what `load_picture` takes. Returns, for B rows of
-    at most N pictures:
+    Takes one picture, a flat list (one row), or a list of pictures (or None) per row; what
+    `load_picture` takes. Returns, for B rows of at most N pictures:
 
     - pixel_values [B, N, max_image_tiles, 3, size, size] float32;
-    - aspect_ratio_ids [B, N] int64: 1 + the index among the arrangements, 0 where a row has no picture;
-    - aspect_ratio_mask [B, N, max_image_tiles] int64: 1 for tiles in use, and for the first tile everywhere;
+    - aspect_ratio_ids [B, N] int64: 1 + the index among the arrangements, 0 where a row has no
+      picture;
+    - aspect_ratio_mask [B, N, max_image_tiles] int64: 1 for tiles in use, and for the first tile
+      everywhere;
     - num_tiles: per row, the tiles of each picture.
 
     Raises:
         TypeError, ValueError, FileNotFoundError: a picture that `load_picture` refuses.
-        ValueError: no picture at all; tiles that are not square, or more or larger than memory should give.
+        ValueError: no picture at all; tiles that are not square, or more or larger than memory
+            should give.
     """
 
     refused = IMAGES | {
@@ -80,20 +85,36 @@ class TiledImageProcessor(OwnPictures, MllamaImageProcessorPil):
         return rows
 
     def _preprocess(
-        self, images, size, resample, do_rescale, rescale_factor, do_normalize, image_mean, image_std, max_image_tiles, **kwargs
+        self,
+        images,
+        size,
+        resample,
+        do_rescale,
+        rescale_factor,
+        do_normalize,
+        image_mean,
+        image_std,
+        max_image_tiles,
+        **kwargs,
     ) -> BatchFeature:
         mean, std = (image_mean, image_std) if do_normalize else (0.0, 1.0)
         table = normalisation_table(
-            channel_values("image_mean", mean), channel_values("image_std", std), rescale_factor if do_rescale else 1.0
+            channel_values("image_mean", mean),
+            channel_values("image_std", std),
+            rescale_factor if do_rescale else 1.0,
         )
         tile, most = size.height, max(map(len, images))
-        pixel_values = torch.zeros(len(images), most, max_image_tiles, 3, tile, tile, dtype=torch.float32, device="cpu")
+        pixel_values = torch.zeros(
+            len(images), most, max_image_tiles, 3, tile, tile, dtype=torch.float32, device="cpu"
+        )
         arrangements = []
         for row, places in zip(images, pixel_values, strict=True):
             arrangements.append([])
             for image, tiles in zip(row, places, strict=False):
                 arrangement, target = _fit(*image.shape[1:], max_image_tiles, tile)
-                _lay_onto_tiles(tiles, arrangement, self._planes(image, target, resample, table), table[0])
+                _lay_onto_tiles(
+                    tiles, arrangement, self._planes(image, target, resample, table), table[0]
+                )
                 arrangements[-1].append(arrangement)
         batch = BatchFeature(
             {
@@ -106,24 +127,36 @@ class TiledImageProcessor(OwnPictures, MllamaImageProcessorPil):
         batch["num_tiles"] = [[high * wide for high, wide in row] for row in arrangements]
         return batch
 
-    def _planes(self, image: np.ndarray, target: tuple[int, int], resample, table: torch.Tensor) -> torch.Tensor:
+    def _planes(
+        self, image: np.ndarray, target: tuple[int, int], resample, table: torch.Tensor
+    ) -> torch.Tensor:
         """The picture [3, h, w] uint8 in its new size, normalised: [3, height, width] float32."""
         if resample not in RESAMPLE:  # a filter that only Pillow has
-            image = super(MllamaImageProcessorPil, self).resize(image, SizeDict(height=target[0], width=target[1]), resample=resample)
-        return resize_normalize(torch.from_numpy(image.transpose(1, 2, 0)), *target, table, RESAMPLE.get(resample, "bilinear"))
+            image = super(MllamaImageProcessorPil, self).resize(
+                image, SizeDict(height=target[0], width=target[1]), resample=resample
+            )
+        return resize_normalize(
+            torch.from_numpy(image.transpose(1, 2, 0)),
+            *target,
+            table,
+            RESAMPLE.get(resample, "bilinear"),
+        )
 
 
 class TiledProcessor(ChatTemplates, StockFiles, MllamaProcessor):
     """Text and pictures for Llama-3.2-Vision, called as `processor(images=..., text=...)`.
 
-    It differs from transformers' MllamaProcessor where that fails: rows with and without pictures may be mixed in a batch, BOS is not
-    doubled where the tokenizer adds one by itself, and pictures are whatever `load_picture` takes.
+    It differs from transformers' MllamaProcessor where that fails: rows with and without pictures
+    may be mixed in a batch, BOS is not doubled where the tokenizer adds one by itself, and pictures
+    are whatever `load_picture` takes.
 
-    A prompt holds `<|image|>` once per picture. BOS is put in front, after leading `<|image|>`, unless the prompt has it. A picture is seen
-    from its `<|image|>` to the next one; pictures that follow each other directly are seen together.
+    A prompt holds `<|image|>` once per picture. BOS is put in front, after leading `<|image|>`,
+    unless the prompt has it. A picture is seen from its `<|image|>` to the next one; pictures that
+    follow each other directly are seen together.
 
     Args:
-        image_processor: a `TiledImageProcessor`, or a MllamaImageProcessor of transformers, which is made into one.
+        image_processor: a `TiledImageProcessor`, or a MllamaImageProcessor of transformers, which
+            is made into one.
         tokenizer: a transformers tokenizer that knows `<|image|>`.
         chat_template: a Jinja template.
 
@@ -131,13 +164,25 @@ class TiledProcessor(ChatTemplates, StockFiles, MllamaProcessor):
         ValueError: another image processor, or a tokenizer without `<|image|>`.
     """
 
-    stock_class, picture_class, picture_kind = MllamaProcessor, TiledImageProcessor, "MllamaImageProcessor"
+    stock_class, picture_class, picture_kind = (
+        MllamaProcessor,
+        TiledImageProcessor,
+        "MllamaImageProcessor",
+    )
 
-    def __init__(self, image_processor: Any, tokenizer: PreTrainedTokenizerBase, chat_template: str | None = None):
+    def __init__(
+        self,
+        image_processor: Any,
+        tokenizer: PreTrainedTokenizerBase,
+        chat_template: str | None = None,
+    ):
         if not isinstance(image_processor, TiledImageProcessor):
             image_processor = self.own_pictures(image_processor.to_dict(), "image_processor")
         super().__init__(image_processor, tokenizer, chat_template=chat_template)
-        if self.image_token_id is None or tokenizer.convert_ids_to_tokens(self.image_token_id) != self.image_token:
+        if (
+            self.image_token_id is None
+            or tokenizer.convert_ids_to_tokens(self.image_token_id) != self.image_token
+        ):
             raise ValueError(f"the tokenizer has no token {self.image_token}")
 
     @on_cpu
@@ -150,27 +195,38 @@ class TiledProcessor(ChatTemplates, StockFiles, MllamaProcessor):
         allow_urls: bool = False,
         **kwargs: Any,
     ) -> BatchFeature:
-        """Return input_ids and attention_mask [B, T] and, with pictures, what `TiledImageProcessor` returns but num_tiles.
+        """Return input_ids and attention_mask [B, T] and, with pictures, what `TiledImageProcessor`
+        returns but num_tiles.
 
-        With both there is cross_attention_mask [B, T, N, max_image_tiles] int64: 1 where a token sees a tile.
+        With both there is cross_attention_mask [B, T, N, max_image_tiles] int64: 1 where a token
+        sees a tile.
 
         Args:
-            images: one picture or a flat list for one prompt; for several prompts one list (or None) per prompt.
+            images: one picture or a flat list for one prompt; for several prompts one list (or
+                None) per prompt.
             text: a prompt or a list of prompts.
             allow_urls: download images given as http(s) URLs.
             kwargs: of the tokenizer and the image processor (padding, return_tensors ...).
 
         Raises:
-            TypeError: text is no text, a picture no picture, there are videos or audio, an option that is not known.
-            ValueError: an option's value that is not supported; rows of unequal length without padding; pictures and `<|image|>` differ
+            TypeError: text is no text, a picture no picture, there are videos or audio, an option
+                that is not known.
+            ValueError: an option's value that is not supported; rows of unequal length without
+                padding; pictures and `<|image|>` differ
             in number in some prompt, which a flat list for several prompts always does;
                 truncation cut an `<|image|>` away; a picture that `load_picture` refuses.
         """
         text, images = in_order(text, images, videos, audio)
         images = download_urls(images, allow_urls)
         merged = merge_options(self, kwargs)
-        text_kwargs, images_kwargs = {"return_token_type_ids": False, **merged["text_kwargs"]}, merged["images_kwargs"]
-        for name in ("return_mm_token_type_ids", "return_text_replacement_offsets"):  # the processor's own, mirrored by _merge_kwargs
+        text_kwargs, images_kwargs = (
+            {"return_token_type_ids": False, **merged["text_kwargs"]},
+            merged["images_kwargs"],
+        )
+        for name in (
+            "return_mm_token_type_ids",
+            "return_text_replacement_offsets",
+        ):  # the processor's own, mirrored by _merge_kwargs
             text_kwargs.pop(name, None)
         tensors = text_kwargs.pop("return_tensors", None)
         if text is None:
@@ -183,9 +239,17 @@ class TiledProcessor(ChatTemplates, StockFiles, MllamaProcessor):
         rows = self._rows(prompts, images)
         offsets: list[list[dict]] = [[] for _ in prompts]
         if self.bos_token is not None:
-            given, prompts = prompts, [build_string_from_input(prompt, self.bos_token, self.image_token) for prompt in prompts]
+            given, prompts = (
+                prompts,
+                [
+                    build_string_from_input(prompt, self.bos_token, self.image_token)
+                    for prompt in prompts
+                ],
+            )
             offsets = [
-                [] if prompt == longer else inserted(longer.find(self.bos_token), self.bos_token, [])
+                []
+                if prompt == longer
+                else inserted(longer.find(self.bos_token), self.bos_token, [])
                 for prompt, longer in zip(given, prompts, strict=True)
             ]
             if adds_bos(self.tokenizer):
@@ -200,13 +264,18 @@ class TiledProcessor(ChatTemplates, StockFiles, MllamaProcessor):
         if any(rows):
             pictures = self.image_processor(rows, **images_kwargs)
             data["cross_attention_mask"] = convert_sparse_cross_attention_mask_to_dense(
-                [get_cross_attention_token_mask(ids, self.image_token_id) for ids in data["input_ids"]],
+                [
+                    get_cross_attention_token_mask(ids, self.image_token_id)
+                    for ids in data["input_ids"]
+                ],
                 num_tiles=pictures.pop("num_tiles"),
                 max_num_tiles=pictures["aspect_ratio_mask"].shape[-1],
                 length=max(len(ids) for ids in data["input_ids"]),
             )
             data.update(pictures)
-        return BatchFeature(data, tensor_type=tensors, skip_tensor_conversion=["text_replacement_offsets"])
+        return BatchFeature(
+            data, tensor_type=tensors, skip_tensor_conversion=["text_replacement_offsets"]
+        )
 
     def to_dict(self) -> dict:
         """What processor_config.json says: a MllamaProcessor."""
@@ -216,9 +285,18 @@ class TiledProcessor(ChatTemplates, StockFiles, MllamaProcessor):
         """The pictures of each prompt."""
         if images is None:
             images = [None] * len(prompts)
-        nested = isinstance(images, (list, tuple)) and any(row is None or isinstance(row, (list, tuple)) for row in images)
-        rows = share_out(list(images) if nested else images, [None] * (len(prompts) if nested else 1), self.image_token)
-        wanted, given = [prompt.count(self.image_token) for prompt in prompts], [len(row) for row in rows]
+        nested = isinstance(images, (list, tuple)) and any(
+            row is None or isinstance(row, (list, tuple)) for row in images
+        )
+        rows = share_out(
+            list(images) if nested else images,
+            [None] * (len(prompts) if nested else 1),
+            self.image_token,
+        )
+        wanted, given = (
+            [prompt.count(self.image_token) for prompt in prompts],
+            [len(row) for row in rows],
+        )
         if wanted != given:
             raise ValueError(
                 f"The number of {self.image_token} tokens in each prompt should be the same as the number of images passed."
@@ -228,27 +306,40 @@ class TiledProcessor(ChatTemplates, StockFiles, MllamaProcessor):
 
 
 def as_rows(images) -> list[list]:
-    """One picture, a flat list, a [N, ...] array, or a list of pictures (or None) per row: as rows of pictures."""
+    """One picture, a flat list, a [N, ...] array, or a list of pictures (or None) per row: as rows
+    of pictures.
+    """
     if not isinstance(images, (list, tuple)):
         return [_row(images)]
-    if not any(item is None or isinstance(item, (list, tuple)) or getattr(item, "ndim", 3) == 4 for item in images):
+    if not any(
+        item is None or isinstance(item, (list, tuple)) or getattr(item, "ndim", 3) == 4
+        for item in images
+    ):
         return [list(images)]
     return [[] if item is None else _row(item) for item in images]
 
 
 def _row(item) -> list:
-    return list(item) if isinstance(item, (list, tuple)) or getattr(item, "ndim", 3) == 4 else [item]
+    return (
+        list(item) if isinstance(item, (list, tuple)) or getattr(item, "ndim", 3) == 4 else [item]
+    )
 
 
-def _fit(height: int, width: int, max_image_tiles: int, tile: int) -> tuple[tuple[int, int], tuple[int, int]]:
+def _fit(
+    height: int, width: int, max_image_tiles: int, tile: int
+) -> tuple[tuple[int, int], tuple[int, int]]:
     """How many tiles high and wide the canvas is, and the picture's height and width on it."""
     canvas = get_optimal_tiled_canvas(height, width, max_image_tiles, tile)
     target = get_image_size_fit_to_canvas(height, width, *canvas, tile)
     return (int(canvas[0]) // tile, int(canvas[1]) // tile), (int(target[0]), int(target[1]))
 
 
-def _lay_onto_tiles(tiles: torch.Tensor, arrangement: tuple[int, int], planes: torch.Tensor, black: torch.Tensor) -> None:
-    """Write planes [3, h, w] into tiles [most, 3, tile, tile], row by row; what they leave of the arrangement's tiles becomes black [3]."""
+def _lay_onto_tiles(
+    tiles: torch.Tensor, arrangement: tuple[int, int], planes: torch.Tensor, black: torch.Tensor
+) -> None:
+    """Write planes [3, h, w] into tiles [most, 3, tile, tile], row by row; what they leave of the
+    arrangement's tiles becomes black [3].
+    """
     tile = tiles.shape[-1]
     for number in range(arrangement[0] * arrangement[1]):
         top, left = number // arrangement[1] * tile, number % arrangement[1] * tile
@@ -259,7 +350,11 @@ def _lay_onto_tiles(tiles: torch.Tensor, arrangement: tuple[int, int], planes: t
 
 
 def _check_tiles(size: SizeDict, max_image_tiles: int) -> None:
-    for name, value in (("size", size.height), ("size", size.width), ("max_image_tiles", max_image_tiles)):
+    for name, value in (
+        ("size", size.height),
+        ("size", size.width),
+        ("max_image_tiles", max_image_tiles),
+    ):
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise ValueError(f"{name} must be at least 1, got {value!r}")
     if size.height != size.width:

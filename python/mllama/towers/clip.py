@@ -1,4 +1,6 @@
-"""CLIP's vision tower, which LLaVA 1.5 reads: SigLIP's layers under a class token, with a norm before them."""
+"""CLIP's vision tower, which LLaVA 1.5 reads: SigLIP's layers under a class token, with a norm
+before them.
+"""
 
 import torch
 from torch import nn
@@ -15,7 +17,13 @@ class ClipEmbeddings(nn.Module):
         super().__init__()
         self.positions = (config.image_size // config.patch_size) ** 2 + 1
         self.class_embedding = nn.Parameter(torch.randn(config.hidden_size))
-        self.patch_embedding = PatchEmbedding(config.num_channels, config.hidden_size, config.patch_size, config.patch_size, bias=False)
+        self.patch_embedding = PatchEmbedding(
+            config.num_channels,
+            config.hidden_size,
+            config.patch_size,
+            config.patch_size,
+            bias=False,
+        )
         self.position_embedding = nn.Embedding(self.positions, config.hidden_size)
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
@@ -24,7 +32,9 @@ class ClipEmbeddings(nn.Module):
         first = self.class_embedding.to(patches.dtype).expand(patches.shape[0], 1, -1)
         tokens = torch.cat([first, patches.flatten(2).mT], dim=1)
         table = self.position_embedding(torch.arange(self.positions, device=patches.device))
-        return tokens + torch.cat([table[:1], interpolate_positions(table[1:], *patches.shape[-2:])])
+        return tokens + torch.cat(
+            [table[:1], interpolate_positions(table[1:], *patches.shape[-2:])]
+        )
 
 
 class ClipVisionTower(SiglipVisionTower):
@@ -34,7 +44,9 @@ class ClipVisionTower(SiglipVisionTower):
 
     def __init__(self, config: MllamaVisionConfig):
         super().__init__(config)
-        self.pre_layrnorm = LayerNorm(config.hidden_size, config.layer_norm_eps)  # spelt as the files spell it
+        self.pre_layrnorm = LayerNorm(
+            config.hidden_size, config.layer_norm_eps
+        )  # spelt as the files spell it
 
     def embed(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """[B, C, S, S] -> [B, 1 + patches, hidden]."""

@@ -1,4 +1,6 @@
-"""The SigLIP vision tower: pixels -> one feature per patch, without a class token or a pooling head."""
+"""The SigLIP vision tower: pixels -> one feature per patch, without a class token or a pooling
+head.
+"""
 
 import math
 
@@ -19,7 +21,9 @@ class PatchEmbedding(nn.Conv2d):
     """A convolution whose kernel is its stride, computed as one matrix product per patch."""
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """[B, C, H, W] -> [B, E, H // p, W // p], the layout of a convolution, as PEFT needs it; rows and columns left over are dropped."""
+        """[B, C, H, W] -> [B, E, H // p, W // p], the layout of a convolution, as PEFT needs it;
+        rows and columns left over are dropped.
+        """
         p = self.kernel_size[0]
         height, width = (size // p for size in pixel_values.shape[-2:])
         pixel_values = pixel_values[..., : height * p, : width * p].to(self.weight.dtype)
@@ -27,7 +31,9 @@ class PatchEmbedding(nn.Conv2d):
 
 
 def interpolate_positions(table: torch.Tensor, height: int, width: int) -> torch.Tensor:
-    """Learned positions of a square of patches [side * side, hidden] -> those of height x width patches, [height * width, hidden]."""
+    """Learned positions of a square of patches [side * side, hidden] -> those of height x width
+    patches, [height * width, hidden].
+    """
     side = math.isqrt(table.shape[0])
     if (height, width) == (side, side):
         return table
@@ -36,12 +42,16 @@ def interpolate_positions(table: torch.Tensor, height: int, width: int) -> torch
 
 
 class SiglipEmbeddings(nn.Module):
-    """Patches plus a learned position each, between the learned ones where an image has other patches than the config says."""
+    """Patches plus a learned position each, between the learned ones where an image has other
+    patches than the config says.
+    """
 
     def __init__(self, config: MllamaVisionConfig):
         super().__init__()
         self.positions = (config.image_size // config.patch_size) ** 2
-        self.patch_embedding = PatchEmbedding(config.num_channels, config.hidden_size, config.patch_size, config.patch_size)
+        self.patch_embedding = PatchEmbedding(
+            config.num_channels, config.hidden_size, config.patch_size, config.patch_size
+        )
         self.position_embedding = nn.Embedding(self.positions, config.hidden_size)
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
@@ -51,22 +61,30 @@ class SiglipEmbeddings(nn.Module):
         return patches.flatten(2).mT + interpolate_positions(table, *patches.shape[-2:])
 
 
-def check_pixels(pixel_values: torch.Tensor, config: MllamaVisionConfig, any_size: bool = False) -> None:
+def check_pixels(
+    pixel_values: torch.Tensor, config: MllamaVisionConfig, any_size: bool = False
+) -> None:
     """Refuse what is not the tower's pictures.
 
     Raises:
         TypeError: pixel_values is no floating tensor.
-        ValueError: pixel_values has another shape than [pictures, channels, image_size, image_size], or with `any_size` sides smaller than
-            a patch.
+        ValueError: pixel_values has another shape than [pictures, channels, image_size,
+            image_size], or with `any_size` sides smaller than a patch.
     """
     if not isinstance(pixel_values, torch.Tensor) or not pixel_values.is_floating_point():
-        kind = pixel_values.dtype if isinstance(pixel_values, torch.Tensor) else type(pixel_values).__name__
+        kind = (
+            pixel_values.dtype
+            if isinstance(pixel_values, torch.Tensor)
+            else type(pixel_values).__name__
+        )
         raise TypeError(f"pixel_values must be a floating torch.Tensor, got {kind}")
     wanted = (config.num_channels, config.image_size, config.image_size)
     if any_size and pixel_values.dim() == 4 and min(pixel_values.shape[2:]) >= config.patch_size:
         wanted = (config.num_channels, *pixel_values.shape[2:])
     if pixel_values.dim() != 4 or tuple(pixel_values.shape[1:]) != wanted:
-        raise ValueError(f"pixel_values must be [pictures, {', '.join(map(str, wanted))}], got {list(pixel_values.shape)}")
+        raise ValueError(
+            f"pixel_values must be [pictures, {', '.join(map(str, wanted))}], got {list(pixel_values.shape)}"
+        )
 
 
 class SiglipAttention(BidirectionalAttention):
@@ -96,7 +114,9 @@ class SiglipEncoderLayer(GradientCheckpointingLayer):
         self.layer_norm2 = LayerNorm(config.hidden_size, config.layer_norm_eps)
         self.mlp = self.mlp_class(config)
 
-    def forward(self, hidden_states: torch.Tensor, output_attentions: bool = False) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def forward(
+        self, hidden_states: torch.Tensor, output_attentions: bool = False
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """[B, patches, hidden] -> (the same shape, probabilities or None)."""
         attended, weights = self.self_attn(self.layer_norm1(hidden_states), output_attentions)
         hidden_states = hidden_states + attended
@@ -110,7 +130,9 @@ class SiglipEncoder(nn.Module):
 
     def __init__(self, config: MllamaVisionConfig):
         super().__init__()
-        self.layers = nn.ModuleList(self.layer_class(config) for _ in range(config.num_hidden_layers))
+        self.layers = nn.ModuleList(
+            self.layer_class(config) for _ in range(config.num_hidden_layers)
+        )
 
 
 class SiglipVisionTower(nn.Module):
@@ -141,15 +163,19 @@ class SiglipVisionTower(nn.Module):
     ) -> BaseModelOutput:
         """
         Args:
-            pixel_values: float [pictures, channels, image_size, image_size]; cast to the tower's dtype.
-            output_hidden_states: also return the embeddings and every layer's output (before the final norm), layers + 1 tensors.
-            output_attentions: also return every layer's probabilities [pictures, heads, features, features].
+            pixel_values: float [pictures, channels, image_size, image_size]; cast to the tower's
+                dtype.
+            output_hidden_states: also return the embeddings and every layer's output (before the
+                final norm), layers + 1 tensors.
+            output_attentions: also return every layer's probabilities [pictures, heads, features,
+                features].
             final_norm: False leaves out the layer norm after the last layer.
             depth: run this many layers only; None is all.
             interpolate_pos_encoding: take pixels of any size, [pictures, channels, height, width].
 
         Returns:
-            BaseModelOutput with `last_hidden_state` [pictures, features, hidden], `hidden_states`, `attentions`.
+            BaseModelOutput with `last_hidden_state` [pictures, features, hidden], `hidden_states`,
+            `attentions`.
 
         Raises:
             TypeError: pixel_values is no floating tensor.
@@ -180,7 +206,9 @@ class SiglipVisionTower(nn.Module):
 
 
 class SiglipPoolingHead(nn.Module):
-    """SigLIP's pooled feature: one learned query attends to the patches, and a feed-forward block refines what it found."""
+    """SigLIP's pooled feature: one learned query attends to the patches, and a feed-forward block
+    refines what it found.
+    """
 
     def __init__(self, config: MllamaVisionConfig):
         super().__init__()
@@ -191,5 +219,7 @@ class SiglipPoolingHead(nn.Module):
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
         """[B, patches, hidden] -> [B, hidden]."""
-        pooled, _ = self.attention(self.probe.to(features.dtype).expand(features.shape[0], 1, -1), context=features)
+        pooled, _ = self.attention(
+            self.probe.to(features.dtype).expand(features.shape[0], 1, -1), context=features
+        )
         return (pooled + self.mlp(self.layernorm(pooled)))[:, 0]

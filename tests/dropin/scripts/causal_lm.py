@@ -1,7 +1,15 @@
 import torch
 from model import KVCache, Llama3ForCausalLM, LLAMA32Config
 
-config = LLAMA32Config(vocab_size=200, hidden_size=32, n_heads=4, n_kv_groups=2, n_layers=2, hidden_dim=64, dtype=torch.float32)
+config = LLAMA32Config(
+    vocab_size=200,
+    hidden_size=32,
+    n_heads=4,
+    n_kv_groups=2,
+    n_layers=2,
+    hidden_dim=64,
+    dtype=torch.float32,
+)
 model = Llama3ForCausalLM(config).eval()
 model.tie_weights()
 print("tied:", model.lm_head.weight is model.model.tok_emb.weight)
@@ -18,4 +26,8 @@ with torch.no_grad():
 print("no cache:", cache)
 print("a mask that is causal changes nothing:", torch.allclose(masked, logits, atol=1e-5))
 print("from embeddings:", torch.allclose(embedded, logits, atol=1e-6))
-print("token by token:", torch.allclose(torch.cat(steps, dim=1), logits, atol=1e-5), kv_cache.num_items())
+print(
+    "token by token:",
+    torch.allclose(torch.cat(steps, dim=1), logits, atol=1e-5),
+    kv_cache.num_items(),
+)

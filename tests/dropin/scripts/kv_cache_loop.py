@@ -24,7 +24,9 @@ text_config = {
 }
 config = MLLAMAConfig(vision_config=vision_config, text_config=text_config, projection_dim=32)
 model = MllamaForConditionalGeneration(config).eval()
-processor = MllamaImageProcessor(tokenizer, config.text_config.num_image_tokens, config.vision_config.image_size)
+processor = MllamaImageProcessor(
+    tokenizer, config.text_config.num_image_tokens, config.vision_config.image_size
+)
 inputs = processor(["What is this?"], [Image.open("cat.jpg")], padding=True)
 
 input_ids = inputs["input_ids"]
@@ -36,7 +38,12 @@ kv_cache = KVCache()
 generated = []
 with torch.no_grad():
     for _ in range(8):
-        outputs = model(input_ids=input_ids, pixel_values=pixel_values, attention_mask=attention_mask, kv_cache=kv_cache)
+        outputs = model(
+            input_ids=input_ids,
+            pixel_values=pixel_values,
+            attention_mask=attention_mask,
+            kv_cache=kv_cache,
+        )
         kv_cache = outputs["kv_cache"]
         next_token = torch.argmax(outputs["logits"][:, -1, :], dim=-1, keepdim=True)
         generated.append(next_token)
@@ -47,12 +54,22 @@ with torch.no_grad():
     ids = inputs["input_ids"]
     again = []
     for _ in range(8):
-        outputs = model(input_ids=ids, pixel_values=pixel_values, attention_mask=torch.ones_like(ids))
+        outputs = model(
+            input_ids=ids, pixel_values=pixel_values, attention_mask=torch.ones_like(ids)
+        )
         next_token = outputs["logits"][:, -1, :].argmax(dim=-1, keepdim=True)
         again.append(next_token)
         ids = torch.cat([ids, next_token], dim=1)
 
 print("cached items:", kv_cache.num_items() - prompt_length)
-print("layers:", len(kv_cache.key_cache), tuple(kv_cache.key_cache[0].shape[:2]), kv_cache.value_cache[1].shape[-1])
+print(
+    "layers:",
+    len(kv_cache.key_cache),
+    tuple(kv_cache.key_cache[0].shape[:2]),
+    kv_cache.value_cache[1].shape[-1],
+)
 print("cached is the same:", torch.equal(torch.cat(generated, dim=-1), torch.cat(again, dim=-1)))
-print("text:", type(tokenizer.decode(torch.cat(generated, dim=-1)[0], skip_special_tokens=True)).__name__)
+print(
+    "text:",
+    type(tokenizer.decode(torch.cat(generated, dim=-1)[0], skip_special_tokens=True)).__name__,
+)

@@ -8,7 +8,9 @@ model, tokenizer = load_hf_model("hf-model", "cpu")
 model = model.to("cpu").eval()
 print("a multimodal model:", isinstance(model, MllamaForConditionalGeneration))
 
-processor = MllamaImageProcessor(tokenizer, model.config.text_config.num_image_tokens, model.config.vision_config.image_size)
+processor = MllamaImageProcessor(
+    tokenizer, model.config.text_config.num_image_tokens, model.config.vision_config.image_size
+)
 inputs = processor(text=["How many circles?"], images=[Image.open("cat.jpg")], padding=True)
 with torch.no_grad():
     out = model(**inputs, kv_cache=KVCache())

@@ -20,12 +20,24 @@ print("prompt ids:", input_ids[0].tolist())
 generated = []
 kv_cache = KVCache()
 with torch.no_grad():
-    outputs = model(input_ids=input_ids, pixel_values=pixel_values, attention_mask=attention_mask, kv_cache=kv_cache)
+    outputs = model(
+        input_ids=input_ids,
+        pixel_values=pixel_values,
+        attention_mask=attention_mask,
+        kv_cache=kv_cache,
+    )
     next_token = outputs["logits"][0, -1].argmax(dim=-1, keepdim=True)
     generated.append(next_token.item())
     for _ in range(7):
-        attention_mask = torch.cat([attention_mask, torch.ones((1, 1), device=device, dtype=attention_mask.dtype)], dim=1)
-        outputs = model(input_ids=next_token.unsqueeze(0), pixel_values=None, attention_mask=attention_mask, kv_cache=kv_cache)
+        attention_mask = torch.cat(
+            [attention_mask, torch.ones((1, 1), device=device, dtype=attention_mask.dtype)], dim=1
+        )
+        outputs = model(
+            input_ids=next_token.unsqueeze(0),
+            pixel_values=None,
+            attention_mask=attention_mask,
+            kv_cache=kv_cache,
+        )
         next_token = outputs["logits"][0, -1].argmax(dim=-1, keepdim=True)
         generated.append(next_token.item())
 print("greedy ids:", generated)

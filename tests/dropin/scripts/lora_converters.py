@@ -27,7 +27,9 @@ text_config = {
     "hidden_dim": 64,
     "dtype": torch.float32,
 }
-config = MLLAMAConfig(vision_config=vision_config, text_config=text_config, projection_dim=32, image_token_index=95)
+config = MLLAMAConfig(
+    vision_config=vision_config, text_config=text_config, projection_dim=32, image_token_index=95
+)
 
 
 def build():
@@ -68,7 +70,9 @@ batch = {
 labels = input_ids.clone()
 labels[labels == 95] = -100
 
-optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=2e-2, weight_decay=0.01)
+optimizer = torch.optim.AdamW(
+    [p for p in model.parameters() if p.requires_grad], lr=2e-2, weight_decay=0.01
+)
 model.train()
 losses = []
 for _ in range(30):

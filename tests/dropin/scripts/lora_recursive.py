@@ -47,7 +47,10 @@ for _ in range(30):
     optimizer.step()
     losses.append(loss.item())
 print("loss falls:", losses[-1] < losses[0] - 0.3)
-print("trained:", sorted({name.rsplit(".", 2)[-2] for name, p in model.named_parameters() if p.grad is not None}))
+print(
+    "trained:",
+    sorted({name.rsplit(".", 2)[-2] for name, p in model.named_parameters() if p.grad is not None}),
+)
 
 # adapters alone to a file
 adapter_state = {}

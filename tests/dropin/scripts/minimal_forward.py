@@ -19,7 +19,9 @@ text_cfg = {
     "hidden_dim": 128,
 }
 
-m_cfg = MLLAMAConfig(vision_config=vision_cfg, text_config=text_cfg, projection_dim=64, vocab_size=500)
+m_cfg = MLLAMAConfig(
+    vision_config=vision_cfg, text_config=text_cfg, projection_dim=64, vocab_size=500
+)
 model = MllamaForConditionalGeneration(m_cfg)
 
 batch, seq_len = 1, 24

@@ -17,8 +17,20 @@ def sample_top_p(probs: torch.Tensor, p: float):
     return torch.gather(probs_idx, -1, torch.multinomial(probs_sort, num_samples=1))
 
 
-def test_inference(model, processor, device, prompt, image_file_path, max_tokens_to_generate, temperature, top_p, do_sample):
-    model_inputs = move_inputs_to_device(processor(text=[prompt], images=[Image.open(image_file_path)]), device)
+def test_inference(
+    model,
+    processor,
+    device,
+    prompt,
+    image_file_path,
+    max_tokens_to_generate,
+    temperature,
+    top_p,
+    do_sample,
+):
+    model_inputs = move_inputs_to_device(
+        processor(text=[prompt], images=[Image.open(image_file_path)]), device
+    )
     input_ids = model_inputs["input_ids"]
     attention_mask = model_inputs["attention_mask"]
     pixel_values = model_inputs["pixel_values"]
@@ -26,7 +38,12 @@ def test_inference(model, processor, device, prompt, image_file_path, max_tokens
     stop_token = processor.tokenizer.eos_token_id
     generated_tokens = []
     for _ in range(max_tokens_to_generate):
-        outputs = model(input_ids=input_ids, pixel_values=pixel_values, attention_mask=attention_mask, kv_cache=kv_cache)
+        outputs = model(
+            input_ids=input_ids,
+            pixel_values=pixel_values,
+            attention_mask=attention_mask,
+            kv_cache=kv_cache,
+        )
         kv_cache = outputs["kv_cache"]
         next_token_logits = outputs["logits"][:, -1, :]
         if do_sample:
@@ -39,7 +56,9 @@ def test_inference(model, processor, device, prompt, image_file_path, max_tokens
         if next_token.item() == stop_token:
             break
         input_ids = next_token.unsqueeze(-1)
-        attention_mask = torch.cat([attention_mask, torch.ones((1, 1), device=input_ids.device)], dim=-1)
+        attention_mask = torch.cat(
+            [attention_mask, torch.ones((1, 1), device=input_ids.device)], dim=-1
+        )
     generated_tokens = torch.cat(generated_tokens, dim=-1)
     print("sampled ids:" if do_sample else "greedy ids:", generated_tokens.tolist())
     return prompt + processor.tokenizer.decode(generated_tokens, skip_special_tokens=True)

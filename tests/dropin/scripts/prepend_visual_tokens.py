@@ -5,12 +5,22 @@ from processing_siglip import paligemmaProcessor
 from siglip import SiglipModel, SiglipVisionConfig
 
 LLAMA32_CONFIG.update(
-    {"context_length": 256, "emb_dim": 32, "n_heads": 4, "n_layers": 2, "hidden_dim": 64, "n_kv_groups": 2, "dtype": torch.float32}
+    {
+        "context_length": 256,
+        "emb_dim": 32,
+        "n_heads": 4,
+        "n_layers": 2,
+        "hidden_dim": 64,
+        "n_kv_groups": 2,
+        "dtype": torch.float32,
+    }
 )
 image_seq_len = 4
 device = torch.device("cpu")
 
-vision_config = SiglipVisionConfig(hidden_size=48, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, image_size=64)
+vision_config = SiglipVisionConfig(
+    hidden_size=48, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, image_size=64
+)
 vision = SiglipModel(vision_config)
 tokenizer = Tokenizer("Llama-3.2-1B-Instruct/original/tokenizer.model")
 processor = paligemmaProcessor(tokenizer, image_seq_len, vision_config.image_size)
@@ -32,7 +42,10 @@ text_embeds = model.tok_emb(torch.tensor([ids], device=device))
 combined = torch.cat([visual_token_embeds, text_embeds], dim=1)
 logits = model.forward_with_embeds(combined)
 print("pooled:", tuple(patch_embeds.shape), "->", tuple(visual_token_embeds.shape))
-print("logits are of every position:", tuple(logits.shape) == (1, image_seq_len + len(ids), LLAMA32_CONFIG["vocab_size"]))
+print(
+    "logits are of every position:",
+    tuple(logits.shape) == (1, image_seq_len + len(ids), LLAMA32_CONFIG["vocab_size"]),
+)
 
 # learned: patches to visual tokens by a convolution over the patches
 learned = torch.nn.Conv1d(patch_embeds.shape[1], image_seq_len, kernel_size=1)
@@ -40,7 +53,10 @@ visual_token_embeds = proj(learned(patch_embeds))
 logits = model.forward_with_embeds(torch.cat([visual_token_embeds, text_embeds], dim=1))
 logits[:, -1].float().logsumexp(-1).sum().backward()
 print("learned:", tuple(visual_token_embeds.shape))
-print("gradients reach projection and pooling:", bool(learned.weight.grad.abs().sum() > 0 and proj.weight.grad.abs().sum() > 0))
+print(
+    "gradients reach projection and pooling:",
+    bool(learned.weight.grad.abs().sum() > 0 and proj.weight.grad.abs().sum() > 0),
+)
 
 # and on, token by token
 with torch.no_grad():

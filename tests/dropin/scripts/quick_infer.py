@@ -31,7 +31,9 @@ model.eval()
 # 2) tokenizer and processor
 tokenizer = LlamaTokenizer.from_pretrained("llama-tokenizer")
 num_image_tokens = cfg.text_config.num_image_tokens
-image_processor = MllamaImageProcessor(tokenizer, num_image_token=num_image_tokens, image_size=cfg.vision_config.image_size)
+image_processor = MllamaImageProcessor(
+    tokenizer, num_image_token=num_image_tokens, image_size=cfg.vision_config.image_size
+)
 print("image tokens:", num_image_tokens, "vocabulary:", len(tokenizer))
 
 # 3) inputs
@@ -41,7 +43,14 @@ batch = image_processor([prompt], [img], padding=True)
 pixel_values = batch["pixel Value"]
 input_ids = batch["input_ids"]
 attention_mask = batch["attention_mask"]
-print("pixels:", tuple(pixel_values.shape), "ids:", tuple(input_ids.shape), "mask:", tuple(attention_mask.shape))
+print(
+    "pixels:",
+    tuple(pixel_values.shape),
+    "ids:",
+    tuple(input_ids.shape),
+    "mask:",
+    tuple(attention_mask.shape),
+)
 
 # 4) forward and argmax
 with torch.no_grad():
@@ -54,13 +63,25 @@ print("decoded:", type(decoded).__name__)
 
 # 5) the picture is looked at
 with torch.no_grad():
-    other = model(input_ids=input_ids, pixel_values=torch.zeros_like(pixel_values), attention_mask=attention_mask)
+    other = model(
+        input_ids=input_ids,
+        pixel_values=torch.zeros_like(pixel_values),
+        attention_mask=attention_mask,
+    )
 print("another picture, other logits:", not torch.equal(other["logits"], logits))
 
 # 6) an answer of several tokens
 question = image_processor(["How many circles?"], [img])
-outputs = model.generate(input_ids=question["input_ids"], pixel_values=question["pixel Value"], max_new_tokens=5, temperature=0.7)
-print("answer:", tokenizer.decode(outputs[0], skip_special_tokens=True).startswith("How many circles?"))
+outputs = model.generate(
+    input_ids=question["input_ids"],
+    pixel_values=question["pixel Value"],
+    max_new_tokens=5,
+    temperature=0.7,
+)
+print(
+    "answer:",
+    tokenizer.decode(outputs[0], skip_special_tokens=True).startswith("How many circles?"),
+)
 sampled = model.generate(**question, max_new_tokens=5, do_sample=True, top_p=0.9)
 print("sampled:", tuple(sampled.shape[:1]))
 

@@ -24,5 +24,11 @@ with torch.no_grad():
 
 print("dtype:", whole.dtype)
 print("cache:", len(past_kv), [tuple(t.shape) for t in past_kv[0]])
-print("step by step is the same:", torch.allclose(torch.cat(steps, dim=1).float(), whole.float(), atol=3e-2))
-print("keys:", sorted(name for name in model.state_dict() if "trf_blocks.0" in name or "trf" not in name))
+print(
+    "step by step is the same:",
+    torch.allclose(torch.cat(steps, dim=1).float(), whole.float(), atol=3e-2),
+)
+print(
+    "keys:",
+    sorted(name for name in model.state_dict() if "trf_blocks.0" in name or "trf" not in name),
+)

@@ -3,7 +3,15 @@ from model import LLAMA32_CONFIG, Llama3Model, Tokenizer, generate, load_weights
 from safetensors.torch import load_file
 
 LLAMA32_CONFIG.update(
-    {"context_length": 512, "emb_dim": 32, "n_heads": 4, "n_layers": 2, "hidden_dim": 64, "n_kv_groups": 2, "dtype": torch.float32}
+    {
+        "context_length": 512,
+        "emb_dim": 32,
+        "n_heads": 4,
+        "n_layers": 2,
+        "hidden_dim": 64,
+        "n_kv_groups": 2,
+        "dtype": torch.float32,
+    }
 )
 
 # 1) Meta's tokenizer file
@@ -26,17 +34,34 @@ greedy = generate(model, idx, max_new_tokens=12, context_size=LLAMA32_CONFIG["co
 print("prompt ids:", ids)
 print("greedy ids:", greedy[0, len(ids) :].tolist())
 
-uncached = generate(model, idx, max_new_tokens=12, context_size=LLAMA32_CONFIG["context_length"], use_cache=False)
+uncached = generate(
+    model, idx, max_new_tokens=12, context_size=LLAMA32_CONFIG["context_length"], use_cache=False
+)
 print("uncached is the same:", torch.equal(greedy, uncached))
 
 torch.manual_seed(123)
-out = generate(model, idx, max_new_tokens=12, context_size=LLAMA32_CONFIG["context_length"], temperature=0.8, top_k=50)
+out = generate(
+    model,
+    idx,
+    max_new_tokens=12,
+    context_size=LLAMA32_CONFIG["context_length"],
+    temperature=0.8,
+    top_k=50,
+)
 print("sampled ids:", out[0, len(ids) :].tolist())
 text = tokenizer.decode(out.squeeze(0).tolist())
 print("text goes on from the prompt:", text.startswith("<|begin_of_text|>" + prompt))
 
 # 5) two rows at once, and an end token
-rows = generate(model, idx.repeat(2, 1), max_new_tokens=3, context_size=LLAMA32_CONFIG["context_length"])
+rows = generate(
+    model, idx.repeat(2, 1), max_new_tokens=3, context_size=LLAMA32_CONFIG["context_length"]
+)
 print("rows:", tuple(rows.shape))
-stopped = generate(model, idx, max_new_tokens=12, context_size=LLAMA32_CONFIG["context_length"], eos_id=int(greedy[0, len(ids) + 2]))
+stopped = generate(
+    model,
+    idx,
+    max_new_tokens=12,
+    context_size=LLAMA32_CONFIG["context_length"],
+    eos_id=int(greedy[0, len(ids) + 2]),
+)
 print("stopped after:", stopped.shape[1] - len(ids))

@@ -34,7 +34,9 @@ def convert(model, rank=4, alpha=8, dropout=0.1):
         wanted = any(target in name for target in ["q_proj", "v_proj", "o_proj"])
         if isinstance(module, torch.nn.Linear) and wanted and "language_model" in name:
             parent = dict(model.named_modules())[".".join(name.split(".")[:-1])]
-            lora = Linear_LORA(module.in_features, module.out_features, rank=rank, alpha=alpha, dropout=dropout)
+            lora = Linear_LORA(
+                module.in_features, module.out_features, rank=rank, alpha=alpha, dropout=dropout
+            )
             lora.linear.weight.data.copy_(module.weight.data)
             if module.bias is not None:
                 lora.linear.bias.data.copy_(module.bias.data)
@@ -66,11 +68,16 @@ text_config = {
 config = MLLAMAConfig(vision_config=vision_config, text_config=text_config, projection_dim=32)
 model = convert(MllamaForConditionalGeneration(config))
 print("adapters:", sum(isinstance(module, Linear_LORA) for module in model.modules()))
-print("trainable:", all("lora_" in name for name, param in model.named_parameters() if param.requires_grad))
+print(
+    "trainable:",
+    all("lora_" in name for name, param in model.named_parameters() if param.requires_grad),
+)
 
 tokenizer = AutoTokenizer.from_pretrained("tokenizer")
 image_processor = MllamaImageProcessor(
-    tokenizer, num_image_token=config.text_config.num_image_tokens, image_size=config.vision_config.image_size
+    tokenizer,
+    num_image_token=config.text_config.num_image_tokens,
+    image_size=config.vision_config.image_size,
 )
 pictures = [(Image.new("RGB", (40, 40), colour), "what colour is it?") for colour in ("red", "tan")]
 dataloader = DataLoader(MultimodalDataset(pictures, image_processor), batch_size=2, shuffle=True)

@@ -2,7 +2,12 @@ import torch
 from siglip import SiglipModel, SiglipVisionConfig
 
 vis_cfg = SiglipVisionConfig(
-    hidden_size=64, intermediate_size=128, image_size=64, patch_size=16, num_hidden_layers=2, num_attention_heads=4
+    hidden_size=64,
+    intermediate_size=128,
+    image_size=64,
+    patch_size=16,
+    num_hidden_layers=2,
+    num_attention_heads=4,
 )
 vis_model = SiglipModel(vis_cfg).eval()
 

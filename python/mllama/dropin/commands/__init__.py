@@ -1,4 +1,5 @@
-"""The command lines of older projects, each a module with `main(arguments) -> exit code`. `python -m mllama.dropin NAME` runs one.
+"""The command lines of older projects, each a module with `main(arguments) -> exit code`. `python
+-m mllama.dropin NAME` runs one.
 
 Errors are told as `mllama`'s own: one line on stderr and exit code 2.
 """

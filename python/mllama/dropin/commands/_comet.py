@@ -1,4 +1,6 @@
-"""What `inference.py` tells Comet, where Comet is installed and set up; otherwise nothing is sent and nothing is said."""
+"""What `inference.py` tells Comet, where Comet is installed and set up; otherwise nothing is sent
+and nothing is said.
+"""
 
 import os
 from collections.abc import Mapping
@@ -12,8 +14,12 @@ _FILE = ".comet.config"
 
 
 def start_experiment() -> "Experiment | None":
-    """An experiment in Comet, or None: without comet_ml, and without its three variables or a .comet.config here or at home."""
-    chosen = all(map(os.environ.get, _VARIABLES)) or any((folder / _FILE).is_file() for folder in (Path(), Path.home()))
+    """An experiment in Comet, or None: without comet_ml, and without its three variables or a
+    .comet.config here or at home.
+    """
+    chosen = all(map(os.environ.get, _VARIABLES)) or any(
+        (folder / _FILE).is_file() for folder in (Path(), Path.home())
+    )
     if not chosen:
         return None
     try:
@@ -29,7 +35,14 @@ class Experiment:
     def __init__(self, comet):
         self._comet = comet
 
-    def log(self, options: Mapping[str, Any], inputs: Mapping[str, torch.Tensor], output, picture, answer: str) -> None:
+    def log(
+        self,
+        options: Mapping[str, Any],
+        inputs: Mapping[str, torch.Tensor],
+        output,
+        picture,
+        answer: str,
+    ) -> None:
         """Log a run and end the experiment.
 
         Args:

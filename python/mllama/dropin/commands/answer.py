@@ -1,11 +1,21 @@
-"""`inference.py`: one answer about a picture, or from text alone; options by fire, spelt with underscores."""
+"""`inference.py`: one answer about a picture, or from text alone; options by fire, spelt with
+underscores.
+"""
 
 import inspect
 import sys
 from argparse import ArgumentTypeError
 from collections.abc import Callable
 
-from mllama.api import check_images, check_question, encode, generate, load_quietly, read_answer, say_loaded
+from mllama.api import (
+    check_images,
+    check_question,
+    encode,
+    generate,
+    load_quietly,
+    read_answer,
+    say_loaded,
+)
 from mllama.cli import quieten, run_told
 from mllama.cli._answering import AnswerStreamer
 from mllama.cli._parser import number
@@ -24,9 +34,17 @@ def _run(arguments: list[str]) -> None:
     except ImportError as error:
         raise ImportError("inference.py needs fire: pip install 'mllama[older]'") from error
     quieten()
-    as_written = fire.decorators.SetParseFn(str, "model_path", "prompt", "image_file_path")  # fire would read "1, 2" as a tuple
-    help_wanted = not {"-h", "--help"}.isdisjoint(arguments)  # fire would hand it on as an unknown option
-    fire.Fire(as_written(inference), command=["--", "--help"] if help_wanted else arguments, name="inference.py")
+    as_written = fire.decorators.SetParseFn(
+        str, "model_path", "prompt", "image_file_path"
+    )  # fire would read "1, 2" as a tuple
+    help_wanted = not {"-h", "--help"}.isdisjoint(
+        arguments
+    )  # fire would hand it on as an unknown option
+    fire.Fire(
+        as_written(inference),
+        command=["--", "--help"] if help_wanted else arguments,
+        name="inference.py",
+    )
 
 
 def inference(
@@ -49,19 +67,24 @@ def inference(
         max_tokens_to_generate: the longest answer.
         temperature: of sampling.
         top_p: of sampling: from the likeliest tokens that add up to it.
-        do_sample: True or False; False takes the likeliest token, whatever temperature and top_p are.
+        do_sample: True or False; False takes the likeliest token, whatever temperature and top_p
+            are.
         only_cpu: True or False; the CPU even where there is a GPU.
         unknown: not so: any other option is an error.
     """
     if unknown:  # fire would tell of them once the answer is there
-        raise ValueError(f"there is no option {', '.join(f'--{name}' for name in unknown)} (see --help)")
+        raise ValueError(
+            f"there is no option {', '.join(f'--{name}' for name in unknown)} (see --help)"
+        )
     if not prompt:
         raise ValueError("--prompt is missing; give the question")
     check_question(prompt)
     longest = _number("max_tokens_to_generate", max_tokens_to_generate, number(int, 1))
     sampling = _truth("do_sample", do_sample)
     device = "cpu" if _truth("only_cpu", only_cpu) else "auto"
-    picture = load_picture(image_file_path) if image_file_path else None  # before the model: an error should not take its time
+    picture = (
+        load_picture(image_file_path) if image_file_path else None
+    )  # before the model: an error should not take its time
     options = {"max_new_tokens": longest, "do_sample": sampling}
     if sampling:
         options["temperature"] = _number("temperature", temperature, number(float, 0))
@@ -82,15 +105,21 @@ def inference(
     kept = {"return_dict_in_generate": True, "output_logits": experiment is not None}
     output = generate(model, inputs, streamer=AnswerStreamer(processor, begin), **options, **kept)
     if experiment is not None:
-        experiment.log(options, inputs, output, picture, read_answer(processor, inputs, output.sequences).text)
+        experiment.log(
+            options, inputs, output, picture, read_answer(processor, inputs, output.sequences).text
+        )
 
 
 def _note_unused(**given) -> None:
-    """Tell of sampling options without do_sample; not refused, since launch_inference.sh always gives them."""
+    """Tell of sampling options without do_sample; not refused, since launch_inference.sh always
+    gives them.
+    """
     defaults = inspect.signature(inference).parameters
     unused = [f"--{name}" for name, value in given.items() if value != defaults[name].default]
     if unused:
-        print(f"mllama: {' and '.join(unused)}: no effect without --do_sample True", file=sys.stderr)
+        print(
+            f"mllama: {' and '.join(unused)}: no effect without --do_sample True", file=sys.stderr
+        )
 
 
 def _number(name: str, value, parse: Callable[[str], float]) -> float:

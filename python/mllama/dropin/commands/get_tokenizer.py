@@ -1,4 +1,6 @@
-"""`dev/get_tokenizer.py`: a model's tokenizer, config and weights from the hub. It is `mllama download`."""
+"""`dev/get_tokenizer.py`: a model's tokenizer, config and weights from the hub. It is `mllama
+download`.
+"""
 
 from mllama import cli
 

@@ -1,4 +1,6 @@
-"""`Tools.swiglu.FusedSwiglu`: SwiGLU with its projections as parameters of its own, and the feed-forward block around it."""
+"""`Tools.swiglu.FusedSwiglu`: SwiGLU with its projections as parameters of its own, and the
+feed-forward block around it.
+"""
 
 import math
 
@@ -42,7 +44,10 @@ class FusedSwiGLU(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[..., hidden_size] -> [..., intermediate_size]."""
-        return swiglu(nn.functional.linear(x, self.w_gate, self.b_gate), nn.functional.linear(x, self.w_up, self.b_up))
+        return swiglu(
+            nn.functional.linear(x, self.w_gate, self.b_gate),
+            nn.functional.linear(x, self.w_up, self.b_up),
+        )
 
     def extra_repr(self) -> str:
         return f"hidden_size={self.hidden_size}, intermediate_size={self.intermediate_size}, bias={self.b_gate is not None}"
@@ -67,11 +72,12 @@ _LAYERS = (("w1", "w3", "w2"), ("fc1", "fc2", "fc3"), ("gate_proj", "up_proj", "
 
 
 def convert_feedforward_to_fused(feedforward_module: nn.Module) -> FusedFeedForward:
-    """A `FusedFeedForward` with copies of a feed-forward block's weights, in their dtype and on their device.
+    """A `FusedFeedForward` with copies of a feed-forward block's weights, in their dtype and on
+    their device.
 
     Args:
-        feedforward_module: with linear layers `w1`, `w3`, `w2` for gate, up and down; or `fc1`, `fc2`, `fc3`; or `gate_proj`, `up_proj`,
-            `down_proj`.
+        feedforward_module: with linear layers `w1`, `w3`, `w2` for gate, up and down; or `fc1`,
+            `fc2`, `fc3`; or `gate_proj`, `up_proj`, `down_proj`.
 
     Raises:
         TypeError: a module without such layers.
@@ -82,7 +88,9 @@ def convert_feedforward_to_fused(feedforward_module: nn.Module) -> FusedFeedForw
             break
     else:
         names = "; ".join(", ".join(names) for names in _LAYERS)
-        raise TypeError(f"feedforward_module must have linear layers {names}; got {type(feedforward_module).__name__}")
+        raise TypeError(
+            f"feedforward_module must have linear layers {names}; got {type(feedforward_module).__name__}"
+        )
     gate, up, down = layers
     fused = FusedFeedForward(gate.in_features, gate.out_features, gate.bias is not None)
     fused = fused.to(device=gate.weight.device, dtype=gate.weight.dtype)
