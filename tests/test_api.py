@@ -9,7 +9,7 @@ from PIL import Image
 
 import mllama
 import twins
-from mllama import _device, api
+from mllama import api, device
 from mllama.processing.auto import encode_messages
 
 PICTURES = Path(__file__).parent.parent / "examples" / "pictures"
@@ -47,9 +47,9 @@ def test_load_gives_what_was_asked_for_and_says_so_once(model_folder, capsys):
 def test_load_chooses_the_dtype_by_the_cpu_and_the_size(
     model_folder, monkeypatch, features, large, dtype
 ):
-    monkeypatch.setattr("mllama._device.cpu_features", lambda: features)
+    monkeypatch.setattr("mllama.device.cpu_features", lambda: features)
     if large:
-        monkeypatch.setattr("mllama._device.SMALL_MODEL", 0)
+        monkeypatch.setattr("mllama.device.SMALL_MODEL", 0)
     assert mllama.load(model_folder, device="cpu")[0].dtype == dtype
 
 
@@ -153,8 +153,8 @@ def test_the_reference_is_passed_on(family_folder):
 )
 def test_the_dtype_goes_by_the_cuda_device(monkeypatch, capability, dtype):
     monkeypatch.setattr("torch.cuda.get_device_capability", lambda device: capability)
-    assert _device.choose_dtype(torch.device("cuda"), 0) == dtype
-    assert _device.choose_dtype(torch.device("mps"), 2**40) == torch.float32
+    assert device.choose_dtype(torch.device("cuda"), 0) == dtype
+    assert device.choose_dtype(torch.device("mps"), 2**40) == torch.float32
 
 
 def test_a_chat_template_that_fails_is_a_value_error(model_folder, picture_file):

@@ -12,19 +12,19 @@ MUST_NOT_NAME = {
     "csrc/ops": r"torch/|ATen|c10|pybind11",
     "python/mllama/ops": r"mllama\.(?!ops)|mllama import (?!_ext)|transformers",
     "python/mllama/nn": r"mllama\.(?!ops|nn)|mllama import",
-    "python/mllama/towers": r"mllama\.(?!ops|nn|towers|config)|mllama import",
+    "python/mllama/config": r"mllama\.(?!config)|mllama import",
+    "python/mllama/encoders": r"mllama\.(?!ops|nn|encoders|config)|mllama import",
     "python/mllama/fusion": r"mllama\.(?!ops|nn|fusion|config)|mllama import",
-    "python/mllama/text": r"mllama\.(?!ops|nn|text|config|compat)|mllama import",
-    "python/mllama/pictures.py": r"mllama\.(processing|cli|api)|safetensors|json",
-    "python/mllama/processing": r"(?<!models\.)mllama\.(?!ops|processing|checkpoints\.gguf_tokenizer)|from mllama import",
-    "python/mllama/families.py": r"mllama\.(?!config)|mllama import",
-    "python/mllama/arguments.py": r"mllama\.(?!families)|mllama import",
-    "python/mllama/built.py": r"mllama\.(?!families)|mllama import",
-    "python/mllama/fusing.py": r"mllama\.(processing|cli|api)|safetensors|json",
-    "python/mllama/modeling.py": r"mllama\.(processing|cli|api)|safetensors|json",
-    "python/mllama/checkpoints": r"mllama\.(?!checkpoints|config|nn\.wrappers)|from mllama import",
-    "python/mllama/lora": r"mllama\.(?!ops|nn|lora|checkpoints\.(files|sources|meta_source))|mllama import",
-    "python/mllama/siglip.py": r"mllama\.(processing|cli|api)|safetensors|json",
+    "python/mllama/text": r"mllama\.(?!ops|nn|text|config|hf)|mllama import",
+    "python/mllama/processing": r"(?<!models\.)mllama\.(?!ops|processing|checkpoints\.gguf)"
+    r"|from mllama import",
+    "python/mllama/families": r"mllama\.(?!config|families|weights|hf\.configs)"
+    r"|from mllama import",
+    "python/mllama/checkpoints": r"mllama\.(?!checkpoints|config|families|weights|hf|nn\.wrappers)"
+    r"|from mllama import",
+    "python/mllama/lora": r"mllama\.(?!ops|nn|lora|checkpoints\.(files|sources|meta\.source))"
+    r"|mllama import",
+    "python/mllama/hf": r"mllama\.(cli|api)",
 }
 
 

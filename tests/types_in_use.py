@@ -10,8 +10,8 @@ from transformers.generation.utils import GenerateOutput
 
 import mllama
 from mllama import MllamaForConditionalGeneration, SiglipModel, ops
-from mllama.compat import DecoderOutput
-from mllama.modeling import MllamaOutput
+from mllama.hf.compat import DecoderOutput
+from mllama.hf.modeling import MllamaOutput
 
 
 def loading() -> None:

@@ -9,7 +9,7 @@ from transformers import MllamaVisionConfig
 from transformers.models.mllama.modeling_mllama import MllamaVisionModel
 
 from benchmarks.harness import Case
-from mllama.towers.tiled_vit import TiledVisionTower
+from mllama.encoders.tiled_vit import TiledVisionTower
 
 PEER = "transformers' MllamaVisionModel"
 CONFIG = MllamaVisionConfig(

@@ -17,8 +17,11 @@ if TYPE_CHECKING:  # what `_HOME` says, for type checkers; tests/test_types.py c
     from mllama import ops as ops
     from mllama.api import ask as ask
     from mllama.api import load as load
-    from mllama.config import MllamaConfig as MllamaConfig
-    from mllama.hf import load_hf_model as load_hf_model
+    from mllama.hf.configs import MllamaConfig as MllamaConfig
+    from mllama.hf.fuse import fuse as fuse
+    from mllama.hf.loader import load_hf_model as load_hf_model
+    from mllama.hf.modeling import MllamaForConditionalGeneration as MllamaForConditionalGeneration
+    from mllama.hf.siglip import SiglipModel as SiglipModel
     from mllama.lora import Linear_LORA as Linear_LORA
     from mllama.lora import convert_linears_to_lora as convert_linears_to_lora
     from mllama.lora import convert_to_lora as convert_to_lora
@@ -30,7 +33,6 @@ if TYPE_CHECKING:  # what `_HOME` says, for type checkers; tests/test_types.py c
     from mllama.lora import replace_linear_with_lora as replace_linear_with_lora
     from mllama.lora import save_lora as save_lora
     from mllama.lora import unmerge_lora as unmerge_lora
-    from mllama.modeling import MllamaForConditionalGeneration as MllamaForConditionalGeneration
     from mllama.processing.auto import load_processor as load_processor
     from mllama.processing.chat import chat_labels as chat_labels
     from mllama.processing.paligemma import PaliGemmaProcessor as PaliGemmaProcessor
@@ -38,25 +40,23 @@ if TYPE_CHECKING:  # what `_HOME` says, for type checkers; tests/test_types.py c
     from mllama.processing.processor import MllamaImageProcessor as MllamaImageProcessor
     from mllama.processing.tiled import TiledProcessor as TiledProcessor
     from mllama.processing.tokenizer import Tokenizer as Tokenizer
-    from mllama.seeing import fuse as fuse
-    from mllama.siglip import SiglipModel as SiglipModel
 
 _HOME = {
     "Linear_LORA": "lora",
-    "MllamaConfig": "config",
-    "MllamaForConditionalGeneration": "modeling",
+    "MllamaConfig": "hf.configs",
+    "MllamaForConditionalGeneration": "hf.modeling",
     "MllamaImageProcessor": "processing.processor",
     "PaliGemmaProcessor": "processing.paligemma",
-    "SiglipModel": "siglip",
+    "SiglipModel": "hf.siglip",
     "TiledProcessor": "processing.tiled",
     "Tokenizer": "processing.tokenizer",
     "ask": "api",
     "chat_labels": "processing.chat",
     "convert_linears_to_lora": "lora",
     "convert_to_lora": "lora",
-    "fuse": "seeing",
+    "fuse": "hf.fuse",
     "load": "api",
-    "load_hf_model": "hf",
+    "load_hf_model": "hf.loader",
     "load_lora": "lora",
     "load_processor": "processing.auto",
     "lora_disabled": "lora",

@@ -22,20 +22,20 @@ from transformers import (
     SiglipVisionConfig,
 )
 
-from mllama._device import choose_device, choose_dtype, dtype_name
 from mllama.assets import EMBEDDED
 from mllama.checkpoints import open_checkpoint
-from mllama.checkpoints.formats import Opened
 from mllama.checkpoints.hub import find_folder
 from mllama.checkpoints.models import load_opened
+from mllama.device import choose_device, choose_dtype, dtype_name
+from mllama.hf.modeling import MllamaForConditionalGeneration
+from mllama.hf.siglip import SiglipModel
 from mllama.lora.files import load_lora
 from mllama.lora.peft import CONFIG as ADAPTER_CONFIG
 from mllama.lora.peft import adapted_model
-from mllama.modeling import MllamaForConditionalGeneration
 from mllama.processing.auto import encode_batch, encode_messages, load_processor
 from mllama.processing.image import download_urls, is_image, load_picture
 from mllama.processing.image_source import names_image
-from mllama.siglip import SiglipModel
+from mllama.weights.format import Opened
 
 MAX_NEW_TOKENS = 128
 # below this temperature, 0 included, sampling is the likeliest token, and dividing by it would

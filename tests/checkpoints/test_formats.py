@@ -11,10 +11,10 @@ from safetensors.torch import load_file, save_file
 import stock
 from mllama import MllamaForConditionalGeneration, SiglipModel
 from mllama.checkpoints import FORMATS
-from mllama.checkpoints.engine import plan, to_file
 from mllama.checkpoints.files import save_weights, write_json
 from mllama.checkpoints.loading import match
 from mllama.checkpoints.sources import Header, open_safetensors
+from mllama.weights.rows import plan, to_file
 
 
 def read_folder(folder, form):

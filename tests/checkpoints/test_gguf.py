@@ -24,11 +24,11 @@ from mllama import MllamaForConditionalGeneration
 gguf = pytest.importorskip("gguf")
 np = pytest.importorskip("numpy")
 
-from mllama.checkpoints.gguf import GgufSource, open_gguf  # noqa: E402
-from mllama.checkpoints.gguf_header import GgufHeader  # noqa: E402
-from mllama.checkpoints.gguf_tokenizer import _PRE as PRE  # noqa: E402
-from mllama.checkpoints.gguf_tokenizer import load_tokenizer  # noqa: E402
-from mllama.checkpoints.gguf_writer import save_gguf  # noqa: E402
+from mllama.checkpoints.gguf.header import GgufHeader  # noqa: E402
+from mllama.checkpoints.gguf.reader import GgufSource, open_gguf  # noqa: E402
+from mllama.checkpoints.gguf.tokenizer import _PRE as PRE  # noqa: E402
+from mllama.checkpoints.gguf.tokenizer import load_tokenizer  # noqa: E402
+from mllama.checkpoints.gguf.writer import save_gguf  # noqa: E402
 
 Type = gguf.GGMLQuantizationType
 SIZES = twins.SIZES | {"head_dim": 16, "max_position_embeddings": 256, "rms_norm_eps": 1e-5}

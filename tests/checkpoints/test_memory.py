@@ -15,8 +15,8 @@ from transformers.models.mllama.configuration_mllama import MllamaTextConfig, Ml
 
 from mllama import MllamaForConditionalGeneration
 from mllama.checkpoints import FORMATS
-from mllama.checkpoints.engine import to_file
 from mllama.checkpoints.files import save_weights, write_json
+from mllama.weights.rows import to_file
 
 BOUND = 1.15
 CHILD = """

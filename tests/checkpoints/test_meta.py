@@ -14,11 +14,13 @@ from transformers import LlamaForCausalLM
 
 import meta_reference
 from mllama import MllamaForConditionalGeneration
-from mllama.checkpoints import meta, meta_source, meta_tables
-from mllama.checkpoints.engine import to_file
 from mllama.checkpoints.loading import match
-from mllama.checkpoints.meta_source import MetaSource
+from mllama.checkpoints.meta import reader as meta
+from mllama.checkpoints.meta import source as meta_source
+from mllama.checkpoints.meta import tables as meta_tables
+from mllama.checkpoints.meta.source import MetaSource
 from mllama.checkpoints.sources import Header
+from mllama.weights.rows import to_file
 from twins import randomise
 
 PARAMS = {

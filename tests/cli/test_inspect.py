@@ -10,8 +10,8 @@ from transformers import LlamaConfig
 
 import mllama
 import twins
-from mllama.checkpoints.engine import to_file
-from mllama.checkpoints.meta import text_table
+from mllama.checkpoints.meta.reader import text_table
+from mllama.weights.rows import to_file
 
 METAS = {
     "vocab_size": 300,

@@ -152,7 +152,7 @@ def test_a_cache_that_differs_fails(run, model_folder, monkeypatch):
         return {"input_ids": sample.inputs["input_ids"][:, start : end or 1] * 0 + 1}
 
     monkeypatch.setattr(
-        "mllama.cli._samples.Sample.cut",
+        "mllama.model.samples.Sample.cut",
         lambda sample, start, end: uncut(sample, max(start - 1, 0), end),
     )
     code, said = verified(run, model_folder)

@@ -13,10 +13,10 @@ from transformers import AutoConfig, LlamaConfig, SiglipVisionConfig
 
 from dropin import older
 from mllama import MllamaConfig
-from mllama.config import MllamaTextConfig, MllamaVisionConfig
 from mllama.dropin._config import MLLAMAConfig
 from mllama.dropin._multimodal import MllamaForConditionalGeneration
 from mllama.dropin._text_config import LLAMA32Config
+from mllama.hf.configs import MllamaTextConfig, MllamaVisionConfig
 
 
 def test_arguments_and_defaults():

@@ -81,7 +81,7 @@ def test_they_generate_what_the_packages_do(family, family_folder):
             "aspect_ratio_ids": ratio,
             "cross_attention_mask": torch.ones(1, 4, 1, 4),
         }
-    elif model.plan.fusion:
+    elif model.spec.fusion:
         ids = torch.tensor([[model.image_token_index] * twins.PATCHES + [5, 6]])
         inputs = {"input_ids": ids, "pixel_values": twins.pictures(1)}
     options = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None}

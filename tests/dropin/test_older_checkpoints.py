@@ -9,7 +9,6 @@ from torch import nn
 
 import twins
 from dropin import older
-from mllama.checkpoints.engine import to_file
 from mllama.dropin._older_checkpoints import TABLE
 from mllama.dropin.model import (
     Linear_LORA,
@@ -19,6 +18,7 @@ from mllama.dropin.model import (
     convert_linears_to_lora,
 )
 from mllama.dropin.siglip import SiglipModel, SiglipVisionConfig
+from mllama.weights.rows import to_file
 
 EXACT = {"rtol": 0, "atol": 0}
 TEXT = twins.tokens(6)

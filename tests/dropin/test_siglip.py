@@ -11,8 +11,8 @@ import transformers
 
 import mllama
 import twins
-from mllama.config import MllamaConfig
 from mllama.dropin import modeling_siglip, siglip
+from mllama.hf.configs import MllamaConfig
 
 SIZES = {
     "hidden_size": 64,

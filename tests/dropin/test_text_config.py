@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from mllama import MllamaConfig
-from mllama.config import MllamaTextConfig
 from mllama.dropin._text_config import text_config
 from mllama.dropin.model import LLAMA32_CONFIG, LLAMA32Config
+from mllama.hf.configs import MllamaTextConfig
 
 ROPE_FREQ = {
     "factor": 32.0,

@@ -6,13 +6,13 @@ import torch
 import transformers
 
 import twins
-from mllama.config import MllamaTextConfig
 from mllama.dropin.model import (
     Llama3ForCausalLM,
     Llama3Model,
     LLAMA32Config,
     load_weights_into_llama,
 )
+from mllama.hf.configs import MllamaTextConfig
 from mllama.text.decoder import Decoder
 
 ROPE_FREQ = {

@@ -242,9 +242,9 @@ def inputs(
     """
     rows = ROWS[rows] if isinstance(rows, str) else rows
     count = sum(part == "P" for row in rows for part in row)
-    if not (model := pair.ours).plan.fusion:
+    if not (model := pair.ours).spec.fusion:
         rows, count = [[part for part in row if part != "P"] for row in rows], 0
-    placeholder = [getattr(model.config, "image_token_index", None)] * model.plan.image_tokens
+    placeholder = [getattr(model.config, "image_token_index", None)] * model.spec.tokens_per_image
     lists = [
         [
             i
@@ -256,7 +256,7 @@ def inputs(
     batch = twins.batch(*lists, side=side)
     if count:
         batch["pixel_values"] = pictures(pair, count)
-    if model.plan.prefix:
+    if model.spec.bidirectional_prefix:
         types = torch.zeros_like(batch["input_ids"])
         for r, row in enumerate(lists):
             end = types.shape[1] if side == "left" else len(row)

@@ -64,7 +64,7 @@ def masks(heads: int, length: int) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("case", [*ONE_EACH, LLAMA_VISION])
 def test_loss_and_gradients_equal_transformers(case):
     both, batch = both_and_batch(case)
-    heads = both.ours.plan.text.num_attention_heads
+    heads = both.ours.spec.text.num_attention_heads
     named = masks(heads, batch["input_ids"].shape[1])
     with torch.no_grad():
         for name, mask in named.items():
@@ -130,7 +130,7 @@ def test_with_a_cache(case):
         close(
             parts(
                 both.ours,
-                lambda: StaticCache(config=both.ours.plan.text, max_cache_len=length + 3),
+                lambda: StaticCache(config=both.ours.spec.text, max_cache_len=length + 3),
                 first,
             ),
             expected,

@@ -139,7 +139,7 @@ def example(pair: cases.Pair) -> dict[str, torch.Tensor]:
                 2, config.num_channels, config.image_size, config.image_size
             )
         }
-    if pair.ours.plan.tower == "tiled":
+    if pair.ours.spec.encoder == "tiled":
         given = test_arguments.mllama_inputs(pair.ours)
         given["pixel_values"] = given["pixel_values"][
             :, :, :, : pair.ours.config.vision_config.num_channels
@@ -147,7 +147,7 @@ def example(pair: cases.Pair) -> dict[str, torch.Tensor]:
         return given
     given = cases.inputs(pair, (["P", 6], ["P", 6]))
     if "pixel_values" in given:
-        given["pixel_values"] = given["pixel_values"][:, : pair.ours.plan.vision.num_channels]
+        given["pixel_values"] = given["pixel_values"][:, : pair.ours.spec.vision.num_channels]
     return given
 
 

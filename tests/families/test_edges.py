@@ -23,7 +23,7 @@ from families.cases import (
     pictures,
 )
 from mllama import MllamaForConditionalGeneration, SiglipModel
-from mllama.families import compose
+from mllama.families.compose import compose
 
 
 @pytest.mark.parametrize("case", ONE_EACH)
@@ -66,7 +66,7 @@ def test_a_model_of_text_takes_no_pictures(case):
 def test_placeholders_that_do_not_match_the_pictures(case):
     both = pair(case)
     model, batch = both.ours, inputs(both, "one row")
-    tokens = model.plan.image_tokens
+    tokens = model.spec.tokens_per_image
     for count in (0, 2):
         with pytest.raises(
             ValueError,

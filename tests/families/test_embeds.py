@@ -26,7 +26,7 @@ def embedded(model, given: dict[str, torch.Tensor], soft: torch.Tensor) -> dict[
 def test_images_beside_embeddings_equal_stock(family):
     pair, given = test_arguments.pair_and_inputs(family)
     soft = torch.randn(
-        1, 3, pair.ours.plan.text.hidden_size, generator=torch.Generator().manual_seed(1)
+        1, 3, pair.ours.spec.text.hidden_size, generator=torch.Generator().manual_seed(1)
     )
     if family == "mllama":
         given["cross_attention_mask"] = torch.ones(2, 9, *given["cross_attention_mask"].shape[2:])

@@ -149,7 +149,7 @@ def test_a_second_turn_goes_on_from_the_cache(case):
     first = inputs(both, ([3, "P", 4],) if case.startswith("llava") else (["P", 7],))
     cache = DynamicCache(config=model.config)
     start = model.generate(**first, past_key_values=cache, **GREEDY)
-    second = [IMAGE] * model.plan.image_tokens * case.startswith("llava") + ids(4, 11)
+    second = [IMAGE] * model.spec.tokens_per_image * case.startswith("llava") + ids(4, 11)
     follow = torch.cat([start, torch.tensor([second])], dim=1)
     batch = {"input_ids": follow, "attention_mask": torch.ones_like(follow)}
     if "token_type_ids" in first:

@@ -17,7 +17,7 @@ ALONE = [name for name in CASES if name.startswith("siglip")]
 @pytest.mark.parametrize("case", TALKING)
 def test_logits(case, rows, side):
     both = pair(case)
-    for said in (0, 2) if both.ours.plan.prefix else (0,):
+    for said in (0, 2) if both.ours.spec.bidirectional_prefix else (0,):
         batch = inputs(both, rows, side, said)
         seen = batch["attention_mask"].bool()
         with torch.no_grad():
@@ -66,7 +66,7 @@ def test_hidden_states_and_attentions(case):
     for mine, weights in zip(ours.attentions, theirs.attentions, strict=True):
         assert mine.shape == weights.shape
         close(mine.transpose(1, 2)[seen], weights.transpose(1, 2)[seen])
-    if both.ours.plan.tower:
+    if both.ours.spec.encoder:
         # transformers 5.24 gives a list, one tensor per image
         close(
             ours.image_hidden_states.flatten(),

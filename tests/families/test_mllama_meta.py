@@ -8,7 +8,8 @@ from transformers.models.mllama.configuration_mllama import MllamaTextConfig, Ml
 import meta_reference
 import twins
 from mllama import MllamaForConditionalGeneration
-from mllama.checkpoints import engine, meta_tables
+from mllama.checkpoints.meta import tables as meta_tables
+from mllama.weights import rows as engine
 
 RATIOS = [[1, 1], [1, 2], [1, 3], [1, 4], [2, 1], [2, 2], [3, 1], [4, 1]]
 PARAMS = {

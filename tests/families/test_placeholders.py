@@ -78,7 +78,7 @@ def test_prompt_lookup_that_proposes_a_placeholder(family):
         pair = cases.pair(family)
         ours, placeholders = (
             pair.ours,
-            [pair.ours.config.image_token_index] * pair.ours.plan.image_tokens,
+            [pair.ours.config.image_token_index] * pair.ours.spec.tokens_per_image,
         )
         given = twins.batch([5, 6, *placeholders, 7, 5, 6]) | {
             "pixel_values": cases.pictures(pair, 1)

@@ -198,7 +198,7 @@ def test_lora_on_embeddings(case):
         for model in adapted
     )
     assert mine.keys() == theirs.keys() and len(mine) == 2 * (
-        1 + (both.ours.plan.tower is not None)
+        1 + (both.ours.spec.encoder is not None)
     )
     with torch.no_grad():
         for name, parameter in mine.items():

@@ -25,7 +25,7 @@ class ByHand(nn.Module):
 
     def __init__(self, model: MllamaForConditionalGeneration):
         super().__init__()
-        config, self.plan = model.config, model.plan
+        config, self.spec = model.config, model.spec
         vision = {name: getattr(config.vision_config, name) for name in twins.VISION}
         self.vision = SiglipVisionModel(SiglipVisionConfig(**vision, vision_use_head=False))
         text = {
@@ -43,7 +43,7 @@ class ByHand(nn.Module):
                 if own(name)
             }
         )
-        self.crossed = model.plan.text.cross_attention_layers or []
+        self.crossed = model.spec.text.cross_attention_layers or []
         stock = StockConfig(
             **text | {"bos_token_id": 1, "eos_token_id": 2},
             cross_attention_layers=[1],
@@ -70,7 +70,7 @@ class ByHand(nn.Module):
             number, rest = rest.removeprefix("model.layers.").split(".", 1)
             places = [
                 index
-                for index in range(self.plan.text.num_hidden_layers)
+                for index in range(self.spec.text.num_hidden_layers)
                 if index not in self.crossed
             ]
             return f"language_model.layers.{places[int(number)]}.{rest}"
@@ -80,16 +80,16 @@ class ByHand(nn.Module):
         """Pooled and projected: [pictures, tokens, hidden]."""
         weights = {name.split("/", 1)[1]: value for name, value in self.own.items()}
         features = self.vision(pixel_values).last_hidden_state
-        if self.plan.pooling == "average":
+        if self.spec.pooling == "average":
             features = adaptive_avg_pool1d(
-                features.transpose(1, 2), self.plan.image_tokens
+                features.transpose(1, 2), self.spec.tokens_per_image
             ).transpose(1, 2)
-        if self.plan.pooling == "learned":
+        if self.spec.pooling == "learned":
             features = torch.einsum(
                 "np,bpw->bnw", self.own["image_pooling/linear/weight"], features
             )
             features = features + self.own["image_pooling/linear/bias"][:, None]
-        if self.plan.projector == "linear":
+        if self.spec.projector == "linear":
             return linear(
                 features,
                 self.own["multi_modal_projector/linear/weight"],
@@ -123,7 +123,9 @@ class ByHand(nn.Module):
         visual = self.visual(pixel_values)
         states, rows = visual.reshape(len(input_ids), -1, visual.shape[-1]), None
         if mask is not None:
-            mask, rows = _prepare_cross_attention_mask(mask, self.plan.image_tokens, visual.dtype)
+            mask, rows = _prepare_cross_attention_mask(
+                mask, self.spec.tokens_per_image, visual.dtype
+            )
         every = self.crossed[0]
         hooks = [
             self.text.model.layers[number * every + every - 1].register_forward_hook(

@@ -11,10 +11,10 @@ from transformers.models.mllama.modeling_mllama import (
 )
 
 import twins
-from mllama.compat import CACHE_NAME
-from mllama.config import MllamaTextConfig
 from mllama.fusion.cross_attention import CrossAttentionDecoderLayer, cross_context
-from mllama.text.cache import place_cross_layers
+from mllama.hf.cache import place_cross_layers
+from mllama.hf.compat import CACHE_NAME
+from mllama.hf.configs import MllamaTextConfig
 
 TOKENS = 5  # keys of a tile
 

@@ -8,7 +8,7 @@ from torch.nn.functional import linear
 
 import twins
 from mllama import MllamaForConditionalGeneration
-from mllama.memory import count_parameters
+from mllama.model.memory import count_parameters
 
 PICTURE = [twins.IMAGE] * twins.PATCHES
 
@@ -22,7 +22,7 @@ def test_a_linear_projector_is_one_layer_from_width_to_width(bias):
         if "projector" in name
     }
     assert list(weights) == (["linear.weight", "linear.bias"] if bias else ["linear.weight"])
-    assert weights["linear.weight"].shape == (64, 32) and model.plan.projector == "linear"
+    assert weights["linear.weight"].shape == (64, 32) and model.spec.projector == "linear"
     assert count_parameters(model)["projector"] == 64 * 32 + 64 * bias
     with torch.no_grad():
         features = model.vision_tower(twins.pictures(2), final_norm=False).last_hidden_state

@@ -59,7 +59,7 @@ def adapted(model: nn.Module) -> nn.Module:
         model.language_model, 3, 5.5, target_module_names=["layers.0.mlp.up_proj"]
     )
     model.requires_grad_(False)
-    if model.plan.tower:
+    if model.spec.encoder:
         made |= mllama.convert_linears_to_lora(
             model.vision_tower, 4, 6, target_module_names=["fc1"]
         )

@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 
 import torch
 
-from mllama.checkpoints.engine import Move, Table, file_names, plan
 from mllama.checkpoints.files import listing
 from mllama.checkpoints.sources import Header, Source
+from mllama.weights.rows import Move, Table, file_names, plan
 
 # What tensors are loaded as: the operators take no float64.
 _LOADED_AS = {

@@ -10,12 +10,7 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel, __version__
 
-from mllama.checkpoints import siglip_llama
-from mllama.checkpoints.configs import harmless, set_fields
-from mllama.checkpoints.devices import Placement, dtype_named
-from mllama.checkpoints.engine import Table, plan, to_file
 from mllama.checkpoints.files import CONFIG, listing, save_weights, write_folder, write_json
-from mllama.checkpoints.formats import Opened
 from mllama.checkpoints.loading import (
     Report,
     both_ways,
@@ -26,8 +21,13 @@ from mllama.checkpoints.loading import (
     match,
 )
 from mllama.checkpoints.opening import FORMATS, GENERATION, open_checkpoint
-from mllama.config import check_names
+from mllama.config.checks import check_names
+from mllama.config.files import harmless, set_fields
+from mllama.families import siglip_llama
+from mllama.hf.devices import Placement, dtype_named
 from mllama.nn.wrappers import plain_key
+from mllama.weights.format import Opened
+from mllama.weights.rows import Table, plan, to_file
 
 _COUNTS = ("num_hidden_layers", "num_global_layers")
 # Of adapters that were saved there before: who reads the folder would take them for what it holds.

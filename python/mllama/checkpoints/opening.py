@@ -10,12 +10,12 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
-from mllama.checkpoints import gemma, llama, llava, mllama, paligemma, siglip, siglip_llama
-from mllama.checkpoints.configs import harmless
 from mllama.checkpoints.files import CONFIG, INDEX, find_gguf, find_inside, read_json
-from mllama.checkpoints.formats import Format, Opened
-from mllama.checkpoints.meta import PARAMS, open_meta
+from mllama.checkpoints.meta.reader import PARAMS, open_meta
 from mllama.checkpoints.sources import open_safetensors
+from mllama.config.files import harmless
+from mllama.families import gemma, llama, llava, mllama, paligemma, siglip, siglip_llama
+from mllama.weights.format import Format, Opened
 
 FORMATS = {
     "gemma": gemma.FORMAT,
@@ -80,7 +80,7 @@ def _stamps(path: Path) -> dict[Path, tuple[int, int, int]]:
 
 def _open(path: Path, config: PretrainedConfig | None) -> Opened:
     if (file := find_gguf(path)) is not None:
-        from mllama.checkpoints.gguf import (
+        from mllama.checkpoints.gguf.reader import (
             open_gguf,
         )  # here, since its library is an optional dependency
 

@@ -14,9 +14,9 @@ from PIL import Image
 from tqdm import tqdm
 from transformers import TextStreamer
 
-from mllama._device import dtype_name
 from mllama.api import answer, check_answers, find_model, load_quietly, tokenizer_of
 from mllama.checkpoints import open_checkpoint
+from mllama.device import dtype_name
 from mllama.processing.image import load_picture
 
 

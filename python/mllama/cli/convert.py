@@ -8,14 +8,14 @@ from pathlib import Path
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.processing_utils import ProcessorMixin
 
-from mllama._device import dtype_name
 from mllama.api import model_class
 from mllama.checkpoints import open_checkpoint
 from mllama.checkpoints.files import write_folder
 from mllama.checkpoints.hub import find_folder
 from mllama.checkpoints.models import load_opened
-from mllama.checkpoints.siglip_llama import written_as
 from mllama.cli._parser import DTYPES, GGUF_DTYPES
+from mllama.device import dtype_name
+from mllama.families.siglip_llama import written_as
 from mllama.processing.auto import load_processor
 from mllama.processing.folders import PROCESSOR_FILES
 
@@ -81,7 +81,7 @@ def _write_folder(model: PreTrainedModel, processor, target: Path) -> None:
 
 
 def _write_gguf(model: PreTrainedModel, processor, target: Path, dtype: str) -> None:
-    from mllama.checkpoints.gguf_writer import (
+    from mllama.checkpoints.gguf.writer import (
         save_gguf,
     )  # here, since its library is an optional dependency
 

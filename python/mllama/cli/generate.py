@@ -6,7 +6,6 @@ import inspect
 import json
 from collections.abc import Mapping, Sequence
 
-from mllama._device import choose_device
 from mllama.api import (
     check_answers,
     check_images,
@@ -32,7 +31,8 @@ from mllama.cli._answering import (
     working,
 )
 from mllama.cli._parser import SIZES
-from mllama.cli._stock import load_stock
+from mllama.device import choose_device
+from mllama.hf.stock import load_stock
 from mllama.processing.auto import encode_messages
 
 

@@ -10,8 +10,8 @@ import transformers
 from safetensors import safe_open
 
 from mllama import __version__, _ext
-from mllama._device import cpu_features
 from mllama.assets import EMBEDDED
+from mllama.device import cpu_features
 
 
 def run(arguments: argparse.Namespace) -> None:

@@ -10,14 +10,14 @@ from typing import Any
 import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
-from mllama._device import dtype_name
 from mllama.api import find_model, model_class
 from mllama.checkpoints import open_checkpoint
 from mllama.checkpoints.loading import Report
 from mllama.checkpoints.models import survey
 from mllama.checkpoints.opening import config_alone
-from mllama.families import Composition
-from mllama.memory import Work, count_parameters, memory_needed, picture_tokens, plan_of
+from mllama.config.spec import ModelSpec
+from mllama.device import dtype_name
+from mllama.model.memory import Work, count_parameters, memory_needed, picture_tokens, spec_of
 
 _CONTEXT = 4096  # of models that take more
 _MOST_LAYERS = 1000  # the largest released models have some 130
@@ -60,7 +60,7 @@ def collect(
             config = opened.config
             model, report = survey(model_class(config), opened)
             headers = opened.source.headers()
-    plan, parameters = plan_of(model), count_parameters(model)
+    spec, parameters = spec_of(model), count_parameters(model)
     elements: dict[str, int] = {}
     for header in headers.values():
         elements[dtype_name(header.dtype)] = (
@@ -71,8 +71,8 @@ def collect(
     return {
         "folder": str(path),
         "family": config.model_type,
-        "made of": _made_of(plan),
-        "sizes": _sizes(plan, work.tiles),
+        "made of": _made_of(spec),
+        "sizes": _sizes(spec, work.tiles),
         "read as": elements,
         "parameters": parameters | {"total": sum(parameters.values())},
         "work": {
@@ -113,46 +113,48 @@ def _work(
     tiles: int | None,
     dtype: str,
 ) -> Work:
-    plan = plan_of(model)
-    if context is not None and plan.text is None:
+    spec = spec_of(model)
+    if context is not None and spec.text is None:
         raise ValueError("--context is of a decoder, and this model has none")
-    if tiles is not None and plan.tower is None:
+    if tiles is not None and spec.encoder is None:
         raise ValueError("--tiles is of pictures, and this model takes none")
-    most = plan.text.max_position_embeddings if plan.text else 0
+    most = spec.text.max_position_embeddings if spec.text else 0
     return Work(
         context=min(_CONTEXT, most) if context is None else context,
         batch=batch,
-        tiles=(plan.vision.max_num_tiles if plan.tower == "tiled" else int(plan.tower is not None))
+        tiles=(
+            spec.vision.max_num_tiles if spec.encoder == "tiled" else int(spec.encoder is not None)
+        )
         if tiles is None
         else tiles,
         dtype=report.dtype if dtype == "auto" else getattr(torch, dtype),
     )
 
 
-def _made_of(plan: Composition) -> str:
-    decoder = None if plan.text is None else f"{plan.text.num_hidden_layers}-layer decoder"
-    if crossed := plan.text and plan.text.cross_attention_layers:
+def _made_of(spec: ModelSpec) -> str:
+    decoder = None if spec.text is None else f"{spec.text.num_hidden_layers}-layer decoder"
+    if crossed := spec.text and spec.text.cross_attention_layers:
         decoder += f", {len(crossed)} of them cross-attention"
-    parts = (("tower", plan.tower), ("pooling", plan.pooling), ("projector", plan.projector))
+    parts = (("tower", spec.encoder), ("pooling", spec.pooling), ("projector", spec.projector))
     return " + ".join(
         [*(f"{kind} {part}" for part, kind in parts if kind), *filter(None, [decoder])]
     )
 
 
-def _sizes(plan: Composition, tiles: int) -> dict[str, int]:
+def _sizes(spec: ModelSpec, tiles: int) -> dict[str, int]:
     """Sizes by the names that config.json has for them."""
     sizes = {}
-    if plan.tower is not None:
+    if spec.encoder is not None:
         names = (
             "hidden_size",
             "num_hidden_layers",
             "image_size",
             "patch_size",
-            *(("max_num_tiles",) * (plan.tower == "tiled")),
+            *(("max_num_tiles",) * (spec.encoder == "tiled")),
         )
-        sizes |= {f"vision {name}": getattr(plan.vision, name) for name in names}
-        sizes["features of a row's pictures"] = picture_tokens(plan, tiles)
-    if plan.text is not None:
+        sizes |= {f"vision {name}": getattr(spec.vision, name) for name in names}
+        sizes["features of a row's pictures"] = picture_tokens(spec, tiles)
+    if spec.text is not None:
         names = (
             "hidden_size",
             "num_hidden_layers",
@@ -161,7 +163,7 @@ def _sizes(plan: Composition, tiles: int) -> dict[str, int]:
             "head_dim",
             "vocab_size",
         )
-        sizes |= {name: getattr(plan.text, name) for name in (*names, "max_position_embeddings")}
+        sizes |= {name: getattr(spec.text, name) for name in (*names, "max_position_embeddings")}
     return sizes
 
 

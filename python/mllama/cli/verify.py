@@ -18,15 +18,15 @@ import transformers
 from torch import nn
 from transformers import PreTrainedModel
 
-from mllama._device import choose_device
 from mllama.api import find_model, model_class
 from mllama.checkpoints import open_checkpoint
 from mllama.checkpoints.models import survey
 from mllama.cli._answering import refuse_meta
-from mllama.cli._samples import Sample, make_samples
-from mllama.cli._stock import load_stock
-from mllama.memory import plan_of
-from mllama.siglip import SiglipModel
+from mllama.device import choose_device
+from mllama.hf.siglip import SiglipModel
+from mllama.hf.stock import load_stock
+from mllama.model.memory import spec_of
+from mllama.model.samples import Sample, make_samples
 
 _FLOAT32 = 1e-4  # the largest relative error of a vector in float32
 _TIMES = (
@@ -60,10 +60,10 @@ def run(arguments: argparse.Namespace) -> int:
         config, kind = opened.config, model_class(opened.config)
         model, report = survey(kind, opened)
         report.check(opened.source.where)
-        plan = plan_of(model)
+        spec = spec_of(model)
     if arguments.reference == "meta":
         refuse_meta(config.model_type)
-    samples = make_samples(plan, getattr(config, "image_token_index", None), arguments.seed, device)
+    samples = make_samples(spec, getattr(config, "image_token_index", None), arguments.seed, device)
     measure = Measure.of(dtype)
     options = {"reference": "hf"} if "reference" in kind.load_options else {}
     load = functools.partial(kind.from_pretrained, folder, device_map=device, **options)
@@ -74,10 +74,10 @@ def run(arguments: argparse.Namespace) -> int:
         against = f"stock transformers {transformers.__version__}"
     except ValueError as error:
         expected, against = {}, f"itself alone: {error}"
-    if expected and plan.fusion == "cross_attention":
+    if expected and spec.fusion == "cross_attention":
         against += ', whose Llama-3.2-Vision is reference="hf"'
     allowed = _FLOAT32
-    if dtype != torch.float32 and plan.text is not None:
+    if dtype != torch.float32 and spec.text is not None:
         bounds = expected or _expect(
             lambda dtype: load(dtype=dtype), lambda model: (), dtype, samples, measure
         )
@@ -85,7 +85,7 @@ def run(arguments: argparse.Namespace) -> int:
     model = load(dtype=dtype)
     with torch.inference_mode():
         checks = _compare(model, samples, expected, measure) if expected else []
-        if plan.text is not None:
+        if spec.text is not None:
             if options:
                 model.reference = arguments.reference or "meta"
             checks.append(Check("cached = uncached", _cached(model, samples[0], measure), allowed))

@@ -6,14 +6,15 @@ import torch
 from torch import nn
 from transformers import Cache
 
-from mllama.config import MllamaTextConfig, check_size
+from mllama.config.checks import check_size
 from mllama.dropin._arguments import by_construction, either, made_in
 from mllama.dropin._masks import added_mask, causal_mask, hidden_mask, key_mask
 from mllama.dropin._names import older_names
 from mllama.dropin._rope import LLAMARotaryEmbedding, half_tables
 from mllama.dropin._text_config import text_config
+from mllama.hf.cache import check_cache
+from mllama.hf.configs import MllamaTextConfig
 from mllama.nn.attention import CausalAttention
-from mllama.text.cache import check_cache
 from mllama.text.decoder import check_mask, count_positions, split_mask
 
 KeyValue = tuple[torch.Tensor, torch.Tensor]

@@ -4,8 +4,9 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
-from mllama.config import MllamaConfig, check_choice
+from mllama.config.checks import check_choice
 from mllama.dropin._text_config import LLAMA32Config
+from mllama.hf.configs import MllamaConfig
 from mllama.ops._dispatch import FLOAT_DTYPES
 
 

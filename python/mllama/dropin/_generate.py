@@ -6,7 +6,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from mllama.config import check_size
+from mllama.config.checks import check_size
 from mllama.dropin._text import Llama3Model
 
 

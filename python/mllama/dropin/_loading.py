@@ -10,8 +10,8 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from mllama.api import model_class
 from mllama.dropin._multimodal import MllamaForConditionalGeneration
 from mllama.dropin.modeling_gemma import GemmaForCausalLM, PaliGemmaForConditionalGeneration
-from mllama.hf import load_as
-from mllama.modeling import MllamaForConditionalGeneration as PackageModel
+from mllama.hf.loader import load_as
+from mllama.hf.modeling import MllamaForConditionalGeneration as PackageModel
 from mllama.processing.tokenizer import Tokenizer
 
 _GEMMAS = {"gemma": GemmaForCausalLM, "paligemma": PaliGemmaForConditionalGeneration}

@@ -6,11 +6,11 @@ import torch
 from transformers import Cache, PretrainedConfig
 from transformers.modeling_outputs import ModelOutput
 
-from mllama.built import remember_config
 from mllama.checkpoints.files import listing
 from mllama.dropin._arguments import hands_on
 from mllama.dropin._output import OlderOutput
-from mllama.modeling import MllamaForConditionalGeneration
+from mllama.hf.built import remember_config
+from mllama.hf.modeling import MllamaForConditionalGeneration
 
 
 class OlderModel(MllamaForConditionalGeneration):
@@ -24,10 +24,10 @@ class OlderModel(MllamaForConditionalGeneration):
 
     def __init__(self, config: PretrainedConfig, reference: str = "meta"):
         super().__init__(config, reference)
-        self.vocab_size = self.plan.text.vocab_size
-        if self.plan.image_tokens:
+        self.vocab_size = self.spec.text.vocab_size
+        if self.spec.tokens_per_image:
             for part in (self.vision_config, self.text_config):
-                part.num_image_tokens = self.plan.image_tokens
+                part.num_image_tokens = self.spec.tokens_per_image
         remember_config(self)
 
     @hands_on(MllamaForConditionalGeneration.forward)
@@ -89,7 +89,7 @@ class OlderModel(MllamaForConditionalGeneration):
     @property
     def ignore_index(self) -> int:
         """The label that is not trained."""
-        return self.plan.ignore_index
+        return self.spec.ignore_index
 
     @property
     def image_token_index(self) -> int | None:

@@ -15,7 +15,7 @@ from mllama.dropin._older_checkpoints import TABLE
 from mllama.dropin._placeholders import no_text
 from mllama.fusion.merge import find_placeholder, merge
 from mllama.fusion.projector import LinearProjector
-from mllama.loss import next_token_loss
+from mllama.nn.loss import next_token_loss
 
 
 class MultiModalProjector(LinearProjector):
@@ -90,7 +90,7 @@ class MllamaForConditionalGeneration(OlderModel):
     ) -> torch.Tensor:
         """As the package's: bool [B, T]. Where no script said the id, it is told from the runs it
         stands in; an id that no text has goes before one that an answer may repeat."""
-        if self.plan.fusion != "merge" or not is_unsaid(self.config.image_token_index):
+        if self.spec.fusion != "merge" or not is_unsaid(self.config.image_token_index):
             return super().find_placeholders(input_ids, attention_mask, pictures, per_picture)
         seen = (
             torch.ones_like(input_ids, dtype=torch.bool)
@@ -99,7 +99,9 @@ class MllamaForConditionalGeneration(OlderModel):
         )
         for places in (seen & self._no_text(input_ids), seen):
             token = (
-                find_placeholder(input_ids, places, per_picture or self.plan.image_tokens, pictures)
+                find_placeholder(
+                    input_ids, places, per_picture or self.spec.tokens_per_image, pictures
+                )
                 if pictures
                 else None
             )
@@ -120,14 +122,14 @@ class MllamaForConditionalGeneration(OlderModel):
     ) -> torch.Tensor | None:
         """As the package's. A prompt of text alone is answered without its picture, and a warning
         says so; one with an `<image>` that was not expanded is refused."""
-        told = self.plan.fusion != "merge" or not is_unsaid(self.config.image_token_index)
+        told = self.spec.fusion != "merge" or not is_unsaid(self.config.image_token_index)
         if told or not pictures or filled or torch.compiler.is_compiling():
             return super()._placeholders(input_ids, attention_mask, pictures, filled, per_picture)
         mask = None if attention_mask is None else attention_mask[:, -input_ids.shape[1] :]
         if self.find_placeholders(input_ids, mask, pictures, per_picture).any():
             return super()._placeholders(input_ids, attention_mask, pictures, filled, per_picture)
-        per_picture = per_picture or self.plan.image_tokens
-        if per_picture != self.plan.image_tokens:
+        per_picture = per_picture or self.spec.tokens_per_image
+        if per_picture != self.spec.tokens_per_image:
             raise ValueError(
                 f"input_ids hold no runs of {per_picture} placeholders, as many as each of {pictures} pictures has features"
             )

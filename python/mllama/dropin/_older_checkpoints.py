@@ -1,6 +1,6 @@
 """Weight files of older scripts' models: their tensors' names, and this package's."""
 
-from mllama.checkpoints.engine import Drop, Rename, Table
+from mllama.weights.rows import Drop, Rename, Table
 
 _DECODER, _LAYER = "language_model.model", "language_model.model.trf_blocks.{}"
 _OURS = "language_model.layers.{}"

@@ -5,7 +5,7 @@ from typing import Any
 
 from transformers import Cache
 
-from mllama.modeling import MllamaOutput
+from mllama.hf.modeling import MllamaOutput
 
 
 @dataclass

@@ -10,8 +10,9 @@ from collections.abc import Mapping
 
 import torch
 
-from mllama.config import MllamaTextConfig, check_size
+from mllama.config.checks import check_size
 from mllama.dropin._text_config import text_config
+from mllama.hf.configs import MllamaTextConfig
 from mllama.nn.rope import RotaryEmbedding
 from mllama.ops.rope import rope as rotate
 from mllama.ops.rope import rope_frequencies, rope_tables

@@ -8,7 +8,6 @@ import torch
 from torch import nn
 from transformers import Cache
 
-from mllama.config import MllamaTextConfig
 from mllama.dropin._arguments import by_construction, either, made_in
 from mllama.dropin._attention import (
     GroupQueryAttention,
@@ -21,10 +20,11 @@ from mllama.dropin._cache import KVCache
 from mllama.dropin._names import older_names
 from mllama.dropin._rope import compute_rope_params, whole
 from mllama.dropin._text_config import DictConfig, text_config
-from mllama.inputs import check_ids, check_range
+from mllama.hf.cache import check_cache, past_length
+from mllama.hf.configs import MllamaTextConfig
+from mllama.model.inputs import check_ids, check_range
 from mllama.nn import norm
 from mllama.nn.mlp import GatedMLP
-from mllama.text.cache import check_cache, past_length
 from mllama.text.decoder import Decoder, DecoderLayer, check_embeddings
 
 Config = MllamaTextConfig | Mapping

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from mllama.config import TEXT_SHORT_NAMES, MllamaTextConfig
+from mllama.hf.configs import TEXT_SHORT_NAMES, MllamaTextConfig
 from mllama.ops._dispatch import FLOAT_DTYPES
 
 _ROPE_FREQ = {

@@ -7,11 +7,12 @@ from dataclasses import replace
 import torch
 import transformers
 
+from mllama.config.spec import ModelSpec
 from mllama.dropin._arguments import hands_on
 from mllama.dropin._cache import KVCache
 from mllama.dropin._model import OlderModel
 from mllama.dropin._output import OlderOutput
-from mllama.families import Composition, compose
+from mllama.families.compose import compose
 
 __all__ = [
     "GemmaConfig",
@@ -130,10 +131,10 @@ class PaliGemmaForConditionalGeneration(OlderModel):
     """
 
     @staticmethod
-    def make_plan(config: transformers.PaliGemmaConfig) -> Composition:
+    def make_spec(config: transformers.PaliGemmaConfig) -> ModelSpec:
         """As the package's; the label that is not trained is the config's."""
-        plan = compose(config)
-        return replace(plan, ignore_index=getattr(config, "ignore_index", plan.ignore_index))
+        spec = compose(config)
+        return replace(spec, ignore_index=getattr(config, "ignore_index", spec.ignore_index))
 
     @hands_on(OlderModel.forward)
     def forward(

@@ -8,9 +8,9 @@ form, pixels cast to the weights' dtype.
 import torch
 from torch import nn
 
-from mllama.config import MllamaVisionConfig
+from mllama.encoders import siglip as towers
+from mllama.hf.configs import MllamaVisionConfig
 from mllama.nn.mlp import MLP
-from mllama.towers import siglip as towers
 
 __all__ = [
     "SiglipAttention",

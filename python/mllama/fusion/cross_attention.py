@@ -12,7 +12,8 @@ from torch import nn
 from transformers import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from mllama.config import MllamaTextConfig, check_reference
+from mllama.config.checks import check_reference
+from mllama.config.spec import TextSpec
 from mllama.nn.attention import split_heads
 from mllama.nn.gate import gated_add
 from mllama.nn.mlp import GatedMLP
@@ -171,7 +172,7 @@ class CrossAttention(nn.Module):
         layer_idx: this layer's place in the cache.
     """
 
-    def __init__(self, config: MllamaTextConfig, layer_idx: int):
+    def __init__(self, config: TextSpec, layer_idx: int):
         super().__init__()
         self.head_dim = config.head_dim
         self.kv_heads = config.num_key_value_heads
@@ -245,7 +246,7 @@ class CrossAttentionDecoderLayer(GradientCheckpointingLayer):
     of a learned number.
     """
 
-    def __init__(self, config: MllamaTextConfig, layer_idx: int):
+    def __init__(self, config: TextSpec, layer_idx: int):
         super().__init__()
         self.cross_attn = CrossAttention(config, layer_idx)
         self.mlp = GatedMLP(config.hidden_size, config.intermediate_size, config.hidden_act)

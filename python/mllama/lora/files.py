@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from mllama.checkpoints.files import listing, save_tensors, write_file
-from mllama.checkpoints.meta_source import MetaSource
+from mllama.checkpoints.meta.source import MetaSource
 from mllama.checkpoints.sources import SafetensorsSource, open_file
 from mllama.lora import peft
 from mllama.lora.convert import linear_layers, put_adapters

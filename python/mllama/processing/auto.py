@@ -72,7 +72,7 @@ def load_processor(
             return load_meta_processor(folder)
         files = [folder] if folder.is_file() else list(folder.glob("*.gguf"))
         if len(files) == 1 and files[0].suffix == ".gguf":
-            from mllama.checkpoints.gguf_tokenizer import load_tokenizer as load_gguf_tokenizer
+            from mllama.checkpoints.gguf.tokenizer import load_tokenizer as load_gguf_tokenizer
 
             return with_answers(load_gguf_tokenizer(files[0]))
     try:

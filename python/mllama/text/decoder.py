@@ -8,14 +8,14 @@ from torch import nn
 from transformers import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from mllama.compat import DecoderOutput, one_cache
-from mllama.config import MllamaTextConfig
+from mllama.config.spec import TextSpec
+from mllama.hf.cache import check_cache, key_length, past_length
+from mllama.hf.compat import DecoderOutput, one_cache
 from mllama.nn.attention import CausalAttention
 from mllama.nn.mlp import GatedMLP
 from mllama.nn.norm import RMSNorm, add_and_norm
 from mllama.nn.rope import RotaryEmbedding
 from mllama.ops._dispatch import FLOAT_DTYPES
-from mllama.text.cache import check_cache, key_length, past_length
 from mllama.text.packing import find_starts
 
 
@@ -24,7 +24,7 @@ class DecoderLayer(GradientCheckpointingLayer):
     are subclasses too.
     """
 
-    def __init__(self, config: MllamaTextConfig, layer_idx: int):
+    def __init__(self, config: TextSpec, layer_idx: int):
         super().__init__()
         self.self_attn = self.make_attention(config, layer_idx)
         self.mlp = self.make_mlp(config)
@@ -32,20 +32,20 @@ class DecoderLayer(GradientCheckpointingLayer):
         self.post_attention_layernorm = self.make_norm(config)
 
     @staticmethod
-    def make_attention(config: MllamaTextConfig, layer_idx: int) -> CausalAttention:
+    def make_attention(config: TextSpec, layer_idx: int) -> CausalAttention:
         heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
         return CausalAttention(
             config.hidden_size, heads, kv_heads, config.head_dim, layer_idx, config.attention_bias
         )
 
     @staticmethod
-    def make_mlp(config: MllamaTextConfig) -> GatedMLP:
+    def make_mlp(config: TextSpec) -> GatedMLP:
         return GatedMLP(
             config.hidden_size, config.intermediate_size, config.hidden_act, config.mlp_bias
         )
 
     @staticmethod
-    def make_norm(config: MllamaTextConfig) -> RMSNorm:
+    def make_norm(config: TextSpec) -> RMSNorm:
         return RMSNorm(config.hidden_size, config.rms_norm_eps, config.norm_offset)
 
     def forward(
@@ -92,9 +92,7 @@ class Decoder(nn.Module):
     layer_class = DecoderLayer  # a subclass may have another
 
     def __init__(
-        self,
-        config: MllamaTextConfig,
-        cross_layer: Callable[[MllamaTextConfig, int], nn.Module] | None = None,
+        self, config: TextSpec, cross_layer: Callable[[TextSpec, int], nn.Module] | None = None
     ):
         super().__init__()
         self.config = config

@@ -1,0 +1,384 @@
+"""GGUF files, llama.cpp's: text models of the architectures `llama` and `gemma`, in every type of
+block that the gguf library knows.
+
+A file has the weights, the sizes, and the tokenizer (`gguf_tokenizer.py`); `gguf_writer.py` writes
+one. Against Hugging Face's layout the rows of a llama's q_proj and k_proj are permuted (pairs that
+rotate are neighbours), a gemma's norms hold 1 + w, and Llama 3's scaling of the rotary frequencies
+is a tensor of the factors that it comes to.
+"""
+
+import math
+import os
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import GemmaConfig, LlamaConfig, PretrainedConfig
+
+from mllama.checkpoints.gguf.header import GgufHeader, gguf
+from mllama.checkpoints.sources import Header
+from mllama.config.checks import check_size
+from mllama.config.files import build
+from mllama.weights.format import Opened
+from mllama.weights.rows import Drop, Permute, Rename, Row, Shift, Table
+
+ROPE_FREQS = "rope_freqs.weight"
+# our own: all that generation ends with, in order; llama.cpp has keys for three and knows others by
+# their texts
+ENDS = "mllama.eos_token_ids"
+EOM = "<|eom_id|>"  # the end of a message that calls a tool
+# Tokens that llama.cpp ends an answer at wherever a vocabulary has them, from its llama-vocab.cpp.
+_TURN_ENDS = (
+    "<|eot_id|>",
+    "<|im_end|>",
+    "<|end|>",
+    "<end_of_turn>",
+    "<|endoftext|>",
+    "<|end_of_text|>",
+    EOM,
+)
+_CONTROL_ENDS = (
+    "</s>",
+    "<EOT>",
+    "_<EOT>",
+    "[EOT]",
+    "[EOS]",
+    "<|return|>",
+    "<|call|>",
+    "<end_of_utterance>",
+)  # where they are no plain text
+# What Meta's Llama 3 files of every size have; they differ in the factor.
+LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
+ORIGINAL_CONTEXT = 8192
+
+_Type = gguf.GGMLQuantizationType
+_PLAIN = {_Type.F32: torch.float32, _Type.F16: torch.float16, _Type.BF16: torch.bfloat16}
+
+
+def table(config: PretrainedConfig) -> Table:
+    """The rows between a GGUF file's tensors and the text part of a model.
+
+    Args:
+        config: LlamaConfig or GemmaConfig.
+    """
+    gemma = isinstance(config, GemmaConfig)
+    norm: list = [Shift(-1.0)] if gemma else []
+    q, k = (
+        [] if gemma else [Permute(heads)]
+        for heads in (config.num_attention_heads, config.num_key_value_heads)
+    )
+    layer, block = "language_model.layers.{}", "blk.{}"
+    rows: list[Row] = [
+        Rename("language_model.embed_tokens.weight", "token_embd.weight"),
+        Rename("language_model.norm.weight", "output_norm.weight", steps=norm),
+        Rename("lm_head.weight", "output.weight"),
+        Rename(f"{layer}.input_layernorm.weight", f"{block}.attn_norm.weight", steps=norm),
+        Rename(f"{layer}.post_attention_layernorm.weight", f"{block}.ffn_norm.weight", steps=norm),
+        Rename(f"{layer}.self_attn.q_proj.*", f"{block}.attn_q.*", steps=q),
+        Rename(f"{layer}.self_attn.k_proj.*", f"{block}.attn_k.*", steps=k),
+        Rename(f"{layer}.self_attn.v_proj.*", f"{block}.attn_v.*"),
+        Rename(f"{layer}.self_attn.o_proj.*", f"{block}.attn_output.*"),
+        *(
+            Rename(f"{layer}.mlp.{name}_proj.*", f"{block}.ffn_{name}.*")
+            for name in ("gate", "up", "down")
+        ),
+        Drop(ROPE_FREQS),  # the config has what it says
+    ]
+    return rows
+
+
+class GgufSource:
+    """The tensors of a GGUF file.
+
+    F32, F16 and BF16 are read as they are. Blocks are dequantised, and are float32: so "auto", the
+    dtype that most elements have, is float32 for a quantised file, and the file's own for one of
+    halves.
+    """
+
+    mapped = False
+
+    def __init__(self, header: GgufHeader):
+        """
+        Raises:
+            ValueError: a type of block that the gguf library does not dequantise.
+        """
+        self.where = str(header.path)
+        self._path = header.path
+        self._tensors = {
+            name: (tensor.tensor_type, tuple(tensor.data.shape), tensor.data_offset, tensor.n_bytes)
+            for name, tensor in header.tensors.items()
+        }
+        self._headers = {}
+        for name, tensor in header.tensors.items():
+            _check_type(self.where, name, tensor.tensor_type)
+            self._headers[name] = Header(
+                tuple(tensor.shape[::-1].tolist()), _PLAIN.get(tensor.tensor_type, torch.float32)
+            )
+
+    def headers(self) -> dict[str, Header]:
+        """Every tensor's shape, and the dtype that `read` gives."""
+        return self._headers
+
+    def read(self, name: str) -> torch.Tensor:
+        """One tensor, in memory of its own.
+
+        Raises:
+            ValueError: the file has become shorter.
+        """
+        kind, stored, offset, size = self._tensors[name]
+        data = np.fromfile(self._path, np.uint8, size, offset=offset)
+        if data.nbytes != size:
+            raise ValueError(f"{self.where} ends within {name}")
+        if kind in _PLAIN:
+            return torch.from_numpy(data).view(_PLAIN[kind]).reshape(self._headers[name].shape)
+        with np.errstate(
+            all="ignore"
+        ):  # a broken file's scales may be infinite; so are its weights then
+            return torch.from_numpy(gguf.dequantize(data.reshape(stored), kind))
+
+    def close(self) -> None:
+        """Nothing is held open."""
+
+    def __enter__(self) -> "GgufSource":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+
+def _check_type(where: str, name: str, kind: gguf.GGMLQuantizationType) -> None:
+    block, size = gguf.GGML_QUANT_SIZES[kind]
+    try:
+        gguf.dequantize(np.zeros((1, size), np.uint8), kind)
+    except NotImplementedError as error:
+        raise ValueError(
+            f"{where}: {name} is of the type {kind.name}, which the gguf library cannot dequantise"
+        ) from error
+
+
+def open_gguf(path: str | os.PathLike, config: PretrainedConfig | None = None) -> Opened:
+    """Open a GGUF file: its header is read, and of its tensors the rotary factors at most.
+
+    Args:
+        path: the file.
+        config: takes the place of the file's own.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: it is none, a broken one, one of several parts, or of a model that is not read.
+        TypeError: a config of another kind.
+    """
+    header = GgufHeader(path)
+    if (parts := header.get("split.count", int, 1)) > 1:
+        raise ValueError(
+            f"{path} is one of {parts} parts; llama.cpp's gguf-split --merge makes one file of them"
+        )
+    source = GgufSource(header)
+    architecture = header.get("general.architecture", str)
+    if architecture not in _CONFIGS:
+        raise ValueError(
+            f"{path}: the architecture {architecture[:50]!r} is not read; {' and '.join(_CONFIGS)} are"
+        )
+    config_class, fixed = _CONFIGS[architecture]
+    arguments = _sizes(header, architecture) | _ids(header) | fixed
+    arguments["rope_parameters"] = _rope(header, architecture, source, arguments["head_dim"])
+    if config is None:
+        try:
+            config = build(config_class, arguments)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
+    elif not isinstance(config, config_class):
+        raise TypeError(
+            f"config must be a {config_class.__name__} or None, got {type(config).__name__}"
+        )
+    generation = {
+        name: arguments[name]
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id")
+        if arguments[name] is not None
+    }
+    return Opened(config, table(config), source, generation)
+
+
+_CONFIGS: dict[str, tuple[type[PretrainedConfig], dict[str, Any]]] = {
+    "llama": (LlamaConfig, {"hidden_act": "silu"}),
+    "gemma": (GemmaConfig, {"hidden_act": "gelu_pytorch_tanh"}),
+}
+
+
+def _sizes(header: GgufHeader, architecture: str) -> dict[str, Any]:
+    def size(name: str, default: int | None = None) -> int:
+        value = header.get(f"{architecture}.{name}", int, default)
+        if value < 1:
+            raise ValueError(f"{header.path}: {architecture}.{name} must be positive, got {value}")
+        return value
+
+    layers, hidden, heads = (
+        size("block_count"),
+        size("embedding_length"),
+        size("attention.head_count"),
+    )
+    if layers > len(header.tensors):
+        raise ValueError(
+            f"{header.path}: {architecture}.block_count is {layers}, the file holds {len(header.tensors)} tensors in all"
+        )
+    embedding = header.tensors.get("token_embd.weight")
+    if embedding is None or len(embedding.shape) != 2:
+        raise ValueError(f"{header.path} has no matrix token_embd.weight")
+    head = size("attention.key_length", max(hidden // heads, 1))
+    for name, same in (
+        ("attention.value_length", "attention.key_length"),
+        ("rope.dimension_count", "attention.key_length"),
+    ):
+        if size(name, head) != head:
+            raise ValueError(
+                f"{header.path}: {architecture}.{name} is {size(name)}, {same} is {head}; they must be equal"
+            )
+    if header.get(f"{architecture}.expert_count", int, 0):
+        raise ValueError(
+            f"{header.path}: models of several experts are not read, {architecture}.expert_count is above 0"
+        )
+    return {
+        "vocab_size": int(embedding.shape[1]),
+        "hidden_size": hidden,
+        "intermediate_size": size("feed_forward_length"),
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": size("attention.head_count_kv", heads),
+        "head_dim": head,
+        "max_position_embeddings": size("context_length"),
+        "rms_norm_eps": header.get(f"{architecture}.attention.layer_norm_rms_epsilon", float),
+        "tie_word_embeddings": "output.weight" not in header.tensors,
+        "attention_bias": "blk.0.attn_q.bias" in header.tensors,
+    } | ({"mlp_bias": "blk.0.ffn_gate.bias" in header.tensors} if architecture == "llama" else {})
+
+
+def _ids(header: GgufHeader) -> dict[str, Any]:
+    """The special tokens' ids; None for what the file does not name, since a config's own defaults
+    are another model's.
+    """
+    found: dict[str, Any] = {}
+    vocabulary = int(header.tensors["token_embd.weight"].shape[1])
+    for name, key in (
+        ("bos", "bos"),
+        ("eos", "eos"),
+        ("eot", "eot"),
+        ("eom", "eom"),
+        ("pad", "padding"),
+    ):
+        value = header.get(f"tokenizer.ggml.{key}_token_id", int, -1)
+        if value >= vocabulary:
+            raise ValueError(
+                f"{header.path}: tokenizer.ggml.{key}_token_id is {value}, the vocabulary has {vocabulary} tokens"
+            )
+        found[f"{name}_token_id"] = value if value >= 0 else None
+    # The end of a text, and what an answer of a chat ends with, where that is another.
+    named = [
+        value
+        for name in ("eos", "eot", "eom")
+        if (value := found.pop(f"{name}_token_id")) is not None
+    ]
+    ends = header.get(ENDS, list, []) or list(
+        dict.fromkeys([*named, *_ends_by_text(header, vocabulary)])
+    )
+    if not all(type(end) is int and 0 <= end < vocabulary for end in ends):
+        raise ValueError(
+            f"{header.path}: {ENDS} must be ids of the {vocabulary} tokens, got {str(ends)[:100]}"
+        )
+    found["eos_token_id"] = ends if len(ends) > 1 else ends[0] if ends else None
+    return found
+
+
+def _ends_by_text(header: GgufHeader, vocabulary: int) -> list[int]:
+    tokens = header.get("tokenizer.ggml.tokens", list, [])[:vocabulary]
+    kinds = header.get("tokenizer.ggml.token_type", list, [])
+    control = (gguf.TokenType.CONTROL, gguf.TokenType.USER_DEFINED)
+    return [
+        place
+        for place, token in enumerate(tokens)
+        if token in _TURN_ENDS
+        or (token in _CONTROL_ENDS and place < len(kinds) and kinds[place] in control)
+    ]
+
+
+def _rope(
+    header: GgufHeader, architecture: str, source: GgufSource, head_dim: int
+) -> dict[str, Any]:
+    base = header.get(f"{architecture}.rope.freq_base", float, 10000.0)
+    kind = header.get(f"{architecture}.rope.scaling.type", str, "none")
+    older = f"{architecture}.rope.scale_linear"  # of 2023's files
+    if kind not in ("none", "linear"):
+        raise ValueError(
+            f"{header.path}: {architecture}.rope.scaling.type {kind[:50]!r} is not read; 'none' and 'linear' are"
+        )
+    factor = header.get(
+        f"{architecture}.rope.scaling.factor" if kind == "linear" else older, float, 1.0
+    )
+    parameters: dict[str, Any] = {"rope_type": "default", "rope_theta": base}
+    if factor not in (0.0, 1.0):
+        parameters |= {"rope_type": "linear", "factor": factor}
+    if ROPE_FREQS in header.tensors:
+        name = f"{architecture}.rope.scaling.original_context_length"
+        original = header.get(name, int, ORIGINAL_CONTEXT)
+        check_size(str(header.path), name, original)
+        scaling = _llama3(header, source, base, head_dim, original)
+        if scaling and parameters["rope_type"] != "default":
+            raise ValueError(
+                f"{header.path}: the rotary frequencies are scaled twice, by {ROPE_FREQS} and by a linear factor"
+            )
+        parameters |= scaling
+    return parameters
+
+
+def _llama3(
+    header: GgufHeader, source: GgufSource, base: float, head_dim: int, original: int
+) -> dict[str, Any]:
+    """The parameters that rope_freqs.weight comes of; empty where it scales nothing."""
+    shape = source.headers()[ROPE_FREQS].shape
+    if shape != (head_dim // 2,):
+        raise ValueError(
+            f"{header.path}: {ROPE_FREQS} must have {head_dim // 2} factors, one for each rotary pair, got {list(shape)}"
+        )
+    parameters = llama3_parameters(source.read(ROPE_FREQS), head_dim, base, original)
+    if parameters is None:
+        said = ", ".join(f"{name} {value}" for name, value in LLAMA3.items())
+        raise ValueError(
+            f"{header.path}: {ROPE_FREQS} is no scaling of Llama 3 with {said}, an original context of {original} tokens and one factor; "
+            "others are not read"
+        )
+    return parameters
+
+
+def llama3_parameters(
+    factors: torch.Tensor, head_dim: int, base: float, original: int
+) -> dict[str, Any] | None:
+    """The parameters of Llama 3's scaling that these factors come of; empty where they scale
+    nothing, None for those of another.
+    """
+    stored = factors.double()
+    if bool((stored == 1).all()):
+        return {}
+    factor = round(float(stored[-1]), 4)  # the slowest pair's is the whole factor
+    parameters = {
+        "rope_type": "llama3",
+        "factor": factor,
+        "original_max_position_embeddings": original,
+    } | LLAMA3
+    known = factor > 1 and torch.allclose(
+        stored, rope_factors(head_dim, base, parameters), rtol=1e-4
+    )
+    return parameters if known else None
+
+
+def rope_factors(head_dim: int, base: float, parameters: dict[str, Any]) -> torch.Tensor:
+    """What Llama 3's scaling divides each rotary frequency by: float64 [head_dim / 2]. Formula of
+    transformers' `rope_type` "llama3".
+    """
+    factor, low, high = (
+        parameters[name] for name in ("factor", "low_freq_factor", "high_freq_factor")
+    )
+    frequencies = base ** (
+        -torch.arange(0, head_dim, 2, dtype=torch.float64, device="cpu") / head_dim
+    )
+    turns = parameters["original_max_position_embeddings"] * frequencies / (2 * math.pi)
+    kept = ((turns - low) / (high - low)).clamp(0, 1)
+    return 1 / ((1 - kept) / factor + kept)

@@ -1,0 +1,305 @@
+"""The tokenizer of a GGUF file, and a tokenizer as a GGUF file has it.
+
+Two kinds: `gpt2`, byte-level BPE with a pre-tokenizer that has a name (`tokenizer.ggml.pre`), and
+`llama`, SentencePiece's BPE with a score for each token. Transformers' own conversion does not know
+the pre-tokenizer of SmolLM, nor that Llama 3 takes a word that is a token without merging; so both
+are put together here, from the parts of the tokenizers library, as llama.cpp reads them.
+"""
+
+import json
+import os
+import re
+from typing import Any
+
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_tokenizers
+from tokenizers.models import BPE
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers.tokenization_utils_base import generate_merges
+
+from mllama.checkpoints.gguf.header import GgufHeader, gguf
+
+_SPACE = "\u2581"  # SentencePiece's space
+_TOKEN_MAX = 512  # characters of one token; its merges are found by trying every cut of it
+_BYTE = re.compile("<0x[0-9A-F]{2}>")
+_KEYS = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
+
+_GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)"
+_LLAMA3 = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+
+
+def _split(*patterns: str) -> pre_tokenizers.PreTokenizer:
+    """Cuts by one regular expression after the other, then bytes."""
+    cuts = [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in patterns]
+    return pre_tokenizers.Sequence(
+        [*cuts, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
+
+
+# llama.cpp's names, as its llama-vocab.cpp has them; the first of several spellings is written.
+_PRE = {
+    "llama-bpe": _split(_LLAMA3),
+    "llama3": _split(_LLAMA3),
+    "llama-v3": _split(_LLAMA3),
+    "smollm": pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Digits(individual_digits=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False),
+        ]
+    ),
+    "gpt-2": pre_tokenizers.ByteLevel(add_prefix_space=False),
+    "default": _split(r"[\p{P}\$\+<=>\^~\|]+", _GPT2, r"\p{N}+", "[0-9][0-9][0-9]"),
+}
+_WHOLE_WORDS = (
+    "llama-bpe",
+    "llama3",
+    "llama-v3",
+)  # a word that is a token is taken whole, and BOS is added
+
+
+def load_tokenizer(path: str | os.PathLike) -> PreTrainedTokenizerFast:
+    """The tokenizer inside a GGUF file, with its special tokens and its chat template.
+
+    Control tokens are special; tokens of the user are found in any text, and are not. BOS and EOS
+    are added as the file says, and as llama.cpp does where it says nothing. Templates are rendered
+    by transformers, in jinja2's immutable sandbox.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: it is none, a broken one, or has a tokenizer of another kind.
+    """
+    header = GgufHeader(path)
+    tokens, kinds = (
+        header.get("tokenizer.ggml.tokens", list),
+        header.get("tokenizer.ggml.token_type", list, []),
+    )
+    kinds = kinds or [gguf.TokenType.NORMAL] * len(tokens)
+    if (
+        len(kinds) != len(tokens)
+        or len(set(tokens)) != len(tokens)
+        or not all(isinstance(token, str) for token in tokens)
+    ):
+        raise ValueError(
+            f"{path}: tokenizer.ggml.tokens must be distinct texts, with one tokenizer.ggml.token_type each"
+        )
+    if (longest := max(map(len, tokens), default=0)) > _TOKEN_MAX:
+        raise ValueError(f"{path}: a token has {longest} characters; at most {_TOKEN_MAX} are read")
+    model = header.get("tokenizer.ggml.model", str)
+    if model not in ("gpt2", "llama"):
+        raise ValueError(
+            f"{path}: a tokenizer.ggml.model {model[:50]!r} is not read; 'gpt2' and 'llama' are"
+        )
+    named = {f"{name}_token": _token(header, tokens, key) for name, key in _KEYS.items()}
+    try:
+        backend = (_byte_level if model == "gpt2" else _sentencepiece)(
+            header, tokens, kinds, named["unk_token"]
+        )
+    except ValueError:
+        raise
+    except Exception as error:  # tokenizers raises no narrower one, for merges that are none
+        raise ValueError(f"{path}: the tokenizer cannot be: {str(error)[:200]}") from error
+    added = [
+        (token, kind)
+        for token, kind in zip(tokens, kinds, strict=True)
+        if kind in (gguf.TokenType.CONTROL, gguf.TokenType.USER_DEFINED)
+    ]
+    backend.add_special_tokens(
+        [
+            AddedToken(token, normalized=False)
+            for token, kind in added
+            if kind == gguf.TokenType.CONTROL
+        ]
+    )
+    backend.add_tokens(
+        [
+            AddedToken(token, normalized=False)
+            for token, kind in added
+            if kind == gguf.TokenType.USER_DEFINED
+        ]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        **{
+            name: AddedToken(token, normalized=False, special=True)
+            for name, token in named.items()
+            if token is not None
+        },
+        add_bos_token=header.get(
+            "tokenizer.ggml.add_bos_token", bool, model == "llama" or _pre(header) in _WHOLE_WORDS
+        ),
+        add_eos_token=header.get("tokenizer.ggml.add_eos_token", bool, False),
+        chat_template=header.get("tokenizer.chat_template", str, "") or None,
+        clean_up_tokenization_spaces=False,
+        model_input_names=["input_ids", "attention_mask"],
+        padding_side="left",
+    )
+
+
+def _token(header: GgufHeader, tokens: list[str], key: str) -> str | None:
+    place = header.get(f"tokenizer.ggml.{key}_token_id", int, -1)
+    if place >= len(tokens):
+        raise ValueError(
+            f"{header.path}: tokenizer.ggml.{key}_token_id is {place}, there are {len(tokens)} tokens"
+        )
+    return tokens[place] if place >= 0 else None
+
+
+def _pre(header: GgufHeader) -> str:
+    return header.get("tokenizer.ggml.pre", str, "default")
+
+
+def _byte_level(
+    header: GgufHeader, tokens: list[str], kinds: list[int], unknown: str | None
+) -> Tokenizer:
+    pre = _pre(header)
+    if pre not in _PRE:
+        raise ValueError(
+            f"{header.path}: a tokenizer.ggml.pre {pre[:50]!r} is not read; {', '.join(_PRE)} are"
+        )
+    merges = [tuple(merge.split(" ", 1)) for merge in header.get("tokenizer.ggml.merges", list, [])]
+    backend = Tokenizer(
+        BPE(
+            {token: place for place, token in enumerate(tokens)},
+            merges,
+            ignore_merges=pre in _WHOLE_WORDS,
+        )
+    )
+    backend.pre_tokenizer, backend.decoder = _PRE[pre], decoders.ByteLevel()
+    return backend
+
+
+def _sentencepiece(
+    header: GgufHeader, tokens: list[str], kinds: list[int], unknown: str | None
+) -> Tokenizer:
+    scores = header.get("tokenizer.ggml.scores", list)
+    if len(scores) != len(tokens):
+        raise ValueError(
+            f"{header.path}: {len(scores)} tokenizer.ggml.scores for {len(tokens)} tokens"
+        )
+    whole = {
+        token for token, kind in zip(tokens, kinds, strict=True) if kind != gguf.TokenType.NORMAL
+    }
+    vocabulary = {token: place for place, token in enumerate(tokens)}
+    merges = generate_merges(vocabulary, dict(zip(tokens, scores, strict=True)), whole)
+    backend = Tokenizer(
+        BPE(vocabulary, merges, unk_token=unknown, fuse_unk=True, byte_fallback=True)
+    )
+    spaces = normalizers.Replace(" ", _SPACE)
+    steps = [decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
+    if header.get("tokenizer.ggml.add_space_prefix", bool, True):
+        backend.normalizer = normalizers.Sequence([normalizers.Prepend(_SPACE), spaces])
+        steps.append(decoders.Strip(" ", 1, 0))
+    else:
+        backend.normalizer = spaces
+    backend.decoder = decoders.Sequence(steps)
+    return backend
+
+
+def add_tokenizer(
+    writer: gguf.GGUFWriter, tokenizer: PreTrainedTokenizerBase, vocabulary: int
+) -> None:
+    """Put a tokenizer into the metadata of a GGUF file.
+
+    SentencePiece's merges are told by a score for each token, the earlier the higher: that is all
+    of them for tokenizers that come from SentencePiece.
+
+    Args:
+        writer: of the file.
+        tokenizer: a fast one, whose model is BPE.
+        vocabulary: rows of the model's embedding matrix; what the tokenizer does not name is filled
+            up with unused tokens.
+
+    Raises:
+        TypeError: no fast tokenizer.
+        ValueError: one of another kind, or with more tokens than the model.
+    """
+    if not isinstance(tokenizer, PreTrainedTokenizerFast):
+        raise TypeError(
+            f"tokenizer must be a fast tokenizer of transformers, got {type(tokenizer).__name__}"
+        )
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    model = state["model"]
+    places = {place: token for token, place in tokenizer.get_vocab().items()}
+    if model["type"] != "BPE":
+        raise ValueError(
+            f"a tokenizer whose model is {model['type']} cannot be written as GGUF; BPE can"
+        )
+    if max(places, default=-1) >= vocabulary:
+        raise ValueError(
+            f"the tokenizer has the id {max(places)}, the model an embedding matrix of {vocabulary} rows"
+        )
+    merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
+    sentencepiece = model["byte_fallback"]
+    added = {entry["id"]: entry for entry in state["added_tokens"]}
+    tokens, kinds = [], []
+    for place in range(vocabulary):
+        token, kind = places.get(place), gguf.TokenType.NORMAL
+        if token is None:
+            token, kind = f"[PAD{place}]", gguf.TokenType.UNUSED
+        elif sentencepiece and token == model["unk_token"]:
+            kind = gguf.TokenType.UNKNOWN
+        elif place in added:
+            kind = (
+                gguf.TokenType.CONTROL if added[place]["special"] else gguf.TokenType.USER_DEFINED
+            )
+            if kind == gguf.TokenType.USER_DEFINED:  # these are found in text as it stands
+                token = token.replace(_SPACE, " ")
+        elif sentencepiece and _BYTE.fullmatch(token):
+            kind = gguf.TokenType.BYTE
+        tokens.append(token)
+        kinds.append(int(kind))
+    plain, whole = tokenizer.encode("a", add_special_tokens=False), tokenizer.encode("a")
+    writer.add_tokenizer_model("llama" if sentencepiece else "gpt2")
+    writer.add_tokenizer_pre("default" if sentencepiece else _pre_name(state))
+    writer.add_token_list(tokens)
+    writer.add_token_types(kinds)
+    if sentencepiece:
+        made = {
+            merge.replace(" ", ""): -float(place)
+            for place, merge in reversed(list(enumerate(merges)))
+        }
+        writer.add_token_scores([made.get(token, -float(len(merges))) for token in tokens])
+        writer.add_add_space_prefix(tokenizer.convert_ids_to_tokens(plain)[0].startswith(_SPACE))
+    else:
+        writer.add_token_merges(merges)
+    for name, key in _KEYS.items():
+        if (place := getattr(tokenizer, f"{name}_token_id")) is not None:
+            writer.add_uint32(f"tokenizer.ggml.{key}_token_id", place)
+    writer.add_add_bos_token(whole[0] != plain[0] and whole[0] == tokenizer.bos_token_id)
+    writer.add_add_eos_token(whole[-1] != plain[-1] and whole[-1] == tokenizer.eos_token_id)
+    if tokenizer.chat_template:
+        template = tokenizer.chat_template
+        if isinstance(template, dict):
+            template = [{"name": name, "template": text} for name, text in template.items()]
+        writer.add_chat_template(template)
+
+
+def _pre_name(state: dict[str, Any]) -> str:
+    """llama.cpp's name of a pre-tokenizer, from a tokenizer's state.
+
+    Raises:
+        ValueError: it has none.
+    """
+    found = _without_offsets(state["pre_tokenizer"])
+    for name, known in _PRE.items():
+        backend = Tokenizer(BPE())
+        backend.pre_tokenizer = known
+        if (
+            state["normalizer"] is None
+            and _without_offsets(json.loads(backend.to_str())["pre_tokenizer"]) == found
+        ):
+            return name
+    said = (
+        f"its pre-tokenizer is {str(found)[:200]}, its normalizer {str(state['normalizer'])[:100]}"
+    )
+    raise ValueError(
+        f"the tokenizer cannot be written as GGUF: {said}; of byte-level ones those of {', '.join(_PRE)} can"
+    )
+
+
+def _without_offsets(part: Any) -> Any:
+    """A tokenizer's part without what only moves offsets."""
+    if isinstance(part, dict):
+        return {
+            name: _without_offsets(value) for name, value in part.items() if name != "trim_offsets"
+        }
+    return [_without_offsets(value) for value in part] if isinstance(part, list) else part

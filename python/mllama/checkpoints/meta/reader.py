@@ -1,0 +1,286 @@
+"""Meta's own folders: params.json, consolidated.*.pth and the names of Meta's reference code, for
+Llama 3.x and Llama-3.2-Vision.
+"""
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from transformers import LlamaConfig, MllamaConfig
+from transformers.models.mllama.configuration_mllama import MllamaTextConfig, MllamaVisionConfig
+
+from mllama.checkpoints.files import find_inside, read_json
+from mllama.checkpoints.meta.source import MetaSource, find_shards
+from mllama.checkpoints.meta.tables import ENCODER, NEW_ROWS, text_table, vision_table
+from mllama.checkpoints.sources import Header
+from mllama.weights.format import Opened
+
+PARAMS = "params.json"
+# What params.json does not say of the vision tower: constants of Meta's code.
+VISION = {
+    "hidden_size": 1280,
+    "intermediate_size": 5120,
+    "num_hidden_layers": 32,
+    "num_global_layers": 8,
+    "attention_heads": 16,
+    "patch_size": 14,
+    "num_channels": 3,
+    "intermediate_layers_indices": [3, 7, 15, 23, 30],
+}
+_SPECIAL = 256  # special tokens, the last of the vocabulary
+_ROPE_FACTOR_32 = (
+    (2048, 16),
+    (3072, 28),
+)  # (dim, n_layers) of 1B and 3B; the others have 8, which Meta's code uses for all
+_LARGEST = 2**31 - 1
+_FINER = 4  # times more patches than the file has positions for, at most, are interpolated
+
+
+def open_meta(folder: str | Path) -> Opened:
+    """A folder as Meta ships it: its config, and its tensors under Meta's names, parallel shards
+    put together.
+
+    Args:
+        folder: with params.json and consolidated.pth, or consolidated.00.pth, consolidated.01.pth
+            and so on.
+
+    Raises:
+        FileNotFoundError: no params.json, no weights, or a shard that is not there.
+        ValueError: params.json or a shard is broken, is of no Llama 3, or the two do not fit each
+            other.
+    """
+    folder = Path(folder)
+    params = _Params(find_inside(folder, PARAMS))
+    source = MetaSource(str(folder), find_shards(folder))
+    text = _text_arguments(params)
+    return (
+        _open_vision(params, text, source)
+        if params.has_vision
+        else _open_text(params, text, source)
+    )
+
+
+def _open_text(params: "_Params", text: dict[str, Any], source: "MetaSource") -> Opened:
+    headers = source.headers()
+    _check_fit(params.path, headers, _text_shapes("", text), {"layers": text["num_hidden_layers"]})
+    tied = "output.weight" not in headers or source.same("output.weight", "tok_embeddings.weight")
+    config = LlamaConfig(**text, tie_word_embeddings=tied)
+    return Opened(config, text_table(config), source, _generation(config))
+
+
+def _open_vision(params: "_Params", text: dict[str, Any], source: "MetaSource") -> Opened:
+    layers, tiles = text["num_hidden_layers"], params.count("vision_max_num_chunks", 4)
+    headers = source.headers()
+    width, dim = VISION["hidden_size"], text["hidden_size"]
+    states = 1 + len(VISION["intermediate_layers_indices"])
+    fusion = _fusion(layers, params.count("vision_num_cross_attention_layers"))
+    _check_fit(
+        params.path,
+        headers,
+        _text_shapes("text_model.", text)
+        | {
+            "text_model.learnable_embedding.weight": (NEW_ROWS, dim),
+            f"{ENCODER}conv1._linear.weight": (
+                width,
+                VISION["num_channels"] * VISION["patch_size"] ** 2,
+            ),
+            f"{ENCODER}positional_embedding": (None, width),
+            f"{ENCODER}gated_positional_embedding": (tiles, tiles, None, width),
+            f"{ENCODER}transformer.resblocks.0.mlp.c_fc.weight": (
+                VISION["intermediate_size"],
+                width,
+            ),
+            "vision_model.vision_projection.weight": (dim, states * width),
+        },
+        {
+            "text_model.layers": layers,
+            "text_model.cross_attention_layers": len(fusion),
+            f"{ENCODER}transformer.resblocks": VISION["num_hidden_layers"],
+            f"{ENCODER}global_transformer.resblocks": VISION["num_global_layers"],
+        },
+    )
+    size = params.count("vision_chunk_size")
+    patches, positions = (
+        (size // VISION["patch_size"]) ** 2,
+        headers[f"{ENCODER}positional_embedding"].shape[0] - 1,
+    )
+    if not 0 < patches <= _FINER * positions:
+        raise ValueError(
+            f"{params.path}: vision_chunk_size {size} makes {patches} patches; the shards have positions for {positions}"
+        )
+    crossed = [layer + place for place, layer in enumerate(sorted(fusion))]
+    config = MllamaConfig(
+        text_config=MllamaTextConfig(
+            **text | {"num_hidden_layers": layers + len(crossed)}, cross_attention_layers=crossed
+        ).to_dict(),
+        vision_config=MllamaVisionConfig(
+            **VISION,
+            image_size=size,
+            vision_output_dim=states * width,
+            max_num_tiles=tiles,
+            supported_aspect_ratios=[
+                [h, w] for h in range(1, tiles + 1) for w in range(1, tiles + 1) if h * w <= tiles
+            ],
+        ).to_dict(),
+        image_token_index=text["vocab_size"],  # the first of the new rows
+    )
+    return Opened(config, vision_table(config), source, _generation(config.text_config))
+
+
+def _fusion(self_layers: int, cross_layers: int) -> range:
+    """Meta's schedule, from the last one on: the self-attention layers that a cross-attention layer
+    stands before, evenly spread.
+    """
+    return range(self_layers - 1, -1, -math.ceil(self_layers / cross_layers))[:cross_layers]
+
+
+def _text_arguments(params: "_Params") -> dict[str, Any]:
+    """The arguments of transformers' config of the decoder, cross-attention layers left out."""
+    dim, layers, heads = (params.count(name) for name in ("dim", "n_layers", "n_heads"))
+    kv_heads, vocabulary = params.count("n_kv_heads", heads), params.count("vocab_size")
+    if dim % (2 * heads) or heads % kv_heads:
+        raise ValueError(
+            f"{params.path}: dim {dim}, n_heads {heads} and n_kv_heads {kv_heads} do not divide one another"
+        )
+    rope = {"rope_type": "default", "rope_theta": params.number("rope_theta")}
+    scaled = params.content.get("use_scaled_rope", False)
+    if not isinstance(scaled, bool):
+        raise ValueError(f"{params.path}: use_scaled_rope must be true or false, got {scaled!r}")
+    if scaled:
+        rope |= {
+            "rope_type": "llama3",
+            "factor": 32.0 if (dim, layers) in _ROPE_FACTOR_32 else 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 8192,
+        }
+    inner = int(2 * 4 * dim / 3)
+    if params.content.get("ffn_dim_multiplier") is not None:
+        inner = int(params.number("ffn_dim_multiplier") * inner)
+    multiple = params.count("multiple_of", 256)
+    return {
+        "vocab_size": vocabulary,
+        "hidden_size": dim,
+        "intermediate_size": math.ceil(inner / multiple) * multiple,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "rms_norm_eps": params.number("norm_eps"),
+        "rope_parameters": rope,
+        "max_position_embeddings": 131072 if scaled else 8192,
+        **_special_ids(vocabulary),
+    }
+
+
+def _special_ids(vocabulary: int) -> dict[str, Any]:
+    """Meta's special tokens as a config has them; none where the vocabulary has no room for them
+    beside the single bytes.
+    """
+    if vocabulary < 256 + _SPECIAL:
+        return {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
+    first = vocabulary - _SPECIAL
+    # Meta stops at end of text, end of message and end of turn, whatever the model.
+    return {
+        "bos_token_id": first,
+        "eos_token_id": [first + 1, first + 8, first + 9],
+        "pad_token_id": first + 4,
+    }
+
+
+def _generation(config: LlamaConfig | MllamaTextConfig) -> dict[str, Any] | None:
+    ids = {name: getattr(config, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    return ids if config.eos_token_id is not None else None
+
+
+def _text_shapes(prefix: str, text: dict[str, Any]) -> dict[str, tuple[int | None, ...]]:
+    """Tensors that show every size of the decoder."""
+    dim, vocabulary = text["hidden_size"], text["vocab_size"]
+    kv_dim = dim // text["num_attention_heads"] * text["num_key_value_heads"]
+    return {
+        f"{prefix}tok_embeddings.weight": (vocabulary, dim),
+        f"{prefix}layers.0.attention.wq.weight": (dim, dim),
+        f"{prefix}layers.0.attention.wk.weight": (kv_dim, dim),
+        f"{prefix}layers.0.feed_forward.w1.weight": (text["intermediate_size"], dim),
+    }
+
+
+def _check_fit(
+    path: Path,
+    headers: Mapping[str, Header],
+    shapes: dict[str, tuple[int | None, ...]],
+    counts: dict[str, int],
+) -> None:
+    """Before anything of the sizes that params.json gives is built: the shards must have them.
+
+    Args:
+        shapes: {tensor: its shape}, None for a size that may be any.
+        counts: {name of a list of layers: how many it has}.
+    """
+    wrong = []
+    for name, shape in shapes.items():
+        found = headers[name].shape if name in headers else None
+        if found is None:
+            wrong.append(f"there is no {name}")
+        elif len(found) != len(shape) or any(
+            size not in (None, given) for size, given in zip(shape, found, strict=True)
+        ):
+            wrong.append(f"{name} is {list(found)}, not {str(list(shape)).replace('None', 'any')}")
+    for stem, count in counts.items():
+        numbers = {
+            name[len(stem) + 1 :].split(".")[0] for name in headers if name.startswith(f"{stem}.")
+        }
+        if len(numbers) != count:
+            wrong.append(f"there are {len(numbers)} {stem}, not {count}")
+    if wrong:
+        raise ValueError(
+            f"{path} and the shards beside it do not fit each other: {'; '.join(wrong)}"
+        )
+
+
+class _Params:
+    """The content of params.json, its numbers checked one by one."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        content = read_json(path)
+        inner = content.get("model", content)
+        if not isinstance(inner, dict):
+            raise ValueError(f"{path}: model must be an object, got {inner!r}")
+        self.content = inner
+
+    @property
+    def has_vision(self) -> bool:
+        """Whether it is of Llama-3.2-Vision: Meta's code asks no more."""
+        return self.content.get("vision_chunk_size", -1) != -1
+
+    def count(self, name: str, default: int | None = None) -> int:
+        """A whole number of at least 1. Raises ValueError for another thing, and for none without a
+        default.
+        """
+        value = self._get(name, default)
+        if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= _LARGEST:
+            raise ValueError(
+                f"{self.path}: {name} must be a whole number from 1 to {_LARGEST}, got {str(value)[:40]!r}"
+            )
+        return value
+
+    def number(self, name: str) -> float:
+        """A number above 0. Raises ValueError for another thing, and for none."""
+        value = self._get(name, None)
+        if (
+            not isinstance(value, (int, float))
+            or isinstance(value, bool)
+            or not 0 < value <= _LARGEST
+        ):
+            raise ValueError(
+                f"{self.path}: {name} must be a number above 0 and at most {_LARGEST}, got {str(value)[:40]!r}"
+            )
+        return float(value)
+
+    def _get(self, name: str, default: int | None) -> Any:
+        value = self.content.get(name)
+        value = default if value is None else value
+        if value is None:
+            raise ValueError(f"{self.path} has no {name}; it is not of a Llama 3")
+        return value

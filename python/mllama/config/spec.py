@@ -1,0 +1,137 @@
+"""What a model is built from: frozen sizes and choices, checked before they come here.
+
+Field names are transformers' own where it has one for the same thing.
+"""
+
+from dataclasses import dataclass, fields
+from typing import Any, Self
+
+
+class _Spec:
+    """A dataclass that can be made of any object that has its fields."""
+
+    @classmethod
+    def of(cls, config: Any) -> Self:
+        """Copy the fields that `config` has as attributes; the others keep their defaults."""
+        given = {field.name: getattr(config, field.name, None) for field in fields(cls)}  # type: ignore[arg-type]
+        return cls(**{name: _frozen(value) for name, value in given.items() if value is not None})
+
+
+def _frozen(value: Any) -> Any:
+    return tuple(map(_frozen, value)) if isinstance(value, list) else value
+
+
+@dataclass(frozen=True)
+class TextSpec(_Spec):
+    """A decoder: Llama's, and what Gemma and Llama-3.2-Vision have beyond it.
+
+    Attributes:
+        norm_offset: added to the norms' weights (Gemma: 1).
+        embedding_scale: factor on looked-up embeddings (Gemma: sqrt(hidden_size)); None is 1.
+        extra_embeddings: rows of the embedding matrix beyond the vocabulary, which has no logits
+            for them (Llama-3.2-Vision: 8).
+        cross_attention_layers: indices of layers that attend to images instead of text.
+    """
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    rope_parameters: dict[str, Any]
+    hidden_act: str = "silu"
+    rms_norm_eps: float = 1e-6
+    max_position_embeddings: int = 2048
+    attention_bias: bool = False
+    mlp_bias: bool = False
+    tie_word_embeddings: bool = False
+    norm_offset: float = 0.0
+    embedding_scale: float | None = None
+    extra_embeddings: int = 0
+    cross_attention_layers: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class VisionSpec(_Spec):
+    """A SigLIP or CLIP encoder."""
+
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_channels: int
+    image_size: int
+    patch_size: int
+    hidden_act: str = "gelu_pytorch_tanh"
+    layer_norm_eps: float = 1e-6
+    attention_dropout: float = 0.0
+
+
+@dataclass(frozen=True)
+class TiledVisionSpec(_Spec):
+    """Llama-3.2-Vision's encoder of images in tiles."""
+
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_global_layers: int
+    attention_heads: int
+    num_channels: int
+    image_size: int
+    patch_size: int
+    max_num_tiles: int
+    vision_output_dim: int
+    intermediate_layers_indices: tuple[int, ...]
+    supported_aspect_ratios: tuple[tuple[int, int], ...]
+    hidden_act: str = "gelu"
+    norm_eps: float = 1e-5
+
+    @property
+    def max_aspect_ratio_id(self) -> int:
+        """Ids are 1 + the place in `supported_aspect_ratios`; 0 is no image."""
+        return len(self.supported_aspect_ratios)
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """encoder x projector x fusion x decoder.
+
+    Attributes:
+        text: the decoder; None for a vision model alone.
+        encoder: "siglip", "clip", "tiled", or None for a model without images. With it:
+        vision: the encoder's sizes.
+        feature_layers: which of the encoder's states are read, as indices into (embeddings, each
+            layer's output ...); several are laid side by side. None is the output after the final
+            norm.
+        skip_first: leave out the first feature of an image: CLIP's class token.
+        selects_features: a call may choose other states and keep or leave the first feature.
+        projector: "mlp" or "linear". Of it:
+        projector_sizes: width of the features, between the layers of an "mlp", of the decoder.
+        projector_act: activation between the layers of an "mlp".
+        projector_bias: whether its layers have biases.
+        fusion: "merge" writes features at the placeholders; "prepend" does so too, or puts them
+            before a text without placeholders; with "cross_attention" layers of the decoder
+            attend to them.
+        pooling: "average" or "learned", over an image's patches before the projector; or None.
+        tokens_per_image: features of an image, and its placeholders; 0 for an image in tiles.
+        bidirectional_prefix: prompts are seen both ways, as `token_type_ids` say (PaliGemma).
+        ignore_index: label that is not trained.
+    """
+
+    text: TextSpec | None
+    encoder: str | None = None
+    vision: VisionSpec | TiledVisionSpec | None = None
+    feature_layers: tuple[int, ...] | None = None
+    skip_first: bool = False
+    selects_features: bool = False
+    projector: str | None = None
+    projector_sizes: tuple[int, int, int] = (0, 0, 0)
+    projector_act: str = "gelu"
+    projector_bias: bool = True
+    fusion: str | None = None
+    pooling: str | None = None
+    tokens_per_image: int = 0
+    bidirectional_prefix: bool = False
+    ignore_index: int = -100

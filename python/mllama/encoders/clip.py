@@ -1,0 +1,57 @@
+"""CLIP's vision tower, which LLaVA 1.5 reads: SigLIP's layers under a class token, with a norm
+before them.
+"""
+
+import torch
+from torch import nn
+
+from mllama.config.spec import VisionSpec
+from mllama.encoders.siglip import PatchEmbedding, SiglipVisionTower, interpolate_positions
+from mllama.nn.norm import LayerNorm
+
+
+class ClipEmbeddings(nn.Module):
+    """A class token and the patches, plus a learned position each."""
+
+    def __init__(self, config: VisionSpec):
+        super().__init__()
+        self.positions = (config.image_size // config.patch_size) ** 2 + 1
+        self.class_embedding = nn.Parameter(torch.randn(config.hidden_size))
+        self.patch_embedding = PatchEmbedding(
+            config.num_channels,
+            config.hidden_size,
+            config.patch_size,
+            config.patch_size,
+            bias=False,
+        )
+        self.position_embedding = nn.Embedding(self.positions, config.hidden_size)
+
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """[B, C, H, W] -> [B, 1 + patches, hidden]."""
+        patches = self.patch_embedding(pixel_values)
+        first = self.class_embedding.to(patches.dtype).expand(patches.shape[0], 1, -1)
+        tokens = torch.cat([first, patches.flatten(2).mT], dim=1)
+        table = self.position_embedding(torch.arange(self.positions, device=patches.device))
+        return tokens + torch.cat(
+            [table[:1], interpolate_positions(table[1:], *patches.shape[-2:])]
+        )
+
+
+class ClipVisionTower(SiglipVisionTower):
+    """Encoder of square pictures; the class token's feature comes first."""
+
+    embeddings_class = ClipEmbeddings
+
+    def __init__(self, config: VisionSpec):
+        super().__init__(config)
+        self.pre_layrnorm = LayerNorm(
+            config.hidden_size, config.layer_norm_eps
+        )  # spelt as the files spell it
+
+    def embed(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """[B, C, S, S] -> [B, 1 + patches, hidden]."""
+        return self.pre_layrnorm(self.embeddings(pixel_values))
+
+    def count_features(self, pixel_values: torch.Tensor) -> int:
+        """Features of each of these pictures, the class token's among them."""
+        return 1 + super().count_features(pixel_values)

@@ -1,0 +1,223 @@
+"""The SigLIP vision tower: pixels -> one feature per patch, without a class token or a pooling
+head.
+"""
+
+import math
+
+import torch
+from torch import nn
+from torch.nn.functional import interpolate
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutput
+
+from mllama.config.spec import VisionSpec
+from mllama.nn.attention import BidirectionalAttention
+from mllama.nn.mlp import MLP
+from mllama.nn.norm import LayerNorm
+from mllama.ops.patch_embed import patch_embed
+
+
+class PatchEmbedding(nn.Conv2d):
+    """A convolution whose kernel is its stride, computed as one matrix product per patch."""
+
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """[B, C, H, W] -> [B, E, H // p, W // p], the layout of a convolution, as PEFT needs it;
+        rows and columns left over are dropped.
+        """
+        p = self.kernel_size[0]
+        height, width = (size // p for size in pixel_values.shape[-2:])
+        pixel_values = pixel_values[..., : height * p, : width * p].to(self.weight.dtype)
+        return patch_embed(pixel_values, self.weight, self.bias).mT.unflatten(-1, (height, width))
+
+
+def interpolate_positions(table: torch.Tensor, height: int, width: int) -> torch.Tensor:
+    """Learned positions of a square of patches [side * side, hidden] -> those of height x width
+    patches, [height * width, hidden].
+    """
+    side = math.isqrt(table.shape[0])
+    if (height, width) == (side, side):
+        return table
+    square = table.T.view(1, -1, side, side)
+    return interpolate(square, (height, width), mode="bicubic", align_corners=False).flatten(2)[0].T
+
+
+class SiglipEmbeddings(nn.Module):
+    """Patches plus a learned position each, between the learned ones where an image has other
+    patches than the config says.
+    """
+
+    def __init__(self, config: VisionSpec):
+        super().__init__()
+        self.positions = (config.image_size // config.patch_size) ** 2
+        self.patch_embedding = PatchEmbedding(
+            config.num_channels, config.hidden_size, config.patch_size, config.patch_size
+        )
+        self.position_embedding = nn.Embedding(self.positions, config.hidden_size)
+
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """[B, C, H, W] -> [B, patches, hidden]."""
+        patches = self.patch_embedding(pixel_values)
+        table = self.position_embedding(torch.arange(self.positions, device=patches.device))
+        return patches.flatten(2).mT + interpolate_positions(table, *patches.shape[-2:])
+
+
+def check_pixels(pixel_values: torch.Tensor, config: VisionSpec, any_size: bool = False) -> None:
+    """Refuse what is not the tower's pictures.
+
+    Raises:
+        TypeError: pixel_values is no floating tensor.
+        ValueError: pixel_values has another shape than [pictures, channels, image_size,
+            image_size], or with `any_size` sides smaller than a patch.
+    """
+    if not isinstance(pixel_values, torch.Tensor) or not pixel_values.is_floating_point():
+        kind = (
+            pixel_values.dtype
+            if isinstance(pixel_values, torch.Tensor)
+            else type(pixel_values).__name__
+        )
+        raise TypeError(f"pixel_values must be a floating torch.Tensor, got {kind}")
+    wanted = (config.num_channels, config.image_size, config.image_size)
+    if any_size and pixel_values.dim() == 4 and min(pixel_values.shape[2:]) >= config.patch_size:
+        wanted = (config.num_channels, *pixel_values.shape[2:])
+    if pixel_values.dim() != 4 or tuple(pixel_values.shape[1:]) != wanted:
+        raise ValueError(
+            f"pixel_values must be [pictures, {', '.join(map(str, wanted))}], got {list(pixel_values.shape)}"
+        )
+
+
+class SiglipAttention(BidirectionalAttention):
+    """Every patch sees every other."""
+
+    def __init__(self, config: VisionSpec):
+        super().__init__(config.hidden_size, config.num_attention_heads, config.attention_dropout)
+
+
+class SiglipMLP(MLP):
+    """A layer's feed-forward block."""
+
+    def __init__(self, config: VisionSpec):
+        super().__init__(config.hidden_size, config.intermediate_size, config.hidden_act)
+
+
+class SiglipEncoderLayer(GradientCheckpointingLayer):
+    """Pre-norm transformer block."""
+
+    attention_class: type[nn.Module] = SiglipAttention
+    mlp_class: type[nn.Module] = SiglipMLP
+
+    def __init__(self, config: VisionSpec):
+        super().__init__()
+        self.layer_norm1 = LayerNorm(config.hidden_size, config.layer_norm_eps)
+        self.self_attn = self.attention_class(config)
+        self.layer_norm2 = LayerNorm(config.hidden_size, config.layer_norm_eps)
+        self.mlp = self.mlp_class(config)
+
+    def forward(
+        self, hidden_states: torch.Tensor, output_attentions: bool = False
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """[B, patches, hidden] -> (the same shape, probabilities or None)."""
+        attended, weights = self.self_attn(self.layer_norm1(hidden_states), output_attentions)
+        hidden_states = hidden_states + attended
+        return hidden_states + self.mlp(self.layer_norm2(hidden_states)), weights
+
+
+class SiglipEncoder(nn.Module):
+    """The tower's layers."""
+
+    layer_class: type[nn.Module] = SiglipEncoderLayer
+
+    def __init__(self, config: VisionSpec):
+        super().__init__()
+        self.layers = nn.ModuleList(
+            self.layer_class(config) for _ in range(config.num_hidden_layers)
+        )
+
+
+class SiglipVisionTower(nn.Module):
+    """Encoder of square pictures."""
+
+    embeddings_class: type[nn.Module] = SiglipEmbeddings
+    encoder_class: type[nn.Module] = SiglipEncoder
+
+    def __init__(self, config: VisionSpec):
+        super().__init__()
+        self.config = config
+        self.embeddings = self.embeddings_class(config)
+        self.encoder = self.encoder_class(config)
+        self.post_layernorm = LayerNorm(config.hidden_size, config.layer_norm_eps)
+
+    def embed(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """What the first layer takes: [B, C, S, S] -> [B, features, hidden]."""
+        return self.embeddings(pixel_values)
+
+    def forward(
+        self,
+        pixel_values: torch.Tensor,
+        output_hidden_states: bool = False,
+        output_attentions: bool = False,
+        final_norm: bool = True,
+        depth: int | None = None,
+        interpolate_pos_encoding: bool = False,
+    ) -> BaseModelOutput:
+        """
+        Args:
+            pixel_values: float [pictures, channels, image_size, image_size]; cast to the tower's
+                dtype.
+            output_hidden_states: also return the embeddings and every layer's output (before the
+                final norm), layers + 1 tensors.
+            output_attentions: also return every layer's probabilities [pictures, heads, features,
+                features].
+            final_norm: False leaves out the layer norm after the last layer.
+            depth: run this many layers only; None is all.
+            interpolate_pos_encoding: take pixels of any size, [pictures, channels, height, width].
+
+        Returns:
+            BaseModelOutput with `last_hidden_state` [pictures, features, hidden], `hidden_states`,
+            `attentions`.
+
+        Raises:
+            TypeError: pixel_values is no floating tensor.
+            ValueError: pixel_values has another shape.
+        """
+        self.check(pixel_values, interpolate_pos_encoding)
+        hidden_states = self.embed(pixel_values)
+        states, attentions = [hidden_states], []
+        for layer in self.encoder.layers[:depth]:
+            hidden_states, weights = layer(hidden_states, output_attentions=output_attentions)
+            attentions.append(weights)
+            if output_hidden_states:
+                states.append(hidden_states)
+        return BaseModelOutput(
+            last_hidden_state=self.post_layernorm(hidden_states) if final_norm else hidden_states,
+            hidden_states=tuple(states) if output_hidden_states else None,
+            attentions=tuple(attentions) if output_attentions else None,
+        )
+
+    def check(self, pixel_values: torch.Tensor, interpolate_pos_encoding: bool = False) -> None:
+        """Raise what `forward` would raise for these pixels, before any work."""
+        check_pixels(pixel_values, self.config, any_size=interpolate_pos_encoding)
+
+    def count_features(self, pixel_values: torch.Tensor) -> int:
+        """Features of each of these pictures."""
+        height, width = (size // self.config.patch_size for size in pixel_values.shape[-2:])
+        return height * width
+
+
+class SiglipPoolingHead(nn.Module):
+    """SigLIP's pooled feature: one learned query attends to the patches, and a feed-forward block
+    refines what it found.
+    """
+
+    def __init__(self, config: VisionSpec):
+        super().__init__()
+        self.probe = nn.Parameter(torch.randn(1, 1, config.hidden_size))
+        self.attention = BidirectionalAttention(config.hidden_size, config.num_attention_heads)
+        self.layernorm = LayerNorm(config.hidden_size, config.layer_norm_eps)
+        self.mlp = SiglipMLP(config)
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        """[B, patches, hidden] -> [B, hidden]."""
+        pooled, _ = self.attention(
+            self.probe.to(features.dtype).expand(features.shape[0], 1, -1), context=features
+        )
+        return (pooled + self.mlp(self.layernorm(pooled)))[:, 0]

@@ -1,0 +1,75 @@
+"""A config beside the model that was built from it: what may still be set, and what the model can
+no longer become.
+"""
+
+import copy
+from typing import Any
+
+import torch
+from transformers import PretrainedConfig, PreTrainedModel
+
+from mllama.families.compose import BUILT_FROM
+
+
+def remember_config(model: PreTrainedModel) -> None:
+    """Note the config that a model is built from, for `check_built`."""
+    model._built_config = {
+        part: {
+            name: value if isinstance(value, PretrainedConfig) else copy.deepcopy(value)
+            for name, value in fields.items()
+        }
+        for part, fields in _parts(model.config).items()
+    }
+
+
+def check_built(model: PreTrainedModel) -> None:
+    """Let a model follow its config where fields were set since: those that are read at call time
+    are, the others are refused.
+
+    A compiled model keeps to what its config said when it was last called as it is.
+
+    Raises:
+        ValueError: a field that the model is built from was changed.
+    """
+    if torch.compiler.is_compiling():
+        return
+    parts, before = _parts(model.config), model._built_config
+    if parts == before:
+        return
+    for part, fields in parts.items():
+        for name in BUILT_FROM & fields.keys():
+            was = before.get(part, {}).get(name)
+            if fields[name] != was and not _is_fewer_layers(model, part, name, fields[name]):
+                field = f"{part}.{name}" if part else name
+                raise ValueError(
+                    f"config: {field} was {was!r} when the model was built and cannot be {fields[name]!r} now: build it anew"
+                )
+    if hasattr(model, "spec"):
+        spec = model.make_spec(model.config)
+        if spec.projector_sizes != model.spec.projector_sizes:
+            raise ValueError(
+                f"config: vision_feature_layer must name as many states as when the model was built, got {spec.feature_layers!r}"
+            )
+        model.spec = spec
+        model.language_model.config = spec.text
+    remember_config(model)
+
+
+def _parts(config: PretrainedConfig) -> dict[str, dict[str, Any]]:
+    """The fields of a config and of those in it, as they are."""
+    own = vars(config)
+    return {"": own} | {
+        name: vars(value) for name, value in own.items() if isinstance(value, PretrainedConfig)
+    }
+
+
+def _is_fewer_layers(model: PreTrainedModel, part: str, name: str, value: Any) -> bool:
+    """Whether a decoder shall run its first layers alone, as transformers' Llama and Gemma do."""
+    if (
+        name != "num_hidden_layers"
+        or part == "vision_config"
+        or not hasattr(model, "spec")
+        or model.spec.text.cross_attention_layers
+    ):
+        return False
+    return isinstance(value, int) and 0 < value <= len(model.language_model.layers)

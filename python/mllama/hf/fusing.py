@@ -1,0 +1,132 @@
+"""Two loaded models put together: a Llama that is to see, and a SigLIP that sees for it."""
+
+import copy
+import inspect
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+from mllama.fusion.cross_attention import CrossAttentionDecoderLayer
+from mllama.hf.configs import MllamaConfig
+from mllama.hf.modeling import MllamaForConditionalGeneration, make_pooling, make_projector
+from mllama.hf.siglip import SiglipModel
+
+_Module = TypeVar("_Module", bound=nn.Module)
+_NOT_OPTIONS = {
+    "self",
+    "vision_config",
+    "text_config",
+    "fusion",
+    "vocab_size",
+    "hidden_size",
+    "pad_token_index",
+    "kwargs",
+}
+_OPTIONS = sorted(inspect.signature(MllamaConfig.__init__).parameters.keys() - _NOT_OPTIONS)
+
+
+def fuse(
+    text_model: MllamaForConditionalGeneration,
+    vision_model: SiglipModel,
+    fusion: str = "merge",
+    **options: Any,
+) -> MllamaForConditionalGeneration:
+    """One model of two. It shares their parameters: nothing is copied, and what is trained in one
+    is trained in the other.
+
+    What stands between them (a projector, a learned pooling, cross-attention layers) is new and
+    random, save that gates are zero: with fusion="cross_attention" the logits are the text model's,
+    bit for bit, until something is trained.
+
+    Args:
+        text_model: a Llama, as `MllamaForConditionalGeneration.from_pretrained` reads it from a
+            folder or a GGUF file.
+        vision_model: as `SiglipModel.from_pretrained` reads it. A pooling head is left out.
+        fusion: "merge", "prepend" or "cross_attention", as `MllamaConfig` has it.
+        options: further arguments of `MllamaConfig`: `image_token_index`, `projector`,
+            `num_image_tokens`, `cross_attention_every` ...
+
+    Returns:
+        A `siglip_llama`, in the text model's dtype, on its device, and in training or eval mode as
+        it is.
+
+    Raises:
+        TypeError: models of another kind, an option that is none.
+        ValueError: a text model that is no Llama, models of two dtypes or on two devices, options
+            that cannot be.
+    """
+    _check(text_model, vision_model, options)
+    config = MllamaConfig(
+        vision_model.config, text_model.config.to_dict(), fusion=fusion, **options
+    )
+    config.dtype = text_model.dtype
+    with torch.device("meta"):
+        model = MllamaForConditionalGeneration(config)
+    model.vision_tower = _sharing(vision_model.vision_tower)
+    model.lm_head = _sharing(text_model.lm_head)
+    _take_decoder(model, text_model)
+    with torch.device(text_model.device):
+        _make_new(model, text_model.dtype)
+    model.generation_config = copy.deepcopy(text_model.generation_config)
+    return model.train(text_model.training)
+
+
+def _check(text_model: Any, vision_model: Any, options: dict[str, Any]) -> None:
+    if not isinstance(text_model, MllamaForConditionalGeneration):
+        raise TypeError(
+            f"text_model must be an MllamaForConditionalGeneration, got {type(text_model).__name__}"
+        )
+    if text_model.config.model_type != "llama":
+        raise ValueError(
+            f"text_model must be a Llama without a tower (model_type 'llama'), got {text_model.config.model_type!r}"
+        )
+    if not isinstance(vision_model, SiglipModel):
+        raise TypeError(f"vision_model must be a SiglipModel, got {type(vision_model).__name__}")
+    if unknown := sorted(options.keys() - set(_OPTIONS)):
+        raise TypeError(
+            f"fuse got options it does not know: {', '.join(unknown)}; they are {', '.join(_OPTIONS)}"
+        )
+    for name in ("dtype", "device"):
+        ours, theirs = getattr(text_model, name), getattr(vision_model, name)
+        if ours != theirs:
+            raise ValueError(
+                f"text_model and vision_model must have one {name}, got {ours} and {theirs}"
+            )
+
+
+def _sharing(module: _Module) -> _Module:
+    """The same modules anew, with the same parameters: their places in a cache can be others, and
+    their values cannot.
+    """
+    return copy.deepcopy(
+        module, {id(tensor): tensor for tensor in (*module.parameters(), *module.buffers())}
+    )
+
+
+def _take_decoder(
+    model: MllamaForConditionalGeneration, text_model: MllamaForConditionalGeneration
+) -> None:
+    decoder, source = model.language_model, text_model.language_model
+    decoder.embed_tokens, decoder.norm = _sharing(source.embed_tokens), _sharing(source.norm)
+    places = [
+        index
+        for index in range(len(decoder.layers))
+        if index not in (decoder.config.cross_attention_layers or ())
+    ]
+    for index, layer in zip(places, source.layers, strict=True):
+        ours: Any = _sharing(layer)
+        ours.self_attn.layer_idx = index
+        decoder.layers[index] = ours
+
+
+def _make_new(model: MllamaForConditionalGeneration, dtype: torch.dtype) -> None:
+    """What neither model has, in place of what was laid out."""
+    spec = model.spec
+    made = {"multi_modal_projector": make_projector(spec)}
+    if spec.pooling is not None:
+        made["image_pooling"] = make_pooling(spec)
+    for index in spec.text.cross_attention_layers or ():
+        made[f"language_model.layers.{index}"] = CrossAttentionDecoderLayer(spec.text, index)
+    for name, module in made.items():
+        model.set_submodule(name, module.to(dtype).apply(model._init_weights))

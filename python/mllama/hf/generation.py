@@ -1,0 +1,316 @@
+"""What transformers' `generate` needs to know about pictures and masks."""
+
+import functools
+from typing import Any, Literal, overload
+
+import torch
+from transformers import GenerationMixin
+from transformers.generation.candidate_generator import PromptLookupCandidateGenerator
+from transformers.generation.utils import GenerateOutput
+
+from mllama.fusion.prepend import held_before_text, pictures_per_row
+from mllama.hf.arguments import check_special, taken_by
+from mllama.hf.cache import check_cache
+from mllama.hf.compat import CACHE_NAME, hand_on, rename_cache
+from mllama.model.inputs import one_of_images
+from mllama.text.prefix import count_prefix
+
+_READING = ("vision_feature_layer", "vision_feature_select_strategy", "interpolate_pos_encoding")
+_TOKENIZERS = (
+    "tokenizer",
+    "assistant_tokenizer",
+)  # of stop strings and token healing; transformers leaves them among the model's arguments
+
+
+class MllamaGenerationMixin(GenerationMixin):
+    """GenerationMixin for a model with pictures: they are encoded once, and their features follow
+    their rows.
+    """
+
+    spec: Any  # these are the model's
+    config: Any
+    lm_head: Any
+    device: Any
+
+    @overload
+    def generate(
+        self, *args: Any, return_dict_in_generate: Literal[True], **kwargs: Any
+    ) -> GenerateOutput: ...
+    @overload
+    def generate(self, *args: Any, **kwargs: Any) -> torch.LongTensor: ...
+    def generate(self, *args: Any, **kwargs: Any) -> GenerateOutput | torch.LongTensor:
+        """As GenerationMixin's; the cache may be called `cache` or `past_key_values`.
+
+        Raises:
+            ValueError: an attention_mask that is not [B, T], too: one of four dimensions says
+                nothing of the tokens to come.
+        """
+        mask = kwargs.get("attention_mask")
+        if isinstance(mask, torch.Tensor) and mask.dim() != 2:
+            raise ValueError(
+                f"attention_mask of generate must be [batch, tokens], zero where padded; got {list(mask.shape)}"
+            )
+        kwargs = rename_cache(kwargs)
+        if (
+            encoded := kwargs.pop("mm_encoder_outputs", None)
+        ) is not None:  # as features, which follow their rows
+            check_special(self.spec, self.config.model_type, mm_encoder_outputs=encoded)
+            kwargs["image_features"] = one_of_images(
+                kwargs.get("pixel_values"), kwargs.get("image_features"), encoded, None
+            )
+        if torch.get_default_device().type in ("cpu", self.device.type):
+            return super().generate(*args, **kwargs)
+        with self.device:  # GenerationMixin leaves it to torch's default where its tensors are
+            return super().generate(*args, **kwargs)
+
+    def _supports_mm_encoder_outputs(self) -> bool:
+        """False: GenerationMixin need not encode pictures before the first step, which does."""
+        return False
+
+    @staticmethod
+    def create_masks_for_generate(
+        attention_mask: torch.Tensor | None = None, **kwargs
+    ) -> torch.Tensor | None:
+        """The 2-D mask as it is: the attention operator takes no [T, S] masks, for static caches
+        either.
+        """
+        return attention_mask
+
+    def prepare_inputs_for_generation(
+        self, input_ids, inputs_embeds=None, is_first_iteration=False, **kwargs
+    ) -> dict[str, Any]:
+        """As GenerationMixin's; picture features, like pixels, are for the first step where there
+        is a cache.
+
+        A step onto an empty cache is a first one whatever the caller says: assisted decoding starts
+        its assistant with one.
+        """
+        kwargs = rename_cache(
+            {name: value for name, value in kwargs.items() if name not in _TOKENIZERS}
+        )
+        cache = kwargs.get(CACHE_NAME)
+        filled = cache is not None and int(cache.get_seq_length()) > 0
+        if is_first_iteration and filled and kwargs.get("next_sequence_length") is not None:
+            kwargs["next_sequence_length"] += held_before_text(
+                cache
+            )  # which the cache's length counts, and the ids do not have
+        is_first_iteration = is_first_iteration or (cache is not None and not filled)
+        inputs = super().prepare_inputs_for_generation(
+            input_ids, inputs_embeds=inputs_embeds, is_first_iteration=is_first_iteration, **kwargs
+        )
+        if not is_first_iteration and kwargs.get("use_cache", True):
+            inputs.pop("image_features", None)
+        return hand_on(inputs)
+
+    def _prefill(self, input_ids, generation_config, model_kwargs, is_first_iteration=True):
+        """As GenerationMixin's, which refuses to cut a prompt with pixels into chunks; one with
+        features is not cut either, nor one whose first words see its last, nor one that visual
+        tokens may stand before. Without a cache, later steps are told where the prompt
+        ended: a placeholder's id that the model says is text."""
+        if (
+            self.spec.fusion is not None
+            and not model_kwargs.get("use_cache", True)
+            and model_kwargs.get("inputs_embeds") is None
+        ):
+            model_kwargs.setdefault("prompt_length", input_ids.shape[1])
+        if generation_config.prefill_chunk_size is not None:
+            if (
+                model_kwargs.get("image_features") is not None
+                and input_ids.shape[1] > generation_config.prefill_chunk_size
+            ):
+                raise ValueError(
+                    "prefill_chunk_size must be None for a prompt with pictures: it is read whole"
+                )
+            if model_kwargs.get("prefix_length") is not None:
+                raise ValueError(
+                    "prefill_chunk_size must be None for a model whose prompts are seen both ways: they are read whole"
+                )
+            if self.spec.fusion == "prepend":
+                raise ValueError(
+                    'prefill_chunk_size must be None with fusion="prepend": prompts are read whole'
+                )
+        return super()._prefill(input_ids, generation_config, model_kwargs, is_first_iteration)
+
+    def _update_model_kwargs_for_generation(
+        self, outputs, model_kwargs, is_encoder_decoder=False, num_new_tokens=1
+    ) -> dict[str, Any]:
+        """As GenerationMixin's; what is generated sees the pictures that the last token sees."""
+        mask = model_kwargs.get("cross_attention_mask")
+        model_kwargs = super()._update_model_kwargs_for_generation(
+            outputs, model_kwargs, is_encoder_decoder, num_new_tokens
+        )
+        if mask is not None:
+            model_kwargs["cross_attention_mask"] = torch.cat(
+                [mask, mask[:, -1:].expand(-1, num_new_tokens, -1, -1)], dim=1
+            )
+        return model_kwargs
+
+    def _expand_inputs_for_generation(
+        self, expand_size=1, is_encoder_decoder=False, input_ids=None, **model_kwargs
+    ):
+        """Repeat every row `expand_size` times (beams, several answers). Pictures are encoded once
+        and repeated with their rows.
+
+        Token types become the length of what is seen both ways, all of the prompt by default:
+        transformers goes on with the last one, which would put an assistant's words into the
+        prompt.
+        """
+        types, cache = model_kwargs.pop("token_type_ids", None), model_kwargs.get(CACHE_NAME)
+        check_cache(cache)
+        given = model_kwargs.get("prefix_length") is not None
+        if (
+            self.spec.bidirectional_prefix
+            and not given
+            and not self._has_soft_prompts()
+            and (cache is None or int(cache.get_seq_length()) == 0)
+        ):
+            prompt = (
+                input_ids
+                if model_kwargs.get("inputs_embeds") is None
+                else model_kwargs["inputs_embeds"][..., 0]
+            )
+            types = torch.zeros_like(prompt, dtype=torch.long) if types is None else types
+            model_kwargs["prefix_length"] = count_prefix(
+                types, model_kwargs.get("attention_mask"), prompt.shape
+            )
+        pixel_values, features = (
+            model_kwargs.pop("pixel_values", None),
+            model_kwargs.pop("image_features", None),
+        )
+        if expand_size > 1 and features is None and pixel_values is not None:
+            aspects = {
+                name: model_kwargs[name]
+                for name in ("aspect_ratio_ids", "aspect_ratio_mask")
+                if name in model_kwargs
+            }
+            how = {name: model_kwargs.pop(name) for name in _READING if name in model_kwargs}
+            features, pixel_values = self.get_image_features(pixel_values, **aspects, **how), None
+        if expand_size > 1 and features is not None:
+            placeholders = None
+            if self.spec.fusion != "cross_attention":
+                places = input_ids
+                if (embeds := model_kwargs.get("inputs_embeds")) is not None:
+                    places = self._ids_of(embeds)
+                placeholders = self._placeholders(
+                    places,
+                    model_kwargs.get("attention_mask"),
+                    len(features),
+                    per_picture=features.shape[1],
+                )
+            if placeholders is not None:  # pictures in row order, several to a row or none
+                per_row = (placeholders.sum(1) // features.shape[1]).tolist()
+            else:
+                rows = len(
+                    input_ids
+                    if model_kwargs.get("inputs_embeds") is None
+                    else model_kwargs["inputs_embeds"]
+                )
+                per_row = [pictures_per_row(len(features), rows)] * rows
+            features = torch.cat(
+                [rows.repeat(expand_size, 1, 1) for rows in features.split(per_row)]
+            )
+        input_ids, model_kwargs = super()._expand_inputs_for_generation(
+            expand_size, is_encoder_decoder, input_ids, **model_kwargs
+        )
+        return input_ids, model_kwargs | {"pixel_values": pixel_values, "image_features": features}
+
+    def _has_soft_prompts(self) -> bool:
+        """Whether PEFT's `generate` called this one, to put learned embeddings before the prompt,
+        which it sees one way, as in training.
+        """
+        caller = getattr(self.prepare_inputs_for_generation, "__self__", self)
+        return bool(
+            getattr(getattr(caller, "active_peft_config", None), "is_prompt_learning", False)
+        )
+
+    def _prepare_cache_for_generation(
+        self, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
+    ):
+        """As GenerationMixin's; a static cache gets room for visual tokens before the text, too,
+        which its length does not count.
+        """
+        if self.spec.fusion == "prepend":
+            rows = batch_size * max(
+                generation_config.num_beams, generation_config.num_return_sequences
+            )
+            max_cache_length += (
+                -(-_count_pictures(model_kwargs) // rows) * self.spec.tokens_per_image
+            )
+        return super()._prepare_cache_for_generation(
+            generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
+        )
+
+    @functools.wraps(GenerationMixin._get_candidate_generator)
+    def _get_candidate_generator(self, generation_config, input_ids, *args, **kwargs):
+        """As GenerationMixin's; what is proposed ends before a picture's placeholder, and before an
+        id that the head has no logits for. An assistant guesses without the arguments that it does
+        not take: pictures, where it knows text alone.
+        """
+        given, assistant = kwargs["model_kwargs"], kwargs.get("assistant_model")
+        if assistant is not None:
+            kwargs["model_kwargs"] = taken_by(assistant, given)
+        generator = super()._get_candidate_generator(generation_config, input_ids, *args, **kwargs)
+        propose, stops = generator.get_candidates, self._placeholder_ids(input_ids, given)
+        blind = (
+            isinstance(generator, PromptLookupCandidateGenerator)
+            or kwargs["model_kwargs"].keys() != given.keys()
+        )
+
+        def get_candidates(
+            input_ids: torch.Tensor, *args, **kwargs
+        ) -> tuple[torch.Tensor, torch.Tensor | None]:
+            no_text = torch.isin(input_ids, stops) | (input_ids >= self.lm_head.weight.shape[0])
+            # A lookup takes what it proposes for a column of logits.
+            proposed, logits = propose(
+                input_ids.masked_fill(no_text, 0) if blind else input_ids, *args, **kwargs
+            )
+            new = proposed[:, input_ids.shape[1] :].to(input_ids.device)
+            bad = (
+                (torch.isin(new, stops) | (new >= self.lm_head.weight.shape[0]))[0]
+                .nonzero()
+                .flatten()
+                .tolist()
+            )
+            kept = bad[0] if bad else new.shape[1]
+            return torch.cat([input_ids, new[:, :kept]], 1), logits[
+                :, :kept
+            ] if kept and logits is not None else None
+
+        generator.get_candidates = get_candidates
+        return generator
+
+    def _placeholder_ids(
+        self, input_ids: torch.Tensor, model_kwargs: dict[str, Any]
+    ) -> torch.Tensor:
+        """The ids that stand for pictures in a prompt."""
+        if (token := getattr(self.config, "image_token_index", None)) is not None:
+            return torch.tensor([token], device=input_ids.device)
+        pictures, mask = _count_pictures(model_kwargs), model_kwargs.get("attention_mask")
+        return input_ids[self.find_placeholders(input_ids, mask, pictures)].unique()  # type: ignore[attr-defined]
+
+    @functools.wraps(GenerationMixin._assisted_decoding)
+    def _assisted_decoding(self, input_ids, *args, **kwargs):
+        """As GenerationMixin's, which takes what it guessed wrong back from the cache by the length
+        of the ids.
+        """
+        if self.spec.fusion == "prepend":
+            pictures, mask = _count_pictures(kwargs), kwargs.get("attention_mask")
+            if held_before_text(kwargs.get(CACHE_NAME)) or (
+                pictures and self._placeholders(input_ids, mask, pictures) is None
+            ):
+                raise ValueError(
+                    "assisted decoding and prompt lookup need input_ids that hold a placeholder for every visual token: set "
+                    "config.image_token_index, and let the processor (MllamaImageProcessor) write them"
+                )
+        return super()._assisted_decoding(input_ids, *args, **kwargs)
+
+
+def _count_pictures(model_kwargs: dict[str, Any]) -> int:
+    return next(
+        (
+            len(given)
+            for name in ("pixel_values", "image_features")
+            if (given := model_kwargs.get(name)) is not None
+        ),
+        0,
+    )

@@ -1,0 +1,136 @@
+"""The loader that older scripts call: `load_hf_model`, which says what it did and forgives
+leftovers.
+"""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from mllama.api import model_class
+from mllama.checkpoints.files import CONFIG, listing
+from mllama.checkpoints.hub import find_folder
+from mllama.checkpoints.loading import Report
+from mllama.checkpoints.models import load_opened
+from mllama.checkpoints.opening import open_checkpoint
+from mllama.device import dtype_name
+from mllama.hf.modeling import MllamaForConditionalGeneration
+from mllama.processing.auto import load_processor
+from mllama.processing.folders import load_tokenizer
+from mllama.processing.tokenizer import Tokenizer
+
+
+def load_hf_model(
+    model_path: str | os.PathLike, device: str | torch.device = "cpu", strict: bool = False
+) -> tuple[MllamaForConditionalGeneration | Any, PreTrainedTokenizerBase | Tokenizer]:
+    """Load a model and its tokenizer, and print what was converted, tied, skipped and missing.
+
+    Args:
+        model_path: all that `MllamaForConditionalGeneration.from_pretrained` takes, or a SigLIP's
+            folder.
+        device: where the weights go.
+        strict: raise where the files and the model do not fit. Otherwise tensors of unknown names
+            or other shapes are skipped, an output head that the files lack is tied to the
+            embeddings, and what else they lack is initialised afresh.
+
+    Returns:
+        The model, in eval mode, and the tokenizer.
+
+    Raises:
+        FileNotFoundError: no such model, or one without tokenizer files.
+        ValueError: broken files; with `strict`, tensors that are missing, unexpected, doubled or of
+            another shape, all in one error.
+    """
+    return load_as(model_class, model_path, device, strict)
+
+
+def load_as(
+    class_of: Callable[[PretrainedConfig], type[PreTrainedModel]],
+    model_path: str | os.PathLike,
+    device: str | torch.device,
+    strict: bool,
+) -> tuple[MllamaForConditionalGeneration | Any, PreTrainedTokenizerBase | Tokenizer]:
+    """`load_hf_model` of the class that `class_of` names for the model's config."""
+    path = find_folder(model_path)
+    with (opened := open_checkpoint(path)).source:
+        tokenizer = _tokenizer(path)  # before the weights: an error should not take their time
+        model, report = load_opened(class_of(opened.config), opened, device=device, strict=strict)
+    if report.lacking:
+        for name, other in (model._tied_weights_keys or {}).items():
+            if name in report.lacking and other not in report.lacking:
+                model.config.tie_word_embeddings = True
+                report.lacking.remove(name)
+        model.tie_weights(recompute_mapping=True)
+        _initialise(model, torch.device(device), report.dtype)
+        model.tie_weights(recompute_mapping=True)
+    print(
+        "\n".join(
+            _lines(
+                opened.config, opened.source.where, report, model.get_expanded_tied_weights_keys()
+            )
+        )
+    )
+    return model, tokenizer
+
+
+def _initialise(model: PreTrainedModel, device: torch.device, dtype: torch.dtype) -> None:
+    """Give fresh values to parameters that are still on the meta device: the model's own
+    initialisation, zeros where it has none.
+    """
+    for module in model.modules():
+        own = dict(module.named_parameters(recurse=False))
+        if not any(parameter.is_meta for parameter in own.values()):
+            continue
+        for name, parameter in own.items():
+            if parameter.is_meta:
+                setattr(
+                    module,
+                    name,
+                    torch.nn.Parameter(torch.zeros(parameter.shape, dtype=dtype, device=device)),
+                )
+        loaded = {
+            name: parameter.detach().clone()
+            for name, parameter in own.items()
+            if not parameter.is_meta
+        }
+        with torch.no_grad():
+            model._init_weights(module)
+            for name, value in loaded.items():
+                getattr(module, name).copy_(value)
+
+
+def _lines(config: PretrainedConfig, where: str, report: Report, tied: dict[str, str]) -> list[str]:
+    converted = sum(len(move.theirs) for move in report.moves)
+    lines = [
+        f"converted: {converted} tensors of {where} ({config.model_type}), {dtype_name(report.dtype)}"
+    ]
+    lines += [
+        f"tied: {name} is {other}" for name, other in tied.items() if name not in report.lacking
+    ]
+    for what, names in (
+        ("skipped, of unknown names", report.unexpected),
+        ("skipped, of another shape or kind", report.unfit),
+        ("skipped, given twice", report.twice),
+        ("missing, initialised afresh", report.lacking),
+    ):
+        if names:
+            lines.append(f"{what} ({len(names)}): {listing(names)}")
+    return lines
+
+
+def _tokenizer(path: Path) -> PreTrainedTokenizerBase | Tokenizer:
+    """Of a Hugging Face folder its tokenizer alone: older scripts bring a processor of their own."""
+    if not (path / CONFIG).exists():
+        processor: Any = load_processor(path)
+        return getattr(processor, "tokenizer", processor)
+    try:
+        return load_tokenizer(path)
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise FileNotFoundError(
+            f"{path} holds no tokenizer that can be read: {str(error).splitlines()[0]}"
+        ) from error

@@ -1,0 +1,358 @@
+"""How the package's models are read and written: transformers' methods, on our checkpoints."""
+
+import copy
+import functools
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+import torch
+from torch import distributed
+from torch.utils.checkpoint import checkpoint
+from transformers import PretrainedConfig, PreTrainedModel
+
+from mllama.checkpoints.files import listing
+from mllama.config.checks import check_choice
+from mllama.hf.built import check_built
+from mllama.hf.configs import NO_PREDICTIONS
+from mllama.lora.files import load_lora, own_adapters, save_adapter_folder
+from mllama.lora.layer import lora_layers
+from mllama.lora.peft import CONFIG as ADAPTER_CONFIG
+from mllama.lora.peft import adapted_model, is_peft
+from mllama.nn.wrappers import given_out, is_sharded, may_write, plain_key, whole
+
+if TYPE_CHECKING:  # a mixin of that class, not a subclass: its own methods come first
+    _Model = PreTrainedModel
+else:
+    _Model = object
+
+
+def own_config(config: PretrainedConfig) -> PretrainedConfig:
+    """The config itself, or a copy where a stock model wrote into it how it computes attention:
+    ours has one way, called "eager".
+
+    It says which of our outputs are no predictions; the configs of transformers know its own
+    models' outputs alone.
+    """
+    if config._attn_implementation not in (None, "eager"):
+        config = copy.deepcopy(config)
+        config._attn_implementation = "eager"
+    ignored = getattr(config, "keys_to_ignore_at_inference", ())
+    if more := [name for name in NO_PREDICTIONS if name not in ignored]:
+        config.keys_to_ignore_at_inference = [*ignored, *more]
+    return config
+
+
+class PretrainedMixin(_Model):
+    """`from_pretrained`, `save_pretrained` and `load_state_dict` of a PreTrainedModel, for every
+    format of `mllama.checkpoints`.
+    """
+
+    @classmethod
+    def from_pretrained(  # type: ignore[override]  # the options that change nothing here are in kwargs
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike,
+        *,
+        config: PretrainedConfig | None = None,
+        dtype: torch.dtype | str | None = None,
+        device_map: torch.device | str | dict | None = None,
+        subfolder: str | os.PathLike = "",
+        **kwargs: Any,
+    ) -> Self:
+        """Load a model, in eval mode.
+
+        Args:
+            pretrained_model_name_or_path: a folder with config.json and safetensors weights (LLaVA,
+                PaliGemma, Llama-3.2-Vision, Llama, Gemma, SigLIP, or our own format), a folder with
+                Meta's own files, a GGUF file, a folder of adapters in PEFT's format that says which
+                model they are for, or the id of a model on the hub.
+            config: takes the place of the folder's.
+            dtype: "auto" (the default) is the files' own; or float32, bfloat16, float16.
+                `torch_dtype` is its older name.
+            device_map: a device; or what accelerate takes to spread a model over several: "auto",
+                "balanced", "balanced_low_0", "sequential", or {module: device}. The CPU by default.
+            subfolder: the model's place inside the folder.
+            kwargs: fields of the config, in place of what it says, as `vision_feature_layer=-1` or
+                `text_config={"use_cache": False}`; `attn_implementation`, "eager" alone;
+                `reference` of a model with cross-attention; the hub's options (`revision`,
+                `cache_dir`, `token`, `local_files_only`, `force_download`); the further ones
+                transformers has for them are taken and change nothing.
+
+        Raises:
+            FileNotFoundError: no folder, config or weights there.
+            ValueError: an unknown `model_type`, a broken file, or weights that do not fit: every
+                missing and unexpected tensor, and every wrong shape, in one error. A `subfolder`
+                outside the folder.
+            TypeError: an option that is not known and no field of the config, a config of another
+                kind.
+            ImportError: a model to be spread over devices, without accelerate.
+        """
+        from mllama.checkpoints import load_model
+        from mllama.checkpoints.hub import find_folder
+
+        asked = {"config": config, "dtype": dtype, "device_map": device_map} | kwargs
+        older = kwargs.pop("torch_dtype", None)
+        dtype = next((given for given in (dtype, older) if given is not None), "auto")
+        own = {name: kwargs.pop(name) for name in cls.load_options & kwargs.keys()}
+        check_choice(
+            "from_pretrained",
+            "attn_implementation",
+            kwargs.pop("attn_implementation", None),
+            (None, "eager"),
+        )
+        fields = {
+            name: value for name, value in kwargs.items() if name not in HUB_OPTIONS | _PASSED_OVER
+        }
+        options = {
+            name: value
+            for name, value in kwargs.items()
+            if name in HUB_OPTIONS and value is not None
+        }
+        folder = find_folder(pretrained_model_name_or_path, subfolder, **options)
+        if (folder / ADAPTER_CONFIG).is_file():
+            asked.pop("revision", None)  # the adapters'
+            model = cls.from_pretrained(adapted_model(folder), **asked)
+            load_lora(model, folder)
+            return model
+        where = "cpu" if device_map is None else device_map
+        return load_model(cls, folder, config, dtype, where, fields, **own)  # type: ignore[return-value]  # of the class that it is given
+
+    load_options: frozenset[str] = (
+        frozenset()
+    )  # arguments of the class's constructor that from_pretrained passes on
+
+    def save_pretrained(  # type: ignore[override]  # the options that are refused are in kwargs
+        self,
+        save_directory: str | os.PathLike,
+        is_main_process: bool = True,
+        state_dict: dict | None = None,
+        push_to_hub: bool = False,
+        max_shard_size: int | str = "50GB",
+        **kwargs: Any,
+    ) -> None:
+        """Write the model to a folder, whole or not at all, in its family's own format. Signature
+        as transformers'.
+
+        A model with LoRA layers is written as its adapters, in PEFT's format, with what else
+        learns: `from_pretrained` of the folder loads the model they were trained on and puts them
+        in, and transformers' Trainer goes on from it. After `mllama.merge_and_unload` the whole
+        model is written.
+
+        Of our own composition, a model that Hugging Face's LLaVA can be
+        (`vision_feature="pre_norm"`, `fusion="merge"`, a projector of two layers, projection_dim
+        equal to the decoder's width, and an `image_token_index` within the vocabulary) is written
+        as LLaVA. Of a model with an adapter of PEFT the adapter is written, as in transformers.
+
+        Args:
+            save_directory: made if absent; other files in it stay.
+            is_main_process: False writes nothing.
+            state_dict: takes the place of the model's own; it must have all of its names.
+            push_to_hub: afterwards upload the folder, to `repo_id` (the folder's name by default).
+            max_shard_size: bytes of one weight file, or text as "5GB"; more is written as shards
+                and an index.
+            kwargs: the further options of transformers' method and of its `push_to_hub`.
+
+        Raises:
+            ValueError: a `state_dict` that is not the whole model; a model inside a PeftModel;
+                adapters into a folder that holds a whole model; `variant`, `distributed_checkpoint`
+                or `safe_serialization=False`, which would change what is written and are not
+                supported.
+            TypeError: an option that is not known.
+        """
+        from mllama.checkpoints import save_model
+
+        if unknown := sorted(
+            kwargs.keys() - _PUSH_OPTIONS - _SAVE_PASSED_OVER - _SAVE_FIXED.keys()
+        ):
+            raise TypeError(f"save_pretrained got options it does not know: {', '.join(unknown)}")
+        for name, value in _SAVE_FIXED.items():
+            if kwargs.get(name, value) != value:
+                raise ValueError(
+                    f"{name} must be {value}: weights are written whole, as safetensors, under one name; got {kwargs[name]!r}"
+                )
+        if (
+            self._hf_peft_config_loaded
+        ):  # by `add_adapter` or `load_adapter`: the adapter alone, in PEFT's format
+            own: dict[str, Any] = {
+                "state_dict": state_dict,
+                "push_to_hub": push_to_hub,
+                "max_shard_size": max_shard_size,
+            }
+            return super().save_pretrained(save_directory, is_main_process, **own, **kwargs)
+        if hasattr(self, "peft_config"):
+            raise ValueError(
+                "a PeftModel has put adapters into this model: save that, or the model after its merge_and_unload()"
+            )
+        check_built(self)
+        lora = bool(lora_layers(self))
+        together = state_dict is None and is_sharded(self)
+        if together:
+            state_dict = self._sharded_state(lora)
+        if state_dict is not None:
+            state_dict = {plain_key(name): whole(tensor) for name, tensor in state_dict.items()}
+        try:
+            if is_main_process and may_write(self):
+                if lora:
+                    save_adapter_folder(self, Path(save_directory), state_dict, strict=False)
+                else:
+                    save_model(self, save_directory, state_dict, max_shard_size)
+                if self.processor is not None:
+                    self.processor.save_pretrained(save_directory)
+                if push_to_hub:
+                    push = {name: value for name, value in kwargs.items() if name in _PUSH_OPTIONS}
+                    self.push_to_hub(
+                        **{"repo_id": os.path.basename(os.path.abspath(save_directory))} | push
+                    )
+        finally:
+            if together:  # what one process wrote is there for all
+                distributed.barrier()
+
+    def _sharded_state(self, lora: bool) -> dict[str, torch.Tensor]:
+        """The state dict; of a model with LoRA layers without the frozen weights, which are not
+        written.
+        """
+        state = self.state_dict()
+        if not lora:
+            return state
+        learning = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
+        return {
+            name: tensor for name, tensor in state.items() if ".lora_" in name or name in learning
+        }
+
+    processor: Any = None  # of a fused model: what stands before it, saved with it
+    # rows of `mllama.weights.rows` for names that the format's own table does not know
+    older_files: Sequence = ()
+
+    @property
+    def _checkpoint_conversion_mapping(self) -> dict[str, str]:
+        """What PEFT reads to put adapters of transformers' class into this one."""
+        from mllama.families.stock_names import stock_patterns
+
+        return stock_patterns(self.config)
+
+    def stock_name(self, name: str) -> str:
+        """The dotted name that a parameter or module has in transformers' own class of the model;
+        the same where there is none.
+        """
+        from mllama.families.stock_names import stock_name
+
+        return stock_name(self.config, name)
+
+    def load_adapter(self, *args: Any, **kwargs: Any) -> Any:
+        """As transformers', of a folder whose adapters have this model's names or those of
+        transformers' class.
+
+        Raises:
+            ValueError: layers that the adapters' config names and their file lacks, which would be
+                left at random; else as transformers'.
+        """
+        from transformers.core_model_loading import WeightRenaming
+
+        if "load_config" not in kwargs:
+            kwargs.setdefault(
+                "weight_mapping",
+                [WeightRenaming(*pair) for pair in self._checkpoint_conversion_mapping.items()],
+            )
+        report = super().load_adapter(*args, **kwargs)
+        if report.missing_keys:
+            raise ValueError(
+                f"the adapters do not fit: not in their file: {listing(sorted(report.missing_keys))}"
+            )
+        return report
+
+    def own_names(self, names: Iterable[str]) -> dict[str, str]:
+        """The parameters' names here by those that files have, or transformers' classes; unknown
+        ones are left out.
+        """
+        from mllama.checkpoints.models import own_names
+
+        return own_names(self.config, names)
+
+    def load_state_dict(
+        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
+    ) -> Any:
+        """As torch's; takes the names that weight files use too, whole or shard by shard with
+        `strict=False`; those that torch.compile, DDP and FSDP make of them; and adapters alone in
+        PEFT's names, which miss nothing of the rest of the model. What is sharded over processes,
+        here or there, is gathered and given out.
+
+        Raises:
+            ValueError: adapters alone, for a model without LoRA layers; else as torch's.
+        """
+        from mllama.checkpoints import translate_state_dict
+
+        adapters_alone = False
+        if isinstance(state_dict, Mapping):  # torch says what else it is
+            adapters_alone = bool(state_dict) and is_peft(state_dict)
+            plain = {plain_key(name): tensor for name, tensor in state_dict.items()}
+            if adapters_alone and not lora_layers(self):
+                raise ValueError(
+                    "state_dict holds adapters, and this model has no LoRA layers: mllama.load_lora(model, path) converts it"
+                )
+            state_dict = own_adapters(self, state_dict) if adapters_alone else plain
+            state_dict = translate_state_dict(self, state_dict, self.older_files)
+            own = {plain_key(name): name for name in self.state_dict()}
+            state_dict = given_out(
+                self, {own.get(name, name): tensor for name, tensor in state_dict.items()}
+            )
+        report = super().load_state_dict(state_dict, strict=strict, assign=assign)
+        if adapters_alone:
+            report.missing_keys[:] = [name for name in report.missing_keys if ".lora_" in name]
+        if assign:  # it gave every name a parameter of its own
+            self.tie_weights(recompute_mapping=False)
+        return report
+
+    def _set_gradient_checkpointing(  # type: ignore[override]  # what else releases of transformers pass is handed on
+        self, enable: bool = True, gradient_checkpointing_func: Callable = checkpoint, **kwargs: Any
+    ) -> None:
+        """What transformers' methods call to have activations checkpointed, or not."""
+        if (
+            getattr(gradient_checkpointing_func, "keywords", {}).get("use_reentrant") is not False
+        ):  # what torch does unless told otherwise
+            gradient_checkpointing_func = functools.partial(_reentrant, gradient_checkpointing_func)
+        super()._set_gradient_checkpointing(enable, gradient_checkpointing_func, **kwargs)
+
+
+def _reentrant(
+    checkpoint: Callable, forward: functools.partial, hidden_states: torch.Tensor, *args
+):
+    """The reentrant kind gives a layer's parameters no gradient, without a word, unless its input
+    asks for one: the input of the first layer with an adapter does not, where all below is frozen.
+    transformers makes embedded tokens ask, not pictures.
+    """
+    layer = forward.args[0]
+    if torch.is_grad_enabled() and any(parameter.requires_grad for parameter in layer.parameters()):
+        hidden_states = (
+            hidden_states
+            if hidden_states.requires_grad
+            else hidden_states.detach().requires_grad_()
+        )
+    return checkpoint(forward, hidden_states, *args)
+
+
+# Of transformers: where and how to find a model on the hub; and what changes nothing here.
+HUB_OPTIONS = {"cache_dir", "force_download", "local_files_only", "revision", "token"}
+_PASSED_OVER = {
+    "_from_auto",
+    "adapter_kwargs",
+    "code_revision",
+    "low_cpu_mem_usage",
+    "trust_remote_code",
+    "use_safetensors",
+    "weights_only",
+}
+_PUSH_OPTIONS = {
+    "commit_description",
+    "commit_message",
+    "create_pr",
+    "private",
+    "repo_id",
+    "revision",
+    "tags",
+    "token",
+}
+# What transformers, Trainer, PEFT and accelerate pass; the files are the same either way.
+_SAVE_PASSED_OVER = {"save_function", "save_original_format", "save_peft_format"}
+# What would change the files in ways that are not supported: its only value.
+_SAVE_FIXED = {"variant": None, "safe_serialization": True, "distributed_checkpoint": False}

@@ -1,0 +1,58 @@
+"""Stock transformers' classes, which `generate --runtime transformers` runs and `verify` compares
+with.
+"""
+
+from pathlib import Path
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    PreTrainedModel,
+    SiglipVisionModel,
+)
+
+from mllama.checkpoints.files import CONFIG, find_gguf, find_inside, read_json
+
+_CLASSES = {
+    "gemma": AutoModelForCausalLM,
+    "llama": AutoModelForCausalLM,
+    "llava": AutoModelForImageTextToText,
+    "mllama": AutoModelForImageTextToText,
+    "paligemma": AutoModelForImageTextToText,
+    "siglip": SiglipVisionModel,
+    "siglip_vision_model": SiglipVisionModel,
+}
+
+
+def load_stock(folder: Path, dtype: str | torch.dtype) -> PreTrainedModel:
+    """A model by its stock class, in eval mode on the CPU.
+
+    Args:
+        folder: with config.json, or with a GGUF file; or that file.
+        dtype: of the model.
+
+    Raises:
+        ValueError: transformers does not read what is there.
+    """
+    options = {"dtype": dtype, "local_files_only": True, "trust_remote_code": False}
+    if (folder / CONFIG).is_file():
+        kind = read_json(find_inside(folder, CONFIG)).get("model_type")
+        if kind in _CLASSES:
+            return _CLASSES[kind].from_pretrained(folder, use_safetensors=True, **options).eval()
+        raise ValueError(f"stock transformers has no class for {folder}, of model_type {kind!r}")
+    if (file := find_gguf(folder)) is None:
+        raise ValueError(
+            f"stock transformers does not read {folder}: it has no {CONFIG} and is no GGUF file"
+        )
+    from mllama.checkpoints.gguf.reader import (
+        open_gguf,
+    )  # here, since its library is an optional dependency
+
+    options |= {"gguf_file": file.name}
+    config = AutoConfig.from_pretrained(file.parent, **options)
+    config.rope_parameters = open_gguf(
+        file
+    ).config.rope_parameters  # transformers reads no scaling of the rotary frequencies
+    return AutoModelForCausalLM.from_pretrained(file.parent, config=config, **options).eval()
