@@ -24,7 +24,7 @@ MUST_NOT_NAME = {
     r"|from mllama import",
     "python/mllama/lora": r"mllama\.(?!ops|nn|lora|checkpoints\.(files|sources|meta\.source))"
     r"|mllama import",
-    "python/mllama/hf": r"mllama\.(cli|api)",
+    "python/mllama/hf": r"mllama\.cli",
 }
 
 
