@@ -12,7 +12,7 @@ from typing import Any
 from transformers import PretrainedConfig
 
 from mllama.config.checks import HEAD_DIM_MAX, HEAD_DIM_MIN, check_choice, check_number, check_size
-from mllama.config.spec import ModelSpec, TextSpec, TiledVisionSpec, VisionSpec
+from mllama.config.spec import ModelSpec, TextSpec, TiledVisionSpec, VisionSpec, uniform_layers
 from mllama.hf.configs import MllamaConfig, MllamaTextConfig, MllamaVisionConfig
 from mllama.nn.activation import ACTIVATIONS
 
@@ -166,8 +166,15 @@ def _text(config: PretrainedConfig, kind: str, **replaced: Any) -> MllamaTextCon
     return MllamaTextConfig(**_fields(config, own, **replaced))
 
 
+def _uniform(text: MllamaTextConfig) -> TextSpec:
+    """A decoder whose layers are alike, save those that attend to images."""
+    cross = text.cross_attention_layers or ()
+    layers = uniform_layers(text.num_hidden_layers, text.rope_parameters, cross)
+    return TextSpec.of(text, layers=layers)
+
+
 def _llama(config: PretrainedConfig) -> ModelSpec:
-    return ModelSpec(text=TextSpec.of(_text(config, "llama")))
+    return ModelSpec(text=_uniform(_text(config, "llama")))
 
 
 def _gemma_text(config: PretrainedConfig) -> MllamaTextConfig:
@@ -181,7 +188,7 @@ def _gemma(config: PretrainedConfig) -> ModelSpec:
         raise ValueError(
             "use_bidirectional_attention: a Gemma that attends both ways generates no text and is not supported"
         )
-    return ModelSpec(text=TextSpec.of(_gemma_text(config)))
+    return ModelSpec(text=_uniform(_gemma_text(config)))
 
 
 def _own(config: MllamaConfig) -> ModelSpec:
@@ -192,7 +199,7 @@ def _own(config: MllamaConfig) -> ModelSpec:
             f"text_config: cross_attention_layers must be None here: cross_attention_every places them; got {given!r}"
         )
     return ModelSpec(
-        text=_crossed(TextSpec.of(text), config.cross_attention_every),
+        text=_crossed(_uniform(text), config.cross_attention_every),
         encoder="siglip",
         vision=VisionSpec.of(vision),
         feature_layers=(vision.num_hidden_layers,) if config.vision_feature == "pre_norm" else None,
@@ -211,12 +218,10 @@ def _crossed(text: TextSpec, every: int | None) -> TextSpec:
     """A decoder with a cross-attention layer added after every so many of its own."""
     if every is None:
         return text
-    added = text.num_hidden_layers // every
-    return replace(
-        text,
-        num_hidden_layers=text.num_hidden_layers + added,
-        cross_attention_layers=tuple(number * (every + 1) + every for number in range(added)),
-    )
+    layers = []
+    for count, layer in enumerate(text.layers, 1):
+        layers += [layer] if count % every else [layer, replace(layer, attention="cross")]
+    return replace(text, layers=tuple(layers))
 
 
 def _llava(config: PretrainedConfig) -> ModelSpec:
@@ -235,7 +240,7 @@ def _llava(config: PretrainedConfig) -> ModelSpec:
             "vision_feature_select_strategy 'default' leaves none of a tower's one feature"
         )
     return ModelSpec(
-        text=TextSpec.of(text),
+        text=_uniform(text),
         encoder=towers[kind],
         vision=VisionSpec.of(vision),
         feature_layers=layers,
@@ -292,7 +297,7 @@ def _paligemma(config: PretrainedConfig) -> ModelSpec:
             f"projection_dim {config.projection_dim!r} must be the decoder's hidden_size {text.hidden_size}"
         )
     return ModelSpec(
-        text=TextSpec.of(text),
+        text=_uniform(text),
         encoder="siglip",
         vision=VisionSpec.of(vision),
         projector="linear",
@@ -313,7 +318,7 @@ def _mllama(config: PretrainedConfig) -> ModelSpec:
     vision = config.vision_config
     _check_tiled(vision)
     return ModelSpec(
-        text=TextSpec.of(text),
+        text=_uniform(text),
         encoder="tiled",
         vision=TiledVisionSpec.of(vision),
         projector="linear",
