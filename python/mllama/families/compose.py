@@ -12,6 +12,7 @@ from typing import Any
 from transformers import PretrainedConfig
 
 from mllama.config.checks import HEAD_DIM_MAX, HEAD_DIM_MIN, check_choice, check_number, check_size
+from mllama.config.features import normalize_layers, skips_first
 from mllama.config.spec import ModelSpec, TextSpec, TiledVisionSpec, VisionSpec, uniform_layers
 from mllama.hf.configs import MllamaConfig, MllamaTextConfig, MllamaVisionConfig
 from mllama.nn.activation import ACTIVATIONS
@@ -123,7 +124,7 @@ def compose(config: PretrainedConfig) -> ModelSpec:
     spec = FAMILIES[config.model_type](config)
     if spec.encoder is not None and config.image_token_index is not None:
         check_size("config", "image_token_index", config.image_token_index, minimum=0)
-    return spec
+    return replace(spec, image_token_id=getattr(config, "image_token_index", None))
 
 
 def siglip_vision(config: PretrainedConfig) -> MllamaVisionConfig:
@@ -232,7 +233,8 @@ def _llava(config: PretrainedConfig) -> ModelSpec:
         for owner, part in (("config", config), ("vision_config", config.vision_config)):
             check_choice(owner, "is_causal", getattr(part, "is_causal", None), (False, None))
     vision, text = siglip_vision(config.vision_config), _text(config.text_config, "llama")
-    layers, skip = select_features(config, vision.num_hidden_layers + 1)
+    layers = normalize_layers(config.vision_feature_layer, vision.num_hidden_layers + 1)
+    skip = skips_first(config.vision_feature_select_strategy)
     check_choice("config", "projector_hidden_act", config.projector_hidden_act, tuple(ACTIVATIONS))
     tokens = (vision.image_size // vision.patch_size) ** 2 + (kind == "clip_vision_model") - skip
     if tokens < 1:
@@ -253,37 +255,6 @@ def _llava(config: PretrainedConfig) -> ModelSpec:
         fusion="merge",
         tokens_per_image=tokens,
     )
-
-
-def select_features(
-    config: PretrainedConfig,
-    states: int,
-    layer: int | list[int] | None = None,
-    strategy: str | None = None,
-) -> tuple[tuple[int, ...], bool]:
-    """Which of a tower's states a LLaVA reads, and whether without the first feature.
-
-    Args:
-        config: says what is not given.
-        states: how many there are: the embeddings and every layer's output.
-        layer: `vision_feature_layer`.
-        strategy: `vision_feature_select_strategy`.
-
-    Raises:
-        ValueError: a layer that is none, or another strategy.
-    """
-    layer = config.vision_feature_layer if layer is None else layer
-    layers = list(layer) if isinstance(layer, (list, tuple)) else [layer]
-    if not layers or any(
-        isinstance(one, bool) or not isinstance(one, int) or not -states <= one < states
-        for one in layers
-    ):
-        raise ValueError(
-            f"vision_feature_layer must name states of -{states} to {states - 1}, got {layer!r}"
-        )
-    strategy = config.vision_feature_select_strategy if strategy is None else strategy
-    check_choice("model", "vision_feature_select_strategy", strategy, ("default", "full"))
-    return tuple(one % states for one in layers), strategy == "default"
 
 
 def _paligemma(config: PretrainedConfig) -> ModelSpec:
@@ -323,7 +294,7 @@ def _mllama(config: PretrainedConfig) -> ModelSpec:
         vision=TiledVisionSpec.of(vision),
         projector="linear",
         projector_sizes=(vision.vision_output_dim, 0, text.hidden_size),
-        fusion="cross_attention",
+        fusion="tiled_cross_attention",
     )
 
 

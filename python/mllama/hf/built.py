@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
-from mllama.families.compose import BUILT_FROM
+from mllama.families.compose import BUILT_FROM, compose
 
 
 def remember_config(model: PreTrainedModel) -> None:
@@ -45,12 +45,12 @@ def check_built(model: PreTrainedModel) -> None:
                     f"config: {field} was {was!r} when the model was built and cannot be {fields[name]!r} now: build it anew"
                 )
     if hasattr(model, "spec"):
-        spec = model.make_spec(model.config)
+        spec = compose(model.config)
         if spec.projector_sizes != model.spec.projector_sizes:
             raise ValueError(
                 f"config: vision_feature_layer must name as many states as when the model was built, got {spec.feature_layers!r}"
             )
-        model.spec = spec
+        model.set_spec(spec)
         model.language_model.config = spec.text
     remember_config(model)
 
