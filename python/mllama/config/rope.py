@@ -36,8 +36,7 @@ def settle_rope(owner: str, config: Mapping[str, Any], theta: float) -> dict[str
         raise ValueError(f"{owner}: rope_theta is given twice: {thetas}")
     parameters["rope_theta"] = thetas[0] if thetas else theta
     check_rope(owner, parameters)
-    for part in (given, parameters):
-        check_choice(owner, "partial_rotary_factor", part.get("partial_rotary_factor"), (None, 1))
+    check_choice(owner, "partial_rotary_factor", given["partial_rotary_factor"], (None, 1))
     if parameters["rope_type"] == "llama3":
         if parameters.get("original_max_position_embeddings") is None:  # as transformers reads it
             parameters["original_max_position_embeddings"] = config["max_position_embeddings"]
@@ -60,6 +59,8 @@ def check_rope(owner: str, parameters: Mapping[str, Any]) -> None:
         raise ValueError(f"{owner}: rope_parameters by kind of layer ({nested[0]}) are not taken")
     kind = parameters["rope_type"]
     check_choice(owner, "rope_parameters['rope_type']", kind, ROPE_TYPES)
+    part = parameters.get("partial_rotary_factor")
+    check_choice(owner, "rope_parameters['partial_rotary_factor']", part, (None, 1))
     for name in _NEEDED.get(kind, ()):
         check_number(owner, f"rope_parameters[{name!r}]", parameters.get(name))
     if kind == "llama3":
