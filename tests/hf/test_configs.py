@@ -193,7 +193,10 @@ def test_top_level_sizes_fill_what_the_text_config_does_not_say():
     ) == (77, 128, 3, 128)
     assert MllamaConfig(text_config=twins.TEXT, vocab_size=77).vocab_size == twins.VOCABULARY
     assert (
-        MllamaConfig(text_config={"hidden_size": 64, "num_attention_heads": 4}, hidden_size=128).hidden_size == 64
+        MllamaConfig(
+            text_config={"hidden_size": 64, "num_attention_heads": 4}, hidden_size=128
+        ).hidden_size
+        == 64
     )
 
 
