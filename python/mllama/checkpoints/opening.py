@@ -14,11 +14,23 @@ from mllama.checkpoints.files import CONFIG, INDEX, find_gguf, find_inside, read
 from mllama.checkpoints.meta.reader import PARAMS, open_meta
 from mllama.checkpoints.sources import open_safetensors
 from mllama.config.files import harmless
-from mllama.families import gemma, llama, llava, mllama, paligemma, siglip, siglip_llama
+from mllama.families import (
+    gemma,
+    gemma2,
+    gemma3,
+    llama,
+    llava,
+    mllama,
+    paligemma,
+    siglip,
+    siglip_llama,
+)
 from mllama.weights.format import Format, Opened
 
 FORMATS = {
     "gemma": gemma.FORMAT,
+    "gemma2": gemma2.FORMAT,
+    "gemma3_text": gemma3.FORMAT,
     "llama": llama.FORMAT,
     "llava": llava.FORMAT,
     "mllama": mllama.FORMAT,

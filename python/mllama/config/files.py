@@ -157,7 +157,9 @@ def _older(content: dict[str, Any]) -> dict[str, Any]:
     content.pop("dtype", None)
     content.pop("keys_to_ignore_at_inference", None)  # a model's, said by its class
     rope = dict(content.pop("rope_parameters", None) or {})
-    if rope:
+    if "full_attention" in rope:  # one per kind of layer, which the older spelling has not
+        content["rope_parameters"] = rope
+    elif rope:
         rope.pop("type", None)
         content["rope_theta"] = rope.pop("rope_theta")
         content["rope_scaling"] = None if rope.get("rope_type", "default") == "default" else rope

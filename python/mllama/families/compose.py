@@ -7,12 +7,28 @@ it; what is built is read from here alone, with every size checked.
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from transformers import PretrainedConfig
 
-from mllama.config.checks import HEAD_DIM_MAX, HEAD_DIM_MIN, check_choice, check_number, check_size
-from mllama.config.spec import ModelSpec, TextSpec, TiledVisionSpec, VisionSpec, uniform_layers
+from mllama.config.checks import (
+    HEAD_DIM_MAX,
+    HEAD_DIM_MIN,
+    TEXT_ACTIVATIONS,
+    check_choice,
+    check_number,
+    check_size,
+)
+from mllama.config.spec import (
+    LayerSpec,
+    ModelSpec,
+    RopeSpec,
+    TextSpec,
+    TiledVisionSpec,
+    VisionSpec,
+    uniform_layers,
+)
 from mllama.hf.configs import MllamaConfig, MllamaTextConfig, MllamaVisionConfig
 from mllama.nn.activation import ACTIVATIONS
 
@@ -67,6 +83,15 @@ _OWN_TEXT_FIELDS = (
     "num_image_tokens",
     "dropout",
 )
+# Of Gemma 2 and 3, beyond those.
+_WINDOWED_FIELDS = (
+    "hidden_activation",
+    "layer_types",
+    "sliding_window",
+    "query_pre_attn_scalar",
+    "attn_logit_softcapping",
+    "final_logit_softcapping",
+)
 _TILED_FIELDS = (
     "num_global_layers",
     "attention_heads",
@@ -84,7 +109,14 @@ _JOINING_FIELDS = (
     "fusion",
 )
 BUILT_FROM = frozenset(
-    {*_TEXT_FIELDS, *_VISION_FIELDS, *_OWN_TEXT_FIELDS, *_TILED_FIELDS, *_JOINING_FIELDS}
+    {
+        *_TEXT_FIELDS,
+        *_VISION_FIELDS,
+        *_OWN_TEXT_FIELDS,
+        *_WINDOWED_FIELDS,
+        *_TILED_FIELDS,
+        *_JOINING_FIELDS,
+    }
     | {
         "supported_aspect_ratios",
         "vision_use_head",
@@ -98,9 +130,10 @@ in it.
 """
 # Fields of a decoder by which stock models compute something else, and the value by which they do
 # not.
-_NOT_COMPUTED = {
-    "is_causal": True,
-    "dropout": 0,
+_NOT_COMPUTED = {"is_causal": True, "dropout": 0, "attention_chunk_size": None}
+# As much, of a decoder whose layers are all alike.
+_NOT_UNIFORM = {
+    "sliding_window": None,
     "final_logit_softcapping": None,
     "attn_logit_softcapping": None,
 }
@@ -146,18 +179,7 @@ def _text(config: PretrainedConfig, kind: str, **replaced: Any) -> MllamaTextCon
         raise ValueError(
             f"text_config: a decoder of model_type {config.model_type!r} is not supported here; {kind!r} is"
         )
-    for name in (
-        "sliding_window",
-        "attention_chunk_size",
-    ):  # transformers' caches would forget what lies outside
-        if getattr(config, name, None) is not None:
-            raise ValueError(
-                f"text_config: {name} must be None: layers see all tokens before them; got {getattr(config, name)!r}"
-            )
-    for kind in getattr(config, "layer_types", None) or ():
-        check_choice("text_config", "layer_types", kind, ("full_attention",))
-    for name, value in _NOT_COMPUTED.items():
-        check_choice("text_config", name, getattr(config, name, None), (value, None))
+    _check_values(config, _NOT_COMPUTED)
     own = tuple(
         name
         for name in _TEXT_FIELDS
@@ -166,29 +188,110 @@ def _text(config: PretrainedConfig, kind: str, **replaced: Any) -> MllamaTextCon
     return MllamaTextConfig(**_fields(config, own, **replaced))
 
 
-def _uniform(text: MllamaTextConfig) -> TextSpec:
+def _check_values(config: PretrainedConfig, values: dict[str, Any]) -> None:
+    for name, value in values.items():
+        check_choice("text_config", name, getattr(config, name, None), (value, None))
+
+
+def _uniform(config: PretrainedConfig, text: MllamaTextConfig) -> TextSpec:
     """A decoder whose layers are alike, save those that attend to images."""
+    _check_values(config, _NOT_UNIFORM)
+    for kind in getattr(config, "layer_types", None) or ():
+        check_choice("text_config", "layer_types", kind, ("full_attention",))
     cross = text.cross_attention_layers or ()
     layers = uniform_layers(text.num_hidden_layers, text.rope_parameters, cross)
     return TextSpec.of(text, layers=layers)
 
 
 def _llama(config: PretrainedConfig) -> ModelSpec:
-    return ModelSpec(text=_uniform(_text(config, "llama")))
+    return ModelSpec(text=_uniform(config, _text(config, "llama")))
 
 
-def _gemma_text(config: PretrainedConfig) -> MllamaTextConfig:
-    # Gemma's scale is its root of the width; attention, norms and activation are said by these
-    # three.
-    return _text(config, "gemma", norm_offset=1.0, embedding_scale=float(config.hidden_size) ** 0.5)
+def _gemma_fields(config: PretrainedConfig, kind: str, **replaced: Any) -> MllamaTextConfig:
+    """The checked fields that every Gemma has."""
+    scale = float(config.hidden_size) ** 0.5
+    return _text(config, kind, norm_offset=1.0, embedding_scale=scale, **replaced)
 
 
-def _gemma(config: PretrainedConfig) -> ModelSpec:
+def _gemma_text(config: PretrainedConfig) -> TextSpec:
+    return _uniform(config, _gemma_fields(config, "gemma"))
+
+
+def _activation(config: PretrainedConfig) -> str:
+    name = config.hidden_activation
+    check_choice("text_config", "hidden_activation", name, TEXT_ACTIVATIONS)
+    return name
+
+
+def _gemma2_text(config: PretrainedConfig) -> TextSpec:
+    text = _gemma_fields(config, "gemma2", hidden_act=_activation(config))
+    return _windowed(config, text, softcap=_softcap(config, "attn_logit_softcapping"))
+
+
+def _gemma3_text(config: PretrainedConfig) -> TextSpec:
+    # The field is there, and transformers' attention does not read it.
+    _check_values(config, {"attn_logit_softcapping": None})
+    ropes = config.rope_parameters
+    if not isinstance(ropes, dict) or not {"full_attention", "sliding_attention"} <= ropes.keys():
+        raise ValueError(
+            "text_config: rope_parameters must be those of full_attention and of "
+            f"sliding_attention, got {ropes!r}"
+        )
+    act = _activation(config)
+    sliding, text = (
+        _gemma_fields(config, "gemma3_text", hidden_act=act, rope_parameters=ropes[kind])
+        for kind in ("sliding_attention", "full_attention")
+    )
+    return _windowed(config, text, sliding.rope_parameters, qk_norm=True)
+
+
+def _windowed(
+    config: PretrainedConfig,
+    text: MllamaTextConfig,
+    sliding_rope: dict[str, Any] | None = None,
+    **layer: Any,
+) -> TextSpec:
+    """Gemma 2's and 3's decoder: four norms a layer, some layers with a window, and maybe with
+    rotary frequencies of their own.
+    """
+    owner, kinds, count = "text_config", config.layer_types, text.num_hidden_layers
+    for kind in kinds:
+        check_choice(owner, "layer_types", kind, ("sliding_attention", "full_attention"))
+    if len(kinds) < count:
+        raise ValueError(f"{owner}: layer_types must be {count}, one per layer, got {len(kinds)}")
+    if "sliding_attention" in kinds:
+        check_size(owner, "sliding_window", config.sliding_window)
+    check_number(owner, "query_pre_attn_scalar", config.query_pre_attn_scalar)
+    full = LayerSpec(
+        rope=RopeSpec.of(text.rope_parameters),
+        scale=config.query_pre_attn_scalar**-0.5,
+        post_norms=True,
+        **layer,
+    )
+    rope = full.rope if sliding_rope is None else RopeSpec.of(sliding_rope)
+    sliding = replace(full, window=config.sliding_window, rope=rope)
+    return TextSpec.of(
+        text,
+        layers=tuple(full if kind == "full_attention" else sliding for kind in kinds[:count]),
+        final_logit_softcapping=_softcap(config, "final_logit_softcapping"),
+    )
+
+
+def _softcap(config: PretrainedConfig, name: str) -> float | None:
+    if (value := getattr(config, name)) is None:
+        return None
+    check_number("text_config", name, value)
+    return float(value)
+
+
+def _alone(make_text: Callable[[Any], TextSpec], config: PretrainedConfig) -> ModelSpec:
+    """A Gemma without images."""
     if config.use_bidirectional_attention:
         raise ValueError(
-            "use_bidirectional_attention: a Gemma that attends both ways generates no text and is not supported"
+            "use_bidirectional_attention: a Gemma that attends in both directions generates no "
+            "text and is not supported"
         )
-    return ModelSpec(text=_uniform(_gemma_text(config)))
+    return ModelSpec(text=make_text(config))
 
 
 def _own(config: MllamaConfig) -> ModelSpec:
@@ -199,7 +302,7 @@ def _own(config: MllamaConfig) -> ModelSpec:
             f"text_config: cross_attention_layers must be None here: cross_attention_every places them; got {given!r}"
         )
     return ModelSpec(
-        text=_crossed(_uniform(text), config.cross_attention_every),
+        text=_crossed(_uniform(text, text), config.cross_attention_every),
         encoder="siglip",
         vision=VisionSpec.of(vision),
         feature_layers=(vision.num_hidden_layers,) if config.vision_feature == "pre_norm" else None,
@@ -231,7 +334,8 @@ def _llava(config: PretrainedConfig) -> ModelSpec:
     if kind == "clip_vision_model":  # transformers' sees causally where one of these says so
         for owner, part in (("config", config), ("vision_config", config.vision_config)):
             check_choice(owner, "is_causal", getattr(part, "is_causal", None), (False, None))
-    vision, text = siglip_vision(config.vision_config), _text(config.text_config, "llama")
+    vision = siglip_vision(config.vision_config)
+    text = _uniform(config.text_config, _text(config.text_config, "llama"))
     layers, skip = select_features(config, vision.num_hidden_layers + 1)
     check_choice("config", "projector_hidden_act", config.projector_hidden_act, tuple(ACTIVATIONS))
     tokens = (vision.image_size // vision.patch_size) ** 2 + (kind == "clip_vision_model") - skip
@@ -240,7 +344,7 @@ def _llava(config: PretrainedConfig) -> ModelSpec:
             "vision_feature_select_strategy 'default' leaves none of a tower's one feature"
         )
     return ModelSpec(
-        text=_uniform(text),
+        text=text,
         encoder=towers[kind],
         vision=VisionSpec.of(vision),
         feature_layers=layers,
@@ -290,14 +394,16 @@ def _paligemma(config: PretrainedConfig) -> ModelSpec:
     check_choice(
         "vision_config", "model_type", config.vision_config.model_type, ("siglip_vision_model",)
     )
-    check_choice("text_config", "model_type", config.text_config.model_type, ("gemma",))
-    vision, text = siglip_vision(config.vision_config), _gemma_text(config.text_config)
+    decoders = {"gemma": _gemma_text, "gemma2": _gemma2_text}
+    kind = config.text_config.model_type
+    check_choice("text_config", "model_type", kind, tuple(decoders))
+    vision, text = siglip_vision(config.vision_config), decoders[kind](config.text_config)
     if config.projection_dim != text.hidden_size:
         raise ValueError(
             f"projection_dim {config.projection_dim!r} must be the decoder's hidden_size {text.hidden_size}"
         )
     return ModelSpec(
-        text=_uniform(text),
+        text=text,
         encoder="siglip",
         vision=VisionSpec.of(vision),
         projector="linear",
@@ -314,11 +420,11 @@ def _mllama(config: PretrainedConfig) -> ModelSpec:
         "extra_embeddings": 8,
         "tie_word_embeddings": False,
     }
-    text = _text(config.text_config, "mllama_text_model", **crossed)
+    text = _uniform(config.text_config, _text(config.text_config, "mllama_text_model", **crossed))
     vision = config.vision_config
     _check_tiled(vision)
     return ModelSpec(
-        text=_uniform(text),
+        text=text,
         encoder="tiled",
         vision=TiledVisionSpec.of(vision),
         projector="linear",
@@ -382,7 +488,9 @@ def _check_tiled(vision: PretrainedConfig) -> None:
 FAMILIES: dict[str, Callable[[Any], ModelSpec]] = {
     MllamaConfig.model_type: _own,
     "llama": _llama,
-    "gemma": _gemma,
+    "gemma": partial(_alone, _gemma_text),
+    "gemma2": partial(_alone, _gemma2_text),
+    "gemma3_text": partial(_alone, _gemma3_text),
     "llava": _llava,
     "paligemma": _paligemma,
     "mllama": _mllama,

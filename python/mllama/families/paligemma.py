@@ -1,8 +1,10 @@
-"""PaliGemma 1 on disk: a SigLIP tower, one linear layer and a Gemma, under LLaVA's names."""
+"""PaliGemma 1 and 2 on disk: a SigLIP encoder, one linear layer and a Gemma or Gemma 2, under
+LLaVA's names.
+"""
 
 from typing import Any
 
-from transformers import GemmaConfig, PaliGemmaConfig, SiglipVisionConfig
+from transformers import Gemma2Config, GemmaConfig, PaliGemmaConfig, SiglipVisionConfig
 
 from mllama.config.files import build, content_of
 from mllama.families import llava
@@ -10,11 +12,11 @@ from mllama.weights.format import Format
 
 
 def from_file(content: dict[str, Any]) -> PaliGemmaConfig:
-    """Raises ValueError for what cannot be: PaliGemma 2, whose decoder is a Gemma 2, among it."""
+    """Raises ValueError for what cannot be."""
     config = build(
         PaliGemmaConfig,
         content,
-        {"vision_config": (SiglipVisionConfig,), "text_config": (GemmaConfig,)},
+        {"vision_config": (SiglipVisionConfig,), "text_config": (GemmaConfig, Gemma2Config)},
     )
     config.text_config.tie_word_embeddings = config.tie_word_embeddings
     return config

@@ -22,6 +22,8 @@ _MLLAMA = (
 _PREFIXES = {
     "llama": _LLAMA,
     "gemma": _LLAMA,
+    "gemma2": _LLAMA,
+    "gemma3_text": _LLAMA,
     "llava": _LLAVA,
     "paligemma": _LLAVA,
     "mllama": _MLLAMA,

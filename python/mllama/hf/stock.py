@@ -17,6 +17,8 @@ from mllama.checkpoints.files import CONFIG, find_gguf, find_inside, read_json
 
 _CLASSES = {
     "gemma": AutoModelForCausalLM,
+    "gemma2": AutoModelForCausalLM,
+    "gemma3_text": AutoModelForCausalLM,
     "llama": AutoModelForCausalLM,
     "llava": AutoModelForImageTextToText,
     "mllama": AutoModelForImageTextToText,
