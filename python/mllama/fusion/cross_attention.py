@@ -159,7 +159,7 @@ class CrossAttentionFusion(Fusion):
     """Layers of the decoder attend to images; placeholders are words like others."""
 
     def find_placeholders(self, input_ids, attention_mask=None, images=0, per_image=None):
-        token = self.spec.image_token_id
+        token = self.spec.image_token_index
         return (
             torch.zeros_like(input_ids, dtype=torch.bool) if token is None else input_ids == token
         )
@@ -217,6 +217,8 @@ class CrossAttentionFusion(Fusion):
 
 class TiledCrossAttentionFusion(CrossAttentionFusion):
     """Llama-3.2-Vision's: images come in tiles, as many to every row."""
+
+    placeholders_per_image = 1  # type: ignore[assignment]
 
     def tokens_per_tile(self, parts: Parts) -> int:
         return parts.encoder.tokens_per_tile

@@ -96,6 +96,10 @@ class MergeFusion(Fusion):
             return self.pass_on(inputs, padding_mask, embeds, placeholders=placeholders)
         return self.join(inputs, padding_mask, embeds, placeholders, features, attentions)
 
+    @property
+    def placeholders_per_image(self) -> int:
+        return 0 if self.optional else self.spec.tokens_per_image
+
     def join(self, inputs, padding_mask, embeds, placeholders, features, attentions):
         """`DecoderInputs` with the features at their placeholders."""
         return self.pass_on(
@@ -187,7 +191,7 @@ class MergeFusion(Fusion):
     ) -> torch.Tensor:
         """Where placeholders of images stand: bool [B, T].
 
-        With `spec.image_token_id` these are the positions that hold it. Without, the id is told by
+        With `spec.image_token_index` these are the positions that hold it. Without, the id is told by
         `find_placeholder` from the runs that it stands in at unmasked positions.
 
         Args:
@@ -199,7 +203,7 @@ class MergeFusion(Fusion):
         Raises:
             ValueError: the id is not set, and more than one could be it.
         """
-        token = self.spec.image_token_id
+        token = self.spec.image_token_index
         if token is not None:
             return input_ids == token
         if images and not self.optional:
@@ -216,7 +220,7 @@ class MergeFusion(Fusion):
         Raises:
             ValueError: the placeholder has no embedding.
         """
-        token, rows = self.spec.image_token_id, embedding.weight.shape[0]
+        token, rows = self.spec.image_token_index, embedding.weight.shape[0]
         if token is None or token >= rows:
             raise ValueError(
                 "images beside inputs_embeds need an image_token_index with an embedding "
