@@ -1,8 +1,8 @@
-"""GGUF files, llama.cpp's: text models of the architectures `llama` and `gemma`, in every type of
-block that the gguf library knows.
+"""GGUF files, llama.cpp's: text models of the architectures `llama`, `gemma`, `gemma2` and
+`gemma3`, in every type of block that the gguf library knows.
 
-A file has the weights, the sizes, and the tokenizer (`gguf_tokenizer.py`); `gguf_writer.py` writes
-one. Against Hugging Face's layout the rows of a llama's q_proj and k_proj are permuted (pairs that
+A file has the weights, the sizes, and the tokenizer (`tokenizer.py`); `writer.py` writes one.
+Against Hugging Face's layout the rows of a llama's q_proj and k_proj are permuted (pairs that
 rotate are neighbours), a gemma's norms hold 1 + w, and Llama 3's scaling of the rotary frequencies
 is a tensor of the factors that it comes to.
 """
@@ -13,9 +13,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import GemmaConfig, LlamaConfig, PretrainedConfig
+from transformers import Gemma2Config, Gemma3TextConfig, GemmaConfig, LlamaConfig, PretrainedConfig
 
 from mllama.checkpoints.gguf.header import GgufHeader, gguf
+from mllama.checkpoints.gguf.windows import window_arguments
 from mllama.checkpoints.sources import Header
 from mllama.config.checks import check_size
 from mllama.config.files import build
@@ -59,9 +60,11 @@ def table(config: PretrainedConfig) -> Table:
     """The rows between a GGUF file's tensors and the text part of a model.
 
     Args:
-        config: LlamaConfig or GemmaConfig.
+        config: LlamaConfig, or of a Gemma.
     """
-    gemma = isinstance(config, GemmaConfig)
+    four_norms = isinstance(config, (Gemma2Config, Gemma3TextConfig))
+    gemma = four_norms or isinstance(config, GemmaConfig)
+    norms = _FOUR_NORMS if four_norms else _TWO_NORMS
     norm: list = [Shift(-1.0)] if gemma else []
     q, k = (
         [] if gemma else [Permute(heads)]
@@ -72,8 +75,10 @@ def table(config: PretrainedConfig) -> Table:
         Rename("language_model.embed_tokens.weight", "token_embd.weight"),
         Rename("language_model.norm.weight", "output_norm.weight", steps=norm),
         Rename("lm_head.weight", "output.weight"),
-        Rename(f"{layer}.input_layernorm.weight", f"{block}.attn_norm.weight", steps=norm),
-        Rename(f"{layer}.post_attention_layernorm.weight", f"{block}.ffn_norm.weight", steps=norm),
+        *(
+            Rename(f"{layer}.{name}.weight", f"{block}.{theirs}.weight", steps=norm)
+            for name, theirs in norms.items()
+        ),
         Rename(f"{layer}.self_attn.q_proj.*", f"{block}.attn_q.*", steps=q),
         Rename(f"{layer}.self_attn.k_proj.*", f"{block}.attn_k.*", steps=k),
         Rename(f"{layer}.self_attn.v_proj.*", f"{block}.attn_v.*"),
@@ -85,6 +90,17 @@ def table(config: PretrainedConfig) -> Table:
         Drop(ROPE_FREQS),  # the config has what it says
     ]
     return rows
+
+
+_TWO_NORMS = {"input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm"}
+_FOUR_NORMS = {
+    "input_layernorm": "attn_norm",
+    "post_attention_layernorm": "post_attention_norm",
+    "pre_feedforward_layernorm": "ffn_norm",
+    "post_feedforward_layernorm": "post_ffw_norm",
+    "self_attn.q_norm": "attn_q_norm",  # these two of Gemma 3
+    "self_attn.k_norm": "attn_k_norm",
+}
 
 
 class GgufSource:
@@ -177,11 +193,15 @@ def open_gguf(path: str | os.PathLike, config: PretrainedConfig | None = None) -
     architecture = header.get("general.architecture", str)
     if architecture not in _CONFIGS:
         raise ValueError(
-            f"{path}: the architecture {architecture[:50]!r} is not read; {' and '.join(_CONFIGS)} are"
+            f"{path}: the architecture {architecture[:50]!r} is not read; {', '.join(_CONFIGS)} are"
         )
     config_class, fixed = _CONFIGS[architecture]
     arguments = _sizes(header, architecture) | _ids(header) | fixed
-    arguments["rope_parameters"] = _rope(header, architecture, source, arguments["head_dim"])
+    rope = _rope(header, architecture, source, arguments["head_dim"])
+    if architecture in ("gemma2", "gemma3"):
+        arguments |= window_arguments(header, architecture, arguments, rope)
+    else:
+        arguments["rope_parameters"] = rope
     if config is None:
         try:
             config = build(config_class, arguments)
@@ -202,6 +222,8 @@ def open_gguf(path: str | os.PathLike, config: PretrainedConfig | None = None) -
 _CONFIGS: dict[str, tuple[type[PretrainedConfig], dict[str, Any]]] = {
     "llama": (LlamaConfig, {"hidden_act": "silu"}),
     "gemma": (GemmaConfig, {"hidden_act": "gelu_pytorch_tanh"}),
+    "gemma2": (Gemma2Config, {}),
+    "gemma3": (Gemma3TextConfig, {}),
 }
 
 
