@@ -13,7 +13,6 @@ import torch
 from mllama import _ext
 from mllama.ops import _dispatch
 
-INSTRUCTION_SETS = ("scalar", "avx2", "avx512", "avx512_bf16")
 # Largest error accepted, relative to the largest value of the exact result. 16-bit results carry
 # one or two roundings.
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 2e-2, torch.float16: 3e-3}
@@ -88,8 +87,9 @@ class BadCall:
 
 def instruction_sets() -> list[str]:
     """Those this CPU has, weakest first."""
-    best = _ext.load().best_isa()
-    return list(INSTRUCTION_SETS[: INSTRUCTION_SETS.index(best) + 1])
+    module = _ext.load()
+    compiled = module.build_info()["instruction_sets"].split()
+    return compiled[: compiled.index(module.best_isa()) + 1]
 
 
 @contextlib.contextmanager

@@ -10,9 +10,12 @@
 
 namespace mllama::kernels {
 
+enum class Activation { silu, gelu };
+
 // Rows of `width` elements; inputs may have gaps between rows (halves of one projection), results
 // have none.
 struct Gated {
+    Activation activation;
     Dtype dtype;
     int64_t width;
     const void* gate;
@@ -24,6 +27,7 @@ struct Gated {
 };
 
 struct GatedBackward {
+    Activation activation;
     Dtype dtype;
     int64_t width;
     const void* grad_y;
@@ -36,5 +40,9 @@ struct GatedBackward {
     void* grad_up;
     bool large;
 };
+
+// Both work on the elements [first, last), counted through the rows.
+MLLAMA_KERNEL(void, gated, (const Gated& args, int64_t first, int64_t last))
+MLLAMA_KERNEL(void, gated_backward, (const GatedBackward& args, int64_t first, int64_t last))
 
 }  // namespace mllama::kernels
