@@ -1,4 +1,4 @@
-// The Python module mllama._C. Importing it registers the operators (static initialisers of
+// The Python module mllama._C. Importing it registers the operators (static initializers of
 // csrc/ops); what it exposes itself is only about the build and the CPU. No tensor passes through
 // pybind11.
 #include <pybind11/pybind11.h>

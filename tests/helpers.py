@@ -197,9 +197,9 @@ def check_op(
         devices: where values and gradients are checked, if the machine has the device and all
             operators of `raw` have a kernel for it.
 
-    Checked: values for each dtype, device, instruction set and memory layout; 16-bit beside float32 where
-    kept so; determinism, run to run and over thread counts; gradients against the reference's; that
-    a second derivative raises or is right; opcheck; torch.compile(fullgraph=True,
+    Checked: values for each dtype, device, instruction set and memory layout; 16-bit beside float32
+    where kept so; determinism, run to run and over thread counts; gradients against the
+    reference's; that a second derivative raises or is right; opcheck; torch.compile(fullgraph=True,
     backend="aot_eager"), forward and gradients; every bad call, with kernels and without.
     """
     gradient_tolerance = gradient_tolerance or {

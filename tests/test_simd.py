@@ -1,4 +1,4 @@
-"""The vector layer's conversions, seen through add_rms_norm's second result: hidden = round(x +
+"""The vector layer's conversions, tested by add_rms_norm's second result: hidden = round(x +
 residual), bit for bit as torch's.
 """
 

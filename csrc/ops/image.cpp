@@ -21,7 +21,7 @@ double bicubic(double x) {
 }
 
 // What one direction sums: Pillow's precompute_coeffs and normalize_coeffs_8bpc, operation by
-// operation, then the weights by twos as the kernels take them. (Compiled without FMA on x86: a
+// operation, then the weights in pairs as the kernels take them. (Compiled without FMA on x86: a
 // fused product would round differently.)
 struct Weights {
     int64_t most;

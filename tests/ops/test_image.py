@@ -45,11 +45,11 @@ def some_sizes(count):
 
 def in_two_steps(image, height, width, height_first):
     """One direction at a time, each by Pillow: what the order of the passes means."""
-    picture = Image.fromarray(image.numpy())
-    between = (picture.width, height) if height_first else (width, picture.height)
+    source = Image.fromarray(image.numpy())
+    between = (source.width, height) if height_first else (width, source.height)
     return torch.from_numpy(
         np.array(
-            picture.resize(between, Image.Resampling.BICUBIC).resize(
+            source.resize(between, Image.Resampling.BICUBIC).resize(
                 (width, height), Image.Resampling.BICUBIC
             )
         )

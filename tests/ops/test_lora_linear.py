@@ -254,7 +254,7 @@ def test_lora_linear(keep):
 
 
 def plain(x, weight, a, b, bias, scale=1.0, dropout=0.0, seed=None):
-    """The formula as PEFT writes it, in the adapters' dtype where torch's matrix product wants one."""
+    """PEFT's formula, in the adapters' dtype where torch's matrix product wants one."""
     linear = torch.nn.functional.linear
     update = x.to(a.dtype)
     if dropout:

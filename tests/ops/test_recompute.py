@@ -1,4 +1,4 @@
-"""What is computed again in the backward pass instead of being kept."""
+"""What is recomputed in the backward pass instead of being saved."""
 
 import pytest
 import torch
@@ -28,7 +28,7 @@ def gradients(gate, up, recompute=None):
 
 
 @needs_kernels
-def test_the_result_is_made_again_and_not_kept():
+def test_the_result_is_recomputed_and_not_saved():
     gate, up = gated()
     calls = []
 

@@ -23,7 +23,7 @@ struct Gated {
     int64_t gate_stride;  // from row to row, in elements
     int64_t up_stride;
     void* y;
-    bool large;  // y will not be found in a cache by who reads it next
+    bool large;  // y is too large to stay in a cache until it is read
 };
 
 struct GatedBackward {

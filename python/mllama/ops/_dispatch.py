@@ -74,7 +74,7 @@ def check_tensor(op: str, name: str, tensor: Any) -> None:
 
 
 def check_device(op: str, name: str, tensor, first: str, home) -> None:
-    """Raise ValueError unless the tensor is on the same device as `home`, the one called `first`."""
+    """Raise ValueError unless the tensor is on the device of `home`, the argument `first`."""
     if tensor.device != home.device:
         raise ValueError(
             f"{op}: {name} is on {tensor.device}, {first} on {home.device}; "

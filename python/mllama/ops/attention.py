@@ -82,9 +82,9 @@ def attention(
         prefix_length: int64 [B], or [B, T] of each query: keys at the front that attend to each
             other in both directions. A query at p < prefix_length sees all j < prefix_length, in
             the window or not; later queries are causal, as in PaliGemma. Only with `causal`.
-        first_key: int64 [B or 1, T], query i of row b sees only keys j >= first_key[b, i]. In rows
-            that hold several sequences it is where the query's own one begins: with `causal` each
-            is then computed as if alone. Any value is valid.
+        first_key: int64 [B or 1, T], query i of row b sees only keys j >= first_key[b, i]. In
+            packed rows it is the start of the query's sequence: with `causal` each sequence is then
+            computed as if alone. Any value is valid.
 
     Returns:
         [B, T, H, D], contiguous, in q's dtype.

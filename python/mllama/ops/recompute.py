@@ -1,4 +1,4 @@
-"""Activations that are computed again in the backward pass instead of being kept for it."""
+"""Activations that are recomputed in the backward pass instead of being saved."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -7,9 +7,9 @@ import torch
 
 
 class Recompute(NamedTuple):
-    """How `result` was made: function(*inputs), so cheap that a backward pass may do it again.
+    """How `result` was made: function(*inputs), cheap enough to do again in a backward pass.
 
-    Whoever would save `result` saves `inputs` instead, which the function's own backward pass keeps
+    The consumer saves `inputs` in place of `result`; the function's own backward pass saves them
     anyway.
     """
 

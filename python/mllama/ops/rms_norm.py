@@ -15,8 +15,8 @@ def rms_norm(
     """Return x / sqrt(mean(x^2) + eps) * (offset + weight) over the last dimension.
 
     Without an offset in Llama's order: the normalized x is rounded to its dtype before the product
-    with weight. With an offset in Gemma's, where it is 1: everything in float32, rounded once at the
-    end.
+    with weight. With an offset in Gemma's, where it is 1: everything in float32, rounded once at
+    the end.
 
     Args:
         x: [..., D], float32, bfloat16 or float16.
