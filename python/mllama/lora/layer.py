@@ -7,12 +7,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from mllama.nn.plain import is_plain
+from mllama.nn.plain import RecomputingLinear, is_plain
 from mllama.ops._dispatch import FLOAT_DTYPES
 from mllama.ops.lora_linear import lora_linear
+from mllama.ops.recompute import Recompute
 
 
-class Linear_LORA(nn.Module):
+class Linear_LORA(RecomputingLinear):
     """y = x W' + bias + alpha / rank * (dropout(x) A') B', with W and bias frozen, A and B
     trainable.
 
@@ -111,8 +112,9 @@ class Linear_LORA(nn.Module):
         """`linear`'s."""
         return self.linear.bias
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """x: [..., in_dim] -> [..., out_dim].
+    def forward(self, x: torch.Tensor, recompute: Recompute | None = None) -> torch.Tensor:
+        """x: [..., in_dim] -> [..., out_dim]. `recompute`: how x was made, if it is to be made again
+        in the backward pass instead of being kept.
 
         Raises:
             ValueError: training a layer that is merged.
@@ -133,6 +135,7 @@ class Linear_LORA(nn.Module):
                 self.linear.bias,
                 self.scale,
                 self.dropout.p if self.dropout.training else 0.0,
+                recompute=recompute,
             )
         y = self.linear(x)
         down = self.lora_a(self.dropout(x).to(self.lora_a.weight.dtype))

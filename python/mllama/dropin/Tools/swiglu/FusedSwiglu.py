@@ -7,7 +7,7 @@ import math
 import torch
 from torch import nn
 
-from mllama.ops.swiglu import swiglu
+from mllama.ops.gated import swiglu
 
 __all__ = ["FusedFeedForward", "FusedSwiGLU", "convert_feedforward_to_fused"]
 
