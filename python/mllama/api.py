@@ -28,11 +28,12 @@ from mllama.checkpoints.hub import find_folder
 from mllama.checkpoints.models import load_opened
 from mllama.device import choose_device, choose_dtype, dtype_name
 from mllama.hf.modeling import MllamaForConditionalGeneration
+from mllama.hf.processors.auto import load_processor
 from mllama.hf.siglip import SiglipModel
 from mllama.lora.files import load_lora
 from mllama.lora.peft import CONFIG as ADAPTER_CONFIG
 from mllama.lora.peft import adapted_model
-from mllama.processing.auto import encode_batch, encode_messages, load_processor
+from mllama.processing.conversation import encode_batch, encode_messages
 from mllama.processing.image import download_urls, is_image, load_picture
 from mllama.processing.image_source import names_image
 from mllama.weights.format import Opened
@@ -507,7 +508,8 @@ def generate(model: Any, inputs: BatchFeature | BatchEncoding, **generate_kwargs
     if "max_new_tokens" in options:
         options["max_new_tokens"] = min(options["max_new_tokens"], room)
     with torch.inference_mode():
-        return model.generate(**inputs.to(model.device), **options)
+        placed = {name: value.to(model.device) for name, value in inputs.items()}
+        return model.generate(**placed, **options)
 
 
 def read_answer(processor, inputs: Mapping, sequences: torch.Tensor) -> Answer:

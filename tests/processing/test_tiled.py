@@ -9,7 +9,7 @@ from transformers.models.mllama.image_processing_pil_mllama import MllamaImagePr
 from transformers.models.mllama.processing_mllama import MllamaProcessor
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
-from mllama.processing.tiled import TiledImageProcessor, TiledProcessor
+from mllama.hf.processors.tiled import TiledImageProcessor, TiledProcessor
 
 T = 28
 CLIP = {

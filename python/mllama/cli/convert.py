@@ -16,7 +16,7 @@ from mllama.checkpoints.models import load_opened
 from mllama.cli._parser import DTYPES, GGUF_DTYPES
 from mllama.device import dtype_name
 from mllama.families.siglip_llama import written_as
-from mllama.processing.auto import load_processor
+from mllama.hf.processors.auto import load_processor
 from mllama.processing.folders import PROCESSOR_FILES
 
 _LLAVA = (
