@@ -11,6 +11,7 @@ from transformers.processing_utils import ProcessorMixin
 from transformers.utils import cached_file
 
 from mllama.hf.processors.chat import with_answers
+from mllama.processing.auto import image_kind
 from mllama.processing.folders import TOKENIZER_FILES, parse_object, read_settings
 
 
@@ -86,12 +87,10 @@ class StockFiles:
     Attributes:
         stock_class: transformers' processor.
         image_class: our image processor.
-        image_kind: what files call it.
     """
 
     stock_class: type[ProcessorMixin]
     image_class: Any
-    image_kind: str
 
     @classmethod
     def own_images(cls, settings: dict, where: str | os.PathLike) -> Any:
@@ -100,9 +99,7 @@ class StockFiles:
         Raises:
             ValueError: it is of another kind, which the text names.
         """
-        kind = settings.get("image_processor_type")
-        if kind not in (None, cls.image_kind, f"{cls.image_kind}Fast"):
-            raise ValueError(f"{where} holds a {kind}: {cls.__name__} reads a {cls.image_kind}")
+        image_kind(where, settings, [cls.image_class.kind])
         return cls.image_class.from_dict(settings)
 
     @classmethod

@@ -55,11 +55,7 @@ class PaliGemmaProcessor(ChatTemplates, StockFiles, stock.PaliGemmaProcessor):  
         ValueError: another image processor, or one without a sound image_seq_length.
     """
 
-    stock_class, image_class, image_kind = (
-        stock.PaliGemmaProcessor,
-        SquareImageProcessor,
-        "SiglipImageProcessor",
-    )
+    stock_class, image_class = stock.PaliGemmaProcessor, SquareImageProcessor
 
     def __init__(
         self,

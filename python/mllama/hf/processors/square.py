@@ -1,5 +1,5 @@
 """Image processors whose pictures all get one size: SigLIP's (squeezed into it) and CLIP's
-(shortest edge to it, then the centre).
+(shortest edge to it, then the center).
 
 They are transformers' own, with this package's picture loading and C++ resize underneath; bit-equal
 to them for upright 8-bit pictures.
@@ -38,6 +38,7 @@ class OwnImages:
     """
 
     refused = IMAGES
+    kind: str  # what files call it
 
     @on_cpu
     def preprocess(self, images, *args, allow_urls: bool = False, **kwargs) -> BatchFeature:
@@ -68,10 +69,7 @@ class OwnImages:
         return load_pixels(image).numpy().transpose(2, 0, 1)
 
     def to_dict(self) -> dict:
-        parent = next(
-            base for base in type(self).__mro__ if base.__module__.startswith("transformers.")
-        )
-        return {**super().to_dict(), "image_processor_type": parent.__name__.removesuffix("Pil")}
+        return {**super().to_dict(), "image_processor_type": self.kind}
 
 
 class _OneSize(OwnImages):
@@ -148,8 +146,12 @@ class SquareImageProcessor(_OneSize, SiglipImageProcessorPil):
     aspect is not kept.
     """
 
+    kind = "SiglipImageProcessor"
+
 
 class CroppedImageProcessor(_OneSize, CLIPImageProcessorPil):
     """transformers' CLIP image processor on this package's pictures: the shortest edge becomes
-    `size`, and the centre `crop_size` stays.
+    `size`, and the center `crop_size` stays.
     """
+
+    kind = "CLIPImageProcessor"

@@ -19,7 +19,14 @@ from mllama.hf.processors.folders import StockFiles
 from mllama.hf.processors.options import IMAGES, check_rows, merge_options, on_cpu
 from mllama.hf.processors.square import OwnImages
 from mllama.processing.image import download_urls
-from mllama.processing.prompt import adds_bos, in_order, inserted, put_bos, share_out_rows
+from mllama.processing.prompt import (
+    adds_bos,
+    check_whole,
+    in_order,
+    inserted,
+    put_bos,
+    share_out_rows,
+)
 from mllama.processing.square import read_table
 from mllama.processing.tiled import TiledImages, check_tiles, cross_attention_mask
 
@@ -49,6 +56,7 @@ class TiledImageProcessor(OwnImages, MllamaImageProcessorPil):
             should give.
     """
 
+    kind = "MllamaImageProcessor"
     refused = IMAGES | {
         "crop_size": (lambda value: value is None, _FITTED),
         "do_center_crop": (lambda value: not value, _FITTED),
@@ -60,11 +68,6 @@ class TiledImageProcessor(OwnImages, MllamaImageProcessorPil):
     def __init__(self, **kwargs):
         super().__init__(**kwargs)
         check_tiles(self.size.height, self.size.width, self.max_image_tiles)
-
-    def _validate_preprocess_kwargs(self, **kwargs):
-        super()._validate_preprocess_kwargs(**kwargs)
-        size = kwargs["size"]
-        check_tiles(size.height, size.width, kwargs["max_image_tiles"])
 
     def _prepare_images_structure(self, images, expected_ndims: int = 3) -> list[list]:
         rows = as_rows(images)
@@ -85,6 +88,7 @@ class TiledImageProcessor(OwnImages, MllamaImageProcessorPil):
         max_image_tiles,
         **kwargs,
     ) -> BatchFeature:
+        check_tiles(size.height, size.width, max_image_tiles)
         settings = {
             "do_rescale": do_rescale,
             "rescale_factor": rescale_factor,
@@ -124,11 +128,7 @@ class TiledProcessor(ChatTemplates, StockFiles, MllamaProcessor):
         ValueError: another image processor, or a tokenizer without `<|image|>`.
     """
 
-    stock_class, image_class, image_kind = (
-        MllamaProcessor,
-        TiledImageProcessor,
-        "MllamaImageProcessor",
-    )
+    stock_class, image_class = MllamaProcessor, TiledImageProcessor
 
     def __init__(
         self,
@@ -213,7 +213,7 @@ class TiledProcessor(ChatTemplates, StockFiles, MllamaProcessor):
                 text_kwargs["add_special_tokens"] = False
         data = dict(self.tokenizer(prompts, **text_kwargs))
         check_rows(data["input_ids"], tensors)
-        self._check_special_mm_tokens(prompts, data, modalities=["image"])
+        check_whole(data["input_ids"], self.image_token_id, [len(row) for row in rows])
         if merged["return_mm_token_type_ids"]:
             data["mm_token_type_ids"] = self.create_mm_token_type_ids(data["input_ids"])
         if merged["return_text_replacement_offsets"]:
