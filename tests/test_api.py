@@ -10,7 +10,7 @@ from PIL import Image
 import mllama
 import twins
 from mllama import api, device
-from mllama.processing.auto import encode_messages
+from mllama.processing.conversation import encode_messages
 
 PICTURES = Path(__file__).parent.parent / "examples" / "pictures"
 

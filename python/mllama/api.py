@@ -28,10 +28,11 @@ from mllama.checkpoints.opened import Opened
 from mllama.device import choose_device, choose_dtype, dtype_name
 from mllama.hf.checkpoints import load_opened, model_class
 from mllama.hf.modeling import MllamaForConditionalGeneration
+from mllama.hf.processors.auto import load_processor
 from mllama.lora.files import load_lora
 from mllama.lora.peft import CONFIG as ADAPTER_CONFIG
 from mllama.lora.peft import adapted_model
-from mllama.processing.auto import encode_batch, encode_messages, load_processor
+from mllama.processing.conversation import encode_batch, encode_messages
 from mllama.processing.image import download_urls, is_image, load_picture
 from mllama.processing.image_source import names_image
 
@@ -498,7 +499,8 @@ def generate(model: Any, inputs: BatchFeature | BatchEncoding, **generate_kwargs
     if "max_new_tokens" in options:
         options["max_new_tokens"] = min(options["max_new_tokens"], room)
     with torch.inference_mode():
-        return model.generate(**inputs.to(model.device), **options)
+        placed = {name: value.to(model.device) for name, value in inputs.items()}
+        return model.generate(**placed, **options)
 
 
 def read_answer(processor, inputs: Mapping, sequences: torch.Tensor) -> Answer:

@@ -13,8 +13,9 @@ import torch
 from PIL import Image
 
 import mllama
+from mllama.hf.processors.auto import load_processor
 from mllama.processing import image_source
-from mllama.processing.auto import encode_messages, load_processor
+from mllama.processing.conversation import encode_messages
 from mllama.processing.image import load_picture, load_pixels
 
 FORMS = [
@@ -140,7 +141,7 @@ def closed_underneath(path):
         (
             lambda path: base64.b64encode(b"hello" * 4000).decode(),
             FileNotFoundError,
-            "no such picture",
+            "no such image",
         ),
         (lambda path: f"data:image/png;base64,{'A@' * 10000}", ValueError, "broken base64"),
         (lambda path: "data:image/png;base64", ValueError, "comma"),
@@ -150,7 +151,7 @@ def closed_underneath(path):
             ValueError,
             "neither the path of a file nor base64",
         ),
-        (lambda path: "no/such/" * 20 + "image.png", FileNotFoundError, "no such picture"),
+        (lambda path: "no/such/" * 20 + "image.png", FileNotFoundError, "no such image"),
         (lambda path: "file://elsewhere/a.png", ValueError, "of this machine"),
         (lambda path: f"https://localhost/{'x' * 20000}", ValueError, "allow_urls"),
     ],

@@ -32,7 +32,7 @@ from mllama.cli._parser import SIZES
 from mllama.device import choose_device
 from mllama.hf.checkpoints import survey_opened
 from mllama.hf.stock import load_stock
-from mllama.processing.auto import encode_messages
+from mllama.processing.conversation import encode_messages
 
 
 def run(arguments: argparse.Namespace) -> None:

@@ -1,4 +1,4 @@
-"""The processor: text and pictures in, input_ids, attention_mask and pixel_values out.
+"""The processor: text and images in, input_ids, attention_mask and pixel_values out.
 
 On disk it is the family's own: transformers' LlavaProcessor with a SiglipImageProcessor, or
 CLIPImageProcessor as in LLaVA 1.5.
@@ -14,23 +14,21 @@ from transformers.feature_extraction_utils import BatchFeature
 from transformers.processing_utils import ProcessorMixin
 from transformers.tokenization_utils_base import AddedToken
 
-from mllama.processing.chat import ChatTemplates
-from mllama.processing.folders import load_tokenizer, read_settings, save_aside
+from mllama.hf.processors.chat import ChatTemplates
+from mllama.hf.processors.folders import load_tokenizer, read_stock_settings, save_aside
+from mllama.hf.processors.options import merge_options, on_cpu
+from mllama.hf.processors.square import CroppedImageProcessor, SquareImageProcessor, with_channels
+from mllama.processing.auto import check_llava, image_kind, image_tokens, read_llava
 from mllama.processing.image import channel_values, download_urls
-from mllama.processing.options import merge_options, on_cpu
 from mllama.processing.prompt import (
     CHAT_TEMPLATE,
     IMAGE_TOKEN,
     LOCATION_TOKENS,
-    MAX_IMAGE_TOKENS,
     adds_bos,
     check_whole,
     in_order,
-    inserted,
-    lay_out,
-    share_out,
+    merge_images,
 )
-from mllama.processing.square import CroppedImageProcessor, SquareImageProcessor, with_channels
 
 _IMAGE_PROCESSORS = {
     "SiglipImageProcessor": SquareImageProcessor,
@@ -45,53 +43,32 @@ _SIZING = (
     "pad_size",
     "do_pad",
 )  # what may change an image's size
-_OLDER_KEYS = {"pixel Value": "pixel_values", "pixel_value": "pixel_values"}
-
-
-class MllamaBatch(BatchFeature):
-    """A BatchFeature where the older keys "pixel Value" and "pixel_value" are other names of
-    pixel_values; keys() never lists them.
-
-    They read, write and delete it; pop, get, setdefault and update are built on these.
-    """
-
-    def __getitem__(self, key):
-        return super().__getitem__(_OLDER_KEYS.get(key, key))
-
-    def __setitem__(self, key, value):
-        super().__setitem__(_OLDER_KEYS.get(key, key), value)
-
-    def __delitem__(self, key):
-        super().__delitem__(_OLDER_KEYS.get(key, key))
-
-    def __contains__(self, key):
-        return super().__contains__(_OLDER_KEYS.get(key, key))
 
 
 class MllamaImageProcessor(ChatTemplates, ProcessorMixin):
-    """Text and pictures for SigLIP + Llama early fusion, called as `processor([prompt],
-    [picture])`: the order is text, images.
+    """Text and images for SigLIP + Llama early fusion, called as `processor([prompt],
+    [image])`: the order is text, images.
 
     What becomes of a prompt:
 
-    - One without `<image>`: image tokens (`image_seq_length` per picture) + BOS (if the tokenizer
+    - One without `<image>`: image tokens (`image_seq_length` per image) + BOS (if the tokenizer
       has one) + prompt + newline. A BOS at its start or a newline at its end is not doubled.
-    - One that holds `<image>`, once per picture, as `apply_chat_template` writes it: each is
+    - One that holds `<image>`, once per image, as `apply_chat_template` writes it: each is
       expanded in place and nothing is added, except what the tokenizer itself adds to every text
       (some put BOS in front), and that not where the text has BOS already.
 
     Attributes: tokenizer, image_processor, chat_template, image_size, image_seq_length
-    (placeholders per picture; 0 in a folder whose model has no place for pictures in the text, so
+    (placeholders per image; 0 in a folder whose model has no place for images in the text, so
     that `<image>` becomes nothing), IMAGE_TOKEN (also image_token), image_token_id.
 
     Args:
         tokenizer: a transformers tokenizer. It is changed: `<image>` is added where it is missing
             (len(processor.tokenizer) is then the vocabulary to make room for), and without a
             padding token it pads with its end-of-text token.
-        num_image_token: placeholders per picture, `config.text_config.num_image_tokens`:
+        num_image_token: placeholders per image, `config.text_config.num_image_tokens`:
             (image_size // patch_size) ** 2, or fewer where patches are pooled.
-        image_size: pictures become image_size x image_size pixels.
-        image_mean, image_std: of the normalisation, per channel.
+        image_size: images become image_size x image_size pixels.
+        image_mean, image_std: of the normalization, per channel.
         image_token: the placeholder.
         location_tokens: add the 1024 tokens `<loc0000>` ... and the 128 `<seg000>` ... as well.
         chat_template: a Jinja template, or "" for none. None takes the tokenizer's if it speaks of
@@ -104,6 +81,7 @@ class MllamaImageProcessor(ChatTemplates, ProcessorMixin):
         ValueError: a size below 1, a mean or deviation that cannot be one, or an empty image_token.
     """
 
+    takes_as_is = True
     text_kwargs = {"padding": True, "return_tensors": "pt"}
     images_kwargs = {"return_tensors": "pt"}
 
@@ -166,14 +144,14 @@ class MllamaImageProcessor(ChatTemplates, ProcessorMixin):
         as_is: bool = False,
         allow_urls: bool = False,
         **kwargs: Any,
-    ) -> MllamaBatch:
-        """Return input_ids and attention_mask [prompts, tokens] int64 and, with pictures,
-        pixel_values [pictures, 3, S, S] float32.
+    ) -> BatchFeature:
+        """Return input_ids and attention_mask [prompts, tokens] int64 and, with images,
+        pixel_values [images, 3, S, S] float32.
 
         Args:
-            text: a prompt or a list of prompts; None for pictures alone. Text and images are
+            text: a prompt or a list of prompts; None for images alone. Text and images are
                 exchanged where they were plainly given in transformers' order, images first.
-            images: pictures of any kind `load_picture` takes: one, a flat list, or one list (or
+            images: images of any kind `load_picture` takes: one, a flat list, or one list (or
                 None) per prompt. Of a flat list, the placeholders take theirs in order; without
                 placeholders, one prompt takes all and several take one each.
             as_is: add nothing to a prompt even where it holds no placeholder. `apply_chat_template`
@@ -183,13 +161,13 @@ class MllamaImageProcessor(ChatTemplates, ProcessorMixin):
                 return_tensors "pt" unless given.
 
         Raises:
-            TypeError: text is no text, a picture no picture, there are videos or audio, an option
+            TypeError: text is no text, an image no image, there are videos or audio, an option
                 that is not known.
-            ValueError: pictures and placeholders differ in number (the text counts both),
-                truncation cut into a picture's placeholders, a picture is refused
+            ValueError: images and placeholders differ in number (the text counts both),
+                truncation cut into an image's placeholders, an image is refused
                 (`mllama.processing.image.load_picture`), or an option's value
                 (`mllama.processing.options`).
-            FileNotFoundError: a picture's path leads nowhere.
+            FileNotFoundError: an image's path leads nowhere.
         """
         text, images = in_order(text, images, videos, audio)
         images = download_urls(images, allow_urls)
@@ -198,9 +176,15 @@ class MllamaImageProcessor(ChatTemplates, ProcessorMixin):
             kwargs["images_kwargs"] = with_channels(kwargs["images_kwargs"])
         merged = merge_options(self, kwargs)
         if text is None:
-            return MllamaBatch(self.image_processor(images, **merged["images_kwargs"]))
-        prompts, offsets, rows, special = self._prompts(
-            [text] if isinstance(text, str) else list(text), images, as_is
+            return BatchFeature(self.image_processor(images, **merged["images_kwargs"]))
+        prompts, offsets, rows, special = merge_images(
+            [text] if isinstance(text, str) else list(text),
+            images,
+            self.tokenizer,
+            self.image_token,
+            self.image_seq_length,
+            as_is,
+            self._expand,
         )
         text_kwargs = {"return_token_type_ids": False, **merged["text_kwargs"]}
         text_kwargs["add_special_tokens"] = special and text_kwargs.get("add_special_tokens", True)
@@ -223,9 +207,9 @@ class MllamaImageProcessor(ChatTemplates, ProcessorMixin):
             data.update(self.image_processor(rows, **merged["images_kwargs"]))
             wanted, got = sum(len(row) for row in rows), len(data["pixel_values"])
             if wanted != got:
-                raise ValueError(f"the prompts hold {wanted} picture(s), but pixel_values {got}")
+                raise ValueError(f"the prompts hold {wanted} image(s), but pixel_values {got}")
             self._check_size(data["pixel_values"], kwargs)
-        return MllamaBatch(
+        return BatchFeature(
             data,
             tensor_type=text_kwargs.get("return_tensors"),
             skip_tensor_conversion=["text_replacement_offsets"],
@@ -254,54 +238,18 @@ class MllamaImageProcessor(ChatTemplates, ProcessorMixin):
 
         Raises:
             OSError: there are no such files.
-            ValueError: another family's processor, which the text names, or one whose pictures are
+            ValueError: another family's processor, which the text names, or one whose images are
                 not square.
         """
         where = pretrained_model_name_or_path
-        settings, picture_settings = read_settings(where, **kwargs)
-        family = settings.get("processor_class") or picture_settings.get("processor_class")
-        kind = str(
-            picture_settings.get("image_processor_type") or "SiglipImageProcessor"
-        ).removesuffix("Fast")
-        if family not in (None, "LlavaProcessor") or kind not in _IMAGE_PROCESSORS:
-            wrong = kind if family in (None, "LlavaProcessor") else family
-            accepted = " or a ".join(_IMAGE_PROCESSORS)
-            raise ValueError(
-                f"{where} holds a {wrong}: MllamaImageProcessor reads a LlavaProcessor with a {accepted}"
-            )
-        image_processor = _IMAGE_PROCESSORS[kind].from_dict(picture_settings)
+        settings, image_settings = read_stock_settings(where, **kwargs)
+        check_llava(where, settings, image_settings)
+        kind = image_kind(where, image_settings, list(_IMAGE_PROCESSORS))
+        image_processor = _IMAGE_PROCESSORS[kind].from_dict(image_settings)
         size = image_processor.crop_size if image_processor.do_center_crop else image_processor.size
-        patch = settings.get("patch_size")
-        if (
-            not size.height
-            or size.height != size.width
-            or not isinstance(patch, int)
-            or not 1 <= patch <= size.height
-        ):
-            raise ValueError(
-                f"{where} must have pictures of a square size and a patch_size within it, got {dict(size)} and {patch}"
-            )
-        llava = {
-            "patch_size": patch,
-            "vision_feature_select_strategy": settings.get(
-                "vision_feature_select_strategy", "full"
-            ),
-            "num_additional_image_tokens": settings.get("num_additional_image_tokens", 0),
-        }
-        more = llava["num_additional_image_tokens"]
-        if (
-            not isinstance(more, int)
-            or not 0 <= (size.height // patch) ** 2 + more <= MAX_IMAGE_TOKENS
-        ):
-            raise ValueError(
-                f"{where}: {size.height} pixels in patches of {patch}, and {more!r} more, are not up to {MAX_IMAGE_TOKENS} tokens"
-            )
+        llava = read_llava(where, settings, (size.height, size.width))
         tokenizer = load_tokenizer(where, **kwargs)
-        placeholders = (
-            (size.height // patch) ** 2
-            + more
-            - (llava["vision_feature_select_strategy"] == "default")
-        )
+        placeholders = image_tokens(size.height, **llava)
         processor = cls(
             tokenizer,
             placeholders or 1,
@@ -358,6 +306,13 @@ class MllamaImageProcessor(ChatTemplates, ProcessorMixin):
             **llava,
         )
 
+    def _expand(self, prompt: str) -> tuple[str, list[dict]]:
+        """`expand_images` by transformers, which knows placeholders that are plain text."""
+        image = self.image_token * self.image_seq_length
+        images = [image] * prompt.count(self.image_token)
+        texts, offsets = self.get_text_with_replacements([prompt], images)
+        return texts[0], offsets[0]
+
     def _check_size(self, pixel_values, options: dict) -> None:
         """Refuse options that make images of another size, which would have another number of
         placeholders.
@@ -379,35 +334,3 @@ class MllamaImageProcessor(ChatTemplates, ProcessorMixin):
         self.chat_template = CHAT_TEMPLATE.replace(IMAGE_TOKEN, image_token)
         if adds_bos(self.tokenizer) or getattr(self.tokenizer, "add_eos_token", False):
             self.tokenizer.add_bos_token = self.tokenizer.add_eos_token = False
-
-    def _prompts(
-        self, prompts: list[str], images, as_is: bool
-    ) -> tuple[list[str], list, list[list], bool]:
-        """The finished prompts, where their placeholders went, the pictures of each, and whether
-        the tokenizer may add its own tokens.
-        """
-        if not prompts:
-            raise ValueError("text is an empty list: give at least one prompt")
-        picture = self.image_token * self.image_seq_length
-        most = sum(prompt.count(self.image_token) for prompt in prompts)
-        texts, offsets = self.get_text_with_replacements(list(prompts), [picture] * most)
-        finished = [as_is or bool(places) for places in offsets]
-        rows = share_out(
-            images,
-            [len(places) if done else None for places, done in zip(offsets, finished, strict=True)],
-            self.image_token,
-        )
-        bos = self.tokenizer.bos_token
-        special = all(finished) and not any(bos and bos in text for text in texts)
-        # Where the tokenizer may not add BOS, since another prompt has one, it is written into
-        # those that lack it.
-        lead = bos if any(finished) and not special and adds_bos(self.tokenizer) else ""
-        for number, text in enumerate(texts):
-            if not finished[number]:
-                texts[number] = lay_out(
-                    text, self.image_seq_length * len(rows[number]), self.image_token, bos
-                )
-            elif lead and lead not in text:
-                texts[number] = lead + text
-                offsets[number] = inserted(0, lead, offsets[number])
-        return texts, offsets, rows, special

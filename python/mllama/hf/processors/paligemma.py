@@ -1,28 +1,25 @@
-"""PaliGemma's processor, and what its answers say about places: `<loc0000>` ... and `<seg000>` ...
-decoded.
+"""PaliGemma's processor: transformers', with this package's image loading and C++ resize beneath."""
 
-transformers' PaliGemmaProcessor with this package's picture loading and C++ resize underneath.
-"""
-
-import math
-import re
 from collections.abc import Sequence
-from numbers import Real
-from typing import Any, NamedTuple
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 from transformers.feature_extraction_utils import BatchFeature
 from transformers.models.paligemma import processing_paligemma as stock
 
-from mllama.processing.chat import ChatTemplates
-from mllama.processing.folders import StockFiles
+from mllama.hf.processors.chat import ChatTemplates
+from mllama.hf.processors.folders import StockFiles
+from mllama.hf.processors.options import TEXT, check_rows, merge_options, on_cpu
+from mllama.hf.processors.square import SquareImageProcessor
 from mllama.processing.image import download_urls
-from mllama.processing.options import TEXT, check_rows, merge_options, on_cpu
-from mllama.processing.prompt import MAX_IMAGE_TOKENS, check_whole, in_order, lay_out, share_out
-from mllama.processing.square import SquareImageProcessor
+from mllama.processing.prompt import (
+    MAX_IMAGE_TOKENS,
+    check_whole,
+    in_order,
+    lay_out_prefix,
+    share_out,
+)
 
-_OBJECT = re.compile(r"((?:<loc\d{4}>){4})\s*((?:<seg\d{3}>){16})?([^;<>]*)", re.ASCII)
-_GRID = 1024
 _REFUSED = {
     **TEXT,
     "add_special_tokens": (lambda value: not value, "the layout has BOS, and the suffix EOS"),
@@ -37,63 +34,17 @@ _REFUSED = {
 }
 
 
-class Detection(NamedTuple):
-    """One object of an answer: its label, its box (x0, y0, x1, y1) in pixels, and 16 ids of
-    segmentation tokens (0..127) or none.
-    """
-
-    label: str
-    box: tuple[float, float, float, float]
-    segments: tuple[int, ...]
-
-
-def parse_detections(text: str, width: float, height: float) -> list[Detection]:
-    """Return the objects in an answer to "detect ..." or "segment ...", in its order.
-
-    An object is four `<locNNNN>`, y0, x0, y1, x1 on a grid of 1024 steps over the picture, then 16
-    `<segNNN>` after "segment", then its label; objects are separated by ";". What is not written so
-    is left out: a model may write anything. The segmentation tokens are codes of the original's
-    VQ-VAE, which this package does not have.
-
-    Args:
-        text: the answer, decoded with its location tokens (they are no special tokens, so
-            skip_special_tokens keeps them).
-        width, height: of the picture, in pixels.
-
-    Raises:
-        TypeError: text is no str, or a size no number.
-        ValueError: a size that is not above 0 and finite.
-    """
-    if not isinstance(text, str):
-        raise TypeError(f"text must be a str, got {type(text).__name__}")
-    for name, size in (("width", width), ("height", height)):
-        if not isinstance(size, Real) or isinstance(size, bool):
-            raise TypeError(f"{name} must be a number, got {type(size).__name__}")
-        if not 0 < size < math.inf:
-            raise ValueError(f"{name} must be above 0, got {size}")
-    width, height = float(width), float(height)
-    found = []
-    for places, segments, label in _OBJECT.findall(text):
-        y0, x0, y1, x1 = (int(place) / _GRID for place in re.findall(r"\d{4}", places))
-        codes = tuple(int(code) for code in re.findall(r"\d{3}", segments))
-        if max(y0, x0, y1, x1) < 1 and max(codes, default=0) < 128:
-            found.append(
-                Detection(label.strip(), (x0 * width, y0 * height, x1 * width, y1 * height), codes)
-            )
-    return found
-
-
 class PaliGemmaProcessor(ChatTemplates, StockFiles, stock.PaliGemmaProcessor):  # type: ignore[misc]  # from_pretrained has the hub's options in kwargs
-    """Text and pictures for PaliGemma, called as `processor(images=..., text=..., suffix=...)`.
+    """Text and images for PaliGemma, called as `processor(images=..., text=..., suffix=...)`.
 
-    A prompt becomes `<image>` * image_seq_length for each picture + BOS + prompt + newline; a
+    A prompt becomes `<image>` * image_seq_length for each image + BOS + prompt + newline; a
     prompt that holds `<image>` keeps its order, with BOS after the last. It differs from
     transformers' PaliGemmaProcessor where that fails or surprises: prompts with and without
-    pictures may be mixed; BOS, newline and the suffix's end token are not doubled; there are labels
-    only with a suffix; pictures are whatever `load_picture` takes.
+    images may be mixed; BOS, newline and the suffix's end token are not doubled; there are labels
+    only with a suffix; images are whatever `load_picture` takes.
 
     Args:
-        image_processor: a `SquareImageProcessor` with an image_seq_length (tokens per picture), or
+        image_processor: a `SquareImageProcessor` with an image_seq_length (tokens per image), or
             a SiglipImageProcessor of transformers, which is made into one.
         tokenizer: a transformers tokenizer. It is changed as transformers does: `<image>`, the 1024
             `<loc0000>` ... and the 128 `<seg000>` ... are added where they are missing, and its
@@ -104,11 +55,7 @@ class PaliGemmaProcessor(ChatTemplates, StockFiles, stock.PaliGemmaProcessor):  
         ValueError: another image processor, or one without a sound image_seq_length.
     """
 
-    stock_class, picture_class, picture_kind = (
-        stock.PaliGemmaProcessor,
-        SquareImageProcessor,
-        "SiglipImageProcessor",
-    )
+    stock_class, image_class = stock.PaliGemmaProcessor, SquareImageProcessor
 
     def __init__(
         self,
@@ -117,7 +64,7 @@ class PaliGemmaProcessor(ChatTemplates, StockFiles, stock.PaliGemmaProcessor):  
         chat_template: str | None = None,
     ):
         if not isinstance(image_processor, SquareImageProcessor):
-            image_processor = self.own_pictures(image_processor.to_dict(), "image_processor")
+            image_processor = self.own_images(image_processor.to_dict(), "image_processor")
         tokens = getattr(image_processor, "image_seq_length", None)
         if not isinstance(tokens, int) or not 1 <= tokens <= MAX_IMAGE_TOKENS:
             raise ValueError(f"image_seq_length must be in 1..{MAX_IMAGE_TOKENS}, got {tokens!r}")
@@ -135,13 +82,13 @@ class PaliGemmaProcessor(ChatTemplates, StockFiles, stock.PaliGemmaProcessor):  
         **kwargs: Any,
     ) -> BatchFeature:
         """Return input_ids, attention_mask, token_type_ids [B, T] (1 where the suffix is) and
-        pixel_values [pictures, 3, S, S].
+        pixel_values [images, 3, S, S].
 
         With a suffix there are labels [B, T] too: the ids of the suffix and its end token, -100
         elsewhere.
 
         Args:
-            images: pictures of any kind `load_picture` takes: one, a flat list, or one list (or
+            images: images of any kind `load_picture` takes: one, a flat list, or one list (or
                 None) per prompt. Of a flat list, the placeholders take theirs in order; without
                 placeholders, one prompt takes all and several take one each.
             text: a prompt or a list of prompts.
@@ -150,11 +97,11 @@ class PaliGemmaProcessor(ChatTemplates, StockFiles, stock.PaliGemmaProcessor):  
             kwargs: of the tokenizer and the image processor (padding, return_tensors ...).
 
         Raises:
-            TypeError: text or suffix is no text, a picture no picture, there are videos or audio,
+            TypeError: text or suffix is no text, an image no image, there are videos or audio,
                 an option that is not known.
             ValueError: an option's value that is not supported; rows of unequal length without
-                padding; pictures and placeholders, or prompts and suffixes, differ in number;
-                truncation cut into a picture's placeholders; a picture that `load_picture` refuses.
+                padding; images and placeholders, or prompts and suffixes, differ in number;
+                truncation cut into an image's placeholders; an image that `load_picture` refuses.
         """
         text, images = in_order(text, images, videos, audio)
         images = download_urls(images, allow_urls)
@@ -184,7 +131,11 @@ class PaliGemmaProcessor(ChatTemplates, StockFiles, stock.PaliGemmaProcessor):  
         tensors = text_kwargs.pop("return_tensors", None)
         if suffix is not None:
             text_kwargs["text_pair"] = self._suffixes(suffix, len(prompts))
-        texts = [self._lay_out(prompt, len(row)) for prompt, row in zip(prompts, rows, strict=True)]
+        bos, count = self.tokenizer.bos_token, self.image_seq_length
+        texts = [
+            lay_out_prefix(prompt, len(row), self.image_token, count, bos)
+            for prompt, row in zip(prompts, rows, strict=True)
+        ]
         data = dict(self.tokenizer(texts, **text_kwargs))
         check_rows(data["input_ids"], tensors)
         check_whole(
@@ -204,17 +155,6 @@ class PaliGemmaProcessor(ChatTemplates, StockFiles, stock.PaliGemmaProcessor):  
             data.update(self.image_processor(rows, **merged["images_kwargs"]))
         return BatchFeature(data, tensor_type=tensors)
 
-    def _lay_out(self, prompt: str, pictures: int) -> str:
-        bos = self.tokenizer.bos_token
-        cut = (
-            prompt.rfind(self.image_token) + len(self.image_token)
-            if self.image_token in prompt
-            else 0
-        )
-        head = prompt[:cut] if cut else self.image_token * pictures
-        tail = lay_out(prompt[cut:], 0, bos_token=None if bos and bos in prompt else bos)
-        return head.replace(self.image_token, self.image_token * self.image_seq_length) + tail
-
     def _suffixes(self, suffix: str | Sequence[str], prompts: int) -> list[str]:
         suffixes = [suffix] if isinstance(suffix, str) else suffix
         if not isinstance(suffixes, (list, tuple)) or not all(
@@ -225,7 +165,7 @@ class PaliGemmaProcessor(ChatTemplates, StockFiles, stock.PaliGemmaProcessor):  
             raise ValueError(f"{len(suffixes)} suffix(es) for {prompts} prompt(s)")
         if any(self.image_token in item for item in suffixes):
             raise ValueError(
-                f"suffix must not hold {self.image_token}: pictures stand before what is learnt"
+                f"suffix must not hold {self.image_token}: images stand before what is learnt"
             )
         return [
             item.removesuffix(self.tokenizer.eos_token) + self.tokenizer.eos_token
