@@ -15,6 +15,14 @@ using MaybeTensor = std::optional<Tensor>;
 // (measured).
 constexpr int64_t kDecodeRows = 24;
 
+// Which keys queries see, and how scores are made: the arguments beside q, k and v.
+struct Options {
+    MaybeTensor key_mask, key_bias, query_offset, prefix_length, first_key;
+    bool causal;
+    std::optional<int64_t> window;
+    std::optional<double> scale, softcap;
+};
+
 void check_inputs(const char* op, const Tensor& q, const Tensor& k, const Tensor& v) {
     check_value(q.dim() == 4 && k.dim() == 4, op,
                 ": q and k must be [batch, length, heads, head size], got ", Shape{q}, " and ",
@@ -63,32 +71,36 @@ const T* mask_row(const MaybeTensor& t, int64_t b) {
 // What the queries of each batch row see, from the masks' tensors.
 class Visible {
   public:
-    Visible(const char* op, const Tensor& q, const Tensor& k, const MaybeTensor& key_mask,
-            const MaybeTensor& key_bias, const MaybeTensor& query_offset,
-            const MaybeTensor& prefix_length, const MaybeTensor& first_key, bool causal)
-        : rows_(q.size(0)) {
+    Visible(const char* op, const Tensor& q, const Tensor& k, const Options& o) : rows_(q.size(0)) {
         int64_t batch = q.size(0), queries = q.size(1), keys = k.size(1);
-        check_value(causal || !query_offset, op,
+        check_value(o.causal || !o.query_offset, op,
                     ": query_offset has a meaning only with causal=True");
-        check_value(causal || !prefix_length, op,
+        check_value(o.causal || !o.prefix_length, op,
                     ": prefix_length has a meaning only with causal=True");
-        MaybeTensor offset = mask(op, "query_offset", query_offset, ScalarType::Long, true, batch);
-        bool each = prefix_length && prefix_length->dim() == 2;  // query has a prefix of its own
-        MaybeTensor prefix =
-            each ? mask(op, "prefix_length", prefix_length, ScalarType::Long, false, batch, queries)
-                 : mask(op, "prefix_length", prefix_length, ScalarType::Long, false, batch);
+        check_value(o.causal || !o.window, op, ": window has a meaning only with causal=True");
+        check_value(!o.window || (*o.window > 0 && *o.window < int64_t{1} << 62), op,
+                    ": window must be 1 to 2**62 - 1");
+        MaybeTensor offset =
+            mask(op, "query_offset", o.query_offset, ScalarType::Long, true, batch);
+        bool each = o.prefix_length && o.prefix_length->dim() == 2;  // query has its own prefix
+        MaybeTensor prefix = mask(op, "prefix_length", o.prefix_length, ScalarType::Long, false,
+                                  batch, each ? std::optional(queries) : std::nullopt);
         MaybeTensor start =
-            mask(op, "first_key", first_key, ScalarType::Long, true, batch, queries);
-        MaybeTensor shown = mask(op, "key_mask", key_mask, ScalarType::Bool, false, batch, keys);
-        MaybeTensor bias = mask(op, "key_bias", key_bias, ScalarType::Float, true, batch, keys);
+            mask(op, "first_key", o.first_key, ScalarType::Long, true, batch, queries);
+        MaybeTensor shown = mask(op, "key_mask", o.key_mask, ScalarType::Bool, false, batch, keys);
+        MaybeTensor bias = mask(op, "key_bias", o.key_bias, ScalarType::Float, true, batch, keys);
         if (shown || bias) added_.reset(new float[batch * keys]);
         for (int64_t b = 0; b < batch; ++b) {
-            int64_t diagonal = offset   ? *mask_row<int64_t>(offset, b)
-                               : causal ? keys - queries
-                                        : keys;
+            int64_t diagonal = offset     ? *mask_row<int64_t>(offset, b)
+                               : o.causal ? keys - queries
+                                          : keys;
+            // Within bounds where the subtraction cannot overflow.
+            int64_t window_start =
+                o.window ? std::max(diagonal, -(int64_t{1} << 62)) - *o.window + 1 : -queries;
             int64_t front = prefix && !each ? *mask_row<int64_t>(prefix, b) : 0;
             rows_[b] = {// Beyond these bounds nothing changes, and sums cannot overflow.
                         .offset = std::clamp(diagonal, -queries, keys),
+                        .window_start = std::clamp(window_start, -queries, keys),
                         .prefix = std::clamp<int64_t>(front, 0, keys),
                         .first = 0,
                         .last = keys,
@@ -106,6 +118,7 @@ class Visible {
                 limit(rows_[b], ranges_.get() + b * queries, starts,
                       each ? mask_row<int64_t>(prefix, b) : nullptr, queries);
             }
+            tighten(rows_[b], queries);
         }
     }
     const kernels::VisibleKeys* rows() const { return rows_.data(); }
@@ -143,10 +156,25 @@ class Visible {
         kernels::VisibleKeys one = row;
         for (int64_t t = 0; t < queries; ++t) {
             if (prefixes) one.prefix = std::clamp<int64_t>(prefixes[t], 0, row.last);
-            int64_t start = starts ? std::clamp(starts[t], row.first, row.last) : row.first;
-            ranges[t] = {static_cast<int32_t>(start), static_cast<int32_t>(one.limit(t))};
+            int64_t start = std::max(one.start(t), starts ? starts[t] : 0);
+            ranges[t] = {static_cast<int32_t>(std::min(start, row.last)),
+                         static_cast<int32_t>(one.limit(t))};
         }
         row.ranges = ranges;
+    }
+
+    // Moves first and last to the keys that some query sees: no kernel reads others.
+    static void tighten(kernels::VisibleKeys& row, int64_t queries) {
+        if (queries == 0) return;
+        int64_t first = row.start(0), last = row.limit(queries - 1);
+        if (row.ranges) {
+            for (int64_t t = 0; t < queries; ++t) {
+                first = std::min<int64_t>(first, row.ranges[t].first);
+                last = std::max<int64_t>(last, row.ranges[t].last);
+            }
+        }
+        row.first = first;
+        row.last = std::max(first, last);
     }
 
     std::vector<kernels::VisibleKeys> rows_;
@@ -162,7 +190,7 @@ Tensor empty_as(const Tensor& t) {
 }
 
 void describe(kernels::Attention& args, const char* op, const Tensor& q, const Tensor& k,
-              const Tensor& v, const Visible& visible, std::optional<double> scale) {
+              const Tensor& v, const Visible& visible, const Options& o) {
     args.dtype = dtype_of(op, "q", q);
     args.batch = q.size(0);
     args.queries = q.size(1);
@@ -170,7 +198,11 @@ void describe(kernels::Attention& args, const char* op, const Tensor& q, const T
     args.heads = q.size(2);
     args.kv_heads = k.size(2);
     args.size = q.size(3);
-    args.scale = static_cast<float>(scale ? *scale : 1 / std::sqrt(static_cast<double>(args.size)));
+    args.scale =
+        static_cast<float>(o.scale ? *o.scale : 1 / std::sqrt(static_cast<double>(args.size)));
+    check_value(!o.softcap || (*o.softcap > 1e-30 && *o.softcap < 1e30), op,
+                ": softcap must be positive");
+    args.softcap = static_cast<float>(o.softcap.value_or(0));
     args.q = heads(q);
     args.k = heads(k);
     args.v = heads(v);
@@ -193,8 +225,16 @@ int64_t shares_for(const kernels::Attention& args) {
     return shares;
 }
 
-void decode(const kernels::AttentionForward& args) {
-    int64_t chunks = kernels::attention_chunks(args), size = kernels::attention_chunk_size(args);
+void decode(kernels::AttentionForward& args) {
+    int64_t first = args.keys, last = 0;
+    for (int64_t b = 0; b < args.batch; ++b) {
+        first = std::min(first, args.visible[b].first);
+        last = std::max(last, args.visible[b].last);
+    }
+    args.first_chunk = first / kernels::kDecodeChunk;
+    args.chunks = std::max<int64_t>(
+        (last + kernels::kDecodeChunk - 1) / kernels::kDecodeChunk - args.first_chunk, 0);
+    int64_t chunks = args.chunks, size = kernels::attention_chunk_size(args);
     std::unique_ptr<float[]> partial(new float[args.groups() * chunks * size]);
     auto kernel = MLLAMA_CALL(attention_decode);
     auto merge = MLLAMA_CALL(attention_merge);
@@ -209,14 +249,17 @@ std::tuple<Tensor, Tensor> attention(const Tensor& q_, const Tensor& k_, const T
                                      const MaybeTensor& key_mask, const MaybeTensor& key_bias,
                                      const MaybeTensor& query_offset,
                                      const MaybeTensor& prefix_length, const MaybeTensor& first_key,
-                                     bool causal, std::optional<double> scale) {
+                                     bool causal, std::optional<int64_t> window,
+                                     std::optional<double> scale, std::optional<double> softcap) {
     const char* op = "attention";
+    const Options options{key_mask, key_bias, query_offset, prefix_length, first_key,
+                          causal,   window,   scale,        softcap};
     check_inputs(op, q_, k_, v_);
-    Visible visible(op, q_, k_, key_mask, key_bias, query_offset, prefix_length, first_key, causal);
+    Visible visible(op, q_, k_, options);
     Tensor q = last_dense(q_), k = last_dense(k_), v = last_dense(v_);
     Tensor out = empty_as(q), statistics = new_float(q, {q.size(0), q.size(2), q.size(1), 2});
     kernels::AttentionForward args{};
-    describe(args, op, q, k, v, visible, scale);
+    describe(args, op, q, k, v, visible, options);
     args.out = out.mutable_data_ptr();
     args.statistics = mutable_data<kernels::Statistic>(statistics);
     if (args.rows() <= kDecodeRows && !visible.ranges()) {
@@ -234,8 +277,11 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward(
     const Tensor& grad_out_, const Tensor& q_, const Tensor& k_, const Tensor& v_,
     const Tensor& out_, const Tensor& statistics_, const MaybeTensor& key_mask,
     const MaybeTensor& key_bias, const MaybeTensor& query_offset, const MaybeTensor& prefix_length,
-    const MaybeTensor& first_key, bool causal, std::optional<double> scale) {
+    const MaybeTensor& first_key, bool causal, std::optional<int64_t> window,
+    std::optional<double> scale, std::optional<double> softcap) {
     const char* op = "_attention_backward";
+    const Options options{key_mask, key_bias, query_offset, prefix_length, first_key,
+                          causal,   window,   scale,        softcap};
     check_inputs(op, q_, k_, v_);
     for (const Tensor* t : {&grad_out_, &out_}) {
         check_value(t->sizes() == q_.sizes() && t->scalar_type() == q_.scalar_type(), op,
@@ -245,13 +291,13 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward(
                     statistics_.size(1) == q_.size(2) && statistics_.size(2) == q_.size(1) &&
                     statistics_.size(3) == 2 && statistics_.scalar_type() == ScalarType::Float,
                 op, ": statistics must be float32 [batch, heads, queries, 2]");
-    Visible visible(op, q_, k_, key_mask, key_bias, query_offset, prefix_length, first_key, causal);
+    Visible visible(op, q_, k_, options);
     Tensor q = last_dense(q_), k = last_dense(k_), v = last_dense(v_),
            grad_out = last_dense(grad_out_);
     Tensor out = dense(out_), statistics = dense(statistics_), grad_q = empty_as(q),
            grad_k = empty_as(k), grad_v = empty_as(v);
     kernels::AttentionBackward args{};
-    describe(args, op, q, k, v, visible, scale);
+    describe(args, op, q, k, v, visible, options);
     args.grad_out = heads(grad_out);
     args.out = out.const_data_ptr();
     args.statistics = data<kernels::Statistic>(statistics);
@@ -279,19 +325,16 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward(
 
 }  // namespace
 
+#define OPTIONS                                                                         \
+    "Tensor? key_mask, Tensor? key_bias, Tensor? query_offset, Tensor? prefix_length, " \
+    "Tensor? first_key, bool causal, int? window, float? scale, float? softcap"
+
 STABLE_TORCH_LIBRARY_FRAGMENT(mllama, m) {
+    m.def("attention(Tensor q, Tensor k, Tensor v, " OPTIONS
+          ") -> (Tensor out, Tensor statistics)");
     m.def(
-        "attention(Tensor q, Tensor k, Tensor v, Tensor? key_mask, Tensor? key_bias, Tensor? "
-        "query_offset, "
-        "Tensor? prefix_length, Tensor? first_key, bool causal, float? scale) -> (Tensor out, "
-        "Tensor statistics)");
-    m.def(
-        "_attention_backward(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor out, Tensor "
-        "statistics, Tensor? "
-        "key_mask, "
-        "Tensor? key_bias, Tensor? query_offset, Tensor? prefix_length, Tensor? first_key, bool "
-        "causal, float? scale) "
-        "-> (Tensor grad_q, Tensor grad_k, Tensor grad_v)");
+        "_attention_backward(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor out, "
+        "Tensor statistics, " OPTIONS ") -> (Tensor grad_q, Tensor grad_k, Tensor grad_v)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(mllama, CPU, m) {

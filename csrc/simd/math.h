@@ -48,6 +48,25 @@ inline vf exp_16bit(vf x) {
     return times_power_of_2(p * f + 1.0f, n);
 }
 
+// The rational minimax approximation that Eigen uses; it reaches 1 where f32 does. Largest error
+// measured over all floats: TANH_ULP.
+inline vf tanh(vf x) {
+    x = min(splat(7.90531111f), max(splat(-7.90531111f), x));  // in this order a NaN stays
+    vf s = x * x;
+    vf p = splat(-2.76076847742355e-16f);
+    p = p * s + 2.00018790482477e-13f;
+    p = p * s - 8.60467152213735e-11f;
+    p = p * s + 5.12229709037114e-08f;
+    p = p * s + 1.48572235717979e-05f;
+    p = p * s + 6.37261928875436e-04f;
+    p = p * s + 4.89352455891786e-03f;
+    vf q = splat(1.19825839466702e-06f);
+    q = q * s + 1.18534705686654e-04f;
+    q = q * s + 2.26843463243900e-03f;
+    q = q * s + 4.89352518554385e-03f;
+    return x * p / q;
+}
+
 // Largest error measured over all floats: 2.5 ulp.
 inline vf sigmoid(vf x) { return 1.0f / (1.0f + exp(-x)); }
 inline vf sigmoid_16bit(vf x) { return 1.0f / (1.0f + exp_16bit(-x)); }

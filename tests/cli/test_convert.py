@@ -18,7 +18,8 @@ from transformers import (
 import meta_reference
 import mllama
 import twins
-from mllama.checkpoints import meta, open_checkpoint
+from mllama.checkpoints import open_checkpoint
+from mllama.checkpoints.meta import reader as meta
 
 PARAMS = {
     "dim": 64,

@@ -130,7 +130,9 @@ def test_with_a_cache(case):
         close(
             parts(
                 both.ours,
-                lambda: StaticCache(config=both.ours.spec.text, max_cache_len=length + 3),
+                lambda: StaticCache(
+                    config=both.ours.config.get_text_config(decoder=True), max_cache_len=length + 3
+                ),
                 first,
             ),
             expected,

@@ -10,7 +10,7 @@ from mllama.families.compose import compose
 def test_cross_attention_layers_belong_to_llama_vision_alone():
     assert (
         compose(LlamaConfig(**twins.TEXT, cross_attention_layers=[1])).text.cross_attention_layers
-        is None
+        == ()
     )
     with pytest.raises(
         ValueError,

@@ -266,3 +266,12 @@ def test_transformers_trainer_trains_and_resumes(case, tmp_path):
     ):
         torch.testing.assert_close(one, two, msg=name)
     assert not torch.equal(one, first[name])
+
+
+def test_every_second_layer_is_checkpointed():
+    model = make("llava, siglip, several").ours
+    layers = [module for module in model.modules() if hasattr(module, "gradient_checkpointing")]
+    model.activation_checkpointing_enable(every_n_layers=2)
+    assert [layer.gradient_checkpointing for layer in layers] == [True, False] * 3
+    model.activation_checkpointing_disable()
+    assert not any(layer.gradient_checkpointing for layer in layers)

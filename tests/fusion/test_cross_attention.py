@@ -11,12 +11,14 @@ from transformers.models.mllama.modeling_mllama import (
 )
 
 import twins
+from mllama.config.spec import TextSpec
 from mllama.fusion.cross_attention import CrossAttentionDecoderLayer, cross_context
-from mllama.hf.cache import place_cross_layers
+from mllama.hf.cache import TransformersCache
 from mllama.hf.compat import CACHE_NAME
 from mllama.hf.configs import MllamaTextConfig
 
 TOKENS = 5  # keys of a tile
+SPEC = TextSpec.of(MllamaTextConfig(**twins.TEXT, cross_attention_layers=[1]))
 
 
 def layers(**sizes) -> tuple[CrossAttentionDecoderLayer, MllamaCrossAttentionDecoderLayer]:
@@ -186,8 +188,7 @@ def test_keys_are_computed_once_and_those_of_new_pictures_appended():
     ours, theirs = layers()
     hidden, states, mask = example(2)
     first = slice(0, 4 * TOKENS)
-    cache, other = DynamicCache(), DynamicCache()
-    place = place_cross_layers(cache, [1], 2)
+    cache, other = TransformersCache(DynamicCache(), SPEC), DynamicCache()
     with torch.no_grad():
         steps = [
             (hidden[:, :3], states[:, first], mask[:, :3, :1]),
@@ -196,11 +197,11 @@ def test_keys_are_computed_once_and_those_of_new_pictures_appended():
             (hidden[:, 6:], None, mask[:, 6:]),
         ]
         for x, new, seen in steps:
-            cross = cross_context(new, seen, TOKENS, "hf", held=place.kept)
-            place.kept = cross.kept
+            cross = cross_context(new, seen, TOKENS, "hf", held=cache.tile_mask)
+            cache.tile_mask = cross.kept
             got, _ = ours(x, None, cache, cross=cross)
             assert relative(got, stock(theirs, x, new, seen, other)) <= 1e-5
-    assert place.get_seq_length() == 8 * TOKENS
+    assert cache.cache.layers[1].get_seq_length() == 8 * TOKENS
 
 
 def test_tiles_that_are_empty_in_every_row_get_no_keys():
@@ -222,18 +223,17 @@ def test_tiles_that_are_empty_in_every_row_get_no_keys():
         cross = cross_context(states, mask, TOKENS, filled=filled)
         assert cross.states.shape[1] == (2 + 3) * TOKENS
         torch.testing.assert_close(ours(hidden, cross=cross)[0], all_keys)
-        cache, got = DynamicCache(), []
-        place = place_cross_layers(cache, [1], 2)
+        cache, got = TransformersCache(DynamicCache(), SPEC), []
         for x, new, seen, tiles in steps:
-            cross = cross_context(new, seen, TOKENS, held=place.kept, filled=tiles)
-            place.kept = cross.kept
+            cross = cross_context(new, seen, TOKENS, held=cache.tile_mask, filled=tiles)
+            cache.tile_mask = cross.kept
             got.append(ours(x, None, cache, cross=cross)[0])
         torch.testing.assert_close(torch.cat(got, 1), all_keys)
-    assert place.kept.tolist() == [True, True, False, False, True, True, True, False]
-    assert place.get_seq_length() == 5 * TOKENS
+    assert cache.tile_mask.tolist() == [True, True, False, False, True, True, True, False]
+    assert cache.cache.layers[1].get_seq_length() == 5 * TOKENS
     mask[0, 6, 0, 3] = 1
     with pytest.raises(ValueError, match="must not show tiles that were empty"):
-        cross_context(None, mask[:, 6:], TOKENS, held=place.kept)
+        cross_context(None, mask[:, 6:], TOKENS, held=cache.tile_mask)
 
 
 def test_keys_stay_where_they_might_be_seen():

@@ -1,4 +1,4 @@
-"""Places of cross-attention layers in caches of transformers."""
+"""Caches of transformers as the decoder sees them, with places for cross-attention layers."""
 
 import pytest
 import torch
@@ -6,14 +6,37 @@ from transformers import Cache, DynamicCache, EncoderDecoderCache, StaticCache
 from transformers.cache_utils import DynamicSlidingWindowLayer, StaticSlidingWindowLayer
 
 import twins
-from mllama.hf.cache import CrossCacheLayer, check_cache, place_cross_layers
+from mllama.config.spec import TextSpec
+from mllama.hf.cache import CrossCacheLayer, TransformersCache
 from mllama.hf.configs import MllamaTextConfig
 
-CONFIG = MllamaTextConfig(**twins.TEXT | {"num_hidden_layers": 3}, cross_attention_layers=[1])
+
+def config(layers: int, cross: list[int] | None = None) -> MllamaTextConfig:
+    sizes = twins.TEXT | {"num_hidden_layers": layers}
+    return MllamaTextConfig(**sizes, cross_attention_layers=cross)
+
+
+CONFIG = config(3, [1])
+SPEC = TextSpec.of(CONFIG)
 
 
 def states(keys: int, rows: int = 2) -> torch.Tensor:
-    return torch.randn(rows, 2, keys, 16)
+    """[B, keys, KV, D]."""
+    return torch.randn(rows, keys, 2, 16)
+
+
+@pytest.mark.parametrize("make", [DynamicCache, lambda: StaticCache(CONFIG, max_cache_len=8)])
+def test_keys_come_back_in_the_order_that_the_decoder_has_them(make):
+    cache = TransformersCache(make(), SPEC)
+    static = isinstance(cache.cache, StaticCache)
+    k, v = states(3), states(3)
+    assert int(cache.length) == 0 and cache.num_keys(3) == (8 if static else 3)
+    before = cache.length
+    for got, given in zip(cache.update(0, k, v), (k, v), strict=True):
+        assert torch.equal(got[:, :3], given) and got.shape[1] == (8 if static else 3)
+    assert int(before) == 0 and int(cache.length) == 3  # a copy: the static one's is a tensor
+    assert isinstance(cache.length, torch.Tensor) == static
+    assert cache.num_keys(2) == (8 if static else 5)
 
 
 @pytest.mark.parametrize(
@@ -24,48 +47,38 @@ def states(keys: int, rows: int = 2) -> torch.Tensor:
         lambda: StaticCache(CONFIG, max_cache_len=8),
     ],
 )
-def test_pictures_stay_while_text_comes_and_goes(make):
-    cache = make()
-    assert place_cross_layers(cache, [1], 3).get_seq_length() == 0
+def test_images_stay_while_text_comes_and_goes(make):
+    raw = make()
+    cache = TransformersCache(raw, SPEC)
     keys, more, none = states(20), states(5), states(0)
-    cache.update(states(3), states(3), 0)
-    assert torch.equal(cache.update(keys, keys, 1)[0], keys)
-    assert cache.update(none, none, 1)[1] is keys  # nothing is copied for a token
-    place = cache.layers[1]
-    place.kept = torch.tensor([True, False])
-    assert place_cross_layers(cache, [1], 3) is place and place.get_seq_length() == 20
-    if isinstance(cache, DynamicCache):
-        cache.crop(-2)
-        assert cache.get_seq_length() == 1
-    assert torch.equal(cache.update(more, more, 1)[0], torch.cat([keys, more], 2))
-    cache.reorder_cache(torch.tensor([1, 0]))
-    assert torch.equal(place.keys[0, :, :20], keys[1])
-    cache.reset()
-    assert place_cross_layers(cache, [1], 3).get_seq_length() == 0 and place.kept is None
+    cache.update(0, states(3), states(3))
+    assert torch.equal(cache.update_cross(1, keys, keys)[0], keys)
+    place = raw.layers[1]
+    held = place.keys
+    cache.update_cross(1, none, none)
+    assert place.keys is held  # nothing is copied for a token
+    cache.tile_mask, cache.num_prefix_tokens = torch.tensor([True, False]), 2
+    again = TransformersCache(raw, SPEC)
+    assert again.tile_mask.tolist() == [True, False] and again.num_prefix_tokens == 2
+    assert raw.layers[1] is place and place.get_seq_length() == 20
+    if isinstance(raw, DynamicCache):
+        raw.crop(-2)
+        assert again.length == 1
+    assert torch.equal(again.update_cross(1, more, more)[0], torch.cat([keys, more], 1))
+    raw.reorder_cache(torch.tensor([1, 0]))
+    assert torch.equal(place.keys[0, :, :20], keys[1].transpose(0, 1))
+    raw.reset()
+    assert place.get_seq_length() == 0 and TransformersCache(raw, SPEC).tile_mask is None
 
 
 def test_empty_places_take_part_in_everything():
-    cache = DynamicCache()
-    place_cross_layers(cache, [1], 3)
-    cache.update(states(3), states(3), 0)
-    cache.crop(-1)
-    cache.batch_repeat_interleave(2)
-    cache.batch_select_indices(torch.tensor([0, 3]))
-    cache.reorder_cache(torch.tensor([1, 1]))
-    assert isinstance(cache.layers[1], CrossCacheLayer) and cache.get_seq_length() == 2
-
-
-def test_caches_of_other_models_are_refused():
-    cache = DynamicCache()
-    cache.update(states(3), states(3), 1)
-    with pytest.raises(ValueError, match="another model at layer 1"):
-        place_cross_layers(cache, [1], 3)
-    with pytest.raises(ValueError, match="must have 3 layers"):
-        place_cross_layers(
-            StaticCache(MllamaTextConfig(**twins.TEXT | {"num_hidden_layers": 1}), max_cache_len=8),
-            [1],
-            3,
-        )
+    raw = DynamicCache()
+    TransformersCache(raw, SPEC).update(0, states(3), states(3))
+    raw.crop(-1)
+    raw.batch_repeat_interleave(2)
+    raw.batch_select_indices(torch.tensor([0, 3]))
+    raw.reorder_cache(torch.tensor([1, 1]))
+    assert isinstance(raw.layers[1], CrossCacheLayer) and raw.get_seq_length() == 2
 
 
 @pytest.mark.parametrize(
@@ -73,34 +86,45 @@ def test_caches_of_other_models_are_refused():
     [lambda text: DynamicCache(config=text), lambda text: StaticCache(text, max_cache_len=8)],
 )
 def test_a_cache_of_the_layers_of_text_gets_places_for_the_others(make):
-    cache = make(MllamaTextConfig(**twins.TEXT))
-    text = list(cache.layers)
-    first = place_cross_layers(cache, [1, 3], 4)
-    assert (
-        cache.layers[::2] == text
-        and cache.layers[1] is first
-        and isinstance(cache.layers[3], CrossCacheLayer)
-    )
-    assert place_cross_layers(cache, [1, 3], 4) is first and len(cache.layers) == 4
+    raw, spec = make(MllamaTextConfig(**twins.TEXT)), TextSpec.of(config(4, [1, 3]))
+    text = list(raw.layers)
+    TransformersCache(raw, spec)
+    assert raw.layers[::2] == text
+    assert all(isinstance(layer, CrossCacheLayer) for layer in raw.layers[1::2])
+    places = list(raw.layers)
+    TransformersCache(raw, spec)
+    assert raw.layers == places
+
+
+def written_elsewhere() -> Cache:
+    cache = DynamicCache()
+    cache.update(*[states(3).transpose(1, 2)] * 2, 1)
+    return cache
 
 
 @pytest.mark.parametrize(
-    ("cache", "error", "match"),
+    ("make", "error", "match"),
     [
-        (((torch.zeros(1),) * 2,), TypeError, "got tuple"),
-        (EncoderDecoderCache(DynamicCache(), DynamicCache()), TypeError, "got EncoderDecoderCache"),
+        (lambda: ((torch.zeros(1),) * 2,), TypeError, "tuple"),
         (
-            Cache(layers=[DynamicSlidingWindowLayer(sliding_window=4)]),
-            ValueError,
-            "got a DynamicSlidingWindowLayer at 0",
+            lambda: EncoderDecoderCache(DynamicCache(), DynamicCache()),
+            TypeError,
+            "EncoderDecoderCache",
         ),
         (
-            Cache(layers=[StaticSlidingWindowLayer(max_cache_len=8, sliding_window=4)]),
+            lambda: Cache(layers=[DynamicSlidingWindowLayer(sliding_window=4)]),
             ValueError,
-            "must keep all tokens",
+            "DynamicSlidingWindowLayer at 0",
         ),
+        (
+            lambda: Cache(layers=[StaticSlidingWindowLayer(max_cache_len=8, sliding_window=4)]),
+            ValueError,
+            "all tokens",
+        ),
+        (written_elsewhere, ValueError, "layer 1"),
+        (lambda: StaticCache(config(1), max_cache_len=8), ValueError, "3 layers"),
     ],
 )
-def test_caches_of_other_kinds_are_refused(cache, error, match):
+def test_other_caches_are_refused(make, error, match):
     with pytest.raises(error, match=match):
-        check_cache(cache)
+        TransformersCache(make(), SPEC)

@@ -36,7 +36,7 @@ def test_forward_takes_and_gives_the_cache_by_either_name(name, quiet):
         assert first[name] is held and first.get(name) is held and name in first
         assert held is first.cache is first.past_key_values and list(first) == ["logits", "cache"]
         rest = model(ids[:, 4:], **{name: held}).logits
-        decoded = model.language_model(ids, **{name: DynamicCache()})
+        decoded = model.base_model(ids, **{name: DynamicCache()})
     torch.testing.assert_close(torch.cat([first.logits, rest], 1), whole, rtol=1e-4, atol=1e-5)
     assert getattr(decoded, name).get_seq_length() == 6
     assert name not in model(ids, use_cache=False) and model(ids, use_cache=False).get(name) is None
@@ -66,7 +66,7 @@ def test_the_step_of_generate_takes_either_name(name, quiet):
 def test_both_names_at_once_are_refused():
     model, ids = twins.model(), torch.tensor([twins.tokens(3)])
     both = {"cache": DynamicCache(), "past_key_values": DynamicCache()}
-    for call in (model, model.generate, model.language_model):
+    for call in (model, model.generate, model.base_model):
         with pytest.raises(ValueError, match="cache and past_key_values are two names"):
             call(ids, **both)
 

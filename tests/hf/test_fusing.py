@@ -116,7 +116,7 @@ def test_new_parts_start_as_a_new_models(tmp_path):
         not model.multi_modal_projector.linear_1.bias.any() and not layer.cross_attn_attn_gate.any()
     )
     assert (layer.input_layernorm.weight == 1).all() and (layer.cross_attn.q_norm.weight == 1).all()
-    assert layer.training and model.spec.text.pad_token_id == 3
+    assert layer.training and model.config.get_text_config().pad_token_id == 3
     model.save_pretrained(tmp_path)
     read = mllama.MllamaForConditionalGeneration.from_pretrained(tmp_path)
     assert all(

@@ -3,6 +3,14 @@ import math
 
 import pytest
 import torch
+from transformers.masking_utils import (
+    blockwise_overlay,
+    eager_mask,
+    or_masks,
+    sdpa_mask,
+    sliding_window_causal_mask_function,
+)
+from transformers.models.gemma2 import modeling_gemma2
 
 from helpers import (
     THROWN,
@@ -101,8 +109,32 @@ SAMPLES = {
     ),
     "starts without causality": sample(1, 30, 20, 2, 1, 16, first_key=INT([[1 << 40] + [-(1 << 40)] + [7] * 28])),
     "small heads, two sequences": sample(1, 21, 21, 4, 2, 8, causal=True, first_key=starts([8, 13])),
+    "window, several tiles and blocks": sample(2, 210, 210, 4, 2, 24, causal=True, window=37),
+    "window over chunks of keys, one query": sample(2, 1, 900, 6, 2, 64, causal=True, window=300, key_mask=left_padding(900, 130, keys=900)),
+    "window, few queries, the last one in a new chunk": sample(2, 3, 600, 4, 2, 24, causal=True, window=87, query_offset=INT([340, 2])),
+    "window over chunks of keys for the gradients": sample(1, 600, 1100, 2, 1, 250, causal=True, window=100, query_offset=490),
+    "window of one key": sample(1, 5, 9, 2, 2, 16, causal=True, window=1),
+    "window wider than all keys": sample(1, 30, 30, 2, 1, 16, causal=True, window=1 << 40),
+    "window, offsets beyond the keys": sample(
+        4, 30, 40, 2, 2, 16, causal=True, window=6, query_offset=INT([-7, 41, 1 << 62, -(1 << 62)]), prefix_length=INT([3, 40, 40, 3]),
+    ),
+    "window beside a prefix": sample(3, 30, 30, 2, 1, 16, causal=True, window=4, prefix_length=INT([0, 10, 1000])),
+    "window beside a prefix, few queries": sample(3, 4, 24, 2, 1, 16, causal=True, window=3, prefix_length=INT([0, 22, 1000])),
+    "window, several sequences with prefixes": sample(
+        2, 60, 60, 2, 1, 16, causal=True, window=7, first_key=starts([22, 38], [59, 1]),
+        prefix_length=INT([[9] * 22 + [33] * 38, [20] * 59 + [0]]), key_mask=torch.rand(2, 60) > 0.2,
+    ),
+    "softcap": sample(2, 40, 70, 4, 2, 40, causal=True, softcap=0.8, scale=0.5),
+    "softcap, few queries": sample(2, 2, 300, 4, 2, 40, softcap=0.8, key_bias=torch.randn(2, 300)),
+    "softcap beside everything": sample(
+        2, 26, 60, 6, 2, 72, causal=True, window=20, query_offset=INT([30, 10]), key_mask=left_padding(50, 60, keys=60),
+        key_bias=torch.randn(2, 60), prefix_length=INT([35, 12]), softcap=1.5,
+    ),
+    "softcap far above and far below the scores": sample(1, 26, 30, 2, 2, 24, softcap=1e9),
+    "softcap of small heads, no scale": sample(1, 20, 30, 2, 2, 8, softcap=2.0, scale=0.0),
     "no keys": sample(1, 2, 0, 2, 1, 16),
-    "no queries": sample(1, 0, 3, 2, 1, 16, causal=True),
+    "no queries": sample(1, 0, 3, 2, 1, 16, causal=True, window=2),
+    "no queries, prefixes": sample(1, 0, 3, 2, 1, 16, causal=True, prefix_length=torch.zeros(1, 0, dtype=torch.int64)),
     "no rows": sample(0, 2, 3, 2, 1, 16, key_mask=torch.ones(0, 3, dtype=torch.bool)),
 }  # fmt: skip
 Q, K, V = tensors(2, 4, 6, 4, 2, 16)
@@ -116,7 +148,7 @@ OFFSET, MASK, BIAS, FIRST = (
 
 def raw(requires_grad):
     q, k, v = (tensor.clone().requires_grad_(requires_grad) for tensor in (Q, K, V))
-    return (q, k, v, MASK, BIAS, OFFSET, None, FIRST, True, None)
+    return (q, k, v, MASK, BIAS, OFFSET, None, FIRST, True, 3, None, 5.0)
 
 
 @needs_kernels
@@ -183,6 +215,17 @@ BAD_CALLS = [
     BadCall(
         lambda: attention(Q, K, V, scale="1"), TypeError, "scale must be a float or None, got str"
     ),
+    BadCall(lambda: attention(Q, K, V, softcap="1"), TypeError, "softcap"),
+    BadCall(lambda: attention(Q, K, V, softcap=True), TypeError, "softcap"),
+    *(
+        BadCall(lambda c=c: attention(Q, K, V, softcap=c), ValueError, "softcap")
+        for c in (0, 0.0, -1.0, math.inf, math.nan, 1e300)
+    ),
+    BadCall(lambda: attention(Q, K, V, window=3), ValueError, "window has a meaning only with"),
+    BadCall(lambda: attention(Q, K, V, causal=True, window=0), ValueError, "window"),
+    BadCall(lambda: attention(Q, K, V, causal=True, window=1 << 62), ValueError, "window"),
+    BadCall(lambda: attention(Q, K, V, causal=True, window=2.0), TypeError, "window"),
+    BadCall(lambda: attention(Q, K, V, causal=True, window=True), TypeError, "window"),
     BadCall(lambda: attention(Q, K, V, causal=1), TypeError, "causal must be a bool, got int"),
     BadCall(
         lambda: attention(Q, K, V, query_offset=3),
@@ -281,29 +324,35 @@ BAD_CALLS = [
     ),
     BadCall(lambda: attention(Q.to("meta"), K, V), ValueError, "k is on cpu, q on meta"),
     BadCall(
-        lambda: torch.ops.mllama.attention(Q, K, V[:1], None, None, None, None, None, False, 1.0),
+        lambda: torch.ops.mllama.attention(
+            Q, K, V[:1], None, None, None, None, None, False, None, 1.0, None
+        ),
         THROWN,
         "v must have k's shape",
     ),
     BadCall(
-        lambda: torch.ops.mllama.attention(Q, K, V, None, None, OFFSET, None, None, False, 1.0),
+        lambda: torch.ops.mllama.attention(
+            Q, K, V, None, None, OFFSET, None, None, False, None, 1.0, None
+        ),
         THROWN,
         "has a meaning only with",
     ),
     BadCall(
-        lambda: torch.ops.mllama.attention(Q, K, V, MASK[:1], None, None, None, None, False, 1.0),
+        lambda: torch.ops.mllama.attention(
+            Q, K, V, MASK[:1], None, None, None, None, False, None, 1.0, None
+        ),
         THROWN,
         r"key_mask must be \[2, 6\]",
     ),
     BadCall(
-        lambda: torch.ops.mllama.attention(
-            Q, K.half(), V, None, None, None, None, None, False, 1.0
-        ),
+        lambda: torch.ops.mllama.attention(Q, K.half(), V, *5 * [None], False, None, 1.0, None),
         THROWN,
         "must have q's dtype",
     ),
     BadCall(
-        lambda: torch.ops.mllama.attention(Q, K, V, MASK.int(), None, None, None, None, False, 1.0),
+        lambda: torch.ops.mllama.attention(
+            Q, K, V, MASK.int(), None, None, None, None, False, None, 1.0, None
+        ),
         THROWN,
         "key_mask has the wrong dtype",
     ),
@@ -371,6 +420,61 @@ def test_static_cache_offset():
             1e-6,
             f"{queries} queries",
         )
+
+
+def to_torch(*tensors):
+    return (tensor.transpose(1, 2) for tensor in tensors)  # (B, H, T, D)
+
+
+@pytest.mark.parametrize("queries", [30, 2])
+def test_softcap_is_as_in_gemma2(queries):
+    """transformers' eager attention with its sliding mask."""
+    module = torch.nn.Module().eval()
+    module.num_key_value_groups = 2
+    q, k, v = tensors(2, queries, 30, 4, 2, 32)
+    mask = eager_mask(
+        batch_size=2,
+        q_length=queries,
+        kv_length=30,
+        q_offset=30 - queries,
+        mask_function=sliding_window_causal_mask_function(7),
+    )
+    expected, weights = modeling_gemma2.eager_attention_forward(
+        module, *to_torch(q, k, v), mask, scaling=0.9, softcap=2.0
+    )
+    options = {"scale": 0.9, "softcap": 2.0, "causal": True, "window": 7}
+    assert_close(attention(q, k, v, **options), expected, 1e-5, "attention")
+    assert_close(attention_weights(q, k, **options), weights, 1e-5, "weights")
+
+
+def test_window_beside_a_prefix_is_as_in_paligemma2():
+    """Positions of the prefix see all of it; later ones see it through the window only."""
+    prefixes = torch.tensor([5, 12])
+    blocks = torch.where(torch.arange(20) < prefixes[:, None], 0, -1)
+    mask = sdpa_mask(
+        batch_size=2,
+        q_length=20,
+        kv_length=20,
+        allow_is_causal_skip=False,
+        mask_function=or_masks(sliding_window_causal_mask_function(4), blockwise_overlay(blocks)),
+    )
+    q, k, v = tensors(2, 20, 20, 2, 2, 16)
+    expected = torch.nn.functional.scaled_dot_product_attention(*to_torch(q, k, v), attn_mask=mask)
+    actual = attention(q, k, v, causal=True, window=4, prefix_length=prefixes)
+    assert_close(actual, expected.transpose(1, 2), 1e-5, "attention")
+
+
+@needs_kernels
+@pytest.mark.parametrize("queries", [1, 3, 30])
+def test_keys_before_the_window_may_hold_anything(queries):
+    q, k, v = tensors(2, queries, 700, 4, 2, 16)
+    spoiled = k.clone(), v.clone()
+    for tensor in spoiled:
+        tensor[:, : 700 - queries - 8] = torch.nan
+    for isa in instruction_sets():
+        with instruction_set(isa):
+            expected = attention(q, k, v, causal=True, window=9)
+            assert torch.equal(attention(q, *spoiled, causal=True, window=9), expected)
 
 
 def test_bias_is_multiplicity():
@@ -622,7 +726,7 @@ def test_compiled_with_offset(offset):
     """One graph serves every position of a decoding step."""
 
     def step(q, k, v, offset):
-        return attention(q, k, v, causal=True, query_offset=offset)
+        return attention(q, k, v, causal=True, query_offset=offset, window=4, softcap=3.0)
 
     compiled = torch.compile(step, fullgraph=True, backend="aot_eager", dynamic=True)
     q, k, v = tensors(1, 1, 32, 4, 2, 16)

@@ -5,6 +5,7 @@ import torch
 from transformers import DynamicCache, StaticCache
 
 import twins
+from mllama.hf.cache import TransformersCache
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +44,8 @@ def test_masks_of_any_dtype(decoder, kind):
 def test_a_static_cache_hides_its_unfilled_slots(decoder):
     mask = torch.tensor([[0, 1, 1, 1, 1, 1]])
     whole = run(decoder, [[7, 1, 2, 3, 4, 5]], attention_mask=mask)
-    cache = StaticCache(config=decoder.config, max_cache_len=10)
+    static = StaticCache(twins.model().config.text_config, max_cache_len=10)
+    cache = TransformersCache(static, decoder.config)
     first = run(decoder, [[7, 1, 2, 3]], attention_mask=mask[:, :4], cache=cache)
     rest = run(decoder, [[4, 5]], attention_mask=mask, cache=cache)
     torch.testing.assert_close(
@@ -55,7 +57,7 @@ def test_ids_or_embeddings(decoder):
     with pytest.raises(ValueError, match="exactly one"):
         decoder()
     with pytest.raises(ValueError, match="2 cached and 1 new tokens, got 2"):
-        cache = DynamicCache(config=decoder.config)
+        cache = TransformersCache(DynamicCache(), decoder.config)
         run(decoder, [[1, 2]], cache=cache)
         run(decoder, [[3]], cache=cache, attention_mask=torch.ones(1, 2))
 

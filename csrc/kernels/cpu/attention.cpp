@@ -47,6 +47,7 @@ class Prefill {
                 Tile<NV> tile{};
                 multiply_add<E, 1>(tile, k_ + (block + key) * words_, kTileRows, q_, kTileLanes,
                                    words_);
+                cap(scale_, tile);
                 float* scores = scores_ + key * kTileLanes;
                 if (!added && limits.all_see(block + key, kTileRows)) {
                     finish<NV>(tile, scores, highest);
@@ -86,7 +87,7 @@ class Prefill {
     __attribute__((always_inline)) void finish(const Tile<NV>& tile, float* scores,
                                                vf (&highest)[NV]) {
         for_tile<NV>([&](int r, int n) {
-            vf score = tile[r][n] * scale_;
+            vf score = tile[r][n] * scale_.factor;
             highest[n] = max(highest[n], score);
             store(scores + (r * NV + n) * kWidth, score);
         });
@@ -99,7 +100,7 @@ class Prefill {
                                                       int key, const float* added, int64_t keys) {
         for_tile<NV>([&](int r, int n) {
             float more = added && key + r < keys ? added[key + r] : 0.0f;
-            vf score = limits.template mask<kStarts>(tile[r][n] * scale_, n, key + r, more);
+            vf score = limits.template mask<kStarts>(tile[r][n] * scale_.factor, n, key + r, more);
             highest[n] = max(highest[n], score);
             store(scores + (r * NV + n) * kWidth, score);
         });
@@ -141,7 +142,7 @@ class Prefill {
     const int64_t words_ = row_words<E>(a_.size);        // in a packed row of q or k
     const int64_t columns_ = round_up(a_.size, kWidth);  // in a packed row of v
     const int64_t keys_ = round_up(a_.keys, kTileRows);
-    const float scale_ = a_.scale * kLog2e;
+    const ScoreScale scale_{a_};
     Words k_{keys_ * words_}, v_{keys_ * columns_}, q_{kLanes * words_}, room_{kLanes * kMaxSize};
     Floats scores_{kKeys * kLanes}, out_{columns_ * kLanes};
     float max_[kLanes], sum_[kLanes];

@@ -6,6 +6,7 @@
 // 2^x.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 
 #include "simd/isa.h"
@@ -26,20 +27,23 @@ struct KeyRange {
 // What the queries of one batch row may see. Query t sees keys [start(t), limit(t)), less those
 // whose `added` is -inf.
 struct VisibleKeys {
-    int64_t offset;  // a causal query sees keys up to t + offset; at least `last` where nothing is
-                     // causal
-    int64_t prefix;  // keys that all queries see
-    int64_t first, last;  // no key outside is visible to any query
-    const float* added;   // [keys], in log2 units, to every score of a key; null = 0
+    int64_t offset;  // position of query 0: a causal query sees keys up to t + offset; at least
+                     // `last` where nothing is causal
+    int64_t window_start;  // and keys from t + window_start on, unless it is in the prefix
+    int64_t prefix;        // keys at the front; queries among them see all of them
+    int64_t first, last;   // no key outside is visible to any query
+    const float* added;    // [keys], in log2 units, to every score of a key; null = 0
     // [queries], within first and last, where queries differ in more than offset and prefix say;
     // else null.
     const KeyRange* ranges;
 
-    int64_t start(int64_t t) const { return ranges ? ranges[t].first : first; }
+    int64_t start(int64_t t) const {
+        if (ranges) return ranges[t].first;
+        return t + offset < prefix ? first : std::clamp(t + window_start, first, last);
+    }
     int64_t limit(int64_t t) const {
         if (ranges) return ranges[t].last;
-        int64_t keys = t + offset + 1 > prefix ? t + offset + 1 : prefix;
-        return keys < first ? first : keys < last ? keys : last;
+        return std::clamp(std::max(t + offset + 1, prefix), first, last);
     }
 };
 
@@ -47,6 +51,7 @@ struct Attention {
     Dtype dtype;
     int64_t batch, queries, keys, heads, kv_heads, size;
     float scale;
+    float softcap;  // scores become softcap * tanh(score / softcap); 0 = none
     Heads q, k, v;
     const VisibleKeys* visible;  // [batch]
 
@@ -63,8 +68,9 @@ struct Statistic {
 };
 
 struct AttentionForward : Attention {
-    void* out;              // [batch, queries, heads, size]
-    Statistic* statistics;  // [batch, heads, queries]
+    void* out;                    // [batch, queries, heads, size]
+    Statistic* statistics;        // [batch, heads, queries]
+    int64_t first_chunk, chunks;  // for attention_decode: the chunks of keys that any query sees
 };
 
 struct AttentionBackward : Attention {
@@ -86,9 +92,6 @@ MLLAMA_KERNEL(void, attention_prefill,
 // Few queries, without ranges: k and v are read in place, once, in chunks of keys whose results are
 // merged afterwards. Task = (group, chunk); `partial` is [groups, chunks, attention_chunk_size].
 constexpr int64_t kDecodeChunk = 256;
-inline int64_t attention_chunks(const Attention& a) {
-    return (a.keys + kDecodeChunk - 1) / kDecodeChunk;
-}
 inline int64_t attention_chunk_size(const Attention& a) { return a.rows() * (a.size + 2); }
 MLLAMA_KERNEL(void, attention_decode,
               (const AttentionForward& args, float* partial, int64_t first_task, int64_t last_task))

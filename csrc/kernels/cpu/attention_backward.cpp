@@ -52,11 +52,12 @@ class Backward {
             for_row_tiles(a_, part, a_.parts, [&](int64_t first, int64_t rows, auto vectors) {
                 const Limits<vectors> limits(group, first, rows);
                 if (from == 0) std::memset(grad_q, 0, columns_ * kLanes * sizeof(float));
-                if (from == 0 || limits.most > from) {
+                // The last chunk that the rows see keys of; the first one where they see none.
+                bool last = limits.most <= from + chunk_ && (from == 0 || limits.most > from);
+                if (last || (limits.most > from && limits.begin() < from + chunk_)) {
                     pack_queries(group, first, rows, vectors * kWidth);
                     tile<vectors>(group, limits, from, grad_q);
-                    if (limits.most <= from + chunk_)
-                        write_queries(group, first, rows, vectors * kWidth, grad_q);
+                    if (last) write_queries(group, first, rows, vectors * kWidth, grad_q);
                 }
                 if (chunk_ < a_.keys) grad_q += columns_ * kLanes;
             });
@@ -135,9 +136,12 @@ class Backward {
                 const int64_t at = (block + key) * words_;
                 Tile<NV> p{}, ds{};
                 multiply_add<E, 1>(p, k_tiles_ + at, kTileRows, q_lanes_, kTileLanes, words_);
+                cap(scale_, p);
                 bool masked = added || !limits.all_see(block + key, kTileRows);
                 for_tile<NV>([&](int r, int n) {
-                    vf score = p[r][n] * scale_;
+                    vf score = p[r][n] * scale_.factor;
+                    if (scale_.capped)
+                        store(slope_ + (r * NV + n) * kWidth, 1.0f - p[r][n] * p[r][n]);
                     if (masked) {
                         float more =
                             added && block + key + r < group.keys ? added[block + key + r] : 0.0f;
@@ -146,13 +150,14 @@ class Backward {
                     // Another order of summation can put a score above the highest: by much, where
                     // scores are huge.
                     p[r][n] = exp2_below(min(vf{}, score - highest[n])) * inverse[n];
-                    store(kept_ + (r * NV + n) * kWidth, p[r][n]);
+                    store(p_tile_ + (r * NV + n) * kWidth, p[r][n]);
                 });
                 put_scores<NV>(E{}, p, p_ + key * kKeyWords, nullptr);
                 multiply_add<E, 1>(ds, v_tiles_ + at, kTileRows, g_lanes_, kTileLanes, words_);
                 for_tile<NV>([&](int r, int n) {
-                    ds[r][n] = (ds[r][n] - delta[n]) * load(kept_ + (r * NV + n) * kWidth);
+                    ds[r][n] = (ds[r][n] - delta[n]) * load(p_tile_ + (r * NV + n) * kWidth);
                 });
+                if (scale_.capped) times_slope<NV>(ds);
                 put_scores<NV>(E{}, ds, ds_ + key * kKeyWords,
                                ds_lanes_ + key / E::kElements * kTileLanes);
             }
@@ -172,6 +177,15 @@ class Backward {
                 store_tile<NV>(tile, grad_q + d * kTileLanes, kTileLanes);
             }
         }
+    }
+
+    // From the gradient of capped scores to that of the scores. A hidden key's slope may be NaN.
+    template <int NV>
+    __attribute__((always_inline)) void times_slope(Tile<NV>& ds) {
+        for_tile<NV>([&](int r, int n) {
+            vf slope = load(slope_ + (r * NV + n) * kWidth);
+            ds[r][n] = load(p_tile_ + (r * NV + n) * kWidth) == 0.0f ? vf{} : ds[r][n] * slope;
+        });
     }
 
     // For a tile of keys: sums[key][d] += scores[key][row] rows[row][d].
@@ -230,13 +244,14 @@ class Backward {
     // Keys that all tiles of rows meet before the next: what belongs to them, 20 bytes an element,
     // stays in a cache.
     const int64_t chunk_ = round_up(131072 / columns_, kKeys);
-    const float scale_ = a_.scale * kLog2e;
+    const ScoreScale scale_{a_};
     Words k_tiles_{keys_ * words_}, v_tiles_{keys_ * words_}, k_rows_{keys_ * columns_};
     Words q_lanes_{kLanes * words_}, g_lanes_{kLanes * words_}, q_rows_{kLanes * columns_},
         g_rows_{kLanes * columns_};
     Words p_{kKeys * kLanes}, ds_{kKeys * kLanes}, ds_lanes_{kKeys * kLanes},
         room_{kLanes * kMaxSize};
-    Floats kept_{kTileRows * kLanes};  // a tile of P
+    Floats p_tile_{kTileRows * kLanes};  // a tile of P
+    Floats slope_{kTileRows * kLanes};   // and of the soft cap's derivative
     Floats grad_q_{(chunk_ < a_.keys ? tiles() : 1) * columns_ *
                    kLanes};  // dQ of the tiles that wait for more keys
     Floats own_sums_{a_.parts == 1 ? attention_sums(a_) : 0};

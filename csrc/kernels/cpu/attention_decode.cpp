@@ -149,9 +149,9 @@ class Decode {
     // weighed with those.
     void task(int64_t index, int64_t chunk, float* partial) {
         Group group(a_, index);
-        first_ = std::max(chunk * kDecodeChunk, group.visible.first);
         for (int64_t row = 0, rows = 0; row < a_.rows(); row += rows) {
             rows = std::min<int64_t>(kMostRows, a_.rows() - row);
+            first_ = std::max(chunk * kDecodeChunk, group.visible.first + group.start(row));
             int64_t end = group.visible.first + group.limit(row + rows - 1);
             keys_ = std::min((chunk + 1) * kDecodeChunk, end) - first_;
             float* to = partial + row * (a_.size + 2);
@@ -179,14 +179,15 @@ class Decode {
 
         // Lanes hold kWidth / M keys by M rows, so that maxima and sums of a row are first taken
         // lane by lane.
-        int32_t key_of[kWidth], limit_of[kWidth];
+        int32_t key_of[kWidth], start_of[kWidth], limit_of[kWidth];
         for (int i = 0; i < kWidth; ++i) {
             key_of[i] = i / M;
+            start_of[i] = static_cast<int32_t>(group.start(row_of(i % M)) - skipped);
             limit_of[i] =
                 static_cast<int32_t>(std::min(group.limit(row_of(i % M)) - skipped, keys_));
         }
         float lanes[kWidth], highest[M], total[M]{};
-        store(lanes, mask<M>(group.visible.added, key_of, limit_of));
+        store(lanes, mask<M>(group.visible.added, key_of, start_of, limit_of));
         for (int i = 0; i < kWidth; ++i)
             highest[i % M] = i < M ? lanes[i] : std::max(highest[i % M], lanes[i]);
         for (int i = 0; i < kWidth; ++i)
@@ -251,15 +252,19 @@ class Decode {
                         acc[i * M + m] = Rows::multiply_add(x, q[m], acc[i * M + m]);
                 }
             }
-            store(scores_ + key * M, sum_each(acc) * scale_);
+            vf products = sum_each(acc);
+            if (scale_.capped) products = tanh(products * scale_.inner);
+            store(scores_ + key * M, products * scale_.factor);
         }
     }
 
     // Adds what is added to keys, hides what rows do not see; returns each lane's maximum.
     template <int M>
-    vf mask(const float* added, const int32_t* key_of, const int32_t* limit_of) {
-        vi key, limit;
+    vf mask(const float* added, const int32_t* key_of, const int32_t* start_of,
+            const int32_t* limit_of) {
+        vi key, start, limit;
         std::memcpy(&key, key_of, sizeof key);
+        std::memcpy(&start, start_of, sizeof start);
         std::memcpy(&limit, limit_of, sizeof limit);
         if (added) {
             for (int64_t i = 0; i < keys_ * M; ++i) {
@@ -270,8 +275,8 @@ class Decode {
         }
         vf highest = splat(-kInfinity);
         for (int64_t i = 0; i < keys_ * M; i += kWidth) {
-            vf score =
-                key + static_cast<int32_t>(i / M) < limit ? load(scores_ + i) : splat(-kInfinity);
+            vi place = key + static_cast<int32_t>(i / M);
+            vf score = (place >= start) & (place < limit) ? load(scores_ + i) : splat(-kInfinity);
             highest = max(highest, score);
             store(scores_ + i, score);
         }
@@ -332,7 +337,7 @@ class Decode {
     }
 
     const AttentionForward& a_;
-    const float scale_ = a_.scale * kLog2e;
+    const ScoreScale scale_{a_};
     int64_t first_, keys_;  // the keys of this chunk that some row of the pass sees
     alignas(64) Query queries_[kMostRows * kRoom];
     alignas(64) float scores_[kDecodeChunk * kMostRows + 2 * kWidth];
@@ -342,7 +347,7 @@ class Decode {
 // The chunks' results of one row become its output.
 template <class T>
 void merge_row(const AttentionForward& a, const Group& group, int64_t row, const float* partial) {
-    const int64_t chunks = attention_chunks(a), stride = attention_chunk_size(a);
+    const int64_t chunks = a.chunks, stride = attention_chunk_size(a);
     float highest = -kInfinity, total = 0, sums[kMaxSize + kWidth]{};
     for (int64_t c = 0; c < chunks; ++c) highest = std::max(highest, partial[c * stride]);
     for (int64_t c = 0; c < chunks; ++c) {
@@ -368,9 +373,10 @@ void attention_decode(const AttentionForward& args, float* partial, int64_t firs
                       int64_t last_task) {
     dispatch(args.dtype, [&](auto t) {
         Decode<decltype(t)> work(args);
-        int64_t chunks = attention_chunks(args), size = attention_chunk_size(args);
+        int64_t size = attention_chunk_size(args);
         for (int64_t task = first_task; task < last_task; ++task)
-            work.task(task / chunks, task % chunks, partial + task * size);
+            work.task(task / args.chunks, args.first_chunk + task % args.chunks,
+                      partial + task * size);
     });
 }
 
@@ -378,8 +384,7 @@ void attention_merge(const AttentionForward& args, const float* partial, int64_t
                      int64_t last_group) {
     dispatch(args.dtype, [&](auto t) {
         for (int64_t index = first_group; index < last_group; ++index) {
-            const float* from =
-                partial + index * attention_chunks(args) * attention_chunk_size(args);
+            const float* from = partial + index * args.chunks * attention_chunk_size(args);
             for (int64_t row = 0; row < args.rows(); ++row) {
                 merge_row<decltype(t)>(args, Group(args, index), row, from + row * (args.size + 2));
             }

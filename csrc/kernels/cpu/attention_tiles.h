@@ -11,6 +11,7 @@
 
 #include "kernels/cpu/attention.h"
 #include "kernels/cpu/tiles.h"
+#include "simd/math.h"
 
 namespace mllama::kernels::MLLAMA_ISA {
 namespace {
@@ -51,6 +52,24 @@ inline vf exp2_below(vf x) {
 #endif
 }
 
+// What the products of q and k become: scores in log2 units, score = factor * product, or with a
+// soft cap factor * tanh(inner * product).
+struct ScoreScale {
+    explicit ScoreScale(const Attention& a)
+        : capped(a.softcap > 0),
+          inner(capped ? a.scale / a.softcap : 1),
+          factor((capped ? a.softcap : a.scale) * kLog2e) {}
+
+    const bool capped;
+    const float inner, factor;
+};
+
+template <int NV>
+inline __attribute__((always_inline)) void cap(const ScoreScale& scale, Tile<NV>& products) {
+    if (!scale.capped) return;
+    for_tile<NV>([&](int r, int n) { products[r][n] = tanh(products[r][n] * scale.inner); });
+}
+
 // ---- a group
 // -------------------------------------------------------------------------------------------------------
 
@@ -60,9 +79,9 @@ struct Group {
         : a(args),
           batch(index / a.kv_heads),
           kv_head(index % a.kv_heads),
-          visible(a.visible[batch]) {
-        keys = (visible.ranges ? visible.last : visible.limit(a.queries - 1)) - visible.first;
-    }
+          visible(a.visible[batch]),
+          keys(visible.last - visible.first),
+          starts(visible.ranges || visible.start(a.queries - 1) > visible.first) {}
     int64_t query(int64_t row) const { return row / a.group_size(); }
     int64_t head(int64_t row) const { return kv_head * a.group_size() + row % a.group_size(); }
     // Where a row starts in a contiguous [batch, queries, heads, size], and its place in [batch,
@@ -100,7 +119,8 @@ struct Group {
     const Attention& a;
     int64_t batch, kv_head;
     VisibleKeys visible;
-    int64_t keys;  // no query sees one beyond
+    int64_t keys;  // from visible.first on
+    bool starts;   // some queries do not see the first of them
 };
 
 // Calls body(first row, rows, vectors) for every count-th tile of a group, from tile `index` on;
@@ -126,9 +146,9 @@ struct Limits {
         for (int i = 0; i < NV * kWidth; ++i)
             limits[i] = group.limit(first + std::min<int64_t>(i, rows - 1));
         earliest = latest = 0;
-        fewest = limits[0];  // without ranges limits never fall from row to row
+        fewest = limits[0];  // without starts limits never fall from row to row
         most = limits[NV * kWidth - 1];
-        if (group.visible.ranges) {
+        if (group.starts) {
             earliest = latest = group.start(first);
             for (int i = 0; i < NV * kWidth; ++i) {
                 starts[i] = group.start(first + std::min<int64_t>(i, rows - 1));

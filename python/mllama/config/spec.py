@@ -120,9 +120,9 @@ class ModelSpec:
         ignore_index: label that is not trained.
     """
 
-    text: TextSpec | None
+    text: Any  # TextSpec, or None
     encoder: str | None = None
-    vision: VisionSpec | TiledVisionSpec | None = None
+    vision: Any = None  # VisionSpec or TiledVisionSpec
     feature_layers: tuple[int, ...] | None = None
     skip_first: bool = False
     selects_features: bool = False

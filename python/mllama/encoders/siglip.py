@@ -7,11 +7,11 @@ import math
 import torch
 from torch import nn
 from torch.nn.functional import interpolate
-from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutput
 
 from mllama.config.spec import VisionSpec
 from mllama.nn.attention import BidirectionalAttention
+from mllama.nn.checkpointing import CheckpointedLayer
 from mllama.nn.mlp import MLP
 from mllama.nn.norm import LayerNorm
 from mllama.ops.patch_embed import patch_embed
@@ -99,7 +99,7 @@ class SiglipMLP(MLP):
         super().__init__(config.hidden_size, config.intermediate_size, config.hidden_act)
 
 
-class SiglipEncoderLayer(GradientCheckpointingLayer):
+class SiglipEncoderLayer(CheckpointedLayer):
     """Pre-norm transformer block."""
 
     attention_class: type[nn.Module] = SiglipAttention

@@ -13,13 +13,13 @@ from collections.abc import Sequence
 
 import torch
 from torch import nn
-from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutput
 
 from mllama.config.checks import check_reference
 from mllama.config.spec import TiledVisionSpec
 from mllama.encoders.siglip import PatchEmbedding
 from mllama.nn.attention import split_heads
+from mllama.nn.checkpointing import CheckpointedLayer
 from mllama.nn.gate import gated_add
 from mllama.nn.mlp import MLP
 from mllama.nn.norm import LayerNorm
@@ -117,7 +117,7 @@ class TiledAttention(nn.Module):
         return self.o_proj(torch.cat(attended, 1).flatten(2)), weights
 
 
-class TiledEncoderLayer(GradientCheckpointingLayer):
+class TiledEncoderLayer(CheckpointedLayer):
     """Pre-norm transformer block; a gated one scales what both halves add by tanh of a learned
     number.
     """

@@ -10,11 +10,11 @@ from dataclasses import replace
 from typing import Any
 
 from transformers import PretrainedConfig
-from transformers.activations import ACT2FN
 
 from mllama.config.checks import HEAD_DIM_MAX, HEAD_DIM_MIN, check_choice, check_number, check_size
 from mllama.config.spec import ModelSpec, TextSpec, TiledVisionSpec, VisionSpec
 from mllama.hf.configs import MllamaConfig, MllamaTextConfig, MllamaVisionConfig
+from mllama.nn.activation import ACTIVATIONS
 
 _TEXT_FIELDS = (
     "vocab_size",
@@ -228,7 +228,7 @@ def _llava(config: PretrainedConfig) -> ModelSpec:
             check_choice(owner, "is_causal", getattr(part, "is_causal", None), (False, None))
     vision, text = siglip_vision(config.vision_config), _text(config.text_config, "llama")
     layers, skip = select_features(config, vision.num_hidden_layers + 1)
-    check_choice("config", "projector_hidden_act", config.projector_hidden_act, tuple(ACT2FN))
+    check_choice("config", "projector_hidden_act", config.projector_hidden_act, tuple(ACTIVATIONS))
     tokens = (vision.image_size // vision.patch_size) ** 2 + (kind == "clip_vision_model") - skip
     if tokens < 1:
         raise ValueError(
@@ -335,7 +335,7 @@ def _check_tiled(vision: PretrainedConfig) -> None:
     for name in (*sizes, "vision_output_dim", "image_size", "patch_size", "max_num_tiles"):
         check_size(owner, name, getattr(vision, name))
     check_number(owner, "norm_eps", vision.norm_eps)
-    check_choice(owner, "hidden_act", vision.hidden_act, tuple(ACT2FN))
+    check_choice(owner, "hidden_act", vision.hidden_act, tuple(ACTIVATIONS))
     if vision.hidden_size % vision.attention_heads:
         raise ValueError(
             f"{owner}: hidden_size {vision.hidden_size} is not a multiple of attention_heads {vision.attention_heads}"

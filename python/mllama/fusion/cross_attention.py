@@ -9,12 +9,12 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
-from transformers import Cache
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from mllama.config.checks import check_reference
 from mllama.config.spec import TextSpec
 from mllama.nn.attention import split_heads
+from mllama.nn.cache import Cache
+from mllama.nn.checkpointing import CheckpointedLayer
 from mllama.nn.gate import gated_add
 from mllama.nn.mlp import GatedMLP
 from mllama.nn.norm import RMSNorm
@@ -209,9 +209,8 @@ class CrossAttention(nn.Module):
         """
         q = self.q_norm(split_heads(self.q_proj(x), self.head_dim))
         k, v = self._keys_values(x, cross.states)
-        if cache is not None:  # caches hold [B, heads, S, head_dim]
-            k, v = cache.update(k.transpose(1, 2), v.transpose(1, 2), self.layer_idx)
-            k, v = k.transpose(1, 2), v.transpose(1, 2)
+        if cache is not None:
+            k, v = cache.update_cross(self.layer_idx, k, v)  # (B, S, KV, D)
         attended, weights = [], []
         for segment in cross.segments or (Segment(0, x.shape[1]),):
             part = q[:, segment.start : segment.end]
@@ -241,7 +240,7 @@ class CrossAttention(nn.Module):
         return self.k_norm(k), v
 
 
-class CrossAttentionDecoderLayer(GradientCheckpointingLayer):
+class CrossAttentionDecoderLayer(CheckpointedLayer):
     """A decoder layer that attends to pictures in the place of text; both halves are scaled by tanh
     of a learned number.
     """

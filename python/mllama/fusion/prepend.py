@@ -6,7 +6,6 @@ How many visual tokens a cache begins with is written on the cache: later calls 
 
 import torch
 from torch.nn.functional import pad
-from transformers import Cache
 
 
 def pictures_per_row(pictures: int, rows: int) -> int:
@@ -29,16 +28,6 @@ def share_out(image_features: torch.Tensor, rows: int) -> torch.Tensor:
     return image_features.unflatten(
         0, (rows, pictures_per_row(image_features.shape[0], rows))
     ).flatten(1, 2)
-
-
-def held_before_text(cache: Cache | None) -> int:
-    """How many visual tokens before the text a cache holds."""
-    return getattr(cache, "before_text", 0)
-
-
-def hold_before_text(cache: Cache, count: int) -> None:
-    """Write that down, when a cache is first filled."""
-    cache.before_text = count
 
 
 def check_texts_own(name: str, tensor: torch.Tensor | None, length: int, visual: int) -> None:

@@ -2,7 +2,8 @@
 
 import torch
 from torch import nn
-from transformers.activations import ACT2FN
+
+from mllama.nn.activation import ACTIVATIONS
 
 
 class MultiModalProjector(nn.Module):
@@ -18,7 +19,7 @@ class MultiModalProjector(nn.Module):
     ):
         super().__init__()
         self.linear_1 = nn.Linear(input_size, inner_size, bias=bias)
-        self.act = ACT2FN[activation]
+        self.act = ACTIVATIONS[activation]
         self.linear_2 = nn.Linear(inner_size, output_size, bias=bias)
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:

@@ -1,67 +1,44 @@
-"""What the decoder asks of a key-value cache of transformers: how much it holds, and how many keys
-it will show.
+"""Caches of transformers in the terms of `mllama.nn.cache.Cache`.
 
 A dynamic cache answers with its number of tokens; a static one shows all of its slots, filled or
-not, and keeps its length in a tensor that its update changes in place, so the length is read and
-copied before any layer writes. And the place of a layer that attends to pictures, whose keys have
-nothing to do with the text's length.
+not, and keeps its length in a tensor that its update changes in place: hence copies of it.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from transformers import Cache, EncoderDecoderCache
 from transformers.cache_utils import DynamicLayer
 
+from mllama.config.spec import TextSpec
 
-def check_cache(cache: Cache | None) -> None:
-    """Raise TypeError unless it is None or a decoder's cache of transformers, ValueError where it
-    forgets tokens (a sliding window's).
-    """
+
+def check_cache(cache: Any) -> None:
+    """Raise TypeError unless it is None or a decoder's cache of transformers."""
     if cache is None:
         return
     if not isinstance(cache, Cache) or isinstance(cache, EncoderDecoderCache):
         raise TypeError(
             f"cache must be a transformers Cache of a decoder or None, got {type(cache).__name__}"
         )
-    for index, layer in enumerate(cache.layers):
-        if layer.is_sliding:
-            raise ValueError(
-                f"cache must keep all tokens: layers see all before them; got a {type(layer).__name__} at {index}"
-            )
-
-
-def past_length(cache: Cache | None) -> int | torch.Tensor:
-    """Tokens the cache holds: an int, or a copy of a static cache's int64 tensor as [1]."""
-    if cache is None:
-        return 0
-    length = cache.get_seq_length()
-    return length.clone().reshape(1) if isinstance(length, torch.Tensor) else length
-
-
-def key_length(cache: Cache | None, new: int) -> int:
-    """Keys that attention sees once `new` tokens were written: a static cache's whole size, or past
-    + new.
-    """
-    return new if cache is None else cache.get_mask_sizes(new, 0)[0]
 
 
 class CrossCacheLayer(DynamicLayer):
-    """The place of a cross-attention layer in a decoder's cache: keys and values of pictures, kept
-    while text comes and goes.
+    """A cross-attention layer's place in a cache: keys and values of images, which stay while text
+    comes and goes.
 
     Attributes:
-        kept: bool [pictures * tiles], the tiles that have keys here, as `fusion.cross_attention`
-            tells; in the first such layer alone.
+        tile_mask: see `mllama.nn.cache.Cache`; in the first such layer alone.
     """
 
-    kept: torch.Tensor | None = None
+    tile_mask: torch.Tensor | None = None
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Append the keys and values of new pictures, [B, heads, keys, head_dim], which may be
-        none; return all.
+        """Append the keys and values of new images, [B, heads, keys, head_dim], which may be none;
+        return all.
         """
         if not self.get_seq_length():
             self.lazy_initialization(key_states, value_states)
@@ -71,46 +48,111 @@ class CrossCacheLayer(DynamicLayer):
         return self.keys, self.values
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Text is taken back, pictures are not."""
+        """Images stay when text is removed."""
 
     def reset(self) -> None:
-        """Forget pictures too."""
+        """Remove images too."""
         super().reset()
-        self.kept = None
+        self.tile_mask = None
 
 
-def place_cross_layers(
-    cache: Cache, cross_attention_layers: Sequence[int], layers: int
-) -> CrossCacheLayer | None:
-    """Put a `CrossCacheLayer` at every cross-attention layer's place, where a cache of transformers
-    comes with one for text, or with none since it was made for the layers of text alone.
+class TransformersCache:
+    """A transformers cache as the decoder sees it. All state is the wrapped cache's own, so that
+    wrapping it anew for every call loses nothing.
 
     Args:
-        cache: changed in place, when it is first used.
-        cross_attention_layers: their indices.
-        layers: of the whole decoder.
-
-    Returns:
-        The first of them, or None where the decoder has none.
+        cache: dynamic or static, made for all layers or for the self-attention layers alone;
+            changed in place when it is first used.
+        text: the decoder's spec.
 
     Raises:
-        ValueError: the cache has too few layers, or another model has written to it.
+        TypeError: no transformers cache of a decoder.
+        ValueError: a cache that forgets tokens (a sliding window's), has too few layers, or was
+            written to by another model.
+    """
+
+    def __init__(self, cache: Cache, text: TextSpec):
+        check_cache(cache)
+        _check_keeps_all(cache)
+        self.cache = cache
+        cross = text.cross_attention_layers
+        self._place = _place_cross_layers(cache, cross, text.num_hidden_layers) if cross else None
+        self._first = next(i for i in range(text.num_hidden_layers) if i not in cross)
+
+    @property
+    def num_prefix_tokens(self) -> int:
+        """Visual tokens that stand before the text."""
+        return num_prefix_tokens(self.cache)
+
+    @num_prefix_tokens.setter
+    def num_prefix_tokens(self, count: int) -> None:
+        self.cache.num_prefix_tokens = count
+
+    @property
+    def tile_mask(self) -> torch.Tensor | None:
+        """bool [images * tiles]: which tiles have keys."""
+        return None if self._place is None else self._place.tile_mask
+
+    @tile_mask.setter
+    def tile_mask(self, mask: torch.Tensor | None) -> None:
+        self._place.tile_mask = mask
+
+    @property
+    def length(self) -> int | torch.Tensor:
+        """Tokens in the cache: an int, or a copy of a static cache's int64 tensor as [1]."""
+        length = self.cache.get_seq_length(self._first)
+        return length.clone().reshape(1) if isinstance(length, torch.Tensor) else length
+
+    def num_keys(self, new: int) -> int:
+        """A static cache's whole size, or length + new."""
+        return self.cache.get_mask_sizes(new, self._first)[0]
+
+    def update(
+        self, layer: int, k: torch.Tensor, v: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """[B, T, KV, D] -> all keys and values, [B, S, KV, D]."""
+        k, v = self.cache.update(k.transpose(1, 2), v.transpose(1, 2), layer)  # (B, KV, S, D)
+        return k.transpose(1, 2), v.transpose(1, 2)
+
+    update_cross = update  # a CrossCacheLayer appends in its own way
+
+
+def num_prefix_tokens(cache: Cache | None) -> int:
+    """Visual tokens that stand before the text in a transformers cache."""
+    return getattr(cache, "num_prefix_tokens", 0)
+
+
+def _check_keeps_all(cache: Cache) -> None:
+    for index, layer in enumerate(cache.layers):
+        if layer.is_sliding:
+            raise ValueError(
+                "cache must keep all tokens: layers see all before them; "
+                f"got a {type(layer).__name__} at {index}"
+            )
+
+
+def _place_cross_layers(
+    cache: Cache, cross_attention_layers: Sequence[int], num_layers: int
+) -> CrossCacheLayer:
+    """Put a `CrossCacheLayer` at every cross-attention layer's place, where a cache comes with a
+    layer for text, or with none since it was made for the self-attention layers alone. Returns the
+    first of them.
     """
     places = cache.layers
     if cache.layer_class_to_replicate is not None:
-        places.extend(cache.layer_class_to_replicate() for _ in range(layers - len(places)))
-    if len(places) == layers - len(cross_attention_layers) and not int(cache.get_seq_length()):
-        for (
-            index
-        ) in cross_attention_layers:  # they rise, so that each finds those before it in place
+        missing = num_layers - len(places)
+        places.extend(cache.layer_class_to_replicate() for _ in range(missing))
+    text_alone = len(places) == num_layers - len(cross_attention_layers)
+    if text_alone and not int(cache.get_seq_length()):
+        for index in cross_attention_layers:  # ascending: each finds those before it in place
             places.insert(index, CrossCacheLayer())
-    if len(places) < layers:
-        raise ValueError(f"cache must have {layers} layers, as the decoder, got {len(places)}")
+    if len(places) < num_layers:
+        raise ValueError(f"cache must have {num_layers} layers, as the decoder, got {len(places)}")
     for index in cross_attention_layers:
         if not isinstance(places[index], CrossCacheLayer):
             if int(places[index].get_seq_length()):
                 raise ValueError(
-                    f"cache holds keys of another model at layer {index}, which attends to pictures"
+                    f"cache holds keys of another model at layer {index}, which attends to images"
                 )
             places[index] = CrossCacheLayer()
-    return next((places[index] for index in cross_attention_layers), None)
+    return places[cross_attention_layers[0]]  # type: ignore[return-value]

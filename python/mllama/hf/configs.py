@@ -12,7 +12,6 @@ from typing import Any
 
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, LlamaConfig, PretrainedConfig, SiglipVisionConfig
-from transformers.activations import ACT2FN
 
 from mllama.config.checks import (
     CROSS_ATTENTION_EVERY,
@@ -31,6 +30,7 @@ from mllama.config.checks import (
     check_number,
     check_size,
 )
+from mllama.nn.activation import ACTIVATIONS
 
 SHORT_NAMES = {
     "emb_dim": "hidden_size",
@@ -105,7 +105,7 @@ class MllamaVisionConfig(SiglipVisionConfig):
         _check_sizes(owner, _VISION_SIZES, given, SiglipVisionConfig)
         _construct(super().__init__, owner, given)
         check_number(owner, "layer_norm_eps", self.layer_norm_eps)
-        check_choice(owner, "hidden_act", self.hidden_act, tuple(ACT2FN))
+        check_choice(owner, "hidden_act", self.hidden_act, tuple(ACTIVATIONS))
         if not 0 <= self.attention_dropout < 1:
             raise ValueError(
                 f"{owner}: attention_dropout must be a number from 0 to below 1, got {self.attention_dropout!r}"
@@ -475,7 +475,7 @@ class MllamaConfig(PretrainedConfig):
                 f"projector='linear', which is one layer; got {self.projection_dim}"
             )
         check_choice(owner, "vision_feature", vision_feature, VISION_FEATURES)
-        check_choice(owner, "projector_hidden_act", projector_hidden_act, tuple(ACT2FN))
+        check_choice(owner, "projector_hidden_act", projector_hidden_act, tuple(ACTIVATIONS))
         check_choice(owner, "multimodal_projector_bias", multimodal_projector_bias, (True, False))
         self.projector = projector
         self.vision_feature = vision_feature

@@ -8,9 +8,9 @@ from transformers import GenerationMixin
 from transformers.generation.candidate_generator import PromptLookupCandidateGenerator
 from transformers.generation.utils import GenerateOutput
 
-from mllama.fusion.prepend import held_before_text, pictures_per_row
+from mllama.fusion.prepend import pictures_per_row
 from mllama.hf.arguments import check_special, taken_by
-from mllama.hf.cache import check_cache
+from mllama.hf.cache import check_cache, num_prefix_tokens
 from mllama.hf.compat import CACHE_NAME, hand_on, rename_cache
 from mllama.model.inputs import one_of_images
 from mllama.text.prefix import count_prefix
@@ -91,7 +91,7 @@ class MllamaGenerationMixin(GenerationMixin):
         cache = kwargs.get(CACHE_NAME)
         filled = cache is not None and int(cache.get_seq_length()) > 0
         if is_first_iteration and filled and kwargs.get("next_sequence_length") is not None:
-            kwargs["next_sequence_length"] += held_before_text(
+            kwargs["next_sequence_length"] += num_prefix_tokens(
                 cache
             )  # which the cache's length counts, and the ids do not have
         is_first_iteration = is_first_iteration or (cache is not None and not filled)
@@ -295,7 +295,7 @@ class MllamaGenerationMixin(GenerationMixin):
         """
         if self.spec.fusion == "prepend":
             pictures, mask = _count_pictures(kwargs), kwargs.get("attention_mask")
-            if held_before_text(kwargs.get(CACHE_NAME)) or (
+            if num_prefix_tokens(kwargs.get(CACHE_NAME)) or (
                 pictures and self._placeholders(input_ids, mask, pictures) is None
             ):
                 raise ValueError(

@@ -7,7 +7,6 @@ from typing import NamedTuple
 
 import torch
 from torch.nn.functional import pad
-from transformers import Cache
 
 from mllama.families.compose import select_features
 from mllama.fusion.cross_attention import CrossAttentionContext, cross_context
@@ -15,7 +14,7 @@ from mllama.fusion.merge import find_placeholder, merge
 from mllama.fusion.prepend import share_out
 from mllama.hf.arguments import check_special
 from mllama.hf.built import check_built
-from mllama.hf.cache import past_length, place_cross_layers
+from mllama.hf.cache import TransformersCache
 from mllama.model.inputs import check_blind, check_range, check_tile_features, rows_of_mask
 from mllama.text.decoder import check_embeddings
 
@@ -288,7 +287,7 @@ class PicturesMixin:
         image_features: torch.Tensor | None,
         aspects: tuple[torch.Tensor | None, torch.Tensor | None],
         cross_attention_mask: torch.Tensor | None,
-        cache: Cache | None,
+        cache: TransformersCache | None,
         output_attentions: bool,
     ) -> Seen:
         """Embeddings, and what the cross-attention layers need: nothing where there are no
@@ -298,7 +297,7 @@ class PicturesMixin:
         if inputs_embeds is None:
             placeholders = self.find_placeholders(input_ids)
             inputs_embeds = self._embed(input_ids)
-        cached, text, rows = None, self.spec.text, inputs_embeds.shape[0]
+        text, rows = self.spec.text, inputs_embeds.shape[0]
         if placeholders is None and isinstance(cross_attention_mask, torch.Tensor):
             given, length = cross_attention_mask.shape[1], inputs_embeds.shape[1]
             if 0 < given < length:  # whether the first or the last have none, nothing says
@@ -328,15 +327,14 @@ class PicturesMixin:
             states = None if image_features is None else share_out(image_features, rows)
         if states is not None:
             states = states.to(inputs_embeds.dtype)
-        if cache is not None:
-            cached = place_cross_layers(cache, text.cross_attention_layers, text.num_hidden_layers)
-        mask = rows_of_mask(cross_attention_mask, inputs_embeds.shape[:2], past_length(cache))
+        past = 0 if cache is None else cache.length
+        mask = rows_of_mask(cross_attention_mask, inputs_embeds.shape[:2], past)
         if cross_attention_mask is not None and placeholders is not None and states is not None:
             check_blind(cross_attention_mask, placeholders)
-        held = None if cached is None else cached.kept
+        held = None if cache is None else cache.tile_mask
         cross = cross_context(states, mask, tokens, self.reference, held=held, filled=filled)
-        if cached is not None and cross is not None:
-            cached.kept = cross.kept
+        if cache is not None and cross is not None:
+            cache.tile_mask = cross.kept
         return Seen(inputs_embeds, placeholders, image_features, attentions, cross)
 
     def _count_pictures(

@@ -23,13 +23,7 @@ from mllama.encoders.siglip import SiglipVisionTower
 from mllama.encoders.tiled_vit import TiledVisionTower
 from mllama.families.compose import compose
 from mllama.fusion.cross_attention import CrossAttentionDecoderLayer
-from mllama.fusion.prepend import (
-    check_texts_own,
-    held_before_text,
-    hold_before_text,
-    lengthen,
-    shift_positions,
-)
+from mllama.fusion.prepend import check_texts_own, lengthen, shift_positions
 from mllama.fusion.projector import (
     AveragePooling,
     LearnedPooling,
@@ -39,7 +33,7 @@ from mllama.fusion.projector import (
 from mllama.hf.arguments import check_keywords, check_special
 from mllama.hf.backbone import Backbone
 from mllama.hf.built import check_built, remember_config
-from mllama.hf.cache import check_cache
+from mllama.hf.cache import TransformersCache
 from mllama.hf.compat import CacheOutput, DecoderOutput, NextTokenModel, one_cache
 from mllama.hf.configs import MllamaConfig
 from mllama.hf.generation import MllamaGenerationMixin
@@ -376,7 +370,6 @@ class MllamaForConditionalGeneration(
         if labels is not None and logits_to_keep is None:
             raise ValueError("labels need logits; leave logits_to_keep at 0")
         cache = one_cache(cache, past_key_values)
-        check_cache(cache)
         check_mask(attention_mask)
         config = self.config
         text = getattr(
@@ -424,13 +417,14 @@ class MllamaForConditionalGeneration(
         position_ids, first_key = find_sequences((rows, length), position_ids, obstacle, **packing)
         if use_cache and cache is None:
             cache = DynamicCache()
+        wrapped = None if cache is None else TransformersCache(cache, self.spec.text)
         if (
             cache is not None and self.training and self.is_activation_checkpointing
         ):  # its layers would be called without it
             raise ValueError(
                 "cache cannot be kept while activations are checkpointed: call model.eval(), or set use_cache=False"
             )
-        past = 0 if cache is None else int(cache.get_seq_length())
+        past = 0 if wrapped is None else int(wrapped.length)
         filled = past > 0
 
         if (pixel_values is not None or image_features is not None) and self.spec.encoder is None:
@@ -445,13 +439,13 @@ class MllamaForConditionalGeneration(
                 image_features,
                 (aspect_ratio_ids, aspect_ratio_mask),
                 cross_attention_mask,
-                cache,
+                wrapped,
                 output_attentions,
             )
             if first_key is not None and seen.cross is not None:
                 _check_cross_mask_of_packed(cross_attention_mask, length)
         else:
-            held = held_before_text(cache) if filled else 0
+            held = wrapped.num_prefix_tokens if filled else 0
             pictures = (pixel_values, image_features, reading)
             told = None if prompt_length is None else max(prompt_length - past, 0)
             seen = self._merge(
@@ -464,8 +458,8 @@ class MllamaForConditionalGeneration(
                 output_attentions,
                 told,
             )
-            if self.spec.fusion == "prepend" and cache is not None and not filled:
-                hold_before_text(cache, seen.before_text)
+            if self.spec.fusion == "prepend" and wrapped is not None and not filled:
+                wrapped.num_prefix_tokens = seen.before_text
             if visual := held + seen.before_text:
                 if first_key is not None and not torch.compiler.is_compiling():
                     raise ValueError(
@@ -497,7 +491,7 @@ class MllamaForConditionalGeneration(
             inputs_embeds=seen.embeds,
             attention_mask=padding_mask if attn_mask is None else attn_mask,
             position_ids=position_ids,
-            cache=cache,
+            cache=wrapped,
             output_attentions=output_attentions,
             output_hidden_states=output_hidden_states,
             prefix_length=prefix_length,
@@ -507,8 +501,13 @@ class MllamaForConditionalGeneration(
         if return_dict is None:
             return_dict = config.return_dict
         if logits_to_keep is None:
-            decoded.last_hidden_state = decoded.last_hidden_state[:, seen.before_text :]
-            return decoded if return_dict else decoded.to_tuple()
+            headless = DecoderOutput(
+                last_hidden_state=decoded.last_hidden_state[:, seen.before_text :],
+                cache=cache,
+                hidden_states=decoded.hidden_states,
+                attentions=decoded.attentions,
+            )
+            return headless if return_dict else headless.to_tuple()
         logits = self.lm_head(slice_logits_to_keep(decoded.last_hidden_state, logits_to_keep))
         loss = num_trained_tokens = None
         if labels is not None:
@@ -525,7 +524,7 @@ class MllamaForConditionalGeneration(
         output = MllamaOutput(
             loss=loss,
             logits=logits,
-            cache=decoded.cache,
+            cache=cache,
             hidden_states=decoded.hidden_states,
             attentions=decoded.attentions,
             image_hidden_states=seen.features,

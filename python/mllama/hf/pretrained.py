@@ -20,6 +20,7 @@ from mllama.lora.files import load_lora, own_adapters, save_adapter_folder
 from mllama.lora.layer import lora_layers
 from mllama.lora.peft import CONFIG as ADAPTER_CONFIG
 from mllama.lora.peft import adapted_model, is_peft
+from mllama.nn.checkpointing import CheckpointedLayer
 from mllama.nn.wrappers import given_out, is_sharded, may_write, plain_key, whole
 
 if TYPE_CHECKING:  # a mixin of that class, not a subclass: its own methods come first
@@ -312,6 +313,10 @@ class PretrainedMixin(_Model):
         ):  # what torch does unless told otherwise
             gradient_checkpointing_func = functools.partial(_reentrant, gradient_checkpointing_func)
         super()._set_gradient_checkpointing(enable, gradient_checkpointing_func, **kwargs)
+        every = kwargs.get("every_n_layers", 1)  # transformers counts layers of its own class
+        layers = (module for module in self.modules() if isinstance(module, CheckpointedLayer))
+        for index, layer in enumerate(layers):
+            layer.gradient_checkpointing = enable and index % every == 0
 
 
 def _reentrant(

@@ -8,6 +8,7 @@ import torch
 from transformers import PreTrainedModel, SiglipVisionConfig
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
+from mllama.config.spec import VisionSpec
 from mllama.encoders.siglip import SiglipPoolingHead, SiglipVisionTower
 from mllama.families.compose import siglip_vision
 from mllama.hf.arguments import check_keywords
@@ -36,10 +37,10 @@ class SiglipModel(PretrainedMixin, PreTrainedModel):
     def __init__(self, config: SiglipVisionConfig):
         if not isinstance(config, SiglipVisionConfig):
             raise TypeError(f"config must be a SiglipVisionConfig, got {type(config).__name__}")
-        checked = siglip_vision(config)
+        spec = VisionSpec.of(siglip_vision(config))
         super().__init__(own_config(config))
-        self.vision_tower = SiglipVisionTower(checked)
-        self.head = SiglipPoolingHead(checked) if config.vision_use_head else None
+        self.vision_tower = SiglipVisionTower(spec)
+        self.head = SiglipPoolingHead(spec) if config.vision_use_head else None
         self.post_init()
         remember_config(self)
 

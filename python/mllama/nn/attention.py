@@ -4,8 +4,8 @@ heads, head size].
 
 import torch
 from torch import nn
-from transformers import Cache
 
+from mllama.nn.cache import Cache
 from mllama.ops.attention import attention, attention_weights
 from mllama.ops.rope import rope
 
@@ -156,9 +156,8 @@ class CausalAttention(nn.Module):
             for projection in (self.q_proj, self.k_proj, self.v_proj)
         )
         q, k = rope(q, k, *positions)
-        if cache is not None:  # caches hold [B, heads, S, head_dim]
-            k, v = cache.update(k.transpose(1, 2), v.transpose(1, 2), self.layer_idx)
-            k, v = k.transpose(1, 2), v.transpose(1, 2)
+        if cache is not None:
+            k, v = cache.update(self.layer_idx, k, v)  # (B, S, KV, D)
         if attn_mask is not None:
             weights = masked_attention_weights(q, k, attn_mask) if output_attentions else None
             return self.o_proj(masked_attention(q, k, v, attn_mask).flatten(2)), weights

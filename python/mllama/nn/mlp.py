@@ -2,8 +2,8 @@
 
 import torch
 from torch import nn
-from transformers.activations import ACT2FN
 
+from mllama.nn.activation import ACTIVATIONS
 from mllama.ops.geglu import geglu
 from mllama.ops.recompute import apply_recomputing
 from mllama.ops.swiglu import swiglu
@@ -40,7 +40,7 @@ class MLP(nn.Module):
     ):
         super().__init__()
         self.fc1 = nn.Linear(hidden_size, intermediate_size)
-        self.act = ACT2FN[activation]
+        self.act = ACTIVATIONS[activation]
         self.fc2 = nn.Linear(intermediate_size, hidden_size)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

@@ -1,17 +1,17 @@
-"""The decoder, Llama's or Gemma's by its config: token ids or embeddings -> hidden states."""
+"""The decoder, Llama's or Gemma's by its spec: token ids or embeddings -> hidden states."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from itertools import islice
+from typing import Any
 
 import torch
 from torch import nn
-from transformers import Cache
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from mllama.config.spec import TextSpec
-from mllama.hf.cache import check_cache, key_length, past_length
-from mllama.hf.compat import DecoderOutput, one_cache
 from mllama.nn.attention import CausalAttention
+from mllama.nn.cache import Cache
+from mllama.nn.checkpointing import CheckpointedLayer
 from mllama.nn.mlp import GatedMLP
 from mllama.nn.norm import RMSNorm, add_and_norm
 from mllama.nn.rope import RotaryEmbedding
@@ -19,34 +19,38 @@ from mllama.ops._dispatch import FLOAT_DTYPES
 from mllama.text.packing import find_starts
 
 
-class DecoderLayer(GradientCheckpointingLayer):
-    """Pre-norm transformer block. The `make_` functions are its parts, for a subclass whose parts
-    are subclasses too.
+@dataclass
+class DecoderOutput:
+    """What a decoder returns.
+
+    Attributes:
+        last_hidden_state: [B, T, hidden], after the final norm.
+        hidden_states: layers + 1 of [B, T, hidden], or None.
+        attentions: one [B, heads, T, keys] float32 per layer, or None.
     """
+
+    last_hidden_state: torch.Tensor
+    hidden_states: tuple[torch.Tensor, ...] | None = None
+    attentions: tuple[torch.Tensor | None, ...] | None = None
+
+
+class DecoderLayer(CheckpointedLayer):
+    """Pre-norm transformer block."""
 
     def __init__(self, config: TextSpec, layer_idx: int):
         super().__init__()
-        self.self_attn = self.make_attention(config, layer_idx)
-        self.mlp = self.make_mlp(config)
-        self.input_layernorm = self.make_norm(config)
-        self.post_attention_layernorm = self.make_norm(config)
-
-    @staticmethod
-    def make_attention(config: TextSpec, layer_idx: int) -> CausalAttention:
-        heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
-        return CausalAttention(
-            config.hidden_size, heads, kv_heads, config.head_dim, layer_idx, config.attention_bias
+        hidden, eps, offset = config.hidden_size, config.rms_norm_eps, config.norm_offset
+        self.self_attn = CausalAttention(
+            hidden,
+            config.num_attention_heads,
+            config.num_key_value_heads,
+            config.head_dim,
+            layer_idx,
+            config.attention_bias,
         )
-
-    @staticmethod
-    def make_mlp(config: TextSpec) -> GatedMLP:
-        return GatedMLP(
-            config.hidden_size, config.intermediate_size, config.hidden_act, config.mlp_bias
-        )
-
-    @staticmethod
-    def make_norm(config: TextSpec) -> RMSNorm:
-        return RMSNorm(config.hidden_size, config.rms_norm_eps, config.norm_offset)
+        self.mlp = GatedMLP(hidden, config.intermediate_size, config.hidden_act, config.mlp_bias)
+        self.input_layernorm = RMSNorm(hidden, eps, offset)
+        self.post_attention_layernorm = RMSNorm(hidden, eps, offset)
 
     def forward(
         self,
@@ -56,8 +60,10 @@ class DecoderLayer(GradientCheckpointingLayer):
         cross: object = None,
         **context,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """[B, T, hidden] -> (the same shape, probabilities or None). `context` goes to
-        `CausalAttention.forward`; `cross` is for the layers of another kind beside this one."""
+        """[B, T, hidden] -> (the same shape, probabilities or None).
+
+        `context` goes to `CausalAttention.forward`; `cross` is for cross-attention layers.
+        """
         normed = self.input_layernorm(hidden_states)
         attended, weights = self.self_attn(normed, positions=positions, cache=cache, **context)
         normed, hidden_states = add_and_norm(self.post_attention_layernorm, attended, hidden_states)
@@ -89,8 +95,6 @@ class Decoder(nn.Module):
             answering as `DecoderLayer` is.
     """
 
-    layer_class = DecoderLayer  # a subclass may have another
-
     def __init__(
         self, config: TextSpec, cross_layer: Callable[[TextSpec, int], nn.Module] | None = None
     ):
@@ -102,12 +106,12 @@ class Decoder(nn.Module):
             if scale is None
             else ScaledEmbedding(rows, config.hidden_size, scale)
         )
-        crossed = set(config.cross_attention_layers or ())
+        crossed = set(config.cross_attention_layers)
         self.layers = nn.ModuleList(
-            (cross_layer if index in crossed else self.layer_class)(config, index)
+            (cross_layer if index in crossed else DecoderLayer)(config, index)
             for index in range(config.num_hidden_layers)
         )
-        self.norm = self.layer_class.make_norm(config)
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, config.norm_offset)
         self.rotary = RotaryEmbedding(config.head_dim, config.rope_parameters)
 
     def forward(
@@ -122,49 +126,70 @@ class Decoder(nn.Module):
         prefix_length: torch.Tensor | None = None,
         first_key: torch.Tensor | None = None,
         cross: object = None,
-        past_key_values: Cache | None = None,
     ) -> DecoderOutput:
         """
         Args:
             input_ids: int [B, T]; or give
             inputs_embeds: [B, T, hidden].
-            attention_mask: [B, past + T] of any dtype, zero where padded (either side); None sees
-                everything. Or [B or 1, heads or 1, T, keys], over all the keys there are (a static
-                cache's unfilled slots too): bool, True where a position sees a key, or floats that
-                are added to the scores. Such a mask is taken as it is, in place of causality and
-                prefix too.
-            position_ids: int [B or 1, T]. None counts the unmasked tokens of each row, or past + 0,
-                1, ... without a mask of two dimensions. Without mask and cache, a position that is
-                not one more than the one before it begins a sequence that does not see those before
-                it.
-            cache: a transformers cache, dynamic or static.
+            attention_mask: [B, past + T] of any dtype, zero where padded, on either side. Or [B or
+                1, heads or 1, T, keys], over all keys (a static cache's unfilled slots too): bool,
+                True where a position sees a key, or floats that are added to the scores. Such a
+                mask replaces causality and prefix too. Default: nothing is padded.
+            position_ids: int [B or 1, T]. Default: the unmasked tokens before each, or past + 0,
+                1, ... without a 2-D mask. Without mask and cache, a position that is not one more
+                than the one before it begins a new sequence, which does not see those before it.
+            cache: keys and values of earlier calls; this call's are appended.
             output_attentions: also return each layer's probabilities [B, heads, T, keys], float32.
             output_hidden_states: also return the embeddings, each further layer's input, and the
                 final norm's output: layers + 1 tensors.
-            prefix_length: int64 [B], positions at a row's front, its padding there included, that
-                every other sees, or [B, T], that each sees: None is causal.
-            first_key: int64 [B or 1, T], where each position's sequence begins. None is told from
+            prefix_length: int64 [B], positions at a row's front, its padding included, that attend
+                to each other in both directions; or [B, T] of each position. Default: causal.
+            first_key: int64 [B or 1, T], where each position's sequence begins. Default: told by
                 position_ids.
             cross: handed to every layer: what cross-attention layers attend to.
-            past_key_values: another name of `cache`.
 
         Raises:
             ValueError: both or none of ids and embeddings; a mask or positions of another shape.
-            TypeError: a cache that is no Cache; a mask of four dimensions of another dtype.
+            TypeError: a mask of four dimensions, or positions, of another type.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
-        cache = one_cache(cache, past_key_values)
-        check_cache(cache)
         check_mask(attention_mask)
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
         else:
             check_embeddings(inputs_embeds, self.config.hidden_size)
+        position_ids, context = self._context(
+            inputs_embeds, attention_mask, position_ids, cache, prefix_length, first_key
+        )
+        context |= {"cache": cache, "cross": cross, "output_attentions": output_attentions}
 
+        hidden_states, positions = inputs_embeds, self.rotary(position_ids)
+        states, attentions = [], []
+        for layer in islice(self.layers, self.config.num_hidden_layers):
+            if output_hidden_states:
+                states.append(hidden_states)
+            hidden_states, weights = layer(hidden_states, positions=positions, **context)
+            attentions.append(weights)
+        hidden_states = self.norm(hidden_states)
+        return DecoderOutput(
+            hidden_states,
+            (*states, hidden_states) if output_hidden_states else None,
+            tuple(attentions) if output_attentions else None,
+        )
+
+    def _context(
+        self,
+        inputs_embeds: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        position_ids: torch.Tensor | None,
+        cache: Cache | None,
+        prefix_length: torch.Tensor | None,
+        first_key: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, dict[str, Any]]:
+        """Position ids, and what every layer's attention is told of masks."""
         batch, length = inputs_embeds.shape[:2]
-        past = past_length(cache)
-        keys = key_length(cache, length)
+        past, keys = (0, length) if cache is None else (cache.length, cache.num_keys(length))
         _check_room(keys, length, past)
         padding_mask, attn_mask = split_mask(attention_mask)
         _check_mask_size(padding_mask, batch, length, past)
@@ -172,53 +197,24 @@ class Decoder(nn.Module):
             _check_attn_mask(attn_mask, batch, self.config.num_attention_heads, length, keys)
             if prefix_length is not None or first_key is not None:
                 raise ValueError(
-                    "prefix_length and first_key must be None beside an attention_mask of 4 dimensions, which says all by itself"
+                    "prefix_length and first_key must be None beside an attention_mask of 4 "
+                    "dimensions, which replaces them"
                 )
         if position_ids is None:
             position_ids = count_positions(padding_mask, length, past, inputs_embeds.device)
-        elif not isinstance(position_ids, torch.Tensor):
-            raise TypeError(
-                f"position_ids must be a torch.Tensor, got {type(position_ids).__name__}"
-            )
-        elif (
-            position_ids.dim() != 2
-            or position_ids.shape[0] not in (1, batch)
-            or position_ids.shape[1] != length
-        ):
-            raise ValueError(
-                f"position_ids must be [{batch} or 1, {length}], got {list(position_ids.shape)}"
-            )
-        elif first_key is None and attention_mask is None and cache is None:
-            first_key = find_starts(position_ids)
-        context = {
+        else:
+            _check_positions(position_ids, batch, length)
+            if first_key is None and attention_mask is None and cache is None:
+                first_key = find_starts(position_ids)
+        return position_ids, {
             "key_mask": _key_mask(padding_mask, keys),
-            # None, the operator's cheap way: the last query sees the last key. Not so where a
+            # None is the operator's cheap way: the last query sees the last key. Not so where a
             # static cache shows unfilled slots.
             "query_offset": None if isinstance(past, int) and keys == past + length else past,
             "prefix_length": prefix_length,
             "first_key": first_key,
             "attn_mask": attn_mask,
-            "cross": cross,
-            "output_attentions": output_attentions,
         }
-
-        hidden_states = inputs_embeds
-        positions = self.rotary(position_ids)
-        states, attentions = [], []
-        for layer in islice(self.layers, self.config.num_hidden_layers):
-            if output_hidden_states:
-                states.append(hidden_states)
-            hidden_states, weights = layer(
-                hidden_states, positions=positions, cache=cache, **context
-            )
-            attentions.append(weights)
-        hidden_states = self.norm(hidden_states)
-        return DecoderOutput(
-            last_hidden_state=hidden_states,
-            cache=cache,
-            hidden_states=(*states, hidden_states) if output_hidden_states else None,
-            attentions=tuple(attentions) if output_attentions else None,
-        )
 
 
 def check_mask(attention_mask: torch.Tensor | None) -> None:
@@ -233,13 +229,13 @@ def check_mask(attention_mask: torch.Tensor | None) -> None:
         )
     if attention_mask.dim() not in (2, 4):
         raise ValueError(
-            "attention_mask must be [batch, past + new tokens], zero where padded, or [batch, 1 or heads, new tokens, keys]; "
-            f"got {list(attention_mask.shape)}"
+            "attention_mask must be [batch, past + new tokens], zero where padded, or "
+            f"[batch, 1 or heads, new tokens, keys]; got {list(attention_mask.shape)}"
         )
     if attention_mask.dim() == 4 and attention_mask.dtype not in (torch.bool, *FLOAT_DTYPES):
         raise TypeError(
-            "attention_mask of 4 dimensions must be bool, True where a key is seen, or float32, bfloat16 or float16, added to the scores; "
-            f"got {attention_mask.dtype}"
+            "attention_mask of 4 dimensions must be bool, True where a key is visible, or float32, "
+            f"bfloat16 or float16, added to the scores; got {attention_mask.dtype}"
         )
 
 
@@ -263,7 +259,8 @@ def check_embeddings(inputs_embeds: torch.Tensor, size: int) -> None:
         raise TypeError(f"inputs_embeds must be a floating torch.Tensor, got {kind}")
     if inputs_embeds.dim() != 3 or inputs_embeds.shape[1] == 0 or inputs_embeds.shape[2] != size:
         raise ValueError(
-            f"inputs_embeds must be [batch, tokens, {size}] with at least one token, got {list(inputs_embeds.shape)}"
+            f"inputs_embeds must be [batch, tokens, {size}] with at least one token, "
+            f"got {list(inputs_embeds.shape)}"
         )
 
 
@@ -282,13 +279,12 @@ def _check_mask_size(
         return
     if mask.shape[0] != batch:
         raise ValueError(f"attention_mask must have {batch} rows, got {mask.shape[0]}")
-    if (
-        isinstance(past, torch.Tensor) and torch.compiler.is_compiling()
-    ):  # reading a static cache's length would break the graph
-        return
+    if isinstance(past, torch.Tensor) and torch.compiler.is_compiling():
+        return  # reading a static cache's length would break the graph
     if mask.shape[1] != int(past) + length:
         raise ValueError(
-            f"attention_mask must cover {int(past)} cached and {length} new tokens, got {mask.shape[1]} columns"
+            f"attention_mask must cover {int(past)} cached and {length} new tokens, "
+            f"got {mask.shape[1]} columns"
         )
 
 
@@ -301,8 +297,17 @@ def _check_attn_mask(mask: torch.Tensor, batch: int, heads: int, length: int, ke
         or shape[3] != keys
     ):
         raise ValueError(
-            f"attention_mask of 4 dimensions must be [{batch}, 1 or {heads}, {length}, {keys}], got {list(shape)}"
+            f"attention_mask of 4 dimensions must be [{batch}, 1 or {heads}, {length}, {keys}], "
+            f"got {list(shape)}"
         )
+
+
+def _check_positions(position_ids: torch.Tensor, batch: int, length: int) -> None:
+    if not isinstance(position_ids, torch.Tensor):
+        raise TypeError(f"position_ids must be a torch.Tensor, got {type(position_ids).__name__}")
+    shape = list(position_ids.shape)
+    if shape not in ([1, length], [batch, length]):
+        raise ValueError(f"position_ids must be [{batch} or 1, {length}], got {shape}")
 
 
 def count_positions(

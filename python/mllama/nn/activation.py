@@ -1,0 +1,80 @@
+"""Activation functions by the names that configs use."""
+
+import math
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch.nn import functional as F
+
+
+def gelu_tanh(x: torch.Tensor) -> torch.Tensor:
+    """GELU's tanh approximation step by step: rounds as transformers' `gelu_new` does in 16 bits."""
+    return 0.5 * x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x.pow(3))))
+
+
+def gelu_fast(x: torch.Tensor) -> torch.Tensor:
+    """The same approximation with its constant rounded and its terms in another order."""
+    return 0.5 * x * (1 + torch.tanh(x * 0.7978845608 * (1 + 0.044715 * x * x)))
+
+
+def gelu_erf(x: torch.Tensor) -> torch.Tensor:
+    """GELU step by step."""
+    return x * 0.5 * (1 + torch.erf(x / math.sqrt(2)))
+
+
+def gelu_10(x: torch.Tensor) -> torch.Tensor:
+    """GELU, clipped to -10 ... 10."""
+    return F.gelu(x).clip(-10, 10)
+
+
+def quick_gelu(x: torch.Tensor) -> torch.Tensor:
+    """x * sigmoid(1.702 x), CLIP's."""
+    return x * torch.sigmoid(1.702 * x)
+
+
+def laplace(x: torch.Tensor) -> torch.Tensor:
+    """MEGA's bounded alternative to a squared ReLU (https://arxiv.org/abs/2209.10655)."""
+    return 0.5 * (1 + torch.erf((x - 0.707107) / (0.282095 * math.sqrt(2))))
+
+
+def relu_squared(x: torch.Tensor) -> torch.Tensor:
+    """relu(x)^2 (https://arxiv.org/abs/2109.08668)."""
+    return F.relu(x).square()
+
+
+def sqrt_softplus(x: torch.Tensor) -> torch.Tensor:
+    """sqrt(softplus(x))."""
+    return F.softplus(x).sqrt()
+
+
+def linear(x: torch.Tensor) -> torch.Tensor:
+    """x."""
+    return x
+
+
+# transformers' names (ACT2FN), without those that have learned parameters (prelu, xielu).
+ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "gelu": F.gelu,
+    "gelu_10": gelu_10,
+    "gelu_accurate": gelu_tanh,
+    "gelu_fast": gelu_fast,
+    "gelu_new": gelu_tanh,
+    "gelu_python": gelu_erf,
+    "gelu_python_tanh": gelu_tanh,
+    "gelu_pytorch_tanh": partial(F.gelu, approximate="tanh"),
+    "hardswish": F.hardswish,
+    "laplace": laplace,
+    "leaky_relu": F.leaky_relu,
+    "linear": linear,
+    "mish": F.mish,
+    "quick_gelu": quick_gelu,
+    "relu": F.relu,
+    "relu2": relu_squared,
+    "relu6": F.relu6,
+    "sigmoid": torch.sigmoid,
+    "silu": F.silu,
+    "sqrtsoftplus": sqrt_softplus,
+    "swish": F.silu,
+    "tanh": torch.tanh,
+}
