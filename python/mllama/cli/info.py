@@ -4,9 +4,9 @@ import argparse
 import json
 import math
 import platform
+from importlib import metadata
 
 import torch
-import transformers
 from safetensors import safe_open
 
 from mllama import __version__, _ext
@@ -32,7 +32,7 @@ def collect() -> dict[str, str | int | list[str]]:
         "mllama": __version__,
         "python": platform.python_version(),
         "torch": str(torch.__version__),
-        "transformers": transformers.__version__,
+        "transformers": _version("transformers"),
         "platform": platform.platform(),
         "cpu": cpu_features(),
         "threads": torch.get_num_threads(),
@@ -40,6 +40,13 @@ def collect() -> dict[str, str | int | list[str]]:
         "cuda": _cuda(),
         "embedded model": _embedded(),
     }
+
+
+def _version(name: str) -> str:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return "not installed"
 
 
 def _kernels() -> dict[str, str | list[str]]:

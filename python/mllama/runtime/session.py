@@ -13,9 +13,12 @@ from torch.nn.functional import pad
 from mllama.nn.kv_cache import KVCache
 from mllama.runtime.completion import Generation, Row
 from mllama.runtime.prefix import Reuse, find_reuse, same_images
-from mllama.runtime.sampler import Sampler, Sampling
+from mllama.runtime.sampler import NEUTRAL, Sampler, Sampling
 
 MAX_NEW_TOKENS = 128
+OPTIONS = frozenset(
+    ("max_new_tokens", "eos_token_id", "do_sample", *NEUTRAL, "repetition_penalty")
+)  # those of transformers' generate that a session has
 _IMAGES = ("pixel_values", "aspect_ratio_ids", "aspect_ratio_mask")
 _INPUTS = ("input_ids", "attention_mask", "token_type_ids", "cross_attention_mask", *_IMAGES)
 
@@ -29,6 +32,7 @@ class Session:
         processor: with a `tokenizer`, or a tokenizer: needed for text; None generates ids alone.
         settings: the model's defaults, as generation_config.json has them: eos_token_id, and of
             sampling what a call leaves open.
+        where: the files that the model came from.
         prefill_chunk_size: prompts without images are computed in pieces of at most so many tokens,
             which bounds the memory of activations, where the model permits.
     """
@@ -38,14 +42,21 @@ class Session:
         model: Any,
         processor: Any = None,
         settings: Mapping[str, Any] | None = None,
+        where: str | None = None,
         prefill_chunk_size: int = 1024,
     ):
         check_count("prefill_chunk_size", prefill_chunk_size)
-        self.model, self.settings = model, dict(settings or {})
+        self.model, self.processor, self.settings = model, processor, dict(settings or {})
         self.tokenizer = getattr(processor, "tokenizer", processor)
+        self.where = where
         self.prefill_chunk_size = prefill_chunk_size
         self._encoded: tuple[dict, torch.Tensor] | None = None  # images and their features
         self.reset()
+
+    @property
+    def context(self) -> int:
+        """Tokens that a prompt and its answer may have together."""
+        return self.model.spec.text.max_position_embeddings
 
     def reset(self) -> None:
         """Forget the last prompt."""
@@ -89,7 +100,7 @@ class Session:
         options = Sampling.choose(sampling, self.settings)
         stop = self._stop_strings(stop, on_text)
         ids, mask = inputs["input_ids"], inputs.get("attention_mask")
-        self._room(ids.shape[1])
+        check_room(self.context, ids.shape[1])
         rows = [Row(index, self.tokenizer, stop, on_text) for index in range(len(ids))]
         result = Generation([row.completion for row in rows], ids.shape[1])
         sampler = Sampler(options, ids, None if mask is None else mask != 0)
@@ -123,7 +134,7 @@ class Session:
         start = time.perf_counter()
         self._cache.capacity = result.num_prompt_tokens + min(max_new_tokens, MAX_NEW_TOKENS)
         logits = self._prefill(inputs, result)
-        room = min(max_new_tokens, self._room(self._cache.length))
+        room = min(max_new_tokens, check_room(self.context, self._cache.length))
         for step in range(room):
             tokens = sampler(logits)  # (B,)
             ids = tokens.tolist()
@@ -217,15 +228,6 @@ class Session:
         else:
             self._cache.crop(self._cache.num_prefix_tokens + len(self._ids))
 
-    def _room(self, length: int) -> int:
-        """Tokens that a prompt leaves for the answer in the model's context."""
-        context = self.model.spec.text.max_position_embeddings
-        if length >= context:
-            raise ValueError(
-                f"the prompt is {length} tokens long; this model takes {context}, answer included"
-            )
-        return context - length
-
     def _ends(self, given: int | Sequence[int] | None) -> frozenset[int]:
         if given is None:
             given = self.settings.get("eos_token_id")
@@ -272,6 +274,19 @@ def check_count(name: str, value: Any) -> None:
         raise TypeError(f"{name} must be an int, got {type(value).__name__}")
     if value < 1:
         raise ValueError(f"{name} must be at least 1, got {value}")
+
+
+def check_room(context: int, prompt: int) -> int:
+    """Tokens that a prompt leaves for its answer.
+
+    Raises:
+        ValueError: none.
+    """
+    if prompt >= context:
+        raise ValueError(
+            f"the prompt is {prompt} tokens long; this model takes {context}, answer included"
+        )
+    return context - prompt
 
 
 def check_padding(mask: torch.Tensor, shape: torch.Size) -> None:
