@@ -23,7 +23,7 @@ from families.cases import (
     pictures,
 )
 from mllama import MllamaForConditionalGeneration, SiglipModel
-from mllama.families.compose import compose
+from mllama.hf.config_objects import compose
 
 
 @pytest.mark.parametrize("case", ONE_EACH)

@@ -3,17 +3,18 @@
 Field names are transformers' own where it has one for the same thing.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Self
 
 
 class _Spec:
-    """A dataclass that can be made of any object that has its fields."""
+    """A dataclass that can be made of a dict with more fields."""
 
     @classmethod
-    def of(cls, config: Any) -> Self:
-        """Copy the fields that `config` has as attributes; the others keep their defaults."""
-        given = {field.name: getattr(config, field.name, None) for field in fields(cls)}  # type: ignore[arg-type]
+    def of(cls, config: Mapping[str, Any]) -> Self:
+        """Copy the fields that `config` has; the others keep their defaults."""
+        given = {field.name: config.get(field.name) for field in fields(cls)}  # type: ignore[arg-type]
         return cls(**{name: _frozen(value) for name, value in given.items() if value is not None})
 
 
@@ -55,7 +56,11 @@ class TextSpec(_Spec):
 
 @dataclass(frozen=True)
 class VisionSpec(_Spec):
-    """A SigLIP or CLIP encoder."""
+    """A SigLIP or CLIP encoder.
+
+    Attributes:
+        vision_use_head: a pooling head stands on it; of a vision model alone.
+    """
 
     hidden_size: int
     intermediate_size: int
@@ -67,6 +72,7 @@ class VisionSpec(_Spec):
     hidden_act: str = "gelu_pytorch_tanh"
     layer_norm_eps: float = 1e-6
     attention_dropout: float = 0.0
+    vision_use_head: bool = False
 
 
 @dataclass(frozen=True)
@@ -117,6 +123,7 @@ class ModelSpec:
         pooling: "average" or "learned", over an image's patches before the projector; or None.
         tokens_per_image: features of an image, and its placeholders; 0 for an image in tiles.
         bidirectional_prefix: prompts are seen both ways, as `token_type_ids` say (PaliGemma).
+        image_token_index: id of the placeholder, if there is one.
         ignore_index: label that is not trained.
     """
 
@@ -134,4 +141,5 @@ class ModelSpec:
     pooling: str | None = None
     tokens_per_image: int = 0
     bidirectional_prefix: bool = False
+    image_token_index: int | None = None
     ignore_index: int = -100

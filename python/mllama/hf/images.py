@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch.nn.functional import pad
 
-from mllama.families.compose import select_features
+from mllama.config.parts import select_features
 from mllama.fusion.cross_attention import CrossAttentionContext, cross_context
 from mllama.fusion.merge import find_placeholder, merge
 from mllama.fusion.prepend import share_out
@@ -109,7 +109,9 @@ class PicturesMixin:
         features, skip = spec.feature_layers, spec.skip_first
         if layer is not None or strategy is not None:
             features, skip = select_features(
-                self.config, spec.vision.num_hidden_layers + 1, layer, strategy
+                features if layer is None else layer,  # type: ignore[arg-type]
+                ("default" if skip else "full") if strategy is None else strategy,
+                spec.vision.num_hidden_layers + 1,
             )
         if (
             features is not None

@@ -21,7 +21,6 @@ from mllama.config.spec import ModelSpec
 from mllama.encoders.clip import ClipVisionTower
 from mllama.encoders.siglip import SiglipVisionTower
 from mllama.encoders.tiled_vit import TiledVisionTower
-from mllama.families.compose import compose
 from mllama.fusion.cross_attention import CrossAttentionDecoderLayer
 from mllama.fusion.prepend import check_texts_own, lengthen, shift_positions
 from mllama.fusion.projector import (
@@ -35,6 +34,7 @@ from mllama.hf.backbone import Backbone
 from mllama.hf.built import check_built, remember_config
 from mllama.hf.cache import TransformersCache
 from mllama.hf.compat import CacheOutput, DecoderOutput, NextTokenModel, one_cache
+from mllama.hf.config_objects import compose
 from mllama.hf.configs import MllamaConfig
 from mllama.hf.generation import MllamaGenerationMixin
 from mllama.hf.images import PicturesMixin
@@ -127,6 +127,8 @@ class MllamaForConditionalGeneration(
 
     def __init__(self, config: PretrainedConfig, reference: str = "meta"):
         spec = self.make_spec(config)
+        if spec.text is None:
+            raise ValueError(f"a {config.model_type} has no decoder: SiglipModel is its class")
         super().__init__(own_config(config))
         self.spec = spec
         self.reference = reference
