@@ -94,7 +94,6 @@ def load_quietly(
 ) -> "tuple[MllamaForConditionalGeneration | Any, Any]":
     """`load` without the line on stderr, which `say_loaded` writes."""
     from mllama.hf.checkpoints import load_opened, model_class
-    from mllama.hf.processors import load_processor
 
     folder, adapter = _find_adapted(path, adapter)
     device = choose_device(device)

@@ -81,20 +81,20 @@ class Spy:
 
     def __init__(self, model, monkeypatch):
         self.model, self.ids, self.images, self.logits = model, [], 0, []
-        compute, encode = model.compute, model.get_image_features
+        compute, encode = model.compute, model.encode_images
 
-        def counted(**given):
-            output = compute(**given)
-            self.ids.append(given["input_ids"].shape[1])
-            self.logits.append(getattr(output, "logits", None))
+        def counted(inputs):
+            output = compute(inputs)
+            self.ids.append(inputs.input_ids.shape[1])
+            self.logits.append(output.logits)
             return output
 
-        def encoded(**given):
-            self.images += len(given["pixel_values"])
-            return encode(**given)
+        def encoded(inputs):
+            self.images += len(inputs.pixel_values)
+            return encode(inputs)
 
-        monkeypatch.setattr(model, "compute", counted, raising=False)
-        monkeypatch.setattr(model, "get_image_features", encoded)
+        monkeypatch.setattr(model, "compute", counted)
+        monkeypatch.setattr(model, "encode_images", encoded)
 
     def since(self) -> list[int]:
         """Ids of each pass since the last call."""
@@ -105,9 +105,10 @@ class Spy:
 def turn(before: dict, answer: list[int], *more: int) -> dict:
     """The prompt of a chat's next turn."""
     ids = before["input_ids"][0].tolist() + answer + list(more)
-    inputs = before | {"input_ids": torch.tensor([ids])}
-    inputs.pop("attention_mask", None)
-    return inputs
+    return before | {
+        "input_ids": torch.tensor([ids]),
+        "attention_mask": torch.ones(1, len(ids), dtype=torch.long),
+    }
 
 
 def first_turn(case: str, monkeypatch):
@@ -120,6 +121,8 @@ def first_turn(case: str, monkeypatch):
         inputs = twins.batch(twins.tokens(7)) | {"pixel_values": twins.pictures(1)}
     elif case == "added layers":
         model = added.make()
+        for layer in (model.language_model.layers[1], model.language_model.layers[3]):
+            layer.cross_attn_attn_gate.data.fill_(1)  # so that images matter
         inputs = twins.batch(twins.tokens(7)) | {"pixel_values": twins.pictures(1)}
     else:
         model = cases.make(case).ours

@@ -23,7 +23,7 @@ from mllama.device import choose_device
 from mllama.hf.answering import GenerateSession
 from mllama.hf.checkpoints import survey_opened
 from mllama.hf.stock import load_stock
-from mllama.processing.auto import encode_messages
+from mllama.processing.auto import encode_messages, load_processor
 from mllama.runtime.questions import check_question, check_system, tokenizer_of
 from mllama.runtime.session import check_room
 
@@ -84,7 +84,7 @@ def _load_stock(arguments: argparse.Namespace) -> tuple[GenerateSession, dict[st
         dtype = resolve_dtype(opened, arguments.dtype, device)
     with working("loading the model"):
         model = load_stock(folder, dtype).to(device)
-        return GenerateSession(model, processor_of(folder)), options
+        return GenerateSession(model, processor_of(folder, load_processor)), options
 
 
 def _encode(processor, arguments: argparse.Namespace, images: Sequence) -> Mapping:

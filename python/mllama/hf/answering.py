@@ -7,7 +7,7 @@ import functools
 import inspect
 import numbers
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -194,7 +194,7 @@ class TextPieces(TextStreamer):
         super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
         self.text, self.first = "", 0.0
         self.ids: list[int] = []
-        self._on_text, self._told = on_text, False
+        self._on_text = on_text
 
     def put(self, value: torch.Tensor) -> None:
         """Called by generate: with the prompt, then with each token."""
@@ -203,13 +203,9 @@ class TextPieces(TextStreamer):
             return
         self.first = self.first or time.perf_counter()
         self.ids += value.flatten().tolist()
-        self._told = False
         super().put(value)
-        if not self._told:
-            self._on_text("")
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
         """Called by TextStreamer with what is certain."""
         self.text += text
-        self._told = True
         self._on_text(text)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch.nn.functional import pad
 
+from mllama.fusion.base import ModelInputs
 from mllama.nn.kv_cache import KVCache
 from mllama.runtime.completion import Generation, Row
 from mllama.runtime.prefix import Reuse, find_reuse, same_images
@@ -57,6 +58,11 @@ class Session:
     def context(self) -> int:
         """Tokens that a prompt and its answer may have together."""
         return self.model.spec.text.max_position_embeddings
+
+    @property
+    def _can_chunk(self) -> bool:
+        spec = self.model.spec
+        return self.model.fusion.chunk_obstacle is None and not spec.bidirectional_prefix
 
     def reset(self) -> None:
         """Forget the last prompt."""
@@ -159,7 +165,7 @@ class Session:
         given = self._new_images(images, reuse.images, len(ids))
         if given:
             self._images = None  # while they are written
-        elif self.model.fusion.can_chunk_prefill:
+        elif self._can_chunk:
             while new.shape[1] > self.prefill_chunk_size:
                 chunk, new = new.split(
                     [self.prefill_chunk_size, new.shape[1] - self.prefill_chunk_size], 1
@@ -175,21 +181,20 @@ class Session:
     def _forward(
         self, ids: torch.Tensor, inputs: dict[str, torch.Tensor], logits: bool = True, **given: Any
     ) -> torch.Tensor:
-        """Append ids [B, T] to the cache; returns the logits of the last, [B, V]."""
+        """Append ids [B, T] to the cache; returns the logits of the last, [B, V], or without them
+        the hidden states.
+        """
         cache, mask = self._cache, inputs.get("attention_mask")
         if mask is not None:
             length = cache.length - cache.num_prefix_tokens + ids.shape[1]
             mask = pad(mask[:, :length], (0, max(length - mask.shape[1], 0)), value=1)
         if "cross_attention_mask" in inputs:
             given["cross_attention_mask"] = inputs["cross_attention_mask"]
+        keep = 1 if logits else None
         output = self.model.compute(
-            input_ids=ids,
-            attention_mask=mask,
-            cache=cache,
-            logits_to_keep=1 if logits else None,
-            **given,
+            ModelInputs(ids, attention_mask=mask, cache=cache, logits_to_keep=keep, **given)
         )
-        return output.logits[:, -1] if logits else ids
+        return output.logits[:, -1] if logits else output.last_hidden_state
 
     def _reuse(self, inputs: dict[str, torch.Tensor], images: dict[str, torch.Tensor]) -> Reuse:
         """Find what the cache has of the prompt, and take the rest out of it."""
@@ -217,7 +222,7 @@ class Session:
         if rows > 1:
             return dict(images)
         if self._encoded is None or not same_images(self._encoded[0], images):
-            self._encoded = images, self.model.get_image_features(**images)
+            self._encoded = images, self.model.encode_images(ModelInputs(**images))[0]
         others = {name: value for name, value in images.items() if name != "pixel_values"}
         return others | {"image_features": self._encoded[1][first:]}
 
