@@ -194,12 +194,12 @@ def test_the_wrong_class_for_a_folder_says_so(tmp_path):
         SiglipModel.from_pretrained(tmp_path / "llama")
 
 
-def test_paligemma_2_is_refused_by_name(tmp_path):
+def test_a_paligemma_with_a_gemma_3_is_refused_by_name(tmp_path):
     stock.make("paligemma").save_pretrained(tmp_path)
     content = json.loads((tmp_path / "config.json").read_text())
-    content["text_config"]["model_type"] = "gemma2"
+    content["text_config"]["model_type"] = "gemma3_text"
     (tmp_path / "config.json").write_text(json.dumps(content))
-    with pytest.raises(ValueError, match="'gemma2' is not supported; 'gemma' is"):
+    with pytest.raises(ValueError, match="'gemma3_text' is not supported"):
         MllamaForConditionalGeneration.from_pretrained(tmp_path)
 
 

@@ -11,14 +11,14 @@ from transformers.models.mllama.modeling_mllama import (
 )
 
 import twins
-from mllama.config.spec import TextSpec
+from mllama.config.spec import TextSpec, uniform_layers
 from mllama.fusion.cross_attention import CrossAttentionDecoderLayer, cross_context
 from mllama.hf.cache import TransformersCache
 from mllama.hf.compat import CACHE_NAME
 from mllama.hf.configs import MllamaTextConfig
 
 TOKENS = 5  # keys of a tile
-SPEC = TextSpec.of(MllamaTextConfig(**twins.TEXT, cross_attention_layers=[1]))
+SPEC = TextSpec.of(MllamaTextConfig(**twins.TEXT), layers=uniform_layers(2, {}, [1]))
 
 
 def layers(**sizes) -> tuple[CrossAttentionDecoderLayer, MllamaCrossAttentionDecoderLayer]:

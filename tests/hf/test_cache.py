@@ -6,7 +6,7 @@ from transformers import Cache, DynamicCache, EncoderDecoderCache, StaticCache
 from transformers.cache_utils import DynamicSlidingWindowLayer, StaticSlidingWindowLayer
 
 import twins
-from mllama.config.spec import TextSpec
+from mllama.config.spec import TextSpec, uniform_layers
 from mllama.hf.cache import CrossCacheLayer, TransformersCache
 from mllama.hf.configs import MllamaTextConfig
 
@@ -16,8 +16,11 @@ def config(layers: int, cross: list[int] | None = None) -> MllamaTextConfig:
     return MllamaTextConfig(**sizes, cross_attention_layers=cross)
 
 
-CONFIG = config(3, [1])
-SPEC = TextSpec.of(CONFIG)
+def spec(layers: int, cross: list[int]) -> TextSpec:
+    return TextSpec.of(config(layers, cross), layers=uniform_layers(layers, {}, cross))
+
+
+CONFIG, SPEC = config(3, [1]), spec(3, [1])
 
 
 def states(keys: int, rows: int = 2) -> torch.Tensor:
@@ -86,13 +89,13 @@ def test_empty_places_take_part_in_everything():
     [lambda text: DynamicCache(config=text), lambda text: StaticCache(text, max_cache_len=8)],
 )
 def test_a_cache_of_the_layers_of_text_gets_places_for_the_others(make):
-    raw, spec = make(MllamaTextConfig(**twins.TEXT)), TextSpec.of(config(4, [1, 3]))
+    raw = make(MllamaTextConfig(**twins.TEXT))
     text = list(raw.layers)
-    TransformersCache(raw, spec)
+    TransformersCache(raw, spec(4, [1, 3]))
     assert raw.layers[::2] == text
     assert all(isinstance(layer, CrossCacheLayer) for layer in raw.layers[1::2])
     places = list(raw.layers)
-    TransformersCache(raw, spec)
+    TransformersCache(raw, spec(4, [1, 3]))
     assert raw.layers == places
 
 

@@ -68,7 +68,7 @@ def test_hooks_see_every_module_and_another_norm_takes_a_norms_place():
     for name, module in decoder.named_modules():
         module.register_forward_hook(lambda *_, name=name: seen.add(name))
     torch.testing.assert_close(run(decoder, ids), plain)
-    assert {name for name, _ in decoder.named_modules()} - seen == {"layers"}
+    assert {name for name, _ in decoder.named_modules()} - seen == {"layers", "rotary"}
 
     for layer in decoder.layers:
         norm = torch.nn.RMSNorm(64, layer.post_attention_layernorm.eps)

@@ -29,7 +29,9 @@ def to_older(content: Mapping[str, Any]) -> dict[str, Any]:
     older.pop("dtype", None)
     older.pop("keys_to_ignore_at_inference", None)  # a model's, said by its class
     rope = dict(older.pop("rope_parameters", None) or {})
-    if rope:
+    if any(isinstance(part, dict) for part in rope.values()):
+        older["rope_parameters"] = rope  # by kind of layer, which the older spelling cannot say
+    elif rope:
         rope.pop("type", None)
         older["rope_theta"] = rope.pop("rope_theta")
         older["rope_scaling"] = None if rope.get("rope_type", "default") == "default" else rope

@@ -17,7 +17,7 @@ from mllama.config.checks import (
     check_number,
     check_size,
 )
-from mllama.config.spec import TextSpec, TiledVisionSpec, VisionSpec
+from mllama.config.spec import TextSpec, TiledVisionSpec, VisionSpec, uniform_layers
 
 _TEXT_SIZES = (
     *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"),
@@ -34,28 +34,47 @@ _TILED_SIZES = (
 )
 _IDS = ("pad_token_id", "bos_token_id", "eos_token_id")
 # Fields by which transformers' decoders compute something that is not computed here, and the value
-# by which they do not. Layers that see a window or a chunk only are refused, not run without it.
-_NOT_COMPUTED = {
-    "attention_dropout": 0,
-    "dropout": 0,
-    "is_causal": True,
+# by which they do not.
+_NOT_COMPUTED = {"attention_dropout": 0, "dropout": 0, "is_causal": True}
+_NOT_COMPUTED |= {"attention_chunk_size": None}
+# As much, of a decoder whose layers are all alike.
+_NOT_UNIFORM = {
+    "sliding_window": None,
     "final_logit_softcapping": None,
     "attn_logit_softcapping": None,
-    "sliding_window": None,
-    "attention_chunk_size": None,
 }
 
 
 def text_spec(
-    config: Mapping[str, Any], read: Collection[str], owner: str = "text_config", **own: Any
+    config: Mapping[str, Any],
+    read: Collection[str],
+    owner: str = "text_config",
+    cross: Collection[int] = (),
+    **own: Any,
 ) -> TextSpec:
-    """A decoder's spec.
+    """The spec of a decoder whose layers are alike, save those that attend to images.
 
     Args:
         config: its config, `settle_rope` done.
         read: names of fields that the family's decoder has; others of the config say nothing.
         owner: for errors.
+        cross: indices of layers that attend to images.
         own: fields of the spec that the family gives.
+
+    Raises:
+        ValueError: sizes and choices that cannot be; the text names the field.
+    """
+    given = text_fields(config, read, owner)
+    check_values(config, _NOT_UNIFORM, owner)
+    check_kind(owner, "layer_types", kinds := config.get("layer_types") or [], list)
+    for kind in kinds:
+        check_choice(owner, "layer_types", kind, ("full_attention",))
+    layers = uniform_layers(config["num_hidden_layers"], config["rope_parameters"], cross)
+    return TextSpec(**given | {"layers": layers} | own)
+
+
+def text_fields(config: Mapping[str, Any], read: Collection[str], owner: str) -> dict[str, Any]:
+    """The checked fields of a decoder's spec, all but its layers. Arguments as `text_spec`.
 
     Raises:
         ValueError: sizes and choices that cannot be; the text names the field.
@@ -75,11 +94,12 @@ def text_spec(
     if head_dim is None:
         head_dim = check_head_dim(owner, config["hidden_size"], heads, "num_attention_heads")
     check_head_size(owner, "head_dim", head_dim)
+    if head_dim % 2:
+        raise ValueError(f"{owner}: head_dim must be even: its halves rotate; got {head_dim}")
     _check_text_choices(config, owner)
-    names = {field.name for field in fields(TextSpec)} & {*read}
+    names = {field.name for field in fields(TextSpec)} & {*read} - {"final_logit_softcapping"}
     given = {name: config[name] for name in names if config.get(name) is not None}
-    sizes = {"head_dim": head_dim, "num_key_value_heads": kv_heads}
-    return TextSpec(**given | sizes | own)
+    return given | {"head_dim": head_dim, "num_key_value_heads": kv_heads}
 
 
 def _check_text_choices(config: Mapping[str, Any], owner: str) -> None:
@@ -87,11 +107,7 @@ def _check_text_choices(config: Mapping[str, Any], owner: str) -> None:
     check_choice(owner, "hidden_act", config["hidden_act"], TEXT_ACTIVATIONS)
     for name in ("attention_bias", "mlp_bias", "tie_word_embeddings"):
         check_flag(owner, name, config.get(name) or False)
-    for name, value in _NOT_COMPUTED.items():
-        check_choice(owner, name, config.get(name), (value, None))
-    check_kind(owner, "layer_types", kinds := config.get("layer_types") or [], list)
-    for kind in kinds:
-        check_choice(owner, "layer_types", kind, ("full_attention",))
+    check_values(config, _NOT_COMPUTED, owner)
     for name in _IDS:
         value = config.get(name)
         for token in value if isinstance(value, list) else [value]:
@@ -99,6 +115,12 @@ def _check_text_choices(config: Mapping[str, Any], owner: str) -> None:
                 isinstance(token, bool) or not isinstance(token, int) or abs(token) > SIZE_MAX
             ):
                 raise ValueError(f"{owner}: {name} must be an id, several or None, got {value!r}")
+
+
+def check_values(config: Mapping[str, Any], values: Mapping[str, Any], owner: str) -> None:
+    """Refuse fields of a config that have another value than the one given for each, or None."""
+    for name, value in values.items():
+        check_choice(owner, name, config.get(name), (value, None))
 
 
 def check_cross_layers(config: Mapping[str, Any], owner: str = "text_config") -> tuple[int, ...]:

@@ -36,8 +36,7 @@ def settle_rope(owner: str, config: Mapping[str, Any], theta: float) -> dict[str
         raise ValueError(f"{owner}: rope_theta is given twice: {thetas}")
     parameters["rope_theta"] = thetas[0] if thetas else theta
     check_rope(owner, parameters)
-    for part in (given, parameters):
-        check_choice(owner, "partial_rotary_factor", part.get("partial_rotary_factor"), (None, 1))
+    check_choice(owner, "partial_rotary_factor", given["partial_rotary_factor"], (None, 1))
     if parameters["rope_type"] == "llama3":
         if parameters.get("original_max_position_embeddings") is None:  # as transformers reads it
             parameters["original_max_position_embeddings"] = config["max_position_embeddings"]
@@ -50,6 +49,43 @@ def settle_rope(owner: str, config: Mapping[str, Any], theta: float) -> dict[str
     return rest | {"rope_parameters": parameters}
 
 
+def settle_ropes(
+    owner: str, config: Mapping[str, Any], thetas: Mapping[str, float]
+) -> dict[str, Any]:
+    """`settle_rope` of a decoder with one `rope_parameters` per kind of layer (Gemma 3), in the
+    older spelling `rope_theta` and `rope_scaling` of the full ones, `rope_local_base_freq` of those
+    with a window.
+
+    Args:
+        thetas: {kind of layer: theta where the config does not say}.
+    """
+    ropes = config.get("rope_parameters")
+    ropes = {} if ropes is None else ropes
+    check_kind(owner, "rope_parameters", ropes, dict)
+    if unknown := ropes.keys() - thetas.keys():
+        raise ValueError(
+            f"{owner}: rope_parameters must be those of {' and '.join(thetas)}, "
+            f"got {', '.join(map(repr, unknown))}"
+        )
+    scaling = config.get("rope_scaling")
+    if scaling is not None:
+        check_kind(owner, "rope_scaling", scaling, dict)
+    older = {
+        "full_attention": (config.get("rope_theta"), scaling or {}),
+        "sliding_attention": (config.get("rope_local_base_freq"), {}),
+    }
+    settled = {}
+    for kind, default in thetas.items():
+        theta, more = older[kind]
+        check_kind(owner, f"rope_parameters[{kind!r}]", part := ropes.get(kind) or {}, dict)
+        given = {"rope_parameters": part | more, "rope_theta": theta}
+        given["max_position_embeddings"] = config["max_position_embeddings"]
+        settled[kind] = settle_rope(owner, given, default)["rope_parameters"]
+    spellings = (*_SPELLINGS, "rope_local_base_freq")
+    rest = {name: value for name, value in config.items() if name not in spellings}
+    return rest | {"rope_parameters": settled}
+
+
 def check_rope(owner: str, parameters: Mapping[str, Any]) -> None:
     """Check the scaling of one set of rotary frequencies.
 
@@ -60,6 +96,8 @@ def check_rope(owner: str, parameters: Mapping[str, Any]) -> None:
         raise ValueError(f"{owner}: rope_parameters by kind of layer ({nested[0]}) are not taken")
     kind = parameters["rope_type"]
     check_choice(owner, "rope_parameters['rope_type']", kind, ROPE_TYPES)
+    part = parameters.get("partial_rotary_factor")
+    check_choice(owner, "rope_parameters['partial_rotary_factor']", part, (None, 1))
     for name in _NEEDED.get(kind, ()):
         check_number(owner, f"rope_parameters[{name!r}]", parameters.get(name))
     if kind == "llama3":

@@ -3,19 +3,25 @@
 Field names are transformers' own where it has one for the same thing.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Self
 
 
 class _Spec:
-    """A dataclass that can be made of a dict with more fields."""
+    """A dataclass that can be made of any object or mapping that has its fields."""
 
     @classmethod
-    def of(cls, config: Mapping[str, Any]) -> Self:
-        """Copy the fields that `config` has; the others keep their defaults."""
-        given = {field.name: config.get(field.name) for field in fields(cls)}  # type: ignore[arg-type]
-        return cls(**{name: _frozen(value) for name, value in given.items() if value is not None})
+    def of(cls, config: Any, **given: Any) -> Self:
+        """Copy the fields that `config` has; `given` ones replace them, the others keep their
+        defaults.
+        """
+        names = [field.name for field in fields(cls)]  # type: ignore[arg-type]
+        if isinstance(config, Mapping):
+            values = {name: config.get(name) for name in names} | given
+        else:
+            values = {name: getattr(config, name, None) for name in names} | given
+        return cls(**{name: _frozen(value) for name, value in values.items() if value is not None})
 
 
 def _frozen(value: Any) -> Any:
@@ -23,25 +29,75 @@ def _frozen(value: Any) -> Any:
 
 
 @dataclass(frozen=True)
-class TextSpec(_Spec):
-    """A decoder: Llama's, and what Gemma and Llama-3.2-Vision have beyond it.
+class RopeSpec(_Spec):
+    """Rotary frequencies: transformers' `rope_parameters`."""
+
+    rope_theta: float = 10000.0
+    rope_type: str = "default"
+    factor: float | None = None
+    low_freq_factor: float | None = None
+    high_freq_factor: float | None = None
+    original_max_position_embeddings: int | None = None
+
+
+@dataclass(frozen=True)
+class LayerSpec(_Spec):
+    """What one decoder layer does otherwise than the next.
 
     Attributes:
+        attention: "self", or "cross": it attends to images in place of text.
+        rope: the rotary frequencies; cross-attention does not read them.
+        window: how many positions, its own among them, a position sees; None is all before it.
+        scale: factor on q k'; None is head_dim**-0.5.
+        softcap: scores become softcap * tanh(score / softcap).
+        qk_norm: the heads of q and k are normalized.
+        post_norms: attention's and the feed-forward block's outputs are normalized too.
+    """
+
+    attention: str = "self"
+    rope: RopeSpec = RopeSpec()
+    window: int | None = None
+    scale: float | None = None
+    softcap: float | None = None
+    qk_norm: bool = False
+    post_norms: bool = False
+
+
+def uniform_layers(
+    count: int, rope: Mapping[str, Any], cross: Collection[int] = ()
+) -> tuple[LayerSpec, ...]:
+    """`count` layers that are all alike, save those at the indices `cross`, which attend to images.
+
+    Args:
+        count: how many.
+        rope: `rope_parameters`.
+        cross: indices.
+    """
+    shared = RopeSpec.of(rope)
+    return tuple(LayerSpec("cross" if index in cross else "self", shared) for index in range(count))
+
+
+@dataclass(frozen=True)
+class TextSpec(_Spec):
+    """A decoder.
+
+    Attributes:
+        layers: one by one; the fields here are the same for all.
         norm_offset: added to the norms' weights (Gemma: 1).
         embedding_scale: factor on looked-up embeddings (Gemma: sqrt(hidden_size)); None is 1.
         extra_embeddings: rows of the embedding matrix beyond the vocabulary, which has no logits
             for them (Llama-3.2-Vision: 8).
-        cross_attention_layers: indices of layers that attend to images instead of text.
+        final_logit_softcapping: logits become c * tanh(logits / c); the head's part, not the
+            decoder's.
     """
 
     vocab_size: int
     hidden_size: int
     intermediate_size: int
-    num_hidden_layers: int
     num_attention_heads: int
     num_key_value_heads: int
     head_dim: int
-    rope_parameters: dict[str, Any]
+    layers: tuple[LayerSpec, ...]
     hidden_act: str = "silu"
     rms_norm_eps: float = 1e-6
     max_position_embeddings: int = 2048
@@ -51,7 +107,17 @@ class TextSpec(_Spec):
     norm_offset: float = 0.0
     embedding_scale: float | None = None
     extra_embeddings: int = 0
-    cross_attention_layers: tuple[int, ...] = ()
+    final_logit_softcapping: float | None = None
+
+    @property
+    def num_hidden_layers(self) -> int:
+        """How many layers there are."""
+        return len(self.layers)
+
+    @property
+    def cross_attention_layers(self) -> tuple[int, ...]:
+        """Indices of the layers that attend to images."""
+        return tuple(i for i, layer in enumerate(self.layers) if layer.attention == "cross")
 
 
 @dataclass(frozen=True)

@@ -38,12 +38,17 @@ def gemma_text(config: Config, owner: str = "text_config") -> TextSpec:
     return replace(text, embedding_scale=float(text.hidden_size) ** 0.5)
 
 
-def _read(config: Config) -> ModelSpec:
+def refuse_bidirectional(config: Config) -> None:
+    """Raise ValueError for a Gemma that is an encoder."""
     if config["use_bidirectional_attention"]:
         raise ValueError(
-            "use_bidirectional_attention: a Gemma that attends both ways generates no text and is "
-            "not supported"
+            "use_bidirectional_attention: a Gemma that attends in both directions generates no "
+            "text and is not supported"
         )
+
+
+def _read(config: Config) -> ModelSpec:
+    refuse_bidirectional(config)
     return ModelSpec(text=gemma_text(config, "config"))
 
 

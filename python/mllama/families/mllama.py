@@ -61,7 +61,7 @@ def _read(config: Config) -> ModelSpec:
     text = text_spec(
         config["text_config"],
         TEXT,
-        cross_attention_layers=check_cross_layers(config["text_config"]),
+        cross=check_cross_layers(config["text_config"]),
         extra_embeddings=EXTRA_EMBEDDINGS,
         tie_word_embeddings=False,  # the head cannot be the embedding matrix, which has more rows
     )

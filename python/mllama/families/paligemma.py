@@ -1,8 +1,8 @@
-"""PaliGemma 1: a SigLIP, one linear layer and a Gemma, under LLaVA's names."""
+"""PaliGemma 1 and 2: a SigLIP, one linear layer and a Gemma or Gemma 2, under LLaVA's names."""
 
 from mllama.config.parts import vision_spec
 from mllama.config.spec import ModelSpec
-from mllama.families import gemma, llava, siglip
+from mllama.families import gemma, gemma2, llava, siglip
 from mllama.weights.family import Config, Family
 
 DEFAULTS: Config = {
@@ -29,6 +29,8 @@ DEFAULTS: Config = {
     "tie_word_embeddings": True,
 }
 
+_TEXTS = {"gemma": gemma.gemma_text, "gemma2": gemma2.gemma2_text}
+
 
 def _settle(config: Config) -> Config:
     """The whole's setting ties, and prompts are seen both ways."""
@@ -40,7 +42,7 @@ def _settle(config: Config) -> Config:
 
 def _read(config: Config) -> ModelSpec:
     vision = vision_spec(config["vision_config"] | {"vision_use_head": False})
-    text = gemma.gemma_text(config["text_config"])
+    text = _TEXTS[config["text_config"]["model_type"]](config["text_config"])
     if config["projection_dim"] != text.hidden_size:
         raise ValueError(
             f"config: projection_dim {config['projection_dim']!r} must be the decoder's "
@@ -62,7 +64,7 @@ def _read(config: Config) -> ModelSpec:
 FAMILY = Family(
     name="paligemma",
     defaults=DEFAULTS,
-    parts={"vision_config": (siglip.DEFAULTS,), "text_config": (gemma.DEFAULTS,)},
+    parts={"vision_config": (siglip.DEFAULTS,), "text_config": (gemma.DEFAULTS, gemma2.DEFAULTS)},
     read=_read,
     settle=_settle,
     weight_map=lambda spec: llava.WEIGHT_MAP,

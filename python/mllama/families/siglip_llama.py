@@ -17,7 +17,7 @@ from mllama.config.checks import (
     check_number,
     check_size,
 )
-from mllama.config.parts import text_spec, vision_spec
+from mllama.config.parts import check_cross_layers, text_spec, vision_spec
 from mllama.config.spec import ModelSpec, TextSpec
 from mllama.families import llama, llava, siglip
 from mllama.weights.family import Config, Family
@@ -87,12 +87,7 @@ def check_text(config: Config) -> TextSpec:
     if config["embedding_scale"] is not None:
         check_number("text_config", "embedding_scale", config["embedding_scale"])
     check_size("text_config", "extra_embeddings", config["extra_embeddings"], minimum=0)
-    if config["cross_attention_layers"]:
-        raise ValueError(
-            "text_config: cross_attention_layers must be None: cross_attention_every places "
-            f"them; got {config['cross_attention_layers']!r}"
-        )
-    return text_spec(config, TEXT)
+    return text_spec(config, TEXT, cross=check_cross_layers(config))
 
 
 def _settle(config: Config) -> Config:
@@ -123,6 +118,11 @@ def _settle(config: Config) -> Config:
 
 def _check_joining(config: Config, text: TextSpec, patches: int) -> None:
     owner = "config"
+    if text.cross_attention_layers:
+        raise ValueError(
+            "text_config: cross_attention_layers must be None: cross_attention_every places "
+            f"them; got {list(text.cross_attention_layers)}"
+        )
     if type(config["ignore_index"]) is not int:
         raise ValueError(f"ignore_index must be an integer, got {config['ignore_index']!r}")
     check_choice(owner, "projector", config["projector"], PROJECTORS)
@@ -177,12 +177,10 @@ def _with_cross_layers(text: TextSpec, every: int | None) -> TextSpec:
     """A decoder with a cross-attention layer added after every so many of its own."""
     if every is None:
         return text
-    added = text.num_hidden_layers // every
-    return replace(
-        text,
-        num_hidden_layers=text.num_hidden_layers + added,
-        cross_attention_layers=tuple(number * (every + 1) + every for number in range(added)),
-    )
+    layers = []
+    for count, layer in enumerate(text.layers, 1):
+        layers += [layer] if count % every else [layer, replace(layer, attention="cross")]
+    return replace(text, layers=tuple(layers))
 
 
 def _written_as(config: Config) -> Config:

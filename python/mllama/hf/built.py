@@ -18,7 +18,12 @@ _JOINING = {
     *("vision_feature", "fusion", "image_pooling", "cross_attention_every"),
     *("num_image_tokens", "dropout", "use_bidirectional_attention"),
 }
-BUILT_FROM = _JOINING | (
+# Of a decoder's layers.
+_LAYERS = {
+    *("num_hidden_layers", "rope_parameters", "cross_attention_layers", "layer_types"),
+    *("sliding_window", "query_pre_attn_scalar", "attn_logit_softcapping", "hidden_activation"),
+}
+BUILT_FROM = (_JOINING | _LAYERS) | (
     {field.name for spec in (TextSpec, VisionSpec, TiledVisionSpec) for field in spec_fields(spec)}
     - _LIVE
 )

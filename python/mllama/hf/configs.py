@@ -24,6 +24,18 @@ NO_PREDICTIONS = (
     "num_trained_tokens",
 )
 
+# What older scripts call fields.
+_NO_FIELDS = {
+    "emb_dim": "hidden_size",
+    "hidden_dim": "intermediate_size",
+    "n_heads": "num_attention_heads",
+    "n_layers": "num_hidden_layers",
+    "n_kv_groups": "num_key_value_heads",
+    "context_length": "max_position_embeddings",
+    "rope_base": "rope_theta",
+    "rope_freq": "rope_scaling",
+}
+
 
 class MllamaVisionConfig(SiglipVisionConfig):
     """SigLIP's vision configuration, without a pooling head.
@@ -75,6 +87,8 @@ def _settled(owner: str, kind: type[PretrainedConfig], given: Config, defaults: 
     if found != kind.model_type:
         raise ValueError(f"{owner}: model_type must be {kind.model_type!r}, got {found!r}")
     check_names(owner, kind, given)
+    for name in _NO_FIELDS.keys() & given.keys():  # transformers would take it and pass it over
+        raise ValueError(f"{owner}: {name} is no field; {_NO_FIELDS[name]} is")
     check_common(owner, given)
     settled = complete(owner, given, defaults)
     settled.pop("model_type")

@@ -40,6 +40,7 @@ from mllama.hf.generation import MllamaGenerationMixin
 from mllama.hf.images import PicturesMixin
 from mllama.hf.pretrained import PretrainedMixin, own_config
 from mllama.model.inputs import by_rows, check_ids, one_of_images
+from mllama.nn.activation import softcap
 from mllama.nn.loss import counted_loss
 from mllama.nn.norm import RMSNorm
 from mllama.text.decoder import Decoder, check_embeddings, check_mask, split_mask
@@ -511,6 +512,7 @@ class MllamaForConditionalGeneration(
             )
             return headless if return_dict else headless.to_tuple()
         logits = self.lm_head(slice_logits_to_keep(decoded.last_hidden_state, logits_to_keep))
+        logits = softcap(logits, self.spec.text.final_logit_softcapping)
         loss = num_trained_tokens = None
         if labels is not None:
             loss, num_trained_tokens = counted_loss(

@@ -42,5 +42,5 @@ def load_stock(folder: Path, dtype: str | torch.dtype) -> PreTrainedModel:
     options |= {"gguf_file": file.name}
     config = AutoConfig.from_pretrained(file.parent, **options)
     # transformers reads no scaling of the rotary frequencies.
-    config.rope_parameters = open_gguf(file).spec.text.rope_parameters
+    config.rope_parameters = open_gguf(file).config["rope_parameters"]
     return AutoModelForCausalLM.from_pretrained(file.parent, config=config, **options).eval()

@@ -2,6 +2,8 @@
 heads, head size].
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import nn
 
@@ -18,36 +20,57 @@ def split_heads(x: torch.Tensor, head_dim: int) -> torch.Tensor:
 
 
 def masked_attention(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, attn_mask: torch.Tensor
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    attn_mask: torch.Tensor,
+    scale: float | None = None,
+    softcap: float | None = None,
 ) -> torch.Tensor:
-    """softmax(q k' * D**-0.5 + attn_mask) v, by torch's attention: for masks that the operator's
-    numbers cannot tell.
+    """Attention under a mask that the operator's numbers cannot express.
 
     Args:
         q: [B, T, H, D]; k, v: [B, S, KV, D], of the same dtype.
-        attn_mask: [B or 1, H or 1, T or 1, S]: bool, True where a key is seen, or floats that are
-            added to the scores.
+        attn_mask: [B or 1, H or 1, T or 1, S]: bool, True where a key is visible, or floats that
+            are added to the scores.
+        scale, softcap: as the attention operator's.
 
     Returns:
         [B, T, H, D]; zeros for a query to which every key is False or -inf.
     """
+    if softcap is not None:  # torch's attention has none
+        weights = masked_attention_weights(q, k, attn_mask, scale, softcap)
+        groups = weights.to(v.dtype).unflatten(1, (v.shape[2], -1))  # (B, KV, G, T, S)
+        return torch.einsum("bkgts,bskd->btkgd", groups, v).flatten(2, 3)
     if attn_mask.dtype not in (torch.bool, torch.float32, q.dtype):
         attn_mask = attn_mask.float()
-    q, k, v = (tensor.transpose(1, 2) for tensor in (q, k, v))
+    q, k, v = (tensor.transpose(1, 2) for tensor in (q, k, v))  # (B, heads, length, D)
     return nn.functional.scaled_dot_product_attention(
-        q, k, v, attn_mask=attn_mask, enable_gqa=q.shape[1] != k.shape[1]
+        q, k, v, attn_mask=attn_mask, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
     ).transpose(1, 2)
 
 
 def masked_attention_weights(
-    q: torch.Tensor, k: torch.Tensor, attn_mask: torch.Tensor
+    q: torch.Tensor,
+    k: torch.Tensor,
+    attn_mask: torch.Tensor,
+    scale: float | None = None,
+    softcap: float | None = None,
 ) -> torch.Tensor:
     """The probabilities that `masked_attention` weighs v with: [B, H, T, S] float32."""
-    batch, keys, kv_heads, _ = k.shape
-    every = torch.eye(keys, dtype=torch.float32, device=k.device)[None, :, None].expand(
-        batch, -1, kv_heads, -1
-    )  # (B, S, KV, S)
-    return masked_attention(q.float(), k.float(), every, attn_mask).transpose(1, 2)
+    groups = q.float().unflatten(2, (k.shape[2], -1))  # (B, T, KV, G, D)
+    scores = torch.einsum("btkgd,bskd->bkgts", groups, k.float()).flatten(1, 2)  # (B, H, T, S)
+    scores = scores * (q.shape[-1] ** -0.5 if scale is None else scale)
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    if attn_mask.dtype == torch.bool:
+        hidden = ~attn_mask
+    else:
+        scores = scores + attn_mask.float()
+        hidden = scores == -torch.inf
+    # A finite fill, and zeros after: a query that sees nothing gives zeros, not nan.
+    scores = scores.masked_fill(hidden, torch.finfo(scores.dtype).min)
+    return scores.softmax(-1).masked_fill(hidden, 0)
 
 
 class BidirectionalAttention(nn.Module):
@@ -104,6 +127,8 @@ class CausalAttention(nn.Module):
         head_dim: size of a head.
         layer_idx: this layer's place in the cache.
         bias: whether the four projections have biases.
+        window, scale, softcap: as the attention operator's.
+        make_norm: makes the norm of q's and k's heads from their size. Default: none.
     """
 
     def __init__(
@@ -114,14 +139,25 @@ class CausalAttention(nn.Module):
         head_dim: int,
         layer_idx: int,
         bias: bool = False,
+        *,
+        window: int | None = None,
+        scale: float | None = None,
+        softcap: float | None = None,
+        make_norm: Callable[[int], nn.Module] | None = None,
     ):
         super().__init__()
         self.head_dim = head_dim
         self.layer_idx = layer_idx
+        self.window = window
+        self.scale = scale
+        self.softcap = softcap
         self.q_proj = nn.Linear(hidden_size, heads * head_dim, bias=bias)
         self.k_proj = nn.Linear(hidden_size, kv_heads * head_dim, bias=bias)
         self.v_proj = nn.Linear(hidden_size, kv_heads * head_dim, bias=bias)
         self.o_proj = nn.Linear(heads * head_dim, hidden_size, bias=bias)
+        self.has_qk_norm = make_norm is not None
+        if make_norm is not None:
+            self.q_norm, self.k_norm = make_norm(head_dim), make_norm(head_dim)
 
     def forward(
         self,
@@ -142,30 +178,38 @@ class CausalAttention(nn.Module):
             cache: cache that the new keys and values are written to and all S of them read from.
             key_mask: bool [B, S], False where a key is padding.
             query_offset: position of x's first row among the keys,
-            prefix_length: keys at the front that every row sees, and
+            prefix_length: keys at the front that attend to each other in both directions, and
             first_key: where each position's sequence begins, all as the attention operator takes
                 them.
-            attn_mask: in place of all these, and of causality: as `masked_attention` takes it.
+            attn_mask: replaces all these, causality and window, as `masked_attention` takes it.
             output_attentions: also return the probabilities.
 
         Returns:
             ([B, T, hidden_size], probabilities [B, heads, T, S] float32 or None)
         """
         q, k, v = (
-            split_heads(projection(x), self.head_dim)
+            split_heads(projection(x), self.head_dim)  # (B, T, heads, D)
             for projection in (self.q_proj, self.k_proj, self.v_proj)
         )
+        if self.has_qk_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
         q, k = rope(q, k, *positions)
         if cache is not None:
             k, v = cache.update(self.layer_idx, k, v)  # (B, S, KV, D)
+        scores = {"scale": self.scale, "softcap": self.softcap}
         if attn_mask is not None:
-            weights = masked_attention_weights(q, k, attn_mask) if output_attentions else None
-            return self.o_proj(masked_attention(q, k, v, attn_mask).flatten(2)), weights
-        masks = {
+            attended = masked_attention(q, k, v, attn_mask, **scores)
+            weights = (
+                masked_attention_weights(q, k, attn_mask, **scores) if output_attentions else None
+            )
+            return self.o_proj(attended.flatten(2)), weights
+        options = scores | {
+            "causal": True,
+            "window": self.window,
             "query_offset": query_offset,
             "key_mask": key_mask,
             "prefix_length": prefix_length,
             "first_key": first_key,
         }
-        weights = attention_weights(q, k, causal=True, **masks) if output_attentions else None
-        return self.o_proj(attention(q, k, v, causal=True, **masks).flatten(2)), weights
+        weights = attention_weights(q, k, **options) if output_attentions else None
+        return self.o_proj(attention(q, k, v, **options).flatten(2)), weights

@@ -1,4 +1,4 @@
-"""Rotary position tables, made once for a whole forward pass and shared by its layers."""
+"""Rotary position tables, made once for a whole forward pass and shared by layers."""
 
 import torch
 from torch import nn
@@ -20,10 +20,7 @@ class RotaryEmbedding(nn.Module):
 
     def __init__(self, head_dim: int, parameters: dict):
         super().__init__()
-        scaling = None if parameters["rope_type"] == "default" else parameters
-        self.frequencies = rope_frequencies(
-            head_dim, parameters["rope_theta"], scaling, device="cpu"
-        )
+        self.frequencies = rope_frequencies(head_dim, scaling=parameters, device="cpu")
 
     def _apply(self, fn, recurse: bool = True):
         device = fn(torch.empty(0, device=self.frequencies.device)).device
@@ -32,5 +29,5 @@ class RotaryEmbedding(nn.Module):
         return super()._apply(fn, recurse)
 
     def forward(self, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """position_ids: int [batch or 1, T] -> cos and sin, float32 [batch or 1, T, head_dim / 2]."""
+        """position_ids: int [B or 1, T] -> cos and sin, float32 [B or 1, T, head_dim / 2]."""
         return rope_tables(position_ids, self.frequencies.to(position_ids.device))

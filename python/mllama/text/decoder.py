@@ -1,7 +1,8 @@
 """The decoder, Llama's or Gemma's by its spec: token ids or embeddings -> hidden states."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -35,11 +36,16 @@ class DecoderOutput:
 
 
 class DecoderLayer(CheckpointedLayer):
-    """Pre-norm transformer block."""
+    """Transformer block with a norm before each half, or before and after it.
+
+    The norms have Hugging Face's names: `post_attention_layernorm` stands before the feed-forward
+    block in the first kind, and behind attention in the second.
+    """
 
     def __init__(self, config: TextSpec, layer_idx: int):
         super().__init__()
-        hidden, eps, offset = config.hidden_size, config.rms_norm_eps, config.norm_offset
+        layer, hidden = config.layers[layer_idx], config.hidden_size
+        make_norm = partial(RMSNorm, eps=config.rms_norm_eps, offset=config.norm_offset)
         self.self_attn = CausalAttention(
             hidden,
             config.num_attention_heads,
@@ -47,10 +53,18 @@ class DecoderLayer(CheckpointedLayer):
             config.head_dim,
             layer_idx,
             config.attention_bias,
+            window=layer.window,
+            scale=layer.scale,
+            softcap=layer.softcap,
+            make_norm=make_norm if layer.qk_norm else None,
         )
         self.mlp = GatedMLP(hidden, config.intermediate_size, config.hidden_act, config.mlp_bias)
-        self.input_layernorm = RMSNorm(hidden, eps, offset)
-        self.post_attention_layernorm = RMSNorm(hidden, eps, offset)
+        self.input_layernorm = make_norm(hidden)
+        self.post_attention_layernorm = make_norm(hidden)
+        self.post_norms = layer.post_norms
+        if layer.post_norms:
+            self.pre_feedforward_layernorm = make_norm(hidden)
+            self.post_feedforward_layernorm = make_norm(hidden)
 
     def forward(
         self,
@@ -66,6 +80,12 @@ class DecoderLayer(CheckpointedLayer):
         """
         normed = self.input_layernorm(hidden_states)
         attended, weights = self.self_attn(normed, positions=positions, cache=cache, **context)
+        if self.post_norms:
+            attended = self.post_attention_layernorm(attended)
+            normed, hidden_states = add_and_norm(
+                self.pre_feedforward_layernorm, attended, hidden_states
+            )
+            return hidden_states + self.post_feedforward_layernorm(self.mlp(normed)), weights
         normed, hidden_states = add_and_norm(self.post_attention_layernorm, attended, hidden_states)
         return hidden_states + self.mlp(normed), weights
 
@@ -91,8 +111,7 @@ class Decoder(nn.Module):
 
     Args:
         config: sizes and choices.
-        cross_layer: makes a layer for the places in `config.cross_attention_layers`, called and
-            answering as `DecoderLayer` is.
+        cross_layer: makes a layer that attends to images, called and answering as `DecoderLayer`.
     """
 
     def __init__(
@@ -106,13 +125,16 @@ class Decoder(nn.Module):
             if scale is None
             else ScaledEmbedding(rows, config.hidden_size, scale)
         )
-        crossed = set(config.cross_attention_layers)
+        makers = {"self": DecoderLayer, "cross": cross_layer}
         self.layers = nn.ModuleList(
-            (cross_layer if index in crossed else DecoderLayer)(config, index)
-            for index in range(config.num_hidden_layers)
+            makers[layer.attention](config, index) for index, layer in enumerate(config.layers)
         )
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, config.norm_offset)
-        self.rotary = RotaryEmbedding(config.head_dim, config.rope_parameters)
+        ropes = list(dict.fromkeys(layer.rope for layer in config.layers))
+        self.rotary = nn.ModuleList(
+            RotaryEmbedding(config.head_dim, asdict(rope)) for rope in ropes
+        )
+        self.rope_of_layer = [ropes.index(layer.rope) for layer in config.layers]
 
     def forward(
         self,
@@ -164,12 +186,14 @@ class Decoder(nn.Module):
         )
         context |= {"cache": cache, "cross": cross, "output_attentions": output_attentions}
 
-        hidden_states, positions = inputs_embeds, self.rotary(position_ids)
+        hidden_states = inputs_embeds
+        tables = [rotary(position_ids) for rotary in self.rotary]
         states, attentions = [], []
-        for layer in islice(self.layers, self.config.num_hidden_layers):
+        layers = zip(self.layers, self.rope_of_layer, strict=True)
+        for layer, rope in islice(layers, self.config.num_hidden_layers):
             if output_hidden_states:
                 states.append(hidden_states)
-            hidden_states, weights = layer(hidden_states, positions=positions, **context)
+            hidden_states, weights = layer(hidden_states, positions=tables[rope], **context)
             attentions.append(weights)
         hidden_states = self.norm(hidden_states)
         return DecoderOutput(

@@ -6,7 +6,7 @@ from typing import Any
 
 from mllama.config.checks import check_kind
 from mllama.config.files import harmless, to_older
-from mllama.config.rope import settle_rope
+from mllama.config.rope import settle_rope, settle_ropes
 from mllama.config.spec import ModelSpec
 from mllama.weights.rows import WeightMap
 
@@ -141,4 +141,7 @@ def complete(owner: str, content: Config, defaults: Config) -> Config:
         return defaults | content
     rope = defaults["rope_parameters"]
     without = {name: value for name, value in defaults.items() if name != "rope_parameters"}
-    return settle_rope(owner, without | content, rope["rope_theta"])
+    if "rope_theta" in rope:
+        return settle_rope(owner, without | content, rope["rope_theta"])
+    thetas = {kind: part["rope_theta"] for kind, part in rope.items()}
+    return settle_ropes(owner, without | content, thetas)

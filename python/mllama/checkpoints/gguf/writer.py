@@ -3,6 +3,7 @@
 import os
 import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from mllama.checkpoints.gguf.reader import (
 from mllama.checkpoints.gguf.tokenizer import add_tokenizer
 from mllama.checkpoints.loading import check_plain
 from mllama.checkpoints.models import tied_names
-from mllama.config.spec import ModelSpec, TextSpec
+from mllama.config.spec import LayerSpec, ModelSpec, RopeSpec, TextSpec
 from mllama.weights.family import Gguf
 from mllama.weights.rows import to_file
 
@@ -86,8 +87,8 @@ def write_gguf(
         weight_map(gguf_form, spec),
         {name: tensor.float() if tensor.dim() == 1 else tensor for name, tensor in state.items()},
     )
-    if text.rope_parameters["rope_type"] == "llama3":
-        tensors[ROPE_FREQS] = _llama3(text.head_dim, text.rope_parameters)
+    if (rope := text.layers[0].rope).rope_type == "llama3":
+        tensors[ROPE_FREQS] = _llama3(text.head_dim, rope)
     kinds = {name: _kind(tensor, kind) for name, tensor in tensors.items()}
     for name, tensor in tensors.items():
         if kinds[name] == _Type.F16 and bool((tensor.abs() > torch.finfo(torch.float16).max).any()):
@@ -188,23 +189,30 @@ def find_gguf_form(text: TextSpec) -> Gguf:
                 f"{field} {getattr(text, field)!r} cannot be written as GGUF: llama.cpp's "
                 f"{form.architecture} has {values[0]!r}"
             )
-    rope = text.rope_parameters["rope_type"]
-    if rope not in form.rope_types:
+    rope = text.layers[0].rope
+    if {*text.layers} != {LayerSpec(rope=rope)}:
         raise ValueError(
-            f"rope_type {rope!r} cannot be written as GGUF: llama.cpp's {form.architecture} has no "
+            "layers that differ, or that have a window, a softcap or further norms, cannot be "
+            "written as GGUF"
+        )
+    if rope.rope_type not in form.rope_types:
+        raise ValueError(
+            f"rope_type {rope.rope_type!r} cannot be written as GGUF: llama.cpp's {form.architecture} has no "
             "such scaling"
         )
     return form
 
 
-def _llama3(head_dim: int, parameters: dict) -> torch.Tensor:
+def _llama3(head_dim: int, rope: RopeSpec) -> torch.Tensor:
     """The rotary factors. Raises ValueError for those that would not be read back as what they are."""
-    base, original = parameters["rope_theta"], parameters["original_max_position_embeddings"]
+    parameters = asdict(rope)
+    base, original = rope.rope_theta, rope.original_max_position_embeddings
     factors = rope_factors(head_dim, base, parameters).float()
     if llama3_parameters(factors, head_dim, base, original) is None:
         taken = ", ".join(f"{name} {value}" for name, value in LLAMA3.items())
         raise ValueError(
-            f"rope_parameters {parameters} cannot be written as GGUF: of rope_type 'llama3' it takes {taken} and a factor above 1"
+            f"rope_parameters {parameters} cannot be written as GGUF: of rope_type 'llama3' it takes "
+            f"{taken} and a factor above 1"
         )
     return factors
 
@@ -221,15 +229,12 @@ def _add_sizes(writer: gguf.GGUFWriter, text: TextSpec) -> None:
     writer.add_value_length(text.head_dim)
     writer.add_layer_norm_rms_eps(text.rms_norm_eps)
     writer.add_rope_dimension_count(text.head_dim)
-    rope = text.rope_parameters
-    writer.add_rope_freq_base(rope["rope_theta"])
-    if rope["rope_type"] == "linear":
+    rope = text.layers[0].rope
+    writer.add_rope_freq_base(rope.rope_theta)
+    if rope.rope_type == "linear":
         writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
-        writer.add_rope_scaling_factor(rope["factor"])
-    if (
-        rope["rope_type"] == "llama3"
-        and rope["original_max_position_embeddings"] != ORIGINAL_CONTEXT
-    ):
-        writer.add_rope_scaling_orig_ctx_len(
-            rope["original_max_position_embeddings"]
-        )  # tells our reader what the factors come of
+        writer.add_rope_scaling_factor(rope.factor)
+    # Tells our reader what the factors come of.
+    original = rope.original_max_position_embeddings
+    if rope.rope_type == "llama3" and original != ORIGINAL_CONTEXT:
+        writer.add_rope_scaling_orig_ctx_len(original)
