@@ -61,7 +61,8 @@ def refuse_meta(family: str) -> None:
     """
     if family != "mllama":
         raise ValueError(
-            f"--reference meta is of Llama-3.2-Vision alone; this model is a {family}, and computed as transformers does"
+            f"--reference meta is of Llama-3.2-Vision alone; this model is a {family}, and computed "
+            "as transformers does"
         )
 
 
@@ -85,7 +86,8 @@ def sampling(arguments: argparse.Namespace) -> dict[str, Any]:
         wanted.append("do_sample")
     if options["temperature"] == 0 and wanted:
         raise ValueError(
-            f"{_option(wanted[0])} has no effect beside --temperature 0, which takes the likeliest token"
+            f"{_option(wanted[0])} has no effect beside --temperature 0, which takes the likeliest "
+            "token"
         )
     if arguments.seed is not None:
         if not options["temperature"] and not wanted:

@@ -25,7 +25,7 @@ _HELP = """\
 /reset        forget what was said
 /save FILE    write the conversation as JSON
 /help         this list
-/exit         end, as does the end of input or Ctrl-C at the prompt; during an answer Ctrl-C stops the answer"""
+/exit         end, as do the end of input and Ctrl-C at the prompt; during an answer Ctrl-C stops it"""
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -93,9 +93,8 @@ class _Talk:
         if name not in takes:
             raise ValueError(f"there is no command {name[:40]}: /help lists them")
         if takes[name] is not None and takes[name] != bool(rest):
-            raise ValueError(
-                f"{name} takes {'a ' + ('FILE' if name == '/save' else 'PATH') if takes[name] else 'nothing after it'}"
-            )
+            wanted = {"/save": "a FILE", "/image": "a PATH"}.get(name, "nothing after it")
+            raise ValueError(f"{name} takes {wanted}")
         if name == "/image":
             path = rest[1:-1] if rest[0] == rest[-1] and rest[0] in "'\"" else rest
             if path == "-":

@@ -240,7 +240,7 @@ class Session:
             given = getattr(self.tokenizer, "eos_token_id", None)
         if given is None:
             return frozenset()
-        ends = [given] if isinstance(given, numbers.Integral) else list(given)  # type: ignore[arg-type]
+        ends = list(given) if isinstance(given, (list, tuple, set, frozenset)) else [given]
         if not all(isinstance(end, numbers.Integral) and not isinstance(end, bool) for end in ends):
             raise TypeError(f"eos_token_id must be an int or a list of them, got {given!r}")
         return frozenset(map(int, ends))
