@@ -70,10 +70,10 @@ def test_placeholders_that_do_not_match_the_pictures(case):
     for count in (0, 2):
         with pytest.raises(
             ValueError,
-            match=f"{tokens} picture placeholders, but {count} pictures give {count * tokens} features",
+            match=f"{tokens} image placeholders, but {count} images give {count * tokens} features",
         ):
             model(**batch | {"pixel_values": pictures(both, count)})
-    with pytest.raises(ValueError, match=f"{tokens} picture placeholders, but 0 pictures"):
+    with pytest.raises(ValueError, match=f"{tokens} image placeholders, but 0 images"):
         model(batch["input_ids"])
     with pytest.raises(ValueError, match="pixel_values must be"):
         model(**batch | {"pixel_values": pictures(both, 1)[..., 1:]})

@@ -282,7 +282,7 @@ def test_calls_that_cannot_be_are_refused():
         model(**inputs, pixel_values=twins.pictures(3))
     with pytest.raises(ValueError, match="cross_attention_mask must be .* for 1 tiles"):
         model(**inputs, pixel_values=twins.pictures(2), cross_attention_mask=mixed())
-    with pytest.raises(ValueError, match=r"image_features must be \[pictures, 4, 64\]"):
+    with pytest.raises(ValueError, match=r"image_features must be \[images, 4, 64\]"):
         model(**inputs, image_features=torch.zeros(2, 8, 64))
     with pytest.raises(
         ValueError, match="prefill_chunk_size must be None"

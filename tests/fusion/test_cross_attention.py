@@ -197,7 +197,7 @@ def test_keys_are_computed_once_and_those_of_new_pictures_appended():
             (hidden[:, 6:], None, mask[:, 6:]),
         ]
         for x, new, seen in steps:
-            cross = cross_context(new, seen, TOKENS, "hf", held=cache.tile_mask)
+            cross = cross_context(new, seen, TOKENS, "hf", cached=cache.tile_mask)
             cache.tile_mask = cross.kept
             got, _ = ours(x, None, cache, cross=cross)
             assert relative(got, stock(theirs, x, new, seen, other)) <= 1e-5
@@ -225,7 +225,7 @@ def test_tiles_that_are_empty_in_every_row_get_no_keys():
         torch.testing.assert_close(ours(hidden, cross=cross)[0], all_keys)
         cache, got = TransformersCache(DynamicCache(), SPEC), []
         for x, new, seen, tiles in steps:
-            cross = cross_context(new, seen, TOKENS, held=cache.tile_mask, filled=tiles)
+            cross = cross_context(new, seen, TOKENS, cached=cache.tile_mask, filled=tiles)
             cache.tile_mask = cross.kept
             got.append(ours(x, None, cache, cross=cross)[0])
         torch.testing.assert_close(torch.cat(got, 1), all_keys)
@@ -233,7 +233,7 @@ def test_tiles_that_are_empty_in_every_row_get_no_keys():
     assert cache.cache.layers[1].get_seq_length() == 5 * TOKENS
     mask[0, 6, 0, 3] = 1
     with pytest.raises(ValueError, match="must not show tiles that were empty"):
-        cross_context(None, mask[:, 6:], TOKENS, held=cache.tile_mask)
+        cross_context(None, mask[:, 6:], TOKENS, cached=cache.tile_mask)
 
 
 def test_keys_stay_where_they_might_be_seen():

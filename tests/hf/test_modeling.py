@@ -707,7 +707,7 @@ def test_a_mask_too_short_to_find_placeholders_by_is_refused():
 
 def test_a_picture_that_spills_into_the_next_row_is_refused():
     ids = torch.tensor([PICTURE + [twins.IMAGE], PICTURE[1:] + [1, 2]])
-    with pytest.raises(ValueError, match=r"a multiple of 4 picture placeholders, got \[5, 3\]"):
+    with pytest.raises(ValueError, match=r"a multiple of 4 image placeholders, got \[5, 3\]"):
         twins.model()(ids, twins.pictures(2))
 
 

@@ -203,7 +203,7 @@ def test_options_are_refused_by_name(session, options, error, name):
         ({"attention_mask": torch.tensor([[1, 0] + [1] * 7])}, ValueError, "attention_mask"),
         ({"labels": PROMPT["input_ids"]}, TypeError, "labels"),
         ({"aspect_ratio_ids": torch.ones(1, 1)}, ValueError, "aspect_ratio_ids"),
-        ({"pixel_values": twins.pictures(1)}, ValueError, "text alone"),
+        ({"pixel_values": twins.pictures(1)}, ValueError, "pixel_values"),
     ],
 )
 def test_inputs_are_refused_by_name(session, changed, error, name):

@@ -188,8 +188,8 @@ class ModelSpec:
             attend to them.
         pooling: "average" or "learned", over an image's patches before the projector; or None.
         tokens_per_image: features of an image, and its placeholders; 0 for an image in tiles.
+        image_token_id: the placeholder; None where it is found by its runs, or there is none.
         bidirectional_prefix: prompts are seen both ways, as `token_type_ids` say (PaliGemma).
-        image_token_index: id of the placeholder, if there is one.
         ignore_index: label that is not trained.
     """
 
@@ -206,6 +206,17 @@ class ModelSpec:
     fusion: str | None = None
     pooling: str | None = None
     tokens_per_image: int = 0
+    image_token_id: int | None = None
     bidirectional_prefix: bool = False
-    image_token_index: int | None = None
     ignore_index: int = -100
+
+    @property
+    def has_tiles(self) -> bool:
+        """Whether images come in tiles."""
+        return isinstance(self.vision, TiledVisionSpec)
+
+    @property
+    def takes_other_sizes(self) -> bool:
+        """Whether pixels may have another size, and images another number of features."""
+        fixed = self.pooling == "learned" or bool(self.text and self.text.cross_attention_layers)
+        return isinstance(self.vision, VisionSpec) and not fixed

@@ -7,9 +7,10 @@ import math
 import torch
 from torch import nn
 from torch.nn.functional import interpolate
-from transformers.modeling_outputs import BaseModelOutput
 
+from mllama.config.features import FeatureChoice
 from mllama.config.spec import VisionSpec
+from mllama.encoders.output import EncoderOutput
 from mllama.nn.attention import BidirectionalAttention
 from mllama.nn.checkpointing import CheckpointedLayer
 from mllama.nn.mlp import MLP
@@ -158,7 +159,7 @@ class SiglipVisionTower(nn.Module):
         final_norm: bool = True,
         depth: int | None = None,
         interpolate_pos_encoding: bool = False,
-    ) -> BaseModelOutput:
+    ) -> EncoderOutput:
         """
         Args:
             pixel_values: float [pictures, channels, image_size, image_size]; cast to the tower's
@@ -172,7 +173,7 @@ class SiglipVisionTower(nn.Module):
             interpolate_pos_encoding: take pixels of any size, [pictures, channels, height, width].
 
         Returns:
-            BaseModelOutput with `last_hidden_state` [pictures, features, hidden], `hidden_states`,
+            EncoderOutput with `last_hidden_state` [pictures, features, hidden], `hidden_states`,
             `attentions`.
 
         Raises:
@@ -187,11 +188,41 @@ class SiglipVisionTower(nn.Module):
             attentions.append(weights)
             if output_hidden_states:
                 states.append(hidden_states)
-        return BaseModelOutput(
+        return EncoderOutput(
             last_hidden_state=self.post_layernorm(hidden_states) if final_norm else hidden_states,
             hidden_states=tuple(states) if output_hidden_states else None,
             attentions=tuple(attentions) if output_attentions else None,
         )
+
+    def read(
+        self,
+        pixel_values: torch.Tensor,
+        aspect_ratio_ids: None,
+        aspect_ratio_mask: None,
+        choice: FeatureChoice,
+        reference: str,
+        output_attentions: bool = False,
+    ) -> tuple[torch.Tensor, tuple | None]:
+        """The chosen states side by side, [images, features, states * hidden], and attentions.
+
+        The arguments are those of every encoder's `read`; this one has no tiles and one reference.
+        """
+        layers = choice.layers
+        several = layers is not None and len(layers) > 1
+        encoded = self(
+            pixel_values,
+            output_hidden_states=several,
+            output_attentions=output_attentions,
+            final_norm=layers is None,
+            depth=None if layers is None else max(layers),
+            interpolate_pos_encoding=choice.interpolate,
+        )
+        features = encoded.last_hidden_state
+        if several:
+            features = torch.cat([encoded.hidden_states[layer] for layer in layers], -1)
+        if choice.skip_first:
+            features = features[:, 1:]
+        return features, encoded.attentions
 
     def check(self, pixel_values: torch.Tensor, interpolate_pos_encoding: bool = False) -> None:
         """Raise what `forward` would raise for these pixels, before any work."""

@@ -13,10 +13,11 @@ from collections.abc import Sequence
 
 import torch
 from torch import nn
-from transformers.modeling_outputs import BaseModelOutput
 
 from mllama.config.checks import check_reference
+from mllama.config.features import FeatureChoice
 from mllama.config.spec import TiledVisionSpec
+from mllama.encoders.output import EncoderOutput
 from mllama.encoders.siglip import PatchEmbedding
 from mllama.nn.attention import split_heads
 from mllama.nn.checkpointing import CheckpointedLayer
@@ -253,7 +254,7 @@ class TiledVisionTower(nn.Module):
         aspect_ratio_mask: torch.Tensor | None = None,
         reference: str = "meta",
         output_attentions: bool = False,
-    ) -> BaseModelOutput:
+    ) -> EncoderOutput:
         """
         Args:
             pixel_values: float [B, N, max_num_tiles, channels, image_size, image_size], N pictures
@@ -267,7 +268,7 @@ class TiledVisionTower(nn.Module):
             output_attentions: also return every layer's probabilities.
 
         Returns:
-            BaseModelOutput with `last_hidden_state` [B, N, max_num_tiles, patches + 1,
+            EncoderOutput with `last_hidden_state` [B, N, max_num_tiles, patches + 1,
             vision_output_dim], and `attentions`, of every layer [B * N, heads, S, S] float32 where
             S counts the tokens of all tiles, each tile's padded to a multiple of 8. With "meta"
             both are zero where there is no picture.
@@ -317,9 +318,27 @@ class TiledVisionTower(nn.Module):
             )
             for layer, seen in zip(attentions or (), weights, strict=False):
                 layer[chosen] = seen
-        return BaseModelOutput(
+        return EncoderOutput(
             last_hidden_state=features.unflatten(0, pixel_values.shape[:2]), attentions=attentions
         )
+
+    def read(
+        self,
+        pixel_values: torch.Tensor,
+        aspect_ratio_ids: torch.Tensor,
+        aspect_ratio_mask: torch.Tensor | None,
+        choice: FeatureChoice,
+        reference: str,
+        output_attentions: bool = False,
+    ) -> tuple[torch.Tensor, tuple | None]:
+        """All features of a row, [B, N * tiles * (patches + 1), vision_output_dim], and attentions.
+
+        The arguments are those of every encoder's `read`; this one's states are fixed.
+        """
+        encoded = self(
+            pixel_values, aspect_ratio_ids, aspect_ratio_mask, reference, output_attentions
+        )
+        return encoded.last_hidden_state.flatten(1, 3), encoded.attentions
 
     def check(
         self,

@@ -72,8 +72,8 @@ def _read(config: Config) -> ModelSpec:
         vision=vision,
         projector="linear",
         projector_sizes=(vision.vision_output_dim, 0, text.hidden_size),
-        fusion="cross_attention",
-        image_token_index=check_image_token(config),
+        fusion="tiled_cross_attention",
+        image_token_id=check_image_token(config),
     )
 
 

@@ -1,17 +1,17 @@
-"""Gated cross-attention: decoder layers in which text attends to the features of pictures.
+"""Gated cross-attention: decoder layers in which text attends to the features of images.
 
-What a text position sees is told per tile, and changes only where a picture's placeholder stands:
-positions between two changes are one call of the attention operator, and a [T, S] mask is never
-made.
+`cross_context` says which keys each position sees.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import nn
 
-from mllama.config.checks import check_reference
 from mllama.config.spec import TextSpec
+from mllama.fusion.base import DecoderInputs, Fusion, ModelInputs, Parts, count_images, embed
+from mllama.fusion.cross_context import CrossAttentionContext, Segment, cross_context
+from mllama.fusion.prepend import share_out
 from mllama.nn.attention import split_heads
 from mllama.nn.cache import Cache
 from mllama.nn.checkpointing import CheckpointedLayer
@@ -21,150 +21,8 @@ from mllama.nn.norm import RMSNorm
 from mllama.ops.attention import attention, attention_weights
 
 
-@dataclass(frozen=True)
-class Segment:
-    """Text positions `start` to `end` (exclusive), whose rows each see the same keys throughout.
-
-    Attributes:
-        start, end: the positions.
-        key_mask: bool [B, S], the keys that each row sees; None where all rows see all.
-        blind: no row sees anything.
-    """
-
-    start: int
-    end: int
-    key_mask: torch.Tensor | None = None
-    blind: bool = False
-
-
-@dataclass(frozen=True)
-class CrossAttentionContext:
-    """What the cross-attention layers of one forward pass share.
-
-    Attributes:
-        states: features of the pictures that are new in this pass, [B, keys, hidden], or None.
-        kept: bool [pictures * tiles], of all pictures so far: the tiles that have keys. On the CPU.
-        segments: the text's positions, in order; None is one segment that sees all keys.
-        visible: bool [B, T, 1], False where a position sees no picture; None where all see one.
-    """
-
-    states: torch.Tensor | None
-    kept: torch.Tensor
-    segments: tuple[Segment, ...] | None = None
-    visible: torch.Tensor | None = None
-
-    def to(self, device: torch.device | str | int) -> "CrossAttentionContext":
-        """The same on another device; accelerate asks for it where layers are spread over several."""
-        states, visible = (
-            None if tensor is None else tensor.to(device) for tensor in (self.states, self.visible)
-        )
-        segments = self.segments and tuple(
-            segment
-            if segment.key_mask is None
-            else replace(segment, key_mask=segment.key_mask.to(device))
-            for segment in self.segments
-        )
-        return replace(self, states=states, segments=segments, visible=visible)
-
-
-def cross_context(
-    states: torch.Tensor | None,
-    mask: torch.Tensor | None,
-    tokens_per_tile: int,
-    reference: str = "meta",
-    *,
-    held: torch.Tensor | None = None,
-    filled: torch.Tensor | None = None,
-) -> CrossAttentionContext | None:
-    """Prepare one forward pass.
-
-    Args:
-        states: projected features of new pictures, [B, pictures * tiles * tokens_per_tile, hidden],
-            or None.
-        mask: [B, T, pictures, tiles] of any dtype, non-zero where a position sees a tile, over
-            cached pictures and new ones; None lets every position see all.
-        tokens_per_tile: keys of one tile.
-        reference: what a position that sees no picture does. "meta": the layer leaves it as it is.
-            "hf", as transformers: it attends to every key, padding too, and only the feed-forward
-            half leaves it.
-        held: `kept` of the pass before, where its keys are in the cache.
-        filled: [B, pictures, tiles] of any dtype, zero where a tile of a new picture is empty. With
-            "meta" and a mask, tiles that are empty in every row, and seen by no position, get no
-            keys: nothing would attend to them.
-
-    Returns:
-        The context, or None where there is no picture: layers given None do nothing.
-
-    Raises:
-        TypeError: mask is no tensor.
-        ValueError: mask or filled do not fit the keys, mask shows a tile that got none, or a
-            reference that is not known.
-    """
-    check_reference(reference)
-    held = torch.ones(0, dtype=torch.bool, device="cpu") if held is None else held
-    new = torch.ones(
-        0 if states is None else states.shape[1] // tokens_per_tile, dtype=torch.bool, device="cpu"
-    )
-    columns = len(held) + len(new)
-    if not columns:
-        return None
-    if mask is None:
-        return CrossAttentionContext(states, torch.cat([held, new]))
-    if not isinstance(mask, torch.Tensor):
-        raise TypeError(
-            f"cross_attention_mask must be a torch.Tensor or None, got {type(mask).__name__}"
-        )
-    if mask.dim() != 4 or mask.shape[2] * mask.shape[3] != columns:
-        raise ValueError(
-            f"cross_attention_mask must be [batch, tokens, pictures, tiles] for {columns} tiles, got {list(mask.shape)}"
-        )
-    seen = (mask != 0).flatten(2)
-    host = seen.cpu()
-    shown = host.flatten(0, 1).any(0)
-    if reference == "meta" and states is not None and filled is not None:
-        new = _used(filled, new) | shown[len(held) :]
-        if not new.all():
-            states = states.unflatten(1, (len(new), tokens_per_tile))[:, new].flatten(1, 2)
-    kept = torch.cat([held, new])
-    if (shown & ~kept).any():
-        raise ValueError(
-            "cross_attention_mask must not show tiles that were empty when their picture was given"
-        )
-    if not kept.all():
-        seen, host = seen[..., kept], host[..., kept]
-    visible = None if host.any(-1).all() else seen.any(-1, keepdim=True)
-    if reference == "hf" and visible is not None:
-        seen = seen | ~visible
-        host = seen.cpu()
-    return CrossAttentionContext(states, kept, _segments(seen, host, tokens_per_tile), visible)
-
-
-def _used(filled: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
-    """bool [pictures * tiles]: tiles that are filled in some row; all of them where none is, so
-    that a picture always has keys.
-    """
-    used = (filled != 0).flatten(1).any(0).cpu()
-    if used.shape != new.shape:
-        raise ValueError(
-            f"aspect_ratio_mask must be [batch, pictures, tiles] for {len(new)} tiles, got {list(filled.shape)}"
-        )
-    return used if used.any() else new
-
-
-def _segments(seen: torch.Tensor, host: torch.Tensor, tokens_per_tile: int) -> tuple[Segment, ...]:
-    """bool [B, T, tiles], and the same on the CPU -> runs of positions over which no row changes."""
-    changes = (host[:, 1:] != host[:, :-1]).any(-1).any(0).nonzero().flatten() + 1
-    edges = [0, *changes.tolist(), host.shape[1]]
-    segments = []
-    for start, end in zip(edges, edges[1:], strict=False):
-        rows = host[:, start]
-        key_mask = None if rows.all() else seen[:, start].repeat_interleave(tokens_per_tile, -1)
-        segments.append(Segment(start, end, key_mask, blind=not rows.any()))
-    return tuple(segments)
-
-
 class CrossAttention(nn.Module):
-    """Grouped-query attention of text over pictures, with a norm on every head of q and k and no
+    """Grouped-query attention of text over images, with a norm on every head of q and k and no
     positions.
 
     Args:
@@ -199,7 +57,7 @@ class CrossAttention(nn.Module):
         Args:
             x: [B, T, hidden].
             cross: what the positions see.
-            cache: cache that new pictures' keys and values are appended to and all S of them read
+            cache: cache that new images' keys and values are appended to and all S of them read
                 from.
             output_attentions: also return the probabilities.
 
@@ -229,7 +87,7 @@ class CrossAttention(nn.Module):
     def _keys_values(
         self, x: torch.Tensor, states: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """[B, keys, kv heads, head_dim] of the new pictures; no keys where there are none."""
+        """[B, keys, kv heads, head_dim] of the new images; no keys where there are none."""
         if states is None:
             empty = x.new_empty(x.shape[0], 0, self.kv_heads, self.head_dim)
             return empty, empty
@@ -241,7 +99,7 @@ class CrossAttention(nn.Module):
 
 
 class CrossAttentionDecoderLayer(CheckpointedLayer):
-    """A decoder layer that attends to pictures in the place of text; both halves are scaled by tanh
+    """A decoder layer that attends to images in the place of text; both halves are scaled by tanh
     of a learned number.
     """
 
@@ -263,7 +121,7 @@ class CrossAttentionDecoderLayer(CheckpointedLayer):
         cross=None,
         **context,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """As `forward`; the pictures' features become an argument of their own, where reentrant
+        """As `forward`; the images' features become an argument of their own, where reentrant
         checkpointing looks for gradients.
         """
         states = None if cross is None else cross.states
@@ -295,3 +153,150 @@ class CrossAttentionDecoderLayer(CheckpointedLayer):
         if cross.visible is not None:
             fed = fed.masked_fill(~cross.visible, 0)
         return gated_add(hidden_states, fed, self.cross_attn_mlp_gate), weights
+
+
+class CrossAttentionFusion(Fusion):
+    """Layers of the decoder attend to images; placeholders are words like others."""
+
+    def find_placeholders(self, input_ids, attention_mask=None, images=0, per_image=None):
+        token = self.spec.image_token_id
+        return (
+            torch.zeros_like(input_ids, dtype=torch.bool) if token is None else input_ids == token
+        )
+
+    def prepare(
+        self, inputs: ModelInputs, padding_mask: torch.Tensor | None, parts: Parts
+    ) -> DecoderInputs:
+        mask, cache = inputs.cross_attention_mask, inputs.cache
+        placeholders, embeds = None, inputs.inputs_embeds
+        if embeds is None:
+            placeholders = self.find_placeholders(inputs.input_ids)
+            embeds = embed(inputs.input_ids, parts.embedding)
+        elif isinstance(mask, torch.Tensor) and 0 < mask.shape[1] < embeds.shape[1]:
+            raise ValueError(  # whether the first or the last have none, nothing says
+                f"cross_attention_mask must have a row for each of {embeds.shape[1]} "
+                f"inputs_embeds, got {mask.shape[1]}"
+            )
+        states, attentions = self._states(inputs, parts, embeds)
+        if mask is not None and placeholders is not None and states is not None:
+            _check_visible(mask, placeholders)
+        cached = None if cache is None else cache.tile_mask
+        cross = cross_context(
+            None if states is None else self.by_rows(states, embeds.shape[0]).to(embeds.dtype),
+            _rows_of_mask(mask, inputs.shape, 0 if cache is None else cache.length),
+            self.tokens_per_tile(parts),
+            parts.reference,
+            cached=cached,
+            filled=inputs.aspect_ratio_mask,
+        )
+        if cache is not None and cross is not None:
+            cache.tile_mask = cross.tile_mask
+        if inputs.first_key is not None and cross is not None:
+            _check_mask_of_packed(mask, inputs.shape[1])
+        more = {"placeholders": placeholders, "features": states, "attentions": attentions}
+        return self.pass_on(inputs, padding_mask, embeds, cross=cross, **more)
+
+    def tokens_per_tile(self, parts: Parts) -> int:
+        """Keys of one tile; an image that is not in tiles is one."""
+        return self.spec.tokens_per_image
+
+    def by_rows(self, features: torch.Tensor, rows: int) -> torch.Tensor:
+        """[images, patches, hidden] -> [rows, images per row * patches, hidden]."""
+        return share_out(features, rows)
+
+    def _states(
+        self, inputs: ModelInputs, parts: Parts, embeds: torch.Tensor
+    ) -> tuple[torch.Tensor | None, tuple | None]:
+        """Features and attentions of new images."""
+        count_images(inputs, self.spec, parts.encoder)  # and checks them
+        if inputs.pixel_values is None:
+            return inputs.image_features, None
+        return parts.encode(inputs)
+
+
+class TiledCrossAttentionFusion(CrossAttentionFusion):
+    """Llama-3.2-Vision's: images come in tiles, as many to every row."""
+
+    def tokens_per_tile(self, parts: Parts) -> int:
+        return parts.encoder.tokens_per_tile
+
+    def by_rows(self, features: torch.Tensor, rows: int) -> torch.Tensor:
+        """[rows, images * tiles * tokens, hidden] as it is."""
+        return features
+
+    def _states(self, inputs, parts, embeds):
+        pixels, features, rows = inputs.pixel_values, inputs.image_features, embeds.shape[0]
+        if pixels is not None:
+            parts.encoder.check(pixels, inputs.aspect_ratio_ids, inputs.aspect_ratio_mask)
+            if pixels.shape[0] != rows:
+                raise ValueError(
+                    f"pixel_values must have {rows} rows, one per row of text, got "
+                    f"{pixels.shape[0]}"
+                )
+            return parts.encode(inputs)
+        if features is not None:
+            _check_tile_features(
+                features, rows, parts.encoder.tokens_per_tile, self.spec.text.hidden_size
+            )
+        return features, None
+
+
+def _rows_of_mask(
+    mask: torch.Tensor | None, shape: tuple[int, int], past: int | torch.Tensor
+) -> torch.Tensor | None:
+    """The rows of a cross-attention mask for the new tokens: all of them, or those after the cached
+    ones, the last repeated.
+    """
+    if mask is None:
+        return None
+    if not isinstance(mask, torch.Tensor):
+        raise TypeError(f"cross_attention_mask must be a torch.Tensor, got {type(mask).__name__}")
+    if mask.dim() != 4 or mask.shape[0] != shape[0] or mask.shape[1] == 0:
+        raise ValueError(
+            f"cross_attention_mask must be [{shape[0]}, tokens, images, tiles], "
+            f"got {list(mask.shape)}"
+        )
+    if mask.shape[1] == shape[1]:
+        return mask
+    rows = torch.arange(shape[1], device=mask.device) + past
+    return mask[:, rows.clamp(max=mask.shape[1] - 1)]
+
+
+def _check_visible(mask: torch.Tensor, placeholders: torch.Tensor) -> None:
+    """Reject a mask with fewer rows than tokens that shows a placeholder [B, T] no image: its rows
+    stand elsewhere than the text's, as where padding was moved after the mask was made.
+    """
+    if mask.shape[1] >= placeholders.shape[1] or torch.compiler.is_compiling():
+        return
+    blind = placeholders[:, : mask.shape[1]] & ~(mask != 0).flatten(2).any(-1)
+    if blind.any():
+        row, position = blind.nonzero()[0].tolist()
+        raise ValueError(
+            f"cross_attention_mask, of {mask.shape[1]} rows for {placeholders.shape[1]} tokens, "
+            f"shows the placeholder at position {position} of row {row} no image: was the padding "
+            "moved after the mask was made?"
+        )
+
+
+def _check_mask_of_packed(mask: torch.Tensor | None, length: int) -> None:
+    """Without a mask, a packed sequence would see the images of the others."""
+    if not torch.compiler.is_compiling() and (mask is None or mask.shape[1] != length):
+        given = "None" if mask is None else list(mask.shape)
+        raise ValueError(
+            f"cross_attention_mask must say for each of {length} positions what it sees: "
+            f"position_ids restart; got {given}"
+        )
+
+
+def _check_tile_features(
+    features: torch.Tensor, rows: int, tokens_per_tile: int, size: int
+) -> None:
+    if not isinstance(features, torch.Tensor) or not features.is_floating_point():
+        kind = getattr(features, "dtype", type(features).__name__)
+        raise TypeError(f"image_features must be a floating torch.Tensor, got {kind}")
+    shape = features.shape
+    if len(shape) != 3 or shape[0] != rows or shape[1] % tokens_per_tile or shape[2] != size:
+        raise ValueError(
+            f"image_features must be [{rows}, images x tiles x {tokens_per_tile}, {size}], "
+            f"got {list(shape)}"
+        )

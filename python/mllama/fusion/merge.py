@@ -1,23 +1,27 @@
-"""Early fusion: which ids are picture placeholders, and features written in their place."""
+"""Early fusion: features are written at the placeholders of images."""
 
 import torch
+from torch import nn
+from torch.nn.functional import pad
+
+from mllama.fusion.base import DecoderInputs, Fusion, ModelInputs, Parts, count_images, embed
 
 
 def find_placeholder(
-    input_ids: torch.Tensor, attention_mask: torch.Tensor | None, per_picture: int, pictures: int
+    input_ids: torch.Tensor, attention_mask: torch.Tensor | None, per_image: int, images: int
 ) -> int | None:
-    """The id of the picture placeholder, told by how it stands: `per_picture` of it in a row for
-    each picture.
+    """The id of the image placeholder, told by how it stands: `per_image` of it in a row for
+    each image.
 
     A candidate is an id whose every run of equal neighbours at unmasked positions of a row has a
-    length that is a multiple of `per_picture`. Several candidates are told apart by their number,
-    which must be `pictures * per_picture`.
+    length that is a multiple of `per_image`. Several candidates are told apart by their number,
+    which must be `images * per_image`.
 
     Args:
         input_ids: int [B, T].
         attention_mask: [B, T], zero where padded, or None.
-        per_picture: placeholders of one picture.
-        pictures: pictures of the whole batch.
+        per_image: placeholders of one image.
+        images: images of the whole batch.
 
     Returns:
         The id, or None where no id stands like that.
@@ -25,7 +29,7 @@ def find_placeholder(
     Raises:
         ValueError: more than one id could be it.
     """
-    seen = (
+    visible = (
         torch.ones_like(input_ids, dtype=torch.bool)
         if attention_mask is None
         else attention_mask.bool()
@@ -34,18 +38,18 @@ def find_placeholder(
     # padded position.
     marker = input_ids.min() - 1
     ids = torch.nn.functional.pad(
-        input_ids.masked_fill(~seen, marker), (0, 1), value=int(marker)
+        input_ids.masked_fill(~visible, marker), (0, 1), value=int(marker)
     ).flatten()
     values, lengths = torch.unique_consecutive(ids, return_counts=True)
-    broken = values[lengths % per_picture != 0]
+    broken = values[lengths % per_image != 0]
     candidates = values[~torch.isin(values, broken) & (values != marker)].unique()
     if len(candidates) > 1:
         counts = torch.stack([(ids == candidate).sum() for candidate in candidates])
-        candidates = candidates[counts == pictures * per_picture]
+        candidates = candidates[counts == images * per_image]
         if len(candidates) != 1:
             raise ValueError(
                 f"image_token_index is not set and cannot be told from input_ids: {len(candidates) or 'no'} ids stand in runs of "
-                f"{per_picture} for {pictures} pictures; set config.image_token_index"
+                f"{per_image} for {images} images; set config.image_token_index"
             )
     return int(candidates[0]) if len(candidates) else None
 
@@ -53,12 +57,12 @@ def find_placeholder(
 def merge(
     inputs_embeds: torch.Tensor, placeholders: torch.Tensor, image_features: torch.Tensor
 ) -> torch.Tensor:
-    """Write picture features at the placeholders, in row order.
+    """Write image features at the placeholders, in row order.
 
     Args:
         inputs_embeds: [B, T, hidden].
         placeholders: bool [B, T], True at as many positions as there are features.
-        image_features: [pictures, patches, hidden].
+        image_features: [images, patches, hidden].
 
     Returns:
         [B, T, hidden], a new tensor in inputs_embeds' dtype.
@@ -66,3 +70,168 @@ def merge(
     return inputs_embeds.masked_scatter(
         placeholders.unsqueeze(-1), image_features.to(inputs_embeds.device, inputs_embeds.dtype)
     )
+
+
+class MergeFusion(Fusion):
+    """Features take the places of placeholders in the text."""
+
+    any_feature_count = True  # other sizes and strategies give other numbers of features
+
+    def prepare(
+        self, inputs: ModelInputs, padding_mask: torch.Tensor | None, parts: Parts
+    ) -> DecoderInputs:
+        images, per_image = count_images(inputs, self.spec, parts.encoder, self.any_feature_count)
+        ids, embeds = inputs.input_ids, inputs.inputs_embeds
+        if ids is None:
+            if not images:
+                return self.pass_on(inputs, padding_mask, embeds)
+            ids = self.ids_of(embeds, parts.embedding)
+        placeholders = None
+        if images or not inputs.past:
+            placeholders = self._locate(ids, padding_mask, inputs, images, per_image)
+        features, attentions = self._features(inputs, placeholders, images, parts)
+        if embeds is None:
+            embeds = embed(ids, parts.embedding, placeholders)
+        if features is None:
+            return self.pass_on(inputs, padding_mask, embeds, placeholders=placeholders)
+        return self.join(inputs, padding_mask, embeds, placeholders, features, attentions)
+
+    def join(self, inputs, padding_mask, embeds, placeholders, features, attentions):
+        """`DecoderInputs` with the features at their placeholders."""
+        return self.pass_on(
+            inputs,
+            padding_mask,
+            merge(embeds, placeholders, features),
+            placeholders=placeholders,
+            features=features,
+            attentions=attentions,
+        )
+
+    def _features(
+        self, inputs: ModelInputs, placeholders: torch.Tensor | None, images: int, parts: Parts
+    ) -> tuple[torch.Tensor | None, tuple | None]:
+        """Features and attentions of new images; none where the cache holds those given again."""
+        if placeholders is None and not self.may_stand_before(inputs, images):
+            return None, None
+        if inputs.pixel_values is None:
+            return inputs.image_features, None
+        return parts.encode(inputs)
+
+    def may_stand_before(self, inputs: ModelInputs, images: int) -> bool:
+        """Whether images of a text without placeholders are put before it."""
+        return False
+
+    def _locate(
+        self,
+        ids: torch.Tensor,
+        padding_mask: torch.Tensor | None,
+        inputs: ModelInputs,
+        images: int,
+        per_image: int,
+    ) -> torch.Tensor | None:
+        """`locate` among the new ids; those from `text_start` on are text."""
+        length = ids.shape[1]
+        mask = None if padding_mask is None else padding_mask[:, -length:]
+        start = inputs.text_start
+        if start is None or start >= length:
+            return self.locate(ids, mask, images, bool(inputs.past), per_image)
+        mask = None if mask is None else mask[:, :start]
+        found = self.locate(ids[:, :start], mask, images, bool(inputs.past), per_image)
+        return None if found is None else pad(found, (0, length - start))
+
+    def locate(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        images: int,
+        continuing: bool = False,
+        per_image: int | None = None,
+    ) -> torch.Tensor | None:
+        """bool [B, T] with as many True as there are features; None where the text has no place
+        for them: with `continuing` a cache already holds images that are given again.
+
+        Raises:
+            ValueError: another number of placeholders than features, or an image that crosses
+                rows.
+        """
+        if attention_mask is not None:
+            attention_mask = attention_mask[:, -input_ids.shape[1] :]
+        per_image = per_image or self.spec.tokens_per_image
+        placeholders = self.find_placeholders(input_ids, attention_mask, images, per_image)
+        if torch.compiler.is_compiling() and not self.optional:
+            return placeholders
+        rows = placeholders.sum(1).tolist()
+        found = sum(rows)
+        if not found and (continuing or self.optional):
+            return None
+        if found != images * per_image:
+            hint = "; expand each <image> with the processor" if found <= images else ""
+            raise ValueError(
+                f"input_ids hold {found} image placeholders, but {images} images give "
+                f"{images * per_image} features{hint}"
+            )
+        if any(row % per_image for row in rows):
+            raise ValueError(
+                f"every row must hold a multiple of {per_image} image placeholders, got {rows}"
+            )
+        return placeholders
+
+    optional = False  # a text may do without placeholders
+
+    def find_placeholders(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        images: int = 0,
+        per_image: int | None = None,
+    ) -> torch.Tensor:
+        """Where placeholders of images stand: bool [B, T].
+
+        With `spec.image_token_id` these are the positions that hold it. Without, the id is told by
+        `find_placeholder` from the runs that it stands in at unmasked positions.
+
+        Args:
+            input_ids: int [B, T].
+            attention_mask: [B, T], zero where padded, or None.
+            images: how many images the batch has.
+            per_image: placeholders of each; by default those of an image of the spec's size.
+
+        Raises:
+            ValueError: the id is not set, and more than one could be it.
+        """
+        token = self.spec.image_token_id
+        if token is not None:
+            return input_ids == token
+        if images and not self.optional:
+            wanted = per_image or self.spec.tokens_per_image
+            token = find_placeholder(input_ids, attention_mask, wanted, images)
+        if token is None:
+            return torch.zeros_like(input_ids, dtype=torch.bool)
+        found = input_ids == token
+        return found if attention_mask is None else found & (attention_mask != 0)
+
+    def ids_of(self, inputs_embeds: torch.Tensor, embedding: nn.Module) -> torch.Tensor:
+        """int64 [B, T]: the placeholder's id where an embedding is its embedding, another elsewhere.
+
+        Raises:
+            ValueError: the placeholder has no embedding.
+        """
+        token, rows = self.spec.image_token_id, embedding.weight.shape[0]
+        if token is None or token >= rows:
+            raise ValueError(
+                "images beside inputs_embeds need an image_token_index with an embedding "
+                f"(0 to {rows - 1}), whose places they take; got {token!r}"
+            )
+        vector = embedding(torch.tensor(token, device=inputs_embeds.device))
+        places = (inputs_embeds == vector).all(-1)
+        return torch.where(places, token, token - 1 if token else 1)
+
+    def images_per_row(self, input_ids, inputs_embeds, attention_mask, features, embedding):
+        if inputs_embeds is not None:
+            input_ids = self.ids_of(inputs_embeds, embedding)
+        per_image = features.shape[1]
+        placeholders = self.locate(input_ids, attention_mask, len(features), per_image=per_image)
+        if placeholders is None:
+            given = input_ids if inputs_embeds is None else inputs_embeds
+            return super().images_per_row(given, None, None, features, embedding)
+        return (placeholders.sum(1) // per_image).tolist()

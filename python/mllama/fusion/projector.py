@@ -3,6 +3,7 @@
 import torch
 from torch import nn
 
+from mllama.config.spec import ModelSpec
 from mllama.nn.activation import ACTIVATIONS
 
 
@@ -57,3 +58,19 @@ class LearnedPooling(nn.Module):
     def forward(self, features: torch.Tensor) -> torch.Tensor:
         """[pictures, patches, width] -> [pictures, tokens, width]."""
         return self.linear(features.mT).mT
+
+
+def make_projector(spec: ModelSpec) -> nn.Module:
+    """The projector of a model."""
+    features, inner, text = spec.projector_sizes
+    if spec.projector == "linear":
+        return LinearProjector(features, text, spec.projector_bias)
+    return MultiModalProjector(features, inner, text, spec.projector_act, spec.projector_bias)
+
+
+def make_pooling(spec: ModelSpec) -> nn.Module:
+    """The pooling of a model's features."""
+    if spec.pooling == "average":
+        return AveragePooling(spec.tokens_per_image)
+    patches = (spec.vision.image_size // spec.vision.patch_size) ** 2
+    return LearnedPooling(patches, spec.tokens_per_image)

@@ -43,47 +43,37 @@ def check_keywords(owner: str, function: Callable, given: dict[str, Any]) -> Non
             raise TypeError(f"{owner}: {name!r} is not an argument{nearest(name, known)}")
 
 
-def _is_tiled(spec: ModelSpec) -> bool:
-    return spec.encoder == "tiled"
-
-
-def _takes_other_sizes(spec: ModelSpec) -> bool:
-    return (
-        spec.encoder in ("siglip", "clip")
-        and spec.fusion != "cross_attention"
-        and spec.pooling != "learned"
-    )
-
-
 # Arguments that some families alone have, and who has them.
+_TILED = (lambda spec: spec.has_tiles, "models that cut images into tiles (Llama-3.2-Vision)")
+_SELECTING = (lambda spec: spec.selects_features, "LLaVA")
 _SPECIAL: dict[str, tuple[Callable[[ModelSpec], bool], str]] = {
-    "aspect_ratio_ids": (_is_tiled, "models that cut images into tiles (Llama-3.2-Vision)"),
-    "aspect_ratio_mask": (_is_tiled, "models that cut images into tiles (Llama-3.2-Vision)"),
-    "cross_attention_states": (_is_tiled, "models that cut images into tiles (Llama-3.2-Vision)"),
+    "aspect_ratio_ids": _TILED,
+    "aspect_ratio_mask": _TILED,
+    "cross_attention_states": _TILED,
     "cross_attention_mask": (
-        lambda spec: spec.fusion == "cross_attention",
+        lambda spec: bool(spec.text.cross_attention_layers),
         "models whose layers attend to images",
     ),
     "prefix_length": (
         lambda spec: spec.bidirectional_prefix,
-        "models whose prompts are seen both ways (PaliGemma)",
+        "models with bidirectional prompts (PaliGemma)",
     ),
-    "vision_feature_layer": (lambda spec: spec.selects_features, "LLaVA"),
-    "vision_feature_select_strategy": (lambda spec: spec.selects_features, "LLaVA"),
+    "vision_feature_layer": _SELECTING,
+    "vision_feature_select_strategy": _SELECTING,
     "interpolate_pos_encoding": (
-        _takes_other_sizes,
-        "SigLIP and CLIP towers whose patches are merged into the text or averaged",
+        lambda spec: spec.takes_other_sizes,
+        "SigLIP and CLIP encoders whose patches are merged into the text or averaged",
     ),
     "mm_encoder_outputs": (
-        lambda spec: spec.encoder in ("siglip", "clip"),
-        "models with a SigLIP or CLIP tower",
+        lambda spec: spec.encoder is not None and not spec.has_tiles,
+        "models with a SigLIP or CLIP encoder",
     ),
 }
-_SEEING = frozenset({"pixel_values", "image_features", "token_type_ids", *_SPECIAL})
+_IMAGE_ARGUMENTS = frozenset({"pixel_values", "image_features", "token_type_ids", *_SPECIAL})
 
 
 def taken_by(model: Any, given: dict[str, Any]) -> dict[str, Any]:
-    """Arguments without those of pictures and prompts that another model, ours or of transformers,
+    """Arguments without those of images and prompts that another model, ours or of transformers,
     does not take.
     """
     known, spec = inspect.signature(model.forward).parameters, getattr(model, "spec", None)
@@ -93,15 +83,16 @@ def taken_by(model: Any, given: dict[str, Any]) -> dict[str, Any]:
             return spec.encoder is not None
         return name in known and (spec is None or name not in _SPECIAL or _SPECIAL[name][0](spec))
 
-    return {name: value for name, value in given.items() if name not in _SEEING or takes(name)}
+    return {
+        name: value for name, value in given.items() if name not in _IMAGE_ARGUMENTS or takes(name)
+    }
 
 
-def check_special(spec: ModelSpec, family: str, **given: Any) -> None:
-    """Refuse arguments that other families have.
+def check_special(model: Any, **given: Any) -> None:
+    """Reject arguments that other families have.
 
     Args:
-        spec: what the model is made of.
-        family: its `model_type`.
+        model: ours.
         given: arguments by name; those that are None or False were not given.
 
     Raises:
@@ -109,5 +100,6 @@ def check_special(spec: ModelSpec, family: str, **given: Any) -> None:
     """
     for name, value in given.items():
         takes, who = _SPECIAL[name]
-        if value is not None and value is not False and not takes(spec):
+        if value is not None and value is not False and not takes(model.spec):
+            family = model.config.model_type
             raise ValueError(f"{name} is for {who}; this {family} model does not take it")

@@ -10,6 +10,7 @@ import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
 from mllama.config.spec import TextSpec, TiledVisionSpec, VisionSpec
+from mllama.hf.config_objects import compose
 
 # Read when a model is called; the others of a spec's fields are built in.
 _LIVE = {"max_position_embeddings", "tie_word_embeddings"}
@@ -66,12 +67,12 @@ def check_built(model: PreTrainedModel) -> None:
                     f"config: {field} was {was!r} when the model was built and cannot be {fields[name]!r} now: build it anew"
                 )
     if hasattr(model, "spec"):
-        spec = model.make_spec(model.config)
+        spec = compose(model.config)
         if spec.projector_sizes != model.spec.projector_sizes:
             raise ValueError(
                 f"config: vision_feature_layer must name as many states as when the model was built, got {spec.feature_layers!r}"
             )
-        model.spec = spec
+        model.set_spec(spec)
         model.language_model.config = spec.text
     remember_config(model)
 

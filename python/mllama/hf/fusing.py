@@ -8,8 +8,9 @@ import torch
 from torch import nn
 
 from mllama.fusion.cross_attention import CrossAttentionDecoderLayer
+from mllama.fusion.projector import make_pooling, make_projector
 from mllama.hf.configs import MllamaConfig
-from mllama.hf.modeling import MllamaForConditionalGeneration, make_pooling, make_projector
+from mllama.hf.modeling import MllamaForConditionalGeneration
 from mllama.hf.siglip import SiglipModel
 
 _Module = TypeVar("_Module", bound=nn.Module)

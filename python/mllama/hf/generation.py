@@ -1,4 +1,4 @@
-"""What transformers' `generate` needs to know about pictures and masks."""
+"""What transformers' `generate` needs to know about images and masks."""
 
 import functools
 from typing import Any, Literal, overload
@@ -8,11 +8,11 @@ from transformers import GenerationMixin
 from transformers.generation.candidate_generator import PromptLookupCandidateGenerator
 from transformers.generation.utils import GenerateOutput
 
-from mllama.fusion.prepend import pictures_per_row
 from mllama.hf.arguments import check_special, taken_by
+from mllama.hf.built import check_built
 from mllama.hf.cache import check_cache, num_prefix_tokens
+from mllama.hf.call import one_of_images
 from mllama.hf.compat import CACHE_NAME, hand_on, rename_cache
-from mllama.model.inputs import one_of_images
 from mllama.text.prefix import count_prefix
 
 _READING = ("vision_feature_layer", "vision_feature_select_strategy", "interpolate_pos_encoding")
@@ -23,11 +23,12 @@ _TOKENIZERS = (
 
 
 class MllamaGenerationMixin(GenerationMixin):
-    """GenerationMixin for a model with pictures: they are encoded once, and their features follow
+    """GenerationMixin for a model with images: they are encoded once, and their features follow
     their rows.
     """
 
     spec: Any  # these are the model's
+    fusion: Any
     config: Any
     lm_head: Any
     device: Any
@@ -45,6 +46,7 @@ class MllamaGenerationMixin(GenerationMixin):
             ValueError: an attention_mask that is not [B, T], too: one of four dimensions says
                 nothing of the tokens to come.
         """
+        check_built(self)
         mask = kwargs.get("attention_mask")
         if isinstance(mask, torch.Tensor) and mask.dim() != 2:
             raise ValueError(
@@ -54,7 +56,7 @@ class MllamaGenerationMixin(GenerationMixin):
         if (
             encoded := kwargs.pop("mm_encoder_outputs", None)
         ) is not None:  # as features, which follow their rows
-            check_special(self.spec, self.config.model_type, mm_encoder_outputs=encoded)
+            check_special(self, mm_encoder_outputs=encoded)
             kwargs["image_features"] = one_of_images(
                 kwargs.get("pixel_values"), kwargs.get("image_features"), encoded, None
             )
@@ -64,7 +66,7 @@ class MllamaGenerationMixin(GenerationMixin):
             return super().generate(*args, **kwargs)
 
     def _supports_mm_encoder_outputs(self) -> bool:
-        """False: GenerationMixin need not encode pictures before the first step, which does."""
+        """False: GenerationMixin need not encode images before the first step, which does."""
         return False
 
     @staticmethod
@@ -79,7 +81,7 @@ class MllamaGenerationMixin(GenerationMixin):
     def prepare_inputs_for_generation(
         self, input_ids, inputs_embeds=None, is_first_iteration=False, **kwargs
     ) -> dict[str, Any]:
-        """As GenerationMixin's; picture features, like pixels, are for the first step where there
+        """As GenerationMixin's; image features, like pixels, are for the first step where there
         is a cache.
 
         A step onto an empty cache is a first one whatever the caller says: assisted decoding starts
@@ -103,38 +105,34 @@ class MllamaGenerationMixin(GenerationMixin):
         return hand_on(inputs)
 
     def _prefill(self, input_ids, generation_config, model_kwargs, is_first_iteration=True):
-        """As GenerationMixin's, which refuses to cut a prompt with pixels into chunks; one with
-        features is not cut either, nor one whose first words see its last, nor one that visual
-        tokens may stand before. Without a cache, later steps are told where the prompt
-        ended: a placeholder's id that the model says is text."""
+        """As GenerationMixin's. Chunked prefill is rejected for image_features, bidirectional
+        prompts and visual tokens before the text too. Without a cache, later steps are told where
+        the prompt ended: a placeholder's id that is generated is text.
+        """
         if (
-            self.spec.fusion is not None
+            self.spec.encoder is not None
             and not model_kwargs.get("use_cache", True)
             and model_kwargs.get("inputs_embeds") is None
         ):
             model_kwargs.setdefault("prompt_length", input_ids.shape[1])
         if generation_config.prefill_chunk_size is not None:
-            if (
-                model_kwargs.get("image_features") is not None
-                and input_ids.shape[1] > generation_config.prefill_chunk_size
-            ):
+            images = model_kwargs.get("image_features") is not None
+            obstacles = {
+                "a prompt with images": images
+                and input_ids.shape[1] > generation_config.prefill_chunk_size,
+                "a bidirectional prompt": model_kwargs.get("prefix_length") is not None,
+                self.fusion.chunk_obstacle: self.fusion.chunk_obstacle is not None,
+            }
+            if obstacle := next((name for name, there in obstacles.items() if there), None):
                 raise ValueError(
-                    "prefill_chunk_size must be None for a prompt with pictures: it is read whole"
-                )
-            if model_kwargs.get("prefix_length") is not None:
-                raise ValueError(
-                    "prefill_chunk_size must be None for a model whose prompts are seen both ways: they are read whole"
-                )
-            if self.spec.fusion == "prepend":
-                raise ValueError(
-                    'prefill_chunk_size must be None with fusion="prepend": prompts are read whole'
+                    f"prefill_chunk_size must be None for {obstacle}: the prompt is read whole"
                 )
         return super()._prefill(input_ids, generation_config, model_kwargs, is_first_iteration)
 
     def _update_model_kwargs_for_generation(
         self, outputs, model_kwargs, is_encoder_decoder=False, num_new_tokens=1
     ) -> dict[str, Any]:
-        """As GenerationMixin's; what is generated sees the pictures that the last token sees."""
+        """As GenerationMixin's; what is generated sees the images that the last token sees."""
         mask = model_kwargs.get("cross_attention_mask")
         model_kwargs = super()._update_model_kwargs_for_generation(
             outputs, model_kwargs, is_encoder_decoder, num_new_tokens
@@ -148,7 +146,7 @@ class MllamaGenerationMixin(GenerationMixin):
     def _expand_inputs_for_generation(
         self, expand_size=1, is_encoder_decoder=False, input_ids=None, **model_kwargs
     ):
-        """Repeat every row `expand_size` times (beams, several answers). Pictures are encoded once
+        """Repeat every row `expand_size` times (beams, several answers). Images are encoded once
         and repeated with their rows.
 
         Token types become the length of what is seen both ways, all of the prompt by default:
@@ -186,26 +184,13 @@ class MllamaGenerationMixin(GenerationMixin):
             how = {name: model_kwargs.pop(name) for name in _READING if name in model_kwargs}
             features, pixel_values = self.get_image_features(pixel_values, **aspects, **how), None
         if expand_size > 1 and features is not None:
-            placeholders = None
-            if self.spec.fusion != "cross_attention":
-                places = input_ids
-                if (embeds := model_kwargs.get("inputs_embeds")) is not None:
-                    places = self._ids_of(embeds)
-                placeholders = self._placeholders(
-                    places,
-                    model_kwargs.get("attention_mask"),
-                    len(features),
-                    per_picture=features.shape[1],
-                )
-            if placeholders is not None:  # pictures in row order, several to a row or none
-                per_row = (placeholders.sum(1) // features.shape[1]).tolist()
-            else:
-                rows = len(
-                    input_ids
-                    if model_kwargs.get("inputs_embeds") is None
-                    else model_kwargs["inputs_embeds"]
-                )
-                per_row = [pictures_per_row(len(features), rows)] * rows
+            per_row = self.fusion.images_per_row(
+                input_ids,
+                model_kwargs.get("inputs_embeds"),
+                model_kwargs.get("attention_mask"),
+                features,
+                self.get_input_embeddings(),
+            )
             features = torch.cat(
                 [rows.repeat(expand_size, 1, 1) for rows in features.split(per_row)]
             )
@@ -229,22 +214,19 @@ class MllamaGenerationMixin(GenerationMixin):
         """As GenerationMixin's; a static cache gets room for visual tokens before the text, too,
         which its length does not count.
         """
-        if self.spec.fusion == "prepend":
-            rows = batch_size * max(
-                generation_config.num_beams, generation_config.num_return_sequences
-            )
-            max_cache_length += (
-                -(-_count_pictures(model_kwargs) // rows) * self.spec.tokens_per_image
-            )
+        beams, answers = generation_config.num_beams, generation_config.num_return_sequences
+        max_cache_length += self.fusion.extra_cache_tokens(
+            _count_images(model_kwargs), batch_size * max(beams, answers)
+        )
         return super()._prepare_cache_for_generation(
             generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
         )
 
     @functools.wraps(GenerationMixin._get_candidate_generator)
     def _get_candidate_generator(self, generation_config, input_ids, *args, **kwargs):
-        """As GenerationMixin's; what is proposed ends before a picture's placeholder, and before an
+        """As GenerationMixin's; what is proposed ends before a image's placeholder, and before an
         id that the head has no logits for. An assistant guesses without the arguments that it does
-        not take: pictures, where it knows text alone.
+        not take: images, where it knows text alone.
         """
         given, assistant = kwargs["model_kwargs"], kwargs.get("assistant_model")
         if assistant is not None:
@@ -282,30 +264,30 @@ class MllamaGenerationMixin(GenerationMixin):
     def _placeholder_ids(
         self, input_ids: torch.Tensor, model_kwargs: dict[str, Any]
     ) -> torch.Tensor:
-        """The ids that stand for pictures in a prompt."""
-        if (token := getattr(self.config, "image_token_index", None)) is not None:
+        """The ids that stand for images in a prompt."""
+        if (token := self.spec.image_token_id) is not None:
             return torch.tensor([token], device=input_ids.device)
-        pictures, mask = _count_pictures(model_kwargs), model_kwargs.get("attention_mask")
-        return input_ids[self.find_placeholders(input_ids, mask, pictures)].unique()  # type: ignore[attr-defined]
+        images, mask = _count_images(model_kwargs), model_kwargs.get("attention_mask")
+        return input_ids[self.fusion.find_placeholders(input_ids, mask, images)].unique()
 
     @functools.wraps(GenerationMixin._assisted_decoding)
     def _assisted_decoding(self, input_ids, *args, **kwargs):
         """As GenerationMixin's, which takes what it guessed wrong back from the cache by the length
         of the ids.
         """
-        if self.spec.fusion == "prepend":
-            pictures, mask = _count_pictures(kwargs), kwargs.get("attention_mask")
-            if num_prefix_tokens(kwargs.get(CACHE_NAME)) or (
-                pictures and self._placeholders(input_ids, mask, pictures) is None
-            ):
-                raise ValueError(
-                    "assisted decoding and prompt lookup need input_ids that hold a placeholder for every visual token: set "
-                    "config.image_token_index, and let the processor (MllamaImageProcessor) write them"
-                )
+        images, mask = _count_images(kwargs), kwargs.get("attention_mask")
+        if num_prefix_tokens(kwargs.get(CACHE_NAME)) or self.fusion.stands_before_text(
+            input_ids, mask, images
+        ):
+            raise ValueError(
+                "assisted decoding and prompt lookup need input_ids that hold a placeholder for "
+                "every visual token: set config.image_token_index, and let the processor "
+                "(MllamaImageProcessor) write them"
+            )
         return super()._assisted_decoding(input_ids, *args, **kwargs)
 
 
-def _count_pictures(model_kwargs: dict[str, Any]) -> int:
+def _count_images(model_kwargs: dict[str, Any]) -> int:
     return next(
         (
             len(given)

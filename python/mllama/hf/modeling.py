@@ -1,95 +1,37 @@
 """A vision-language model put together: tower -> projector -> fusion -> decoder -> head."""
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import (
-    AutoModelForImageTextToText,
-    Cache,
-    DynamicCache,
-    PretrainedConfig,
-    PreTrainedModel,
-)
-from transformers.modeling_outputs import BaseModelOutputWithPooling
-from transformers.modeling_utils import slice_logits_to_keep
+from transformers import AutoModelForImageTextToText, Cache, PretrainedConfig, PreTrainedModel
 from transformers.utils.generic import ModelOutput
 
-from mllama.config.checks import check_reference, check_size
-from mllama.config.spec import ModelSpec
-from mllama.encoders.clip import ClipVisionTower
-from mllama.encoders.siglip import SiglipVisionTower
-from mllama.encoders.tiled_vit import TiledVisionTower
-from mllama.fusion.cross_attention import CrossAttentionDecoderLayer
-from mllama.fusion.prepend import check_texts_own, lengthen, shift_positions
-from mllama.fusion.projector import (
-    AveragePooling,
-    LearnedPooling,
-    LinearProjector,
-    MultiModalProjector,
-)
+from mllama.config.checks import check_size
+from mllama.config.features import FeatureChoice, choose_features
+from mllama.fusion.base import ModelInputs
 from mllama.hf.arguments import check_keywords, check_special
 from mllama.hf.backbone import Backbone
 from mllama.hf.built import check_built, remember_config
-from mllama.hf.cache import TransformersCache
-from mllama.hf.compat import CacheOutput, DecoderOutput, NextTokenModel, one_cache
+from mllama.hf.call import (
+    by_rows,
+    check_text,
+    one_of_images,
+    set_cache_and_positions,
+    set_extra_outputs,
+)
+from mllama.hf.compat import DecoderOutput, NextTokenModel, one_cache
 from mllama.hf.config_objects import compose
 from mllama.hf.configs import MllamaConfig
 from mllama.hf.generation import MllamaGenerationMixin
-from mllama.hf.images import PicturesMixin
+from mllama.hf.outputs import MllamaOutput, as_output
 from mllama.hf.pretrained import PretrainedMixin, own_config
-from mllama.model.inputs import by_rows, check_ids, one_of_images
-from mllama.nn.activation import softcap
-from mllama.nn.loss import counted_loss
+from mllama.model.model import VisionLanguageModel
 from mllama.nn.norm import RMSNorm
-from mllama.text.decoder import Decoder, check_embeddings, check_mask, split_mask
-from mllama.text.packing import find_sequences, go_back
-from mllama.text.prefix import count_prefix
-
-
-@dataclass
-class MllamaOutput(CacheOutput):
-    """What the model returns; readable as `output.logits`, `output["logits"]` and by place. What is
-    None is left out.
-
-    Attributes:
-        loss: float32 scalar, where labels were given.
-        logits: [B, T, vocabulary], in the model's dtype; of a text that visual tokens were put
-            before, theirs come first.
-        cache: the key-value cache, where one was used; also read as `past_key_values`.
-        hidden_states: the decoder's, layers + 1 of [B, T, hidden].
-        attentions: the decoder's, one [B, heads, T, keys] float32 per layer.
-        image_hidden_states: projected features [pictures, patches, hidden], as `get_image_features`
-            gives them.
-        image_attentions: the tower's, one [pictures, heads, patches, patches] float32 per layer.
-        num_trained_tokens: int64 scalar, the labels that the loss was taken over, where labels were
-            given.
-    """
-
-    loss: torch.Tensor | None = None
-    logits: torch.Tensor | None = None
-    cache: Cache | None = None
-    hidden_states: tuple[torch.Tensor, ...] | None = None
-    attentions: tuple[torch.Tensor, ...] | None = None
-    image_hidden_states: torch.Tensor | None = None
-    image_attentions: tuple[torch.Tensor, ...] | None = None
-    num_trained_tokens: torch.Tensor | None = None
-
-    @property
-    def image_outputs(self) -> BaseModelOutputWithPooling | None:
-        """The tower's part as transformers 5.24 returns it: `image_hidden_states` as
-        `pooler_output`, and `attentions`.
-        """
-        if self.image_hidden_states is None:
-            return None
-        return BaseModelOutputWithPooling(
-            pooler_output=self.image_hidden_states, attentions=self.image_attentions
-        )
 
 
 class MllamaForConditionalGeneration(
-    NextTokenModel, PretrainedMixin, MllamaGenerationMixin, PicturesMixin, PreTrainedModel
+    NextTokenModel, PretrainedMixin, MllamaGenerationMixin, VisionLanguageModel, PreTrainedModel
 ):
     """Answers about pictures, or goes on with text: a tower, a projector, a fusion and a decoder,
     as the config's family has them.
@@ -127,39 +69,17 @@ class MllamaForConditionalGeneration(
     _tied_weights_keys = {"lm_head.weight": "language_model.embed_tokens.weight"}
 
     def __init__(self, config: PretrainedConfig, reference: str = "meta"):
-        spec = self.make_spec(config)
+        spec = compose(config)
         if spec.text is None:
             raise ValueError(f"a {config.model_type} has no decoder: SiglipModel is its class")
-        super().__init__(own_config(config))
-        self.spec = spec
-        self.reference = reference
-        text = spec.text
-        if spec.encoder is not None:
-            self.vision_tower = _TOWERS[spec.encoder](spec.vision)
-            self.multi_modal_projector = make_projector(spec)
-        if spec.pooling is not None:
-            self.image_pooling = make_pooling(spec)
-        self.language_model = Decoder(text, CrossAttentionDecoderLayer)
-        self.lm_head = nn.Linear(text.hidden_size, text.vocab_size, bias=False)
-        if text.extra_embeddings:  # the head cannot be the embedding matrix, which has more rows
+        PreTrainedModel.__init__(self, own_config(config))
+        self.build(spec, reference)
+        if spec.text.extra_embeddings:  # the embedding has more rows than the head
             self._tied_weights_keys = None  # type: ignore[assignment]
-        self.__dict__["_backbone"] = Backbone(
-            self, MllamaForConditionalGeneration.forward
-        )  # no child: its parameters are the model's own
+        # No child: its parameters are the model's own.
+        self.__dict__["_backbone"] = Backbone(self, MllamaForConditionalGeneration.forward)
         self.post_init()
         remember_config(self)
-
-    make_spec = staticmethod(compose)  # a subclass may read further fields
-
-    @property
-    def reference(self) -> str:
-        """Whose Llama-3.2-Vision is followed: "meta" or "hf"."""
-        return self._reference
-
-    @reference.setter
-    def reference(self, value: str) -> None:
-        check_reference(value)
-        self._reference = value
 
     @property
     def model(self) -> Backbone:
@@ -211,7 +131,7 @@ class MllamaForConditionalGeneration(
             )
         super().resize_token_embeddings(rows, None, mean_resizing)
         self.config.get_text_config().vocab_size = self.vocab_size = rows
-        self.spec = self.make_spec(self.config)
+        self.set_spec(compose(self.config))
         self.language_model.config = self.spec.text
         remember_config(self)
         return self.get_input_embeddings()
@@ -224,6 +144,65 @@ class MllamaForConditionalGeneration(
         return super()._get_resized_embeddings(
             old_embeddings, rows, pad_to_multiple_of, mean_resizing
         )
+
+    def get_image_features(
+        self,
+        pixel_values: torch.Tensor,
+        aspect_ratio_ids: torch.Tensor | None = None,
+        aspect_ratio_mask: torch.Tensor | None = None,
+        vision_feature_layer: int | list[int] | None = None,
+        vision_feature_select_strategy: str | None = None,
+        interpolate_pos_encoding: bool | None = None,
+    ) -> torch.Tensor:
+        """Encode and project images. Arguments as `forward` has them.
+
+        Returns:
+            [images, patches (or what they are pooled to), text hidden size], or of a model that
+            cuts images into tiles [B, images * tiles * patches, text hidden size]; `forward` and
+            `generate` take it as `image_features` in place of the pixels.
+
+        Raises:
+            TypeError, ValueError: as the encoder. A model without one takes no images.
+        """
+        if self.spec.encoder is None:
+            raise ValueError(f"this {self.config.model_type} model takes text alone")
+        check_built(self)
+        tiles = {"aspect_ratio_ids": aspect_ratio_ids, "aspect_ratio_mask": aspect_ratio_mask}
+        check_special(self, **tiles)
+        choice = self._choose_features(
+            vision_feature_layer, vision_feature_select_strategy, interpolate_pos_encoding
+        )
+        inputs = ModelInputs(pixel_values=pixel_values, choice=choice, **tiles)
+        return self.encode_images(inputs)[0]
+
+    def _choose_features(
+        self, layer: int | list[int] | None, strategy: str | None, interpolate: bool | None
+    ) -> FeatureChoice | None:
+        """Which states of the encoder a call reads.
+
+        Raises:
+            ValueError: an argument of another family; layers that do not exist.
+        """
+        check_special(
+            self,
+            vision_feature_layer=layer,
+            vision_feature_select_strategy=strategy,
+            interpolate_pos_encoding=interpolate,
+        )
+        if self.spec.encoder is None:
+            return None
+        return choose_features(self.spec, layer, strategy, interpolate)
+
+    def find_placeholders(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        images: int = 0,
+        per_image: int | None = None,
+    ) -> torch.Tensor:
+        """Where placeholders of images stand, bool [B, T]: see `MergeFusion.find_placeholders`."""
+        check_built(self)
+        return self.fusion.find_placeholders(input_ids, attention_mask, images, per_image)
 
     def forward(
         self,
@@ -347,53 +326,43 @@ class MllamaForConditionalGeneration(
             TypeError: tensors of a wrong kind; an argument that is not known.
             IndexError: an id outside the vocabulary.
         """
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("give exactly one of input_ids and inputs_embeds")
         check_keywords(type(self).__name__, MllamaForConditionalGeneration.forward, kwargs)
         check_built(self)
+        check_text(input_ids, inputs_embeds, self.spec.text.hidden_size)
+        given = {
+            "aspect_ratio_ids": aspect_ratio_ids,
+            "aspect_ratio_mask": aspect_ratio_mask,
+            "cross_attention_mask": cross_attention_mask,
+        }
         check_special(
-            self.spec,
-            self.config.model_type,
-            aspect_ratio_ids=aspect_ratio_ids,
-            aspect_ratio_mask=aspect_ratio_mask,
-            cross_attention_mask=cross_attention_mask,
+            self,
+            **given,
             cross_attention_states=cross_attention_states,
             prefix_length=prefix_length,
             mm_encoder_outputs=mm_encoder_outputs,
         )
-        reading = self._reading(
-            vision_feature_layer, vision_feature_select_strategy, interpolate_pos_encoding
-        )
-        image_features = one_of_images(
-            pixel_values, image_features, mm_encoder_outputs, cross_attention_states
+        inputs = ModelInputs(
+            input_ids=input_ids,
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            token_type_ids=token_type_ids,
+            prefix_length=prefix_length,
+            pixel_values=pixel_values,
+            image_features=one_of_images(
+                pixel_values, image_features, mm_encoder_outputs, cross_attention_states
+            ),
+            choice=self._choose_features(
+                vision_feature_layer, vision_feature_select_strategy, interpolate_pos_encoding
+            ),
+            labels=labels,
+            num_items_in_batch=kwargs.get("num_items_in_batch"),
+            logits_to_keep=logits_to_keep,
+            **given,
         )
         if cross_attention_states is not None:
-            rows = len(input_ids if inputs_embeds is None else inputs_embeds)  # type: ignore[arg-type]
-            image_features = by_rows(cross_attention_states, rows)
+            inputs.image_features = by_rows(cross_attention_states, inputs.shape[0])
         if labels is not None and logits_to_keep is None:
             raise ValueError("labels need logits; leave logits_to_keep at 0")
-        cache = one_cache(cache, past_key_values)
-        check_mask(attention_mask)
-        config = self.config
-        text = getattr(
-            config, "text_config", config
-        )  # where transformers reads these; set on the whole they count too
-        if output_attentions is None:
-            output_attentions = config.output_attentions or text.output_attentions
-        if output_hidden_states is None:
-            output_hidden_states = config.output_hidden_states or text.output_hidden_states
-        if input_ids is not None:
-            check_ids(input_ids)
-        else:
-            check_embeddings(inputs_embeds, self.spec.text.hidden_size)  # type: ignore[arg-type]
-        rows, length = (inputs_embeds if input_ids is None else input_ids).shape[:2]  # type: ignore[union-attr]
-        padding_mask, attn_mask = split_mask(attention_mask)
-        if padding_mask is not None and (
-            padding_mask.shape[0] != rows or padding_mask.shape[1] < length
-        ):
-            raise ValueError(
-                f"attention_mask must be [{rows}, past + {length}], as the tokens, got {list(padding_mask.shape)}"
-            )
         packing = {
             "cu_seq_lens_q": cu_seq_lens_q,
             "cu_seq_lens_k": cu_seq_lens_k,
@@ -401,168 +370,15 @@ class MllamaForConditionalGeneration(
             "max_length_k": max_length_k,
             "seq_idx": seq_idx,
         }
-        if use_cache is None:
-            packed = attention_mask is None and (
-                go_back(position_ids) or any(value is not None for value in packing.values())
-            )
-            use_cache = (
-                not self.training
-                and not packed
-                and text.use_cache
-                and getattr(config, "use_cache", True)
-            )
-        unpacking = {
-            "attention_mask": attention_mask is not None,
-            "cache": cache is not None,
-            "use_cache": bool(use_cache),
-        }
-        obstacle = next((name for name, given in unpacking.items() if given), None)
-        position_ids, first_key = find_sequences((rows, length), position_ids, obstacle, **packing)
-        if use_cache and cache is None:
-            cache = DynamicCache()
-        wrapped = None if cache is None else TransformersCache(cache, self.spec.text)
-        if (
-            cache is not None and self.training and self.is_activation_checkpointing
-        ):  # its layers would be called without it
-            raise ValueError(
-                "cache cannot be kept while activations are checkpointed: call model.eval(), or set use_cache=False"
-            )
-        past = 0 if wrapped is None else int(wrapped.length)
-        filled = past > 0
-
-        if (pixel_values is not None or image_features is not None) and self.spec.encoder is None:
-            raise ValueError(
-                f"pixel_values and image_features are for models with a tower; this {config.model_type} takes text alone"
-            )
-        if self.spec.fusion == "cross_attention":
-            seen = self._attend(
-                input_ids,
-                inputs_embeds,
-                pixel_values,
-                image_features,
-                (aspect_ratio_ids, aspect_ratio_mask),
-                cross_attention_mask,
-                wrapped,
-                output_attentions,
-            )
-            if first_key is not None and seen.cross is not None:
-                _check_cross_mask_of_packed(cross_attention_mask, length)
-        else:
-            held = wrapped.num_prefix_tokens if filled else 0
-            pictures = (pixel_values, image_features, reading)
-            told = None if prompt_length is None else max(prompt_length - past, 0)
-            seen = self._merge(
-                input_ids,
-                inputs_embeds,
-                padding_mask,
-                pictures,
-                filled,
-                held,
-                output_attentions,
-                told,
-            )
-            if self.spec.fusion == "prepend" and wrapped is not None and not filled:
-                wrapped.num_prefix_tokens = seen.before_text
-            if visual := held + seen.before_text:
-                if first_key is not None and not torch.compiler.is_compiling():
-                    raise ValueError(
-                        "position_ids must be of one sequence per row: they restart, and visual tokens stand before the text"
-                    )
-                first_key = None  # the decoder finds it in positions that cover both
-                check_texts_own("attention_mask", padding_mask, past - held + length, visual)
-                check_texts_own("position_ids", position_ids, length, visual)
-                check_texts_own("labels", labels, length, visual)
-                padding_mask = lengthen(padding_mask, visual, 1)
-                position_ids = shift_positions(position_ids, held, seen.before_text)
-                labels = lengthen(labels, seen.before_text, self.spec.ignore_index)
-
-        if filled or not self.spec.bidirectional_prefix:
-            prefix_length = None
-        elif (
-            prefix_length is not None
-            and first_key is not None
-            and not torch.compiler.is_compiling()
-        ):
-            raise ValueError(
-                "prefix_length must be None where position_ids restart: token_type_ids tell the prompt of each sequence"
-            )
-        elif token_type_ids is not None and attn_mask is None:
-            prefix_length = count_prefix(
-                token_type_ids, padding_mask, seen.embeds.shape[:2], first_key
-            )
-        decoded = self.language_model(
-            inputs_embeds=seen.embeds,
-            attention_mask=padding_mask if attn_mask is None else attn_mask,
-            position_ids=position_ids,
-            cache=wrapped,
-            output_attentions=output_attentions,
-            output_hidden_states=output_hidden_states,
-            prefix_length=prefix_length,
-            first_key=first_key,
-            cross=seen.cross,
-        )
+        cache = one_cache(cache, past_key_values)
+        cache = set_cache_and_positions(self, inputs, cache, use_cache, position_ids, packing)
+        if prompt_length is not None:
+            inputs.text_start = max(prompt_length - inputs.past, 0)
+        set_extra_outputs(inputs, self.config, output_attentions, output_hidden_states)
+        computed = self.compute(inputs)
         if return_dict is None:
-            return_dict = config.return_dict
-        if logits_to_keep is None:
-            headless = DecoderOutput(
-                last_hidden_state=decoded.last_hidden_state[:, seen.before_text :],
-                cache=cache,
-                hidden_states=decoded.hidden_states,
-                attentions=decoded.attentions,
-            )
-            return headless if return_dict else headless.to_tuple()
-        logits = self.lm_head(slice_logits_to_keep(decoded.last_hidden_state, logits_to_keep))
-        logits = softcap(logits, self.spec.text.final_logit_softcapping)
-        loss = num_trained_tokens = None
-        if labels is not None:
-            loss, num_trained_tokens = counted_loss(
-                logits,
-                labels,
-                seen.embeds.shape[:2],
-                padding_mask,
-                seen.placeholders,
-                self.spec.ignore_index,
-                kwargs.get("num_items_in_batch"),
-            )
-
-        output = MllamaOutput(
-            loss=loss,
-            logits=logits,
-            cache=cache,
-            hidden_states=decoded.hidden_states,
-            attentions=decoded.attentions,
-            image_hidden_states=seen.features,
-            image_attentions=seen.attentions,
-            num_trained_tokens=num_trained_tokens,
-        )
-        return output if return_dict else output.to_tuple()
-
-
-def _check_cross_mask_of_packed(mask: torch.Tensor | None, length: int) -> None:
-    """A sequence that no mask keeps from the pictures of the others would see them."""
-    if not torch.compiler.is_compiling() and (mask is None or mask.shape[1] != length):
-        given = "None" if mask is None else list(mask.shape)
-        raise ValueError(
-            f"cross_attention_mask must say for each of {length} positions what it sees: position_ids restart; got {given}"
-        )
-
-
-_TOWERS = {"siglip": SiglipVisionTower, "clip": ClipVisionTower, "tiled": TiledVisionTower}
-
-
-def make_projector(spec: ModelSpec) -> nn.Module:
-    features, inner, text = spec.projector_sizes
-    if spec.projector == "linear":
-        return LinearProjector(features, text, spec.projector_bias)
-    return MultiModalProjector(features, inner, text, spec.projector_act, spec.projector_bias)
-
-
-def make_pooling(spec: ModelSpec) -> nn.Module:
-    if spec.pooling == "average":
-        return AveragePooling(spec.tokens_per_image)
-    return LearnedPooling(
-        (spec.vision.image_size // spec.vision.patch_size) ** 2, spec.tokens_per_image
-    )
+            return_dict = self.config.return_dict
+        return as_output(computed, cache, logits_to_keep is None, return_dict)
 
 
 # The mapping is by class, but refuses a class whose name one of transformers' own bears; theirs

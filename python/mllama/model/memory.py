@@ -10,7 +10,7 @@ allocators keep for themselves comes on top.
 from dataclasses import dataclass
 
 import torch
-from transformers import PreTrainedModel
+from torch import nn
 
 from mllama.config.spec import ModelSpec
 
@@ -47,7 +47,7 @@ class Work:
     dtype: torch.dtype
 
 
-def count_parameters(model: PreTrainedModel) -> dict[str, int]:
+def count_parameters(model: nn.Module) -> dict[str, int]:
     """Parameters by part, in the order of `PARTS`, without the parts that the model lacks. A tied
     head is no part of its own.
 
@@ -63,7 +63,7 @@ def count_parameters(model: PreTrainedModel) -> dict[str, int]:
     return {part: count for part, count in found.items() if count}
 
 
-def memory_needed(model: PreTrainedModel, work: Work) -> dict[str, int]:
+def memory_needed(model: nn.Module, work: Work) -> dict[str, int]:
     """Bytes by what they are for, at the peak of a forward pass over the whole context in inference
     mode.
 
@@ -99,7 +99,7 @@ def memory_needed(model: PreTrainedModel, work: Work) -> dict[str, int]:
     }
 
 
-def spec_of(model: PreTrainedModel) -> ModelSpec:
+def spec_of(model: nn.Module) -> ModelSpec:
     """What a model of this package is made of; a tower alone has no text."""
     return (
         model.spec

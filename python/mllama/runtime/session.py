@@ -219,7 +219,7 @@ class Session:
         """
         if not images or first >= len(images["pixel_values"]):
             return {}
-        if rows > 1:
+        if rows > 1 or self.model.spec.encoder is None:  # which refuses them
             return dict(images)
         if self._encoded is None or not same_images(self._encoded[0], images):
             self._encoded = images, self.model.encode_images(ModelInputs(**images))[0]

@@ -1,0 +1,82 @@
+"""Which states of an image encoder are read."""
+
+from typing import NamedTuple
+
+from mllama.config.checks import check_choice
+from mllama.config.spec import ModelSpec
+
+
+class FeatureChoice(NamedTuple):
+    """How one call reads images.
+
+    Attributes:
+        layers: which of the encoder's states, as `ModelSpec.feature_layers`.
+        skip_first: leave out the first feature of each image.
+        interpolate: pixels may be of any size.
+        explicit: the call itself chose; features that were encoded before cannot follow.
+    """
+
+    layers: tuple[int, ...] | None = None
+    skip_first: bool = False
+    interpolate: bool = False
+    explicit: bool = False
+
+
+def choose_features(
+    spec: ModelSpec,
+    layer: int | list[int] | None = None,
+    strategy: str | None = None,
+    interpolate: bool | None = None,
+) -> FeatureChoice:
+    """The states that a call reads: as its arguments say, else as the spec does.
+
+    Args:
+        spec: of a model with images.
+        layer: `vision_feature_layer`.
+        strategy: `vision_feature_select_strategy`.
+        interpolate: `interpolate_pos_encoding`.
+
+    Raises:
+        ValueError: a layer that does not exist, another strategy, or as many layers as the
+            projector is not wide for.
+    """
+    layers, skip = spec.feature_layers, spec.skip_first
+    if layer is not None:
+        layers = normalize_layers(layer, spec.vision.num_hidden_layers + 1)
+    if strategy is not None:
+        skip = skips_first(strategy)
+    if layers is not None and len(layers) * spec.vision.hidden_size != spec.projector_sizes[0]:
+        wanted = spec.projector_sizes[0] // spec.vision.hidden_size
+        raise ValueError(
+            f"vision_feature_layer must name {wanted} states, as many as the projector is wide "
+            f"for; got {layer!r}"
+        )
+    explicit = layer is not None or strategy is not None or bool(interpolate)
+    return FeatureChoice(layers, skip, bool(interpolate), explicit)
+
+
+def normalize_layers(layer: int | list[int], states: int) -> tuple[int, ...]:
+    """`vision_feature_layer` as indices from 0 into the encoder's states.
+
+    Raises:
+        ValueError: an index outside of them.
+    """
+    layers = list(layer) if isinstance(layer, (list, tuple)) else [layer]
+    if not layers or any(
+        isinstance(one, bool) or not isinstance(one, int) or not -states <= one < states
+        for one in layers
+    ):
+        raise ValueError(
+            f"vision_feature_layer must name states of -{states} to {states - 1}, got {layer!r}"
+        )
+    return tuple(one % states for one in layers)
+
+
+def skips_first(strategy: str) -> bool:
+    """Whether `vision_feature_select_strategy` leaves out the first feature.
+
+    Raises:
+        ValueError: another strategy than "default" (it does) and "full".
+    """
+    check_choice("model", "vision_feature_select_strategy", strategy, ("default", "full"))
+    return strategy == "default"

@@ -1,0 +1,176 @@
+"""Arguments of transformers' calls -> `ModelInputs`."""
+
+from typing import Any
+
+import torch
+from transformers import Cache, DynamicCache, PretrainedConfig
+from transformers.modeling_outputs import ModelOutput
+
+from mllama.fusion.base import ModelInputs
+from mllama.hf.cache import TransformersCache, check_cache
+from mllama.text.decoder import check_embeddings, check_mask, split_mask
+from mllama.text.packing import find_sequences, go_back
+
+
+def check_text(
+    input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None, hidden_size: int
+) -> None:
+    """Raise ValueError or TypeError unless there are ids [B, T] or embeddings [B, T, hidden]."""
+    if (input_ids is None) == (inputs_embeds is None):
+        raise ValueError("give exactly one of input_ids and inputs_embeds")
+    if input_ids is not None:
+        check_ids(input_ids)
+    else:
+        check_embeddings(inputs_embeds, hidden_size)  # type: ignore[arg-type]
+
+
+def check_ids(input_ids: torch.Tensor) -> None:
+    """Raise TypeError unless they are integers, ValueError unless they are [B, T] with a token."""
+    if not isinstance(input_ids, torch.Tensor) or input_ids.dtype not in (torch.int64, torch.int32):
+        raise TypeError(
+            f"input_ids must be an int64 or int32 torch.Tensor, got {getattr(input_ids, 'dtype', type(input_ids).__name__)}"
+        )
+    if input_ids.dim() != 2 or input_ids.shape[1] == 0:
+        raise ValueError(
+            f"input_ids must be [batch, tokens] with at least one token, got {list(input_ids.shape)}"
+        )
+
+
+def set_extra_outputs(
+    inputs: ModelInputs,
+    config: PretrainedConfig,
+    output_attentions: bool | None,
+    output_hidden_states: bool | None,
+) -> None:
+    """What a call asks for beside logits, or else the config or its decoder's."""
+    text = getattr(config, "text_config", config)
+    if output_attentions is None:
+        output_attentions = config.output_attentions or text.output_attentions
+    if output_hidden_states is None:
+        output_hidden_states = config.output_hidden_states or text.output_hidden_states
+    inputs.output_attentions = bool(output_attentions)
+    inputs.output_hidden_states = bool(output_hidden_states)
+
+
+def set_cache_and_positions(
+    model: Any,
+    inputs: ModelInputs,
+    cache: Cache | None,
+    use_cache: bool | None,
+    position_ids: torch.Tensor | None,
+    packing: dict[str, Any],
+) -> Cache | None:
+    """Fill in cache, position_ids and first_key; return the transformers cache, a new one where the
+    call wants one.
+
+    Raises:
+        TypeError, ValueError: a cache, mask or positions of another kind; packed rows beside them.
+    """
+    check_cache(cache)
+    check_mask(inputs.attention_mask)
+    shape, has_mask = inputs.shape, inputs.attention_mask is not None
+    padding_mask, _ = split_mask(inputs.attention_mask)
+    if padding_mask is not None and (
+        padding_mask.shape[0] != shape[0] or padding_mask.shape[1] < shape[1]
+    ):
+        raise ValueError(
+            f"attention_mask must be [{shape[0]}, past + {shape[1]}], as the tokens, "
+            f"got {list(padding_mask.shape)}"
+        )
+    if use_cache is None:
+        described = any(value is not None for value in packing.values())
+        packed = not has_mask and (go_back(position_ids) or described)
+        use_cache = not packed and _wants_cache(model)
+    obstacles = {
+        "attention_mask": has_mask,
+        "cache": cache is not None,
+        "use_cache": bool(use_cache),
+    }
+    obstacle = next((name for name, given in obstacles.items() if given), None)
+    inputs.position_ids, inputs.first_key = find_sequences(shape, position_ids, obstacle, **packing)
+    if use_cache and cache is None:
+        cache = DynamicCache()
+    if cache is None:
+        return None
+    inputs.cache = TransformersCache(cache, model.spec.text)
+    if model.training and model.is_activation_checkpointing:  # its layers are called without it
+        raise ValueError(
+            "cache cannot be kept while activations are checkpointed: call model.eval(), or set "
+            "use_cache=False"
+        )
+    return cache
+
+
+def _wants_cache(model: Any) -> bool:
+    """Whether a call returns a cache unasked."""
+    text = getattr(model.config, "text_config", model.config)
+    return not model.training and text.use_cache and getattr(model.config, "use_cache", True)
+
+
+def one_of_images(
+    pixel_values: torch.Tensor | None,
+    image_features: torch.Tensor | None,
+    mm_encoder_outputs: dict[str, ModelOutput] | None,
+    cross_attention_states: torch.Tensor | None,
+) -> torch.Tensor | None:
+    """The features, given by one of several arguments; None where pixels or nothing are given.
+
+    Raises:
+        ValueError: several are given; mm_encoder_outputs holds another kind than images, or images
+            without features of one shape.
+        TypeError: mm_encoder_outputs is no dict of model outputs.
+    """
+    encoded = None if mm_encoder_outputs is None else encoded_images(mm_encoder_outputs)
+    given = {
+        "pixel_values": pixel_values,
+        "image_features": image_features,
+        "mm_encoder_outputs": encoded,
+        "cross_attention_states": cross_attention_states,
+    }
+    names = [name for name, value in given.items() if value is not None]
+    if len(names) > 1:
+        raise ValueError(f"{' and '.join(names)} each give images: give one, not both")
+    return image_features if encoded is None else encoded
+
+
+def encoded_images(mm_encoder_outputs: dict[str, ModelOutput]) -> torch.Tensor | None:
+    """The features [images, patches, hidden] in what transformers' `get_image_features` gave, by
+    the name "image".
+    """
+    if not isinstance(mm_encoder_outputs, dict):
+        raise TypeError(
+            f"mm_encoder_outputs must be a dict, got {type(mm_encoder_outputs).__name__}"
+        )
+    if unknown := mm_encoder_outputs.keys() - {"image"}:
+        raise ValueError(f'mm_encoder_outputs must have "image" alone, got {sorted(unknown)}')
+    if (output := mm_encoder_outputs.get("image")) is None:
+        return None
+    features = getattr(output, "pooler_output", None)
+    if isinstance(features, (list, tuple)) and len({one.shape for one in features}) == 1:
+        features = torch.stack(list(features))
+    if not isinstance(features, torch.Tensor):
+        raise ValueError(
+            'mm_encoder_outputs["image"].pooler_output must be features of one shape, a tensor or a list'
+        )
+    return features
+
+
+def by_rows(cross_attention_states: torch.Tensor, rows: int) -> torch.Tensor:
+    """[..., hidden] -> [rows, images * tiles * tokens, hidden].
+
+    Raises:
+        TypeError: no floating tensor.
+        ValueError: they cannot be shared out to the rows.
+    """
+    if (
+        not isinstance(cross_attention_states, torch.Tensor)
+        or not cross_attention_states.is_floating_point()
+    ):
+        kind = getattr(cross_attention_states, "dtype", type(cross_attention_states).__name__)
+        raise TypeError(f"cross_attention_states must be a floating torch.Tensor, got {kind}")
+    shape = cross_attention_states.shape
+    if not shape or cross_attention_states[..., 0].numel() % rows:
+        raise ValueError(
+            f"cross_attention_states must have as many features for each of {rows} rows, got {list(shape)}"
+        )
+    return cross_attention_states.reshape(rows, -1, shape[-1])

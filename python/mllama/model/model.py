@@ -1,0 +1,201 @@
+"""A vision-language model put together: encoder -> projector -> fusion -> decoder -> head."""
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import nn
+
+from mllama.config.checks import check_reference
+from mllama.config.features import FeatureChoice
+from mllama.config.spec import ModelSpec
+from mllama.encoders import ENCODERS
+from mllama.fusion import make_fusion
+from mllama.fusion.base import DecoderInputs, ModelInputs, Parts
+from mllama.fusion.cross_attention import CrossAttentionDecoderLayer
+from mllama.fusion.projector import make_pooling, make_projector
+from mllama.nn.loss import counted_loss
+from mllama.text.decoder import Decoder, DecoderOutput, split_mask
+from mllama.text.prefix import count_prefix
+
+
+@dataclass
+class ModelOutput:
+    """What a model computes.
+
+    Attributes:
+        last_hidden_state: [B, T, hidden], after the final norm; prepended visual tokens come first.
+        num_prefix_tokens: how many of those there are.
+        logits: [B, T, vocabulary], or of the positions asked for; None without.
+        loss: float32 scalar, with labels.
+        num_trained_tokens: int64 scalar, the labels that the loss was taken over.
+        hidden_states: the decoder's, layers + 1 of [B, T, hidden].
+        attentions: the decoder's, one [B, heads, T, keys] float32 per layer.
+        image_features: projected features, as `encode_images` gives them.
+        image_attentions: the encoder's.
+    """
+
+    last_hidden_state: torch.Tensor
+    num_prefix_tokens: int = 0
+    logits: torch.Tensor | None = None
+    loss: torch.Tensor | None = None
+    num_trained_tokens: torch.Tensor | None = None
+    hidden_states: tuple[torch.Tensor, ...] | None = None
+    attentions: tuple[torch.Tensor | None, ...] | None = None
+    image_features: torch.Tensor | None = None
+    image_attentions: tuple[torch.Tensor, ...] | None = None
+
+
+class VisionLanguageModel(nn.Module):
+    """encoder x projector x fusion x decoder x head, as a spec says. Weights are random.
+
+    Args:
+        spec: what to build.
+        reference: whose Llama-3.2-Vision to follow, "meta" or "hf"; it may be set later. Other
+            families do not read it.
+
+    Attributes:
+        fusion: brings images into the decoder's inputs; it has no parameters.
+    """
+
+    def __init__(self, spec: ModelSpec, reference: str = "meta"):
+        super().__init__()
+        self.build(spec, reference)
+
+    def build(self, spec: ModelSpec, reference: str) -> None:
+        """Put the modules in place; a subclass whose other parent has its own constructor calls it."""
+        self.set_spec(spec)
+        self.reference = reference
+        text = spec.text
+        if spec.encoder is not None:
+            self.vision_tower = ENCODERS[spec.encoder](spec.vision)
+            self.multi_modal_projector = make_projector(spec)
+        if spec.pooling is not None:
+            self.image_pooling = make_pooling(spec)
+        self.language_model = Decoder(text, CrossAttentionDecoderLayer)
+        self.lm_head = nn.Linear(text.hidden_size, text.vocab_size, bias=False)
+
+    def set_spec(self, spec: ModelSpec) -> None:
+        """Follow a spec that differs in what is read at call time alone."""
+        self.spec = spec
+        self.fusion = make_fusion(spec)
+
+    @property
+    def reference(self) -> str:
+        """Whose Llama-3.2-Vision is followed: "meta" or "hf"."""
+        return self._reference
+
+    @reference.setter
+    def reference(self, value: str) -> None:
+        check_reference(value)
+        self._reference = value
+
+    def encode_images(
+        self, inputs: ModelInputs
+    ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...] | None]:
+        """Encode and project images: `pixel_values` and what belongs to them.
+
+        Returns:
+            Features [images, patches (or what they are pooled to), hidden], of images in tiles [B,
+            images * tiles * patches, hidden]; and the encoder's attentions where asked for.
+        """
+        spec = self.spec
+        features, attentions = self.vision_tower.read(
+            inputs.pixel_values,
+            inputs.aspect_ratio_ids,
+            inputs.aspect_ratio_mask,
+            inputs.choice or FeatureChoice(spec.feature_layers, spec.skip_first),
+            self.reference,
+            inputs.output_attentions,
+        )
+        if spec.pooling is not None:
+            features = self.image_pooling(features)
+        return self.multi_modal_projector(features), attentions
+
+    def compute(self, inputs: ModelInputs) -> ModelOutput:
+        """One forward pass.
+
+        Raises:
+            TypeError, ValueError, IndexError: as `fusion`, the decoder and the loss.
+        """
+        padding_mask, attn_mask = split_mask(inputs.attention_mask)
+        prepared = self.fusion.prepare(inputs, padding_mask, self._parts())
+        decoded = self.language_model(
+            inputs_embeds=prepared.embeds,
+            attention_mask=prepared.padding_mask if attn_mask is None else attn_mask,
+            position_ids=prepared.position_ids,
+            cache=inputs.cache,
+            output_attentions=inputs.output_attentions,
+            output_hidden_states=inputs.output_hidden_states,
+            prefix_length=self._prefix_length(inputs, prepared, attn_mask),
+            first_key=prepared.first_key,
+            cross=prepared.cross,
+        )
+        output = ModelOutput(
+            decoded.last_hidden_state,
+            prepared.num_prefix_tokens,
+            hidden_states=decoded.hidden_states,
+            attentions=decoded.attentions,
+            image_features=prepared.features,
+            image_attentions=prepared.attentions,
+        )
+        return self._with_logits(output, decoded, inputs, prepared)
+
+    def _parts(self) -> Parts:
+        encoder = None if self.spec.encoder is None else self.vision_tower
+        return Parts(self.language_model.embed_tokens, encoder, self.encode_images, self.reference)
+
+    def _prefix_length(
+        self, inputs: ModelInputs, prepared: DecoderInputs, attn_mask: torch.Tensor | None
+    ) -> torch.Tensor | None:
+        """Positions at each row's front that attend to each other in both directions."""
+        if not self.spec.bidirectional_prefix or inputs.past:
+            return None
+        if inputs.prefix_length is not None:
+            if prepared.first_key is not None and not torch.compiler.is_compiling():
+                raise ValueError(
+                    "prefix_length must be None where position_ids restart: token_type_ids tell "
+                    "the prompt of each sequence"
+                )
+            return inputs.prefix_length
+        if inputs.token_type_ids is None or attn_mask is not None:
+            return None
+        return count_prefix(
+            inputs.token_type_ids,
+            prepared.padding_mask,
+            prepared.embeds.shape[:2],
+            prepared.first_key,
+        )
+
+    def _with_logits(
+        self,
+        output: ModelOutput,
+        decoded: DecoderOutput,
+        inputs: ModelInputs,
+        prepared: DecoderInputs,
+    ) -> ModelOutput:
+        """Add logits and, with labels, the loss."""
+        keep = inputs.logits_to_keep
+        if keep is None:
+            return output
+        states = decoded.last_hidden_state  # (B, T, hidden)
+        logits = self.compute_logits(
+            states[:, -keep:] if isinstance(keep, int) else states[:, keep]
+        )
+        if prepared.labels is None:
+            return replace(output, logits=logits)
+        loss, count = counted_loss(
+            logits,
+            prepared.labels,
+            prepared.embeds.shape[:2],
+            prepared.padding_mask,
+            prepared.placeholders,
+            self.spec.ignore_index,
+            inputs.num_items_in_batch,
+        )
+        return replace(output, logits=logits, loss=loss, num_trained_tokens=count)
+
+    def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """[..., hidden] -> [..., vocabulary]."""
+        logits = self.lm_head(hidden_states)
+        cap = self.spec.text.final_logit_softcapping
+        return logits if cap is None else torch.tanh(logits / cap) * cap
