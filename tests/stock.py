@@ -55,6 +55,8 @@ MAKERS = {
     "llama, tied": lambda: cases.llama(tie_word_embeddings=True),
     "llama, scaled": lambda: cases.llama(rope_scaling=dict(ROPE)),
     "gemma": cases.gemma,
+    "gemma2": cases.gemma2,
+    "gemma3_text": cases.gemma3,
     "siglip_vision_model": cases.siglip,
     "siglip_vision_model, headless": lambda: cases.siglip(vision_use_head=False),
     "siglip": _siglip,
@@ -63,6 +65,7 @@ MAKERS = {
         "clip_vision_model", -2, "default", tie_word_embeddings=True
     ),
     "paligemma": cases.paligemma,
+    "paligemma, gemma2": cases.CASES["paligemma, gemma2"],
     "mllama": _mllama,
 }
 

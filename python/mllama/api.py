@@ -16,7 +16,6 @@ from transformers import (
     BatchFeature,
     GenerationConfig,
     GenerationMixin,
-    PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     SiglipVisionConfig,
@@ -25,17 +24,16 @@ from transformers import (
 from mllama.assets import EMBEDDED
 from mllama.checkpoints import open_checkpoint
 from mllama.checkpoints.hub import find_folder
-from mllama.checkpoints.models import load_opened
+from mllama.checkpoints.opened import Opened
 from mllama.device import choose_device, choose_dtype, dtype_name
+from mllama.hf.checkpoints import load_opened, model_class
 from mllama.hf.modeling import MllamaForConditionalGeneration
-from mllama.hf.siglip import SiglipModel
 from mllama.lora.files import load_lora
 from mllama.lora.peft import CONFIG as ADAPTER_CONFIG
 from mllama.lora.peft import adapted_model
 from mllama.processing.auto import encode_batch, encode_messages, load_processor
 from mllama.processing.image import download_urls, is_image, load_picture
 from mllama.processing.image_source import names_image
-from mllama.weights.format import Opened
 
 MAX_NEW_TOKENS = 128
 # below this temperature, 0 included, sampling is the likeliest token, and dividing by it would
@@ -128,7 +126,7 @@ def load_quietly(
             )
         folder, adapter = find_model(adapted_model(folder)), folder
     with (opened := open_checkpoint(folder)).source:
-        found = model_class(opened.config)
+        found = model_class(opened.spec)
         options: dict[str, Any] = (
             {"reference": reference} if "reference" in found.load_options else {}
         )
@@ -174,13 +172,6 @@ def find_model(path: str | os.PathLike | None) -> Path:
     if not isinstance(path, (str, os.PathLike, type(None))):
         raise TypeError(f"path must be a str, a path or None, got {type(path).__name__}")
     return EMBEDDED if path is None else find_folder(path)
-
-
-def model_class(
-    config: PretrainedConfig,
-) -> type[MllamaForConditionalGeneration] | type[SiglipModel]:
-    """The class that a config's models are of: SiglipModel for a SigLIP vision model alone."""
-    return SiglipModel if isinstance(config, SiglipVisionConfig) else MllamaForConditionalGeneration
 
 
 def say_loaded(path: str | os.PathLike | None, model: PreTrainedModel) -> None:

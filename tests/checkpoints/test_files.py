@@ -9,7 +9,8 @@ import torch
 import twins
 from folders import logits
 from mllama import MllamaForConditionalGeneration
-from mllama.checkpoints import files, models
+from mllama.checkpoints import files
+from mllama.hf import checkpoints
 
 
 def test_saving_again_leaves_no_older_weights_and_keeps_other_files(tmp_path):
@@ -49,7 +50,7 @@ def test_a_save_that_fails_changes_nothing(exists, tmp_path, monkeypatch):
         (path / "model.safetensors").write_bytes(b"half")
         raise OSError("disk full")
 
-    monkeypatch.setattr(models, "save_weights", fail)
+    monkeypatch.setattr(checkpoints, "save_weights", fail)
     with pytest.raises(OSError, match="disk full"):
         twins.model(seed=1).save_pretrained(folder)
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before

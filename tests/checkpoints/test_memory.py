@@ -14,8 +14,9 @@ from transformers import LlamaConfig, MllamaConfig
 from transformers.models.mllama.configuration_mllama import MllamaTextConfig, MllamaVisionConfig
 
 from mllama import MllamaForConditionalGeneration
-from mllama.checkpoints import FORMATS
 from mllama.checkpoints.files import save_weights, write_json
+from mllama.families import FAMILIES
+from mllama.hf.config_objects import compose, file_content
 from mllama.weights.rows import to_file
 
 BOUND = 1.15
@@ -59,19 +60,19 @@ pytestmark = pytest.mark.skipif(
 
 def save_zeros(config, folder, shard: str) -> None:
     """A bfloat16 model of zeros, without making it."""
-    form = FORMATS[config.model_type]
+    weight_map = FAMILIES[config.model_type].weight_map(compose(config))
     with torch.device("meta"):
         model = MllamaForConditionalGeneration(config)
     tied = model.get_expanded_tied_weights_keys()
     own = {name: value for name, value in model.state_dict().items() if name not in tied}
-    shapes = {name: value.shape for name, value in to_file(form.table(config), own).items()}
+    shapes = {name: value.shape for name, value in to_file(weight_map, own).items()}
     folder.mkdir()
     save_weights(
         folder,
         {name: torch.zeros(shape, dtype=torch.bfloat16) for name, shape in shapes.items()},
         shard,
     )
-    write_json(folder / "config.json", form.to_file(config))
+    write_json(folder / "config.json", file_content(config)[0])
 
 
 def measure(*loads: tuple[str, str]) -> list[dict]:

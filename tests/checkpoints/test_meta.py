@@ -17,9 +17,10 @@ from mllama import MllamaForConditionalGeneration
 from mllama.checkpoints.loading import match
 from mllama.checkpoints.meta import reader as meta
 from mllama.checkpoints.meta import source as meta_source
-from mllama.checkpoints.meta import tables as meta_tables
+from mllama.checkpoints.meta import weight_maps as meta_maps
 from mllama.checkpoints.meta.source import MetaSource
 from mllama.checkpoints.sources import Header
+from mllama.hf.config_objects import config_object
 from mllama.weights.rows import to_file
 from twins import randomise
 
@@ -101,7 +102,7 @@ def test_mappings_are_given_back(tmp_path, monkeypatch):
     model = MllamaForConditionalGeneration.from_pretrained(
         write(tmp_path, reference, PARAMS["grouped"], 2)
     )
-    written = to_file(meta_tables.text_table(model.config), model.state_dict())
+    written = to_file(meta_maps.text_weight_map(model.spec), model.state_dict())
     assert len(loads) > 20 and all(
         torch.equal(written[name], tensor) for name, tensor in reference.state_dict().items()
     )
@@ -113,7 +114,7 @@ def test_writes_what_it_read(tmp_path, params):
     model = MllamaForConditionalGeneration.from_pretrained(
         write(tmp_path / "meta", reference, params)
     )
-    written = to_file(meta_tables.text_table(model.config), model.state_dict())
+    written = to_file(meta_maps.text_weight_map(model.spec), model.state_dict())
     assert written.keys() == reference.state_dict().keys()
     assert all(
         torch.equal(written[name], tensor) for name, tensor in reference.state_dict().items()
@@ -234,7 +235,7 @@ def test_vision_writes_what_it_read(tmp_path, small_tower):
     model = MllamaForConditionalGeneration.from_pretrained(
         write(tmp_path / "meta", reference, VISION_PARAMS)
     )
-    written = to_file(meta_tables.vision_table(model.config), model.state_dict())
+    written = to_file(meta_maps.vision_weight_map(model.spec), model.state_dict())
     original = reference.state_dict()
     assert written.keys() == original.keys()
     for name, tensor in original.items():
@@ -248,7 +249,7 @@ def test_vision_writes_what_it_read(tmp_path, small_tower):
     with torch.no_grad():  # tile 0 of one aspect ratio alone
         model.vision_tower.pre_tile_positional_embedding.embedding.weight[1, 0] += 1
     with pytest.raises(ValueError, match="Meta's layout cannot hold that"):
-        to_file(meta_tables.vision_table(model.config), model.state_dict())
+        to_file(meta_maps.vision_weight_map(model.spec), model.state_dict())
 
 
 def test_tower_that_is_not_the_released_one(tmp_path):
@@ -382,9 +383,9 @@ def test_released_sizes_fit_metas_code(tmp_path, monkeypatch, size):
     monkeypatch.setattr(meta, "MetaSource", Headers)
     opened = meta.open_meta(tmp_path)
     with torch.device("meta"):
-        model = MllamaForConditionalGeneration(opened.config)
+        model = MllamaForConditionalGeneration(config_object(opened.config))
     report = match(
-        model.state_dict(), headers, opened.table, model.get_expanded_tied_weights_keys()
+        model.state_dict(), headers, opened.weight_map, model.get_expanded_tied_weights_keys()
     )
     assert report.problems() == "" and not report.lacking
     assert sum(map(len, (move.theirs for move in report.moves))) == len(headers)

@@ -115,8 +115,8 @@ def test_a_generation_config_that_cannot_be_is_refused(content, saved):
 
 def test_the_table_is_invertible():
     for name in twins.model().state_dict():
-        (theirs,) = engine.file_names(llava.TABLE, name)
-        (move,), unknown, twice = engine.plan(llava.TABLE, [theirs])
+        (theirs,) = engine.file_names(llava.WEIGHT_MAP, name)
+        (move,), unknown, twice = engine.plan_moves(llava.WEIGHT_MAP, [theirs])
         assert move.ours == [name] and not unknown and not twice
     with pytest.raises(ValueError, match="no place"):
-        engine.file_names(llava.TABLE, "surprise")
+        engine.file_names(llava.WEIGHT_MAP, "surprise")

@@ -35,6 +35,10 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 64,
 }
+# Shorter than every row, and softcaps that the scores of these small models reach.
+WINDOWS = {"sliding_window": 5, "query_pre_attn_scalar": 24}
+SOFTCAPS = {"attn_logit_softcapping": 1.5, "final_logit_softcapping": 2.0}
+MIXED_LAYERS = ["full_attention", "sliding_attention", "sliding_attention"]
 VISION = twins.VISION | {"num_hidden_layers": 3}
 PARTIAL = {
     "image_size": 23,
@@ -53,6 +57,17 @@ def gemma(**options: Any) -> PreTrainedModel:
     return transformers.GemmaForCausalLM(
         transformers.GemmaConfig(**TEXT | {"head_dim": 16} | options)
     )
+
+
+def gemma2(**options: Any) -> PreTrainedModel:
+    sizes = TEXT | {"head_dim": 16} | WINDOWS | SOFTCAPS
+    return transformers.Gemma2ForCausalLM(transformers.Gemma2Config(**sizes | options))
+
+
+def gemma3(**options: Any) -> PreTrainedModel:
+    sizes = TEXT | {"head_dim": 16} | WINDOWS
+    layers = {"layer_types": ["sliding_attention", "full_attention"]}
+    return transformers.Gemma3ForCausalLM(transformers.Gemma3TextConfig(**sizes | layers | options))
 
 
 def siglip(**options: Any) -> PreTrainedModel:
@@ -117,6 +132,27 @@ CASES: dict[str, Callable[[], PreTrainedModel]] = {
     "gemma": gemma,
     "gemma, as many key heads": lambda: gemma(**WIDE, head_dim=64),
     "gemma, odd sizes": lambda: gemma(**ODD | {"head_dim": 256}),
+    "gemma2": gemma2,
+    "gemma2, no softcaps, biases": lambda: gemma2(
+        **WIDE,
+        layer_types=MIXED_LAYERS,
+        attn_logit_softcapping=None,
+        final_logit_softcapping=None,
+        attention_bias=True,
+        tie_word_embeddings=False,
+    ),
+    "gemma2, one wide window": lambda: gemma2(
+        **ODD | {"num_hidden_layers": 2, "head_dim": 256, "sliding_window": 20}
+    ),
+    "gemma3": gemma3,
+    "gemma3, scaled, softcap": lambda: gemma3(
+        **WIDE,
+        layer_types=MIXED_LAYERS,
+        rope_theta=5000.0,
+        rope_local_base_freq=300.0,
+        rope_scaling={"rope_type": "linear", "factor": 8.0},
+        final_logit_softcapping=2.0,
+    ),
     "siglip_vision_model": siglip,
     "siglip_vision_model, headless": lambda: siglip(**SMALL, vision_use_head=False),
     "siglip_vision_model, partial patches": lambda: siglip(**PARTIAL),
@@ -148,6 +184,12 @@ CASES: dict[str, Callable[[], PreTrainedModel]] = {
         WIDE | {"head_dim": 64}, PARTIAL, image_token_index=200
     ),
     "paligemma, odd sizes": lambda: paligemma(ODD | {"head_dim": 256}, SMALL),
+    "paligemma, gemma2": lambda: paligemma({"model_type": "gemma2"} | WINDOWS | SOFTCAPS),
+    "paligemma, gemma2, partial patches": lambda: paligemma(
+        {"model_type": "gemma2", "head_dim": 64} | WIDE | WINDOWS | {"layer_types": MIXED_LAYERS},
+        PARTIAL,
+        image_token_index=200,
+    ),
 }
 TEXTS = [name for name in CASES if name.startswith(("llama", "gemma"))]
 PICTURES = [name for name in CASES if name.startswith(("llava", "paligemma"))]
@@ -155,9 +197,12 @@ TALKING = TEXTS + PICTURES
 ONE_EACH = [
     "llama",
     "gemma",
+    "gemma2",
+    "gemma3",
     "llava, clip, -2",
     "llava, siglip, several",
     "paligemma, placeholder beyond the vocabulary",
+    "paligemma, gemma2",
 ]
 
 

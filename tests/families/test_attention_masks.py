@@ -61,21 +61,31 @@ def masks(heads: int, length: int) -> dict[str, torch.Tensor]:
     }
 
 
+def is_eager(model) -> bool:
+    """Whether stock adds every mask to the scores (Gemma 2): True as a 1, too."""
+    return model.config.get_text_config(decoder=True)._attn_implementation == "eager"
+
+
+def for_stock(model, mask: torch.Tensor) -> torch.Tensor:
+    if mask.dtype != torch.bool:
+        return mask.float()  # torch takes no half beside float32
+    return torch.zeros(mask.shape).masked_fill(~mask, LEAST) if is_eager(model) else mask
+
+
 @pytest.mark.parametrize("case", [*ONE_EACH, LLAMA_VISION])
 def test_loss_and_gradients_equal_transformers(case):
     both, batch = both_and_batch(case)
+    eager = is_eager(both.theirs)
+    if eager:  # the average of all keys, where a query sees none: two queries of the second row
+        batch["labels"][1, :3] = -100
     heads = both.ours.spec.text.num_attention_heads
     named = masks(heads, batch["input_ids"].shape[1])
     with torch.no_grad():
         for name, mask in named.items():
-            stock = (
-                mask if mask.dtype == torch.bool else mask.float()
-            )  # torch takes no half beside float32
-            got, expected = (
-                both.ours(**batch, attention_mask=mask),
-                both.theirs(**batch, attention_mask=stock),
-            )
-            close(got.logits, expected.logits)
+            got = both.ours(**batch, attention_mask=mask)
+            expected = both.theirs(**batch, attention_mask=for_stock(both.theirs, mask))
+            known = slice(2 if eager and name == "causal and padding" else 0, None)
+            close(got.logits[:, known], expected.logits[:, known])
             torch.testing.assert_close(got.loss, expected.loss, rtol=1e-4, atol=0, msg=name)
     batch["attention_mask"] = named["numbers of each head"]
     (loss, mine), (expected, theirs) = (
@@ -99,6 +109,7 @@ def test_with_a_cache(case):
     mask = masks(1, length + 3)["causal and padding"]
 
     def step(model, cache, start: int, end: int, keys: int):
+        stock = for_stock(both.theirs, mask) if model is both.theirs else mask
         more = {} if start else dict(batch)
         if crossed is not None:
             more["cross_attention_mask"] = crossed[:, start:end]
@@ -106,7 +117,7 @@ def test_with_a_cache(case):
             more["token_type_ids"] = types
         return model(
             input_ids=ids[:, start:end],
-            attention_mask=mask[:, :, start:end, :keys],
+            attention_mask=stock[:, :, start:end, :keys],
             past_key_values=cache,
             **more,
         ).logits
@@ -125,18 +136,14 @@ def test_with_a_cache(case):
 
     first = length - 3
     with torch.no_grad():
-        expected = parts(both.theirs, lambda: DynamicCache(config=both.theirs.config), first)
-        close(parts(both.ours, DynamicCache, first), expected)
-        close(
-            parts(
-                both.ours,
-                lambda: StaticCache(
-                    config=both.ours.config.get_text_config(decoder=True), max_cache_len=length + 3
-                ),
-                first,
-            ),
-            expected,
-        )
+        # Made of a Gemma's config it would forget keys, which stock cannot beside such a mask.
+        config = both.theirs.config if case == LLAMA_VISION else None
+        expected = parts(both.theirs, lambda: DynamicCache(config=config), first)
+        known = slice(2 if is_eager(both.theirs) else 0, None)
+        close(parts(both.ours, DynamicCache, first)[:, known], expected[:, known])
+        text = both.ours.config.get_text_config(decoder=True)
+        static = parts(both.ours, lambda: StaticCache(text, max_cache_len=length + 3), first)
+        close(static[:, known], expected[:, known])
 
 
 def test_attentions_are_those_of_the_mask():

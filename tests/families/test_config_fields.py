@@ -26,6 +26,10 @@ ROPES = [
         "original_max_position_embeddings": 64,
     },
     {"rope_type": "default", "rope_theta": 300.0, "partial_rotary_factor": 0.5},
+    {
+        "full_attention": {"rope_type": "llama3", "rope_theta": 300.0} | cases.LLAMA3,
+        "sliding_attention": {"rope_type": "linear", "rope_theta": 20.0, "factor": 2.0},
+    },
 ]
 # Of every part of a config. What is no dataclass field here is an attribute that stock code asks
 # for all the same.
@@ -86,7 +90,10 @@ VALUES = {
     "sliding_window": [2],
     "attention_chunk_size": [2],
     "layer_types": [["sliding_attention"] * 2],
-    "final_logit_softcapping": [2.0],
+    "final_logit_softcapping": [1.0, None],
+    "attn_logit_softcapping": [1.0, None],
+    "query_pre_attn_scalar": [3],
+    "hidden_activation": ["gelu", "relu", "silu"],
     "is_causal": [False, True],
 }
 DECODERS = (
@@ -94,6 +101,7 @@ DECODERS = (
     "attention_chunk_size",
     "layer_types",
     "final_logit_softcapping",
+    "attn_logit_softcapping",
     "is_causal",
 )
 
@@ -101,7 +109,7 @@ DECODERS = (
 def fields(config: transformers.PretrainedConfig, decoder: bool) -> list[str]:
     parts = ("vision_config", "text_config", "dtype")  # the dtype is the weights', of all parts
     names = [field.name for field in dataclasses.fields(config) if field.name not in parts]
-    return names + (list(DECODERS) if decoder else ["is_causal"])
+    return list(dict.fromkeys([*names, *(DECODERS if decoder else ["is_causal"])]))
 
 
 def base(family: str):
@@ -156,17 +164,18 @@ PARTS = [
     for family in (LLAVA, PALIGEMMA, "mllama")
     for part in ("", "text_config", "vision_config")
 ]
-PARTS += [(SIGLIP_LLAVA, "")]
+PARTS += [(SIGLIP_LLAVA, ""), ("paligemma, gemma2", "text_config")]
+TEXTS = ("llama", "gemma", "gemma2", "gemma3")
 
 
 @pytest.mark.parametrize(
-    ("family", "part"), [("llama", ""), ("gemma", ""), ("siglip_vision_model", ""), *PARTS]
+    ("family", "part"), [*((text, "") for text in TEXTS), ("siglip_vision_model", ""), *PARTS]
 )
 def test_every_field_is_honored_or_refused(family, part):
     stock = base(family)
     own = getattr(stock.config, part) if part else stock.config
     wrong = []
-    for name in fields(own, decoder=part == "text_config" or family in ("llama", "gemma")):
+    for name in fields(own, decoder=part == "text_config" or family in TEXTS):
         for value in VALUES[name]:
             config = copy.deepcopy(stock.config)
             setattr(getattr(config, part) if part else config, name, value)
@@ -238,7 +247,7 @@ def test_llava_reads_the_layer_that_its_config_says_after_loading():
         pair.ours(**given)
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma", LLAVA])
+@pytest.mark.parametrize("family", ["llama", "gemma", "gemma3", LLAVA])
 def test_fewer_layers_set_after_loading(family):
     """As transformers' Llama and Gemma run the first layers alone."""
     (ours, theirs), given = fresh(family), test_arguments.pair_and_inputs(family)[1]
@@ -258,6 +267,7 @@ def test_fewer_layers_set_after_loading(family):
         ("llama", "", "rms_norm_eps", 0.1),
         ("llama", "", "num_hidden_layers", 9),
         ("gemma", "", "rope_parameters", {"rope_type": "default", "rope_theta": 7.0}),
+        ("gemma2", "", "sliding_window", 9),
         (LLAVA, "text_config", "attention_bias", True),
         (LLAVA, "vision_config", "hidden_act", "relu"),
         (LLAVA, "", "projector_hidden_act", "relu"),

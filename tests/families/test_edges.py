@@ -23,7 +23,7 @@ from families.cases import (
     pictures,
 )
 from mllama import MllamaForConditionalGeneration, SiglipModel
-from mllama.families.compose import compose
+from mllama.hf.config_objects import compose
 
 
 @pytest.mark.parametrize("case", ONE_EACH)
@@ -136,11 +136,12 @@ def test_token_types_mean_nothing_to_other_families():
 @pytest.mark.parametrize("case", [*ONE_EACH, "siglip_vision_model"])
 def test_a_config_shared_with_a_stock_model_stays_as_it_was(case):
     theirs = make(case).theirs
-    theirs.set_attn_implementation("sdpa")
+    kind = "flex_attention" if "gemma2" in case else "sdpa"  # one that stock has
+    theirs.set_attn_implementation(kind)
     before = copy.deepcopy(theirs.config)
     ours = type(pair(case).ours)(theirs.config)
     assert (
-        theirs.config.to_dict() == before.to_dict() and theirs.config._attn_implementation == "sdpa"
+        theirs.config.to_dict() == before.to_dict() and theirs.config._attn_implementation == kind
     )
     assert ours.config._attn_implementation == "eager" and type(ours.config) is type(before)
 
@@ -163,6 +164,14 @@ HOSTILE = [
     ("llama", None, "eos_token_id", (2**70,)),
     ("gemma", None, "use_bidirectional_attention", (True,)),
     ("gemma", None, "hidden_size", (0, True, 2**40)),
+    ("gemma2", None, "use_bidirectional_attention", (True,)),
+    ("gemma2", None, "sliding_window", (0, -1, True, None)),
+    ("gemma2", None, "layer_types", (["full_attention", "chunked_attention"],)),
+    ("gemma2", None, "query_pre_attn_scalar", (0, -3)),
+    ("gemma2", None, "attn_logit_softcapping", (0.0, -1.0, float("inf"))),
+    ("gemma2", None, "final_logit_softcapping", (0.0, -1.0)),
+    ("gemma3", None, "attn_logit_softcapping", (5.0,)),
+    ("gemma3", None, "use_bidirectional_attention", (True,)),
     ("siglip_vision_model", None, "image_size", (0, 7, True, -16, 2**31 - 1)),
     ("siglip_vision_model", None, "patch_size", (0, 17, True)),
     ("siglip_vision_model", None, "num_channels", (0, True)),
@@ -259,6 +268,7 @@ def test_rotary_types_that_are_not_supported_are_named(kind, folders):
     [
         (TypeError, "config must be a config object", {"model_type": "llama"}),
         (ValueError, "model_type must be one of", transformers.MistralConfig()),
+        (ValueError, "'gemma3'", transformers.Gemma3Config()),
         (
             ValueError,
             "text_config.*'mistral'",
@@ -266,8 +276,8 @@ def test_rotary_types_that_are_not_supported_are_named(kind, folders):
         ),
         (
             ValueError,
-            "model_type.*'gemma2'",
-            transformers.PaliGemmaConfig(text_config={"model_type": "gemma2"}),
+            "model_type.*'gemma3_text'",
+            transformers.PaliGemmaConfig(text_config={"model_type": "gemma3_text"}),
         ),
         (
             ValueError,

@@ -1,4 +1,4 @@
-"""MllamaConfig: both spellings of every name, checks of every size, and round trips."""
+"""MllamaConfig: checks of every size, spellings of the rotary frequencies, and round trips."""
 
 import copy
 import json
@@ -12,78 +12,19 @@ from mllama import MllamaConfig
 from mllama.hf.configs import MllamaTextConfig, MllamaVisionConfig
 
 LLAMA3 = {
+    "rope_type": "llama3",
     "factor": 32.0,
     "low_freq_factor": 1.0,
     "high_freq_factor": 4.0,
-    "original_context_length": 8192,
-}
-SHORT_TEXT = {
-    "vocab_size": 100,
-    "emb_dim": 128,
-    "n_heads": 8,
-    "n_layers": 3,
-    "hidden_dim": 256,
-    "n_kv_groups": 4,
-    "context_length": 512,
-    "rope_base": 500000.0,
-    "rope_freq": LLAMA3,
-}
-LONG_TEXT = {
-    "vocab_size": 100,
-    "hidden_size": 128,
-    "num_attention_heads": 8,
-    "num_hidden_layers": 3,
-    "intermediate_size": 256,
-    "num_key_value_heads": 4,
-    "max_position_embeddings": 512,
-    "rope_theta": 500000.0,
-    "rope_scaling": {
-        "rope_type": "llama3",
-        "factor": 32.0,
-        "low_freq_factor": 1.0,
-        "high_freq_factor": 4.0,
-        "original_max_position_embeddings": 8192,
-    },
+    "original_max_position_embeddings": 8192,
 }
 
 
-def test_short_names_mean_the_same_as_long_ones():
-    assert MllamaTextConfig(**SHORT_TEXT).to_dict() == MllamaTextConfig(**LONG_TEXT).to_dict()
-
-
-def test_both_spellings_can_be_read_and_set():
-    text = MllamaTextConfig(**LONG_TEXT)
-    for name, value in SHORT_TEXT.items():
-        assert getattr(text, name) == value, name
-    text.n_layers = 7
-    assert text.num_hidden_layers == 7
-    vision = MllamaVisionConfig(emb_dim=64, hidden_dim=96, n_heads=4, n_layers=2)
-    assert (
-        vision.hidden_size,
-        vision.intermediate_size,
-        vision.num_attention_heads,
-        vision.num_hidden_layers,
-    ) == (64, 96, 4, 2)
-    assert vision.n_heads == 4
-
-
-@pytest.mark.parametrize("start", [{}, {"rope_freq": LLAMA3}])
-def test_rope_can_be_set_by_its_short_names(start):
-    text = MllamaTextConfig(**start)
-    text.rope_base, text.rope_freq = 500000.0, LLAMA3 | {"factor": 8.0}
-    assert (
-        text.rope_parameters
-        == MllamaTextConfig(rope_base=500000.0, rope_freq=LLAMA3 | {"factor": 8.0}).rope_parameters
-    )
-    text.rope_freq = None
-    assert (
-        text.rope_freq is None
-        and text.rope_parameters == MllamaTextConfig(rope_base=500000.0).rope_parameters
-    )
-    with pytest.raises(ValueError, match="rope_base"):
-        text.rope_base = -1
-    with pytest.raises(ValueError, match="low_freq_factor"):
-        text.rope_freq = {"factor": 2.0}
+@pytest.mark.parametrize("kind", [MllamaTextConfig, MllamaVisionConfig])
+@pytest.mark.parametrize("name", ["emb_dim", "hidden_dim", "n_heads", "n_layers"])
+def test_names_of_older_scripts_are_refused(kind, name):
+    with pytest.raises(ValueError, match=name):
+        kind(**{name: 8})
 
 
 def test_a_config_is_not_changed_by_the_model_it_is_given_to():
@@ -100,26 +41,14 @@ def test_a_config_is_not_changed_by_the_model_it_is_given_to():
     assert second.tie_word_embeddings and not first.tie_word_embeddings
 
 
-def test_head_size_follows_the_short_names():
-    """attribute_map alone would derive it from transformers' default number of heads."""
-    text = MllamaTextConfig(emb_dim=256, n_heads=4, vocab_size=10)
+def test_the_head_size_follows_the_sizes_given():
+    text = MllamaTextConfig(hidden_size=256, num_attention_heads=4, vocab_size=10)
     assert (text.head_dim, text.num_key_value_heads) == (64, 4)
 
 
-@pytest.mark.parametrize(("context", "positions"), [(4096, 2048), (1024, 2048)])
-def test_the_larger_context_holds(context, positions):
-    text = MllamaTextConfig(context_length=context, max_position_embeddings=positions)
-    assert text.max_position_embeddings == text.context_length == max(context, positions)
-
-
-def test_two_values_for_one_field_are_refused():
-    with pytest.raises(ValueError, match="n_heads.*num_attention_heads"):
-        MllamaTextConfig(n_heads=8, num_attention_heads=4)
-    assert MllamaTextConfig(emb_dim=256, n_heads=8, num_attention_heads=8).n_heads == 8
-    with pytest.raises(ValueError, match="given twice"):
-        MllamaTextConfig(rope_base=1e4, rope_theta=5e5)
-    with pytest.raises(ValueError, match="rope_freq and rope_scaling"):
-        MllamaTextConfig(rope_freq=LLAMA3, rope_scaling={"rope_type": "linear", "factor": 2.0})
+def test_two_bases_of_the_frequencies_are_refused():
+    with pytest.raises(ValueError, match="rope_theta"):
+        MllamaTextConfig(rope_theta=1e4, rope_parameters={"rope_theta": 5e5})
 
 
 def test_rope_is_read_from_every_spelling():
@@ -127,11 +56,15 @@ def test_rope_is_read_from_every_spelling():
     for given in (
         {"rope_parameters": new},
         {"rope_theta": 5e5, "rope_scaling": {"type": "linear", "factor": 2.0}},
-        {"rope_base": 5e5, "rope_scaling": {"rope_type": "linear", "factor": 2.0}},
+        {"rope_theta": 5e5, "rope_scaling": {"rope_type": "linear", "factor": 2.0}},
     ):
         assert MllamaTextConfig(**given).rope_parameters == new
     assert MllamaTextConfig().rope_parameters == {"rope_theta": 10000.0, "rope_type": "default"}
-    assert MllamaTextConfig().rope_freq is None
+    scaled = MllamaTextConfig(rope_scaling=LLAMA3 | {"original_max_position_embeddings": None})
+    assert scaled.rope_parameters == LLAMA3 | {
+        "rope_theta": 10000.0,
+        "original_max_position_embeddings": scaled.max_position_embeddings,
+    }
 
 
 @pytest.mark.parametrize(
@@ -144,24 +77,11 @@ def test_rope_is_read_from_every_spelling():
         "num_attention_heads",
         "num_key_value_heads",
     ]
-    + [
-        "max_position_embeddings",
-        "head_dim",
-        "emb_dim",
-        "n_heads",
-        "n_kv_groups",
-        "context_length",
-    ],
+    + ["max_position_embeddings", "head_dim"],
 )
 @pytest.mark.parametrize("value", [0, -1, 2.5, "8", True])
 def test_bad_text_sizes_are_refused_by_name(name, value):
-    known = {
-        "emb_dim": "hidden_size",
-        "n_heads": "num_attention_heads",
-        "n_kv_groups": "num_key_value_heads",
-    }
-    known["context_length"] = "max_position_embeddings"
-    with pytest.raises(ValueError, match=known.get(name, name)):
+    with pytest.raises(ValueError, match=name):
         MllamaTextConfig(**{name: value})
 
 
@@ -197,11 +117,16 @@ def test_bad_vision_sizes_are_refused_by_name(name, value):
         ({"hidden_size": 34, "num_attention_heads": 2}, "even .*head_dim.*17"),
         ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "rope_type"),
         ({"rope_scaling": {"rope_type": "llama3", "factor": 2.0}}, "low_freq_factor"),
-        ({"rope_freq": 3}, "rope_freq"),
-        ({"rope_base": -1.0}, "rope_theta"),
+        ({"rope_scaling": 3}, "rope_scaling"),
+        ({"rope_theta": -1.0}, "rope_theta"),
+        ({"rope_parameters": {"full_attention": {"rope_theta": 1e4}}}, "full_attention"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
+        ({"sliding_window": 4}, "sliding_window"),
+        ({"layer_types": ["sliding_attention"]}, "layer_types"),
+        ({"attention_bias": 1}, "attention_bias"),
         ({"rope_theta": float("inf")}, "rope_theta"),
         ({"rope_theta": 10**400}, "rope_theta"),
-        ({"rope_freq": LLAMA3 | {"low_freq_factor": 4.0}}, "high_freq_factor"),
+        ({"rope_scaling": LLAMA3 | {"low_freq_factor": 4.0}}, "high_freq_factor"),
         ({"vocab_size": 2**40}, "vocab_size"),
         ({"num_labels": 10**12}, "num_labels"),
         ({"to_dict": 3}, "to_dict"),
@@ -244,7 +169,7 @@ def test_a_sub_config_of_another_kind_is_a_type_error():
 def test_dicts_and_objects_give_the_same_config():
     objects = MllamaConfig(SiglipVisionConfig(**twins.VISION), LlamaConfig(**twins.TEXT))
     assert objects.to_dict() == MllamaConfig(twins.VISION, twins.TEXT).to_dict()
-    assert objects.text_config.n_heads == 4
+    assert objects.text_config.num_attention_heads == 4
 
 
 def test_the_number_of_image_tokens_is_set():
@@ -268,7 +193,10 @@ def test_top_level_sizes_fill_what_the_text_config_does_not_say():
     ) == (77, 128, 3, 128)
     assert MllamaConfig(text_config=twins.TEXT, vocab_size=77).vocab_size == twins.VOCABULARY
     assert (
-        MllamaConfig(text_config={"emb_dim": 64, "n_heads": 4}, hidden_size=128).hidden_size == 64
+        MllamaConfig(
+            text_config={"hidden_size": 64, "num_attention_heads": 4}, hidden_size=128
+        ).hidden_size
+        == 64
     )
 
 
@@ -286,7 +214,7 @@ def test_what_was_explicit_is_remembered(options, tmp_path):
 
 def test_round_trips_change_nothing(tmp_path):
     config = twins.config(
-        text={"rope_freq": LLAMA3, "tie_word_embeddings": True},
+        text={"rope_scaling": LLAMA3, "tie_word_embeddings": True},
         ignore_index=-1,
         projection_dim=40,
         vision_feature="last",

@@ -150,7 +150,7 @@ def test_a_saved_model_is_asked(make_tokenizer, picture_file, fusion, placeholde
 
 def test_the_text_may_come_from_a_gguf_file(make_tokenizer, tmp_path):
     pytest.importorskip("gguf", reason="the optional library of GGUF files")
-    from mllama.checkpoints.gguf.writer import save_gguf
+    from mllama.hf.gguf import save_gguf
 
     tokenizer = make_tokenizer()
     save_gguf(text(vocab_size=len(tokenizer)), tokenizer, tmp_path / "text.gguf")

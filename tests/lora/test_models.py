@@ -220,7 +220,7 @@ def test_transformers_trainer_trains_the_adapters(tmp_path):
 
 def test_other_formats_refuse_a_converted_model(tmp_path):
     pytest.importorskip("gguf")
-    from mllama.checkpoints.gguf.writer import save_gguf
+    from mllama.hf.gguf import save_gguf
 
     with pytest.raises(ValueError, match=r"mllama.merge_and_unload\(model\)"):
         save_gguf(adapted("language_model"), mllama.load()[1].tokenizer, tmp_path / "model.gguf")

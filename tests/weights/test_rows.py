@@ -13,7 +13,7 @@ from mllama.weights.rows import (
     Shift,
     Split,
     file_names,
-    plan,
+    plan_moves,
     to_file,
 )
 
@@ -23,7 +23,7 @@ def random(*shape: int, seed: int = 0) -> torch.Tensor:
 
 
 def read(table, given: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    moves, unknown, twice = plan(table, given)
+    moves, unknown, twice = plan_moves(table, given)
     assert not unknown and not twice
     ours = {}
     for move in moves:
@@ -116,21 +116,21 @@ def test_the_first_row_that_knows_a_name_decides():
     assert read(
         table, {"x.head.w": torch.zeros(1), "x.wq": torch.ones(1), "x.k": torch.zeros(1)}
     ).keys() == {"a.q", "a.k"}
-    assert plan(table, ["y"])[1] == ["y"]
+    assert plan_moves(table, ["y"])[1] == ["y"]
 
 
 def test_further_spellings_are_read_and_not_written():
     row = Rename("a.*", "x.*", also=("y.*", "z.y.*"))
     for spelling in ("x.w", "y.w", "z.y.w"):
-        assert plan([row], [spelling])[0][0].ours == ["a.w"]
+        assert plan_moves([row], [spelling])[0][0].ours == ["a.w"]
     assert file_names([row], "a.w") == ["x.w"]
-    assert plan([row], ["x.w", "y.w"])[2] == ["x.w and y.w"]
+    assert plan_moves([row], ["x.w", "y.w"])[2] == ["x.w and y.w"]
     fused = Split(["q", "k"], "x.qk", also=("y.qk",))
-    assert plan([fused], ["y.qk"])[0][0].ours == ["q", "k"]
+    assert plan_moves([fused], ["y.qk"])[0][0].ours == ["q", "k"]
 
 
 def test_what_only_part_of_a_file_has_is_told_by_name():
-    (move,), _, _ = plan([Concat("a.{}", ["x.{}.q", "x.{}.k"])], ["x.4.k"])
+    (move,), _, _ = plan_moves([Concat("a.{}", ["x.{}.q", "x.{}.k"])], ["x.4.k"])
     assert (
         move.theirs == [None, "x.4.k"]
         and move.written == ["x.4.q", "x.4.k"]
@@ -147,11 +147,11 @@ def test_what_only_part_of_a_file_has_is_told_by_name():
     ["x..wq", "x.-1.wq", "x.01.wq", "x.1.0.wq", "x.٣.wq", "x.999999.wq", "x.0.wq\n", "x.0.wq.more"],
 )
 def test_odd_numbers_are_no_layers(name):
-    assert plan([Rename("a.{}.q", "x.{}.wq")], [name])[1] == [name]
+    assert plan_moves([Rename("a.{}.q", "x.{}.wq")], [name])[1] == [name]
 
 
 def test_a_layer_outside_the_index_is_not_the_rows():
     row = Rename("a.{}.q", "x.{}.wq", index={0: 3})
-    assert plan([row], ["x.1.wq"])[1] == ["x.1.wq"]
+    assert plan_moves([row], ["x.1.wq"])[1] == ["x.1.wq"]
     with pytest.raises(ValueError, match="no place"):
         file_names([row], "a.0.q")

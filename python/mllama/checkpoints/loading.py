@@ -9,7 +9,7 @@ import torch
 
 from mllama.checkpoints.files import listing
 from mllama.checkpoints.sources import Header, Source
-from mllama.weights.rows import Move, Table, file_names, plan
+from mllama.weights.rows import Move, WeightMap, file_names, plan_moves
 
 # What tensors are loaded as: the operators take no float64.
 _LOADED_AS = {
@@ -67,7 +67,7 @@ class Report:
 def match(
     wanted: dict[str, torch.Tensor],
     headers: dict[str, Header],
-    table: Table,
+    weight_map: WeightMap,
     tied: dict[str, str] | None = None,
 ) -> Report:
     """What of a file goes where, from its headers alone.
@@ -76,13 +76,13 @@ def match(
         wanted: the model's state dict, which may be on the meta device: names and shapes are the
             measure.
         headers: the file's tensors.
-        table: between the two.
+        weight_map: between the two.
         tied: the model's names of tensors that are another one's: {name: the other's name}. The
             file may leave out either.
     """
     tied = tied or {}
     report = Report()
-    moves, report.unexpected, report.twice = plan(table, headers)
+    moves, report.unexpected, report.twice = plan_moves(weight_map, headers)
     homes: dict[str, str] = {}
     elements = dict.fromkeys(_LOADED_AS.values(), 0)
     for move in moves:
@@ -114,7 +114,7 @@ def match(
     for name in report.lacking:
         if name not in homes and name not in tied:
             report.missing += [
-                written for written in file_names(table, name) if written not in report.missing
+                written for written in file_names(weight_map, name) if written not in report.missing
             ]
     report.unexpected.sort()
     report.dtype = max(elements, key=elements.get)
@@ -151,7 +151,7 @@ def _fault(move: Move, headers: dict[str, Header], wanted: dict[str, torch.Tenso
 def load_weights(
     model: torch.nn.Module,
     source: Source,
-    table: Table,
+    weight_map: WeightMap,
     dtype: torch.dtype | None = None,
     device_of: Callable[[str], torch.device | str] = lambda name: "cpu",
     tied: dict[str, str] | None = None,
@@ -163,7 +163,7 @@ def load_weights(
     Args:
         model: whose state dict's names and shapes are the measure.
         source: of the tensors.
-        table: between its names and the model's.
+        weight_map: between its names and the model's.
         dtype: of the loaded tensors; None is the one that most of the source's elements have.
         device_of: where the model's tensor of a name goes.
         tied: as `match`. A file that holds both must hold them equal.
@@ -177,7 +177,7 @@ def load_weights(
             comes twice: one error with every list; or tied ones differ.
     """
     tied = tied or {}
-    report = match(model.state_dict(), source.headers(), table, tied)
+    report = match(model.state_dict(), source.headers(), weight_map, tied)
     if strict:
         report.check(source.where)
     dtype = dtype or report.dtype
@@ -192,7 +192,7 @@ def load_weights(
                     value, given if source.mapped else [], device_of(name), dtype
                 )
             elif not torch.equal(other.cpu(), value.to(dtype)):
-                both = f"{move.theirs[0]} and {', '.join(file_names(table, tied[name]))}"
+                both = f"{move.theirs[0]} and {', '.join(file_names(weight_map, tied[name]))}"
                 said = f"{both} differ, but the config says they are one (tied)"
                 if strict:
                     raise ValueError(f"{source.where}: {said}")

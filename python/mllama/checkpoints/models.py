@@ -1,111 +1,56 @@
-"""Models from checkpoints and back: laid out on the meta device, filled one tensor at a time,
-written whole or not at all.
-"""
+"""Models from checkpoints: laid out on the meta device, filled one tensor at a time."""
 
 import os
-from collections.abc import Iterable, Mapping
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
-from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel, __version__
+from torch import nn
 
-from mllama.checkpoints.files import CONFIG, listing, save_weights, write_folder, write_json
-from mllama.checkpoints.loading import (
-    Report,
-    both_ways,
-    check_complete,
-    check_plain,
-    common_dtype,
-    load_weights,
-    match,
-)
-from mllama.checkpoints.opening import FORMATS, GENERATION, open_checkpoint
-from mllama.config.checks import check_names
-from mllama.config.files import harmless, set_fields
-from mllama.families import siglip_llama
-from mllama.hf.devices import Placement, dtype_named
-from mllama.nn.wrappers import plain_key
-from mllama.weights.format import Opened
-from mllama.weights.rows import Table, plan, to_file
+from mllama.checkpoints.loading import Report, load_weights, match
+from mllama.checkpoints.opened import Opened
+from mllama.checkpoints.opening import open_checkpoint
+from mllama.config.spec import ModelSpec
+from mllama.device import choose_device, dtype_named
 
+_Model = TypeVar("_Model", bound=nn.Module)
 _COUNTS = ("num_hidden_layers", "num_global_layers")
-# Of adapters that were saved there before: who reads the folder would take them for what it holds.
-ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
+_HEAD, _EMBEDDINGS = "lm_head.weight", "language_model.embed_tokens.weight"
 
 
-def load_model(
-    model_class: type[PreTrainedModel],
-    folder: str | os.PathLike,
-    config: PretrainedConfig | None = None,
+def load(
+    path: str | os.PathLike,
+    build: Callable[[ModelSpec], _Model],
     dtype: torch.dtype | str = "auto",
-    device: torch.device | str | int | dict = "cpu",
-    fields: dict[str, Any] | None = None,
-    **class_kwargs: Any,
-) -> PreTrainedModel:
+    device: torch.device | str = "cpu",
+) -> tuple[_Model, Opened]:
     """Build a model from a folder or file, in eval mode. It is laid out on the meta device first,
     so memory holds its weights once.
 
     Args:
-        model_class: what to build.
-        folder: what `open_checkpoint` takes. The headers of its files are read first: they bound
+        path: what `open_checkpoint` takes. The headers of its files are read first: they bound
             what is built.
-        config: takes the place of the folder's.
+        build: makes the module of a spec; its parameters have this package's names.
         dtype: "auto" is the files' own (the one most of their elements have); or float32, bfloat16,
             float16.
-        device: where the weights go: one device; or what accelerate spreads a model over: "auto",
-            "balanced", "balanced_low_0", "sequential", or {module: device}.
-        fields: of the config, that take the place of what it says.
-        class_kwargs: further arguments of the class's constructor.
+        device: where the weights go.
+
+    Returns:
+        The module, and what was opened, its files closed: config, spec, family, generation.
 
     Raises:
         FileNotFoundError: no such folder, no config.json, no weights.
         ValueError: an unknown model_type, a broken file, a config that cannot be, weights that do
             not fit (every name in one error), a dtype or device that is none.
-        TypeError: a config of another kind, or a field that it has not.
-        ImportError: the weights shall be spread over devices, and accelerate is not installed.
     """
-    with (opened := open_checkpoint(folder, config)).source:
-        set_fields(opened.config, fields or {})
-        return load_opened(model_class, opened, dtype, device, **class_kwargs)[0]
+    dtype, device = dtype_named(dtype), choose_device(device)
+    with (opened := open_checkpoint(path)).source:
+        model = lay_out(opened, build)
+        fill(model, opened, dtype, lambda name: device)
+    return model.eval(), opened
 
 
-def load_opened(
-    model_class: type[PreTrainedModel],
-    opened: Opened,
-    dtype: torch.dtype | str = "auto",
-    device: torch.device | str | int | dict = "cpu",
-    strict: bool = True,
-    **class_kwargs: Any,
-) -> tuple[PreTrainedModel, Report]:
-    """`load_model` of what is open already; says also what was loaded.
-
-    Args:
-        strict: False loads what fits; the rest of the model is left on the meta device.
-    """
-    dtype, placement = dtype_named(dtype), Placement(device)
-    where, config = opened.source.where, opened.config
-    config.name_or_path = where
-    model = lay_out(model_class, opened, **class_kwargs)
-    placement.settle(model, dtype)
-    tied = model.get_expanded_tied_weights_keys()
-    report = load_weights(model, opened.source, opened.table, dtype, placement.of, tied, strict)
-    if (
-        opened.changed()
-    ):  # shards are opened one after the other: some would be of one model, some of another
-        raise ValueError(
-            f"the weights in {where} were written anew while they were read: load them again"
-        )
-    model.tie_weights(recompute_mapping=False)
-    model.config.dtype = dtype or report.dtype
-    if opened.generation is not None and model.can_generate():
-        model.generation_config = _generation_config(where, opened.generation)
-    return placement.dispatch(model.eval()), report
-
-
-def lay_out(
-    model_class: type[PreTrainedModel], opened: Opened, **class_kwargs: Any
-) -> PreTrainedModel:
+def lay_out(opened: Opened, build: Callable[[ModelSpec], _Model]) -> _Model:
     """The model that opened files are of, on the meta device: names and shapes without values.
 
     Raises:
@@ -114,29 +59,64 @@ def lay_out(
     check_layers(opened)
     try:
         with torch.device("meta"):
-            return model_class(opened.config, **class_kwargs)
-    except (
-        RuntimeError,
-        OverflowError,
-    ) as error:  # of sizes that are each in range, whose product is not
+            return build(opened.spec)
+    except (RuntimeError, OverflowError) as error:
+        # Of sizes that are each in range, whose product is not.
         raise ValueError(
             f"{opened.source.where}: no model of these sizes can be laid out: {error}"
         ) from error
 
 
-def survey(model_class: type[PreTrainedModel], opened: Opened) -> tuple[PreTrainedModel, Report]:
+def survey(opened: Opened, build: Callable[[ModelSpec], _Model]) -> tuple[_Model, Report]:
     """`lay_out`, and what the files have for that model: from headers alone, no tensor is read.
 
     Raises:
         ValueError: as `lay_out`.
     """
-    model = lay_out(model_class, opened)
-    return model, match(
-        model.state_dict(),
-        opened.source.headers(),
-        opened.table,
-        model.get_expanded_tied_weights_keys(),
-    )
+    model = lay_out(opened, build)
+    headers = opened.source.headers()
+    return model, match(model.state_dict(), headers, opened.weight_map, tied_names(opened.spec))
+
+
+def fill(
+    model: nn.Module,
+    opened: Opened,
+    dtype: torch.dtype | None = None,
+    device_of: Callable[[str], torch.device | str] = lambda name: "cpu",
+    strict: bool = True,
+) -> Report:
+    """Put opened files' tensors into a model that was laid out.
+
+    Args:
+        dtype: None is the one that most of the files' elements have.
+        device_of: where the model's tensor of a name goes.
+        strict: False loads what fits; the rest of the model stays on the meta device.
+
+    Raises:
+        ValueError: as `load_weights`; files that were written to meanwhile.
+    """
+    tied = tied_names(opened.spec)
+    report = load_weights(model, opened.source, opened.weight_map, dtype, device_of, tied, strict)
+    # Shards are opened one after the other: some would be of one model, some of another.
+    if opened.changed():
+        raise ValueError(
+            f"the weights in {opened.source.where} were written anew while they were read: load "
+            "them again"
+        )
+    for name, other in tied.items():
+        if name not in report.lacking:
+            _tie(model, name, other)
+    return report
+
+
+def tied_names(spec: ModelSpec) -> dict[str, str]:
+    """Parameters that are another one: {name: the other's}."""
+    return {_HEAD: _EMBEDDINGS} if spec.text is not None and spec.text.tie_word_embeddings else {}
+
+
+def _tie(model: nn.Module, name: str, other: str) -> None:
+    owner, _, last = name.rpartition(".")
+    setattr(model.get_submodule(owner), last, model.get_parameter(other))
 
 
 def check_layers(opened: Opened) -> None:
@@ -145,173 +125,11 @@ def check_layers(opened: Opened) -> None:
     Raises:
         ValueError: more layers than tensors.
     """
-    where, config, tensors = opened.source.where, opened.config, len(opened.source.headers())
-    for part in (None, *config.sub_configs):
-        owner = config if part is None else getattr(config, part)
+    where, tensors = opened.source.where, len(opened.source.headers())
+    for part in ("text", "vision"):
+        spec: Any = getattr(opened.spec, part)
         for name in _COUNTS:
-            count = getattr(owner, name, 0)
-            if count > tensors:
+            if (count := getattr(spec, name, 0)) > tensors:
                 raise ValueError(
-                    f"{where}: {part or 'config'}: {name} is {count}, the weights hold {tensors} tensors in all"
+                    f"{where}: {part}_config: {name} is {count}, the weights hold {tensors} tensors in all"
                 )
-
-
-def _generation_config(where: str, content: dict[str, Any]) -> GenerationConfig:
-    content = harmless(content)
-    check_names(f"{where}: {GENERATION}", GenerationConfig, content)
-    try:
-        generation_config = GenerationConfig.from_dict(content)
-        generation_config.validate()
-        # As transformers marks what it has read: saved unchanged it is written as it came, though
-        # it may set what sampling alone takes.
-        generation_config._original_object_hash = hash(generation_config)
-    except (ValueError, TypeError, AttributeError, KeyError, OverflowError) as error:
-        raise ValueError(f"{where}: {GENERATION}: {error}") from error
-    return generation_config
-
-
-def save_model(
-    model: PreTrainedModel,
-    folder: str | os.PathLike,
-    state_dict: dict[str, torch.Tensor] | None = None,
-    max_shard_size: int | str = "5GB",
-) -> None:
-    """Write a model's config, generation config and weights, whole or not at all.
-
-    Args:
-        model: what to write.
-        folder: made if absent. Other files in it stay.
-        state_dict: takes the place of the model's own; it must have all of its names.
-        max_shard_size: bytes of one weight file, or text as "5GB"; more is written as shards and an
-            index.
-
-    Raises:
-        ValueError: the config says another model than this one: other shapes, or a tied head that
-            is none. `state_dict` lacks a tensor of the model or has one it does not know:
-            `load_model` would refuse the folder. A model with LoRA layers.
-    """
-    own = _plain(model.state_dict())
-    check_plain(own)
-    config = siglip_llama.written_as(model.config)
-    form = FORMATS[config.model_type]
-    tied = _plain(model.get_expanded_tied_weights_keys())
-    if state_dict is None:
-        state_dict = own
-    else:
-        check_complete(state_dict.keys(), own.keys() - tied.keys(), own.keys())
-    tensors = to_file(
-        form.table(config),
-        {name: tensor for name, tensor in state_dict.items() if name not in tied},
-    )
-    dtype = str(common_dtype(tensors, model.dtype)).removeprefix("torch.")
-    content = form.to_file(config) | {"transformers_version": __version__, "torch_dtype": dtype}
-    content.pop("dtype", None)
-    _check_readable(model, form.from_file(harmless(content)), state_dict)
-
-    def write(aside: Path) -> None:
-        write_json(aside / CONFIG, content)
-        if model.can_generate():
-            model.generation_config.save_pretrained(aside)
-        save_weights(aside, tensors, max_shard_size)
-
-    write_folder(Path(folder), write, replaced=ADAPTER_FILES)
-
-
-def own_names(config: PretrainedConfig, names: Iterable[str]) -> dict[str, str]:
-    """The model's names of tensors by those that files have, or transformers' classes in memory.
-    Names that no row knows are left out, and what is put together of several tensors."""
-    moves, _, _ = plan(FORMATS[config.model_type].table(config), names)
-    single = [move for move in moves if len(move.theirs) == len(move.ours) == 1]
-    return {
-        theirs: ours
-        for move in single
-        for theirs, ours in zip(move.theirs, move.ours, strict=True)
-        if theirs is not None
-    }
-
-
-def _check_readable(
-    model: PreTrainedModel, config: PretrainedConfig, state_dict: dict[str, torch.Tensor]
-) -> None:
-    """Refuse to write a folder that would be read as another model.
-
-    Args:
-        model: what is written.
-        config: as it will be read.
-        state_dict: what is written, by the model's names.
-
-    Raises:
-        ValueError: names every tensor of another shape, and one that the config ties and that has
-            values of its own.
-    """
-    kind = next(
-        kind for kind in type(model).__mro__ if kind.__module__.partition(".")[0] == "mllama"
-    )
-    with torch.device("meta"):
-        reader = kind(config)
-    tied = reader.get_expanded_tied_weights_keys()
-    read = {name: tensor.shape for name, tensor in reader.state_dict().items()}
-    given = {name: tensor.shape for name, tensor in state_dict.items() if name not in tied}
-    unlike = [
-        f"{name}: {list(given[name]) if name in given else 'nothing'} for {list(read[name]) if name in read else 'nothing'}"
-        for name in sorted(given.keys() | (read.keys() - tied.keys()))
-        if given.get(name) != read.get(name)
-    ]
-    if unlike:
-        raise ValueError(
-            f"the config does not say this model, and the folder could not be read: {listing(unlike)}"
-        )
-    for name, other in tied.items():
-        if name in state_dict and not _same(state_dict[name], state_dict[other]):
-            raise ValueError(
-                f"tie_word_embeddings is True, but {name} has values of its own, which would be lost: set it to False, or tie_weights()"
-            )
-
-
-def _same(tensor: torch.Tensor, other: torch.Tensor) -> bool:
-    if tensor is other or tensor.is_meta or other.is_meta:
-        return True
-    return tensor.shape == other.shape and bool((tensor == other.to(tensor.device)).all())
-
-
-def _plain(named: dict[str, Any]) -> dict[str, Any]:
-    """Without the parts of names that wrappers of layers made."""
-    return {plain_key(name): value for name, value in named.items()}
-
-
-def translate_state_dict(
-    model: PreTrainedModel, state_dict: Mapping[str, torch.Tensor], older: Table = ()
-) -> dict[str, torch.Tensor]:
-    """A state dict with the files' names brought to the model's, tied tensors in both their places.
-
-    A name that neither knows stays, for `load_state_dict` to report. Wrappers of layers have no
-    part in the names.
-
-    Args:
-        model: whose names are wanted.
-        state_dict: under either's.
-        older: rows that come before those of the model's format.
-    """
-    own, table = (
-        _plain(model.state_dict()).keys(),
-        (*older, *FORMATS[model.config.model_type].table(model.config)),
-    )
-    moves, unknown, _ = plan(table, [name for name in state_dict if name not in own])
-    translated = {
-        name: tensor for name, tensor in state_dict.items() if name in own or name in unknown
-    }
-    for move in moves:
-        given = {name: state_dict[name] for name in move.theirs if name is not None}
-        whole = len(given) == len(move.theirs)
-        translated |= (
-            zip(move.ours, move.row.read(list(given.values())), strict=True) if whole else given
-        )
-    tied = both_ways(
-        {
-            name: plain_key(other)
-            for name, other in _plain(model.get_expanded_tied_weights_keys()).items()
-        }
-    )
-    return {
-        name: translated[other] for name, other in tied.items() if other in translated
-    } | translated

@@ -47,7 +47,7 @@ def check_reference(arguments: argparse.Namespace) -> None:
     """
     if arguments.reference == "meta":
         with (opened := open_checkpoint(find_model(arguments.model))).source:
-            refuse_meta(opened.config.model_type)
+            refuse_meta(opened.family.name)
 
 
 def refuse_meta(family: str) -> None:

@@ -8,14 +8,13 @@ from pathlib import Path
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.processing_utils import ProcessorMixin
 
-from mllama.api import model_class
 from mllama.checkpoints import open_checkpoint
 from mllama.checkpoints.files import write_folder
 from mllama.checkpoints.hub import find_folder
-from mllama.checkpoints.models import load_opened
 from mllama.cli._parser import DTYPES, GGUF_DTYPES
 from mllama.device import dtype_name
-from mllama.families.siglip_llama import written_as
+from mllama.families import written_as
+from mllama.hf.checkpoints import load_opened, model_class
 from mllama.processing.auto import load_processor
 from mllama.processing.folders import PROCESSOR_FILES
 
@@ -35,10 +34,10 @@ def run(arguments: argparse.Namespace) -> None:
     _check_free(target, to_gguf, arguments.force)
     source = find_folder(arguments.source)
     with (opened := open_checkpoint(source)).source:
-        kind = written_as(opened.config).model_type
+        kind = written_as(opened.config)["model_type"]
         if arguments.to == "llava" and kind != "llava":
             raise ValueError(f"{source} holds a {kind}, which cannot be written as LLaVA. {_LLAVA}")
-        model, _ = load_opened(model_class(opened.config), opened, "auto" if to_gguf else dtype)
+        model, _ = load_opened(model_class(opened.spec), opened, "auto" if to_gguf else dtype)
     processor = _processor(source, required=to_gguf)
     if to_gguf:
         _write_gguf(model, processor, target, dtype)
@@ -81,9 +80,8 @@ def _write_folder(model: PreTrainedModel, processor, target: Path) -> None:
 
 
 def _write_gguf(model: PreTrainedModel, processor, target: Path, dtype: str) -> None:
-    from mllama.checkpoints.gguf.writer import (
-        save_gguf,
-    )  # here, since its library is an optional dependency
+    # Here, since its library is an optional dependency.
+    from mllama.hf.gguf import save_gguf
 
     tokenizer = processor.tokenizer if isinstance(processor, ProcessorMixin) else processor
     if not isinstance(tokenizer, PreTrainedTokenizerBase):

@@ -13,14 +13,12 @@ from mllama.api import (
     check_room,
     check_system,
     find_model,
-    model_class,
     processor_of,
     resolve_dtype,
     say_loaded,
     tokenizer_of,
 )
 from mllama.checkpoints import open_checkpoint
-from mllama.checkpoints.models import survey
 from mllama.cli._answering import (
     check_reference,
     facts,
@@ -32,6 +30,7 @@ from mllama.cli._answering import (
 )
 from mllama.cli._parser import SIZES
 from mllama.device import choose_device
+from mllama.hf.checkpoints import survey_opened
 from mllama.hf.stock import load_stock
 from mllama.processing.auto import encode_messages
 
@@ -74,7 +73,7 @@ def _load_stock(arguments: argparse.Namespace):
         )
     folder, device = find_model(arguments.model), choose_device(arguments.device)
     with (opened := open_checkpoint(folder)).source:
-        model, report = survey(model_class(opened.config), opened)
+        model, report = survey_opened(opened)
         check_answers(model)
         report.check(opened.source.where)  # transformers would make up what is missing
         dtype = resolve_dtype(opened, arguments.dtype, device)

@@ -8,16 +8,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
-from mllama.api import find_model, model_class
+from mllama.api import find_model
 from mllama.checkpoints import open_checkpoint
 from mllama.checkpoints.loading import Report
-from mllama.checkpoints.models import survey
 from mllama.checkpoints.opening import config_alone
 from mllama.config.spec import ModelSpec
-from mllama.device import dtype_name
+from mllama.device import dtype_name, dtype_named
+from mllama.families import compose
+from mllama.hf.checkpoints import model_class, survey_opened
+from mllama.hf.config_objects import config_object
 from mllama.model.memory import Work, count_parameters, memory_needed, picture_tokens, spec_of
+from mllama.weights.family import Config
 
 _CONTEXT = 4096  # of models that take more
 _MOST_LAYERS = 1000  # the largest released models have some 130
@@ -58,7 +61,7 @@ def collect(
     else:
         with (opened := open_checkpoint(path)).source:
             config = opened.config
-            model, report = survey(model_class(config), opened)
+            model, report = survey_opened(opened)
             headers = opened.source.headers()
     spec, parameters = spec_of(model), count_parameters(model)
     elements: dict[str, int] = {}
@@ -70,7 +73,7 @@ def collect(
     memory = memory_needed(model, work)
     return {
         "folder": str(path),
-        "family": config.model_type,
+        "family": config["model_type"],
         "made of": _made_of(spec),
         "sizes": _sizes(spec, work.tiles),
         "read as": elements,
@@ -90,19 +93,25 @@ def collect(
     }
 
 
-def _lay_out(config: PretrainedConfig) -> PreTrainedModel:
+def _lay_out(config: Config) -> PreTrainedModel:
     """The model of a config, on the meta device. No weights bound its layers, so a number does."""
-    for part in (config, *(getattr(config, name) for name in config.sub_configs)):
-        if (layers := getattr(part, "num_hidden_layers", 0)) > _MOST_LAYERS:
+    spec = compose(config)
+    for part in filter(None, (spec.text, spec.vision)):
+        if (layers := part.num_hidden_layers) > _MOST_LAYERS:
             raise ValueError(
                 f"num_hidden_layers is {layers}: without weights at most {_MOST_LAYERS} are laid out"
             )
     with torch.device("meta"):
-        return model_class(config)(config)
+        return model_class(spec)(config_object(config))
 
 
-def _dtype_of(config: PretrainedConfig) -> torch.dtype:
-    return config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
+def _dtype_of(config: Config) -> torch.dtype:
+    """What config.json says, where it can be."""
+    said = config.get("dtype") or config.get("torch_dtype")
+    try:
+        return dtype_named(said) or torch.float32
+    except ValueError:
+        return torch.float32
 
 
 def _work(

@@ -18,11 +18,11 @@ import transformers
 from torch import nn
 from transformers import PreTrainedModel
 
-from mllama.api import find_model, model_class
+from mllama.api import find_model
 from mllama.checkpoints import open_checkpoint
-from mllama.checkpoints.models import survey
 from mllama.cli._answering import refuse_meta
 from mllama.device import choose_device
+from mllama.hf.checkpoints import model_class, survey_opened
 from mllama.hf.siglip import SiglipModel
 from mllama.hf.stock import load_stock
 from mllama.model.memory import spec_of
@@ -57,13 +57,13 @@ def run(arguments: argparse.Namespace) -> int:
         getattr(torch, arguments.dtype),
     )
     with (opened := open_checkpoint(folder)).source:
-        config, kind = opened.config, model_class(opened.config)
-        model, report = survey(kind, opened)
+        kind = model_class(opened.spec)
+        model, report = survey_opened(opened)
         report.check(opened.source.where)
         spec = spec_of(model)
     if arguments.reference == "meta":
-        refuse_meta(config.model_type)
-    samples = make_samples(spec, getattr(config, "image_token_index", None), arguments.seed, device)
+        refuse_meta(opened.family.name)
+    samples = make_samples(spec, spec.image_token_index, arguments.seed, device)
     measure = Measure.of(dtype)
     options = {"reference": "hf"} if "reference" in kind.load_options else {}
     load = functools.partial(kind.from_pretrained, folder, device_map=device, **options)
@@ -105,7 +105,7 @@ def run(arguments: argparse.Namespace) -> int:
             )
         )
     else:
-        print(f"{folder}: {config.model_type} in {arguments.dtype}, against {against}")
+        print(f"{folder}: {opened.family.name} in {arguments.dtype}, against {against}")
         print(f"{'stage':20}{'difference':>12}{'allowed':>10}")
         for check in checks:
             print(

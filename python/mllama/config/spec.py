@@ -122,7 +122,11 @@ class TextSpec(_Spec):
 
 @dataclass(frozen=True)
 class VisionSpec(_Spec):
-    """A SigLIP or CLIP encoder."""
+    """A SigLIP or CLIP encoder.
+
+    Attributes:
+        vision_use_head: a pooling head stands on it; of a vision model alone.
+    """
 
     hidden_size: int
     intermediate_size: int
@@ -134,6 +138,7 @@ class VisionSpec(_Spec):
     hidden_act: str = "gelu_pytorch_tanh"
     layer_norm_eps: float = 1e-6
     attention_dropout: float = 0.0
+    vision_use_head: bool = False
 
 
 @dataclass(frozen=True)
@@ -183,8 +188,9 @@ class ModelSpec:
             attend to them.
         pooling: "average" or "learned", over an image's patches before the projector; or None.
         tokens_per_image: features of an image, and its placeholders; 0 for an image in tiles.
-        image_token_id: the placeholder; None where it is found by its runs, or there is none.
         bidirectional_prefix: prompts are seen both ways, as `token_type_ids` say (PaliGemma).
+        image_token_index: the placeholder's id; None where it is found by its runs, or there is
+            none.
         ignore_index: label that is not trained.
     """
 
@@ -201,8 +207,8 @@ class ModelSpec:
     fusion: str | None = None
     pooling: str | None = None
     tokens_per_image: int = 0
-    image_token_id: int | None = None
     bidirectional_prefix: bool = False
+    image_token_index: int | None = None
     ignore_index: int = -100
 
     @property

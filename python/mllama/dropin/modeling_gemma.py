@@ -12,7 +12,7 @@ from mllama.dropin._arguments import hands_on
 from mllama.dropin._cache import KVCache
 from mllama.dropin._model import OlderModel
 from mllama.dropin._output import OlderOutput
-from mllama.families.compose import compose
+from mllama.hf.config_objects import compose
 
 __all__ = [
     "GemmaConfig",

@@ -1,14 +1,33 @@
-"""Llama 3.x on disk: text alone."""
+"""Llama 3.x: text alone."""
 
-from typing import Any
-
-from transformers import LlamaConfig
-
-from mllama.config.files import build, content_of
-from mllama.weights.format import Format
+from mllama.config.parts import text_spec
+from mllama.config.spec import ModelSpec
+from mllama.weights.family import Config, Family, Gguf
 from mllama.weights.rows import Drop, Rename
 
-TABLE = (
+DEFAULTS: Config = {
+    "model_type": "llama",
+    "vocab_size": 32000,
+    "hidden_size": 4096,
+    "intermediate_size": 11008,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": None,
+    "head_dim": None,
+    "hidden_act": "silu",
+    "max_position_embeddings": 2048,
+    "rms_norm_eps": 1e-6,
+    "pad_token_id": None,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "tie_word_embeddings": False,
+    "rope_parameters": {"rope_theta": 10000.0, "rope_type": "default"},
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "mlp_bias": False,
+}
+
+WEIGHT_MAP = (
     # Computed; old files hold it.
     Drop("model.layers.{}.self_attn.rotary_emb.inv_freq"),
     Drop("layers.{}.self_attn.rotary_emb.inv_freq"),
@@ -19,16 +38,19 @@ TABLE = (
     ),
     Rename("lm_head.weight", "lm_head.weight"),
 )
+STOCK_PREFIXES = (("language_model", "model"),)
 
 
-def from_file(content: dict[str, Any]) -> LlamaConfig:
-    """Raises ValueError for what cannot be."""
-    return build(LlamaConfig, content)
+def _read(config: Config) -> ModelSpec:
+    return ModelSpec(text=text_spec(config, DEFAULTS, "config"))
 
 
-def to_file(config: LlamaConfig) -> dict[str, Any]:
-    """The content of a config.json."""
-    return content_of(config, "LlamaForCausalLM")
-
-
-FORMAT = Format(LlamaConfig, lambda config: TABLE, from_file, to_file)
+FAMILY = Family(
+    name="llama",
+    defaults=DEFAULTS,
+    read=_read,
+    weight_map=lambda spec: WEIGHT_MAP,
+    stock_class="LlamaForCausalLM",
+    stock_prefixes=STOCK_PREFIXES,
+    gguf=Gguf("llama", ("silu", "swish"), ("default", "linear", "llama3"), permuted=True),
+)

@@ -1,12 +1,24 @@
-"""SigLIP on disk: the vision model alone, or the vision part of the whole."""
+"""SigLIP: the vision model alone, or the vision part of the whole."""
 
-from typing import Any
+from mllama.config.parts import vision_spec
+from mllama.config.spec import ModelSpec
+from mllama.weights.family import Config, Family
+from mllama.weights.rows import Drop, Rename, Split, WeightMap
 
-from transformers import SiglipConfig, SiglipTextConfig, SiglipVisionConfig
-
-from mllama.config.files import build, content_of
-from mllama.weights.format import Format
-from mllama.weights.rows import Drop, Rename, Split, Table
+DEFAULTS: Config = {
+    "model_type": "siglip_vision_model",
+    "hidden_size": 768,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "num_channels": 3,
+    "image_size": 224,
+    "patch_size": 16,
+    "hidden_act": "gelu_pytorch_tanh",
+    "layer_norm_eps": 1e-6,
+    "attention_dropout": 0.0,
+    "vision_use_head": True,
+}
 
 _PARTS = ("embeddings", "encoder", "post_layernorm")
 _HEAD = (
@@ -23,7 +35,7 @@ _HEAD = (
 _NO_HEAD = (Drop("vision_model.head.*"), Drop("head.*"))
 
 
-def table(config: SiglipVisionConfig) -> Table:
+def _weight_map(spec: ModelSpec) -> WeightMap:
     """The rows of a vision model, with its pooling head where it has one. Transformers 5 leaves
     `vision_model.` out.
     """
@@ -38,7 +50,7 @@ def table(config: SiglipVisionConfig) -> Table:
                 "vision_model.embeddings.position_ids",
             )
         ),
-        *(_HEAD if config.vision_use_head else _NO_HEAD),
+        *(_HEAD if spec.vision.vision_use_head else _NO_HEAD),
         *(
             Rename(f"vision_tower.{part}.*", f"vision_model.{part}.*", also=(f"{part}.*",))
             for part in _PARTS
@@ -46,24 +58,29 @@ def table(config: SiglipVisionConfig) -> Table:
     )
 
 
-def from_file(content: dict[str, Any]) -> SiglipVisionConfig:
-    """Raises ValueError for what cannot be."""
-    return build(SiglipVisionConfig, content)
+def _read(config: Config) -> ModelSpec:
+    return ModelSpec(text=None, encoder="siglip", vision=vision_spec(config, "config"))
 
 
-def from_whole(content: dict[str, Any]) -> SiglipVisionConfig:
-    """The vision part's config of a SigLIP with both towers. Raises ValueError for what cannot be."""
-    return build(
-        SiglipConfig,
-        content,
-        {"vision_config": (SiglipVisionConfig,), "text_config": (SiglipTextConfig,)},
-    ).vision_config
+def _vision_part(content: Config) -> Config:
+    """The vision model's config of a SigLIP that has a text model, too."""
+    part = content.get("vision_config")
+    part = {} if part is None else part
+    kind = part.get("model_type", FAMILY.name) if isinstance(part, dict) else part
+    if kind != FAMILY.name:
+        raise ValueError(
+            f"a vision_config of model_type {kind!r} is not supported; {FAMILY.name!r} is"
+        )
+    return part | {"model_type": FAMILY.name}
 
 
-def to_file(config: SiglipVisionConfig) -> dict[str, Any]:
-    """The content of a config.json."""
-    return content_of(config, "SiglipVisionModel")
-
-
-FORMAT = Format(SiglipVisionConfig, table, from_file, to_file)
-WHOLE = Format(SiglipVisionConfig, table, from_whole, to_file)
+FAMILY = Family(
+    name="siglip_vision_model",
+    defaults=DEFAULTS,
+    read=_read,
+    weight_map=_weight_map,
+    stock_class="SiglipVisionModel",
+    processor="SquareImageProcessor",
+    stock_processor="SiglipProcessor",
+    also={"siglip": _vision_part},
+)

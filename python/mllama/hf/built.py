@@ -3,12 +3,34 @@ no longer become.
 """
 
 import copy
+from dataclasses import fields as spec_fields
 from typing import Any
 
 import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
-from mllama.families.compose import BUILT_FROM, compose
+from mllama.config.spec import TextSpec, TiledVisionSpec, VisionSpec
+from mllama.hf.config_objects import compose
+
+# Read when a model is called; the others of a spec's fields are built in.
+_LIVE = {"max_position_embeddings", "tie_word_embeddings"}
+_JOINING = {
+    *("projector", "projection_dim", "projector_hidden_act", "multimodal_projector_bias"),
+    *("vision_feature", "fusion", "image_pooling", "cross_attention_every"),
+    *("num_image_tokens", "dropout", "use_bidirectional_attention"),
+}
+# Of a decoder's layers.
+_LAYERS = {
+    *("num_hidden_layers", "rope_parameters", "cross_attention_layers", "layer_types"),
+    *("sliding_window", "query_pre_attn_scalar", "attn_logit_softcapping", "hidden_activation"),
+}
+BUILT_FROM = (_JOINING | _LAYERS) | (
+    {field.name for spec in (TextSpec, VisionSpec, TiledVisionSpec) for field in spec_fields(spec)}
+    - _LIVE
+)
+"""Fields of configs and their parts that a model is built from: set afterwards they change nothing
+in it.
+"""
 
 
 def remember_config(model: PreTrainedModel) -> None:

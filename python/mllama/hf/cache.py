@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 from transformers import Cache, EncoderDecoderCache
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import DynamicLayer, StaticLayer
 
-from mllama.config.spec import TextSpec
+from mllama.config.spec import LayerSpec, TextSpec
 
 
 def check_cache(cache: Any) -> None:
@@ -65,15 +65,18 @@ class TransformersCache:
             changed in place when it is first used.
         text: the decoder's spec.
 
+    Layers that forget what lies outside a window are replaced by others that do not, since the
+    decoder's own windows hide it.
+
     Raises:
         TypeError: no transformers cache of a decoder.
-        ValueError: a cache that forgets tokens (a sliding window's), has too few layers, or was
-            written to by another model.
+        ValueError: a cache that forgets tokens otherwise, has too few layers, or was written to by
+            another model.
     """
 
     def __init__(self, cache: Cache, text: TextSpec):
         check_cache(cache)
-        _check_keeps_all(cache)
+        _keep_all_tokens(cache, text.layers)
         self.cache = cache
         cross = text.cross_attention_layers
         self._place = _place_cross_layers(cache, cross, text.num_hidden_layers) if cross else None
@@ -122,13 +125,32 @@ def num_prefix_tokens(cache: Cache | None) -> int:
     return getattr(cache, "num_prefix_tokens", 0)
 
 
-def _check_keeps_all(cache: Cache) -> None:
-    for index, layer in enumerate(cache.layers):
-        if layer.is_sliding:
+def _keep_all_tokens(cache: Cache, specs: Sequence[LayerSpec]) -> None:
+    """Replace empty layers with a sliding window by layers without, where the decoder's layer has
+    that window; transformers makes such a cache of the config of a Gemma 2 or 3.
+    """
+    layers = cache.layers
+    if not any(layer.is_sliding for layer in layers):
+        return
+    size = max((_size(layer) for layer in layers if not layer.is_sliding), default=0)
+    for index, layer in enumerate(layers):
+        if not layer.is_sliding:
+            continue
+        window = specs[index].window if index < len(specs) else None
+        static = isinstance(layer, StaticLayer)
+        same = window == (layer.max_cache_len if static else layer.sliding_window)
+        if static and window is not None:  # the smaller of its window and its size
+            same = size > 0 and layer.max_cache_len == min(window, size)
+        if not same or int(layer.get_seq_length()):
             raise ValueError(
-                "cache must keep all tokens: layers see all before them; "
+                "cache must keep all tokens: layers see all before them, or those in their window; "
                 f"got a {type(layer).__name__} at {index}"
             )
+        layers[index] = StaticLayer(max_cache_len=size) if static else DynamicLayer()
+
+
+def _size(layer: Any) -> int:
+    return getattr(layer, "max_cache_len", 0)
 
 
 def _place_cross_layers(

@@ -5,24 +5,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _PLANS = ("auto", "balanced", "balanced_low_0", "sequential")
-
-
-def dtype_named(dtype: torch.dtype | str) -> torch.dtype | None:
-    """One of the types that models are loaded in; None for "auto".
-
-    Raises:
-        ValueError: any other.
-    """
-    if dtype in ("auto", None):
-        return None
-    known = _DTYPES.get(dtype.removeprefix("torch.")) if isinstance(dtype, str) else dtype
-    if known not in _DTYPES.values():
-        raise ValueError(
-            f"dtype must be 'auto', {', '.join(map(repr, _DTYPES))} or one of these torch dtypes, got {dtype!r}"
-        )
-    return known
 
 
 class Placement:

@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from mllama.api import model_class
 from mllama.checkpoints.files import CONFIG, listing
 from mllama.checkpoints.hub import find_folder
 from mllama.checkpoints.loading import Report
-from mllama.checkpoints.models import load_opened
 from mllama.checkpoints.opening import open_checkpoint
 from mllama.device import dtype_name
+from mllama.hf.checkpoints import load_opened, model_class
+from mllama.hf.config_objects import compose, config_object
 from mllama.hf.modeling import MllamaForConditionalGeneration
 from mllama.processing.auto import load_processor
 from mllama.processing.folders import load_tokenizer
@@ -44,7 +44,7 @@ def load_hf_model(
         ValueError: broken files; with `strict`, tensors that are missing, unexpected, doubled or of
             another shape, all in one error.
     """
-    return load_as(model_class, model_path, device, strict)
+    return load_as(lambda config: model_class(compose(config)), model_path, device, strict)
 
 
 def load_as(
@@ -57,7 +57,10 @@ def load_as(
     path = find_folder(model_path)
     with (opened := open_checkpoint(path)).source:
         tokenizer = _tokenizer(path)  # before the weights: an error should not take their time
-        model, report = load_opened(class_of(opened.config), opened, device=device, strict=strict)
+        config = config_object(opened.config)
+        model, report = load_opened(
+            class_of(config), opened, device=device, strict=strict, config=config
+        )
     if report.lacking:
         for name, other in (model._tied_weights_keys or {}).items():
             if name in report.lacking and other not in report.lacking:
@@ -69,7 +72,10 @@ def load_as(
     print(
         "\n".join(
             _lines(
-                opened.config, opened.source.where, report, model.get_expanded_tied_weights_keys()
+                opened.family.name,
+                opened.source.where,
+                report,
+                model.get_expanded_tied_weights_keys(),
             )
         )
     )
@@ -102,11 +108,9 @@ def _initialise(model: PreTrainedModel, device: torch.device, dtype: torch.dtype
                 getattr(module, name).copy_(value)
 
 
-def _lines(config: PretrainedConfig, where: str, report: Report, tied: dict[str, str]) -> list[str]:
+def _lines(family: str, where: str, report: Report, tied: dict[str, str]) -> list[str]:
     converted = sum(len(move.theirs) for move in report.moves)
-    lines = [
-        f"converted: {converted} tensors of {where} ({config.model_type}), {dtype_name(report.dtype)}"
-    ]
+    lines = [f"converted: {converted} tensors of {where} ({family}), {dtype_name(report.dtype)}"]
     lines += [
         f"tied: {name} is {other}" for name, other in tied.items() if name not in report.lacking
     ]

@@ -9,7 +9,6 @@ from transformers.utils.generic import ModelOutput
 
 from mllama.config.checks import check_size
 from mllama.config.features import FeatureChoice, choose_features
-from mllama.families.compose import compose
 from mllama.fusion.base import ModelInputs
 from mllama.hf.arguments import check_keywords, check_special
 from mllama.hf.backbone import Backbone
@@ -22,6 +21,7 @@ from mllama.hf.call import (
     set_extra_outputs,
 )
 from mllama.hf.compat import DecoderOutput, NextTokenModel, one_cache
+from mllama.hf.config_objects import compose
 from mllama.hf.configs import MllamaConfig
 from mllama.hf.generation import MllamaGenerationMixin
 from mllama.hf.outputs import MllamaOutput, as_output
@@ -70,6 +70,8 @@ class MllamaForConditionalGeneration(
 
     def __init__(self, config: PretrainedConfig, reference: str = "meta"):
         spec = compose(config)
+        if spec.text is None:
+            raise ValueError(f"a {config.model_type} has no decoder: SiglipModel is its class")
         PreTrainedModel.__init__(self, own_config(config))
         self.build(spec, reference)
         if spec.text.extra_embeddings:  # the embedding has more rows than the head

@@ -14,6 +14,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from mllama.checkpoints.files import listing
 from mllama.config.checks import check_choice
+from mllama.families import stock_prefixes
 from mllama.hf.built import check_built
 from mllama.hf.configs import NO_PREDICTIONS
 from mllama.lora.files import load_lora, own_adapters, save_adapter_folder
@@ -22,6 +23,7 @@ from mllama.lora.peft import CONFIG as ADAPTER_CONFIG
 from mllama.lora.peft import adapted_model, is_peft
 from mllama.nn.checkpointing import CheckpointedLayer
 from mllama.nn.wrappers import given_out, is_sharded, may_write, plain_key, whole
+from mllama.weights.stock_names import stock_name, stock_patterns
 
 if TYPE_CHECKING:  # a mixin of that class, not a subclass: its own methods come first
     _Model = PreTrainedModel
@@ -89,8 +91,8 @@ class PretrainedMixin(_Model):
                 kind.
             ImportError: a model to be spread over devices, without accelerate.
         """
-        from mllama.checkpoints import load_model
         from mllama.checkpoints.hub import find_folder
+        from mllama.hf.checkpoints import load_model
 
         asked = {"config": config, "dtype": dtype, "device_map": device_map} | kwargs
         older = kwargs.pop("torch_dtype", None)
@@ -161,7 +163,7 @@ class PretrainedMixin(_Model):
                 supported.
             TypeError: an option that is not known.
         """
-        from mllama.checkpoints import save_model
+        from mllama.hf.checkpoints import save_model
 
         if unknown := sorted(
             kwargs.keys() - _PUSH_OPTIONS - _SAVE_PASSED_OVER - _SAVE_FIXED.keys()
@@ -228,17 +230,13 @@ class PretrainedMixin(_Model):
     @property
     def _checkpoint_conversion_mapping(self) -> dict[str, str]:
         """What PEFT reads to put adapters of transformers' class into this one."""
-        from mllama.families.stock_names import stock_patterns
-
-        return stock_patterns(self.config)
+        return stock_patterns(stock_prefixes(self.config.to_dict()))
 
     def stock_name(self, name: str) -> str:
         """The dotted name that a parameter or module has in transformers' own class of the model;
         the same where there is none.
         """
-        from mllama.families.stock_names import stock_name
-
-        return stock_name(self.config, name)
+        return stock_name(stock_prefixes(self.config.to_dict()), name)
 
     def load_adapter(self, *args: Any, **kwargs: Any) -> Any:
         """As transformers', of a folder whose adapters have this model's names or those of
@@ -266,7 +264,7 @@ class PretrainedMixin(_Model):
         """The parameters' names here by those that files have, or transformers' classes; unknown
         ones are left out.
         """
-        from mllama.checkpoints.models import own_names
+        from mllama.hf.checkpoints import own_names
 
         return own_names(self.config, names)
 
@@ -281,7 +279,7 @@ class PretrainedMixin(_Model):
         Raises:
             ValueError: adapters alone, for a model without LoRA layers; else as torch's.
         """
-        from mllama.checkpoints import translate_state_dict
+        from mllama.hf.checkpoints import translate_state_dict
 
         adapters_alone = False
         if isinstance(state_dict, Mapping):  # torch says what else it is

@@ -8,11 +8,10 @@ import torch
 from transformers import PreTrainedModel, SiglipVisionConfig
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from mllama.config.spec import VisionSpec
 from mllama.encoders.siglip import SiglipPoolingHead, SiglipVisionTower
-from mllama.families.compose import siglip_vision
 from mllama.hf.arguments import check_keywords
 from mllama.hf.built import check_built, remember_config
+from mllama.hf.config_objects import compose
 from mllama.hf.pretrained import PretrainedMixin, own_config
 
 
@@ -37,10 +36,10 @@ class SiglipModel(PretrainedMixin, PreTrainedModel):
     def __init__(self, config: SiglipVisionConfig):
         if not isinstance(config, SiglipVisionConfig):
             raise TypeError(f"config must be a SiglipVisionConfig, got {type(config).__name__}")
-        spec = VisionSpec.of(siglip_vision(config))
+        vision = compose(config).vision
         super().__init__(own_config(config))
-        self.vision_tower = SiglipVisionTower(spec)
-        self.head = SiglipPoolingHead(spec) if config.vision_use_head else None
+        self.vision_tower = SiglipVisionTower(vision)
+        self.head = SiglipPoolingHead(vision) if vision.vision_use_head else None
         self.post_init()
         remember_config(self)
 

@@ -5,25 +5,11 @@ with.
 from pathlib import Path
 
 import torch
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForImageTextToText,
-    PreTrainedModel,
-    SiglipVisionModel,
-)
+import transformers
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from mllama.checkpoints.files import CONFIG, find_gguf, find_inside, read_json
-
-_CLASSES = {
-    "gemma": AutoModelForCausalLM,
-    "llama": AutoModelForCausalLM,
-    "llava": AutoModelForImageTextToText,
-    "mllama": AutoModelForImageTextToText,
-    "paligemma": AutoModelForImageTextToText,
-    "siglip": SiglipVisionModel,
-    "siglip_vision_model": SiglipVisionModel,
-}
+from mllama.families import MODEL_TYPES
 
 
 def load_stock(folder: Path, dtype: str | torch.dtype) -> PreTrainedModel:
@@ -39,20 +25,22 @@ def load_stock(folder: Path, dtype: str | torch.dtype) -> PreTrainedModel:
     options = {"dtype": dtype, "local_files_only": True, "trust_remote_code": False}
     if (folder / CONFIG).is_file():
         kind = read_json(find_inside(folder, CONFIG)).get("model_type")
-        if kind in _CLASSES:
-            return _CLASSES[kind].from_pretrained(folder, use_safetensors=True, **options).eval()
-        raise ValueError(f"stock transformers has no class for {folder}, of model_type {kind!r}")
+        family = MODEL_TYPES.get(kind)
+        if family is None or family.stock_class is None:
+            raise ValueError(
+                f"stock transformers has no class for {folder}, of model_type {kind!r}"
+            )
+        stock = getattr(transformers, family.stock_class)
+        return stock.from_pretrained(folder, use_safetensors=True, **options).eval()
     if (file := find_gguf(folder)) is None:
         raise ValueError(
             f"stock transformers does not read {folder}: it has no {CONFIG} and is no GGUF file"
         )
-    from mllama.checkpoints.gguf.reader import (
-        open_gguf,
-    )  # here, since its library is an optional dependency
+    # Here, since its library is an optional dependency.
+    from mllama.checkpoints.gguf.reader import open_gguf
 
     options |= {"gguf_file": file.name}
     config = AutoConfig.from_pretrained(file.parent, **options)
-    config.rope_parameters = open_gguf(
-        file
-    ).config.rope_parameters  # transformers reads no scaling of the rotary frequencies
+    # transformers reads no scaling of the rotary frequencies.
+    config.rope_parameters = open_gguf(file).config["rope_parameters"]
     return AutoModelForCausalLM.from_pretrained(file.parent, config=config, **options).eval()

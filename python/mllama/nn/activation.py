@@ -48,6 +48,11 @@ def sqrt_softplus(x: torch.Tensor) -> torch.Tensor:
     return F.softplus(x).sqrt()
 
 
+def softcap(x: torch.Tensor, cap: float | None) -> torch.Tensor:
+    """cap * tanh(x / cap): close to x near 0, within +-cap. None: x."""
+    return x if cap is None else torch.tanh(x / cap) * cap
+
+
 def linear(x: torch.Tensor) -> torch.Tensor:
     """x."""
     return x

@@ -1,8 +1,8 @@
-"""Tables between the tensors of a file and a model's: rows that rename, drop, concatenate, split
-and reshape, each one invertible.
+"""Weight maps between the tensors of a file and a model's: rows that rename, drop, concatenate,
+split and reshape, each one invertible.
 
-A table is a list of rows, one per group of tensors. It is read from top to bottom, and the first
-row that knows a name decides. In a name's pattern `{}` stands for a layer's number and `*` for any
+A weight map is a list of rows, one per group of tensors. It is read from top to bottom, and the
+first row that knows a name decides. In a name's pattern `{}` stands for a layer's number and `*` for any
 rest, the same on both sides. "Ours" is the model's side, "theirs" the file's.
 """
 
@@ -256,7 +256,7 @@ class Split(Row):
         return [_join(tensors, self.dim, self.sizes)]
 
 
-Table = Sequence[Row]
+WeightMap = Sequence[Row]
 
 
 def _join(tensors: Sequence[torch.Tensor], dim: int, sizes: Sequence[int] | None) -> torch.Tensor:
@@ -319,11 +319,13 @@ class Move:
     written: list[str]
 
 
-def plan(table: Table, names: Iterable[str]) -> tuple[list[Move], list[str], list[str]]:
+def plan_moves(
+    weight_map: WeightMap, names: Iterable[str]
+) -> tuple[list[Move], list[str], list[str]]:
     """How a file's tensors become the model's.
 
     Args:
-        table: between them.
+        weight_map: between them.
         names: the file's.
 
     Returns:
@@ -333,7 +335,7 @@ def plan(table: Table, names: Iterable[str]) -> tuple[list[Move], list[str], lis
     moves: dict[tuple[Row, Binding], Move] = {}
     unknown, twice = [], []
     for name in names:
-        for row in table:
+        for row in weight_map:
             if (found := row.find(name)) is not None:
                 break
         else:
@@ -353,17 +355,17 @@ def plan(table: Table, names: Iterable[str]) -> tuple[list[Move], list[str], lis
     return list(moves.values()), unknown, twice
 
 
-def file_names(table: Table, name: str) -> list[str]:
+def file_names(weight_map: WeightMap, name: str) -> list[str]:
     """The names of the file's tensors that hold one of the model's.
 
     Raises:
         ValueError: no row knows it.
     """
-    row, binding, _ = _writer(table, name)
+    row, binding, _ = _writer(weight_map, name)
     return row.file_names(binding)
 
 
-def to_file(table: Table, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def to_file(weight_map: WeightMap, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """The model's tensors as the file has them.
 
     Raises:
@@ -372,7 +374,7 @@ def to_file(table: Table, tensors: Mapping[str, torch.Tensor]) -> dict[str, torc
     """
     groups: dict[tuple[Row, Binding], list[torch.Tensor | None]] = {}
     for name, tensor in tensors.items():
-        row, binding, place = _writer(table, name)
+        row, binding, place = _writer(weight_map, name)
         groups.setdefault((row, binding), [None] * len(row.ours))[place] = tensor
     written = {}
     for (row, binding), group in groups.items():
@@ -388,8 +390,8 @@ def to_file(table: Table, tensors: Mapping[str, torch.Tensor]) -> dict[str, torc
     return written
 
 
-def _writer(table: Table, name: str) -> tuple[Row, Binding, int]:
-    for row in table:
+def _writer(weight_map: WeightMap, name: str) -> tuple[Row, Binding, int]:
+    for row in weight_map:
         if (found := row.find_ours(name)) is not None:
             return row, *found
     raise ValueError(f"no place in the file format for the model's tensor {name!r}")

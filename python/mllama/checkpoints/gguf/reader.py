@@ -1,7 +1,7 @@
 """GGUF files, llama.cpp's: text models of the architectures `llama` and `gemma`, in every type of
 block that the gguf library knows.
 
-A file has the weights, the sizes, and the tokenizer (`gguf_tokenizer.py`); `gguf_writer.py` writes
+A file has the weights, the sizes, and the tokenizer (`tokenizer.py`); `writer.py` writes
 one. Against Hugging Face's layout the rows of a llama's q_proj and k_proj are permuted (pairs that
 rotate are neighbours), a gemma's norms hold 1 + w, and Llama 3's scaling of the rotary frequencies
 is a tensor of the factors that it comes to.
@@ -9,18 +9,20 @@ is a tensor of the factors that it comes to.
 
 import math
 import os
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
-from transformers import GemmaConfig, LlamaConfig, PretrainedConfig
 
 from mllama.checkpoints.gguf.header import GgufHeader, gguf
+from mllama.checkpoints.opened import Opened, check_config
 from mllama.checkpoints.sources import Header
 from mllama.config.checks import check_size
-from mllama.config.files import build
-from mllama.weights.format import Opened
-from mllama.weights.rows import Drop, Permute, Rename, Row, Shift, Table
+from mllama.config.spec import ModelSpec
+from mllama.families import FAMILIES
+from mllama.weights.family import Config, Gguf
+from mllama.weights.rows import Drop, Permute, Rename, Row, Shift, WeightMap
 
 ROPE_FREQS = "rope_freqs.weight"
 # our own: all that generation ends with, in order; llama.cpp has keys for three and knows others by
@@ -55,17 +57,22 @@ _Type = gguf.GGMLQuantizationType
 _PLAIN = {_Type.F32: torch.float32, _Type.F16: torch.float16, _Type.BF16: torch.bfloat16}
 
 
-def table(config: PretrainedConfig) -> Table:
+ARCHITECTURES = {
+    family.gguf.architecture: family for family in FAMILIES.values() if family.gguf is not None
+}
+
+
+def weight_map(gguf: Gguf, spec: ModelSpec) -> WeightMap:
     """The rows between a GGUF file's tensors and the text part of a model.
 
     Args:
-        config: LlamaConfig or GemmaConfig.
+        gguf: of its decoder's family.
+        spec: of the model.
     """
-    gemma = isinstance(config, GemmaConfig)
-    norm: list = [Shift(-1.0)] if gemma else []
+    norm = [Shift(-gguf.norm_shift)] if gguf.norm_shift else []
     q, k = (
-        [] if gemma else [Permute(heads)]
-        for heads in (config.num_attention_heads, config.num_key_value_heads)
+        [Permute(heads)] if gguf.permuted else []
+        for heads in (spec.text.num_attention_heads, spec.text.num_key_value_heads)
     )
     layer, block = "language_model.layers.{}", "blk.{}"
     rows: list[Row] = [
@@ -156,7 +163,7 @@ def _check_type(where: str, name: str, kind: gguf.GGMLQuantizationType) -> None:
         ) from error
 
 
-def open_gguf(path: str | os.PathLike, config: PretrainedConfig | None = None) -> Opened:
+def open_gguf(path: str | os.PathLike, config: Config | None = None) -> Opened:
     """Open a GGUF file: its header is read, and of its tensors the rotary factors at most.
 
     Args:
@@ -166,7 +173,7 @@ def open_gguf(path: str | os.PathLike, config: PretrainedConfig | None = None) -
     Raises:
         FileNotFoundError: no such file.
         ValueError: it is none, a broken one, one of several parts, or of a model that is not read.
-        TypeError: a config of another kind.
+        TypeError: a config of another family.
     """
     header = GgufHeader(path)
     if (parts := header.get("split.count", int, 1)) > 1:
@@ -175,34 +182,28 @@ def open_gguf(path: str | os.PathLike, config: PretrainedConfig | None = None) -
         )
     source = GgufSource(header)
     architecture = header.get("general.architecture", str)
-    if architecture not in _CONFIGS:
+    if architecture not in ARCHITECTURES:
         raise ValueError(
-            f"{path}: the architecture {architecture[:50]!r} is not read; {' and '.join(_CONFIGS)} are"
+            f"{path}: the architecture {architecture[:50]!r} is not read; "
+            f"{' and '.join(ARCHITECTURES)} are"
         )
-    config_class, fixed = _CONFIGS[architecture]
-    arguments = _sizes(header, architecture) | _ids(header) | fixed
-    arguments["rope_parameters"] = _rope(header, architecture, source, arguments["head_dim"])
-    if config is None:
-        try:
-            config = build(config_class, arguments)
-        except ValueError as error:
-            raise ValueError(f"{path}: {error}") from error
-    elif not isinstance(config, config_class):
-        raise TypeError(
-            f"config must be a {config_class.__name__} or None, got {type(config).__name__}"
-        )
+    family = ARCHITECTURES[architecture]
+    content = _sizes(header, architecture) | _ids(header)
+    content |= {"model_type": family.name, "hidden_act": family.gguf.hidden_act[0]}
+    content["rope_parameters"] = _rope(header, architecture, source, content["head_dim"])
     generation = {
-        name: arguments[name]
+        name: content[name]
         for name in ("bos_token_id", "eos_token_id", "pad_token_id")
-        if arguments[name] is not None
+        if content[name] is not None
     }
-    return Opened(config, table(config), source, generation)
-
-
-_CONFIGS: dict[str, tuple[type[PretrainedConfig], dict[str, Any]]] = {
-    "llama": (LlamaConfig, {"hidden_act": "silu"}),
-    "gemma": (GemmaConfig, {"hidden_act": "gelu_pytorch_tanh"}),
-}
+    rows = partial(weight_map, family.gguf)
+    if config is not None:
+        check_config(config, family)
+        return Opened.of(config, source, rows, generation)
+    try:
+        return Opened.of(content, source, rows, generation)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
 
 
 def _sizes(header: GgufHeader, architecture: str) -> dict[str, Any]:

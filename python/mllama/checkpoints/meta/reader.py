@@ -7,14 +7,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from transformers import LlamaConfig, MllamaConfig
-from transformers.models.mllama.configuration_mllama import MllamaTextConfig, MllamaVisionConfig
-
 from mllama.checkpoints.files import find_inside, read_json
 from mllama.checkpoints.meta.source import MetaSource, find_shards
-from mllama.checkpoints.meta.tables import ENCODER, NEW_ROWS, text_table, vision_table
+from mllama.checkpoints.meta.weight_maps import ENCODER, text_weight_map, vision_weight_map
+from mllama.checkpoints.opened import Opened
 from mllama.checkpoints.sources import Header
-from mllama.weights.format import Opened
+from mllama.config.checks import SIZE_MAX
+from mllama.families.mllama import EXTRA_EMBEDDINGS
+from mllama.weights.family import Config
 
 PARAMS = "params.json"
 # What params.json does not say of the vision tower: constants of Meta's code.
@@ -33,7 +33,6 @@ _ROPE_FACTOR_32 = (
     (2048, 16),
     (3072, 28),
 )  # (dim, n_layers) of 1B and 3B; the others have 8, which Meta's code uses for all
-_LARGEST = 2**31 - 1
 _FINER = 4  # times more patches than the file has positions for, at most, are interpolated
 
 
@@ -65,8 +64,8 @@ def _open_text(params: "_Params", text: dict[str, Any], source: "MetaSource") ->
     headers = source.headers()
     _check_fit(params.path, headers, _text_shapes("", text), {"layers": text["num_hidden_layers"]})
     tied = "output.weight" not in headers or source.same("output.weight", "tok_embeddings.weight")
-    config = LlamaConfig(**text, tie_word_embeddings=tied)
-    return Opened(config, text_table(config), source, _generation(config))
+    config = text | {"model_type": "llama", "tie_word_embeddings": tied}
+    return Opened.of(config, source, text_weight_map, _generation(text))
 
 
 def _open_vision(params: "_Params", text: dict[str, Any], source: "MetaSource") -> Opened:
@@ -80,7 +79,7 @@ def _open_vision(params: "_Params", text: dict[str, Any], source: "MetaSource") 
         headers,
         _text_shapes("text_model.", text)
         | {
-            "text_model.learnable_embedding.weight": (NEW_ROWS, dim),
+            "text_model.learnable_embedding.weight": (EXTRA_EMBEDDINGS, dim),
             f"{ENCODER}conv1._linear.weight": (
                 width,
                 VISION["num_channels"] * VISION["patch_size"] ** 2,
@@ -110,22 +109,22 @@ def _open_vision(params: "_Params", text: dict[str, Any], source: "MetaSource") 
             f"{params.path}: vision_chunk_size {size} makes {patches} patches; the shards have positions for {positions}"
         )
     crossed = [layer + place for place, layer in enumerate(sorted(fusion))]
-    config = MllamaConfig(
-        text_config=MllamaTextConfig(
-            **text | {"num_hidden_layers": layers + len(crossed)}, cross_attention_layers=crossed
-        ).to_dict(),
-        vision_config=MllamaVisionConfig(
-            **VISION,
-            image_size=size,
-            vision_output_dim=states * width,
-            max_num_tiles=tiles,
-            supported_aspect_ratios=[
+    config = {
+        "model_type": "mllama",
+        "text_config": text
+        | {"num_hidden_layers": layers + len(crossed), "cross_attention_layers": crossed},
+        "vision_config": VISION
+        | {
+            "image_size": size,
+            "vision_output_dim": states * width,
+            "max_num_tiles": tiles,
+            "supported_aspect_ratios": [
                 [h, w] for h in range(1, tiles + 1) for w in range(1, tiles + 1) if h * w <= tiles
             ],
-        ).to_dict(),
-        image_token_index=text["vocab_size"],  # the first of the new rows
-    )
-    return Opened(config, vision_table(config), source, _generation(config.text_config))
+        },
+        "image_token_index": text["vocab_size"],  # the first of the new rows
+    }
+    return Opened.of(config, source, vision_weight_map, _generation(text))
 
 
 def _fusion(self_layers: int, cross_layers: int) -> range:
@@ -136,7 +135,7 @@ def _fusion(self_layers: int, cross_layers: int) -> range:
 
 
 def _text_arguments(params: "_Params") -> dict[str, Any]:
-    """The arguments of transformers' config of the decoder, cross-attention layers left out."""
+    """The config of the decoder, cross-attention layers left out."""
     dim, layers, heads = (params.count(name) for name in ("dim", "n_layers", "n_heads"))
     kv_heads, vocabulary = params.count("n_kv_heads", heads), params.count("vocab_size")
     if dim % (2 * heads) or heads % kv_heads:
@@ -188,9 +187,9 @@ def _special_ids(vocabulary: int) -> dict[str, Any]:
     }
 
 
-def _generation(config: LlamaConfig | MllamaTextConfig) -> dict[str, Any] | None:
-    ids = {name: getattr(config, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    return ids if config.eos_token_id is not None else None
+def _generation(text: Config) -> dict[str, Any] | None:
+    ids = {name: text[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    return ids if ids["eos_token_id"] is not None else None
 
 
 def _text_shapes(prefix: str, text: dict[str, Any]) -> dict[str, tuple[int | None, ...]]:
@@ -259,9 +258,9 @@ class _Params:
         default.
         """
         value = self._get(name, default)
-        if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= _LARGEST:
+        if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= SIZE_MAX:
             raise ValueError(
-                f"{self.path}: {name} must be a whole number from 1 to {_LARGEST}, got {str(value)[:40]!r}"
+                f"{self.path}: {name} must be a whole number from 1 to {SIZE_MAX}, got {str(value)[:40]!r}"
             )
         return value
 
@@ -271,10 +270,10 @@ class _Params:
         if (
             not isinstance(value, (int, float))
             or isinstance(value, bool)
-            or not 0 < value <= _LARGEST
+            or not 0 < value <= SIZE_MAX
         ):
             raise ValueError(
-                f"{self.path}: {name} must be a number above 0 and at most {_LARGEST}, got {str(value)[:40]!r}"
+                f"{self.path}: {name} must be a number above 0 and at most {SIZE_MAX}, got {str(value)[:40]!r}"
             )
         return float(value)
 

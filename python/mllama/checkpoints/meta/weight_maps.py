@@ -7,32 +7,35 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from transformers import LlamaConfig, MllamaConfig
-from transformers.models.mllama.configuration_mllama import MllamaVisionConfig
 
+from mllama.config.spec import ModelSpec, TiledVisionSpec
 from mllama.weights.rows import Concat, Drop, Permute, Rename, Reshape, Row
 
-NEW_ROWS = 8  # of learnable_embedding, which stand behind the vocabulary
 ENCODER = "vision_model.vision_encoder."
 
 
-def text_table(config: LlamaConfig) -> list[Row]:
+def text_weight_map(spec: ModelSpec) -> list[Row]:
     """Meta's names of a text model's tensors."""
+    text = spec.text
     return [
         Rename("language_model.embed_tokens.weight", "tok_embeddings.weight"),
         *_outer_rows(""),
-        *_self_rows("", config.num_attention_heads, config.num_key_value_heads),
+        *_self_rows("", text.num_attention_heads, text.num_key_value_heads),
     ]
 
 
-def vision_table(config: MllamaConfig) -> list[Row]:
+def vision_weight_map(spec: ModelSpec) -> list[Row]:
     """Meta's names of the tensors of Llama-3.2-Vision."""
-    text, vision = config.text_config, config.vision_config
+    text, vision = spec.text, spec.vision
     crossed = text.cross_attention_layers
     selves = [layer for layer in range(text.num_hidden_layers) if layer not in crossed]
     embeddings = ("text_model.tok_embeddings.weight", "text_model.learnable_embedding.weight")
     return [
-        Concat("language_model.embed_tokens.weight", embeddings, sizes=(text.vocab_size, NEW_ROWS)),
+        Concat(
+            "language_model.embed_tokens.weight",
+            embeddings,
+            sizes=(text.vocab_size, text.extra_embeddings),
+        ),
         *_outer_rows("text_model."),
         *_self_rows(
             "text_model.",
@@ -41,7 +44,7 @@ def vision_table(config: MllamaConfig) -> list[Row]:
             dict(enumerate(selves)),
         ),
         *_cross_rows(dict(enumerate(crossed))),
-        *_tower_rows(vision),
+        *_encoder_rows(vision),
         Rename("multi_modal_projector.linear.*", "vision_model.vision_projection.*"),
     ]
 
@@ -107,7 +110,7 @@ def _cross_rows(index: dict[int, int]) -> list[Row]:
     ]
 
 
-def _tower_rows(vision: MllamaVisionConfig) -> list[Row]:
+def _encoder_rows(vision: TiledVisionSpec) -> list[Row]:
     width, channels, patch = vision.hidden_size, vision.num_channels, vision.patch_size
     ratios, tiles = tuple(map(tuple, vision.supported_aspect_ratios)), vision.max_num_tiles
     positions = (vision.image_size // patch) ** 2 + 1

@@ -1,0 +1,274 @@
+"""transformers' models from checkpoints and back: what `from_pretrained` and `save_pretrained`
+add to `mllama.checkpoints`.
+"""
+
+import copy
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel, __version__
+
+from mllama.checkpoints.files import CONFIG, listing, save_weights, write_folder, write_json
+from mllama.checkpoints.loading import Report, both_ways, check_complete, check_plain, common_dtype
+from mllama.checkpoints.models import fill, lay_out, survey
+from mllama.checkpoints.opened import Opened
+from mllama.checkpoints.opening import GENERATION, open_checkpoint
+from mllama.config.files import harmless
+from mllama.config.spec import ModelSpec
+from mllama.device import dtype_named
+from mllama.families import family_of
+from mllama.hf.config_objects import check_names, config_object, file_content, set_fields
+from mllama.hf.config_objects import compose as compose_object
+from mllama.hf.devices import Placement
+from mllama.nn.wrappers import plain_key
+from mllama.weights.rows import WeightMap, plan_moves, to_file
+
+# Of adapters that were saved there before: who reads the folder would take them for what it holds.
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
+
+
+def model_class(spec: ModelSpec) -> type[PreTrainedModel]:
+    """The class that models are of: SiglipModel for a SigLIP vision model alone."""
+    from mllama.hf.modeling import MllamaForConditionalGeneration
+    from mllama.hf.siglip import SiglipModel
+
+    return SiglipModel if spec.text is None else MllamaForConditionalGeneration
+
+
+def load_model(
+    model_class: type[PreTrainedModel],
+    folder: str | os.PathLike,
+    config: PretrainedConfig | None = None,
+    dtype: torch.dtype | str = "auto",
+    device: torch.device | str | int | dict = "cpu",
+    fields: dict[str, Any] | None = None,
+    **class_kwargs: Any,
+) -> PreTrainedModel:
+    """A transformers model from a folder or file, as `mllama.checkpoints.load`.
+
+    Args:
+        model_class: what to build.
+        folder: what `open_checkpoint` takes.
+        config: takes the place of the folder's.
+        dtype: as `mllama.checkpoints.load`.
+        device: where the weights go: one device; or what accelerate spreads a model over: "auto",
+            "balanced", "balanced_low_0", "sequential", or {module: device}.
+        fields: of the config, that take the place of what it says.
+        class_kwargs: further arguments of the class's constructor.
+
+    Raises:
+        FileNotFoundError, ValueError: as `mllama.checkpoints.load`.
+        TypeError: a config of another kind, or a field that it has not.
+        ImportError: the weights shall be spread over devices, and accelerate is not installed.
+    """
+    if not isinstance(config, (PretrainedConfig, type(None))):
+        raise TypeError(f"config must be a config object or None, got {type(config).__name__}")
+    content = None if config is None else config.to_dict()
+    with (opened := open_checkpoint(folder, content)).source:
+        # A copy, since a model writes into its own.
+        config = config_object(opened.config) if config is None else copy.deepcopy(config)
+        if fields:
+            set_fields(config, fields)
+            opened = opened.with_config(config.to_dict())
+        return load_opened(model_class, opened, dtype, device, config=config, **class_kwargs)[0]
+
+
+def load_opened(
+    model_class: type[PreTrainedModel],
+    opened: Opened,
+    dtype: torch.dtype | str = "auto",
+    device: torch.device | str | int | dict = "cpu",
+    strict: bool = True,
+    config: PretrainedConfig | None = None,
+    **class_kwargs: Any,
+) -> tuple[PreTrainedModel, Report]:
+    """`load_model` of what is open already; says also what was loaded.
+
+    Args:
+        strict: False loads what fits; the rest of the model is left on the meta device.
+        config: the model's; None is the files'.
+    """
+    dtype, placement = dtype_named(dtype), Placement(device)
+    config = config_object(opened.config) if config is None else config
+    config.name_or_path = where = opened.source.where
+    model = lay_out(opened, lambda spec: model_class(config, **class_kwargs))
+    placement.settle(model, dtype)
+    report = fill(model, opened, dtype, placement.of, strict)
+    model.tie_weights(recompute_mapping=False)
+    model.config.dtype = dtype or report.dtype
+    if opened.generation is not None and model.can_generate():
+        model.generation_config = _generation_config(where, opened.generation)
+    return placement.dispatch(model.eval()), report
+
+
+def survey_opened(opened: Opened) -> tuple[PreTrainedModel, Report]:
+    """The model that opened files are of, on the meta device, and what they have for it."""
+    config = config_object(opened.config)
+    return survey(opened, lambda spec: model_class(spec)(config))
+
+
+def _generation_config(where: str, content: dict[str, Any]) -> GenerationConfig:
+    content = harmless(content)
+    check_names(f"{where}: {GENERATION}", GenerationConfig, content)
+    try:
+        generation_config = GenerationConfig.from_dict(content)
+        generation_config.validate()
+        # As transformers marks what it has read: saved unchanged it is written as it came, though
+        # it may set what sampling alone takes.
+        generation_config._original_object_hash = hash(generation_config)
+    except (ValueError, TypeError, AttributeError, KeyError, OverflowError) as error:
+        raise ValueError(f"{where}: {GENERATION}: {error}") from error
+    return generation_config
+
+
+def save_model(
+    model: PreTrainedModel,
+    folder: str | os.PathLike,
+    state_dict: dict[str, torch.Tensor] | None = None,
+    max_shard_size: int | str = "5GB",
+) -> None:
+    """Write a model's config, generation config and weights, whole or not at all.
+
+    Args:
+        model: what to write.
+        folder: made if absent. Other files in it stay.
+        state_dict: takes the place of the model's own; it must have all of its names.
+        max_shard_size: bytes of one weight file, or text as "5GB"; more is written as shards and an
+            index.
+
+    Raises:
+        ValueError: the config says another model than this one: other shapes, or a tied head that
+            is none. `state_dict` lacks a tensor of the model or has one it does not know:
+            `load_model` would refuse the folder. A model with LoRA layers.
+    """
+    own = _plain(model.state_dict())
+    check_plain(own)
+    content, config = file_content(model.config)
+    tied = _plain(model.get_expanded_tied_weights_keys())
+    if state_dict is None:
+        state_dict = own
+    else:
+        check_complete(state_dict.keys(), own.keys() - tied.keys(), own.keys())
+    tensors = to_file(
+        _weight_map(config),
+        {name: tensor for name, tensor in state_dict.items() if name not in tied},
+    )
+    dtype = str(common_dtype(tensors, model.dtype)).removeprefix("torch.")
+    content |= {"transformers_version": __version__, "torch_dtype": dtype}
+    content.pop("dtype", None)
+    _check_readable(model, content, state_dict)
+
+    def write(aside: Path) -> None:
+        write_json(aside / CONFIG, content)
+        if model.can_generate():
+            model.generation_config.save_pretrained(aside)
+        save_weights(aside, tensors, max_shard_size)
+
+    write_folder(Path(folder), write, replaced=ADAPTER_FILES)
+
+
+def _weight_map(config: PretrainedConfig) -> WeightMap:
+    return family_of({"model_type": config.model_type}).weight_map(compose_object(config))
+
+
+def own_names(config: PretrainedConfig, names: Iterable[str]) -> dict[str, str]:
+    """The model's names of tensors by those that files have, or transformers' classes in memory.
+    Names that no row knows are left out, and what is put together of several tensors.
+    """
+    moves, _, _ = plan_moves(_weight_map(config), names)
+    single = [move for move in moves if len(move.theirs) == len(move.ours) == 1]
+    return {
+        theirs: ours
+        for move in single
+        for theirs, ours in zip(move.theirs, move.ours, strict=True)
+        if theirs is not None
+    }
+
+
+def _check_readable(
+    model: PreTrainedModel, content: dict[str, Any], state_dict: dict[str, torch.Tensor]
+) -> None:
+    """Refuse to write a folder that would be read as another model.
+
+    Args:
+        model: what is written.
+        content: of the config.json that is written.
+        state_dict: what is written, by the model's names.
+
+    Raises:
+        ValueError: names every tensor of another shape, and one that the config ties and that has
+            values of its own.
+    """
+    kind = next(
+        kind for kind in type(model).__mro__ if kind.__module__.partition(".")[0] == "mllama"
+    )
+    with torch.device("meta"):
+        reader = kind(config_object(family_of(content).from_json(content)))
+    tied = reader.get_expanded_tied_weights_keys()
+    read = {name: tensor.shape for name, tensor in reader.state_dict().items()}
+    given = {name: tensor.shape for name, tensor in state_dict.items() if name not in tied}
+    unlike = [
+        f"{name}: {list(given.get(name, ())) or 'nothing'} for {list(read.get(name, ())) or 'nothing'}"
+        for name in sorted(given.keys() | (read.keys() - tied.keys()))
+        if given.get(name) != read.get(name)
+    ]
+    if unlike:
+        raise ValueError(
+            f"the config does not say this model, and the folder could not be read: {listing(unlike)}"
+        )
+    for name, other in tied.items():
+        if name in state_dict and not _same(state_dict[name], state_dict[other]):
+            raise ValueError(
+                f"tie_word_embeddings is True, but {name} has values of its own, which would be "
+                "lost: set it to False, or tie_weights()"
+            )
+
+
+def _same(tensor: torch.Tensor, other: torch.Tensor) -> bool:
+    if tensor is other or tensor.is_meta or other.is_meta:
+        return True
+    return tensor.shape == other.shape and bool((tensor == other.to(tensor.device)).all())
+
+
+def _plain(named: dict[str, Any]) -> dict[str, Any]:
+    """Without the parts of names that wrappers of layers made."""
+    return {plain_key(name): value for name, value in named.items()}
+
+
+def translate_state_dict(
+    model: PreTrainedModel, state_dict: Mapping[str, torch.Tensor], older: WeightMap = ()
+) -> dict[str, torch.Tensor]:
+    """A state dict with the files' names brought to the model's, tied tensors in both their places.
+
+    A name that neither knows stays, for `load_state_dict` to report. Wrappers of layers have no
+    part in the names.
+
+    Args:
+        model: whose names are wanted.
+        state_dict: under either's.
+        older: rows that come before those of the model's format.
+    """
+    own = _plain(model.state_dict()).keys()
+    weight_map = (*older, *_weight_map(model.config))
+    moves, unknown, _ = plan_moves(weight_map, [name for name in state_dict if name not in own])
+    translated = {
+        name: tensor for name, tensor in state_dict.items() if name in own or name in unknown
+    }
+    for move in moves:
+        given = {name: state_dict[name] for name in move.theirs if name is not None}
+        whole = len(given) == len(move.theirs)
+        translated |= (
+            zip(move.ours, move.row.read(list(given.values())), strict=True) if whole else given
+        )
+    tied = both_ways(
+        {
+            name: plain_key(other)
+            for name, other in _plain(model.get_expanded_tied_weights_keys()).items()
+        }
+    )
+    return {
+        name: translated[other] for name, other in tied.items() if other in translated
+    } | translated

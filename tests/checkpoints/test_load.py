@@ -1,0 +1,63 @@
+"""`checkpoints.load` of a plain module: no transformers in it."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+import stock
+import twins
+from mllama.assets import EMBEDDED
+from mllama.checkpoints import load
+
+
+class Names(nn.Module):
+    """A module with the parameters of a state dict, whatever it would compute."""
+
+    def __init__(self, shapes: dict[str, torch.Size]):
+        super().__init__()
+        for name, shape in shapes.items():
+            owner, _, last = name.rpartition(".")
+            module = self
+            for part in filter(None, owner.split(".")):
+                if not hasattr(module, part):
+                    module.add_module(part, nn.Module())
+                module = getattr(module, part)
+            module.register_parameter(last, nn.Parameter(torch.empty(shape)))
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_folder_into_a_module(tied, tmp_path):
+    model = twins.model(text={"tie_word_embeddings": tied})
+    model.save_pretrained(tmp_path)
+    shapes = {name: value.shape for name, value in model.state_dict().items()}
+    loaded, opened = load(tmp_path, lambda spec: Names(shapes), "bfloat16")
+    assert not loaded.training and opened.family.name == "llava"
+    assert opened.spec.text.hidden_size == 64 and opened.spec.image_token_index == twins.IMAGE
+    assert opened.config["text_config"]["rms_norm_eps"] == 1e-6
+    for name, value in model.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], value.bfloat16())
+    embeddings = loaded.get_parameter("language_model.embed_tokens.weight")
+    assert (loaded.get_parameter("lm_head.weight") is embeddings) is tied
+
+
+def test_what_the_module_lacks_is_refused(tmp_path):
+    stock.make("llama").save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="embed_tokens"):
+        load(tmp_path, lambda spec: Names({"lm_head.weight": torch.Size([99, 64])}))
+    with pytest.raises(ValueError, match="dtype"):
+        load(tmp_path, lambda spec: Names({}), dtype="int8")
+    with pytest.raises(ValueError, match="device"):
+        load(tmp_path, lambda spec: Names({}), device="gpu")
+
+
+def test_nothing_of_transformers_is_imported():
+    code = (
+        "import sys; from mllama.checkpoints import open_checkpoint\n"
+        f"opened = open_checkpoint({str(EMBEDDED)!r}); print(opened.family.name)\n"
+        "assert not {'transformers', 'mllama.hf'} & {*sys.modules}"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
