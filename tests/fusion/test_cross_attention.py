@@ -198,7 +198,7 @@ def test_keys_are_computed_once_and_those_of_new_pictures_appended():
         ]
         for x, new, seen in steps:
             cross = cross_context(new, seen, TOKENS, "hf", cached=cache.tile_mask)
-            cache.tile_mask = cross.kept
+            cache.tile_mask = cross.tile_mask
             got, _ = ours(x, None, cache, cross=cross)
             assert relative(got, stock(theirs, x, new, seen, other)) <= 1e-5
     assert cache.cache.layers[1].get_seq_length() == 8 * TOKENS
@@ -226,7 +226,7 @@ def test_tiles_that_are_empty_in_every_row_get_no_keys():
         cache, got = TransformersCache(DynamicCache(), SPEC), []
         for x, new, seen, tiles in steps:
             cross = cross_context(new, seen, TOKENS, cached=cache.tile_mask, filled=tiles)
-            cache.tile_mask = cross.kept
+            cache.tile_mask = cross.tile_mask
             got.append(ours(x, None, cache, cross=cross)[0])
         torch.testing.assert_close(torch.cat(got, 1), all_keys)
     assert cache.tile_mask.tolist() == [True, True, False, False, True, True, True, False]
@@ -253,7 +253,7 @@ def test_keys_stay_where_they_might_be_seen():
         cross = cross_context(
             **{"states": states, "mask": mask, "tokens_per_tile": TOKENS} | options
         )
-        assert cross.states.shape[1] == kept * TOKENS == int(cross.kept.sum()) * TOKENS
+        assert cross.states.shape[1] == kept * TOKENS == int(cross.tile_mask.sum()) * TOKENS
 
 
 def test_without_pictures_the_layer_does_nothing():
@@ -272,7 +272,7 @@ def test_without_pictures_the_layer_does_nothing():
         (TypeError, "cross_attention_mask must be a torch.Tensor", {"mask": [1]}),
         (ValueError, "for 4 tiles, got .2, 7, 2, 4", {"mask": torch.ones(2, 7, 2, 4)}),
         (ValueError, "cross_attention_mask must be", {"mask": torch.ones(2, 7)}),
-        (ValueError, "for 5 tiles", {"held": torch.ones(1, dtype=torch.bool)}),
+        (ValueError, "for 5 tiles", {"cached": torch.ones(1, dtype=torch.bool)}),
         (ValueError, "aspect_ratio_mask must be .* for 4 tiles", {"filled": torch.ones(2, 1, 3)}),
         (ValueError, "reference must be", {"reference": "torchtune"}),
     ],
@@ -298,7 +298,7 @@ def test_a_context_goes_to_the_layers_device():
     _, states, mask = example()
     cross = cross_context(states, mask, TOKENS).to("meta")
     assert all(segment.key_mask.is_meta for segment in cross.segments)
-    assert cross.states.is_meta and cross.visible.is_meta and not cross.kept.is_meta
+    assert cross.states.is_meta and cross.visible.is_meta and not cross.tile_mask.is_meta
     assert cross_context(states, None, TOKENS).to("meta").states.is_meta
 
 

@@ -14,7 +14,7 @@ PIXELS = torch.arange(3.0).reshape(3, 1)
 def spec(cross: tuple = (), token: int | None = IMAGE, both_ways: bool = False):
     return SimpleNamespace(
         bidirectional_prefix=both_ways,
-        image_token_id=token,
+        image_token_index=token,
         tokens_per_image=PER,
         text=SimpleNamespace(cross_attention_layers=cross),
     )

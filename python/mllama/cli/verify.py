@@ -63,7 +63,7 @@ def run(arguments: argparse.Namespace) -> int:
         spec = spec_of(model)
     if arguments.reference == "meta":
         refuse_meta(opened.family.name)
-    samples = make_samples(spec, spec.image_token_id, arguments.seed, device)
+    samples = make_samples(spec, spec.image_token_index, arguments.seed, device)
     measure = Measure.of(dtype)
     options = {"reference": "hf"} if "reference" in kind.load_options else {}
     load = functools.partial(kind.from_pretrained, folder, device_map=device, **options)

@@ -2,7 +2,7 @@
 
 from typing import NamedTuple
 
-from mllama.config.checks import check_choice
+from mllama.config.parts import select_features
 from mllama.config.spec import ModelSpec
 
 
@@ -41,10 +41,12 @@ def choose_features(
             projector is not wide for.
     """
     layers, skip = spec.feature_layers, spec.skip_first
-    if layer is not None:
-        layers = normalize_layers(layer, spec.vision.num_hidden_layers + 1)
-    if strategy is not None:
-        skip = skips_first(strategy)
+    if layer is not None or strategy is not None:
+        layers, skip = select_features(
+            spec.feature_layers if layer is None else layer,  # type: ignore[arg-type]
+            ("default" if skip else "full") if strategy is None else strategy,
+            spec.vision.num_hidden_layers + 1,
+        )
     if layers is not None and len(layers) * spec.vision.hidden_size != spec.projector_sizes[0]:
         wanted = spec.projector_sizes[0] // spec.vision.hidden_size
         raise ValueError(
@@ -53,30 +55,3 @@ def choose_features(
         )
     explicit = layer is not None or strategy is not None or bool(interpolate)
     return FeatureChoice(layers, skip, bool(interpolate), explicit)
-
-
-def normalize_layers(layer: int | list[int], states: int) -> tuple[int, ...]:
-    """`vision_feature_layer` as indices from 0 into the encoder's states.
-
-    Raises:
-        ValueError: an index outside of them.
-    """
-    layers = list(layer) if isinstance(layer, (list, tuple)) else [layer]
-    if not layers or any(
-        isinstance(one, bool) or not isinstance(one, int) or not -states <= one < states
-        for one in layers
-    ):
-        raise ValueError(
-            f"vision_feature_layer must name states of -{states} to {states - 1}, got {layer!r}"
-        )
-    return tuple(one % states for one in layers)
-
-
-def skips_first(strategy: str) -> bool:
-    """Whether `vision_feature_select_strategy` leaves out the first feature.
-
-    Raises:
-        ValueError: another strategy than "default" (it does) and "full".
-    """
-    check_choice("model", "vision_feature_select_strategy", strategy, ("default", "full"))
-    return strategy == "default"

@@ -226,3 +226,29 @@ def _are_ratios(ratios: Any, tiles: int) -> bool:
             for ratio in ratios
         )
     )
+
+
+def select_features(
+    layer: int | list[int] | tuple[int, ...], strategy: str, states: int
+) -> tuple[tuple[int, ...], bool]:
+    """Which of an encoder's states a LLaVA reads, and whether without the first feature.
+
+    Args:
+        layer: `vision_feature_layer`: one or several, negative ones from the end.
+        strategy: `vision_feature_select_strategy`: "default" leaves out the first feature, "full"
+            does not.
+        states: how many there are: the embeddings and every layer's output.
+
+    Raises:
+        ValueError: a layer that is none, or another strategy.
+    """
+    layers = list(layer) if isinstance(layer, (list, tuple)) else [layer]
+    if not layers or any(
+        isinstance(one, bool) or not isinstance(one, int) or not -states <= one < states
+        for one in layers
+    ):
+        raise ValueError(
+            f"vision_feature_layer must name states of -{states} to {states - 1}, got {layer!r}"
+        )
+    check_choice("model", "vision_feature_select_strategy", strategy, ("default", "full"))
+    return tuple(one % states for one in layers), strategy == "default"

@@ -188,8 +188,9 @@ class ModelSpec:
             attend to them.
         pooling: "average" or "learned", over an image's patches before the projector; or None.
         tokens_per_image: features of an image, and its placeholders; 0 for an image in tiles.
-        image_token_id: the placeholder; None where it is found by its runs, or there is none.
         bidirectional_prefix: prompts are seen both ways, as `token_type_ids` say (PaliGemma).
+        image_token_index: the placeholder's id; None where it is found by its runs, or there is
+            none.
         ignore_index: label that is not trained.
     """
 
@@ -206,8 +207,8 @@ class ModelSpec:
     fusion: str | None = None
     pooling: str | None = None
     tokens_per_image: int = 0
-    image_token_id: int | None = None
     bidirectional_prefix: bool = False
+    image_token_index: int | None = None
     ignore_index: int = -100
 
     @property

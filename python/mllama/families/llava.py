@@ -1,9 +1,8 @@
 """LLaVA: a SigLIP or CLIP encoder, an MLP and a Llama."""
 
 from mllama.config.checks import ACTIVATIONS, check_choice, check_flag, check_size
-from mllama.config.features import normalize_layers, skips_first
 from mllama.config.files import to_older
-from mllama.config.parts import text_spec, vision_spec
+from mllama.config.parts import select_features, text_spec, vision_spec
 from mllama.config.spec import ModelSpec
 from mllama.families import llama, siglip
 from mllama.weights.family import Config, Family
@@ -102,8 +101,11 @@ def _read(config: Config) -> ModelSpec:
             check_choice(owner, "is_causal", part.get("is_causal"), (False, None))
     vision = vision_spec(config["vision_config"] | {"vision_use_head": False})
     text = text_spec(config["text_config"], llama.DEFAULTS)
-    layers = normalize_layers(config["vision_feature_layer"], vision.num_hidden_layers + 1)
-    skip = skips_first(config["vision_feature_select_strategy"])
+    layers, skip = select_features(
+        config["vision_feature_layer"],
+        config["vision_feature_select_strategy"],
+        vision.num_hidden_layers + 1,
+    )
     check_choice("config", "projector_hidden_act", config["projector_hidden_act"], ACTIVATIONS)
     check_flag("config", "multimodal_projector_bias", config["multimodal_projector_bias"])
     tokens = (vision.image_size // vision.patch_size) ** 2 + is_clip - skip
@@ -124,7 +126,7 @@ def _read(config: Config) -> ModelSpec:
         projector_bias=config["multimodal_projector_bias"],
         fusion="merge",
         tokens_per_image=tokens,
-        image_token_id=check_image_token(config),
+        image_token_index=check_image_token(config),
     )
 
 

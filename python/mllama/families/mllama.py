@@ -73,7 +73,7 @@ def _read(config: Config) -> ModelSpec:
         projector="linear",
         projector_sizes=(vision.vision_output_dim, 0, text.hidden_size),
         fusion="tiled_cross_attention",
-        image_token_id=check_image_token(config),
+        image_token_index=check_image_token(config),
     )
 
 

@@ -57,7 +57,7 @@ def _read(config: Config) -> ModelSpec:
         fusion="merge",
         tokens_per_image=(vision.image_size // vision.patch_size) ** 2,
         bidirectional_prefix=True,
-        image_token_id=llava.check_image_token(config),
+        image_token_index=llava.check_image_token(config),
     )
 
 

@@ -168,7 +168,7 @@ def _read(config: Config) -> ModelSpec:
         fusion=config["fusion"],
         pooling=config["image_pooling"],
         tokens_per_image=config["text_config"]["num_image_tokens"],
-        image_token_id=llava.check_image_token(config),
+        image_token_index=llava.check_image_token(config),
         ignore_index=config["ignore_index"],
     )
 

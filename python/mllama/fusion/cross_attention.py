@@ -159,7 +159,7 @@ class CrossAttentionFusion(Fusion):
     """Layers of the decoder attend to images; placeholders are words like others."""
 
     def find_placeholders(self, input_ids, attention_mask=None, images=0, per_image=None):
-        token = self.spec.image_token_id
+        token = self.spec.image_token_index
         return (
             torch.zeros_like(input_ids, dtype=torch.bool) if token is None else input_ids == token
         )
@@ -178,12 +178,13 @@ class CrossAttentionFusion(Fusion):
                 f"inputs_embeds, got {mask.shape[1]}"
             )
         states, attentions = self._states(inputs, parts, embeds)
-        if mask is not None and placeholders is not None and states is not None:
+        rows_of_mask = _rows_of_mask(mask, inputs.shape, 0 if cache is None else cache.length)
+        if rows_of_mask is not None and placeholders is not None and states is not None:
             _check_visible(mask, placeholders)
         cached = None if cache is None else cache.tile_mask
         cross = cross_context(
             None if states is None else self.by_rows(states, embeds.shape[0]).to(embeds.dtype),
-            _rows_of_mask(mask, inputs.shape, 0 if cache is None else cache.length),
+            rows_of_mask,
             self.tokens_per_tile(parts),
             parts.reference,
             cached=cached,

@@ -187,7 +187,7 @@ class MergeFusion(Fusion):
     ) -> torch.Tensor:
         """Where placeholders of images stand: bool [B, T].
 
-        With `spec.image_token_id` these are the positions that hold it. Without, the id is told by
+        With `spec.image_token_index` these are the positions that hold it. Without, the id is told by
         `find_placeholder` from the runs that it stands in at unmasked positions.
 
         Args:
@@ -199,7 +199,7 @@ class MergeFusion(Fusion):
         Raises:
             ValueError: the id is not set, and more than one could be it.
         """
-        token = self.spec.image_token_id
+        token = self.spec.image_token_index
         if token is not None:
             return input_ids == token
         if images and not self.optional:
@@ -216,7 +216,7 @@ class MergeFusion(Fusion):
         Raises:
             ValueError: the placeholder has no embedding.
         """
-        token, rows = self.spec.image_token_id, embedding.weight.shape[0]
+        token, rows = self.spec.image_token_index, embedding.weight.shape[0]
         if token is None or token >= rows:
             raise ValueError(
                 "images beside inputs_embeds need an image_token_index with an embedding "

@@ -55,7 +55,7 @@ class PrependFusion(MergeFusion):
             return True
         again, rows = images * self.spec.tokens_per_image, inputs.shape[0]
         cached = inputs.cache.num_prefix_tokens
-        if again and again != cached * rows and (cached or self.spec.image_token_id is None):
+        if again and again != cached * rows and (cached or self.spec.image_token_index is None):
             raise ValueError(
                 f"images must stand before the text: cache holds text, and {cached} visual tokens "
                 "before it"
@@ -63,12 +63,12 @@ class PrependFusion(MergeFusion):
         return False
 
     def locate(self, input_ids, attention_mask, images, continuing=False, per_image=None):
-        if self.spec.image_token_id is None:
+        if self.spec.image_token_index is None:
             return None
         return super().locate(input_ids, attention_mask, images, continuing, per_image)
 
     def ids_of(self, inputs_embeds, embedding):
-        if self.spec.image_token_id is None:  # no position is a placeholder
+        if self.spec.image_token_index is None:  # no position is a placeholder
             return inputs_embeds.new_zeros(inputs_embeds.shape[:2], dtype=torch.long)
         return super().ids_of(inputs_embeds, embedding)
 

@@ -265,7 +265,7 @@ class MllamaGenerationMixin(GenerationMixin):
         self, input_ids: torch.Tensor, model_kwargs: dict[str, Any]
     ) -> torch.Tensor:
         """The ids that stand for images in a prompt."""
-        if (token := self.spec.image_token_id) is not None:
+        if (token := self.spec.image_token_index) is not None:
             return torch.tensor([token], device=input_ids.device)
         images, mask = _count_images(model_kwargs), model_kwargs.get("attention_mask")
         return input_ids[self.fusion.find_placeholders(input_ids, mask, images)].unique()

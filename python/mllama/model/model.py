@@ -13,6 +13,7 @@ from mllama.fusion import make_fusion
 from mllama.fusion.base import DecoderInputs, ModelInputs, Parts
 from mllama.fusion.cross_attention import CrossAttentionDecoderLayer
 from mllama.fusion.projector import make_pooling, make_projector
+from mllama.nn.activation import softcap
 from mllama.nn.loss import counted_loss
 from mllama.text.decoder import Decoder, DecoderOutput, split_mask
 from mllama.text.prefix import count_prefix
@@ -196,6 +197,4 @@ class VisionLanguageModel(nn.Module):
 
     def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """[..., hidden] -> [..., vocabulary]."""
-        logits = self.lm_head(hidden_states)
-        cap = self.spec.text.final_logit_softcapping
-        return logits if cap is None else torch.tanh(logits / cap) * cap
+        return softcap(self.lm_head(hidden_states), self.spec.text.final_logit_softcapping)

@@ -59,10 +59,10 @@ def find_reuse(
         return Reuse(length, count) if same and length else Reuse()
     if not images and not cached_images:
         return Reuse(length)
-    if spec.image_token_id is None:  # which ids are placeholders, the model alone can tell
+    if spec.image_token_index is None:  # which ids are placeholders, the model alone can tell
         return Reuse()
     equal = count if same else _equal_images(cached_images, images)
-    places = [i for i, token in enumerate(ids) if token == spec.image_token_id]
+    places = [i for i, token in enumerate(ids) if token == spec.image_token_index]
     covered = sum(place < length for place in places)
     whole = min(covered // spec.tokens_per_image, equal)
     if covered > whole * spec.tokens_per_image:  # an image is taken whole or not at all
