@@ -12,9 +12,9 @@ from transformers.models.mllama.configuration_mllama import MllamaVisionConfig
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
 import twins
-from mllama.processing.paligemma import PaliGemmaProcessor
-from mllama.processing.square import SquareImageProcessor
-from mllama.processing.tiled import TiledImageProcessor, TiledProcessor
+from mllama.hf.processors.paligemma import PaliGemmaProcessor
+from mllama.hf.processors.square import SquareImageProcessor
+from mllama.hf.processors.tiled import TiledImageProcessor, TiledProcessor
 
 SIDE = twins.VISION["image_size"]
 SIZE = {"size": {"height": SIDE, "width": SIDE}}

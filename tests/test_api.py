@@ -12,7 +12,7 @@ import twins
 from helpers import answer
 from mllama import api, device
 from mllama.hf.answering import GenerateSession, generate
-from mllama.processing.auto import encode_messages
+from mllama.processing.conversation import encode_messages
 from mllama.runtime.questions import encode, encode_questions, tokenizer_of
 
 PICTURES = Path(__file__).parent.parent / "examples" / "pictures"

@@ -16,8 +16,8 @@ MUST_NOT_NAME = {
     "python/mllama/encoders": r"mllama\.(?!ops|nn|encoders|config)|mllama import",
     "python/mllama/fusion": r"mllama\.(?!ops|nn|fusion|config)|mllama import|transformers",
     "python/mllama/text": r"mllama\.(?!ops|nn|text|config)|mllama import|transformers",
-    "python/mllama/processing": r"(?<!models\.)mllama\.(?!ops|processing|checkpoints\.gguf)"
-    r"|from mllama import",
+    "python/mllama/processing": r"mllama\.(?!ops|processing|checkpoints\.gguf)|from mllama import"
+    r"|transformers|huggingface",
     "python/mllama/families": r"mllama\.(?!config|families|weights|hf\.configs|nn\.activation)"
     r"|from mllama import",
     "python/mllama/checkpoints": r"mllama\.(?!checkpoints|config|families|weights|hf|nn\.wrappers)"

@@ -351,7 +351,7 @@ class Run:
         """Writes the averaged weights in bfloat16, with tokenizer and processor files, as
         `mllama.load` and transformers read them.
         """
-        from mllama.processing.processor import MllamaImageProcessor
+        from mllama.hf.processors.llava import MllamaImageProcessor
 
         folder = Path(folder)
         aside = folder.with_name(folder.name + ".part")

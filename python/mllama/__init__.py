@@ -21,6 +21,11 @@ if TYPE_CHECKING:  # what `_HOME` says, for type checkers; tests/test_types.py c
     from mllama.hf.fuse import fuse as fuse
     from mllama.hf.loader import load_hf_model as load_hf_model
     from mllama.hf.modeling import MllamaForConditionalGeneration as MllamaForConditionalGeneration
+    from mllama.hf.processors.auto import load_processor as load_processor
+    from mllama.hf.processors.chat import chat_labels as chat_labels
+    from mllama.hf.processors.llava import MllamaImageProcessor as MllamaImageProcessor
+    from mllama.hf.processors.paligemma import PaliGemmaProcessor as PaliGemmaProcessor
+    from mllama.hf.processors.tiled import TiledProcessor as TiledProcessor
     from mllama.hf.siglip import SiglipModel as SiglipModel
     from mllama.lora import Linear_LORA as Linear_LORA
     from mllama.lora import convert_linears_to_lora as convert_linears_to_lora
@@ -33,37 +38,32 @@ if TYPE_CHECKING:  # what `_HOME` says, for type checkers; tests/test_types.py c
     from mllama.lora import replace_linear_with_lora as replace_linear_with_lora
     from mllama.lora import save_lora as save_lora
     from mllama.lora import unmerge_lora as unmerge_lora
-    from mllama.processing.auto import load_processor as load_processor
-    from mllama.processing.chat import chat_labels as chat_labels
-    from mllama.processing.paligemma import PaliGemmaProcessor as PaliGemmaProcessor
-    from mllama.processing.paligemma import parse_detections as parse_detections
-    from mllama.processing.processor import MllamaImageProcessor as MllamaImageProcessor
-    from mllama.processing.tiled import TiledProcessor as TiledProcessor
+    from mllama.processing.detections import parse_detections as parse_detections
     from mllama.processing.tokenizer import Tokenizer as Tokenizer
 
 _HOME = {
     "Linear_LORA": "lora",
     "MllamaConfig": "hf.configs",
     "MllamaForConditionalGeneration": "hf.modeling",
-    "MllamaImageProcessor": "processing.processor",
-    "PaliGemmaProcessor": "processing.paligemma",
+    "MllamaImageProcessor": "hf.processors.llava",
+    "PaliGemmaProcessor": "hf.processors.paligemma",
     "SiglipModel": "hf.siglip",
-    "TiledProcessor": "processing.tiled",
+    "TiledProcessor": "hf.processors.tiled",
     "Tokenizer": "processing.tokenizer",
     "ask": "api",
-    "chat_labels": "processing.chat",
+    "chat_labels": "hf.processors.chat",
     "convert_linears_to_lora": "lora",
     "convert_to_lora": "lora",
     "fuse": "hf.fuse",
     "load": "api",
     "load_hf_model": "hf.loader",
     "load_lora": "lora",
-    "load_processor": "processing.auto",
+    "load_processor": "hf.processors.auto",
     "lora_disabled": "lora",
     "lora_parameters": "lora",
     "merge_and_unload": "lora",
     "merge_lora": "lora",
-    "parse_detections": "processing.paligemma",
+    "parse_detections": "processing.detections",
     "replace_linear_with_lora": "lora",
     "save_lora": "lora",
     "unmerge_lora": "lora",

@@ -19,7 +19,7 @@ from mllama.lora.files import load_lora
 from mllama.lora.peft import CONFIG as ADAPTER_CONFIG
 from mllama.lora.peft import adapted_model
 from mllama.model.model import VisionLanguageModel
-from mllama.processing.auto import load_processor
+from mllama.processing.auto import load_preprocessor
 from mllama.runtime.questions import as_list, encode_questions, refuse_swapped, share_images
 from mllama.runtime.session import OPTIONS, Session
 from mllama.runtime.settings import beyond_session, check_settings
@@ -94,6 +94,7 @@ def load_quietly(
 ) -> "tuple[MllamaForConditionalGeneration | Any, Any]":
     """`load` without the line on stderr, which `say_loaded` writes."""
     from mllama.hf.checkpoints import load_opened, model_class
+    from mllama.hf.processors.auto import load_processor
 
     folder, adapter = _find_adapted(path, adapter)
     device = choose_device(device)
@@ -115,32 +116,39 @@ def open_session(
     device: str | torch.device = "auto",
     reference: str = "meta",
     adapter: str | os.PathLike | None = None,
-    options: Mapping[str, Any] | None = None,
 ) -> "Session | GenerateSession":
-    """A session of a model's files: the core's own; transformers', where the model's settings or
-    `options` ask for what the core's does not have.
+    """A session of a model's files: the core's own; transformers', where the model's settings ask
+    for what the core's does not have, or only transformers reads the tokenizer.
 
     Args:
         path, dtype, device, reference, adapter: as `load` takes them.
-        options: that `generate` will be given.
 
     Raises:
         TypeError, ValueError, FileNotFoundError: as `load`. A SigLIP, which has no decoder.
     """
-    folder, adapter = _find_adapted(path, adapter)
+    folder, own_adapter = _find_adapted(path, adapter)
+    place = choose_device(device)
     with (opened := open_checkpoint(folder)).source:
         if opened.spec.text is None:
             raise ValueError("a SigLIP vision model has no decoder to answer with")
         settings, where = opened.generation or {}, opened.source.where
-        if not _beyond(options or {}) and not beyond_session(settings):
+        if not beyond_session(settings) and (processor := _core_processor(folder)) is not None:
             check_settings(where, settings)
-            model = _load_core(opened, dtype, choose_device(device), reference)
-            if adapter is not None:
-                load_lora(model, adapter)
-            return Session(model, processor_of(folder, load_processor), settings, where)
+            model = _load_core(opened, dtype, place, reference)
+            if own_adapter is not None:
+                load_lora(model, own_adapter)
+            return Session(model, processor, settings, where)
     from mllama.hf.answering import GenerateSession
 
     return GenerateSession(*load_quietly(path, dtype, device, reference, adapter))
+
+
+def _core_processor(folder: Path) -> Any:
+    """None where only transformers reads it, or says what is wrong with it."""
+    try:
+        return load_preprocessor(folder)
+    except ValueError:
+        return None
 
 
 def _load_core(

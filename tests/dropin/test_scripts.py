@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from mllama.processing.paligemma import PaliGemmaProcessor
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -19,7 +20,6 @@ import twins
 from mllama import MllamaImageProcessor, dropin
 from mllama.dropin.processing_mllama import IMAGENET_STANDARD_MEAN as CLIP_MEAN
 from mllama.dropin.processing_mllama import IMAGENET_STANDARD_STD as CLIP_STD
-from mllama.processing.paligemma import PaliGemmaProcessor
 
 HERE = Path(__file__).parent
 SCRIPTS = sorted((HERE / "scripts").glob("*.py"))

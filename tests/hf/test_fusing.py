@@ -7,7 +7,7 @@ from transformers import GemmaConfig, LlamaConfig, LlamaForCausalLM, SiglipVisio
 import mllama
 import twins
 from mllama.cli import main
-from mllama.processing.auto import encode_messages
+from mllama.processing.conversation import encode_messages
 
 OPTIONS = {
     "merge": {"image_token_index": 200},

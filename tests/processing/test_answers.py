@@ -13,11 +13,11 @@ from transformers.models.llava.processing_llava import LlavaProcessor
 import mllama
 from mllama import MllamaImageProcessor, chat_labels
 from mllama.assets import EMBEDDED
-from mllama.processing.chat import with_answers
+from mllama.hf.processors.chat import with_answers
+from mllama.hf.processors.paligemma import PaliGemmaProcessor
+from mllama.hf.processors.square import SquareImageProcessor
+from mllama.hf.processors.tiled import TiledImageProcessor, TiledProcessor
 from mllama.processing.messages import as_parts
-from mllama.processing.paligemma import PaliGemmaProcessor
-from mllama.processing.square import SquareImageProcessor
-from mllama.processing.tiled import TiledImageProcessor, TiledProcessor
 from processing import templates
 
 S = 28

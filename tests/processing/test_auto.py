@@ -1,6 +1,4 @@
 import json
-import sys
-import types
 
 import numpy as np
 import pytest
@@ -12,12 +10,13 @@ from transformers.models.llava.processing_llava import LlavaProcessor
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
 from mllama import MllamaImageProcessor
-from mllama.processing.auto import encode_messages, load_processor
-from mllama.processing.chat import with_answers
-from mllama.processing.paligemma import PaliGemmaProcessor
+from mllama.hf.processors.auto import load_processor
+from mllama.hf.processors.chat import with_answers
+from mllama.hf.processors.paligemma import PaliGemmaProcessor
+from mllama.hf.processors.square import CroppedImageProcessor, SquareImageProcessor
+from mllama.hf.processors.tiled import TiledImageProcessor, TiledProcessor
+from mllama.processing.conversation import encode_messages
 from mllama.processing.prompt import CHAT_TEMPLATE
-from mllama.processing.square import CroppedImageProcessor, SquareImageProcessor
-from mllama.processing.tiled import TiledImageProcessor, TiledProcessor
 from processing import templates
 
 S = 28
@@ -231,23 +230,16 @@ def test_missing(tmp_path):
 
 
 def test_other_formats_go_to_their_readers(monkeypatch, tmp_path):
-    for name, function in (
-        ("processing.meta", "load_meta_processor"),
-        ("checkpoints.gguf_tokenizer", "load_tokenizer"),
-    ):
-        module = types.ModuleType(f"mllama.{name}")
-        setattr(module, function, lambda path, name=name: types.SimpleNamespace(read=(name, path)))
-        monkeypatch.setitem(sys.modules, module.__name__, module)
+    for name in ("load_meta_processor", "load_gguf_tokenizer"):
+        monkeypatch.setattr(
+            f"mllama.hf.processors.auto.{name}", lambda path, name=name: (name, path)
+        )
     (tmp_path / "one").mkdir()
     file = tmp_path / "one" / "a.gguf"
     file.touch()
-    assert (
-        load_processor(file).read
-        == load_processor(tmp_path / "one").read
-        == ("checkpoints.gguf_tokenizer", file)
-    )
+    assert load_processor(file) == load_processor(tmp_path / "one") == ("load_gguf_tokenizer", file)
     (tmp_path / "one" / "params.json").touch()
-    assert load_processor(tmp_path / "one").read == ("processing.meta", tmp_path / "one")
+    assert load_processor(tmp_path / "one") == ("load_meta_processor", tmp_path / "one")
 
 
 # ---- encode_messages
@@ -469,28 +461,28 @@ def test_no_template(make, make_llama_tokenizer, noise):
             [user({"type": "image"})],
             0,
             ValueError,
-            r"places for 1 picture\(s\), but 0 came",
+            r"places for 1 image\(s\), but 0 came",
         ),
         (
             "mllama",
             [user({"type": "image"})],
             2,
             ValueError,
-            r"places for 1 picture\(s\), but 2 came",
+            r"places for 1 image\(s\), but 2 came",
         ),
         (
             "mllama",
             [user({"type": "image", "image": Image.new("RGB", (9, 9))})],
             1,
             ValueError,
-            r"places for 1 picture\(s\), but 2 came",
+            r"places for 1 image\(s\), but 2 came",
         ),
         (
             "mllama",
             [user({"type": "image", "image": "a", "path": "b"})],
             0,
             ValueError,
-            "must bring one picture, got 2",
+            "must bring one image, got 2",
         ),
         (
             "mllama",
@@ -507,7 +499,7 @@ def test_no_template(make, make_llama_tokenizer, noise):
             "allow_urls",
         ),
         ("mllama", [{"content": "a"}], 0, ValueError, "role"),
-        ("text", [user("a")], 1, ValueError, "takes no pictures, got 1"),
+        ("text", [user("a")], 1, ValueError, "takes no images, got 1"),
         (
             "siglip",
             [user("a")],

@@ -13,8 +13,9 @@ import torch
 from PIL import Image
 
 import mllama
+from mllama.hf.processors.auto import load_processor
 from mllama.processing import image_source
-from mllama.processing.auto import encode_messages, load_processor
+from mllama.processing.conversation import encode_messages
 from mllama.processing.image import load_picture, load_pixels
 
 FORMS = [

@@ -14,7 +14,9 @@ from PIL import Image
 from transformers import AutoProcessor, AutoTokenizer
 
 import mllama
-from mllama.processing.meta import fast_tokenizer, load_meta_processor
+from mllama.hf.processors.tokenizers import fast_tokenizer, load_meta_processor
+from mllama.processing.auto import load_preprocessor
+from mllama.processing.conversation import encode_messages
 
 TEXTS = [
     "The quick brown fox doesn't jump over 12345 lazy dogs.\r\n\r\n  Indented\tand\u00a0spaced \n",
@@ -106,6 +108,24 @@ def test_chat_template_is_metas_format(small):
         processor.tokenizer.decode(ids) == expected + header.format("assistant")
         and ids.count(260) == 1
     )
+
+
+@pytest.mark.parametrize("params", [{}, {"model": VISION}])
+def test_the_core_gives_the_same(small, params):
+    core, stock = load_preprocessor(small(params)), load_meta_processor(small(params))
+    tokenizer = getattr(stock, "tokenizer", stock)
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (20, 50, 3), dtype=np.uint8))
+    for text in TEXTS:
+        content = [{"type": "image", "image": image}] * bool(params) + [
+            {"type": "text", "text": text}
+        ]
+        messages = [{"role": "user", "content": content}]
+        ours, theirs = encode_messages(core, messages), encode_messages(stock, messages)
+        assert ours.keys() == theirs.keys()
+        assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+        ids = tokenizer.encode(text)
+        own = getattr(core, "tokenizer", core)
+        assert own.encode(text) == ids and own.decode(ids) == tokenizer.decode(ids)
 
 
 @pytest.mark.parametrize("content", ["[1]", "{", '"x"', '{"model": 3}', "null"])

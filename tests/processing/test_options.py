@@ -15,8 +15,8 @@ from transformers.models.siglip.image_processing_pil_siglip import SiglipImagePr
 from transformers.processing_utils import TextKwargs
 
 from mllama import MllamaImageProcessor, chat_labels
-from mllama.processing.paligemma import PaliGemmaProcessor
-from mllama.processing.tiled import TiledProcessor
+from mllama.hf.processors.paligemma import PaliGemmaProcessor
+from mllama.hf.processors.tiled import TiledProcessor
 
 SIZE = {"height": 28, "width": 28}
 FAMILIES = ("llava", "mllama", "paligemma")

@@ -8,8 +8,9 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 from transformers.models.paligemma.processing_paligemma import PaliGemmaProcessor as Stock
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
-from mllama.processing.paligemma import Detection, PaliGemmaProcessor, parse_detections
-from mllama.processing.square import SquareImageProcessor
+from mllama.hf.processors.paligemma import PaliGemmaProcessor
+from mllama.hf.processors.square import SquareImageProcessor
+from mllama.processing.detections import Detection, parse_detections
 
 N, S = 4, 28
 SETTINGS = {"size": {"height": S, "width": S}, "image_seq_length": N}
@@ -178,7 +179,7 @@ def test_bad_image_seq_length(make_tokenizer, tokens):
 
 
 def test_refuses_another_image_processor(make_tokenizer):
-    with pytest.raises(ValueError, match="holds a CLIPImageProcessor: PaliGemmaProcessor reads"):
+    with pytest.raises(ValueError, match="holds a CLIPImageProcessor"):
         PaliGemmaProcessor(CLIPImageProcessorPil(), make_tokenizer())
 
 

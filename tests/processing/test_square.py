@@ -4,7 +4,7 @@ import torch
 from transformers import AutoImageProcessor
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-from mllama.processing.square import CroppedImageProcessor
+from mllama.hf.processors.square import CroppedImageProcessor
 
 SIZES = [(1, 1), (1, 90), (90, 1), (50, 37), (37, 50), (640, 480), (32, 32), (31, 33), (20, 21)]
 

@@ -1,42 +1,34 @@
-import sys
 import time
 
 import pytest
-from transformers import PreTrainedTokenizerFast
 
 from mllama.processing.template import MAX_CHARACTERS, render
 
 MESSAGES = [{"role": "user", "content": "a b"}, {"role": "assistant", "content": "c"}]
+TEMPLATES = [
+    "{% for m in messages %}  {{ m.content | tojson }}\n  {% break %}{% endfor %}{{ bos_token }}",
+    "{% for m in messages %}{% generation %}{{ m['role'] }}{% endgeneration %}\n{% endfor %}",
+    "{% set ns = namespace(x=1) %}{% set ns.x = dict(a='ü<&') %}{{ ns.x | tojson(indent=2) }}",
+    "{{ messages[1].thinking }} {{ messages[1].reasoning_content }} {{ tools }} {{ documents }}",
+    "{{ strftime_now('%Y') }}{{ '!' if add_generation_prompt }}",
+    "{% macro f(x) -%} {{ x }} {%- endmacro %}{{ f(1) ~ f(2) }}{% for a in [[1], [2]] recursive %}"
+    "{{ loop(a) if a is not number else a }}{% endfor %}",
+]
 
 
-@pytest.fixture
-def tokenizer(make_llama_tokenizer) -> PreTrainedTokenizerFast:
-    return make_llama_tokenizer()
-
-
-def test_as_transformers(tokenizer, llama_template):
-    tokenizer.chat_template = llama_template
-    assert render(tokenizer, MESSAGES) == tokenizer.apply_chat_template(
-        MESSAGES, add_generation_prompt=True, tokenize=False
+@pytest.mark.parametrize("template", [*TEMPLATES, "llama"])
+def test_as_transformers(make_llama_tokenizer, llama_template, template):
+    tokenizer = make_llama_tokenizer()
+    template = llama_template if template == "llama" else template
+    messages = [MESSAGES[0], MESSAGES[1] | {"reasoning": "because"}]
+    stock = tokenizer.apply_chat_template(
+        messages, chat_template=template, add_generation_prompt=True, tokenize=False
     )
+    assert render(template, tokenizer.special_tokens_map, messages) == stock != ""
 
 
-def test_tracing_is_put_back(tokenizer):
-    def trace(frame, event, argument):
-        return None
-
-    before = sys.gettrace()
-    sys.settrace(trace)
-    try:
-        tokenizer.chat_template = "a"
-        assert render(tokenizer, MESSAGES) == "a" and sys.gettrace() is trace
-    finally:
-        sys.settrace(before)
-
-
-def test_long_conversations_are_no_attack(tokenizer, llama_template):
-    tokenizer.chat_template = llama_template
-    assert len(render(tokenizer, MESSAGES * 2000)) > 4000 * 50
+def test_long_conversations_are_no_attack(llama_template):
+    assert len(render(llama_template, {"bos_token": "b"}, MESSAGES * 2000)) > 4000 * 50
 
 
 @pytest.mark.parametrize(
@@ -50,13 +42,10 @@ def test_long_conversations_are_no_attack(tokenizer, llama_template):
         ("{{ messages[0].update(role='x') }}", "unsafe"),
         ("{% set ns = namespace(__class__=1) %}", "underscore"),
         ("{% for i in range(100000 * 10000) %}x{% endfor %}", "Range too big"),
-        (
-            "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
-            "more than 1000000 steps",
-        ),
+        ("{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}", "steps"),
         (
             "{% macro f(n) %}{{ f(n + 1) if n < 60 }}{{ f(n + 1) if n < 60 }}{% endmacro %}{{ f(0) }}",
-            "more than 1000000 steps",
+            "steps",
         ),
         ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "recursion"),
         ("{{ 10 ** 10 }}", r"\*\* is not accepted"),
@@ -70,18 +59,16 @@ def test_long_conversations_are_no_attack(tokenizer, llama_template):
         ("{{ raise_exception('no such thing') }}", "no such thing"),
     ],
 )
-def test_attacks(tokenizer, template, match):
-    tokenizer.chat_template = template
+def test_attacks(template, match):
     started = time.monotonic()
     with pytest.raises(ValueError, match=f"the chat template fails: .*{match}"):
-        render(tokenizer, MESSAGES)
-    assert time.monotonic() - started < 20 and sys.gettrace() is None
+        render(template, {}, MESSAGES)
+    assert time.monotonic() - started < 20
 
 
 @pytest.mark.parametrize(
     "inner",
     ["messages.__class__", "raise_exception.__globals__", "bos_token.__init__", "self.__dict__"],
 )
-def test_templates_see_no_insides(tokenizer, inner):
-    tokenizer.chat_template = "a{{ " + inner + " }}b"
-    assert render(tokenizer, MESSAGES) == "ab"
+def test_templates_see_no_insides(inner):
+    assert render("a{{ " + inner + " }}b", {"bos_token": "<s>"}, MESSAGES) == "ab"

@@ -9,7 +9,7 @@ from transformers.models.mllama.image_processing_pil_mllama import MllamaImagePr
 from transformers.models.mllama.processing_mllama import MllamaProcessor
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
-from mllama.processing.tiled import TiledImageProcessor, TiledProcessor
+from mllama.hf.processors.tiled import TiledImageProcessor, TiledProcessor
 
 T = 28
 CLIP = {
@@ -297,7 +297,7 @@ def test_truncation_never_cuts_a_picture(ours, noise):
         ours(images=noise(), text=f"{IMAGE}hello", truncation=True, max_length=3)["input_ids"]
         == ours(text=f"{IMAGE}h", images=noise())["input_ids"]
     )
-    with pytest.raises(ValueError, match="Mismatch in `image` token count"):
+    with pytest.raises(ValueError, match="max_length"):
         ours(images=noise(), text=f"hello {IMAGE}", truncation=True, max_length=3)
 
 
@@ -475,7 +475,7 @@ def test_reads_older_folders(
 def test_refuses_others(make_llama_tokenizer, tmp_path):
     with pytest.raises(ValueError, match=r"tokenizer has no token <\|image\|>"):
         TiledProcessor(TiledImageProcessor(**SETTINGS), make_llama_tokenizer(without="image"))
-    with pytest.raises(ValueError, match="holds a SiglipImageProcessor: TiledProcessor reads"):
+    with pytest.raises(ValueError, match="holds a SiglipImageProcessor"):
         TiledProcessor(SiglipImageProcessorPil(), make_llama_tokenizer())
     assert (
         type(

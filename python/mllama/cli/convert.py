@@ -15,7 +15,7 @@ from mllama.cli._parser import DTYPES, GGUF_DTYPES
 from mllama.device import dtype_name
 from mllama.families import written_as
 from mllama.hf.checkpoints import load_opened, model_class
-from mllama.processing.auto import load_processor
+from mllama.hf.processors.auto import load_processor
 from mllama.processing.folders import PROCESSOR_FILES
 
 _LLAVA = (

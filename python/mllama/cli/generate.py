@@ -22,8 +22,9 @@ from mllama.cli._parser import SIZES
 from mllama.device import choose_device
 from mllama.hf.answering import GenerateSession
 from mllama.hf.checkpoints import survey_opened
+from mllama.hf.processors.auto import load_processor
 from mllama.hf.stock import load_stock
-from mllama.processing.auto import encode_messages, load_processor
+from mllama.processing.conversation import encode_messages
 from mllama.runtime.questions import check_question, check_system, tokenizer_of
 from mllama.runtime.session import check_room
 

@@ -12,11 +12,11 @@ from transformers import PreTrainedTokenizerBase
 from mllama.hf import fusing
 from mllama.hf.configs import MllamaConfig
 from mllama.hf.modeling import MllamaForConditionalGeneration
+from mllama.hf.processors.auto import load_processor
+from mllama.hf.processors.llava import MllamaImageProcessor
+from mllama.hf.processors.square import SquareImageProcessor
 from mllama.hf.siglip import SiglipModel
-from mllama.processing.auto import load_processor
-from mllama.processing.processor import MllamaImageProcessor
 from mllama.processing.prompt import IMAGE_TOKEN
-from mllama.processing.square import SquareImageProcessor
 
 
 def fuse(

@@ -18,8 +18,8 @@ from mllama.device import dtype_name
 from mllama.hf.checkpoints import load_opened, model_class
 from mllama.hf.config_objects import compose, config_object
 from mllama.hf.modeling import MllamaForConditionalGeneration
-from mllama.processing.auto import load_processor
-from mllama.processing.folders import load_tokenizer
+from mllama.hf.processors.auto import load_processor
+from mllama.hf.processors.folders import load_tokenizer
 from mllama.processing.tokenizer import Tokenizer
 
 

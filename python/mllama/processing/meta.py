@@ -1,23 +1,22 @@
-"""What stands before a model in Meta's own folders: tokenizer.model and params.json, as
-transformers' tokenizer or processor.
-"""
+"""What stands before a model in Meta's own folders: tokenizer.model and params.json."""
 
 import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from tokenizers import AddedToken, processors
-from tokenizers import Tokenizer as Backend
-from transformers import PreTrainedTokenizerFast
-from transformers.convert_slow_tokenizer import TikTokenConverter
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, pre_tokenizers, processors
+from tokenizers.models import BPE
 
-from mllama.processing.chat import with_answers
-from mllama.processing.tiled import TiledImageProcessor, TiledProcessor
-from mllama.processing.tokenizer import PATTERN, SPECIAL_TOKENS, Tokenizer, read_ranks
+from mllama.processing.preprocessors import TiledPreprocessor
+from mllama.processing.square import CLIP_MEAN, CLIP_STD
+from mllama.processing.text_tokenizer import TextTokenizer
+from mllama.processing.tiled import read_tiles
+from mllama.processing.tokenizer import PATTERN, SPECIAL_TOKENS, read_ranks
 
-_BOS, _IMAGE = SPECIAL_TOKENS[0], "<|image|>"
-# Meta's chat format: contents as they are, pictures where they stand.
-_CHAT_TEMPLATE = """\
+BOS, _IMAGE = SPECIAL_TOKENS[0], "<|image|>"
+NAMED = {"bos_token": BOS, "eos_token": "<|end_of_text|>", "pad_token": "<|finetune_right_pad_id|>"}
+# Meta's chat format: contents as they are, images where they stand.
+CHAT_TEMPLATE = """\
 {%- for message in messages -%}
 {%- if loop.first -%}{{ bos_token }}{%- endif -%}
 {{ '<|start_header_id|>' + ('ipython' if message['role'] == 'tool' else message['role']) + '<|end_header_id|>\\n\\n' }}
@@ -36,14 +35,11 @@ _CHAT_TEMPLATE = """\
 {%- endfor -%}
 {%- if add_generation_prompt -%}{{ '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}{%- endif -%}
 """
-# Of Meta's image transform: CLIP's mean and deviation.
-_IMAGE_MEAN = [0.48145466, 0.4578275, 0.40821073]
-_IMAGE_STD = [0.26862954, 0.26130258, 0.27577711]
 
 
-def load_meta_processor(folder: str | Path) -> TiledProcessor | PreTrainedTokenizerFast:
-    """Meta's tokenizer.model as transformers' fast tokenizer, with Meta's ids and chat format; for
-    a vision model, the processor around it.
+def load_meta_preprocessor(folder: str | Path) -> TiledPreprocessor | TextTokenizer:
+    """Meta's tokenizer.model with Meta's ids and chat format; for a vision model, the preprocessor
+    around it.
 
     A vision model's `<|image|>` is the first id behind the vocabulary, as Hugging Face's
     checkpoints have it and as Meta's code replaces its tokenizer's own id for it.
@@ -56,47 +52,42 @@ def load_meta_processor(folder: str | Path) -> TiledProcessor | PreTrainedTokeni
         ValueError: one of them is broken.
     """
     folder = Path(folder)
-    sizes = _vision_sizes(folder / "params.json")
-    tokenizer = _fast_tokenizer(folder / "tokenizer.model", vision=sizes is not None)
-    if sizes is None:
-        return with_answers(tokenizer)
-    size, tiles = sizes
-    pictures = TiledImageProcessor(
-        size={"height": size, "width": size},
-        max_image_tiles=tiles,
-        image_mean=_IMAGE_MEAN,
-        image_std=_IMAGE_STD,
-    )
-    return TiledProcessor(pictures, tokenizer, chat_template=_CHAT_TEMPLATE)
+    settings = read_tile_settings(folder / "params.json")
+    backend = meta_backend(folder / "tokenizer.model", vision=settings is not None)
+    tokenizer = TextTokenizer(backend, NAMED, CHAT_TEMPLATE)
+    if settings is None:
+        return tokenizer
+    return TiledPreprocessor(tokenizer, read_tiles(settings), CHAT_TEMPLATE)
 
 
-def _vision_sizes(path: Path) -> tuple[int, int] | None:
-    """A tile's height in pixels, and the most tiles of a picture; None for a text model."""
+def read_tile_settings(path: Path) -> dict | None:
+    """The settings of a MllamaImageProcessor that params.json says; None for a text model.
+
+    Raises:
+        ValueError: it is no JSON object as Meta writes it.
+    """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         content = content.get("model", content)
         size, tiles = content.get("vision_chunk_size", -1), content.get("vision_max_num_chunks", 4)
     except (ValueError, AttributeError, RecursionError) as error:
         raise ValueError(f"{path} is not a JSON object as Meta writes it: {error}") from error
-    return None if size == -1 else (size, tiles)
-
-
-def fast_tokenizer(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
-    """The same vocabulary in transformers' fast tokenizer: the ids of `tokenizer.encode(text,
-    allowed_special="all")`.
-
-    BOS and EOS are named, and put into no text by themselves; it pads on the left and has no chat
-    template.
-    """
-    ranks = {
-        token: tokenizer.model.encode_single_token(token)
-        for token in tokenizer.model.token_byte_values()
+    if size == -1:
+        return None
+    return {
+        "size": {"height": size, "width": size},
+        "max_image_tiles": tiles,
+        "image_mean": list(CLIP_MEAN),
+        "image_std": list(CLIP_STD),
     }
-    return _wrapped(_backend(ranks, sorted(tokenizer.special, key=tokenizer.special.get)))
 
 
-def _fast_tokenizer(path: Path, vision: bool) -> PreTrainedTokenizerFast:
-    names = SPECIAL_TOKENS
+def meta_backend(path: Path, vision: bool) -> Tokenizer:
+    """The byte pairs of a tokenizer.model and Meta's special tokens.
+
+    A text model's puts BOS into every text; a vision model's does not, since the processor does.
+    """
+    names: Sequence[str] = SPECIAL_TOKENS
     if vision:  # the names behind <|image|> move up, and it goes last
         before = SPECIAL_TOKENS.index(_IMAGE)
         names = (
@@ -105,39 +96,47 @@ def _fast_tokenizer(path: Path, vision: bool) -> PreTrainedTokenizerFast:
             f"<|reserved_special_token_{len(names) - before + 1}|>",
             _IMAGE,
         )
-    backend = _backend(read_ranks(path), names)
-    if not vision:  # there the processor puts it in front, and stock transformers' would double it
+    backend = byte_pairs(read_ranks(path), names)
+    if not vision:
         first = processors.TemplateProcessing(
-            single=f"{_BOS} $A", special_tokens=[(_BOS, backend.token_to_id(_BOS))]
+            single=f"{BOS} $A", special_tokens=[(BOS, backend.token_to_id(BOS))]
         )
         backend.post_processor = processors.Sequence([backend.post_processor, first])
-    return _wrapped(backend, chat_template=_CHAT_TEMPLATE)
+    return backend
 
 
-def _backend(ranks: dict[bytes, int], names: Sequence[str]) -> Backend:
+def byte_pairs(ranks: dict[bytes, int], names: Sequence[str]) -> Tokenizer:
     """Byte pairs in the order of their ranks, then the special tokens of these names."""
-    backend = _Converter(ranks, pattern=PATTERN).converted()
+    letters = _letters()
+
+    def spelled(token: bytes) -> str:
+        return "".join(letters[byte] for byte in token)
+
+    merges = []
+    for token in sorted(ranks, key=ranks.__getitem__):
+        cuts = [(token[:cut], token[cut:]) for cut in range(1, len(token))]
+        pairs = [pair for pair in cuts if pair[0] in ranks and pair[1] in ranks]
+        pairs.sort(key=lambda pair: (ranks[pair[0]], ranks[pair[1]]))
+        merges += [(spelled(left), spelled(right)) for left, right in pairs]
+    vocabulary = {spelled(token): rank for token, rank in ranks.items()}
+    backend = Tokenizer(BPE(vocabulary, merges, fuse_unk=False, ignore_merges=True))
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(PATTERN), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    backend.decoder = decoders.ByteLevel()
+    backend.post_processor = processors.ByteLevel(trim_offsets=False)
     backend.add_special_tokens([AddedToken(name, normalized=False, special=True) for name in names])
     return backend
 
 
-def _wrapped(backend: Backend, **options) -> PreTrainedTokenizerFast:
-    return PreTrainedTokenizerFast(
-        tokenizer_object=backend,
-        bos_token=_BOS,
-        eos_token="<|end_of_text|>",
-        pad_token="<|finetune_right_pad_id|>",
-        padding_side="left",
-        model_input_names=["input_ids", "attention_mask"],
-        **options,
-    )
-
-
-class _Converter(TikTokenConverter):
-    """transformers' converter on ranks: its own reading needs tiktoken, and takes stale copies from
-    the temporary folder.
+def _letters() -> list[str]:
+    """The letter that byte-level BPE writes for each byte: itself where it is printable, else one
+    above 255, in order (GPT-2's bytes_to_unicode).
     """
-
-    @staticmethod
-    def load_tiktoken_bpe(tiktoken_url: dict[bytes, int]) -> dict[bytes, int]:
-        return tiktoken_url
+    shown = {*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1)}
+    shown |= set(range(ord("®"), ord("ÿ") + 1))
+    others = iter(range(256, 512))
+    return [chr(byte if byte in shown else next(others)) for byte in range(256)]

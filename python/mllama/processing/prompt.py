@@ -2,7 +2,8 @@
 picture belongs to which prompt.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -59,6 +60,102 @@ def lay_out(
     return image_token * image_tokens + bos + prompt + newline
 
 
+def expand_images(prompt: str, image_token: str, count: int) -> tuple[str, list[dict]]:
+    """Return a prompt with each image token repeated `count` times, and where that was done, as
+    transformers' text_replacement_offsets has it.
+    """
+    replacement, pieces = image_token * count, prompt.split(image_token)
+    offsets, start, new_start = [], 0, 0
+    for piece in pieces[:-1]:
+        start, new_start = start + len(piece), new_start + len(piece)
+        spans = (start, start + len(image_token)), (new_start, new_start + len(replacement))
+        offsets.append(
+            {
+                "type": "image",
+                "span": spans[0],
+                "new_span": spans[1],
+                "text": image_token,
+                "replacement": replacement,
+            }
+        )
+        start, new_start = spans[0][1], spans[1][1]
+    return replacement.join(pieces), offsets
+
+
+def merge_images(
+    prompts: Sequence[str],
+    images: Any,
+    tokenizer: Any,
+    image_token: str,
+    count: int,
+    as_is: bool = False,
+    expand: Callable[[str], tuple[str, list[dict]]] | None = None,
+) -> tuple[list[str], list[list[dict]], list[list], bool]:
+    """Return the finished prompts of a model whose images stand in the text.
+
+    A prompt without placeholders is laid out by `lay_out`; one that holds some is expanded in place
+    and nothing is added, except what the tokenizer itself adds to every text, and that not where
+    the text has BOS already.
+
+    Args:
+        prompts: one or more.
+        images: as `share_out` takes them.
+        tokenizer: with bos_token, bos_token_id and encode.
+        image_token: the placeholder.
+        count: placeholders per image.
+        as_is: add nothing to a prompt even where it holds no placeholder.
+        expand: in the place of `expand_images`.
+
+    Returns:
+        The prompts, where their placeholders went, the images of each, and whether the tokenizer
+        may add its own tokens.
+
+    Raises:
+        ValueError: no prompts; images and placeholders differ in number.
+    """
+    if not prompts:
+        raise ValueError("text is an empty list: give at least one prompt")
+    expand = expand or (lambda prompt: expand_images(prompt, image_token, count))
+    texts, offsets = map(list, zip(*map(expand, prompts), strict=True))
+    finished = [as_is or bool(places) for places in offsets]
+    wanted = [len(places) if done else None for places, done in zip(offsets, finished, strict=True)]
+    rows = share_out(images, wanted, image_token)
+    bos = tokenizer.bos_token
+    special = all(finished) and not any(bos and bos in text for text in texts)
+    # Where the tokenizer may not add BOS, since another prompt has one, it is written into those
+    # that lack it.
+    lead = bos if any(finished) and not special and adds_bos(tokenizer) else ""
+    for number, text in enumerate(texts):
+        if not finished[number]:
+            texts[number] = lay_out(text, count * len(rows[number]), image_token, bos)
+        elif lead and lead not in text:
+            texts[number] = lead + text
+            offsets[number] = inserted(0, lead, offsets[number])
+    return texts, offsets, rows, special
+
+
+def lay_out_prefix(prompt: str, images: int, image_token: str, count: int, bos: str | None) -> str:
+    """PaliGemma's layout: `lay_out`, where a prompt that holds placeholders keeps their order, with
+    BOS after the last.
+    """
+    cut = prompt.rfind(image_token) + len(image_token) if image_token in prompt else 0
+    head = prompt[:cut] if cut else image_token * images
+    tail = lay_out(prompt[cut:], 0, bos_token=None if bos and bos in prompt else bos)
+    return head.replace(image_token, image_token * count) + tail
+
+
+def put_bos(prompt: str, bos: str, image_token: str) -> str:
+    """Llama-3.2-Vision's layout: BOS in front, after leading placeholders, unless the prompt has
+    it.
+    """
+    if bos in prompt:
+        return prompt
+    rest = prompt
+    while rest.startswith(image_token):
+        rest = rest[len(image_token) :]
+    return prompt[: len(prompt) - len(rest)] + bos + rest
+
+
 def inserted(place: int, text: str, offsets: Sequence[dict]) -> list[dict]:
     """Offsets of replacements (transformers' text_replacement_offsets) with a text put in at a
     place before all of them.
@@ -81,9 +178,7 @@ def inserted(place: int, text: str, offsets: Sequence[dict]) -> list[dict]:
 
 def adds_bos(tokenizer) -> bool:
     """True when the tokenizer puts BOS into every text by itself."""
-    return (
-        tokenizer.bos_token_id is not None and tokenizer.bos_token_id in tokenizer("")["input_ids"]
-    )
+    return tokenizer.bos_token_id is not None and tokenizer.bos_token_id in tokenizer.encode("")
 
 
 def in_order(text, images, *others) -> tuple:
@@ -180,6 +275,30 @@ def share_out(
             f"{len(images)} picture(s) for {prompts} prompts: give one each, or one list of pictures per prompt"
         )
     return [[image] for image in images] or [[] for _ in range(prompts)]
+
+
+def share_out_rows(prompts: Sequence[str], images: Any, image_token: str) -> list[list]:
+    """Return the images of each prompt, where a flat list is one prompt's.
+
+    Raises:
+        ValueError: images and placeholders differ in number in some prompt, which a flat list for
+            several prompts always does.
+    """
+    if images is None:
+        images = [None] * len(prompts)
+    nested = isinstance(images, (list, tuple)) and any(
+        row is None or isinstance(row, (list, tuple)) for row in images
+    )
+    rows = share_out(
+        list(images) if nested else images, [None] * (len(prompts) if nested else 1), image_token
+    )
+    wanted, given = [prompt.count(image_token) for prompt in prompts], [len(row) for row in rows]
+    if wanted != given:
+        raise ValueError(
+            f"The number of {image_token} tokens in each prompt should be the same as the number of"
+            f" images passed. Found {wanted} {image_token} tokens and {given} images per sample."
+        )
+    return rows
 
 
 def _refuse_several(picture) -> None:

@@ -1,179 +1,195 @@
-"""Image processors whose pictures all get one size: SigLIP's (squeezed into it) and CLIP's
-(shortest edge to it, then the centre).
-
-They are transformers' own, with this package's picture loading and C++ resize underneath; bit-equal
-to them for upright 8-bit pictures.
+"""Images of one size: SigLIP's (squeezed into it) and CLIP's (shortest edge to it, then the
+center), bit-equal to transformers' image processors for upright 8-bit images.
 """
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
-from transformers.feature_extraction_utils import BatchFeature
-from transformers.image_transforms import center_crop, get_resize_output_image_size
-from transformers.image_utils import ChannelDimension, SizeDict
-from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
-from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
 from mllama.ops.image import resize, resize_normalize
-from mllama.processing.image import channel_values, download_urls, load_pixels, normalisation_table
-from mllama.processing.options import IMAGES, check_names, check_values, in_one_line, on_cpu
+from mllama.processing.image import channel_values, load_pixels, normalisation_table
 
 MAX_EDGE = 2**14  # of a result, in pixels
 RESAMPLE = {Image.Resampling.BILINEAR: "bilinear", Image.Resampling.BICUBIC: "bicubic"}
+# CLIP's, which LLaVA 1.5 and Meta's vision models have.
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
-def with_channels(kwargs: dict) -> dict:
-    """kwargs with image_mean and image_std as lists of floats: transformers' own check refuses
-    tuples and ints, by an error of its own.
+@dataclass(frozen=True)
+class SquareImages:
+    """What becomes of an image: resized, cropped where `crop` says so, then normalized.
+
+    Attributes:
+        size: (height, width) of the resized image, or the length of its shortest edge.
+        crop: (height, width) of the center that is kept, or None.
+        table: [256, 3] float32, as `normalisation_table` returns it.
+        resample: "bicubic" or "bilinear".
     """
-    checked = {
-        name: list(channel_values(name, kwargs[name]))
-        for name in ("image_mean", "image_std")
-        if kwargs.get(name) is not None
-    }
-    return {**kwargs, **checked}
+
+    size: tuple[int, int] | int
+    crop: tuple[int, int] | None
+    table: torch.Tensor
+    resample: str
+
+    @property
+    def result(self) -> tuple[int, int]:
+        """Height and width of what `__call__` returns."""
+        size = self.crop or self.size
+        return (size, size) if isinstance(size, int) else size
+
+    def __call__(self, images: Sequence) -> dict[str, torch.Tensor]:
+        """Return pixel_values [images, 3, height, width] float32.
+
+        Args:
+            images: of any kind that `load_picture` takes.
+
+        Raises:
+            TypeError, ValueError, FileNotFoundError: an image that `load_picture` refuses.
+        """
+        return {"pixel_values": self.pixel_values([load_pixels(image) for image in images])}
+
+    def pixel_values(self, images: Sequence[torch.Tensor]) -> torch.Tensor:
+        """`__call__` for images that are [H, W, 3] uint8.
+
+        Raises:
+            ValueError: no images.
+        """
+        if not images:
+            raise ValueError("images is empty: give at least one image")
+        return torch.stack([self._planes(image) for image in images])
+
+    def _planes(self, pixels: torch.Tensor) -> torch.Tensor:
+        height, width = (
+            shortest_edge_to(self.size, *pixels.shape[:2])
+            if isinstance(self.size, int)
+            else self.size
+        )
+        if self.crop:
+            pixels = center_crop(resize(pixels, height, width, self.resample), *self.crop)
+            height, width = self.crop
+        return resize_normalize(pixels, height, width, self.table, self.resample)
 
 
-def check_edges(name: str, size: SizeDict | None) -> None:
+def read_images(settings: dict, kind: str) -> SquareImages:
+    """Return what the settings of a SiglipImageProcessor or CLIPImageProcessor say.
+
+    Raises:
+        ValueError: a setting that is not supported or no such value, by name.
+    """
+    clip = kind == "CLIPImageProcessor"
+    settings = {
+        "size": 224,
+        "crop_size": 224 if clip else None,
+        "do_center_crop": clip,
+        "resample": 3,
+        "image_mean": CLIP_MEAN if clip else 0.5,
+        "image_std": CLIP_STD if clip else 0.5,
+    } | {name: value for name, value in settings.items() if value is not None}
+    for name, neutral in (("do_resize", True), ("do_convert_rgb", True), ("do_pad", False)):
+        if settings.get(name, neutral) is not neutral:
+            raise ValueError(f"{name}={settings[name]!r} is not supported in the folder of a model")
+    size = _size("size", settings["size"], square=not clip)
+    crop = _size("crop_size", settings["crop_size"]) if settings["do_center_crop"] else None
+    if isinstance(size, int) and crop is None:
+        raise ValueError(f"size must name a height and a width, got {settings['size']!r}")
+    return SquareImages(size, crop, read_table(settings), read_filter(settings["resample"]))
+
+
+def read_table(settings: dict) -> torch.Tensor:
+    """The normalization that an image processor's settings say: [256, 3] float32.
+
+    Raises:
+        ValueError: image_mean, image_std or rescale_factor is none.
+    """
+    normalized = settings.get("do_normalize", True)
+    factor = settings.get("rescale_factor", 1 / 255) if settings.get("do_rescale", True) else 1.0
+    if not isinstance(factor, (int, float)):
+        raise ValueError(f"rescale_factor must be a number, got {factor!r}")
+    return normalisation_table(
+        channel_values("image_mean", settings["image_mean"] if normalized else 0.0),
+        channel_values("image_std", settings["image_std"] if normalized else 1.0),
+        factor,
+    )
+
+
+def read_filter(resample: Any) -> str:
+    """The filter that `mllama.ops.image.resize` has for Pillow's number.
+
+    Raises:
+        ValueError: resample is another.
+    """
+    if resample not in RESAMPLE:
+        known = ", ".join(f"{int(number)} ({name})" for number, name in RESAMPLE.items())
+        raise ValueError(f"resample must be one of {known}, got {resample!r}")
+    return RESAMPLE[resample]
+
+
+def read_size(name: str, size: Any, square: bool = True) -> dict[str, int]:
+    """Return a size in any spelling of image processors' files as {"height": ..., "width": ...} or
+    {"shortest_edge": ...}; a number is both edges, or the shortest where `square` is False.
+
+    Raises:
+        ValueError: it is none, or an edge is no whole number of pixels in 1..MAX_EDGE; the text
+            begins with name.
+    """
+    if isinstance(size, int) and not isinstance(size, bool):
+        size = {"height": size, "width": size} if square else {"shortest_edge": size}
+    elif isinstance(size, (list, tuple)) and len(size) == 2:
+        size = dict(zip(("height", "width"), size, strict=True))
+    if not isinstance(size, dict):
+        raise ValueError(f"{name} must be a number, two or a dict of them, got {size!r}")
+    given = {edge: pixels for edge, pixels in size.items() if pixels is not None}
+    check_edges(name, given)
+    return given
+
+
+def check_edges(name: str, size: dict) -> None:
     """Refuse sizes that are none, or that a hostile folder gives to fill the memory.
 
     Raises:
         ValueError: an edge is no whole number of pixels in 1..MAX_EDGE; the text begins with name.
     """
-    for edge in dict(size or {}).values():
+    for edge in size.values():
         if not isinstance(edge, int) or isinstance(edge, bool) or not 1 <= edge <= MAX_EDGE:
             raise ValueError(
-                f"{name} must hold whole numbers of pixels in 1..{MAX_EDGE}, got {dict(size)}"
+                f"{name} must hold whole numbers of pixels in 1..{MAX_EDGE}, got {size}"
             )
 
 
-class OwnPictures:
-    """What makes a PIL image processor of transformers take all that
-    `mllama.processing.image.load_picture` takes.
+def _size(name: str, size: Any, square: bool = True) -> tuple[int, int] | int:
+    given = read_size(name, size, square)
+    if set(given) == {"height", "width"}:
+        return given["height"], given["width"]
+    if set(given) == {"shortest_edge"}:
+        return given["shortest_edge"]
+    raise ValueError(f"{name} must hold height and width, or shortest_edge alone, got {given}")
 
-    http(s) URLs are downloaded only with `allow_urls=True`. Whatever comes becomes RGB. Saved under
-    its parent's name, so that stock transformers reads it.
+
+def shortest_edge_to(edge: int, height: int, width: int) -> tuple[int, int]:
+    """Height and width of an image whose shortest edge becomes `edge`, its aspect kept."""
+    if width <= height:
+        return int(edge * height / width), edge
+    return edge, int(edge * width / height)
+
+
+def center_crop(pixels: torch.Tensor, height: int, width: int) -> torch.Tensor:
+    """Return the center [height, width, 3] of an image [H, W, 3]; where the image ends it is zero.
+
+    Of odd margins the smaller is above and to the left of an image that is cropped, the larger of
+    one that is filled up, as transformers' center_crop has it.
     """
-
-    refused = IMAGES
-
-    @on_cpu
-    def preprocess(self, images, *args, allow_urls: bool = False, **kwargs) -> BatchFeature:
-        check_names(self, kwargs, self.valid_kwargs.__annotations__)
-        check_values(kwargs, self.refused)
-        images = download_urls(images, allow_urls)
-        with in_one_line():
-            return super().preprocess(images, *args, **with_channels(kwargs))
-
-    def fetch_images(self, images):
-        return images
-
-    def process_image(self, image, input_data_format: str | None = None, **kwargs) -> np.ndarray:
-        if (
-            input_data_format is not None and getattr(image, "ndim", 0) == 3
-        ):  # arrays are read channels last, tensors channels first
-            first, wanted = (
-                input_data_format == ChannelDimension.FIRST,
-                not isinstance(image, np.ndarray),
-            )
-            image = (
-                image
-                if first == wanted
-                else image.transpose(1, 2, 0)
-                if first
-                else image.permute(2, 0, 1)
-            )
-        return load_pixels(image).numpy().transpose(2, 0, 1)
-
-    def to_dict(self) -> dict:
-        parent = next(
-            base for base in type(self).__mro__ if base.__module__.startswith("transformers.")
-        )
-        return {**super().to_dict(), "image_processor_type": parent.__name__.removesuffix("Pil")}
-
-
-class _OneSize(OwnPictures):
-    """Takes pictures singly or in flat or nested lists; returns pixel_values [pictures, 3, height,
-    width] float32.
-    """
-
-    def _prepare_images_structure(self, images, expected_ndims: int = 3) -> list:
-        if isinstance(images, (list, tuple)):
-            return [picture for item in images for picture in self._prepare_images_structure(item)]
-        return list(images) if getattr(images, "ndim", 3) == 4 else [images]
-
-    def _preprocess(
-        self,
-        images,
-        do_resize,
-        size,
-        resample,
-        do_rescale,
-        rescale_factor,
-        do_normalize,
-        image_mean,
-        image_std,
-        **kwargs,
-    ):
-        if not images:
-            raise ValueError("images is empty: give at least one image")
-        crop = kwargs["crop_size"] if kwargs.get("do_center_crop") else None
-        for name, given in (
-            ("size", size if do_resize else None),
-            ("crop_size", crop),
-            ("pad_size", kwargs.get("pad_size")),
-        ):
-            check_edges(name, given)
-        sized = (size.height and size.width) or (
-            crop and size.shortest_edge and not size.longest_edge
-        )
-        if not (
-            do_resize and do_rescale and do_normalize and sized and resample in RESAMPLE
-        ) or kwargs.get("do_pad"):
-            return super()._preprocess(
-                images,
-                do_resize=do_resize,
-                size=size,
-                resample=resample,
-                do_rescale=do_rescale,
-                rescale_factor=rescale_factor,
-                do_normalize=do_normalize,
-                image_mean=image_mean,
-                image_std=image_std,
-                **kwargs,
-            )
-        table = normalisation_table(
-            channel_values("image_mean", image_mean),
-            channel_values("image_std", image_std),
-            rescale_factor,
-        )
-        planes = []
-        for image in images:
-            height, width = size.height, size.width
-            if not height:
-                height, width = get_resize_output_image_size(
-                    image, size.shortest_edge, False, input_data_format=ChannelDimension.FIRST
-                )
-            pixels = torch.from_numpy(image.transpose(1, 2, 0))
-            if crop:
-                pixels = resize(pixels, height, width, RESAMPLE[resample]).numpy()
-                height, width = crop.height, crop.width
-                pixels = torch.from_numpy(
-                    center_crop(pixels, (height, width), input_data_format=ChannelDimension.LAST)
-                )
-            planes.append(resize_normalize(pixels, height, width, table, RESAMPLE[resample]))
-        return BatchFeature(
-            {"pixel_values": torch.stack(planes).numpy()}, tensor_type=kwargs.get("return_tensors")
-        )
-
-
-class SquareImageProcessor(_OneSize, SiglipImageProcessorPil):
-    """transformers' SigLIP image processor on this package's pictures: `size` is the result's, the
-    aspect is not kept.
-    """
-
-
-class CroppedImageProcessor(_OneSize, CLIPImageProcessorPil):
-    """transformers' CLIP image processor on this package's pictures: the shortest edge becomes
-    `size`, and the centre `crop_size` stays.
-    """
+    for axis, wanted in enumerate((height, width)):
+        margin = pixels.shape[axis] - wanted
+        if margin < 0:
+            before = -(margin // 2)
+            pads = [(0, 0)] * 3
+            pads[axis] = (before, -margin - before)
+            pixels = torch.from_numpy(np.pad(pixels.numpy(), pads))
+        else:
+            pixels = pixels.narrow(axis, margin // 2, wanted)
+    return pixels

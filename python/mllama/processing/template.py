@@ -1,35 +1,61 @@
-"""Chat templates come with models, from anyone: they are rendered in jinja2's immutable sandbox
-(transformers' own), and bounded.
+"""Chat templates come with models, from anyone: they are rendered in jinja2's immutable sandbox,
+with the names that transformers gives them, and bounded.
 """
 
-import sys
-from collections.abc import Sequence
+import functools
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextvars import ContextVar
+from datetime import datetime
+from typing import Any
 
-from jinja2 import Environment
+from jinja2 import Environment, TemplateError, nodes
+from jinja2.exceptions import SecurityError
+from jinja2.ext import Extension
+from jinja2.lexer import Token
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+from jinja2.utils import Namespace
 
-MAX_STEPS = 1_000_000  # a released template takes some dozens for a message
+MAX_STEPS = 200_000  # a released template takes some dozens for a message
 MAX_CHARACTERS = 2**24
 _MAX_NUMBER = 100_000  # jinja2's own bound of range()
+_REASONING = ("reasoning_content", "thinking", "reasoning")  # names of a message's thoughts
+
+_steps_left: ContextVar[list[int]] = ContextVar("steps_left")
 
 
-def render(processor, messages: Sequence[dict]) -> str:
-    """Return the prompt that the chat template of a processor or tokenizer writes for messages, up
-    to the model's turn.
+def render(
+    template: str | Mapping[str, str], variables: Mapping[str, str], messages: Sequence[Mapping]
+) -> str:
+    """Return the prompt that a chat template writes for messages, up to the model's turn.
 
     The sandbox keeps a template from the interpreter's insides, and ends range() at 100 000. Beyond
     it: no `**` and no larger number, which one step would turn into gigabytes; at most MAX_STEPS
-    lines of the compiled template; at most MAX_CHARACTERS of result. What a template
-    holds in between is not bounded: one that doubles a text in steps can still fill the memory.
+    rounds of loops and calls of macros; at most MAX_CHARACTERS of result. What a template holds in
+    between is not bounded: one that doubles a text in steps can still fill the memory.
+
+    Args:
+        template: a Jinja template, or several by name, of which "default" is taken.
+        variables: the tokenizer's special tokens by name (bos_token ...).
+        messages: {"role": ..., "content": ...}, as `mllama.processing.messages.as_messages` returns
+            them.
 
     Raises:
         ValueError: the template fails, or exceeds a bound.
     """
     try:
-        _check_numbers(processor)
-        with _Steps(MAX_STEPS):
-            prompt = processor.apply_chat_template(
-                messages, add_generation_prompt=True, tokenize=False
+        text = template if isinstance(template, str) else template["default"]
+        budget = _steps_left.set([MAX_STEPS])
+        try:
+            prompt = compile_template(text).render(
+                messages=[_with_reasoning(_plain(message)) for message in messages],
+                tools=None,
+                documents=None,
+                add_generation_prompt=True,
+                **variables,
             )
+        finally:
+            _steps_left.reset(budget)
         if len(prompt) > MAX_CHARACTERS:
             raise ValueError(f"it wrote {len(prompt)} characters, more than {MAX_CHARACTERS}")
     # a template fails in its own ways: TemplateError, TypeError, OverflowError, RecursionError ...
@@ -38,36 +64,132 @@ def render(processor, messages: Sequence[dict]) -> str:
     return prompt
 
 
-def _check_numbers(processor) -> None:
-    templates = processor.chat_template
-    for template in templates.values() if isinstance(templates, dict) else [templates]:
-        for _, kind, value in Environment().lex(template):
-            if (kind, value) == ("operator", "**") or (
-                kind == "integer" and int(value.replace("_", ""), 0) > _MAX_NUMBER
-            ):
-                raise ValueError(
-                    f"{value} is not accepted in a template: numbers end at {_MAX_NUMBER}"
-                )
+@functools.lru_cache(maxsize=32)
+def compile_template(text: str):
+    """Return the compiled template.
+
+    Raises:
+        TemplateError: its syntax is broken.
+        ValueError: it holds `**` or a number above 100 000.
+    """
+    _check_numbers(text)
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[_Chat, "jinja2.ext.loopcontrols"]
+    )
+    environment.filters["tojson"] = _to_json
+    environment.globals.update(
+        raise_exception=_raise_exception,
+        strftime_now=_strftime_now,
+        dict=_Dict(),
+        namespace=_Namespace,
+    )
+    return environment.from_string(text)
 
 
-class _Steps:
-    """Raises TimeoutError in this thread once compiled templates have run so many lines."""
+def _check_numbers(text: str) -> None:
+    for _, kind, value in Environment().lex(text):
+        if (kind, value) == ("operator", "**") or (
+            kind == "integer" and int(value.replace("_", ""), 0) > _MAX_NUMBER
+        ):
+            raise ValueError(f"{value} is not accepted in a template: numbers end at {_MAX_NUMBER}")
 
-    def __init__(self, most: int):
-        self.left = most
 
-    def __enter__(self):
-        self.before = sys.gettrace()
-        sys.settrace(self._enter)
+class _Chat(Extension):
+    """`{% generation %}`, which marks what the model says, and a count of the steps taken.
 
-    def __exit__(self, *error):
-        sys.settrace(self.before)
+    A tag of its own is put behind the head of each loop and macro: templates cannot hide it by
+    giving a variable its name.
+    """
 
-    def _enter(self, frame, event, argument):
-        return self._step if frame.f_code.co_filename == "<template>" else None
+    tags = {"generation", "mllama_step"}
 
-    def _step(self, frame, event, argument):
-        self.left -= 1
-        if self.left < 0:
+    def filter_stream(self, stream) -> Iterator[Token]:
+        head = None
+        for token in stream:
+            yield token
+            if token.type == "block_begin":
+                head = stream.current.value if stream.current.type == "name" else None
+            elif token.type == "block_end" and head in ("for", "macro"):
+                yield Token(token.lineno, "block_begin", "{%")
+                yield Token(token.lineno, "name", "mllama_step")
+                yield Token(token.lineno, "block_end", "%}")
+
+    def parse(self, parser) -> nodes.Node:
+        tag = next(parser.stream)
+        if tag.value == "mllama_step":
+            return nodes.ExprStmt(self.call_method("_step"), lineno=tag.lineno)
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return nodes.CallBlock(self.call_method("_said"), [], [], body, lineno=tag.lineno)
+
+    def _step(self) -> None:
+        left = _steps_left.get()
+        left[0] -= 1
+        if left[0] < 0:
             raise TimeoutError(f"it takes more than {MAX_STEPS} steps")
-        return self._step
+
+    def _said(self, caller) -> str:
+        return caller()
+
+
+class _Dict:
+    """`dict` without the class behind it."""
+
+    def __call__(self, *args, **kwargs) -> dict:
+        return dict(*args, **kwargs)
+
+    def fromkeys(self, *args) -> dict:
+        return dict.fromkeys(*args)
+
+
+class _Namespace(Namespace):
+    """`namespace` that refuses names with an underscore first."""
+
+    def __init__(*args, **kwargs):
+        self, args = args[0], args[1:]
+        attributes = dict(*args, **kwargs)
+        for name in attributes:
+            _check_name(name)
+        Namespace.__init__(self, attributes)
+
+    def __setitem__(self, name, value):
+        _check_name(name)
+        super().__setitem__(name, value)
+
+
+def _check_name(name: Any) -> None:
+    if isinstance(name, str) and name.startswith("_"):
+        raise SecurityError(f"a namespace takes no names with an underscore first, got {name!r}")
+
+
+def _to_json(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False) -> str:
+    return json.dumps(
+        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
+    )
+
+
+def _raise_exception(message) -> None:
+    raise TemplateError(message)
+
+
+def _strftime_now(form: str) -> str:
+    return datetime.now().strftime(form)
+
+
+def _plain(value: Any) -> Any:
+    """A message's value rebuilt of JSON's types: templates see no methods of other objects."""
+    if isinstance(value, Mapping):
+        return {_plain(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(map(_plain, value)) if type(value) in (list, tuple) else list(value)
+    for kind in (bool, int, float, str):
+        if isinstance(value, kind):
+            return value if type(value) is kind else getattr(kind, f"__{kind.__name__}__")(value)
+    return None if value is None else f"<{type(value).__name__}>"
+
+
+def _with_reasoning(message: dict) -> dict:
+    """A message's thoughts under each name that templates read."""
+    said = next((message[key] for key in _REASONING if message.get(key) is not None), None)
+    if said is None:
+        return message
+    return {"thinking": said, **message, "reasoning_content": said}

@@ -1,340 +1,170 @@
-"""Llama-3.2-Vision's processor: a picture becomes up to four tiles, and a mask says which tokens
-see which picture.
-
-transformers' MllamaImageProcessor and MllamaProcessor, with this package's picture loading and C++
-resize underneath; bit-equal to them for upright 8-bit pictures.
+"""Llama-3.2-Vision's images: each becomes up to four tiles, and a mask says which tokens see which
+image. Bit-equal to transformers' MllamaImageProcessor for upright 8-bit images.
 """
 
+import functools
+import math
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 import torch
-from transformers import PreTrainedTokenizerBase
-from transformers.feature_extraction_utils import BatchFeature
-from transformers.image_utils import SizeDict
-from transformers.models.mllama.image_processing_pil_mllama import (
-    MllamaImageProcessorPil,
-    build_aspect_ratio_mask_np,
-    convert_aspect_ratios_to_ids_np,
-    get_image_size_fit_to_canvas,
-    get_optimal_tiled_canvas,
-)
-from transformers.models.mllama.processing_mllama import (
-    MllamaProcessor,
-    build_string_from_input,
-    convert_sparse_cross_attention_mask_to_dense,
-    get_cross_attention_token_mask,
-)
+from PIL import Image
 
 from mllama.ops.image import MAX_PIXELS, resize_normalize
-from mllama.processing.chat import ChatTemplates
-from mllama.processing.folders import StockFiles
-from mllama.processing.image import channel_values, download_urls, normalisation_table
-from mllama.processing.options import IMAGES, check_rows, merge_options, on_cpu
-from mllama.processing.prompt import adds_bos, in_order, inserted, share_out
-from mllama.processing.square import RESAMPLE, OwnPictures
+from mllama.processing.image import load_pixels
+from mllama.processing.square import RESAMPLE, read_size, read_table
 
-_FITTED = "images are fitted onto tiles"
 _MOST_TILES = 1024  # the arrangements are counted in a double loop
 
 
-class TiledImageProcessor(OwnPictures, MllamaImageProcessorPil):
-    """transformers' Llama-3.2-Vision image processor on this package's pictures.
+@dataclass(frozen=True)
+class TiledImages:
+    """An image is laid onto the canvas of at most `max_image_tiles` tiles of size x size pixels
+    where it is shrunk least, its aspect kept, black below and to the right; unused tiles are zero
+    after the normalization.
 
-    A picture is laid onto the canvas of at most max_image_tiles tiles of size x size pixels where
-    it is shrunk least, its aspect kept, black below and to the right; unused tiles are zero after
-    the normalisation.
-
-    Takes one picture, a flat list (one row), or a list of pictures (or None) per row; what
-    `load_picture` takes. Returns, for B rows of at most N pictures:
-
-    - pixel_values [B, N, max_image_tiles, 3, size, size] float32;
-    - aspect_ratio_ids [B, N] int64: 1 + the index among the arrangements, 0 where a row has no
-      picture;
-    - aspect_ratio_mask [B, N, max_image_tiles] int64: 1 for tiles in use, and for the first tile
-      everywhere;
-    - num_tiles: per row, the tiles of each picture.
-
-    Raises:
-        TypeError, ValueError, FileNotFoundError: a picture that `load_picture` refuses.
-        ValueError: no picture at all; tiles that are not square, or more or larger than memory
-            should give.
+    Attributes:
+        size: a tile's edge in pixels.
+        max_image_tiles: of one image.
+        table: [256, 3] float32, as `normalisation_table` returns it.
+        resample: Pillow's number of the filter.
     """
 
-    refused = IMAGES | {
-        "crop_size": (lambda value: value is None, _FITTED),
-        "do_center_crop": (lambda value: not value, _FITTED),
-        "do_pad": (lambda value: value is not False, _FITTED),
-        "do_resize": (lambda value: value is not False, _FITTED),
-        "pad_size": (lambda value: value is None, _FITTED),
-    }
+    size: int
+    max_image_tiles: int
+    table: torch.Tensor
+    resample: int = 2
 
-    def __init__(self, **kwargs):
-        super().__init__(**kwargs)
-        _check_tiles(self.size, self.max_image_tiles)
-
-    def _validate_preprocess_kwargs(self, **kwargs):
-        super()._validate_preprocess_kwargs(**kwargs)
-        _check_tiles(kwargs["size"], kwargs["max_image_tiles"])
-
-    def _prepare_images_structure(self, images, expected_ndims: int = 3) -> list[list]:
-        rows = as_rows(images)
-        if not any(rows):
-            raise ValueError("give at least one picture")
-        return rows
-
-    def _preprocess(
-        self,
-        images,
-        size,
-        resample,
-        do_rescale,
-        rescale_factor,
-        do_normalize,
-        image_mean,
-        image_std,
-        max_image_tiles,
-        **kwargs,
-    ) -> BatchFeature:
-        mean, std = (image_mean, image_std) if do_normalize else (0.0, 1.0)
-        table = normalisation_table(
-            channel_values("image_mean", mean),
-            channel_values("image_std", std),
-            rescale_factor if do_rescale else 1.0,
-        )
-        tile, most = size.height, max(map(len, images))
-        pixel_values = torch.zeros(
-            len(images), most, max_image_tiles, 3, tile, tile, dtype=torch.float32, device="cpu"
-        )
-        arrangements = []
-        for row, places in zip(images, pixel_values, strict=True):
-            arrangements.append([])
-            for image, tiles in zip(row, places, strict=False):
-                arrangement, target = _fit(*image.shape[1:], max_image_tiles, tile)
-                _lay_onto_tiles(
-                    tiles, arrangement, self._planes(image, target, resample, table), table[0]
-                )
-                arrangements[-1].append(arrangement)
-        batch = BatchFeature(
-            {
-                "pixel_values": pixel_values.numpy(),
-                "aspect_ratio_ids": convert_aspect_ratios_to_ids_np(arrangements, max_image_tiles),
-                "aspect_ratio_mask": build_aspect_ratio_mask_np(arrangements, max_image_tiles),
-            },
-            tensor_type=kwargs.get("return_tensors"),
-        )
-        batch["num_tiles"] = [[high * wide for high, wide in row] for row in arrangements]
-        return batch
-
-    def _planes(
-        self, image: np.ndarray, target: tuple[int, int], resample, table: torch.Tensor
-    ) -> torch.Tensor:
-        """The picture [3, h, w] uint8 in its new size, normalised: [3, height, width] float32."""
-        if resample not in RESAMPLE:  # a filter that only Pillow has
-            image = super(MllamaImageProcessorPil, self).resize(
-                image, SizeDict(height=target[0], width=target[1]), resample=resample
-            )
-        return resize_normalize(
-            torch.from_numpy(image.transpose(1, 2, 0)),
-            *target,
-            table,
-            RESAMPLE.get(resample, "bilinear"),
-        )
-
-
-class TiledProcessor(ChatTemplates, StockFiles, MllamaProcessor):
-    """Text and pictures for Llama-3.2-Vision, called as `processor(images=..., text=...)`.
-
-    It differs from transformers' MllamaProcessor where that fails: rows with and without pictures
-    may be mixed in a batch, BOS is not doubled where the tokenizer adds one by itself, and pictures
-    are whatever `load_picture` takes.
-
-    A prompt holds `<|image|>` once per picture. BOS is put in front, after leading `<|image|>`,
-    unless the prompt has it. A picture is seen from its `<|image|>` to the next one; pictures that
-    follow each other directly are seen together.
-
-    Args:
-        image_processor: a `TiledImageProcessor`, or a MllamaImageProcessor of transformers, which
-            is made into one.
-        tokenizer: a transformers tokenizer that knows `<|image|>`.
-        chat_template: a Jinja template.
-
-    Raises:
-        ValueError: another image processor, or a tokenizer without `<|image|>`.
-    """
-
-    stock_class, picture_class, picture_kind = (
-        MllamaProcessor,
-        TiledImageProcessor,
-        "MllamaImageProcessor",
-    )
-
-    def __init__(
-        self,
-        image_processor: Any,
-        tokenizer: PreTrainedTokenizerBase,
-        chat_template: str | None = None,
-    ):
-        if not isinstance(image_processor, TiledImageProcessor):
-            image_processor = self.own_pictures(image_processor.to_dict(), "image_processor")
-        super().__init__(image_processor, tokenizer, chat_template=chat_template)
-        if (
-            self.image_token_id is None
-            or tokenizer.convert_ids_to_tokens(self.image_token_id) != self.image_token
-        ):
-            raise ValueError(f"the tokenizer has no token {self.image_token}")
-
-    @on_cpu
-    def __call__(
-        self,
-        images: Any = None,
-        text: str | Sequence[str] | None = None,
-        videos: None = None,
-        audio: None = None,
-        allow_urls: bool = False,
-        **kwargs: Any,
-    ) -> BatchFeature:
-        """Return input_ids and attention_mask [B, T] and, with pictures, what `TiledImageProcessor`
-        returns but num_tiles.
-
-        With both there is cross_attention_mask [B, T, N, max_image_tiles] int64: 1 where a token
-        sees a tile.
+    def __call__(self, rows: Sequence[Sequence]) -> dict:
+        """Return the tiles of B rows of at most N images.
 
         Args:
-            images: one picture or a flat list for one prompt; for several prompts one list (or
-                None) per prompt.
-            text: a prompt or a list of prompts.
-            allow_urls: download images given as http(s) URLs.
-            kwargs: of the tokenizer and the image processor (padding, return_tensors ...).
+            rows: lists of images of any kind that `load_picture` takes, at least one in all.
+
+        Returns:
+            pixel_values [B, N, max_image_tiles, 3, size, size] float32; aspect_ratio_ids [B, N]
+            int64, 1 + the index among the arrangements, 0 where a row has no image;
+            aspect_ratio_mask [B, N, max_image_tiles] int64, 1 for tiles in use, and for the first
+            tile everywhere; num_tiles, per row the tiles of each image.
 
         Raises:
-            TypeError: text is no text, a picture no picture, there are videos or audio, an option
-                that is not known.
-            ValueError: an option's value that is not supported; rows of unequal length without
-                padding; pictures and `<|image|>` differ
-            in number in some prompt, which a flat list for several prompts always does;
-                truncation cut an `<|image|>` away; a picture that `load_picture` refuses.
+            TypeError, ValueError, FileNotFoundError: an image that `load_picture` refuses.
         """
-        text, images = in_order(text, images, videos, audio)
-        images = download_urls(images, allow_urls)
-        merged = merge_options(self, kwargs)
-        text_kwargs, images_kwargs = (
-            {"return_token_type_ids": False, **merged["text_kwargs"]},
-            merged["images_kwargs"],
-        )
-        for name in (
-            "return_mm_token_type_ids",
-            "return_text_replacement_offsets",
-        ):  # the processor's own, mirrored by _merge_kwargs
-            text_kwargs.pop(name, None)
-        tensors = text_kwargs.pop("return_tensors", None)
-        if text is None:
-            pictures = self.image_processor(images, **images_kwargs)
-            pictures.pop("num_tiles")
-            return BatchFeature(pictures)
-        prompts = [text] if isinstance(text, str) else list(text)
-        if not prompts:
-            raise ValueError("text is an empty list: give at least one prompt")
-        rows = self._rows(prompts, images)
-        offsets: list[list[dict]] = [[] for _ in prompts]
-        if self.bos_token is not None:
-            given, prompts = (
-                prompts,
-                [
-                    build_string_from_input(prompt, self.bos_token, self.image_token)
-                    for prompt in prompts
-                ],
-            )
-            offsets = [
-                []
-                if prompt == longer
-                else inserted(longer.find(self.bos_token), self.bos_token, [])
-                for prompt, longer in zip(given, prompts, strict=True)
-            ]
-            if adds_bos(self.tokenizer):
-                text_kwargs["add_special_tokens"] = False
-        data = dict(self.tokenizer(prompts, **text_kwargs))
-        check_rows(data["input_ids"], tensors)
-        self._check_special_mm_tokens(prompts, data, modalities=["image"])
-        if merged["return_mm_token_type_ids"]:
-            data["mm_token_type_ids"] = self.create_mm_token_type_ids(data["input_ids"])
-        if merged["return_text_replacement_offsets"]:
-            data["text_replacement_offsets"] = offsets
-        if any(rows):
-            pictures = self.image_processor(rows, **images_kwargs)
-            data["cross_attention_mask"] = convert_sparse_cross_attention_mask_to_dense(
-                [
-                    get_cross_attention_token_mask(ids, self.image_token_id)
-                    for ids in data["input_ids"]
-                ],
-                num_tiles=pictures.pop("num_tiles"),
-                max_num_tiles=pictures["aspect_ratio_mask"].shape[-1],
-                length=max(len(ids) for ids in data["input_ids"]),
-            )
-            data.update(pictures)
-        return BatchFeature(
-            data, tensor_type=tensors, skip_tensor_conversion=["text_replacement_offsets"]
-        )
+        return self.tiles([[load_pixels(image) for image in row] for row in rows])
 
-    def to_dict(self) -> dict:
-        """What processor_config.json says: a MllamaProcessor."""
-        return {**super().to_dict(), "processor_class": "MllamaProcessor"}
+    def tiles(self, rows: Sequence[Sequence[torch.Tensor]]) -> dict:
+        """`__call__` for images that are [H, W, 3] uint8."""
+        if not any(rows):
+            raise ValueError("give at least one image")
+        size, most = (len(rows), max(map(len, rows))), self.max_image_tiles
+        shape = (*size, most, 3, self.size, self.size)
+        pixels = torch.zeros(shape, dtype=torch.float32, device="cpu")
+        ids = torch.zeros(size, dtype=torch.int64, device="cpu")
+        mask = torch.zeros(*size, most, dtype=torch.int64, device="cpu")
+        mask[:, :, 0] = 1
+        num_tiles: list[list[int]] = [[] for _ in rows]
+        for b, row in enumerate(rows):
+            for n, image in enumerate(row):
+                arrangement, target = fit_onto_tiles(*image.shape[:2], most, self.size)
+                lay_onto_tiles(
+                    pixels[b, n], arrangement, self._planes(image, target), self.table[0]
+                )
+                ids[b, n] = arrangements(most).index(arrangement) + 1
+                num_tiles[b].append(math.prod(arrangement))
+                mask[b, n, : num_tiles[b][-1]] = 1
+        return {
+            "pixel_values": pixels,
+            "aspect_ratio_ids": ids,
+            "aspect_ratio_mask": mask,
+            "num_tiles": num_tiles,
+        }
 
-    def _rows(self, prompts: list[str], images) -> list[list]:
-        """The pictures of each prompt."""
-        if images is None:
-            images = [None] * len(prompts)
-        nested = isinstance(images, (list, tuple)) and any(
-            row is None or isinstance(row, (list, tuple)) for row in images
-        )
-        rows = share_out(
-            list(images) if nested else images,
-            [None] * (len(prompts) if nested else 1),
-            self.image_token,
-        )
-        wanted, given = (
-            [prompt.count(self.image_token) for prompt in prompts],
-            [len(row) for row in rows],
-        )
-        if wanted != given:
-            raise ValueError(
-                f"The number of {self.image_token} tokens in each prompt should be the same as the number of images passed."
-                f" Found {wanted} {self.image_token} tokens and {given} images per sample."
-            )
-        return rows
+    def _planes(self, image: torch.Tensor, target: tuple[int, int]) -> torch.Tensor:
+        """The image [H, W, 3] uint8 in its new size, normalized: [3, height, width] float32."""
+        if self.resample not in RESAMPLE:  # a filter that only Pillow has
+            resized = Image.fromarray(image.numpy()).resize(target[::-1], self.resample)
+            image = torch.from_numpy(np.array(resized))
+        return resize_normalize(image, *target, self.table, RESAMPLE.get(self.resample, "bilinear"))
 
 
-def as_rows(images) -> list[list]:
-    """One picture, a flat list, a [N, ...] array, or a list of pictures (or None) per row: as rows
-    of pictures.
+def read_tiles(settings: dict) -> TiledImages:
+    """Return what the settings of a MllamaImageProcessor say.
+
+    Raises:
+        ValueError: a setting that is not supported or no such value, by name.
     """
-    if not isinstance(images, (list, tuple)):
-        return [_row(images)]
-    if not any(
-        item is None or isinstance(item, (list, tuple)) or getattr(item, "ndim", 3) == 4
-        for item in images
-    ):
-        return [list(images)]
-    return [[] if item is None else _row(item) for item in images]
-
-
-def _row(item) -> list:
-    return (
-        list(item) if isinstance(item, (list, tuple)) or getattr(item, "ndim", 3) == 4 else [item]
+    given = {name: value for name, value in settings.items() if value is not None}
+    settings = {"size": 224, "max_image_tiles": 4, "resample": 2} | given
+    settings = {"image_mean": 0.5, "image_std": 0.5} | settings
+    for name in ("do_resize", "do_pad", "do_convert_rgb"):
+        if settings.get(name, True) is not True:
+            raise ValueError(
+                f"{name}={settings[name]!r} is not supported: images are fitted onto tiles"
+            )
+    if settings.get("do_center_crop"):
+        raise ValueError("do_center_crop is not supported: images are fitted onto tiles")
+    size = read_size("size", settings["size"])
+    check_tiles(size.get("height"), size.get("width"), settings["max_image_tiles"])
+    resample = settings["resample"]
+    if resample not in list(Image.Resampling):
+        raise ValueError(f"resample must be one of Pillow's filters, 0..5, got {resample!r}")
+    return TiledImages(
+        size["height"], settings["max_image_tiles"], read_table(settings), int(resample)
     )
 
 
-def _fit(
+def check_tiles(height, width, max_image_tiles) -> None:
+    """Refuse tiles that are not square, or more or larger than memory should give.
+
+    Raises:
+        ValueError: size or max_image_tiles is such.
+    """
+    for name, value in (("size", height), ("size", width), ("max_image_tiles", max_image_tiles)):
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value!r}")
+    if height != width:
+        raise ValueError(f"size must be a square's, got {height} x {width}")
+    if max_image_tiles > _MOST_TILES or max_image_tiles * height**2 > MAX_PIXELS:
+        raise ValueError(
+            f"max_image_tiles {max_image_tiles} of {height} pixels: at most {_MOST_TILES}, and"
+            f" {MAX_PIXELS} pixels in all"
+        )
+
+
+@functools.lru_cache(maxsize=10)
+def arrangements(max_image_tiles: int) -> tuple[tuple[int, int], ...]:
+    """All (high, wide) of at most so many tiles, in the order of their ids."""
+    numbers = range(1, max_image_tiles + 1)
+    return tuple(
+        (high, wide) for high in numbers for wide in numbers if high * wide <= max_image_tiles
+    )
+
+
+def fit_onto_tiles(
     height: int, width: int, max_image_tiles: int, tile: int
 ) -> tuple[tuple[int, int], tuple[int, int]]:
-    """How many tiles high and wide the canvas is, and the picture's height and width on it."""
-    canvas = get_optimal_tiled_canvas(height, width, max_image_tiles, tile)
-    target = get_image_size_fit_to_canvas(height, width, *canvas, tile)
-    return (int(canvas[0]) // tile, int(canvas[1]) // tile), (int(target[0]), int(target[1]))
+    """Return how many tiles high and wide the canvas of an image is, and the image's height and
+    width on it.
+
+    Of the canvases that the image need not be shrunk for, the one where it would grow least; else
+    the one where it is shrunk least; of equal ones the smallest.
+    """
+    canvases = np.array(arrangements(max_image_tiles)) * tile  # [arrangements, 2]
+    scales = (canvases / (height, width)).min(axis=1)
+    growing = scales[scales >= 1]
+    best = canvases[scales == (growing.min() if len(growing) else scales.max())]
+    high, wide = (int(edge) for edge in best[np.argmin(best[:, 0] * best[:, 1])])
+    target_height, target_width = min(max(height, tile), high), min(max(width, tile), wide)
+    scale_h, scale_w = target_height / height, target_width / width
+    if scale_w < scale_h:
+        target_height = min(math.floor(height * scale_w) or 1, target_height)
+    else:
+        target_width = min(math.floor(width * scale_h) or 1, target_width)
+    return (high // tile, wide // tile), (target_height, target_width)
 
 
-def _lay_onto_tiles(
+def lay_onto_tiles(
     tiles: torch.Tensor, arrangement: tuple[int, int], planes: torch.Tensor, black: torch.Tensor
 ) -> None:
     """Write planes [3, h, w] into tiles [most, 3, tile, tile], row by row; what they leave of the
@@ -349,17 +179,39 @@ def _lay_onto_tiles(
         tiles[number, :, : part.shape[1], : part.shape[2]] = part
 
 
-def _check_tiles(size: SizeDict, max_image_tiles: int) -> None:
-    for name, value in (
-        ("size", size.height),
-        ("size", size.width),
-        ("max_image_tiles", max_image_tiles),
-    ):
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value!r}")
-    if size.height != size.width:
-        raise ValueError(f"size must be a square's, got {size.height} x {size.width}")
-    if max_image_tiles > _MOST_TILES or max_image_tiles * size.height**2 > MAX_PIXELS:
-        raise ValueError(
-            f"max_image_tiles {max_image_tiles} of {size.height} pixels: at most {_MOST_TILES}, and {MAX_PIXELS} pixels in all"
-        )
+def cross_attention_mask(
+    input_ids: Sequence[Sequence[int]],
+    image_token_id: int,
+    num_tiles: Sequence[Sequence[int]],
+    max_image_tiles: int,
+) -> torch.Tensor:
+    """Return which tokens see which tiles: [B, T, N, max_image_tiles] int64, 1 where one does.
+
+    An image is seen from its token to the next one's; images whose tokens follow each other
+    directly are seen together, and the last is seen to the end of the row.
+
+    Args:
+        input_ids: B rows of T ids.
+        image_token_id: the placeholder's.
+        num_tiles: per row the tiles of each image.
+        max_image_tiles: of one image.
+    """
+    length, most = max(map(len, input_ids)), max(map(len, num_tiles))
+    mask = torch.zeros(
+        len(input_ids), length, most, max_image_tiles, dtype=torch.int64, device="cpu"
+    )
+    for row, (ids, tiles) in enumerate(zip(input_ids, num_tiles, strict=True)):
+        for image, (start, end) in enumerate(_seen(ids, image_token_id)[: len(tiles)]):
+            mask[row, start:end, image, : tiles[image]] = 1
+    return mask
+
+
+def _seen(ids: Sequence[int], image_token_id: int) -> list[tuple[int, int]]:
+    """From where to where each image of a row is seen."""
+    places = [place for place, token in enumerate(ids) if token == image_token_id]
+    spans: list[tuple[int, int]] = []
+    end = len(ids)
+    for start, after in reversed(list(zip(places, [*places, len(ids)][1:], strict=True))):
+        end = end if after == start + 1 else after
+        spans.insert(0, (start, end))
+    return spans

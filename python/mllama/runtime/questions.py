@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from mllama.processing.auto import encode_batch, encode_messages
+from mllama.processing.conversation import encode_batch, encode_messages
 from mllama.processing.image import download_urls, is_image, load_picture
 from mllama.processing.image_source import names_image
 

@@ -9,12 +9,18 @@ are put together here, from the parts of the tokenizers library, as llama.cpp re
 import json
 import os
 import re
-from typing import Any
+from typing import Any, NamedTuple
 
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_tokenizers
+from tokenizers import (
+    AddedToken,
+    Regex,
+    Tokenizer,
+    decoders,
+    normalizers,
+    pre_tokenizers,
+    processors,
+)
 from tokenizers.models import BPE
-from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
-from transformers.tokenization_utils_base import generate_merges
 
 from mllama.checkpoints.gguf.header import GgufHeader, gguf
 
@@ -56,12 +62,21 @@ _WHOLE_WORDS = (
 )  # a word that is a token is taken whole, and BOS is added
 
 
-def load_tokenizer(path: str | os.PathLike) -> PreTrainedTokenizerFast:
-    """The tokenizer inside a GGUF file, with its special tokens and its chat template.
+class GgufTokenizer(NamedTuple):
+    """A tokenizer, its named special tokens (bos_token ...) and its chat template or None: the
+    arguments of `mllama.processing.text_tokenizer.TextTokenizer`.
+    """
+
+    backend: Tokenizer
+    named: dict[str, AddedToken]
+    chat_template: str | None
+
+
+def read_tokenizer(path: str | os.PathLike) -> GgufTokenizer:
+    """The tokenizer inside a GGUF file.
 
     Control tokens are special; tokens of the user are found in any text, and are not. BOS and EOS
-    are added as the file says, and as llama.cpp does where it says nothing. Templates are rendered
-    by transformers, in jinja2's immutable sandbox.
+    are added as the file says, and as llama.cpp does where it says nothing.
 
     Raises:
         FileNotFoundError: no such file.
@@ -116,22 +131,27 @@ def load_tokenizer(path: str | os.PathLike) -> PreTrainedTokenizerFast:
             if kind == gguf.TokenType.USER_DEFINED
         ]
     )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=backend,
-        **{
+    add_bos = header.get(
+        "tokenizer.ggml.add_bos_token", bool, model == "llama" or _pre(header) in _WHOLE_WORDS
+    )
+    add_eos = header.get("tokenizer.ggml.add_eos_token", bool, False)
+    _add_ends(backend, add_bos and named["bos_token"], add_eos and named["eos_token"])
+    return GgufTokenizer(
+        backend,
+        {
             name: AddedToken(token, normalized=False, special=True)
             for name, token in named.items()
             if token is not None
         },
-        add_bos_token=header.get(
-            "tokenizer.ggml.add_bos_token", bool, model == "llama" or _pre(header) in _WHOLE_WORDS
-        ),
-        add_eos_token=header.get("tokenizer.ggml.add_eos_token", bool, False),
-        chat_template=header.get("tokenizer.chat_template", str, "") or None,
-        clean_up_tokenization_spaces=False,
-        model_input_names=["input_ids", "attention_mask"],
-        padding_side="left",
+        header.get("tokenizer.chat_template", str, "") or None,
     )
+
+
+def _add_ends(backend: Tokenizer, bos: str | None, eos: str | None) -> None:
+    """Let a tokenizer put BOS before and EOS behind every text."""
+    single = " ".join(part for part in (bos, "$A", eos) if part)
+    ends = [(token, backend.token_to_id(token)) for token in {bos or eos, eos or bos} if token]
+    backend.post_processor = processors.TemplateProcessing(single=single, special_tokens=ends)
 
 
 def _token(header: GgufHeader, tokens: list[str], key: str) -> str | None:
@@ -179,7 +199,7 @@ def _sentencepiece(
         token for token, kind in zip(tokens, kinds, strict=True) if kind != gguf.TokenType.NORMAL
     }
     vocabulary = {token: place for place, token in enumerate(tokens)}
-    merges = generate_merges(vocabulary, dict(zip(tokens, scores, strict=True)), whole)
+    merges = _merges(vocabulary, dict(zip(tokens, scores, strict=True)), whole)
     backend = Tokenizer(
         BPE(vocabulary, merges, unk_token=unknown, fuse_unk=True, byte_fallback=True)
     )
@@ -194,9 +214,27 @@ def _sentencepiece(
     return backend
 
 
-def add_tokenizer(
-    writer: gguf.GGUFWriter, tokenizer: PreTrainedTokenizerBase, vocabulary: int
-) -> None:
+def _merges(
+    vocabulary: dict[str, int], scores: dict[str, float], whole: set[str]
+) -> list[tuple[str, str]]:
+    """The merges of tokens with scores: every cut of a token into two others, the highest score
+    first.
+    """
+    merges = []
+    for token, score in scores.items():
+        if token in whole:
+            continue
+        cuts = [(token[:cut], token[cut:]) for cut in range(1, len(token))]
+        pairs = [
+            pair for pair in cuts if all(part in vocabulary and part not in whole for part in pair)
+        ]
+        pairs.sort(key=lambda pair: (vocabulary[pair[0]], vocabulary[pair[1]]))
+        merges += [(score, len(left), len(right), left, right) for left, right in pairs]
+    merges.sort(key=lambda merge: merge[:3], reverse=True)
+    return [merge[3:] for merge in merges]
+
+
+def add_tokenizer(writer: gguf.GGUFWriter, tokenizer: Any, vocabulary: int) -> None:
     """Put a tokenizer into the metadata of a GGUF file.
 
     SentencePiece's merges are told by a score for each token, the earlier the higher: that is all
@@ -204,21 +242,20 @@ def add_tokenizer(
 
     Args:
         writer: of the file.
-        tokenizer: a fast one, whose model is BPE.
+        tokenizer: a `TextTokenizer`, or a fast one of transformers, whose model is BPE.
         vocabulary: rows of the model's embedding matrix; what the tokenizer does not name is filled
             up with unused tokens.
 
     Raises:
-        TypeError: no fast tokenizer.
+        TypeError: no such tokenizer.
         ValueError: one of another kind, or with more tokens than the model.
     """
-    if not isinstance(tokenizer, PreTrainedTokenizerFast):
-        raise TypeError(
-            f"tokenizer must be a fast tokenizer of transformers, got {type(tokenizer).__name__}"
-        )
-    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    backend = getattr(tokenizer, "backend_tokenizer", None) or getattr(tokenizer, "backend", None)
+    if not isinstance(backend, Tokenizer):
+        raise TypeError(f"tokenizer must be a fast tokenizer, got {type(tokenizer).__name__}")
+    state = json.loads(backend.to_str())
     model = state["model"]
-    places = {place: token for token, place in tokenizer.get_vocab().items()}
+    places = {place: token for token, place in backend.get_vocab().items()}
     if model["type"] != "BPE":
         raise ValueError(
             f"a tokenizer whose model is {model['type']} cannot be written as GGUF; BPE can"
@@ -258,11 +295,12 @@ def add_tokenizer(
             for place, merge in reversed(list(enumerate(merges)))
         }
         writer.add_token_scores([made.get(token, -float(len(merges))) for token in tokens])
-        writer.add_add_space_prefix(tokenizer.convert_ids_to_tokens(plain)[0].startswith(_SPACE))
+        writer.add_add_space_prefix(backend.id_to_token(plain[0]).startswith(_SPACE))
     else:
         writer.add_token_merges(merges)
     for name, key in _KEYS.items():
-        if (place := getattr(tokenizer, f"{name}_token_id")) is not None:
+        token = tokenizer.special_tokens_map.get(f"{name}_token")
+        if token is not None and (place := backend.token_to_id(token)) is not None:
             writer.add_uint32(f"tokenizer.ggml.{key}_token_id", place)
     writer.add_add_bos_token(whole[0] != plain[0] and whole[0] == tokenizer.bos_token_id)
     writer.add_add_eos_token(whole[-1] != plain[-1] and whole[-1] == tokenizer.eos_token_id)

@@ -14,9 +14,9 @@ from transformers import BatchEncoding, PreTrainedTokenizerBase
 from transformers.feature_extraction_utils import BatchFeature
 from transformers.processing_utils import ProcessorMixin
 
-from mllama.processing.answers import apply_template, as_batch
+from mllama.hf.processors.answers import apply_template, as_batch
+from mllama.hf.processors.options import on_cpu
 from mllama.processing.messages import ASSISTANT, IMAGE_KEYS, as_parts, as_text
-from mllama.processing.options import on_cpu
 
 IGNORED = -100  # a label that no loss counts
 _TOKENIZING = (

@@ -14,23 +14,21 @@ from transformers.feature_extraction_utils import BatchFeature
 from transformers.processing_utils import ProcessorMixin
 from transformers.tokenization_utils_base import AddedToken
 
-from mllama.processing.chat import ChatTemplates
-from mllama.processing.folders import load_tokenizer, read_settings, save_aside
+from mllama.hf.processors.chat import ChatTemplates
+from mllama.hf.processors.folders import load_tokenizer, read_stock_settings, save_aside
+from mllama.hf.processors.options import merge_options, on_cpu
+from mllama.hf.processors.square import CroppedImageProcessor, SquareImageProcessor, with_channels
+from mllama.processing.auto import check_llava, image_kind, image_tokens, read_llava
 from mllama.processing.image import channel_values, download_urls
-from mllama.processing.options import merge_options, on_cpu
 from mllama.processing.prompt import (
     CHAT_TEMPLATE,
     IMAGE_TOKEN,
     LOCATION_TOKENS,
-    MAX_IMAGE_TOKENS,
     adds_bos,
     check_whole,
     in_order,
-    inserted,
-    lay_out,
-    share_out,
+    merge_images,
 )
-from mllama.processing.square import CroppedImageProcessor, SquareImageProcessor, with_channels
 
 _IMAGE_PROCESSORS = {
     "SiglipImageProcessor": SquareImageProcessor,
@@ -45,27 +43,6 @@ _SIZING = (
     "pad_size",
     "do_pad",
 )  # what may change an image's size
-_OLDER_KEYS = {"pixel Value": "pixel_values", "pixel_value": "pixel_values"}
-
-
-class MllamaBatch(BatchFeature):
-    """A BatchFeature where the older keys "pixel Value" and "pixel_value" are other names of
-    pixel_values; keys() never lists them.
-
-    They read, write and delete it; pop, get, setdefault and update are built on these.
-    """
-
-    def __getitem__(self, key):
-        return super().__getitem__(_OLDER_KEYS.get(key, key))
-
-    def __setitem__(self, key, value):
-        super().__setitem__(_OLDER_KEYS.get(key, key), value)
-
-    def __delitem__(self, key):
-        super().__delitem__(_OLDER_KEYS.get(key, key))
-
-    def __contains__(self, key):
-        return super().__contains__(_OLDER_KEYS.get(key, key))
 
 
 class MllamaImageProcessor(ChatTemplates, ProcessorMixin):
@@ -104,6 +81,7 @@ class MllamaImageProcessor(ChatTemplates, ProcessorMixin):
         ValueError: a size below 1, a mean or deviation that cannot be one, or an empty image_token.
     """
 
+    takes_as_is = True
     text_kwargs = {"padding": True, "return_tensors": "pt"}
     images_kwargs = {"return_tensors": "pt"}
 
@@ -166,7 +144,7 @@ class MllamaImageProcessor(ChatTemplates, ProcessorMixin):
         as_is: bool = False,
         allow_urls: bool = False,
         **kwargs: Any,
-    ) -> MllamaBatch:
+    ) -> BatchFeature:
         """Return input_ids and attention_mask [prompts, tokens] int64 and, with pictures,
         pixel_values [pictures, 3, S, S] float32.
 
@@ -198,9 +176,15 @@ class MllamaImageProcessor(ChatTemplates, ProcessorMixin):
             kwargs["images_kwargs"] = with_channels(kwargs["images_kwargs"])
         merged = merge_options(self, kwargs)
         if text is None:
-            return MllamaBatch(self.image_processor(images, **merged["images_kwargs"]))
-        prompts, offsets, rows, special = self._prompts(
-            [text] if isinstance(text, str) else list(text), images, as_is
+            return BatchFeature(self.image_processor(images, **merged["images_kwargs"]))
+        prompts, offsets, rows, special = merge_images(
+            [text] if isinstance(text, str) else list(text),
+            images,
+            self.tokenizer,
+            self.image_token,
+            self.image_seq_length,
+            as_is,
+            self._expand,
         )
         text_kwargs = {"return_token_type_ids": False, **merged["text_kwargs"]}
         text_kwargs["add_special_tokens"] = special and text_kwargs.get("add_special_tokens", True)
@@ -225,7 +209,7 @@ class MllamaImageProcessor(ChatTemplates, ProcessorMixin):
             if wanted != got:
                 raise ValueError(f"the prompts hold {wanted} picture(s), but pixel_values {got}")
             self._check_size(data["pixel_values"], kwargs)
-        return MllamaBatch(
+        return BatchFeature(
             data,
             tensor_type=text_kwargs.get("return_tensors"),
             skip_tensor_conversion=["text_replacement_offsets"],
@@ -258,50 +242,14 @@ class MllamaImageProcessor(ChatTemplates, ProcessorMixin):
                 not square.
         """
         where = pretrained_model_name_or_path
-        settings, picture_settings = read_settings(where, **kwargs)
-        family = settings.get("processor_class") or picture_settings.get("processor_class")
-        kind = str(
-            picture_settings.get("image_processor_type") or "SiglipImageProcessor"
-        ).removesuffix("Fast")
-        if family not in (None, "LlavaProcessor") or kind not in _IMAGE_PROCESSORS:
-            wrong = kind if family in (None, "LlavaProcessor") else family
-            accepted = " or a ".join(_IMAGE_PROCESSORS)
-            raise ValueError(
-                f"{where} holds a {wrong}: MllamaImageProcessor reads a LlavaProcessor with a {accepted}"
-            )
-        image_processor = _IMAGE_PROCESSORS[kind].from_dict(picture_settings)
+        settings, image_settings = read_stock_settings(where, **kwargs)
+        check_llava(where, settings, image_settings)
+        kind = image_kind(where, image_settings, list(_IMAGE_PROCESSORS))
+        image_processor = _IMAGE_PROCESSORS[kind].from_dict(image_settings)
         size = image_processor.crop_size if image_processor.do_center_crop else image_processor.size
-        patch = settings.get("patch_size")
-        if (
-            not size.height
-            or size.height != size.width
-            or not isinstance(patch, int)
-            or not 1 <= patch <= size.height
-        ):
-            raise ValueError(
-                f"{where} must have pictures of a square size and a patch_size within it, got {dict(size)} and {patch}"
-            )
-        llava = {
-            "patch_size": patch,
-            "vision_feature_select_strategy": settings.get(
-                "vision_feature_select_strategy", "full"
-            ),
-            "num_additional_image_tokens": settings.get("num_additional_image_tokens", 0),
-        }
-        more = llava["num_additional_image_tokens"]
-        if (
-            not isinstance(more, int)
-            or not 0 <= (size.height // patch) ** 2 + more <= MAX_IMAGE_TOKENS
-        ):
-            raise ValueError(
-                f"{where}: {size.height} pixels in patches of {patch}, and {more!r} more, are not up to {MAX_IMAGE_TOKENS} tokens"
-            )
+        llava = read_llava(where, settings, (size.height, size.width))
         tokenizer = load_tokenizer(where, **kwargs)
-        placeholders = (
-            (size.height // patch) ** 2
-            + more
-            - (llava["vision_feature_select_strategy"] == "default")
-        )
+        placeholders = image_tokens(size.height, **llava)
         processor = cls(
             tokenizer,
             placeholders or 1,
@@ -358,6 +306,13 @@ class MllamaImageProcessor(ChatTemplates, ProcessorMixin):
             **llava,
         )
 
+    def _expand(self, prompt: str) -> tuple[str, list[dict]]:
+        """`expand_images` by transformers, which knows placeholders that are plain text."""
+        image = self.image_token * self.image_seq_length
+        images = [image] * prompt.count(self.image_token)
+        texts, offsets = self.get_text_with_replacements([prompt], images)
+        return texts[0], offsets[0]
+
     def _check_size(self, pixel_values, options: dict) -> None:
         """Refuse options that make images of another size, which would have another number of
         placeholders.
@@ -379,35 +334,3 @@ class MllamaImageProcessor(ChatTemplates, ProcessorMixin):
         self.chat_template = CHAT_TEMPLATE.replace(IMAGE_TOKEN, image_token)
         if adds_bos(self.tokenizer) or getattr(self.tokenizer, "add_eos_token", False):
             self.tokenizer.add_bos_token = self.tokenizer.add_eos_token = False
-
-    def _prompts(
-        self, prompts: list[str], images, as_is: bool
-    ) -> tuple[list[str], list, list[list], bool]:
-        """The finished prompts, where their placeholders went, the pictures of each, and whether
-        the tokenizer may add its own tokens.
-        """
-        if not prompts:
-            raise ValueError("text is an empty list: give at least one prompt")
-        picture = self.image_token * self.image_seq_length
-        most = sum(prompt.count(self.image_token) for prompt in prompts)
-        texts, offsets = self.get_text_with_replacements(list(prompts), [picture] * most)
-        finished = [as_is or bool(places) for places in offsets]
-        rows = share_out(
-            images,
-            [len(places) if done else None for places, done in zip(offsets, finished, strict=True)],
-            self.image_token,
-        )
-        bos = self.tokenizer.bos_token
-        special = all(finished) and not any(bos and bos in text for text in texts)
-        # Where the tokenizer may not add BOS, since another prompt has one, it is written into
-        # those that lack it.
-        lead = bos if any(finished) and not special and adds_bos(self.tokenizer) else ""
-        for number, text in enumerate(texts):
-            if not finished[number]:
-                texts[number] = lay_out(
-                    text, self.image_seq_length * len(rows[number]), self.image_token, bos
-                )
-            elif lead and lead not in text:
-                texts[number] = lead + text
-                offsets[number] = inserted(0, lead, offsets[number])
-        return texts, offsets, rows, special

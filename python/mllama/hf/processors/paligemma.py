@@ -1,28 +1,25 @@
-"""PaliGemma's processor, and what its answers say about places: `<loc0000>` ... and `<seg000>` ...
-decoded.
+"""PaliGemma's processor: transformers', with this package's image loading and C++ resize beneath."""
 
-transformers' PaliGemmaProcessor with this package's picture loading and C++ resize underneath.
-"""
-
-import math
-import re
 from collections.abc import Sequence
-from numbers import Real
-from typing import Any, NamedTuple
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 from transformers.feature_extraction_utils import BatchFeature
 from transformers.models.paligemma import processing_paligemma as stock
 
-from mllama.processing.chat import ChatTemplates
-from mllama.processing.folders import StockFiles
+from mllama.hf.processors.chat import ChatTemplates
+from mllama.hf.processors.folders import StockFiles
+from mllama.hf.processors.options import TEXT, check_rows, merge_options, on_cpu
+from mllama.hf.processors.square import SquareImageProcessor
 from mllama.processing.image import download_urls
-from mllama.processing.options import TEXT, check_rows, merge_options, on_cpu
-from mllama.processing.prompt import MAX_IMAGE_TOKENS, check_whole, in_order, lay_out, share_out
-from mllama.processing.square import SquareImageProcessor
+from mllama.processing.prompt import (
+    MAX_IMAGE_TOKENS,
+    check_whole,
+    in_order,
+    lay_out_prefix,
+    share_out,
+)
 
-_OBJECT = re.compile(r"((?:<loc\d{4}>){4})\s*((?:<seg\d{3}>){16})?([^;<>]*)", re.ASCII)
-_GRID = 1024
 _REFUSED = {
     **TEXT,
     "add_special_tokens": (lambda value: not value, "the layout has BOS, and the suffix EOS"),
@@ -35,52 +32,6 @@ _REFUSED = {
         (lambda value: value is None, "give it as suffix"),
     ),
 }
-
-
-class Detection(NamedTuple):
-    """One object of an answer: its label, its box (x0, y0, x1, y1) in pixels, and 16 ids of
-    segmentation tokens (0..127) or none.
-    """
-
-    label: str
-    box: tuple[float, float, float, float]
-    segments: tuple[int, ...]
-
-
-def parse_detections(text: str, width: float, height: float) -> list[Detection]:
-    """Return the objects in an answer to "detect ..." or "segment ...", in its order.
-
-    An object is four `<locNNNN>`, y0, x0, y1, x1 on a grid of 1024 steps over the picture, then 16
-    `<segNNN>` after "segment", then its label; objects are separated by ";". What is not written so
-    is left out: a model may write anything. The segmentation tokens are codes of the original's
-    VQ-VAE, which this package does not have.
-
-    Args:
-        text: the answer, decoded with its location tokens (they are no special tokens, so
-            skip_special_tokens keeps them).
-        width, height: of the picture, in pixels.
-
-    Raises:
-        TypeError: text is no str, or a size no number.
-        ValueError: a size that is not above 0 and finite.
-    """
-    if not isinstance(text, str):
-        raise TypeError(f"text must be a str, got {type(text).__name__}")
-    for name, size in (("width", width), ("height", height)):
-        if not isinstance(size, Real) or isinstance(size, bool):
-            raise TypeError(f"{name} must be a number, got {type(size).__name__}")
-        if not 0 < size < math.inf:
-            raise ValueError(f"{name} must be above 0, got {size}")
-    width, height = float(width), float(height)
-    found = []
-    for places, segments, label in _OBJECT.findall(text):
-        y0, x0, y1, x1 = (int(place) / _GRID for place in re.findall(r"\d{4}", places))
-        codes = tuple(int(code) for code in re.findall(r"\d{3}", segments))
-        if max(y0, x0, y1, x1) < 1 and max(codes, default=0) < 128:
-            found.append(
-                Detection(label.strip(), (x0 * width, y0 * height, x1 * width, y1 * height), codes)
-            )
-    return found
 
 
 class PaliGemmaProcessor(ChatTemplates, StockFiles, stock.PaliGemmaProcessor):  # type: ignore[misc]  # from_pretrained has the hub's options in kwargs
@@ -104,11 +55,7 @@ class PaliGemmaProcessor(ChatTemplates, StockFiles, stock.PaliGemmaProcessor):  
         ValueError: another image processor, or one without a sound image_seq_length.
     """
 
-    stock_class, picture_class, picture_kind = (
-        stock.PaliGemmaProcessor,
-        SquareImageProcessor,
-        "SiglipImageProcessor",
-    )
+    stock_class, image_class = stock.PaliGemmaProcessor, SquareImageProcessor
 
     def __init__(
         self,
@@ -117,7 +64,7 @@ class PaliGemmaProcessor(ChatTemplates, StockFiles, stock.PaliGemmaProcessor):  
         chat_template: str | None = None,
     ):
         if not isinstance(image_processor, SquareImageProcessor):
-            image_processor = self.own_pictures(image_processor.to_dict(), "image_processor")
+            image_processor = self.own_images(image_processor.to_dict(), "image_processor")
         tokens = getattr(image_processor, "image_seq_length", None)
         if not isinstance(tokens, int) or not 1 <= tokens <= MAX_IMAGE_TOKENS:
             raise ValueError(f"image_seq_length must be in 1..{MAX_IMAGE_TOKENS}, got {tokens!r}")
@@ -184,7 +131,11 @@ class PaliGemmaProcessor(ChatTemplates, StockFiles, stock.PaliGemmaProcessor):  
         tensors = text_kwargs.pop("return_tensors", None)
         if suffix is not None:
             text_kwargs["text_pair"] = self._suffixes(suffix, len(prompts))
-        texts = [self._lay_out(prompt, len(row)) for prompt, row in zip(prompts, rows, strict=True)]
+        bos, count = self.tokenizer.bos_token, self.image_seq_length
+        texts = [
+            lay_out_prefix(prompt, len(row), self.image_token, count, bos)
+            for prompt, row in zip(prompts, rows, strict=True)
+        ]
         data = dict(self.tokenizer(texts, **text_kwargs))
         check_rows(data["input_ids"], tensors)
         check_whole(
@@ -203,17 +154,6 @@ class PaliGemmaProcessor(ChatTemplates, StockFiles, stock.PaliGemmaProcessor):  
         if any(rows):
             data.update(self.image_processor(rows, **merged["images_kwargs"]))
         return BatchFeature(data, tensor_type=tensors)
-
-    def _lay_out(self, prompt: str, pictures: int) -> str:
-        bos = self.tokenizer.bos_token
-        cut = (
-            prompt.rfind(self.image_token) + len(self.image_token)
-            if self.image_token in prompt
-            else 0
-        )
-        head = prompt[:cut] if cut else self.image_token * pictures
-        tail = lay_out(prompt[cut:], 0, bos_token=None if bos and bos in prompt else bos)
-        return head.replace(self.image_token, self.image_token * self.image_seq_length) + tail
 
     def _suffixes(self, suffix: str | Sequence[str], prompts: int) -> list[str]:
         suffixes = [suffix] if isinstance(suffix, str) else suffix

@@ -1,0 +1,47 @@
+"""The processor of any model folder, as transformers' classes."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+from transformers.processing_utils import ProcessorMixin
+
+from mllama.hf.processors.folders import load_tokenizer
+from mllama.hf.processors.llava import MllamaImageProcessor
+from mllama.hf.processors.paligemma import PaliGemmaProcessor
+from mllama.hf.processors.square import SquareImageProcessor
+from mllama.hf.processors.tiled import TiledProcessor
+from mllama.hf.processors.tokenizers import load_gguf_tokenizer, load_meta_processor
+from mllama.processing.auto import load_any, processor_kind
+
+_CLASSES = {
+    "merged": MllamaImageProcessor,
+    "tiled": TiledProcessor,
+    "paligemma": PaliGemmaProcessor,
+    "images": SquareImageProcessor,
+}
+
+
+def load_processor(
+    path: str | os.PathLike,
+) -> ProcessorMixin | SquareImageProcessor | PreTrainedTokenizerBase:
+    """Return what a model needs before it: its processor, the image processor of a SigLIP alone, or
+    a text model's tokenizer.
+
+    The choice is that of `mllama.processing.auto.load_preprocessor`.
+
+    Args:
+        path: a model folder, or a .gguf file.
+
+    Raises:
+        TypeError: path is no path.
+        FileNotFoundError: no such folder, or a file missing in it.
+        ValueError: files that cannot be read, or another family's processor, which the text names.
+    """
+    return load_any(path, _load_folder, load_gguf_tokenizer, load_meta_processor)
+
+
+def _load_folder(folder: Path) -> Any:
+    kind = processor_kind(folder)
+    return load_tokenizer(folder) if kind is None else _CLASSES[kind].from_pretrained(folder)

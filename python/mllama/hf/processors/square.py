@@ -1,0 +1,157 @@
+"""Image processors whose pictures all get one size: SigLIP's (squeezed into it) and CLIP's
+(shortest edge to it, then the center).
+
+They are transformers' own, with this package's picture loading and C++ resize underneath; bit-equal
+to them for upright 8-bit pictures.
+"""
+
+import numpy as np
+import torch
+from transformers.feature_extraction_utils import BatchFeature
+from transformers.image_utils import ChannelDimension
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
+
+from mllama.hf.processors.options import IMAGES, check_names, check_values, in_one_line, on_cpu
+from mllama.processing.image import channel_values, download_urls, load_pixels
+from mllama.processing.square import RESAMPLE, SquareImages, check_edges, read_table
+
+
+def with_channels(kwargs: dict) -> dict:
+    """kwargs with image_mean and image_std as lists of floats: transformers' own check refuses
+    tuples and ints, by an error of its own.
+    """
+    checked = {
+        name: list(channel_values(name, kwargs[name]))
+        for name in ("image_mean", "image_std")
+        if kwargs.get(name) is not None
+    }
+    return {**kwargs, **checked}
+
+
+class OwnImages:
+    """What makes a PIL image processor of transformers take all that
+    `mllama.processing.image.load_picture` takes.
+
+    http(s) URLs are downloaded only with `allow_urls=True`. Whatever comes becomes RGB. Saved under
+    its parent's name, so that stock transformers reads it.
+    """
+
+    refused = IMAGES
+    kind: str  # what files call it
+
+    @on_cpu
+    def preprocess(self, images, *args, allow_urls: bool = False, **kwargs) -> BatchFeature:
+        check_names(self, kwargs, self.valid_kwargs.__annotations__)
+        check_values(kwargs, self.refused)
+        images = download_urls(images, allow_urls)
+        with in_one_line():
+            return super().preprocess(images, *args, **with_channels(kwargs))
+
+    def fetch_images(self, images):
+        return images
+
+    def process_image(self, image, input_data_format: str | None = None, **kwargs) -> np.ndarray:
+        if (
+            input_data_format is not None and getattr(image, "ndim", 0) == 3
+        ):  # arrays are read channels last, tensors channels first
+            first, wanted = (
+                input_data_format == ChannelDimension.FIRST,
+                not isinstance(image, np.ndarray),
+            )
+            image = (
+                image
+                if first == wanted
+                else image.transpose(1, 2, 0)
+                if first
+                else image.permute(2, 0, 1)
+            )
+        return load_pixels(image).numpy().transpose(2, 0, 1)
+
+    def to_dict(self) -> dict:
+        return {**super().to_dict(), "image_processor_type": self.kind}
+
+
+class _OneSize(OwnImages):
+    """Takes pictures singly or in flat or nested lists; returns pixel_values [pictures, 3, height,
+    width] float32.
+    """
+
+    def _prepare_images_structure(self, images, expected_ndims: int = 3) -> list:
+        if isinstance(images, (list, tuple)):
+            return [picture for item in images for picture in self._prepare_images_structure(item)]
+        return list(images) if getattr(images, "ndim", 3) == 4 else [images]
+
+    def _preprocess(
+        self,
+        images,
+        do_resize,
+        size,
+        resample,
+        do_rescale,
+        rescale_factor,
+        do_normalize,
+        image_mean,
+        image_std,
+        **kwargs,
+    ):
+        if not images:
+            raise ValueError("images is empty: give at least one image")
+        crop = kwargs["crop_size"] if kwargs.get("do_center_crop") else None
+        for name, given in (
+            ("size", size if do_resize else None),
+            ("crop_size", crop),
+            ("pad_size", kwargs.get("pad_size")),
+        ):
+            check_edges(name, dict(given or {}))
+        sized = (size.height and size.width) or (
+            crop and size.shortest_edge and not size.longest_edge
+        )
+        if not (
+            do_resize and do_rescale and do_normalize and sized and resample in RESAMPLE
+        ) or kwargs.get("do_pad"):
+            return super()._preprocess(
+                images,
+                do_resize=do_resize,
+                size=size,
+                resample=resample,
+                do_rescale=do_rescale,
+                rescale_factor=rescale_factor,
+                do_normalize=do_normalize,
+                image_mean=image_mean,
+                image_std=image_std,
+                **kwargs,
+            )
+        settings = {
+            "rescale_factor": rescale_factor,
+            "image_mean": image_mean,
+            "image_std": image_std,
+        }
+        square = SquareImages(
+            (size.height, size.width) if size.height else size.shortest_edge,
+            (crop.height, crop.width) if crop else None,
+            read_table(settings),
+            RESAMPLE[resample],
+        )
+        pixels = square.pixel_values(
+            [torch.from_numpy(image.transpose(1, 2, 0)) for image in images]
+        )
+        return BatchFeature(
+            {"pixel_values": pixels.numpy()}, tensor_type=kwargs.get("return_tensors")
+        )
+
+
+class SquareImageProcessor(_OneSize, SiglipImageProcessorPil):
+    """transformers' SigLIP image processor on this package's pictures: `size` is the result's, the
+    aspect is not kept.
+    """
+
+    kind = "SiglipImageProcessor"
+
+
+class CroppedImageProcessor(_OneSize, CLIPImageProcessorPil):
+    """transformers' CLIP image processor on this package's pictures: the shortest edge becomes
+    `size`, and the center `crop_size` stays.
+    """
+
+    kind = "CLIPImageProcessor"

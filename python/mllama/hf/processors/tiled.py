@@ -1,0 +1,256 @@
+"""Llama-3.2-Vision's processor: a picture becomes up to four tiles, and a mask says which tokens
+see which picture.
+
+transformers' MllamaImageProcessor and MllamaProcessor, with this package's picture loading and C++
+resize underneath; bit-equal to them for upright 8-bit pictures.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerBase
+from transformers.feature_extraction_utils import BatchFeature
+from transformers.models.mllama.image_processing_pil_mllama import MllamaImageProcessorPil
+from transformers.models.mllama.processing_mllama import MllamaProcessor
+
+from mllama.hf.processors.chat import ChatTemplates
+from mllama.hf.processors.folders import StockFiles
+from mllama.hf.processors.options import IMAGES, check_rows, merge_options, on_cpu
+from mllama.hf.processors.square import OwnImages
+from mllama.processing.image import download_urls
+from mllama.processing.prompt import (
+    adds_bos,
+    check_whole,
+    in_order,
+    inserted,
+    put_bos,
+    share_out_rows,
+)
+from mllama.processing.square import read_table
+from mllama.processing.tiled import TiledImages, check_tiles, cross_attention_mask
+
+_FITTED = "images are fitted onto tiles"
+
+
+class TiledImageProcessor(OwnImages, MllamaImageProcessorPil):
+    """transformers' Llama-3.2-Vision image processor on this package's pictures.
+
+    A picture is laid onto the canvas of at most max_image_tiles tiles of size x size pixels where
+    it is shrunk least, its aspect kept, black below and to the right; unused tiles are zero after
+    the normalisation.
+
+    Takes one picture, a flat list (one row), or a list of pictures (or None) per row; what
+    `load_picture` takes. Returns, for B rows of at most N pictures:
+
+    - pixel_values [B, N, max_image_tiles, 3, size, size] float32;
+    - aspect_ratio_ids [B, N] int64: 1 + the index among the arrangements, 0 where a row has no
+      picture;
+    - aspect_ratio_mask [B, N, max_image_tiles] int64: 1 for tiles in use, and for the first tile
+      everywhere;
+    - num_tiles: per row, the tiles of each picture.
+
+    Raises:
+        TypeError, ValueError, FileNotFoundError: a picture that `load_picture` refuses.
+        ValueError: no picture at all; tiles that are not square, or more or larger than memory
+            should give.
+    """
+
+    kind = "MllamaImageProcessor"
+    refused = IMAGES | {
+        "crop_size": (lambda value: value is None, _FITTED),
+        "do_center_crop": (lambda value: not value, _FITTED),
+        "do_pad": (lambda value: value is not False, _FITTED),
+        "do_resize": (lambda value: value is not False, _FITTED),
+        "pad_size": (lambda value: value is None, _FITTED),
+    }
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        check_tiles(self.size.height, self.size.width, self.max_image_tiles)
+
+    def _prepare_images_structure(self, images, expected_ndims: int = 3) -> list[list]:
+        rows = as_rows(images)
+        if not any(rows):
+            raise ValueError("give at least one picture")
+        return rows
+
+    def _preprocess(
+        self,
+        images,
+        size,
+        resample,
+        do_rescale,
+        rescale_factor,
+        do_normalize,
+        image_mean,
+        image_std,
+        max_image_tiles,
+        **kwargs,
+    ) -> BatchFeature:
+        check_tiles(size.height, size.width, max_image_tiles)
+        settings = {
+            "do_rescale": do_rescale,
+            "rescale_factor": rescale_factor,
+            "do_normalize": do_normalize,
+            "image_mean": image_mean,
+            "image_std": image_std,
+        }
+        tiled = TiledImages(size.height, max_image_tiles, read_table(settings), resample)
+        batch = tiled.tiles(
+            [[torch.from_numpy(image.transpose(1, 2, 0)) for image in row] for row in images]
+        )
+        num_tiles = batch.pop("num_tiles")
+        arrays = {name: value.numpy() for name, value in batch.items()}
+        found = BatchFeature(arrays, tensor_type=kwargs.get("return_tensors"))
+        found["num_tiles"] = num_tiles
+        return found
+
+
+class TiledProcessor(ChatTemplates, StockFiles, MllamaProcessor):
+    """Text and pictures for Llama-3.2-Vision, called as `processor(images=..., text=...)`.
+
+    It differs from transformers' MllamaProcessor where that fails: rows with and without pictures
+    may be mixed in a batch, BOS is not doubled where the tokenizer adds one by itself, and pictures
+    are whatever `load_picture` takes.
+
+    A prompt holds `<|image|>` once per picture. BOS is put in front, after leading `<|image|>`,
+    unless the prompt has it. A picture is seen from its `<|image|>` to the next one; pictures that
+    follow each other directly are seen together.
+
+    Args:
+        image_processor: a `TiledImageProcessor`, or a MllamaImageProcessor of transformers, which
+            is made into one.
+        tokenizer: a transformers tokenizer that knows `<|image|>`.
+        chat_template: a Jinja template.
+
+    Raises:
+        ValueError: another image processor, or a tokenizer without `<|image|>`.
+    """
+
+    stock_class, image_class = MllamaProcessor, TiledImageProcessor
+
+    def __init__(
+        self,
+        image_processor: Any,
+        tokenizer: PreTrainedTokenizerBase,
+        chat_template: str | None = None,
+    ):
+        if not isinstance(image_processor, TiledImageProcessor):
+            image_processor = self.own_images(image_processor.to_dict(), "image_processor")
+        super().__init__(image_processor, tokenizer, chat_template=chat_template)
+        if (
+            self.image_token_id is None
+            or tokenizer.convert_ids_to_tokens(self.image_token_id) != self.image_token
+        ):
+            raise ValueError(f"the tokenizer has no token {self.image_token}")
+
+    @on_cpu
+    def __call__(
+        self,
+        images: Any = None,
+        text: str | Sequence[str] | None = None,
+        videos: None = None,
+        audio: None = None,
+        allow_urls: bool = False,
+        **kwargs: Any,
+    ) -> BatchFeature:
+        """Return input_ids and attention_mask [B, T] and, with pictures, what `TiledImageProcessor`
+        returns but num_tiles.
+
+        With both there is cross_attention_mask [B, T, N, max_image_tiles] int64: 1 where a token
+        sees a tile.
+
+        Args:
+            images: one picture or a flat list for one prompt; for several prompts one list (or
+                None) per prompt.
+            text: a prompt or a list of prompts.
+            allow_urls: download images given as http(s) URLs.
+            kwargs: of the tokenizer and the image processor (padding, return_tensors ...).
+
+        Raises:
+            TypeError: text is no text, a picture no picture, there are videos or audio, an option
+                that is not known.
+            ValueError: an option's value that is not supported; rows of unequal length without
+                padding; pictures and `<|image|>` differ
+            in number in some prompt, which a flat list for several prompts always does;
+                truncation cut an `<|image|>` away; a picture that `load_picture` refuses.
+        """
+        text, images = in_order(text, images, videos, audio)
+        images = download_urls(images, allow_urls)
+        merged = merge_options(self, kwargs)
+        text_kwargs, images_kwargs = (
+            {"return_token_type_ids": False, **merged["text_kwargs"]},
+            merged["images_kwargs"],
+        )
+        for name in (
+            "return_mm_token_type_ids",
+            "return_text_replacement_offsets",
+        ):  # the processor's own, mirrored by _merge_kwargs
+            text_kwargs.pop(name, None)
+        tensors = text_kwargs.pop("return_tensors", None)
+        if text is None:
+            pictures = self.image_processor(images, **images_kwargs)
+            pictures.pop("num_tiles")
+            return BatchFeature(pictures)
+        prompts = [text] if isinstance(text, str) else list(text)
+        if not prompts:
+            raise ValueError("text is an empty list: give at least one prompt")
+        rows = share_out_rows(prompts, images, self.image_token)
+        offsets: list[list[dict]] = [[] for _ in prompts]
+        if self.bos_token is not None:
+            given, prompts = (
+                prompts,
+                [put_bos(prompt, self.bos_token, self.image_token) for prompt in prompts],
+            )
+            offsets = [
+                []
+                if prompt == longer
+                else inserted(longer.find(self.bos_token), self.bos_token, [])
+                for prompt, longer in zip(given, prompts, strict=True)
+            ]
+            if adds_bos(self.tokenizer):
+                text_kwargs["add_special_tokens"] = False
+        data = dict(self.tokenizer(prompts, **text_kwargs))
+        check_rows(data["input_ids"], tensors)
+        check_whole(data["input_ids"], self.image_token_id, [len(row) for row in rows])
+        if merged["return_mm_token_type_ids"]:
+            data["mm_token_type_ids"] = self.create_mm_token_type_ids(data["input_ids"])
+        if merged["return_text_replacement_offsets"]:
+            data["text_replacement_offsets"] = offsets
+        if any(rows):
+            pictures = self.image_processor(rows, **images_kwargs)
+            data["cross_attention_mask"] = cross_attention_mask(
+                [list(ids) for ids in data["input_ids"]],
+                self.image_token_id,
+                pictures.pop("num_tiles"),
+                pictures["aspect_ratio_mask"].shape[-1],
+            ).numpy()
+            data.update(pictures)
+        return BatchFeature(
+            data, tensor_type=tensors, skip_tensor_conversion=["text_replacement_offsets"]
+        )
+
+    def to_dict(self) -> dict:
+        """What processor_config.json says: a MllamaProcessor."""
+        return {**super().to_dict(), "processor_class": "MllamaProcessor"}
+
+
+def as_rows(images) -> list[list]:
+    """One picture, a flat list, a [N, ...] array, or a list of pictures (or None) per row: as rows
+    of pictures.
+    """
+    if not isinstance(images, (list, tuple)):
+        return [_row(images)]
+    if not any(
+        item is None or isinstance(item, (list, tuple)) or getattr(item, "ndim", 3) == 4
+        for item in images
+    ):
+        return [list(images)]
+    return [[] if item is None else _row(item) for item in images]
+
+
+def _row(item) -> list:
+    return (
+        list(item) if isinstance(item, (list, tuple)) or getattr(item, "ndim", 3) == 4 else [item]
+    )

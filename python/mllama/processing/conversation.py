@@ -1,0 +1,160 @@
+"""Conversations to a model's inputs, by whatever stands before it: this package's preprocessors and
+tokenizers, or processors and tokenizers of transformers.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from mllama.processing.image import download_urls
+from mllama.processing.messages import IMAGE_KEYS, as_messages, as_parts, as_text
+from mllama.processing.preprocessors import Preprocessor
+from mllama.processing.template import render
+from mllama.processing.text_tokenizer import pad_rows
+
+
+def encode_messages(
+    processor: Any, messages: Sequence[Mapping], pictures: Sequence = (), allow_urls: bool = False
+) -> Any:
+    """Return a model's inputs for a conversation that the model is to continue: one row, as torch
+    tensors.
+
+    Written by the chat template of the processor or tokenizer. Without one, a single message from
+    the user is laid out as the family does it: images, BOS, text (and for PaliGemma and LLaVA a
+    newline).
+
+    Args:
+        processor: as `load_preprocessor` or `mllama.load_processor` returns it: with images, or a
+            tokenizer, which takes none.
+        messages: {"role": ..., "content": ...}, content a str, None (an assistant's that only calls
+            tools) or a list of parts {"type": "text", "text": ...} and {"type": "image"}, which may
+            bring its image as "image", "path", "url" or "base64", each of which takes what
+            `load_picture` takes; or OpenAI's {"type": "image_url", "image_url": {"url": ...}}.
+        pictures: images for the image parts that bring none, in order. Where no part and no
+            placeholder written in a text asks for an image, they come first in the first message of
+            the user.
+        allow_urls: download images given as http(s) URLs.
+
+    Returns:
+        A dict of tensors; of a processor of transformers its BatchFeature.
+
+    Raises:
+        TypeError: a processor, message or content of another type.
+        ValueError: no messages; a message without a role; a part that is neither text nor image;
+            images and places for them differ in number, or the model takes none; a chat template
+            that fails or is missing; an image that `load_picture` refuses.
+        FileNotFoundError: no such image.
+    """
+    return encode_batch(processor, [messages], [pictures], allow_urls)
+
+
+def encode_batch(
+    processor: Any, conversations: Sequence, pictures: Sequence[Sequence], allow_urls: bool = False
+) -> Any:
+    """`encode_messages` of several conversations, each with images of its own: rows of one batch,
+    padded on the left.
+
+    Raises:
+        TypeError, ValueError, FileNotFoundError: as `encode_messages`.
+    """
+    tokenizer = getattr(processor, "tokenizer", processor)
+    image_token = getattr(processor, "image_token", None) if tokenizer is not processor else None
+    if not hasattr(tokenizer, "special_tokens_map") or not hasattr(processor, "chat_template"):
+        raise TypeError(
+            f"processor must be a processor or a tokenizer, got {type(processor).__name__}"
+        )
+    written = [
+        _write(processor, image_token, messages, own, allow_urls)
+        for messages, own in zip(conversations, pictures, strict=True)
+    ]
+    texts, rows = [text for text, _ in written], [own for _, own in written]
+    by_template = processor.chat_template is not None
+    if image_token is None:
+        return pad_rows(
+            [tokenizer.encode(text, add_special_tokens=not by_template) for text in texts]
+        )
+    images = rows if any(rows) else None
+    if isinstance(processor, Preprocessor):
+        return processor(texts, images, as_is=by_template)
+    options: dict[str, Any] = {"padding": True, "padding_side": "left"} if len(texts) > 1 else {}
+    if by_template and getattr(processor, "takes_as_is", False):
+        options["as_is"] = True
+    return processor(text=texts, images=images, return_tensors="pt", **options)
+
+
+def _write(
+    processor: Any,
+    image_token: str | None,
+    messages: Sequence[Mapping],
+    images: Sequence,
+    allow_urls: bool,
+) -> tuple[str, list]:
+    """A conversation's prompt, and its images in the order of their places."""
+    if not isinstance(images, (list, tuple)):
+        raise TypeError(f"pictures must be a list, got {type(images).__name__}")
+    turns = [_in_parts(message) for message in as_messages(messages)]
+    placed: list = download_urls(_place(turns, list(images), image_token), allow_urls)
+    if placed and image_token is None:
+        raise ValueError(f"this model takes no images, got {len(placed)}")
+    template = processor.chat_template
+    if template is None:
+        if len(turns) > 1:
+            raise ValueError(
+                f"the processor has no chat template: give one message, not {len(turns)}"
+            )
+        return _plain_text(processor, as_text(turns[0]["content"], image_token), placed), placed
+    if image_token is None or "image" not in str(template):  # of a text model: contents are strings
+        turns = [
+            turn | {"content": as_text(turn["content"], image_token)}
+            if isinstance(turn["content"], list)
+            else turn
+            for turn in turns
+        ]
+    tokenizer = getattr(processor, "tokenizer", processor)
+    return render(template, tokenizer.special_tokens_map, turns), placed
+
+
+def _in_parts(message: dict) -> dict:
+    content = message["content"]
+    return message if isinstance(content, Mapping) else message | {"content": as_parts(content)}
+
+
+def _place(turns: list[dict], images: list, image_token: str | None) -> list:
+    """All images in the order of their places; the parts keep none, since no template needs to see
+    them.
+    """
+    parts = [
+        part for turn in turns if isinstance(turn["content"], list) for part in turn["content"]
+    ]
+    written = image_token is not None and any(
+        image_token in part["text"] for part in parts if part["type"] == "text"
+    )
+    if images and not written and not any(part["type"] == "image" for part in parts):
+        first = next((turn for turn in turns if turn.get("role") == "user"), turns[0])
+        first["content"][:0] = [{"type": "image"} for _ in images]
+        return images
+    rest, placed = iter(images), []
+    for part in parts:
+        if part["type"] == "image":
+            own = [part.pop(key) for key in IMAGE_KEYS if part.get(key) is not None]
+            if len(own) > 1:
+                raise ValueError(f"an image part must bring one image, got {len(own)}")
+            placed += own or [next(rest, None)]
+        elif written:
+            placed += [next(rest, None) for _ in range(part["text"].count(image_token))]
+    missing, left = sum(image is None for image in placed), len(list(rest))
+    if missing or left:
+        raise ValueError(
+            f"the messages have places for {len(placed)} image(s), but"
+            f" {len(placed) - missing + left} came"
+        )
+    return placed
+
+
+def _plain_text(processor: Any, text: str, images: list) -> str:
+    """What the family's own layout is made of: unwritten, leading placeholders get BOS and a
+    newline around the text.
+    """
+    leading = (processor.image_token or "") * len(images) if images else ""
+    if getattr(processor, "takes_as_is", False) and leading and text.startswith(leading):
+        return text[len(leading) :]
+    return text
