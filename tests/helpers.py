@@ -371,3 +371,10 @@ def _same_bits(a: torch.Tensor | None, b: torch.Tensor | None) -> bool:
     return a is b or (
         a is not None and b is not None and torch.equal(a.nan_to_num(), b.nan_to_num())
     )
+
+
+def answer(model, processor, inputs, **options):
+    """The completion that transformers' generate makes of one encoded prompt, greedy."""
+    from mllama.hf.answering import GenerateSession
+
+    return GenerateSession(model, processor).generate(inputs, **options).completions[0]

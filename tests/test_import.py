@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ import mllama
 from mllama import _ext
 from mllama.ops import _dispatch
 
+PICTURES = Path(__file__).parent.parent / "examples" / "pictures"
 HEAVY = ("torch", "transformers", "numpy", "PIL", "safetensors")
 
 
@@ -142,3 +144,70 @@ def test_a_module_of_older_sources_is_told():
         match="built from other sources .* lacks the operator rms_norm_of_tomorrow.*pip install",
     ):
         _dispatch.register("rms_norm_of_tomorrow", fake=torch.empty_like)
+
+
+TRANSFORMERS_FREE = """
+class Refuse:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] == "transformers":
+            raise ImportError("transformers is not installed")
+
+sys.meta_path.insert(0, Refuse())
+"""
+
+
+def test_asking_needs_no_transformers(tmp_path):
+    pictures = str(PICTURES / "photograph.jpg"), str(PICTURES / "drawn.png")
+    run = python(
+        TRANSFORMERS_FREE
+        + f"""
+import io
+import mllama
+from mllama.cli import main
+
+star, drawn = {pictures!r}
+print(mllama.ask(star, "What colour is the star?"))
+print(mllama.ask(drawn, ["How many objects are there?", "Where is the star?"], max_new_tokens=9))
+print(mllama.ask(star, "What colour is the star?", temperature=0.5, top_p=0.9) != "")
+assert main(["ask", star, "What colour is the star?"]) == 0
+sys.stdin = io.StringIO("What colour is the star?\\nHow many objects are there?\\n")
+assert main(["chat", star]) == 0
+assert main(["info", "--json"]) == 0
+assert "transformers" not in sys.modules
+"""
+    )
+    assert run.returncode == 0, run.stderr
+    *said, info = run.stdout.splitlines()
+    assert said == ["red", "['3', 'top left']", "True", "red", "red", "1"]
+    assert json.loads(info)["transformers"]
+
+
+def test_a_gguf_model_chats_without_transformers(family_folder, tmp_path):
+    pytest.importorskip("gguf")
+    from mllama.cli import main
+
+    file = tmp_path / "model.gguf"
+    assert main(["convert", str(family_folder("llama")), str(file), "--to", "gguf"]) == 0
+    run = python(
+        TRANSFORMERS_FREE
+        + f"""
+import io
+from mllama.cli import main
+sys.stdin = io.StringIO("a b c\\nd\\n")
+sys.exit(main(["chat", "--model", {str(file)!r}, "--max-new-tokens", "4", "--json"]))
+"""
+    )
+    assert run.returncode == 0, run.stderr
+    assert [json.loads(line)["tokens"] for line in run.stdout.splitlines()] == [4, 4]
+
+
+def test_what_a_session_does_not_have_goes_through_transformers():
+    picture = str(PICTURES / "photograph.jpg")
+    run = python(
+        f"""
+import mllama
+print(mllama.ask({picture!r}, "What colour is the star?", num_beams=2))
+print("transformers" in sys.modules)
+"""
+    )
+    assert run.stdout.splitlines() == ["red", "True"], run.stderr

@@ -1,47 +1,35 @@
-"""The short way in: `load` a model with its processor, `ask` about a picture."""
+"""The short way in: `load` a model with its processor, `ask` about an image."""
 
-import difflib
 import functools
-import inspect
-import numbers
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, overload
+from typing import TYPE_CHECKING, Any, overload
 
 import torch
-from transformers import (
-    BatchEncoding,
-    BatchFeature,
-    GenerationConfig,
-    GenerationMixin,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    SiglipVisionConfig,
-)
 
 from mllama.assets import EMBEDDED
 from mllama.checkpoints import open_checkpoint
 from mllama.checkpoints.hub import find_folder
+from mllama.checkpoints.models import fill, lay_out
 from mllama.checkpoints.opened import Opened
-from mllama.device import choose_device, choose_dtype, dtype_name
-from mllama.hf.checkpoints import load_opened, model_class
-from mllama.hf.modeling import MllamaForConditionalGeneration
-from mllama.hf.processors.auto import load_processor
+from mllama.device import choose_device, choose_dtype, dtype_name, dtype_named
 from mllama.lora.files import load_lora
 from mllama.lora.peft import CONFIG as ADAPTER_CONFIG
 from mllama.lora.peft import adapted_model
-from mllama.processing.conversation import encode_batch, encode_messages
-from mllama.processing.image import download_urls, is_image, load_picture
-from mllama.processing.image_source import names_image
+from mllama.model.model import VisionLanguageModel
+from mllama.processing.auto import load_preprocessor
+from mllama.runtime.questions import as_list, encode_questions, refuse_swapped, share_images
+from mllama.runtime.session import OPTIONS, Session
+from mllama.runtime.settings import beyond_session, check_settings
 
-MAX_NEW_TOKENS = 128
-# below this temperature, 0 included, sampling is the likeliest token, and dividing by it would
-# overflow
-_COLDEST = 1e-3
-_NEUTRAL = {"temperature": 1, "top_k": 0, "top_p": 1, "min_p": 0}  # values that change nothing
-_SAMPLING = tuple(_NEUTRAL)
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from mllama.hf.answering import GenerateSession
+    from mllama.hf.modeling import MllamaForConditionalGeneration
+
 _UNREAD = (
     "num_return_sequences",
     "return_dict_in_generate",
@@ -51,21 +39,9 @@ _UNREAD = (
     "output_scores",
 )
 _LIMITS = (
-    "it answers short English questions about six shapes, ten colors and five places in simple images; to anything else its answers mean"
-    " nothing (docs/embedded-model.md)"
+    "it answers short English questions about six shapes, ten colors and five places in simple "
+    "images; to anything else its answers mean nothing (docs/embedded-model.md)"
 )
-_COUNTS = ("max_new_tokens", "max_length", "num_beams")
-_KINDS = [
-    *((name, numbers.Integral, "an int") for name in (*_COUNTS, "top_k")),
-    *((name, numbers.Real, "a number") for name in ("temperature", "top_p", "min_p")),
-]
-
-
-class Answer(NamedTuple):
-    """A generated answer: its text, and how many tokens it took, the end token included."""
-
-    text: str
-    tokens: int
 
 
 def load(
@@ -74,12 +50,12 @@ def load(
     device: str | torch.device = "auto",
     reference: str = "meta",
     adapter: str | os.PathLike | None = None,
-) -> tuple[MllamaForConditionalGeneration | Any, Any]:
+) -> "tuple[MllamaForConditionalGeneration | Any, Any]":
     """Load a model of any family and its processor; what was chosen is said on stderr, once.
 
-    transformers' `AutoModelForImageTextToText` makes its own class of most of these folders, which
-    does not use this package's operators; `MllamaForConditionalGeneration.from_pretrained(path)` is
-    the model alone that does.
+    Both are transformers' kinds. transformers' `AutoModelForImageTextToText` makes its own class of
+    most of these folders, which does not use this package's operators;
+    `MllamaForConditionalGeneration.from_pretrained(path)` is the model alone that does.
 
     Args:
         path: a model folder, a GGUF file, or a model's id on the hub; None is the model that comes
@@ -95,8 +71,8 @@ def load(
 
     Returns:
         The model, in eval mode: MllamaForConditionalGeneration, or SiglipModel for a SigLIP vision
-            model alone. And what it needs before
-        it: the processor, the tokenizer of a text model, the image processor of a SigLIP.
+            model alone. And what it needs before it: the processor, the tokenizer of a text model,
+            the image processor of a SigLIP.
 
     Raises:
         TypeError: a path or adapter that is no path.
@@ -115,28 +91,91 @@ def load_quietly(
     device: str | torch.device,
     reference: str = "meta",
     adapter: str | os.PathLike | None = None,
-) -> tuple[MllamaForConditionalGeneration | Any, Any]:
+) -> "tuple[MllamaForConditionalGeneration | Any, Any]":
     """`load` without the line on stderr, which `say_loaded` writes."""
-    if not isinstance(adapter, (str, os.PathLike, type(None))):
-        raise TypeError(f"adapter must be a str, a path or None, got {type(adapter).__name__}")
-    folder, device = find_model(path), choose_device(device)
-    if (folder / ADAPTER_CONFIG).is_file():
-        if adapter is not None:
-            raise ValueError(
-                f"{folder} holds adapters, and adapter names others: give the model's own folder with one of them"
-            )
-        folder, adapter = find_model(adapted_model(folder)), folder
+    from mllama.hf.checkpoints import load_opened, model_class
+    from mllama.hf.processors.auto import load_processor
+
+    folder, adapter = _find_adapted(path, adapter)
+    device = choose_device(device)
     with (opened := open_checkpoint(folder)).source:
         found = model_class(opened.spec)
         options: dict[str, Any] = (
             {"reference": reference} if "reference" in found.load_options else {}
         )
-        model, _ = load_opened(
-            found, opened, resolve_dtype(opened, dtype, device), device, **options
-        )
+        dtype = resolve_dtype(opened, dtype, device)
+        model, _ = load_opened(found, opened, dtype, device, **options)
     if adapter is not None:
         load_lora(model, adapter)
-    return model, processor_of(folder)
+    return model, processor_of(folder, load_processor)
+
+
+def open_session(
+    path: str | os.PathLike | None = None,
+    dtype: str | torch.dtype = "auto",
+    device: str | torch.device = "auto",
+    reference: str = "meta",
+    adapter: str | os.PathLike | None = None,
+) -> "Session | GenerateSession":
+    """A session of a model's files: the core's own; transformers', where the model's settings ask
+    for what the core's does not have, or only transformers reads the tokenizer.
+
+    Args:
+        path, dtype, device, reference, adapter: as `load` takes them.
+
+    Raises:
+        TypeError, ValueError, FileNotFoundError: as `load`. A SigLIP, which has no decoder.
+    """
+    folder, own_adapter = _find_adapted(path, adapter)
+    place = choose_device(device)
+    with (opened := open_checkpoint(folder)).source:
+        if opened.spec.text is None:
+            raise ValueError("a SigLIP vision model has no decoder to answer with")
+        settings, where = opened.generation or {}, opened.source.where
+        if not beyond_session(settings) and (processor := _core_processor(folder)) is not None:
+            check_settings(where, settings)
+            model = _load_core(opened, dtype, place, reference)
+            if own_adapter is not None:
+                load_lora(model, own_adapter)
+            return Session(model, processor, settings, where)
+    from mllama.hf.answering import GenerateSession
+
+    return GenerateSession(*load_quietly(path, dtype, device, reference, adapter))
+
+
+def _core_processor(folder: Path) -> Any:
+    """None where only transformers reads it, or says what is wrong with it."""
+    try:
+        return load_preprocessor(folder)
+    except ValueError:
+        return None
+
+
+def _load_core(
+    opened: Opened, dtype: str | torch.dtype, device: torch.device, reference: str
+) -> VisionLanguageModel:
+    model = lay_out(opened, lambda spec: VisionLanguageModel(spec, reference=reference))
+    fill(model, opened, dtype_named(resolve_dtype(opened, dtype, device)), lambda name: device)
+    return model.eval()
+
+
+def _find_adapted(
+    path: str | os.PathLike | None, adapter: str | os.PathLike | None
+) -> tuple[Path, str | os.PathLike | None]:
+    """A model's files, and the adapters for it: a folder of adapters is the model that they are
+    for, with them.
+    """
+    if not isinstance(adapter, (str, os.PathLike, type(None))):
+        raise TypeError(f"adapter must be a str, a path or None, got {type(adapter).__name__}")
+    folder = find_model(path)
+    if not (folder / ADAPTER_CONFIG).is_file():
+        return folder, adapter
+    if adapter is not None:
+        raise ValueError(
+            f"{folder} holds adapters, and adapter names others: give the model's own folder with "
+            "one of them"
+        )
+    return find_model(adapted_model(folder)), folder
 
 
 def resolve_dtype(
@@ -151,10 +190,10 @@ def resolve_dtype(
     )
 
 
-def processor_of(folder: Path) -> Any:
-    """`load_processor`, of a folder that holds a model."""
+def processor_of(folder: Path, load: Callable[[Path], Any]) -> Any:
+    """`load`, of a folder that holds a model."""
     try:
-        return load_processor(folder)
+        return load(folder)
     except ValueError as error:  # broken JSON does not say where
         raise ValueError(
             f"{folder} holds a model, but its processor cannot be read: {error}"
@@ -175,22 +214,21 @@ def find_model(path: str | os.PathLike | None) -> Path:
     return EMBEDDED if path is None else find_folder(path)
 
 
-def say_loaded(path: str | os.PathLike | None, model: PreTrainedModel) -> None:
+def say_loaded(path: str | os.PathLike | None, model: torch.nn.Module) -> None:
     """Say on stderr which model was loaded, its dtype and device, and of the embedded one its
     limits; the same line is said once.
     """
-    _say(
-        f"mllama: {'the embedded model' if path is None else Path(path)} in {dtype_name(model.dtype)} on {model.device}"
-    )
+    name, first = "the embedded model" if path is None else Path(path), next(model.parameters())
+    _say(f"mllama: {name} in {dtype_name(first.dtype)} on {first.device}")
     if path is None:
         _say(f"mllama: {_LIMITS}")
 
 
 @overload
 def ask(
-    picture: Any,
+    image: Any,
     question: str,
-    model: PreTrainedModel | None = None,
+    model: "PreTrainedModel | None" = None,
     processor: Any = None,
     *,
     allow_urls: bool = False,
@@ -198,18 +236,18 @@ def ask(
 ) -> str: ...
 @overload
 def ask(
-    picture: Any,
+    image: Any,
     question: list[str] | tuple[str, ...],
-    model: PreTrainedModel | None = None,
+    model: "PreTrainedModel | None" = None,
     processor: Any = None,
     *,
     allow_urls: bool = False,
     **generate_kwargs: Any,
 ) -> list[str]: ...
 def ask(
-    picture: Any,
+    image: Any,
     question: str | Sequence[str],
-    model: PreTrainedModel | None = None,
+    model: "PreTrainedModel | None" = None,
     processor: Any = None,
     *,
     allow_urls: bool = False,
@@ -219,7 +257,7 @@ def ask(
     in one batch.
 
     Args:
-        picture: an image in any form of `mllama.processing.image.load_picture` (a path, bytes, a
+        image: an image in any form of `mllama.processing.image.load_picture` (a path, bytes, a
             file object, a data URL, a PIL image, an array, a tensor ...), or a list of them for one
             question about several; None for a question in text alone, which every family with a
             chat template takes. To a list of questions one image belongs to them all, and a list
@@ -229,368 +267,104 @@ def ask(
         model, processor: what `load` returned; None for both is the embedded model, loaded once.
         allow_urls: download images given as http(s) URLs.
         generate_kwargs: of transformers' `generate`. By default at most 128 new tokens, and always
-            the likeliest: give a temperature, top_k, top_p or min_p to sample.
+            the likeliest: give a temperature, top_k, top_p or min_p to sample. The embedded model
+            takes those, max_new_tokens, do_sample, repetition_penalty and eos_token_id without
+            transformers.
 
     Returns:
         The answer's text; a list of them, in order, to a list of questions.
 
     Raises:
-        TypeError: a picture, question, model, processor or option of another type; an option that
+        TypeError: an image, question, model, processor or option of another type; an option that
             `generate` does not have, with the nearest that it has.
         ValueError: model without processor or the reverse; a SigLIP, which has no decoder; a
-            question that is empty, no valid text, too long for the model or has the picture's
-            placeholder in it; picture and question swapped; a picture that cannot be read, or for a
-            model that takes none; the embedded model without a picture; an option out of its range,
+            question that is empty, no valid text, too long for the model or has the image's
+            placeholder in it; image and question swapped; an image that cannot be read, or for a
+            model that takes none; the embedded model without an image; an option out of its range,
             or without effect.
-        FileNotFoundError: no such picture.
+        FileNotFoundError: no such image.
     """
     if (model is None) != (processor is None):
         raise ValueError(
-            "give model and processor both, as mllama.load returns them, or neither for the embedded model"
+            "give model and processor both, as mllama.load returns them, or neither for the "
+            "embedded model"
         )
-    refuse_swapped(picture, question)
-    if model is None:
-        model, processor = _embedded()
-    check_answers(model)
-    for name, value, method in (
-        ("model", model, "generate"),
-        ("processor", processor, "apply_chat_template"),
-    ):
-        if not hasattr(value, method):  # not by class: adapters wrap models
-            raise TypeError(f"{name} must be as mllama.load returns it, got {type(value).__name__}")
-    for name in generate_kwargs:
-        value = generate_kwargs[name]
-        if (
-            name in _UNREAD
-            and value is not None
-            and value != (1 if name == "num_return_sequences" else 0)
-        ):
+    refuse_swapped(image, question)
+    session = _session_of(model, processor, generate_kwargs)
+    for name, value in generate_kwargs.items():
+        neutral = (None, 1) if name == "num_return_sequences" else (None, 0)
+        if name in _UNREAD and value not in neutral:
             raise ValueError(
-                f"{name} has no effect here, where the answer's text alone is returned: call model.generate"
+                f"{name} has no effect here, where the answer's text alone is returned: call "
+                "model.generate"
             )
     one = isinstance(question, str)
     questions = [question] if isinstance(question, str) else list(question)
-    images = [_as_list(picture)] if one else _share(picture, len(questions))
+    images = [as_list(image)] if one else share_images(image, len(questions))
     for row in images:
-        check_images(model, row)
-    inputs = encode_questions(processor, images, questions, allow_urls=allow_urls)
-    texts = [found.text for found in answers(model, processor, inputs, **generate_kwargs)]
-    if len(texts) != len(questions):
-        raise ValueError(
-            "generation_config must leave num_return_sequences at 1: every question has one answer"
-        )
-    return texts[0] if one else texts
+        check_images(session, row)
+    inputs = encode_questions(session.processor, images, questions, allow_urls=allow_urls)
+    given = {name: value for name, value in generate_kwargs.items() if value is not None}
+    answers = [row.text.strip() for row in session.generate(inputs, **given).completions]
+    return answers[0] if one else answers
 
 
-def refuse_swapped(picture, question) -> None:
-    """Refuse `ask(question, picture)`, and a question that is no text.
-
-    Raises:
-        TypeError: the question is no text.
-        ValueError: it names an image, and the picture is the question.
-    """
-    shown = picture if isinstance(picture, (list, tuple)) else [picture]
-    is_words = bool(shown) and all(
-        isinstance(text, str) and not names_image(text) for text in shown
-    )
-    if is_words and (is_image(question) or (isinstance(question, str) and names_image(question))):
-        raise ValueError("picture and question are swapped: the picture comes first")
-    if isinstance(question, str):
-        return
-    if not isinstance(question, (list, tuple)) or not all(isinstance(one, str) for one in question):
+def _session_of(model: Any, processor: Any, options: Mapping[str, Any]) -> Any:
+    """A session of its own for every call: one holds what was asked last."""
+    if model is None:
+        model, processor, settings, where = _embedded(bool(_beyond(options)))
+    else:
+        settings, where = None, None
+        check_answers(model)
+    # Not by class: adapters wrap models.
+    if not hasattr(model, "generate") and not hasattr(model, "compute"):
+        raise TypeError(f"model must be as mllama.load returns it, got {type(model).__name__}")
+    if not hasattr(processor, "chat_template"):
         raise TypeError(
-            f"the question must be a str, got {type(question).__name__} (to ask several, a list of str)"
+            f"processor must be as mllama.load returns it, got {type(processor).__name__}"
         )
-    if not question:
-        raise ValueError("the question is an empty list")
+    if not hasattr(model, "generate"):
+        return Session(model, processor, settings, where)
+    from mllama.hf.answering import GenerateSession
+
+    return GenerateSession(model, processor)
 
 
-def _as_list(picture) -> list:
-    """The images of one question."""
-    if picture is None:
-        return []
-    return (
-        list(picture)
-        if isinstance(picture, (list, tuple)) or getattr(picture, "ndim", 3) == 4
-        else [picture]
-    )
+@functools.cache
+def _embedded(by_transformers: bool) -> tuple[Any, Any, Any, str]:
+    """The embedded model, its processor and settings: the core's, or transformers'."""
+    if by_transformers:
+        return *load(), None, str(EMBEDDED)
+    session = open_session()
+    say_loaded(None, session.model)
+    return session.model, session.processor, session.settings, session.where
 
 
-def _share(picture, questions: int) -> list[list]:
-    """The images of each question."""
-    if not isinstance(picture, (list, tuple)):
-        row = _as_list(picture)
-        return [
-            [load_picture(image) if hasattr(image, "read") else image for image in row]
-        ] * questions  # a stream is read once
-    if len(picture) != questions:
-        raise ValueError(
-            f"picture is a list of {len(picture)} for {questions} questions: give one image for all, or one entry for each"
-        )
-    return [_as_list(entry) for entry in picture]
+def _beyond(options: Mapping[str, Any]) -> list[str]:
+    """Options that the core's session does not have, or nobody."""
+    return [name for name, value in options.items() if value is not None and name not in OPTIONS]
 
 
-def check_images(model, images: Sequence) -> None:
+def check_images(session: "Session | GenerateSession", images: Sequence) -> None:
     """Refuse the embedded model without an image: it would answer all the same.
 
     Raises:
         ValueError: no images for the embedded model.
     """
-    if not images and is_embedded(model):
+    if not images and session.where == str(EMBEDDED):
         raise ValueError(
             "the embedded model answers questions about an image and no others: give an image"
         )
 
 
-def is_embedded(model) -> bool:
-    """True for the model that comes with the package."""
-    return getattr(getattr(model, "config", None), "name_or_path", None) == str(EMBEDDED)
-
-
-def encode(
-    processor,
-    picture,
-    question: str,
-    turns: Sequence[tuple[str, str]] = (),
-    system: str | None = None,
-    allow_urls: bool = False,
-) -> BatchFeature:
-    """The model's inputs for a question about a picture or a list of them (None: about none), after
-    earlier turns of (question, answer).
-
-    Written by the processor's chat template; without one, by the family's plain layout, which takes
-    no turns and no system prompt.
-
-    Raises:
-        TypeError, ValueError, FileNotFoundError: as `ask`.
-    """
-    return encode_questions(processor, [_as_list(picture)], [question], turns, system, allow_urls)
-
-
-def encode_questions(
-    processor,
-    images: Sequence[Sequence],
-    questions: Sequence[str],
-    turns: Sequence[tuple[str, str]] = (),
-    system: str | None = None,
-    allow_urls: bool = False,
-) -> BatchFeature:
-    """`encode` for a batch: the images of each question, and the questions."""
-    image_token = getattr(processor, "image_token", None)
-    conversations = []
-    for question in questions:
-        check_question(question)
-        if image_token and image_token in question:
-            raise ValueError(
-                f"the question must not contain {image_token!r}, which stands for the picture in a prompt"
-            )
-        said = [*(text for turn in turns for text in turn), question]
-        messages = [
-            {"role": "assistant" if index % 2 else "user", "content": text}
-            for index, text in enumerate(said)
-        ]
-        conversations.append(
-            messages if system is None else [{"role": "system", "content": system}, *messages]
-        )
-    if system is not None:
-        check_system(processor, system)
-    rows = [
-        [load_picture(image) for image in download_urls(list(row), allow_urls)] for row in images
-    ]
-    return encode_batch(processor, conversations, rows)
-
-
-def check_system(processor, system: str) -> None:
-    """Refuse a system prompt that would not reach the model.
-
-    Raises:
-        ValueError: it is empty or holds the picture's placeholder; no chat template, or one that
-            leaves it out or refuses it.
-    """
-    if not system.strip():
-        raise ValueError("the system prompt is empty")
-    if (image_token := getattr(processor, "image_token", None)) and image_token in system:
-        raise ValueError(
-            f"the system prompt must not contain {image_token!r}, which stands for the picture in a prompt"
-        )
-    if processor.chat_template is None:
-        raise ValueError("this model has no chat template, and so no place for a system prompt")
-    user = {"role": "user", "content": "?"}
-    without, *both = (
-        encode_messages(
-            processor, [*({"role": "system", "content": text} for text in texts), user]
-        )["input_ids"].tolist()
-        for texts in ([], ["a"], ["b"])
-    )
-    if both[0] == both[1] or without in both:
-        raise ValueError("this model's chat template leaves system prompts out")
-
-
-def check_answers(model) -> None:
+def check_answers(model: Any) -> None:
     """Refuse a model that cannot answer.
 
     Raises:
         ValueError: a SigLIP vision model, of this package or of transformers.
     """
-    if isinstance(getattr(model, "config", None), SiglipVisionConfig):
+    if getattr(getattr(model, "config", None), "model_type", None) == "siglip_vision_model":
         raise ValueError("a SigLIP vision model has no decoder to answer with")
-
-
-def check_question(question: str) -> None:
-    """Refuse what no processor takes as a question.
-
-    Raises:
-        TypeError: no str.
-        ValueError: empty, or with surrogates, which is how Python holds bytes that are no text.
-    """
-    if not isinstance(question, str):
-        raise TypeError(f"the question must be a str, got {type(question).__name__}")
-    if not question.strip():
-        raise ValueError("the question is empty")
-    try:
-        question.encode()
-    except UnicodeEncodeError as error:
-        raise ValueError(
-            f"the question is no valid UTF-8 text, at {ascii(question[error.start])}"
-        ) from error
-
-
-def answer(
-    model: PreTrainedModel, processor, inputs: BatchFeature | BatchEncoding, **generate_kwargs
-) -> Answer:
-    """Generate the answer to one encoded prompt; `generate_kwargs` as `ask` takes them.
-
-    Raises:
-        TypeError: an option of another type, or that `generate` does not have.
-        ValueError: the prompt fills the model's context; an option that `generate` refuses.
-    """
-    return answers(model, processor, inputs, **generate_kwargs)[0]
-
-
-def answers(
-    model: PreTrainedModel, processor, inputs: BatchFeature | BatchEncoding, **generate_kwargs
-) -> list[Answer]:
-    """`answer` to each row of a batch that is padded on the left."""
-    output = generate(model, inputs, **generate_kwargs)
-    sequences = getattr(output, "sequences", output)
-    if len(sequences) == 1:
-        return [read_answer(processor, inputs, sequences)]
-    settings = generate_kwargs.get("generation_config") or model.generation_config
-    ends = generate_kwargs.get("eos_token_id", settings.eos_token_id)
-    rows = [_until_end(row, inputs["input_ids"].shape[1], ends) for row in sequences]
-    return [read_answer(processor, inputs, row[None]) for row in rows]
-
-
-def _until_end(sequence: torch.Tensor, prompt: int, ends: int | list[int] | None) -> torch.Tensor:
-    """A row of a batch without what follows the end of its answer."""
-    ends = [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
-    places = torch.isin(
-        sequence[prompt:], torch.tensor(ends, dtype=sequence.dtype, device=sequence.device)
-    ).nonzero()
-    return sequence[: prompt + int(places[0]) + 1] if len(places) else sequence
-
-
-def generate(model: Any, inputs: BatchFeature | BatchEncoding, **generate_kwargs) -> Any:
-    """What `model.generate` returns for encoded prompts, with `ask`'s defaults and checks, which
-    raise what `answer` says.
-    """
-    room = check_room(model, inputs)
-    options = _options(generate_kwargs)
-    if "max_new_tokens" in options:
-        options["max_new_tokens"] = min(options["max_new_tokens"], room)
-    with torch.inference_mode():
-        placed = {name: value.to(model.device) for name, value in inputs.items()}
-        return model.generate(**placed, **options)
-
-
-def read_answer(processor, inputs: Mapping, sequences: torch.Tensor) -> Answer:
-    """The answer in the ids that `generate` returned, [1, prompt and answer]."""
-    new = sequences[0, inputs["input_ids"].shape[1] :]
-    return Answer(tokenizer_of(processor).decode(new, skip_special_tokens=True).strip(), len(new))  # type: ignore[union-attr]
-
-
-def tokenizer_of(processor) -> PreTrainedTokenizerBase:
-    """A processor's tokenizer; a tokenizer is its own."""
-    return getattr(processor, "tokenizer", processor)
-
-
-def room_left(model: PreTrainedModel, inputs: Mapping) -> int:
-    """Tokens that an encoded prompt leaves for the answer in the model's context."""
-    return model.config.get_text_config().max_position_embeddings - inputs["input_ids"].shape[1]
-
-
-def check_room(model: PreTrainedModel, inputs: Mapping) -> int:
-    """`room_left`, at least 1.
-
-    Raises:
-        ValueError: the prompt fills the model's context.
-    """
-    prompt, room = inputs["input_ids"].shape[1], room_left(model, inputs)
-    if room < 1:
-        raise ValueError(
-            f"the prompt is {prompt} tokens long; this model takes {prompt + room}, answer included"
-        )
-    return room
-
-
-def _options(given: dict) -> dict:
-    """generate's options: greedy unless something about sampling is asked for."""
-    options = {name: value for name, value in given.items() if value is not None}
-    _check_known(options)
-    for name, kind, word in _KINDS:
-        value = options.get(name, 1)
-        if not isinstance(value, kind) or isinstance(value, bool):
-            raise TypeError(f"{name} must be {word}, got {type(value).__name__}")
-        if name in _COUNTS and value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}")
-        if kind is numbers.Real and name in options:
-            options[name] = float(value)  # transformers refuses whole numbers
-    if "generation_config" in options:
-        return options
-    if options.get("do_sample") is False and (
-        unused := [
-            name for name in _SAMPLING if options.get(name, _NEUTRAL[name]) != _NEUTRAL[name]
-        ]
-    ):
-        raise ValueError(f"{', '.join(unused)}: without effect beside do_sample=False")
-    if "max_length" not in options:
-        options.setdefault("max_new_tokens", MAX_NEW_TOKENS)
-    if 0 <= options.get("temperature", 1) < _COLDEST:
-        options = {name: value for name, value in options.items() if name not in _SAMPLING} | {
-            "do_sample": False
-        }
-    options.setdefault("do_sample", any(name in options for name in _SAMPLING))
-    return options
-
-
-def _check_known(options: Mapping) -> None:
-    """Refuse what `generate` does not have, which transformers would take for an argument of the
-    model.
-    """
-    known = {
-        name for name in vars(GenerationConfig()) if not name.startswith("_")
-    } | _generate_arguments()
-    for name in options:
-        if name not in known:
-            near = difflib.get_close_matches(name, known, 1)
-            raise TypeError(
-                f"generate has no option {name!r}{''.join(f': did you mean {other}?' for other in near)}"
-            )
-
-
-@functools.cache
-def _generate_arguments() -> set[str]:
-    named = inspect.signature(GenerationMixin.generate).parameters.keys() - {
-        "self",
-        "inputs",
-        "kwargs",
-    }
-    return {*named, "tokenizer", "assistant_tokenizer"}  # these it takes from its kwargs
-
-
-@functools.cache
-def _embedded() -> tuple[PreTrainedModel, Any]:
-    return load()
 
 
 @functools.cache

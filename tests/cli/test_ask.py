@@ -6,7 +6,8 @@ import shutil
 import pytest
 
 import mllama
-from mllama import api
+from helpers import answer
+from mllama.runtime.questions import encode
 
 
 def test_ask_streams_the_answer(run, loaded, options, picture_file, model_folder):
@@ -137,8 +138,8 @@ def test_a_question_in_text_alone(run, family_folder):
 def test_a_system_prompt(run, family_folder):
     folder = family_folder("llama")
     model, processor = mllama.load(folder, dtype="float32", device="cpu")
-    expected = api.answer(
-        model, processor, api.encode(processor, None, "a b c", system="be brief"), max_new_tokens=8
+    expected = answer(
+        model, processor, encode(processor, None, "a b c", system="be brief"), max_new_tokens=8
     ).text
     options = ["--model", folder, "--dtype", "float32", "--max-new-tokens", 8]
     assert (

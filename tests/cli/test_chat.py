@@ -6,18 +6,17 @@ import pytest
 from PIL import Image
 
 import mllama
-from mllama import api
-from mllama.cli._answering import AnswerStreamer
+from helpers import answer
+from mllama.runtime.completion import Row
+from mllama.runtime.questions import encode
 
 
 def test_chat_answers_in_the_light_of_what_was_said(run, loaded, options, picture_file):
-    first = api.answer(
-        *loaded, api.encode(loaded[1], picture_file, "How many circles?"), max_new_tokens=8
+    first = answer(
+        *loaded, encode(loaded[1], picture_file, "How many circles?"), max_new_tokens=8
     ).text
     turns = [("How many circles?", first)]
-    second = api.answer(
-        *loaded, api.encode(loaded[1], picture_file, "a b c", turns), max_new_tokens=8
-    ).text
+    second = answer(*loaded, encode(loaded[1], picture_file, "a b c", turns), max_new_tokens=8).text
     code, out, _ = run(
         "chat", picture_file, *options, stdin="How many circles?\n\n a b c \n/exit\nWhat colour?\n"
     )
@@ -46,7 +45,7 @@ def test_a_picture_for_a_text_model_is_refused_before_any_question(
     run, family_folder, picture_file
 ):
     code, out, err = run("chat", picture_file, "--model", family_folder("llama"), stdin="a\nb\n")
-    assert (code, out, err) == (2, "", "mllama: error: this model takes no pictures, got 1\n")
+    assert (code, out, err) == (2, "", "mllama: error: this model takes no images, got 1\n")
 
 
 def test_a_chat_goes_on_after_bytes_that_are_no_text(run, options, picture_file):
@@ -72,11 +71,8 @@ def test_every_family_remembers_what_was_said(run, family_folder, picture_file, 
         turns.append(
             (
                 question,
-                api.answer(
-                    model,
-                    processor,
-                    api.encode(processor, picture, question, turns),
-                    max_new_tokens=8,
+                answer(
+                    model, processor, encode(processor, picture, question, turns), max_new_tokens=8
                 ).text,
             )
         )
@@ -148,9 +144,7 @@ def test_a_system_prompt_in_a_chat(run, family_folder):
     folder = family_folder("llama")
     model, processor = mllama.load(folder, dtype="float32", device="cpu")
     ask = lambda system: (  # noqa: E731
-        api.answer(
-            model, processor, api.encode(processor, None, "a", system=system), max_new_tokens=8
-        ).text
+        answer(model, processor, encode(processor, None, "a", system=system), max_new_tokens=8).text
     )
     options = [
         "--model",
@@ -178,17 +172,16 @@ def test_a_system_prompt_in_a_chat(run, family_folder):
 def test_an_interrupt_stops_the_answer_and_keeps_the_conversation(
     run, family_folder, monkeypatch, tmp_path
 ):
-    folder, put = family_folder("llama"), AnswerStreamer.put
+    folder, take = family_folder("llama"), Row.take
     left = [3]  # tokens until Ctrl-C, once
 
-    def interrupted(self, value):
-        if not self.next_tokens_are_prompt:
-            left[0] -= 1
-            if left[0] == -1:
-                raise KeyboardInterrupt
-        put(self, value)
+    def interrupted(self, *arguments):
+        left[0] -= 1
+        if left[0] == -1:
+            raise KeyboardInterrupt
+        take(self, *arguments)
 
-    monkeypatch.setattr(AnswerStreamer, "put", interrupted)
+    monkeypatch.setattr(Row, "take", interrupted)
     options = ["--model", folder, "--dtype", "float32", "--max-new-tokens", 8, "--json"]
     code, out, _ = run(
         "chat", *options, stdin=f"How many circles?\na b c\n/save {tmp_path / 'talk.json'}\n"
@@ -199,9 +192,7 @@ def test_an_interrupt_stops_the_answer_and_keeps_the_conversation(
     turns = [("How many circles?", first["answer"])]
     assert (
         second["answer"]
-        == api.answer(
-            model, processor, api.encode(processor, None, "a b c", turns), max_new_tokens=8
-        ).text
+        == answer(model, processor, encode(processor, None, "a b c", turns), max_new_tokens=8).text
     )
     assert len(json.loads((tmp_path / "talk.json").read_text())["messages"]) == 4
 

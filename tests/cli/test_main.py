@@ -27,7 +27,7 @@ def test_info(run):
     [
         ([], "required: COMMAND"),
         (["look"], "invalid choice: 'look'"),
-        (["ask"], "required: PICTURE, QUESTION"),
+        (["ask"], "required: IMAGE, QUESTION"),
         (["ask", "picture.png", " "], "the question is empty"),
         (["ask", "nowhere.png", "?"], "no such image: nowhere.png"),
         (["ask", __file__, "?"], "cannot read the picture"),

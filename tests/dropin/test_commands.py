@@ -15,6 +15,8 @@ import mllama
 from mllama import api
 from mllama.assets import EMBEDDED
 from mllama.dropin.__main__ import main
+from mllama.hf.answering import generate
+from mllama.runtime.questions import encode
 
 ROOT = Path(__file__).parent.parent.parent
 OLDER = ROOT / "examples" / "older"
@@ -368,12 +370,12 @@ def test_comet_is_told_where_it_is_set_up(
     }
     (picture,) = [args[0] for method, args, _ in comet if method == "log_image"]
     model, processor = mllama.load(model_folder, device="cpu")
-    inputs = api.encode(processor, picture_file, "How many?")
+    inputs = encode(processor, picture_file, "How many?")
     assert texts["input_ids"] == str(inputs["input_ids"].tolist()) and texts[
         "attention_mask"
     ] == str(inputs["attention_mask"].tolist())
     assert texts["decoded tokens"] == answer
-    output = api.generate(
+    output = generate(
         model, inputs, max_new_tokens=5, return_dict_in_generate=True, output_logits=True
     )
     assert texts["encoded tokens"] == str(

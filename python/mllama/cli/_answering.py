@@ -7,36 +7,39 @@ import contextlib
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from PIL import Image
-from tqdm import tqdm
-from transformers import TextStreamer
 
-from mllama.api import answer, check_answers, find_model, load_quietly, tokenizer_of
+from mllama.api import find_model, open_session
 from mllama.checkpoints import open_checkpoint
 from mllama.device import dtype_name
 from mllama.processing.image import load_picture
+from mllama.runtime.session import Session
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from mllama.hf.answering import GenerateSession
+
+    AnySession = Session | GenerateSession
 
 
-def load_model(arguments: argparse.Namespace):
-    """(model, processor, generate's options) as the command line says. `say_loaded` is left to the
-    caller, after its last check.
+def load_session(arguments: argparse.Namespace) -> "tuple[AnySession, dict[str, Any]]":
+    """A session of the model that the command line names, and the options of its answers.
+    `say_loaded` is left to the caller, after its last check.
     """
     options = sampling(arguments)
     check_reference(arguments)
-    more = {} if arguments.adapter is None else {"adapter": arguments.adapter}
     with working("loading the model"):
-        model, processor = load_quietly(
+        session = open_session(
             arguments.model,
             arguments.dtype,
             arguments.device,
             arguments.reference or "meta",
-            **more,
+            arguments.adapter,
         )
-    check_answers(model)
-    return model, processor, options
+    return session, options
 
 
 def check_reference(arguments: argparse.Namespace) -> None:
@@ -58,7 +61,8 @@ def refuse_meta(family: str) -> None:
     """
     if family != "mllama":
         raise ValueError(
-            f"--reference meta is of Llama-3.2-Vision alone; this model is a {family}, and computed as transformers does"
+            f"--reference meta is of Llama-3.2-Vision alone; this model is a {family}, and computed "
+            "as transformers does"
         )
 
 
@@ -82,7 +86,8 @@ def sampling(arguments: argparse.Namespace) -> dict[str, Any]:
         wanted.append("do_sample")
     if options["temperature"] == 0 and wanted:
         raise ValueError(
-            f"{_option(wanted[0])} has no effect beside --temperature 0, which takes the likeliest token"
+            f"{_option(wanted[0])} has no effect beside --temperature 0, which takes the likeliest "
+            "token"
         )
     if arguments.seed is not None:
         if not options["temperature"] and not wanted:
@@ -97,7 +102,7 @@ def _option(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def read_images(arguments: argparse.Namespace, paths: list[str]) -> list[Image.Image]:
+def read_images(arguments: argparse.Namespace, paths: list[str]) -> "list[Image.Image]":
     """The images of a command line, before the model: an error should not take its time. "-" is
     stdin.
     """
@@ -119,67 +124,62 @@ class Reply(NamedTuple):
 
 
 def reply(
-    model,
-    processor,
-    inputs: Mapping,
-    options: dict,
+    session: "AnySession",
+    inputs: Mapping[str, torch.Tensor],
+    options: dict[str, Any],
     begin: Callable[[], None] = lambda: None,
     show: bool = True,
     stoppable: bool = False,
 ) -> Reply:
-    """Generate an answer, on stdout word by word.
+    """Generate an answer, on stdout as it comes.
 
     Args:
-        model, processor, inputs: as `mllama.api.answer` takes them.
-        options: generate's.
-        begin: called once the first token is there.
+        session, inputs: the model's, and what its processor returned.
+        options: of `Session.generate`.
+        begin: called once the first token is there: until then something may be refused, and its
+            error shall be the one line on stderr.
         show: False writes nothing to stdout.
         stoppable: Ctrl-C ends the answer and gives what there is of it.
     """
     prompt, start = inputs["input_ids"].shape[1], time.perf_counter()
     with working(f"reading {prompt} tokens") as clear:
+        begun = False
 
-        def first() -> None:
-            clear()
-            begin()
+        def write(row: int, text: str) -> None:
+            nonlocal begun
+            if not begun:
+                begun = True
+                clear()
+                begin()
+            if show:
+                print(text, end="", flush=bool(text))
 
-        streamer = AnswerStreamer(processor, first, show)
-        beams = (
-            model.generation_config.num_beams or 1
-        ) > 1  # the model's own setting; generate streams none of them
-        try:
-            found = answer(
-                model, processor, inputs, streamer=None if beams else streamer, **options
-            )
-            if beams:
-                first()
-                if show:
-                    print(found.text)
-            text, tokens, stopped = found.text, found.tokens, False
-        except KeyboardInterrupt:
-            if not stoppable:
-                raise
-            streamer.end()  # writes what is still held back, and a line's end
-            text, tokens, stopped = streamer.said.strip(), streamer.tokens, True
+        made = session.generate(inputs, on_text=write, interruptible=stoppable, **options)
+        if show and begun:
+            print()
     end = time.perf_counter()
-    if sys.stderr.isatty() and streamer.tokens > 1:
-        speed = (tokens - 1) / max(end - streamer.first, 1e-9)
+    found = made.completions[0]
+    tokens, stopped = len(found.token_ids), found.finish_reason == "interrupted"
+    if sys.stderr.isatty() and tokens > 1:
+        speed = (tokens - 1) / max(made.decode_seconds, 1e-9)
         print(
-            f"mllama: {tokens} tokens, {speed:.1f} tokens/s; {prompt} tokens read in {streamer.first - start:.2f} s",
+            f"mllama: {tokens} tokens, {speed:.1f} tokens/s; "
+            f"{prompt - made.num_reused_tokens} tokens read in {made.prefill_seconds:.2f} s",
             file=sys.stderr,
         )
-    return Reply(text, tokens, round(end - start, 3), stopped)
+    return Reply((found.text or "").strip(), tokens, round(end - start, 3), stopped)
 
 
-def facts(arguments: argparse.Namespace, model, said: Reply) -> dict[str, Any]:
+def facts(arguments: argparse.Namespace, session: "AnySession", said: Reply) -> dict[str, Any]:
     """What --json tells of every answer."""
+    first = next(session.model.parameters())
     return {
         "answer": said.text,
         "tokens": said.tokens,
         "seconds": said.seconds,
         "model": arguments.model or "embedded",
-        "dtype": dtype_name(model.dtype),
-        "device": str(model.device),
+        "dtype": dtype_name(first.dtype),
+        "device": str(first.device),
     }
 
 
@@ -188,46 +188,13 @@ def working(what: str) -> Iterator[Callable[[], None]]:
     """A line on stderr, where that is a terminal, that says what takes its time; gone at the end,
     or when what is yielded is called.
     """
-    line = tqdm(
-        desc=f"mllama: {what} ...", bar_format="{desc}", leave=False, disable=None, file=sys.stderr
-    )
+    if not sys.stderr.isatty():
+        yield lambda: None
+        return
+    from tqdm import tqdm  # here, since it takes its time
+
+    line = tqdm(desc=f"mllama: {what} ...", bar_format="{desc}", leave=False, file=sys.stderr)
     try:
         yield line.close
     finally:
         line.close()
-
-
-class AnswerStreamer(TextStreamer):
-    """Writes an answer to stdout, word by word.
-
-    Attributes:
-        said: the text so far.
-        tokens: how many they are so far.
-        first: when the first token came, by `time.perf_counter`.
-
-    Args:
-        processor: the model's.
-        begin: called once the first token is there: until then something may be refused, and its
-            error shall be the one line on stderr.
-        show: False keeps the text to itself.
-    """
-
-    def __init__(self, processor, begin: Callable[[], None] = lambda: None, show: bool = True):
-        super().__init__(tokenizer_of(processor), skip_prompt=True, skip_special_tokens=True)
-        self._begin, self._show = begin, show
-        self.said, self.tokens, self.first = "", 0, 0.0
-
-    def put(self, value: torch.Tensor) -> None:
-        """Called by generate: with the prompt, then with each token."""
-        if not self.next_tokens_are_prompt:
-            self.tokens += 1
-            if self.tokens == 1:
-                self.first = time.perf_counter()
-                self._begin()
-        super().put(value)
-
-    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-        """Called by TextStreamer with what can be shown."""
-        self.said += text
-        if self._show:
-            super().on_finalized_text(text, stream_end)

@@ -62,14 +62,15 @@ def build_parser() -> argparse.ArgumentParser:
 
 def _add_ask(commands) -> None:
     parser = _command(
-        commands, "ask", "answer one question about a picture, about several or without one"
+        commands, "ask", "answer one question about an image, about several or without one"
     )
-    parser.usage = "mllama ask [options] [PICTURE ...] QUESTION"
+    parser.usage = "mllama ask [options] [IMAGE ...] QUESTION"
     parser.add_argument(
         "words",
-        metavar="PICTURE, QUESTION",
+        metavar="IMAGE, QUESTION",
         nargs="+",
-        help="picture files ('-': stdin), then the question in quotes ('-': from stdin); of PaliGemma its prefix, as 'caption en'",
+        help="image files ('-': stdin), then the question in quotes ('-': from stdin); of PaliGemma "
+        "its prefix, as 'caption en'",
     )
     _add_model(parser)
     _add_answering(parser, "print one JSON object instead of streaming the answer")
@@ -79,20 +80,20 @@ def _add_chat(commands) -> None:
     parser = _command(
         commands,
         "chat",
-        "talk about a picture, or without one: a question a line; /help lists commands",
+        "talk about an image, or without one: a question a line; /help lists commands",
     )
     parser.add_argument(
         "words",
-        metavar="PICTURE",
+        metavar="IMAGE",
         nargs="*",
-        help="picture files; without one the talk is in text alone",
+        help="image files; without one the talk is in text alone",
     )
     _add_model(parser)
     _add_answering(parser, "print one JSON object a line for every answer")
 
 
 def _add_generate(commands) -> None:
-    parser = _command(commands, "generate", "go on from a prompt, with any number of pictures")
+    parser = _command(commands, "generate", "go on from a prompt, with any number of images")
     which = parser.add_mutually_exclusive_group()
     _add_name(which)
     which.add_argument(
@@ -110,7 +111,7 @@ def _add_generate(commands) -> None:
         action="append",
         default=[],
         metavar="FILE",
-        help="a picture; may be given several times",
+        help="an image; may be given several times",
     )
     parser.add_argument("--raw", action="store_true", help="leave the chat template out")
     parser.add_argument(
@@ -159,9 +160,13 @@ def _add_convert(commands) -> None:
         "--to",
         required=True,
         choices=("hf", "llava", "gguf"),
-        help="hf: the family's own folder; llava: the same, refused for what is no LLaVA; gguf: the decoder, for llama.cpp",
+        help="hf: the family's own folder; llava: the same, refused for what is no LLaVA; gguf: the "
+        "decoder, for llama.cpp",
     )
-    kinds = f"of a folder {', '.join(DTYPES)} (default: auto, as in IN); of gguf {', '.join(GGUF_DTYPES)} (default: f16)"
+    kinds = (
+        f"of a folder {', '.join(DTYPES)} (default: auto, as in IN); of gguf "
+        f"{', '.join(GGUF_DTYPES)} (default: f16)"
+    )
     parser.add_argument("--dtype", choices=(*DTYPES, *GGUF_DTYPES), metavar="TYPE", help=kinds)
     parser.add_argument(
         "--force",
@@ -190,7 +195,7 @@ def _add_inspect(commands) -> None:
         "--tiles",
         type=number(int, 0),
         metavar="N",
-        help="tiles of a row's pictures, or pictures of a model without tiles (default: of one)",
+        help="tiles of a row's images, or images of a model without tiles (default: of one)",
     )
     parser.add_argument(
         "--dtype",
@@ -209,7 +214,8 @@ def _add_verify(commands) -> None:
     parser = _command(
         commands,
         "verify",
-        "compare a model, stage by stage, with stock transformers, and cached and batched runs with plain ones",
+        "compare a model, stage by stage, with stock transformers, and cached and batched runs with "
+        "plain ones",
     )
     _add_folder(parser)
     parser.add_argument(
@@ -217,7 +223,8 @@ def _add_verify(commands) -> None:
     )
     _add_reference(
         parser,
-        "whose Llama-3.2-Vision the cached and batched runs follow (default: meta); transformers is compared as hf, always",
+        "whose Llama-3.2-Vision the cached and batched runs follow (default: meta); transformers is "
+        "compared as hf, always",
     )
     parser.add_argument(
         "--seed",
@@ -259,7 +266,10 @@ def _add_name(parser) -> None:
 
 
 def _add_folder(parser: argparse.ArgumentParser) -> None:
-    what = "a folder of Hugging Face's or Meta's files, a GGUF file or an id on the hub (default: the embedded model)"
+    what = (
+        "a folder of Hugging Face's or Meta's files, a GGUF file or an id on the hub (default: the "
+        "embedded model)"
+    )
     _add_placed(parser, "folder", "MODEL", what, required=False)
 
 
@@ -298,7 +308,7 @@ def _add_answering(parser: argparse.ArgumentParser, json: str) -> None:
         "--system", metavar="TEXT", help="a system prompt, for models whose chat template has one"
     )
     parser.add_argument(
-        "--allow-urls", action="store_true", help="download pictures given as http(s) URLs"
+        "--allow-urls", action="store_true", help="download images given as http(s) URLs"
     )
     _add_sampling(parser)
     parser.add_argument("--json", action="store_true", help=json)
@@ -339,7 +349,8 @@ def _text(text: str) -> str:
 
 def number(kind: type, least: float, most: float = math.inf, above: bool = False):
     """A parser of int or float that says in its error what it takes; `above`: more than `least`."""
-    bounds = f"{'above' if above else 'of at least'} {least}{'' if most == math.inf else f' and at most {most}'}"
+    upper = "" if most == math.inf else f" and at most {most}"
+    bounds = f"{'above' if above else 'of at least'} {least}{upper}"
 
     def parse(text: str):
         try:
@@ -347,8 +358,9 @@ def number(kind: type, least: float, most: float = math.inf, above: bool = False
         except ValueError:
             value = math.nan
         if not least <= value <= most or value == math.inf or (above and value == least):
+            shown = f"{text[:40]!r}{' ...' * (len(text) > 40)}"
             raise argparse.ArgumentTypeError(
-                f"must be a {'whole ' * (kind is int)}number {bounds}, got {text[:40]!r}{' ...' * (len(text) > 40)}"
+                f"must be a {'whole ' * (kind is int)}number {bounds}, got {shown}"
             )
         return value
 

@@ -1,4 +1,4 @@
-"""`mllama ask PICTURE ... QUESTION`."""
+"""`mllama ask IMAGE ... QUESTION`."""
 
 import argparse
 import functools
@@ -6,12 +6,14 @@ import json
 import os
 import sys
 
-from mllama.api import check_images, check_question, check_room, encode, refuse_swapped, say_loaded
-from mllama.cli._answering import facts, load_model, read_images, reply
+from mllama.api import check_images, say_loaded
+from mllama.cli._answering import facts, load_session, read_images, reply
+from mllama.runtime.questions import check_question, encode, refuse_swapped
+from mllama.runtime.session import check_room
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Print the answer: word by word, or as one JSON object."""
+    """Print the answer: as it comes, or as one JSON object."""
     *paths, question = arguments.words
     refuse_swapped(paths, question)
     if os.path.isfile(question):
@@ -19,18 +21,17 @@ def run(arguments: argparse.Namespace) -> None:
     if question == "-":
         question = _read_question(paths)
     check_question(question)
-    pictures = read_images(arguments, paths)
-    model, processor, options = load_model(arguments)
-    check_images(model, pictures)
-    inputs = encode(processor, pictures, question, system=arguments.system)
-    check_room(model, inputs)
-    begin = functools.partial(say_loaded, arguments.model, model)
-    said = reply(model, processor, inputs, options, begin, show=not arguments.json)
+    images = read_images(arguments, paths)
+    session, options = load_session(arguments)
+    check_images(session, images)
+    inputs = encode(session.processor, images, question, system=arguments.system)
+    check_room(session.context, inputs["input_ids"].shape[1])
+    begin = functools.partial(say_loaded, arguments.model, session.model)
+    said = reply(session, inputs, options, begin, show=not arguments.json)
     if arguments.json:
         shown = {"picture": paths[0] if len(paths) == 1 else paths or None, "question": question}
-        print(
-            json.dumps(shown | facts(arguments, model, said))
-        )  # in ASCII, which every stdout takes
+        # in ASCII, which every stdout takes
+        print(json.dumps(shown | facts(arguments, session, said)))
 
 
 def _read_question(paths: list[str]) -> str:

@@ -1,40 +1,31 @@
-"""`mllama chat [PICTURE ...]`."""
+"""`mllama chat [IMAGE ...]`."""
 
 import argparse
 import json
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-import torch
-from PIL import Image
-
-from mllama.api import (
-    MAX_NEW_TOKENS,
-    check_images,
-    check_room,
-    check_system,
-    encode,
-    room_left,
-    say_loaded,
-    tokenizer_of,
-)
+from mllama.api import check_images, say_loaded
 from mllama.checkpoints.files import write_file, write_json
 from mllama.cli import complain
-from mllama.cli._answering import facts, load_model, read_images, reply
+from mllama.cli._answering import facts, load_session, read_images, reply
+from mllama.runtime.questions import as_messages, check_system, encode, tokenizer_of
+from mllama.runtime.session import MAX_NEW_TOKENS, check_room
 
-_PICTURE = (
-    "pixel_values",
-    "aspect_ratio_ids",
-    "aspect_ratio_mask",
-)  # arguments of get_image_features
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from mllama.cli._answering import AnySession
+
 _HELP = """\
 /image PATH   a new conversation about this image
 /system TEXT  a system prompt from the next question on; without TEXT none
 /reset        forget what was said
 /save FILE    write the conversation as JSON
 /help         this list
-/exit         end, as does the end of input or Ctrl-C at the prompt; during an answer Ctrl-C stops the answer"""
+/exit         end, as do the end of input and Ctrl-C at the prompt; during an answer Ctrl-C stops it"""
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -48,13 +39,13 @@ def run(arguments: argparse.Namespace) -> None:
         raise OSError("stdin is closed: there are no questions to read")
     if "-" in arguments.words:
         raise ValueError("questions come from stdin: an image cannot, got '-'")
-    pictures = read_images(arguments, arguments.words)
-    talk = _Talk(arguments, *load_model(arguments))
-    if pictures:
-        talk.show(arguments.words, pictures)
+    images = read_images(arguments, arguments.words)
+    talk = _Talk(arguments, *load_session(arguments))
+    if images:
+        talk.show(arguments.words, images)
     if arguments.system is not None:
         talk.instruct(arguments.system)
-    say_loaded(arguments.model, talk.model)
+    say_loaded(arguments.model, talk.session.model)
     for line in _lines():
         try:
             if line.startswith("/"):
@@ -69,23 +60,19 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 class _Talk:
-    """A conversation: its images, system prompt and turns, those that still fit the context and all
-    that were.
+    """A conversation: its images, system prompt and turns. The session computes of each question
+    what is new.
     """
 
-    def __init__(self, arguments: argparse.Namespace, model, processor, options: dict):
-        self.arguments, self.model, self.processor, self.options = (
-            arguments,
-            model,
-            processor,
-            options,
-        )
+    def __init__(
+        self, arguments: argparse.Namespace, session: "AnySession", options: dict[str, Any]
+    ):
+        self.arguments, self.session, self.options = arguments, session, options
         self.names: list[str] = []
-        self.pictures: list[Image.Image] = []
-        self.features = None
+        self.images: list[Image.Image] = []
         self.system: str | None = None
-        self.turns: list[tuple[str, str]] = []
-        self.said: list[tuple[str, str]] = []
+        self.turns: list[tuple[str, str]] = []  # that still fit the context
+        self.said: list[tuple[str, str]] = []  # all of them
         self.saved: set[Path] = set()
 
     def command(self, name: str, rest: str) -> bool:
@@ -106,9 +93,8 @@ class _Talk:
         if name not in takes:
             raise ValueError(f"there is no command {name[:40]}: /help lists them")
         if takes[name] is not None and takes[name] != bool(rest):
-            raise ValueError(
-                f"{name} takes {'a ' + ('FILE' if name == '/save' else 'PATH') if takes[name] else 'nothing after it'}"
-            )
+            wanted = {"/save": "a FILE", "/image": "a PATH"}.get(name, "nothing after it")
+            raise ValueError(f"{name} takes {wanted}")
         if name == "/image":
             path = rest[1:-1] if rest[0] == rest[-1] and rest[0] in "'\"" else rest
             if path == "-":
@@ -128,21 +114,15 @@ class _Talk:
             print(_HELP, file=sys.stderr)
         return name != "/exit"
 
-    def show(self, names: list[str], pictures: list[Image.Image]) -> None:
+    def show(self, names: list[str], images: "list[Image.Image]") -> None:
         """Talk about other images, from the beginning.
 
         Raises:
             ValueError: the model takes none.
         """
-        if tokenizer_of(self.processor) is self.processor:
-            raise ValueError(f"this model takes no pictures, got {len(pictures)}")
-        self.names, self.pictures, self.features, self.turns, self.said = (
-            names,
-            pictures,
-            None,
-            [],
-            [],
-        )
+        if tokenizer_of(self.session.processor) is self.session.processor:
+            raise ValueError(f"this model takes no images, got {len(images)}")
+        self.names, self.images, self.turns, self.said = names, images, [], []
 
     def instruct(self, system: str | None) -> None:
         """Take another system prompt.
@@ -151,7 +131,7 @@ class _Talk:
             ValueError: it would not reach the model.
         """
         if system is not None:
-            check_system(self.processor, system)
+            check_system(self.session.processor, system)
         self.system = system
 
     def save(self, path: Path) -> None:
@@ -163,11 +143,8 @@ class _Talk:
         if path.exists() and path.resolve() not in self.saved:
             raise FileExistsError(f"{path} exists")
         said = [text for turn in self.said for text in turn]
-        messages = [{"role": "system", "content": self.system}] * (self.system is not None)
-        messages += [
-            {"role": "assistant" if index % 2 else "user", "content": text}
-            for index, text in enumerate(said)
-        ]
+        messages = [] if self.system is None else [{"role": "system", "content": self.system}]
+        messages += as_messages(said)
         content = {
             "model": self.arguments.model or "embedded",
             "images": self.names,
@@ -193,44 +170,28 @@ class _Talk:
         Raises:
             ValueError: the question cannot be put.
         """
-        check_images(self.model, self.pictures)
-        inputs, kept = self._fit(question)
-        if self.pictures:  # they are encoded once
-            if self.features is None:
-                with torch.inference_mode():
-                    pixels = {
-                        name: inputs[name].to(self.model.device)
-                        for name in _PICTURE
-                        if name in inputs
-                    }
-                    self.features = self.model.get_image_features(**pixels)
-            del inputs["pixel_values"]
-            inputs["image_features"] = self.features
-        said = reply(
-            self.model,
-            self.processor,
-            inputs,
-            self.options,
-            show=not self.arguments.json,
-            stoppable=True,
-        )
+        check_images(self.session, self.images)
+        inputs, fitting = self._fit(question)
+        show = not self.arguments.json
+        said = reply(self.session, inputs, self.options, show=show, stoppable=True)
         if self.arguments.json:
-            shown = {"question": question} | facts(self.arguments, self.model, said)
+            shown = {"question": question} | facts(self.arguments, self.session, said)
             print(json.dumps(shown | {"stopped": said.stopped}), flush=True)
         if said.text or not said.stopped:
-            self.turns = [*kept, (question, said.text)] if self.processor.chat_template else []
+            templated = self.session.processor.chat_template
+            self.turns = [*fitting, (question, said.text)] if templated else []
             self.said.append((question, said.text))
 
     def _fit(self, question: str) -> tuple[Mapping, list]:
         """The inputs and the newest turns that leave room for an answer. `turns` stays: a refused
         question costs no conversation.
         """
-        turns = self.turns
-        inputs = encode(self.processor, self.pictures, question, turns, self.system)
-        while turns and room_left(self.model, inputs) < MAX_NEW_TOKENS:
+        turns, processor, context = self.turns, self.session.processor, self.session.context
+        inputs = encode(processor, self.images, question, turns, self.system)
+        while turns and context - inputs["input_ids"].shape[1] < MAX_NEW_TOKENS:
             turns = turns[1:]
-            inputs = encode(self.processor, self.pictures, question, turns, self.system)
-        check_room(self.model, inputs)
+            inputs = encode(processor, self.images, question, turns, self.system)
+        check_room(context, inputs["input_ids"].shape[1])
         return inputs, turns
 
 

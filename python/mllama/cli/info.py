@@ -4,9 +4,9 @@ import argparse
 import json
 import math
 import platform
+from importlib import metadata
 
 import torch
-import transformers
 from safetensors import safe_open
 
 from mllama import __version__, _ext
@@ -32,7 +32,7 @@ def collect() -> dict[str, str | int | list[str]]:
         "mllama": __version__,
         "python": platform.python_version(),
         "torch": str(torch.__version__),
-        "transformers": transformers.__version__,
+        "transformers": _version("transformers"),
         "platform": platform.platform(),
         "cpu": cpu_features(),
         "threads": torch.get_num_threads(),
@@ -40,6 +40,13 @@ def collect() -> dict[str, str | int | list[str]]:
         "cuda": _cuda(),
         "embedded model": _embedded(),
     }
+
+
+def _version(name: str) -> str:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return "not installed"
 
 
 def _kernels() -> dict[str, str | list[str]]:
@@ -52,8 +59,13 @@ def _kernels() -> dict[str, str | list[str]]:
     built = module.build_info()
     return {
         "kernels": built["operators"].split(),
-        "instruction set": f"{module.isa()} (of {built['instruction_sets']}; best here {module.best_isa()})",
-        "built with": f"torch {built['torch']}, {built['compiler']}, {'a' if built['cuda_toolkit'] else 'no'} CUDA toolkit",
+        "instruction set": (
+            f"{module.isa()} (of {built['instruction_sets']}; best here {module.best_isa()})"
+        ),
+        "built with": (
+            f"torch {built['torch']}, {built['compiler']}, "
+            f"{'a' if built['cuda_toolkit'] else 'no'} CUDA toolkit"
+        ),
     }
 
 
@@ -74,5 +86,7 @@ def _embedded() -> str:
     if not weights.is_file():
         return f"not in {EMBEDDED}"
     with safe_open(weights, framework="numpy") as file:
-        parameters = sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
-    return f"{parameters / 1e6:.1f} million parameters, {weights.stat().st_size / 1e6:.1f} MB, {EMBEDDED}"
+        names = file.keys()
+        parameters = sum(math.prod(file.get_slice(name).get_shape()) for name in names)
+    size = weights.stat().st_size
+    return f"{parameters / 1e6:.1f} million parameters, {size / 1e6:.1f} MB, {EMBEDDED}"

@@ -43,7 +43,7 @@ def choose_features(
     layers, skip = spec.feature_layers, spec.skip_first
     if layer is not None or strategy is not None:
         layers, skip = select_features(
-            layers if layer is None else layer,
+            spec.feature_layers if layer is None else layer,  # type: ignore[arg-type]
             ("default" if skip else "full") if strategy is None else strategy,
             spec.vision.num_hidden_layers + 1,
         )

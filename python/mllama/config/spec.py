@@ -189,7 +189,8 @@ class ModelSpec:
         pooling: "average" or "learned", over an image's patches before the projector; or None.
         tokens_per_image: features of an image, and its placeholders; 0 for an image in tiles.
         bidirectional_prefix: prompts are seen both ways, as `token_type_ids` say (PaliGemma).
-        image_token_index: id of the placeholder, if there is one.
+        image_token_index: the placeholder's id; None where it is found by its runs, or there is
+            none.
         ignore_index: label that is not trained.
     """
 

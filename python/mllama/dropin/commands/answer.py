@@ -7,20 +7,13 @@ import sys
 from argparse import ArgumentTypeError
 from collections.abc import Callable
 
-from mllama.api import (
-    check_images,
-    check_question,
-    encode,
-    generate,
-    load_quietly,
-    read_answer,
-    say_loaded,
-)
+from mllama.api import check_images, load_quietly, say_loaded
 from mllama.cli import quieten, run_told
-from mllama.cli._answering import AnswerStreamer
 from mllama.cli._parser import number
 from mllama.dropin.commands._comet import start_experiment
+from mllama.hf.answering import GenerateSession, TextPieces, generate
 from mllama.processing.image import load_picture
+from mllama.runtime.questions import check_question, encode
 
 
 def main(arguments: list[str]) -> int:
@@ -94,20 +87,27 @@ def inference(
         _note_unused(temperature=temperature, top_p=top_p)
     experiment = start_experiment()
     model, processor = load_quietly(model_path or None, "auto", device)
-    check_images(model, [] if picture is None else [picture])
+    session = GenerateSession(model, processor)
+    check_images(session, [] if picture is None else [picture])
     inputs = encode(processor, picture, prompt)
 
-    def begin() -> None:
-        say_loaded(model_path or None, model)
-        print("User Input:", prompt)
-        print("AI Response:", end=" ")
+    begun = False
 
+    def write(text: str) -> None:
+        nonlocal begun
+        if not begun:
+            begun = True
+            say_loaded(model_path or None, model)
+            print("User Input:", prompt)
+            print("AI Response:", end=" ")
+        print(text, end="", flush=bool(text))
+
+    pieces = TextPieces(session.tokenizer, write)
     kept = {"return_dict_in_generate": True, "output_logits": experiment is not None}
-    output = generate(model, inputs, streamer=AnswerStreamer(processor, begin), **options, **kept)
+    output = generate(model, inputs, streamer=pieces, **options, **kept)
+    print()
     if experiment is not None:
-        experiment.log(
-            options, inputs, output, picture, read_answer(processor, inputs, output.sequences).text
-        )
+        experiment.log(options, inputs, output, picture, pieces.text.strip())
 
 
 def _note_unused(**given) -> None:

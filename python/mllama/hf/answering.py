@@ -1,0 +1,211 @@
+"""Answers by transformers' `generate`: the interface of `runtime.session.Session`, for transformers
+models and for options that a session does not have.
+"""
+
+import difflib
+import functools
+import inspect
+import numbers
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from transformers import GenerationConfig, GenerationMixin, PreTrainedModel, TextStreamer
+
+from mllama.runtime.completion import Completion, Generation
+from mllama.runtime.questions import tokenizer_of
+from mllama.runtime.sampler import COLDEST, NEUTRAL, check_option
+from mllama.runtime.session import MAX_NEW_TOKENS, check_count, check_room
+
+_COUNTS = ("max_new_tokens", "max_length", "num_beams")
+
+
+class GenerateSession:
+    """`Session` by `model.generate`. Nothing is kept from call to call.
+
+    Args:
+        model: any transformers model that generates.
+        processor: with a `tokenizer`, or a tokenizer.
+    """
+
+    def __init__(self, model: PreTrainedModel | Any, processor: Any):
+        self.model, self.processor = model, processor
+        self.tokenizer = tokenizer_of(processor)
+
+    @property
+    def where(self) -> str:
+        """The files that the model came from."""
+        return self.model.config.name_or_path
+
+    @property
+    def context(self) -> int:
+        """Tokens that a prompt and its answer may have together."""
+        return self.model.config.get_text_config().max_position_embeddings
+
+    def generate(
+        self,
+        inputs: Mapping[str, torch.Tensor],
+        *,
+        on_text: Callable[[int, str], None] | None = None,
+        interruptible: bool = False,
+        **generate_kwargs: Any,
+    ) -> Generation:
+        """As `Session.generate`; of several beams, text comes at the end.
+
+        Args:
+            generate_kwargs: of transformers' `generate`. By default at most 128 new tokens, and
+                greedy: give a temperature, top_k, top_p or min_p to sample.
+
+        Raises:
+            TypeError: an option of another type, or that `generate` does not have.
+            ValueError: a prompt that fills the context; an option that `generate` refuses.
+        """
+        prompt, rows = inputs["input_ids"].shape[1], len(inputs["input_ids"])
+        start, result = time.perf_counter(), Generation([], prompt)
+        streamer = None
+        if on_text is not None and self._beams(generate_kwargs) == 1:
+            streamer = TextPieces(self.tokenizer, functools.partial(on_text, 0))
+            generate_kwargs["streamer"] = streamer
+        try:
+            sequences = generate(self.model, inputs, **generate_kwargs)
+        except KeyboardInterrupt:
+            if not interruptible or streamer is None:
+                raise
+            streamer.end()  # writes what is still held back
+            result.completions = [Completion(streamer.ids, streamer.text.strip(), "interrupted")]
+        else:
+            sequences = getattr(sequences, "sequences", sequences)
+            if len(sequences) != rows:
+                raise ValueError(
+                    "generation_config must leave num_return_sequences at 1: every question has "
+                    "one answer"
+                )
+            ends = self._ends(generate_kwargs)
+            result.completions = [self._complete(row[prompt:].tolist(), ends) for row in sequences]
+            if on_text is not None and streamer is None:
+                for index, completion in enumerate(result.completions):
+                    on_text(index, completion.text or "")
+        first = streamer.first if streamer is not None and streamer.first else time.perf_counter()
+        result.prefill_seconds = first - start
+        result.decode_seconds = time.perf_counter() - first
+        return result
+
+    def _complete(self, ids: list[int], ends: frozenset[int]) -> Completion:
+        """A row without what stands after its end."""
+        place = next((place for place, token in enumerate(ids) if token in ends), None)
+        reason = "length" if place is None else "eos"
+        ids = ids if place is None else ids[: place + 1]
+        text = self.tokenizer.decode(ids, skip_special_tokens=True)
+        return Completion(ids, text.strip(), reason)
+
+    def _beams(self, generate_kwargs: Mapping[str, Any]) -> int:
+        settings = generate_kwargs.get("generation_config") or self.model.generation_config
+        return generate_kwargs.get("num_beams") or settings.num_beams or 1
+
+    def _ends(self, generate_kwargs: Mapping[str, Any]) -> frozenset[int]:
+        settings = generate_kwargs.get("generation_config") or self.model.generation_config
+        ends = generate_kwargs.get("eos_token_id", settings.eos_token_id)
+        return frozenset([] if ends is None else [ends] if isinstance(ends, int) else ends)
+
+
+def generate(model: Any, inputs: Mapping[str, torch.Tensor], **generate_kwargs: Any) -> Any:
+    """What `model.generate` returns for encoded prompts, with the defaults and checks of
+    `GenerateSession.generate`.
+    """
+    context = model.config.get_text_config().max_position_embeddings
+    room = check_room(context, inputs["input_ids"].shape[1])
+    options = complete_options(generate_kwargs)
+    if "max_new_tokens" in options:
+        options["max_new_tokens"] = min(options["max_new_tokens"], room)
+    given = {name: value.to(model.device) for name, value in inputs.items()}
+    with torch.inference_mode():
+        return model.generate(**given, **options)
+
+
+def complete_options(given: Mapping[str, Any]) -> dict[str, Any]:
+    """generate's options: greedy unless something about sampling is given.
+
+    Raises:
+        TypeError: an option of another type, or that `generate` does not have.
+        ValueError: an option out of range, or without effect.
+    """
+    options = {name: value for name, value in given.items() if value is not None}
+    check_known(options)
+    for name in options.keys() & set(_COUNTS):
+        check_count(name, options[name])
+    for name in options.keys() & {*NEUTRAL, "repetition_penalty"}:
+        check_option(name, options[name])
+        if not isinstance(options[name], numbers.Integral) or name != "top_k":
+            options[name] = float(options[name])  # transformers refuses whole numbers
+    if "generation_config" in options:
+        return options
+    sampling = [name for name in NEUTRAL if options.get(name, NEUTRAL[name]) != NEUTRAL[name]]
+    if options.get("do_sample") is False and sampling:
+        raise ValueError(f"{', '.join(sampling)}: without effect beside do_sample=False")
+    if "max_length" not in options:
+        options.setdefault("max_new_tokens", MAX_NEW_TOKENS)
+    if options.get("temperature", 1) < COLDEST:
+        options = {name: value for name, value in options.items() if name not in NEUTRAL}
+        options["do_sample"] = False
+    options.setdefault("do_sample", any(name in options for name in NEUTRAL))
+    return options
+
+
+def check_known(options: Mapping[str, Any]) -> None:
+    """Refuse what `generate` does not have: transformers would take it for an argument of the
+    model.
+
+    Raises:
+        TypeError: names the option and the nearest that there is.
+    """
+    known = {name for name in vars(GenerationConfig()) if not name.startswith("_")}
+    known |= _generate_arguments()
+    for name in options:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, 1)
+            raise TypeError(
+                f"generate has no option {name!r}"
+                f"{''.join(f': did you mean {other}?' for other in near)}"
+            )
+
+
+@functools.cache
+def _generate_arguments() -> set[str]:
+    named = inspect.signature(GenerationMixin.generate).parameters.keys()
+    # The last two it takes from its kwargs.
+    return {*named - {"self", "inputs", "kwargs"}, "tokenizer", "assistant_tokenizer"}
+
+
+class TextPieces(TextStreamer):
+    """A streamer of transformers that hands on the text of every token.
+
+    Attributes:
+        text: the text so far.
+        ids: the tokens so far.
+        first: when the first token came, by `time.perf_counter`; 0 before.
+
+    Args:
+        tokenizer: decodes.
+        on_text: called after every token, with "" where it makes no text certain.
+    """
+
+    def __init__(self, tokenizer: Any, on_text: Callable[[str], None]):
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        self.text, self.first = "", 0.0
+        self.ids: list[int] = []
+        self._on_text = on_text
+
+    def put(self, value: torch.Tensor) -> None:
+        """Called by generate: with the prompt, then with each token."""
+        if self.next_tokens_are_prompt:
+            super().put(value)
+            return
+        self.first = self.first or time.perf_counter()
+        self.ids += value.flatten().tolist()
+        super().put(value)
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        """Called by TextStreamer with what is certain."""
+        self.text += text
+        self._on_text(text)

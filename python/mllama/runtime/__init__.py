@@ -1,0 +1,1 @@
+"""Generation on the core model: sessions and sampling."""

@@ -1,0 +1,192 @@
+"""How the next token is chosen: greedy, or sampled from the distribution that transformers' logits
+processors make, applied in the same order.
+"""
+
+import math
+import numbers
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+# Below this temperature, 0 included, sampling is the likeliest token, and dividing by it would
+# overflow.
+COLDEST = 1e-3
+DEFAULT_TOP_K = 50  # of sampling where neither model nor caller says, as in transformers
+NEUTRAL = {"temperature": 1, "top_k": 0, "top_p": 1, "min_p": 0}  # values that change nothing
+# name: least, most, whether the least itself is excluded
+_RANGES: dict[str, tuple[float, float, bool]] = {
+    "temperature": (0, math.inf, False),
+    "top_k": (0, math.inf, False),
+    "top_p": (0, 1, False),
+    "min_p": (0, 1, False),
+    "repetition_penalty": (0, math.inf, True),
+}
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """Options of sampling.
+
+    Attributes:
+        do_sample: draw the token; False takes the likeliest.
+        temperature: what logits are divided by; below 0.001 the likeliest token is taken.
+        top_k: sample from this many likeliest tokens; 0 is all.
+        top_p: sample from the likeliest tokens that add up to this probability.
+        min_p: drop tokens less likely than this fraction of the likeliest's probability.
+        repetition_penalty: divides positive logits, and multiplies negative ones, of tokens that
+            the prompt or the answer has; greedy decoding too.
+        seed: of the random numbers, 0 to 2**64 - 1; None draws from torch's own generator.
+
+    Raises:
+        TypeError: a value of another type.
+        ValueError: a value out of range, or one without effect beside do_sample=False.
+    """
+
+    do_sample: bool = False
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.do_sample, bool):
+            raise TypeError(f"do_sample must be a bool, got {type(self.do_sample).__name__}")
+        for name in _RANGES:
+            check_option(name, getattr(self, name))
+        if self.seed is not None:
+            check_option("seed", self.seed)
+        if self.do_sample:
+            return
+        unused = [name for name, value in NEUTRAL.items() if getattr(self, name) != value]
+        if self.seed is not None:
+            unused.append("seed")
+        if unused:
+            raise ValueError(f"{', '.join(unused)}: without effect beside do_sample=False")
+
+    @property
+    def greedy(self) -> bool:
+        """Whether the likeliest token is taken."""
+        return not self.do_sample or self.temperature < COLDEST
+
+    @classmethod
+    def choose(cls, given: Mapping[str, Any], defaults: Mapping[str, Any]) -> "Sampling":
+        """The caller's options completed: greedy unless one of them is about sampling, then with
+        the model's own defaults for what is not given.
+        """
+        given = {name: value for name, value in given.items() if value is not None}
+        cold = 0 <= given.get("temperature", 1) < COLDEST
+        sample = given.get("do_sample", any(name in given for name in NEUTRAL))
+        penalty = {"repetition_penalty": defaults.get("repetition_penalty") or 1.0}
+        if not sample or cold:
+            options = {
+                name: value for name, value in given.items() if not (cold and name in NEUTRAL)
+            }
+            return cls(**penalty | options | {"do_sample": False})
+        own = {name: defaults[name] for name in NEUTRAL if defaults.get(name) is not None}
+        return cls(**penalty | {"top_k": DEFAULT_TOP_K} | own | given | {"do_sample": sample})
+
+
+def check_option(name: str, value: Any) -> None:
+    """Check one option of sampling by itself.
+
+    Raises:
+        TypeError: a value of another type.
+        ValueError: a value out of range.
+    """
+    whole = name in ("top_k", "seed")
+    if isinstance(value, bool) or not isinstance(
+        value, numbers.Integral if whole else numbers.Real
+    ):
+        kind = "an int" if whole else "a number"
+        raise TypeError(f"{name} must be {kind}, got {type(value).__name__}")
+    least, most, above = (0, 2**64 - 1, False) if name == "seed" else _RANGES[name]
+    if not least <= value <= most or value == math.inf or (above and value == least):
+        bounds = f"{'above' if above else 'at least'} {least}"
+        bounds += "" if most == math.inf else f" and at most {most}"
+        raise ValueError(f"{name} must be {bounds}, got {value}")
+
+
+class Sampler:
+    """Chooses one token per row, step by step.
+
+    Args:
+        sampling: how.
+        input_ids: int64 [B, T], the prompts. Ids without a logit do not count for the repetition
+            penalty.
+        keep_mask: bool [B, T], False where padded; None has no padding.
+    """
+
+    def __init__(
+        self, sampling: Sampling, input_ids: torch.Tensor, keep_mask: torch.Tensor | None = None
+    ):
+        self.sampling = sampling
+        self._generator: torch.Generator | None = None
+        if sampling.seed is not None:
+            self._generator = torch.Generator(input_ids.device).manual_seed(int(sampling.seed))
+        self._input_ids, self._keep_mask = input_ids, keep_mask
+        self._present: torch.Tensor | None = None  # bool [B, V], tokens of the rows so far
+
+    def __call__(self, logits: torch.Tensor) -> torch.Tensor:
+        """[B, V], of any float dtype -> int64 [B]."""
+        scores = self.process(logits)
+        if self.sampling.greedy:
+            tokens = scores.argmax(-1)
+        else:
+            probabilities = scores.softmax(-1)
+            tokens = torch.multinomial(probabilities, 1, generator=self._generator).squeeze(1)
+        if self._present is not None:
+            self._present.scatter_(1, tokens[:, None], True)
+        return tokens
+
+    def process(self, logits: torch.Tensor) -> torch.Tensor:
+        """[B, V] -> float32 [B, V]: the scores whose softmax is sampled, -inf where a token is left
+        out.
+        """
+        options, scores = self.sampling, logits.float()
+        if options.repetition_penalty != 1:
+            scores = self._penalize(scores)
+        if options.greedy:
+            return scores
+        if options.temperature != 1:
+            scores = scores / options.temperature
+        if options.top_k:
+            least = scores.topk(min(options.top_k, scores.shape[-1])).values[:, -1:]  # (B, 1)
+            scores = scores.masked_fill(scores < least, -math.inf)
+        if options.top_p < 1:
+            scores = _top_p(scores, options.top_p)
+        if options.min_p > 0:
+            probabilities = scores.softmax(-1)
+            least = options.min_p * probabilities.amax(-1, keepdim=True)  # (B, 1)
+            scores = scores.masked_fill(probabilities < least, -math.inf)
+        return scores
+
+    def _penalize(self, scores: torch.Tensor) -> torch.Tensor:
+        if self._present is None:
+            self._present = _present(self._input_ids, self._keep_mask, scores.shape[-1])
+        penalty = self.sampling.repetition_penalty
+        lowered = torch.where(scores < 0, scores * penalty, scores / penalty)
+        return torch.where(self._present, lowered, scores)
+
+
+def _present(
+    input_ids: torch.Tensor, keep_mask: torch.Tensor | None, vocab_size: int
+) -> torch.Tensor:
+    """bool [B, vocab_size]: the tokens that each row has."""
+    counted = input_ids < vocab_size
+    if keep_mask is not None:
+        counted &= keep_mask
+    ids = input_ids.masked_fill(~counted, vocab_size)  # one column more, for what does not count
+    present = torch.zeros(len(input_ids), vocab_size + 1, dtype=torch.bool, device=input_ids.device)
+    return present.scatter_(1, ids, True)[:, :vocab_size]
+
+
+def _top_p(scores: torch.Tensor, top_p: float) -> torch.Tensor:
+    """Leave out the unlikeliest tokens that add up to 1 - top_p or less; one always stays."""
+    ordered, order = scores.sort(dim=-1)
+    dropped = ordered.softmax(-1).cumsum(-1) <= 1 - top_p
+    dropped[:, -1] = False
+    return scores.masked_fill(dropped.scatter(1, order, dropped), -math.inf)

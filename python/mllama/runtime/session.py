@@ -1,0 +1,303 @@
+"""Generation on a core model: prefill, decode, sampling, streaming, and a cache that goes on from
+turn to turn.
+"""
+
+import numbers
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch.nn.functional import pad
+
+from mllama.fusion.base import ModelInputs
+from mllama.nn.kv_cache import KVCache
+from mllama.runtime.completion import Generation, Row
+from mllama.runtime.prefix import Reuse, find_reuse, same_images
+from mllama.runtime.sampler import NEUTRAL, Sampler, Sampling
+
+MAX_NEW_TOKENS = 128
+OPTIONS = frozenset(
+    ("max_new_tokens", "eos_token_id", "do_sample", *NEUTRAL, "repetition_penalty")
+)  # those of transformers' generate that a session has
+_IMAGES = ("pixel_values", "aspect_ratio_ids", "aspect_ratio_mask")
+_INPUTS = ("input_ids", "attention_mask", "token_type_ids", "cross_attention_mask", *_IMAGES)
+
+
+class Session:
+    """Generates with a model, and keeps the cache of the last prompt of one row: the next one
+    computes only what differs, as a chat's next turn does.
+
+    Args:
+        model: a `VisionLanguageModel`, in eval mode.
+        processor: with a `tokenizer`, or a tokenizer: needed for text; None generates ids alone.
+        settings: the model's defaults, as generation_config.json has them: eos_token_id, and of
+            sampling what a call leaves open.
+        where: the files that the model came from.
+        prefill_chunk_size: prompts without images are computed in pieces of at most so many tokens,
+            which bounds the memory of activations, where the model permits.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        processor: Any = None,
+        settings: Mapping[str, Any] | None = None,
+        where: str | None = None,
+        prefill_chunk_size: int = 1024,
+    ):
+        check_count("prefill_chunk_size", prefill_chunk_size)
+        self.model, self.processor, self.settings = model, processor, dict(settings or {})
+        self.tokenizer = getattr(processor, "tokenizer", processor)
+        self.where = where
+        self.prefill_chunk_size = prefill_chunk_size
+        self._encoded: tuple[dict, torch.Tensor] | None = None  # images and their features
+        self.reset()
+
+    @property
+    def context(self) -> int:
+        """Tokens that a prompt and its answer may have together."""
+        return self.model.spec.text.max_position_embeddings
+
+    @property
+    def _can_chunk(self) -> bool:
+        spec = self.model.spec
+        return self.model.fusion.chunk_obstacle is None and not spec.bidirectional_prefix
+
+    def reset(self) -> None:
+        """Forget the last prompt."""
+        self._cache = KVCache(self.model.spec.text.num_hidden_layers)
+        self._ids: list[int] = []  # of one row, that the cache has
+        self._images: dict[str, torch.Tensor] | None = None  # that it has; None: not known
+
+    @torch.inference_mode()
+    def generate(
+        self,
+        inputs: Mapping[str, torch.Tensor],
+        *,
+        max_new_tokens: int = MAX_NEW_TOKENS,
+        stop: Sequence[str] = (),
+        eos_token_id: int | Sequence[int] | None = None,
+        on_text: Callable[[int, str], None] | None = None,
+        interruptible: bool = False,
+        **sampling: Any,
+    ) -> Generation:
+        """Generate a completion of every row.
+
+        Args:
+            inputs: what a processor returns: input_ids int64 [B, T]; attention_mask [B, T], zero
+                where padded, on the left; pixel_values and what else belongs to them.
+            max_new_tokens: at most; fewer where the context ends.
+            stop: strings that end a row's text.
+            eos_token_id: ids that end a row; by default the settings', or the tokenizer's.
+            on_text: called after every token with the row and the text that it makes certain, which
+                may be "".
+            interruptible: Ctrl-C ends all rows with what there is, in place of KeyboardInterrupt.
+            sampling: do_sample, temperature, top_k, top_p, min_p, repetition_penalty, seed, as
+                `Sampling` has them. Greedy unless one of the first five is given.
+
+        Raises:
+            TypeError: an input or option that is not known, or of another type.
+            ValueError: an option out of range or without effect; padding on the right; a prompt
+                that fills the context; stop or on_text without a processor.
+        """
+        check_count("max_new_tokens", max_new_tokens)
+        inputs = self._take_inputs(inputs)
+        options = Sampling.choose(sampling, self.settings)
+        stop = self._stop_strings(stop, on_text)
+        ids, mask = inputs["input_ids"], inputs.get("attention_mask")
+        check_room(self.context, ids.shape[1])
+        rows = [Row(index, self.tokenizer, stop, on_text) for index in range(len(ids))]
+        result = Generation([row.completion for row in rows], ids.shape[1])
+        sampler = Sampler(options, ids, None if mask is None else mask != 0)
+        try:
+            self._run(inputs, rows, sampler, max_new_tokens, self._ends(eos_token_id), result)
+            reason = "length"
+        except KeyboardInterrupt:
+            self._restore()
+            if not interruptible:
+                raise
+            reason = "interrupted"
+        except BaseException:
+            self._restore()
+            raise
+        for row in rows:
+            row.finish(reason)
+        if len(rows) > 1:
+            self.reset()
+        return result
+
+    def _run(
+        self,
+        inputs: dict[str, torch.Tensor],
+        rows: list[Row],
+        sampler: Sampler,
+        max_new_tokens: int,
+        ends: frozenset[int],
+        result: Generation,
+    ) -> None:
+        """Prefill and decode until every row is done, or there are `max_new_tokens`."""
+        start = time.perf_counter()
+        self._cache.capacity = result.num_prompt_tokens + min(max_new_tokens, MAX_NEW_TOKENS)
+        logits = self._prefill(inputs, result)
+        room = min(max_new_tokens, check_room(self.context, self._cache.length))
+        for step in range(room):
+            tokens = sampler(logits)  # (B,)
+            ids = tokens.tolist()
+            if step == 0:
+                result.prefill_seconds = time.perf_counter() - start
+            for row, token in zip(rows, ids, strict=True):
+                row.take(token, ends)
+            if step == room - 1 or all(row.done for row in rows):
+                break
+            logits = self._forward(tokens[:, None], inputs)
+            if len(rows) == 1:
+                self._ids += ids
+        result.decode_seconds = time.perf_counter() - start - result.prefill_seconds
+
+    def _prefill(self, inputs: dict[str, torch.Tensor], result: Generation) -> torch.Tensor:
+        """Compute what the cache does not have of the prompts; returns the last logits, [B, V]."""
+        ids = inputs["input_ids"]
+        images = {name: inputs[name] for name in _IMAGES if name in inputs}
+        reuse = self._reuse(inputs, images)
+        result.num_reused_tokens = reuse.length
+        new = ids[:, reuse.length :]  # (B, T - reused)
+        given = self._new_images(images, reuse.images, len(ids))
+        if given:
+            self._images = None  # while they are written
+        elif self._can_chunk:
+            while new.shape[1] > self.prefill_chunk_size:
+                chunk, new = new.split(
+                    [self.prefill_chunk_size, new.shape[1] - self.prefill_chunk_size], 1
+                )
+                self._forward(chunk, inputs, logits=False)
+        if "token_type_ids" in inputs:
+            given["token_type_ids"] = inputs["token_type_ids"][:, reuse.length :]
+        logits = self._forward(new, inputs, **given)
+        if len(ids) == 1 and "attention_mask" not in inputs:
+            self._ids, self._images = ids[0].tolist(), images
+        return logits
+
+    def _forward(
+        self, ids: torch.Tensor, inputs: dict[str, torch.Tensor], logits: bool = True, **given: Any
+    ) -> torch.Tensor:
+        """Append ids [B, T] to the cache; returns the logits of the last, [B, V], or without them
+        the hidden states.
+        """
+        cache, mask = self._cache, inputs.get("attention_mask")
+        if mask is not None:
+            length = cache.length - cache.num_prefix_tokens + ids.shape[1]
+            mask = pad(mask[:, :length], (0, max(length - mask.shape[1], 0)), value=1)
+        if "cross_attention_mask" in inputs:
+            given["cross_attention_mask"] = inputs["cross_attention_mask"]
+        keep = 1 if logits else None
+        output = self.model.compute(
+            ModelInputs(ids, attention_mask=mask, cache=cache, logits_to_keep=keep, **given)
+        )
+        return output.logits[:, -1] if logits else output.last_hidden_state
+
+    def _reuse(self, inputs: dict[str, torch.Tensor], images: dict[str, torch.Tensor]) -> Reuse:
+        """Find what the cache has of the prompt, and take the rest out of it."""
+        ids, reuse = inputs["input_ids"], Reuse()
+        if len(ids) == 1 and "attention_mask" not in inputs and self._images is not None:
+            reuse = find_reuse(
+                self.model.spec, self._cache, self._ids, self._images, ids[0].tolist(), images
+            )
+        if not reuse.length:
+            self._cache.reset()
+            self._ids, self._images = [], {}
+            return reuse
+        self._cache.crop(self._cache.num_prefix_tokens + reuse.length)
+        self._ids = self._ids[: reuse.length]
+        return reuse
+
+    def _new_images(
+        self, images: dict[str, torch.Tensor], first: int, rows: int
+    ) -> dict[str, torch.Tensor]:
+        """The model's arguments for the images from `first` on. Those of one row are encoded once,
+        for later prompts too.
+        """
+        if not images or first >= len(images["pixel_values"]):
+            return {}
+        if rows > 1 or self.model.spec.encoder is None:  # which refuses them
+            return dict(images)
+        if self._encoded is None or not same_images(self._encoded[0], images):
+            self._encoded = images, self.model.encode_images(ModelInputs(**images))[0]
+        others = {name: value for name, value in images.items() if name != "pixel_values"}
+        return others | {"image_features": self._encoded[1][first:]}
+
+    def _restore(self) -> None:
+        """After a pass that was interrupted: back to what the cache has for certain."""
+        if self._images is None or not self._ids:
+            self.reset()
+        else:
+            self._cache.crop(self._cache.num_prefix_tokens + len(self._ids))
+
+    def _ends(self, given: int | Sequence[int] | None) -> frozenset[int]:
+        if given is None:
+            given = self.settings.get("eos_token_id")
+        if given is None:
+            given = getattr(self.tokenizer, "eos_token_id", None)
+        if given is None:
+            return frozenset()
+        ends = list(given) if isinstance(given, (list, tuple, set, frozenset)) else [given]
+        if not all(isinstance(end, numbers.Integral) and not isinstance(end, bool) for end in ends):
+            raise TypeError(f"eos_token_id must be an int or a list of them, got {given!r}")
+        return frozenset(map(int, ends))
+
+    def _stop_strings(self, stop: Sequence[str], on_text: Callable | None) -> tuple[str, ...]:
+        stop = (stop,) if isinstance(stop, str) else tuple(stop)
+        if not all(isinstance(one, str) and one for one in stop):
+            raise ValueError(f"stop must be strings that are not empty, got {stop!r}")
+        if self.tokenizer is None and (stop or on_text):
+            raise ValueError("stop and on_text need a processor")
+        return stop
+
+    def _take_inputs(self, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """The inputs on the model's device, without a mask that masks nothing."""
+        if unknown := [name for name in inputs if name not in _INPUTS]:
+            raise TypeError(f"inputs must be {', '.join(_INPUTS)}; got {unknown[0]!r}")
+        device = next(self.model.parameters()).device
+        taken = {name: value.to(device) for name, value in inputs.items() if value is not None}
+        ids = taken.get("input_ids")
+        if ids is None or ids.dim() != 2 or not ids.numel() or ids.is_floating_point():
+            raise ValueError("input_ids must be an integer tensor [batch, tokens] with a token")
+        if "pixel_values" not in taken and (loose := [name for name in _IMAGES if name in taken]):
+            raise ValueError(f"{loose[0]} needs pixel_values")
+        if (mask := taken.get("attention_mask")) is not None:
+            check_padding(mask, ids.shape)
+            if mask.all():
+                del taken["attention_mask"]
+        if self.model.spec.bidirectional_prefix and "token_type_ids" not in taken:
+            taken["token_type_ids"] = torch.zeros_like(ids)  # all of it is a prompt
+        return taken
+
+
+def check_count(name: str, value: Any) -> None:
+    """Raise TypeError unless it is an int, ValueError unless it is at least 1."""
+    if not isinstance(value, numbers.Integral) or isinstance(value, bool):
+        raise TypeError(f"{name} must be an int, got {type(value).__name__}")
+    if value < 1:
+        raise ValueError(f"{name} must be at least 1, got {value}")
+
+
+def check_room(context: int, prompt: int) -> int:
+    """Tokens that a prompt leaves for its answer.
+
+    Raises:
+        ValueError: none.
+    """
+    if prompt >= context:
+        raise ValueError(
+            f"the prompt is {prompt} tokens long; this model takes {context}, answer included"
+        )
+    return context - prompt
+
+
+def check_padding(mask: torch.Tensor, shape: torch.Size) -> None:
+    """Raise ValueError unless a mask is [B, T] and its rows are zeros and then ones."""
+    if mask.shape != shape:
+        raise ValueError(f"attention_mask must be {list(shape)}, got {list(mask.shape)}")
+    keep = mask != 0
+    if not keep[:, -1].all() or (keep[:, :-1] & ~keep[:, 1:]).any():
+        raise ValueError("attention_mask must be zero on the left alone: pad rows on the left")

@@ -1,0 +1,125 @@
+"""The key-value cache, against lists of tensors that are joined."""
+
+import pytest
+import torch
+
+from mllama.nn.kv_cache import KVCache
+
+B, KV, D = 3, 2, 5
+
+
+def new(length: int, batch: int = B, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.randn(batch, length, KV, D).to(dtype)
+
+
+def test_positions_are_appended_and_read_back_whatever_the_capacity():
+    for capacity in (0, 4, 100):
+        cache, given = KVCache(2, capacity), []
+        for length in (7, 1, 1, 6, 2, 1):
+            assert cache.length == sum(k.shape[1] for k, _ in given)
+            assert cache.num_keys(length) == cache.length + length
+            given.append((new(length), new(length)))
+            for layer in (0, 1):
+                k, v = cache.update(layer, given[-1][0] + layer, given[-1][1] - layer)
+                assert torch.equal(k, torch.cat([pair[0] for pair in given], 1) + layer)
+                assert torch.equal(v, torch.cat([pair[1] for pair in given], 1) - layer)
+
+
+def test_every_head_is_contiguous_and_capacity_doubles():
+    cache, capacities = KVCache(1), []
+    for _ in range(9):
+        k, _ = cache.update(0, new(1), new(1))
+        buffer = k._base if k._base is not None else k
+        assert k.stride()[1:] == (D, k.stride(2), 1) and k.stride(2) % D == 0
+        capacities.append(k.stride(2) // D)
+        assert buffer.numel() == B * KV * D * capacities[-1]
+    assert capacities == [1, 2, 4, 4, 8, 8, 8, 8, 16]
+
+
+def test_capacity_is_made_room_for_at_once():
+    cache = KVCache(1, capacity=16)
+    first, _ = cache.update(0, new(3), new(3))
+    for _ in range(13):
+        k, _ = cache.update(0, new(1), new(1))
+    assert k.data_ptr() == first.data_ptr() and cache.length == 16
+    assert cache.update(0, new(1), new(1))[0].data_ptr() != first.data_ptr()
+
+
+def test_the_length_is_that_of_layers_that_attend_to_text():
+    cache = KVCache(3)
+    cache.update_cross(0, new(9), new(9))
+    assert cache.length == 0
+    cache.update(1, new(4), new(4))
+    assert cache.length == 4
+
+
+def test_images_are_appended_beside_the_text_and_outlive_it():
+    cache, images, none = KVCache(2), new(4), new(0)
+    k, v = cache.update_cross(1, none, none)
+    assert k.shape == v.shape == none.shape
+    cache.tile_mask = torch.tensor([True, False])
+    assert torch.equal(cache.update_cross(1, images, images + 1)[1], images + 1)
+    cache.update(0, new(6), new(6))
+    cache.crop(0)
+    assert torch.equal(cache.update_cross(1, none, none)[0], images)
+    more = new(2)
+    assert torch.equal(cache.update_cross(1, more, more)[0], torch.cat([images, more], 1))
+    assert cache.length == 0 and cache.tile_mask.tolist() == [True, False]
+
+
+def test_cropped_positions_are_written_anew():
+    cache, first, second = KVCache(2), new(6), new(2)
+    for layer in (0, 1):
+        cache.update(layer, first, first)
+    cache.num_prefix_tokens = 3
+    cache.crop(4)
+    assert (cache.length, cache.num_prefix_tokens) == (4, 3)
+    for layer in (0, 1):
+        k, _ = cache.update(layer, second, second)
+        assert torch.equal(k, torch.cat([first[:, :4], second], 1))
+    cache.crop(2)
+    assert cache.num_prefix_tokens == 2
+    for length in (-1, 3):
+        with pytest.raises(ValueError, match="length"):
+            cache.crop(length)
+
+
+def test_an_interrupted_pass_is_taken_back():
+    cache, first = KVCache(2), new(5)
+    for layer in (0, 1):
+        cache.update(layer, first, first)
+    cache.update(0, new(1), new(1))  # the second layer never came
+    cache.crop(5)
+    again = new(1)
+    for layer in (0, 1):
+        assert torch.equal(cache.update(layer, again, again)[0], torch.cat([first, again], 1))
+
+
+@pytest.mark.parametrize("rows", [[2, 0, 1], [1, 1, 0, 0, 2, 2], [2], [0, 0, 0]])
+def test_rows_are_reordered_repeated_and_selected(rows):
+    cache, text, images = KVCache(2, capacity=8), new(4), new(3)
+    cache.update(0, text, text + 1)
+    cache.update_cross(1, images, images + 1)
+    cache.reorder(torch.tensor(rows))
+    more = new(1, len(rows))
+    k, v = cache.update(0, more, more)
+    assert torch.equal(k, torch.cat([text[rows], more], 1))
+    assert torch.equal(v, torch.cat([text[rows] + 1, more], 1))
+    none = new(0, len(rows))
+    assert torch.equal(cache.update_cross(1, none, none)[1], images[rows] + 1)
+
+
+def test_reset_forgets_all_and_takes_another_batch_and_dtype():
+    cache, again = KVCache(2, capacity=8), new(5)
+    first, _ = cache.update(0, new(3), new(3))
+    cache.update_cross(1, new(2), new(2))
+    cache.num_prefix_tokens, cache.tile_mask = 2, torch.ones(1, dtype=torch.bool)
+    cache.reset()
+    assert (cache.length, cache.num_prefix_tokens, cache.tile_mask) == (0, 0, None)
+    k, _ = cache.update(0, again, again)
+    assert torch.equal(k, again) and k.data_ptr() == first.data_ptr()
+    assert cache.update_cross(1, new(0), new(0))[0].shape[1] == 0
+    cache.reset()
+    other = new(2, batch=1, dtype=torch.bfloat16)
+    k, _ = cache.update(0, other, other)
+    assert torch.equal(k, other) and k.dtype == torch.bfloat16
