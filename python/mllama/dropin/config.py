@@ -1,0 +1,311 @@
+"""Configurations of older scripts: LLAMA32_CONFIG, LLAMA32Config, MLLAMAConfig, and PaliGemma's."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import transformers
+from transformers import PretrainedConfig
+
+import mllama
+from mllama.config import MllamaTextConfig
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+NAMES = {  # older names of transformers' fields
+    "emb_dim": "hidden_size",
+    "n_heads": "num_attention_heads",
+    "n_layers": "num_hidden_layers",
+    "hidden_dim": "intermediate_size",
+    "n_kv_groups": "num_key_value_heads",
+    "pad_token_index": "pad_token_id",
+}
+_ROPE_FREQ = {
+    "factor": 32.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_context_length": 8192,
+}
+LLAMA32_CONFIG = {  # Llama 3.2 1B
+    "vocab_size": 128_256,
+    "context_length": 131_072,
+    "emb_dim": 2048,
+    "n_heads": 32,
+    "n_layers": 16,
+    "hidden_dim": 8192,
+    "n_kv_groups": 8,
+    "rope_base": 500_000.0,
+    "dtype": torch.bfloat16,
+    "rope_freq": dict(_ROPE_FREQ),
+}
+
+
+def rope_scaling(freq_config: Mapping[str, float] | None) -> dict[str, Any]:
+    """Frequency scaling as transformers writes it, of the older dict; None scales nothing."""
+    if freq_config is None:
+        return {"rope_type": "default"}
+    if not isinstance(freq_config, Mapping):
+        raise ValueError(f"rope_freq must be a dict or None, got {freq_config!r}")
+    scaling = {"rope_type": "llama3"} | dict(freq_config)
+    if "original_context_length" in scaling:
+        scaling["original_max_position_embeddings"] = scaling.pop("original_context_length")
+    return scaling
+
+
+class LLAMA32Config(MllamaTextConfig):
+    """A decoder's config with the older names, order and defaults; transformers' names work too.
+
+    Args:
+        vocab_size, hidden_size, n_heads, n_layers, hidden_dim, n_kv_groups, rms_norm_eps: sizes.
+            Defaults: 4096, 32, 16, 8192, 8 and 1e-5.
+        context_length: the most tokens that the model takes.
+        max_position_embeddings: only stored.
+        rope_base, rope_freq: base (default 500000.0) and Llama 3's frequency scaling (default:
+            Llama 3.2's) of the rotary embedding.
+        dtype: of the weights. Default: float16.
+        pad_token_index: padding id.
+
+    Raises:
+        ValueError: a size that cannot be, or one field under two names with two values.
+    """
+
+    attribute_map = dict(NAMES)
+    has_no_defaults_at_init = True  # vocab_size has none
+
+    def __init__(
+        self,
+        vocab_size: int,
+        hidden_size: int | None = None,
+        context_length: int = 131072,
+        n_heads: int | None = None,
+        n_layers: int | None = None,
+        hidden_dim: int | None = None,
+        max_position_embeddings: int = 2048,
+        n_kv_groups: int | None = None,
+        rope_base: float | None = None,
+        rms_norm_eps: float = 1e-5,
+        dtype: torch.dtype | str | None = None,
+        rope_freq: Mapping[str, float] | None = None,
+        pad_token_index: int | None = None,
+        **kwargs: Any,
+    ):
+        def one(name: str, value: Any, other: str, default: Any) -> Any:
+            """A field's value under either of its names."""
+            again = kwargs.pop(other, None)
+            if None not in (value, again) and value != again:
+                raise ValueError(f"{name} = {value!r} and {other} = {again!r} are one field")
+            return next((given for given in (value, again) if given is not None), default)
+
+        fields = {
+            "hidden_size": one("hidden_size", hidden_size, "emb_dim", 4096),
+            "num_attention_heads": one("n_heads", n_heads, "num_attention_heads", 32),
+            "num_hidden_layers": one("n_layers", n_layers, "num_hidden_layers", 16),
+            "intermediate_size": one("hidden_dim", hidden_dim, "intermediate_size", 8192),
+            "num_key_value_heads": one("n_kv_groups", n_kv_groups, "num_key_value_heads", 8),
+            "dtype": one("dtype", dtype, "torch_dtype", torch.float16),
+            "pad_token_id": one("pad_token_index", pad_token_index, "pad_token_id", None),
+        }
+        base = one("rope_base", rope_base, "rope_theta", None)
+        given = [kwargs.pop(name, None) for name in ("rope_parameters", "rope_scaling")]
+        scaling = next((dict(value) for value in given if value), None)
+        if scaling is None:
+            scaling = rope_scaling(_ROPE_FREQ if rope_freq is None else rope_freq)
+        elif rope_freq is not None:
+            raise ValueError("give one of rope_freq, rope_parameters and rope_scaling")
+        if base is not None and scaling.get("rope_theta", base) != base:
+            raise ValueError(f"rope_base = {base!r}, but rope_parameters have another rope_theta")
+        scaling.setdefault("rope_theta", 500000.0 if base is None else base)
+        if isinstance(context_length, bool) or not isinstance(context_length, int):
+            raise ValueError(f"context_length must be an integer, got {context_length!r}")
+        if context_length < 1:
+            raise ValueError(f"context_length must be at least 1, got {context_length}")
+        kwargs.setdefault("bos_token_id", None)  # LlamaConfig's 1 and 2 are words of Llama 3
+        kwargs.setdefault("eos_token_id", None)
+        super().__init__(
+            vocab_size=vocab_size,
+            max_position_embeddings=max(context_length, max_position_embeddings),
+            rms_norm_eps=rms_norm_eps,
+            rope_parameters=scaling,
+            **fields,
+            **kwargs,
+        )
+        self.context_length = context_length  # scripts read both
+        self.max_position_embeddings = max_position_embeddings
+
+    @property
+    def rope_base(self) -> float:
+        """Base of the rotary frequencies."""
+        return self.rope_parameters["rope_theta"]
+
+    @property
+    def rope_freq(self) -> dict[str, float] | None:
+        """Llama 3's frequency scaling, None where the frequencies are not scaled."""
+        if self.rope_parameters["rope_type"] != "llama3":
+            return None
+        names = dict(zip(_ROPE_FREQ, _ROPE_FREQ, strict=True))
+        names["original_context_length"] = "original_max_position_embeddings"
+        return {older: self.rope_parameters[name] for older, name in names.items()}
+
+
+def text_config(config: Mapping[str, Any] | PretrainedConfig) -> PretrainedConfig:
+    """The config of a decoder built from a dict as LLAMA32_CONFIG, or from a config.
+
+    Raises:
+        TypeError: neither of them.
+        ValueError: a missing key, or a value that the older decoder cannot have.
+    """
+    if isinstance(config, Mapping):
+        if missing := [name for name in LLAMA32_CONFIG if name not in config]:
+            raise ValueError(f"cfg has no {', '.join(missing)}; LLAMA32_CONFIG shows its keys")
+        given = {name: config[name] for name in LLAMA32_CONFIG}
+        base = {"rope_theta": given.pop("rope_base")}
+        given["rope_parameters"] = rope_scaling(given.pop("rope_freq")) | base
+        config = LLAMA32Config(**given)
+    if not isinstance(config, transformers.LlamaConfig):
+        kind = type(config).__name__
+        raise TypeError(f"config must be a LLAMA32Config or a dict as LLAMA32_CONFIG, got {kind}")
+    if config.dtype not in (*DTYPES, None):
+        raise ValueError(f"dtype must be one of {', '.join(map(str, DTYPES))}, got {config.dtype}")
+    fixed = {"attention_bias": False, "mlp_bias": False, "hidden_act": "silu", "norm_offset": 0}
+    fixed |= {"embedding_scale": None, "cross_attention_layers": None}
+    fixed["head_dim"] = config.hidden_size // config.num_attention_heads
+    for name, value in fixed.items():
+        if getattr(config, name, value) != value:
+            found = getattr(config, name)
+            raise ValueError(f"{name} must be {value!r} in the older decoder, got {found!r}")
+    return config
+
+
+class Unset(int):
+    """An `image_token_index` that no script gave: reads as the number, and is found in prompts."""
+
+
+class MLLAMAConfig(mllama.MllamaConfig):
+    """A SigLIP tower, one linear layer and a Llama decoder.
+
+    Args:
+        vision_config: dict, config or any object with such attributes. Default: SigLIP-base.
+        text_config: the same of the decoder; a dict is completed as by `LLAMA32Config`. Default:
+            Llama 3.2 1B with `vocab_size` and `hidden_size`.
+        ignore_index: label that is not trained.
+        image_token_index: id of `<image>`. Unless it is given, prompts tell it (128256 is read).
+        vocab_size, pad_token_index: of a decoder whose config does not say.
+        projection_dim: only stored; the projector's width is the decoder's.
+        hidden_size: the decoder's, where there is no text_config.
+        kwargs: as `mllama.MllamaConfig`. `dtype` is the decoder's by default.
+
+    Raises:
+        ValueError: a size or choice that cannot be. TypeError: a sub-config of another type.
+    """
+
+    def __init__(
+        self,
+        vision_config: Any = None,
+        text_config: Any = None,
+        ignore_index: int = -100,
+        image_token_index: int | None = Unset(128256),
+        vocab_size: int = 128256,
+        projection_dim: int | None = 2048,
+        hidden_size: int = 2048,
+        pad_token_index: int | None = None,
+        **kwargs: Any,
+    ):
+        text = {"hidden_size": hidden_size} if text_config is None else _fields(text_config)
+        if isinstance(text, dict):
+            common = {"vocab_size": vocab_size, "pad_token_index": pad_token_index}
+            text = LLAMA32Config(**common | text)
+        vision = _fields(vision_config)
+        if isinstance(vision, dict):
+            vision = {NAMES.get(name, name): value for name, value in vision.items()}
+        kwargs = {"projector": "linear"} | kwargs
+        if image_token_index is None and kwargs.get("fusion", "merge") == "merge":
+            image_token_index = Unset(128256)
+        super().__init__(
+            vision_config=vision,
+            text_config=text,
+            ignore_index=ignore_index,
+            image_token_index=image_token_index,
+            projection_dim=projection_dim if kwargs["projector"] == "mlp" else None,
+            **kwargs,
+        )
+        if self.fusion != "merge" and isinstance(self.image_token_index, Unset):
+            self.image_token_index = None
+        if projection_dim is not None:
+            self.projection_dim = projection_dim
+        self.vision_config.projection_dim = self.projection_dim
+        if self.dtype is None:
+            self.dtype = self.text_config.dtype
+        if self.dtype not in (*DTYPES, None):
+            raise ValueError(
+                f"dtype must be one of {', '.join(map(str, DTYPES))}, got {self.dtype}"
+            )
+
+    @classmethod
+    def get_config_dict(cls, *args: Any, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+        """As `mllama.MllamaConfig`'s, whose defaults complete what a folder says."""
+        content, unused = super().get_config_dict(*args, **kwargs)
+        return {"projector": "mlp", "projection_dim": None} | content, unused
+
+    def to_dict(self) -> dict[str, Any]:
+        """As `mllama.MllamaConfig` takes it: an id that was not given is None."""
+        content = super().to_dict()
+        if isinstance(self.image_token_index, Unset):
+            content["image_token_index"] = None
+        if self.projector == "linear":
+            content["projection_dim"] = self.text_config.hidden_size
+        return content
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        """What config.json gets: a `mllama.MllamaConfig`'s, with its context as long as ours."""
+        content = self.to_dict()
+        if longest := content["text_config"].pop("context_length", None):
+            longest = max(longest, content["text_config"]["max_position_embeddings"])
+            content["text_config"]["max_position_embeddings"] = longest
+        return mllama.MllamaConfig(**content).to_diff_dict()
+
+
+def _fields(given: Any) -> dict[str, Any] | PretrainedConfig | None:
+    """A sub-config as dict or config; any other object by its attributes."""
+    if given is None or isinstance(given, PretrainedConfig):
+        return given
+    if not isinstance(given, dict) and not hasattr(given, "__dict__"):
+        raise TypeError(f"a sub-config must be a dict or an object, got {type(given).__name__}")
+    return dict(given if isinstance(given, dict) else vars(given))
+
+
+class GemmaConfig(transformers.GemmaConfig):
+    """transformers' GemmaConfig, where `rope_theta` is an argument and can be read."""
+
+    def __init__(self, *, rope_theta: float = 10000.0, pad_token_id: int | None = None, **kwargs):
+        rope = {"rope_parameters": {"rope_type": "default", "rope_theta": rope_theta}}
+        super().__init__(pad_token_id=pad_token_id, **rope | kwargs)
+
+    @property
+    def rope_theta(self) -> float:
+        """Base of the rotary frequencies."""
+        return self.rope_parameters["rope_theta"]
+
+
+class PaliGemmaConfig(transformers.PaliGemmaConfig):
+    """transformers' PaliGemmaConfig with `ignore_index`; `pad_token_id` is also the decoder's."""
+
+    def __init__(
+        self,
+        vision_config: dict | PretrainedConfig | None = None,
+        text_config: dict | PretrainedConfig | None = None,
+        ignore_index: int = -100,
+        pad_token_id: int | None = None,
+        **kwargs: Any,
+    ):
+        if isinstance(vision_config, dict):
+            vision_config = {"vision_use_head": False} | vision_config
+        if isinstance(text_config, dict):
+            text_config = {"pad_token_id": pad_token_id} | text_config
+        elif isinstance(text_config, GemmaConfig):  # so that what is written reads as Gemma's
+            text_config = transformers.GemmaConfig(**text_config.to_dict())
+        super().__init__(
+            vision_config=vision_config,
+            text_config=text_config,
+            pad_token_id=pad_token_id,
+            **kwargs,
+        )
+        self.ignore_index = ignore_index
