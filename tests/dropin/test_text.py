@@ -355,8 +355,17 @@ def plain_attention(module, x, added):
         torch.stack([hidden(6), torch.zeros(6, 6, dtype=torch.bool)])[:, None],
         torch.stack([hidden(6), hidden(6) & hidden(6).roll(1, 1)] * 2)[None],
         torch.tensor([[False] * 5 + [True]]),
+        torch.zeros(1, 6, dtype=torch.bool),
     ],
-    ids=["causal", "sees all", "a window", "for each row", "for each head", "one row of keys"],
+    ids=[
+        "causal",
+        "sees all",
+        "a window",
+        "for each row",
+        "for each head",
+        "one row of keys",
+        "one that sees all",
+    ],
 )
 def test_a_blocks_mask_is_all_that_hides(mask):
     module, x = attention(), torch.randn(2, 6, 64)

@@ -51,18 +51,35 @@ def rope_scaling(freq_config: Mapping[str, float] | None) -> dict[str, Any]:
     return scaling
 
 
+_SPELLINGS = NAMES | {
+    "rope_base": "rope_theta",
+    "rope_scaling": "rope_parameters",
+    "torch_dtype": "dtype",
+}
+_DEFAULTS = {
+    "hidden_size": 4096,
+    "num_attention_heads": 32,
+    "num_hidden_layers": 16,
+    "intermediate_size": 8192,
+    "num_key_value_heads": 8,
+    "context_length": 131072,
+    "max_position_embeddings": 2048,
+    "rms_norm_eps": 1e-5,
+    "dtype": torch.float16,
+    "bos_token_id": None,  # LlamaConfig's 1 and 2 are words of Llama 3
+    "eos_token_id": None,
+}
+
+
 class LLAMA32Config(MllamaTextConfig):
-    """A decoder's config with the older names, order and defaults; transformers' names work too.
+    """A decoder's config with the older names and defaults; transformers' names work too.
 
     Args:
-        vocab_size, hidden_size, n_heads, n_layers, hidden_dim, n_kv_groups, rms_norm_eps: sizes.
-            Defaults: 4096, 32, 16, 8192, 8 and 1e-5.
-        context_length: the most tokens that the model takes.
-        max_position_embeddings: only stored.
-        rope_base, rope_freq: base (default 500000.0) and Llama 3's frequency scaling (default:
+        vocab_size, hidden_size: sizes.
+        fields: n_heads, n_layers, hidden_dim, n_kv_groups, rms_norm_eps, dtype, pad_token_index;
+            context_length, the most tokens that the model takes; max_position_embeddings, only
+            stored; rope_base and rope_freq, base (default 500000.0) and frequency scaling (default
             Llama 3.2's) of the rotary embedding.
-        dtype: of the weights. Default: float16.
-        pad_token_index: padding id.
 
     Raises:
         ValueError: a size that cannot be, or one field under two names with two values.
@@ -71,65 +88,28 @@ class LLAMA32Config(MllamaTextConfig):
     attribute_map = dict(NAMES)
     has_no_defaults_at_init = True  # vocab_size has none
 
-    def __init__(
-        self,
-        vocab_size: int,
-        hidden_size: int | None = None,
-        context_length: int = 131072,
-        n_heads: int | None = None,
-        n_layers: int | None = None,
-        hidden_dim: int | None = None,
-        max_position_embeddings: int = 2048,
-        n_kv_groups: int | None = None,
-        rope_base: float | None = None,
-        rms_norm_eps: float = 1e-5,
-        dtype: torch.dtype | str | None = None,
-        rope_freq: Mapping[str, float] | None = None,
-        pad_token_index: int | None = None,
-        **kwargs: Any,
-    ):
-        def one(name: str, value: Any, other: str, default: Any) -> Any:
-            """A field's value under either of its names."""
-            again = kwargs.pop(other, None)
-            if None not in (value, again) and value != again:
-                raise ValueError(f"{name} = {value!r} and {other} = {again!r} are one field")
-            return next((given for given in (value, again) if given is not None), default)
-
-        fields = {
-            "hidden_size": one("hidden_size", hidden_size, "emb_dim", 4096),
-            "num_attention_heads": one("n_heads", n_heads, "num_attention_heads", 32),
-            "num_hidden_layers": one("n_layers", n_layers, "num_hidden_layers", 16),
-            "intermediate_size": one("hidden_dim", hidden_dim, "intermediate_size", 8192),
-            "num_key_value_heads": one("n_kv_groups", n_kv_groups, "num_key_value_heads", 8),
-            "dtype": one("dtype", dtype, "torch_dtype", torch.float16),
-            "pad_token_id": one("pad_token_index", pad_token_index, "pad_token_id", None),
-        }
-        base = one("rope_base", rope_base, "rope_theta", None)
-        given = [kwargs.pop(name, None) for name in ("rope_parameters", "rope_scaling")]
-        scaling = next((dict(value) for value in given if value), None)
-        if scaling is None:
-            scaling = rope_scaling(_ROPE_FREQ if rope_freq is None else rope_freq)
-        elif rope_freq is not None:
-            raise ValueError("give one of rope_freq, rope_parameters and rope_scaling")
-        if base is not None and scaling.get("rope_theta", base) != base:
+    def __init__(self, vocab_size: int, hidden_size: int | None = None, **fields: Any):
+        fields = {"hidden_size": hidden_size} | fields
+        fields = {name: value for name, value in fields.items() if value is not None}
+        for older in _SPELLINGS.keys() & fields.keys():
+            name, value = _SPELLINGS[older], fields.pop(older)
+            if fields.setdefault(name, value) != value:
+                raise ValueError(f"{older} = {value!r} and {name} = {fields[name]!r} are one field")
+        freq, base = fields.pop("rope_freq", None), fields.pop("rope_theta", None)
+        scaling = fields.pop("rope_parameters", None)
+        if scaling and freq:
+            raise ValueError("give one of rope_freq and rope_parameters")
+        scaling = dict(scaling or rope_scaling(freq or _ROPE_FREQ))
+        if scaling.setdefault("rope_theta", base or 500000.0) != (base or scaling["rope_theta"]):
             raise ValueError(f"rope_base = {base!r}, but rope_parameters have another rope_theta")
-        scaling.setdefault("rope_theta", 500000.0 if base is None else base)
-        if isinstance(context_length, bool) or not isinstance(context_length, int):
-            raise ValueError(f"context_length must be an integer, got {context_length!r}")
-        if context_length < 1:
-            raise ValueError(f"context_length must be at least 1, got {context_length}")
-        kwargs.setdefault("bos_token_id", None)  # LlamaConfig's 1 and 2 are words of Llama 3
-        kwargs.setdefault("eos_token_id", None)
-        super().__init__(
-            vocab_size=vocab_size,
-            max_position_embeddings=max(context_length, max_position_embeddings),
-            rms_norm_eps=rms_norm_eps,
-            rope_parameters=scaling,
-            **fields,
-            **kwargs,
-        )
-        self.context_length = context_length  # scripts read both
-        self.max_position_embeddings = max_position_embeddings
+        fields = _DEFAULTS | fields | {"rope_parameters": scaling}
+        lengths = {name: fields.pop(name) for name in ("context_length", "max_position_embeddings")}
+        for name, length in lengths.items():
+            if isinstance(length, bool) or not isinstance(length, int) or length < 1:
+                raise ValueError(f"{name} must be an integer of at least 1, got {length!r}")
+        fields["max_position_embeddings"] = max(lengths.values())
+        super().__init__(vocab_size=vocab_size, **fields)
+        self.context_length, self.max_position_embeddings = lengths.values()
 
     @property
     def rope_base(self) -> float:

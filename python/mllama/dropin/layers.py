@@ -161,10 +161,10 @@ def visible_keys(mask: torch.Tensor | None, tokens: int, past: int) -> torch.Ten
         if mask.all(-1).any():  # the opposite convention hides all keys of the first query
             raise ValueError("mask hides every key of a query: True, or 1, is where one is hidden")
     if mask.dtype == torch.bool:
-        return _unless_causal(~mask)
+        return _unless_causal(~mask, tokens)
     if not mask.is_floating_point():
         raise ValueError(f"mask must be bool, True where a key is hidden, got {mask.dtype}")
-    return _unless_causal(_added(mask))
+    return _unless_causal(_added(mask), tokens)
 
 
 def _added(mask: torch.Tensor) -> torch.Tensor:
@@ -179,10 +179,10 @@ def _causal(tokens: int, keys: int, device: torch.device) -> torch.Tensor:
     return torch.ones(tokens, keys, dtype=torch.bool, device=device).tril(keys - tokens)
 
 
-def _unless_causal(visible: torch.Tensor) -> torch.Tensor | None:
+def _unless_causal(visible: torch.Tensor, tokens: int) -> torch.Tensor | None:
     if visible.dtype != torch.bool:
         return visible
-    causal = _causal(*visible.shape[-2:], visible.device)
+    causal = _causal(tokens, visible.shape[-1], visible.device)
     return None if bool((visible == causal).all()) else visible
 
 
@@ -201,7 +201,7 @@ def split_mask(mask: torch.Tensor | None, batch: int, tokens: int, keys: int):
         raise ValueError(f"attention_mask must be {wanted}, got {list(mask.shape)}")
     visible, causal = _added(mask[..., :keys]), _causal(tokens, keys, mask.device)
     if visible.dtype == torch.bool:
-        return None, _unless_causal(visible & causal)
+        return None, _unless_causal(visible & causal, tokens)
     return None, visible.masked_fill(~causal, -torch.inf)
 
 

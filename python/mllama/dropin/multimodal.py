@@ -82,8 +82,8 @@ class OlderModel(mllama.MllamaForConditionalGeneration):
     `forward` is the package's own: transformers reads its signature.
 
     Attributes:
-        vision_config, text_config: with `num_image_tokens`, the placeholders per image.
-        vocab_size, ignore_index, image_token_index: as the config has them.
+        vocab_size: the decoder's.
+        config: both of its parts have `num_image_tokens`, the placeholders per image.
     """
 
     sees_prompt_both_ways = False
@@ -91,7 +91,7 @@ class OlderModel(mllama.MllamaForConditionalGeneration):
     def __init__(self, config: PretrainedConfig, reference: str = "meta"):
         _set_image_tokens(config)
         super().__init__(config, reference)
-        self.vocab_size = self.text_config.vocab_size
+        self.vocab_size = self.config.get_text_config().vocab_size
 
     def __call__(
         self,
@@ -118,7 +118,8 @@ class OlderModel(mllama.MllamaForConditionalGeneration):
         if self.sees_prompt_both_ways and input_ids is not None and labels is None and not told:
             kwargs["token_type_ids"] = torch.zeros_like(input_ids)
         if labels is not None and not isinstance(self.config, mllama.MllamaConfig):
-            labels = labels.masked_fill(labels == self.ignore_index, -100)
+            ignored = getattr(self.config, "ignore_index", -100)
+            labels = labels.masked_fill(labels == ignored, -100)
         kwargs |= {"attention_mask": attention_mask, "labels": labels, "position_ids": position_ids}
         with self._image_token(input_ids, attention_mask, pixel_values, kwargs) as pixels:
             output = super().__call__(input_ids=input_ids, pixel_values=pixels, **kwargs)
@@ -137,30 +138,6 @@ class OlderModel(mllama.MllamaForConditionalGeneration):
     def _image_token(self, input_ids, attention_mask, pixels, kwargs) -> Iterator[Any]:
         """Yields the pixels; a subclass may find the placeholder's id meanwhile."""
         yield pixels
-
-    @property
-    def text_config(self) -> PretrainedConfig:
-        """The decoder's config."""
-        return self.config.get_text_config()
-
-    @property
-    def vision_config(self) -> PretrainedConfig:
-        """The encoder's config."""
-        return self.config.vision_config
-
-    @property
-    def ignore_index(self) -> int:
-        """The label that is not trained."""
-        return getattr(self.config, "ignore_index", -100)
-
-    @property
-    def image_token_index(self) -> int | None:
-        """The placeholder's id; may be set."""
-        return self.config.image_token_index
-
-    @image_token_index.setter
-    def image_token_index(self, value: int | None) -> None:
-        self.config.image_token_index = value
 
     _resizing = False
 
@@ -307,7 +284,7 @@ class MllamaForConditionalGeneration(OlderModel):
         """The id all of whose runs are multiples of `num_image_tokens`. Of several, one that no
         text has goes first, then one that stands there often enough for the images.
         """
-        per_image = self.text_config.num_image_tokens
+        per_image = self.config.get_text_config().num_image_tokens
         ids = ids if mask is None else ids.masked_fill(mask == 0, -1)
         rows = nn.functional.pad(ids, (0, 1), value=-1)  # so that no run crosses rows
         values, lengths = torch.unique_consecutive(rows.flatten(), return_counts=True)
@@ -365,9 +342,9 @@ class MllamaForConditionalGeneration(OlderModel):
         of `ignore_index` and placeholders in input_ids [B, T], one image to a row.
         """
         places = self._placeholders_of(input_ids, None, len(input_ids))
-        labels = labels.masked_fill(places, self.ignore_index)[:, 1:].flatten()
+        labels = labels.masked_fill(places, self.config.ignore_index)[:, 1:].flatten()
         scores = logits[:, :-1].flatten(0, 1).float()  # (B, T - 1, V) -> (B * (T - 1), V)
-        return cross_entropy(scores, labels, ignore_index=self.ignore_index)
+        return cross_entropy(scores, labels, ignore_index=self.config.ignore_index)
 
     def _create_conversation_mask(self, input_ids: torch.Tensor, tokenizer: Any) -> torch.Tensor:
         """bool [B, T]: what the assistant says in a chat of Llama 3's form, from after its header and
@@ -388,17 +365,14 @@ class MllamaForConditionalGeneration(OlderModel):
         stops = {start, tokenizer.pad_id if metas else tokenizer.pad_token_id} - {turn}
         rows = []
         for row in input_ids.tolist():
-            said, place = [False] * len(row), 0
-            while place < len(row):
-                if row[place : place + len(header)] != header:
-                    place += 1
-                    continue
-                place += len(header)
-                place += len(blank) * (row[place : place + len(blank)] == blank)
-                while place < len(row) and row[place] not in stops:
-                    said[place], place = True, place + 1
-                    if row[place - 1] == turn:
-                        break
+            said, begin = [], len(row)  # where the assistant begins to speak
+            for place, token in enumerate(row, start=1):
+                begin = len(row) if token in stops else begin
+                said.append(place > begin)
+                if token == turn:
+                    begin = len(row)
+                elif row[:place][-len(header) :] == header:
+                    begin = place + len(blank) * (row[place : place + len(blank)] == blank)
             rows.append(said)
         return torch.tensor(rows, dtype=torch.bool, device=input_ids.device).reshape(
             input_ids.shape
