@@ -10,11 +10,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import mllama
-from mllama import api, cli
+from mllama import cli
 from mllama.checkpoints.files import write_folder
 from mllama.checkpoints.hub import find_folder
-from mllama.cli._answering import AnswerStreamer
-from mllama.cli._parser import DTYPES, SIZES, number
+from mllama.cli._parser import number
 from mllama.processing.image import load_picture
 
 
@@ -26,26 +25,23 @@ class _Parser(argparse.ArgumentParser):
 
 
 def vision(arguments: list[str]) -> int:
-    """`Inference/Inference.py`: `mllama generate` with its older defaults."""
+    """`Inference/Inference.py`: `mllama generate`, which checks the values."""
     parser = _Parser(prog="Inference.py", description="Ask a model about an image.")
     parser.add_argument("--image", required=True, metavar="FILE")
     parser.add_argument("--prompt", required=True, metavar="TEXT")
     model = parser.add_mutually_exclusive_group()
-    model.add_argument("--model-id", help=f"id on the hub, or a folder (default: {SIZES['11B']})")
-    model.add_argument("--hf-weights", metavar="DIR", help="a folder, in place of --model-id")
-    parser.add_argument("--max-new-tokens", default="128")
-    parser.add_argument("--temperature", default="0.0", help="0 takes the likeliest token")
-    parser.add_argument("--top-p", default="1.0")
+    default = "meta-llama/Llama-3.2-11B-Vision-Instruct"
+    model.add_argument("--model-id", default=default, help="id on the hub, or a folder")
+    model.add_argument("--hf-weights", metavar="DIR", dest="model_id", help="the same")
+    for name, value in (("max-new-tokens", "128"), ("temperature", "0.0"), ("top-p", "1.0")):
+        parser.add_argument(f"--{name}", default=value, help="default: %(default)s")
     parser.add_argument("--top-k")
-    parser.add_argument("--dtype", default="auto", choices=DTYPES, help="auto: by the device")
+    parser.add_argument("--dtype", default="auto", help="auto (by the device), float32 ...")
     parser.add_argument("--cpu", action="store_true", help="the CPU even where there is a GPU")
-    given = vars(parser.parse_args(arguments))
-    cpu, weights = given.pop("cpu"), given.pop("hf_weights")
-    given["model_id"] = weights or given["model_id"] or SIZES["11B"]
-    options = [
-        f"--{name.replace('_', '-')}={value}" for name, value in given.items() if value is not None
-    ]
-    return cli.main(["generate", *options, *["--cpu"] * cpu])
+    given = {name: value for name, value in vars(parser.parse_args(arguments)).items() if value}
+    cpu = ["--cpu"] if given.pop("cpu", False) else []
+    options = [f"--{name.replace('_', '-')}={value}" for name, value in given.items()]
+    return cli.main(["generate", *options, *cpu])
 
 
 def _truth(text: str) -> bool:
@@ -72,8 +68,6 @@ def inference(arguments: list[str]) -> int:
     given = _inference_parser().parse_args(arguments)
     if not given.prompt:
         raise ValueError("--prompt is missing; give the question")
-    cli.quieten()
-    api.check_question(given.prompt)
     image = load_picture(given.image_file_path) if given.image_file_path else None
     options = {"max_new_tokens": given.max_tokens_to_generate, "do_sample": given.do_sample}
     sampling = {"temperature": given.temperature, "top_p": given.top_p}
@@ -83,17 +77,12 @@ def inference(arguments: list[str]) -> int:
         print("mllama: no --do_sample True: temperature and top_p have no effect", file=sys.stderr)
     if all(map(os.environ.get, ("COMET_API_KEY", "COMET_PROJECT_NAME", "COMET_WORKSPACE"))):
         print("mllama: this run is not logged to Comet", file=sys.stderr)
-    path = given.model_path or None
-    model, processor = api.load_quietly(path, "auto", "cpu" if given.only_cpu else "auto")
-    api.check_images(model, [] if image is None else [image])
-
-    def begin() -> None:
-        api.say_loaded(path, model)
-        print("User Input:", given.prompt)
-        print("AI Response:", end=" ")
-
-    inputs = api.encode(processor, image, given.prompt)
-    api.generate(model, inputs, streamer=AnswerStreamer(processor, begin), **options)
+    cli.quieten()
+    model, processor = mllama.load(
+        given.model_path or None, device="cpu" if given.only_cpu else "auto"
+    )
+    answer = mllama.ask(image, given.prompt, model, processor, **options)
+    print(f"User Input: {given.prompt}\nAI Response: {answer}")
     return 0
 
 

@@ -1,4 +1,4 @@
-"""Configurations of older scripts: LLAMA32_CONFIG, LLAMA32Config, MLLAMAConfig, and PaliGemma's."""
+"""Configurations of older scripts."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -252,40 +252,10 @@ def _fields(given: Any) -> dict[str, Any] | PretrainedConfig | None:
     return dict(given if isinstance(given, dict) else vars(given))
 
 
-class GemmaConfig(transformers.GemmaConfig):
-    """transformers' GemmaConfig, where `rope_theta` is an argument and can be read."""
-
-    def __init__(self, *, rope_theta: float = 10000.0, pad_token_id: int | None = None, **kwargs):
-        rope = {"rope_parameters": {"rope_type": "default", "rope_theta": rope_theta}}
-        super().__init__(pad_token_id=pad_token_id, **rope | kwargs)
-
-    @property
-    def rope_theta(self) -> float:
-        """Base of the rotary frequencies."""
-        return self.rope_parameters["rope_theta"]
-
-
 class PaliGemmaConfig(transformers.PaliGemmaConfig):
-    """transformers' PaliGemmaConfig with `ignore_index`; `pad_token_id` is also the decoder's."""
+    """transformers' PaliGemmaConfig; `ignore_index` is honored, SigLIP's pooling head left out."""
 
-    def __init__(
-        self,
-        vision_config: dict | PretrainedConfig | None = None,
-        text_config: dict | PretrainedConfig | None = None,
-        ignore_index: int = -100,
-        pad_token_id: int | None = None,
-        **kwargs: Any,
-    ):
+    def __init__(self, vision_config: Any = None, text_config: Any = None, **kwargs: Any):
         if isinstance(vision_config, dict):
             vision_config = {"vision_use_head": False} | vision_config
-        if isinstance(text_config, dict):
-            text_config = {"pad_token_id": pad_token_id} | text_config
-        elif isinstance(text_config, GemmaConfig):  # so that what is written reads as Gemma's
-            text_config = transformers.GemmaConfig(**text_config.to_dict())
-        super().__init__(
-            vision_config=vision_config,
-            text_config=text_config,
-            pad_token_id=pad_token_id,
-            **kwargs,
-        )
-        self.ignore_index = ignore_index
+        super().__init__(vision_config=vision_config, text_config=text_config, **kwargs)

@@ -1,7 +1,8 @@
-"""`generate` and the weights of a `Llama3Model` of a dict."""
+"""`generate`, and weights under the names of Hugging Face and of older files."""
 
 import inspect
 import math
+import re
 import warnings
 from collections.abc import Mapping
 from typing import Any
@@ -92,6 +93,51 @@ def load_weights_into_llama(
         )
 
 
+# Names in older weight files, and this package's; the first pattern that matches decides.
+_FROM_OLDER = [
+    (r"language_model\.model\.tok_emb\.", "language_model.embed_tokens."),
+    (r"language_model\.model\.final_norm\.", "language_model.norm."),
+    (r"language_model\.lm_head\.", "lm_head."),
+    *(
+        (rf"language_model\.model\.trf_blocks\.(\d+)\.{older}", rf"language_model.layers.\1.{name}")
+        for older, name in (
+            (r"att\.W_query\.", "self_attn.q_proj."),
+            (r"att\.W_key\.", "self_attn.k_proj."),
+            (r"att\.W_value\.", "self_attn.v_proj."),
+            (r"att\.out_proj\.", "self_attn.o_proj."),
+            (r"norm1\.", "input_layernorm."),
+            (r"norm2\.", "post_attention_layernorm."),
+            (r"ff\.fc1\.", "mlp.gate_proj."),
+            (r"ff\.fc2\.", "mlp.up_proj."),
+            (r"ff\.(?:fc3|w_down)\.", "mlp.down_proj."),
+            (r"ff\.swiglu\.w_(gate|up)(?:\.weight)?$", r"mlp.\2_proj.weight"),
+            (r"ff\.swiglu\.b_(gate|up)(?:\.bias)?$", r"mlp.\2_proj.bias"),
+        )
+    ),
+    *(
+        (rf"vision_model\.(?:vision_model\.)?{older}", f"vision_tower.{name}")
+        for older, name in (
+            (r"embeddings?\.", "embeddings."),
+            (r"encoder\.layers\.(\d+)\.layer_?norm([12])\.", r"encoder.layers.\1.layer_norm\2."),
+            (r"encoder\.", "encoder."),
+            (r"(?:post_)?layernorm\.", "post_layernorm."),
+        )
+    ),
+]
+_COMPUTED = re.compile(r"\.(att\.rotary_emb\.inv_freq|embeddings?\.position_ids)$")
+
+
+def from_older(state_dict: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Tensors of an older SigLIP + Llama under this package's names, without computed ones."""
+    renamed = {}
+    for name, tensor in state_dict.items():
+        found = ((re.match(pattern, name), ours) for pattern, ours in _FROM_OLDER)
+        match, ours = next(((match, ours) for match, ours in found if match), (None, ""))
+        if not _COMPUTED.search(name):
+            renamed[name if match is None else match.expand(ours) + name[match.end() :]] = tensor
+    return renamed
+
+
 def text_to_tokens(text: str, tokenizer: Any) -> torch.Tensor:
     """int64 [1, tokens]."""
     return torch.tensor(tokenizer.encode(text), dtype=torch.long)[None]
@@ -119,12 +165,9 @@ def generate(
         model: `model(ids)` returns logits [B, T, vocabulary], or a tuple or output that begins with
             them. One that takes `past_kv` and `use_cache` keeps keys and values.
         idx: int [B, T] without padding.
-        max_new_tokens: how many are added at most.
-        context_size: the model sees so many of the last tokens. Once they move, the cache is left.
-        temperature: 0 takes the likeliest token.
-        top_k: sample from the top_k likeliest; None or 0 is all.
+        context_size: the model sees so many of the last tokens; once they move, uncached.
+        temperature, top_k: 0 takes the likeliest token; None or 0 samples from all.
         eos_id: ends a row, which is filled with it; the last row's is not added.
-        use_cache: keep keys and values where the model does.
 
     Returns:
         int [B, T + at most max_new_tokens], on the model's device.

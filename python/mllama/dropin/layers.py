@@ -1,6 +1,5 @@
 """Parts of the older decoder: KV cache, rotary tables, masks, norm, fused feed-forward blocks."""
 
-import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
@@ -138,14 +137,10 @@ class LLAMARotaryEmbedding(nn.Module):
 
 
 def visible_keys(mask: torch.Tensor | None, tokens: int, past: int) -> torch.Tensor | None:
-    """What a block's mask lets a query see; None is causality, which the operator has.
+    """What a block's mask, [T, S] to [B, heads, T, S], lets a query see: bool, True where visible,
+    or float32 to add to the scores. None is causality, which the operator has.
 
-    Args:
-        mask: True, or 1, where a key is hidden; or floats to add to the scores. [T, S], [B, T, S]
-            or [B, heads, T, S], where S may leave out the past: all of it is visible then.
-
-    Returns:
-        bool, True where visible, or float32 to add; [B or 1, heads or 1, T or 1, past + T].
+    The mask is True or 1 where a key is hidden, or floats to add. S may leave out the past.
     """
     if mask is None:
         return None
@@ -220,16 +215,12 @@ class RMSNorm(nn.Module):
 
 
 class FusedSwiGLU(nn.Module):
-    """silu(x w_gate' + b_gate) * (x w_up' + b_up), its projections as parameters."""
+    """silu(x w_gate' + b_gate) * (x w_up' + b_up); b_gate and b_up are None without bias."""
 
     def __init__(self, hidden_size: int, intermediate_size: int, bias: bool = False):
         super().__init__()
-        self.w_gate = nn.Parameter(torch.empty(intermediate_size, hidden_size))
-        self.w_up = nn.Parameter(torch.empty(intermediate_size, hidden_size))
-        self.b_gate = nn.Parameter(torch.zeros(intermediate_size)) if bias else None
-        self.b_up = nn.Parameter(torch.zeros(intermediate_size)) if bias else None
-        for weight in (self.w_gate, self.w_up):
-            nn.init.kaiming_uniform_(weight, a=math.sqrt(5))  # as nn.Linear
+        gate, up = (nn.Linear(hidden_size, intermediate_size, bias) for _ in range(2))
+        self.w_gate, self.w_up, self.b_gate, self.b_up = gate.weight, up.weight, gate.bias, up.bias
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[..., hidden_size] -> [..., intermediate_size]."""
@@ -253,23 +244,22 @@ _PROJECTIONS = (("w1", "w3", "w2"), ("fc1", "fc2", "fc3"), ("gate_proj", "up_pro
 
 
 def convert_feedforward_to_fused(feedforward_module: nn.Module) -> FusedFeedForward:
-    """A `FusedFeedForward` with copies of a block's weights, under any of these names: w1, w3, w2;
-    fc1, fc2, fc3; gate_proj, up_proj, down_proj (gate, up, down).
+    """A `FusedFeedForward` with copies of the weights of linear layers w1, w3, w2 (gate, up, down);
+    fc1, fc2, fc3; or gate_proj, up_proj, down_proj.
 
     Raises:
-        TypeError: a module without such linear layers.
+        TypeError: a module without such layers.
     """
-    for names in _PROJECTIONS:
-        layers = [getattr(feedforward_module, name, None) for name in names]
-        if all(isinstance(layer, nn.Linear) for layer in layers):
-            break
-    else:
+    found = ([getattr(feedforward_module, name, None) for name in names] for names in _PROJECTIONS)
+    layers = next((three for three in found if all(isinstance(x, nn.Linear) for x in three)), None)
+    if layers is None:
         kind = type(feedforward_module).__name__
         raise TypeError(f"feedforward_module must have linear layers {_PROJECTIONS}, got {kind}")
     gate, up, down = layers
     fused = FusedFeedForward(gate.in_features, gate.out_features, gate.bias is not None)
     fused = fused.to(gate.weight.device, gate.weight.dtype)
     copies = {"swiglu.w_gate": gate.weight, "swiglu.w_up": up.weight, "w_down.weight": down.weight}
-    copies |= {"swiglu.b_gate": gate.bias, "swiglu.b_up": up.bias, "w_down.bias": down.bias}
-    fused.load_state_dict({name: tensor for name, tensor in copies.items() if tensor is not None})
+    if gate.bias is not None:
+        copies |= {"swiglu.b_gate": gate.bias, "swiglu.b_up": up.bias, "w_down.bias": down.bias}
+    fused.load_state_dict(copies)
     return fused

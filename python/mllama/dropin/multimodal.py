@@ -1,7 +1,6 @@
 """SigLIP + Llama, PaliGemma and Gemma as older scripts call them: `kv_cache` in and out."""
 
 import os
-import re
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -14,43 +13,10 @@ from transformers import Cache, PretrainedConfig, PreTrainedTokenizerBase
 
 import mllama
 from mllama.dropin.config import MLLAMAConfig, Unset
+from mllama.dropin.generate import from_older
 from mllama.dropin.layers import made_in
 from mllama.hf import load_as
 from mllama.modeling import MllamaOutput
-
-_CACHE_NAMES = ("cache", "past_key_values")
-# Names in older weight files, and this package's; the first pattern that matches decides.
-_FROM_OLDER = [
-    (r"language_model\.model\.tok_emb\.", "language_model.embed_tokens."),
-    (r"language_model\.model\.final_norm\.", "language_model.norm."),
-    (r"language_model\.lm_head\.", "lm_head."),
-    *(
-        (rf"language_model\.model\.trf_blocks\.(\d+)\.{older}", rf"language_model.layers.\1.{name}")
-        for older, name in (
-            (r"att\.W_query\.", "self_attn.q_proj."),
-            (r"att\.W_key\.", "self_attn.k_proj."),
-            (r"att\.W_value\.", "self_attn.v_proj."),
-            (r"att\.out_proj\.", "self_attn.o_proj."),
-            (r"norm1\.", "input_layernorm."),
-            (r"norm2\.", "post_attention_layernorm."),
-            (r"ff\.fc1\.", "mlp.gate_proj."),
-            (r"ff\.fc2\.", "mlp.up_proj."),
-            (r"ff\.(?:fc3|w_down)\.", "mlp.down_proj."),
-            (r"ff\.swiglu\.w_(gate|up)(?:\.weight)?$", r"mlp.\2_proj.weight"),
-            (r"ff\.swiglu\.b_(gate|up)(?:\.bias)?$", r"mlp.\2_proj.bias"),
-        )
-    ),
-    *(
-        (rf"vision_model\.(?:vision_model\.)?{older}", f"vision_tower.{name}")
-        for older, name in (
-            (r"embeddings?\.", "embeddings."),
-            (r"encoder\.layers\.(\d+)\.layer_?norm([12])\.", r"encoder.layers.\1.layer_norm\2."),
-            (r"encoder\.", "encoder."),
-            (r"(?:post_)?layernorm\.", "post_layernorm."),
-        )
-    ),
-]
-_COMPUTED = re.compile(r"\.(att\.rotary_emb\.inv_freq|embeddings?\.position_ids)$")
 
 
 class OlderOutput(MllamaOutput):
@@ -174,14 +140,10 @@ def _set_image_tokens(config: PretrainedConfig) -> None:
 
 
 def _one_cache(kv_cache: Cache | None, kwargs: dict[str, Any]) -> dict[str, Any]:
-    if kv_cache is None:
-        return kwargs
-    for name in _CACHE_NAMES:
-        if kwargs.get(name) is not None:
-            raise ValueError(f"kv_cache and {name} are two names of one argument; give one")
-    return {name: value for name, value in kwargs.items() if name not in _CACHE_NAMES} | {
-        "cache": kv_cache
-    }
+    others = [kwargs.get(name) for name in ("cache", "past_key_values")]
+    if kv_cache is not None and any(other is not None for other in others):
+        raise ValueError("give one of kv_cache, cache and past_key_values")
+    return kwargs if kv_cache is None else kwargs | {"cache": kv_cache, "past_key_values": None}
 
 
 class MultiModalProjector(nn.Module):
@@ -240,10 +202,7 @@ class MllamaForConditionalGeneration(OlderModel):
         """As the package's; also takes the names of older files. Warns where few of them fit."""
         if not isinstance(state_dict, Mapping):
             raise TypeError(f"state_dict must be a dict, got {type(state_dict).__name__}")
-        renamed = {}
-        for name, tensor in state_dict.items():
-            if not _COMPUTED.search(name):
-                renamed[_new_name(name)] = tensor
+        renamed = from_older(state_dict)
         report = super().load_state_dict(renamed, strict=strict, assign=assign)
         unknown = len(report.unexpected_keys)
         if 2 * unknown > len(renamed) or not renamed:
@@ -377,13 +336,6 @@ class MllamaForConditionalGeneration(OlderModel):
         return torch.tensor(rows, dtype=torch.bool, device=input_ids.device).reshape(
             input_ids.shape
         )
-
-
-def _new_name(name: str) -> str:
-    for pattern, ours in _FROM_OLDER:
-        if found := re.match(pattern, name):
-            return found.expand(ours) + name[found.end() :]
-    return name
 
 
 class GemmaForCausalLM(OlderModel):

@@ -107,14 +107,6 @@ class SiglipMLP(nn.Module):
         return self.fc2(self.act(self.fc1(x)))
 
 
-class LayerNorm(nn.LayerNorm):
-    """torch's, on the package's operator."""
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """[..., hidden] -> the same shape and dtype."""
-        return ops.layer_norm(x, self.weight, self.bias, self.eps)
-
-
 class SiglipEncoderLayer(nn.Module):
     """Pre-norm transformer block of `modeling_siglip`: layer_norm1, self_attn, layer_norm2, mlp."""
 
@@ -123,9 +115,9 @@ class SiglipEncoderLayer(nn.Module):
     def __init__(self, config: SiglipVisionConfig):
         super().__init__()
         first, second = self.norms
-        self.add_module(first, LayerNorm(config.hidden_size, config.layer_norm_eps))
+        self.add_module(first, nn.LayerNorm(config.hidden_size, config.layer_norm_eps))
         self.self_attn = SiglipAttention(config)
-        self.add_module(second, LayerNorm(config.hidden_size, config.layer_norm_eps))
+        self.add_module(second, nn.LayerNorm(config.hidden_size, config.layer_norm_eps))
         self.mlp = SiglipMLP(config)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
@@ -178,7 +170,7 @@ class SiglipVisionTransformer(nn.Module):
         embeddings, norm = self.parts
         self.add_module(embeddings, SiglipVisionEmbeddings(config))
         self.encoder = self.encoder_class(config)
-        self.add_module(norm, LayerNorm(config.hidden_size, config.layer_norm_eps))
+        self.add_module(norm, nn.LayerNorm(config.hidden_size, config.layer_norm_eps))
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """[B, channels, image_size, image_size] -> [B, patches, hidden]."""
@@ -187,7 +179,7 @@ class SiglipVisionTransformer(nn.Module):
 
 
 class OlderSiglipTransformer(SiglipVisionTransformer):
-    """The same, of `siglip`: embedding, encoder, layernorm."""
+    """Of `siglip`: embedding, encoder, layernorm."""
 
     parts, encoder_class = ("embedding", "layernorm"), OlderSiglipEncoder
 

@@ -1,4 +1,6 @@
 # ruff: noqa: F401
-from mllama.dropin.config import GemmaConfig, PaliGemmaConfig
+from transformers import GemmaConfig
+
+from mllama.dropin.config import PaliGemmaConfig
 from mllama.dropin.layers import KVCache
 from mllama.dropin.multimodal import GemmaForCausalLM, PaliGemmaForConditionalGeneration
