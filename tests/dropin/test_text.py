@@ -222,8 +222,6 @@ def test_past_kv():
     close(torch.cat([first, second], 1), whole)
     assert all(map(torch.equal, before, [tensor for pair in past for tensor in pair]))
     assert {tensor.shape for pair in more for tensor in pair} == {(2, 2, 40, 16)}
-    wide = [tuple(tensor.repeat_interleave(2, 1) for tensor in pair) for pair in past]
-    close(model(tokens[:, 30:], wide), whole[:, 30:])
     close(model(tokens, [None, None]), whole)
 
 

@@ -97,9 +97,9 @@ class LLAMA32Config(MllamaTextConfig):
                 raise ValueError(f"{older} = {value!r} and {name} = {fields[name]!r} are one field")
         freq, base = fields.pop("rope_freq", None), fields.pop("rope_theta", None)
         scaling = fields.pop("rope_parameters", None)
-        if scaling and freq:
+        if scaling and freq is not None:
             raise ValueError("give one of rope_freq and rope_parameters")
-        scaling = dict(scaling or rope_scaling(freq or _ROPE_FREQ))
+        scaling = dict(scaling or rope_scaling(_ROPE_FREQ if freq is None else freq))
         if scaling.setdefault("rope_theta", base or 500000.0) != (base or scaling["rope_theta"]):
             raise ValueError(f"rope_base = {base!r}, but rope_parameters have another rope_theta")
         fields = _DEFAULTS | fields | {"rope_parameters": scaling}
@@ -160,17 +160,15 @@ class Unset(int):
 
 
 class MLLAMAConfig(mllama.MllamaConfig):
-    """A SigLIP tower, one linear layer and a Llama decoder.
+    """A SigLIP encoder, one linear layer and a Llama decoder.
 
     Args:
-        vision_config: dict, config or any object with such attributes. Default: SigLIP-base.
-        text_config: the same of the decoder; a dict is completed as by `LLAMA32Config`. Default:
-            Llama 3.2 1B with `vocab_size` and `hidden_size`.
+        vision_config, text_config: dicts, configs or any objects with such attributes; a decoder's
+            dict is completed as by `LLAMA32Config`. Default: SigLIP-base and Llama 3.2 1B.
         ignore_index: label that is not trained.
         image_token_index: id of `<image>`. Unless it is given, prompts tell it (128256 is read).
-        vocab_size, pad_token_index: of a decoder whose config does not say.
+        vocab_size, hidden_size, pad_token_index: of a decoder whose config does not say.
         projection_dim: only stored; the projector's width is the decoder's.
-        hidden_size: the decoder's, where there is no text_config.
         kwargs: as `mllama.MllamaConfig`. `dtype` is the decoder's by default.
 
     Raises:

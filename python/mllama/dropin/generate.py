@@ -45,15 +45,10 @@ def assign(left: torch.Tensor, right: Any, tensor_name: str = "unknown") -> nn.P
 def load_weights_into_llama(
     model: Llama3Model, param_config: Mapping[str, Any], params: Mapping[str, Any]
 ) -> None:
-    """Put a Llama's weights under Hugging Face's names into a model: all of them, or none.
+    """Put a Llama's weights under Hugging Face's names into a model of a dict: all, or none.
 
     A layer converted to LoRA gets the weight it was made around. Without `lm_head.weight` the head
-    gets the embedding matrix.
-
-    Args:
-        model: of a dict.
-        param_config: its `n_layers` is read.
-        params: {"model.layers.0.self_attn.q_proj.weight": tensor or array, ...}.
+    gets the embedding matrix. Of param_config, `n_layers` is read.
 
     Raises:
         TypeError: another model.
@@ -219,11 +214,12 @@ def _check(idx, max_new_tokens, context_size, temperature, top_k, eos_id) -> Non
         raise TypeError(f"idx must be an integer torch.Tensor, got {type(idx).__name__}")
     if idx.dim() != 2 or idx.shape[1] == 0:
         raise ValueError(f"idx must be [batch, at least 1 token], got {list(idx.shape)}")
-    counts = {"max_new_tokens": max_new_tokens, "context_size": context_size}
-    counts |= {"top_k": top_k or 0, "eos_id": 0 if eos_id is None else eos_id}
+    counts = {"max_new_tokens": max_new_tokens, "context_size": context_size, "top_k": top_k or 0}
+    counts["eos_id"] = 0 if eos_id is None else eos_id
     for name, value in counts.items():
-        least = int(name == "context_size")
-        if not isinstance(value, int) or value < least:
-            raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
+        if not isinstance(value, int) or value < (name == "context_size"):
+            raise ValueError(
+                f"{name} must be an integer of at least 0 (context_size: 1), got {value!r}"
+            )
     if not isinstance(temperature, (int, float)) or not 0 <= temperature < math.inf:
         raise ValueError(f"temperature must be a number of at least 0, got {temperature!r}")

@@ -109,26 +109,17 @@ def half_tables(cos, sin, tokens: int, head_dim: int, past: int = 0) -> list[tor
 
 
 class LLAMARotaryEmbedding(nn.Module):
-    """Rotary tables of a config, its frequency scaling included."""
+    """Rotary tables of a config, its frequency scaling included; `inv_freq` is float32 [D/2]."""
 
     def __init__(self, config: Mapping | PretrainedConfig):
         super().__init__()
         config = text_config(config)
-        self.dim, self.base = config.head_dim, config.rope_parameters["rope_theta"]
-        self.max_position_embeddings = config.max_position_embeddings
-        self.scaling = dict(config.rope_parameters)
-
-    @property
-    def inv_freq(self) -> torch.Tensor:
-        """float32 [D/2]."""
-        return ops.rope_frequencies(self.dim, scaling=self.scaling)
+        self.dim, scaling = config.head_dim, dict(config.rope_parameters)
+        self.inv_freq = ops.rope_frequencies(self.dim, scaling=scaling, device="cpu")  # no buffer
 
     def tables(self, position_ids: torch.Tensor) -> KeyValue:
         """The operator's: float32 [B, T, D/2]."""
-        frequencies = ops.rope_frequencies(
-            self.dim, scaling=self.scaling, device=position_ids.device
-        )
-        return ops.rope_tables(position_ids.long(), frequencies)
+        return ops.rope_tables(position_ids.long(), self.inv_freq.to(position_ids.device))
 
     def forward(self, x: torch.Tensor, position_ids: torch.Tensor) -> KeyValue:
         """(cos, sin) of positions [B, T], each [B, T, D] in x's dtype."""

@@ -21,27 +21,22 @@ CLIP_MEAN = [0.48145466, 0.4578275, 0.40821073]
 CLIP_STD = [0.26862954, 0.26130258, 0.27577711]
 HALVES = [0.5, 0.5, 0.5]
 MAX_EDGE = 2**15
-_BICUBIC = Image.Resampling.BICUBIC
 _OLDER_KEYS = {"pixel Value": "pixel_values", "pixel_value": "pixel_values"}
 
 
 def resize(
-    image: Any,
-    size: tuple[int, int],
-    resample: int | None = _BICUBIC,
-    reducing_gap: float | None = None,
+    image: Any, size: tuple[int, int], resample: int | None = None, reducing_gap=None
 ) -> Image.Image:
-    """An image of any kind as RGB PIL image of size (height, width), aspect not kept.
+    """An image of any kind as RGB PIL image of size (height, width), by default bicubic.
 
     Raises:
         TypeError: no image. ValueError: a size or filter that cannot be. FileNotFoundError: no file.
     """
-    if not isinstance(size, Sequence) or len(size) != 2:
-        raise ValueError(f"size must be (height, width), got {size!r}")
-    if not all(isinstance(edge, int) and 1 <= edge <= MAX_EDGE for edge in size):
-        raise ValueError(f"size must be two integers of 1 to {MAX_EDGE}, got {size!r}")
-    resample = _BICUBIC if resample is None else resample
-    return load_picture(image).resize((size[1], size[0]), resample, reducing_gap=reducing_gap)
+    edges = tuple(size) if isinstance(size, Sequence) else ()
+    if len(edges) != 2 or not all(isinstance(e, int) and 1 <= e <= MAX_EDGE for e in edges):
+        raise ValueError(f"size must be (height, width), each in 1 to {MAX_EDGE}, got {size!r}")
+    resample = Image.Resampling.BICUBIC if resample is None else resample
+    return load_picture(image).resize(edges[::-1], resample, reducing_gap=reducing_gap)
 
 
 def rescale(image: np.ndarray, scale: float = 1 / 255, dtype: Any = np.float32) -> np.ndarray:
@@ -49,9 +44,7 @@ def rescale(image: np.ndarray, scale: float = 1 / 255, dtype: Any = np.float32) 
     return (np.asarray(image) * scale).astype(dtype)
 
 
-def normalize(
-    image: np.ndarray, mean: float | Sequence[float], std: float | Sequence[float]
-) -> np.ndarray:
+def normalize(image: np.ndarray, mean: Any, std: Any) -> np.ndarray:
     """(image - mean) / std of [..., channels], in the image's dtype, float32 for integers.
 
     Raises:
@@ -61,9 +54,9 @@ def normalize(
     if not np.issubdtype(image.dtype, np.floating):
         image = image.astype(np.float32)
     mean, std = np.asarray(mean, image.dtype), np.asarray(std, image.dtype)
-    for name, values in (("mean", mean), ("std", std)):
+    for values in (mean, std):
         if values.size != 1 and values.shape != image.shape[-1:]:
-            raise ValueError(f"{name} must be one number or one per channel, got {values}")
+            raise ValueError(f"mean and std must be one number or one per channel, got {values}")
     if not std.all():
         raise ValueError(f"std must hold no zero, got {std}")
     return (image - mean) / std
@@ -82,7 +75,7 @@ def _process(images, size, third: tuple, named: dict[str, Any], mean, std) -> to
     if len(third) > len(names) or placed.keys() & named.keys():
         raise TypeError(f"process_images got an argument twice: {third} and {sorted(named)}")
     given = {name: value for name, value in (placed | named).items() if value is not None}
-    factor, resample = given.pop("rescale_factor", 1 / 255), given.pop("resample", _BICUBIC)
+    factor, resample = given.pop("rescale_factor", 1 / 255), given.pop("resample", None)
     mean, std = given.pop("image_mean", mean), given.pop("image_std", std)
     if given:
         raise TypeError(f"process_images got unknown arguments: {', '.join(given)}")

@@ -34,11 +34,8 @@ class GroupQueryAttention(nn.Module):
     """`GroupQueryAttention(d_in, d_out, num_heads, num_kv_groups, dtype=None)`, called as
     `by_sizes`; or `GroupQueryAttention(config, layer_idx=None, dtype=None)`, called as `by_config`.
 
-    Attributes: d_out, num_heads, num_kv_groups, head_dim, group_size; W_query, W_key, W_value and
-    out_proj without biases.
-
-    Raises:
-        ValueError: sizes that do not fit each other.
+    Attributes: d_out, num_heads, num_kv_groups, head_dim, group_size. ValueError: sizes that do not
+    fit each other.
     """
 
     def __init__(
@@ -83,20 +80,15 @@ class GroupQueryAttention(nn.Module):
         return (self.by_sizes if self.config is None else self.by_config)(*args, **kwargs)
 
     def by_sizes(self, x, cos, sin, mask=None, past_kv=None, use_cache=False):
-        """
+        """x [B, T, d_in] -> [B, T, d_out]; with use_cache (that, (k, v) of the past and x).
+
         Args:
-            x: [B, T, d_in].
             cos, sin: [positions, D], of which those after the past are taken.
             mask: bool [T, past + T] or [B, heads, T, past + T], True where a key is hidden; 0 and
                 1, and floats to add to the scores, work too. None: causal.
-            past_kv: (k, v) of earlier tokens, each [B, num_kv_groups, past, D], or num_heads wide
-                with equal heads in each group.
-            use_cache: also return (k, v) of the past and these tokens.
-
-        Returns:
-            [B, T, d_out], or (that, (k, v)).
+            past_kv: (k, v) of earlier tokens, each [B, num_kv_groups, past, D].
         """
-        past = () if past_kv is None else self._groups(past_kv, len(x))
+        past = () if past_kv is None else self._checked(past_kv, len(x))
         num_past = past[0].shape[2] if past else 0
         q, k, v = self._project(x)
         tables = half_tables(cos, sin, x.shape[1], self.head_dim, num_past)
@@ -108,16 +100,13 @@ class GroupQueryAttention(nn.Module):
         return (context, (k, v)) if use_cache else context
 
     def by_config(self, hidden_states, attention_mask=None, position_ids=None, kv_cache=None):
-        """
+        """hidden_states [B, T, hidden] -> the same shape.
+
         Args:
-            hidden_states: [B, T, hidden].
             attention_mask: [B, past + T], zero where padded; or floats to add to the scores, [B or
                 1, heads or 1, T, at least past + T]. Causal with either.
             position_ids: [B, T]. None counts the tokens that are not padded.
             kv_cache: a `KVCache`, which the new keys and values are written to.
-
-        Returns:
-            [B, T, hidden].
         """
         batch, tokens, _ = hidden_states.shape
         past = num_cached(kv_cache, self.layer_idx)
@@ -152,23 +141,14 @@ class GroupQueryAttention(nn.Module):
             ).transpose(1, 2)
         return self.out_proj(out.flatten(2))  # (B, T, H, D) -> (B, T, d_out)
 
-    def _groups(self, past_kv: KeyValue, batch: int) -> list[torch.Tensor]:
-        """(k, v) of the past, each [B, num_kv_groups, past, D]."""
+    def _checked(self, past_kv: KeyValue, batch: int) -> KeyValue:
         if not isinstance(past_kv, Sequence) or len(past_kv) != 2:
             raise TypeError(f"past_kv must be a pair (k, v), got {type(past_kv).__name__}")
-        narrow = []
-        for tensor in past_kv:
-            groups, wide = self.num_kv_groups, self.num_heads
-            if tensor.shape[1] == wide != groups:
-                first = tensor[:, :: self.group_size]
-                if not torch.equal(first.repeat_interleave(self.group_size, 1), tensor):
-                    raise ValueError("past_kv: heads of one group must be equal")
-                tensor = first
-            if tensor.shape != (batch, groups, past_kv[0].shape[2], self.head_dim):
-                wanted = f"[{batch}, {groups} (or {wide}), past, {self.head_dim}]"
-                raise ValueError(f"past_kv must be {wanted}, got {list(tensor.shape)}")
-            narrow.append(tensor)
-        return narrow
+        shape = (batch, self.num_kv_groups, past_kv[0].shape[2], self.head_dim)
+        if any(tensor.shape != shape for tensor in past_kv):
+            found = [list(tensor.shape) for tensor in past_kv]
+            raise ValueError(f"past_kv must be [batch, num_kv_groups, past, head_dim], got {found}")
+        return past_kv
 
 
 class FeedForward(nn.Module):
@@ -247,12 +227,11 @@ class Llama3Model(nn.Module):
 
     @property
     def cos(self) -> torch.Tensor:
-        """float32 [context_length, D], on the weights' device."""
+        """float32 [context_length, D], as `sin`."""
         return self._rope_tables()[0]
 
     @property
     def sin(self) -> torch.Tensor:
-        """As `cos`."""
         return self._rope_tables()[1]
 
     def _rope_tables(self) -> KeyValue:
@@ -268,14 +247,9 @@ class Llama3Model(nn.Module):
         return (self.by_config if self.cfg is None else self.by_dict)(*args, **kwargs)
 
     def by_dict(self, in_idx: torch.Tensor, past_kv=None, use_cache: bool = False):
-        """
-        Args:
-            in_idx: int [B, T].
-            past_kv: (k, v) of every layer, each [B, n_kv_groups, past, D]; not changed.
-            use_cache: also return such a list.
+        """Logits [B, T, vocab_size] of ids [B, T]; with use_cache (logits, past_kv).
 
-        Returns:
-            Logits [B, T, vocab_size], or (logits, past_kv).
+        `past_kv` has (k, v) of every layer, each [B, n_kv_groups, past, D]; it is not changed.
 
         Raises:
             ValueError: more tokens than context_length, or a past_kv that does not fit.
@@ -311,10 +285,9 @@ class Llama3Model(nn.Module):
         position_ids: torch.Tensor | None = None,
         kv_cache: Cache | None = None,
     ) -> torch.Tensor:
-        """Hidden states [B, T, hidden] after the final norm.
+        """Normed hidden states [B, T, hidden] of input_embeds [B, T, hidden], or else input_ids.
 
-        input_embeds [B, T, hidden] come before input_ids int [B, T]; the other arguments are as of
-        `GroupQueryAttention.by_config`. Raises as `by_dict`.
+        Other arguments as of `GroupQueryAttention.by_config`; raises as `by_dict`.
         """
         if input_embeds is None:
             if input_ids is None:

@@ -24,10 +24,7 @@ class SiglipVisionConfig(MllamaVisionConfig):
 
 
 class SiglipVisionEmbeddings(nn.Module):
-    """Patches plus learned positions.
-
-    Attributes: config, embed_dim, image_size, patch_size, num_patches (also num_positions).
-    """
+    """Patches plus learned positions."""
 
     def __init__(self, config: SiglipVisionConfig):
         super().__init__()
@@ -57,10 +54,7 @@ class SiglipVisionEmbeddings(nn.Module):
 
 
 class SiglipAttention(nn.Module):
-    """Every patch attends to all patches.
-
-    Attributes: config, embed_dim, num_heads, head_dim, scale, dropout.
-    """
+    """Every patch attends to all patches."""
 
     def __init__(self, config: SiglipVisionConfig):
         super().__init__()
