@@ -178,7 +178,7 @@ def test_generate():
     assert cache.num_items() == ids.shape[1] + 3
     assert torch.equal(model.generate(ids, use_cache=False, **options), plain)
     told = copy.deepcopy(model)
-    told.config.image_token_index = IMAGE
+    told.image_token_index = IMAGE
     for more in ({"num_beams": 2}, {"num_return_sequences": 2, "do_sample": True, "top_p": 0.9}):
         found = []
         for one in (model, told):
@@ -192,6 +192,17 @@ def test_two_names_of_one_cache():
         for call in (whole(), whole().generate):
             with pytest.raises(ValueError, match=name):
                 call(torch.tensor([WORDS]), kv_cache=KVCache(), **{name: KVCache()})
+
+
+def test_calls_that_are_not_kept():
+    model, ids = whole(), torch.tensor([WORDS])
+    for call in (
+        lambda: model.forward(ids, kv_cache=KVCache()),
+        lambda: model(ids, image_mask=ids),
+        lambda: model.text_config,
+    ):
+        with pytest.raises((TypeError, AttributeError)):
+            call()
 
 
 def test_embeddings_positions_and_settings():
@@ -256,7 +267,7 @@ def test_ids_that_do_not_go_with_the_images():
     model = whole(image_token_index=90)
     with pytest.raises(ValueError, match="placeholders"):
         model(prompt(*WORDS, image=91), images())
-    model.config.image_token_index = 91
+    model.image_token_index = 91
     assert logits(model, prompt(*WORDS, image=91), images()).shape == (1, 10, 99)
     with pytest.raises(ValueError, match="placeholders"):
         whole()(prompt(*WORDS), images(2))

@@ -105,6 +105,15 @@ class OlderModel(mllama.MllamaForConditionalGeneration):
         """Yields the pixels; a subclass may find the placeholder's id meanwhile."""
         yield pixels
 
+    @property
+    def image_token_index(self) -> int | None:
+        """The placeholder's id, of the config; may be set."""
+        return self.config.image_token_index
+
+    @image_token_index.setter
+    def image_token_index(self, value: int) -> None:
+        self.config.image_token_index = value
+
     _resizing = False
 
     def tie_weights(self, *args: Any, **kwargs: Any) -> None:
