@@ -14,7 +14,8 @@ import torch
 from torch import nn
 
 import mllama
-from mllama.dropin.model import LLAMA32_CONFIG, Llama3Model
+from mllama.dropin.config import LLAMA32_CONFIG
+from mllama.dropin.text import Llama3Model
 from mllama.processing.image import load_picture
 
 PICTURE = Path(__file__).parent / "pictures" / "drawn.png"

@@ -1,10 +1,8 @@
-"""A model's tokenizer, config and weights from the hub: `python dev/get_tokenizer.py [ID DIR]`;
-PaliGemma where nothing is said.
-"""
+"""A model's files from the hub: `python dev/get_tokenizer.py [ID DIR]`; PaliGemma by default."""
 
 import sys
 
-from mllama.dropin.commands.get_tokenizer import main
+from mllama.dropin.commands import run
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(run("dev/get_tokenizer.py"))

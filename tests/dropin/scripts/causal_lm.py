@@ -1,5 +1,4 @@
 import torch
-
 from model import KVCache, Llama3ForCausalLM, LLAMA32Config
 
 config = LLAMA32Config(

@@ -1,6 +1,4 @@
 import torch
-
-import mllama
 from model import (
     Linear_LORA,
     MLLAMAConfig,
@@ -9,6 +7,8 @@ from model import (
     convert_to_lora,
     replace_linear_with_lora,
 )
+
+import mllama
 
 vision_config = {
     "hidden_size": 32,

@@ -1,5 +1,4 @@
 import torch
-
 from model import LLAMA32_CONFIG, Linear_LORA, Llama3Model
 
 

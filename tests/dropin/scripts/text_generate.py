@@ -1,7 +1,6 @@
 import torch
-from safetensors.torch import load_file
-
 from model import LLAMA32_CONFIG, Llama3Model, Tokenizer, generate, load_weights_into_llama
+from safetensors.torch import load_file
 
 LLAMA32_CONFIG.update(
     {
