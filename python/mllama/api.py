@@ -29,7 +29,7 @@ from mllama.checkpoints.models import load_opened
 from mllama.device import choose_device, choose_dtype, dtype_name
 from mllama.hf.modeling import MllamaForConditionalGeneration
 from mllama.hf.siglip import SiglipModel
-from mllama.lora.files import load_lora
+from mllama.lora.loading import load_lora
 from mllama.lora.peft import CONFIG as ADAPTER_CONFIG
 from mllama.lora.peft import adapted_model
 from mllama.processing.auto import encode_batch, encode_messages, load_processor

@@ -16,10 +16,12 @@ from mllama.checkpoints.files import listing
 from mllama.config.checks import check_choice
 from mllama.hf.built import check_built
 from mllama.hf.configs import NO_PREDICTIONS
-from mllama.lora.files import load_lora, own_adapters, save_adapter_folder
+from mllama.lora.adapters import own_adapters
 from mllama.lora.layer import lora_layers
+from mllama.lora.loading import load_lora
 from mllama.lora.peft import CONFIG as ADAPTER_CONFIG
 from mllama.lora.peft import adapted_model, is_peft
+from mllama.lora.saving import save_adapter_folder
 from mllama.nn.wrappers import given_out, is_sharded, may_write, plain_key, whole
 
 if TYPE_CHECKING:  # a mixin of that class, not a subclass: its own methods come first
