@@ -37,9 +37,9 @@ def main(arguments: list[str] | None = None) -> None:
         ).last_hidden_state.float()  # [1, patches, hidden]
     side = round(features.shape[1] ** 0.5)
     print(f"{features.shape[1]} patches, {side} x {side}, of {features.shape[2]} features each")
-    centre = features[0, side // 2 * side + side // 2]
-    likeness = torch.cosine_similarity(features[0], centre, dim=-1).clamp(0, 1).view(side, side)
-    for row in (likeness * (len(SHADES) - 1)).round().int().tolist():
+    center = features[0, side // 2 * side + side // 2]
+    similarity = torch.cosine_similarity(features[0], center, dim=-1).clamp(0, 1).view(side, side)
+    for row in (similarity * (len(SHADES) - 1)).round().int().tolist():
         print("".join(SHADES[shade] * 2 for shade in row))
 
 

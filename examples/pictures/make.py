@@ -1,4 +1,4 @@
-"""Draws the demo's two pictures: shapes on white, and shapes on a photograph. Needs scikit-image
+"""Draws the demo's two images: shapes on white, and shapes on a photograph. Needs scikit-image
 for the photograph.
 
 The photograph is Chelsea the cat by Stefan van der Walt, CC0, as scikit-image carries it. The
@@ -28,17 +28,17 @@ def polygon(
 def draw(
     background: Image.Image, shapes: list[tuple[str, str, float, float, float]]
 ) -> Image.Image:
-    """The background with (shape, colour, x, y, radius) on it, in pixels."""
+    """The background with (shape, color, x, y, radius) on it, in pixels."""
     large = background.resize(
         [OVERSAMPLING * side for side in background.size], Image.Resampling.BICUBIC
     )
     pen = ImageDraw.Draw(large)
-    for shape, colour, *place in shapes:
+    for shape, color, *place in shapes:
         x, y, radius = (OVERSAMPLING * value for value in place)
         if shape == "circle":
-            pen.ellipse((x - radius, y - radius, x + radius, y + radius), fill=colour)
+            pen.ellipse((x - radius, y - radius, x + radius, y + radius), fill=color)
         elif shape == "square":
-            pen.rectangle((x - radius, y - radius, x + radius, y + radius), fill=colour)
+            pen.rectangle((x - radius, y - radius, x + radius, y + radius), fill=color)
         else:
             pen.polygon(
                 polygon(
@@ -48,7 +48,7 @@ def draw(
                     radius,
                     0.45 if shape == "star" else 1.0,
                 ),
-                fill=colour,
+                fill=color,
             )
     return large.resize(background.size, Image.Resampling.BOX)
 

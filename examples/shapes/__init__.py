@@ -1,3 +1,3 @@
-"""Generated pictures of simple shapes, with questions, answers and dense labels: what the embedded
+"""Generated images of simple shapes, with questions, answers and dense labels: what the embedded
 model learns from.
 """

@@ -68,10 +68,10 @@ class DenseHeads(nn.Module):
     training.
     """
 
-    # "nothing here" is most of every picture: it counts less
-    NOTHING = {"shape": 0.3, "colour": 0.3, "centre": 0.1, "character": 0.1}
+    # "nothing here" is most of every image: it counts less
+    NOTHING = {"shape": 0.3, "color": 0.3, "center": 0.1, "character": 0.1}
     WEIGHTS = {
-        "shape": 2.0, "colour": 1.0, "position": 0.5, "objects": 0.3, "same_colour": 0.3, "same_shape": 0.3, "rank": 0.3, "centre": 1.0,
+        "shape": 2.0, "color": 1.0, "position": 0.5, "objects": 0.3, "same_color": 0.3, "same_shape": 0.3, "rank": 0.3, "center": 1.0,
         "character": 1.0, "place": 0.4,
     }  # fmt: skip
 

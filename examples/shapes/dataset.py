@@ -1,4 +1,4 @@
-"""Batches of generated pictures, made in a worker process while the model trains."""
+"""Batches of generated images, made in a worker process while the model trains."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from .tokenizer import build_tokenizer
 
 # yes or no carries one bit and is learned last, so training asks for it more often than the
 # evaluation does
-TRAINING_WEIGHTS = {"colour": 0.2, "shape": 0.2, "where": 0.2, "exists": 0.3, "count": 0.1}
+TRAINING_WEIGHTS = {"color": 0.2, "shape": 0.2, "where": 0.2, "exists": 0.3, "count": 0.1}
 HELD_OUT_SEED = (
     1 << 40
-)  # pictures of the evaluation are numbered from here; training never comes that far
+)  # images of the evaluation are numbered from here; training never comes that far
 
 
 @dataclass
@@ -41,16 +41,16 @@ class Batch:
     labels: torch.Tensor
 
 
-def picture_rng(seed: int, number: int) -> np.random.Generator:
-    """The random numbers of one picture: equal for equal (seed, number) on every machine."""
+def image_rng(seed: int, number: int) -> np.random.Generator:
+    """The random numbers of one image: equal for equal (seed, number) on every machine."""
     return np.random.default_rng([seed, number])
 
 
-def pixels_of(picture: Image.Image, size: int) -> np.ndarray:
+def pixels_of(image: Image.Image, size: int) -> np.ndarray:
     """uint8 [size, size, 3], squashed to a square with Pillow's bicubic resize, as the processor
     does.
     """
-    return np.asarray(picture.convert("RGB").resize((size, size), Image.Resampling.BICUBIC))
+    return np.asarray(image.convert("RGB").resize((size, size), Image.Resampling.BICUBIC))
 
 
 def encode_turns(
@@ -90,8 +90,8 @@ def curriculum(progress: float) -> Recipe:
     )
 
 
-class Pictures(IterableDataset):
-    """Endless batches; batch n holds pictures n * batch ... of `seed`, whatever was drawn before,
+class ImageBatches(IterableDataset):
+    """Endless batches; batch n holds images n * batch ... of `seed`, whatever was drawn before,
     so that a run resumes exactly.
     """
 
@@ -131,7 +131,7 @@ class Pictures(IterableDataset):
         grid = self.size // self.patch
         rows = []
         for i in range(number * self.batch, (number + 1) * self.batch):
-            rng = picture_rng(self.seed, i)
+            rng = image_rng(self.seed, i)
             scene = make_scene(rng, recipe, grid)
             turns = ask(scene, rng, self.turns, describe=0.4, weights=TRAINING_WEIGHTS)
             if (
@@ -146,7 +146,7 @@ def collate(
     rows: list[tuple[Scene, list[Turn]]], tokenizer, size: int, grid: int, limit: int = 176
 ) -> Batch:
     """Puts scenes and turns together into one batch."""
-    pixels = torch.from_numpy(np.stack([pixels_of(scene.picture, size) for scene, _ in rows]))
+    pixels = torch.from_numpy(np.stack([pixels_of(scene.image, size) for scene, _ in rows]))
     dense = [dense_labels(scene, grid) for scene, _ in rows]
     classes = torch.from_numpy(np.stack([c for c, _ in dense]).astype(np.int64))
     offsets = torch.from_numpy(np.stack([o for _, o in dense]))
@@ -168,7 +168,7 @@ def batches(
     seed: int, batch: int, total: int, start: int = 0, turns: int = 14, workers: int = 1, **shape
 ) -> Iterator[Batch]:
     """Batches in order, made by `workers` processes."""
-    data = Pictures(seed, batch, total, start, turns, **shape)
+    data = ImageBatches(seed, batch, total, start, turns, **shape)
     return iter(
         DataLoader(
             data, batch_size=None, num_workers=workers, prefetch_factor=8 if workers else None
@@ -179,12 +179,12 @@ def batches(
 def held_out(
     count: int, seed: int = 0, turns: int = 8, recipe: Recipe = HELD_OUT, grid: int = 12
 ) -> list[tuple[Scene, list[Turn]]]:
-    """`count` pictures that no training run ever sees, with their questions; they may show a
+    """`count` images that no training run ever sees, with their questions; they may show a
     photograph that training leaves out.
     """
     rows = []
     for i in range(count):
-        rng = picture_rng(seed, HELD_OUT_SEED + i)
+        rng = image_rng(seed, HELD_OUT_SEED + i)
         scene = make_scene(rng, recipe, grid)
         rows.append((scene, ask(scene, rng, turns, describe=1.0)))
     return rows

@@ -91,14 +91,14 @@ def shape_masks(
     """Draws one shape inside a circle of `radius` pixels.
 
     Returns:
-        (mask, hull, outline): "L" pictures of one size with the shape in the middle; hull also
+        (mask, hull, outline): "L" images of one size with the shape in the middle; hull also
         covers a ring's hole, outline (None for most) is a stroke along the edge.
     """
     if shape not in SHAPES:
         raise ValueError(f"shape must be one of {SHAPES}, got {shape!r}")
     over = (4 if radius < 60 else 2) if smooth else 1
     size = 2 * math.ceil(radius) + 2
-    centre, r = size * over / 2, radius * over
+    center, r = size * over / 2, radius * over
     mask = Image.new("L", (size * over, size * over), 0)
     draw = ImageDraw.Draw(mask)
     stroke = max(1.0, radius * rng.uniform(0.05, 0.12)) * over if rng.random() < 0.25 else 0.0
@@ -108,19 +108,19 @@ def shape_masks(
         pen = ImageDraw.Draw(outline)
     hull = mask
     if shape in ("circle", "ring"):
-        box = (centre - r, centre - r, centre + r - 1, centre + r - 1)
+        box = (center - r, center - r, center + r - 1, center + r - 1)
         draw.ellipse(box, fill=255)
         if shape == "ring":
             hull = mask.copy()
             inner = r * rng.uniform(0.45, 0.82)
             draw.ellipse(
-                (centre - inner, centre - inner, centre + inner - 1, centre + inner - 1), fill=0
+                (center - inner, center - inner, center + inner - 1, center + inner - 1), fill=0
             )
             outline = None
         elif outline is not None:
             pen.ellipse(box, outline=255, width=max(1, round(stroke)))
     else:
-        points = _POLYGONS[shape](rng) * r + centre
+        points = _POLYGONS[shape](rng) * r + center
         corners = [tuple(p) for p in points.tolist()]
         draw.polygon(corners, fill=255)
         if outline is not None:
@@ -175,7 +175,7 @@ def text_mask(
     """Writes `text` in a font of about `height` pixels.
 
     Returns:
-        (mask, boxes): an "L" picture cropped to the ink, and (left, top, right, bottom) of each
+        (mask, boxes): an "L" image cropped to the ink, and (left, top, right, bottom) of each
         character in it, in pixels.
     """
     font = _font(int(rng.integers(len(_font_files()) + 2)), max(8, height))

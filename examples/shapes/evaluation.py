@@ -1,4 +1,4 @@
-"""Accuracy by kind of question on pictures that training never saw."""
+"""Accuracy by kind of question on images that training never saw."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from PIL import Image
 
 from .dataset import held_out, pixels_of
 from .drawing import SHAPES
-from .palette import COLOURS
+from .palette import COLORS
 from .questions import KINDS, Turn
 
-TARGET_KINDS = ("colour", "shape", "where", "exists")
+TARGET_KINDS = ("color", "shape", "where", "exists")
 
 
 @dataclass
 class Case:
-    """One picture with questions; `objects` is how many it has."""
+    """One image with questions; `objects` is how many it has."""
 
-    picture: Image.Image
+    image: Image.Image
     turns: list[Turn]
     objects: int
     background: str = "flat"
@@ -30,14 +30,14 @@ class Case:
 def held_out_cases(count: int, seed: int = 0, turns: int = 8) -> list[Case]:
     """Cases from the generator's held-out numbers."""
     return [
-        Case(scene.picture, asked, len(scene.objects), scene.background)
+        Case(scene.image, asked, len(scene.objects), scene.background)
         for scene, asked in held_out(count, seed, turns)
     ]
 
 
 def named_objects(sentence: str) -> Counter:
-    """The (colour, shape) pairs that a description names, as a multiset; texts count too."""
-    pairs = re.findall(rf"\b({'|'.join(COLOURS)}) ({'|'.join(SHAPES)})\b", sentence.lower())
+    """The (color, shape) pairs that a description names, as a multiset; texts count too."""
+    pairs = re.findall(rf"\b({'|'.join(COLORS)}) ({'|'.join(SHAPES)})\b", sentence.lower())
     texts = re.findall(r"\bthe (number|word) (\w+)", sentence.lower())
     return Counter(pairs) + Counter(texts)
 
@@ -69,7 +69,7 @@ def answer_all(
     for start in range(0, len(cases), batch):
         pixels = torch.stack(
             [
-                torch.from_numpy(pixels_of(case.picture, size).copy())
+                torch.from_numpy(pixels_of(case.image, size).copy())
                 for case in cases[start : start + batch]
             ]
         )
@@ -101,7 +101,7 @@ def answer_all(
 
 
 def evaluate(model, tokenizer, cases: list[Case], mistakes: list | None = None) -> dict:
-    """Shares of right answers: by kind, on pictures of one to three objects by kind, and over the
+    """Shares of right answers: by kind, on images of one to three objects by kind, and over the
     four target kinds there.
 
     `mistakes`, where given, receives (case, turn, answer) of every wrong answer.

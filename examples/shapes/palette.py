@@ -1,10 +1,10 @@
-"""The ten colour names and the RGB values that people draw when they say them."""
+"""The ten color names and the RGB values that people draw when they say them."""
 
 from __future__ import annotations
 
 import numpy as np
 
-# The first entry of each row is the CSS colour of that name and is drawn most often; the rest are
+# The first entry of each row is the CSS color of that name and is drawn most often; the rest are
 # other libraries' choices (matplotlib's cycle, flat user-interface palettes). Values that two names
 # could claim are left out.
 PALETTE: dict[str, list[tuple[int, int, int]]] = {
@@ -74,11 +74,11 @@ PALETTE: dict[str, list[tuple[int, int, int]]] = {
     "black": [(0, 0, 0), (15, 15, 15), (30, 30, 30)],
     "white": [(255, 255, 255), (248, 248, 248), (255, 255, 255)],
 }
-COLOURS = list(PALETTE)
+COLORS = list(PALETTE)
 
 
 def shade(name: str, rng: np.random.Generator) -> tuple[int, int, int]:
-    """One RGB value for a colour name: the CSS value two times in five, else a variant, a little
+    """One RGB value for a color name: the CSS value two times in five, else a variant, a little
     jittered half the time.
     """
     choices = PALETTE[name]
@@ -91,7 +91,7 @@ def shade(name: str, rng: np.random.Generator) -> tuple[int, int, int]:
 
 
 def contrast(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """How different two RGB colours look: a weighted distance in 0..~765 ("redmean"); inputs [...,
+    """How different two RGB colors look: a weighted distance in 0..~765 ("redmean"); inputs [...,
     3] in 0..255.
     """
     a, b = np.asarray(a, np.float32), np.asarray(b, np.float32)

@@ -1,4 +1,4 @@
-"""One picture and everything the generator knows about it."""
+"""One image and everything the generator knows about it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from PIL import Image, ImageFilter
 
 from .backgrounds import HELD_OUT_PHOTOS, KINDS, TRAINING_PHOTOS, background
 from .drawing import SHAPES, shape_masks, text_mask
-from .palette import COLOURS, contrast, shade
+from .palette import COLORS, contrast, shade
 from .words import random_text
 
 POSITIONS = ("left", "right", "top", "bottom", "center")
@@ -18,12 +18,12 @@ POSITIONS = ("left", "right", "top", "bottom", "center")
 
 @dataclass
 class Thing:
-    """An object, or a written text, of a picture. Positions and boxes are in 0..1 of width and
+    """An object, or a written text, of an image. Positions and boxes are in 0..1 of width and
     height.
     """
 
     shape: str  # one of SHAPES, or "text"
-    colour: str
+    color: str
     x: float
     y: float
     coverage: np.ndarray  # float [grid, grid]: how much of every patch its hull covers
@@ -41,9 +41,9 @@ class Thing:
 
 @dataclass
 class Scene:
-    """A finished picture with its objects (left to right) and at most one text."""
+    """A finished image with its objects (left to right) and at most one text."""
 
-    picture: Image.Image
+    image: Image.Image
     objects: list[Thing]
     text: Thing | None
     background: str
@@ -51,13 +51,13 @@ class Scene:
 
 @dataclass
 class Recipe:
-    """How hard the pictures are. The curriculum moves these; the defaults are the final mixture."""
+    """How hard the images are. The curriculum moves these; the defaults are the final mixture."""
 
     counts: tuple[float, ...] = (0.26, 0.24, 0.2, 0.1, 0.1, 0.1)  # one to six objects
     backgrounds: tuple[float, ...] = (0.5, 0.15, 0.15, 0.2)  # in the order of KINDS
     text_only: float = 0.06
     text_beside: float = 0.05
-    smallest: float = 0.09  # radius of an object, in shorter sides of the picture
+    smallest: float = 0.09  # radius of an object, in shorter sides of the image
     random_text: float = 0.5  # share of words that are made of random letters
     photos: tuple[str, ...] = TRAINING_PHOTOS
 
@@ -71,7 +71,7 @@ HELD_OUT = Recipe(
 
 
 def position_name(x: float, y: float) -> str | None:
-    """The unambiguous name of a place in the picture, or None."""
+    """The unambiguous name of a place in the image, or None."""
     u, v = x - 0.5, y - 0.5
     a, b = abs(u), abs(v)
     if max(a, b) < 0.11:
@@ -84,7 +84,7 @@ def position_name(x: float, y: float) -> str | None:
 
 
 def _place(region: str | None, rng: np.random.Generator) -> tuple[float, float]:
-    """A centre in 0..1, inside a named region when one is asked for."""
+    """A center in 0..1, inside a named region when one is asked for."""
     if region is None:
         return rng.random(), rng.random()
     if region == "center":
@@ -106,7 +106,7 @@ def _coverage(
 
 
 def _visible(rgb: tuple[int, int, int], behind: np.ndarray, inside: np.ndarray) -> bool:
-    """True when a colour stands out from what is behind and around it."""
+    """True when a color stands out from what is behind and around it."""
     pixels = behind[inside]
     if not len(pixels):
         return False
@@ -115,10 +115,10 @@ def _visible(rgb: tuple[int, int, int], behind: np.ndarray, inside: np.ndarray) 
 
 
 def make_scene(rng: np.random.Generator, recipe: Recipe | None = None, grid: int = 12) -> Scene:
-    """Draws one picture.
+    """Draws one image.
 
     Args:
-        rng: every choice comes from it, so that one seed always gives one picture.
+        rng: every choice comes from it, so that one seed always gives one image.
         recipe: the mixture; the final one when None.
         grid: patches a side of the dense labels.
     """
@@ -144,16 +144,16 @@ def make_scene(rng: np.random.Generator, recipe: Recipe | None = None, grid: int
     limit = {0: 0.3, 1: 0.36, 2: 0.26, 3: 0.22}.get(count, 0.18)
     same = (
         rng.random()
-    )  # some pictures repeat a shape or a colour, so that counting and telling apart mean something
+    )  # some images repeat a shape or a color, so that counting and telling apart mean something
     shapes = [SHAPES[i] for i in rng.integers(6, size=count)]
-    colours = [COLOURS[i] for i in rng.integers(10, size=count)]
+    colors = [COLORS[i] for i in rng.integers(10, size=count)]
     if count > 1 and same < 0.2:
         shapes = [shapes[0] if rng.random() < 0.6 else s for s in shapes]
     elif count > 1 and same < 0.4:
-        colours = [colours[0] if rng.random() < 0.6 else c for c in colours]
+        colors = [colors[0] if rng.random() < 0.6 else c for c in colors]
     objects = []
-    for shape, colour in zip(shapes, colours, strict=True):
-        thing = _add_object(canvas, taken, shape, colour, smooth, limit, grid, rng, recipe)
+    for shape, color in zip(shapes, colors, strict=True):
+        thing = _add_object(canvas, taken, shape, color, smooth, limit, grid, rng, recipe)
         if thing is not None:
             objects.append(thing)
     if not objects and text is None:
@@ -162,7 +162,7 @@ def make_scene(rng: np.random.Generator, recipe: Recipe | None = None, grid: int
     return Scene(_finish(canvas, rng), objects, text, kind)
 
 
-def _add_object(canvas, taken, shape, colour, smooth, limit, grid, rng, recipe) -> Thing | None:
+def _add_object(canvas, taken, shape, color, smooth, limit, grid, rng, recipe) -> Thing | None:
     width, height = canvas.size
     short = min(width, height)
     for attempt in range(24):
@@ -180,8 +180,8 @@ def _add_object(canvas, taken, shape, colour, smooth, limit, grid, rng, recipe) 
         ):
             continue
         if attempt % 6 == 5:
-            colour = COLOURS[rng.integers(10)]
-        rgb = shade(colour, rng)
+            color = COLORS[rng.integers(10)]
+        rgb = shade(color, rng)
         mask, hull, outline = shape_masks(shape, radius, smooth, rng)
         left, top = round(cx - mask.width / 2), round(cy - mask.height / 2)
         box = (left, top, left + mask.width, top + mask.height)
@@ -192,7 +192,7 @@ def _add_object(canvas, taken, shape, colour, smooth, limit, grid, rng, recipe) 
         if outline is not None:
             ink = (
                 (0, 0, 0)
-                if colour != "black" and rng.random() < 0.6
+                if color != "black" and rng.random() < 0.6
                 else tuple(int(v * 0.6) for v in rgb)
             )
             canvas.paste(ink, box, outline)
@@ -201,7 +201,7 @@ def _add_object(canvas, taken, shape, colour, smooth, limit, grid, rng, recipe) 
         silhouette = np.asarray(mask.resize((8, 8), Image.Resampling.BOX), np.float32) / 255
         return Thing(
             shape,
-            colour,
+            color,
             cx / width,
             cy / height,
             _coverage(hull, left, top, canvas.size, grid),
@@ -237,18 +237,18 @@ def _add_text(canvas, taken, alone, grid, rng, recipe) -> Thing | None:
     everywhere = np.ones(behind.shape[:2], bool)
     dark = behind.mean() < 110
     for attempt in range(12):
-        colour = (
+        color = (
             ("white" if dark else "black")
             if attempt == 0 and rng.random() < 0.6
-            else COLOURS[rng.integers(10)]
+            else COLORS[rng.integers(10)]
         )
-        rgb = shade(colour, rng)
+        rgb = shade(color, rng)
         if _visible(rgb, behind, everywhere):
             break
     else:
         plate = (255, 255, 255) if rng.random() < 0.7 else (0, 0, 0)  # a plate behind the letters
         canvas.paste(plate, (left - 3, top - 3, box[2] + 3, box[3] + 3))
-        colour, rgb = ("black", (0, 0, 0)) if plate[0] else ("white", (255, 255, 255))
+        color, rgb = ("black", (0, 0, 0)) if plate[0] else ("white", (255, 255, 255))
     canvas.paste(rgb, box, mask)
     taken.append((left - 2, top - 2, box[2] + 2, box[3] + 2))
     places = [
@@ -258,12 +258,12 @@ def _add_text(canvas, taken, alone, grid, rng, recipe) -> Thing | None:
     solid = Image.new("L", mask.size, 255)
     x, y = (left + mask.width / 2) / width, (top + mask.height / 2) / height
     return Thing(
-        "text", colour, x, y, _coverage(solid, left, top, canvas.size, grid), None, text, places
+        "text", color, x, y, _coverage(solid, left, top, canvas.size, grid), None, text, places
     )
 
 
 def _finish(canvas: Image.Image, rng: np.random.Generator) -> Image.Image:
-    """What happens to pictures on their way: a little blur, JPEG or PNG."""
+    """What happens to images on their way: a little blur, JPEG or PNG."""
     if rng.random() < 0.15:
         canvas = canvas.filter(
             ImageFilter.GaussianBlur(float(rng.uniform(0.3, 1.1)) * min(canvas.size) / 160)

@@ -29,15 +29,15 @@ STATE = (
     "exp_avg",
     "exp_avg_sq",
     "momentum_buffer",
-)  # what the optimisers remember of a parameter
+)  # what the optimizers remember of a parameter
 
 
 @dataclass
 class Plan:
-    """How long, how fast. Lengths are pictures."""
+    """How long, how fast. Lengths are images."""
 
     pictures: int = 84_000
-    tower: float = 0.36  # share of the pictures on which the tower alone learns
+    tower: float = 0.36  # share of the images on which the tower alone learns
     frozen: float = 0.1  # share, after that, on which the decoder learns while the tower rests
     batch: int = 16
     turns: int = 14
@@ -45,7 +45,7 @@ class Plan:
     decoder_rate: float = 2e-3
     joint_rate: float = 0.8  # of the tower, in the last phase, as a share of `rate`
     warmup: int = 1600
-    decay: float = 0.4  # share of the pictures, at the end, over which the rate falls to nothing
+    decay: float = 0.4  # share of the images, at the end, over which the rate falls to nothing
     weight_decay: float = 0.02
     dense_weight: float = 0.4  # of the dense loss beside the answers' loss
     average: float = (
@@ -98,14 +98,14 @@ class Run:
         }
         self.average = {name: p.detach().clone() for name, p in self.parameters.items()}
         groups = self._groups()
-        self.optimisers = [
+        self.optimizers = [
             torch.optim.AdamW(
                 [g for g in groups if not g["muon"]], lr=plan.rate, betas=(0.9, 0.98), eps=1e-8
             )
         ]
         if plan.muon:
             matrices = [g for g in groups if g["muon"]]
-            self.optimisers.append(
+            self.optimizers.append(
                 torch.optim.Muon(
                     matrices, lr=plan.rate, momentum=0.95, adjust_lr_fn="match_rms_adamw"
                 )
@@ -160,14 +160,14 @@ class Run:
             loss = loss + answers
             shown = {"answers": answers.item(), "tokens": accuracy}
         self._set_rates(phase)
-        for optimiser in self.optimisers:
-            optimiser.zero_grad(set_to_none=True)
+        for optimizer in self.optimizers:
+            optimizer.zero_grad(set_to_none=True)
         loss.backward()
         norm = nn.utils.clip_grad_norm_(
             [p for p in self.parameters.values() if p.grad is not None], 1.0
         )
-        for optimiser in self.optimisers:
-            optimiser.step()
+        for optimizer in self.optimizers:
+            optimizer.step()
         self.seen += len(pixels)
         self.steps += 1
         keep = min(self.plan.average, 1 - 1 / (1 + self.steps / 10))
@@ -197,7 +197,7 @@ class Run:
         factor = self.plan.factor(self.seen)
         start = (self.plan.tower) * self.plan.pictures  # the decoder has a warm-up of its own
         warm = min(1.0, max(0.0, self.seen - start + self.plan.batch) / self.plan.warmup)
-        for group in (group for optimiser in self.optimisers for group in optimiser.param_groups):
+        for group in (group for optimizer in self.optimizers for group in optimizer.param_groups):
             if group["part"] == "tower":
                 group["lr"] = (
                     self.plan.rate * factor * (self.plan.joint_rate if phase == "joint" else 1.0)
@@ -211,7 +211,7 @@ class Run:
     def train(
         self, progress, save_every: float = 120.0, check_every: float = 900.0, workers: int = 1
     ) -> None:
-        """Trains until the plan's pictures are seen; `progress` is a tqdm bar. Times are seconds of
+        """Trains until the plan's images are seen; `progress` is a tqdm bar. Times are seconds of
         this process's work.
         """
         plan = self.plan
@@ -238,7 +238,7 @@ class Run:
                     "answers",
                     "tokens",
                     "patch shape",
-                    "patch colour",
+                    "patch color",
                     "patch character",
                 )
                 progress.set_postfix_str(
@@ -264,7 +264,7 @@ class Run:
             self.check(progress, pictures=400)
 
     def check(self, progress, pictures: int | None = None) -> dict:
-        """Accuracy of the averaged weights on a few held-out pictures, appended to checks.jsonl."""
+        """Accuracy of the averaged weights on a few held-out images, appended to checks.jsonl."""
         with self._averaged():
             figures = evaluate(
                 self.model, self.tokenizer, held_out_cases(pictures or self.check_pictures)
@@ -300,7 +300,7 @@ class Run:
             f"average.{n}": a for n, a in self.average.items()
         }
         for name, p in self.parameters.items():
-            state = next((o.state[p] for o in self.optimisers if p in o.state), {})
+            state = next((o.state[p] for o in self.optimizers if p in o.state), {})
             for key in STATE:
                 if key in state:
                     tensors[f"state.{key}.{name}"] = torch.as_tensor(
@@ -342,7 +342,7 @@ class Run:
                 if state:
                     owner = next(
                         o
-                        for o in self.optimisers
+                        for o in self.optimizers
                         if any(p is q for g in o.param_groups for q in g["params"])
                     )
                     owner.state[p] = state
@@ -376,7 +376,7 @@ class Run:
 
 
 def draw_curve(history: list[dict], file: Path) -> None:
-    """The losses and the share of right labels over the pictures, as a small PNG."""
+    """The losses and the share of right labels over the images, as a small PNG."""
     if len(history) < 2:
         return
     import matplotlib
@@ -386,7 +386,7 @@ def draw_curve(history: list[dict], file: Path) -> None:
 
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(9, 3.2), dpi=90)
     x = [row["pictures"] for row in history]
-    for name, axis in (("dense", left), ("answers", left), ("tokens", right), ("patch shape", right), ("patch colour", right),
+    for name, axis in (("dense", left), ("answers", left), ("tokens", right), ("patch shape", right), ("patch color", right),
                        ("patch character", right)):  # fmt: skip
         points = [(p, row[name]) for p, row in zip(x, history, strict=True) if name in row]
         if points:

@@ -1,4 +1,4 @@
-"""What is written in the pictures: numbers of one to four digits, common short words, and random
+"""What is written in the images: numbers of one to four digits, common short words, and random
 letters.
 """
 
