@@ -194,7 +194,7 @@ __all__ = [
     "HEADS",
     "KINDS",
     "Batch",
-    "Pictures",
+    "ImageBatches",
     "batches",
     "collate",
     "curriculum",
