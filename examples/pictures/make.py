@@ -1,8 +1,7 @@
-"""Draws the demo's two images: shapes on white, and shapes on a photograph. Needs scikit-image
-for the photograph.
+"""Draw the demo's two images: shapes on white, and shapes on a photograph (needs scikit-image).
 
-The photograph is Chelsea the cat by Stefan van der Walt, CC0, as scikit-image carries it. The
-embedded model was not trained on it.
+The photograph is Chelsea the cat by Stefan van der Walt (CC0), from scikit-image. The embedded
+model was not trained on it.
 """
 
 import math
@@ -12,13 +11,13 @@ from PIL import Image, ImageDraw
 from skimage import data
 
 HERE = Path(__file__).parent
-OVERSAMPLING = 4  # shapes are drawn this many times larger, then shrunk: smooth edges
+OVERSAMPLING = 4  # shapes are drawn this many times larger and reduced, for smooth edges
 
 
 def polygon(
     corners: int, x: float, y: float, radius: float, inner: float = 1.0
 ) -> list[tuple[float, float]]:
-    """Corners on a circle, the first on top; with `inner` below 1 a star."""
+    """Corners on a circle, starting at the top. With `inner` below 1, a star."""
     count = corners if inner == 1 else 2 * corners
     radii = [radius * (inner if inner != 1 and i % 2 else 1) for i in range(count)]
     angles = [2 * math.pi * i / count - math.pi / 2 for i in range(count)]
@@ -28,7 +27,7 @@ def polygon(
 def draw(
     background: Image.Image, shapes: list[tuple[str, str, float, float, float]]
 ) -> Image.Image:
-    """The background with (shape, color, x, y, radius) on it, in pixels."""
+    """Draw (shape, color, x, y, radius) on a background, in pixels."""
     large = background.resize(
         [OVERSAMPLING * side for side in background.size], Image.Resampling.BICUBIC
     )

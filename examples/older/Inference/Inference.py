@@ -1,5 +1,6 @@
-"""One question about one picture: `python Inference/Inference.py --image FILE --prompt TEXT
---model-id ID`.
+"""Answer one question about an image.
+
+python Inference/Inference.py --image FILE --prompt TEXT --model-id ID
 """
 
 import sys

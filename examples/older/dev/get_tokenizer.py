@@ -1,5 +1,6 @@
-"""A model's tokenizer, config and weights from the hub: `python dev/get_tokenizer.py [ID DIR]`;
-PaliGemma where nothing is said.
+"""Download a model's tokenizer, config and weights: `python dev/get_tokenizer.py [ID DIR]`.
+
+The default is PaliGemma.
 """
 
 import sys

@@ -1,5 +1,6 @@
-"""One answer: `python dev/inference.py --model_path DIR --prompt TEXT --image_file_path FILE`, with
-the options of ../inference.py.
+"""Answer one prompt, with the options of ../inference.py.
+
+python dev/inference.py --model_path DIR --prompt TEXT --image_file_path FILE
 """
 
 import sys
