@@ -1,6 +1,4 @@
-"""What stands behind the objects: flat colors, noise, gradients and crops of scikit-image's sample
-photographs.
-"""
+"""Backgrounds: flat colors, noise, gradients and crops of scikit-image's sample photographs."""
 
 from __future__ import annotations
 
@@ -10,10 +8,11 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-# These come inside scikit-image's wheel: no download. The last two are never trained on: the first
-# is kept for demonstrations, the second for the held-out images.
+# Included in scikit-image's wheel, so no download is needed. DEMO_PHOTOS and HELD_OUT_PHOTOS are
+# never trained on.
 TRAINING_PHOTOS = (
-    "astronaut.png", "rocket.jpg", "hubble_deep_field.jpg", "ihc.png", "motorcycle_left.png", "retina.jpg",
+    "astronaut.png", "rocket.jpg", "hubble_deep_field.jpg", "ihc.png", "motorcycle_left.png",
+    "retina.jpg",
     "brick.png", "grass.png", "gravel.png", "camera.png", "moon.png",
 )  # fmt: skip
 DEMO_PHOTOS = ("chelsea.png",)
@@ -59,7 +58,7 @@ def background(
             "RGB", (width, height), tuple(int(v) for v in np.clip(_color(rng), 0, 255))
         )
     if kind == "noise":
-        step = int(rng.integers(1, 5))  # coarse noise is drawn small and enlarged
+        step = int(rng.integers(1, 5))  # coarse noise is drawn small and upscaled
         small = (height // step + 1, width // step + 1, 3 if rng.random() < 0.5 else 1)
         noise = rng.normal(0, rng.uniform(4, 28), size=small).astype(np.float32)
         pixels = np.broadcast_to(np.clip(_color(rng) + noise, 0, 255), (*small[:2], 3)).astype(

@@ -1,4 +1,4 @@
-"""Batches of generated images, made in a worker process while the model trains."""
+"""Batches of generated images, made in worker processes during training."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from .questions import KINDS, Turn, ask
 from .scene import HELD_OUT, Recipe, Scene, make_scene
 from .tokenizer import build_tokenizer
 
-# yes or no carries one bit and is learned last, so training asks for it more often than the
-# evaluation does
+# Yes/no questions carry one bit and are learned last, so training asks them more often than the
+# evaluation.
 TRAINING_WEIGHTS = {"color": 0.2, "shape": 0.2, "where": 0.2, "exists": 0.3, "count": 0.1}
 HELD_OUT_SEED = (
     1 << 40
@@ -42,22 +42,20 @@ class Batch:
 
 
 def image_rng(seed: int, number: int) -> np.random.Generator:
-    """The random numbers of one image: equal for equal (seed, number) on every machine."""
+    """Random generator of one image, the same on every machine."""
     return np.random.default_rng([seed, number])
 
 
 def pixels_of(image: Image.Image, size: int) -> np.ndarray:
-    """uint8 [size, size, 3], squashed to a square with Pillow's bicubic resize, as the processor
-    does.
-    """
+    """uint8 [size, size, 3], resized with Pillow's bicubic filter as in the processor."""
     return np.asarray(image.convert("RGB").resize((size, size), Image.Resampling.BICUBIC))
 
 
 def encode_turns(
     turns: list[Turn], tokenizer, patches: int, limit: int
 ) -> tuple[list[int], list[int]]:
-    """Ids and labels of one conversation: placeholders, then question, newline, answer, <eos> for
-    every turn that still fits.
+    """Ids and labels of one conversation: placeholders, then question, newline, answer and <eos> of
+    every turn that fits.
     """
     ids, labels = [tokenizer.convert_tokens_to_ids("<image>")] * patches, [IGNORE] * patches
     for turn in turns:
@@ -73,8 +71,8 @@ def encode_turns(
 
 
 def curriculum(progress: float) -> Recipe:
-    """From one or two large objects on plain backgrounds to the final mixture, which is reached at
-    a third of the way.
+    """From one or two large objects on plain backgrounds to the final mixture, which is reached
+    after a third of training.
     """
     full = Recipe()
     t = min(1.0, max(0.0, progress) / 0.33)
@@ -91,9 +89,7 @@ def curriculum(progress: float) -> Recipe:
 
 
 class ImageBatches(IterableDataset):
-    """Endless batches; batch n holds images n * batch ... of `seed`, whatever was drawn before,
-    so that a run resumes exactly.
-    """
+    """Infinite batches. Batch n depends on `seed` and n alone, so that a run resumes exactly."""
 
     def __init__(
         self,
@@ -136,7 +132,7 @@ class ImageBatches(IterableDataset):
             turns = ask(scene, rng, self.turns, describe=0.4, weights=TRAINING_WEIGHTS)
             if (
                 turns[-1].kind == "describe" and rng.random() < 0.35
-            ):  # a description is also asked for at once
+            ):  # sometimes ask for a description first
                 turns.insert(0, turns.pop())
             rows.append((scene, turns))
         return collate(rows, tokenizer, self.size, grid)
@@ -145,7 +141,7 @@ class ImageBatches(IterableDataset):
 def collate(
     rows: list[tuple[Scene, list[Turn]]], tokenizer, size: int, grid: int, limit: int = 176
 ) -> Batch:
-    """Puts scenes and turns together into one batch."""
+    """Combine scenes and turns into one batch."""
     pixels = torch.from_numpy(np.stack([pixels_of(scene.image, size) for scene, _ in rows]))
     dense = [dense_labels(scene, grid) for scene, _ in rows]
     classes = torch.from_numpy(np.stack([c for c, _ in dense]).astype(np.int64))

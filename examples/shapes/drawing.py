@@ -1,4 +1,4 @@
-"""The six shapes as anti-aliased masks, and written text with the box of every character."""
+"""Anti-aliased masks of the six shapes, and of text with a box for each character."""
 
 from __future__ import annotations
 
@@ -88,11 +88,11 @@ _POLYGONS = {"square": _square, "triangle": _triangle, "star": _star, "cross": _
 def shape_masks(
     shape: str, radius: float, smooth: bool, rng: np.random.Generator
 ) -> tuple[Image.Image, Image.Image, Image.Image | None]:
-    """Draws one shape inside a circle of `radius` pixels.
+    """Draw one shape inside a circle of `radius` pixels.
 
     Returns:
-        (mask, hull, outline): "L" images of one size with the shape in the middle; hull also
-        covers a ring's hole, outline (None for most) is a stroke along the edge.
+        (mask, hull, outline): "L" images of one size with the shape in the center. hull also covers
+        a ring's hole. outline is a stroke along the edge, usually None.
     """
     if shape not in SHAPES:
         raise ValueError(f"shape must be one of {SHAPES}, got {shape!r}")
@@ -144,7 +144,7 @@ def shape_masks(
 
 @cache
 def _font_files() -> tuple[str, ...]:
-    """DejaVu as matplotlib carries it, so that every machine draws the same letters."""
+    """matplotlib's DejaVu fonts, so that every machine draws the same letters."""
     import matplotlib
 
     folder = Path(matplotlib.__file__).parent / "mpl-data" / "fonts" / "ttf"
@@ -172,7 +172,7 @@ def _font(index: int, size: int) -> ImageFont.FreeTypeFont:
 def text_mask(
     text: str, height: int, rng: np.random.Generator
 ) -> tuple[Image.Image, list[tuple[float, float, float, float]]]:
-    """Writes `text` in a font of about `height` pixels.
+    """Draw `text` in a font of about `height` pixels.
 
     Returns:
         (mask, boxes): an "L" image cropped to the ink, and (left, top, right, bottom) of each

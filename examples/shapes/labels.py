@@ -1,4 +1,4 @@
-"""What the generator knows about every patch: the dense labels that the tower is trained on."""
+"""Dense labels of every patch, on which the vision encoder is trained."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from .palette import COLORS
 from .scene import POSITIONS, Scene
 from .words import CHARACTERS
 
-# name -> number of classes; every head of the auxiliary loss is one row of this table. 0 is
-# "nothing here" where that makes sense.
+# Heads of the auxiliary loss: name -> number of classes. Class 0 is "nothing here" where that
+# applies.
 HEADS: dict[str, int] = {
     "shape": 2 + len(SHAPES),  # nothing, the six shapes, text
     "color": 1 + len(COLORS),  # nothing, the ten colors
-    "position": 1 + len(POSITIONS),  # of the whole object; the last: between two names
-    "objects": 7,  # in the whole image, asked of every patch
+    "position": 1 + len(POSITIONS),  # of the whole object; the last class is "no clear position"
+    "objects": 7,  # in the whole image, the same for every patch
     "same_color": 7,  # objects of this object's color
     "same_shape": 7,
     "rank": 6,  # from the left
@@ -24,18 +24,16 @@ HEADS: dict[str, int] = {
     "place": 6,  # of the character in its text
 }
 IGNORE = -100
-OFFSETS = 2  # and numbers: the way to the object's center, in quarters of the image,
-# and the whole object's outline as 8 x 8 shares of ink: every patch is to know the shape that it is
-# a part of
-SILHOUETTE = 64
+OFFSETS = 2  # regression targets: offset to the object's center, in quarters of the image
+SILHOUETTE = 64  # and the coverage of the whole object, 8 x 8
 
 
 def dense_labels(scene: Scene, grid: int = 12) -> tuple[np.ndarray, np.ndarray]:
-    """Labels of every patch.
+    """Labels of every patch of a scene.
 
     Returns:
-        (classes, numbers): int16 [grid * grid, len(HEADS)] with IGNORE where a label makes no
-        sense, and float32 [grid * grid, OFFSETS + SILHOUETTE] with NaN outside objects.
+        (classes, numbers): int16 [grid * grid, len(HEADS)], IGNORE where a label does not apply,
+        and float32 [grid * grid, OFFSETS + SILHOUETTE], NaN outside objects.
     """
     names = list(HEADS)
     classes = np.full((grid, grid, len(names)), IGNORE, np.int16)
@@ -47,8 +45,8 @@ def dense_labels(scene: Scene, grid: int = 12) -> tuple[np.ndarray, np.ndarray]:
     things = scene.objects + ([scene.text] if scene.text is not None else [])
     if things:
         stack = np.stack([thing.coverage for thing in things])
-        # a patch belongs to the object that covers most of it; an object's best patch is always its
-        # own
+        # A patch belongs to the object that covers most of it; an object's center patch is always
+        # its own.
         owner = np.where(stack.max(0) > 0.25, stack.argmax(0), -1)
         edge = (stack.max(0) > 0.02) & (owner < 0)
         middle = (np.arange(grid) + 0.5) / grid
@@ -78,10 +76,7 @@ def dense_labels(scene: Scene, grid: int = 12) -> tuple[np.ndarray, np.ndarray]:
                 classes[row, column, put["center"]] = 1
             else:
                 _characters(thing, classes, put, grid)
-        for name in (
-            "shape",
-            "color",
-        ):  # a sliver of an object at a patch's edge is nobody's business
+        for name in ("shape", "color"):  # ignore patches that an object barely touches
             plane = classes[..., put[name]]
             plane[edge & (plane == 0)] = IGNORE
     return classes.reshape(grid * grid, len(names)), offsets.reshape(
@@ -105,9 +100,7 @@ def _characters(thing, classes, put, grid) -> None:
             min(grid - 1, int((top + bottom) / 2 * grid)),
             min(grid - 1, int((left + right) / 2 * grid)),
         )
-        share[row, column] += (
-            0.3  # the patch in a character's middle says its name even when the character is thin
-        )
+        share[row, column] += 0.3  # the center patch is labeled even if the character is thin
         mine = (share > 0.3) & (share > best)
         best[mine] = share[mine]
         classes[..., put["character"]][mine] = 1 + CHARACTERS.index(character)

@@ -1,5 +1,5 @@
-"""Images of the same shapes drawn by matplotlib: a check that the model learned shapes and not
-this generator.
+"""Images of the same shapes drawn by matplotlib, to check that the model did not just learn the
+generator.
 """
 
 from __future__ import annotations
@@ -26,8 +26,10 @@ GRAYS = (
     "navy",
 )
 UNSEEN_ON = {
-    "white": ("white", "whitesmoke", "beige"), "black": ("black", "navy", "dimgrey"), "blue": ("navy", "lightblue"), "purple": ("navy",),
-    "brown": ("dimgrey",), "yellow": ("beige",), "pink": ("lightgrey", "beige", "lightblue"), "green": ("dimgrey",),
+    "white": ("white", "whitesmoke", "beige"), "black": ("black", "navy", "dimgrey"),
+        "blue": ("navy", "lightblue"), "purple": ("navy",),
+    "brown": ("dimgrey",), "yellow": ("beige",), "pink": ("lightgrey", "beige", "lightblue"),
+        "green": ("dimgrey",),
 }  # fmt: skip
 
 
@@ -88,7 +90,7 @@ def _patch(shape: str, color: str, x: float, y: float, r: float, rng: np.random.
 
 
 def matplotlib_case(number: int, turns: int = 8) -> Case:
-    """Image `number`: one to six shapes in CSS colors on a plain ground, drawn by matplotlib's
+    """Image `number`: one to six shapes in CSS colors on a plain background, drawn by matplotlib's
     Agg renderer.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg

@@ -1,4 +1,4 @@
-"""Questions that have exactly one right answer, in several phrasings, with that answer."""
+"""Questions with exactly one correct answer, in several phrasings."""
 
 from __future__ import annotations
 
@@ -12,59 +12,83 @@ from .palette import COLORS
 from .scene import POSITIONS, Scene, Thing
 
 KINDS = ("count", "color", "shape", "where", "exists", "number", "word", "describe")
-# a described text starts with these, in the image's one sentence
+# how a description names a text
 NUMBER_PHRASE, WORD_PHRASE = "the number {}", "the word {}"
 
 PHRASINGS: dict[str, tuple[str, ...]] = {
     "count_all": (
-        "how many objects are there", "how many shapes are there", "how many objects are in the picture",
+        "how many objects are there", "how many shapes are there",
+        "how many objects are in the picture",
         "how many shapes are in the image",
-        "how many things can you see", "how many objects do you see", "count the objects", "count the shapes",
+        "how many things can you see", "how many objects do you see", "count the objects",
+        "count the shapes",
         "what is the number of objects",
-        "how many objects can you see in the picture", "how many shapes does the picture show", "how many things are there in the image",
+        "how many objects can you see in the picture", "how many shapes does the picture show",
+        "how many things are there in the image",
     ),
     "count_some": (
-        "how many {} are there", "how many {} are in the picture", "how many {} are there in the image", "how many {} do you see",
+        "how many {} are there", "how many {} are in the picture",
+        "how many {} are there in the image", "how many {} do you see",
         "how many {} can you see", "count the {}", "what is the number of {}",
     ),
     "color": (
-        "what colour is the {}", "what is the colour of the {}", "which colour is the {}", "what colour does the {} have",
-        "tell me the colour of the {}", "the {} is what colour", "name the colour of the {}", "what is the {}'s colour",
+        "what colour is the {}", "what is the colour of the {}", "which colour is the {}",
+        "what colour does the {} have",
+        "tell me the colour of the {}", "the {} is what colour", "name the colour of the {}",
+        "what is the {}'s colour",
     ),
     "shape": (
-        "what shape is the {}", "what is the shape of the {}", "which shape is the {}", "what is the {}", "what shape does the {} have",
+        "what shape is the {}", "what is the shape of the {}", "which shape is the {}",
+        "what is the {}", "what shape does the {} have",
         "name the shape of the {}", "what kind of shape is the {}",
     ),
-    "shape_adjective": ("what shape is {}", "which shape is {}", "which object is {}", "what is {}", "what is drawn in {}"),
+    "shape_adjective": ("what shape is {}", "which shape is {}", "which object is {}", "what is {}",
+        "what is drawn in {}"),
     "where": (
-        "where is the {}", "where is the {} in the picture", "where is the {} in the image", "where can i find the {}",
-        "what is the position of the {}", "in which part of the picture is the {}", "where do you see the {}", "where is the {} located",
+        "where is the {}", "where is the {} in the picture", "where is the {} in the image",
+        "where can i find the {}",
+        "what is the position of the {}", "in which part of the picture is the {}",
+        "where do you see the {}", "where is the {} located",
     ),
     "exists": (
-        "is there {}", "is there {} in the picture", "is there {} in the image", "do you see {}", "can you see {}",
+        "is there {}", "is there {} in the picture", "is there {} in the image", "do you see {}",
+        "can you see {}",
         "does the picture show {}",
         "does the image contain {}", "is {} in the picture", "is {} visible",
     ),
-    "exists_plural": ("are there any {}", "are there {}", "do you see any {}", "are there any {} in the picture", "can you see any {}"),
+    "exists_plural": ("are there any {}", "are there {}", "do you see any {}",
+        "are there any {} in the picture", "can you see any {}"),
     "is_color": ("is the {} {}", "is the colour of the {} {}"),
     "number": (
-        "what number is written", "what number is shown", "what number is this", "which number is in the picture",
+        "what number is written", "what number is shown", "what number is this",
+        "which number is in the picture",
         "which number do you see",
-        "what number is printed", "read the number", "what number is written in the picture", "what is the number",
+        "what number is printed", "read the number", "what number is written in the picture",
+        "what is the number",
         "what does the number say",
         "what number is in the image",
     ),
     "word": (
-        "what word is written", "what word is shown", "what word is this", "which word is in the picture", "which word do you see",
-        "what word is printed", "read the word", "what word is written in the picture", "what is the word", "what does the word say",
+        "what word is written", "what word is shown", "what word is this",
+        "which word is in the picture", "which word do you see",
+        "what word is printed", "read the word", "what word is written in the picture",
+        "what is the word", "what does the word say",
         "what word is in the image",
     ),
-    "text": ("what is written", "what does the text say", "read the text", "what is written in the picture", "what text do you see"),
+    "text": ("what is written", "what does the text say", "read the text",
+        "what is written in the picture", "what text do you see"),
     "describe": (
-        "describe the picture", "describe the image", "what is in the picture", "what is in the image", "what do you see",
-        "describe what you see", "what does the picture show", "what can you see", "describe this picture", "what is in this picture",
+        "describe the picture", "describe the image", "what is in the picture",
+        "what is in the image", "what do you see",
+        "describe what you see", "what does the picture show", "what can you see",
+        "describe this picture", "what is in this picture",
     ),
 }  # fmt: skip
+# words beside the phrasings; both spellings of "center", in this order
+EXTRA_WORDS = (
+    "yes no a an and , ? . the number word any something anything center centre please it this "
+    "that s ' i"
+)
 NOUNS = ("object", "shape", "thing", "one")
 
 
@@ -88,7 +112,7 @@ def plural(noun: str) -> str:
 
 
 def description(scene: Scene) -> str:
-    """The one canonical sentence: the objects from left to right, then the text."""
+    """The canonical description: objects from left to right, then the text."""
     parts = [with_article(f"{thing.color} {thing.shape}") for thing in scene.objects]
     if scene.text is not None:
         text = scene.text.text.lower()
@@ -97,8 +121,8 @@ def description(scene: Scene) -> str:
 
 
 class Asker:
-    """Asks about one scene. Every method returns a Turn, or None when no such question has a single
-    right answer here.
+    """Asks about one scene. Every method returns a Turn, or None if such a question has no unique
+    answer.
     """
 
     def __init__(self, scene: Scene, rng: np.random.Generator) -> None:
@@ -118,7 +142,7 @@ class Asker:
         return self.pick(NOUNS)
 
     def style(self, words: str) -> str:
-        """Spelling, capitals and question mark vary."""
+        """Vary spelling, capitals and the question mark."""
         draw = self.rng.random(4)
         if draw[0] < 0.5:
             words = words.replace("colour", "color")
@@ -135,9 +159,7 @@ class Asker:
         return Turn(self.style(self.pick(PHRASINGS[phrasing]).format(*fill)), answer, kind)
 
     def reference(self, thing: Thing, hide: str = "") -> str | None:
-        """Words that point at one object and at no other; `hide` is what they must not give away
-        ("color" or "shape").
-        """
+        """An unambiguous reference to an object, without its `hide` ("color" or "shape")."""
         choices = []
         if hide != "shape" and self.shapes[thing.shape] == 1:
             choices.append(thing.shape)
@@ -204,8 +226,8 @@ class Asker:
         return self.turn("exists", "exists", answer, with_article(words))
 
     def _wanted(self, present: bool) -> tuple[str, str]:
-        """A (color, shape) that is there or not; either may be "". Absent ones mostly share half
-        with an object.
+        """A present or absent (color, shape); either may be "". Absent ones mostly share one of the
+        two with an object.
         """
         thing, form = self.pick(self.objects), self.rng.random()
         absent_shapes = [shape for shape in SHAPES if shape not in self.shapes]
@@ -244,7 +266,7 @@ class Asker:
         if form < 0.4 or not self.objects:
             return self.turn("count_all", "count", str(len(self.objects)))
         thing = self.pick(self.objects)
-        if self.rng.random() < 0.12:  # something that is not there
+        if self.rng.random() < 0.12:  # an absent shape
             absent = [shape for shape in SHAPES if shape not in self.shapes]
             return (
                 self.turn("count_some", "count", "0", plural(self.pick(absent))) if absent else None
@@ -280,7 +302,7 @@ class Asker:
         return self.turn("describe", "describe", description(self.scene))
 
 
-# how often each kind is asked of an image with objects
+# frequencies of the kinds, for images with objects
 WEIGHTS = {"color": 0.23, "shape": 0.22, "where": 0.18, "exists": 0.24, "count": 0.13}
 
 
@@ -293,8 +315,7 @@ def ask(
 ) -> list[Turn]:
     """Up to `turns` different turns about one scene, in random order.
 
-    A description would give all later answers away, so it comes last, and with probability
-    `describe` only.
+    A description reveals all later answers, so it comes last, with probability `describe`.
     """
     weights = weights or WEIGHTS
     asker, asked, seen = Asker(scene, rng), [], set()
@@ -319,10 +340,9 @@ def ask(
 
 
 def vocabulary() -> list[str]:
-    """Every word that questions and answers are made of (printed words excepted), in a fixed order."""
+    """Every word of questions and answers, except printed words, in a fixed order."""
     words: dict[str, None] = {}
-    extra = "yes no a an and , ? . the number word any something anything center centre please it this that s ' i".split()  # noqa: SIM905
-    for phrase in (*(p for group in PHRASINGS.values() for p in group), *extra):
+    for phrase in (*(p for group in PHRASINGS.values() for p in group), *EXTRA_WORDS.split()):
         for word in phrase.replace("{}", " ").replace("'", " ").split():
             words[word] = None
             if "colour" in word:
