@@ -1,4 +1,7 @@
-"""One answer: `python inference.py --model_path DIR --prompt TEXT --image_file_path FILE`."""
+"""Answer one prompt: `python inference.py --model_path DIR --prompt TEXT --image_file_path FILE`.
+
+dev/launch_inference.sh calls it.
+"""
 
 import sys
 

@@ -15,7 +15,7 @@ from mllama.checkpoints.hub import find_folder
 from mllama.checkpoints.models import fill, lay_out
 from mllama.checkpoints.opened import Opened
 from mllama.device import choose_device, choose_dtype, dtype_name, dtype_named
-from mllama.lora.files import load_lora
+from mllama.lora.loading import load_lora
 from mllama.lora.peft import CONFIG as ADAPTER_CONFIG
 from mllama.lora.peft import adapted_model
 from mllama.model.model import VisionLanguageModel

@@ -1,4 +1,7 @@
-"""One question about one image: `python Inference/Inference.py --image FILE --prompt TEXT`."""
+"""Answer one question about an image.
+
+python Inference/Inference.py --image FILE --prompt TEXT --model-id ID
+"""
 
 import sys
 

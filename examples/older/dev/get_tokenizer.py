@@ -1,4 +1,7 @@
-"""A model's files from the hub: `python dev/get_tokenizer.py [ID DIR]`; PaliGemma by default."""
+"""Download a model's tokenizer, config and weights: `python dev/get_tokenizer.py [ID DIR]`.
+
+The default is PaliGemma.
+"""
 
 import sys
 

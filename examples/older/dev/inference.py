@@ -1,4 +1,7 @@
-"""One answer: `python dev/inference.py --model_path DIR --prompt TEXT --image_file_path FILE`."""
+"""Answer one prompt, with the options of ../inference.py.
+
+python dev/inference.py --model_path DIR --prompt TEXT --image_file_path FILE
+"""
 
 import sys
 

@@ -17,11 +17,13 @@ from mllama.config.checks import check_choice
 from mllama.families import stock_prefixes
 from mllama.hf.built import check_built
 from mllama.hf.configs import NO_PREDICTIONS
-from mllama.lora.files import load_lora, own_adapters, save_adapter_folder
+from mllama.lora.adapters import own_adapters
 from mllama.lora.layer import lora_layers
+from mllama.lora.loading import load_lora
 from mllama.lora.peft import CONFIG as ADAPTER_CONFIG
 from mllama.lora.peft import adapted_model, is_peft
 from mllama.nn.checkpointing import CheckpointedLayer
+from mllama.lora.saving import save_adapter_folder
 from mllama.nn.wrappers import given_out, is_sharded, may_write, plain_key, whole
 from mllama.weights.stock_names import stock_name, stock_patterns
 
