@@ -12,16 +12,19 @@ MUST_NOT_NAME = {
     "csrc/ops": r"torch/|ATen|c10|pybind11",
     "python/mllama/ops": r"mllama\.(?!ops)|mllama import (?!_ext)|transformers",
     "python/mllama/nn": r"mllama\.(?!ops|nn)|mllama import|transformers",
-    "python/mllama/config": r"mllama\.(?!config)|mllama import",
+    "python/mllama/config": r"mllama\.(?!config)|mllama import|torch|transformers|huggingface",
     "python/mllama/encoders": r"mllama\.(?!ops|nn|encoders|config)|mllama import",
     "python/mllama/fusion": r"mllama\.(?!ops|nn|fusion|config)|mllama import|transformers",
     "python/mllama/text": r"mllama\.(?!ops|nn|text|config)|mllama import|transformers",
     "python/mllama/processing": r"(?<!models\.)mllama\.(?!ops|processing|checkpoints\.gguf)"
     r"|from mllama import",
-    "python/mllama/families": r"mllama\.(?!config|families|weights|hf\.configs|nn\.activation)"
-    r"|from mllama import",
-    "python/mllama/checkpoints": r"mllama\.(?!checkpoints|config|families|weights|hf|nn\.wrappers)"
-    r"|from mllama import",
+    "python/mllama/weights": r"mllama\.(?!config|weights)|mllama import|transformers|huggingface",
+    "python/mllama/families": r"mllama\.(?!config|families|weights)|from mllama import"
+    r"|transformers|huggingface",
+    # gguf/tokenizer.py makes transformers' tokenizers.
+    "python/mllama/checkpoints": r"mllama\.(?!checkpoints|config|families|weights|device)"
+    r"|from mllama import"
+    r"|transformers(?! import PreTrainedTokenizerBase|\.tokenization_utils_base import gen)",
     "python/mllama/lora": r"mllama\.(?!ops|nn|lora|checkpoints\.(files|sources|meta\.source))"
     r"|mllama import",
     "python/mllama/hf": r"mllama\.cli",
