@@ -117,10 +117,7 @@ def test_sizes_are_ids(run, monkeypatch):
             ["--model-id", "LLAMA", "--prompt", "a", "--image", "nowhere.png"],
             "no such image: nowhere.png",
         ),
-        (
-            ["--model-id", "LLAMA", "--prompt", "a", "--image", "PICTURE"],
-            "this model takes no",
-        ),
+        (["--model-id", "LLAMA", "--prompt", "a", "--image", "PICTURE"], "this model takes no"),
         (
             ["--model-id", "LLAMA", "--prompt", "a", "--image", "PICTURE", "--raw"],
             "this model takes no",

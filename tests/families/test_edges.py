@@ -267,7 +267,7 @@ def test_rotary_types_that_are_not_supported_are_named(kind, folders):
     ("error", "named", "config"),
     [
         (TypeError, "config must be a config object", {"model_type": "llama"}),
-        (ValueError, "model_type must be one of", transformers.MistralConfig()),
+        (ValueError, "model_type", transformers.MistralConfig()),
         (ValueError, "'gemma3'", transformers.Gemma3Config()),
         (
             ValueError,

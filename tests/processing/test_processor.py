@@ -210,11 +210,7 @@ def test_bos_is_never_doubled(make_tokenizer, adds_bos):
             r"hold 1 <image> .* got 2 image",
         ),
         (lambda: {"text": "a <image>"}, ValueError, r"hold 1 <image> .* got 0 image"),
-        (
-            lambda: {"text": ["a", "b"], "images": picture()},
-            ValueError,
-            "1 image.* for 2 prompts",
-        ),
+        (lambda: {"text": ["a", "b"], "images": picture()}, ValueError, "1 image.* for 2 prompts"),
         (lambda: {}, ValueError, "give text, images, or both"),
         (lambda: {"text": []}, ValueError, "text is an empty list"),
         (

@@ -22,8 +22,8 @@ from mllama.lora.layer import lora_layers
 from mllama.lora.loading import load_lora
 from mllama.lora.peft import CONFIG as ADAPTER_CONFIG
 from mllama.lora.peft import adapted_model, is_peft
-from mllama.nn.checkpointing import CheckpointedLayer
 from mllama.lora.saving import save_adapter_folder
+from mllama.nn.checkpointing import CheckpointedLayer
 from mllama.nn.wrappers import given_out, is_sharded, may_write, plain_key, whole
 from mllama.weights.stock_names import stock_name, stock_patterns
 

@@ -1,4 +1,5 @@
 import torch
+
 from model import KVCache, Llama3ForCausalLM, LLAMA32Config
 
 config = LLAMA32Config(

@@ -1,8 +1,9 @@
 import torch
-from model import KVCache, MLLAMAConfig, MllamaForConditionalGeneration
 from PIL import Image
 from processing_mllama import MllamaImageProcessor
 from transformers import AutoTokenizer
+
+from model import KVCache, MLLAMAConfig, MllamaForConditionalGeneration
 
 tokenizer = AutoTokenizer.from_pretrained("tokenizer")
 vision_config = {

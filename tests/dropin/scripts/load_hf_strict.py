@@ -1,8 +1,9 @@
 import torch
-from model import KVCache, MllamaForConditionalGeneration
 from PIL import Image
 from processing_mllama import MllamaImageProcessor
 from utils import load_hf_model
+
+from model import KVCache, MllamaForConditionalGeneration
 
 model, tokenizer = load_hf_model("hf-model", "cpu")
 model = model.to("cpu").eval()

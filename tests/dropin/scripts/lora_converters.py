@@ -1,4 +1,6 @@
 import torch
+
+import mllama
 from model import (
     Linear_LORA,
     MLLAMAConfig,
@@ -7,8 +9,6 @@ from model import (
     convert_to_lora,
     replace_linear_with_lora,
 )
-
-import mllama
 
 vision_config = {
     "hidden_size": 32,

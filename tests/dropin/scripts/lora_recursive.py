@@ -1,4 +1,5 @@
 import torch
+
 from model import LLAMA32_CONFIG, Linear_LORA, Llama3Model
 
 

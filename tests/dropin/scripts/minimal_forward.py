@@ -1,4 +1,5 @@
 import torch
+
 from model import MLLAMAConfig, MllamaForConditionalGeneration
 
 vision_cfg = {

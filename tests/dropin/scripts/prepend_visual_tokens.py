@@ -1,8 +1,9 @@
 import torch
-from model import LLAMA32_CONFIG, Llama3Model, Tokenizer
 from PIL import Image
 from processing_siglip import paligemmaProcessor
 from siglip import SiglipModel, SiglipVisionConfig
+
+from model import LLAMA32_CONFIG, Llama3Model, Tokenizer
 
 LLAMA32_CONFIG.update(
     {

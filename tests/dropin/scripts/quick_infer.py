@@ -1,9 +1,10 @@
 import torch
-from model import MLLAMAConfig, MllamaForConditionalGeneration
 from PIL import Image
 from processing_mllama import MllamaImageProcessor
 from safetensors.torch import load_file, save_file
 from transformers import LlamaTokenizer
+
+from model import MLLAMAConfig, MllamaForConditionalGeneration
 
 # 1) configs from plain dicts
 vision_cfg = {

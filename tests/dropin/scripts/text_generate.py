@@ -1,6 +1,7 @@
 import torch
-from model import LLAMA32_CONFIG, Llama3Model, Tokenizer, generate, load_weights_into_llama
 from safetensors.torch import load_file
+
+from model import LLAMA32_CONFIG, Llama3Model, Tokenizer, generate, load_weights_into_llama
 
 LLAMA32_CONFIG.update(
     {
