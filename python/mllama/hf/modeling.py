@@ -446,7 +446,7 @@ class MllamaForConditionalGeneration(
             if first_key is not None and seen.cross is not None:
                 _check_cross_mask_of_packed(cross_attention_mask, length)
         else:
-            held = wrapped.num_prefix_tokens if filled else 0
+            held = 0 if wrapped is None or not filled else wrapped.num_prefix_tokens
             pictures = (pixel_values, image_features, reading)
             told = None if prompt_length is None else max(prompt_length - past, 0)
             seen = self._merge(
