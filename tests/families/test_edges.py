@@ -136,10 +136,11 @@ def test_token_types_mean_nothing_to_other_families():
 @pytest.mark.parametrize("case", [*ONE_EACH, "siglip_vision_model"])
 def test_a_config_shared_with_a_stock_model_stays_as_it_was(case):
     theirs = make(case).theirs
-    kind = "flex_attention" if "gemma2" in case else "sdpa"  # one that stock has
-    theirs.set_attn_implementation(kind)
-    before = copy.deepcopy(theirs.config)
-    ours = type(pair(case).ours)(theirs.config)
+    for kind in ("eager", "flex_attention" if "gemma2" in case else "sdpa"):  # that stock has
+        theirs.set_attn_implementation(kind)
+        before = copy.deepcopy(theirs.config)
+        ours = type(pair(case).ours)(theirs.config)
+        assert vars(theirs.config).keys() == vars(before).keys()
     assert (
         theirs.config.to_dict() == before.to_dict() and theirs.config._attn_implementation == kind
     )

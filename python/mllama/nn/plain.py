@@ -4,8 +4,8 @@ from torch import nn
 
 
 def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
-    """Whether calling the module would do what `kind` does with its parameters, and nothing beside
-    it: no hooks, no forward of its own.
+    """Whether calling the module does what `kind.forward` does and nothing else: no hooks, no
+    forward of its own.
     """
     hooks = (
         module._forward_hooks
