@@ -25,10 +25,9 @@ from mllama.runtime.session import OPTIONS, Session
 from mllama.runtime.settings import beyond_session, check_settings
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
     from mllama.hf.answering import GenerateSession
     from mllama.hf.modeling import MllamaForConditionalGeneration
+    from mllama.hf.names import PreTrainedModel
 
 _UNREAD = (
     "num_return_sequences",

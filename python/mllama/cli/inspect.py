@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
 
 from mllama.api import find_model
 from mllama.checkpoints import open_checkpoint
@@ -19,6 +18,7 @@ from mllama.device import dtype_name, dtype_named
 from mllama.families import compose
 from mllama.hf.checkpoints import model_class, survey_opened
 from mllama.hf.config_objects import config_object
+from mllama.hf.names import PreTrainedModel
 from mllama.model.memory import Work, count_parameters, memory_needed, picture_tokens, spec_of
 from mllama.weights.family import Config
 

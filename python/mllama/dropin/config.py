@@ -4,11 +4,11 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-import transformers
-from transformers import PretrainedConfig
 
 import mllama
 from mllama.config import MllamaTextConfig
+from mllama.hf import names
+from mllama.hf.names import PretrainedConfig
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 NAMES = {  # older names of transformers' fields
@@ -140,7 +140,7 @@ def text_config(config: Mapping[str, Any] | PretrainedConfig) -> PretrainedConfi
         base = {"rope_theta": given.pop("rope_base")}
         given["rope_parameters"] = rope_scaling(given.pop("rope_freq")) | base
         config = LLAMA32Config(**given)
-    if not isinstance(config, transformers.LlamaConfig):
+    if not isinstance(config, names.LlamaConfig):
         kind = type(config).__name__
         raise TypeError(f"config must be a LLAMA32Config or a dict as LLAMA32_CONFIG, got {kind}")
     if config.dtype not in (*DTYPES, None):
@@ -250,7 +250,7 @@ def _fields(given: Any) -> dict[str, Any] | PretrainedConfig | None:
     return dict(given if isinstance(given, dict) else vars(given))
 
 
-class PaliGemmaConfig(transformers.PaliGemmaConfig):
+class PaliGemmaConfig(names.PaliGemmaConfig):
     """transformers' PaliGemmaConfig; `ignore_index` is honored, SigLIP's pooling head left out."""
 
     def __init__(self, vision_config: Any = None, text_config: Any = None, **kwargs: Any):

@@ -6,10 +6,10 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 from torch.nn.functional import linear, pad
-from transformers import Cache, DynamicCache, PretrainedConfig
 
 from mllama import ops
 from mllama.dropin.config import rope_scaling, text_config
+from mllama.hf.names import Cache, DynamicCache, PretrainedConfig
 
 KeyValue = tuple[torch.Tensor, torch.Tensor]
 _HIDDEN = -1e4  # a score this much lower leaves no probability, in float16 too

@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
-from transformers import Cache, PretrainedConfig, PreTrainedTokenizerBase
 
 import mllama
 from mllama.dropin.config import MLLAMAConfig, Unset
 from mllama.dropin.generate import from_older
 from mllama.dropin.layers import made_in
 from mllama.hf import load_as
+from mllama.hf.names import Cache, PretrainedConfig, PreTrainedTokenizerBase
 from mllama.modeling import MllamaOutput
 
 

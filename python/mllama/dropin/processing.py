@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from transformers import BatchFeature
 
 import mllama
+from mllama.hf.names import BatchFeature
 from mllama.processing.image import load_picture
 from mllama.processing.meta import fast_tokenizer
 from mllama.processing.prompt import lay_out

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn.functional import scaled_dot_product_attention
-from transformers import Cache, PretrainedConfig
 
 from mllama import ops
 from mllama.dropin.config import text_config
@@ -26,6 +25,7 @@ from mllama.dropin.layers import (
     split_mask,
     visible_keys,
 )
+from mllama.hf.names import Cache, PretrainedConfig
 
 Config = Mapping[str, Any] | PretrainedConfig
 

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn.functional import dropout
-from transformers.activations import ACT2FN
 
 from mllama import ops
 from mllama.config import MllamaVisionConfig
+from mllama.nn.activation import ACTIVATIONS
 
 
 class SiglipVisionConfig(MllamaVisionConfig):
@@ -93,7 +93,7 @@ class SiglipMLP(nn.Module):
         super().__init__()
         self.config = config
         self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
-        self.act = ACT2FN[getattr(config, "hidden_act", "gelu_pytorch_tanh")]
+        self.act = ACTIVATIONS[getattr(config, "hidden_act", "gelu_pytorch_tanh")]
         self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

@@ -1,6 +1,5 @@
 # ruff: noqa: F401
-from transformers import GemmaConfig
-
 from mllama.dropin.config import PaliGemmaConfig
 from mllama.dropin.layers import KVCache
 from mllama.dropin.multimodal import GemmaForCausalLM, PaliGemmaForConditionalGeneration
+from mllama.hf.names import GemmaConfig
