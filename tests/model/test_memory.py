@@ -13,7 +13,7 @@ from transformers import LlamaConfig, MllamaConfig, SiglipVisionConfig
 import twins
 from helpers import needs_kernels
 from mllama import MllamaForConditionalGeneration, SiglipModel
-from mllama.model.memory import Work, count_parameters, memory_needed, picture_tokens
+from mllama.model.memory import Work, count_parameters, image_tokens, memory_needed
 
 LLAMA_1B = {
     "vocab_size": 128256,
@@ -113,7 +113,7 @@ def test_against_what_a_model_holds(model, dtype):
     model = model.to(dtype)
     needed = memory_needed(model, Work(context=300, batch=2, tiles=1, dtype=dtype))
     pixels, ids = torch.randn(2, 3, 128, 128), torch.randint(1, 90, (2, 300))
-    assert picture_tokens(model.spec, 1) == model.get_image_features(pixels).shape[1]
+    assert image_tokens(model.spec, 1) == model.get_image_features(pixels).shape[1]
     assert needed["weights"] == sum(parameter.nbytes for parameter in model.parameters())
     with torch.inference_mode():
         output = model(ids, logits_to_keep=1)
@@ -211,7 +211,7 @@ def test_other_fusions(options, features, new):
         cache = model(torch.randint(1, 90, (2, words)), twins.pictures(4)).past_key_values
     sizes = [layer.keys.nbytes + layer.values.nbytes for layer in cache.layers]
     crossed = model.spec.text.cross_attention_layers or []
-    assert picture_tokens(model.spec, 1) == features
+    assert image_tokens(model.spec, 1) == features
     assert needed.get("cross-attention keys and values", 0) == sum(
         sizes[index] for index in crossed
     )

@@ -19,7 +19,7 @@ from mllama.families import compose
 from mllama.hf.checkpoints import model_class, survey_opened
 from mllama.hf.config_objects import config_object
 from mllama.hf.names import PreTrainedModel
-from mllama.model.memory import Work, count_parameters, memory_needed, picture_tokens, spec_of
+from mllama.model.memory import Work, count_parameters, image_tokens, memory_needed, spec_of
 from mllama.weights.family import Config
 
 _CONTEXT = 4096  # of models that take more
@@ -160,7 +160,7 @@ def _sizes(spec: ModelSpec, tiles: int) -> dict[str, int]:
             *(("max_num_tiles",) * (spec.has_tiles)),
         )
         sizes |= {f"vision {name}": getattr(spec.vision, name) for name in names}
-        sizes["features of a row's pictures"] = picture_tokens(spec, tiles)
+        sizes["features of a row's pictures"] = image_tokens(spec, tiles)
     if spec.text is not None:
         names = (
             "hidden_size",

@@ -1,4 +1,4 @@
-"""CLIP's vision tower, which LLaVA 1.5 reads: SigLIP's layers under a class token, with a norm
+"""CLIP's vision encoder, which LLaVA 1.5 reads: SigLIP's layers under a class token, with a norm
 before them.
 """
 
@@ -38,21 +38,20 @@ class ClipEmbeddings(nn.Module):
 
 
 class ClipVisionTower(SiglipVisionTower):
-    """Encoder of square pictures; the class token's feature comes first."""
+    """Encoder of square images; the class token's feature comes first."""
 
-    has_class_token = True
-    embeddings_class = ClipEmbeddings
+    class_tokens = 1
 
     def __init__(self, config: VisionSpec):
         super().__init__(config)
         self.pre_layrnorm = LayerNorm(
             config.hidden_size, config.layer_norm_eps
-        )  # spelt as the files spell it
+        )  # the files' spelling
+
+    def make_embeddings(self, config: VisionSpec) -> nn.Module:
+        """The module that `embed` calls."""
+        return ClipEmbeddings(config)
 
     def embed(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """[B, C, S, S] -> [B, 1 + patches, hidden]."""
         return self.pre_layrnorm(self.embeddings(pixel_values))
-
-    def count_features(self, pixel_values: torch.Tensor) -> int:
-        """Features of each of these pictures, the class token's among them."""
-        return 1 + super().count_features(pixel_values)

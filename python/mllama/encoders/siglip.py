@@ -1,6 +1,4 @@
-"""The SigLIP vision tower: pixels -> one feature per patch, without a class token or a pooling
-head.
-"""
+"""The SigLIP vision encoder: pixels -> one feature per patch, without a class token."""
 
 import math
 
@@ -9,7 +7,7 @@ from torch import nn
 from torch.nn.functional import interpolate
 
 from mllama.config.features import FeatureChoice
-from mllama.config.spec import VisionSpec
+from mllama.config.spec import ModelSpec, VisionSpec
 from mllama.encoders.output import EncoderOutput
 from mllama.nn.attention import BidirectionalAttention
 from mllama.nn.checkpointing import CheckpointedLayer
@@ -63,11 +61,11 @@ class SiglipEmbeddings(nn.Module):
 
 
 def check_pixels(pixel_values: torch.Tensor, config: VisionSpec, any_size: bool = False) -> None:
-    """Refuse what is not the tower's pictures.
+    """Reject pixels that do not fit the encoder.
 
     Raises:
         TypeError: pixel_values is no floating tensor.
-        ValueError: pixel_values has another shape than [pictures, channels, image_size,
+        ValueError: pixel_values has another shape than [images, channels, image_size,
             image_size], or with `any_size` sides smaller than a patch.
     """
     if not isinstance(pixel_values, torch.Tensor) or not pixel_values.is_floating_point():
@@ -82,15 +80,9 @@ def check_pixels(pixel_values: torch.Tensor, config: VisionSpec, any_size: bool 
         wanted = (config.num_channels, *pixel_values.shape[2:])
     if pixel_values.dim() != 4 or tuple(pixel_values.shape[1:]) != wanted:
         raise ValueError(
-            f"pixel_values must be [pictures, {', '.join(map(str, wanted))}], got {list(pixel_values.shape)}"
+            f"pixel_values must be [images, {', '.join(map(str, wanted))}], "
+            f"got {list(pixel_values.shape)}"
         )
-
-
-class SiglipMLP(MLP):
-    """A layer's feed-forward block."""
-
-    def __init__(self, config: VisionSpec):
-        super().__init__(config.hidden_size, config.intermediate_size, config.hidden_act)
 
 
 class SiglipEncoderLayer(CheckpointedLayer):
@@ -103,7 +95,7 @@ class SiglipEncoderLayer(CheckpointedLayer):
             config.hidden_size, config.num_attention_heads, config.attention_dropout
         )
         self.layer_norm2 = LayerNorm(config.hidden_size, config.layer_norm_eps)
-        self.mlp = SiglipMLP(config)
+        self.mlp = MLP(config.hidden_size, config.intermediate_size, config.hidden_act)
 
     def forward(
         self, hidden_states: torch.Tensor, output_attentions: bool = False
@@ -115,7 +107,7 @@ class SiglipEncoderLayer(CheckpointedLayer):
 
 
 class SiglipEncoder(nn.Module):
-    """The tower's layers."""
+    """A stack of layers."""
 
     def __init__(self, config: VisionSpec):
         super().__init__()
@@ -125,17 +117,24 @@ class SiglipEncoder(nn.Module):
 
 
 class SiglipVisionTower(nn.Module):
-    """Encoder of square pictures."""
+    """Encoder of square images.
 
-    has_class_token = False
-    embeddings_class: type[nn.Module] = SiglipEmbeddings
+    Attributes:
+        class_tokens: features of an image that are no patch's; they come first.
+    """
+
+    class_tokens = 0
 
     def __init__(self, config: VisionSpec):
         super().__init__()
         self.config = config
-        self.embeddings = self.embeddings_class(config)
+        self.embeddings = self.make_embeddings(config)
         self.encoder = SiglipEncoder(config)
         self.post_layernorm = LayerNorm(config.hidden_size, config.layer_norm_eps)
+
+    def make_embeddings(self, config: VisionSpec) -> nn.Module:
+        """The module that `embed` calls."""
+        return SiglipEmbeddings(config)
 
     def embed(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """What the first layer takes: [B, C, S, S] -> [B, features, hidden]."""
@@ -152,18 +151,18 @@ class SiglipVisionTower(nn.Module):
     ) -> EncoderOutput:
         """
         Args:
-            pixel_values: float [pictures, channels, image_size, image_size]; cast to the tower's
+            pixel_values: float [images, channels, image_size, image_size]; cast to the encoder's
                 dtype.
             output_hidden_states: also return the embeddings and every layer's output (before the
                 final norm), layers + 1 tensors.
-            output_attentions: also return every layer's probabilities [pictures, heads, features,
+            output_attentions: also return every layer's probabilities [images, heads, features,
                 features].
             final_norm: False leaves out the layer norm after the last layer.
             depth: run this many layers only; None is all.
-            interpolate_pos_encoding: take pixels of any size, [pictures, channels, height, width].
+            interpolate_pos_encoding: take pixels of any size, [images, channels, height, width].
 
         Returns:
-            EncoderOutput with `last_hidden_state` [pictures, features, hidden], `hidden_states`,
+            EncoderOutput with `last_hidden_state` [images, features, hidden], `hidden_states`,
             `attentions`.
 
         Raises:
@@ -219,9 +218,27 @@ class SiglipVisionTower(nn.Module):
         check_pixels(pixel_values, self.config, any_size=interpolate_pos_encoding)
 
     def count_features(self, pixel_values: torch.Tensor) -> int:
-        """Features of each of these pictures."""
+        """Features of each of these images, class tokens among them."""
         height, width = (size // self.config.patch_size for size in pixel_values.shape[-2:])
-        return height * width
+        return height * width + self.class_tokens
+
+    @classmethod
+    def peak_states(cls, spec: ModelSpec) -> int:
+        """States of all tokens that are alive at once beside a layer's own."""
+        return 0 if spec.feature_layers is None else max(spec.feature_layers) + 1
+
+    @staticmethod
+    def count_encoded(vision: VisionSpec, images: int) -> int:
+        """Images that are computed where so many are given: those."""
+        return images
+
+    @staticmethod
+    def sample(
+        vision: VisionSpec, generator: torch.Generator, number: int
+    ) -> dict[str, torch.Tensor]:
+        """Random inputs, of one image."""
+        size = (vision.num_channels, vision.image_size, vision.image_size)
+        return {"pixel_values": torch.randn(1, *size, generator=generator)}
 
 
 class SiglipPoolingHead(nn.Module):
@@ -234,7 +251,7 @@ class SiglipPoolingHead(nn.Module):
         self.probe = nn.Parameter(torch.randn(1, 1, config.hidden_size))
         self.attention = BidirectionalAttention(config.hidden_size, config.num_attention_heads)
         self.layernorm = LayerNorm(config.hidden_size, config.layer_norm_eps)
-        self.mlp = SiglipMLP(config)
+        self.mlp = MLP(config.hidden_size, config.intermediate_size, config.hidden_act)
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
         """[B, patches, hidden] -> [B, hidden]."""

@@ -1,231 +1,36 @@
-"""Llama-3.2-Vision's tower: tiles of pictures -> features, from layers over all tiles of a picture
+"""Llama-3.2-Vision's encoder: tiles of images -> features, from layers over all tiles of an image
 and from some layers on the way.
 
-Three things are unlike other towers. Tiles and their positions are told by the picture's
-arrangement of tiles (aspect ratio), from tables.
-The mask hides padding only from padding: real patches see every key, empty tiles and padding tokens
-too, while those see real patches only. And the features put the last layer's beside those of chosen
-layers on the way, interleaved.
+Three things are unlike other encoders. Tiles and their positions are told by the image's aspect
+ratio, from tables. The mask hides padding only from padding: real patches see every key, empty
+tiles and padding tokens too, while those see real patches only. And the features put the last
+layer's beside those of chosen layers on the way, interleaved.
 """
-
-import math
-from collections.abc import Sequence
 
 import torch
 from torch import nn
 
 from mllama.config.checks import check_reference
 from mllama.config.features import FeatureChoice
-from mllama.config.spec import TiledVisionSpec
+from mllama.config.spec import ModelSpec, TiledVisionSpec
 from mllama.encoders.output import EncoderOutput
 from mllama.encoders.siglip import PatchEmbedding
-from mllama.nn.attention import split_heads
-from mllama.nn.checkpointing import CheckpointedLayer
-from mllama.nn.gate import gated_add
-from mllama.nn.mlp import MLP
+from mllama.encoders.tiled_layers import PositionEmbedding, TiledEncoder, TileEmbedding
 from mllama.nn.norm import LayerNorm
-from mllama.ops.attention import attention, attention_weights
 
 # every tile's tokens are padded to a multiple of it; padding tokens take part in the attention
 _TOKENS_MULTIPLE = 8
 
 
-class TileEmbedding(nn.Module):
-    """A vector for every tile, by the picture's arrangement; id 0 is no picture."""
-
-    def __init__(self, config: TiledVisionSpec):
-        super().__init__()
-        self.embedding = nn.Embedding(
-            config.max_aspect_ratio_id + 1, config.max_num_tiles * config.hidden_size
-        )
-        self.gate = nn.Parameter(torch.zeros(1))
-
-    def forward(self, x: torch.Tensor, aspect_ratio_ids: torch.Tensor) -> torch.Tensor:
-        """x: [pictures, tiles, tokens, hidden], aspect_ratio_ids: int [pictures] -> x plus its
-        tiles' vectors.
-        """
-        vectors = self.embedding(aspect_ratio_ids).float() * self.gate.float().tanh()
-        return x + vectors.unflatten(1, (x.shape[1], 1, -1)).to(x.dtype)
-
-
-class PositionEmbedding(nn.Module):
-    """A vector for every token of a tile, weighed by a gate against one for every token of every
-    tile.
-    """
-
-    def __init__(self, config: TiledVisionSpec):
-        super().__init__()
-        tokens = (config.image_size // config.patch_size) ** 2 + 1
-        self.embedding = nn.Parameter(
-            torch.randn(tokens, config.hidden_size) * config.hidden_size**-0.5
-        )
-        self.tile_embedding = nn.Embedding(
-            config.max_aspect_ratio_id + 1, config.max_num_tiles * tokens * config.hidden_size
-        )
-        self.gate = nn.Parameter(torch.zeros(1))
-
-    def forward(self, x: torch.Tensor, aspect_ratio_ids: torch.Tensor) -> torch.Tensor:
-        """x: [pictures, tiles, tokens, hidden], aspect_ratio_ids: int [pictures] -> x plus
-        positions.
-        """
-        gate = self.gate.float().tanh()
-        own = self.tile_embedding(aspect_ratio_ids).view(x.shape)
-        return x + ((1 - gate) * self.embedding.float() + gate * own.float()).to(x.dtype)
-
-
-class TiledAttention(nn.Module):
-    """Attention under the tower's mask."""
-
-    def __init__(self, hidden_size: int, heads: int):
-        super().__init__()
-        self.head_dim = hidden_size // heads
-        self.q_proj = nn.Linear(hidden_size, hidden_size, bias=False)
-        self.k_proj = nn.Linear(hidden_size, hidden_size, bias=False)
-        self.v_proj = nn.Linear(hidden_size, hidden_size, bias=False)
-        self.o_proj = nn.Linear(hidden_size, hidden_size, bias=False)
-
-    def forward(
-        self,
-        x: torch.Tensor,
-        real: int,
-        counts: torch.Tensor | None = None,
-        output_attentions: bool = False,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """
-        Args:
-            x: [pictures, S, hidden_size], real tokens before padding.
-            real: how many are real: they see all S, the others these only.
-            counts: float32 [1, S], the logarithm of how many equal tokens each stands for; None is
-                one each.
-            output_attentions: also return the probabilities.
-
-        Returns:
-            (the same shape, probabilities [pictures, heads, S, S] float32 or None)
-        """
-        q, k, v = (
-            split_heads(projection(x), self.head_dim)
-            for projection in (self.q_proj, self.k_proj, self.v_proj)
-        )
-        attended = [
-            attention(q[:, :real], k, v, key_bias=counts),
-            attention(q[:, real:], k[:, :real], v[:, :real]),
-        ]
-        weights = None
-        if output_attentions:
-            of_padding = attention_weights(q[:, real:], k[:, :real])
-            of_padding = nn.functional.pad(of_padding, (0, k.shape[1] - real))
-            weights = torch.cat([attention_weights(q[:, :real], k, key_bias=counts), of_padding], 2)
-        return self.o_proj(torch.cat(attended, 1).flatten(2)), weights
-
-
-class TiledEncoderLayer(CheckpointedLayer):
-    """Pre-norm transformer block; a gated one scales what both halves add by tanh of a learned
-    number.
-    """
-
-    def __init__(self, config: TiledVisionSpec, gated: bool):
-        super().__init__()
-        self.input_layernorm = LayerNorm(config.hidden_size, config.norm_eps)
-        self.self_attn = TiledAttention(config.hidden_size, config.attention_heads)
-        self.post_attention_layernorm = LayerNorm(config.hidden_size, config.norm_eps)
-        self.mlp = MLP(config.hidden_size, config.intermediate_size, config.hidden_act)
-        self.gate_attn = nn.Parameter(torch.zeros(1)) if gated else None
-        self.gate_ffn = nn.Parameter(torch.zeros(1)) if gated else None
-
-    def forward(
-        self,
-        hidden_states: torch.Tensor,
-        real: int,
-        counts: torch.Tensor | None = None,
-        output_attentions: bool = False,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """[pictures, S, hidden] -> (the same shape, probabilities or None); arguments as
-        `TiledAttention.forward`.
-        """
-        attended, weights = self.self_attn(
-            self.input_layernorm(hidden_states), real, counts, output_attentions
-        )
-        hidden_states = self._add(hidden_states, attended, self.gate_attn)
-        return self._add(
-            hidden_states, self.mlp(self.post_attention_layernorm(hidden_states)), self.gate_ffn
-        ), weights
-
-    @staticmethod
-    def _add(x: torch.Tensor, y: torch.Tensor, gate: torch.Tensor | None) -> torch.Tensor:
-        return x + y if gate is None else gated_add(x, y, gate)
-
-
-class TiledEncoder(nn.Module):
-    """A stack of layers over pictures with the same tiles filled."""
-
-    def __init__(self, config: TiledVisionSpec, layers: int, gated: bool):
-        super().__init__()
-        self.layers = nn.ModuleList(TiledEncoderLayer(config, gated) for _ in range(layers))
-
-    def forward(
-        self,
-        x: torch.Tensor,
-        filled: torch.Tensor,
-        patches: int,
-        wanted: Sequence[int],
-        alike: bool,
-        output_attentions: bool,
-    ) -> tuple[torch.Tensor, list[torch.Tensor], list[torch.Tensor | None]]:
-        """
-        Args:
-            x: [pictures, tiles, tokens, hidden].
-            filled: bool [tiles], False where all pictures' tiles are empty.
-            patches: tokens of a tile that are not padding.
-            wanted: further states to return, by how many layers come before them.
-            alike: empty tiles that are equal stay so and may be computed once: exact, since no
-                token of them sees another.
-            output_attentions: also return the probabilities.
-
-        Returns:
-            (the last state, of x's shape; the wanted ones; every layer's probabilities [pictures,
-            heads, S, S] float32 or None)
-        """
-        tiles, tokens = x.shape[1:3]
-        place = torch.arange(tiles * tokens, device=x.device).view(tiles, tokens)
-        real, padding, empty = (
-            place[filled, :patches].flatten(),
-            place[filled, patches:].flatten(),
-            place[~filled],
-        )
-        once = alike and len(empty) > 1 and bool((x[:, ~filled] == x[:, ~filled][:, :1]).all())
-        order = torch.cat(
-            [real, padding, (empty[:1] if once else empty).flatten()]
-        )  # the attention wants real tokens first
-        back = torch.empty_like(place).flatten()
-        back[order] = torch.arange(len(order), device=x.device)
-        counts = None
-        if once:
-            back.view_as(place)[~filled] = back[empty[0]]
-            counts = x.new_zeros(1, len(order), dtype=torch.float32)
-            counts[:, -tokens:] = math.log(len(empty))
-
-        state = x.flatten(1, 2)[:, order]
-        kept, weights = {0: state}, []
-        for number, layer in enumerate(self.layers, 1):
-            state, seen = layer(state, len(real), counts, output_attentions)
-            weights.append(seen[:, :, back][..., back] if output_attentions else None)
-            if number in wanted:
-                kept[number] = state
-        return (
-            state[:, back].view(x.shape),
-            [kept[number][:, back].view(x.shape) for number in wanted],
-            weights,
-        )
-
-
 class TiledVisionTower(nn.Module):
-    """Encoder of tiled pictures.
+    """Encoder of images in tiles.
 
-    Args:
-        config: transformers' `MllamaVisionConfig`.
+    Attributes:
+        tokens_per_tile: features of a tile.
+        class_tokens: how many of them are no patch's.
     """
 
-    has_class_token = True
+    class_tokens = 1
 
     def __init__(self, config: TiledVisionSpec):
         super().__init__()
@@ -259,10 +64,10 @@ class TiledVisionTower(nn.Module):
     ) -> EncoderOutput:
         """
         Args:
-            pixel_values: float [B, N, max_num_tiles, channels, image_size, image_size], N pictures
-                a row; cast to the tower's dtype.
-            aspect_ratio_ids: int [B, N], 1 + the place of the picture's (rows, columns) among
-                `supported_aspect_ratios`; 0 is no picture.
+            pixel_values: float [B, N, max_num_tiles, channels, image_size, image_size], N images
+                a row; cast to the encoder's dtype.
+            aspect_ratio_ids: int [B, N], 1 + the place of the image's (rows, columns) among
+                `supported_aspect_ratios`; 0 is no image.
             aspect_ratio_mask: [B, N, max_num_tiles] of any dtype, zero where a tile is empty; None
                 is as the ids say.
             reference: "meta" takes the inputs of `intermediate_layers_indices`, as the released
@@ -273,7 +78,7 @@ class TiledVisionTower(nn.Module):
             EncoderOutput with `last_hidden_state` [B, N, max_num_tiles, patches + 1,
             vision_output_dim], and `attentions`, of every layer [B * N, heads, S, S] float32 where
             S counts the tokens of all tiles, each tile's padded to a multiple of 8. With "meta"
-            both are zero where there is no picture.
+            both are zero where there is no image.
 
         Raises:
             TypeError: an argument is no tensor, or of another kind.
@@ -283,46 +88,37 @@ class TiledVisionTower(nn.Module):
         self.check(pixel_values, aspect_ratio_ids, aspect_ratio_mask)
         check_reference(reference)
         if aspect_ratio_mask is None:
-            aspect_ratio_mask = self._filled(aspect_ratio_ids)
-        ids, filled = aspect_ratio_ids.flatten(), (aspect_ratio_mask != 0).flatten(0, 1)
+            aspect_ratio_mask = self._tile_mask(aspect_ratio_ids)
+        ids = aspect_ratio_ids.flatten()  # (B * N,)
+        tile_mask = (aspect_ratio_mask != 0).flatten(0, 1)  # (B * N, tiles)
         tokens = self._embed(pixel_values.flatten(0, 2), ids)
-        # Empty tiles go different ways only where something of a tile's own is trained;
-        # probabilities are asked for one by one.
-        trained = tokens.requires_grad or any(
-            table.requires_grad for table in self.post_tile_positional_embedding.parameters()
-        )
-        alike = not (output_attentions or (trained and torch.is_grad_enabled()))
-        # By Meta's rule nothing attends to the places of rows with fewer pictures; with "hf", text
-        # before the first picture does.
-        shown = (
-            ids.nonzero().flatten()
-            if reference == "meta"
-            else torch.arange(len(ids), device=ids.device)
-        )
-        # Pictures with the same tiles filled go together: their real tokens stand at the same
-        # places.
-        kinds, kind = filled[shown].unique(dim=0, return_inverse=True)
         features = tokens.new_zeros(
-            *filled.shape, self.tokens_per_tile, self.config.vision_output_dim
+            *tile_mask.shape, self.tokens_per_tile, self.config.vision_output_dim
         )
-        attentions = None
-        if output_attentions:
-            layers, places = (
-                self.config.num_hidden_layers + self.config.num_global_layers,
-                tokens.shape[1] * tokens.shape[2],
-            )
-            shape = (len(ids), self.config.attention_heads, places, places)
-            attentions = tuple(tokens.new_zeros(shape, dtype=torch.float32) for _ in range(layers))
-        for number in range(len(kinds)):
-            chosen = shown[kind == number]
+        attentions = self._no_attentions(tokens) if output_attentions else None
+        share_empty = not output_attentions and not self._trains_tiles(tokens)
+        for chosen, filled in group_images(ids, tile_mask, reference):
             features[chosen], weights = self._encode(
-                tokens[chosen], ids[chosen], kinds[number], reference, alike, output_attentions
+                tokens[chosen], ids[chosen], filled, reference, share_empty, output_attentions
             )
-            for layer, seen in zip(attentions or (), weights, strict=False):
-                layer[chosen] = seen
+            for layer, probabilities in zip(attentions or (), weights, strict=False):
+                layer[chosen] = probabilities
         return EncoderOutput(
             last_hidden_state=features.unflatten(0, pixel_values.shape[:2]), attentions=attentions
         )
+
+    def _no_attentions(self, tokens: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Zeros for every layer's probabilities, [B * N, heads, S, S]."""
+        config, places = self.config, tokens.shape[1] * tokens.shape[2]
+        shape = (len(tokens), config.attention_heads, places, places)
+        layers = range(config.num_hidden_layers + config.num_global_layers)
+        return tuple(tokens.new_zeros(shape, dtype=torch.float32) for _ in layers)
+
+    def _trains_tiles(self, tokens: torch.Tensor) -> bool:
+        """Whether something of a tile's own is trained: then equal empty tiles go different ways."""
+        tables = self.post_tile_positional_embedding.parameters()
+        trained = tokens.requires_grad or any(table.requires_grad for table in tables)
+        return trained and torch.is_grad_enabled()
 
     def read(
         self,
@@ -349,7 +145,7 @@ class TiledVisionTower(nn.Module):
         aspect_ratio_mask: torch.Tensor | None = None,
     ) -> None:
         """Raise what `forward` would raise for this input, before any work."""
-        config = self.config
+        config, ids = self.config, aspect_ratio_ids
         if not isinstance(pixel_values, torch.Tensor) or not pixel_values.is_floating_point():
             raise TypeError(
                 f"pixel_values must be a floating torch.Tensor, got {_kind(pixel_values)}"
@@ -357,44 +153,70 @@ class TiledVisionTower(nn.Module):
         wanted = [config.max_num_tiles, config.num_channels, config.image_size, config.image_size]
         if pixel_values.dim() != 6 or list(pixel_values.shape[2:]) != wanted:
             raise ValueError(
-                f"pixel_values must be [batch, pictures, {', '.join(map(str, wanted))}], got {list(pixel_values.shape)}"
+                f"pixel_values must be [batch, images, {', '.join(map(str, wanted))}], "
+                f"got {list(pixel_values.shape)}"
             )
-        batch, pictures = pixel_values.shape[:2]
-        if not isinstance(aspect_ratio_ids, torch.Tensor) or aspect_ratio_ids.dtype not in (
-            torch.int64,
-            torch.int32,
-        ):
+        if not isinstance(ids, torch.Tensor) or ids.dtype not in (torch.int64, torch.int32):
             raise TypeError(
-                f"aspect_ratio_ids must be an int64 or int32 torch.Tensor, got {_kind(aspect_ratio_ids)}"
+                f"aspect_ratio_ids must be an int64 or int32 torch.Tensor, got {_kind(ids)}"
             )
-        if list(aspect_ratio_ids.shape) != [batch, pictures]:
+        if ids.shape != pixel_values.shape[:2]:
             raise ValueError(
-                f"aspect_ratio_ids must be [{batch}, {pictures}], one per picture, got {list(aspect_ratio_ids.shape)}"
+                f"aspect_ratio_ids must be {list(pixel_values.shape[:2])}, one per image, "
+                f"got {list(ids.shape)}"
             )
         if aspect_ratio_mask is not None and not isinstance(aspect_ratio_mask, torch.Tensor):
             raise TypeError(
                 f"aspect_ratio_mask must be a torch.Tensor or None, got {_kind(aspect_ratio_mask)}"
             )
-        wanted = [batch, pictures, config.max_num_tiles]
+        wanted = [*ids.shape, config.max_num_tiles]
         if aspect_ratio_mask is not None and list(aspect_ratio_mask.shape) != wanted:
             raise ValueError(
-                f"aspect_ratio_mask must be {wanted}, one per tile, got {list(aspect_ratio_mask.shape)}"
+                f"aspect_ratio_mask must be {wanted}, one per tile, "
+                f"got {list(aspect_ratio_mask.shape)}"
             )
-        if (
-            torch.compiler.is_compiling()
-            or aspect_ratio_ids.numel() == 0
-            or aspect_ratio_ids.is_meta
-        ):
+        if torch.compiler.is_compiling() or ids.numel() == 0 or ids.is_meta:
             return
-        low, high = (int(bound) for bound in aspect_ratio_ids.aminmax())
+        low, high = (int(bound) for bound in ids.cpu().aminmax())
         if low < 0 or high > config.max_aspect_ratio_id:
             raise IndexError(
-                f"aspect_ratio_ids must lie in 0 to {config.max_aspect_ratio_id}, got {low} to {high}"
+                f"aspect_ratio_ids must lie in 0 to {config.max_aspect_ratio_id}, "
+                f"got {low} to {high}"
             )
 
-    def _filled(self, ids: torch.Tensor) -> torch.Tensor:
-        """The first tiles of each picture, as many as its arrangement has; of no picture one, as
-        processors have it.
+    @classmethod
+    def peak_states(cls, spec: ModelSpec) -> int:
+        """States of all tokens that are alive at once beside a layer's own: those on the way,
+        features made of them, what both stacks start from.
+        """
+        return 2 * len(spec.vision.intermediate_layers_indices) + 4
+
+    @staticmethod
+    def count_encoded(vision: TiledVisionSpec, images: int) -> int:
+        """Tiles that are computed where so many are filled: those of whole images."""
+        return -(-images // vision.max_num_tiles) * vision.max_num_tiles
+
+    @staticmethod
+    def sample(
+        vision: TiledVisionSpec, generator: torch.Generator, number: int
+    ) -> dict[str, torch.Tensor]:
+        """Random inputs, of one image in an aspect ratio of the spec's list; the first ones leave
+        tiles empty.
+        """
+        number = min(number, len(vision.supported_aspect_ratios) - 1)
+        rows, columns = vision.supported_aspect_ratios[number]
+        tiles, size = vision.max_num_tiles, vision.image_size
+        tile_mask = (torch.arange(tiles) < rows * columns).long()[None, None]  # (1, 1, tiles)
+        pixels = torch.randn(1, 1, tiles, vision.num_channels, size, size, generator=generator)
+        return {
+            "pixel_values": pixels * tile_mask[..., None, None, None],
+            "aspect_ratio_ids": torch.tensor([[number + 1]]),
+            "aspect_ratio_mask": tile_mask,
+        }
+
+    def _tile_mask(self, ids: torch.Tensor) -> torch.Tensor:
+        """bool [B, N, tiles]: the first tiles of each image, as many as its aspect ratio has; of no
+        image one, as processors have it.
         """
         counts = torch.tensor(
             [1] + [rows * columns for rows, columns in self.config.supported_aspect_ratios],
@@ -405,7 +227,7 @@ class TiledVisionTower(nn.Module):
         )
 
     def _embed(self, tiles: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-        """[pictures * tiles, channels, size, size] -> [pictures, tiles, tokens, hidden], tokens
+        """[images * tiles, channels, size, size] -> [images, tiles, tokens, hidden], tokens
         padded to a multiple of 8.
         """
         x = self.patch_embedding(tiles).flatten(2).mT.unflatten(0, (-1, self.config.max_num_tiles))
@@ -418,22 +240,22 @@ class TiledVisionTower(nn.Module):
         self,
         x: torch.Tensor,
         ids: torch.Tensor,
-        filled: torch.Tensor,
+        tile_mask: torch.Tensor,
         reference: str,
-        alike: bool,
+        share_empty: bool,
         output_attentions: bool,
     ) -> tuple[torch.Tensor, list[torch.Tensor | None]]:
-        """Pictures with the same tiles filled: tokens [pictures, tiles, tokens, hidden] ->
+        """Pictures with the same tiles filled: tokens [images, tiles, tokens, hidden] ->
         features, and weights of every layer.
         """
         shift = 0 if reference == "meta" else 1
         wanted = [index + shift for index in self.config.intermediate_layers_indices]
         x, between, weights = self.transformer(
-            x, filled, self.tokens_per_tile, wanted, alike, output_attentions
+            x, tile_mask, self.tokens_per_tile, wanted, share_empty, output_attentions
         )
         x = self.post_tile_positional_embedding(self.layernorm_post(x), ids)
         x, _, more = self.global_transformer(
-            x, filled, self.tokens_per_tile, (), alike, output_attentions
+            x, tile_mask, self.tokens_per_tile, (), share_empty, output_attentions
         )
         patches = slice(self.tokens_per_tile)
         features = [x[:, :, patches]]
@@ -442,6 +264,31 @@ class TiledVisionTower(nn.Module):
                 torch.stack([state[:, :, patches] for state in between], -1).flatten(-2)
             )
         return torch.cat(features, -1), weights + more
+
+
+def group_images(
+    ids: torch.Tensor, tile_mask: torch.Tensor, reference: str
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Images with the same tiles filled go together: their real tokens stand at the same places.
+
+    By Meta's rule nothing attends to the places of rows with fewer images, so that these are left
+    out; with "hf", text before the first image does.
+
+    Args:
+        ids: int [images], 0 where there is none.
+        tile_mask: bool [images, tiles].
+        reference: "meta" or "hf".
+
+    Returns:
+        For each group the indices of its images, int64, and its tiles, bool [tiles] on the CPU.
+    """
+    host = tile_mask.cpu()
+    shown = torch.arange(len(ids), device="cpu")
+    if reference == "meta":
+        shown = shown[ids.cpu() != 0]
+    kinds, kind = host[shown].unique(dim=0, return_inverse=True)
+    groups = ((shown[kind == number], filled) for number, filled in enumerate(kinds))
+    return [(chosen.to(ids.device), filled) for chosen, filled in groups]
 
 
 def _kind(value) -> str:

@@ -239,7 +239,7 @@ def _plain(named: dict[str, Any]) -> dict[str, Any]:
 
 
 def translate_state_dict(
-    model: PreTrainedModel, state_dict: Mapping[str, torch.Tensor], older: WeightMap = ()
+    model: PreTrainedModel, state_dict: Mapping[str, torch.Tensor]
 ) -> dict[str, torch.Tensor]:
     """A state dict with the files' names brought to the model's, tied tensors in both their places.
 
@@ -249,11 +249,11 @@ def translate_state_dict(
     Args:
         model: whose names are wanted.
         state_dict: under either's.
-        older: rows that come before those of the model's format.
     """
     own = _plain(model.state_dict()).keys()
-    weight_map = (*older, *_weight_map(model.config))
-    moves, unknown, _ = plan_moves(weight_map, [name for name in state_dict if name not in own])
+    moves, unknown, _ = plan_moves(
+        _weight_map(model.config), [name for name in state_dict if name not in own]
+    )
     translated = {
         name: tensor for name, tensor in state_dict.items() if name in own or name in unknown
     }

@@ -3,7 +3,7 @@
 import copy
 import functools
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -228,8 +228,6 @@ class PretrainedMixin(_Model):
         }
 
     processor: Any = None  # of a fused model: what stands before it, saved with it
-    # rows of `mllama.weights.rows` for names that the format's own table does not know
-    older_files: Sequence = ()
 
     @property
     def _checkpoint_conversion_mapping(self) -> dict[str, str]:
@@ -294,7 +292,7 @@ class PretrainedMixin(_Model):
                     "state_dict holds adapters, and this model has no LoRA layers: mllama.load_lora(model, path) converts it"
                 )
             state_dict = own_adapters(self, state_dict) if adapters_alone else plain
-            state_dict = translate_state_dict(self, state_dict, self.older_files)
+            state_dict = translate_state_dict(self, state_dict)
             own = {plain_key(name): name for name in self.state_dict()}
             state_dict = given_out(
                 self, {own.get(name, name): tensor for name, tensor in state_dict.items()}

@@ -36,8 +36,8 @@ class Work:
     Attributes:
         context: tokens of a row, prompt and answer, placeholders or visual tokens included.
         batch: rows.
-        tiles: of the pictures of a row that are filled; of a tower that cuts no tiles, its
-            pictures. The tower holds a picture's `max_num_tiles` however few are filled; keys have
+        tiles: of the images of a row that are filled; of an encoder that cuts no tiles, its
+            images. The encoder holds a picture's `max_num_tiles` however few are filled; keys have
             the filled ones (with reference="hf" all).
         dtype: of weights and activations.
     """
@@ -73,7 +73,7 @@ def memory_needed(model: nn.Module, work: Work) -> dict[str, int]:
         work: what is asked of it.
 
     Returns:
-        "weights"; of a model with a tower "vision activations"; of one with cross-attention
+        "weights"; of a model with an encoder "vision activations"; of one with cross-attention
         "cross-attention keys and values"; of one with a decoder "key-value cache", "decoder
         activations" and "logits": of the last position, with the float32 copy from which `generate`
             chooses.
@@ -89,7 +89,7 @@ def memory_needed(model: nn.Module, work: Work) -> dict[str, int]:
     tokens = work.batch * work.context
     if crossed:
         needed["cross-attention keys and values"] = (
-            crossed * work.batch * picture_tokens(spec, work.tiles) * per_key
+            crossed * work.batch * image_tokens(spec, work.tiles) * per_key
         )
     return needed | {
         "key-value cache": (text.num_hidden_layers - crossed) * tokens * per_key,
@@ -101,7 +101,7 @@ def memory_needed(model: nn.Module, work: Work) -> dict[str, int]:
 
 
 def spec_of(model: nn.Module) -> ModelSpec:
-    """What a model of this package is made of; a tower alone has no text."""
+    """What a model of this package is made of; an encoder alone has no text."""
     return (
         model.spec
         if hasattr(model, "spec")
@@ -109,28 +109,23 @@ def spec_of(model: nn.Module) -> ModelSpec:
     )
 
 
-def picture_tokens(spec: ModelSpec, tiles: int) -> int:
+def image_tokens(spec: ModelSpec, tiles: int) -> int:
     """Features of the filled tiles of one row, as the decoder has them."""
-    return tiles * spec.tokens_per_image if spec.pooling else _tower_tokens(spec, tiles)
+    return tiles * spec.tokens_per_image if spec.pooling else _encoder_tokens(spec, tiles)
 
 
-def _tower_tokens(spec: ModelSpec, tiles: int) -> int:
-    """The same as the tower has them; class tokens have one, too."""
+def _encoder_tokens(spec: ModelSpec, tiles: int) -> int:
+    """The same as the encoder has them, class tokens among them."""
     patches = (spec.vision.image_size // spec.vision.patch_size) ** 2
-    return tiles * (patches + (ENCODERS[spec.encoder].has_class_token))
+    return tiles * (patches + ENCODERS[spec.encoder].class_tokens)
 
 
 def _vision(spec: ModelSpec, work: Work) -> int:
-    vision, tiles = spec.vision, work.tiles
-    if spec.has_tiles:
-        tiles = -(-tiles // vision.max_num_tiles) * vision.max_num_tiles
-        kept = (
-            2 * len(vision.intermediate_layers_indices) + 4
-        )  # states on the way, features made of them; what both stacks start from
-    else:
-        kept = 0 if spec.feature_layers is None else max(spec.feature_layers) + 1
-    per_token = (_STATES + kept) * vision.hidden_size + 2 * vision.intermediate_size
-    return work.batch * _tower_tokens(spec, tiles) * per_token * work.dtype.itemsize
+    vision, encoder = spec.vision, ENCODERS[spec.encoder]
+    states = _STATES + encoder.peak_states(spec)
+    per_token = states * vision.hidden_size + 2 * vision.intermediate_size
+    tokens = _encoder_tokens(spec, encoder.count_encoded(vision, work.tiles))
+    return work.batch * tokens * per_token * work.dtype.itemsize
 
 
 def _crossed(spec: ModelSpec) -> frozenset[int]:
