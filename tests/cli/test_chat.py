@@ -46,7 +46,7 @@ def test_a_picture_for_a_text_model_is_refused_before_any_question(
     run, family_folder, picture_file
 ):
     code, out, err = run("chat", picture_file, "--model", family_folder("llama"), stdin="a\nb\n")
-    assert (code, out, err) == (2, "", "mllama: error: this model takes no pictures, got 1\n")
+    assert (code, out, err) == (2, "", "mllama: error: this model takes no images, got 1\n")
 
 
 def test_a_chat_goes_on_after_bytes_that_are_no_text(run, options, picture_file):

@@ -120,11 +120,11 @@ def test_sizes_are_ids(run, monkeypatch):
         ),
         (
             ["--model-id", "LLAMA", "--prompt", "a", "--image", "PICTURE"],
-            "this model takes no pictures",
+            "this model takes no images",
         ),
         (
             ["--model-id", "LLAMA", "--prompt", "a", "--image", "PICTURE", "--raw"],
-            "this model takes no pictures",
+            "this model takes no images",
         ),
         (["--model-id", "nowhere", "--prompt", "a"], "nowhere"),
         (["--model-id", "some/where", "--prompt", "a"], "no folder 'some/where' here"),
