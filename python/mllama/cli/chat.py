@@ -135,7 +135,7 @@ class _Talk:
             ValueError: the model takes none.
         """
         if tokenizer_of(self.processor) is self.processor:
-            raise ValueError(f"this model takes no pictures, got {len(pictures)}")
+            raise ValueError(f"this model takes no images, got {len(pictures)}")
         self.names, self.pictures, self.features, self.turns, self.said = (
             names,
             pictures,
