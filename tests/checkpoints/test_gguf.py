@@ -188,7 +188,7 @@ def test_llama3_scaling_is_recovered_from_its_factors(tmp_path):
     path = write(
         tmp_path / "none.gguf", stock(), extra={"rope_freqs.weight": np.ones(8, np.float32)}
     )
-    assert open_gguf(path).spec.text.rope_parameters["rope_type"] == "default"
+    assert open_gguf(path).config["rope_parameters"]["rope_type"] == "default"
     for wrong, said in (
         (np.linspace(1, 9, 8), "no scaling of Llama 3 with low_freq_factor 1.0"),
         (np.ones(7), "must have 8 factors"),
