@@ -11,7 +11,6 @@ import torch
 
 from mllama.assets import EMBEDDED
 from mllama.checkpoints import open_checkpoint
-from mllama.checkpoints.hub import find_folder
 from mllama.checkpoints.models import fill, lay_out
 from mllama.checkpoints.opened import Opened
 from mllama.device import choose_device, choose_dtype, dtype_name, dtype_named
@@ -211,7 +210,13 @@ def find_model(path: str | os.PathLike | None) -> Path:
     """
     if not isinstance(path, (str, os.PathLike, type(None))):
         raise TypeError(f"path must be a str, a path or None, got {type(path).__name__}")
-    return EMBEDDED if path is None else find_folder(path)
+    if path is None:
+        return EMBEDDED
+    if path != "" and Path(path).exists():
+        return Path(path)
+    from mllama.checkpoints.hub import find_folder  # the hub's client takes its time to import
+
+    return find_folder(path)
 
 
 def say_loaded(path: str | os.PathLike | None, model: torch.nn.Module) -> None:

@@ -10,7 +10,6 @@ from collections.abc import Callable, Collection
 from pathlib import Path
 
 import torch
-from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors.torch import save_file
 
 WEIGHTS, INDEX, CONFIG = "model.safetensors", "model.safetensors.index.json", "config.json"
@@ -101,6 +100,8 @@ def save_weights(folder: Path, tensors: dict[str, torch.Tensor], max_shard_size:
     """Write tensors under the given names: one file, or shards and their index where they exceed
     `max_shard_size`.
     """
+    from huggingface_hub import split_torch_state_dict_into_shards  # here, since it takes its time
+
     split = split_torch_state_dict_into_shards(
         tensors, filename_pattern="model{suffix}.safetensors", max_shard_size=max_shard_size
     )
