@@ -1,9 +1,9 @@
-"""`python -m benchmarks [name ...] [--no-save]`: one table per operator or model, each also written
-to benchmarks/results/<name>.csv.
+"""`python -m benchmarks [name ...] [--no-save]`: one table per operator or model, also written to
+benchmarks/results/<name>.csv.
 
-Every file benchmarks/ops/bench_<name>.py and benchmarks/models/bench_<name>.py has PEER, a line
-saying what ours is measured against, and cases(), which makes its Cases, and strings, remarks that
-are written below the table and into the file's head.
+Every benchmarks/ops/bench_<name>.py and benchmarks/models/bench_<name>.py defines PEER, a line that
+names the baseline, and cases(), which yields Cases, and strings as remarks: they are printed below
+the table and written to the head of the file.
 """
 
 import argparse
@@ -23,16 +23,19 @@ def main() -> None:
         path.stem.removeprefix("bench_"): path.parent.name
         for path in sorted(HERE.glob("*/bench_*.py"))
     }
-    what = "Time the operators against torch's eager equivalents, and models against transformers."
-    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=what)
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks",
+        description="Time operators against torch's eager equivalents, and models against "
+        "transformers'.",
+    )
     parser.add_argument(
         "names",
         nargs="*",
         metavar="name",
-        help=f"which to time (default: all): {', '.join(sorted(known))}",
+        help=f"benchmarks to run (default: all): {', '.join(sorted(known))}",
     )
     parser.add_argument(
-        "--no-save", action="store_true", help="print only; leave benchmarks/results as it is"
+        "--no-save", action="store_true", help="print only; do not write benchmarks/results"
     )
     arguments = parser.parse_args()
     unknown = sorted(set(arguments.names) - set(known))

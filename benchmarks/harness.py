@@ -1,6 +1,4 @@
-"""The benchmarks' common part: cases, interleaved timing, the machine's description and roofs,
-tables and CSV files.
-"""
+"""Benchmark harness: cases, interleaved timing, machine and roofs, tables, CSV files."""
 
 import csv
 import platform
@@ -12,8 +10,8 @@ from pathlib import Path
 
 import torch
 
-RUNS = 5  # interleaved runs per case; their median counts
-RUN_SECONDS = 0.02  # a run repeats its call for at least this long
+RUNS = 5  # interleaved runs per case; the median is reported
+RUN_SECONDS = 0.02  # minimum duration of a run, which repeats its call
 
 DTYPES = (torch.float32, torch.bfloat16)
 
@@ -22,9 +20,10 @@ DTYPES = (torch.float32, torch.bfloat16)
 class Case:
     """One row of a table: our call and its peer on the same inputs.
 
-    `bytes` is what a perfect implementation moves between memory and registers (every input read
-    once, every output written once), `flops` the arithmetic of one call; either may be 0 where it
-    says nothing.
+    Attributes:
+        bytes: memory traffic of a perfect implementation: every input read once, every output
+            written once. 0 if not meaningful.
+        flops: arithmetic of one call. 0 if not meaningful.
     """
 
     shape: str
@@ -38,7 +37,7 @@ class Case:
 
 @dataclass
 class Row:
-    """A case's medians in seconds per call."""
+    """Median times of a case, in seconds per call."""
 
     case: Case
     ours: float
@@ -60,8 +59,8 @@ def both_directions(
 ) -> list[Case]:
     """The forward and the forward+backward case of one shape.
 
-    The first `differentiable` inputs get gradients; `ours(*inputs)` and `peer(*(peer_inputs or
-    inputs))` return a tensor or a tuple of them, and every output gets a random gradient.
+    `ours(*inputs)` and `peer(*(peer_inputs or inputs))` return a tensor or a tuple of tensors. The
+    first `differentiable` inputs require gradients; every output gets a random gradient.
     """
     dtype = inputs[0].dtype
     ours_forward, ours_both = _directions(ours, inputs, differentiable)
@@ -83,7 +82,7 @@ def both_directions(
 def _directions(
     function: Callable, inputs: tuple[torch.Tensor, ...], differentiable: int
 ) -> tuple[Callable, Callable]:
-    """(forward alone in inference mode, forward and gradients) of one function."""
+    """(forward in inference mode, forward with gradients) of one function."""
     leaves = tuple(
         tensor.detach().requires_grad_(i < differentiable) for i, tensor in enumerate(inputs)
     )
@@ -105,9 +104,7 @@ def _tuple(outputs) -> tuple[torch.Tensor, ...]:
 
 
 def measure(case: Case) -> Row:
-    """Time both sides of a case in turns, so that what else the machine does meets both, and take
-    the medians.
-    """
+    """Time both sides of a case alternately, so that other load affects both, and take medians."""
     repeats = [_repeats(case.ours), _repeats(case.peer)]
     times: list[list[float]] = [[], []]
     for _ in range(RUNS):
@@ -117,7 +114,7 @@ def measure(case: Case) -> Row:
 
 
 def _repeats(call: Callable) -> int:
-    """How many calls fill RUN_SECONDS; warms up on the way."""
+    """Number of calls that fill RUN_SECONDS. Warms up as a side effect."""
     call()
     count = 1
     while True:
@@ -135,26 +132,26 @@ def _run(call: Callable, count: int) -> float:
 
 
 def saved_bytes(call: Callable[[], object], parameters: Iterable[torch.Tensor] = ()) -> int:
-    """What autograd keeps of the call for its backward pass: the bytes of all memory saved, once
-    each, that of `parameters` left out.
+    """Bytes that autograd saves for the backward pass of a call, each storage once, without
+    `parameters`.
     """
-    kept: dict[int, torch.UntypedStorage] = {}  # held, so that no address comes twice
+    saved: dict[int, torch.UntypedStorage] = {}  # references, so that no address is reused
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
-        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
+        saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        result = call()  # noqa: F841  its graph lives until all is counted
+        result = call()  # noqa: F841  keeps the graph alive until storages are counted
     for parameter in parameters:
-        kept.pop(parameter.untyped_storage().data_ptr(), None)
-    return sum(storage.nbytes() for storage in kept.values())
+        saved.pop(parameter.untyped_storage().data_ptr(), None)
+    return sum(storage.nbytes() for storage in saved.values())
 
 
 @dataclass
 class Roofs:
-    """What the machine can do at most, measured through torch in the same process: GB/s from memory
-    and GFLOP/s.
+    """Limits of the machine, measured with torch in the same process: memory bandwidth in GB/s and
+    matrix multiplication in GFLOP/s.
     """
 
     read: float
@@ -164,11 +161,12 @@ class Roofs:
 
     def __str__(self) -> str:
         memory = f"read {self.read:.1f} GB/s, copy {self.copy:.1f} GB/s"
-        return f"{memory}, matmul f32 {self.matmul_f32:.0f} GFLOP/s, bf16 {self.matmul_bf16:.0f} GFLOP/s"
+        matmul = f"matmul f32 {self.matmul_f32:.0f} GFLOP/s, bf16 {self.matmul_bf16:.0f} GFLOP/s"
+        return f"{memory}, {matmul}"
 
 
 def measure_roofs() -> Roofs:
-    """Best of RUNS over buffers far larger than the caches (256 MiB) and matrices of 2048 x 2048."""
+    """Best of RUNS, with buffers larger than the caches (256 MiB) and 2048 x 2048 matrices."""
     source = torch.ones(1 << 26)
     target = torch.ones_like(source)
     bytes_ = source.numel() * source.element_size()
@@ -194,11 +192,14 @@ def machine() -> str:
     extension = _ext.load()
     isa = extension.isa() if extension is not None else "references"
     torch_isa = torch.backends.cpu.get_cpu_capability().lower()
-    return f"{_processor()}; {torch.get_num_threads()} threads; mllama on {isa}; torch {torch.__version__} on {torch_isa}"
+    return (
+        f"{_processor()}; {torch.get_num_threads()} threads; mllama on {isa}; "
+        f"torch {torch.__version__} on {torch_isa}"
+    )
 
 
 def _processor() -> str:
-    """Name, family and model from /proc/cpuinfo; what platform knows where there is none."""
+    """Name, family and model from /proc/cpuinfo, or the platform module's name without it."""
     try:
         lines = Path("/proc/cpuinfo").read_text().split("\n\n")[0].splitlines()
     except OSError:
@@ -215,7 +216,7 @@ HEADER = ("shape", "dtype", "direction", "ours us", "peer us", "speed-up", "GB/s
 
 
 def table_row(row: Row) -> tuple[str, ...]:
-    """A row as the strings of HEADER."""
+    """A row as strings, in the order of HEADER."""
     case = row.case
     return (
         case.shape,
@@ -230,7 +231,7 @@ def table_row(row: Row) -> tuple[str, ...]:
 
 
 def print_table(title: str, rows: Iterable[tuple[str, ...]]) -> None:
-    """Print rows under HEADER, columns aligned: words to the left, numbers to the right."""
+    """Print an aligned table: text to the left, numbers to the right."""
     lines = [HEADER, *rows]
     widths = [max(len(line[i]) for line in lines) for i in range(len(HEADER))]
     print(f"\n{title}")
@@ -244,7 +245,7 @@ def print_table(title: str, rows: Iterable[tuple[str, ...]]) -> None:
 
 
 def write_csv(path: Path, notes: Iterable[str], rows: Iterable[tuple[str, ...]]) -> None:
-    """Write rows under HEADER, after the notes as lines that start with '#'."""
+    """Write HEADER and rows, after the notes as lines that start with '#'."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", newline="") as file:
         file.writelines(f"# {note}\n" for note in notes)

@@ -1,6 +1,4 @@
-"""The sizes that the benchmarks run on: Llama-3.2-1B's decoder and SigLIP-base's tower (224 pixels,
-patches of 16).
-"""
+"""Benchmark sizes: Llama-3.2-1B's decoder and SigLIP-base's encoder (224 pixels, patches of 16)."""
 
 HIDDEN, HEADS, KV_HEADS, HEAD_SIZE, FFN = 2048, 32, 8, 64, 8192
 TEXT_LENGTHS = (1, 512)  # one decoding step, one prefill
@@ -11,15 +9,15 @@ VISION_BATCHES = (1, 8)
 
 
 def text(width: int) -> list[tuple[int, int, int]]:
-    """[B, T, width] for every text length."""
+    """[B, T, width] for each text length."""
     return [(1, length, width) for length in TEXT_LENGTHS]
 
 
 def vision(width: int) -> list[tuple[int, int, int]]:
-    """[B, patches, width] for every batch of pictures."""
+    """[B, patches, width] for each batch of images."""
     return [(batch, PATCHES, width) for batch in VISION_BATCHES]
 
 
 def label(shape: tuple[int, ...]) -> str:
-    """A shape as one word: 1x512x2048."""
+    """A shape as a string: 1x512x2048."""
     return "x".join(map(str, shape))

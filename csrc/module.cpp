@@ -1,4 +1,4 @@
-// The Python module mllama._C. Importing it registers the operators (static initialisers of
+// The Python module mllama._C. Importing it registers the operators (static initializers of
 // csrc/ops); what it exposes itself is only about the build and the CPU. No tensor passes through
 // pybind11.
 #include <pybind11/pybind11.h>
@@ -17,8 +17,8 @@ PYBIND11_MODULE(_C, m) {
         [] {
             py::dict info;
             info["operators"] = MLLAMA_OPS;
-            info["instruction_sets"] = MLLAMA_ISAS;
-            info["cuda_toolkit"] = static_cast<bool>(MLLAMA_CUDA);
+            info["instruction_sets"] = mllama::isa_names();
+            info["cuda_toolkit"] = false;  // there are no CUDA sources yet
             info["torch"] = TORCH_VERSION;
 #if defined(__GNUC__) && !defined(__clang__)
             info["compiler"] = "GCC " __VERSION__;  // Clang's version begins with its name

@@ -1,7 +1,6 @@
-"""Asks the embedded model about the pictures in examples/pictures and checks its answers. `make
-demo` runs it.
+"""Ask the embedded model about the images in examples/pictures and check its answers (`make demo`).
 
-Exits with 1 when an answer is wrong.
+Exits with 1 if an answer is wrong.
 """
 
 import json
@@ -15,16 +14,15 @@ PICTURES = Path(__file__).parent / "pictures"
 
 
 def main() -> int:
-    """Print every question with its answer; return the exit code."""
-    sys.stdout.reconfigure(errors="replace")  # the marks, on terminals that lack them
+    """Print every question with its answer and return the exit code."""
+    sys.stdout.reconfigure(errors="replace")  # terminals without ✓
     wrong = 0
     for name, questions in json.loads((PICTURES / "questions.json").read_text()).items():
         print(os.path.relpath(PICTURES / name))
         for question, expected in questions.items():
             answer = mllama.ask(PICTURES / name, question)
-            print(
-                f"  {question:32} {answer:10} {'✓' if answer == expected else f'✗ it is {expected}'}"
-            )
+            mark = "✓" if answer == expected else f"✗ it is {expected}"
+            print(f"  {question:32} {answer:10} {mark}")
             wrong += answer != expected
     return int(wrong > 0)
 

@@ -1,5 +1,6 @@
-"""Draws docs/demo.png, the README's picture: the questions of the demo and what the embedded model
-answers. Needs matplotlib.
+"""Draw docs/demo.png, the README's figure: the demo's questions and the embedded model's answers.
+
+Needs matplotlib.
 """
 
 import json
@@ -16,14 +17,14 @@ TARGET = Path(__file__).parent.parent / "docs" / "demo.png"
 
 
 def main() -> None:
-    """Ask, and draw."""
+    """Ask the questions and draw the figure."""
     asked = json.loads((PICTURES / "questions.json").read_text())
     figure, axes = plt.subplots(
         len(asked), 2, figsize=(9, 2.6 * len(asked)), width_ratios=(1, 1.5), layout="constrained"
     )
     for (left, right), (name, questions) in zip(axes, asked.items(), strict=True):
-        with Image.open(PICTURES / name) as picture:
-            left.imshow(picture)
+        with Image.open(PICTURES / name) as image:
+            left.imshow(image)
         left.set(xticks=[], yticks=[])
         right.axis("off")
         for row, question in enumerate(questions):

@@ -1,8 +1,9 @@
-"""Accuracy of a model on held-out generated pictures, by kind of question.
+"""Accuracy of a model on held-out generated images, by kind of question.
 
-python examples/evaluate_embedded.py                          # the embedded model, 1,000 pictures
-of this generator python examples/evaluate_embedded.py --renderer matplotlib    # 200 pictures drawn
-by matplotlib
+1,000 images of the training generator, or 200 images drawn by matplotlib:
+
+    python examples/evaluate_embedded.py
+    python examples/evaluate_embedded.py --renderer matplotlib
 """
 
 from __future__ import annotations
@@ -23,13 +24,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--model", help="folder; the embedded model when left out")
+    parser.add_argument("--model", help="model folder (default: the embedded model)")
     parser.add_argument("--renderer", choices=("shapes", "matplotlib"), default="shapes")
-    parser.add_argument("--pictures", type=int, help="how many (1,000, or 200 of matplotlib's)")
+    parser.add_argument(
+        "--pictures", type=int, help="number of images (default: 1,000, or 200 with matplotlib)"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--dtype", default="float32")
-    parser.add_argument("--json", type=Path, help="write the figures here")
-    parser.add_argument("--mistakes", type=int, default=0, help="print this many wrong answers")
+    parser.add_argument("--json", type=Path, help="file to write the figures to")
+    parser.add_argument("--mistakes", type=int, default=0, help="number of wrong answers to print")
     parser.add_argument("--threads", type=int, default=2)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
@@ -47,7 +50,8 @@ def main() -> None:
     print(summary(figures))
     for case, turn, answer in wrong[: arguments.mistakes]:
         print(
-            f"  {case.objects} objects, {case.background}: {turn.question} -> {answer!r}, not {turn.answer!r}"
+            f"  {case.objects} objects, {case.background}: "
+            f"{turn.question} -> {answer!r}, not {turn.answer!r}"
         )
     if arguments.json:
         arguments.json.write_text(json.dumps(figures, indent=1) + "\n")

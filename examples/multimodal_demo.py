@@ -1,11 +1,9 @@
-"""Joins a picture and a text by hand: patches are pooled to a few visual tokens, projected to the
-decoder's width and put before the text.
+"""Combine an image and a text by hand: pool patches to a few visual tokens, project them to the
+decoder's width, and put them before the text.
 
-`fusion="prepend"` in MllamaConfig is the same in one model. The decoder goes by older scripts'
-names (docs/older-scripts.md).
-
-The picture is looked at by the embedded model's tower; projection and decoder are small and random:
-this shows shapes, not knowledge.
+`MllamaConfig(fusion="prepend")` does the same in one model. The decoder uses the names of older
+scripts (docs/older-scripts.md). The encoder is the embedded model's; the projection and the decoder
+are small and random, so this shows shapes and no meaningful answer.
 """
 
 from pathlib import Path
@@ -14,10 +12,11 @@ import torch
 from torch import nn
 
 import mllama
-from mllama.dropin.model import LLAMA32_CONFIG, Llama3Model
+from mllama.dropin.config import LLAMA32_CONFIG
+from mllama.dropin.text import Llama3Model
 from mllama.processing.image import load_picture
 
-PICTURE = Path(__file__).parent / "pictures" / "drawn.png"
+IMAGE = Path(__file__).parent / "pictures" / "drawn.png"
 VISUAL_TOKENS = 8
 SIZES = {
     "context_length": 256,
@@ -27,15 +26,13 @@ SIZES = {
     "hidden_dim": 256,
     "n_kv_groups": 2,
 }
-OTHERS = {
-    "rope_freq": None,
-    "dtype": torch.float32,
-}  # frequencies are scaled for contexts far longer than this one
+# RoPE scaling is for much longer contexts
+OTHERS = {"rope_freq": None, "dtype": torch.float32}
 
 
 @torch.no_grad()
 def main() -> torch.Tensor:
-    """Print what comes out of every step; returns the logits."""
+    """Print the shapes of every step and return the logits."""
     torch.manual_seed(0)
     embedded, processor = mllama.load(dtype="float32", device="cpu")
     decoder = Llama3Model(
@@ -44,7 +41,7 @@ def main() -> torch.Tensor:
     pool = nn.AdaptiveAvgPool1d(VISUAL_TOKENS)
     project = nn.Linear(embedded.config.vision_config.hidden_size, SIZES["emb_dim"])
 
-    pixel_values = processor.image_processor(load_picture(PICTURE), return_tensors="pt")[
+    pixel_values = processor.image_processor(load_picture(IMAGE), return_tensors="pt")[
         "pixel_values"
     ]
     patches = embedded.vision_tower(pixel_values).last_hidden_state
@@ -54,7 +51,7 @@ def main() -> torch.Tensor:
     logits = decoder.forward_with_embeds(torch.cat([visual, text], dim=1))
 
     steps = {
-        "picture": pixel_values,
+        "image": pixel_values,
         "patches": patches,
         "visual tokens": visual,
         "text": text,

@@ -1,9 +1,9 @@
-"""Trains the embedded model on generated pictures.
+"""Train the embedded model on generated images.
 
     python examples/train_embedded.py --out runs/embedded
 
-The run resumes from its folder with --resume; --export writes the averaged weights where
-`mllama.load()` finds them.
+--resume continues the run in --out. --export writes the averaged weights as a model folder for
+`mllama.load`.
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ def main() -> None:
     )
     parser.add_argument("--out", type=Path, default=Path("runs/embedded"), help="folder of the run")
     parser.add_argument(
-        "--resume", action="store_true", help="go on from the weights and optimiser state in --out"
+        "--resume",
+        action="store_true",
+        help="continue from the weights and optimizer state in --out",
     )
     parser.add_argument(
         "--export",
         type=Path,
-        help="after training (or at once with --pictures 0), write the model to this folder",
+        help="folder to write the model to after training (at once with --pictures 0)",
     )
-    parser.add_argument(
-        "--threads", type=int, default=2, help="1 where other work shares the machine"
-    )
-    parser.add_argument("--workers", type=int, default=1, help="processes that draw pictures")
+    parser.add_argument("--threads", type=int, default=2, help="1 if other jobs share the machine")
+    parser.add_argument("--workers", type=int, default=1, help="processes that draw images")
     for field in fields(Plan):
         kind = (
             {"action": argparse.BooleanOptionalAction}
@@ -53,9 +53,9 @@ def main() -> None:
 
 
 def train(run: Run, workers: int) -> None:
-    """Runs to the end of the plan behind a progress bar on stderr."""
+    """Train to the end of the plan, with a progress bar on stderr."""
     with tqdm(
-        total=run.plan.pictures, initial=run.seen, unit="picture", smoothing=0.02, mininterval=2
+        total=run.plan.pictures, initial=run.seen, unit="image", smoothing=0.02, mininterval=2
     ) as progress:
         run.train(progress, workers=workers)
 

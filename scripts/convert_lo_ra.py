@@ -2,13 +2,13 @@
 
 import sys
 
-from mllama.dropin.commands.convert_lo_ra import run
+from mllama.dropin.commands import convert_lo_ra
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Run a command; an error is one line on stderr."""
     try:
-        run(arguments)
+        convert_lo_ra(sys.argv[1:] if arguments is None else arguments)
     except (ValueError, TypeError, OSError) as error:
         sys.exit(f"convert_lo_ra: error: {error}")
 

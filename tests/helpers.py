@@ -3,6 +3,7 @@ samples.
 """
 
 import contextlib
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,7 +14,6 @@ import torch
 from mllama import _ext
 from mllama.ops import _dispatch
 
-INSTRUCTION_SETS = ("scalar", "avx2", "avx512", "avx512_bf16")
 # Largest error accepted, relative to the largest value of the exact result. 16-bit results carry
 # one or two roundings.
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 2e-2, torch.float16: 3e-3}
@@ -64,6 +64,14 @@ class Sample:
             {k: one(k, v) for k, v in self.kwargs.items()},
         )
 
+    def to(self, device: str) -> "Sample":
+        """The same call with every tensor on another device."""
+
+        def one(value: Any) -> Any:
+            return value.to(device) if isinstance(value, torch.Tensor) else value
+
+        return Sample(tuple(map(one, self.args)), {k: one(v) for k, v in self.kwargs.items()})
+
     def leaves(self) -> list[torch.Tensor]:
         """The tensors that require a gradient, in order."""
         return [
@@ -88,8 +96,19 @@ class BadCall:
 
 def instruction_sets() -> list[str]:
     """Those this CPU has, weakest first."""
-    best = _ext.load().best_isa()
-    return list(INSTRUCTION_SETS[: INSTRUCTION_SETS.index(best) + 1])
+    module = _ext.load()
+    compiled = module.build_info()["instruction_sets"].split()
+    return compiled[: compiled.index(module.best_isa()) + 1]
+
+
+def has_kernels(device: str, overloads: Sequence[Any]) -> bool:
+    """Whether this machine has the device, and all operators have a kernel for it."""
+    if device == "cuda" and not torch.cuda.is_available():
+        return False
+    try:
+        return all(torch.library.get_kernel(op.name(), device.upper()) for op in overloads)
+    except RuntimeError:  # there is none
+        return False
 
 
 @contextlib.contextmanager
@@ -110,9 +129,7 @@ def strided(tensor: torch.Tensor) -> torch.Tensor:
     """
     if tensor.dim() == 0:
         return tensor
-    room = torch.full(
-        (*tensor.shape[:-1], 2 * tensor.shape[-1] + 3), float("nan"), dtype=tensor.dtype
-    )
+    room = tensor.new_full((*tensor.shape[:-1], 2 * tensor.shape[-1] + 3), float("nan"))
     view = room[..., 1 : 1 + 2 * tensor.shape[-1] : 2]
     return view.copy_(tensor)
 
@@ -121,7 +138,7 @@ def sliced(tensor: torch.Tensor) -> torch.Tensor:
     """The same values within a larger tensor's memory: without gaps, but neither where it begins
     nor aligned.
     """
-    room = torch.full((tensor.numel() + 6,), float("nan"), dtype=tensor.dtype)
+    room = tensor.new_full((tensor.numel() + 6,), float("nan"))
     return room[3:-3].view(tensor.shape).copy_(tensor)
 
 
@@ -132,7 +149,7 @@ def assert_close(actual: torch.Tensor, exact: torch.Tensor, tolerance: float, wh
     assert actual.shape == exact.shape, (
         f"{what}: shape {tuple(actual.shape)}, expected {tuple(exact.shape)}"
     )
-    actual, exact = actual.detach().double(), exact.detach().double()
+    actual, exact = (tensor.detach().cpu().double() for tensor in (actual, exact))
     assert torch.equal(actual.isnan(), exact.isnan()), (
         f"{what}: NaN in other places than in the reference"
     )
@@ -158,6 +175,7 @@ def check_op(
     gradient_tolerance: dict[torch.dtype, float] | None = None,
     second_derivative: bool = False,
     thread_counts: Sequence[int] = (1, 2),
+    devices: Sequence[str] = ("cpu", "cuda"),
 ) -> None:
     """Prove an operator on `samples` against its reference evaluated on the same (rounded) values
     in float64 or float32.
@@ -176,25 +194,26 @@ def check_op(
         second_derivative: the operator has one, equal to the reference's; without, it must raise.
         thread_counts: which must give the same bits; () where torch's matrix product, whose bits
             depend on it, is a part.
+        devices: where values and gradients are checked, if the machine has the device and all
+            operators of `raw` have a kernel for it.
 
-    Checked: values for each dtype, instruction set and memory layout; 16-bit beside float32 where
-    kept so; determinism, run to run and over thread counts; gradients against the reference's; that
-    a second derivative raises or is right; opcheck; torch.compile(fullgraph=True,
+    Checked: values for each dtype, device, instruction set and memory layout; 16-bit beside float32
+    where kept so; determinism, run to run and over thread counts; gradients against the
+    reference's; that a second derivative raises or is right; opcheck; torch.compile(fullgraph=True,
     backend="aot_eager"), forward and gradients; every bad call, with kernels and without.
     """
     gradient_tolerance = gradient_tolerance or {
         dtype: 4 * bound for dtype, bound in tolerance.items()
     }
     has_gradient = differentiable != ()
-    for number, sample in enumerate(samples):
-        for dtype in dtypes:
-            typed = sample.map(lambda value, dtype=dtype: value.to(dtype), keep=keep_float32)
-            what = f"sample {number}, {dtype}"
-            _check_values(public, reference, typed, dtype, tolerance[dtype], what)
-            if has_gradient:
-                _check_gradients(
-                    public, reference, typed, differentiable, gradient_tolerance[dtype], what
-                )
+    present = [d for d in devices if has_kernels(d, [overload for overload, _ in raw])]
+    for device, (number, sample), dtype in itertools.product(present, enumerate(samples), dtypes):
+        typed = sample.map(lambda value, dtype=dtype: value.to(dtype), keep=keep_float32)
+        what = f"sample {number}, {dtype}"
+        _check_values(public, reference, typed, device, tolerance[dtype], dtype, what)
+        if has_gradient:
+            bound = gradient_tolerance[dtype]
+            _check_gradients(public, reference, typed, device, differentiable, bound, what)
     if has_gradient and second_derivative:
         _check_second_derivative(
             public,
@@ -249,27 +268,28 @@ def _gradients(function: Callable, sample: Sample) -> list[torch.Tensor | None]:
     results = _results(function(*sample.args, **sample.kwargs))
     generator = torch.Generator().manual_seed(1)
     loss = sum(
-        (r.double() * torch.randn(r.shape, generator=generator, dtype=torch.float64)).sum()
+        (r.cpu().double() * torch.randn(r.shape, generator=generator, dtype=torch.float64)).sum()
         for r in results
     )
     return list(torch.autograd.grad(loss, sample.leaves(), allow_unused=True))
 
 
-def _variants(sample: Sample) -> Iterator[tuple[str, Sample]]:
-    """The sample under every instruction set, in memory of its own, in a part of another's, and
-    with strides.
+def _variants(sample: Sample, device: str) -> Iterator[tuple[str, Sample]]:
+    """The sample on the device, under every instruction set, in memory of its own, in a part of
+    another's, and with strides.
     """
-    for isa in instruction_sets():
-        with instruction_set(isa):
+    sample = sample.to(device)
+    for isa in instruction_sets() if device == "cpu" else [device]:
+        with instruction_set(isa) if device == "cpu" else contextlib.nullcontext():
             yield f"{isa}, contiguous", sample
             yield f"{isa}, sliced", sample.map(sliced)
             yield f"{isa}, strided", sample.map(strided)
 
 
-def _check_values(public, reference, sample, dtype, tolerance, what) -> None:
+def _check_values(public, reference, sample, device, tolerance, dtype, what) -> None:
     exact = sample.map(torch.Tensor.float)
     expected = _results(reference(*exact.args, **exact.kwargs))
-    for variant, call in _variants(sample):
+    for variant, call in _variants(sample, device):
         for k, (actual, wanted) in enumerate(
             zip(_results(public(*call.args, **call.kwargs)), expected, strict=True)
         ):
@@ -277,9 +297,9 @@ def _check_values(public, reference, sample, dtype, tolerance, what) -> None:
             assert_close(actual, wanted, tolerance, f"{what}, {variant}, result {k}")
 
 
-def _check_gradients(public, reference, sample, differentiable, tolerance, what) -> None:
+def _check_gradients(public, reference, sample, device, differentiable, tolerance, what) -> None:
     expected = _gradients(reference, _leaves(sample.map(torch.Tensor.float), differentiable))
-    for variant, call in _variants(sample):
+    for variant, call in _variants(sample, device):
         for k, (actual, wanted) in enumerate(
             zip(_gradients(public, _leaves(call, differentiable)), expected, strict=True)
         ):

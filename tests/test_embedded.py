@@ -78,7 +78,7 @@ def test_chat_template_is_the_packages(embedded):
 def test_stock_transformers_gives_equal_ids_and_logits(embedded):
     model, processor = embedded
     case = held_out_cases(1, seed=SEED)[0]
-    picture = case.picture.convert("RGB")
+    picture = case.image.convert("RGB")
     ours = processor(images=picture, text=case.turns[0].question, return_tensors="pt")
     stock_processor = AutoProcessor.from_pretrained(FOLDER)
     talk = [

@@ -1,4 +1,4 @@
-"""The generator of the embedded model's pictures: repeatable, rightly labelled, and asking only
+"""The generator of the embedded model's images: repeatable, rightly labelled, and asking only
 what can be answered.
 """
 
@@ -10,17 +10,17 @@ from PIL import Image
 from shapes.backgrounds import DEMO_PHOTOS, HELD_OUT_PHOTOS, KINDS, TRAINING_PHOTOS, background
 from shapes.dataset import (
     HELD_OUT_SEED,
-    Pictures,
+    ImageBatches,
     batches,
     curriculum,
     held_out,
-    picture_rng,
+    image_rng,
     pixels_of,
 )
 from shapes.drawing import SHAPES, shape_masks, text_mask
 from shapes.evaluation import Case, is_right, named_objects
 from shapes.labels import HEADS, IGNORE, OFFSETS, dense_labels
-from shapes.palette import COLOURS, PALETTE, contrast, shade
+from shapes.palette import COLORS, PALETTE, contrast, shade
 from shapes.questions import PHRASINGS, Turn, ask, description
 from shapes.scene import POSITIONS, Recipe, make_scene, position_name
 from shapes.tokenizer import build_tokenizer
@@ -32,7 +32,7 @@ SCENES = 150
 def scenes():
     made = []
     for i in range(SCENES):
-        rng = picture_rng(5, i)
+        rng = image_rng(5, i)
         scene = make_scene(rng)
         made.append((scene, ask(scene, rng, 8, describe=1.0)))
     return made
@@ -44,8 +44,8 @@ def tokenizer():
 
 
 def test_one_seed_is_one_picture(tokenizer):
-    first, again = (Pictures(3, 4, 1000).make(7, tokenizer) for _ in range(2))
-    other = Pictures(4, 4, 1000).make(7, tokenizer)
+    first, again = (ImageBatches(3, 4, 1000).make(7, tokenizer) for _ in range(2))
+    other = ImageBatches(4, 4, 1000).make(7, tokenizer)
     assert torch.equal(first.pixels, again.pixels) and torch.equal(first.input_ids, again.input_ids)
     assert torch.equal(first.classes, again.classes)
     assert not torch.equal(first.pixels, other.pixels)
@@ -68,20 +68,20 @@ def test_scenes_vary(scenes):
     counts = {len(scene.objects) for scene, _ in scenes}
     assert counts >= {0, 1, 2, 3, 4, 5}
     assert {thing.shape for scene, _ in scenes for thing in scene.objects} == set(SHAPES)
-    assert {thing.colour for scene, _ in scenes for thing in scene.objects} == set(COLOURS)
+    assert {thing.color for scene, _ in scenes for thing in scene.objects} == set(COLORS)
     assert {scene.background for scene, _ in scenes} == set(KINDS)
     assert any(scene.text is not None for scene, _ in scenes)
-    assert len({scene.picture.size for scene, _ in scenes}) > SCENES // 2
+    assert len({scene.image.size for scene, _ in scenes}) > SCENES // 2
 
 
 def test_objects_are_drawn_where_and_how_the_scene_says():
-    """In the middle of an object that is no ring stands a colour that is nearest to its own name's."""
+    """In the middle of an object that is no ring stands a color that is nearest to its own name's."""
     right = total = 0
     for i in range(100):
         scene = make_scene(
-            picture_rng(11, i), Recipe(backgrounds=(1, 0, 0, 0), text_only=0, text_beside=0)
+            image_rng(11, i), Recipe(backgrounds=(1, 0, 0, 0), text_only=0, text_beside=0)
         )
-        pixels = np.asarray(scene.picture.convert("RGB"))
+        pixels = np.asarray(scene.image.convert("RGB"))
         for thing in scene.objects:
             if thing.shape in ("ring", "triangle"):
                 continue
@@ -90,7 +90,7 @@ def test_objects_are_drawn_where_and_how_the_scene_says():
                 PALETTE,
                 key=lambda name: min(contrast(here, np.array(value)) for value in PALETTE[name]),
             )
-            right, total = right + (near == thing.colour), total + 1
+            right, total = right + (near == thing.color), total + 1
     assert total > 100 and right / total > 0.93
 
 
@@ -103,11 +103,11 @@ def test_dense_labels_point_at_the_objects(scenes):
             column = classes[:, place[name]]
             assert ((column == IGNORE) | ((column >= 0) & (column < size))).all()
         assert (classes[:, place["objects"]] == len(scene.objects)).all()
-        assert (classes[:, place["centre"]] == 1).sum() == len(scene.objects)
+        assert (classes[:, place["center"]] == 1).sum() == len(scene.objects)
         for rank, thing in enumerate(scene.objects):
             row = int(thing.y * 12) * 12 + int(thing.x * 12)
             assert classes[row, place["shape"]] == 1 + SHAPES.index(thing.shape)
-            assert classes[row, place["colour"]] == 1 + COLOURS.index(thing.colour)
+            assert classes[row, place["color"]] == 1 + COLORS.index(thing.color)
             assert classes[row, place["rank"]] == rank
             assert np.abs(numbers[row, :OFFSETS]).max() < 4 / 12
         if scene.text is not None:
@@ -127,10 +127,10 @@ def _answer(question: str, scene) -> str | None:
         word.removesuffix("s") if word.removesuffix("s") in SHAPES else word for word in words
     ]
     shapes = [word for word in singular if word in SHAPES]
-    colours = [word for word in words if word in COLOURS]
+    colors = [word for word in words if word in COLORS]
     match = [
         thing for thing in scene.objects
-        if (not shapes or thing.shape in shapes) and (not colours or thing.colour in colours)
+        if (not shapes or thing.shape in shapes) and (not colors or thing.color in colors)
     ]  # fmt: skip
     if words[:2] == ["how", "many"] or words[0] == "count" or "number" in words[:4]:
         return str(len(match))
@@ -139,7 +139,7 @@ def _answer(question: str, scene) -> str | None:
     if len(match) != 1:
         return f"{len(match)} candidates"
     if "colour" in words:
-        return match[0].colour
+        return match[0].color
     if "where" in words or "position" in words or "part" in words:
         return match[0].position
     return match[0].shape
@@ -149,7 +149,7 @@ def test_every_question_has_the_right_answer_and_only_one(scenes):
     asked = 0
     for scene, turns in scenes:
         for turn in turns:
-            if turn.kind in ("colour", "shape", "where", "exists", "count"):
+            if turn.kind in ("color", "shape", "where", "exists", "count"):
                 assert _answer(turn.question, scene) == turn.answer, (turn, scene.objects)
                 asked += 1
             elif turn.kind == "describe":
@@ -203,10 +203,10 @@ def test_curriculum_ends_at_the_full_mixture():
 
 def test_shades_keep_their_names_apart():
     rng = np.random.default_rng(0)
-    shades = {name: np.array([shade(name, rng) for _ in range(100)], float) for name in COLOURS}
+    shades = {name: np.array([shade(name, rng) for _ in range(100)], float) for name in COLORS}
     assert all(((s >= 0) & (s <= 255)).all() for s in shades.values())
-    for a in COLOURS:
-        for b in COLOURS:
+    for a in COLORS:
+        for b in COLORS:
             if a < b:
                 assert contrast(shades[a][:, None], shades[b][None]).min() > 20, (a, b)
 
@@ -228,9 +228,9 @@ def test_text_boxes_stand_in_order():
 
 
 def test_pixels_are_pillows_bicubic():
-    picture = Image.effect_noise((70, 50), 40).convert("RGB")
+    image = Image.effect_noise((70, 50), 40).convert("RGB")
     assert np.array_equal(
-        pixels_of(picture, 96), np.asarray(picture.resize((96, 96), Image.Resampling.BICUBIC))
+        pixels_of(image, 96), np.asarray(image.resize((96, 96), Image.Resampling.BICUBIC))
     )
 
 
@@ -260,7 +260,7 @@ def test_chat_template_is_the_training_layout(tokenizer):
 
 
 def test_labels_stand_on_answers_only(tokenizer):
-    batch = Pictures(0, 4, 1000).make(900, tokenizer)
+    batch = ImageBatches(0, 4, 1000).make(900, tokenizer)
     trained = batch.labels != IGNORE
     assert torch.equal(batch.labels[trained], batch.input_ids[trained])
     assert (
@@ -283,6 +283,6 @@ def test_scoring():
 def test_held_out_pictures_are_their_own():
     (scene, turns), *_ = held_out(1)
     assert (
-        isinstance(Case(scene.picture, turns, len(scene.objects)).picture, Image.Image)
+        isinstance(Case(scene.image, turns, len(scene.objects)).image, Image.Image)
         and turns[-1].kind == "describe"
     )

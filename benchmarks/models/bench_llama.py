@@ -1,5 +1,5 @@
-"""A Llama decoder of Llama-3.2-1B's widths, four of its sixteen layers and a small vocabulary: a
-prompt, and the tokens after it.
+"""Prefill and decoding of a Llama with Llama-3.2-1B's sizes, four of its sixteen layers and a small
+vocabulary.
 """
 
 from collections.abc import Iterator
@@ -26,9 +26,7 @@ CONFIG = {
 
 
 def cases() -> Iterator[Case]:
-    """Prompts of 256 and 1024 tokens in one forward pass; 16 tokens after a prompt of 256 by greedy
-    `generate`.
-    """
+    """Prefill of 256 and 1024 tokens; 16 tokens of greedy `generate` after a prompt of 256."""
     for dtype in DTYPES:
         theirs = LlamaForCausalLM(LlamaConfig(**CONFIG)).to(dtype).eval()
         ours = MllamaForConditionalGeneration(LlamaConfig(**CONFIG)).to(dtype).eval()

@@ -1,5 +1,5 @@
-"""A LoRA training step: four layers of Llama-3.2-1B's widths, its whole vocabulary, rank 16 on all
-linear maps, adapters in float32.
+"""A LoRA training step: four layers of Llama-3.2-1B's sizes, its whole vocabulary, rank 16 on all
+linear layers, float32 adapters.
 """
 
 from collections.abc import Iterator
@@ -20,9 +20,7 @@ TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 def pair(
     config: dict, rank: int, dtype: torch.dtype
 ) -> tuple[mllama.MllamaForConditionalGeneration, PeftModel]:
-    """Ours and theirs, with the same weights and the same adapters, these in float32 as PEFT makes
-    them.
-    """
+    """Our model and theirs with the same weights and adapters; adapters are float32, as in PEFT."""
     theirs = LlamaForCausalLM(LlamaConfig(**config)).to(dtype)
     ours = mllama.MllamaForConditionalGeneration(LlamaConfig(**config)).to(dtype)
     ours.load_state_dict(theirs.state_dict())
@@ -42,15 +40,15 @@ def pair(
 
 
 def saved(model: torch.nn.Module, ids: torch.Tensor) -> int:
-    """Bytes kept for the backward pass of a training step, parameters left out."""
+    """Bytes saved for the backward pass of a training step, without parameters."""
     return saved_bytes(
         lambda: model(input_ids=ids, labels=ids, use_cache=False), model.parameters()
     )
 
 
 def cases() -> Iterator[Case | str]:
-    """What the backward pass needs kept; the forward pass of a step, the step with AdamW, and one
-    token through adapters not merged.
+    """Memory saved for the backward pass; a step's forward pass, the step with AdamW, and one token
+    through unmerged adapters.
     """
     models = pair(CONFIG | {"vocab_size": 128256}, RANK, torch.bfloat16)
     weights = sum(
@@ -64,7 +62,10 @@ def cases() -> Iterator[Case | str]:
         ids = torch.randint(0, CONFIG["vocab_size"], (1, tokens))
         if direction == "step":
             ours, peer = (saved(model, ids) / 1e6 for model in models)
-            yield f"kept for the backward pass of {tokens} tokens: ours {ours:.1f} MB, peer {peer:.1f} MB, {ours / peer:.0%}"
+            yield (
+                f"kept for the backward pass of {tokens} tokens: ours {ours:.1f} MB, "
+                f"peer {peer:.1f} MB, {ours / peer:.0%}"
+            )
         shape, sides = f"{tokens} token{'s' * (tokens > 1)}", (call(model, ids) for model in models)
         yield Case(shape, torch.bfloat16, direction, *sides, flops=flops * weights * tokens)
 

@@ -1,4 +1,4 @@
-"""SigLIP-base's vision tower: one picture of 224 x 224, and eight."""
+"""SigLIP-base's vision encoder on one and on eight images of 224 x 224."""
 
 from collections.abc import Iterator
 
@@ -12,16 +12,16 @@ PEER = "transformers' SiglipVisionModel, sdpa"
 
 
 def cases() -> Iterator[Case]:
-    """Both models whole, pooling head included."""
+    """Whole models, including the pooling head."""
     config = SiglipVisionConfig(image_size=224, patch_size=16)
     for dtype in DTYPES:
         theirs = SiglipVisionModel(config).to(dtype).eval()
         ours = SiglipModel(config).to(dtype).eval()
         ours.load_state_dict(theirs.state_dict())
-        for pictures in (1, 8):
-            pixels = torch.randn(pictures, 3, 224, 224, dtype=dtype)
+        for batch in (1, 8):
+            pixels = torch.randn(batch, 3, 224, 224, dtype=dtype)
             yield Case(
-                f"{pictures} x 3 x 224 x 224",
+                f"{batch} x 3 x 224 x 224",
                 dtype,
                 "forward",
                 _forward(ours, pixels),

@@ -1,5 +1,5 @@
-"""Llama-3.2-Vision's tower at 560 pixels: three of its forty layers (two local, one global), on
-pictures of one tile and of four.
+"""Llama-3.2-Vision's encoder at 560 pixels: three of its forty layers (two local, one global), on
+images of one and of four tiles.
 """
 
 from collections.abc import Iterator
@@ -22,8 +22,8 @@ CONFIG = MllamaVisionConfig(
 
 
 def cases() -> Iterator[Case]:
-    """One picture, in bfloat16 as released; ours follows transformers' reading of the intermediate
-    layers.
+    """One image in bfloat16, the released dtype. Ours reads intermediate layers as transformers
+    does (reference="hf").
     """
     theirs = MllamaVisionModel(CONFIG).bfloat16().eval()
     ours = TiledVisionTower(CONFIG).bfloat16().eval()

@@ -1,9 +1,9 @@
 """attention on Llama-3.2-1B's decoder (one query over a long cache, prefill, packed rows),
 SigLIP-base's tower, and Llama-3.2-Vision's.
 
-The last has a tower that sees the four tiles of a picture at once, and cross-attention from the
-text to them. Of its heads only a few are taken where a call would last a second; one query is the
-whole layer.
+The last has a tower that attends to the four tiles of an image at once, and cross-attention from
+the text to them. Only a few of its heads are taken where a call would last a second; one query is
+the whole layer.
 """
 
 from collections.abc import Iterator
@@ -17,7 +17,7 @@ from benchmarks.harness import DTYPES, Case, both_directions, measure
 from mllama.ops import attention
 
 PEER = "torch's scaled_dot_product_attention (grouped or with repeated heads, whichever is faster)"
-CACHE, PREFILLS = 4096, (512, 2048)
+CACHE, PREFILLS, WINDOW = 4096, (512, 2048), 512
 PACKED = (512, 512, 512, 512)  # sequences of one row
 TILES, PATCHES, ROOM = (
     4,
@@ -33,8 +33,10 @@ def cases() -> Iterator[Case]:
     heads = (shapes.HEADS, shapes.KV_HEADS, shapes.HEAD_SIZE)
     for dtype in DTYPES:
         yield from _cases("decode", 1, 1, CACHE, *heads, dtype, causal=False)
+        yield from _windows(1, CACHE, *heads, dtype)
         for length in PREFILLS:
             yield from _cases("prefill", 1, length, length, *heads, dtype, causal=True)
+        yield from _windows(PREFILLS[-1], PREFILLS[-1], *heads, dtype)
         yield from _cases(
             "packed", 1, sum(PACKED), sum(PACKED), *heads, dtype, causal=True, lengths=PACKED
         )
@@ -116,6 +118,24 @@ def _cases(
         backward_flops=flops * 5 // 2,
     )
     yield from both[:1] if decode else both
+
+
+def _windows(queries, keys, heads, kv_heads, size, dtype) -> Iterator[Case]:
+    """A window of WINDOW keys, without and with a soft cap; the peer has a mask and no cap."""
+    q = torch.randn(1, queries, heads, size, dtype=dtype)
+    k, v = (torch.randn(1, keys, kv_heads, size, dtype=dtype) for _ in "kv")
+    query, key = torch.arange(keys - queries, keys)[:, None], torch.arange(keys)
+    mask = ((key <= query) & (key > query - WINDOW))[None, None]  # (1, 1, T, S)
+    peer = _peer(q, k, v, False, mask)
+    for name, softcap in (("window", None), ("window, softcap", 50.0)):
+        both = both_directions(
+            f"{name} 1x{queries}x{heads}x{size}, {keys} keys x {kv_heads}",
+            partial(attention, causal=True, window=WINDOW, softcap=softcap),
+            peer,
+            (q, k, v),
+            differentiable=3,
+        )
+        yield from both[:1] if queries == 1 else both
 
 
 def _packed(lengths: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,4 +1,4 @@
-"""resize and resize_normalize on pictures of usual sizes, to SigLIP-base's input."""
+"""resize and resize_normalize on images of usual sizes, to SigLIP-base's input."""
 
 from collections.abc import Iterator
 
@@ -12,12 +12,15 @@ from benchmarks.harness import Case
 from mllama.ops import resize, resize_normalize
 from mllama.processing.image import normalisation_table
 
-PEER = "Pillow, torch's antialiased uint8 interpolate (other last bits), and Pillow with transformers' numpy rescale and normalise"
+PEER = (
+    "Pillow, torch's antialiased uint8 interpolate (other last bits), and Pillow with "
+    "transformers' numpy rescale and normalize"
+)
 SIZES = ((480, 640), (768, 1024), (3000, 4000), (96, 96))  # H, W
 
 
 def cases() -> Iterator[Case]:
-    """Every size, bicubic, against each peer. GB/s counts the picture read and the result written
+    """Every size, bicubic, against each peer. GB/s counts the image read and the result written
     once.
     """
     side = shapes.PICTURE
@@ -25,11 +28,11 @@ def cases() -> Iterator[Case]:
     table = normalisation_table(half, half)
     for height, width in SIZES:
         array = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
-        image, picture = torch.from_numpy(array), Image.fromarray(array)
+        image, source = torch.from_numpy(array), Image.fromarray(array)
         planes = image.permute(2, 0, 1)[None]  # channels last in memory, torch's fast road
 
-        def pillow(picture=picture):
-            return np.array(picture.resize((side, side), Image.Resampling.BICUBIC))
+        def pillow(source=source):
+            return np.array(source.resize((side, side), Image.Resampling.BICUBIC))
 
         def interpolate(planes=planes):
             return torch.nn.functional.interpolate(
@@ -47,7 +50,7 @@ def cases() -> Iterator[Case]:
         def ours(image=image):
             return resize(image, side, side)
 
-        def ours_normalised(image=image):
+        def ours_normalized(image=image):
             return resize_normalize(image, side, side, table)
 
         shape, read = f"{height}x{width} to {side}x{side}", array.nbytes
@@ -58,8 +61,8 @@ def cases() -> Iterator[Case]:
         yield Case(
             shape,
             torch.float32,
-            "and normalise",
-            ours_normalised,
+            "and normalize",
+            ours_normalized,
             stock,
             bytes=read + side * side * 12,
         )

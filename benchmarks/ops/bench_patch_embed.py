@@ -1,4 +1,4 @@
-"""patch_embed on SigLIP-base's pictures."""
+"""patch_embed on SigLIP-base's images."""
 
 from collections.abc import Iterator
 

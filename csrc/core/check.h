@@ -1,18 +1,14 @@
-// What a caller can get wrong becomes std::invalid_argument, which arrives in Python as ValueError.
+// A broken precondition becomes std::invalid_argument. The text is short: the operator's check in
+// Python, which runs when this was thrown, raises the one that users read.
 #pragma once
 
-#include <sstream>
 #include <stdexcept>
 #include <string>
 
 namespace mllama {
 
-template <class... Parts>
-void check_value(bool condition, const Parts&... message) {
-    if (condition) return;
-    std::ostringstream out;
-    (out << ... << message);
-    throw std::invalid_argument(out.str());
+inline void check(bool condition, const char* op, const char* what) {
+    if (!condition) throw std::invalid_argument(std::string(op) + ": invalid " + what);
 }
 
 }  // namespace mllama

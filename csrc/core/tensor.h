@@ -20,35 +20,8 @@ namespace mllama {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
+using MaybeTensor = std::optional<Tensor>;
 using Sizes = torch::headeronly::IntHeaderOnlyArrayRef;
-
-inline const char* dtype_name(ScalarType type) {
-    switch (type) {
-        case ScalarType::Float: return "float32";
-        case ScalarType::BFloat16: return "bfloat16";
-        case ScalarType::Half: return "float16";
-        default: return "another dtype";
-    }
-}
-
-// Prints a tensor's sizes in a message: [2, 3].
-struct Shape {
-    const Tensor& tensor;
-    friend std::ostream& operator<<(std::ostream& out, const Shape& shape) {
-        out << '[';
-        for (int64_t i = 0; i < shape.tensor.dim(); ++i)
-            out << (i ? ", " : "") << shape.tensor.size(i);
-        return out << ']';
-    }
-};
-
-// Prints its dtype too: [2, 3] of float32.
-struct Kind {
-    const Tensor& tensor;
-    friend std::ostream& operator<<(std::ostream& out, const Kind& kind) {
-        return out << Shape{kind.tensor} << " of " << dtype_name(kind.tensor.scalar_type());
-    }
-};
 
 // The kernels' name for a tensor's dtype; refuses what they have no loop for.
 inline Dtype dtype_of(const char* op, const char* name, const Tensor& t) {
@@ -56,7 +29,7 @@ inline Dtype dtype_of(const char* op, const char* name, const Tensor& t) {
         case ScalarType::Float: return Dtype::f32;
         case ScalarType::BFloat16: return Dtype::bf16;
         case ScalarType::Half: return Dtype::f16;
-        default: check_value(false, op, ": ", name, " must be float32, bfloat16 or float16");
+        default: check(false, op, name);
     }
     return Dtype::f32;
 }
@@ -123,16 +96,6 @@ const T* data(const Tensor& t) {
 template <class T>
 T* mutable_data(const Tensor& t) {
     return static_cast<T*>(t.mutable_data_ptr());
-}
-
-// Runs body(begin, end) over [0, size) on torch's threads, in pieces of at least `grain`.
-template <class Body>
-void parallel_for(int64_t size, int64_t grain, Body&& body) {
-    if (size <= grain) {  // no parallel region for little work
-        if (size > 0) body(int64_t{0}, size);
-        return;
-    }
-    torch::stable::parallel_for(0, size, grain, body);
 }
 
 }  // namespace mllama

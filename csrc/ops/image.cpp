@@ -1,14 +1,12 @@
-#include "kernels/cpu/image.h"
+#include "ops/image.h"
 
 #include <cmath>
 
-#include "core/tensor.h"
+#include "core/threads.h"
+#include "kernels/cpu/image.h"
 
 namespace mllama {
 namespace {
-
-constexpr int64_t kMaxPixels =
-    int64_t{1} << 27;  // of the result and of the picture between the passes; ops/image.py
 
 double bilinear(double x) {
     x = std::abs(x);
@@ -23,7 +21,7 @@ double bicubic(double x) {
 }
 
 // What one direction sums: Pillow's precompute_coeffs and normalize_coeffs_8bpc, operation by
-// operation, then the weights by twos as the kernels take them. (Compiled without FMA on x86: a
+// operation, then the weights in pairs as the kernels take them. (Compiled without FMA on x86: a
 // fused product would round differently.)
 struct Weights {
     int64_t most;
@@ -73,7 +71,7 @@ struct Weights {
     }
 };
 
-// The picture in another width, or in another height.
+// The image in another width, or in another height.
 Tensor one_pass(const Tensor& image, int64_t size, bool is_width, bool cubic) {
     const int64_t in_height = image.size(0), in_width = image.size(1);
     if (size == (is_width ? in_width : in_height)) return image;
@@ -104,14 +102,7 @@ Tensor one_pass(const Tensor& image, int64_t size, bool is_width, bool cubic) {
 
 Tensor resized(const char* op, const Tensor& image, int64_t height, int64_t width, bool cubic,
                bool height_first) {
-    check_value(image.scalar_type() == ScalarType::Byte && image.dim() == 3 && image.size(2) == 3 &&
-                    image.numel() > 0,
-                op, ": image must be uint8 [H, W, 3] and not empty");
-    const int64_t between =
-        height_first ? image.size(1) : image.size(0);  // of the picture after the first pass
-    check_value(height >= 1 && width >= 1 && height <= kMaxPixels / width &&
-                    between <= kMaxPixels / (height_first ? height : width),
-                op, ": a result of ", height, " x ", width, " pixels is out of range");
+    check_resize(op, image, height, width, height_first);
     Tensor first = one_pass(dense(image), height_first ? height : width, !height_first, cubic);
     return one_pass(first, height_first ? width : height, height_first, cubic);
 }
@@ -123,9 +114,7 @@ Tensor resize(const Tensor& image, int64_t height, int64_t width, bool cubic, bo
 
 Tensor resize_normalize(const Tensor& image, int64_t height, int64_t width, const Tensor& table,
                         bool cubic, bool height_first) {
-    check_value(table.scalar_type() == ScalarType::Float && table.dim() == 2 &&
-                    table.size(0) == 256 && table.size(1) == 3,
-                "resize_normalize: table must be float32 [256, 3]");
+    check_table("resize_normalize", table);
     Tensor pixels = resized("resize_normalize", image, height, width, cubic, height_first);
     Tensor planes = new_float(image, {3, height, width}),
            by_channel = dense(torch::stable::transpose(table, 0, 1));
@@ -142,10 +131,8 @@ Tensor resize_normalize(const Tensor& image, int64_t height, int64_t width, cons
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(mllama, m) {
-    m.def("resize(Tensor image, int height, int width, bool cubic, bool height_first) -> Tensor");
-    m.def(
-        "resize_normalize(Tensor image, int height, int width, Tensor table, bool cubic, bool "
-        "height_first) -> Tensor");
+    m.def(kResizeSchema);
+    m.def(kResizeNormalizeSchema);
 }
 
 STABLE_TORCH_LIBRARY_IMPL(mllama, CPU, m) {

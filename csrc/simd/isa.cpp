@@ -7,14 +7,16 @@
 namespace mllama {
 namespace {
 
-constexpr const char* kNames[] = {"scalar", "avx2", "avx512", "avx512_bf16"};
+#define MLLAMA_ROW(name, ...) #name,
+constexpr const char* kNames[] = {MLLAMA_ISA_TABLE(MLLAMA_ROW)};
+#undef MLLAMA_ROW
 
 Isa from_name(const std::string& name) {
-    for (int i = 0; i < 4; ++i) {
+    for (size_t i = 0; i < std::size(kNames); ++i) {
         if (name == kNames[i]) return static_cast<Isa>(i);
     }
-    throw std::invalid_argument(
-        "instruction set must be scalar, avx2, avx512 or avx512_bf16, got '" + name + "'");
+    throw std::invalid_argument("instruction set must be one of " + isa_names() + ", got '" + name +
+                                "'");
 }
 
 Isa checked(const std::string& name) {
@@ -34,30 +36,36 @@ std::atomic<Isa>& current() {
     return isa;
 }
 
+Isa find_best() {
+    Isa best = Isa::scalar;
+#if defined(__x86_64__)
+    __builtin_cpu_init();
+#endif
+#define HAS __builtin_cpu_supports
+#define MLLAMA_ROW(name, has, ...) \
+    if (!has) return best;         \
+    best = Isa::name;
+    MLLAMA_ISA_TABLE(MLLAMA_ROW)
+#undef MLLAMA_ROW
+#undef HAS
+    return best;
+}
+
 }  // namespace
 
 Isa best_isa() {
-#if defined(__x86_64__)
-    // Each level needs all that its objects are compiled with (CMakeLists.txt, flags_<isa>).
-    static const Isa best = [] {
-        __builtin_cpu_init();
-        bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-                    __builtin_cpu_supports("f16c");
-        bool avx512 = avx2 && __builtin_cpu_supports("avx512f") &&
-                      __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-                      __builtin_cpu_supports("avx512vl");
-        bool bf16 =
-            avx512 && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni");
-        return bf16 ? Isa::avx512_bf16 : avx512 ? Isa::avx512 : avx2 ? Isa::avx2 : Isa::scalar;
-    }();
+    static const Isa best = find_best();
     return best;
-#else
-    return Isa::scalar;
-#endif
 }
 
 Isa current_isa() { return current().load(std::memory_order_relaxed); }
 void set_isa(const std::string& name) { current().store(checked(name), std::memory_order_relaxed); }
 std::string isa_name(Isa isa) { return kNames[static_cast<int>(isa)]; }
+
+std::string isa_names() {
+    std::string names;
+    for (const char* name : kNames) names += (names.empty() ? "" : " ") + std::string(name);
+    return names;
+}
 
 }  // namespace mllama

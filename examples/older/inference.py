@@ -1,10 +1,11 @@
-"""One answer: `python inference.py --model_path DIR --prompt TEXT --image_file_path FILE`.
+"""Answer one prompt: `python inference.py --model_path DIR --prompt TEXT --image_file_path FILE`.
+
 dev/launch_inference.sh calls it.
 """
 
 import sys
 
-from mllama.dropin.commands.answer import main
+from mllama.dropin.commands import run
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(run("inference.py"))

@@ -1,8 +1,7 @@
-"""Draws the demo's two pictures: shapes on white, and shapes on a photograph. Needs scikit-image
-for the photograph.
+"""Draw the demo's two images: shapes on white, and shapes on a photograph (needs scikit-image).
 
-The photograph is Chelsea the cat by Stefan van der Walt, CC0, as scikit-image carries it. The
-embedded model was not trained on it.
+The photograph is Chelsea the cat by Stefan van der Walt (CC0), from scikit-image. The embedded
+model was not trained on it.
 """
 
 import math
@@ -12,13 +11,13 @@ from PIL import Image, ImageDraw
 from skimage import data
 
 HERE = Path(__file__).parent
-OVERSAMPLING = 4  # shapes are drawn this many times larger, then shrunk: smooth edges
+OVERSAMPLING = 4  # shapes are drawn this many times larger and reduced, for smooth edges
 
 
 def polygon(
     corners: int, x: float, y: float, radius: float, inner: float = 1.0
 ) -> list[tuple[float, float]]:
-    """Corners on a circle, the first on top; with `inner` below 1 a star."""
+    """Corners on a circle, starting at the top. With `inner` below 1, a star."""
     count = corners if inner == 1 else 2 * corners
     radii = [radius * (inner if inner != 1 and i % 2 else 1) for i in range(count)]
     angles = [2 * math.pi * i / count - math.pi / 2 for i in range(count)]
@@ -28,17 +27,17 @@ def polygon(
 def draw(
     background: Image.Image, shapes: list[tuple[str, str, float, float, float]]
 ) -> Image.Image:
-    """The background with (shape, colour, x, y, radius) on it, in pixels."""
+    """Draw (shape, color, x, y, radius) on a background, in pixels."""
     large = background.resize(
         [OVERSAMPLING * side for side in background.size], Image.Resampling.BICUBIC
     )
     pen = ImageDraw.Draw(large)
-    for shape, colour, *place in shapes:
+    for shape, color, *place in shapes:
         x, y, radius = (OVERSAMPLING * value for value in place)
         if shape == "circle":
-            pen.ellipse((x - radius, y - radius, x + radius, y + radius), fill=colour)
+            pen.ellipse((x - radius, y - radius, x + radius, y + radius), fill=color)
         elif shape == "square":
-            pen.rectangle((x - radius, y - radius, x + radius, y + radius), fill=colour)
+            pen.rectangle((x - radius, y - radius, x + radius, y + radius), fill=color)
         else:
             pen.polygon(
                 polygon(
@@ -48,7 +47,7 @@ def draw(
                     radius,
                     0.45 if shape == "star" else 1.0,
                 ),
-                fill=colour,
+                fill=color,
             )
     return large.resize(background.size, Image.Resampling.BOX)
 

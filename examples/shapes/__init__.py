@@ -1,3 +1,1 @@
-"""Generated pictures of simple shapes, with questions, answers and dense labels: what the embedded
-model learns from.
-"""
+"""The embedded model's training data: generated images with questions, answers and dense labels."""

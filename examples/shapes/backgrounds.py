@@ -1,6 +1,4 @@
-"""What stands behind the objects: flat colours, noise, gradients and crops of scikit-image's sample
-photographs.
-"""
+"""Backgrounds: flat colors, noise, gradients and crops of scikit-image's sample photographs."""
 
 from __future__ import annotations
 
@@ -10,10 +8,11 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-# These come inside scikit-image's wheel: no download. The last two are never trained on: the first
-# is kept for demonstrations, the second for the held-out pictures.
+# Included in scikit-image's wheel, so no download is needed. DEMO_PHOTOS and HELD_OUT_PHOTOS are
+# never trained on.
 TRAINING_PHOTOS = (
-    "astronaut.png", "rocket.jpg", "hubble_deep_field.jpg", "ihc.png", "motorcycle_left.png", "retina.jpg",
+    "astronaut.png", "rocket.jpg", "hubble_deep_field.jpg", "ihc.png", "motorcycle_left.png",
+    "retina.jpg",
     "brick.png", "grass.png", "gravel.png", "camera.png", "moon.png",
 )  # fmt: skip
 DEMO_PHOTOS = ("chelsea.png",)
@@ -27,13 +26,13 @@ def photo(name: str) -> Image.Image:
     import skimage
 
     with Image.open(Path(skimage.__file__).parent / "data" / name) as opened:
-        picture = opened.convert("RGB")
-    picture.thumbnail((480, 480))
-    return picture
+        image = opened.convert("RGB")
+    image.thumbnail((480, 480))
+    return image
 
 
-def _colour(rng: np.random.Generator) -> np.ndarray:
-    """A background colour: often white or light, sometimes dark or saturated."""
+def _color(rng: np.random.Generator) -> np.ndarray:
+    """A background color: often white or light, sometimes dark or saturated."""
     draw = rng.random()
     if draw < 0.3:
         return np.array([255, 255, 255])
@@ -53,26 +52,26 @@ def background(
     rng: np.random.Generator,
     photos: tuple[str, ...] = TRAINING_PHOTOS,
 ) -> Image.Image:
-    """An RGB picture of one of `KINDS`."""
+    """An RGB image of one of `KINDS`."""
     if kind == "flat":
         return Image.new(
-            "RGB", (width, height), tuple(int(v) for v in np.clip(_colour(rng), 0, 255))
+            "RGB", (width, height), tuple(int(v) for v in np.clip(_color(rng), 0, 255))
         )
     if kind == "noise":
-        step = int(rng.integers(1, 5))  # coarse noise is drawn small and enlarged
+        step = int(rng.integers(1, 5))  # coarse noise is drawn small and upscaled
         small = (height // step + 1, width // step + 1, 3 if rng.random() < 0.5 else 1)
         noise = rng.normal(0, rng.uniform(4, 28), size=small).astype(np.float32)
-        pixels = np.broadcast_to(np.clip(_colour(rng) + noise, 0, 255), (*small[:2], 3)).astype(
+        pixels = np.broadcast_to(np.clip(_color(rng) + noise, 0, 255), (*small[:2], 3)).astype(
             np.uint8
         )
-        picture = Image.fromarray(pixels)
+        image = Image.fromarray(pixels)
         return (
-            picture
-            if step == 1 and picture.size == (width, height)
-            else picture.resize((width, height), Image.Resampling.BILINEAR)
+            image
+            if step == 1 and image.size == (width, height)
+            else image.resize((width, height), Image.Resampling.BILINEAR)
         )
     if kind == "gradient":
-        corners = np.clip(np.stack([_colour(rng) for _ in range(4)]), 0, 255).reshape(2, 2, 3)
+        corners = np.clip(np.stack([_color(rng) for _ in range(4)]), 0, 255).reshape(2, 2, 3)
         if rng.random() < 0.6:  # along one axis
             corners = (
                 np.repeat(corners[:1], 2, axis=0)

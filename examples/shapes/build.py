@@ -1,4 +1,4 @@
-"""The embedded model's sizes, and the heads that only training has."""
+"""The embedded model's sizes, and the auxiliary heads used in training."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ def build_model(
     vision_layers: int = 6,
     text_layers: int = 4,
 ):
-    """A `MllamaForConditionalGeneration` with random weights in HF LLaVA's shape, its tower
-    starting with local attention.
+    """A randomly initialized `MllamaForConditionalGeneration` in LLaVA's layout, whose vision
+    encoder starts with local attention.
     """
     from mllama import MllamaConfig, MllamaForConditionalGeneration
 
@@ -26,13 +26,17 @@ def build_model(
     image = tokenizer.convert_tokens_to_ids("<image>")
     config = MllamaConfig(
         vision_config={
-            "hidden_size": width, "intermediate_size": 4 * width, "num_hidden_layers": vision_layers, "num_attention_heads": width // 32,
+            "hidden_size": width, "intermediate_size": 4 * width,
+            "num_hidden_layers": vision_layers, "num_attention_heads": width // 32,
             "image_size": image_size, "patch_size": patch_size,
         },
         text_config={
-            "vocab_size": vocab, "hidden_size": width, "intermediate_size": -(-width * 8 // 3) // 16 * 16, "num_hidden_layers": text_layers,
-            "num_attention_heads": width // 32, "num_key_value_heads": width // 64, "max_position_embeddings": 1024,
-            "tie_word_embeddings": True, "bos_token_id": None, "eos_token_id": tokenizer.eos_token_id,
+            "vocab_size": vocab, "hidden_size": width,
+            "intermediate_size": -(-width * 8 // 3) // 16 * 16, "num_hidden_layers": text_layers,
+            "num_attention_heads": width // 32, "num_key_value_heads": width // 64,
+            "max_position_embeddings": 1024,
+            "tie_word_embeddings": True, "bos_token_id": None,
+            "eos_token_id": tokenizer.eos_token_id,
             "pad_token_id": tokenizer.pad_token_id, "rms_norm_eps": 1e-5,
         },
         image_token_index=image, projection_dim=width, vision_feature="pre_norm",
@@ -45,8 +49,8 @@ def build_model(
 
 @torch.no_grad()
 def _start_decoder(model) -> None:
-    """Weights of the decoder and projector at the scale of their fan-in; 0.02 everywhere is far too
-    small at this width.
+    """Initialize decoder and projector by fan-in; a standard deviation of 0.02 is too small at this
+    width.
     """
     for name, weight in [
         *model.language_model.named_parameters(),
@@ -64,14 +68,15 @@ def _start_decoder(model) -> None:
 
 
 class DenseHeads(nn.Module):
-    """One linear layer over every patch's feature, for all dense labels at once. Thrown away after
+    """One linear layer that predicts all dense labels from each patch's features. Discarded after
     training.
     """
 
-    # "nothing here" is most of every picture: it counts less
-    NOTHING = {"shape": 0.3, "colour": 0.3, "centre": 0.1, "character": 0.1}
+    # class 0, "nothing here", covers most of every image and gets a lower weight
+    NOTHING = {"shape": 0.3, "color": 0.3, "center": 0.1, "character": 0.1}
     WEIGHTS = {
-        "shape": 2.0, "colour": 1.0, "position": 0.5, "objects": 0.3, "same_colour": 0.3, "same_shape": 0.3, "rank": 0.3, "centre": 1.0,
+        "shape": 2.0, "color": 1.0, "position": 0.5, "objects": 0.3, "same_color": 0.3,
+        "same_shape": 0.3, "rank": 0.3, "center": 1.0,
         "character": 1.0, "place": 0.4,
     }  # fmt: skip
 
@@ -83,8 +88,15 @@ class DenseHeads(nn.Module):
     def forward(
         self, features: torch.Tensor, classes: torch.Tensor, offsets: torch.Tensor
     ) -> tuple[torch.Tensor, dict[str, float]]:
-        """features [B, P, width], classes int64 [B, P, heads], offsets f32 [B, P, 66] -> (loss,
-        share of right labels where one is).
+        """Loss and accuracy of the dense labels.
+
+        Args:
+            features: [B, P, width].
+            classes: int64 [B, P, heads], IGNORE where there is no label.
+            offsets: float32 [B, P, 66], NaN where there is no label.
+
+        Returns:
+            (loss, accuracy by head, on patches with an object).
         """
         *parts, moves, ink = self.linear(self.norm(features.float())).split(
             [*HEADS.values(), OFFSETS, SILHOUETTE], -1

@@ -1,4 +1,4 @@
-"""Batches of generated pictures, made in a worker process while the model trains."""
+"""Batches of generated images, made in worker processes during training."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from .questions import KINDS, Turn, ask
 from .scene import HELD_OUT, Recipe, Scene, make_scene
 from .tokenizer import build_tokenizer
 
-# yes or no carries one bit and is learned last, so training asks for it more often than the
-# evaluation does
-TRAINING_WEIGHTS = {"colour": 0.2, "shape": 0.2, "where": 0.2, "exists": 0.3, "count": 0.1}
+# Yes/no questions carry one bit and are learned last, so training asks them more often than the
+# evaluation.
+TRAINING_WEIGHTS = {"color": 0.2, "shape": 0.2, "where": 0.2, "exists": 0.3, "count": 0.1}
 HELD_OUT_SEED = (
     1 << 40
-)  # pictures of the evaluation are numbered from here; training never comes that far
+)  # images of the evaluation are numbered from here; training never comes that far
 
 
 @dataclass
@@ -41,23 +41,21 @@ class Batch:
     labels: torch.Tensor
 
 
-def picture_rng(seed: int, number: int) -> np.random.Generator:
-    """The random numbers of one picture: equal for equal (seed, number) on every machine."""
+def image_rng(seed: int, number: int) -> np.random.Generator:
+    """Random generator of one image, the same on every machine."""
     return np.random.default_rng([seed, number])
 
 
-def pixels_of(picture: Image.Image, size: int) -> np.ndarray:
-    """uint8 [size, size, 3], squashed to a square with Pillow's bicubic resize, as the processor
-    does.
-    """
-    return np.asarray(picture.convert("RGB").resize((size, size), Image.Resampling.BICUBIC))
+def pixels_of(image: Image.Image, size: int) -> np.ndarray:
+    """uint8 [size, size, 3], resized with Pillow's bicubic filter as in the processor."""
+    return np.asarray(image.convert("RGB").resize((size, size), Image.Resampling.BICUBIC))
 
 
 def encode_turns(
     turns: list[Turn], tokenizer, patches: int, limit: int
 ) -> tuple[list[int], list[int]]:
-    """Ids and labels of one conversation: placeholders, then question, newline, answer, <eos> for
-    every turn that still fits.
+    """Ids and labels of one conversation: placeholders, then question, newline, answer and <eos> of
+    every turn that fits.
     """
     ids, labels = [tokenizer.convert_tokens_to_ids("<image>")] * patches, [IGNORE] * patches
     for turn in turns:
@@ -73,8 +71,8 @@ def encode_turns(
 
 
 def curriculum(progress: float) -> Recipe:
-    """From one or two large objects on plain backgrounds to the final mixture, which is reached at
-    a third of the way.
+    """From one or two large objects on plain backgrounds to the final mixture, which is reached
+    after a third of training.
     """
     full = Recipe()
     t = min(1.0, max(0.0, progress) / 0.33)
@@ -90,10 +88,8 @@ def curriculum(progress: float) -> Recipe:
     )
 
 
-class Pictures(IterableDataset):
-    """Endless batches; batch n holds pictures n * batch ... of `seed`, whatever was drawn before,
-    so that a run resumes exactly.
-    """
+class ImageBatches(IterableDataset):
+    """Infinite batches. Batch n depends on `seed` and n alone, so that a run resumes exactly."""
 
     def __init__(
         self,
@@ -131,12 +127,12 @@ class Pictures(IterableDataset):
         grid = self.size // self.patch
         rows = []
         for i in range(number * self.batch, (number + 1) * self.batch):
-            rng = picture_rng(self.seed, i)
+            rng = image_rng(self.seed, i)
             scene = make_scene(rng, recipe, grid)
             turns = ask(scene, rng, self.turns, describe=0.4, weights=TRAINING_WEIGHTS)
             if (
                 turns[-1].kind == "describe" and rng.random() < 0.35
-            ):  # a description is also asked for at once
+            ):  # sometimes ask for a description first
                 turns.insert(0, turns.pop())
             rows.append((scene, turns))
         return collate(rows, tokenizer, self.size, grid)
@@ -145,8 +141,8 @@ class Pictures(IterableDataset):
 def collate(
     rows: list[tuple[Scene, list[Turn]]], tokenizer, size: int, grid: int, limit: int = 176
 ) -> Batch:
-    """Puts scenes and turns together into one batch."""
-    pixels = torch.from_numpy(np.stack([pixels_of(scene.picture, size) for scene, _ in rows]))
+    """Combine scenes and turns into one batch."""
+    pixels = torch.from_numpy(np.stack([pixels_of(scene.image, size) for scene, _ in rows]))
     dense = [dense_labels(scene, grid) for scene, _ in rows]
     classes = torch.from_numpy(np.stack([c for c, _ in dense]).astype(np.int64))
     offsets = torch.from_numpy(np.stack([o for _, o in dense]))
@@ -168,7 +164,7 @@ def batches(
     seed: int, batch: int, total: int, start: int = 0, turns: int = 14, workers: int = 1, **shape
 ) -> Iterator[Batch]:
     """Batches in order, made by `workers` processes."""
-    data = Pictures(seed, batch, total, start, turns, **shape)
+    data = ImageBatches(seed, batch, total, start, turns, **shape)
     return iter(
         DataLoader(
             data, batch_size=None, num_workers=workers, prefetch_factor=8 if workers else None
@@ -179,12 +175,12 @@ def batches(
 def held_out(
     count: int, seed: int = 0, turns: int = 8, recipe: Recipe = HELD_OUT, grid: int = 12
 ) -> list[tuple[Scene, list[Turn]]]:
-    """`count` pictures that no training run ever sees, with their questions; they may show a
+    """`count` images that no training run ever sees, with their questions; they may show a
     photograph that training leaves out.
     """
     rows = []
     for i in range(count):
-        rng = picture_rng(seed, HELD_OUT_SEED + i)
+        rng = image_rng(seed, HELD_OUT_SEED + i)
         scene = make_scene(rng, recipe, grid)
         rows.append((scene, ask(scene, rng, turns, describe=1.0)))
     return rows
@@ -194,7 +190,7 @@ __all__ = [
     "HEADS",
     "KINDS",
     "Batch",
-    "Pictures",
+    "ImageBatches",
     "batches",
     "collate",
     "curriculum",

@@ -1,4 +1,4 @@
-"""The six shapes as anti-aliased masks, and written text with the box of every character."""
+"""Anti-aliased masks of the six shapes, and of text with a box for each character."""
 
 from __future__ import annotations
 
@@ -88,17 +88,17 @@ _POLYGONS = {"square": _square, "triangle": _triangle, "star": _star, "cross": _
 def shape_masks(
     shape: str, radius: float, smooth: bool, rng: np.random.Generator
 ) -> tuple[Image.Image, Image.Image, Image.Image | None]:
-    """Draws one shape inside a circle of `radius` pixels.
+    """Draw one shape inside a circle of `radius` pixels.
 
     Returns:
-        (mask, hull, outline): "L" pictures of one size with the shape in the middle; hull also
-        covers a ring's hole, outline (None for most) is a stroke along the edge.
+        (mask, hull, outline): "L" images of one size with the shape in the center. hull also covers
+        a ring's hole. outline is a stroke along the edge, usually None.
     """
     if shape not in SHAPES:
         raise ValueError(f"shape must be one of {SHAPES}, got {shape!r}")
     over = (4 if radius < 60 else 2) if smooth else 1
     size = 2 * math.ceil(radius) + 2
-    centre, r = size * over / 2, radius * over
+    center, r = size * over / 2, radius * over
     mask = Image.new("L", (size * over, size * over), 0)
     draw = ImageDraw.Draw(mask)
     stroke = max(1.0, radius * rng.uniform(0.05, 0.12)) * over if rng.random() < 0.25 else 0.0
@@ -108,19 +108,19 @@ def shape_masks(
         pen = ImageDraw.Draw(outline)
     hull = mask
     if shape in ("circle", "ring"):
-        box = (centre - r, centre - r, centre + r - 1, centre + r - 1)
+        box = (center - r, center - r, center + r - 1, center + r - 1)
         draw.ellipse(box, fill=255)
         if shape == "ring":
             hull = mask.copy()
             inner = r * rng.uniform(0.45, 0.82)
             draw.ellipse(
-                (centre - inner, centre - inner, centre + inner - 1, centre + inner - 1), fill=0
+                (center - inner, center - inner, center + inner - 1, center + inner - 1), fill=0
             )
             outline = None
         elif outline is not None:
             pen.ellipse(box, outline=255, width=max(1, round(stroke)))
     else:
-        points = _POLYGONS[shape](rng) * r + centre
+        points = _POLYGONS[shape](rng) * r + center
         corners = [tuple(p) for p in points.tolist()]
         draw.polygon(corners, fill=255)
         if outline is not None:
@@ -144,7 +144,7 @@ def shape_masks(
 
 @cache
 def _font_files() -> tuple[str, ...]:
-    """DejaVu as matplotlib carries it, so that every machine draws the same letters."""
+    """matplotlib's DejaVu fonts, so that every machine draws the same letters."""
     import matplotlib
 
     folder = Path(matplotlib.__file__).parent / "mpl-data" / "fonts" / "ttf"
@@ -172,10 +172,10 @@ def _font(index: int, size: int) -> ImageFont.FreeTypeFont:
 def text_mask(
     text: str, height: int, rng: np.random.Generator
 ) -> tuple[Image.Image, list[tuple[float, float, float, float]]]:
-    """Writes `text` in a font of about `height` pixels.
+    """Draw `text` in a font of about `height` pixels.
 
     Returns:
-        (mask, boxes): an "L" picture cropped to the ink, and (left, top, right, bottom) of each
+        (mask, boxes): an "L" image cropped to the ink, and (left, top, right, bottom) of each
         character in it, in pixels.
     """
     font = _font(int(rng.integers(len(_font_files()) + 2)), max(8, height))

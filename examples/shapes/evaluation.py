@@ -1,4 +1,4 @@
-"""Accuracy by kind of question on pictures that training never saw."""
+"""Accuracy by kind of question on held-out images."""
 
 from __future__ import annotations
 
@@ -11,41 +11,39 @@ from PIL import Image
 
 from .dataset import held_out, pixels_of
 from .drawing import SHAPES
-from .palette import COLOURS
+from .palette import COLORS
 from .questions import KINDS, Turn
 
-TARGET_KINDS = ("colour", "shape", "where", "exists")
+TARGET_KINDS = ("color", "shape", "where", "exists")
 
 
 @dataclass
 class Case:
-    """One picture with questions; `objects` is how many it has."""
+    """One image with its questions and its number of objects."""
 
-    picture: Image.Image
+    image: Image.Image
     turns: list[Turn]
     objects: int
     background: str = "flat"
 
 
 def held_out_cases(count: int, seed: int = 0, turns: int = 8) -> list[Case]:
-    """Cases from the generator's held-out numbers."""
+    """Cases from the generator's held-out seeds."""
     return [
-        Case(scene.picture, asked, len(scene.objects), scene.background)
+        Case(scene.image, asked, len(scene.objects), scene.background)
         for scene, asked in held_out(count, seed, turns)
     ]
 
 
 def named_objects(sentence: str) -> Counter:
-    """The (colour, shape) pairs that a description names, as a multiset; texts count too."""
-    pairs = re.findall(rf"\b({'|'.join(COLOURS)}) ({'|'.join(SHAPES)})\b", sentence.lower())
+    """The (color, shape) pairs and texts that a description names, as a multiset."""
+    pairs = re.findall(rf"\b({'|'.join(COLORS)}) ({'|'.join(SHAPES)})\b", sentence.lower())
     texts = re.findall(r"\bthe (number|word) (\w+)", sentence.lower())
     return Counter(pairs) + Counter(texts)
 
 
 def is_right(turn: Turn, answer: str) -> bool:
-    """An answer is right when it equals the known one; a description when it names the same
-    objects.
-    """
+    """Whether an answer equals the expected one. Descriptions must name the same objects."""
     if turn.kind == "describe":
         return named_objects(answer) == named_objects(turn.answer)
     return answer.strip().lower().rstrip(".") == turn.answer
@@ -55,21 +53,21 @@ def is_right(turn: Turn, answer: str) -> bool:
 def answer_all(
     model, tokenizer, cases: list[Case], batch: int = 64, new_tokens: int = 44
 ) -> list[list[str]]:
-    """Greedy answers to every question of every case, each asked on its own."""
+    """Greedy answers to every question of every case, each asked separately."""
     model.eval()
     config = model.config
     size, patches = config.vision_config.image_size, config.text_config.num_image_tokens
     image = tokenizer.convert_tokens_to_ids("<image>")
     dtype = model.get_input_embeddings().weight.dtype
     jobs = [(c, t) for c, case in enumerate(cases) for t in range(len(case.turns))]
-    # descriptions and texts are long: they go together, so that short answers do not wait for them
+    # Descriptions and texts are long: batch them together, so that short answers need not wait.
     jobs.sort(key=lambda job: cases[job[0]].turns[job[1]].kind in ("describe", "number", "word"))
     answers = [[""] * len(case.turns) for case in cases]
     features: dict[int, torch.Tensor] = {}
     for start in range(0, len(cases), batch):
         pixels = torch.stack(
             [
-                torch.from_numpy(pixels_of(case.picture, size).copy())
+                torch.from_numpy(pixels_of(case.image, size).copy())
                 for case in cases[start : start + batch]
             ]
         )
@@ -93,7 +91,8 @@ def answer_all(
         made = model.generate(
             input_ids=ids, attention_mask=(ids != tokenizer.pad_token_id).long(),
             image_features=torch.stack([features[c] for c, _ in chosen]),
-            max_new_tokens=new_tokens, do_sample=False, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+            max_new_tokens=new_tokens, do_sample=False, eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
         )  # fmt: skip
         for (c, t), row in zip(chosen, made[:, ids.shape[1] :], strict=True):
             answers[c][t] = tokenizer.decode(row, skip_special_tokens=True).strip()
@@ -101,10 +100,10 @@ def answer_all(
 
 
 def evaluate(model, tokenizer, cases: list[Case], mistakes: list | None = None) -> dict:
-    """Shares of right answers: by kind, on pictures of one to three objects by kind, and over the
-    four target kinds there.
+    """Accuracy by kind: on all images, on images of one to three objects, and over the four target
+    kinds on the latter.
 
-    `mistakes`, where given, receives (case, turn, answer) of every wrong answer.
+    If given, `mistakes` receives (case, turn, answer) of every wrong answer.
     """
     given = answer_all(model, tokenizer, cases)
     right, few = defaultdict(list), defaultdict(list)
@@ -118,7 +117,10 @@ def evaluate(model, tokenizer, cases: list[Case], mistakes: list | None = None) 
                     few["target"].append(good)
             if not good and mistakes is not None:
                 mistakes.append((case, turn, answer))
-    share = lambda flags: {"share": round(sum(flags) / len(flags), 4), "questions": len(flags)}  # noqa: E731
+
+    def share(flags: list[bool]) -> dict:
+        return {"share": round(sum(flags) / len(flags), 4), "questions": len(flags)}
+
     return {
         "held_out_pictures": len(cases),
         "target": share(few.pop("target", [False])),
@@ -128,7 +130,7 @@ def evaluate(model, tokenizer, cases: list[Case], mistakes: list | None = None) 
 
 
 def summary(figures: dict) -> str:
-    """One line."""
+    """The figures in one line."""
     kinds = " ".join(
         f"{kind} {value['share']:.0%}" for kind, value in figures["one_to_three_objects"].items()
     )

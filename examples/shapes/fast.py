@@ -1,4 +1,4 @@
-"""Matrix products in bfloat16, everything else in float32: nearly twice the speed on CPUs with
+"""Matrix products in bfloat16 and everything else in float32: nearly twice as fast on CPUs with
 AVX-512 BF16.
 """
 
@@ -28,8 +28,8 @@ class _Linear(torch.autograd.Function):
 
 
 def bfloat16_products(model: nn.Module) -> None:
-    """Makes every nn.Linear of `model` multiply in bfloat16 (float32 weights, sums, inputs and
-    outputs). For training only.
+    """Make every nn.Linear of `model` multiply in bfloat16, with float32 weights, sums, inputs and
+    outputs. For training only.
     """
     for module in model.modules():
         if type(module) is nn.Linear:

@@ -1,4 +1,4 @@
-"""A start for small towers: attention that already looks at neighbouring patches, as a convolution
+"""Initialization for small vision encoders: heads attend to neighboring patches, as a convolution
 does.
 """
 
@@ -12,18 +12,18 @@ from torch import nn
 
 @torch.no_grad()
 def local_attention(tower: nn.Module, strength: float = 4.0, share: float = 0.5) -> None:
-    """Initialises a SigLIP tower so that every head of its layers looks in one direction.
+    """Initialize a SigLIP encoder so that every head attends in one direction.
 
-    A vision transformer trained from scratch spends most of its first pictures on finding out which
-    patches are neighbours. Here the position embeddings start as 2-D sines and cosines in the first
-    `share` of the channels, and the query and key projections of every head start as the rotation
-    by which "my position" asks for "the position d patches from here" (Cordonnier et al. 2020;
-    Zheng et al. 2024), with a different d for each head. Everything stays trainable.
+    A vision transformer trained from scratch needs many images to learn which patches are
+    neighbors. Here the position embeddings are 2-D sines and cosines in the first `share` of the
+    channels, and the query and key projections of every head are the rotation that maps a position
+    to the one d patches away (Cordonnier et al. 2020; Zheng et al. 2024), with a different d for
+    each head. All parameters stay trainable.
 
     Args:
-        tower: with SigLIP's inner names.
-        strength: how sharp the starting attention is.
-        share: part of the channels that hold the position.
+        tower: a module with SigLIP's parameter names.
+        strength: sharpness of the initial attention.
+        share: fraction of the channels that encode the position.
     """
     table = tower.embeddings.position_embedding.weight
     patches, width = table.shape
@@ -67,7 +67,7 @@ def local_attention(tower: nn.Module, strength: float = 4.0, share: float = 0.5)
             nn.init.zeros_(projection.bias)
         used = min(size, depth)
         # a head of `depth` channels can hold this many frequencies of both axes: the ones that tell
-        # neighbours apart best
+        # neighbors apart best
         keep = torch.arange(pairs)[: max(1, used // 4)]
         for head in range(heads):
             dx, dy = (

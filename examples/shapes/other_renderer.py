@@ -1,5 +1,5 @@
-"""Pictures of the same shapes drawn by matplotlib: a check that the model learned shapes and not
-this generator.
+"""Images of the same shapes drawn by matplotlib, to check that the model did not just learn the
+generator.
 """
 
 from __future__ import annotations
@@ -9,11 +9,11 @@ from PIL import Image
 
 from .drawing import SHAPES
 from .evaluation import Case
-from .palette import COLOURS
+from .palette import COLORS
 from .questions import ask
 from .scene import POSITIONS, Scene, Thing, _place
 
-GREYS = (
+GRAYS = (
     "white",
     "white",
     "white",
@@ -26,17 +26,19 @@ GREYS = (
     "navy",
 )
 UNSEEN_ON = {
-    "white": ("white", "whitesmoke", "beige"), "black": ("black", "navy", "dimgrey"), "blue": ("navy", "lightblue"), "purple": ("navy",),
-    "brown": ("dimgrey",), "yellow": ("beige",), "pink": ("lightgrey", "beige", "lightblue"), "green": ("dimgrey",),
+    "white": ("white", "whitesmoke", "beige"), "black": ("black", "navy", "dimgrey"),
+        "blue": ("navy", "lightblue"), "purple": ("navy",),
+    "brown": ("dimgrey",), "yellow": ("beige",), "pink": ("lightgrey", "beige", "lightblue"),
+        "green": ("dimgrey",),
 }  # fmt: skip
 
 
-def _patch(shape: str, colour: str, x: float, y: float, r: float, rng: np.random.Generator):
+def _patch(shape: str, color: str, x: float, y: float, r: float, rng: np.random.Generator):
     from matplotlib import patches
 
     edge = {
-        "facecolor": colour,
-        "edgecolor": "black" if rng.random() < 0.3 else colour,
+        "facecolor": color,
+        "edgecolor": "black" if rng.random() < 0.3 else color,
         "linewidth": 1,
     }
     turn = 0.0 if rng.random() < 0.6 else rng.uniform(0, 2 * np.pi)
@@ -55,9 +57,9 @@ def _patch(shape: str, colour: str, x: float, y: float, r: float, rng: np.random
         return patches.RegularPolygon((x, y), 3, radius=r, orientation=turn, **edge)
     if shape == "ring":
         if rng.random() < 0.5:
-            return patches.Annulus((x, y), r, r * rng.uniform(0.2, 0.45), color=colour)
+            return patches.Annulus((x, y), r, r * rng.uniform(0.2, 0.45), color=color)
         return patches.Circle(
-            (x, y), r * 0.9, fill=False, edgecolor=colour, linewidth=float(rng.uniform(4, 8))
+            (x, y), r * 0.9, fill=False, edgecolor=color, linewidth=float(rng.uniform(4, 8))
         )
     if shape == "star":
         angles = np.pi / 2 + np.pi / 5 * np.arange(10) + turn
@@ -88,14 +90,14 @@ def _patch(shape: str, colour: str, x: float, y: float, r: float, rng: np.random
 
 
 def matplotlib_case(number: int, turns: int = 8) -> Case:
-    """Picture `number`: one to six shapes in CSS colours on a plain ground, drawn by matplotlib's
+    """Image `number`: one to six shapes in CSS colors on a plain background, drawn by matplotlib's
     Agg renderer.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     rng = np.random.default_rng([77, number])
-    ground = GREYS[rng.integers(len(GREYS))]
+    ground = GRAYS[rng.integers(len(GRAYS))]
     width, height = (4.0, 3.0) if rng.random() < 0.4 else (3.0, 3.0)
     figure = Figure(figsize=(width, height), dpi=int(rng.integers(50, 110)), facecolor=ground)
     canvas = FigureCanvasAgg(figure)
@@ -103,12 +105,12 @@ def matplotlib_case(number: int, turns: int = 8) -> Case:
     axes.set_axis_off()
     objects, taken = [], []
     count = int(rng.choice([1, 2, 3, 4, 5, 6], p=[0.3, 0.27, 0.23, 0.1, 0.05, 0.05]))
-    colours = [colour for colour in COLOURS if ground not in UNSEEN_ON.get(colour, ())]
+    colors = [color for color in COLORS if ground not in UNSEEN_ON.get(color, ())]
     for _ in range(count):
         for _ in range(30):
-            shape, colour, r = (
+            shape, color, r = (
                 SHAPES[rng.integers(6)],
-                colours[rng.integers(len(colours))],
+                colors[rng.integers(len(colors))],
                 rng.uniform(0.3, 0.75 if count < 4 else 0.45),
             )
             u, v = _place(POSITIONS[rng.integers(5)] if rng.random() < 0.6 else None, rng)
@@ -117,12 +119,12 @@ def matplotlib_case(number: int, turns: int = 8) -> Case:
                 float(np.clip((1 - v) * height, r, height - r)),
             )
             if all((x - a) ** 2 + (y - b) ** 2 > (1.15 * (r + c)) ** 2 for a, b, c in taken):
-                axes.add_patch(_patch(shape, colour, x, y, r, rng))
+                axes.add_patch(_patch(shape, color, x, y, r, rng))
                 taken.append((x, y, r))
-                objects.append(Thing(shape, colour, x / width, 1 - y / height, np.zeros((1, 1))))
+                objects.append(Thing(shape, color, x / width, 1 - y / height, np.zeros((1, 1))))
                 break
     objects.sort(key=lambda thing: thing.x)
     canvas.draw()
-    picture = Image.fromarray(np.asarray(canvas.buffer_rgba())[..., :3].copy())
-    scene = Scene(picture, objects, None, "flat")
-    return Case(picture, ask(scene, rng, turns, describe=1.0), len(objects))
+    image = Image.fromarray(np.asarray(canvas.buffer_rgba())[..., :3].copy())
+    scene = Scene(image, objects, None, "flat")
+    return Case(image, ask(scene, rng, turns, describe=1.0), len(objects))

@@ -1,12 +1,11 @@
-"""The ten colour names and the RGB values that people draw when they say them."""
+"""The ten color names and their RGB values."""
 
 from __future__ import annotations
 
 import numpy as np
 
-# The first entry of each row is the CSS colour of that name and is drawn most often; the rest are
-# other libraries' choices (matplotlib's cycle, flat user-interface palettes). Values that two names
-# could claim are left out.
+# The first entry is the CSS color of that name and is drawn most often. The others come from
+# matplotlib's cycle and flat user-interface palettes. Ambiguous values are left out.
 PALETTE: dict[str, list[tuple[int, int, int]]] = {
     "red": [(255, 0, 0), (220, 20, 60), (214, 39, 40), (231, 30, 30), (205, 0, 0), (240, 50, 45)],
     "orange": [
@@ -74,12 +73,12 @@ PALETTE: dict[str, list[tuple[int, int, int]]] = {
     "black": [(0, 0, 0), (15, 15, 15), (30, 30, 30)],
     "white": [(255, 255, 255), (248, 248, 248), (255, 255, 255)],
 }
-COLOURS = list(PALETTE)
+COLORS = list(PALETTE)
 
 
 def shade(name: str, rng: np.random.Generator) -> tuple[int, int, int]:
-    """One RGB value for a colour name: the CSS value two times in five, else a variant, a little
-    jittered half the time.
+    """A random RGB value of a color: the CSS value in 40% of cases, else a variant; half of them
+    slightly jittered.
     """
     choices = PALETTE[name]
     base = choices[0] if rng.random() < 0.4 else choices[rng.integers(len(choices))]
@@ -91,8 +90,8 @@ def shade(name: str, rng: np.random.Generator) -> tuple[int, int, int]:
 
 
 def contrast(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """How different two RGB colours look: a weighted distance in 0..~765 ("redmean"); inputs [...,
-    3] in 0..255.
+    """Perceptual distance of two RGB colors, 0 to about 765 ("redmean"). Inputs: [..., 3] in
+    0..255.
     """
     a, b = np.asarray(a, np.float32), np.asarray(b, np.float32)
     mean_red = (a[..., 0] + b[..., 0]) / 2

@@ -1,4 +1,4 @@
-"""One picture and everything the generator knows about it."""
+"""Generate one image with its objects and text."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from PIL import Image, ImageFilter
 
 from .backgrounds import HELD_OUT_PHOTOS, KINDS, TRAINING_PHOTOS, background
 from .drawing import SHAPES, shape_masks, text_mask
-from .palette import COLOURS, contrast, shade
+from .palette import COLORS, contrast, shade
 from .words import random_text
 
 POSITIONS = ("left", "right", "top", "bottom", "center")
@@ -18,32 +18,28 @@ POSITIONS = ("left", "right", "top", "bottom", "center")
 
 @dataclass
 class Thing:
-    """An object, or a written text, of a picture. Positions and boxes are in 0..1 of width and
-    height.
-    """
+    """An object or a text in an image. Positions and boxes are fractions of width and height."""
 
     shape: str  # one of SHAPES, or "text"
-    colour: str
+    color: str
     x: float
     y: float
-    coverage: np.ndarray  # float [grid, grid]: how much of every patch its hull covers
-    silhouette: np.ndarray | None = None  # float [8, 8]: an object's own mask, cut out and scaled
+    coverage: np.ndarray  # float [grid, grid]: coverage of every patch by its hull
+    silhouette: np.ndarray | None = None  # float [8, 8]: the object's mask, cropped and scaled
     text: str = ""
     character_boxes: list[tuple[float, float, float, float]] = field(default_factory=list)
 
     @property
     def position(self) -> str | None:
-        """One of POSITIONS, or None where people would not agree (near a diagonal, or between two
-        regions).
-        """
+        """One of POSITIONS, or None if ambiguous: near a diagonal or between two regions."""
         return position_name(self.x, self.y)
 
 
 @dataclass
 class Scene:
-    """A finished picture with its objects (left to right) and at most one text."""
+    """A finished image with its objects (left to right) and at most one text."""
 
-    picture: Image.Image
+    image: Image.Image
     objects: list[Thing]
     text: Thing | None
     background: str
@@ -51,14 +47,14 @@ class Scene:
 
 @dataclass
 class Recipe:
-    """How hard the pictures are. The curriculum moves these; the defaults are the final mixture."""
+    """Difficulty of the images. The curriculum varies it; the defaults are the final mixture."""
 
     counts: tuple[float, ...] = (0.26, 0.24, 0.2, 0.1, 0.1, 0.1)  # one to six objects
     backgrounds: tuple[float, ...] = (0.5, 0.15, 0.15, 0.2)  # in the order of KINDS
     text_only: float = 0.06
     text_beside: float = 0.05
-    smallest: float = 0.09  # radius of an object, in shorter sides of the picture
-    random_text: float = 0.5  # share of words that are made of random letters
+    smallest: float = 0.09  # radius of an object, as a fraction of the shorter side
+    random_text: float = 0.5  # fraction of words with random letters
     photos: tuple[str, ...] = TRAINING_PHOTOS
 
 
@@ -71,7 +67,7 @@ HELD_OUT = Recipe(
 
 
 def position_name(x: float, y: float) -> str | None:
-    """The unambiguous name of a place in the picture, or None."""
+    """Name of a place in the image, or None if ambiguous."""
     u, v = x - 0.5, y - 0.5
     a, b = abs(u), abs(v)
     if max(a, b) < 0.11:
@@ -84,7 +80,7 @@ def position_name(x: float, y: float) -> str | None:
 
 
 def _place(region: str | None, rng: np.random.Generator) -> tuple[float, float]:
-    """A centre in 0..1, inside a named region when one is asked for."""
+    """A random center in 0..1, inside the region if given."""
     if region is None:
         return rng.random(), rng.random()
     if region == "center":
@@ -106,7 +102,7 @@ def _coverage(
 
 
 def _visible(rgb: tuple[int, int, int], behind: np.ndarray, inside: np.ndarray) -> bool:
-    """True when a colour stands out from what is behind and around it."""
+    """Whether a color stands out from its background."""
     pixels = behind[inside]
     if not len(pixels):
         return False
@@ -115,12 +111,12 @@ def _visible(rgb: tuple[int, int, int], behind: np.ndarray, inside: np.ndarray) 
 
 
 def make_scene(rng: np.random.Generator, recipe: Recipe | None = None, grid: int = 12) -> Scene:
-    """Draws one picture.
+    """Draw one image.
 
     Args:
-        rng: every choice comes from it, so that one seed always gives one picture.
-        recipe: the mixture; the final one when None.
-        grid: patches a side of the dense labels.
+        rng: source of every choice; the same seed gives the same image.
+        recipe: the mixture. Default: the final one.
+        grid: patches per side, for the dense labels.
     """
     recipe = recipe or Recipe()
     short = int(np.exp(rng.uniform(np.log(80), np.log(240))))
@@ -139,21 +135,19 @@ def make_scene(rng: np.random.Generator, recipe: Recipe | None = None, grid: int
     count = 0 if only_text else 1 + int(rng.choice(6, p=recipe.counts))
     if beside:
         count = min(count, 3)
-    taken: list[tuple[float, float, float, float]] = []  # boxes that are occupied, in pixels
+    taken: list[tuple[float, float, float, float]] = []  # occupied boxes, in pixels
     text = _add_text(canvas, taken, only_text, grid, rng, recipe) if only_text or beside else None
     limit = {0: 0.3, 1: 0.36, 2: 0.26, 3: 0.22}.get(count, 0.18)
-    same = (
-        rng.random()
-    )  # some pictures repeat a shape or a colour, so that counting and telling apart mean something
+    same = rng.random()  # some images repeat a shape or a color, to train counting
     shapes = [SHAPES[i] for i in rng.integers(6, size=count)]
-    colours = [COLOURS[i] for i in rng.integers(10, size=count)]
+    colors = [COLORS[i] for i in rng.integers(10, size=count)]
     if count > 1 and same < 0.2:
         shapes = [shapes[0] if rng.random() < 0.6 else s for s in shapes]
     elif count > 1 and same < 0.4:
-        colours = [colours[0] if rng.random() < 0.6 else c for c in colours]
+        colors = [colors[0] if rng.random() < 0.6 else c for c in colors]
     objects = []
-    for shape, colour in zip(shapes, colours, strict=True):
-        thing = _add_object(canvas, taken, shape, colour, smooth, limit, grid, rng, recipe)
+    for shape, color in zip(shapes, colors, strict=True):
+        thing = _add_object(canvas, taken, shape, color, smooth, limit, grid, rng, recipe)
         if thing is not None:
             objects.append(thing)
     if not objects and text is None:
@@ -162,7 +156,7 @@ def make_scene(rng: np.random.Generator, recipe: Recipe | None = None, grid: int
     return Scene(_finish(canvas, rng), objects, text, kind)
 
 
-def _add_object(canvas, taken, shape, colour, smooth, limit, grid, rng, recipe) -> Thing | None:
+def _add_object(canvas, taken, shape, color, smooth, limit, grid, rng, recipe) -> Thing | None:
     width, height = canvas.size
     short = min(width, height)
     for attempt in range(24):
@@ -180,8 +174,8 @@ def _add_object(canvas, taken, shape, colour, smooth, limit, grid, rng, recipe) 
         ):
             continue
         if attempt % 6 == 5:
-            colour = COLOURS[rng.integers(10)]
-        rgb = shade(colour, rng)
+            color = COLORS[rng.integers(10)]
+        rgb = shade(color, rng)
         mask, hull, outline = shape_masks(shape, radius, smooth, rng)
         left, top = round(cx - mask.width / 2), round(cy - mask.height / 2)
         box = (left, top, left + mask.width, top + mask.height)
@@ -192,7 +186,7 @@ def _add_object(canvas, taken, shape, colour, smooth, limit, grid, rng, recipe) 
         if outline is not None:
             ink = (
                 (0, 0, 0)
-                if colour != "black" and rng.random() < 0.6
+                if color != "black" and rng.random() < 0.6
                 else tuple(int(v * 0.6) for v in rgb)
             )
             canvas.paste(ink, box, outline)
@@ -201,7 +195,7 @@ def _add_object(canvas, taken, shape, colour, smooth, limit, grid, rng, recipe) 
         silhouette = np.asarray(mask.resize((8, 8), Image.Resampling.BOX), np.float32) / 255
         return Thing(
             shape,
-            colour,
+            color,
             cx / width,
             cy / height,
             _coverage(hull, left, top, canvas.size, grid),
@@ -237,18 +231,20 @@ def _add_text(canvas, taken, alone, grid, rng, recipe) -> Thing | None:
     everywhere = np.ones(behind.shape[:2], bool)
     dark = behind.mean() < 110
     for attempt in range(12):
-        colour = (
+        color = (
             ("white" if dark else "black")
             if attempt == 0 and rng.random() < 0.6
-            else COLOURS[rng.integers(10)]
+            else COLORS[rng.integers(10)]
         )
-        rgb = shade(colour, rng)
+        rgb = shade(color, rng)
         if _visible(rgb, behind, everywhere):
             break
     else:
-        plate = (255, 255, 255) if rng.random() < 0.7 else (0, 0, 0)  # a plate behind the letters
+        plate = (
+            (255, 255, 255) if rng.random() < 0.7 else (0, 0, 0)
+        )  # background behind the letters
         canvas.paste(plate, (left - 3, top - 3, box[2] + 3, box[3] + 3))
-        colour, rgb = ("black", (0, 0, 0)) if plate[0] else ("white", (255, 255, 255))
+        color, rgb = ("black", (0, 0, 0)) if plate[0] else ("white", (255, 255, 255))
     canvas.paste(rgb, box, mask)
     taken.append((left - 2, top - 2, box[2] + 2, box[3] + 2))
     places = [
@@ -258,12 +254,12 @@ def _add_text(canvas, taken, alone, grid, rng, recipe) -> Thing | None:
     solid = Image.new("L", mask.size, 255)
     x, y = (left + mask.width / 2) / width, (top + mask.height / 2) / height
     return Thing(
-        "text", colour, x, y, _coverage(solid, left, top, canvas.size, grid), None, text, places
+        "text", color, x, y, _coverage(solid, left, top, canvas.size, grid), None, text, places
     )
 
 
 def _finish(canvas: Image.Image, rng: np.random.Generator) -> Image.Image:
-    """What happens to pictures on their way: a little blur, JPEG or PNG."""
+    """Random degradation: slight blur, JPEG compression."""
     if rng.random() < 0.15:
         canvas = canvas.filter(
             ImageFilter.GaussianBlur(float(rng.uniform(0.3, 1.1)) * min(canvas.size) / 160)

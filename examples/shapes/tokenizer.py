@@ -1,24 +1,22 @@
-"""The embedded model's tokenizer: one token a question word, single characters for everything else."""
+"""The embedded model's tokenizer: one token per question word, characters for everything else."""
 
 from __future__ import annotations
 
-from mllama.processing.prompt import CHAT_TEMPLATE  # its layout is the training's
+from mllama.processing.prompt import CHAT_TEMPLATE  # the layout used in training
 
 from .questions import vocabulary
 from .words import CHARACTERS
 
 
 def build_tokenizer():
-    """Builds the tokenizer from the question words; nothing is trained, so it is the same on every
-    machine.
+    """Build the tokenizer from the question words, without training.
 
-    Lower-casing, byte-level pieces. A whole piece that stands in the vocabulary is one token
-    (`ignore_merges`); every other piece, such as a printed word or number, is spelled by its bytes,
-    since there are no merges.
+    Lower-case, byte-level pieces. A piece in the vocabulary is one token (`ignore_merges`). Other
+    pieces, such as printed words and numbers, are spelled in bytes, because there are no merges.
 
     Returns:
-        A `transformers.PreTrainedTokenizerFast` with <pad>, <eos>, <unk>-free bytes and <image>; it
-        adds no BOS.
+        A `transformers.PreTrainedTokenizerFast` with <pad>, <eos> and <image>, without <unk> and
+        BOS.
     """
     from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
@@ -37,8 +35,10 @@ def build_tokenizer():
         [AddedToken(token, special=True, normalized=False) for token in special]
     )
     wrapped = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", additional_special_tokens=["<image>"], padding_side="left",
-        clean_up_tokenization_spaces=False, model_max_length=1024, extra_special_tokens={"image_token": "<image>"},
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>",
+        additional_special_tokens=["<image>"], padding_side="left",
+        clean_up_tokenization_spaces=False, model_max_length=1024,
+        extra_special_tokens={"image_token": "<image>"},
     )  # fmt: skip
     wrapped.chat_template = CHAT_TEMPLATE
     return wrapped

@@ -1,5 +1,5 @@
-"""The training run: first the tower on dense labels, then the decoder on its features, then all of
-it together.
+"""The training run: the vision encoder on dense labels, then the decoder on its features, then all
+parameters.
 """
 
 from __future__ import annotations
@@ -19,43 +19,37 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from .build import DenseHeads, build_model
+from .curve import draw_curve
 from .dataset import Batch, batches
 from .evaluation import evaluate, held_out_cases, summary
 from .fast import bfloat16_products
 from .tokenizer import build_tokenizer
 
-STATE = (
-    "step",
-    "exp_avg",
-    "exp_avg_sq",
-    "momentum_buffer",
-)  # what the optimisers remember of a parameter
+STATE = ("step", "exp_avg", "exp_avg_sq", "momentum_buffer")  # optimizer state of a parameter
 
 
 @dataclass
 class Plan:
-    """How long, how fast. Lengths are pictures."""
+    """Hyperparameters of a run. Lengths are numbers of images."""
 
     pictures: int = 84_000
-    tower: float = 0.36  # share of the pictures on which the tower alone learns
-    frozen: float = 0.1  # share, after that, on which the decoder learns while the tower rests
+    tower: float = 0.36  # fraction of the images that train the encoder only
+    frozen: float = 0.1  # fraction after that, with the encoder frozen
     batch: int = 16
     turns: int = 14
     rate: float = 2e-3
     decoder_rate: float = 2e-3
-    joint_rate: float = 0.8  # of the tower, in the last phase, as a share of `rate`
+    joint_rate: float = 0.8  # of the encoder in the last phase, as a fraction of `rate`
     warmup: int = 1600
-    decay: float = 0.4  # share of the pictures, at the end, over which the rate falls to nothing
+    decay: float = 0.4  # fraction of the images at the end over which the rate decays to 0
     weight_decay: float = 0.02
-    dense_weight: float = 0.4  # of the dense loss beside the answers' loss
-    average: float = (
-        0.998  # of the weights, by step; the averaged weights are the ones that are kept
-    )
+    dense_weight: float = 0.4  # weight of the dense loss relative to the answers' loss
+    average: float = 0.998  # decay per step of the weight average, which is exported
     muon: bool = True  # Muon for the matrices inside the layers, AdamW for the rest
     seed: int = 0
 
     def phase(self, seen: int) -> str:
-        """ "tower", "frozen" or "joint"."""
+        """Phase after `seen` images: "tower", "frozen" or "joint"."""
         share = seen / self.pictures
         return (
             "tower"
@@ -66,14 +60,14 @@ class Plan:
         )
 
     def factor(self, seen: int) -> float:
-        """The learning rate's share at a point of the run: warm-up, level, then a cosine to zero."""
+        """Learning rate factor after `seen` images: warm-up, constant, cosine decay to 0."""
         left = (self.pictures - seen) / (self.decay * self.pictures)
         fall = 1.0 if left >= 1 else 0.5 - 0.5 * math.cos(math.pi * max(0.0, left))
         return min(1.0, (seen + self.batch) / self.warmup) * fall
 
 
 class Run:
-    """A training run in a folder: `step` after `step`, saved as safetensors and JSON only."""
+    """A training run in a folder, saved as safetensors and JSON."""
 
     def __init__(
         self, plan: Plan, folder: Path, resume: bool = False, check_pictures: int = 150
@@ -98,14 +92,14 @@ class Run:
         }
         self.average = {name: p.detach().clone() for name, p in self.parameters.items()}
         groups = self._groups()
-        self.optimisers = [
+        self.optimizers = [
             torch.optim.AdamW(
                 [g for g in groups if not g["muon"]], lr=plan.rate, betas=(0.9, 0.98), eps=1e-8
             )
         ]
         if plan.muon:
             matrices = [g for g in groups if g["muon"]]
-            self.optimisers.append(
+            self.optimizers.append(
                 torch.optim.Muon(
                     matrices, lr=plan.rate, momentum=0.95, adjust_lr_fn="match_rms_adamw"
                 )
@@ -115,7 +109,7 @@ class Run:
         bfloat16_products(self.model)
 
     def _groups(self) -> list[dict]:
-        """Tower and the rest, each with and without weight decay."""
+        """Parameter groups: encoder and the rest, each with and without weight decay."""
         groups = []
         for part in ("tower", "decoder"):
             chosen = [
@@ -129,16 +123,21 @@ class Run:
                 p for n, p in chosen if p.dim() >= 2 and "embed" not in n and id(p) not in inside
             ]
             plain = [p for n, p in chosen if p.dim() < 2 or "embed" in n]
-            for these, decay, muon in ((matrices, self.plan.weight_decay, self.plan.muon), (others, self.plan.weight_decay, False),
-                                       (plain, 0.0, False)):  # fmt: skip
-                groups.append({"params": these, "part": part, "weight_decay": decay, "muon": muon})
+            decay, muon = self.plan.weight_decay, self.plan.muon
+            for group, rate, use_muon in (
+                (matrices, decay, muon),
+                (others, decay, False),
+                (plain, 0.0, False),
+            ):
+                groups.append(
+                    {"params": group, "part": part, "weight_decay": rate, "muon": use_muon}
+                )
         return groups
 
     # -- one step
-    # ------------------------------------------------------------------------------------------------------------
 
     def step(self, batch: Batch) -> dict:
-        """Learns from one batch; returns what to show."""
+        """Train on one batch and return metrics."""
         phase = self.plan.phase(self.seen)
         self.model.train()
         pixels = (batch.pixels.permute(0, 3, 1, 2).float() / 127.5 - 1).contiguous()
@@ -160,14 +159,14 @@ class Run:
             loss = loss + answers
             shown = {"answers": answers.item(), "tokens": accuracy}
         self._set_rates(phase)
-        for optimiser in self.optimisers:
-            optimiser.zero_grad(set_to_none=True)
+        for optimizer in self.optimizers:
+            optimizer.zero_grad(set_to_none=True)
         loss.backward()
         norm = nn.utils.clip_grad_norm_(
             [p for p in self.parameters.values() if p.grad is not None], 1.0
         )
-        for optimiser in self.optimisers:
-            optimiser.step()
+        for optimizer in self.optimizers:
+            optimizer.step()
         self.seen += len(pixels)
         self.steps += 1
         keep = min(self.plan.average, 1 - 1 / (1 + self.steps / 10))
@@ -180,7 +179,7 @@ class Run:
         return {"phase": phase, "dense": dense.item(), **shown, "norm": float(norm), "right": right}
 
     def _answers(self, features: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, float]:
-        """Cross entropy of the answers' tokens; only their rows reach the head."""
+        """Cross entropy of the answers' tokens; logits are computed for these only."""
         image = self.model.multi_modal_projector(features)
         words = self.model.language_model.embed_tokens(batch.input_ids[:, self.patches :])
         hidden = self.model.language_model(
@@ -197,7 +196,7 @@ class Run:
         factor = self.plan.factor(self.seen)
         start = (self.plan.tower) * self.plan.pictures  # the decoder has a warm-up of its own
         warm = min(1.0, max(0.0, self.seen - start + self.plan.batch) / self.plan.warmup)
-        for group in (group for optimiser in self.optimisers for group in optimiser.param_groups):
+        for group in (group for optimizer in self.optimizers for group in optimizer.param_groups):
             if group["part"] == "tower":
                 group["lr"] = (
                     self.plan.rate * factor * (self.plan.joint_rate if phase == "joint" else 1.0)
@@ -206,13 +205,16 @@ class Run:
                 group["lr"] = self.plan.decoder_rate * factor * warm
 
     # -- the loop
-    # ------------------------------------------------------------------------------------------------------------
 
     def train(
         self, progress, save_every: float = 120.0, check_every: float = 900.0, workers: int = 1
     ) -> None:
-        """Trains until the plan's pictures are seen; `progress` is a tqdm bar. Times are seconds of
-        this process's work.
+        """Train to the end of the plan.
+
+        Args:
+            progress: a tqdm bar.
+            save_every, check_every: seconds.
+            workers: processes that draw images.
         """
         plan = self.plan
         source = batches(
@@ -225,7 +227,7 @@ class Run:
         while self.seen < plan.pictures and not stopping:
             began = time.monotonic()
             shown = self.step(next(source))
-            self.seconds += min(5.0, time.monotonic() - began)  # a paused process did not work
+            self.seconds += min(5.0, time.monotonic() - began)  # do not count pauses of the process
             flat = {k: v for k, v in shown.items() if isinstance(v, float)} | {
                 f"patch {k}": v for k, v in shown["right"].items()
             }
@@ -238,7 +240,7 @@ class Run:
                     "answers",
                     "tokens",
                     "patch shape",
-                    "patch colour",
+                    "patch color",
                     "patch character",
                 )
                 progress.set_postfix_str(
@@ -264,7 +266,7 @@ class Run:
             self.check(progress, pictures=400)
 
     def check(self, progress, pictures: int | None = None) -> dict:
-        """Accuracy of the averaged weights on a few held-out pictures, appended to checks.jsonl."""
+        """Accuracy of the averaged weights on a few held-out images, appended to checks.jsonl."""
         with self._averaged():
             figures = evaluate(
                 self.model, self.tokenizer, held_out_cases(pictures or self.check_pictures)
@@ -277,7 +279,7 @@ class Run:
 
     @contextmanager
     def _averaged(self):
-        """Inside, the model holds the averaged weights."""
+        """Context manager: the model has the averaged weights."""
         self._swap()
         try:
             yield
@@ -292,15 +294,14 @@ class Run:
             self.average[name].copy_(kept)
 
     # -- files
-    # ---------------------------------------------------------------------------------------------------------------
 
     def save(self) -> None:
-        """Writes everything that resuming needs, aside first, then in place."""
+        """Write everything that resuming needs, atomically."""
         tensors = {f"now.{n}": p.detach() for n, p in self.parameters.items()} | {
             f"average.{n}": a for n, a in self.average.items()
         }
         for name, p in self.parameters.items():
-            state = next((o.state[p] for o in self.optimisers if p in o.state), {})
+            state = next((o.state[p] for o in self.optimizers if p in o.state), {})
             for key in STATE:
                 if key in state:
                     tensors[f"state.{key}.{name}"] = torch.as_tensor(
@@ -342,14 +343,14 @@ class Run:
                 if state:
                     owner = next(
                         o
-                        for o in self.optimisers
+                        for o in self.optimizers
                         if any(p is q for g in o.param_groups for q in g["params"])
                     )
                     owner.state[p] = state
 
     def export(self, folder: Path) -> None:
-        """Writes the averaged weights in bfloat16, with tokenizer and processor files, as
-        `mllama.load` and transformers read them.
+        """Write the averaged weights in bfloat16, with tokenizer and processor files, as a model
+        folder.
         """
         from mllama.hf.processors.llava import MllamaImageProcessor
 
@@ -373,33 +374,3 @@ class Run:
         for file in aside.iterdir():
             os.replace(file, folder / file.name)
         aside.rmdir()
-
-
-def draw_curve(history: list[dict], file: Path) -> None:
-    """The losses and the share of right labels over the pictures, as a small PNG."""
-    if len(history) < 2:
-        return
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(9, 3.2), dpi=90)
-    x = [row["pictures"] for row in history]
-    for name, axis in (("dense", left), ("answers", left), ("tokens", right), ("patch shape", right), ("patch colour", right),
-                       ("patch character", right)):  # fmt: skip
-        points = [(p, row[name]) for p, row in zip(x, history, strict=True) if name in row]
-        if points:
-            axis.plot(
-                *zip(*points, strict=True),
-                label={"dense": "dense labels", "tokens": "answer tokens"}.get(name, name),
-                linewidth=1,
-            )
-    left.set(title="loss", xlabel="pictures", ylim=(0, None))
-    right.set(title="share right (training pictures)", xlabel="pictures", ylim=(0, 1))
-    for axis in (left, right):
-        axis.legend(fontsize=7)
-        axis.grid(alpha=0.3)
-    figure.tight_layout()
-    figure.savefig(file)
-    pyplot.close(figure)

@@ -15,7 +15,7 @@ class OpsUnavailable(ImportError):
 
 
 def disabled() -> bool:
-    """True where MLLAMA_DISABLE_OPS=1 asks for the plain-torch references instead of the kernels."""
+    """True where MLLAMA_DISABLE_OPS=1 asks for the plain-torch references."""
     value = os.environ.get("MLLAMA_DISABLE_OPS", "0")
     if value not in ("", "0", "1"):
         raise ValueError(f"MLLAMA_DISABLE_OPS must be 0 or 1, got {value!r}")
@@ -27,9 +27,10 @@ def unavailable(cause: str) -> OpsUnavailable:
     import torch
 
     return OpsUnavailable(
-        f"{cause} (Python {platform.python_version()}, torch {torch.__version__}). Build it with `pip install .` or `pip install -e . "
-        "--no-build-isolation` in the source folder (needs a C++20 compiler and torch >= 2.11), or set MLLAMA_DISABLE_OPS=1 to run on the "
-        "slower plain-torch references."
+        f"{cause} (Python {platform.python_version()}, torch {torch.__version__}). "
+        "Build it with `pip install .` or `pip install -e . --no-build-isolation` in the source "
+        "folder (needs a C++20 compiler and torch >= 2.11), or set MLLAMA_DISABLE_OPS=1 to run on "
+        "the slower plain-torch references."
     )
 
 
@@ -39,7 +40,7 @@ def load():
 
     Raises:
         OpsUnavailable: the module is missing or cannot be loaded; the text says why and what to do.
-        ValueError: MLLAMA_DISABLE_OPS or MLLAMA_CPU_ISA holds something else than it takes.
+        ValueError: MLLAMA_DISABLE_OPS or MLLAMA_CPU_ISA has a value that it does not take.
     """
     if disabled():
         return None

@@ -14,7 +14,7 @@ from mllama.checkpoints import open_checkpoint
 from mllama.checkpoints.models import fill, lay_out
 from mllama.checkpoints.opened import Opened
 from mllama.device import choose_device, choose_dtype, dtype_name, dtype_named
-from mllama.lora.files import load_lora
+from mllama.lora.loading import load_lora
 from mllama.lora.peft import CONFIG as ADAPTER_CONFIG
 from mllama.lora.peft import adapted_model
 from mllama.model.model import VisionLanguageModel
@@ -24,10 +24,9 @@ from mllama.runtime.session import OPTIONS, Session
 from mllama.runtime.settings import beyond_session, check_settings
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
     from mllama.hf.answering import GenerateSession
     from mllama.hf.modeling import MllamaForConditionalGeneration
+    from mllama.hf.names import PreTrainedModel
 
 _UNREAD = (
     "num_return_sequences",

@@ -10,6 +10,10 @@ import pytest
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
 from transformers import (
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
     GemmaConfig,
     GemmaForCausalLM,
     LlamaConfig,
@@ -27,6 +31,7 @@ np = pytest.importorskip("numpy")
 from mllama.checkpoints.gguf.header import GgufHeader  # noqa: E402
 from mllama.checkpoints.gguf.reader import GgufSource, open_gguf  # noqa: E402
 from mllama.checkpoints.gguf.tokenizer import _PRE as PRE  # noqa: E402
+from mllama.checkpoints.gguf.windows import window_arguments  # noqa: E402
 from mllama.hf.gguf import save_gguf  # noqa: E402
 from mllama.hf.processors.tokenizers import load_gguf_tokenizer as load_tokenizer  # noqa: E402
 
@@ -55,12 +60,30 @@ NAMES = {
     "mlp.up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
 }
+FOUR_NORMS = {
+    "post_attention_layernorm": "post_attention_norm",
+    "pre_feedforward_layernorm": "ffn_norm",
+    "post_feedforward_layernorm": "post_ffw_norm",
+    "self_attn.q_norm": "attn_q_norm",
+    "self_attn.k_norm": "attn_k_norm",
+}
+WINDOWED = {
+    "sliding_window": 6,
+    "query_pre_attn_scalar": 16,
+    "num_hidden_layers": 3,
+    "final_logit_softcapping": 2.0,
+}
 
 
 def stock(architecture: str = "llama", **options):
     """A tiny random model of stock transformers, every parameter drawn."""
     torch.manual_seed(0)
-    kinds = {"llama": (LlamaConfig, LlamaForCausalLM), "gemma": (GemmaConfig, GemmaForCausalLM)}
+    kinds = {
+        "llama": (LlamaConfig, LlamaForCausalLM),
+        "gemma": (GemmaConfig, GemmaForCausalLM),
+        "gemma2": (Gemma2Config, Gemma2ForCausalLM),
+        "gemma3": (Gemma3TextConfig, Gemma3ForCausalLM),
+    }
     config_class, model_class = kinds[architecture]
     ids = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
     model = model_class(config_class(**SIZES | ids | options)).eval()
@@ -70,13 +93,14 @@ def stock(architecture: str = "llama", **options):
     return model
 
 
-def theirs(name: str) -> str:
+def theirs(name: str, four_norms: bool = False) -> str:
     """llama.cpp's name of a tensor of stock transformers."""
+    names = NAMES | (FOUR_NORMS if four_norms else {})
     if not name.startswith("model.layers."):
         stem, kind = name.rsplit(".", 1)
         return f"{NAMES[stem]}.{kind}"
     _, _, layer, *inner, kind = name.split(".")
-    return f"blk.{layer}.{NAMES['.'.join(inner)]}.{kind}"
+    return f"blk.{layer}.{names['.'.join(inner)]}.{kind}"
 
 
 def write(
@@ -91,7 +115,7 @@ def write(
     gemma.
     """
     config = model.config
-    architecture = config.model_type
+    architecture = config.model_type.removesuffix("_text")
     writer = gguf.GGUFWriter(path, architecture)
     sizes = {
         "block_count": config.num_hidden_layers,
@@ -106,13 +130,17 @@ def write(
         if changed.get(name, value) is not None:
             writer.add_uint32(f"{architecture}.{name}", changed.get(name, value))
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    rope = config.rope_parameters
+    writer.add_rope_freq_base(rope.get("full_attention", rope)["rope_theta"])
+    if architecture in ("gemma2", "gemma3"):
+        writer.add_sliding_window(config.sliding_window)
+        writer.add_final_logit_softcapping(config.final_logit_softcapping)
     metadata(writer)
     for name, tensor in model.state_dict().items():
         if name == "lm_head.weight" and config.tie_word_embeddings:
             continue
         array = tensor.numpy()
-        if architecture == "gemma" and "norm" in name:
+        if "gemma" in architecture and "norm" in name:
             array = array + 1
         if architecture == "llama" and ("q_proj" in name or "k_proj" in name):
             heads = config.num_attention_heads if "q_proj" in name else config.num_key_value_heads
@@ -122,7 +150,8 @@ def write(
                 .reshape(array.shape)
             )
         matrix = kind if array.ndim > 1 else Type.F32
-        writer.add_tensor(theirs(name), gguf.quantize(array, matrix), raw_dtype=matrix)
+        named = theirs(name, four_norms=architecture in ("gemma2", "gemma3"))
+        writer.add_tensor(named, gguf.quantize(array, matrix), raw_dtype=matrix)
     for name, array in (extra or {}).items():
         writer.add_tensor(name, array)
     writer.write_header_to_file()
@@ -161,13 +190,50 @@ def factors(parameters: dict, head_dim: int = 16) -> np.ndarray:
             {"head_dim": 32, "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0}},
         ),
         ("gemma", {"num_key_value_heads": 1, "head_dim": 32}),
+        ("gemma2", WINDOWED),
+        ("gemma3", WINDOWED),
     ],
 )
 def test_logits_are_the_ones_of_stock_transformers(tmp_path, architecture, options):
     model = stock(architecture, **options)
     ours = MllamaForConditionalGeneration.from_pretrained(write(tmp_path / "model.gguf", model))
     assert ours.dtype == torch.float32 and close(logits(ours), logits(model))
-    assert ours.config.model_type == architecture and ours.config.rms_norm_eps == 1e-5
+    assert ours.config.model_type == model.config.model_type and ours.config.rms_norm_eps == 1e-5
+
+
+def test_what_a_gemma_2_and_3_say_of_their_layers(tmp_path):
+    def softcap_and_pattern(writer):
+        writer.add_attn_logit_softcapping(1.5)
+        writer.add_sliding_window_pattern(3)
+
+    model = stock("gemma2", **WINDOWED, attn_logit_softcapping=1.5)
+    model.config.layer_types[:] = ["sliding_attention"] * 2 + ["full_attention"]
+    path = write(tmp_path / "gemma2.gguf", model, metadata=softcap_and_pattern)
+    ours = MllamaForConditionalGeneration.from_pretrained(path)
+    assert ours.config.layer_types == model.config.layer_types
+    assert ours.config.attn_logit_softcapping == 1.5 and close(logits(ours), logits(model))
+
+    def scaled(writer):
+        writer.add_rope_freq_base_swa(200.0)
+        writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
+        writer.add_rope_scaling_factor(8.0)
+        writer.add_sliding_window_pattern(2)
+
+    rope = {"rope_type": "linear", "factor": 8.0}
+    kinds = ["sliding_attention", "full_attention", "sliding_attention"]
+    options = WINDOWED | {"rope_local_base_freq": 200.0, "rope_scaling": rope}
+    model = stock("gemma3", **options, layer_types=kinds)
+    path = write(tmp_path / "gemma3.gguf", model, metadata=scaled)
+    ours = MllamaForConditionalGeneration.from_pretrained(path)
+    assert ours.config.layer_types == kinds and close(logits(ours), logits(model))
+    for sizes, scalar in (((46, 32, 2), 16), ((45, 32, 2), 8)):  # 27B's follows from its width
+        layers, hidden, heads = sizes
+        arguments = {"num_hidden_layers": layers, "hidden_size": hidden, "head_dim": 8}
+        found = window_arguments(
+            GgufHeader(path), "gemma2", arguments | {"num_attention_heads": heads}, {}
+        )
+        assert found["query_pre_attn_scalar"] == scalar and found["sliding_window"] == 4096
+        assert found["attn_logit_softcapping"] == 50.0 and len(found["layer_types"]) == layers
 
 
 def test_a_folder_whose_only_model_is_one_gguf_file(tmp_path):
@@ -188,7 +254,7 @@ def test_llama3_scaling_is_recovered_from_its_factors(tmp_path):
     path = write(
         tmp_path / "none.gguf", stock(), extra={"rope_freqs.weight": np.ones(8, np.float32)}
     )
-    assert open_gguf(path).spec.text.rope_parameters["rope_type"] == "default"
+    assert open_gguf(path).spec.text.layers[0].rope.rope_type == "default"
     for wrong, said in (
         (np.linspace(1, 9, 8), "no scaling of Llama 3 with low_freq_factor 1.0"),
         (np.ones(7), "must have 8 factors"),

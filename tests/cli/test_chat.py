@@ -117,7 +117,7 @@ def test_commands_are_no_questions(run, options, picture_file, tmp_path, loaded)
     for said in (
         "/system TEXT",
         "no command /foo",
-        "no such picture: nowhere.png",
+        "no such image: nowhere.png",
         f"{picture_file} exists",
         "/reset takes nothing",
     ):

@@ -115,12 +115,9 @@ def test_sizes_are_ids(run, monkeypatch):
         (["--size", "2B", "--prompt", "a"], "invalid choice: '2B'"),
         (
             ["--model-id", "LLAMA", "--prompt", "a", "--image", "nowhere.png"],
-            "no such picture: nowhere.png",
+            "no such image: nowhere.png",
         ),
-        (
-            ["--model-id", "LLAMA", "--prompt", "a", "--image", "PICTURE"],
-            "this model takes no",
-        ),
+        (["--model-id", "LLAMA", "--prompt", "a", "--image", "PICTURE"], "this model takes no"),
         (
             ["--model-id", "LLAMA", "--prompt", "a", "--image", "PICTURE", "--raw"],
             "this model takes no",

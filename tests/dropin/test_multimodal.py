@@ -1,430 +1,691 @@
-"""`MllamaForConditionalGeneration` of older scripts: its calls, its cache, its placeholders, and
-equality with the package's model.
-"""
+"""SigLIP + Llama, PaliGemma and Gemma of older scripts against the package and transformers."""
 
+import base64
 import copy
-import inspect
+import os
+import pickle
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
+import transformers
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import GemmaConfig
 
+import mllama
+import stock
 import twins
-from dropin import older
-from mllama import MllamaConfig
-from mllama import MllamaForConditionalGeneration as PackageModel
-from mllama.dropin import _placeholders
-from mllama.dropin._cache import KVCache
-from mllama.dropin._multimodal import MllamaForConditionalGeneration, MultiModalProjector
+from dropin import toys
+from dropin.toys import IMAGE, close, prompt, whole, whole_config
+from mllama.dropin.config import LLAMA32Config, MLLAMAConfig, PaliGemmaConfig
+from mllama.dropin.layers import KVCache
+from mllama.dropin.multimodal import (
+    GemmaForCausalLM,
+    MllamaForConditionalGeneration,
+    MultiModalProjector,
+    PaliGemmaForConditionalGeneration,
+    load_strictly,
+    load_tolerantly,
+)
+from mllama.dropin.processing import MllamaImageProcessor, PaliGemmaProcessor, paligemmaProcessor
+from mllama.dropin.text import Llama3ForCausalLM
+from mllama.dropin.vision import SiglipModel, SiglipVisionConfig
 
-TEXT = twins.tokens(6)
-EXACT = {"rtol": 0, "atol": 0}
+WORDS = twins.tokens(6)
+GREEDY = {"do_sample": False, "eos_token_id": None}
 
 
-def own(model: MllamaForConditionalGeneration) -> PackageModel:
-    """The package's model of the same weights."""
-    same = PackageModel(MllamaConfig(**model.config.to_dict())).eval()
-    same.load_state_dict(model.state_dict())
-    return same
+def logits(model, *args, **kwargs) -> torch.Tensor:
+    return model(*args, **kwargs)["logits"]
 
 
-def test_the_order_of_arguments():
-    names = list(inspect.signature(MllamaForConditionalGeneration.forward).parameters)
-    assert names[1:9] == [
-        "input_ids",
-        "pixel_values",
-        "attention_mask",
-        "labels",
-        "kv_cache",
-        "position_ids",
-        "image_mask",
-        "inputs_embeds",
-    ]
-    assert set(inspect.signature(PackageModel.forward).parameters) <= set(names)
+def images(count: int = 1, seed: int = 1) -> torch.Tensor:
+    return twins.pictures(count, seed)
+
+
+# ---- MLLAMAConfig
+
+
+def test_a_config_without_arguments_is_llama_3_2_1b_and_siglip_base():
+    config = MLLAMAConfig()
+    text, vision = config.text_config, config.vision_config
+    assert (text.vocab_size, text.hidden_size, text.n_layers) == (128256, 2048, 16)
+    assert (vision.hidden_size, vision.image_size, text.num_image_tokens) == (768, 224, 196)
+    assert (config.dtype, config.image_token_index) == (torch.float16, 128256)
+
+
+def test_what_scripts_read_from_a_config():
+    config = whole_config(projection_dim=512, pad_token_index=7)
+    assert config.projection_dim == config.vision_config.projection_dim == 512
+    assert (config.vocab_size, config.hidden_size, config.pad_token_index) == (99, 64, 7)
+    assert (config.text_config.n_heads, config.text_config.num_image_tokens) == (4, 4)
+    assert whole_config(image_token_index=5).image_token_index == 5
+    further = {"n_kv_heads": 8, "head_dim": 16, "rope_theta": 500000.0}  # of READMEs
+    assert whole_config(text=further).text_config.n_kv_groups == 2
+
+
+@pytest.mark.parametrize(
+    ("vision", "text"),
+    [
+        (SiglipVisionConfig(**twins.VISION), LLAMA32Config(**toys.TEXT)),
+        (SimpleNamespace(**twins.VISION), SimpleNamespace(**toys.TEXT)),
+        (
+            transformers.SiglipVisionConfig(**twins.VISION),
+            transformers.LlamaConfig(**LLAMA32Config(**toys.TEXT).to_dict()),
+        ),
+    ],
+    ids=["older", "plain objects", "transformers'"],
+)
+def test_objects_in_place_of_dicts(vision, text):
+    config, expected = MLLAMAConfig(vision, text), whole_config()
+    for part in ("vision_config", "text_config"):
+        for name in ("hidden_size", "num_attention_heads", "intermediate_size"):
+            assert getattr(getattr(config, part), name) == getattr(getattr(expected, part), name)
+    assert config.text_config is not text and config.text_config.num_image_tokens == 4
+
+
+@pytest.mark.parametrize(
+    ("call", "error"),
+    [
+        (lambda: MLLAMAConfig(twins.VISION, 3), TypeError),
+        (lambda: whole_config(text={"dtype": torch.float64}), ValueError),
+        (lambda: whole_config(text={"n_heads": 3}), ValueError),
+        (lambda: whole_config(image_token_index=-1), ValueError),
+    ],
+)
+def test_configs_that_cannot_be(call, error):
+    with pytest.raises(error):
+        call()
+
+
+@pytest.mark.parametrize("token", [None, 97])
+def test_what_is_written_the_package_reads(token, tmp_path):
+    config = whole_config(image_token_index=token, projection_dim=512)
+    config.save_pretrained(tmp_path)
+    read = transformers.AutoConfig.from_pretrained(tmp_path)
+    assert type(read) is mllama.MllamaConfig and read.projector == "linear"
+    assert (read.image_token_index, read.projection_dim) == (token, 64)
+    text = config.text_config
+    assert read.text_config.rope_parameters == text.rope_parameters
+    assert read.text_config.max_position_embeddings == text.context_length
+    assert read.text_config.eos_token_id is None
+    assert MLLAMAConfig.from_pretrained(tmp_path).image_token_index == (token or 128256)
+    for same in (copy.deepcopy(config), pickle.loads(pickle.dumps(config))):
+        assert same.to_dict()["image_token_index"] == token
+
+
+def test_the_packages_folders(model_folder):
+    config = MLLAMAConfig.from_pretrained(model_folder)
+    assert (config.projector, config.projection_dim) == ("mlp", 64)
+    model = MllamaForConditionalGeneration.from_pretrained(model_folder, config=config)
+    assert not any(parameter.is_meta for parameter in model.parameters())
+
+
+# ---- calls
 
 
 def test_it_computes_what_the_package_computes():
-    model, ids, pictures = older.model(), older.prompt(*TEXT), twins.pictures(1)
-    same, labels = own(model), ids.masked_fill(ids == older.IMAGE, -100)
-    assert isinstance(model, PackageModel) and model.state_dict().keys() == same.state_dict().keys()
-    output, expected = model(ids, pictures, None, labels), same(ids, pictures, labels=labels)
-    assert (
-        output["logits"].shape == (1, 10, twins.VOCABULARY)
-        and output["logits"].dtype == torch.float32
-    )
-    torch.testing.assert_close(output["logits"], expected.logits, **EXACT)
-    torch.testing.assert_close(output["loss"], expected.loss, **EXACT)
-    assert output.logits is output["logits"] and output.loss is output["loss"]
-    output["loss"].backward()
+    model, ids = whole(), prompt(*WORDS)
+    same = mllama.MllamaForConditionalGeneration(mllama.MllamaConfig(**model.config.to_dict()))
+    same.load_state_dict(model.state_dict())
+    labels = ids.masked_fill(ids == IMAGE, -100)
+    output = model(ids, images(), None, labels)
+    expected = same.eval()(ids, images(), labels=labels)
+    close(output["logits"], expected.logits, 0)
+    close(output["loss"], expected.loss, 0)
+    output.loss.backward()
     expected.loss.backward()
     for name, parameter in same.named_parameters():
-        torch.testing.assert_close(model.get_parameter(name).grad, parameter.grad, **EXACT)
+        close(model.get_parameter(name).grad, parameter.grad, 0)
 
 
 def test_what_is_not_there_reads_as_none():
-    output = older.model()(torch.tensor([TEXT]), use_cache=False)
-    assert output["loss"] is None and output["kv_cache"] is None and output.kv_cache is None
+    output = whole()(torch.tensor([WORDS]), use_cache=False)
+    assert output["loss"] is None and output["kv_cache"] is None and output[0] is output.logits
+    assert "kv_cache" not in output and output.get("kv_cache", 3) == 3
     with pytest.raises(KeyError):
         output["nothing"]
-    assert output[0] is output.logits and output[:1] == (output.logits,)
-    assert (
-        "kv_cache" not in output and output.get("kv_cache", 3) == 3 and output.get("loss") is None
-    )
     cache = KVCache()
-    output = older.model()(torch.tensor([TEXT]), kv_cache=cache)
-    assert (
-        "kv_cache" in output
-        and output.get("kv_cache") is cache
-        and output.get("logits") is output.logits
-    )
+    output = whole()(torch.tensor([WORDS]), kv_cache=cache)
+    assert "kv_cache" in output and output.get("kv_cache") is output.kv_cache is cache
 
 
-@pytest.mark.parametrize("image_token_index", [None, 97], ids=["by its runs", "said"])
-def test_another_picture_changes_the_logits(image_token_index):
-    model = older.model(image_token_index=image_token_index)
-    for image in (97,) if image_token_index else (older.IMAGE, twins.VOCABULARY, 97):
-        ids = older.prompt(*TEXT, image=image)
-        first, second = (model(ids, twins.pictures(1, seed))["logits"] for seed in (1, 2))
-        assert (first - second).abs().max() > 0.1
-
-
-def test_two_prompts_of_two_lengths_padded_on_either_side():
-    model, pictures = older.model(), twins.pictures(2)
-    rows = [older.prompt(*TEXT)[0].tolist(), older.prompt(*TEXT[:2])[0].tolist()]
-    for side in ("left", "right"):
-        batch = twins.batch(*rows, side=side)
-        logits = model(**batch, pixel_values=pictures)["logits"]
-        for index, row in enumerate(rows):
-            alone = model(torch.tensor([row]), pictures[index : index + 1])["logits"][0]
-            torch.testing.assert_close(logits[index][batch["attention_mask"][index] == 1], alone)
-
-
-@pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.float32, None], ids=str)
-@pytest.mark.parametrize("again", [True, False], ids=["the picture again", "no picture"])
-def test_token_by_token_with_a_cache(dtype, again):
-    model, ids, pictures, cache = older.model(), older.prompt(*TEXT), twins.pictures(1), KVCache()
+@pytest.mark.parametrize("dtype", [torch.int64, torch.float32, None], ids=str)
+@pytest.mark.parametrize("again", [True, False], ids=["the image again", "no image"])
+def test_token_by_token(dtype, again):
+    model, ids, cache = whole(), prompt(*WORDS), KVCache()
     mask = None if dtype is None else torch.ones(1, ids.shape[1], dtype=dtype)
-    output = model(input_ids=ids, pixel_values=pictures, attention_mask=mask, kv_cache=cache)
-    assert output["kv_cache"] is cache and cache.num_items() == ids.shape[1]
+    output = model(ids, images(), mask, kv_cache=cache)
     for _ in range(6):
         token = output["logits"][:, -1].argmax(-1, keepdim=True)
         ids = torch.cat([ids, token], 1)
         mask = None if mask is None else torch.cat([mask, torch.ones(1, 1, dtype=dtype)], 1)
-        output = model(
-            input_ids=token,
-            pixel_values=pictures if again else None,
-            attention_mask=mask,
-            kv_cache=cache,
-        )
-        whole = model(ids, pictures, mask)["logits"]
-        torch.testing.assert_close(output["logits"][:, -1], whole[:, -1], rtol=1e-4, atol=1e-5)
-    assert cache.num_items() == ids.shape[1]
-    generated = model.generate(
-        older.prompt(*TEXT),
-        pixel_values=pictures,
-        max_new_tokens=6,
-        do_sample=False,
-        eos_token_id=None,
-    )
-    assert torch.equal(generated, ids)
+        output = model(token, images() if again else None, mask, kv_cache=cache)
+        close(output["logits"][:, -1], logits(model, ids, images(), mask)[:, -1], 1e-4)
+    assert output["kv_cache"] is cache and cache.num_items() == ids.shape[1]
+    options = GREEDY | {"pixel_values": images(), "max_new_tokens": 6}
+    assert torch.equal(model.generate(prompt(*WORDS), **options), ids)
 
 
-def test_two_names_of_one_cache_are_refused():
+def test_generate():
+    model, ids = whole(), prompt(*WORDS)
+    options = GREEDY | {"pixel_values": images(), "max_new_tokens": 4}
+    plain, cache = model.generate(ids, **options), KVCache()
+    assert torch.equal(model.generate(ids, kv_cache=cache, **options), plain)
+    assert cache.num_items() == ids.shape[1] + 3
+    assert torch.equal(model.generate(ids, use_cache=False, **options), plain)
+    told = copy.deepcopy(model)
+    told.image_token_index = IMAGE
+    for more in ({"num_beams": 2}, {"num_return_sequences": 2, "do_sample": True, "top_p": 0.9}):
+        found = []
+        for one in (model, told):
+            torch.manual_seed(0)
+            found.append(one.generate(input_ids=ids, **options | more))
+        assert torch.equal(*found) and torch.equal(found[0][:1, :10], ids)
+
+
+def test_two_names_of_one_cache():
     for name in ("cache", "past_key_values"):
-        with pytest.raises(ValueError, match=f"kv_cache and {name} are two names"):
-            older.model()(torch.tensor([TEXT]), kv_cache=KVCache(), **{name: KVCache()})
+        for call in (whole(), whole().generate):
+            with pytest.raises(ValueError, match=name):
+                call(torch.tensor([WORDS]), kv_cache=KVCache(), **{name: KVCache()})
 
 
-def test_embeddings_in_place_of_ids_and_positions():
-    model, ids = older.model(), torch.tensor([TEXT])
-    embeds = model.get_input_embeddings()(ids)
-    torch.testing.assert_close(model(inputs_embeds=embeds)["logits"], model(ids)["logits"], **EXACT)
-    positions = torch.arange(len(TEXT))[None]
-    torch.testing.assert_close(
-        model(ids, position_ids=positions, image_mask=ids > 0)["logits"],
-        model(ids)["logits"],
-        **EXACT,
-    )
+def test_calls_that_are_not_kept():
+    model, ids = whole(), torch.tensor([WORDS])
+    for call in (
+        lambda: model.forward(ids, kv_cache=KVCache()),
+        lambda: model(ids, image_mask=ids),
+        lambda: model.text_config,
+    ):
+        with pytest.raises((TypeError, AttributeError)):
+            call()
 
 
-class TestPlaceholders:
-    def test_a_prompt_of_random_ids_runs_and_a_warning_says_what_is_not_seen(self):
-        model, ids = older.model(), torch.randint(0, 97, (1, 64))
-        with pytest.warns(
-            UserWarning, match="pixel_values are not looked at: .* runs of 4, as the processor"
-        ):
-            output = model(input_ids=ids, pixel_values=twins.pictures(1))
-        torch.testing.assert_close(output["logits"], model(ids)["logits"], **EXACT)
-
-    @pytest.mark.parametrize("image", [older.IMAGE, twins.VOCABULARY])
-    @pytest.mark.parametrize("times", [1, 3, 5])
-    def test_one_that_was_not_expanded_is_refused(self, image, times):
-        ids = torch.tensor([[image] * times + TEXT])
-        said = f"input_ids hold {image}, which no text has, .* expand each <image> with the processor, MllamaImageProcessor.tokenizer, 4"
-        with pytest.raises(ValueError, match=said):
-            older.model()(ids, twins.pictures(1))
-
-    def test_so_is_one_that_a_processor_put_into_the_vocabulary(self, monkeypatch):
-        monkeypatch.setattr(_placeholders, "_GIVEN", set())
-        _placeholders.remember(97)
-        with pytest.raises(ValueError, match="input_ids hold 97"):
-            older.model()(torch.tensor([[97, *TEXT]]), twins.pictures(1))
-        assert (
-            older.model()(older.prompt(*TEXT, image=97), twins.pictures(1))["logits"]
-            .isfinite()
-            .all()
-        )
-
-    def test_an_answer_that_repeats_itself_is_no_placeholder(self):
-        ids, changed = older.prompt(*TEXT, 5, 5, 5, 5), twins.pictures(1, seed=3)
-        model = older.model()
-        assert not torch.equal(
-            model(ids, twins.pictures(1))["logits"], model(ids, changed)["logits"]
-        )
-
-    def test_what_was_said_goes_before_what_is_found(self):
-        model = older.model(image_token_index=90)
-        with pytest.raises(
-            ValueError, match="hold 0 picture placeholders.*expand each <image> with the processor"
-        ):
-            model(older.prompt(*TEXT, image=91), twins.pictures(1))
-        model.image_token_index = 91
-        assert model.config.image_token_index == model.image_token_index == 91
-        assert model(older.prompt(*TEXT, image=91), twins.pictures(1))["logits"].shape == (
-            1,
-            10,
-            99,
-        )
-
-    def test_several_pictures_in_a_prompt(self):
-        model, run = older.model(), [older.IMAGE] * twins.PATCHES
-        for ids in (
-            torch.tensor([run + run + TEXT]),
-            torch.tensor([run + TEXT[:3] + run + TEXT[3:]]),
-        ):
-            pictures = twins.pictures(2)
-            first, second = (
-                model(ids, pixels)["logits"] for pixels in (pictures, pictures.flip(0))
-            )
-            assert (first - second).abs().max() > 0.1
-
-    def test_two_pictures_for_one_placeholder_are_refused(self):
-        with pytest.raises(ValueError, match="hold 4 picture placeholders, but 2 pictures"):
-            older.model()(older.prompt(*TEXT), twins.pictures(2))
-
-    def test_ids_outside_the_vocabulary_are_refused_without_a_picture(self):
-        with pytest.raises(IndexError, match="within the vocabulary"):
-            older.model()(older.prompt(*TEXT))
-
-
-class TestHelpers:
-    def test_merging(self):
-        model, ids, pictures = older.model(), older.prompt(*TEXT), twins.pictures(1)
-        features = model.multi_modal_projector(model.vision_model(pictures))
-        embeds = model.get_input_embeddings()(ids.masked_fill(ids == older.IMAGE, 0))
-        merged, mask = model._merge_input_ids_with_image_features(features, embeds, ids, None)
-        torch.testing.assert_close(merged[:, :4], features, **EXACT)
-        torch.testing.assert_close(merged[:, 4:], embeds[:, 4:], **EXACT)
-        assert torch.equal(mask, torch.ones_like(ids)) and not torch.equal(merged, embeds)
-        torch.testing.assert_close(
-            model(inputs_embeds=merged, attention_mask=mask)["logits"],
-            model(ids, pictures)["logits"],
-        )
-        given = torch.ones(1, 10)
-        given[0, -1] = 0
-        same = model._merge_input_ids_with_image_features(features, embeds, ids, given)[1]
-        assert torch.equal(same, given) and same is not given
-
-    @pytest.mark.parametrize("shape", [(1, 5, 64), (1, 4, 65), (2, 4, 64)])
-    def test_features_of_another_shape_are_not_merged(self, shape):
-        ids = older.prompt(*TEXT)
-        with pytest.raises(ValueError, match="features"):
-            older.model()._merge_input_ids_with_image_features(
-                torch.randn(shape), torch.zeros(1, 10, 64), ids, None
-            )
-
-    def test_merging_text_alone(self):
-        model, ids = older.model(), torch.tensor([TEXT])
-        embeds, features = model.get_input_embeddings()(ids), torch.randn(1, 4, 64)
-        with pytest.warns(UserWarning, match="not looked at"):
-            merged, _ = model._merge_input_ids_with_image_features(features, embeds, ids, None)
-        assert torch.equal(merged, embeds) and merged is not embeds
-
-    @pytest.mark.parametrize("ignore_index", [-100, 3])
-    def test_the_loss_with_masking(self, ignore_index):
-        model, ids = older.model(ignore_index=ignore_index), older.prompt(*TEXT)
-        logits, labels = torch.randn(1, 10, twins.VOCABULARY), ids.clone()
-        labels[0, 5] = ignore_index
-        kept = [3, 5, 6, 7, 8]  # whose next id is text and has a label
-        expected = torch.nn.functional.cross_entropy(
-            logits[0, kept], ids[0, [place + 1 for place in kept]]
-        )
-        torch.testing.assert_close(model._compute_loss_with_masking(logits, labels, ids), expected)
-
-    def test_ignore_index_is_honoured_by_forward(self):
-        model = older.model(ignore_index=3)
-        ids = torch.tensor([TEXT])
-        labels = ids.clone()
-        labels[0, 2] = 3
-        logits = model(ids)["logits"]
-        kept = [0, 2, 3, 4]
-        expected = torch.nn.functional.cross_entropy(
-            logits[0, kept], ids[0, [place + 1 for place in kept]]
-        )
-        torch.testing.assert_close(model(ids, labels=labels)["loss"], expected)
-
-    def test_parts_as_scripts_call_them(self):
-        model, pictures = older.model(), twins.pictures(2)
-        features = model.vision_model(pictures)
-        torch.testing.assert_close(
-            features, model.vision_tower(pictures).last_hidden_state, **EXACT
-        )
-        assert features.shape == (2, 4, 32) and model.multi_modal_projector.linear(
-            features
-        ).shape == (2, 4, 64)
-        assert (
-            model.vocab_size == 99
-            and model.ignore_index == -100
-            and model.image_token_index == 128256
-        )
-        assert (
-            model.text_config is model.config.text_config
-            and model.vision_config is model.config.vision_config
-        )
-        for parameter in model.vision_model.parameters():
-            parameter.requires_grad = False
-        assert not any(parameter.requires_grad for parameter in model.vision_tower.parameters())
-
-    def test_the_projector_alone(self):
-        projector = MultiModalProjector(older.config())
-        assert list(inspect.signature(MultiModalProjector).parameters) == ["config"]
-        assert {name: tuple(value.shape) for name, value in projector.state_dict().items()} == {
-            "linear.weight": (64, 32),
-            "linear.bias": (64,),
-        }
-        assert projector(torch.randn(2, 4, 32)).shape == (2, 4, 64)
-
-
-class TestWeights:
-    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
-    def test_they_are_made_in_the_configs_dtype(self, dtype):
-        model = MllamaForConditionalGeneration(older.config(text={"dtype": dtype}))
-        assert {parameter.dtype for parameter in model.parameters()} == {
-            dtype
-        } and torch.get_default_dtype() == torch.float32
-        output = model.eval()(older.prompt(*TEXT), twins.pictures(1))  # float32 pixels
-        assert output["logits"].dtype == dtype and output["logits"].isfinite().all()
-
-    def test_every_parameter_is_drawn(self):
-        model = MllamaForConditionalGeneration(older.config())
-        for name, parameter in model.named_parameters():
-            assert not parameter.is_meta and parameter.isfinite().all()
-            if name.endswith("bias"):
-                assert not parameter.any()
-            elif "norm" in name:
-                assert bool((parameter == 1).all()), name
-            else:
-                assert 0 < parameter.std() < 1, name
-
-    def test_the_same_seed_draws_the_same(self):
-        first, second = (
-            torch.manual_seed(3) and MllamaForConditionalGeneration(older.config())
-            for _ in range(2)
-        )
-        assert all(
-            torch.equal(value, second.state_dict()[name])
-            for name, value in first.state_dict().items()
-        )
-
-    def test_on_the_meta_device_nothing_is_drawn(self):
-        with torch.device("meta"):
-            assert all(
-                parameter.is_meta
-                for parameter in MllamaForConditionalGeneration(older.config()).parameters()
-            )
-
-    def test_tie_weights_ties(self):
-        model = older.model()
-        assert model.lm_head.weight is not model.get_input_embeddings().weight
-        model.tie_weights()
-        assert (
-            model.lm_head.weight is model.get_input_embeddings().weight
-            and model.config.tie_word_embeddings
-        )
-
-    def test_what_transformers_calls_ties_nothing(self, tmp_path):
-        model = older.model()
-        model.resize_token_embeddings(120)
-        assert (
-            model.lm_head.weight is not model.get_input_embeddings().weight
-            and model.vocab_size == 120
-        )
-        model.save_pretrained(tmp_path)
-        read = MllamaForConditionalGeneration.from_pretrained(tmp_path)
-        assert read.lm_head.weight is not read.get_input_embeddings().weight
-        read.load_state_dict(model.state_dict(), assign=True)
-        assert (
-            torch.equal(read.lm_head.weight, model.lm_head.weight)
-            and not read.config.tie_word_embeddings
-        )
-
-    def test_folders_are_the_packages(self, tmp_path):
-        model, ids, pictures = older.model(), older.prompt(*TEXT), twins.pictures(1)
-        model.save_pretrained(tmp_path)
-        for kind in (PackageModel, MllamaForConditionalGeneration):
-            torch.testing.assert_close(
-                kind.from_pretrained(tmp_path)(ids, pictures)["logits"],
-                model(ids, pictures)["logits"],
-                **EXACT,
-            )
-
-    def test_a_folder_without_the_placeholders_id_still_warns(self, tmp_path):
-        older.model().save_pretrained(tmp_path)
-        with pytest.warns(UserWarning, match="not looked at"):
-            MllamaForConditionalGeneration.from_pretrained(tmp_path)(
-                torch.tensor([TEXT]), twins.pictures(1)
-            )
-
-    def test_half_and_gradient_checkpointing(self):
-        model, ids = older.model(), older.prompt(*TEXT)
-        labels = ids.masked_fill(ids == older.IMAGE, -100)
-        plain = copy.deepcopy(model).train()
-        plain(ids, twins.pictures(1), labels=labels)["loss"].backward()
-        model.gradient_checkpointing_enable()
-        model.train()(ids, twins.pictures(1), labels=labels)["loss"].backward()
-        for name, parameter in plain.named_parameters():
-            torch.testing.assert_close(model.get_parameter(name).grad, parameter.grad)
-        assert model.half().eval()(ids, twins.pictures(1))["logits"].dtype == torch.float16
-
-
-def test_generate_as_readmes_call_it():
-    model, ids = older.model(), older.prompt(*TEXT)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        for options in ({"temperature": 0.7}, {"do_sample": True, "top_p": 0.9}, {"num_beams": 2}):
-            generated = model.generate(
-                input_ids=ids,
-                pixel_values=twins.pictures(1),
-                attention_mask=torch.ones_like(ids),
-                max_new_tokens=5,
-                **options,
-            )
-            assert generated.shape[1] <= 15 and torch.equal(generated[:, :10], ids)
-
-
-def test_generate_with_a_kv_cache():
-    model, ids, cache = older.model(), torch.tensor([TEXT]), KVCache()
-    options = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None}
-    assert torch.equal(
-        model.generate(ids, kv_cache=cache, **options), model.generate(ids, **options)
-    )
-    assert cache.num_items() == len(TEXT) + 3
-    with pytest.raises(ValueError, match="past_key_values"):
-        model.generate(ids, kv_cache=cache, past_key_values=cache, **options)
-
-
-def test_the_config_can_be_updated():
-    model = older.model()
-    model.config.update({"batch_size": 8, "compile_mode": None})
-    model.config.use_cuda_kernels = False
+def test_embeddings_positions_and_settings():
+    model, ids = whole(), torch.tensor([WORDS])
+    expected = logits(model, ids)
+    close(logits(model, inputs_embeds=model.get_input_embeddings()(ids)), expected, 0)
+    close(logits(model, ids, position_ids=torch.arange(6)[None]), expected, 0)
+    model.config.update({"batch_size": 8})
     assert model.config.batch_size == 8
+
+
+# ---- which id is the placeholder
+
+
+@pytest.mark.parametrize("image", [IMAGE, twins.VOCABULARY, 97])
+@pytest.mark.parametrize("said", [True, False])
+def test_another_image_changes_the_logits(image, said):
+    model = whole(image_token_index=image if said else None)
+    for words in (WORDS, [*WORDS, 5, 5, 5, 5]):  # an answer that repeats itself is no placeholder
+        ids = prompt(*words, image=image)
+        first, second = (logits(model, ids, images(seed=seed)) for seed in (1, 2))
+        assert (first - second).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_two_prompts_of_two_lengths(side):
+    model, pixels = whole(), images(2)
+    rows = [prompt(*WORDS)[0].tolist(), prompt(*WORDS[:2])[0].tolist()]
+    batch = twins.batch(*rows, side=side)
+    found = logits(model, **batch, pixel_values=pixels)
+    for index, row in enumerate(rows):
+        alone = logits(model, torch.tensor([row]), pixels[index : index + 1])[0]
+        close(found[index][batch["attention_mask"][index] == 1], alone, 1e-4)
+
+
+def test_several_images_in_a_prompt():
+    model, run = whole(), [IMAGE] * twins.PATCHES
+    for row in (run + run + WORDS, run + WORDS[:3] + run + WORDS[3:]):
+        first, second = (
+            logits(model, torch.tensor([row]), x) for x in (images(2), images(2).flip(0))
+        )
+        assert (first - second).abs().max() > 0.1
+
+
+def test_an_image_without_placeholders_is_not_used_and_a_warning_says_so(tmp_path):
+    model, ids = whole(), torch.randint(0, 97, (1, 64))
+    with pytest.warns(UserWarning, match="pixel_values"):
+        close(logits(model, ids, images()), logits(model, ids), 0)
+    model.save_pretrained(tmp_path)  # without the id
+    read = MllamaForConditionalGeneration.from_pretrained(tmp_path)
+    assert read.config.image_token_index is None
+
+
+@pytest.mark.parametrize("times", [1, 3, 5])
+@pytest.mark.parametrize("image", [IMAGE, twins.VOCABULARY])
+def test_one_that_was_not_expanded_is_refused(image, times):
+    with pytest.raises(ValueError, match="MllamaImageProcessor"):
+        whole()(torch.tensor([[image] * times + WORDS]), images())
+
+
+def test_ids_that_do_not_go_with_the_images():
+    model = whole(image_token_index=90)
+    with pytest.raises(ValueError, match="placeholders"):
+        model(prompt(*WORDS, image=91), images())
+    model.image_token_index = 91
+    assert logits(model, prompt(*WORDS, image=91), images()).shape == (1, 10, 99)
+    with pytest.raises(ValueError, match="placeholders"):
+        whole()(prompt(*WORDS), images(2))
+    with pytest.raises((ValueError, IndexError)):
+        whole()(prompt(*WORDS))
+
+
+@pytest.mark.parametrize("kind", [MllamaImageProcessor, paligemmaProcessor, PaliGemmaProcessor])
+@pytest.mark.parametrize("inside", [True, False], ids=["in the vocabulary", "outside of it"])
+def test_the_processor_alone_knows_the_id(kind, inside, make_tokenizer):
+    processor = kind(make_tokenizer(), twins.PATCHES, twins.VISION["image_size"])
+    vocabulary = len(processor.tokenizer) if inside else processor.image_token_id
+    model = whole(text={"vocab_size": vocabulary})
+    red, white = (Image.new("RGB", (20, 30), color) for color in ("red", "white"))
+    prompts = ["hello", "hello, what color is it?"]
+    same, other = (logits(model, **processor(prompts, [red, x])) for x in (red, white))
+    close(same[0], other[0])
+    assert (same[1] - other[1]).abs().max() > 0.1
+    batch, cache, said = processor(["hello"], [red]), KVCache(), []
+    ids, mask = batch["input_ids"], batch["attention_mask"]
+    for _ in range(8):
+        ids = logits(model, ids, batch["pixel Value"], mask, kv_cache=cache)[:, -1:].argmax(-1)
+        mask = torch.cat([mask, torch.ones(1, 1)], 1)
+        said.append(int(ids))
+    assert model.generate(**batch, max_new_tokens=8, **GREEDY)[0, -8:].tolist() == said
+
+
+# ---- what scripts call beside forward
+
+
+def test_merging_features_into_embeddings():
+    model, ids = whole(), prompt(*WORDS)
+    features = model.multi_modal_projector(model.vision_model(images()))
+    embeds = model.get_input_embeddings()(ids.masked_fill(ids == IMAGE, 0))
+    merge = model._merge_input_ids_with_image_features
+    merged, mask = merge(features, embeds, ids, None)
+    close(merged[:, :4], features, 0)
+    close(merged[:, 4:], embeds[:, 4:], 0)
+    assert torch.equal(mask, torch.ones_like(ids)) and not torch.equal(merged, embeds)
+    close(logits(model, inputs_embeds=merged), logits(model, ids, images()))
+    for shape in ((1, 5, 64), (1, 4, 65), (2, 4, 64)):
+        with pytest.raises(ValueError, match="features"):
+            merge(torch.randn(shape), embeds, ids, None)
+    with pytest.warns(UserWarning):
+        assert torch.equal(merge(features, embeds[:, 4:], ids[:, 4:], None)[0], embeds[:, 4:])
+
+
+@pytest.mark.parametrize("ignore_index", [-100, 3])
+def test_the_loss_without_placeholders_and_ignored_labels(ignore_index):
+    model, ids = whole(ignore_index=ignore_index), prompt(*WORDS)
+    labels = ids.clone()
+    labels[0, 5] = ignore_index
+    places = torch.tensor([3, 5, 6, 7, 8])  # the next id is text and has a label
+    scores = torch.randn(1, 10, twins.VOCABULARY)
+    found = model._compute_loss_with_masking(scores, labels, ids)
+    close(found, nn.functional.cross_entropy(scores[0, places], ids[0, places + 1]))
+    output = model(ids, images(), labels=labels)
+    expected = nn.functional.cross_entropy(output["logits"][0, places], ids[0, places + 1])
+    close(output["loss"], expected)
+
+
+CHAT = ["<|start_header_id|>", "user", "<|end_header_id|>", "\n\n", "hello", "<|eot_id|>"]
+SAID = ["<|start_header_id|>", "assistant", "<|end_header_id|>", "\n\n", "a-b", "<|eot_id|>"]
+
+
+@pytest.fixture(params=["transformers", "tiktoken"])
+def tokenizer(request, make_tokenizer, tmp_path):
+    if request.param == "transformers":
+        made = make_tokenizer(adds_bos=True)
+        made.add_tokens(["<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"], True)
+        return made
+    pytest.importorskip("tiktoken", reason="tiktoken is not installed")
+    ranks = [bytes([byte]) for byte in range(256)] + [b"as", b"ass", b"\n\n"]
+    lines = [base64.b64encode(token) + b" %d\n" % rank for rank, token in enumerate(ranks)]
+    (tmp_path / "tokenizer.model").write_bytes(b"".join(lines))
+    return mllama.Tokenizer(tmp_path / "tokenizer.model")
+
+
+def test_what_the_assistant_says(tokenizer):
+    metas = isinstance(tokenizer, mllama.Tokenizer)
+    options = {"allowed_special": "all"} if metas else {"add_special_tokens": False}
+    pad = tokenizer.pad_id if metas else tokenizer.pad_token_id
+    rows = []
+    for parts, said in ((CHAT + SAID + CHAT + SAID[:5], (10, 11, 22)), (CHAT, ()), (SAID[:4], ())):
+        ids = [tokenizer.encode(part, **options) for part in parts]
+        mask = [[place in said] * len(one) for place, one in enumerate(ids)]
+        rows.append((sum(ids, []), sum(mask, [])))
+    longest = max(len(ids) for ids, _ in rows) + 3
+    batch = torch.tensor([ids + [pad] * (longest - len(ids)) for ids, _ in rows])
+    expected = [mask + [False] * (longest - len(mask)) for _, mask in rows]
+    assert whole()._create_conversation_mask(batch, tokenizer).tolist() == expected
+
+
+def test_a_tokenizer_without_such_chats(make_tokenizer):
+    with pytest.raises(ValueError, match="start_header_id"):
+        whole()._create_conversation_mask(torch.tensor([[1, 2]]), make_tokenizer())
+
+
+def test_parts():
+    model, pixels = whole(), images(2)
+    features = model.vision_model(pixels)
+    close(features, model.vision_tower(pixels).last_hidden_state, 0)
+    assert model.multi_modal_projector.linear(features).shape == (2, 4, 64)
+    assert model.vocab_size == 99
+    for parameter in model.vision_model.parameters():
+        parameter.requires_grad = False
+    assert not any(parameter.requires_grad for parameter in model.vision_tower.parameters())
+    assert MultiModalProjector(whole_config())(features).shape == (2, 4, 64)
+
+
+# ---- weights
+
+
+@pytest.mark.parametrize("given", [{"text": {"dtype": "bfloat16"}}, {"dtype": torch.float16}])
+def test_weights_are_drawn_in_the_configs_dtype(given):
+    torch.manual_seed(3)
+    model = MllamaForConditionalGeneration(whole_config(**given))
+    torch.manual_seed(3)
+    again = MllamaForConditionalGeneration(whole_config(**given)).state_dict()
+    assert torch.get_default_dtype() == torch.float32
+    for name, parameter in model.named_parameters():
+        assert parameter.dtype == model.config.dtype and torch.equal(parameter, again[name])
+        if name.endswith("bias"):
+            assert not parameter.any()
+        elif "norm" in name:
+            assert bool((parameter == 1).all())
+        else:
+            assert 0 < parameter.float().std() < 1
+    assert logits(model.eval(), prompt(*WORDS), images()).dtype == model.config.dtype
+    with torch.device("meta"):
+        meta = MllamaForConditionalGeneration(whole_config())
+    assert all(parameter.is_meta for parameter in meta.parameters())
+
+
+def test_tie_weights_ties_and_what_transformers_calls_does_not(tmp_path):
+    model = whole()
+    model.resize_token_embeddings(120)
+    assert model.vocab_size == 120
+    model.save_pretrained(tmp_path)
+    read = MllamaForConditionalGeneration.from_pretrained(tmp_path)
+    for one in (model, read):
+        assert one.lm_head.weight is not one.get_input_embeddings().weight
+    close(read.lm_head.weight, model.lm_head.weight, 0)
+    read.tie_weights()
+    assert read.lm_head.weight is read.get_input_embeddings().weight
+
+
+def test_folders_and_gradient_checkpointing(tmp_path):
+    model, ids = whole(), prompt(*WORDS)
+    model.save_pretrained(tmp_path)
+    for kind in (mllama.MllamaForConditionalGeneration, MllamaForConditionalGeneration):
+        close(
+            logits(kind.from_pretrained(tmp_path), ids, images()), logits(model, ids, images()), 0
+        )
+    labels, plain = ids.masked_fill(ids == IMAGE, -100), copy.deepcopy(model).train()
+    plain(ids, images(), labels=labels)["loss"].backward()
+    model.gradient_checkpointing_enable()
+    model.train()(ids, images(), labels=labels)["loss"].backward()
+    for name, parameter in plain.named_parameters():
+        close(model.get_parameter(name).grad, parameter.grad)
+
+
+class Older(nn.Module):
+    """The three parts as older files name them."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.vision_model = SiglipModel(SiglipVisionConfig(**twins.VISION))
+        self.multi_modal_projector = MultiModalProjector(config)
+        self.language_model = Llama3ForCausalLM(config.text_config)
+
+    def forward(self, pixel_values: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
+        features = self.multi_modal_projector(self.vision_model(pixel_values))
+        embeds = self.language_model.model.tok_emb(text)
+        return self.language_model(None, torch.cat([features, embeds], 1))[0]
+
+
+FUSED = {
+    "ff.fc1.weight": "ff.swiglu.w_gate",
+    "ff.fc2.weight": "ff.swiglu.w_up",
+    "ff.fc3.weight": "ff.w_down.weight",
+}
+PLAIN_VIT = {
+    "vision_model.vision_model.": "vision_model.",
+    ".embedding.": ".embeddings.",
+    "vision_model.layernorm": "vision_model.post_layernorm",
+}
+
+
+@pytest.mark.parametrize("names", [{}, FUSED, PLAIN_VIT], ids=["plain", "fused", "another tower"])
+@pytest.mark.parametrize("lora", [False, True])
+def test_older_weight_files(names, lora, tmp_path):
+    older, model = Older(whole_config()), MllamaForConditionalGeneration(whole_config()).eval()
+    if lora and names != FUSED:
+        mllama.convert_linears_to_lora(older.language_model)
+        mllama.convert_linears_to_lora(model.language_model)
+        model.lm_head = mllama.Linear_LORA.around(model.lm_head, 4, 16)
+    twins.randomise(older, seed=5).eval()
+    state = older.state_dict()
+    for before, after in names.items():
+        state = {name.replace(before, after): value for name, value in state.items()}
+    state["language_model.model.trf_blocks.0.att.rotary_emb.inv_freq"] = torch.ones(8)
+    state["vision_model.vision_model.embedding.position_ids"] = torch.arange(4)[None]
+    save_file(state, tmp_path / "older.safetensors")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        report = model.load_state_dict(load_file(tmp_path / "older.safetensors"))
+    assert not report.missing_keys and not report.unexpected_keys
+    close(logits(model, prompt(*WORDS), images()), older(images(), torch.tensor([WORDS])), 1e-4)
+
+
+def test_weight_files_that_do_not_fit():
+    model, state = whole(), Older(whole_config()).state_dict()
+    fused = {
+        f"language_model.model.trf_blocks.{i}.ff.swiglu.b_gate": torch.ones(96) for i in (0, 1)
+    }
+    report = model.load_state_dict(state | fused, strict=False)
+    assert report.unexpected_keys == [
+        f"language_model.layers.{i}.mlp.gate_proj.bias" for i in (0, 1)
+    ]
+    head = {"language_model.lm_head.weight": torch.ones(99, 64)}
+    with pytest.warns(UserWarning, match="1 of 61"):
+        model.load_state_dict({f"x.{name}": t for name, t in state.items()} | head, strict=False)
+    assert bool((model.lm_head.weight == 1).all())
+    with pytest.warns(UserWarning, match="0 of 0"):
+        model.load_state_dict({}, strict=False)
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        model.load_state_dict(state | {"language_model.model.final_norm.weight": torch.ones(3)})
+    with pytest.raises(TypeError, match="state_dict"):
+        model.load_state_dict("ckpt.pt")
+
+
+def test_names_of_the_model_itself_and_adapters_alone(tmp_path):
+    model, same = whole(), MllamaForConditionalGeneration(whole_config())
+    model.save_pretrained(tmp_path)
+    torch.save(model.state_dict(), tmp_path / "ckpt.pt")
+    for state in (load_file(tmp_path / "model.safetensors"), torch.load(tmp_path / "ckpt.pt")):
+        same.load_state_dict(state)
+        assert all(
+            torch.equal(t, model.state_dict()[name]) for name, t in same.state_dict().items()
+        )
+    mllama.convert_linears_to_lora(same.language_model)
+    adapters = {name: t + 1 for name, t in same.state_dict().items() if "lora_" in name}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        same.load_state_dict(adapters, strict=False)
+    assert all(torch.equal(same.state_dict()[name], t) for name, t in adapters.items())
+
+
+# ---- modeling_gemma
+
+SIZES = {
+    "vocab_size": twins.VOCABULARY,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 1,
+    "head_dim": 16,
+}
+IDS = prompt(*WORDS, image=twins.IMAGE)
+
+
+def paligemma(**options) -> PaliGemmaForConditionalGeneration:
+    given = {"text_config": SIZES, "image_token_index": twins.IMAGE, "projection_dim": 64} | options
+    config = PaliGemmaConfig(vision_config=twins.VISION, hidden_size=64, **given)
+    return twins.randomise(PaliGemmaForConditionalGeneration(config)).eval()
+
+
+def test_what_scripts_read_from_paligemmas_config():
+    text = GemmaConfig(**SIZES, rope_theta=5000.0)
+    config = paligemma(text_config=text).config
+    assert config.text_config.rope_parameters["rope_theta"] == 5000.0
+    assert config.text_config.num_image_tokens == config.vision_config.num_image_tokens == 4
+
+
+@pytest.mark.parametrize("text", [SIZES, GemmaConfig(**SIZES)], ids=["dict", "config"])
+def test_paligemma_is_stock_transformers(text, tmp_path):
+    ours, types, mask = paligemma(text_config=text), torch.zeros_like(IDS), torch.ones(1, 10)
+    ours.save_pretrained(tmp_path)
+    theirs = transformers.PaliGemmaForConditionalGeneration.from_pretrained(tmp_path)
+    expected = theirs(IDS, images(), mask, token_type_ids=types).logits
+    found = logits(ours, IDS, images(), mask, kv_cache=KVCache())
+    close(found, expected, 1e-4)
+    one_way = mllama.MllamaForConditionalGeneration.from_pretrained(tmp_path)(IDS, images()).logits
+    assert (found[:, 0] - one_way[:, 0]).abs().max() > 0.1  # the first position sees the last
+    read = PaliGemmaForConditionalGeneration.from_pretrained(tmp_path)
+    close(logits(read, IDS, images()), expected, 1e-4)
+    assert ours.lm_head.weight is ours.get_input_embeddings().weight
+
+
+def test_paligemma_token_by_token():
+    ours, cache, ids, mask, said = paligemma(), KVCache(), IDS, torch.ones(1, 10), []
+    for _ in range(5):
+        ids = logits(ours, ids, images(), mask, kv_cache=cache)[:, -1:].argmax(-1)
+        mask = torch.cat([mask, torch.ones(1, 1)], 1)
+        said.append(int(ids))
+    options = GREEDY | {"max_new_tokens": 5}
+    for given in (
+        {"pixel_values": images()},
+        {"pixel_values": images(), "token_type_ids": torch.zeros_like(IDS)},
+        {"image_features": ours.get_image_features(images())},
+    ):
+        assert ours.generate(IDS, **given, **options)[0, 10:].tolist() == said
+    with pytest.raises(ValueError, match="pixel_value"):
+        ours.generate(IDS, pixel_value=images(), **options)
+
+
+def test_paligemmas_labels_are_not_seen_before_they_are_said():
+    ours, changed = paligemma(), IDS.clone()
+    changed[0, -1] = 1 + (changed[0, -1] % 90)
+    first, second = (logits(ours, ids, images(), labels=IDS) for ids in (IDS, changed))
+    close(first[:, :-1], second[:, :-1])
+    token = int(IDS[0, 6])
+    loss = paligemma(ignore_index=token)(IDS, images(), labels=IDS)["loss"]
+    close(loss, ours(IDS, images(), labels=IDS.masked_fill(token == IDS, -100))["loss"], 0)
+
+
+def test_gemma_is_stock_transformers():
+    ours = twins.randomise(GemmaForCausalLM(GemmaConfig(**SIZES))).eval()
+    theirs = transformers.GemmaForCausalLM(ours.config).eval()
+    weights = ours.state_dict().items()
+    theirs.load_state_dict({n.replace("language_model.", "model."): t for n, t in weights})
+    ids, cache = torch.tensor([WORDS]), KVCache()
+    close(logits(ours, ids, kv_cache=cache), theirs(ids).logits, 1e-4)
+    embeds, again = ours.get_input_embeddings()(ids[:, :1]), torch.cat([ids, ids[:, :1]], 1)
+    step = logits(ours, inputs_embeds=embeds, kv_cache=cache)
+    close(step, theirs(again).logits[:, -1:], 1e-4)
+
+
+# ---- load_hf_model
+
+LOADERS = pytest.mark.parametrize("load", [load_strictly, load_tolerantly])
+
+
+@pytest.fixture
+def broken(family_folder, tmp_path):
+    """broken(edit): a copy of the SigLIP + Llama folder whose tensors were changed."""
+
+    def make(edit):
+        for file in family_folder("llava, siglip").iterdir():
+            (tmp_path / file.name).write_bytes(file.read_bytes())
+        tensors = load_file(tmp_path / "model.safetensors")
+        edit(tensors)
+        save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+        return str(tmp_path)
+
+    return make
+
+
+@LOADERS
+@pytest.mark.parametrize("family", ["llava, siglip", "mllama", "llama", "gemma", "paligemma"])
+def test_loaded_models_take_a_kv_cache(family, load, family_folder, capsys):
+    model, tokenizer = load(str(family_folder(family)), "cpu")
+    kinds = {"gemma": GemmaForCausalLM, "paligemma": PaliGemmaForConditionalGeneration}
+    assert type(model) is kinds.get(family, MllamaForConditionalGeneration)
+    assert not model.training and tokenizer.padding_side == "right"
+    said = capsys.readouterr().out
+    assert "converted: " in said and "skipped" not in said and "missing" not in said
+    cache, ids = KVCache(), torch.tensor([[5, 6, 7]])
+    with torch.no_grad():
+        token = logits(model, ids, kv_cache=cache)[:, -1:].argmax(-1)
+        step = logits(model, token, None, torch.ones(1, 4), kv_cache=cache)
+        types = {"token_type_ids": torch.tensor([[0, 0, 0, 1]])} if family == "paligemma" else {}
+        again = logits(model, torch.cat([ids, token], 1), **types)
+    close(step[:, -1], again[:, -1], 1e-4)
+    own, options = mllama.load_hf_model(family_folder(family))[0], GREEDY | {"max_new_tokens": 6}
+    inputs = {"input_ids": ids}
+    if family == "mllama":
+        inputs["pixel_values"] = torch.randn(1, 1, 4, 3, 16, 16)
+        inputs["aspect_ratio_ids"] = torch.ones(1, 1, dtype=torch.long)
+        inputs["cross_attention_mask"] = torch.ones(1, 3, 1, 4)
+    elif family in ("llava, siglip", "paligemma"):
+        assert model.config.text_config.num_image_tokens == twins.PATCHES
+        inputs = {
+            "input_ids": prompt(5, 6, image=model.config.image_token_index),
+            "pixel_values": images(),
+        }
+    assert torch.equal(model.generate(**inputs, **options), own.generate(**inputs, **options))
+
+
+def test_a_siglip_alone_and_no_model(tmp_path, make_tokenizer):
+    stock.make("siglip").save_pretrained(tmp_path)
+    make_tokenizer().save_pretrained(tmp_path)
+    assert type(load_strictly(tmp_path)[0]) is mllama.SiglipModel
+    for load in (load_strictly, load_tolerantly):
+        with pytest.raises(FileNotFoundError):
+            load(str(tmp_path / "nothing"), "cpu")
+
+
+def test_leftovers_and_a_head_that_is_not_there(broken, capsys):
+    def edit(tensors):
+        tensors["surprise"] = torch.zeros(1)
+        del tensors["language_model.model.norm.weight"], tensors["language_model.lm_head.weight"]
+
+    path = broken(edit)
+    with pytest.raises(ValueError, match="surprise"):
+        load_strictly(path)
+    model, _ = load_tolerantly(path)
+    assert bool((model.language_model.norm.weight == 1).all())
+    assert model.lm_head.weight is model.get_input_embeddings().weight
+    said = capsys.readouterr().out
+    assert all(name in said for name in ("surprise", "language_model.norm.weight", "tied: lm_head"))
+
+
+@pytest.mark.skipif(os.environ.get("MLLAMA_LARGE_TESTS") != "1", reason="needs 8 GB and minutes")
+def test_the_size_that_readmes_build(run_python, tmp_path):
+    script = """
+import resource, torch, mllama.dropin
+from model import MLLAMAConfig, MllamaForConditionalGeneration
+text = {"vocab_size": 128256, "hidden_size": 4096, "n_heads": 32, "n_layers": 16, "hidden_dim": 8192}
+config = MLLAMAConfig({"hidden_size": 768, "image_size": 224, "patch_size": 16}, text)
+model = MllamaForConditionalGeneration(config).eval()
+ids = torch.tensor([[128256] * config.text_config.num_image_tokens + [5] * 16])
+with torch.no_grad():
+    logits = model(ids, torch.randn(1, 3, 224, 224))["logits"]
+assert logits.shape == (1, 212, 128256) and logits.dtype == torch.float16 and logits.isfinite().all()
+assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss < 24e9 / 2**10
+"""
+    done = run_python("-c", script, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr

@@ -18,8 +18,7 @@ from safetensors.torch import load_file, save_file
 
 import twins
 from mllama import MllamaImageProcessor, dropin
-from mllama.dropin.processing_mllama import IMAGENET_STANDARD_MEAN as CLIP_MEAN
-from mllama.dropin.processing_mllama import IMAGENET_STANDARD_STD as CLIP_STD
+from mllama.dropin.processing import CLIP_MEAN, CLIP_STD
 
 HERE = Path(__file__).parent
 SCRIPTS = sorted((HERE / "scripts").glob("*.py"))
@@ -156,7 +155,7 @@ def test_siglip_on_random_pixels(said):
 def test_forward_of_random_ids(said, results):
     assert said("minimal_forward") == {"Logits": "(1, 24, 500) torch.float16", "Loss": "None"}
     assert (
-        "pixel_values are not looked at" in results["minimal_forward"]["err"]
+        "pixel_values are not used" in results["minimal_forward"]["err"]
     )  # the ids hold no placeholder
 
 
@@ -251,3 +250,52 @@ def test_a_paligemma_of_stock_transformers(said, workplace):
     )
     expected, ids = greedy(stock, inputs), json.loads(printed["greedy ids"])
     assert ids == expected[: len(ids)]
+
+
+NAMES = {
+    "model": """LLAMA32_CONFIG Tokenizer Llama3Model TransformerBlock GroupQueryAttention FeedForward
+        RMSNorm compute_rope_params rope assign load_weights_into_llama generate text_to_tokens
+        token_to_text MLLAMAConfig LLAMA32Config MllamaForConditionalGeneration Llama3ForCausalLM
+        MultiModalProjector KVCache LLAMARMSNorm LLAMARotaryEmbedding Linear_LORA
+        convert_linears_to_lora replace_linear_with_lora convert_to_lora FusedFeedforward""",
+    "siglip": """SiglipVisionConfig SiglipModel SiglipVisionEmbedding SiglipVisionEmbeddings
+        SiglipAttention SiglipMLP SiglipVisionEncoder SiglipEncoderLayer SiglipEncoder
+        SiglipVisionTransformer""",
+    "modeling_siglip": """SiglipVisionConfig SiglipVisionModel SiglipVisionEmbeddings
+        SiglipAttention SiglipMLP SiglipEncoderLayer SiglipEncoder SiglipVisionTransformer""",
+    "processing_mllama": "MllamaImageProcessor",
+    "processing_siglip": "paligemmaProcessor",
+    "processing_paligemma": "PaliGemmaProcessor",
+    "modeling_gemma": """GemmaConfig GemmaForCausalLM PaliGemmaConfig
+        PaliGemmaForConditionalGeneration KVCache""",
+    "utils": "load_hf_model",
+    "Model": "MLLAMAConfig MllamaForConditionalGeneration",
+    "Model.utils": "load_hf_model",
+    "Tools": "FusedRMSNorm FusedSwiGLU FusedFeedForward convert_feedforward_to_fused",
+    "Tools.rmsnorm": "FusedRMSNorm",
+    "Tools.swiglu": "FusedSwiGLU FusedFeedForward",
+    "Tools.swiglu.FusedSwiglu": "FusedSwiGLU FusedFeedForward convert_feedforward_to_fused",
+}
+PROCESSING = """ IMAGENET_STANDARD_MEAN IMAGENET_STANDARD_STD resize rescale normalize process_images
+    add_image_tokens_to_prompts add_image_tokens_to_prompt"""
+NAMES |= {name: names + PROCESSING for name, names in NAMES.items() if "processing" in name}
+SAME = {
+    "llama32_multimodal": "model",
+    "Model.model": "model",
+    "Model.siglip": "siglip",
+    "Model.processing_mllama": "processing_mllama",
+}
+NAMES |= {name: NAMES[other] for name, other in SAME.items()}
+
+
+def test_names_where_scripts_look_for_them(run_python, tmp_path):
+    lines = [f"from {module} import {', '.join(names.split())}" for module, names in NAMES.items()]
+    lines += [
+        "import utils, Model.utils, model, Model.model, modeling_gemma",
+        "assert utils.load_hf_model is not Model.utils.load_hf_model",
+        "assert model.KVCache is modeling_gemma.KVCache is Model.model.KVCache",
+        "try: from Tools import rope_cuda, rmsnorm_cuda",
+        "except ImportError: print('falls back')",
+    ]
+    done = run_python("-c", "\n".join(["import mllama.dropin", *lines]), cwd=tmp_path)
+    assert done.stdout == "falls back\n", done.stderr

@@ -1,20 +1,15 @@
-"""Tiny text models of both families of older scripts, and their twins in stock transformers and in
-the package.
-"""
+"""Tiny models of older scripts, and their twins in stock transformers."""
 
 import torch
 import transformers
 
 import twins
-from mllama.dropin.model import (
-    Llama3ForCausalLM,
-    Llama3Model,
-    LLAMA32Config,
-    load_weights_into_llama,
-)
-from mllama.hf.configs import MllamaTextConfig
-from mllama.text.decoder import Decoder
+from mllama.dropin.config import LLAMA32Config, MLLAMAConfig
+from mllama.dropin.generate import load_weights_into_llama
+from mllama.dropin.multimodal import MllamaForConditionalGeneration
+from mllama.dropin.text import Llama3ForCausalLM, Llama3Model
 
+IMAGE = 128256  # what a config says where no script did
 ROPE_FREQ = {
     "factor": 32.0,
     "low_freq_factor": 1.0,
@@ -33,14 +28,17 @@ CFG = {
     "dtype": torch.float32,
     "rope_freq": ROPE_FREQ,
 }
+TEXT = {name: CFG[name] for name in ("vocab_size", "n_heads", "n_layers", "hidden_dim", "dtype")}
+TEXT |= {"hidden_size": 64, "n_kv_groups": 2}
+
+
+def close(actual, expected, tolerance=1e-5):
+    torch.testing.assert_close(actual, expected, rtol=0, atol=tolerance)
 
 
 def stock(**changes) -> transformers.LlamaForCausalLM:
     """Stock transformers' Llama of CFG's sizes, random everywhere."""
-    scaling = ROPE_FREQ | {
-        "rope_type": "llama3",
-        "original_max_position_embeddings": ROPE_FREQ["original_context_length"],
-    }
+    scaling = ROPE_FREQ | {"rope_type": "llama3", "original_max_position_embeddings": 16}
     del scaling["original_context_length"]
     sizes = twins.SIZES | {
         "max_position_embeddings": 64,
@@ -48,9 +46,8 @@ def stock(**changes) -> transformers.LlamaForCausalLM:
         "rope_theta": 500000.0,
         "rope_scaling": scaling,
     }
-    return twins.randomise(
-        transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes | changes))
-    ).eval()
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes | changes))
+    return twins.randomise(model).eval()
 
 
 def by_dict(**changes) -> Llama3Model:
@@ -61,32 +58,16 @@ def by_dict(**changes) -> Llama3Model:
 
 
 def config(**changes) -> LLAMA32Config:
-    return LLAMA32Config(
-        **{name: value for name, value in CFG.items() if name != "emb_dim"}
-        | {"hidden_size": 64}
-        | changes
-    )
+    sizes = {name: value for name, value in CFG.items() if name != "emb_dim"}
+    return LLAMA32Config(**sizes | {"hidden_size": 64} | changes)
 
 
 def by_config(**changes) -> Llama3ForCausalLM:
-    """A model of a config object with the stock twin's weights."""
+    """A model of a config with the stock twin's weights."""
     model, source = Llama3ForCausalLM(config(**changes)), by_dict().state_dict()
     model.lm_head.weight.data.copy_(source.pop("out_head.weight"))
     model.model.load_state_dict(source)
     return model.eval()
-
-
-def decoder() -> Decoder:
-    """The package's own decoder with the stock twin's weights."""
-    own = Decoder(MllamaTextConfig(**CFG, rms_norm_eps=1e-5))
-    own.load_state_dict(
-        {
-            name.removeprefix("model."): value
-            for name, value in stock().state_dict().items()
-            if name != "lm_head.weight"
-        }
-    )
-    return own.eval()
 
 
 def ids(rows: int = 2, length: int = 40) -> torch.Tensor:
@@ -96,3 +77,19 @@ def ids(rows: int = 2, length: int = 40) -> torch.Tensor:
 def hidden(length: int) -> torch.Tensor:
     """What a script hands to a block: True above the diagonal."""
     return torch.triu(torch.ones(length, length, dtype=torch.bool), diagonal=1)
+
+
+def whole_config(text: dict | None = None, **options) -> MLLAMAConfig:
+    """A tiny SigLIP + Llama of dicts."""
+    return MLLAMAConfig(twins.VISION, TEXT | (text or {}), **options)
+
+
+def whole(seed: int = 0, **options) -> MllamaForConditionalGeneration:
+    """Its model in eval mode, random everywhere."""
+    model = MllamaForConditionalGeneration(whole_config(**options))
+    return twins.randomise(model, seed).eval()
+
+
+def prompt(*words: int, image: int = IMAGE) -> torch.Tensor:
+    """What a processor makes of an image and a text: [1, 4 + words]."""
+    return torch.tensor([[image] * twins.PATCHES + list(words)])

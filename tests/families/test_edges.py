@@ -56,9 +56,9 @@ def test_a_model_of_text_takes_no_pictures(case):
         {"pixel_values": torch.zeros(1, 3, 16, 16)},
         {"image_features": torch.zeros(1, 4, 64)},
     ):
-        with pytest.raises(ValueError, match=f"models with a tower; this {case} takes text alone"):
+        with pytest.raises(ValueError, match="pixel_values"):
             model(input_ids=words, **given)
-    with pytest.raises(ValueError, match="takes text alone"):
+    with pytest.raises(ValueError, match="text alone"):
         model.get_image_features(torch.zeros(1, 3, 16, 16))
 
 
@@ -136,10 +136,11 @@ def test_token_types_mean_nothing_to_other_families():
 @pytest.mark.parametrize("case", [*ONE_EACH, "siglip_vision_model"])
 def test_a_config_shared_with_a_stock_model_stays_as_it_was(case):
     theirs = make(case).theirs
-    kind = "flex_attention" if "gemma2" in case else "sdpa"  # one that stock has
-    theirs.set_attn_implementation(kind)
-    before = copy.deepcopy(theirs.config)
-    ours = type(pair(case).ours)(theirs.config)
+    for kind in ("eager", "flex_attention" if "gemma2" in case else "sdpa"):  # that stock has
+        theirs.set_attn_implementation(kind)
+        before = copy.deepcopy(theirs.config)
+        ours = type(pair(case).ours)(theirs.config)
+        assert vars(theirs.config).keys() == vars(before).keys()
     assert (
         theirs.config.to_dict() == before.to_dict() and theirs.config._attn_implementation == kind
     )
@@ -267,7 +268,7 @@ def test_rotary_types_that_are_not_supported_are_named(kind, folders):
     ("error", "named", "config"),
     [
         (TypeError, "config must be a config object", {"model_type": "llama"}),
-        (ValueError, "model_type must be one of", transformers.MistralConfig()),
+        (ValueError, "model_type", transformers.MistralConfig()),
         (ValueError, "'gemma3'", transformers.Gemma3Config()),
         (
             ValueError,

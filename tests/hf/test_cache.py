@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from transformers import Cache, DynamicCache, EncoderDecoderCache, StaticCache
+from transformers import Cache, DynamicCache, EncoderDecoderCache, Gemma2Config, StaticCache
 from transformers.cache_utils import DynamicSlidingWindowLayer, StaticSlidingWindowLayer
 
 import twins
-from mllama.config.spec import TextSpec, uniform_layers
+from mllama.config.spec import LayerSpec, TextSpec, uniform_layers
 from mllama.hf.cache import CrossCacheLayer, TransformersCache
 from mllama.hf.configs import MllamaTextConfig
 
@@ -97,6 +97,54 @@ def test_a_cache_of_the_layers_of_text_gets_places_for_the_others(make):
     places = list(raw.layers)
     TransformersCache(raw, spec(4, [1, 3]))
     assert raw.layers == places
+
+
+def windowed(*windows: int | None) -> tuple[Gemma2Config, TextSpec]:
+    """A Gemma 2's config, and the spec of a decoder with such windows."""
+    kinds = ["sliding_attention" if window else "full_attention" for window in windows]
+    sizes = twins.SIZES | {"num_hidden_layers": len(windows), "head_dim": 16}
+    config = Gemma2Config(**sizes, layer_types=kinds, sliding_window=max(filter(None, windows)))
+    layers = tuple(LayerSpec(window=window) for window in windows)
+    return config, TextSpec.of(SPEC, layers=layers)
+
+
+@pytest.mark.parametrize(
+    "make", [lambda config: DynamicCache(config=config), lambda config: StaticCache(config, 10)]
+)
+def test_layers_with_the_decoders_window_keep_all_tokens(make):
+    config, text = windowed(4, None)
+    raw = make(config)
+    assert raw.layers[0].is_sliding
+    cache = TransformersCache(raw, text)
+    keys = states(7)
+    cache.update(0, keys[:, :5], keys[:, :5])
+    again = TransformersCache(raw, text)
+    assert int(again.length) == 5
+    k, _ = again.update(0, keys[:, 5:], keys[:, 5:])
+    assert torch.equal(k[:, :7], keys) and k.shape[1] == again.num_keys(0)
+
+
+@pytest.mark.parametrize(
+    ("windows", "make"),
+    [
+        ((5, None), lambda config: DynamicCache(config=config)),
+        ((None, None), lambda config: DynamicCache(config=config)),
+        ((3, None), lambda config: StaticCache(config, 10)),
+        ((4, 4), lambda config: StaticCache(windowed(4, 4)[0], 10)),  # its size is not known
+    ],
+)
+def test_other_windows_are_refused(windows, make):
+    text = TextSpec.of(SPEC, layers=tuple(LayerSpec(window=window) for window in windows))
+    with pytest.raises(ValueError, match="all tokens"):
+        TransformersCache(make(windowed(4, None)[0]), text)
+
+
+def test_a_sliding_layer_that_was_written_to_is_refused():
+    config, text = windowed(4, None)
+    raw = DynamicCache(config=config)
+    raw.update(*[states(3).transpose(1, 2)] * 2, 0)
+    with pytest.raises(ValueError, match="all tokens"):
+        TransformersCache(raw, text)
 
 
 def written_elsewhere() -> Cache:

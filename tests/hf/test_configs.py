@@ -114,7 +114,7 @@ def test_bad_vision_sizes_are_refused_by_name(name, value):
             "num_attention_heads 8 is not a multiple of num_key_value_heads 3",
         ),
         ({"hidden_size": 600, "num_attention_heads": 2}, "head_dim .* got 300"),
-        ({"hidden_size": 34, "num_attention_heads": 2}, "even .*head_dim.*17"),
+        ({"hidden_size": 34, "num_attention_heads": 2}, "head_dim .*even.*17"),
         ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "rope_type"),
         ({"rope_scaling": {"rope_type": "llama3", "factor": 2.0}}, "low_freq_factor"),
         ({"rope_scaling": 3}, "rope_scaling"),

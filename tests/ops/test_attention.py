@@ -49,7 +49,7 @@ def right_padding(*lengths, keys):
 
 
 def starts(*lengths):
-    """[B, T]: for rows of sequences of these lengths, where the sequence of each position begins."""
+    """[B, T]: for rows of sequences of these lengths, where each position's sequence begins."""
     rows = [
         [
             start
@@ -65,78 +65,180 @@ def sample(*args, **masks):
     return Sample(tensors(*args), masks)
 
 
-INT = torch.tensor
 # Up to 24 rows (queries x query heads per key head) run on the decode kernel, more on the prefill
 # kernel.
 SAMPLES = {
     "causal, grouped": sample(2, 21, 21, 4, 2, 24, causal=True),
-    "one query over two chunks of keys": sample(2, 1, 300, 6, 2, 64, causal=True, key_mask=left_padding(300, 130, keys=300)),
+    "one query over two chunks of keys": sample(
+        2, 1, 300, 6, 2, 64, causal=True, key_mask=left_padding(300, 130, keys=300)
+    ),
     "no mask, several tiles and blocks": sample(1, 150, 140, 2, 2, 40),
     "odd size, rows that see nothing": sample(2, 30, 12, 3, 3, 17, causal=True),
-    "int offset, cache longer than what is visible": sample(1, 20, 150, 4, 1, 32, causal=True, query_offset=70),
-    "offset without dimensions": sample(2, 3, 40, 4, 2, 33, causal=True, query_offset=INT(5)),
-    "offset of one element": sample(2, 3, 40, 4, 2, 33, causal=True, query_offset=INT([5]), scale=0.3),
-    "offset per row, one beyond the keys": sample(3, 30, 40, 2, 2, 16, causal=True, query_offset=INT([-7, 3, 1 << 62])),
+    "int offset, cache longer than what is visible": sample(
+        1, 20, 150, 4, 1, 32, causal=True, query_offset=70
+    ),
+    "offset without dimensions": sample(
+        2, 3, 40, 4, 2, 33, causal=True, query_offset=torch.tensor(5)
+    ),
+    "offset of one element": sample(
+        2, 3, 40, 4, 2, 33, causal=True, query_offset=torch.tensor([5]), scale=0.3
+    ),
+    "offset per row, one beyond the keys": sample(
+        3, 30, 40, 2, 2, 16, causal=True, query_offset=torch.tensor([-7, 3, 1 << 62])
+    ),
     "left padding": sample(2, 26, 26, 4, 4, 16, causal=True, key_mask=left_padding(5, 26, keys=26)),
     "right padding": sample(2, 18, 70, 2, 1, 16, key_mask=right_padding(9, 0, keys=70)),
     "holes": sample(2, 27, 33, 2, 2, 16, key_mask=torch.rand(2, 33) > 0.5),
-    "prefix": sample(3, 24, 24, 2, 1, 16, causal=True, prefix_length=INT([0, 10, 1000])),
-    "bias for all rows, one key hidden": sample(2, 28, 9, 2, 2, 16, key_bias=INT([[0.0, 1, -2, 3, -math.inf, 0, 5, -1, 2]])),
+    "prefix": sample(3, 24, 24, 2, 1, 16, causal=True, prefix_length=torch.tensor([0, 10, 1000])),
+    "bias for all rows, one key hidden": sample(
+        2, 28, 9, 2, 2, 16, key_bias=torch.tensor([[0.0, 1, -2, 3, -math.inf, 0, 5, -1, 2]])
+    ),
     "everything": sample(
-        2, 25, 60, 6, 2, 72, causal=True, query_offset=INT([30, 10]), key_mask=left_padding(50, 60, keys=60), key_bias=torch.randn(2, 60),
-        prefix_length=INT([15, 12]),
+        2,
+        25,
+        60,
+        6,
+        2,
+        72,
+        causal=True,
+        query_offset=torch.tensor([30, 10]),
+        key_mask=left_padding(50, 60, keys=60),
+        key_bias=torch.randn(2, 60),
+        prefix_length=torch.tensor([15, 12]),
     ),
     "everything, few rows": sample(
-        2, 2, 60, 6, 2, 72, causal=True, query_offset=INT([30, 10]), key_mask=left_padding(50, 60, keys=60), key_bias=torch.randn(2, 60),
-        prefix_length=INT([15, 12]),
+        2,
+        2,
+        60,
+        6,
+        2,
+        72,
+        causal=True,
+        query_offset=torch.tensor([30, 10]),
+        key_mask=left_padding(50, 60, keys=60),
+        key_bias=torch.randn(2, 60),
+        prefix_length=torch.tensor([15, 12]),
     ),
     "holes, one row": sample(2, 1, 70, 2, 2, 16, key_mask=torch.rand(2, 70) > 0.5),
-    "chunks of keys for the gradients": sample(2, 60, 1100, 2, 1, 250, causal=True, query_offset=INT([490, 1039])),
+    "chunks of keys for the gradients": sample(
+        2, 60, 1100, 2, 1, 250, causal=True, query_offset=torch.tensor([490, 1039])
+    ),
     "small heads": sample(2, 21, 30, 4, 2, 8, causal=True, key_mask=left_padding(30, 26, keys=30)),
     "smallest heads, scaled": sample(1, 2, 5, 2, 1, 1, scale=0.7, key_bias=torch.randn(1, 5)),
     "largest size": sample(1, 26, 26, 2, 2, 256, causal=True),
-    "several sequences in a row": sample(2, 150, 150, 4, 2, 24, causal=True, first_key=starts([70, 1, 79], [3, 147])),
-    "several sequences, the same in all rows": sample(2, 30, 30, 2, 2, 33, causal=True, first_key=starts([17, 13])),
-    "several sequences, few queries": sample(2, 5, 5, 2, 1, 16, causal=True, first_key=starts([2, 3], [5])),
-    "several sequences over chunks of keys": sample(1, 1100, 1100, 2, 1, 250, causal=True, first_key=starts([400, 690, 10])),
+    "several sequences in a row": sample(
+        2, 150, 150, 4, 2, 24, causal=True, first_key=starts([70, 1, 79], [3, 147])
+    ),
+    "several sequences, the same in all rows": sample(
+        2, 30, 30, 2, 2, 33, causal=True, first_key=starts([17, 13])
+    ),
+    "several sequences, few queries": sample(
+        2, 5, 5, 2, 1, 16, causal=True, first_key=starts([2, 3], [5])
+    ),
+    "several sequences over chunks of keys": sample(
+        1, 1100, 1100, 2, 1, 250, causal=True, first_key=starts([400, 690, 10])
+    ),
     "several sequences, each with its prefix": sample(
-        1, 40, 40, 2, 1, 16, causal=True, first_key=starts([22, 18]), prefix_length=INT([[9] * 22 + [33] * 18]),
+        1,
+        40,
+        40,
+        2,
+        1,
+        16,
+        causal=True,
+        first_key=starts([22, 18]),
+        prefix_length=torch.tensor([[9] * 22 + [33] * 18]),
         key_mask=torch.rand(1, 40) > 0.2,
     ),
     "starts in any order, beyond all bounds": sample(
-        2, 30, 50, 4, 2, 16, causal=True, query_offset=INT([15, 40]), first_key=torch.randint(-9, 60, (2, 30)),
-        prefix_length=torch.randint(-9, 60, (2, 30)), key_mask=left_padding(40, 50, keys=50), key_bias=torch.randn(2, 50),
+        2,
+        30,
+        50,
+        4,
+        2,
+        16,
+        causal=True,
+        query_offset=torch.tensor([15, 40]),
+        first_key=torch.randint(-9, 60, (2, 30)),
+        prefix_length=torch.randint(-9, 60, (2, 30)),
+        key_mask=left_padding(40, 50, keys=50),
+        key_bias=torch.randn(2, 50),
     ),
-    "starts without causality": sample(1, 30, 20, 2, 1, 16, first_key=INT([[1 << 40] + [-(1 << 40)] + [7] * 28])),
-    "small heads, two sequences": sample(1, 21, 21, 4, 2, 8, causal=True, first_key=starts([8, 13])),
+    "starts without causality": sample(
+        1, 30, 20, 2, 1, 16, first_key=torch.tensor([[1 << 40] + [-(1 << 40)] + [7] * 28])
+    ),
+    "small heads, two sequences": sample(
+        1, 21, 21, 4, 2, 8, causal=True, first_key=starts([8, 13])
+    ),
     "window, several tiles and blocks": sample(2, 210, 210, 4, 2, 24, causal=True, window=37),
-    "window over chunks of keys, one query": sample(2, 1, 900, 6, 2, 64, causal=True, window=300, key_mask=left_padding(900, 130, keys=900)),
-    "window, few queries, the last one in a new chunk": sample(2, 3, 600, 4, 2, 24, causal=True, window=87, query_offset=INT([340, 2])),
-    "window over chunks of keys for the gradients": sample(1, 600, 1100, 2, 1, 250, causal=True, window=100, query_offset=490),
+    "window over chunks of keys, one query": sample(
+        2, 1, 900, 6, 2, 64, causal=True, window=300, key_mask=left_padding(900, 130, keys=900)
+    ),
+    "window, few queries, the last one in a new chunk": sample(
+        2, 3, 600, 4, 2, 24, causal=True, window=87, query_offset=torch.tensor([340, 2])
+    ),
+    "window over chunks of keys for the gradients": sample(
+        1, 600, 1100, 2, 1, 250, causal=True, window=100, query_offset=490
+    ),
     "window of one key": sample(1, 5, 9, 2, 2, 16, causal=True, window=1),
     "window wider than all keys": sample(1, 30, 30, 2, 1, 16, causal=True, window=1 << 40),
     "window, offsets beyond the keys": sample(
-        4, 30, 40, 2, 2, 16, causal=True, window=6, query_offset=INT([-7, 41, 1 << 62, -(1 << 62)]), prefix_length=INT([3, 40, 40, 3]),
+        4,
+        30,
+        40,
+        2,
+        2,
+        16,
+        causal=True,
+        window=6,
+        query_offset=torch.tensor([-7, 41, 1 << 62, -(1 << 62)]),
+        prefix_length=torch.tensor([3, 40, 40, 3]),
     ),
-    "window beside a prefix": sample(3, 30, 30, 2, 1, 16, causal=True, window=4, prefix_length=INT([0, 10, 1000])),
-    "window beside a prefix, few queries": sample(3, 4, 24, 2, 1, 16, causal=True, window=3, prefix_length=INT([0, 22, 1000])),
+    "window beside a prefix": sample(
+        3, 30, 30, 2, 1, 16, causal=True, window=4, prefix_length=torch.tensor([0, 10, 1000])
+    ),
+    "window beside a prefix, few queries": sample(
+        3, 4, 24, 2, 1, 16, causal=True, window=3, prefix_length=torch.tensor([0, 22, 1000])
+    ),
     "window, several sequences with prefixes": sample(
-        2, 60, 60, 2, 1, 16, causal=True, window=7, first_key=starts([22, 38], [59, 1]),
-        prefix_length=INT([[9] * 22 + [33] * 38, [20] * 59 + [0]]), key_mask=torch.rand(2, 60) > 0.2,
+        2,
+        60,
+        60,
+        2,
+        1,
+        16,
+        causal=True,
+        window=7,
+        first_key=starts([22, 38], [59, 1]),
+        prefix_length=torch.tensor([[9] * 22 + [33] * 38, [20] * 59 + [0]]),
+        key_mask=torch.rand(2, 60) > 0.2,
     ),
     "softcap": sample(2, 40, 70, 4, 2, 40, causal=True, softcap=0.8, scale=0.5),
     "softcap, few queries": sample(2, 2, 300, 4, 2, 40, softcap=0.8, key_bias=torch.randn(2, 300)),
     "softcap beside everything": sample(
-        2, 26, 60, 6, 2, 72, causal=True, window=20, query_offset=INT([30, 10]), key_mask=left_padding(50, 60, keys=60),
-        key_bias=torch.randn(2, 60), prefix_length=INT([35, 12]), softcap=1.5,
+        2,
+        26,
+        60,
+        6,
+        2,
+        72,
+        causal=True,
+        window=20,
+        query_offset=torch.tensor([30, 10]),
+        key_mask=left_padding(50, 60, keys=60),
+        key_bias=torch.randn(2, 60),
+        prefix_length=torch.tensor([35, 12]),
+        softcap=1.5,
     ),
     "softcap far above and far below the scores": sample(1, 26, 30, 2, 2, 24, softcap=1e9),
     "softcap of small heads, no scale": sample(1, 20, 30, 2, 2, 8, softcap=2.0, scale=0.0),
     "no keys": sample(1, 2, 0, 2, 1, 16),
     "no queries": sample(1, 0, 3, 2, 1, 16, causal=True, window=2),
-    "no queries, prefixes": sample(1, 0, 3, 2, 1, 16, causal=True, prefix_length=torch.zeros(1, 0, dtype=torch.int64)),
+    "no queries, prefixes": sample(
+        1, 0, 3, 2, 1, 16, causal=True, prefix_length=torch.zeros(1, 0, dtype=torch.int64)
+    ),
     "no rows": sample(0, 2, 3, 2, 1, 16, key_mask=torch.ones(0, 3, dtype=torch.bool)),
-}  # fmt: skip
+}
 Q, K, V = tensors(2, 4, 6, 4, 2, 16)
 OFFSET, MASK, BIAS, FIRST = (
     torch.tensor([2]),
@@ -263,7 +365,7 @@ BAD_CALLS = [
         r"query_offset must be \[1\], got \[3\]",
     ),
     BadCall(
-        lambda: attention(Q, K, V, causal=True, prefix_length=INT(3)),
+        lambda: attention(Q, K, V, causal=True, prefix_length=torch.tensor(3)),
         ValueError,
         r"prefix_length must be \[2\], got \[\]",
     ),
@@ -328,33 +430,33 @@ BAD_CALLS = [
             Q, K, V[:1], None, None, None, None, None, False, None, 1.0, None
         ),
         THROWN,
-        "v must have k's shape",
+        "invalid v",
     ),
     BadCall(
         lambda: torch.ops.mllama.attention(
             Q, K, V, None, None, OFFSET, None, None, False, None, 1.0, None
         ),
         THROWN,
-        "has a meaning only with",
+        "invalid causal",
     ),
     BadCall(
         lambda: torch.ops.mllama.attention(
             Q, K, V, MASK[:1], None, None, None, None, False, None, 1.0, None
         ),
         THROWN,
-        r"key_mask must be \[2, 6\]",
+        "invalid key_mask",
     ),
     BadCall(
         lambda: torch.ops.mllama.attention(Q, K.half(), V, *5 * [None], False, None, 1.0, None),
         THROWN,
-        "must have q's dtype",
+        "invalid k",
     ),
     BadCall(
         lambda: torch.ops.mllama.attention(
             Q, K, V, MASK.int(), None, None, None, None, False, None, 1.0, None
         ),
         THROWN,
-        "key_mask has the wrong dtype",
+        "invalid key_mask",
     ),
 ]
 
@@ -392,8 +494,8 @@ def test_head_sizes(size):
 
 @needs_kernels
 def test_cache_views():
-    """Keys in a cache [B, KV, room, D], seen through a transpose and cut to its length, equal the
-    same keys laid out afresh.
+    """Keys in a cache [B, KV, room, D], transposed and cut to its length, equal the same keys in
+    memory of their own.
     """
     room = torch.full((2, 2, 64, 32), torch.nan)
     cache_k, cache_v = room.clone(), room.clone()
@@ -523,7 +625,7 @@ def test_large_scores(queries, dtype):
     "queries, keys", [(1, 1), (2, 9), (3, 6), (4, 5), (2, 17), (2, 300), (30, 40)]
 )
 def test_nan_query_is_nan(queries, keys):
-    """Wherever in a vector or chunk the row's last key lies: not taken for a row that sees nothing."""
+    """Wherever in a vector or chunk the row's last key is: not taken for a row without keys."""
     q, k, v = tensors(1, queries, keys, 1, 1, 16)
     q[0, 0] = torch.nan
     for isa in instruction_sets():
@@ -552,12 +654,12 @@ def test_hidden_key_may_hold_anything(hide, content):
     for isa in instruction_sets():
         for queries in (1, 3, 30):
             q, k, v = (tensor.requires_grad_() for tensor in tensors(1, queries, 40, 1, 1, 16))
-            held = k.detach().clone()
-            held[0, [0, 5, 20, 39]] = content
-            held.requires_grad_()
+            spoiled = k.detach().clone()
+            spoiled[0, [0, 5, 20, 39]] = content
+            spoiled.requires_grad_()
             with instruction_set(isa):
-                out = attention(q, held, v, **masks)
-                actual = torch.autograd.grad(out.square().sum(), (held, v))
+                out = attention(q, spoiled, v, **masks)
+                actual = torch.autograd.grad(out.square().sum(), (spoiled, v))
             plain = reference(q, k, v, **masks)
             assert_close(out, plain, 1e-5, f"{isa}, {queries} queries")
             for a, b in zip(actual, torch.autograd.grad(plain.square().sum(), (k, v)), strict=True):
@@ -670,7 +772,7 @@ def test_same_bits_on_any_number_of_threads():
 
 @needs_kernels
 def test_saved_for_backward():
-    """Nothing of size queries x keys is kept: q, k, v, the result and two numbers per query."""
+    """Nothing of size queries x keys is saved: q, k, v, the result and two numbers per query."""
     q, k, v = (tensor.requires_grad_() for tensor in tensors(1, 64, 64, 2, 1, 16))
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(

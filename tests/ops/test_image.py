@@ -45,11 +45,11 @@ def some_sizes(count):
 
 def in_two_steps(image, height, width, height_first):
     """One direction at a time, each by Pillow: what the order of the passes means."""
-    picture = Image.fromarray(image.numpy())
-    between = (picture.width, height) if height_first else (width, picture.height)
+    source = Image.fromarray(image.numpy())
+    between = (source.width, height) if height_first else (width, source.height)
     return torch.from_numpy(
         np.array(
-            picture.resize(between, Image.Resampling.BICUBIC).resize(
+            source.resize(between, Image.Resampling.BICUBIC).resize(
                 (width, height), Image.Resampling.BICUBIC
             )
         )
@@ -191,24 +191,22 @@ BAD = [
 ]
 BAD_OPERATOR_CALLS = [
     BadCall(
-        lambda: torch.ops.mllama.resize(IMAGE.float(), 2, 2, True, False),
-        THROWN,
-        "image must be uint8",
+        lambda: torch.ops.mllama.resize(IMAGE.float(), 2, 2, True, False), THROWN, "invalid image"
     ),
-    BadCall(lambda: torch.ops.mllama.resize(IMAGE[:0], 2, 2, True, False), THROWN, "not empty"),
-    BadCall(lambda: torch.ops.mllama.resize(IMAGE, 0, 2, True, False), THROWN, "out of range"),
+    BadCall(lambda: torch.ops.mllama.resize(IMAGE[:0], 2, 2, True, False), THROWN, "invalid image"),
+    BadCall(lambda: torch.ops.mllama.resize(IMAGE, 0, 2, True, False), THROWN, "invalid size"),
     BadCall(
-        lambda: torch.ops.mllama.resize(IMAGE, 2**62, 2**62, True, True), THROWN, "out of range"
+        lambda: torch.ops.mllama.resize(IMAGE, 2**62, 2**62, True, True), THROWN, "invalid size"
     ),
     BadCall(
         lambda: torch.ops.mllama.resize(IMAGE.repeat(2**14, 1, 1), 1, 2**13, True, False),
         THROWN,
-        "out of range",
+        "invalid size",
     ),
     BadCall(
         lambda: torch.ops.mllama.resize_normalize(IMAGE, 2, 2, TABLE[:9], True, False),
         THROWN,
-        "table must be",
+        "invalid table",
     ),
 ]
 

@@ -61,10 +61,8 @@ def test_layer_norm(keep):
                 ValueError,
                 "x must have at least one dimension",
             ),
-            BadCall(lambda: operators.layer_norm(X, W, B[:3], 1e-5), THROWN, r"bias must be \[8\]"),
-            BadCall(
-                lambda: operators.layer_norm(X.double(), W, B, 1e-5), THROWN, "x must be float32"
-            ),
+            BadCall(lambda: operators.layer_norm(X, W, B[:3], 1e-5), THROWN, "invalid bias"),
+            BadCall(lambda: operators.layer_norm(X.double(), W, B, 1e-5), THROWN, "invalid x"),
         ],
     )
 

@@ -12,7 +12,7 @@ from helpers import (
     needs_kernels,
 )
 from mllama.ops import lora_linear
-from mllama.ops.lora_linear import kept, reference
+from mllama.ops.lora_linear import keep_mask, reference
 
 torch.manual_seed(0)
 X, W, A, B, BIAS = (
@@ -209,9 +209,7 @@ def test_lora_linear(keep):
                 "dropout must be at least 0 and below 1, got -0.1",
             ),
             BadCall(
-                lambda: lora_linear(X, W, A, B, seed=5),
-                TypeError,
-                "seed must be a torch.Tensor or None, got int",
+                lambda: lora_linear(X, W, A, B, seed=5), TypeError, "seed must be a torch.Tensor"
             ),
             BadCall(
                 lambda: lora_linear(X, W, A, B, seed=SEED.int()),
@@ -231,22 +229,22 @@ def test_lora_linear(keep):
             BadCall(
                 lambda: operators.lora_linear(X, W, A, B, BIAS[:3], None, 1.0, 0.0),
                 THROWN,
-                r"bias must be \[5\]",
+                "invalid bias",
             ),
             BadCall(
                 lambda: operators.lora_linear(X, W, A, B.T, None, None, 1.0, 0.0),
                 THROWN,
-                r"lora_b must be \[5, 3\]",
+                "invalid lora_b",
             ),
             BadCall(
                 lambda: operators.lora_linear(X, W, A, B, None, None, 1.0, 0.5),
                 THROWN,
-                "dropout needs a seed",
+                "invalid seed",
             ),
             BadCall(
                 lambda: operators.lora_linear(X, W, A, B, None, SEED, 1.0, 1.5),
                 THROWN,
-                "dropout must be at least 0 and below 1",
+                "invalid dropout",
             ),
         ],
     )
@@ -256,11 +254,11 @@ def test_lora_linear(keep):
 
 
 def plain(x, weight, a, b, bias, scale=1.0, dropout=0.0, seed=None):
-    """The formula as PEFT writes it, in the adapters' dtype where torch's matrix product wants one."""
+    """PEFT's formula, in the adapters' dtype where torch's matrix product wants one."""
     linear = torch.nn.functional.linear
     update = x.to(a.dtype)
     if dropout:
-        update = update * kept(seed, x.shape, dropout) / (1 - dropout)
+        update = update * keep_mask(seed, x.shape, dropout) / (1 - dropout)
     return (linear(x, weight, bias) + linear(linear(update, a), b) * scale).to(x.dtype)
 
 
@@ -371,7 +369,7 @@ def test_every_instruction_set_keeps_the_same_elements(seed):
         torch.zeros(37, 37),
         torch.ones(50, 37),
     )
-    mask = kept(seed, x.shape, 0.3)
+    mask = keep_mask(seed, x.shape, 0.3)
     for isa in instruction_sets():
         for rows in (2, 50):
             with instruction_set(isa):
@@ -403,8 +401,8 @@ def test_dropout_is_random(dropout):
     shape = (500, 400)
     for number in (0, 1, 2, 1 << 32, -5):
         mask, other = (
-            kept(torch.tensor([number]), shape, dropout),
-            kept(torch.tensor([number + 1]), shape, dropout),
+            keep_mask(torch.tensor([number]), shape, dropout),
+            keep_mask(torch.tensor([number + 1]), shape, dropout),
         )
         check(mask, 1 - dropout)
         for both in (
@@ -436,7 +434,7 @@ def test_without_dropout_the_generator_is_left_alone():
 
 
 def test_what_is_left_out_may_be_nan():
-    mask = kept(SEED, X.shape, 0.5)
+    mask = keep_mask(SEED, X.shape, 0.5)
     y = lora_linear(
         X.masked_fill(~mask, float("nan")), torch.zeros_like(W), A, B, dropout=0.5, seed=SEED
     )

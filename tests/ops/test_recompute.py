@@ -1,62 +1,76 @@
-"""What may be computed again instead of being kept."""
+"""What is recomputed in the backward pass instead of being saved."""
 
 import pytest
 import torch
 
+import mllama
+from benchmarks.harness import saved_bytes
+from helpers import needs_kernels
 from mllama.nn.mlp import GatedMLP
-from mllama.ops.recompute import apply_recomputing, recipe
-from mllama.ops.swiglu import swiglu
+from mllama.nn.plain import takes_recompute
+from mllama.ops import lora_linear, swiglu
+from mllama.ops.recompute import Recompute
+
+W, A, B = torch.randn(6, 64), torch.randn(2, 64), torch.randn(6, 2)
 
 
-def gated() -> tuple[torch.Tensor, torch.Tensor]:
-    return torch.randn(2, 3, requires_grad=True), torch.randn(2, 3)
+def gated():
+    return torch.randn(3, 64, requires_grad=True), torch.randn(3, 64, requires_grad=True)
 
 
-def test_the_consumer_alone_sees_how_its_input_was_made():
+def gradients(gate, up, recompute=None):
+    x = swiglu(gate, up)
+    if recompute is not None:
+        recompute = Recompute(recompute(x), swiglu, (gate, up))
+    return torch.autograd.grad(
+        lora_linear(x, W, A, B, recompute=recompute).square().sum(), (gate, up)
+    )
+
+
+@needs_kernels
+def test_the_result_is_recomputed_and_not_saved():
     gate, up = gated()
-    seen = []
+    calls = []
 
-    def consumer(x):
-        seen.append((x, recipe(x)))
-        return 2 * x
+    def product(gate, up):
+        calls.append(gate)
+        return swiglu(gate, up)
 
-    y = apply_recomputing(consumer, swiglu, gate, up)
-    ((x, known),) = seen
-    assert torch.equal(y, 2 * x) and torch.equal(known.function(*known.inputs), x)
-    assert known.inputs[0] is gate and known.inputs[1] is up and recipe(x) is None
-
-
-def test_nothing_is_known_of_a_tensor_that_was_changed():
-    def consumer(x):
-        assert recipe(x)
-        x.mul_(2)
-        assert recipe(x) is None and recipe(x.clone()) is None
-
-    apply_recomputing(consumer, swiglu, *gated())
-
-
-def test_nothing_is_left_behind_by_a_consumer_that_fails():
-    seen = []
-
-    def consumer(x):
-        seen.append(x)
-        raise KeyError
-
-    with pytest.raises(KeyError):
-        apply_recomputing(consumer, swiglu, *gated())
-    assert recipe(seen[0]) is None
+    x = swiglu(gate, up)
+    keeping = saved_bytes(lambda: lora_linear(x, W, A, B), [W, A, B])
+    recompute = Recompute(x, product, (gate, up))
+    y = lora_linear(x, W, A, B, recompute=recompute)
+    assert (
+        saved_bytes(lambda: lora_linear(x, W, A, B, recompute=recompute), [W, A, B, gate, up])
+        == keeping - x.nbytes
+    )
+    assert not calls
+    again = torch.autograd.grad(y.square().sum(), (gate, up))
+    assert len(calls) == 1
+    assert all(map(torch.equal, again, gradients(gate, up)))
 
 
-def test_without_gradients_there_is_nothing_to_know():
+@pytest.mark.parametrize("result", [lambda x: x, lambda x: x.clone()], ids=["x", "another"])
+def test_gradients_are_the_same(result):
+    """Also where `recompute` speaks of another tensor, and is of no effect."""
     gate, up = gated()
-    with torch.no_grad():
-        assert apply_recomputing(recipe, swiglu, gate, up) is None
-    with torch.inference_mode():
-        assert apply_recomputing(recipe, swiglu, gate.clone(), up.clone()) is None
+    assert all(map(torch.equal, gradients(gate, up, result), gradients(gate, up)))
+
+
+def test_hooks_keep_a_layer_from_it():
+    block = GatedMLP(6, 10)
+    assert not takes_recompute(block.down_proj)
+    mllama.convert_linears_to_lora(block, rank=2)
+    assert takes_recompute(block.down_proj)
+    handle = block.down_proj.register_forward_pre_hook(lambda module, inputs: None)
+    assert not takes_recompute(block.down_proj)
+    handle.remove()
+    assert takes_recompute(block.down_proj)
 
 
 def test_a_block_that_uses_it_compiles_in_one_graph():
     block, x = GatedMLP(6, 10), torch.randn(2, 6)
+    mllama.convert_linears_to_lora(block, rank=2)
 
     def loss(x):
         return block(x).square().sum()

@@ -86,12 +86,8 @@ def test_rms_norm(keep_weight):
                 "offset must be finite, got inf",
             ),
             BadCall(lambda: rms_norm(X, W[:3]), ValueError, r"weight must be \[8\]"),
-            BadCall(
-                lambda: operators.rms_norm(X, W[:3], 1e-5, 0.0), THROWN, r"weight must be \[8\]"
-            ),
-            BadCall(
-                lambda: operators.rms_norm(X.double(), W, 1e-5, 0.0), THROWN, "x must be float32"
-            ),
+            BadCall(lambda: operators.rms_norm(X, W[:3], 1e-5, 0.0), THROWN, "invalid weight"),
+            BadCall(lambda: operators.rms_norm(X.double(), W, 1e-5, 0.0), THROWN, "invalid x"),
         ],
     )
 

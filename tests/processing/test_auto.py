@@ -489,7 +489,7 @@ def test_no_template(make, make_llama_tokenizer, noise):
             [user({"type": "image", "path": "no/such.png"})],
             0,
             FileNotFoundError,
-            "no such picture",
+            "no such image",
         ),
         (
             "mllama",
@@ -522,7 +522,7 @@ def test_bad_messages(make, noise, family, messages, pictures, error, match):
         ({"text": []}, ValueError, "text"),
         ({"text": [None]}, TypeError, "text"),
         ({"text": 5}, TypeError, "text"),
-        ({"images": []}, ValueError, "picture|image"),
+        ({"images": []}, ValueError, "image|image"),
         ({"images": [None]}, (TypeError, ValueError), "picture|image"),
         ({"text": ["PLACE a"]}, ValueError, "<"),
         ({"text": ["PLACE PLACE a"], "images": [["noise"]]}, ValueError, "<"),
@@ -554,7 +554,7 @@ def test_bad_calls_name_the_argument(make, noise, family, arguments, error, name
 
 
 def test_pictures_must_be_a_list(make, noise):
-    with pytest.raises(TypeError, match="pictures must be a list, got Image"):
+    with pytest.raises(TypeError, match="images must be a list, got Image"):
         encode_messages(make("mllama"), [user("a")], noise())
 
 
@@ -567,7 +567,7 @@ def test_hostile_pictures(make, monkeypatch, tmp_path, noise, family):
     (tmp_path / "broken.png").write_bytes(content[: len(content) // 2])
     (tmp_path / "text.png").write_text("no picture")
     for name in ("broken.png", "text.png", "model"):
-        with pytest.raises(ValueError, match="cannot read the picture|is a folder"):
+        with pytest.raises(ValueError, match="cannot read the image|is a folder"):
             encode_messages(processor, [user("a")], [tmp_path / name])
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 50000)
     with pytest.raises(ValueError, match="300 x 200 pixels, more than 50000"):

@@ -213,9 +213,9 @@ def test_channels_of_ambiguous_arrays():
             "allow_urls=True .*, got https://example.org/cat.png",
         ),
         ("data:image/png;base64," + "A" * 9999, ValueError, "no image of a known format"),
-        ("no/such/cat.png", FileNotFoundError, "no such picture: no/such/cat.png"),
-        (Path("no/such/cat.png"), FileNotFoundError, "no such picture: no/such/cat.png"),
-        ("x" * 9999, FileNotFoundError, "no such picture"),
+        ("no/such/cat.png", FileNotFoundError, "no such image: no/such/cat.png"),
+        (Path("no/such/cat.png"), FileNotFoundError, "no such image: no/such/cat.png"),
+        ("x" * 9999, FileNotFoundError, "no such image"),
         (".", ValueError, "is a folder"),
     ],
     ids=lambda value: "" if isinstance(value, (np.ndarray, torch.Tensor, str)) else None,
@@ -247,7 +247,7 @@ def half_of(form):
 )
 def test_files_that_are_no_pictures(tmp_path, name, content):
     (tmp_path / name).write_bytes(content)
-    with pytest.raises(ValueError, match=f"cannot read the picture .*{name}") as caught:
+    with pytest.raises(ValueError, match=f"cannot read the image .*{name}") as caught:
         load_picture(tmp_path / name)
     assert type(caught.value) is ValueError
 
@@ -256,7 +256,7 @@ def test_a_broken_picture_opened_elsewhere(tmp_path):
     (tmp_path / "cut.png").write_bytes(half_of("PNG"))
     with (
         Image.open(tmp_path / "cut.png") as picture,
-        pytest.raises(ValueError, match="cannot read the picture .*cut.png"),
+        pytest.raises(ValueError, match="cannot read the image .*cut.png"),
     ):
         load_picture(picture)
 
@@ -268,7 +268,7 @@ def test_a_broken_picture_opened_elsewhere(tmp_path):
 def test_too_many_pixels(tmp_path, monkeypatch, limit):
     Image.fromarray(RGB).save(tmp_path / "bomb.png")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
-    with pytest.raises(ValueError, match="cannot read the picture .*bomb.png.*pixels"):
+    with pytest.raises(ValueError, match="cannot read the image .*bomb.png.*pixels"):
         load_picture(tmp_path / "bomb.png")
 
 

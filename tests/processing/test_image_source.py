@@ -141,7 +141,7 @@ def closed_underneath(path):
         (
             lambda path: base64.b64encode(b"hello" * 4000).decode(),
             FileNotFoundError,
-            "no such picture",
+            "no such image",
         ),
         (lambda path: f"data:image/png;base64,{'A@' * 10000}", ValueError, "broken base64"),
         (lambda path: "data:image/png;base64", ValueError, "comma"),
@@ -151,7 +151,7 @@ def closed_underneath(path):
             ValueError,
             "neither the path of a file nor base64",
         ),
-        (lambda path: "no/such/" * 20 + "image.png", FileNotFoundError, "no such picture"),
+        (lambda path: "no/such/" * 20 + "image.png", FileNotFoundError, "no such image"),
         (lambda path: "file://elsewhere/a.png", ValueError, "of this machine"),
         (lambda path: f"https://localhost/{'x' * 20000}", ValueError, "allow_urls"),
     ],

@@ -134,9 +134,9 @@ def test_truncation_never_cuts_a_picture(ours, noise):
 @pytest.mark.parametrize(
     ("arguments", "error", "match"),
     [
-        ({"text": "<image>a", "images": 2}, ValueError, r"hold 1 <image> .* got 2 picture"),
-        ({"text": ["a", "b", "c"], "images": 2}, ValueError, "2 picture.* for 3 prompts"),
-        ({"text": "<image>a"}, ValueError, r"hold 1 <image> .* got 0 picture"),
+        ({"text": "<image>a", "images": 2}, ValueError, r"hold 1 <image> .* got 2 image"),
+        ({"text": ["a", "b", "c"], "images": 2}, ValueError, "2 image.* for 3 prompts"),
+        ({"text": "<image>a"}, ValueError, r"hold 1 <image> .* got 0 image"),
         (
             {"text": ["a", "b"], "images": 2, "suffix": ["x"]},
             ValueError,

@@ -108,7 +108,7 @@ def test_placeholders_and_pixel_values_never_disagree(processor, monkeypatch):
     monkeypatch.setattr(
         type(processor.image_processor), "__call__", lambda self, images, **kwargs: double
     )
-    with pytest.raises(ValueError, match=r"the prompts hold 1 picture\(s\), but pixel_values 2"):
+    with pytest.raises(ValueError, match=r"the prompts hold 1 image\(s\), but pixel_values 2"):
         processor(QUESTION, picture())
 
 
@@ -207,14 +207,10 @@ def test_bos_is_never_doubled(make_tokenizer, adds_bos):
         (
             lambda: {"text": "a <image>", "images": [picture(), picture()]},
             ValueError,
-            r"hold 1 <image> .* got 2 picture",
+            r"hold 1 <image> .* got 2 image",
         ),
-        (lambda: {"text": "a <image>"}, ValueError, r"hold 1 <image> .* got 0 picture"),
-        (
-            lambda: {"text": ["a", "b"], "images": picture()},
-            ValueError,
-            "1 picture.* for 2 prompts",
-        ),
+        (lambda: {"text": "a <image>"}, ValueError, r"hold 1 <image> .* got 0 image"),
+        (lambda: {"text": ["a", "b"], "images": picture()}, ValueError, "1 image.* for 2 prompts"),
         (lambda: {}, ValueError, "give text, images, or both"),
         (lambda: {"text": []}, ValueError, "text is an empty list"),
         (
@@ -231,7 +227,7 @@ def test_bos_is_never_doubled(make_tokenizer, adds_bos):
         (
             lambda: {"text": "a", "images": ["no/such.png"]},
             FileNotFoundError,
-            "no such picture: no/such.png",
+            "no such image: no/such.png",
         ),
         (lambda: {"text": "a", "videos": [1]}, TypeError, "no videos and no audio"),
         (
@@ -247,7 +243,7 @@ def test_bos_is_never_doubled(make_tokenizer, adds_bos):
         (
             lambda: {"text": ["a"], "images": [[[picture(), picture()]]]},
             ValueError,
-            "pictures are nested too deeply",
+            "images are nested too deeply",
         ),
         (
             lambda: {"text": "a", "images": picture(), "image_mean": "x"},
@@ -474,7 +470,7 @@ def test_chat_template_marks_the_answers(processor):
 
 def test_a_template_that_forgets_the_picture(processor):
     with pytest.raises(
-        ValueError, match=r"prompt 0 holds 0 <image> placeholder\(s\), but got 1 picture"
+        ValueError, match=r"prompt 0 holds 0 <image> placeholder\(s\), but got 1 image"
     ):
         processor.apply_chat_template(
             messages(part(picture()), "a"), chat_template="nothing", tokenize=True, return_dict=True

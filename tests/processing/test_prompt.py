@@ -56,14 +56,14 @@ def test_an_array_of_pictures(batch):
 @pytest.mark.parametrize(
     ("images", "placeholders", "match"),
     [
-        (["a"], [2], r"1 prompt\(s\) hold 2 <image> placeholder\(s\) in all, but got 1 picture"),
-        (None, [1, 1], r"2 prompt\(s\) hold 2 <image> placeholder\(s\) in all, but got 0 picture"),
-        (["a", "b"], [1, None], r"hold 1 <image> placeholder\(s\) in all, but got 2 picture"),
-        (["a"], [0], r"hold 0 <image> placeholder\(s\) in all, but got 1 picture"),
-        (["a", "b", "c"], [None, None], "3 picture.* for 2 prompts"),
-        ([["a"], ["b"]], [None], "2 lists of pictures for 1 prompt"),
-        ([["a"], ["b"]], [1, 2], r"prompt 1 holds 2 <image> placeholder\(s\), but got 1 picture"),
-        ([["a"], ["b"]], [1, 0], r"prompt 1 holds 0 <image> placeholder\(s\), but got 1 picture"),
+        (["a"], [2], r"1 prompt\(s\) hold 2 <image> placeholder\(s\) in all, but got 1 image"),
+        (None, [1, 1], r"2 prompt\(s\) hold 2 <image> placeholder\(s\) in all, but got 0 image"),
+        (["a", "b"], [1, None], r"hold 1 <image> placeholder\(s\) in all, but got 2 image"),
+        (["a"], [0], r"hold 0 <image> placeholder\(s\) in all, but got 1 image"),
+        (["a", "b", "c"], [None, None], "3 image.* for 2 prompts"),
+        ([["a"], ["b"]], [None], "2 lists of images for 1 prompt"),
+        ([["a"], ["b"]], [1, 2], r"prompt 1 holds 2 <image> placeholder\(s\), but got 1 image"),
+        ([["a"], ["b"]], [1, 0], r"prompt 1 holds 0 <image> placeholder\(s\), but got 1 image"),
     ],
 )
 def test_numbers_that_do_not_match(images, placeholders, match):

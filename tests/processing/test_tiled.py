@@ -155,11 +155,11 @@ def test_ambiguous_channels(
 @pytest.mark.parametrize(
     ("given", "error", "match"),
     [
-        ([], ValueError, "give at least one picture"),
-        ([[], None], ValueError, "give at least one picture"),
+        ([], ValueError, "give at least one image"),
+        ([[], None], ValueError, "give at least one image"),
         (5, TypeError, "got int"),
         ([[np.zeros((4, 4, 3), np.uint8), None]], TypeError, "got NoneType"),
-        ("no/such.png", FileNotFoundError, "no such picture"),
+        ("no/such.png", FileNotFoundError, "no such image"),
         ("https://x.org/a.png", ValueError, "allow_urls"),
         (np.zeros((0, 5, 3), np.uint8), ValueError, "no pixels"),
         (np.full((4, 4, 3), 7.0), ValueError, "must hold 0..1"),
@@ -320,7 +320,7 @@ def test_truncation_never_cuts_a_picture(ours, noise):
             ValueError,
             r"Found \[2, 0\] .* \[1, 1\] images",
         ),
-        ([IMAGE], [["a"], ["b"]], ValueError, "2 lists of pictures for 1 prompt"),
+        ([IMAGE], [["a"], ["b"]], ValueError, "2 lists of images for 1 prompt"),
         ([], None, ValueError, "text is an empty list"),
         (5, "a", TypeError, "text must be a prompt"),
         (None, None, ValueError, "give text, images, or both"),

@@ -2,10 +2,13 @@
 
 import pytest
 import torch
-from transformers import DynamicCache, StaticCache
+from transformers import DynamicCache, LlamaConfig, StaticCache
 
 import twins
+from mllama.config.spec import LayerSpec, RopeSpec, TextSpec, uniform_layers
 from mllama.hf.cache import TransformersCache
+from mllama.nn.rope import RotaryEmbedding
+from mllama.text.decoder import Decoder
 
 
 @pytest.fixture(scope="module")
@@ -90,3 +93,75 @@ def test_positions_that_restart_begin_sequences(decoder):
     for name, value in (("first_key", place), ("prefix_length", torch.tensor([2]))):
         with pytest.raises(ValueError, match=name):
             run(decoder, [[1, 2, 3, 4, 5]], attention_mask=mask, **{name: value})
+
+
+ROPES = (RopeSpec(100.0), RopeSpec(5000.0, "linear", factor=4.0))
+
+
+def spec(*layers: LayerSpec, **options) -> TextSpec:
+    sizes = {name: twins.TEXT[name] for name in ("vocab_size", "hidden_size", "intermediate_size")}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
+    return TextSpec(**sizes, **heads, layers=layers, **options)
+
+
+def made(*layers: LayerSpec, **options) -> Decoder:
+    return twins.randomise(Decoder(spec(*layers, **options))).eval()
+
+
+def test_every_layer_has_its_own_rope_and_each_is_made_once():
+    local, far = (LayerSpec(rope=rope) for rope in ROPES)
+    decoder = made(local, far, local)
+    assert len(decoder.rotary) == 2 and decoder.rope_of_layer == [0, 1, 0]
+    ids = torch.tensor([[1, 2, 3, 4, 5, 6]])
+    x = decoder.embed_tokens(ids)
+    for layer, rope in zip(decoder.layers, (*ROPES, ROPES[0]), strict=True):
+        parameters = {"rope_theta": rope.rope_theta, "rope_type": rope.rope_type, "factor": 4.0}
+        tables = RotaryEmbedding(16, parameters)(torch.arange(6)[None])
+        x, _ = layer(x, tables)
+    torch.testing.assert_close(decoder(ids).last_hidden_state, decoder.norm(x))
+
+
+@pytest.mark.parametrize("window", [1, 3])
+def test_a_window_bounds_what_a_position_depends_on(window):
+    """Two layers see twice as far; a layer that sees all makes it all."""
+    narrow, wide = LayerSpec(window=window), LayerSpec()
+    for layers, reach in (((narrow,), window), ((narrow, narrow), 2 * window - 1), ((wide,), 9)):
+        decoder = made(*layers)
+        embeds = torch.randn(1, 9, 64, requires_grad=True)
+        last = decoder(inputs_embeds=embeds).last_hidden_state[0, -1]
+        (gradient,) = torch.autograd.grad(last.square().sum(), embeds)
+        assert gradient[0].any(-1).tolist() == [False] * (9 - reach) + [True] * reach
+
+
+@pytest.mark.parametrize("kind", [DynamicCache, StaticCache])
+def test_windows_and_caches(kind):
+    """Cached pieces, and padding on the left, give what the whole gives."""
+    layers = (LayerSpec(window=3, post_norms=True), LayerSpec(rope=ROPES[1], qk_norm=True))
+    decoder, config = made(*layers), LlamaConfig(**twins.TEXT)
+    whole = run(decoder, [[1, 2, 3, 4, 5, 6, 7]])
+    mask = torch.tensor([[0] + [1] * 7])
+    raw = kind() if kind is DynamicCache else kind(config, max_cache_len=12)
+    cache, pieces = TransformersCache(raw, decoder.config), []
+    for ids, end in (([7, 1, 2, 3, 4], 5), ([5], 6), ([6, 7], 8)):
+        pieces.append(run(decoder, [ids], attention_mask=mask[:, :end], cache=cache))
+    got = torch.cat(pieces, 1)[:, 1:]
+    torch.testing.assert_close(got, whole, rtol=1e-4, atol=1e-4)
+
+
+def test_norms_before_and_after():
+    layer = made(LayerSpec(post_norms=True), norm_offset=1.0).layers[0]
+    x, tables = torch.randn(2, 5, 64), RotaryEmbedding(16, {})(torch.arange(5)[None])
+    inner = layer.self_attn(layer.input_layernorm(x), tables)[0]
+    middle = x + layer.post_attention_layernorm(inner)
+    fed = layer.mlp(layer.pre_feedforward_layernorm(middle))
+    expected = middle + layer.post_feedforward_layernorm(fed)
+    torch.testing.assert_close(layer(x, tables)[0], expected)
+
+
+def test_layers_that_attend_to_images_are_made_by_the_caller():
+    def cross_layer(config, index):
+        return torch.nn.Identity(index)
+
+    decoder = Decoder(spec(*uniform_layers(3, {}, [1])), cross_layer)
+    assert isinstance(decoder.layers[1], torch.nn.Identity)
+    assert decoder.config.cross_attention_layers == (1,) and decoder.config.num_hidden_layers == 3

@@ -1,4 +1,4 @@
-"""The recipes of docs/lora.md run and print what they say."""
+"""The recipes of docs/lora.md run and print what their comments say."""
 
 import re
 from pathlib import Path
@@ -19,6 +19,6 @@ def test_recipes_of_trainer_trl_and_peft(monkeypatch, capsys, tmp_path):
     recipes = text[text.index("## Trainer\n") :]
     code = "\n".join(re.findall(r"^```python\n(.*?)^```", recipes, re.MULTILINE | re.DOTALL))
     exec(compile(code, "docs/lora.md", "exec"), {"__name__": "recipes"})
-    said = re.findall(r"^print\(.*\)  # (.*)$", code, re.MULTILINE)
+    expected = re.findall(r"^print\(.*\)  # (.*)$", code, re.MULTILINE)
     printed = [line for line in capsys.readouterr().out.splitlines() if not line.startswith("{'")]
-    assert said and printed == said
+    assert expected and printed == expected

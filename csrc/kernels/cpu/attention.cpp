@@ -61,9 +61,8 @@ class Prefill {
             }
             vf shift[NV], shrink[NV];
             for (int n = 0; n < NV; ++n) {
-                shift[n] = highest[n] == -kInfinity
-                               ? vf{}
-                               : highest[n];  // -inf: a lane that has seen nothing yet
+                shift[n] =
+                    highest[n] == -kInfinity ? vf{} : highest[n];  // -inf: no visible key yet
                 shrink[n] = exp2_below(before[n] - shift[n]);
                 sum[n] *= shrink[n];
             }

@@ -227,10 +227,10 @@ class Backward {
             int64_t to = ((group.batch * a_.keys + key) * a_.kv_heads + group.kv_head) * a_.size;
             T *k = static_cast<T*>(a_.grad_k) + to, *v = static_cast<T*>(a_.grad_v) + to;
             int64_t from = (key - group.visible.first) * columns_;
-            bool seen = key >= group.visible.first && key < group.visible.first + group.keys;
+            bool visible = key >= group.visible.first && key < group.visible.first + group.keys;
             for_vectors(a_.size, [&](int64_t d, int n) {
-                put(k + d, seen ? load(grad_k_ + from + d) * a_.scale : vf{}, n);
-                put(v + d, seen ? load(grad_v_ + from + d) : vf{}, n);
+                put(k + d, visible ? load(grad_k_ + from + d) * a_.scale : vf{}, n);
+                put(v + d, visible ? load(grad_v_ + from + d) : vf{}, n);
             });
         }
     }

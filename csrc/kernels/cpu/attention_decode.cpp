@@ -18,8 +18,8 @@ inline int in_step(int64_t left, int step) {
     return static_cast<int>(std::clamp<int64_t>(left, 0, step));
 }
 
-// How rows of K meet rows of Q, and rows of V their probabilities: widened to f32, whatever the
-// memory holds.
+// How rows of K meet rows of Q, and rows of V their probabilities: widened to f32 from any
+// dtype.
 template <class T>
 struct Widened {
     using Query = float;
@@ -228,7 +228,7 @@ class Decode {
             const T* rows = k + key * a_.k.length;
             int64_t stride = a_.k.length;
             T copy[kTile * kMaxSize];
-            if (key + kTile > keys_) {  // past the last key lies nobody's memory
+            if (key + kTile > keys_) {  // memory past the last key is not ours
                 std::memset(copy, 0, sizeof copy);
                 for (int64_t i = 0; i < keys_ - key; ++i) {
                     std::memcpy(copy + i * kMaxSize, rows + i * stride, a_.size * sizeof(T));
@@ -353,8 +353,7 @@ void merge_row(const AttentionForward& a, const Group& group, int64_t row, const
     for (int64_t c = 0; c < chunks; ++c) {
         const float* one = partial + c * stride;
         if (one[1] == 0)
-            continue;  // saw nothing: its sums may not be written. Not by one[0], which may lose a
-                       // NaN
+            continue;  // no visible key: its sums are not written. one[0] may have lost a NaN
         float weight = exp2_below(splat(one[0] - highest))[0];
         total += weight * one[1];
         for_vectors(a.size, [&](int64_t d, int n) {

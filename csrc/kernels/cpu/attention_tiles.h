@@ -1,9 +1,9 @@
 // What the attention kernels share beyond register tiles: 2^x, a group's place in the tensors, what
 // a query sees.
 //
-// Scores are held transposed, [keys, queries]: queries are the lanes of vectors. The softmax over
+// Scores are stored transposed, [keys, queries]: queries are the lanes of vectors. The softmax over
 // keys then needs no horizontal sums, and K and V are always the broadcast side, which takes them
-// nearly as they lie in memory.
+// nearly as they are in memory.
 #pragma once
 
 #include <algorithm>
@@ -21,7 +21,6 @@ static_assert(kLanes <= kMostTileRows);
 constexpr float kLog2e = 1.44269504f, kInfinity = __builtin_inff();
 
 // ---- numbers
-// -------------------------------------------------------------------------------------------------------
 
 // 2^x for x up to 0 or little above it; 0 below -127. NaN stays NaN. The polynomials (degree 5,
 // minimax) err by 1.5e-7.
@@ -71,7 +70,6 @@ inline __attribute__((always_inline)) void cap(const ScoreScale& scale, Tile<NV>
 }
 
 // ---- a group
-// -------------------------------------------------------------------------------------------------------
 
 // One group's place in the tensors.
 struct Group {
@@ -137,8 +135,8 @@ void for_row_tiles(const Attention& a, int64_t index, int64_t count, Body&& body
     }
 }
 
-// Which keys each row of a tile sees; lanes past the last row repeat it. All rows see keys latest
-// to fewest, none sees one before earliest or from most on.
+// The range of keys that each row of a tile sees; lanes past the last row repeat it. Every row sees
+// the keys from latest to fewest; none sees keys before earliest, or from most on.
 template <int NV>
 struct Limits {
     Limits(const Group& group, int64_t first, int64_t rows) {
@@ -170,9 +168,9 @@ struct Limits {
     template <bool kStarts>
     vf mask(vf x, int n, int key, float added) const {
         int place = added == -kInfinity ? most : key;  // where no lane sees it
-        vi seen = vi{} + place < limit[n];
-        if constexpr (kStarts) seen &= vi{} + place >= start[n];
-        return seen ? x + added : splat(-kInfinity);
+        vi visible = vi{} + place < limit[n];
+        if constexpr (kStarts) visible &= vi{} + place >= start[n];
+        return visible ? x + added : splat(-kInfinity);
     }
 
     vi start[NV], limit[NV];

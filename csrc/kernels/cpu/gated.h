@@ -10,9 +10,12 @@
 
 namespace mllama::kernels {
 
+enum class Activation { silu, gelu };
+
 // Rows of `width` elements; inputs may have gaps between rows (halves of one projection), results
 // have none.
 struct Gated {
+    Activation activation;
     Dtype dtype;
     int64_t width;
     const void* gate;
@@ -20,10 +23,11 @@ struct Gated {
     int64_t gate_stride;  // from row to row, in elements
     int64_t up_stride;
     void* y;
-    bool large;  // y will not be found in a cache by who reads it next
+    bool large;  // y is too large to stay in a cache until it is read
 };
 
 struct GatedBackward {
+    Activation activation;
     Dtype dtype;
     int64_t width;
     const void* grad_y;
@@ -36,5 +40,9 @@ struct GatedBackward {
     void* grad_up;
     bool large;
 };
+
+// Both work on the elements [first, last), counted through the rows.
+MLLAMA_KERNEL(void, gated, (const Gated& args, int64_t first, int64_t last))
+MLLAMA_KERNEL(void, gated_backward, (const GatedBackward& args, int64_t first, int64_t last))
 
 }  // namespace mllama::kernels

@@ -1,5 +1,5 @@
-// Resizing of 8-bit RGB pictures in Pillow's arithmetic, one direction at a time, and the lookup
-// that normalises them.
+// Resizing of 8-bit RGB images in Pillow's arithmetic, one direction at a time, and the lookup
+// that normalizes them.
 #pragma once
 
 #include <cstdint>
@@ -13,7 +13,7 @@ constexpr int kLowBits = 12;       // a weight is high * 2^12 + low, both of 16 
 constexpr int64_t kBlock =
     32;  // rows that resize_width takes at a time, columns that resize_height does
 
-// One direction of a resize. Inputs are taken by twos: pair q holds the rows (or columns) 2q and 2q
+// One direction of a resize. Inputs are taken in pairs: pair q is the rows (or columns) 2q and 2q
 // + 1. Result i is the sum over the pairs first[i] + k, k < count[i], of both inputs by their
 // weights, in units of 2^-22, rounded, clipped to 8 bits.
 struct Resize {
@@ -23,7 +23,7 @@ struct Resize {
     const int32_t* high;   // [results, most]: two 16-bit halves of weights each, that of the even
                            // input in the low bits
     const int32_t* low;
-    int64_t in_height, in_width, height, width;  // equal in the direction that stays
+    int64_t in_height, in_width, height, width;  // equal in the other direction
     const uint8_t* in;                           // [in_height, in_width, 3]
     uint8_t* out;                                // [height, width, 3]
 };

@@ -33,8 +33,8 @@ void forward_row(const LayerNorm& a, int64_t row) {
     float mean = row_sum(x, a.width, [](vf v, int) { return v; }) / width;
     // The variance about the mean: the mean of squares less the squared mean would cancel.
     float squares = row_sum(x, a.width, [&](vf v, int n) {
-        vf centred = first_lanes(v - mean, n);
-        return centred * centred;
+        vf centered = first_lanes(v - mean, n);
+        return centered * centered;
     });
     float rstd = 1.0f / __builtin_sqrtf(squares / width + a.eps);
     a.statistics[2 * row] = mean;

@@ -14,7 +14,6 @@ namespace {
 constexpr int64_t kSteps = 256;  // of x's width, summed at a time by low_rank_down
 
 // ---- dropout
-// -------------------------------------------------------------------------------------------------------
 
 template <class U>  // uint32_t or a vector of them
 inline U mix(U h) {
@@ -25,16 +24,16 @@ inline U mix(U h) {
     return h ^ (h >> 15);
 }
 
-// Which elements of one row are kept; `kept` in ops/lora_linear.py is the same in Python.
-class Kept {
+// The elements of one row that dropout keeps, as `keep_mask` of ops/lora_linear.py.
+class KeepMask {
   public:
-    Kept() = default;
-    Kept(const LowRank& a, int64_t row) : threshold_(a.threshold) {
+    KeepMask() = default;
+    KeepMask(const LowRank& a, int64_t row) : threshold_(a.threshold) {
         uint32_t low = static_cast<uint32_t>(a.seed), high = static_cast<uint32_t>(a.seed >> 32);
         key_ = mix(static_cast<uint32_t>(row) ^ mix(low ^ mix(high)));
         shift_ = mix(key_ ^ mix(high ^ 0x9e3779b9u));
     }
-    // x in the lanes kept, 0 in the others; the first lane's place in the row is `column`.
+    // x in the lanes that are kept, 0 in the others; the first lane is element `column` of the row.
     vf operator()(vf x, int64_t column) const {
         vu lane;
         for (int i = 0; i < kWidth; ++i) lane[i] = i;
@@ -43,22 +42,21 @@ class Kept {
     }
 
   private:
-    uint32_t threshold_, key_, shift_;
+    uint32_t threshold_ = 0, key_ = 0, shift_ = 0;
 };
 
 // ---- operands
-// ------------------------------------------------------------------------------------------------------
 
 // Columns [column, column + size) of a row of dropout(x) as f32, then zeros up to `width`, a
 // multiple of kWidth.
-void widen_kept(const LowRank& a, int64_t row, int64_t column, int64_t size, float* to,
-                int64_t width) {
+void widen_with_dropout(const LowRank& a, int64_t row, int64_t column, int64_t size, float* to,
+                        int64_t width) {
     dispatch(a.dtype, [&](auto t) {
         widen_row(static_cast<const decltype(t)*>(a.x) + row * a.width + column, to, size, width);
     });
     if (!a.dropout) return;
-    Kept kept(a, row);
-    for (int64_t i = 0; i < size; i += kWidth) store(to + i, kept(load(to + i), column + i));
+    KeepMask keep(a, row);
+    for (int64_t i = 0; i < size; i += kWidth) store(to + i, keep(load(to + i), column + i));
 }
 
 // The factor's part at [first, first + count) of the width, as the vectors of a product:
@@ -94,7 +92,6 @@ inline __attribute__((always_inline)) void for_lanes(int64_t lanes, Body&& body)
 }
 
 // ---- down
-// ----------------------------------------------------------------------------------------------------------
 
 // Fewer rows than a tile has, as in decoding: a dot product for each element, with lora_a read as
 // it lies.
@@ -103,7 +100,7 @@ void down_by_dots(const LowRank& a, const W* factor, int64_t first_row, int64_t 
     int64_t width = round_up(a.width, kWidth);
     Floats x(width);
     for (int64_t row = first_row; row < last_row; ++row) {
-        widen_kept(a, row, 0, a.width, x, width);
+        widen_with_dropout(a, row, 0, a.width, x, width);
         for (int64_t c = 0; c < a.rank; ++c) {
             const W* f = factor + c * a.width;
             vf sum[4]{};  // in flight, since one would wait for each addition
@@ -136,7 +133,7 @@ void down(const LowRank& a, int64_t first_row, int64_t last_row) {
         for (int64_t row = first_row; row < last_row; row += kTileRows) {
             int64_t rows = std::min<int64_t>(kTileRows, last_row - row);
             for (int64_t i = 0; i < rows; ++i)
-                widen_kept(a, row + i, column, steps, x + i * kSteps, kSteps);
+                widen_with_dropout(a, row + i, column, steps, x + i * kSteps, kSteps);
             std::fill(x + rows * kSteps, x + kTileRows * kSteps, 0.0f);
             for_lanes(lanes, [&](int64_t lane, auto vectors) {
                 constexpr int kVectors = vectors;
@@ -153,7 +150,6 @@ void down(const LowRank& a, int64_t first_row, int64_t last_row) {
 }
 
 // ---- up
-// ------------------------------------------------------------------------------------------------------------
 
 template <class T>
 class Up {
@@ -183,9 +179,9 @@ class Up {
     // Rows row .. row + R of x; small[step] holds theirs side by side, steps are `stride` apart.
     template <int R>
     void add_rows(int64_t row, const Word* small, int64_t stride) {
-        Kept kept[R];
+        KeepMask keep[R];
         if (a.dropout) {
-            for (int r = 0; r < R; ++r) kept[r] = Kept(a, row + r);
+            for (int r = 0; r < R; ++r) keep[r] = KeepMask(a, row + r);
         }
         for_lanes(lanes_, [&](int64_t lane, auto vectors) {
             constexpr int kVectors = vectors;
@@ -195,7 +191,7 @@ class Up {
                 int64_t i = lane + n * kWidth, count = std::min<int64_t>(kWidth, columns_ - i);
                 T* x = static_cast<T*>(a.x) + (row + r) * a.width + first_ + i;
                 vf update = a.scale * tile[r][n];
-                if (a.dropout) update = kept[r](update, first_ + i);
+                if (a.dropout) update = keep[r](update, first_ + i);
                 put(x, at(x, count) + update, count);
             });
         });
@@ -207,7 +203,6 @@ class Up {
 };
 
 // ---- outer
-// ---------------------------------------------------------------------------------------------------------
 
 void outer(const LowRank& a, int64_t block) {
     constexpr int64_t kStride = kOuterColumns;
@@ -219,7 +214,7 @@ void outer(const LowRank& a, int64_t block) {
     for (int64_t row = 0; row < a.rows; row += kRowBlock) {
         int64_t rows = std::min(kRowBlock, a.rows - row);
         for (int64_t i = 0; i < rows; ++i)
-            widen_kept(a, row + i, first, columns, x + i * kStride, lanes);
+            widen_with_dropout(a, row + i, first, columns, x + i * kStride, lanes);
         pack_rows<F32Words>([&](int64_t i) { return a.small + (row + i) * a.rank; }, rows, a.rank,
                             ranks, small);
         for (int64_t c = 0; c < a.rank; c += kTileRows) {

@@ -1,4 +1,4 @@
-// Pictures to rows of patches and back: what turns patch embedding into a matrix product.
+// Images to rows of patches and back: what turns patch embedding into a matrix product.
 #pragma once
 
 #include <cstdint>
@@ -10,7 +10,7 @@ namespace mllama::kernels {
 struct Patches {
     int64_t element;  // bytes of one
     int64_t channels;
-    int64_t rows;  // of patches in a picture
+    int64_t rows;  // of patches in an image
     int64_t columns;
     int64_t size;          // of a patch's side, in pixels
     int64_t batch_stride;  // of the pixels, in elements; along a line it is 1

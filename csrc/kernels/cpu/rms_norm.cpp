@@ -42,7 +42,7 @@ void forward_row(const RmsNorm& a, int64_t row) {
     }
     float rstd = 1.0f / __builtin_sqrtf(reduce_add(squares) / static_cast<float>(a.width) + a.eps);
     a.rstd[row] = rstd;
-    if (a.offset == 0) {  // Llama's order: the normalised row is rounded to its dtype before the
+    if (a.offset == 0) {  // Llama's order: the normalized row is rounded to its dtype before the
                           // weight is applied.
         for_vectors(a.width, [&](int64_t i, int n) {
             put(y + i, rounded(at(x + i, n) * rstd, T{}) * at(weight + i, n), n);

@@ -30,7 +30,7 @@ struct RmsNormBackward {
     float offset;
     const void* grad_y;       // [rows, width]
     const void* grad_hidden;  // [rows, width] or null: gradient that reaches x beside the norm
-    const void* x;            // [rows, width]: what was normalised
+    const void* x;            // [rows, width]: what was normalized
     const void* weight;       // [width]
     const float* rstd;        // [rows]
     void* grad_x;             // [rows, width]

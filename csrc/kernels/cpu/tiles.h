@@ -24,7 +24,6 @@ constexpr int kTileVectors = 3;
 constexpr int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
 
 // ---- words
-// ---------------------------------------------------------------------------------------------------------
 
 using Word = uint32_t;
 
@@ -77,7 +76,6 @@ inline float* as_floats(Word* p) { return reinterpret_cast<float*>(p); }
 inline void store_words(Word* p, vf x) { std::memcpy(p, &x, sizeof x); }
 
 // ---- tiles
-// ---------------------------------------------------------------------------------------------------------
 
 // Calls body(r, n) for every vector of a tile, unrolled: an index that is no constant would move
 // the tile to memory.
@@ -122,7 +120,6 @@ inline __attribute__((always_inline)) void multiply_add(vf (&tile)[R][NV], const
 }
 
 // ---- packing
-// -------------------------------------------------------------------------------------------------------
 
 // dst[c][r] = src[r][c]; rows and columns are multiples of 4.
 inline void transpose(const Word* src, int64_t src_stride, Word* dst, int64_t dst_stride,
@@ -212,9 +209,8 @@ void pack_rows(RowAt&& row_at, int64_t rows, int64_t size, int64_t columns, Word
 }
 
 // ---- memory
-// --------------------------------------------------------------------------------------------------------
 
-// A thread's scratch: aligned; not initialised.
+// A thread's scratch: aligned; not initialized.
 template <class T>
 class Scratch {
   public:

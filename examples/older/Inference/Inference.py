@@ -1,10 +1,11 @@
-"""One question about one picture: `python Inference/Inference.py --image FILE --prompt TEXT
---model-id ID`.
+"""Answer one question about an image.
+
+python Inference/Inference.py --image FILE --prompt TEXT --model-id ID
 """
 
 import sys
 
-from mllama.dropin.commands.vision import main
+from mllama.dropin.commands import run
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(run("Inference/Inference.py"))

@@ -1,10 +1,11 @@
-"""A model's tokenizer, config and weights from the hub: `python dev/get_tokenizer.py [ID DIR]`;
-PaliGemma where nothing is said.
+"""Download a model's tokenizer, config and weights: `python dev/get_tokenizer.py [ID DIR]`.
+
+The default is PaliGemma.
 """
 
 import sys
 
-from mllama.dropin.commands.get_tokenizer import main
+from mllama.dropin.commands import run
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(run("dev/get_tokenizer.py"))

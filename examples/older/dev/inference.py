@@ -1,10 +1,11 @@
-"""One answer: `python dev/inference.py --model_path DIR --prompt TEXT --image_file_path FILE`, with
-the options of ../inference.py.
+"""Answer one prompt, with the options of ../inference.py.
+
+python dev/inference.py --model_path DIR --prompt TEXT --image_file_path FILE
 """
 
 import sys
 
-from mllama.dropin.commands.answer import main
+from mllama.dropin.commands import run
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(run("dev/inference.py"))

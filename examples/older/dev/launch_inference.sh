@@ -1,6 +1,7 @@
 #!/bin/sh
-# Change the values below, or set the variables in the environment; without MODEL_PATH the embedded model answers.
-HERE=$(cd "$(dirname "$0")" && pwd -P)  # behind links
+# Edit the values below or set the variables in the environment. Without MODEL_PATH the embedded
+# model is used.
+HERE=$(cd "$(dirname "$0")" && pwd -P)  # resolves links
 
 MODEL_PATH="${MODEL_PATH-}"
 PROMPT="${PROMPT-How many circles?}"
@@ -14,7 +15,7 @@ ONLY_CPU="${ONLY_CPU-False}"
 PYTHON="${PYTHON-$(command -v python || command -v python3)}"
 
 PROGRAM="$HERE/../inference.py"
-[ -f "$PROGRAM" ] || PROGRAM="$HERE/inference.py"  # of a copied dev folder
+[ -f "$PROGRAM" ] || PROGRAM="$HERE/inference.py"  # in a copied dev folder
 
 exec "$PYTHON" "$PROGRAM" \
     --model_path="$MODEL_PATH" \

@@ -100,7 +100,7 @@ def save_weights(folder: Path, tensors: dict[str, torch.Tensor], max_shard_size:
     """Write tensors under the given names: one file, or shards and their index where they exceed
     `max_shard_size`.
     """
-    from huggingface_hub import split_torch_state_dict_into_shards  # here, since it takes its time
+    from huggingface_hub import split_torch_state_dict_into_shards
 
     split = split_torch_state_dict_into_shards(
         tensors, filename_pattern="model{suffix}.safetensors", max_shard_size=max_shard_size

@@ -5,9 +5,6 @@ import sys
 import warnings
 from pathlib import Path
 
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from transformers.processing_utils import ProcessorMixin
-
 from mllama.checkpoints import open_checkpoint
 from mllama.checkpoints.files import write_folder
 from mllama.checkpoints.hub import find_folder
@@ -15,6 +12,7 @@ from mllama.cli._parser import DTYPES, GGUF_DTYPES
 from mllama.device import dtype_name
 from mllama.families import written_as
 from mllama.hf.checkpoints import load_opened, model_class
+from mllama.hf.names import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 from mllama.hf.processors.auto import load_processor
 from mllama.processing.folders import PROCESSOR_FILES
 

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
 
 from mllama.api import find_model
 from mllama.checkpoints import open_checkpoint
@@ -19,6 +18,7 @@ from mllama.device import dtype_name, dtype_named
 from mllama.families import compose
 from mllama.hf.checkpoints import model_class, survey_opened
 from mllama.hf.config_objects import config_object
+from mllama.hf.names import PreTrainedModel
 from mllama.model.memory import Work, count_parameters, memory_needed, picture_tokens, spec_of
 from mllama.weights.family import Config
 
@@ -131,9 +131,7 @@ def _work(
     return Work(
         context=min(_CONTEXT, most) if context is None else context,
         batch=batch,
-        tiles=(
-            spec.vision.max_num_tiles if spec.encoder == "tiled" else int(spec.encoder is not None)
-        )
+        tiles=(spec.vision.max_num_tiles if spec.has_tiles else int(spec.encoder is not None))
         if tiles is None
         else tiles,
         dtype=report.dtype if dtype == "auto" else getattr(torch, dtype),
@@ -159,7 +157,7 @@ def _sizes(spec: ModelSpec, tiles: int) -> dict[str, int]:
             "num_hidden_layers",
             "image_size",
             "patch_size",
-            *(("max_num_tiles",) * (spec.encoder == "tiled")),
+            *(("max_num_tiles",) * (spec.has_tiles)),
         )
         sizes |= {f"vision {name}": getattr(spec.vision, name) for name in names}
         sizes["features of a row's pictures"] = picture_tokens(spec, tiles)

@@ -14,15 +14,15 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
-import transformers
 from torch import nn
-from transformers import PreTrainedModel
 
 from mllama.api import find_model
 from mllama.checkpoints import open_checkpoint
 from mllama.cli._answering import refuse_meta
 from mllama.device import choose_device
+from mllama.hf import names
 from mllama.hf.checkpoints import model_class, survey_opened
+from mllama.hf.names import PreTrainedModel
 from mllama.hf.siglip import SiglipModel
 from mllama.hf.stock import load_stock
 from mllama.model.memory import spec_of
@@ -71,10 +71,10 @@ def run(arguments: argparse.Namespace) -> int:
         expected = _expect(
             functools.partial(load_stock, folder), _stock_stages, dtype, samples, measure
         )
-        against = f"stock transformers {transformers.__version__}"
+        against = f"stock transformers {names.__version__}"
     except ValueError as error:
         expected, against = {}, f"itself alone: {error}"
-    if expected and spec.fusion == "cross_attention":
+    if expected and spec.has_tiles:
         against += ', whose Llama-3.2-Vision is reference="hf"'
     allowed = _FLOAT32
     if dtype != torch.float32 and spec.text is not None:
@@ -232,7 +232,7 @@ def _run(
 def _stock_stages(stock: PreTrainedModel) -> Iterator[tuple[str, nn.Module, bool]]:
     base = getattr(stock, "model", stock)
     tower = getattr(base, "vision_tower", None) or getattr(base, "vision_model", None)
-    if isinstance(stock, transformers.SiglipVisionModel):
+    if isinstance(stock, names.SiglipVisionModel):
         return _stages(stock, None, stock)
     return _stages(
         tower, getattr(base, "multi_modal_projector", None), getattr(base, "language_model", base)

@@ -62,16 +62,19 @@ def check_kind(owner: str, name: str, value: Any, kind: type) -> None:
         raise ValueError(f"{owner}: {name} must be {word}, got {value!r}")
 
 
-def check_head_dim(owner: str, hidden_size: int, heads: int, heads_name: str) -> int:
-    """The size of a head where `heads` share a width evenly. Raises ValueError where they do not,
-    and for a size that the attention operator does not take.
-    """
+def check_multiple(owner: str, hidden_size: int, heads: int, heads_name: str) -> None:
     if hidden_size % heads:
         raise ValueError(
             f"{owner}: hidden_size {hidden_size} is not a multiple of {heads_name} {heads}"
         )
+
+
+def check_head_dim(owner: str, hidden_size: int, heads: int, heads_name: str) -> None:
+    """Raise ValueError where `heads` do not share a width evenly, or in sizes that the attention
+    operator does not take.
+    """
+    check_multiple(owner, hidden_size, heads, heads_name)
     check_head_size(owner, f"head_dim (hidden_size / {heads_name})", hidden_size // heads)
-    return hidden_size // heads
 
 
 def check_head_size(owner: str, name: str, head_dim: Any) -> None:

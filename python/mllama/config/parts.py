@@ -14,6 +14,7 @@ from mllama.config.checks import (
     check_head_dim,
     check_head_size,
     check_kind,
+    check_multiple,
     check_number,
     check_size,
 )
@@ -90,9 +91,9 @@ def text_fields(config: Mapping[str, Any], read: Collection[str], owner: str) ->
             f"{owner}: num_attention_heads {heads} is not a multiple of num_key_value_heads "
             f"{kv_heads}"
         )
+    check_multiple(owner, config["hidden_size"], heads, "num_attention_heads")
     head_dim = config.get("head_dim")
-    if head_dim is None:
-        head_dim = check_head_dim(owner, config["hidden_size"], heads, "num_attention_heads")
+    head_dim = config["hidden_size"] // heads if head_dim is None else head_dim
     check_head_size(owner, "head_dim", head_dim)
     if head_dim % 2:
         raise ValueError(f"{owner}: head_dim must be even: its halves rotate; got {head_dim}")

@@ -1,4 +1,4 @@
-"""What a model is built from: frozen sizes and choices, checked before they come here.
+"""What a model is built from: frozen sizes and choices, checked by its family.
 
 Field names are transformers' own where it has one for the same thing.
 """

@@ -40,6 +40,7 @@ class ClipEmbeddings(nn.Module):
 class ClipVisionTower(SiglipVisionTower):
     """Encoder of square pictures; the class token's feature comes first."""
 
+    has_class_token = True
     embeddings_class = ClipEmbeddings
 
     def __init__(self, config: VisionSpec):

@@ -86,13 +86,6 @@ def check_pixels(pixel_values: torch.Tensor, config: VisionSpec, any_size: bool 
         )
 
 
-class SiglipAttention(BidirectionalAttention):
-    """Every patch sees every other."""
-
-    def __init__(self, config: VisionSpec):
-        super().__init__(config.hidden_size, config.num_attention_heads, config.attention_dropout)
-
-
 class SiglipMLP(MLP):
     """A layer's feed-forward block."""
 
@@ -103,15 +96,14 @@ class SiglipMLP(MLP):
 class SiglipEncoderLayer(CheckpointedLayer):
     """Pre-norm transformer block."""
 
-    attention_class: type[nn.Module] = SiglipAttention
-    mlp_class: type[nn.Module] = SiglipMLP
-
     def __init__(self, config: VisionSpec):
         super().__init__()
         self.layer_norm1 = LayerNorm(config.hidden_size, config.layer_norm_eps)
-        self.self_attn = self.attention_class(config)
+        self.self_attn = BidirectionalAttention(
+            config.hidden_size, config.num_attention_heads, config.attention_dropout
+        )
         self.layer_norm2 = LayerNorm(config.hidden_size, config.layer_norm_eps)
-        self.mlp = self.mlp_class(config)
+        self.mlp = SiglipMLP(config)
 
     def forward(
         self, hidden_states: torch.Tensor, output_attentions: bool = False
@@ -125,26 +117,24 @@ class SiglipEncoderLayer(CheckpointedLayer):
 class SiglipEncoder(nn.Module):
     """The tower's layers."""
 
-    layer_class: type[nn.Module] = SiglipEncoderLayer
-
     def __init__(self, config: VisionSpec):
         super().__init__()
         self.layers = nn.ModuleList(
-            self.layer_class(config) for _ in range(config.num_hidden_layers)
+            SiglipEncoderLayer(config) for _ in range(config.num_hidden_layers)
         )
 
 
 class SiglipVisionTower(nn.Module):
     """Encoder of square pictures."""
 
+    has_class_token = False
     embeddings_class: type[nn.Module] = SiglipEmbeddings
-    encoder_class: type[nn.Module] = SiglipEncoder
 
     def __init__(self, config: VisionSpec):
         super().__init__()
         self.config = config
         self.embeddings = self.embeddings_class(config)
-        self.encoder = self.encoder_class(config)
+        self.encoder = SiglipEncoder(config)
         self.post_layernorm = LayerNorm(config.hidden_size, config.layer_norm_eps)
 
     def embed(self, pixel_values: torch.Tensor) -> torch.Tensor:

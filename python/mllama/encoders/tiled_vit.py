@@ -225,6 +225,8 @@ class TiledVisionTower(nn.Module):
         config: transformers' `MllamaVisionConfig`.
     """
 
+    has_class_token = True
+
     def __init__(self, config: TiledVisionSpec):
         super().__init__()
         self.config = config

@@ -9,7 +9,7 @@ from mllama.config.parts import text_fields
 from mllama.config.spec import LayerSpec, ModelSpec, RopeSpec, TextSpec
 from mllama.families.gemma import refuse_bidirectional
 from mllama.families.llama import STOCK_PREFIXES, WEIGHT_MAP
-from mllama.weights.family import Config, Family
+from mllama.weights.family import Config, Family, Gguf
 
 DEFAULTS: Config = {
     "model_type": "gemma2",
@@ -112,4 +112,5 @@ FAMILY = Family(
     weight_map=lambda spec: WEIGHT_MAP,
     stock_class="Gemma2ForCausalLM",
     stock_prefixes=STOCK_PREFIXES,
+    gguf=Gguf("gemma2", ("gelu_pytorch_tanh",), norm_shift=1.0, tied=True),
 )

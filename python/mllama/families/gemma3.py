@@ -9,7 +9,7 @@ from mllama.config.spec import ModelSpec
 from mllama.families import gemma2
 from mllama.families.gemma import refuse_bidirectional
 from mllama.families.llama import STOCK_PREFIXES, WEIGHT_MAP
-from mllama.weights.family import Config, Family
+from mllama.weights.family import Config, Family, Gguf
 
 DEFAULTS: Config = gemma2.DEFAULTS | {
     "model_type": "gemma3_text",
@@ -54,4 +54,5 @@ FAMILY = Family(
     write=_write,
     stock_class="Gemma3ForCausalLM",
     stock_prefixes=STOCK_PREFIXES,
+    gguf=Gguf("gemma3", ("gelu_pytorch_tanh",), norm_shift=1.0, tied=True),
 )

@@ -122,6 +122,11 @@ class Fusion:
     def __init__(self, spec: ModelSpec):
         self.spec = spec
 
+    @property
+    def placeholders_per_image(self) -> int:
+        """How many ids of a text an image has, where it must have some."""
+        return 0
+
     def prepare(
         self, inputs: ModelInputs, padding_mask: torch.Tensor | None, parts: Parts
     ) -> DecoderInputs:

@@ -218,6 +218,8 @@ class CrossAttentionFusion(Fusion):
 class TiledCrossAttentionFusion(CrossAttentionFusion):
     """Llama-3.2-Vision's: images come in tiles, as many to every row."""
 
+    placeholders_per_image = 1  # type: ignore[assignment]
+
     def tokens_per_tile(self, parts: Parts) -> int:
         return parts.encoder.tokens_per_tile
 

@@ -96,6 +96,10 @@ class MergeFusion(Fusion):
             return self.pass_on(inputs, padding_mask, embeds, placeholders=placeholders)
         return self.join(inputs, padding_mask, embeds, placeholders, features, attentions)
 
+    @property
+    def placeholders_per_image(self) -> int:
+        return 0 if self.optional else self.spec.tokens_per_image
+
     def join(self, inputs, padding_mask, embeds, placeholders, features, attentions):
         """`DecoderInputs` with the features at their placeholders."""
         return self.pass_on(

@@ -39,8 +39,8 @@ class MllamaForConditionalGeneration(
     Args:
         config: `mllama.MllamaConfig` for a SigLIP tower and a Llama decoder joined in one of three
             ways; or transformers' own LlavaConfig, PaliGemmaConfig, MllamaConfig
-            (Llama-3.2-Vision), LlamaConfig, GemmaConfig. The weights are random; `from_pretrained`
-            reads a folder.
+            (Llama-3.2-Vision), LlamaConfig, GemmaConfig, Gemma2Config, Gemma3TextConfig. The
+            weights are random; `from_pretrained` reads a folder.
         reference: whose Llama-3.2-Vision to follow where the two differ, "meta" (as it was trained)
             or "hf" (as transformers computes it): the tower's intermediate features are the inputs
             or the outputs of the layers listed, and text before the first picture sees none or, by

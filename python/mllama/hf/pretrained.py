@@ -17,10 +17,12 @@ from mllama.config.checks import check_choice
 from mllama.families import stock_prefixes
 from mllama.hf.built import check_built
 from mllama.hf.configs import NO_PREDICTIONS
-from mllama.lora.files import load_lora, own_adapters, save_adapter_folder
+from mllama.lora.adapters import own_adapters
 from mllama.lora.layer import lora_layers
+from mllama.lora.loading import load_lora
 from mllama.lora.peft import CONFIG as ADAPTER_CONFIG
 from mllama.lora.peft import adapted_model, is_peft
+from mllama.lora.saving import save_adapter_folder
 from mllama.nn.checkpointing import CheckpointedLayer
 from mllama.nn.wrappers import given_out, is_sharded, may_write, plain_key, whole
 from mllama.weights.stock_names import stock_name, stock_patterns
@@ -32,17 +34,19 @@ else:
 
 
 def own_config(config: PretrainedConfig) -> PretrainedConfig:
-    """The config itself, or a copy where a stock model wrote into it how it computes attention:
-    ours has one way, called "eager".
+    """The config itself, or a copy of one that a stock model has, as the way it computes attention
+    in it tells: ours has one way, called "eager".
 
     It says which of our outputs are no predictions; the configs of transformers know its own
     models' outputs alone.
     """
-    if config._attn_implementation not in (None, "eager"):
+    ignored = getattr(config, "keys_to_ignore_at_inference", ())
+    more = [name for name in NO_PREDICTIONS if name not in ignored]
+    kind = config._attn_implementation
+    if kind not in (None, "eager") or (more and kind is not None):
         config = copy.deepcopy(config)
         config._attn_implementation = "eager"
-    ignored = getattr(config, "keys_to_ignore_at_inference", ())
-    if more := [name for name in NO_PREDICTIONS if name not in ignored]:
+    if more:
         config.keys_to_ignore_at_inference = [*ignored, *more]
     return config
 

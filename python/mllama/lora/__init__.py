@@ -1,10 +1,9 @@
-"""LoRA (Hu et al., 2021): low-rank adapters beside the frozen linear layers of any module, in
-place.
-"""
+"""LoRA (Hu et al., 2021): low-rank adapters for the linear layers of any module, in place."""
 
 from mllama.lora.convert import convert_linears_to_lora, convert_to_lora, replace_linear_with_lora
-from mllama.lora.files import load_lora, save_lora
 from mllama.lora.layer import Linear_LORA
+from mllama.lora.loading import load_lora
+from mllama.lora.saving import save_lora
 from mllama.lora.state import (
     lora_disabled,
     lora_parameters,

@@ -1,4 +1,4 @@
-"""Linear layers of a module -> LoRA layers, in place."""
+"""Convert the linear layers of a module to LoRA layers, in place."""
 
 import warnings
 from collections import Counter
@@ -20,45 +20,41 @@ def convert_linears_to_lora(
     target_module_classes: type[nn.Linear] | tuple[type[nn.Linear], ...] = (nn.Linear,),
     target_module_names: str | Iterable[str] | None = None,
 ) -> dict[str, Linear_LORA]:
-    """Put a `Linear_LORA` around linear layers inside a module, and freeze all else in it.
+    """Wrap linear layers of a module in `Linear_LORA`, and freeze everything else in it.
 
-    Each layer itself becomes the `linear` of the new one, with its weight, bias, dtype, device and
-    training mode, and computes what it did until its adapter has learnt. Afterwards the module's
-    only trainable parameters are adapters; what is outside of it is not touched:
-    `convert_linears_to_lora(model.language_model)` leaves the vision tower alone, whose layers have
-    the same names. LoRA layers that are there already stay as they are, and are never adapted
-    again. A layer that stands in several places stays one layer.
-
-    A layer that shares its weight with another module, as an output head tied to the embedding
-    does, is passed over.
+    Each layer becomes the `linear` of the new one, with its weight, bias, dtype, device and
+    training mode. The output does not change until the adapter is trained. Parameters outside
+    `module` are not changed: `convert_linears_to_lora(model.language_model)` skips the vision
+    encoder, whose layers have the same names. Existing LoRA layers stay as they are. A layer used
+    in several places stays one layer. A layer that shares its weight with another module, such as
+    an output head tied to the embedding, is skipped.
 
     Args:
-        module: where to look, at any depth.
-        rank, alpha, dropout: of every new adapter, as `Linear_LORA` takes them.
-        target_module_classes: nn.Linear or subclasses of it; what is a subclass of one of them
-            counts too.
-        target_module_names: names as they end: "q_proj", "self_attn.q_proj" or the whole dotted
-            name. None is every layer.
+        module: the module to search, at any depth.
+        rank, alpha, dropout: of every new adapter, see `Linear_LORA`.
+        target_module_classes: nn.Linear or subclasses of it. Subclasses of these match too.
+        target_module_names: ends of names: "q_proj", "self_attn.q_proj" or the full dotted name.
+            Default: every layer.
 
     Returns:
-        The new layers by their dotted names; a layer that stands in several places is there under
-        each name.
+        The new layers by dotted name. A layer used in several places appears under each name.
 
     Raises:
-        TypeError: an argument of another type.
-        ValueError: a rank, alpha or dropout out of range; no layer there that fits, or the module
-            itself is one, which cannot be replaced from within; a layer asked for by name that
-            shares its weight.
+        TypeError: an argument has another type.
+        ValueError: rank, alpha or dropout is out of range; no layer matches; module is itself a
+            linear layer, which cannot be replaced in place; a layer requested by name shares its
+            weight.
 
     Warns:
-        UserWarning: some of the names, not all, fit nothing.
+        UserWarning: some names, but not all, match no layer.
     """
     check_adapter(rank, alpha, dropout)
     classes, names = _classes(target_module_classes), _names(target_module_names)
     adapted = lora_layers(module)
     if isinstance(module, classes):
         raise ValueError(
-            f"module is itself a {type(module).__name__}, which cannot be replaced in place: give the module around it"
+            f"module is itself a {type(module).__name__}, which cannot be replaced in place: pass "
+            "the module that contains it"
         )
     found = linear_layers(module, classes)
     _check_found(module, names, [*found, *adapted])
@@ -69,8 +65,8 @@ def convert_linears_to_lora(
     tied = [name for name, layer in chosen.items() if owners[id(layer.weight)] > 1]
     if tied and (names is not None or len(tied) == len(found) and not adapted):
         raise ValueError(
-            f"{', '.join(tied)} shares its weight with another module, with which an adapter could not be merged: leave it out, or give it"
-            " a weight of its own first"
+            f"{', '.join(tied)} shares its weight with another module, so an adapter could not be "
+            "merged: leave it out, or give it a weight of its own first"
         )
     return put_adapters(
         module,
@@ -86,7 +82,7 @@ def replace_linear_with_lora(
     dropout: float = 0.0,
     target_module_names: str | Iterable[str] | None = None,
 ) -> dict[str, Linear_LORA]:
-    """`convert_linears_to_lora` with other defaults, as some scripts know it."""
+    """`convert_linears_to_lora` with other defaults, as older scripts use it."""
     return convert_linears_to_lora(
         module, rank, alpha, dropout, target_module_names=target_module_names
     )
@@ -95,9 +91,7 @@ def replace_linear_with_lora(
 def convert_to_lora(
     model: _Model, target_modules: str | Iterable[str] | None, rank: int, alpha: float
 ) -> _Model:
-    """`convert_linears_to_lora` with names first, as some scripts know it; returns the model, which
-    they assign.
-    """
+    """`convert_linears_to_lora` as older scripts use it: names first, returns the model."""
     convert_linears_to_lora(model, rank, alpha, target_module_names=target_modules)
     return model
 
@@ -105,7 +99,7 @@ def convert_to_lora(
 def linear_layers(
     module: nn.Module, classes: tuple[type[nn.Linear], ...] = (nn.Linear,)
 ) -> dict[str, nn.Linear]:
-    """Linear layers by every dotted name they have; those inside LoRA layers are none."""
+    """Linear layers under each of their dotted names, except those inside LoRA layers."""
     everything = list(module.named_modules(remove_duplicate=False))
     inside = tuple(
         f"{name}." if name else "" for name, layer in everything if isinstance(layer, Linear_LORA)
@@ -120,20 +114,22 @@ def linear_layers(
 def put_adapters(
     module: nn.Module, chosen: Mapping[nn.Linear, tuple[int, float]], dropout: float = 0.0
 ) -> dict[str, Linear_LORA]:
-    """Freeze all but LoRA adapters, then put a LoRA layer of (rank, alpha) around each linear
-    layer, wherever it stands.
+    """Freeze everything but LoRA adapters, then wrap each chosen linear layer, wherever it is used,
+    in a LoRA layer of its (rank, alpha).
     """
-    kept = {parameter for layer in lora_layers(module).values() for parameter in layer.adapter()}
+    adapters = {
+        parameter for layer in lora_layers(module).values() for parameter in layer.adapter()
+    }
     for parameter in module.parameters():
-        if parameter not in kept:
+        if parameter not in adapters:
             parameter.requires_grad_(False)
-    places = {name: linear for name, linear in linear_layers(module).items() if linear in chosen}
-    made = {
+    found = {name: linear for name, linear in linear_layers(module).items() if linear in chosen}
+    wrapped = {
         linear: Linear_LORA.around(linear, *numbers, dropout) for linear, numbers in chosen.items()
     }
-    for name, linear in places.items():
-        module.set_submodule(name, made[linear])
-    return {name: made[linear] for name, linear in places.items()}
+    for name, linear in found.items():
+        module.set_submodule(name, wrapped[linear])
+    return {name: wrapped[linear] for name, linear in found.items()}
 
 
 def _fits(name: str, targets: Iterable[str]) -> bool:
@@ -141,21 +137,20 @@ def _fits(name: str, targets: Iterable[str]) -> bool:
 
 
 def _check_found(module: nn.Module, names: tuple[str, ...] | None, there: list[str]) -> None:
-    """There must be linear layers, and of every name some; adapted ones count."""
+    """Check that there are linear layers, and one for every name. LoRA layers count."""
     if not there:
         raise ValueError(f"this {type(module).__name__} has no linear layers to convert")
     wanted = names or ()
     unknown = [target for target in wanted if not any(_fits(name, [target]) for name in there)]
     ends = ", ".join(sorted({name.rpartition(".")[2] for name in there}))
-    if unknown and len(unknown) == len(wanted):
-        raise ValueError(
-            f"target_module_names: no linear layer is called {', '.join(unknown)}; there are {ends}"
-        )
-    if unknown:
-        warnings.warn(
-            f"target_module_names: no linear layer is called {', '.join(unknown)}; there are {ends}",
-            stacklevel=3,
-        )
+    if not unknown:
+        return
+    message = (
+        f"target_module_names: no linear layer is called {', '.join(unknown)}; there are {ends}"
+    )
+    if len(unknown) == len(wanted):
+        raise ValueError(message)
+    warnings.warn(message, stacklevel=3)
 
 
 def _classes(given: type[nn.Linear] | tuple[type[nn.Linear], ...]) -> tuple[type[nn.Linear], ...]:
@@ -178,5 +173,5 @@ def _names(given: str | Iterable[str] | None) -> tuple[str, ...] | None:
     if not all(isinstance(name, str) for name in names) or not isinstance(given, Iterable):
         raise TypeError(f"target_module_names must be names or None, got {given!r}")
     if not names:
-        raise ValueError("target_module_names is empty: give names, or None for every linear layer")
+        raise ValueError("target_module_names is empty: pass names, or None for every linear layer")
     return names

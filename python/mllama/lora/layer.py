@@ -7,39 +7,39 @@ from typing import Any
 import torch
 from torch import nn
 
-from mllama.nn.plain import is_plain
+from mllama.nn.plain import RecomputingLinear, is_plain
 from mllama.ops._dispatch import FLOAT_DTYPES
 from mllama.ops.lora_linear import lora_linear
+from mllama.ops.recompute import Recompute
 
 
-class Linear_LORA(nn.Module):
+class Linear_LORA(RecomputingLinear):
     """y = x W' + bias + alpha / rank * (dropout(x) A') B', with W and bias frozen, A and B
-    trainable.
+    trainable (Hu et al., 2021).
 
-    `linear` holds W and the bias, `lora_a` A [rank, in_dim], `lora_b` B [out_dim, rank]. A starts
-    as nn.Linear's weights do (Kaiming uniform), B at zero, so that a new layer computes what
-    `linear` does. Any of the three may be replaced or copied into. The operator
-    `mllama.ops.lora_linear` computes plain children; where one is of another class, has hooks, is
-    float64 or was unfrozen, the children are called one after the other.
+    `linear` holds W and the bias, `lora_a` A [rank, in_dim], `lora_b` B [out_dim, rank]. A is
+    initialized as nn.Linear's weights are (Kaiming uniform) and B with zeros, so a new layer
+    computes what `linear` does. Any of the three may be replaced or copied into. The operator
+    `mllama.ops.lora_linear` computes plain children. If one is of another class, has hooks, is
+    float64 or is not frozen, the children are called one after the other.
 
     Args:
-        in_dim, out_dim: features of an input and of an output.
-        rank: width of the update.
-        alpha: the update counts alpha / rank times.
-        dropout: probability with which the update does not see an input's element, in training mode
-            only.
+        in_dim, out_dim: input and output features.
+        rank: rank of the update.
+        alpha: the update is scaled by alpha / rank.
+        dropout: probability of dropping an input element of the update, in training mode only.
         bias: whether `linear` has a bias.
 
     Attributes:
         rank, alpha: as given. `scale` is alpha / rank.
         dropout: an nn.Dropout.
-        enabled: False leaves the update out; `mllama.lora_disabled` sets it for a while.
-        merged_weight: None, or [out_dim, in_dim], what `merge` made. No state dict has it.
+        enabled: False skips the update; set by `mllama.lora_disabled`.
+        merged_weight: [out_dim, in_dim] after `merge`, else None. Not in state dicts.
 
     Raises:
-        TypeError: a size or rank that is no int, an alpha or dropout that is no number.
-        ValueError: a size or rank below 1, an alpha that is not above 0 and finite, a dropout
-            outside [0, 1).
+        TypeError: a size or rank is not an int; alpha or dropout is not a number.
+        ValueError: a size or rank is below 1; alpha is not positive and finite; dropout is outside
+            [0, 1).
     """
 
     merged_weight: torch.Tensor | None
@@ -57,8 +57,8 @@ class Linear_LORA(nn.Module):
     def around(
         cls, linear: nn.Linear, rank: int, alpha: float, dropout: float = 0.0
     ) -> "Linear_LORA":
-        """A layer whose `linear` is this very module, frozen; the adapter is made on its device, in
-        its dtype and its training mode.
+        """Wrap a linear layer, which is frozen. The adapter gets its device, dtype and training
+        mode.
         """
         check_adapter(rank, alpha, dropout)
         layer = cls.__new__(cls)
@@ -69,9 +69,8 @@ class Linear_LORA(nn.Module):
     def _adapt(self, linear: nn.Linear, rank: int, alpha: float, dropout: float) -> None:
         self.linear = linear.requires_grad_(False)
         like = linear.weight
-        dtype = (
-            like.dtype if like.dtype in (*FLOAT_DTYPES, torch.float64) else torch.float32
-        )  # beside quantised weights
+        # float32 next to quantized weights
+        dtype = like.dtype if like.dtype in (*FLOAT_DTYPES, torch.float64) else torch.float32
         options: dict[str, Any] = {"bias": False, "device": like.device, "dtype": dtype}
         self.lora_a = nn.Linear(linear.in_features, rank, **options)
         self.lora_b = nn.Linear(rank, linear.out_features, **options)
@@ -83,7 +82,7 @@ class Linear_LORA(nn.Module):
 
     @property
     def scale(self) -> float:
-        """The update's factor, alpha / rank."""
+        """Factor of the update, alpha / rank."""
         return float(self.alpha / self.rank)
 
     @property
@@ -98,8 +97,8 @@ class Linear_LORA(nn.Module):
 
     @property
     def weight(self) -> torch.Tensor:
-        """[out_dim, in_dim], W with the update in it, for modules that read a layer's weight
-        instead of calling it, such as nn.MultiheadAttention. It is computed anew each time: to copy
+        """[out_dim, in_dim], W with the update added, for modules that read a layer's weight
+        instead of calling it, such as nn.MultiheadAttention. Computed on every access: to copy
         weights in, write to `linear.weight`.
         """
         if not self.enabled:
@@ -108,21 +107,23 @@ class Linear_LORA(nn.Module):
 
     @property
     def bias(self) -> torch.Tensor | None:
-        """`linear`'s."""
+        """The bias of `linear`."""
         return self.linear.bias
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """x: [..., in_dim] -> [..., out_dim].
+    def forward(self, x: torch.Tensor, recompute: Recompute | None = None) -> torch.Tensor:
+        """x: [..., in_dim] -> [..., out_dim]. `recompute`: how x was made, if it is to be made again
+        in the backward pass instead of being kept.
 
         Raises:
-            ValueError: training a layer that is merged.
+            ValueError: the layer is merged and would be trained.
         """
         if not self.enabled:
             return self.linear(x)
         if self.merged_weight is not None:
             if self.training and torch.is_grad_enabled():
                 raise ValueError(
-                    "this LoRA layer is merged, so its adapter would not learn: call mllama.unmerge_lora(model) before training"
+                    "this LoRA layer is merged, so its adapter would not learn: call "
+                    "mllama.unmerge_lora(model) before training"
                 )
             return nn.functional.linear(x, self.merged_weight, self.linear.bias)
         if self._is_plain(x):
@@ -133,13 +134,14 @@ class Linear_LORA(nn.Module):
                 self.linear.bias,
                 self.scale,
                 self.dropout.p if self.dropout.training else 0.0,
+                recompute=recompute,
             )
         y = self.linear(x)
         down = self.lora_a(self.dropout(x).to(self.lora_a.weight.dtype))
         return y + (self.lora_b(down) * self.scale).to(y.dtype)
 
     def _is_plain(self, x: torch.Tensor) -> bool:
-        """Whether the operator does what calling the children would."""
+        """Whether the operator computes what calling the children would."""
         if not all(is_plain(child, nn.Linear) for child in (self.linear, self.lora_a, self.lora_b)):
             return False
         weight = self.linear.weight
@@ -150,23 +152,22 @@ class Linear_LORA(nn.Module):
         return [*self.lora_a.parameters(), *self.lora_b.parameters()]
 
     def merge(self) -> None:
-        """Compute W with the update in it once; until `unmerge` inputs are multiplied by that
-        alone. W itself is not changed.
+        """Add the update to a copy of W, which forward uses until `unmerge`. W is not changed.
 
         Raises:
-            ValueError: a child has another way to compute than its weight.
+            ValueError: a child is not a plain linear layer.
         """
         self.check_mergeable("this layer")
         self.merged_weight = self._sum().detach()
 
     def unmerge(self) -> None:
-        """Forget what `merge` computed."""
+        """Drop the merged weight."""
         self.merged_weight = None
 
     def unload(self) -> nn.Linear:
-        """`linear`, the update added to its weight. The weight is a new parameter: whoever shares
-        the old one keeps it as it was. The layer is marked, as further adapters of the model do not
-        fit what it was loaded from.
+        """Return `linear` with the update added to its weight, as a new parameter: modules that
+        share the old one keep it. The layer is marked, because later adapters of the model do not
+        belong to the checkpoint it was loaded from.
         """
         self.check_mergeable("this layer")
         self.linear.weight = nn.Parameter(self._sum().detach(), requires_grad=False)
@@ -174,14 +175,15 @@ class Linear_LORA(nn.Module):
         return self.linear
 
     def check_mergeable(self, name: str) -> None:
-        """Raise ValueError unless `linear` and the adapter are plain linear layers, whose product
-        can be added.
+        """Raise ValueError unless `linear` and the adapter are plain linear layers, so that the
+        update can be added to the weight.
         """
         for child in ("linear", "lora_a", "lora_b"):
             module = getattr(self, child)
             if not is_plain(module, nn.Linear):
                 raise ValueError(
-                    f"{name} cannot be merged: its {child}, a {type(module).__name__}, has hooks or a forward of its own"
+                    f"{name} cannot be merged: its {child}, a {type(module).__name__}, has hooks "
+                    "or a forward of its own"
                 )
 
     def _sum(self) -> torch.Tensor:
@@ -193,9 +195,7 @@ class Linear_LORA(nn.Module):
             return torch.add(weight.to(kind), update, alpha=self.scale).to(weight.dtype)
 
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any) -> None:
-        """The weights of a plain linear layer are those of `linear`. What was merged from older
-        ones is forgotten.
-        """
+        """Accept the weights of a plain linear layer for `linear`, and drop the merged weight."""
         for name in ("weight", "bias"):
             if f"{prefix}{name}" in state_dict:
                 state_dict.setdefault(f"{prefix}linear.{name}", state_dict.pop(f"{prefix}{name}"))
@@ -203,17 +203,16 @@ class Linear_LORA(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def extra_repr(self) -> str:
-        said = f"rank={self.rank}, alpha={self.alpha}"
-        return (
-            said + ", merged" * (self.merged_weight is not None) + ", disabled" * (not self.enabled)
-        )
+        text = f"rank={self.rank}, alpha={self.alpha}"
+        text += ", merged" if self.merged_weight is not None else ""
+        return text + (", disabled" if not self.enabled else "")
 
 
 def lora_layers(model: nn.Module) -> dict[str, Linear_LORA]:
-    """The LoRA layers inside a module, each once, by dotted name.
+    """LoRA layers of a module by dotted name, each once.
 
     Raises:
-        TypeError: model is no module.
+        TypeError: model is not a module.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"LoRA is for a torch.nn.Module, got {type(model).__name__}")
@@ -221,28 +220,29 @@ def lora_layers(model: nn.Module) -> dict[str, Linear_LORA]:
 
 
 def needed_lora_layers(model: nn.Module) -> dict[str, Linear_LORA]:
-    """`lora_layers`, of which there must be some.
+    """`lora_layers` of a model that must have some.
 
     Raises:
-        TypeError: model is no module.
-        ValueError: there are none.
+        TypeError: model is not a module.
+        ValueError: it has no LoRA layers.
     """
     if not (layers := lora_layers(model)):
         raise ValueError(
-            f"this {type(model).__name__} has no LoRA layers: call mllama.convert_linears_to_lora(model) first"
+            f"this {type(model).__name__} has no LoRA layers: call "
+            "mllama.convert_linears_to_lora(model) first"
         )
     return layers
 
 
 def holds_adapters(model: nn.Module) -> bool:
-    """Whether adapters were added to weights of the model for good, which its files then do not
-    have.
+    """Whether adapters were added to the model's weights permanently, so that its checkpoint has
+    other weights.
     """
     return any("holds_adapter" in vars(module) for module in model.modules())
 
 
 def check_adapter(rank: int, alpha: float, dropout: float = 0.0) -> None:
-    """Raise TypeError or ValueError unless an adapter can have these numbers."""
+    """Raise TypeError or ValueError for an invalid rank, alpha or dropout."""
     _check_size("rank", rank)
     for name, value in (("alpha", alpha), ("dropout", dropout)):
         if isinstance(value, bool) or not isinstance(value, numbers.Real):

@@ -1,4 +1,4 @@
-"""PEFT's adapter folders: adapter_config.json beside adapter_model.safetensors, with keys
+"""PEFT's adapter folders: adapter_config.json and adapter_model.safetensors, with keys
 `base_model.model.NAME.lora_A.weight`.
 """
 
@@ -27,17 +27,14 @@ from mllama.lora.layer import Linear_LORA, check_adapter
 
 CONFIG, ADAPTERS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 PREFIX = "base_model.model."
-_INSIDE = re.compile(
-    r"\.(base_layer|modules_to_save(\.default)?)(?=\.[^.]+$)"
-)  # what PEFT puts around a layer
-_EMBEDDINGS = (
-    "embed_tokens",
-    "lm_head",
-)  # whose frozen weights PEFT writes, too, where their size or adapters ask for it
+# the wrapper that PEFT puts around a layer
+_WRAPPER = re.compile(r"\.(base_layer|modules_to_save(\.default)?)(?=\.[^.]+$)")
+# PEFT also writes their frozen weights if they were resized or have adapters
+_EMBEDDINGS = ("embed_tokens", "lm_head")
 _KEY = re.compile(r"(?P<name>.+)\.lora_(?P<part>[AB])(\.default)?\.weight")
 
-# Fields that say how the layers are made, all of them honored; and fields that change nothing of
-# what a trained adapter computes.
+# _READ: fields that define the layers, all honored. _DESCRIPTIVE: fields that do not change what a
+# trained adapter computes.
 _READ = {
     "peft_type",
     "r",
@@ -50,12 +47,12 @@ _READ = {
     "modules_to_save",
 }
 _DESCRIPTIVE = {
-    "auto_mapping", "base_model_name_or_path", "corda_config", "eva_config", "exclude_modules", "inference_mode", "layers_pattern",
-    "layers_to_transform", "loftq_config", "lora_ga_config", "megatron_core", "peft_version", "qalora_group_size", "revision",
-    "runtime_config", "task_type",
+    "auto_mapping", "base_model_name_or_path", "corda_config", "eva_config", "exclude_modules",
+    "inference_mode", "layers_pattern", "layers_to_transform", "loftq_config", "lora_ga_config",
+    "megatron_core", "peft_version", "qalora_group_size", "revision", "runtime_config", "task_type",
 }  # fmt: skip
-# What these fields may say; any other field must be off (false, null or empty). Other ways to begin
-# change the frozen weights, too.
+# Allowed values of these fields; any other field must be off (false, null or empty). Other
+# initializations change the frozen weights too.
 _ONLY = {
     "bias": ("none",),
     "init_lora_weights": (True, False, None, "gaussian", "orthogonal", "eva"),
@@ -68,23 +65,21 @@ def is_peft(keys: Iterable[str]) -> bool:
 
 
 def weights_file(folder: Path) -> Path:
-    """The tensors of an adapter folder.
-
-    Raises:
-        FileNotFoundError: there are none.
-    """
-    return find_inside(
-        folder,
-        ADAPTERS if (folder / ADAPTERS).exists() or not (folder / PICKLE).exists() else PICKLE,
-    )
-
-
-def read_config(folder: Path) -> dict[str, Any]:
-    """Read adapter_config.json, and refuse fields that cannot be honored.
+    """The tensor file of an adapter folder.
 
     Raises:
         FileNotFoundError: there is none.
-        ValueError: a field that is not, by its name.
+    """
+    pickled = (folder / PICKLE).exists() and not (folder / ADAPTERS).exists()
+    return find_inside(folder, PICKLE if pickled else ADAPTERS)
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """Read adapter_config.json and reject unsupported fields.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: a field has an unsupported value; the message names it.
     """
     path = find_inside(folder, CONFIG)
     config = read_json(path)
@@ -101,7 +96,7 @@ def read_config(folder: Path) -> dict[str, Any]:
             continue
         taken = ", ".join(map(repr, allowed)) if allowed else "off"
         raise ValueError(
-            f"{path}: {name} must be {taken}, got {value!r}: adapters of that kind are not read"
+            f"{path}: {name} must be {taken}, got {value!r}: such adapters are not supported"
         )
     try:
         for name, key in (("r", "rank"), ("lora_alpha", "alpha"), ("lora_dropout", "dropout")):
@@ -116,20 +111,21 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def adapted_model(folder: Path) -> str:
-    """The model that an adapter folder is for.
+    """Folder or hub id of the base model of an adapter folder.
 
     Raises:
-        ValueError: the folder does not say.
+        ValueError: the folder does not name one.
     """
     base = read_config(folder).get("base_model_name_or_path")
     if not isinstance(base, str) or not base:
         raise ValueError(
-            f"{folder} holds adapters, and base_model_name_or_path in {CONFIG} does not say for which model: load that, then"
-            " mllama.load_lora(model, folder)"
+            f"{folder} holds adapters, and base_model_name_or_path in {CONFIG} names no model: "
+            "load the model, then call mllama.load_lora(model, folder)"
         )
     if (Path(base) / CONFIG).exists():
         raise ValueError(
-            f"{folder / CONFIG}: base_model_name_or_path must be a whole model, {base} is a folder of adapters"
+            f"{folder / CONFIG}: base_model_name_or_path must be a whole model; {base} is a folder "
+            "of adapters"
         )
     return base
 
@@ -137,15 +133,15 @@ def adapted_model(folder: Path) -> str:
 def parse(
     where: str, config: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]
 ) -> tuple[dict[str, tuple[torch.Tensor, torch.Tensor, float]], dict[str, torch.Tensor]]:
-    """PEFT's tensors by what they are.
+    """Sort PEFT's tensors.
 
     Returns:
-        (A, B, alpha) of every adapted layer by its name, as the file has it; and further parameters
-        (`learns` tells which were trained).
+        (A, B, alpha) of every layer by the file's name, and other parameters (`learns` says which
+        were trained).
 
     Raises:
-        ValueError: half an adapter, a rank that the config does not say, layers that it does not
-            name, tensors of another kind.
+        ValueError: one half of an adapter is missing; a rank or a layer differs from the config;
+            tensors of another kind.
     """
     halves: dict[str, dict[str, torch.Tensor]] = {}
     trained = {}
@@ -153,18 +149,19 @@ def parse(
         name = key.removeprefix(PREFIX)
         if found := _KEY.fullmatch(name):
             halves.setdefault(found["name"], {})[found["part"]] = tensor
-        elif ".lora_" in key:  # of embeddings, of biases, of DoRA's magnitudes
+        elif ".lora_" in key:  # of embeddings, biases, or DoRA's magnitudes
             raise ValueError(
-                f"{where}: {key} is of a kind that is not read; adapters of linear layers are, as NAME.lora_A.weight"
+                f"{where}: {key} is not supported; only adapters of linear layers are, as "
+                "NAME.lora_A.weight"
             )
-        elif ".original_module." not in name:  # what a module of modules_to_save was before
-            trained[_INSIDE.sub("", name)] = tensor
+        elif ".original_module." not in name:  # a module of modules_to_save before training
+            trained[_WRAPPER.sub("", name)] = tensor
     if odd := [
         name
         for name, parts in halves.items()
         if len(parts) < 2 or any(part.dim() != 2 for part in parts.values())
     ]:
-        raise ValueError(f"{where}: no two matrices of {listing(odd)}")
+        raise ValueError(f"{where}: expected two matrices each for {listing(odd)}")
     if (targets := config.get("target_modules")) and not isinstance(targets, str):
         ends = tuple(f".{target}" for target in targets)
         if outside := [name for name in halves if not f".{name}".endswith(ends)]:
@@ -177,8 +174,8 @@ def parse(
 
 
 def learns(config: Mapping[str, Any], name: str) -> bool:
-    """Whether a parameter beside adapters was trained: not one of an embedding or head that
-    `modules_to_save` does not name.
+    """Whether a parameter next to adapters was trained. Embeddings and heads were only if
+    `modules_to_save` names them.
     """
     owner = name.rpartition(".")[0]
     return owner.rpartition(".")[2] not in _EMBEDDINGS or owner.endswith(
@@ -187,16 +184,16 @@ def learns(config: Mapping[str, Any], name: str) -> bool:
 
 
 def _alpha(where: str, config: Mapping[str, Any], name: str, rank: int) -> float:
-    """Alpha as a `Linear_LORA` counts: the update is multiplied by alpha / rank."""
-    said = _pattern(config.get("rank_pattern"), name, config.get("r", 8))
-    if said != rank:
-        raise ValueError(f"{where}: {name} has rank {rank}, r and rank_pattern say {said}")
+    """Alpha of a `Linear_LORA`, which scales the update by alpha / rank."""
+    expected = _pattern(config.get("rank_pattern"), name, config.get("r", 8))
+    if expected != rank:
+        raise ValueError(f"{where}: {name} has rank {rank}, r and rank_pattern give {expected}")
     alpha = float(_pattern(config.get("alpha_pattern"), name, config.get("lora_alpha", 8)))
     return alpha * math.sqrt(rank) if config.get("use_rslora") else alpha
 
 
 def _pattern(patterns: Mapping[str, Any] | None, name: str, otherwise: Any) -> Any:
-    """As PEFT: the first pattern that the end of the name matches."""
+    """The value of the first pattern that matches the end of the name, as in PEFT."""
     return next(
         (
             value
@@ -216,24 +213,24 @@ def write(
     stock_name: Callable[[str], str],
     base: str | None,
 ) -> None:
-    """Write an adapter folder, whole or not at all.
+    """Write an adapter folder atomically.
 
     Args:
-        folder: made if absent; other files in it stay.
-        layers: the LoRA layers by name.
+        folder: created if needed; other files in it are kept.
+        layers: LoRA layers by name.
         tensors: NAME.lora_a.weight and NAME.lora_b.weight of each.
-        trained: further parameters, and
-        modules_to_save: the modules that they are all of.
-        stock_name: the model's name of a module or parameter -> that of transformers' class, by
-            which other tools know it.
-        base: where the model came from.
+        trained: other trained parameters.
+        modules_to_save: the modules that they belong to.
+        stock_name: maps the model's name of a module or parameter to that of transformers' class.
+        base: folder or hub id of the base model.
 
     Raises:
-        ValueError: a folder that holds a whole model.
+        ValueError: the folder holds a whole model.
     """
     if (folder / "config.json").exists():
         raise ValueError(
-            f"{folder} holds a whole model (config.json), whose weights adapters must not take the place of: give another folder"
+            f"{folder} holds a whole model (config.json), which adapters must not overwrite: "
+            "choose another folder"
         )
     renamed = {f"{PREFIX}{_peft_key(stock_name(key))}": tensor for key, tensor in tensors.items()}
     renamed |= {PREFIX + stock_name(name): tensor for name, tensor in trained.items()}
@@ -262,8 +259,8 @@ def _config(
     stock_name: Callable[[str], str],
     base: str | None,
 ) -> dict[str, Any]:
-    """The content of adapter_config.json. Every layer has the package's name there and
-    transformers', so that either class takes it.
+    """Content of adapter_config.json. It lists every layer under mllama's and transformers' name,
+    so that either class loads it.
     """
 
     def both(name: str) -> list[str]:
@@ -312,33 +309,26 @@ def _number(value: float) -> int | float:
 
 
 def trained_whole(model: nn.Module, adapted: Iterable[nn.Parameter]) -> tuple[list[str], list[str]]:
-    """The modules that learn as a whole beside adapters, and the parameters that learn in others,
-    by their names in the model.
+    """Names of modules that are trained as a whole next to adapters, and of other trained
+    parameters.
     """
     adapters = {id(parameter) for parameter in adapted}
+
+    def is_trained(parameter: nn.Parameter) -> bool:
+        return parameter.requires_grad and id(parameter) not in adapters
+
     modules, loose = [], []
 
     def visit(module: nn.Module, name: str) -> None:
         parameters = list(module.parameters())
-        if not any(
-            parameter.requires_grad and id(parameter) not in adapters for parameter in parameters
-        ):
+        if not any(map(is_trained, parameters)):
             return
-        inside = isinstance(
-            module, Linear_LORA
-        )  # PEFT has no name for what is inside a layer with adapters
-        if (
-            name
-            and not inside
-            and all(
-                parameter.requires_grad and id(parameter) not in adapters
-                for parameter in parameters
-            )
-        ):
+        inside = isinstance(module, Linear_LORA)  # PEFT has no names for its parts
+        if name and not inside and all(map(is_trained, parameters)):
             modules.append(name)
             return
         for own, parameter in module.named_parameters(recurse=inside):
-            if parameter.requires_grad and id(parameter) not in adapters:
+            if is_trained(parameter):
                 loose.append(f"{name}.{own}" if name else own)
         for child_name, child in () if inside else module.named_children():
             visit(child, f"{name}.{child_name}" if name else child_name)

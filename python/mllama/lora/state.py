@@ -1,4 +1,4 @@
-"""Adapters of a whole model: its parameters, the switch, merging and back."""
+"""The adapters of a whole model: parameters, disabling, merging."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,11 +12,10 @@ _Model = TypeVar("_Model", bound=nn.Module)
 
 
 def lora_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """The adapters' parameters, A and B of every LoRA layer, each once: what an optimizer is to be
-    given.
+    """Parameters A and B of every LoRA layer, each once, for an optimizer.
 
     Raises:
-        TypeError: model is no module.
+        TypeError: model is not a module.
         ValueError: it has no LoRA layers.
     """
     return list(
@@ -30,15 +29,13 @@ def lora_parameters(model: nn.Module) -> list[nn.Parameter]:
 
 @contextmanager
 def lora_disabled(model: nn.Module) -> Iterator[None]:
-    """Inside this context the model computes without its adapters, merged or not, as before it was
-    converted; for every thread.
+    """Context manager: the model computes without its adapters, merged or not, in every thread.
 
-    Contexts may be nested, and an error restores what was. A backward pass through what was
-    computed here belongs inside, too, where
-    activations are checkpointed: they are computed again by it.
+    Contexts may be nested; an exception restores the previous state. With activation
+    checkpointing, run the backward pass inside the context too, because it recomputes activations.
 
     Raises:
-        TypeError: model is no module.
+        TypeError: model is not a module.
         ValueError: it has no LoRA layers.
     """
     before = [(layer, layer.enabled) for layer in needed_lora_layers(model).values()]
@@ -52,28 +49,25 @@ def lora_disabled(model: nn.Module) -> Iterator[None]:
 
 
 def merge_lora(model: nn.Module) -> None:
-    """Have every LoRA layer multiply by one weight, the adapter added: as fast as without adapters,
-    for inference.
+    """Merge every adapter into a copy of its layer's weight: inference as fast as without adapters.
 
-    The frozen weights stay where they are, so memory holds the adapted ones twice; state dicts are
-    as before. Merging again takes the adapters as they are then. A merged layer refuses to be
-    trained.
+    The frozen weights are kept, so adapted weights need memory twice. State dicts do not change.
+    Merging again uses the adapters' current values. Merged layers cannot be trained.
 
     Raises:
-        TypeError: model is no module.
-        ValueError: it has no LoRA layers, or one whose `linear` is no plain linear layer; then none
-            is merged.
+        TypeError: model is not a module.
+        ValueError: it has no LoRA layers, or one whose `linear` is not a plain linear layer; then
+            none is merged.
     """
     for layer in _mergeable(model):
         layer.merge()
 
 
 def unmerge_lora(model: nn.Module) -> None:
-    """Undo `merge_lora`: the frozen weights, which it did not touch, and the adapters compute
-    again.
+    """Undo `merge_lora`. The frozen weights are bit for bit the same as before.
 
     Raises:
-        TypeError: model is no module.
+        TypeError: model is not a module.
         ValueError: it has no LoRA layers.
     """
     for layer in needed_lora_layers(model).values():
@@ -85,17 +79,18 @@ def merge_and_unload(model: Linear_LORA) -> nn.Linear: ...
 @overload
 def merge_and_unload(model: _Model) -> _Model: ...
 def merge_and_unload(model: nn.Module) -> nn.Module:
-    """Add every adapter to its layer's weight, for good, and put plain linear layers back in place:
-    a model as it was before converting, with other weights, which `save_pretrained` writes in its
-    family's format. Adapters that it is given afterwards are for these weights: save them, too, and
-    load the adapters onto them.
+    """Add every adapter to its layer's weight permanently, and restore plain linear layers.
+
+    `save_pretrained` then writes the model in its family's format. Adapters that are added later
+    belong to the new weights: save the model, and load the adapters onto it.
 
     Returns:
-        The model, changed in place; of a lone LoRA layer its linear layer. Parameters stay frozen.
+        The model, changed in place, or the linear layer of a lone LoRA layer. Parameters stay
+        frozen.
 
     Raises:
-        TypeError: model is no module.
-        ValueError: it has no LoRA layers, or one whose `linear` is no plain linear layer; then
+        TypeError: model is not a module.
+        ValueError: it has no LoRA layers, or one whose `linear` is not a plain linear layer; then
             nothing is changed.
     """
     plain: dict[nn.Module, nn.Module] = {layer: layer.unload() for layer in _mergeable(model)}

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from mllama.config.spec import ModelSpec
+from mllama.encoders import ENCODERS
 
 PARTS = ("tower", "projector", "embeddings", "decoder", "cross layers", "head")
 # of a layer's width, alive while its feed-forward block runs: the layer's input, attended, their
@@ -116,12 +117,12 @@ def picture_tokens(spec: ModelSpec, tiles: int) -> int:
 def _tower_tokens(spec: ModelSpec, tiles: int) -> int:
     """The same as the tower has them; class tokens have one, too."""
     patches = (spec.vision.image_size // spec.vision.patch_size) ** 2
-    return tiles * (patches + (spec.encoder != "siglip"))
+    return tiles * (patches + (ENCODERS[spec.encoder].has_class_token))
 
 
 def _vision(spec: ModelSpec, work: Work) -> int:
     vision, tiles = spec.vision, work.tiles
-    if spec.encoder == "tiled":
+    if spec.has_tiles:
         tiles = -(-tiles // vision.max_num_tiles) * vision.max_num_tiles
         kept = (
             2 * len(vision.intermediate_layers_indices) + 4

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 
 from mllama.config.spec import ModelSpec
+from mllama.fusion import make_fusion
 
 _TEXT = (14, 9)  # tokens of text in each row
 _ANSWER = 4  # of them after the prompt
@@ -93,20 +94,15 @@ def _row(spec: ModelSpec, token: int, number: int, generator: torch.Generator) -
     lead = (
         0 if spec.bidirectional_prefix else 2
     )  # text before the picture, where the family has such
-    shown = {
-        None: 0,
-        "merge": spec.tokens_per_image,
-        "prepend": 0,
-        "cross_attention": int(spec.encoder == "tiled"),
-    }[spec.fusion]
+    shown = make_fusion(spec).placeholders_per_image
     ids = torch.cat([text[:lead], torch.full((shown,), token), text[lead:]])[None]
     total = ids.shape[1]
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     if spec.bidirectional_prefix:
         inputs["token_type_ids"] = (torch.arange(total) >= total - _ANSWER).long()[None]
-    if spec.fusion is not None and spec.encoder != "tiled":
+    if spec.fusion is not None and not spec.has_tiles:
         inputs["pixel_values"] = _pixels(spec, generator)
-    if spec.encoder == "tiled":
+    if spec.has_tiles:
         inputs |= _tiles(spec, generator, 0 if number else 1)
         seen = (torch.arange(total) >= lead).long()
         inputs["cross_attention_mask"] = (

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 
 def gelu_tanh(x: torch.Tensor) -> torch.Tensor:
-    """GELU's tanh approximation step by step: rounds as transformers' `gelu_new` does in 16 bits."""
+    """GELU's tanh approximation step by step: rounds as transformers' `gelu_new` in 16 bits."""
     return 0.5 * x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x.pow(3))))
 
 

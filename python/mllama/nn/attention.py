@@ -1,6 +1,4 @@
-"""Attention blocks: projections around the attention operator, on tensors laid out [batch, length,
-heads, head size].
-"""
+"""Attention blocks: projections around the attention operator, on tensors [B, T, heads, D]."""
 
 from collections.abc import Callable
 
@@ -13,9 +11,7 @@ from mllama.ops.rope import rope
 
 
 def split_heads(x: torch.Tensor, head_dim: int) -> torch.Tensor:
-    """[..., heads * head_dim] -> [..., heads, head_dim]; how many heads there are is told by x,
-    which may be empty.
-    """
+    """[..., heads * head_dim] -> [..., heads, head_dim]; x may be empty."""
     return x.view(*x.shape[:-1], x.shape[-1] // head_dim, head_dim)
 
 
@@ -74,14 +70,13 @@ def masked_attention_weights(
 
 
 class BidirectionalAttention(nn.Module):
-    """Every position sees every other, or all of a context; projections with biases, no positions
-    of its own.
+    """Attention over all positions, or over a context; projections with biases, no positions.
 
     Args:
         hidden_size: width of the input and of the output.
-        heads: how many heads it is shared out to.
-        dropout: chance that training leaves out a probability. Above 0 training lays out the [B,
-            heads, T, S] probabilities in memory.
+        heads: number of heads.
+        dropout: of the probabilities, in training. Above 0 training materializes them,
+            [B, heads, T, S].
     """
 
     def __init__(self, hidden_size: int, heads: int, dropout: float = 0.0):
@@ -96,8 +91,10 @@ class BidirectionalAttention(nn.Module):
     def forward(
         self, x: torch.Tensor, output_attentions: bool = False, context: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """x: [B, T, hidden_size], context: [B, S, hidden_size], by default x -> (x's shape,
-        probabilities [B, heads, T, S] or None).
+        """x: [B, T, hidden_size], context: [B, S, hidden_size], by default x.
+
+        Returns:
+            ([B, T, hidden_size], probabilities [B, heads, T, S] float32 or None)
         """
         context = x if context is None else context
         q, k, v = (
@@ -111,8 +108,8 @@ class BidirectionalAttention(nn.Module):
         dropping = self.training and self.dropout > 0
         weights = attention_weights(q, k) if output_attentions or dropping else None
         if dropping:
-            kept = nn.functional.dropout(weights, self.dropout).to(v.dtype)
-            attended = torch.einsum("bhts,bshd->bthd", kept, v)
+            dropped = nn.functional.dropout(weights, self.dropout).to(v.dtype)
+            attended = torch.einsum("bhts,bshd->bthd", dropped, v)
         else:
             attended = attention(q, k, v)
         return self.out_proj(attended.flatten(2)), weights

@@ -4,9 +4,9 @@ import torch
 from torch import nn
 
 from mllama.nn.activation import ACTIVATIONS
-from mllama.ops.geglu import geglu
-from mllama.ops.recompute import apply_recomputing
-from mllama.ops.swiglu import swiglu
+from mllama.nn.plain import takes_recompute
+from mllama.ops.gated import geglu, swiglu
+from mllama.ops.recompute import Recompute
 
 _GATES = {"silu": swiglu, "swish": swiglu, "gelu_pytorch_tanh": geglu}
 
@@ -29,7 +29,12 @@ class GatedMLP(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x: [..., hidden_size] -> the same shape."""
-        return apply_recomputing(self.down_proj, self.gate, self.gate_proj(x), self.up_proj(x))
+        gate, up = self.gate_proj(x), self.up_proj(x)
+        product = self.gate(gate, up)
+        if takes_recompute(self.down_proj):  # gate and up are kept anyway: the product need not be
+            return self.down_proj(product, recompute=Recompute(product, self.gate, (gate, up)))
+        del gate, up  # without a backward pass their memory is free from here on
+        return self.down_proj(product)
 
 
 class MLP(nn.Module):

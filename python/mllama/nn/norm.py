@@ -1,4 +1,4 @@
-"""Normalisation layers on the operators."""
+"""Normalization layers on the operators."""
 
 import torch
 from torch import nn
@@ -9,10 +9,10 @@ from mllama.ops.rms_norm import add_rms_norm, rms_norm
 
 
 class RMSNorm(nn.Module):
-    """Root-mean-square norm over the last axis, scaled by offset + weight.
+    """Root-mean-square norm over the last axis, scaled by offset + weight, at first 1.
 
-    Offset 0 is Llama's order (normalise in float32, cast, then scale), 1 is Gemma's (scale in
-    float32, cast last). The scale starts at 1.
+    Offset 0 is Llama's order (normalize in float32, cast, then scale), 1 is Gemma's (scale in
+    float32, cast last).
     """
 
     def __init__(self, size: int, eps: float = 1e-6, offset: float = 0.0):
@@ -23,15 +23,13 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
         """[..., size] -> the same shape and dtype: the norm of x, or of x + residual."""
-        return (
-            rms_norm(x, self.weight, self.eps, self.offset)
-            if residual is None
-            else self.add(x, residual)[0]
-        )
+        if residual is not None:
+            return self.add(x, residual)[0]
+        return rms_norm(x, self.weight, self.eps, self.offset)
 
     def add(self, x: torch.Tensor, residual: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """(norm(x + residual), x + residual) in one pass, in the residual's dtype (under autocast x
-        comes in a smaller one).
+        """(norm(x + residual), x + residual) in one pass, in the residual's dtype: under autocast
+        x has a smaller one.
         """
         return add_rms_norm(x.to(residual.dtype), residual, self.weight, self.eps, self.offset)
 
@@ -44,8 +42,8 @@ class RMSNorm(nn.Module):
 def add_and_norm(
     norm: nn.Module, x: torch.Tensor, residual: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(norm(x + residual), x + residual): in one pass, unless the norm has hooks or is another
-    module, which is called.
+    """(norm(x + residual), x + residual): in one pass, or by calling a norm that has hooks or is
+    another module.
     """
     if is_plain(norm, RMSNorm):
         return norm.add(x, residual)

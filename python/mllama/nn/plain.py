@@ -1,11 +1,11 @@
-"""Whether a module may be read instead of called."""
+"""Whether a module may be read instead of called, or called with more than its input."""
 
 from torch import nn
 
 
 def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
-    """Whether calling the module would do what `kind` does with its parameters, and nothing beside
-    it: no hooks, no forward of its own.
+    """Whether calling the module does what `kind.forward` does and nothing else: no hooks, no
+    forward of its own.
     """
     hooks = (
         module._forward_hooks
@@ -14,3 +14,14 @@ def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
         or module._backward_pre_hooks
     )
     return type(module).forward is kind.forward and not hooks and "forward" not in module.__dict__
+
+
+class RecomputingLinear(nn.Module):
+    """A linear layer whose forward(x, recompute) takes how x was made, to keep that in place of x
+    for the backward pass.
+    """
+
+
+def takes_recompute(module: nn.Module) -> bool:
+    """Whether it is a RecomputingLinear without hooks that could change its input."""
+    return isinstance(module, RecomputingLinear) and is_plain(module, type(module))

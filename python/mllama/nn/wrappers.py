@@ -1,5 +1,5 @@
-"""Modules that wrap others (torch.compile, DDP, FSDP, activation checkpointing): plain names, and
-whole tensors of what they shard.
+"""Wrappers (torch.compile, DDP, FSDP, activation checkpointing): plain names of what is inside, and
+whole tensors of what is sharded.
 """
 
 from collections.abc import Iterator, Mapping
@@ -21,9 +21,7 @@ def unwrapped(module: nn.Module) -> nn.Module:
 
 
 def plain_name(module: nn.Module, name: str) -> str:
-    """The dotted name of a module or parameter inside this one, without the parts that wrappers put
-    into it.
-    """
+    """The dotted name of a module or parameter inside this one, without the wrappers' parts."""
     parts = []
     for part in name.split(".") if name else ():
         if part not in module._modules:  # a parameter; or FSDP left its own part out
@@ -35,9 +33,7 @@ def plain_name(module: nn.Module, name: str) -> str:
 
 
 def plain_key(key: str) -> str:
-    """A name from elsewhere, whose modules are not at hand, without the parts that wrappers put
-    into it.
-    """
+    """As `plain_name`, for a key of a state dict without its modules."""
     parts = [part for part in key.split(".") if part not in _PARTS]
     while len(parts) > 1 and parts[0] == "module":
         parts = parts[1:]
@@ -52,16 +48,16 @@ def _wraps(module: nn.Module, part: str) -> bool:
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:
-    """A tensor as it is; of one that is sharded over processes (`fully_shard`) all of it, for which
-    every process must ask.
+    """The tensor; of one sharded over processes (`fully_shard`) all of it. Every process must call
+    this.
     """
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
 def put(tensor: torch.Tensor, value: torch.Tensor) -> None:
-    """Copy values into a tensor, of one that is sharded each process its part."""
+    """Copy values into a tensor; into a sharded one each process its part."""
     if hasattr(tensor, "full_tensor"):
-        from torch.distributed.tensor import distribute_tensor  # an import that takes its time
+        from torch.distributed.tensor import distribute_tensor  # slow to import
 
         value = distribute_tensor(
             value.to(tensor.device, tensor.dtype), tensor.device_mesh, tensor.placements
@@ -70,8 +66,8 @@ def put(tensor: torch.Tensor, value: torch.Tensor) -> None:
 
 
 def given_out(module: nn.Module, state_dict: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """A state dict as the module's parameters are: whole tensors, or of a sharded module each
-    process its part.
+    """A state dict in the form of the module's parameters: whole tensors, or of a sharded module
+    this process's parts.
     """
     own = dict(module.named_parameters(remove_duplicate=False))
     placed = {}
@@ -86,8 +82,8 @@ def given_out(module: nn.Module, state_dict: Mapping[str, torch.Tensor]) -> dict
 
 
 def is_sharded(module: nn.Module) -> bool:
-    """Whether parameters lie in parts on several processes, each of which must take part in reading
-    and writing them.
+    """Whether parameters are sharded over processes, all of which must take part in reading and
+    writing them.
     """
     return bool(_flat_roots(module)) or any(
         hasattr(parameter, "full_tensor") for parameter in module.parameters()
@@ -95,15 +91,15 @@ def is_sharded(module: nn.Module) -> bool:
 
 
 def may_write(module: nn.Module) -> bool:
-    """Whether this process writes files: the first one of a sharded module's, any of another's."""
+    """Whether this process writes files: of a sharded module's processes the first."""
     return not is_sharded(module) or distributed.get_rank() == 0
 
 
 @contextmanager
 def gathered(module: nn.Module, write: bool = False) -> Iterator[None]:
-    """Inside this context FSDP's flat parameters are whole; with `write`, what is written to them
-    is kept. At its end, and on an error, the processes of a sharded module wait for one another, so
-    that what one wrote is there for all.
+    """Context in which FSDP's flat parameters are whole; with `write`, changes to them stay. At its
+    end, and on an error, the processes of a sharded module wait for each other, so that what one
+    wrote is there for all.
     """
     sharded = is_sharded(module)
     try:
@@ -127,7 +123,7 @@ def _summoned(roots: list[nn.Module], write: bool) -> Iterator[None]:
 
 
 def _flat_roots(module: nn.Module) -> list[nn.Module]:
-    """The outermost modules of the older FSDP."""
+    """The outermost FSDP 1 modules."""
     if not distributed.is_available() or not distributed.is_initialized():
         return []
     from torch.distributed.fsdp import FullyShardedDataParallel

@@ -3,14 +3,13 @@ registers them with torch.
 """
 
 from mllama.ops.attention import attention, attention_weights
-from mllama.ops.geglu import geglu
+from mllama.ops.gated import geglu, swiglu
 from mllama.ops.image import resize, resize_normalize
 from mllama.ops.layer_norm import layer_norm
 from mllama.ops.lora_linear import lora_linear
 from mllama.ops.patch_embed import patch_embed
 from mllama.ops.rms_norm import add_rms_norm, rms_norm
 from mllama.ops.rope import rope, rope_frequencies, rope_tables
-from mllama.ops.swiglu import swiglu
 
 __all__ = [
     "add_rms_norm",

@@ -1,10 +1,14 @@
-"""What every operator file shares: the choice between kernel and reference, and checks of what a
-caller passed.
+"""What every operator file shares: the choice between kernel and reference, registration with
+torch, and checks of arguments.
+
+A public function checks numbers itself. Tensors are checked by the operator's `check`, which runs
+before the reference, in the fake, and where the kernel refused its arguments: in a call that
+succeeds it costs nothing, and every path raises the same text.
 """
 
 import contextlib
-import functools
-import inspect
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch.autograd import forward_ad
@@ -18,22 +22,18 @@ FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 def use_kernel(x: torch.Tensor) -> bool:
     """True when the compiled kernel serves this tensor: it lives on the CPU and operators are not
     disabled.
-
-    A public function checks types, which would reach the user as torch's schema errors; shapes and
-    values are checked by the kernel, and where it does not run by the function beside the
-    reference: twice would cost short calls a quarter of their time.
     """
-    return _EXTENSION is not None and x.is_cpu
+    return _EXTENSION is not None and isinstance(x, torch.Tensor) and x.is_cpu
 
 
 def autocast_dtype(x: torch.Tensor) -> torch.dtype | None:
     """The dtype that autocast computes in on x's device, None where it is off. The meta device has
     none, and asking raises; that there is one, torch 2.11 could not be asked in a compiled graph.
     """
-    kind = x.device.type
+    device = x.device.type if isinstance(x, torch.Tensor) else "meta"
     return (
-        torch.get_autocast_dtype(kind)
-        if kind != "meta" and torch.is_autocast_enabled(kind)
+        torch.get_autocast_dtype(device)
+        if device != "meta" and torch.is_autocast_enabled(device)
         else None
     )
 
@@ -49,18 +49,37 @@ def exact(x: torch.Tensor) -> contextlib.AbstractContextManager:
     )
 
 
-def check_float(op: str, *, optional: tuple[str, ...] = (), **tensors: torch.Tensor | None) -> None:
-    """Raise TypeError unless every tensor given is a float32, bfloat16 or float16 torch.Tensor;
-    those named optional may be None.
+def check_tensors(op: str, *, optional: tuple[str, ...] = (), **tensors: Any) -> None:
+    """Raise TypeError unless all are float32, bfloat16 or float16 tensors (those named optional may
+    be None), ValueError unless they are on one device.
     """
     for name, tensor in tensors.items():
-        if isinstance(tensor, torch.Tensor):
-            if tensor.dtype not in FLOAT_DTYPES:
-                raise TypeError(
-                    f"{op}: {name} must be float32, bfloat16 or float16, got {str(tensor.dtype).removeprefix('torch.')}"
-                )
-        elif tensor is not None or name not in optional:
-            raise TypeError(f"{op}: {name} must be a torch.Tensor, got {type(tensor).__name__}")
+        if tensor is None and name in optional:
+            continue
+        check_tensor(op, name, tensor)
+        if tensor.dtype not in FLOAT_DTYPES:
+            raise TypeError(
+                f"{op}: {name} must be float32, bfloat16 or float16, got {dtype_name(tensor)}"
+            )
+    first, *others = tensors
+    for name in others:
+        if tensors[name] is not None:
+            check_device(op, name, tensors[name], first, tensors[first])
+
+
+def check_tensor(op: str, name: str, tensor: Any) -> None:
+    """Raise TypeError unless it is one."""
+    if not isinstance(tensor, torch.Tensor):
+        raise TypeError(f"{op}: {name} must be a torch.Tensor, got {type(tensor).__name__}")
+
+
+def check_device(op: str, name: str, tensor, first: str, home) -> None:
+    """Raise ValueError unless the tensor is on the device of `home`, the argument `first`."""
+    if tensor.device != home.device:
+        raise ValueError(
+            f"{op}: {name} is on {tensor.device}, {first} on {home.device}; "
+            "all must be on one device"
+        )
 
 
 def check_value(condition: bool, message: str) -> None:
@@ -77,9 +96,14 @@ def check_eps(op: str, eps: float) -> None:
         raise ValueError(f"{op}: eps must be finite and not negative, got {eps}")
 
 
+def dtype_name(x: torch.Tensor) -> str:
+    """float32, not torch.float32."""
+    return str(x.dtype).removeprefix("torch.")
+
+
 def kind(x: torch.Tensor) -> str:
     """Sizes and dtype for a message: [2, 3] of float32."""
-    return f"{list(x.shape)} of {str(x.dtype).removeprefix('torch.')}"
+    return f"{list(x.shape)} of {dtype_name(x)}"
 
 
 def fresh(like: torch.Tensor) -> torch.Tensor:
@@ -87,12 +111,20 @@ def fresh(like: torch.Tensor) -> torch.Tensor:
     return torch.empty_like(like, memory_format=torch.contiguous_format)
 
 
-def register(name: str, *, fake, backward=None, setup_context=None):
+def register(
+    name: str,
+    *,
+    fake: Callable,
+    check: Callable | None = None,
+    backward: Callable | None = None,
+    setup_context: Callable | None = None,
+) -> Any:
     """Give the compiled operator `mllama::name` its fake and its autograd formula; return the
     function to call it by.
 
-    Without `backward` the operator is itself a derivative: differentiating it raises, since a
-    missing formula would give silently wrong second derivatives. None where operators are disabled.
+    `check` takes the operator's arguments and raises for those it refuses. Without `backward` the
+    operator is itself a derivative: differentiating it raises, since a missing formula would give
+    silently wrong second derivatives. None where operators are disabled.
     """
     if _EXTENSION is None:
         return None
@@ -101,98 +133,55 @@ def register(name: str, *, fake, backward=None, setup_context=None):
             f"mllama._C was built from other sources than these: it lacks the operator {name}"
         )
     qualified = f"mllama::{name}"
-    torch.library.register_fake(qualified, _on_one_device(name, fake))
+    torch.library.register_fake(qualified, fake if check is None else _checked(check, fake))
     if backward is None:
         backward, setup_context = _no_second_derivative(name), None
     torch.library.register_autograd(qualified, backward, setup_context=setup_context)
-    return _caller(getattr(torch.ops.mllama, name).default, backward, setup_context)
+    return _caller(name, check)
 
 
-def _on_one_device(name: str, fake):
-    """The fake with a check before it: beside a meta tensor even real ones come here, and would get
-    a result that nobody computed.
+def _checked(check: Callable, fake: Callable) -> Callable:
+    """A meta tensor beside real ones comes here too: without the check its result would be
+    uninitialized memory.
     """
-    names = tuple(inspect.signature(fake).parameters)
 
-    @functools.wraps(fake)
     def checked(*arguments):
-        tensors = [
-            (place, value)
-            for place, value in zip(names, arguments, strict=False)
-            if isinstance(value, torch.Tensor)
-        ]
-        first, home = tensors[0][0], tensors[0][1].device
-        for place, tensor in tensors:
-            if tensor.device != home:
-                raise ValueError(
-                    f"{name}: {place} is on {tensor.device}, {first} on {home}; all must be on one device"
-                )
+        check(*arguments)
         return fake(*arguments)
 
     return checked
 
 
-def _caller(overload, derivative, setup_context):
-    """The overload for eager calls, with the same autograd formula around it in a cheaper way.
-
-    torch.library's autograd layer costs 5 us a call where no gradient is wanted and 20 us where one
-    is, more than the kernels take for one token. Here it is skipped or replaced by an
-    autograd.Function (9 us). Compilers and torch.func get the overload.
-    """
-
-    class Node(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, *arguments):
-            with (
-                torch._C._AutoDispatchBelowAutograd()
-            ):  # what torch.library itself does at this place
-                results = overload(*arguments)
-            if setup_context is not None:
-                setup_context(ctx, arguments, results)
-            return results
-
-        backward = staticmethod(derivative)
-
-    apply = super(
-        torch.autograd.Function, Node
-    ).apply  # what Function.apply adds for torch.func costs a third more
-    ours = f"{overload.name().removeprefix('mllama::').removesuffix('.default')}: "
+def _caller(name: str, check: Callable | None) -> Callable:
+    """The operator, with the errors of its check in place of the kernel's."""
+    overload = getattr(torch.ops.mllama, name).default
 
     def call(*arguments):
         if torch.compiler.is_compiling():
             return overload(*arguments)
-        if forward_ad._current_level >= 0:
-            _refuse_tangents(overload, arguments)
+        _refuse_tangents(name, arguments)
         try:
-            if torch._C._are_functorch_transforms_active():
-                return overload(*arguments)
-            if torch.is_grad_enabled():
-                for argument in arguments:
-                    if isinstance(argument, torch.Tensor) and argument.requires_grad:
-                        return apply(*arguments)
-            elif torch.is_inference_mode_enabled():  # nothing to skip
-                return overload(*arguments)
-            with torch._C._AutoDispatchBelowAutograd():
-                return overload(*arguments)
-        # what C++ threw as std::invalid_argument comes as a ValueError up to torch 2.14 only
-        except RuntimeError as error:
-            if type(error) is RuntimeError and str(error).startswith(ours):
-                raise ValueError(str(error)) from None
-            raise
+            return overload(*arguments)
+        except (RuntimeError, TypeError, ValueError) as error:
+            refused = error
+        if check is not None:
+            check(*arguments)
+        # C++'s std::invalid_argument comes as a ValueError up to torch 2.14 only.
+        if type(refused) is RuntimeError and str(refused).startswith(f"{name}: "):
+            raise ValueError(str(refused)) from None
+        raise refused
 
     return call
 
 
-def _refuse_tangents(overload, arguments) -> None:
-    """Forward-mode derivatives have no formula, and torch would take them for zero without a word."""
-    if any(
-        isinstance(value, torch.Tensor) and forward_ad.unpack_dual(value).tangent is not None
-        for value in arguments
-    ):
-        raise NotImplementedError(f"{overload.name()} has no forward-mode derivative")
+def _refuse_tangents(name: str, arguments: tuple) -> None:
+    """Forward-mode derivatives have no formula, and torch would take them for zero silently."""
+    for value in arguments:
+        if isinstance(value, torch.Tensor) and forward_ad.unpack_dual(value).tangent is not None:
+            raise NotImplementedError(f"mllama::{name} has no forward-mode derivative")
 
 
-def _no_second_derivative(name: str):
+def _no_second_derivative(name: str) -> Callable:
     def backward(ctx, *grads):
         raise NotImplementedError(
             f"mllama::{name} has no derivative: mllama's operators can be differentiated once"

@@ -8,14 +8,25 @@ from typing import NamedTuple
 import torch
 from torch.nn.functional import pad
 
-from mllama.ops._dispatch import check_float, exact, register, use_kernel
+from mllama.ops._dispatch import (
+    check_device,
+    check_tensor,
+    check_tensors,
+    dtype_name,
+    exact,
+    fresh,
+    register,
+    use_kernel,
+)
 
 _SMALLEST_HEAD, _LARGEST_HEAD = 16, 256  # of the kernel
 _FAR = 2**62  # offsets and windows stay below it, so that their sums fit int64
 
 
 class Options(NamedTuple):
-    """What `attention` takes beside q, k and v, in the order of the operator's schema."""
+    """What `attention` takes beside q, k and v, in the order of the operator's schema: five masks,
+    then numbers.
+    """
 
     key_mask: torch.Tensor | None = None
     key_bias: torch.Tensor | None = None
@@ -71,9 +82,9 @@ def attention(
         prefix_length: int64 [B], or [B, T] of each query: keys at the front that attend to each
             other in both directions. A query at p < prefix_length sees all j < prefix_length, in
             the window or not; later queries are causal, as in PaliGemma. Only with `causal`.
-        first_key: int64 [B or 1, T], query i of row b sees only keys j >= first_key[b, i]. In rows
-            that hold several sequences it is where the query's own one begins: with `causal` each
-            is then computed as if alone. Any value is valid.
+        first_key: int64 [B or 1, T], query i of row b sees only keys j >= first_key[b, i]. In
+            packed rows it is the start of the query's sequence: with `causal` each sequence is then
+            computed as if alone. Any value is valid.
 
     Returns:
         [B, T, H, D], contiguous, in q's dtype.
@@ -86,18 +97,17 @@ def attention(
     options = Options(
         key_mask, key_bias, query_offset, prefix_length, first_key, causal, window, scale, softcap
     )
-    _check_types(q, k, options)
-    _check_dtype("v", v, q)
-    if q.dim() == 4 and not _SMALLEST_HEAD <= q.shape[-1] <= _LARGEST_HEAD:
-        _check_sizes(q, k, v, options)
-        return _padded(q, k, v, options)
+    _check_numbers(options)
     if use_kernel(q):
+        if q.dim() == 4 and q.shape[-1] < _SMALLEST_HEAD:
+            _check(q, k, v, *options)
+            return _padded(q, k, v, options)
         if query_offset is not None and not isinstance(query_offset, torch.Tensor):
             options = options._replace(
                 query_offset=torch.full((1,), query_offset, dtype=torch.int64, device=q.device)
             )
         return _attention(q, k, v, *options)[0]
-    _check_sizes(q, k, v, options)
+    _check(q, k, v, *options)
     return reference(q, k, v, **options._asdict())
 
 
@@ -108,8 +118,8 @@ def attention_weights(q: torch.Tensor, k: torch.Tensor, **options) -> torch.Tens
     Arguments and errors as `attention`. For inspection: always plain torch, and T x S large.
     """
     checked = Options(**options)
-    _check_types(q, k, checked)
-    _check_sizes(q, k, k, checked)
+    _check_numbers(checked)
+    _check(q, k, k, *checked)
     with exact(q):
         return _probabilities(q, k, checked).flatten(1, 2)  # (B, H, T, S)
 
@@ -190,85 +200,67 @@ def _causal(queries: int, key: torch.Tensor, o: Options) -> torch.Tensor:
     return visible
 
 
-_MASK_DTYPES = {
-    "key_mask": torch.bool,
-    "key_bias": torch.float32,
-    "query_offset": torch.int64,
-    "prefix_length": torch.int64,
-    "first_key": torch.int64,
-}
-
-
-def _check_types(q, k, o: Options) -> None:
-    check_float("attention", q=q)
-    _check_dtype("k", k, q)
-    _check_number("scale", o.scale)
-    _check_number("softcap", o.softcap)
+def _check_numbers(o: Options) -> None:
+    """The arguments that are no tensors, and what a tensor may not ask for."""
+    for name, value in (("scale", o.scale), ("softcap", o.softcap)):
+        if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float))):
+            raise TypeError(
+                f"attention: {name} must be a float or None, got {type(value).__name__}"
+            )
     if o.softcap is not None and not 1e-30 < o.softcap < 1e30:
         raise ValueError(f"attention: softcap must be a positive number, got {o.softcap}")
     if not isinstance(o.causal, bool):
         raise TypeError(f"attention: causal must be a bool, got {type(o.causal).__name__}")
     if o.window is not None:
-        _check_int("window", o.window)
+        _check_int("window", o.window, "an int or None")
         if not 0 < o.window < _FAR:
             raise ValueError(f"attention: window must be 1 to 2**62 - 1, got {o.window}")
-    for name, dtype in _MASK_DTYPES.items():
-        mask = getattr(o, name)
-        if mask is not None:  # the calls that this spares are felt where one token is decoded
-            _check_mask_type(name, mask, dtype, q)
-    if o.key_bias is not None and o.key_bias.requires_grad:
+    if o.query_offset is not None and not isinstance(o.query_offset, torch.Tensor):
+        _check_int("query_offset", o.query_offset, "an int, an int64 tensor or None")
+        if not -_FAR < o.query_offset < _FAR:
+            raise ValueError(
+                f"attention: query_offset must lie within 2**62 of 0, got {o.query_offset}"
+            )
+    if o.key_bias is not None and getattr(o.key_bias, "requires_grad", False):
         raise ValueError("attention: key_bias gets no gradient; pass key_bias.detach()")
 
 
-def _check_number(name: str, value) -> None:
-    if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float))):
-        raise TypeError(f"attention: {name} must be a float or None, got {type(value).__name__}")
-
-
-def _check_int(name: str, value) -> None:
+def _check_int(name: str, value, wanted: str) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
-        raise TypeError(f"attention: {name} must be an int or None, got {type(value).__name__}")
+        raise TypeError(f"attention: {name} must be {wanted}, got {type(value).__name__}")
 
 
-def _check_dtype(name: str, tensor, q) -> None:
-    check_float("attention", **{name: tensor})
-    if tensor.dtype != q.dtype:
-        raise TypeError(
-            f"attention: {name} must have q's dtype {q.dtype}, got {tensor.dtype}".replace(
-                "torch.", ""
-            )
-        )
-    if tensor.device != q.device:
-        raise ValueError(f"attention: {name} is on {tensor.device}, q on {q.device}")
-
-
-def _check_mask_type(name: str, mask, dtype: torch.dtype, q) -> None:
-    if name == "query_offset" and not isinstance(mask, torch.Tensor):
-        if isinstance(mask, bool) or not isinstance(mask, (int, torch.SymInt)):
+def _check(q, k, v, *options) -> None:
+    check_tensors("attention", q=q, k=k, v=v)
+    for name, x in (("k", k), ("v", v)):
+        if x.dtype != q.dtype:
             raise TypeError(
-                f"attention: query_offset must be an int, an int64 tensor or None, "
-                f"got {type(mask).__name__}"
+                f"attention: {name} must have q's dtype {dtype_name(q)}, got {dtype_name(x)}"
             )
-        if not -_FAR < mask < _FAR:
-            raise ValueError(f"attention: query_offset must lie within 2**62 of 0, got {mask}")
-        return
-    if not isinstance(mask, torch.Tensor):
-        raise TypeError(f"attention: {name} must be a torch.Tensor, got {type(mask).__name__}")
-    if mask.dtype != dtype:
-        raise TypeError(
-            f"attention: {name} must be {dtype}, got {mask.dtype}".replace("torch.", "")
-        )
-    if mask.device != q.device:
-        raise ValueError(f"attention: {name} is on {mask.device}, q on {q.device}")
+    _check_sizes(q, k, v)
+    o = Options(*options)
+    for name in ("window", "query_offset", "prefix_length"):
+        if getattr(o, name) is not None and not o.causal:
+            raise ValueError(f"attention: {name} has a meaning only with causal=True")
+    batch, queries, keys = len(q), q.shape[1], k.shape[1]
+    int64 = torch.int64
+    _check_mask("key_mask", o.key_mask, q, torch.bool, [batch, keys])
+    _check_mask("key_bias", o.key_bias, q, torch.float32, [batch, keys], [1, keys])
+    if isinstance(o.query_offset, torch.Tensor):
+        _check_mask("query_offset", o.query_offset, q, int64, [batch], [1], [])
+    per_query = getattr(o.prefix_length, "ndim", 1) == 2
+    shape = [batch, queries] if per_query else [batch]
+    _check_mask("prefix_length", o.prefix_length, q, int64, shape)
+    _check_mask("first_key", o.first_key, q, int64, [batch, queries], [1, queries])
 
 
-def _check_sizes(q, k, v, o: Options) -> None:
+def _check_sizes(q, k, v) -> None:
     if q.dim() != 4 or k.dim() != 4:
         raise ValueError(
             "attention: q and k must be [batch, length, heads, head size], "
             f"got {list(q.shape)} and {list(k.shape)}"
         )
-    (batch, queries, heads, size), (k_batch, keys, kv_heads, k_size) = q.shape, k.shape
+    (batch, _, heads, size), (k_batch, _, kv_heads, k_size) = q.shape, k.shape
     if not 1 <= size <= _LARGEST_HEAD:
         raise ValueError(
             f"attention: the head size (last of q) must be 1 to {_LARGEST_HEAD}, got {size}"
@@ -281,31 +273,27 @@ def _check_sizes(q, k, v, o: Options) -> None:
         raise ValueError(f"attention: q's {heads} heads must be a multiple of k's {kv_heads}")
     if v.shape != k.shape:
         raise ValueError(f"attention: v must have k's shape {list(k.shape)}, got {list(v.shape)}")
-    for name in ("window", "query_offset", "prefix_length"):
-        if getattr(o, name) is not None and not o.causal:
-            raise ValueError(f"attention: {name} has a meaning only with causal=True")
-    if isinstance(o.query_offset, torch.Tensor):
-        _check_mask_size("query_offset", o.query_offset, [batch], [1], [])
-    each = o.prefix_length is not None and o.prefix_length.dim() == 2
-    _check_mask_size("prefix_length", o.prefix_length, [batch, queries] if each else [batch])
-    _check_mask_size("first_key", o.first_key, [batch, queries], [1, queries])
-    _check_mask_size("key_mask", o.key_mask, [batch, keys])
-    _check_mask_size("key_bias", o.key_bias, [batch, keys], [1, keys])
 
 
-def _check_mask_size(name: str, tensor: torch.Tensor | None, *shapes: list[int]) -> None:
-    if tensor is not None and list(tensor.shape) not in shapes:
+def _check_mask(name: str, mask, q, dtype: torch.dtype, *shapes: list[int]) -> None:
+    if mask is None:
+        return
+    check_tensor("attention", name, mask)
+    if mask.dtype != dtype:
+        wanted = str(dtype).removeprefix("torch.")
+        raise TypeError(f"attention: {name} must be {wanted}, got {dtype_name(mask)}")
+    check_device("attention", name, mask, "q", q)
+    if list(mask.shape) not in shapes:
         accepted = " or ".join(dict.fromkeys(str(shape) for shape in shapes if shape))
-        raise ValueError(f"attention: {name} must be {accepted}, got {list(tensor.shape)}")
+        raise ValueError(f"attention: {name} must be {accepted}, got {list(mask.shape)}")
 
 
 def _setup(ctx, inputs, output):
-    q, k, v, *rest = inputs
-    options = Options(*rest)
+    q, k, v, *options = inputs
     out, statistics = output
     ctx.mark_non_differentiable(statistics)
     ctx.set_materialize_grads(False)
-    masks, ctx.numbers = options[: len(_MASK_DTYPES)], options[len(_MASK_DTYPES) :]
+    masks, ctx.numbers = options[:5], options[5:]
     ctx.save_for_backward(q, k, v, out, statistics, *masks)
 
 
@@ -316,20 +304,14 @@ def _derivative(ctx, grad_out, grad_statistics):
     return (*_attention_backward(grad_out, *ctx.saved_tensors, *ctx.numbers), *none)
 
 
-def _fake(q, k, v, key_mask, key_bias, query_offset, prefix_length, first_key, *numbers):
-    masks = (key_mask, key_bias, query_offset, prefix_length, first_key)
-    _check_sizes(q, k, v, Options(*masks, *numbers))
+def _fake(q, k, v, *options):
     batch, queries, heads, _ = q.shape
-    return torch.empty_like(q, memory_format=torch.contiguous_format), q.new_empty(
-        (batch, heads, queries, 2), dtype=torch.float32
-    )
+    return fresh(q), q.new_empty((batch, heads, queries, 2), dtype=torch.float32)
 
 
-def _fake_backward(grad_out, q, k, v, *rest):
-    return tuple(
-        torch.empty_like(tensor, memory_format=torch.contiguous_format) for tensor in (q, k, v)
-    )
-
-
-_attention = register("attention", fake=_fake, backward=_derivative, setup_context=_setup)
-_attention_backward = register("_attention_backward", fake=_fake_backward)
+_attention = register(
+    "attention", check=_check, fake=_fake, backward=_derivative, setup_context=_setup
+)
+_attention_backward = register(
+    "_attention_backward", fake=lambda grad_out, q, k, v, *rest: (fresh(q), fresh(k), fresh(v))
+)

@@ -1,7 +1,7 @@
-"""Resizing of 8-bit RGB pictures, bit for bit as Pillow's `Image.resize` does it, alone and with
-normalisation behind it.
+"""Resizing of 8-bit RGB images, bit for bit as Pillow's `Image.resize` does it, alone and with
+normalization after it.
 
-Pillow's arithmetic (src/libImaging/Resample.c): weights in double, normalised to sum 1, rounded
+Pillow's arithmetic (src/libImaging/Resample.c): weights in double, normalized to sum 1, rounded
 half away from zero to integers with 22 fractional bits; one direction, rounded to 8 bits, then the
 other. The filter widens with the ratio, so that shrinking is antialiased.
 """
@@ -13,22 +13,20 @@ from PIL import Image
 
 from mllama.ops._dispatch import check_value, register, use_kernel
 
-MAX_PIXELS = (
-    2**27
-    # of the result, and of the picture between the passes: a hostile size is refused before anything is
-    # allocated
-)
+# Of the result, and of the image between the passes: a hostile size is refused before anything is
+# allocated.
+MAX_PIXELS = 2**27
 _FILTERS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
 _PILLOW = tuple(int(part) for part in PIL.__version__.split(".")[:2])
 
 
 def resize(image: torch.Tensor, height: int, width: int, resample: str = "bicubic") -> torch.Tensor:
-    """Return the picture in another size, equal in every bit to the installed Pillow's
+    """Return the image in another size, equal in every bit to the installed Pillow's
     `Image.resize((width, height), resample)`.
 
     Args:
         image: [H, W, 3] uint8 on the CPU, any strides.
-        height, width: of the result in pixels, at least 1; neither the result nor the picture
+        height, width: of the result in pixels, at least 1; neither the result nor the image
             between the two passes ([H, width] or [height, W]) may have more than MAX_PIXELS.
         resample: "bicubic" (a = -0.5) or "bilinear".
 
@@ -68,7 +66,8 @@ def resize_normalize(
         raise TypeError(f"resize_normalize: table must be a float32 tensor, got {_kind(table)}")
     check_value(
         table.shape == (256, 3) and table.device.type == "cpu",
-        f"resize_normalize: table must be [256, 3] on the CPU, got {tuple(table.shape)} on {table.device}",
+        "resize_normalize: table must be [256, 3] on the CPU, "
+        f"got {tuple(table.shape)} on {table.device}",
     )
     if use_kernel(image):
         return _resize_normalize(image, height, width, table, resample == "bicubic", height_first)
@@ -79,8 +78,8 @@ def reference(
     image: torch.Tensor, height: int, width: int, resample: str = "bicubic"
 ) -> torch.Tensor:
     """`resize` by Pillow itself."""
-    picture = Image.fromarray(image.contiguous().numpy())
-    return torch.from_numpy(np.array(picture.resize((width, height), _FILTERS[resample])))
+    source = Image.fromarray(image.contiguous().numpy())
+    return torch.from_numpy(np.array(source.resize((width, height), _FILTERS[resample])))
 
 
 def normalize_reference(
@@ -100,7 +99,8 @@ def _check(op: str, image: torch.Tensor, height: int, width: int, resample: str)
         and image.shape[2] == 3
         and image.numel() > 0
         and image.device.type == "cpu",
-        f"{op}: image must be [H, W, 3] on the CPU and not empty, got {tuple(image.shape)} on {image.device}",
+        f"{op}: image must be [H, W, 3] on the CPU and not empty, "
+        f"got {tuple(image.shape)} on {image.device}",
     )
     for name, size in (("height", height), ("width", width)):
         if not isinstance(size, int) or isinstance(size, bool):
@@ -115,7 +115,8 @@ def _check(op: str, image: torch.Tensor, height: int, width: int, resample: str)
     most = max(height * width, height * in_width if height_first else in_height * width)
     check_value(
         most <= MAX_PIXELS,
-        f"{op}: {in_height} x {in_width} to {height} x {width} makes {most} pixels, more than {MAX_PIXELS}",
+        f"{op}: {in_height} x {in_width} to {height} x {width} makes {most} pixels, "
+        f"more than {MAX_PIXELS}",
     )
     return height_first
 

@@ -1,8 +1,8 @@
-"""Layer normalisation (Ba et al., 2016) over the last dimension, with weight and bias."""
+"""Layer normalization (Ba et al., 2016) over the last dimension, with weight and bias."""
 
 import torch
 
-from mllama.ops._dispatch import check_eps, check_float, fresh, register, use_kernel
+from mllama.ops._dispatch import check_eps, check_tensors, fresh, register, use_kernel
 
 
 def layer_norm(
@@ -22,11 +22,10 @@ def layer_norm(
         TypeError: an argument is no tensor, or of another dtype; eps is no number.
         ValueError: weight or bias is not [D], or eps is negative or not finite.
     """
-    check_float("layer_norm", x=x, weight=weight, bias=bias)
     check_eps("layer_norm", eps)
     if use_kernel(x):
         return _layer_norm(x, weight, bias, eps)[0]
-    _check(x, weight, bias)
+    _check(x, weight, bias, eps)
     return reference(x, weight, bias, eps)
 
 
@@ -40,14 +39,16 @@ def reference(
     return (h * weight.float() + bias.float()).to(x.dtype)
 
 
-def _check(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> None:
+def _check(x, weight, bias, eps) -> None:
+    check_tensors("layer_norm", x=x, weight=weight, bias=bias)
     if x.dim() == 0:
         raise ValueError("layer_norm: x must have at least one dimension")
     for name, parameter in (("weight", weight), ("bias", bias)):
         if parameter.shape != x.shape[-1:]:
             size, got = x.shape[-1], list(parameter.shape)
             raise ValueError(
-                f"layer_norm: {name} must be [{size}], the last size of x {list(x.shape)}, got {got}"
+                f"layer_norm: {name} must be [{size}], the last size of x {list(x.shape)}, "
+                f"got {got}"
             )
 
 
@@ -70,11 +71,12 @@ def _derivative(ctx, grad_y, grad_statistics):
 
 
 def _fake(x, weight, bias, eps):
-    _check(x, weight, bias)
     return fresh(x), x.new_empty((*x.shape[:-1], 2), dtype=torch.float32)
 
 
-_layer_norm = register("layer_norm", fake=_fake, backward=_derivative, setup_context=_setup)
+_layer_norm = register(
+    "layer_norm", check=_check, fake=_fake, backward=_derivative, setup_context=_setup
+)
 _layer_norm_backward = register(
     "_layer_norm_backward",
     fake=lambda grad_y, x, weight, bias, statistics, parameter_gradients: (

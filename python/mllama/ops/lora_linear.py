@@ -4,8 +4,18 @@ import math
 
 import torch
 
-from mllama.ops._dispatch import autocast_dtype, check_float, exact, fresh, register, use_kernel
-from mllama.ops.recompute import recipe
+from mllama.ops._dispatch import (
+    autocast_dtype,
+    check_device,
+    check_tensor,
+    check_tensors,
+    dtype_name,
+    exact,
+    fresh,
+    register,
+    use_kernel,
+)
+from mllama.ops.recompute import Recompute
 
 _32_BITS = 0xFFFFFFFF
 
@@ -19,6 +29,7 @@ def lora_linear(
     scale: float = 1.0,
     dropout: float = 0.0,
     seed: torch.Tensor | None = None,
+    recompute: Recompute | None = None,
 ) -> torch.Tensor:
     """Return x W' + scale * (dropout(x) A') B' + bias, with gradients for x, A, B and bias, none
     for the frozen W.
@@ -37,43 +48,47 @@ def lora_linear(
         seed: int64 [1], the same elements are left out for the same seed. None draws one from
             torch's generator, which torch.utils.checkpoint winds back before it computes a second
             time.
+        recompute: how x was made. The kernel's backward pass then keeps what x was made from and
+            makes it again. Of no effect where recompute.result is not x.
 
     Returns:
         [..., out] of x's dtype. The update is summed in float32 and added to the rounded x W' +
-        bias. Saved for the backward pass: the arguments, in place of an x that `apply_recomputing`
-            made what it was made from, and one float32 [rank] per row.
+        bias. Saved for the backward pass: the arguments and one float32 [rank] per row.
 
     Raises:
         TypeError: an argument is no tensor, or of another dtype; scale or dropout is no number.
         ValueError: shapes do not fit, scale is not finite, dropout is out of range, seed is not
             [1], or weight.requires_grad.
     """
-    check_float(
-        "lora_linear",
-        optional=("bias",),
-        x=x,
-        weight=weight,
-        lora_a=lora_a,
-        lora_b=lora_b,
-        bias=bias,
-    )
     _check_numbers(scale, dropout)
-    _check_seed(seed)
-    if weight.requires_grad and torch.is_grad_enabled():
+    if torch.is_grad_enabled() and getattr(weight, "requires_grad", False):
         raise ValueError(
-            "lora_linear: weight.requires_grad is True, but only a frozen weight is taken: weight.requires_grad_(False)"
+            "lora_linear: weight.requires_grad is True, but only a frozen weight is taken: "
+            "weight.requires_grad_(False)"
         )
     dtype = autocast_dtype(x)
     if dtype is not None:
+        _check(x, weight, lora_a, lora_b, bias, seed, scale, dropout)
+        again = recompute if x.dtype == dtype else None
         with exact(x):
-            return lora_linear(x.to(dtype), weight, lora_a, lora_b, bias, scale, dropout, seed)
+            return lora_linear(
+                x.to(dtype), weight, lora_a, lora_b, bias, scale, dropout, seed, again
+            )
+    if seed is not None:
+        _check_seed(seed)
     if dropout == 0:
         seed = None
     elif seed is None:
+        check_tensor("lora_linear", "x", x)
         seed = torch.randint(1 << 62, (1,), device=x.device)
+    arguments = (x, weight, lora_a, lora_b, bias, seed, scale, dropout)
     if use_kernel(x):
-        return _lora_linear(x, weight, lora_a, lora_b, bias, seed, scale, dropout)[0]
-    _check(x, weight, lora_a, lora_b, bias)
+        if recompute is None or recompute.result is not x or not x.requires_grad:
+            return _lora_linear(*arguments)[0]
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            return _Recomputing.apply(*arguments, recompute)[0]
+        return _lora_linear(*arguments)[0]
+    _check(*arguments)
     return reference(x, weight, lora_a, lora_b, bias, scale, dropout, seed)
 
 
@@ -94,13 +109,14 @@ def reference(
     dtype = x.dtype
     y = linear(x, weight.to(dtype), None if bias is None else bias.to(dtype))
     if dropout:
-        x = x.masked_fill(~kept(seed, x.shape, dropout), 0)  # type: ignore[arg-type]  # it comes with a seed
+        assert seed is not None  # dropout comes with one
+        x = x.masked_fill(~keep_mask(seed, x.shape, dropout), 0)
     down = linear(x, lora_a.to(dtype)) * (scale / (1 - dropout))
     return y + linear(down, lora_b.to(dtype))
 
 
-def kept(seed: torch.Tensor, shape: torch.Size, dropout: float) -> torch.Tensor:
-    """The mask of what dropout keeps, bool of `shape`: a hash of seed, row and column, the same
+def keep_mask(seed: torch.Tensor, shape: torch.Size, dropout: float) -> torch.Tensor:
+    """What dropout keeps, bool of `shape`: a hash of seed, row and column, the same
     whatever computes it.
     """
     width = shape[-1]
@@ -138,69 +154,63 @@ def _check_numbers(scale: float, dropout: float) -> None:
         raise ValueError(f"lora_linear: dropout must be at least 0 and below 1, got {dropout}")
 
 
-def _check_seed(seed: torch.Tensor | None) -> None:
-    if seed is None:
-        return
-    if not isinstance(seed, torch.Tensor):
-        raise TypeError(
-            f"lora_linear: seed must be a torch.Tensor or None, got {type(seed).__name__}"
-        )
+def _check_seed(seed: torch.Tensor) -> None:
+    check_tensor("lora_linear", "seed", seed)
     if seed.dtype != torch.int64:
-        raise TypeError(
-            f"lora_linear: seed must be int64, got {str(seed.dtype).removeprefix('torch.')}"
-        )
+        raise TypeError(f"lora_linear: seed must be int64, got {dtype_name(seed)}")
     if seed.shape != (1,):
         raise ValueError(f"lora_linear: seed must be [1], got {list(seed.shape)}")
 
 
-def _check(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    lora_a: torch.Tensor,
-    lora_b: torch.Tensor,
-    bias: torch.Tensor | None,
-) -> None:
+def _check(x, weight, lora_a, lora_b, bias, seed, scale, dropout) -> None:
+    tensors = {"x": x, "weight": weight, "lora_a": lora_a, "lora_b": lora_b, "bias": bias}
+    check_tensors("lora_linear", optional=("bias",), **tensors)
+    if seed is not None:
+        _check_seed(seed)
+        check_device("lora_linear", "seed", seed, "x", x)
     if x.dim() == 0:
         raise ValueError("lora_linear: x must have at least one dimension")
     width = x.shape[-1]
     if weight.dim() != 2 or weight.shape[1] != width:
         raise ValueError(
-            f"lora_linear: weight must be [out, {width}] for x {list(x.shape)}, got {list(weight.shape)}"
+            f"lora_linear: weight must be [out, {width}] for x {list(x.shape)}, "
+            f"got {list(weight.shape)}"
         )
     if lora_a.dim() != 2 or lora_a.shape[0] == 0 or lora_a.shape[1] != width:
         raise ValueError(
-            f"lora_linear: lora_a must be [rank, {width}] with rank > 0 for x {list(x.shape)}, got {list(lora_a.shape)}"
+            f"lora_linear: lora_a must be [rank, {width}] with rank > 0 for x {list(x.shape)}, "
+            f"got {list(lora_a.shape)}"
         )
     out, rank = weight.shape[0], lora_a.shape[0]
     if lora_b.shape != (out, rank):
         raise ValueError(
-            f"lora_linear: lora_b must be [{out}, {rank}], out of weight and rank of lora_a, got {list(lora_b.shape)}"
+            f"lora_linear: lora_b must be [{out}, {rank}], out of weight and rank of lora_a, "
+            f"got {list(lora_b.shape)}"
         )
     if bias is not None and bias.shape != (out,):
         raise ValueError(f"lora_linear: bias must be [{out}], got {list(bias.shape)}")
 
 
 def _fake(x, weight, lora_a, lora_b, bias, seed, scale, dropout):
-    _check(x, weight, lora_a, lora_b, bias)
     return x.new_empty((*x.shape[:-1], weight.shape[0])), x.new_empty(
         (*x.shape[:-1], lora_a.shape[0]), dtype=torch.float32
     )
 
 
-def _setup(ctx, inputs, output):
+def _setup(ctx, inputs, output, recompute=None):
     x, *tensors, ctx.scale, ctx.dropout = inputs
-    small, known = output[1], recipe(x)
+    small = output[1]
     ctx.mark_non_differentiable(small)
     ctx.set_materialize_grads(False)
-    ctx.again = known and known.function
-    ctx.save_for_backward(small, *tensors, *(known.inputs if known else [x]))
+    ctx.function = recompute and recompute.function
+    ctx.save_for_backward(small, *tensors, *(recompute.inputs if recompute else [x]))
 
 
 def _derivative(ctx, grad_y, grad_small):
     if grad_y is None:
         return (None,) * 8
     small, weight, lora_a, lora_b, bias, seed, *made_from = ctx.saved_tensors
-    x = ctx.again(*made_from) if ctx.again else made_from[0]
+    x = ctx.function(*made_from) if ctx.function else made_from[0]
     x_needed, _, *needed = ctx.needs_input_grad[:5]
     needed = (x_needed, *needed)
     with exact(grad_y):
@@ -222,5 +232,24 @@ def _backward_fake(grad_y, x, weight, lora_a, lora_b, bias, small, seed, scale, 
     )
 
 
-_lora_linear = register("lora_linear", fake=_fake, backward=_derivative, setup_context=_setup)
+class _Recomputing(torch.autograd.Function):
+    """The operator and its formula, which keeps what x was made from in place of x."""
+
+    @staticmethod
+    def forward(*arguments_and_recompute):
+        return _lora_linear(*arguments_and_recompute[:-1])
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        *arguments, recompute = inputs
+        _setup(ctx, arguments, output, recompute)
+
+    @staticmethod
+    def backward(ctx, *grads):
+        return (*_derivative(ctx, *grads), None)
+
+
+_lora_linear = register(
+    "lora_linear", check=_check, fake=_fake, backward=_derivative, setup_context=_setup
+)
 _lora_linear_backward = register("_lora_linear_backward", fake=_backward_fake)

@@ -1,10 +1,10 @@
-"""Patch embedding: a picture cut into squares that do not overlap, each projected to a vector
+"""Patch embedding: an image cut into squares that do not overlap, each projected to a vector
 (convolution with stride = kernel).
 """
 
 import torch
 
-from mllama.ops._dispatch import check_float, exact, register, use_kernel
+from mllama.ops._dispatch import check_tensors, exact, register, use_kernel
 
 
 def patch_embed(
@@ -23,12 +23,9 @@ def patch_embed(
 
     Raises:
         TypeError: an argument is no tensor, or of another dtype.
-        ValueError: the kernel is not square, the picture is no multiple of it, channels or bias do
+        ValueError: the kernel is not square, the image is no multiple of it, channels or bias do
             not fit.
     """
-    check_float(
-        "patch_embed", optional=("bias",), pixel_values=pixel_values, weight=weight, bias=bias
-    )
     with exact(pixel_values):  # the kernel's matrix product is torch's
         if use_kernel(pixel_values):
             return _patch_embed(pixel_values, weight, bias)
@@ -49,10 +46,14 @@ def reference(
     )
 
 
-def _check(pixel_values: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+def _check(pixel_values, weight, bias) -> None:
+    check_tensors(
+        "patch_embed", optional=("bias",), pixel_values=pixel_values, weight=weight, bias=bias
+    )
     if pixel_values.dim() != 4:
         raise ValueError(
-            f"patch_embed: pixel_values must be [B, C, height, width], got {list(pixel_values.shape)}"
+            "patch_embed: pixel_values must be [B, C, height, width], "
+            f"got {list(pixel_values.shape)}"
         )
     if (
         weight.dim() != 4
@@ -66,19 +67,20 @@ def _check(pixel_values: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor 
     embed, channels, patch, _ = weight.shape
     if pixel_values.shape[1] != channels:
         raise ValueError(
-            f"patch_embed: pixel_values have {pixel_values.shape[1]} channels, weight takes {channels}"
+            f"patch_embed: pixel_values have {pixel_values.shape[1]} channels, "
+            f"weight takes {channels}"
         )
     height, width = pixel_values.shape[2:]
     if height % patch or width % patch:
         raise ValueError(
-            f"patch_embed: a picture of {height} x {width} pixels cannot be cut into patches of {patch} x {patch}"
+            f"patch_embed: pixel_values of {height} x {width} pixels cannot be cut into patches "
+            f"of {patch} x {patch}"
         )
     if bias is not None and bias.shape != (embed,):
         raise ValueError(f"patch_embed: bias must be [{embed}], got {list(bias.shape)}")
 
 
 def _fake(pixel_values, weight, bias):
-    _check(pixel_values, weight, bias)
     batch, _, height, width = pixel_values.shape
     embed, _, patch, _ = weight.shape
     return pixel_values.new_empty(batch, (height // patch) * (width // patch), embed)
@@ -108,5 +110,7 @@ def _backward_fake(grad_y, pixel_values, weight, bias, *needed):
     )
 
 
-_patch_embed = register("patch_embed", fake=_fake, backward=_derivative, setup_context=_setup)
+_patch_embed = register(
+    "patch_embed", check=_check, fake=_fake, backward=_derivative, setup_context=_setup
+)
 _patch_embed_backward = register("_patch_embed_backward", fake=_backward_fake)

@@ -1,4 +1,4 @@
-"""Root-mean-square normalisation (Zhang and Sennrich, 2019), alone and with the residual addition
+"""Root-mean-square normalization (Zhang and Sennrich, 2019), alone and with the residual addition
 before it.
 """
 
@@ -6,7 +6,7 @@ import math
 
 import torch
 
-from mllama.ops._dispatch import check_eps, check_float, fresh, kind, register, use_kernel
+from mllama.ops._dispatch import check_eps, check_tensors, fresh, kind, register, use_kernel
 
 
 def rms_norm(
@@ -14,9 +14,9 @@ def rms_norm(
 ) -> torch.Tensor:
     """Return x / sqrt(mean(x^2) + eps) * (offset + weight) over the last dimension.
 
-    Without an offset in Llama's order: the normalised x is rounded to its dtype before the product
-    with weight. With one in Gemma's, where
-    it is 1: everything in float32, rounded once at the end.
+    Without an offset in Llama's order: the normalized x is rounded to its dtype before the product
+    with weight. With an offset in Gemma's, where it is 1: everything in float32, rounded once at
+    the end.
 
     Args:
         x: [..., D], float32, bfloat16 or float16.
@@ -31,12 +31,11 @@ def rms_norm(
         TypeError: an argument is no tensor, or of another dtype; eps or offset is no number.
         ValueError: weight is not [D], eps is negative or not finite, or offset not finite.
     """
-    check_float("rms_norm", x=x, weight=weight)
     check_eps("rms_norm", eps)
     _check_offset("rms_norm", offset)
     if use_kernel(x):
         return _rms_norm(x, weight, eps, offset)[0]
-    _check_weight("rms_norm", x, weight)
+    _check(x, weight, eps, offset)
     return reference(x, weight, eps, offset)
 
 
@@ -54,13 +53,11 @@ def add_rms_norm(
         TypeError: an argument is no tensor, or of another dtype; eps or offset is no number.
         ValueError: as `rms_norm`'s, or residual differs from x in shape or dtype.
     """
-    check_float("add_rms_norm", x=x, residual=residual, weight=weight)
     check_eps("add_rms_norm", eps)
     _check_offset("add_rms_norm", offset)
     if use_kernel(x):
         return _add_rms_norm(x, residual, weight, eps, offset)[:2]
-    _check_weight("add_rms_norm", x, weight)
-    _check_residual(x, residual)
+    _add_check(x, residual, weight, eps, offset)
     return add_reference(x, residual, weight, eps, offset)
 
 
@@ -101,22 +98,28 @@ def _check_weight(op: str, x: torch.Tensor, weight: torch.Tensor) -> None:
         raise ValueError(f"{op}: x must have at least one dimension")
     if weight.shape != x.shape[-1:]:
         raise ValueError(
-            f"{op}: weight must be [{x.shape[-1]}], the last size of x {list(x.shape)}, got {list(weight.shape)}"
+            f"{op}: weight must be [{x.shape[-1]}], the last size of x {list(x.shape)}, "
+            f"got {list(weight.shape)}"
         )
 
 
-def _check_residual(x: torch.Tensor, residual: torch.Tensor) -> None:
+def _check(x, weight, eps, offset) -> None:
+    check_tensors("rms_norm", x=x, weight=weight)
+    _check_weight("rms_norm", x, weight)
+
+
+def _add_check(x, residual, weight, eps, offset) -> None:
+    check_tensors("add_rms_norm", x=x, residual=residual, weight=weight)
+    _check_weight("add_rms_norm", x, weight)
     if residual.shape != x.shape or residual.dtype != x.dtype:
         raise ValueError(f"add_rms_norm: residual must be as x, {kind(x)}, got {kind(residual)}")
 
 
 def _fake(x, weight, eps, offset):
-    _check_weight("rms_norm", x, weight)
     return fresh(x), x.new_empty(x.shape[:-1], dtype=torch.float32)
 
 
 def _add_fake(x, residual, weight, eps, offset):
-    _check_residual(x, residual)
     y, rstd = _fake(x, weight, eps, offset)
     return y, torch.empty_like(y), rstd
 
@@ -156,10 +159,15 @@ def _add_rms_norm_derivative(ctx, grad_y, grad_hidden, grad_rstd):
 
 
 _rms_norm = register(
-    "rms_norm", fake=_fake, backward=_rms_norm_derivative, setup_context=_rms_norm_setup
+    "rms_norm",
+    check=_check,
+    fake=_fake,
+    backward=_rms_norm_derivative,
+    setup_context=_rms_norm_setup,
 )
 _add_rms_norm = register(
     "add_rms_norm",
+    check=_add_check,
     fake=_add_fake,
     backward=_add_rms_norm_derivative,
     setup_context=_add_rms_norm_setup,

@@ -10,7 +10,16 @@ import sys
 
 import torch
 
-from mllama.ops._dispatch import check_float, check_value, fresh, kind, register, use_kernel
+from mllama.ops._dispatch import (
+    check_device,
+    check_tensors,
+    check_value,
+    dtype_name,
+    fresh,
+    kind,
+    register,
+    use_kernel,
+)
 
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.uint8)
 
@@ -34,12 +43,12 @@ def rope(
         TypeError: an argument is no tensor, or of a dtype not named above.
         ValueError: sizes do not fit each other.
     """
-    check_float("rope", q=q, k=k)
-    _check_table_type("cos", cos)
-    _check_table_type("sin", sin)
+    if torch.is_grad_enabled():
+        _check_no_gradient("cos", cos)
+        _check_no_gradient("sin", sin)
     if use_kernel(q):
         return _rope(q, k, cos, sin, False)
-    _check_sizes(q, k, cos, sin)
+    _check(q, k, cos, sin, False)
     return reference(q, k, cos, sin)
 
 
@@ -56,16 +65,18 @@ def reference(
     return rotate(q), rotate(k)
 
 
-def _check_table_type(name: str, table: torch.Tensor) -> None:
-    if not isinstance(table, torch.Tensor) or table.dtype != torch.float32:
-        raise TypeError(
-            f"rope: {name} must be a float32 torch.Tensor, got {getattr(table, 'dtype', type(table).__name__)}"
-        )
-    if table.requires_grad and torch.is_grad_enabled():
+def _check_no_gradient(name: str, table: torch.Tensor) -> None:
+    if isinstance(table, torch.Tensor) and table.requires_grad:
         raise ValueError(f"rope: {name} must not require a gradient: there is none")
 
 
-def _check_sizes(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> None:
+def _check(q, k, cos, sin, inverse) -> None:
+    check_tensors("rope", q=q, k=k)
+    for name, table in (("cos", cos), ("sin", sin)):
+        if not isinstance(table, torch.Tensor) or table.dtype != torch.float32:
+            got = getattr(table, "dtype", type(table).__name__)
+            raise TypeError(f"rope: {name} must be a float32 torch.Tensor, got {got}")
+        check_device("rope", name, table, "q", q)
     for name, x in (("q", q), ("k", k)):
         if x.dim() != 4:
             raise ValueError(f"rope: {name} must be [B, T, heads, D], got {list(x.shape)}")
@@ -73,14 +84,13 @@ def _check_sizes(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch
     if size % 2:
         raise ValueError(f"rope: head size must be even, got {size}")
     if k.shape[:2] != (batch, length) or k.shape[3] != size or k.dtype != q.dtype:
-        dtype = str(q.dtype).removeprefix("torch.")
-        raise ValueError(
-            f"rope: k must be [{batch}, {length}, heads, {size}] of {dtype}, got {kind(k)}"
-        )
+        wanted = f"[{batch}, {length}, heads, {size}] of {dtype_name(q)}"
+        raise ValueError(f"rope: k must be {wanted}, got {kind(k)}")
     for name, table in (("cos", cos), ("sin", sin)):
         if table.shape[1:] != (length, size // 2) or table.shape[0] not in (1, batch):
             raise ValueError(
-                f"rope: {name} must be [{batch} or 1, {length}, {size // 2}], got {list(table.shape)}"
+                f"rope: {name} must be [{batch} or 1, {length}, {size // 2}], "
+                f"got {list(table.shape)}"
             )
 
 
@@ -97,11 +107,10 @@ def _derivative(ctx, grad_q, grad_k):
 
 
 def _fake(q, k, cos, sin, inverse):
-    _check_sizes(q, k, cos, sin)
     return fresh(q), fresh(k)
 
 
-_rope = register("rope", fake=_fake, backward=_derivative, setup_context=_setup)
+_rope = register("rope", check=_check, fake=_fake, backward=_derivative, setup_context=_setup)
 
 
 def rope_tables(
@@ -115,13 +124,11 @@ def rope_tables(
         ValueError: positions are not [B, T], or frequencies not [D/2].
     """
     if not isinstance(position_ids, torch.Tensor) or position_ids.dtype not in _INTEGERS:
-        raise TypeError(
-            f"rope_tables: position_ids must be an integer torch.Tensor, got {getattr(position_ids, 'dtype', type(position_ids).__name__)}"
-        )
+        got = getattr(position_ids, "dtype", type(position_ids).__name__)
+        raise TypeError(f"rope_tables: position_ids must be an integer torch.Tensor, got {got}")
     if not isinstance(frequencies, torch.Tensor) or frequencies.dtype != torch.float32:
-        raise TypeError(
-            f"rope_tables: frequencies must be a float32 torch.Tensor, got {getattr(frequencies, 'dtype', type(frequencies).__name__)}"
-        )
+        got = getattr(frequencies, "dtype", type(frequencies).__name__)
+        raise TypeError(f"rope_tables: frequencies must be a float32 torch.Tensor, got {got}")
     check_value(
         position_ids.dim() == 2,
         f"rope_tables: position_ids must be [B, T], got {list(position_ids.shape)}",
@@ -217,7 +224,8 @@ _SCALINGS = {"default": _default, "linear": _linear, "llama3": _llama3}
 def _number(scaling: dict, name: str) -> float:
     if name not in scaling:
         raise ValueError(
-            f"rope_frequencies: scaling of this type needs {name!r}; it has {', '.join(map(str, scaling))}"
+            f"rope_frequencies: scaling of this type needs {name!r}; "
+            f"it has {', '.join(map(str, scaling))}"
         )
     _check_positive(name, scaling[name])
     return float(scaling[name])

@@ -13,7 +13,7 @@ from mllama.processing.text_tokenizer import pad_rows
 
 
 def encode_messages(
-    processor: Any, messages: Sequence[Mapping], pictures: Sequence = (), allow_urls: bool = False
+    processor: Any, messages: Sequence[Mapping], images: Sequence = (), allow_urls: bool = False
 ) -> Any:
     """Return a model's inputs for a conversation that the model is to continue: one row, as torch
     tensors.
@@ -29,7 +29,7 @@ def encode_messages(
             tools) or a list of parts {"type": "text", "text": ...} and {"type": "image"}, which may
             bring its image as "image", "path", "url" or "base64", each of which takes what
             `load_picture` takes; or OpenAI's {"type": "image_url", "image_url": {"url": ...}}.
-        pictures: images for the image parts that bring none, in order. Where no part and no
+        images: images for the image parts that bring none, in order. Where no part and no
             placeholder written in a text asks for an image, they come first in the first message of
             the user.
         allow_urls: download images given as http(s) URLs.
@@ -44,11 +44,11 @@ def encode_messages(
             that fails or is missing; an image that `load_picture` refuses.
         FileNotFoundError: no such image.
     """
-    return encode_batch(processor, [messages], [pictures], allow_urls)
+    return encode_batch(processor, [messages], [images], allow_urls)
 
 
 def encode_batch(
-    processor: Any, conversations: Sequence, pictures: Sequence[Sequence], allow_urls: bool = False
+    processor: Any, conversations: Sequence, images: Sequence[Sequence], allow_urls: bool = False
 ) -> Any:
     """`encode_messages` of several conversations, each with images of its own: rows of one batch,
     padded on the left.
@@ -64,7 +64,7 @@ def encode_batch(
         )
     written = [
         _write(processor, image_token, messages, own, allow_urls)
-        for messages, own in zip(conversations, pictures, strict=True)
+        for messages, own in zip(conversations, images, strict=True)
     ]
     texts, rows = [text for text, _ in written], [own for _, own in written]
     by_template = processor.chat_template is not None
@@ -72,13 +72,13 @@ def encode_batch(
         return pad_rows(
             [tokenizer.encode(text, add_special_tokens=not by_template) for text in texts]
         )
-    images = rows if any(rows) else None
+    given = rows if any(rows) else None
     if isinstance(processor, Preprocessor):
-        return processor(texts, images, as_is=by_template)
+        return processor(texts, given, as_is=by_template)
     options: dict[str, Any] = {"padding": True, "padding_side": "left"} if len(texts) > 1 else {}
     if by_template and getattr(processor, "takes_as_is", False):
         options["as_is"] = True
-    return processor(text=texts, images=images, return_tensors="pt", **options)
+    return processor(text=texts, images=given, return_tensors="pt", **options)
 
 
 def _write(
@@ -90,7 +90,7 @@ def _write(
 ) -> tuple[str, list]:
     """A conversation's prompt, and its images in the order of their places."""
     if not isinstance(images, (list, tuple)):
-        raise TypeError(f"pictures must be a list, got {type(images).__name__}")
+        raise TypeError(f"images must be a list, got {type(images).__name__}")
     turns = [_in_parts(message) for message in as_messages(messages)]
     placed: list = download_urls(_place(turns, list(images), image_token), allow_urls)
     if placed and image_token is None:

@@ -5,16 +5,16 @@ model, no transformers.
 
 | what comes                                        | what it becomes                                                                      |
 |---------------------------------------------------|--------------------------------------------------------------------------------------|
-| EXIF orientation (a file or a PIL picture)        | turned upright                                                                       |
-| grey, 1-bit, palette, CMYK, YCbCr, HSV            | Pillow's `convert("RGB")`                                                            |
-| transparency: RGBA, LA, palette or colour key     | laid onto white                                                                      |
-| 16-bit grey ("I;16" in any byte order, "I")       | 0..65535 onto 0..255, rounded: v / 257                                               |
-| float grey ("F")                                  | 0..1 onto 0..255 when no value is above 1, else read as 0..255; others are refused   |
+| EXIF orientation (a file or a PIL image)        | turned upright                                                                       |
+| gray, 1-bit, palette, CMYK, YCbCr, HSV            | Pillow's `convert("RGB")`                                                            |
+| transparency: RGBA, LA, palette or color key     | laid onto white                                                                      |
+| 16-bit gray ("I;16" in any byte order, "I")       | 0..65535 onto 0..255, rounded: v / 257                                               |
+| float gray ("F")                                  | 0..1 onto 0..255 when no value is above 1, else read as 0..255; others are refused   |
 | uint8 array; bool array                           | as it is; False and True as 0 and 255                                                |
-| uint16 array, in any byte order                   | as 16-bit grey, per channel                                                          |
+| uint16 array, in any byte order                   | as 16-bit gray, per channel                                                          |
 | float array or tensor                             | 0..1 (to within 1e-6) onto 0..255, rounded; values outside are refused               |
 
-Arrays are [H, W], or have an axis of 1, 3 or 4 channels (grey, RGB, RGBA) last or first. Where both
+Arrays are [H, W], or have an axis of 1, 3 or 4 channels (gray, RGB, RGBA) last or first. Where both
 would do ([3, H, 3], [1, W, 3]), a numpy array is read channels last and a torch tensor channels
 first, as each is used to.
 """
@@ -82,7 +82,7 @@ def load_picture(source: Any, allow_urls: bool = False) -> Image.Image:
             source.load()  # an image opened elsewhere may not be decoded yet
         except Exception as error:
             raise ValueError(
-                f"cannot read the picture {getattr(source, 'filename', '') or 'given as a PIL image'}: {_reason(error)}"
+                f"cannot read the image {getattr(source, 'filename', '') or 'given as a PIL image'}: {_reason(error)}"
             ) from error
         return _to_rgb(source)
     return Image.fromarray(_array_to_rgb(source))
@@ -150,7 +150,7 @@ def normalisation_table(
     transformers' image processors.
 
     v * rescale_factor in float64, rounded to float32, minus mean, divided by std: bit-equal to
-    their rescale and normalise by construction.
+    their rescale and normalize by construction.
     The result is shared between callers: do not write to it.
 
     Raises:
@@ -165,24 +165,24 @@ def normalisation_table(
 
 def _decode(file: str | io.BytesIO, name: str) -> Image.Image:
     try:
-        with Image.open(file) as picture:
+        with Image.open(file) as image:
             limit = (
                 Image.MAX_IMAGE_PIXELS
             )  # above it Pillow warns, above twice that it raises: a file is refused from there on
-            if limit is not None and picture.width * picture.height > limit:
-                raise ValueError(f"{picture.width} x {picture.height} pixels, more than {limit}")
-            if picture.format not in FORMATS:
+            if limit is not None and image.width * image.height > limit:
+                raise ValueError(f"{image.width} x {image.height} pixels, more than {limit}")
+            if image.format not in FORMATS:
                 raise ValueError(
-                    f"the format {picture.format} is not read, only {', '.join(FORMATS)}"
+                    f"the format {image.format} is not read, only {', '.join(FORMATS)}"
                 )
-            picture.load()
-            return _to_rgb(picture)
+            image.load()
+            return _to_rgb(image)
     except PermissionError:
         raise
     except UnidentifiedImageError as error:
-        raise ValueError(f"cannot read the picture {name}: {_what_it_is(file)}") from error
+        raise ValueError(f"cannot read the image {name}: {_what_it_is(file)}") from error
     except Exception as error:  # Pillow's decoders raise about a dozen kinds on hostile files
-        raise ValueError(f"cannot read the picture {name}: {_reason(error)}") from error
+        raise ValueError(f"cannot read the image {name}: {_reason(error)}") from error
 
 
 def _what_it_is(file: str | io.BytesIO) -> str:
@@ -206,38 +206,38 @@ def _reason(error: Exception) -> str:
     return shorten(str(error), 300) or type(error).__name__
 
 
-def _to_rgb(picture: Image.Image) -> Image.Image:
-    """An upright RGB picture; the one given is not changed."""
-    if picture.width == 0 or picture.height == 0:
-        raise ValueError(f"the picture has no pixels: {picture.width} x {picture.height}")
-    picture = ImageOps.exif_transpose(picture)
-    if picture.mode.startswith("I"):
-        values = _sixteen_bits(np.array(picture))
-        key = picture.info.get(
+def _to_rgb(image: Image.Image) -> Image.Image:
+    """An upright RGB image; the one given is not changed."""
+    if image.width == 0 or image.height == 0:
+        raise ValueError(f"the image has no pixels: {image.width} x {image.height}")
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I"):
+        values = _sixteen_bits(np.array(image))
+        key = image.info.get(
             "transparency"
-        )  # a 16-bit PNG's colour key; Pillow keeps it, but does not apply it to this mode
+        )  # a 16-bit PNG's color key; Pillow keeps it, but does not apply it to this mode
         if isinstance(key, int):
             values[values == key] = 65535
         return Image.fromarray(_array_to_rgb(values))
-    if picture.mode == "F":
-        values = np.array(picture)
+    if image.mode == "F":
+        values = np.array(image)
         low, high = values.min(), values.max()
         if low < -_ROUNDING or high > 255 * (1 + _ROUNDING):
             raise ValueError(
-                f"a picture of mode F must hold 0..1 or 0..255, got {low:.8g}..{high:.8g}"
+                f"an image of mode F must hold 0..1 or 0..255, got {low:.8g}..{high:.8g}"
             )
         return Image.fromarray(_array_to_rgb(values / 255 if high > 1 + _ROUNDING else values))
-    if picture.has_transparency_data:
-        picture = picture.convert("RGBA")
-        white = Image.new("RGBA", picture.size, "white")
-        return Image.alpha_composite(white, picture).convert("RGB")
-    return picture if picture.mode == "RGB" else picture.convert("RGB")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, "white")
+        return Image.alpha_composite(white, image).convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def _sixteen_bits(values: np.ndarray) -> np.ndarray:
     if values.min() < 0 or values.max() > 65535:
         raise ValueError(
-            f"a picture of mode I must hold 0..65535, got {values.min()}..{values.max()}"
+            f"an image of mode I must hold 0..65535, got {values.min()}..{values.max()}"
         )
     return values.astype(np.uint16)
 
@@ -247,15 +247,15 @@ def _array_to_rgb(source) -> np.ndarray:
     is_tensor = isinstance(source, torch.Tensor)
     if not is_tensor and not isinstance(source, np.ndarray):
         raise TypeError(
-            "a picture must be a path, bytes, a file, a data URL, a PIL picture, a numpy array or a torch tensor,"
+            "an image must be a path, bytes, a file, a data URL, a PIL image, a numpy array or a torch tensor,"
             f" got {type(source).__name__}"
         )
     shape = tuple(source.shape)
     if 0 in shape:
-        raise ValueError(f"the picture has no pixels: shape {shape}")
+        raise ValueError(f"the image has no pixels: shape {shape}")
     if is_tensor:
         if source.is_meta:
-            raise ValueError(f"the picture is a meta tensor, without values: shape {shape}")
+            raise ValueError(f"the image is a meta tensor, without values: shape {shape}")
         source = source.detach().cpu().resolve_conj().resolve_neg()
         source = (source.float() if source.dtype == torch.bfloat16 else source).numpy()
     pixels = _eight_bits(_channels_last(source, first=is_tensor))
@@ -271,7 +271,7 @@ def _channels_last(pixels: np.ndarray, first: bool) -> np.ndarray:
         if pixels.ndim == 3 and pixels.shape[axis] in (1, 3, 4):
             return np.moveaxis(pixels, axis, -1)
     raise ValueError(
-        f"a picture must be [H, W], [H, W, C] or [C, H, W] with 1, 3 or 4 channels, got shape {pixels.shape}"
+        f"an image must be [H, W], [H, W, C] or [C, H, W] with 1, 3 or 4 channels, got shape {pixels.shape}"
     )
 
 
@@ -286,7 +286,7 @@ def _eight_bits(pixels: np.ndarray) -> np.ndarray:
         low, high = pixels.min(), pixels.max()
         if not (low >= -_ROUNDING and high <= 1 + _ROUNDING):  # written so that NaN is refused too
             raise ValueError(
-                f"a picture of floats must hold 0..1, got {low:.8g}..{high:.8g}: divide by its full scale, or cast to uint8"
+                f"an image of floats must hold 0..1, got {low:.8g}..{high:.8g}: divide by its full scale, or cast to uint8"
             )
         return np.rint(pixels.astype(np.float32).clip(0, 1) * 255).astype(np.uint8)
-    raise TypeError(f"a picture's dtype must be uint8, uint16, bool or float, got {pixels.dtype}")
+    raise TypeError(f"an image's dtype must be uint8, uint16, bool or float, got {pixels.dtype}")

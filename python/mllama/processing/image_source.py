@@ -104,14 +104,14 @@ def _open_text(text: str, allow_urls: bool) -> tuple[str | io.BytesIO, str]:
         raise ValueError(
             f"the text is neither the path of a file nor base64 ({fault}): {shorten(text, 40)}"
         )
-    raise FileNotFoundError(f"no such picture: {shorten(text, _LONGEST_NAME)}")
+    raise FileNotFoundError(f"no such image: {shorten(text, _LONGEST_NAME)}")
 
 
 def _open_path(path: str) -> tuple[str, str]:
     if not os.path.exists(path):
-        raise FileNotFoundError(f"no such picture: {shorten(path, _LONGEST_NAME)}")
+        raise FileNotFoundError(f"no such image: {shorten(path, _LONGEST_NAME)}")
     if os.path.isdir(path):
-        raise ValueError(f"{path} is a folder, not a picture")
+        raise ValueError(f"{path} is a folder, not an image")
     return path, path
 
 

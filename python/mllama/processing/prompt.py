@@ -1,5 +1,5 @@
-"""The text around the pictures: a prompt's layout, the chat template of the same layout, and which
-picture belongs to which prompt.
+"""The text around the images: a prompt's layout, the chat template of the same layout, and which
+image belongs to which prompt.
 """
 
 from collections.abc import Callable, Sequence
@@ -13,14 +13,14 @@ from mllama.processing.image import is_image
 IMAGE_TOKEN = "<image>"
 MAX_IMAGE_TOKENS = (
     2**16
-)  # of one picture; what a folder says above that is no model's, and would fill the memory
+)  # of one image; what a folder says above that is no model's, and would fill the memory
 LOCATION_TOKENS = tuple(f"<loc{i:04d}>" for i in range(1024)) + tuple(
     f"<seg{i:03d}>" for i in range(128)
 )
 
-# The layout of `lay_out` for conversations: every picture, BOS, then "question\n" and "answer<eos>"
+# The layout of `lay_out` for conversations: every image, BOS, then "question\n" and "answer<eos>"
 # in turn. A message's text is its string content, or its text parts joined. Each <image> in it
-# stands for a picture, as an image part does, and moves to the front; what is around it is joined.
+# stands for an image, as an image part does, and moves to the front; what is around it is joined.
 # Where that would make a new <image> ("<ima<image>ge>"), the template raises. `generation` marks
 # the answers for return_assistant_tokens_mask.
 CHAT_TEMPLATE = """\
@@ -195,7 +195,7 @@ def in_order(text, images, *others) -> tuple:
         raise ValueError("give text, images, or both")
     if text is None or _is_text(text):
         return text, images
-    if _is_pictures(text) and not _is_nothing(text) and (images is None or _is_text(images)):
+    if _is_images(text) and not _is_nothing(text) and (images is None or _is_text(images)):
         return images, text
     raise TypeError(
         f"text must be a prompt or a list of prompts, got {type(text).__name__}; name them: processor(text=..., images=...)"
@@ -219,18 +219,18 @@ def check_whole(input_ids, image_token_id: int, wanted: Sequence[int]) -> None:
 def share_out(
     images, placeholders: Sequence[int | None], image_token: str = IMAGE_TOKEN
 ) -> list[list]:
-    """Return the pictures of each prompt.
+    """Return the images of each prompt.
 
     Args:
-        images: None, one picture, a flat list, a [N, ...] array of pictures, or one list (or None)
+        images: None, one image, a flat list, a [N, ...] array of images, or one list (or None)
             per prompt.
         placeholders: how many placeholders each prompt holds, None for a prompt that takes what it
-            is given. Of a flat list, prompts with placeholders take their pictures in order;
+            is given. Of a flat list, prompts with placeholders take their images in order;
             without any, a single prompt takes all and several take one each.
 
     Raises:
-        ValueError: pictures and placeholders, or pictures and prompts, differ in number (the text
-            counts both); an array of several pictures, or a list of them, stands where one picture
+        ValueError: images and placeholders, or images and prompts, differ in number (the text
+            counts both); an array of several images, or a list of them, stands where one image
             belongs.
     """
     prompts = len(placeholders)
@@ -243,8 +243,8 @@ def share_out(
     elif not isinstance(images, list):
         images = [images]
     for item in images:
-        for picture in item if isinstance(item, (list, tuple)) else [item]:
-            _refuse_several(picture)
+        for image in item if isinstance(item, (list, tuple)) else [item]:
+            _refuse_several(image)
 
     if any(row is None or isinstance(row, (list, tuple)) for row in images):
         rows = [
@@ -252,11 +252,11 @@ def share_out(
             for row in images
         ]
         if len(rows) != prompts:
-            raise ValueError(f"{len(rows)} lists of pictures for {prompts} prompt(s)")
+            raise ValueError(f"{len(rows)} lists of images for {prompts} prompt(s)")
         for number, (row, wanted) in enumerate(zip(rows, placeholders, strict=True)):
             if wanted is not None and wanted != len(row):
                 raise ValueError(
-                    f"prompt {number} holds {wanted} {image_token} placeholder(s), but got {len(row)} picture(s)"
+                    f"prompt {number} holds {wanted} {image_token} placeholder(s), but got {len(row)} image(s)"
                 )
         return rows
 
@@ -264,7 +264,7 @@ def share_out(
         total = sum(wanted or 0 for wanted in placeholders)
         if total != len(images):
             raise ValueError(
-                f"{prompts} prompt(s) hold {total} {image_token} placeholder(s) in all, but got {len(images)} picture(s)"
+                f"{prompts} prompt(s) hold {total} {image_token} placeholder(s) in all, but got {len(images)} image(s)"
             )
         rest = iter(images)
         return [[next(rest) for _ in range(wanted or 0)] for wanted in placeholders]
@@ -272,7 +272,7 @@ def share_out(
         return [images]
     if images and len(images) != prompts:
         raise ValueError(
-            f"{len(images)} picture(s) for {prompts} prompts: give one each, or one list of pictures per prompt"
+            f"{len(images)} image(s) for {prompts} prompts: give one each, or one list of images per prompt"
         )
     return [[image] for image in images] or [[] for _ in range(prompts)]
 
@@ -301,14 +301,14 @@ def share_out_rows(prompts: Sequence[str], images: Any, image_token: str) -> lis
     return rows
 
 
-def _refuse_several(picture) -> None:
-    if isinstance(picture, (list, tuple)):
+def _refuse_several(image) -> None:
+    if isinstance(image, (list, tuple)):
         raise ValueError(
-            "pictures are nested too deeply: give a flat list, or one list of pictures per prompt"
+            "images are nested too deeply: give a flat list, or one list of images per prompt"
         )
-    if isinstance(picture, (np.ndarray, torch.Tensor)) and picture.ndim > 3:
+    if isinstance(image, (np.ndarray, torch.Tensor)) and image.ndim > 3:
         raise ValueError(
-            f"a picture in a list must be [H, W] or have one axis of channels, got shape {tuple(picture.shape)}: use list(array)"
+            f"an image in a list must be [H, W] or have one axis of channels, got shape {tuple(image.shape)}: use list(array)"
         )
 
 
@@ -322,7 +322,7 @@ def _is_nothing(value) -> bool:
     return value is None or (isinstance(value, (list, tuple)) and all(map(_is_nothing, value)))
 
 
-def _is_pictures(value) -> bool:
+def _is_images(value) -> bool:
     if isinstance(value, (list, tuple)):
-        return all(item is None or _is_text(item) or _is_pictures(item) for item in value)
+        return all(item is None or _is_text(item) or _is_images(item) for item in value)
     return is_image(value)

@@ -1,5 +1,5 @@
-"""Packed rows: several sequences in one row, told by positions that restart or by what flash
-attention's callers give.
+"""Packed rows: several sequences in one row, described by positions that restart or by flash
+attention's arguments.
 """
 
 import torch
@@ -7,24 +7,21 @@ from torch.nn.functional import pad
 
 
 def go_back(position_ids: torch.Tensor | None) -> bool:
-    """Whether positions fall somewhere in a row: it is packed, whatever else may be. While
-    compiling, whether there are any.
+    """Whether positions decrease within a row, which is packed then. While compiling: whether there
+    are positions.
     """
-    if (
-        not isinstance(position_ids, torch.Tensor) or position_ids.dim() != 2
-    ):  # refused where they are used
-        return False
-    return not _readable(position_ids) or bool(
-        (position_ids.long().diff() < 0).any()
-    )  # unsigned differences wrap
+    if not isinstance(position_ids, torch.Tensor) or position_ids.dim() != 2:
+        return False  # rejected where they are used
+    if not _readable(position_ids):
+        return True
+    return bool((position_ids.long().diff() < 0).any())  # unsigned differences wrap
 
 
 def find_starts(position_ids: torch.Tensor) -> torch.Tensor | None:
-    """Where the sequence of each position begins: int64 [B or 1, T].
+    """Start of each position's sequence: int64 [B or 1, T].
 
-    As in transformers, a position that is not one more than the position before it begins a
-    sequence. None where every row holds one sequence; while compiling, when values cannot be read,
-    never None.
+    As in transformers, a position that is not one more than its predecessor begins a sequence. None
+    where every row is one sequence; while compiling, when values cannot be read, never None.
 
     Args:
         position_ids: int [B or 1, T].
@@ -43,13 +40,12 @@ def given_starts(
     max_length_k: int | None = None,
     seq_idx: torch.Tensor | None = None,
 ) -> torch.Tensor | None:
-    """The same from the arguments of transformers' DataCollatorWithFlattening; None where none of
-    them is given.
+    """As `find_starts`, from the arguments of transformers' DataCollatorWithFlattening; None where
+    none is given.
 
     Args:
         shape: (B, T).
-        cu_seq_lens_q: int [sequences + 1], where each begins in the rows laid end to end, and at
-            last their length, B * T.
+        cu_seq_lens_q: int [sequences + 1], each one's start in the concatenated rows, and B * T.
         cu_seq_lens_k: as cu_seq_lens_q, with the same values.
         max_length_q, max_length_k: the longest sequence's length, or more; with cu_seq_lens_q.
         seq_idx: int [B or 1, T], changing from sequence to sequence.
@@ -58,7 +54,7 @@ def given_starts(
         TypeError: no tensor of integers, or no int.
         ValueError: values that do not fit the rows or each other.
     """
-    found = {}
+    found: dict[str, torch.Tensor] = {}
     for name, lengths in (("cu_seq_lens_q", cu_seq_lens_q), ("cu_seq_lens_k", cu_seq_lens_k)):
         if lengths is not None:
             found[name] = _from_lengths(name, lengths, shape)
@@ -67,11 +63,7 @@ def given_starts(
             _check_longest(name, longest, cu_seq_lens_q)
     if seq_idx is not None:
         _check_integers("seq_idx", seq_idx)
-        if (
-            seq_idx.dim() != 2
-            or seq_idx.shape[0] not in (1, shape[0])
-            or seq_idx.shape[1] != shape[1]
-        ):
+        if list(seq_idx.shape) not in ([1, shape[1]], list(shape)):
             raise ValueError(
                 f"seq_idx must be [{shape[0]} or 1, {shape[1]}], got {list(seq_idx.shape)}"
             )
@@ -86,15 +78,13 @@ def given_starts(
 def find_sequences(
     shape: tuple[int, int], position_ids: torch.Tensor | None, obstacle: str | None, **described
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """What a call says of several sequences in its rows: (position_ids, where the sequence of each
-    position begins or None).
+    """Sequences of a call's rows: (position_ids, start of each position's sequence or None).
 
     Args:
         shape: (B, T).
-        position_ids: as the call has them; None is made of what else describes the rows, if
-            anything does.
-        obstacle: an argument beside which rows are not packed, if the call has one: then positions
-            that restart say nothing.
+        position_ids: the call's. Default: made of `described`.
+        obstacle: name of an argument that excludes packing, if the call has one: positions that
+            restart mean nothing beside it.
         described: arguments of `given_starts`.
 
     Raises:
@@ -111,22 +101,23 @@ def find_sequences(
         tuple(shape),
         (1, shape[1]),
     )
-    told = find_starts(position_ids) if fitting else None  # others are refused where they are used
+    # Positions of another shape are rejected where they are used.
+    found = find_starts(position_ids) if fitting else None
     if name is None:
-        return position_ids, told
+        return position_ids, found
     starts = given_starts(shape, **described)
     if position_ids is None:
         position_ids = positions_within(starts)
     elif fitting:
-        check_same_starts(name, starts, "position_ids", told)
+        check_same_starts(name, starts, "position_ids", found)
     return position_ids, starts if not _readable(starts) or starts.any() else None
 
 
 def check_same_starts(
     name: str, starts: torch.Tensor | None, other_name: str, other: torch.Tensor | None
 ) -> None:
-    """Raise ValueError unless two arguments begin sequences at the same places; None is one
-    sequence in each row.
+    """Raise ValueError unless two arguments begin sequences at the same positions; None is one
+    sequence per row.
     """
     if not all(_readable(tensor) for tensor in (starts, other) if tensor is not None):
         return
@@ -135,23 +126,24 @@ def check_same_starts(
     if not torch.equal(*torch.broadcast_tensors(*pair)):
         begin, other_begin = (tensor[0].unique().tolist() for tensor in pair)
         raise ValueError(
-            f"{name} must begin sequences where {other_name} does: at {other_begin} of the first row, got {begin}"
+            f"{name} must begin sequences where {other_name} does: at {other_begin} of the first "
+            f"row, got {begin}"
         )
 
 
 def positions_within(starts: torch.Tensor) -> torch.Tensor:
-    """[B or 1, T]: each position's place in its sequence."""
+    """[B or 1, T]: each position's index within its sequence."""
     return torch.arange(starts.shape[1], device=starts.device) - starts
 
 
 def ends_of(starts: torch.Tensor) -> torch.Tensor:
-    """Where the sequence of each position ends, exclusive: as `starts`."""
+    """End of each position's sequence, exclusive: as `starts`."""
     begins = positions_within(starts) == 0
     return next_place(pad(begins[:, 1:], (0, 1)), after=1)
 
 
 def next_place(marks: torch.Tensor, after: int = 0) -> torch.Tensor:
-    """bool [B, T] -> int64 [B, T]: `after` plus the first marked place from each place on, or T
+    """bool [B, T] -> int64 [B, T]: `after` plus the first marked index from each index on, or T
     where there is none.
     """
     length = marks.shape[1]
@@ -160,14 +152,12 @@ def next_place(marks: torch.Tensor, after: int = 0) -> torch.Tensor:
 
 
 def _readable(tensor: torch.Tensor) -> bool:
-    """Whether values can be looked at: not while compiling, and a meta tensor has none."""
+    """Whether values can be read: not while compiling, nor of a meta tensor."""
     return not (torch.compiler.is_compiling() or tensor.is_meta)
 
 
 def _starts(new: torch.Tensor) -> torch.Tensor:
-    """bool [B, T - 1], where a position is the first of a sequence, the row's first left out ->
-    where each one's sequence begins.
-    """
+    """bool [B, T - 1], whether each position after the first begins a sequence -> starts."""
     new = pad(new, (1, 0))
     return (torch.arange(new.shape[1], device=new.device) * new).cummax(1).values
 
@@ -182,7 +172,8 @@ def _from_lengths(name: str, lengths: torch.Tensor, shape: tuple[int, int]) -> t
         lengths[0] != 0 or lengths[-1] != rows * length or (lengths.diff() < 0).any()
     ):
         raise ValueError(
-            f"{name} must rise from 0 to the number of tokens, {rows * length}, got {lengths.tolist()}"
+            f"{name} must rise from 0 to the number of tokens, {rows * length}, "
+            f"got {lengths.tolist()}"
         )
     places = torch.arange(rows * length, device=lengths.device)
     starts = (
@@ -191,7 +182,8 @@ def _from_lengths(name: str, lengths: torch.Tensor, shape: tuple[int, int]) -> t
     )
     if _readable(starts) and (starts < 0).any():
         raise ValueError(
-            f"{name} must begin a sequence with every row of {length} tokens, got {lengths.tolist()}"
+            f"{name} must begin a sequence with every row of {length} tokens, "
+            f"got {lengths.tolist()}"
         )
     return starts
 
@@ -203,12 +195,14 @@ def _check_longest(name: str, longest: int | torch.Tensor, lengths: torch.Tensor
         raise ValueError(f"{name} has a meaning only with cu_seq_lens_q")
     if _readable(lengths) and longest < (real := int(lengths.diff().max())):
         raise ValueError(
-            f"{name} must be at least the longest sequence of cu_seq_lens_q, {real}, got {int(longest)}"
+            f"{name} must be at least the longest sequence of cu_seq_lens_q, {real}, "
+            f"got {int(longest)}"
         )
 
 
 def _check_integers(name: str, tensor: torch.Tensor) -> None:
     if not isinstance(tensor, torch.Tensor) or tensor.dtype not in (torch.int32, torch.int64):
         raise TypeError(
-            f"{name} must be an int32 or int64 torch.Tensor, got {getattr(tensor, 'dtype', type(tensor).__name__)}"
+            f"{name} must be an int32 or int64 torch.Tensor, "
+            f"got {getattr(tensor, 'dtype', type(tensor).__name__)}"
         )

@@ -1,4 +1,4 @@
-"""PaliGemma's token types: which part of a row is a prompt that is seen both ways."""
+"""PaliGemma's token types: the part of a row that attends in both directions."""
 
 import torch
 
@@ -11,20 +11,19 @@ def count_prefix(
     shape: torch.Size,
     first_key: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """How many positions of each row, its padding on the left included, come before the first of
+    """Length of each row's prompt, its padding on the left included: positions before the first of
     type 1.
 
     Args:
-        token_type_ids: int [B, T], 0 for a row's prompt and then 1.
+        token_type_ids: int [B, T], 0 for the prompt, 1 for the completion.
         attention_mask: [B, T], zero where padded (types there do not matter), or None.
         shape: (B, T), of the tokens.
-        first_key: int64 [B or 1, T], of rows that hold several sequences, each with its prompt:
-            where that of each position begins.
+        first_key: int64 [B or 1, T], start of each position's sequence, for rows that hold several
+            sequences with a prompt each.
 
     Returns:
-        int64 [B]: what every position of its row sees, in `Decoder.forward`. With `first_key` [B,
-            T], where the prompt of each position's
-        sequence ends.
+        int64 [B], as `Decoder.forward` takes it. With `first_key` [B, T], the end of the prompt of
+        each position's sequence.
 
     Raises:
         TypeError: types that are no integers.
@@ -32,24 +31,26 @@ def count_prefix(
     """
     if not isinstance(token_type_ids, torch.Tensor) or token_type_ids.is_floating_point():
         raise TypeError(
-            f"token_type_ids must be an integer torch.Tensor, got {getattr(token_type_ids, 'dtype', type(token_type_ids).__name__)}"
+            "token_type_ids must be an integer torch.Tensor, "
+            f"got {getattr(token_type_ids, 'dtype', type(token_type_ids).__name__)}"
         )
     if token_type_ids.shape != shape:
         raise ValueError(
             f"token_type_ids must be {list(shape)}, one per token, got {list(token_type_ids.shape)}"
         )
-    said = token_type_ids != 0
+    completion = token_type_ids != 0
     if first_key is None:
-        length = (said.cumsum(-1) == 0).sum(-1, keepdim=True)
+        length = (completion.cumsum(-1) == 0).sum(-1, keepdim=True)
     else:
         first_key = first_key.expand(shape)
-        length = torch.minimum(next_place(said).gather(1, first_key), ends_of(first_key))
+        length = torch.minimum(next_place(completion).gather(1, first_key), ends_of(first_key))
     if not torch.compiler.is_compiling():
-        late = ~said & (torch.arange(shape[1], device=said.device) >= length)
+        late = ~completion & (torch.arange(shape[1], device=completion.device) >= length)
         if attention_mask is not None:
             late &= attention_mask != 0
         if bool(late.any()):
             raise ValueError(
-                "token_type_ids must be 0 for a row's prompt and then 1 up to its end; here a 0 follows a 1"
+                "token_type_ids must be 0 for a row's prompt and then 1 up to its end; "
+                "here a 0 follows a 1"
             )
     return length.squeeze(1) if first_key is None else length

@@ -1,5 +1,5 @@
-"""GGUF files, llama.cpp's: text models of the architectures `llama` and `gemma`, in every type of
-block that the gguf library knows.
+"""GGUF files, llama.cpp's: text models of the architectures `llama`, `gemma`, `gemma2` and
+`gemma3`, in every type of block that the gguf library knows.
 
 A file has the weights, the sizes, and the tokenizer (`tokenizer.py`); `writer.py` writes
 one. Against Hugging Face's layout the rows of a llama's q_proj and k_proj are permuted (pairs that
@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from mllama.checkpoints.gguf.header import GgufHeader, gguf
+from mllama.checkpoints.gguf.windows import WINDOWED, window_arguments
 from mllama.checkpoints.opened import Opened, check_config
 from mllama.checkpoints.sources import Header
 from mllama.config.checks import check_size
@@ -70,6 +71,7 @@ def weight_map(gguf: Gguf, spec: ModelSpec) -> WeightMap:
         spec: of the model.
     """
     norm = [Shift(-gguf.norm_shift)] if gguf.norm_shift else []
+    norms = _FOUR_NORMS if spec.text.layers[0].post_norms else _TWO_NORMS
     q, k = (
         [Permute(heads)] if gguf.permuted else []
         for heads in (spec.text.num_attention_heads, spec.text.num_key_value_heads)
@@ -79,8 +81,10 @@ def weight_map(gguf: Gguf, spec: ModelSpec) -> WeightMap:
         Rename("language_model.embed_tokens.weight", "token_embd.weight"),
         Rename("language_model.norm.weight", "output_norm.weight", steps=norm),
         Rename("lm_head.weight", "output.weight"),
-        Rename(f"{layer}.input_layernorm.weight", f"{block}.attn_norm.weight", steps=norm),
-        Rename(f"{layer}.post_attention_layernorm.weight", f"{block}.ffn_norm.weight", steps=norm),
+        *(
+            Rename(f"{layer}.{name}.weight", f"{block}.{theirs}.weight", steps=norm)
+            for name, theirs in norms.items()
+        ),
         Rename(f"{layer}.self_attn.q_proj.*", f"{block}.attn_q.*", steps=q),
         Rename(f"{layer}.self_attn.k_proj.*", f"{block}.attn_k.*", steps=k),
         Rename(f"{layer}.self_attn.v_proj.*", f"{block}.attn_v.*"),
@@ -92,6 +96,17 @@ def weight_map(gguf: Gguf, spec: ModelSpec) -> WeightMap:
         Drop(ROPE_FREQS),  # the config has what it says
     ]
     return rows
+
+
+_TWO_NORMS = {"input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm"}
+_FOUR_NORMS = {
+    "input_layernorm": "attn_norm",
+    "post_attention_layernorm": "post_attention_norm",
+    "pre_feedforward_layernorm": "ffn_norm",
+    "post_feedforward_layernorm": "post_ffw_norm",
+    "self_attn.q_norm": "attn_q_norm",  # these two of Gemma 3
+    "self_attn.k_norm": "attn_k_norm",
+}
 
 
 class GgufSource:
@@ -190,7 +205,11 @@ def open_gguf(path: str | os.PathLike, config: Config | None = None) -> Opened:
     family = ARCHITECTURES[architecture]
     content = _sizes(header, architecture) | _ids(header)
     content |= {"model_type": family.name, "hidden_act": family.gguf.hidden_act[0]}
-    content["rope_parameters"] = _rope(header, architecture, source, content["head_dim"])
+    rope = _rope(header, architecture, source, content["head_dim"])
+    if architecture in WINDOWED:
+        content |= window_arguments(header, architecture, content, rope)
+    else:
+        content["rope_parameters"] = rope
     generation = {
         name: content[name]
         for name in ("bos_token_id", "eos_token_id", "pad_token_id")

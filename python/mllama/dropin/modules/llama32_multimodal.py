@@ -1,1 +1,1 @@
-from mllama.dropin.llama32_multimodal import *  # noqa: F403
+from model import *  # noqa: F403

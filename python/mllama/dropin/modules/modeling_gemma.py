@@ -1,1 +1,5 @@
-from mllama.dropin.modeling_gemma import *  # noqa: F403
+# ruff: noqa: F401
+from mllama.dropin.config import PaliGemmaConfig
+from mllama.dropin.layers import KVCache
+from mllama.dropin.multimodal import GemmaForCausalLM, PaliGemmaForConditionalGeneration
+from mllama.hf.names import GemmaConfig

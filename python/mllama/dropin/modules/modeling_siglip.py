@@ -1,1 +1,11 @@
-from mllama.dropin.modeling_siglip import *  # noqa: F403
+# ruff: noqa: F401
+from mllama.dropin.vision import (
+    SiglipAttention,
+    SiglipEncoder,
+    SiglipEncoderLayer,
+    SiglipMLP,
+    SiglipVisionConfig,
+    SiglipVisionEmbeddings,
+    SiglipVisionModel,
+    SiglipVisionTransformer,
+)

@@ -1,1 +1,1 @@
-from mllama.dropin.utils import *  # noqa: F403
+from mllama.dropin.multimodal import load_strictly as load_hf_model  # noqa: F401

@@ -1,4 +1,4 @@
-"""The processor: text and pictures in, input_ids, attention_mask and pixel_values out.
+"""The processor: text and images in, input_ids, attention_mask and pixel_values out.
 
 On disk it is the family's own: transformers' LlavaProcessor with a SiglipImageProcessor, or
 CLIPImageProcessor as in LLaVA 1.5.
@@ -46,29 +46,29 @@ _SIZING = (
 
 
 class MllamaImageProcessor(ChatTemplates, ProcessorMixin):
-    """Text and pictures for SigLIP + Llama early fusion, called as `processor([prompt],
-    [picture])`: the order is text, images.
+    """Text and images for SigLIP + Llama early fusion, called as `processor([prompt],
+    [image])`: the order is text, images.
 
     What becomes of a prompt:
 
-    - One without `<image>`: image tokens (`image_seq_length` per picture) + BOS (if the tokenizer
+    - One without `<image>`: image tokens (`image_seq_length` per image) + BOS (if the tokenizer
       has one) + prompt + newline. A BOS at its start or a newline at its end is not doubled.
-    - One that holds `<image>`, once per picture, as `apply_chat_template` writes it: each is
+    - One that holds `<image>`, once per image, as `apply_chat_template` writes it: each is
       expanded in place and nothing is added, except what the tokenizer itself adds to every text
       (some put BOS in front), and that not where the text has BOS already.
 
     Attributes: tokenizer, image_processor, chat_template, image_size, image_seq_length
-    (placeholders per picture; 0 in a folder whose model has no place for pictures in the text, so
+    (placeholders per image; 0 in a folder whose model has no place for images in the text, so
     that `<image>` becomes nothing), IMAGE_TOKEN (also image_token), image_token_id.
 
     Args:
         tokenizer: a transformers tokenizer. It is changed: `<image>` is added where it is missing
             (len(processor.tokenizer) is then the vocabulary to make room for), and without a
             padding token it pads with its end-of-text token.
-        num_image_token: placeholders per picture, `config.text_config.num_image_tokens`:
+        num_image_token: placeholders per image, `config.text_config.num_image_tokens`:
             (image_size // patch_size) ** 2, or fewer where patches are pooled.
-        image_size: pictures become image_size x image_size pixels.
-        image_mean, image_std: of the normalisation, per channel.
+        image_size: images become image_size x image_size pixels.
+        image_mean, image_std: of the normalization, per channel.
         image_token: the placeholder.
         location_tokens: add the 1024 tokens `<loc0000>` ... and the 128 `<seg000>` ... as well.
         chat_template: a Jinja template, or "" for none. None takes the tokenizer's if it speaks of
@@ -145,13 +145,13 @@ class MllamaImageProcessor(ChatTemplates, ProcessorMixin):
         allow_urls: bool = False,
         **kwargs: Any,
     ) -> BatchFeature:
-        """Return input_ids and attention_mask [prompts, tokens] int64 and, with pictures,
-        pixel_values [pictures, 3, S, S] float32.
+        """Return input_ids and attention_mask [prompts, tokens] int64 and, with images,
+        pixel_values [images, 3, S, S] float32.
 
         Args:
-            text: a prompt or a list of prompts; None for pictures alone. Text and images are
+            text: a prompt or a list of prompts; None for images alone. Text and images are
                 exchanged where they were plainly given in transformers' order, images first.
-            images: pictures of any kind `load_picture` takes: one, a flat list, or one list (or
+            images: images of any kind `load_picture` takes: one, a flat list, or one list (or
                 None) per prompt. Of a flat list, the placeholders take theirs in order; without
                 placeholders, one prompt takes all and several take one each.
             as_is: add nothing to a prompt even where it holds no placeholder. `apply_chat_template`
@@ -161,13 +161,13 @@ class MllamaImageProcessor(ChatTemplates, ProcessorMixin):
                 return_tensors "pt" unless given.
 
         Raises:
-            TypeError: text is no text, a picture no picture, there are videos or audio, an option
+            TypeError: text is no text, an image no image, there are videos or audio, an option
                 that is not known.
-            ValueError: pictures and placeholders differ in number (the text counts both),
-                truncation cut into a picture's placeholders, a picture is refused
+            ValueError: images and placeholders differ in number (the text counts both),
+                truncation cut into an image's placeholders, an image is refused
                 (`mllama.processing.image.load_picture`), or an option's value
                 (`mllama.processing.options`).
-            FileNotFoundError: a picture's path leads nowhere.
+            FileNotFoundError: an image's path leads nowhere.
         """
         text, images = in_order(text, images, videos, audio)
         images = download_urls(images, allow_urls)
@@ -207,7 +207,7 @@ class MllamaImageProcessor(ChatTemplates, ProcessorMixin):
             data.update(self.image_processor(rows, **merged["images_kwargs"]))
             wanted, got = sum(len(row) for row in rows), len(data["pixel_values"])
             if wanted != got:
-                raise ValueError(f"the prompts hold {wanted} picture(s), but pixel_values {got}")
+                raise ValueError(f"the prompts hold {wanted} image(s), but pixel_values {got}")
             self._check_size(data["pixel_values"], kwargs)
         return BatchFeature(
             data,
@@ -238,7 +238,7 @@ class MllamaImageProcessor(ChatTemplates, ProcessorMixin):
 
         Raises:
             OSError: there are no such files.
-            ValueError: another family's processor, which the text names, or one whose pictures are
+            ValueError: another family's processor, which the text names, or one whose images are
                 not square.
         """
         where = pretrained_model_name_or_path

@@ -35,16 +35,16 @@ _REFUSED = {
 
 
 class PaliGemmaProcessor(ChatTemplates, StockFiles, stock.PaliGemmaProcessor):  # type: ignore[misc]  # from_pretrained has the hub's options in kwargs
-    """Text and pictures for PaliGemma, called as `processor(images=..., text=..., suffix=...)`.
+    """Text and images for PaliGemma, called as `processor(images=..., text=..., suffix=...)`.
 
-    A prompt becomes `<image>` * image_seq_length for each picture + BOS + prompt + newline; a
+    A prompt becomes `<image>` * image_seq_length for each image + BOS + prompt + newline; a
     prompt that holds `<image>` keeps its order, with BOS after the last. It differs from
     transformers' PaliGemmaProcessor where that fails or surprises: prompts with and without
-    pictures may be mixed; BOS, newline and the suffix's end token are not doubled; there are labels
-    only with a suffix; pictures are whatever `load_picture` takes.
+    images may be mixed; BOS, newline and the suffix's end token are not doubled; there are labels
+    only with a suffix; images are whatever `load_picture` takes.
 
     Args:
-        image_processor: a `SquareImageProcessor` with an image_seq_length (tokens per picture), or
+        image_processor: a `SquareImageProcessor` with an image_seq_length (tokens per image), or
             a SiglipImageProcessor of transformers, which is made into one.
         tokenizer: a transformers tokenizer. It is changed as transformers does: `<image>`, the 1024
             `<loc0000>` ... and the 128 `<seg000>` ... are added where they are missing, and its
@@ -82,13 +82,13 @@ class PaliGemmaProcessor(ChatTemplates, StockFiles, stock.PaliGemmaProcessor):  
         **kwargs: Any,
     ) -> BatchFeature:
         """Return input_ids, attention_mask, token_type_ids [B, T] (1 where the suffix is) and
-        pixel_values [pictures, 3, S, S].
+        pixel_values [images, 3, S, S].
 
         With a suffix there are labels [B, T] too: the ids of the suffix and its end token, -100
         elsewhere.
 
         Args:
-            images: pictures of any kind `load_picture` takes: one, a flat list, or one list (or
+            images: images of any kind `load_picture` takes: one, a flat list, or one list (or
                 None) per prompt. Of a flat list, the placeholders take theirs in order; without
                 placeholders, one prompt takes all and several take one each.
             text: a prompt or a list of prompts.
@@ -97,11 +97,11 @@ class PaliGemmaProcessor(ChatTemplates, StockFiles, stock.PaliGemmaProcessor):  
             kwargs: of the tokenizer and the image processor (padding, return_tensors ...).
 
         Raises:
-            TypeError: text or suffix is no text, a picture no picture, there are videos or audio,
+            TypeError: text or suffix is no text, an image no image, there are videos or audio,
                 an option that is not known.
             ValueError: an option's value that is not supported; rows of unequal length without
-                padding; pictures and placeholders, or prompts and suffixes, differ in number;
-                truncation cut into a picture's placeholders; a picture that `load_picture` refuses.
+                padding; images and placeholders, or prompts and suffixes, differ in number;
+                truncation cut into an image's placeholders; an image that `load_picture` refuses.
         """
         text, images = in_order(text, images, videos, audio)
         images = download_urls(images, allow_urls)
@@ -165,7 +165,7 @@ class PaliGemmaProcessor(ChatTemplates, StockFiles, stock.PaliGemmaProcessor):  
             raise ValueError(f"{len(suffixes)} suffix(es) for {prompts} prompt(s)")
         if any(self.image_token in item for item in suffixes):
             raise ValueError(
-                f"suffix must not hold {self.image_token}: pictures stand before what is learnt"
+                f"suffix must not hold {self.image_token}: images stand before what is learnt"
             )
         return [
             item.removesuffix(self.tokenizer.eos_token) + self.tokenizer.eos_token

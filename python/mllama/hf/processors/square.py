@@ -1,8 +1,8 @@
-"""Image processors whose pictures all get one size: SigLIP's (squeezed into it) and CLIP's
+"""Image processors whose images all get one size: SigLIP's (squeezed into it) and CLIP's
 (shortest edge to it, then the center).
 
-They are transformers' own, with this package's picture loading and C++ resize underneath; bit-equal
-to them for upright 8-bit pictures.
+They are transformers' own, with this package's image loading and C++ resize underneath; bit-equal
+to them for upright 8-bit images.
 """
 
 import numpy as np
@@ -73,13 +73,13 @@ class OwnImages:
 
 
 class _OneSize(OwnImages):
-    """Takes pictures singly or in flat or nested lists; returns pixel_values [pictures, 3, height,
+    """Takes images singly or in flat or nested lists; returns pixel_values [images, 3, height,
     width] float32.
     """
 
     def _prepare_images_structure(self, images, expected_ndims: int = 3) -> list:
         if isinstance(images, (list, tuple)):
-            return [picture for item in images for picture in self._prepare_images_structure(item)]
+            return [image for item in images for image in self._prepare_images_structure(item)]
         return list(images) if getattr(images, "ndim", 3) == 4 else [images]
 
     def _preprocess(
@@ -142,7 +142,7 @@ class _OneSize(OwnImages):
 
 
 class SquareImageProcessor(_OneSize, SiglipImageProcessorPil):
-    """transformers' SigLIP image processor on this package's pictures: `size` is the result's, the
+    """transformers' SigLIP image processor on this package's images: `size` is the result's, the
     aspect is not kept.
     """
 
@@ -150,7 +150,7 @@ class SquareImageProcessor(_OneSize, SiglipImageProcessorPil):
 
 
 class CroppedImageProcessor(_OneSize, CLIPImageProcessorPil):
-    """transformers' CLIP image processor on this package's pictures: the shortest edge becomes
+    """transformers' CLIP image processor on this package's images: the shortest edge becomes
     `size`, and the center `crop_size` stays.
     """
 

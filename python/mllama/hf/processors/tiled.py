@@ -1,8 +1,8 @@
-"""Llama-3.2-Vision's processor: a picture becomes up to four tiles, and a mask says which tokens
-see which picture.
+"""Llama-3.2-Vision's processor: an image becomes up to four tiles, and a mask says which tokens
+see which image.
 
-transformers' MllamaImageProcessor and MllamaProcessor, with this package's picture loading and C++
-resize underneath; bit-equal to them for upright 8-bit pictures.
+transformers' MllamaImageProcessor and MllamaProcessor, with this package's image loading and C++
+resize underneath; bit-equal to them for upright 8-bit images.
 """
 
 from collections.abc import Sequence
@@ -34,25 +34,25 @@ _FITTED = "images are fitted onto tiles"
 
 
 class TiledImageProcessor(OwnImages, MllamaImageProcessorPil):
-    """transformers' Llama-3.2-Vision image processor on this package's pictures.
+    """transformers' Llama-3.2-Vision image processor on this package's images.
 
-    A picture is laid onto the canvas of at most max_image_tiles tiles of size x size pixels where
+    An image is laid onto the canvas of at most max_image_tiles tiles of size x size pixels where
     it is shrunk least, its aspect kept, black below and to the right; unused tiles are zero after
-    the normalisation.
+    the normalization.
 
-    Takes one picture, a flat list (one row), or a list of pictures (or None) per row; what
-    `load_picture` takes. Returns, for B rows of at most N pictures:
+    Takes one image, a flat list (one row), or a list of images (or None) per row; what
+    `load_picture` takes. Returns, for B rows of at most N images:
 
     - pixel_values [B, N, max_image_tiles, 3, size, size] float32;
     - aspect_ratio_ids [B, N] int64: 1 + the index among the arrangements, 0 where a row has no
-      picture;
+      image;
     - aspect_ratio_mask [B, N, max_image_tiles] int64: 1 for tiles in use, and for the first tile
       everywhere;
-    - num_tiles: per row, the tiles of each picture.
+    - num_tiles: per row, the tiles of each image.
 
     Raises:
-        TypeError, ValueError, FileNotFoundError: a picture that `load_picture` refuses.
-        ValueError: no picture at all; tiles that are not square, or more or larger than memory
+        TypeError, ValueError, FileNotFoundError: an image that `load_picture` refuses.
+        ValueError: no image at all; tiles that are not square, or more or larger than memory
             should give.
     """
 
@@ -72,7 +72,7 @@ class TiledImageProcessor(OwnImages, MllamaImageProcessorPil):
     def _prepare_images_structure(self, images, expected_ndims: int = 3) -> list[list]:
         rows = as_rows(images)
         if not any(rows):
-            raise ValueError("give at least one picture")
+            raise ValueError("give at least one image")
         return rows
 
     def _preprocess(
@@ -108,14 +108,14 @@ class TiledImageProcessor(OwnImages, MllamaImageProcessorPil):
 
 
 class TiledProcessor(ChatTemplates, StockFiles, MllamaProcessor):
-    """Text and pictures for Llama-3.2-Vision, called as `processor(images=..., text=...)`.
+    """Text and images for Llama-3.2-Vision, called as `processor(images=..., text=...)`.
 
-    It differs from transformers' MllamaProcessor where that fails: rows with and without pictures
-    may be mixed in a batch, BOS is not doubled where the tokenizer adds one by itself, and pictures
+    It differs from transformers' MllamaProcessor where that fails: rows with and without images
+    may be mixed in a batch, BOS is not doubled where the tokenizer adds one by itself, and images
     are whatever `load_picture` takes.
 
-    A prompt holds `<|image|>` once per picture. BOS is put in front, after leading `<|image|>`,
-    unless the prompt has it. A picture is seen from its `<|image|>` to the next one; pictures that
+    A prompt holds `<|image|>` once per image. BOS is put in front, after leading `<|image|>`,
+    unless the prompt has it. An image is seen from its `<|image|>` to the next one; images that
     follow each other directly are seen together.
 
     Args:
@@ -155,26 +155,26 @@ class TiledProcessor(ChatTemplates, StockFiles, MllamaProcessor):
         allow_urls: bool = False,
         **kwargs: Any,
     ) -> BatchFeature:
-        """Return input_ids and attention_mask [B, T] and, with pictures, what `TiledImageProcessor`
+        """Return input_ids and attention_mask [B, T] and, with images, what `TiledImageProcessor`
         returns but num_tiles.
 
         With both there is cross_attention_mask [B, T, N, max_image_tiles] int64: 1 where a token
         sees a tile.
 
         Args:
-            images: one picture or a flat list for one prompt; for several prompts one list (or
+            images: one image or a flat list for one prompt; for several prompts one list (or
                 None) per prompt.
             text: a prompt or a list of prompts.
             allow_urls: download images given as http(s) URLs.
             kwargs: of the tokenizer and the image processor (padding, return_tensors ...).
 
         Raises:
-            TypeError: text is no text, a picture no picture, there are videos or audio, an option
+            TypeError: text is no text, an image no image, there are videos or audio, an option
                 that is not known.
             ValueError: an option's value that is not supported; rows of unequal length without
-                padding; pictures and `<|image|>` differ
+                padding; images and `<|image|>` differ
             in number in some prompt, which a flat list for several prompts always does;
-                truncation cut an `<|image|>` away; a picture that `load_picture` refuses.
+                truncation cut an `<|image|>` away; an image that `load_picture` refuses.
         """
         text, images = in_order(text, images, videos, audio)
         images = download_urls(images, allow_urls)
@@ -190,9 +190,9 @@ class TiledProcessor(ChatTemplates, StockFiles, MllamaProcessor):
             text_kwargs.pop(name, None)
         tensors = text_kwargs.pop("return_tensors", None)
         if text is None:
-            pictures = self.image_processor(images, **images_kwargs)
-            pictures.pop("num_tiles")
-            return BatchFeature(pictures)
+            tiles = self.image_processor(images, **images_kwargs)
+            tiles.pop("num_tiles")
+            return BatchFeature(tiles)
         prompts = [text] if isinstance(text, str) else list(text)
         if not prompts:
             raise ValueError("text is an empty list: give at least one prompt")
@@ -219,14 +219,14 @@ class TiledProcessor(ChatTemplates, StockFiles, MllamaProcessor):
         if merged["return_text_replacement_offsets"]:
             data["text_replacement_offsets"] = offsets
         if any(rows):
-            pictures = self.image_processor(rows, **images_kwargs)
+            tiles = self.image_processor(rows, **images_kwargs)
             data["cross_attention_mask"] = cross_attention_mask(
                 [list(ids) for ids in data["input_ids"]],
                 self.image_token_id,
-                pictures.pop("num_tiles"),
-                pictures["aspect_ratio_mask"].shape[-1],
+                tiles.pop("num_tiles"),
+                tiles["aspect_ratio_mask"].shape[-1],
             ).numpy()
-            data.update(pictures)
+            data.update(tiles)
         return BatchFeature(
             data, tensor_type=tensors, skip_tensor_conversion=["text_replacement_offsets"]
         )
@@ -237,8 +237,8 @@ class TiledProcessor(ChatTemplates, StockFiles, MllamaProcessor):
 
 
 def as_rows(images) -> list[list]:
-    """One picture, a flat list, a [N, ...] array, or a list of pictures (or None) per row: as rows
-    of pictures.
+    """One image, a flat list, a [N, ...] array, or a list of images (or None) per row: as rows
+    of images.
     """
     if not isinstance(images, (list, tuple)):
         return [_row(images)]

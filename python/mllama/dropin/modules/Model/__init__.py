@@ -1,1 +1,1 @@
-from mllama.dropin.Model import *  # noqa: F403
+from Model.model import MLLAMAConfig, MllamaForConditionalGeneration  # noqa: F401

@@ -1,1 +1,1 @@
-from mllama.dropin.model import *  # noqa: F403
+from model import *  # noqa: F403

@@ -1,1 +1,1 @@
-from mllama.dropin.processing_mllama import *  # noqa: F403
+from processing_mllama import *  # noqa: F403

@@ -1,1 +1,1 @@
-from mllama.dropin.siglip import *  # noqa: F403
+from siglip import *  # noqa: F403

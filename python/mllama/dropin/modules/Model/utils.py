@@ -1,1 +1,1 @@
-from mllama.dropin.Model.utils import *  # noqa: F403
+from mllama.dropin.multimodal import load_tolerantly as load_hf_model  # noqa: F401

@@ -1,1 +1,3 @@
-from mllama.dropin.Tools import *  # noqa: F403
+# ruff: noqa: F401
+from mllama.dropin.layers import FusedFeedForward, FusedSwiGLU, convert_feedforward_to_fused
+from mllama.dropin.layers import RMSNorm as FusedRMSNorm

@@ -1,1 +1,2 @@
-from mllama.dropin.Tools.rmsnorm import *  # noqa: F403
+# ruff: noqa: F401
+from mllama.dropin.layers import RMSNorm as FusedRMSNorm

@@ -1,1 +1,2 @@
-from mllama.dropin.Tools.swiglu.FusedSwiglu import *  # noqa: F403
+# ruff: noqa: F401
+from mllama.dropin.layers import FusedFeedForward, FusedSwiGLU, convert_feedforward_to_fused

@@ -1,0 +1,104 @@
+"""Adapters outside a model: their tensors, and the names that files give them."""
+
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+from mllama.lora import peft
+from mllama.lora.layer import Linear_LORA, lora_layers
+from mllama.nn.wrappers import plain_key, plain_name, unwrapped
+
+PARTS = ("lora_a", "lora_b")
+_PEFT_PART = re.compile(r"\.lora_([AB])(?:\.default)?\.weight$")
+_KEY = re.compile(r"((?P<name>.*)\.)?(?P<part>lora_[ab])\.weight")
+
+
+@dataclass
+class Adapters:
+    """The content of an adapter file.
+
+    Attributes:
+        tensors: NAME.lora_a.weight and NAME.lora_b.weight of every layer.
+        alphas: by layer name; empty if the file has none.
+        trained: other parameters, by name.
+        dropout: of the layers, in training.
+        frozen: names in `trained` that were not trained: embedding and head matrices, which PEFT
+            writes next to adapters.
+    """
+
+    tensors: dict[str, torch.Tensor]
+    alphas: dict[str, float]
+    trained: dict[str, torch.Tensor] = field(default_factory=dict)
+    dropout: float = 0.0
+    frozen: frozenset[str] = frozenset()
+
+
+def adapter_key(name: str, part: str) -> str:
+    """Key of a layer's `lora_a` or `lora_b` in a file; the name of a lone layer is empty."""
+    return f"{name}.{part}.weight" if name else f"{part}.weight"
+
+
+def plain_layers(model: nn.Module) -> dict[str, Linear_LORA]:
+    """LoRA layers by name, without the parts that wrappers add to names."""
+    return {plain_name(model, name): layer for name, layer in lora_layers(model).items()}
+
+
+def plain_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Parameters by each of their names, without the parts that wrappers add."""
+    return {
+        plain_name(model, name): parameter
+        for name, parameter in model.named_parameters(remove_duplicate=False)
+    }
+
+
+def own_adapters(model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """PEFT's tensors under the model's own names, as a state dict of the adapters."""
+    layers: dict[str, torch.Tensor] = {}
+    trained: dict[str, torch.Tensor] = {}
+    for key, tensor in tensors.items():
+        name = key.removeprefix(peft.PREFIX)
+        name = _PEFT_PART.sub(lambda found: f".lora_{found[1].lower()}.weight", name)
+        (layers if _KEY.fullmatch(name) else trained)[name] = tensor
+    found = with_own_names(model, Adapters(layers, {}, trained))
+    return found.tensors | found.trained
+
+
+def with_own_names(model: nn.Module, found: Adapters) -> Adapters:
+    """Rename the file's tensors to the model's own names."""
+    split = {key: _KEY.fullmatch(key) for key in found.tensors}
+    names = {*found.alphas, *(parts["name"] or "" for parts in split.values() if parts)}
+    layers = _own_names(model, names)
+    owners = _own_names(model, {name.rpartition(".")[0] for name in found.trained})
+
+    def own_key(key: str) -> str:
+        parts = split[key]
+        return adapter_key(layers[parts["name"] or ""], parts["part"]) if parts else key
+
+    def own_parameter(name: str) -> str:
+        owner, _, leaf = name.rpartition(".")
+        return f"{owners[owner]}.{leaf}"
+
+    return Adapters(
+        {own_key(key): tensor for key, tensor in found.tensors.items()},
+        {layers[name]: alpha for name, alpha in found.alphas.items()},
+        {own_parameter(name): tensor for name, tensor in found.trained.items()},
+        found.dropout,
+        frozenset(map(own_parameter, found.frozen)),
+    )
+
+
+def _own_names(model: nn.Module, names: Iterable[str]) -> dict[str, str]:
+    """Names of modules in a file -> the model's own. Models translate names of weights."""
+    known = {plain_name(model, name) for name, _ in model.named_modules(remove_duplicate=False)}
+    translate: Callable[[set[str]], dict[str, str]] = getattr(
+        unwrapped(model), "own_names", lambda names: {}
+    )
+    plain = {name: name if name in known else plain_key(name) for name in names}
+    named = translate({f"{name}.weight" for name in plain.values() if name not in known})
+    return {
+        name: named.get(f"{other}.weight", f"{other}.weight").removesuffix(".weight")
+        for name, other in plain.items()
+    }

@@ -1,0 +1,141 @@
+"""The adapters of a model -> a file, or a folder in PEFT's format."""
+
+import json
+import os
+import warnings
+from collections.abc import Iterable, Mapping
+from contextlib import nullcontext
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from mllama.checkpoints.files import listing, save_tensors, write_file
+from mllama.lora import peft
+from mllama.lora.adapters import PARTS, adapter_key, plain_layers, plain_parameters
+from mllama.lora.layer import Linear_LORA, holds_adapters, needed_lora_layers
+from mllama.nn.wrappers import gathered, may_write, plain_key, plain_name, unwrapped, whole
+
+FORMATS = ("mllama", "peft")
+
+
+def save_lora(model: nn.Module, path: str | os.PathLike, format: str = "mllama") -> None:
+    """Write the adapters atomically. The folder is created if needed.
+
+    Names that torch.compile, DDP and FSDP add are stripped. If the model is sharded over
+    processes, every process must call this; the first one writes.
+
+    Args:
+        model: a module with LoRA layers.
+        path: a safetensors file, or a folder for PEFT's format.
+        format: "mllama": one file with the adapters and the alpha of each layer. "peft": a folder
+            that `peft.PeftModel` loads onto this model or transformers' own class of it, with the
+            modules that were trained next to the adapters.
+
+    Raises:
+        TypeError: model is not a module.
+        ValueError: model has no LoRA layers; format is unknown; path is a folder instead of a file
+            or the reverse, or a folder that holds a whole model; in PEFT's format, trained
+            parameters in the same module as adapters.
+    """
+    needed_lora_layers(model)
+    path = Path(path)
+    if format not in FORMATS:
+        raise ValueError(f"format must be one of {', '.join(FORMATS)}, got {format!r}")
+    if format == "peft":
+        return save_adapter_folder(model, path)
+    if path.is_dir():
+        raise ValueError(
+            f"path must be a file, such as {path / 'adapters.safetensors'}; {path} is a folder"
+        )
+    layers = plain_layers(model)
+    with gathered(model):
+        tensors = _adapter_tensors(layers)
+        alphas = json.dumps({name: float(layer.alpha) for name, layer in layers.items()})
+        if may_write(model):
+            write_file(path, lambda aside: save_tensors(aside, tensors, alpha=alphas))
+
+
+def save_adapter_folder(
+    model: nn.Module,
+    folder: Path,
+    state_dict: Mapping[str, torch.Tensor] | None = None,
+    strict: bool = True,
+) -> None:
+    """`save_lora` in PEFT's format.
+
+    If other adapters were added to the model's weights permanently, the folder names no base
+    model, because no file holds those weights.
+
+    Args:
+        state_dict: used instead of the model's own. It is whole, so no other process takes part.
+        strict: False warns instead of raising if PEFT could not read all of it; mllama can.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"path must be a folder in PEFT's format; {folder} is a file")
+    inner, layers = unwrapped(model), plain_layers(model)
+    modules, loose = _trained_beside(model, layers, strict)
+    with gathered(model) if state_dict is None else nullcontext():
+        if state_dict is None:
+            values: Mapping[str, torch.Tensor] = plain_parameters(model)
+            tensors = _adapter_tensors(layers)
+        else:
+            values = {plain_key(name): tensor for name, tensor in state_dict.items()}
+            keys = (adapter_key(name, part) for name in layers for part in PARTS)
+            tensors = {key: _value(values, key) for key in keys}
+        inside = tuple(f"{name}." for name in modules)
+        trained = {
+            name: _copied(tensor)
+            for name, tensor in values.items()
+            if name in loose or name.startswith(inside)
+        }
+        stock_name = getattr(inner, "stock_name", str)
+        if may_write(model):
+            peft.write(folder, layers, tensors, trained, modules, stock_name, _base_model(inner))
+
+
+def _trained_beside(
+    model: nn.Module, layers: Mapping[str, Linear_LORA], strict: bool
+) -> tuple[list[str], list[str]]:
+    """Names of modules trained as a whole, and of other trained parameters, which PEFT's format
+    does not support.
+    """
+    adapters: Iterable[nn.Parameter] = [
+        parameter for layer in layers.values() for parameter in layer.adapter()
+    ]
+    modules, loose = (
+        [plain_name(model, name) for name in names] for names in peft.trained_whole(model, adapters)
+    )
+    if loose:
+        message = (
+            "PEFT's format does not support trained parameters in the same module as adapters: "
+            f"{listing(loose)}"
+        )
+        if strict:
+            raise ValueError(f"{message}. Freeze them, or save them separately")
+        warnings.warn(f"{message}. They are written for mllama to read", stacklevel=4)
+    return modules, loose
+
+
+def _base_model(inner: nn.Module) -> str | None:
+    if holds_adapters(inner):
+        return None
+    return getattr(getattr(inner, "config", None), "name_or_path", None) or None
+
+
+def _adapter_tensors(layers: Mapping[str, Linear_LORA]) -> dict[str, torch.Tensor]:
+    return {
+        adapter_key(name, part): _copied(getattr(layer, part).weight)
+        for name, layer in layers.items()
+        for part in PARTS
+    }
+
+
+def _copied(tensor: torch.Tensor) -> torch.Tensor:
+    return whole(tensor.detach()).cpu().clone()
+
+
+def _value(state_dict: Mapping[str, torch.Tensor], key: str) -> torch.Tensor:
+    if key not in state_dict:
+        raise ValueError(f"state_dict does not belong to this model: it lacks {key}")
+    return _copied(state_dict[key])
