@@ -97,7 +97,7 @@ def load_quietly(
     folder, adapter = _find_adapted(path, adapter)
     device = choose_device(device)
     with (opened := open_checkpoint(folder)).source:
-        found = model_class(opened.spec)
+        found: Any = model_class(opened.spec)
         options: dict[str, Any] = (
             {"reference": reference} if "reference" in found.load_options else {}
         )
@@ -339,7 +339,7 @@ def _embedded(by_transformers: bool) -> tuple[Any, Any, Any, str]:
     """The embedded model, its processor and settings: the core's, or transformers'."""
     if by_transformers:
         return *load(), None, str(EMBEDDED)
-    session = open_session()
+    session: Any = open_session()
     say_loaded(None, session.model)
     return session.model, session.processor, session.settings, session.where
 

@@ -61,8 +61,8 @@ def refuse_meta(family: str) -> None:
     """
     if family != "mllama":
         raise ValueError(
-            f"--reference meta is of Llama-3.2-Vision alone; this model is a {family}, and computed "
-            "as transformers does"
+            f"--reference meta is of Llama-3.2-Vision alone; this model is a {family}, and "
+            "computed as transformers does"
         )
 
 

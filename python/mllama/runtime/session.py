@@ -162,7 +162,7 @@ class Session:
         reuse = self._reuse(inputs, images)
         result.num_reused_tokens = reuse.length
         new = ids[:, reuse.length :]  # (B, T - reused)
-        given = self._new_images(images, reuse.images, len(ids))
+        given: dict[str, Any] = self._new_images(images, reuse.images, len(ids))
         if given:
             self._images = None  # while they are written
         elif self._can_chunk:
@@ -222,9 +222,12 @@ class Session:
         if rows > 1 or self.model.spec.encoder is None:  # which refuses them
             return dict(images)
         if self._encoded is None or not same_images(self._encoded[0], images):
-            self._encoded = images, self.model.encode_images(ModelInputs(**images))[0]
+            self._encoded = images, self._encode(images)
         others = {name: value for name, value in images.items() if name != "pixel_values"}
         return others | {"image_features": self._encoded[1][first:]}
+
+    def _encode(self, images: dict[str, Any]) -> torch.Tensor:
+        return self.model.encode_images(ModelInputs(**images))[0]
 
     def _restore(self) -> None:
         """After a pass that was interrupted: back to what the cache has for certain."""
@@ -240,10 +243,12 @@ class Session:
             given = getattr(self.tokenizer, "eos_token_id", None)
         if given is None:
             return frozenset()
-        ends = list(given) if isinstance(given, (list, tuple, set, frozenset)) else [given]
+        ends: list[Any] = (
+            list(given) if isinstance(given, (list, tuple, set, frozenset)) else [given]
+        )
         if not all(isinstance(end, numbers.Integral) and not isinstance(end, bool) for end in ends):
             raise TypeError(f"eos_token_id must be an int or a list of them, got {given!r}")
-        return frozenset(map(int, ends))
+        return frozenset(int(end) for end in ends)
 
     def _stop_strings(self, stop: Sequence[str], on_text: Callable | None) -> tuple[str, ...]:
         stop = (stop,) if isinstance(stop, str) else tuple(stop)
