@@ -116,7 +116,8 @@ def open_session(
     adapter: str | os.PathLike | None = None,
 ) -> "Session | GenerateSession":
     """A session of a model's files: the core's own; transformers', where the model's settings ask
-    for what the core's does not have, or only transformers reads the tokenizer.
+    for what the core's does not have, or only it reads the tokenizer or the names in a folder of
+    adapters.
 
     Args:
         path, dtype, device, reference, adapter: as `load` takes them.
@@ -130,7 +131,9 @@ def open_session(
         if opened.spec.text is None:
             raise ValueError("a SigLIP vision model has no decoder to answer with")
         settings, where = opened.generation or {}, opened.source.where
-        if not beyond_session(settings) and (processor := _core_processor(folder)) is not None:
+        peft = own_adapter is not None and Path(own_adapter).is_dir()
+        processor = None if peft or beyond_session(settings) else _core_processor(folder)
+        if processor is not None:
             check_settings(where, settings)
             model = _load_core(opened, dtype, place, reference)
             if own_adapter is not None:
