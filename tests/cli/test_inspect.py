@@ -186,7 +186,8 @@ def test_metas_own_folder(run, tmp_path):
     (tmp_path / "params.json").write_text(json.dumps(params))
     model = mllama.MllamaForConditionalGeneration(LlamaConfig(**METAS))
     torch.save(
-        to_file(text_weight_map(compose(model.config.to_dict())), model.state_dict()), tmp_path / "consolidated.00.pth"
+        to_file(text_weight_map(compose(model.config.to_dict())), model.state_dict()),
+        tmp_path / "consolidated.00.pth",
     )
     code, out, _ = run("inspect", tmp_path, "--json")
     said = json.loads(out)
