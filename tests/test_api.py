@@ -115,7 +115,7 @@ def test_every_family_is_loaded_and_asked(family_folder, picture_file, family):
         and mllama.ask(picture, "How many circles?", model, processor, max_new_tokens=8) == expected
     )
     if family in TEXT:
-        with pytest.raises(ValueError, match="takes no pictures"):
+        with pytest.raises(ValueError, match="takes no images"):
             mllama.ask(picture_file, "How many circles?", model, processor)
     else:
         assert mllama.ask(None, "How many circles?", model, processor, max_new_tokens=8) != expected
@@ -216,9 +216,9 @@ def test_an_answer_ends_where_the_context_does(loaded, picture_file):
 @pytest.mark.parametrize(
     ("picture", "question", "error", "message"),
     [
-        (5, "How many?", TypeError, "a picture must be .* got int"),
+        (5, "How many?", TypeError, "image must be .* got int"),
         ("nowhere.png", "How many?", FileNotFoundError, "nowhere.png"),
-        (__file__, "How many?", ValueError, "cannot read the picture"),
+        (__file__, "How many?", ValueError, "cannot read the image"),
         ("circle", 3, TypeError, "question must be a str, got int"),
         ("circle", " \n", ValueError, "question is empty"),
         ("circle", "what <image>?", ValueError, "question must not contain '<image>'"),

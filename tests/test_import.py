@@ -178,7 +178,7 @@ assert "transformers" not in sys.modules
     )
     assert run.returncode == 0, run.stderr
     *said, info = run.stdout.splitlines()
-    assert said == ["red", "['3', 'top left']", "True", "red", "red", "1"]
+    assert said == ["red", "['3', 'top']", "True", "red", "red", "3"]
     assert json.loads(info)["transformers"]
 
 

@@ -11,7 +11,6 @@ import torch
 
 from mllama.assets import EMBEDDED
 from mllama.checkpoints import open_checkpoint
-from mllama.checkpoints.hub import find_folder
 from mllama.checkpoints.models import fill, lay_out
 from mllama.checkpoints.opened import Opened
 from mllama.device import choose_device, choose_dtype, dtype_name, dtype_named
@@ -98,7 +97,7 @@ def load_quietly(
     folder, adapter = _find_adapted(path, adapter)
     device = choose_device(device)
     with (opened := open_checkpoint(folder)).source:
-        found = model_class(opened.spec)
+        found: Any = model_class(opened.spec)
         options: dict[str, Any] = (
             {"reference": reference} if "reference" in found.load_options else {}
         )
@@ -117,7 +116,8 @@ def open_session(
     adapter: str | os.PathLike | None = None,
 ) -> "Session | GenerateSession":
     """A session of a model's files: the core's own; transformers', where the model's settings ask
-    for what the core's does not have, or only transformers reads the tokenizer.
+    for what the core's does not have, or only it reads the tokenizer or the names in a folder of
+    adapters.
 
     Args:
         path, dtype, device, reference, adapter: as `load` takes them.
@@ -131,7 +131,9 @@ def open_session(
         if opened.spec.text is None:
             raise ValueError("a SigLIP vision model has no decoder to answer with")
         settings, where = opened.generation or {}, opened.source.where
-        if not beyond_session(settings) and (processor := _core_processor(folder)) is not None:
+        peft = own_adapter is not None and Path(own_adapter).is_dir()
+        processor = None if peft or beyond_session(settings) else _core_processor(folder)
+        if processor is not None:
             check_settings(where, settings)
             model = _load_core(opened, dtype, place, reference)
             if own_adapter is not None:
@@ -210,7 +212,13 @@ def find_model(path: str | os.PathLike | None) -> Path:
     """
     if not isinstance(path, (str, os.PathLike, type(None))):
         raise TypeError(f"path must be a str, a path or None, got {type(path).__name__}")
-    return EMBEDDED if path is None else find_folder(path)
+    if path is None:
+        return EMBEDDED
+    if path != "" and Path(path).exists():
+        return Path(path)
+    from mllama.checkpoints.hub import find_folder  # the hub's client takes its time to import
+
+    return find_folder(path)
 
 
 def say_loaded(path: str | os.PathLike | None, model: torch.nn.Module) -> None:
@@ -334,7 +342,7 @@ def _embedded(by_transformers: bool) -> tuple[Any, Any, Any, str]:
     """The embedded model, its processor and settings: the core's, or transformers'."""
     if by_transformers:
         return *load(), None, str(EMBEDDED)
-    session = open_session()
+    session: Any = open_session()
     say_loaded(None, session.model)
     return session.model, session.processor, session.settings, session.where
 

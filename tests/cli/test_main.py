@@ -30,7 +30,7 @@ def test_info(run):
         (["ask"], "required: IMAGE, QUESTION"),
         (["ask", "picture.png", " "], "the question is empty"),
         (["ask", "nowhere.png", "?"], "no such image: nowhere.png"),
-        (["ask", __file__, "?"], "cannot read the picture"),
+        (["ask", __file__, "?"], "cannot read the image"),
         (["chat", "nowhere.png"], "no such image: nowhere.png"),
         (["ask", "PICTURE", "?", "--model", "nowhere"], "'nowhere'"),
         (["ask", "PICTURE", "?", "--device", "abacus"], "device 'abacus' is not known or not here"),

@@ -13,7 +13,7 @@ import tempfile
 import traceback
 from pathlib import Path
 
-import processing_paligemma  # noqa: F401  with it torch, transformers and the package; a fork has copies of its own
+import processing_paligemma  # noqa: F401  loads torch and transformers before the forks
 import torch.optim  # noqa: F401
 import utils  # noqa: F401
 from transformers import AutoTokenizer, LlamaTokenizer  # noqa: F401

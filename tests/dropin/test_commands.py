@@ -51,7 +51,7 @@ def run(monkeypatch, capsys):
 
 @pytest.fixture
 def run_file(monkeypatch, capsys):
-    """run_file(path, *arguments) -> stdout of a Python file of the repository, run from its root."""
+    """run_file(path, *arguments) -> stdout of a file of the repository, run from its root."""
 
     def call(path: str, *arguments) -> str:
         monkeypatch.chdir(ROOT)

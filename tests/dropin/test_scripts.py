@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from mllama.processing.paligemma import PaliGemmaProcessor
+from mllama.hf.processors.paligemma import PaliGemmaProcessor
 from PIL import Image
 from safetensors.torch import load_file, save_file
 

@@ -232,3 +232,13 @@ def test_no_pass_makes_logits_of_more_than_the_last_position(monkeypatch):
         Session(spy.model, prefill_chunk_size=16), {"input_ids": torch.tensor([twins.tokens(50)])}
     )
     assert {None if one is None else tuple(one.shape[:2]) for one in spy.logits} == {None, (1, 1)}
+
+
+def test_another_view_of_the_same_images_is_computed_anew(monkeypatch):
+    spy, session, inputs, _ = first_turn("llama vision", monkeypatch)
+    blind = inputs["cross_attention_mask"].clone()
+    blind[:, -3:] = 0
+    other = inputs | {"cross_attention_mask": blind}
+    spy.since()
+    assert tokens(session, other) == tokens(Session(spy.model), other)
+    assert spy.since()[0] == inputs["input_ids"].shape[1]

@@ -6,6 +6,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from mllama.checkpoints.loading import Report, load_weights, match
 from mllama.checkpoints.opened import Opened
@@ -58,13 +59,24 @@ def lay_out(opened: Opened, build: Callable[[ModelSpec], _Model]) -> _Model:
     """
     check_layers(opened)
     try:
-        with torch.device("meta"):
+        with torch.device("meta"), _WithoutInit():
             return build(opened.spec)
     except (RuntimeError, OverflowError) as error:
         # Of sizes that are each in range, whose product is not.
         raise ValueError(
             f"{opened.source.where}: no model of these sizes can be laid out: {error}"
         ) from error
+
+
+class _WithoutInit(TorchFunctionMode):
+    """Leaves parameters as they are: on the meta device torch's normal_ is a reference in Python
+    that imports its compiler, which takes longer than everything else here.
+    """
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if getattr(func, "__module__", None) == "torch.nn.init":
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **(kwargs or {}))
 
 
 def survey(opened: Opened, build: Callable[[ModelSpec], _Model]) -> tuple[_Model, Report]:

@@ -61,13 +61,13 @@ def refuse_meta(family: str) -> None:
     """
     if family != "mllama":
         raise ValueError(
-            f"--reference meta is of Llama-3.2-Vision alone; this model is a {family}, and computed "
-            "as transformers does"
+            f"--reference meta is of Llama-3.2-Vision alone; this model is a {family}, and "
+            "computed as transformers does"
         )
 
 
 def sampling(arguments: argparse.Namespace) -> dict[str, Any]:
-    """generate's options; seeds torch.
+    """Seed torch and return the options of `Session.generate`.
 
     Raises:
         ValueError: an option that would change nothing beside the others.
@@ -95,7 +95,7 @@ def sampling(arguments: argparse.Namespace) -> dict[str, Any]:
                 "--seed has no effect without sampling: give --temperature, --top-p or --top-k too"
             )
         torch.manual_seed(arguments.seed)
-    return options
+    return {name: value for name, value in options.items() if value is not None}
 
 
 def _option(name: str) -> str:

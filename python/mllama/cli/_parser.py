@@ -69,8 +69,8 @@ def _add_ask(commands) -> None:
         "words",
         metavar="IMAGE, QUESTION",
         nargs="+",
-        help="image files ('-': stdin), then the question in quotes ('-': from stdin); of PaliGemma "
-        "its prefix, as 'caption en'",
+        help="image files ('-': stdin), then the question in quotes ('-': from stdin); of "
+        "PaliGemma its prefix, as 'caption en'",
     )
     _add_model(parser)
     _add_answering(parser, "print one JSON object instead of streaming the answer")
@@ -160,8 +160,8 @@ def _add_convert(commands) -> None:
         "--to",
         required=True,
         choices=("hf", "llava", "gguf"),
-        help="hf: the family's own folder; llava: the same, refused for what is no LLaVA; gguf: the "
-        "decoder, for llama.cpp",
+        help="hf: the family's own folder; llava: the same, refused for what is no LLaVA; gguf: "
+        "the decoder, for llama.cpp",
     )
     kinds = (
         f"of a folder {', '.join(DTYPES)} (default: auto, as in IN); of gguf "
@@ -214,8 +214,8 @@ def _add_verify(commands) -> None:
     parser = _command(
         commands,
         "verify",
-        "compare a model, stage by stage, with stock transformers, and cached and batched runs with "
-        "plain ones",
+        "compare a model, stage by stage, with stock transformers, and cached and batched runs "
+        "with plain ones",
     )
     _add_folder(parser)
     parser.add_argument(
@@ -223,8 +223,8 @@ def _add_verify(commands) -> None:
     )
     _add_reference(
         parser,
-        "whose Llama-3.2-Vision the cached and batched runs follow (default: meta); transformers is "
-        "compared as hf, always",
+        "whose Llama-3.2-Vision the cached and batched runs follow (default: meta); transformers "
+        "is compared as hf, always",
     )
     parser.add_argument(
         "--seed",

@@ -25,7 +25,7 @@ _HELP = """\
 /reset        forget what was said
 /save FILE    write the conversation as JSON
 /help         this list
-/exit         end, as do the end of input and Ctrl-C at the prompt; during an answer Ctrl-C stops it"""
+/exit         end, as does Ctrl-C at the prompt; during an answer Ctrl-C stops the answer"""
 
 
 def run(arguments: argparse.Namespace) -> None:

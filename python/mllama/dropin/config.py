@@ -6,8 +6,8 @@ from typing import Any
 import torch
 
 import mllama
-from mllama.config import MllamaTextConfig
 from mllama.hf import names
+from mllama.hf.configs import MllamaTextConfig
 from mllama.hf.names import PretrainedConfig
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

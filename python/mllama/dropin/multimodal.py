@@ -14,9 +14,9 @@ import mllama
 from mllama.dropin.config import MLLAMAConfig, Unset
 from mllama.dropin.generate import from_older
 from mllama.dropin.layers import made_in
-from mllama.hf import load_as
+from mllama.hf.loader import load_as
 from mllama.hf.names import Cache, PretrainedConfig, PreTrainedTokenizerBase
-from mllama.modeling import MllamaOutput
+from mllama.hf.outputs import MllamaOutput
 
 
 class OlderOutput(MllamaOutput):
@@ -74,7 +74,7 @@ class OlderModel(mllama.MllamaForConditionalGeneration):
         Once `kv_cache`, also called `cache`, has tokens, images given again are ignored.
 
         Returns:
-            `output["logits"]`, `["loss"]` (None without labels), `["kv_cache"]`; also as attributes.
+            `output["logits"]`, `["loss"]` (None without labels), `["kv_cache"]`, also as attributes
 
         Raises:
             ValueError: a cache under two names; else as the package's.
@@ -315,8 +315,8 @@ class MllamaForConditionalGeneration(OlderModel):
         return cross_entropy(scores, labels, ignore_index=self.config.ignore_index)
 
     def _create_conversation_mask(self, input_ids: torch.Tensor, tokenizer: Any) -> torch.Tensor:
-        """bool [B, T]: what the assistant says in a chat of Llama 3's form, from after its header and
-        a blank line to `<|eot_id|>` (included), the next header, the padding or the end.
+        """bool [B, T]: what the assistant says in a chat of Llama 3's form, from after its header
+        and a blank line to `<|eot_id|>` (included), the next header, the padding or the end.
 
         Raises:
             ValueError: the tokenizer has no such tokens.

@@ -13,8 +13,8 @@ from PIL import Image
 
 import mllama
 from mllama.hf.names import BatchFeature
+from mllama.hf.processors.tokenizers import fast_tokenizer
 from mllama.processing.image import load_picture
-from mllama.processing.meta import fast_tokenizer
 from mllama.processing.prompt import lay_out
 
 CLIP_MEAN = [0.48145466, 0.4578275, 0.40821073]
@@ -30,7 +30,7 @@ def resize(
     """An image of any kind as RGB PIL image of size (height, width), by default bicubic.
 
     Raises:
-        TypeError: no image. ValueError: a size or filter that cannot be. FileNotFoundError: no file.
+        TypeError, FileNotFoundError: no image. ValueError: a size or filter that cannot be.
     """
     edges = tuple(size) if isinstance(size, Sequence) else ()
     if len(edges) != 2 or not all(isinstance(e, int) and 1 <= e <= MAX_EDGE for e in edges):

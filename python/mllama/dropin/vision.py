@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn.functional import dropout
 
 from mllama import ops
-from mllama.config import MllamaVisionConfig
+from mllama.hf.configs import MllamaVisionConfig
 from mllama.nn.activation import ACTIVATIONS
 
 
@@ -36,7 +36,7 @@ class SiglipVisionEmbeddings(nn.Module):
         self.position_embedding = nn.Embedding(self.num_patches, config.hidden_size)
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """[B, channels, image_size, image_size], cast to the weights' dtype, -> [B, patches, hidden].
+        """[B, channels, image_size, image_size], in any floating dtype, -> [B, patches, hidden].
 
         Raises:
             TypeError: pixel_values are not floating. ValueError: another shape.

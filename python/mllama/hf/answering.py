@@ -36,7 +36,7 @@ class GenerateSession:
     @property
     def where(self) -> str:
         """The files that the model came from."""
-        return self.model.config.name_or_path
+        return str(self.model.config.name_or_path)
 
     @property
     def context(self) -> int:

@@ -61,7 +61,8 @@ class KVCache:
 
     A layer that attends to text stores one key per position; a layer that attends to images stores
     the keys of the images, which `crop` leaves alone. Buffers are [B, kv_heads, capacity,
-    head_dim], made at the first update and doubled when full. For inference: no gradient flows through them.
+    head_dim], made at the first update and doubled when full. For inference: no gradient flows
+    through them.
 
     Args:
         num_layers: layers of the decoder.

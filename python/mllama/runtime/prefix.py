@@ -55,7 +55,7 @@ def find_reuse(
     length = _common(cached_ids, ids[:-1])
     same = same_images(cached_images, images)
     count = len(images["pixel_values"]) if images else 0
-    if spec.text.cross_attention_layers or cache.num_prefix_tokens:  # type: ignore[union-attr]
+    if spec.text.cross_attention_layers or cache.num_prefix_tokens:
         return Reuse(length, count) if same and length else Reuse()
     if not images and not cached_images:
         return Reuse(length)

@@ -80,7 +80,7 @@ class Sampling:
         given = {name: value for name, value in given.items() if value is not None}
         cold = 0 <= given.get("temperature", 1) < COLDEST
         sample = given.get("do_sample", any(name in given for name in NEUTRAL))
-        penalty = {"repetition_penalty": defaults.get("repetition_penalty") or 1.0}
+        penalty: dict[str, Any] = {"repetition_penalty": defaults.get("repetition_penalty") or 1.0}
         if not sample or cold:
             options = {
                 name: value for name, value in given.items() if not (cold and name in NEUTRAL)
@@ -103,8 +103,9 @@ def check_option(name: str, value: Any) -> None:
     ):
         kind = "an int" if whole else "a number"
         raise TypeError(f"{name} must be {kind}, got {type(value).__name__}")
+    number: Any = value
     least, most, above = (0, 2**64 - 1, False) if name == "seed" else _RANGES[name]
-    if not least <= value <= most or value == math.inf or (above and value == least):
+    if not least <= number <= most or number == math.inf or (above and number == least):
         bounds = f"{'above' if above else 'at least'} {least}"
         bounds += "" if most == math.inf else f" and at most {most}"
         raise ValueError(f"{name} must be {bounds}, got {value}")

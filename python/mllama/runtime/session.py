@@ -26,7 +26,8 @@ _INPUTS = ("input_ids", "attention_mask", "token_type_ids", "cross_attention_mas
 
 class Session:
     """Generates with a model, and keeps the cache of the last prompt of one row: the next one
-    computes only what differs, as a chat's next turn does.
+    computes only what differs, as a chat's next turn does. After a change of the model (other
+    weights, adapters), call `reset`.
 
     Args:
         model: a `VisionLanguageModel`, in eval mode.
@@ -65,7 +66,9 @@ class Session:
         return self.model.fusion.chunk_obstacle is None and not spec.bidirectional_prefix
 
     def reset(self) -> None:
-        """Forget the last prompt."""
+        """Forget the last prompt and the features of its images."""
+        self._encoded = None
+        self._cross_mask: torch.Tensor | None = None  # of the prompt that the cache has
         self._cache = KVCache(self.model.spec.text.num_hidden_layers)
         self._ids: list[int] = []  # of one row, that the cache has
         self._images: dict[str, torch.Tensor] | None = None  # that it has; None: not known
@@ -162,7 +165,7 @@ class Session:
         reuse = self._reuse(inputs, images)
         result.num_reused_tokens = reuse.length
         new = ids[:, reuse.length :]  # (B, T - reused)
-        given = self._new_images(images, reuse.images, len(ids))
+        given: dict[str, Any] = self._new_images(images, reuse.images, len(ids))
         if given:
             self._images = None  # while they are written
         elif self._can_chunk:
@@ -176,6 +179,7 @@ class Session:
         logits = self._forward(new, inputs, **given)
         if len(ids) == 1 and "attention_mask" not in inputs:
             self._ids, self._images = ids[0].tolist(), images
+            self._cross_mask = inputs.get("cross_attention_mask")
         return logits
 
     def _forward(
@@ -203,13 +207,24 @@ class Session:
             reuse = find_reuse(
                 self.model.spec, self._cache, self._ids, self._images, ids[0].tolist(), images
             )
-        if not reuse.length:
+        if not reuse.length or not self._sees_the_same(inputs, reuse.length):
+            reuse = Reuse()
             self._cache.reset()
             self._ids, self._images = [], {}
             return reuse
         self._cache.crop(self._cache.num_prefix_tokens + reuse.length)
         self._ids = self._ids[: reuse.length]
         return reuse
+
+    def _sees_the_same(self, inputs: dict[str, torch.Tensor], length: int) -> bool:
+        """Whether the first positions attend to the same images as before; those after a mask's
+        last row attend to what that row does.
+        """
+        before, now = self._cross_mask, inputs.get("cross_attention_mask")
+        if before is None or now is None:
+            return before is now
+        rows = torch.arange(length, device=now.device)
+        return torch.equal(*(mask[:, rows.clamp(max=mask.shape[1] - 1)] for mask in (before, now)))
 
     def _new_images(
         self, images: dict[str, torch.Tensor], first: int, rows: int
@@ -222,9 +237,12 @@ class Session:
         if rows > 1 or self.model.spec.encoder is None:  # which refuses them
             return dict(images)
         if self._encoded is None or not same_images(self._encoded[0], images):
-            self._encoded = images, self.model.encode_images(ModelInputs(**images))[0]
+            self._encoded = images, self._encode(images)
         others = {name: value for name, value in images.items() if name != "pixel_values"}
         return others | {"image_features": self._encoded[1][first:]}
+
+    def _encode(self, images: dict[str, Any]) -> torch.Tensor:
+        return self.model.encode_images(ModelInputs(**images))[0]
 
     def _restore(self) -> None:
         """After a pass that was interrupted: back to what the cache has for certain."""
@@ -240,10 +258,12 @@ class Session:
             given = getattr(self.tokenizer, "eos_token_id", None)
         if given is None:
             return frozenset()
-        ends = list(given) if isinstance(given, (list, tuple, set, frozenset)) else [given]
+        ends: list[Any] = (
+            list(given) if isinstance(given, (list, tuple, set, frozenset)) else [given]
+        )
         if not all(isinstance(end, numbers.Integral) and not isinstance(end, bool) for end in ends):
             raise TypeError(f"eos_token_id must be an int or a list of them, got {given!r}")
-        return frozenset(map(int, ends))
+        return frozenset(int(end) for end in ends)
 
     def _stop_strings(self, stop: Sequence[str], on_text: Callable | None) -> tuple[str, ...]:
         stop = (stop,) if isinstance(stop, str) else tuple(stop)
