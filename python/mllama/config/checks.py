@@ -21,6 +21,7 @@ PROJECTORS = ("mlp", "linear")
 FUSIONS = ("merge", "prepend", "cross_attention")
 POOLINGS = ("average", "learned")
 CROSS_ATTENTION_EVERY = 4  # layers, where the config does not say
+LAYERS_MAX = 2**12  # of a decoder, whose spec lists them; the largest released one has 126
 TILES_MAX = 64  # of an image; released models have 4
 # Beyond these a size does not fit torch's 32-bit indices, and a number is infinite in float32.
 SIZE_MAX, NUMBER_MAX = 2**31 - 1, 3.4028234663852886e38

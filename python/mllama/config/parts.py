@@ -6,6 +6,7 @@ from typing import Any
 
 from mllama.config.checks import (
     ACTIVATIONS,
+    LAYERS_MAX,
     SIZE_MAX,
     TEXT_ACTIVATIONS,
     TILES_MAX,
@@ -82,6 +83,8 @@ def text_fields(config: Mapping[str, Any], read: Collection[str], owner: str) ->
     """
     for name in _TEXT_SIZES:
         check_size(owner, name, config[name])
+    if (layers := config["num_hidden_layers"]) > LAYERS_MAX:
+        raise ValueError(f"{owner}: num_hidden_layers must be at most {LAYERS_MAX}, got {layers}")
     heads = config["num_attention_heads"]
     kv_heads = config.get("num_key_value_heads")
     kv_heads = heads if kv_heads is None else kv_heads

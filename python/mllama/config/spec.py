@@ -74,7 +74,8 @@ def uniform_layers(
         cross: indices.
     """
     shared = RopeSpec.of(rope)
-    return tuple(LayerSpec("cross" if index in cross else "self", shared) for index in range(count))
+    own, crossing = LayerSpec("self", shared), LayerSpec("cross", shared)
+    return tuple(crossing if index in cross else own for index in range(count))
 
 
 @dataclass(frozen=True)

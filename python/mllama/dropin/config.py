@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 import mllama
-from mllama.config import MllamaTextConfig
+from mllama.hf.configs import MllamaTextConfig
 from mllama.hf import names
 from mllama.hf.names import PretrainedConfig
 

@@ -14,9 +14,9 @@ import mllama
 from mllama.dropin.config import MLLAMAConfig, Unset
 from mllama.dropin.generate import from_older
 from mllama.dropin.layers import made_in
-from mllama.hf import load_as
+from mllama.hf.loader import load_as
 from mllama.hf.names import Cache, PretrainedConfig, PreTrainedTokenizerBase
-from mllama.modeling import MllamaOutput
+from mllama.hf.outputs import MllamaOutput
 
 
 class OlderOutput(MllamaOutput):

@@ -14,7 +14,7 @@ from PIL import Image
 import mllama
 from mllama.hf.names import BatchFeature
 from mllama.processing.image import load_picture
-from mllama.processing.meta import fast_tokenizer
+from mllama.hf.processors.tokenizers import fast_tokenizer
 from mllama.processing.prompt import lay_out
 
 CLIP_MEAN = [0.48145466, 0.4578275, 0.40821073]

@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn.functional import dropout
 
 from mllama import ops
-from mllama.config import MllamaVisionConfig
+from mllama.hf.configs import MllamaVisionConfig
 from mllama.nn.activation import ACTIVATIONS
 
 

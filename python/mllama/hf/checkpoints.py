@@ -30,7 +30,7 @@ from mllama.weights.rows import WeightMap, plan_moves, to_file
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
 
 
-def model_class(spec: ModelSpec) -> type[PreTrainedModel]:
+def model_class(spec: ModelSpec) -> type[Any]:
     """The class that models are of: SiglipModel for a SigLIP vision model alone."""
     from mllama.hf.modeling import MllamaForConditionalGeneration
     from mllama.hf.siglip import SiglipModel

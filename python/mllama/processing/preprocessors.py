@@ -158,7 +158,7 @@ class PaliGemmaPreprocessor(Preprocessor):
         self,
         tokenizer: TextTokenizer,
         images: SquareImages,
-        image_seq_length: int,
+        image_seq_length: int | None,
         chat_template: str | Mapping[str, str] | None = None,
     ):
         if not isinstance(image_seq_length, int) or not 1 <= image_seq_length <= MAX_IMAGE_TOKENS:

@@ -15,7 +15,7 @@ from mllama.hf.processors.tiled import TiledProcessor
 from mllama.hf.processors.tokenizers import load_gguf_tokenizer, load_meta_processor
 from mllama.processing.auto import load_any, processor_kind
 
-_CLASSES = {
+_CLASSES: dict[str, Any] = {
     "merged": MllamaImageProcessor,
     "tiled": TiledProcessor,
     "paligemma": PaliGemmaProcessor,
