@@ -12,13 +12,13 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from mllama.hf.processors.paligemma import PaliGemmaProcessor
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import twins
 from mllama import MllamaImageProcessor, dropin
 from mllama.dropin.processing import CLIP_MEAN, CLIP_STD
+from mllama.hf.processors.paligemma import PaliGemmaProcessor
 
 HERE = Path(__file__).parent
 SCRIPTS = sorted((HERE / "scripts").glob("*.py"))
