@@ -11,7 +11,7 @@ from transformers.generation.utils import GenerateOutput
 import mllama
 from mllama import MllamaForConditionalGeneration, SiglipModel, ops
 from mllama.hf.compat import DecoderOutput
-from mllama.hf.modeling import MllamaOutput
+from mllama.hf.outputs import MllamaOutput
 
 
 def loading() -> None:

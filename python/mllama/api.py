@@ -91,7 +91,8 @@ def load_quietly(
     adapter: str | os.PathLike | None = None,
 ) -> "tuple[MllamaForConditionalGeneration | Any, Any]":
     """`load` without the line on stderr, which `say_loaded` writes."""
-    from mllama.hf.checkpoints import load_opened, model_class
+    from mllama.hf.checkpoints import load_opened
+    from mllama.hf.models import model_class
     from mllama.hf.processors.auto import load_processor
 
     folder, adapter = _find_adapted(path, adapter)

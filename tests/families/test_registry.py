@@ -12,8 +12,8 @@ import stock
 from mllama import families
 from mllama.checkpoints.models import tied_names
 from mllama.families import FAMILIES, MODEL_TYPES, compose
-from mllama.hf.checkpoints import model_class
 from mllama.hf.config_objects import config_object
+from mllama.hf.models import model_class
 from mllama.model.memory import Work, memory_needed
 from mllama.processing import auto
 from mllama.weights.rows import plan_moves, to_file

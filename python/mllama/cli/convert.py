@@ -11,7 +11,8 @@ from mllama.checkpoints.hub import find_folder
 from mllama.cli._parser import DTYPES, GGUF_DTYPES
 from mllama.device import dtype_name
 from mllama.families import written_as
-from mllama.hf.checkpoints import load_opened, model_class
+from mllama.hf.checkpoints import load_opened
+from mllama.hf.models import model_class
 from mllama.hf.names import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 from mllama.hf.processors.auto import load_processor
 from mllama.processing.folders import PROCESSOR_FILES

@@ -21,7 +21,7 @@ from mllama.cli._answering import check_reference, facts, read_images, reply, sa
 from mllama.cli._parser import SIZES
 from mllama.device import choose_device
 from mllama.hf.answering import GenerateSession
-from mllama.hf.checkpoints import survey_opened
+from mllama.hf.models import survey_opened
 from mllama.hf.processors.auto import load_processor
 from mllama.hf.stock import load_stock
 from mllama.processing.conversation import encode_messages

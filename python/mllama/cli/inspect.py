@@ -16,8 +16,8 @@ from mllama.checkpoints.opening import config_alone
 from mllama.config.spec import ModelSpec
 from mllama.device import dtype_name, dtype_named
 from mllama.families import compose
-from mllama.hf.checkpoints import model_class, survey_opened
 from mllama.hf.config_objects import config_object
+from mllama.hf.models import model_class, survey_opened
 from mllama.hf.names import PreTrainedModel
 from mllama.model.memory import Work, count_parameters, image_tokens, memory_needed, spec_of
 from mllama.weights.family import Config

@@ -21,7 +21,7 @@ from mllama.checkpoints import open_checkpoint
 from mllama.cli._answering import refuse_meta
 from mllama.device import choose_device
 from mllama.hf import names
-from mllama.hf.checkpoints import model_class, survey_opened
+from mllama.hf.models import model_class, survey_opened
 from mllama.hf.names import PreTrainedModel
 from mllama.hf.siglip import SiglipModel
 from mllama.hf.stock import load_stock

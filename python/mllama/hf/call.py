@@ -1,6 +1,6 @@
 """Arguments of transformers' calls -> `ModelInputs`."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from transformers import Cache, DynamicCache, PretrainedConfig
@@ -10,6 +10,16 @@ from mllama.fusion.base import ModelInputs
 from mllama.hf.cache import TransformersCache, check_cache
 from mllama.text.decoder import check_embeddings, check_mask, split_mask
 from mllama.text.packing import find_sequences, go_back
+
+
+class PackedRows(NamedTuple):
+    """How DataCollatorWithFlattening describes rows of several sequences: see `forward`."""
+
+    cu_seq_lens_q: torch.Tensor | None = None
+    cu_seq_lens_k: torch.Tensor | None = None
+    max_length_q: int | None = None
+    max_length_k: int | None = None
+    seq_idx: torch.Tensor | None = None
 
 
 def check_text(
@@ -58,7 +68,7 @@ def set_cache_and_positions(
     cache: Cache | None,
     use_cache: bool | None,
     position_ids: torch.Tensor | None,
-    packing: dict[str, Any],
+    packing: PackedRows,
 ) -> Cache | None:
     """Fill in cache, position_ids and first_key; return the transformers cache, a new one where the
     call wants one.
@@ -78,7 +88,7 @@ def set_cache_and_positions(
             f"got {list(padding_mask.shape)}"
         )
     if use_cache is None:
-        described = any(value is not None for value in packing.values())
+        described = any(value is not None for value in packing)
         packed = not has_mask and (go_back(position_ids) or described)
         use_cache = not packed and _wants_cache(model)
     obstacles = {
@@ -87,7 +97,9 @@ def set_cache_and_positions(
         "use_cache": bool(use_cache),
     }
     obstacle = next((name for name, given in obstacles.items() if given), None)
-    inputs.position_ids, inputs.first_key = find_sequences(shape, position_ids, obstacle, **packing)
+    inputs.position_ids, inputs.first_key = find_sequences(
+        shape, position_ids, obstacle, **packing._asdict()
+    )
     if use_cache and cache is None:
         cache = DynamicCache()
     if cache is None:

@@ -13,11 +13,10 @@ from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel, __
 
 from mllama.checkpoints.files import CONFIG, listing, save_weights, write_folder, write_json
 from mllama.checkpoints.loading import Report, both_ways, check_complete, check_plain, common_dtype
-from mllama.checkpoints.models import fill, lay_out, survey
+from mllama.checkpoints.models import fill, lay_out
 from mllama.checkpoints.opened import Opened
 from mllama.checkpoints.opening import GENERATION, open_checkpoint
 from mllama.config.files import harmless
-from mllama.config.spec import ModelSpec
 from mllama.device import dtype_named
 from mllama.families import family_of
 from mllama.hf.config_objects import check_names, config_object, file_content, set_fields
@@ -28,14 +27,6 @@ from mllama.weights.rows import WeightMap, plan_moves, to_file
 
 # Of adapters that were saved there before: who reads the folder would take them for what it holds.
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
-
-
-def model_class(spec: ModelSpec) -> type[Any]:
-    """The class that models are of: SiglipModel for a SigLIP vision model alone."""
-    from mllama.hf.modeling import MllamaForConditionalGeneration
-    from mllama.hf.siglip import SiglipModel
-
-    return SiglipModel if spec.text is None else MllamaForConditionalGeneration
 
 
 def load_model(
@@ -102,12 +93,6 @@ def load_opened(
     if opened.generation is not None and model.can_generate():
         model.generation_config = _generation_config(where, opened.generation)
     return placement.dispatch(model.eval()), report
-
-
-def survey_opened(opened: Opened) -> tuple[PreTrainedModel, Report]:
-    """The model that opened files are of, on the meta device, and what they have for it."""
-    config = config_object(opened.config)
-    return survey(opened, lambda spec: model_class(spec)(config))
 
 
 def _generation_config(where: str, content: dict[str, Any]) -> GenerationConfig:

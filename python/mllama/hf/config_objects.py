@@ -1,22 +1,18 @@
 """Configs as dicts <-> transformers' config objects."""
 
 import difflib
-import inspect
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
 
-import torch
 from huggingface_hub.errors import StrictDataclassError
 from transformers import CONFIG_MAPPING, PretrainedConfig
 
 from mllama import families
 from mllama.config.spec import ModelSpec
+from mllama.hf import configs as _ours  # noqa: F401  # registers our config class
+from mllama.hf.config_checks import check_common, check_names, construct
 from mllama.weights.family import Config
-
-LABELS_MAX = 2**16  # no part of the model has labels
-REFUSALS = (StrictDataclassError, AttributeError, TypeError, KeyError, ArithmeticError)
-"""What transformers' config classes raise for values that cannot be."""
 
 
 def compose(config: PretrainedConfig) -> ModelSpec:
@@ -40,8 +36,6 @@ def config_object(config: Config) -> PretrainedConfig:
     Raises:
         ValueError: a field that the class refuses; the text names it.
     """
-    import mllama.hf.configs  # noqa: F401  # registers ours
-
     kind = CONFIG_MAPPING[config["model_type"]]
     for name in families.family_of(config).parts:
         _check_fields(name, config[name])
@@ -55,16 +49,6 @@ def _check_fields(owner: str, config: Config) -> None:
     check_common(owner, given)
 
 
-def construct(owner: str, constructor: Any, given: Mapping[str, Any]) -> Any:
-    """Run a config's constructor; the errors it has for values that cannot be become a
-    ValueError.
-    """
-    try:
-        return constructor(**given)
-    except REFUSALS as error:
-        raise ValueError(f"{owner}: {' '.join(str(error).split())}") from error
-
-
 def file_content(config: PretrainedConfig) -> tuple[Config, PretrainedConfig]:
     """The content of a config.json, and the config that it is of: LLaVA's in place of ours where
     the model has that shape.
@@ -75,51 +59,6 @@ def file_content(config: PretrainedConfig) -> tuple[Config, PretrainedConfig]:
     if written is not own:
         config = config_object(family.from_json(written))
     return family.to_json(config.to_diff_dict()), config
-
-
-def check_names(owner: str, kind: type, given: Iterable[str]) -> None:
-    """Reject names that would shadow attributes of the class: its methods, its own tables, Python's
-    own names.
-
-    Raises:
-        ValueError: names such a field.
-    """
-    taken = (
-        {field.name for field in fields(kind)} if hasattr(kind, "__dataclass_fields__") else set()
-    )
-    for name in given:
-        own = inspect.getattr_static(kind, name, None)
-        if (
-            name == "self"
-            or name.startswith("__")
-            or (own is not None and name not in taken and not isinstance(own, property))
-        ):
-            raise ValueError(f"{owner}: {name!r} is not the name of a field")
-
-
-def check_common(owner: str, given: Mapping[str, Any]) -> None:
-    """Check fields that every config has and transformers acts on before it looks: dtypes, kinds of
-    layers, how many labels there are.
-
-    Raises:
-        ValueError: names the field.
-    """
-    for name in ("dtype", "torch_dtype"):
-        value = given.get(name)
-        if value is None or isinstance(value, torch.dtype):
-            continue
-        if not isinstance(value, str) or not isinstance(getattr(torch, value, None), torch.dtype):
-            raise ValueError(f"{owner}: {name} must be the name of a torch dtype, got {value!r}")
-    for name, kind in (("rope_parameters", dict), ("rope_scaling", dict), ("layer_types", list)):
-        if not isinstance(given.get(name), (kind, type(None))):
-            raise ValueError(
-                f"{owner}: {name} must be a {kind.__name__} or None, got {given[name]!r}"
-            )
-    labels = given.get("num_labels", 0)  # transformers makes a dict with as many entries
-    if not (isinstance(labels, int) and 0 <= labels <= LABELS_MAX):
-        raise ValueError(
-            f"{owner}: num_labels must be an integer of 0 to {LABELS_MAX}, got {labels!r}"
-        )
 
 
 def set_fields(config: PretrainedConfig, given: Mapping[str, Any]) -> None:

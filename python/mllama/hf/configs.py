@@ -11,7 +11,7 @@ from mllama.config.files import harmless
 from mllama.config.parts import vision_spec
 from mllama.families import family_of, siglip_llama
 from mllama.families.siglip_llama import FAMILY, FOR_TEXT, TEXT, VISION
-from mllama.hf.config_objects import check_common, check_names, construct
+from mllama.hf.config_checks import check_common, check_names, construct
 from mllama.weights.family import Config, complete
 
 # Fields of the models' outputs that are no predictions: Trainer's evaluation would keep them all

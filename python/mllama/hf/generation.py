@@ -46,7 +46,7 @@ class MllamaGenerationMixin(GenerationMixin):
             ValueError: an attention_mask that is not [B, T], too: one of four dimensions says
                 nothing of the tokens to come.
         """
-        check_built(self)
+        check_built(self)  # type: ignore[arg-type]  # a mixin of that class
         mask = kwargs.get("attention_mask")
         if isinstance(mask, torch.Tensor) and mask.dim() != 2:
             raise ValueError(

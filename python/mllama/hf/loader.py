@@ -15,9 +15,10 @@ from mllama.checkpoints.hub import find_folder
 from mllama.checkpoints.loading import Report
 from mllama.checkpoints.opening import open_checkpoint
 from mllama.device import dtype_name
-from mllama.hf.checkpoints import load_opened, model_class
+from mllama.hf.checkpoints import load_opened
 from mllama.hf.config_objects import compose, config_object
 from mllama.hf.modeling import MllamaForConditionalGeneration
+from mllama.hf.models import model_class
 from mllama.hf.processors.auto import load_processor
 from mllama.hf.processors.folders import load_tokenizer
 from mllama.processing.tokenizer import Tokenizer

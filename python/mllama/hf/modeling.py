@@ -14,6 +14,7 @@ from mllama.hf.arguments import check_keywords, check_special
 from mllama.hf.backbone import Backbone
 from mllama.hf.built import check_built, remember_config
 from mllama.hf.call import (
+    PackedRows,
     by_rows,
     check_text,
     one_of_images,
@@ -167,7 +168,10 @@ class MllamaForConditionalGeneration(
         if self.spec.encoder is None:
             raise ValueError(f"this {self.config.model_type} model takes text alone")
         check_built(self)
-        tiles = {"aspect_ratio_ids": aspect_ratio_ids, "aspect_ratio_mask": aspect_ratio_mask}
+        tiles: dict[str, Any] = {
+            "aspect_ratio_ids": aspect_ratio_ids,
+            "aspect_ratio_mask": aspect_ratio_mask,
+        }
         check_special(self, **tiles)
         choice = self._choose_features(
             vision_feature_layer, vision_feature_select_strategy, interpolate_pos_encoding
@@ -329,7 +333,7 @@ class MllamaForConditionalGeneration(
         check_keywords(type(self).__name__, MllamaForConditionalGeneration.forward, kwargs)
         check_built(self)
         check_text(input_ids, inputs_embeds, self.spec.text.hidden_size)
-        given = {
+        given: dict[str, Any] = {
             "aspect_ratio_ids": aspect_ratio_ids,
             "aspect_ratio_mask": aspect_ratio_mask,
             "cross_attention_mask": cross_attention_mask,
@@ -363,21 +367,14 @@ class MllamaForConditionalGeneration(
             inputs.image_features = by_rows(cross_attention_states, inputs.shape[0])
         if labels is not None and logits_to_keep is None:
             raise ValueError("labels need logits; leave logits_to_keep at 0")
-        packing = {
-            "cu_seq_lens_q": cu_seq_lens_q,
-            "cu_seq_lens_k": cu_seq_lens_k,
-            "max_length_q": max_length_q,
-            "max_length_k": max_length_k,
-            "seq_idx": seq_idx,
-        }
+        packing = PackedRows(cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k, seq_idx)
         cache = one_cache(cache, past_key_values)
         cache = set_cache_and_positions(self, inputs, cache, use_cache, position_ids, packing)
         if prompt_length is not None:
             inputs.text_start = max(prompt_length - inputs.past, 0)
         set_extra_outputs(inputs, self.config, output_attentions, output_hidden_states)
         computed = self.compute(inputs)
-        if return_dict is None:
-            return_dict = self.config.return_dict
+        return_dict = self.config.return_dict if return_dict is None else return_dict
         return as_output(computed, cache, logits_to_keep is None, return_dict)
 
 

@@ -12,16 +12,13 @@ import torch
 
 from mllama.checkpoints.files import write_file
 from mllama.checkpoints.gguf.header import gguf
-from mllama.checkpoints.gguf.reader import (
-    ARCHITECTURES,
-    ENDS,
-    EOM,
+from mllama.checkpoints.gguf.reader import ARCHITECTURES, ENDS, EOM, weight_map
+from mllama.checkpoints.gguf.rope import (
     LLAMA3,
     ORIGINAL_CONTEXT,
     ROPE_FREQS,
     llama3_parameters,
     rope_factors,
-    weight_map,
 )
 from mllama.checkpoints.gguf.tokenizer import add_tokenizer
 from mllama.checkpoints.loading import check_plain

@@ -1,0 +1,24 @@
+"""Which transformers class a model is of."""
+
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from mllama.checkpoints.loading import Report
+from mllama.checkpoints.models import survey
+from mllama.checkpoints.opened import Opened
+from mllama.config.spec import ModelSpec
+from mllama.hf.config_objects import config_object
+from mllama.hf.modeling import MllamaForConditionalGeneration
+from mllama.hf.siglip import SiglipModel
+
+
+def model_class(spec: ModelSpec) -> type[Any]:
+    """The class that models are of: SiglipModel for a SigLIP vision model alone."""
+    return SiglipModel if spec.text is None else MllamaForConditionalGeneration
+
+
+def survey_opened(opened: Opened) -> tuple[PreTrainedModel, Report]:
+    """The model that opened files are of, on the meta device, and what they have for it."""
+    config = config_object(opened.config)
+    return survey(opened, lambda spec: model_class(spec)(config))
