@@ -1,4 +1,4 @@
-"""A vision-language model put together: tower -> projector -> fusion -> decoder -> head."""
+"""The core model as a transformers model: `forward` with its arguments, `generate`, saving."""
 
 from typing import Any
 
@@ -34,19 +34,18 @@ from mllama.nn.norm import RMSNorm
 class MllamaForConditionalGeneration(
     NextTokenModel, PretrainedMixin, MllamaGenerationMixin, VisionLanguageModel, PreTrainedModel
 ):
-    """Answers about pictures, or goes on with text: a tower, a projector, a fusion and a decoder,
-    as the config's family has them.
+    """A vision-language or text model: encoder, projector, fusion and decoder as the config's
+    family has them.
 
     Args:
-        config: `mllama.MllamaConfig` for a SigLIP tower and a Llama decoder joined in one of three
+        config: `mllama.MllamaConfig` for a SigLIP encoder and a Llama decoder joined in one of three
             ways; or transformers' own LlavaConfig, PaliGemmaConfig, MllamaConfig
             (Llama-3.2-Vision), LlamaConfig, GemmaConfig, Gemma2Config, Gemma3TextConfig. The
             weights are random; `from_pretrained` reads a folder.
-        reference: whose Llama-3.2-Vision to follow where the two differ, "meta" (as it was trained)
-            or "hf" (as transformers computes it): the tower's intermediate features are the inputs
-            or the outputs of the layers listed, and text before the first picture sees none or, by
-            way of the residual, all of them. It may be set later, and means nothing to other
-            families.
+        reference: which Llama-3.2-Vision to follow where the two differ, "meta" (as trained) or
+            "hf" (as transformers computes it). The encoder's intermediate features are the inputs
+            ("meta") or the outputs ("hf") of the listed layers; text before the first image attends
+            to no image ("meta") or to all ("hf"). It may be set later; other families ignore it.
 
     Raises:
         TypeError: no config.
@@ -244,90 +243,83 @@ class MllamaForConditionalGeneration(
     ) -> MllamaOutput | DecoderOutput | tuple:
         """
         Args:
-            input_ids: int [B, T], with one placeholder per feature. Placeholder ids may lie outside
-                the vocabulary. With fusion="prepend" they may be the text alone: the visual tokens
-                are put before it, as many pictures to every row; mask, labels and positions stay
-                the text's, here and in later calls, and what is returned covers both. With
-                fusion="cross_attention" they are the text alone.
-            pixel_values: float [pictures of the batch in row order, channels, image_size,
-                image_size]; cast to the tower's dtype. With a filled cache and no placeholders in
-                input_ids they are ignored. With fusion="cross_attention" as many to every row. Of a
-                model that cuts pictures into tiles, float [B, pictures, tiles, channels,
-                image_size, image_size]. Where layers attend to pictures, with a filled cache they
-                come after those in it.
+            input_ids: int [B, T], with one placeholder per image feature. Placeholder ids may lie
+                outside the vocabulary. With fusion="prepend" placeholders may be left out: the
+                visual tokens are put before the text, equally many images per row. attention_mask,
+                labels and position_ids then describe the text alone, here and in later calls, and
+                the outputs cover both. With fusion="cross_attention" there are no placeholders.
+            pixel_values: float [images of the batch in row order, channels, image_size,
+                image_size]; cast to the encoder's dtype. Ignored with a non-empty cache and no
+                placeholders in input_ids. With fusion="cross_attention" equally many images per
+                row. Models with tiles: float [B, images, tiles, channels, image_size, image_size].
+                With a non-empty cache, cross-attention layers append them to the cached images.
             attention_mask: [B, past + T] of any dtype, zero where padded, on either side. Or [B or
-                1, heads or 1, T, keys], bool (True where a position sees a key) or floats that are
-                added to the scores: it is taken as it is, in place of causality and of a prompt's
-                prefix, positions are counted without it, and of the loss it leaves out nothing, all
-                as in transformers. It covers all of a static cache's slots, and visual tokens
-                before the text.
+                1, heads or 1, T, keys], bool (True: visible) or floats added to the scores; it
+                replaces causality and a bidirectional prefix, position_ids and the loss ignore it,
+                all as in transformers. It covers all slots of a static cache, and prepended visual
+                tokens.
             labels: int [B, T], shifted inside: the logits at t are scored against the label at t +
-                1. -100 (our own config's `ignore_index`), placeholder and padding positions are not
-                trained. Of several sequences in one row the last position of one is scored against
-                the first label of the next, as in transformers, unless that is -100, as
-                DataCollatorWithFlattening writes it.
-            inputs_embeds: [B, T, hidden] in place of input_ids. Where pictures are merged, the
-                placeholders are the positions that equal the embedding of
-                `config.image_token_index`.
-            cache: a transformers cache, dynamic or static, that keeps all tokens; not while
-                activations are checkpointed.
-            position_ids: int [B or 1, T]. None counts the unmasked tokens of each row. Without mask
-                and cache, as in transformers, a position that is not one more than the one before
-                it begins another sequence of a packed row: each is as if alone. Of packed rows,
-                token_type_ids may begin anew with every sequence, cross_attention_mask must say
-                which position sees which picture, and visual tokens cannot stand before the text.
-            use_cache: return a cache; None asks for one outside training, as the decoder's config
-                says, but not of packed rows: without a mask, where positions go back within a row
-                or the arguments below describe it, and, while compiling, when values cannot be
-                read, with any position_ids.
-            output_attentions, output_hidden_states: also return what `MllamaOutput` says.
-            logits_to_keep: last positions to compute logits for (0: all), or which ones, as
-                transformers takes it. None: no logits, and `DecoderOutput` is returned, whose
-                last_hidden_state is [B, T, hidden], of the text alone. `base_model` asks for it.
-            image_features: what `get_image_features` gave, in place of pixel_values.
-            token_type_ids: int [B, T], of a model whose prompts are seen both ways (PaliGemma): 0
-                for the prompt, then 1 for what is to be said. None: all of it is seen one way here,
-                and both ways by `generate`. With a filled cache, and by other models, they are not
-                read.
-            prefix_length: int64 [B], how many positions at a row's front, padding included, are the
-                prompt: in place of token_type_ids.
-            aspect_ratio_ids: int [B, pictures], 1 + the place of a picture's arrangement of tiles
-                in the config's list, 0 for no picture; with pixel_values, of a model that cuts
-                pictures into tiles (Llama-3.2-Vision).
-            aspect_ratio_mask: [B, pictures, tiles], 1 where a tile is filled; by default as
+                1. -100 (our own config's `ignore_index`), placeholders and padding are not trained.
+                In packed rows the last position of a sequence is scored against the first label of
+                the next, as in transformers, unless that is -100, as DataCollatorWithFlattening
+                writes it.
+            inputs_embeds: [B, T, hidden] in place of input_ids. Placeholders are then the positions
+                that equal the embedding of `config.image_token_index`.
+            cache: a transformers cache, dynamic or static, that keeps all tokens; not with
+                activation checkpointing.
+            position_ids: int [B or 1, T]. Default: the number of unmasked tokens before each.
+                Without mask and cache, as in transformers, a position that is not one more than
+                the previous one starts a new sequence of a packed row, computed as if alone.
+                Packed rows: token_type_ids may restart with every sequence, cross_attention_mask
+                must be given, and visual tokens cannot be prepended.
+            use_cache: return a cache. Default: outside training, as the decoder's config says, but
+                not for packed rows (without a mask, where positions decrease within a row or the
+                arguments below describe it; while compiling, with any position_ids).
+            output_attentions, output_hidden_states: also return these fields of `MllamaOutput`.
+            logits_to_keep: number of last positions to compute logits for (0: all), or their
+                indices, as in transformers. None: no logits; returns `DecoderOutput`, whose
+                last_hidden_state [B, T, hidden] covers the text alone. `base_model` does so.
+            image_features: what `get_image_features` returned, in place of pixel_values.
+            token_type_ids: int [B, T], for models with bidirectional prompts (PaliGemma): 0 for the
+                prompt, 1 for the completion. Default: causal here, bidirectional in `generate`.
+                Not read with a non-empty cache, nor by other models.
+            prefix_length: int64 [B], length of the prompt at the front of each row, padding
+                included: in place of token_type_ids.
+            aspect_ratio_ids: int [B, images], 1 + the index of the image's aspect ratio in the
+                config's list, 0 for no image. For models with tiles (Llama-3.2-Vision).
+            aspect_ratio_mask: [B, images, tiles], 1 where a tile is filled. Default: as
                 aspect_ratio_ids say.
-            cross_attention_mask: [B, T or past + T, pictures, tiles (1 where there are none)], 1
-                where a token sees a tile, of a model whose layers attend to pictures. What comes
-                after its last row sees what that row sees. None: every token sees every tile of its
-                row.
+            cross_attention_mask: [B, T or past + T, images, tiles (1 where there are none)], 1
+                where a token attends to a tile. For models with cross-attention layers. Later
+                tokens use the last row. Default: every token attends to every tile of its row.
             return_dict: False returns a tuple.
             past_key_values: another name of `cache`, transformers' until 5.23.
-            cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k, seq_idx: packed rows, as
-            DataCollatorWithFlattening describes them:
-                int [sequences + 1], where each begins in the rows laid end to end; the longest
-                one's length; int [B or 1, T], which of them each token belongs to. They must agree
-                with each other and with position_ids, which None makes of them.
-            vision_feature_layer, vision_feature_select_strategy: of LLaVA, which states of the
-                tower are read, and whether without the first feature ("default") or with it
-                ("full"), in place of what the config says.
-            interpolate_pos_encoding: take pixel_values of any size, [pictures, channels, height,
-                width], with positions between the learned ones; a picture has as many placeholders
-                as patches. Of SigLIP and CLIP towers.
-            mm_encoder_outputs: {"image": what transformers' `get_image_features` gave}, whose
-                `pooler_output` are image_features.
-            cross_attention_states: image_features under the name, and in any shape [..., hidden],
-                that transformers' Llama-3.2-Vision takes.
-            prompt_length: ids from here on are text, whatever they are: what `generate` has added.
-            kwargs: `num_items_in_batch`, the labels of the whole (accumulated) batch, makes the
-                loss their sum divided by it instead of their mean. Names that mean nothing in these
-                models (`mllama.hf.arguments` lists them) are passed over.
+            cu_seq_lens_q, cu_seq_lens_k: int [sequences + 1], where each sequence of packed rows
+                begins in the rows laid end to end, as DataCollatorWithFlattening gives them. All
+                descriptions of packed rows must agree with each other and with position_ids, which
+                are derived from them by default.
+            max_length_q, max_length_k: length of the longest sequence.
+            seq_idx: int [B or 1, T], the sequence that each token belongs to.
+            vision_feature_layer, vision_feature_select_strategy: for LLaVA: which states of the
+                encoder are read, and whether without the first feature ("default") or with it
+                ("full"). Default: the config's.
+            interpolate_pos_encoding: accept pixel_values of any size, [images, channels, height,
+                width], by interpolating positions; an image then has one placeholder per patch.
+                For SigLIP and CLIP encoders.
+            mm_encoder_outputs: {"image": what transformers' `get_image_features` returned}, whose
+                `pooler_output` are the image_features.
+            cross_attention_states: image_features under transformers' name for Llama-3.2-Vision, in
+                any shape [..., hidden].
+            prompt_length: ids from here on are text, never placeholders; set by `generate`.
+            kwargs: `num_items_in_batch`, the number of labels in the whole (accumulated) batch:
+                the loss is their sum divided by it instead of the mean. Names without meaning for
+                these models (see `mllama.hf.arguments`) are ignored.
 
         Raises:
-            ValueError: shapes that do not fit, placeholders that are not as many as features,
-                labels out of range, labels of which none is trained (see
-                `mllama.nn.loss.counted_loss`); an argument of another family; a config that was
-                changed in what the model is built from.
-            TypeError: tensors of a wrong kind; an argument that is not known.
+            ValueError: shapes that do not fit, another number of placeholders than features, labels
+                out of range, no trained label (see `mllama.nn.loss.counted_loss`), an argument of
+                another family, a config changed in what the model was built from.
+            TypeError: an argument of the wrong type, or an unknown one.
             IndexError: an id outside the vocabulary.
         """
         check_keywords(type(self).__name__, MllamaForConditionalGeneration.forward, kwargs)
