@@ -115,7 +115,7 @@ class TiledVisionTower(nn.Module):
         return tuple(tokens.new_zeros(shape, dtype=torch.float32) for _ in layers)
 
     def _trains_tiles(self, tokens: torch.Tensor) -> bool:
-        """Whether something of a tile's own is trained: then equal empty tiles go different ways."""
+        """Whether something of each tile is trained: then equal empty tiles become different."""
         tables = self.post_tile_positional_embedding.parameters()
         trained = tokens.requires_grad or any(table.requires_grad for table in tables)
         return trained and torch.is_grad_enabled()

@@ -68,7 +68,7 @@ class ModelInputs:
 
     @property
     def past(self) -> int:
-        """Positions in the cache."""
+        """Positions in the cache before the pass; reading a static cache's synchronizes."""
         return 0 if self.cache is None else int(self.cache.length)
 
 
@@ -211,7 +211,7 @@ def embed(
     checkable = not (torch.compiler.is_compiling() or input_ids.is_meta) and input_ids.numel()
     if checkable:
         rows = embedding.weight.shape[0]
-        low, high = (int(bound) for bound in input_ids.aminmax())
+        low, high = torch.stack(input_ids.aminmax()).tolist()  # one synchronization
         if low < 0 or high >= rows:
             raise IndexError(
                 f"input_ids must lie within the vocabulary (0 to {rows - 1}), got {low} to {high}"

@@ -33,7 +33,8 @@ class CrossAttentionContext:
 
     Attributes:
         states: features of the images that are new in this pass, [B, keys, hidden], or None.
-        tile_mask: bool [images * tiles], of all images so far: the tiles that have keys. On the CPU.
+        tile_mask: bool [images * tiles], of all images so far: which tiles have keys. On the
+            CPU.
         segments: the text's positions, in order; None is one segment that sees all keys.
         visible: bool [B, T, 1], False where a position sees no image; None where all see one.
     """
@@ -44,7 +45,7 @@ class CrossAttentionContext:
     visible: torch.Tensor | None = None
 
     def to(self, device: torch.device | str | int) -> "CrossAttentionContext":
-        """The same on another device; accelerate asks for it where layers are spread over several."""
+        """The same on another device; accelerate calls it where layers are spread over several."""
         states, visible = (
             None if tensor is None else tensor.to(device) for tensor in (self.states, self.visible)
         )
@@ -106,7 +107,8 @@ def cross_context(
         )
     if mask.dim() != 4 or mask.shape[2] * mask.shape[3] != columns:
         raise ValueError(
-            f"cross_attention_mask must be [batch, tokens, images, tiles] for {columns} tiles, got {list(mask.shape)}"
+            f"cross_attention_mask must be [batch, tokens, images, tiles] for {columns} tiles, "
+            f"got {list(mask.shape)}"
         )
     visible_tiles = (mask != 0).flatten(2)
     host = visible_tiles.cpu()
@@ -114,7 +116,8 @@ def cross_context(
     if reference == "meta" and states is not None and filled is not None:
         new = _used(filled, new) | shown[len(cached) :]
         if not new.all():
-            states = states.unflatten(1, (len(new), tokens_per_tile))[:, new].flatten(1, 2)
+            states = states.unflatten(1, (len(new), tokens_per_tile))  # (B, tiles, keys, hidden)
+            states = states[:, new].flatten(1, 2)
     tile_mask = torch.cat([cached, new])
     if (shown & ~tile_mask).any():
         raise ValueError(
@@ -124,8 +127,7 @@ def cross_context(
         visible_tiles, host = visible_tiles[..., tile_mask], host[..., tile_mask]
     visible = None if host.any(-1).all() else visible_tiles.any(-1, keepdim=True)
     if reference == "hf" and visible is not None:
-        visible_tiles = visible_tiles | ~visible
-        host = visible_tiles.cpu()
+        visible_tiles, host = visible_tiles | ~visible, host | ~host.any(-1, keepdim=True)
     return CrossAttentionContext(
         states, tile_mask, _segments(visible_tiles, host, tokens_per_tile), visible
     )
@@ -133,12 +135,13 @@ def cross_context(
 
 def _used(filled: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
     """bool [images * tiles]: tiles that are filled in some row; all of them where none is, so
-    that a image always has keys.
+    that an image always has keys.
     """
     used = (filled != 0).flatten(1).any(0).cpu()
     if used.shape != new.shape:
         raise ValueError(
-            f"aspect_ratio_mask must be [batch, images, tiles] for {len(new)} tiles, got {list(filled.shape)}"
+            f"aspect_ratio_mask must be [batch, images, tiles] for {len(new)} tiles, "
+            f"got {list(filled.shape)}"
         )
     return used if used.any() else new
 
@@ -146,7 +149,7 @@ def _used(filled: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
 def _segments(
     visible_tiles: torch.Tensor, host: torch.Tensor, tokens_per_tile: int
 ) -> tuple[Segment, ...]:
-    """bool [B, T, tiles], and the same on the CPU -> runs of positions over which no row changes."""
+    """bool [B, T, tiles], and the same on the CPU -> runs of positions over which no row differs."""
     changes = (host[:, 1:] != host[:, :-1]).any(-1).any(0).nonzero().flatten() + 1
     edges = [0, *changes.tolist(), host.shape[1]]
     segments = []

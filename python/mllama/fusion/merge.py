@@ -48,8 +48,9 @@ def find_placeholder(
         candidates = candidates[counts == images * per_image]
         if len(candidates) != 1:
             raise ValueError(
-                f"image_token_index is not set and cannot be told from input_ids: {len(candidates) or 'no'} ids stand in runs of "
-                f"{per_image} for {images} images; set config.image_token_index"
+                "image_token_index is not set and cannot be told from input_ids: "
+                f"{len(candidates) or 'no'} ids stand in runs of {per_image} for {images} images; "
+                "set config.image_token_index"
             )
     return int(candidates[0]) if len(candidates) else None
 
@@ -191,8 +192,8 @@ class MergeFusion(Fusion):
     ) -> torch.Tensor:
         """Where placeholders of images stand: bool [B, T].
 
-        With `spec.image_token_index` these are the positions that hold it. Without, the id is told by
-        `find_placeholder` from the runs that it stands in at unmasked positions.
+        With `spec.image_token_index` these are the positions that hold it. Without, the id is
+        told by `find_placeholder` from its runs at unmasked positions.
 
         Args:
             input_ids: int [B, T].
@@ -215,7 +216,7 @@ class MergeFusion(Fusion):
         return found if attention_mask is None else found & (attention_mask != 0)
 
     def ids_of(self, inputs_embeds: torch.Tensor, embedding: nn.Module) -> torch.Tensor:
-        """int64 [B, T]: the placeholder's id where an embedding is its embedding, another elsewhere.
+        """int64 [B, T]: the placeholder's id where an embedding is its own, another elsewhere.
 
         Raises:
             ValueError: the placeholder has no embedding.

@@ -1,4 +1,4 @@
-"""From the tower's features to the decoder's: fewer of them, and as wide as its embeddings."""
+"""From the encoder's features to the decoder's: fewer of them, and as wide as its embeddings."""
 
 import torch
 from torch import nn
@@ -44,7 +44,7 @@ class AveragePooling(nn.AdaptiveAvgPool1d):
     """Averages of neighbouring patches."""
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
-        """[pictures, patches, width] -> [pictures, output_size, width]."""
+        """[images, patches, width] -> [images, output_size, width]."""
         return super().forward(features.mT).mT
 
 
@@ -56,7 +56,7 @@ class LearnedPooling(nn.Module):
         self.linear = nn.Linear(patches, tokens)
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
-        """[pictures, patches, width] -> [pictures, tokens, width]."""
+        """[images, patches, width] -> [images, tokens, width]."""
         return self.linear(features.mT).mT
 
 

@@ -64,13 +64,15 @@ def check_built(model: PreTrainedModel) -> None:
             if fields[name] != was and not _is_fewer_layers(model, part, name, fields[name]):
                 field = f"{part}.{name}" if part else name
                 raise ValueError(
-                    f"config: {field} was {was!r} when the model was built and cannot be {fields[name]!r} now: build it anew"
+                    f"config: {field} was {was!r} when the model was built and cannot be "
+                    f"{fields[name]!r} now: build it anew"
                 )
     if hasattr(model, "spec"):
         spec = compose(model.config)
         if spec.projector_sizes != model.spec.projector_sizes:
             raise ValueError(
-                f"config: vision_feature_layer must name as many states as when the model was built, got {spec.feature_layers!r}"
+                "config: vision_feature_layer must name as many states as when the model was "
+                f"built, got {spec.feature_layers!r}"
             )
         model.set_spec(spec)
         model.language_model.config = spec.text

@@ -38,11 +38,13 @@ def check_ids(input_ids: torch.Tensor) -> None:
     """Raise TypeError unless they are integers, ValueError unless they are [B, T] with a token."""
     if not isinstance(input_ids, torch.Tensor) or input_ids.dtype not in (torch.int64, torch.int32):
         raise TypeError(
-            f"input_ids must be an int64 or int32 torch.Tensor, got {getattr(input_ids, 'dtype', type(input_ids).__name__)}"
+            "input_ids must be an int64 or int32 torch.Tensor, "
+            f"got {getattr(input_ids, 'dtype', type(input_ids).__name__)}"
         )
     if input_ids.dim() != 2 or input_ids.shape[1] == 0:
         raise ValueError(
-            f"input_ids must be [batch, tokens] with at least one token, got {list(input_ids.shape)}"
+            "input_ids must be [batch, tokens] with at least one token, "
+            f"got {list(input_ids.shape)}"
         )
 
 
@@ -162,7 +164,8 @@ def encoded_images(mm_encoder_outputs: dict[str, ModelOutput]) -> torch.Tensor |
         features = torch.stack(list(features))
     if not isinstance(features, torch.Tensor):
         raise ValueError(
-            'mm_encoder_outputs["image"].pooler_output must be features of one shape, a tensor or a list'
+            'mm_encoder_outputs["image"].pooler_output must be features of one shape, a tensor or '
+            "a list"
         )
     return features
 
@@ -183,6 +186,7 @@ def by_rows(cross_attention_states: torch.Tensor, rows: int) -> torch.Tensor:
     shape = cross_attention_states.shape
     if not shape or cross_attention_states[..., 0].numel() % rows:
         raise ValueError(
-            f"cross_attention_states must have as many features for each of {rows} rows, got {list(shape)}"
+            f"cross_attention_states must have as many features for each of {rows} rows, "
+            f"got {list(shape)}"
         )
     return cross_attention_states.reshape(rows, -1, shape[-1])

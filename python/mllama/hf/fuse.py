@@ -99,13 +99,15 @@ def _processor(
         token = tokenizer.convert_ids_to_tokens(place)
         if token not in tokenizer.get_added_vocab():
             warnings.warn(
-                f"no processor is made: image_token_index {place} is the ordinary token {token!r}; give a special one",
+                f"no processor is made: image_token_index {place} is the ordinary token {token!r}; "
+                "give a special one",
                 stacklevel=3,
             )
             return None
     elif place is not None and (place > len(tokenizer) or token in tokenizer.get_vocab()):
         warnings.warn(
-            f"no processor is made: image_token_index {place} is not the tokenizer's next id, {len(tokenizer)}",
+            f"no processor is made: image_token_index {place} is not the tokenizer's next id, "
+            f"{len(tokenizer)}",
             stacklevel=3,
         )
         return None

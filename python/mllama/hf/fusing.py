@@ -80,13 +80,15 @@ def _check(text_model: Any, vision_model: Any, options: dict[str, Any]) -> None:
         )
     if text_model.config.model_type != "llama":
         raise ValueError(
-            f"text_model must be a Llama without a tower (model_type 'llama'), got {text_model.config.model_type!r}"
+            "text_model must be a Llama without an encoder (model_type 'llama'), "
+            f"got {text_model.config.model_type!r}"
         )
     if not isinstance(vision_model, SiglipModel):
         raise TypeError(f"vision_model must be a SiglipModel, got {type(vision_model).__name__}")
     if unknown := sorted(options.keys() - set(_OPTIONS)):
         raise TypeError(
-            f"fuse got options it does not know: {', '.join(unknown)}; they are {', '.join(_OPTIONS)}"
+            f"fuse got options it does not know: {', '.join(unknown)}; they are "
+            f"{', '.join(_OPTIONS)}"
         )
     for name in ("dtype", "device"):
         ours, theirs = getattr(text_model, name), getattr(vision_model, name)

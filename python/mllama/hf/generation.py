@@ -50,7 +50,8 @@ class MllamaGenerationMixin(GenerationMixin):
         mask = kwargs.get("attention_mask")
         if isinstance(mask, torch.Tensor) and mask.dim() != 2:
             raise ValueError(
-                f"attention_mask of generate must be [batch, tokens], zero where padded; got {list(mask.shape)}"
+                "attention_mask of generate must be [batch, tokens], zero where padded; "
+                f"got {list(mask.shape)}"
             )
         kwargs = rename_cache(kwargs)
         if (

@@ -38,8 +38,8 @@ class MllamaForConditionalGeneration(
     family has them.
 
     Args:
-        config: `mllama.MllamaConfig` for a SigLIP encoder and a Llama decoder joined in one of three
-            ways; or transformers' own LlavaConfig, PaliGemmaConfig, MllamaConfig
+        config: `mllama.MllamaConfig` for a SigLIP encoder and a Llama decoder joined in one of
+            three ways; or transformers' own LlavaConfig, PaliGemmaConfig, MllamaConfig
             (Llama-3.2-Vision), LlamaConfig, GemmaConfig, Gemma2Config, Gemma3TextConfig. The
             weights are random; `from_pretrained` reads a folder.
         reference: which Llama-3.2-Vision to follow where the two differ, "meta" (as trained) or
@@ -55,7 +55,8 @@ class MllamaForConditionalGeneration(
     config_class = MllamaConfig
     base_model_prefix = "model"
     main_input_name = "input_ids"
-    input_modalities = ("image", "text")  # type: ignore[assignment]  # as transformers' own models have it
+    # As transformers' own models have it.
+    input_modalities = ("image", "text")  # type: ignore[assignment]
     accepts_loss_kwargs = True
     supports_gradient_checkpointing = True
     load_options = frozenset({"reference"})
@@ -127,7 +128,8 @@ class MllamaForConditionalGeneration(
         )
         if extra and token is not None and rows + extra <= token:
             raise ValueError(
-                f"new_num_tokens must be at least {token + 1 - extra}, for the placeholder {token} to keep its row; got {rows}"
+                f"new_num_tokens must be at least {token + 1 - extra}, for the placeholder {token} "
+                f"to keep its row; got {rows}"
             )
         super().resize_token_embeddings(rows, None, mean_resizing)
         self.config.get_text_config().vocab_size = self.vocab_size = rows

@@ -57,7 +57,7 @@ class PretrainedMixin(_Model):
     """
 
     @classmethod
-    def from_pretrained(  # type: ignore[override]  # the options that change nothing here are in kwargs
+    def from_pretrained(  # type: ignore[override]
         cls,
         pretrained_model_name_or_path: str | os.PathLike,
         *,
@@ -123,7 +123,7 @@ class PretrainedMixin(_Model):
             load_lora(model, folder)
             return model
         where = "cpu" if device_map is None else device_map
-        return load_model(cls, folder, config, dtype, where, fields, **own)  # type: ignore[return-value]  # of the class that it is given
+        return load_model(cls, folder, config, dtype, where, fields, **own)  # type: ignore[return-value]
 
     load_options: frozenset[str] = (
         frozenset()
@@ -176,7 +176,8 @@ class PretrainedMixin(_Model):
         for name, value in _SAVE_FIXED.items():
             if kwargs.get(name, value) != value:
                 raise ValueError(
-                    f"{name} must be {value}: weights are written whole, as safetensors, under one name; got {kwargs[name]!r}"
+                    f"{name} must be {value}: weights are written whole, as safetensors, under one "
+                    f"name; got {kwargs[name]!r}"
                 )
         if (
             self._hf_peft_config_loaded
@@ -189,7 +190,8 @@ class PretrainedMixin(_Model):
             return super().save_pretrained(save_directory, is_main_process, **own, **kwargs)
         if hasattr(self, "peft_config"):
             raise ValueError(
-                "a PeftModel has put adapters into this model: save that, or the model after its merge_and_unload()"
+                "a PeftModel has put adapters into this model: save that, or the model after its "
+                "merge_and_unload()"
             )
         check_built(self)
         lora = bool(lora_layers(self))
@@ -258,7 +260,8 @@ class PretrainedMixin(_Model):
         report = super().load_adapter(*args, **kwargs)
         if report.missing_keys:
             raise ValueError(
-                f"the adapters do not fit: not in their file: {listing(sorted(report.missing_keys))}"
+                "the adapters do not fit: not in their file: "
+                f"{listing(sorted(report.missing_keys))}"
             )
         return report
 
@@ -289,7 +292,8 @@ class PretrainedMixin(_Model):
             plain = {plain_key(name): tensor for name, tensor in state_dict.items()}
             if adapters_alone and not lora_layers(self):
                 raise ValueError(
-                    "state_dict holds adapters, and this model has no LoRA layers: mllama.load_lora(model, path) converts it"
+                    "state_dict holds adapters, and this model has no LoRA layers: "
+                    "mllama.load_lora(model, path) converts it"
                 )
             state_dict = own_adapters(self, state_dict) if adapters_alone else plain
             state_dict = translate_state_dict(self, state_dict)
@@ -304,7 +308,7 @@ class PretrainedMixin(_Model):
             self.tie_weights(recompute_mapping=False)
         return report
 
-    def _set_gradient_checkpointing(  # type: ignore[override]  # what else releases of transformers pass is handed on
+    def _set_gradient_checkpointing(  # type: ignore[override]
         self, enable: bool = True, gradient_checkpointing_func: Callable = checkpoint, **kwargs: Any
     ) -> None:
         """What transformers' methods call to have activations checkpointed, or not."""
@@ -324,7 +328,7 @@ def _reentrant(
 ):
     """The reentrant kind gives a layer's parameters no gradient, without a word, unless its input
     asks for one: the input of the first layer with an adapter does not, where all below is frozen.
-    transformers makes embedded tokens ask, not pictures.
+    transformers makes embedded tokens ask, not images.
     """
     layer = forward.args[0]
     if torch.is_grad_enabled() and any(parameter.requires_grad for parameter in layer.parameters()):

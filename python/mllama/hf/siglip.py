@@ -1,4 +1,4 @@
-"""SigLIP's vision model alone: features of pictures, and one pooled feature where the weights have
+"""SigLIP's vision model alone: features of images, and one pooled feature where the weights have
 a head for it.
 """
 
@@ -58,17 +58,17 @@ class SiglipModel(PretrainedMixin, PreTrainedModel):
     ) -> BaseModelOutputWithPooling | tuple:
         """
         Args:
-            pixel_values: float [pictures, channels, image_size, image_size]; cast to the model's
+            pixel_values: float [images, channels, image_size, image_size]; cast to the model's
                 dtype.
             output_attentions, output_hidden_states: also return every layer's.
             return_dict: False returns a tuple.
-            interpolate_pos_encoding: take pixels of any size, [pictures, channels, height, width],
+            interpolate_pos_encoding: take pixels of any size, [images, channels, height, width],
                 with positions between the learned ones.
             kwargs: what `mllama.hf.arguments` lists: passed over.
 
         Returns:
-            `last_hidden_state` [pictures, patches, hidden] after the final norm, `pooler_output`
-            [pictures, hidden] with a head, and `hidden_states`, `attentions` where asked for.
+            `last_hidden_state` [images, patches, hidden] after the final norm, `pooler_output`
+            [images, hidden] with a head, and `hidden_states`, `attentions` where asked for.
 
         Raises:
             TypeError: pixel_values is no floating tensor; an argument that is not known.

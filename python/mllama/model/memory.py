@@ -37,7 +37,7 @@ class Work:
         context: tokens of a row, prompt and answer, placeholders or visual tokens included.
         batch: rows.
         tiles: of the images of a row that are filled; of an encoder that cuts no tiles, its
-            images. The encoder holds a picture's `max_num_tiles` however few are filled; keys have
+            images. The encoder holds an image's `max_num_tiles` however few are filled; keys have
             the filled ones (with reference="hf" all).
         dtype: of weights and activations.
     """

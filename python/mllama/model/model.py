@@ -63,7 +63,7 @@ class VisionLanguageModel(nn.Module):
         self.build(spec, reference)
 
     def build(self, spec: ModelSpec, reference: str) -> None:
-        """Put the modules in place; a subclass whose other parent has its own constructor calls it."""
+        """Create the modules; for subclasses with another parent that has its own constructor."""
         self.set_spec(spec)
         self.reference = reference
         text = spec.text

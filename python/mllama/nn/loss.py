@@ -34,17 +34,15 @@ def counted_loss(
         labels: int [B, T]; `ignore_index`, placeholders and padding are not trained.
         shape: (B, T) of the input.
         attention_mask: [B, past + T], zero where padded, or None.
-        placeholders: bool [B, T], where pictures stand, or None.
+        placeholders: bool [B, T], where images stand, or None.
         ignore_index: the label that is not trained.
         num_items_in_batch: what the sum is divided by; None is the number of trained positions.
 
     Returns:
         The loss, float32 scalar, and the number of trained positions, int64 scalar. Where none is
-        trained, the loss is 0 beside other
-        batches that may have trained ones: `num_items_in_batch` above 0, several processes,
-            accelerate's gradient accumulation. Where
-        `num_items_in_batch` is 0 and no gradient is asked for (Trainer's evaluation), it is nan, as
-        in transformers.
+        trained, the loss is 0 if other batches of the step may have some: `num_items_in_batch`
+        above 0, several processes, accelerate's gradient accumulation. With `num_items_in_batch` 0
+        and no gradient (Trainer's evaluation) it is nan, as in transformers.
 
     Raises:
         TypeError: labels or num_items_in_batch of another kind.
@@ -58,7 +56,8 @@ def counted_loss(
         or labels.dtype == torch.bool
     ):
         raise TypeError(
-            f"labels must be an integer torch.Tensor, got {getattr(labels, 'dtype', type(labels).__name__)}"
+            "labels must be an integer torch.Tensor, "
+            f"got {getattr(labels, 'dtype', type(labels).__name__)}"
         )
     if labels.shape != shape:
         raise ValueError(f"labels must be {list(shape)}, one per token, got {list(labels.shape)}")
@@ -71,14 +70,15 @@ def counted_loss(
     if (
         attention_mask is not None
     ):  # a padded position is neither a target nor a place to predict from
-        seen = attention_mask[:, -shape[1] :] != 0
-        labels = labels.masked_fill(~(seen[:, 1:] & seen[:, :-1]), ignore_index)
+        keep_mask = attention_mask[:, -shape[1] :] != 0  # (B, T)
+        labels = labels.masked_fill(~(keep_mask[:, 1:] & keep_mask[:, :-1]), ignore_index)
     trained = labels != ignore_index
     vocabulary = logits.shape[-1]
     compiling = torch.compiler.is_compiling()
     if not compiling and bool((trained & ((labels < 0) | (labels >= vocabulary))).any()):
         raise ValueError(
-            f"labels must be {ignore_index} or within the vocabulary (0 to {vocabulary - 1}), got {labels.min()} to {labels.max()}"
+            f"labels must be {ignore_index} or within the vocabulary (0 to {vocabulary - 1}), "
+            f"got {labels.min()} to {labels.max()}"
         )
     scores = logits.reshape(
         -1, vocabulary
@@ -112,7 +112,8 @@ def _check_count(count: int | torch.Tensor, trained: int) -> None:
         raise ValueError(f"num_items_in_batch must be one number, got {list(count.shape)}")
     if count < 0 or not count and trained:
         raise ValueError(
-            f"num_items_in_batch must be how many labels are trained in all, at least 1 beside {trained} here, got {count}"
+            "num_items_in_batch must be how many labels are trained in all, at least 1 beside "
+            f"{trained} here, got {count}"
         )
 
 
@@ -128,8 +129,9 @@ def _count_of_none(count: int | torch.Tensor, alone: bool, ignore_index: int) ->
     if not alone and (count > 0 or not torch.is_grad_enabled()):
         return count
     raise ValueError(
-        f"labels have nothing to train on: every one is {ignore_index}, padding, a placeholder of a picture or the first of its row. If"
-        " another batch of the same step has some, say how many there are in all: num_items_in_batch"
+        f"labels have nothing to train on: every one is {ignore_index}, padding, an image's "
+        "placeholder or the first of its row. If another batch of the same step has some, say how "
+        "many there are in all: num_items_in_batch"
     )
 
 
