@@ -59,14 +59,14 @@ def test_logits_equal_the_twins(case, side, tied):
         {"head_dim": 24},
         {"rope_scaling": {"rope_type": "linear", "factor": 3.0}},
         {
-            "rope_freq": {
+            "rope_scaling": {
+                "rope_type": "llama3",
                 "factor": 8.0,
                 "low_freq_factor": 1.0,
                 "high_freq_factor": 4.0,
-                "original_context_length": 16,
+                "original_max_position_embeddings": 16,
             },
-            "rope_base": 100.0,
-            "rope_theta": None,
+            "rope_theta": 100.0,
         },
     ],
     ids=[
@@ -554,12 +554,12 @@ IDS = torch.tensor([PICTURE + [1, 2, 3]])
         ),
         (
             ValueError,
-            r"pixel_values must be \[pictures, 3, 16, 16\]",
+            r"pixel_values must be \[images, 3, 16, 16\]",
             {"input_ids": IDS, "pixel_values": torch.zeros(1, 3, 16, 8)},
         ),
         (
             ValueError,
-            r"pixel_values must be \[pictures, 3, 16, 16\]",
+            r"pixel_values must be \[images, 3, 16, 16\]",
             {"input_ids": IDS, "pixel_values": torch.zeros(3, 16, 16)},
         ),
         (
