@@ -6,7 +6,8 @@ from transformers import MllamaVisionModel
 from transformers.models.mllama.configuration_mllama import MllamaVisionConfig
 
 import twins
-from mllama.encoders.tiled_vit import TiledVisionTower
+from mllama.encoders.tiled_layers import order_tokens
+from mllama.encoders.tiled_vit import TiledVisionTower, group_images
 
 SIZES = {
     "hidden_size": 64,
@@ -314,3 +315,26 @@ def test_adapters_get_the_same_gradients_from_equal_empty_tiles():
         gradients.append(torch.autograd.grad((features * weigh).sum(), adapted))
     for once, plain in zip(*gradients, strict=True):
         assert (once - plain).abs().max() <= 1e-4 * plain.abs().max()
+
+
+def test_tokens_go_to_their_places_and_back():
+    tile_mask = torch.tensor([True, False, False])
+    for once, length in ((False, 12), (True, 8)):
+        order, back, real = order_tokens((3, 4), tile_mask, 3, once)
+        assert (len(order), real, order[:3].tolist()) == (length, 3, [0, 1, 2])
+        found = order[back]
+        if once:  # the second empty tile is the first
+            assert found.tolist() == [*range(8), *range(4, 8)]
+        else:
+            assert found.tolist() == [*range(12)]
+
+
+def test_images_with_the_same_tiles_go_together():
+    ids = torch.tensor([2, 0, 1, 2])
+    tile_mask = torch.tensor([[1, 1], [1, 0], [1, 0], [1, 1]]).bool()
+    groups = [
+        (chosen.tolist(), tiles.tolist()) for chosen, tiles in group_images(ids, tile_mask, "meta")
+    ]
+    assert sorted(groups) == [([0, 3], [True, True]), ([2], [True, False])]
+    groups = [chosen.tolist() for chosen, _ in group_images(ids, tile_mask, "hf")]
+    assert sorted(groups) == [[0, 3], [1, 2]]

@@ -246,10 +246,7 @@ def test_files_keep_it(case, tmp_path):
             "fusion must be one of 'merge', 'prepend', 'cross_attention', got 'prepended'",
         ),
         ({"num_image_tokens": 0}, "num_image_tokens must be an integer of at least 1, got 0"),
-        (
-            {"num_image_tokens": 5},
-            "num_image_tokens must be at most the 4 patches of an image, got 5",
-        ),
+        ({"num_image_tokens": 5}, "num_image_tokens must be at most the 4 patches"),
         ({"num_image_tokens": 1.0}, "num_image_tokens must be an integer"),
         ({"image_pooling": "max"}, "image_pooling must be one of 'average', 'learned', got 'max'"),
         (
