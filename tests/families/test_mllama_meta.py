@@ -9,6 +9,7 @@ import meta_reference
 import twins
 from mllama import MllamaForConditionalGeneration
 from mllama.checkpoints.meta import weight_maps as meta_maps
+from mllama.families import compose
 from mllama.weights import rows as engine
 
 RATIOS = [[1, 1], [1, 2], [1, 3], [1, 4], [2, 1], [2, 2], [3, 1], [4, 1]]
@@ -63,7 +64,9 @@ def metas_twin(
         ).to_dict(),
         image_token_index=params["vocab_size"],
     )
-    moves, unknown, _ = engine.plan(meta_maps.vision_weight_map(config), weights)
+    moves, unknown, _ = engine.plan_moves(
+        meta_maps.vision_weight_map(compose(config.to_dict())), weights
+    )
     assert not unknown
     ours = MllamaForConditionalGeneration(config).eval()
     translated = {}

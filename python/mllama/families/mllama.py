@@ -84,7 +84,7 @@ FAMILY = Family(
     read=_read,
     weight_map=lambda spec: WEIGHT_MAP,
     stock_class="MllamaForConditionalGeneration",
-    processor="TiledProcessor",
+    processor="tiled",
     stock_processor="MllamaProcessor",
     stock_prefixes=(
         ("vision_tower", "model.vision_model"),

@@ -80,7 +80,7 @@ FAMILY = Family(
     read=_read,
     weight_map=_weight_map,
     stock_class="SiglipVisionModel",
-    processor="SquareImageProcessor",
+    processor="images",
     stock_processor="SiglipProcessor",
     also={"siglip": _vision_part},
 )

@@ -256,5 +256,5 @@ FAMILY = Family(
     weight_map=lambda spec: WEIGHT_MAP,
     written_as=_written_as,
     write=dict,
-    processor="MllamaImageProcessor",
+    processor="merged",
 )

@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from mllama.families import FAMILIES, MODEL_TYPES
 from mllama.processing.folders import read_object, read_settings
 from mllama.processing.preprocessors import (
     MergedPreprocessor,
@@ -18,19 +19,11 @@ from mllama.processing.text_tokenizer import TextTokenizer, load_tokenizer
 from mllama.processing.tiled import read_tiles
 
 KIND_OF_CLASS = {
-    "LlavaProcessor": "merged",
-    "MllamaProcessor": "tiled",
-    "PaliGemmaProcessor": "paligemma",
-    "SiglipProcessor": "images",
+    family.stock_processor: family.processor
+    for family in FAMILIES.values()
+    if family.stock_processor
 }
-KIND_OF_MODEL = {
-    "llava": "merged",
-    "siglip_llama": "merged",
-    "mllama": "tiled",
-    "paligemma": "paligemma",
-    "siglip": "images",
-    "siglip_vision_model": "images",
-}
+KIND_OF_MODEL = {name: family.processor for name, family in MODEL_TYPES.items() if family.processor}
 KIND_OF_IMAGES = {"MllamaImageProcessor": "tiled", "SiglipImageProcessor": "images"}
 
 
@@ -102,17 +95,24 @@ def _load_folder(folder: Path) -> Preprocessor | SquareImages | TextTokenizer:
     kind = processor_kind(folder)
     if kind is None:
         return load_tokenizer(folder)
-    settings, images = read_settings(folder)
-    if kind == "images":
-        return read_images(images, image_kind(folder, images, ["SiglipImageProcessor"]))
-    if kind == "merged":
-        return _load_merged(folder, settings, images)
+    return _READERS[kind](folder, *read_settings(folder))
+
+
+def _load_images(folder: Path, settings: dict, images: dict) -> SquareImages:
+    return read_images(images, image_kind(folder, images, ["SiglipImageProcessor"]))
+
+
+def _load_tiled(folder: Path, settings: dict, images: dict) -> TiledPreprocessor:
     tokenizer = load_tokenizer(folder)
+    image_kind(folder, images, ["MllamaImageProcessor"])
     template = settings.get("chat_template") or tokenizer.chat_template
-    if kind == "tiled":
-        image_kind(folder, images, ["MllamaImageProcessor"])
-        return TiledPreprocessor(tokenizer, read_tiles(images), template)
-    square = read_images(images, image_kind(folder, images, ["SiglipImageProcessor"]))
+    return TiledPreprocessor(tokenizer, read_tiles(images), template)
+
+
+def _load_paligemma(folder: Path, settings: dict, images: dict) -> PaliGemmaPreprocessor:
+    tokenizer = load_tokenizer(folder)
+    square = _load_images(folder, settings, images)
+    template = settings.get("chat_template") or tokenizer.chat_template
     return PaliGemmaPreprocessor(tokenizer, square, images.get("image_seq_length"), template)
 
 
@@ -129,6 +129,14 @@ def _load_merged(folder: Path, settings: dict, images: dict) -> MergedPreprocess
         image_tokens(square.result[0], **llava),
         settings.get("chat_template") or tokenizer.chat_template or None,
     )
+
+
+_READERS: dict[str, Callable[[Path, dict, dict], Preprocessor | SquareImages]] = {
+    "merged": _load_merged,
+    "tiled": _load_tiled,
+    "paligemma": _load_paligemma,
+    "images": _load_images,
+}
 
 
 def processor_kind(folder: Path) -> str | None:

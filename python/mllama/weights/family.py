@@ -50,8 +50,9 @@ class Family:
         settle: changes a complete config where fields follow from one another.
         written_as: config -> the config that it is written under, which may be another family's.
         stock_class: transformers' class of such a model; None where there is none.
-        processor, stock_processor: the processor's class, here and in transformers; None where a
-            tokenizer is enough.
+        processor: the kind of its processor in `mllama.processing`: "merged", "tiled",
+            "paligemma", "images"; None where a tokenizer is enough.
+        stock_processor: the processor's class in transformers.
         stock_prefixes: (ours, transformers'): how the names of modules begin in memory, the first
             that fits a name; what is not there has one name.
         write: config -> content of config.json, without dtype and version.
