@@ -1,4 +1,4 @@
-# The verbs: demo, test, lint, bench, notebooks, clean; test-oldest, test-newest, test-wheel; lock. Each needs only Python (>= 3.11), a C++20 compiler
+# The verbs: demo, test, test-quick, lint, bench, notebooks, clean; test-oldest, test-newest, test-wheel; lock. Each needs only Python (>= 3.11), a C++20 compiler
 # and make; the rest is installed into .venv, at the versions of requirements.lock. `make PYTHON=python3.12 test` builds with another Python.
 PYTHON ?= python3
 VENV := .venv
@@ -11,7 +11,7 @@ PYTEST := python -m pytest -n $(WORKERS) tests notebooks --nbmake
 # With ccache on the machine a rebuild costs seconds.
 export CMAKE_CXX_COMPILER_LAUNCHER ?= $(shell command -v ccache)
 
-.PHONY: demo test test-oldest test-newest test-wheel lint lock bench notebooks clean
+.PHONY: demo test test-quick test-oldest test-newest test-wheel lint lock bench notebooks clean
 .DELETE_ON_ERROR:
 .SECONDARY:
 
@@ -20,6 +20,10 @@ demo: $(VENV)/.built
 
 test: $(VENV)/.built
 	$(BIN)/$(PYTEST)
+
+# Without whole programs and trainings: tests/conftest.py lists what is slow.
+test-quick: $(VENV)/.built
+	$(BIN)/python -m pytest -n $(WORKERS) -m "not slow" tests
 
 # One wheel, built against the pinned torch, under the lowest versions that pyproject.toml allows, the newest there are, and the locked ones.
 test-oldest test-newest test-wheel: test-%: .venv-%/.ready

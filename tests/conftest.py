@@ -24,6 +24,37 @@ WORDS = [
 ]
 
 
+# Whole programs, trainings and products of families and options: `make test-quick` leaves them out.
+SLOW = (
+    "checkpoints/test_memory.py",
+    "checkpoints/test_smollm2.py",
+    "cli/test_verify.py",
+    "dropin",
+    "families/test_config_fields.py",
+    "families/test_packed.py",
+    "families/test_training.py",
+    "lora/test_models.py",
+    "runtime/test_real_models.py",
+    "test_benchmarks.py",
+    "test_embedded.py",
+    "test_examples.py",
+    "test_import.py",
+    "test_readme.py",
+    "test_training_run.py",
+    "test_types.py",
+    "training",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark the tests of the files and folders in SLOW."""
+    here = Path(__file__).parent
+    slow = [here / name for name in SLOW]
+    for item in items:
+        if any(place == item.path or place in item.path.parents for place in slow):
+            item.add_marker(pytest.mark.slow)
+
+
 def pytest_report_header() -> str:
     """What the run is under: what docs/compatibility.md tells apart."""
     names = ("torch", "transformers", "tokenizers", "peft", "trl", "accelerate", "pillow", "numpy")
