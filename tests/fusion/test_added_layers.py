@@ -267,7 +267,8 @@ def test_adapters_reach_both_kinds_of_layers():
         ({"cross_attention_every": True}, "cross_attention_every must be an integer"),
         (
             {"num_image_tokens": 2},
-            "num_image_tokens is for fusion='prepend'; with 'cross_attention' it must be None, got 2",
+            "num_image_tokens is for fusion='prepend'; with 'cross_attention' it must be None, got "
+            "2",
         ),
     ],
 )

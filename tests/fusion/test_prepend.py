@@ -251,7 +251,8 @@ def test_files_keep_it(case, tmp_path):
         ({"image_pooling": "max"}, "image_pooling must be one of 'average', 'learned', got 'max'"),
         (
             {"cross_attention_every": 1},
-            "cross_attention_every is for fusion='cross_attention'; with 'prepend' it must be None, got 1",
+            "cross_attention_every is for fusion='cross_attention'; with 'prepend' it must be "
+            "None, got 1",
         ),
         (
             {"fusion": "merge", "num_image_tokens": 4},

@@ -186,8 +186,10 @@ def test_all_that_does_not_fit_is_one_error(converted, path):
     with pytest.raises(ValueError) as caught:
         mllama.load_lora(model, path)
     assert str(caught.value) == (
-        f"the adapters in {path} do not fit: not in the model (2): 2.lora_a.weight, 'evil\\x1b[31m'; not in the file (2): 4.lora_a.weight,"
-        " 4.lora_b.weight; of another shape or type (2): 0.lora_a.weight is [5, 6] of float32, not [4, 6],"
+        f"the adapters in {path} do not fit: not in the model (2): 2.lora_a.weight, "
+        "'evil\\x1b[31m'; not in the file (2): 4.lora_a.weight,"
+        " 4.lora_b.weight; of another shape or type (2): 0.lora_a.weight is [5, 6] of float32, not "
+        "[4, 6],"
         " 0.lora_b.weight is [9, 4] of int32, not [9, 4]"
     )
     assert all(map(torch.equal, mllama.lora_parameters(model), before))

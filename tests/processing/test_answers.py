@@ -265,7 +265,7 @@ def test_answers_that_are_not_found_are_an_error(template, messages):
 
 
 # ---- processors
-# --------------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------
 
 
 def image(noise, number: int = 0) -> dict:
@@ -314,7 +314,8 @@ def test_llama_vision(noise, adds_bos, bos):
 
 
 @pytest.mark.parametrize("template", [templates.LLAVA, templates.CHATML.replace("message['content'] +", "'<image>' * (message['content'] "
-    "| selectattr('type', 'equalto', 'image') | list | length) + message['content'] | selectattr('type', 'equalto', 'text') "
+    "| selectattr('type', 'equalto', 'image') | list | length) + message['content'] | "
+    "selectattr('type', 'equalto', 'text') "
     "| map(attribute='text') | join + ")])  # fmt: skip
 @pytest.mark.parametrize("adds_bos", [False, True])
 def test_llava(noise, template, adds_bos):

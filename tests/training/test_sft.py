@@ -22,7 +22,8 @@ datasets = pytest.importorskip("datasets")
 STEPS = 10
 # Turns between marks, the assistant's marked for training: TRL's and transformers' own form.
 TEMPLATE = (
-    "{% for message in messages %}{{ message['role'] + ': ' }}{% if message['role'] == 'assistant' %}"
+    "{% for message in messages %}{{ message['role'] + ': ' }}{% if message['role'] == 'assistant' "
+    "%}"
     "{% generation %}{{ message['content'] + '<eos>' }}{% endgeneration %}"
     "{% else %}{{ message['content'] }}{% endif %}{{ '\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"

@@ -83,7 +83,8 @@ def download(
     try:
         if (
             "local_dir" in options
-            # of one that is there snapshot_download takes the files as fetched where the hub refuses
+            # of one that is there snapshot_download takes the files as fetched where the hub
+            # refuses
         ):
             model_info(model_id, revision=options.get("revision"), token=options.get("token"))
             patterns, ignored = (
@@ -110,7 +111,8 @@ def download(
         ) from error
     except (LocalEntryNotFoundError, ConnectionError) as error:
         raise FileNotFoundError(
-            f"{absent}the cache does not hold the model {model_id!r}; the hub was not asked or cannot be reached (offline, or "
+            f"{absent}the cache does not hold the model {model_id!r}; the hub was not asked or "
+            "cannot be reached (offline, or "
             "local_files_only)"
         ) from error
     except HfHubHTTPError as error:

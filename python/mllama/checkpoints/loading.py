@@ -238,8 +238,10 @@ def check_plain(names: Iterable[str]) -> None:
     """
     if any(".lora_a." in name for name in names):
         raise ValueError(
-            "this model has LoRA layers, which its format has no names for: mllama.save_lora(model, file) writes the adapters alone;"
-            " mllama.merge_and_unload(model) adds them to the weights for good, and the model can be saved"
+            "this model has LoRA layers, which its format has no names for: "
+            "mllama.save_lora(model, file) writes the adapters alone;"
+            " mllama.merge_and_unload(model) adds them to the weights for good, and the model can "
+            "be saved"
         )
 
 

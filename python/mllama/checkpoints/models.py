@@ -143,5 +143,6 @@ def check_layers(opened: Opened) -> None:
         for name in _COUNTS:
             if (count := getattr(spec, name, 0)) > tensors:
                 raise ValueError(
-                    f"{where}: {part}_config: {name} is {count}, the weights hold {tensors} tensors in all"
+                    f"{where}: {part}_config: {name} is {count}, the weights hold {tensors} "
+                    "tensors in all"
                 )

@@ -92,7 +92,8 @@ class SafetensorsSource:
                     header = file.get_slice(name)
                     if header.get_dtype() not in _TYPES:
                         raise ValueError(
-                            f"{path}: {name} is of the type {header.get_dtype()}, which is not known"
+                            f"{path}: {name} is of the type {header.get_dtype()}, which is not "
+                            "known"
                         )
                     found[name] = Header(tuple(header.get_shape()), _TYPES[header.get_dtype()])
         return found
@@ -173,7 +174,8 @@ def open_safetensors(folder: str | Path) -> SafetensorsSource:
         for name in _names(path):
             if weight_map.get(name) != shard:
                 raise ValueError(
-                    f"{path} holds {name!r}, which {INDEX} places in {listing([weight_map.get(name, 'no file')])}"
+                    f"{path} holds {name!r}, which {INDEX} places in "
+                    f"{listing([weight_map.get(name, 'no file')])}"
                 )
             found[name] = path
     if absent := sorted(weight_map.keys() - found.keys()):

@@ -18,7 +18,8 @@ from mllama.hf.processors.auto import load_processor
 from mllama.processing.folders import PROCESSOR_FILES
 
 _LLAVA = (
-    "That takes a tower whose features are read before its final norm, all of them merged into the text of a Llama, a projector of two"
+    "That takes a tower whose features are read before its final norm, all of them merged into the "
+    "text of a Llama, a projector of two"
     " layers as wide inside as the decoder, and a placeholder within the vocabulary"
 )
 

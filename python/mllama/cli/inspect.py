@@ -99,7 +99,8 @@ def _lay_out(config: Config) -> PreTrainedModel:
     for part in filter(None, (spec.text, spec.vision)):
         if (layers := part.num_hidden_layers) > _MOST_LAYERS:
             raise ValueError(
-                f"num_hidden_layers is {layers}: without weights at most {_MOST_LAYERS} are laid out"
+                f"num_hidden_layers is {layers}: without weights at most {_MOST_LAYERS} are laid "
+                "out"
             )
     with torch.device("meta"):
         return model_class(spec)(config_object(config))
@@ -180,7 +181,8 @@ def _page(found: dict[str, Any]) -> str:
         f"context {work['context']}, batch {work['batch']}, tiles {work['tiles']}, {work['dtype']}"
     )
     faults = [
-        f"  {kind} ({len(found[kind])}): {', '.join(found[kind][:_SHOWN])}{' ...' * (len(found[kind]) > _SHOWN)}"
+        f"  {kind} ({len(found[kind])}): "
+        f"{', '.join(found[kind][:_SHOWN])}{' ...' * (len(found[kind]) > _SHOWN)}"
         for kind in ("missing", "unexpected", "of another shape or kind", "given twice")
         if found[kind]
     ]

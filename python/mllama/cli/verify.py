@@ -109,7 +109,8 @@ def run(arguments: argparse.Namespace) -> int:
         print(f"{'stage':20}{'difference':>12}{'allowed':>10}")
         for check in checks:
             print(
-                f"{check.stage:20}{check.difference:12.1e}{check.allowed:10.1e}  {'ok' if check.ok else 'FAIL'}"
+                f"{check.stage:20}{check.difference:12.1e}{check.allowed:10.1e}  "
+                f"{'ok' if check.ok else 'FAIL'}"
             )
     return 0 if passed else 1
 

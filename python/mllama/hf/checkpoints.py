@@ -196,13 +196,15 @@ def _check_readable(
     read = {name: tensor.shape for name, tensor in reader.state_dict().items()}
     given = {name: tensor.shape for name, tensor in state_dict.items() if name not in tied}
     unlike = [
-        f"{name}: {list(given.get(name, ())) or 'nothing'} for {list(read.get(name, ())) or 'nothing'}"
+        f"{name}: {list(given.get(name, ())) or 'nothing'} for "
+        f"{list(read.get(name, ())) or 'nothing'}"
         for name in sorted(given.keys() | (read.keys() - tied.keys()))
         if given.get(name) != read.get(name)
     ]
     if unlike:
         raise ValueError(
-            f"the config does not say this model, and the folder could not be read: {listing(unlike)}"
+            "the config does not say this model, and the folder could not be read: "
+            f"{listing(unlike)}"
         )
     for name, other in tied.items():
         if name in state_dict and not _same(state_dict[name], state_dict[other]):

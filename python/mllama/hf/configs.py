@@ -107,12 +107,12 @@ def _as_dict(name: str, given: Any) -> Config | None:
 
 
 class MllamaConfig(PretrainedConfig):
-    """Configuration of a SigLIP encoder, a projector, and a Llama decoder that sees what they give in
-    one of three ways.
+    """Configuration of a SigLIP encoder, a projector, and a Llama decoder that sees what they give
+    in one of three ways.
 
     Args:
-        vision_config: dict or config of the SigLIP encoder (`MllamaVisionConfig` says which names are
-            taken). None: SigLIP-base's sizes.
+        vision_config: dict or config of the SigLIP encoder (`MllamaVisionConfig` says which names
+            are taken). None: SigLIP-base's sizes.
         text_config: dict or config of the Llama decoder (`MllamaTextConfig` says which names are
             taken). None: Llama's defaults.
         ignore_index: label that is not trained.

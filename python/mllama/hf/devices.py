@@ -38,7 +38,8 @@ class Placement:
                 import accelerate  # noqa: F401
             except ImportError as error:
                 raise ImportError(
-                    f"device_map={device!r} spreads a model over devices, which needs accelerate: install it"
+                    f"device_map={device!r} spreads a model over devices, which needs accelerate: "
+                    "install it"
                 ) from error
 
     def settle(self, model: PreTrainedModel, dtype: torch.dtype | None) -> None:
@@ -98,7 +99,8 @@ def _infer(model: PreTrainedModel, how: str, dtype: torch.dtype | None) -> dict[
 def _device(device: torch.device | str | int) -> torch.device:
     if device == "disk":
         raise ValueError(
-            "device_map places a part on the disk, which is not supported; the model has to fit into memory"
+            "device_map places a part on the disk, which is not supported; the model has to fit "
+            "into memory"
         )
     try:
         known = torch.device(device)
@@ -118,6 +120,7 @@ def _device(device: torch.device | str | int) -> torch.device:
         NotImplementedError,
     ) as error:  # each backend has its own for not being there
         raise ValueError(
-            f"device {device!r} was asked for, but this torch cannot use it: {str(error).splitlines()[0]}"
+            f"device {device!r} was asked for, but this torch cannot use it: "
+            f"{str(error).splitlines()[0]}"
         ) from error
     return known

@@ -247,7 +247,8 @@ def _array_to_rgb(source) -> np.ndarray:
     is_tensor = isinstance(source, torch.Tensor)
     if not is_tensor and not isinstance(source, np.ndarray):
         raise TypeError(
-            "an image must be a path, bytes, a file, a data URL, a PIL image, a numpy array or a torch tensor,"
+            "an image must be a path, bytes, a file, a data URL, a PIL image, a numpy array or a "
+            "torch tensor,"
             f" got {type(source).__name__}"
         )
     shape = tuple(source.shape)
@@ -271,7 +272,8 @@ def _channels_last(pixels: np.ndarray, first: bool) -> np.ndarray:
         if pixels.ndim == 3 and pixels.shape[axis] in (1, 3, 4):
             return np.moveaxis(pixels, axis, -1)
     raise ValueError(
-        f"an image must be [H, W], [H, W, C] or [C, H, W] with 1, 3 or 4 channels, got shape {pixels.shape}"
+        "an image must be [H, W], [H, W, C] or [C, H, W] with 1, 3 or 4 channels, got shape "
+        f"{pixels.shape}"
     )
 
 
@@ -286,7 +288,8 @@ def _eight_bits(pixels: np.ndarray) -> np.ndarray:
         low, high = pixels.min(), pixels.max()
         if not (low >= -_ROUNDING and high <= 1 + _ROUNDING):  # written so that NaN is refused too
             raise ValueError(
-                f"an image of floats must hold 0..1, got {low:.8g}..{high:.8g}: divide by its full scale, or cast to uint8"
+                f"an image of floats must hold 0..1, got {low:.8g}..{high:.8g}: divide by its full "
+                "scale, or cast to uint8"
             )
         return np.rint(pixels.astype(np.float32).clip(0, 1) * 255).astype(np.uint8)
     raise TypeError(f"an image's dtype must be uint8, uint16, bool or float, got {pixels.dtype}")

@@ -88,7 +88,8 @@ def _open_text(text: str, allow_urls: bool) -> tuple[str | io.BytesIO, str]:
     if is_url(text):
         if not allow_urls:
             raise ValueError(
-                f"images are downloaded only with allow_urls=True (--allow-urls), got {shorten(text)}"
+                "images are downloaded only with allow_urls=True (--allow-urls), got "
+                f"{shorten(text)}"
             )
         return _held(_download(text), shorten(text))
     if scheme.startswith("data:"):
@@ -137,7 +138,8 @@ def _read_file(file: Any) -> bytes:
         ) from error
     if not isinstance(data, _BYTES):
         raise TypeError(
-            f"an image file must be opened in binary mode, 'rb': read() gave a {type(data).__name__}"
+            "an image file must be opened in binary mode, 'rb': read() gave a "
+            f"{type(data).__name__}"
         )
     return bytes(data)
 
@@ -153,7 +155,8 @@ def _decode_data_url(url: str) -> bytes:
     head, comma, data = url.partition(",")
     if not comma:
         raise ValueError(
-            f"a data URL must be data:image/...;base64,... and this one has no comma: {shorten(url, 40)}"
+            "a data URL must be data:image/...;base64,... and this one has no comma: "
+            f"{shorten(url, 40)}"
         )
     if not head.lower().rstrip().endswith(";base64"):
         return urllib.parse.unquote_to_bytes(data)
@@ -216,7 +219,8 @@ def _download(url: str) -> bytes:
         return body.result()
     except urllib.error.HTTPError as error:
         raise ValueError(
-            f"cannot download {shorten(url)}: the server answered {error.code} {shorten(str(error.reason), 200)}"
+            f"cannot download {shorten(url)}: the server answered {error.code} "
+            f"{shorten(str(error.reason), 200)}"
         ) from error
     except (OSError, ValueError, http.client.HTTPException) as error:
         reason = getattr(error, "reason", None) or error  # URLError's own text wraps it

@@ -198,7 +198,8 @@ def in_order(text, images, *others) -> tuple:
     if _is_images(text) and not _is_nothing(text) and (images is None or _is_text(images)):
         return images, text
     raise TypeError(
-        f"text must be a prompt or a list of prompts, got {type(text).__name__}; name them: processor(text=..., images=...)"
+        f"text must be a prompt or a list of prompts, got {type(text).__name__}; name them: "
+        "processor(text=..., images=...)"
     )
 
 
@@ -212,7 +213,8 @@ def check_whole(input_ids, image_token_id: int, wanted: Sequence[int]) -> None:
         left = np.count_nonzero(np.asarray(ids) == image_token_id)
         if left != count:
             raise ValueError(
-                f"truncation left {left} of the {count} image tokens of prompt {number}: raise max_length"
+                f"truncation left {left} of the {count} image tokens of prompt {number}: raise "
+                "max_length"
             )
 
 
@@ -256,7 +258,8 @@ def share_out(
         for number, (row, wanted) in enumerate(zip(rows, placeholders, strict=True)):
             if wanted is not None and wanted != len(row):
                 raise ValueError(
-                    f"prompt {number} holds {wanted} {image_token} placeholder(s), but got {len(row)} image(s)"
+                    f"prompt {number} holds {wanted} {image_token} placeholder(s), but got "
+                    f"{len(row)} image(s)"
                 )
         return rows
 
@@ -264,7 +267,8 @@ def share_out(
         total = sum(wanted or 0 for wanted in placeholders)
         if total != len(images):
             raise ValueError(
-                f"{prompts} prompt(s) hold {total} {image_token} placeholder(s) in all, but got {len(images)} image(s)"
+                f"{prompts} prompt(s) hold {total} {image_token} placeholder(s) in all, but got "
+                f"{len(images)} image(s)"
             )
         rest = iter(images)
         return [[next(rest) for _ in range(wanted or 0)] for wanted in placeholders]
@@ -272,7 +276,8 @@ def share_out(
         return [images]
     if images and len(images) != prompts:
         raise ValueError(
-            f"{len(images)} image(s) for {prompts} prompts: give one each, or one list of images per prompt"
+            f"{len(images)} image(s) for {prompts} prompts: give one each, or one list of images "
+            "per prompt"
         )
     return [[image] for image in images] or [[] for _ in range(prompts)]
 
@@ -308,7 +313,8 @@ def _refuse_several(image) -> None:
         )
     if isinstance(image, (np.ndarray, torch.Tensor)) and image.ndim > 3:
         raise ValueError(
-            f"an image in a list must be [H, W] or have one axis of channels, got shape {tuple(image.shape)}: use list(array)"
+            "an image in a list must be [H, W] or have one axis of channels, got shape "
+            f"{tuple(image.shape)}: use list(array)"
         )
 
 

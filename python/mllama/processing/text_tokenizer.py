@@ -177,7 +177,8 @@ def load_tokenizer(where: str | os.PathLike) -> TextTokenizer:
                 f"{folder} holds no tokenizer: none of {', '.join(TOKENIZER_FILES)}"
             )
         raise ValueError(
-            f"{folder / others[0]} is not read without transformers: tokenizer.json is; transformers'"
+            f"{folder / others[0]} is not read without transformers: tokenizer.json is; "
+            "transformers'"
             " AutoTokenizer.from_pretrained(...).save_pretrained(...) writes one"
         )
     settings = read_object(folder, "tokenizer_config.json")

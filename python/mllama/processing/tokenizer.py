@@ -99,7 +99,8 @@ class Tokenizer:
             raise TypeError(f"text must be a string, got {type(text).__name__}")
         if not isinstance(allowed_special, Collection):
             raise TypeError(
-                f"allowed_special must be a collection of names or 'all', got {type(allowed_special).__name__}"
+                "allowed_special must be a collection of names or 'all', got "
+                f"{type(allowed_special).__name__}"
             )
         allowed = set(self.special) if allowed_special == "all" else set(allowed_special)
         if unknown := sorted(allowed - self.special.keys()):
@@ -154,7 +155,8 @@ def read_ranks(path: Path) -> dict[bytes, int]:
             ranks[base64.b64decode(token, validate=True)] = int(rank)
         except ValueError as error:
             raise ValueError(
-                f"{path} is not Meta's tokenizer.model of Llama 3: line {number} is no base64 token and its rank"
+                f"{path} is not Meta's tokenizer.model of Llama 3: line {number} is no base64 "
+                "token and its rank"
             ) from error
     missing = 256 - sum(bytes([byte]) in ranks for byte in range(256))
     if missing or b"" in ranks or set(ranks.values()) != set(range(len(ranks))):

@@ -2,8 +2,8 @@
 split and reshape, each one invertible.
 
 A weight map is a list of rows, one per group of tensors. It is read from top to bottom, and the
-first row that knows a name decides. In a name's pattern `{}` stands for a layer's number and `*` for any
-rest, the same on both sides. "Ours" is the model's side, "theirs" the file's.
+first row that knows a name decides. In a name's pattern `{}` stands for a layer's number and `*`
+for any rest, the same on both sides. "Ours" is the model's side, "theirs" the file's.
 """
 
 import re
@@ -384,7 +384,8 @@ def to_file(weight_map: WeightMap, tensors: Mapping[str, torch.Tensor]) -> dict[
             if tensor is None
         ]:
             raise ValueError(
-                f"{', '.join(row.file_names(binding))} cannot be written without {', '.join(absent)}"
+                f"{', '.join(row.file_names(binding))} cannot be written without "
+                f"{', '.join(absent)}"
             )
         written |= zip(row.file_names(binding), row.write(group), strict=True)
     return written

@@ -22,7 +22,8 @@ if not all(
     for name in ("_get", "_get_field_parts", "_get_tensor_info_field")
 ):
     raise ImportError(
-        "this version of the package gguf reads in another way, which is not bounded here: pip install gguf==0.19.0"
+        "this version of the package gguf reads in another way, which is not bounded here: pip "
+        "install gguf==0.19.0"
     )
 
 _READS_MAX = (

@@ -234,7 +234,8 @@ def _sizes(header: GgufHeader, architecture: str) -> dict[str, Any]:
     )
     if layers > len(header.tensors):
         raise ValueError(
-            f"{header.path}: {architecture}.block_count is {layers}, the file holds {len(header.tensors)} tensors in all"
+            f"{header.path}: {architecture}.block_count is {layers}, the file holds "
+            f"{len(header.tensors)} tensors in all"
         )
     embedding = header.tensors.get("token_embd.weight")
     if embedding is None or len(embedding.shape) != 2:
@@ -246,11 +247,13 @@ def _sizes(header: GgufHeader, architecture: str) -> dict[str, Any]:
     ):
         if size(name, head) != head:
             raise ValueError(
-                f"{header.path}: {architecture}.{name} is {size(name)}, {same} is {head}; they must be equal"
+                f"{header.path}: {architecture}.{name} is {size(name)}, {same} is {head}; they "
+                "must be equal"
             )
     if header.get(f"{architecture}.expert_count", int, 0):
         raise ValueError(
-            f"{header.path}: models of several experts are not read, {architecture}.expert_count is above 0"
+            f"{header.path}: models of several experts are not read, {architecture}.expert_count "
+            "is above 0"
         )
     return {
         "vocab_size": int(embedding.shape[1]),
@@ -283,7 +286,8 @@ def _ids(header: GgufHeader) -> dict[str, Any]:
         value = header.get(f"tokenizer.ggml.{key}_token_id", int, -1)
         if value >= vocabulary:
             raise ValueError(
-                f"{header.path}: tokenizer.ggml.{key}_token_id is {value}, the vocabulary has {vocabulary} tokens"
+                f"{header.path}: tokenizer.ggml.{key}_token_id is {value}, the vocabulary has "
+                f"{vocabulary} tokens"
             )
         found[f"{name}_token_id"] = value if value >= 0 else None
     # The end of a text, and what an answer of a chat ends with, where that is another.

@@ -23,7 +23,8 @@ def read_rope(
     older = f"{architecture}.rope.scale_linear"  # of 2023's files
     if kind not in ("none", "linear"):
         raise ValueError(
-            f"{header.path}: {architecture}.rope.scaling.type {kind[:50]!r} is not read; 'none' and 'linear' are"
+            f"{header.path}: {architecture}.rope.scaling.type {kind[:50]!r} is not read; 'none' "
+            "and 'linear' are"
         )
     factor = header.get(
         f"{architecture}.rope.scaling.factor" if kind == "linear" else older, float, 1.0
@@ -38,7 +39,8 @@ def read_rope(
         scaling = _llama3(header, source, base, head_dim, original)
         if scaling and parameters["rope_type"] != "default":
             raise ValueError(
-                f"{header.path}: the rotary frequencies are scaled twice, by {ROPE_FREQS} and by a linear factor"
+                f"{header.path}: the rotary frequencies are scaled twice, by {ROPE_FREQS} and by a "
+                "linear factor"
             )
         parameters |= scaling
     return parameters
@@ -51,13 +53,15 @@ def _llama3(
     shape = source.headers()[ROPE_FREQS].shape
     if shape != (head_dim // 2,):
         raise ValueError(
-            f"{header.path}: {ROPE_FREQS} must have {head_dim // 2} factors, one for each rotary pair, got {list(shape)}"
+            f"{header.path}: {ROPE_FREQS} must have {head_dim // 2} factors, one for each rotary "
+            f"pair, got {list(shape)}"
         )
     parameters = llama3_parameters(source.read(ROPE_FREQS), head_dim, base, original)
     if parameters is None:
         said = ", ".join(f"{name} {value}" for name, value in LLAMA3.items())
         raise ValueError(
-            f"{header.path}: {ROPE_FREQS} is no scaling of Llama 3 with {said}, an original context of {original} tokens and one factor; "
+            f"{header.path}: {ROPE_FREQS} is no scaling of Llama 3 with {said}, an original "
+            f"context of {original} tokens and one factor; "
             "others are not read"
         )
     return parameters

@@ -94,7 +94,8 @@ def read_tokenizer(path: str | os.PathLike) -> GgufTokenizer:
         or not all(isinstance(token, str) for token in tokens)
     ):
         raise ValueError(
-            f"{path}: tokenizer.ggml.tokens must be distinct texts, with one tokenizer.ggml.token_type each"
+            f"{path}: tokenizer.ggml.tokens must be distinct texts, with one "
+            "tokenizer.ggml.token_type each"
         )
     if (longest := max(map(len, tokens), default=0)) > _TOKEN_MAX:
         raise ValueError(f"{path}: a token has {longest} characters; at most {_TOKEN_MAX} are read")
@@ -158,7 +159,8 @@ def _token(header: GgufHeader, tokens: list[str], key: str) -> str | None:
     place = header.get(f"tokenizer.ggml.{key}_token_id", int, -1)
     if place >= len(tokens):
         raise ValueError(
-            f"{header.path}: tokenizer.ggml.{key}_token_id is {place}, there are {len(tokens)} tokens"
+            f"{header.path}: tokenizer.ggml.{key}_token_id is {place}, there are {len(tokens)} "
+            "tokens"
         )
     return tokens[place] if place >= 0 else None
 
@@ -262,7 +264,8 @@ def add_tokenizer(writer: gguf.GGUFWriter, tokenizer: Any, vocabulary: int) -> N
         )
     if max(places, default=-1) >= vocabulary:
         raise ValueError(
-            f"the tokenizer has the id {max(places)}, the model an embedding matrix of {vocabulary} rows"
+            f"the tokenizer has the id {max(places)}, the model an embedding matrix of "
+            f"{vocabulary} rows"
         )
     merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
     sentencepiece = model["byte_fallback"]
@@ -330,7 +333,8 @@ def _pre_name(state: dict[str, Any]) -> str:
         f"its pre-tokenizer is {str(found)[:200]}, its normalizer {str(state['normalizer'])[:100]}"
     )
     raise ValueError(
-        f"the tokenizer cannot be written as GGUF: {said}; of byte-level ones those of {', '.join(_PRE)} can"
+        f"the tokenizer cannot be written as GGUF: {said}; of byte-level ones those of "
+        f"{', '.join(_PRE)} can"
     )
 
 

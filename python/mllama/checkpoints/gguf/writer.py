@@ -53,8 +53,9 @@ def write_gguf(
     Args:
         spec: of the model whose decoder is written.
         state_dict: of that model.
-        tokenizer: transformers'; goes into the file with its special tokens and chat template. A byte-level BPE
-            with a pre-tokenizer that llama.cpp has a name for, or a BPE of SentencePiece.
+        tokenizer: transformers'; goes into the file with its special tokens and chat template. A
+            byte-level BPE with a pre-tokenizer that llama.cpp has a name for, or a BPE of
+            SentencePiece.
         path: of the file, *.gguf by custom. Its folder is made if absent.
         dtype: "f16", "bf16" or "q8_0" (blocks of 32 weights in 8 bits and a scale); a matrix whose
             rows are no multiple of 32 is then f16.
@@ -90,7 +91,8 @@ def write_gguf(
     for name, tensor in tensors.items():
         if kinds[name] == _Type.F16 and bool((tensor.abs() > torch.finfo(torch.float16).max).any()):
             raise ValueError(
-                f"{name} has weights beyond float16's largest, {torch.finfo(torch.float16).max:.0f}; write bf16"
+                f"{name} has weights beyond float16's largest, "
+                f"{torch.finfo(torch.float16).max:.0f}; write bf16"
             )
     if len(state) + len(tied) < len(state_dict):
         warnings.warn(
@@ -194,7 +196,8 @@ def find_gguf_form(text: TextSpec) -> Gguf:
         )
     if rope.rope_type not in form.rope_types:
         raise ValueError(
-            f"rope_type {rope.rope_type!r} cannot be written as GGUF: llama.cpp's {form.architecture} has no "
+            f"rope_type {rope.rope_type!r} cannot be written as GGUF: llama.cpp's "
+            f"{form.architecture} has no "
             "such scaling"
         )
     return form
@@ -208,7 +211,8 @@ def _llama3(head_dim: int, rope: RopeSpec) -> torch.Tensor:
     if llama3_parameters(factors, head_dim, base, original) is None:
         taken = ", ".join(f"{name} {value}" for name, value in LLAMA3.items())
         raise ValueError(
-            f"rope_parameters {parameters} cannot be written as GGUF: of rope_type 'llama3' it takes "
+            f"rope_parameters {parameters} cannot be written as GGUF: of rope_type 'llama3' it "
+            "takes "
             f"{taken} and a factor above 1"
         )
     return factors

@@ -106,7 +106,8 @@ def _open_vision(params: "_Params", text: dict[str, Any], source: "MetaSource") 
     )
     if not 0 < patches <= _FINER * positions:
         raise ValueError(
-            f"{params.path}: vision_chunk_size {size} makes {patches} patches; the shards have positions for {positions}"
+            f"{params.path}: vision_chunk_size {size} makes {patches} patches; the shards have "
+            f"positions for {positions}"
         )
     crossed = [layer + place for place, layer in enumerate(sorted(fusion))]
     config = {
@@ -140,7 +141,8 @@ def _text_arguments(params: "_Params") -> dict[str, Any]:
     kv_heads, vocabulary = params.count("n_kv_heads", heads), params.count("vocab_size")
     if dim % (2 * heads) or heads % kv_heads:
         raise ValueError(
-            f"{params.path}: dim {dim}, n_heads {heads} and n_kv_heads {kv_heads} do not divide one another"
+            f"{params.path}: dim {dim}, n_heads {heads} and n_kv_heads {kv_heads} do not divide "
+            "one another"
         )
     rope = {"rope_type": "default", "rope_theta": params.number("rope_theta")}
     scaled = params.content.get("use_scaled_rope", False)
@@ -260,7 +262,8 @@ class _Params:
         value = self._get(name, default)
         if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= SIZE_MAX:
             raise ValueError(
-                f"{self.path}: {name} must be a whole number from 1 to {SIZE_MAX}, got {str(value)[:40]!r}"
+                f"{self.path}: {name} must be a whole number from 1 to {SIZE_MAX}, got "
+                f"{str(value)[:40]!r}"
             )
         return value
 
@@ -273,7 +276,8 @@ class _Params:
             or not 0 < value <= SIZE_MAX
         ):
             raise ValueError(
-                f"{self.path}: {name} must be a number above 0 and at most {SIZE_MAX}, got {str(value)[:40]!r}"
+                f"{self.path}: {name} must be a number above 0 and at most {SIZE_MAX}, got "
+                f"{str(value)[:40]!r}"
             )
         return float(value)
 

@@ -72,7 +72,8 @@ class MetaSource:
                 if headers.get(name) != shards[0].get(name)
             ):
                 raise ValueError(
-                    f"{path} is no part of the same model as {self._paths[0].name}: they differ in {listing(other)}"
+                    f"{path} is no part of the same model as {self._paths[0].name}: they differ in "
+                    f"{listing(other)}"
                 )
         self._headers = {name: self._whole(name, header) for name, header in shards[0].items()}
 
@@ -172,7 +173,8 @@ def _load(path: Path) -> dict[str, torch.Tensor]:
     except UnpicklingError as error:
         found = re.search(r"GLOBAL (?!was )(\S+)", str(error))
         raise ValueError(
-            f"{path} holds something else than tensors{f' ({found[1]})' if found else ''}, and is not read"
+            f"{path} holds something else than tensors{f' ({found[1]})' if found else ''}, and is "
+            "not read"
         ) from error
     except Exception as error:  # of a broken file anything may come
         raise ValueError(f"{path} is no archive that torch.save wrote: {error}") from error

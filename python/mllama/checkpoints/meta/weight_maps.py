@@ -249,6 +249,7 @@ class TileTable:
             written[:high, :wide] = table[row, : high * wide].unflatten(0, (high, wide))
         if not torch.equal(self.read(written), tensor):
             raise ValueError(
-                "a tile has other embeddings in one aspect ratio than in another: Meta's layout cannot hold that"
+                "a tile has other embeddings in one aspect ratio than in another: Meta's layout "
+                "cannot hold that"
             )
         return written

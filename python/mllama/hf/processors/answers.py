@@ -68,7 +68,8 @@ def apply_template(
         if not any(message["role"] == ASSISTANT for message in messages):
             roles = ", ".join(dict.fromkeys(message["role"] for message in messages))
             raise ValueError(
-                f"conversation {number} has no message whose role is {ASSISTANT}, so no token of it is the model's: {roles}"
+                f"conversation {number} has no message whose role is {ASSISTANT}, so no token of "
+                f"it is the model's: {roles}"
             )
     if _GENERATION.search(_COMMENT.sub("", str(template))):
         return _all_marked(call(given, **options), options)
@@ -76,7 +77,8 @@ def apply_template(
         raise ValueError("return_assistant_tokens_mask needs tokenize=True and return_dict=True")
     if not getattr(tokenizer, "is_fast", False):
         raise ValueError(
-            "return_assistant_tokens_mask needs a fast tokenizer, which tells where its tokens stand in the text"
+            "return_assistant_tokens_mask needs a fast tokenizer, which tells where its tokens "
+            "stand in the text"
         )
     names = _special_names(tokenizer)
     spans = [
@@ -298,7 +300,8 @@ def _try(render: Callable[..., str], messages: list[dict], **changes: bool) -> s
 
 def _unknown(number: int, reason: str) -> ValueError:
     return ValueError(
-        f"the chat template does not tell the answers of conversation {number}: {reason}; put {{% generation %}} and"
+        f"the chat template does not tell the answers of conversation {number}: {reason}; put {{% "
+        "generation %}} and"
         " {% endgeneration %} around them in the template"
     )
 
@@ -346,7 +349,8 @@ def _all_marked(batch: Any, options: Mapping[str, Any]) -> Any:
         for number, row in enumerate(rows):
             if not any(row):
                 raise ValueError(
-                    f"the chat template has {{% generation %}}, and marks no token of conversation {number} by it"
+                    f"the chat template has {{% generation %}}, and marks no token of conversation "
+                    f"{number} by it"
                 )
     return batch
 

@@ -268,7 +268,8 @@ def _prefix_and_suffix(
         roles = [message["role"] for message in messages]
         if roles != ["user", ASSISTANT]:
             raise ValueError(
-                f"conversation {number} must be one message of the user and one of the assistant, as prefix and suffix, got {roles}"
+                f"conversation {number} must be one message of the user and one of the assistant, "
+                f"as prefix and suffix, got {roles}"
             )
     images = [
         [_image(part) for part in as_parts(messages[0]["content"]) if part["type"] == "image"]

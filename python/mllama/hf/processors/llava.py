@@ -322,8 +322,10 @@ class MllamaImageProcessor(ChatTemplates, ProcessorMixin):
             given = {**options, **(options.get("images_kwargs") or {})}
             names = ", ".join(name for name in _SIZING if name in given) or "size"
             raise ValueError(
-                f"{names} is not supported with a text: its {self.image_seq_length} placeholders per image stand for {self.image_size} x"
-                f" {self.image_size} pixels, got {' and '.join(f'{high} x {wide}' for high, wide in sorted(sizes))}"
+                f"{names} is not supported with a text: its {self.image_seq_length} placeholders "
+                f"per image stand for {self.image_size} x"
+                f" {self.image_size} pixels, got "
+                f"{' and '.join(f'{high} x {wide}' for high, wide in sorted(sizes))}"
             )
 
     def _choose_template(self, image_token: str) -> None:

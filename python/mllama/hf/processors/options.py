@@ -165,5 +165,6 @@ def check_rows(rows: Iterable[list[int]], tensors: Any) -> None:
     lengths = sorted({len(row) for row in rows})
     if tensors is not None and len(lengths) > 1:
         raise ValueError(
-            f"padding is off, and rows of {lengths[0]} to {lengths[-1]} tokens are no one tensor: give padding=True"
+            f"padding is off, and rows of {lengths[0]} to {lengths[-1]} tokens are no one tensor: "
+            "give padding=True"
         )

@@ -113,7 +113,8 @@ class PaliGemmaProcessor(ChatTemplates, StockFiles, stock.PaliGemmaProcessor):  
             raise ValueError("text is an empty list: give at least one prompt")
         if merged["return_text_replacement_offsets"]:
             raise ValueError(
-                "return_text_replacement_offsets, which marks answers in a conversation, is not supported: give the answer as suffix"
+                "return_text_replacement_offsets, which marks answers in a conversation, is not "
+                "supported: give the answer as suffix"
             )
         rows = share_out(
             images, [prompt.count(self.image_token) or None for prompt in prompts], self.image_token
