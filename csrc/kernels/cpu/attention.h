@@ -37,13 +37,17 @@ struct VisibleKeys {
     // else null.
     const KeyRange* ranges;
 
+    // Written out: with std::clamp, or a function in its place, GCC 12 makes the decode kernel's
+    // loops a third slower in bf16.
     int64_t start(int64_t t) const {
         if (ranges) return ranges[t].first;
-        return t + offset < prefix ? first : std::clamp(t + window_start, first, last);
+        int64_t key = t + offset < prefix ? first : t + window_start;
+        return key < first ? first : key < last ? key : last;
     }
     int64_t limit(int64_t t) const {
         if (ranges) return ranges[t].last;
-        return std::clamp(std::max(t + offset + 1, prefix), first, last);
+        int64_t keys = t + offset + 1 > prefix ? t + offset + 1 : prefix;
+        return keys < first ? first : keys < last ? keys : last;
     }
 };
 
