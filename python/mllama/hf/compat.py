@@ -9,7 +9,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
-from transformers import Cache
+from transformers import Cache, PretrainedConfig
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils.generic import ModelOutput
@@ -50,6 +50,13 @@ def hand_on(inputs: dict[str, Any]) -> dict[str, Any]:
     every token where it finds none.
     """
     return {_OLD_NAME if name == CACHE_NAME else name: value for name, value in inputs.items()}
+
+
+def config_fields(config: PretrainedConfig) -> dict[str, Any]:
+    """A config's fields. transformers 5.23 counts what a model set on it among them."""
+    content = config.to_dict()
+    content.pop("keys_to_ignore_at_inference", None)
+    return content
 
 
 class NextTokenModel:

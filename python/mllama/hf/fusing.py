@@ -9,6 +9,7 @@ from torch import nn
 
 from mllama.fusion.cross_attention import CrossAttentionDecoderLayer
 from mllama.fusion.projector import make_pooling, make_projector
+from mllama.hf.compat import config_fields
 from mllama.hf.configs import MllamaConfig
 from mllama.hf.modeling import MllamaForConditionalGeneration
 from mllama.hf.siglip import SiglipModel
@@ -59,7 +60,7 @@ def fuse(
     """
     _check(text_model, vision_model, options)
     config = MllamaConfig(
-        vision_model.config, text_model.config.to_dict(), fusion=fusion, **options
+        vision_model.config, config_fields(text_model.config), fusion=fusion, **options
     )
     config.dtype = text_model.dtype
     with torch.device("meta"):
