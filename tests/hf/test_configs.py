@@ -8,7 +8,7 @@ from transformers import AutoConfig, LlamaConfig, SiglipVisionConfig
 from transformers.models.mllama import MllamaConfig as HFMllamaConfig
 
 import twins
-from mllama import MllamaConfig
+from mllama import MllamaConfig, MllamaForConditionalGeneration
 from mllama.hf.configs import MllamaTextConfig, MllamaVisionConfig
 
 LLAMA3 = {
@@ -242,3 +242,8 @@ def test_settings_of_the_decoder_can_be_set_above_it():
 def test_transformers_own_mllama_is_not_shadowed():
     assert type(AutoConfig.for_model("mllama")) is HFMllamaConfig
     assert type(AutoConfig.for_model(MllamaConfig.model_type)) is MllamaConfig
+
+
+def test_a_config_that_a_model_holds_is_a_part():
+    held = MllamaForConditionalGeneration(LlamaConfig(**twins.TEXT)).config
+    assert MllamaConfig(twins.VISION, held).text_config.hidden_size == held.hidden_size

@@ -11,6 +11,7 @@ from mllama.config.files import harmless
 from mllama.config.parts import vision_spec
 from mllama.families import family_of, siglip_llama
 from mllama.families.siglip_llama import FAMILY, FOR_TEXT, TEXT, VISION
+from mllama.hf.compat import config_fields
 from mllama.hf.config_checks import check_common, check_names, construct
 from mllama.weights.family import Config, complete
 
@@ -98,7 +99,7 @@ def _settled(owner: str, kind: type[PretrainedConfig], given: Config, defaults: 
 def _as_dict(name: str, given: Any) -> Config | None:
     """What a part was given as, as a dict."""
     if isinstance(given, PretrainedConfig):
-        return given.to_dict()
+        return config_fields(given)
     if not isinstance(given, (dict, type(None))):
         raise TypeError(
             f"{name} must be a dict, a config object or None, got {type(given).__name__}"
