@@ -127,11 +127,11 @@ RESPONSE = httpx.Response(403, request=httpx.Request("GET", "https://huggingface
     [
         (
             GatedRepoError("long\ntext", response=RESPONSE),
-            "accept its licence at https://huggingface.co/org/name and log in",
+            "accept its license at https://huggingface.co/org/name and log in",
         ),
         (
             RepositoryNotFoundError("long\ntext", response=RESPONSE),
-            "no folder 'org/name' here, .* accept its licence .* and log in",
+            "no folder 'org/name' here, .* accept its license .* and log in",
         ),
         (RevisionNotFoundError("long\ntext", response=RESPONSE), "no revision 'v9'"),
         (LocalEntryNotFoundError("long\ntext"), "offline"),

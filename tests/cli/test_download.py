@@ -22,7 +22,7 @@ def test_files_go_into_the_folder(run, monkeypatch, tmp_path):
 
 @pytest.mark.parametrize(
     ("kind", "message"),
-    [(GatedRepoError, "is gated: accept its licence"), (RepositoryNotFoundError, "no such model")],
+    [(GatedRepoError, "is gated: accept its license"), (RepositoryNotFoundError, "no such model")],
 )
 def test_gated_and_missing_models_are_one_line_that_says_what_to_do(
     run, monkeypatch, tmp_path, kind, message
@@ -43,7 +43,7 @@ def test_gated_and_missing_models_are_one_line_that_says_what_to_do(
         assert (
             (code, out, err.count("\n")) == (2, "", 1)
             and message in err
-            and "licence" in err
+            and "license" in err
             and "log in" in err
         )
         assert ("no folder" in err) == (

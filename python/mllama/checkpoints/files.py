@@ -57,7 +57,7 @@ def find_gguf(path: Path) -> Path | None:
 
 
 def _blobs(folder: Path) -> list[Path]:
-    """Where the files of a snapshot in Hugging Face's cache, or of a folder inside it, really lie."""
+    """The real folder of a snapshot in Hugging Face's cache, or of a folder inside it."""
     for snapshots, repository in zip(folder.parents, folder.parents[1:], strict=False):
         if snapshots.name == "snapshots" and repository.name.startswith("models--"):
             return [(home / "blobs").resolve() for home in (repository, repository.parent)]

@@ -98,10 +98,13 @@ def download(
         )
     except GatedRepoError as error:
         raise FileNotFoundError(
-            f"{model_id} is gated: accept its licence at {page} and log in with `hf auth login`"
+            f"{model_id} is gated: accept its license at {page} and log in with `hf auth login`"
         ) from error
     except RepositoryNotFoundError as error:
-        hint = f"if it is private or gated, accept its licence at {page} and log in with `hf auth login`"
+        hint = (
+            f"if it is private or gated, accept its license at {page} and log in with "
+            "`hf auth login`"
+        )
         raise FileNotFoundError(
             f"{absent}no such model on the hub: {model_id!r}; {hint}"
         ) from error

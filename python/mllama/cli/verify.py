@@ -324,7 +324,7 @@ def _kept(value: torch.Tensor) -> torch.Tensor:
 
 
 def _cached(model: PreTrainedModel, sample: Sample, measure: Measure) -> float:
-    """The last tokens one by one, on what the cache holds of the others, against one run over all."""
+    """The last tokens one by one with a cache, against one run over all."""
     plain = model(**sample.inputs, use_cache=False).logits
     first = model(**sample.cut(0, sample.prompt), use_cache=True)
     logits, cache = [first.logits], first.cache

@@ -149,7 +149,7 @@ def _used(filled: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
 def _segments(
     visible_tiles: torch.Tensor, host: torch.Tensor, tokens_per_tile: int
 ) -> tuple[Segment, ...]:
-    """bool [B, T, tiles], and the same on the CPU -> runs of positions over which no row differs."""
+    """bool [B, T, tiles], and the same on the CPU -> runs of positions with equal visibility."""
     changes = (host[:, 1:] != host[:, :-1]).any(-1).any(0).nonzero().flatten() + 1
     edges = [0, *changes.tolist(), host.shape[1]]
     segments = []

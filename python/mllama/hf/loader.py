@@ -127,7 +127,7 @@ def _lines(family: str, where: str, report: Report, tied: dict[str, str]) -> lis
 
 
 def _tokenizer(path: Path) -> PreTrainedTokenizerBase | Tokenizer:
-    """Of a Hugging Face folder its tokenizer alone: older scripts bring a processor of their own."""
+    """The tokenizer of a Hugging Face folder: older scripts have a processor of their own."""
     if not (path / CONFIG).exists():
         processor: Any = load_processor(path)
         return getattr(processor, "tokenizer", processor)

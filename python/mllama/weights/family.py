@@ -1,4 +1,4 @@
-"""What a family of models is: everything about it that differs from other families, in one place."""
+"""A family of models: everything about it that differs from other families, in one place."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field

@@ -1,4 +1,4 @@
-"""Rotary frequencies in GGUF files: Llama 3's scaling is a tensor of the factors that it comes to."""
+"""Rotary frequencies in GGUF files. Llama 3's scaling is stored as a tensor of factors."""
 
 import math
 from typing import Any

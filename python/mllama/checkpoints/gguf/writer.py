@@ -204,7 +204,7 @@ def find_gguf_form(text: TextSpec) -> Gguf:
 
 
 def _llama3(head_dim: int, rope: RopeSpec) -> torch.Tensor:
-    """The rotary factors. Raises ValueError for those that would not be read back as what they are."""
+    """The rotary factors. Raises ValueError for those that would be read back as others."""
     parameters = asdict(rope)
     base, original = rope.rope_theta, rope.original_max_position_embeddings
     factors = rope_factors(head_dim, base, parameters).float()

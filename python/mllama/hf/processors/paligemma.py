@@ -1,4 +1,4 @@
-"""PaliGemma's processor: transformers', with this package's image loading and C++ resize beneath."""
+"""PaliGemma's processor: transformers', with this package's image loading and C++ resize."""
 
 from collections.abc import Sequence
 from typing import Any
