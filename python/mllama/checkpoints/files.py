@@ -128,8 +128,8 @@ def save_tensors(path: Path, tensors: dict[str, torch.Tensor], **metadata: str) 
 def write_folder(
     folder: Path, write: Callable[[Path], None], replaced: Collection[str] = ()
 ) -> None:
-    """Let `write` fill a folder aside, then put it in place: a reader finds all of it or none, and
-    so does who comes after a crash.
+    """Write a folder atomically: `write` fills a temporary folder, which is then put in place. A
+    reader finds all of it or none, also after a crash.
 
     A new folder is renamed into place at once. Into an existing one the files are moved with the
     weights' entry point (the single file or the index) removed first and placed last; weight files
@@ -159,8 +159,8 @@ def write_folder(
 
 
 def write_file(path: Path, write: Callable[[Path], None]) -> None:
-    """Let `write` fill a file aside, then rename it into place: whole, or as it was before. Its
-    folder is made if absent.
+    """Write a file atomically: `write` fills a temporary file, which is then renamed. The folder is
+    created if absent.
     """
     path = Path(os.path.abspath(path))
     path.parent.mkdir(parents=True, exist_ok=True)

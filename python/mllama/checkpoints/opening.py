@@ -108,7 +108,7 @@ def _open_folder(folder: Path, config: Config | None) -> Opened:
 
 @contextlib.contextmanager
 def _named(path: Path):
-    """Have an error say of which file it is."""
+    """Prefix errors with the file's path."""
     try:
         yield
     except ValueError as error:

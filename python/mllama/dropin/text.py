@@ -83,7 +83,7 @@ class GroupQueryAttention(nn.Module):
         """x [B, T, d_in] -> [B, T, d_out]; with use_cache (that, (k, v) of the past and x).
 
         Args:
-            cos, sin: [positions, D], of which those after the past are taken.
+            cos, sin: [positions, D], from position 0; those of the past are skipped.
             mask: bool [T, past + T] or [B, heads, T, past + T], True where a key is hidden; 0 and
                 1, and floats to add to the scores, work too. None: causal.
             past_kv: (k, v) of earlier tokens, each [B, num_kv_groups, past, D].

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from mllama.config.features import FeatureChoice
+from mllama.config.features import FeatureChoice, choose_features
 from mllama.config.spec import ModelSpec
 
 
@@ -158,8 +158,13 @@ class Fusion:
         images: int = 0,
         per_image: int | None = None,
     ) -> torch.Tensor:
-        """bool [B, T]: where placeholders of images stand."""
-        return torch.zeros_like(input_ids, dtype=torch.bool)
+        """bool [B, T]: where `spec.image_token_index` stands, nowhere without one. The further
+        arguments are for fusions that can find the id by its runs.
+        """
+        token = self.spec.image_token_index
+        if token is None:
+            return torch.zeros_like(input_ids, dtype=torch.bool)
+        return input_ids == token
 
     def images_per_row(
         self,
@@ -227,7 +232,7 @@ def count_images(
     Raises:
         TypeError, ValueError: pixels or features of another kind or shape.
     """
-    choice = inputs.choice or FeatureChoice(spec.feature_layers, spec.skip_first)
+    choice = inputs.choice or choose_features(spec)
     own, features = spec.tokens_per_image, inputs.image_features
     if inputs.pixel_values is not None:
         encoder.check(inputs.pixel_values, choice.interpolate)

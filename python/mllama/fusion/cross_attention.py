@@ -158,12 +158,6 @@ class CrossAttentionDecoderLayer(CheckpointedLayer):
 class CrossAttentionFusion(Fusion):
     """Layers of the decoder attend to images; placeholders are words like others."""
 
-    def find_placeholders(self, input_ids, attention_mask=None, images=0, per_image=None):
-        token = self.spec.image_token_index
-        return (
-            torch.zeros_like(input_ids, dtype=torch.bool) if token is None else input_ids == token
-        )
-
     def prepare(
         self, inputs: ModelInputs, padding_mask: torch.Tensor | None, parts: Parts
     ) -> DecoderInputs:

@@ -76,6 +76,7 @@ def merge(
 class MergeFusion(Fusion):
     """Features take the places of placeholders in the text."""
 
+    optional = False  # a text may do without placeholders
     any_feature_count = True  # other sizes and strategies give other numbers of features
 
     def prepare(
@@ -181,8 +182,6 @@ class MergeFusion(Fusion):
             )
         return placeholders
 
-    optional = False  # a text may do without placeholders
-
     def find_placeholders(
         self,
         input_ids: torch.Tensor,
@@ -204,14 +203,12 @@ class MergeFusion(Fusion):
         Raises:
             ValueError: the id is not set, and more than one could be it.
         """
-        token = self.spec.image_token_index
-        if token is not None:
-            return input_ids == token
-        if images and not self.optional:
+        token = None
+        if self.spec.image_token_index is None and images and not self.optional:
             wanted = per_image or self.spec.tokens_per_image
             token = find_placeholder(input_ids, attention_mask, wanted, images)
         if token is None:
-            return torch.zeros_like(input_ids, dtype=torch.bool)
+            return super().find_placeholders(input_ids)
         found = input_ids == token
         return found if attention_mask is None else found & (attention_mask != 0)
 

@@ -41,7 +41,7 @@ class GenerateSession:
     @property
     def context(self) -> int:
         """Tokens that a prompt and its answer may have together."""
-        return self.model.config.get_text_config().max_position_embeddings
+        return _context(self.model)
 
     def generate(
         self,
@@ -113,14 +113,17 @@ def generate(model: Any, inputs: Mapping[str, torch.Tensor], **generate_kwargs: 
     """What `model.generate` returns for encoded prompts, with the defaults and checks of
     `GenerateSession.generate`.
     """
-    context = model.config.get_text_config().max_position_embeddings
-    room = check_room(context, inputs["input_ids"].shape[1])
+    room = check_room(_context(model), inputs["input_ids"].shape[1])
     options = complete_options(generate_kwargs)
     if "max_new_tokens" in options:
         options["max_new_tokens"] = min(options["max_new_tokens"], room)
     given = {name: value.to(model.device) for name, value in inputs.items()}
     with torch.inference_mode():
         return model.generate(**given, **options)
+
+
+def _context(model: Any) -> int:
+    return model.config.get_text_config().max_position_embeddings
 
 
 def complete_options(given: Mapping[str, Any]) -> dict[str, Any]:

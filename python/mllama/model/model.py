@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from mllama.config.checks import check_reference
-from mllama.config.features import FeatureChoice
+from mllama.config.features import choose_features
 from mllama.config.spec import ModelSpec
 from mllama.encoders import ENCODERS
 from mllama.fusion import make_fusion
@@ -104,7 +104,7 @@ class VisionLanguageModel(nn.Module):
             inputs.pixel_values,
             inputs.aspect_ratio_ids,
             inputs.aspect_ratio_mask,
-            inputs.choice or FeatureChoice(spec.feature_layers, spec.skip_first),
+            inputs.choice or choose_features(spec),
             self.reference,
             inputs.output_attentions,
         )

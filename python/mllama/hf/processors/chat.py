@@ -221,8 +221,8 @@ def _template_of(processor: ProcessorMixin, chat_template: str | None) -> str | 
 
 @functools.lru_cache(maxsize=32)
 def _variables(template: str) -> frozenset[str]:
-    """What a template reads beside its own names; empty for a broken one, of which rendering will
-    tell.
+    """Variables that a template reads and does not set; empty for a broken template, which
+    rendering reports.
     """
     try:
         return frozenset(

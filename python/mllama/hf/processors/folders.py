@@ -92,6 +92,16 @@ class StockFiles:
     stock_class: type[ProcessorMixin]
     image_class: Any
 
+    def as_own(self, image_processor: Any) -> Any:
+        """An image processor of ours as it is, or one of transformers made into one.
+
+        Raises:
+            ValueError: it is of another kind, which the text names.
+        """
+        if isinstance(image_processor, self.image_class):
+            return image_processor
+        return self.own_images(image_processor.to_dict(), "image_processor")
+
     @classmethod
     def own_images(cls, settings: dict, where: str | os.PathLike) -> Any:
         """Our image processor from what an image processor says of itself.

@@ -63,8 +63,7 @@ class PaliGemmaProcessor(ChatTemplates, StockFiles, stock.PaliGemmaProcessor):  
         tokenizer: PreTrainedTokenizerBase,
         chat_template: str | None = None,
     ):
-        if not isinstance(image_processor, SquareImageProcessor):
-            image_processor = self.own_images(image_processor.to_dict(), "image_processor")
+        image_processor = self.as_own(image_processor)
         tokens = getattr(image_processor, "image_seq_length", None)
         if not isinstance(tokens, int) or not 1 <= tokens <= MAX_IMAGE_TOKENS:
             raise ValueError(f"image_seq_length must be in 1..{MAX_IMAGE_TOKENS}, got {tokens!r}")

@@ -136,9 +136,7 @@ class TiledProcessor(ChatTemplates, StockFiles, MllamaProcessor):
         tokenizer: PreTrainedTokenizerBase,
         chat_template: str | None = None,
     ):
-        if not isinstance(image_processor, TiledImageProcessor):
-            image_processor = self.own_images(image_processor.to_dict(), "image_processor")
-        super().__init__(image_processor, tokenizer, chat_template=chat_template)
+        super().__init__(self.as_own(image_processor), tokenizer, chat_template=chat_template)
         if (
             self.image_token_id is None
             or tokenizer.convert_ids_to_tokens(self.image_token_id) != self.image_token
