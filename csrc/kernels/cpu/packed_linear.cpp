@@ -1,0 +1,342 @@
+#include "kernels/cpu/packed_linear.h"
+
+#include <algorithm>
+#include <array>
+#include <utility>
+
+#include "simd/bytes.h"
+
+namespace mllama::kernels::MLLAMA_ISA {
+namespace {
+
+using namespace simd::MLLAMA_ISA;
+
+constexpr int kVectors = kLanes / kWidth;    // registers that hold one number per lane of a block
+constexpr int kRows = kWidth == 16 ? 8 : 4;  // of x at a time: as many sums as there is room for
+constexpr int64_t kRowsInCache = 128;
+constexpr int64_t kAhead = 1024;  // bytes; hides what the hardware's prefetcher misses
+
+// ---- activations
+
+// Codes in [-127, 127], the scale that gives the values back, and the sum of the codes. Values that
+// are not finite give a scale that is not.
+void quantize_group(const float* x, int8_t* codes, float* scale, int32_t* sum) {
+    vf largest{}, poison{};
+    for (int i = 0; i < kGroup; i += kWidth) {
+        vf v = load(x + i);
+        largest = max(largest, as_float(as_bits(v) & 0x7fffffffu));
+        poison += v * 0.0f;  // NaN where v is not finite
+    }
+    float top = 0;
+    for (int i = 0; i < kWidth; ++i) top = std::max(top, largest[i]);
+    *scale = top / 127.0f + reduce_add(poison);
+    vf inverse = splat(top > 0 ? 127.0f / top : 0.0f);
+    vi total{};
+    for (int i = 0; i < kGroup; i += kWidth) {
+        vf shifted = load(x + i) * inverse + 12582912.0f;  // 1.5 * 2^23: rounds to an integer
+        vi code = reinterpret_cast<vi>(as_bits(shifted)) - 0x4b400000;
+        code = code < -127 ? vi{} - 127 : (code > 127 ? vi{} + 127 : code);
+        total += code;
+        store_bytes(codes + i, code);
+    }
+    *sum = 0;
+    for (int i = 0; i < kWidth; ++i) *sum += total[i];
+}
+
+// Whether x is multiplied as it is, in pairs of bf16.
+constexpr bool takes_pairs(const PackedLinear& a) {
+#if defined(__AVX512BF16__)
+    return a.packing == Packing::bf16 && a.dtype == Dtype::bf16;
+#else
+    return false;
+#endif
+}
+
+template <class T>
+void prepare_row(const PackedLinear& a, int64_t row) {
+    int64_t groups = group_count(a.in), width = groups * kGroup;
+    const T* x = static_cast<const T*>(a.x) + row * a.in;
+    if (takes_pairs(a)) {
+        T* to = reinterpret_cast<T*>(a.activations.values) + row * width;
+        std::copy_n(x, a.in, to);
+        std::fill(to + a.in, to + width, T{});
+        return;
+    }
+    float group[kGroup];
+    for (int64_t g = 0; g < groups; ++g) {
+        int64_t count = std::min(kGroup, a.in - g * kGroup), at_group = row * groups + g;
+        float* to = size_of(a.packing).quantized ? group : a.activations.values + at_group * kGroup;
+        for (int i = 0; i < kGroup; i += kWidth) {
+            int64_t left = std::clamp<int64_t>(count - i, 0, kWidth);
+            store(to + i,
+                  left == kWidth ? load(x + g * kGroup + i) : load_n(x + g * kGroup + i, left));
+        }
+        if (size_of(a.packing).quantized) {
+            quantize_group(group, a.activations.codes + at_group * kGroup,
+                           a.activations.scales + at_group, a.activations.sums + at_group);
+        }
+    }
+}
+
+// ---- one group of one block, for R rows of x
+
+// A row of the activations.
+struct FloatRow {
+    FloatRow(const PackedLinear& a, int64_t row)
+        : values(a.activations.values + row * group_count(a.in) * kGroup) {}
+    const float* values;
+};
+struct CodeRow {
+    CodeRow(const PackedLinear& a, int64_t row)
+        : codes(a.activations.codes + row * group_count(a.in) * kGroup),
+          scales(a.activations.scales + row * group_count(a.in)),
+          sums(a.activations.sums + row * group_count(a.in)) {}
+    vi word(int64_t index) const { return splat_word(codes + index * 4); }  // four codes
+    const int8_t* codes;
+    const float* scales;
+    const int32_t* sums;
+};
+
+struct F32 {
+    using Row = FloatRow;
+    template <int R>
+    static void add(vf (&sum)[R], const uint8_t*, const uint8_t* p, int v, const Row (&x)[R],
+                    int64_t g) {
+        const float* w = reinterpret_cast<const float*>(p) + v * kWidth;
+#pragma GCC unroll 8
+        for (int k = 0; k < kGroup; ++k) {
+            vf weight = load(w + k * kLanes);
+            for (int r = 0; r < R; ++r) sum[r] += weight * splat(x[r].values[g * kGroup + k]);
+        }
+    }
+};
+
+struct F16 {
+    using Row = FloatRow;
+    template <int R>
+    static void add(vf (&sum)[R], const uint8_t*, const uint8_t* p, int v, const Row (&x)[R],
+                    int64_t g) {
+        const f16* w = reinterpret_cast<const f16*>(p) + v * kWidth;
+        vf odd[R]{};  // a second sum, since one would wait for each addition
+#pragma GCC unroll 4
+        for (int k = 0; k < kGroup; k += 2) {
+            vf first = load(w + k * kLanes), second = load(w + (k + 1) * kLanes);
+            for (int r = 0; r < R; ++r) {
+                sum[r] += first * splat(x[r].values[g * kGroup + k]);
+                odd[r] += second * splat(x[r].values[g * kGroup + k + 1]);
+            }
+        }
+        for (int r = 0; r < R; ++r) sum[r] += odd[r];
+    }
+};
+
+struct Bf16 {
+    using Row = FloatRow;
+    template <int R>
+    static void add(vf (&sum)[R], const uint8_t*, const uint8_t* p, int v, const Row (&x)[R],
+                    int64_t g) {
+        vf odd[R]{};
+#pragma GCC unroll 4
+        for (int k = 0; k < kGroup; k += 2) {
+            vu pair = load_bits(p + k / 2 * kLanes * 4 + v * kWidth * 4);
+            vf first = as_float(pair << 16), second = as_float(pair & 0xffff0000u);
+            for (int r = 0; r < R; ++r) {
+                sum[r] += first * splat(x[r].values[g * kGroup + k]);
+                odd[r] += second * splat(x[r].values[g * kGroup + k + 1]);
+            }
+        }
+        for (int r = 0; r < R; ++r) sum[r] += odd[r];
+    }
+};
+
+#if defined(__AVX512BF16__)
+struct PairRow {
+    PairRow(const PackedLinear& a, int64_t row)
+        : pairs(reinterpret_cast<const uint32_t*>(a.activations.values) +
+                row * group_count(a.in) * kGroup / 2) {}
+    const uint32_t* pairs;
+};
+struct Bf16Pairs {
+    using Row = PairRow;
+    template <int R>
+    static void add(vf (&sum)[R], const uint8_t*, const uint8_t* p, int, const Row (&x)[R],
+                    int64_t g) {
+#pragma GCC unroll 16
+        for (int k = 0; k < kGroup / 2; ++k) {
+            auto weight = reinterpret_cast<__m512bh>(load_bits(p + k * kLanes * 4));
+            for (int r = 0; r < R; ++r) {
+                auto pair = reinterpret_cast<__m512bh>(splat_word(x[r].pairs + g * kGroup / 2 + k));
+                sum[r] = reinterpret_cast<vf>(
+                    _mm512_dpbf16_ps(reinterpret_cast<__m512>(sum[r]), weight, pair));
+            }
+        }
+    }
+};
+#endif
+
+// kWidth f16 numbers of a block's lanes.
+inline vf lanes_f16(const uint8_t* p, int v) {
+    return load(reinterpret_cast<const f16*>(p) + v * kWidth);
+}
+
+struct Int8 {
+    using Row = CodeRow;
+    template <int R>
+    static void add(vf (&sum)[R], const uint8_t*, const uint8_t* p, int v, const Row (&x)[R],
+                    int64_t g) {
+        SignedDot dots[R];
+        for (int r = 0; r < R; ++r) dots[r].start(x[r].sums[g]);
+#pragma GCC unroll 8
+        for (int j = 0; j < kGroup / 4; ++j) {
+            SignedBytes w(load_bits(p + 2 * kLanes + j * kLanes * 4 + v * kWidth * 4));
+            for (int r = 0; r < R; ++r) dots[r].add(w, x[r].word(g * 8 + j));
+        }
+        vf scale = lanes_f16(p, v);
+        for (int r = 0; r < R; ++r)
+            sum[r] += to_float(dots[r].value) * (scale * splat(x[r].scales[g]));
+    }
+};
+
+// The dot products of a group of nibbles, 0 to 15, with R rows of codes.
+template <int R>
+inline __attribute__((always_inline)) void nibble_dots(vi (&dots)[R], const uint8_t* p, int v,
+                                                       const CodeRow (&x)[R], int64_t g) {
+    NibbleDot dot[R];
+#pragma GCC unroll 4
+    for (int j = 0; j < kGroup / 8; ++j) {
+        vu pairs = load_bits(p + j * kLanes * 4 + v * kWidth * 4);
+        vu low = pairs & 0x0f0f0f0fu, high = (pairs >> 4) & 0x0f0f0f0fu;
+        for (int r = 0; r < R; ++r) {
+            dot[r].add(low, x[r].word(g * 8 + 2 * j));
+            dot[r].add(high, x[r].word(g * 8 + 2 * j + 1));
+        }
+    }
+    for (int r = 0; r < R; ++r) dots[r] = dot[r].value();
+}
+
+// What a group of scale * code + minimum adds to the sums.
+template <int R>
+inline __attribute__((always_inline)) void add_scaled(vf (&sum)[R], const vi (&dots)[R], vf scale,
+                                                      vf minimum, const CodeRow (&x)[R],
+                                                      int64_t g) {
+    for (int r = 0; r < R; ++r) {
+        vf part = to_float(dots[r]) * scale + minimum * splat(static_cast<float>(x[r].sums[g]));
+        sum[r] += part * splat(x[r].scales[g]);
+    }
+}
+
+struct Int4 {
+    using Row = CodeRow;
+    template <int R>
+    static void add(vf (&sum)[R], const uint8_t* header, const uint8_t* p, int v, const Row (&x)[R],
+                    int64_t g) {
+        vi dots[R];
+        nibble_dots(dots, p + 2 * kLanes, v, x, g);
+        vf scale = lanes_f16(header, v) * lanes_u8(p + v * kWidth);
+        vf minimum = lanes_f16(header + 2 * kLanes, v) * lanes_u8(p + kLanes + v * kWidth);
+        add_scaled(sum, dots, scale, -minimum, x, g);
+    }
+};
+
+struct Q4_0 {
+    using Row = CodeRow;
+    template <int R>
+    static void add(vf (&sum)[R], const uint8_t*, const uint8_t* p, int v, const Row (&x)[R],
+                    int64_t g) {
+        vi dots[R];
+        nibble_dots(dots, p + 2 * kLanes, v, x, g);
+        vf scale = lanes_f16(p, v);
+        add_scaled(sum, dots, scale, scale * -8.0f, x, g);
+    }
+};
+
+struct Q4_1 {
+    using Row = CodeRow;
+    template <int R>
+    static void add(vf (&sum)[R], const uint8_t*, const uint8_t* p, int v, const Row (&x)[R],
+                    int64_t g) {
+        vi dots[R];
+        nibble_dots(dots, p + 4 * kLanes, v, x, g);
+        add_scaled(sum, dots, lanes_f16(p, v), lanes_f16(p + 2 * kLanes, v), x, g);
+    }
+};
+
+template <class Body>
+void dispatch_format(const PackedLinear& a, Body&& body) {
+#if defined(__AVX512BF16__)
+    if (takes_pairs(a)) return body(Bf16Pairs{});
+#endif
+    switch (a.packing) {
+        case Packing::f32: return body(F32{});
+        case Packing::bf16: return body(Bf16{});
+        case Packing::f16: return body(F16{});
+        case Packing::int8: return body(Int8{});
+        case Packing::int4: return body(Int4{});
+        case Packing::q4_0: return body(Q4_0{});
+        case Packing::q4_1: return body(Q4_1{});
+    }
+}
+
+// ---- whole blocks
+
+template <class T>
+void store_lanes(const PackedLinear& a, int64_t row, int64_t first, int v, vf sum) {
+    int64_t lane = first + v * kWidth, count = std::clamp<int64_t>(a.out - lane, 0, kWidth);
+    if (count == 0) return;
+    if (a.bias) sum += count == kWidth ? load(a.bias + lane) : load_n(a.bias + lane, count);
+    put(static_cast<T*>(a.y) + row * a.out + lane, sum, static_cast<int>(count));
+}
+
+// Columns [block * kLanes, ...) of the rows row .. row + R of y.
+template <class Format, int R>
+void multiply_block(const PackedLinear& a, int64_t block, int64_t row) {
+    const PackingSize& size = size_of(a.packing);
+    const uint8_t* header = a.weight + block * block_bytes(a.packing, a.in);
+    const uint8_t* p = header + size.header;
+    auto rows = [&]<size_t... I>(std::index_sequence<I...>) {
+        return std::array<typename Format::Row, R>{typename Format::Row(a, row + I)...};
+    }(std::make_index_sequence<R>{});
+    typename Format::Row(&x)[R] = *reinterpret_cast<typename Format::Row(*)[R]>(rows.data());
+    vf sum[kVectors][R]{};
+    for (int64_t g = 0, groups = group_count(a.in); g < groups; ++g, p += size.group) {
+        for (int64_t line = 0; line < size.group; line += 64) __builtin_prefetch(p + kAhead + line);
+#pragma GCC unroll 4
+        for (int v = 0; v < kVectors; ++v) Format::add(sum[v], header, p, v, x, g);
+    }
+    for (int v = 0; v < kVectors; ++v) {
+        for (int r = 0; r < R; ++r) {
+            dispatch(a.dtype, [&](auto t) {
+                store_lanes<decltype(t)>(a, row + r, block * kLanes, v, sum[v][r]);
+            });
+        }
+    }
+}
+
+template <class Format>
+void multiply_rows(const PackedLinear& a, int64_t block, int64_t row, int64_t end) {
+    for (; row + kRows <= end; row += kRows) multiply_block<Format, kRows>(a, block, row);
+    for (; row + 2 <= end; row += 2) multiply_block<Format, 2>(a, block, row);
+    if (row < end) multiply_block<Format, 1>(a, block, row);
+}
+
+}  // namespace
+
+void packed_activations(const PackedLinear& a, int64_t first, int64_t last) {
+    dispatch(a.dtype, [&](auto t) {
+        for (int64_t row = first; row < last; ++row) prepare_row<decltype(t)>(a, row);
+    });
+}
+
+// Blocks pass over some rows of x that the cache holds, and those over a block's weights.
+void packed_product(const PackedLinear& a, int64_t first, int64_t last) {
+    dispatch_format(a, [&](auto format) {
+        using Format = decltype(format);
+        for (int64_t row = 0; row < a.rows; row += kRowsInCache) {
+            int64_t end = std::min(row + kRowsInCache, a.rows);
+            for (int64_t block = first; block < last; ++block)
+                multiply_rows<Format>(a, block, row, end);
+        }
+    });
+}
+
+}  // namespace mllama::kernels::MLLAMA_ISA

@@ -1,0 +1,88 @@
+#include <algorithm>
+
+#include "kernels/cpu/packed_linear.h"
+#include "kernels/cpu/tiles.h"
+#include "simd/bytes.h"
+
+namespace mllama::kernels::MLLAMA_ISA {
+namespace {
+
+// kWidth f16 numbers of a block's lanes.
+vf lanes_f16(const uint8_t* p, int lane) { return load(reinterpret_cast<const f16*>(p) + lane); }
+// Code k of the lanes: a signed byte, or four bits.
+vf lanes_int8(const uint8_t* codes, int lane, int k) {
+    vi words = reinterpret_cast<vi>(load_bits(codes + (k / 4 * kLanes + lane) * 4));
+    return to_float(words << (24 - 8 * (k % 4)) >> 24);
+}
+vf lanes_nibble(const uint8_t* codes, int lane, int k) {
+    vu words = load_bits(codes + (k / 8 * kLanes + lane) * 4);
+    return to_float(reinterpret_cast<vi>((words >> (8 * (k % 4) + k % 8 / 4 * 4)) & 15u));
+}
+
+// The weights of input k of the group at p, for kWidth rows from `lane` on.
+vf lanes_at(Packing packing, const uint8_t* header, const uint8_t* p, int lane, int k) {
+    switch (packing) {
+        case Packing::f32: return load(reinterpret_cast<const float*>(p) + k * kLanes + lane);
+        case Packing::f16: return load(reinterpret_cast<const f16*>(p) + k * kLanes + lane);
+        case Packing::bf16: {
+            vu pair = load_bits(p + (k / 2 * kLanes + lane) * 4);
+            return as_float(k % 2 ? pair & 0xffff0000u : pair << 16);
+        }
+        case Packing::int8: return lanes_f16(p, lane) * lanes_int8(p + 2 * kLanes, lane, k);
+        case Packing::int4:
+            return lanes_f16(header, lane) * lanes_u8(p + lane) *
+                       lanes_nibble(p + 2 * kLanes, lane, k) -
+                   lanes_f16(header + 2 * kLanes, lane) * lanes_u8(p + kLanes + lane);
+        case Packing::q4_0:
+            return lanes_f16(p, lane) * (lanes_nibble(p + 2 * kLanes, lane, k) - 8.0f);
+        case Packing::q4_1:
+            return lanes_f16(p, lane) * lanes_nibble(p + 4 * kLanes, lane, k) +
+                   lanes_f16(p + 2 * kLanes, lane);
+    }
+    return vf{};
+}
+
+// Group g of a block: tile[k][lane].
+void unpack_group(const PackWeight& a, int64_t block, int64_t g, float* tile) {
+    const uint8_t* header = a.packed + block * block_bytes(a.packing, a.in);
+    const uint8_t* p = header + size_of(a.packing).header + g * size_of(a.packing).group;
+    for (int k = 0; k < kGroup; ++k) {
+        for (int lane = 0; lane < kLanes; lane += kWidth)
+            store(tile + k * kLanes + lane, lanes_at(a.packing, header, p, lane, k));
+    }
+}
+
+// Inputs of group g of a dense row.
+void write_inputs(const PackWeight& a, int64_t index, int64_t g, const float* values) {
+    dispatch(a.dtype, [&](auto t) {
+        auto* to = static_cast<decltype(t)*>(a.dense) + index * a.in + g * kGroup;
+        for_vectors(std::min(kGroup, a.in - g * kGroup),
+                    [&](int64_t i, int n) { put(to + i, at(values + i, n), n); });
+    });
+}
+
+}  // namespace
+
+void unpack_blocks(const PackWeight& a, int64_t first, int64_t last) {
+    float tile[kGroup * kLanes], rows[kLanes * kGroup];
+    for (int64_t block = first; block < last; ++block) {
+        int64_t row = (block - first) * kLanes, count = std::min(kLanes, a.out - block * kLanes);
+        for (int64_t g = 0; g < group_count(a.in); ++g) {
+            unpack_group(a, block, g, tile);
+            transpose(as_words(tile), kLanes, as_words(rows), kGroup, kGroup, kLanes);
+            for (int64_t lane = 0; lane < count; ++lane)
+                write_inputs(a, row + lane, g, rows + lane * kGroup);
+        }
+    }
+}
+
+void unpack_row(const PackWeight& a, int64_t row, int64_t index) {
+    float tile[kGroup * kLanes], values[kGroup];
+    for (int64_t g = 0; g < group_count(a.in); ++g) {
+        unpack_group(a, row / kLanes, g, tile);
+        for (int64_t k = 0; k < kGroup; ++k) values[k] = tile[k * kLanes + row % kLanes];
+        write_inputs(a, index, g, values);
+    }
+}
+
+}  // namespace mllama::kernels::MLLAMA_ISA

@@ -1,0 +1,141 @@
+#include "ops/packed_linear.h"
+
+#include <atomic>
+#include <memory>
+
+#include "core/threads.h"
+
+namespace mllama {
+namespace {
+
+constexpr int64_t kBytesGrain = 65536;  // of weights that a thread reads at least
+
+// Memory for a call's activations.
+struct Workspace {
+    Workspace(kernels::Packing packing, int64_t rows, int64_t in) {
+        int64_t groups = rows * kernels::group_count(in), values = groups * kernels::kGroup;
+        bool codes = kernels::size_of(packing).quantized;
+        memory.reset(new float[codes ? values / 4 + 2 * groups : values]);
+        activations.values = memory.get();
+        activations.scales = memory.get();
+        activations.sums = reinterpret_cast<int32_t*>(memory.get() + groups);
+        activations.codes = reinterpret_cast<int8_t*>(memory.get() + 2 * groups);
+    }
+    std::unique_ptr<float[]> memory;
+    kernels::Activations activations;
+};
+
+kernels::PackedLinear kernel_args(const PackedLinearArgs& a, const Workspace& workspace) {
+    return {.packing = a.packing,
+            .dtype = a.dtype,
+            .rows = row_count(a.x),
+            .in = last_size(a.x),
+            .out = a.out,
+            .x = a.x.const_data_ptr(),
+            .activations = workspace.activations,
+            .weight = data<uint8_t>(a.weight),
+            .bias = a.bias ? data<float>(*a.bias) : nullptr,
+            .y = a.y.mutable_data_ptr()};
+}
+
+Tensor packed_linear(const Tensor& x, const Tensor& weight, const MaybeTensor& bias, int64_t out,
+                     int64_t packing) {
+    PackedLinearArgs a("packed_linear", x, weight, bias, out, packing);
+    if (a.y.numel() == 0) return a.y;
+    int64_t rows = row_count(a.x), in = last_size(a.x);
+    Workspace workspace(a.packing, rows, in);
+    kernels::PackedLinear args = kernel_args(a, workspace);
+    auto prepare = MLLAMA_CALL(packed_activations);
+    auto multiply = MLLAMA_CALL(packed_product);
+    parallel_for(rows, row_grain(in),
+                 [&](int64_t begin, int64_t end) { prepare(args, begin, end); });
+    int64_t bytes = kernels::block_bytes(a.packing, in) * (1 + rows / 4);
+    parallel_for(kernels::block_count(out), std::max<int64_t>(kBytesGrain / bytes, 1),
+                 [&](int64_t begin, int64_t end) { multiply(args, begin, end); });
+    return a.y;
+}
+
+// args.dense = the rows of the blocks [first, last).
+void unpack_all(const kernels::PackWeight& args, int64_t first, int64_t last) {
+    auto unpack = MLLAMA_CALL(unpack_blocks);
+    parallel_for(last - first, 1, [&](int64_t begin, int64_t end) {
+        kernels::PackWeight part = args;
+        int64_t bytes = args.in * kernels::kLanes * (args.dtype == Dtype::f32 ? 4 : 2);
+        part.dense = static_cast<char*>(args.dense) + begin * bytes;
+        unpack(part, first + begin, first + end);
+    });
+}
+
+Tensor pack_weight(const Tensor& weight, int64_t packing_) {
+    const char* op = "pack_weight";
+    kernels::Packing packing = packing_of(op, packing_);
+    Dtype dtype = dtype_of(op, "weight", weight);
+    check(weight.dim() == 2, op, "weight");
+    int64_t out = weight.size(0), in = weight.size(1), blocks = kernels::block_count(out);
+    Tensor source = dense(weight),
+           packed = new_tensor(weight, {blocks * kernels::block_bytes(packing, in)},
+                               aoti_torch_dtype_uint8());
+    kernels::PackWeight args{.packing = packing,
+                             .dtype = dtype,
+                             .in = in,
+                             .out = out,
+                             .dense = const_cast<void*>(source.const_data_ptr()),
+                             .packed = mutable_data<uint8_t>(packed)};
+    auto pack = MLLAMA_CALL(pack_weight);
+    std::atomic<bool> finite = true;
+    parallel_for(blocks, 1, [&](int64_t begin, int64_t end) {
+        if (!pack(args, begin, end)) finite = false;
+    });
+    check(finite, op, "weight");
+    return packed;
+}
+
+// All rows, or those that an int64 tensor names.
+Tensor unpack_weight(const Tensor& weight, const MaybeTensor& rows_, int64_t out, int64_t width,
+                     int64_t packing_, ScalarType type) {
+    const char* op = "unpack_weight";
+    kernels::Packing packing = packing_of(op, packing_);
+    check_packed(op, weight, packing, out, width);
+    const int64_t* rows = nullptr;
+    MaybeTensor indices;
+    if (rows_) {
+        check(rows_->scalar_type() == ScalarType::Long && rows_->dim() == 1, op, "rows");
+        indices = dense(*rows_);
+        rows = data<int64_t>(*indices);
+        for (int64_t i = 0; i < rows_->numel(); ++i)
+            check(0 <= rows[i] && rows[i] < out, op, "rows");
+    }
+    int64_t count = rows ? rows_->numel() : out;
+    Tensor dense_rows = torch::stable::empty({count, width}, type);
+    kernels::PackWeight args{.packing = packing,
+                             .dtype = dtype_of(op, "dtype", dense_rows),
+                             .in = width,
+                             .out = out,
+                             .dense = dense_rows.mutable_data_ptr(),
+                             .packed = const_cast<uint8_t*>(data<uint8_t>(weight))};
+    if (rows) {
+        auto unpack = MLLAMA_CALL(unpack_row);
+        parallel_for(count, row_grain(width), [&](int64_t begin, int64_t end) {
+            for (int64_t i = begin; i < end; ++i) unpack(args, rows[i], i);
+        });
+        return dense_rows;
+    }
+    unpack_all(args, 0, kernels::block_count(out));
+    return dense_rows;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(mllama, m) {
+    m.def(kPackedLinearSchema);
+    m.def(kPackWeightSchema);
+    m.def(kUnpackWeightSchema);
+}
+
+STABLE_TORCH_LIBRARY_IMPL(mllama, CPU, m) {
+    m.impl("packed_linear", TORCH_BOX(&packed_linear));
+    m.impl("pack_weight", TORCH_BOX(&pack_weight));
+    m.impl("unpack_weight", TORCH_BOX(&unpack_weight));
+}
+
+}  // namespace mllama

@@ -1,0 +1,58 @@
+// packed_linear and its packing: schemas, checks and tensors, the same on every device.
+#pragma once
+
+#include "core/rows.h"
+#include "kernels/cpu/packed_linear.h"
+
+namespace mllama {
+
+constexpr char kPackedLinearSchema[] =
+    "packed_linear(Tensor x, Tensor weight, Tensor? bias, int out, int packing) -> Tensor";
+constexpr char kPackWeightSchema[] = "pack_weight(Tensor weight, int packing) -> Tensor";
+constexpr char kUnpackWeightSchema[] =
+    "unpack_weight(Tensor weight, Tensor? rows, int out, int width, int packing, "
+    "ScalarType dtype) -> Tensor";
+
+// Which of kernels::kPackings a number is.
+inline kernels::Packing packing_of(const char* op, int64_t packing) {
+    check(0 <= packing && packing < static_cast<int64_t>(std::size(kernels::kPackings)), op,
+          "packing");
+    return static_cast<kernels::Packing>(packing);
+}
+
+// Bytes of `out` rows of `in` weights.
+inline void check_packed(const char* op, const Tensor& weight, kernels::Packing packing,
+                         int64_t out, int64_t in) {
+    check(out >= 0 && in >= 0, op, "out");
+    check(weight.dim() == 1 && weight.scalar_type() == ScalarType::Byte && weight.is_contiguous() &&
+              weight.numel() == kernels::block_count(out) * kernels::block_bytes(packing, in),
+          op, "weight");
+}
+
+struct PackedLinearArgs {
+    PackedLinearArgs(const char* op, const Tensor& x_, const Tensor& weight,
+                     const MaybeTensor& bias_, int64_t out, int64_t packing_)
+        : packing(packing_of(op, packing_)),
+          dtype(dtype_of(op, "x", x_)),
+          weight(weight),
+          out(out) {
+        check(x_.dim() >= 1, op, "x");
+        x = dense(x_);
+        check_packed(op, weight, packing, out, last_size(x));
+        y = new_tensor(x, with_last(x, out));
+        if (!bias_) return;
+        dtype_of(op, "bias", *bias_);
+        check(bias_->dim() == 1 && bias_->size(0) == out, op, "bias");
+        bias = dense(to_dtype(*bias_, ScalarType::Float));
+    }
+
+    kernels::Packing packing;
+    Dtype dtype;
+    Tensor x;          // [..., in]
+    Tensor weight;     // uint8, packed
+    MaybeTensor bias;  // float32 [out]
+    int64_t out;
+    Tensor y;  // [..., out], in x's dtype
+};
+
+}  // namespace mllama

@@ -1,0 +1,171 @@
+// Products of bytes: in every 32-bit lane, four codes of a weight with four of x, summed.
+#pragma once
+
+#include "simd/vec.h"
+
+namespace mllama::simd::MLLAMA_ISA {
+
+inline vu load_bits(const void* p) {
+    vu words;
+    std::memcpy(&words, p, sizeof words);
+    return words;
+}
+// The four bytes at p in every lane.
+inline vi splat_word(const void* p) {
+    int32_t word;
+    std::memcpy(&word, p, sizeof word);
+#if defined(__AVX512F__)
+    return reinterpret_cast<vi>(_mm512_set1_epi32(word));
+#elif defined(__AVX2__)
+    return reinterpret_cast<vi>(_mm256_set1_epi32(word));
+#else
+    return vi{} + word;
+#endif
+}
+// The low byte of every lane.
+inline void store_bytes(int8_t* p, vi x) {
+    typedef int8_t vb __attribute__((vector_size(kWidth)));
+    vb bytes = __builtin_convertvector(x, vb);
+    std::memcpy(p, &bytes, sizeof bytes);
+}
+inline vf to_float(vi x) { return __builtin_convertvector(x, vf); }
+
+// kWidth bytes, 0 to 255, as floats.
+inline vf lanes_u8(const uint8_t* p) {
+#if defined(__AVX512F__)
+    return reinterpret_cast<vf>(_mm512_cvtepi32_ps(
+        _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))));
+#elif defined(__AVX2__)
+    return reinterpret_cast<vf>(_mm256_cvtepi32_ps(
+        _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)))));
+#else
+    vf x;
+    for (int i = 0; i < kWidth; ++i) x[i] = p[i];
+    return x;
+#endif
+}
+
+#if defined(__AVX512VNNI__)
+
+inline __m512i raw(vi x) { return reinterpret_cast<__m512i>(x); }
+inline __m512i raw(vu x) { return reinterpret_cast<__m512i>(x); }
+
+// Unsigned weights, 0 to 15.
+class NibbleDot {
+  public:
+    void add(vu weight, vi x) { sum_ = _mm512_dpbusd_epi32(sum_, raw(weight), raw(x)); }
+    vi value() const { return reinterpret_cast<vi>(sum_); }
+
+  private:
+    __m512i sum_ = _mm512_setzero_si512();
+};
+
+// Signed weights. The instruction multiplies unsigned bytes with signed ones: 128 is added to every
+// weight, and 128 times the sum of x taken off.
+struct SignedBytes {
+    explicit SignedBytes(vu weight) : shifted(weight ^ 0x80808080u) {}
+    vu shifted;
+};
+struct SignedDot {
+    void start(int32_t x_sum) { value = vi{} - 128 * x_sum; }
+    void add(const SignedBytes& w, vi x) {
+        value = reinterpret_cast<vi>(_mm512_dpbusd_epi32(raw(value), raw(w.shifted), raw(x)));
+    }
+    vi value;
+};
+
+#elif defined(__AVX2__)
+
+// vpmaddubsw adds two products in 16 bits. Of nibbles and codes in [-127, 127], 16 of them fit.
+class NibbleDot {
+  public:
+    void add(vu weight, vi x) {
+#if defined(__AVX512BW__)
+        sum_ = _mm512_add_epi16(sum_, _mm512_maddubs_epi16(reinterpret_cast<__m512i>(weight),
+                                                           reinterpret_cast<__m512i>(x)));
+#else
+        sum_ = _mm256_add_epi16(sum_, _mm256_maddubs_epi16(reinterpret_cast<__m256i>(weight),
+                                                           reinterpret_cast<__m256i>(x)));
+#endif
+    }
+    vi value() const {
+#if defined(__AVX512BW__)
+        return reinterpret_cast<vi>(_mm512_madd_epi16(sum_, _mm512_set1_epi16(1)));
+#else
+        return reinterpret_cast<vi>(_mm256_madd_epi16(sum_, _mm256_set1_epi16(1)));
+#endif
+    }
+
+  private:
+#if defined(__AVX512BW__)
+    __m512i sum_ = _mm512_setzero_si512();
+#else
+    __m256i sum_ = _mm256_setzero_si256();
+#endif
+};
+
+// Signed weights: the weight's sign goes over to x, and |weight| <= 128 with |x| <= 127 keeps the
+// sum of two products within 16 bits.
+#if defined(__AVX512BW__)
+struct SignedBytes {
+    explicit SignedBytes(vu weight)
+        : size(_mm512_abs_epi8(reinterpret_cast<__m512i>(weight))),
+          negative(_mm512_movepi8_mask(reinterpret_cast<__m512i>(weight))) {}
+    __m512i size;
+    __mmask64 negative;
+};
+#else
+struct SignedBytes {
+    explicit SignedBytes(vu weight)
+        : bytes(reinterpret_cast<__m256i>(weight)), size(_mm256_abs_epi8(bytes)) {}
+    __m256i bytes, size;
+};
+#endif
+struct SignedDot {
+    void start(int32_t) { value = vi{}; }
+    void add(const SignedBytes& w, vi x) {
+#if defined(__AVX512BW__)
+        __m512i bytes = reinterpret_cast<__m512i>(x);
+        __m512i turned = _mm512_mask_sub_epi8(bytes, w.negative, _mm512_setzero_si512(), bytes);
+        value += reinterpret_cast<vi>(
+            _mm512_madd_epi16(_mm512_maddubs_epi16(w.size, turned), _mm512_set1_epi16(1)));
+#else
+        __m256i turned = _mm256_sign_epi8(reinterpret_cast<__m256i>(x), w.bytes);
+        value += reinterpret_cast<vi>(
+            _mm256_madd_epi16(_mm256_maddubs_epi16(w.size, turned), _mm256_set1_epi16(1)));
+#endif
+    }
+    vi value;
+};
+
+#else
+
+// Byte number `index` of every lane, sign-extended.
+inline vi byte_of(vi x, int index) { return x << (24 - 8 * index) >> 24; }
+
+class NibbleDot {
+  public:
+    void add(vu weight, vi x) {
+        for (int i = 0; i < 4; ++i)
+            sum_ += byte_of(reinterpret_cast<vi>(weight), i) * byte_of(x, i);
+    }
+    vi value() const { return sum_; }
+
+  private:
+    vi sum_{};
+};
+struct SignedBytes {
+    explicit SignedBytes(vu weight) : bytes(reinterpret_cast<vi>(weight)) {}
+    vi bytes;
+};
+struct SignedDot {
+    void start(int32_t) { value = vi{}; }
+    void add(const SignedBytes& w, vi x) {
+        for (int i = 0; i < 4; ++i) value += byte_of(w.bytes, i) * byte_of(x, i);
+    }
+    vi value;
+};
+
+#endif
+
+}  // namespace mllama::simd::MLLAMA_ISA
