@@ -86,7 +86,7 @@ Tensor pack_weight(const Tensor& weight, int64_t packing_) {
     parallel_for(blocks, 1, [&](int64_t begin, int64_t end) {
         if (!pack(args, begin, end)) finite = false;
     });
-    check(finite, op, "weight");
+    check(finite, op, "weight: it has values that the format cannot hold");
     return packed;
 }
 

@@ -216,10 +216,16 @@ bool pack_weight(const PackWeight& a, int64_t first, int64_t last) {
         for (int64_t lane = 0; lane < kLanes; ++lane) {
             int64_t index = block * kLanes + lane;
             if (index < a.out) {
+                vf poison{};
                 dispatch(a.dtype, [&](auto t) {
                     const auto* w = static_cast<const decltype(t)*>(a.dense) + index * a.in;
-                    for_vectors(a.in, [&](int64_t i, int n) { put(&values[i], at(w + i, n), n); });
+                    for_vectors(a.in, [&](int64_t i, int n) {
+                        vf x = at(w + i, n);
+                        poison += x * 0.0f;  // NaN where x is not finite
+                        put(&values[i], x, n);
+                    });
                 });
+                if (reduce_add(poison) != 0) return false;
             } else {
                 std::fill(values.begin(), values.end(), 0.0f);
             }

@@ -7,6 +7,7 @@ from mllama.ops.gated import geglu, swiglu
 from mllama.ops.image import resize, resize_normalize
 from mllama.ops.layer_norm import layer_norm
 from mllama.ops.lora_linear import lora_linear
+from mllama.ops.packed_linear import pack_weight, packed_linear, unpack_weight
 from mllama.ops.patch_embed import patch_embed
 from mllama.ops.rms_norm import add_rms_norm, rms_norm
 from mllama.ops.rope import rope, rope_frequencies, rope_tables
@@ -18,6 +19,8 @@ __all__ = [
     "geglu",
     "layer_norm",
     "lora_linear",
+    "pack_weight",
+    "packed_linear",
     "patch_embed",
     "resize",
     "resize_normalize",
@@ -26,4 +29,5 @@ __all__ = [
     "rope_frequencies",
     "rope_tables",
     "swiglu",
+    "unpack_weight",
 ]

@@ -1,0 +1,227 @@
+"""Linear layers on packed weights: 16- or 32-bit floats, or 8- or 4-bit codes with scales, in the
+order in which products with one row and with many read them. csrc/kernels/cpu/packed_linear.h
+describes the layout.
+"""
+
+import torch
+
+from mllama.ops._dispatch import (
+    FLOAT_DTYPES,
+    check_device,
+    check_tensor,
+    check_tensors,
+    dtype_name,
+    register,
+    use_kernel,
+)
+from mllama.ops.packed_layout import PACKINGS, pack, packed_bytes, split_groups, unpack
+
+
+def pack_weight(weight: torch.Tensor, packing: str) -> torch.Tensor:
+    """Pack the weight of a linear layer.
+
+    Args:
+        weight: [out_features, in_features], float32, bfloat16 or float16.
+        packing: "f32", "bf16" or "f16" round to that dtype; "int8" is symmetric, a scale for 32
+            inputs; "int4" has a scale and a minimum for 32 inputs, themselves 8-bit multiples of a
+            row's, 4.5 bits a weight; "q4_0" and "q4_1" are GGUF's.
+
+    Returns:
+        uint8 [packed_bytes].
+
+    Raises:
+        TypeError: weight is no tensor, or of another dtype.
+        ValueError: weight is not 2-D, or has values that the format cannot hold; packing is not
+            known.
+    """
+    check_packing("pack_weight", packing)
+    if use_kernel(weight):
+        return _pack_weight(weight, PACKINGS[packing].number)
+    _check_pack(weight, 0)
+    packed = pack(weight, packing)
+    if not unpack(packed, *weight.shape, packing).isfinite().all():
+        raise ValueError(f"pack_weight: weight has values that {packing} cannot hold")
+    return packed
+
+
+def unpack_weight(
+    packed: torch.Tensor,
+    out_features: int,
+    in_features: int,
+    packing: str,
+    *,
+    rows: torch.Tensor | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> torch.Tensor:
+    """The dense weight that a packed one stands for, or some of its rows, as an embedding reads it.
+
+    Args:
+        packed: uint8, as `pack_weight` returns it.
+        out_features, in_features, packing: as it was packed.
+        rows: int64 [n], which rows; all by default.
+        dtype: of the result.
+
+    Returns:
+        [out_features or n, in_features].
+
+    Raises:
+        TypeError: a tensor of another dtype.
+        ValueError: packed has another size than these features and packing give.
+        IndexError: a row that is not there.
+    """
+    check_packing("unpack_weight", packing)
+    number = PACKINGS[packing].number
+    if use_kernel(packed):
+        try:
+            return _unpack_weight(packed, rows, out_features, in_features, number, dtype)
+        except ValueError:
+            _check_indices(rows, out_features)
+            raise
+    _check_unpack(packed, rows, out_features, in_features, number, dtype)
+    _check_indices(rows, out_features)
+    dense = unpack(packed, out_features, in_features, packing)
+    return (dense if rows is None else dense[rows]).to(dtype)
+
+
+def packed_linear(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    *,
+    out_features: int,
+    packing: str,
+) -> torch.Tensor:
+    """x weight' + bias. For inference: it has no derivative.
+
+    Beside codes, x is rounded to 8 bits, symmetric, with a scale for 32 inputs. Sums are float32.
+
+    Args:
+        x: [..., in_features], float32, bfloat16 or float16.
+        weight: uint8, as `pack_weight` returns it.
+        bias: [out_features], one of x's dtypes.
+        out_features: rows of the weight.
+        packing: its format.
+
+    Returns:
+        [..., out_features] of x's dtype.
+
+    Raises:
+        TypeError: a tensor of another dtype.
+        ValueError: weight has another size than these features and packing give; bias is not
+            [out_features].
+    """
+    check_packing("packed_linear", packing)
+    number = PACKINGS[packing].number
+    if use_kernel(x):
+        return _packed_linear(x, weight, bias, out_features, number)
+    _check(x, weight, bias, out_features, number)
+    return reference(x, weight, bias, out_features=out_features, packing=packing)
+
+
+def reference(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    *,
+    out_features: int,
+    packing: str,
+) -> torch.Tensor:
+    """`packed_linear` in plain torch."""
+    dense = unpack(weight, out_features, x.shape[-1], packing)
+    values = x.float()
+    if PACKINGS[packing].quantized:
+        values = _rounded(values)
+    y = torch.nn.functional.linear(values, dense, None if bias is None else bias.float())
+    return y.to(x.dtype)
+
+
+def _rounded(x: torch.Tensor) -> torch.Tensor:
+    """x as 8-bit codes hold it, with a scale for every group of the last dimension."""
+    groups = split_groups(x)
+    top = groups.abs().amax(-1, keepdim=True)
+    # In float64 the product is exact, and rounded once, as in the kernels.
+    codes = torch.round(groups.double() * torch.where(top > 0, 127 / top, 0).double())
+    return (codes.float() * (top / 127)).flatten(-2)[..., : x.shape[-1]]
+
+
+def check_packing(op: str, packing: str) -> None:
+    """Raise ValueError unless it is one of PACKINGS."""
+    if packing not in PACKINGS:
+        raise ValueError(f"{op}: packing must be one of {', '.join(PACKINGS)}, got {packing!r}")
+
+
+def _name_of(number: int) -> str:
+    return list(PACKINGS)[number]
+
+
+def _check_pack(weight, number) -> None:
+    check_tensors("pack_weight", weight=weight)
+    if weight.dim() != 2:
+        raise ValueError(f"pack_weight: weight must be [out, in], got {list(weight.shape)}")
+
+
+def _check_packed(op, weight, out_features, in_features, number) -> None:
+    check_tensor(op, "weight", weight)
+    if weight.dtype != torch.uint8:
+        raise TypeError(
+            f"{op}: weight must be uint8, as pack_weight returns it, got {dtype_name(weight)}"
+        )
+    size = packed_bytes(out_features, in_features, _name_of(number))
+    if weight.shape != (size,):
+        raise ValueError(
+            f"{op}: weight must be [{size}], the bytes of {out_features} x {in_features} weights "
+            f"as {_name_of(number)}, got {list(weight.shape)}"
+        )
+
+
+def _check_unpack(packed, rows, out_features, in_features, number, dtype) -> None:
+    _check_packed("unpack_weight", packed, out_features, in_features, number)
+    if dtype not in FLOAT_DTYPES:
+        raise TypeError(f"unpack_weight: dtype must be float32, bfloat16 or float16, got {dtype}")
+    if rows is None:
+        return
+    check_tensor("unpack_weight", "rows", rows)
+    if rows.dtype != torch.int64:
+        raise TypeError(f"unpack_weight: rows must be int64, got {dtype_name(rows)}")
+    if rows.dim() != 1:
+        raise ValueError(f"unpack_weight: rows must be [n], got {list(rows.shape)}")
+    check_device("unpack_weight", "rows", rows, "weight", packed)
+
+
+def _check_indices(rows: torch.Tensor | None, out_features: int) -> None:
+    if rows is None or not rows.numel():
+        return
+    low, high = rows.min().item(), rows.max().item()
+    if low < 0 or high >= out_features:
+        raise IndexError(
+            f"unpack_weight: rows must be 0 to {out_features - 1}, got {low if low < 0 else high}"
+        )
+
+
+def _check(x, weight, bias, out_features, number) -> None:
+    check_tensors("packed_linear", optional=("bias",), x=x, bias=bias)
+    if x.dim() == 0:
+        raise ValueError("packed_linear: x must have at least one dimension")
+    _check_packed("packed_linear", weight, out_features, x.shape[-1], number)
+    check_device("packed_linear", "weight", weight, "x", x)
+    if bias is not None and bias.shape != (out_features,):
+        raise ValueError(f"packed_linear: bias must be [{out_features}], got {list(bias.shape)}")
+
+
+def _fake(x, weight, bias, out_features, number):
+    return x.new_empty((*x.shape[:-1], out_features))
+
+
+def _pack_fake(weight, number):
+    size = packed_bytes(*weight.shape, _name_of(number))
+    return weight.new_empty(size, dtype=torch.uint8)
+
+
+def _unpack_fake(packed, rows, out_features, in_features, number, dtype):
+    count = out_features if rows is None else rows.shape[0]
+    return packed.new_empty((count, in_features), dtype=dtype)
+
+
+_packed_linear = register("packed_linear", check=_check, fake=_fake)
+_pack_weight = register("pack_weight", check=_check_pack, fake=_pack_fake)
+_unpack_weight = register("unpack_weight", check=_check_unpack, fake=_unpack_fake)

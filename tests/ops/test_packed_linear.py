@@ -1,0 +1,127 @@
+import pytest
+import torch
+
+from helpers import BadCall, Sample, check_op, instruction_set, instruction_sets, needs_kernels
+from mllama.ops import pack_weight, packed_linear, unpack_weight
+from mllama.ops.packed_layout import PACKINGS, pack, packed_bytes, unpack
+from mllama.ops.packed_linear import reference
+
+SIZES = [(37, 100), (16, 32), (64, 576), (1, 1), (15, 33), (100, 260)]
+# Of the weight's own size: what rounding to these formats may cost on normal numbers.
+ERROR = {"f32": 0, "bf16": 2e-3, "f16": 3e-4, "int8": 7e-3, "int4": 8e-2, "q4_0": 0.1, "q4_1": 9e-2}
+
+
+def weight(out, width, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(out, width, generator=generator) * width**-0.5
+
+
+@pytest.mark.parametrize("packing", PACKINGS)
+@pytest.mark.parametrize("size", SIZES)
+def test_reference_holds_the_weight(packing, size):
+    w = weight(*size)
+    packed = pack(w, packing)
+    assert packed.shape == (packed_bytes(*size, packing),)
+    error = (unpack(packed, *size, packing) - w).norm() / w.norm()
+    assert error <= ERROR[packing]
+
+
+@needs_kernels
+@pytest.mark.parametrize("packing", PACKINGS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_packing_equals_the_reference(packing, dtype):
+    for isa in instruction_sets():
+        for size in SIZES:
+            with instruction_set(isa):
+                check_packing(weight(*size).to(dtype), packing)
+
+
+def check_packing(w, packing):
+    packed = pack_weight(w, packing)
+    dense = unpack_weight(packed, *w.shape, packing)
+    torch.testing.assert_close(dense, unpack(packed, *w.shape, packing), rtol=1e-6, atol=1e-7)
+    theirs = unpack(pack(w, packing), *w.shape, packing)
+    # A value half way between two codes may get either.
+    assert ((dense - theirs).abs() > 1e-6).float().mean() <= 0.01
+    rows = torch.tensor([len(w) - 1, 0, len(w) // 2])
+    assert torch.equal(unpack_weight(packed, *w.shape, packing, rows=rows), dense[rows])
+    halves = unpack_weight(packed, *w.shape, packing, dtype=torch.bfloat16)
+    assert torch.equal(halves, dense.bfloat16())
+
+
+def sample(packing, out, width, lead, bias=True):
+    packed = pack(weight(out, width), packing)
+    return Sample(
+        (torch.randn(*lead, width), packed, torch.randn(out) if bias else None),
+        {"out_features": out, "packing": packing},
+    )
+
+
+X, PACKED, B = torch.randn(2, 40), pack(weight(20, 40), "int4"), torch.randn(20)
+
+
+def call(x=X, packed=PACKED, bias=B, out_features=20, packing="int4"):
+    return packed_linear(x, packed, bias, out_features=out_features, packing=packing)
+
+
+@needs_kernels
+@pytest.mark.parametrize("packing", PACKINGS)
+def test_packed_linear(packing):
+    number = PACKINGS[packing].number
+    check_op(
+        packed_linear,
+        reference,
+        [
+            sample(packing, 37, 100, (1,)),
+            sample(packing, 16, 32, (2, 3), bias=False),
+            sample(packing, 64, 576, (9,)),
+            sample(packing, 5, 33, (130,)),
+            sample(packing, 8, 64, (0, 2)),
+            sample(packing, 3, 7, ()),
+        ],
+        differentiable=(),
+        keep_float32=("bias",),
+        raw=[
+            (
+                torch.ops.mllama.packed_linear.default,
+                (torch.randn(2, 40), pack(weight(20, 40), packing), torch.randn(20), 20, number),
+            ),
+            (torch.ops.mllama.pack_weight.default, (weight(20, 40), number)),
+            (
+                torch.ops.mllama.unpack_weight.default,
+                (pack(weight(20, 40), packing), None, 20, 40, number, torch.float32),
+            ),
+        ],
+        bad_calls=[
+            BadCall(lambda: call(x=None), TypeError, "x"),
+            BadCall(lambda: call(x=X.int()), TypeError, "x"),
+            BadCall(lambda: call(x=torch.tensor(1.0)), ValueError, "x"),
+            BadCall(lambda: call(packed=PACKED.float()), TypeError, "weight"),
+            BadCall(lambda: call(packed=PACKED[1:]), ValueError, "weight"),
+            BadCall(lambda: call(out_features=40), ValueError, "weight"),
+            BadCall(lambda: call(packing="int8"), ValueError, "weight"),
+            BadCall(lambda: call(packing="int3"), ValueError, "packing"),
+            BadCall(lambda: call(bias=B[1:]), ValueError, "bias"),
+            BadCall(lambda: pack_weight(X[0], "int4"), ValueError, "weight"),
+            BadCall(lambda: pack_weight(X.int(), "int4"), TypeError, "weight"),
+            BadCall(lambda: pack_weight(X * 1e30, "int4"), ValueError, "weight"),
+            BadCall(lambda: pack_weight(X / 0, "int8"), ValueError, "weight"),
+            BadCall(lambda: unpack_weight(PACKED, 20, 70, "int4"), ValueError, "weight"),
+        ],
+    )
+
+
+@needs_kernels
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("packing", ["int8", "int4", "bf16"])
+def test_what_is_not_finite_in_x_is_not_finite_in_y(packing, value):
+    x = torch.randn(2, 40)
+    x[0, 33] = value
+    y = packed_linear(x, pack(weight(20, 40), packing), out_features=20, packing=packing)
+    assert not y[0].isfinite().any() and y[1].isfinite().all()
+
+
+def test_rows_that_are_not_there():
+    for rows in (torch.tensor([20]), torch.tensor([-1])):
+        with pytest.raises(IndexError, match="rows"):
+            unpack_weight(PACKED, 20, 40, "int4", rows=rows)
