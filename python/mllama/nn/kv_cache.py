@@ -25,6 +25,13 @@ class _Buffer:
         self.length = end
         return self.read()
 
+    def reserve(self, new: int, capacity: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The buffers, with room for `new` more positions."""
+        if self.length + new > self.keys.shape[2]:  # type: ignore[union-attr]
+            k, v = (x[:, :, :new].transpose(1, 2) for x in (self.keys, self.values))  # type: ignore[index]
+            self._grow(k, v, self.length + new, capacity)
+        return self.keys, self.values  # type: ignore[return-value]
+
     def read(self) -> tuple[torch.Tensor, torch.Tensor]:
         """All keys and values, [B, S, kv_heads, head_dim]."""
         return (
@@ -99,6 +106,19 @@ class KVCache:
         views of the buffers.
         """
         return self._text[layer].append(k, v, self.capacity)
+
+    def reserve(self, new: int) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """The buffers of all layers, [B, kv_heads, capacity, head_dim] each, with room for `new`
+        more positions, for who writes them in place and then calls `advance`. There must be a
+        position in each.
+        """
+        buffers = [buffer.reserve(new, self.capacity) for buffer in self._text]
+        return [keys for keys, _ in buffers], [values for _, values in buffers]
+
+    def advance(self, new: int) -> None:
+        """Count `new` positions that were written after `reserve`."""
+        for buffer in self._text:
+            buffer.length += new
 
     def update_cross(
         self, layer: int, k: torch.Tensor, v: torch.Tensor

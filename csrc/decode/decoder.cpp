@@ -1,0 +1,323 @@
+#include "decode/decoder.h"
+
+#include <cmath>
+#include <initializer_list>
+#include <memory>
+#include <utility>
+
+#include "decode/team.h"
+#include "kernels/cpu/attention.h"
+#include "kernels/cpu/cast.h"
+#include "kernels/cpu/rms_norm.h"
+#include "kernels/cpu/rope.h"
+
+namespace mllama {
+namespace {
+
+int64_t bytes_of(Dtype dtype) { return dtype == Dtype::f32 ? 4 : 2; }
+int64_t whole_lines(int64_t floats) { return (floats + 15) / 16 * 16; }
+
+// The buffers of a step, in one piece of memory. All but the last three are [rows, width].
+struct Memory {
+    Memory(const Decoder& d, int64_t rows, int64_t chunks) {
+        int64_t heads = d.heads * d.head_dim, kv = d.kv_heads * d.head_dim;
+        int64_t widest = std::max({d.hidden, heads, d.intermediate});
+        int64_t groups = kernels::group_count(widest), padded = groups * kernels::kGroup;
+        float *codes, *sums;
+        const std::pair<float**, int64_t> parts[] = {
+            {&normed, d.hidden},
+            {&out, d.hidden},
+            {&q, heads},
+            {&k, kv},
+            {&v, kv},
+            {&query, heads},
+            {&attended, heads},
+            {&gate, d.intermediate},
+            {&up, d.intermediate},
+            {&rstd, d.heads},
+            {&activations.values, padded},
+            {&activations.scales, groups},
+            {&codes, padded / 4},
+            {&sums, groups},
+            {&partial, chunks * d.heads * (d.head_dim + 2)},
+        };
+        int64_t size = 16;
+        for (auto& [part, width] : parts) size += whole_lines(rows * width);
+        all.reset(new float[size]);
+        float* at = all.get() + (64 - reinterpret_cast<uintptr_t>(all.get()) % 64) % 64 / 4;
+        for (auto& [part, width] : parts) *part = at, at += whole_lines(rows * width);
+        activations.codes = reinterpret_cast<int8_t*>(codes);
+        activations.sums = reinterpret_cast<int32_t*>(sums);
+    }
+
+    std::unique_ptr<float[]> all;
+    float *normed, *out, *q, *k, *v, *gate, *up, *rstd, *partial;
+    float *query, *attended;  // of the cache's dtype
+    kernels::Activations activations;
+};
+
+// A product's layer and its result.
+struct Product {
+    const DecoderLinear* linear;
+    float* y;
+};
+using Products = std::initializer_list<Product>;
+
+class Step {
+  public:
+    Step(const Decoder& decoder, const DecodeStep& step)
+        : d_(decoder),
+          s_(step),
+          m_(decoder, step.rows, step.length / kernels::kDecodeChunk + 1),
+          statistics_(step.rows * decoder.heads),
+          hidden_(mutable_data<float>(step.hidden)) {
+        for (size_t i = 0; i < d_.layers.size(); ++i) visible_.push_back(visible_keys(i));
+        for (size_t i = 0; i < d_.layers.size(); ++i) attention_.push_back(attention(i));
+    }
+
+    void run() {
+        Team team;
+        team.run([&](Team::Member member) {
+            for (size_t i = 0; i < d_.layers.size(); ++i) {
+                attend(member, i);
+                feed_forward(member, d_.layers[i]);
+            }
+            finish(member);
+        });
+    }
+
+  private:
+    // ---- phases, each ended by all threads together
+
+    void attend(Team::Member& member, size_t i) {
+        const DecoderLayer& layer = d_.layers[i];
+        member.share(s_.rows, [&](int64_t first, int64_t last) {
+            if (i > 0) norm(d_.layers[i - 1].post_feedforward, m_.out, d_.hidden, first, last);
+            add_and_norm(layer.input, i > 0, first, last);
+            prepare(layer.q, m_.normed, first, last);
+        });
+        multiply(member, {{&layer.q, m_.q}, {&layer.k, m_.k}, {&layer.v, m_.v}});
+        member.share(s_.rows, [&](int64_t first, int64_t last) {
+            for (int64_t row = first; row < last; ++row) append(layer, i, row);
+        });
+        const kernels::AttentionForward& args = attention_[i];
+        auto scores = MLLAMA_CALL(attention_decode);
+        member.share(args.groups() * args.chunks, [&](int64_t first, int64_t last) {
+            scores(args, m_.partial, first, last);
+        });
+        member.share(s_.rows, [&](int64_t first, int64_t last) {
+            MLLAMA_CALL(attention_merge)
+            (args, m_.partial, first * d_.kv_heads, last * d_.kv_heads);
+            int64_t width = d_.heads * d_.head_dim;
+            MLLAMA_CALL(cast)
+            (cached(m_.attended, first * width), s_.cache_dtype, m_.q + first * width, Dtype::f32,
+             (last - first) * width);
+            prepare(layer.o, m_.q, first, last);
+        });
+        multiply(member, {{&layer.o, m_.out}});
+    }
+
+    void feed_forward(Team::Member& member, const DecoderLayer& layer) {
+        bool both = layer.pre_feedforward.has_value();  // norms before and after the blocks
+        member.share(s_.rows, [&](int64_t first, int64_t last) {
+            if (both) norm(layer.post_attention, m_.out, d_.hidden, first, last);
+            add_and_norm(both ? layer.pre_feedforward : layer.post_attention, true, first, last);
+            prepare(layer.gate, m_.normed, first, last);
+        });
+        multiply(member, {{&layer.gate, m_.gate}, {&layer.up, m_.up}});
+        member.share(s_.rows, [&](int64_t first, int64_t last) {
+            kernels::Gated args{.activation = d_.activation,
+                                .dtype = Dtype::f32,
+                                .width = d_.intermediate,
+                                .gate = m_.gate,
+                                .up = m_.up,
+                                .gate_stride = d_.intermediate,
+                                .up_stride = d_.intermediate,
+                                .y = m_.gate,
+                                .large = false};
+            MLLAMA_CALL(gated)(args, first * d_.intermediate, last * d_.intermediate);
+            prepare(layer.down, m_.gate, first, last);
+        });
+        multiply(member, {{&layer.down, m_.out}});
+    }
+
+    void finish(Team::Member& member) {
+        float* logits = mutable_data<float>(s_.logits);
+        member.share(s_.rows, [&](int64_t first, int64_t last) {
+            norm(d_.layers.back().post_feedforward, m_.out, d_.hidden, first, last);
+            add_and_norm(d_.norm, true, first, last);
+            prepare(d_.head, m_.normed, first, last);
+        });
+        multiply(member, {{&d_.head, logits}});
+        if (d_.final_softcap == 0) return;
+        member.share(s_.rows * d_.head.out, [&](int64_t first, int64_t last) {
+            for (int64_t i = first; i < last; ++i)
+                logits[i] = d_.final_softcap * std::tanh(logits[i] / d_.final_softcap);
+        });
+    }
+
+    // The products of the activations that `prepare` left, as one list of blocks.
+    void multiply(Team::Member& member, Products products) {
+        auto kernel = MLLAMA_CALL(packed_product);
+        int64_t blocks = 0;
+        for (const Product& p : products) blocks += kernels::block_count(p.linear->out);
+        member.share(blocks, [&](int64_t first, int64_t last) {
+            for (const Product& p : products) {
+                int64_t own = kernels::block_count(p.linear->out);
+                int64_t begin = std::max<int64_t>(first, 0), end = std::min(last, own);
+                if (begin < end) kernel(arguments(*p.linear, nullptr, p.y), begin, end);
+                first -= own, last -= own;
+            }
+        });
+    }
+
+    // ---- rows
+
+    // x becomes its norm where there is one.
+    void norm(const DecoderNorm& weight, float* x, int64_t width, int64_t first, int64_t last) {
+        if (!weight) return;
+        kernels::RmsNorm args = norm_arguments(*weight, width);
+        args.x = x;
+        args.y = x;
+        args.rstd = m_.rstd;
+        for (int64_t row = first; row < last; ++row) MLLAMA_CALL(rms_norm)(args, row, row + 1);
+    }
+
+    // hidden += out, where there is such a result yet; normed = the norm of hidden.
+    void add_and_norm(const DecoderNorm& weight, bool add, int64_t first, int64_t last) {
+        kernels::RmsNorm args = norm_arguments(*weight, d_.hidden);
+        args.x = add ? m_.out : hidden_;
+        args.residual = add ? hidden_ : nullptr;
+        args.hidden = hidden_;
+        args.y = m_.normed;
+        args.rstd = m_.rstd;
+        MLLAMA_CALL(rms_norm)(args, first, last);
+    }
+
+    // Leaves x as the activations of a layer, and of others with the same input and packing.
+    void prepare(const DecoderLinear& linear, const float* x, int64_t first, int64_t last) {
+        MLLAMA_CALL(packed_activations)(arguments(linear, x, nullptr), first, last);
+    }
+
+    // Norms and turns a row's q and k; writes k and v to the cache.
+    void append(const DecoderLayer& layer, size_t i, int64_t row) {
+        int64_t heads = d_.heads, kv = d_.kv_heads, size = d_.head_dim;
+        float *q = m_.q + row * heads * size, *k = m_.k + row * kv * size,
+              *v = m_.v + row * kv * size, *rstd = m_.rstd + row * heads;
+        for (auto [weight, x, count] :
+             {std::tuple(&layer.q_norm, q, heads), std::tuple(&layer.k_norm, k, kv)}) {
+            if (!*weight) continue;
+            kernels::RmsNorm args = norm_arguments(**weight, size);
+            args.x = x;
+            args.y = x;
+            args.rstd = rstd;
+            MLLAMA_CALL(rms_norm)(args, 0, count);
+        }
+        kernels::Rope args{.dtype = Dtype::f32,
+                           .tokens = 1,
+                           .half = size / 2,
+                           .sign = 1,
+                           .q = {q, q, heads, 0, 0, size},
+                           .k = {k, k, kv, 0, 0, size},
+                           .cos = data<float>(s_.cos[layer.rope]) + row * size / 2,
+                           .sin = data<float>(s_.sin[layer.rope]) + row * size / 2,
+                           .cos_batch_stride = 0,
+                           .sin_batch_stride = 0};
+        MLLAMA_CALL(rope)(args, 0, 1);
+        auto cast = MLLAMA_CALL(cast);
+        cast(q, Dtype::f32, cached(m_.query, row * heads * size), s_.cache_dtype, heads * size);
+        int64_t capacity = s_.keys[i].size(2);
+        for (int64_t head = 0; head < kv; ++head) {
+            int64_t at = ((row * kv + head) * capacity + s_.length) * size;
+            cast(k + head * size, Dtype::f32, cached(s_.keys[i].mutable_data_ptr(), at),
+                 s_.cache_dtype, size);
+            cast(v + head * size, Dtype::f32, cached(s_.values[i].mutable_data_ptr(), at),
+                 s_.cache_dtype, size);
+        }
+    }
+
+    // ---- the kernels' arguments
+
+    void* cached(void* p, int64_t i) const {
+        return static_cast<char*>(p) + i * bytes_of(s_.cache_dtype);
+    }
+
+    kernels::PackedLinear arguments(const DecoderLinear& linear, const float* x, float* y) const {
+        return {.packing = linear.packing,
+                .dtype = Dtype::f32,
+                .rows = s_.rows,
+                .in = linear.in,
+                .out = linear.out,
+                .x = x,
+                .activations = m_.activations,
+                .weight = data<uint8_t>(linear.weight),
+                .bias = linear.bias ? data<float>(*linear.bias) : nullptr,
+                .y = y};
+    }
+
+    kernels::RmsNorm norm_arguments(const Tensor& weight, int64_t width) const {
+        return {.dtype = Dtype::f32,
+                .weight_dtype = Dtype::f32,
+                .width = width,
+                .eps = d_.eps,
+                .offset = d_.norm_offset,
+                .x = nullptr,
+                .residual = nullptr,
+                .weight = weight.const_data_ptr(),
+                .hidden = nullptr,
+                .y = nullptr,
+                .rstd = nullptr};
+    }
+
+    std::vector<kernels::VisibleKeys> visible_keys(size_t i) const {
+        int64_t window = d_.layers[i].window, last = s_.length + 1;
+        std::vector<kernels::VisibleKeys> rows;
+        for (int64_t row = 0; row < s_.rows; ++row) {
+            int64_t start = window ? std::max<int64_t>(last - window, 0) : 0;
+            int64_t first = std::max(s_.first_key[row], start);
+            rows.push_back({.offset = s_.length,
+                            .window_start = first,
+                            .prefix = 0,
+                            .first = first,
+                            .last = last,
+                            .added = nullptr,
+                            .ranges = nullptr});
+        }
+        return rows;
+    }
+
+    kernels::AttentionForward attention(size_t i) {
+        const DecoderLayer& layer = d_.layers[i];
+        int64_t size = d_.head_dim, capacity = s_.keys[i].size(2), first = s_.length;
+        for (const kernels::VisibleKeys& row : visible_[i]) first = std::min(first, row.first);
+        kernels::AttentionForward a{};
+        a.dtype = s_.cache_dtype;
+        a.batch = s_.rows, a.queries = 1, a.keys = s_.length + 1;
+        a.heads = d_.heads, a.kv_heads = d_.kv_heads, a.size = size;
+        a.scale = layer.scale, a.softcap = layer.softcap;
+        a.q = {m_.query, d_.heads * size, d_.heads * size, size};
+        int64_t row = d_.kv_heads * capacity * size;
+        a.k = {s_.keys[i].const_data_ptr(), row, size, capacity * size};
+        a.v = {s_.values[i].const_data_ptr(), row, size, capacity * size};
+        a.visible = visible_[i].data();
+        a.out = m_.attended;
+        a.statistics = statistics_.data();
+        a.first_chunk = first / kernels::kDecodeChunk;
+        a.chunks = s_.length / kernels::kDecodeChunk + 1 - a.first_chunk;
+        return a;
+    }
+
+    const Decoder& d_;
+    const DecodeStep& s_;
+    Memory m_;
+    std::vector<kernels::Statistic> statistics_;
+    std::vector<std::vector<kernels::VisibleKeys>> visible_;  // per layer
+    std::vector<kernels::AttentionForward> attention_;        // per layer
+    float* hidden_;
+};
+
+}  // namespace
+
+void run_step(const Decoder& decoder, const DecodeStep& step) { Step(decoder, step).run(); }
+
+}  // namespace mllama

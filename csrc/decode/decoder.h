@@ -1,0 +1,54 @@
+// A decoder whose linear layers are packed, as `decode_step` runs it: one new position in each row
+// of a batch, through all layers, on a key-value cache.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "core/tensor.h"
+#include "kernels/cpu/gated.h"
+#include "kernels/cpu/packed_linear.h"
+
+namespace mllama {
+
+struct DecoderLinear {
+    kernels::Packing packing;
+    int64_t in, out;
+    Tensor weight;     // uint8, packed
+    MaybeTensor bias;  // float32 [out]
+};
+
+using DecoderNorm = MaybeTensor;  // float32 weight; none = no norm
+
+struct DecoderLayer {
+    DecoderNorm input, post_attention, pre_feedforward, post_feedforward, q_norm, k_norm;
+    DecoderLinear q, k, v, o, gate, up, down;
+    int64_t rope;    // which of the step's tables
+    int64_t window;  // positions that one sees; 0 = all
+    float scale, softcap;
+};
+
+struct Decoder {
+    int64_t hidden, heads, kv_heads, head_dim, intermediate;
+    kernels::Activation activation;
+    float eps, norm_offset, final_softcap;
+    std::vector<DecoderLayer> layers;
+    DecoderNorm norm;
+    DecoderLinear head;
+};
+
+// What a step reads and writes beside the decoder.
+struct DecodeStep {
+    int64_t rows;
+    Tensor hidden;                   // float32 [rows, hidden]: embeddings in, the last states out
+    std::vector<Tensor> cos, sin;    // float32 [rows, head_dim / 2], per table
+    std::vector<Tensor> keys, values;  // [rows, kv_heads, capacity, head_dim], per layer
+    Dtype cache_dtype;
+    int64_t length;                  // positions before this one
+    std::vector<int64_t> first_key;  // [rows]: padding before them
+    Tensor logits;                   // float32 [rows, vocabulary]
+};
+
+void run_step(const Decoder& decoder, const DecodeStep& step);
+
+}  // namespace mllama

@@ -1,0 +1,73 @@
+// Threads that walk through the phases of one step together: opening a parallel region for each of
+// a model's products would cost more than waiting inside of one.
+#pragma once
+
+#include <atomic>
+#include <thread>
+
+#include "core/threads.h"
+
+namespace mllama {
+
+class Team {
+  public:
+    // One thread's place in the team.
+    class Member {
+      public:
+        Member(Team& team, int64_t index) : team_(team), index_(index) {}
+
+        // Runs body(begin, end) on this member's share of [0, tasks), then waits for the others.
+        template <class Body>
+        void share(int64_t tasks, Body&& body) {
+            int64_t members = team_.members_.load(std::memory_order_relaxed);
+            int64_t begin = tasks * index_ / members, end = tasks * (index_ + 1) / members;
+            if (begin < end) body(begin, end);
+            team_.wait(members);
+        }
+
+      private:
+        Team& team_;
+        int64_t index_;
+    };
+
+    // Runs body(member) on each of torch's threads.
+    template <class Body>
+    void run(Body&& body) {
+        int64_t threads = std::max<int64_t>(torch::stable::get_num_threads(), 1);
+        if (threads == 1) {
+            members_ = 1;
+            body(Member(*this, 0));
+            return;
+        }
+        torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
+            // Where torch runs fewer threads than asked for (inside another region one), each gets
+            // several places: the first call says how many, and so how many members there are.
+            if (begin == 0) {
+                size_.store(end, std::memory_order_relaxed);
+                members_.store((threads + end - 1) / end, std::memory_order_release);
+            }
+            while (members_.load(std::memory_order_acquire) == 0) std::this_thread::yield();
+            body(Member(*this, begin / size_.load(std::memory_order_relaxed)));
+        });
+    }
+
+  private:
+    static constexpr int kSpins = 4096;  // before other programs get the core
+
+    void wait(int64_t members) {
+        if (members == 1) return;
+        int64_t round = round_.load(std::memory_order_relaxed);
+        if (arrived_.fetch_add(1, std::memory_order_acq_rel) == members - 1) {
+            arrived_.store(0, std::memory_order_relaxed);
+            round_.store(round + 1, std::memory_order_release);
+            return;
+        }
+        for (int i = 0; round_.load(std::memory_order_acquire) == round; ++i) {
+            if (i > kSpins) std::this_thread::yield();
+        }
+    }
+
+    std::atomic<int64_t> members_{0}, size_{1}, arrived_{0}, round_{0};
+};
+
+}  // namespace mllama

@@ -1,0 +1,229 @@
+// decode_step and the decoders that it runs, which a number stands for: a call hands over no list
+// of all weights.
+#include <map>
+#include <memory>
+#include <mutex>
+#include <string>
+
+#include "decode/decoder.h"
+
+namespace mllama {
+namespace {
+
+constexpr char kNewSchema[] = "_decoder_new(Tensor[] tensors, int[] sizes, float[] numbers) -> int";
+constexpr char kFreeSchema[] = "_decoder_free(int decoder) -> ()";
+constexpr char kStepSchema[] =
+    "decode_step(int decoder, Tensor(a!) hidden, Tensor[] cos, Tensor[] sin, Tensor(b!)[] keys, "
+    "Tensor(c!)[] values, int length, Tensor? first_key) -> Tensor";
+
+class Decoders {
+  public:
+    int64_t add(std::shared_ptr<const Decoder> decoder) {
+        std::lock_guard lock(mutex_);
+        all_[next_] = std::move(decoder);
+        return next_++;
+    }
+    void remove(int64_t number) {
+        std::lock_guard lock(mutex_);
+        all_.erase(number);
+    }
+    std::shared_ptr<const Decoder> get(int64_t number) {
+        std::lock_guard lock(mutex_);
+        auto found = all_.find(number);
+        check(found != all_.end(), "decode_step", "decoder");
+        return found->second;
+    }
+
+  private:
+    std::mutex mutex_;
+    std::map<int64_t, std::shared_ptr<const Decoder>> all_;
+    int64_t next_ = 1;
+};
+
+Decoders& decoders() {
+    static Decoders* all = new Decoders;  // never destroyed: threads may outlive main
+    return *all;
+}
+
+// Reads a decoder from the lists that runtime/fast_decoder.py writes, in its order.
+class Reader {
+  public:
+    Reader(const std::vector<Tensor>& tensors, const std::vector<int64_t>& sizes,
+           const std::vector<double>& numbers)
+        : tensors_(tensors), sizes_(sizes), numbers_(numbers) {}
+
+    Decoder decoder() {
+        Decoder d;
+        d.hidden = size(), d.heads = size(), d.kv_heads = size(), d.head_dim = size();
+        d.intermediate = size();
+        d.activation = static_cast<kernels::Activation>(size());
+        d.eps = number(), d.norm_offset = number(), d.final_softcap = number();
+        int64_t count = size();
+        check(d.hidden > 0 && d.heads > 0 && d.kv_heads > 0 && d.heads % d.kv_heads == 0 &&
+                  d.head_dim > 0 && d.head_dim % 2 == 0 && d.head_dim <= 256 && count > 0,
+              kOp, "sizes");
+        for (int64_t i = 0; i < count; ++i) d.layers.push_back(layer(d));
+        d.norm = norm(d.hidden, true);
+        d.head = linear(d.hidden, size());
+        check(tensor_ == tensors_.size() && size_ == sizes_.size() && number_ == numbers_.size(),
+              kOp, "sizes");
+        return d;
+    }
+
+  private:
+    static constexpr const char* kOp = "_decoder_new";
+
+    DecoderLayer layer(const Decoder& d) {
+        DecoderLayer l;
+        l.rope = size(), l.window = size();
+        l.scale = number(), l.softcap = number();
+        check(l.rope >= 0 && l.window >= 0, kOp, "sizes");
+        l.input = norm(d.hidden, true);
+        l.post_attention = norm(d.hidden, true);
+        l.pre_feedforward = norm(d.hidden);
+        l.post_feedforward = norm(d.hidden);
+        l.q_norm = norm(d.head_dim);
+        l.k_norm = norm(d.head_dim);
+        int64_t queries = d.heads * d.head_dim, keys = d.kv_heads * d.head_dim;
+        l.q = linear(d.hidden, queries);
+        l.k = linear(d.hidden, keys);
+        l.v = linear(d.hidden, keys);
+        l.o = linear(queries, d.hidden);
+        l.gate = linear(d.hidden, d.intermediate);
+        l.up = linear(d.hidden, d.intermediate);
+        l.down = linear(d.intermediate, d.hidden);
+        return l;
+    }
+
+    // An empty tensor is none.
+    DecoderNorm norm(int64_t width, bool needed = false) {
+        Tensor t = floats();
+        if (t.numel() == 0 && !needed) return std::nullopt;
+        check(t.numel() == width, kOp, "tensors");
+        return t;
+    }
+
+    DecoderLinear linear(int64_t in, int64_t out) {
+        int64_t packing = size();
+        check(0 <= packing && packing < static_cast<int64_t>(std::size(kernels::kPackings)), kOp,
+              "sizes");
+        DecoderLinear l{static_cast<kernels::Packing>(packing), in, out, tensor(), std::nullopt};
+        check(l.weight.scalar_type() == ScalarType::Byte && l.weight.is_contiguous() &&
+                  l.weight.numel() ==
+                      kernels::block_count(out) * kernels::block_bytes(l.packing, in),
+              kOp, "tensors");
+        Tensor bias = floats();
+        check(bias.numel() == 0 || bias.numel() == out, kOp, "tensors");
+        if (bias.numel()) l.bias = bias;
+        return l;
+    }
+
+    Tensor tensor() {
+        check(tensor_ < tensors_.size(), kOp, "tensors");
+        return tensors_[tensor_++];
+    }
+    Tensor floats() {
+        Tensor t = tensor();
+        check(t.scalar_type() == ScalarType::Float && t.is_contiguous(), kOp, "tensors");
+        return t;
+    }
+    int64_t size() {
+        check(size_ < sizes_.size(), kOp, "sizes");
+        return sizes_[size_++];
+    }
+    float number() {
+        check(number_ < numbers_.size(), kOp, "numbers");
+        return static_cast<float>(numbers_[number_++]);
+    }
+
+    const std::vector<Tensor>& tensors_;
+    const std::vector<int64_t>& sizes_;
+    const std::vector<double>& numbers_;
+    size_t tensor_ = 0, size_ = 0, number_ = 0;
+};
+
+int64_t decoder_new(std::vector<Tensor> tensors, std::vector<int64_t> sizes,
+                    std::vector<double> numbers) {
+    Decoder decoder = Reader(tensors, sizes, numbers).decoder();
+    return decoders().add(std::make_shared<const Decoder>(std::move(decoder)));
+}
+
+void decoder_free(int64_t number) { decoders().remove(number); }
+
+// Every cache is [rows, kv_heads, capacity, head_dim], with room for one position more.
+void check_caches(const Decoder& d, const std::vector<Tensor>& caches, const char* name,
+                  int64_t rows, int64_t length, ScalarType type) {
+    check(caches.size() == d.layers.size(), "decode_step", name);
+    for (const Tensor& t : caches) {
+        check(t.dim() == 4 && t.size(0) == rows && t.size(1) == d.kv_heads && t.size(2) > length &&
+                  t.size(3) == d.head_dim && t.is_contiguous() && t.scalar_type() == type,
+              "decode_step", name);
+    }
+}
+
+Tensor decode_step(int64_t number, Tensor hidden, std::vector<Tensor> cos, std::vector<Tensor> sin,
+                   std::vector<Tensor> keys, std::vector<Tensor> values, int64_t length,
+                   MaybeTensor first_key) {
+    const char* op = "decode_step";
+    std::shared_ptr<const Decoder> decoder = decoders().get(number);
+    const Decoder& d = *decoder;
+    check(hidden.dim() == 2 && hidden.size(1) == d.hidden && hidden.is_contiguous() &&
+              hidden.scalar_type() == ScalarType::Float && hidden.size(0) > 0,
+          op, "hidden");
+    int64_t rows = hidden.size(0);
+    check(length >= 0, op, "length");
+    check(!keys.empty(), op, "keys");
+    ScalarType type = keys[0].scalar_type();
+    Dtype dtype = dtype_of(op, "keys", keys[0]);
+    check_caches(d, keys, "keys", rows, length, type);
+    check_caches(d, values, "values", rows, length, type);
+    for (const auto* tables : {&cos, &sin}) {
+        for (const Tensor& t : *tables) {
+            check(t.scalar_type() == ScalarType::Float && t.is_contiguous() &&
+                      t.numel() == rows * d.head_dim / 2,
+                  op, "cos");
+        }
+    }
+    for (const DecoderLayer& layer : d.layers) {
+        auto rope = static_cast<size_t>(layer.rope);
+        check(rope < cos.size() && rope < sin.size(), op, "cos");
+    }
+    DecodeStep step{.rows = rows,
+                    .hidden = hidden,
+                    .cos = std::move(cos),
+                    .sin = std::move(sin),
+                    .keys = std::move(keys),
+                    .values = std::move(values),
+                    .cache_dtype = dtype,
+                    .length = length,
+                    .first_key = std::vector<int64_t>(rows, 0),
+                    .logits = new_float(hidden, {rows, d.head.out})};
+    if (first_key) {
+        check(first_key->scalar_type() == ScalarType::Long && first_key->numel() == rows &&
+                  first_key->is_contiguous(),
+              op, "first_key");
+        for (int64_t i = 0; i < rows; ++i) {
+            step.first_key[i] = data<int64_t>(*first_key)[i];
+            check(0 <= step.first_key[i] && step.first_key[i] <= length, op, "first_key");
+        }
+    }
+    run_step(d, step);
+    return step.logits;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(mllama, m) {
+    m.def(kNewSchema);
+    m.def(kFreeSchema);
+    m.def(kStepSchema);
+}
+
+STABLE_TORCH_LIBRARY_IMPL(mllama, CPU, m) { m.impl("decode_step", TORCH_BOX(&decode_step)); }
+
+STABLE_TORCH_LIBRARY_IMPL(mllama, CompositeExplicitAutograd, m) {
+    m.impl("_decoder_new", TORCH_BOX(&decoder_new));
+    m.impl("_decoder_free", TORCH_BOX(&decoder_free));
+}
+
+}  // namespace mllama

@@ -1,0 +1,107 @@
+"""Linear layers and embeddings whose weight is packed (see `mllama.ops.packed_linear`)."""
+
+import torch
+from torch import nn
+
+from mllama.ops.packed_linear import pack_weight, packed_linear, unpack_weight
+
+
+class PackedLinear(nn.Module):
+    """y = x weight' + bias on a packed weight, for inference.
+
+    Args:
+        packed: uint8, as `pack_weight` returns it.
+        in_features, out_features: sizes of the weight.
+        packing: its format.
+        bias: float [out_features], or None.
+    """
+
+    packed: torch.Tensor
+
+    def __init__(
+        self,
+        packed: torch.Tensor,
+        in_features: int,
+        out_features: int,
+        packing: str,
+        bias: torch.Tensor | None = None,
+    ):
+        super().__init__()
+        self.in_features, self.out_features, self.packing = in_features, out_features, packing
+        self.register_buffer("packed", packed)
+        self.register_buffer("bias", bias)
+
+    @classmethod
+    def of(cls, linear: nn.Linear, packing: str) -> "PackedLinear":
+        """Pack a layer's weight. Its bias is shared."""
+        bias = None if linear.bias is None else linear.bias.detach()
+        packed = pack_weight(linear.weight.detach(), packing)
+        return cls(packed, linear.in_features, linear.out_features, packing, bias)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[..., in_features] -> [..., out_features], of x's dtype."""
+        return packed_linear(
+            x, self.packed, self.bias, out_features=self.out_features, packing=self.packing
+        )
+
+    def dense(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """The weight that the packed one stands for, [out_features, in_features]."""
+        return unpack_weight(
+            self.packed, self.out_features, self.in_features, self.packing, dtype=dtype
+        )
+
+    def extra_repr(self) -> str:
+        return f"{self.in_features}, {self.out_features}, {self.packing}, bias={self.bias is not None}"
+
+
+class PackedEmbedding(nn.Module):
+    """Rows of a packed matrix, which the output head may share.
+
+    Args:
+        packed: uint8, as `pack_weight` returns it.
+        num_embeddings, embedding_dim: sizes of the matrix.
+        packing: its format.
+        dtype: of the rows.
+        embed_scale: factor on them, in their dtype; None is 1.
+    """
+
+    packed: torch.Tensor
+
+    def __init__(
+        self,
+        packed: torch.Tensor,
+        num_embeddings: int,
+        embedding_dim: int,
+        packing: str,
+        dtype: torch.dtype,
+        embed_scale: float | None = None,
+    ):
+        super().__init__()
+        self.num_embeddings, self.embedding_dim = num_embeddings, embedding_dim
+        self.packing, self.dtype, self.embed_scale = packing, dtype, embed_scale
+        self.register_buffer("packed", packed)
+
+    @classmethod
+    def of(cls, embedding: nn.Embedding, packing: str) -> "PackedEmbedding":
+        """Pack an embedding's matrix."""
+        weight = embedding.weight.detach()
+        scale = getattr(embedding, "embed_scale", None)
+        packed = pack_weight(weight, packing)
+        return cls(packed, *weight.shape, packing, weight.dtype, scale)
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """int [...] -> [..., embedding_dim]."""
+        rows = unpack_weight(
+            self.packed,
+            self.num_embeddings,
+            self.embedding_dim,
+            self.packing,
+            rows=input_ids.flatten().long(),
+            dtype=self.dtype,
+        ).view(*input_ids.shape, self.embedding_dim)
+        if self.embed_scale is None:
+            return rows
+        return rows * torch.tensor(self.embed_scale, dtype=rows.dtype, device=rows.device)
+
+    def extra_repr(self) -> str:
+        return f"{self.num_embeddings}, {self.embedding_dim}, {self.packing}"

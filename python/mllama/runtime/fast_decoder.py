@@ -1,0 +1,151 @@
+"""Decoding by one operator call per token: a decoder whose linear layers are packed, as
+`decode_step` (csrc/decode) reads it.
+"""
+
+import weakref
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from mllama import _ext
+from mllama.config.spec import TextSpec
+from mllama.nn.kv_cache import KVCache
+from mllama.nn.packed import PackedLinear
+from mllama.ops.packed_layout import PACKINGS
+
+_ACTIVATIONS = {"silu": 0, "swish": 0, "gelu_pytorch_tanh": 1}
+MAX_ROWS = 16
+
+
+class FastDecoder:
+    """The C++ side's view of a decoder and its head.
+
+    It keeps the packed weights alive, not the modules: after a change of the model, make another.
+
+    Args:
+        decoder: a `Decoder` without cross-attention layers whose linear layers are all packed.
+        head: the packed output head.
+    """
+
+    def __init__(self, decoder: nn.Module, head: nn.Module):
+        if (obstacle := find_obstacle(decoder, head)) is not None:
+            raise ValueError(f"decoder cannot run by decode_step: {obstacle}")
+        self.spec: TextSpec = decoder.config
+        self.embed_tokens, self.rotary = decoder.embed_tokens, decoder.rotary
+        tensors, sizes, numbers = _describe(decoder, head)
+        self._handle = torch.ops.mllama._decoder_new(tensors, sizes, numbers)
+        weakref.finalize(self, torch.ops.mllama._decoder_free, self._handle)
+
+    def step(
+        self, ids: torch.Tensor, cache: KVCache, first_key: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Append one position per row to the cache.
+
+        Args:
+            ids: int64 [B], with B at most MAX_ROWS.
+            cache: of this decoder, with a position in it.
+            first_key: int64 [B], how many positions at a row's front are padding. Default: none.
+
+        Returns:
+            Logits, float32 [B, vocabulary].
+        """
+        length = cache.length
+        positions = torch.full_like(ids, length)
+        if first_key is not None:
+            positions -= first_key
+        tables = [rotary(positions[:, None]) for rotary in self.rotary]  # of (B, 1, D / 2)
+        keys, values = cache.reserve(1)
+        hidden = self.embed_tokens(ids).float()
+        logits = torch.ops.mllama.decode_step(
+            self._handle,
+            hidden,
+            [cos.contiguous() for cos, _ in tables],
+            [sin.contiguous() for _, sin in tables],
+            keys,
+            values,
+            length,
+            first_key,
+        )
+        cache.advance(1)
+        return logits
+
+
+def find_obstacle(decoder: nn.Module, head: nn.Module) -> str | None:
+    """Why a decoder cannot run by `decode_step`; None where it can."""
+    if _ext.disabled():
+        return "the compiled operators are disabled"
+    spec: TextSpec = decoder.config
+    if spec.cross_attention_layers:
+        return "it has cross-attention layers"
+    if spec.hidden_act not in _ACTIVATIONS:
+        return f"its activation is {spec.hidden_act}"
+    if spec.head_dim > 256:
+        return f"its heads are {spec.head_dim} wide, more than 256"
+    for layer in decoder.layers:
+        for group in _linears(layer):
+            if not all(isinstance(linear, PackedLinear) for linear in group):
+                return "not all of its linear layers are packed"
+            if len({PACKINGS[linear.packing].quantized for linear in group}) > 1:
+                return "linear layers with the same input differ in how they are packed"
+    if not isinstance(head, PackedLinear):
+        return "its head is not packed"
+    if head.packed.device.type != "cpu":
+        return f"it is on {head.packed.device}"
+    return None
+
+
+def _linears(layer: nn.Module) -> tuple[tuple[nn.Module, ...], ...]:
+    """A layer's linear layers, by their inputs."""
+    attention, mlp = layer.self_attn, layer.mlp
+    return (
+        (attention.q_proj, attention.k_proj, attention.v_proj),
+        (attention.o_proj,),
+        (mlp.gate_proj, mlp.up_proj),
+        (mlp.down_proj,),
+    )
+
+
+def _describe(decoder: nn.Module, head: PackedLinear):
+    """The lists that csrc/ops/decode.cpp reads, in its order."""
+    spec: TextSpec = decoder.config
+    tensors: list[torch.Tensor] = []
+    sizes = [
+        spec.hidden_size,
+        spec.num_attention_heads,
+        spec.num_key_value_heads,
+        spec.head_dim,
+        spec.intermediate_size,
+        _ACTIVATIONS[spec.hidden_act],
+    ]
+    numbers = [spec.rms_norm_eps, spec.norm_offset, spec.final_logit_softcapping or 0.0]
+    sizes.append(len(decoder.layers))
+    for layer, own, rope in zip(decoder.layers, spec.layers, decoder.rope_of_layer, strict=True):
+        sizes += [rope, own.window or 0]
+        numbers += [spec.head_dim**-0.5 if own.scale is None else own.scale, own.softcap or 0.0]
+        attention = layer.self_attn
+        norms: Sequence[nn.Module | None] = (
+            layer.input_layernorm,
+            layer.post_attention_layernorm,
+            layer.pre_feedforward_layernorm if layer.post_norms else None,
+            layer.post_feedforward_layernorm if layer.post_norms else None,
+            attention.q_norm if attention.has_qk_norm else None,
+            attention.k_norm if attention.has_qk_norm else None,
+        )
+        tensors += [_floats(norm and norm.weight) for norm in norms]
+        for linear in (linear for group in _linears(layer) for linear in group):
+            _add_linear(linear, tensors, sizes)
+    tensors.append(_floats(decoder.norm.weight))
+    sizes.append(head.out_features)
+    _add_linear(head, tensors, sizes)
+    return tensors, sizes, numbers
+
+
+def _add_linear(linear: PackedLinear, tensors: list[torch.Tensor], sizes: list[int]) -> None:
+    sizes.append(PACKINGS[linear.packing].number)
+    tensors += [linear.packed, _floats(linear.bias)]
+
+
+def _floats(x: torch.Tensor | None) -> torch.Tensor:
+    """float32 and contiguous; empty for None."""
+    return torch.empty(0) if x is None else x.detach().float().contiguous()
