@@ -215,7 +215,7 @@ def embed(
         input_ids = input_ids.masked_fill(placeholders, 0)
     checkable = not (torch.compiler.is_compiling() or input_ids.is_meta) and input_ids.numel()
     if checkable:
-        rows = embedding.weight.shape[0]
+        rows = embedding.num_embeddings
         low, high = torch.stack(input_ids.aminmax()).tolist()  # one synchronization
         if low < 0 or high >= rows:
             raise IndexError(

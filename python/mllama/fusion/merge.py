@@ -218,7 +218,7 @@ class MergeFusion(Fusion):
         Raises:
             ValueError: the placeholder has no embedding.
         """
-        token, rows = self.spec.image_token_index, embedding.weight.shape[0]
+        token, rows = self.spec.image_token_index, embedding.num_embeddings
         if token is None or token >= rows:
             raise ValueError(
                 "images beside inputs_embeds need an image_token_index with an embedding "

@@ -242,14 +242,14 @@ class MllamaGenerationMixin(GenerationMixin):
         def get_candidates(
             input_ids: torch.Tensor, *args, **kwargs
         ) -> tuple[torch.Tensor, torch.Tensor | None]:
-            no_text = torch.isin(input_ids, stops) | (input_ids >= self.lm_head.weight.shape[0])
+            no_text = torch.isin(input_ids, stops) | (input_ids >= self.lm_head.out_features)
             # A lookup takes what it proposes for a column of logits.
             proposed, logits = propose(
                 input_ids.masked_fill(no_text, 0) if blind else input_ids, *args, **kwargs
             )
             new = proposed[:, input_ids.shape[1] :].to(input_ids.device)
             bad = (
-                (torch.isin(new, stops) | (new >= self.lm_head.weight.shape[0]))[0]
+                (torch.isin(new, stops) | (new >= self.lm_head.out_features))[0]
                 .nonzero()
                 .flatten()
                 .tolist()

@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from mllama.ops.packed_linear import pack_weight, packed_linear, unpack_weight
+from mllama.ops.packed_linear import packed_linear, unpack_weight
 
 
 class PackedLinear(nn.Module):
@@ -30,13 +30,6 @@ class PackedLinear(nn.Module):
         self.in_features, self.out_features, self.packing = in_features, out_features, packing
         self.register_buffer("packed", packed)
         self.register_buffer("bias", bias)
-
-    @classmethod
-    def of(cls, linear: nn.Linear, packing: str) -> "PackedLinear":
-        """Pack a layer's weight. Its bias is shared."""
-        bias = None if linear.bias is None else linear.bias.detach()
-        packed = pack_weight(linear.weight.detach(), packing)
-        return cls(packed, linear.in_features, linear.out_features, packing, bias)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[..., in_features] -> [..., out_features], of x's dtype."""
@@ -80,14 +73,6 @@ class PackedEmbedding(nn.Module):
         self.num_embeddings, self.embedding_dim = num_embeddings, embedding_dim
         self.packing, self.dtype, self.embed_scale = packing, dtype, embed_scale
         self.register_buffer("packed", packed)
-
-    @classmethod
-    def of(cls, embedding: nn.Embedding, packing: str) -> "PackedEmbedding":
-        """Pack an embedding's matrix."""
-        weight = embedding.weight.detach()
-        scale = getattr(embedding, "embed_scale", None)
-        packed = pack_weight(weight, packing)
-        return cls(packed, *weight.shape, packing, weight.dtype, scale)
 
     def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
         """int [...] -> [..., embedding_dim]."""
