@@ -68,7 +68,8 @@ class Step {
     Step(const Decoder& decoder, const DecodeStep& step)
         : d_(decoder),
           s_(step),
-          m_(decoder, step.rows, step.length / kernels::kDecodeChunk + 1),
+          m_(decoder, step.rows,
+             std::max(step.length, step.image_keys) / kernels::kDecodeChunk + 1),
           statistics_(step.rows * decoder.heads),
           hidden_(mutable_data<float>(step.hidden)) {
         for (size_t i = 0; i < d_.layers.size(); ++i) visible_.push_back(visible_keys(i));
@@ -78,33 +79,43 @@ class Step {
     void run() {
         Team team;
         team.run([&](Team::Member member) {
+            const DecoderLayer* before = nullptr;
             for (size_t i = 0; i < d_.layers.size(); ++i) {
-                attend(member, i);
-                feed_forward(member, d_.layers[i]);
+                const DecoderLayer& layer = d_.layers[i];
+                if (layer.cross && !s_.image_keys) continue;
+                attend(member, i, before);
+                feed_forward(member, layer);
+                before = &layer;
             }
-            finish(member);
+            finish(member, before);
         });
     }
 
   private:
     // ---- phases, each ended by all threads together
 
-    void attend(Team::Member& member, size_t i) {
+    void attend(Team::Member& member, size_t i, const DecoderLayer* before) {
         const DecoderLayer& layer = d_.layers[i];
         member.share(s_.rows, [&](int64_t first, int64_t last) {
-            if (i > 0) norm(d_.layers[i - 1].post_feedforward, m_.out, d_.hidden, first, last);
-            add_and_norm(layer.input, i > 0, first, last);
+            if (before) end_layer(*before, first, last);
+            add_and_norm(layer.input, before != nullptr, first, last);
             prepare(layer.q, m_.normed, first, last);
         });
-        multiply(member, {{&layer.q, m_.q}, {&layer.k, m_.k}, {&layer.v, m_.v}});
+        if (layer.cross) {
+            multiply(member, {{&layer.q, m_.q}});
+        } else {
+            multiply(member, {{&layer.q, m_.q}, {&layer.k, m_.k}, {&layer.v, m_.v}});
+        }
         member.share(s_.rows, [&](int64_t first, int64_t last) {
-            for (int64_t row = first; row < last; ++row) append(layer, i, row);
+            for (int64_t row = first; row < last; ++row) {
+                if (!layer.cross) append(layer, i, row);
+                query(layer, row);
+            }
         });
         const kernels::AttentionForward& args = attention_[i];
         auto scores = MLLAMA_CALL(attention_decode);
-        member.share(args.groups() * args.chunks, [&](int64_t first, int64_t last) {
-            scores(args, m_.partial, first, last);
-        });
+        member.share(args.groups() * args.chunks,
+                     [&](int64_t first, int64_t last) { scores(args, m_.partial, first, last); });
         member.share(s_.rows, [&](int64_t first, int64_t last) {
             MLLAMA_CALL(attention_merge)
             (args, m_.partial, first * d_.kv_heads, last * d_.kv_heads);
@@ -120,6 +131,7 @@ class Step {
     void feed_forward(Team::Member& member, const DecoderLayer& layer) {
         bool both = layer.pre_feedforward.has_value();  // norms before and after the blocks
         member.share(s_.rows, [&](int64_t first, int64_t last) {
+            if (layer.cross) scale_rows(layer.attention_gate, first, last);
             if (both) norm(layer.post_attention, m_.out, d_.hidden, first, last);
             add_and_norm(both ? layer.pre_feedforward : layer.post_attention, true, first, last);
             prepare(layer.gate, m_.normed, first, last);
@@ -141,11 +153,11 @@ class Step {
         multiply(member, {{&layer.down, m_.out}});
     }
 
-    void finish(Team::Member& member) {
+    void finish(Team::Member& member, const DecoderLayer* before) {
         float* logits = mutable_data<float>(s_.logits);
         member.share(s_.rows, [&](int64_t first, int64_t last) {
-            norm(d_.layers.back().post_feedforward, m_.out, d_.hidden, first, last);
-            add_and_norm(d_.norm, true, first, last);
+            if (before) end_layer(*before, first, last);
+            add_and_norm(d_.norm, before != nullptr, first, last);
             prepare(d_.head, m_.normed, first, last);
         });
         multiply(member, {{&d_.head, logits}});
@@ -173,6 +185,31 @@ class Step {
 
     // ---- rows
 
+    // The last steps of a layer on its output, before that is added to hidden.
+    void end_layer(const DecoderLayer& layer, int64_t first, int64_t last) {
+        norm(layer.post_feedforward, m_.out, d_.hidden, first, last);
+        if (!layer.cross) return;
+        scale_rows(layer.mlp_gate, first, last);
+        for (int64_t row = first; row < last; ++row) {
+            float* out = m_.out + row * d_.hidden;
+            if (!s_.sees_image[row]) std::fill(out, out + d_.hidden, 0.0f);
+        }
+    }
+
+    void scale_rows(float factor, int64_t first, int64_t last) {
+        for (int64_t i = first * d_.hidden; i < last * d_.hidden; ++i) m_.out[i] *= factor;
+    }
+
+    // The norm of every head of a row, where there is one.
+    void norm_heads(const DecoderNorm& weight, float* x, int64_t heads, float* rstd) {
+        if (!weight) return;
+        kernels::RmsNorm args = norm_arguments(*weight, d_.head_dim);
+        args.x = x;
+        args.y = x;
+        args.rstd = rstd;
+        MLLAMA_CALL(rms_norm)(args, 0, heads);
+    }
+
     // x becomes its norm where there is one.
     void norm(const DecoderNorm& weight, float* x, int64_t width, int64_t first, int64_t last) {
         if (!weight) return;
@@ -199,20 +236,13 @@ class Step {
         MLLAMA_CALL(packed_activations)(arguments(linear, x, nullptr), first, last);
     }
 
-    // Norms and turns a row's q and k; writes k and v to the cache.
+    // Norms and turns a row's q and k, and writes k and v to the cache.
     void append(const DecoderLayer& layer, size_t i, int64_t row) {
         int64_t heads = d_.heads, kv = d_.kv_heads, size = d_.head_dim;
         float *q = m_.q + row * heads * size, *k = m_.k + row * kv * size,
-              *v = m_.v + row * kv * size, *rstd = m_.rstd + row * heads;
-        for (auto [weight, x, count] :
-             {std::tuple(&layer.q_norm, q, heads), std::tuple(&layer.k_norm, k, kv)}) {
-            if (!*weight) continue;
-            kernels::RmsNorm args = norm_arguments(**weight, size);
-            args.x = x;
-            args.y = x;
-            args.rstd = rstd;
-            MLLAMA_CALL(rms_norm)(args, 0, count);
-        }
+              *v = m_.v + row * kv * size;
+        norm_heads(layer.q_norm, q, heads, m_.rstd + row * heads);
+        norm_heads(layer.k_norm, k, kv, m_.rstd + row * heads);
         kernels::Rope args{.dtype = Dtype::f32,
                            .tokens = 1,
                            .half = size / 2,
@@ -225,7 +255,6 @@ class Step {
                            .sin_batch_stride = 0};
         MLLAMA_CALL(rope)(args, 0, 1);
         auto cast = MLLAMA_CALL(cast);
-        cast(q, Dtype::f32, cached(m_.query, row * heads * size), s_.cache_dtype, heads * size);
         int64_t capacity = s_.keys[i].size(2);
         for (int64_t head = 0; head < kv; ++head) {
             int64_t at = ((row * kv + head) * capacity + s_.length) * size;
@@ -234,6 +263,15 @@ class Step {
             cast(v + head * size, Dtype::f32, cached(s_.values[i].mutable_data_ptr(), at),
                  s_.cache_dtype, size);
         }
+    }
+
+    // A row's q in the cache's dtype.
+    void query(const DecoderLayer& layer, int64_t row) {
+        int64_t width = d_.heads * d_.head_dim;
+        float* q = m_.q + row * width;
+        if (layer.cross) norm_heads(layer.q_norm, q, d_.heads, m_.rstd + row * d_.heads);
+        MLLAMA_CALL(cast)
+        (q, Dtype::f32, cached(m_.query, row * width), s_.cache_dtype, width);
     }
 
     // ---- the kernels' arguments
@@ -272,6 +310,18 @@ class Step {
     std::vector<kernels::VisibleKeys> visible_keys(size_t i) const {
         int64_t window = d_.layers[i].window, last = s_.length + 1;
         std::vector<kernels::VisibleKeys> rows;
+        if (d_.layers[i].cross) {
+            for (int64_t row = 0; row < s_.rows; ++row)
+                rows.push_back(
+                    {.offset = s_.image_keys,
+                     .window_start = 0,
+                     .prefix = 0,
+                     .first = 0,
+                     .last = s_.image_keys,
+                     .added = s_.image_bias ? s_.image_bias + row * s_.image_keys : nullptr,
+                     .ranges = nullptr});
+            return rows;
+        }
         for (int64_t row = 0; row < s_.rows; ++row) {
             int64_t start = window ? std::max<int64_t>(last - window, 0) : 0;
             int64_t first = std::max(s_.first_key[row], start);
@@ -288,11 +338,13 @@ class Step {
 
     kernels::AttentionForward attention(size_t i) {
         const DecoderLayer& layer = d_.layers[i];
-        int64_t size = d_.head_dim, capacity = s_.keys[i].size(2), first = s_.length;
+        if (layer.cross && !s_.image_keys) return {};
+        int64_t size = d_.head_dim, capacity = s_.keys[i].size(2);
+        int64_t keys = layer.cross ? s_.image_keys : s_.length + 1, first = keys;
         for (const kernels::VisibleKeys& row : visible_[i]) first = std::min(first, row.first);
         kernels::AttentionForward a{};
         a.dtype = s_.cache_dtype;
-        a.batch = s_.rows, a.queries = 1, a.keys = s_.length + 1;
+        a.batch = s_.rows, a.queries = 1, a.keys = keys;
         a.heads = d_.heads, a.kv_heads = d_.kv_heads, a.size = size;
         a.scale = layer.scale, a.softcap = layer.softcap;
         a.q = {m_.query, d_.heads * size, d_.heads * size, size};
@@ -303,7 +355,7 @@ class Step {
         a.out = m_.attended;
         a.statistics = statistics_.data();
         a.first_chunk = first / kernels::kDecodeChunk;
-        a.chunks = s_.length / kernels::kDecodeChunk + 1 - a.first_chunk;
+        a.chunks = (keys - 1) / kernels::kDecodeChunk + 1 - a.first_chunk;
         return a;
     }
 

@@ -20,12 +20,15 @@ struct DecoderLinear {
 
 using DecoderNorm = MaybeTensor;  // float32 weight; none = no norm
 
+// k and v of a layer that attends to images are the cache's: its projections of them are not here.
 struct DecoderLayer {
+    bool cross;  // attends to images in place of text
     DecoderNorm input, post_attention, pre_feedforward, post_feedforward, q_norm, k_norm;
     DecoderLinear q, k, v, o, gate, up, down;
     int64_t rope;    // which of the step's tables
     int64_t window;  // positions that one sees; 0 = all
     float scale, softcap;
+    float attention_gate, mlp_gate;  // what a cross-attention layer's halves are scaled by
 };
 
 struct Decoder {
@@ -40,13 +43,19 @@ struct Decoder {
 // What a step reads and writes beside the decoder.
 struct DecodeStep {
     int64_t rows;
-    Tensor hidden;                   // float32 [rows, hidden]: embeddings in, the last states out
-    std::vector<Tensor> cos, sin;    // float32 [rows, head_dim / 2], per table
-    std::vector<Tensor> keys, values;  // [rows, kv_heads, capacity, head_dim], per layer
+    Tensor hidden;                     // float32 [rows, hidden]: embeddings in, the last states out
+    std::vector<Tensor> cos, sin;      // float32 [rows, head_dim / 2], per table
+    std::vector<Tensor> keys, values;  // [rows, kv_heads, capacity, head_dim], per layer: text's or
+                                       // images'
     Dtype cache_dtype;
     int64_t length;                  // positions before this one
     std::vector<int64_t> first_key;  // [rows]: padding before them
-    Tensor logits;                   // float32 [rows, vocabulary]
+    // Of images: how many keys there are (without them those layers do nothing), what is added to a
+    // key's scores, [rows, image_keys] in log2 units or null, and whether a row sees any.
+    int64_t image_keys;
+    const float* image_bias;
+    std::vector<bool> sees_image;
+    Tensor logits;  // float32 [rows, vocabulary]
 };
 
 void run_step(const Decoder& decoder, const DecodeStep& step);

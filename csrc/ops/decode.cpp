@@ -1,5 +1,6 @@
 // decode_step and the decoders that it runs, which a number stands for: a call hands over no list
 // of all weights.
+#include <limits>
 #include <map>
 #include <memory>
 #include <mutex>
@@ -14,7 +15,8 @@ constexpr char kNewSchema[] = "_decoder_new(Tensor[] tensors, int[] sizes, float
 constexpr char kFreeSchema[] = "_decoder_free(int decoder) -> ()";
 constexpr char kStepSchema[] =
     "decode_step(int decoder, Tensor(a!) hidden, Tensor[] cos, Tensor[] sin, Tensor(b!)[] keys, "
-    "Tensor(c!)[] values, int length, Tensor? first_key) -> Tensor";
+    "Tensor(c!)[] values, int length, Tensor? first_key, int image_keys, Tensor? image_mask, "
+    "Tensor? sees_image) -> Tensor";
 
 class Decoders {
   public:
@@ -75,8 +77,9 @@ class Reader {
 
     DecoderLayer layer(const Decoder& d) {
         DecoderLayer l;
-        l.rope = size(), l.window = size();
+        l.cross = size() != 0, l.rope = size(), l.window = size();
         l.scale = number(), l.softcap = number();
+        l.attention_gate = number(), l.mlp_gate = number();
         check(l.rope >= 0 && l.window >= 0, kOp, "sizes");
         l.input = norm(d.hidden, true);
         l.post_attention = norm(d.hidden, true);
@@ -86,8 +89,7 @@ class Reader {
         l.k_norm = norm(d.head_dim);
         int64_t queries = d.heads * d.head_dim, keys = d.kv_heads * d.head_dim;
         l.q = linear(d.hidden, queries);
-        l.k = linear(d.hidden, keys);
-        l.v = linear(d.hidden, keys);
+        if (!l.cross) l.k = linear(d.hidden, keys), l.v = linear(d.hidden, keys);
         l.o = linear(queries, d.hidden);
         l.gate = linear(d.hidden, d.intermediate);
         l.up = linear(d.hidden, d.intermediate);
@@ -108,10 +110,10 @@ class Reader {
         check(0 <= packing && packing < static_cast<int64_t>(std::size(kernels::kPackings)), kOp,
               "sizes");
         DecoderLinear l{static_cast<kernels::Packing>(packing), in, out, tensor(), std::nullopt};
-        check(l.weight.scalar_type() == ScalarType::Byte && l.weight.is_contiguous() &&
-                  l.weight.numel() ==
-                      kernels::block_count(out) * kernels::block_bytes(l.packing, in),
-              kOp, "tensors");
+        check(
+            l.weight.scalar_type() == ScalarType::Byte && l.weight.is_contiguous() &&
+                l.weight.numel() == kernels::block_count(out) * kernels::block_bytes(l.packing, in),
+            kOp, "tensors");
         Tensor bias = floats();
         check(bias.numel() == 0 || bias.numel() == out, kOp, "tensors");
         if (bias.numel()) l.bias = bias;
@@ -150,20 +152,39 @@ int64_t decoder_new(std::vector<Tensor> tensors, std::vector<int64_t> sizes,
 
 void decoder_free(int64_t number) { decoders().remove(number); }
 
-// Every cache is [rows, kv_heads, capacity, head_dim], with room for one position more.
+// Every cache is [rows, kv_heads, capacity, head_dim], with room for one position more, or for the
+// keys of images.
 void check_caches(const Decoder& d, const std::vector<Tensor>& caches, const char* name,
-                  int64_t rows, int64_t length, ScalarType type) {
+                  int64_t rows, int64_t length, int64_t image_keys, ScalarType type) {
     check(caches.size() == d.layers.size(), "decode_step", name);
-    for (const Tensor& t : caches) {
-        check(t.dim() == 4 && t.size(0) == rows && t.size(1) == d.kv_heads && t.size(2) > length &&
+    for (size_t i = 0; i < caches.size(); ++i) {
+        const Tensor& t = caches[i];
+        int64_t keys = d.layers[i].cross ? image_keys : length + 1;
+        if (keys == 0) continue;
+        check(t.dim() == 4 && t.size(0) == rows && t.size(1) == d.kv_heads && t.size(2) >= keys &&
                   t.size(3) == d.head_dim && t.is_contiguous() && t.scalar_type() == type,
               "decode_step", name);
     }
 }
 
+// Which image keys each row sees, bool [rows, image_keys], becomes what is added to scores.
+void read_mask(const Tensor& mask, DecodeStep& step, std::vector<float>& bias) {
+    check(mask.scalar_type() == ScalarType::Bool && mask.is_contiguous() &&
+              mask.numel() == step.rows * step.image_keys,
+          "decode_step", "image_mask");
+    constexpr float kHidden = -std::numeric_limits<float>::infinity();
+    const bool* visible = data<bool>(mask);
+    bias.resize(mask.numel());
+    for (int64_t i = 0; i < mask.numel(); ++i) {
+        bias[i] = visible[i] ? 0 : kHidden;
+    }
+    step.image_bias = bias.data();
+}
+
 Tensor decode_step(int64_t number, Tensor hidden, std::vector<Tensor> cos, std::vector<Tensor> sin,
                    std::vector<Tensor> keys, std::vector<Tensor> values, int64_t length,
-                   MaybeTensor first_key) {
+                   MaybeTensor first_key, int64_t image_keys, MaybeTensor image_mask,
+                   MaybeTensor sees_image) {
     const char* op = "decode_step";
     std::shared_ptr<const Decoder> decoder = decoders().get(number);
     const Decoder& d = *decoder;
@@ -171,12 +192,12 @@ Tensor decode_step(int64_t number, Tensor hidden, std::vector<Tensor> cos, std::
               hidden.scalar_type() == ScalarType::Float && hidden.size(0) > 0,
           op, "hidden");
     int64_t rows = hidden.size(0);
-    check(length >= 0, op, "length");
+    check(length >= 0 && image_keys >= 0, op, "length");
     check(!keys.empty(), op, "keys");
     ScalarType type = keys[0].scalar_type();
     Dtype dtype = dtype_of(op, "keys", keys[0]);
-    check_caches(d, keys, "keys", rows, length, type);
-    check_caches(d, values, "values", rows, length, type);
+    check_caches(d, keys, "keys", rows, length, image_keys, type);
+    check_caches(d, values, "values", rows, length, image_keys, type);
     for (const auto* tables : {&cos, &sin}) {
         for (const Tensor& t : *tables) {
             check(t.scalar_type() == ScalarType::Float && t.is_contiguous() &&
@@ -197,6 +218,9 @@ Tensor decode_step(int64_t number, Tensor hidden, std::vector<Tensor> cos, std::
                     .cache_dtype = dtype,
                     .length = length,
                     .first_key = std::vector<int64_t>(rows, 0),
+                    .image_keys = image_keys,
+                    .image_bias = nullptr,
+                    .sees_image = std::vector<bool>(rows, true),
                     .logits = new_float(hidden, {rows, d.head.out})};
     if (first_key) {
         check(first_key->scalar_type() == ScalarType::Long && first_key->numel() == rows &&
@@ -206,6 +230,14 @@ Tensor decode_step(int64_t number, Tensor hidden, std::vector<Tensor> cos, std::
             step.first_key[i] = data<int64_t>(*first_key)[i];
             check(0 <= step.first_key[i] && step.first_key[i] <= length, op, "first_key");
         }
+    }
+    std::vector<float> bias;
+    if (image_mask) read_mask(*image_mask, step, bias);
+    if (sees_image) {
+        check(sees_image->scalar_type() == ScalarType::Bool && sees_image->is_contiguous() &&
+                  sees_image->numel() == rows,
+              op, "sees_image");
+        for (int64_t i = 0; i < rows; ++i) step.sees_image[i] = data<bool>(*sees_image)[i];
     }
     run_step(d, step);
     return step.logits;

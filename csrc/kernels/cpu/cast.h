@@ -8,7 +8,7 @@
 
 namespace mllama::kernels {
 
-MLLAMA_KERNEL(void, cast, (const void* from, Dtype from_dtype, void* to, Dtype to_dtype,
-                           int64_t size))
+MLLAMA_KERNEL(void, cast,
+              (const void* from, Dtype from_dtype, void* to, Dtype to_dtype, int64_t size))
 
 }  // namespace mllama::kernels

@@ -11,6 +11,7 @@ from torch import nn
 
 from mllama.config.features import FeatureChoice, choose_features
 from mllama.config.spec import ModelSpec
+from mllama.nn.cache import Cache
 
 
 @dataclass
@@ -142,6 +143,20 @@ class Fusion:
         if embeds is None:
             embeds = embed(inputs.input_ids, parts.embedding)
         return self.pass_on(inputs, padding_mask, embeds)
+
+    def decode_context(
+        self, rows: tuple[int, int], mask: torch.Tensor | None, cache: Cache, parts: Parts
+    ) -> Any:
+        """What layers that attend to images are told in a pass without new images; None without
+        such layers, or images.
+
+        Args:
+            rows: batch and new tokens.
+            mask: the cross-attention mask, or None.
+            cache: with what came before.
+            parts: of the model.
+        """
+        return None
 
     def pass_on(
         self, inputs: ModelInputs, padding_mask: torch.Tensor | None, embeds: torch.Tensor, **more

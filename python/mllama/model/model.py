@@ -119,7 +119,7 @@ class VisionLanguageModel(nn.Module):
             TypeError, ValueError, IndexError: as `fusion`, the decoder and the loss.
         """
         padding_mask, attn_mask = split_mask(inputs.attention_mask)
-        prepared = self.fusion.prepare(inputs, padding_mask, self._parts())
+        prepared = self.fusion.prepare(inputs, padding_mask, self.parts())
         decoded = self.language_model(
             inputs_embeds=prepared.embeds,
             attention_mask=prepared.padding_mask if attn_mask is None else attn_mask,
@@ -141,7 +141,8 @@ class VisionLanguageModel(nn.Module):
         )
         return self._with_logits(output, decoded, inputs, prepared)
 
-    def _parts(self) -> Parts:
+    def parts(self) -> Parts:
+        """What fusion asks of the model."""
         encoder = None if self.spec.encoder is None else self.vision_tower
         return Parts(self.language_model.embed_tokens, encoder, self.encode_images, self.reference)
 

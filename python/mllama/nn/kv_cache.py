@@ -1,5 +1,7 @@
 """The key-value cache of a decoder: preallocated, grown by doubling."""
 
+from collections.abc import Collection
+
 import torch
 
 
@@ -107,18 +109,36 @@ class KVCache:
         """
         return self._text[layer].append(k, v, self.capacity)
 
-    def reserve(self, new: int) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-        """The buffers of all layers, [B, kv_heads, capacity, head_dim] each, with room for `new`
-        more positions, for who writes them in place and then calls `advance`. There must be a
-        position in each.
+    def reserve(
+        self, new: int, cross: Collection[int] = ()
+    ) -> tuple[list[torch.Tensor], list[torch.Tensor], int]:
+        """The buffers of all layers, for who writes positions in place and then calls `advance`.
+        There must be a position in the cache.
+
+        Args:
+            new: positions to make room for.
+            cross: indices of the layers that attend to images: theirs are the images' buffers.
+
+        Returns:
+            Keys and values, [B, kv_heads, capacity, head_dim] each, empty where a layer has none;
+            and how many keys images have.
         """
-        buffers = [buffer.reserve(new, self.capacity) for buffer in self._text]
-        return [keys for keys, _ in buffers], [values for _, values in buffers]
+        keys, values, image_keys = [], [], 0
+        for index, (text, image) in enumerate(zip(self._text, self._cross, strict=True)):
+            if index not in cross:
+                own = text.reserve(new, self.capacity)
+            elif image.length:
+                own, image_keys = (image.keys, image.values), image.length
+            else:
+                own = (torch.empty(0), torch.empty(0))
+            keys.append(own[0])
+            values.append(own[1])
+        return keys, values, image_keys
 
     def advance(self, new: int) -> None:
         """Count `new` positions that were written after `reserve`."""
         for buffer in self._text:
-            buffer.length += new
+            buffer.length += new if buffer.length else 0
 
     def update_cross(
         self, layer: int, k: torch.Tensor, v: torch.Tensor

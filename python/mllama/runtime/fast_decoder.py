@@ -3,13 +3,14 @@
 """
 
 import weakref
-from collections.abc import Sequence
 
 import torch
 from torch import nn
 
 from mllama import _ext
 from mllama.config.spec import TextSpec
+from mllama.fusion.cross_attention import CrossAttentionDecoderLayer
+from mllama.fusion.cross_context import CrossAttentionContext
 from mllama.nn.kv_cache import KVCache
 from mllama.nn.packed import PackedLinear
 from mllama.ops.packed_layout import PACKINGS
@@ -24,7 +25,7 @@ class FastDecoder:
     It keeps the packed weights alive, not the modules: after a change of the model, make another.
 
     Args:
-        decoder: a `Decoder` without cross-attention layers whose linear layers are all packed.
+        decoder: a `Decoder` whose linear layers are all packed.
         head: the packed output head.
     """
 
@@ -38,7 +39,11 @@ class FastDecoder:
         weakref.finalize(self, torch.ops.mllama._decoder_free, self._handle)
 
     def step(
-        self, ids: torch.Tensor, cache: KVCache, first_key: torch.Tensor | None = None
+        self,
+        ids: torch.Tensor,
+        cache: KVCache,
+        first_key: torch.Tensor | None = None,
+        cross: CrossAttentionContext | None = None,
     ) -> torch.Tensor:
         """Append one position per row to the cache.
 
@@ -46,6 +51,7 @@ class FastDecoder:
             ids: int64 [B], with B at most MAX_ROWS.
             cache: of this decoder, with a position in it.
             first_key: int64 [B], how many positions at a row's front are padding. Default: none.
+            cross: what layers that attend to images are told; without it they do nothing.
 
         Returns:
             Logits, float32 [B, vocabulary].
@@ -55,8 +61,14 @@ class FastDecoder:
         if first_key is not None:
             positions -= first_key
         tables = [rotary(positions[:, None]) for rotary in self.rotary]  # of (B, 1, D / 2)
-        keys, values = cache.reserve(1)
+        keys, values, image_keys = cache.reserve(1, self.spec.cross_attention_layers)
         hidden = self.embed_tokens(ids).float()
+        visible = key_mask = None
+        if cross is None:
+            image_keys = 0
+        else:
+            visible = cross.visible if cross.visible is None else cross.visible.flatten()
+            key_mask = cross.segments[0].key_mask if cross.segments else None
         logits = torch.ops.mllama.decode_step(
             self._handle,
             hidden,
@@ -66,6 +78,9 @@ class FastDecoder:
             values,
             length,
             first_key,
+            image_keys,
+            key_mask,
+            visible,
         )
         cache.advance(1)
         return logits
@@ -76,8 +91,6 @@ def find_obstacle(decoder: nn.Module, head: nn.Module) -> str | None:
     if _ext.disabled():
         return "the compiled operators are disabled"
     spec: TextSpec = decoder.config
-    if spec.cross_attention_layers:
-        return "it has cross-attention layers"
     if spec.hidden_act not in _ACTIVATIONS:
         return f"its activation is {spec.hidden_act}"
     if spec.head_dim > 256:
@@ -96,17 +109,36 @@ def find_obstacle(decoder: nn.Module, head: nn.Module) -> str | None:
 
 
 def _linears(layer: nn.Module) -> tuple[tuple[nn.Module, ...], ...]:
-    """A layer's linear layers, by their inputs."""
-    attention, mlp = layer.self_attn, layer.mlp
-    return (
-        (attention.q_proj, attention.k_proj, attention.v_proj),
-        (attention.o_proj,),
-        (mlp.gate_proj, mlp.up_proj),
-        (mlp.down_proj,),
+    """A layer's linear layers, by their inputs; those of images' keys have done their part."""
+    mlp = layer.mlp
+    if isinstance(layer, CrossAttentionDecoderLayer):
+        inputs = (layer.cross_attn.q_proj,), (layer.cross_attn.o_proj,)
+    else:
+        attention = layer.self_attn
+        inputs = (attention.q_proj, attention.k_proj, attention.v_proj), (attention.o_proj,)
+    return (*inputs, (mlp.gate_proj, mlp.up_proj), (mlp.down_proj,))
+
+
+def _norms(layer: nn.Module) -> tuple[nn.Module | None, ...]:
+    """Before attention, after it or before the feed-forward block, before and after that, of the
+    heads of q and of k.
+    """
+    first = layer.input_layernorm, layer.post_attention_layernorm
+    if isinstance(layer, CrossAttentionDecoderLayer):
+        return (*first, None, None, layer.cross_attn.q_norm, None)
+    attention = layer.self_attn
+    blocks = (
+        (layer.pre_feedforward_layernorm, layer.post_feedforward_layernorm)
+        if layer.post_norms
+        else (None, None)
     )
+    heads = (attention.q_norm, attention.k_norm) if attention.has_qk_norm else (None, None)
+    return (*first, *blocks, *heads)
 
 
-def _describe(decoder: nn.Module, head: PackedLinear):
+def _describe(
+    decoder: nn.Module, head: PackedLinear
+) -> tuple[list[torch.Tensor], list[int], list[float]]:
     """The lists that csrc/ops/decode.cpp reads, in its order."""
     spec: TextSpec = decoder.config
     tensors: list[torch.Tensor] = []
@@ -117,28 +149,27 @@ def _describe(decoder: nn.Module, head: PackedLinear):
         spec.head_dim,
         spec.intermediate_size,
         _ACTIVATIONS[spec.hidden_act],
+        len(decoder.layers),
     ]
     numbers = [spec.rms_norm_eps, spec.norm_offset, spec.final_logit_softcapping or 0.0]
-    sizes.append(len(decoder.layers))
     for layer, own, rope in zip(decoder.layers, spec.layers, decoder.rope_of_layer, strict=True):
-        sizes += [rope, own.window or 0]
+        sizes += [own.attention == "cross", rope, own.window or 0]
         numbers += [spec.head_dim**-0.5 if own.scale is None else own.scale, own.softcap or 0.0]
-        attention = layer.self_attn
-        norms: Sequence[nn.Module | None] = (
-            layer.input_layernorm,
-            layer.post_attention_layernorm,
-            layer.pre_feedforward_layernorm if layer.post_norms else None,
-            layer.post_feedforward_layernorm if layer.post_norms else None,
-            attention.q_norm if attention.has_qk_norm else None,
-            attention.k_norm if attention.has_qk_norm else None,
-        )
-        tensors += [_floats(norm and norm.weight) for norm in norms]
+        numbers += _gates(layer)
+        tensors += [_floats(norm and norm.weight) for norm in _norms(layer)]
         for linear in (linear for group in _linears(layer) for linear in group):
             _add_linear(linear, tensors, sizes)
     tensors.append(_floats(decoder.norm.weight))
     sizes.append(head.out_features)
     _add_linear(head, tensors, sizes)
     return tensors, sizes, numbers
+
+
+def _gates(layer: nn.Module) -> list[float]:
+    if not isinstance(layer, CrossAttentionDecoderLayer):
+        return [1.0, 1.0]
+    gates = layer.cross_attn_attn_gate, layer.cross_attn_mlp_gate
+    return [gate.detach().float().tanh().item() for gate in gates]
 
 
 def _add_linear(linear: PackedLinear, tensors: list[torch.Tensor], sizes: list[int]) -> None:

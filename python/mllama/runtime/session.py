@@ -13,6 +13,7 @@ from torch.nn.functional import pad
 from mllama.fusion.base import ModelInputs
 from mllama.nn.kv_cache import KVCache
 from mllama.runtime.completion import Generation, Row
+from mllama.runtime.fast_decoder import MAX_ROWS, FastDecoder, find_obstacle
 from mllama.runtime.prefix import Reuse, find_reuse, same_images
 from mllama.runtime.sampler import NEUTRAL, Sampler, Sampling
 
@@ -68,6 +69,8 @@ class Session:
     def reset(self) -> None:
         """Forget the last prompt and the features of its images."""
         self._encoded = None
+        decoder, head = self.model.language_model, self.model.lm_head
+        self._fast = None if find_obstacle(decoder, head) else FastDecoder(decoder, head)
         self._cross_mask: torch.Tensor | None = None  # of the prompt that the cache has
         self._cache = KVCache(self.model.spec.text.num_hidden_layers)
         self._ids: list[int] = []  # of one row, that the cache has
@@ -153,7 +156,7 @@ class Session:
                 row.take(token, ends)
             if step == room - 1 or all(row.done for row in rows):
                 break
-            logits = self._forward(tokens[:, None], inputs)
+            logits = self._step(tokens, inputs)
             if len(rows) == 1:
                 self._ids += ids
         result.decode_seconds = time.perf_counter() - start - result.prefill_seconds
@@ -199,6 +202,17 @@ class Session:
             ModelInputs(ids, attention_mask=mask, cache=cache, logits_to_keep=keep, **given)
         )
         return output.logits[:, -1] if logits else output.last_hidden_state
+
+    def _step(self, tokens: torch.Tensor, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+        """Append a token per row, int64 [B], to the cache; returns the logits, [B, V]."""
+        mask, prefix = inputs.get("attention_mask"), self._cache.num_prefix_tokens
+        if self._fast is None or len(tokens) > MAX_ROWS or (mask is not None and prefix):
+            return self._forward(tokens[:, None], inputs)
+        padding = None if mask is None else (mask == 0).sum(1)
+        cross = self.model.fusion.decode_context(
+            (len(tokens), 1), inputs.get("cross_attention_mask"), self._cache, self.model.parts()
+        )
+        return self._fast.step(tokens, self._cache, padding, cross)
 
     def _reuse(self, inputs: dict[str, torch.Tensor], images: dict[str, torch.Tensor]) -> Reuse:
         """Find what the cache has of the prompt, and take the rest out of it."""
