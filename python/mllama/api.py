@@ -265,7 +265,7 @@ def ask(
     in one batch.
 
     Args:
-        image: an image in any form of `mllama.processing.image.load_picture` (a path, bytes, a
+        image: an image in any form of `mllama.processing.image.load_image` (a path, bytes, a
             file object, a data URL, a PIL image, an array, a tensor ...), or a list of them for one
             question about several; None for a question in text alone, which every family with a
             chat template takes. To a list of questions one image belongs to them all, and a list

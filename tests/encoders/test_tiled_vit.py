@@ -7,7 +7,7 @@ from transformers.models.mllama.configuration_mllama import MllamaVisionConfig
 
 import twins
 from mllama.encoders.tiled_layers import order_tokens
-from mllama.encoders.tiled_vit import TiledVisionTower, group_images
+from mllama.encoders.tiled_vit import TiledImageEncoder, group_images
 
 SIZES = {
     "hidden_size": 64,
@@ -23,10 +23,10 @@ SIZES = {
 TWO_TILES = {"max_num_tiles": 2, "supported_aspect_ratios": [[1, 1], [1, 2], [2, 1]]}
 
 
-def towers(**options) -> tuple[TiledVisionTower, MllamaVisionModel]:
+def towers(**options) -> tuple[TiledImageEncoder, MllamaVisionModel]:
     """Ours, and stock transformers' with the same weights."""
     config = MllamaVisionConfig(**SIZES | options)
-    ours = twins.randomise(TiledVisionTower(config)).eval()
+    ours = twins.randomise(TiledImageEncoder(config)).eval()
     theirs = MllamaVisionModel(config).eval()
     theirs.load_state_dict(ours.state_dict())
     return ours, theirs
@@ -233,7 +233,7 @@ def test_other_input_is_refused(error, match, change):
         )
 
 
-def converted(**options) -> TiledVisionTower:
+def converted(**options) -> TiledImageEncoder:
     """A tower whose tables hold zeros for tiles that an arrangement has not, as those of released
     weights do.
     """

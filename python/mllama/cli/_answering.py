@@ -14,7 +14,7 @@ import torch
 from mllama.api import find_model, open_session
 from mllama.checkpoints import open_checkpoint
 from mllama.device import dtype_name
-from mllama.processing.image import load_picture
+from mllama.processing.image import load_image
 from mllama.runtime.session import Session
 
 if TYPE_CHECKING:
@@ -109,7 +109,7 @@ def read_images(arguments: argparse.Namespace, paths: list[str]) -> "list[Image.
     if paths.count("-") > 1:
         raise ValueError("stdin, '-', can be read once")
     return [
-        load_picture(sys.stdin.buffer if path == "-" else path, arguments.allow_urls)
+        load_image(sys.stdin.buffer if path == "-" else path, arguments.allow_urls)
         for path in paths
     ]
 

@@ -14,7 +14,7 @@ from mllama import cli
 from mllama.checkpoints.files import write_folder
 from mllama.checkpoints.hub import find_folder
 from mllama.cli._parser import number
-from mllama.processing.image import load_picture
+from mllama.processing.image import load_image
 
 
 class _Parser(argparse.ArgumentParser):
@@ -68,7 +68,7 @@ def inference(arguments: list[str]) -> int:
     given = _inference_parser().parse_args(arguments)
     if not given.prompt:
         raise ValueError("--prompt is missing; give the question")
-    image = load_picture(given.image_file_path) if given.image_file_path else None
+    image = load_image(given.image_file_path) if given.image_file_path else None
     options = {"max_new_tokens": given.max_tokens_to_generate, "do_sample": given.do_sample}
     sampling = {"temperature": given.temperature, "top_p": given.top_p}
     if given.do_sample:

@@ -14,7 +14,7 @@ from PIL import Image
 import mllama
 from mllama.hf.names import BatchFeature
 from mllama.hf.processors.tokenizers import fast_tokenizer
-from mllama.processing.image import load_picture
+from mllama.processing.image import load_image
 from mllama.processing.prompt import lay_out
 
 CLIP_MEAN = [0.48145466, 0.4578275, 0.40821073]
@@ -36,7 +36,7 @@ def resize(
     if len(edges) != 2 or not all(isinstance(e, int) and 1 <= e <= MAX_EDGE for e in edges):
         raise ValueError(f"size must be (height, width), each in 1 to {MAX_EDGE}, got {size!r}")
     resample = Image.Resampling.BICUBIC if resample is None else resample
-    return load_picture(image).resize(edges[::-1], resample, reducing_gap=reducing_gap)
+    return load_image(image).resize(edges[::-1], resample, reducing_gap=reducing_gap)
 
 
 def rescale(image: np.ndarray, scale: float = 1 / 255, dtype: Any = np.float32) -> np.ndarray:

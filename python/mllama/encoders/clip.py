@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from mllama.config.spec import VisionSpec
-from mllama.encoders.siglip import PatchEmbedding, SiglipVisionTower, interpolate_positions
+from mllama.encoders.siglip import PatchEmbedding, SiglipImageEncoder, interpolate_positions
 from mllama.nn.norm import LayerNorm
 
 
@@ -37,7 +37,7 @@ class ClipEmbeddings(nn.Module):
         )
 
 
-class ClipVisionTower(SiglipVisionTower):
+class ClipImageEncoder(SiglipImageEncoder):
     """Encoder of square images; the class token's feature comes first."""
 
     class_tokens = 1

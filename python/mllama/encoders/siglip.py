@@ -116,7 +116,7 @@ class SiglipEncoder(nn.Module):
         )
 
 
-class SiglipVisionTower(nn.Module):
+class SiglipImageEncoder(nn.Module):
     """Encoder of square images.
 
     Attributes:

@@ -22,7 +22,7 @@ from mllama.nn.norm import LayerNorm
 _TOKENS_MULTIPLE = 8
 
 
-class TiledVisionTower(nn.Module):
+class TiledImageEncoder(nn.Module):
     """Encoder of images in tiles.
 
     Attributes:

@@ -8,7 +8,7 @@ import torch
 from transformers import PreTrainedModel, SiglipVisionConfig
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from mllama.encoders.siglip import SiglipPoolingHead, SiglipVisionTower
+from mllama.encoders.siglip import SiglipImageEncoder, SiglipPoolingHead
 from mllama.hf.arguments import check_keywords
 from mllama.hf.built import check_built, remember_config
 from mllama.hf.config_objects import compose
@@ -38,7 +38,7 @@ class SiglipModel(PretrainedMixin, PreTrainedModel):
             raise TypeError(f"config must be a SiglipVisionConfig, got {type(config).__name__}")
         vision = compose(config).vision
         super().__init__(own_config(config))
-        self.vision_tower = SiglipVisionTower(vision)
+        self.vision_tower = SiglipImageEncoder(vision)
         self.head = SiglipPoolingHead(vision) if vision.vision_use_head else None
         self.post_init()
         remember_config(self)

@@ -53,7 +53,7 @@ def resize_normalize(
     Args:
         image, height, width, resample: as in `resize`.
         table: [256, 3] float32: what value v of channel c becomes
-            (`mllama.processing.image.normalisation_table`).
+            (`mllama.processing.image.normalization_table`).
 
     Returns:
         [3, height, width] float32.

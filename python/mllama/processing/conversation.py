@@ -28,7 +28,7 @@ def encode_messages(
         messages: {"role": ..., "content": ...}, content a str, None (an assistant's that only calls
             tools) or a list of parts {"type": "text", "text": ...} and {"type": "image"}, which may
             bring its image as "image", "path", "url" or "base64", each of which takes what
-            `load_picture` takes; or OpenAI's {"type": "image_url", "image_url": {"url": ...}}.
+            `load_image` takes; or OpenAI's {"type": "image_url", "image_url": {"url": ...}}.
         images: images for the image parts that bring none, in order. Where no part and no
             placeholder written in a text asks for an image, they come first in the first message of
             the user.
@@ -41,7 +41,7 @@ def encode_messages(
         TypeError: a processor, message or content of another type.
         ValueError: no messages; a message without a role; a part that is neither text nor image;
             images and places for them differ in number, or the model takes none; a chat template
-            that fails or is missing; an image that `load_picture` refuses.
+            that fails or is missing; an image that `load_image` refuses.
         FileNotFoundError: no such image.
     """
     return encode_batch(processor, [messages], [images], allow_urls)

@@ -57,7 +57,7 @@ _LOOKED_AT = 256  # bytes
 _ROUNDING = 1e-6  # how far arithmetic in float32 may leave 0..1
 
 
-def load_picture(source: Any, allow_urls: bool = False) -> Image.Image:
+def load_image(source: Any, allow_urls: bool = False) -> Image.Image:
     """Return any accepted image as an upright PIL image of mode RGB, by the table above.
 
     Args:
@@ -89,12 +89,12 @@ def load_picture(source: Any, allow_urls: bool = False) -> Image.Image:
 
 
 def load_pixels(source: Any) -> torch.Tensor:
-    """Return any accepted image as [H, W, 3] uint8; `load_picture` says what is accepted and
+    """Return any accepted image as [H, W, 3] uint8; `load_image` says what is accepted and
     raised.
     """
     if isinstance(source, (np.ndarray, torch.Tensor)):
         return torch.from_numpy(_array_to_rgb(source))
-    return torch.from_numpy(np.array(load_picture(source)))
+    return torch.from_numpy(np.array(load_image(source)))
 
 
 def is_image(source: Any) -> bool:
@@ -116,7 +116,7 @@ def download_urls(images: Any, allow_urls: bool) -> Any:
         raise TypeError(f"allow_urls must be True or False, got {type(allow_urls).__name__}")
     if isinstance(images, (list, tuple)):
         return [download_urls(image, allow_urls) for image in images]
-    return load_picture(images, allow_urls) if allow_urls and is_url(images) else images
+    return load_image(images, allow_urls) if allow_urls and is_url(images) else images
 
 
 def channel_values(name: str, values: float | Iterable[float]) -> tuple[float, float, float]:
@@ -143,7 +143,7 @@ def channel_values(name: str, values: float | Iterable[float]) -> tuple[float, f
 
 
 @functools.lru_cache(maxsize=16)
-def normalisation_table(
+def normalization_table(
     mean: tuple[float, ...], std: tuple[float, ...], rescale_factor: float = 1 / 255
 ) -> torch.Tensor:
     """Return [256, 3] float32: what each 8-bit value becomes, per channel, by the arithmetic of

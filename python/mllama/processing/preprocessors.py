@@ -53,7 +53,7 @@ class Preprocessor:
 
         Args:
             text: one prompt or more.
-            images: of any kind that `load_picture` takes: one, a flat list, or one list (or None)
+            images: of any kind that `load_image` takes: one, a flat list, or one list (or None)
                 per prompt.
             as_is: the prompts are a chat template's: where the family's layout would add to a
                 prompt without placeholders, it does not.
@@ -64,7 +64,7 @@ class Preprocessor:
 
         Raises:
             ValueError: images and placeholders, or images and prompts, differ in number.
-            TypeError, ValueError, FileNotFoundError: an image that `load_picture` refuses.
+            TypeError, ValueError, FileNotFoundError: an image that `load_image` refuses.
         """
         raise NotImplementedError
 

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from mllama.ops.image import resize, resize_normalize
-from mllama.processing.image import channel_values, load_pixels, normalisation_table
+from mllama.processing.image import channel_values, load_pixels, normalization_table
 
 MAX_EDGE = 2**14  # of a result, in pixels
 RESAMPLE = {Image.Resampling.BILINEAR: "bilinear", Image.Resampling.BICUBIC: "bicubic"}
@@ -27,7 +27,7 @@ class SquareImages:
     Attributes:
         size: (height, width) of the resized image, or the length of its shortest edge.
         crop: (height, width) of the center that is kept, or None.
-        table: [256, 3] float32, as `normalisation_table` returns it.
+        table: [256, 3] float32, as `normalization_table` returns it.
         resample: "bicubic" or "bilinear".
     """
 
@@ -46,10 +46,10 @@ class SquareImages:
         """Return pixel_values [images, 3, height, width] float32.
 
         Args:
-            images: of any kind that `load_picture` takes.
+            images: of any kind that `load_image` takes.
 
         Raises:
-            TypeError, ValueError, FileNotFoundError: an image that `load_picture` refuses.
+            TypeError, ValueError, FileNotFoundError: an image that `load_image` refuses.
         """
         return {"pixel_values": self.pixel_values([load_pixels(image) for image in images])}
 
@@ -110,7 +110,7 @@ def read_table(settings: dict) -> torch.Tensor:
     factor = settings.get("rescale_factor", 1 / 255) if settings.get("do_rescale", True) else 1.0
     if not isinstance(factor, (int, float)):
         raise ValueError(f"rescale_factor must be a number, got {factor!r}")
-    return normalisation_table(
+    return normalization_table(
         channel_values("image_mean", settings["image_mean"] if normalized else 0.0),
         channel_values("image_std", settings["image_std"] if normalized else 1.0),
         factor,

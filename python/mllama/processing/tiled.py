@@ -27,7 +27,7 @@ class TiledImages:
     Attributes:
         size: a tile's edge in pixels.
         max_image_tiles: of one image.
-        table: [256, 3] float32, as `normalisation_table` returns it.
+        table: [256, 3] float32, as `normalization_table` returns it.
         resample: Pillow's number of the filter.
     """
 
@@ -40,7 +40,7 @@ class TiledImages:
         """Return the tiles of B rows of at most N images.
 
         Args:
-            rows: lists of images of any kind that `load_picture` takes, at least one in all.
+            rows: lists of images of any kind that `load_image` takes, at least one in all.
 
         Returns:
             pixel_values [B, N, max_image_tiles, 3, size, size] float32; aspect_ratio_ids [B, N]
@@ -49,7 +49,7 @@ class TiledImages:
             tile everywhere; num_tiles, per row the tiles of each image.
 
         Raises:
-            TypeError, ValueError, FileNotFoundError: an image that `load_picture` refuses.
+            TypeError, ValueError, FileNotFoundError: an image that `load_image` refuses.
         """
         return self.tiles([[load_pixels(image) for image in row] for row in rows])
 

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from mllama.processing.conversation import encode_batch, encode_messages
-from mllama.processing.image import download_urls, is_image, load_picture
+from mllama.processing.image import download_urls, is_image, load_image
 from mllama.processing.image_source import names_image
 
 
@@ -56,7 +56,7 @@ def share_images(image: Any, questions: int) -> list[list]:
     """
     if not isinstance(image, (list, tuple)):
         # A stream is read once.
-        row = [load_picture(one) if hasattr(one, "read") else one for one in as_list(image)]
+        row = [load_image(one) if hasattr(one, "read") else one for one in as_list(image)]
         return [row] * questions
     if len(image) != questions:
         raise ValueError(
@@ -110,9 +110,7 @@ def encode_questions(
         conversations.append(messages)
     if system is not None:
         check_system(processor, system)
-    rows = [
-        [load_picture(image) for image in download_urls(list(row), allow_urls)] for row in images
-    ]
+    rows = [[load_image(image) for image in download_urls(list(row), allow_urls)] for row in images]
     return encode_batch(processor, conversations, rows)
 
 

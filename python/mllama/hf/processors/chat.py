@@ -87,7 +87,7 @@ class ChatTemplates:
         """As transformers': messages to text, or with tokenize=True, return_dict=True to a batch,
         images in the messages included.
 
-        A part {"type": "image", "image": image} takes what `load_picture` takes; "path" and "url"
+        A part {"type": "image", "image": image} takes what `load_image` takes; "path" and "url"
         name files. Contents may be a text or a list of parts, whichever of them the template reads,
         and an assistant's may be None. With return_assistant_tokens_mask=True the answers are found
         whether or not the template marks them.

@@ -151,7 +151,7 @@ class MllamaImageProcessor(ChatTemplates, ProcessorMixin):
         Args:
             text: a prompt or a list of prompts; None for images alone. Text and images are
                 exchanged where they were plainly given in transformers' order, images first.
-            images: images of any kind `load_picture` takes: one, a flat list, or one list (or
+            images: images of any kind `load_image` takes: one, a flat list, or one list (or
                 None) per prompt. Of a flat list, the placeholders take theirs in order; without
                 placeholders, one prompt takes all and several take one each.
             as_is: add nothing to a prompt even where it holds no placeholder. `apply_chat_template`
@@ -165,7 +165,7 @@ class MllamaImageProcessor(ChatTemplates, ProcessorMixin):
                 that is not known.
             ValueError: images and placeholders differ in number (the text counts both),
                 truncation cut into an image's placeholders, an image is refused
-                (`mllama.processing.image.load_picture`), or an option's value
+                (`mllama.processing.image.load_image`), or an option's value
                 (`mllama.processing.options`).
             FileNotFoundError: an image's path leads nowhere.
         """

@@ -41,7 +41,7 @@ class PaliGemmaProcessor(ChatTemplates, StockFiles, stock.PaliGemmaProcessor):  
     prompt that holds `<image>` keeps its order, with BOS after the last. It differs from
     transformers' PaliGemmaProcessor where that fails or surprises: prompts with and without
     images may be mixed; BOS, newline and the suffix's end token are not doubled; there are labels
-    only with a suffix; images are whatever `load_picture` takes.
+    only with a suffix; images are whatever `load_image` takes.
 
     Args:
         image_processor: a `SquareImageProcessor` with an image_seq_length (tokens per image), or
@@ -87,7 +87,7 @@ class PaliGemmaProcessor(ChatTemplates, StockFiles, stock.PaliGemmaProcessor):  
         elsewhere.
 
         Args:
-            images: images of any kind `load_picture` takes: one, a flat list, or one list (or
+            images: images of any kind `load_image` takes: one, a flat list, or one list (or
                 None) per prompt. Of a flat list, the placeholders take theirs in order; without
                 placeholders, one prompt takes all and several take one each.
             text: a prompt or a list of prompts.
@@ -100,7 +100,7 @@ class PaliGemmaProcessor(ChatTemplates, StockFiles, stock.PaliGemmaProcessor):  
                 an option that is not known.
             ValueError: an option's value that is not supported; rows of unequal length without
                 padding; images and placeholders, or prompts and suffixes, differ in number;
-                truncation cut into an image's placeholders; an image that `load_picture` refuses.
+                truncation cut into an image's placeholders; an image that `load_image` refuses.
         """
         text, images = in_order(text, images, videos, audio)
         images = download_urls(images, allow_urls)

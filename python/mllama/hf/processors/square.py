@@ -31,7 +31,7 @@ def with_channels(kwargs: dict) -> dict:
 
 class OwnImages:
     """What makes a PIL image processor of transformers take all that
-    `mllama.processing.image.load_picture` takes.
+    `mllama.processing.image.load_image` takes.
 
     http(s) URLs are downloaded only with `allow_urls=True`. Whatever comes becomes RGB. Saved under
     its parent's name, so that stock transformers reads it.

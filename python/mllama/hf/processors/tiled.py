@@ -41,7 +41,7 @@ class TiledImageProcessor(OwnImages, MllamaImageProcessorPil):
     the normalization.
 
     Takes one image, a flat list (one row), or a list of images (or None) per row; what
-    `load_picture` takes. Returns, for B rows of at most N images:
+    `load_image` takes. Returns, for B rows of at most N images:
 
     - pixel_values [B, N, max_image_tiles, 3, size, size] float32;
     - aspect_ratio_ids [B, N] int64: 1 + the index among the arrangements, 0 where a row has no
@@ -51,7 +51,7 @@ class TiledImageProcessor(OwnImages, MllamaImageProcessorPil):
     - num_tiles: per row, the tiles of each image.
 
     Raises:
-        TypeError, ValueError, FileNotFoundError: an image that `load_picture` refuses.
+        TypeError, ValueError, FileNotFoundError: an image that `load_image` refuses.
         ValueError: no image at all; tiles that are not square, or more or larger than memory
             should give.
     """
@@ -112,7 +112,7 @@ class TiledProcessor(ChatTemplates, StockFiles, MllamaProcessor):
 
     It differs from transformers' MllamaProcessor where that fails: rows with and without images
     may be mixed in a batch, BOS is not doubled where the tokenizer adds one by itself, and images
-    are whatever `load_picture` takes.
+    are whatever `load_image` takes.
 
     A prompt holds `<|image|>` once per image. BOS is put in front, after leading `<|image|>`,
     unless the prompt has it. An image is seen from its `<|image|>` to the next one; images that
@@ -172,7 +172,7 @@ class TiledProcessor(ChatTemplates, StockFiles, MllamaProcessor):
             ValueError: an option's value that is not supported; rows of unequal length without
                 padding; images and `<|image|>` differ
             in number in some prompt, which a flat list for several prompts always does;
-                truncation cut an `<|image|>` away; an image that `load_picture` refuses.
+                truncation cut an `<|image|>` away; an image that `load_image` refuses.
         """
         text, images = in_order(text, images, videos, audio)
         images = download_urls(images, allow_urls)
