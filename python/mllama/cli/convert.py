@@ -18,14 +18,14 @@ from mllama.hf.processors.auto import load_processor
 from mllama.processing.folders import PROCESSOR_FILES
 
 _LLAVA = (
-    "That takes a tower whose features are read before its final norm, all of them merged into the "
-    "text of a Llama, a projector of two"
-    " layers as wide inside as the decoder, and a placeholder within the vocabulary"
+    "LLaVA needs a vision encoder whose features are read before its final norm and all merged "
+    "into the text of a Llama, a projector of two layers as wide inside as the decoder, and a "
+    "placeholder within the vocabulary"
 )
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Convert, and say what was written."""
+    """Convert a model and print what was written."""
     target, to_gguf = Path(arguments.target), arguments.to == "gguf"
     kinds = GGUF_DTYPES if to_gguf else DTYPES
     dtype = arguments.dtype or kinds[0]
@@ -36,7 +36,7 @@ def run(arguments: argparse.Namespace) -> None:
     with (opened := open_checkpoint(source)).source:
         kind = written_as(opened.config)["model_type"]
         if arguments.to == "llava" and kind != "llava":
-            raise ValueError(f"{source} holds a {kind}, which cannot be written as LLaVA. {_LLAVA}")
+            raise ValueError(f"{source} is a {kind}, which cannot be written as LLaVA. {_LLAVA}")
         model, _ = load_opened(model_class(opened.spec), opened, "auto" if to_gguf else dtype)
     processor = _processor(source, required=to_gguf)
     if to_gguf:
@@ -48,19 +48,19 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def _check_free(target: Path, to_gguf: bool, force: bool) -> None:
-    """Before anything is read: nothing is overwritten that was not to be."""
+    """Check, before reading anything, that nothing is overwritten without --force."""
     if to_gguf and target.suffix != ".gguf":
         raise ValueError(f"OUT must be a file that ends in .gguf, got {target}")
     if target.exists() and target.is_dir() == to_gguf:
-        raise ValueError(f"OUT must be a {'file' if to_gguf else 'folder'}, and {target} is none")
+        raise ValueError(f"OUT must be a {'file' if to_gguf else 'folder'}, got {target}")
     if not force and target.exists() and (to_gguf or any(target.iterdir())):
         raise FileExistsError(
-            f"{target} exists{'' if to_gguf else ' and is not empty'}; --force writes over it"
+            f"{target} exists{'' if to_gguf else ' and is not empty'}; --force overwrites it"
         )
 
 
 def _processor(source: Path, required: bool):
-    """What stands before the model; None, which is told, for a source without it."""
+    """The model's processor; None, with a message, if the source has none."""
     try:
         return load_processor(source)
     except FileNotFoundError as error:
@@ -80,7 +80,7 @@ def _write_folder(model: PreTrainedModel, processor, target: Path) -> None:
 
 
 def _write_gguf(model: PreTrainedModel, processor, target: Path, dtype: str) -> None:
-    # Here, since its library is an optional dependency.
+    # Imported here: the gguf library is an optional dependency.
     from mllama.hf.gguf import save_gguf
 
     tokenizer = processor.tokenizer if isinstance(processor, ProcessorMixin) else processor

@@ -1,4 +1,4 @@
-"""Image encoders, by the name that a model's spec has."""
+"""Image encoders by their name in a model's spec."""
 
 from mllama.encoders.clip import ClipImageEncoder
 from mllama.encoders.siglip import SiglipImageEncoder

@@ -1,4 +1,4 @@
-"""CLIP's vision encoder, which LLaVA 1.5 reads: SigLIP's layers under a class token, with a norm
+"""CLIP's vision encoder, as LLaVA 1.5 uses it: SigLIP's layers with a class token, and a norm
 before them.
 """
 
@@ -11,7 +11,7 @@ from mllama.nn.norm import LayerNorm
 
 
 class ClipEmbeddings(nn.Module):
-    """A class token and the patches, plus a learned position each."""
+    """A class token and the patches, plus learned positions."""
 
     def __init__(self, config: VisionSpec):
         super().__init__()
@@ -46,10 +46,10 @@ class ClipImageEncoder(SiglipImageEncoder):
         super().__init__(config)
         self.pre_layrnorm = LayerNorm(
             config.hidden_size, config.layer_norm_eps
-        )  # the files' spelling
+        )  # the checkpoints' spelling
 
     def make_embeddings(self, config: VisionSpec) -> nn.Module:
-        """The module that `embed` calls."""
+        """Build the module that `embed` calls."""
         return ClipEmbeddings(config)
 
     def embed(self, pixel_values: torch.Tensor) -> torch.Tensor:

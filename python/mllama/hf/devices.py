@@ -57,7 +57,8 @@ class Placement:
             raise ValueError(f"device_map names {', '.join(unknown)}, which the model has not")
         if absent := [name for name in model.state_dict() if self._find(name) is None]:
             raise ValueError(
-                f"device_map has no device for {', '.join(absent[:5])}{' ...' if len(absent) > 5 else ''}"
+                f"device_map has no device for {', '.join(absent[:5])}"
+                f"{' ...' if len(absent) > 5 else ''}"
             )
 
     def _find(self, name: str) -> torch.device | None:
