@@ -51,7 +51,7 @@ def load():
     except ImportError as error:
         missing = isinstance(error, ModuleNotFoundError) and error.name == "mllama._C"
         cause = (
-            "there is no compiled module mllama._C for this Python"
+            "the compiled module mllama._C is not there for this Python"
             if missing
             else f"mllama._C cannot be loaded: {error}"
         )

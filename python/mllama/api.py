@@ -170,8 +170,8 @@ def _find_adapted(
         return folder, adapter
     if adapter is not None:
         raise ValueError(
-            f"{folder} contains adapters, so adapter must be None: to use other adapters, give the "
-            "base model's folder as path"
+            f"{folder} holds adapters, and adapter names others: give the model's own folder with "
+            "one of them"
         )
     return find_model(adapted_model(folder)), folder
 
@@ -194,7 +194,7 @@ def processor_of(folder: Path, load: Callable[[Path], Any]) -> Any:
         return load(folder)
     except ValueError as error:  # broken JSON does not say where
         raise ValueError(
-            f"{folder} contains a model, but its processor cannot be read: {error}"
+            f"{folder} holds a model, but its processor cannot be read: {error}"
         ) from error
 
 
@@ -297,7 +297,7 @@ def ask(
         neutral = (None, 1) if name == "num_return_sequences" else (None, 0)
         if name in _UNREAD and value not in neutral:
             raise ValueError(
-                f"{name} has no effect here, because only the answer's text is returned: call "
+                f"{name} has no effect here, where the answer's text alone is returned: call "
                 "model.generate"
             )
     one = isinstance(question, str)
@@ -354,7 +354,9 @@ def check_images(session: "Session | GenerateSession", images: Sequence) -> None
         ValueError: images is empty and the model is the embedded one.
     """
     if not images and session.where == str(EMBEDDED):
-        raise ValueError("the embedded model answers questions about images only: give an image")
+        raise ValueError(
+            "the embedded model answers questions about an image and no others: give an image"
+        )
 
 
 def check_answers(model: Any) -> None:

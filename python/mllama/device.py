@@ -33,11 +33,10 @@ def choose_device(device: str | torch.device) -> torch.device:
         torch.empty(1, device=found).item()
     except Exception as error:  # torch's exception type depends on the device and the build
         raise ValueError(
-            f"device {str(device)!r} is unknown or not available: "
-            f"{str(error).partition(chr(10))[0]}"
+            f"device {str(device)!r} is not known or not here: {str(error).partition(chr(10))[0]}"
         ) from error
     if found.type == "cpu" and found.index:  # torch accepts any index, the weight reader none
-        raise ValueError(f"device {str(device)!r} is not available: there is one cpu")
+        raise ValueError(f"device {str(device)!r} is not known or not here: there is one cpu")
     return torch.device("cpu") if found.type == "cpu" else found
 
 

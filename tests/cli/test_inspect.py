@@ -52,7 +52,7 @@ def test_a_sound_folder(run, model_folder):
     }
     assert said["memory"]["weights"] == 4 * said["parameters"]["total"]
     assert said["work"] == {"context": 512, "batch": 1, "tiles": 1, "dtype": "float32"}
-    assert said["sizes"]["features of a row's pictures"] == twins.PATCHES
+    assert said["sizes"]["features of a row's images"] == twins.PATCHES
     code, out, err = run("inspect", model_folder)
     assert (
         (code, err) == (0, "")
@@ -114,7 +114,7 @@ def test_what_would_not_load_is_told_from_headers(run, folder):
         ["stray.weight"],
     )
     assert (
-        len(said["of another shape or kind"]) == 1 and bent in said["of another shape or kind"][0]
+        len(said["of another shape or dtype"]) == 1 and bent in said["of another shape or dtype"][0]
     )
     code, out, err = run("inspect", folder)
     assert (

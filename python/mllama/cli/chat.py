@@ -38,7 +38,7 @@ def run(arguments: argparse.Namespace) -> None:
     if sys.stdin is None:
         raise OSError("stdin is closed: there are no questions to read")
     if "-" in arguments.words:
-        raise ValueError("the image cannot be '-': stdin is where questions come from")
+        raise ValueError("questions come from stdin: an image cannot, got '-'")
     images = read_images(arguments, arguments.words)
     talk = _Talk(arguments, *load_session(arguments))
     if images:

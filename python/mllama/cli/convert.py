@@ -36,7 +36,7 @@ def run(arguments: argparse.Namespace) -> None:
     with (opened := open_checkpoint(source)).source:
         kind = written_as(opened.config)["model_type"]
         if arguments.to == "llava" and kind != "llava":
-            raise ValueError(f"{source} is a {kind}, which cannot be written as LLaVA. {_LLAVA}")
+            raise ValueError(f"{source} holds a {kind}, which cannot be written as LLaVA. {_LLAVA}")
         model, _ = load_opened(model_class(opened.spec), opened, "auto" if to_gguf else dtype)
     processor = _processor(source, required=to_gguf)
     if to_gguf:

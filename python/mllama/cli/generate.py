@@ -33,7 +33,7 @@ def run(arguments: argparse.Namespace) -> None:
     """Print the continuation of a prompt, streamed or as one JSON object."""
     check_question(arguments.prompt)
     if arguments.raw and arguments.system is not None:
-        raise ValueError("--system has no effect with --raw, which skips the chat template")
+        raise ValueError("--system has no place with --raw, which leaves the chat template out")
     images = read_images(arguments, arguments.image)
     if arguments.size:
         arguments.model = SIZES[arguments.size]

@@ -195,7 +195,7 @@ def _page(found: dict[str, Any]) -> str:
             f"{found['folder']}: {found['family']}, {found['made of']}",
             *_table("sizes", {name: str(size) for name, size in found["sizes"].items()}),
             *_table(
-                "elements by dtype after loading",
+                "elements, by the type they are read as",
                 {name: f"{count:,}" for name, count in found["read as"].items()},
             ),
             *_table(
@@ -206,7 +206,7 @@ def _page(found: dict[str, Any]) -> str:
                 {name: _bytes(count) for name, count in found["memory"].items()},
             ),
             {
-                True: "loads: every tensor matches",
+                True: "loads: every tensor has its place",
                 False: "would not load:",
                 None: "no weights: sizes are from config.json",
             }[found["loads"]],

@@ -64,7 +64,7 @@ def settle_ropes(
     check_kind(owner, "rope_parameters", ropes, dict)
     if unknown := ropes.keys() - thetas.keys():
         raise ValueError(
-            f"{owner}: rope_parameters must have the keys {' and '.join(thetas)}, "
+            f"{owner}: rope_parameters must be those of {' and '.join(thetas)}, "
             f"got {', '.join(map(repr, unknown))}"
         )
     scaling = config.get("rope_scaling")

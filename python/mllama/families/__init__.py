@@ -36,7 +36,7 @@ def family_of(config: Config) -> Family:
     kind: Any = config.get("model_type")
     if not isinstance(kind, str) or kind not in MODEL_TYPES:
         known = ", ".join(sorted(MODEL_TYPES))
-        raise ValueError(f"config: model_type {kind!r} is unknown; supported: {known}")
+        raise ValueError(f"config: model_type {kind!r} is not known; known are {known}")
     return MODEL_TYPES[kind]
 
 

@@ -82,7 +82,7 @@ def windowed_text(
     for kind in kinds:
         check_choice(owner, "layer_types", kind, (SLIDING, FULL))
     if len(kinds) < count:
-        raise ValueError(f"{owner}: layer_types must have {count} entries, got {len(kinds)}")
+        raise ValueError(f"{owner}: layer_types must be {count}, one per layer, got {len(kinds)}")
     if SLIDING in kinds:
         check_size(owner, "sliding_window", config["sliding_window"])
     check_number(owner, "query_pre_attn_scalar", config["query_pre_attn_scalar"])

@@ -197,7 +197,7 @@ def share_evenly(images: int, rows: int) -> int:
     """
     if rows == 0 or images % rows:
         raise ValueError(
-            f"without placeholders every row needs the same number of images, got {images} for "
+            f"images without placeholders must be as many for every row, got {images} for "
             f"{rows} rows"
         )
     return images // rows

@@ -268,8 +268,8 @@ def _check_visible(mask: torch.Tensor, placeholders: torch.Tensor) -> None:
         row, position = blind.nonzero()[0].tolist()
         raise ValueError(
             f"cross_attention_mask, of {mask.shape[1]} rows for {placeholders.shape[1]} tokens, "
-            f"hides every image from the placeholder at position {position} of row {row}: was the "
-            "padding moved after the mask was made?"
+            f"shows the placeholder at position {position} of row {row} no image: was the padding "
+            "moved after the mask was made?"
         )
 
 
@@ -278,8 +278,8 @@ def _check_mask_of_packed(mask: torch.Tensor | None, length: int) -> None:
     if not torch.compiler.is_compiling() and (mask is None or mask.shape[1] != length):
         given = "None" if mask is None else list(mask.shape)
         raise ValueError(
-            f"cross_attention_mask must cover each of {length} positions where position_ids "
-            f"restart; got {given}"
+            f"cross_attention_mask must say for each of {length} positions what it sees: "
+            f"position_ids restart; got {given}"
         )
 
 

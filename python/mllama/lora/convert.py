@@ -40,7 +40,7 @@ def convert_linears_to_lora(
         The new layers by dotted name. A layer used in several places appears under each name.
 
     Raises:
-        TypeError: an argument has another type.
+        TypeError: an argument has the wrong type.
         ValueError: rank, alpha or dropout is out of range; no layer matches; module is itself a
             linear layer, which cannot be replaced in place; a layer requested by name shares its
             weight.

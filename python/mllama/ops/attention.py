@@ -218,7 +218,7 @@ def _check_numbers(o: Options) -> None:
         _check_int("query_offset", o.query_offset, "an int, an int64 tensor or None")
         if not -_FAR < o.query_offset < _FAR:
             raise ValueError(
-                f"attention: query_offset must be within 2**62 of 0, got {o.query_offset}"
+                f"attention: query_offset must lie within 2**62 of 0, got {o.query_offset}"
             )
     if o.key_bias is not None and getattr(o.key_bias, "requires_grad", False):
         raise ValueError("attention: key_bias gets no gradient; pass key_bias.detach()")

@@ -53,7 +53,7 @@ def geglu_reference(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
 def _check(op: str, gate: torch.Tensor, up: torch.Tensor) -> None:
     check_tensors(op, gate=gate, up=up)
     if up.shape != gate.shape or up.dtype != gate.dtype:
-        raise ValueError(f"{op}: up must be like gate, {kind(gate)}, got {kind(up)}")
+        raise ValueError(f"{op}: up must be as gate, {kind(gate)}, got {kind(up)}")
 
 
 def _register(name: str):

@@ -61,7 +61,7 @@ def lora_linear(
     _check_numbers(scale, dropout)
     if torch.is_grad_enabled() and getattr(weight, "requires_grad", False):
         raise ValueError(
-            "lora_linear: the weight must be frozen, but weight.requires_grad is True: call "
+            "lora_linear: weight.requires_grad is True, but only a frozen weight is taken: "
             "weight.requires_grad_(False)"
         )
     dtype = autocast_dtype(x)

@@ -110,7 +110,7 @@ def _add_check(x, residual, weight, eps, offset) -> None:
     check_tensors("add_rms_norm", x=x, residual=residual, weight=weight)
     _check_weight("add_rms_norm", x, weight)
     if residual.shape != x.shape or residual.dtype != x.dtype:
-        raise ValueError(f"add_rms_norm: residual must be like x, {kind(x)}, got {kind(residual)}")
+        raise ValueError(f"add_rms_norm: residual must be as x, {kind(x)}, got {kind(residual)}")
 
 
 def _fake(x, weight, eps, offset):

@@ -154,7 +154,7 @@ def processor_kind(folder: Path) -> str | None:
     name = settings.get("processor_class") or images.get("processor_class")
     if name:
         if str(name) not in KIND_OF_CLASS:
-            raise ValueError(f"{folder} has a {name}; supported are {', '.join(KIND_OF_CLASS)}")
+            raise ValueError(f"{folder} holds a {name}; what is read is {', '.join(KIND_OF_CLASS)}")
         return KIND_OF_CLASS[str(name)]
     model_type = read_object(folder, "config.json").get("model_type")
     if isinstance(model_type, str) and model_type in KIND_OF_MODEL:
@@ -164,7 +164,7 @@ def processor_kind(folder: Path) -> str | None:
     kind = str(images.get("image_processor_type")).removesuffix("Fast")
     if kind not in KIND_OF_IMAGES:
         raise ValueError(
-            f"{folder} has a {kind} and does not name its model; supported without one are"
+            f"{folder} holds a {kind} and says of no model whose it is; what is read alone is"
             f" {', '.join(KIND_OF_IMAGES)}"
         )
     return KIND_OF_IMAGES[kind]
@@ -179,7 +179,7 @@ def image_kind(where: str | os.PathLike, images: dict, accepted: Sequence[str]) 
     kind = images.get("image_processor_type")
     name = accepted[0] if kind is None else str(kind).removesuffix("Fast")
     if name not in accepted:
-        raise ValueError(f"{where} has a {kind}; supported: {' or '.join(accepted)}")
+        raise ValueError(f"{where} holds a {kind}; what is read is {' or '.join(accepted)}")
     return name
 
 
@@ -191,7 +191,7 @@ def check_llava(where: str | os.PathLike, settings: dict, images: dict) -> None:
     """
     family = settings.get("processor_class") or images.get("processor_class")
     if family not in (None, "LlavaProcessor"):
-        raise ValueError(f"{where} has a {family}; a LlavaProcessor is required")
+        raise ValueError(f"{where} holds a {family}; what is read is a LlavaProcessor")
 
 
 def read_llava(

@@ -46,7 +46,7 @@ def parse_object(file: str | os.PathLike, name: str) -> dict:
     try:
         content = json.loads(Path(file).read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{name} is not valid JSON: {error}") from error
+        raise ValueError(f"{name} is no JSON: {error}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{name} must be a JSON object, got {type(content).__name__}")
     return content
@@ -75,7 +75,7 @@ def read_settings(
     images = processor.get("image_processor") or read(where, "preprocessor_config.json")
     if not images:
         raise FileNotFoundError(
-            f"{where} has no preprocessor_config.json, and no image processor in a"
+            f"{where} holds no preprocessor_config.json, and no image processor in a"
             " processor_config.json"
         )
     if not isinstance(images, dict):

@@ -194,7 +194,7 @@ def _what_it_is(file: str | io.BytesIO) -> str:
     return (
         "it is an HTML page"
         if page
-        else f"it is not an image of a known format; it begins with {begin[:16]!r}"
+        else f"it is no image of a known format, and begins with {begin[:16]!r}"
     )
 
 
@@ -220,7 +220,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         low, high = values.min(), values.max()
         if low < -_ROUNDING or high > 255 * (1 + _ROUNDING):
             raise ValueError(
-                f"an image of mode F must be within 0..1 or 0..255, got {low:.8g}..{high:.8g}"
+                f"an image of mode F must hold 0..1 or 0..255, got {low:.8g}..{high:.8g}"
             )
         return Image.fromarray(_array_to_rgb(values / 255 if high > 1 + _ROUNDING else values))
     if image.has_transparency_data:
@@ -233,7 +233,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 def _sixteen_bits(values: np.ndarray) -> np.ndarray:
     if values.min() < 0 or values.max() > 65535:
         raise ValueError(
-            f"an image of mode I must be within 0..65535, got {values.min()}..{values.max()}"
+            f"an image of mode I must hold 0..65535, got {values.min()}..{values.max()}"
         )
     return values.astype(np.uint16)
 
@@ -284,7 +284,7 @@ def _eight_bits(pixels: np.ndarray) -> np.ndarray:
         low, high = pixels.min(), pixels.max()
         if not (low >= -_ROUNDING and high <= 1 + _ROUNDING):  # in this form NaN fails too
             raise ValueError(
-                f"a float image must be within 0..1, got {low:.8g}..{high:.8g}: divide by its full "
+                f"an image of floats must hold 0..1, got {low:.8g}..{high:.8g}: divide by its full "
                 "scale, or cast to uint8"
             )
         return np.rint(pixels.astype(np.float32).clip(0, 1) * 255).astype(np.uint8)

@@ -115,7 +115,7 @@ def _open_path(path: str) -> tuple[str, str]:
 
 def _held(data: bytes, name: str) -> tuple[io.BytesIO, str]:
     if not data:
-        raise ValueError(f"the image is empty: {name}")
+        raise ValueError(f"the image holds no data: {name}")
     return io.BytesIO(data), name
 
 
@@ -144,7 +144,7 @@ def _read_file(file: Any) -> bytes:
 def _path_of(url: str) -> str:
     parts = urllib.parse.urlsplit(url)
     if parts.netloc.lower() not in ("", "localhost"):
-        raise ValueError(f"a file URL must be local, file:///path, got {shorten(url)}")
+        raise ValueError(f"a file URL must be of this machine, file:///path, got {shorten(url)}")
     return urllib.request.url2pathname(parts.path)
 
 

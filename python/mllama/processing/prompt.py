@@ -186,7 +186,7 @@ def in_order(text, images, *others) -> tuple:
         ValueError: both are None.
     """
     if any(other is not None for other in others):
-        raise TypeError("only text and images are supported, not videos or audio")
+        raise TypeError("text and images are taken, no videos and no audio")
     if text is None and images is None:
         raise ValueError("give text, images, or both")
     if text is None or _is_text(text):

@@ -156,7 +156,9 @@ def check_edges(name: str, size: dict) -> None:
     """
     for edge in size.values():
         if not isinstance(edge, int) or isinstance(edge, bool) or not 1 <= edge <= MAX_EDGE:
-            raise ValueError(f"{name} must have integer edges in 1..{MAX_EDGE} pixels, got {size}")
+            raise ValueError(
+                f"{name} must hold whole numbers of pixels in 1..{MAX_EDGE}, got {size}"
+            )
 
 
 def _size(name: str, size: Any, square: bool = True) -> tuple[int, int] | int:

@@ -173,7 +173,7 @@ def load_tokenizer(where: str | os.PathLike) -> TextTokenizer:
         others = [name for name in TOKENIZER_FILES if (folder / name).exists()]
         if not others:
             raise FileNotFoundError(
-                f"{folder} has no tokenizer: none of {', '.join(TOKENIZER_FILES)}"
+                f"{folder} holds no tokenizer: none of {', '.join(TOKENIZER_FILES)}"
             )
         raise ValueError(
             f"{folder / others[0]} cannot be read without transformers, only tokenizer.json can; "

@@ -130,7 +130,7 @@ class Tokenizer:
         try:
             numbers = [operator.index(token) for token in ids]
         except TypeError as error:
-            raise TypeError(f"ids must be a sequence of integers: {error}") from error
+            raise TypeError(f"ids must be a sequence of whole numbers: {error}") from error
         for token in numbers:
             if not 0 <= token < self.n_words:
                 raise IndexError(f"ids: {token} is not between 0 and {self.n_words - 1}")

@@ -137,7 +137,7 @@ def check_system(processor: Any, system: str) -> None:
             "prompt"
         )
     if processor.chat_template is None:
-        raise ValueError("this model has no chat template, so it takes no system prompt")
+        raise ValueError("this model has no chat template, and so no place for a system prompt")
     user = {"role": "user", "content": "?"}
     without, *both = (
         encode_messages(
@@ -146,7 +146,7 @@ def check_system(processor: Any, system: str) -> None:
         for texts in ([], ["a"], ["b"])
     )
     if both[0] == both[1] or without in both:
-        raise ValueError("this model's chat template ignores system prompts")
+        raise ValueError("this model's chat template leaves system prompts out")
 
 
 def check_question(question: Any) -> None:
@@ -164,5 +164,5 @@ def check_question(question: Any) -> None:
         question.encode()
     except UnicodeEncodeError as error:
         raise ValueError(
-            f"the question is not valid UTF-8 text, at {ascii(question[error.start])}"
+            f"the question is no valid UTF-8 text, at {ascii(question[error.start])}"
         ) from error

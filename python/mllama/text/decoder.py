@@ -223,8 +223,8 @@ class Decoder(nn.Module):
             _check_attn_mask(attn_mask, batch, self.config.num_attention_heads, length, keys)
             if prefix_length is not None or first_key is not None:
                 raise ValueError(
-                    "prefix_length and first_key must be None with a 4-D attention_mask, which "
-                    "replaces them"
+                    "prefix_length and first_key must be None beside an attention_mask of 4 "
+                    "dimensions, which replaces them"
                 )
         if position_ids is None:
             position_ids = count_positions(padding_mask, length, past, inputs_embeds.device)

@@ -392,4 +392,4 @@ def _writer(weight_map: WeightMap, name: str) -> tuple[Row, Binding, int]:
     for row in weight_map:
         if (found := row.find_ours(name)) is not None:
             return row, *found
-    raise ValueError(f"the file format has no tensor for the model's {name!r}")
+    raise ValueError(f"no place in the file format for the model's tensor {name!r}")
