@@ -1,4 +1,4 @@
-"""`fuse` with a processor: combines two loaded models, and builds the combined model's processor."""
+"""`fuse` with a processor: combines two loaded models and builds the processor of the result."""
 
 import copy
 import warnings
@@ -94,8 +94,8 @@ def _processor(
         token = tokenizer.convert_ids_to_tokens(place)
         if token not in tokenizer.get_added_vocab():
             warnings.warn(
-                f"no processor is built: image_token_index {place} is an ordinary token, {token!r}; "
-                "give a special one",
+                f"no processor is built: image_token_index {place} is an ordinary token, "
+                f"{token!r}; give a special one",
                 stacklevel=3,
             )
             return None

@@ -1,4 +1,4 @@
-"""`load_hf_model`, for older scripts. Lenient loader: prints a report and ignores unused tensors."""
+"""`load_hf_model`, a lenient loader: prints a report and ignores unused tensors."""
 
 import os
 from collections.abc import Callable

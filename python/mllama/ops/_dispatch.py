@@ -136,8 +136,8 @@ def register(
 
 
 def _checked(check: Callable, fake: Callable) -> Callable:
-    """A fake that checks its arguments. A call that mixes meta and real tensors runs it too, and its
-    result would be uninitialized memory.
+    """A fake that checks its arguments. A call that mixes meta and real tensors runs it too, and
+    its result would be uninitialized memory.
     """
 
     def checked(*arguments):

@@ -171,7 +171,8 @@ def _load(path: Path) -> dict[str, torch.Tensor]:
     except UnpicklingError as error:
         found = re.search(r"GLOBAL (?!was )(\S+)", str(error))
         raise ValueError(
-            f"{path} holds something else than tensors{f' ({found[1]})' if found else ''}, and is not read"
+            f"{path} holds something else than tensors{f' ({found[1]})' if found else ''}, and is "
+            "not read"
         ) from error
     except Exception as error:  # of a broken file anything may come
         raise ValueError(f"{path} is no archive that torch.save wrote: {error}") from error
