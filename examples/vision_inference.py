@@ -1,7 +1,7 @@
 """Show the features of a SigLIP encoder: `python examples/vision_inference.py IMAGE --model DIR`.
 
 Prints the features' shape and a map of the cosine similarity between every patch and the center
-patch: darker is more similar. DIR holds a SigLIP or a model with one. Default: the embedded
+patch: darker is more similar. DIR is a SigLIP or a model with one. Default: the embedded
 model.
 """
 

@@ -1,4 +1,4 @@
-"""LoRA adapters for a model folder: `python -m mllama.dropin convert_lo_ra`, which says more."""
+"""LoRA adapters for a model folder: `python -m mllama.dropin convert_lo_ra`."""
 
 import sys
 

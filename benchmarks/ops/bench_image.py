@@ -1,4 +1,4 @@
-"""resize and resize_normalize on images of usual sizes, to SigLIP-base's input."""
+"""resize and resize_normalize on images of common sizes, to SigLIP-base's input."""
 
 from collections.abc import Iterator
 
@@ -29,7 +29,7 @@ def cases() -> Iterator[Case]:
     for height, width in SIZES:
         array = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
         image, source = torch.from_numpy(array), Image.fromarray(array)
-        planes = image.permute(2, 0, 1)[None]  # channels last in memory, torch's fast road
+        planes = image.permute(2, 0, 1)[None]  # channels last in memory, torch's fast path
 
         def pillow(source=source):
             return np.array(source.resize((side, side), Image.Resampling.BICUBIC))

@@ -114,7 +114,7 @@ def test_what_would_not_load_is_told_from_headers(run, folder):
         ["stray.weight"],
     )
     assert (
-        len(said["of another shape or dtype"]) == 1 and bent in said["of another shape or dtype"][0]
+        len(said["of another shape or kind"]) == 1 and bent in said["of another shape or kind"][0]
     )
     code, out, err = run("inspect", folder)
     assert (

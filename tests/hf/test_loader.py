@@ -66,7 +66,7 @@ def test_leftovers_are_skipped_and_what_is_missing_is_initialised(folder, capsys
     said = capsys.readouterr().out
     assert "skipped, of unknown names (1): surprise" in said
     assert (
-        "skipped, of another shape or dtype (1): language_model.lm_head.weight is float32 [3, 64]"
+        "skipped, of another shape or kind (1): language_model.lm_head.weight is float32 [3, 64]"
         in said
     )
     assert "missing, newly initialized (4)" in said and all(name in said for name in fresh)

@@ -117,10 +117,10 @@ def download(
         ) from error
     except HfHubHTTPError as error:
         raise FileNotFoundError(
-            f"{model_id} cannot be downloaded from the hub: {str(error).splitlines()[0]}"
+            f"{model_id} cannot be fetched from the hub: {str(error).splitlines()[0]}"
         ) from error
     except (ValueError, OSError):  # an invalid id, or the disk
         raise
     except Exception as error:  # connection errors, of the HTTP library's classes
         said = f"{type(error).__name__} {' '.join(str(error).split())}"
-        raise FileNotFoundError(f"{model_id} cannot be downloaded from the hub: {said}") from error
+        raise FileNotFoundError(f"{model_id} cannot be fetched from the hub: {said}") from error

@@ -111,7 +111,8 @@ def fill(
     # Shards are opened one after the other: they could belong to different models.
     if opened.changed():
         raise ValueError(
-            f"the weights in {opened.source.where} changed while they were read: load them again"
+            f"the weights in {opened.source.where} were written anew while they were read: load "
+            "them again"
         )
     for name, other in tied.items():
         if name not in report.lacking:

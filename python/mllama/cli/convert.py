@@ -52,10 +52,10 @@ def _check_free(target: Path, to_gguf: bool, force: bool) -> None:
     if to_gguf and target.suffix != ".gguf":
         raise ValueError(f"OUT must be a file that ends in .gguf, got {target}")
     if target.exists() and target.is_dir() == to_gguf:
-        raise ValueError(f"OUT must be a {'file' if to_gguf else 'folder'}, got {target}")
+        raise ValueError(f"OUT must be a {'file' if to_gguf else 'folder'}, and {target} is none")
     if not force and target.exists() and (to_gguf or any(target.iterdir())):
         raise FileExistsError(
-            f"{target} exists{'' if to_gguf else ' and is not empty'}; --force overwrites it"
+            f"{target} exists{'' if to_gguf else ' and is not empty'}; --force writes over it"
         )
 
 

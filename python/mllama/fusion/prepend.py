@@ -101,8 +101,8 @@ class PrependFusion(MergeFusion):
 def _check_own(name: str, tensor: torch.Tensor | None, length: int, visual: int) -> None:
     if isinstance(tensor, torch.Tensor) and tensor.shape[1:] != (length,):
         raise ValueError(
-            f"{name} must be [batch, {length}], without the {visual} visual tokens prepended to "
-            f"the text, got {list(tensor.shape)}"
+            f"{name} must be [batch, {length}], the text's own without the {visual} visual tokens "
+            f"before it, got {list(tensor.shape)}"
         )
 
 

@@ -167,7 +167,7 @@ def _place_cross_layers(
         for index in cross_attention_layers:  # ascending: earlier ones are already in place
             places.insert(index, CrossCacheLayer())
     if len(places) < num_layers:
-        raise ValueError(f"cache must have {num_layers} layers like the decoder, got {len(places)}")
+        raise ValueError(f"cache must have {num_layers} layers, as the decoder, got {len(places)}")
     for index in cross_attention_layers:
         if not isinstance(places[index], CrossCacheLayer):
             if int(places[index].get_seq_length()):

@@ -110,7 +110,7 @@ def _device(device: torch.device | str | int) -> torch.device:
         raise ValueError(f"{device!r} is not a device: {error}") from error
     if known.type == "cuda":
         if not torch.cuda.is_available():
-            raise ValueError(f"device {device!r} was requested, but this torch sees no CUDA device")
+            raise ValueError(f"device {device!r} was asked for, but this torch sees no CUDA device")
         if known.index is None:
             return torch.device("cuda", torch.cuda.current_device())
     try:
@@ -122,7 +122,7 @@ def _device(device: torch.device | str | int) -> torch.device:
         NotImplementedError,
     ) as error:  # each backend raises its own type if unavailable
         raise ValueError(
-            f"device {device!r} was requested, but this torch cannot use it: "
+            f"device {device!r} was asked for, but this torch cannot use it: "
             f"{str(error).splitlines()[0]}"
         ) from error
     return known

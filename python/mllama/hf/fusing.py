@@ -94,7 +94,7 @@ def _check(text_model: Any, vision_model: Any, options: dict[str, Any]) -> None:
         ours, theirs = getattr(text_model, name), getattr(vision_model, name)
         if ours != theirs:
             raise ValueError(
-                f"text_model and vision_model must have the same {name}, got {ours} and {theirs}"
+                f"text_model and vision_model must have one {name}, got {ours} and {theirs}"
             )
 
 

@@ -116,7 +116,7 @@ def _lines(family: str, where: str, report: Report, tied: dict[str, str]) -> lis
     ]
     for what, names in (
         ("skipped, of unknown names", report.unexpected),
-        ("skipped, of another shape or dtype", report.unfit),
+        ("skipped, of another shape or kind", report.unfit),
         ("skipped, given twice", report.twice),
         ("missing, newly initialized", report.lacking),
     ):

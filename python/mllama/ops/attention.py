@@ -240,7 +240,7 @@ def _check(q, k, v, *options) -> None:
     o = Options(*options)
     for name in ("window", "query_offset", "prefix_length"):
         if getattr(o, name) is not None and not o.causal:
-            raise ValueError(f"attention: {name} requires causal=True")
+            raise ValueError(f"attention: {name} has a meaning only with causal=True")
     batch, queries, keys = len(q), q.shape[1], k.shape[1]
     int64 = torch.int64
     _check_mask("key_mask", o.key_mask, q, torch.bool, [batch, keys])

@@ -179,7 +179,7 @@ def rope_frequencies(
     kind = scaling.get("rope_type", scaling.get("type", "default"))
     if not isinstance(kind, str) or kind not in _SCALINGS:
         raise ValueError(
-            f"rope_frequencies: unknown rope type {kind!r}; supported: {', '.join(_SCALINGS)}"
+            f"rope_frequencies: unknown rope type {kind!r}; known are {', '.join(_SCALINGS)}"
         )
     check_value(
         scaling.get("partial_rotary_factor") in (None, 1.0),

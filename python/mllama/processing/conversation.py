@@ -140,8 +140,8 @@ def _place(turns: list[dict], images: list, image_token: str | None) -> list:
     missing, left = sum(image is None for image in placed), len(list(rest))
     if missing or left:
         raise ValueError(
-            f"the messages have places for {len(placed)} image(s), but got"
-            f" {len(placed) - missing + left}"
+            f"the messages have places for {len(placed)} image(s), but"
+            f" {len(placed) - missing + left} came"
         )
     return placed
 

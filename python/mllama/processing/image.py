@@ -135,7 +135,7 @@ def channel_values(name: str, values: float | Iterable[float]) -> tuple[float, f
     ):
         if name != "image_std" or 0 not in numbers:
             return tuple(float(number) for number in numbers)
-        raise ValueError(f"{name} must not contain zero, got {values!r}")
+        raise ValueError(f"{name} must hold no zero, got {values!r}")
     raise ValueError(f"{name} must be one finite number or three, got {values!r}")
 
 

@@ -76,7 +76,7 @@ def _as_part(part: Mapping, where: str) -> dict:
         )
     if kind == "text" and not isinstance(part.get("text"), str):
         raise TypeError(
-            f"a text part of {where} needs a str as text, got {type(part.get('text')).__name__}"
+            f"a text part of {where} must hold a str as text, got {type(part.get('text')).__name__}"
         )
     if kind != "image_url":
         return dict(part)

@@ -74,7 +74,7 @@ def read_tile_settings(path: Path) -> dict | None:
         content = content.get("model", content)
         size, tiles = content.get("vision_chunk_size", -1), content.get("vision_max_num_chunks", 4)
     except (ValueError, AttributeError, RecursionError) as error:
-        raise ValueError(f"{path} is not a JSON object in Meta's format: {error}") from error
+        raise ValueError(f"{path} is not a JSON object as Meta writes it: {error}") from error
     if size == -1:
         return None
     return {

@@ -256,7 +256,7 @@ def share_out(
         for number, (row, wanted) in enumerate(zip(rows, placeholders, strict=True)):
             if wanted is not None and wanted != len(row):
                 raise ValueError(
-                    f"prompt {number} has {wanted} {image_token} placeholder(s), but got "
+                    f"prompt {number} holds {wanted} {image_token} placeholder(s), but got "
                     f"{len(row)} image(s)"
                 )
         return rows
@@ -265,7 +265,7 @@ def share_out(
         total = sum(wanted or 0 for wanted in placeholders)
         if total != len(images):
             raise ValueError(
-                f"{prompts} prompt(s) have {total} {image_token} placeholder(s) in all, but got "
+                f"{prompts} prompt(s) hold {total} {image_token} placeholder(s) in all, but got "
                 f"{len(images)} image(s)"
             )
         rest = iter(images)

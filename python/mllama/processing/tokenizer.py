@@ -157,7 +157,7 @@ def read_ranks(path: Path) -> dict[bytes, int]:
             ranks[base64.b64decode(token, validate=True)] = int(rank)
         except ValueError as error:
             raise ValueError(
-                f"{path} is not Meta's tokenizer.model of Llama 3: line {number} is not base64 "
+                f"{path} is not Meta's tokenizer.model of Llama 3: line {number} is no base64 "
                 "token and its rank"
             ) from error
     missing = 256 - sum(bytes([byte]) in ranks for byte in range(256))

@@ -194,7 +194,7 @@ def open_gguf(path: str | os.PathLike, config: Config | None = None) -> Opened:
     architecture = header.get("general.architecture", str)
     if architecture not in ARCHITECTURES:
         raise ValueError(
-            f"{path}: the architecture {architecture[:50]!r} is not supported; "
+            f"{path}: the architecture {architecture[:50]!r} is not read; "
             f"{' and '.join(ARCHITECTURES)} are"
         )
     family = ARCHITECTURES[architecture]
@@ -234,7 +234,7 @@ def _sizes(header: GgufHeader, architecture: str) -> dict[str, Any]:
     )
     if layers > len(header.tensors):
         raise ValueError(
-            f"{header.path}: {architecture}.block_count is {layers}, but the file has "
+            f"{header.path}: {architecture}.block_count is {layers}, the file holds "
             f"{len(header.tensors)} tensors in all"
         )
     embedding = header.tensors.get("token_embd.weight")

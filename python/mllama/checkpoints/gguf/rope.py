@@ -61,7 +61,7 @@ def _llama3(
     if parameters is None:
         said = ", ".join(f"{name} {value}" for name, value in LLAMA3.items())
         raise ValueError(
-            f"{header.path}: {ROPE_FREQS} is not Llama 3's scaling with {said}, an original "
+            f"{header.path}: {ROPE_FREQS} is no scaling of Llama 3 with {said}, an original "
             f"context of {original} tokens and one factor; "
             "others are not read"
         )

@@ -105,7 +105,7 @@ def read_tokenizer(path: str | os.PathLike) -> GgufTokenizer:
     model = header.get("tokenizer.ggml.model", str)
     if model not in ("gpt2", "llama"):
         raise ValueError(
-            f"{path}: tokenizer.ggml.model {model[:50]!r} is not supported; 'gpt2' and 'llama' are"
+            f"{path}: tokenizer.ggml.model {model[:50]!r} is not read; 'gpt2' and 'llama' are"
         )
     named = {f"{name}_token": _token(header, tokens, key) for name, key in _KEYS.items()}
     try:
@@ -178,8 +178,7 @@ def _byte_level(
     pre = _pre(header)
     if pre not in _PRE:
         raise ValueError(
-            f"{header.path}: tokenizer.ggml.pre {pre[:50]!r} is not supported; "
-            f"{', '.join(_PRE)} are"
+            f"{header.path}: tokenizer.ggml.pre {pre[:50]!r} is not read; {', '.join(_PRE)} are"
         )
     merges = [tuple(merge.split(" ", 1)) for merge in header.get("tokenizer.ggml.merges", list, [])]
     backend = Tokenizer(

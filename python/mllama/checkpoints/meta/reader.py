@@ -106,7 +106,7 @@ def _open_vision(params: "_Params", text: dict[str, Any], source: "MetaSource") 
     )
     if not 0 < patches <= _FINER * positions:
         raise ValueError(
-            f"{params.path}: vision_chunk_size {size} gives {patches} patches; the shards have "
+            f"{params.path}: vision_chunk_size {size} makes {patches} patches; the shards have "
             f"positions for {positions}"
         )
     crossed = [layer + place for place, layer in enumerate(sorted(fusion))]

@@ -70,7 +70,7 @@ class MetaSource:
                 if headers.get(name) != shards[0].get(name)
             ):
                 raise ValueError(
-                    f"{path} and {self._paths[0].name} are not parts of one model: they differ in "
+                    f"{path} is no part of the same model as {self._paths[0].name}: they differ in "
                     f"{listing(other)}"
                 )
         self._headers = {name: self._whole(name, header) for name, header in shards[0].items()}

@@ -206,7 +206,7 @@ class MllamaImageProcessor(ChatTemplates, ProcessorMixin):
             data.update(self.image_processor(rows, **merged["images_kwargs"]))
             wanted, got = sum(len(row) for row in rows), len(data["pixel_values"])
             if wanted != got:
-                raise ValueError(f"the prompts have {wanted} image(s), but pixel_values {got}")
+                raise ValueError(f"the prompts hold {wanted} image(s), but pixel_values {got}")
             self._check_size(data["pixel_values"], kwargs)
         return BatchFeature(
             data,
