@@ -220,12 +220,14 @@ def test_tiles_that_are_empty_in_every_row_get_no_keys():
     ]
     with torch.no_grad():
         all_keys, _ = ours(hidden, cross=cross_context(states, mask, TOKENS))
-        cross = cross_context(states, mask, TOKENS, filled=filled)
+        cross = cross_context(states, mask, TOKENS, aspect_ratio_mask=filled)
         assert cross.states.shape[1] == (2 + 3) * TOKENS
         torch.testing.assert_close(ours(hidden, cross=cross)[0], all_keys)
         cache, got = TransformersCache(DynamicCache(), SPEC), []
         for x, new, seen, tiles in steps:
-            cross = cross_context(new, seen, TOKENS, cached=cache.tile_mask, filled=tiles)
+            cross = cross_context(
+                new, seen, TOKENS, cached=cache.tile_mask, aspect_ratio_mask=tiles
+            )
             cache.tile_mask = cross.tile_mask
             got.append(ours(x, None, cache, cross=cross)[0])
         torch.testing.assert_close(torch.cat(got, 1), all_keys)

@@ -122,5 +122,5 @@ def download(
     except (ValueError, OSError):  # an invalid id, or the disk
         raise
     except Exception as error:  # connection errors, of the HTTP library's classes
-        said = f"{type(error).__name__} {' '.join(str(error).split())}"
-        raise FileNotFoundError(f"{model_id} cannot be fetched from the hub: {said}") from error
+        reason = f"{type(error).__name__} {' '.join(str(error).split())}"
+        raise FileNotFoundError(f"{model_id} cannot be fetched from the hub: {reason}") from error

@@ -128,20 +128,22 @@ def _fault(move: Move, headers: dict[str, Header], wanted: dict[str, torch.Tenso
     """How the file's tensors of a move differ from the model's; "" if they do not."""
     given = [headers[name] for name in move.theirs]
     kinds = [f"{str(header.dtype).removeprefix('torch.')} {list(header.shape)}" for header in given]
-    said = " and ".join(f"{name} is {kind}" for name, kind in zip(move.theirs, kinds, strict=True))
+    problem = " and ".join(
+        f"{name} is {kind}" for name, kind in zip(move.theirs, kinds, strict=True)
+    )
     taken = " and ".join(str(list(wanted[name].shape)) for name in move.ours)
     try:
         values = move.row.read(
             [torch.empty(header.shape, dtype=header.dtype, device="meta") for header in given]
         )
     except (RuntimeError, ValueError, IndexError, ZeroDivisionError) as error:
-        return f"{said}, the model takes floating {taken}: {' '.join(str(error).split())}"
+        return f"{problem}, the model takes floating {taken}: {' '.join(str(error).split())}"
     fits = [
         value.shape == wanted[name].shape for value, name in zip(values, move.ours, strict=True)
     ]
     if all(fits) and all(header.dtype in _LOADED_AS for header in given):
         return ""
-    return f"{said}, the model takes floating {taken}"
+    return f"{problem}, the model takes floating {taken}"
 
 
 def load_weights(
@@ -189,11 +191,11 @@ def load_weights(
                 )
             elif not torch.equal(other.cpu(), value.to(dtype)):
                 both = f"{move.theirs[0]} and {', '.join(file_names(weight_map, tied[name]))}"
-                said = f"{both} differ, but the config says they are one (tied)"
+                problem = f"{both} differ, but the config says they are one (tied)"
                 if strict:
-                    raise ValueError(f"{source.where}: {said}")
+                    raise ValueError(f"{source.where}: {problem}")
                 report.moves.remove(move)
-                report.unfit.append(said)
+                report.unfit.append(problem)
     for name, other in both_ways(tied).items():
         if name not in loaded and other in loaded:
             loaded[name] = loaded[other]

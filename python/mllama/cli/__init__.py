@@ -53,8 +53,8 @@ def run_told(work: Callable[[], int | None]) -> int:
 
 def complain(error: Exception) -> None:
     """Print an error in one line on stderr, with its type unless it is a kind raised for users."""
-    told = isinstance(error, (OSError, ValueError, OpsUnavailable)) and str(error)
-    text = " ".join((str(error) if told else f"{type(error).__name__}: {error}").split())
+    expected = isinstance(error, (OSError, ValueError, OpsUnavailable)) and str(error)
+    text = " ".join((str(error) if expected else f"{type(error).__name__}: {error}").split())
     print(
         f"mllama: error: {text[:_LONGEST_ERROR]}{' ...' * (len(text) > _LONGEST_ERROR)}",
         file=sys.stderr,

@@ -168,13 +168,13 @@ def reply(
     return Reply((found.text or "").strip(), tokens, round(end - start, 3), stopped)
 
 
-def facts(arguments: argparse.Namespace, session: "AnySession", said: Reply) -> dict[str, Any]:
+def facts(arguments: argparse.Namespace, session: "AnySession", answer: Reply) -> dict[str, Any]:
     """The fields of --json that every answer has."""
     first = next(session.model.parameters())
     return {
-        "answer": said.text,
-        "tokens": said.tokens,
-        "seconds": said.seconds,
+        "answer": answer.text,
+        "tokens": answer.tokens,
+        "seconds": answer.seconds,
         "model": arguments.model or "embedded",
         "dtype": dtype_name(first.dtype),
         "device": str(first.device),

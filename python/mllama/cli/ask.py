@@ -27,11 +27,11 @@ def run(arguments: argparse.Namespace) -> None:
     inputs = encode(session.processor, images, question, system=arguments.system)
     check_room(session.context, inputs["input_ids"].shape[1])
     begin = functools.partial(say_loaded, arguments.model, session.model)
-    said = reply(session, inputs, options, begin, show=not arguments.json)
+    answer = reply(session, inputs, options, begin, show=not arguments.json)
     if arguments.json:
         shown = {"image": paths[0] if len(paths) == 1 else paths or None, "question": question}
         # ASCII, which every stdout can encode
-        print(json.dumps(shown | facts(arguments, session, said)))
+        print(json.dumps(shown | facts(arguments, session, answer)))
 
 
 def _read_question(paths: list[str]) -> str:

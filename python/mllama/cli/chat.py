@@ -72,7 +72,7 @@ class _Talk:
         self.images: list[Image.Image] = []
         self.system: str | None = None
         self.turns: list[tuple[str, str]] = []  # those that still fit the context
-        self.said: list[tuple[str, str]] = []  # all turns
+        self.history: list[tuple[str, str]] = []  # all turns
         self.saved: set[Path] = set()
 
     def command(self, name: str, rest: str) -> bool:
@@ -105,7 +105,7 @@ class _Talk:
             self.instruct(rest or None)
             _note("a new system prompt" if rest else "no system prompt")
         elif name == "/reset":
-            self.turns, self.said = [], []
+            self.turns, self.history = [], []
             _note("a new conversation")
         elif name == "/save":
             self.save(Path(rest))
@@ -122,7 +122,7 @@ class _Talk:
         """
         if tokenizer_of(self.session.processor) is self.session.processor:
             raise ValueError(f"this model takes no images, got {len(images)}")
-        self.names, self.images, self.turns, self.said = names, images, [], []
+        self.names, self.images, self.turns, self.history = names, images, [], []
 
     def instruct(self, system: str | None) -> None:
         """Set the system prompt.
@@ -142,9 +142,9 @@ class _Talk:
         """
         if path.exists() and path.resolve() not in self.saved:
             raise FileExistsError(f"{path} exists")
-        said = [text for turn in self.said for text in turn]
+        texts = [text for turn in self.history for text in turn]
         messages = [] if self.system is None else [{"role": "system", "content": self.system}]
-        messages += as_messages(said)
+        messages += as_messages(texts)
         content = {
             "model": self.arguments.model or "embedded",
             "images": self.names,
@@ -173,14 +173,14 @@ class _Talk:
         check_images(self.session, self.images)
         inputs, fitting = self._fit(question)
         show = not self.arguments.json
-        said = reply(self.session, inputs, self.options, show=show, stoppable=True)
+        answer = reply(self.session, inputs, self.options, show=show, stoppable=True)
         if self.arguments.json:
-            shown = {"question": question} | facts(self.arguments, self.session, said)
-            print(json.dumps(shown | {"stopped": said.stopped}), flush=True)
-        if said.text or not said.stopped:
+            shown = {"question": question} | facts(self.arguments, self.session, answer)
+            print(json.dumps(shown | {"stopped": answer.stopped}), flush=True)
+        if answer.text or not answer.stopped:
             templated = self.session.processor.chat_template
-            self.turns = [*fitting, (question, said.text)] if templated else []
-            self.said.append((question, said.text))
+            self.turns = [*fitting, (question, answer.text)] if templated else []
+            self.history.append((question, answer.text))
 
     def _fit(self, question: str) -> tuple[Mapping, list]:
         """The inputs, and the newest turns that leave room for an answer. `turns` is unchanged, so

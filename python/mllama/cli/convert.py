@@ -86,8 +86,8 @@ def _write_gguf(model: PreTrainedModel, processor, target: Path, dtype: str) -> 
     tokenizer = processor.tokenizer if isinstance(processor, ProcessorMixin) else processor
     if not isinstance(tokenizer, PreTrainedTokenizerBase):
         raise ValueError("a SigLIP vision model has no decoder to write as GGUF")
-    with warnings.catch_warnings(record=True) as told:
+    with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", UserWarning)
         save_gguf(model, tokenizer, target, dtype)
-    for warning in told:
+    for warning in caught:
         print(f"mllama: {warning.message}", file=sys.stderr)

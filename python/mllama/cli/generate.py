@@ -46,10 +46,10 @@ def run(arguments: argparse.Namespace) -> None:
             del inputs[name]
     check_room(session.context, inputs["input_ids"].shape[1])
     begin = functools.partial(say_loaded, arguments.model, session.model)
-    said = reply(session, inputs, options, begin, show=not arguments.json)
+    answer = reply(session, inputs, options, begin, show=not arguments.json)
     if arguments.json:
         shown = {"prompt": arguments.prompt, "images": arguments.image}
-        print(json.dumps(shown | facts(arguments, session, said)))
+        print(json.dumps(shown | facts(arguments, session, answer)))
 
 
 def _load(arguments: argparse.Namespace) -> tuple[GenerateSession, dict[str, Any]]:

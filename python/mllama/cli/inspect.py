@@ -108,9 +108,9 @@ def _lay_out(config: Config) -> PreTrainedModel:
 
 def _dtype_of(config: Config) -> torch.dtype:
     """The dtype in config.json, if valid."""
-    said = config.get("dtype") or config.get("torch_dtype")
+    name = config.get("dtype") or config.get("torch_dtype")
     try:
-        return dtype_named(said) or torch.float32
+        return dtype_named(name) or torch.float32
     except ValueError:
         return torch.float32
 

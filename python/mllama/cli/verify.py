@@ -283,10 +283,10 @@ def _watch(
             value.dim() == 4 and stage == "patches"
         ):  # a convolution's [images, width, rows, columns]
             value = value.flatten(2).transpose(1, 2)
-        tell(stage, _kept(value))
+        tell(stage, _on_cpu(value))
 
     def before(stage: str, args: tuple, kwargs: dict) -> None:
-        tell(stage, _kept(args[0] if args else kwargs["hidden_states"]))
+        tell(stage, _on_cpu(args[0] if args else kwargs["hidden_states"]))
 
     hooks = []
     for stage, module, out in stages:
@@ -310,10 +310,10 @@ def _watch(
             hook.remove()
     for stage in ("logits", "last_hidden_state", "pooler_output"):
         if (value := getattr(output, stage, None)) is not None:
-            tell(stage.replace("_", " "), _kept(value))
+            tell(stage.replace("_", " "), _on_cpu(value))
 
 
-def _kept(value: torch.Tensor) -> torch.Tensor:
+def _on_cpu(value: torch.Tensor) -> torch.Tensor:
     return value.detach().to("cpu", torch.float32, copy=True)
 
 
@@ -324,7 +324,7 @@ def _cached(model: PreTrainedModel, sample: Sample, measure: Measure) -> float:
     logits, cache = [first.logits], first.cache
     for token in range(sample.prompt, sample.length):
         logits.append(model(**sample.cut(token, token + 1), cache=cache, use_cache=True).logits)
-    return measure.difference(_kept(torch.cat(logits, 1)), _kept(plain))
+    return measure.difference(_on_cpu(torch.cat(logits, 1)), _on_cpu(plain))
 
 
 def _batched(model: PreTrainedModel, samples: list[Sample], measure: Measure) -> float:
@@ -332,8 +332,8 @@ def _batched(model: PreTrainedModel, samples: list[Sample], measure: Measure) ->
     together = model(**Sample.join(samples), use_cache=False).logits
     return max(
         measure.difference(
-            _kept(logits[-sample.length :]),
-            _kept(model(**sample.inputs, use_cache=False).logits[0, -sample.length :]),
+            _on_cpu(logits[-sample.length :]),
+            _on_cpu(model(**sample.inputs, use_cache=False).logits[0, -sample.length :]),
         )
         for logits, sample in zip(together, samples, strict=True)
     )

@@ -96,9 +96,9 @@ class TiledImageEncoder(nn.Module):
         )
         attentions = self._no_attentions(tokens) if output_attentions else None
         share_empty = not output_attentions and not self._trains_tiles(tokens)
-        for chosen, filled in group_images(ids, tile_mask, reference):
+        for chosen, used in group_images(ids, tile_mask, reference):
             features[chosen], weights = self._encode(
-                tokens[chosen], ids[chosen], filled, reference, share_empty, output_attentions
+                tokens[chosen], ids[chosen], used, reference, share_empty, output_attentions
             )
             for layer, probabilities in zip(attentions or (), weights, strict=False):
                 layer[chosen] = probabilities
@@ -286,8 +286,8 @@ def group_images(
     if reference == "meta":
         shown = shown[ids.cpu() != 0]
     kinds, kind = host[shown].unique(dim=0, return_inverse=True)
-    groups = ((shown[kind == number], filled) for number, filled in enumerate(kinds))
-    return [(chosen.to(ids.device), filled) for chosen, filled in groups]
+    groups = ((shown[kind == number], used) for number, used in enumerate(kinds))
+    return [(chosen.to(ids.device), used) for chosen, used in groups]
 
 
 def _kind(value) -> str:

@@ -180,7 +180,7 @@ class CrossAttentionFusion(Fusion):
             self.tokens_per_tile(parts),
             parts.reference,
             cached=cached,
-            filled=inputs.aspect_ratio_mask,
+            aspect_ratio_mask=inputs.aspect_ratio_mask,
         )
         if cache is not None and cross is not None:
             cache.tile_mask = cross.tile_mask

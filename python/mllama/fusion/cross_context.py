@@ -64,7 +64,7 @@ def cross_context(
     reference: str = "meta",
     *,
     cached: torch.Tensor | None = None,
-    filled: torch.Tensor | None = None,
+    aspect_ratio_mask: torch.Tensor | None = None,
 ) -> CrossAttentionContext | None:
     """Build the context of one forward pass.
 
@@ -78,17 +78,17 @@ def cross_context(
             input. "hf", as transformers: it attends to every key, padding included, and only the
             feed-forward half is skipped.
         cached: `tile_mask` of the previous pass, whose keys are in the cache.
-        filled: [B, images, tiles] of any dtype, zero where a tile of a new image is empty. With
-            "meta" and a mask, tiles that are empty in every row and visible to no position get no
-            keys.
+        aspect_ratio_mask: [B, images, tiles] of any dtype, zero where a tile of a new image is
+            empty. With "meta" and a mask, tiles that are empty in every row and visible to no
+            position get no keys.
 
     Returns:
         The context, or None without images: the layers then return their input.
 
     Raises:
         TypeError: mask is not a tensor.
-        ValueError: mask or filled do not fit the keys, mask shows a tile without keys, or the
-            reference is unknown.
+        ValueError: mask or aspect_ratio_mask do not fit the keys, mask shows a tile without keys,
+            or the reference is unknown.
     """
     check_reference(reference)
     cached = torch.ones(0, dtype=torch.bool, device="cpu") if cached is None else cached
@@ -112,8 +112,8 @@ def cross_context(
     visible_tiles = (mask != 0).flatten(2)
     host = visible_tiles.cpu()
     shown = host.flatten(0, 1).any(0)
-    if reference == "meta" and states is not None and filled is not None:
-        new = _used(filled, new) | shown[len(cached) :]
+    if reference == "meta" and states is not None and aspect_ratio_mask is not None:
+        new = _used(aspect_ratio_mask, new) | shown[len(cached) :]
         if not new.all():
             states = states.unflatten(1, (len(new), tokens_per_tile))  # (B, tiles, keys, hidden)
             states = states[:, new].flatten(1, 2)
@@ -132,15 +132,15 @@ def cross_context(
     )
 
 
-def _used(filled: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
+def _used(aspect_ratio_mask: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
     """bool [images * tiles]: tiles that are non-empty in some row; all tiles if none is, so that an
     image always has keys.
     """
-    used = (filled != 0).flatten(1).any(0).cpu()
+    used = (aspect_ratio_mask != 0).flatten(1).any(0).cpu()
     if used.shape != new.shape:
         raise ValueError(
             f"aspect_ratio_mask must be [batch, images, tiles] for {len(new)} tiles, "
-            f"got {list(filled.shape)}"
+            f"got {list(aspect_ratio_mask.shape)}"
         )
     return used if used.any() else new
 

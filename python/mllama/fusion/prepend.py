@@ -57,7 +57,7 @@ class PrependFusion(MergeFusion):
         cached = inputs.cache.num_prefix_tokens
         if again and again != cached * rows and (cached or self.spec.image_token_index is None):
             raise ValueError(
-                f"images must come before the text: the cache has text, and {cached} visual tokens "
+                f"images must stand before the text: cache holds text, and {cached} visual tokens "
                 "before it"
             )
         return False

@@ -87,7 +87,7 @@ def _check(text_model: Any, vision_model: Any, options: dict[str, Any]) -> None:
         raise TypeError(f"vision_model must be a SiglipModel, got {type(vision_model).__name__}")
     if unknown := sorted(options.keys() - set(_OPTIONS)):
         raise TypeError(
-            f"fuse got unknown options: {', '.join(unknown)}; they must be among "
+            f"fuse got options it does not know: {', '.join(unknown)}; they are "
             f"{', '.join(_OPTIONS)}"
         )
     for name in ("dtype", "device"):

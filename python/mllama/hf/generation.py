@@ -92,12 +92,12 @@ class MllamaGenerationMixin(GenerationMixin):
             {name: value for name, value in kwargs.items() if name not in _TOKENIZERS}
         )
         cache = kwargs.get(CACHE_NAME)
-        filled = cache is not None and int(cache.get_seq_length()) > 0
-        if is_first_iteration and filled and kwargs.get("next_sequence_length") is not None:
+        has_tokens = cache is not None and int(cache.get_seq_length()) > 0
+        if is_first_iteration and has_tokens and kwargs.get("next_sequence_length") is not None:
             kwargs["next_sequence_length"] += num_prefix_tokens(
                 cache
             )  # counted in the cache's length, but not among the ids
-        is_first_iteration = is_first_iteration or (cache is not None and not filled)
+        is_first_iteration = is_first_iteration or (cache is not None and not has_tokens)
         inputs = super().prepare_inputs_for_generation(
             input_ids, inputs_embeds=inputs_embeds, is_first_iteration=is_first_iteration, **kwargs
         )
@@ -254,10 +254,10 @@ class MllamaGenerationMixin(GenerationMixin):
                 .flatten()
                 .tolist()
             )
-            kept = bad[0] if bad else new.shape[1]
-            return torch.cat([input_ids, new[:, :kept]], 1), logits[
-                :, :kept
-            ] if kept and logits is not None else None
+            num_valid = bad[0] if bad else new.shape[1]
+            return torch.cat([input_ids, new[:, :num_valid]], 1), logits[
+                :, :num_valid
+            ] if num_valid and logits is not None else None
 
         generator.get_candidates = get_candidates
         return generator

@@ -46,14 +46,14 @@ class _Buffer:
         return same or self.length > 0
 
     def _grow(self, k: torch.Tensor, v: torch.Tensor, end: int, capacity: int) -> None:
-        kept = self.read() if self.length else None
+        old = self.read() if self.length else None
         capacity = max(end, capacity, 2 * self.length)
         B, _, KV, D = k.shape
         self.keys = k.new_empty(B, KV, capacity, D)
         self.values = v.new_empty(B, KV, capacity, v.shape[3])
-        if kept is not None:
-            self.keys[:, :, : self.length] = kept[0].transpose(1, 2)
-            self.values[:, :, : self.length] = kept[1].transpose(1, 2)
+        if old is not None:
+            self.keys[:, :, : self.length] = old[0].transpose(1, 2)
+            self.values[:, :, : self.length] = old[1].transpose(1, 2)
 
 
 class KVCache:

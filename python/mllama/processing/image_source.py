@@ -76,8 +76,8 @@ def open_source(source: Any, allow_urls: bool = False) -> tuple[str | io.BytesIO
     if isinstance(source, os.PathLike):
         return _open_path(os.fsdecode(source))
     if isinstance(source, _BYTES):
-        return _held(bytes(source), f"{memoryview(source).nbytes} bytes")
-    return _held(_read_file(source), f"file {shorten(str(getattr(source, 'name', 'object')))}")
+        return _in_memory(bytes(source), f"{memoryview(source).nbytes} bytes")
+    return _in_memory(_read_file(source), f"file {shorten(str(getattr(source, 'name', 'object')))}")
 
 
 def _open_text(text: str, allow_urls: bool) -> tuple[str | io.BytesIO, str]:
@@ -88,16 +88,16 @@ def _open_text(text: str, allow_urls: bool) -> tuple[str | io.BytesIO, str]:
                 "images are downloaded only with allow_urls=True (--allow-urls), got "
                 f"{shorten(text)}"
             )
-        return _held(_download(text), shorten(text))
+        return _in_memory(_download(text), shorten(text))
     if scheme.startswith("data:"):
-        return _held(_decode_data_url(text), shorten(text, 40))
+        return _in_memory(_decode_data_url(text), shorten(text, 40))
     if scheme.startswith("file://"):
         return _open_path(_path_of(text))
     if os.path.exists(text):
         return _open_path(text)
     data, fault = _decode_base64(text)
     if data is not None and _begins_an_image(data):
-        return _held(data, f"base64 text {shorten(text, 20)}")
+        return _in_memory(data, f"base64 text {shorten(text, 20)}")
     if data is None and len(text) > _LONGEST_NAME:
         raise ValueError(
             f"the text is neither the path of a file nor base64 ({fault}): {shorten(text, 40)}"
@@ -113,7 +113,7 @@ def _open_path(path: str) -> tuple[str, str]:
     return path, path
 
 
-def _held(data: bytes, name: str) -> tuple[io.BytesIO, str]:
+def _in_memory(data: bytes, name: str) -> tuple[io.BytesIO, str]:
     if not data:
         raise ValueError(f"the image holds no data: {name}")
     return io.BytesIO(data), name

@@ -54,18 +54,18 @@ def _as_message(message: Any, where: str) -> dict:
         raise ValueError(
             f"the role of {where} must be a name such as user or assistant, got {role!r}"
         )
-    kept = {key: value for key, value in message.items() if value is not None}
+    fields = {key: value for key, value in message.items() if value is not None}
     if content is None and role == ASSISTANT:
-        return kept | {"content": ""}
+        return fields | {"content": ""}
     if isinstance(content, str) or (role in _TOOL_ROLES and isinstance(content, Mapping)):
-        return kept
+        return fields
     if not isinstance(content, (list, tuple)) or not all(
         isinstance(part, Mapping) for part in content
     ):
         raise TypeError(
             f"the content of {where} must be a str or a list of dicts, got {type(content).__name__}"
         )
-    return kept | {"content": [_as_part(part, where) for part in content]}
+    return fields | {"content": [_as_part(part, where) for part in content]}
 
 
 def _as_part(part: Mapping, where: str) -> dict:

@@ -189,7 +189,7 @@ def _plain(value: Any) -> Any:
 
 def _with_reasoning(message: dict) -> dict:
     """A message's reasoning under each key that templates read."""
-    said = next((message[key] for key in _REASONING if message.get(key) is not None), None)
-    if said is None:
+    reasoning = next((message[key] for key in _REASONING if message.get(key) is not None), None)
+    if reasoning is None:
         return message
-    return {"thinking": said, **message, "reasoning_content": said}
+    return {"thinking": reasoning, **message, "reasoning_content": reasoning}

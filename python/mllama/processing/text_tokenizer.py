@@ -269,8 +269,10 @@ def _chat_template(folder: Path, settings: dict) -> str | dict[str, str] | None:
 def _tokenizer_class(folder: Path, settings: dict, backend: Tokenizer) -> str:
     """transformers' class for a folder's tokenizer, without "Fast"."""
     config = read_object(folder, "config.json")
-    said = settings.get("tokenizer_class") or config.get("tokenizer_class")
-    kind = str(said or _CLASS_OF_MODEL.get(str(config.get("model_type")), "")).removesuffix("Fast")
+    class_name = settings.get("tokenizer_class") or config.get("tokenizer_class")
+    kind = str(class_name or _CLASS_OF_MODEL.get(str(config.get("model_type")), "")).removesuffix(
+        "Fast"
+    )
     byte_level = any(
         part and b"ByteLevel" in part.__getstate__()
         for part in (backend.pre_tokenizer, backend.decoder)

@@ -26,7 +26,7 @@ class TextStream:
         # Ids before `_start` are final. Those from there to `_end` are already written, but decoded
         # again with the next token, which may change how they are written.
         self._start = self._end = 0
-        self._held = ""  # a possible beginning of a stop string
+        self._pending = ""  # a possible beginning of a stop string
 
     def put(self, token: int) -> str:
         """Add a token; return the text that is now certain, which may be empty."""
@@ -53,13 +53,13 @@ class TextStream:
         return self._tokenizer.decode(self._ids[start:end], skip_special_tokens=True)
 
     def _write(self, new: str, last: bool) -> str:
-        text, self._held = self._held + new, ""
+        text, self._pending = self._pending + new, ""
         places = [place for stop in self._stop if (place := text.find(stop)) >= 0]
         if places:
             text, self.stopped = text[: min(places)], True
         elif not last:
-            held = max((_overlap(text, stop) for stop in self._stop), default=0)
-            text, self._held = text[: len(text) - held], text[len(text) - held :]
+            pending = max((_overlap(text, stop) for stop in self._stop), default=0)
+            text, self._pending = text[: len(text) - pending], text[len(text) - pending :]
         self.text += text
         return text
 

@@ -23,7 +23,7 @@ def read_rope(
     older = f"{architecture}.rope.scale_linear"  # in files of 2023
     if kind not in ("none", "linear"):
         raise ValueError(
-            f"{header.path}: {architecture}.rope.scaling.type {kind[:50]!r} is not supported; "
+            f"{header.path}: {architecture}.rope.scaling.type {kind[:50]!r} is not read; "
             "'none' "
             "and 'linear' are"
         )
@@ -59,9 +59,9 @@ def _llama3(
         )
     parameters = llama3_parameters(source.read(ROPE_FREQS), head_dim, base, original)
     if parameters is None:
-        said = ", ".join(f"{name} {value}" for name, value in LLAMA3.items())
+        constants = ", ".join(f"{name} {value}" for name, value in LLAMA3.items())
         raise ValueError(
-            f"{header.path}: {ROPE_FREQS} is no scaling of Llama 3 with {said}, an original "
+            f"{header.path}: {ROPE_FREQS} is no scaling of Llama 3 with {constants}, an original "
             f"context of {original} tokens and one factor; "
             "others are not read"
         )
@@ -100,5 +100,5 @@ def rope_factors(head_dim: int, base: float, parameters: dict[str, Any]) -> torc
         -torch.arange(0, head_dim, 2, dtype=torch.float64, device="cpu") / head_dim
     )
     turns = parameters["original_max_position_embeddings"] * frequencies / (2 * math.pi)
-    kept = ((turns - low) / (high - low)).clamp(0, 1)
-    return 1 / ((1 - kept) / factor + kept)
+    keep = ((turns - low) / (high - low)).clamp(0, 1)
+    return 1 / ((1 - keep) / factor + keep)

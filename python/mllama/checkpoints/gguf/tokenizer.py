@@ -331,11 +331,11 @@ def _pre_name(state: dict[str, Any]) -> str:
             and _without_offsets(json.loads(backend.to_str())["pre_tokenizer"]) == found
         ):
             return name
-    said = (
+    description = (
         f"its pre-tokenizer is {str(found)[:200]}, its normalizer {str(state['normalizer'])[:100]}"
     )
     raise ValueError(
-        f"the tokenizer cannot be written as GGUF: {said}; supported byte-level ones are "
+        f"the tokenizer cannot be written as GGUF: {description}; supported byte-level ones are "
         f"{', '.join(_PRE)}"
     )
 
