@@ -113,10 +113,12 @@ def attention(
 
 
 def attention_weights(q: torch.Tensor, k: torch.Tensor, **options) -> torch.Tensor:
-    """The probabilities in `attention`: [B, H, T, S] float32, rows summing to 1 (0 for a query
-    without visible keys).
+    """The probabilities in `attention`, for inspection: plain torch, and T x S memory.
 
-    Arguments and errors as `attention`. For inspection: plain torch, and T x S memory.
+    Arguments and Raises as `attention`.
+
+    Returns:
+        [B, H, T, S] float32, rows summing to 1 (0 for a query without visible keys).
     """
     checked = Options(**options)
     _check_numbers(checked)

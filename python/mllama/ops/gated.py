@@ -32,7 +32,7 @@ def geglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     """gelu(gate) * up, with GELU's tanh approximation: gelu(x) = x / 2 (1 + tanh(sqrt(2 / pi) (x +
     0.044715 x^3))).
 
-    Arguments, result and errors as `swiglu`.
+    Arguments, Returns and Raises as `swiglu`.
     """
     if use_kernel(gate):
         return _geglu(gate, up)

@@ -44,8 +44,14 @@ def add_rms_norm(
     eps: float = 1e-6,
     offset: float = 0.0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(rms_norm(hidden), hidden) with hidden = x + residual in x's dtype. Arguments as in
-    `rms_norm`; residual as x.
+    """`rms_norm` of x + residual, in one pass.
+
+    Args:
+        x, weight, eps, offset: as in `rms_norm`.
+        residual: as x.
+
+    Returns:
+        (rms_norm(hidden), hidden) with hidden = x + residual, both [..., D] in x's dtype.
 
     Raises:
         TypeError: an argument is not a tensor of these dtypes; eps or offset is not a number.

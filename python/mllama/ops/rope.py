@@ -116,8 +116,14 @@ _rope = register("rope", check=_check, fake=_fake, backward=_derivative, setup_c
 def rope_tables(
     position_ids: torch.Tensor, frequencies: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(cos, sin) of position * frequency: float32 [B, T, D/2] each, for integer positions [B, T]
-    and float32 frequencies [D/2].
+    """Cosines and sines of position * frequency.
+
+    Args:
+        position_ids: integer [B, T].
+        frequencies: float32 [D/2], from `rope_frequencies`.
+
+    Returns:
+        (cos, sin), float32 [B, T, D/2] each.
 
     Raises:
         TypeError: positions are not an integer tensor, or frequencies not a float32 tensor.
@@ -147,8 +153,7 @@ def rope_frequencies(
     scaling: dict | None = None,
     device: torch.device | str | None = None,
 ) -> torch.Tensor:
-    """The angle per position of each pair: float32 [head_dim / 2], theta^(-2i / head_dim) with
-    `scaling` applied.
+    """Rotary frequencies: the angle per position of each pair, theta^(-2i / head_dim), scaled.
 
     Args:
         head_dim: size of a head, even.
@@ -159,6 +164,9 @@ def rope_frequencies(
             `original_max_position_embeddings`: long waves are divided by the factor, short ones
             unchanged, those between interpolated). Its `rope_theta` overrides the argument.
         device: device of the result.
+
+    Returns:
+        float32 [head_dim / 2].
 
     Raises:
         TypeError: scaling is not a dict, or head_dim not an int.

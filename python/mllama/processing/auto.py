@@ -28,8 +28,7 @@ KIND_OF_IMAGES = {"MllamaImageProcessor": "tiled", "SiglipImageProcessor": "imag
 
 
 def load_preprocessor(path: str | os.PathLike) -> Preprocessor | SquareImages | TextTokenizer:
-    """Load what encodes a model's inputs, without transformers: its preprocessor, the image part of
-    a SigLIP, or a text model's tokenizer.
+    """Load a model's preprocessor, without transformers.
 
     The choice is by exact names: processor_class, then config.json's model_type, then
     image_processor_type. A folder without an image processor has a tokenizer. Meta's own folders
@@ -37,6 +36,9 @@ def load_preprocessor(path: str | os.PathLike) -> Preprocessor | SquareImages | 
 
     Args:
         path: a model folder, or a .gguf file.
+
+    Returns:
+        The preprocessor, the image transform of a SigLIP, or a text model's tokenizer.
 
     Raises:
         TypeError: path is not a path.

@@ -26,13 +26,14 @@ _CLASSES: dict[str, Any] = {
 def load_processor(
     path: str | os.PathLike,
 ) -> ProcessorMixin | SquareImageProcessor | PreTrainedTokenizerBase:
-    """Load what encodes a model's inputs: its processor, the image processor of a SigLIP alone, or
-    a text model's tokenizer.
-
-    The choice is that of `mllama.processing.auto.load_preprocessor`.
+    """Load the processor of a model.
 
     Args:
         path: a model folder, or a .gguf file.
+
+    Returns:
+        The processor, the image processor of a SigLIP alone, or a text model's tokenizer, chosen
+        as by `mllama.processing.auto.load_preprocessor`.
 
     Raises:
         TypeError: path is not a path.
