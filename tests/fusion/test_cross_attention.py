@@ -243,13 +243,16 @@ def test_keys_stay_where_they_might_be_seen():
     filled = torch.zeros(2, 1, 4)
     filled[..., 0] = 1
     for options, kept in (
-        ({"filled": filled}, 2),  # the mask shows a tile more
-        ({"filled": filled, "reference": "hf"}, 4),  # positions that see none attend to all
+        ({"aspect_ratio_mask": filled}, 2),  # the mask shows a tile more
         (
-            {"filled": torch.zeros(2, 1, 4), "mask": torch.zeros_like(mask)},
+            {"aspect_ratio_mask": filled, "reference": "hf"},
+            4,
+        ),  # positions that see none attend to all
+        (
+            {"aspect_ratio_mask": torch.zeros(2, 1, 4), "mask": torch.zeros_like(mask)},
             4,
         ),  # a picture always has keys
-        ({"filled": filled, "mask": None}, 4),
+        ({"aspect_ratio_mask": filled, "mask": None}, 4),
         ({}, 4),
     ):
         cross = cross_context(
@@ -275,7 +278,11 @@ def test_without_pictures_the_layer_does_nothing():
         (ValueError, "for 4 tiles, got .2, 7, 2, 4", {"mask": torch.ones(2, 7, 2, 4)}),
         (ValueError, "cross_attention_mask must be", {"mask": torch.ones(2, 7)}),
         (ValueError, "for 5 tiles", {"cached": torch.ones(1, dtype=torch.bool)}),
-        (ValueError, "aspect_ratio_mask must be .* for 4 tiles", {"filled": torch.ones(2, 1, 3)}),
+        (
+            ValueError,
+            "aspect_ratio_mask must be .* for 4 tiles",
+            {"aspect_ratio_mask": torch.ones(2, 1, 3)},
+        ),
         (ValueError, "reference must be", {"reference": "torchtune"}),
     ],
 )
