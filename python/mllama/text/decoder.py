@@ -292,7 +292,7 @@ def _check_room(keys: int, length: int, past: int | torch.Tensor) -> None:
     """Reject a full static cache, which would fail inside the layers."""
     if not torch.compiler.is_compiling() and int(past) + length > keys:
         raise ValueError(
-            f"cache has room for {keys} tokens: {int(past)} are in use, and {length} are new"
+            f"cache has room for {keys} tokens: {int(past)} are in it, and {length} are to come"
         )
 
 
