@@ -124,7 +124,8 @@ class PretrainedMixin(_Model):
             load_lora(model, folder)
             return model
         where = "cpu" if device_map is None else device_map
-        return load_model(cls, folder, config, dtype, where, fields, **own)  # type: ignore[return-value]
+        loaded: Any = load_model(cls, folder, config, dtype, where, fields, **own)
+        return loaded
 
     load_options: frozenset[str] = (
         frozenset()

@@ -26,7 +26,8 @@ _CUT = (
     (
         0,
         re.compile(
-            r"(.*\.)?(w[qkv13]|c_fc|_linear|vision_projection|output|tok_embeddings|learnable_embedding)\.(weight|bias)"
+            r"(.*\.)?(w[qkv13]|c_fc|_linear|vision_projection|output|tok_embeddings"
+            r"|learnable_embedding)\.(weight|bias)"
         ),
     ),
     (1, re.compile(r"(.*\.)?(wo|w2|c_proj)\.weight")),

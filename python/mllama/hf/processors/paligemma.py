@@ -34,7 +34,8 @@ _REFUSED = {
 }
 
 
-class PaliGemmaProcessor(ChatTemplates, StockFiles, stock.PaliGemmaProcessor):  # type: ignore[misc]  # from_pretrained has the hub's options in kwargs
+# misc: from_pretrained has the hub's options in kwargs
+class PaliGemmaProcessor(ChatTemplates, StockFiles, stock.PaliGemmaProcessor):  # type: ignore[misc]
     """Text and images for PaliGemma, called as `processor(images=..., text=..., suffix=...)`.
 
     A prompt becomes `<image>` * image_seq_length for each image + BOS + prompt + newline. A prompt
