@@ -103,7 +103,7 @@ class LLAMA32Config(MllamaTextConfig):
         base = fields.pop("rope_theta", None)
         if base is not None and scaling.get("rope_theta", base) != base:
             raise ValueError(f"rope_base = {base!r}, but rope_parameters have another rope_theta")
-        fields["rope_parameters"] = {"rope_theta": base or 500000.0} | scaling
+        fields["rope_parameters"] = {"rope_theta": 500000.0 if base is None else base} | scaling
         super().__init__(vocab_size=vocab_size, **_DEFAULTS | fields)
 
 
@@ -140,11 +140,10 @@ class MLLAMAConfig(mllama.MllamaConfig):
     Args:
         vision_config, text_config: dicts, configs or objects with such attributes; a decoder's
             dict is completed as by `LLAMA32Config`. Default: SigLIP-base and Llama 3.2 1B.
-        ignore_index: label that is not trained.
-        image_token_index: id of `<image>`. None: the first prompt with an image tells it.
         vocab_size, hidden_size, pad_token_index: of a decoder whose config does not say.
-        projection_dim: of projector="mlp"; one linear layer is as wide as the decoder.
-        kwargs: as `mllama.MllamaConfig`. `dtype` is the decoder's by default.
+        kwargs: as `mllama.MllamaConfig`. Without `image_token_index`, the first prompt with an
+            image tells it. `projection_dim` is for projector="mlp": one linear layer is as wide as
+            the decoder. `dtype` is the decoder's by default.
 
     Raises:
         ValueError: a size or choice that cannot be. TypeError: a sub-config of another type.
@@ -154,10 +153,8 @@ class MLLAMAConfig(mllama.MllamaConfig):
         self,
         vision_config: Any = None,
         text_config: Any = None,
-        ignore_index: int = -100,
-        image_token_index: int | None = None,
+        *,
         vocab_size: int = 128256,
-        projection_dim: int | None = None,
         hidden_size: int = 2048,
         pad_token_index: int | None = None,
         **kwargs: Any,
@@ -171,14 +168,9 @@ class MLLAMAConfig(mllama.MllamaConfig):
         if isinstance(vision, dict):
             vision = {NAMES.get(name, name): value for name, value in vision.items()}
         kwargs = {"projector": "linear"} | kwargs
-        super().__init__(
-            vision_config=vision,
-            text_config=text,
-            ignore_index=ignore_index,
-            image_token_index=image_token_index,
-            projection_dim=projection_dim if kwargs["projector"] == "mlp" else None,
-            **kwargs,
-        )
+        if kwargs["projector"] == "linear":  # as wide as the decoder
+            kwargs.pop("projection_dim", None)
+        super().__init__(vision, text, **kwargs)
         if isinstance(text, LLAMA32Config):  # a copy: a model writes into its own
             settled, self.text_config = self.text_config, copy.deepcopy(text)
             for name in ("num_image_tokens", "tie_word_embeddings"):

@@ -141,17 +141,11 @@ class _Processor(mllama.MllamaImageProcessor):
     ) -> OlderBatch:
         """input_ids and attention_mask [prompts, tokens], pixel_values [images, 3, S, S].
 
-        A run of `image_seq_length` placeholders in a prompt counts as one `<image>`. Nothing is
-        cut unless a max_length is given. Else as `mllama.MllamaImageProcessor`.
+        Nothing is cut unless a max_length is given. Else as `mllama.MllamaImageProcessor`.
         """
         if kwargs.get("max_length") is None:  # the tokenizer's own limit knows of no images
             truncation = False
             kwargs.setdefault("verbose", False)
-        run = self.IMAGE_TOKEN * self.image_seq_length
-        if isinstance(text, str):
-            text = text.replace(run, self.IMAGE_TOKEN)
-        elif isinstance(text, (list, tuple)) and all(isinstance(one, str) for one in text):
-            text = [one.replace(run, self.IMAGE_TOKEN) for one in text]
         options = {"padding": padding, "truncation": truncation} | kwargs
         return OlderBatch(super().__call__(text, images, **options))
 

@@ -66,8 +66,10 @@ class GroupQueryAttention(nn.Module):
                 add to the scores, [B or 1, heads or 1, T, past + T]. Causal with any.
             past_kv: (k, v) of earlier tokens, each [B, num_kv_groups, past, D].
         """
-        past = 0 if past_kv is None else self._count(past_kv, len(x))
-        tokens = x.shape[1]
+        past, tokens = 0 if past_kv is None else past_kv[0].shape[2], x.shape[1]
+        shape = (len(x), self.num_kv_groups, past, self.head_dim)
+        if past_kv is not None and [tensor.shape for tensor in past_kv] != [shape, shape]:
+            raise ValueError(f"past_kv must be two tensors {list(shape)}, keys and values")
         added = scores_mask(mask, tokens, past)
         if cos.shape[-2] >= past + tokens:
             cos, sin = cos[..., past:, :], sin[..., past:, :]
@@ -85,17 +87,6 @@ class GroupQueryAttention(nn.Module):
             context = masked_attention(*states, added)
         context = self.out_proj(context.flatten(2))  # (B, T, H, D) -> (B, T, d_out)
         return (context, (k, v)) if use_cache else context
-
-    def _count(self, past_kv: KeyValue, batch: int) -> int:
-        """Tokens of the past."""
-        if not isinstance(past_kv, Sequence) or len(past_kv) != 2:
-            raise TypeError(f"past_kv must be a pair (k, v), got {type(past_kv).__name__}")
-        past = past_kv[0].shape[2]
-        shape = (batch, self.num_kv_groups, past, self.head_dim)
-        if any(tensor.shape != shape for tensor in past_kv):
-            found = [list(tensor.shape) for tensor in past_kv]
-            raise ValueError(f"past_kv must be [batch, num_kv_groups, past, head_dim], got {found}")
-        return past
 
 
 class FeedForward(nn.Module):
@@ -153,7 +144,6 @@ class Llama3Model(nn.Module):
             if self.cfg is not None:
                 self.out_head = nn.Linear(width, vocabulary, bias=False)
         self.rotary_emb = LLAMARotaryEmbedding(self.config)
-        self._tables = None
 
     def get_input_embeddings(self) -> nn.Embedding:
         """`tok_emb`."""
@@ -162,19 +152,16 @@ class Llama3Model(nn.Module):
     @property
     def cos(self) -> torch.Tensor:
         """float32 [context_length, D], as `sin`."""
-        return self._rope_tables()[0]
+        return self._tables(self.config.max_position_embeddings)[0]
 
     @property
     def sin(self) -> torch.Tensor:
-        return self._rope_tables()[1]
+        return self._tables(self.config.max_position_embeddings)[1]
 
-    def _rope_tables(self) -> KeyValue:
-        device = self.tok_emb.weight.device
-        if self._tables is None or self._tables[0].device != device:
-            positions = torch.arange(self.config.max_position_embeddings, device=device)
-            cos, sin = self.rotary_emb(positions.float(), positions[None])
-            self._tables = cos[0], sin[0]
-        return self._tables
+    def _tables(self, length: int) -> KeyValue:
+        positions = torch.arange(length, device=self.tok_emb.weight.device)
+        cos, sin = self.rotary_emb(positions.float(), positions[None])
+        return cos[0], sin[0]
 
     def forward(self, *args, **kwargs):
         """`by_config` or `by_dict`, as the model was built."""
@@ -202,9 +189,9 @@ class Llama3Model(nn.Module):
         lengths = {0 if pair is None else pair[0].shape[2] for pair in past}
         if len(lengths) > 1:
             raise ValueError(f"past_kv must be as long in every layer, got {sorted(lengths)}")
-        x = self._checked(inputs_embeds, lengths.pop())
-        cos, sin = self._rope_tables()
-        pairs = []
+        num_past, pairs = lengths.pop(), []
+        x = self._checked(inputs_embeds, num_past)
+        cos, sin = self._tables(num_past + x.shape[1])
         for block, pair in zip(self.trf_blocks, past, strict=True):
             x, pair = block(x, None, cos, sin, pair, True)
             pairs.append(pair)
@@ -247,7 +234,7 @@ class Llama3Model(nn.Module):
             added = torch.zeros(hidden.shape, device=x.device).masked_fill(hidden, -torch.inf)
             mask = added if bool(hidden.any()) else None
         positions = positions if position_ids is None else position_ids
-        cos, sin = self.rotary_emb(x.float(), positions)
+        cos, sin = self.rotary_emb(positions.float(), positions)
         cos, sin = cos[:, None], sin[:, None]  # (B or 1, 1, T, D)
         for index, block in enumerate(self.trf_blocks):
             pair = kv_cache.pair(index) if past else None
