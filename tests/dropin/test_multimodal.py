@@ -12,14 +12,14 @@ import transformers
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import GemmaConfig
+from transformers import GemmaConfig, PaliGemmaConfig
 
 import mllama
 import stock
 import twins
 from dropin import toys
 from dropin.toys import IMAGE, close, prompt, whole, whole_config
-from mllama.dropin.config import LLAMA32Config, MLLAMAConfig, PaliGemmaConfig
+from mllama.dropin.config import LLAMA32Config, MLLAMAConfig
 from mllama.dropin.layers import KVCache
 from mllama.dropin.multimodal import (
     GemmaForCausalLM,
@@ -176,14 +176,8 @@ def test_generate():
     assert torch.equal(model.generate(ids, kv_cache=cache, **options), plain)
     assert cache.num_items() == ids.shape[1] + 3
     assert torch.equal(model.generate(ids, use_cache=False, **options), plain)
-    told = copy.deepcopy(model)
-    told.config.image_token_index = IMAGE
-    for more in ({"num_beams": 2}, {"num_return_sequences": 2, "do_sample": True, "top_p": 0.9}):
-        found = []
-        for one in (model, told):
-            torch.manual_seed(0)
-            found.append(one.generate(input_ids=ids, **options | more))
-        assert torch.equal(*found) and torch.equal(found[0][:1, :10], ids)
+    beams = model.generate(input_ids=ids, num_beams=2, **options)
+    assert torch.equal(beams[:, :10], ids)
 
 
 def test_two_names_of_one_cache():
@@ -206,13 +200,11 @@ def test_calls_that_are_not_kept():
             call()
 
 
-def test_embeddings_positions_and_settings():
+def test_embeddings_and_positions():
     model, ids = whole(), torch.tensor([WORDS])
     expected = logits(model, ids)
     close(logits(model, inputs_embeds=model.get_input_embeddings()(ids)), expected, 0)
     close(logits(model, ids, position_ids=torch.arange(6)[None]), expected, 0)
-    model.config.update({"batch_size": 8})
-    assert model.config.batch_size == 8
 
 
 # ---- which id is the placeholder
@@ -226,17 +218,6 @@ def test_another_image_changes_the_logits(image, said):
         ids = prompt(*words, image=image)
         first, second = (logits(model, ids, images(seed=seed)) for seed in (1, 2))
         assert (first - second).abs().max() > 0.1
-
-
-@pytest.mark.parametrize("side", ["left", "right"])
-def test_two_prompts_of_two_lengths(side):
-    model, pixels = whole(), images(2)
-    rows = [prompt(*WORDS)[0].tolist(), prompt(*WORDS[:2])[0].tolist()]
-    batch = twins.batch(*rows, side=side)
-    found = logits(model, **batch, pixel_values=pixels)
-    for index, row in enumerate(rows):
-        alone = logits(model, torch.tensor([row]), pixels[index : index + 1])[0]
-        close(found[index][batch["attention_mask"][index] == 1], alone, 1e-4)
 
 
 def test_several_images_in_a_prompt():
@@ -332,19 +313,12 @@ def test_parts():
 
 @pytest.mark.parametrize("given", [{"text": {"dtype": "bfloat16"}}, {"dtype": torch.float16}])
 def test_weights_are_drawn_in_the_configs_dtype(given):
-    torch.manual_seed(3)
     model = MllamaForConditionalGeneration(whole_config(**given))
-    torch.manual_seed(3)
-    again = MllamaForConditionalGeneration(whole_config(**given)).state_dict()
     assert torch.get_default_dtype() == torch.float32
     for name, parameter in model.named_parameters():
-        assert parameter.dtype == model.config.dtype and torch.equal(parameter, again[name])
-        if name.endswith("bias"):
-            assert not parameter.any()
-        elif "norm" in name:
-            assert bool((parameter == 1).all())
-        else:
-            assert 0 < parameter.float().std() < 1
+        assert parameter.dtype == model.config.dtype
+        drawn = not name.endswith("bias") and "norm" not in name
+        assert (0 < parameter.float().std() < 1) if drawn else parameter.unique().numel() == 1
     assert logits(model.eval(), prompt(*WORDS), images()).dtype == model.config.dtype
     with torch.device("meta"):
         meta = MllamaForConditionalGeneration(whole_config())
@@ -364,19 +338,11 @@ def test_tie_weights_ties_and_what_transformers_calls_does_not(tmp_path):
     assert read.lm_head.weight is read.get_input_embeddings().weight
 
 
-def test_folders_and_gradient_checkpointing(tmp_path):
-    model, ids = whole(), prompt(*WORDS)
+def test_folders(tmp_path):
+    model, given = whole(), (prompt(*WORDS), images())
     model.save_pretrained(tmp_path)
     for kind in (mllama.MllamaForConditionalGeneration, MllamaForConditionalGeneration):
-        close(
-            logits(kind.from_pretrained(tmp_path), ids, images()), logits(model, ids, images()), 0
-        )
-    labels, plain = ids.masked_fill(ids == IMAGE, -100), copy.deepcopy(model).train()
-    plain(ids, images(), labels=labels)["loss"].backward()
-    model.gradient_checkpointing_enable()
-    model.train()(ids, images(), labels=labels)["loss"].backward()
-    for name, parameter in plain.named_parameters():
-        close(model.get_parameter(name).grad, parameter.grad)
+        close(logits(kind.from_pretrained(tmp_path), *given), logits(model, *given), 0)
 
 
 class Older(nn.Module):
@@ -441,15 +407,10 @@ def test_weight_files_that_do_not_fit():
         model.load_state_dict("ckpt.pt")
 
 
-def test_names_of_the_model_itself_and_adapters_alone(tmp_path):
+def test_names_of_the_model_itself_and_adapters_alone():
     model, same = whole(), MllamaForConditionalGeneration(whole_config())
-    model.save_pretrained(tmp_path)
-    torch.save(model.state_dict(), tmp_path / "ckpt.pt")
-    for state in (load_file(tmp_path / "model.safetensors"), torch.load(tmp_path / "ckpt.pt")):
-        same.load_state_dict(state)
-        assert all(
-            torch.equal(t, model.state_dict()[name]) for name, t in same.state_dict().items()
-        )
+    same.load_state_dict(model.state_dict())
+    close(same.state_dict(), model.state_dict(), 0)
     mllama.convert_linears_to_lora(same.language_model)
     adapters = {name: t + 1 for name, t in same.state_dict().items() if "lora_" in name}
     with warnings.catch_warnings():

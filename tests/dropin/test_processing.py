@@ -132,11 +132,7 @@ def test_loose_steps():
         (lambda: process_images_half([image()], (8, 8), 3), ValueError, "resample"),
         (lambda: process_images_half([image()], (8, 8), np.nan), ValueError, "rescale_factor"),
         (lambda: process_images_half([image()], colour=3), TypeError, "colour"),
-        (
-            lambda: add_image_tokens_to_prompts(["hi"], None, 2, "<image>"),
-            TypeError,
-            "prefix_prompt",
-        ),
+        (lambda: add_image_tokens_to_prompts(["hi"], None, 2, "x"), TypeError, "prefix_prompt"),
     ],
 )
 def test_what_cannot_be(call, error, named):
@@ -242,28 +238,15 @@ def test_other_tokenizers(kind, make_tokenizer):
 
 
 def test_processors_that_cannot_be(kind, make_tokenizer):
-    for tokenizer in (None, "gpt2"):
-        with pytest.raises(TypeError, match="tokenizer"):
-            kind(tokenizer, N, S)
+    with pytest.raises(TypeError, match="tokenizer"):
+        kind("gpt2", N, S)
     with pytest.raises(ValueError, match="num_image_token"):
         kind(make_tokenizer(), 0, S)
-    with pytest.raises(TypeError, match="image_size"):
-        kind(make_tokenizer(), N, 2.5)
-    with pytest.raises(ValueError, match="3 prompts"):
-        kind(make_tokenizer(), N, S)(["a", "b", "c"], [image(), image()])
 
 
 def test_a_tiktoken_tokenizer_is_wrapped(kind, tmp_path):
     pytest.importorskip("tiktoken", reason="tiktoken is not installed")
-    tokens = [
-        *(bytes([byte]) for byte in range(256)),
-        b"ha",
-        b"at",
-        b"hat",
-        b"What",
-        b" p",
-        b" pic",
-    ]
+    tokens = [bytes([byte]) for byte in range(256)] + [b"ha", b"at", b"hat", b"What", b" p"]
     lines = [base64.b64encode(token) + b" %d\n" % rank for rank, token in enumerate(tokens)]
     (tmp_path / "tokenizer.model").write_bytes(b"".join(lines))
     metas = mllama.Tokenizer(tmp_path / "tokenizer.model")

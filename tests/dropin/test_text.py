@@ -28,6 +28,11 @@ from mllama.dropin.text import (
 TABLES = compute_rope_params(16, context_length=32)
 
 
+def pair(length: int, heads: int = 2):
+    """A past_kv of one layer."""
+    return (torch.zeros(2, heads, length, 16),) * 2
+
+
 def attention() -> GroupQueryAttention:
     return GroupQueryAttention(64, 64, 4, 2)
 
@@ -99,10 +104,7 @@ def test_what_the_decoder_cannot_be_built_from(given, error, named):
 
 @pytest.mark.parametrize("freq_config", [None, toys.ROPE_FREQ])
 def test_rotary_tables_are_stock_transformers(freq_config):
-    changes = (
-        {} if freq_config else {"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}}
-    )
-    config = toys.stock(**changes).config
+    config = toys.stock(**{} if freq_config else {"rope_parameters": toys.UNSCALED}).config
     expected = LlamaRotaryEmbedding(config)(torch.zeros(1), torch.arange(64)[None])
     for table, wanted in zip(compute_rope_params(16, 5e5, 64, freq_config), expected, strict=True):
         close(table, wanted[0], 1e-6)
@@ -149,8 +151,8 @@ def test_rotations_that_cannot_be(call):
 def test_theta_and_scaling_of_the_config_reach_the_tables():
     model = Llama3Model(CFG | {"rope_base": 1000.0, "rope_freq": None})
     close(model.cos, compute_rope_params(16, theta_base=1000.0, context_length=64)[0], 0)
-    plain = {"rope_freq": None, "rope_parameters": {"rope_type": "default", "rope_theta": 5e5}}
-    scaled, unscaled = toys.by_config(), toys.by_config(**plain, rope_base=None)
+    plain = {"rope_freq": None, "rope_parameters": toys.UNSCALED, "rope_base": None}
+    scaled, unscaled = toys.by_config(), toys.by_config(**plain)
     assert not torch.allclose(scaled(ids())[0], unscaled(ids())[0])
 
 
@@ -162,7 +164,7 @@ def test_logits_and_gradients_are_stock_transformers():
     logits, expected = by_dict(ids()), stock(ids()).logits
     close(logits, expected, 1e-4)
     close(by_config(ids())[0], expected, 1e-4)
-    unscaled = toys.stock(rope_parameters={"rope_type": "default", "rope_theta": 5e5})
+    unscaled = toys.stock(rope_parameters=toys.UNSCALED)
     close(toys.by_dict(rope_freq=None)(ids()), unscaled(ids()).logits, 1e-4)
     logits.square().mean().backward()
     expected.square().mean().backward()
@@ -248,13 +250,9 @@ def test_a_token_at_a_time_with_a_kv_cache():
         (lambda m, c: m(ids(), attention_mask=torch.ones(2, 40)), TypeError, "attention_mask"),
         (lambda m, c: m.forward_with_embeds(torch.zeros(2, 3, 63)), ValueError, "63"),
         (lambda m, c: m(ids(2, 1), past_kv=[1]), ValueError, "past_kv"),
-        (lambda m, c: m(ids(2, 1), [(torch.zeros(3, 2, 3, 16),) * 2] * 2), ValueError, "past_kv"),
-        (lambda m, c: m(ids(2, 1), [(torch.randn(2, 4, 3, 16),) * 2] * 2), ValueError, "past_kv"),
-        (
-            lambda m, c: m(ids(2, 1), [(torch.zeros(2, 2, n, 16),) * 2 for n in (3, 4)]),
-            ValueError,
-            "past_kv",
-        ),
+        (lambda m, c: m(ids(3, 1), [pair(3)] * 2), ValueError, "past_kv"),
+        (lambda m, c: m(ids(2, 1), [pair(3, heads=4)] * 2), ValueError, "past_kv"),
+        (lambda m, c: m(ids(2, 1), [pair(3), pair(4)]), ValueError, "past_kv"),
         (lambda m, c: c(ids(), kv_cache=[]), TypeError, "kv_cache"),
         (lambda m, c: c.model.trf_blocks[0](torch.zeros(1, 3, 64), None), TypeError, "cos"),
         (lambda m, c: GroupQueryAttention(toys.config()), ValueError, "d_in"),

@@ -24,6 +24,7 @@ SCALING = {  # the same as transformers writes it
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 16,
 }
+UNSCALED = {"rope_type": "default", "rope_theta": 5e5}
 CFG = {
     "vocab_size": 99,
     "context_length": 64,

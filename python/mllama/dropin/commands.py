@@ -22,20 +22,16 @@ class _Parser(argparse.ArgumentParser):
 
 
 def vision(arguments: list[str]) -> int:
-    """`Inference/Inference.py`: `mllama generate`, which checks the values."""
-    parser = _Parser(prog="Inference.py", description="Ask a model about an image.")
-    parser.add_argument("--image", required=True, metavar="FILE")
-    parser.add_argument("--prompt", required=True, metavar="TEXT")
-    default = "meta-llama/Llama-3.2-11B-Vision-Instruct"
-    parser.add_argument("--model-id", default=default, help="id on the hub, or a folder")
-    for name, value in (("max-new-tokens", "128"), ("temperature", "0.0"), ("top-p", "1.0")):
-        parser.add_argument(f"--{name}", default=value, help="default: %(default)s")
-    parser.add_argument("--dtype", default="auto", help="auto (by the device), float32 ...")
-    parser.add_argument("--cpu", action="store_true", help="the CPU even where there is a GPU")
-    given = {name: value for name, value in vars(parser.parse_args(arguments)).items() if value}
-    cpu = ["--cpu"] if given.pop("cpu", False) else []
-    options = [f"--{name.replace('_', '-')}={value}" for name, value in given.items()]
-    return cli.main(["generate", *options, *cpu])
+    """`Inference/Inference.py`: `mllama generate` with other defaults."""
+    defaults = {
+        "model-id": "meta-llama/Llama-3.2-11B-Vision-Instruct",
+        "max-new-tokens": 128,
+        "temperature": 0.0,
+        "top-p": 1.0,
+        "dtype": "auto",
+    }
+    options = [f"--{name}={value}" for name, value in defaults.items()]
+    return cli.main(["generate", *options, *arguments])
 
 
 def _truth(text: str) -> bool:

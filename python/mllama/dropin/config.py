@@ -85,7 +85,6 @@ class LLAMA32Config(MllamaTextConfig):
     """
 
     attribute_map = dict(NAMES)
-    has_no_defaults_at_init = True  # vocab_size has none
 
     def __init__(self, vocab_size: int, hidden_size: int | None = None, **fields: Any):
         fields = {"hidden_size": hidden_size} | fields
@@ -195,12 +194,3 @@ def _fields(given: Any) -> dict[str, Any] | PretrainedConfig | None:
     if not isinstance(given, dict) and not hasattr(given, "__dict__"):
         raise TypeError(f"a sub-config must be a dict or an object, got {type(given).__name__}")
     return dict(given if isinstance(given, dict) else vars(given))
-
-
-class PaliGemmaConfig(names.PaliGemmaConfig):
-    """transformers' PaliGemmaConfig; `ignore_index` is honored, SigLIP's pooling head left out."""
-
-    def __init__(self, vision_config: Any = None, text_config: Any = None, **kwargs: Any):
-        if isinstance(vision_config, dict):
-            vision_config = {"vision_use_head": False} | vision_config
-        super().__init__(vision_config=vision_config, text_config=text_config, **kwargs)
