@@ -120,6 +120,7 @@ def test_loose_steps():
     ("call", "error", "named"),
     [
         (lambda: resize(image(), (8,)), ValueError, "size"),
+        (lambda: resize(image(), {"shortest_edge": 8}), ValueError, "size"),
         (lambda: resize(image(), (8, 0)), ValueError, "size"),
         (lambda: resize(image(), (10**9, 10**9)), ValueError, "size"),
         (lambda: resize(image(), (8, 8), 99), ValueError, "filter"),
@@ -129,7 +130,7 @@ def test_loose_steps():
         (lambda: process_images_half([]), ValueError, "images"),
         (lambda: process_images_half(None), TypeError, "NoneType"),
         (lambda: process_images_half([image()], (8, 8), "x"), ValueError, "rescale_factor"),
-        (lambda: process_images_half([image()], (8, 8), 3), ValueError, "resample"),
+        (lambda: process_images_half([image()], (8, 8), 3), ValueError, "rescale_factor"),
         (lambda: process_images_half([image()], (8, 8), np.nan), ValueError, "rescale_factor"),
         (lambda: process_images_half([image()], colour=3), TypeError, "colour"),
         (lambda: add_image_tokens_to_prompts(["hi"], None, 2, "x"), TypeError, "prefix_prompt"),

@@ -33,6 +33,8 @@ def resize(
         TypeError, FileNotFoundError: no image. ValueError: a size or filter that cannot be.
     """
     edges = read_size("size", size)
+    if edges.keys() != {"height", "width"}:
+        raise ValueError(f"size must be (height, width), got {size!r}")
     resample = Image.Resampling.BICUBIC if resample is None else resample
     return load_picture(image).resize(
         (edges["width"], edges["height"]), resample, reducing_gap=reducing_gap
@@ -74,13 +76,10 @@ def _process_images(mean: list[float], std: list[float]) -> Callable[..., torch.
         """Resize, rescale and normalize images: float32 [images, 3, height, width].
 
         Raises:
-            ValueError: no images; a number that cannot be, such as a filter as rescale_factor.
+            ValueError: no images; a number that cannot be, such as a filter in third place.
         """
         if not isinstance(rescale_factor, float) or not math.isfinite(rescale_factor):
-            raise ValueError(
-                f"rescale_factor must be a finite float, got {rescale_factor!r}; resample goes by "
-                "name"
-            )
+            raise ValueError(f"rescale_factor must be a finite float, got {rescale_factor!r}")
         images = list(images) if isinstance(images, (list, tuple)) else [images]
         if not images:
             raise ValueError("images is empty: give at least one image")
@@ -114,8 +113,8 @@ class OlderBatch(BatchFeature):
         return super().__contains__(_OLDER_KEYS.get(key, key))
 
 
-class _Processor(mllama.MllamaImageProcessor):
-    """Prompts and images to tensors: `processor([prompt], [image])`.
+class paligemmaProcessor(mllama.MllamaImageProcessor):
+    """Prompts and images to tensors, of `processing_siglip`: `processor([prompt], [image])`.
 
     The tokenizer is changed: it gets `<image>`, 1024 `<loc0000>` ... and 128 `<seg000>` ..., adds
     no BOS or EOS itself, and pads. Meta's `Tokenizer` is not; a fast tokenizer is made of it.
@@ -150,17 +149,13 @@ class _Processor(mllama.MllamaImageProcessor):
         return OlderBatch(super().__call__(text, images, **options))
 
 
-class MllamaImageProcessor(_Processor):
+class MllamaImageProcessor(paligemmaProcessor):
     """Of `processing_mllama`, with CLIP's mean and deviation."""
 
     mean, std = CLIP_MEAN, CLIP_STD
 
 
-class paligemmaProcessor(_Processor):
-    """Of `processing_siglip`."""
-
-
-class PaliGemmaProcessor(_Processor):
+class PaliGemmaProcessor(paligemmaProcessor):
     """Of `processing_paligemma`, which calls the second argument num_image_tokens."""
 
     def __init__(self, tokenizer: Any, num_image_tokens: int, image_size: int, **kwargs: Any):
