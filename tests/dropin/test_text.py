@@ -372,6 +372,8 @@ def test_a_query_that_sees_nothing_gets_zeros():
         ([1], TypeError),
         (torch.ones(6, 6).tril(), ValueError),  # 1 where visible: the opposite
         (torch.zeros(6, 6), ValueError),  # hides nothing
+        (torch.zeros(3, 1, 6, 6), ValueError),
+        (torch.zeros(2, 3, 6, 6), ValueError),
         (hidden(6) | hidden(6).T.tril(-3), ValueError),  # a window
         (torch.full((6, 6), torch.nan), ValueError),
     ],

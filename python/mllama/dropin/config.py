@@ -11,12 +11,6 @@ from mllama.hf import names
 from mllama.hf.configs import MllamaTextConfig
 from mllama.hf.names import PretrainedConfig
 
-_ROPE_FREQ = {
-    "factor": 32.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_context_length": 8192,
-}
 LLAMA32_CONFIG = {  # Llama 3.2 1B
     "vocab_size": 128_256,
     "context_length": 131_072,
@@ -27,9 +21,14 @@ LLAMA32_CONFIG = {  # Llama 3.2 1B
     "n_kv_groups": 8,
     "rope_base": 500_000.0,
     "dtype": torch.bfloat16,
-    "rope_freq": dict(_ROPE_FREQ),
+    "rope_freq": {
+        "factor": 32.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_context_length": 8192,
+    },
 }
-_KEYS = tuple(LLAMA32_CONFIG)  # scripts write into the dict
+_LLAMA32 = copy.deepcopy(LLAMA32_CONFIG)  # scripts write into the dict
 NAMES = {  # older names of transformers' fields
     "emb_dim": "hidden_size",
     "n_heads": "num_attention_heads",
@@ -45,12 +44,8 @@ _SPELLINGS = NAMES | {
     "torch_dtype": "dtype",
 }
 _DEFAULTS = {
+    **{NAMES[name]: value for name, value in _LLAMA32.items() if name in NAMES},
     "hidden_size": 4096,
-    "num_attention_heads": 32,
-    "num_hidden_layers": 16,
-    "intermediate_size": 8192,
-    "num_key_value_heads": 8,
-    "max_position_embeddings": 131072,
     "rms_norm_eps": 1e-5,
     "dtype": torch.float16,
     "bos_token_id": None,  # LlamaConfig's 1 and 2 are words of Llama 3
@@ -96,13 +91,14 @@ class LLAMA32Config(MllamaTextConfig):
             name, value = _SPELLINGS[older], fields.pop(older)
             if fields.setdefault(name, value) != value:
                 raise ValueError(f"{older} = {value!r} and {name} = {fields[name]!r} are one field")
-        scaling = fields.pop("rope_parameters", None) or rope_scaling(
-            fields.pop("rope_freq", _ROPE_FREQ)
-        )
-        base = fields.pop("rope_theta", None)
-        if base is not None and scaling.get("rope_theta", base) != base:
+        if "rope_parameters" not in fields:  # beside it, rope_freq is rejected
+            freq = fields.pop("rope_freq", _LLAMA32["rope_freq"])
+            fields["rope_parameters"] = rope_scaling(freq)
+        scaling = dict(fields["rope_parameters"])
+        base = fields.pop("rope_theta", scaling.get("rope_theta", _LLAMA32["rope_base"]))
+        if scaling.setdefault("rope_theta", base) != base:
             raise ValueError(f"rope_base = {base!r}, but rope_parameters have another rope_theta")
-        fields["rope_parameters"] = {"rope_theta": 500000.0 if base is None else base} | scaling
+        fields["rope_parameters"] = scaling
         super().__init__(vocab_size=vocab_size, **_DEFAULTS | fields)
 
 
@@ -114,11 +110,10 @@ def text_config(config: Mapping[str, Any] | PretrainedConfig) -> PretrainedConfi
         ValueError: a missing key, or a value that the older decoder cannot have.
     """
     if isinstance(config, Mapping):
-        if missing := [name for name in _KEYS if name not in config]:
+        if missing := [name for name in _LLAMA32 if name not in config]:
             raise ValueError(f"cfg has no {', '.join(missing)}; LLAMA32_CONFIG shows its keys")
-        given = {name: config[name] for name in _KEYS}
-        base = {"rope_theta": given.pop("rope_base")}
-        given["rope_parameters"] = rope_scaling(given.pop("rope_freq")) | base
+        given = {name: config[name] for name in _LLAMA32}
+        given["rope_parameters"] = rope_scaling(given.pop("rope_freq"))
         config = LLAMA32Config(**given)
     if not isinstance(config, names.LlamaConfig):
         kind = type(config).__name__

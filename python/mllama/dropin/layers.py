@@ -123,9 +123,11 @@ class LLAMARotaryEmbedding(RotaryEmbedding):
 # ---- masks
 
 
-def scores_mask(mask: torch.Tensor | None, tokens: int, past: int) -> torch.Tensor | None:
+def scores_mask(
+    mask: torch.Tensor | None, queries: tuple[int, int, int], past: int
+) -> torch.Tensor | None:
     """What a block adds to its scores for a mask, [1 or B, 1 or heads, T, past + T]; None where
-    that is causality alone, which the operator has.
+    that is causality alone, which the operator has. `queries` are B, heads and T.
 
     Raises:
         TypeError: no tensor.
@@ -136,12 +138,13 @@ def scores_mask(mask: torch.Tensor | None, tokens: int, past: int) -> torch.Tens
         return None
     if not isinstance(mask, torch.Tensor):
         raise TypeError(f"mask must be a torch.Tensor or None, got {type(mask).__name__}")
+    tokens = queries[2]
     keys = past + tokens
     causal = torch.ones(tokens, keys, dtype=torch.bool, device=mask.device).tril(past)
     if mask.dim() == 4 and mask.is_floating_point():
-        fits = mask.shape[2] in (1, tokens) and mask.shape[3] >= keys
-        if not fits or not bool((mask <= 0).all()):
-            wanted = f"[batch, heads, {tokens}, at least {keys}], 0 or below"
+        fits = all(mask.shape[axis] in (1, queries[axis]) for axis in range(3))
+        if not fits or mask.shape[3] < keys or not bool((mask <= 0).all()):
+            wanted = f"{list(queries)} or ones in their place, and at least {keys}; 0 or below"
             raise ValueError(f"mask must be {wanted}, got {list(mask.shape)}")
         return mask[..., :keys].masked_fill(~causal, -torch.inf)
     causal = causal if mask.shape[-1:] == (keys,) else causal[:, past:]

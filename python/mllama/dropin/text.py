@@ -70,7 +70,7 @@ class GroupQueryAttention(nn.Module):
         shape = (len(x), self.num_kv_groups, past, self.head_dim)
         if past_kv is not None and [tensor.shape for tensor in past_kv] != [shape, shape]:
             raise ValueError(f"past_kv must be two tensors {list(shape)}, keys and values")
-        added = scores_mask(mask, tokens, past)
+        added = scores_mask(mask, (len(x), self.num_heads, tokens), past)
         if cos.shape[-2] >= past + tokens:
             cos, sin = cos[..., past:, :], sin[..., past:, :]
         q, k, v = (
@@ -225,7 +225,7 @@ class Llama3Model(nn.Module):
         x, mask = self._checked(input_embeds, past), attention_mask
         batch, tokens, _ = x.shape
         positions = torch.arange(past, past + tokens, device=x.device)[None]
-        if mask is not None and mask.dim() == 2:
+        if isinstance(mask, torch.Tensor) and mask.dim() == 2:
             if mask.shape != (batch, past + tokens):
                 wanted = [batch, past + tokens]
                 raise ValueError(f"attention_mask must be {wanted}, got {list(mask.shape)}")
