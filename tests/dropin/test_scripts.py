@@ -241,8 +241,8 @@ def test_a_paligemma_of_stock_transformers(said, workplace):
 
 
 NAMES = {
-    "model": """LLAMA32_CONFIG Tokenizer Llama3Model TransformerBlock GroupQueryAttention FeedForward
-        RMSNorm compute_rope_params rope assign load_weights_into_llama generate text_to_tokens
+    "model": """LLAMA32_CONFIG Tokenizer Llama3Model TransformerBlock GroupQueryAttention
+        FeedForward RMSNorm compute_rope_params rope assign load_weights_into_llama generate text_to_tokens
         token_to_text MLLAMAConfig LLAMA32Config MllamaForConditionalGeneration Llama3ForCausalLM
         MultiModalProjector KVCache LLAMARMSNorm LLAMARotaryEmbedding Linear_LORA
         convert_linears_to_lora replace_linear_with_lora convert_to_lora""",
@@ -261,8 +261,8 @@ NAMES = {
     "Tools": "FusedRMSNorm",
     "Tools.rmsnorm": "FusedRMSNorm",
 }
-PROCESSING = """ IMAGENET_STANDARD_MEAN IMAGENET_STANDARD_STD resize rescale normalize process_images
-    add_image_tokens_to_prompts add_image_tokens_to_prompt"""
+PROCESSING = """ IMAGENET_STANDARD_MEAN IMAGENET_STANDARD_STD resize rescale normalize
+    process_images add_image_tokens_to_prompts add_image_tokens_to_prompt"""
 NAMES |= {name: names + PROCESSING for name, names in NAMES.items() if "processing" in name}
 SAME = {
     "llama32_multimodal": "model",
