@@ -243,7 +243,8 @@ def test_a_paligemma_of_stock_transformers(said, workplace):
 NAMES = {
     "model": """LLAMA32_CONFIG Tokenizer Llama3Model TransformerBlock GroupQueryAttention
         FeedForward RMSNorm compute_rope_params rope assign load_weights_into_llama generate
-        text_to_tokens token_to_text MLLAMAConfig LLAMA32Config MllamaForConditionalGeneration Llama3ForCausalLM
+        text_to_tokens token_to_text MLLAMAConfig LLAMA32Config
+        MllamaForConditionalGeneration Llama3ForCausalLM
         MultiModalProjector KVCache LLAMARMSNorm LLAMARotaryEmbedding Linear_LORA
         convert_linears_to_lora replace_linear_with_lora convert_to_lora""",
     "siglip": """SiglipVisionConfig SiglipModel SiglipVisionEmbedding SiglipVisionEmbeddings
