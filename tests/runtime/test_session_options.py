@@ -170,7 +170,13 @@ def test_one_padded_row_is_as_without_padding(session):
         "input_ids": torch.tensor([[0, 0, *twins.tokens(9)]]),
         "attention_mask": torch.tensor([[0, 0] + [1] * 9]),
     }
-    assert ids(session.generate(padded)) == ids(session.generate(PROMPT))
+    first = ids(session.generate(padded, max_new_tokens=6))
+    assert first == ids(Session(session.model).generate(PROMPT, max_new_tokens=6))
+    # Its answer is no prompt that the cache would have.
+    again = {"input_ids": torch.tensor([[*first[0][:4], 5]])}
+    found = session.generate(again, max_new_tokens=6)
+    assert found.num_reused_tokens == 0
+    assert ids(found) == ids(Session(session.model).generate(again, max_new_tokens=6))
 
 
 @pytest.mark.parametrize(

@@ -154,7 +154,7 @@ class Session:
             if step == room - 1 or all(row.done for row in rows):
                 break
             logits = self._forward(tokens[:, None], inputs)
-            if len(rows) == 1:
+            if self._ids:  # of one row without padding
                 self._ids += ids
         result.decode_seconds = time.perf_counter() - start - result.prefill_seconds
 
