@@ -132,7 +132,8 @@ def _keep_all_tokens(cache: Cache, specs: Sequence[LayerSpec]) -> None:
     layers = cache.layers
     if not any(layer.is_sliding for layer in layers):
         return
-    size = max((_size(layer) for layer in layers if not layer.is_sliding), default=0)
+    sizes = [_size(layer) for layer in layers if not layer.is_sliding]
+    size = max(sizes) if sizes else 0  # torch.compile takes no `default`
     for index, layer in enumerate(layers):
         if not layer.is_sliding:
             continue
