@@ -2,7 +2,7 @@
 the field and the value.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection
 from typing import Any
 
 # What the attention operator takes.
@@ -41,7 +41,7 @@ def check_number(owner: str, name: str, value: Any) -> None:
         raise ValueError(f"{owner}: {name} must be a number that float32 can hold")
 
 
-def check_choice(owner: str, name: str, value: Any, choices: Sequence) -> None:
+def check_choice(owner: str, name: str, value: Any, choices: Collection) -> None:
     # 1 is not True here, nor 0 False: a config that says so was written for something else.
     if not any(value == choice and _is_bool(value) == _is_bool(choice) for choice in choices):
         raise ValueError(
