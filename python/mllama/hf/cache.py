@@ -76,7 +76,7 @@ class TransformersCache:
 
     def __init__(self, cache: Cache, text: TextSpec):
         check_cache(cache)
-        _keep_all_tokens(cache, text.layers)
+        keep_all_tokens(cache, text.layers)
         self.cache = cache
         cross = text.cross_attention_layers
         self._place = _place_cross_layers(cache, cross, text.num_hidden_layers) if cross else None
@@ -125,15 +125,20 @@ def num_prefix_tokens(cache: Cache | None) -> int:
     return getattr(cache, "num_prefix_tokens", 0)
 
 
-def _keep_all_tokens(cache: Cache, specs: Sequence[LayerSpec]) -> None:
+def keep_all_tokens(cache: Cache, specs: Sequence[LayerSpec], size: int = 0) -> None:
     """Replace empty layers with a sliding window by layers without, where the decoder's layer has
     that window; transformers makes such a cache of the config of a Gemma 2 or 3.
+
+    Args:
+        cache: changed in place.
+        specs: the decoder's layers.
+        size: for how many tokens a static cache was made; 0 is as its layers without a window say.
     """
     layers = cache.layers
     if not any(layer.is_sliding for layer in layers):
         return
     sizes = [_size(layer) for layer in layers if not layer.is_sliding]
-    size = max(sizes) if sizes else 0  # torch.compile takes no `default`
+    size = max(sizes) if sizes else size  # torch.compile takes no `default`
     for index, layer in enumerate(layers):
         if not layer.is_sliding:
             continue
