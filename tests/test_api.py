@@ -305,6 +305,18 @@ def test_answers_of_a_batch_end_where_each_alone_does(loaded, picture_file):
     ended = session.generate(inputs, max_new_tokens=8, eos_token_id=end).completions
     assert len(plain[0].token_ids) == 8
     assert ended[0].token_ids == first[: first.index(end) + 1]
+    as_tensor = session.generate(inputs, max_new_tokens=8, eos_token_id=torch.tensor([end]))
+    assert as_tensor.completions == ended
+
+
+def test_texts_of_a_batch_are_told_of_at_its_end(loaded, picture_file):
+    model, processor = loaded
+    questions = ["How many circles?", "What colour is it?"]
+    inputs, told = encode_questions(processor, [[picture_file]] * 2, questions), []
+    found = GenerateSession(model, processor).generate(
+        inputs, max_new_tokens=4, on_text=lambda row, text: told.append((row, text))
+    )
+    assert told == [(row, answer.text) for row, answer in enumerate(found.completions)]
 
 
 def tokens_of(model, inputs) -> list[list[int]]:

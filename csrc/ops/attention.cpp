@@ -65,9 +65,10 @@ class Visible {
         int64_t window_start = o.window ? std::max(offset, -kFar) - *o.window + 1 : -queries;
         bool prefix = o.prefix_length && o.prefix_length->dim() == 1;
         int64_t length = prefix ? *mask_row<int64_t>(o.prefix_length, b) : 0;
-        return {.offset = std::clamp(offset, -queries, keys),
+        // Not cut to the keys: a query behind the last key may be in the prefix or not.
+        return {.offset = std::clamp(offset, -queries, kFar),
                 .window_start = std::clamp(window_start, -queries, keys),
-                .prefix = std::clamp<int64_t>(length, 0, keys),
+                .prefix = length,
                 .first = 0,
                 .last = keys,
                 .added = nullptr,
@@ -102,7 +103,7 @@ class Visible {
                       const int64_t* prefixes, int64_t queries) {
         kernels::VisibleKeys one = row;
         for (int64_t t = 0; t < queries; ++t) {
-            if (prefixes) one.prefix = std::clamp<int64_t>(prefixes[t], 0, row.last);
+            if (prefixes) one.prefix = prefixes[t];
             int64_t start = std::max(one.start(t), starts ? starts[t] : 0);
             ranges[t] = {static_cast<int32_t>(std::min(start, row.last)),
                          static_cast<int32_t>(one.limit(t))};

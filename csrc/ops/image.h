@@ -23,7 +23,7 @@ inline void check_resize(const char* op, const Tensor& image, int64_t height, in
     const int64_t between = height_first ? image.size(1) : image.size(0);
     check(height >= 1 && width >= 1 && height <= kMaxPixels / width &&
               between <= kMaxPixels / (height_first ? height : width),
-          op, "size");
+          op, "height or width");
 }
 
 inline void check_table(const char* op, const Tensor& table) {

@@ -22,6 +22,7 @@ from mllama.processing.auto import load_preprocessor
 from mllama.runtime.questions import as_list, encode_questions, refuse_swapped, share_images
 from mllama.runtime.session import OPTIONS, Session
 from mllama.runtime.settings import beyond_session, check_settings
+from mllama.weights.stock_names import own_names
 
 if TYPE_CHECKING:
     from mllama.hf.answering import GenerateSession
@@ -116,7 +117,7 @@ def open_session(
     adapter: str | os.PathLike | None = None,
 ) -> "Session | GenerateSession":
     """Open a session: the core's own, or one on transformers' `generate` where the model's
-    settings, its tokenizer or an adapter folder need transformers.
+    settings or its tokenizer need transformers.
 
     Args:
         path, dtype, device, reference, adapter: as `load` takes them.
@@ -130,8 +131,7 @@ def open_session(
         if opened.spec.text is None:
             raise ValueError("a SigLIP vision model has no decoder to answer with")
         settings, where = opened.generation or {}, opened.source.where
-        peft = own_adapter is not None and Path(own_adapter).is_dir()
-        processor = None if peft or beyond_session(settings) else _core_processor(folder)
+        processor = None if beyond_session(settings) else _core_processor(folder)
         if processor is not None:
             check_settings(where, settings)
             model = _load_core(opened, dtype, place, reference)
@@ -156,6 +156,9 @@ def _load_core(
 ) -> VisionLanguageModel:
     model = lay_out(opened, lambda spec: VisionLanguageModel(spec, reference=reference))
     fill(model, opened, dtype_named(resolve_dtype(opened, dtype, device)), lambda name: device)
+    # load_lora asks for it, of adapters under transformers' names.
+    weight_map = opened.family.weight_map(opened.spec)
+    model.__dict__["own_names"] = functools.partial(own_names, weight_map)
     return model.eval()
 
 

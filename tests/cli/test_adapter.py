@@ -38,7 +38,7 @@ def test_every_command_that_answers_takes_them(run, options, loaded, picture_fil
             else option
             for option in options
         ]
-        for path in ("own.safetensors", "peft"):
+        for path in ("own.safetensors", "peft", "peft/adapter_model.safetensors"):
             code, out, _ = run(*arguments, *given, "--adapter", folder / path, **more)
             assert code == 0 and out.strip() == expected
 

@@ -13,6 +13,7 @@ import twins
 from families import cases, test_arguments, test_mllama
 from families.test_arguments import LLAVA, PALIGEMMA
 from mllama import MllamaForConditionalGeneration, SiglipModel
+from mllama.families import compose
 
 SIGLIP_LLAVA = "llava, siglip, several"
 ROPES = [
@@ -94,7 +95,7 @@ VALUES = {
     "attn_logit_softcapping": [1.0, None],
     "query_pre_attn_scalar": [3],
     "hidden_activation": ["gelu", "relu", "silu"],
-    "is_causal": [False, True],
+    "is_causal": [False, True, None],
 }
 DECODERS = (
     "sliding_window",
@@ -205,6 +206,12 @@ def compare(kind, config: transformers.PretrainedConfig, name: str) -> str:
         and (got - expected).abs().max() <= 1e-3 * expected.abs().max()
         else "another result"
     )
+
+
+def test_an_older_spelling_is_refused_by_its_own_name():
+    for value in (0, -1.0, "x", True):
+        with pytest.raises(ValueError, match="rope_local_base_freq"):
+            compose({"model_type": "gemma3_text", "rope_local_base_freq": value})
 
 
 @pytest.mark.parametrize("family", test_arguments.FAMILIES)

@@ -6,8 +6,10 @@ import pytest
 import torch
 from transformers import DynamicCache, StaticCache, TextIteratorStreamer
 
-from families import test_arguments
+import twins
+from families import cases, test_arguments
 from families.cases import IMAGE, ONE_EACH, TALKING, close, ids, inputs, make, pair, pictures
+from mllama import MllamaForConditionalGeneration
 
 GREEDY = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
 MIXED = "a row without a picture"
@@ -64,6 +66,17 @@ def test_caches_change_nothing(case):
         if "num_beams" in options:
             expected = model.generate(**batch, **GREEDY, **options | {"cache_implementation": None})
         assert torch.equal(model.generate(**batch, **GREEDY, **options), expected), options
+
+
+@pytest.mark.parametrize("family", [cases.gemma2, cases.gemma3])
+def test_a_static_cache_whose_layers_all_have_a_window(family):
+    config = family(layer_types=["sliding_attention"] * 2).config
+    model = twins.randomise(MllamaForConditionalGeneration(config)).eval()
+    batch = twins.batch(twins.tokens(9), twins.tokens(4, 5))
+    for options in ({}, {"num_beams": 2}):
+        expected = model.generate(**batch, **GREEDY, **options)
+        options["cache_implementation"] = "static"
+        assert torch.equal(model.generate(**batch, **GREEDY, **options), expected)
 
 
 @pytest.mark.parametrize("case", ONE_EACH)

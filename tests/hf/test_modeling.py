@@ -7,9 +7,10 @@ import copy
 import pytest
 import torch
 from torch.nn.functional import cross_entropy
-from transformers import DynamicCache
+from transformers import DynamicCache, StaticCache
 
 import twins
+from families import cases
 from mllama import MllamaConfig, MllamaForConditionalGeneration
 
 PICTURE = [twins.IMAGE] * twins.PATCHES
@@ -440,6 +441,17 @@ def test_the_whole_model_compiles_in_one_graph():
         expected = model(**inputs, labels=inputs["input_ids"])
     torch.testing.assert_close(got.logits, expected.logits)
     torch.testing.assert_close(got.loss, expected.loss)
+
+
+def test_windows_compile_in_one_graph_onto_a_static_cache():
+    model = cases.pair("gemma2").ours
+    ids = torch.tensor([twins.tokens(9)])
+    cache = StaticCache(config=model.config, max_cache_len=16)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        compiled(ids[:, :8], past_key_values=cache)
+        got = compiled(ids[:, 8:], past_key_values=cache).logits
+        torch.testing.assert_close(got, model(ids).logits[:, 8:], rtol=1e-4, atol=1e-4)
 
 
 def test_a_deep_copy_is_a_model_of_its_own():

@@ -194,14 +194,18 @@ BAD_OPERATOR_CALLS = [
         lambda: torch.ops.mllama.resize(IMAGE.float(), 2, 2, True, False), THROWN, "invalid image"
     ),
     BadCall(lambda: torch.ops.mllama.resize(IMAGE[:0], 2, 2, True, False), THROWN, "invalid image"),
-    BadCall(lambda: torch.ops.mllama.resize(IMAGE, 0, 2, True, False), THROWN, "invalid size"),
     BadCall(
-        lambda: torch.ops.mllama.resize(IMAGE, 2**62, 2**62, True, True), THROWN, "invalid size"
+        lambda: torch.ops.mllama.resize(IMAGE, 0, 2, True, False), THROWN, "invalid height or width"
+    ),
+    BadCall(
+        lambda: torch.ops.mllama.resize(IMAGE, 2**62, 2**62, True, True),
+        THROWN,
+        "invalid height or width",
     ),
     BadCall(
         lambda: torch.ops.mllama.resize(IMAGE.repeat(2**14, 1, 1), 1, 2**13, True, False),
         THROWN,
-        "invalid size",
+        "invalid height or width",
     ),
     BadCall(
         lambda: torch.ops.mllama.resize_normalize(IMAGE, 2, 2, TABLE[:9], True, False),

@@ -196,25 +196,42 @@ def test_spellings_of_tokenizers(make_tokenizer, tmp_path, file, content):
         assert core.decode(ids, True) == stock.decode(ids, skip_special_tokens=True)
 
 
-@pytest.mark.parametrize(("prefix", "legacy"), [(None, False), (True, True), (False, False)])
-def test_llama_2s_class(tmp_path, prefix, legacy):
+def write_sentencepiece(folder, model_type: str, **settings) -> None:
+    """A tokenizer in Llama 2's layout, whose settings may name another class."""
     letters = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
     letters += list("\u2581abc") + ["\u2581a", "ab"]
     merges = [("\u2581", "a"), ("a", "b")]
     vocabulary = {token: place for place, token in enumerate(letters)}
-    backend = Tokenizer(models.BPE(vocabulary, merges, unk_token="<unk>", byte_fallback=True))
+    bpe = models.BPE(vocabulary, merges, unk_token="<unk>", byte_fallback=True, fuse_unk=True)
+    backend = Tokenizer(bpe)
     backend.normalizer = normalizers.Sequence(
         [normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")]
     )
     backend.decoder = decoders.Replace("\u2581", " ")
     special = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
     backend.add_special_tokens([AddedToken(token, special=True) for token in special.values()])
-    PreTrainedTokenizerFast(tokenizer_object=backend, **special).save_pretrained(tmp_path)
-    file = tmp_path / "tokenizer_config.json"
-    settings = json.loads(file.read_text()) | {"tokenizer_class": "LlamaTokenizer"}
-    file.write_text(json.dumps(settings | {"add_prefix_space": prefix, "legacy": legacy}))
-    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    PreTrainedTokenizerFast(tokenizer_object=backend, **special).save_pretrained(folder)
+    file = folder / "tokenizer_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | settings))
+    (folder / "config.json").write_text(json.dumps({"model_type": model_type}))
+
+
+@pytest.mark.parametrize(
+    ("model_type", "settings"),
+    [
+        ("llama", {"tokenizer_class": "LlamaTokenizer", "add_prefix_space": None, "legacy": False}),
+        ("llama", {"tokenizer_class": "LlamaTokenizer", "add_prefix_space": True, "legacy": True}),
+        ("llama", {"tokenizer_class": "LlamaTokenizer", "add_prefix_space": False}),
+        ("gemma2", {"tokenizer_class": "GemmaTokenizer"}),
+        ("gemma3_text", {"tokenizer_class": None}),
+        ("llava", {"tokenizer_class": "LlamaTokenizer"}),
+        ("llava", {"tokenizer_class": "GemmaTokenizer"}),
+    ],
+)
+def test_classes_with_a_pipeline_of_their_own(tmp_path, model_type, settings):
+    write_sentencepiece(tmp_path, model_type, **settings)
     core, stock = load_tokenizer(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
+    assert core.special_tokens_map == stock.special_tokens_map
     for text in ["ab c", "<s>ab ä</s> a", "  b"]:
         ids = core.encode(text)
         assert ids == stock.encode(text) and core.decode(ids) == stock.decode(ids)

@@ -170,7 +170,13 @@ def test_one_padded_row_is_as_without_padding(session):
         "input_ids": torch.tensor([[0, 0, *twins.tokens(9)]]),
         "attention_mask": torch.tensor([[0, 0] + [1] * 9]),
     }
-    assert ids(session.generate(padded)) == ids(session.generate(PROMPT))
+    first = ids(session.generate(padded, max_new_tokens=6))
+    assert first == ids(Session(session.model).generate(PROMPT, max_new_tokens=6))
+    # Its answer is no prompt that the cache would have.
+    again = {"input_ids": torch.tensor([[*first[0][:4], 5]])}
+    found = session.generate(again, max_new_tokens=6)
+    assert found.num_reused_tokens == 0
+    assert ids(found) == ids(Session(session.model).generate(again, max_new_tokens=6))
 
 
 @pytest.mark.parametrize(
@@ -182,6 +188,10 @@ def test_one_padded_row_is_as_without_padding(session):
         ({"eos_token_id": "x"}, TypeError, "eos_token_id"),
         ({"stop": [""]}, ValueError, "stop"),
         ({"stop": [5]}, ValueError, "stop"),
+        ({"stop": None}, TypeError, "stop"),
+        ({"on_text": "print"}, TypeError, "on_text"),
+        ({"temperature": "hot"}, TypeError, "temperature"),
+        ({"temperature": 0, "top_k": -3}, ValueError, "top_k"),
         ({"top_p": 2}, ValueError, "top_p"),
         ({"num_beams": 2}, TypeError, "num_beams"),
         ({"do_sample": False, "top_k": 4}, ValueError, "top_k"),
@@ -195,20 +205,40 @@ def test_options_are_refused_by_name(session, options, error, name):
 @pytest.mark.parametrize(
     ("changed", "error", "name"),
     [
-        ({"input_ids": None}, ValueError, "input_ids"),
+        ({"input_ids": None}, TypeError, "input_ids"),
+        ({"input_ids": [[1, 2]]}, TypeError, "input_ids"),
+        ({"input_ids": torch.ones(1, 2)}, TypeError, "input_ids"),
+        ({"input_ids": torch.ones(1, 2, dtype=torch.uint8)}, TypeError, "input_ids"),
+        ({"input_ids": torch.tensor(1)}, ValueError, "input_ids"),
         ({"input_ids": torch.ones(1, 0, dtype=torch.long)}, ValueError, "input_ids"),
-        ({"input_ids": torch.ones(1, 2)}, ValueError, "input_ids"),
+        ({"input_ids": torch.ones(0, 2, dtype=torch.long)}, ValueError, "input_ids"),
+        ({"attention_mask": [[1] * 9]}, TypeError, "attention_mask"),
         ({"attention_mask": torch.ones(1, 3)}, ValueError, "attention_mask"),
         ({"attention_mask": torch.tensor([[1] * 8 + [0]])}, ValueError, "attention_mask"),
         ({"attention_mask": torch.tensor([[1, 0] + [1] * 7])}, ValueError, "attention_mask"),
         ({"labels": PROMPT["input_ids"]}, TypeError, "labels"),
         ({"aspect_ratio_ids": torch.ones(1, 1)}, ValueError, "aspect_ratio_ids"),
         ({"pixel_values": twins.pictures(1)}, ValueError, "pixel_values"),
+        ({"cross_attention_mask": torch.ones(1, 9, 1, 1)}, ValueError, "cross_attention_mask"),
     ],
 )
 def test_inputs_are_refused_by_name(session, changed, error, name):
     with pytest.raises(error, match=name):
         session.generate(PROMPT | changed)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "name"),
+    [
+        ({"processor": 5}, TypeError, "processor"),
+        ({"settings": 5}, TypeError, "settings"),
+        ({"settings": {"num_beams": 4}}, ValueError, "num_beams"),
+        ({"prefill_chunk_size": 0}, ValueError, "prefill_chunk_size"),
+    ],
+)
+def test_arguments_are_refused_by_name(session, arguments, error, name):
+    with pytest.raises(error, match=name):
+        Session(session.model, **arguments)
 
 
 def test_text_needs_a_processor(session):

@@ -1,6 +1,6 @@
 """Checks of config fields. Each raises ValueError naming the owner, the field and the value."""
 
-from collections.abc import Sequence
+from collections.abc import Collection
 from typing import Any
 
 # Head sizes of the attention operator.
@@ -39,7 +39,7 @@ def check_number(owner: str, name: str, value: Any) -> None:
         raise ValueError(f"{owner}: {name} must be a number that float32 can hold")
 
 
-def check_choice(owner: str, name: str, value: Any, choices: Sequence) -> None:
+def check_choice(owner: str, name: str, value: Any, choices: Collection) -> None:
     # Compared by type too: 1 is not True, 0 is not False.
     if not any(value == choice and _is_bool(value) == _is_bool(choice) for choice in choices):
         raise ValueError(

@@ -37,8 +37,7 @@ _TILED_SIZES = (
 _IDS = ("pad_token_id", "bos_token_id", "eos_token_id")
 # Fields of transformers' decoders whose computation is not supported, with the value that turns it
 # off.
-_NOT_COMPUTED = {"attention_dropout": 0, "dropout": 0, "is_causal": True}
-_NOT_COMPUTED |= {"attention_chunk_size": None}
+_NOT_COMPUTED = {"attention_dropout": 0, "dropout": 0, "attention_chunk_size": None}
 # The same for decoders whose layers are all alike.
 _NOT_UNIFORM = {
     "sliding_window": None,
@@ -112,6 +111,8 @@ def _check_text_choices(config: Mapping[str, Any], owner: str) -> None:
     for name in ("attention_bias", "mlp_bias", "tie_word_embeddings"):
         check_flag(owner, name, config.get(name) or False)
     check_values(config, _NOT_COMPUTED, owner)
+    # None is False to transformers.
+    check_choice(owner, "is_causal", config.get("is_causal", True), (True,))
     for name in _IDS:
         value = config.get(name)
         for token in value if isinstance(value, list) else [value]:
@@ -124,7 +125,7 @@ def _check_text_choices(config: Mapping[str, Any], owner: str) -> None:
 def check_values(config: Mapping[str, Any], values: Mapping[str, Any], owner: str) -> None:
     """Raise ValueError for a field that is neither None nor the value given for it."""
     for name, value in values.items():
-        check_choice(owner, name, config.get(name), (value, None))
+        check_choice(owner, name, config.get(name), dict.fromkeys((value, None)))
 
 
 def check_cross_layers(config: Mapping[str, Any], owner: str = "text_config") -> tuple[int, ...]:

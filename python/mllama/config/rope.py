@@ -70,9 +70,11 @@ def settle_ropes(
     scaling = config.get("rope_scaling")
     if scaling is not None:
         check_kind(owner, "rope_scaling", scaling, dict)
+    if (local := config.get("rope_local_base_freq")) is not None:
+        check_number(owner, "rope_local_base_freq", local)
     older = {
         "full_attention": (config.get("rope_theta"), scaling or {}),
-        "sliding_attention": (config.get("rope_local_base_freq"), {}),
+        "sliding_attention": (local, {}),
     }
     settled = {}
     for kind, default in thetas.items():

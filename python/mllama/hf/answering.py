@@ -51,7 +51,7 @@ class GenerateSession:
         interruptible: bool = False,
         **generate_kwargs: Any,
     ) -> Generation:
-        """As `Session.generate`. With several beams, text comes at the end.
+        """As `Session.generate`. With several beams or rows, text comes at the end.
 
         Args:
             generate_kwargs: options of transformers' `generate`. Default: at most 128 new tokens,
@@ -64,7 +64,7 @@ class GenerateSession:
         prompt, rows = inputs["input_ids"].shape[1], len(inputs["input_ids"])
         start, result = time.perf_counter(), Generation([], prompt)
         streamer = None
-        if on_text is not None and self._beams(generate_kwargs) == 1:
+        if on_text is not None and rows == self._beams(generate_kwargs) == 1:
             streamer = TextPieces(self.tokenizer, functools.partial(on_text, 0))
             generate_kwargs["streamer"] = streamer
         try:
@@ -105,8 +105,9 @@ class GenerateSession:
 
     def _ends(self, generate_kwargs: Mapping[str, Any]) -> frozenset[int]:
         settings = generate_kwargs.get("generation_config") or self.model.generation_config
-        ends = generate_kwargs.get("eos_token_id", settings.eos_token_id)
-        return frozenset([] if ends is None else [ends] if isinstance(ends, int) else ends)
+        ends = generate_kwargs.get("eos_token_id")
+        ends = settings.eos_token_id if ends is None else ends
+        return frozenset([] if ends is None else torch.as_tensor(ends).reshape(-1).tolist())
 
 
 def generate(model: Any, inputs: Mapping[str, torch.Tensor], **generate_kwargs: Any) -> Any:

@@ -75,7 +75,7 @@ class TransformersCache:
 
     def __init__(self, cache: Cache, text: TextSpec):
         check_cache(cache)
-        _keep_all_tokens(cache, text.layers)
+        keep_all_tokens(cache, text.layers)
         self.cache = cache
         cross = text.cross_attention_layers
         self._place = _place_cross_layers(cache, cross, text.num_hidden_layers) if cross else None
@@ -124,14 +124,20 @@ def num_prefix_tokens(cache: Cache | None) -> int:
     return getattr(cache, "num_prefix_tokens", 0)
 
 
-def _keep_all_tokens(cache: Cache, specs: Sequence[LayerSpec]) -> None:
+def keep_all_tokens(cache: Cache, specs: Sequence[LayerSpec], size: int = 0) -> None:
     """Replace empty sliding-window layers by full ones, if the decoder's layer has that window;
     transformers creates such a cache from a Gemma 2 or 3 config.
+
+    Args:
+        cache: changed in place.
+        specs: the decoder's layers.
+        size: tokens that a static cache was made for; 0 is as its layers without a window say.
     """
     layers = cache.layers
     if not any(layer.is_sliding for layer in layers):
         return
-    size = max((_size(layer) for layer in layers if not layer.is_sliding), default=0)
+    sizes = [_size(layer) for layer in layers if not layer.is_sliding]
+    size = max(sizes) if sizes else size  # torch.compile takes no `default`
     for index, layer in enumerate(layers):
         if not layer.is_sliding:
             continue

@@ -8,7 +8,7 @@ from transformers.modeling_outputs import ModelOutput
 
 from mllama.fusion.base import ModelInputs
 from mllama.hf.cache import TransformersCache, check_cache
-from mllama.text.decoder import check_embeddings, check_mask, split_mask
+from mllama.text.decoder import check_mask, split_mask
 from mllama.text.packing import find_sequences, go_back
 
 
@@ -20,32 +20,6 @@ class PackedRows(NamedTuple):
     max_length_q: int | None = None
     max_length_k: int | None = None
     seq_idx: torch.Tensor | None = None
-
-
-def check_text(
-    input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None, hidden_size: int
-) -> None:
-    """Raise ValueError or TypeError unless exactly one of ids [B, T] and embeddings is valid."""
-    if (input_ids is None) == (inputs_embeds is None):
-        raise ValueError("give exactly one of input_ids and inputs_embeds")
-    if input_ids is not None:
-        check_ids(input_ids)
-    else:
-        check_embeddings(inputs_embeds, hidden_size)  # type: ignore[arg-type]
-
-
-def check_ids(input_ids: torch.Tensor) -> None:
-    """Raise TypeError unless ids are integers, ValueError unless they are [B, T] with T > 0."""
-    if not isinstance(input_ids, torch.Tensor) or input_ids.dtype not in (torch.int64, torch.int32):
-        raise TypeError(
-            "input_ids must be an int64 or int32 torch.Tensor, "
-            f"got {getattr(input_ids, 'dtype', type(input_ids).__name__)}"
-        )
-    if input_ids.dim() != 2 or input_ids.shape[1] == 0:
-        raise ValueError(
-            "input_ids must be [batch, tokens] with at least one token, "
-            f"got {list(input_ids.shape)}"
-        )
 
 
 def set_extra_outputs(

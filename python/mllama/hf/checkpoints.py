@@ -23,6 +23,7 @@ from mllama.hf.config_objects import check_names, config_object, file_content, s
 from mllama.hf.config_objects import compose as compose_object
 from mllama.hf.devices import Placement
 from mllama.nn.wrappers import plain_key
+from mllama.weights import stock_names
 from mllama.weights.rows import WeightMap, plan_moves, to_file
 
 # Files of adapters saved there before, which readers of the folder would load.
@@ -160,17 +161,8 @@ def _weight_map(config: PretrainedConfig) -> WeightMap:
 
 
 def own_names(config: PretrainedConfig, names: Iterable[str]) -> dict[str, str]:
-    """Map names of files, or of transformers' classes in memory, to the model's. Unknown names, and
-    tensors made of several, are left out.
-    """
-    moves, _, _ = plan_moves(_weight_map(config), names)
-    single = [move for move in moves if len(move.theirs) == len(move.ours) == 1]
-    return {
-        theirs: ours
-        for move in single
-        for theirs, ours in zip(move.theirs, move.ours, strict=True)
-        if theirs is not None
-    }
+    """`mllama.weights.stock_names.own_names` of a config."""
+    return stock_names.own_names(_weight_map(config), names)
 
 
 def _check_readable(

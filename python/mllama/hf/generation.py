@@ -10,7 +10,7 @@ from transformers.generation.utils import GenerateOutput
 
 from mllama.hf.arguments import check_special, taken_by
 from mllama.hf.built import check_built
-from mllama.hf.cache import check_cache, num_prefix_tokens
+from mllama.hf.cache import check_cache, keep_all_tokens, num_prefix_tokens
 from mllama.hf.call import one_of_images
 from mllama.hf.compat import CACHE_NAME, hand_on, rename_cache
 from mllama.text.prefix import count_prefix
@@ -213,15 +213,19 @@ class MllamaGenerationMixin(GenerationMixin):
         self, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
     ):
         """As GenerationMixin's; a static cache also gets room for prepended visual tokens, which
-        its length does not include.
+        its length does not include, and its layers with a window keep all tokens.
         """
         beams, answers = generation_config.num_beams, generation_config.num_return_sequences
         max_cache_length += self.fusion.extra_cache_tokens(
             _count_images(model_kwargs), batch_size * max(beams, answers)
         )
-        return super()._prepare_cache_for_generation(
+        given = model_kwargs.get(CACHE_NAME)
+        super()._prepare_cache_for_generation(
             generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
         )
+        # A static cache whose layers all have a window does not say its size afterwards.
+        if given is None and (cache := model_kwargs.get(CACHE_NAME)) is not None:
+            keep_all_tokens(cache, self.spec.text.layers, max_cache_length)
 
     @functools.wraps(GenerationMixin._get_candidate_generator)
     def _get_candidate_generator(self, generation_config, input_ids, *args, **kwargs):

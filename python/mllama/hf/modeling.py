@@ -16,7 +16,6 @@ from mllama.hf.built import check_built, remember_config
 from mllama.hf.call import (
     PackedRows,
     by_rows,
-    check_text,
     one_of_images,
     set_cache_and_positions,
     set_extra_outputs,
@@ -29,6 +28,7 @@ from mllama.hf.outputs import MllamaOutput, as_output
 from mllama.hf.pretrained import PretrainedMixin, own_config
 from mllama.model.model import VisionLanguageModel
 from mllama.nn.norm import RMSNorm
+from mllama.text.decoder import check_text
 
 
 class MllamaForConditionalGeneration(

@@ -15,7 +15,7 @@ from mllama.fusion.cross_attention import CrossAttentionDecoderLayer
 from mllama.fusion.projector import make_pooling, make_projector
 from mllama.nn.activation import softcap
 from mllama.nn.loss import counted_loss
-from mllama.text.decoder import Decoder, DecoderOutput, split_mask
+from mllama.text.decoder import Decoder, DecoderOutput, check_mask, check_text, split_mask
 from mllama.text.prefix import count_prefix
 
 
@@ -118,6 +118,7 @@ class VisionLanguageModel(nn.Module):
         Raises:
             TypeError, ValueError, IndexError: as raised by the fusion, the decoder and the loss.
         """
+        self._check(inputs)
         padding_mask, attn_mask = split_mask(inputs.attention_mask)
         prepared = self.fusion.prepare(inputs, padding_mask, self._parts())
         decoded = self.language_model(
@@ -140,6 +141,26 @@ class VisionLanguageModel(nn.Module):
             image_attentions=prepared.attentions,
         )
         return self._with_logits(output, decoded, inputs, prepared)
+
+    def _check(self, inputs: ModelInputs) -> None:
+        """Refuse text of another kind, and arguments that this model would not read."""
+        spec = self.spec
+        check_text(inputs.input_ids, inputs.inputs_embeds, spec.text.hidden_size)
+        check_mask(inputs.attention_mask)
+        reads = {
+            "prefix_length": spec.bidirectional_prefix,
+            "cross_attention_mask": bool(spec.text.cross_attention_layers),
+            "aspect_ratio_ids": spec.has_tiles,
+            "aspect_ratio_mask": spec.has_tiles,
+        }
+        for name, read in reads.items():
+            if not read and getattr(inputs, name) is not None:
+                raise ValueError(f"{name} must be None: this model does not read it")
+        keep = inputs.logits_to_keep
+        if not isinstance(keep, (int, torch.SymInt, torch.Tensor, type(None))):
+            raise TypeError(
+                f"logits_to_keep must be an int, a torch.Tensor or None, got {type(keep).__name__}"
+            )
 
     def _parts(self) -> Parts:
         encoder = None if self.spec.encoder is None else self.vision_tower

@@ -188,8 +188,8 @@ def _causal(queries: int, key: torch.Tensor, o: Options) -> torch.Tensor:
     offset = keys - queries if o.query_offset is None else o.query_offset
     offset = torch.as_tensor(offset, device=key.device).reshape(-1, 1, 1)  # (B or 1, 1, 1)
     query = torch.arange(queries, device=key.device)[None, :, None]
-    # Clamped to -queries..keys: values beyond have the same effect, and sums cannot overflow.
-    position = query + offset.clamp(-queries, keys)
+    # Clamped: values beyond have the same effect, and sums cannot overflow.
+    position = query + offset.clamp(-queries, _FAR)
     visible = key <= position
     if o.window is not None:
         visible = visible & (

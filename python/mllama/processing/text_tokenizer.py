@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers
+from tokenizers import AddedToken, Tokenizer, decoders, normalizers, pre_tokenizers
 
 from mllama.processing.folders import TOKENIZER_FILES, read_object
 
@@ -211,6 +211,8 @@ def _with_settings(folder: Path, backend: Tokenizer, settings: dict) -> TextToke
         known |= read_object(folder, "special_tokens_map.json")
     if kind == "LlamaTokenizer":
         _as_llama(backend, settings)
+    if kind == "GemmaTokenizer":
+        _as_gemma(backend)
     there = {token.content for token in backend.get_added_tokens_decoder().values()}
     backend.add_tokens(
         [added[place] for place in sorted(added) if added[place].content not in there]
@@ -277,7 +279,7 @@ def _tokenizer_class(folder: Path, settings: dict, backend: Tokenizer) -> str:
         part and b"ByteLevel" in part.__getstate__()
         for part in (backend.pre_tokenizer, backend.decoder)
     )
-    if kind == "LlamaTokenizer" and (byte_level or config.get("model_type") == "llava"):
+    if config.get("model_type") == "llava" or (kind == "LlamaTokenizer" and byte_level):
         return "TokenizersBackend"  # unchanged: folders of Llama 3 and LLaVA name a wrong class
     return kind
 
@@ -291,3 +293,12 @@ def _as_llama(backend: Tokenizer, settings: dict) -> None:
     backend.pre_tokenizer = pre_tokenizers.Metaspace("\u2581", scheme, split=False)
     steps = [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()]
     backend.decoder = decoders.Sequence(steps + [decoders.Strip(" ", 1, 0)] * prefix)
+
+
+def _as_gemma(backend: Tokenizer) -> None:
+    """As `_as_llama`, of GemmaTokenizer."""
+    backend.normalizer = normalizers.Replace(" ", "\u2581")
+    backend.pre_tokenizer = pre_tokenizers.Split(" ", "merged_with_previous")
+    backend.decoder = decoders.Sequence(
+        [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()]
+    )

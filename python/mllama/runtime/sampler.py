@@ -23,6 +23,8 @@ _RANGES: dict[str, tuple[float, float, bool]] = {
     "repetition_penalty": (0, math.inf, True),
 }
 
+_NAMES = ("do_sample", *_RANGES, "seed")
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -55,7 +57,9 @@ class Sampling:
         if not isinstance(self.do_sample, bool):
             raise TypeError(f"do_sample must be a bool, got {type(self.do_sample).__name__}")
         for name in _RANGES:
-            check_option(name, getattr(self, name))
+            check_option(name, value := getattr(self, name))
+            if name != "top_k":
+                object.__setattr__(self, name, float(value))  # of any type of number
         if self.seed is not None:
             check_option("seed", self.seed)
         if self.do_sample:
@@ -75,11 +79,21 @@ class Sampling:
     def choose(cls, given: Mapping[str, Any], defaults: Mapping[str, Any]) -> "Sampling":
         """Complete a call's options: greedy unless a sampling option is given, then with the
         model's defaults.
+
+        Raises:
+            TypeError, ValueError: as the class; an option that is none of its.
         """
         given = {name: value for name, value in given.items() if value is not None}
+        for name, value in given.items():
+            if name not in _NAMES:
+                raise TypeError(f"{name!r} is no option; of sampling there are {', '.join(_NAMES)}")
+            if name != "do_sample":
+                check_option(name, value)
         cold = 0 <= given.get("temperature", 1) < COLDEST
         sample = given.get("do_sample", any(name in given for name in NEUTRAL))
-        penalty: dict[str, Any] = {"repetition_penalty": defaults.get("repetition_penalty") or 1.0}
+        penalty: dict[str, Any] = {}
+        if (own_penalty := defaults.get("repetition_penalty")) is not None:
+            penalty["repetition_penalty"] = own_penalty
         if not sample or cold:
             options = {
                 name: value for name, value in given.items() if not (cold and name in NEUTRAL)

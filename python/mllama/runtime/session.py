@@ -15,6 +15,8 @@ from mllama.nn.kv_cache import KVCache
 from mllama.runtime.completion import Generation, Row
 from mllama.runtime.prefix import Reuse, find_reuse, same_images
 from mllama.runtime.sampler import NEUTRAL, Sampler, Sampling
+from mllama.runtime.settings import beyond_session
+from mllama.text.decoder import check_ids
 
 MAX_NEW_TOKENS = 128
 OPTIONS = frozenset(
@@ -37,6 +39,10 @@ class Session:
         where: the model's files, used in errors.
         prefill_chunk_size: prompts without images are prefilled in chunks of this many tokens if
             the model permits it, which bounds the memory of activations.
+
+    Raises:
+        TypeError: a processor without a tokenizer, settings of another type.
+        ValueError: settings of transformers' generate that a session does not have.
     """
 
     def __init__(
@@ -48,8 +54,14 @@ class Session:
         prefill_chunk_size: int = 1024,
     ):
         check_count("prefill_chunk_size", prefill_chunk_size)
+        if not isinstance(settings, (Mapping, type(None))):
+            raise TypeError(f"settings must be a dict or None, got {type(settings).__name__}")
+        if unknown := beyond_session(settings or {}):
+            raise ValueError(f"settings: a session has no {unknown[0]}; transformers' generate has")
         self.model, self.processor, self.settings = model, processor, dict(settings or {})
         self.tokenizer = getattr(processor, "tokenizer", processor)
+        if processor is not None and not hasattr(self.tokenizer, "decode"):
+            raise TypeError(f"processor must have a tokenizer, got {type(processor).__name__}")
         self.where = where
         self.prefill_chunk_size = prefill_chunk_size
         self._encoded: tuple[dict, torch.Tensor] | None = None  # images and their features
@@ -155,7 +167,7 @@ class Session:
             if step == room - 1 or all(row.done for row in rows):
                 break
             logits = self._forward(tokens[:, None], inputs)
-            if len(rows) == 1:
+            if self._ids:  # of one row without padding
                 self._ids += ids
         result.decode_seconds = time.perf_counter() - start - result.prefill_seconds
 
@@ -267,6 +279,10 @@ class Session:
         return frozenset(int(end) for end in ends)
 
     def _stop_strings(self, stop: Sequence[str], on_text: Callable | None) -> tuple[str, ...]:
+        if not isinstance(stop, (str, list, tuple)):
+            raise TypeError(f"stop must be a str or a list of them, got {type(stop).__name__}")
+        if on_text is not None and not callable(on_text):
+            raise TypeError(f"on_text must be callable, got {type(on_text).__name__}")
         stop = (stop,) if isinstance(stop, str) else tuple(stop)
         if not all(isinstance(one, str) and one for one in stop):
             raise ValueError(f"stop must be strings that are not empty, got {stop!r}")
@@ -276,13 +292,20 @@ class Session:
 
     def _take_inputs(self, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """The inputs on the model's device, without a mask of ones."""
+        if not isinstance(inputs, Mapping):
+            raise TypeError(f"inputs must be a dict, got {type(inputs).__name__}")
         if unknown := [name for name in inputs if name not in _INPUTS]:
             raise TypeError(f"inputs must be {', '.join(_INPUTS)}; got {unknown[0]!r}")
+        given = {name: value for name, value in inputs.items() if value is not None}
+        for name, value in given.items():
+            if not isinstance(value, torch.Tensor):
+                raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
+        check_ids(given.get("input_ids"))
+        if not len(given["input_ids"]):
+            raise ValueError("input_ids must be [batch, tokens] with at least one row")
         device = next(self.model.parameters()).device
-        taken = {name: value.to(device) for name, value in inputs.items() if value is not None}
-        ids = taken.get("input_ids")
-        if ids is None or ids.dim() != 2 or not ids.numel() or ids.is_floating_point():
-            raise ValueError("input_ids must be an integer tensor [batch, tokens] with a token")
+        taken = {name: value.to(device) for name, value in given.items()}
+        ids = taken["input_ids"]
         if "pixel_values" not in taken and (loose := [name for name in _IMAGES if name in taken]):
             raise ValueError(f"{loose[0]} needs pixel_values")
         if (mask := taken.get("attention_mask")) is not None:

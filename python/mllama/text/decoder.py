@@ -176,13 +176,10 @@ class Decoder(nn.Module):
                 the wrong shape.
             TypeError: a 4-D mask or positions have the wrong dtype.
         """
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("give exactly one of input_ids and inputs_embeds")
+        check_text(input_ids, inputs_embeds, self.config.hidden_size)
         check_mask(attention_mask)
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
-        else:
-            check_embeddings(inputs_embeds, self.config.hidden_size)
         position_ids, context = self._context(
             inputs_embeds, attention_mask, position_ids, cache, prefix_length, first_key
         )
@@ -272,6 +269,32 @@ def split_mask(
     if attention_mask is None or attention_mask.dim() == 2:
         return attention_mask, None
     return None, attention_mask
+
+
+def check_text(
+    input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None, hidden_size: int
+) -> None:
+    """Raise ValueError or TypeError unless there are ids [B, T] or embeddings [B, T, hidden]."""
+    if (input_ids is None) == (inputs_embeds is None):
+        raise ValueError("give exactly one of input_ids and inputs_embeds")
+    if input_ids is not None:
+        check_ids(input_ids)
+    else:
+        check_embeddings(inputs_embeds, hidden_size)  # type: ignore[arg-type]
+
+
+def check_ids(input_ids: torch.Tensor) -> None:
+    """Raise TypeError unless they are integers, ValueError unless they are [B, T] with a token."""
+    if not isinstance(input_ids, torch.Tensor) or input_ids.dtype not in (torch.int64, torch.int32):
+        raise TypeError(
+            "input_ids must be an int64 or int32 torch.Tensor, "
+            f"got {getattr(input_ids, 'dtype', type(input_ids).__name__)}"
+        )
+    if input_ids.dim() != 2 or input_ids.shape[1] == 0:
+        raise ValueError(
+            "input_ids must be [batch, tokens] with at least one token, "
+            f"got {list(input_ids.shape)}"
+        )
 
 
 def check_embeddings(inputs_embeds: torch.Tensor, size: int) -> None:
