@@ -44,8 +44,8 @@ def test_vision(capsys):
 
 
 @pytest.mark.parametrize("family", ["siglip", "paligemma"])
-def test_vision_of_another_model(capsys, family_folder, picture_file, family):
-    vision_inference.main([str(picture_file), "--model", str(family_folder(family))])
+def test_vision_of_another_model(capsys, family_folder, image_file, family):
+    vision_inference.main([str(image_file), "--model", str(family_folder(family))])
     assert "4 patches, 2 x 2, of 32 features each" in capsys.readouterr().out
 
 

@@ -5,9 +5,9 @@ import sys
 import pytest
 import torch
 
-import twins
-from folders import logits
+import tiny
 from mllama import MllamaForConditionalGeneration
+from tiny.folders import logits
 
 
 @pytest.mark.parametrize(
@@ -22,7 +22,7 @@ from mllama import MllamaForConditionalGeneration
     ],
 )
 def test_dtypes(asked, got, tmp_path):
-    model = twins.model().to(torch.bfloat16)
+    model = tiny.model().to(torch.bfloat16)
     model.save_pretrained(tmp_path)
     loaded = MllamaForConditionalGeneration.from_pretrained(
         tmp_path, device_map={"": "cpu"}, **asked

@@ -7,10 +7,10 @@ import pytest
 import torch
 from torch import nn
 
-import stock
-import twins
+import tiny
 from mllama.assets import EMBEDDED
 from mllama.checkpoints import load
+from tiny import stock
 
 
 class Names(nn.Module):
@@ -30,12 +30,12 @@ class Names(nn.Module):
 
 @pytest.mark.parametrize("tied", [False, True])
 def test_a_folder_into_a_module(tied, tmp_path):
-    model = twins.model(text={"tie_word_embeddings": tied})
+    model = tiny.model(text={"tie_word_embeddings": tied})
     model.save_pretrained(tmp_path)
     shapes = {name: value.shape for name, value in model.state_dict().items()}
     loaded, opened = load(tmp_path, lambda spec: Names(shapes), "bfloat16")
     assert not loaded.training and opened.family.name == "llava"
-    assert opened.spec.text.hidden_size == 64 and opened.spec.image_token_index == twins.IMAGE
+    assert opened.spec.text.hidden_size == 64 and opened.spec.image_token_index == tiny.IMAGE
     assert opened.config["text_config"]["rms_norm_eps"] == 1e-6
     for name, value in model.state_dict().items():
         assert torch.equal(loaded.state_dict()[name], value.bfloat16())

@@ -13,6 +13,7 @@ import torch
 from transformers import LlamaForCausalLM
 
 import meta_reference
+import tiny
 from mllama import MllamaForConditionalGeneration
 from mllama.checkpoints.loading import match
 from mllama.checkpoints.meta import reader as meta
@@ -22,7 +23,6 @@ from mllama.checkpoints.meta.source import MetaSource
 from mllama.checkpoints.sources import Header
 from mllama.hf.config_objects import config_object
 from mllama.weights.rows import to_file
-from twins import randomise
 
 PARAMS = {
     "grouped": {
@@ -62,7 +62,7 @@ PARAMS = {
 
 def text_reference(params: dict) -> torch.nn.Module:
     code = meta_reference.load("model")
-    return randomise(
+    return tiny.randomize(
         code.Transformer(code.ModelArgs(**params, max_seq_len=16, max_batch_size=2))
     ).eval()
 
@@ -75,10 +75,6 @@ def write(folder, model: torch.nn.Module, params: dict, count: int = 1):
     return folder
 
 
-def close(ours: torch.Tensor, theirs: torch.Tensor) -> bool:
-    return (ours - theirs).abs().max() <= 1e-4 * theirs.abs().max()
-
-
 @pytest.mark.parametrize("count", [1, 2])
 @pytest.mark.parametrize("params", PARAMS.values(), ids=PARAMS)
 def test_text_logits_equal_metas(tmp_path, params, count):
@@ -88,7 +84,7 @@ def test_text_logits_equal_metas(tmp_path, params, count):
     )
     tokens = torch.randint(0, params["vocab_size"], (2, 12))
     with torch.no_grad():
-        assert close(model(input_ids=tokens).logits, reference(tokens, 0))
+        tiny.close(model(input_ids=tokens).logits, reference(tokens, 0))
     assert model.dtype == torch.float32 and model.config.model_type == "llama"
 
 
@@ -130,7 +126,7 @@ def test_saved_folder_is_hugging_faces(tmp_path):
     stock = LlamaForCausalLM.from_pretrained(tmp_path / "saved", dtype="float32")
     tokens = torch.randint(0, 520, (1, 12))
     with torch.no_grad():
-        assert close(stock(tokens).logits, model.float()(input_ids=tokens).logits)
+        tiny.close(stock(tokens).logits, model.float()(input_ids=tokens).logits)
     assert (
         stock.generation_config.eos_token_id == [265, 272, 273] and stock.config.bos_token_id == 264
     )
@@ -142,26 +138,32 @@ VISION_PARAMS = PARAMS["grouped"] | {
     "vision_max_num_chunks": 4,
     "vision_num_cross_attention_layers": 2,
 }
-TOWER = {"width": 32, "layers": 4, "heads": 2, "n_global_layers": 2, "return_intermediate": [1, 3]}
+ENCODER = {
+    "width": 32,
+    "layers": 4,
+    "heads": 2,
+    "n_global_layers": 2,
+    "return_intermediate": [1, 3],
+}
 
 
 @pytest.fixture
 def small_tower(monkeypatch):
     """Another tower than the released one, in place of the constants."""
     changed = {
-        "hidden_size": TOWER["width"],
-        "intermediate_size": 4 * TOWER["width"],
-        "num_hidden_layers": TOWER["layers"],
-        "num_global_layers": TOWER["n_global_layers"],
-        "attention_heads": TOWER["heads"],
-        "intermediate_layers_indices": TOWER["return_intermediate"],
+        "hidden_size": ENCODER["width"],
+        "intermediate_size": 4 * ENCODER["width"],
+        "num_hidden_layers": ENCODER["layers"],
+        "num_global_layers": ENCODER["n_global_layers"],
+        "attention_heads": ENCODER["heads"],
+        "intermediate_layers_indices": ENCODER["return_intermediate"],
     }
     monkeypatch.setattr(meta, "VISION", meta.VISION | changed)
 
 
 def vision_reference(**changed) -> torch.nn.Module:
-    return randomise(
-        meta_reference.vision_model(VISION_PARAMS | changed | {"max_seq_len": 16}, **TOWER)
+    return tiny.randomize(
+        meta_reference.vision_model(VISION_PARAMS | changed | {"max_seq_len": 16}, **ENCODER)
     ).eval()
 
 
@@ -201,7 +203,7 @@ def test_vision_logits_equal_metas(tmp_path, small_tower, count):
         model.config.text_config.cross_attention_layers == [1, 5]
         and model.config.image_token_index == 520
     )
-    assert close(*pictures_seen(model, reference))
+    tiny.close(*pictures_seen(model, reference))
     model.save_pretrained(tmp_path / "saved")
     again = MllamaForConditionalGeneration.from_pretrained(tmp_path / "saved").state_dict()
     assert all(torch.equal(again[name], tensor) for name, tensor in model.state_dict().items())
@@ -218,7 +220,7 @@ def test_positions_for_other_tiles_are_interpolated(tmp_path, small_tower):
     write(tmp_path / "meta", reference, params)
     torch.save(weights, tmp_path / "meta" / "consolidated.00.pth")
     model = MllamaForConditionalGeneration.from_pretrained(tmp_path / "meta")
-    assert close(*pictures_seen(model, reference))
+    tiny.close(*pictures_seen(model, reference))
 
     (tmp_path / "meta" / "params.json").write_text(
         json.dumps(VISION_PARAMS | {"vision_chunk_size": 560})

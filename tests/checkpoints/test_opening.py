@@ -4,11 +4,11 @@ import json
 
 import pytest
 
-import twins
-from folders import change
+import tiny
 from mllama import MllamaForConditionalGeneration
 from mllama.families import llava
 from mllama.weights import rows as engine
+from tiny.folders import change
 
 
 @pytest.mark.parametrize(
@@ -114,7 +114,7 @@ def test_a_generation_config_that_cannot_be_is_refused(content, saved):
 
 
 def test_the_table_is_invertible():
-    for name in twins.model().state_dict():
+    for name in tiny.model().state_dict():
         (theirs,) = engine.file_names(llava.WEIGHT_MAP, name)
         (move,), unknown, twice = engine.plan_moves(llava.WEIGHT_MAP, [theirs])
         assert move.ours == [name] and not unknown and not twice

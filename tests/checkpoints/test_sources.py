@@ -4,9 +4,9 @@ import pickle
 
 import pytest
 
-from folders import change
 from mllama import MllamaForConditionalGeneration
 from mllama.checkpoints import files
+from tiny.folders import change
 
 
 def test_absent_folders_and_files(saved, tmp_path):

@@ -63,39 +63,39 @@ def test_info(run):
         (["info", "extra"], "unrecognized arguments: extra"),
     ],
 )
-def test_what_is_refused_is_told_in_one_line(run, picture_file, arguments, message):
+def test_what_is_refused_is_told_in_one_line(run, image_file, arguments, message):
     code, out, err = run(
-        *(picture_file if argument == "PICTURE" else argument for argument in arguments)
+        *(image_file if argument == "PICTURE" else argument for argument in arguments)
     )
     assert (
         (code, out, err.count("\n")) == (2, "", 1) and err.startswith("mllama") and message in err
     )
 
 
-def test_a_long_error_is_cut_to_a_line(run, monkeypatch, picture_file):
+def test_a_long_error_is_cut_to_a_line(run, monkeypatch, image_file):
     monkeypatch.setattr(
         "mllama.cli.ask.run",
         lambda arguments: (_ for _ in ()).throw(ValueError("missing:\n" + "weight\n" * 1000)),
     )
-    code, _, err = run("ask", picture_file, "?")
+    code, _, err = run("ask", image_file, "?")
     assert (code, err.count("\n")) == (2, 1) and err.endswith(" ...\n") and len(err) < 1100
 
 
 def test_an_error_nobody_foresaw_is_told_in_one_line_unless_asked_for_whole(
-    run, monkeypatch, picture_file
+    run, monkeypatch, image_file
 ):
     monkeypatch.setattr(
         "mllama.cli.ask.run",
         lambda arguments: (_ for _ in ()).throw(RuntimeError("out of memory\nat 3")),
     )
-    assert run("ask", picture_file, "?") == (
+    assert run("ask", image_file, "?") == (
         2,
         "",
         "mllama: error: RuntimeError: out of memory at 3\n",
     )
     monkeypatch.setenv("MLLAMA_TRACEBACK", "1")
     with pytest.raises(RuntimeError, match="out of memory"):
-        run("ask", picture_file, "?")
+        run("ask", image_file, "?")
 
 
 @pytest.mark.parametrize(
@@ -111,12 +111,12 @@ def test_an_error_nobody_foresaw_is_told_in_one_line_unless_asked_for_whole(
         ("2>&-", ["ask", "nowhere.png", "?"], 2, ""),
     ],
 )
-def test_closed_streams(picture_file, redirection, arguments, code, message):
+def test_closed_streams(image_file, redirection, arguments, code, message):
     command = [
         sys.executable,
         "-m",
         "mllama",
-        *(str(picture_file) if argument == "PICTURE" else argument for argument in arguments),
+        *(str(image_file) if argument == "PICTURE" else argument for argument in arguments),
     ]
     ended = subprocess.run(
         ["sh", "-c", f'exec "$@" {redirection}', "sh", *command], capture_output=True, text=True
@@ -124,12 +124,12 @@ def test_closed_streams(picture_file, redirection, arguments, code, message):
     assert (ended.returncode, ended.stdout, ended.stderr) == (code, "", message)
 
 
-def test_interruption_ends_quietly(run, monkeypatch, picture_file):
+def test_interruption_ends_quietly(run, monkeypatch, image_file):
     def interrupted(arguments):
         raise KeyboardInterrupt
 
     monkeypatch.setattr("mllama.cli.ask.run", interrupted)
-    assert run("ask", picture_file, "?") == (130, "", "")
+    assert run("ask", image_file, "?") == (130, "", "")
 
 
 def test_a_closed_pipe_ends_quietly():

@@ -8,10 +8,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import mllama
-import stock
-import twins
-from families import cases
+import tiny
 from mllama.cli import verify
+from tiny import stock
 
 FAMILIES = ["llama", "gemma", "llava, siglip", "llava, clip", "paligemma", "mllama"]
 SEEN = ["patches", "tower", "projector"]
@@ -51,10 +50,10 @@ def test_a_siglip(run, family_folder):
     )
 
 
-@pytest.mark.parametrize("token", [None, twins.IMAGE])
+@pytest.mark.parametrize("token", [None, tiny.IMAGE])
 @pytest.mark.parametrize("fusion", ["prepend", "cross_attention"])
 def test_other_fusions_agree_with_themselves(run, fusion, token, tmp_path):
-    twins.model(fusion=fusion, image_token_index=token).save_pretrained(tmp_path)
+    tiny.model(fusion=fusion, image_token_index=token).save_pretrained(tmp_path)
     code, said = verified(run, tmp_path)
     assert (code, [row["stage"] for row in said["checks"]]) == (0, OWN)
 
@@ -70,7 +69,7 @@ def test_half_precision_is_measured_by_transformers_own_error(run, family_folder
 def test_half_precision_of_what_transformers_does_not_read_is_measured_by_its_own_error(
     run, tmp_path
 ):
-    twins.model(vision_feature="last").save_pretrained(tmp_path)
+    tiny.model(vision_feature="last").save_pretrained(tmp_path)
     code, said = verified(run, tmp_path, "--dtype", "bfloat16")
     assert (code, [row["stage"] for row in said["checks"]]) == (0, OWN)
     assert all(torch.finfo(torch.bfloat16).eps < row["allowed"] < 0.2 for row in said["checks"])
@@ -162,7 +161,7 @@ def test_a_cache_that_differs_fails(run, model_folder, monkeypatch):
 
 
 def test_what_transformers_does_not_read_is_compared_with_itself(run, tmp_path):
-    twins.model(vision_feature="last").save_pretrained(tmp_path)
+    tiny.model(vision_feature="last").save_pretrained(tmp_path)
     code, said = verified(run, tmp_path)
     assert (
         code == 0
@@ -212,7 +211,7 @@ def test_weights_that_do_not_fit_are_told_before_transformers_runs(run, family_f
 
 def test_transformers_is_given_the_rotary_scaling_of_a_gguf_file(run, make_tokenizer, tmp_path):
     pytest.importorskip("gguf")
-    twins.randomise(cases.llama(vocab_size=320, rope_scaling=dict(stock.ROPE))).save_pretrained(
+    tiny.randomize(stock.llama(vocab_size=320, rope_scaling=dict(tiny.LLAMA3))).save_pretrained(
         tmp_path / "hf"
     )
     make_tokenizer().save_pretrained(tmp_path / "hf")

@@ -5,7 +5,7 @@ import torch
 from transformers import MllamaVisionModel
 from transformers.models.mllama.configuration_mllama import MllamaVisionConfig
 
-import twins
+import tiny
 from mllama.encoders.tiled_layers import order_tokens
 from mllama.encoders.tiled_vit import TiledVisionTower, group_images
 
@@ -26,7 +26,7 @@ TWO_TILES = {"max_num_tiles": 2, "supported_aspect_ratios": [[1, 1], [1, 2], [2,
 def towers(**options) -> tuple[TiledVisionTower, MllamaVisionModel]:
     """Ours, and stock transformers' with the same weights."""
     config = MllamaVisionConfig(**SIZES | options)
-    ours = twins.randomise(TiledVisionTower(config)).eval()
+    ours = tiny.randomize(TiledVisionTower(config)).eval()
     theirs = MllamaVisionModel(config).eval()
     theirs.load_state_dict(ours.state_dict())
     return ours, theirs

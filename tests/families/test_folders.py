@@ -8,18 +8,18 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from families.cases import CASES, ONE_EACH, inputs, make, pair, pictures
+from tiny.pairs import ONE_EACH, PAIRED, make, pair
 
 
 def result(both, model) -> torch.Tensor:
     """Logits, or of a tower alone its features."""
     with torch.no_grad():
         if model.main_input_name == "pixel_values":
-            return model(pictures(both, 2)).last_hidden_state
-        return model(**inputs(both, "two pictures", said=2)).logits
+            return model(both.images(2)).last_hidden_state
+        return model(**both.inputs("two images", completion=2)).logits
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", PAIRED)
 def test_there_and_back(case, tmp_path):
     both = pair(case)
     both.theirs.save_pretrained(tmp_path / "stock")

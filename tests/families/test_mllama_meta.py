@@ -6,7 +6,7 @@ import transformers
 from transformers.models.mllama.configuration_mllama import MllamaTextConfig, MllamaVisionConfig
 
 import meta_reference
-import twins
+import tiny
 from mllama import MllamaForConditionalGeneration
 from mllama.checkpoints.meta import weight_maps as meta_maps
 from mllama.families import compose
@@ -102,7 +102,7 @@ def metas_twin(
 def test_features_and_logits_equal_metas(params, tower):
     """A row with two pictures, one with a single one after text, one without."""
     params, tower = PARAMS | params, TOWER | tower
-    reference = twins.randomise(meta_reference.vision_model(params, **tower)).eval()
+    reference = tiny.randomize(meta_reference.vision_model(params, **tower)).eval()
     ours = metas_twin(reference, params, tower)
     ratios = torch.tensor([[[1, 1], [2, 2]], [[1, 3], [1, 1]], [[1, 1], [1, 1]]])
     filled = torch.arange(4) < ratios.prod(-1)[..., None]

@@ -12,7 +12,7 @@ from transformers.models.mllama.modeling_mllama import (
     _prepare_cross_attention_mask,
 )
 
-import twins
+import tiny
 from mllama import MllamaForConditionalGeneration
 
 
@@ -26,11 +26,11 @@ class ByHand(nn.Module):
     def __init__(self, model: MllamaForConditionalGeneration):
         super().__init__()
         config, self.spec = model.config, model.spec
-        vision = {name: getattr(config.vision_config, name) for name in twins.VISION}
+        vision = {name: getattr(config.vision_config, name) for name in tiny.VISION}
         self.vision = SiglipVisionModel(SiglipVisionConfig(**vision, vision_use_head=False))
         text = {
             name: getattr(config.text_config, name)
-            for name in (*twins.SIZES, *twins.ENDS, "rms_norm_eps")
+            for name in (*tiny.SIZES, *tiny.ENDS, "rms_norm_eps")
         }
         rope = config.text_config.rope_parameters
         self.text = LlamaForCausalLM(
@@ -146,18 +146,12 @@ def own(name: str) -> bool:
     return name.startswith(("multi_modal_projector.", "image_pooling."))
 
 
-def close(ours: torch.Tensor, theirs: torch.Tensor, floor: float = 0.0) -> None:
-    """Within 1e-4 of the largest value, or of `floor` where that is larger."""
-    assert ours.shape == theirs.shape
-    assert (ours - theirs).abs().max() <= 1e-4 * max(theirs.abs().max().item(), floor)
-
-
 def same_gradients(model: MllamaForConditionalGeneration, oracle: ByHand) -> None:
     """Every parameter's, all of them with one."""
     ours, seen = dict(model.named_parameters()), set()
     for name, parameter in oracle.named_parameters():
         seen.add(oracle.named(name))
-        close(
+        tiny.close(
             ours[oracle.named(name)].grad, parameter.grad, floor=1e-3
         )  # a key's bias has none but rounding
     assert seen == ours.keys()

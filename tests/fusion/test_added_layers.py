@@ -6,8 +6,8 @@ import pytest
 import torch
 from transformers import DynamicCache, StaticCache
 
-import twins
-from fusion.by_hand import ByHand, close, same_gradients
+import tiny
+from fusion.by_hand import ByHand, same_gradients
 from mllama import MllamaForConditionalGeneration
 from mllama.fusion.cross_attention import CrossAttentionDecoderLayer
 
@@ -15,7 +15,7 @@ GREEDY = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
 
 
 def make(every: int = 1, layers: int = 2, **options) -> MllamaForConditionalGeneration:
-    return twins.model(
+    return tiny.model(
         **{
             "fusion": "cross_attention",
             "cross_attention_every": every,
@@ -28,7 +28,7 @@ def make(every: int = 1, layers: int = 2, **options) -> MllamaForConditionalGene
 
 
 def texts(side: str = "left") -> dict[str, torch.Tensor]:
-    return twins.batch(twins.tokens(7), twins.tokens(4, 5), side=side)
+    return tiny.batch(tiny.tokens(7), tiny.tokens(4, 5), side=side)
 
 
 def mixed() -> torch.Tensor:
@@ -64,27 +64,27 @@ def test_a_layer_is_added_after_every_so_many(every, layers, places):
 @pytest.mark.parametrize("each", [1, 2])
 def test_logits_equal_those_by_hand(each, every, layers, projector, side):
     model = make(every, layers, projector=projector)
-    inputs = texts(side) | {"pixel_values": twins.pictures(2 * each)}
+    inputs = texts(side) | {"pixel_values": tiny.images(2 * each)}
     seen = inputs["attention_mask"].bool()
     with torch.no_grad():
         got = model(**inputs)
-        close(got.logits[seen], ByHand(model).crossing(**inputs)[seen])
-        close(got.image_hidden_states, ByHand(model).visual(inputs["pixel_values"]))
+        tiny.close(got.logits[seen], ByHand(model).crossing(**inputs)[seen])
+        tiny.close(got.image_hidden_states, ByHand(model).visual(inputs["pixel_values"]))
         features = model.get_image_features(inputs.pop("pixel_values"))
         assert torch.equal(model(**inputs, image_features=features).logits, got.logits)
 
 
 def test_a_mask_says_who_sees_what():
-    model, inputs = make(), texts("right") | {"pixel_values": twins.pictures(4)}
+    model, inputs = make(), texts("right") | {"pixel_values": tiny.images(4)}
     with torch.no_grad():
         got = model(**inputs, cross_attention_mask=mixed()).logits
         text = texts("right")["input_ids"]
-        close(
+        tiny.close(
             got[1, :4], model(text[1:, :4]).logits[0]
         )  # a row that sees no picture is as one without
-        close(
+        tiny.close(
             got[0, 1:4],
-            model(text[:1], twins.pictures(4)[:1], cross_attention_mask=mixed()[:1, :, :1]).logits[
+            model(text[:1], tiny.images(4)[:1], cross_attention_mask=mixed()[:1, :, :1]).logits[
                 0, 1:4
             ],
         )
@@ -92,7 +92,7 @@ def test_a_mask_says_who_sees_what():
             "hf"  # as transformers: who sees none attends to all, and leaves out the other half
         )
         seen = inputs["attention_mask"].bool()
-        close(
+        tiny.close(
             model(**inputs, cross_attention_mask=mixed()).logits[seen],
             ByHand(model).crossing(**inputs, mask=mixed())[seen],
         )
@@ -101,7 +101,7 @@ def test_a_mask_says_who_sees_what():
 @pytest.mark.parametrize("checkpointed", [False, True])
 def test_loss_and_every_gradient_equal_those_by_hand(checkpointed):
     model = make()
-    oracle, inputs = ByHand(model), texts("right") | {"pixel_values": twins.pictures(4)}
+    oracle, inputs = ByHand(model), texts("right") | {"pixel_values": tiny.images(4)}
     labels = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)
     if checkpointed:
         model.train().gradient_checkpointing_enable()
@@ -116,7 +116,7 @@ def test_loss_and_every_gradient_equal_those_by_hand(checkpointed):
 
 
 def test_gates_at_zero_leave_the_text_model_and_learn():
-    model, inputs = make(), texts() | {"pixel_values": twins.pictures(2)}
+    model, inputs = make(), texts() | {"pixel_values": tiny.images(2)}
     gates = [parameter for name, parameter in model.named_parameters() if name.endswith("_gate")]
     assert len(gates) == 4
     for gate in gates:
@@ -147,7 +147,7 @@ def test_a_new_model_starts_with_gates_at_zero():
     model = MllamaForConditionalGeneration(make().config).eval()
     with torch.no_grad():
         assert torch.equal(
-            model(**texts(), pixel_values=twins.pictures(2)).logits, model(**texts()).logits
+            model(**texts(), pixel_values=tiny.images(2)).logits, model(**texts()).logits
         )
 
 
@@ -161,7 +161,7 @@ def test_caches_change_nothing(masked, options):
     model = make(2, 5)
     inputs = (
         texts()
-        | {"pixel_values": twins.pictures(4)}
+        | {"pixel_values": tiny.images(4)}
         | ({"cross_attention_mask": mixed()} if masked else {})
     )
     expected = model.generate(**inputs, **options)
@@ -180,9 +180,7 @@ def test_caches_change_nothing(masked, options):
             for name, value in inputs.items()
             if name != "pixel_values"
         }
-        alone = model.generate(
-            **one, pixel_values=twins.pictures(4)[2 * row : 2 * row + 2], **options
-        )
+        alone = model.generate(**one, pixel_values=tiny.images(4)[2 * row : 2 * row + 2], **options)
         assert torch.equal(alone[0, -6:], expected[row * len(alone), -6:])
 
 
@@ -191,15 +189,15 @@ def test_token_by_token(kind):
     model, ids = make(2, 5), texts()["input_ids"]
     cache = kind(config=model.config, **{"max_cache_len": 12} if kind is StaticCache else {})
     with torch.no_grad():
-        whole = model(ids, twins.pictures(2)).logits
-        parts = [model(ids[:, :4], twins.pictures(2), past_key_values=cache)]
+        whole = model(ids, tiny.images(2)).logits
+        parts = [model(ids[:, :4], tiny.images(2), past_key_values=cache)]
         parts += [model(ids[:, index : index + 1], past_key_values=cache) for index in (4, 5, 6)]
-    close(torch.cat([part.logits for part in parts], 1), whole)
+    tiny.close(torch.cat([part.logits for part in parts], 1), whole)
 
 
 @pytest.mark.parametrize("first", [0, 1], ids=["words before any picture", "a picture at first"])
 def test_further_pictures_come_after_those_in_the_cache(first):
-    model, ids, pixels = make(2, 5), texts()["input_ids"], twins.pictures(4)
+    model, ids, pixels = make(2, 5), texts()["input_ids"], tiny.images(4)
     mask = torch.ones(2, 7, 2, 1)
     mask[:, :4, first:] = 0
     each = [pixels[:: 2 if first else 1], pixels[1::2]]  # a row has the first or both of its two
@@ -209,23 +207,23 @@ def test_further_pictures_come_after_those_in_the_cache(first):
         rest = model(
             ids[:, 4:], each[1] if first else pixels, past_key_values=begun.past_key_values
         )
-    close(torch.cat([begun.logits, rest.logits], 1), whole)
+    tiny.close(torch.cat([begun.logits, rest.logits], 1), whole)
 
 
 def test_compile():
     model, inputs = (
         make(layers=1, vision={"num_hidden_layers": 1}),
-        texts() | {"pixel_values": twins.pictures(2)},
+        texts() | {"pixel_values": tiny.images(2)},
     )
     with torch.no_grad():
-        close(
+        tiny.close(
             torch.compile(model, backend="eager")(**inputs, use_cache=False).logits,
             model(**inputs).logits,
         )
 
 
 def test_files_keep_it(tmp_path):
-    model, inputs = make(2, 5), texts() | {"pixel_values": twins.pictures(2)}
+    model, inputs = make(2, 5), texts() | {"pixel_values": tiny.images(2)}
     model.save_pretrained(tmp_path, max_shard_size="50KB")
     read = MllamaForConditionalGeneration.from_pretrained(tmp_path)
     assert (
@@ -274,15 +272,15 @@ def test_adapters_reach_both_kinds_of_layers():
 )
 def test_configs_that_cannot_be_are_refused(options, named):
     with pytest.raises(ValueError, match=named):
-        twins.config(**{"fusion": "cross_attention"} | options)
+        tiny.config(**{"fusion": "cross_attention"} | options)
 
 
 def test_calls_that_cannot_be_are_refused():
-    model, inputs = make(image_token_index=twins.VOCABULARY), texts()
+    model, inputs = make(image_token_index=tiny.VOCAB_SIZE), texts()
     with pytest.raises(ValueError, match="as many for every row, got 3 for 2 rows"):
-        model(**inputs, pixel_values=twins.pictures(3))
+        model(**inputs, pixel_values=tiny.images(3))
     with pytest.raises(ValueError, match="cross_attention_mask must be .* for 1 tiles"):
-        model(**inputs, pixel_values=twins.pictures(2), cross_attention_mask=mixed())
+        model(**inputs, pixel_values=tiny.images(2), cross_attention_mask=mixed())
     with pytest.raises(ValueError, match=r"image_features must be \[images, 4, 64\]"):
         model(**inputs, image_features=torch.zeros(2, 8, 64))
     with pytest.raises(
@@ -290,6 +288,6 @@ def test_calls_that_cannot_be_are_refused():
     ):  # every chunk would see them anew
         model.generate(**inputs, image_features=torch.zeros(2, 4, 64), prefill_chunk_size=2)
     with pytest.raises(IndexError, match="within the vocabulary"):
-        model(torch.full((1, 3), twins.VOCABULARY), pixel_values=twins.pictures(1))
+        model(torch.full((1, 3), tiny.VOCAB_SIZE), pixel_values=tiny.images(1))
     with pytest.raises(ValueError, match="must have 4 layers, as the decoder, got 3"):
         model(**inputs, past_key_values=StaticCache(make(layers=3).config, max_cache_len=9))

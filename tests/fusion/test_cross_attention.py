@@ -10,7 +10,7 @@ from transformers.models.mllama.modeling_mllama import (
     _prepare_cross_attention_mask,
 )
 
-import twins
+import tiny
 from mllama.config.spec import TextSpec, uniform_layers
 from mllama.fusion.cross_attention import CrossAttentionDecoderLayer, cross_context
 from mllama.hf.cache import TransformersCache
@@ -18,13 +18,13 @@ from mllama.hf.compat import CACHE_NAME
 from mllama.hf.configs import MllamaTextConfig
 
 TOKENS = 5  # keys of a tile
-SPEC = TextSpec.of(MllamaTextConfig(**twins.TEXT), layers=uniform_layers(2, {}, [1]))
+SPEC = TextSpec.of(MllamaTextConfig(**tiny.TEXT), layers=uniform_layers(2, {}, [1]))
 
 
 def layers(**sizes) -> tuple[CrossAttentionDecoderLayer, MllamaCrossAttentionDecoderLayer]:
     """Ours, and stock transformers' with the same weights."""
-    sizes = twins.TEXT | sizes
-    ours = twins.randomise(
+    sizes = tiny.TEXT | sizes
+    ours = tiny.randomize(
         CrossAttentionDecoderLayer(MllamaTextConfig(**sizes, rms_norm_eps=1e-5), 1)
     ).eval()
     sizes.pop("rope_theta")

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import mllama
-import twins
+import tiny
 from mllama import Linear_LORA, convert_linears_to_lora
 
 
@@ -440,7 +440,7 @@ def by_names(model, rank=8, alpha=16, dropout=0.1):
 
 @pytest.mark.parametrize("convert", [by_children, by_names])
 def test_converters_written_by_hand(convert):
-    model, ids = twins.model(), torch.tensor([twins.tokens(6)])
+    model, ids = tiny.model(), torch.tensor([tiny.tokens(6)])
     before = model(ids).logits
     convert(model.language_model)
     torch.testing.assert_close(model(ids).logits, before)

@@ -5,7 +5,7 @@ import torch
 from safetensors.torch import load_file
 
 import mllama
-import twins
+import tiny
 from mllama import MllamaForConditionalGeneration
 from mllama.dropin.__main__ import main as dropin
 from scripts.convert_lo_ra import main
@@ -13,7 +13,7 @@ from scripts.convert_lo_ra import main
 
 def logits(model) -> torch.Tensor:
     with torch.no_grad():
-        return model(torch.tensor([twins.tokens(5)])).logits
+        return model(torch.tensor([tiny.tokens(5)])).logits
 
 
 def test_adapted_trained_and_merged(model_folder, tmp_path, capsys):
@@ -83,7 +83,7 @@ def test_by_name_from_anywhere(model_folder, tmp_path, capsys):
 
 def test_all_of_a_model_without_a_processor(tmp_path, capsys):
     folder, file = tmp_path / "model", tmp_path / "adapters.safetensors"
-    twins.model().save_pretrained(folder)
+    tiny.model().save_pretrained(folder)
     main(["adapt", str(folder), str(file), "--part", ""])
     assert {name.split(".")[0] for name in load_file(file)} == {
         "language_model",

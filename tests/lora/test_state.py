@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import mllama
-import twins
+import tiny
 from mllama import Linear_LORA
 
 
@@ -202,6 +202,6 @@ def test_models_without_adapters(call):
         ValueError,
         match=r"this MllamaFor.* has no LoRA layers: call mllama.convert_linears_to_lora\(model\)",
     ):
-        call(twins.model())
+        call(tiny.model())
     with pytest.raises(TypeError, match="torch.nn.Module, got str"):
         call("model")

@@ -7,15 +7,9 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply
 from helpers import THROWN, BadCall, Sample, check_op, needs_kernels
 from mllama.ops import rope, rope_frequencies, rope_tables
 from mllama.ops.rope import reference
+from tiny.sizes import LLAMA32
 
 torch.manual_seed(0)
-LLAMA3 = {
-    "rope_type": "llama3",
-    "factor": 32.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 8192,
-}
 
 
 def sample(batch, length, heads, kv_heads, size, tables=1):
@@ -135,7 +129,7 @@ def test_matches_transformers():
 
 
 @pytest.mark.parametrize(
-    "scaling", [None, {"rope_type": "default"}, {"type": "linear", "factor": 2.5}, LLAMA3], ids=str
+    "scaling", [None, {"rope_type": "default"}, {"type": "linear", "factor": 2.5}, LLAMA32], ids=str
 )
 def test_frequencies_match_transformers(scaling):
     kind = (scaling or {}).get("rope_type", (scaling or {}).get("type", "default"))
@@ -179,7 +173,7 @@ def test_frequencies_match_transformers(scaling):
             "factor must be a positive number, got 0",
         ),
         (
-            (8, 1e4, {**LLAMA3, "high_freq_factor": 1.0}),
+            (8, 1e4, {**LLAMA32, "high_freq_factor": 1.0}),
             ValueError,
             "high_freq_factor must exceed low_freq_factor",
         ),

@@ -567,7 +567,7 @@ def test_hostile_pictures(make, monkeypatch, tmp_path, noise, family):
     noise(300, 200).save(tmp_path / "whole.png")
     content = (tmp_path / "whole.png").read_bytes()
     (tmp_path / "broken.png").write_bytes(content[: len(content) // 2])
-    (tmp_path / "text.png").write_text("no picture")
+    (tmp_path / "text.png").write_text("no image")
     for name in ("broken.png", "text.png", "model"):
         with pytest.raises(ValueError, match="cannot read the image|is a folder"):
             encode_messages(processor, [user("a")], [tmp_path / name])

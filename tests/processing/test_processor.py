@@ -512,7 +512,7 @@ def test_stock_autoprocessor_gives_the_same(make_tokenizer, tmp_path, bos, adds_
     assert type(stock) is LlavaProcessor and type(stock.image_processor) is SiglipImageProcessorPil
     asked = messages(part(picture()), QUESTION)
     turns = asked + messages("two", role="assistant") + messages(part(picture(1)), "What colour?")
-    for conversation in (asked, turns, [asked, turns], messages("no picture")):
+    for conversation in (asked, turns, [asked, turns], messages("no image")):
         # The stock processor has no padding by default, and refuses pictures beside prompts without
         # any.
         padded = {
