@@ -31,7 +31,7 @@ def test_text(capsys, family_folder):
 
 
 def test_vision(capsys):
-    """The square of the demo's picture is in the middle: patches on it are alike, those beside it
+    """The square of the demo's image is in the middle: patches on it are alike, those beside it
     are not.
     """
     vision_inference.main([])

@@ -121,7 +121,5 @@ def test_a_device_that_is_not_here_is_refused(device, saved):
     name = device if isinstance(device, str) else "xla"
     if getattr(torch, name, None) is not None and getattr(torch, name).is_available():
         pytest.skip(f"{name} is here")
-    with pytest.raises(
-        ValueError, match=f"device '{name}' was asked for, but this torch cannot use it: "
-    ):
+    with pytest.raises(ValueError, match=f"device '{name}'"):
         MllamaForConditionalGeneration.from_pretrained(saved[0], device_map=device)

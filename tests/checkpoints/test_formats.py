@@ -195,7 +195,7 @@ def test_a_paligemma_with_a_gemma_3_is_refused_by_name(tmp_path):
     content = json.loads((tmp_path / "config.json").read_text())
     content["text_config"]["model_type"] = "gemma3_text"
     (tmp_path / "config.json").write_text(json.dumps(content))
-    with pytest.raises(ValueError, match="'gemma3_text' is not supported"):
+    with pytest.raises(ValueError, match="gemma3_text"):
         MllamaForConditionalGeneration.from_pretrained(tmp_path)
 
 

@@ -109,7 +109,7 @@ def test_a_load_holds_the_weights_once(tmp_path):
     reason="writes 2 GB; set MLLAMA_LARGE_TESTS=1 to run it",
 )
 def test_a_scaled_down_llama_3_2_vision_from_four_shards(tmp_path):
-    """Every layer kind of the 11B model, 32 + 8 in the tower and 40 with 8 that cross, narrower."""
+    """Every layer kind of the 11B model, 32 + 8 in the encoder and 40 with 8 that cross, narrower."""
     vision = MllamaVisionConfig(
         hidden_size=640,
         intermediate_size=2560,

@@ -101,7 +101,7 @@ def test_what_stock_transformers_saves_is_read(tmp_path):
     )
 
 
-def test_the_towers_pooling_head_is_read_past(saved):
+def test_the_encoders_pooling_head_is_read_past(saved):
     folder, model = saved
     tensors = load_file(folder / "model.safetensors") | {
         "vision_tower.vision_model.head.probe": torch.zeros(1, 1, 32)
@@ -313,7 +313,7 @@ def test_a_tied_models_head_alone_is_its_embedding_too(tmp_path):
             "no device for multi_modal_projector",
             {"device_map": {"vision_tower": "cpu", "language_model": "cpu", "lm_head": "cpu"}},
         ),
-        (ValueError, "the_tower", {"device_map": {"the_tower": "cpu", "": "cpu"}}),
+        (ValueError, "the_encoder", {"device_map": {"the_encoder": "cpu", "": "cpu"}}),
         (ValueError, "disk", {"device_map": {"vision_tower": "disk", "": "cpu"}}),
         (ValueError, "'gpu' is not a device", {"device_map": "gpu"}),
         (TypeError, "ignore_mismatched_size", {"ignore_mismatched_sizes": True}),
@@ -326,7 +326,7 @@ def test_bad_options_are_refused(error, named, options, saved):
         MllamaForConditionalGeneration.from_pretrained(saved[0], **options)
 
 
-def test_a_subfolder_is_honoured(tmp_path):
+def test_a_subfolder_is_honored(tmp_path):
     root, inner = tiny.model(), tiny.model(seed=1)
     root.save_pretrained(tmp_path)
     inner.save_pretrained(tmp_path / "inner")
@@ -382,9 +382,7 @@ def test_a_state_dict_that_is_not_the_whole_model_is_refused(tmp_path):
     state = model.state_dict()
     del state["language_model.norm.weight"]
     state["language_model.layers.9.mlp.up_proj.weight"] = torch.zeros(1)
-    with pytest.raises(
-        ValueError, match=r"lacks \(1\): language_model.norm.weight; .*layers.9.mlp"
-    ):
+    with pytest.raises(ValueError, match=r"language_model.norm.weight.*layers.9.mlp"):
         model.save_pretrained(tmp_path / "model", state_dict=state)
     assert not (tmp_path / "model").exists()
 

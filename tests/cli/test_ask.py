@@ -95,7 +95,7 @@ def test_paligemmas_prefix(run, family_folder, image_file):
     )
 
 
-def test_several_pictures_and_words_between_options(run, family_folder, image_file):
+def test_several_images_and_words_between_options(run, family_folder, image_file):
     folder = family_folder("mllama")
     loaded = mllama.load(folder, dtype="float32", device="cpu")
     expected = mllama.ask([image_file, image_file], "What changed?", *loaded, max_new_tokens=8)
@@ -181,19 +181,19 @@ def test_progress_and_speed_where_stderr_is_a_terminal(run, options, image_file,
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["How many?", "PICTURE"], "swapped"),
-        (["PICTURE"], "QUESTION is missing"),
-        (["PICTURE", "PICTURE"], "QUESTION is missing"),
+        (["How many?", "IMAGE"], "swapped"),
+        (["IMAGE"], "QUESTION is missing"),
+        (["IMAGE", "IMAGE"], "QUESTION is missing"),
         (["How many?"], "about an image and no others"),
         (["https://localhost/a.png", "How many?"], "--allow-urls"),
-        (["PICTURE", "?", "--seed", "5"], "--seed has no effect"),
-        (["PICTURE", "?", "--temperature", "0", "--top-k", "4"], "--top-k has no effect"),
-        (["PICTURE", "?", "--reference", "meta"], "--reference meta"),
-        (["PICTURE", "?", "--system", " "], "system prompt is empty"),
+        (["IMAGE", "?", "--seed", "5"], "--seed has no effect"),
+        (["IMAGE", "?", "--temperature", "0", "--top-k", "4"], "--top-k has no effect"),
+        (["IMAGE", "?", "--reference", "meta"], "--reference meta"),
+        (["IMAGE", "?", "--system", " "], "system prompt is empty"),
     ],
 )
 def test_what_changes_nothing_is_refused(run, image_file, arguments, said):
     code, out, err = run(
-        "ask", *(image_file if argument == "PICTURE" else argument for argument in arguments)
+        "ask", *(image_file if argument == "IMAGE" else argument for argument in arguments)
     )
     assert (code, out, err.count("\n")) == (2, "", 1) and said in err

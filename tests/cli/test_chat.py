@@ -18,7 +18,7 @@ def test_chat_answers_in_the_light_of_what_was_said(run, loaded, options, image_
     turns = [("How many circles?", first)]
     second = answer(*loaded, encode(loaded[1], image_file, "a b c", turns), max_new_tokens=8).text
     code, out, _ = run(
-        "chat", image_file, *options, stdin="How many circles?\n\n a b c \n/exit\nWhat colour?\n"
+        "chat", image_file, *options, stdin="How many circles?\n\n a b c \n/exit\nWhat color?\n"
     )
     assert (code, [line.strip() for line in out.splitlines()]) == (0, [first, second])
 
@@ -41,7 +41,7 @@ def test_a_bad_question_does_not_end_the_chat(run, options, image_file):
     )
 
 
-def test_a_picture_for_a_text_model_is_refused_before_any_question(run, family_folder, image_file):
+def test_an_image_for_a_text_model_is_refused_before_any_question(run, family_folder, image_file):
     code, out, err = run("chat", image_file, "--model", family_folder("llama"), stdin="a\nb\n")
     assert (code, out, err) == (2, "", "mllama: error: this model takes no images, got 1\n")
 
@@ -52,7 +52,7 @@ def test_a_chat_goes_on_after_bytes_that_are_no_text(run, options, image_file):
 
 
 @pytest.mark.parametrize(
-    ("family", "pictured"),
+    ("family", "imaged"),
     [
         ("llama", False),
         ("llava, clip", True),
@@ -61,8 +61,8 @@ def test_a_chat_goes_on_after_bytes_that_are_no_text(run, options, image_file):
         ("mllama", False),
     ],
 )
-def test_every_family_remembers_what_was_said(run, family_folder, image_file, family, pictured):
-    folder, picture = family_folder(family), image_file if pictured else None
+def test_every_family_remembers_what_was_said(run, family_folder, image_file, family, imaged):
+    folder, image = family_folder(family), image_file if imaged else None
     model, processor = mllama.load(folder, dtype="float32", device="cpu")
     turns = []
     for question in ("How many circles?", "a b c"):
@@ -70,13 +70,13 @@ def test_every_family_remembers_what_was_said(run, family_folder, image_file, fa
             (
                 question,
                 answer(
-                    model, processor, encode(processor, picture, question, turns), max_new_tokens=8
+                    model, processor, encode(processor, image, question, turns), max_new_tokens=8
                 ).text,
             )
         )
     options = ["--model", folder, "--dtype", "float32", "--device", "cpu", "--max-new-tokens", 8]
     code, out, _ = run(
-        "chat", *([picture] if pictured else []), *options, stdin="How many circles?\na b c\n"
+        "chat", *([image] if imaged else []), *options, stdin="How many circles?\na b c\n"
     )
     assert (code, out.split()) == (0, " ".join(answer for _, answer in turns).split())
 
@@ -105,7 +105,7 @@ def test_commands_are_no_questions(run, options, image_file, tmp_path, loaded):
         "How many circles?",
         f"/save {saved}",
     ]
-    lines += [f"/save {image_file}", "/reset", "/reset now", "a b c", "/exit", "What colour?"]
+    lines += [f"/save {image_file}", "/reset", "/reset now", "a b c", "/exit", "What color?"]
     code, out, err = run("chat", image_file, *options, stdin="\n".join(lines))
     asked = [(image_file, "How many circles?"), (turned, "How many circles?"), (turned, "a b c")]
     assert (code, [line.strip() for line in out.splitlines()]) == (

@@ -37,7 +37,7 @@ VISION = {
     "vision_max_num_chunks": 4,
     "vision_num_cross_attention_layers": 1,
 }
-TOWER = {"width": 32, "layers": 2, "heads": 2, "n_global_layers": 1, "return_intermediate": [1]}
+ENCODER = {"width": 32, "layers": 2, "heads": 2, "n_global_layers": 1, "return_intermediate": [1]}
 IDS = torch.tensor([[260, 3, 259, 400, 12]])
 
 
@@ -114,7 +114,7 @@ def test_metas_vision_folder_to_hugging_faces(run, tmp_path, monkeypatch):
     monkeypatch.setattr(
         meta, "VISION", meta.VISION | changed | {"intermediate_layers_indices": [1]}
     )
-    reference = meta_reference.vision_model(PARAMS | VISION | {"max_seq_len": 8}, **TOWER)
+    reference = meta_reference.vision_model(PARAMS | VISION | {"max_seq_len": 8}, **ENCODER)
     folder = write(tmp_path / "metas", tiny.randomize(reference), PARAMS | VISION)
     code, out, err = run("convert", folder, tmp_path / "hf", "--to", "hf", "--dtype", "bfloat16")
     assert (code, out, err) == (0, f"{tmp_path / 'hf'}: a mllama in bfloat16\n", "")

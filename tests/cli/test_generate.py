@@ -10,20 +10,20 @@ import mllama
 from helpers import answer
 from mllama.cli import _parser
 
-PICTURED = ["llava, siglip", "llava, clip", "paligemma", "mllama"]
+IMAGED = ["llava, siglip", "llava, clip", "paligemma", "mllama"]
 GREEDY = ["--dtype", "float32", "--cpu", "--max-new-tokens", 12]
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma", *PICTURED])
+@pytest.mark.parametrize("family", ["llama", "gemma", *IMAGED])
 def test_both_runtimes_say_the_same(run, family_folder, image_file, family):
-    pictures = ["--image", image_file] if family in PICTURED else []
+    images = ["--image", image_file] if family in IMAGED else []
     command = [
         "generate",
         "--model-id",
         family_folder(family),
         "--prompt",
         "How many circles?",
-        *pictures,
+        *images,
         *GREEDY,
         "--reference",
         "hf",
@@ -31,7 +31,7 @@ def test_both_runtimes_say_the_same(run, family_folder, image_file, family):
     code, out, err = run(*command)
     assert (code, err) == (0, f"mllama: {family_folder(family)} in float32 on cpu\n")
     assert out.strip() == mllama.ask(
-        image_file if pictures else None,
+        image_file if images else None,
         "How many circles?",
         *mllama.load(family_folder(family), dtype="float32", device="cpu", reference="hf"),
         max_new_tokens=12,
@@ -40,7 +40,7 @@ def test_both_runtimes_say_the_same(run, family_folder, image_file, family):
     assert (code, theirs) == (0, out) and said.endswith(err)
 
 
-def test_several_pictures(run, family_folder, image_file):
+def test_several_images(run, family_folder, image_file):
     command = [
         "generate",
         "--model-id",
@@ -115,9 +115,9 @@ def test_sizes_are_ids(run, monkeypatch):
             ["--model-id", "LLAMA", "--prompt", "a", "--image", "nowhere.png"],
             "no such image: nowhere.png",
         ),
-        (["--model-id", "LLAMA", "--prompt", "a", "--image", "PICTURE"], "this model takes no"),
+        (["--model-id", "LLAMA", "--prompt", "a", "--image", "IMAGE"], "this model takes no"),
         (
-            ["--model-id", "LLAMA", "--prompt", "a", "--image", "PICTURE", "--raw"],
+            ["--model-id", "LLAMA", "--prompt", "a", "--image", "IMAGE", "--raw"],
             "this model takes no",
         ),
         (["--model-id", "nowhere", "--prompt", "a"], "nowhere"),
@@ -129,7 +129,7 @@ def test_sizes_are_ids(run, monkeypatch):
             "a SigLIP vision model has no decoder",
         ),
         (
-            ["--model-id", "PICTURE", "--prompt", "a"],
+            ["--model-id", "IMAGE", "--prompt", "a"],
             "circle.png is neither a model folder nor a .gguf file",
         ),
     ],
@@ -139,7 +139,7 @@ def test_generate_refuses(run, family_folder, image_file, monkeypatch, arguments
     given = {
         "LLAMA": family_folder("llama"),
         "SIGLIP": family_folder("siglip"),
-        "PICTURE": image_file,
+        "IMAGE": image_file,
     }
     code, out, err = run("generate", *(given.get(argument, argument) for argument in arguments))
     assert (code, out, err.count("\n")) == (2, "", 1) and message in err

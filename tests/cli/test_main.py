@@ -28,44 +28,44 @@ def test_info(run):
         ([], "required: COMMAND"),
         (["look"], "invalid choice: 'look'"),
         (["ask"], "required: IMAGE, QUESTION"),
-        (["ask", "picture.png", " "], "the question is empty"),
+        (["ask", "image.png", " "], "the question is empty"),
         (["ask", "nowhere.png", "?"], "no such image: nowhere.png"),
         (["ask", __file__, "?"], "cannot read the image"),
         (["chat", "nowhere.png"], "no such image: nowhere.png"),
-        (["ask", "PICTURE", "?", "--model", "nowhere"], "'nowhere'"),
-        (["ask", "PICTURE", "?", "--device", "abacus"], "device 'abacus' is not known or not here"),
-        (["ask", "PICTURE", "?", "--dtype", "int8"], "invalid choice: 'int8'"),
-        (["ask", "PICTURE", "?", "--max-new-tokens", "0"], "a whole number of at least 1, got '0'"),
+        (["ask", "IMAGE", "?", "--model", "nowhere"], "'nowhere'"),
+        (["ask", "IMAGE", "?", "--device", "abacus"], "device 'abacus' is not known or not here"),
+        (["ask", "IMAGE", "?", "--dtype", "int8"], "invalid choice: 'int8'"),
+        (["ask", "IMAGE", "?", "--max-new-tokens", "0"], "a whole number of at least 1, got '0'"),
         (
-            ["ask", "PICTURE", "?", "--max-new-tokens", "many"],
+            ["ask", "IMAGE", "?", "--max-new-tokens", "many"],
             "a whole number of at least 1, got 'many'",
         ),
         (
-            ["ask", "PICTURE", "?", "--max-new-tokens", "+-5"],
+            ["ask", "IMAGE", "?", "--max-new-tokens", "+-5"],
             "a whole number of at least 1, got '+-5'",
         ),
         (
-            ["ask", "PICTURE", "?", "--max-new-tokens", "9" * 5000],
+            ["ask", "IMAGE", "?", "--max-new-tokens", "9" * 5000],
             "a whole number of at least 1, got '9999",
         ),
-        (["ask", "PICTURE", "\udcff"], "the question is no valid UTF-8 text"),
-        (["ask", "PICTURE", "what <image>?"], "the question must not contain '<image>'"),
-        (["ask", "PICTURE", "a b c d " * 2000], "answer included"),
-        (["ask", "PICTURE", "?", "--model", ""], "path is empty"),
-        (["ask", "PICTURE", "?", "--device", "cpu:1"], "device 'cpu:1' is not known or not here"),
-        (["ask", "PICTURE", "?", "--temperature", "-0.5"], "a number of at least 0, got '-0.5'"),
-        (["ask", "PICTURE", "?", "--temperature", "nan"], "a number of at least 0, got 'nan'"),
-        (["ask", "PICTURE", "?", "--temperature", "inf"], "a number of at least 0, got 'inf'"),
-        (["ask", "PICTURE", "?", "--top-p", "0"], "a number above 0 and at most 1, got '0'"),
-        (["ask", "PICTURE", "?", "--top-p", "1.5"], "a number above 0 and at most 1, got '1.5'"),
-        (["ask", "PICTURE", "?", "--top-k", "2.5"], "a whole number of at least 1, got '2.5'"),
-        (["ask", "PICTURE", "?", "--seed", "-1"], "a whole number of at least 0"),
+        (["ask", "IMAGE", "\udcff"], "the question is no valid UTF-8 text"),
+        (["ask", "IMAGE", "what <image>?"], "the question must not contain '<image>'"),
+        (["ask", "IMAGE", "a b c d " * 2000], "answer included"),
+        (["ask", "IMAGE", "?", "--model", ""], "path is empty"),
+        (["ask", "IMAGE", "?", "--device", "cpu:1"], "device 'cpu:1' is not known or not here"),
+        (["ask", "IMAGE", "?", "--temperature", "-0.5"], "a number of at least 0, got '-0.5'"),
+        (["ask", "IMAGE", "?", "--temperature", "nan"], "a number of at least 0, got 'nan'"),
+        (["ask", "IMAGE", "?", "--temperature", "inf"], "a number of at least 0, got 'inf'"),
+        (["ask", "IMAGE", "?", "--top-p", "0"], "a number above 0 and at most 1, got '0'"),
+        (["ask", "IMAGE", "?", "--top-p", "1.5"], "a number above 0 and at most 1, got '1.5'"),
+        (["ask", "IMAGE", "?", "--top-k", "2.5"], "a whole number of at least 1, got '2.5'"),
+        (["ask", "IMAGE", "?", "--seed", "-1"], "a whole number of at least 0"),
         (["info", "extra"], "unrecognized arguments: extra"),
     ],
 )
 def test_what_is_refused_is_told_in_one_line(run, image_file, arguments, message):
     code, out, err = run(
-        *(image_file if argument == "PICTURE" else argument for argument in arguments)
+        *(image_file if argument == "IMAGE" else argument for argument in arguments)
     )
     assert (
         (code, out, err.count("\n")) == (2, "", 1) and err.startswith("mllama") and message in err
@@ -103,11 +103,11 @@ def test_an_error_nobody_foresaw_is_told_in_one_line_unless_asked_for_whole(
     [
         (
             "<&-",
-            ["chat", "PICTURE"],
+            ["chat", "IMAGE"],
             2,
             "mllama: error: stdin is closed: there are no questions to read\n",
         ),
-        (">&-", ["ask", "PICTURE", "?"], 2, "mllama: error: stdout is closed\n"),
+        (">&-", ["ask", "IMAGE", "?"], 2, "mllama: error: stdout is closed\n"),
         ("2>&-", ["ask", "nowhere.png", "?"], 2, ""),
     ],
 )
@@ -116,7 +116,7 @@ def test_closed_streams(image_file, redirection, arguments, code, message):
         sys.executable,
         "-m",
         "mllama",
-        *(str(image_file) if argument == "PICTURE" else argument for argument in arguments),
+        *(str(image_file) if argument == "IMAGE" else argument for argument in arguments),
     ]
     ended = subprocess.run(
         ["sh", "-c", f'exec "$@" {redirection}', "sh", *command], capture_output=True, text=True

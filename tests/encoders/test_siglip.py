@@ -1,4 +1,4 @@
-"""The SigLIP tower against transformers'."""
+"""The SigLIP encoder against transformers'."""
 
 import pytest
 import torch
@@ -37,9 +37,9 @@ def test_probabilities_are_dropped_in_training_as_in_transformers():
     theirs = SiglipVisionModel(config)
     theirs.load_state_dict(ours.state_dict())
     pixels, features = tiny.images(2), []
-    for tower in (ours.train(), theirs.train()):
+    for encoder in (ours.train(), theirs.train()):
         torch.manual_seed(3)
-        features.append(tower(pixels).last_hidden_state)
+        features.append(encoder(pixels).last_hidden_state)
     torch.testing.assert_close(*features, rtol=1e-4, atol=1e-4)
     assert (features[0] - ours.eval()(pixels).last_hidden_state).abs().max() > 0.1
 
@@ -50,9 +50,11 @@ def test_chances_that_cannot_be(dropout):
         MllamaVisionConfig(attention_dropout=dropout)
 
 
-def test_pixels_are_cast_to_the_towers_dtype():
-    tower = tiny.randomize(SiglipVisionTower(MllamaVisionConfig(**tiny.VISION))).to(torch.bfloat16)
-    assert tower(tiny.images(1)).last_hidden_state.dtype == torch.bfloat16
+def test_pixels_are_cast_to_the_encoders_dtype():
+    encoder = tiny.randomize(SiglipVisionTower(MllamaVisionConfig(**tiny.VISION))).to(
+        torch.bfloat16
+    )
+    assert encoder(tiny.images(1)).last_hidden_state.dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize(

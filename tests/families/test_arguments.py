@@ -210,7 +210,7 @@ def test_cross_attention_states_are_attended_to():
 
 @pytest.mark.parametrize("size", [(24, 24), (16, 32), (8, 17)])
 def test_images_of_other_sizes(size):
-    """Positions between the learned ones, in every model with such a tower."""
+    """Positions between the learned ones, in every model with such an encoder."""
     pixels = torch.randn(2, 3, *size, generator=torch.Generator().manual_seed(5))
     how = {"interpolate_pos_encoding": True}
     siglip = pairs.pair("siglip_vision_model")

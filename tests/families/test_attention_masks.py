@@ -17,7 +17,7 @@ LLAMA_VISION = "llama vision"
 
 
 def both_and_batch(case: str) -> tuple[Pair, dict[str, torch.Tensor]]:
-    """Two rows with pictures, where the model has some, of one length and without a mask."""
+    """Two rows with images, where the model has some, of one length and without a mask."""
     if case == LLAMA_VISION:
         both = pairs.make("mllama")
         batch = batches.tiled(

@@ -269,7 +269,7 @@ def test_fields_that_a_model_is_built_from_cannot_be_set_afterwards(
     ours(**given)
 
 
-def test_a_towers_fields_cannot_be_set_afterwards():
+def test_an_encoders_fields_cannot_be_set_afterwards():
     ours, _ = pairs.make("siglip_vision_model")
     ours.config.layer_norm_eps = 0.5
     with pytest.raises(ValueError, match="layer_norm_eps"):

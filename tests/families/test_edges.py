@@ -40,7 +40,7 @@ def test_float16(case):
 
 
 @pytest.mark.parametrize("case", ["llama", "gemma"])
-def test_a_model_of_text_takes_no_pictures(case):
+def test_a_model_of_text_takes_no_images(case):
     model, words = pair(case).ours, torch.tensor([tokens(4)])
     for given in (
         {"pixel_values": torch.zeros(1, 3, 16, 16)},
@@ -53,17 +53,16 @@ def test_a_model_of_text_takes_no_pictures(case):
 
 
 @pytest.mark.parametrize("case", WITH_IMAGES)
-def test_placeholders_that_do_not_match_the_pictures(case):
+def test_placeholders_that_do_not_match_the_images(case):
     both = pair(case)
     model, batch = both.ours, both.inputs("one row")
     tokens = model.spec.tokens_per_image
     for count in (0, 2):
         with pytest.raises(
-            ValueError,
-            match=f"{tokens} image placeholders, but {count} images give {count * tokens} features",
+            ValueError, match=f"{tokens} image placeholders.*{count * tokens} features"
         ):
             model(**batch | {"pixel_values": both.images(count)})
-    with pytest.raises(ValueError, match=f"{tokens} image placeholders, but 0 images"):
+    with pytest.raises(ValueError, match=f"{tokens} image placeholders"):
         model(batch["input_ids"])
     with pytest.raises(ValueError, match="pixel_values must be"):
         model(**batch | {"pixel_values": both.images(1)[..., 1:]})
@@ -74,11 +73,9 @@ def test_ids_and_labels_out_of_range(case):
     both = pair(case)
     model, size = both.ours, TEXT["vocab_size"]
     for wrong in (size, -1):
-        with pytest.raises(
-            IndexError, match=rf"input_ids must lie within the vocabulary \(0 to {size - 1}\)"
-        ):
+        with pytest.raises(IndexError, match=f"input_ids.*{size - 1}"):
             model(torch.tensor([[1, wrong]]))
-        with pytest.raises(ValueError, match="labels must be -100 or within the vocabulary"):
+        with pytest.raises(ValueError, match="labels"):
             model(torch.tensor([[1, 2, 3]]), labels=torch.tensor([[1, 2, wrong]]))
 
 
@@ -180,7 +177,7 @@ HOSTILE = [
     ("paligemma", "text_config", "head_dim", (0, 300)),
 ]
 
-QUANTISED = [
+QUANTIZED = [
     ("llama", None, "quantization_config", (False, {"bits": 4})),
     ("llava, clip, -2", "text_config", "quantization_config", (False, {"bits": 4})),
 ]
@@ -223,7 +220,7 @@ def folders(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize(("case", "part", "field", "values"), [*HOSTILE, *QUANTISED])
+@pytest.mark.parametrize(("case", "part", "field", "values"), [*HOSTILE, *QUANTIZED])
 def test_folders_whose_config_cannot_be(case, part, field, values, folders):
     path, content = folders(case)
     for value in values:

@@ -12,7 +12,7 @@ from tiny.pairs import ONE_EACH, PAIRED, make, pair
 
 
 def result(both, model) -> torch.Tensor:
-    """Logits, or of a tower alone its features."""
+    """Logits, or of an encoder alone its features."""
     with torch.no_grad():
         if model.main_input_name == "pixel_values":
             return model(both.images(2)).last_hidden_state

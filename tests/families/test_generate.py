@@ -126,7 +126,7 @@ def test_logits_piece_by_piece(case, kind):
 )
 @pytest.mark.parametrize("case", LANGUAGE)
 def test_a_row_does_not_depend_on_its_batch(case, options):
-    """With beams too, where transformers repeats pictures one by one and mixes up rows that have
+    """With beams too, where transformers repeats images one by one and mixes up rows that have
     several.
     """
     both = pair(case)
@@ -143,7 +143,7 @@ def test_a_row_does_not_depend_on_its_batch(case, options):
 
 @pytest.mark.parametrize("case", ONE_EACH)
 def test_a_second_turn_goes_on_from_the_cache(case):
-    """Of LLaVA with a picture of its own."""
+    """Of LLaVA with an image of its own."""
     both = pair(case)
     model = both.ours
     first = both.inputs(([3, "image", 4],) if case.startswith("llava") else (["image", 7],))
@@ -241,7 +241,7 @@ def test_a_prompt_read_in_chunks(case):
 
 @pytest.mark.parametrize("options", [{}, {"num_beams": 2}], ids=["pixels", "features"])
 @pytest.mark.parametrize("case", ["llava, clip, -2", "paligemma"])
-def test_pictures_are_not_read_in_chunks(case, options):
+def test_images_are_not_read_in_chunks(case, options):
     both = pair(case)
     with pytest.raises(ValueError, match="prefill_chunk_size"):
         both.ours.generate(**both.inputs(), **GREEDY | options, prefill_chunk_size=4)
@@ -280,7 +280,7 @@ def test_a_prompt_seen_both_ways_is_not_read_in_chunks():
 @pytest.mark.parametrize(
     ("family", "text"), [("llava, clip, -2", "llama"), ("paligemma", "gemma"), ("mllama", "llama")]
 )
-def test_an_assistant_that_sees_no_pictures(family, text):
+def test_an_assistant_that_sees_no_images(family, text):
     """Ours or transformers', it guesses from the text alone: what is said is what greedy search
     says.
     """

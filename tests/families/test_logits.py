@@ -40,7 +40,7 @@ def test_a_prompt_without_token_types_is_seen_one_way(case):
 
 @pytest.mark.parametrize("count", [1, 3])
 @pytest.mark.parametrize("case", ALONE)
-def test_features_of_the_tower_alone(case, count):
+def test_features_of_the_encoder_alone(case, count):
     both = pair(case)
     with torch.no_grad():
         ours, theirs = (model(both.images(count), output_hidden_states=True) for model in both)
@@ -110,7 +110,7 @@ def test_bfloat16_rounds_no_more_than_theirs(case):
 
 
 @pytest.mark.parametrize("case", ALONE)
-def test_bfloat16_of_the_tower_rounds_no_more_than_theirs(case):
+def test_bfloat16_of_the_encoder_rounds_no_more_than_theirs(case):
     ours, theirs = errors_in_bfloat16(
         case, lambda both, model: model(both.images(64)).last_hidden_state
     )

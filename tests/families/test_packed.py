@@ -28,8 +28,8 @@ def packed(lengths: list[int] = LENGTHS, seed: int = 2) -> dict[str, torch.Tenso
     return {"input_ids": row, "position_ids": place, "labels": row.masked_fill(place == 0, -100)}
 
 
-def with_pictures(both: Pair) -> tuple[dict[str, torch.Tensor], list[dict[str, torch.Tensor]]]:
-    """A packed row of which some sequences have pictures, and the sequences by themselves."""
+def with_images(both: Pair) -> tuple[dict[str, torch.Tensor], list[dict[str, torch.Tensor]]]:
+    """A packed row of which some sequences have images, and the sequences by themselves."""
     alone = []
     for row in (["image", 3], [5], [2, "image", 1, "image", 2]):
         batch = both.inputs((row,), completion=1)
@@ -75,11 +75,11 @@ def test_loss_and_gradients_equal_transformers(case, shared):
 
 @pytest.mark.parametrize("case", ONE_EACH)
 def test_each_sequence_is_as_alone(case):
-    """With its pictures, and of PaliGemma with a prompt of its own that is seen both ways; other
+    """With its images, and of PaliGemma with a prompt of its own that is seen both ways; other
     sequences leave no gradient in it.
     """
     model = make(case).ours
-    whole, alone = with_pictures(pair(case))
+    whole, alone = with_images(pair(case))
     with torch.no_grad():
         close(model(**whole).logits, torch.cat([model(**batch).logits for batch in alone], 1))
     counts = [int((batch["labels"] != -100).sum()) for batch in alone]
@@ -123,7 +123,7 @@ def test_added_cross_attention():
     mask[:, 1:4, 0], mask[:, 6:, 1] = (
         1,
         1,
-    )  # four positions and the first picture, two without, three and the second
+    )  # four positions and the first image, two without, three and the second
     row, place = torch.tensor([tokens(9)]), positions(4, 2, 3)
     with torch.no_grad():
         got = model(row, pixels, position_ids=place, cross_attention_mask=mask).logits
@@ -140,20 +140,20 @@ def test_llama_vision(reference):
     """As transformers, and the way it was trained each sequence is as alone."""
     ours, theirs = pairs.make("mllama")
     ours.reference = reference
-    picture = TILED_IMAGE
-    rows = [([picture, *tokens(4)], [1]), (tokens(3, 4), []), ([5, picture, *tokens(3, 6)], [3])]
+    image = TILED_IMAGE
+    rows = [([image, *tokens(4)], [1]), (tokens(3, 4), []), ([5, image, *tokens(3, 6)], [3])]
     lengths = [len(row) for row, _ in rows]
     batch = batches.tiled(ours, ([token for row, _ in rows for token in row], [1, 3]))
     mask = batch["cross_attention_mask"]
     for length, start in zip(
         lengths, (0, lengths[0], sum(lengths[:2])), strict=True
     ):  # the processor's goes on to the row's end
-        own = (batch["input_ids"][0, start : start + length] == picture).cumsum(0) > 0
+        own = (batch["input_ids"][0, start : start + length] == image).cumsum(0) > 0
         mask[0, start : start + length][~own] = 0
     del batch["attention_mask"]
     batch |= {
         "position_ids": positions(*lengths),
-        "labels": batch["input_ids"].masked_fill(batch["input_ids"] == picture, -100),
+        "labels": batch["input_ids"].masked_fill(batch["input_ids"] == image, -100),
     }
     if reference == "hf":
         (loss, mine), (expected, stock) = (
@@ -282,7 +282,7 @@ def test_contradictions_are_refused(error, named, change):
 def test_a_length_alone_is_refused():
     with pytest.raises(ValueError, match="max_length_k"):
         pair("llama").ours(torch.tensor([tokens(4)]), max_length_k=4)
-    model, (whole, _) = pair("paligemma").ours, with_pictures(pair("paligemma"))
+    model, (whole, _) = pair("paligemma").ours, with_images(pair("paligemma"))
     with pytest.raises(ValueError, match="prefix_length"):
         model(**whole | {"token_type_ids": None, "prefix_length": torch.tensor([4])})
 
@@ -321,7 +321,7 @@ def test_it_compiles_in_one_graph(case):
     """The same graph serves rows of one sequence and of several: values are not read, so by default
     there is no cache of either.
     """
-    model, (whole, _) = make(case).ours, with_pictures(pair(case))
+    model, (whole, _) = make(case).ours, with_images(pair(case))
     length = whole["input_ids"].shape[1]
     calls = [
         whole,
@@ -364,7 +364,7 @@ def test_checkpointing_activations(reentrant):
 
 @pytest.mark.parametrize("kind", ["lora", "peft"])
 def test_adapters(kind):
-    model, (whole, alone) = make("llava, clip, -2").ours, with_pictures(pair("llava, clip, -2"))
+    model, (whole, alone) = make("llava, clip, -2").ours, with_images(pair("llava, clip, -2"))
     if kind == "lora":
         lora.convert_linears_to_lora(model, rank=2, target_module_names=["q_proj", "down_proj"])
     else:

@@ -69,7 +69,7 @@ def test_a_prompt_with_too_many_placeholders_stays_an_error():
     "family", [LLAVA, "paligemma, placeholder beyond the vocabulary", "mllama"]
 )
 def test_prompt_lookup_that_proposes_a_placeholder(family):
-    """The prompt's last words stand before a picture, too: what follows them there is proposed."""
+    """The prompt's last words stand before an image, too: what follows them there is proposed."""
     if family == "mllama":
         ours, given = pairs.with_inputs(family)[0].ours, pairs.with_inputs(family)[1]
         given = {name: value[:1] for name, value in given.items() if name != "cross_attention_mask"}

@@ -60,7 +60,7 @@ def test_loss_and_gradients(case, side):
 
 
 @pytest.mark.parametrize("case", ["siglip_vision_model", "siglip_vision_model, headless"])
-def test_gradients_of_the_tower_alone(case):
+def test_gradients_of_the_encoder_alone(case):
     both, found = make(case), []
     for model in (*both, both.ours):
         output = model.train()(both.images(2))

@@ -17,7 +17,7 @@ from mllama import MllamaForConditionalGeneration
 
 
 class ByHand(nn.Module):
-    """Reads features after the tower's final norm. `named` says a parameter's name in our model.
+    """Reads features after the encoder's final norm. `named` says a parameter's name in our model.
 
     Args:
         model: ours, whose weights are copied.
@@ -77,7 +77,7 @@ class ByHand(nn.Module):
         return rest.replace("model.", "language_model.")
 
     def visual(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """Pooled and projected: [pictures, tokens, hidden]."""
+        """Pooled and projected: [images, tokens, hidden]."""
         weights = {name.split("/", 1)[1]: value for name, value in self.own.items()}
         features = self.vision(pixel_values).last_hidden_state
         if self.spec.pooling == "average":

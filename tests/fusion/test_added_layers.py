@@ -32,7 +32,7 @@ def texts(side: str = "left") -> dict[str, torch.Tensor]:
 
 
 def mixed() -> torch.Tensor:
-    """Of two rows of seven words and two pictures each: the first row sees one, then both; the
+    """Of two rows of seven words and two images each: the first row sees one, then both; the
     second none.
     """
     mask = torch.zeros(2, 7, 2, 1)
@@ -81,7 +81,7 @@ def test_a_mask_says_who_sees_what():
         text = texts("right")["input_ids"]
         tiny.close(
             got[1, :4], model(text[1:, :4]).logits[0]
-        )  # a row that sees no picture is as one without
+        )  # a row that sees no image is as one without
         tiny.close(
             got[0, 1:4],
             model(text[:1], tiny.images(4)[:1], cross_attention_mask=mixed()[:1, :, :1]).logits[
@@ -195,8 +195,8 @@ def test_token_by_token(kind):
     tiny.close(torch.cat([part.logits for part in parts], 1), whole)
 
 
-@pytest.mark.parametrize("first", [0, 1], ids=["words before any picture", "a picture at first"])
-def test_further_pictures_come_after_those_in_the_cache(first):
+@pytest.mark.parametrize("first", [0, 1], ids=["text before any image", "an image first"])
+def test_further_images_come_after_those_in_the_cache(first):
     model, ids, pixels = make(2, 5), texts()["input_ids"], tiny.images(4)
     mask = torch.ones(2, 7, 2, 1)
     mask[:, :4, first:] = 0
@@ -277,17 +277,15 @@ def test_configs_that_cannot_be_are_refused(options, named):
 
 def test_calls_that_cannot_be_are_refused():
     model, inputs = make(image_token_index=tiny.VOCAB_SIZE), texts()
-    with pytest.raises(ValueError, match="as many for every row, got 3 for 2 rows"):
+    with pytest.raises(ValueError, match="3 for 2 rows"):
         model(**inputs, pixel_values=tiny.images(3))
-    with pytest.raises(ValueError, match="cross_attention_mask must be .* for 1 tiles"):
+    with pytest.raises(ValueError, match="cross_attention_mask"):
         model(**inputs, pixel_values=tiny.images(2), cross_attention_mask=mixed())
-    with pytest.raises(ValueError, match=r"image_features must be \[images, 4, 64\]"):
+    with pytest.raises(ValueError, match="image_features"):
         model(**inputs, image_features=torch.zeros(2, 8, 64))
-    with pytest.raises(
-        ValueError, match="prefill_chunk_size must be None"
-    ):  # every chunk would see them anew
+    with pytest.raises(ValueError, match="prefill_chunk_size"):  # every chunk would see them anew
         model.generate(**inputs, image_features=torch.zeros(2, 4, 64), prefill_chunk_size=2)
     with pytest.raises(IndexError, match="within the vocabulary"):
         model(torch.full((1, 3), tiny.VOCAB_SIZE), pixel_values=tiny.images(1))
-    with pytest.raises(ValueError, match="must have 4 layers, as the decoder, got 3"):
+    with pytest.raises(ValueError, match="4 layers.*3"):
         model(**inputs, past_key_values=StaticCache(make(layers=3).config, max_cache_len=9))

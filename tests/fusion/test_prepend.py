@@ -92,16 +92,16 @@ def test_as_many_tokens_as_patches_are_a_merge():
 
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_placeholders_say_the_same_and_more(side):
-    """Text alone and placeholders in front of it are one; with them rows may have several pictures,
+    """Text alone and placeholders in front of it are one; with them rows may have several images,
     or none.
     """
-    model, picture = make(num_image_tokens=3, image_token_index=tiny.IMAGE), [tiny.IMAGE] * 3
+    model, image = make(num_image_tokens=3, image_token_index=tiny.IMAGE), [tiny.IMAGE] * 3
     words = tiny.tokens(7), tiny.tokens(4, 5)
     plain = tiny.batch(*words, side=side) | {"pixel_values": tiny.images(2)}
-    written = tiny.batch(*(picture + row for row in words), side=side) | {
+    written = tiny.batch(*(image + row for row in words), side=side) | {
         "pixel_values": tiny.images(2)
     }
-    mixed = tiny.batch(words[0], picture + picture + words[1], side=side) | {
+    mixed = tiny.batch(words[0], image + image + words[1], side=side) | {
         "pixel_values": tiny.images(2)
     }
     with torch.no_grad():
@@ -174,7 +174,7 @@ def test_token_by_token(kind, masked):
             else torch.cat([torch.ones(2, 3), mask], 1).bool()
         )
         tiny.close(torch.cat(logits, 1)[seen], whole[seen])
-        if kind is StaticCache:  # the next text of a cache that was emptied has no pictures
+        if kind is StaticCache:  # the next text of a cache that was emptied has no images
             cache.reset()
             tiny.close(model(ids, past_key_values=cache).logits, model(ids).logits)
 
@@ -275,9 +275,9 @@ def test_configs_that_cannot_be_are_refused(options, named):
 def test_calls_that_cannot_be_are_refused():
     model, inputs = make(num_image_tokens=3), texts()
     ids, cache = inputs["input_ids"], DynamicCache()
-    with pytest.raises(ValueError, match="as many for every row, got 3 for 2 rows"):
+    with pytest.raises(ValueError, match="3 for 2 rows"):
         model(**inputs, pixel_values=tiny.images(3))
-    with pytest.raises(ValueError, match="as many for every row, got 3 for 2 rows"):
+    with pytest.raises(ValueError, match="3 for 2 rows"):
         model.generate(**inputs, pixel_values=tiny.images(3), num_beams=2)
     longer = torch.ones(2, 10, dtype=torch.long)  # as the text with its visual tokens
     for name, wrong in (
@@ -285,22 +285,16 @@ def test_calls_that_cannot_be_are_refused():
         ("position_ids", torch.arange(6)[None]),
         ("labels", longer),
     ):
-        with pytest.raises(
-            ValueError,
-            match=rf"{name} must be \[batch, 7\], .* the 3 visual tokens before it, got .*{wrong.shape[1]}\]",
-        ):
+        with pytest.raises(ValueError, match=rf"{name}.*{wrong.shape[1]}\]"):
             model(ids, tiny.images(2), **{name: wrong})
-    with pytest.raises(TypeError, match="labels must be an integer"):
+    with pytest.raises(TypeError, match="labels"):
         model(ids, tiny.images(2), labels=ids.tolist())
-    with pytest.raises(ValueError, match="prefill_chunk_size must be None"):
+    with pytest.raises(ValueError, match="prefill_chunk_size"):
         model.generate(**inputs, pixel_values=tiny.images(2), prefill_chunk_size=2)
-    with pytest.raises(
-        ValueError,
-        match="assisted decoding and prompt lookup need input_ids that hold a placeholder",
-    ):
+    with pytest.raises(ValueError, match="input_ids"):
         model.generate(ids[:1], pixel_values=tiny.images(1), prompt_lookup_num_tokens=2)
     model(ids, tiny.images(2), past_key_values=cache)
-    with pytest.raises(ValueError, match=r"attention_mask must be \[batch, 8\]"):
+    with pytest.raises(ValueError, match="attention_mask"):
         model(ids[:, :1], attention_mask=torch.ones(2, 11), past_key_values=cache)
     with pytest.raises(ValueError, match="holds text, and 3 visual tokens before it"):
         model(ids[:, :1], tiny.images(4), past_key_values=cache)
@@ -310,8 +304,8 @@ def test_calls_that_cannot_be_are_refused():
 
 
 def test_prompt_lookup_with_placeholders_equals_greedy():
-    model, picture = make(num_image_tokens=3, image_token_index=tiny.IMAGE), [tiny.IMAGE] * 3
-    inputs = tiny.batch(picture + tiny.tokens(6)) | {"pixel_values": tiny.images(1)}
+    model, image = make(num_image_tokens=3, image_token_index=tiny.IMAGE), [tiny.IMAGE] * 3
+    inputs = tiny.batch(image + tiny.tokens(6)) | {"pixel_values": tiny.images(1)}
     assert torch.equal(
         model.generate(**inputs, **GREEDY, prompt_lookup_num_tokens=2),
         model.generate(**inputs, **GREEDY),

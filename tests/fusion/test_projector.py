@@ -10,7 +10,7 @@ import tiny
 from mllama import MllamaForConditionalGeneration
 from mllama.model.memory import count_parameters
 
-PICTURE = [tiny.IMAGE] * tiny.PATCHES
+IMAGE = [tiny.IMAGE] * tiny.PATCHES
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -38,17 +38,14 @@ def test_files_keep_a_linear_projector(feature, tmp_path):
         json.loads((tmp_path / "config.json").read_text())["model_type"] == "siglip_llama"
     )  # a LLaVA's has two layers
     read = MllamaForConditionalGeneration.from_pretrained(tmp_path)
-    inputs = tiny.batch(PICTURE + tiny.tokens(5)) | {"pixel_values": tiny.images(1)}
+    inputs = tiny.batch(IMAGE + tiny.tokens(5)) | {"pixel_values": tiny.images(1)}
     with torch.no_grad():
         assert torch.equal(read(**inputs).logits, model(**inputs).logits)
 
 
 def test_projectors_that_cannot_be_are_refused():
-    with pytest.raises(ValueError, match="projector must be one of 'mlp', 'linear', got 'conv'"):
+    with pytest.raises(ValueError, match="projector.*conv"):
         tiny.config(projector="conv")
-    with pytest.raises(
-        ValueError,
-        match="projection_dim must be the decoder's hidden_size 64 or None with projector='linear'.*got 40",
-    ):
+    with pytest.raises(ValueError, match="projection_dim.*40"):
         tiny.config(projector="linear", projection_dim=40)
     assert tiny.config(projector="linear", projection_dim=64).projection_dim == 64

@@ -126,7 +126,7 @@ def test_new_parts_start_as_a_new_models(tmp_path):
 
 @pytest.mark.parametrize(("fusion", "placeholders"), [("prepend", 3), ("cross_attention", 1)])
 def test_a_saved_model_is_asked(make_tokenizer, image_file, fusion, placeholders, tmp_path):
-    """With a placeholder per visual token, or one per picture that is a word of the vocabulary."""
+    """With a placeholder per visual token, or one per image that is a word of the vocabulary."""
     processor = mllama.MllamaImageProcessor(
         make_tokenizer(), placeholders, tiny.VISION["image_size"]
     )
@@ -138,12 +138,12 @@ def test_a_saved_model_is_asked(make_tokenizer, image_file, fusion, placeholders
     model.save_pretrained(tmp_path)
     processor.save_pretrained(tmp_path)
     model, read = mllama.load(tmp_path, dtype="float32", device="cpu")
-    for pictures in ([image_file], [image_file, image_file]):
-        inputs = read("What is it?", pictures)
-        assert (inputs["input_ids"] == read.image_token_id).sum() == placeholders * len(pictures)
+    for images in ([image_file], [image_file, image_file]):
+        inputs = read("What is it?", images)
+        assert (inputs["input_ids"] == read.image_token_id).sum() == placeholders * len(images)
         said = model.generate(**inputs, **GREEDY)[0, inputs["input_ids"].shape[1] :]
         assert len(said) == 5
-        if len(pictures) == 1:
+        if len(images) == 1:
             answer = mllama.ask(image_file, "What is it?", model, read, max_new_tokens=5)
             assert answer == read.decode(said, skip_special_tokens=True).strip()
 
@@ -267,10 +267,10 @@ def test_the_processor_is_made_of_both_folders(family_folder, image_file, fusion
 
 def test_a_processor_of_another_tokenizer(make_tokenizer, tmp_path):
     tokenizer = make_tokenizer()
-    tokenizer.add_tokens(["<picture>"], special_tokens=True)
+    tokenizer.add_tokens(["<photo>"], special_tokens=True)
     llama, place = text(vocab_size=len(tokenizer)), len(tokenizer) - 1
     model = mllama.fuse(llama, vision(), tokenizer=tokenizer, image_token_index=place)
-    assert model.processor.image_token == "<picture>" and model.processor.image_token_id == place
+    assert model.processor.image_token == "<photo>" and model.processor.image_token_id == place
     assert mllama.fuse(llama, vision()).processor is None  # made in memory: there is no tokenizer
     with pytest.warns(UserWarning, match="image_token_index"):
         assert (

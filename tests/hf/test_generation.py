@@ -8,12 +8,8 @@ from transformers import DynamicCache, StaticCache, TextStreamer
 
 import tiny
 
-PICTURE = [tiny.IMAGE] * tiny.PATCHES
-ROWS = [
-    PICTURE + tiny.tokens(6),
-    tiny.tokens(4, 7),
-    tiny.tokens(3) + PICTURE + PICTURE + tiny.tokens(2),
-]
+IMAGE = [tiny.IMAGE] * tiny.PATCHES
+ROWS = [IMAGE + tiny.tokens(6), tiny.tokens(4, 7), tiny.tokens(3) + IMAGE + IMAGE + tiny.tokens(2)]
 GREEDY = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
 
 
@@ -71,8 +67,8 @@ def test_a_static_caches_logits_equal_a_dynamic_ones(model):
 
 
 def test_batched_equals_single(model, greedy):
-    for index, (row, pictures) in enumerate(zip(ROWS, ((0, 1), (1, 1), (1, 3)), strict=True)):
-        pixels = tiny.images(3)[slice(*pictures)]
+    for index, (row, images) in enumerate(zip(ROWS, ((0, 1), (1, 1), (1, 3)), strict=True)):
+        pixels = tiny.images(3)[slice(*images)]
         single = model.generate(
             **tiny.batch(row), pixel_values=pixels if len(pixels) else None, **GREEDY
         )
@@ -84,22 +80,22 @@ def test_the_placeholder_need_not_be_known(model, greedy):
     assert torch.equal(told.generate(**inputs(), **GREEDY), greedy)
 
 
-def test_beam_search_equals_the_twins_where_a_row_has_one_picture(model):
-    batch = tiny.batch(ROWS[0], PICTURE + tiny.tokens(3)) | {"pixel_values": tiny.images(2)}
+def test_beam_search_equals_the_twins_where_a_row_has_one_image(model):
+    batch = tiny.batch(ROWS[0], IMAGE + tiny.tokens(3)) | {"pixel_values": tiny.images(2)}
     options = GREEDY | {"num_beams": 3, "num_return_sequences": 2}
     assert torch.equal(
         model.generate(**batch, **options), tiny.twin(model).generate(**batch, **options)
     )
 
 
-def test_beams_of_rows_with_several_pictures_equal_single_rows(model):
-    """transformers repeats the pictures one by one, which mixes up the rows that have several; here
+def test_beams_of_rows_with_several_images_equal_single_rows(model):
+    """transformers repeats the images one by one, which mixes up the rows that have several; here
     they follow their rows.
     """
     options = GREEDY | {"num_beams": 3, "length_penalty": 0.0}
     batched = model.generate(**inputs(), **options)
-    for index, (row, pictures) in enumerate(zip(ROWS, ((0, 1), (1, 1), (1, 3)), strict=True)):
-        pixels = tiny.images(3)[slice(*pictures)]
+    for index, (row, images) in enumerate(zip(ROWS, ((0, 1), (1, 1), (1, 3)), strict=True)):
+        pixels = tiny.images(3)[slice(*images)]
         single = model.generate(
             **tiny.batch(row), pixel_values=pixels if len(pixels) else None, **options
         )
@@ -169,7 +165,7 @@ def test_features_computed_before(model, greedy):
         )
 
 
-def test_pictures_are_encoded_once(model, monkeypatch):
+def test_images_are_encoded_once(model, monkeypatch):
     calls = []
     forward = model.vision_tower.forward
     monkeypatch.setattr(
@@ -184,7 +180,7 @@ def test_pictures_are_encoded_once(model, monkeypatch):
 
 
 def test_going_on_from_a_cache(model):
-    """A second question, with a picture of its own, about a conversation that is already in the
+    """A second question, with an image of its own, about a conversation that is already in the
     cache.
     """
     first = tiny.batch(ROWS[0])
@@ -192,7 +188,7 @@ def test_going_on_from_a_cache(model):
     cache = DynamicCache(config=model.config)
     start = model.generate(**first, pixel_values=pixels[:1], past_key_values=cache, **GREEDY)
     follow = torch.cat(
-        [start, torch.tensor([tiny.tokens(2, 3) + PICTURE + tiny.tokens(3, 4)])], dim=1
+        [start, torch.tensor([tiny.tokens(2, 3) + IMAGE + tiny.tokens(3, 4)])], dim=1
     )
     ones = torch.ones_like(follow)
     fresh = model.generate(input_ids=follow, attention_mask=ones, pixel_values=pixels, **GREEDY)
@@ -206,7 +202,7 @@ def test_going_on_from_a_cache(model):
     assert torch.equal(cached, fresh)
 
 
-def test_assisted_decoding_equals_greedy_and_its_assistant_sees_the_picture(model):
+def test_assisted_decoding_equals_greedy_and_its_assistant_sees_the_image(model):
     batch = tiny.batch(ROWS[0]) | {"pixel_values": tiny.images(1)}
     assistant, seen = tiny.model(), []
     assistant.vision_tower.register_forward_hook(lambda *_: seen.append(1))
@@ -239,7 +235,7 @@ def test_scores_and_attentions_of_every_step(model):
     )
 
 
-def test_a_picture_without_placeholders_is_refused(model):
+def test_an_image_without_placeholders_is_refused(model):
     with pytest.raises(ValueError, match="placeholders"):
         model.generate(**tiny.batch(tiny.tokens(4)), pixel_values=tiny.images(1), **GREEDY)
 

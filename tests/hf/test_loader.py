@@ -41,7 +41,7 @@ def test_a_whole_model_and_its_tokenizer(strict, folder, capsys):
     assert "missing" not in said and "skipped" not in said
 
 
-def test_leftovers_are_skipped_and_what_is_missing_is_initialised(folder, capsys):
+def test_leftovers_are_skipped_and_what_is_missing_is_initialized(folder, capsys):
     path = folder("mllama")
     expected = MllamaForConditionalGeneration.from_pretrained(path).state_dict()
 

@@ -184,9 +184,7 @@ def test_replaced_children_compute():
             else frozen + 2 * (before(x) - frozen)
         )
         torch.testing.assert_close(made(x), wanted)
-        with pytest.raises(
-            ValueError, match=f"its {child}, a Doubling, has hooks or a forward of its own"
-        ):
+        with pytest.raises(ValueError, match=f"{child}, a Doubling"):
             made.merge()
     made.lora_a, made.lora_b = nn.Linear(10, 5, bias=False), nn.Linear(5, 7, bias=False)
     assert made(x).shape == (4, 7)
@@ -216,7 +214,7 @@ def test_hooks_of_children_are_called(child):
     out.sum().backward()
     torch.testing.assert_close(out, expected)
     assert seen == ["forward", "backward"]
-    with pytest.raises(ValueError, match=f"its {child}, a Linear, has hooks"):
+    with pytest.raises(ValueError, match=f"{child}.*hooks"):
         made.merge()
 
 
@@ -317,5 +315,5 @@ def test_numbers_that_cannot_be(error, named, changed):
 
 
 def test_inputs_of_another_width_are_refused():
-    with pytest.raises(ValueError, match="lora_linear: weight must be"):
+    with pytest.raises(ValueError, match="lora_linear: weight"):
         layer()(torch.zeros(2, 11))

@@ -10,7 +10,7 @@ import mllama
 import tiny
 from tiny.pairs import ONE_EACH, make, pair
 
-PICTURE = [tiny.IMAGE] * tiny.PATCHES
+IMAGE = [tiny.IMAGE] * tiny.PATCHES
 
 
 def adapted(part: str | None = None, sizes: dict | None = None, **options):
@@ -26,7 +26,7 @@ def adapted(part: str | None = None, sizes: dict | None = None, **options):
 
 
 def batch() -> dict[str, torch.Tensor]:
-    found = tiny.batch(PICTURE + tiny.tokens(5), PICTURE + tiny.tokens(3)) | {
+    found = tiny.batch(IMAGE + tiny.tokens(5), IMAGE + tiny.tokens(3)) | {
         "pixel_values": tiny.images(2)
     }
     return found | {"labels": found["input_ids"]}
@@ -46,7 +46,7 @@ def gradients(model, **options) -> dict[str, torch.Tensor | None]:
     }
 
 
-def test_names_stand_in_the_tower_too():
+def test_names_stand_in_the_encoder_too():
     everywhere = mllama.convert_linears_to_lora(tiny.model(), target_module_names=["q_proj"])
     assert {name.split(".")[0] for name in everywhere} == {"vision_tower", "language_model"}
     model = tiny.model()
@@ -114,7 +114,7 @@ def test_checkpointing_activations_changes_no_gradient(part, options):
     assert gradients(model).keys() == expected.keys()
 
 
-def test_a_frozen_tower_is_not_gone_back_through(monkeypatch):
+def test_a_frozen_encoder_is_not_gone_back_through(monkeypatch):
     model = adapted("language_model")
     model.gradient_checkpointing_enable({"use_reentrant": True})
     calls = []
@@ -125,13 +125,13 @@ def test_a_frozen_tower_is_not_gone_back_through(monkeypatch):
     assert len(calls) == 1, "computed again by the backward pass"
 
 
-def test_the_tower_alone_under_checkpointing():
-    tower = pair("siglip_vision_model").theirs.config
-    model = mllama.SiglipModel(tower).train()
+def test_the_encoder_alone_under_checkpointing():
+    encoder = pair("siglip_vision_model").theirs.config
+    model = mllama.SiglipModel(encoder).train()
     mllama.convert_linears_to_lora(model)
     model.gradient_checkpointing_enable({"use_reentrant": True})
     model(
-        torch.randn(2, 3, tower.image_size, tower.image_size)
+        torch.randn(2, 3, encoder.image_size, encoder.image_size)
     ).last_hidden_state.square().sum().backward()
     trained = [parameter for parameter in mllama.lora_parameters(model.vision_tower)]
     assert sum(parameter.grad is not None for parameter in trained) == len(trained)

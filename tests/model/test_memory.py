@@ -85,7 +85,7 @@ def test_llama_1b_by_hand():
     }
 
 
-def test_a_tower_alone():
+def test_an_encoder_alone():
     model = on_meta(SiglipModel, SiglipVisionConfig())
     assert count_parameters(model) == {"tower": 92_884_224}
     work = Work(context=0, batch=3, tiles=1, dtype=torch.float32)
@@ -154,7 +154,7 @@ def tiled():
 def test_against_what_a_tiled_model_holds(tiled, arrangement, tiles):
     needed = memory_needed(tiled, Work(context=30, batch=2, tiles=tiles, dtype=torch.float32))
     filled = (torch.arange(4) < tiles).long().expand(2, 1, 4)
-    pictures = {
+    images = {
         "pixel_values": torch.randn(2, 1, 4, 3, 112, 112) * filled[..., None, None, None],
         "aspect_ratio_ids": torch.full((2, 1), arrangement),
         "aspect_ratio_mask": filled,
@@ -162,11 +162,11 @@ def test_against_what_a_tiled_model_holds(tiled, arrangement, tiles):
     with torch.inference_mode():
         output = tiled(
             torch.randint(1, 90, (2, 30)),
-            **pictures,
+            **images,
             cross_attention_mask=filled[:, None].expand(2, 30, 1, 4),
         )
         with Peak() as vision:
-            tiled.get_image_features(**pictures)
+            tiled.get_image_features(**images)
     sizes = [layer.keys.nbytes + layer.values.nbytes for layer in output.past_key_values.layers]
     assert (
         needed["cross-attention keys and values"] == sizes[1] + sizes[3]

@@ -69,7 +69,7 @@ def test_layout(ours, noise):
         ("<bos>caption en", noise(), f"{RUN}<bos>caption en\n"),
         ("<image> a <image>b", [noise(), noise()], f"{RUN} a {RUN}<bos>b\n"),
         ("<bos><image>b", noise(), f"<bos>{RUN}b\n"),
-        ("no picture", None, "<bos>no picture\n"),
+        ("no image", None, "<bos>no image\n"),
         ("", noise(), f"{RUN}<bos>\n"),
     ]:
         assert text_of(ours, ours(images=images, text=text, **BOTH)) == [expected]
@@ -116,7 +116,7 @@ def test_tokenizers_that_add_bos_do_not_double_it(make_tokenizer, noise, suffix)
     assert (batch["input_ids"] == processor.tokenizer.bos_token_id).sum() == 1
 
 
-def test_truncation_never_cuts_a_picture(ours, noise):
+def test_truncation_never_cuts_an_image(ours, noise):
     assert (
         len(
             ours(images=noise(), text="caption en", truncation=True, max_length=N + 2)["input_ids"][
@@ -125,9 +125,7 @@ def test_truncation_never_cuts_a_picture(ours, noise):
         )
         == N + 2
     )
-    with pytest.raises(
-        ValueError, match=f"truncation left 3 of the {N} image tokens of prompt 0: raise max_length"
-    ):
+    with pytest.raises(ValueError, match="max_length"):
         ours(images=noise(), text="caption en", truncation=True, max_length=3)
 
 
@@ -172,7 +170,7 @@ def test_bad_calls(ours, noise, arguments, error, match):
 
 @pytest.mark.parametrize("tokens", [None, 0, -1, 1.5, 10**9, "4"])
 def test_bad_image_seq_length(make_tokenizer, tokens):
-    with pytest.raises(ValueError, match="image_seq_length must be in 1..65536"):
+    with pytest.raises(ValueError, match="image_seq_length"):
         PaliGemmaProcessor(
             SquareImageProcessor(size=SETTINGS["size"], image_seq_length=tokens), make_tokenizer()
         )

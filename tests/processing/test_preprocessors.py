@@ -91,7 +91,7 @@ def test_tokenizers(folders, family):
 def test_stock_processors(folders, noise, family):
     core = load_preprocessor(folders(family))
     stock = AutoProcessor.from_pretrained(folders(family))
-    image, text = noise(91, 60), "What colour is it?"
+    image, text = noise(91, 60), "What color is it?"
     messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": text}]}]
     prompt = stock.apply_chat_template(messages, add_generation_prompt=True)
     options = {"add_special_tokens": False} if family == "mllama" else {}  # its prompt has BOS

@@ -31,7 +31,7 @@ def test_last_hidden_state_equals_transformers(case):
     assert isinstance(both.ours.model(**batch, return_dict=False), tuple)
 
 
-def test_of_prepended_pictures_the_text_is_returned():
+def test_of_prepended_images_the_text_is_returned():
     model = tiny.model(fusion="prepend", image_token_index=None)
     ids = torch.tensor([tiny.tokens(6)])
     with torch.no_grad():
