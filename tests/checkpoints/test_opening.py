@@ -14,8 +14,8 @@ from tiny.folders import change
 @pytest.mark.parametrize(
     ("edit", "named"),
     [
-        (lambda c: c.update(model_type="mistral"), "model_type 'mistral' is not known"),
-        (lambda c: c.update(model_type="LLaVA"), "model_type 'LLaVA' is not known"),
+        (lambda c: c.update(model_type="mistral"), "model_type 'mistral'"),
+        (lambda c: c.update(model_type="LLaVA"), "model_type 'LLaVA'"),
         (lambda c: c.pop("model_type"), "model_type None"),
         (lambda c: c.update(model_type=["llava"]), "is not known"),
         (lambda c: c.update(vision_feature_layer=-9), "vision_feature_layer"),

@@ -172,14 +172,10 @@ def test_no_images_give_no_features():
     [
         (
             TypeError,
-            "pixel_values must be a floating",
+            "pixel_values",
             {"pixel_values": torch.zeros(1, 1, 4, 3, 16, 16, dtype=torch.uint8)},
         ),
-        (
-            ValueError,
-            "pixel_values must be .*4, 3, 16, 16",
-            {"pixel_values": torch.zeros(1, 1, 2, 3, 16, 16)},
-        ),
+        (ValueError, "pixel_values", {"pixel_values": torch.zeros(1, 1, 2, 3, 16, 16)}),
         (ValueError, "pixel_values must be", {"pixel_values": torch.zeros(1, 4, 3, 16, 16)}),
         (TypeError, "aspect_ratio_ids must be", {"aspect_ratio_ids": None}),
         (TypeError, "aspect_ratio_ids must be", {"aspect_ratio_ids": torch.ones(1, 1)}),
@@ -188,11 +184,7 @@ def test_no_images_give_no_features():
             "aspect_ratio_ids must be",
             {"aspect_ratio_ids": torch.ones(2, 1, dtype=torch.long)},
         ),
-        (
-            IndexError,
-            "aspect_ratio_ids must lie in 0 to 8, got 9",
-            {"aspect_ratio_ids": torch.tensor([[9]])},
-        ),
+        (IndexError, "aspect_ratio_ids", {"aspect_ratio_ids": torch.tensor([[9]])}),
         (TypeError, "aspect_ratio_mask must be", {"aspect_ratio_mask": [1]}),
         (ValueError, "aspect_ratio_mask must be", {"aspect_ratio_mask": torch.ones(1, 1, 2)}),
         (ValueError, "reference must be", {"reference": "torchtune"}),

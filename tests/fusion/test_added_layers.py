@@ -254,20 +254,10 @@ def test_adapters_reach_both_kinds_of_layers():
 @pytest.mark.parametrize(
     ("options", "named"),
     [
-        (
-            {"cross_attention_every": 0},
-            "cross_attention_every must be an integer of at least 1, got 0",
-        ),
-        (
-            {"cross_attention_every": 3},
-            "cross_attention_every must be at most the text model's 2 layers, got 3",
-        ),
-        ({"cross_attention_every": True}, "cross_attention_every must be an integer"),
-        (
-            {"num_image_tokens": 2},
-            "num_image_tokens is for fusion='prepend'; with 'cross_attention' it must be None, got "
-            "2",
-        ),
+        ({"cross_attention_every": 0}, "cross_attention_every"),
+        ({"cross_attention_every": 3}, "cross_attention_every"),
+        ({"cross_attention_every": True}, "cross_attention_every"),
+        ({"num_image_tokens": 2}, "num_image_tokens"),
     ],
 )
 def test_configs_that_cannot_be_are_refused(options, named):

@@ -269,11 +269,11 @@ def test_without_images_the_layer_does_nothing():
 @pytest.mark.parametrize(
     ("error", "match", "options"),
     [
-        (TypeError, "cross_attention_mask must be a torch.Tensor", {"mask": [1]}),
+        (TypeError, "cross_attention_mask", {"mask": [1]}),
         (ValueError, "for 4 tiles, got .2, 7, 2, 4", {"mask": torch.ones(2, 7, 2, 4)}),
         (ValueError, "cross_attention_mask must be", {"mask": torch.ones(2, 7)}),
         (ValueError, "for 5 tiles", {"cached": torch.ones(1, dtype=torch.bool)}),
-        (ValueError, "aspect_ratio_mask must be .* for 4 tiles", {"filled": torch.ones(2, 1, 3)}),
+        (ValueError, "aspect_ratio_mask", {"filled": torch.ones(2, 1, 3)}),
         (ValueError, "reference must be", {"reference": "torchtune"}),
     ],
 )

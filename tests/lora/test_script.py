@@ -109,10 +109,7 @@ def test_all_of_a_model_without_a_processor(tmp_path, capsys):
             ["adapt", "{folder}", "{tmp}/a.safetensors", "--targets", "W_query"],
             "no linear layer is called W_query; there are down_proj,",
         ),
-        (
-            ["adapt", "{folder}", "{tmp}/a.safetensors", "--rank", "0"],
-            "rank must be at least 1, got 0",
-        ),
+        (["adapt", "{folder}", "{tmp}/a.safetensors", "--rank", "0"], "rank"),
         (["adapt", "{tmp}/absent", "{tmp}/a.safetensors"], "absent"),
         (["merge", "{tmp}/absent", "{tmp}/a.safetensors", "{tmp}/merged"], "absent"),
         (

@@ -444,14 +444,8 @@ def test_no_template(make, make_llama_tokenizer, noise):
     ("family", "messages", "images", "error", "match"),
     [
         ("mllama", [], 0, ValueError, "messages is empty"),
-        ("mllama", ["a"], 0, TypeError, "message 0 must be a dict, got str"),
-        (
-            "mllama",
-            [{"role": "user"}],
-            0,
-            TypeError,
-            "content of message 0 must be a str or a list of dicts, got NoneType",
-        ),
+        ("mllama", ["a"], 0, TypeError, "message 0"),
+        ("mllama", [{"role": "user"}], 0, TypeError, "content of message 0"),
         ("mllama", [{"role": "user", "content": ["a"]}], 0, TypeError, "content of message 0"),
         ("mllama", [user({"type": "video"})], 0, ValueError, "type"),
         ("mllama", [user({"type": "text"})], 0, TypeError, "must hold a str as text, got NoneType"),
@@ -499,13 +493,7 @@ def test_no_template(make, make_llama_tokenizer, noise):
         ),
         ("mllama", [{"content": "a"}], 0, ValueError, "role"),
         ("text", [user("a")], 1, ValueError, "takes no images, got 1"),
-        (
-            "siglip",
-            [user("a")],
-            0,
-            TypeError,
-            "processor must be a processor or a tokenizer, got SiglipImageProcessorPil",
-        ),
+        ("siglip", [user("a")], 0, TypeError, "processor"),
     ],
 )
 def test_bad_messages(make, noise, family, messages, images, error, match):

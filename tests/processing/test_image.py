@@ -193,11 +193,7 @@ def test_channels_of_ambiguous_arrays():
         (np.zeros((5, 5, 3), dtype=np.int64), TypeError, "uint8, uint16, bool or float, got int64"),
         (np.full((5, 5, 3), 255.0), ValueError, "must hold 0..1, got 255..255"),
         (np.full((5, 5, 3), 1.00001), ValueError, "must hold 0..1, got 1.00001..1.00001"),
-        (
-            Image.fromarray(np.full((5, 5), 300, np.float32)),
-            ValueError,
-            "mode F must hold 0..1 or 0..255, got 300..300",
-        ),
+        (Image.fromarray(np.full((5, 5), 300, np.float32)), ValueError, "mode F"),
         (
             torch.zeros(3, 5, 5, device="meta"),
             ValueError,
@@ -213,8 +209,8 @@ def test_channels_of_ambiguous_arrays():
             "allow_urls=True .*, got https://example.org/cat.png",
         ),
         ("data:image/png;base64," + "A" * 9999, ValueError, "no image of a known format"),
-        ("no/such/cat.png", FileNotFoundError, "no such image: no/such/cat.png"),
-        (Path("no/such/cat.png"), FileNotFoundError, "no such image: no/such/cat.png"),
+        ("no/such/cat.png", FileNotFoundError, "no/such/cat.png"),
+        (Path("no/such/cat.png"), FileNotFoundError, "no/such/cat.png"),
         ("x" * 9999, FileNotFoundError, "no such image"),
         (".", ValueError, "is a folder"),
     ],

@@ -140,20 +140,12 @@ def test_truncation_never_cuts_an_image(ours, noise):
             ValueError,
             r"1 suffix\(es\) for 2 prompt",
         ),
-        (
-            {"text": "a", "images": 1, "suffix": [None]},
-            TypeError,
-            "suffix must be a str or a list of them",
-        ),
-        (
-            {"text": "a", "images": 1, "suffix": "an <image>"},
-            ValueError,
-            "suffix must not hold <image>",
-        ),
+        ({"text": "a", "images": 1, "suffix": [None]}, TypeError, "suffix"),
+        ({"text": "a", "images": 1, "suffix": "an <image>"}, ValueError, "suffix"),
         ({"text": [], "images": 1}, ValueError, "text is an empty list"),
         ({"text": "a", "videos": [1]}, TypeError, "no videos and no audio"),
         ({}, ValueError, "give text, images, or both"),
-        ({"text": 5, "images": 1}, TypeError, "text must be a prompt"),
+        ({"text": 5, "images": 1}, TypeError, "text"),
         (
             {"text": "a", "images": 1, "return_text_replacement_offsets": True},
             ValueError,

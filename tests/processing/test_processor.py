@@ -214,22 +214,14 @@ def test_bos_is_never_doubled(make_tokenizer, adds_bos):
         ),
         (lambda: {}, ValueError, "give text, images, or both"),
         (lambda: {"text": []}, ValueError, "text is an empty list"),
-        (
-            lambda: {"text": 5, "images": random_image()},
-            TypeError,
-            "text must be a prompt or a list of prompts, got int",
-        ),
+        (lambda: {"text": 5, "images": random_image()}, TypeError, "text"),
         (
             lambda: {"text": random_image(), "images": random_image()},
             TypeError,
             r"processor\(text=\.\.\., images=\.\.\.\)",
         ),
         (lambda: {"text": "a", "images": 5}, TypeError, "got int"),
-        (
-            lambda: {"text": "a", "images": ["no/such.png"]},
-            FileNotFoundError,
-            "no such image: no/such.png",
-        ),
+        (lambda: {"text": "a", "images": ["no/such.png"]}, FileNotFoundError, "no/such.png"),
         (lambda: {"text": "a", "videos": [1]}, TypeError, "no videos and no audio"),
         (
             lambda: {"text": "a", "images": [np.zeros((2, 9, 9, 3), np.uint8)]},
@@ -249,17 +241,17 @@ def test_bos_is_never_doubled(make_tokenizer, adds_bos):
         (
             lambda: {"text": "a", "images": random_image(), "image_mean": "x"},
             ValueError,
-            "image_mean must be one finite number or three",
+            "image_mean",
         ),
         (
             lambda: {"text": "a", "images": random_image(), "image_std": [0, 1, 1]},
             ValueError,
-            "image_std must hold no zero",
+            "image_std",
         ),
         (
             lambda: {"images": random_image(), "images_kwargs": {"image_mean": [0, 1]}},
             ValueError,
-            "image_mean must be one finite",
+            "image_mean",
         ),
     ],
 )
@@ -272,20 +264,16 @@ def test_bad_calls(processor, arguments, error, match):
 @pytest.mark.parametrize(
     ("arguments", "error", "match"),
     [
-        ({"num_image_token": 0}, ValueError, "num_image_token must be at least 1, got 0"),
-        ({"num_image_token": 16.0}, TypeError, "num_image_token must be an int, got float"),
-        ({"image_size": -1}, ValueError, "image_size must be at least 1, got -1"),
-        ({"image_size": True}, TypeError, "image_size must be an int, got bool"),
-        ({"image_std": (1, 1, 0)}, ValueError, "image_std must hold no zero"),
-        ({"image_mean": "x"}, ValueError, "image_mean must be one finite number or three, got 'x'"),
-        ({"image_mean": [0, 1]}, ValueError, "image_mean must be one finite number or three"),
-        (
-            {"image_mean": [0.5, float("nan"), 0.5]},
-            ValueError,
-            "image_mean must be one finite number or three",
-        ),
-        ({"image_token": ""}, ValueError, "image_token must be some text"),
-        ({"image_token": None}, TypeError, "image_token must be a str, got NoneType"),
+        ({"num_image_token": 0}, ValueError, "num_image_token"),
+        ({"num_image_token": 16.0}, TypeError, "num_image_token"),
+        ({"image_size": -1}, ValueError, "image_size"),
+        ({"image_size": True}, TypeError, "image_size"),
+        ({"image_std": (1, 1, 0)}, ValueError, "image_std"),
+        ({"image_mean": "x"}, ValueError, "image_mean"),
+        ({"image_mean": [0, 1]}, ValueError, "image_mean"),
+        ({"image_mean": [0.5, float("nan"), 0.5]}, ValueError, "image_mean"),
+        ({"image_token": ""}, ValueError, "image_token"),
+        ({"image_token": None}, TypeError, "image_token"),
         ({"tokenizer": "gpt2"}, TypeError, "Received a str for argument tokenizer"),
     ],
 )

@@ -322,7 +322,7 @@ def test_truncation_never_cuts_an_image(ours, noise):
         ),
         ([IMAGE], [["a"], ["b"]], ValueError, "2 lists of images for 1 prompt"),
         ([], None, ValueError, "text is an empty list"),
-        (5, "a", TypeError, "text must be a prompt"),
+        (5, "a", TypeError, "text"),
         (None, None, ValueError, "give text, images, or both"),
         (IMAGE, [5], TypeError, "got int"),
         ([IMAGE, IMAGE], [["a"], [None]], TypeError, "got NoneType"),
