@@ -52,7 +52,8 @@ def pytest_report_header() -> str:
         for name in names
         if find_spec("PIL" if name == "pillow" else name)
     ]
-    return f"mllama of {Path(mllama.__file__).parent}; Python {platform.python_version()}, {', '.join(found)}"
+    found = ", ".join([f"Python {platform.python_version()}", *found])
+    return f"mllama of {Path(mllama.__file__).parent}; {found}"
 
 
 @pytest.fixture(autouse=True)

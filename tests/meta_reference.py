@@ -93,8 +93,8 @@ def shards(model: nn.Module, count: int) -> list[dict[str, torch.Tensor]]:
 
 
 def vision_model(params: dict, **encoder) -> nn.Module:
-    """The reference's Llama-3.2-Vision, its encoder changed from the released size by VisionEncoder's
-    arguments.
+    """The reference's Llama-3.2-Vision, its encoder changed from the released size by
+    VisionEncoder's arguments.
     """
     code = load("multimodal.model")
     original, width = code.VisionEncoder, encoder["width"]

@@ -314,7 +314,10 @@ def test_a_system_prompt_is_written_by_the_template(family_folder):
         processor.decode(encode(processor, None, "a", system="b c")["input_ids"][0])
         == "system: b c\nuser: a\n"
     )
-    processor.chat_template = "{% for message in messages if message['role'] != 'system' %}{{ message['content'] }}{% endfor %}"
+    processor.chat_template = (
+        "{% for message in messages if message['role'] != 'system' %}{{ message['content'] }}"
+        "{% endfor %}"
+    )
     with pytest.raises(ValueError, match="system"):
         encode(processor, None, "a", system="b c")
     with pytest.raises(ValueError, match="no chat template"):

@@ -75,7 +75,7 @@ def test_scenes_vary(scenes):
 
 
 def test_objects_are_drawn_where_and_how_the_scene_says():
-    """In the middle of an object that is no ring stands a color that is nearest to its own name's."""
+    """In the middle of an object that is no ring stands a color nearest to its own name's."""
     right = total = 0
     for i in range(100):
         scene = make_scene(

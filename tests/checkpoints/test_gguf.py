@@ -643,7 +643,7 @@ def test_what_is_written_comes_back(tmp_path, architecture, dtype, make_tokenize
 
 
 def test_the_file_is_as_llama_cpps_converter_writes_it(tmp_path, make_tokenizer):
-    """Names, order of dimensions, permutation, types and keys; `write` is the converter spelled out."""
+    """Names, order of dimensions, permutation, types and keys; `write` spells the converter out."""
     model = stock(rope_parameters=LLAMA3, vocab_size=330)
     written = write(
         tmp_path / "wanted.gguf", model, Type.F16, extra={"rope_freqs.weight": factors(LLAMA3)}

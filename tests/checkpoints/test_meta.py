@@ -589,10 +589,7 @@ def test_shards_that_do_not_belong_together(small):
         {name: value for name, value in other.items() if name != "layers.1.attention.wq.weight"},
     ):
         torch.save(wrong, folder / "consolidated.01.pth")
-        with pytest.raises(
-            ValueError,
-            match="consolidated.01.pth is no part of the same model as consolidated.00.pth: they differ in",
-        ):
+        with pytest.raises(ValueError, match="consolidated.01.pth.*consolidated.00.pth"):
             MllamaForConditionalGeneration.from_pretrained(folder)
 
     (folder / "consolidated.01.pth").unlink()

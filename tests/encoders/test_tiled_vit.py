@@ -200,8 +200,8 @@ def test_other_input_is_refused(error, match, change):
 
 
 def converted(**options) -> TiledVisionTower:
-    """An encoder whose tables hold zeros for tiles that an arrangement has not, as those of released
-    weights do.
+    """An encoder whose tables hold zeros for tiles that an arrangement has not, as released ones
+    do.
     """
     encoder = encoders(**options)[0]
     config = encoder.config

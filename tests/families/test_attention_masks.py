@@ -202,7 +202,7 @@ def test_prepended_visual_tokens_are_covered(visual):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_numbers_in_float32_beside_16_bits(dtype):
-    """The least float32 stays finite: a row of it is the average of all keys, as in transformers."""
+    """The least float32 stays finite: a row of it averages all keys, as in transformers."""
     both, batch = both_and_batch("llama")
     for model in both:
         model.to(dtype)

@@ -396,9 +396,16 @@ def test_transformers_trainer(case, tmp_path):
 
     def losses(model) -> list[float]:
         arguments = TrainingArguments(
-            str(tmp_path), max_steps=10, per_device_train_batch_size=4, learning_rate=0.001, logging_steps=1, save_strategy="no",
-            report_to=[], use_cpu=True, disable_tqdm=True,
-        )  # fmt: skip
+            str(tmp_path),
+            max_steps=10,
+            per_device_train_batch_size=4,
+            learning_rate=0.001,
+            logging_steps=1,
+            save_strategy="no",
+            report_to=[],
+            use_cpu=True,
+            disable_tqdm=True,
+        )
         trainer = Trainer(model, arguments, train_dataset=data, data_collator=FLATTENED)
         trainer.train()
         return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]

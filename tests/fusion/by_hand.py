@@ -119,7 +119,7 @@ class ByHand(nn.Module):
         pixel_values: torch.Tensor,
         mask: torch.Tensor | None = None,
     ):
-        """Logits of a decoder with a cross-attention layer of transformers after some of its own."""
+        """Logits of a decoder with transformers' cross-attention layers after some of its own."""
         visual = self.visual(pixel_values)
         states, rows = visual.reshape(len(input_ids), -1, visual.shape[-1]), None
         if mask is not None:

@@ -36,7 +36,8 @@ def formula(made: Linear_LORA, x: torch.Tensor) -> torch.Tensor:
 def test_the_signature():
     assert (
         str(inspect.signature(Linear_LORA))
-        == "(in_dim: int, out_dim: int, rank: int, alpha: float, dropout: float, bias: bool = False)"
+        == "(in_dim: int, out_dim: int, rank: int, alpha: float, dropout: float, "
+        "bias: bool = False)"
     )
     made = Linear_LORA(in_dim=10, out_dim=7, rank=3, alpha=6, dropout=0.25)
     assert (made.rank, made.alpha, made.scale, made.dropout.p) == (3, 6, 2.0, 0.25)

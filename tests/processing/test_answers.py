@@ -313,10 +313,14 @@ def test_llama_vision(noise, adds_bos, bos):
     }
 
 
-@pytest.mark.parametrize("template", [templates.LLAVA, templates.CHATML.replace("message['content'] +", "'<image>' * (message['content'] "
-    "| selectattr('type', 'equalto', 'image') | list | length) + message['content'] | "
-    "selectattr('type', 'equalto', 'text') "
-    "| map(attribute='text') | join + ")])  # fmt: skip
+CHATML_OF_PARTS = templates.CHATML.replace(
+    "message['content'] +",
+    "'<image>' * (message['content'] | selectattr('type', 'equalto', 'image') | list | length) + "
+    "message['content'] | selectattr('type', 'equalto', 'text') | map(attribute='text') | join + ",
+)
+
+
+@pytest.mark.parametrize("template", [templates.LLAVA, CHATML_OF_PARTS])
 @pytest.mark.parametrize("adds_bos", [False, True])
 def test_llava(noise, template, adds_bos):
     processor = MllamaImageProcessor(make(adds_bos=adds_bos), 4, S, chat_template=template)

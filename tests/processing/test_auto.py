@@ -29,7 +29,10 @@ LLAVA_TEMPLATE = (  # as the LLaVA folders' is
     "content['text'] + ' ' }}{% endfor %}{% endfor %}"
     "{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
 )
-TEXT_TEMPLATE = "{{ bos_token }}{% for message in messages %}{{ message['role'] + ': ' + message['content'] | trim + '\n' }}{% endfor %}"
+TEXT_TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}"
+    "{{ message['role'] + ': ' + message['content'] | trim + '\n' }}{% endfor %}"
+)
 
 
 @pytest.fixture

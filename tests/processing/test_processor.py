@@ -554,7 +554,10 @@ def test_saving_again_changes_nothing(processor, tmp_path):
 def test_reads_other_llava_folders(make_tokenizer, tmp_path, strategy, image_processor):
     tokenizer = make_tokenizer(adds_bos=True)
     tokenizer.add_tokens(["<image>"], special_tokens=True)
-    template = "USER: {% for part in messages[0]['content'] if part['type'] == 'image' %}<image>{% endfor %}\nASSISTANT:"
+    template = (
+        "USER: {% for part in messages[0]['content'] if part['type'] == 'image' %}<image>"
+        "{% endfor %}\nASSISTANT:"
+    )
     stock = LlavaProcessor(
         image_processor,
         tokenizer,
@@ -643,7 +646,8 @@ def test_any_number_of_placeholders_is_written(make_tokenizer, tokens, tmp_path)
 def test_what_is_imported():
     code = """
 import sys, mllama.hf.processors.llava
-models = [name for name in sys.modules if name.startswith("transformers.models.") and ".modeling_" in name and ".auto." not in name]
+names = [name for name in sys.modules if name.startswith("transformers.models.")]
+models = [name for name in names if ".modeling_" in name and ".auto." not in name]
 assert not models, models
 """
     subprocess.run([sys.executable, "-c", code], check=True)

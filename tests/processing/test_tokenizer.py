@@ -135,8 +135,10 @@ def test_missing_file(tmp_path):
 
 
 TEXTS = {
-    "words": "The quick brown fox doesn't jump over 12345 lazy dogs.\r\n\r\n  Indented\tand\u00a0spaced \n",
-    "scripts": "naïve Ångström Ελλάδα Россия 日本語 한국어 العربية हिन्दी ไทย 👩‍👩‍👧‍👦🏳️‍🌈 e\u0301 \u202e \ufeff",
+    "words": "The quick brown fox doesn't jump over 12345 lazy dogs.\r\n\r\n  "
+    "Indented\tand\u00a0spaced \n",
+    "scripts": "naïve Ångström Ελλάδα Россия 日本語 한국어 العربية हिन्दी ไทย "
+    "👩‍👩‍👧‍👦🏳️‍🌈 e\u0301 \u202e \ufeff",
     "code": "def f(x):\n    return {'a': [1, 2.5e-3], \"b\": lambda y: y**2}  # it's\n\n\n",
     "special names": "<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\nhi<|eot_id|>",
     "lone surrogates": "a\ud800b\udfff \ud83d\ude00",

@@ -14,7 +14,7 @@ def config(text: dict | None = None, vision: dict | None = None, **options) -> M
 
 
 def randomize(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
-    """Random values in every parameter, biases and norms too, large enough that a wrong path shows."""
+    """Random values in every parameter, biases and norms too, large enough to show a wrong path."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():

@@ -76,7 +76,7 @@ def llava(
     head: bool = False,
     **options: Any,
 ) -> PreTrainedModel:
-    """`head`: with SigLIP's pooling head, which is there and unused where the config does not say."""
+    """`head`: with SigLIP's pooling head, which is unused, as where the config does not say."""
     config = transformers.LlavaConfig(
         vision_config=DEEPER | {"model_type": f"{encoder}_vision_model"} | (vision or {}),
         text_config=deepcopy(TEXT | {"model_type": "llama"} | (text or {})),
