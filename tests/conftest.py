@@ -1,6 +1,7 @@
 """Fixtures that tests of several folders share."""
 
 import functools
+import itertools
 import platform
 from importlib import metadata
 from importlib.util import find_spec
@@ -37,11 +38,11 @@ SLOW = (
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark the tests of the files and folders in SLOW."""
-    here = Path(__file__).parent
-    slow = [here / name for name in SLOW]
-    for item in items:
-        if any(place == item.path or place in item.path.parents for place in slow):
-            item.add_marker(pytest.mark.slow)
+    slow = {Path(__file__).parent / name for name in SLOW}
+    for path, tests in itertools.groupby(items, lambda item: item.path):
+        if slow & {path, *path.parents}:
+            for item in tests:
+                item.add_marker(pytest.mark.slow)
 
 
 def pytest_report_header() -> str:

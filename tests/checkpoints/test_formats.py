@@ -111,6 +111,8 @@ def test_every_era_loads_as_a_state_dict(case, tmp_path):
         report = other.load_state_dict({name: value for name, value in names.items()})
         assert not report.missing_keys and not report.unexpected_keys
         assert all(torch.equal(value, expected[name]) for name, value in other.state_dict().items())
+    report = other.load_state_dict({"nobody.weight": torch.zeros(1)}, strict=False)
+    assert report.unexpected_keys == ["nobody.weight"]
 
 
 @pytest.mark.parametrize(

@@ -7,14 +7,12 @@ import torch
 from transformers import DynamicCache, StaticCache, TextIteratorStreamer
 
 from tiny import IMAGE, close, tokens
-from tiny.pairs import LANGUAGE, ONE_EACH, make, pair, with_inputs
+from tiny.pairs import LANGUAGE, MIXED, MODELS_AND_ROWS, ONE_EACH, make, pair, with_inputs
 
 GREEDY = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
-MIXED = "a row without an image"
 
 
-@pytest.mark.parametrize("rows", ["one image", MIXED, "no image"])
-@pytest.mark.parametrize("case", LANGUAGE)
+@pytest.mark.parametrize(("case", "rows"), MODELS_AND_ROWS)
 def test_greedy(case, rows):
     both = pair(case)
     batch = both.inputs(rows)

@@ -8,7 +8,6 @@ from transformers import DataCollatorWithFlattening, DynamicCache
 
 import tiny
 from families.test_training import trained
-from fusion import test_added_layers
 from mllama import lora
 from tiny import batches, close, pairs, tokens
 from tiny.pairs import ONE_EACH, Pair, make, pair, renamed
@@ -118,7 +117,7 @@ def test_our_own_fusions(fusion):
 
 
 def test_added_cross_attention():
-    model = test_added_layers.make()
+    model = tiny.crossed()
     pixels, mask = tiny.images(2), torch.zeros(1, 9, 2, 1)
     mask[:, 1:4, 0], mask[:, 6:, 1] = (
         1,

@@ -21,22 +21,12 @@ CASES = {
 }
 
 
-def make(seed: int = 0, **options) -> MllamaForConditionalGeneration:
-    return tiny.model(
-        seed, **{"fusion": "prepend", "vision_feature": "last", "image_token_index": None} | options
-    )
-
-
-def texts(side: str = "left") -> dict[str, torch.Tensor]:
-    return tiny.batch(tiny.tokens(7), tiny.tokens(4, 5), side=side)
-
-
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("each", [1, 2])
 @pytest.mark.parametrize("case", CASES)
 def test_logits_equal_those_by_hand(case, each, side):
-    model = make(**CASES[case])
-    inputs = texts(side) | {"pixel_values": tiny.images(2 * each)}
+    model = tiny.prepend(**CASES[case])
+    inputs = tiny.texts(side) | {"pixel_values": tiny.images(2 * each)}
     with torch.no_grad():
         given = ByHand(model).prepended(**inputs)
         seen = given["attention_mask"].bool()
@@ -49,7 +39,10 @@ def test_logits_equal_those_by_hand(case, each, side):
 
 
 def test_a_mask_of_any_type():
-    model, inputs = make(num_image_tokens=3), texts() | {"pixel_values": tiny.images(2)}
+    model, inputs = (
+        tiny.prepend(num_image_tokens=3),
+        tiny.texts() | {"pixel_values": tiny.images(2)},
+    )
     mask = inputs.pop("attention_mask")
     with torch.no_grad():
         expected = model(**inputs, attention_mask=mask).logits
@@ -61,8 +54,8 @@ def test_a_mask_of_any_type():
 
 @pytest.mark.parametrize("case", CASES)
 def test_loss_and_every_gradient_equal_those_by_hand(case):
-    model = make(**CASES[case])
-    oracle, inputs = ByHand(model), texts() | {"pixel_values": tiny.images(2)}
+    model = tiny.prepend(**CASES[case])
+    oracle, inputs = ByHand(model), tiny.texts() | {"pixel_values": tiny.images(2)}
     labels = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)
     loss = model(**inputs, labels=labels).loss
     logits = oracle.text(**oracle.prepended(**inputs)).logits[
@@ -78,8 +71,8 @@ def test_loss_and_every_gradient_equal_those_by_hand(case):
 
 def test_as_many_tokens_as_patches_are_a_merge():
     merged = tiny.model(vision_feature="last")
-    model = make()
-    inputs = texts("right") | {"pixel_values": tiny.images(2)}
+    model = tiny.prepend()
+    inputs = tiny.texts("right") | {"pixel_values": tiny.images(2)}
     placeholders = torch.full((2, tiny.PATCHES), tiny.IMAGE)
     with torch.no_grad():
         expected = merged(
@@ -95,7 +88,7 @@ def test_placeholders_say_the_same_and_more(side):
     """Text alone and placeholders in front of it are one; with them rows may have several images,
     or none.
     """
-    model, image = make(num_image_tokens=3, image_token_index=tiny.IMAGE), [tiny.IMAGE] * 3
+    model, image = tiny.prepend(num_image_tokens=3, image_token_index=tiny.IMAGE), [tiny.IMAGE] * 3
     words = tiny.tokens(7), tiny.tokens(4, 5)
     plain = tiny.batch(*words, side=side) | {"pixel_values": tiny.images(2)}
     written = tiny.batch(*(image + row for row in words), side=side) | {
@@ -129,8 +122,8 @@ def test_placeholders_say_the_same_and_more(side):
 )
 @pytest.mark.parametrize("each", [1, 2])
 def test_what_is_generated_equals_what_is_by_hand(each, options):
-    model = make(num_image_tokens=3)
-    inputs = texts() | {"pixel_values": tiny.images(2 * each)}
+    model = tiny.prepend(num_image_tokens=3)
+    inputs = tiny.texts() | {"pixel_values": tiny.images(2 * each)}
     with torch.no_grad():
         given = ByHand(model).prepended(**inputs)
         expected = ByHand(model).text.generate(
@@ -155,8 +148,8 @@ def test_what_is_generated_equals_what_is_by_hand(each, options):
 @pytest.mark.parametrize("masked", [True, False])
 @pytest.mark.parametrize("kind", [DynamicCache, StaticCache])
 def test_token_by_token(kind, masked):
-    model = make(num_image_tokens=3)
-    inputs = texts() if masked else {"input_ids": texts()["input_ids"]}
+    model = tiny.prepend(num_image_tokens=3)
+    inputs = tiny.texts() if masked else {"input_ids": tiny.texts()["input_ids"]}
     ids, mask = inputs["input_ids"], inputs.get("attention_mask")
     cache = kind(config=model.config, **{"max_cache_len": 12} if kind is StaticCache else {})
     with torch.no_grad():
@@ -180,7 +173,10 @@ def test_token_by_token(kind, masked):
 
 
 def test_a_second_turn_goes_on_from_the_cache():
-    model, inputs = make(num_image_tokens=3), texts() | {"pixel_values": tiny.images(2)}
+    model, inputs = (
+        tiny.prepend(num_image_tokens=3),
+        tiny.texts() | {"pixel_values": tiny.images(2)},
+    )
     cache = DynamicCache()
     first = model.generate(**inputs, **GREEDY, past_key_values=cache)
     follow = torch.cat([first, torch.tensor([tiny.tokens(3, 8), tiny.tokens(3, 9)])], 1)
@@ -194,7 +190,10 @@ def test_a_second_turn_goes_on_from_the_cache():
 
 
 def test_positions_are_the_texts():
-    model, inputs = make(num_image_tokens=3), texts("right") | {"pixel_values": tiny.images(2)}
+    model, inputs = (
+        tiny.prepend(num_image_tokens=3),
+        tiny.texts("right") | {"pixel_values": tiny.images(2)},
+    )
     with torch.no_grad():
         seen = torch.cat([torch.ones(2, 3), inputs["attention_mask"]], 1).bool()
         got = model(**inputs, position_ids=torch.arange(7)[None]).logits
@@ -202,10 +201,10 @@ def test_positions_are_the_texts():
 
 
 def test_text_alone_is_the_text_models():
-    model = make(num_image_tokens=3)
+    model = tiny.prepend(num_image_tokens=3)
     with torch.no_grad():
         assert torch.equal(
-            model(**texts()).logits, tiny.model(vision_feature="last")(**texts()).logits
+            model(**tiny.texts()).logits, tiny.model(vision_feature="last")(**tiny.texts()).logits
         )
 
 
@@ -215,14 +214,14 @@ def test_compile():
         "vision": {"num_hidden_layers": 1},
         "num_image_tokens": 3,
     }
-    model, inputs = make(**small), texts() | {"pixel_values": tiny.images(2)}
+    model, inputs = tiny.prepend(**small), tiny.texts() | {"pixel_values": tiny.images(2)}
     with torch.no_grad():
         expected = model(**inputs).logits
         tiny.close(
             torch.compile(model, backend="eager", fullgraph=True)(**inputs, use_cache=False).logits,
             expected,
         )
-        written = make(
+        written = tiny.prepend(
             **small, image_token_index=tiny.IMAGE
         )  # whether there are placeholders breaks the graph
         tiny.close(
@@ -232,7 +231,7 @@ def test_compile():
 
 @pytest.mark.parametrize("case", ["three", "learned"])
 def test_files_keep_it(case, tmp_path):
-    model, inputs = make(**CASES[case]), texts() | {"pixel_values": tiny.images(2)}
+    model, inputs = tiny.prepend(**CASES[case]), tiny.texts() | {"pixel_values": tiny.images(2)}
     model.save_pretrained(tmp_path)
     read = MllamaForConditionalGeneration.from_pretrained(tmp_path)
     for name in ("fusion", "num_image_tokens", "image_pooling", "cross_attention_every"):
@@ -260,7 +259,7 @@ def test_configs_that_cannot_be_are_refused(options, named):
 
 
 def test_calls_that_cannot_be_are_refused():
-    model, inputs = make(num_image_tokens=3), texts()
+    model, inputs = tiny.prepend(num_image_tokens=3), tiny.texts()
     ids, cache = inputs["input_ids"], DynamicCache()
     with pytest.raises(ValueError, match="3 for 2 rows"):
         model(**inputs, pixel_values=tiny.images(3))
@@ -291,7 +290,7 @@ def test_calls_that_cannot_be_are_refused():
 
 
 def test_prompt_lookup_with_placeholders_equals_greedy():
-    model, image = make(num_image_tokens=3, image_token_index=tiny.IMAGE), [tiny.IMAGE] * 3
+    model, image = tiny.prepend(num_image_tokens=3, image_token_index=tiny.IMAGE), [tiny.IMAGE] * 3
     inputs = tiny.batch(image + tiny.tokens(6)) | {"pixel_values": tiny.images(1)}
     assert torch.equal(
         model.generate(**inputs, **GREEDY, prompt_lookup_num_tokens=2),

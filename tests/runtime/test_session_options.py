@@ -69,9 +69,7 @@ def test_an_answer_ends_where_the_context_does(session):
 
 
 def test_visual_tokens_before_the_text_take_context(monkeypatch):
-    from fusion import test_prepend
-
-    model = test_prepend.make(num_image_tokens=3)
+    model = tiny.prepend(num_image_tokens=3)
     long = {"input_ids": torch.tensor([tiny.tokens(120)]), "pixel_values": tiny.images(1)}
     assert len(ids(Session(model).generate(long))[0]) == 128 - 120 - 3
 

@@ -36,6 +36,11 @@ def batch(*rows: list[int], side: str = "left") -> dict[str, torch.Tensor]:
     return {"input_ids": ids, "attention_mask": mask}
 
 
+def texts(side: str = "left") -> dict[str, torch.Tensor]:
+    """Two rows of text, the second one shorter."""
+    return batch(tokens(7), tokens(4, 5), side=side)
+
+
 def tiled(model, *rows: tuple[list[int], list[int]], side: str = "left") -> dict[str, torch.Tensor]:
     """A batch for Llama-3.2-Vision, as the processor makes it.
 

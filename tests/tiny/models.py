@@ -29,6 +29,19 @@ def model(seed: int = 0, **options) -> MllamaForConditionalGeneration:
     return randomize(MllamaForConditionalGeneration(config(**options)), seed).eval()
 
 
+def prepend(seed: int = 0, **options) -> MllamaForConditionalGeneration:
+    """A tiny model with visual tokens before the text and no placeholder."""
+    fusion = {"fusion": "prepend", "vision_feature": "last", "image_token_index": None}
+    return model(seed, **fusion | options)
+
+
+def crossed(every: int = 1, layers: int = 2, **options) -> MllamaForConditionalGeneration:
+    """A tiny model with a cross-attention layer after `every` of its `layers`."""
+    fusion = {"fusion": "cross_attention", "cross_attention_every": every}
+    text = {"text": {"num_hidden_layers": layers}}
+    return model(**fusion | text | {"vision_feature": "last", "image_token_index": None} | options)
+
+
 def twin(ours: MllamaForConditionalGeneration) -> LlavaForConditionalGeneration:
     """Stock transformers' LLaVA with the same weights."""
     text, vision = ours.config.text_config.to_dict(), ours.config.vision_config.to_dict()

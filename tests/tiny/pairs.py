@@ -31,6 +31,10 @@ ONE_EACH = [
 ]
 # The families that a table of arguments or fields asks.
 FAMILIES = ["llama", "gemma", "llava, clip, -2", "llava, siglip, several", "paligemma", "mllama"]
+# Every model with a batch of all kinds of rows; one of each family with the others.
+MIXED = "a row without an image"
+MODELS_AND_ROWS = [(name, MIXED) for name in LANGUAGE]
+MODELS_AND_ROWS += [(name, rows) for name in ONE_EACH for rows in ("one image", "no image")]
 # Rows of a batch: an image, or a number of tokens.
 ROWS = {
     "one image": (["image", 7], ["image", 3]),
