@@ -16,20 +16,34 @@ from tiny import folders, tokenizers
 
 # Whole programs, trainings and products of families and options: `make test-quick` leaves them out.
 SLOW = (
+    "checkpoints/test_devices.py",
+    "checkpoints/test_hostile.py",
     "checkpoints/test_memory.py",
     "checkpoints/test_smollm2.py",
+    "cli/test_convert.py",
+    "cli/test_streams.py",
     "cli/test_verify.py",
     "dropin",
+    "families/test_attention_masks.py",
     "families/test_config_fields.py",
+    "families/test_defaults.py",
+    "families/test_folders.py",
+    "families/test_generate.py",
     "families/test_packed.py",
+    "families/test_placeholders.py",
+    "families/test_resizing.py",
     "families/test_training.py",
+    "hf/test_fusing.py",
     "lora/test_models.py",
+    "processing/test_meta.py",
     "runtime/test_real_models.py",
     "test_benchmarks.py",
     "test_embedded.py",
     "test_examples.py",
     "test_import.py",
     "test_readme.py",
+    "test_shapes.py",
+    "test_simd.py",
     "test_training_run.py",
     "test_types.py",
     "training",
@@ -61,6 +75,16 @@ def pytest_report_header() -> str:
 def _same_random_numbers():
     """Every test draws the same numbers, whichever tests ran before it."""
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread(request):
+    """Tiny models do not pay for threads. Operators are tested with the machine's."""
+    threads = torch.get_num_threads()
+    if request.path.parent.name != "ops":
+        torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="session")

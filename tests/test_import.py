@@ -208,3 +208,31 @@ print("transformers" in sys.modules)
 """
     )
     assert run.stdout.splitlines() == ["red", "True"], run.stderr
+
+
+def test_processing_and_checkpoints_work_without_transformers():
+    run = python("""
+sys.modules["transformers"] = None
+import importlib, pkgutil, mllama.processing
+for module in pkgutil.iter_modules(mllama.processing.__path__):
+    importlib.import_module(f"mllama.processing.{module.name}")
+from mllama.assets import EMBEDDED
+from mllama.checkpoints import open_checkpoint
+from mllama.processing.auto import load_preprocessor
+from mllama.processing.conversation import encode_messages
+batch = encode_messages(load_preprocessor(EMBEDDED), [{"role": "user", "content": "What is it?"}])
+assert batch["input_ids"].shape[1] > 3
+assert open_checkpoint(EMBEDDED).family.name == "llava"
+assert "mllama.hf" not in sys.modules
+""")
+    assert run.returncode == 0, run.stderr
+
+
+def test_processors_import_no_models_of_transformers():
+    run = python("""
+import mllama.hf.processors.llava
+names = [name for name in sys.modules if name.startswith("transformers.models.")]
+models = [name for name in names if ".modeling_" in name and ".auto." not in name]
+assert not models, models
+""")
+    assert run.returncode == 0, run.stderr

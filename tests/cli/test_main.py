@@ -1,11 +1,8 @@
 """The command line: what it refuses and how it ends."""
 
 import json
-import os
 import re
 import shlex
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -89,52 +86,12 @@ def test_an_error_nobody_foresaw_is_told_in_one_line_unless_asked_for_whole(
         run("ask", image_file, "?")
 
 
-@pytest.mark.parametrize(
-    ("redirection", "arguments", "code", "message"),
-    [
-        (
-            "<&-",
-            ["chat", "IMAGE"],
-            2,
-            "mllama: error: stdin is closed: there are no questions to read\n",
-        ),
-        (">&-", ["ask", "IMAGE", "?"], 2, "mllama: error: stdout is closed\n"),
-        ("2>&-", ["ask", "nowhere.png", "?"], 2, ""),
-    ],
-)
-def test_closed_streams(image_file, redirection, arguments, code, message):
-    command = [
-        sys.executable,
-        "-m",
-        "mllama",
-        *(str(image_file) if argument == "IMAGE" else argument for argument in arguments),
-    ]
-    ended = subprocess.run(
-        ["sh", "-c", f'exec "$@" {redirection}', "sh", *command], capture_output=True, text=True
-    )
-    assert (ended.returncode, ended.stdout, ended.stderr) == (code, "", message)
-
-
 def test_interruption_ends_quietly(run, monkeypatch, image_file):
     def interrupted(arguments):
         raise KeyboardInterrupt
 
     monkeypatch.setattr("mllama.cli.ask.run", interrupted)
     assert run("ask", image_file, "?") == (130, "", "")
-
-
-def test_a_closed_pipe_ends_quietly():
-    reader, writer = os.pipe()
-    os.close(reader)
-    command, environment = (
-        [sys.executable, "-m", "mllama", "--help"],
-        os.environ | {"PYTHONUNBUFFERED": ""},
-    )
-    ended = subprocess.run(
-        command, env=environment, stdout=writer, stderr=subprocess.PIPE, text=True
-    )
-    os.close(writer)
-    assert (ended.returncode, ended.stderr) == (141, "")
 
 
 def test_the_page_of_the_command_line_has_every_command_with_an_example_that_parses():
