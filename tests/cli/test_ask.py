@@ -29,7 +29,7 @@ def test_ask_json_is_one_object(run, loaded, options, image_file, model_folder):
         and 1 <= said.pop("tokens") <= 8
     )
     assert said == {
-        "picture": str(image_file),
+        "image": str(image_file),
         "question": "How many circles?",
         "answer": mllama.ask(image_file, "How many circles?", *loaded, max_new_tokens=8),
         "model": str(model_folder),
@@ -59,7 +59,7 @@ def test_json_is_ascii(run, options, image_file, tmp_path):
     named = tmp_path / "Bild-é.png"
     named.write_bytes(image_file.read_bytes())
     code, out, _ = run("ask", named, "How many?", "--json", *options)
-    assert code == 0 and out.isascii() and json.loads(out)["picture"] == str(named)
+    assert code == 0 and out.isascii() and json.loads(out)["image"] == str(named)
 
 
 @pytest.mark.parametrize("more", [[], ["--json"]])
@@ -104,7 +104,7 @@ def test_several_images_and_words_between_options(run, family_folder, image_file
     assert (code, out.strip()) == (0, expected)
     assert (
         json.loads(run("ask", image_file, image_file, "What changed?", "--json", *options)[1])[
-            "picture"
+            "image"
         ]
         == [str(image_file)] * 2
     )

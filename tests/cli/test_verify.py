@@ -13,7 +13,7 @@ from mllama.cli import verify
 from tiny import stock
 
 FAMILIES = ["llama", "gemma", "llava, siglip", "llava, clip", "paligemma", "mllama"]
-SEEN = ["patches", "tower", "projector"]
+SEEN = ["patches", "vision encoder", "projector"]
 OWN = ["cached = uncached", "batched = single"]
 
 
@@ -137,7 +137,7 @@ def tampered(monkeypatch):
     ("tamper", "first"),
     [
         (swap_rows, "layer 1"),
-        (swap_norms, "tower"),
+        (swap_norms, "vision encoder"),
         (scale_norm, "layer 1"),
         (swap_gate_and_up, "layer 1"),
         (drop_layer, "layer 1"),

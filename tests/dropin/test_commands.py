@@ -142,21 +142,19 @@ def test_an_image_and_a_prompt(run, family_folder, image_file, family):
     folder = family_folder(family)
     asked = ["Inference", "--image", image_file, "--prompt=-How many?", "--max-new-tokens", 12]
     answer = expected(folder, image_file, "-How many?", max_new_tokens=12)
-    for option in ("--model-id", "--hf-weights"):
-        assert run(*asked, "--cpu", option, folder)[:2] == (0, answer + "\n")
+    assert run(*asked, "--cpu", "--model-id", folder)[:2] == (0, answer + "\n")
     torch.manual_seed(0)
     options = ["--model-id", folder, "--temperature", 2, "--top-p", 0.99]
     assert len({run(*asked, *options)[1] for _ in range(4)}) > 1
 
 
 def test_its_defaults(run, monkeypatch):
-    monkeypatch.setattr("mllama.cli.main", lambda arguments: print(*sorted(arguments)))
+    monkeypatch.setattr("mllama.cli.main", lambda arguments: print(*arguments))
     said = (
-        "--dtype=auto --image=a.png --max-new-tokens=128"
-        " --model-id=meta-llama/Llama-3.2-11B-Vision-Instruct --prompt=b c --temperature=0.0"
-        " --top-p=1.0 generate\n"
+        "generate --model-id=meta-llama/Llama-3.2-11B-Vision-Instruct --max-new-tokens=128"
+        " --temperature=0.0 --top-p=1.0 --dtype=auto --image a.png --prompt b\n"
     )
-    assert run("Inference/Inference.py", "--image", "a.png", "--prompt", "b c")[1] == said
+    assert run("Inference/Inference.py", "--image", "a.png", "--prompt", "b")[1] == said
 
 
 def test_the_cat_of_the_readmes(run_file):
@@ -184,7 +182,7 @@ def test_the_cat_of_the_readmes(run_file):
         ("inference --prompt a --model_path /nowhere", "/nowhere"),
         ("dev/get_tokenizer.py some/where folder", "offline"),
         ("get_tokenizer", "google/paligemma-3b-pt-224"),
-        ("convert_lo_ra merge /nowhere a.safetensors merged", "/nowhere"),
+        ("Inference --image a --prompt b --hf-weights c", "--hf-weights"),
     ],
 )
 def test_errors_are_one_line(run, monkeypatch, image_file, family_folder, arguments, named):

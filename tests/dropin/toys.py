@@ -16,6 +16,15 @@ ROPE_FREQ = {
     "high_freq_factor": 4.0,
     "original_context_length": 16,
 }
+SCALING = {  # the same as transformers writes it
+    "rope_type": "llama3",
+    "rope_theta": 500000.0,
+    "factor": 32.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+}
+UNSCALED = {"rope_type": "default", "rope_theta": 5e5}
 CFG = {
     "vocab_size": 99,
     "context_length": 64,
@@ -38,13 +47,10 @@ def close(actual, expected, tolerance=1e-5):
 
 def stock(**changes) -> transformers.LlamaForCausalLM:
     """Stock transformers' Llama of CFG's sizes, random everywhere."""
-    scaling = ROPE_FREQ | {"rope_type": "llama3", "original_max_position_embeddings": 16}
-    del scaling["original_context_length"]
     sizes = tiny.SIZES | {
         "max_position_embeddings": 64,
         "rms_norm_eps": 1e-5,
-        "rope_theta": 500000.0,
-        "rope_scaling": scaling,
+        "rope_parameters": SCALING,
     }
     model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes | changes))
     return tiny.randomize(model).eval()

@@ -5,14 +5,14 @@ import torch
 from transformers import SiglipVisionModel
 
 import tiny
-from mllama.encoders.siglip import SiglipVisionTower
+from mllama.encoders.siglip import SiglipImageEncoder
 from mllama.hf.configs import MllamaVisionConfig
 
 
 @pytest.mark.parametrize("size", [{}, {"image_size": 24}, {"image_size": 19}, {"num_channels": 1}])
 def test_features_equal_transformers(size):
     config = MllamaVisionConfig(**tiny.VISION | size)
-    ours = tiny.randomize(SiglipVisionTower(config))
+    ours = tiny.randomize(SiglipImageEncoder(config))
     theirs = SiglipVisionModel(config).eval()
     theirs.load_state_dict(ours.state_dict())
     pixels = torch.randn(2, config.num_channels, config.image_size, config.image_size)
@@ -33,7 +33,7 @@ def test_features_equal_transformers(size):
 
 def test_probabilities_are_dropped_in_training_as_in_transformers():
     config = MllamaVisionConfig(**tiny.VISION, attention_dropout=0.4, attn_implementation="eager")
-    ours = tiny.randomize(SiglipVisionTower(config))
+    ours = tiny.randomize(SiglipImageEncoder(config))
     theirs = SiglipVisionModel(config)
     theirs.load_state_dict(ours.state_dict())
     pixels, features = tiny.images(2), []
@@ -51,7 +51,7 @@ def test_chances_that_cannot_be(dropout):
 
 
 def test_pixels_are_cast_to_the_encoders_dtype():
-    encoder = tiny.randomize(SiglipVisionTower(MllamaVisionConfig(**tiny.VISION))).to(
+    encoder = tiny.randomize(SiglipImageEncoder(MllamaVisionConfig(**tiny.VISION))).to(
         torch.bfloat16
     )
     assert encoder(tiny.images(1)).last_hidden_state.dtype == torch.bfloat16
@@ -69,4 +69,4 @@ def test_pixels_are_cast_to_the_encoders_dtype():
 )
 def test_other_pixels_are_refused(error, pixels):
     with pytest.raises(error, match="pixel_values must be"):
-        SiglipVisionTower(MllamaVisionConfig(**tiny.VISION))(pixels)
+        SiglipImageEncoder(MllamaVisionConfig(**tiny.VISION))(pixels)

@@ -7,16 +7,16 @@ from transformers.models.mllama.configuration_mllama import MllamaVisionConfig
 
 import tiny
 from mllama.encoders.tiled_layers import order_tokens
-from mllama.encoders.tiled_vit import TiledVisionTower, group_images
+from mllama.encoders.tiled_vit import TiledImageEncoder, group_images
 from tiny.batches import tiles
 
 TWO_TILES = {"max_num_tiles": 2, "supported_aspect_ratios": [[1, 1], [1, 2], [2, 1]]}
 
 
-def encoders(**options) -> tuple[TiledVisionTower, MllamaVisionModel]:
+def encoders(**options) -> tuple[TiledImageEncoder, MllamaVisionModel]:
     """Ours, and stock transformers' with the same weights."""
     config = MllamaVisionConfig(**tiny.tiled_vision(hidden_size=64, intermediate_size=96) | options)
-    ours = tiny.randomize(TiledVisionTower(config)).eval()
+    ours = tiny.randomize(TiledImageEncoder(config)).eval()
     theirs = MllamaVisionModel(config).eval()
     theirs.load_state_dict(ours.state_dict())
     return ours, theirs
@@ -199,7 +199,7 @@ def test_other_input_is_refused(error, match, change):
         )
 
 
-def converted(**options) -> TiledVisionTower:
+def converted(**options) -> TiledImageEncoder:
     """An encoder whose tables hold zeros for tiles that an arrangement has not, as released ones
     do.
     """

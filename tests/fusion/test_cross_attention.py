@@ -220,12 +220,14 @@ def test_tiles_that_are_empty_in_every_row_get_no_keys():
     ]
     with torch.no_grad():
         all_keys, _ = ours(hidden, cross=cross_context(states, mask, TOKENS))
-        cross = cross_context(states, mask, TOKENS, filled=filled)
+        cross = cross_context(states, mask, TOKENS, aspect_ratio_mask=filled)
         assert cross.states.shape[1] == (2 + 3) * TOKENS
         torch.testing.assert_close(ours(hidden, cross=cross)[0], all_keys)
         cache, got = TransformersCache(DynamicCache(), SPEC), []
         for x, new, seen, tiles in steps:
-            cross = cross_context(new, seen, TOKENS, cached=cache.tile_mask, filled=tiles)
+            cross = cross_context(
+                new, seen, TOKENS, cached=cache.tile_mask, aspect_ratio_mask=tiles
+            )
             cache.tile_mask = cross.tile_mask
             got.append(ours(x, None, cache, cross=cross)[0])
         torch.testing.assert_close(torch.cat(got, 1), all_keys)
@@ -241,13 +243,16 @@ def test_keys_stay_where_they_might_be_seen():
     filled = torch.zeros(2, 1, 4)
     filled[..., 0] = 1
     for options, kept in (
-        ({"filled": filled}, 2),  # the mask shows a tile more
-        ({"filled": filled, "reference": "hf"}, 4),  # positions that see none attend to all
+        ({"aspect_ratio_mask": filled}, 2),  # the mask shows a tile more
         (
-            {"filled": torch.zeros(2, 1, 4), "mask": torch.zeros_like(mask)},
+            {"aspect_ratio_mask": filled, "reference": "hf"},
+            4,
+        ),  # positions that see none attend to all
+        (
+            {"aspect_ratio_mask": torch.zeros(2, 1, 4), "mask": torch.zeros_like(mask)},
             4,
         ),  # an image always has keys
-        ({"filled": filled, "mask": None}, 4),
+        ({"aspect_ratio_mask": filled, "mask": None}, 4),
         ({}, 4),
     ):
         cross = cross_context(
@@ -273,7 +278,7 @@ def test_without_images_the_layer_does_nothing():
         (ValueError, "for 4 tiles, got .2, 7, 2, 4", {"mask": torch.ones(2, 7, 2, 4)}),
         (ValueError, "cross_attention_mask must be", {"mask": torch.ones(2, 7)}),
         (ValueError, "for 5 tiles", {"cached": torch.ones(1, dtype=torch.bool)}),
-        (ValueError, "aspect_ratio_mask", {"filled": torch.ones(2, 1, 3)}),
+        (ValueError, "aspect_ratio_mask", {"aspect_ratio_mask": torch.ones(2, 1, 3)}),
         (ValueError, "reference must be", {"reference": "torchtune"}),
     ],
 )

@@ -69,7 +69,7 @@ def test_leftovers_are_skipped_and_what_is_missing_is_initialized(folder, capsys
         "skipped, of another shape or kind (1): language_model.lm_head.weight is float32 [3, 64]"
         in said
     )
-    assert "missing, initialised afresh (4)" in said and all(name in said for name in fresh)
+    assert "missing, newly initialized (4)" in said and all(name in said for name in fresh)
     with torch.no_grad():
         assert model(input_ids=torch.tensor([[1, 2, 3]])).logits.isfinite().all()
     with pytest.raises(ValueError, match="surprise"):
@@ -84,7 +84,7 @@ def test_a_missing_embedding_of_a_tied_model(folder, capsys):
         model.lm_head.weight is model.get_input_embeddings().weight
         and not model.lm_head.weight.is_meta
     )
-    assert "missing, initialised afresh (2)" in capsys.readouterr().out
+    assert "missing, newly initialized (2)" in capsys.readouterr().out
 
 
 def test_a_head_that_the_files_lack_is_tied(folder, capsys):

@@ -7,7 +7,6 @@ from safetensors.torch import load_file
 import mllama
 import tiny
 from mllama import MllamaForConditionalGeneration
-from mllama.dropin.__main__ import main as dropin
 from scripts.convert_lo_ra import main
 
 
@@ -56,29 +55,6 @@ def test_adapted_trained_and_merged(model_folder, tmp_path, capsys):
     torch.testing.assert_close(logits(found), logits(model), rtol=1e-4, atol=1e-4)
     assert not torch.allclose(logits(found), plain, atol=1e-2)
     assert type(processor) is type(mllama.load_processor(model_folder))
-
-
-def test_by_name_from_anywhere(model_folder, tmp_path, capsys):
-    """Where only the package is, as of a wheel."""
-    file = tmp_path / "adapters.safetensors"
-    assert dropin(
-        ["convert_lo_ra", "adapt", str(model_folder), str(file), "--rank", "2"]
-    ) == 0 and load_file(file)
-    capsys.readouterr()
-    assert (
-        dropin(
-            [
-                "convert_lo_ra",
-                "merge",
-                str(tmp_path / "absent"),
-                str(file),
-                str(tmp_path / "merged"),
-            ]
-        )
-        == 2
-    )
-    out, err = capsys.readouterr()
-    assert (out, err.count("\n")) == ("", 1) and "absent" in err
 
 
 def test_all_of_a_model_without_a_processor(tmp_path, capsys):

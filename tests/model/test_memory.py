@@ -87,7 +87,7 @@ def test_llama_1b_by_hand():
 
 def test_an_encoder_alone():
     model = on_meta(SiglipModel, SiglipVisionConfig())
-    assert count_parameters(model) == {"tower": 92_884_224}
+    assert count_parameters(model) == {"vision encoder": 92_884_224}
     work = Work(context=0, batch=3, tiles=1, dtype=torch.float32)
     assert memory_needed(model, work) == {
         "weights": 92_884_224 * 4,

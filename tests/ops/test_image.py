@@ -6,9 +6,9 @@ from PIL import Image
 from helpers import THROWN, BadCall, instruction_set, instruction_sets, needs_kernels
 from mllama.ops import image as op
 from mllama.ops import resize, resize_normalize
-from mllama.processing.image import normalisation_table
+from mllama.processing.image import normalization_table
 
-TABLE = normalisation_table((0.48, 0.46, 0.41), (0.27, 0.26, 0.28))
+TABLE = normalization_table((0.48, 0.46, 0.41), (0.27, 0.26, 0.28))
 # (H, W) to (height, width): up, down, one of each, one pixel, a line, odd sizes, more than one
 # block of rows, the same size.
 SIZES = [

@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
-from mllama.processing.image import load_picture, load_pixels, normalisation_table
+from mllama.processing.image import load_image, load_pixels, normalization_table
 
 RGB = np.random.default_rng(0).integers(0, 256, (6, 9, 3), dtype=np.uint8)
 GRAY = RGB[:, :, 0]
@@ -45,8 +45,8 @@ def test_the_same_image_in_every_wrapping(tmp_path):
     for wrapping in wrappings:
         same(wrapping, RGB)
         assert (
-            np.array_equal(np.array(load_picture(wrapping)), RGB)
-            and load_picture(wrapping).mode == "RGB"
+            np.array_equal(np.array(load_image(wrapping)), RGB)
+            and load_image(wrapping).mode == "RGB"
         )
 
 
@@ -116,7 +116,7 @@ def test_16_bit_gray_is_scaled(tmp_path):
     for deep in (values, values.astype(">u2"), values.astype("<u2"), np.dstack([values] * 3)):
         same(deep, expected)
     with pytest.raises(ValueError, match="-1..5"):
-        load_picture(Image.fromarray(np.array([[-1, 5]], dtype=np.int32)))
+        load_image(Image.fromarray(np.array([[-1, 5]], dtype=np.int32)))
 
 
 def test_a_transparent_16_bit_gray_goes_onto_white(tmp_path):
@@ -154,7 +154,7 @@ def test_float_gray():
     same(Image.fromarray(GRAY.astype(np.float32) / 255), three(GRAY))
     for wrong in ([[0.5, np.nan]], [[-1.0, 0.5]], [[300.0, 0.5]]):
         with pytest.raises(ValueError, match="must hold 0..1"):
-            load_picture(Image.fromarray(np.array(wrong, dtype=np.float32)))
+            load_image(Image.fromarray(np.array(wrong, dtype=np.float32)))
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
@@ -244,7 +244,7 @@ def half_of(form):
 def test_files_that_are_no_images(tmp_path, name, content):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(ValueError, match=f"cannot read the image .*{name}") as caught:
-        load_picture(tmp_path / name)
+        load_image(tmp_path / name)
     assert type(caught.value) is ValueError
 
 
@@ -254,7 +254,7 @@ def test_a_broken_image_opened_elsewhere(tmp_path):
         Image.open(tmp_path / "cut.png") as image,
         pytest.raises(ValueError, match="cannot read the image .*cut.png"),
     ):
-        load_picture(image)
+        load_image(image)
 
 
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
@@ -265,7 +265,7 @@ def test_too_many_pixels(tmp_path, monkeypatch, limit):
     Image.fromarray(RGB).save(tmp_path / "bomb.png")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
     with pytest.raises(ValueError, match="cannot read the image .*bomb.png.*pixels"):
-        load_picture(tmp_path / "bomb.png")
+        load_image(tmp_path / "bomb.png")
 
 
 def test_normalization_is_transformers(tmp_path):
@@ -273,10 +273,10 @@ def test_normalization_is_transformers(tmp_path):
     every = np.arange(256, dtype=np.uint8)[None, :, None].repeat(3, axis=2)
     stock = SiglipImageProcessorPil(do_resize=False, image_mean=list(mean), image_std=list(std))
     expected = stock(Image.fromarray(every), return_tensors="pt").pixel_values[0, :, 0].T
-    assert torch.equal(normalisation_table(mean, std), expected)
+    assert torch.equal(normalization_table(mean, std), expected)
 
 
 @pytest.mark.parametrize(("mean", "std"), [((0.5,), (0.5,) * 3), ((0.5,) * 3, (0.5, 0.0, 0.5))])
 def test_normalization_that_cannot_be(mean, std):
     with pytest.raises(ValueError, match="image_mean|image_std"):
-        normalisation_table(mean, std)
+        normalization_table(mean, std)

@@ -1,12 +1,10 @@
-"""The key-value cache of a decoder: preallocated, grown by doubling."""
+"""A decoder's key-value cache: preallocated, grown by doubling."""
 
 import torch
 
 
 class _Buffer:
-    """Keys and values of one layer, [B, kv_heads, capacity, head_dim] each, the first `length` of
-    them written.
-    """
+    """Keys and values of one layer, [B, kv_heads, capacity, head_dim] each; `length` are in use."""
 
     def __init__(self) -> None:
         self.keys: torch.Tensor | None = None
@@ -16,7 +14,7 @@ class _Buffer:
     def append(
         self, k: torch.Tensor, v: torch.Tensor, capacity: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """[B, T, kv_heads, head_dim] in -> all [B, S, kv_heads, head_dim], as views."""
+        """Append [B, T, kv_heads, head_dim]; return all as views, [B, S, kv_heads, head_dim]."""
         start, end = self.length, self.length + k.shape[1]
         if not self._fits(k, end):
             self._grow(k, v, end, capacity)
@@ -38,7 +36,9 @@ class _Buffer:
             self.keys, self.values = self.keys[rows], self.values[rows]
 
     def _fits(self, k: torch.Tensor, end: int) -> bool:
-        """An empty buffer is made anew for another batch, dtype or device."""
+        """Whether the buffers can be used. Empty ones are reallocated for another batch, dtype or
+        device.
+        """
         keys = self.keys
         if keys is None or end > keys.shape[2]:
             return False
@@ -46,32 +46,31 @@ class _Buffer:
         return same or self.length > 0
 
     def _grow(self, k: torch.Tensor, v: torch.Tensor, end: int, capacity: int) -> None:
-        kept = self.read() if self.length else None
+        old = self.read() if self.length else None
         capacity = max(end, capacity, 2 * self.length)
         B, _, KV, D = k.shape
         self.keys = k.new_empty(B, KV, capacity, D)
         self.values = v.new_empty(B, KV, capacity, v.shape[3])
-        if kept is not None:
-            self.keys[:, :, : self.length] = kept[0].transpose(1, 2)
-            self.values[:, :, : self.length] = kept[1].transpose(1, 2)
+        if old is not None:
+            self.keys[:, :, : self.length] = old[0].transpose(1, 2)
+            self.values[:, :, : self.length] = old[1].transpose(1, 2)
 
 
 class KVCache:
     """Keys and values of all layers of a decoder.
 
-    A layer that attends to text stores one key per position; a layer that attends to images stores
-    the keys of the images, which `crop` leaves alone. Buffers are [B, kv_heads, capacity,
-    head_dim], made at the first update and doubled when full. For inference: no gradient flows
-    through them.
+    Self-attention layers store one key per position. Cross-attention layers store the images'
+    keys, which `crop` does not change. Buffers are [B, kv_heads, capacity, head_dim], allocated at
+    the first update and doubled when full. For inference only: gradients do not flow through them.
 
     Args:
-        num_layers: layers of the decoder.
-        capacity: positions to make room for at once.
+        num_layers: number of layers of the decoder.
+        capacity: positions to allocate at first.
 
     Attributes:
-        num_prefix_tokens: visual tokens that stand before the text, counted in `length`.
-        tile_mask: bool [images * tiles] on the CPU: the tiles that have keys in the layers that
-            attend to images; None before the first image.
+        num_prefix_tokens: number of visual tokens before the text, included in `length`.
+        tile_mask: bool [images * tiles] on the CPU: the tiles with keys in the cross-attention
+            layers; None before the first image.
     """
 
     def __init__(self, num_layers: int, capacity: int = 0):
@@ -83,19 +82,19 @@ class KVCache:
 
     @property
     def length(self) -> int:
-        """Positions in the layers that attend to text, as their first one has them: read it before
-        a pass writes.
+        """Number of cached positions in the first self-attention layer; read it before a pass
+        writes.
         """
         return next((buffer.length for buffer in self._text if buffer.length), 0)
 
     def num_keys(self, new: int) -> int:
-        """Keys that attention sees once `new` more positions are written."""
+        """Number of keys after `new` more positions are written."""
         return self.length + new
 
     def update(
         self, layer: int, k: torch.Tensor, v: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Append positions: [B, T, kv_heads, head_dim] in, all [B, S, kv_heads, head_dim] out, as
+        """Append positions [B, T, kv_heads, head_dim]; return all [B, S, kv_heads, head_dim], as
         views of the buffers.
         """
         return self._text[layer].append(k, v, self.capacity)
@@ -103,7 +102,7 @@ class KVCache:
     def update_cross(
         self, layer: int, k: torch.Tensor, v: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Append the keys of new images, [B, keys, kv_heads, head_dim], of which there may be none;
+        """Append the keys and values of new images, [B, keys, kv_heads, head_dim], keys may be 0;
         return all.
         """
         buffer = self._cross[layer]
@@ -112,13 +111,12 @@ class KVCache:
         return buffer.read() if buffer.length else (k, v)
 
     def crop(self, length: int) -> None:
-        """Drop positions from the end until `length` are left; keys of images stay.
+        """Drop positions at the end until `length` are left; the images' keys stay.
 
-        A pass that was interrupted leaves layers of different lengths: cropping to the length
-        before it restores the cache.
+        After an interrupted pass, layers differ in length: crop to the length before the pass.
 
         Raises:
-            ValueError: length is negative or more than there is.
+            ValueError: length is negative or more than the cache's.
         """
         if not 0 <= length <= self.length:
             raise ValueError(f"length must be 0 to {self.length}, the cache's own, got {length}")
@@ -127,14 +125,14 @@ class KVCache:
         self.num_prefix_tokens = min(self.num_prefix_tokens, length)
 
     def reorder(self, rows: torch.Tensor) -> None:
-        """Make the batch of these of its rows, int64 [new batch]: for beams, to repeat rows, or to
-        go on with some.
+        """Select rows of the batch by index, int64 [new batch], to reorder beams, repeat or drop
+        rows.
         """
         for buffer in (*self._text, *self._cross):
             buffer.reorder(rows)
 
     def reset(self) -> None:
-        """Forget text and images; the buffers are used again where they fit."""
+        """Empty the cache; buffers are reused where they fit."""
         for buffer in (*self._text, *self._cross):
             buffer.length = 0
         self.num_prefix_tokens, self.tile_mask = 0, None
