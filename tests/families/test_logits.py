@@ -6,14 +6,21 @@ import pytest
 import torch
 
 from tiny import close
-from tiny.pairs import LANGUAGE, ONE_EACH, PAIRED, Pair, make, pair
+from tiny.pairs import LANGUAGE, MIXED, ONE_EACH, PAIRED, Pair, make, pair
 
 ALONE = [name for name in PAIRED if name.startswith("siglip")]
 
 
-@pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize(
-    "rows", ["one image", "two images", "a row without an image", "no image", "long"]
+    ("rows", "side"),
+    [
+        ("one image", "left"),
+        ("two images", "right"),
+        (MIXED, "left"),
+        (MIXED, "right"),
+        ("no image", "right"),
+        ("long", "left"),
+    ],
 )
 @pytest.mark.parametrize("case", LANGUAGE)
 def test_logits(case, rows, side):
