@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from mllama.encoders.siglip import SiglipEmbeddings, SiglipVisionTower, check_pixels
+from mllama.encoders.siglip import SiglipEmbeddings, SiglipImageEncoder, check_pixels
 from mllama.hf.configs import MllamaVisionConfig
 from mllama.nn.attention import BidirectionalAttention
 from mllama.nn.mlp import MLP
@@ -126,7 +126,7 @@ class SiglipVisionModel(nn.Module):
 
     def __init__(self, config: SiglipVisionConfig):
         super().__init__()
-        self.config, self.vision_model = config, SiglipVisionTower(config)
+        self.config, self.vision_model = config, SiglipImageEncoder(config)
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """[B, channels, image_size, image_size] -> [B, patches, hidden], a bare tensor."""
