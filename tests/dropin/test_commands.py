@@ -138,10 +138,10 @@ def test_what_is_no_script_and_help(run, tmp_path):
 
 
 @pytest.mark.parametrize("family", ["mllama", "llava, siglip"])
-def test_an_image_and_a_prompt(run, family_folder, picture_file, family):
+def test_an_image_and_a_prompt(run, family_folder, image_file, family):
     folder = family_folder(family)
-    asked = ["Inference", "--image", picture_file, "--prompt=-How many?", "--max-new-tokens", 12]
-    answer = expected(folder, picture_file, "-How many?", max_new_tokens=12)
+    asked = ["Inference", "--image", image_file, "--prompt=-How many?", "--max-new-tokens", 12]
+    answer = expected(folder, image_file, "-How many?", max_new_tokens=12)
     assert run(*asked, "--cpu", "--model-id", folder)[:2] == (0, answer + "\n")
     torch.manual_seed(0)
     options = ["--model-id", folder, "--temperature", 2, "--top-p", 0.99]
@@ -185,13 +185,9 @@ def test_the_cat_of_the_readmes(run_file):
         ("Inference --image a --prompt b --hf-weights c", "--hf-weights"),
     ],
 )
-def test_errors_are_one_line(run, monkeypatch, picture_file, family_folder, arguments, named):
+def test_errors_are_one_line(run, monkeypatch, image_file, family_folder, arguments, named):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    places = {
-        "image": picture_file,
-        "vlm": family_folder("mllama"),
-        "llama": family_folder("llama"),
-    }
+    places = {"image": image_file, "vlm": family_folder("mllama"), "llama": family_folder("llama")}
     code, out, err = run(*(word.format(**places) for word in arguments.split()))
     assert (code, out, err.count("\n")) == (2, "", 1), err
     assert any(name in err for name in named.split("|")), err
@@ -200,10 +196,10 @@ def test_errors_are_one_line(run, monkeypatch, picture_file, family_folder, argu
 # ---- inference.py and its launcher
 
 
-def test_variables_and_options(run, monkeypatch, picture_file, model_folder):
-    options = ["--model_path", model_folder, "--image_file_path", picture_file]
+def test_variables_and_options(run, monkeypatch, image_file, model_folder):
+    options = ["--model_path", model_folder, "--image_file_path", image_file]
     options += ["--max_tokens_to_generate=5", "--prompt", "1, 2"]
-    asked = ("1, 2", expected(model_folder, picture_file, "1, 2", max_new_tokens=5))
+    asked = ("1, 2", expected(model_folder, image_file, "1, 2", max_new_tokens=5))
     assert read(run("inference", *options, "--only_cpu")[1]) == asked
     variables = {"PROMPT": "else", "DO_SAMPLE": "False", "ONLY_CPU": "True", "TOP_P": ""}
     for name, value in (variables | {"TEMPERATURE": "0.5"}).items():
@@ -212,15 +208,15 @@ def test_variables_and_options(run, monkeypatch, picture_file, model_folder):
     assert read(out) == asked and "temperature" in err  # which has no effect
 
 
-def test_sampling_is_transformers(run, model_folder, picture_file):
-    options = ["--model_path", model_folder, "--image_file_path", picture_file, "--only_cpu"]
+def test_sampling_is_transformers(run, model_folder, image_file):
+    options = ["--model_path", model_folder, "--image_file_path", image_file, "--only_cpu"]
     options += ["--max_tokens_to_generate", 6, "--prompt", "a", "--temperature", 3]
     torch.manual_seed(7)
     out = run("inference", *options, "--do_sample", "True")[1]
     torch.manual_seed(7)
     sampling = {"max_new_tokens": 6, "do_sample": True, "temperature": 3, "top_p": 0.9, "top_k": 0}
-    assert read(out) == ("a", expected(model_folder, picture_file, "a", **sampling))
-    greedy = expected(model_folder, picture_file, "a", max_new_tokens=6)
+    assert read(out) == ("a", expected(model_folder, image_file, "a", **sampling))
+    greedy = expected(model_folder, image_file, "a", max_new_tokens=6)
     assert read(out)[1] != greedy and read(run("inference", *options)[1])[1] == greedy
 
 

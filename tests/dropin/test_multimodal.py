@@ -15,8 +15,7 @@ from torch import nn
 from transformers import GemmaConfig, PaliGemmaConfig
 
 import mllama
-import stock
-import twins
+import tiny
 from dropin import toys
 from dropin.toys import IMAGE, close, prompt, whole, whole_config
 from mllama.dropin.config import LLAMA32Config, MLLAMAConfig
@@ -32,8 +31,9 @@ from mllama.dropin.multimodal import (
 from mllama.dropin.processing import MllamaImageProcessor, PaliGemmaProcessor, paligemmaProcessor
 from mllama.dropin.text import Llama3ForCausalLM
 from mllama.dropin.vision import SiglipModel, SiglipVisionConfig
+from tiny import stock
 
-WORDS = twins.tokens(6)
+WORDS = tiny.tokens(6)
 GREEDY = {"do_sample": False, "eos_token_id": None}
 
 
@@ -42,7 +42,7 @@ def logits(model, *args, **kwargs) -> torch.Tensor:
 
 
 def images(count: int = 1, seed: int = 1) -> torch.Tensor:
-    return twins.pictures(count, seed)
+    return tiny.images(count, seed)
 
 
 # ---- MLLAMAConfig
@@ -69,10 +69,10 @@ def test_what_scripts_read_from_a_config():
 @pytest.mark.parametrize(
     ("vision", "text"),
     [
-        (SiglipVisionConfig(**twins.VISION), LLAMA32Config(**toys.TEXT)),
-        (SimpleNamespace(**twins.VISION), SimpleNamespace(**toys.TEXT)),
+        (SiglipVisionConfig(**tiny.VISION), LLAMA32Config(**toys.TEXT)),
+        (SimpleNamespace(**tiny.VISION), SimpleNamespace(**toys.TEXT)),
         (
-            transformers.SiglipVisionConfig(**twins.VISION),
+            transformers.SiglipVisionConfig(**tiny.VISION),
             transformers.LlamaConfig(**LLAMA32Config(**toys.TEXT).to_dict()),
         ),
     ],
@@ -89,7 +89,7 @@ def test_objects_in_place_of_dicts(vision, text):
 @pytest.mark.parametrize(
     ("call", "error"),
     [
-        (lambda: MLLAMAConfig(twins.VISION, 3), TypeError),
+        (lambda: MLLAMAConfig(tiny.VISION, 3), TypeError),
         (lambda: whole_config(text={"n_heads": 3}), ValueError),
         (lambda: whole_config(image_token_index=-1), ValueError),
     ],
@@ -210,7 +210,7 @@ def test_embeddings_and_positions():
 # ---- which id is the placeholder
 
 
-@pytest.mark.parametrize("image", [IMAGE, twins.VOCABULARY, 97])
+@pytest.mark.parametrize("image", [IMAGE, tiny.VOCAB_SIZE, 97])
 @pytest.mark.parametrize("said", [True, False])
 def test_another_image_changes_the_logits(image, said):
     model = whole(image_token_index=image if said else None)
@@ -221,7 +221,7 @@ def test_another_image_changes_the_logits(image, said):
 
 
 def test_several_images_in_a_prompt():
-    model, run = whole(), [IMAGE] * twins.PATCHES
+    model, run = whole(), [IMAGE] * tiny.PATCHES
     for row in (run + run + WORDS, run + WORDS[:3] + run + WORDS[3:]):
         first, second = (
             logits(model, torch.tensor([row]), x) for x in (images(2), images(2).flip(0))
@@ -272,7 +272,7 @@ def test_what_the_first_prompt_tells_is_kept(tmp_path):
 @pytest.mark.parametrize("kind", [MllamaImageProcessor, paligemmaProcessor, PaliGemmaProcessor])
 @pytest.mark.parametrize("inside", [True, False], ids=["in the vocabulary", "outside of it"])
 def test_the_processor_alone_knows_the_id(kind, inside, make_tokenizer):
-    processor = kind(make_tokenizer(), twins.PATCHES, twins.VISION["image_size"])
+    processor = kind(make_tokenizer(), tiny.PATCHES, tiny.VISION["image_size"])
     vocabulary = len(processor.tokenizer) if inside else processor.image_token_id
     model = whole(text={"vocab_size": vocabulary})
     red, white = (Image.new("RGB", (20, 30), color) for color in ("red", "white"))
@@ -350,7 +350,7 @@ class Older(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.vision_model = SiglipModel(SiglipVisionConfig(**twins.VISION))
+        self.vision_model = SiglipModel(SiglipVisionConfig(**tiny.VISION))
         self.multi_modal_projector = MultiModalProjector(config)
         self.language_model = Llama3ForCausalLM(config.text_config)
 
@@ -375,7 +375,7 @@ def test_older_weight_files(names, lora, tmp_path):
         mllama.convert_linears_to_lora(older.language_model)
         mllama.convert_linears_to_lora(model.language_model)
         model.lm_head = mllama.Linear_LORA.around(model.lm_head, 4, 16)
-    twins.randomise(older, seed=5).eval()
+    tiny.randomize(older, seed=5).eval()
     state = older.state_dict()
     for before, after in names.items():
         state = {name.replace(before, after): value for name, value in state.items()}
@@ -422,7 +422,7 @@ def test_names_of_the_model_itself_and_adapters_alone():
 # ---- modeling_gemma
 
 SIZES = {
-    "vocab_size": twins.VOCABULARY,
+    "vocab_size": tiny.VOCAB_SIZE,
     "hidden_size": 64,
     "intermediate_size": 96,
     "num_hidden_layers": 2,
@@ -430,13 +430,13 @@ SIZES = {
     "num_key_value_heads": 1,
     "head_dim": 16,
 }
-IDS = prompt(*WORDS, image=twins.IMAGE)
+IDS = prompt(*WORDS, image=tiny.IMAGE)
 
 
 def paligemma(**options) -> PaliGemmaForConditionalGeneration:
-    given = {"text_config": SIZES, "image_token_index": twins.IMAGE, "projection_dim": 64} | options
-    config = PaliGemmaConfig(vision_config=twins.VISION, hidden_size=64, **given)
-    return twins.randomise(PaliGemmaForConditionalGeneration(config)).eval()
+    given = {"text_config": SIZES, "image_token_index": tiny.IMAGE, "projection_dim": 64} | options
+    config = PaliGemmaConfig(vision_config=tiny.VISION, hidden_size=64, **given)
+    return tiny.randomize(PaliGemmaForConditionalGeneration(config)).eval()
 
 
 def test_what_scripts_read_from_paligemmas_config():
@@ -489,7 +489,7 @@ def test_paligemmas_labels_are_not_seen_before_they_are_said():
 
 
 def test_gemma_is_stock_transformers():
-    ours = twins.randomise(GemmaForCausalLM(GemmaConfig(**SIZES))).eval()
+    ours = tiny.randomize(GemmaForCausalLM(GemmaConfig(**SIZES))).eval()
     theirs = transformers.GemmaForCausalLM(ours.config).eval()
     weights = ours.state_dict().items()
     theirs.load_state_dict({n.replace("language_model.", "model."): t for n, t in weights})
@@ -543,7 +543,7 @@ def test_loaded_models_take_a_kv_cache(family, load, family_folder, capsys):
         inputs["aspect_ratio_ids"] = torch.ones(1, 1, dtype=torch.long)
         inputs["cross_attention_mask"] = torch.ones(1, 3, 1, 4)
     elif family in ("llava, siglip", "paligemma"):
-        assert model.config.text_config.num_image_tokens == twins.PATCHES
+        assert model.config.text_config.num_image_tokens == tiny.PATCHES
         inputs = {
             "input_ids": prompt(5, 6, image=model.config.image_token_index),
             "pixel_values": images(),

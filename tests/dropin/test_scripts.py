@@ -15,7 +15,7 @@ import transformers
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-import twins
+import tiny
 from mllama import MllamaImageProcessor, dropin
 from mllama.dropin.processing import CLIP_MEAN, CLIP_STD
 from mllama.hf.processors.paligemma import PaliGemmaProcessor
@@ -57,7 +57,7 @@ def metas_file() -> Path | None:
 def write_llama(folder: Path) -> None:
     """A tiny Llama 3.2 by stock transformers, with Meta's tokenizer where it is."""
     torch.manual_seed(0)
-    twins.randomise(
+    tiny.randomize(
         transformers.LlamaForCausalLM(transformers.LlamaConfig(**LLAMA))
     ).save_pretrained(folder)
     if metas_file():
@@ -82,9 +82,9 @@ def write_llama_tokenizer(folder: Path) -> None:
 
 def write_llava(folder: Path, tokenizer) -> None:
     """A tiny SigLIP + Llama by stock transformers."""
-    processor = MllamaImageProcessor(tokenizer, twins.PATCHES, twins.VISION["image_size"])
+    processor = MllamaImageProcessor(tokenizer, tiny.PATCHES, tiny.VISION["image_size"])
     sizes = {"vocab_size": len(processor.tokenizer), "max_position_embeddings": 512}
-    twins.twin(twins.model(text=sizes, image_token_index=processor.image_token_id)).save_pretrained(
+    tiny.twin(tiny.model(text=sizes, image_token_index=processor.image_token_id)).save_pretrained(
         folder
     )
     processor.save_pretrained(folder)
@@ -215,7 +215,7 @@ def test_a_folder_of_stock_transformers(said, workplace):
         transformers.AutoTokenizer.from_pretrained(folder),
         {"image_mean": CLIP_MEAN, "image_std": CLIP_STD},
     )
-    processor = MllamaImageProcessor(tokenizer, twins.PATCHES, twins.VISION["image_size"], **means)
+    processor = MllamaImageProcessor(tokenizer, tiny.PATCHES, tiny.VISION["image_size"], **means)
     inputs = processor(
         ["How many circles?"], [Image.open(workplace / "cat.jpg")], return_tensors="pt"
     )

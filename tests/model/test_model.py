@@ -4,12 +4,12 @@ import numpy as np
 import pytest
 import torch
 
-import twins
-from families import cases
+import tiny
 from mllama.fusion.base import ModelInputs
 from mllama.nn.kv_cache import KVCache
+from tiny import pairs
 
-IDS = torch.tensor([twins.tokens(5)])
+IDS = torch.tensor([tiny.tokens(5)])
 
 
 @pytest.mark.parametrize(
@@ -31,4 +31,4 @@ IDS = torch.tensor([twins.tokens(5)])
 )
 def test_arguments_are_refused_by_name(given, error, name):
     with pytest.raises(error, match=name), torch.no_grad():
-        cases.pair("llama").ours.compute(ModelInputs(**given))
+        pairs.pair("llama").ours.compute(ModelInputs(**given))

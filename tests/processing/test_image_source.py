@@ -218,14 +218,14 @@ def test_urls_are_downloaded_by_permission_alone(server, noise, monkeypatch):
     with pytest.raises(ValueError, match="allow_urls"):
         load_image(server + "/image")
     monkeypatch.setattr(image_source, "MAX_BYTES", 100)
-    with pytest.raises(ValueError, match="larger than 100 bytes"):
+    with pytest.raises(ValueError, match="100 bytes"):
         load_image(server + "/image", allow_urls=True)
     monkeypatch.undo()
     monkeypatch.setattr(image_source, "MAX_SECONDS", -1.0)
-    with pytest.raises(ValueError, match="more than -1 seconds"):
+    with pytest.raises(ValueError, match="-1 seconds"):
         load_image(server + "/image", allow_urls=True)
     monkeypatch.setattr(image_source, "MAX_SECONDS", 0.3)
-    with pytest.raises(ValueError, match="more than 0.3 seconds"):
+    with pytest.raises(ValueError, match="0.3 seconds"):
         load_image(server + "/slow", allow_urls=True)
 
 
