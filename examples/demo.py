@@ -10,17 +10,17 @@ from pathlib import Path
 
 import mllama
 
-PICTURES = Path(__file__).parent / "pictures"
+IMAGES = Path(__file__).parent / "pictures"
 
 
 def main() -> int:
     """Print every question with its answer and return the exit code."""
     sys.stdout.reconfigure(errors="replace")  # terminals without ✓
     wrong = 0
-    for name, questions in json.loads((PICTURES / "questions.json").read_text()).items():
-        print(os.path.relpath(PICTURES / name))
+    for name, questions in json.loads((IMAGES / "questions.json").read_text()).items():
+        print(os.path.relpath(IMAGES / name))
         for question, expected in questions.items():
-            answer = mllama.ask(PICTURES / name, question)
+            answer = mllama.ask(IMAGES / name, question)
             mark = "✓" if answer == expected else f"✗ it is {expected}"
             print(f"  {question:32} {answer:10} {mark}")
             wrong += answer != expected

@@ -14,7 +14,7 @@ from torch import nn
 import mllama
 from mllama.dropin.config import LLAMA32_CONFIG
 from mllama.dropin.text import Llama3Model
-from mllama.processing.image import load_picture
+from mllama.processing.image import load_image
 
 IMAGE = Path(__file__).parent / "pictures" / "drawn.png"
 VISUAL_TOKENS = 8
@@ -41,9 +41,7 @@ def main() -> torch.Tensor:
     pool = nn.AdaptiveAvgPool1d(VISUAL_TOKENS)
     project = nn.Linear(embedded.config.vision_config.hidden_size, SIZES["emb_dim"])
 
-    pixel_values = processor.image_processor(load_picture(IMAGE), return_tensors="pt")[
-        "pixel_values"
-    ]
+    pixel_values = processor.image_processor(load_image(IMAGE), return_tensors="pt")["pixel_values"]
     patches = embedded.vision_tower(pixel_values).last_hidden_state
     visual = project(pool(patches.mT).mT)
     ids = processor.tokenizer("How many circles?", return_tensors="pt")["input_ids"]

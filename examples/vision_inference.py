@@ -1,7 +1,7 @@
 """Show the features of a SigLIP encoder: `python examples/vision_inference.py IMAGE --model DIR`.
 
 Prints the features' shape and a map of the cosine similarity between every patch and the center
-patch: darker is more similar. DIR holds a SigLIP or a model with one. Default: the embedded
+patch: darker is more similar. DIR is a SigLIP or a model with one. Default: the embedded
 model.
 """
 
@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 import mllama
-from mllama.processing.image import load_picture
+from mllama.processing.image import load_image
 
 IMAGE = Path(__file__).parent / "pictures" / "drawn.png"
 SHADES = " .:-=+*#%@"
@@ -25,7 +25,7 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     model, processor = mllama.load(options.model)
     image_processor = getattr(processor, "image_processor", processor)
-    inputs = image_processor(load_picture(options.image), return_tensors="pt")
+    inputs = image_processor(load_image(options.image), return_tensors="pt")
     with torch.no_grad():
         output = model.vision_tower(inputs["pixel_values"].to(model.device))
     features = output.last_hidden_state.float()  # [1, patches, hidden]

@@ -1,5 +1,5 @@
-"""Executes the notebooks beside this file and keeps their outputs: `make notebooks`. `make test`
-executes them too, and keeps nothing.
+"""Execute the notebooks in this folder and save their outputs (`make notebooks`). `make test`
+executes them without saving.
 """
 
 from pathlib import Path
@@ -11,8 +11,8 @@ HERE = Path(__file__).parent
 
 
 def main() -> None:
-    """Every notebook, in the order of their names. Times and versions are left out: they would
-    change with every run.
+    """Execute every notebook in order. Times and versions are removed, because they change with
+    every run.
     """
     for path in sorted(HERE.glob("*.ipynb")):
         print(path.name)

@@ -1,5 +1,5 @@
-"""Print the names of what the package and its tests need, without their versions, for an
-environment with versions of its own choice.
+"""Print the requirements of the package and its tests without versions, for an environment with
+other versions.
 """
 
 import re

@@ -22,15 +22,6 @@ needs_kernels = pytest.mark.skipif(
 )
 
 
-@pytest.fixture(autouse=True, scope="package")
-def one_thread():
-    """For the conftest.py of folders whose tiny models do not pay for threads."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @dataclass
 class Sample:
     """One call: positional and keyword arguments of the public function, float tensors given in

@@ -1,7 +1,7 @@
 """Meta's reference code (PyPI's llama-models, installed without its dependencies) in one process:
 the oracle of what follows Meta.
 
-The package's parallel layers come from fairscale and its pictures go through torchvision. Neither
+The package's parallel layers come from fairscale and its images go through torchvision. Neither
 is needed here: in one process a parallel layer is a plain one, and tests hand over finished
 tensors.
 """
@@ -49,7 +49,7 @@ def _modules() -> dict[str, types.ModuleType]:
         setattr(layers, layer.__name__, layer)
     found["fairscale.nn.model_parallel"].initialize = initialize
     transform = types.ModuleType("llama_models.llama3.multimodal.image_transform")
-    transform.VariableSizeImageTransform = lambda size: lambda *picture, **options: None
+    transform.VariableSizeImageTransform = lambda size: lambda *image, **options: None
     utils = types.ModuleType("llama_models.llama3.multimodal.utils")
     utils.get_negative_inf_value = lambda dtype: torch.finfo(dtype).min
     utils.to_2tuple = lambda value: value if isinstance(value, tuple) else (value, value)
@@ -92,18 +92,18 @@ def shards(model: nn.Module, count: int) -> list[dict[str, torch.Tensor]]:
     return parts
 
 
-def vision_model(params: dict, **tower) -> nn.Module:
-    """The reference's Llama-3.2-Vision, its tower changed from the released size by VisionEncoder's
-    arguments.
+def vision_model(params: dict, **encoder) -> nn.Module:
+    """The reference's Llama-3.2-Vision, its encoder changed from the released size by
+    VisionEncoder's arguments.
     """
     code = load("multimodal.model")
-    encoder, width = code.VisionEncoder, tower["width"]
+    original, width = code.VisionEncoder, encoder["width"]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(code, "VisionEncoder", lambda **given: encoder(**given | tower))
+        patch.setattr(code, "VisionEncoder", lambda **given: original(**given | encoder))
         model = code.CrossAttentionTransformer(code.ModelArgs(**params))
     vision = model.vision_model
     vision.vision_projection = ColumnParallelLinear(
-        (len(tower["return_intermediate"]) + 1) * width, params["dim"]
+        (len(encoder["return_intermediate"]) + 1) * width, params["dim"]
     )
     return model
 
@@ -122,11 +122,11 @@ def vision_logits(
         tokens: int [B, T].
         images: [B, N, tiles, 3, size, size], empty tiles zero.
         ratios: int [B, N, 2], (tiles high, tiles wide).
-        spans: for each row and picture the positions [start, end) that see it; end -1 is the row's
+        spans: for each row and image the positions [start, end) that see it; end -1 is the row's
             end.
 
     Returns:
-        (the tower's features [B, N, tiles, tokens, width * states], logits [B, T, vocabulary])
+        (the encoder's features [B, N, tiles, tokens, width * states], logits [B, T, vocabulary])
     """
     code, text = load("multimodal.model"), model.text_model
     (batch, length), tiles = tokens.shape, images.shape[2]

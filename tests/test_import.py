@@ -17,7 +17,7 @@ import mllama
 from mllama import _ext
 from mllama.ops import _dispatch
 
-PICTURES = Path(__file__).parent.parent / "examples" / "pictures"
+IMAGES = Path(__file__).parent.parent / "examples" / "pictures"
 HEAVY = ("torch", "transformers", "numpy", "PIL", "safetensors")
 
 
@@ -96,7 +96,7 @@ for name in ("ops", "load"):
 print(json.dumps(said))
 sys.stdout.flush()
 cli.main(["info"])  # describes a broken installation too
-sys.exit(cli.main(["ask", "picture.png", "How many?"]))
+sys.exit(cli.main(["ask", "image.png", "How many?"]))
 """
     )
     said, *info = run.stdout.splitlines()
@@ -118,7 +118,7 @@ def test_references_need_no_compiled_module():
 
 def test_disable_ops_takes_0_and_1(monkeypatch):
     monkeypatch.setenv("MLLAMA_DISABLE_OPS", "yes")
-    with pytest.raises(ValueError, match="MLLAMA_DISABLE_OPS must be 0 or 1, got 'yes'"):
+    with pytest.raises(ValueError, match="MLLAMA_DISABLE_OPS.*yes"):
         _ext.disabled()
 
 
@@ -130,7 +130,7 @@ try:
 except ValueError as error:
     print(error)
 from mllama.cli import main
-sys.exit(main(["ask", "picture.png", "How many?"]))
+sys.exit(main(["ask", "image.png", "How many?"]))
 """
     run = python(code, MLLAMA_CPU_ISA="avx9")
     assert re.fullmatch("MLLAMA_CPU_ISA: .* got 'avx9'\n", run.stdout)
@@ -139,10 +139,7 @@ sys.exit(main(["ask", "picture.png", "How many?"]))
 
 @helpers.needs_kernels
 def test_a_module_of_older_sources_is_told():
-    with pytest.raises(
-        _ext.OpsUnavailable,
-        match="built from other sources .* lacks the operator rms_norm_of_tomorrow.*pip install",
-    ):
+    with pytest.raises(_ext.OpsUnavailable, match="rms_norm_of_tomorrow"):
         _dispatch.register("rms_norm_of_tomorrow", fake=torch.empty_like)
 
 
@@ -157,7 +154,7 @@ sys.meta_path.insert(0, Refuse())
 
 
 def test_asking_needs_no_transformers(tmp_path):
-    pictures = str(PICTURES / "photograph.jpg"), str(PICTURES / "drawn.png")
+    images = str(IMAGES / "photograph.jpg"), str(IMAGES / "drawn.png")
     run = python(
         TRANSFORMERS_FREE
         + f"""
@@ -165,7 +162,7 @@ import io
 import mllama
 from mllama.cli import main
 
-star, drawn = {pictures!r}
+star, drawn = {images!r}
 print(mllama.ask(star, "What colour is the star?"))
 print(mllama.ask(drawn, ["How many objects are there?", "Where is the star?"], max_new_tokens=9))
 print(mllama.ask(star, "What colour is the star?", temperature=0.5, top_p=0.9) != "")
@@ -202,12 +199,40 @@ sys.exit(main(["chat", "--model", {str(file)!r}, "--max-new-tokens", "4", "--jso
 
 
 def test_what_a_session_does_not_have_goes_through_transformers():
-    picture = str(PICTURES / "photograph.jpg")
+    image = str(IMAGES / "photograph.jpg")
     run = python(
         f"""
 import mllama
-print(mllama.ask({picture!r}, "What colour is the star?", num_beams=2))
+print(mllama.ask({image!r}, "What colour is the star?", num_beams=2))
 print("transformers" in sys.modules)
 """
     )
     assert run.stdout.splitlines() == ["red", "True"], run.stderr
+
+
+def test_processing_and_checkpoints_work_without_transformers():
+    run = python("""
+sys.modules["transformers"] = None
+import importlib, pkgutil, mllama.processing
+for module in pkgutil.iter_modules(mllama.processing.__path__):
+    importlib.import_module(f"mllama.processing.{module.name}")
+from mllama.assets import EMBEDDED
+from mllama.checkpoints import open_checkpoint
+from mllama.processing.auto import load_preprocessor
+from mllama.processing.conversation import encode_messages
+batch = encode_messages(load_preprocessor(EMBEDDED), [{"role": "user", "content": "What is it?"}])
+assert batch["input_ids"].shape[1] > 3
+assert open_checkpoint(EMBEDDED).family.name == "llava"
+assert "mllama.hf" not in sys.modules
+""")
+    assert run.returncode == 0, run.stderr
+
+
+def test_processors_import_no_models_of_transformers():
+    run = python("""
+import mllama.hf.processors.llava
+names = [name for name in sys.modules if name.startswith("transformers.models.")]
+models = [name for name in names if ".modeling_" in name and ".auto." not in name]
+assert not models, models
+""")
+    assert run.returncode == 0, run.stderr

@@ -22,8 +22,8 @@ MUST_NOT_NAME = {
     "python/mllama/model": r"mllama\.(?!ops|nn|encoders|fusion|text|config|model)|mllama import",
     "python/mllama/weights": r"mllama\.(?!config|weights)|mllama import",
     "python/mllama/families": r"mllama\.(?!config|weights|families)|from mllama import",
-    "python/mllama/checkpoints": r"mllama\.(?!config|weights|families|checkpoints|device|nn\.wrappers)"
-    r"|from mllama import",
+    "python/mllama/checkpoints": r"mllama\.(?!config|weights|families|checkpoints|device"
+    r"|nn\.wrappers)|from mllama import",
     "python/mllama/processing": r"mllama\.(?!ops|processing|checkpoints\.gguf|families)"
     r"|from mllama import",
     "python/mllama/runtime": r"mllama\.(hf|cli|api|dropin)|mllama import",

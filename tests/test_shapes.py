@@ -1,4 +1,4 @@
-"""The generator of the embedded model's images: repeatable, rightly labelled, and asking only
+"""The generator of the embedded model's images: repeatable, rightly labeled, and asking only
 what can be answered.
 """
 
@@ -43,7 +43,7 @@ def tokenizer():
     return build_tokenizer()
 
 
-def test_one_seed_is_one_picture(tokenizer):
+def test_one_seed_is_one_image(tokenizer):
     first, again = (ImageBatches(3, 4, 1000).make(7, tokenizer) for _ in range(2))
     other = ImageBatches(4, 4, 1000).make(7, tokenizer)
     assert torch.equal(first.pixels, again.pixels) and torch.equal(first.input_ids, again.input_ids)
@@ -75,7 +75,7 @@ def test_scenes_vary(scenes):
 
 
 def test_objects_are_drawn_where_and_how_the_scene_says():
-    """In the middle of an object that is no ring stands a color that is nearest to its own name's."""
+    """In the middle of an object that is no ring stands a color nearest to its own name's."""
     right = total = 0
     for i in range(100):
         scene = make_scene(
@@ -280,7 +280,7 @@ def test_scoring():
     )
 
 
-def test_held_out_pictures_are_their_own():
+def test_held_out_images_are_their_own():
     (scene, turns), *_ = held_out(1)
     assert (
         isinstance(Case(scene.image, turns, len(scene.objects)).image, Image.Image)

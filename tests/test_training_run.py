@@ -37,7 +37,7 @@ def test_three_phases(run):
     assert run.shown[3]["dense"] < run.shown[0]["dense"]
 
 
-def test_the_tower_rests_while_the_decoder_learns(tmp_path):
+def test_the_encoder_rests_while_the_decoder_learns(tmp_path):
     run = Run(PLAN, tmp_path)
     run.seen = 16  # in the frozen phase
     before = {name: p.detach().clone() for name, p in run.parameters.items()}

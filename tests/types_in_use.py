@@ -30,14 +30,14 @@ def loading() -> None:
 
 
 def answering(model: MllamaForConditionalGeneration, processor: Any) -> None:
-    assert_type(mllama.ask("picture.png", "How many?", model, processor, temperature=0.5), str)
-    inputs = processor(["How many?"], ["picture.png"])
+    assert_type(mllama.ask("image.png", "How many?", model, processor, temperature=0.5), str)
+    inputs = processor(["How many?"], ["image.png"])
     assert_type(model.generate(inputs["input_ids"], max_new_tokens=5), torch.LongTensor)
     assert_type(model.generate(inputs["input_ids"], return_dict_in_generate=True), GenerateOutput)
     assert_type(model.forward(inputs["input_ids"]), MllamaOutput | DecoderOutput | tuple[Any, ...])
-    assert_type(mllama.ask("picture.png", ["How many?", "What color?"]), list[str])
+    assert_type(mllama.ask("image.png", ["How many?", "What color?"]), list[str])
     mllama.ask("How many?")  # type: ignore[call-overload]
-    mllama.ask("picture.png", 3)  # type: ignore[call-overload]
+    mllama.ask("image.png", 3)  # type: ignore[call-overload]
     model.forward("How many?")  # type: ignore[arg-type]
 
 

@@ -9,7 +9,7 @@ from transformers import MllamaVisionConfig
 from transformers.models.mllama.modeling_mllama import MllamaVisionModel
 
 from benchmarks.harness import Case
-from mllama.encoders.tiled_vit import TiledVisionTower
+from mllama.encoders.tiled_vit import TiledImageEncoder
 
 PEER = "transformers' MllamaVisionModel"
 CONFIG = MllamaVisionConfig(
@@ -26,7 +26,7 @@ def cases() -> Iterator[Case]:
     does (reference="hf").
     """
     theirs = MllamaVisionModel(CONFIG).bfloat16().eval()
-    ours = TiledVisionTower(CONFIG).bfloat16().eval()
+    ours = TiledImageEncoder(CONFIG).bfloat16().eval()
     ours.load_state_dict(theirs.state_dict())
     pixels = torch.randn(1, 1, 4, 3, 560, 560, dtype=torch.bfloat16)
     for tiles, ratio in ((1, 1), (4, 6)):

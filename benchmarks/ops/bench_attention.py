@@ -1,9 +1,8 @@
 """attention on Llama-3.2-1B's decoder (one query over a long cache, prefill, packed rows),
-SigLIP-base's tower, and Llama-3.2-Vision's.
+SigLIP-base's vision encoder, and Llama-3.2-Vision's.
 
-The last has a tower that attends to the four tiles of an image at once, and cross-attention from
-the text to them. Only a few of its heads are taken where a call would last a second; one query is
-the whole layer.
+The last attends to the four tiles of an image at once, and has cross-attention from text to them.
+Only a few of its heads are used where a call would take a second; one query is the whole layer.
 """
 
 from collections.abc import Iterator
@@ -23,12 +22,12 @@ TILES, PATCHES, ROOM = (
     4,
     1601,
     1608,
-)  # of Llama-3.2-Vision: a tile's patches, and what the tower pads them to
+)  # Llama-3.2-Vision: a tile's patches, and their number after padding
 
 
 def cases() -> Iterator[Case]:
-    """Every shape, dtype and direction. K and V lie as a cache has them in decoding, else as the
-    projections leave them.
+    """Every shape, dtype and direction. K and V have a cache's layout in decoding, else that of
+    the projections.
     """
     heads = (shapes.HEADS, shapes.KV_HEADS, shapes.HEAD_SIZE)
     for dtype in DTYPES:
@@ -48,13 +47,13 @@ def cases() -> Iterator[Case]:
     for batch in shapes.VISION_BATCHES:
         for dtype in DTYPES:
             yield from _cases(
-                "tower", batch, shapes.PATCHES, shapes.PATCHES, *vision_heads, dtype, causal=False
+                "encoder", batch, shapes.PATCHES, shapes.PATCHES, *vision_heads, dtype, causal=False
             )
     padded = torch.arange(TILES * ROOM) % ROOM < PATCHES
     tile_hidden = torch.arange(TILES * PATCHES) // PATCHES != 1
     for dtype in DTYPES:
         yield from _cases(
-            "tiled tower",
+            "tiled encoder",
             1,
             len(padded),
             len(padded),
@@ -139,7 +138,7 @@ def _windows(queries, keys, heads, kv_heads, size, dtype) -> Iterator[Case]:
 
 
 def _packed(lengths: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Where each position's sequence begins, [1, T], and the same as a causal block-diagonal mask,
+    """Start of each position's sequence, [1, T], and the same as a causal block-diagonal mask,
     [1, 1, T, T].
     """
     ends = torch.tensor(lengths).cumsum(0)
@@ -149,7 +148,7 @@ def _packed(lengths: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _peer(q, k, v, causal, mask):
-    """torch's faster way to the same result: its own grouping, or K and V repeated for every query
+    """torch's faster way to the same result: grouped heads, or K and V repeated for every query
     head.
     """
     group = q.shape[2] // k.shape[2]

@@ -1,4 +1,4 @@
-"""resize and resize_normalize on images of usual sizes, to SigLIP-base's input."""
+"""resize and resize_normalize on images of common sizes, to SigLIP-base's input."""
 
 from collections.abc import Iterator
 
@@ -10,7 +10,7 @@ from transformers.image_transforms import normalize, rescale
 from benchmarks import shapes
 from benchmarks.harness import Case
 from mllama.ops import resize, resize_normalize
-from mllama.processing.image import normalisation_table
+from mllama.processing.image import normalization_table
 
 PEER = (
     "Pillow, torch's antialiased uint8 interpolate (other last bits), and Pillow with "
@@ -23,13 +23,13 @@ def cases() -> Iterator[Case]:
     """Every size, bicubic, against each peer. GB/s counts the image read and the result written
     once.
     """
-    side = shapes.PICTURE
+    side = shapes.IMAGE
     half = (0.5, 0.5, 0.5)
-    table = normalisation_table(half, half)
+    table = normalization_table(half, half)
     for height, width in SIZES:
         array = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
         image, source = torch.from_numpy(array), Image.fromarray(array)
-        planes = image.permute(2, 0, 1)[None]  # channels last in memory, torch's fast road
+        planes = image.permute(2, 0, 1)[None]  # channels last in memory, torch's fast path
 
         def pillow(source=source):
             return np.array(source.resize((side, side), Image.Resampling.BICUBIC))

@@ -32,7 +32,7 @@ def _cases(shape: tuple[int, ...], out: int, dtype: torch.dtype, dropout: float)
     a, b = torch.randn(RANK, width), torch.randn(out, RANK)
     size = (
         weight.numel() * weight.element_size() if rows == 1 else 0
-    )  # then its reading is what takes the time
+    )  # reading the weight then dominates
     flops, update_flops = 2 * rows * weight.numel(), 2 * rows * RANK * (width + out)
     return both_directions(
         f"{shapes.label(shape)} to {out}" + (f", dropout {dropout}" if dropout else ""),

@@ -17,7 +17,7 @@ def cases() -> Iterator[Case]:
         for dtype in DTYPES:
             weight = torch.randn(shapes.VISION_HIDDEN, 3, shapes.PATCH, shapes.PATCH, dtype=dtype)
             bias = torch.randn(shapes.VISION_HIDDEN, dtype=dtype)
-            pixels = torch.randn(batch, 3, shapes.PICTURE, shapes.PICTURE, dtype=dtype)
+            pixels = torch.randn(batch, 3, shapes.IMAGE, shapes.IMAGE, dtype=dtype)
             flops = 2 * batch * shapes.PATCHES * weight.numel()
             yield from both_directions(
                 shapes.label(pixels.shape),

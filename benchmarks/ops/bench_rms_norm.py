@@ -1,5 +1,5 @@
-"""rms_norm on Llama-3.2-1B's hidden states, and in Gemma's form (weights beside 1) on as large
-ones.
+"""rms_norm on Llama-3.2-1B's hidden states, and in Gemma's form (1 + weight) on the same
+sizes.
 """
 
 from collections.abc import Iterator

@@ -13,8 +13,8 @@ PEER = "transformers' apply_rotary_pos_emb"
 
 
 def cases() -> Iterator[Case]:
-    """Every shape, dtype and direction. Both sides get the queries and keys as the projections
-    leave them, [B, T, heads, D] in memory.
+    """Every shape, dtype and direction. Both sides get queries and keys in the projections'
+    layout, [B, T, heads, D].
     """
     for length in shapes.TEXT_LENGTHS:
         for dtype in DTYPES:

@@ -9,8 +9,8 @@
 namespace mllama {
 namespace {
 
-// Up to this many rows a group goes to the decode kernel, which packs nothing; above, packing pays
-// (measured).
+// Groups of up to this many rows go to the decode kernel, which does not pack; above, packing pays
+// off (measured).
 constexpr int64_t kDecodeRows = 24;
 
 // Row b of a mask's tensor.
@@ -21,7 +21,7 @@ const T* mask_row(const MaybeTensor& t, int64_t b) {
     return data<T>(*t) + (t->dim() == 0 || t->size(0) == 1 ? 0 : b * width);
 }
 
-// What the queries of each batch row see: reads the masks, which lie in the CPU's memory.
+// The keys visible to each batch row's queries, read from the masks in CPU memory.
 class Visible {
   public:
     explicit Visible(const AttentionArgs& a) : rows_(a.q.size(0)) {
@@ -37,8 +37,8 @@ class Visible {
                     mask_row<float>(o.key_bias, b), keys);
             }
             const int64_t* starts = mask_row<int64_t>(o.first_key, b);
-            // Starts that hide nothing are as none: a graph that was compiled for both then does
-            // what the other does.
+            // Starts that hide nothing are treated as none, so that a graph compiled for both gives
+            // the same result.
             if (per_query || std::any_of(starts, starts + (starts ? queries : 0),
                                          [](int64_t key) { return key > 0; })) {
                 if (!ranges_) ranges_.reset(new kernels::KeyRange[batch * queries]);
@@ -54,7 +54,7 @@ class Visible {
   private:
     static constexpr float kHidden = -std::numeric_limits<float>::infinity();
 
-    // What offset, window and prefix say. Beyond the bounds nothing changes, and sums cannot
+    // Offset, window and prefix, clamped: beyond the bounds nothing changes, and sums cannot
     // overflow.
     static kernels::VisibleKeys causal_row(const AttentionOptions& o, int64_t b, int64_t queries,
                                            int64_t keys) {
@@ -65,17 +65,18 @@ class Visible {
         int64_t window_start = o.window ? std::max(offset, -kFar) - *o.window + 1 : -queries;
         bool prefix = o.prefix_length && o.prefix_length->dim() == 1;
         int64_t length = prefix ? *mask_row<int64_t>(o.prefix_length, b) : 0;
-        return {.offset = std::clamp(offset, -queries, keys),
+        // Not cut to the keys: a query behind the last key may be in the prefix or not.
+        return {.offset = std::clamp(offset, -queries, kFar),
                 .window_start = std::clamp(window_start, -queries, keys),
-                .prefix = std::clamp<int64_t>(length, 0, keys),
+                .prefix = length,
                 .first = 0,
                 .last = keys,
                 .added = nullptr,
                 .ranges = nullptr};
     }
 
-    // A bias in log2 units: finite where it is finite, though the largest are out of range there.
-    // NaN hides, as -inf.
+    // A bias in log2 units: finite values stay finite, although the largest are out of range. NaN
+    // hides a key, as -inf does.
     static float in_log2(float bias) {
         constexpr float kLog2e = 1.44269504f, kMost = std::numeric_limits<float>::max();
         if (!(bias > kHidden)) return kHidden;
@@ -95,14 +96,14 @@ class Visible {
         row.first = std::min(first, last);
         row.last = last;
         if (bias || count < last - first)
-            row.added = added;  // padding at the ends alone needs no look at single keys
+            row.added = added;  // padding only at the ends needs no test of single keys
     }
 
     static void limit(kernels::VisibleKeys& row, kernels::KeyRange* ranges, const int64_t* starts,
                       const int64_t* prefixes, int64_t queries) {
         kernels::VisibleKeys one = row;
         for (int64_t t = 0; t < queries; ++t) {
-            if (prefixes) one.prefix = std::clamp<int64_t>(prefixes[t], 0, row.last);
+            if (prefixes) one.prefix = prefixes[t];
             int64_t start = std::max(one.start(t), starts ? starts[t] : 0);
             ranges[t] = {static_cast<int32_t>(std::min(start, row.last)),
                          static_cast<int32_t>(one.limit(t))};
@@ -110,7 +111,7 @@ class Visible {
         row.ranges = ranges;
     }
 
-    // Moves first and last to the keys that some query sees: no kernel reads others.
+    // Moves first and last to keys visible to some query; kernels read no others.
     static void tighten(kernels::VisibleKeys& row, int64_t queries) {
         if (queries == 0) return;
         int64_t first = row.start(0), last = row.limit(queries - 1);
@@ -133,7 +134,7 @@ kernels::Heads heads(const Tensor& t) {
     return {t.const_data_ptr(), t.stride(0), t.stride(1), t.stride(2)};
 }
 
-// The part of the kernels' arguments that both directions have.
+// The kernel arguments shared by both directions.
 void describe(kernels::Attention& args, const AttentionArgs& a, const Visible& visible) {
     args.dtype = a.dtype;
     args.batch = a.q.size(0);
@@ -154,8 +155,8 @@ int64_t tiles(const kernels::Attention& args) {
     return (args.rows() + kernels::kMostTileRows - 1) / kernels::kMostTileRows;
 }
 
-// Into how many shares each group is cut so that no thread waits for another longer than a tenth of
-// the time.
+// Number of shares per group, such that no thread waits for another for more than a tenth of the
+// time.
 int64_t shares_for(const kernels::Attention& args) {
     int64_t threads = torch::stable::get_num_threads(), most = std::min(tiles(args), 2 * threads),
             shares = 1;
@@ -194,8 +195,8 @@ void prefill(const kernels::AttentionForward& args) {
 }
 
 void backward(kernels::AttentionBackward& args) {
-    // Sixteen tasks or more, of eight tiles or more. By the sizes alone: the parts are sums, whose
-    // order makes the bits.
+    // At least sixteen tasks of at least eight tiles. Depends on sizes alone, because the order of
+    // the parts' sums determines the bits.
     int64_t groups = args.groups();
     args.parts = std::clamp<int64_t>(16 / std::max<int64_t>(groups, 1), 1,
                                      std::max<int64_t>(tiles(args) / 8, 1));

@@ -1,4 +1,4 @@
-// attention: schemas, checks and tensors, the same on every device.
+// attention: schemas, checks and tensors, shared by all devices.
 #pragma once
 
 #include <cmath>
@@ -7,8 +7,8 @@
 
 namespace mllama {
 
-// What attention takes beside q, k and v: which keys queries see, and how scores are made. Adding
-// an argument: here, in the schema, and in the two functions of attention.cpp.
+// Arguments of attention besides q, k and v: visible keys, and how scores are computed. To add one:
+// here, in the schema, and in the two functions of attention.cpp.
 struct AttentionOptions {
     MaybeTensor key_mask;       // bool [B, S]
     MaybeTensor key_bias;       // float32 [B or 1, S]
@@ -46,7 +46,7 @@ struct AttentionArgs {
     }
 
     Dtype dtype;
-    AttentionOptions options;  // tensors dense
+    AttentionOptions options;  // contiguous tensors
     Tensor q;                  // [B, T, H, D], any strides but the last one
     Tensor k, v;               // [B, S, KV, D]
     float scale, softcap;      // softcap 0 = none
@@ -58,7 +58,7 @@ struct AttentionArgs {
                   q.size(2) % k.size(2) == 0 && k.scalar_type() == q.scalar_type(),
               op, "k");
         check(v.sizes() == k.sizes() && v.scalar_type() == q.scalar_type(), op, "v");
-        constexpr int64_t kMost = 1 << 30;  // so that kernels may count in int32
+        constexpr int64_t kMost = 1 << 30;  // so that kernels can count in int32
         check(q.size(1) < kMost && k.size(1) < kMost, op, "length");
         return dtype_of(op, "q", q);
     }
@@ -79,7 +79,7 @@ struct AttentionArgs {
         check_mask(op, "first_key", o.first_key, ScalarType::Long, true, batch, queries);
     }
 
-    // [batch] or [batch, width]; a shared one also [1] (or []) or [1, width], for the whole batch.
+    // [batch] or [batch, width]; if shared by the batch also [1] (or []) or [1, width].
     static void check_mask(const char* op, const char* name, MaybeTensor& t, ScalarType type,
                            bool shared, int64_t batch, std::optional<int64_t> width) {
         if (!t) return;

@@ -8,8 +8,8 @@ namespace {
 
 using kernels::Activation;
 
-// Too large for a cache to hold it until the next operator reads it (measured: 17 % faster at 16
-// MiB, slower at 8).
+// Too large to stay in a cache until the next operator reads it (measured: 17 % faster at 16 MiB,
+// slower at 8).
 bool is_large(const Tensor& t) {
     return t.numel() * static_cast<int64_t>(t.element_size()) >= int64_t{16} << 20;
 }

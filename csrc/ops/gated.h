@@ -1,4 +1,4 @@
-// swiglu and geglu: schemas, checks and tensors, the same on every device.
+// swiglu and geglu: schemas, checks and tensors, shared by all devices.
 #pragma once
 
 #include "core/rows.h"
@@ -12,7 +12,7 @@ constexpr char kSwigluBackwardSchema[] =
 constexpr char kGegluBackwardSchema[] =
     "_geglu_backward(Tensor grad_y, Tensor gate, Tensor up) -> (Tensor grad_gate, Tensor grad_up)";
 
-// Rows of `width` elements, the first ones `stride` apart.
+// Rows of `width` elements that start `stride` apart.
 struct Rows {
     explicit Rows(const Tensor& t) { std::tie(tensor, stride) = dense_rows(t); }
 
@@ -20,7 +20,7 @@ struct Rows {
     int64_t stride;
 };
 
-// Where nothing has gaps all is one row, so that threads share the work whatever the width.
+// Contiguous tensors are one row, so that threads share the work for every width.
 template <class... Others>
 int64_t common_width(const Rows& first, const Others&... others) {
     bool dense = first.tensor.is_contiguous() && (others.tensor.is_contiguous() && ...);

@@ -20,9 +20,9 @@ double bicubic(double x) {
     return x < 2.0 ? (((x - 5) * x + 8) * x - 4) * a : 0.0;
 }
 
-// What one direction sums: Pillow's precompute_coeffs and normalize_coeffs_8bpc, operation by
-// operation, then the weights in pairs as the kernels take them. (Compiled without FMA on x86: a
-// fused product would round differently.)
+// The weights of one direction: Pillow's precompute_coeffs and normalize_coeffs_8bpc, operation by
+// operation, then in pairs as the kernels read them. (Compiled without FMA on x86: a fused product
+// would round differently.)
 struct Weights {
     int64_t most;
     std::vector<int64_t> first;
@@ -64,14 +64,14 @@ struct Weights {
         }
     }
 
-    // The low 16 bits of x, in the place of an even or an odd input.
+    // The low 16 bits of x, at the position of an even or an odd input.
     static int32_t half(int32_t x, bool odd) {
         const uint32_t bits = static_cast<uint16_t>(x);
         return static_cast<int32_t>(odd ? bits << 16 : bits);
     }
 };
 
-// The image in another width, or in another height.
+// Resize the width or the height.
 Tensor one_pass(const Tensor& image, int64_t size, bool is_width, bool cubic) {
     const int64_t in_height = image.size(0), in_width = image.size(1);
     if (size == (is_width ? in_width : in_height)) return image;
@@ -89,8 +89,7 @@ Tensor one_pass(const Tensor& image, int64_t size, bool is_width, bool cubic) {
                          .width = width,
                          .in = data<uint8_t>(image),
                          .out = mutable_data<uint8_t>(out)};
-    // Some millisecond of work for each thread at least: a second one gains less than waiting for
-    // it may cost.
+    // At least about a millisecond of work per thread: less would not pay for waiting for it.
     const int64_t across = is_width ? height : width,
                   block_work = kernels::kBlock * 3 * size * 2 * weights.most;
     auto kernel = is_width ? MLLAMA_CALL(resize_width) : MLLAMA_CALL(resize_height);

@@ -24,7 +24,7 @@ std::tuple<Tensor, Tensor> layer_norm(const Tensor& x, const Tensor& weight, con
     return {a.y, a.statistics};
 }
 
-// The gradients of weight and bias are empty unless asked for: frozen ones need none.
+// The gradients of weight and bias are empty unless requested.
 std::tuple<Tensor, Tensor, Tensor> layer_norm_backward(const Tensor& grad_y, const Tensor& x,
                                                        const Tensor& weight, const Tensor& bias,
                                                        const Tensor& statistics,

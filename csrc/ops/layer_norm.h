@@ -1,4 +1,4 @@
-// layer_norm: schemas, checks and tensors, the same on every device.
+// layer_norm: schemas, checks and tensors, shared by all devices.
 #pragma once
 
 #include "core/rows.h"
@@ -11,7 +11,7 @@ constexpr char kLayerNormBackwardSchema[] =
     "_layer_norm_backward(Tensor grad_y, Tensor x, Tensor weight, Tensor bias, Tensor statistics, "
     "bool parameter_gradients) -> (Tensor grad_x, Tensor grad_weight, Tensor grad_bias)";
 
-// x, weight and bias, dense; the parameters both in x's dtype, or both in float32.
+// x, weight and bias, contiguous; the parameters both in x's dtype or both in float32.
 struct LayerNormInputs {
     LayerNormInputs(const char* op, const Tensor& x_, const Tensor& weight_, const Tensor& bias_)
         : dtype(dtype_of(op, "x", x_)),

@@ -8,8 +8,8 @@ namespace {
 
 using kernels::LowRank;
 
-// A product between rows x, a factor (lora_a, or lora_b `by_column`) and small, all dense; one of
-// them is written.
+// A product of two among rows x, a factor (lora_a, or lora_b `by_column`) and small, all
+// contiguous; the third is written.
 LowRank product(const LoraLinearArgs& l, const Tensor& x, const Tensor& factor, bool by_column,
                 const Tensor& small, double scale) {
     return {.rows = x.size(0),
@@ -27,7 +27,7 @@ LowRank product(const LoraLinearArgs& l, const Tensor& x, const Tensor& factor, 
             .small = const_cast<float*>(data<float>(small))};
 }
 
-// The same of dropout(x).
+// The same with dropout(x).
 LowRank with_dropout(const LoraLinearArgs& l, LowRank args) {
     if (!l.seed) return args;
     args.scale /= static_cast<float>(1 - l.dropout);
@@ -72,7 +72,7 @@ std::tuple<Tensor, Tensor> lora_linear(const Tensor& x, const Tensor& weight, co
     return {y, small};
 }
 
-// Each gradient is empty unless asked for. `small` is the forward pass's second result.
+// Each gradient is empty unless requested. `small` is the forward pass's second result.
 std::tuple<Tensor, Tensor, Tensor, Tensor> lora_linear_backward(
     const Tensor& grad_y, const Tensor& x, const Tensor& weight, const Tensor& lora_a,
     const Tensor& lora_b, const MaybeTensor& bias, const Tensor& small, const MaybeTensor& seed,

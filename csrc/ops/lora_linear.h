@@ -1,4 +1,4 @@
-// lora_linear: schemas, checks and tensors, the same on every device.
+// lora_linear: schemas, checks and tensors, shared by all devices.
 #pragma once
 
 #include "core/rows.h"
@@ -47,7 +47,7 @@ struct LoraLinearArgs {
     Tensor weight;     // [out, in], in x's dtype
     Tensor a, b;       // [rank, in] and [out, rank]
     MaybeTensor bias;  // [out], in x's dtype
-    MaybeTensor seed;  // int64 [1], where there is dropout
+    MaybeTensor seed;  // int64 [1], with dropout
     double scale, dropout;
     int64_t out, rank;
 

@@ -29,7 +29,7 @@ Tensor cut(const PatchEmbedArgs& a) {
     return patches;
 }
 
-// And back.
+// The inverse.
 Tensor paste(const PatchEmbedArgs& a, const Tensor& patches) {
     Tensor pixels = new_like(a.pixels);
     kernels::Patches args = layout(pixels, patches, a.patch);
@@ -46,7 +46,7 @@ Tensor patch_embed(const Tensor& pixels, const Tensor& weight, const MaybeTensor
     return y;
 }
 
-// Each gradient is empty unless asked for.
+// Each gradient is empty unless requested.
 std::tuple<Tensor, Tensor, Tensor> patch_embed_backward(const Tensor& grad_y, const Tensor& pixels,
                                                         const Tensor& weight,
                                                         const MaybeTensor& bias,

@@ -1,4 +1,4 @@
-// patch_embed: schemas, checks and sizes, the same on every device.
+// patch_embed: schemas, checks and sizes, shared by all devices.
 #pragma once
 
 #include "core/tensor.h"

@@ -37,7 +37,7 @@ std::tuple<Tensor, Tensor, Tensor> add_rms_norm(const Tensor& x, const Tensor& r
     return {args.y, args.hidden, args.rstd};
 }
 
-// The weight's gradient is empty unless asked for: frozen weights need none.
+// The weight's gradient is empty unless requested.
 std::tuple<Tensor, Tensor> rms_norm_backward(const Tensor& grad_y, const MaybeTensor& grad_hidden,
                                              const Tensor& hidden, const Tensor& weight,
                                              const Tensor& rstd, double offset,

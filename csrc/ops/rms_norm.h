@@ -1,4 +1,4 @@
-// rms_norm and add_rms_norm: schemas, checks and tensors, the same on every device.
+// rms_norm and add_rms_norm: schemas, checks and tensors, shared by all devices.
 #pragma once
 
 #include "core/rows.h"
@@ -14,7 +14,7 @@ constexpr char kRmsNormBackwardSchema[] =
     "_rms_norm_backward(Tensor grad_y, Tensor? grad_hidden, Tensor hidden, Tensor weight, "
     "Tensor rstd, float offset, bool weight_gradient) -> (Tensor grad_hidden, Tensor grad_weight)";
 
-// The weight, dense, in a dtype that kernels read beside x: x's own, or float32.
+// The weight, contiguous, in a dtype that kernels accept with x: x's own, or float32.
 inline Tensor norm_weight(const char* op, const Tensor& x, const Tensor& weight) {
     dtype_of(op, "weight", weight);
     check(x.dim() >= 1, op, "x");
@@ -47,7 +47,7 @@ struct RmsNormArgs {
     Tensor x;              // [..., D]
     MaybeTensor residual;  // as x
     float eps, offset;
-    Tensor y, hidden;  // as x; hidden is x where there is no residual
+    Tensor y, hidden;  // as x; hidden is x without a residual
     Tensor rstd;       // float32 [...]
 };
 

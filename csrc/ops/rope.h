@@ -1,4 +1,4 @@
-// rope: schema, checks and tensors, the same on every device.
+// rope: schema, checks and tensors, shared by all devices.
 #pragma once
 
 #include "core/tensor.h"

@@ -32,8 +32,8 @@ def draw_curve(history: list[dict], file: Path) -> None:
                 label={"dense": "dense labels", "tokens": "answer tokens"}.get(name, name),
                 linewidth=1,
             )
-    left.set(title="loss", xlabel="pictures", ylim=(0, None))
-    right.set(title="share right (training pictures)", xlabel="pictures", ylim=(0, 1))
+    left.set(title="loss", xlabel="images", ylim=(0, None))
+    right.set(title="share right (training images)", xlabel="images", ylim=(0, 1))
     for axis in (left, right):
         axis.legend(fontsize=7)
         axis.grid(alpha=0.3)

@@ -11,7 +11,7 @@ from torch import nn
 
 
 @torch.no_grad()
-def local_attention(tower: nn.Module, strength: float = 4.0, share: float = 0.5) -> None:
+def local_attention(encoder: nn.Module, strength: float = 4.0, share: float = 0.5) -> None:
     """Initialize a SigLIP encoder so that every head attends in one direction.
 
     A vision transformer trained from scratch needs many images to learn which patches are
@@ -21,11 +21,11 @@ def local_attention(tower: nn.Module, strength: float = 4.0, share: float = 0.5)
     each head. All parameters stay trainable.
 
     Args:
-        tower: a module with SigLIP's parameter names.
+        encoder: a module with SigLIP's parameter names.
         strength: sharpness of the initial attention.
         share: fraction of the channels that encode the position.
     """
-    table = tower.embeddings.position_embedding.weight
+    table = encoder.embeddings.position_embedding.weight
     patches, width = table.shape
     grid = math.isqrt(patches)
     pairs = int(width * share) // 4  # frequencies for each axis
@@ -39,10 +39,10 @@ def local_attention(tower: nn.Module, strength: float = 4.0, share: float = 0.5)
     size = 4 * pairs
     table.normal_(std=0.02)
     table[:, :size] = torch.cat(waves, dim=1) * 0.7
-    patch = tower.embeddings.patch_embedding.weight
+    patch = encoder.embeddings.patch_embedding.weight
     patch.normal_(std=1.0 / math.sqrt(patch[0].numel()))
     patch[:size] *= 0.1  # leave the position's channels mostly to the position
-    nn.init.zeros_(tower.embeddings.patch_embedding.bias)
+    nn.init.zeros_(encoder.embeddings.patch_embedding.bias)
     offsets = [
         (0, 0),
         (-1, 0),
@@ -58,9 +58,9 @@ def local_attention(tower: nn.Module, strength: float = 4.0, share: float = 0.5)
         (0, -2),
         (0, 2),
     ]
-    for number, layer in enumerate(tower.encoder.layers):
+    for number, layer in enumerate(encoder.encoder.layers):
         attention = layer.self_attn
-        heads = tower.config.num_attention_heads
+        heads = encoder.config.num_attention_heads
         depth = width // heads
         for projection in (attention.q_proj, attention.k_proj):
             nn.init.normal_(projection.weight, std=0.02)

@@ -274,7 +274,7 @@ class Run:
         figures |= {"pictures": self.seen, "seconds": round(self.seconds)}
         with open(self.folder / "checks.jsonl", "a") as file:
             file.write(json.dumps(figures) + "\n")
-        progress.write(f"{self.seen} pictures, {self.seconds:.0f} s: {summary(figures)}")
+        progress.write(f"{self.seen} images, {self.seconds:.0f} s: {summary(figures)}")
         return figures
 
     @contextmanager

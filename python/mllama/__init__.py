@@ -1,19 +1,16 @@
-"""mllama: run and fine-tune Llama-3.2-style vision-language models, on C++ operators registered
-with torch.
+"""mllama: run and fine-tune Llama-3.2-style vision-language models with C++ operators for PyTorch.
 
-Importing the package costs nothing beyond this file: every public name is loaded on first use (PEP
-562).
+Importing the package loads this file alone; every public name is imported on first use (PEP 562).
 """
 
 import importlib
 
-# typing's, which type checkers take for true by its name; importing typing takes longer than this
-# file
+# Type checkers take this name for true. Importing typing would take longer than this file.
 TYPE_CHECKING = False
 
 __version__ = "0.1.0"
 
-if TYPE_CHECKING:  # what `_HOME` says, for type checkers; tests/test_types.py compares the two
+if TYPE_CHECKING:  # the names of `_HOME` for type checkers; tests/test_types.py compares the two
     from mllama import ops as ops
     from mllama.api import ask as ask
     from mllama.api import load as load
@@ -69,8 +66,8 @@ _HOME = {
     "unmerge_lora": "lora",
 }
 
-# type checkers cannot read a computed __all__, and for __getattr__'s sake they would let any name
-# pass
+# Hidden from type checkers: they cannot read a computed __all__, and __getattr__ would let any
+# name pass.
 if not TYPE_CHECKING:
     __all__ = ["__version__", "ops", *sorted(_HOME)]
 

@@ -1,7 +1,7 @@
-"""Loading of the compiled module `mllama._C`, with errors that name cause and cure.
+"""Loads the compiled module `mllama._C`; errors name the cause and the fix.
 
-`load()` returns the module, or None where the environment says MLLAMA_DISABLE_OPS=1: then every
-operator runs its `reference()`.
+`load()` returns the module, or None with MLLAMA_DISABLE_OPS=1: every operator then runs its
+`reference()`.
 """
 
 import functools
@@ -11,11 +11,11 @@ import platform
 
 
 class OpsUnavailable(ImportError):
-    """The compiled operators are missing, or were built for something else than what runs now."""
+    """The compiled operators are missing, or were built for another Python or torch."""
 
 
 def disabled() -> bool:
-    """True where MLLAMA_DISABLE_OPS=1 asks for the plain-torch references."""
+    """Whether MLLAMA_DISABLE_OPS=1 selects the plain-torch references."""
     value = os.environ.get("MLLAMA_DISABLE_OPS", "0")
     if value not in ("", "0", "1"):
         raise ValueError(f"MLLAMA_DISABLE_OPS must be 0 or 1, got {value!r}")
@@ -23,7 +23,7 @@ def disabled() -> bool:
 
 
 def unavailable(cause: str) -> OpsUnavailable:
-    """The error for operators that cannot be used: its cause, and the cure."""
+    """The error for operators that cannot be used, with its cause and how to fix it."""
     import torch
 
     return OpsUnavailable(
@@ -39,8 +39,8 @@ def load():
     """Import `mllama._C` once. Returns the module, or None when operators are disabled.
 
     Raises:
-        OpsUnavailable: the module is missing or cannot be loaded; the text says why and what to do.
-        ValueError: MLLAMA_DISABLE_OPS or MLLAMA_CPU_ISA has a value that it does not take.
+        OpsUnavailable: the module is missing or cannot be loaded.
+        ValueError: MLLAMA_DISABLE_OPS or MLLAMA_CPU_ISA has an unknown value.
     """
     if disabled():
         return None

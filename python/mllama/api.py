@@ -1,4 +1,4 @@
-"""The short way in: `load` a model with its processor, `ask` about an image."""
+"""The high-level interface: `load` a model with its processor, `ask` about an image."""
 
 import functools
 import os
@@ -22,6 +22,7 @@ from mllama.processing.auto import load_preprocessor
 from mllama.runtime.questions import as_list, encode_questions, refuse_swapped, share_images
 from mllama.runtime.session import OPTIONS, Session
 from mllama.runtime.settings import beyond_session, check_settings
+from mllama.weights.stock_names import own_names
 
 if TYPE_CHECKING:
     from mllama.hf.answering import GenerateSession
@@ -49,34 +50,33 @@ def load(
     reference: str = "meta",
     adapter: str | os.PathLike | None = None,
 ) -> "tuple[MllamaForConditionalGeneration | Any, Any]":
-    """Load a model of any family and its processor; what was chosen is said on stderr, once.
+    """Load a model of any family and its processor. Prints what was chosen to stderr, once.
 
-    Both are transformers' kinds. transformers' `AutoModelForImageTextToText` makes its own class of
-    most of these folders, which does not use this package's operators;
-    `MllamaForConditionalGeneration.from_pretrained(path)` is the model alone that does.
+    Both are classes of transformers' kind. transformers' `AutoModelForImageTextToText` builds its
+    own classes from most of these folders, without this package's operators.
+    `MllamaForConditionalGeneration.from_pretrained(path)` loads the model alone.
 
     Args:
-        path: a model folder, a GGUF file, or a model's id on the hub; None is the model that comes
-            with the package. A folder of adapters in PEFT's format is the model that it is for,
-            with them.
-        dtype: "float32", "bfloat16", "float16" or the torch dtype. "auto" is by the device:
-            bfloat16 where it computes in it, float16 on older CUDA devices, else float32; and
-            float32 on a CPU for weights of less than 64 MB.
-        device: as torch names it. "auto" is the first CUDA device, else the CPU.
-        reference: whose Llama-3.2-Vision to follow, "meta" or "hf"; it means nothing to other
-            families.
-        adapter: adapters to put into the model, as `mllama.load_lora` takes them.
+        path: a model folder, a GGUF file, or a model id on the hub. Default: the model embedded in
+            the package. A folder of adapters in PEFT's format loads their base model with them.
+        dtype: "float32", "bfloat16", "float16" or the torch dtype. "auto" depends on the device:
+            bfloat16 where it is supported, float16 on older CUDA devices, else float32; on a CPU,
+            float32 for weights of less than 64 MB.
+        device: a torch device. "auto" is the first CUDA device, else the CPU.
+        reference: which implementation of Llama-3.2-Vision to follow, "meta" or "hf". Other
+            families ignore it.
+        adapter: LoRA adapters to load into the model, as `mllama.load_lora` accepts them.
 
     Returns:
-        The model, in eval mode: MllamaForConditionalGeneration, or SiglipModel for a SigLIP vision
-            model alone. And what it needs before it: the processor, the tokenizer of a text model,
-            the image processor of a SigLIP.
+        (model, processor). The model is in eval mode: MllamaForConditionalGeneration, or
+            SiglipModel for a SigLIP vision model. The processor is the tokenizer for a text model,
+            the image processor for SigLIP.
 
     Raises:
-        TypeError: a path or adapter that is no path.
-        FileNotFoundError: no such folder or model, or a file missing in it.
-        ValueError: an empty path; a dtype, device or reference that is not known or not here; an
-            unknown family, or broken files; adapters that do not fit the model.
+        TypeError: path or adapter is not a path.
+        FileNotFoundError: the folder or model does not exist, or one of its files is missing.
+        ValueError: path is empty; the dtype, device or reference is unknown or not available; the
+            family is unknown or the files are broken; the adapters do not fit the model.
     """
     model, processor = load_quietly(path, dtype, device, reference, adapter)
     say_loaded(path, model)
@@ -116,15 +116,14 @@ def open_session(
     reference: str = "meta",
     adapter: str | os.PathLike | None = None,
 ) -> "Session | GenerateSession":
-    """A session of a model's files: the core's own; transformers', where the model's settings ask
-    for what the core's does not have, or only it reads the tokenizer or the names in a folder of
-    adapters.
+    """Open a session: the core's own, or one on transformers' `generate` where the model's
+    settings or its tokenizer need transformers.
 
     Args:
         path, dtype, device, reference, adapter: as `load` takes them.
 
     Raises:
-        TypeError, ValueError, FileNotFoundError: as `load`. A SigLIP, which has no decoder.
+        TypeError, ValueError, FileNotFoundError: as `load`. ValueError for SigLIP: no decoder.
     """
     folder, own_adapter = _find_adapted(path, adapter)
     place = choose_device(device)
@@ -132,8 +131,7 @@ def open_session(
         if opened.spec.text is None:
             raise ValueError("a SigLIP vision model has no decoder to answer with")
         settings, where = opened.generation or {}, opened.source.where
-        peft = own_adapter is not None and Path(own_adapter).is_dir()
-        processor = None if peft or beyond_session(settings) else _core_processor(folder)
+        processor = None if beyond_session(settings) else _core_processor(folder)
         if processor is not None:
             check_settings(where, settings)
             model = _load_core(opened, dtype, place, reference)
@@ -146,7 +144,7 @@ def open_session(
 
 
 def _core_processor(folder: Path) -> Any:
-    """None where only transformers reads it, or says what is wrong with it."""
+    """None if only transformers can read it, or report what is wrong with it."""
     try:
         return load_preprocessor(folder)
     except ValueError:
@@ -158,15 +156,16 @@ def _load_core(
 ) -> VisionLanguageModel:
     model = lay_out(opened, lambda spec: VisionLanguageModel(spec, reference=reference))
     fill(model, opened, dtype_named(resolve_dtype(opened, dtype, device)), lambda name: device)
+    # load_lora asks for it, of adapters under transformers' names.
+    weight_map = opened.family.weight_map(opened.spec)
+    model.__dict__["own_names"] = functools.partial(own_names, weight_map)
     return model.eval()
 
 
 def _find_adapted(
     path: str | os.PathLike | None, adapter: str | os.PathLike | None
 ) -> tuple[Path, str | os.PathLike | None]:
-    """A model's files, and the adapters for it: a folder of adapters is the model that they are
-    for, with them.
-    """
+    """The model's files and the adapters to load. A folder of adapters names its base model."""
     if not isinstance(adapter, (str, os.PathLike, type(None))):
         raise TypeError(f"adapter must be a str, a path or None, got {type(adapter).__name__}")
     folder = find_model(path)
@@ -183,7 +182,7 @@ def _find_adapted(
 def resolve_dtype(
     opened: Opened, dtype: str | torch.dtype, device: torch.device
 ) -> str | torch.dtype:
-    """What "auto" means for opened files on a device; another dtype as it is."""
+    """Resolve "auto" for a checkpoint and a device; any other dtype is returned unchanged."""
     if not isinstance(dtype, str) or dtype != "auto":
         return dtype
     headers = opened.source.headers().values()
@@ -193,7 +192,7 @@ def resolve_dtype(
 
 
 def processor_of(folder: Path, load: Callable[[Path], Any]) -> Any:
-    """`load`, of a folder that holds a model."""
+    """Call `load` on a model's folder; add the folder to its error."""
     try:
         return load(folder)
     except ValueError as error:  # broken JSON does not say where
@@ -203,12 +202,12 @@ def processor_of(folder: Path, load: Callable[[Path], Any]) -> Any:
 
 
 def find_model(path: str | os.PathLike | None) -> Path:
-    """Where a model's files are: the embedded model's for None, the path's own, or where the hub's
-    files of that id were put.
+    """Locate a model's files: the embedded model for None, an existing path, or the local copy of
+    a model id on the hub.
 
     Raises:
-        TypeError: a path that is no path.
-        ValueError: an empty path.
+        TypeError: path is not a path.
+        ValueError: path is empty.
         FileNotFoundError: as `mllama.checkpoints.hub.find_folder`.
     """
     if not isinstance(path, (str, os.PathLike, type(None))):
@@ -223,8 +222,8 @@ def find_model(path: str | os.PathLike | None) -> Path:
 
 
 def say_loaded(path: str | os.PathLike | None, model: torch.nn.Module) -> None:
-    """Say on stderr which model was loaded, its dtype and device, and of the embedded one its
-    limits; the same line is said once.
+    """Print the model, its dtype and device to stderr, and the embedded model's limits. The same
+    line is printed once.
     """
     name, first = "the embedded model" if path is None else Path(path), next(model.parameters())
     _say(f"mllama: {name} in {dtype_name(first.dtype)} on {first.device}")
@@ -261,36 +260,34 @@ def ask(
     allow_urls: bool = False,
     **generate_kwargs: Any,
 ) -> str | list[str]:
-    """Ask about an image, about several at once, or in text alone; a list of questions is answered
-    in one batch.
+    """Ask about one or several images, or in text alone. A list of questions runs as one batch.
 
     Args:
-        image: an image in any form of `mllama.processing.image.load_picture` (a path, bytes, a
-            file object, a data URL, a PIL image, an array, a tensor ...), or a list of them for one
-            question about several; None for a question in text alone, which every family with a
-            chat template takes. To a list of questions one image belongs to them all, and a list
-            holds what belongs to each: an image, a list of images, or None.
-        question: in words; of PaliGemma its prefix, such as "caption en" or "detect cat ; dog". Or
-            a list of questions.
-        model, processor: what `load` returned; None for both is the embedded model, loaded once.
+        image: an image in any form that `mllama.processing.image.load_image` accepts (a path,
+            bytes, a file object, a data URL, a PIL image, an array, a tensor ...), or a list of
+            them for one question about several. None asks in text alone, for models with a chat
+            template. With a list of questions, one image is used for all of them, and a list has
+            one entry per question: an image, a list of images, or None.
+        question: the question, or a list of questions. For PaliGemma a prefix such as "caption en"
+            or "detect cat ; dog".
+        model, processor: as returned by `load`. Default: the embedded model, loaded once.
         allow_urls: download images given as http(s) URLs.
-        generate_kwargs: of transformers' `generate`. By default at most 128 new tokens, and always
-            the likeliest: give a temperature, top_k, top_p or min_p to sample. The embedded model
-            takes those, max_new_tokens, do_sample, repetition_penalty and eos_token_id without
+        generate_kwargs: options of transformers' `generate`. Default: at most 128 new tokens,
+            greedy; temperature, top_k, top_p or min_p turn sampling on. The embedded model
+            handles these, max_new_tokens, do_sample, repetition_penalty and eos_token_id without
             transformers.
 
     Returns:
-        The answer's text; a list of them, in order, to a list of questions.
+        The answer, or a list of answers in the order of the questions.
 
     Raises:
-        TypeError: an image, question, model, processor or option of another type; an option that
-            `generate` does not have, with the nearest that it has.
-        ValueError: model without processor or the reverse; a SigLIP, which has no decoder; a
-            question that is empty, no valid text, too long for the model or has the image's
-            placeholder in it; image and question swapped; an image that cannot be read, or for a
-            model that takes none; the embedded model without an image; an option out of its range,
-            or without effect.
-        FileNotFoundError: no such image.
+        TypeError: an image, question, model, processor or option has the wrong type, or `generate`
+            has no such option (the error names the nearest one).
+        ValueError: only one of model and processor is given; the model is a SigLIP, which has no
+            decoder; the question is empty, not valid text, too long, or contains the image
+            placeholder; image and question are swapped; an image cannot be read or the model takes
+            none; the embedded model gets no image; an option is out of range or has no effect.
+        FileNotFoundError: the image file does not exist.
     """
     if (model is None) != (processor is None):
         raise ValueError(
@@ -318,13 +315,13 @@ def ask(
 
 
 def _session_of(model: Any, processor: Any, options: Mapping[str, Any]) -> Any:
-    """A session of its own for every call: one holds what was asked last."""
+    """A new session for every call: a session keeps the cache of its last prompt."""
     if model is None:
         model, processor, settings, where = _embedded(bool(_beyond(options)))
     else:
         settings, where = None, None
         check_answers(model)
-    # Not by class: adapters wrap models.
+    # Checked by attributes: adapters wrap models.
     if not hasattr(model, "generate") and not hasattr(model, "compute"):
         raise TypeError(f"model must be as mllama.load returns it, got {type(model).__name__}")
     if not hasattr(processor, "chat_template"):
@@ -340,7 +337,7 @@ def _session_of(model: Any, processor: Any, options: Mapping[str, Any]) -> Any:
 
 @functools.cache
 def _embedded(by_transformers: bool) -> tuple[Any, Any, Any, str]:
-    """The embedded model, its processor and settings: the core's, or transformers'."""
+    """The embedded model, its processor and settings, on the core or on transformers."""
     if by_transformers:
         return *load(), None, str(EMBEDDED)
     session: Any = open_session()
@@ -349,15 +346,15 @@ def _embedded(by_transformers: bool) -> tuple[Any, Any, Any, str]:
 
 
 def _beyond(options: Mapping[str, Any]) -> list[str]:
-    """Options that the core's session does not have, or nobody."""
+    """Options that the core's session does not support."""
     return [name for name, value in options.items() if value is not None and name not in OPTIONS]
 
 
 def check_images(session: "Session | GenerateSession", images: Sequence) -> None:
-    """Refuse the embedded model without an image: it would answer all the same.
+    """Reject a question without an image for the embedded model: its answer would be meaningless.
 
     Raises:
-        ValueError: no images for the embedded model.
+        ValueError: images is empty and the model is the embedded one.
     """
     if not images and session.where == str(EMBEDDED):
         raise ValueError(
@@ -366,7 +363,7 @@ def check_images(session: "Session | GenerateSession", images: Sequence) -> None
 
 
 def check_answers(model: Any) -> None:
-    """Refuse a model that cannot answer.
+    """Reject a model without a decoder.
 
     Raises:
         ValueError: a SigLIP vision model, of this package or of transformers.
@@ -377,5 +374,5 @@ def check_answers(model: Any) -> None:
 
 @functools.cache
 def _say(line: str) -> None:
-    if sys.stderr is not None:  # None where it was closed, and print would take stdout for it
+    if sys.stderr is not None:  # None if it was closed: print would write to stdout
         print(line, file=sys.stderr)

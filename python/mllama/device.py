@@ -1,13 +1,11 @@
-"""Where to run and in which dtype, as `mllama.load` and the command line choose it. Knows torch, no
-operator and no model.
-"""
+"""Device and dtype as `mllama.load` and the command line choose them. Depends on torch alone."""
 
 from typing import Any
 
 import torch
 
-# On a CPU bfloat16 saves memory traffic. Weights that fit a cache have none: the embedded model
-# takes 52 ms for an answer of 16 tokens in float32 and 60 in bfloat16 (one Zen 4 core).
+# On a CPU bfloat16 saves memory traffic. Weights that fit in the cache cause none: the embedded
+# model takes 52 ms for an answer of 16 tokens in float32 and 60 in bfloat16 (one Zen 4 core).
 SMALL_MODEL = 64 * 2**20
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _CPU_FEATURES = (
@@ -23,30 +21,30 @@ _CPU_FEATURES = (
 
 
 def choose_device(device: str | torch.device) -> torch.device:
-    """The device named; "auto" is the current CUDA device, else the CPU.
+    """The device by name; "auto" is the current CUDA device, else the CPU.
 
     Raises:
-        ValueError: a device that is not known, or not here.
+        ValueError: the device is unknown or not available.
     """
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         found = torch.device(device)
         torch.empty(1, device=found).item()
-    except Exception as error:  # which kind torch raises depends on the device and on the build
+    except Exception as error:  # torch's exception type depends on the device and the build
         raise ValueError(
             f"device {str(device)!r} is not known or not here: {str(error).partition(chr(10))[0]}"
         ) from error
-    if found.type == "cpu" and found.index:  # torch takes any number, what reads weights takes none
+    if found.type == "cpu" and found.index:  # torch accepts any index, the weight reader none
         raise ValueError(f"device {str(device)!r} is not known or not here: there is one cpu")
     return torch.device("cpu") if found.type == "cpu" else found
 
 
 def dtype_named(dtype: torch.dtype | str | None) -> torch.dtype | None:
-    """One of the dtypes that models are loaded in; None for "auto".
+    """A dtype that models can be loaded in, by name; None for "auto".
 
     Raises:
-        ValueError: any other.
+        ValueError: another dtype.
     """
     if dtype in ("auto", None):
         return None
@@ -60,8 +58,8 @@ def dtype_named(dtype: torch.dtype | str | None) -> torch.dtype | None:
 
 
 def choose_dtype(device: torch.device, weight_bytes: int) -> torch.dtype:
-    """bfloat16 where the device computes in it, float16 on older CUDA devices, else float32. On a
-    CPU small models stay in float32.
+    """bfloat16 where the device supports it, float16 on older CUDA devices, else float32. On a CPU
+    small models stay in float32.
     """
     if device.type == "cuda":
         return (
@@ -77,8 +75,6 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 def cpu_features() -> list[str]:
-    """What this CPU has of the instruction sets that matter here, in torch's names; empty where
-    torch cannot tell.
-    """
+    """Instruction sets of this CPU that the kernels use, by torch's names; empty if unknown."""
     found: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
     return [name for name in _CPU_FEATURES if found.get(name)]

@@ -2,18 +2,18 @@
 
 import pytest
 
-import twins
+import tiny
 
 
 @pytest.fixture
 def saved(tmp_path):
     """A folder in LLaVA's layout, and its model."""
-    model = twins.model()
+    model = tiny.model()
     model.save_pretrained(tmp_path / "model")
     return tmp_path / "model", model
 
 
 @pytest.fixture
 def sharded(tmp_path):
-    twins.model().save_pretrained(tmp_path / "model", max_shard_size="100KB")
+    tiny.model().save_pretrained(tmp_path / "model", max_shard_size="100KB")
     return tmp_path / "model"

@@ -5,9 +5,9 @@ import sys
 import pytest
 import torch
 
-import twins
-from folders import logits
+import tiny
 from mllama import MllamaForConditionalGeneration
+from tiny.folders import logits
 
 
 @pytest.mark.parametrize(
@@ -22,7 +22,7 @@ from mllama import MllamaForConditionalGeneration
     ],
 )
 def test_dtypes(asked, got, tmp_path):
-    model = twins.model().to(torch.bfloat16)
+    model = tiny.model().to(torch.bfloat16)
     model.save_pretrained(tmp_path)
     loaded = MllamaForConditionalGeneration.from_pretrained(
         tmp_path, device_map={"": "cpu"}, **asked
@@ -121,7 +121,5 @@ def test_a_device_that_is_not_here_is_refused(device, saved):
     name = device if isinstance(device, str) else "xla"
     if getattr(torch, name, None) is not None and getattr(torch, name).is_available():
         pytest.skip(f"{name} is here")
-    with pytest.raises(
-        ValueError, match=f"device '{name}' was asked for, but this torch cannot use it: "
-    ):
+    with pytest.raises(ValueError, match=f"device '{name}'"):
         MllamaForConditionalGeneration.from_pretrained(saved[0], device_map=device)

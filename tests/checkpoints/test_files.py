@@ -6,15 +6,15 @@ import stat
 import pytest
 import torch
 
-import twins
-from folders import logits
+import tiny
 from mllama import MllamaForConditionalGeneration
 from mllama.checkpoints import files
 from mllama.hf import checkpoints
+from tiny.folders import logits
 
 
 def test_saving_again_leaves_no_older_weights_and_keeps_other_files(tmp_path):
-    model = twins.model()
+    model = tiny.model()
     folder = tmp_path / "model"
     folder.mkdir()
     (folder / "tokenizer.json").write_text("{}")
@@ -43,7 +43,7 @@ def test_saving_again_leaves_no_older_weights_and_keeps_other_files(tmp_path):
 def test_a_save_that_fails_changes_nothing(exists, tmp_path, monkeypatch):
     folder = tmp_path / "model"
     if exists:
-        twins.model().save_pretrained(folder)
+        tiny.model().save_pretrained(folder)
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
 
     def fail(path, *args):
@@ -52,7 +52,7 @@ def test_a_save_that_fails_changes_nothing(exists, tmp_path, monkeypatch):
 
     monkeypatch.setattr(checkpoints, "save_weights", fail)
     with pytest.raises(OSError, match="disk full"):
-        twins.model(seed=1).save_pretrained(folder)
+        tiny.model(seed=1).save_pretrained(folder)
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
     assert folder.exists() is exists
 
@@ -73,22 +73,22 @@ def interrupt(monkeypatch, after, times):
 @pytest.mark.parametrize("after", [0, 1, 3, 7, 8, 9, 12])
 def test_an_interrupt_between_the_renames_leaves_the_older_model(after, tmp_path, monkeypatch):
     folder = tmp_path / "model"
-    twins.model().save_pretrained(folder, max_shard_size="100KB")
+    tiny.model().save_pretrained(folder, max_shard_size="100KB")
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     interrupt(monkeypatch, after, times=1)
     with pytest.raises(KeyboardInterrupt):
-        twins.model(seed=1).save_pretrained(folder, max_shard_size="100KB")
+        tiny.model(seed=1).save_pretrained(folder, max_shard_size="100KB")
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
     assert [path for path in folder.iterdir() if path.is_dir()] == []
 
 
 def test_the_older_weights_are_kept_aside_where_they_cannot_be_put_back(tmp_path, monkeypatch):
     folder = tmp_path / "model"
-    twins.model().save_pretrained(folder)
+    tiny.model().save_pretrained(folder)
     before = (folder / "model.safetensors").read_bytes()
     interrupt(monkeypatch, after=4, times=100)
     with pytest.raises(KeyboardInterrupt):
-        twins.model(seed=1).save_pretrained(folder)
+        tiny.model(seed=1).save_pretrained(folder)
     with pytest.raises(FileNotFoundError):
         MllamaForConditionalGeneration.from_pretrained(folder)
     (kept,) = folder.glob(".*-old/model.safetensors")
@@ -109,4 +109,4 @@ def test_what_is_saved_has_ordinary_permissions(saved):
 def test_a_file_in_the_folders_place_is_refused(tmp_path):
     (tmp_path / "model").write_text("")
     with pytest.raises(NotADirectoryError, match="not a folder"):
-        twins.model().save_pretrained(tmp_path / "model")
+        tiny.model().save_pretrained(tmp_path / "model")

@@ -8,7 +8,6 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-import stock
 from mllama import MllamaForConditionalGeneration, SiglipModel
 from mllama.checkpoints.files import save_weights, write_json
 from mllama.checkpoints.loading import match
@@ -16,6 +15,7 @@ from mllama.checkpoints.sources import Header, open_safetensors
 from mllama.families import family_of
 from mllama.hf.config_objects import config_object
 from mllama.weights.rows import plan_moves, to_file
+from tiny import LLAMA3, stock
 
 
 def read_folder(folder):
@@ -37,7 +37,7 @@ def read_folder(folder):
     return family, config, values
 
 
-@pytest.mark.parametrize("case", stock.MAKERS)
+@pytest.mark.parametrize("case", stock.FORMATS)
 def test_stock_reads_what_is_written_of_what_stock_wrote(case, tmp_path):
     model = stock.make(case)
     model.save_pretrained(tmp_path / "stock")
@@ -70,7 +70,7 @@ def ours_of(case: str):
     return SiglipModel if case.startswith("siglip") else MllamaForConditionalGeneration
 
 
-@pytest.mark.parametrize("case", stock.MAKERS)
+@pytest.mark.parametrize("case", stock.FORMATS)
 def test_a_folder_of_stock_loads_and_is_written_back(case, tmp_path):
     model = stock.make(case)
     model.save_pretrained(tmp_path / "stock")
@@ -98,7 +98,7 @@ def test_a_folder_of_stock_loads_and_is_written_back(case, tmp_path):
     )
 
 
-@pytest.mark.parametrize("case", stock.MAKERS)
+@pytest.mark.parametrize("case", stock.FORMATS)
 def test_every_era_loads_as_a_state_dict(case, tmp_path):
     """The file's names as stock writes them, its names in memory, and ours."""
     model = stock.make(case)
@@ -111,13 +111,15 @@ def test_every_era_loads_as_a_state_dict(case, tmp_path):
         report = other.load_state_dict({name: value for name, value in names.items()})
         assert not report.missing_keys and not report.unexpected_keys
         assert all(torch.equal(value, expected[name]) for name, value in other.state_dict().items())
+    report = other.load_state_dict({"nobody.weight": torch.zeros(1)}, strict=False)
+    assert report.unexpected_keys == ["nobody.weight"]
 
 
 @pytest.mark.parametrize(
     ("case", "older"),
     [
         ("paligemma", ("vision_tower.", "vision_tower.vision_model.")),
-        ("llava, clip", ("vision_tower.", "vision_tower.vision_model.")),
+        ("llava, clip, 2, tied", ("vision_tower.", "vision_tower.vision_model.")),
         ("siglip_vision_model", ("", "vision_model.")),
     ],
 )
@@ -140,17 +142,13 @@ def test_the_released_spelling_is_read_and_written(case, older, tmp_path):
 
 @pytest.mark.parametrize(
     "rope",
-    [
-        stock.ROPE,
-        {**stock.ROPE, "type": "llama3"},
-        {k: v for k, v in stock.ROPE.items() if k != "rope_type"},
-    ],
+    [LLAMA3, {**LLAMA3, "type": "llama3"}, {k: v for k, v in LLAMA3.items() if k != "rope_type"}],
 )
 @pytest.mark.parametrize("new", [False, True])
 def test_rope_is_read_in_either_spelling_and_written_in_the_older(rope, new, tmp_path):
     if "rope_type" not in rope:
         rope = {**rope, "type": "llama3"}
-    stock.make("llama, scaled").save_pretrained(tmp_path)
+    stock.make("llama, factor 8").save_pretrained(tmp_path)
     content = json.loads((tmp_path / "config.json").read_text())
     content.pop("rope_parameters")
     content |= (
@@ -160,12 +158,12 @@ def test_rope_is_read_in_either_spelling_and_written_in_the_older(rope, new, tmp
     )
     (tmp_path / "config.json").write_text(json.dumps(content))
     loaded = MllamaForConditionalGeneration.from_pretrained(tmp_path)
-    assert loaded.config.rope_parameters.items() >= {**stock.ROPE, "rope_theta": 5e5}.items()
+    assert loaded.config.rope_parameters.items() >= {**LLAMA3, "rope_theta": 5e5}.items()
     loaded.save_pretrained(tmp_path)
     written = json.loads((tmp_path / "config.json").read_text())
     assert (
         written["rope_theta"] == 5e5
-        and written["rope_scaling"] == stock.ROPE
+        and written["rope_scaling"] == LLAMA3
         and "rope_parameters" not in written
     )
 
@@ -199,7 +197,7 @@ def test_a_paligemma_with_a_gemma_3_is_refused_by_name(tmp_path):
     content = json.loads((tmp_path / "config.json").read_text())
     content["text_config"]["model_type"] = "gemma3_text"
     (tmp_path / "config.json").write_text(json.dumps(content))
-    with pytest.raises(ValueError, match="'gemma3_text' is not supported"):
+    with pytest.raises(ValueError, match="gemma3_text"):
         MllamaForConditionalGeneration.from_pretrained(tmp_path)
 
 
@@ -320,7 +318,7 @@ OLD = {
 }
 
 
-@pytest.mark.parametrize("case", stock.MAKERS)
+@pytest.mark.parametrize("case", stock.FORMATS)
 def test_the_fields_of_older_files_are_read_past(case, tmp_path):
     stock.make(case).save_pretrained(tmp_path)
     content = json.loads((tmp_path / "config.json").read_text())
@@ -345,7 +343,7 @@ def test_every_name_of_llama_3_2_11b_vision_is_accounted_for():
             "tie_word_embeddings": True,
         },
         "text_config": OLD
-        | {"model_type": "mllama_text_model", "rope_theta": 5e5, "rope_scaling": stock.ROPE},
+        | {"model_type": "mllama_text_model", "rope_theta": 5e5, "rope_scaling": LLAMA3},
     }
     family = family_of(content)
     weight_map = family.weight_map(family.compose(content))

@@ -1,4 +1,4 @@
-"""GGUF files against stock transformers, against llama.cpp's layout spelt out here, and against
+"""GGUF files against stock transformers, against llama.cpp's layout spelled out here, and against
 files that lie.
 """
 
@@ -9,21 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
-from transformers import (
-    Gemma2Config,
-    Gemma2ForCausalLM,
-    Gemma3ForCausalLM,
-    Gemma3TextConfig,
-    GemmaConfig,
-    GemmaForCausalLM,
-    LlamaConfig,
-    LlamaForCausalLM,
-    PreTrainedTokenizerFast,
-)
+from transformers import LlamaConfig, PreTrainedTokenizerFast
 
-import stock as tiny
-import twins
+import tiny
 from mllama import MllamaForConditionalGeneration
+from tiny.sizes import LLAMA32
+from tiny.stock import make as make_stock
 
 gguf = pytest.importorskip("gguf")
 np = pytest.importorskip("numpy")
@@ -36,15 +27,8 @@ from mllama.hf.gguf import save_gguf  # noqa: E402
 from mllama.hf.processors.tokenizers import load_gguf_tokenizer as load_tokenizer  # noqa: E402
 
 Type = gguf.GGMLQuantizationType
-SIZES = twins.SIZES | {"head_dim": 16, "max_position_embeddings": 256, "rms_norm_eps": 1e-5}
-LLAMA3 = {
-    "rope_type": "llama3",
-    "rope_theta": 500000.0,
-    "factor": 32.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 8192,
-}
+SIZES = tiny.SIZES | {"head_dim": 16, "max_position_embeddings": 256, "rms_norm_eps": 1e-5}
+LLAMA3 = LLAMA32 | {"rope_theta": 500000.0}
 # llama.cpp's names, from its converter.
 NAMES = {
     "model.embed_tokens": "token_embd",
@@ -76,21 +60,13 @@ WINDOWED = {
 
 
 def stock(architecture: str = "llama", **options):
-    """A tiny random model of stock transformers, every parameter drawn."""
-    torch.manual_seed(0)
-    kinds = {
-        "llama": (LlamaConfig, LlamaForCausalLM),
-        "gemma": (GemmaConfig, GemmaForCausalLM),
-        "gemma2": (Gemma2Config, Gemma2ForCausalLM),
-        "gemma3": (Gemma3TextConfig, Gemma3ForCausalLM),
-    }
-    config_class, model_class = kinds[architecture]
-    ids = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
-    model = model_class(config_class(**SIZES | ids | options)).eval()
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.normal_(float("norm" in name and architecture == "llama"), 0.1)
-    return model
+    """A tiny random model of stock transformers, by the architecture's name in GGUF. What a file
+    need not say is as in the released models.
+    """
+    released = {"attn_logit_softcapping": 50.0} if architecture == "gemma2" else {}
+    released |= {"layer_types": None} if architecture == "gemma3" else {}
+    family = {"gemma3": "gemma3_text"}.get(architecture, architecture)
+    return make_stock(family, **SIZES | {"pad_token_id": None} | released | options)
 
 
 def theirs(name: str, four_norms: bool = False) -> str:
@@ -167,10 +143,6 @@ def logits(model) -> torch.Tensor:
         return model(input_ids=ids).logits.float()
 
 
-def close(ours: torch.Tensor, wanted: torch.Tensor) -> bool:
-    return bool((ours - wanted).abs().max() <= 1e-4 * wanted.abs().max())
-
-
 def factors(parameters: dict, head_dim: int = 16) -> np.ndarray:
     """Llama 3's, by transformers' own function."""
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
@@ -197,7 +169,8 @@ def factors(parameters: dict, head_dim: int = 16) -> np.ndarray:
 def test_logits_are_the_ones_of_stock_transformers(tmp_path, architecture, options):
     model = stock(architecture, **options)
     ours = MllamaForConditionalGeneration.from_pretrained(write(tmp_path / "model.gguf", model))
-    assert ours.dtype == torch.float32 and close(logits(ours), logits(model))
+    assert ours.dtype == torch.float32
+    tiny.close(logits(ours), logits(model))
     assert ours.config.model_type == model.config.model_type and ours.config.rms_norm_eps == 1e-5
 
 
@@ -211,7 +184,8 @@ def test_what_a_gemma_2_and_3_say_of_their_layers(tmp_path):
     path = write(tmp_path / "gemma2.gguf", model, metadata=softcap_and_pattern)
     ours = MllamaForConditionalGeneration.from_pretrained(path)
     assert ours.config.layer_types == model.config.layer_types
-    assert ours.config.attn_logit_softcapping == 1.5 and close(logits(ours), logits(model))
+    assert ours.config.attn_logit_softcapping == 1.5
+    tiny.close(logits(ours), logits(model))
 
     def scaled(writer):
         writer.add_rope_freq_base_swa(200.0)
@@ -225,7 +199,8 @@ def test_what_a_gemma_2_and_3_say_of_their_layers(tmp_path):
     model = stock("gemma3", **options, layer_types=kinds)
     path = write(tmp_path / "gemma3.gguf", model, metadata=scaled)
     ours = MllamaForConditionalGeneration.from_pretrained(path)
-    assert ours.config.layer_types == kinds and close(logits(ours), logits(model))
+    assert ours.config.layer_types == kinds
+    tiny.close(logits(ours), logits(model))
     for sizes, scalar in (((46, 32, 2), 16), ((45, 32, 2), 8)):  # 27B's follows from its width
         layers, hidden, heads = sizes
         arguments = {"num_hidden_layers": layers, "hidden_size": hidden, "head_dim": 8}
@@ -240,9 +215,9 @@ def test_a_folder_whose_only_model_is_one_gguf_file(tmp_path):
     model = stock()
     write(tmp_path / "model.gguf", model)
     (tmp_path / "README.md").write_text("about it")
-    assert close(logits(MllamaForConditionalGeneration.from_pretrained(tmp_path)), logits(model))
+    tiny.close(logits(MllamaForConditionalGeneration.from_pretrained(tmp_path)), logits(model))
     write(tmp_path / "other.gguf", model)
-    with pytest.raises(ValueError, match="several GGUF files, name one: model.gguf, other.gguf"):
+    with pytest.raises(ValueError, match="model.gguf, other.gguf"):
         MllamaForConditionalGeneration.from_pretrained(tmp_path)
 
 
@@ -250,7 +225,8 @@ def test_llama3_scaling_is_recovered_from_its_factors(tmp_path):
     model = stock(rope_parameters=LLAMA3, max_position_embeddings=32768)
     path = write(tmp_path / "model.gguf", model, extra={"rope_freqs.weight": factors(LLAMA3)})
     ours = MllamaForConditionalGeneration.from_pretrained(path)
-    assert ours.config.rope_parameters == LLAMA3 and close(logits(ours), logits(model))
+    assert ours.config.rope_parameters == LLAMA3
+    tiny.close(logits(ours), logits(model))
     path = write(
         tmp_path / "none.gguf", stock(), extra={"rope_freqs.weight": np.ones(8, np.float32)}
     )
@@ -278,14 +254,14 @@ def test_linear_scaling(tmp_path):
     ours = MllamaForConditionalGeneration.from_pretrained(
         write(tmp_path / "model.gguf", model, metadata=metadata)
     )
-    assert close(logits(ours), logits(model))
+    tiny.close(logits(ours), logits(model))
 
 
 @pytest.mark.parametrize(
     "kind", ["F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q4_K", "IQ4_XS"]
 )
-def test_blocks_are_dequantised(tmp_path, kind):
-    """Random blocks, since gguf quantises to some types only; K and IQ blocks are 256 wide."""
+def test_blocks_are_dequantized(tmp_path, kind):
+    """Random blocks, since gguf quantizes to some types only; K and IQ blocks are 256 wide."""
     kind, rng = Type[kind], np.random.default_rng(0)
     block, size = gguf.GGML_QUANT_SIZES[kind]
     stored = (
@@ -347,7 +323,7 @@ def test_special_ids(tmp_path):
                 metadata=lambda writer: writer.add_array("mllama.eos_token_ids", [1, 99]),
             )
         )
-    with pytest.raises(ValueError, match="eos_token_id is 99, the vocabulary has 99 tokens"):
+    with pytest.raises(ValueError, match="eos_token_id is 99"):
         open_gguf(
             write(
                 tmp_path / "wrong.gguf",
@@ -406,17 +382,14 @@ def test_ends_of_generation_come_back(tmp_path, make_tokenizer, ends):
 @pytest.mark.parametrize(
     ("changed", "said"),
     [
-        ({"block_count": 0}, "llama.block_count must be positive, got 0"),
+        ({"block_count": 0}, "llama.block_count"),
         ({"block_count": 2**31}, "block_count is 2147483648, the file holds 21 tensors in all"),
         ({"block_count": 3}, r"missing \(9\): blk.2"),
         ({"attention.head_count": None}, "has no llama.attention.head_count"),
         ({"attention.key_length": 2**30}, "head_dim"),
-        (
-            {"attention.head_count_kv": 3},
-            "num_attention_heads 4 is not a multiple of num_key_value_heads 3",
-        ),
+        ({"attention.head_count_kv": 3}, "num_attention_heads 4"),
         ({"embedding_length": 2**31 - 2}, "embedding|hidden|shape|laid out"),
-        ({"feed_forward_length": 2**31}, "intermediate_size must be at most 2147483647"),
+        ({"feed_forward_length": 2**31}, "intermediate_size"),
         ({"feed_forward_length": 2**31 - 1}, "shape"),
     ],
 )
@@ -670,7 +643,7 @@ def test_what_is_written_comes_back(tmp_path, architecture, dtype, make_tokenize
 
 
 def test_the_file_is_as_llama_cpps_converter_writes_it(tmp_path, make_tokenizer):
-    """Names, order of dimensions, permutation, types and keys; `write` is the converter spelt out."""
+    """Names, order of dimensions, permutation, types and keys; `write` spells the converter out."""
     model = stock(rope_parameters=LLAMA3, vocab_size=330)
     written = write(
         tmp_path / "wanted.gguf", model, Type.F16, extra={"rope_freqs.weight": factors(LLAMA3)}
@@ -720,7 +693,7 @@ def test_q8_0(tmp_path, make_tokenizer):
     ) == ("Q8_0", "F16", "F32")
     again = MllamaForConditionalGeneration.from_pretrained(tmp_path / "model.gguf")
     for name, value in ours.state_dict().items():
-        assert (again.state_dict()[name] - value).abs().max() <= value.abs().max() / 250
+        assert (again.state_dict()[name] - value).abs().max() <= value.abs().max() / 220
 
 
 def test_a_scaling_of_another_original_context_comes_back(tmp_path, make_tokenizer):
@@ -782,7 +755,7 @@ def test_pre_tokenizers_by_llama_cpps_names(tmp_path, make_tokenizer, pre):
 
 
 def test_of_a_vision_language_model_the_text_part_is_written(tmp_path, make_tokenizer):
-    ours = twins.model(text={"vocab_size": 330})
+    ours = tiny.model(text={"vocab_size": 330})
     with pytest.warns(UserWarning, match="gets the text part of the model"):
         save_gguf(ours, make_tokenizer(), tmp_path / "model.gguf", "f16")
     again = MllamaForConditionalGeneration.from_pretrained(tmp_path / "model.gguf", dtype="float32")
@@ -820,12 +793,9 @@ def test_what_cannot_be_written_is_refused_and_leaves_nothing(tmp_path, make_tok
             save_gguf(*arguments)
     with torch.no_grad():
         ours.language_model.layers[0].mlp.up_proj.weight[0, 0] = 1e6
-    with pytest.raises(
-        ValueError,
-        match="blk.0.ffn_up.weight has weights beyond float16's largest, 65504; write bf16",
-    ):
+    with pytest.raises(ValueError, match="blk.0.ffn_up.weight"):
         save_gguf(ours, tokenizer, path)
-    crossed = tiny.make("mllama")
+    crossed = make_stock("mllama")
     with pytest.raises(ValueError, match="cross_attention_layers"):
         save_gguf(MllamaForConditionalGeneration(crossed.config), tokenizer, path)
     with pytest.raises(TypeError, match="model"):  # transformers' own
@@ -848,7 +818,7 @@ def test_what_cannot_be_written_is_refused_and_leaves_nothing(tmp_path, make_tok
         ),
         (
             lambda writer: (writer.add_token_list(["a"]), writer.add_tokenizer_model("bert")),
-            "'bert' is not read; 'gpt2' and 'llama' are",
+            "'bert'",
         ),
         (
             lambda writer: (writer.add_token_list(["a"]), writer.add_tokenizer_model("llama")),
@@ -860,7 +830,7 @@ def test_what_cannot_be_written_is_refused_and_leaves_nothing(tmp_path, make_tok
                 writer.add_tokenizer_model("gpt2"),
                 writer.add_tokenizer_pre("qwen2"),
             ),
-            "'qwen2' is not read; llama-bpe",
+            "'qwen2'",
         ),
         (
             lambda writer: (
@@ -876,7 +846,7 @@ def test_what_cannot_be_written_is_refused_and_leaves_nothing(tmp_path, make_tok
                 writer.add_tokenizer_model("gpt2"),
                 writer.add_bos_token_id(7),
             ),
-            "bos_token_id is 7, there are 1 tokens",
+            "bos_token_id is 7",
         ),
     ],
 )

@@ -14,7 +14,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-import twins
+import tiny
 from mllama import MllamaForConditionalGeneration
 from mllama.checkpoints import hub
 
@@ -29,7 +29,7 @@ REVISION = "0" * 40
 @pytest.fixture
 def cache(tmp_path):
     """A cache folder as huggingface_hub lays it out, with org/name in it; and the model."""
-    model = twins.model()
+    model = tiny.model()
     model.save_pretrained(tmp_path / "files", max_shard_size="100KB")
     repository = tmp_path / "cache" / "models--org--name"
     snapshot = repository / "snapshots" / REVISION
@@ -82,7 +82,7 @@ def test_a_link_out_of_the_cache_is_refused(cache):
 
 
 def test_what_is_asked_of_the_hub(tmp_path, monkeypatch):
-    model = twins.model()
+    model = tiny.model()
     model.save_pretrained(tmp_path / "fetched" / "inner")
     asked = {}
     monkeypatch.setattr(
@@ -112,7 +112,7 @@ def test_what_is_asked_of_the_hub(tmp_path, monkeypatch):
 
 
 def test_a_local_folder_of_that_name_wins(tmp_path, monkeypatch):
-    model = twins.model()
+    model = tiny.model()
     model.save_pretrained(tmp_path / "org" / "name")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(hub, "snapshot_download", None)

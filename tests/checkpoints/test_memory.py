@@ -48,7 +48,9 @@ CHILD = """
         thread.join()
         mapped = {line.split()[-1] for line in open("/proc/self/maps") if ".safetensors" in line}
         weights = sum(parameter.nbytes for parameter in model.parameters())
-        return {"peak": peak - before, "pages": read - pages, "mapped": sorted(mapped), "weights": weights}
+        pages = read - pages
+        mapped = sorted(mapped)
+        return {"peak": peak - before, "pages": pages, "mapped": mapped, "weights": weights}
 
     print(json.dumps([measure(folder, dtype) for folder, dtype in json.loads(sys.argv[1])]))
 """
@@ -109,7 +111,7 @@ def test_a_load_holds_the_weights_once(tmp_path):
     reason="writes 2 GB; set MLLAMA_LARGE_TESTS=1 to run it",
 )
 def test_a_scaled_down_llama_3_2_vision_from_four_shards(tmp_path):
-    """Every layer kind of the 11B model, 32 + 8 in the tower and 40 with 8 that cross, narrower."""
+    """Every layer kind of the 11B model, 32 + 8 in the encoder and 40 with 8 that cross."""
     vision = MllamaVisionConfig(
         hidden_size=640,
         intermediate_size=2560,

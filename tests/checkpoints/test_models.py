@@ -10,25 +10,15 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, LlavaForConditionalGeneration
 
-import twins
-from folders import INPUTS, change, logits
+import tiny
 from mllama import MllamaConfig, MllamaForConditionalGeneration
 from mllama.checkpoints.sources import SafetensorsSource
+from tiny.folders import INPUTS, change, logits
 
 OPTIONS = {
     "LLaVA": {},
     "LLaVA, tied": {"text": {"tie_word_embeddings": True}},
-    "LLaVA, llama3 rope": {
-        "text": {
-            "rope_scaling": {
-                "rope_type": "llama3",
-                "factor": 8.0,
-                "low_freq_factor": 1.0,
-                "high_freq_factor": 4.0,
-                "original_max_position_embeddings": 16,
-            }
-        }
-    },
+    "LLaVA, llama3 rope": {"text": {"rope_scaling": tiny.LLAMA3}},
     "last": {"vision_feature": "last"},
     "inner width": {"projection_dim": 24},
     "placeholder not known": {"image_token_index": None},
@@ -39,7 +29,7 @@ OPTIONS = {
 @pytest.mark.parametrize("shard", ["5GB", "100KB"], ids=["one file", "shards"])
 @pytest.mark.parametrize("case", OPTIONS)
 def test_what_is_saved_loads_equal(case, shard, tmp_path):
-    model = twins.model(**OPTIONS[case])
+    model = tiny.model(**OPTIONS[case])
     model.save_pretrained(tmp_path, max_shard_size=shard)
     loaded = MllamaForConditionalGeneration.from_pretrained(tmp_path)
     assert not loaded.training
@@ -66,7 +56,7 @@ def test_what_is_saved_loads_equal(case, shard, tmp_path):
 
 @pytest.mark.parametrize("case", [case for case in OPTIONS if case.startswith("LLaVA")])
 def test_stock_transformers_reads_a_llava_folder(case, tmp_path):
-    model = twins.model(**OPTIONS[case])
+    model = tiny.model(**OPTIONS[case])
     model.save_pretrained(tmp_path, max_shard_size="100KB")
     stock, report = LlavaForConditionalGeneration.from_pretrained(
         tmp_path, output_loading_info=True
@@ -99,19 +89,19 @@ def test_a_llava_folder_holds_the_names_that_older_readers_know(saved):
 
 
 def test_a_tied_head_is_not_written(tmp_path):
-    twins.model(text={"tie_word_embeddings": True}).save_pretrained(tmp_path)
+    tiny.model(text={"tie_word_embeddings": True}).save_pretrained(tmp_path)
     assert "language_model.lm_head.weight" not in load_file(tmp_path / "model.safetensors")
 
 
 def test_what_stock_transformers_saves_is_read(tmp_path):
-    model = twins.model()
-    twins.twin(model).save_pretrained(tmp_path)
+    model = tiny.model()
+    tiny.twin(model).save_pretrained(tmp_path)
     assert torch.equal(
         logits(MllamaForConditionalGeneration.from_pretrained(tmp_path)), logits(model)
     )
 
 
-def test_the_towers_pooling_head_is_read_past(saved):
+def test_the_encoders_pooling_head_is_read_past(saved):
     folder, model = saved
     tensors = load_file(folder / "model.safetensors") | {
         "vision_tower.vision_model.head.probe": torch.zeros(1, 1, 32)
@@ -123,7 +113,7 @@ def test_the_towers_pooling_head_is_read_past(saved):
 
 
 def test_the_auto_class_knows_our_own_format(tmp_path):
-    model = twins.model(vision_feature="last")
+    model = tiny.model(vision_feature="last")
     model.save_pretrained(tmp_path)
     loaded = AutoModelForImageTextToText.from_pretrained(tmp_path)
     assert type(loaded) is MllamaForConditionalGeneration and torch.equal(
@@ -190,13 +180,13 @@ def test_a_loaded_model_does_not_hang_on_its_files(saved):
 
 @pytest.mark.parametrize("shard", ["5GB", "50KB"])
 def test_weights_that_are_replaced_while_they_are_read_are_refused(shard, tmp_path, monkeypatch):
-    twins.model().save_pretrained(tmp_path, max_shard_size=shard)
+    tiny.model().save_pretrained(tmp_path, max_shard_size=shard)
     read, reads = SafetensorsSource.read, []
 
     def replace(source, name):
         reads.append(name)
         if len(reads) == 20:
-            twins.model(seed=1).save_pretrained(tmp_path, max_shard_size=shard)
+            tiny.model(seed=1).save_pretrained(tmp_path, max_shard_size=shard)
         return read(source, name)
 
     monkeypatch.setattr(SafetensorsSource, "read", replace)
@@ -209,9 +199,9 @@ def test_the_files_names_load_as_a_state_dict(saved):
     """Trainer resumes this way: all at once, or shard by shard with strict=False."""
     folder, model = saved
     tensors = load_file(folder / "model.safetensors")
-    whole = twins.model(seed=1)
+    whole = tiny.model(seed=1)
     assert whole.load_state_dict(tensors) == ([], [])
-    parts = twins.model(seed=1)
+    parts = tiny.model(seed=1)
     names = sorted(tensors)
     for part in (names[::2], names[1::2]):
         assert (
@@ -226,9 +216,9 @@ def test_the_files_names_load_as_a_state_dict(saved):
 
 
 def test_a_tied_models_file_loads_strictly_as_a_state_dict(tmp_path):
-    model = twins.model(text={"tie_word_embeddings": True})
+    model = tiny.model(text={"tie_word_embeddings": True})
     model.save_pretrained(tmp_path)
-    other = twins.model(seed=1, text={"tie_word_embeddings": True})
+    other = tiny.model(seed=1, text={"tie_word_embeddings": True})
     for assign in (False, True):
         other.load_state_dict(load_file(tmp_path / "model.safetensors"), assign=assign)
         assert torch.equal(logits(other), logits(model))
@@ -236,7 +226,7 @@ def test_a_tied_models_file_loads_strictly_as_a_state_dict(tmp_path):
 
 
 def test_another_state_dict_can_be_saved(tmp_path):
-    model, other = twins.model(), twins.model(seed=1)
+    model, other = tiny.model(), tiny.model(seed=1)
     model.save_pretrained(tmp_path, state_dict=other.state_dict())
     assert torch.equal(
         logits(MllamaForConditionalGeneration.from_pretrained(tmp_path)), logits(other)
@@ -244,7 +234,7 @@ def test_another_state_dict_can_be_saved(tmp_path):
 
 
 def test_only_the_main_process_writes(tmp_path):
-    twins.model().save_pretrained(tmp_path / "model", is_main_process=False)
+    tiny.model().save_pretrained(tmp_path / "model", is_main_process=False)
     assert not (tmp_path / "model").exists()
 
 
@@ -271,7 +261,7 @@ def test_every_tensor_that_does_not_fit_is_named_in_one_error(saved):
 
 
 def test_a_head_that_should_be_tied_but_differs_is_refused(tmp_path):
-    twins.model(text={"tie_word_embeddings": True}).save_pretrained(tmp_path)
+    tiny.model(text={"tie_word_embeddings": True}).save_pretrained(tmp_path)
     tensors = load_file(tmp_path / "model.safetensors")
     embedding = tensors["language_model.model.embed_tokens.weight"]
     save_file(
@@ -290,7 +280,7 @@ def test_a_tied_models_head_alone_is_its_embedding_too(tmp_path):
     """As safetensors' save_model and accelerate write it: of tensors that share memory the first by
     name.
     """
-    model = twins.model(text={"tie_word_embeddings": True})
+    model = tiny.model(text={"tie_word_embeddings": True})
     model.save_pretrained(tmp_path)
     tensors = load_file(tmp_path / "model.safetensors")
     tensors["language_model.lm_head.weight"] = tensors.pop(
@@ -301,7 +291,7 @@ def test_a_tied_models_head_alone_is_its_embedding_too(tmp_path):
     assert loaded.lm_head.weight is loaded.get_input_embeddings().weight and torch.equal(
         logits(loaded), logits(model)
     )
-    other = twins.model(seed=1, text={"tie_word_embeddings": True})
+    other = tiny.model(seed=1, text={"tie_word_embeddings": True})
     other.load_state_dict(tensors)
     assert torch.equal(logits(other), logits(model))
     del tensors["language_model.lm_head.weight"]
@@ -323,9 +313,9 @@ def test_a_tied_models_head_alone_is_its_embedding_too(tmp_path):
             "no device for multi_modal_projector",
             {"device_map": {"vision_tower": "cpu", "language_model": "cpu", "lm_head": "cpu"}},
         ),
-        (ValueError, "the_tower", {"device_map": {"the_tower": "cpu", "": "cpu"}}),
+        (ValueError, "the_encoder", {"device_map": {"the_encoder": "cpu", "": "cpu"}}),
         (ValueError, "disk", {"device_map": {"vision_tower": "disk", "": "cpu"}}),
-        (ValueError, "'gpu' is not a device", {"device_map": "gpu"}),
+        (ValueError, "'gpu'", {"device_map": "gpu"}),
         (TypeError, "ignore_mismatched_size", {"ignore_mismatched_sizes": True}),
     ],
 )
@@ -336,8 +326,8 @@ def test_bad_options_are_refused(error, named, options, saved):
         MllamaForConditionalGeneration.from_pretrained(saved[0], **options)
 
 
-def test_a_subfolder_is_honoured(tmp_path):
-    root, inner = twins.model(), twins.model(seed=1)
+def test_a_subfolder_is_honored(tmp_path):
+    root, inner = tiny.model(), tiny.model(seed=1)
     root.save_pretrained(tmp_path)
     inner.save_pretrained(tmp_path / "inner")
     assert torch.equal(
@@ -371,12 +361,12 @@ def test_a_config_of_another_kind_is_a_type_error(config, saved):
 )
 def test_options_that_a_save_cannot_follow_are_refused(error, options, tmp_path):
     with pytest.raises(error, match=next(iter(options))):
-        twins.model().save_pretrained(tmp_path / "model", **options)
+        tiny.model().save_pretrained(tmp_path / "model", **options)
     assert not (tmp_path / "model").exists()
 
 
 def test_options_that_others_pass_are_taken(tmp_path):
-    twins.model().save_pretrained(
+    tiny.model().save_pretrained(
         tmp_path,
         save_function=torch.save,
         safe_serialization=True,
@@ -388,19 +378,17 @@ def test_options_that_others_pass_are_taken(tmp_path):
 
 
 def test_a_state_dict_that_is_not_the_whole_model_is_refused(tmp_path):
-    model = twins.model()
+    model = tiny.model()
     state = model.state_dict()
     del state["language_model.norm.weight"]
     state["language_model.layers.9.mlp.up_proj.weight"] = torch.zeros(1)
-    with pytest.raises(
-        ValueError, match=r"lacks \(1\): language_model.norm.weight; .*layers.9.mlp"
-    ):
+    with pytest.raises(ValueError, match=r"language_model.norm.weight.*layers.9.mlp"):
         model.save_pretrained(tmp_path / "model", state_dict=state)
     assert not (tmp_path / "model").exists()
 
 
 def test_the_dtype_written_follows_the_tensors(tmp_path):
-    model = twins.model()
+    model = tiny.model()
     model.save_pretrained(
         tmp_path, state_dict={name: value.bfloat16() for name, value in model.state_dict().items()}
     )

@@ -4,18 +4,18 @@ import json
 
 import pytest
 
-import twins
-from folders import change
+import tiny
 from mllama import MllamaForConditionalGeneration
 from mllama.families import llava
 from mllama.weights import rows as engine
+from tiny.folders import change
 
 
 @pytest.mark.parametrize(
     ("edit", "named"),
     [
-        (lambda c: c.update(model_type="mistral"), "model_type 'mistral' is not known"),
-        (lambda c: c.update(model_type="LLaVA"), "model_type 'LLaVA' is not known"),
+        (lambda c: c.update(model_type="mistral"), "model_type 'mistral'"),
+        (lambda c: c.update(model_type="LLaVA"), "model_type 'LLaVA'"),
         (lambda c: c.pop("model_type"), "model_type None"),
         (lambda c: c.update(model_type=["llava"]), "is not known"),
         (lambda c: c.update(vision_feature_layer=-9), "vision_feature_layer"),
@@ -114,7 +114,7 @@ def test_a_generation_config_that_cannot_be_is_refused(content, saved):
 
 
 def test_the_table_is_invertible():
-    for name in twins.model().state_dict():
+    for name in tiny.model().state_dict():
         (theirs,) = engine.file_names(llava.WEIGHT_MAP, name)
         (move,), unknown, twice = engine.plan_moves(llava.WEIGHT_MAP, [theirs])
         assert move.ours == [name] and not unknown and not twice

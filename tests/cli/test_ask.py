@@ -10,17 +10,17 @@ from helpers import answer
 from mllama.runtime.questions import encode
 
 
-def test_ask_streams_the_answer(run, loaded, options, picture_file, model_folder):
-    code, out, err = run("ask", picture_file, "How many circles?", *options)
+def test_ask_streams_the_answer(run, loaded, options, image_file, model_folder):
+    code, out, err = run("ask", image_file, "How many circles?", *options)
     assert (code, out.strip()) == (
         0,
-        mllama.ask(picture_file, "How many circles?", *loaded, max_new_tokens=8),
+        mllama.ask(image_file, "How many circles?", *loaded, max_new_tokens=8),
     )
     assert err == f"mllama: {model_folder} in float32 on cpu\n"
 
 
-def test_ask_json_is_one_object(run, loaded, options, picture_file, model_folder):
-    code, out, _ = run("ask", picture_file, "How many circles?", "--json", *options)
+def test_ask_json_is_one_object(run, loaded, options, image_file, model_folder):
+    code, out, _ = run("ask", image_file, "How many circles?", "--json", *options)
     said = json.loads(out)
     assert (
         code == 0
@@ -29,19 +29,19 @@ def test_ask_json_is_one_object(run, loaded, options, picture_file, model_folder
         and 1 <= said.pop("tokens") <= 8
     )
     assert said == {
-        "picture": str(picture_file),
+        "image": str(image_file),
         "question": "How many circles?",
-        "answer": mllama.ask(picture_file, "How many circles?", *loaded, max_new_tokens=8),
+        "answer": mllama.ask(image_file, "How many circles?", *loaded, max_new_tokens=8),
         "model": str(model_folder),
         "dtype": "float32",
         "device": "cpu",
     }
 
 
-def test_a_seed_repeats_a_sampled_answer(run, options, picture_file):
+def test_a_seed_repeats_a_sampled_answer(run, options, image_file):
     sampled = [
         "ask",
-        picture_file,
+        image_file,
         "How many?",
         "--temperature",
         "3",
@@ -55,31 +55,31 @@ def test_a_seed_repeats_a_sampled_answer(run, options, picture_file):
     assert first == again != other
 
 
-def test_json_is_ascii(run, options, picture_file, tmp_path):
+def test_json_is_ascii(run, options, image_file, tmp_path):
     named = tmp_path / "Bild-é.png"
-    named.write_bytes(picture_file.read_bytes())
+    named.write_bytes(image_file.read_bytes())
     code, out, _ = run("ask", named, "How many?", "--json", *options)
-    assert code == 0 and out.isascii() and json.loads(out)["picture"] == str(named)
+    assert code == 0 and out.isascii() and json.loads(out)["image"] == str(named)
 
 
 @pytest.mark.parametrize("more", [[], ["--json"]])
-def test_an_error_of_generation_is_one_line(run, options, picture_file, monkeypatch, more):
+def test_an_error_of_generation_is_one_line(run, options, image_file, monkeypatch, more):
     def fail(*args, **kwargs):
         raise ValueError("no memory for this")
 
     monkeypatch.setattr("mllama.text.decoder.Decoder.forward", fail)
-    assert run("ask", picture_file, "How many?", *options, *more) == (
+    assert run("ask", image_file, "How many?", *options, *more) == (
         2,
         "",
         "mllama: error: no memory for this\n",
     )
 
 
-def test_paligemmas_prefix(run, family_folder, picture_file):
+def test_paligemmas_prefix(run, family_folder, image_file):
     folder = family_folder("paligemma")
     code, out, _ = run(
         "ask",
-        picture_file,
+        image_file,
         "detect circle",
         "--model",
         folder,
@@ -91,32 +91,32 @@ def test_paligemmas_prefix(run, family_folder, picture_file):
     loaded = mllama.load(folder, dtype="float32")
     assert (code, out.strip()) == (
         0,
-        mllama.ask(picture_file, "detect circle", *loaded, max_new_tokens=8),
+        mllama.ask(image_file, "detect circle", *loaded, max_new_tokens=8),
     )
 
 
-def test_several_pictures_and_words_between_options(run, family_folder, picture_file):
+def test_several_images_and_words_between_options(run, family_folder, image_file):
     folder = family_folder("mllama")
     loaded = mllama.load(folder, dtype="float32", device="cpu")
-    expected = mllama.ask([picture_file, picture_file], "What changed?", *loaded, max_new_tokens=8)
+    expected = mllama.ask([image_file, image_file], "What changed?", *loaded, max_new_tokens=8)
     options = ["--model-id", folder, "--dtype", "float32", "--max-new-tokens", 8]
-    code, out, _ = run("ask", picture_file, picture_file, *options, "What changed?")
+    code, out, _ = run("ask", image_file, image_file, *options, "What changed?")
     assert (code, out.strip()) == (0, expected)
     assert (
-        json.loads(run("ask", picture_file, picture_file, "What changed?", "--json", *options)[1])[
-            "picture"
+        json.loads(run("ask", image_file, image_file, "What changed?", "--json", *options)[1])[
+            "image"
         ]
-        == [str(picture_file)] * 2
+        == [str(image_file)] * 2
     )
 
 
-def test_dash_is_stdin(run, loaded, options, picture_file):
-    expected = mllama.ask(picture_file, "How many circles?", *loaded, max_new_tokens=8)
-    assert run("ask", picture_file, "-", *options, stdin="How many circles?\n")[:2] == (
+def test_dash_is_stdin(run, loaded, options, image_file):
+    expected = mllama.ask(image_file, "How many circles?", *loaded, max_new_tokens=8)
+    assert run("ask", image_file, "-", *options, stdin="How many circles?\n")[:2] == (
         0,
         expected + "\n",
     )
-    assert run("ask", "-", "How many circles?", *options, stdin=picture_file.read_bytes())[:2] == (
+    assert run("ask", "-", "How many circles?", *options, stdin=image_file.read_bytes())[:2] == (
         0,
         expected + "\n",
     )
@@ -161,12 +161,12 @@ def test_a_model_that_searches_beams(run, family_folder, tmp_path):
     assert json.loads(run("ask", "a b c", "--json", *options)[1])["answer"] == expected
 
 
-def test_progress_and_speed_where_stderr_is_a_terminal(run, options, picture_file, monkeypatch):
+def test_progress_and_speed_where_stderr_is_a_terminal(run, options, image_file, monkeypatch):
     monkeypatch.setattr("_pytest.capture.CaptureIO.isatty", lambda self: True, raising=False)
     monkeypatch.setattr(
         "tqdm.std.tqdm.refresh", lambda self, *args, **kwargs: self.fp.write(f"[{self.desc}]")
     )
-    code, _, err = run("ask", picture_file, "How many?", *options)
+    code, _, err = run("ask", image_file, "How many?", *options)
     assert (
         code == 0
         and "[mllama: loading the model ...]" in err
@@ -175,25 +175,25 @@ def test_progress_and_speed_where_stderr_is_a_terminal(run, options, picture_fil
         and "tokens/s" in err
     )
     monkeypatch.setattr("_pytest.capture.CaptureIO.isatty", lambda self: False)
-    assert "tokens/s" not in run("ask", picture_file, "How many?", *options)[2]
+    assert "tokens/s" not in run("ask", image_file, "How many?", *options)[2]
 
 
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["How many?", "PICTURE"], "swapped"),
-        (["PICTURE"], "QUESTION is missing"),
-        (["PICTURE", "PICTURE"], "QUESTION is missing"),
+        (["How many?", "IMAGE"], "swapped"),
+        (["IMAGE"], "QUESTION is missing"),
+        (["IMAGE", "IMAGE"], "QUESTION is missing"),
         (["How many?"], "about an image and no others"),
         (["https://localhost/a.png", "How many?"], "--allow-urls"),
-        (["PICTURE", "?", "--seed", "5"], "--seed has no effect"),
-        (["PICTURE", "?", "--temperature", "0", "--top-k", "4"], "--top-k has no effect"),
-        (["PICTURE", "?", "--reference", "meta"], "--reference meta"),
-        (["PICTURE", "?", "--system", " "], "system prompt is empty"),
+        (["IMAGE", "?", "--seed", "5"], "--seed has no effect"),
+        (["IMAGE", "?", "--temperature", "0", "--top-k", "4"], "--top-k has no effect"),
+        (["IMAGE", "?", "--reference", "meta"], "--reference meta"),
+        (["IMAGE", "?", "--system", " "], "system prompt is empty"),
     ],
 )
-def test_what_changes_nothing_is_refused(run, picture_file, arguments, said):
+def test_what_changes_nothing_is_refused(run, image_file, arguments, said):
     code, out, err = run(
-        "ask", *(picture_file if argument == "PICTURE" else argument for argument in arguments)
+        "ask", *(image_file if argument == "IMAGE" else argument for argument in arguments)
     )
     assert (code, out, err.count("\n")) == (2, "", 1) and said in err

@@ -11,27 +11,27 @@ from mllama.runtime.completion import Row
 from mllama.runtime.questions import encode
 
 
-def test_chat_answers_in_the_light_of_what_was_said(run, loaded, options, picture_file):
+def test_chat_answers_in_the_light_of_what_was_said(run, loaded, options, image_file):
     first = answer(
-        *loaded, encode(loaded[1], picture_file, "How many circles?"), max_new_tokens=8
+        *loaded, encode(loaded[1], image_file, "How many circles?"), max_new_tokens=8
     ).text
     turns = [("How many circles?", first)]
-    second = answer(*loaded, encode(loaded[1], picture_file, "a b c", turns), max_new_tokens=8).text
+    second = answer(*loaded, encode(loaded[1], image_file, "a b c", turns), max_new_tokens=8).text
     code, out, _ = run(
-        "chat", picture_file, *options, stdin="How many circles?\n\n a b c \n/exit\nWhat colour?\n"
+        "chat", image_file, *options, stdin="How many circles?\n\n a b c \n/exit\nWhat color?\n"
     )
     assert (code, [line.strip() for line in out.splitlines()]) == (0, [first, second])
 
 
-def test_chat_forgets_the_oldest_turns_when_the_context_is_full(run, options, picture_file):
-    code, _, err = run("chat", picture_file, *options, stdin=f"{'a b c d ' * 20}\n" * 8)
+def test_chat_forgets_the_oldest_turns_when_the_context_is_full(run, options, image_file):
+    code, _, err = run("chat", image_file, *options, stdin=f"{'a b c d ' * 20}\n" * 8)
     assert (code, err.count("\n")) == (0, 1)
 
 
-def test_a_bad_question_does_not_end_the_chat(run, options, picture_file):
-    _, plain, _ = run("chat", picture_file, *options, stdin="How many circles?\na b c\n")
+def test_a_bad_question_does_not_end_the_chat(run, options, image_file):
+    _, plain, _ = run("chat", image_file, *options, stdin="How many circles?\na b c\n")
     bad = f"what <image>?\n{'a b c d ' * 2000}\nwhat \udcff?\n"
-    code, out, err = run("chat", picture_file, *options, stdin=f"How many circles?\n{bad}a b c\n")
+    code, out, err = run("chat", image_file, *options, stdin=f"How many circles?\n{bad}a b c\n")
     assert (code, out) == (0, plain)
     _, placeholder, length, text = err.splitlines()
     assert (
@@ -41,20 +41,18 @@ def test_a_bad_question_does_not_end_the_chat(run, options, picture_file):
     )
 
 
-def test_a_picture_for_a_text_model_is_refused_before_any_question(
-    run, family_folder, picture_file
-):
-    code, out, err = run("chat", picture_file, "--model", family_folder("llama"), stdin="a\nb\n")
+def test_an_image_for_a_text_model_is_refused_before_any_question(run, family_folder, image_file):
+    code, out, err = run("chat", image_file, "--model", family_folder("llama"), stdin="a\nb\n")
     assert (code, out, err) == (2, "", "mllama: error: this model takes no images, got 1\n")
 
 
-def test_a_chat_goes_on_after_bytes_that_are_no_text(run, options, picture_file):
-    code, out, err = run("chat", picture_file, *options, stdin=b"\xff\nHow many?\n")
+def test_a_chat_goes_on_after_bytes_that_are_no_text(run, options, image_file):
+    code, out, err = run("chat", image_file, *options, stdin=b"\xff\nHow many?\n")
     assert code == 0 and out.strip() and "no valid UTF-8" in err
 
 
 @pytest.mark.parametrize(
-    ("family", "pictured"),
+    ("family", "imaged"),
     [
         ("llama", False),
         ("llava, clip", True),
@@ -63,8 +61,8 @@ def test_a_chat_goes_on_after_bytes_that_are_no_text(run, options, picture_file)
         ("mllama", False),
     ],
 )
-def test_every_family_remembers_what_was_said(run, family_folder, picture_file, family, pictured):
-    folder, picture = family_folder(family), picture_file if pictured else None
+def test_every_family_remembers_what_was_said(run, family_folder, image_file, family, imaged):
+    folder, image = family_folder(family), image_file if imaged else None
     model, processor = mllama.load(folder, dtype="float32", device="cpu")
     turns = []
     for question in ("How many circles?", "a b c"):
@@ -72,32 +70,32 @@ def test_every_family_remembers_what_was_said(run, family_folder, picture_file, 
             (
                 question,
                 answer(
-                    model, processor, encode(processor, picture, question, turns), max_new_tokens=8
+                    model, processor, encode(processor, image, question, turns), max_new_tokens=8
                 ).text,
             )
         )
     options = ["--model", folder, "--dtype", "float32", "--device", "cpu", "--max-new-tokens", 8]
     code, out, _ = run(
-        "chat", *([picture] if pictured else []), *options, stdin="How many circles?\na b c\n"
+        "chat", *([image] if imaged else []), *options, stdin="How many circles?\na b c\n"
     )
     assert (code, out.split()) == (0, " ".join(answer for _, answer in turns).split())
 
 
-def test_without_a_chat_template_every_question_stands_alone(run, family_folder, picture_file):
+def test_without_a_chat_template_every_question_stands_alone(run, family_folder, image_file):
     folder = family_folder("paligemma")
     model, processor = mllama.load(folder, dtype="float32", device="cpu")
     answers = [
-        mllama.ask(picture_file, question, model, processor, max_new_tokens=8)
+        mllama.ask(image_file, question, model, processor, max_new_tokens=8)
         for question in ("caption en", "detect circle")
     ]
     options = ["--model", folder, "--dtype", "float32", "--device", "cpu", "--max-new-tokens", 8]
-    code, out, _ = run("chat", picture_file, *options, stdin="caption en\ndetect circle\n")
+    code, out, _ = run("chat", image_file, *options, stdin="caption en\ndetect circle\n")
     assert (code, out.split()) == (0, " ".join(answers).split())
 
 
-def test_commands_are_no_questions(run, options, picture_file, tmp_path, loaded):
+def test_commands_are_no_questions(run, options, image_file, tmp_path, loaded):
     saved, turned = tmp_path / "talk.json", tmp_path / "a b.png"
-    Image.open(picture_file).rotate(90).save(turned)
+    Image.open(image_file).rotate(90).save(turned)
     lines = [
         "/help",
         "/foo bar",
@@ -107,9 +105,9 @@ def test_commands_are_no_questions(run, options, picture_file, tmp_path, loaded)
         "How many circles?",
         f"/save {saved}",
     ]
-    lines += [f"/save {picture_file}", "/reset", "/reset now", "a b c", "/exit", "What colour?"]
-    code, out, err = run("chat", picture_file, *options, stdin="\n".join(lines))
-    asked = [(picture_file, "How many circles?"), (turned, "How many circles?"), (turned, "a b c")]
+    lines += [f"/save {image_file}", "/reset", "/reset now", "a b c", "/exit", "What color?"]
+    code, out, err = run("chat", image_file, *options, stdin="\n".join(lines))
+    asked = [(image_file, "How many circles?"), (turned, "How many circles?"), (turned, "a b c")]
     assert (code, [line.strip() for line in out.splitlines()]) == (
         0,
         [mllama.ask(*pair, *loaded, max_new_tokens=8) for pair in asked],
@@ -118,7 +116,7 @@ def test_commands_are_no_questions(run, options, picture_file, tmp_path, loaded)
         "/system TEXT",
         "no command /foo",
         "no such image: nowhere.png",
-        f"{picture_file} exists",
+        f"{image_file} exists",
         "/reset takes nothing",
     ):
         assert said in err
@@ -128,12 +126,10 @@ def test_commands_are_no_questions(run, options, picture_file, tmp_path, loaded)
     ] == ["user", "assistant"]
 
 
-def test_what_the_context_has_no_room_for_is_saved_all_the_same(
-    run, options, picture_file, tmp_path
-):
+def test_what_the_context_has_no_room_for_is_saved_all_the_same(run, options, image_file, tmp_path):
     run(
         "chat",
-        picture_file,
+        image_file,
         *options,
         stdin=f"{'a b c d ' * 20}\n" * 5 + f"/image -\n/save {tmp_path / 'talk.json'}\n",
     )

@@ -10,20 +10,20 @@ import mllama
 from helpers import answer
 from mllama.cli import _parser
 
-PICTURED = ["llava, siglip", "llava, clip", "paligemma", "mllama"]
+IMAGED = ["llava, siglip", "llava, clip", "paligemma", "mllama"]
 GREEDY = ["--dtype", "float32", "--cpu", "--max-new-tokens", 12]
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma", *PICTURED])
-def test_both_runtimes_say_the_same(run, family_folder, picture_file, family):
-    pictures = ["--image", picture_file] if family in PICTURED else []
+@pytest.mark.parametrize("family", ["llama", "gemma", *IMAGED])
+def test_both_runtimes_say_the_same(run, family_folder, image_file, family):
+    images = ["--image", image_file] if family in IMAGED else []
     command = [
         "generate",
         "--model-id",
         family_folder(family),
         "--prompt",
         "How many circles?",
-        *pictures,
+        *images,
         *GREEDY,
         "--reference",
         "hf",
@@ -31,7 +31,7 @@ def test_both_runtimes_say_the_same(run, family_folder, picture_file, family):
     code, out, err = run(*command)
     assert (code, err) == (0, f"mllama: {family_folder(family)} in float32 on cpu\n")
     assert out.strip() == mllama.ask(
-        picture_file if pictures else None,
+        image_file if images else None,
         "How many circles?",
         *mllama.load(family_folder(family), dtype="float32", device="cpu", reference="hf"),
         max_new_tokens=12,
@@ -40,7 +40,7 @@ def test_both_runtimes_say_the_same(run, family_folder, picture_file, family):
     assert (code, theirs) == (0, out) and said.endswith(err)
 
 
-def test_several_pictures(run, family_folder, picture_file):
+def test_several_images(run, family_folder, image_file):
     command = [
         "generate",
         "--model-id",
@@ -49,12 +49,10 @@ def test_several_pictures(run, family_folder, picture_file):
         "What changed?",
         *GREEDY,
     ]
-    one, two = (run(*command, *["--image", picture_file] * count) for count in (1, 2))
+    one, two = (run(*command, *["--image", image_file] * count) for count in (1, 2))
     assert one[0] == two[0] == 0 and one[1] != two[1]
     assert (
-        run(
-            *command, "--image", picture_file, "--image", picture_file, "--runtime", "transformers"
-        )[0]
+        run(*command, "--image", image_file, "--image", image_file, "--runtime", "transformers")[0]
         == 0
     )
 
@@ -79,9 +77,9 @@ def test_do_sample_samples(run, family_folder):
     assert len(sampled) > 1
 
 
-def test_without_a_model_it_is_the_embedded_one(run, picture_file):
+def test_without_a_model_it_is_the_embedded_one(run, image_file):
     code, out, err = run(
-        "generate", "--prompt", "How many circles?", "--image", picture_file, *GREEDY
+        "generate", "--prompt", "How many circles?", "--image", image_file, *GREEDY
     )
     assert code == 0 and out.strip() and "the embedded model" in err
 
@@ -107,19 +105,16 @@ def test_sizes_are_ids(run, monkeypatch):
     ("arguments", "message"),
     [
         (["--model-id", "LLAMA"], "required: --prompt"),
-        (["--model-id", "LLAMA", "--prompt", " "], "--prompt: must not be empty"),
+        (["--model-id", "LLAMA", "--prompt", " "], "--prompt"),
         (
             ["--model-id", "LLAMA", "--prompt", "a", "--size", "1B"],
             "not allowed with argument --model-id",
         ),
         (["--size", "2B", "--prompt", "a"], "invalid choice: '2B'"),
+        (["--model-id", "LLAMA", "--prompt", "a", "--image", "nowhere.png"], "nowhere.png"),
+        (["--model-id", "LLAMA", "--prompt", "a", "--image", "IMAGE"], "this model takes no"),
         (
-            ["--model-id", "LLAMA", "--prompt", "a", "--image", "nowhere.png"],
-            "no such image: nowhere.png",
-        ),
-        (["--model-id", "LLAMA", "--prompt", "a", "--image", "PICTURE"], "this model takes no"),
-        (
-            ["--model-id", "LLAMA", "--prompt", "a", "--image", "PICTURE", "--raw"],
+            ["--model-id", "LLAMA", "--prompt", "a", "--image", "IMAGE", "--raw"],
             "this model takes no",
         ),
         (["--model-id", "nowhere", "--prompt", "a"], "nowhere"),
@@ -131,17 +126,17 @@ def test_sizes_are_ids(run, monkeypatch):
             "a SigLIP vision model has no decoder",
         ),
         (
-            ["--model-id", "PICTURE", "--prompt", "a"],
+            ["--model-id", "IMAGE", "--prompt", "a"],
             "circle.png is neither a model folder nor a .gguf file",
         ),
     ],
 )
-def test_generate_refuses(run, family_folder, picture_file, monkeypatch, arguments, message):
+def test_generate_refuses(run, family_folder, image_file, monkeypatch, arguments, message):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     given = {
         "LLAMA": family_folder("llama"),
         "SIGLIP": family_folder("siglip"),
-        "PICTURE": picture_file,
+        "IMAGE": image_file,
     }
     code, out, err = run("generate", *(given.get(argument, argument) for argument in arguments))
     assert (code, out, err.count("\n")) == (2, "", 1) and message in err

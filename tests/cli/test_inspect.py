@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig
 
 import mllama
-import twins
+import tiny
 from mllama.checkpoints.meta.reader import text_weight_map
 from mllama.families import compose
 from mllama.weights.rows import to_file
@@ -43,7 +43,7 @@ def test_a_sound_folder(run, model_folder):
     assert (code, err, said["loads"], said["missing"], said["unexpected"]) == (0, "", True, [], [])
     assert said["parameters"]["total"] == sum(parameter.numel() for parameter in model.parameters())
     assert set(said["parameters"]) == {
-        "tower",
+        "vision encoder",
         "projector",
         "embeddings",
         "decoder",
@@ -52,7 +52,7 @@ def test_a_sound_folder(run, model_folder):
     }
     assert said["memory"]["weights"] == 4 * said["parameters"]["total"]
     assert said["work"] == {"context": 512, "batch": 1, "tiles": 1, "dtype": "float32"}
-    assert said["sizes"]["features of a row's pictures"] == twins.PATCHES
+    assert said["sizes"]["features of a row's images"] == tiny.PATCHES
     code, out, err = run("inspect", model_folder)
     assert (
         (code, err) == (0, "")
@@ -66,16 +66,16 @@ def test_a_sound_folder(run, model_folder):
     [
         (
             {"fusion": "prepend", "image_pooling": "learned"},
-            "siglip tower + learned pooling + mlp projector + 2-layer decoder",
+            "siglip vision encoder + learned pooling + mlp projector + 2-layer decoder",
         ),
         (
             {"fusion": "cross_attention", "cross_attention_every": 1, "projector": "linear"},
-            "siglip tower + linear projector + 4-layer decoder, 2 of them cross-attention",
+            "siglip vision encoder + linear projector + 4-layer decoder, 2 of them cross-attention",
         ),
     ],
 )
 def test_other_fusions(run, options, made_of, tmp_path):
-    twins.model(**options).save_pretrained(tmp_path)
+    tiny.model(**options).save_pretrained(tmp_path)
     code, out, _ = run("inspect", tmp_path, "--json")
     said = json.loads(out)
     assert (code, said["made of"]) == (0, made_of)

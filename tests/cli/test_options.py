@@ -25,9 +25,9 @@ class Recorder(argparse.Namespace):
 @pytest.mark.parametrize(
     ("command", "words"),
     [
-        ("ask", ["PICTURE", "a", "--model", "MLLAMA", *TEXT]),
-        ("chat", ["PICTURE", "--model", "MLLAMA", *TEXT]),
-        ("generate", ["--prompt", "a", "--image", "PICTURE", "--model", "MLLAMA", *TEXT]),
+        ("ask", ["IMAGE", "a", "--model", "MLLAMA", *TEXT]),
+        ("chat", ["IMAGE", "--model", "MLLAMA", *TEXT]),
+        ("generate", ["--prompt", "a", "--image", "IMAGE", "--model", "MLLAMA", *TEXT]),
         ("download", ["some/where", "TARGET"]),
         ("convert", ["LLAMA", "TARGET", "--to", "hf"]),
         ("inspect", ["LLAMA"]),
@@ -36,7 +36,7 @@ class Recorder(argparse.Namespace):
     ],
 )
 def test_every_option_is_read(
-    run, family_folder, picture_file, monkeypatch, tmp_path, command, words
+    run, family_folder, image_file, monkeypatch, tmp_path, command, words
 ):
     commands = _parser.build_parser()._subparsers._group_actions[0].choices
     assert set(commands) == {
@@ -61,7 +61,7 @@ def test_every_option_is_read(
         "LLAMA": family_folder("llama"),
         "MLLAMA": family_folder("mllama"),
         "TARGET": tmp_path / "new",
-        "PICTURE": picture_file,
+        "IMAGE": image_file,
     }
     assert run(command, *(given.get(word, word) for word in words), stdin="a\n")[0] == 0
     options = {action.dest for action in commands[command]._actions} - {"help"}

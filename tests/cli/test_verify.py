@@ -8,13 +8,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import mllama
-import stock
-import twins
-from families import cases
+import tiny
 from mllama.cli import verify
+from tiny import stock
 
 FAMILIES = ["llama", "gemma", "llava, siglip", "llava, clip", "paligemma", "mllama"]
-SEEN = ["patches", "tower", "projector"]
+SEEN = ["patches", "vision encoder", "projector"]
 OWN = ["cached = uncached", "batched = single"]
 
 
@@ -27,7 +26,7 @@ def verified(run, folder, *options) -> tuple[int, dict]:
 def test_every_family_is_transformers(run, family_folder, family):
     code, said = verified(run, family_folder(family))
     stages = [row["stage"] for row in said["checks"]]
-    layers = [f"layer {number}" for number in range(4 if family == "mllama" else 2)]
+    layers = [f"layer {number}" for number in range(5 if family == "mllama" else 2)]
     assert stages == (SEEN if "llama" != family != "gemma" else []) + [
         "embeddings",
         *layers,
@@ -47,14 +46,22 @@ def test_a_siglip(run, family_folder):
     stages = [row["stage"] for row in said["checks"]]
     assert (code, stages) == (
         0,
-        ["patches", "embeddings", "layer 0", "layer 1", "last hidden state", "pooler output"],
+        [
+            "patches",
+            "embeddings",
+            "layer 0",
+            "layer 1",
+            "layer 2",
+            "last hidden state",
+            "pooler output",
+        ],
     )
 
 
-@pytest.mark.parametrize("token", [None, twins.IMAGE])
+@pytest.mark.parametrize("token", [None, tiny.IMAGE])
 @pytest.mark.parametrize("fusion", ["prepend", "cross_attention"])
 def test_other_fusions_agree_with_themselves(run, fusion, token, tmp_path):
-    twins.model(fusion=fusion, image_token_index=token).save_pretrained(tmp_path)
+    tiny.model(fusion=fusion, image_token_index=token).save_pretrained(tmp_path)
     code, said = verified(run, tmp_path)
     assert (code, [row["stage"] for row in said["checks"]]) == (0, OWN)
 
@@ -70,7 +77,7 @@ def test_half_precision_is_measured_by_transformers_own_error(run, family_folder
 def test_half_precision_of_what_transformers_does_not_read_is_measured_by_its_own_error(
     run, tmp_path
 ):
-    twins.model(vision_feature="last").save_pretrained(tmp_path)
+    tiny.model(vision_feature="last").save_pretrained(tmp_path)
     code, said = verified(run, tmp_path, "--dtype", "bfloat16")
     assert (code, [row["stage"] for row in said["checks"]]) == (0, OWN)
     assert all(torch.finfo(torch.bfloat16).eps < row["allowed"] < 0.2 for row in said["checks"])
@@ -130,7 +137,7 @@ def tampered(monkeypatch):
     ("tamper", "first"),
     [
         (swap_rows, "layer 1"),
-        (swap_norms, "tower"),
+        (swap_norms, "vision encoder"),
         (scale_norm, "layer 1"),
         (swap_gate_and_up, "layer 1"),
         (drop_layer, "layer 1"),
@@ -162,7 +169,7 @@ def test_a_cache_that_differs_fails(run, model_folder, monkeypatch):
 
 
 def test_what_transformers_does_not_read_is_compared_with_itself(run, tmp_path):
-    twins.model(vision_feature="last").save_pretrained(tmp_path)
+    tiny.model(vision_feature="last").save_pretrained(tmp_path)
     code, said = verified(run, tmp_path)
     assert (
         code == 0
@@ -212,7 +219,7 @@ def test_weights_that_do_not_fit_are_told_before_transformers_runs(run, family_f
 
 def test_transformers_is_given_the_rotary_scaling_of_a_gguf_file(run, make_tokenizer, tmp_path):
     pytest.importorskip("gguf")
-    twins.randomise(cases.llama(vocab_size=320, rope_scaling=dict(stock.ROPE))).save_pretrained(
+    tiny.randomize(stock.llama(vocab_size=320, rope_scaling=dict(tiny.LLAMA3))).save_pretrained(
         tmp_path / "hf"
     )
     make_tokenizer().save_pretrained(tmp_path / "hf")

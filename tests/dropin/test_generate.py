@@ -11,7 +11,7 @@ from torch import nn
 
 import mllama
 from dropin import toys
-from dropin.toys import CFG, close, ids
+from dropin.toys import CFG, ids
 from mllama.dropin.generate import (
     assign,
     generate,
@@ -162,18 +162,10 @@ def test_from_a_file_of_stock_transformers(tmp_path):
     assert model.out_head.weight is not model.tok_emb.weight
 
 
-def test_beneath_lora():
-    model = Llama3Model(CFG).eval()
-    mllama.convert_to_lora(model, ["W_query", "fc3", "out_head"], 4, 8)
-    mllama.merge_lora(model)
-    load_weights_into_llama(model, CFG, toys.stock().state_dict())
-    close(model(ids()), toys.by_dict()(ids()))
-
-
 @pytest.mark.parametrize(
     ("cfg", "change", "named"),
     [
-        (CFG, {"model.norm.weight": None}, "model.norm.weight"),
+        (CFG, {"model.norm.weight": None}, "final_norm"),
         (CFG, {"model.layers.0.mlp.up_proj.weight": torch.zeros(3, 3)}, "up_proj"),
         (CFG | {"n_layers": 3}, {}, "n_layers"),
         ({}, {}, "n_layers"),
@@ -188,3 +180,10 @@ def test_what_does_not_fit_changes_nothing(cfg, change, named):
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     with pytest.raises(TypeError, match="model"):
         load_weights_into_llama(toys.by_config().model, CFG, params)
+
+
+def test_weights_come_before_lora():
+    model = Llama3Model(CFG)
+    mllama.convert_to_lora(model, ["W_query"], 4, 8)
+    with pytest.raises(ValueError, match="W_query"):
+        load_weights_into_llama(model, CFG, toys.stock().state_dict())

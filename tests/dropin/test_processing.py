@@ -33,7 +33,6 @@ KINDS = {
     processing.paligemmaProcessor: (HALVES, HALVES),
     processing.PaliGemmaProcessor: (HALVES, HALVES),
 }
-NEAREST = Image.Resampling.NEAREST
 
 
 @pytest.fixture(params=KINDS, ids=lambda kind: kind.__name__)
@@ -88,20 +87,11 @@ def test_process_images_by_the_plain_formula(resample):
     ("process", "mean", "std"),
     [(process_images_clip, CLIP_MEAN, CLIP_STD), (process_images_half, HALVES, HALVES)],
 )
-def test_each_modules_defaults_and_a_filter_in_third_place(process, mean, std):
-    images = [image(), image(1)]
-    pixels = process(images)
+def test_each_modules_defaults(process, mean, std):
+    pixels = process([image(), image(1)])
     assert torch.equal(pixels[0], plain_formula(image(), (224, 224), mean, std))
-    assert torch.equal(process(images, None, None, None, None), pixels)
     assert torch.equal(process(image()), pixels[:1])
-    expected = process(images, (8, 12), 0.01, CLIP_MEAN, CLIP_STD, resample=NEAREST)
-    for found in (
-        process(images, (8, 12), NEAREST, 0.01, CLIP_MEAN, CLIP_STD),
-        process(images, (8, 12), 0, rescale_factor=0.01, image_mean=CLIP_MEAN, image_std=CLIP_STD),
-    ):
-        assert torch.equal(found, expected)
-    for third in (None, 3, 1 / 255):
-        assert torch.equal(process(images, (8, 12), third), process(images, (8, 12)))
+    assert torch.equal(process(image(), (224, 224), 1 / 255), pixels[:1])
 
 
 @pytest.mark.parametrize("mode", ["L", "RGBA", "P", "CMYK", "I;16"])
@@ -130,28 +120,20 @@ def test_loose_steps():
     ("call", "error", "named"),
     [
         (lambda: resize(image(), (8,)), ValueError, "size"),
+        (lambda: resize(image(), {"shortest_edge": 8}), ValueError, "size"),
         (lambda: resize(image(), (8, 0)), ValueError, "size"),
         (lambda: resize(image(), (10**9, 10**9)), ValueError, "size"),
         (lambda: resize(image(), (8, 8), 99), ValueError, "filter"),
         (lambda: resize("nowhere.png", (8, 8)), FileNotFoundError, "nowhere.png"),
-        (lambda: normalize(np.zeros((4, 4, 3)), [1, 2], 1), ValueError, "mean"),
+        (lambda: normalize(np.zeros((4, 4, 3)), [1, 2], 1), ValueError, None),
         (lambda: normalize(np.zeros((4, 4, 3)), 1, [1, 0, 1]), ValueError, "std"),
         (lambda: process_images_half([]), ValueError, "images"),
         (lambda: process_images_half(None), TypeError, "NoneType"),
         (lambda: process_images_half([image()], (8, 8), "x"), ValueError, "rescale_factor"),
-        (lambda: process_images_half([image()], (8, 8), True), ValueError, "rescale_factor"),
-        (
-            lambda: process_images_half([image()], (8, 8), float("nan")),
-            ValueError,
-            "rescale_factor",
-        ),
-        (lambda: process_images_half([image()], (8, 8), 3, resample=3), TypeError, "resample"),
+        (lambda: process_images_half([image()], (8, 8), 3), ValueError, "rescale_factor"),
+        (lambda: process_images_half([image()], (8, 8), np.nan), ValueError, "rescale_factor"),
         (lambda: process_images_half([image()], colour=3), TypeError, "colour"),
-        (
-            lambda: add_image_tokens_to_prompts(["hi"], None, 2, "<image>"),
-            TypeError,
-            "prefix_prompt",
-        ),
+        (lambda: add_image_tokens_to_prompts(["hi"], None, 2, "x"), TypeError, "prefix_prompt"),
     ],
 )
 def test_what_cannot_be(call, error, named):
@@ -222,8 +204,9 @@ def test_prompts_are_the_packages(kind, make_tokenizer):
         (prompts[:2], [images[:2], None]),
     ):
         assert same(ours(*given), theirs(*given))
-    run = [add_image_tokens_to_prompts(text, "<bos>", N, "<image>") for text in prompts[:2]]
-    assert same(ours(run, images[:2]), ours(prompts[:2], images[:2]))  # not doubled
+    run = add_image_tokens_to_prompts(PROMPT, "<bos>", N, "<image>")
+    with pytest.raises(ValueError, match="<image>"):  # an expanded prompt is refused
+        ours(run, images[0])
     assert text_of(ours, ours("see <image>", image())) == ["see " + RUN]
 
 
@@ -256,28 +239,15 @@ def test_other_tokenizers(kind, make_tokenizer):
 
 
 def test_processors_that_cannot_be(kind, make_tokenizer):
-    for tokenizer in (None, "gpt2"):
-        with pytest.raises(TypeError, match="tokenizer"):
-            kind(tokenizer, N, S)
+    with pytest.raises(TypeError, match="tokenizer"):
+        kind("gpt2", N, S)
     with pytest.raises(ValueError, match="num_image_token"):
         kind(make_tokenizer(), 0, S)
-    with pytest.raises(TypeError, match="image_size"):
-        kind(make_tokenizer(), N, 2.5)
-    with pytest.raises(ValueError, match="3 prompts"):
-        kind(make_tokenizer(), N, S)(["a", "b", "c"], [image(), image()])
 
 
 def test_a_tiktoken_tokenizer_is_wrapped(kind, tmp_path):
     pytest.importorskip("tiktoken", reason="tiktoken is not installed")
-    tokens = [
-        *(bytes([byte]) for byte in range(256)),
-        b"ha",
-        b"at",
-        b"hat",
-        b"What",
-        b" p",
-        b" pic",
-    ]
+    tokens = [bytes([byte]) for byte in range(256)] + [b"ha", b"at", b"hat", b"What", b" p"]
     lines = [base64.b64encode(token) + b" %d\n" % rank for rank, token in enumerate(tokens)]
     (tmp_path / "tokenizer.model").write_bytes(b"".join(lines))
     metas = mllama.Tokenizer(tmp_path / "tokenizer.model")

@@ -8,11 +8,11 @@ import transformers
 from torch import nn
 
 import mllama
-import twins
+import tiny
 from dropin.toys import close
 from mllama.dropin import vision
 
-SIZES = twins.VISION | {"hidden_size": 64, "image_size": 32, "num_attention_heads": 4}
+SIZES = tiny.VISION | {"hidden_size": 64, "image_size": 32, "num_attention_heads": 4}
 OLDER = {
     ".embedding.": ".embeddings.",
     "layernorm1": "layer_norm1",
@@ -27,7 +27,7 @@ def config(**sizes) -> vision.SiglipVisionConfig:
 
 
 def model(kind=vision.SiglipModel, **sizes):
-    return twins.randomise(kind(config(**sizes))).eval()
+    return tiny.randomize(kind(config(**sizes))).eval()
 
 
 def stock_names(weights: dict) -> dict:
@@ -37,21 +37,13 @@ def stock_names(weights: dict) -> dict:
     return weights
 
 
-@pytest.mark.parametrize(
-    ("sizes", "named"),
-    [
-        ({"num_attention_heads": 5}, "num_attention_heads"),
-        ({"patch_size": 33}, "patch_size"),
-        ({"num_hidden_layers": -1}, "num_hidden_layers"),
-        ({"attention_dropout": 1.0}, "attention_dropout"),
-    ],
-)
-def test_sizes_that_cannot_be(sizes, named):
-    with pytest.raises(ValueError, match=named):
-        config(**sizes)
+def test_sizes():
     base = vision.SiglipVisionConfig(projection_dim=128)
     assert (base.hidden_size, base.intermediate_size, base.image_size) == (768, 3072, 224)
     assert base.projection_dim == 128 and base.num_image_tokens is None
+    for name, value in {"num_attention_heads": 5, "patch_size": 33}.items():
+        with pytest.raises(ValueError, match=name):
+            config(**{name: value})
 
 
 @KINDS
@@ -94,7 +86,7 @@ def test_names_of_the_weights():
 
 
 def test_scores_are_divided_by_the_root_of_the_head_size():
-    attention, x = twins.randomise(vision.SiglipAttention(config())), torch.randn(2, 7, 64)
+    attention, x = tiny.randomize(vision.SiglipAttention(config())), torch.randn(2, 7, 64)
     output, weights = attention(x)
     q, k, v = (
         projection(x).view(2, 7, 4, 16).transpose(1, 2)

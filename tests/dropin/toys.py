@@ -3,7 +3,7 @@
 import torch
 import transformers
 
-import twins
+import tiny
 from mllama.dropin.config import LLAMA32Config, MLLAMAConfig
 from mllama.dropin.generate import load_weights_into_llama
 from mllama.dropin.multimodal import MllamaForConditionalGeneration
@@ -16,6 +16,15 @@ ROPE_FREQ = {
     "high_freq_factor": 4.0,
     "original_context_length": 16,
 }
+SCALING = {  # the same as transformers writes it
+    "rope_type": "llama3",
+    "rope_theta": 500000.0,
+    "factor": 32.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+}
+UNSCALED = {"rope_type": "default", "rope_theta": 5e5}
 CFG = {
     "vocab_size": 99,
     "context_length": 64,
@@ -38,16 +47,13 @@ def close(actual, expected, tolerance=1e-5):
 
 def stock(**changes) -> transformers.LlamaForCausalLM:
     """Stock transformers' Llama of CFG's sizes, random everywhere."""
-    scaling = ROPE_FREQ | {"rope_type": "llama3", "original_max_position_embeddings": 16}
-    del scaling["original_context_length"]
-    sizes = twins.SIZES | {
+    sizes = tiny.SIZES | {
         "max_position_embeddings": 64,
         "rms_norm_eps": 1e-5,
-        "rope_theta": 500000.0,
-        "rope_scaling": scaling,
+        "rope_parameters": SCALING,
     }
     model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes | changes))
-    return twins.randomise(model).eval()
+    return tiny.randomize(model).eval()
 
 
 def by_dict(**changes) -> Llama3Model:
@@ -81,15 +87,15 @@ def hidden(length: int) -> torch.Tensor:
 
 def whole_config(text: dict | None = None, **options) -> MLLAMAConfig:
     """A tiny SigLIP + Llama of dicts."""
-    return MLLAMAConfig(twins.VISION, TEXT | (text or {}), **options)
+    return MLLAMAConfig(tiny.VISION, TEXT | (text or {}), **options)
 
 
 def whole(seed: int = 0, **options) -> MllamaForConditionalGeneration:
     """Its model in eval mode, random everywhere."""
     model = MllamaForConditionalGeneration(whole_config(**options))
-    return twins.randomise(model, seed).eval()
+    return tiny.randomize(model, seed).eval()
 
 
 def prompt(*words: int, image: int = IMAGE) -> torch.Tensor:
     """What a processor makes of an image and a text: [1, 4 + words]."""
-    return torch.tensor([[image] * twins.PATCHES + list(words)])
+    return torch.tensor([[image] * tiny.PATCHES + list(words)])

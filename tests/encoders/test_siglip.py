@@ -1,18 +1,18 @@
-"""The SigLIP tower against transformers'."""
+"""The SigLIP encoder against transformers'."""
 
 import pytest
 import torch
 from transformers import SiglipVisionModel
 
-import twins
-from mllama.encoders.siglip import SiglipVisionTower
+import tiny
+from mllama.encoders.siglip import SiglipImageEncoder
 from mllama.hf.configs import MllamaVisionConfig
 
 
 @pytest.mark.parametrize("size", [{}, {"image_size": 24}, {"image_size": 19}, {"num_channels": 1}])
 def test_features_equal_transformers(size):
-    config = MllamaVisionConfig(**twins.VISION | size)
-    ours = twins.randomise(SiglipVisionTower(config))
+    config = MllamaVisionConfig(**tiny.VISION | size)
+    ours = tiny.randomize(SiglipImageEncoder(config))
     theirs = SiglipVisionModel(config).eval()
     theirs.load_state_dict(ours.state_dict())
     pixels = torch.randn(2, config.num_channels, config.image_size, config.image_size)
@@ -32,14 +32,14 @@ def test_features_equal_transformers(size):
 
 
 def test_probabilities_are_dropped_in_training_as_in_transformers():
-    config = MllamaVisionConfig(**twins.VISION, attention_dropout=0.4, attn_implementation="eager")
-    ours = twins.randomise(SiglipVisionTower(config))
+    config = MllamaVisionConfig(**tiny.VISION, attention_dropout=0.4, attn_implementation="eager")
+    ours = tiny.randomize(SiglipImageEncoder(config))
     theirs = SiglipVisionModel(config)
     theirs.load_state_dict(ours.state_dict())
-    pixels, features = twins.pictures(2), []
-    for tower in (ours.train(), theirs.train()):
+    pixels, features = tiny.images(2), []
+    for encoder in (ours.train(), theirs.train()):
         torch.manual_seed(3)
-        features.append(tower(pixels).last_hidden_state)
+        features.append(encoder(pixels).last_hidden_state)
     torch.testing.assert_close(*features, rtol=1e-4, atol=1e-4)
     assert (features[0] - ours.eval()(pixels).last_hidden_state).abs().max() > 0.1
 
@@ -50,11 +50,11 @@ def test_chances_that_cannot_be(dropout):
         MllamaVisionConfig(attention_dropout=dropout)
 
 
-def test_pixels_are_cast_to_the_towers_dtype():
-    tower = twins.randomise(SiglipVisionTower(MllamaVisionConfig(**twins.VISION))).to(
+def test_pixels_are_cast_to_the_encoders_dtype():
+    encoder = tiny.randomize(SiglipImageEncoder(MllamaVisionConfig(**tiny.VISION))).to(
         torch.bfloat16
     )
-    assert tower(twins.pictures(1)).last_hidden_state.dtype == torch.bfloat16
+    assert encoder(tiny.images(1)).last_hidden_state.dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize(
@@ -69,4 +69,4 @@ def test_pixels_are_cast_to_the_towers_dtype():
 )
 def test_other_pixels_are_refused(error, pixels):
     with pytest.raises(error, match="pixel_values must be"):
-        SiglipVisionTower(MllamaVisionConfig(**twins.VISION))(pixels)
+        SiglipImageEncoder(MllamaVisionConfig(**tiny.VISION))(pixels)

@@ -1,60 +1,32 @@
-"""The tiled tower against transformers', with every gate and table random."""
+"""The tiled encoder against transformers', with every gate and table random."""
 
 import pytest
 import torch
 from transformers import MllamaVisionModel
 from transformers.models.mllama.configuration_mllama import MllamaVisionConfig
 
-import twins
+import tiny
 from mllama.encoders.tiled_layers import order_tokens
-from mllama.encoders.tiled_vit import TiledVisionTower, group_images
+from mllama.encoders.tiled_vit import TiledImageEncoder, group_images
+from tiny.batches import tiles
 
-SIZES = {
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 3,
-    "num_global_layers": 2,
-    "attention_heads": 2,
-    "image_size": 16,
-    "patch_size": 8,
-    "intermediate_layers_indices": [0, 2],
-    "vision_output_dim": 192,
-}
 TWO_TILES = {"max_num_tiles": 2, "supported_aspect_ratios": [[1, 1], [1, 2], [2, 1]]}
 
 
-def towers(**options) -> tuple[TiledVisionTower, MllamaVisionModel]:
+def encoders(**options) -> tuple[TiledImageEncoder, MllamaVisionModel]:
     """Ours, and stock transformers' with the same weights."""
-    config = MllamaVisionConfig(**SIZES | options)
-    ours = twins.randomise(TiledVisionTower(config)).eval()
+    config = MllamaVisionConfig(**tiny.tiled_vision(hidden_size=64, intermediate_size=96) | options)
+    ours = tiny.randomize(TiledImageEncoder(config)).eval()
     theirs = MllamaVisionModel(config).eval()
     theirs.load_state_dict(ours.state_dict())
     return ours, theirs
-
-
-def pictures(
-    config: MllamaVisionConfig, ids: list[list[int]]
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Random pixels in the tiles that the aspect ratio ids fill, zeros in the others; ids; mask,
-    whose first tile is always set.
-    """
-    counts = [1] + [rows * columns for rows, columns in config.supported_aspect_ratios]
-    mask = torch.tensor(
-        [[[tile < counts[id] for tile in range(config.max_num_tiles)] for id in row] for row in ids]
-    )
-    size = config.image_size
-    pixels = torch.randn(
-        *mask.shape, config.num_channels, size, size, generator=torch.Generator().manual_seed(3)
-    )
-    pixels = pixels * (mask & (torch.tensor(ids) != 0)[..., None])[..., None, None, None]
-    return pixels, torch.tensor(ids), mask.long()
 
 
 @pytest.mark.parametrize(
     ("options", "ids"),
     [
         ({}, [[1], [3]]),
-        ({}, [[6, 2], [1, 0], [5, 4]]),  # two pictures, and a row with one
+        ({}, [[6, 2], [1, 0], [5, 4]]),  # two images, and a row with one
         ({"attention_heads": 4, "image_size": 24}, [[4, 7]]),
         (
             {"hidden_size": 96, "attention_heads": 4, "vision_output_dim": 288, "num_channels": 1},
@@ -73,8 +45,8 @@ def pictures(
     ],
 )
 def test_features_equal_transformers(options, ids):
-    ours, theirs = towers(**options)
-    inputs = pictures(ours.config, ids)
+    ours, theirs = encoders(**options)
+    inputs = tiles(ours.config, ids)
     with torch.no_grad():
         got, expected = (
             ours(*inputs, reference="hf").last_hidden_state,
@@ -88,22 +60,22 @@ def test_metas_features_are_the_inputs_of_the_layers():
     """Transformers with every index one lower, where there is a lower one, gives what Meta's order
     gives.
     """
-    ours, theirs = towers(intermediate_layers_indices=[1, 2])
-    inputs = pictures(ours.config, [[6, 2], [1, 0]])
+    ours, theirs = encoders(intermediate_layers_indices=[1, 2])
+    inputs = tiles(ours.config, [[6, 2], [1, 0]])
     theirs.intermediate_layers_indices = [0, 1]
     with torch.no_grad():
         got, expected = (
             ours(*inputs, reference="meta").last_hidden_state,
             theirs(*inputs).last_hidden_state,
         )
-    assert not got[1, 1].any()  # no picture
+    assert not got[1, 1].any()  # no image
     expected[1, 1] = 0
     assert (got - expected).abs().max() <= 1e-5 * expected.abs().max()
 
 
 def test_gradients_equal_transformers():
-    ours, theirs = towers()
-    inputs = pictures(ours.config, [[6, 2], [1, 0]])
+    ours, theirs = encoders()
+    inputs = tiles(ours.config, [[6, 2], [1, 0]])
     weigh = None
     for model in (ours, theirs):
         features = (
@@ -121,16 +93,16 @@ def test_gradients_equal_transformers():
 
 
 def test_gradient_checkpointing_changes_no_gradient():
-    tower = towers()[0].train()
-    inputs = pictures(tower.config, [[2, 2]])
+    encoder = encoders()[0].train()
+    inputs = tiles(encoder.config, [[2, 2]])
 
     def gradients() -> list[torch.Tensor]:
-        tower.zero_grad()
-        tower(*inputs).last_hidden_state.square().mean().backward()
-        return [parameter.grad for parameter in tower.parameters()]
+        encoder.zero_grad()
+        encoder(*inputs).last_hidden_state.square().mean().backward()
+        return [parameter.grad for parameter in encoder.parameters()]
 
     plain, calls = gradients(), []
-    for layer in (*tower.transformer.layers, *tower.global_transformer.layers):
+    for layer in (*encoder.transformer.layers, *encoder.global_transformer.layers):
         layer.gradient_checkpointing = True
         layer._gradient_checkpointing_func = lambda *args: (
             calls.append(1) or torch.utils.checkpoint.checkpoint(*args, use_reentrant=False)
@@ -140,8 +112,10 @@ def test_gradient_checkpointing_changes_no_gradient():
 
 def test_bfloat16_rounds_no_more_than_theirs():
     """On weights and pixels that bfloat16 holds exactly."""
-    ours, theirs = (tower.bfloat16() for tower in towers(hidden_size=128, vision_output_dim=384))
-    pixels, *rest = pictures(ours.config, [[6, 2], [1, 3]])
+    ours, theirs = (
+        encoder.bfloat16() for encoder in encoders(hidden_size=128, vision_output_dim=384)
+    )
+    pixels, *rest = tiles(ours.config, [[6, 2], [1, 3]])
     pixels = pixels.bfloat16()
     with torch.no_grad():
         got, expected = (
@@ -156,17 +130,17 @@ def test_bfloat16_rounds_no_more_than_theirs():
 
 
 def test_probabilities_hide_padding_from_padding_only():
-    tower = towers()[0]
-    inputs = pictures(tower.config, [[2, 6, 0]])
+    encoder = encoders()[0]
+    inputs = tiles(encoder.config, [[2, 6, 0]])
     with torch.no_grad():
-        encoded = tower(*inputs, output_attentions=True)
-        assert torch.equal(encoded.last_hidden_state, tower(*inputs).last_hidden_state)
+        encoded = encoder(*inputs, output_attentions=True)
+        assert torch.equal(encoded.last_hidden_state, encoder(*inputs).last_hidden_state)
     assert len(encoded.attentions) == 5
     tokens = torch.zeros(2, 4, 8, dtype=torch.bool)  # 5 patches with the class token, padded to 8
     tokens[0, :2, :5] = tokens[1, :, :5] = True
     real = tokens.flatten(1)
     for weights in encoded.attentions:
-        assert weights.shape == (3, 2, 32, 32) and not weights[2].any()  # no picture
+        assert weights.shape == (3, 2, 32, 32) and not weights[2].any()  # no image
         weights = weights[:2]
         torch.testing.assert_close(weights.sum(-1), torch.ones(2, 2, 32))
         seen = real[:, None, :, None] | real[:, None, None, :]
@@ -174,17 +148,17 @@ def test_probabilities_hide_padding_from_padding_only():
 
 
 def test_ids_tell_which_tiles_are_filled():
-    tower = towers()[0]
-    pixels, ids, mask = pictures(tower.config, [[1, 6], [3, 0]])
+    encoder = encoders()[0]
+    pixels, ids, mask = tiles(encoder.config, [[1, 6], [3, 0]])
     assert torch.equal(
-        tower(pixels, ids).last_hidden_state, tower(pixels, ids, mask).last_hidden_state
+        encoder(pixels, ids).last_hidden_state, encoder(pixels, ids, mask).last_hidden_state
     )
 
 
-def test_no_pictures_give_no_features():
-    tower = towers()[0]
-    pixels, ids, mask = pictures(tower.config, [[1]])
-    assert tower(pixels[:, :0], ids[:, :0], mask[:, :0]).last_hidden_state.shape == (
+def test_no_images_give_no_features():
+    encoder = encoders()[0]
+    pixels, ids, mask = tiles(encoder.config, [[1]])
+    assert encoder(pixels[:, :0], ids[:, :0], mask[:, :0]).last_hidden_state.shape == (
         1,
         0,
         4,
@@ -198,14 +172,10 @@ def test_no_pictures_give_no_features():
     [
         (
             TypeError,
-            "pixel_values must be a floating",
+            "pixel_values",
             {"pixel_values": torch.zeros(1, 1, 4, 3, 16, 16, dtype=torch.uint8)},
         ),
-        (
-            ValueError,
-            "pixel_values must be .*4, 3, 16, 16",
-            {"pixel_values": torch.zeros(1, 1, 2, 3, 16, 16)},
-        ),
+        (ValueError, "pixel_values", {"pixel_values": torch.zeros(1, 1, 2, 3, 16, 16)}),
         (ValueError, "pixel_values must be", {"pixel_values": torch.zeros(1, 4, 3, 16, 16)}),
         (TypeError, "aspect_ratio_ids must be", {"aspect_ratio_ids": None}),
         (TypeError, "aspect_ratio_ids must be", {"aspect_ratio_ids": torch.ones(1, 1)}),
@@ -214,54 +184,50 @@ def test_no_pictures_give_no_features():
             "aspect_ratio_ids must be",
             {"aspect_ratio_ids": torch.ones(2, 1, dtype=torch.long)},
         ),
-        (
-            IndexError,
-            "aspect_ratio_ids must lie in 0 to 8, got 9",
-            {"aspect_ratio_ids": torch.tensor([[9]])},
-        ),
+        (IndexError, "aspect_ratio_ids", {"aspect_ratio_ids": torch.tensor([[9]])}),
         (TypeError, "aspect_ratio_mask must be", {"aspect_ratio_mask": [1]}),
         (ValueError, "aspect_ratio_mask must be", {"aspect_ratio_mask": torch.ones(1, 1, 2)}),
         (ValueError, "reference must be", {"reference": "torchtune"}),
     ],
 )
 def test_other_input_is_refused(error, match, change):
-    tower = towers()[0]
-    pixels, ids, mask = pictures(tower.config, [[1]])
+    encoder = encoders()[0]
+    pixels, ids, mask = tiles(encoder.config, [[1]])
     with pytest.raises(error, match=match):
-        tower(
+        encoder(
             **{"pixel_values": pixels, "aspect_ratio_ids": ids, "aspect_ratio_mask": mask} | change
         )
 
 
-def converted(**options) -> TiledVisionTower:
-    """A tower whose tables hold zeros for tiles that an arrangement has not, as those of released
-    weights do.
+def converted(**options) -> TiledImageEncoder:
+    """An encoder whose tables hold zeros for tiles that an arrangement has not, as released ones
+    do.
     """
-    tower = towers(**options)[0]
-    config = tower.config
+    encoder = encoders(**options)[0]
+    config = encoder.config
     counts = torch.tensor(
         [0] + [rows * columns for rows, columns in config.supported_aspect_ratios]
     )
     unused = torch.arange(config.max_num_tiles) >= counts[:, None]
     position, before, after = (
-        tower.gated_positional_embedding,
-        tower.pre_tile_positional_embedding,
-        tower.post_tile_positional_embedding,
+        encoder.gated_positional_embedding,
+        encoder.pre_tile_positional_embedding,
+        encoder.post_tile_positional_embedding,
     )
     with torch.no_grad():
         for table in (position.tile_embedding, before.embedding, after.embedding):
             table.weight.unflatten(1, (config.max_num_tiles, -1))[unused] = 0
-    return tower
+    return encoder
 
 
 @pytest.mark.parametrize("reference", ["meta", "hf"])
 def test_equal_empty_tiles_are_computed_once(reference):
-    tower, seen = converted(), []
-    for layer in (tower.transformer.layers[0], tower.global_transformer.layers[0]):
+    encoder, seen = converted(), []
+    for layer in (encoder.transformer.layers[0], encoder.global_transformer.layers[0]):
         layer.register_forward_hook(lambda layer, args, out: seen.append(args[0].shape[1]))
-    inputs = pictures(tower.config, [[1, 2, 6]])
+    inputs = tiles(encoder.config, [[1, 2, 6]])
     with torch.no_grad():
-        once = tower(*inputs, reference).last_hidden_state
+        once = encoder(*inputs, reference).last_hidden_state
         assert sorted(seen) == [
             16,
             16,
@@ -271,7 +237,7 @@ def test_equal_empty_tiles_are_computed_once(reference):
             32,
         ]  # one, two and four tiles filled, one in the place of the empty ones; 8 tokens each
         seen.clear()
-        plain = tower(*inputs, reference, output_attentions=True).last_hidden_state
+        plain = encoder(*inputs, reference, output_attentions=True).last_hidden_state
         assert seen == [32] * 6
     assert (once - plain).abs().max() <= 1e-5 * plain.abs().max()
     assert torch.equal(once[0, 0, 1], once[0, 0, 2]) and not torch.equal(
@@ -284,33 +250,33 @@ def test_other_empty_tiles_are_computed_each():
     such a table is trained.
     """
     for change in ("pre_tile_positional_embedding", "post_tile_positional_embedding", "trained"):
-        tower, seen = converted(), []
-        tower.requires_grad_(False)
-        for layer in (tower.transformer.layers[0], tower.global_transformer.layers[0]):
+        encoder, seen = converted(), []
+        encoder.requires_grad_(False)
+        for layer in (encoder.transformer.layers[0], encoder.global_transformer.layers[0]):
             layer.register_forward_hook(
                 lambda layer, args, out, seen=seen: seen.append(args[0].shape[1])
             )
         if change == "trained":
-            tower.post_tile_positional_embedding.gate.requires_grad_()
+            encoder.post_tile_positional_embedding.gate.requires_grad_()
         else:
-            getattr(tower, change).embedding.weight.data[1, -1] += 1
-        tower(*pictures(tower.config, [[1]]))
+            getattr(encoder, change).embedding.weight.data[1, -1] += 1
+        encoder(*tiles(encoder.config, [[1]]))
         assert seen == ([16, 32] if change.startswith("post") else [32, 32]), change
 
 
 def test_adapters_get_the_same_gradients_from_equal_empty_tiles():
-    tower = converted()
-    tower.requires_grad_(False)
+    encoder = converted()
+    encoder.requires_grad_(False)
     adapted = [
         layer.self_attn.v_proj.weight
-        for layer in (*tower.transformer.layers, *tower.global_transformer.layers)
+        for layer in (*encoder.transformer.layers, *encoder.global_transformer.layers)
     ]
     for weight in adapted:
         weight.requires_grad_()
-    inputs = pictures(tower.config, [[1, 2]])
+    inputs = tiles(encoder.config, [[1, 2]])
     gradients = []
     for options in ({}, {"output_attentions": True}):
-        features = tower(*inputs, **options).last_hidden_state
+        features = encoder(*inputs, **options).last_hidden_state
         weigh = torch.randn(features.shape, generator=torch.Generator().manual_seed(4))
         gradients.append(torch.autograd.grad((features * weigh).sum(), adapted))
     for once, plain in zip(*gradients, strict=True):

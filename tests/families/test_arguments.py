@@ -2,7 +2,6 @@
 refused by its name.
 """
 
-import functools
 import inspect
 
 import pytest
@@ -10,40 +9,15 @@ import torch
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils.generic import TransformersKwargs
 
-import twins
-from families import cases, test_mllama
+import tiny
+from tiny import pairs
 
 # Switches that any object turns on; tests elsewhere compare what they return.
 SWITCHES = {"use_cache", "output_attentions", "output_hidden_states"}
 # Of no meaning in these families, with and without experts or packed rows.
 PASSED_OVER = {"output_router_logits"}
-MLLAMA = functools.cache(test_mllama.pair)
 LLAVA = "llava, clip, -2"
 PALIGEMMA = "paligemma"
-
-
-def mllama_inputs(model, rows: int = 2) -> dict[str, torch.Tensor]:
-    vision = model.config.vision_config
-    size = (rows, 1, vision.max_num_tiles, 3, vision.image_size, vision.image_size)
-    ids = torch.randint(1, 90, (rows, 6), generator=torch.Generator().manual_seed(3))
-    return {
-        "input_ids": ids,
-        "pixel_values": torch.randn(size, generator=torch.Generator().manual_seed(4)),
-        "aspect_ratio_ids": torch.full((rows, 1), len(vision.supported_aspect_ratios)),
-        "aspect_ratio_mask": torch.ones(rows, 1, vision.max_num_tiles),
-        "cross_attention_mask": torch.ones(rows, ids.shape[1], 1, vision.max_num_tiles),
-    }
-
-
-FAMILIES = ["llama", "gemma", LLAVA, "llava, siglip, several", PALIGEMMA, "mllama"]
-
-
-def pair_and_inputs(family: str):
-    if family == "mllama":
-        pair = MLLAMA()
-        return pair, mllama_inputs(pair.ours)
-    pair = cases.pair(family)
-    return pair, cases.inputs(pair, (["P", 5], ["P", 5]))
 
 
 def stock_names(model) -> list[str]:
@@ -54,10 +28,10 @@ def stock_names(model) -> list[str]:
     return [name for name in dict.fromkeys(names) if name not in ("self", "kwargs")]
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", pairs.FAMILIES)
 def test_no_argument_of_the_stock_forward_is_swallowed(family):
     """What no code looks at raises nothing for any object: it must be a switch or on the list."""
-    (ours, theirs), given = pair_and_inputs(family)
+    (ours, theirs), given = pairs.with_inputs(family)
     given["labels"] = given["input_ids"]
     with torch.no_grad():
         swallowed = [
@@ -86,9 +60,9 @@ def _looks_at(call, given: dict, name: str) -> bool:
 ENCODED = {"mm_encoder_outputs", "cross_attention_states"}
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", pairs.FAMILIES)
 def test_no_argument_of_the_stock_forward_is_swallowed_by_generate(family):
-    (ours, theirs), given = pair_and_inputs(family)
+    (ours, theirs), given = pairs.with_inputs(family)
 
     def generate(**kwargs):
         ours.generate(**kwargs, max_new_tokens=2, do_sample=False)
@@ -107,12 +81,12 @@ def test_no_argument_of_the_stock_forward_is_swallowed_by_generate(family):
     [("vision_feature_layers", "vision_feature_layer"), ("pixel_value", "pixel_values")],
 )
 def test_an_unknown_argument_is_refused_with_the_nearest(name, near):
-    pair, given = pair_and_inputs(LLAVA)
+    pair, given = pairs.with_inputs(LLAVA)
     with pytest.raises(TypeError, match=rf"{name}.*{near}"):
         pair.ours(**given, **{name: 1})
-    siglip = cases.pair("siglip_vision_model")
+    siglip = pairs.pair("siglip_vision_model")
     with pytest.raises(TypeError, match="interpolate_pos_encodings.*interpolate_pos_encoding"):
-        siglip.ours(cases.pictures(siglip, 1), interpolate_pos_encodings=True)
+        siglip.ours(siglip.images(1), interpolate_pos_encodings=True)
 
 
 @pytest.mark.parametrize(
@@ -133,13 +107,13 @@ def test_an_unknown_argument_is_refused_with_the_nearest(name, near):
     ],
 )
 def test_arguments_of_other_families_are_refused_by_name(family, name, value):
-    pair, given = pair_and_inputs(family)
+    pair, given = pairs.with_inputs(family)
     with pytest.raises(ValueError, match=name):
         pair.ours(**given | {name: value})
 
 
 def test_what_trainers_hand_on_is_taken():
-    pair, given = pair_and_inputs(LLAVA)
+    pair, given = pairs.with_inputs(LLAVA)
     extras = {
         "use_cache": False,
         "return_dict": True,
@@ -147,15 +121,15 @@ def test_what_trainers_hand_on_is_taken():
         "output_router_logits": True,
         "num_items_in_batch": 3,
     }
-    cases.close(pair.ours(**given, **extras).logits, pair.theirs(**given).logits)
+    tiny.close(pair.ours(**given, **extras).logits, pair.theirs(**given).logits)
 
 
 def llava_inputs(pair, tokens: int) -> dict[str, torch.Tensor]:
     rows = [
-        [*cases.ids(2, seed=row), *[cases.IMAGE] * tokens, *cases.ids(5, seed=9 + row)]
+        [*tiny.tokens(2, seed=row), *[tiny.IMAGE] * tokens, *tiny.tokens(5, seed=9 + row)]
         for row in range(2)
     ]
-    return twins.batch(*rows) | {"pixel_values": cases.pictures(pair, 2)}
+    return tiny.batch(*rows) | {"pixel_values": pair.images(2)}
 
 
 @pytest.mark.parametrize(
@@ -163,18 +137,18 @@ def llava_inputs(pair, tokens: int) -> dict[str, torch.Tensor]:
     [(-1, "default", 4), ([0], "full", 5), (None, "full", 5), ([-3], None, 4)],
 )
 def test_llava_reads_the_layer_and_the_features_that_a_call_names(layer, strategy, tokens):
-    pair = cases.pair(LLAVA)
+    pair = pairs.pair(LLAVA)
     given = llava_inputs(pair, tokens) | {
         "vision_feature_layer": layer,
         "vision_feature_select_strategy": strategy,
     }
     with torch.no_grad():
-        cases.close(pair.ours(**given).logits, pair.theirs(**given).logits)
+        tiny.close(pair.ours(**given).logits, pair.theirs(**given).logits)
         how = {
             name: given[name]
             for name in ("pixel_values", "vision_feature_layer", "vision_feature_select_strategy")
         }
-        cases.close(
+        tiny.close(
             pair.ours.get_image_features(**how),
             torch.stack(pair.theirs.get_image_features(**how).pooler_output),
         )
@@ -187,7 +161,7 @@ def test_llava_reads_the_layer_and_the_features_that_a_call_names(layer, strateg
 
 
 def test_layers_that_the_projector_is_not_made_for_are_refused():
-    pair = cases.pair(LLAVA)
+    pair = pairs.pair(LLAVA)
     for layer in ([-1, -2], -9, True, "last"):
         with pytest.raises(ValueError, match="vision_feature_layer"):
             pair.ours(**llava_inputs(pair, 4), vision_feature_layer=layer)
@@ -197,10 +171,10 @@ def test_layers_that_the_projector_is_not_made_for_are_refused():
 
 @pytest.mark.parametrize("family", [LLAVA, PALIGEMMA])
 def test_features_that_stock_encoded_are_taken(family):
-    pair, given = pair_and_inputs(family)
+    pair, given = pairs.with_inputs(family)
     with torch.no_grad():
         encoded = {"image": pair.theirs.get_image_features(given.pop("pixel_values"))}
-        cases.close(
+        tiny.close(
             pair.ours(**given, mm_encoder_outputs=encoded).logits,
             pair.theirs(**given, mm_encoder_outputs=encoded).logits,
         )
@@ -214,7 +188,7 @@ def test_features_that_stock_encoded_are_taken(family):
 
 
 def test_cross_attention_states_are_attended_to():
-    pair, given = pair_and_inputs("mllama")
+    pair, given = pairs.with_inputs("mllama")
     with torch.no_grad():
         plain = pair.theirs(**given).logits
         vision = pair.theirs.model.vision_model(
@@ -224,7 +198,7 @@ def test_cross_attention_states_are_attended_to():
         states = states.reshape(-1, states.shape[-2], states.shape[-1])
         for model in pair:
             mask = given["cross_attention_mask"]
-            cases.close(
+            tiny.close(
                 model(
                     given["input_ids"], cross_attention_states=states, cross_attention_mask=mask
                 ).logits,
@@ -236,23 +210,23 @@ def test_cross_attention_states_are_attended_to():
 
 @pytest.mark.parametrize("size", [(24, 24), (16, 32), (8, 17)])
 def test_images_of_other_sizes(size):
-    """Positions between the learned ones, in every model with such a tower."""
+    """Positions between the learned ones, in every model with such an encoder."""
     pixels = torch.randn(2, 3, *size, generator=torch.Generator().manual_seed(5))
     how = {"interpolate_pos_encoding": True}
-    siglip = cases.pair("siglip_vision_model")
+    siglip = pairs.pair("siglip_vision_model")
     with torch.no_grad():
         for name in ("last_hidden_state", "pooler_output"):
-            cases.close(siglip.ours(pixels, **how)[name], siglip.theirs(pixels, **how)[name])
+            tiny.close(siglip.ours(pixels, **how)[name], siglip.theirs(pixels, **how)[name])
         for family in (LLAVA, "llava, siglip, -1", PALIGEMMA):
-            ours, theirs = cases.pair(family)
+            ours, theirs = pairs.pair(family)
             encoded = {"image": theirs.get_image_features(pixels, **how)}
             tokens = (size[0] // 8) * (size[1] // 8)
-            given = twins.batch(
-                *[[*[cases.IMAGE] * tokens, *cases.ids(4, seed=row)] for row in range(2)]
+            given = tiny.batch(
+                *[[*[tiny.IMAGE] * tokens, *tiny.tokens(4, seed=row)] for row in range(2)]
             )
             if family == PALIGEMMA:
                 given["token_type_ids"] = torch.zeros_like(given["input_ids"])
-            cases.close(
+            tiny.close(
                 ours(**given, pixel_values=pixels, **how).logits,
                 theirs(**given, mm_encoder_outputs=encoded).logits,
             )
@@ -263,10 +237,10 @@ def test_images_of_other_sizes(size):
 
 
 def test_features_are_read_by_both_releases_names():
-    pair, given = pair_and_inputs(LLAVA)
+    pair, given = pairs.with_inputs(LLAVA)
     with torch.no_grad():
         mine, stock = (model(**given) for model in pair)
     expected = torch.cat([features.reshape(-1, 64) for features in stock.image_hidden_states])
     for features in (mine.image_hidden_states, mine.image_outputs.pooler_output):
-        cases.close(features.flatten(0, 1), expected)
+        tiny.close(features.flatten(0, 1), expected)
     assert pair.ours(given["input_ids"][:, -3:]).image_outputs is None

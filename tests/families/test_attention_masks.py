@@ -6,27 +6,28 @@ import pytest
 import torch
 from transformers import DynamicCache, StaticCache
 
-import twins
-from families import test_mllama
-from families.cases import ONE_EACH, Pair, close, inputs, make, pair, renamed
+import tiny
 from families.test_training import trained
+from tiny import batches, close, pairs
+from tiny.pairs import ONE_EACH, Pair, make, pair
+from tiny.sizes import TILED_IMAGE
 
 LEAST = torch.finfo(torch.float32).min
 LLAMA_VISION = "llama vision"
 
 
 def both_and_batch(case: str) -> tuple[Pair, dict[str, torch.Tensor]]:
-    """Two rows with pictures, where the model has some, of one length and without a mask."""
+    """Two rows with images, where the model has some, of one length and without a mask."""
     if case == LLAMA_VISION:
-        both = test_mllama.pair()
-        batch = test_mllama.inputs(
+        both = pairs.make("mllama")
+        batch = batches.tiled(
             both.ours,
-            ([test_mllama.PICTURE, *twins.tokens(8)], [1]),
-            ([5, test_mllama.PICTURE, *twins.tokens(7)], [3]),
+            ([TILED_IMAGE, *tiny.tokens(8)], [1]),
+            ([5, TILED_IMAGE, *tiny.tokens(7)], [3]),
         )
     else:
         both = make(case)
-        batch = inputs(both, (["P", 5], ["P", 2, 3]), said=3)
+        batch = both.inputs((["image", 5], ["image", 2, 3]), completion=3)
     del batch["attention_mask"]
     labels = batch["input_ids"].masked_fill(
         batch["input_ids"] == getattr(both.ours.config, "image_token_index", -1), -100
@@ -92,7 +93,7 @@ def test_loss_and_gradients_equal_transformers(case):
         trained(model, batch | {"use_cache": False}) for model in both
     )
     torch.testing.assert_close(loss, expected, rtol=1e-4, atol=0)
-    theirs = (test_mllama.renamed if case == LLAMA_VISION else renamed)(theirs)
+    theirs = pairs.renamed(theirs)
     for name, gradient in mine.items():
         close(gradient, theirs[name], tolerance=2e-4, floor=1e-2)
 
@@ -185,12 +186,12 @@ def test_a_mask_of_packed_rows_equals_positions_that_restart():
 
 @pytest.mark.parametrize("visual", [False, True])
 def test_prepended_visual_tokens_are_covered(visual):
-    model = twins.model(fusion="prepend", vision_feature="last", image_token_index=None)
+    model = tiny.model(fusion="prepend", vision_feature="last", image_token_index=None)
     row, pixels = (
-        torch.tensor([twins.tokens(5)]),
-        {"pixel_values": twins.pictures(1)} if visual else {},
+        torch.tensor([tiny.tokens(5)]),
+        {"pixel_values": tiny.images(1)} if visual else {},
     )
-    length = 5 + visual * twins.PATCHES
+    length = 5 + visual * tiny.PATCHES
     causal = torch.ones(1, 1, length, length, dtype=torch.bool).tril()
     with torch.no_grad():
         close(model(row, **pixels, attention_mask=causal).logits, model(row, **pixels).logits)
@@ -201,7 +202,7 @@ def test_prepended_visual_tokens_are_covered(visual):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_numbers_in_float32_beside_16_bits(dtype):
-    """The least float32 stays finite: a row of it is the average of all keys, as in transformers."""
+    """The least float32 stays finite: a row of it averages all keys, as in transformers."""
     both, batch = both_and_batch("llama")
     for model in both:
         model.to(dtype)

@@ -3,15 +3,15 @@
 import pytest
 from transformers import LlamaConfig, MllamaConfig
 
-import twins
+import tiny
 from mllama.hf.config_objects import compose
 
 
 def test_cross_attention_layers_belong_to_llama_vision_alone():
-    config = LlamaConfig(**twins.TEXT, cross_attention_layers=[1])
+    config = LlamaConfig(**tiny.TEXT, cross_attention_layers=[1])
     assert compose(config).text.cross_attention_layers == ()
     with pytest.raises(ValueError, match="cross_attention_layers"):
-        twins.config(text={"cross_attention_layers": [1]})
+        tiny.config(text={"cross_attention_layers": [1]})
     with pytest.raises(ValueError, match="cross_attention_layers"):
         compose(MllamaConfig(text_config={"cross_attention_layers": [0, 5]}))
 

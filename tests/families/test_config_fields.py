@@ -9,15 +9,16 @@ import pytest
 import torch
 import transformers
 
-import twins
-from families import cases, test_arguments, test_mllama
-from families.test_arguments import LLAVA, PALIGEMMA
+import tiny
+from families.test_arguments import LLAVA, PALIGEMMA, llava_inputs
 from mllama import MllamaForConditionalGeneration, SiglipModel
+from mllama.families import compose
+from tiny import pairs
 
 SIGLIP_LLAVA = "llava, siglip, several"
 ROPES = [
     {"rope_type": "linear", "rope_theta": 300.0, "factor": 2.0},
-    {"rope_type": "llama3", "rope_theta": 300.0} | cases.LLAMA3,
+    tiny.LLAMA3 | {"rope_theta": 300.0},
     {"rope_type": "dynamic", "rope_theta": 300.0, "factor": 2.0},
     {
         "rope_type": "yarn",
@@ -27,7 +28,7 @@ ROPES = [
     },
     {"rope_type": "default", "rope_theta": 300.0, "partial_rotary_factor": 0.5},
     {
-        "full_attention": {"rope_type": "llama3", "rope_theta": 300.0} | cases.LLAMA3,
+        "full_attention": tiny.LLAMA3 | {"rope_theta": 300.0},
         "sliding_attention": {"rope_type": "linear", "rope_theta": 20.0, "factor": 2.0},
     },
 ]
@@ -94,7 +95,7 @@ VALUES = {
     "attn_logit_softcapping": [1.0, None],
     "query_pre_attn_scalar": [3],
     "hidden_activation": ["gelu", "relu", "silu"],
-    "is_causal": [False, True],
+    "is_causal": [False, True, None],
 }
 DECODERS = (
     "sliding_window",
@@ -113,7 +114,7 @@ def fields(config: transformers.PretrainedConfig, decoder: bool) -> list[str]:
 
 
 def base(family: str):
-    return (test_arguments.MLLAMA() if family == "mllama" else cases.pair(family)).theirs
+    return pairs.pair(family).theirs
 
 
 def build(kind, config):
@@ -124,22 +125,10 @@ def build(kind, config):
         theirs = kind(copy.deepcopy(config))
     except Exception:  # noqa: BLE001 what stock refuses in any way is no matter here
         return None
-    theirs = twins.randomise(theirs).eval()
-    ours = (
-        SiglipModel if kind is transformers.SiglipVisionModel else MllamaForConditionalGeneration
-    )(copy.deepcopy(config)).eval()
-    if "aspect_ratio" in str(kind.forward.__doc__):
-        ours.reference = "hf"
-    renamed = (
-        test_mllama.renamed
-        if kind is transformers.MllamaForConditionalGeneration
-        else cases.renamed
-    )
-    torch.nn.Module.load_state_dict(ours, renamed(theirs.state_dict()))
-    return cases.Pair(ours, theirs)
+    return pairs.of(tiny.randomize(theirs).eval())
 
 
-def example(pair: cases.Pair) -> dict[str, torch.Tensor]:
+def example(pair: pairs.Pair) -> dict[str, torch.Tensor]:
     if isinstance(pair.ours, SiglipModel):
         config = pair.theirs.config
         return {
@@ -147,15 +136,10 @@ def example(pair: cases.Pair) -> dict[str, torch.Tensor]:
                 2, config.num_channels, config.image_size, config.image_size
             )
         }
-    if pair.ours.spec.encoder == "tiled":
-        given = test_arguments.mllama_inputs(pair.ours)
-        given["pixel_values"] = given["pixel_values"][
-            :, :, :, : pair.ours.config.vision_config.num_channels
-        ]
-        return given
-    given = cases.inputs(pair, (["P", 6], ["P", 6]))
-    if "pixel_values" in given:
-        given["pixel_values"] = given["pixel_values"][:, : pair.ours.spec.vision.num_channels]
+    given = pair.inputs("equal rows")
+    if "pixel_values" in given:  # [..., C, S, S]
+        channels = pair.ours.spec.vision.num_channels
+        given["pixel_values"] = given["pixel_values"][..., :channels, :, :]
     return given
 
 
@@ -165,7 +149,7 @@ PARTS = [
     for part in ("", "text_config", "vision_config")
 ]
 PARTS += [(SIGLIP_LLAVA, ""), ("paligemma, gemma2", "text_config")]
-TEXTS = ("llama", "gemma", "gemma2", "gemma3")
+TEXTS = ("llama", "gemma", "gemma2", "gemma3_text")
 
 
 @pytest.mark.parametrize(
@@ -207,10 +191,16 @@ def compare(kind, config: transformers.PretrainedConfig, name: str) -> str:
     )
 
 
-@pytest.mark.parametrize("family", test_arguments.FAMILIES)
+def test_an_older_spelling_is_refused_by_its_own_name():
+    for value in (0, -1.0, "x", True):
+        with pytest.raises(ValueError, match="rope_local_base_freq"):
+            compose({"model_type": "gemma3_text", "rope_local_base_freq": value})
+
+
+@pytest.mark.parametrize("family", pairs.FAMILIES)
 def test_fields_set_after_loading_are_read_when_the_model_is_called(family):
     """What stock reads at call time, from the decoder's config; set on the whole it counts too."""
-    (ours, theirs), given = fresh(family), test_arguments.pair_and_inputs(family)[1]
+    (ours, theirs), given = pairs.make(family), pairs.with_inputs(family)[1]
     theirs.set_attn_implementation("eager")
     for name in ("output_hidden_states", "output_attentions"):
         for model in (ours, theirs):
@@ -219,7 +209,7 @@ def test_fields_set_after_loading_are_read_when_the_model_is_called(family):
         mine, stock = ours(**given), theirs(**given)
         for name in ("hidden_states", "attentions"):
             for one, other in zip(mine[name], stock[name], strict=True):
-                cases.close(one, other)
+                tiny.close(one, other)
         for config in (ours.config, getattr(ours.config, "text_config", ours.config)):
             assert ours(**given).past_key_values is not None
             config.use_cache = False
@@ -229,32 +219,28 @@ def test_fields_set_after_loading_are_read_when_the_model_is_called(family):
     assert isinstance(ours(**given), tuple)
 
 
-def fresh(family: str) -> cases.Pair:
-    return test_mllama.pair() if family == "mllama" else cases.make(family)
-
-
 def test_llava_reads_the_layer_that_its_config_says_after_loading():
-    pair = cases.make(LLAVA)
-    given = test_arguments.llava_inputs(pair, 5)
+    pair = pairs.make(LLAVA)
+    given = llava_inputs(pair, 5)
     for model in pair:
         model.config.vision_feature_layer, model.config.vision_feature_select_strategy = 1, "full"
     with torch.no_grad():
-        cases.close(pair.ours(**given).logits, pair.theirs(**given).logits)
+        tiny.close(pair.ours(**given).logits, pair.theirs(**given).logits)
         features = pair.theirs.get_image_features(given["pixel_values"]).pooler_output
-        cases.close(pair.ours.get_image_features(given["pixel_values"]), torch.stack(features))
+        tiny.close(pair.ours.get_image_features(given["pixel_values"]), torch.stack(features))
     pair.ours.config.vision_feature_layer = [1, 2]
     with pytest.raises(ValueError, match="vision_feature_layer"):
         pair.ours(**given)
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma", "gemma3", LLAVA])
+@pytest.mark.parametrize("family", ["llama", "gemma", "gemma3_text", LLAVA])
 def test_fewer_layers_set_after_loading(family):
     """As transformers' Llama and Gemma run the first layers alone."""
-    (ours, theirs), given = fresh(family), test_arguments.pair_and_inputs(family)[1]
+    (ours, theirs), given = pairs.make(family), pairs.with_inputs(family)[1]
     for model in (ours, theirs):
         getattr(model.config, "text_config", model.config).num_hidden_layers = 1
     with torch.no_grad():
-        cases.close(ours(**given).logits, theirs(**given).logits)
+        tiny.close(ours(**given).logits, theirs(**given).logits)
     assert (
         ours.generate(**given, max_new_tokens=4, do_sample=False).tolist()
         == theirs.generate(**given, max_new_tokens=4, do_sample=False).tolist()
@@ -278,7 +264,7 @@ def test_fewer_layers_set_after_loading(family):
 def test_fields_that_a_model_is_built_from_cannot_be_set_afterwards(
     family, part, name, value, tmp_path
 ):
-    ours, given = fresh(family).ours, test_arguments.pair_and_inputs(family)[1]
+    ours, given = pairs.make(family).ours, pairs.with_inputs(family)[1]
     own = getattr(ours.config, part) if part else ours.config
     before = getattr(own, name)
     setattr(own, name, value)
@@ -290,22 +276,22 @@ def test_fields_that_a_model_is_built_from_cannot_be_set_afterwards(
     ours(**given)
 
 
-def test_a_towers_fields_cannot_be_set_afterwards():
-    ours, _ = cases.make("siglip_vision_model")
+def test_an_encoders_fields_cannot_be_set_afterwards():
+    ours, _ = pairs.make("siglip_vision_model")
     ours.config.layer_norm_eps = 0.5
     with pytest.raises(ValueError, match="layer_norm_eps"):
-        ours(cases.pictures(cases.pair("siglip_vision_model"), 1))
+        ours(pairs.pair("siglip_vision_model").images(1))
 
 
 def test_a_dict_in_a_config_is_watched_too():
-    ours = cases.make("llama").ours
+    ours = pairs.make("llama").ours
     ours.config.rope_parameters["rope_theta"] = 5.0
     with pytest.raises(ValueError, match="rope_parameters"):
         ours(torch.tensor([[1, 2]]))
 
 
 def test_fields_of_the_config_given_to_from_pretrained(tmp_path):
-    ours, theirs = cases.pair(LLAVA)
+    ours, theirs = pairs.pair(LLAVA)
     ours.save_pretrained(tmp_path)
     given = {
         "vision_feature_layer": 1,
@@ -313,10 +299,10 @@ def test_fields_of_the_config_given_to_from_pretrained(tmp_path):
         "text_config": {"use_cache": False},
     }
     both = [type(model).from_pretrained(tmp_path, **given).eval() for model in (ours, theirs)]
-    inputs = test_arguments.llava_inputs(cases.pair(LLAVA), 5)
+    inputs = llava_inputs(pairs.pair(LLAVA), 5)
     with torch.no_grad():
         mine, stock = (model(**inputs) for model in both)
-    cases.close(mine.logits, stock.logits)
+    tiny.close(mine.logits, stock.logits)
     assert mine.past_key_values is None and stock.past_key_values is None
     assert MllamaForConditionalGeneration.from_pretrained(
         tmp_path, output_attentions=True
@@ -338,6 +324,6 @@ def test_fields_of_the_config_given_to_from_pretrained(tmp_path):
     ],
 )
 def test_fields_that_from_pretrained_refuses(error, given, match, tmp_path):
-    cases.pair(LLAVA).ours.save_pretrained(tmp_path)
+    pairs.pair(LLAVA).ours.save_pretrained(tmp_path)
     with pytest.raises(error, match=match):
         MllamaForConditionalGeneration.from_pretrained(tmp_path, **given)

@@ -5,8 +5,8 @@ from contextlib import contextmanager
 import pytest
 import torch
 
-from families import cases, test_arguments
 from mllama.ops.attention import attention
+from tiny import pairs
 
 DEFAULTS = [torch.device("meta"), torch.bfloat16, torch.float16, torch.float64]
 LENGTH = {"max_new_tokens": 3, "pad_token_id": 0}
@@ -40,15 +40,14 @@ def results(model, given: dict[str, torch.Tensor]) -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize(
-    "family",
-    ["gemma", test_arguments.LLAVA, test_arguments.PALIGEMMA, "mllama", "siglip_vision_model"],
+    "family", ["gemma", "llava, clip, -2", "paligemma", "mllama", "siglip_vision_model"]
 )
 def test_results_are_those_without(family, tmp_path):
     if family.startswith("siglip"):
-        pair = cases.pair(family)
-        given = {"pixel_values": cases.pictures(pair, 2)}
+        pair = pairs.pair(family)
+        given = {"pixel_values": pair.images(2)}
     else:
-        pair, given = test_arguments.pair_and_inputs(family)
+        pair, given = pairs.with_inputs(family)
     torch.manual_seed(0)
     expected = results(pair.ours, given)
     for value in DEFAULTS:

@@ -9,27 +9,17 @@ import pytest
 import torch
 import transformers
 
-from families.cases import (
-    ONE_EACH,
-    PICTURES,
-    TALKING,
-    TEXT,
-    VISION,
-    close,
-    ids,
-    inputs,
-    make,
-    pair,
-    pictures,
-)
 from mllama import MllamaForConditionalGeneration, SiglipModel
 from mllama.hf.config_objects import compose
+from tiny import close, tokens
+from tiny.pairs import LANGUAGE, ONE_EACH, WITH_IMAGES, make, pair
+from tiny.stock import DEEPER, TEXT
 
 
 @pytest.mark.parametrize("case", ONE_EACH)
 def test_an_empty_batch_and_one_token(case):
     model, size = pair(case).ours, TEXT["vocab_size"]
-    empty = {name: value[:0] for name, value in inputs(pair(case), "one row").items()}
+    empty = {name: value[:0] for name, value in pair(case).inputs("one row").items()}
     length = empty["input_ids"].shape[1]
     with torch.no_grad():
         assert model(**empty).logits.shape == (0, length, size)
@@ -37,10 +27,10 @@ def test_an_empty_batch_and_one_token(case):
         close(model(input_ids=one).logits, pair(case).theirs(input_ids=one).logits)
 
 
-@pytest.mark.parametrize("case", TALKING)
+@pytest.mark.parametrize("case", LANGUAGE)
 def test_float16(case):
     both = make(case)
-    batch = inputs(both, "two pictures")
+    batch = both.inputs("two images")
     seen = batch["attention_mask"].bool()
     with torch.no_grad():
         expected = both.ours(**batch).logits[seen]
@@ -50,8 +40,8 @@ def test_float16(case):
 
 
 @pytest.mark.parametrize("case", ["llama", "gemma"])
-def test_a_model_of_text_takes_no_pictures(case):
-    model, words = pair(case).ours, torch.tensor([ids(4)])
+def test_a_model_of_text_takes_no_images(case):
+    model, words = pair(case).ours, torch.tensor([tokens(4)])
     for given in (
         {"pixel_values": torch.zeros(1, 3, 16, 16)},
         {"image_features": torch.zeros(1, 4, 64)},
@@ -62,21 +52,20 @@ def test_a_model_of_text_takes_no_pictures(case):
         model.get_image_features(torch.zeros(1, 3, 16, 16))
 
 
-@pytest.mark.parametrize("case", PICTURES)
-def test_placeholders_that_do_not_match_the_pictures(case):
+@pytest.mark.parametrize("case", WITH_IMAGES)
+def test_placeholders_that_do_not_match_the_images(case):
     both = pair(case)
-    model, batch = both.ours, inputs(both, "one row")
+    model, batch = both.ours, both.inputs("one row")
     tokens = model.spec.tokens_per_image
     for count in (0, 2):
         with pytest.raises(
-            ValueError,
-            match=f"{tokens} image placeholders, but {count} images give {count * tokens} features",
+            ValueError, match=f"{tokens} image placeholders.*{count * tokens} features"
         ):
-            model(**batch | {"pixel_values": pictures(both, count)})
-    with pytest.raises(ValueError, match=f"{tokens} image placeholders, but 0 images"):
+            model(**batch | {"pixel_values": both.images(count)})
+    with pytest.raises(ValueError, match=f"{tokens} image placeholders"):
         model(batch["input_ids"])
     with pytest.raises(ValueError, match="pixel_values must be"):
-        model(**batch | {"pixel_values": pictures(both, 1)[..., 1:]})
+        model(**batch | {"pixel_values": both.images(1)[..., 1:]})
 
 
 @pytest.mark.parametrize("case", ONE_EACH)
@@ -84,35 +73,33 @@ def test_ids_and_labels_out_of_range(case):
     both = pair(case)
     model, size = both.ours, TEXT["vocab_size"]
     for wrong in (size, -1):
-        with pytest.raises(
-            IndexError, match=rf"input_ids must lie within the vocabulary \(0 to {size - 1}\)"
-        ):
+        with pytest.raises(IndexError, match=f"input_ids.*{size - 1}"):
             model(torch.tensor([[1, wrong]]))
-        with pytest.raises(ValueError, match="labels must be -100 or within the vocabulary"):
+        with pytest.raises(ValueError, match="labels"):
             model(torch.tensor([[1, 2, 3]]), labels=torch.tensor([[1, 2, wrong]]))
 
 
-@pytest.mark.parametrize("case", PICTURES)
+@pytest.mark.parametrize("case", WITH_IMAGES)
 def test_placeholders_in_the_labels_are_not_trained(case):
     """Even where their id lies beyond the vocabulary."""
     both = pair(case)
-    batch = inputs(both, "two pictures", "right")
+    batch = both.inputs("two images", "right")
     labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
     hidden = labels.masked_fill(labels == both.ours.config.image_token_index, -100)
     with torch.no_grad():
         assert torch.equal(*(both.ours(**batch, labels=given).loss for given in (labels, hidden)))
 
 
-PROMPT = torch.tensor([ids(4), ids(4, 3)])
+PROMPT = torch.tensor([tokens(4), tokens(4, 3)])
 
 
 @pytest.mark.parametrize(
     ("error", "named", "types"),
     [
         (ValueError, "here a 0 follows a 1", torch.tensor([[0, 0, 1, 1], [0, 1, 0, 1]])),
-        (ValueError, r"token_type_ids must be \[2, 4\]", torch.zeros(2, 3, dtype=torch.long)),
-        (TypeError, "token_type_ids must be an integer", torch.zeros(2, 4)),
-        (TypeError, "token_type_ids must be an integer", [[0, 0, 1, 1]]),
+        (ValueError, "token_type_ids", torch.zeros(2, 3, dtype=torch.long)),
+        (TypeError, "token_type_ids", torch.zeros(2, 4)),
+        (TypeError, "token_type_ids", [[0, 0, 1, 1]]),
     ],
 )
 def test_wrong_token_types(error, named, types):
@@ -171,8 +158,8 @@ HOSTILE = [
     ("gemma2", None, "query_pre_attn_scalar", (0, -3)),
     ("gemma2", None, "attn_logit_softcapping", (0.0, -1.0, float("inf"))),
     ("gemma2", None, "final_logit_softcapping", (0.0, -1.0)),
-    ("gemma3", None, "attn_logit_softcapping", (5.0,)),
-    ("gemma3", None, "use_bidirectional_attention", (True,)),
+    ("gemma3_text", None, "attn_logit_softcapping", (5.0,)),
+    ("gemma3_text", None, "use_bidirectional_attention", (True,)),
     ("siglip_vision_model", None, "image_size", (0, 7, True, -16, 2**31 - 1)),
     ("siglip_vision_model", None, "patch_size", (0, 17, True)),
     ("siglip_vision_model", None, "num_channels", (0, True)),
@@ -190,7 +177,7 @@ HOSTILE = [
     ("paligemma", "text_config", "head_dim", (0, 300)),
 ]
 
-QUANTISED = [
+QUANTIZED = [
     ("llama", None, "quantization_config", (False, {"bits": 4})),
     ("llava, clip, -2", "text_config", "quantization_config", (False, {"bits": 4})),
 ]
@@ -233,7 +220,7 @@ def folders(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize(("case", "part", "field", "values"), [*HOSTILE, *QUANTISED])
+@pytest.mark.parametrize(("case", "part", "field", "values"), [*HOSTILE, *QUANTIZED])
 def test_folders_whose_config_cannot_be(case, part, field, values, folders):
     path, content = folders(case)
     for value in values:
@@ -267,13 +254,13 @@ def test_rotary_types_that_are_not_supported_are_named(kind, folders):
 @pytest.mark.parametrize(
     ("error", "named", "config"),
     [
-        (TypeError, "config must be a config object", {"model_type": "llama"}),
+        (TypeError, "config", {"model_type": "llama"}),
         (ValueError, "model_type", transformers.MistralConfig()),
         (ValueError, "'gemma3'", transformers.Gemma3Config()),
         (
             ValueError,
             "text_config.*'mistral'",
-            transformers.LlavaConfig(text_config={"model_type": "mistral"}, vision_config=VISION),
+            transformers.LlavaConfig(text_config={"model_type": "mistral"}, vision_config=DEEPER),
         ),
         (
             ValueError,

@@ -6,8 +6,9 @@ import peft
 import pytest
 import torch
 
-from families import cases, test_arguments
+import tiny
 from families.test_arguments import LLAVA, PALIGEMMA
+from tiny import pairs
 
 FAMILIES = [LLAVA, "llava, siglip, several", PALIGEMMA, "mllama"]
 
@@ -24,7 +25,7 @@ def embedded(model, given: dict[str, torch.Tensor], soft: torch.Tensor) -> dict[
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_images_beside_embeddings_equal_stock(family):
-    pair, given = test_arguments.pair_and_inputs(family)
+    pair, given = pairs.with_inputs(family)
     soft = torch.randn(
         1, 3, pair.ours.spec.text.hidden_size, generator=torch.Generator().manual_seed(1)
     )
@@ -37,21 +38,20 @@ def test_images_beside_embeddings_equal_stock(family):
     )
     with torch.no_grad():
         mine, stock = (model(**embedded(model, given, soft), **types).logits for model in pair)
-    cases.close(mine, stock)
+    tiny.close(mine, stock)
 
 
 def test_embeddings_that_tell_no_placeholder_are_refused():
-    pair, given = test_arguments.pair_and_inputs(LLAVA)
+    pair, given = pairs.with_inputs(LLAVA)
     given = embedded(pair.ours, given, torch.zeros(1, 1, 64))
     with pytest.raises(ValueError, match="placeholders"):
         pair.ours(**given | {"inputs_embeds": given["inputs_embeds"] + 1})
-    beyond = cases.pair("paligemma, placeholder beyond the vocabulary").ours
+    beyond = pairs.pair("paligemma, placeholder beyond the vocabulary").ours
     with pytest.raises(ValueError, match="image_token_index"):
         beyond(
-            inputs_embeds=torch.zeros(1, 12, 96),
-            pixel_values=cases.pictures(cases.Pair(beyond, beyond), 1),
+            inputs_embeds=torch.zeros(1, 12, 96), pixel_values=pairs.Pair(beyond, beyond).images(1)
         )
-    crossed, given = test_arguments.pair_and_inputs("mllama")
+    crossed, given = pairs.with_inputs("mllama")
     with pytest.raises(ValueError, match="cross_attention_mask"):
         crossed.ours(**embedded(crossed.ours, given, torch.zeros(1, 2, 64)))
 
@@ -72,7 +72,7 @@ def by_forward(model, given: dict[str, torch.Tensor], new: int) -> list[list[int
     given = dict(given)
     for _ in range(new):
         logits = model(**given).logits[:, -1:]
-        logits[..., cases.IMAGE] = -torch.inf  # as suppress_tokens
+        logits[..., tiny.IMAGE] = -torch.inf  # as suppress_tokens
         said = logits.argmax(-1)
         given["input_ids"] = torch.cat([given["input_ids"], said], 1)
         given["attention_mask"] = torch.cat([given["attention_mask"], torch.ones_like(said)], 1)
@@ -92,7 +92,7 @@ def test_soft_prompts_by_peft(family, kind):
     """Loss, the prompt's gradients and what is said equal those of a stock model with the same
     prompt.
     """
-    pair, given = cases.make(family), test_arguments.pair_and_inputs(family)[1]
+    pair, given = pairs.make(family), pairs.with_inputs(family)[1]
     given.pop("token_type_ids", None)
     pair.theirs.set_attn_implementation("eager")
     labels = given["input_ids"].clone()
@@ -114,11 +114,11 @@ def test_soft_prompts_by_peft(family, kind):
         model.eval()
     assert gradients[0] and len(gradients[0]) == len(gradients[1])
     for mine, stock in zip(*gradients, strict=True):
-        cases.close(mine, stock, floor=1e-3)
+        tiny.close(mine, stock, floor=1e-3)
     with torch.no_grad():
-        cases.close(tuned[0](**given).logits, tuned[1](**given).logits)
+        tiny.close(tuned[0](**given).logits, tuned[1](**given).logits)
         expected = by_forward(tuned[1], given, 4)
     said = tuned[0].generate(
-        **given, max_new_tokens=4, do_sample=False, pad_token_id=0, suppress_tokens=[cases.IMAGE]
+        **given, max_new_tokens=4, do_sample=False, pad_token_id=0, suppress_tokens=[tiny.IMAGE]
     )
     assert said[:, -4:].tolist() == expected

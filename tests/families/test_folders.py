@@ -6,20 +6,28 @@ import json
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
-from families.cases import CASES, ONE_EACH, inputs, make, pair, pictures
+from tiny.pairs import ONE_EACH, make, pair
+
+KINDS = [
+    *ONE_EACH,
+    "llama, factor 32, tied, older spelling",
+    "llama, odd sizes, biases",
+    "llava, siglip, -1",
+    "siglip_vision_model",
+    "siglip_vision_model, headless",
+]
 
 
 def result(both, model) -> torch.Tensor:
-    """Logits, or of a tower alone its features."""
+    """Logits, or of an encoder alone its features."""
     with torch.no_grad():
         if model.main_input_name == "pixel_values":
-            return model(pictures(both, 2)).last_hidden_state
-        return model(**inputs(both, "two pictures", said=2)).logits
+            return model(both.images(2)).last_hidden_state
+        return model(**both.inputs("two images", completion=2)).logits
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", KINDS)
 def test_there_and_back(case, tmp_path):
     both = pair(case)
     both.theirs.save_pretrained(tmp_path / "stock")
@@ -53,39 +61,6 @@ def test_sixteen_bits_there_and_back(case, dtype, tmp_path):
     assert again.dtype == dtype
     for name, value in again.state_dict().items():
         assert torch.equal(value, both.theirs.state_dict()[name]), name
-
-
-@pytest.mark.parametrize("case", [*ONE_EACH, "siglip_vision_model", "llava, siglip, -1"])
-def test_a_state_dict_with_the_files_names(case, tmp_path):
-    both, fresh = pair(case), make(case, seed=1).ours
-    both.theirs.save_pretrained(tmp_path)
-    for names in (
-        load_file(tmp_path / "model.safetensors"),
-        both.theirs.state_dict(),
-        both.ours.state_dict(),
-    ):
-        fresh = make(case, seed=1).ours
-        report = fresh.load_state_dict(names)
-        assert not report.missing_keys and not report.unexpected_keys
-        assert torch.equal(result(both, fresh), result(both, both.ours))
-    assert fresh.load_state_dict(
-        {"nobody.weight": torch.zeros(1)}, strict=False
-    ).unexpected_keys == ["nobody.weight"]
-
-
-def test_older_and_newer_spelling_of_rotary_scaling(tmp_path):
-    both = pair("llama, factor 8")
-    both.theirs.save_pretrained(tmp_path)
-    content = json.loads((tmp_path / "config.json").read_text())
-    rope = content.pop("rope_parameters")
-    for spelling in (
-        {"rope_theta": rope.pop("rope_theta"), "rope_scaling": rope},
-        {"rope_parameters": rope | {"rope_theta": 500.0}},
-    ):
-        (tmp_path / "config.json").write_text(json.dumps(content | spelling))
-        assert torch.equal(
-            result(both, type(both.ours).from_pretrained(tmp_path)), result(both, both.ours)
-        )
 
 
 @pytest.mark.parametrize(

@@ -5,20 +5,28 @@ float32, rounding in bfloat16.
 import pytest
 import torch
 
-from families.cases import CASES, ONE_EACH, TALKING, Pair, close, inputs, make, pair, pictures
+from tiny import close
+from tiny.pairs import LANGUAGE, MIXED, ONE_EACH, PAIRED, Pair, make, pair
 
-ALONE = [name for name in CASES if name.startswith("siglip")]
+ALONE = [name for name in PAIRED if name.startswith("siglip")]
 
 
-@pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize(
-    "rows", ["one picture", "two pictures", "a row without a picture", "no picture", "long"]
+    ("rows", "side"),
+    [
+        ("one image", "left"),
+        ("two images", "right"),
+        (MIXED, "left"),
+        (MIXED, "right"),
+        ("no image", "right"),
+        ("long", "left"),
+    ],
 )
-@pytest.mark.parametrize("case", TALKING)
+@pytest.mark.parametrize("case", LANGUAGE)
 def test_logits(case, rows, side):
     both = pair(case)
     for said in (0, 2) if both.ours.spec.bidirectional_prefix else (0,):
-        batch = inputs(both, rows, side, said)
+        batch = both.inputs(rows, side, said)
         seen = batch["attention_mask"].bool()
         with torch.no_grad():
             close(both.ours(**batch).logits[seen], both.theirs(**batch).logits[seen])
@@ -27,7 +35,7 @@ def test_logits(case, rows, side):
 @pytest.mark.parametrize("case", ["paligemma", "paligemma, odd sizes"])
 def test_a_prompt_without_token_types_is_seen_one_way(case):
     both = pair(case)
-    batch = inputs(both, "two pictures")
+    batch = both.inputs("two images")
     seen, types = batch["attention_mask"].bool(), batch.pop("token_type_ids")
     with torch.no_grad():
         one_way, both_ways = (
@@ -39,10 +47,10 @@ def test_a_prompt_without_token_types_is_seen_one_way(case):
 
 @pytest.mark.parametrize("count", [1, 3])
 @pytest.mark.parametrize("case", ALONE)
-def test_features_of_the_tower_alone(case, count):
+def test_features_of_the_encoder_alone(case, count):
     both = pair(case)
     with torch.no_grad():
-        ours, theirs = (model(pictures(both, count), output_hidden_states=True) for model in both)
+        ours, theirs = (model(both.images(count), output_hidden_states=True) for model in both)
     assert ours.keys() == theirs.keys()
     close(ours.last_hidden_state, theirs.last_hidden_state)
     if both.ours.head is not None:
@@ -55,7 +63,7 @@ def test_features_of_the_tower_alone(case, count):
 def test_hidden_states_and_attentions(case):
     both = make(case)
     both.theirs.set_attn_implementation("eager")
-    batch = inputs(both, "two pictures", said=2)
+    batch = both.inputs("two images", completion=2)
     seen = batch["attention_mask"].bool()
     with torch.no_grad():
         ours, theirs = (
@@ -96,10 +104,12 @@ def errors_in_bfloat16(case: str, call) -> list[float]:
     return [(result - exact).square().mean().sqrt().item() for result in rounded]
 
 
-@pytest.mark.parametrize("case", TALKING)
+@pytest.mark.parametrize("case", LANGUAGE)
 def test_bfloat16_rounds_no_more_than_theirs(case):
     def call(both: Pair, model) -> torch.Tensor:
-        batch = inputs(both, (["P", 60], [4, "P", 52], ["P", 3, "P", 40]), said=10)
+        batch = both.inputs(
+            (["image", 60], [4, "image", 52], ["image", 3, "image", 40]), completion=10
+        )
         return model(**batch).logits[batch["attention_mask"].bool()]
 
     ours, theirs = errors_in_bfloat16(case, call)
@@ -107,8 +117,8 @@ def test_bfloat16_rounds_no_more_than_theirs(case):
 
 
 @pytest.mark.parametrize("case", ALONE)
-def test_bfloat16_of_the_tower_rounds_no_more_than_theirs(case):
+def test_bfloat16_of_the_encoder_rounds_no_more_than_theirs(case):
     ours, theirs = errors_in_bfloat16(
-        case, lambda both, model: model(pictures(both, 64)).last_hidden_state
+        case, lambda both, model: model(both.images(64)).last_hidden_state
     )
     assert 0 < ours <= 1.2 * theirs

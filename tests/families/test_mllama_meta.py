@@ -6,7 +6,7 @@ import transformers
 from transformers.models.mllama.configuration_mllama import MllamaTextConfig, MllamaVisionConfig
 
 import meta_reference
-import twins
+import tiny
 from mllama import MllamaForConditionalGeneration
 from mllama.checkpoints.meta import weight_maps as meta_maps
 from mllama.families import compose
@@ -28,11 +28,17 @@ PARAMS = {
     "vision_num_cross_attention_layers": 2,
     "max_seq_len": 16,
 }
-TOWER = {"width": 32, "layers": 4, "heads": 2, "n_global_layers": 2, "return_intermediate": [1, 3]}
+ENCODER = {
+    "width": 32,
+    "layers": 4,
+    "heads": 2,
+    "n_global_layers": 2,
+    "return_intermediate": [1, 3],
+}
 
 
 def metas_twin(
-    reference: torch.nn.Module, params: dict, tower: dict
+    reference: torch.nn.Module, params: dict, encoder: dict
 ) -> MllamaForConditionalGeneration:
     """Ours with the reference's weights."""
     crossed = [layer + place for place, layer in enumerate(reference.text_model.fusion_schedule)]
@@ -53,14 +59,14 @@ def metas_twin(
             pad_token_id=0,
         ).to_dict(),
         vision_config=MllamaVisionConfig(
-            hidden_size=tower["width"],
-            intermediate_size=4 * tower["width"],
-            num_hidden_layers=tower["layers"],
-            num_global_layers=tower["n_global_layers"],
-            attention_heads=tower["heads"],
+            hidden_size=encoder["width"],
+            intermediate_size=4 * encoder["width"],
+            num_hidden_layers=encoder["layers"],
+            num_global_layers=encoder["n_global_layers"],
+            attention_heads=encoder["heads"],
             image_size=params["vision_chunk_size"],
-            intermediate_layers_indices=tower["return_intermediate"],
-            vision_output_dim=(1 + len(tower["return_intermediate"])) * tower["width"],
+            intermediate_layers_indices=encoder["return_intermediate"],
+            vision_output_dim=(1 + len(encoder["return_intermediate"])) * encoder["width"],
         ).to_dict(),
         image_token_index=params["vocab_size"],
     )
@@ -79,7 +85,7 @@ def metas_twin(
 
 
 @pytest.mark.parametrize(
-    ("params", "tower"),
+    ("params", "encoder"),
     [
         ({}, {}),
         (
@@ -99,11 +105,11 @@ def metas_twin(
     ],
     ids=["grouped", "all heads", "larger tiles"],
 )
-def test_features_and_logits_equal_metas(params, tower):
-    """A row with two pictures, one with a single one after text, one without."""
-    params, tower = PARAMS | params, TOWER | tower
-    reference = twins.randomise(meta_reference.vision_model(params, **tower)).eval()
-    ours = metas_twin(reference, params, tower)
+def test_features_and_logits_equal_metas(params, encoder):
+    """A row with two images, one with a single one after text, one without."""
+    params, encoder = PARAMS | params, ENCODER | encoder
+    reference = tiny.randomize(meta_reference.vision_model(params, **encoder)).eval()
+    ours = metas_twin(reference, params, encoder)
     ratios = torch.tensor([[[1, 1], [2, 2]], [[1, 3], [1, 1]], [[1, 1], [1, 1]]])
     filled = torch.arange(4) < ratios.prod(-1)[..., None]
     present = torch.tensor([[True, True], [True, False], [False, False]])
@@ -112,9 +118,9 @@ def test_features_and_logits_equal_metas(params, tower):
         torch.randn(3, 2, 4, 3, size, size) * (filled & present[..., None])[..., None, None, None]
     )
     spans, mask = [[[1, 6], [6, -1]], [[3, -1]], []], torch.zeros(3, 12, 2, 4)
-    for row, pictures in enumerate(spans):
-        for picture, (start, end) in enumerate(pictures):
-            mask[row, start : 12 if end == -1 else end, picture] = filled[row, picture].float()
+    for row, places in enumerate(spans):
+        for index, (start, end) in enumerate(places):
+            mask[row, start : 12 if end == -1 else end, index] = filled[row, index].float()
     tokens = torch.randint(3, params["vocab_size"], (3, 12))
     for row, column in ((0, 1), (0, 6), (1, 3)):
         tokens[row, column] = params["vocab_size"]  # the placeholder

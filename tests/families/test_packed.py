@@ -6,12 +6,12 @@ import pytest
 import torch
 from transformers import DataCollatorWithFlattening, DynamicCache
 
-import twins
-from families import test_mllama
-from families.cases import ONE_EACH, Pair, close, ids, inputs, make, pair, pictures, renamed
+import tiny
 from families.test_training import trained
-from fusion import test_added_layers
 from mllama import lora
+from tiny import batches, close, pairs, tokens
+from tiny.pairs import ONE_EACH, Pair, make, pair, renamed
+from tiny.sizes import TILED_IMAGE
 
 LENGTHS = [7, 5, 1, 9]
 
@@ -23,18 +23,18 @@ def positions(*lengths: int) -> torch.Tensor:
 def packed(lengths: list[int] = LENGTHS, seed: int = 2) -> dict[str, torch.Tensor]:
     """One row, its labels as DataCollatorWithFlattening makes them."""
     place = positions(*lengths)
-    row = torch.tensor([ids(sum(lengths), seed)])
+    row = torch.tensor([tokens(sum(lengths), seed)])
     return {"input_ids": row, "position_ids": place, "labels": row.masked_fill(place == 0, -100)}
 
 
-def with_pictures(both: Pair) -> tuple[dict[str, torch.Tensor], list[dict[str, torch.Tensor]]]:
-    """A packed row of which some sequences have pictures, and the sequences by themselves."""
+def with_images(both: Pair) -> tuple[dict[str, torch.Tensor], list[dict[str, torch.Tensor]]]:
+    """A packed row of which some sequences have images, and the sequences by themselves."""
     alone = []
-    for row in (["P", 3], [5], [2, "P", 1, "P", 2]):
-        batch = inputs(both, (row,), said=1)
+    for row in (["image", 3], [5], [2, "image", 1, "image", 2]):
+        batch = both.inputs((row,), completion=1)
         del batch["attention_mask"]
         if "pixel_values" in batch:
-            batch["pixel_values"] = pictures(both, len(batch["pixel_values"]), seed=len(alone) + 5)
+            batch["pixel_values"] = both.images(len(batch["pixel_values"]), seed=len(alone) + 5)
         places = batch["input_ids"] == getattr(both.ours.config, "image_token_index", -1)
         batch["labels"] = batch["input_ids"].masked_fill(places, -100)
         batch["labels"][:, 0] = -100
@@ -74,11 +74,11 @@ def test_loss_and_gradients_equal_transformers(case, shared):
 
 @pytest.mark.parametrize("case", ONE_EACH)
 def test_each_sequence_is_as_alone(case):
-    """With its pictures, and of PaliGemma with a prompt of its own that is seen both ways; other
+    """With its images, and of PaliGemma with a prompt of its own that is seen both ways; other
     sequences leave no gradient in it.
     """
     model = make(case).ours
-    whole, alone = with_pictures(pair(case))
+    whole, alone = with_images(pair(case))
     with torch.no_grad():
         close(model(**whole).logits, torch.cat([model(**batch).logits for batch in alone], 1))
     counts = [int((batch["labels"] != -100).sum()) for batch in alone]
@@ -95,15 +95,15 @@ def test_each_sequence_is_as_alone(case):
 
 @pytest.mark.parametrize("fusion", ["merge", "prepend"])
 def test_our_own_fusions(fusion):
-    model = twins.model(
+    model = tiny.model(
         **{"fusion": fusion} | ({} if fusion == "merge" else {"vision_feature": "last"})
     )
     rows = [
-        [*[twins.IMAGE] * twins.PATCHES, *ids(3)],
-        ids(4, 5),
-        [5, *[twins.IMAGE] * twins.PATCHES, *ids(2)],
+        [*[tiny.IMAGE] * tiny.PATCHES, *tokens(3)],
+        tokens(4, 5),
+        [5, *[tiny.IMAGE] * tiny.PATCHES, *tokens(2)],
     ]
-    pixels, row = twins.pictures(2), [token for row in rows for token in row]
+    pixels, row = tiny.images(2), [token for row in rows for token in row]
     with torch.no_grad():
         got = model(torch.tensor([row]), pixels, position_ids=positions(*map(len, rows))).logits
         alone = [
@@ -113,17 +113,17 @@ def test_our_own_fusions(fusion):
     close(got, torch.cat(alone, 1))
     if fusion == "prepend":
         with pytest.raises(ValueError, match="position_ids"):
-            model(torch.tensor([ids(4)]), pixels[:1], position_ids=positions(2, 2))
+            model(torch.tensor([tokens(4)]), pixels[:1], position_ids=positions(2, 2))
 
 
 def test_added_cross_attention():
-    model = test_added_layers.make()
-    pixels, mask = twins.pictures(2), torch.zeros(1, 9, 2, 1)
+    model = tiny.crossed()
+    pixels, mask = tiny.images(2), torch.zeros(1, 9, 2, 1)
     mask[:, 1:4, 0], mask[:, 6:, 1] = (
         1,
         1,
-    )  # four positions and the first picture, two without, three and the second
-    row, place = torch.tensor([ids(9)]), positions(4, 2, 3)
+    )  # four positions and the first image, two without, three and the second
+    row, place = torch.tensor([tokens(9)]), positions(4, 2, 3)
     with torch.no_grad():
         got = model(row, pixels, position_ids=place, cross_attention_mask=mask).logits
         first = model(row[:, :4], pixels[:1], cross_attention_mask=mask[:, :4, :1]).logits
@@ -137,36 +137,36 @@ def test_added_cross_attention():
 @pytest.mark.parametrize("reference", ["hf", "meta"])
 def test_llama_vision(reference):
     """As transformers, and the way it was trained each sequence is as alone."""
-    ours, theirs = test_mllama.pair()
+    ours, theirs = pairs.make("mllama")
     ours.reference = reference
-    picture = test_mllama.PICTURE
-    rows = [([picture, *ids(4)], [1]), (ids(3, 4), []), ([5, picture, *ids(3, 6)], [3])]
+    image = TILED_IMAGE
+    rows = [([image, *tokens(4)], [1]), (tokens(3, 4), []), ([5, image, *tokens(3, 6)], [3])]
     lengths = [len(row) for row, _ in rows]
-    batch = test_mllama.inputs(ours, ([token for row, _ in rows for token in row], [1, 3]))
+    batch = batches.tiled(ours, ([token for row, _ in rows for token in row], [1, 3]))
     mask = batch["cross_attention_mask"]
     for length, start in zip(
         lengths, (0, lengths[0], sum(lengths[:2])), strict=True
     ):  # the processor's goes on to the row's end
-        own = (batch["input_ids"][0, start : start + length] == picture).cumsum(0) > 0
+        own = (batch["input_ids"][0, start : start + length] == image).cumsum(0) > 0
         mask[0, start : start + length][~own] = 0
     del batch["attention_mask"]
     batch |= {
         "position_ids": positions(*lengths),
-        "labels": batch["input_ids"].masked_fill(batch["input_ids"] == picture, -100),
+        "labels": batch["input_ids"].masked_fill(batch["input_ids"] == image, -100),
     }
     if reference == "hf":
         (loss, mine), (expected, stock) = (
             trained(model, batch | {"use_cache": False}) for model in (ours, theirs)
         )
         torch.testing.assert_close(loss, expected, rtol=1e-5, atol=0)
-        stock = test_mllama.renamed(stock)
+        stock = pairs.renamed(stock)
         for name, gradient in mine.items():
             close(gradient, stock[name], tolerance=2e-4, floor=1e-2)
         return
     alone, tiles = [], 0
     with torch.no_grad():
         for (row, ratios), start in zip(rows, (0, lengths[0], sum(lengths[:2])), strict=True):
-            one = test_mllama.inputs(ours, (row, ratios))
+            one = batches.tiled(ours, (row, ratios))
             if ratios:
                 one["pixel_values"] = batch["pixel_values"][:, tiles : tiles + 1]
                 one["cross_attention_mask"] = mask[:, start : start + len(row), tiles : tiles + 1]
@@ -179,7 +179,7 @@ FLATTENED = DataCollatorWithFlattening(return_flash_attn_kwargs=True, return_seq
 
 
 def flattened() -> dict[str, torch.Tensor | int]:
-    return FLATTENED([{"input_ids": ids(length, length)} for length in LENGTHS])
+    return FLATTENED([{"input_ids": tokens(length, length)} for length in LENGTHS])
 
 
 def test_positions_in_bytes():
@@ -187,7 +187,7 @@ def test_positions_in_bytes():
     one going on.
     """
     model = pair("llama").ours
-    row, place = torch.tensor([ids(260)]), positions(256, 4)
+    row, place = torch.tensor([tokens(260)]), positions(256, 4)
     with torch.no_grad():
         for part in (slice(254, None), slice(None)):
             expected = model(row[:, part], position_ids=place[:, part]).logits
@@ -280,8 +280,8 @@ def test_contradictions_are_refused(error, named, change):
 
 def test_a_length_alone_is_refused():
     with pytest.raises(ValueError, match="max_length_k"):
-        pair("llama").ours(torch.tensor([ids(4)]), max_length_k=4)
-    model, (whole, _) = pair("paligemma").ours, with_pictures(pair("paligemma"))
+        pair("llama").ours(torch.tensor([tokens(4)]), max_length_k=4)
+    model, (whole, _) = pair("paligemma").ours, with_images(pair("paligemma"))
     with pytest.raises(ValueError, match="prefix_length"):
         model(**whole | {"token_type_ids": None, "prefix_length": torch.tensor([4])})
 
@@ -320,7 +320,7 @@ def test_it_compiles_in_one_graph(case):
     """The same graph serves rows of one sequence and of several: values are not read, so by default
     there is no cache of either.
     """
-    model, (whole, _) = make(case).ours, with_pictures(pair(case))
+    model, (whole, _) = make(case).ours, with_images(pair(case))
     length = whole["input_ids"].shape[1]
     calls = [
         whole,
@@ -363,7 +363,7 @@ def test_checkpointing_activations(reentrant):
 
 @pytest.mark.parametrize("kind", ["lora", "peft"])
 def test_adapters(kind):
-    model, (whole, alone) = make("llava, clip, -2").ours, with_pictures(pair("llava, clip, -2"))
+    model, (whole, alone) = make("llava, clip, -2").ours, with_images(pair("llava, clip, -2"))
     if kind == "lora":
         lora.convert_linears_to_lora(model, rank=2, target_module_names=["q_proj", "down_proj"])
     else:
@@ -391,13 +391,20 @@ def test_transformers_trainer(case, tmp_path):
 
     generator = torch.Generator().manual_seed(3)
     sizes = torch.randint(2, 14, (40,), generator=generator).tolist()
-    data = [{"input_ids": ids(size, seed)} for seed, size in enumerate(sizes)]
+    data = [{"input_ids": tokens(size, seed)} for seed, size in enumerate(sizes)]
 
     def losses(model) -> list[float]:
         arguments = TrainingArguments(
-            str(tmp_path), max_steps=10, per_device_train_batch_size=4, learning_rate=0.001, logging_steps=1, save_strategy="no",
-            report_to=[], use_cpu=True, disable_tqdm=True,
-        )  # fmt: skip
+            str(tmp_path),
+            max_steps=10,
+            per_device_train_batch_size=4,
+            learning_rate=0.001,
+            logging_steps=1,
+            save_strategy="no",
+            report_to=[],
+            use_cpu=True,
+            disable_tqdm=True,
+        )
         trainer = Trainer(model, arguments, train_dataset=data, data_collator=FLATTENED)
         trainer.train()
         return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]

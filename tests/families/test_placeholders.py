@@ -5,9 +5,9 @@ a cache.
 import pytest
 import torch
 
-import twins
-from families import cases
-from families.test_arguments import PALIGEMMA, pair_and_inputs
+import tiny
+from families.test_arguments import PALIGEMMA
+from tiny import pairs
 
 LLAVA = "llava, clip, -2"
 LENGTH = {"max_new_tokens": 8, "min_new_tokens": 8, "pad_token_id": 0}
@@ -18,8 +18,8 @@ def says_placeholders(monkeypatch):
     """A pair whose likeliest token is the placeholder, at every second step."""
 
     def make(family):
-        ours = cases.make(family).ours
-        token, head = cases.IMAGE, ours.lm_head.forward
+        ours = pairs.make(family).ours
+        token, head = tiny.IMAGE, ours.lm_head.forward
 
         def forward(states):
             logits = head(states).clone()
@@ -32,11 +32,11 @@ def says_placeholders(monkeypatch):
     return make
 
 
-@pytest.mark.parametrize("rows", ["one picture", "a row without a picture", "no picture"])
+@pytest.mark.parametrize("rows", ["one image", "a row without an image", "no image"])
 @pytest.mark.parametrize("family", [LLAVA, PALIGEMMA])
 def test_the_model_says_a_placeholder(says_placeholders, family, rows):
     ours = says_placeholders(family)
-    given = cases.inputs(cases.pair(family), rows)
+    given = pairs.pair(family).inputs(rows)
     for options in (
         {"do_sample": False},
         {"do_sample": False, "num_beams": 3},
@@ -50,14 +50,14 @@ def test_the_model_says_a_placeholder(says_placeholders, family, rows):
                     :, given["input_ids"].shape[1] :
                 ]
             )
-        assert (said[0] == cases.IMAGE).any()
+        assert (said[0] == tiny.IMAGE).any()
         assert said[0].tolist() == said[1].tolist()
 
 
 def test_a_prompt_with_too_many_placeholders_stays_an_error():
-    pair, given = pair_and_inputs(LLAVA)
+    pair, given = pairs.with_inputs(LLAVA)
     given = given | {
-        "input_ids": torch.cat([given["input_ids"], torch.full((2, 1), cases.IMAGE)], 1),
+        "input_ids": torch.cat([given["input_ids"], torch.full((2, 1), tiny.IMAGE)], 1),
         "attention_mask": None,
     }
     for use_cache in (True, False):
@@ -69,20 +69,18 @@ def test_a_prompt_with_too_many_placeholders_stays_an_error():
     "family", [LLAVA, "paligemma, placeholder beyond the vocabulary", "mllama"]
 )
 def test_prompt_lookup_that_proposes_a_placeholder(family):
-    """The prompt's last words stand before a picture, too: what follows them there is proposed."""
+    """The prompt's last words stand before an image, too: what follows them there is proposed."""
     if family == "mllama":
-        ours, given = pair_and_inputs(family)[0].ours, pair_and_inputs(family)[1]
+        ours, given = pairs.with_inputs(family)[0].ours, pairs.with_inputs(family)[1]
         given = {name: value[:1] for name, value in given.items() if name != "cross_attention_mask"}
         given["input_ids"] = torch.tensor([[5, 6, ours.config.image_token_index, 7, 5, 6]])
     else:
-        pair = cases.pair(family)
+        pair = pairs.pair(family)
         ours, placeholders = (
             pair.ours,
             [pair.ours.config.image_token_index] * pair.ours.spec.tokens_per_image,
         )
-        given = twins.batch([5, 6, *placeholders, 7, 5, 6]) | {
-            "pixel_values": cases.pictures(pair, 1)
-        }
+        given = tiny.batch([5, 6, *placeholders, 7, 5, 6]) | {"pixel_values": pair.images(1)}
     greedy = ours.generate(**given, **LENGTH, do_sample=False)
     assert (
         ours.generate(**given, **LENGTH, do_sample=False, prompt_lookup_num_tokens=4).tolist()
@@ -91,10 +89,8 @@ def test_prompt_lookup_that_proposes_a_placeholder(family):
 
 
 def test_an_assistant_that_proposes_placeholders(says_placeholders):
-    assistant, ours = says_placeholders(LLAVA), cases.pair(LLAVA).ours
-    given = twins.batch([5, *[cases.IMAGE] * 4, 7, 6]) | {
-        "pixel_values": cases.pictures(cases.pair(LLAVA), 1)
-    }
+    assistant, ours = says_placeholders(LLAVA), pairs.pair(LLAVA).ours
+    given = tiny.batch([5, *[tiny.IMAGE] * 4, 7, 6]) | {"pixel_values": pairs.pair(LLAVA).images(1)}
     greedy = ours.generate(**given, **LENGTH, do_sample=False)
     assert (
         ours.generate(**given, **LENGTH, do_sample=False, assistant_model=assistant).tolist()

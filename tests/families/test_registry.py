@@ -8,7 +8,6 @@ import torch
 import transformers
 from transformers import CONFIG_MAPPING
 
-import stock
 from mllama import families
 from mllama.checkpoints.models import tied_names
 from mllama.families import FAMILIES, MODEL_TYPES, compose
@@ -17,6 +16,7 @@ from mllama.hf.models import model_class
 from mllama.model.memory import Work, memory_needed
 from mllama.processing import auto
 from mllama.weights.rows import plan_moves, to_file
+from tiny import stock
 
 TEXT = {"vocab_size": 20, "num_hidden_layers": 2, "intermediate_size": 24, "hidden_size": 16}
 TEXT |= {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8}
@@ -79,7 +79,7 @@ def test_what_other_places_ask(name):
     if family.stock_class is not None:
         kind = getattr(transformers, family.stock_class)
         assert kind.config_class.model_type == name
-        assert any(case.split(",")[0] == name for case in stock.MAKERS)
+        assert any(case.split(",")[0] == name for case in stock.FORMATS)
     model = make(name)
     needed = memory_needed(model, Work(8, 1, 1, torch.float32))
     assert needed["weights"] and all(count >= 0 for count in needed.values())

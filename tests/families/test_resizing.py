@@ -6,26 +6,23 @@ import pytest
 import torch
 import transformers
 
-from families import cases, test_arguments, test_mllama
+import tiny
 from mllama import MllamaForConditionalGeneration
+from tiny import pairs
 
 STOCK = {
     "llama": transformers.LlamaForCausalLM,
     "gemma": transformers.GemmaForCausalLM,
-    test_arguments.LLAVA: transformers.LlavaForConditionalGeneration,
-    test_arguments.PALIGEMMA: transformers.PaliGemmaForConditionalGeneration,
+    "llava, clip, -2": transformers.LlavaForConditionalGeneration,
+    "paligemma": transformers.PaliGemmaForConditionalGeneration,
     "mllama": transformers.MllamaForConditionalGeneration,
 }
-
-
-def fresh(family: str):
-    return (test_mllama.pair() if family == "mllama" else cases.make(family)).ours
 
 
 @pytest.mark.parametrize("rows", [98, 105])
 @pytest.mark.parametrize("family", STOCK)
 def test_a_resized_model_is_read_by_both(family, rows, tmp_path):
-    ours, given = fresh(family), test_arguments.pair_and_inputs(family)[1]
+    ours, given = pairs.make(family).ours, pairs.with_inputs(family)[1]
     given["input_ids"] = given["input_ids"].clamp(max=97)
     with torch.no_grad():
         before = ours(**given).logits
@@ -41,12 +38,12 @@ def test_a_resized_model_is_read_by_both(family, rows, tmp_path):
     theirs = STOCK[family].from_pretrained(tmp_path)
     with torch.no_grad():
         torch.testing.assert_close(again(**given).logits, after, rtol=0, atol=0)
-        cases.close(theirs(**given).logits, after)
+        tiny.close(theirs(**given).logits, after)
     assert ours.generate(**given, max_new_tokens=3).shape[1] == given["input_ids"].shape[1] + 3
 
 
 def test_the_placeholder_of_llama_vision_keeps_its_row(tmp_path):
-    ours = fresh("mllama")
+    ours = pairs.make("mllama").ours
     token = ours.config.image_token_index
     row = ours.get_input_embeddings().weight[token].detach().clone()
     for rows in (150, 93):
@@ -60,7 +57,7 @@ def test_the_placeholder_of_llama_vision_keeps_its_row(tmp_path):
 
 @pytest.mark.parametrize("family", STOCK)
 def test_what_would_be_read_as_another_model_is_not_written(family, tmp_path):
-    ours = fresh(family)
+    ours = pairs.make(family).ours
     embeddings = ours.get_input_embeddings()
     embeddings.weight = torch.nn.Parameter(
         torch.cat([embeddings.weight, embeddings.weight[:3]]).detach()
@@ -71,7 +68,7 @@ def test_what_would_be_read_as_another_model_is_not_written(family, tmp_path):
 
 
 def test_a_head_that_is_called_tied_and_is_not(tmp_path):
-    ours = cases.make("llama, factor 32, tied, older spelling").ours
+    ours = pairs.make("llama, factor 32, tied, older spelling").ours
     ours.save_pretrained(tmp_path)
     ours.lm_head.weight = torch.nn.Parameter(ours.lm_head.weight.detach().clone())
     ours.save_pretrained(

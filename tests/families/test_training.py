@@ -9,14 +9,15 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers.integrations.peft import MIN_PEFT_VERSION, check_peft_version
 
-from families.cases import ONE_EACH, TALKING, Pair, close, inputs, make, pair, pictures, renamed
+from tiny import close
+from tiny.pairs import LANGUAGE, ONE_EACH, Pair, make, pair, renamed
 
 
 def examples(both: Pair, side: str = "right") -> dict[str, torch.Tensor]:
     """A batch with labels: of PaliGemma the answer's words, as its processor gives them, else every
     word that follows a word.
     """
-    batch = inputs(both, (["P", 3, 9], ["P", "P", 4], [5, 4]), side, said=4)
+    batch = both.inputs((["image", 3, 9], ["image", "image", 4], [5, 4]), side, completion=4)
     labels, seen = batch["input_ids"].clone(), batch["attention_mask"].bool()
     labels[~seen | (labels == getattr(both.ours.config, "image_token_index", None))] = -100
     labels[:, 1:][~seen[:, :-1]] = -100
@@ -42,7 +43,7 @@ def trained(model, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, dict[s
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
-@pytest.mark.parametrize("case", TALKING)
+@pytest.mark.parametrize("case", LANGUAGE)
 def test_loss_and_gradients(case, side):
     both = make(case)
     batch = examples(both, side)
@@ -59,10 +60,10 @@ def test_loss_and_gradients(case, side):
 
 
 @pytest.mark.parametrize("case", ["siglip_vision_model", "siglip_vision_model, headless"])
-def test_gradients_of_the_tower_alone(case):
+def test_gradients_of_the_encoder_alone(case):
     both, found = make(case), []
     for model in (*both, both.ours):
-        output = model.train()(pictures(both, 2))
+        output = model.train()(both.images(2))
         model.zero_grad()
         (
             output.last_hidden_state if output.pooler_output is None else output.pooler_output
@@ -109,7 +110,7 @@ def test_lora_by_peft(case, tmp_path):
     assert len(mine) == 3 * 2 * len(model.base_model.model.language_model.layers)
     assert all(gradient.any() for gradient in mine.values())
     model.eval().save_pretrained(tmp_path)
-    words = inputs(pair(case), "one row")
+    words = pair(case).inputs("one row")
     answer = model.generate(**words, max_new_tokens=3, do_sample=False, pad_token_id=0)
     with torch.no_grad():
         expected = model(**words).logits
@@ -137,7 +138,7 @@ def peft():
 
 @pytest.mark.parametrize("case", ONE_EACH)
 def test_load_adapter_reads_those_of_transformers_class(case, peft, tmp_path):
-    both, words = make(case), inputs(pair(case), "one row")
+    both, words = make(case), pair(case).inputs("one row")
     both.theirs.add_adapter(
         peft.LoraConfig(target_modules=["q_proj"], r=2, init_lora_weights=False)
     )
@@ -161,7 +162,7 @@ def test_load_adapter_reads_those_of_transformers_class(case, peft, tmp_path):
 
 def test_of_a_model_with_an_adapter_the_adapter_is_saved(peft, tmp_path):
     config = peft.LoraConfig(target_modules=["q_proj"], r=2, init_lora_weights=False)
-    model, words = make("llama").ours, inputs(pair("llama"), "one row")
+    model, words = make("llama").ours, pair("llama").inputs("one row")
     model.add_adapter(config)
     model.save_pretrained(tmp_path / "adapter")
     assert sorted(path.name for path in (tmp_path / "adapter").glob("adapter*")) == [
@@ -182,7 +183,7 @@ def test_of_a_model_with_an_adapter_the_adapter_is_saved(peft, tmp_path):
 def test_lora_on_embeddings(case):
     """Of tokens and of patches, each as in stock transformers."""
     peft = pytest.importorskip("peft")
-    both, words = make(case), inputs(pair(case), "one row")
+    both, words = make(case), pair(case).inputs("one row")
     adapted = []
     for model in both:
         config = peft.LoraConfig(
@@ -209,7 +210,7 @@ def test_lora_on_embeddings(case):
 
 @pytest.mark.parametrize("case", [*ONE_EACH, "llama, factor 32, tied, older spelling"])
 def test_resizing_the_vocabulary(case, tmp_path):
-    model, words = make(case).ours, inputs(pair(case), "one row")
+    model, words = make(case).ours, pair(case).inputs("one row")
     with torch.no_grad():
         before = model(**words).logits
         model.resize_token_embeddings(109)

@@ -12,12 +12,12 @@ from transformers.models.mllama.modeling_mllama import (
     _prepare_cross_attention_mask,
 )
 
-import twins
+import tiny
 from mllama import MllamaForConditionalGeneration
 
 
 class ByHand(nn.Module):
-    """Reads features after the tower's final norm. `named` says a parameter's name in our model.
+    """Reads features after the encoder's final norm. `named` says a parameter's name in our model.
 
     Args:
         model: ours, whose weights are copied.
@@ -26,11 +26,11 @@ class ByHand(nn.Module):
     def __init__(self, model: MllamaForConditionalGeneration):
         super().__init__()
         config, self.spec = model.config, model.spec
-        vision = {name: getattr(config.vision_config, name) for name in twins.VISION}
+        vision = {name: getattr(config.vision_config, name) for name in tiny.VISION}
         self.vision = SiglipVisionModel(SiglipVisionConfig(**vision, vision_use_head=False))
         text = {
             name: getattr(config.text_config, name)
-            for name in (*twins.SIZES, *twins.ENDS, "rms_norm_eps")
+            for name in (*tiny.SIZES, *tiny.ENDS, "rms_norm_eps")
         }
         rope = config.text_config.rope_parameters
         self.text = LlamaForCausalLM(
@@ -77,7 +77,7 @@ class ByHand(nn.Module):
         return rest.replace("model.", "language_model.")
 
     def visual(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """Pooled and projected: [pictures, tokens, hidden]."""
+        """Pooled and projected: [images, tokens, hidden]."""
         weights = {name.split("/", 1)[1]: value for name, value in self.own.items()}
         features = self.vision(pixel_values).last_hidden_state
         if self.spec.pooling == "average":
@@ -119,7 +119,7 @@ class ByHand(nn.Module):
         pixel_values: torch.Tensor,
         mask: torch.Tensor | None = None,
     ):
-        """Logits of a decoder with a cross-attention layer of transformers after some of its own."""
+        """Logits of a decoder with transformers' cross-attention layers after some of its own."""
         visual = self.visual(pixel_values)
         states, rows = visual.reshape(len(input_ids), -1, visual.shape[-1]), None
         if mask is not None:
@@ -146,18 +146,12 @@ def own(name: str) -> bool:
     return name.startswith(("multi_modal_projector.", "image_pooling."))
 
 
-def close(ours: torch.Tensor, theirs: torch.Tensor, floor: float = 0.0) -> None:
-    """Within 1e-4 of the largest value, or of `floor` where that is larger."""
-    assert ours.shape == theirs.shape
-    assert (ours - theirs).abs().max() <= 1e-4 * max(theirs.abs().max().item(), floor)
-
-
 def same_gradients(model: MllamaForConditionalGeneration, oracle: ByHand) -> None:
     """Every parameter's, all of them with one."""
     ours, seen = dict(model.named_parameters()), set()
     for name, parameter in oracle.named_parameters():
         seen.add(oracle.named(name))
-        close(
+        tiny.close(
             ours[oracle.named(name)].grad, parameter.grad, floor=1e-3
         )  # a key's bias has none but rounding
     assert seen == ours.keys()

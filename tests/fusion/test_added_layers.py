@@ -6,33 +6,16 @@ import pytest
 import torch
 from transformers import DynamicCache, StaticCache
 
-import twins
-from fusion.by_hand import ByHand, close, same_gradients
+import tiny
+from fusion.by_hand import ByHand, same_gradients
 from mllama import MllamaForConditionalGeneration
 from mllama.fusion.cross_attention import CrossAttentionDecoderLayer
 
 GREEDY = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
 
 
-def make(every: int = 1, layers: int = 2, **options) -> MllamaForConditionalGeneration:
-    return twins.model(
-        **{
-            "fusion": "cross_attention",
-            "cross_attention_every": every,
-            "text": {"num_hidden_layers": layers},
-            "vision_feature": "last",
-            "image_token_index": None,
-        }
-        | options
-    )
-
-
-def texts(side: str = "left") -> dict[str, torch.Tensor]:
-    return twins.batch(twins.tokens(7), twins.tokens(4, 5), side=side)
-
-
 def mixed() -> torch.Tensor:
-    """Of two rows of seven words and two pictures each: the first row sees one, then both; the
+    """Of two rows of seven words and two images each: the first row sees one, then both; the
     second none.
     """
     mask = torch.zeros(2, 7, 2, 1)
@@ -45,7 +28,7 @@ def mixed() -> torch.Tensor:
     [(1, 2, [1, 3]), (2, 5, [2, 5]), (3, 3, [3]), (None, 9, [4, 9]), (None, 3, [3])],
 )
 def test_a_layer_is_added_after_every_so_many(every, layers, places):
-    model = make(every, layers)
+    model = tiny.crossed(every, layers)
     crossed = [
         index
         for index, layer in enumerate(model.language_model.layers)
@@ -63,28 +46,28 @@ def test_a_layer_is_added_after_every_so_many(every, layers, places):
 @pytest.mark.parametrize(("every", "layers", "projector"), [(1, 2, "mlp"), (2, 5, "linear")])
 @pytest.mark.parametrize("each", [1, 2])
 def test_logits_equal_those_by_hand(each, every, layers, projector, side):
-    model = make(every, layers, projector=projector)
-    inputs = texts(side) | {"pixel_values": twins.pictures(2 * each)}
+    model = tiny.crossed(every, layers, projector=projector)
+    inputs = tiny.texts(side) | {"pixel_values": tiny.images(2 * each)}
     seen = inputs["attention_mask"].bool()
     with torch.no_grad():
         got = model(**inputs)
-        close(got.logits[seen], ByHand(model).crossing(**inputs)[seen])
-        close(got.image_hidden_states, ByHand(model).visual(inputs["pixel_values"]))
+        tiny.close(got.logits[seen], ByHand(model).crossing(**inputs)[seen])
+        tiny.close(got.image_hidden_states, ByHand(model).visual(inputs["pixel_values"]))
         features = model.get_image_features(inputs.pop("pixel_values"))
         assert torch.equal(model(**inputs, image_features=features).logits, got.logits)
 
 
 def test_a_mask_says_who_sees_what():
-    model, inputs = make(), texts("right") | {"pixel_values": twins.pictures(4)}
+    model, inputs = tiny.crossed(), tiny.texts("right") | {"pixel_values": tiny.images(4)}
     with torch.no_grad():
         got = model(**inputs, cross_attention_mask=mixed()).logits
-        text = texts("right")["input_ids"]
-        close(
+        text = tiny.texts("right")["input_ids"]
+        tiny.close(
             got[1, :4], model(text[1:, :4]).logits[0]
-        )  # a row that sees no picture is as one without
-        close(
+        )  # a row that sees no image is as one without
+        tiny.close(
             got[0, 1:4],
-            model(text[:1], twins.pictures(4)[:1], cross_attention_mask=mixed()[:1, :, :1]).logits[
+            model(text[:1], tiny.images(4)[:1], cross_attention_mask=mixed()[:1, :, :1]).logits[
                 0, 1:4
             ],
         )
@@ -92,7 +75,7 @@ def test_a_mask_says_who_sees_what():
             "hf"  # as transformers: who sees none attends to all, and leaves out the other half
         )
         seen = inputs["attention_mask"].bool()
-        close(
+        tiny.close(
             model(**inputs, cross_attention_mask=mixed()).logits[seen],
             ByHand(model).crossing(**inputs, mask=mixed())[seen],
         )
@@ -100,8 +83,8 @@ def test_a_mask_says_who_sees_what():
 
 @pytest.mark.parametrize("checkpointed", [False, True])
 def test_loss_and_every_gradient_equal_those_by_hand(checkpointed):
-    model = make()
-    oracle, inputs = ByHand(model), texts("right") | {"pixel_values": twins.pictures(4)}
+    model = tiny.crossed()
+    oracle, inputs = ByHand(model), tiny.texts("right") | {"pixel_values": tiny.images(4)}
     labels = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)
     if checkpointed:
         model.train().gradient_checkpointing_enable()
@@ -116,13 +99,13 @@ def test_loss_and_every_gradient_equal_those_by_hand(checkpointed):
 
 
 def test_gates_at_zero_leave_the_text_model_and_learn():
-    model, inputs = make(), texts() | {"pixel_values": twins.pictures(2)}
+    model, inputs = tiny.crossed(), tiny.texts() | {"pixel_values": tiny.images(2)}
     gates = [parameter for name, parameter in model.named_parameters() if name.endswith("_gate")]
     assert len(gates) == 4
     for gate in gates:
         torch.nn.init.zeros_(gate)
     with torch.no_grad():
-        assert torch.equal(model(**inputs).logits, model(**texts()).logits)
+        assert torch.equal(model(**inputs).logits, model(**tiny.texts()).logits)
     model(**inputs, labels=inputs["input_ids"]).loss.backward()
     reached = {
         name
@@ -144,10 +127,10 @@ def test_gates_at_zero_leave_the_text_model_and_learn():
 
 
 def test_a_new_model_starts_with_gates_at_zero():
-    model = MllamaForConditionalGeneration(make().config).eval()
+    model = MllamaForConditionalGeneration(tiny.crossed().config).eval()
     with torch.no_grad():
         assert torch.equal(
-            model(**texts(), pixel_values=twins.pictures(2)).logits, model(**texts()).logits
+            model(**tiny.texts(), pixel_values=tiny.images(2)).logits, model(**tiny.texts()).logits
         )
 
 
@@ -158,10 +141,10 @@ def test_a_new_model_starts_with_gates_at_zero():
 )
 @pytest.mark.parametrize("masked", [True, False])
 def test_caches_change_nothing(masked, options):
-    model = make(2, 5)
+    model = tiny.crossed(2, 5)
     inputs = (
-        texts()
-        | {"pixel_values": twins.pictures(4)}
+        tiny.texts()
+        | {"pixel_values": tiny.images(4)}
         | ({"cross_attention_mask": mixed()} if masked else {})
     )
     expected = model.generate(**inputs, **options)
@@ -180,26 +163,24 @@ def test_caches_change_nothing(masked, options):
             for name, value in inputs.items()
             if name != "pixel_values"
         }
-        alone = model.generate(
-            **one, pixel_values=twins.pictures(4)[2 * row : 2 * row + 2], **options
-        )
+        alone = model.generate(**one, pixel_values=tiny.images(4)[2 * row : 2 * row + 2], **options)
         assert torch.equal(alone[0, -6:], expected[row * len(alone), -6:])
 
 
 @pytest.mark.parametrize("kind", [DynamicCache, StaticCache])
 def test_token_by_token(kind):
-    model, ids = make(2, 5), texts()["input_ids"]
+    model, ids = tiny.crossed(2, 5), tiny.texts()["input_ids"]
     cache = kind(config=model.config, **{"max_cache_len": 12} if kind is StaticCache else {})
     with torch.no_grad():
-        whole = model(ids, twins.pictures(2)).logits
-        parts = [model(ids[:, :4], twins.pictures(2), past_key_values=cache)]
+        whole = model(ids, tiny.images(2)).logits
+        parts = [model(ids[:, :4], tiny.images(2), past_key_values=cache)]
         parts += [model(ids[:, index : index + 1], past_key_values=cache) for index in (4, 5, 6)]
-    close(torch.cat([part.logits for part in parts], 1), whole)
+    tiny.close(torch.cat([part.logits for part in parts], 1), whole)
 
 
-@pytest.mark.parametrize("first", [0, 1], ids=["words before any picture", "a picture at first"])
-def test_further_pictures_come_after_those_in_the_cache(first):
-    model, ids, pixels = make(2, 5), texts()["input_ids"], twins.pictures(4)
+@pytest.mark.parametrize("first", [0, 1], ids=["text before any image", "an image first"])
+def test_further_images_come_after_those_in_the_cache(first):
+    model, ids, pixels = tiny.crossed(2, 5), tiny.texts()["input_ids"], tiny.images(4)
     mask = torch.ones(2, 7, 2, 1)
     mask[:, :4, first:] = 0
     each = [pixels[:: 2 if first else 1], pixels[1::2]]  # a row has the first or both of its two
@@ -209,23 +190,23 @@ def test_further_pictures_come_after_those_in_the_cache(first):
         rest = model(
             ids[:, 4:], each[1] if first else pixels, past_key_values=begun.past_key_values
         )
-    close(torch.cat([begun.logits, rest.logits], 1), whole)
+    tiny.close(torch.cat([begun.logits, rest.logits], 1), whole)
 
 
 def test_compile():
     model, inputs = (
-        make(layers=1, vision={"num_hidden_layers": 1}),
-        texts() | {"pixel_values": twins.pictures(2)},
+        tiny.crossed(layers=1, vision={"num_hidden_layers": 1}),
+        tiny.texts() | {"pixel_values": tiny.images(2)},
     )
     with torch.no_grad():
-        close(
+        tiny.close(
             torch.compile(model, backend="eager")(**inputs, use_cache=False).logits,
             model(**inputs).logits,
         )
 
 
 def test_files_keep_it(tmp_path):
-    model, inputs = make(2, 5), texts() | {"pixel_values": twins.pictures(2)}
+    model, inputs = tiny.crossed(2, 5), tiny.texts() | {"pixel_values": tiny.images(2)}
     model.save_pretrained(tmp_path, max_shard_size="50KB")
     read = MllamaForConditionalGeneration.from_pretrained(tmp_path)
     assert (
@@ -239,7 +220,9 @@ def test_files_keep_it(tmp_path):
 
 def test_adapters_reach_both_kinds_of_layers():
     peft = pytest.importorskip("peft")
-    adapted = peft.get_peft_model(make(), peft.LoraConfig(target_modules=["q_proj", "o_proj"], r=2))
+    adapted = peft.get_peft_model(
+        tiny.crossed(), peft.LoraConfig(target_modules=["q_proj", "o_proj"], r=2)
+    )
     names = {
         name.split(".lora_")[0].split("layers.")[1]
         for name, _ in adapted.named_parameters()
@@ -256,40 +239,28 @@ def test_adapters_reach_both_kinds_of_layers():
 @pytest.mark.parametrize(
     ("options", "named"),
     [
-        (
-            {"cross_attention_every": 0},
-            "cross_attention_every must be an integer of at least 1, got 0",
-        ),
-        (
-            {"cross_attention_every": 3},
-            "cross_attention_every must be at most the text model's 2 layers, got 3",
-        ),
-        ({"cross_attention_every": True}, "cross_attention_every must be an integer"),
-        (
-            {"num_image_tokens": 2},
-            "num_image_tokens is for fusion='prepend'; with 'cross_attention' it must be None, got "
-            "2",
-        ),
+        ({"cross_attention_every": 0}, "cross_attention_every"),
+        ({"cross_attention_every": 3}, "cross_attention_every"),
+        ({"cross_attention_every": True}, "cross_attention_every"),
+        ({"num_image_tokens": 2}, "num_image_tokens"),
     ],
 )
 def test_configs_that_cannot_be_are_refused(options, named):
     with pytest.raises(ValueError, match=named):
-        twins.config(**{"fusion": "cross_attention"} | options)
+        tiny.config(**{"fusion": "cross_attention"} | options)
 
 
 def test_calls_that_cannot_be_are_refused():
-    model, inputs = make(image_token_index=twins.VOCABULARY), texts()
-    with pytest.raises(ValueError, match="as many for every row, got 3 for 2 rows"):
-        model(**inputs, pixel_values=twins.pictures(3))
-    with pytest.raises(ValueError, match="cross_attention_mask must be .* for 1 tiles"):
-        model(**inputs, pixel_values=twins.pictures(2), cross_attention_mask=mixed())
-    with pytest.raises(ValueError, match=r"image_features must be \[images, 4, 64\]"):
+    model, inputs = tiny.crossed(image_token_index=tiny.VOCAB_SIZE), tiny.texts()
+    with pytest.raises(ValueError, match="3 for 2 rows"):
+        model(**inputs, pixel_values=tiny.images(3))
+    with pytest.raises(ValueError, match="cross_attention_mask"):
+        model(**inputs, pixel_values=tiny.images(2), cross_attention_mask=mixed())
+    with pytest.raises(ValueError, match="image_features"):
         model(**inputs, image_features=torch.zeros(2, 8, 64))
-    with pytest.raises(
-        ValueError, match="prefill_chunk_size must be None"
-    ):  # every chunk would see them anew
+    with pytest.raises(ValueError, match="prefill_chunk_size"):  # every chunk would see them anew
         model.generate(**inputs, image_features=torch.zeros(2, 4, 64), prefill_chunk_size=2)
     with pytest.raises(IndexError, match="within the vocabulary"):
-        model(torch.full((1, 3), twins.VOCABULARY), pixel_values=twins.pictures(1))
-    with pytest.raises(ValueError, match="must have 4 layers, as the decoder, got 3"):
-        model(**inputs, past_key_values=StaticCache(make(layers=3).config, max_cache_len=9))
+        model(torch.full((1, 3), tiny.VOCAB_SIZE), pixel_values=tiny.images(1))
+    with pytest.raises(ValueError, match="4 layers.*3"):
+        model(**inputs, past_key_values=StaticCache(tiny.crossed(layers=3).config, max_cache_len=9))

@@ -10,7 +10,7 @@ from transformers.models.mllama.modeling_mllama import (
     _prepare_cross_attention_mask,
 )
 
-import twins
+import tiny
 from mllama.config.spec import TextSpec, uniform_layers
 from mllama.fusion.cross_attention import CrossAttentionDecoderLayer, cross_context
 from mllama.hf.cache import TransformersCache
@@ -18,13 +18,13 @@ from mllama.hf.compat import CACHE_NAME
 from mllama.hf.configs import MllamaTextConfig
 
 TOKENS = 5  # keys of a tile
-SPEC = TextSpec.of(MllamaTextConfig(**twins.TEXT), layers=uniform_layers(2, {}, [1]))
+SPEC = TextSpec.of(MllamaTextConfig(**tiny.TEXT), layers=uniform_layers(2, {}, [1]))
 
 
 def layers(**sizes) -> tuple[CrossAttentionDecoderLayer, MllamaCrossAttentionDecoderLayer]:
     """Ours, and stock transformers' with the same weights."""
-    sizes = twins.TEXT | sizes
-    ours = twins.randomise(
+    sizes = tiny.TEXT | sizes
+    ours = tiny.randomize(
         CrossAttentionDecoderLayer(MllamaTextConfig(**sizes, rms_norm_eps=1e-5), 1)
     ).eval()
     sizes.pop("rope_theta")
@@ -49,20 +49,20 @@ def stock(
 
 
 def example(
-    pictures: int = 1, tiles: int = 4, rows: int = 2, length: int = 7
+    images: int = 1, tiles: int = 4, rows: int = 2, length: int = 7
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Hidden states; features; a mask in which every row sees one picture after the other, the
+    """Hidden states; features; a mask in which every row sees one image after the other, the
     first from its second position on.
     """
-    hidden, states = torch.randn(rows, length, 64), torch.randn(rows, pictures * tiles * TOKENS, 64)
-    mask = torch.zeros(rows, length, pictures, tiles)
+    hidden, states = torch.randn(rows, length, 64), torch.randn(rows, images * tiles * TOKENS, 64)
+    mask = torch.zeros(rows, length, images, tiles)
     for row in range(rows):
-        for picture in range(pictures):
+        for image in range(images):
             start, end = (
-                1 + row + 2 * picture,
-                length if picture == pictures - 1 else 3 + row + 2 * picture,
+                1 + row + 2 * image,
+                length if image == images - 1 else 3 + row + 2 * image,
             )
-            mask[row, start:end, picture, : 1 + (row + picture) % tiles] = 1
+            mask[row, start:end, image, : 1 + (row + image) % tiles] = 1
     return hidden, states, mask
 
 
@@ -70,12 +70,12 @@ def relative(got: torch.Tensor, expected: torch.Tensor) -> float:
     return float((got - expected).abs().max() / expected.abs().max())
 
 
-@pytest.mark.parametrize("pictures", [1, 2])
+@pytest.mark.parametrize("images", [1, 2])
 @pytest.mark.parametrize("tiles", [1, 4])
 @pytest.mark.parametrize("heads", [(2, 2), (4, 1), (4, 2)])
-def test_the_layer_equals_transformers(heads, tiles, pictures):
+def test_the_layer_equals_transformers(heads, tiles, images):
     ours, theirs = layers(num_attention_heads=heads[0], num_key_value_heads=heads[1])
-    hidden, states, mask = example(pictures, tiles)
+    hidden, states, mask = example(images, tiles)
     with torch.no_grad():
         for masked in (mask, torch.ones_like(mask), None):
             got, _ = ours(hidden, cross=cross_context(states, masked, TOKENS, "hf"))
@@ -85,7 +85,7 @@ def test_the_layer_equals_transformers(heads, tiles, pictures):
 def test_metas_blind_positions_stay_as_they_are_and_others_do_not_care():
     ours, _ = layers()
     hidden, states, mask = example()
-    mask[1] = 0  # a row without a picture
+    mask[1] = 0  # a row without an image
     with torch.no_grad():
         meta, _ = ours(hidden, cross=cross_context(states, mask, TOKENS))
         hf, _ = ours(hidden, cross=cross_context(states, mask, TOKENS, "hf"))
@@ -184,7 +184,7 @@ def test_probabilities_cover_what_is_seen():
     torch.testing.assert_close(weights.sum(-1), seen.any(-1).float()[:, None].expand(2, 4, 7))
 
 
-def test_keys_are_computed_once_and_those_of_new_pictures_appended():
+def test_keys_are_computed_once_and_those_of_new_images_appended():
     ours, theirs = layers()
     hidden, states, mask = example(2)
     first = slice(0, 4 * TOKENS)
@@ -208,7 +208,7 @@ def test_tiles_that_are_empty_in_every_row_get_no_keys():
     ours, _ = layers()
     hidden, states, mask = example(
         2
-    )  # the rows fill one and two tiles of the first picture, two and three of the second
+    )  # the rows fill one and two tiles of the first image, two and three of the second
     filled = mask.any(1)
     mask[:, :4, 1] = 0  # it comes later
     first = slice(0, 4 * TOKENS)
@@ -220,19 +220,21 @@ def test_tiles_that_are_empty_in_every_row_get_no_keys():
     ]
     with torch.no_grad():
         all_keys, _ = ours(hidden, cross=cross_context(states, mask, TOKENS))
-        cross = cross_context(states, mask, TOKENS, filled=filled)
+        cross = cross_context(states, mask, TOKENS, aspect_ratio_mask=filled)
         assert cross.states.shape[1] == (2 + 3) * TOKENS
         torch.testing.assert_close(ours(hidden, cross=cross)[0], all_keys)
         cache, got = TransformersCache(DynamicCache(), SPEC), []
         for x, new, seen, tiles in steps:
-            cross = cross_context(new, seen, TOKENS, cached=cache.tile_mask, filled=tiles)
+            cross = cross_context(
+                new, seen, TOKENS, cached=cache.tile_mask, aspect_ratio_mask=tiles
+            )
             cache.tile_mask = cross.tile_mask
             got.append(ours(x, None, cache, cross=cross)[0])
         torch.testing.assert_close(torch.cat(got, 1), all_keys)
     assert cache.tile_mask.tolist() == [True, True, False, False, True, True, True, False]
     assert cache.cache.layers[1].get_seq_length() == 5 * TOKENS
     mask[0, 6, 0, 3] = 1
-    with pytest.raises(ValueError, match="must not show tiles that were empty"):
+    with pytest.raises(ValueError, match="cross_attention_mask"):
         cross_context(None, mask[:, 6:], TOKENS, cached=cache.tile_mask)
 
 
@@ -241,13 +243,16 @@ def test_keys_stay_where_they_might_be_seen():
     filled = torch.zeros(2, 1, 4)
     filled[..., 0] = 1
     for options, kept in (
-        ({"filled": filled}, 2),  # the mask shows a tile more
-        ({"filled": filled, "reference": "hf"}, 4),  # positions that see none attend to all
+        ({"aspect_ratio_mask": filled}, 2),  # the mask shows a tile more
         (
-            {"filled": torch.zeros(2, 1, 4), "mask": torch.zeros_like(mask)},
+            {"aspect_ratio_mask": filled, "reference": "hf"},
             4,
-        ),  # a picture always has keys
-        ({"filled": filled, "mask": None}, 4),
+        ),  # positions that see none attend to all
+        (
+            {"aspect_ratio_mask": torch.zeros(2, 1, 4), "mask": torch.zeros_like(mask)},
+            4,
+        ),  # an image always has keys
+        ({"aspect_ratio_mask": filled, "mask": None}, 4),
         ({}, 4),
     ):
         cross = cross_context(
@@ -256,7 +261,7 @@ def test_keys_stay_where_they_might_be_seen():
         assert cross.states.shape[1] == kept * TOKENS == int(cross.tile_mask.sum()) * TOKENS
 
 
-def test_without_pictures_the_layer_does_nothing():
+def test_without_images_the_layer_does_nothing():
     ours, _ = layers()
     hidden = torch.randn(2, 3, 64)
     assert (
@@ -269,11 +274,11 @@ def test_without_pictures_the_layer_does_nothing():
 @pytest.mark.parametrize(
     ("error", "match", "options"),
     [
-        (TypeError, "cross_attention_mask must be a torch.Tensor", {"mask": [1]}),
+        (TypeError, "cross_attention_mask", {"mask": [1]}),
         (ValueError, "for 4 tiles, got .2, 7, 2, 4", {"mask": torch.ones(2, 7, 2, 4)}),
         (ValueError, "cross_attention_mask must be", {"mask": torch.ones(2, 7)}),
         (ValueError, "for 5 tiles", {"cached": torch.ones(1, dtype=torch.bool)}),
-        (ValueError, "aspect_ratio_mask must be .* for 4 tiles", {"filled": torch.ones(2, 1, 3)}),
+        (ValueError, "aspect_ratio_mask", {"aspect_ratio_mask": torch.ones(2, 1, 3)}),
         (ValueError, "reference must be", {"reference": "torchtune"}),
     ],
 )
@@ -284,7 +289,7 @@ def test_other_input_is_refused(error, match, options):
 
 
 def test_layers_are_plain_modules():
-    """LoRA and quantisation replace nn.Linear leaves by name."""
+    """LoRA and quantization replace nn.Linear leaves by name."""
     ours, _ = layers()
     linear = {
         name.rpartition(".")[2]

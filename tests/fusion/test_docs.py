@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from transformers import LlamaConfig, SiglipVisionConfig
 
-import twins
+import tiny
 from mllama import MllamaForConditionalGeneration, SiglipModel
 
 PAGE = Path(__file__).parents[2] / "docs" / "fusion.md"
@@ -15,11 +15,11 @@ PAGE = Path(__file__).parents[2] / "docs" / "fusion.md"
 def test_the_recipes_run(monkeypatch, make_tokenizer, tmp_path):
     tokenizer = make_tokenizer()
     sizes = {"num_hidden_layers": 4, "vocab_size": len(tokenizer), "max_position_embeddings": 512}
-    llama = MllamaForConditionalGeneration(LlamaConfig(**twins.TEXT | sizes))
-    twins.randomise(llama).save_pretrained(tmp_path / "llama")
+    llama = MllamaForConditionalGeneration(LlamaConfig(**tiny.TEXT | sizes))
+    tiny.randomize(llama).save_pretrained(tmp_path / "llama")
     tokenizer.save_pretrained(tmp_path / "llama")
-    siglip = SiglipModel(SiglipVisionConfig(**twins.VISION))
-    twins.randomise(siglip).save_pretrained(tmp_path / "siglip")
+    siglip = SiglipModel(SiglipVisionConfig(**tiny.VISION))
+    tiny.randomize(siglip).save_pretrained(tmp_path / "siglip")
     monkeypatch.chdir(tmp_path)
 
     blocks = re.findall(r"^```python\n(.*?)^```", PAGE.read_text(), re.MULTILINE | re.DOTALL)

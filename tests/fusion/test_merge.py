@@ -7,10 +7,10 @@ from mllama.fusion.merge import find_placeholder, merge
 
 
 @pytest.mark.parametrize(
-    ("rows", "mask", "pictures", "found"),
+    ("rows", "mask", "images", "found"),
     [
         ([[9, 9, 9, 1, 2]], None, 1, 9),
-        ([[1, 9, 9, 9, 9, 9, 9, 2]], None, 2, 9),  # two pictures side by side
+        ([[1, 9, 9, 9, 9, 9, 9, 2]], None, 2, 9),  # two images side by side
         ([[9, 9, 9, 1, 9, 9, 9]], None, 2, 9),
         ([[9, 9, 9, 1], [1, 2, 3, 4]], None, 1, 9),  # a row without
         ([[1, 9, 9, 9], [9, 9, 9, 1]], None, 2, 9),  # a run does not cross into the next row
@@ -28,8 +28,8 @@ from mllama.fusion.merge import find_placeholder, merge
         ([[9, 9, 9, 8, 8, 8]], None, 3, ValueError),
     ],
 )
-def test_find_placeholder(rows, mask, pictures, found):
-    arguments = (torch.tensor(rows), None if mask is None else torch.tensor(mask), 3, pictures)
+def test_find_placeholder(rows, mask, images, found):
+    arguments = (torch.tensor(rows), None if mask is None else torch.tensor(mask), 3, images)
     if found is ValueError:
         with pytest.raises(ValueError, match="image_token_index"):
             find_placeholder(*arguments)

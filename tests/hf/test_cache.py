@@ -5,14 +5,14 @@ import torch
 from transformers import Cache, DynamicCache, EncoderDecoderCache, Gemma2Config, StaticCache
 from transformers.cache_utils import DynamicSlidingWindowLayer, StaticSlidingWindowLayer
 
-import twins
+import tiny
 from mllama.config.spec import LayerSpec, TextSpec, uniform_layers
 from mllama.hf.cache import CrossCacheLayer, TransformersCache
 from mllama.hf.configs import MllamaTextConfig
 
 
 def config(layers: int, cross: list[int] | None = None) -> MllamaTextConfig:
-    sizes = twins.TEXT | {"num_hidden_layers": layers}
+    sizes = tiny.TEXT | {"num_hidden_layers": layers}
     return MllamaTextConfig(**sizes, cross_attention_layers=cross)
 
 
@@ -89,7 +89,7 @@ def test_empty_places_take_part_in_everything():
     [lambda text: DynamicCache(config=text), lambda text: StaticCache(text, max_cache_len=8)],
 )
 def test_a_cache_of_the_layers_of_text_gets_places_for_the_others(make):
-    raw = make(MllamaTextConfig(**twins.TEXT))
+    raw = make(MllamaTextConfig(**tiny.TEXT))
     text = list(raw.layers)
     TransformersCache(raw, spec(4, [1, 3]))
     assert raw.layers[::2] == text
@@ -102,7 +102,7 @@ def test_a_cache_of_the_layers_of_text_gets_places_for_the_others(make):
 def windowed(*windows: int | None) -> tuple[Gemma2Config, TextSpec]:
     """A Gemma 2's config, and the spec of a decoder with such windows."""
     kinds = ["sliding_attention" if window else "full_attention" for window in windows]
-    sizes = twins.SIZES | {"num_hidden_layers": len(windows), "head_dim": 16}
+    sizes = tiny.SIZES | {"num_hidden_layers": len(windows), "head_dim": 16}
     config = Gemma2Config(**sizes, layer_types=kinds, sliding_window=max(filter(None, windows)))
     layers = tuple(LayerSpec(window=window) for window in windows)
     return config, TextSpec.of(SPEC, layers=layers)

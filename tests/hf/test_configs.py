@@ -7,17 +7,10 @@ import pytest
 from transformers import AutoConfig, LlamaConfig, SiglipVisionConfig
 from transformers.models.mllama import MllamaConfig as HFMllamaConfig
 
-import twins
+import tiny
 from mllama import MllamaConfig, MllamaForConditionalGeneration
 from mllama.hf.configs import MllamaTextConfig, MllamaVisionConfig
-
-LLAMA3 = {
-    "rope_type": "llama3",
-    "factor": 32.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 8192,
-}
+from tiny.sizes import LLAMA32
 
 
 @pytest.mark.parametrize("kind", [MllamaTextConfig, MllamaVisionConfig])
@@ -28,10 +21,10 @@ def test_names_of_older_scripts_are_refused(kind, name):
 
 
 def test_a_config_is_not_changed_by_the_model_it_is_given_to():
-    text, vision = MllamaTextConfig(**twins.TEXT), MllamaVisionConfig(**twins.VISION)
+    text, vision = MllamaTextConfig(**tiny.TEXT), MllamaVisionConfig(**tiny.VISION)
     first = MllamaConfig(vision, text)
     second = MllamaConfig(
-        MllamaVisionConfig(**twins.VISION | {"image_size": 32}),
+        MllamaVisionConfig(**tiny.VISION | {"image_size": 32}),
         text,
         tie_word_embeddings=True,
         use_cache=False,
@@ -60,8 +53,8 @@ def test_rope_is_read_from_every_spelling():
     ):
         assert MllamaTextConfig(**given).rope_parameters == new
     assert MllamaTextConfig().rope_parameters == {"rope_theta": 10000.0, "rope_type": "default"}
-    scaled = MllamaTextConfig(rope_scaling=LLAMA3 | {"original_max_position_embeddings": None})
-    assert scaled.rope_parameters == LLAMA3 | {
+    scaled = MllamaTextConfig(rope_scaling=LLAMA32 | {"original_max_position_embeddings": None})
+    assert scaled.rope_parameters == LLAMA32 | {
         "rope_theta": 10000.0,
         "original_max_position_embeddings": scaled.max_position_embeddings,
     }
@@ -105,13 +98,10 @@ def test_bad_vision_sizes_are_refused_by_name(name, value):
 @pytest.mark.parametrize(
     ("given", "named"),
     [
-        (
-            {"hidden_size": 100, "num_attention_heads": 3},
-            "hidden_size 100 is not a multiple of num_attention_heads 3",
-        ),
+        ({"hidden_size": 100, "num_attention_heads": 3}, "hidden_size 100"),
         (
             {"hidden_size": 256, "num_attention_heads": 8, "num_key_value_heads": 3},
-            "num_attention_heads 8 is not a multiple of num_key_value_heads 3",
+            "num_attention_heads 8",
         ),
         ({"hidden_size": 600, "num_attention_heads": 2}, "head_dim .* got 300"),
         ({"hidden_size": 34, "num_attention_heads": 2}, "head_dim .*even.*17"),
@@ -126,7 +116,7 @@ def test_bad_vision_sizes_are_refused_by_name(name, value):
         ({"attention_bias": 1}, "attention_bias"),
         ({"rope_theta": float("inf")}, "rope_theta"),
         ({"rope_theta": 10**400}, "rope_theta"),
-        ({"rope_scaling": LLAMA3 | {"low_freq_factor": 4.0}}, "high_freq_factor"),
+        ({"rope_scaling": LLAMA32 | {"low_freq_factor": 4.0}}, "high_freq_factor"),
         ({"vocab_size": 2**40}, "vocab_size"),
         ({"num_labels": 10**12}, "num_labels"),
         ({"to_dict": 3}, "to_dict"),
@@ -162,13 +152,13 @@ def test_configs_that_cannot_be_are_refused(given, named):
 
 
 def test_a_sub_config_of_another_kind_is_a_type_error():
-    with pytest.raises(TypeError, match="text_config must be a dict"):
+    with pytest.raises(TypeError, match="text_config"):
         MllamaConfig(text_config=3)
 
 
 def test_dicts_and_objects_give_the_same_config():
-    objects = MllamaConfig(SiglipVisionConfig(**twins.VISION), LlamaConfig(**twins.TEXT))
-    assert objects.to_dict() == MllamaConfig(twins.VISION, twins.TEXT).to_dict()
+    objects = MllamaConfig(SiglipVisionConfig(**tiny.VISION), LlamaConfig(**tiny.TEXT))
+    assert objects.to_dict() == MllamaConfig(tiny.VISION, tiny.TEXT).to_dict()
     assert objects.text_config.num_attention_heads == 4
 
 
@@ -191,7 +181,7 @@ def test_top_level_sizes_fill_what_the_text_config_does_not_say():
         config.pad_token_index,
         config.projection_dim,
     ) == (77, 128, 3, 128)
-    assert MllamaConfig(text_config=twins.TEXT, vocab_size=77).vocab_size == twins.VOCABULARY
+    assert MllamaConfig(text_config=tiny.TEXT, vocab_size=77).vocab_size == tiny.VOCAB_SIZE
     assert (
         MllamaConfig(
             text_config={"hidden_size": 64, "num_attention_heads": 4}, hidden_size=128
@@ -202,7 +192,7 @@ def test_top_level_sizes_fill_what_the_text_config_does_not_say():
 
 @pytest.mark.parametrize("options", [{}, {"image_token_index": 97}, {"image_token_id": 97}])
 def test_what_was_explicit_is_remembered(options, tmp_path):
-    config = MllamaConfig(twins.VISION, twins.TEXT, **options)
+    config = MllamaConfig(tiny.VISION, tiny.TEXT, **options)
     config.save_pretrained(tmp_path)
     for copied in (
         MllamaConfig.from_pretrained(tmp_path),
@@ -213,8 +203,8 @@ def test_what_was_explicit_is_remembered(options, tmp_path):
 
 
 def test_round_trips_change_nothing(tmp_path):
-    config = twins.config(
-        text={"rope_scaling": LLAMA3, "tie_word_embeddings": True},
+    config = tiny.config(
+        text={"rope_scaling": LLAMA32, "tie_word_embeddings": True},
         ignore_index=-1,
         projection_dim=40,
         vision_feature="last",
@@ -233,10 +223,10 @@ def test_round_trips_change_nothing(tmp_path):
 
 
 def test_settings_of_the_decoder_can_be_set_above_it():
-    config = twins.config()
+    config = tiny.config()
     config.tie_word_embeddings, config.use_cache = True, False
     assert config.text_config.tie_word_embeddings and not config.text_config.use_cache
-    assert twins.config(tie_word_embeddings=True, use_cache=False).to_dict() == config.to_dict()
+    assert tiny.config(tie_word_embeddings=True, use_cache=False).to_dict() == config.to_dict()
 
 
 def test_transformers_own_mllama_is_not_shadowed():
@@ -245,5 +235,5 @@ def test_transformers_own_mllama_is_not_shadowed():
 
 
 def test_a_config_that_a_model_holds_is_a_part():
-    held = MllamaForConditionalGeneration(LlamaConfig(**twins.TEXT)).config
-    assert MllamaConfig(twins.VISION, held).text_config.hidden_size == held.hidden_size
+    held = MllamaForConditionalGeneration(LlamaConfig(**tiny.TEXT)).config
+    assert MllamaConfig(tiny.VISION, held).text_config.hidden_size == held.hidden_size

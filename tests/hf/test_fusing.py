@@ -5,7 +5,7 @@ import torch
 from transformers import GemmaConfig, LlamaConfig, LlamaForCausalLM, SiglipVisionConfig
 
 import mllama
-import twins
+import tiny
 from mllama.cli import main
 from mllama.processing.conversation import encode_messages
 
@@ -18,15 +18,15 @@ GREEDY = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0}
 
 
 def text(**options) -> mllama.MllamaForConditionalGeneration:
-    config = LlamaConfig(**twins.TEXT | {"num_hidden_layers": 5, "pad_token_id": 3} | options)
-    return twins.randomise(mllama.MllamaForConditionalGeneration(config)).eval()
+    config = LlamaConfig(**tiny.TEXT | {"num_hidden_layers": 5, "pad_token_id": 3} | options)
+    return tiny.randomize(mllama.MllamaForConditionalGeneration(config)).eval()
 
 
 def vision() -> mllama.SiglipModel:
-    return twins.randomise(mllama.SiglipModel(SiglipVisionConfig(**twins.VISION)), seed=1).eval()
+    return tiny.randomize(mllama.SiglipModel(SiglipVisionConfig(**tiny.VISION)), seed=1).eval()
 
 
-IDS = torch.tensor([twins.tokens(6), twins.tokens(6, 5)])
+IDS = torch.tensor([tiny.tokens(6), tiny.tokens(6, 5)])
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -61,8 +61,8 @@ def test_parameters_are_shared(fusion, tied):
     with torch.no_grad():
         assert torch.equal(model(IDS).logits, before) and torch.equal(llama(IDS).logits, before)
         assert torch.equal(
-            model.vision_tower(twins.pictures(1)).last_hidden_state,
-            siglip(twins.pictures(1)).last_hidden_state,
+            model.vision_tower(tiny.images(1)).last_hidden_state,
+            siglip(tiny.images(1)).last_hidden_state,
         )
     assert torch.equal(
         model.generate(IDS, **GREEDY), llama.generate(IDS, **GREEDY)
@@ -80,14 +80,14 @@ def test_what_is_new_can_be_trained_alone(fusion):
     for index in model.spec.text.cross_attention_layers or ():
         model.language_model.layers[index].requires_grad_(True)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    words = torch.cat([torch.full((2, twins.PATCHES), 200), IDS], 1) if fusion == "merge" else IDS
+    words = torch.cat([torch.full((2, tiny.PATCHES), 200), IDS], 1) if fusion == "merge" else IDS
     labels, optimizer, losses = (
         words.masked_fill(words == 200, -100),
         torch.optim.AdamW(trained, lr=3e-2),
         [],
     )
     for _ in range(8):
-        losses.append(model(words, twins.pictures(2), labels=labels).loss)
+        losses.append(model(words, tiny.images(2), labels=labels).loss)
         losses[-1].backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -125,10 +125,10 @@ def test_new_parts_start_as_a_new_models(tmp_path):
 
 
 @pytest.mark.parametrize(("fusion", "placeholders"), [("prepend", 3), ("cross_attention", 1)])
-def test_a_saved_model_is_asked(make_tokenizer, picture_file, fusion, placeholders, tmp_path):
-    """With a placeholder per visual token, or one per picture that is a word of the vocabulary."""
+def test_a_saved_model_is_asked(make_tokenizer, image_file, fusion, placeholders, tmp_path):
+    """With a placeholder per visual token, or one per image that is a word of the vocabulary."""
     processor = mllama.MllamaImageProcessor(
-        make_tokenizer(), placeholders, twins.VISION["image_size"]
+        make_tokenizer(), placeholders, tiny.VISION["image_size"]
     )
     options = OPTIONS[fusion] | ({"num_image_tokens": placeholders} if fusion == "prepend" else {})
     llama = text(vocab_size=len(processor.tokenizer), eos_token_id=None)
@@ -138,13 +138,13 @@ def test_a_saved_model_is_asked(make_tokenizer, picture_file, fusion, placeholde
     model.save_pretrained(tmp_path)
     processor.save_pretrained(tmp_path)
     model, read = mllama.load(tmp_path, dtype="float32", device="cpu")
-    for pictures in ([picture_file], [picture_file, picture_file]):
-        inputs = read("What is it?", pictures)
-        assert (inputs["input_ids"] == read.image_token_id).sum() == placeholders * len(pictures)
+    for images in ([image_file], [image_file, image_file]):
+        inputs = read("What is it?", images)
+        assert (inputs["input_ids"] == read.image_token_id).sum() == placeholders * len(images)
         said = model.generate(**inputs, **GREEDY)[0, inputs["input_ids"].shape[1] :]
         assert len(said) == 5
-        if len(pictures) == 1:
-            answer = mllama.ask(picture_file, "What is it?", model, read, max_new_tokens=5)
+        if len(images) == 1:
+            answer = mllama.ask(image_file, "What is it?", model, read, max_new_tokens=5)
             assert answer == read.decode(said, skip_special_tokens=True).strip()
 
 
@@ -159,12 +159,12 @@ def test_the_text_may_come_from_a_gguf_file(make_tokenizer, tmp_path):
     )
     model = mllama.fuse(llama, vision(), "cross_attention")
     with torch.no_grad():
-        assert torch.equal(model(IDS, twins.pictures(2)).logits, llama(IDS).logits)
+        assert torch.equal(model(IDS, tiny.images(2)).logits, llama(IDS).logits)
 
 
 def test_what_does_not_fit_is_refused():
     llama, siglip = text(), vision()
-    gemma = mllama.MllamaForConditionalGeneration(GemmaConfig(**twins.TEXT, head_dim=16))
+    gemma = mllama.MllamaForConditionalGeneration(GemmaConfig(**tiny.TEXT, head_dim=16))
     for wrong, error, named in (
         (
             (LlamaForCausalLM(llama.config), siglip),
@@ -172,7 +172,7 @@ def test_what_does_not_fit_is_refused():
             "text_model must be an MllamaForConditionalGeneration, got LlamaForCausalLM",
         ),
         ((gemma, siglip), ValueError, "text_model must be a Llama"),
-        ((twins.model(), siglip), ValueError, "got 'siglip_llama'"),
+        ((tiny.model(), siglip), ValueError, "got 'siglip_llama'"),
         (
             (llama, llama),
             TypeError,
@@ -203,9 +203,7 @@ def test_what_does_not_fit_is_refused():
 
 
 @pytest.mark.parametrize("fusion", OPTIONS)
-def test_the_processor_is_made_of_both_folders(
-    family_folder, picture_file, fusion, tmp_path, capsys
-):
+def test_the_processor_is_made_of_both_folders(family_folder, image_file, fusion, tmp_path, capsys):
     llama = mllama.MllamaForConditionalGeneration.from_pretrained(
         family_folder("llama"), dtype="float32"
     )
@@ -222,26 +220,26 @@ def test_the_processor_is_made_of_both_folders(
         mllama.load_processor(family_folder("siglip")),
     )
     messages = [{"role": "user", "content": "What is it?"}]
-    inputs = encode_messages(processor, messages, [picture_file])
+    inputs = encode_messages(processor, messages, [image_file])
     assert torch.equal(
-        inputs["pixel_values"], images([picture_file], return_tensors="pt")["pixel_values"]
+        inputs["pixel_values"], images([image_file], return_tensors="pt")["pixel_values"]
     )
     places = inputs["input_ids"] == processor.image_token_id
-    assert places.sum() == (twins.PATCHES if fusion == "merge" else 0)
+    assert places.sum() == (tiny.PATCHES if fusion == "merge" else 0)
     assert torch.equal(
         inputs["input_ids"][~places][None], encode_messages(tokenizer, messages)["input_ids"]
     )
     with torch.no_grad():
         assert torch.equal(read(**inputs).logits, model(**inputs).logits)
 
-    answer = mllama.ask(picture_file, "What is it?", read, processor, max_new_tokens=5)
+    answer = mllama.ask(image_file, "What is it?", read, processor, max_new_tokens=5)
     said = model.generate(**inputs, **GREEDY)[0, inputs["input_ids"].shape[1] :]
     assert answer == tokenizer.decode(said, skip_special_tokens=True).strip()
     assert (
         main(
             [
                 "ask",
-                str(picture_file),
+                str(image_file),
                 "What is it?",
                 "--model",
                 str(tmp_path),
@@ -258,10 +256,7 @@ def test_the_processor_is_made_of_both_folders(
     talk = [
         {
             "role": "user",
-            "content": [
-                {"type": "image", "path": str(picture_file)},
-                {"type": "text", "text": "a"},
-            ],
+            "content": [{"type": "image", "path": str(image_file)}, {"type": "text", "text": "a"}],
         }
     ]
     batch = mllama.chat_labels(processor, [[*talk, {"role": "assistant", "content": "b"}]])
@@ -272,10 +267,10 @@ def test_the_processor_is_made_of_both_folders(
 
 def test_a_processor_of_another_tokenizer(make_tokenizer, tmp_path):
     tokenizer = make_tokenizer()
-    tokenizer.add_tokens(["<picture>"], special_tokens=True)
+    tokenizer.add_tokens(["<photo>"], special_tokens=True)
     llama, place = text(vocab_size=len(tokenizer)), len(tokenizer) - 1
     model = mllama.fuse(llama, vision(), tokenizer=tokenizer, image_token_index=place)
-    assert model.processor.image_token == "<picture>" and model.processor.image_token_id == place
+    assert model.processor.image_token == "<photo>" and model.processor.image_token_id == place
     assert mllama.fuse(llama, vision()).processor is None  # made in memory: there is no tokenizer
     with pytest.warns(UserWarning, match="image_token_index"):
         assert (

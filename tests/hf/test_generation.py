@@ -6,24 +6,20 @@ import pytest
 import torch
 from transformers import DynamicCache, StaticCache, TextStreamer
 
-import twins
+import tiny
 
-PICTURE = [twins.IMAGE] * twins.PATCHES
-ROWS = [
-    PICTURE + twins.tokens(6),
-    twins.tokens(4, 7),
-    twins.tokens(3) + PICTURE + PICTURE + twins.tokens(2),
-]
+IMAGE = [tiny.IMAGE] * tiny.PATCHES
+ROWS = [IMAGE + tiny.tokens(6), tiny.tokens(4, 7), tiny.tokens(3) + IMAGE + IMAGE + tiny.tokens(2)]
 GREEDY = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
 
 
 def inputs() -> dict[str, torch.Tensor]:
-    return twins.batch(*ROWS) | {"pixel_values": twins.pictures(3)}
+    return tiny.batch(*ROWS) | {"pixel_values": tiny.images(3)}
 
 
 @pytest.fixture(scope="module")
 def model():
-    return twins.model()
+    return tiny.model()
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +28,7 @@ def greedy(model) -> torch.Tensor:
 
 
 def test_greedy_equals_the_twins(model, greedy):
-    assert torch.equal(greedy, twins.twin(model).generate(**inputs(), **GREEDY))
+    assert torch.equal(greedy, tiny.twin(model).generate(**inputs(), **GREEDY))
     assert (greedy[:, -8:] != greedy[:, -8:-7]).any()  # not one token over and over
 
 
@@ -71,37 +67,37 @@ def test_a_static_caches_logits_equal_a_dynamic_ones(model):
 
 
 def test_batched_equals_single(model, greedy):
-    for index, (row, pictures) in enumerate(zip(ROWS, ((0, 1), (1, 1), (1, 3)), strict=True)):
-        pixels = twins.pictures(3)[slice(*pictures)]
+    for index, (row, images) in enumerate(zip(ROWS, ((0, 1), (1, 1), (1, 3)), strict=True)):
+        pixels = tiny.images(3)[slice(*images)]
         single = model.generate(
-            **twins.batch(row), pixel_values=pixels if len(pixels) else None, **GREEDY
+            **tiny.batch(row), pixel_values=pixels if len(pixels) else None, **GREEDY
         )
         assert torch.equal(single[0, -8:], greedy[index, -8:])
 
 
 def test_the_placeholder_need_not_be_known(model, greedy):
-    told = twins.model(image_token_index=None)
+    told = tiny.model(image_token_index=None)
     assert torch.equal(told.generate(**inputs(), **GREEDY), greedy)
 
 
-def test_beam_search_equals_the_twins_where_a_row_has_one_picture(model):
-    batch = twins.batch(ROWS[0], PICTURE + twins.tokens(3)) | {"pixel_values": twins.pictures(2)}
+def test_beam_search_equals_the_twins_where_a_row_has_one_image(model):
+    batch = tiny.batch(ROWS[0], IMAGE + tiny.tokens(3)) | {"pixel_values": tiny.images(2)}
     options = GREEDY | {"num_beams": 3, "num_return_sequences": 2}
     assert torch.equal(
-        model.generate(**batch, **options), twins.twin(model).generate(**batch, **options)
+        model.generate(**batch, **options), tiny.twin(model).generate(**batch, **options)
     )
 
 
-def test_beams_of_rows_with_several_pictures_equal_single_rows(model):
-    """transformers repeats the pictures one by one, which mixes up the rows that have several; here
+def test_beams_of_rows_with_several_images_equal_single_rows(model):
+    """transformers repeats the images one by one, which mixes up the rows that have several; here
     they follow their rows.
     """
     options = GREEDY | {"num_beams": 3, "length_penalty": 0.0}
     batched = model.generate(**inputs(), **options)
-    for index, (row, pictures) in enumerate(zip(ROWS, ((0, 1), (1, 1), (1, 3)), strict=True)):
-        pixels = twins.pictures(3)[slice(*pictures)]
+    for index, (row, images) in enumerate(zip(ROWS, ((0, 1), (1, 1), (1, 3)), strict=True)):
+        pixels = tiny.images(3)[slice(*images)]
         single = model.generate(
-            **twins.batch(row), pixel_values=pixels if len(pixels) else None, **options
+            **tiny.batch(row), pixel_values=pixels if len(pixels) else None, **options
         )
         assert torch.equal(single[0, -8:], batched[index, -8:])
 
@@ -117,7 +113,7 @@ def test_beams_of_rows_with_several_pictures_equal_single_rows(model):
 )
 def test_sampling_equals_the_twins(model, options):
     drawn = []
-    for sampler in (model, twins.twin(model)):
+    for sampler in (model, tiny.twin(model)):
         torch.manual_seed(0)
         drawn.append(sampler.generate(**inputs(), **GREEDY | {"do_sample": True}, **options))
     assert torch.equal(*drawn)
@@ -144,7 +140,7 @@ def test_streaming(model):
 
     streamer = Collector()
     single = model.generate(
-        **twins.batch(ROWS[0]), pixel_values=twins.pictures(1), streamer=streamer, **GREEDY
+        **tiny.batch(ROWS[0]), pixel_values=tiny.images(1), streamer=streamer, **GREEDY
     )
     assert streamer.ended and torch.equal(
         torch.cat([piece.flatten() for piece in streamer.pieces]), single[0]
@@ -152,7 +148,7 @@ def test_streaming(model):
 
 
 def test_inputs_embeds(model):
-    batch = twins.batch(twins.tokens(5), twins.tokens(3))
+    batch = tiny.batch(tiny.tokens(5), tiny.tokens(3))
     embeds = model.get_input_embeddings()(batch["input_ids"])
     from_embeds = model.generate(
         inputs_embeds=embeds, attention_mask=batch["attention_mask"], **GREEDY
@@ -169,7 +165,7 @@ def test_features_computed_before(model, greedy):
         )
 
 
-def test_pictures_are_encoded_once(model, monkeypatch):
+def test_images_are_encoded_once(model, monkeypatch):
     calls = []
     forward = model.vision_tower.forward
     monkeypatch.setattr(
@@ -184,15 +180,15 @@ def test_pictures_are_encoded_once(model, monkeypatch):
 
 
 def test_going_on_from_a_cache(model):
-    """A second question, with a picture of its own, about a conversation that is already in the
+    """A second question, with an image of its own, about a conversation that is already in the
     cache.
     """
-    first = twins.batch(ROWS[0])
-    pixels = twins.pictures(2)
+    first = tiny.batch(ROWS[0])
+    pixels = tiny.images(2)
     cache = DynamicCache(config=model.config)
     start = model.generate(**first, pixel_values=pixels[:1], past_key_values=cache, **GREEDY)
     follow = torch.cat(
-        [start, torch.tensor([twins.tokens(2, 3) + PICTURE + twins.tokens(3, 4)])], dim=1
+        [start, torch.tensor([tiny.tokens(2, 3) + IMAGE + tiny.tokens(3, 4)])], dim=1
     )
     ones = torch.ones_like(follow)
     fresh = model.generate(input_ids=follow, attention_mask=ones, pixel_values=pixels, **GREEDY)
@@ -206,9 +202,9 @@ def test_going_on_from_a_cache(model):
     assert torch.equal(cached, fresh)
 
 
-def test_assisted_decoding_equals_greedy_and_its_assistant_sees_the_picture(model):
-    batch = twins.batch(ROWS[0]) | {"pixel_values": twins.pictures(1)}
-    assistant, seen = twins.model(), []
+def test_assisted_decoding_equals_greedy_and_its_assistant_sees_the_image(model):
+    batch = tiny.batch(ROWS[0]) | {"pixel_values": tiny.images(1)}
+    assistant, seen = tiny.model(), []
     assistant.vision_tower.register_forward_hook(lambda *_: seen.append(1))
     assert torch.equal(
         model.generate(**batch, **GREEDY, assistant_model=assistant),
@@ -218,7 +214,7 @@ def test_assisted_decoding_equals_greedy_and_its_assistant_sees_the_picture(mode
 
 
 def test_prompt_lookup_equals_greedy(model):
-    batch = twins.batch(ROWS[0]) | {"pixel_values": twins.pictures(1)}
+    batch = tiny.batch(ROWS[0]) | {"pixel_values": tiny.images(1)}
     assert torch.equal(
         model.generate(**batch, **GREEDY, prompt_lookup_num_tokens=3),
         model.generate(**batch, **GREEDY),
@@ -226,11 +222,11 @@ def test_prompt_lookup_equals_greedy(model):
 
 
 def test_scores_and_attentions_of_every_step(model):
-    batch = twins.batch(ROWS[0]) | {"pixel_values": twins.pictures(1)}
+    batch = tiny.batch(ROWS[0]) | {"pixel_values": tiny.images(1)}
     output = model.generate(
         **batch, **GREEDY, return_dict_in_generate=True, output_logits=True, output_attentions=True
     )
-    assert len(output.logits) == 8 and output.logits[0].shape == (1, twins.VOCABULARY)
+    assert len(output.logits) == 8 and output.logits[0].shape == (1, tiny.VOCAB_SIZE)
     assert output.attentions[0][0].shape == (1, 4, 10, 10) and output.attentions[1][0].shape == (
         1,
         4,
@@ -239,17 +235,17 @@ def test_scores_and_attentions_of_every_step(model):
     )
 
 
-def test_a_picture_without_placeholders_is_refused(model):
+def test_an_image_without_placeholders_is_refused(model):
     with pytest.raises(ValueError, match="placeholders"):
-        model.generate(**twins.batch(twins.tokens(4)), pixel_values=twins.pictures(1), **GREEDY)
+        model.generate(**tiny.batch(tiny.tokens(4)), pixel_values=tiny.images(1), **GREEDY)
 
 
 def test_stop_strings_need_the_tokenizer_and_stop_where_the_twin_does(make_tokenizer):
     tokenizer = make_tokenizer()
-    model = twins.model(text={"vocab_size": len(tokenizer) + 1}, image_token_index=len(tokenizer))
+    model = tiny.model(text={"vocab_size": len(tokenizer) + 1}, image_token_index=len(tokenizer))
     prompt = tokenizer("two red three blue", return_tensors="pt", return_token_type_ids=False)
     free = model.generate(**prompt, **GREEDY)
     stop = {"stop_strings": [tokenizer.decode(free[0, -5])], "tokenizer": tokenizer}
     stopped = model.generate(**prompt, **GREEDY, **stop)
     assert prompt["input_ids"].shape[1] < stopped.shape[1] < free.shape[1]
-    assert torch.equal(stopped, twins.twin(model).generate(**prompt, **GREEDY, **stop))
+    assert torch.equal(stopped, tiny.twin(model).generate(**prompt, **GREEDY, **stop))

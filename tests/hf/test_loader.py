@@ -6,8 +6,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-import stock
 from mllama import MllamaForConditionalGeneration, SiglipModel, load_hf_model
+from tiny import stock
 
 
 @pytest.fixture
@@ -30,7 +30,7 @@ def change(folder, edit):
 
 @pytest.mark.parametrize("strict", [False, True])
 def test_a_whole_model_and_its_tokenizer(strict, folder, capsys):
-    path = folder("llama, tied")
+    path = folder("llama, factor 32, tied, older spelling")
     model, tokenizer = load_hf_model(str(path), "cpu", strict=strict)
     assert tokenizer("hello").input_ids and not model.training
     same = MllamaForConditionalGeneration.from_pretrained(path).state_dict()
@@ -41,7 +41,7 @@ def test_a_whole_model_and_its_tokenizer(strict, folder, capsys):
     assert "missing" not in said and "skipped" not in said
 
 
-def test_leftovers_are_skipped_and_what_is_missing_is_initialised(folder, capsys):
+def test_leftovers_are_skipped_and_what_is_missing_is_initialized(folder, capsys):
     path = folder("mllama")
     expected = MllamaForConditionalGeneration.from_pretrained(path).state_dict()
 
@@ -69,7 +69,7 @@ def test_leftovers_are_skipped_and_what_is_missing_is_initialised(folder, capsys
         "skipped, of another shape or kind (1): language_model.lm_head.weight is float32 [3, 64]"
         in said
     )
-    assert "missing, initialised afresh (4)" in said and all(name in said for name in fresh)
+    assert "missing, newly initialized (4)" in said and all(name in said for name in fresh)
     with torch.no_grad():
         assert model(input_ids=torch.tensor([[1, 2, 3]])).logits.isfinite().all()
     with pytest.raises(ValueError, match="surprise"):
@@ -77,14 +77,14 @@ def test_leftovers_are_skipped_and_what_is_missing_is_initialised(folder, capsys
 
 
 def test_a_missing_embedding_of_a_tied_model(folder, capsys):
-    path = folder("llama, tied")
+    path = folder("llama, factor 32, tied, older spelling")
     change(path, lambda tensors: tensors.pop("model.embed_tokens.weight"))
     model, _ = load_hf_model(path, "cpu")
     assert (
         model.lm_head.weight is model.get_input_embeddings().weight
         and not model.lm_head.weight.is_meta
     )
-    assert "missing, initialised afresh (2)" in capsys.readouterr().out
+    assert "missing, newly initialized (2)" in capsys.readouterr().out
 
 
 def test_a_head_that_the_files_lack_is_tied(folder, capsys):
@@ -105,7 +105,7 @@ def test_a_head_that_the_files_lack_is_tied(folder, capsys):
 
 
 def test_a_tied_models_head_alone_or_another_one(folder, capsys):
-    path = folder("llama, tied")
+    path = folder("llama, factor 32, tied, older spelling")
     embedding = load_file(path / "model.safetensors")["model.embed_tokens.weight"]
     change(path, lambda tensors: tensors.update({"lm_head.weight": embedding + 1}))
     model, _ = load_hf_model(path, "cpu")

@@ -1,11 +1,10 @@
-"""A small converted model whose adapters say something. Tiny models do not pay for threads."""
+"""A small converted model whose adapters say something."""
 
 import pytest
 import torch
 from torch import nn
 
 import mllama
-from helpers import one_thread  # noqa: F401
 
 
 @pytest.fixture

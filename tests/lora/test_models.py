@@ -7,17 +7,17 @@ import torch
 from torch import nn
 
 import mllama
-import twins
-from families.cases import ONE_EACH, inputs, make, pair
+import tiny
+from tiny.pairs import ONE_EACH, make, pair
 
-PICTURE = [twins.IMAGE] * twins.PATCHES
+IMAGE = [tiny.IMAGE] * tiny.PATCHES
 
 
 def adapted(part: str | None = None, sizes: dict | None = None, **options):
     """A tiny model in training mode with adapters that say something, in a part of it or
     everywhere, and nothing else to train.
     """
-    model = twins.model(**sizes or {}).train().requires_grad_(False)
+    model = tiny.model(**sizes or {}).train().requires_grad_(False)
     for layer in mllama.convert_linears_to_lora(
         model if part is None else model.get_submodule(part), **options
     ).values():
@@ -26,8 +26,8 @@ def adapted(part: str | None = None, sizes: dict | None = None, **options):
 
 
 def batch() -> dict[str, torch.Tensor]:
-    found = twins.batch(PICTURE + twins.tokens(5), PICTURE + twins.tokens(3)) | {
-        "pixel_values": twins.pictures(2)
+    found = tiny.batch(IMAGE + tiny.tokens(5), IMAGE + tiny.tokens(3)) | {
+        "pixel_values": tiny.images(2)
     }
     return found | {"labels": found["input_ids"]}
 
@@ -46,10 +46,10 @@ def gradients(model, **options) -> dict[str, torch.Tensor | None]:
     }
 
 
-def test_names_stand_in_the_tower_too():
-    everywhere = mllama.convert_linears_to_lora(twins.model(), target_module_names=["q_proj"])
+def test_names_stand_in_the_encoder_too():
+    everywhere = mllama.convert_linears_to_lora(tiny.model(), target_module_names=["q_proj"])
     assert {name.split(".")[0] for name in everywhere} == {"vision_tower", "language_model"}
-    model = twins.model()
+    model = tiny.model()
     made = mllama.convert_linears_to_lora(model.language_model, target_module_names=["q_proj"])
     assert set(made) == {"layers.0.self_attn.q_proj", "layers.1.self_attn.q_proj"}
     assert all(parameter.requires_grad for parameter in model.vision_tower.parameters()), (
@@ -59,7 +59,7 @@ def test_names_stand_in_the_tower_too():
 
 @pytest.mark.parametrize("case", ONE_EACH)
 def test_every_family(case, tmp_path):
-    model, words = make(case).ours, inputs(pair(case), "one row")
+    model, words = make(case).ours, pair(case).inputs("one row")
     with torch.no_grad():
         before = model(**words).logits
         made = mllama.convert_linears_to_lora(model)
@@ -87,7 +87,7 @@ def test_every_family(case, tmp_path):
 
 
 def test_a_tied_head_is_written_as_it_was(tmp_path):
-    model = twins.model(text={"tie_word_embeddings": True})
+    model = tiny.model(text={"tie_word_embeddings": True})
     made = mllama.convert_linears_to_lora(model)
     assert "lm_head" not in made and model.lm_head.weight is model.get_input_embeddings().weight
     mllama.merge_and_unload(model).save_pretrained(tmp_path)
@@ -114,7 +114,7 @@ def test_checkpointing_activations_changes_no_gradient(part, options):
     assert gradients(model).keys() == expected.keys()
 
 
-def test_a_frozen_tower_is_not_gone_back_through(monkeypatch):
+def test_a_frozen_encoder_is_not_gone_back_through(monkeypatch):
     model = adapted("language_model")
     model.gradient_checkpointing_enable({"use_reentrant": True})
     calls = []
@@ -125,13 +125,13 @@ def test_a_frozen_tower_is_not_gone_back_through(monkeypatch):
     assert len(calls) == 1, "computed again by the backward pass"
 
 
-def test_the_tower_alone_under_checkpointing():
-    tower = pair("siglip_vision_model").theirs.config
-    model = mllama.SiglipModel(tower).train()
+def test_the_encoder_alone_under_checkpointing():
+    encoder = pair("siglip_vision_model").theirs.config
+    model = mllama.SiglipModel(encoder).train()
     mllama.convert_linears_to_lora(model)
     model.gradient_checkpointing_enable({"use_reentrant": True})
     model(
-        torch.randn(2, 3, tower.image_size, tower.image_size)
+        torch.randn(2, 3, encoder.image_size, encoder.image_size)
     ).last_hidden_state.square().sum().backward()
     trained = [parameter for parameter in mllama.lora_parameters(model.vision_tower)]
     assert sum(parameter.grad is not None for parameter in trained) == len(trained)
@@ -178,11 +178,11 @@ def test_a_converted_model_compiles_in_one_graph():
 
 
 def test_weights_are_loaded_into_a_converted_model(tmp_path):
-    model, other = adapted(), twins.model(seed=5)
+    model, other = adapted(), tiny.model(seed=5)
     whole = {name: value.clone() for name, value in model.state_dict().items()}
     report = model.load_state_dict(other.state_dict(), strict=False)
     assert not report.unexpected_keys and all(".lora_" in name for name in report.missing_keys)
-    ids = torch.tensor([twins.tokens(5)])
+    ids = torch.tensor([tiny.tokens(5)])
     with torch.no_grad(), mllama.lora_disabled(model.eval()):
         torch.testing.assert_close(model(ids).logits, other(ids).logits)
     with pytest.raises(RuntimeError, match="Missing key.*lora_a"):
@@ -212,7 +212,7 @@ def test_transformers_trainer_trains_the_adapters(tmp_path):
     for name, parameter in model.named_parameters():
         assert torch.equal(parameter, before[name]) is ("lora" not in name), name
     trainer.save_model(tmp_path / "model")
-    again = twins.model()
+    again = tiny.model()
     mllama.load_lora(again, tmp_path / "model")
     for (name, parameter), same in zip(model.named_parameters(), again.parameters(), strict=True):
         assert torch.equal(parameter, same), name

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 import mllama
-import twins
+import tiny
 from mllama import Linear_LORA
 
 peft = pytest.importorskip("peft")
@@ -43,10 +43,10 @@ def test_a_layer():
 
 def test_a_model_and_its_adapters():
     theirs = peft.get_peft_model(
-        twins.model(),
+        tiny.model(),
         peft.LoraConfig(target_modules=TARGETS, r=4, lora_alpha=16, init_lora_weights=False),
     )
-    ours = twins.model()
+    ours = tiny.model()
     made = mllama.convert_linears_to_lora(ours, target_module_names=TARGETS)
     state = peft.get_peft_model_state_dict(theirs)
     assert len(state) == 2 * len(made)
@@ -54,8 +54,8 @@ def test_a_model_and_its_adapters():
         for name, layer in made.items():
             layer.lora_a.weight.copy_(state[f"base_model.model.{name}.lora_A.weight"])
             layer.lora_b.weight.copy_(state[f"base_model.model.{name}.lora_B.weight"])
-    inputs = twins.batch([twins.IMAGE] * twins.PATCHES + twins.tokens(5)) | {
-        "pixel_values": twins.pictures(1)
+    inputs = tiny.batch([tiny.IMAGE] * tiny.PATCHES + tiny.tokens(5)) | {
+        "pixel_values": tiny.images(1)
     }
     outputs = [model.train()(**inputs, labels=inputs["input_ids"]) for model in (ours, theirs)]
     torch.testing.assert_close(outputs[0].logits, outputs[1].logits)
@@ -74,7 +74,7 @@ def test_a_model_and_its_adapters():
 
 
 def test_peft_around_a_layer_of_ours():
-    model, ids = twins.model(), torch.tensor([twins.tokens(4)])
+    model, ids = tiny.model(), torch.tensor([tiny.tokens(4)])
     mllama.convert_linears_to_lora(model.language_model, target_module_names=["q_proj"])
     with torch.no_grad():
         before = model(ids).logits

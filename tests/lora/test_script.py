@@ -5,15 +5,14 @@ import torch
 from safetensors.torch import load_file
 
 import mllama
-import twins
+import tiny
 from mllama import MllamaForConditionalGeneration
-from mllama.dropin.__main__ import main as dropin
 from scripts.convert_lo_ra import main
 
 
 def logits(model) -> torch.Tensor:
     with torch.no_grad():
-        return model(torch.tensor([twins.tokens(5)])).logits
+        return model(torch.tensor([tiny.tokens(5)])).logits
 
 
 def test_adapted_trained_and_merged(model_folder, tmp_path, capsys):
@@ -58,32 +57,9 @@ def test_adapted_trained_and_merged(model_folder, tmp_path, capsys):
     assert type(processor) is type(mllama.load_processor(model_folder))
 
 
-def test_by_name_from_anywhere(model_folder, tmp_path, capsys):
-    """Where only the package is, as of a wheel."""
-    file = tmp_path / "adapters.safetensors"
-    assert dropin(
-        ["convert_lo_ra", "adapt", str(model_folder), str(file), "--rank", "2"]
-    ) == 0 and load_file(file)
-    capsys.readouterr()
-    assert (
-        dropin(
-            [
-                "convert_lo_ra",
-                "merge",
-                str(tmp_path / "absent"),
-                str(file),
-                str(tmp_path / "merged"),
-            ]
-        )
-        == 2
-    )
-    out, err = capsys.readouterr()
-    assert (out, err.count("\n")) == ("", 1) and "absent" in err
-
-
 def test_all_of_a_model_without_a_processor(tmp_path, capsys):
     folder, file = tmp_path / "model", tmp_path / "adapters.safetensors"
-    twins.model().save_pretrained(folder)
+    tiny.model().save_pretrained(folder)
     main(["adapt", str(folder), str(file), "--part", ""])
     assert {name.split(".")[0] for name in load_file(file)} == {
         "language_model",
@@ -109,10 +85,7 @@ def test_all_of_a_model_without_a_processor(tmp_path, capsys):
             ["adapt", "{folder}", "{tmp}/a.safetensors", "--targets", "W_query"],
             "no linear layer is called W_query; there are down_proj,",
         ),
-        (
-            ["adapt", "{folder}", "{tmp}/a.safetensors", "--rank", "0"],
-            "rank must be at least 1, got 0",
-        ),
+        (["adapt", "{folder}", "{tmp}/a.safetensors", "--rank", "0"], "rank"),
         (["adapt", "{tmp}/absent", "{tmp}/a.safetensors"], "absent"),
         (["merge", "{tmp}/absent", "{tmp}/a.safetensors", "{tmp}/merged"], "absent"),
         (

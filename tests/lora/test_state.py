@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import mllama
-import twins
+import tiny
 from mllama import Linear_LORA
 
 
@@ -101,10 +101,7 @@ def test_merging_again_and_unmerging_again(converted):
 def test_a_merged_model_is_not_trained(converted):
     model, x = converted(), torch.randn(5, 6)
     mllama.merge_lora(model)
-    with pytest.raises(
-        ValueError,
-        match=r"merged, so its adapter would not learn: call mllama.unmerge_lora\(model\)",
-    ):
+    with pytest.raises(ValueError, match=r"unmerge_lora"):
         model.train()(x)
     with torch.no_grad():
         model(x)
@@ -181,7 +178,7 @@ class Doubling(nn.Linear):
 def test_layers_that_compute_in_a_way_of_their_own_are_not_merged(converted, change):
     model = converted()
     model[4].linear = Doubling(9, 4, bias=False)
-    with pytest.raises(ValueError, match="4 cannot be merged: its linear, a Doubling,"):
+    with pytest.raises(ValueError, match="4.*Doubling"):
         change(model)
     assert model[0].merged_weight is None and isinstance(model[0], Linear_LORA)
 
@@ -198,10 +195,7 @@ def test_layers_that_compute_in_a_way_of_their_own_are_not_merged(converted, cha
     ],
 )
 def test_models_without_adapters(call):
-    with pytest.raises(
-        ValueError,
-        match=r"this MllamaFor.* has no LoRA layers: call mllama.convert_linears_to_lora\(model\)",
-    ):
-        call(twins.model())
+    with pytest.raises(ValueError, match=r"convert_linears_to_lora"):
+        call(tiny.model())
     with pytest.raises(TypeError, match="torch.nn.Module, got str"):
         call("model")

@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import LlamaConfig, MllamaConfig, SiglipVisionConfig
 
-import twins
+import tiny
 from helpers import needs_kernels
 from mllama import MllamaForConditionalGeneration, SiglipModel
 from mllama.model.memory import Work, count_parameters, image_tokens, memory_needed
@@ -85,9 +85,9 @@ def test_llama_1b_by_hand():
     }
 
 
-def test_a_tower_alone():
+def test_an_encoder_alone():
     model = on_meta(SiglipModel, SiglipVisionConfig())
-    assert count_parameters(model) == {"tower": 92_884_224}
+    assert count_parameters(model) == {"vision encoder": 92_884_224}
     work = Work(context=0, batch=3, tiles=1, dtype=torch.float32)
     assert memory_needed(model, work) == {
         "weights": 92_884_224 * 4,
@@ -104,7 +104,7 @@ def model():
         "num_hidden_layers": 3,
     }
     text = {"num_hidden_layers": 3, "intermediate_size": 256, "max_position_embeddings": 600}
-    return twins.model(vision=vision, text=text)
+    return tiny.model(vision=vision, text=text)
 
 
 @needs_kernels  # the references hold scores, which the estimate leaves out
@@ -143,8 +143,8 @@ def tiled():
         "patch_size": 14,
     }
     ends = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
-    text = twins.TEXT | ends | {"num_hidden_layers": 4, "cross_attention_layers": [1, 3]}
-    return twins.randomise(
+    text = tiny.TEXT | ends | {"num_hidden_layers": 4, "cross_attention_layers": [1, 3]}
+    return tiny.randomize(
         MllamaForConditionalGeneration(MllamaConfig(vision_config=vision, text_config=text))
     ).eval()
 
@@ -154,7 +154,7 @@ def tiled():
 def test_against_what_a_tiled_model_holds(tiled, arrangement, tiles):
     needed = memory_needed(tiled, Work(context=30, batch=2, tiles=tiles, dtype=torch.float32))
     filled = (torch.arange(4) < tiles).long().expand(2, 1, 4)
-    pictures = {
+    images = {
         "pixel_values": torch.randn(2, 1, 4, 3, 112, 112) * filled[..., None, None, None],
         "aspect_ratio_ids": torch.full((2, 1), arrangement),
         "aspect_ratio_mask": filled,
@@ -162,11 +162,11 @@ def test_against_what_a_tiled_model_holds(tiled, arrangement, tiles):
     with torch.inference_mode():
         output = tiled(
             torch.randint(1, 90, (2, 30)),
-            **pictures,
+            **images,
             cross_attention_mask=filled[:, None].expand(2, 30, 1, 4),
         )
         with Peak() as vision:
-            tiled.get_image_features(**pictures)
+            tiled.get_image_features(**images)
     sizes = [layer.keys.nbytes + layer.values.nbytes for layer in output.past_key_values.layers]
     assert (
         needed["cross-attention keys and values"] == sizes[1] + sizes[3]
@@ -198,8 +198,8 @@ def test_against_what_a_tiled_model_holds(tiled, arrangement, tiles):
 )
 def test_other_fusions(options, features, new):
     model, plain = (
-        twins.model(**options | {"image_token_index": None}),
-        twins.model(text=options.get("text")),
+        tiny.model(**options | {"image_token_index": None}),
+        tiny.model(text=options.get("text")),
     )
     expected = count_parameters(plain)
     assert count_parameters(model) == expected | {
@@ -208,7 +208,7 @@ def test_other_fusions(options, features, new):
     needed = memory_needed(model, Work(context=20, batch=2, tiles=2, dtype=torch.float32))
     words = 20 - 2 * features * (options["fusion"] == "prepend")
     with torch.inference_mode():
-        cache = model(torch.randint(1, 90, (2, words)), twins.pictures(4)).past_key_values
+        cache = model(torch.randint(1, 90, (2, words)), tiny.images(4)).past_key_values
     sizes = [layer.keys.nbytes + layer.values.nbytes for layer in cache.layers]
     crossed = model.spec.text.cross_attention_layers or []
     assert image_tokens(model.spec, 1) == features

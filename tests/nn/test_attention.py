@@ -5,7 +5,7 @@ from functools import partial
 import pytest
 import torch
 
-import twins
+import tiny
 from mllama.nn.attention import BidirectionalAttention, CausalAttention, masked_attention
 from mllama.nn.norm import RMSNorm
 from mllama.nn.rope import RotaryEmbedding
@@ -37,7 +37,7 @@ def weighed(weights: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
 
 
 def block(**options) -> CausalAttention:
-    return twins.randomise(CausalAttention(HIDDEN, HEADS, KV_HEADS, SIZE, 0, bias=True, **options))
+    return tiny.randomize(CausalAttention(HIDDEN, HEADS, KV_HEADS, SIZE, 0, bias=True, **options))
 
 
 def tables(length: int = LENGTH, start: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -143,7 +143,7 @@ def test_a_query_that_sees_nothing_gives_zeros_and_no_nan(softcap):
 
 
 def test_bidirectional_attention_is_the_formula_of_itself_or_a_context():
-    attn = twins.randomise(BidirectionalAttention(HIDDEN, HEADS))
+    attn = tiny.randomize(BidirectionalAttention(HIDDEN, HEADS))
     x, context = torch.randn(2, 5, HIDDEN), torch.randn(2, 7, HIDDEN)
     for given, source in ((None, x), (context, context)):
         got, weights = attn(x, output_attentions=True, context=given)

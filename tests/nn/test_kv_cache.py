@@ -123,3 +123,50 @@ def test_reset_forgets_all_and_takes_another_batch_and_dtype():
     other = new(2, batch=1, dtype=torch.bfloat16)
     k, _ = cache.update(0, other, other)
     assert torch.equal(k, other) and k.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("k", "v"),
+    [
+        (new(1, batch=1), new(1, batch=1)),
+        (new(1, batch=4), new(1, batch=4)),
+        (new(1)[:, :, :1], new(1)[:, :, :1]),
+        (new(1)[..., :4], new(1)),
+        (new(1, dtype=torch.bfloat16), new(1)),
+        (new(2), new(1)),
+        (new(1)[0], new(1)[0]),
+    ],
+)
+def test_what_does_not_go_on_from_the_cache_is_refused_and_leaves_it(k, v):
+    cache, first = KVCache(2, capacity=8), new(3)
+    for update in (cache.update, cache.update_cross):
+        update(0, first, first)
+        with pytest.raises(ValueError, match="k and v"):
+            update(0, k, v)
+        more = new(2)
+        assert torch.equal(update(0, more, more)[1], torch.cat([first, more], 1))
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "name"),
+    [
+        (lambda cache: KVCache(0), ValueError, "num_layers"),
+        (lambda cache: KVCache(2.0), TypeError, "num_layers"),
+        (lambda cache: KVCache(2, -1), ValueError, "capacity"),
+        (lambda cache: cache.update(2, new(1), new(1)), IndexError, "layer"),
+        (lambda cache: cache.update_cross(-1, new(1), new(1)), IndexError, "layer"),
+        (lambda cache: cache.crop(1.5), TypeError, "length"),
+        (lambda cache: cache.crop(True), TypeError, "length"),
+        (lambda cache: cache.reorder([0]), TypeError, "rows"),
+        (lambda cache: cache.reorder(torch.tensor([True, False, True])), TypeError, "rows"),
+        (lambda cache: cache.reorder(torch.tensor([[0]])), ValueError, "rows"),
+        (lambda cache: cache.reorder(torch.tensor([-1])), ValueError, "rows"),
+        (lambda cache: cache.reorder(torch.tensor([3])), ValueError, "rows"),
+    ],
+)
+def test_bad_arguments_are_refused_by_name(call, error, name):
+    cache, first = KVCache(2), new(2)
+    cache.update(0, first, first)
+    with pytest.raises(error, match=name):
+        call(cache)
+    assert torch.equal(cache.update(0, new(0), new(0))[0], first)

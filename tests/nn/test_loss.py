@@ -177,5 +177,5 @@ def test_autocast_leaves_it_in_float32():
 
 @pytest.mark.parametrize("labels", [[[0, 11]], [[0, -1]]])
 def test_labels_outside_the_vocabulary(labels):
-    with pytest.raises(ValueError, match=r"within the vocabulary \(0 to 10\)"):
+    with pytest.raises(ValueError, match="0 to 10"):
         next_token_loss(torch.zeros(1, 2, 11), torch.tensor(labels), (1, 2))

@@ -6,22 +6,12 @@ from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from mllama.nn.rope import RotaryEmbedding
-
-LLAMA3 = {
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 64,
-}
+from tiny import LLAMA3
 
 
 @pytest.mark.parametrize(
     "parameters",
-    [
-        {"rope_type": "default"},
-        {"rope_type": "linear", "factor": 4.0},
-        {"rope_type": "llama3", **LLAMA3},
-    ],
+    [{"rope_type": "default"}, {"rope_type": "linear", "factor": 4.0}, LLAMA3],
     ids=["default", "linear", "llama3"],
 )
 def test_tables_equal_transformers(parameters):

@@ -6,9 +6,9 @@ from PIL import Image
 from helpers import THROWN, BadCall, instruction_set, instruction_sets, needs_kernels
 from mllama.ops import image as op
 from mllama.ops import resize, resize_normalize
-from mllama.processing.image import normalisation_table
+from mllama.processing.image import normalization_table
 
-TABLE = normalisation_table((0.48, 0.46, 0.41), (0.27, 0.26, 0.28))
+TABLE = normalization_table((0.48, 0.46, 0.41), (0.27, 0.26, 0.28))
 # (H, W) to (height, width): up, down, one of each, one pixel, a line, odd sizes, more than one
 # block of rows, the same size.
 SIZES = [
@@ -194,14 +194,18 @@ BAD_OPERATOR_CALLS = [
         lambda: torch.ops.mllama.resize(IMAGE.float(), 2, 2, True, False), THROWN, "invalid image"
     ),
     BadCall(lambda: torch.ops.mllama.resize(IMAGE[:0], 2, 2, True, False), THROWN, "invalid image"),
-    BadCall(lambda: torch.ops.mllama.resize(IMAGE, 0, 2, True, False), THROWN, "invalid size"),
     BadCall(
-        lambda: torch.ops.mllama.resize(IMAGE, 2**62, 2**62, True, True), THROWN, "invalid size"
+        lambda: torch.ops.mllama.resize(IMAGE, 0, 2, True, False), THROWN, "invalid height or width"
+    ),
+    BadCall(
+        lambda: torch.ops.mllama.resize(IMAGE, 2**62, 2**62, True, True),
+        THROWN,
+        "invalid height or width",
     ),
     BadCall(
         lambda: torch.ops.mllama.resize(IMAGE.repeat(2**14, 1, 1), 1, 2**13, True, False),
         THROWN,
-        "invalid size",
+        "invalid height or width",
     ),
     BadCall(
         lambda: torch.ops.mllama.resize_normalize(IMAGE, 2, 2, TABLE[:9], True, False),

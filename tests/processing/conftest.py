@@ -1,52 +1,18 @@
 """Fixtures that the processors' tests share: a tokenizer with Llama 3's special tokens, and
-pictures of noise.
+images of noise.
 """
 
 import numpy as np
 import pytest
 from PIL import Image
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
-from transformers import PreTrainedTokenizerFast
 
-SPECIAL = [
-    "begin_of_text",
-    "end_of_text",
-    "finetune_right_pad_id",
-    "start_header_id",
-    "end_header_id",
-    "eot_id",
-    "python_tag",
-    "image",
-]
+from tiny import tokenizers
 
 
 @pytest.fixture(scope="session")
 def make_llama_tokenizer():
-    """make_llama_tokenizer(adds_bos, without): bytes and Llama 3's special tokens, in a
-    transformers tokenizer.
-    """
-
-    def make(adds_bos: bool = False, without: str = "", **options) -> PreTrainedTokenizerFast:
-        alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-        backend = Tokenizer(
-            models.BPE({character: index for index, character in enumerate(alphabet)}, [])
-        )
-        backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-        backend.decoder = decoders.ByteLevel()
-        backend.add_special_tokens([f"<|{name}|>" for name in SPECIAL if name != without])
-        if adds_bos:
-            tokens = [("<|begin_of_text|>", backend.token_to_id("<|begin_of_text|>"))]
-            backend.post_processor = processors.TemplateProcessing(
-                single="<|begin_of_text|> $A", special_tokens=tokens
-            )
-        named = {
-            "bos_token": "<|begin_of_text|>",
-            "eos_token": "<|eot_id|>",
-            "pad_token": "<|finetune_right_pad_id|>",
-        }
-        return PreTrainedTokenizerFast(tokenizer_object=backend, **{**named, **options})
-
-    return make
+    """make_llama_tokenizer(adds_bos, without): `tiny.tokenizers.make_llama3`."""
+    return tokenizers.make_llama3
 
 
 @pytest.fixture(scope="session")
@@ -67,7 +33,7 @@ def llama_template():
 
 @pytest.fixture(scope="session")
 def noise():
-    """noise(width, height, seed): a picture."""
+    """noise(width, height, seed): an image."""
 
     def make(width: int = 50, height: int = 37, seed: int = 0) -> Image.Image:
         return Image.fromarray(

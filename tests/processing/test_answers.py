@@ -313,10 +313,14 @@ def test_llama_vision(noise, adds_bos, bos):
     }
 
 
-@pytest.mark.parametrize("template", [templates.LLAVA, templates.CHATML.replace("message['content'] +", "'<image>' * (message['content'] "
-    "| selectattr('type', 'equalto', 'image') | list | length) + message['content'] | "
-    "selectattr('type', 'equalto', 'text') "
-    "| map(attribute='text') | join + ")])  # fmt: skip
+CHATML_OF_PARTS = templates.CHATML.replace(
+    "message['content'] +",
+    "'<image>' * (message['content'] | selectattr('type', 'equalto', 'image') | list | length) + "
+    "message['content'] | selectattr('type', 'equalto', 'text') | map(attribute='text') | join + ",
+)
+
+
+@pytest.mark.parametrize("template", [templates.LLAVA, CHATML_OF_PARTS])
 @pytest.mark.parametrize("adds_bos", [False, True])
 def test_llava(noise, template, adds_bos):
     processor = MllamaImageProcessor(make(adds_bos=adds_bos), 4, S, chat_template=template)
@@ -349,8 +353,8 @@ def test_stock_processors_and_tokenizers(noise):
     )
     tokenizer = make()
     del tokenizer.apply_chat_template
-    pictures = SquareImageProcessor(**SIZE)
-    stock = LlavaProcessor(pictures, tokenizer, 14, "full", chat_template=templates.LLAVA)
+    images = SquareImageProcessor(**SIZE)
+    stock = LlavaProcessor(images, tokenizer, 14, "full", chat_template=templates.LLAVA)
     found = chat_labels(stock, [seeing(noise)])
     options = {
         "tokenize": True,
@@ -360,7 +364,7 @@ def test_stock_processors_and_tokenizers(noise):
     }
     talk = [turn | {"content": as_parts(turn["content"])} for turn in seeing(noise)]
     wanted = LlavaProcessor(
-        pictures, tokenizer, 14, "full", chat_template=marked
+        images, tokenizer, 14, "full", chat_template=marked
     ).apply_chat_template([talk], **options)
     spans = said(tokenizer, found["input_ids"][0], found["labels"][0] != -100)
     assert torch.equal(found["input_ids"], wanted["input_ids"]) and spans == [" four", " four"]

@@ -29,7 +29,10 @@ LLAVA_TEMPLATE = (  # as the LLaVA folders' is
     "content['text'] + ' ' }}{% endfor %}{% endfor %}"
     "{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
 )
-TEXT_TEMPLATE = "{{ bos_token }}{% for message in messages %}{{ message['role'] + ': ' + message['content'] | trim + '\n' }}{% endfor %}"
+TEXT_TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}"
+    "{{ message['role'] + ': ' + message['content'] | trim + '\n' }}{% endfor %}"
+)
 
 
 @pytest.fixture
@@ -42,9 +45,9 @@ def make(make_tokenizer, make_llama_tokenizer, llama_template):
         if family == "clip":
             tokenizer = make_tokenizer(adds_bos=True)
             tokenizer.add_tokens(["<image>"], special_tokens=True)
-            pictures = CLIPImageProcessorPil(size={"shortest_edge": S}, crop_size=SIZE["size"])
+            images = CLIPImageProcessorPil(size={"shortest_edge": S}, crop_size=SIZE["size"])
             return LlavaProcessor(
-                pictures,
+                images,
                 tokenizer,
                 7,
                 "default",
@@ -137,8 +140,7 @@ def test_refuses_other_families(tmp_path, name):
         json.dumps({"processor_class": name, "image_processor": {"do_resize": True}})
     )
     with pytest.raises(
-        ValueError,
-        match="what is read is LlavaProcessor, MllamaProcessor, PaliGemmaProcessor, SiglipProcessor",
+        ValueError, match="LlavaProcessor, MllamaProcessor, PaliGemmaProcessor, SiglipProcessor"
     ):
         load_processor(tmp_path)
     (tmp_path / "processor_config.json").unlink()
@@ -227,7 +229,7 @@ def test_missing(tmp_path):
         load_processor(tmp_path / "none")
     with pytest.raises(FileNotFoundError):
         load_processor(tmp_path)
-    with pytest.raises(TypeError, match="path must be a str or a path, got int"):
+    with pytest.raises(TypeError, match="path.*int"):
         load_processor(5)
 
 
@@ -272,18 +274,18 @@ def user(*parts):
 )
 def test_one_question(make, noise, tmp_path, family, expected):
     make(family).save_pretrained(tmp_path / "model")
-    processor, picture = load_processor(tmp_path / "model"), noise()
-    picture.save(tmp_path / "a.png")
-    batch = encode_messages(processor, [{"role": "user", "content": "a b"}], [picture])
+    processor, image = load_processor(tmp_path / "model"), noise()
+    image.save(tmp_path / "a.png")
+    batch = encode_messages(processor, [{"role": "user", "content": "a b"}], [image])
     assert read(processor, batch) == expected
     place = {"type": "image"}
-    for messages, pictures in [
-        ([user(place, "a b")], [picture]),
-        ([user({**place, "image": np.array(picture)}, "a b")], []),
+    for messages, images in [
+        ([user(place, "a b")], [image]),
+        ([user({**place, "image": np.array(image)}, "a b")], []),
         ([user({**place, "path": str(tmp_path / "a.png")}, "a b")], []),
         ([user({**place, "url": str(tmp_path / "a.png")}, "a b")], ()),
     ]:
-        same = encode_messages(processor, messages, pictures)
+        same = encode_messages(processor, messages, images)
         assert set(same) == set(batch) and all(
             torch.equal(same[name], batch[name]) for name in batch
         )
@@ -296,7 +298,7 @@ def test_one_question(make, noise, tmp_path, family, expected):
             "return_dict": True,
             "return_tensors": "pt",
         }
-        theirs = stock.apply_chat_template([user({**place, "image": picture}, "a b")], **options)
+        theirs = stock.apply_chat_template([user({**place, "image": image}, "a b")], **options)
         assert set(theirs) == set(batch) and all(
             torch.equal(theirs[name], batch[name]) for name in batch
         )
@@ -332,14 +334,12 @@ def test_conversations(make, noise):
         {"role": "assistant", "content": "c"},
         user({**place, "image": noise(60, 20)}, "d", place),
     ]
-    pictures = [noise(seed=1), noise(10, 90, 2)]
-    batch = encode_messages(processor, messages, pictures)
+    images = [noise(seed=1), noise(10, 90, 2)]
+    batch = encode_messages(processor, messages, images)
     assert read(processor, batch).count("<|image|>") == 3 and "a<|image|>b<|eot_id|>" in read(
         processor, batch
     )
-    expected = processor.image_processor(
-        [pictures[0], noise(60, 20), pictures[1]], return_tensors="pt"
-    )
+    expected = processor.image_processor([images[0], noise(60, 20), images[1]], return_tensors="pt")
     assert torch.equal(batch["pixel_values"], expected["pixel_values"])
     assert (
         messages[2]["content"][0]["image"] is not None and len(messages[0]["content"]) == 3
@@ -347,9 +347,9 @@ def test_conversations(make, noise):
 
 
 def test_placeholders_written_in_the_text(make, noise):
-    processor, picture = make("mllama"), noise()
-    expected = encode_messages(processor, [user({"type": "image"}, "a")], [picture])
-    batch = encode_messages(processor, [{"role": "user", "content": "<|image|>a"}], [picture])
+    processor, image = make("mllama"), noise()
+    expected = encode_messages(processor, [user({"type": "image"}, "a")], [image])
+    batch = encode_messages(processor, [{"role": "user", "content": "<|image|>a"}], [image])
     assert all(torch.equal(batch[name], expected[name]) for name in expected)
 
 
@@ -439,22 +439,16 @@ def test_no_template(make, make_llama_tokenizer, noise):
     )
     tokenizer = make_llama_tokenizer(adds_bos=True)
     assert read(tokenizer, encode_messages(tokenizer, [user("a")])) == "<|begin_of_text|>a"
-    with pytest.raises(ValueError, match="no chat template: give one message, not 2"):
+    with pytest.raises(ValueError, match="chat template"):
         encode_messages(processor, [user("a"), user("b")])
 
 
 @pytest.mark.parametrize(
-    ("family", "messages", "pictures", "error", "match"),
+    ("family", "messages", "images", "error", "match"),
     [
         ("mllama", [], 0, ValueError, "messages is empty"),
-        ("mllama", ["a"], 0, TypeError, "message 0 must be a dict, got str"),
-        (
-            "mllama",
-            [{"role": "user"}],
-            0,
-            TypeError,
-            "content of message 0 must be a str or a list of dicts, got NoneType",
-        ),
+        ("mllama", ["a"], 0, TypeError, "message 0"),
+        ("mllama", [{"role": "user"}], 0, TypeError, "content of message 0"),
         ("mllama", [{"role": "user", "content": ["a"]}], 0, TypeError, "content of message 0"),
         ("mllama", [user({"type": "video"})], 0, ValueError, "type"),
         ("mllama", [user({"type": "text"})], 0, TypeError, "must hold a str as text, got NoneType"),
@@ -502,18 +496,12 @@ def test_no_template(make, make_llama_tokenizer, noise):
         ),
         ("mllama", [{"content": "a"}], 0, ValueError, "role"),
         ("text", [user("a")], 1, ValueError, "takes no images, got 1"),
-        (
-            "siglip",
-            [user("a")],
-            0,
-            TypeError,
-            "processor must be a processor or a tokenizer, got SiglipImageProcessorPil",
-        ),
+        ("siglip", [user("a")], 0, TypeError, "processor"),
     ],
 )
-def test_bad_messages(make, noise, family, messages, pictures, error, match):
+def test_bad_messages(make, noise, family, messages, images, error, match):
     with pytest.raises(error, match=match):
-        encode_messages(make(family), messages, [noise()] * pictures)
+        encode_messages(make(family), messages, [noise()] * images)
 
 
 @pytest.mark.parametrize("family", ["llava", "mllama", "paligemma"])
@@ -525,7 +513,7 @@ def test_bad_messages(make, noise, family, messages, pictures, error, match):
         ({"text": [None]}, TypeError, "text"),
         ({"text": 5}, TypeError, "text"),
         ({"images": []}, ValueError, "image|image"),
-        ({"images": [None]}, (TypeError, ValueError), "picture|image"),
+        ({"images": [None]}, (TypeError, ValueError), "image"),
         ({"text": ["PLACE a"]}, ValueError, "<"),
         ({"text": ["PLACE PLACE a"], "images": [["noise"]]}, ValueError, "<"),
         ({"text": ["PLACE a"], "images": [["noise", "noise"]]}, ValueError, "<"),
@@ -555,24 +543,24 @@ def test_bad_calls_name_the_argument(make, noise, family, arguments, error, name
     assert "\n" not in str(raised.value) and len(str(raised.value)) < 400
 
 
-def test_pictures_must_be_a_list(make, noise):
-    with pytest.raises(TypeError, match="images must be a list, got Image"):
+def test_images_must_be_a_list(make, noise):
+    with pytest.raises(TypeError, match="images.*Image"):
         encode_messages(make("mllama"), [user("a")], noise())
 
 
 @pytest.mark.parametrize("family", ["llava", "clip", "mllama", "paligemma"])
-def test_hostile_pictures(make, monkeypatch, tmp_path, noise, family):
+def test_hostile_images(make, monkeypatch, tmp_path, noise, family):
     make(family).save_pretrained(tmp_path / "model")
     processor = load_processor(tmp_path / "model")
     noise(300, 200).save(tmp_path / "whole.png")
     content = (tmp_path / "whole.png").read_bytes()
     (tmp_path / "broken.png").write_bytes(content[: len(content) // 2])
-    (tmp_path / "text.png").write_text("no picture")
+    (tmp_path / "text.png").write_text("no image")
     for name in ("broken.png", "text.png", "model"):
         with pytest.raises(ValueError, match="cannot read the image|is a folder"):
             encode_messages(processor, [user("a")], [tmp_path / name])
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 50000)
-    with pytest.raises(ValueError, match="300 x 200 pixels, more than 50000"):
+    with pytest.raises(ValueError, match="300 x 200.*50000"):
         encode_messages(processor, [user("a")], [tmp_path / "whole.png"])
     for size in ((1, 1), (1, 3000), (3000, 1)):
         assert (

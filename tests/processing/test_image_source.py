@@ -16,7 +16,7 @@ import mllama
 from mllama.hf.processors.auto import load_processor
 from mllama.processing import image_source
 from mllama.processing.conversation import encode_messages
-from mllama.processing.image import load_picture, load_pixels
+from mllama.processing.image import load_image, load_pixels
 
 FORMS = [
     "path",
@@ -160,7 +160,7 @@ def test_what_is_no_image_is_one_short_line_with_the_reason(data, tmp_path, make
     path = tmp_path / "a.png"
     path.write_bytes(data)
     with pytest.raises(error, match=said) as raised:
-        load_picture(make(path))
+        load_image(make(path))
     assert len(str(raised.value)) < 320 and "\n" not in str(raised.value)
 
 
@@ -205,7 +205,7 @@ def server(data, monkeypatch):
 def test_urls_are_downloaded_by_permission_alone(server, noise, monkeypatch):
     for path in ("/image", "/near"):
         assert torch.equal(
-            load_pixels(load_picture(server + path, allow_urls=True)), load_pixels(noise())
+            load_pixels(load_image(server + path, allow_urls=True)), load_pixels(noise())
         )
     for path, said in (
         ("/page", "HTML page"),
@@ -214,24 +214,24 @@ def test_urls_are_downloaded_by_permission_alone(server, noise, monkeypatch):
         ("/short", "7 bytes early"),
     ):
         with pytest.raises(ValueError, match=said):
-            load_picture(server + path, allow_urls=True)
+            load_image(server + path, allow_urls=True)
     with pytest.raises(ValueError, match="allow_urls"):
-        load_picture(server + "/image")
+        load_image(server + "/image")
     monkeypatch.setattr(image_source, "MAX_BYTES", 100)
-    with pytest.raises(ValueError, match="larger than 100 bytes"):
-        load_picture(server + "/image", allow_urls=True)
+    with pytest.raises(ValueError, match="100 bytes"):
+        load_image(server + "/image", allow_urls=True)
     monkeypatch.undo()
     monkeypatch.setattr(image_source, "MAX_SECONDS", -1.0)
-    with pytest.raises(ValueError, match="more than -1 seconds"):
-        load_picture(server + "/image", allow_urls=True)
+    with pytest.raises(ValueError, match="-1 seconds"):
+        load_image(server + "/image", allow_urls=True)
     monkeypatch.setattr(image_source, "MAX_SECONDS", 0.3)
-    with pytest.raises(ValueError, match="more than 0.3 seconds"):
-        load_picture(server + "/slow", allow_urls=True)
+    with pytest.raises(ValueError, match="0.3 seconds"):
+        load_image(server + "/slow", allow_urls=True)
 
 
 def test_a_server_that_is_not_there():
     with pytest.raises(ValueError, match="cannot download http://127.0.0.1:9/a.png"):
-        load_picture("http://127.0.0.1:9/a.png", allow_urls=True)
+        load_image("http://127.0.0.1:9/a.png", allow_urls=True)
 
 
 @pytest.mark.parametrize("family", ["siglip", "llava, siglip", "paligemma", "mllama"])
@@ -281,5 +281,5 @@ def test_messages_download_by_permission_alone(family_folder, server, noise):
 
 def test_a_password_in_a_url_is_refused_and_not_shown():
     with pytest.raises(ValueError, match="password") as refused:
-        load_picture("http://someone:secret@127.0.0.1:9/a.png", allow_urls=True)
+        load_image("http://someone:secret@127.0.0.1:9/a.png", allow_urls=True)
     assert "secret" not in str(refused.value)

@@ -67,10 +67,8 @@ def test_vision_folder_has_a_processor(small, tmp_path):
         "<|reserved_special_token_2|>",
         "<|reserved_special_token_246|>",
     ]
-    picture = Image.fromarray(
-        np.random.default_rng(0).integers(0, 256, (20, 50, 3), dtype=np.uint8)
-    )
-    given = {"images": [[picture]], "text": ["<|image|>hello"], "return_tensors": "pt"}
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (20, 50, 3), dtype=np.uint8))
+    given = {"images": [[image]], "text": ["<|image|>hello"], "return_tensors": "pt"}
     batch = processor(**given)
     assert batch["input_ids"].tolist() == [[516, 260, 259]]
     assert batch["pixel_values"].shape == (1, 1, 4, 3, 28, 28) and batch[
@@ -132,14 +130,14 @@ def test_the_core_gives_the_same(small, params):
 def test_broken_params(small, content):
     folder = small({})
     (folder / "params.json").write_text(content)
-    with pytest.raises(ValueError, match="params.json is not a JSON object as Meta writes it"):
+    with pytest.raises(ValueError, match="params.json"):
         load_meta_processor(folder)
 
 
 def test_missing_files(small):
     folder = small({})
     (folder / "tokenizer.model").unlink()
-    with pytest.raises(FileNotFoundError, match="there is no tokenizer file"):
+    with pytest.raises(FileNotFoundError, match="tokenizer"):
         load_meta_processor(folder)
     (folder / "params.json").unlink()
     with pytest.raises(FileNotFoundError, match="params.json"):

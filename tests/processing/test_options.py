@@ -123,23 +123,21 @@ def pair(make_tokenizer, make_llama_tokenizer):
                 MllamaProcessor(MllamaImageProcessorPil(size=SIZE), make_llama_tokenizer()),
                 "<|image|><|begin_of_text|>a b",
             )
-        pictures = SiglipImageProcessorPil(size=SIZE, image_seq_length=4)
+        images = SiglipImageProcessorPil(size=SIZE, image_seq_length=4)
         if family == "paligemma":
             return (
-                PaliGemmaProcessor(pictures, make_tokenizer()),
-                StockPaliGemma(pictures, make_tokenizer()),
+                PaliGemmaProcessor(images, make_tokenizer()),
+                StockPaliGemma(images, make_tokenizer()),
                 "<image>a b",
             )
         ours = MllamaImageProcessor(make_tokenizer(), 4, 28)
-        return ours, LlavaProcessor(pictures, ours.tokenizer, 14, "full"), "<image>a b"
+        return ours, LlavaProcessor(images, ours.tokenizer, 14, "full"), "<image>a b"
 
     return make
 
 
-def call(processor, prompts: list[str], pictures: list, options: dict) -> dict:
-    return dict(
-        processor(text=list(prompts), images=[[picture] for picture in pictures], **options)
-    )
+def call(processor, prompts: list[str], images: list, options: dict) -> dict:
+    return dict(processor(text=list(prompts), images=[[image] for image in images], **options))
 
 
 def listed(value):
@@ -238,8 +236,8 @@ def test_unknown_options_are_refused(pair, noise, family, options, named):
 def test_rows_of_unequal_length(pair, noise, family, caplog):
     ours, stock, prompt = pair(family)
     logging.getLogger("transformers").addHandler(caplog.handler)
-    prompts, pictures = [prompt, f"{prompt} c d hello"], [noise(), noise(seed=1)]
-    found = call(ours, prompts, pictures, {"padding": True, "return_tensors": "pt"})
+    prompts, images = [prompt, f"{prompt} c d hello"], [noise(), noise(seed=1)]
+    found = call(ours, prompts, images, {"padding": True, "return_tensors": "pt"})
     ours.chat_template = "{{ bos_token }}{{ messages[0]['content'] }}"
     ours.apply_chat_template(
         [[{"role": "user", "content": text}] for text in ("a", "a b c")],
@@ -250,10 +248,10 @@ def test_rows_of_unequal_length(pair, noise, family, caplog):
     )
     assert caplog.records == []
     logging.getLogger("transformers").removeHandler(caplog.handler)
-    wanted = call(stock, prompts, pictures, {"padding": True, "return_tensors": "pt"})
+    wanted = call(stock, prompts, images, {"padding": True, "return_tensors": "pt"})
     assert all(torch.equal(found[name], wanted[name]) for name in found.keys() & wanted.keys())
     with pytest.raises(ValueError, match="padding"):
-        call(ours, prompts, pictures, {"padding": False, "return_tensors": "pt"})
+        call(ours, prompts, images, {"padding": False, "return_tensors": "pt"})
 
 
 def test_arrays_with_their_axes_named(pair, noise):

@@ -1,6 +1,4 @@
 import json
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -21,7 +19,7 @@ QUESTION = "How many circles?"
 RUN = "<image>" * N
 
 
-def picture(seed=0, size=(50, 37)):
+def random_image(seed=0, size=(50, 37)):
     return Image.fromarray(
         np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
     )
@@ -62,7 +60,7 @@ def processor(make_tokenizer):
 @pytest.mark.parametrize("bos", [True, False])
 def test_layout_and_output(make_tokenizer, bos):
     processor = MllamaImageProcessor(make_tokenizer(bos), N, S)
-    batch = processor([QUESTION], [picture()], padding=True)
+    batch = processor([QUESTION], [random_image()], padding=True)
     assert text_of(processor, batch) == [RUN + "<bos>" * bos + QUESTION + "\n"]
     assert sorted(batch.keys()) == ["attention_mask", "input_ids", "pixel_values"]
     assert (
@@ -80,7 +78,7 @@ def test_layout_and_output(make_tokenizer, bos):
 
 
 def test_every_way_to_call_it(processor):
-    image, expected = picture(), processor([QUESTION], [picture()])
+    image, expected = random_image(), processor([QUESTION], [random_image()])
     calls = [
         processor(images=image, text=QUESTION, return_tensors="pt"),
         processor(QUESTION, image),
@@ -95,9 +93,9 @@ def test_every_way_to_call_it(processor):
         assert all(torch.equal(batch[name], expected[name]) for name in expected)
 
 
-def test_pictures_from_files(processor, tmp_path):
-    picture().save(tmp_path / "a.png")
-    expected = processor(QUESTION, picture())
+def test_images_from_files(processor, tmp_path):
+    random_image().save(tmp_path / "a.png")
+    expected = processor(QUESTION, random_image())
     for path in (tmp_path / "a.png", str(tmp_path / "a.png"), [str(tmp_path / "a.png")]):
         assert torch.equal(processor(QUESTION, path)["pixel_values"], expected["pixel_values"])
     assert torch.equal(processor(tmp_path / "a.png", QUESTION)["input_ids"], expected["input_ids"])
@@ -108,11 +106,11 @@ def test_placeholders_and_pixel_values_never_disagree(processor, monkeypatch):
     monkeypatch.setattr(
         type(processor.image_processor), "__call__", lambda self, images, **kwargs: double
     )
-    with pytest.raises(ValueError, match=r"the prompts hold 1 image\(s\), but pixel_values 2"):
-        processor(QUESTION, picture())
+    with pytest.raises(ValueError, match="pixel_values 2"):
+        processor(QUESTION, random_image())
 
 
-def test_text_alone_and_pictures_alone(processor):
+def test_text_alone_and_images_alone(processor):
     batch = processor("hello")
     assert text_of(processor, batch) == ["<bos>hello\n"] and list(batch) == [
         "input_ids",
@@ -122,13 +120,13 @@ def test_text_alone_and_pictures_alone(processor):
         "<bos>hello\n",
         "<bos>a b c\n",
     ]
-    pictures = processor(images=[picture(0), picture(1)])
-    assert list(pictures) == ["pixel_values"] and pictures["pixel_values"].shape == (2, 3, S, S)
-    assert torch.equal(processor(picture(1))["pixel_values"], pictures["pixel_values"][1:])
+    images = processor(images=[random_image(0), random_image(1)])
+    assert list(images) == ["pixel_values"] and images["pixel_values"].shape == (2, 3, S, S)
+    assert torch.equal(processor(random_image(1))["pixel_values"], images["pixel_values"][1:])
 
 
-def test_several_pictures(processor):
-    images = [picture(seed) for seed in range(3)]
+def test_several_images(processor):
+    images = [random_image(seed) for seed in range(3)]
     pixels = torch.cat([processor(images=image)["pixel_values"] for image in images])
     for text, given, expected in [
         ("a", images, [RUN * 3 + "<bos>a\n"]),
@@ -154,11 +152,11 @@ def test_padding(processor, make_tokenizer):
     )  # the tokenizer's side
     assert processor(texts, padding_side="right")["attention_mask"][0, -1] == 0
     assert processor(texts, padding="max_length", max_length=40)["input_ids"].shape == (2, 40)
-    ragged = processor(texts, [picture(), picture()], padding=False, return_tensors=None)
+    ragged = processor(texts, [random_image(), random_image()], padding=False, return_tensors=None)
     assert len(ragged["input_ids"][0]) < len(ragged["input_ids"][1]) and isinstance(
         ragged["pixel_values"], np.ndarray
     )
-    arrays = processor(texts, [picture(), picture()], return_tensors="np")
+    arrays = processor(texts, [random_image(), random_image()], return_tensors="np")
     assert isinstance(arrays["input_ids"], np.ndarray) and isinstance(
         arrays["pixel_values"], np.ndarray
     )
@@ -166,18 +164,15 @@ def test_padding(processor, make_tokenizer):
     assert without(texts)["input_ids"][0, 0] == without.tokenizer.eos_token_id
 
 
-def test_truncation_never_cuts_a_picture(processor):
+def test_truncation_never_cuts_an_image(processor):
     batch = processor(
-        "a b c d a b c d", picture(), truncation=True, max_length=N + 3, padding=False
+        "a b c d a b c d", random_image(), truncation=True, max_length=N + 3, padding=False
     )
     assert batch["input_ids"].shape == (1, N + 3)
     for side in ("right", "left"):
         processor.tokenizer.truncation_side = side
-        with pytest.raises(
-            ValueError,
-            match=f"truncation left .* of the {N} image tokens of prompt 0: raise max_length",
-        ):
-            processor("a <image> b", picture(), truncation=True, max_length=N - 1)
+        with pytest.raises(ValueError, match="max_length"):
+            processor("a <image> b", random_image(), truncation=True, max_length=N - 1)
 
 
 @pytest.mark.parametrize("adds_bos", [False, True])
@@ -190,14 +185,14 @@ def test_bos_is_never_doubled(make_tokenizer, adds_bos):
     processor = MllamaImageProcessor(tokenizer, N, S)
     own = "<bos>" * adds_bos
     for text, images, expected in [
-        ("a", picture(), RUN + "<bos>a\n"),
+        ("a", random_image(), RUN + "<bos>a\n"),
         ("a", None, "<bos>a\n"),
-        ("<image>a", picture(), own + RUN + "a"),
-        ("<bos><image>a", picture(), "<bos>" + RUN + "a"),
-        ("<image><bos>a", picture(), RUN + "<bos>a"),
+        ("<image>a", random_image(), own + RUN + "a"),
+        ("<bos><image>a", random_image(), "<bos>" + RUN + "a"),
+        ("<image><bos>a", random_image(), RUN + "<bos>a"),
     ]:
         assert text_of(processor, processor(text, images, add_special_tokens=True)) == [expected]
-    batch = processor(["<image>a", "b", "<image><bos>c"], [picture()] * 2)
+    batch = processor(["<image>a", "b", "<image><bos>c"], [random_image()] * 2)
     assert text_of(processor, batch) == [own + RUN + "a", "<bos>b\n", RUN + "<bos>c"]
 
 
@@ -205,30 +200,26 @@ def test_bos_is_never_doubled(make_tokenizer, adds_bos):
     ("arguments", "error", "match"),
     [
         (
-            lambda: {"text": "a <image>", "images": [picture(), picture()]},
+            lambda: {"text": "a <image>", "images": [random_image(), random_image()]},
             ValueError,
             r"hold 1 <image> .* got 2 image",
         ),
         (lambda: {"text": "a <image>"}, ValueError, r"hold 1 <image> .* got 0 image"),
-        (lambda: {"text": ["a", "b"], "images": picture()}, ValueError, "1 image.* for 2 prompts"),
+        (
+            lambda: {"text": ["a", "b"], "images": random_image()},
+            ValueError,
+            "1 image.* for 2 prompts",
+        ),
         (lambda: {}, ValueError, "give text, images, or both"),
         (lambda: {"text": []}, ValueError, "text is an empty list"),
+        (lambda: {"text": 5, "images": random_image()}, TypeError, "text"),
         (
-            lambda: {"text": 5, "images": picture()},
-            TypeError,
-            "text must be a prompt or a list of prompts, got int",
-        ),
-        (
-            lambda: {"text": picture(), "images": picture()},
+            lambda: {"text": random_image(), "images": random_image()},
             TypeError,
             r"processor\(text=\.\.\., images=\.\.\.\)",
         ),
         (lambda: {"text": "a", "images": 5}, TypeError, "got int"),
-        (
-            lambda: {"text": "a", "images": ["no/such.png"]},
-            FileNotFoundError,
-            "no such image: no/such.png",
-        ),
+        (lambda: {"text": "a", "images": ["no/such.png"]}, FileNotFoundError, "no/such.png"),
         (lambda: {"text": "a", "videos": [1]}, TypeError, "no videos and no audio"),
         (
             lambda: {"text": "a", "images": [np.zeros((2, 9, 9, 3), np.uint8)]},
@@ -241,24 +232,24 @@ def test_bos_is_never_doubled(make_tokenizer, adds_bos):
             r"got shape \(2, 3, 9, 9\): use list",
         ),
         (
-            lambda: {"text": ["a"], "images": [[[picture(), picture()]]]},
+            lambda: {"text": ["a"], "images": [[[random_image(), random_image()]]]},
             ValueError,
             "images are nested too deeply",
         ),
         (
-            lambda: {"text": "a", "images": picture(), "image_mean": "x"},
+            lambda: {"text": "a", "images": random_image(), "image_mean": "x"},
             ValueError,
-            "image_mean must be one finite number or three",
+            "image_mean",
         ),
         (
-            lambda: {"text": "a", "images": picture(), "image_std": [0, 1, 1]},
+            lambda: {"text": "a", "images": random_image(), "image_std": [0, 1, 1]},
             ValueError,
-            "image_std must hold no zero",
+            "image_std",
         ),
         (
-            lambda: {"images": picture(), "images_kwargs": {"image_mean": [0, 1]}},
+            lambda: {"images": random_image(), "images_kwargs": {"image_mean": [0, 1]}},
             ValueError,
-            "image_mean must be one finite",
+            "image_mean",
         ),
     ],
 )
@@ -271,20 +262,16 @@ def test_bad_calls(processor, arguments, error, match):
 @pytest.mark.parametrize(
     ("arguments", "error", "match"),
     [
-        ({"num_image_token": 0}, ValueError, "num_image_token must be at least 1, got 0"),
-        ({"num_image_token": 16.0}, TypeError, "num_image_token must be an int, got float"),
-        ({"image_size": -1}, ValueError, "image_size must be at least 1, got -1"),
-        ({"image_size": True}, TypeError, "image_size must be an int, got bool"),
-        ({"image_std": (1, 1, 0)}, ValueError, "image_std must hold no zero"),
-        ({"image_mean": "x"}, ValueError, "image_mean must be one finite number or three, got 'x'"),
-        ({"image_mean": [0, 1]}, ValueError, "image_mean must be one finite number or three"),
-        (
-            {"image_mean": [0.5, float("nan"), 0.5]},
-            ValueError,
-            "image_mean must be one finite number or three",
-        ),
-        ({"image_token": ""}, ValueError, "image_token must be some text"),
-        ({"image_token": None}, TypeError, "image_token must be a str, got NoneType"),
+        ({"num_image_token": 0}, ValueError, "num_image_token"),
+        ({"num_image_token": 16.0}, TypeError, "num_image_token"),
+        ({"image_size": -1}, ValueError, "image_size"),
+        ({"image_size": True}, TypeError, "image_size"),
+        ({"image_std": (1, 1, 0)}, ValueError, "image_std"),
+        ({"image_mean": "x"}, ValueError, "image_mean"),
+        ({"image_mean": [0, 1]}, ValueError, "image_mean"),
+        ({"image_mean": [0.5, float("nan"), 0.5]}, ValueError, "image_mean"),
+        ({"image_token": ""}, ValueError, "image_token"),
+        ({"image_token": None}, TypeError, "image_token"),
         ({"tokenizer": "gpt2"}, TypeError, "Received a str for argument tokenizer"),
     ],
 )
@@ -325,7 +312,7 @@ def test_location_tokens(make_tokenizer):
 
 
 def test_location_tokens_of_a_tokenizer_that_puts_a_space_before_a_text(make_tokenizer):
-    """As Llama 2's does: a token that it normalised would be found behind a space alone, and
+    """As Llama 2's does: a token that it normalized would be found behind a space alone, and
     swallow it.
     """
     tokenizer = make_tokenizer()
@@ -354,7 +341,7 @@ def test_location_tokens_of_a_tokenizer_that_puts_a_space_before_a_text(make_tok
 )
 def test_pixel_values_are_stock(processor, size, overrides):
     stock = SiglipImageProcessorPil(size={"height": S, "width": S})
-    image = picture(size=size)
+    image = random_image(size=size)
     expected = stock(image, return_tensors="pt", **overrides)["pixel_values"]
     assert torch.equal(processor(images=image, **overrides)["pixel_values"], expected)
     assert torch.equal(
@@ -369,8 +356,8 @@ def test_mean_and_deviation(make_tokenizer):
         size={"height": S, "width": S}, image_mean=list(mean), image_std=list(std)
     )
     assert torch.equal(
-        processor(images=picture())["pixel_values"],
-        stock(picture(), return_tensors="pt")["pixel_values"],
+        processor(images=random_image())["pixel_values"],
+        stock(random_image(), return_tensors="pt")["pixel_values"],
     )
 
 
@@ -379,7 +366,7 @@ def test_mean_and_deviation(make_tokenizer):
 
 
 def test_chat_template_gives_the_layout(processor):
-    image = picture()
+    image = random_image()
     plain = processor([QUESTION], [image])
     for content in ((part(image), QUESTION), (QUESTION, part(image))):
         batch = processor.apply_chat_template(
@@ -412,13 +399,13 @@ def test_chat_template_gives_the_layout(processor):
         ),
     ],
 )
-def test_chat_template_moves_written_pictures_to_the_front(processor, content, expected):
+def test_chat_template_moves_written_images_to_the_front(processor, content, expected):
     assert processor.apply_chat_template([{"role": "user", "content": content}]) == expected
 
 
 @pytest.mark.parametrize("text", ["<ima<image>ge> hi", "<im<image><image>age>"])
 @pytest.mark.parametrize("as_part", [False, True])
-def test_chat_template_refuses_nested_pictures(processor, text, as_part):
+def test_chat_template_refuses_nested_images(processor, text, as_part):
     content = [{"type": "text", "text": text}] if as_part else text
     with pytest.raises(TemplateError, match="one <image> inside another"):
         processor.apply_chat_template([{"role": "user", "content": content}])
@@ -428,9 +415,9 @@ def test_chat_template_of_several_turns(make_tokenizer):
     for bos in (True, False):
         processor = MllamaImageProcessor(make_tokenizer(bos), N, S)
         turns = (
-            messages(part(picture()), "a")
+            messages(part(random_image()), "a")
             + messages("b", role="assistant")
-            + messages(part(picture(1)), "c")
+            + messages(part(random_image(1)), "c")
         )
         assert (
             processor.apply_chat_template(turns)
@@ -446,9 +433,9 @@ def test_chat_template_of_several_turns(make_tokenizer):
 
 def test_chat_template_of_a_batch(processor):
     conversations = [
-        messages(part(picture()), "a"),
+        messages(part(random_image()), "a"),
         messages("a b c d"),
-        messages(part(picture(1)), part(picture(2)), "d"),
+        messages(part(random_image(1)), part(random_image(2)), "d"),
     ]
     batch = processor.apply_chat_template(conversations, tokenize=True, return_dict=True)
     assert text_of(processor, batch) == [RUN + "<bos>a\n", "<bos>a b c d\n", RUN * 2 + "<bos>d\n"]
@@ -456,7 +443,7 @@ def test_chat_template_of_a_batch(processor):
 
 
 def test_chat_template_marks_the_answers(processor):
-    turns = messages(part(picture()), "a b") + messages("c d", role="assistant")
+    turns = messages(part(random_image()), "a b") + messages("c d", role="assistant")
     batch = processor.apply_chat_template(
         turns, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
     )
@@ -468,12 +455,13 @@ def test_chat_template_marks_the_answers(processor):
     assert processor.decode(answer) == "c d<eos>"
 
 
-def test_a_template_that_forgets_the_picture(processor):
-    with pytest.raises(
-        ValueError, match=r"prompt 0 holds 0 <image> placeholder\(s\), but got 1 image"
-    ):
+def test_a_template_that_forgets_the_image(processor):
+    with pytest.raises(ValueError, match="prompt 0.*<image>"):
         processor.apply_chat_template(
-            messages(part(picture()), "a"), chat_template="nothing", tokenize=True, return_dict=True
+            messages(part(random_image()), "a"),
+            chat_template="nothing",
+            tokenize=True,
+            return_dict=True,
         )
 
 
@@ -510,10 +498,12 @@ def test_stock_autoprocessor_gives_the_same(make_tokenizer, tmp_path, bos, adds_
         MllamaImageProcessor.from_pretrained(tmp_path),
     )
     assert type(stock) is LlavaProcessor and type(stock.image_processor) is SiglipImageProcessorPil
-    asked = messages(part(picture()), QUESTION)
-    turns = asked + messages("two", role="assistant") + messages(part(picture(1)), "What colour?")
-    for conversation in (asked, turns, [asked, turns], messages("no picture")):
-        # The stock processor has no padding by default, and refuses pictures beside prompts without
+    asked = messages(part(random_image()), QUESTION)
+    turns = (
+        asked + messages("two", role="assistant") + messages(part(random_image(1)), "What color?")
+    )
+    for conversation in (asked, turns, [asked, turns], messages("no image")):
+        # The stock processor has no padding by default, and refuses images beside prompts without
         # any.
         padded = {
             "tokenize": True,
@@ -530,7 +520,8 @@ def test_stock_autoprocessor_gives_the_same(make_tokenizer, tmp_path, bos, adds_
                 torch.equal(other[name], expected[name]) for name in expected
             )
     assert torch.equal(
-        again([QUESTION], [picture()])["input_ids"], processor([QUESTION], [picture()])["input_ids"]
+        again([QUESTION], [random_image()])["input_ids"],
+        processor([QUESTION], [random_image()])["input_ids"],
     )
     assert (again.image_seq_length, again.image_size, again.image_token_id) == (
         N,
@@ -548,7 +539,7 @@ def test_saving_again_changes_nothing(processor, tmp_path):
 
 @pytest.mark.parametrize("strategy", ["full", "default", None])
 @pytest.mark.parametrize(
-    "pictures",
+    "image_processor",
     [
         SiglipImageProcessorPil(
             size={"height": 30, "width": 30}, image_mean=[0.4, 0.5, 0.6], resample=2
@@ -558,12 +549,15 @@ def test_saving_again_changes_nothing(processor, tmp_path):
     ],
     ids=["siglip", "clip", "clip padded"],
 )
-def test_reads_other_llava_folders(make_tokenizer, tmp_path, strategy, pictures):
+def test_reads_other_llava_folders(make_tokenizer, tmp_path, strategy, image_processor):
     tokenizer = make_tokenizer(adds_bos=True)
     tokenizer.add_tokens(["<image>"], special_tokens=True)
-    template = "USER: {% for part in messages[0]['content'] if part['type'] == 'image' %}<image>{% endfor %}\nASSISTANT:"
+    template = (
+        "USER: {% for part in messages[0]['content'] if part['type'] == 'image' %}<image>"
+        "{% endfor %}\nASSISTANT:"
+    )
     stock = LlavaProcessor(
-        pictures,
+        image_processor,
         tokenizer,
         patch_size=7,
         vision_feature_select_strategy=strategy,
@@ -574,7 +568,7 @@ def test_reads_other_llava_folders(make_tokenizer, tmp_path, strategy, pictures)
     ours = MllamaImageProcessor.from_pretrained(tmp_path)
     assert ours.image_seq_length == 17 - (strategy == "default")
     for text in ("<image>a b", "a", "<image>\n<image>"):
-        images = [picture(seed) for seed in range(text.count("<image>"))] or None
+        images = [random_image(seed) for seed in range(text.count("<image>"))] or None
         batch, expected = (
             ours(text, images, as_is=True),
             stock(images=images, text=text, return_tensors="pt"),
@@ -643,14 +637,5 @@ def test_any_number_of_placeholders_is_written(make_tokenizer, tokens, tmp_path)
         MllamaImageProcessor.from_pretrained(tmp_path),
         AutoProcessor.from_pretrained(tmp_path),
     ):
-        ids = read(text="<image>a", images=[picture()], return_tensors="pt")["input_ids"]
+        ids = read(text="<image>a", images=[random_image()], return_tensors="pt")["input_ids"]
         assert (ids == read.image_token_id).sum() == tokens
-
-
-def test_what_is_imported():
-    code = """
-import sys, mllama.hf.processors.llava
-models = [name for name in sys.modules if name.startswith("transformers.models.") and ".modeling_" in name and ".auto." not in name]
-assert not models, models
-"""
-    subprocess.run([sys.executable, "-c", code], check=True)

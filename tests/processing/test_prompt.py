@@ -18,7 +18,7 @@ def test_layout(prompt, bos, expected):
     assert lay_out(prompt, 2, bos_token=bos) == expected
 
 
-def test_layout_without_pictures():
+def test_layout_without_images():
     assert lay_out("Hello", 0, bos_token="<s>") == "<s>Hello\n"
 
 
@@ -43,12 +43,12 @@ def test_location_tokens():
         ([["a", "b"]], [None], [["a", "b"]]),
     ],
 )
-def test_who_gets_which_picture(images, placeholders, expected):
+def test_who_gets_which_image(images, placeholders, expected):
     assert share_out(images, placeholders) == expected
 
 
 @pytest.mark.parametrize("batch", [np.zeros((2, 4, 4, 3)), torch.zeros(2, 3, 4, 4)])
-def test_an_array_of_pictures(batch):
+def test_an_array_of_images(batch):
     rows = share_out(batch, [None, None])
     assert [len(row) for row in rows] == [1, 1] and rows[0][0].shape == batch.shape[1:]
 

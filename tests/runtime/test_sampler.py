@@ -1,5 +1,8 @@
 """The sampler against transformers' logits processors."""
 
+from fractions import Fraction
+
+import numpy as np
 import pytest
 import torch
 from transformers import (
@@ -152,5 +155,21 @@ def test_a_callers_options_are_completed_by_the_models():
         True, temperature=0.6, top_k=50, top_p=0.9, repetition_penalty=1.1, seed=4
     )
     assert choose({"temperature": 0, "top_k": 5}, defaults) == Sampling(repetition_penalty=1.1)
-    with pytest.raises(ValueError, match="top_k"):
-        choose({"do_sample": False, "top_k": 5}, {})
+    for options, error, name in (
+        ({"do_sample": False, "top_k": 5}, ValueError, "top_k"),
+        ({"temperature": "hot"}, TypeError, "temperature"),
+        ({"temperature": 0, "top_k": -3}, ValueError, "top_k"),
+        ({"num_beams": 2}, TypeError, "num_beams"),
+    ):
+        with pytest.raises(error, match=name):
+            choose(options, {})
+    with pytest.raises(ValueError, match="repetition_penalty"):
+        choose({}, {"repetition_penalty": 0})
+
+
+def test_any_type_of_number_is_taken():
+    options = {"temperature": Fraction(1, 2), "top_p": Fraction(9, 10), "min_p": np.float32(0.25)}
+    logits = torch.randn(2, 20)
+    found = Sampler(Sampling(True, **options), torch.zeros(2, 1).long()).process(logits)
+    plain = Sampling(True, temperature=0.5, top_p=0.9, min_p=0.25)
+    assert torch.equal(found, Sampler(plain, torch.zeros(2, 1).long()).process(logits))

@@ -3,15 +3,12 @@
 import pytest
 import torch
 
-import twins
-from families import cases, test_mllama
-from fusion import test_added_layers as added
-from fusion import test_prepend as prepend
+import tiny
 from mllama.runtime.session import Session
+from tiny import pairs
 
 LENGTH = 8
 GREEDY = {"max_new_tokens": LENGTH, "do_sample": False, "pad_token_id": 0}
-MIXED = "a row without a picture"
 
 
 def tokens(session: Session, inputs: dict, **options) -> list[list[int]]:
@@ -48,31 +45,32 @@ def check(model, inputs: dict) -> None:
     assert tokens(session, inputs, eos_token_id=end) == generated(model, inputs, eos_token_id=end)
 
 
-@pytest.mark.parametrize("rows", ["one row", "one picture", MIXED, "no picture"])
-@pytest.mark.parametrize("case", cases.TALKING)
+@pytest.mark.parametrize(
+    ("case", "rows"), [*pairs.MODELS_AND_ROWS, ("llama", "one row"), ("llava, clip, -2", "one row")]
+)
 def test_every_family(case, rows):
-    both = cases.pair(case)
-    check(both.ours, cases.inputs(both, rows))
+    both = pairs.pair(case)
+    check(both.ours, both.inputs(rows))
 
 
 @pytest.mark.parametrize("reference", ["meta", "hf"])
-@pytest.mark.parametrize("rows", test_mllama.ROWS)
+@pytest.mark.parametrize("rows", ["one row", "two images", pairs.MIXED, "no image"])
 def test_llama_vision(rows, reference):
-    model = test_mllama.pair().ours
+    model = pairs.make("mllama").ours
     model.reference = reference
-    check(model, test_mllama.inputs(model, *test_mllama.ROWS[rows]))
+    check(model, pairs.pair("mllama").inputs(rows))
 
 
 @pytest.mark.parametrize("each", [0, 1, 2])
 @pytest.mark.parametrize("rows", [1, 2])
 @pytest.mark.parametrize(
     "model",
-    [prepend.make(num_image_tokens=3), added.make()],
+    [tiny.prepend(num_image_tokens=3), tiny.crossed()],
     ids=["tokens before the text", "added layers"],
 )
 def test_images_without_placeholders(model, rows, each):
-    texts = {name: value[:rows] for name, value in prepend.texts().items()}
-    images = {"pixel_values": twins.pictures(rows * each)} if each else {}
+    texts = {name: value[:rows] for name, value in tiny.texts().items()}
+    images = {"pixel_values": tiny.images(rows * each)} if each else {}
     check(model, texts | images)
 
 
@@ -113,25 +111,22 @@ def turn(before: dict, answer: list[int], *more: int) -> dict:
 
 def first_turn(case: str, monkeypatch):
     """A spied model, its session, the first prompt, and its answer."""
-    if case == "llama vision":
-        model = test_mllama.pair().ours
-        inputs = test_mllama.inputs(model, *test_mllama.ROWS["text before it"])
-    elif case == "before the text":
-        model = prepend.make(num_image_tokens=3)
-        inputs = twins.batch(twins.tokens(7)) | {"pixel_values": twins.pictures(1)}
+    if case == "before the text":
+        model = tiny.prepend(num_image_tokens=3)
+        inputs = tiny.batch(tiny.tokens(7)) | {"pixel_values": tiny.images(1)}
     elif case == "added layers":
-        model = added.make()
+        model = tiny.crossed()
         for layer in (model.language_model.layers[1], model.language_model.layers[3]):
             layer.cross_attn_attn_gate.data.fill_(1)  # so that images matter
-        inputs = twins.batch(twins.tokens(7)) | {"pixel_values": twins.pictures(1)}
+        inputs = tiny.batch(tiny.tokens(7)) | {"pixel_values": tiny.images(1)}
     else:
-        model = cases.make(case).ours
-        inputs = cases.inputs(cases.pair(case), "one row")
+        model = pairs.make(case).ours
+        inputs = pairs.pair(case).inputs("one row")
     spy, session = Spy(model, monkeypatch), Session(model)
     return spy, session, inputs, tokens(session, inputs)[0]
 
 
-TURNS = ["llama", "gemma", "llava, clip, -2", "before the text", "added layers", "llama vision"]
+TURNS = ["llama", "gemma", "llava, clip, -2", "before the text", "added layers", "mllama"]
 
 
 @pytest.mark.parametrize("case", TURNS)
@@ -139,10 +134,10 @@ def test_the_next_turn_computes_what_is_new_and_says_what_a_fresh_run_does(case,
     spy, session, inputs, answer = first_turn(case, monkeypatch)
     assert spy.since() == [inputs["input_ids"].shape[1]] + [1] * (LENGTH - 1)
     images = spy.images
-    second = turn(inputs, answer, *twins.tokens(5, 9))
+    second = turn(inputs, answer, *tiny.tokens(5, 9))
     answer = tokens(session, second)[0]
     assert spy.since() == [6] + [1] * (LENGTH - 1)  # the last token was never put in
-    third = turn(second, answer, *twins.tokens(3, 8))
+    third = turn(second, answer, *tiny.tokens(3, 8))
     assert session.generate(third, max_new_tokens=1).num_reused_tokens == (
         second["input_ids"].shape[1] + LENGTH - 1
     )
@@ -169,21 +164,21 @@ def test_other_images_are_not_mistaken_for_these(case, monkeypatch):
     other = inputs | {"pixel_values": inputs["pixel_values"].flip(-1) * 3}
     expected = tokens(Session(spy.model), other)
     assert tokens(session, other) == expected != tokens(session, inputs)
-    without = {"input_ids": torch.tensor([twins.tokens(4)])}
+    without = {"input_ids": torch.tensor([tiny.tokens(4)])}
     assert tokens(session, without) == tokens(Session(spy.model), without)
     assert tokens(session, inputs) == tokens(Session(spy.model), inputs)
 
 
 def test_images_are_added_and_exchanged_one_by_one(monkeypatch):
     case = "llava, clip, -2"
-    both, model = cases.pair(case), cases.make(case).ours
+    both, model = pairs.pair(case), pairs.make(case).ours
     spy, session = Spy(model, monkeypatch), Session(model)
 
     def prompt(*rows, pixels) -> dict:
-        return cases.inputs(both, (rows,)) | {"pixel_values": pixels}
+        return both.inputs((rows,)) | {"pixel_values": pixels}
 
-    pixels = cases.pictures(both, 3)
-    two = prompt(2, "P", 3, "P", 2, pixels=pixels[:2])
+    pixels = both.images(3)
+    two = prompt(2, "image", 3, "image", 2, pixels=pixels[:2])
     exchanged = two | {"pixel_values": pixels[[0, 2]]}
     three = turn(two, [], *two["input_ids"][0, 2:6].tolist(), 7) | {"pixel_values": pixels}
     whole, per = two["input_ids"].shape[1], model.spec.tokens_per_image
@@ -206,7 +201,7 @@ def test_a_prompt_seen_both_ways_is_computed_anew(monkeypatch):
 
 def test_a_batch_leaves_nothing_behind(monkeypatch):
     spy, session, inputs, _ = first_turn("llama", monkeypatch)
-    tokens(session, cases.inputs(cases.pair("llama")))
+    tokens(session, pairs.pair("llama").inputs())
     spy.since()
     tokens(session, inputs)
     assert spy.since()[0] == inputs["input_ids"].shape[1]
@@ -216,8 +211,8 @@ def test_a_batch_leaves_nothing_behind(monkeypatch):
 def test_a_long_prompt_is_computed_in_chunks(case, monkeypatch):
     spy, session, _, _ = first_turn(case, monkeypatch)
     for inputs in (
-        {"input_ids": torch.tensor([twins.tokens(50)])},
-        twins.batch(*map(twins.tokens, (50, 9))),
+        {"input_ids": torch.tensor([tiny.tokens(50)])},
+        tiny.batch(*map(tiny.tokens, (50, 9))),
     ):
         spy.since()
         assert tokens(Session(spy.model, prefill_chunk_size=16), inputs) == tokens(
@@ -229,13 +224,13 @@ def test_a_long_prompt_is_computed_in_chunks(case, monkeypatch):
 def test_no_pass_makes_logits_of_more_than_the_last_position(monkeypatch):
     spy, session, inputs, _ = first_turn("llava, clip, -2", monkeypatch)
     tokens(
-        Session(spy.model, prefill_chunk_size=16), {"input_ids": torch.tensor([twins.tokens(50)])}
+        Session(spy.model, prefill_chunk_size=16), {"input_ids": torch.tensor([tiny.tokens(50)])}
     )
     assert {None if one is None else tuple(one.shape[:2]) for one in spy.logits} == {None, (1, 1)}
 
 
 def test_another_view_of_the_same_images_is_computed_anew(monkeypatch):
-    spy, session, inputs, _ = first_turn("llama vision", monkeypatch)
+    spy, session, inputs, _ = first_turn("mllama", monkeypatch)
     blind = inputs["cross_attention_mask"].clone()
     blind[:, -3:] = 0
     other = inputs | {"cross_attention_mask": blind}

@@ -3,12 +3,12 @@
 import pytest
 import torch
 
-import twins
-from families import cases
+import tiny
 from mllama.runtime.session import Session
+from tiny import pairs
 
-PROMPT = {"input_ids": torch.tensor([twins.tokens(9)])}
-BATCH = twins.batch(twins.tokens(9), twins.tokens(5, 3))
+PROMPT = {"input_ids": torch.tensor([tiny.tokens(9)])}
+BATCH = tiny.batch(tiny.tokens(9), tiny.tokens(5, 3))
 
 
 class Letters:
@@ -22,7 +22,7 @@ class Letters:
 
 @pytest.fixture
 def session():
-    return Session(cases.pair("llama").ours, Letters())
+    return Session(pairs.pair("llama").ours, Letters())
 
 
 def ids(generation) -> list[list[int]]:
@@ -60,19 +60,17 @@ def test_the_end_token_is_the_calls_the_settings_or_the_tokenizers(session, monk
 
 def test_an_answer_ends_where_the_context_does(session):
     context = session.model.spec.text.max_position_embeddings
-    long = {"input_ids": torch.tensor([twins.tokens(context - 3)])}
+    long = {"input_ids": torch.tensor([tiny.tokens(context - 3)])}
     found = session.generate(long, max_new_tokens=50)
     assert len(ids(found)[0]) == 3 and reasons(found) == ["length"]
-    full = {"input_ids": torch.tensor([twins.tokens(context)])}
+    full = {"input_ids": torch.tensor([tiny.tokens(context)])}
     with pytest.raises(ValueError, match=f"{context} tokens long"):
         session.generate(full)
 
 
 def test_visual_tokens_before_the_text_take_context(monkeypatch):
-    from fusion import test_prepend
-
-    model = test_prepend.make(num_image_tokens=3)
-    long = {"input_ids": torch.tensor([twins.tokens(120)]), "pixel_values": twins.pictures(1)}
+    model = tiny.prepend(num_image_tokens=3)
+    long = {"input_ids": torch.tensor([tiny.tokens(120)]), "pixel_values": tiny.images(1)}
     assert len(ids(Session(model).generate(long))[0]) == 128 - 120 - 3
 
 
@@ -108,7 +106,7 @@ def test_sampling_follows_the_seed_and_the_settings(session):
     frozen = Session(session.model, settings={"top_k": 1, "temperature": 9.0})
     assert draw(frozen, do_sample=True, seed=3) == draw()
     penal = Session(session.model, settings={"repetition_penalty": 1e6})
-    assert len(set(draw(penal)[0])) == 8 and not set(draw(penal)[0]) & set(twins.tokens(9))
+    assert len(set(draw(penal)[0])) == 8 and not set(draw(penal)[0]) & set(tiny.tokens(9))
 
 
 def test_transformers_draws_the_same_tokens(session):
@@ -154,7 +152,7 @@ def test_an_interrupt_keeps_what_there_is(session, monkeypatch, at):
 def test_an_error_leaves_a_session_that_works(session, monkeypatch):
     expected = ids(session.generate(PROMPT, max_new_tokens=8))
     with pytest.raises(IndexError):
-        session.generate({"input_ids": torch.tensor([[*twins.tokens(9), 5000]])})
+        session.generate({"input_ids": torch.tensor([[*tiny.tokens(9), 5000]])})
     assert ids(session.generate(PROMPT, max_new_tokens=8)) == expected
 
 
@@ -167,10 +165,16 @@ def test_timings_and_counts(session):
 
 def test_one_padded_row_is_as_without_padding(session):
     padded = {
-        "input_ids": torch.tensor([[0, 0, *twins.tokens(9)]]),
+        "input_ids": torch.tensor([[0, 0, *tiny.tokens(9)]]),
         "attention_mask": torch.tensor([[0, 0] + [1] * 9]),
     }
-    assert ids(session.generate(padded)) == ids(session.generate(PROMPT))
+    first = ids(session.generate(padded, max_new_tokens=6))
+    assert first == ids(Session(session.model).generate(PROMPT, max_new_tokens=6))
+    # Its answer is no prompt that the cache would have.
+    again = {"input_ids": torch.tensor([[*first[0][:4], 5]])}
+    found = session.generate(again, max_new_tokens=6)
+    assert found.num_reused_tokens == 0
+    assert ids(found) == ids(Session(session.model).generate(again, max_new_tokens=6))
 
 
 @pytest.mark.parametrize(
@@ -182,6 +186,10 @@ def test_one_padded_row_is_as_without_padding(session):
         ({"eos_token_id": "x"}, TypeError, "eos_token_id"),
         ({"stop": [""]}, ValueError, "stop"),
         ({"stop": [5]}, ValueError, "stop"),
+        ({"stop": None}, TypeError, "stop"),
+        ({"on_text": "print"}, TypeError, "on_text"),
+        ({"temperature": "hot"}, TypeError, "temperature"),
+        ({"temperature": 0, "top_k": -3}, ValueError, "top_k"),
         ({"top_p": 2}, ValueError, "top_p"),
         ({"num_beams": 2}, TypeError, "num_beams"),
         ({"do_sample": False, "top_k": 4}, ValueError, "top_k"),
@@ -195,20 +203,40 @@ def test_options_are_refused_by_name(session, options, error, name):
 @pytest.mark.parametrize(
     ("changed", "error", "name"),
     [
-        ({"input_ids": None}, ValueError, "input_ids"),
+        ({"input_ids": None}, TypeError, "input_ids"),
+        ({"input_ids": [[1, 2]]}, TypeError, "input_ids"),
+        ({"input_ids": torch.ones(1, 2)}, TypeError, "input_ids"),
+        ({"input_ids": torch.ones(1, 2, dtype=torch.uint8)}, TypeError, "input_ids"),
+        ({"input_ids": torch.tensor(1)}, ValueError, "input_ids"),
         ({"input_ids": torch.ones(1, 0, dtype=torch.long)}, ValueError, "input_ids"),
-        ({"input_ids": torch.ones(1, 2)}, ValueError, "input_ids"),
+        ({"input_ids": torch.ones(0, 2, dtype=torch.long)}, ValueError, "input_ids"),
+        ({"attention_mask": [[1] * 9]}, TypeError, "attention_mask"),
         ({"attention_mask": torch.ones(1, 3)}, ValueError, "attention_mask"),
         ({"attention_mask": torch.tensor([[1] * 8 + [0]])}, ValueError, "attention_mask"),
         ({"attention_mask": torch.tensor([[1, 0] + [1] * 7])}, ValueError, "attention_mask"),
         ({"labels": PROMPT["input_ids"]}, TypeError, "labels"),
         ({"aspect_ratio_ids": torch.ones(1, 1)}, ValueError, "aspect_ratio_ids"),
-        ({"pixel_values": twins.pictures(1)}, ValueError, "pixel_values"),
+        ({"pixel_values": tiny.images(1)}, ValueError, "pixel_values"),
+        ({"cross_attention_mask": torch.ones(1, 9, 1, 1)}, ValueError, "cross_attention_mask"),
     ],
 )
 def test_inputs_are_refused_by_name(session, changed, error, name):
     with pytest.raises(error, match=name):
         session.generate(PROMPT | changed)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "name"),
+    [
+        ({"processor": 5}, TypeError, "processor"),
+        ({"settings": 5}, TypeError, "settings"),
+        ({"settings": {"num_beams": 4}}, ValueError, "num_beams"),
+        ({"prefill_chunk_size": 0}, ValueError, "prefill_chunk_size"),
+    ],
+)
+def test_arguments_are_refused_by_name(session, arguments, error, name):
+    with pytest.raises(error, match=name):
+        Session(session.model, **arguments)
 
 
 def test_text_needs_a_processor(session):

@@ -12,10 +12,9 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import mllama
-import stock
-import twins
-from families.cases import inputs, make, pair
+import tiny
 from mllama import MllamaForConditionalGeneration
+from tiny.pairs import make, pair
 
 peft = pytest.importorskip("peft")
 
@@ -24,23 +23,8 @@ CASES = ["llama", "gemma", "llava, clip, -2", "paligemma", "mllama"]
 
 def both(case: str):
     """Ours and transformers' model with the same weights, and a batch."""
-    if case != "mllama":
-        found = make(case)
-        return found.ours, found.theirs, inputs(pair(case), "one row")
-    theirs = stock.make("mllama")
-    ours = MllamaForConditionalGeneration(theirs.config, reference="hf").eval()
-    ours.load_state_dict(theirs.state_dict())
-    vision = theirs.config.vision_config
-    batch = {
-        "input_ids": torch.tensor([[theirs.config.image_token_index, *twins.tokens(5)]]),
-        "pixel_values": torch.randn(
-            1, 1, vision.max_num_tiles, 3, vision.image_size, vision.image_size
-        ),
-        "aspect_ratio_ids": torch.ones(1, 1, dtype=torch.long),
-        "aspect_ratio_mask": torch.tensor([[[1] + [0] * (vision.max_num_tiles - 1)]]),
-        "cross_attention_mask": torch.ones(1, 6, 1, vision.max_num_tiles, dtype=torch.long),
-    }
-    return ours, theirs, batch
+    found = make(case)
+    return found.ours, found.theirs, pair(case).inputs("one row")
 
 
 def logits(model: nn.Module, batch: dict) -> torch.Tensor:
@@ -330,7 +314,7 @@ def test_from_pretrained_loads_the_model_and_its_adapters(tmp_path, model_folder
     model = MllamaForConditionalGeneration.from_pretrained(model_folder)
     model.save_pretrained(tmp_path / "model")
     model = adapted(MllamaForConditionalGeneration.from_pretrained(tmp_path / "model"))
-    batch = {"input_ids": torch.tensor([twins.tokens(5)])}
+    batch = {"input_ids": torch.tensor([tiny.tokens(5)])}
     expected = logits(model, batch)
     model.save_pretrained(tmp_path / "adapters")
     assert torch.equal(
@@ -359,7 +343,7 @@ def test_adapters_for_merged_weights_do_not_name_the_old_ones(tmp_path, model_fo
     mllama.merge_and_unload(adapted(model)).save_pretrained(tmp_path / "merged")
     mllama.load_processor(model_folder).save_pretrained(tmp_path / "merged")
     model = copy.deepcopy(adapted(model))
-    batch = {"input_ids": torch.tensor([twins.tokens(5)])}
+    batch = {"input_ids": torch.tensor([tiny.tokens(5)])}
     expected = logits(model, batch)
     model.save_pretrained(tmp_path / "adapters")
     with pytest.raises(ValueError, match="base_model_name_or_path"):

@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch import nn
 
-import twins
-from families.cases import make, pair
+import tiny
 from families.test_training import examples
+from tiny.pairs import make, pair
 
 
 def without_labels(case: str) -> dict[str, torch.Tensor]:
@@ -31,12 +31,12 @@ def test_last_hidden_state_equals_transformers(case):
     assert isinstance(both.ours.model(**batch, return_dict=False), tuple)
 
 
-def test_of_prepended_pictures_the_text_is_returned():
-    model = twins.model(fusion="prepend", image_token_index=None)
-    ids = torch.tensor([twins.tokens(6)])
+def test_of_prepended_images_the_text_is_returned():
+    model = tiny.model(fusion="prepend", image_token_index=None)
+    ids = torch.tensor([tiny.tokens(6)])
     with torch.no_grad():
-        states = model.base_model(ids, pixel_values=twins.pictures(1)).last_hidden_state
-        logits = model(ids, pixel_values=twins.pictures(1)).logits
+        states = model.base_model(ids, pixel_values=tiny.images(1)).last_hidden_state
+        logits = model(ids, pixel_values=tiny.images(1)).logits
     assert states.shape[1] == 6 < logits.shape[1]
     torch.testing.assert_close(model.lm_head(states), logits[:, -6:])
 
@@ -68,7 +68,7 @@ def test_copies_have_their_own():
     model = make("llama").ours
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         nn.init.zeros_(other.language_model.norm.weight)
-        ids = torch.tensor([twins.tokens(4)])
+        ids = torch.tensor([tiny.tokens(4)])
         assert (
             not other.base_model(ids).last_hidden_state.any()
             and model.base_model(ids).last_hidden_state.any()
@@ -89,6 +89,6 @@ def test_it_compiles_in_one_graph():
 
 
 def test_labels_need_logits():
-    model, ids = pair("llama").ours, torch.tensor([twins.tokens(4)])
+    model, ids = pair("llama").ours, torch.tensor([tiny.tokens(4)])
     with pytest.raises(ValueError, match="labels"):
         model.base_model(ids, labels=ids)

@@ -30,8 +30,8 @@ TEMPLATE = (
 )
 TALKS = [
     ("How many circles?", "two"),
-    ("What colour is it?", "red"),
-    ("describe the picture", "three blue"),
+    ("What color is it?", "red"),
+    ("describe the image", "three blue"),
     ("hello", "a b c d"),
 ]
 
@@ -163,18 +163,18 @@ def test_the_packages_lora_and_pefts(loss_type, text_model, tmp_path):
     assert found == pytest.approx(expected, rel=1e-4)
 
 
-def picture_rows(picture_file, count: int = 4) -> list[dict]:
+def image_rows(image_file, count: int = 4) -> list[dict]:
     from PIL import Image
 
-    return [row | {"images": [Image.open(picture_file).convert("RGB")]} for row in talks()[:count]]
+    return [row | {"images": [Image.open(image_file).convert("RGB")]} for row in talks()[:count]]
 
 
 @pytest.mark.parametrize("how", ["own", "peft", "full"])
-def test_llama_32_vision(how, family_folder, picture_file, tmp_path):
+def test_llama_32_vision(how, family_folder, image_file, tmp_path):
     folder = family_folder("mllama")
     ours = MllamaForConditionalGeneration.from_pretrained(folder, reference="hf")
     theirs = transformers.MllamaForConditionalGeneration.from_pretrained(folder)
-    processor, rows = mllama.load_processor(folder), picture_rows(picture_file)
+    processor, rows = mllama.load_processor(folder), image_rows(image_file)
     if how == "own":
         found = losses(own_lora(ours), processor, rows, tmp_path, steps=3)
         assert found[-1] < found[0]
@@ -191,13 +191,13 @@ def test_llama_32_vision(how, family_folder, picture_file, tmp_path):
 
 
 @pytest.mark.parametrize("loss_type", ["nll", "dft"])
-def test_the_embedded_model(loss_type, picture_file, tmp_path):
+def test_the_embedded_model(loss_type, image_file, tmp_path):
     ours, processor = mllama.load(dtype="float32", device="cpu")
     ours.save_pretrained(tmp_path / "model")
     theirs = transformers.LlavaForConditionalGeneration.from_pretrained(
         tmp_path / "model", dtype="float32"
     )
-    rows = picture_rows(picture_file, 2)
+    rows = image_rows(image_file, 2)
     expected = losses(
         theirs,
         processor,

@@ -7,11 +7,10 @@ import torch
 from torch.nn.functional import log_softmax
 
 import mllama
-import stock
-import twins
-from families.cases import make, pair
+import tiny
 from families.test_training import examples
 from mllama import MllamaForConditionalGeneration
+from tiny.pairs import make, pair
 from training import two_processes
 
 pytest.importorskip("accelerate")
@@ -61,7 +60,7 @@ def losses(run: Trainer) -> list[float]:
 def text_batches(count: int = 6) -> list[dict[str, torch.Tensor]]:
     """Of two rows each; every token that follows another is a label."""
     found = [
-        twins.batch(twins.tokens(7, seed=seed), twins.tokens(5, seed=100 + seed))
+        tiny.batch(tiny.tokens(7, seed=seed), tiny.tokens(5, seed=100 + seed))
         for seed in range(count)
     ]
     for batch in found:
@@ -73,7 +72,7 @@ def text_batches(count: int = 6) -> list[dict[str, torch.Tensor]]:
 def converted(folder=None, **options) -> MllamaForConditionalGeneration:
     """A tiny model with the package's LoRA; of a folder, which the adapters then name."""
     model = (
-        twins.model() if folder is None else MllamaForConditionalGeneration.from_pretrained(folder)
+        tiny.model() if folder is None else MllamaForConditionalGeneration.from_pretrained(folder)
     )
     model.requires_grad_(False)
     torch.manual_seed(3)
@@ -87,7 +86,7 @@ def converted(folder=None, **options) -> MllamaForConditionalGeneration:
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
     folder = tmp_path_factory.mktemp("base")
-    twins.model().save_pretrained(folder)
+    tiny.model().save_pretrained(folder)
     return folder
 
 
@@ -142,15 +141,8 @@ def test_label_smoothing_and_predictions(case, wrapped, tmp_path):
 
 
 def test_llama_32_vision_predicts_logits_alone(tmp_path):
-    theirs, seen = stock.make("mllama"), []
-    model = MllamaForConditionalGeneration(theirs.config).eval()
-    vision = theirs.config.vision_config
-    batch = twins.batch([theirs.config.image_token_index, *twins.tokens(5)]) | {
-        "pixel_values": torch.randn(
-            1, 1, vision.max_num_tiles, 3, vision.image_size, vision.image_size
-        ),
-        "aspect_ratio_ids": torch.ones(1, 1, dtype=torch.long),
-    }
+    (model, theirs), seen = make("mllama"), []
+    batch = pair("mllama").inputs("one row")
     batch["labels"] = batch["input_ids"].masked_fill(
         batch["input_ids"] == theirs.config.image_token_index, -100
     )
@@ -208,7 +200,7 @@ def test_the_packages_lora_resumes_and_ends_as_a_plain_model(base, tmp_path):
         torch.testing.assert_close(parameter, same, msg=name)
 
     again = MllamaForConditionalGeneration.from_pretrained(tmp_path / "whole" / "checkpoint-4")
-    ids = torch.tensor([twins.tokens(6)])
+    ids = torch.tensor([tiny.tokens(6)])
     with torch.no_grad():
         expected = whole.model.eval()(ids).logits
         assert torch.equal(again(ids).logits, expected)
@@ -248,8 +240,8 @@ def test_what_learns_beside_the_adapters_is_saved_and_resumed(base, tmp_path):
         made.language_model.norm.requires_grad_(True)
         return made
 
-    ids = twins.batch([twins.IMAGE] * twins.PATCHES + twins.tokens(5)) | {
-        "pixel_values": twins.pictures(1)
+    ids = tiny.batch([tiny.IMAGE] * tiny.PATCHES + tiny.tokens(5)) | {
+        "pixel_values": tiny.images(1)
     }
     batches = [ids | {"labels": ids["input_ids"]}] * 2
     whole = trainer(model(), tmp_path, batches, max_steps=2, save_strategy="steps", save_steps=1)

@@ -7,13 +7,13 @@ from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 import mllama
-import twins
+import tiny
 from mllama import MllamaForConditionalGeneration
 
 
 def inner_wrapped() -> MllamaForConditionalGeneration:
     """Every layer of the decoder in a wrapper, and one more."""
-    model = twins.model()
+    model = tiny.model()
     for index, layer in enumerate(model.language_model.layers):
         model.language_model.layers[index] = checkpoint_wrapper(
             torch.compile(layer, backend="eager")
@@ -22,17 +22,17 @@ def inner_wrapped() -> MllamaForConditionalGeneration:
 
 
 def compiled() -> nn.Module:
-    return torch.compile(twins.model(), backend="eager")
+    return torch.compile(tiny.model(), backend="eager")
 
 
 @pytest.mark.parametrize("wrapped", [inner_wrapped, compiled])
 @pytest.mark.parametrize("reverse", [False, True])
 def test_adapters_of_wrapped_models(wrapped, reverse, tmp_path):
-    source, target = (twins.model(), wrapped()) if reverse else (wrapped(), twins.model())
+    source, target = (tiny.model(), wrapped()) if reverse else (wrapped(), tiny.model())
     source.requires_grad_(False)
     for layer in mllama.convert_linears_to_lora(source, 2, target_module_names=["q_proj"]).values():
         nn.init.normal_(layer.lora_b.weight)
-    ids = torch.tensor([twins.tokens(5)])
+    ids = torch.tensor([tiny.tokens(5)])
     for format in ("mllama", "peft"):
         mllama.save_lora(source, tmp_path / format, format=format)
         mllama.load_lora(target, tmp_path / format)  # the second time onto a converted one
@@ -53,9 +53,9 @@ def names_of(model: nn.Module) -> list[str]:
 
 def equal(model: nn.Module) -> bool:
     """To the models here before they were wrapped."""
-    ids = torch.tensor([twins.tokens(5)])
+    ids = torch.tensor([tiny.tokens(5)])
     with torch.no_grad():
-        return torch.equal(model(ids).logits, twins.model()(ids).logits)
+        return torch.equal(model(ids).logits, tiny.model()(ids).logits)
 
 
 def emptied(model: nn.Module) -> nn.Module:
@@ -66,16 +66,16 @@ def emptied(model: nn.Module) -> nn.Module:
 
 
 def test_whole_models_of_wrapped_ones(tmp_path):
-    model, plain = inner_wrapped(), twins.model()
+    model, plain = inner_wrapped(), tiny.model()
     state = {
         f"module._orig_mod.{name}": tensor
         for name, tensor in torch.compile(model).state_dict().items()
     }
     for given in (state, model.state_dict(), plain.state_dict()):
-        for target in (twins.model(seed=4), emptied(inner_wrapped())):
+        for target in (tiny.model(seed=4), emptied(inner_wrapped())):
             target.load_state_dict(given)
             assert equal(target)
-    twins.model(seed=4).save_pretrained(tmp_path / "given", state_dict=state)
+    tiny.model(seed=4).save_pretrained(tmp_path / "given", state_dict=state)
     for name, saved in {"inner": model, "compiled": torch.compile(model)}.items():
         saved.save_pretrained(tmp_path / name)
     assert all(
@@ -86,7 +86,7 @@ def test_whole_models_of_wrapped_ones(tmp_path):
 
 def test_files_with_wrappers_names_are_read(tmp_path):
     """As other versions and other tools wrote them."""
-    model = twins.model().requires_grad_(False)
+    model = tiny.model().requires_grad_(False)
     made = mllama.convert_linears_to_lora(model.language_model, 2, target_module_names=["q_proj"])
     for layer in made.values():
         nn.init.normal_(layer.lora_b.weight)
@@ -99,7 +99,7 @@ def test_files_with_wrappers_names_are_read(tmp_path):
             },
             tmp_path / "file.safetensors",
         )
-        again = twins.model()
+        again = tiny.model()
         mllama.convert_linears_to_lora(again.language_model, 2, target_module_names=["q_proj"])
         mllama.load_lora(again, tmp_path / "file.safetensors")
         for one, two in zip(

@@ -13,16 +13,16 @@ from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import mllama
-import twins
+import tiny
 from mllama import MllamaForConditionalGeneration
 
 warnings.simplefilter("ignore")
 KINDS = ("own", "peft", "full")
-IDS = torch.tensor([twins.tokens(6)])
+IDS = torch.tensor([tiny.tokens(6)])
 
 
 def converted() -> MllamaForConditionalGeneration:
-    model = twins.model().requires_grad_(False)
+    model = tiny.model().requires_grad_(False)
     torch.manual_seed(1)
     for layer in mllama.convert_linears_to_lora(
         model.language_model, 2, 4, target_module_names=["q_proj", "up_proj"]
@@ -80,27 +80,27 @@ def adapters(folder: Path) -> dict[str, bool]:
             if "fsdp" in name or distributed.get_rank() == 0:
                 mllama.save_lora(wrapped, folder / place, format=format)
             distributed.barrier()
-            again = twins.model()
+            again = tiny.model()
             mllama.load_lora(again, folder / place)
             found[f"{name}, written, {format}"] = torch.equal(logits(again), expected)
         empty = wrap(zeroed().eval())
         mllama.load_lora(empty, folder / f"plain-{distributed.get_rank()}.safetensors")
         mllama.save_lora(empty, folder / f"again {name}.safetensors")
         distributed.barrier()
-        again = twins.model()
+        again = tiny.model()
         mllama.load_lora(again, folder / f"again {name}.safetensors")
         found[f"{name}, read"] = torch.equal(logits(again), expected)
     return found
 
 
 def whole_models(folder: Path) -> dict[str, bool]:
-    plain, found = twins.model(), {}
+    plain, found = tiny.model(), {}
     expected = logits(plain)
     for name, wrap in WRAPPERS.items():
         if name == "fsdp1":  # its state dict is asked for under FSDP's own context
             continue
-        wrapped = wrap(twins.model())
-        state, again = wrapped.state_dict(), twins.model(seed=5)
+        wrapped = wrap(tiny.model())
+        state, again = wrapped.state_dict(), tiny.model(seed=5)
         again.load_state_dict(state)
         found[f"{name}, state dict"] = torch.equal(logits(again), expected)
         inner = wrapped.module if "ddp" in name else wrapped
@@ -110,7 +110,7 @@ def whole_models(folder: Path) -> dict[str, bool]:
         distributed.barrier()
         again = MllamaForConditionalGeneration.from_pretrained(folder / f"whole {name}")
         found[f"{name}, folder"] = torch.equal(logits(again), expected)
-    sharded = fsdp2(twins.model(seed=5))
+    sharded = fsdp2(tiny.model(seed=5))
     sharded.load_state_dict(plain.state_dict())
     sharded.save_pretrained(folder / "whole again")
     distributed.barrier()
@@ -126,7 +126,7 @@ def learner(kind: str) -> torch.nn.Module:
 
     if kind == "own":
         return converted()
-    model = twins.model()
+    model = tiny.model()
     torch.manual_seed(1)
     return (
         peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"], r=2))
@@ -140,7 +140,7 @@ def losses(kind: str, folder: Path, rows: int) -> list[float]:
     from transformers import Trainer, TrainingArguments
 
     def batch(rows):
-        found = twins.batch(*rows)
+        found = tiny.batch(*rows)
         return found | {"labels": found["input_ids"]}
 
     options = {
@@ -156,7 +156,7 @@ def losses(kind: str, folder: Path, rows: int) -> list[float]:
         "learning_rate": 0.01,
         "save_steps": 2,
     }
-    data = [twins.tokens(7, seed=seed) for seed in range(8)]
+    data = [tiny.tokens(7, seed=seed) for seed in range(8)]
     arguments = TrainingArguments(
         str(folder / f"trained {kind}"), ddp_find_unused_parameters=True, **options
     )

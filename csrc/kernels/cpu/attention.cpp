@@ -1,4 +1,5 @@
-// The forward pass for many queries (prefill, towers): an online softmax over blocks of keys.
+// The forward pass for many queries (prefill, image encoders): an online softmax over blocks of
+// keys.
 #include "kernels/cpu/attention.h"
 
 #include "kernels/cpu/attention_tiles.h"

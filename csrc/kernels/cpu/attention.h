@@ -24,16 +24,16 @@ struct KeyRange {
     int32_t first, last;  // last is exclusive
 };
 
-// What the queries of one batch row may see. Query t sees keys [start(t), limit(t)), less those
-// whose `added` is -inf.
+// The keys visible to the queries of one batch row: keys [start(t), limit(t)) to query t, without
+// those whose `added` is -inf.
 struct VisibleKeys {
-    int64_t offset;  // position of query 0: a causal query sees keys up to t + offset; at least
-                     // `last` where nothing is causal
+    int64_t offset;        // position of query 0: keys up to t + offset are visible; at least
+                           // `last` if not causal
     int64_t window_start;  // and keys from t + window_start on, unless it is in the prefix
-    int64_t prefix;        // keys at the front; queries among them see all of them
+    int64_t prefix;        // leading keys, all visible to queries among them
     int64_t first, last;   // no key outside is visible to any query
     const float* added;    // [keys], in log2 units, to every score of a key; null = 0
-    // [queries], within first and last, where queries differ in more than offset and prefix say;
+    // [queries], within first and last, if queries differ in more than offset and prefix;
     // else null.
     const KeyRange* ranges;
 
@@ -64,17 +64,16 @@ struct Attention {
     int64_t rows() const { return queries * group_size(); }  // of a group
 };
 
-// What makes a query's probabilities of its scores: 2^(score - highest) / sum. Not one number,
-// highest + log2(sum): beside scores of -1e9, as a mask's bias makes them, the logarithm would be
-// lost.
+// Turns a query's scores into probabilities: 2^(score - highest) / sum. Two numbers, because in
+// highest + log2(sum) the logarithm would be lost with scores of -1e9, as mask biases give.
 struct Statistic {
-    float highest, sum;  // -inf and 0 where a query sees nothing
+    float highest, sum;  // -inf and 0 if no key is visible
 };
 
 struct AttentionForward : Attention {
     void* out;                    // [batch, queries, heads, size]
     Statistic* statistics;        // [batch, heads, queries]
-    int64_t first_chunk, chunks;  // for attention_decode: the chunks of keys that any query sees
+    int64_t first_chunk, chunks;  // for attention_decode: the chunks of keys visible to any query
 };
 
 struct AttentionBackward : Attention {
@@ -82,11 +81,11 @@ struct AttentionBackward : Attention {
     const void* out;  // as AttentionForward's
     const Statistic* statistics;
     void *grad_q, *grad_k, *grad_v;  // contiguous
-    int64_t parts;                   // how many partial sums make a group's grad_k and grad_v
+    int64_t parts;                   // number of partial sums per group's grad_k and grad_v
     float* partial;                  // [groups, parts, attention_sums]; unused for one part
 };
 
-constexpr int64_t kMostTileRows = 48;  // rows of a group that a kernel takes at once, at most
+constexpr int64_t kMostTileRows = 48;  // maximum rows of a group that a kernel processes at once
 
 // Many queries: blocks of scores on packed copies of q, k and v. Task = (group, share): a share
 // takes every shares-th tile of the group's rows.

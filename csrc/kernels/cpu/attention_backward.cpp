@@ -52,7 +52,7 @@ class Backward {
             for_row_tiles(a_, part, a_.parts, [&](int64_t first, int64_t rows, auto vectors) {
                 const Limits<vectors> limits(group, first, rows);
                 if (from == 0) std::memset(grad_q, 0, columns_ * kLanes * sizeof(float));
-                // The last chunk that the rows see keys of; the first one where they see none.
+                // The last chunk with keys visible to the rows; the first one if there are none.
                 bool last = limits.most <= from + chunk_ && (from == 0 || limits.most > from);
                 if (last || (limits.most > from && limits.begin() < from + chunk_)) {
                     pack_queries(group, first, rows, vectors * kWidth);
@@ -93,7 +93,7 @@ class Backward {
              g_row = group.query_rows<T>(a_.grad_out, first);
         pack_columns<E>(q_row, rows, lanes, a_.size, room_, q_lanes_);
         pack_columns<E>(g_row, rows, lanes, a_.size, room_, g_lanes_);
-        // Rows past the last have P = 0, and that must not meet what lay in memory.
+        // Rows past the last have P = 0, which must not be multiplied with stale memory.
         int64_t last = (rows - 1) / E::kElements * columns_,
                 size = lanes / E::kElements * columns_ - last;
         std::memset(q_rows_ + last, 0, size * sizeof(Word));
@@ -101,7 +101,7 @@ class Backward {
         pack_rows<E>(q_row, rows, a_.size, columns_, q_rows_);
         pack_rows<E>(g_row, rows, a_.size, columns_, g_rows_);
         for (int64_t r = 0; r < lanes; ++r) {
-            highest_[r] = kInfinity;  // a row that is not there, or sees nothing, has P = 0
+            highest_[r] = kInfinity;  // an absent row, or one without visible keys, has P = 0
             inverse_[r] = delta_[r] = 0;
             if (r >= rows) continue;
             if (auto [highest, sum] = a_.statistics[group.statistic(first + r)]; sum != 0) {
@@ -147,7 +147,7 @@ class Backward {
                             added && block + key + r < group.keys ? added[block + key + r] : 0.0f;
                         score = limits.template mask<true>(score, n, block + key + r, more);
                     }
-                    // Another order of summation can put a score above the highest: by much, where
+                    // Another order of summation can put a score above the highest, by much if
                     // scores are huge.
                     p[r][n] = exp2_below(min(vf{}, score - highest[n])) * inverse[n];
                     store(p_tile_ + (r * NV + n) * kWidth, p[r][n]);
@@ -241,7 +241,7 @@ class Backward {
     const int64_t columns_ =
         round_up(a_.size, kWidth);  // in a packed row that stays one, and in sums
     const int64_t keys_ = round_up(a_.keys, kTileRows);
-    // Keys that all tiles of rows meet before the next: what belongs to them, 20 bytes an element,
+    // Keys that all tiles of rows process before the next ones: their data, 20 bytes per element,
     // stays in a cache.
     const int64_t chunk_ = round_up(131072 / columns_, kKeys);
     const ScoreScale scale_{a_};

@@ -13,7 +13,7 @@ constexpr int kMostRows = 4;
 constexpr int kValueVectors =
     kWidth == 16 ? 4 : 2;  // f32 vectors of V in one pass: kMostRows times as many sums
 
-// How many of a step's elements a row still has.
+// Number of elements that a row has left in a step.
 inline int in_step(int64_t left, int step) {
     return static_cast<int>(std::clamp<int64_t>(left, 0, step));
 }
@@ -49,7 +49,7 @@ struct RowsOf {
 };
 
 #if defined(__AVX512BF16__)
-// bf16 in pairs: neighbours in a row of K, two rows of V zipped together.
+// bf16 in pairs: neighbors in a row of K, two rows of V zipped together.
 struct Paired {
     using Query = bf16;
     static constexpr int kStep = 32;
@@ -179,7 +179,8 @@ class Decode {
 
         // Lanes hold kWidth / M keys by M rows, so that maxima and sums of a row are first taken
         // lane by lane.
-        // Each lane's first key, counted from its row's start, and how many keys the row sees.
+        // Each lane's first key, counted from its row's start, and the number of keys visible to
+        // the row.
         uint32_t key[kWidth], count[kWidth];
         for (int m = 0; m < M; ++m) {
             int64_t start = group.start(row_of(m)) - skipped;
@@ -200,8 +201,8 @@ class Decode {
 
         const T* v = v_row(skipped);
         int64_t d = 0;
-        // The next chunk's keys come while V is weighed, which keeps memory less busy than the
-        // scores do.
+        // Prefetch the next chunk's keys while V is summed, which needs less memory bandwidth than
+        // the scores do.
         const T* next = a_.k.length == a_.size ? k_row(skipped + keys_) : nullptr;
         for (; d + (kValueVectors - 2) * kWidth < a_.size;
              d += kValueVectors * kWidth, next = nullptr)
@@ -232,7 +233,7 @@ class Decode {
             const T* rows = k + key * a_.k.length;
             int64_t stride = a_.k.length;
             T copy[kTile * kMaxSize];
-            if (key + kTile > keys_) {  // memory past the last key is not ours
+            if (key + kTile > keys_) {  // do not read past the last key
                 std::memset(copy, 0, sizeof copy);
                 for (int64_t i = 0; i < keys_ - key; ++i) {
                     std::memcpy(copy + i * kMaxSize, rows + i * stride, a_.size * sizeof(T));
@@ -261,13 +262,13 @@ class Decode {
         if (scale_.capped) cap_scores(keys_ * M);
     }
 
-    // Apart from the loop above, whose sums would leave their registers for tanh's constants.
+    // A separate loop, because tanh's constants would push the sums above out of registers.
     __attribute__((noinline)) void cap_scores(int64_t size) {
         for (int64_t i = 0; i < size; i += kWidth)
             store(scores_ + i, tanh(load(scores_ + i)) * scale_.factor);
     }
 
-    // Adds what is added to keys, hides what rows do not see; returns each lane's maximum.
+    // Adds biases, hides keys that are not visible; returns each lane's maximum.
     template <int M>
     vf mask(const float* added, const uint32_t* key_of, const uint32_t* count_of) {
         vu key, count;
@@ -276,13 +277,14 @@ class Decode {
         if (added) {
             for (int64_t i = 0; i < keys_ * M; ++i) {
                 float more = added[first_ + i / M];
-                scores_[i] =
-                    more == -kInfinity ? more : scores_[i] + more;  // a hidden key may hold NaN
+                scores_[i] = more == -kInfinity
+                                 ? more
+                                 : scores_[i] + more;  // a hidden key's score may be NaN
             }
         }
         vf highest = splat(-kInfinity);
         for (int64_t i = 0; i < keys_ * M; i += kWidth) {
-            // One comparison serves both ends: what lies before the start is huge as unsigned.
+            // One comparison for both ends: positions before the start are huge as unsigned.
             vf score =
                 key + static_cast<uint32_t>(i / M) < count ? load(scores_ + i) : splat(-kInfinity);
             highest = max(highest, score);
@@ -321,7 +323,7 @@ class Decode {
             prefetch(row + 16 * stride, stride, Rows::kKeys);
             if (next) fetch(next + key * a_.size, a_.size, Rows::kKeys);
             vf x[kVectors];
-            // An odd last key meets itself, with probability 0.
+            // An odd last key is paired with itself, with probability 0.
             Rows::values(row, key + 1 < keys_ ? row + stride : row, left, x);
 #pragma GCC unroll 4
             for (int m = 0; m < M; ++m) {
@@ -334,7 +336,7 @@ class Decode {
         for (int m = 0; m < M; ++m) Rows::put_sums(sums_ + m * kRoom + d, sum[m]);
     }
 
-    // Rows that do not follow each other in memory are more than the hardware foresees.
+    // The hardware prefetcher does not handle rows that are apart in memory.
     void prefetch(const T* row, int64_t stride, int rows) const {
         if (stride != a_.size) fetch(row, stride, rows);
     }
@@ -346,13 +348,13 @@ class Decode {
 
     const AttentionForward& a_;
     const ScoreScale scale_{a_};
-    int64_t first_, keys_;  // the keys of this chunk that some row of the pass sees
+    int64_t first_, keys_;  // the keys of this chunk visible to some row of the pass
     alignas(64) Query queries_[kMostRows * kRoom];
     alignas(64) float scores_[kDecodeChunk * kMostRows + 2 * kWidth];
     alignas(64) float sums_[kMostRows * kRoom];
 };
 
-// The chunks' results of one row become its output.
+// Merges the chunks' results of one row to its output.
 template <class T>
 void merge_row(const AttentionForward& a, const Group& group, int64_t row, const float* partial) {
     const int64_t chunks = a.chunks, stride = attention_chunk_size(a);

@@ -1,5 +1,5 @@
-// What the attention kernels share beyond register tiles: 2^x, a group's place in the tensors, what
-// a query sees.
+// Shared by the attention kernels besides register tiles: 2^x, a group's offsets in the tensors,
+// visible keys.
 //
 // Scores are stored transposed, [keys, queries]: queries are the lanes of vectors. The softmax over
 // keys then needs no horizontal sums, and K and V are always the broadcast side, which takes them
@@ -51,7 +51,7 @@ inline vf exp2_below(vf x) {
 #endif
 }
 
-// What the products of q and k become: scores in log2 units, score = factor * product, or with a
+// Turns products of q and k into scores in log2 units: score = factor * product, or with a
 // soft cap factor * tanh(inner * product).
 struct ScoreScale {
     explicit ScoreScale(const Attention& a)
@@ -71,7 +71,7 @@ inline __attribute__((always_inline)) void cap(const ScoreScale& scale, Tile<NV>
 
 // ---- a group
 
-// One group's place in the tensors.
+// Offsets of one group in the tensors.
 struct Group {
     Group(const Attention& args, int64_t index)
         : a(args),
@@ -90,7 +90,7 @@ struct Group {
     int64_t statistic(int64_t row) const {
         return (batch * a.heads + head(row)) * a.queries + query(row);
     }
-    // The keys that a row sees, counted from visible.first: from `start` to `limit`, exclusive.
+    // The keys visible to a row, counted from visible.first: `start` to `limit`, exclusive.
     int32_t start(int64_t row) const {
         return static_cast<int32_t>(visible.start(query(row)) - visible.first);
     }
@@ -118,7 +118,7 @@ struct Group {
     int64_t batch, kv_head;
     VisibleKeys visible;
     int64_t keys;  // from visible.first on
-    bool starts;   // some queries do not see the first of them
+    bool starts;   // the first of them are hidden from some queries
 };
 
 // Calls body(first row, rows, vectors) for every count-th tile of a group, from tile `index` on;
@@ -135,8 +135,8 @@ void for_row_tiles(const Attention& a, int64_t index, int64_t count, Body&& body
     }
 }
 
-// The range of keys that each row of a tile sees; lanes past the last row repeat it. Every row sees
-// the keys from latest to fewest; none sees keys before earliest, or from most on.
+// The range of keys visible to each row of a tile; lanes past the last row repeat it. Keys from
+// latest to fewest are visible to every row; keys before earliest or from most on to none.
 template <int NV>
 struct Limits {
     Limits(const Group& group, int64_t first, int64_t rows) {
@@ -159,15 +159,15 @@ struct Limits {
         std::memcpy(start, starts, sizeof start);
         std::memcpy(limit, limits, sizeof limit);
     }
-    // The first key of a tile of keys before which no row sees one.
+    // The first key of a tile of keys before which none is visible.
     int begin() const { return earliest / kTileRows * kTileRows; }
     bool all_see(int key, int keys) const { return key >= latest && key + keys <= fewest; }
-    // x + added where lanes of vector n see the key, -inf elsewhere. Chosen, not added: what a
-    // hidden key holds may be NaN or overflow, and -inf would not cover that. kStarts: some lane
-    // may begin to see only after the key.
+    // x + added in lanes of vector n to which the key is visible, -inf elsewhere. Selected, not
+    // added: a hidden key's score may be NaN or overflow, which -inf would not cover. kStarts: for
+    // some lane visible keys may begin after this one.
     template <bool kStarts>
     vf mask(vf x, int n, int key, float added) const {
-        int place = added == -kInfinity ? most : key;  // where no lane sees it
+        int place = added == -kInfinity ? most : key;  // visible to no lane
         vi visible = vi{} + place < limit[n];
         if constexpr (kStarts) visible &= vi{} + place >= start[n];
         return visible ? x + added : splat(-kInfinity);

@@ -120,7 +120,7 @@ int64_t whole_vectors(int64_t lanes) { return (lanes + kWidth - 1) / kWidth * kW
 // ---- getting pixels into lanes
 // ---------------------------------------------------------------------------------------
 
-// Two neighbouring pixels r0 g0 b0 r1 g1 b1 become r0 r1 g0 g1 b0 b1; two bytes more are read and
+// Two neighboring pixels r0 g0 b0 r1 g1 b1 become r0 r1 g0 g1 b0 b1; two bytes more are read and
 // written.
 inline void pair_pixels(const uint8_t* from, uint8_t* to) {
 #if defined(__SSSE3__)
@@ -155,7 +155,7 @@ void pair_columns(const uint8_t* in, int64_t rows, int64_t width, uint8_t* pairs
 
 }  // namespace
 
-// A block of rows is turned on its side, so that neighbouring rows lie side by side in a vector.
+// A block of rows is transposed, so that neighboring rows lie side by side in a vector.
 void resize_width(const Resize& a, int64_t first_block, int64_t last_block) {
     const int64_t most = std::min(a.height, kBlock), lanes = whole_vectors(most * 3);
     const int64_t stride = 2 * lanes + 8;  // pair_pixels writes a little ahead

@@ -7,8 +7,8 @@ namespace {
 
 using namespace simd::MLLAMA_ISA;
 
-// The sum of f(x, lanes in use) along a row, with four sums in flight, since one would wait for
-// each addition.
+// The sum of f(x, lanes in use) along a row, with four independent sums, because one would wait
+// for each addition.
 template <class T, class F>
 float row_sum(const T* x, int64_t width, F&& f) {
     vf s0{}, s1{}, s2{}, s3{};

@@ -1,6 +1,6 @@
 // The three products of a low-rank update, between rows x [rows, width], a factor of low rank and
-// small [rows, rank]: each is made of the other two. Dropout leaves out the same elements of x in
-// all three.
+// small [rows, rank]: each is computed from the other two. Dropout drops the same elements of x
+// in all three.
 #pragma once
 
 #include <cstdint>
@@ -19,15 +19,15 @@ struct LowRank {
     bool by_column;  // the factor is [width, rank], as B is, instead of [rank, width], as A is
     float scale;
     bool dropout;
-    uint32_t threshold;  // hashes below it are left out
+    uint32_t threshold;  // elements with a hash below it are dropped
     int64_t seed;
     void* x;       // [rows, width]
     void* factor;  // [rank, width] or [width, rank]
     float* small;  // [rows, rank]
 };
 
-// What threads share out: blocks of rows, blocks of columns, or both, then in the order [column
-// block][row block]. No bit of a result depends on who computes which.
+// Units of work for threads: blocks of rows, blocks of columns, or both, then in the order [column
+// block][row block]. Results do not depend on which thread computes which block.
 constexpr int64_t kRowBlock = 32, kUpColumns = 384, kOuterColumns = 192;
 
 // small = scale * dropout(x) factor', for the row blocks [first, last)

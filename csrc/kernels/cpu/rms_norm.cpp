@@ -23,7 +23,7 @@ void forward_row(const RmsNorm& a, int64_t row) {
         });
         x = hidden;
     } else {
-        // Four sums in flight, since one would wait for each addition.
+        // Four independent sums, because one would wait for each addition.
         vf s0{}, s1{}, s2{}, s3{};
         int64_t i = 0;
         for (; i + 4 * kWidth <= a.width; i += 4 * kWidth) {

@@ -29,7 +29,7 @@ struct RmsNormBackward {
     int64_t width;
     float offset;
     const void* grad_y;       // [rows, width]
-    const void* grad_hidden;  // [rows, width] or null: gradient that reaches x beside the norm
+    const void* grad_hidden;  // [rows, width] or null: gradient of x besides the norm's
     const void* x;            // [rows, width]: what was normalized
     const void* weight;       // [width]
     const float* rstd;        // [rows]

@@ -10,7 +10,7 @@
 namespace mllama::kernels {
 
 // Queries or keys: [batch, tokens, heads, 2 half], strides in elements, the last one 1. The result
-// has no gaps.
+// is contiguous.
 struct RopeHeads {
     const void* x;
     void* y;
@@ -24,12 +24,12 @@ struct Rope {
     Dtype dtype;
     int64_t tokens;  // of one batch row
     int64_t half;    // half of a head's size
-    float sign;      // of the sine: -1 turns back
+    float sign;      // of the sine: -1 rotates back
     RopeHeads q;
     RopeHeads k;
     const float* cos;  // [1 or batch, tokens, half]
     const float* sin;
-    int64_t cos_batch_stride;  // 0 where all batch rows share the table
+    int64_t cos_batch_stride;  // 0 if all batch rows share the table
     int64_t sin_batch_stride;
 };
 

@@ -1,10 +1,10 @@
-// Register tiles, which the kernels that multiply matrices share: operand formats, the
+// Register tiles, shared by kernels that multiply matrices: operand formats, the
 // micro-kernel, packing, scratch.
 //
 // Every product here is C[rows, columns] += A[rows, steps] B[steps, columns] on kTileRows x (NV
 // vectors) register tiles: each step broadcasts kTileRows words of A and multiplies them with NV
 // vectors of B. A word is one f32, or, where the CPU multiplies bf16, a pair of bf16 that are
-// neighbours along the summed dimension: one step then sums two.
+// neighbors along the summed dimension: one step then sums two.
 #pragma once
 
 #include <cstdlib>

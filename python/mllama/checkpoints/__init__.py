@@ -1,5 +1,5 @@
-"""Model folders and files: which format one has, and reading and writing it. A folder's
-`model_type` decides, exactly.
+"""Model folders and files: detecting the format, reading and writing. A folder's exact `model_type`
+selects its family.
 """
 
 from mllama.checkpoints.models import load

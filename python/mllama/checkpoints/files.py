@@ -1,6 +1,4 @@
-"""Files of a model folder: reading JSON, staying inside the folder, and writing a folder whole or
-not at all.
-"""
+"""Files of a model folder: reading JSON, checking paths, and atomic writes."""
 
 import json
 import os
@@ -13,26 +11,26 @@ import torch
 from safetensors.torch import save_file
 
 WEIGHTS, INDEX, CONFIG = "model.safetensors", "model.safetensors.index.json", "config.json"
-_LISTED = 30  # names of one kind that an error lists
-_JSON_MAX = 2**26  # bytes; the index of the largest models has well under 2**24
+_LISTED = 30  # maximum number of names of one kind in an error
+_JSON_MAX = 2**26  # bytes; the index of the largest models is well below 2**24
 
 
 def find_inside(folder: Path, name: str) -> Path:
-    """The path of a file of the folder, which is an ordinary file and lies in it.
+    """The path of a regular file inside the folder.
 
-    A symbolic link may not lead out of the folder, except as Hugging Face's cache lays out what it
-    fetched: from models--NAME/snapshots/REVISION to models--NAME/blobs, or on to the blobs that
-    models share, beside models--NAME.
+    A symbolic link may not leave the folder, except in the layout of Hugging Face's cache: from
+    models--NAME/snapshots/REVISION to models--NAME/blobs, or to blobs that models share, next to
+    models--NAME.
 
     Raises:
-        FileNotFoundError: no such file.
-        ValueError: it is no ordinary file, or leads out of the folder.
+        FileNotFoundError: the file does not exist.
+        ValueError: it is not a regular file, or lies outside the folder.
     """
     path = folder / name
     if not path.exists():
         raise FileNotFoundError(f"{folder} has no {name}")
     if not path.is_file():
-        raise ValueError(f"{path} is not an ordinary file")
+        raise ValueError(f"{path} is not a regular file")
     home, real = folder.resolve(), path.resolve()
     if not any(real.is_relative_to(place) for place in (home, *_blobs(home))):
         raise ValueError(f"{path} is a link to {real}, which lies outside the folder")
@@ -40,11 +38,10 @@ def find_inside(folder: Path, name: str) -> Path:
 
 
 def find_gguf(path: Path) -> Path | None:
-    """The GGUF file that a path is, or that its folder has where the folder holds no other model;
-    None where there is none.
+    """The GGUF file at a path, or in a folder without another model; None if there is none.
 
     Raises:
-        ValueError: several.
+        ValueError: there are several.
     """
     if path.suffix == ".gguf" and path.is_file():
         return path
@@ -52,12 +49,12 @@ def find_gguf(path: Path) -> Path | None:
     if not found or any((path / name).exists() for name in (CONFIG, "params.json")):
         return None
     if len(found) > 1:
-        raise ValueError(f"{path} holds several GGUF files, name one: {listing(found)}")
+        raise ValueError(f"{path} has several GGUF files, name one: {listing(found)}")
     return find_inside(path, found[0])
 
 
 def _blobs(folder: Path) -> list[Path]:
-    """The real folder of a snapshot in Hugging Face's cache, or of a folder inside it."""
+    """The blob folders of a snapshot in Hugging Face's cache, or of a folder inside it."""
     for snapshots, repository in zip(folder.parents, folder.parents[1:], strict=False):
         if snapshots.name == "snapshots" and repository.name.startswith("models--"):
             return [(home / "blobs").resolve() for home in (repository, repository.parent)]
@@ -65,8 +62,8 @@ def _blobs(folder: Path) -> list[Path]:
 
 
 def listing(names: list[str]) -> str:
-    """Names for an error: all of a few, the first of many and how many more there are; escaped
-    where a terminal would act on them.
+    """Names for an error: all of them, or the first ones and the number of others; escaped for
+    terminals.
     """
     names = [name if name.isprintable() else repr(name) for name in names]
     more = f" ... and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
@@ -74,11 +71,11 @@ def listing(names: list[str]) -> str:
 
 
 def read_json(path: Path) -> dict:
-    """A JSON object from a file.
+    """Read a JSON object from a file.
 
     Raises:
-        FileNotFoundError: there is none.
-        ValueError: it is not a JSON object, or too large to be one that a model folder has.
+        FileNotFoundError: the file does not exist.
+        ValueError: it is not a JSON object, or is too large.
     """
     if path.stat().st_size > _JSON_MAX:
         raise ValueError(f"{path} has {path.stat().st_size} bytes; at most {_JSON_MAX} are read")
@@ -87,17 +84,17 @@ def read_json(path: Path) -> dict:
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not valid JSON: {error}") from error
     if not isinstance(content, dict):
-        raise ValueError(f"{path} must hold a JSON object, got {type(content).__name__}")
+        raise ValueError(f"{path} must be a JSON object, got {type(content).__name__}")
     return content
 
 
 def write_json(path: Path, content: dict) -> None:
-    """A JSON object as a file, indented, names sorted."""
+    """Write a JSON object to a file, indented, with sorted names."""
     path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def save_weights(folder: Path, tensors: dict[str, torch.Tensor], max_shard_size: int | str) -> None:
-    """Write tensors under the given names: one file, or shards and their index where they exceed
+    """Write tensors under the given names: one file, or shards with an index if they exceed
     `max_shard_size`.
     """
     from huggingface_hub import split_torch_state_dict_into_shards
@@ -114,9 +111,9 @@ def save_weights(folder: Path, tensors: dict[str, torch.Tensor], max_shard_size:
 
 
 def save_tensors(path: Path, tensors: dict[str, torch.Tensor], **metadata: str) -> None:
-    """A safetensors file of tensors, with metadata beside `format`."""
+    """Write a safetensors file, with metadata in addition to `format`."""
     path.touch()
-    mode = path.stat().st_mode  # as the umask has it; safetensors' own file is the owner's alone
+    mode = path.stat().st_mode  # follows the umask; safetensors' own file is private to the owner
     save_file(
         {name: tensor.contiguous() for name, tensor in tensors.items()},
         path,
@@ -128,14 +125,14 @@ def save_tensors(path: Path, tensors: dict[str, torch.Tensor], **metadata: str) 
 def write_folder(
     folder: Path, write: Callable[[Path], None], replaced: Collection[str] = ()
 ) -> None:
-    """Write a folder atomically: `write` fills a temporary folder, which is then put in place. A
-    reader finds all of it or none, also after a crash.
+    """Write a folder atomically: `write` fills a temporary folder, which is then moved into place.
+    Readers see all of it or none, even after a crash.
 
-    A new folder is renamed into place at once. Into an existing one the files are moved with the
-    weights' entry point (the single file or the index) removed first and placed last; weight files
-    of an earlier save go, and those named in `replaced`; other files stay. What goes is kept in a
-    hidden folder beside them until all is in place, and moved back on an error; only a crash of the
-    process leaves that folder there.
+    A new folder is renamed at once. Into an existing one files are moved one by one; the weights'
+    entry point (the single file or the index) is removed first and placed last. Weight files of an
+    earlier save and those in `replaced` are removed, other files stay. Removed files are kept in a
+    hidden folder until all is in place, and restored on an error; only a crash of the process
+    leaves that folder behind.
     """
     folder = Path(os.path.abspath(folder))
     if folder.exists() and not folder.is_dir():
@@ -160,7 +157,7 @@ def write_folder(
 
 def write_file(path: Path, write: Callable[[Path], None]) -> None:
     """Write a file atomically: `write` fills a temporary file, which is then renamed. The folder is
-    created if absent.
+    created if needed.
     """
     path = Path(os.path.abspath(path))
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -201,8 +198,7 @@ def _move_into(aside: Path, folder: Path, more: Collection[str]) -> None:
             os.replace(aside / name, folder / name)
         _sync(folder)
     except BaseException:
-        # Where each file is now says what was done: an interrupt may come after a rename and before
-        # any note of it.
+        # The location of each file tells what was done: an interrupt may come right after a rename.
         for name in reversed(new):
             if not (aside / name).exists() and (folder / name).exists():
                 os.replace(folder / name, aside / name)
@@ -214,7 +210,7 @@ def _move_into(aside: Path, folder: Path, more: Collection[str]) -> None:
 
 
 def _sync(path: Path) -> None:
-    """Have a file's or a folder's content on the disk."""
+    """Flush a file or folder to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -1,5 +1,5 @@
-"""Models by their id on Hugging Face's hub, fetched by huggingface_hub into its cache; a local
-folder of that name wins.
+"""Models by their id on Hugging Face's hub, downloaded by huggingface_hub into its cache. A local
+folder of that name takes precedence.
 """
 
 import os
@@ -16,8 +16,8 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-# Configs, weights, and the files that tokenizers and processors have. Pickles and other frameworks'
-# weights are left where they are.
+# Configs, weights, and the files of tokenizers and processors. Pickles and other frameworks'
+# weights are not downloaded.
 PATTERNS = ("*.json", "*.safetensors", "*.jinja", "tokenizer.model", "merges.txt", "vocab.txt")
 _ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 
@@ -25,23 +25,21 @@ _ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 def find_folder(
     path_or_id: str | os.PathLike, subfolder: str | os.PathLike = "", **options: Any
 ) -> Path:
-    """The folder (or file) of a model: the local one of that path, else the hub's model of that id,
-    fetched.
+    """The folder (or file) of a model: the local path, else the model of that id on the hub, which
+    is downloaded.
 
     Args:
-        path_or_id: a path, or "organisation/name".
-        subfolder: the model's place inside.
+        path_or_id: a path, or "organization/name".
+        subfolder: the model's folder inside.
         options: of the hub: revision, cache_dir, token, local_files_only, force_download.
 
     Raises:
-        FileNotFoundError: neither there; or the hub cannot be reached, has no such model or does
-            not give it without a login.
-        ValueError: an empty path; a `subfolder` outside the folder.
+        FileNotFoundError: neither exists; or the hub cannot be reached, has no such model or
+            requires a login.
+        ValueError: path is empty, or `subfolder` is outside the folder.
     """
-    if path_or_id == "":  # to Path it would be the current folder
-        raise ValueError(
-            "path is empty; give a model folder, a GGUF file or a model's id on the hub"
-        )
+    if path_or_id == "":  # Path("") is the current folder
+        raise ValueError("path is empty; give a model folder, a GGUF file or a model id on the hub")
     inner = Path(subfolder or "")
     if inner.is_absolute() or ".." in inner.parts:
         raise ValueError(f"subfolder must lie inside the model folder, got {str(subfolder)!r}")
@@ -60,31 +58,30 @@ def find_folder(
 def download(
     model_id: str, patterns: list[str] | tuple[str, ...] = PATTERNS, **options: Any
 ) -> Path:
-    """Fetch a model's files from the hub.
+    """Download a model's files from the hub.
 
     Args:
-        model_id: "organisation/name".
-        patterns: of the files.
-        options: of `huggingface_hub.snapshot_download`; with `local_dir` files are put there
-            instead of into the cache, and with them original/tokenizer.model, Meta's own, which
-            some scripts read.
+        model_id: "organization/name".
+        patterns: patterns of the files.
+        options: of `huggingface_hub.snapshot_download`. With `local_dir`, files go there instead
+            of into the cache, including Meta's original/tokenizer.model, which some scripts read.
 
     Returns:
-        The folder they are in.
+        The folder of the files.
 
     Raises:
-        FileNotFoundError: as `find_folder`. The text is one line that says what to do.
+        FileNotFoundError: as `find_folder`; the message says what to do.
     """
     absent = (
         "" if "local_dir" in options else f"there is no folder {model_id!r} here, and "
-    )  # only then one was looked for
+    )  # without local_dir, a local folder was looked for first
     page = f"https://huggingface.co/{model_id}"
-    ignored = ["original/*"]  # Meta's own files, the weights again
+    ignored = ["original/*"]  # Meta's own files: the same weights again
     try:
         if (
             "local_dir" in options
-            # of one that is there snapshot_download takes the files as fetched where the hub
-            # refuses
+            # If the revision is already cached, snapshot_download returns it even when the hub
+            # refuses access.
         ):
             model_info(model_id, revision=options.get("revision"), token=options.get("token"))
             patterns, ignored = (
@@ -114,7 +111,7 @@ def download(
         ) from error
     except (LocalEntryNotFoundError, ConnectionError) as error:
         raise FileNotFoundError(
-            f"{absent}the cache does not hold the model {model_id!r}; the hub was not asked or "
+            f"{absent}the cache does not have the model {model_id!r}; the hub was not asked or "
             "cannot be reached (offline, or "
             "local_files_only)"
         ) from error
@@ -122,8 +119,8 @@ def download(
         raise FileNotFoundError(
             f"{model_id} cannot be fetched from the hub: {str(error).splitlines()[0]}"
         ) from error
-    except (ValueError, OSError):  # an id that is none; the disk
+    except (ValueError, OSError):  # an invalid id, or the disk
         raise
-    except Exception as error:  # of the connection, in classes of the library underneath
-        said = f"{type(error).__name__} {' '.join(str(error).split())}"
-        raise FileNotFoundError(f"{model_id} cannot be fetched from the hub: {said}") from error
+    except Exception as error:  # connection errors, of the HTTP library's classes
+        reason = f"{type(error).__name__} {' '.join(str(error).split())}"
+        raise FileNotFoundError(f"{model_id} cannot be fetched from the hub: {reason}") from error

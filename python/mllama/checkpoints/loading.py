@@ -1,5 +1,5 @@
-"""Putting a source's tensors in the place of a model's parameters: strict accounting from headers
-first, then one tensor at a time.
+"""Loads a source's tensors into a model: first both are matched by their headers, then tensors are
+read one at a time.
 """
 
 from collections.abc import Callable, Iterable
@@ -11,7 +11,7 @@ from mllama.checkpoints.files import listing
 from mllama.checkpoints.sources import Header, Source
 from mllama.weights.rows import Move, WeightMap, file_names, plan_moves
 
-# What tensors are loaded as: the operators take no float64.
+# Dtypes that tensors are loaded in: the operators do not support float64.
 _LOADED_AS = {
     torch.float64: torch.float32,
     torch.float32: torch.float32,
@@ -22,16 +22,16 @@ _LOADED_AS = {
 
 @dataclass
 class Report:
-    """What a source and a model have for one another.
+    """Result of matching checkpoint tensors with model parameters.
 
     Attributes:
-        moves: what is loaded.
-        dtype: that most of the loaded elements have.
-        missing: the file's names of tensors that the model needs and the source lacks.
-        unexpected: names of the source that the model has no place for.
-        unfit: tensors of another shape or kind, each with both.
-        twice: names of one and the same tensor.
-        lacking: the model's own names of what is not loaded.
+        moves: the tensors to load.
+        dtype: dtype of most of the loaded elements.
+        missing: file names of tensors that the model needs and the source lacks.
+        unexpected: names in the source without a counterpart in the model.
+        unfit: tensors with a wrong shape or dtype, each with both.
+        twice: several names of the same tensor.
+        lacking: the model's own names of tensors that are not loaded.
     """
 
     moves: list[Move] = field(default_factory=list)
@@ -43,7 +43,7 @@ class Report:
     lacking: list[str] = field(default_factory=list)
 
     def problems(self) -> str:
-        """Every list that is not empty, for an error; the empty text where all fits."""
+        """All non-empty lists as a text, for an error; "" if everything matches."""
         kinds = {
             "missing": self.missing,
             "unexpected": self.unexpected,
@@ -55,10 +55,10 @@ class Report:
         )
 
     def check(self, where: str) -> None:
-        """Refuse files that do not fit.
+        """Raise if the files do not fit.
 
         Raises:
-            ValueError: with every list that is not empty.
+            ValueError: a list is not empty; the message has all of them.
         """
         if problems := self.problems():
             raise ValueError(f"the weights in {where} do not fit the model. Tensors {problems}")
@@ -70,15 +70,13 @@ def match(
     weight_map: WeightMap,
     tied: dict[str, str] | None = None,
 ) -> Report:
-    """What of a file goes where, from its headers alone.
+    """Match a file's tensors with a model's, from headers alone.
 
     Args:
-        wanted: the model's state dict, which may be on the meta device: names and shapes are the
-            measure.
+        wanted: the model's state dict, possibly on the meta device: names and shapes.
         headers: the file's tensors.
-        weight_map: between the two.
-        tied: the model's names of tensors that are another one's: {name: the other's name}. The
-            file may leave out either.
+        weight_map: the map between the two.
+        tied: {model name: name of the tensor it is tied to}. The file may leave out either.
     """
     tied = tied or {}
     report = Report()
@@ -122,30 +120,30 @@ def match(
 
 
 def both_ways(tied: dict[str, str]) -> dict[str, str]:
-    """Names of tied tensors, each with the other's."""
+    """Pairs of tied names, in both directions."""
     return {other: name for name, other in tied.items()} | tied
 
 
 def _fault(move: Move, headers: dict[str, Header], wanted: dict[str, torch.Tensor]) -> str:
-    """How the file's tensors of a move differ from what the model takes; the empty text where they
-    do not.
-    """
+    """How the file's tensors of a move differ from the model's; "" if they do not."""
     given = [headers[name] for name in move.theirs]
     kinds = [f"{str(header.dtype).removeprefix('torch.')} {list(header.shape)}" for header in given]
-    said = " and ".join(f"{name} is {kind}" for name, kind in zip(move.theirs, kinds, strict=True))
+    problem = " and ".join(
+        f"{name} is {kind}" for name, kind in zip(move.theirs, kinds, strict=True)
+    )
     taken = " and ".join(str(list(wanted[name].shape)) for name in move.ours)
     try:
         values = move.row.read(
             [torch.empty(header.shape, dtype=header.dtype, device="meta") for header in given]
         )
     except (RuntimeError, ValueError, IndexError, ZeroDivisionError) as error:
-        return f"{said}, the model takes floating {taken}: {' '.join(str(error).split())}"
+        return f"{problem}, the model takes floating {taken}: {' '.join(str(error).split())}"
     fits = [
         value.shape == wanted[name].shape for value, name in zip(values, move.ours, strict=True)
     ]
     if all(fits) and all(header.dtype in _LOADED_AS for header in given):
         return ""
-    return f"{said}, the model takes floating {taken}"
+    return f"{problem}, the model takes floating {taken}"
 
 
 def load_weights(
@@ -157,24 +155,24 @@ def load_weights(
     tied: dict[str, str] | None = None,
     strict: bool = True,
 ) -> Report:
-    """Put a source's tensors in the place of the model's parameters, which may be on the meta
-    device: memory holds them once.
+    """Load a source's tensors as the model's parameters, which may be on the meta device. Weights
+    are in memory once.
 
     Args:
-        model: whose state dict's names and shapes are the measure.
-        source: of the tensors.
-        weight_map: between its names and the model's.
-        dtype: of the loaded tensors; None is the one that most of the source's elements have.
-        device_of: where the model's tensor of a name goes.
-        tied: as `match`. A file that holds both must hold them equal.
-        strict: False loads what fits and leaves the rest as it is.
+        model: the model; its state dict gives names and shapes.
+        source: the tensors.
+        weight_map: map between the source's names and the model's.
+        dtype: dtype of the loaded tensors. Default: the dtype of most of the source's elements.
+        device_of: device of each of the model's tensors, by name.
+        tied: as in `match`. If a file has both, they must be equal.
+        strict: False loads what fits and leaves the rest unchanged.
 
     Returns:
-        What was loaded and what was not.
+        The report of what was loaded and what was not.
 
     Raises:
-        ValueError: with `strict`, a tensor is missing, unexpected, of another shape or kind, or
-            comes twice: one error with every list; or tied ones differ.
+        ValueError: with `strict`, a tensor is missing, unexpected, repeated, or has a wrong shape
+            or dtype (one error lists all); or tied tensors differ.
     """
     tied = tied or {}
     report = match(model.state_dict(), source.headers(), weight_map, tied)
@@ -182,7 +180,7 @@ def load_weights(
         report.check(source.where)
     dtype = dtype or report.dtype
     loaded: dict[str, torch.Tensor] = {}
-    # A tied tensor last: it is only compared, and memory never holds it beside the one that it is.
+    # Tied tensors last: they are only compared, and never in memory next to their counterpart.
     for move in sorted(report.moves, key=lambda move: move.ours[0] in tied):
         given = [source.read(name) for name in move.theirs]
         for name, value in zip(move.ours, move.row.read(given), strict=True):
@@ -193,11 +191,11 @@ def load_weights(
                 )
             elif not torch.equal(other.cpu(), value.to(dtype)):
                 both = f"{move.theirs[0]} and {', '.join(file_names(weight_map, tied[name]))}"
-                said = f"{both} differ, but the config says they are one (tied)"
+                problem = f"{both} differ, but the config says they are one (tied)"
                 if strict:
-                    raise ValueError(f"{source.where}: {said}")
+                    raise ValueError(f"{source.where}: {problem}")
                 report.moves.remove(move)
-                report.unfit.append(said)
+                report.unfit.append(problem)
     for name, other in both_ways(tied).items():
         if name not in loaded and other in loaded:
             loaded[name] = loaded[other]
@@ -208,8 +206,8 @@ def load_weights(
 def _placed(
     value: torch.Tensor, mapped: list[torch.Tensor], device: torch.device | str, dtype: torch.dtype
 ) -> torch.Tensor:
-    """The value where it shall be, in memory that is its alone: a file's pages would change or
-    vanish with the file.
+    """Copy the value to its device, into memory of its own: mapped pages would change or vanish
+    with the file.
     """
     placed = value.to(device=device, dtype=dtype).contiguous()
     memory = placed.untyped_storage()
@@ -220,9 +218,7 @@ def _placed(
 
 
 def common_dtype(tensors: dict[str, torch.Tensor], default: torch.dtype) -> torch.dtype:
-    """The floating dtype that most of the tensors' elements have: what `load_weights` takes for
-    None.
-    """
+    """The floating dtype of most of the tensors' elements: the default of `load_weights`."""
     elements: dict[torch.dtype, int] = {}
     for tensor in tensors.values():
         if tensor.is_floating_point():
@@ -231,14 +227,14 @@ def common_dtype(tensors: dict[str, torch.Tensor], default: torch.dtype) -> torc
 
 
 def check_plain(names: Iterable[str]) -> None:
-    """Refuse the state of a model with LoRA layers, for which no format has names.
+    """Reject the state dict of a model with LoRA layers, which has no names in any format.
 
     Raises:
-        ValueError: with what to call instead.
+        ValueError: there are LoRA layers; the message says what to call instead.
     """
     if any(".lora_a." in name for name in names):
         raise ValueError(
-            "this model has LoRA layers, which its format has no names for: "
+            "this model has LoRA layers, which have no names in its format: "
             "mllama.save_lora(model, file) writes the adapters alone;"
             " mllama.merge_and_unload(model) adds them to the weights for good, and the model can "
             "be saved"
@@ -246,10 +242,10 @@ def check_plain(names: Iterable[str]) -> None:
 
 
 def check_complete(given: Iterable[str], needed: Iterable[str], known: Iterable[str]) -> None:
-    """Refuse a state dict that is not the whole model.
+    """Reject a state dict that is not the complete model.
 
     Raises:
-        ValueError: with the names that are missing and those that are not known.
+        ValueError: names are missing or unknown; the message lists them.
     """
     kinds = {
         "lacks": sorted(set(needed) - set(given)),

@@ -1,4 +1,4 @@
-"""Models from checkpoints: laid out on the meta device, filled one tensor at a time."""
+"""Models from checkpoints: built on the meta device, then filled one tensor at a time."""
 
 import os
 from collections.abc import Callable
@@ -25,24 +25,23 @@ def load(
     dtype: torch.dtype | str = "auto",
     device: torch.device | str = "cpu",
 ) -> tuple[_Model, Opened]:
-    """Build a model from a folder or file, in eval mode. It is laid out on the meta device first,
-    so memory holds its weights once.
+    """Build a model from a folder or file, in eval mode. It is built on the meta device first, so
+    weights are in memory once.
 
     Args:
-        path: what `open_checkpoint` takes. The headers of its files are read first: they bound
-            what is built.
-        build: makes the module of a spec; its parameters have this package's names.
-        dtype: "auto" is the files' own (the one most of their elements have); or float32, bfloat16,
-            float16.
-        device: where the weights go.
+        path: as `open_checkpoint` takes it. The headers of its files are read first and bound what
+            is built.
+        build: builds the module of a spec; its parameters have this package's names.
+        dtype: "auto" is the dtype of most of the files' elements; or float32, bfloat16, float16.
+        device: device of the weights.
 
     Returns:
-        The module, and what was opened, its files closed: config, spec, family, generation.
+        The module, and what was opened, with its files closed: config, spec, family, generation.
 
     Raises:
-        FileNotFoundError: no such folder, no config.json, no weights.
-        ValueError: an unknown model_type, a broken file, a config that cannot be, weights that do
-            not fit (every name in one error), a dtype or device that is none.
+        FileNotFoundError: the folder, config.json or the weights do not exist.
+        ValueError: the model_type is unknown, a file is broken, the config is invalid, weights do
+            not fit (one error has every name), or the dtype or device is invalid.
     """
     dtype, device = dtype_named(dtype), choose_device(device)
     with (opened := open_checkpoint(path)).source:
@@ -52,25 +51,25 @@ def load(
 
 
 def lay_out(opened: Opened, build: Callable[[ModelSpec], _Model]) -> _Model:
-    """The model that opened files are of, on the meta device: names and shapes without values.
+    """Build the model of opened files on the meta device: names and shapes without values.
 
     Raises:
-        ValueError: sizes that cannot be, or that the files are too small for.
+        ValueError: sizes are invalid, or too large for the files.
     """
     check_layers(opened)
     try:
         with torch.device("meta"), _WithoutInit():
             return build(opened.spec)
     except (RuntimeError, OverflowError) as error:
-        # Of sizes that are each in range, whose product is not.
+        # Sizes may be valid one by one but not as a product.
         raise ValueError(
             f"{opened.source.where}: no model of these sizes can be laid out: {error}"
         ) from error
 
 
 class _WithoutInit(TorchFunctionMode):
-    """Leaves parameters as they are: on the meta device torch's normal_ is a reference in Python
-    that imports its compiler, which takes longer than everything else here.
+    """Skips initialization: on the meta device torch's normal_ is a Python reference that imports
+    the compiler, which takes longer than everything else here.
     """
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
@@ -80,7 +79,7 @@ class _WithoutInit(TorchFunctionMode):
 
 
 def survey(opened: Opened, build: Callable[[ModelSpec], _Model]) -> tuple[_Model, Report]:
-    """`lay_out`, and what the files have for that model: from headers alone, no tensor is read.
+    """`lay_out`, and the report of matching the files with the model, from headers alone.
 
     Raises:
         ValueError: as `lay_out`.
@@ -97,19 +96,19 @@ def fill(
     device_of: Callable[[str], torch.device | str] = lambda name: "cpu",
     strict: bool = True,
 ) -> Report:
-    """Put opened files' tensors into a model that was laid out.
+    """Load opened files' tensors into a model that `lay_out` built.
 
     Args:
-        dtype: None is the one that most of the files' elements have.
-        device_of: where the model's tensor of a name goes.
+        dtype: Default: the dtype of most of the files' elements.
+        device_of: device of each of the model's tensors, by name.
         strict: False loads what fits; the rest of the model stays on the meta device.
 
     Raises:
-        ValueError: as `load_weights`; files that were written to meanwhile.
+        ValueError: as `load_weights`; or files changed since they were opened.
     """
     tied = tied_names(opened.spec)
     report = load_weights(model, opened.source, opened.weight_map, dtype, device_of, tied, strict)
-    # Shards are opened one after the other: some would be of one model, some of another.
+    # Shards are opened one after the other: they could belong to different models.
     if opened.changed():
         raise ValueError(
             f"the weights in {opened.source.where} were written anew while they were read: load "
@@ -122,7 +121,7 @@ def fill(
 
 
 def tied_names(spec: ModelSpec) -> dict[str, str]:
-    """Parameters that are another one: {name: the other's}."""
+    """Tied parameters: {name: the other's name}."""
     return {_HEAD: _EMBEDDINGS} if spec.text is not None and spec.text.tie_word_embeddings else {}
 
 
@@ -132,10 +131,11 @@ def _tie(model: nn.Module, name: str, other: str) -> None:
 
 
 def check_layers(opened: Opened) -> None:
-    """Before layers are built: every one needs tensors of its own, so the files bound their number.
+    """Check the number of layers before building them: each needs its own tensors, so the files
+    bound it.
 
     Raises:
-        ValueError: more layers than tensors.
+        ValueError: there are more layers than tensors.
     """
     where, tensors = opened.source.where, len(opened.source.headers())
     for part in ("text", "vision"):
@@ -143,6 +143,6 @@ def check_layers(opened: Opened) -> None:
         for name in _COUNTS:
             if (count := getattr(spec, name, 0)) > tensors:
                 raise ValueError(
-                    f"{where}: {part}_config: {name} is {count}, the weights hold {tensors} "
+                    f"{where}: {part}_config: {name} is {count}, the weights have {tensors} "
                     "tensors in all"
                 )

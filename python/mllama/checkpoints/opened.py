@@ -1,4 +1,4 @@
-"""An opened model folder or file: its headers known, no tensor read."""
+"""An opened model folder or file: headers are known, tensors are not read."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -13,16 +13,16 @@ from mllama.weights.rows import WeightMap
 
 @dataclass(frozen=True)
 class Opened:
-    """A model folder or file.
+    """An opened model folder or file.
 
     Attributes:
-        family: of the model.
-        config: complete, as `Family.from_json` gives it.
-        spec: what the model is built from.
-        source: of the tensors; who opened it closes it.
+        family: the model's family.
+        config: complete, as `Family.from_json` returns it.
+        spec: the model's spec.
+        source: the tensors; whoever opened it closes it.
         map_of: spec -> the rows between the source's tensors and the model's.
-        generation: the arguments of a GenerationConfig, None where the files say nothing.
-        changed: whether the weights' files are others now than when they were opened.
+        generation: arguments of a GenerationConfig; None if the files have none.
+        changed: whether the weight files changed since they were opened.
     """
 
     family: Family
@@ -41,7 +41,7 @@ class Opened:
         map_of: Callable[[ModelSpec], WeightMap] | None = None,
         generation: dict[str, Any] | None = None,
     ) -> "Opened":
-        """Of a config's content. Raises ValueError for a config that cannot be."""
+        """Build from a config's content. Raises ValueError for an invalid config."""
         family = family_of(config)
         config = family.from_json(config)
         spec = family.read(config)
@@ -53,18 +53,16 @@ class Opened:
         return self.map_of(self.spec)
 
     def with_config(self, config: Config) -> "Opened":
-        """The same files under a config with other fields. Raises ValueError for one that cannot
-        be.
-        """
+        """The same files with a changed config. Raises ValueError for an invalid one."""
         return replace(self, config=config, spec=self.family.compose(config))
 
 
 def check_config(config: Config, family: Family) -> None:
-    """Refuse a config in the place of the files' own that is of another family.
+    """Reject a config of another family in place of the files' own.
 
     Raises:
-        TypeError: it is.
+        TypeError: the config is another family's.
     """
     own = family_of(config)
     if family.name not in (own.name, own.written_as(own.from_json(config))["model_type"]):
-        raise TypeError(f"config must be of a {family.name} or None, got that of a {own.name}")
+        raise TypeError(f"config must be a {family.name} config or None, got a {own.name} config")

@@ -1,5 +1,5 @@
-"""What a path holds: a Hugging Face folder of a known `model_type`, Meta's own files, or a GGUF
-file.
+"""Detects what a path contains: a Hugging Face folder of a known `model_type`, Meta's own files, or
+a GGUF file.
 """
 
 import contextlib
@@ -14,23 +14,23 @@ from mllama.families import compose, family_of
 from mllama.weights.family import Config
 
 GENERATION = "generation_config.json"
-_ADAPTERS = (".safetensors", ".pth", ".bin")  # what files of adapters are called
+_ADAPTERS = (".safetensors", ".pth", ".bin")  # suffixes of adapter files
 _WEIGHT_FILES = ("*.safetensors", INDEX, "consolidated*.pth", "*.gguf")
 
 
 def open_checkpoint(path: str | Path, config: Config | None = None) -> Opened:
-    """Find out what a path holds, and open it. Headers are read and no tensor.
+    """Detect a path's format and open it. Reads headers, no tensors.
 
     Args:
-        path: a folder with config.json and safetensors weights, one with Meta's params.json, a GGUF
-            file, or a folder whose only model file is one.
-        config: takes the place of config.json's content.
+        path: a folder with config.json and safetensors weights, one with Meta's params.json, a
+            GGUF file, or a folder whose only model file is one.
+        config: replaces config.json's content.
 
     Raises:
-        FileNotFoundError: nothing there, or no model file in it.
-        ValueError: an unknown model_type, a broken file, a config that cannot be, several models in
-            one folder.
-        TypeError: a config of another family.
+        FileNotFoundError: the path does not exist, or has no model file.
+        ValueError: the model_type is unknown, a file is broken, the config is invalid, or the
+            folder has several models.
+        TypeError: config is another family's.
     """
     path = Path(path)
     before = _stamps(path)
@@ -38,10 +38,10 @@ def open_checkpoint(path: str | Path, config: Config | None = None) -> Opened:
 
 
 def config_alone(folder: Path) -> Config | None:
-    """The complete config of a folder that holds config.json and no weights; None of any other.
+    """The complete config of a folder with config.json and no weights; None for any other.
 
     Raises:
-        ValueError: an unknown model_type, or a config that cannot be.
+        ValueError: the model_type is unknown, or the config is invalid.
     """
     bare = (folder / CONFIG).is_file() and not any(
         any(folder.glob(pattern)) for pattern in _WEIGHT_FILES
@@ -55,7 +55,7 @@ def config_alone(folder: Path) -> Config | None:
 
 
 def _stamps(path: Path) -> dict[Path, tuple[int, int, int]]:
-    """What tells a weight file from another that takes its place, or from itself written to."""
+    """Stamps of the weight files, which change if a file is replaced or written to."""
     files = (
         [path]
         if path.is_file()
@@ -63,7 +63,7 @@ def _stamps(path: Path) -> dict[Path, tuple[int, int, int]]:
     )
     found = {}
     for file in files:
-        with contextlib.suppress(OSError):  # gone meanwhile, or a link to nothing
+        with contextlib.suppress(OSError):  # removed meanwhile, or a dangling link
             status = file.stat()
             found[file] = (status.st_ino, status.st_size, status.st_mtime_ns)
     return found
@@ -71,7 +71,7 @@ def _stamps(path: Path) -> dict[Path, tuple[int, int, int]]:
 
 def _open(path: Path, config: Config | None) -> Opened:
     if (file := find_gguf(path)) is not None:
-        # Here, since its library is an optional dependency.
+        # Imported here: the gguf library is an optional dependency.
         from mllama.checkpoints.gguf.reader import open_gguf
 
         return open_gguf(file, config)
@@ -79,14 +79,14 @@ def _open(path: Path, config: Config | None) -> Opened:
         if not path.exists():
             raise FileNotFoundError(f"no model folder {str(path)!r}")
         hint = (
-            "; adapters go beside a model: --adapter, or adapter= of mllama.load"
+            "; adapters are loaded onto a model: --adapter, or adapter= of mllama.load"
             if path.suffix in _ADAPTERS
             else ""
         )
         raise FileNotFoundError(f"{path} is neither a model folder nor a .gguf file{hint}")
     if (path / PARAMS).exists() and not (path / CONFIG).exists():
         if config is not None:
-            raise ValueError(f"{path}: a config cannot take the place of what {PARAMS} says")
+            raise ValueError(f"{path}: config cannot replace {PARAMS}")
         return open_meta(path)
     return _open_folder(path, config)
 
@@ -96,7 +96,7 @@ def _open_folder(folder: Path, config: Config | None) -> Opened:
     with _named(folder / CONFIG):
         family = family_of(content)
         if config is None:
-            compose(content)  # before the weights: an error should not take their time
+            compose(content)  # before the weights, so that errors come at once
     if config is not None:
         check_config(config, family)
     generation = (
@@ -108,7 +108,7 @@ def _open_folder(folder: Path, config: Config | None) -> Opened:
 
 @contextlib.contextmanager
 def _named(path: Path):
-    """Prefix errors with the file's path."""
+    """Prefix errors with a path."""
     try:
         yield
     except ValueError as error:

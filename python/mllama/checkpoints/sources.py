@@ -1,5 +1,5 @@
-"""Where tensors come from: names with shapes and types first, from headers alone; then one tensor
-at a time.
+"""Sources of tensors: names with shapes and dtypes first, from headers alone; then one tensor at a
+time.
 """
 
 import os
@@ -26,37 +26,37 @@ _TYPES = {
     "F32": torch.float32,
     "F64": torch.float64,
 }
-_MAPPED = 2**28  # bytes read from one mapping before it is given back
+_MAPPED = 2**28  # bytes read from a mapping before it is reopened
 
 
 @dataclass(frozen=True)
 class Header:
-    """What a file says of a tensor without its data."""
+    """Shape and dtype of a tensor in a file."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
 
 
 class Source(Protocol):
-    """Tensors by the names their files give them.
+    """Tensors by their names in files.
 
     Attributes:
-        where: the files, for errors.
-        mapped: whether what `read` gives may be a view of the file's own pages; who keeps such a
-            tensor copies it.
+        where: the files, used in errors.
+        mapped: whether `read` may return a view of the file's pages, which must be copied to be
+            kept.
     """
 
     where: str
     mapped: bool
 
     def headers(self) -> dict[str, Header]:
-        """Every tensor's shape and type, in the order they are best read. No data is read."""
+        """Every tensor's shape and dtype, in the best order for reading. No data is read."""
 
     def read(self, name: str) -> torch.Tensor:
-        """One tensor, on the CPU."""
+        """Read one tensor, on the CPU."""
 
     def close(self) -> None:
-        """Let go of the files. Idempotent."""
+        """Release the files. Idempotent."""
 
     def __enter__(self) -> "Source": ...
 
@@ -71,8 +71,8 @@ class SafetensorsSource:
     def __init__(self, where: str, files: dict[str, Path]):
         """
         Args:
-            where: the folder, for errors.
-            files: the file that holds each tensor.
+            where: the folder, used in errors.
+            files: the file of each tensor.
         """
         self.where = where
         self._files = files
@@ -80,15 +80,15 @@ class SafetensorsSource:
         self._read = 0
 
     def headers(self) -> dict[str, Header]:
-        """Every tensor's shape and type, file by file.
+        """Every tensor's shape and dtype, file by file.
 
         Raises:
-            ValueError: a type that torch has not.
+            ValueError: torch does not have the dtype.
         """
         found = {}
         for path in dict.fromkeys(self._files.values()):
             with open_file(path) as file:
-                for name in file.offset_keys():  # as they lie in the file
+                for name in file.offset_keys():  # in file order
                     header = file.get_slice(name)
                     if header.get_dtype() not in _TYPES:
                         raise ValueError(
@@ -99,10 +99,9 @@ class SafetensorsSource:
         return found
 
     def read(self, name: str) -> torch.Tensor:
-        """One tensor: a view of the mapped file.
+        """Read one tensor: a view of the mapped file.
 
-        The mapping is given back now and then, so that the pages of tensors that are done with do
-        not stay in memory.
+        The mapping is reopened now and then, so that pages that were read do not stay in memory.
         """
         path = self._files[name]
         if self._open is None or self._open[0] != path or self._read > _MAPPED:
@@ -113,7 +112,7 @@ class SafetensorsSource:
         return tensor
 
     def close(self) -> None:
-        """Let go of the mapped file. Idempotent."""
+        """Release the mapped file. Idempotent."""
         self._open = None
 
     def __enter__(self) -> "SafetensorsSource":
@@ -124,15 +123,15 @@ class SafetensorsSource:
 
 
 def open_safetensors(folder: str | Path) -> SafetensorsSource:
-    """The safetensors weights of a folder: the single file, or the shards that the index names.
+    """Open the safetensors weights of a folder: the single file, or the shards in the index.
 
-    The index and every file must agree on which tensor is where; no file outside the folder is
-    opened.
+    The index and the files must agree on the location of every tensor; files outside the folder
+    are not opened.
 
     Raises:
-        FileNotFoundError: no weights, or a shard that is not there.
-        ValueError: a broken file; an index that names files outside the folder or disagrees with
-            its files.
+        FileNotFoundError: there are no weights, or a shard is missing.
+        ValueError: a file is broken, or the index names files outside the folder or contradicts
+            them.
     """
     folder = Path(folder)
     if (folder / WEIGHTS).is_file():
@@ -151,7 +150,7 @@ def open_safetensors(folder: str | Path) -> SafetensorsSource:
             else ""
         )
         hint = f"; to load {ggufs[0]}, give its own path" if ggufs else hint
-        raise FileNotFoundError(f"{folder} holds neither {WEIGHTS} nor {INDEX}{hint}")
+        raise FileNotFoundError(f"{folder} has neither {WEIGHTS} nor {INDEX}{hint}")
     index = find_inside(folder, INDEX)
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(
@@ -174,7 +173,7 @@ def open_safetensors(folder: str | Path) -> SafetensorsSource:
         for name in _names(path):
             if weight_map.get(name) != shard:
                 raise ValueError(
-                    f"{path} holds {name!r}, which {INDEX} places in "
+                    f"{path} has {name!r}, which {INDEX} places in "
                     f"{listing([weight_map.get(name, 'no file')])}"
                 )
             found[name] = path
@@ -184,10 +183,10 @@ def open_safetensors(folder: str | Path) -> SafetensorsSource:
 
 
 def open_file(path: Path) -> safe_open:
-    """A safetensors file: its header is read, its tensors are not.
+    """Open a safetensors file; reads its header only.
 
     Raises:
-        ValueError: it is broken, or none.
+        ValueError: it is not a valid safetensors file.
     """
     try:
         return safe_open(path, framework="pt", device="cpu")

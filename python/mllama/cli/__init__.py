@@ -1,9 +1,8 @@
-"""The command line: `mllama --help` lists the commands, each a module of its name. Nothing but
-argparse is imported until one runs.
+"""The command line. `mllama --help` lists the commands; each is a module of that name.
 
-Exit codes: 0; 1 where `inspect` or `verify` found something wrong; 2 where something given cannot
-be used or fails, with one line on stderr; 130 after Ctrl-C; 141 where nobody reads the output. With
-MLLAMA_TRACEBACK=1 an error is raised, not told.
+Only argparse is imported until a command runs. Exit codes: 0; 1 if `inspect` or `verify` found a
+problem; 2 if an argument cannot be used or a command fails, with one line on stderr; 130 after
+Ctrl-C; 141 if stdout is closed. MLLAMA_TRACEBACK=1 raises errors instead of printing them.
 """
 
 import importlib
@@ -19,7 +18,7 @@ _LONGEST_ERROR = 1000
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run a command line; returns the exit code. `argv` is sys.argv's by default."""
+    """Run a command line and return the exit code. `argv` defaults to sys.argv."""
 
     def work() -> int | None:
         arguments = build_parser().parse_args(argv)
@@ -30,15 +29,15 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def run_told(work: Callable[[], int | None]) -> int:
-    """Run `work` as a command is run: what it raises is told in one line; returns the exit code,
-    which is `work`'s where it ends well.
+    """Run `work` as a command: print what it raises in one line. Returns the exit code, `work`'s
+    own if it succeeds.
     """
     try:
         _open_streams()
         try:
             return work() or 0
         finally:
-            # here, where it may fail: in the interpreter's last moments it would be noise
+            # Flushed here: a failure at interpreter shutdown would print noise.
             sys.stdout.flush()
     except KeyboardInterrupt:
         return 130
@@ -53,11 +52,9 @@ def run_told(work: Callable[[], int | None]) -> int:
 
 
 def complain(error: Exception) -> None:
-    """Tell of an error in one line on stderr; with its type where it is not of the kinds that are
-    raised to be read by users.
-    """
-    told = isinstance(error, (OSError, ValueError, OpsUnavailable)) and str(error)
-    text = " ".join((str(error) if told else f"{type(error).__name__}: {error}").split())
+    """Print an error in one line on stderr, with its type unless it is a kind raised for users."""
+    expected = isinstance(error, (OSError, ValueError, OpsUnavailable)) and str(error)
+    text = " ".join((str(error) if expected else f"{type(error).__name__}: {error}").split())
     print(
         f"mllama: error: {text[:_LONGEST_ERROR]}{' ...' * (len(text) > _LONGEST_ERROR)}",
         file=sys.stderr,
@@ -65,10 +62,8 @@ def complain(error: Exception) -> None:
 
 
 def _open_streams() -> None:
-    """Without stderr errors go nowhere; without stdout there is nothing to do; what stdout cannot
-    encode it escapes.
-    """
-    if sys.stderr is None:  # so Python has it where it was closed
+    """Replace a closed stderr, check stdout, and escape what stdout cannot encode."""
+    if sys.stderr is None:  # it was closed
         sys.stderr = open(os.devnull, "w")  # noqa: SIM115
     if sys.stdout is None:
         raise OSError("stdout is closed")
@@ -77,9 +72,7 @@ def _open_streams() -> None:
 
 
 def quieten() -> None:
-    """Warnings of the libraries underneath are for their developers; progress bars are for
-    terminals.
-    """
+    """Silence warnings of libraries, and their progress bars unless stderr is a terminal."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     if not sys.warnoptions:
         warnings.simplefilter("ignore")

@@ -1,6 +1,4 @@
-"""What `ask`, `chat` and `generate` share: the model their options name, images, and answers
-written while they are generated.
-"""
+"""Shared by `ask`, `chat` and `generate`: model, images, and streamed answers."""
 
 import argparse
 import contextlib
@@ -14,7 +12,7 @@ import torch
 from mllama.api import find_model, open_session
 from mllama.checkpoints import open_checkpoint
 from mllama.device import dtype_name
-from mllama.processing.image import load_picture
+from mllama.processing.image import load_image
 from mllama.runtime.session import Session
 
 if TYPE_CHECKING:
@@ -26,8 +24,8 @@ if TYPE_CHECKING:
 
 
 def load_session(arguments: argparse.Namespace) -> "tuple[AnySession, dict[str, Any]]":
-    """A session of the model that the command line names, and the options of its answers.
-    `say_loaded` is left to the caller, after its last check.
+    """The session for a command line's model, and the options of its answers. The caller calls
+    `say_loaded`, after its last check.
     """
     options = sampling(arguments)
     check_reference(arguments)
@@ -43,10 +41,10 @@ def load_session(arguments: argparse.Namespace) -> "tuple[AnySession, dict[str, 
 
 
 def check_reference(arguments: argparse.Namespace) -> None:
-    """Refuse `--reference meta` where there is no such thing.
+    """Reject `--reference meta` for another family than Llama-3.2-Vision.
 
     Raises:
-        ValueError: the model is no Llama-3.2-Vision.
+        ValueError: the model is not a Llama-3.2-Vision.
     """
     if arguments.reference == "meta":
         with (opened := open_checkpoint(find_model(arguments.model))).source:
@@ -54,15 +52,15 @@ def check_reference(arguments: argparse.Namespace) -> None:
 
 
 def refuse_meta(family: str) -> None:
-    """`check_reference` for a model that is open.
+    """`check_reference` for an open model.
 
     Raises:
-        ValueError: the family is another.
+        ValueError: `family` is another.
     """
     if family != "mllama":
         raise ValueError(
-            f"--reference meta is of Llama-3.2-Vision alone; this model is a {family}, and "
-            "computed as transformers does"
+            f"--reference meta is for Llama-3.2-Vision only; this model is a {family}, computed "
+            "as in transformers"
         )
 
 
@@ -70,7 +68,7 @@ def sampling(arguments: argparse.Namespace) -> dict[str, Any]:
     """Seed torch and return the options of `Session.generate`.
 
     Raises:
-        ValueError: an option that would change nothing beside the others.
+        ValueError: an option has no effect with the others.
     """
     options = {
         name: getattr(arguments, name)
@@ -86,7 +84,7 @@ def sampling(arguments: argparse.Namespace) -> dict[str, Any]:
         wanted.append("do_sample")
     if options["temperature"] == 0 and wanted:
         raise ValueError(
-            f"{_option(wanted[0])} has no effect beside --temperature 0, which takes the likeliest "
+            f"{_option(wanted[0])} has no effect with --temperature 0, which takes the likeliest "
             "token"
         )
     if arguments.seed is not None:
@@ -103,19 +101,19 @@ def _option(name: str) -> str:
 
 
 def read_images(arguments: argparse.Namespace, paths: list[str]) -> "list[Image.Image]":
-    """The images of a command line, before the model: an error should not take its time. "-" is
+    """Load the images of a command line, before the model, so that errors come at once. "-" is
     stdin.
     """
     if paths.count("-") > 1:
-        raise ValueError("stdin, '-', can be read once")
+        raise ValueError("stdin, '-', can be read only once")
     return [
-        load_picture(sys.stdin.buffer if path == "-" else path, arguments.allow_urls)
+        load_image(sys.stdin.buffer if path == "-" else path, arguments.allow_urls)
         for path in paths
     ]
 
 
 class Reply(NamedTuple):
-    """An answer: its text, its tokens, the seconds it took, and whether Ctrl-C stopped it."""
+    """An answer: its text, number of tokens, seconds, and whether Ctrl-C stopped it."""
 
     text: str
     tokens: int
@@ -131,15 +129,15 @@ def reply(
     show: bool = True,
     stoppable: bool = False,
 ) -> Reply:
-    """Generate an answer, on stdout as it comes.
+    """Generate an answer and stream it to stdout.
 
     Args:
-        session, inputs: the model's, and what its processor returned.
-        options: of `Session.generate`.
-        begin: called once the first token is there: until then something may be refused, and its
-            error shall be the one line on stderr.
+        session: the model's session.
+        inputs: what its processor returned.
+        options: options of `Session.generate`.
+        begin: called at the first token. Errors before it leave one line on stderr.
         show: False writes nothing to stdout.
-        stoppable: Ctrl-C ends the answer and gives what there is of it.
+        stoppable: Ctrl-C ends the answer and returns the text so far.
     """
     prompt, start = inputs["input_ids"].shape[1], time.perf_counter()
     with working(f"reading {prompt} tokens") as clear:
@@ -170,13 +168,13 @@ def reply(
     return Reply((found.text or "").strip(), tokens, round(end - start, 3), stopped)
 
 
-def facts(arguments: argparse.Namespace, session: "AnySession", said: Reply) -> dict[str, Any]:
-    """What --json tells of every answer."""
+def facts(arguments: argparse.Namespace, session: "AnySession", answer: Reply) -> dict[str, Any]:
+    """The fields of --json that every answer has."""
     first = next(session.model.parameters())
     return {
-        "answer": said.text,
-        "tokens": said.tokens,
-        "seconds": said.seconds,
+        "answer": answer.text,
+        "tokens": answer.tokens,
+        "seconds": answer.seconds,
         "model": arguments.model or "embedded",
         "dtype": dtype_name(first.dtype),
         "device": str(first.device),
@@ -185,13 +183,13 @@ def facts(arguments: argparse.Namespace, session: "AnySession", said: Reply) -> 
 
 @contextlib.contextmanager
 def working(what: str) -> Iterator[Callable[[], None]]:
-    """A line on stderr, where that is a terminal, that says what takes its time; gone at the end,
-    or when what is yielded is called.
+    """Show a progress line on stderr if that is a terminal. It is cleared at the end, or when the
+    yielded function is called.
     """
     if not sys.stderr.isatty():
         yield lambda: None
         return
-    from tqdm import tqdm  # here, since it takes its time
+    from tqdm import tqdm  # slow to import
 
     line = tqdm(desc=f"mllama: {what} ...", bar_format="{desc}", leave=False, file=sys.stderr)
     try:

@@ -1,4 +1,4 @@
-"""The arguments of every command; argparse and nothing else is imported."""
+"""The arguments of every command. Imports argparse only."""
 
 import argparse
 import math
@@ -16,15 +16,13 @@ GGUF_DTYPES = ("f16", "bf16", "q8_0")
 
 
 class _Parser(argparse.ArgumentParser):
-    """Errors in one line; argparse would print the usage above them."""
+    """Prints errors in one line, without argparse's usage."""
 
     def error(self, message: str):
         self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
 
     def parse_known_args(self, args=None, namespace=None):
-        """Also takes `words` wherever options stand between them; argparse alone takes those of one
-        place.
-        """
+        """Collect `words` from all places between options; argparse takes one contiguous run."""
         found, rest = super().parse_known_args(args, namespace)
         words = (
             [word for word in rest if word == "-" or not word.startswith("-")]
@@ -37,8 +35,8 @@ class _Parser(argparse.ArgumentParser):
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The parser of all commands; what it returns has `command` and that command's arguments."""
-    whole = "An error is one line; MLLAMA_TRACEBACK=1 in the environment shows it whole."
+    """The parser of all commands. Its result has `command` and that command's arguments."""
+    whole = "Errors are one line; set MLLAMA_TRACEBACK=1 in the environment for the traceback."
     parser = _Parser(
         prog="mllama",
         description="Vision-language models of the Llama family: ask, chat, inspect, verify.",
@@ -62,15 +60,15 @@ def build_parser() -> argparse.ArgumentParser:
 
 def _add_ask(commands) -> None:
     parser = _command(
-        commands, "ask", "answer one question about an image, about several or without one"
+        commands, "ask", "answer one question about one or several images, or without an image"
     )
     parser.usage = "mllama ask [options] [IMAGE ...] QUESTION"
     parser.add_argument(
         "words",
         metavar="IMAGE, QUESTION",
         nargs="+",
-        help="image files ('-': stdin), then the question in quotes ('-': from stdin); of "
-        "PaliGemma its prefix, as 'caption en'",
+        help="image files ('-': stdin), then the question in quotes ('-': from stdin); for "
+        "PaliGemma a prefix such as 'caption en'",
     )
     _add_model(parser)
     _add_answering(parser, "print one JSON object instead of streaming the answer")
@@ -80,31 +78,31 @@ def _add_chat(commands) -> None:
     parser = _command(
         commands,
         "chat",
-        "talk about an image, or without one: a question a line; /help lists commands",
+        "chat about images or in text alone, one question per line; /help lists the commands",
     )
     parser.add_argument(
         "words",
         metavar="IMAGE",
         nargs="*",
-        help="image files; without one the talk is in text alone",
+        help="image files; without one the conversation is text only",
     )
     _add_model(parser)
-    _add_answering(parser, "print one JSON object a line for every answer")
+    _add_answering(parser, "print one JSON object per answer, one per line")
 
 
 def _add_generate(commands) -> None:
-    parser = _command(commands, "generate", "go on from a prompt, with any number of images")
+    parser = _command(commands, "generate", "continue a prompt, with any number of images")
     which = parser.add_mutually_exclusive_group()
     _add_name(which)
     which.add_argument(
-        "--size", choices=SIZES, help="Meta's instruct model of that size in place of --model"
+        "--size", choices=SIZES, help="Meta's instruct model of this size, instead of --model"
     )
     parser.add_argument(
         "--prompt",
         required=True,
         type=_text,
         metavar="TEXT",
-        help="put through the chat template where there is one",
+        help="the prompt; put through the model's chat template if it has one",
     )
     parser.add_argument(
         "--image",
@@ -113,17 +111,17 @@ def _add_generate(commands) -> None:
         metavar="FILE",
         help="an image; may be given several times",
     )
-    parser.add_argument("--raw", action="store_true", help="leave the chat template out")
+    parser.add_argument("--raw", action="store_true", help="do not use the chat template")
     parser.add_argument(
         "--do-sample",
         action="store_true",
-        help="sample, as the options below or the model's own settings say",
+        help="sample, with the options below or the model's own settings",
     )
     parser.add_argument(
         "--runtime",
         choices=("mllama", "transformers"),
         default="mllama",
-        help="transformers: its own class on the same inputs, to compare",
+        help="transformers: run transformers' own class on the same inputs, for comparison",
     )
     _add_answering(parser, "print one JSON object instead of streaming the answer")
     _add_adapter(parser)
@@ -139,8 +137,8 @@ def _add_download(commands) -> None:
         "download",
         "fetch a model's config, tokenizer and weights from the hub into a folder",
     )
-    _add_placed(parser, "id", "ID", "as meta-llama/Llama-3.2-1B-Instruct")
-    parser.add_argument("folder", metavar="DIR", help="made if absent")
+    _add_placed(parser, "id", "ID", "such as meta-llama/Llama-3.2-1B-Instruct")
+    parser.add_argument("folder", metavar="DIR", help="the target folder; created if needed")
 
 
 def _add_convert(commands) -> None:
@@ -151,27 +149,27 @@ def _add_convert(commands) -> None:
         parser,
         "source",
         "IN",
-        "a folder of Hugging Face's or Meta's files, a GGUF file or an id on the hub",
+        "a folder of Hugging Face's or Meta's files, a GGUF file or a model id on the hub",
     )
     parser.add_argument(
-        "target", metavar="OUT", help="a folder, for --to gguf a file; made whole or not at all"
+        "target", metavar="OUT", help="a folder, or a file for --to gguf; written atomically"
     )
     parser.add_argument(
         "--to",
         required=True,
         choices=("hf", "llava", "gguf"),
-        help="hf: the family's own folder; llava: the same, refused for what is no LLaVA; gguf: "
+        help="hf: the family's own format; llava: the same, rejected for other models; gguf: "
         "the decoder, for llama.cpp",
     )
     kinds = (
-        f"of a folder {', '.join(DTYPES)} (default: auto, as in IN); of gguf "
+        f"for a folder {', '.join(DTYPES)} (default: auto, as in IN); for gguf "
         f"{', '.join(GGUF_DTYPES)} (default: f16)"
     )
     parser.add_argument("--dtype", choices=(*DTYPES, *GGUF_DTYPES), metavar="TYPE", help=kinds)
     parser.add_argument(
         "--force",
         action="store_true",
-        help="write over OUT; in a folder, files that are no part of a model stay",
+        help="overwrite OUT; in a folder, files that are not part of a model stay",
     )
 
 
@@ -179,14 +177,14 @@ def _add_inspect(commands) -> None:
     parser = _command(
         commands,
         "inspect",
-        "a model's family, sizes and parameters, the memory it needs, and what would not load",
+        "print a model's family, sizes, parameters, memory and loading problems",
     )
     _add_folder(parser)
     parser.add_argument(
         "--context",
         type=number(int, 1),
         metavar="N",
-        help="tokens of a row (default: 4096, or the model's most)",
+        help="tokens per row (default: 4096, or the model's maximum)",
     )
     parser.add_argument(
         "--batch", type=number(int, 1), default=1, metavar="N", help="rows (default: 1)"
@@ -195,18 +193,18 @@ def _add_inspect(commands) -> None:
         "--tiles",
         type=number(int, 0),
         metavar="N",
-        help="tiles of a row's images, or images of a model without tiles (default: of one)",
+        help="tiles of a row's images, or images if the model has no tiles (default: one image)",
     )
     parser.add_argument(
         "--dtype",
         default="auto",
         choices=DTYPES,
-        help="to load it in (default: auto, the files' own)",
+        help="dtype to load it in (default: auto, as in the files)",
     )
     parser.add_argument(
         "--json",
         action="store_true",
-        help="print one JSON object, with every name of what would not load",
+        help="print one JSON object, with the names of all loading problems",
     )
 
 
@@ -219,26 +217,26 @@ def _add_verify(commands) -> None:
     )
     _add_folder(parser)
     parser.add_argument(
-        "--dtype", default="float32", choices=DTYPES[1:], help="of both (default: float32)"
+        "--dtype", default="float32", choices=DTYPES[1:], help="dtype of both (default: float32)"
     )
     _add_reference(
         parser,
-        "whose Llama-3.2-Vision the cached and batched runs follow (default: meta); transformers "
-        "is compared as hf, always",
+        "reference for the cached and batched runs of Llama-3.2-Vision (default: meta); the "
+        "comparison with transformers always uses hf",
     )
     parser.add_argument(
         "--seed",
         type=number(int, 0, 2**64 - 1),
         default=0,
         metavar="N",
-        help="of the random tokens and pixels (default: 0)",
+        help="seed of the random tokens and pixels (default: 0)",
     )
     parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1 ... (default: cpu)")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
 def _add_info(commands) -> None:
-    parser = _command(commands, "info", "what is installed and what this machine can do")
+    parser = _command(commands, "info", "print installed versions and the machine's capabilities")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
@@ -256,19 +254,19 @@ def _add_adapter(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--adapter",
         metavar="PATH",
-        help="LoRA adapters for the model: a file of mllama.save_lora, or PEFT's folder",
+        help="LoRA adapters for the model: a file of mllama.save_lora, or a PEFT folder",
     )
 
 
 def _add_name(parser) -> None:
-    help = "a model folder, a GGUF file or an id on the hub (default: the embedded model)"
+    help = "a model folder, a GGUF file or a model id on the hub (default: the embedded model)"
     parser.add_argument("--model-id", "--model", dest="model", metavar="MODEL", help=help)
 
 
 def _add_folder(parser: argparse.ArgumentParser) -> None:
     what = (
-        "a folder of Hugging Face's or Meta's files, a GGUF file or an id on the hub (default: the "
-        "embedded model)"
+        "a folder of Hugging Face's or Meta's files, a GGUF file or a model id on the hub "
+        "(default: the embedded model)"
     )
     _add_placed(parser, "folder", "MODEL", what, required=False)
 
@@ -276,24 +274,23 @@ def _add_folder(parser: argparse.ArgumentParser) -> None:
 def _add_placed(
     parser: argparse.ArgumentParser, name: str, metavar: str, what: str, required: bool = True
 ) -> None:
-    """The model that a command is about, by its place or as --model."""
+    """A command's model, as a positional argument or as --model."""
     which = parser.add_mutually_exclusive_group(required=required)
     which.add_argument(name, metavar=metavar, nargs="?", default=argparse.SUPPRESS, help=what)
     which.add_argument("--model-id", "--model", dest=name, metavar="MODEL", help="the same")
 
 
 def _add_device(parser: argparse.ArgumentParser):
-    """Returns the group that --device is in, for other spellings of it."""
+    """Add --device, --dtype and --reference; returns --device's group, for its aliases."""
     device = parser.add_mutually_exclusive_group()
     device.add_argument(
         "--device", default="auto", help="auto, cpu, cuda, cuda:1 ... (default: auto)"
     )
     parser.add_argument(
-        "--dtype", default="auto", choices=DTYPES, help="default: auto, by the device"
+        "--dtype", default="auto", choices=DTYPES, help="default: auto, chosen for the device"
     )
     _add_reference(
-        parser,
-        "meta: Llama-3.2-Vision as it was trained (default); hf: as transformers computes it",
+        parser, "meta: Llama-3.2-Vision as trained (default); hf: as transformers computes it"
     )
     return device
 
@@ -303,9 +300,9 @@ def _add_reference(parser: argparse.ArgumentParser, what: str) -> None:
 
 
 def _add_answering(parser: argparse.ArgumentParser, json: str) -> None:
-    """What all commands that answer take."""
+    """Arguments of all commands that generate answers."""
     parser.add_argument(
-        "--system", metavar="TEXT", help="a system prompt, for models whose chat template has one"
+        "--system", metavar="TEXT", help="system prompt, for models whose chat template has one"
     )
     parser.add_argument(
         "--allow-urls", action="store_true", help="download images given as http(s) URLs"
@@ -319,25 +316,25 @@ def _add_sampling(parser: argparse.ArgumentParser) -> None:
         "--max-new-tokens",
         type=number(int, 1),
         metavar="N",
-        help="longest answer in tokens (default: 128)",
+        help="maximum length of the answer in tokens (default: 128)",
     )
     parser.add_argument(
         "--temperature",
         type=number(float, 0),
         metavar="T",
-        help="sample; the higher, the more freely (0: do not)",
+        help="sample with this temperature (0: greedy)",
     )
     parser.add_argument(
         "--top-p",
         type=number(float, 0, 1, above=True),
         metavar="P",
-        help="sample from the likeliest tokens that add up to P",
+        help="sample from the likeliest tokens whose probabilities add up to P",
     )
     parser.add_argument(
         "--top-k", type=number(int, 1), metavar="K", help="sample from the K likeliest tokens"
     )
     parser.add_argument(
-        "--seed", type=number(int, 0, 2**64 - 1), metavar="N", help="of the random numbers"
+        "--seed", type=number(int, 0, 2**64 - 1), metavar="N", help="seed of the random numbers"
     )
 
 
@@ -348,7 +345,7 @@ def _text(text: str) -> str:
 
 
 def number(kind: type, least: float, most: float = math.inf, above: bool = False):
-    """A parser of int or float that says in its error what it takes; `above`: more than `least`."""
+    """A parser for int or float whose error names the range; `above` excludes `least` itself."""
     upper = "" if most == math.inf else f" and at most {most}"
     bounds = f"{'above' if above else 'of at least'} {least}{upper}"
 

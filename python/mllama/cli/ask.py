@@ -13,7 +13,7 @@ from mllama.runtime.session import check_room
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Print the answer: as it comes, or as one JSON object."""
+    """Print the answer, streamed or as one JSON object."""
     *paths, question = arguments.words
     refuse_swapped(paths, question)
     if os.path.isfile(question):
@@ -27,19 +27,19 @@ def run(arguments: argparse.Namespace) -> None:
     inputs = encode(session.processor, images, question, system=arguments.system)
     check_room(session.context, inputs["input_ids"].shape[1])
     begin = functools.partial(say_loaded, arguments.model, session.model)
-    said = reply(session, inputs, options, begin, show=not arguments.json)
+    answer = reply(session, inputs, options, begin, show=not arguments.json)
     if arguments.json:
-        shown = {"picture": paths[0] if len(paths) == 1 else paths or None, "question": question}
-        # in ASCII, which every stdout takes
-        print(json.dumps(shown | facts(arguments, session, said)))
+        shown = {"image": paths[0] if len(paths) == 1 else paths or None, "question": question}
+        # ASCII, which every stdout can encode
+        print(json.dumps(shown | facts(arguments, session, answer)))
 
 
 def _read_question(paths: list[str]) -> str:
-    """From stdin."""
+    """Read the question from stdin."""
     if "-" in paths:
-        raise ValueError("stdin, '-', can be read once")
+        raise ValueError("stdin, '-', can be read only once")
     if sys.stdin is None:
         raise OSError("stdin is closed: there is no question to read")
     if hasattr(sys.stdin, "reconfigure"):
-        sys.stdin.reconfigure(errors="surrogateescape")  # what is no text is refused as a question
+        sys.stdin.reconfigure(errors="surrogateescape")  # invalid text is rejected as a question
     return sys.stdin.read().strip()

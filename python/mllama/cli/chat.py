@@ -20,20 +20,20 @@ if TYPE_CHECKING:
     from mllama.cli._answering import AnySession
 
 _HELP = """\
-/image PATH   a new conversation about this image
-/system TEXT  a system prompt from the next question on; without TEXT none
-/reset        forget what was said
+/image PATH   start a new conversation about this image
+/system TEXT  use this system prompt from the next question on; without TEXT, none
+/reset        forget the conversation
 /save FILE    write the conversation as JSON
-/help         this list
-/exit         end, as does Ctrl-C at the prompt; during an answer Ctrl-C stops the answer"""
+/help         show this list
+/exit         quit, as does Ctrl-C at the prompt; during an answer Ctrl-C stops the answer"""
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Answer questions from stdin, each in the light of those before; the oldest are forgotten when
-    the model's context is full.
+    """Answer questions from stdin as one conversation. The oldest turns are dropped when the
+    model's context is full.
 
-    Without a chat template (PaliGemma) every question stands alone. A question that cannot be put,
-    and a command that fails, is told of on stderr, and the next line is read.
+    Without a chat template (PaliGemma) questions are independent. Rejected questions and failed
+    commands print an error to stderr; the chat goes on.
     """
     if sys.stdin is None:
         raise OSError("stdin is closed: there are no questions to read")
@@ -60,8 +60,8 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 class _Talk:
-    """A conversation: its images, system prompt and turns. The session computes of each question
-    what is new.
+    """A conversation: images, system prompt and turns. The session computes only what is new in
+    each question.
     """
 
     def __init__(
@@ -71,15 +71,15 @@ class _Talk:
         self.names: list[str] = []
         self.images: list[Image.Image] = []
         self.system: str | None = None
-        self.turns: list[tuple[str, str]] = []  # that still fit the context
-        self.said: list[tuple[str, str]] = []  # all of them
+        self.turns: list[tuple[str, str]] = []  # those that still fit the context
+        self.history: list[tuple[str, str]] = []  # all turns
         self.saved: set[Path] = set()
 
     def command(self, name: str, rest: str) -> bool:
-        """Do what a line says that begins with "/"; False ends the chat.
+        """Run a line that begins with "/"; False ends the chat.
 
         Raises:
-            ValueError, OSError: no such command, or it cannot be done.
+            ValueError, OSError: the command is unknown or fails.
         """
         rest = rest.strip()
         takes = {
@@ -105,7 +105,7 @@ class _Talk:
             self.instruct(rest or None)
             _note("a new system prompt" if rest else "no system prompt")
         elif name == "/reset":
-            self.turns, self.said = [], []
+            self.turns, self.history = [], []
             _note("a new conversation")
         elif name == "/save":
             self.save(Path(rest))
@@ -115,36 +115,36 @@ class _Talk:
         return name != "/exit"
 
     def show(self, names: list[str], images: "list[Image.Image]") -> None:
-        """Talk about other images, from the beginning.
+        """Start a new conversation about other images.
 
         Raises:
-            ValueError: the model takes none.
+            ValueError: the model takes no images.
         """
         if tokenizer_of(self.session.processor) is self.session.processor:
             raise ValueError(f"this model takes no images, got {len(images)}")
-        self.names, self.images, self.turns, self.said = names, images, [], []
+        self.names, self.images, self.turns, self.history = names, images, [], []
 
     def instruct(self, system: str | None) -> None:
-        """Take another system prompt.
+        """Set the system prompt.
 
         Raises:
-            ValueError: it would not reach the model.
+            ValueError: the chat template would drop it.
         """
         if system is not None:
             check_system(self.session.processor, system)
         self.system = system
 
     def save(self, path: Path) -> None:
-        """Write the conversation.
+        """Write the conversation as JSON.
 
         Raises:
-            OSError: the file is there already, and not from here; or it cannot be written.
+            OSError: the file exists and was not written by this chat, or cannot be written.
         """
         if path.exists() and path.resolve() not in self.saved:
             raise FileExistsError(f"{path} exists")
-        said = [text for turn in self.said for text in turn]
+        texts = [text for turn in self.history for text in turn]
         messages = [] if self.system is None else [{"role": "system", "content": self.system}]
-        messages += as_messages(said)
+        messages += as_messages(texts)
         content = {
             "model": self.arguments.model or "embedded",
             "images": self.names,
@@ -154,10 +154,10 @@ class _Talk:
         self.saved.add(path.resolve())
 
     def answer(self, question: str) -> None:
-        """`_answer`; Ctrl-C before there is any stops it, too, and costs no conversation.
+        """Answer a question; Ctrl-C stops the answer and leaves the conversation as it is.
 
         Raises:
-            ValueError: the question cannot be put.
+            ValueError: the question is rejected.
         """
         try:
             self._answer(question)
@@ -165,26 +165,26 @@ class _Talk:
             _note("stopped")
 
     def _answer(self, question: str) -> None:
-        """Answer, and remember it.
+        """Answer a question and remember the turn.
 
         Raises:
-            ValueError: the question cannot be put.
+            ValueError: the question is rejected.
         """
         check_images(self.session, self.images)
         inputs, fitting = self._fit(question)
         show = not self.arguments.json
-        said = reply(self.session, inputs, self.options, show=show, stoppable=True)
+        answer = reply(self.session, inputs, self.options, show=show, stoppable=True)
         if self.arguments.json:
-            shown = {"question": question} | facts(self.arguments, self.session, said)
-            print(json.dumps(shown | {"stopped": said.stopped}), flush=True)
-        if said.text or not said.stopped:
+            shown = {"question": question} | facts(self.arguments, self.session, answer)
+            print(json.dumps(shown | {"stopped": answer.stopped}), flush=True)
+        if answer.text or not answer.stopped:
             templated = self.session.processor.chat_template
-            self.turns = [*fitting, (question, said.text)] if templated else []
-            self.said.append((question, said.text))
+            self.turns = [*fitting, (question, answer.text)] if templated else []
+            self.history.append((question, answer.text))
 
     def _fit(self, question: str) -> tuple[Mapping, list]:
-        """The inputs and the newest turns that leave room for an answer. `turns` stays: a refused
-        question costs no conversation.
+        """The inputs, and the newest turns that leave room for an answer. `turns` is unchanged, so
+        that a rejected question loses nothing.
         """
         turns, processor, context = self.turns, self.session.processor, self.session.context
         inputs = encode(processor, self.images, question, turns, self.system)
@@ -200,11 +200,11 @@ def _note(text: str) -> None:
 
 
 def _lines() -> Iterator[str]:
-    """Lines of stdin that say something; with a prompt where somebody types them."""
+    """Non-empty lines of stdin, with a prompt on a terminal."""
     if hasattr(sys.stdin, "reconfigure"):
         sys.stdin.reconfigure(
             errors="surrogateescape"
-        )  # a line that is no text is refused as a question, not as the end of reading
+        )  # invalid text is rejected as a question, not as the end of the input
     prompt = "> " if sys.stdin.isatty() and sys.stdout.isatty() else ""
     while True:
         try:

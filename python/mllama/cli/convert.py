@@ -18,14 +18,14 @@ from mllama.hf.processors.auto import load_processor
 from mllama.processing.folders import PROCESSOR_FILES
 
 _LLAVA = (
-    "That takes a tower whose features are read before its final norm, all of them merged into the "
-    "text of a Llama, a projector of two"
-    " layers as wide inside as the decoder, and a placeholder within the vocabulary"
+    "LLaVA needs a vision encoder whose features are read before its final norm and all merged "
+    "into the text of a Llama, a projector of two layers as wide inside as the decoder, and a "
+    "placeholder within the vocabulary"
 )
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Convert, and say what was written."""
+    """Convert a model and print what was written."""
     target, to_gguf = Path(arguments.target), arguments.to == "gguf"
     kinds = GGUF_DTYPES if to_gguf else DTYPES
     dtype = arguments.dtype or kinds[0]
@@ -48,7 +48,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def _check_free(target: Path, to_gguf: bool, force: bool) -> None:
-    """Before anything is read: nothing is overwritten that was not to be."""
+    """Check, before reading anything, that nothing is overwritten without --force."""
     if to_gguf and target.suffix != ".gguf":
         raise ValueError(f"OUT must be a file that ends in .gguf, got {target}")
     if target.exists() and target.is_dir() == to_gguf:
@@ -60,7 +60,7 @@ def _check_free(target: Path, to_gguf: bool, force: bool) -> None:
 
 
 def _processor(source: Path, required: bool):
-    """What stands before the model; None, which is told, for a source without it."""
+    """The model's processor; None, with a message, if the source has none."""
     try:
         return load_processor(source)
     except FileNotFoundError as error:
@@ -80,14 +80,14 @@ def _write_folder(model: PreTrainedModel, processor, target: Path) -> None:
 
 
 def _write_gguf(model: PreTrainedModel, processor, target: Path, dtype: str) -> None:
-    # Here, since its library is an optional dependency.
+    # Imported here: the gguf library is an optional dependency.
     from mllama.hf.gguf import save_gguf
 
     tokenizer = processor.tokenizer if isinstance(processor, ProcessorMixin) else processor
     if not isinstance(tokenizer, PreTrainedTokenizerBase):
         raise ValueError("a SigLIP vision model has no decoder to write as GGUF")
-    with warnings.catch_warnings(record=True) as told:
+    with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", UserWarning)
         save_gguf(model, tokenizer, target, dtype)
-    for warning in told:
+    for warning in caught:
         print(f"mllama: {warning.message}", file=sys.stderr)

@@ -6,5 +6,5 @@ from mllama.checkpoints.hub import download
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Fetch a model's config, tokenizer and weights; print where they are."""
+    """Download a model's config, tokenizer and weights; print their folder."""
     print(download(arguments.id, local_dir=arguments.folder))

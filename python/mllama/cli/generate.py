@@ -30,7 +30,7 @@ from mllama.runtime.session import check_room
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Print what comes after the prompt: as it comes, or as one JSON object."""
+    """Print the continuation of a prompt, streamed or as one JSON object."""
     check_question(arguments.prompt)
     if arguments.raw and arguments.system is not None:
         raise ValueError("--system has no place with --raw, which leaves the chat template out")
@@ -46,10 +46,10 @@ def run(arguments: argparse.Namespace) -> None:
             del inputs[name]
     check_room(session.context, inputs["input_ids"].shape[1])
     begin = functools.partial(say_loaded, arguments.model, session.model)
-    said = reply(session, inputs, options, begin, show=not arguments.json)
+    answer = reply(session, inputs, options, begin, show=not arguments.json)
     if arguments.json:
         shown = {"prompt": arguments.prompt, "images": arguments.image}
-        print(json.dumps(shown | facts(arguments, session, said)))
+        print(json.dumps(shown | facts(arguments, session, answer)))
 
 
 def _load(arguments: argparse.Namespace) -> tuple[GenerateSession, dict[str, Any]]:
@@ -74,14 +74,14 @@ def _load_stock(arguments: argparse.Namespace) -> tuple[GenerateSession, dict[st
     check_reference(arguments)
     if arguments.reference == "meta":
         raise ValueError(
-            "--runtime transformers computes Llama-3.2-Vision its own way: --reference must be hf, "
-            "got meta"
+            "--runtime transformers follows its own Llama-3.2-Vision: --reference must be hf, got "
+            "meta"
         )
     folder, device = find_model(arguments.model), choose_device(arguments.device)
     with (opened := open_checkpoint(folder)).source:
         model, report = survey_opened(opened)
         check_answers(model)
-        report.check(opened.source.where)  # transformers would make up what is missing
+        report.check(opened.source.where)  # transformers would initialize what is missing
         dtype = resolve_dtype(opened, arguments.dtype, device)
     with working("loading the model"):
         model = load_stock(folder, dtype).to(device)

@@ -1,4 +1,4 @@
-"""`mllama info`: what to send along with a bug report."""
+"""`mllama info`: what to include in a bug report."""
 
 import argparse
 import json
@@ -15,7 +15,7 @@ from mllama.device import cpu_features
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Print what is installed and what this machine can do."""
+    """Print installed versions and the machine's capabilities."""
     found = collect()
     if arguments.json:
         print(json.dumps(found))
@@ -25,8 +25,8 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def collect() -> dict[str, str | int | list[str]]:
-    """Names and values, in the order they are shown. Kernels that cannot be loaded are told of, not
-    raised.
+    """Names and values in the order they are printed. A kernel module that cannot be loaded is
+    reported, not raised.
     """
     return {
         "mllama": __version__,

@@ -1,5 +1,5 @@
-"""`mllama inspect FOLDER`: what a model is, what memory it needs, and what would not load. Headers
-are read and no tensor.
+"""`mllama inspect FOLDER`: family, sizes, memory and loading problems of a model. Reads headers, no
+tensors.
 """
 
 import argparse
@@ -22,14 +22,14 @@ from mllama.hf.names import PreTrainedModel
 from mllama.model.memory import Work, count_parameters, image_tokens, memory_needed, spec_of
 from mllama.weights.family import Config
 
-_CONTEXT = 4096  # of models that take more
+_CONTEXT = 4096  # default for models that take more
 _MOST_LAYERS = 1000  # the largest released models have some 130
-_SHOWN = 5  # names of each kind of fault; --json has them all
+_SHOWN = 5  # names printed per kind of problem; --json prints all
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Print it; the exit code is 1 where the weights would not load. Without weights the sizes are
-    those of config.json.
+    """Print the report; exit code 1 if the weights would not load. Without weights the sizes come
+    from config.json.
     """
     found = collect(
         arguments.folder, arguments.context, arguments.batch, arguments.tiles, arguments.dtype
@@ -41,19 +41,19 @@ def run(arguments: argparse.Namespace) -> int:
 def collect(
     folder: str | Path | None, context: int | None, batch: int, tiles: int | None, dtype: str
 ) -> dict[str, Any]:
-    """What `run` prints.
+    """Everything that `run` prints.
 
     Args:
-        folder: or file, as `open_checkpoint` takes it, or with config.json alone; None is the
-            embedded model's.
-        context: tokens of a row; None is 4096, or what the model takes if that is less.
-        batch: rows.
-        tiles: of a row's pictures; None is what one picture takes.
-        dtype: to load it in; "auto" is the files' own.
+        folder: a folder or file as `open_checkpoint` takes it, or a folder with config.json alone.
+            Default: the embedded model.
+        context: tokens per row. Default: 4096, or the model's maximum if that is less.
+        batch: number of rows.
+        tiles: tiles of a row's images. Default: one image's.
+        dtype: dtype to load the model in; "auto" is the files' own.
 
     Raises:
-        FileNotFoundError, ValueError: as `open_checkpoint`; a context or tiles of a model that has
-            none.
+        FileNotFoundError, ValueError: as `open_checkpoint`; context or tiles given for a model
+            without a decoder or without images.
     """
     path = find_model(folder)
     if (config := config_alone(path)) is not None:
@@ -94,7 +94,7 @@ def collect(
 
 
 def _lay_out(config: Config) -> PreTrainedModel:
-    """The model of a config, on the meta device. No weights bound its layers, so a number does."""
+    """Build the model of a config on the meta device; the number of layers is bounded."""
     spec = compose(config)
     for part in filter(None, (spec.text, spec.vision)):
         if (layers := part.num_hidden_layers) > _MOST_LAYERS:
@@ -107,10 +107,10 @@ def _lay_out(config: Config) -> PreTrainedModel:
 
 
 def _dtype_of(config: Config) -> torch.dtype:
-    """What config.json says, where it can be."""
-    said = config.get("dtype") or config.get("torch_dtype")
+    """The dtype in config.json, if valid."""
+    name = config.get("dtype") or config.get("torch_dtype")
     try:
-        return dtype_named(said) or torch.float32
+        return dtype_named(name) or torch.float32
     except ValueError:
         return torch.float32
 
@@ -125,9 +125,9 @@ def _work(
 ) -> Work:
     spec = spec_of(model)
     if context is not None and spec.text is None:
-        raise ValueError("--context is of a decoder, and this model has none")
+        raise ValueError("--context needs a decoder, and this model has none")
     if tiles is not None and spec.encoder is None:
-        raise ValueError("--tiles is of pictures, and this model takes none")
+        raise ValueError("--tiles needs images, and this model takes none")
     most = spec.text.max_position_embeddings if spec.text else 0
     return Work(
         context=min(_CONTEXT, most) if context is None else context,
@@ -143,14 +143,18 @@ def _made_of(spec: ModelSpec) -> str:
     decoder = None if spec.text is None else f"{spec.text.num_hidden_layers}-layer decoder"
     if crossed := spec.text and spec.text.cross_attention_layers:
         decoder += f", {len(crossed)} of them cross-attention"
-    parts = (("tower", spec.encoder), ("pooling", spec.pooling), ("projector", spec.projector))
+    parts = (
+        ("vision encoder", spec.encoder),
+        ("pooling", spec.pooling),
+        ("projector", spec.projector),
+    )
     return " + ".join(
         [*(f"{kind} {part}" for part, kind in parts if kind), *filter(None, [decoder])]
     )
 
 
 def _sizes(spec: ModelSpec, tiles: int) -> dict[str, int]:
-    """Sizes by the names that config.json has for them."""
+    """Sizes by their names in config.json."""
     sizes = {}
     if spec.encoder is not None:
         names = (
@@ -161,7 +165,7 @@ def _sizes(spec: ModelSpec, tiles: int) -> dict[str, int]:
             *(("max_num_tiles",) * (spec.has_tiles)),
         )
         sizes |= {f"vision {name}": getattr(spec.vision, name) for name in names}
-        sizes["features of a row's pictures"] = image_tokens(spec, tiles)
+        sizes["features of a row's images"] = image_tokens(spec, tiles)
     if spec.text is not None:
         names = (
             "hidden_size",
@@ -204,7 +208,7 @@ def _page(found: dict[str, Any]) -> str:
             {
                 True: "loads: every tensor has its place",
                 False: "would not load:",
-                None: "no weights: all this is from config.json",
+                None: "no weights: sizes are from config.json",
             }[found["loads"]],
             *faults,
         ]

@@ -1,8 +1,8 @@
-"""`mllama verify FOLDER`: is this model, here, what stock transformers says it is, and the same
-cached, batched and plain?
+"""`mllama verify FOLDER`: compare this model with stock transformers, and cached and batched runs
+with plain ones.
 
-Transformers runs first and is let go before this package's model is loaded: its stages' outputs
-stay, the two models never stand side by side. Tokens and pixels are random, from a seed.
+Transformers runs first and is freed before this package's model is loaded: only the outputs of its
+stages stay in memory. Tokens and pixels are random, from a seed.
 """
 
 import argparse
@@ -28,15 +28,13 @@ from mllama.hf.stock import load_stock
 from mllama.model.memory import spec_of
 from mllama.model.samples import Sample, make_samples
 
-_FLOAT32 = 1e-4  # the largest relative error of a vector in float32
-_TIMES = (
-    2  # in half precision: as far from the float32 run as transformers itself comes, times this
-)
+_FLOAT32 = 1e-4  # largest relative error of a vector in float32
+_TIMES = 2  # in half precision: this times transformers' own distance from the float32 run
 
 
 class Check(NamedTuple):
-    """One line of the table: what was compared, the relative difference as `Measure` takes it, and
-    how large it may be.
+    """One line of the table: the stage, its relative difference as `Measure` computes it, and the
+    tolerance.
     """
 
     stage: str
@@ -45,12 +43,12 @@ class Check(NamedTuple):
 
     @property
     def ok(self) -> bool:
-        """NaN is not."""
+        """Whether it passes; NaN does not."""
         return self.difference <= self.allowed
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Print the table; the exit code is 1 where a line of it fails."""
+    """Print the table; exit code 1 if a line fails."""
     folder, device, dtype = (
         find_model(arguments.folder),
         choose_device(arguments.device),
@@ -116,26 +114,26 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 class Measure(NamedTuple):
-    """How far two tensors are apart, relative to the second, vector by vector along the last axis.
+    """The distance of two tensors relative to the second, per vector along the last axis.
 
-    float32 goes by the worst element: order inf. Half precision goes by the root mean square, order
-    2: its worst element is chance, which changes with the machine's instructions, while the root
-    mean square over all elements hardly does.
+    float32 uses the worst element (order inf). Half precision uses the root mean square (order 2):
+    its worst element is chance and changes with the machine's instruction set, the root mean
+    square over all elements hardly does.
     """
 
     order: float
 
     @staticmethod
     def of(dtype: torch.dtype) -> "Measure":
-        """That of a dtype."""
+        """The measure for a dtype."""
         return Measure(math.inf if dtype == torch.float32 else 2.0)
 
     def errors(self, found: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:
-        """The norm of each vector's difference by its own norm, or by that of a vector of the
-        tensor's mean value where that is more.
+        """The norm of each vector's difference, divided by its own norm, or by that of a vector of
+        the tensor's mean value if larger.
 
-        By vector, since some tokens' states are thousands of times larger than others' and would
-        hide these. Infinite where sizes differ.
+        Per vector, because some tokens' states are thousands of times larger than others' and
+        would hide their errors. Infinite where shapes differ.
         """
         if found.numel() != expected.numel() or found.shape[-1] != expected.shape[-1]:
             return torch.tensor([math.inf])
@@ -145,21 +143,19 @@ class Measure(NamedTuple):
         return torch.linalg.vector_norm(found - expected, self.order, -1) / scale
 
     def total(self, errors: list[torch.Tensor]) -> float:
-        """Of the errors of many vectors: the largest, or their root mean square."""
+        """The largest of many vectors' errors, or their root mean square."""
         joined = torch.cat(errors)
         return float(torch.linalg.vector_norm(joined, self.order)) / joined.numel() ** (
             1 / self.order
         )
 
     def difference(self, found: torch.Tensor, expected: torch.Tensor) -> float:
-        """Of one tensor from another."""
+        """The error of one tensor against another."""
         return self.total([self.errors(found, expected)])
 
 
 class _Expected(NamedTuple):
-    """What a stage must be: its output for each sample in float32, and how far from these ours may
-    be.
-    """
+    """A stage's expected output for each sample in float32, and the tolerance."""
 
     values: list[torch.Tensor]
     allowed: float
@@ -172,11 +168,11 @@ def _expect(
     samples: list[Sample],
     measure: Measure,
 ) -> dict[str, _Expected]:
-    """Every stage in float32; in another dtype what is allowed goes by how far the same model
-    itself comes from that.
+    """Expected output of every stage in float32. In another dtype the tolerance is proportional to
+    the error of the reference model in that dtype.
 
     Raises:
-        ValueError: `load` does not read the files.
+        ValueError: `load` cannot read the files.
     """
     values: dict[str, list[torch.Tensor]] = {}
     _run(
@@ -189,9 +185,7 @@ def _expect(
         return {stage: _Expected(found, _FLOAT32) for stage, found in values.items()}
     errors = _Errors(values, measure)
     _run(load(dtype), stages_of, samples, errors.add)
-    least = torch.finfo(
-        dtype
-    ).eps  # a stage of one rounding, which transformers may happen to do without
+    least = torch.finfo(dtype).eps  # a stage with one rounding, which transformers may do without
     return {
         stage: _Expected(found, max(_TIMES * errors.total(stage), least))
         for stage, found in values.items()
@@ -199,19 +193,19 @@ def _expect(
 
 
 class _Errors:
-    """Errors of stages as they are told of, sample after sample."""
+    """Errors of stages, collected sample by sample."""
 
     def __init__(self, expected: dict[str, list[torch.Tensor]], measure: Measure):
         self._expected, self._measure = expected, measure
         self._errors: dict[str, list[torch.Tensor]] = {}
 
     def add(self, stage: str, value: torch.Tensor) -> None:
-        """Of the next sample."""
+        """Add the next sample's value."""
         before = self._errors.setdefault(stage, [])
         before.append(self._measure.errors(value, self._expected[stage][len(before)]))
 
     def total(self, stage: str) -> float:
-        """Over all samples; NaN of a stage that never came."""
+        """The error over all samples; NaN if the stage never ran."""
         return self._measure.total(self._errors[stage]) if stage in self._errors else math.nan
 
 
@@ -221,7 +215,7 @@ def _run(
     samples: list[Sample],
     tell: Callable[[str, torch.Tensor], None],
 ) -> None:
-    """Run all samples and let the model go."""
+    """Run all samples and free the model."""
     model = model.to(samples[0].device)
     with torch.inference_mode():
         for sample in samples:
@@ -232,11 +226,11 @@ def _run(
 
 def _stock_stages(stock: PreTrainedModel) -> Iterator[tuple[str, nn.Module, bool]]:
     base = getattr(stock, "model", stock)
-    tower = getattr(base, "vision_tower", None) or getattr(base, "vision_model", None)
+    encoder = getattr(base, "vision_tower", None) or getattr(base, "vision_model", None)
     if isinstance(stock, names.SiglipVisionModel):
         return _stages(stock, None, stock)
     return _stages(
-        tower, getattr(base, "multi_modal_projector", None), getattr(base, "language_model", base)
+        encoder, getattr(base, "multi_modal_projector", None), getattr(base, "language_model", base)
     )
 
 
@@ -250,7 +244,7 @@ def _own_stages(model: PreTrainedModel) -> Iterator[tuple[str, nn.Module, bool]]
 def _compare(
     model: PreTrainedModel, samples: list[Sample], expected: dict[str, _Expected], measure: Measure
 ) -> list[Check]:
-    """Our stages against what is expected of them."""
+    """Our stages against the expected outputs."""
     errors = _Errors({stage: found.values for stage, found in expected.items()}, measure)
     for sample in samples:
         _watch(model, _own_stages(model), sample, errors.add)
@@ -258,15 +252,15 @@ def _compare(
 
 
 def _stages(
-    tower: nn.Module | None, projector: nn.Module | None, stack: nn.Module
+    encoder: nn.Module | None, projector: nn.Module | None, stack: nn.Module
 ) -> Iterator[tuple[str, nn.Module, bool]]:
-    """(name, module, whether its output or its input is meant), by parts that ours and
-    transformers' have in common.
+    """(name, module, True to compare its output, False its input), for the parts that both models
+    have.
     """
-    if tower is not None:
-        yield "patches", _find(tower, "patch_embedding"), True
+    if encoder is not None:
+        yield "patches", _find(encoder, "patch_embedding"), True
     if projector is not None:
-        yield "tower", projector, False
+        yield "vision encoder", projector, False
         yield "projector", projector, True
     layers = _find(stack, "layers")
     yield "embeddings", layers[0], False
@@ -281,18 +275,18 @@ def _find(module: nn.Module, name: str) -> nn.Module:
 def _watch(
     model: PreTrainedModel, stages, sample: Sample, tell: Callable[[str, torch.Tensor], None]
 ) -> None:
-    """Run a model and tell of each stage's value, and of what it returns."""
+    """Run a model and report the value of each stage and of the output."""
 
     def after(stage: str, output: Any) -> None:
         value = output[0] if isinstance(output, tuple) else output
         if (
             value.dim() == 4 and stage == "patches"
-        ):  # a convolution's [pictures, width, rows, columns]
+        ):  # a convolution's [images, width, rows, columns]
             value = value.flatten(2).transpose(1, 2)
-        tell(stage, _kept(value))
+        tell(stage, _on_cpu(value))
 
     def before(stage: str, args: tuple, kwargs: dict) -> None:
-        tell(stage, _kept(args[0] if args else kwargs["hidden_states"]))
+        tell(stage, _on_cpu(args[0] if args else kwargs["hidden_states"]))
 
     hooks = []
     for stage, module, out in stages:
@@ -316,30 +310,30 @@ def _watch(
             hook.remove()
     for stage in ("logits", "last_hidden_state", "pooler_output"):
         if (value := getattr(output, stage, None)) is not None:
-            tell(stage.replace("_", " "), _kept(value))
+            tell(stage.replace("_", " "), _on_cpu(value))
 
 
-def _kept(value: torch.Tensor) -> torch.Tensor:
+def _on_cpu(value: torch.Tensor) -> torch.Tensor:
     return value.detach().to("cpu", torch.float32, copy=True)
 
 
 def _cached(model: PreTrainedModel, sample: Sample, measure: Measure) -> float:
-    """The last tokens one by one with a cache, against one run over all."""
+    """The last tokens one by one with a cache, against one run over all tokens."""
     plain = model(**sample.inputs, use_cache=False).logits
     first = model(**sample.cut(0, sample.prompt), use_cache=True)
     logits, cache = [first.logits], first.cache
     for token in range(sample.prompt, sample.length):
         logits.append(model(**sample.cut(token, token + 1), cache=cache, use_cache=True).logits)
-    return measure.difference(_kept(torch.cat(logits, 1)), _kept(plain))
+    return measure.difference(_on_cpu(torch.cat(logits, 1)), _on_cpu(plain))
 
 
 def _batched(model: PreTrainedModel, samples: list[Sample], measure: Measure) -> float:
-    """Rows of unequal lengths, padded on the left, against each by itself."""
+    """Rows of unequal lengths, padded on the left, against each row alone."""
     together = model(**Sample.join(samples), use_cache=False).logits
     return max(
         measure.difference(
-            _kept(logits[-sample.length :]),
-            _kept(model(**sample.inputs, use_cache=False).logits[0, -sample.length :]),
+            _on_cpu(logits[-sample.length :]),
+            _on_cpu(model(**sample.inputs, use_cache=False).logits[0, -sample.length :]),
         )
         for logits, sample in zip(together, samples, strict=True)
     )

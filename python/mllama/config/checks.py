@@ -1,11 +1,9 @@
-"""Checks of config fields: sizes, numbers, choices. Each raises ValueError that names the owner,
-the field and the value.
-"""
+"""Checks of config fields. Each raises ValueError naming the owner, the field and the value."""
 
-from collections.abc import Sequence
+from collections.abc import Collection
 from typing import Any
 
-# What the attention operator takes.
+# Head sizes of the attention operator.
 HEAD_DIM_MIN, HEAD_DIM_MAX = 1, 256
 ROPE_TYPES = ("default", "linear", "llama3")
 TEXT_ACTIVATIONS = ("silu", "swish", "gelu_pytorch_tanh")
@@ -20,10 +18,10 @@ VISION_FEATURES = ("last", "pre_norm")
 PROJECTORS = ("mlp", "linear")
 FUSIONS = ("merge", "prepend", "cross_attention")
 POOLINGS = ("average", "learned")
-CROSS_ATTENTION_EVERY = 4  # layers, where the config does not say
+CROSS_ATTENTION_EVERY = 4  # layers; the default
 LAYERS_MAX = 2**12  # of a decoder, whose spec lists them; the largest released one has 126
 TILES_MAX = 64  # of an image; released models have 4
-# Beyond these a size does not fit torch's 32-bit indices, and a number is infinite in float32.
+# Larger sizes overflow torch's 32-bit indices; larger numbers are infinite in float32.
 SIZE_MAX, NUMBER_MAX = 2**31 - 1, 3.4028234663852886e38
 
 
@@ -41,8 +39,8 @@ def check_number(owner: str, name: str, value: Any) -> None:
         raise ValueError(f"{owner}: {name} must be a number that float32 can hold")
 
 
-def check_choice(owner: str, name: str, value: Any, choices: Sequence) -> None:
-    # 1 is not True here, nor 0 False: a config that says so was written for something else.
+def check_choice(owner: str, name: str, value: Any, choices: Collection) -> None:
+    # Compared by type too: 1 is not True, 0 is not False.
     if not any(value == choice and _is_bool(value) == _is_bool(choice) for choice in choices):
         raise ValueError(
             f"{owner}: {name} must be one of {', '.join(map(repr, choices))}, got {value!r}"
@@ -71,8 +69,8 @@ def check_multiple(owner: str, hidden_size: int, heads: int, heads_name: str) ->
 
 
 def check_head_dim(owner: str, hidden_size: int, heads: int, heads_name: str) -> None:
-    """Raise ValueError where `heads` do not share a width evenly, or in sizes that the attention
-    operator does not take.
+    """Raise ValueError unless `heads` divides the width into head sizes that the attention operator
+    supports.
     """
     check_multiple(owner, hidden_size, heads, heads_name)
     check_head_size(owner, f"head_dim (hidden_size / {heads_name})", hidden_size // heads)
@@ -87,5 +85,5 @@ def check_head_size(owner: str, name: str, head_dim: Any) -> None:
 
 
 def check_reference(reference: str) -> None:
-    """Raise ValueError unless it is whose Llama-3.2-Vision to follow: "meta" or "hf"."""
+    """Raise ValueError unless reference is "meta" or "hf"."""
     check_choice("model", "reference", reference, ("meta", "hf"))

@@ -1,4 +1,4 @@
-"""Which states of an image encoder are read."""
+"""Selection of the image encoder's states."""
 
 from typing import NamedTuple
 
@@ -7,13 +7,13 @@ from mllama.config.spec import ModelSpec
 
 
 class FeatureChoice(NamedTuple):
-    """How one call reads images.
+    """The states of the encoder that one call reads.
 
     Attributes:
-        layers: which of the encoder's states, as `ModelSpec.feature_layers`.
+        layers: indices of states, as `ModelSpec.feature_layers`.
         skip_first: leave out the first feature of each image.
-        interpolate: pixels may be of any size.
-        explicit: the call itself chose; features that were encoded before cannot follow.
+        interpolate: accept pixels of any size.
+        explicit: the call made the choice, so image_features encoded earlier are rejected.
     """
 
     layers: tuple[int, ...] | None = None
@@ -28,17 +28,17 @@ def choose_features(
     strategy: str | None = None,
     interpolate: bool | None = None,
 ) -> FeatureChoice:
-    """The states that a call reads: as its arguments say, else as the spec does.
+    """Resolve a call's arguments, with the spec as default.
 
     Args:
-        spec: of a model with images.
+        spec: spec of a model with images.
         layer: `vision_feature_layer`.
         strategy: `vision_feature_select_strategy`.
         interpolate: `interpolate_pos_encoding`.
 
     Raises:
-        ValueError: a layer that does not exist, another strategy, or as many layers as the
-            projector is not wide for.
+        ValueError: a layer does not exist, the strategy is unknown, or the number of layers does
+            not fit the projector.
     """
     layers, skip = spec.feature_layers, spec.skip_first
     if layer is not None or strategy is not None:
@@ -50,8 +50,8 @@ def choose_features(
     if layers is not None and len(layers) * spec.vision.hidden_size != spec.projector_sizes[0]:
         wanted = spec.projector_sizes[0] // spec.vision.hidden_size
         raise ValueError(
-            f"vision_feature_layer must name {wanted} states, as many as the projector is wide "
-            f"for; got {layer!r}"
+            f"vision_feature_layer must name {wanted} states, which fit the projector's width; "
+            f"got {layer!r}"
         )
     explicit = layer is not None or strategy is not None or bool(interpolate)
     return FeatureChoice(layers, skip, bool(interpolate), explicit)

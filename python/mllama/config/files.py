@@ -1,4 +1,4 @@
-"""The content of config.json: what may steer nothing, absent fields, older spellings."""
+"""Reading and writing the content of config.json: unsafe fields, older spellings."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -8,7 +8,7 @@ _STEERING = ("auto_map", "trust_remote_code", "attn_implementation", "experts_im
 
 
 def harmless(content: Any) -> Any:
-    """The content of a JSON file without fields that could steer what code runs, at any depth."""
+    """A JSON file's content without fields that could decide what code runs, at any depth."""
     if isinstance(content, dict):
         return {
             name: harmless(value)
@@ -19,18 +19,18 @@ def harmless(content: Any) -> Any:
 
 
 def to_older(content: Mapping[str, Any]) -> dict[str, Any]:
-    """The content of a config.json in the older spelling, which every version of transformers, vLLM
-    and other readers know: `rope_theta` and `rope_scaling` for `rope_parameters`. Without dtypes.
+    """A config.json in the older spelling that every release of transformers, vLLM and other
+    readers know: `rope_theta` and `rope_scaling` for `rope_parameters`. Dtypes are left out.
     """
     older = {
         name: to_older(value) if isinstance(value, dict) and name.endswith("_config") else value
         for name, value in content.items()
     }
     older.pop("dtype", None)
-    older.pop("keys_to_ignore_at_inference", None)  # a model's, said by its class
+    older.pop("keys_to_ignore_at_inference", None)  # belongs to the model's class
     rope = dict(older.pop("rope_parameters", None) or {})
     if any(isinstance(part, dict) for part in rope.values()):
-        older["rope_parameters"] = rope  # by kind of layer, which the older spelling cannot say
+        older["rope_parameters"] = rope  # per kind of layer: the older spelling has no such form
     elif rope:
         rope.pop("type", None)
         older["rope_theta"] = rope.pop("rope_theta")

@@ -1,4 +1,4 @@
-"""Checked specs of a model's parts, from their part of config.json: decoders and encoders."""
+"""Checked specs of decoders and encoders, from their part of config.json."""
 
 from collections.abc import Collection, Mapping
 from dataclasses import fields
@@ -35,11 +35,10 @@ _TILED_SIZES = (
     "vision_output_dim",
 )
 _IDS = ("pad_token_id", "bos_token_id", "eos_token_id")
-# Fields by which transformers' decoders compute something that is not computed here, and the value
-# by which they do not.
-_NOT_COMPUTED = {"attention_dropout": 0, "dropout": 0, "is_causal": True}
-_NOT_COMPUTED |= {"attention_chunk_size": None}
-# As much, of a decoder whose layers are all alike.
+# Fields of transformers' decoders whose computation is not supported, with the value that turns it
+# off.
+_NOT_COMPUTED = {"attention_dropout": 0, "dropout": 0, "attention_chunk_size": None}
+# The same for decoders whose layers are all alike.
 _NOT_UNIFORM = {
     "sliding_window": None,
     "final_logit_softcapping": None,
@@ -54,17 +53,17 @@ def text_spec(
     cross: Collection[int] = (),
     **own: Any,
 ) -> TextSpec:
-    """The spec of a decoder whose layers are alike, save those that attend to images.
+    """The spec of a decoder with equal layers, apart from the cross-attention layers.
 
     Args:
-        config: its config, `settle_rope` done.
-        read: names of fields that the family's decoder has; others of the config say nothing.
-        owner: for errors.
-        cross: indices of layers that attend to images.
-        own: fields of the spec that the family gives.
+        config: the decoder's config, after `settle_rope`.
+        read: names of fields that the family reads; other fields are ignored.
+        owner: name used in errors.
+        cross: indices of cross-attention layers.
+        own: fields of the spec that the family sets.
 
     Raises:
-        ValueError: sizes and choices that cannot be; the text names the field.
+        ValueError: invalid sizes or choices; the message names the field.
     """
     given = text_fields(config, read, owner)
     check_values(config, _NOT_UNIFORM, owner)
@@ -76,10 +75,10 @@ def text_spec(
 
 
 def text_fields(config: Mapping[str, Any], read: Collection[str], owner: str) -> dict[str, Any]:
-    """The checked fields of a decoder's spec, all but its layers. Arguments as `text_spec`.
+    """The checked fields of a decoder's spec, except its layers. Arguments as `text_spec`.
 
     Raises:
-        ValueError: sizes and choices that cannot be; the text names the field.
+        ValueError: invalid sizes or choices; the message names the field.
     """
     for name in _TEXT_SIZES:
         check_size(owner, name, config[name])
@@ -99,7 +98,7 @@ def text_fields(config: Mapping[str, Any], read: Collection[str], owner: str) ->
     head_dim = config["hidden_size"] // heads if head_dim is None else head_dim
     check_head_size(owner, "head_dim", head_dim)
     if head_dim % 2:
-        raise ValueError(f"{owner}: head_dim must be even: its halves rotate; got {head_dim}")
+        raise ValueError(f"{owner}: head_dim must be even for rotary positions, got {head_dim}")
     _check_text_choices(config, owner)
     names = {field.name for field in fields(TextSpec)} & {*read} - {"final_logit_softcapping"}
     given = {name: config[name] for name in names if config.get(name) is not None}
@@ -112,26 +111,28 @@ def _check_text_choices(config: Mapping[str, Any], owner: str) -> None:
     for name in ("attention_bias", "mlp_bias", "tie_word_embeddings"):
         check_flag(owner, name, config.get(name) or False)
     check_values(config, _NOT_COMPUTED, owner)
+    # None is False to transformers.
+    check_choice(owner, "is_causal", config.get("is_causal", True), (True,))
     for name in _IDS:
         value = config.get(name)
         for token in value if isinstance(value, list) else [value]:
             if token is not None and (
                 isinstance(token, bool) or not isinstance(token, int) or abs(token) > SIZE_MAX
             ):
-                raise ValueError(f"{owner}: {name} must be an id, several or None, got {value!r}")
+                raise ValueError(f"{owner}: {name} must be an id, a list or None, got {value!r}")
 
 
 def check_values(config: Mapping[str, Any], values: Mapping[str, Any], owner: str) -> None:
-    """Refuse fields of a config that have another value than the one given for each, or None."""
+    """Raise ValueError for a field that is neither None nor the value given for it."""
     for name, value in values.items():
-        check_choice(owner, name, config.get(name), (value, None))
+        check_choice(owner, name, config.get(name), dict.fromkeys((value, None)))
 
 
 def check_cross_layers(config: Mapping[str, Any], owner: str = "text_config") -> tuple[int, ...]:
     """The checked `cross_attention_layers` of a decoder's config.
 
     Raises:
-        ValueError: what is no layer, or layer 0: caches tell by it how many tokens they hold.
+        ValueError: not a layer, or layer 0, whose cache tells the number of cached tokens.
     """
     layers, count = config.get("cross_attention_layers") or [], config["num_hidden_layers"]
     if not isinstance(layers, (list, tuple)) or any(
@@ -148,7 +149,7 @@ def vision_spec(config: Mapping[str, Any], owner: str = "vision_config") -> Visi
     """The spec of a SigLIP or CLIP encoder.
 
     Raises:
-        ValueError: sizes and choices that cannot be; the text names the field.
+        ValueError: invalid sizes or choices; the message names the field.
     """
     for name in _VISION_SIZES:
         check_size(owner, name, config[name])
@@ -174,7 +175,7 @@ def tiled_spec(config: Mapping[str, Any], owner: str = "vision_config") -> Tiled
     """The spec of Llama-3.2-Vision's encoder.
 
     Raises:
-        ValueError: sizes and choices that cannot be; the text names the field.
+        ValueError: invalid sizes or choices; the message names the field.
     """
     for name in _TILED_SIZES:
         check_size(owner, name, config[name])
@@ -192,7 +193,7 @@ def tiled_spec(config: Mapping[str, Any], owner: str = "vision_config") -> Tiled
     layers = config["intermediate_layers_indices"]
     if not _are_rising(layers, config["num_hidden_layers"]):
         raise ValueError(
-            f"{owner}: intermediate_layers_indices must rise within 0 to "
+            f"{owner}: intermediate_layers_indices must increase within 0 to "
             f"{config['num_hidden_layers'] - 1}, got {layers!r}"
         )
     wanted = hidden_size * (len(layers) + 1)
@@ -235,16 +236,16 @@ def _are_ratios(ratios: Any, tiles: int) -> bool:
 def select_features(
     layer: int | list[int] | tuple[int, ...], strategy: str, states: int
 ) -> tuple[tuple[int, ...], bool]:
-    """Which of an encoder's states a LLaVA reads, and whether without the first feature.
+    """The encoder's states that a LLaVA reads, and whether the first feature is left out.
 
     Args:
-        layer: `vision_feature_layer`: one or several, negative ones from the end.
+        layer: `vision_feature_layer`: one or several; negative ones count from the end.
         strategy: `vision_feature_select_strategy`: "default" leaves out the first feature, "full"
-            does not.
-        states: how many there are: the embeddings and every layer's output.
+            keeps it.
+        states: number of states: the embeddings and every layer's output.
 
     Raises:
-        ValueError: a layer that is none, or another strategy.
+        ValueError: a layer does not exist, or the strategy is unknown.
     """
     layers = list(layer) if isinstance(layer, (list, tuple)) else [layer]
     if not layers or any(

@@ -1,4 +1,4 @@
-"""Parameters of the rotary frequencies: every spelling of config.json -> one checked dict."""
+"""Rotary parameters: every spelling of config.json -> one checked dict."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -10,16 +10,16 @@ _SPELLINGS = ("rope_parameters", "rope_scaling", "rope_theta", "partial_rotary_f
 
 
 def settle_rope(owner: str, config: Mapping[str, Any], theta: float) -> dict[str, Any]:
-    """A copy of a decoder's config with `rope_parameters` alone in the place of the older
-    `rope_theta` and `rope_scaling`, its `rope_type` and `rope_theta` always given.
+    """A copy of a decoder's config with `rope_parameters` in place of the older `rope_theta` and
+    `rope_scaling`. Its `rope_type` and `rope_theta` are always set.
 
     Args:
-        owner: for errors.
-        config: of a decoder.
-        theta: where the config does not say.
+        owner: name used in errors.
+        config: the decoder's config.
+        theta: the default.
 
     Raises:
-        ValueError: values that cannot be, or that contradict each other; the text names the field.
+        ValueError: invalid or contradictory values; the message names the field.
     """
     given = {name: config.get(name) for name in _SPELLINGS}
     for name in ("rope_parameters", "rope_scaling"):
@@ -52,12 +52,12 @@ def settle_rope(owner: str, config: Mapping[str, Any], theta: float) -> dict[str
 def settle_ropes(
     owner: str, config: Mapping[str, Any], thetas: Mapping[str, float]
 ) -> dict[str, Any]:
-    """`settle_rope` of a decoder with one `rope_parameters` per kind of layer (Gemma 3), in the
-    older spelling `rope_theta` and `rope_scaling` of the full ones, `rope_local_base_freq` of those
-    with a window.
+    """`settle_rope` for a decoder with one `rope_parameters` per kind of layer (Gemma 3). In the
+    older spelling `rope_theta` and `rope_scaling` belong to the full-attention layers,
+    `rope_local_base_freq` to the sliding-window layers.
 
     Args:
-        thetas: {kind of layer: theta where the config does not say}.
+        thetas: {kind of layer: default theta}.
     """
     ropes = config.get("rope_parameters")
     ropes = {} if ropes is None else ropes
@@ -70,9 +70,11 @@ def settle_ropes(
     scaling = config.get("rope_scaling")
     if scaling is not None:
         check_kind(owner, "rope_scaling", scaling, dict)
+    if (local := config.get("rope_local_base_freq")) is not None:
+        check_number(owner, "rope_local_base_freq", local)
     older = {
         "full_attention": (config.get("rope_theta"), scaling or {}),
-        "sliding_attention": (config.get("rope_local_base_freq"), {}),
+        "sliding_attention": (local, {}),
     }
     settled = {}
     for kind, default in thetas.items():
@@ -90,10 +92,12 @@ def check_rope(owner: str, parameters: Mapping[str, Any]) -> None:
     """Check the scaling of one set of rotary frequencies.
 
     Raises:
-        ValueError: a scaling that is not computed here, or numbers that it cannot have.
+        ValueError: the scaling is not supported, or its numbers are invalid.
     """
     if nested := [name for name, value in parameters.items() if isinstance(value, dict)]:
-        raise ValueError(f"{owner}: rope_parameters by kind of layer ({nested[0]}) are not taken")
+        raise ValueError(
+            f"{owner}: rope_parameters per kind of layer ({nested[0]}) are not supported"
+        )
     kind = parameters["rope_type"]
     check_choice(owner, "rope_parameters['rope_type']", kind, ROPE_TYPES)
     part = parameters.get("partial_rotary_factor")
@@ -102,7 +106,7 @@ def check_rope(owner: str, parameters: Mapping[str, Any]) -> None:
         check_number(owner, f"rope_parameters[{name!r}]", parameters.get(name))
     if kind == "llama3":
         low, high = parameters["low_freq_factor"], parameters["high_freq_factor"]
-        if not low < high:  # the frequencies between them are blended by their distance
+        if not low < high:  # frequencies between the two are interpolated
             raise ValueError(
                 f"{owner}: rope_parameters: high_freq_factor {high!r} must be above "
                 f"low_freq_factor {low!r}"

@@ -1,6 +1,6 @@
-"""What a model is built from: frozen sizes and choices, checked by its family.
+"""Specs that models are built from: frozen sizes and choices, checked by the family.
 
-Field names are transformers' own where it has one for the same thing.
+Field names are transformers' where it has the same field.
 """
 
 from collections.abc import Collection, Mapping
@@ -9,13 +9,11 @@ from typing import Any, Self
 
 
 class _Spec:
-    """A dataclass that can be made of any object or mapping that has its fields."""
+    """A dataclass that can be built from any object or mapping with its fields."""
 
     @classmethod
     def of(cls, config: Any, **given: Any) -> Self:
-        """Copy the fields that `config` has; `given` ones replace them, the others keep their
-        defaults.
-        """
+        """Copy the fields that `config` has; `given` overrides them, others keep their defaults."""
         names = [field.name for field in fields(cls)]  # type: ignore[arg-type]
         if isinstance(config, Mapping):
             values = {name: config.get(name) for name in names} | given
@@ -42,16 +40,16 @@ class RopeSpec(_Spec):
 
 @dataclass(frozen=True)
 class LayerSpec(_Spec):
-    """What one decoder layer does otherwise than the next.
+    """Options of one decoder layer.
 
     Attributes:
-        attention: "self", or "cross": it attends to images in place of text.
-        rope: the rotary frequencies; cross-attention does not read them.
-        window: how many positions, its own among them, a position sees; None is all before it.
-        scale: factor on q k'; None is head_dim**-0.5.
+        attention: "self", or "cross" for attention to images.
+        rope: rotary frequencies; cross-attention ignores them.
+        window: number of positions visible to a query, its own included. Default: all before it.
+        scale: factor on q k'. Default: head_dim**-0.5.
         softcap: scores become softcap * tanh(score / softcap).
-        qk_norm: the heads of q and k are normalized.
-        post_norms: attention's and the feed-forward block's outputs are normalized too.
+        qk_norm: normalize the heads of q and k.
+        post_norms: also normalize the outputs of attention and of the feed-forward block.
     """
 
     attention: str = "self"
@@ -66,12 +64,12 @@ class LayerSpec(_Spec):
 def uniform_layers(
     count: int, rope: Mapping[str, Any], cross: Collection[int] = ()
 ) -> tuple[LayerSpec, ...]:
-    """`count` layers that are all alike, save those at the indices `cross`, which attend to images.
+    """`count` equal layers, except that those at the indices `cross` attend to images.
 
     Args:
-        count: how many.
+        count: number of layers.
         rope: `rope_parameters`.
-        cross: indices.
+        cross: indices of the cross-attention layers.
     """
     shared = RopeSpec.of(rope)
     own, crossing = LayerSpec("self", shared), LayerSpec("cross", shared)
@@ -83,13 +81,12 @@ class TextSpec(_Spec):
     """A decoder.
 
     Attributes:
-        layers: one by one; the fields here are the same for all.
+        layers: one spec per layer; the fields here are shared by all.
         norm_offset: added to the norms' weights (Gemma: 1).
-        embedding_scale: factor on looked-up embeddings (Gemma: sqrt(hidden_size)); None is 1.
-        extra_embeddings: rows of the embedding matrix beyond the vocabulary, which has no logits
-            for them (Llama-3.2-Vision: 8).
-        final_logit_softcapping: logits become c * tanh(logits / c); the head's part, not the
-            decoder's.
+        embedding_scale: factor on the embeddings (Gemma: sqrt(hidden_size)). Default: 1.
+        extra_embeddings: rows of the embedding matrix beyond the vocabulary, which have no logits
+            (Llama-3.2-Vision: 8).
+        final_logit_softcapping: logits become c * tanh(logits / c); applied by the head.
     """
 
     vocab_size: int
@@ -112,12 +109,12 @@ class TextSpec(_Spec):
 
     @property
     def num_hidden_layers(self) -> int:
-        """How many layers there are."""
+        """Number of layers."""
         return len(self.layers)
 
     @property
     def cross_attention_layers(self) -> tuple[int, ...]:
-        """Indices of the layers that attend to images."""
+        """Indices of the cross-attention layers."""
         return tuple(i for i, layer in enumerate(self.layers) if layer.attention == "cross")
 
 
@@ -126,7 +123,7 @@ class VisionSpec(_Spec):
     """A SigLIP or CLIP encoder.
 
     Attributes:
-        vision_use_head: a pooling head stands on it; of a vision model alone.
+        vision_use_head: add SigLIP's pooling head; for a vision model alone.
     """
 
     hidden_size: int
@@ -144,7 +141,7 @@ class VisionSpec(_Spec):
 
 @dataclass(frozen=True)
 class TiledVisionSpec(_Spec):
-    """Llama-3.2-Vision's encoder of images in tiles."""
+    """Llama-3.2-Vision's encoder of tiled images."""
 
     hidden_size: int
     intermediate_size: int
@@ -163,39 +160,38 @@ class TiledVisionSpec(_Spec):
 
     @property
     def max_aspect_ratio_id(self) -> int:
-        """Ids are 1 + the place in `supported_aspect_ratios`; 0 is no image."""
+        """The largest id: 1 + the index in `supported_aspect_ratios`; id 0 means no image."""
         return len(self.supported_aspect_ratios)
 
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """encoder x projector x fusion x decoder.
+    """The spec of a model: encoder x projector x fusion x decoder.
 
     Attributes:
         text: the decoder; None for a vision model alone.
-        encoder: "siglip", "clip", "tiled", or None for a model without images. With it:
+        encoder: "siglip", "clip", "tiled", or None for a model without images.
         vision: the encoder's sizes.
-        feature_layers: which of the encoder's states are read, as indices into (embeddings, each
-            layer's output ...); several are laid side by side. None is the output after the final
-            norm.
-        skip_first: leave out the first feature of an image: CLIP's class token.
-        selects_features: a call may choose other states and keep or leave the first feature.
-        projector: "mlp" or "linear". Of it:
-        projector_sizes: width of the features, between the layers of an "mlp", of the decoder.
+        feature_layers: indices of the encoder's states to read, in (embeddings, each layer's
+            output ...); several are concatenated. Default: the output of the final norm.
+        skip_first: leave out the first feature of an image (CLIP's class token).
+        selects_features: whether a call may override feature_layers and skip_first.
+        projector: "mlp" or "linear".
+        projector_sizes: widths of its input, of the hidden layer of an "mlp", and of its output.
         projector_act: activation between the layers of an "mlp".
         projector_bias: whether its layers have biases.
-        fusion: "merge" writes features at the placeholders; "prepend" does so too, or puts them
-            before a text without placeholders; with "cross_attention" layers of the decoder
+        fusion: "merge" writes features at the placeholders. "prepend" does the same, or puts them
+            before a text without placeholders. With "cross_attention", layers of the decoder
             attend to them.
         pooling: "average" or "learned", over an image's patches before the projector; or None.
-        tokens_per_image: features of an image, and its placeholders; 0 for an image in tiles.
-        bidirectional_prefix: prompts are seen both ways, as `token_type_ids` say (PaliGemma).
-        image_token_index: the placeholder's id; None where it is found by its runs, or there is
-            none.
+        tokens_per_image: features and placeholders of an image; 0 for tiled images.
+        bidirectional_prefix: prompts attend in both directions, as `token_type_ids` mark
+            (PaliGemma).
+        image_token_index: id of the placeholder. None: it is found by its runs, or there is none.
         ignore_index: label that is not trained.
     """
 
-    text: Any  # TextSpec, or None
+    text: Any  # TextSpec or None
     encoder: str | None = None
     vision: Any = None  # VisionSpec or TiledVisionSpec
     feature_layers: tuple[int, ...] | None = None
@@ -214,11 +210,11 @@ class ModelSpec:
 
     @property
     def has_tiles(self) -> bool:
-        """Whether images come in tiles."""
+        """Whether images are tiled."""
         return isinstance(self.vision, TiledVisionSpec)
 
     @property
     def takes_other_sizes(self) -> bool:
-        """Whether pixels may have another size, and images another number of features."""
+        """Whether images may have another size, and so another number of features."""
         fixed = self.pooling == "learned" or bool(self.text and self.text.cross_attention_layers)
         return isinstance(self.vision, VisionSpec) and not fixed

@@ -2,7 +2,6 @@
 
 import inspect
 import math
-import re
 import warnings
 from collections.abc import Mapping
 from typing import Any
@@ -10,8 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
-import mllama
 from mllama.dropin.text import Llama3Model
+from mllama.weights.rows import Drop, Rename, plan_moves
 
 _PARTS = {  # of a block, and what Hugging Face's files call them
     "att.W_query": "self_attn.q_proj",
@@ -42,17 +41,29 @@ def assign(left: torch.Tensor, right: Any, tensor_name: str = "unknown") -> nn.P
     return nn.Parameter(right.to(device, left.dtype, copy=True), requires_grad=trained)
 
 
+_HF_NAMES = (  # of a Llama, and those of a decoder of a dict
+    Drop("model.layers.{}.self_attn.rotary_emb.inv_freq"),
+    Rename("tok_emb.weight", "model.embed_tokens.weight"),
+    Rename("final_norm.weight", "model.norm.weight"),
+    Rename("out_head.weight", "lm_head.weight"),
+    *(
+        Rename(f"trf_blocks.{{}}.{older}.weight", f"model.layers.{{}}.{theirs}.weight")
+        for older, theirs in _PARTS.items()
+    ),
+)
+
+
 def load_weights_into_llama(
     model: Llama3Model, param_config: Mapping[str, Any], params: Mapping[str, Any]
 ) -> None:
     """Put a Llama's weights under Hugging Face's names into a model of a dict: all, or none.
 
-    A layer converted to LoRA gets the weight it was made around. Without `lm_head.weight` the head
-    gets the embedding matrix. Of param_config, `n_layers` is read.
+    Without `lm_head.weight` the head gets the embedding matrix. Of param_config, `n_layers` is
+    read. A model that was converted to LoRA has other names, so that weights are missing.
 
     Raises:
         TypeError: another model.
-        ValueError: another n_layers, missing names, or a tensor of another shape.
+        ValueError: another n_layers, missing weights, or one of another shape.
     """
     if not isinstance(model, Llama3Model) or model.cfg is None:
         kind = type(model).__name__
@@ -60,77 +71,61 @@ def load_weights_into_llama(
     layers = len(model.trf_blocks)
     if param_config.get("n_layers") != layers:
         raise ValueError(f"n_layers must be {layers}, got {param_config.get('n_layers')}")
-    head = "lm_head" if "lm_head.weight" in params else "model.embed_tokens"
-    names = {"tok_emb": "model.embed_tokens", "final_norm": "model.norm", "out_head": head}
-    for index in range(layers):
-        for part, theirs in _PARTS.items():
-            names[f"trf_blocks.{index}.{part}"] = f"model.layers.{index}.{theirs}"
-    sources = {name: f"{theirs}.weight" for name, theirs in names.items()}
-    if missing := [source for source in sources.values() if source not in params]:
-        raise ValueError(f"params: missing {len(missing)}: {', '.join(missing[:5])}")
-    modules = {name: model.get_submodule(name) for name in names}
-    plain = {
-        name: module.linear if isinstance(module, mllama.Linear_LORA) else module
-        for name, module in modules.items()
-    }
-    weights = {
-        name: assign(module.weight, params[sources[name]], sources[name])
-        for name, module in plain.items()
-    }
-    for name, module in plain.items():
-        module.weight = weights[name]
-        if module is not modules[name]:
-            modules[name].unmerge()  # what was merged belongs to the weights before
-    known = set(sources.values())
-    if left := [name for name in params if name not in known and "rotary_emb" not in name]:
-        warnings.warn(
-            f"params: {len(left)} have no place in the model: {left[0]} ...", stacklevel=2
-        )
+    moves, unknown, _ = plan_moves(_HF_NAMES, params)
+    sources = {move.ours[0]: move.theirs[0] for move in moves}
+    sources.setdefault("out_head.weight", "model.embed_tokens.weight")
+    own = dict(model.named_parameters(remove_duplicate=False))
+    missing = [name for name in own if sources.get(name) not in params]
+    if missing:
+        raise ValueError(f"params: no weights for {', '.join(missing[:5])}")
+    weights = {name: assign(own[name], params[sources[name]], sources[name]) for name in own}
+    for name, weight in weights.items():
+        model.get_submodule(name.removesuffix(".weight")).weight = weight
+    if unused := unknown + [source for name, source in sources.items() if name not in own]:
+        warnings.warn(f"params: {len(unused)} do not fit: {', '.join(unused[:5])}", stacklevel=2)
 
 
-# Names in older weight files, and this package's; the first pattern that matches decides.
-_FROM_OLDER = [
-    (r"language_model\.model\.tok_emb\.", "language_model.embed_tokens."),
-    (r"language_model\.model\.final_norm\.", "language_model.norm."),
-    (r"language_model\.lm_head\.", "lm_head."),
+_DECODER, _TOWER = "language_model.model", "vision_model.vision_model"
+_OLDER_NAMES = (  # of weight files, and this package's; the first row that knows a name decides
+    Drop(f"{_DECODER}.trf_blocks.{{}}.att.rotary_emb.inv_freq"),
+    Drop("vision_model.*.position_ids"),
+    Rename("language_model.embed_tokens.*", f"{_DECODER}.tok_emb.*"),
+    Rename("language_model.norm.*", f"{_DECODER}.final_norm.*"),
+    Rename("lm_head.*", "language_model.lm_head.*"),
     *(
-        (rf"language_model\.model\.trf_blocks\.(\d+)\.{older}", rf"language_model.layers.\1.{name}")
-        for older, name in (
-            (r"att\.W_query\.", "self_attn.q_proj."),
-            (r"att\.W_key\.", "self_attn.k_proj."),
-            (r"att\.W_value\.", "self_attn.v_proj."),
-            (r"att\.out_proj\.", "self_attn.o_proj."),
-            (r"norm1\.", "input_layernorm."),
-            (r"norm2\.", "post_attention_layernorm."),
-            (r"ff\.fc1\.", "mlp.gate_proj."),
-            (r"ff\.fc2\.", "mlp.up_proj."),
-            (r"ff\.(?:fc3|w_down)\.", "mlp.down_proj."),
-            (r"ff\.swiglu\.w_(gate|up)(?:\.weight)?$", r"mlp.\2_proj.weight"),
-            (r"ff\.swiglu\.b_(gate|up)(?:\.bias)?$", r"mlp.\2_proj.bias"),
-        )
+        Rename(f"language_model.layers.{{}}.{ours}.*", f"{_DECODER}.trf_blocks.{{}}.{older}.*")
+        for older, ours in _PARTS.items()
     ),
     *(
-        (rf"vision_model\.(?:vision_model\.)?{older}", f"vision_tower.{name}")
-        for older, name in (
-            (r"embeddings?\.", "embeddings."),
-            (r"encoder\.layers\.(\d+)\.layer_?norm([12])\.", r"encoder.layers.\1.layer_norm\2."),
-            (r"encoder\.", "encoder."),
-            (r"(?:post_)?layernorm\.", "post_layernorm."),
+        Rename(
+            f"vision_tower.{ours}.*",
+            f"{_TOWER}.{older}.*",
+            also=[
+                f"{tower}.{name}.*" for tower in (_TOWER, "vision_model") for name in (older, ours)
+            ],
+        )
+        for older, ours in (
+            ("embedding", "embeddings"),
+            ("encoder.layers.{}.layernorm1", "encoder.layers.{}.layer_norm1"),
+            ("encoder.layers.{}.layernorm2", "encoder.layers.{}.layer_norm2"),
+            ("encoder", "encoder"),
+            ("layernorm", "post_layernorm"),
         )
     ),
-]
-_COMPUTED = re.compile(r"\.(att\.rotary_emb\.inv_freq|embeddings?\.position_ids)$")
+)
 
 
 def from_older(state_dict: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Tensors of an older SigLIP + Llama under this package's names, without computed ones."""
-    renamed = {}
-    for name, tensor in state_dict.items():
-        found = ((re.match(pattern, name), ours) for pattern, ours in _FROM_OLDER)
-        match, ours = next(((match, ours) for match, ours in found if match), (None, ""))
-        if not _COMPUTED.search(name):
-            renamed[name if match is None else match.expand(ours) + name[match.end() :]] = tensor
-    return renamed
+    """Tensors of an older SigLIP + Llama under this package's names, without computed ones.
+
+    Raises:
+        ValueError: two names of one tensor.
+    """
+    moves, unknown, twice = plan_moves(_OLDER_NAMES, state_dict)
+    if twice:
+        raise ValueError(f"state_dict has one tensor under two names: {', '.join(twice)}")
+    renamed = {move.ours[0]: state_dict[move.theirs[0]] for move in moves}
+    return renamed | {name: state_dict[name] for name in unknown}
 
 
 def text_to_tokens(text: str, tokenizer: Any) -> torch.Tensor:
@@ -173,7 +168,15 @@ def generate(
     own = isinstance(model, Llama3Model)
     if own and model.cfg is None:
         raise ValueError("model has no head: give a Llama3ForCausalLM, or a Llama3Model of a dict")
-    _check(idx, max_new_tokens, context_size, temperature, top_k, eos_id)
+    if not isinstance(idx, torch.Tensor) or idx.is_floating_point():
+        raise TypeError(f"idx must be an integer torch.Tensor, got {type(idx).__name__}")
+    if idx.dim() != 2 or idx.shape[1] == 0:
+        raise ValueError(f"idx must be [batch, at least 1 token], got {list(idx.shape)}")
+    _check_number("max_new_tokens", max_new_tokens)
+    _check_number("context_size", context_size, least=1)
+    _check_number("top_k", top_k or 0)
+    _check_number("eos_id", 0 if eos_id is None else eos_id)
+    _check_number("temperature", temperature, kind=(int, float))
     idx = idx.to(next((parameter.device for parameter in model.parameters()), idx.device))
     names = inspect.signature(model.forward).parameters.keys()
     use_cache = use_cache and (own or names >= {"past_kv", "use_cache"})
@@ -195,6 +198,11 @@ def generate(
     return idx
 
 
+def _check_number(name: str, value: Any, least: int = 0, kind: Any = int) -> None:
+    if not isinstance(value, kind) or not least <= value < math.inf:
+        raise ValueError(f"{name} must be a number of at least {least}, got {value!r}")
+
+
 def _pick(logits: torch.Tensor, temperature: float, top_k: int | None) -> torch.Tensor:
     """[B, vocabulary] -> ids [B, 1]."""
     if top_k:
@@ -207,19 +215,3 @@ def _pick(logits: torch.Tensor, temperature: float, top_k: int | None) -> torch.
     logits = logits - logits.amax(-1, keepdim=True)  # so that no temperature makes one infinite
     logits = logits / max(temperature, torch.finfo(logits.dtype).tiny)
     return torch.multinomial(logits.softmax(-1), 1)
-
-
-def _check(idx, max_new_tokens, context_size, temperature, top_k, eos_id) -> None:
-    if not isinstance(idx, torch.Tensor) or idx.is_floating_point():
-        raise TypeError(f"idx must be an integer torch.Tensor, got {type(idx).__name__}")
-    if idx.dim() != 2 or idx.shape[1] == 0:
-        raise ValueError(f"idx must be [batch, at least 1 token], got {list(idx.shape)}")
-    counts = {"max_new_tokens": max_new_tokens, "context_size": context_size, "top_k": top_k or 0}
-    counts["eos_id"] = 0 if eos_id is None else eos_id
-    for name, value in counts.items():
-        if not isinstance(value, int) or value < (name == "context_size"):
-            raise ValueError(
-                f"{name} must be an integer of at least 0 (context_size: 1), got {value!r}"
-            )
-    if not isinstance(temperature, (int, float)) or not 0 <= temperature < math.inf:
-        raise ValueError(f"temperature must be a number of at least 0, got {temperature!r}")

@@ -4,7 +4,7 @@
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -14,13 +14,13 @@ from PIL import Image
 import mllama
 from mllama.hf.names import BatchFeature
 from mllama.hf.processors.tokenizers import fast_tokenizer
-from mllama.processing.image import load_picture
+from mllama.processing.image import load_image
 from mllama.processing.prompt import lay_out
+from mllama.processing.square import read_size
 
 CLIP_MEAN = [0.48145466, 0.4578275, 0.40821073]
 CLIP_STD = [0.26862954, 0.26130258, 0.27577711]
 HALVES = [0.5, 0.5, 0.5]
-MAX_EDGE = 2**15
 _OLDER_KEYS = {"pixel Value": "pixel_values", "pixel_value": "pixel_values"}
 
 
@@ -32,11 +32,13 @@ def resize(
     Raises:
         TypeError, FileNotFoundError: no image. ValueError: a size or filter that cannot be.
     """
-    edges = tuple(size) if isinstance(size, Sequence) else ()
-    if len(edges) != 2 or not all(isinstance(e, int) and 1 <= e <= MAX_EDGE for e in edges):
-        raise ValueError(f"size must be (height, width), each in 1 to {MAX_EDGE}, got {size!r}")
+    edges = read_size("size", size)
+    if edges.keys() != {"height", "width"}:
+        raise ValueError(f"size must be (height, width), got {size!r}")
     resample = Image.Resampling.BICUBIC if resample is None else resample
-    return load_picture(image).resize(edges[::-1], resample, reducing_gap=reducing_gap)
+    return load_image(image).resize(
+        (edges["width"], edges["height"]), resample, reducing_gap=reducing_gap
+    )
 
 
 def rescale(image: np.ndarray, scale: float = 1 / 255, dtype: Any = np.float32) -> np.ndarray:
@@ -54,52 +56,42 @@ def normalize(image: np.ndarray, mean: Any, std: Any) -> np.ndarray:
     if not np.issubdtype(image.dtype, np.floating):
         image = image.astype(np.float32)
     mean, std = np.asarray(mean, image.dtype), np.asarray(std, image.dtype)
-    for values in (mean, std):
-        if values.size != 1 and values.shape != image.shape[-1:]:
-            raise ValueError(f"mean and std must be one number or one per channel, got {values}")
     if not std.all():
         raise ValueError(f"std must hold no zero, got {std}")
     return (image - mean) / std
 
 
-def _process(images, size, third: tuple, named: dict[str, Any], mean, std) -> torch.Tensor:
-    """Resize, rescale and normalize images: float32 [images, 3, height, width].
+def _process_images(mean: list[float], std: list[float]) -> Callable[..., torch.Tensor]:
+    """`process_images` of a module with these defaults."""
 
-    `third` are the arguments from the third place on: rescale_factor, image_mean, image_std; or a
-    filter, which is an integer, before them. None is the default.
-    """
-    names = ["rescale_factor", "image_mean", "image_std"]
-    if len(third) == 4 or (third and isinstance(third[0], int) and third[0] is not True):
-        names.insert(0, "resample")
-    placed = dict(zip(names, third, strict=False))
-    if len(third) > len(names) or placed.keys() & named.keys():
-        raise TypeError(f"process_images got an argument twice: {third} and {sorted(named)}")
-    given = {name: value for name, value in (placed | named).items() if value is not None}
-    factor, resample = given.pop("rescale_factor", 1 / 255), given.pop("resample", None)
-    mean, std = given.pop("image_mean", mean), given.pop("image_std", std)
-    if given:
-        raise TypeError(f"process_images got unknown arguments: {', '.join(given)}")
-    if not isinstance(factor, float) or not math.isfinite(factor):
-        raise ValueError(f"rescale_factor must be a finite float, got {factor!r}")
-    images = list(images) if isinstance(images, (list, tuple)) else [images]
-    if not images:
-        raise ValueError("images is empty: give at least one image")
-    size = (224, 224) if size is None else size
-    arrays = [np.array(resize(image, size, resample)) for image in images]
-    arrays = [normalize(rescale(array, factor), mean, std) for array in arrays]
-    return torch.tensor(np.stack(arrays).transpose(0, 3, 1, 2))  # (N, H, W, 3) -> (N, 3, H, W)
+    def process_images(
+        images,
+        size=(224, 224),
+        rescale_factor=1 / 255,
+        image_mean=mean,
+        image_std=std,
+        *,
+        resample=None,
+    ) -> torch.Tensor:
+        """Resize, rescale and normalize images: float32 [images, 3, height, width].
 
+        Raises:
+            ValueError: no images; a number that cannot be, such as a filter in third place.
+        """
+        if not isinstance(rescale_factor, float) or not math.isfinite(rescale_factor):
+            raise ValueError(f"rescale_factor must be a finite float, got {rescale_factor!r}")
+        images = list(images) if isinstance(images, (list, tuple)) else [images]
+        if not images:
+            raise ValueError("images is empty: give at least one image")
+        arrays = [np.array(resize(image, size, resample)) for image in images]
+        arrays = [normalize(rescale(one, rescale_factor), image_mean, image_std) for one in arrays]
+        return torch.tensor(np.stack(arrays).transpose(0, 3, 1, 2))  # (N, H, W, 3) -> (N, 3, H, W)
 
-def process_images_clip(images: Any, size=None, *third: Any, **named: Any) -> torch.Tensor:
-    """`processing_mllama.process_images(images, size, rescale_factor, image_mean, image_std)`:
-    float32 [images, 3, height, width]; `resample` by name, or in third place.
-    """
-    return _process(images, size, third, named, CLIP_MEAN, CLIP_STD)
+    return process_images
 
 
-def process_images_half(images: Any, size=None, *third: Any, **named: Any) -> torch.Tensor:
-    """The same of `processing_siglip` and `processing_paligemma`: pixels in -1..1."""
-    return _process(images, size, third, named, HALVES, HALVES)
+process_images_clip = _process_images(CLIP_MEAN, CLIP_STD)
+process_images_half = _process_images(HALVES, HALVES)
 
 
 def add_image_tokens_to_prompts(
@@ -121,8 +113,8 @@ class OlderBatch(BatchFeature):
         return super().__contains__(_OLDER_KEYS.get(key, key))
 
 
-class _Processor(mllama.MllamaImageProcessor):
-    """Prompts and images to tensors: `processor([prompt], [image])`.
+class paligemmaProcessor(mllama.MllamaImageProcessor):
+    """Prompts and images to tensors, of `processing_siglip`: `processor([prompt], [image])`.
 
     The tokenizer is changed: it gets `<image>`, 1024 `<loc0000>` ... and 128 `<seg000>` ..., adds
     no BOS or EOS itself, and pads. Meta's `Tokenizer` is not; a fast tokenizer is made of it.
@@ -148,32 +140,22 @@ class _Processor(mllama.MllamaImageProcessor):
     ) -> OlderBatch:
         """input_ids and attention_mask [prompts, tokens], pixel_values [images, 3, S, S].
 
-        A run of `image_seq_length` placeholders in a prompt counts as one `<image>`. Nothing is
-        cut unless a max_length is given. Else as `mllama.MllamaImageProcessor`.
+        Nothing is cut unless a max_length is given. Else as `mllama.MllamaImageProcessor`.
         """
         if kwargs.get("max_length") is None:  # the tokenizer's own limit knows of no images
             truncation = False
             kwargs.setdefault("verbose", False)
-        run = self.IMAGE_TOKEN * self.image_seq_length
-        if isinstance(text, str):
-            text = text.replace(run, self.IMAGE_TOKEN)
-        elif isinstance(text, (list, tuple)) and all(isinstance(one, str) for one in text):
-            text = [one.replace(run, self.IMAGE_TOKEN) for one in text]
         options = {"padding": padding, "truncation": truncation} | kwargs
         return OlderBatch(super().__call__(text, images, **options))
 
 
-class MllamaImageProcessor(_Processor):
+class MllamaImageProcessor(paligemmaProcessor):
     """Of `processing_mllama`, with CLIP's mean and deviation."""
 
     mean, std = CLIP_MEAN, CLIP_STD
 
 
-class paligemmaProcessor(_Processor):
-    """Of `processing_siglip`."""
-
-
-class PaliGemmaProcessor(_Processor):
+class PaliGemmaProcessor(paligemmaProcessor):
     """Of `processing_paligemma`, which calls the second argument num_image_tokens."""
 
     def __init__(self, tokenizer: Any, num_image_tokens: int, image_size: int, **kwargs: Any):

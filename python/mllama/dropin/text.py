@@ -1,8 +1,8 @@
 """A Llama on the package's operators whose parameters have the older names.
 
-`trf_blocks.0.att.W_query` and so on. What is unusual here: every class is built from a plain dict
-(or sizes), and then takes `cos`, `sin` and `past_kv`; or from a config, and then takes
-`position_ids` and `kv_cache`. `forward` is the one of the two that fits.
+`trf_blocks.0.att.W_query` and so on. Blocks take `mask`, `cos`, `sin` and `past_kv`. A model of a
+plain dict takes `past_kv` and returns logits; one of a config takes `attention_mask`,
+`position_ids` and `kv_cache`.
 """
 
 from collections.abc import Mapping, Sequence
@@ -10,57 +10,39 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.functional import scaled_dot_product_attention
 
 from mllama import ops
 from mllama.dropin.config import text_config
 from mllama.dropin.layers import (
     KeyValue,
+    KVCache,
     LLAMARotaryEmbedding,
     RMSNorm,
-    compute_rope_params,
-    half_tables,
     made_in,
     num_cached,
-    split_mask,
-    visible_keys,
+    rope,
+    scores_mask,
 )
-from mllama.hf.names import Cache, PretrainedConfig
+from mllama.hf.names import PretrainedConfig
+from mllama.nn.attention import masked_attention, split_heads
 
 Config = Mapping[str, Any] | PretrainedConfig
 
 
 class GroupQueryAttention(nn.Module):
-    """`GroupQueryAttention(d_in, d_out, num_heads, num_kv_groups, dtype=None)`, called as
-    `by_sizes`; or `GroupQueryAttention(config, layer_idx=None, dtype=None)`, called as `by_config`.
+    """Causal attention whose query heads share `num_kv_groups` heads of keys and values.
 
-    Attributes: d_out, num_heads, num_kv_groups, head_dim, group_size. ValueError: sizes that do not
-    fit each other.
+    Attributes: d_out, num_heads, num_kv_groups, head_dim, group_size.
+
+    Raises:
+        ValueError: sizes that do not fit each other.
     """
 
-    def __init__(
-        self,
-        d_in=None,
-        d_out=None,
-        num_heads=None,
-        num_kv_groups=None,
-        dtype=None,
-        *,
-        config: PretrainedConfig | None = None,
-        layer_idx: int | None = None,
-    ):
+    def __init__(self, d_in, d_out=None, num_heads=None, num_kv_groups=None, dtype=None):
         super().__init__()
-        self.config, d_in = None, d_in if config is None else config
-        if isinstance(d_in, PretrainedConfig):
-            self.config, layer_idx = text_config(d_in), d_out if layer_idx is None else layer_idx
-            dtype = num_heads if dtype is None else dtype
-            d_in = d_out = self.config.hidden_size
-            num_heads = self.config.num_attention_heads
-            num_kv_groups = self.config.num_key_value_heads
-            self.rotary_emb = LLAMARotaryEmbedding(self.config)
         sizes = (d_in, d_out, num_heads, num_kv_groups)
         if not all(isinstance(size, int) and size > 0 for size in sizes):
-            raise ValueError(f"d_in, d_out, num_heads, num_kv_groups must be above 0, got {sizes}")
+            raise ValueError("d_in, d_out, num_heads, num_kv_groups must be integers above 0")
         if d_out % num_heads or num_heads % num_kv_groups or d_out // num_heads % 2:
             raise ValueError(
                 "d_out must be an even multiple of num_heads, and num_heads a multiple of "
@@ -68,87 +50,43 @@ class GroupQueryAttention(nn.Module):
             )
         self.d_out, self.num_heads, self.num_kv_groups = d_out, num_heads, num_kv_groups
         self.head_dim, self.group_size = d_out // num_heads, num_heads // num_kv_groups
-        self.layer_idx = layer_idx or 0
         with made_in(dtype):
             self.W_query = nn.Linear(d_in, d_out, bias=False)
             self.W_key = nn.Linear(d_in, num_kv_groups * self.head_dim, bias=False)
             self.W_value = nn.Linear(d_in, num_kv_groups * self.head_dim, bias=False)
             self.out_proj = nn.Linear(d_out, d_out, bias=False)
 
-    def forward(self, *args, **kwargs):
-        """`by_sizes` or `by_config`, as the module was built."""
-        return (self.by_sizes if self.config is None else self.by_config)(*args, **kwargs)
-
-    def by_sizes(self, x, cos, sin, mask=None, past_kv=None, use_cache=False):
+    def forward(self, x, cos, sin, mask=None, past_kv=None, use_cache=False):
         """x [B, T, d_in] -> [B, T, d_out]; with use_cache (that, (k, v) of the past and x).
 
         Args:
-            cos, sin: [positions, D], from position 0; those of the past are skipped.
-            mask: bool [T, past + T] or [B, heads, T, past + T], True where a key is hidden; 0 and
-                1, and floats to add to the scores, work too. None: causal.
+            cos, sin: [positions, D], from position 0, those of the past are skipped; or of these
+                tokens alone, [T, D] or [B, 1, T, D].
+            mask: None, or [T, past + T] or [T, T], nonzero where a key comes later; or floats to
+                add to the scores, [B or 1, heads or 1, T, past + T]. Causal with any.
             past_kv: (k, v) of earlier tokens, each [B, num_kv_groups, past, D].
         """
-        past = () if past_kv is None else self._checked(past_kv, len(x))
-        num_past = past[0].shape[2] if past else 0
-        q, k, v = self._project(x)
-        tables = half_tables(cos, sin, x.shape[1], self.head_dim, num_past)
-        q, k = ops.rope(q, k, *tables)
-        k, v = k.transpose(1, 2), v.transpose(1, 2)  # (B, KV, T, D)
+        past, tokens = 0 if past_kv is None else past_kv[0].shape[2], x.shape[1]
+        shape = (len(x), self.num_kv_groups, past, self.head_dim)
+        if past_kv is not None and [tensor.shape for tensor in past_kv] != [shape, shape]:
+            raise ValueError(f"past_kv must be two tensors {list(shape)}, keys and values")
+        added = scores_mask(mask, (len(x), self.num_heads, tokens), past)
+        if cos.shape[-2] >= past + tokens:
+            cos, sin = cos[..., past:, :], sin[..., past:, :]
+        q, k, v = (
+            split_heads(projection(x), self.head_dim).transpose(1, 2)  # (B, heads, T, D)
+            for projection in (self.W_query, self.W_key, self.W_value)
+        )
+        q, k = rope(q, cos, sin), rope(k, cos, sin)
         if past:
-            k, v = torch.cat([past[0], k], 2), torch.cat([past[1], v], 2)
-        context = self._attend(q, k, v, visible_keys(mask, x.shape[1], num_past))
-        return (context, (k, v)) if use_cache else context
-
-    def by_config(self, hidden_states, attention_mask=None, position_ids=None, kv_cache=None):
-        """hidden_states [B, T, hidden] -> the same shape.
-
-        Args:
-            attention_mask: [B, past + T], zero where padded; or floats to add to the scores, [B or
-                1, heads or 1, T, at least past + T]. Causal with either.
-            position_ids: [B, T]. None counts the tokens that are not padded.
-            kv_cache: a `KVCache`, which the new keys and values are written to.
-        """
-        batch, tokens, _ = hidden_states.shape
-        past = num_cached(kv_cache, self.layer_idx)
-        key_mask, visible = split_mask(attention_mask, batch, tokens, past + tokens)
-        if position_ids is None:
-            position_ids = torch.arange(past, past + tokens, device=hidden_states.device)[None]
-            if key_mask is not None:
-                position_ids = (key_mask.cumsum(-1) - 1).clamp(min=0)[:, -tokens:]
-        q, k, v = self._project(hidden_states)
-        q, k = ops.rope(q, k, *self.rotary_emb.tables(position_ids))
-        k, v = k.transpose(1, 2), v.transpose(1, 2)  # (B, KV, T, D)
-        if kv_cache is not None:
-            k, v = kv_cache.update(k, v, self.layer_idx)
-            if k.shape[2] != past + tokens:
-                raise ValueError("kv_cache must be a KVCache, which keeps all tokens and no more")
-        return self._attend(q, k, v, visible, key_mask)
-
-    def _project(self, x: torch.Tensor) -> list[torch.Tensor]:
-        batch, tokens, _ = x.shape
-        projections = (self.W_query, self.W_key, self.W_value)
-        return [p(x).view(batch, tokens, -1, self.head_dim) for p in projections]  # (B, T, H, D)
-
-    def _attend(self, q, k, v, visible, key_mask=None) -> torch.Tensor:
-        """q [B, T, H, D] over k, v [B, KV, S, D] -> [B, T, d_out]."""
-        if visible is None:
-            k, v = k.transpose(1, 2), v.transpose(1, 2)
-            out = ops.attention(q, k, v, causal=True, key_mask=key_mask)
+            k, v = torch.cat([past_kv[0], k], 2), torch.cat([past_kv[1], v], 2)
+        states = [tensor.transpose(1, 2) for tensor in (q, k, v)]  # (B, T or past + T, heads, D)
+        if added is None:
+            context = ops.attention(*states, causal=True)
         else:
-            visible = visible if visible.dtype == torch.bool else visible.to(q.dtype)
-            out = scaled_dot_product_attention(
-                q.transpose(1, 2), k, v, attn_mask=visible, enable_gqa=True
-            ).transpose(1, 2)
-        return self.out_proj(out.flatten(2))  # (B, T, H, D) -> (B, T, d_out)
-
-    def _checked(self, past_kv: KeyValue, batch: int) -> KeyValue:
-        if not isinstance(past_kv, Sequence) or len(past_kv) != 2:
-            raise TypeError(f"past_kv must be a pair (k, v), got {type(past_kv).__name__}")
-        shape = (batch, self.num_kv_groups, past_kv[0].shape[2], self.head_dim)
-        if any(tensor.shape != shape for tensor in past_kv):
-            found = [list(tensor.shape) for tensor in past_kv]
-            raise ValueError(f"past_kv must be [batch, num_kv_groups, past, head_dim], got {found}")
-        return past_kv
+            context = masked_attention(*states, added)
+        context = self.out_proj(context.flatten(2))  # (B, T, H, D) -> (B, T, d_out)
+        return (context, (k, v)) if use_cache else context
 
 
 class FeedForward(nn.Module):
@@ -168,38 +106,24 @@ class FeedForward(nn.Module):
 
 
 class TransformerBlock(nn.Module):
-    """x + att(norm1(x)), then + ff(norm2(...)); called as `by_dict` or `by_config`."""
+    """x + att(norm1(x)), then + ff(norm2(...)), of a dict or a config."""
 
-    def __init__(self, config: Config, layer_idx: int = 0):
+    def __init__(self, config: Config):
         super().__init__()
-        self.from_config = not isinstance(config, Mapping)
         config = text_config(config)
         width, heads = config.hidden_size, config.num_attention_heads
         with made_in(config.dtype):
-            if self.from_config:
-                self.att = GroupQueryAttention(config, layer_idx)
-            else:
-                self.att = GroupQueryAttention(width, width, heads, config.num_key_value_heads)
+            self.att = GroupQueryAttention(width, width, heads, config.num_key_value_heads)
             self.ff = FeedForward(config)
             self.norm1 = RMSNorm(width, config.rms_norm_eps)
             self.norm2 = RMSNorm(width, config.rms_norm_eps)
 
-    def forward(self, *args, **kwargs):
-        """`by_config` or `by_dict`, as the module was built."""
-        return (self.by_config if self.from_config else self.by_dict)(*args, **kwargs)
-
-    def by_dict(self, x, mask, cos, sin, past_kv=None, use_cache=False):
-        """[B, T, hidden] -> the same shape, or (that, (k, v)); arguments as of `by_sizes`."""
+    def forward(self, x, mask, cos, sin, past_kv=None, use_cache=False):
+        """[B, T, hidden] -> the same shape, or (that, (k, v)); as `GroupQueryAttention`'s."""
         attended, pair = self.att(self.norm1(x), cos, sin, mask, past_kv, True)
         x = x + attended
         x = x + self.ff(self.norm2(x))
         return (x, pair) if use_cache else x
-
-    def by_config(self, hidden_states, attention_mask=None, position_ids=None, kv_cache=None):
-        """[B, T, hidden] -> the same shape; arguments as of `GroupQueryAttention.by_config`."""
-        x = hidden_states
-        x = x + self.att(self.norm1(x), attention_mask, position_ids, kv_cache)
-        return x + self.ff(self.norm2(x))
 
 
 class Llama3Model(nn.Module):
@@ -215,11 +139,11 @@ class Llama3Model(nn.Module):
         with made_in(self.config.dtype):
             self.tok_emb = nn.Embedding(vocabulary, width)
             blocks = range(self.config.num_hidden_layers)
-            self.trf_blocks = nn.ModuleList(TransformerBlock(config, index) for index in blocks)
+            self.trf_blocks = nn.ModuleList(TransformerBlock(config) for _ in blocks)
             self.final_norm = RMSNorm(width, self.config.rms_norm_eps)
             if self.cfg is not None:
                 self.out_head = nn.Linear(width, vocabulary, bias=False)
-        self._tables = None
+        self.rotary_emb = LLAMARotaryEmbedding(self.config)
 
     def get_input_embeddings(self) -> nn.Embedding:
         """`tok_emb`."""
@@ -228,19 +152,16 @@ class Llama3Model(nn.Module):
     @property
     def cos(self) -> torch.Tensor:
         """float32 [context_length, D], as `sin`."""
-        return self._rope_tables()[0]
+        return self._tables(self.config.max_position_embeddings)[0]
 
     @property
     def sin(self) -> torch.Tensor:
-        return self._rope_tables()[1]
+        return self._tables(self.config.max_position_embeddings)[1]
 
-    def _rope_tables(self) -> KeyValue:
-        device, config = self.tok_emb.weight.device, self.config
-        if self._tables is None or self._tables[0].device != device:
-            sizes = (config.head_dim, config.rope_base, config.context_length, config.rope_freq)
-            with device:
-                self._tables = compute_rope_params(*sizes)
-        return self._tables
+    def _tables(self, length: int) -> KeyValue:
+        positions = torch.arange(length, device=self.tok_emb.weight.device)
+        cos, sin = self.rotary_emb(positions.float(), positions[None])
+        return cos[0], sin[0]
 
     def forward(self, *args, **kwargs):
         """`by_config` or `by_dict`, as the model was built."""
@@ -268,9 +189,9 @@ class Llama3Model(nn.Module):
         lengths = {0 if pair is None else pair[0].shape[2] for pair in past}
         if len(lengths) > 1:
             raise ValueError(f"past_kv must be as long in every layer, got {sorted(lengths)}")
-        x = self._checked(inputs_embeds, lengths.pop())
-        cos, sin = self._rope_tables()
-        pairs = []
+        num_past, pairs = lengths.pop(), []
+        x = self._checked(inputs_embeds, num_past)
+        cos, sin = self._tables(num_past + x.shape[1])
         for block, pair in zip(self.trf_blocks, past, strict=True):
             x, pair = block(x, None, cos, sin, pair, True)
             pairs.append(pair)
@@ -283,23 +204,47 @@ class Llama3Model(nn.Module):
         input_embeds: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
-        kv_cache: Cache | None = None,
+        kv_cache: KVCache | None = None,
     ) -> torch.Tensor:
         """Normed hidden states [B, T, hidden] of input_embeds [B, T, hidden], or else input_ids.
 
-        Other arguments as of `GroupQueryAttention.by_config`; raises as `by_dict`.
+        Args:
+            attention_mask: [B, past + T], zero where padded; or floats to add to the scores, [B or
+                1, heads or 1, T, at least past + T]. Causal with either.
+            position_ids: [B, T]. None counts the tokens that are not padded.
+            kv_cache: a `KVCache`, which the new keys and values are written to.
+
+        Raises:
+            TypeError: no cache. ValueError: neither ids nor embeddings; else as `by_dict`.
         """
         if input_embeds is None:
             if input_ids is None:
                 raise ValueError("give input_ids or input_embeds")
             input_embeds = self.tok_emb(input_ids)
-        x = self._checked(input_embeds, num_cached(kv_cache))
-        for block in self.trf_blocks:
-            x = block(x, attention_mask, position_ids, kv_cache)
+        past = num_cached(kv_cache)
+        x, mask = self._checked(input_embeds, past), attention_mask
+        batch, tokens, _ = x.shape
+        positions = torch.arange(past, past + tokens, device=x.device)[None]
+        if isinstance(mask, torch.Tensor) and mask.dim() == 2:
+            if mask.shape != (batch, past + tokens):
+                wanted = [batch, past + tokens]
+                raise ValueError(f"attention_mask must be {wanted}, got {list(mask.shape)}")
+            positions = ((mask != 0).cumsum(-1) - 1).clamp(min=0)[:, past:]
+            hidden = (mask == 0)[:, None, None]  # (B, 1, 1, past + T)
+            added = torch.zeros(hidden.shape, device=x.device).masked_fill(hidden, -torch.inf)
+            mask = added if bool(hidden.any()) else None
+        positions = positions if position_ids is None else position_ids
+        cos, sin = self.rotary_emb(positions.float(), positions)
+        cos, sin = cos[:, None], sin[:, None]  # (B or 1, 1, T, D)
+        for index, block in enumerate(self.trf_blocks):
+            pair = kv_cache.pair(index) if past else None
+            x, (k, v) = block(x, mask, cos, sin, pair, True)
+            if kv_cache is not None:
+                kv_cache.update(k[:, :, past:], v[:, :, past:], index)
         return self.final_norm(x)
 
     def _checked(self, embeds: torch.Tensor, past: int) -> torch.Tensor:
-        tokens, longest = past + embeds.shape[1], self.config.context_length
+        tokens, longest = past + embeds.shape[1], self.config.max_position_embeddings
         if tokens > longest:
             raise ValueError(f"{tokens} tokens are more than context_length, {longest}")
         return embeds.to(self.tok_emb.weight.dtype)
@@ -330,7 +275,7 @@ class Llama3ForCausalLM(nn.Module):
         attention_mask=None,
         position_ids=None,
         kv_cache=None,
-    ) -> tuple[torch.Tensor, Cache | None]:
+    ) -> tuple[torch.Tensor, KVCache | None]:
         """(logits [B, T, vocab_size], kv_cache); arguments as of `Llama3Model.by_config`."""
         states = self.model(input_ids, input_embeds, attention_mask, position_ids, kv_cache)
         return self.lm_head(states), kv_cache

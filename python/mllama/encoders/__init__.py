@@ -1,7 +1,7 @@
-"""Image encoders, by the name that a model's spec has."""
+"""Image encoders by their name in a model's spec."""
 
-from mllama.encoders.clip import ClipVisionTower
-from mllama.encoders.siglip import SiglipVisionTower
-from mllama.encoders.tiled_vit import TiledVisionTower
+from mllama.encoders.clip import ClipImageEncoder
+from mllama.encoders.siglip import SiglipImageEncoder
+from mllama.encoders.tiled_vit import TiledImageEncoder
 
-ENCODERS = {"siglip": SiglipVisionTower, "clip": ClipVisionTower, "tiled": TiledVisionTower}
+ENCODERS = {"siglip": SiglipImageEncoder, "clip": ClipImageEncoder, "tiled": TiledImageEncoder}

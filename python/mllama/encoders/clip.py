@@ -1,4 +1,4 @@
-"""CLIP's vision encoder, which LLaVA 1.5 reads: SigLIP's layers under a class token, with a norm
+"""CLIP's vision encoder, as LLaVA 1.5 uses it: SigLIP's layers with a class token, and a norm
 before them.
 """
 
@@ -6,12 +6,12 @@ import torch
 from torch import nn
 
 from mllama.config.spec import VisionSpec
-from mllama.encoders.siglip import PatchEmbedding, SiglipVisionTower, interpolate_positions
+from mllama.encoders.siglip import PatchEmbedding, SiglipImageEncoder, interpolate_positions
 from mllama.nn.norm import LayerNorm
 
 
 class ClipEmbeddings(nn.Module):
-    """A class token and the patches, plus a learned position each."""
+    """A class token and the patches, plus learned positions."""
 
     def __init__(self, config: VisionSpec):
         super().__init__()
@@ -37,7 +37,7 @@ class ClipEmbeddings(nn.Module):
         )
 
 
-class ClipVisionTower(SiglipVisionTower):
+class ClipImageEncoder(SiglipImageEncoder):
     """Encoder of square images; the class token's feature comes first."""
 
     class_tokens = 1
@@ -46,10 +46,10 @@ class ClipVisionTower(SiglipVisionTower):
         super().__init__(config)
         self.pre_layrnorm = LayerNorm(
             config.hidden_size, config.layer_norm_eps
-        )  # the files' spelling
+        )  # the checkpoints' spelling
 
     def make_embeddings(self, config: VisionSpec) -> nn.Module:
-        """The module that `embed` calls."""
+        """Build the module that `embed` calls."""
         return ClipEmbeddings(config)
 
     def embed(self, pixel_values: torch.Tensor) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""What an encoder returns."""
+"""Output of an image encoder."""
 
 from dataclasses import dataclass
 
@@ -9,7 +9,7 @@ import torch
 class EncoderOutput:
     """
     Attributes:
-        last_hidden_state: [images, features, hidden], or [B, N, tiles, features, hidden] of tiles.
+        last_hidden_state: [images, features, hidden], or tiled [B, N, tiles, features, hidden].
         hidden_states: the embeddings and every layer's output, or None.
         attentions: every layer's probabilities, or None.
     """

@@ -17,11 +17,11 @@ from mllama.ops.patch_embed import patch_embed
 
 
 class PatchEmbedding(nn.Conv2d):
-    """A convolution whose kernel is its stride, computed as one matrix product per patch."""
+    """A convolution whose stride is its kernel size, computed as a matrix product per patch."""
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """[B, C, H, W] -> [B, E, H // p, W // p], the layout of a convolution, as PEFT needs it;
-        rows and columns left over are dropped.
+        """[B, C, H, W] -> [B, E, H // p, W // p], a convolution's layout, as PEFT needs it. Rows
+        and columns left over are dropped.
         """
         p = self.kernel_size[0]
         height, width = (size // p for size in pixel_values.shape[-2:])
@@ -30,8 +30,8 @@ class PatchEmbedding(nn.Conv2d):
 
 
 def interpolate_positions(table: torch.Tensor, height: int, width: int) -> torch.Tensor:
-    """Learned positions of a square of patches [side * side, hidden] -> those of height x width
-    patches, [height * width, hidden].
+    """Interpolate learned positions of a square of patches, [side * side, hidden], to [height *
+    width, hidden].
     """
     side = math.isqrt(table.shape[0])
     if (height, width) == (side, side):
@@ -41,9 +41,7 @@ def interpolate_positions(table: torch.Tensor, height: int, width: int) -> torch
 
 
 class SiglipEmbeddings(nn.Module):
-    """Patches plus a learned position each, between the learned ones where an image has other
-    patches than the config says.
-    """
+    """Patches plus learned positions, interpolated for images of other sizes than the config's."""
 
     def __init__(self, config: VisionSpec):
         super().__init__()
@@ -64,9 +62,9 @@ def check_pixels(pixel_values: torch.Tensor, config: VisionSpec, any_size: bool 
     """Reject pixels that do not fit the encoder.
 
     Raises:
-        TypeError: pixel_values is no floating tensor.
-        ValueError: pixel_values has another shape than [images, channels, image_size,
-            image_size], or with `any_size` sides smaller than a patch.
+        TypeError: pixel_values is not a floating tensor.
+        ValueError: pixel_values is not [images, channels, image_size, image_size], or with
+            `any_size` a side is smaller than a patch.
     """
     if not isinstance(pixel_values, torch.Tensor) or not pixel_values.is_floating_point():
         kind = (
@@ -116,11 +114,11 @@ class SiglipEncoder(nn.Module):
         )
 
 
-class SiglipVisionTower(nn.Module):
+class SiglipImageEncoder(nn.Module):
     """Encoder of square images.
 
     Attributes:
-        class_tokens: features of an image that are no patch's; they come first.
+        class_tokens: number of leading features that belong to no patch.
     """
 
     class_tokens = 0
@@ -133,11 +131,11 @@ class SiglipVisionTower(nn.Module):
         self.post_layernorm = LayerNorm(config.hidden_size, config.layer_norm_eps)
 
     def make_embeddings(self, config: VisionSpec) -> nn.Module:
-        """The module that `embed` calls."""
+        """Build the module that `embed` calls."""
         return SiglipEmbeddings(config)
 
     def embed(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """What the first layer takes: [B, C, S, S] -> [B, features, hidden]."""
+        """Input of the first layer: [B, C, S, S] -> [B, features, hidden]."""
         return self.embeddings(pixel_values)
 
     def forward(
@@ -157,17 +155,17 @@ class SiglipVisionTower(nn.Module):
                 final norm), layers + 1 tensors.
             output_attentions: also return every layer's probabilities [images, heads, features,
                 features].
-            final_norm: False leaves out the layer norm after the last layer.
-            depth: run this many layers only; None is all.
-            interpolate_pos_encoding: take pixels of any size, [images, channels, height, width].
+            final_norm: False skips the layer norm after the last layer.
+            depth: number of layers to run. Default: all.
+            interpolate_pos_encoding: accept any size, [images, channels, height, width].
 
         Returns:
             EncoderOutput with `last_hidden_state` [images, features, hidden], `hidden_states`,
             `attentions`.
 
         Raises:
-            TypeError: pixel_values is no floating tensor.
-            ValueError: pixel_values has another shape.
+            TypeError: pixel_values is not a floating tensor.
+            ValueError: pixel_values has the wrong shape.
         """
         self.check(pixel_values, interpolate_pos_encoding)
         hidden_states = self.embed(pixel_values)
@@ -192,9 +190,9 @@ class SiglipVisionTower(nn.Module):
         reference: str,
         output_attentions: bool = False,
     ) -> tuple[torch.Tensor, tuple | None]:
-        """The chosen states side by side, [images, features, states * hidden], and attentions.
+        """The chosen states, concatenated to [images, features, states * hidden], and attentions.
 
-        The arguments are those of every encoder's `read`; this one has no tiles and one reference.
+        The interface of all encoders; aspect ratios and reference do not apply here.
         """
         layers = choice.layers
         several = layers is not None and len(layers) > 1
@@ -214,36 +212,36 @@ class SiglipVisionTower(nn.Module):
         return features, encoded.attentions
 
     def check(self, pixel_values: torch.Tensor, interpolate_pos_encoding: bool = False) -> None:
-        """Raise what `forward` would raise for these pixels, before any work."""
+        """Raise what `forward` would raise for these pixels, before computing anything."""
         check_pixels(pixel_values, self.config, any_size=interpolate_pos_encoding)
 
     def count_features(self, pixel_values: torch.Tensor) -> int:
-        """Features of each of these images, class tokens among them."""
+        """Features per image for these pixels, class tokens included."""
         height, width = (size // self.config.patch_size for size in pixel_values.shape[-2:])
         return height * width + self.class_tokens
 
     @classmethod
     def peak_states(cls, spec: ModelSpec) -> int:
-        """States of all tokens that are alive at once beside a layer's own."""
+        """States of all tokens alive at once, beside a layer's own."""
         return 0 if spec.feature_layers is None else max(spec.feature_layers) + 1
 
     @staticmethod
     def count_encoded(vision: VisionSpec, images: int) -> int:
-        """Images that are computed where so many are given: those."""
+        """Number of images computed when `images` are given: all of them."""
         return images
 
     @staticmethod
     def sample(
         vision: VisionSpec, generator: torch.Generator, number: int
     ) -> dict[str, torch.Tensor]:
-        """Random inputs, of one image."""
+        """Random inputs of one image."""
         size = (vision.num_channels, vision.image_size, vision.image_size)
         return {"pixel_values": torch.randn(1, *size, generator=generator)}
 
 
 class SiglipPoolingHead(nn.Module):
-    """SigLIP's pooled feature: one learned query attends to the patches, and a feed-forward block
-    refines what it found.
+    """SigLIP's pooled feature: one learned query attends to the patches, followed by a feed-forward
+    block.
     """
 
     def __init__(self, config: VisionSpec):

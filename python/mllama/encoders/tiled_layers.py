@@ -1,5 +1,5 @@
-"""The layers of Llama-3.2-Vision's encoder: attention over all tiles of an image, and the learned
-vectors of tiles and positions.
+"""Layers of Llama-3.2-Vision's encoder: attention over all tiles of an image, and learned tile and
+position embeddings.
 """
 
 import math
@@ -18,7 +18,7 @@ from mllama.ops.attention import attention, attention_weights
 
 
 class TileEmbedding(nn.Module):
-    """A vector for every tile, by the image's aspect ratio; id 0 is no image."""
+    """A vector per tile, selected by the image's aspect ratio id; id 0 means no image."""
 
     def __init__(self, config: TiledVisionSpec):
         super().__init__()
@@ -28,17 +28,15 @@ class TileEmbedding(nn.Module):
         self.gate = nn.Parameter(torch.zeros(1))
 
     def forward(self, x: torch.Tensor, aspect_ratio_ids: torch.Tensor) -> torch.Tensor:
-        """x: [images, tiles, tokens, hidden], aspect_ratio_ids: int [images] -> x plus its
-        tiles' vectors.
+        """Add the tile vectors to x [images, tiles, tokens, hidden]; aspect_ratio_ids is int
+        [images].
         """
         vectors = self.embedding(aspect_ratio_ids).float() * self.gate.float().tanh()
         return x + vectors.unflatten(1, (x.shape[1], 1, -1)).to(x.dtype)
 
 
 class PositionEmbedding(nn.Module):
-    """A vector for every token of a tile, weighed by a gate against one for every token of every
-    tile.
-    """
+    """A vector per token of a tile, blended by a gate with one per token of every tile."""
 
     def __init__(self, config: TiledVisionSpec):
         super().__init__()
@@ -52,16 +50,14 @@ class PositionEmbedding(nn.Module):
         self.gate = nn.Parameter(torch.zeros(1))
 
     def forward(self, x: torch.Tensor, aspect_ratio_ids: torch.Tensor) -> torch.Tensor:
-        """x: [images, tiles, tokens, hidden], aspect_ratio_ids: int [images] -> x plus
-        positions.
-        """
+        """Add positions to x [images, tiles, tokens, hidden]; aspect_ratio_ids is int [images]."""
         gate = self.gate.float().tanh()
         own = self.tile_embedding(aspect_ratio_ids).view(x.shape)
         return x + ((1 - gate) * self.embedding.float() + gate * own.float()).to(x.dtype)
 
 
 class TiledAttention(nn.Module):
-    """Attention under the encoder's mask."""
+    """Attention with the encoder's mask."""
 
     def __init__(self, hidden_size: int, heads: int):
         super().__init__()
@@ -81,9 +77,9 @@ class TiledAttention(nn.Module):
         """
         Args:
             x: [images, S, hidden_size], real tokens before padding.
-            real: how many are real: they see all S, the others these only.
-            counts: float32 [1, S], the logarithm of how many equal tokens each stands for; None is
-                one each.
+            real: number of real tokens. They attend to all S tokens, padding only to real tokens.
+            counts: float32 [1, S], log of the number of equal tokens that each one represents.
+                Default: one each.
             output_attentions: also return the probabilities.
 
         Returns:
@@ -106,8 +102,8 @@ class TiledAttention(nn.Module):
 
 
 class TiledEncoderLayer(CheckpointedLayer):
-    """Pre-norm transformer block; a gated one scales what both halves add by tanh of a learned
-    number.
+    """Pre-norm transformer block. If gated, both residual branches are scaled by tanh of a learned
+    gate.
     """
 
     def __init__(self, config: TiledVisionSpec, gated: bool):
@@ -143,7 +139,7 @@ class TiledEncoderLayer(CheckpointedLayer):
 
 
 class TiledEncoder(nn.Module):
-    """A stack of layers over images with the same tiles filled."""
+    """A stack of layers for images with the same non-empty tiles."""
 
     def __init__(self, config: TiledVisionSpec, layers: int, gated: bool):
         super().__init__()
@@ -161,15 +157,15 @@ class TiledEncoder(nn.Module):
         """
         Args:
             x: [images, tiles, tokens, hidden].
-            tile_mask: bool [tiles] on the CPU, False where all images' tiles are empty.
-            patches: tokens of a tile that are not padding.
-            wanted: further states to return, by how many layers come before them.
-            share_empty: empty tiles that are equal stay so and may be computed once: exact, since
-                no token of them sees another.
+            tile_mask: bool [tiles] on the CPU, False where the images' tiles are empty.
+            patches: tokens per tile that are not padding.
+            wanted: indices of further states to return: the number of layers before them.
+            share_empty: compute equal empty tiles once. Exact, because tokens of empty tiles do
+                not attend to each other.
             output_attentions: also return the probabilities.
 
         Returns:
-            (the last state, of x's shape; the wanted ones; every layer's probabilities [images,
+            (the last state, with x's shape; the wanted states; per-layer probabilities [images,
             heads, S, S] float32 or None)
         """
         empty = ~tile_mask
@@ -198,17 +194,17 @@ class TiledEncoder(nn.Module):
 def order_tokens(
     shape: Sequence[int], tile_mask: torch.Tensor, patches: int, once: bool
 ) -> tuple[torch.Tensor, torch.Tensor, int]:
-    """Where tokens go for the attention, which wants real ones first.
+    """Order tokens for the attention, real ones first.
 
     Args:
-        shape: (tiles, tokens of a tile).
+        shape: (tiles, tokens per tile).
         tile_mask: bool [tiles], False where a tile is empty.
-        patches: tokens of a tile that are not padding.
-        once: one empty tile stands for all.
+        patches: tokens per tile that are not padding.
+        once: keep one empty tile to represent all.
 
     Returns:
-        (int64 [S], the token at each new place; int64 [tiles * tokens], each token's new place; how
-        many are real). On the CPU.
+        On the CPU: int64 [S], the token at each new index; int64 [tiles * tokens], the new index of
+        each token; number of real tokens.
     """
     tiles, tokens = shape
     place = torch.arange(tiles * tokens, device="cpu").view(tiles, tokens)

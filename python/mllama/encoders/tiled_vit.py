@@ -1,10 +1,9 @@
-"""Llama-3.2-Vision's encoder: tiles of images -> features, from layers over all tiles of an image
-and from some layers on the way.
+"""Llama-3.2-Vision's encoder: tiled images -> features of the last and of intermediate layers.
 
-Three things are unlike other encoders. Tiles and their positions are told by the image's aspect
-ratio, from tables. The mask hides padding only from padding: real patches see every key, empty
-tiles and padding tokens too, while those see real patches only. And the features put the last
-layer's beside those of chosen layers on the way, interleaved.
+It differs from other encoders in three points. Tile and position embeddings are selected by the
+image's aspect ratio. The mask hides padding only from padding: real patches attend to every key,
+empty tiles and padding tokens included, while those attend to real patches only. The last layer's
+features are interleaved with those of intermediate layers.
 """
 
 import torch
@@ -18,16 +17,16 @@ from mllama.encoders.siglip import PatchEmbedding
 from mllama.encoders.tiled_layers import PositionEmbedding, TiledEncoder, TileEmbedding
 from mllama.nn.norm import LayerNorm
 
-# every tile's tokens are padded to a multiple of it; padding tokens take part in the attention
+# The tokens of a tile are padded to a multiple of this; padding takes part in the attention.
 _TOKENS_MULTIPLE = 8
 
 
-class TiledVisionTower(nn.Module):
-    """Encoder of images in tiles.
+class TiledImageEncoder(nn.Module):
+    """Encoder of tiled images.
 
     Attributes:
-        tokens_per_tile: features of a tile.
-        class_tokens: how many of them are no patch's.
+        tokens_per_tile: features per tile.
+        class_tokens: number of these that belong to no patch.
     """
 
     class_tokens = 1
@@ -65,25 +64,25 @@ class TiledVisionTower(nn.Module):
         """
         Args:
             pixel_values: float [B, N, max_num_tiles, channels, image_size, image_size], N images
-                a row; cast to the encoder's dtype.
-            aspect_ratio_ids: int [B, N], 1 + the place of the image's (rows, columns) among
-                `supported_aspect_ratios`; 0 is no image.
-            aspect_ratio_mask: [B, N, max_num_tiles] of any dtype, zero where a tile is empty; None
-                is as the ids say.
-            reference: "meta" takes the inputs of `intermediate_layers_indices`, as the released
+                per row; cast to the encoder's dtype.
+            aspect_ratio_ids: int [B, N], 1 + the index of the image's (rows, columns) in
+                `supported_aspect_ratios`; 0 means no image.
+            aspect_ratio_mask: [B, N, max_num_tiles] of any dtype, zero where a tile is empty.
+                Default: derived from the ids.
+            reference: "meta" reads the inputs of `intermediate_layers_indices`, as the released
                 weights were trained; "hf" their outputs, as transformers does.
             output_attentions: also return every layer's probabilities.
 
         Returns:
             EncoderOutput with `last_hidden_state` [B, N, max_num_tiles, patches + 1,
-            vision_output_dim], and `attentions`, of every layer [B * N, heads, S, S] float32 where
-            S counts the tokens of all tiles, each tile's padded to a multiple of 8. With "meta"
-            both are zero where there is no image.
+            vision_output_dim]; and `attentions`, per layer [B * N, heads, S, S] float32, where S
+            counts the tokens of all tiles, each tile padded to a multiple of 8. With "meta" both
+            are zero where there is no image.
 
         Raises:
-            TypeError: an argument is no tensor, or of another kind.
-            ValueError: another shape, or a reference that is not known.
-            IndexError: an aspect ratio id that the tables lack.
+            TypeError: an argument is not a tensor of the right kind.
+            ValueError: a shape is wrong, or the reference is unknown.
+            IndexError: an aspect ratio id is out of range.
         """
         self.check(pixel_values, aspect_ratio_ids, aspect_ratio_mask)
         check_reference(reference)
@@ -97,9 +96,9 @@ class TiledVisionTower(nn.Module):
         )
         attentions = self._no_attentions(tokens) if output_attentions else None
         share_empty = not output_attentions and not self._trains_tiles(tokens)
-        for chosen, filled in group_images(ids, tile_mask, reference):
+        for chosen, used in group_images(ids, tile_mask, reference):
             features[chosen], weights = self._encode(
-                tokens[chosen], ids[chosen], filled, reference, share_empty, output_attentions
+                tokens[chosen], ids[chosen], used, reference, share_empty, output_attentions
             )
             for layer, probabilities in zip(attentions or (), weights, strict=False):
                 layer[chosen] = probabilities
@@ -108,14 +107,14 @@ class TiledVisionTower(nn.Module):
         )
 
     def _no_attentions(self, tokens: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Zeros for every layer's probabilities, [B * N, heads, S, S]."""
+        """Zero probabilities for every layer, [B * N, heads, S, S]."""
         config, places = self.config, tokens.shape[1] * tokens.shape[2]
         shape = (len(tokens), config.attention_heads, places, places)
         layers = range(config.num_hidden_layers + config.num_global_layers)
         return tuple(tokens.new_zeros(shape, dtype=torch.float32) for _ in layers)
 
     def _trains_tiles(self, tokens: torch.Tensor) -> bool:
-        """Whether something of each tile is trained: then equal empty tiles become different."""
+        """Whether per-tile parameters are trained; equal empty tiles then diverge."""
         tables = self.post_tile_positional_embedding.parameters()
         trained = tokens.requires_grad or any(table.requires_grad for table in tables)
         return trained and torch.is_grad_enabled()
@@ -131,7 +130,7 @@ class TiledVisionTower(nn.Module):
     ) -> tuple[torch.Tensor, tuple | None]:
         """All features of a row, [B, N * tiles * (patches + 1), vision_output_dim], and attentions.
 
-        The arguments are those of every encoder's `read`; this one's states are fixed.
+        The interface of all encoders; `choice` does not apply here.
         """
         encoded = self(
             pixel_values, aspect_ratio_ids, aspect_ratio_mask, reference, output_attentions
@@ -144,7 +143,7 @@ class TiledVisionTower(nn.Module):
         aspect_ratio_ids: torch.Tensor,
         aspect_ratio_mask: torch.Tensor | None = None,
     ) -> None:
-        """Raise what `forward` would raise for this input, before any work."""
+        """Raise what `forward` would raise for these inputs, before computing anything."""
         config, ids = self.config, aspect_ratio_ids
         if not isinstance(pixel_values, torch.Tensor) or not pixel_values.is_floating_point():
             raise TypeError(
@@ -186,21 +185,21 @@ class TiledVisionTower(nn.Module):
 
     @classmethod
     def peak_states(cls, spec: ModelSpec) -> int:
-        """States of all tokens that are alive at once beside a layer's own: those on the way,
-        features made of them, what both stacks start from.
+        """States of all tokens alive at once, beside a layer's own: intermediate states, the
+        features made of them, and the inputs of both stacks.
         """
         return 2 * len(spec.vision.intermediate_layers_indices) + 4
 
     @staticmethod
     def count_encoded(vision: TiledVisionSpec, images: int) -> int:
-        """Tiles that are computed where so many are filled: those of whole images."""
+        """Number of tiles computed when `images` are given: those of whole images."""
         return -(-images // vision.max_num_tiles) * vision.max_num_tiles
 
     @staticmethod
     def sample(
         vision: TiledVisionSpec, generator: torch.Generator, number: int
     ) -> dict[str, torch.Tensor]:
-        """Random inputs, of one image in an aspect ratio of the spec's list; the first ones leave
+        """Random inputs of one image with an aspect ratio of the spec's list; the first ones leave
         tiles empty.
         """
         number = min(number, len(vision.supported_aspect_ratios) - 1)
@@ -215,8 +214,8 @@ class TiledVisionTower(nn.Module):
         }
 
     def _tile_mask(self, ids: torch.Tensor) -> torch.Tensor:
-        """bool [B, N, tiles]: the first tiles of each image, as many as its aspect ratio has; of no
-        image one, as processors have it.
+        """bool [B, N, tiles]: the leading tiles that each aspect ratio fills; one tile for id 0, as
+        in processors.
         """
         counts = torch.tensor(
             [1] + [rows * columns for rows, columns in self.config.supported_aspect_ratios],
@@ -227,7 +226,7 @@ class TiledVisionTower(nn.Module):
         )
 
     def _embed(self, tiles: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-        """[images * tiles, channels, size, size] -> [images, tiles, tokens, hidden], tokens
+        """[images * tiles, channels, size, size] -> [images, tiles, tokens, hidden], with tokens
         padded to a multiple of 8.
         """
         x = self.patch_embedding(tiles).flatten(2).mT.unflatten(0, (-1, self.config.max_num_tiles))
@@ -245,8 +244,8 @@ class TiledVisionTower(nn.Module):
         share_empty: bool,
         output_attentions: bool,
     ) -> tuple[torch.Tensor, list[torch.Tensor | None]]:
-        """Pictures with the same tiles filled: tokens [images, tiles, tokens, hidden] ->
-        features, and weights of every layer.
+        """Encode images with the same non-empty tiles: tokens [images, tiles, tokens, hidden] ->
+        features, and every layer's probabilities.
         """
         shift = 0 if reference == "meta" else 1
         wanted = [index + shift for index in self.config.intermediate_layers_indices]
@@ -269,26 +268,26 @@ class TiledVisionTower(nn.Module):
 def group_images(
     ids: torch.Tensor, tile_mask: torch.Tensor, reference: str
 ) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Images with the same tiles filled go together: their real tokens stand at the same places.
+    """Group images by their non-empty tiles, so that real tokens have the same positions.
 
-    By Meta's rule nothing attends to the places of rows with fewer images, so that these are left
-    out; with "hf", text before the first image does.
+    With "meta", padding images of rows with fewer images are left out: nothing attends to them.
+    With "hf", text before the first image attends to them.
 
     Args:
-        ids: int [images], 0 where there is none.
+        ids: int [images], 0 where there is no image.
         tile_mask: bool [images, tiles].
         reference: "meta" or "hf".
 
     Returns:
-        For each group the indices of its images, int64, and its tiles, bool [tiles] on the CPU.
+        Per group: int64 indices of its images, and bool [tiles] on the CPU, its non-empty tiles.
     """
     host = tile_mask.cpu()
     shown = torch.arange(len(ids), device="cpu")
     if reference == "meta":
         shown = shown[ids.cpu() != 0]
     kinds, kind = host[shown].unique(dim=0, return_inverse=True)
-    groups = ((shown[kind == number], filled) for number, filled in enumerate(kinds))
-    return [(chosen.to(ids.device), filled) for chosen, filled in groups]
+    groups = ((shown[kind == number], used) for number, used in enumerate(kinds))
+    return [(chosen.to(ids.device), used) for chosen, used in groups]
 
 
 def _kind(value) -> str:

@@ -1,4 +1,4 @@
-"""The families of models: one file each, listed here once."""
+"""The model families: one file each, all listed here."""
 
 from typing import Any
 
@@ -24,14 +24,14 @@ FAMILIES: dict[str, Family] = {
 MODEL_TYPES: dict[str, Family] = FAMILIES | {
     name: family for family in FAMILIES.values() for name in family.also
 }
-"""Every `model_type` that a config.json may have, and its family."""
+"""By every `model_type` that a config.json may have."""
 
 
 def family_of(config: Config) -> Family:
-    """The family of a config or of the content of a config.json: its `model_type` decides, exactly.
+    """The family of a config or of the content of a config.json, by its exact `model_type`.
 
     Raises:
-        ValueError: a `model_type` that is not known.
+        ValueError: the `model_type` is unknown.
     """
     kind: Any = config.get("model_type")
     if not isinstance(kind, str) or kind not in MODEL_TYPES:
@@ -41,24 +41,24 @@ def family_of(config: Config) -> Family:
 
 
 def compose(config: Config) -> ModelSpec:
-    """What a model is made of.
+    """The spec of a model.
 
     Args:
-        config: the content of a config.json, in any spelling; fields that it lacks have their
-            family's defaults.
+        config: the content of a config.json, in any spelling; missing fields have the family's
+            defaults.
 
     Raises:
-        ValueError: a `model_type` that is no family of ours; sizes and choices that cannot be. The
-            text names the field.
+        ValueError: the `model_type` is unknown, or sizes and choices are invalid. The message
+            names the field.
     """
     return family_of(config).compose(config)
 
 
 def written_as(config: Config) -> Config:
-    """The config under which a model is written, which may be another family's."""
+    """The config that is written for a model, which may be another family's."""
     return family_of(config).written_as(config)
 
 
 def stock_prefixes(config: Config) -> tuple[tuple[str, str], ...]:
-    """How modules' names begin here and in transformers' class of the model, in memory."""
+    """(ours, transformers') prefixes of module names in memory."""
     return family_of(written_as(config)).stock_prefixes

@@ -1,4 +1,4 @@
-"""Gemma 1: text alone, with Llama's names."""
+"""Gemma 1: text only, with Llama's tensor names."""
 
 from dataclasses import replace
 
@@ -31,18 +31,18 @@ DEFAULTS: Config = {
 
 
 def gemma_text(config: Config, owner: str = "text_config") -> TextSpec:
-    """A Gemma decoder's spec. Raises ValueError for what cannot be."""
-    if config["hidden_act"] == "gelu":  # old files say so and mean, as transformers says, this
+    """A Gemma decoder's spec. Raises ValueError for invalid values."""
+    if config["hidden_act"] == "gelu":  # in old files it means the tanh form, as in transformers
         config = config | {"hidden_act": "gelu_pytorch_tanh"}
     text = text_spec(config, DEFAULTS, owner, norm_offset=1.0)
     return replace(text, embedding_scale=float(text.hidden_size) ** 0.5)
 
 
 def refuse_bidirectional(config: Config) -> None:
-    """Raise ValueError for a Gemma that is an encoder."""
+    """Raise ValueError for a Gemma encoder."""
     if config["use_bidirectional_attention"]:
         raise ValueError(
-            "use_bidirectional_attention: a Gemma that attends in both directions generates no "
+            "use_bidirectional_attention: a Gemma that attends in both directions cannot generate "
             "text and is not supported"
         )
 

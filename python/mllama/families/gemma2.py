@@ -1,4 +1,4 @@
-"""Gemma 2: text alone, with Llama's names; four norms a layer, every other one with a window."""
+"""Gemma 2: text only, with Llama's tensor names; four norms per layer, alternating windows."""
 
 from collections.abc import Collection, Mapping
 from dataclasses import replace
@@ -47,7 +47,7 @@ FULL, SLIDING = "full_attention", "sliding_attention"
 
 
 def gemma2_text(config: Config, owner: str = "text_config") -> TextSpec:
-    """A Gemma 2 decoder's spec. Raises ValueError for what cannot be."""
+    """A Gemma 2 decoder's spec. Raises ValueError for invalid values."""
     softcap = check_softcap(config, "attn_logit_softcapping", owner)
     ropes = dict.fromkeys((FULL, SLIDING), config["rope_parameters"])
     return windowed_text(config, DEFAULTS, owner, ropes, every=2, softcap=softcap)
@@ -61,16 +61,16 @@ def windowed_text(
     every: int,
     **layer: Any,
 ) -> TextSpec:
-    """Gemma 2's and 3's decoder: four norms a layer, and most layers with a window.
+    """The decoder of Gemma 2 and 3: four norms per layer, and most layers with a window.
 
     Args:
         config, read, owner: as `text_spec`.
         ropes: {kind of layer: its `rope_parameters`}.
-        every: as many layers have a full one among them, the last, where `layer_types` do not say.
+        every: without `layer_types`, the last of this many layers has full attention.
         layer: further fields of every layer.
 
     Raises:
-        ValueError: what cannot be; the text names the field.
+        ValueError: invalid values; the message names the field.
     """
     check_choice(owner, "hidden_activation", config["hidden_activation"], TEXT_ACTIVATIONS)
     hidden_act = {"hidden_act": config["hidden_activation"]}
@@ -100,7 +100,7 @@ def windowed_text(
 
 
 def check_softcap(config: Config, name: str, owner: str) -> float | None:
-    """A soft cap, or none. Raises ValueError for what is neither."""
+    """A soft cap or None. Raises ValueError for anything else."""
     if config[name] is None:
         return None
     check_number(owner, name, config[name])

@@ -1,5 +1,5 @@
-"""Gemma 3: text alone, with Llama's names; Gemma 2's layers with normalized heads and rotary
-frequencies of their own for those with a window.
+"""Gemma 3: text only, with Llama's tensor names. Gemma 2's layers with normalized heads, and other
+rotary frequencies in layers with a window.
 """
 
 from mllama.config.checks import check_size
@@ -28,7 +28,7 @@ DEFAULTS: Config = gemma2.DEFAULTS | {
 
 def _read(config: Config) -> ModelSpec:
     refuse_bidirectional(config)
-    # The field is there, and transformers' attention does not read it.
+    # The field exists, but transformers' attention does not read it.
     check_values(config, {"attn_logit_softcapping": None}, "config")
     check_size("config", "sliding_window_pattern", every := config["sliding_window_pattern"])
     text = gemma2.windowed_text(
@@ -38,7 +38,7 @@ def _read(config: Config) -> ModelSpec:
 
 
 def _write(config: Config) -> Config:
-    """The two ropes in the older spelling, where it can tell them."""
+    """The two ropes in the older spelling, if it can express them."""
     ropes = config.get("rope_parameters")
     if not ropes or ropes[gemma2.SLIDING]["rope_type"] != "default":
         return to_older(config)

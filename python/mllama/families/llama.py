@@ -1,4 +1,4 @@
-"""Llama 3.x: text alone."""
+"""Llama 3.x: text only."""
 
 from mllama.config.parts import text_spec
 from mllama.config.spec import ModelSpec
@@ -28,10 +28,10 @@ DEFAULTS: Config = {
 }
 
 WEIGHT_MAP = (
-    # Computed; old files hold it.
+    # Computed; old files contain it.
     Drop("model.layers.{}.self_attn.rotary_emb.inv_freq"),
     Drop("layers.{}.self_attn.rotary_emb.inv_freq"),
-    # `also`: transformers' class of the decoder without a head.
+    # `also`: names of transformers' decoder class without a head.
     *(
         Rename(f"language_model.{part}.*", f"model.{part}.*", also=(f"{part}.*",))
         for part in ("embed_tokens", "layers", "norm")

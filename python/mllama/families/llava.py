@@ -1,4 +1,4 @@
-"""LLaVA: a SigLIP or CLIP encoder, an MLP and a Llama."""
+"""LLaVA: a SigLIP or CLIP encoder, an MLP projector and a Llama."""
 
 from mllama.config.checks import ACTIVATIONS, check_choice, check_flag, check_size
 from mllama.config.files import to_older
@@ -47,7 +47,7 @@ ENCODERS = (
     "model.vision_tower.",
 )
 WEIGHT_MAP = (
-    # Patches are read; a released SigLIP's pooling head has no part in it. Positions and
+    # Patch features are read, so a released SigLIP's pooling head is unused. Positions and
     # frequencies are computed.
     *(
         Drop(f"{encoder}{part}")
@@ -55,7 +55,7 @@ WEIGHT_MAP = (
         for part in ("head.*", "embeddings.position_ids")
     ),
     Drop("language_model.model.layers.{}.self_attn.rotary_emb.inv_freq"),
-    # `also`: what transformers 5 writes, and its names in memory.
+    # `also`: names written by transformers 5, and its names in memory.
     *(
         Rename(
             f"vision_tower.{part}.*",
@@ -78,14 +78,14 @@ STOCK_PREFIXES = tuple(
 
 
 def check_image_token(config: Config) -> int | None:
-    """The placeholder's id, which may lie outside the vocabulary. Raises ValueError for no id."""
+    """The placeholder's id, which may lie outside the vocabulary. Raises ValueError if invalid."""
     if config["image_token_index"] is not None:
         check_size("config", "image_token_index", config["image_token_index"], minimum=0)
     return config["image_token_index"]
 
 
 def _tie(config: Config) -> Config:
-    """True here or in the decoder's config ties."""
+    """Tie if this config or the decoder's says so."""
     text = config["text_config"]
     tied = config["tie_word_embeddings"] or text["tie_word_embeddings"]
     return config | {
@@ -96,7 +96,7 @@ def _tie(config: Config) -> Config:
 
 def _read(config: Config) -> ModelSpec:
     is_clip = config["vision_config"]["model_type"] == "clip_vision_model"
-    if is_clip:  # transformers' sees causally where one of these says so
+    if is_clip:  # transformers' CLIP is causal with one of these settings
         for owner, part in (("config", config), ("vision_config", config["vision_config"])):
             check_choice(owner, "is_causal", part.get("is_causal"), (False, None))
     vision = vision_spec(config["vision_config"] | {"vision_use_head": False})
@@ -111,7 +111,7 @@ def _read(config: Config) -> ModelSpec:
     tokens = (vision.image_size // vision.patch_size) ** 2 + is_clip - skip
     if tokens < 1:
         raise ValueError(
-            "vision_feature_select_strategy 'default' leaves none of an encoder's one feature"
+            "vision_feature_select_strategy 'default' drops the only feature of an encoder"
         )
     return ModelSpec(
         text=text,
@@ -131,7 +131,7 @@ def _read(config: Config) -> ModelSpec:
 
 
 def write(config: Config) -> Config:
-    """Config -> content of config.json, of a family with a SigLIP whose head is not written."""
+    """Config -> content of config.json, for a family with a SigLIP without its head."""
     content = to_older(config)
     if content["vision_config"]["model_type"] == "siglip_vision_model":
         content["vision_config"]["vision_use_head"] = False

@@ -6,7 +6,7 @@ from mllama.families.llava import check_image_token
 from mllama.weights.family import Config, Family
 from mllama.weights.rows import Rename
 
-EXTRA_EMBEDDINGS = 8  # rows behind the vocabulary, the placeholder's the first of them
+EXTRA_EMBEDDINGS = 8  # rows after the vocabulary; the first is the placeholder's
 TEXT: Config = {
     "model_type": "mllama_text_model",
     "vocab_size": 128256,
@@ -44,7 +44,7 @@ VISION: Config = {
     "supported_aspect_ratios": [*([1, 1], [1, 2], [1, 3], [1, 4], [2, 1], [2, 2], [3, 1], [4, 1])],
 }
 DEFAULTS: Config = {"vision_config": VISION, "text_config": TEXT, "image_token_index": 128256}
-# `also`: the names in transformers 5's memory.
+# `also`: names in transformers 5's memory.
 WEIGHT_MAP = (
     Rename("vision_tower.*", "vision_model.*", also=("model.vision_model.*",)),
     Rename(
@@ -63,7 +63,7 @@ def _read(config: Config) -> ModelSpec:
         TEXT,
         cross=check_cross_layers(config["text_config"]),
         extra_embeddings=EXTRA_EMBEDDINGS,
-        tie_word_embeddings=False,  # the head cannot be the embedding matrix, which has more rows
+        tie_word_embeddings=False,  # the embedding matrix has more rows than the head
     )
     vision = tiled_spec(config["vision_config"])
     return ModelSpec(

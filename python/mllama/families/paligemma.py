@@ -1,4 +1,4 @@
-"""PaliGemma 1 and 2: a SigLIP, one linear layer and a Gemma or Gemma 2, under LLaVA's names."""
+"""PaliGemma 1 and 2: a SigLIP, a linear projector and a Gemma or Gemma 2, with LLaVA's names."""
 
 from mllama.config.parts import vision_spec
 from mllama.config.spec import ModelSpec
@@ -33,7 +33,7 @@ _TEXTS = {"gemma": gemma.gemma_text, "gemma2": gemma2.gemma2_text}
 
 
 def _settle(config: Config) -> Config:
-    """The whole's setting ties, and prompts are seen both ways."""
+    """Apply the top-level tie setting, and bidirectional prompts by default."""
     text = config["text_config"] | {"tie_word_embeddings": config["tie_word_embeddings"]}
     if text["use_bidirectional_attention"] is None:
         text["use_bidirectional_attention"] = True

@@ -1,4 +1,4 @@
-"""SigLIP: the vision model alone, or the vision part of the whole."""
+"""SigLIP: a vision model alone, or the vision part of a whole SigLIP."""
 
 from mllama.config.parts import vision_spec
 from mllama.config.spec import ModelSpec
@@ -36,11 +36,11 @@ _NO_HEAD = (Drop("vision_model.head.*"), Drop("head.*"))
 
 
 def _weight_map(spec: ModelSpec) -> WeightMap:
-    """The rows of a vision model, with its pooling head where it has one. Transformers 5 leaves
-    `vision_model.` out.
+    """The rows of a vision model, with its pooling head if it has one. Transformers 5 omits
+    `vision_model.`.
     """
     return (
-        # What is no part of the vision model, and what is computed.
+        # Tensors of the text model, and computed ones.
         *(
             Drop(theirs)
             for theirs in (
@@ -63,7 +63,7 @@ def _read(config: Config) -> ModelSpec:
 
 
 def _vision_part(content: Config) -> Config:
-    """The vision model's config of a SigLIP that has a text model, too."""
+    """The vision model's config in a SigLIP that has a text model too."""
     part = content.get("vision_config")
     part = {} if part is None else part
     kind = part.get("model_type", FAMILY.name) if isinstance(part, dict) else part

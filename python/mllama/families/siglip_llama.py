@@ -1,5 +1,5 @@
-"""SigLIP + Llama, joined in one of three ways. Written as Hugging Face's LLaVA where the model has
-that shape, else under a config of its own, with the same tensor names.
+"""SigLIP + Llama, joined in one of three ways. Written as Hugging Face's LLaVA if the model has
+that form, else with a config of its own and the same tensor names.
 """
 
 from dataclasses import replace
@@ -23,7 +23,7 @@ from mllama.families import llama, llava, siglip
 from mllama.weights.family import Config, Family
 from mllama.weights.rows import Rename
 
-# What a decoder has here beyond Llama's.
+# Decoder fields in addition to Llama's.
 OWN_TEXT: Config = {
     "num_image_tokens": None,
     "norm_offset": 0.0,
@@ -48,7 +48,7 @@ DEFAULTS: Config = {
     "image_pooling": None,
     "cross_attention_every": None,
 }
-# Taken for the decoder where its own config does not say: {name here: name there}.
+# Defaults for the decoder's own config: {name here: name there}.
 FOR_TEXT = {
     "vocab_size": "vocab_size",
     "hidden_size": "hidden_size",
@@ -60,12 +60,12 @@ _OF_FUSION = {
     "image_pooling": "prepend",
     "cross_attention_every": "cross_attention",
 }
-# What a LLaVA has not: a pooling. Cross-attention layers are named as the decoder's others.
+# LLaVA has no pooling. Cross-attention layers are named like the decoder's others.
 WEIGHT_MAP = (*llava.WEIGHT_MAP, Rename("image_pooling.*", "image_pooling.*"))
 
 
 def _translate(content: Config) -> Config:
-    """Settings of the decoder that stand above it go into its config."""
+    """Move decoder settings from the top level into its config."""
     content, text = dict(content), content.get("text_config")
     above = {name: content.pop(name, None) for name in (*FOR_TEXT, *_ABOVE)}
     if not isinstance(text, (dict, type(None))):
@@ -74,7 +74,7 @@ def _translate(content: Config) -> Config:
     for name, inner in FOR_TEXT.items():
         if above[name] is not None and text.get(inner) is None:
             text[inner] = above[name]
-    if above["tie_word_embeddings"]:  # as LLaVA reads it: True here or there ties
+    if above["tie_word_embeddings"]:  # as in LLaVA: either setting ties
         text["tie_word_embeddings"] = above["tie_word_embeddings"]
     if above["use_cache"] is not None:
         text["use_cache"] = above["use_cache"]
@@ -82,7 +82,7 @@ def _translate(content: Config) -> Config:
 
 
 def check_text(config: Config) -> TextSpec:
-    """The decoder's spec. Raises ValueError for what cannot be."""
+    """The decoder's spec. Raises ValueError for invalid values."""
     check_choice("text_config", "norm_offset", config["norm_offset"], (0, 1))
     if config["embedding_scale"] is not None:
         check_number("text_config", "embedding_scale", config["embedding_scale"])
@@ -91,7 +91,7 @@ def check_text(config: Config) -> TextSpec:
 
 
 def _settle(config: Config) -> Config:
-    """Fill in what follows from the fusion and the parts' sizes."""
+    """Fill in fields that follow from the fusion and the parts' sizes."""
     vision, text = vision_spec(config["vision_config"]), check_text(config["text_config"])
     patches, layers = (vision.image_size // vision.patch_size) ** 2, text.num_hidden_layers
     fusion = config["fusion"]
@@ -174,7 +174,7 @@ def _read(config: Config) -> ModelSpec:
 
 
 def _with_cross_layers(text: TextSpec, every: int | None) -> TextSpec:
-    """A decoder with a cross-attention layer added after every so many of its own."""
+    """Add a cross-attention layer after every `every` layers of the decoder."""
     if every is None:
         return text
     layers = []
@@ -184,9 +184,9 @@ def _with_cross_layers(text: TextSpec, every: int | None) -> TextSpec:
 
 
 def _written_as(config: Config) -> Config:
-    """LLaVA's config in place of ours for a model that Hugging Face's LLaVA can be: features before
-    the final norm, all of them merged, a projector of two layers as wide inside as the decoder, a
-    placeholder that has a row in the embedding matrix, and a decoder that is a Llama.
+    """LLaVA's config for a model that Hugging Face's LLaVA can represent: features before the final
+    norm, all of them merged; a projector of two layers as wide inside as the decoder; a
+    placeholder with a row in the embedding matrix; a Llama decoder.
     """
     text, token = config["text_config"], config["image_token_index"]
     own = {**OWN_TEXT, "num_image_tokens": text["num_image_tokens"]}
@@ -212,10 +212,10 @@ def _written_as(config: Config) -> Config:
 
 
 def from_llava(content: Config) -> Config:
-    """The content of a config.json of ours, from LLaVA's.
+    """Our config.json's content from LLaVA's.
 
     Raises:
-        ValueError: a LLaVA that is no SigLIP + Llama, or reads other features than its encoder's
+        ValueError: the LLaVA is not SigLIP + Llama, or reads other features than its encoder's
             last layer.
     """
     for name, default, taken in (

@@ -1,4 +1,4 @@
-"""How features of images reach the decoder: one class per fusion, chosen by a model's spec."""
+"""Fusions: how image features reach the decoder. One class each, selected by the model's spec."""
 
 from mllama.config.spec import ModelSpec
 from mllama.fusion.base import Fusion
@@ -16,5 +16,5 @@ _FUSIONS = {
 
 
 def make_fusion(spec: ModelSpec) -> Fusion:
-    """The fusion of a model."""
+    """Build the fusion of a model."""
     return _FUSIONS[spec.fusion](spec)

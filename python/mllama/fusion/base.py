@@ -1,6 +1,4 @@
-"""How features of images reach the decoder: what a fusion is given, what it gives, and the fusion
-of a model without images.
-"""
+"""The interface of fusions: inputs, outputs, and the fusion of a model without images."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,25 +17,27 @@ class ModelInputs:
     """Arguments of one forward pass of `mllama.model.VisionLanguageModel`.
 
     Attributes:
-        input_ids: int [B, T]; or give
+        input_ids: int [B, T]; exclusive with inputs_embeds.
         inputs_embeds: [B, T, hidden].
         attention_mask: [B, past + T], zero where padded, or 4-D as `text.decoder.Decoder` takes it.
         position_ids: int [B or 1, T].
-        first_key: int64 [B or 1, T], where the sequence of each position of packed rows begins.
-        token_type_ids: int [B, T], 0 for a bidirectional prompt, then 1; or give
+        first_key: int64 [B or 1, T], start of each position's sequence in packed rows.
+        token_type_ids: int [B, T], 0 for a bidirectional prompt, then 1; exclusive with
+            prefix_length.
         prefix_length: int64 [B], the prompt's length.
         cache: see `mllama.nn.cache.Cache`.
-        pixel_values, aspect_ratio_ids, aspect_ratio_mask: as the encoder takes them; or give
-        image_features: what `encode_images` gave.
+        pixel_values, aspect_ratio_ids, aspect_ratio_mask: as the encoder takes them; exclusive
+            with image_features.
+        image_features: output of `encode_images`.
         cross_attention_mask: [B, T or past + T, images, tiles].
-        choice: which states of the encoder are read; None is the spec's.
-        text_start: ids from this one on are text, whatever they are. None: placeholders may stand
-            anywhere.
+        choice: states of the encoder to read. Default: the spec's.
+        text_start: ids from this position on are text, never placeholders. Default: placeholders
+            may be anywhere.
         labels: int [B, T], shifted inside.
         num_items_in_batch: divides the sum of the loss.
-        logits_to_keep: the last positions to compute logits of (0: all), or which ones; None: no
-            logits.
-        output_attentions, output_hidden_states: return them too.
+        logits_to_keep: number of last positions to compute logits for (0: all), or their indices.
+            Default: no logits.
+        output_attentions, output_hidden_states: return these too.
     """
 
     input_ids: torch.Tensor | None = None
@@ -69,22 +69,22 @@ class ModelInputs:
 
     @property
     def past(self) -> int:
-        """Positions in the cache before the pass; reading a static cache's synchronizes."""
+        """Positions in the cache before this pass. Synchronizes if the cache is static."""
         return 0 if self.cache is None else int(self.cache.length)
 
 
 @dataclass
 class DecoderInputs:
-    """What the decoder starts from.
+    """What a fusion returns for the decoder.
 
     Attributes:
         embeds: [B, T, hidden], or [B, num_prefix_tokens + T, hidden].
-        padding_mask, position_ids, first_key, labels: as in `ModelInputs`, of all positions.
-        placeholders: bool [B, T], where features were written.
-        features: what was encoded or given.
-        attentions: the encoder's.
-        cross: for the cross-attention layers.
-        num_prefix_tokens: new visual tokens before the text.
+        padding_mask, position_ids, first_key, labels: as in `ModelInputs`, for all positions.
+        placeholders: bool [B, T], positions where features were written.
+        features: the image features, encoded or given.
+        attentions: the encoder's attentions.
+        cross: context of the cross-attention layers.
+        num_prefix_tokens: number of visual tokens newly prepended to the text.
     """
 
     embeds: torch.Tensor
@@ -100,13 +100,13 @@ class DecoderInputs:
 
 
 class Parts(NamedTuple):
-    """What a fusion uses of the model around it.
+    """Parts of the model that a fusion uses.
 
     Attributes:
-        embedding: the decoder's.
+        embedding: the decoder's embedding.
         encoder: the image encoder, or None.
-        encode: encodes and projects the images of `ModelInputs`: (features, attentions).
-        reference: whose Llama-3.2-Vision is followed.
+        encode: encodes and projects the images of `ModelInputs`; returns (features, attentions).
+        reference: which Llama-3.2-Vision is followed, "meta" or "hf".
     """
 
     embedding: nn.Module
@@ -116,29 +116,29 @@ class Parts(NamedTuple):
 
 
 class Fusion:
-    """The fusion of a model without images, and what all have in common."""
+    """The fusion of a model without images, and the base class of the others."""
 
-    chunk_obstacle: str | None = None  # why a prompt cannot be prefilled in chunks
+    chunk_obstacle: str | None = None  # reason why a prompt cannot be prefilled in chunks
 
     def __init__(self, spec: ModelSpec):
         self.spec = spec
 
     @property
     def placeholders_per_image(self) -> int:
-        """How many ids of a text an image has, where it must have some."""
+        """Placeholder ids that an image needs in the text."""
         return 0
 
     def prepare(
         self, inputs: ModelInputs, padding_mask: torch.Tensor | None, parts: Parts
     ) -> DecoderInputs:
-        """Embed the text and bring images into it.
+        """Embed the text and add the images.
 
         Raises:
-            TypeError, ValueError: images of another kind or number than the text has places for.
+            TypeError, ValueError: invalid images, or another number than the text has places for.
             IndexError: an id outside the vocabulary.
         """
         if inputs.pixel_values is not None or inputs.image_features is not None:
-            raise ValueError("pixel_values and image_features must be None: the model takes text")
+            raise ValueError("pixel_values and image_features must be None for a text model")
         embeds = inputs.inputs_embeds
         if embeds is None:
             embeds = embed(inputs.input_ids, parts.embedding)
@@ -173,8 +173,8 @@ class Fusion:
         images: int = 0,
         per_image: int | None = None,
     ) -> torch.Tensor:
-        """bool [B, T]: where `spec.image_token_index` stands, nowhere without one. The further
-        arguments are for fusions that can find the id by its runs.
+        """bool [B, T]: positions of `spec.image_token_index`; all False if it is None. The other
+        arguments serve fusions that find the id by its runs.
         """
         token = self.spec.image_token_index
         if token is None:
@@ -189,26 +189,26 @@ class Fusion:
         features: torch.Tensor,
         embedding: nn.Module,
     ) -> list[int]:
-        """How many of the images, [images, patches, hidden] in row order, belong to each row."""
+        """Number of images in each row, for features [images, patches, hidden] in row order."""
         rows = len(input_ids if inputs_embeds is None else inputs_embeds)  # type: ignore[arg-type]
         return [share_evenly(len(features), rows)] * rows
 
     def extra_cache_tokens(self, images: int, rows: int) -> int:
-        """Positions of a row in the cache that its ids do not have."""
+        """Cached positions per row beyond its ids."""
         return 0
 
     def stands_before_text(
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None, images: int
     ) -> bool:
-        """Whether visual tokens would be put before this text."""
+        """Whether visual tokens would be prepended to this text."""
         return False
 
 
 def share_evenly(images: int, rows: int) -> int:
-    """How many of the images every row has.
+    """Images per row, if every row has the same number.
 
     Raises:
-        ValueError: they cannot be shared out evenly.
+        ValueError: images is not a multiple of rows.
     """
     if rows == 0 or images % rows:
         raise ValueError(
@@ -221,10 +221,10 @@ def share_evenly(images: int, rows: int) -> int:
 def embed(
     input_ids: torch.Tensor, embedding: nn.Module, placeholders: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """[B, T, hidden]: looked-up ids. Placeholders, which may lie outside the vocabulary, are not.
+    """Embed ids: [B, T] -> [B, T, hidden]. Placeholders may lie outside the vocabulary.
 
     Raises:
-        IndexError: an id outside the embedding matrix, instead of a device-side assertion.
+        IndexError: an id lies outside the embedding matrix (instead of a device-side assertion).
     """
     if placeholders is not None:
         input_ids = input_ids.masked_fill(placeholders, 0)
@@ -242,10 +242,10 @@ def embed(
 def count_images(
     inputs: ModelInputs, spec: ModelSpec, encoder: nn.Module, any_count: bool = False
 ) -> tuple[int, int]:
-    """How many images there are, and features of each: with `any_count` as many as are given.
+    """(number of images, features per image); `any_count` accepts any number of features.
 
     Raises:
-        TypeError, ValueError: pixels or features of another kind or shape.
+        TypeError, ValueError: pixels or features have the wrong type or shape.
     """
     choice = inputs.choice or choose_features(spec)
     own, features = spec.tokens_per_image, inputs.image_features
@@ -261,7 +261,7 @@ def count_images(
         raise TypeError(f"image_features must be a torch.Tensor, got {type(features).__name__}")
     if choice.explicit:
         raise ValueError(
-            "image_features are encoded already: give vision_feature_layer, "
+            "image_features are already encoded: pass vision_feature_layer, "
             "vision_feature_select_strategy and interpolate_pos_encoding to get_image_features"
         )
     wanted = [own, spec.text.hidden_size]

@@ -1,6 +1,6 @@
-"""Gated cross-attention: decoder layers in which text attends to the features of images.
+"""Gated cross-attention: decoder layers in which text attends to image features.
 
-`cross_context` says which keys each position sees.
+`cross_context` computes which keys are visible to each position.
 """
 
 from dataclasses import replace
@@ -22,12 +22,11 @@ from mllama.ops.attention import attention, attention_weights
 
 
 class CrossAttention(nn.Module):
-    """Grouped-query attention of text over images, with a norm on every head of q and k and no
+    """Grouped-query attention of text over images, with normalized heads of q and k and without
     positions.
-
     Args:
-        config: the decoder's.
-        layer_idx: this layer's place in the cache.
+        config: the decoder's spec.
+        layer_idx: index of this layer in the cache.
     """
 
     def __init__(self, config: TextSpec, layer_idx: int):
@@ -56,13 +55,12 @@ class CrossAttention(nn.Module):
         """
         Args:
             x: [B, T, hidden].
-            cross: what the positions see.
-            cache: cache that new images' keys and values are appended to and all S of them read
-                from.
+            cross: image features and visibility.
+            cache: cache that the keys and values of new images are appended to; all S are read.
             output_attentions: also return the probabilities.
 
         Returns:
-            ([B, T, hidden], zero where a position sees no key; probabilities [B, heads, T, S]
+            ([B, T, hidden], zero where no key is visible; probabilities [B, heads, T, S]
             float32 or None)
         """
         q = self.q_norm(split_heads(self.q_proj(x), self.head_dim))
@@ -87,7 +85,7 @@ class CrossAttention(nn.Module):
     def _keys_values(
         self, x: torch.Tensor, states: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """[B, keys, kv heads, head_dim] of the new images; no keys where there are none."""
+        """[B, keys, kv heads, head_dim] of the new images; zero keys without any."""
         if states is None:
             empty = x.new_empty(x.shape[0], 0, self.kv_heads, self.head_dim)
             return empty, empty
@@ -99,8 +97,8 @@ class CrossAttention(nn.Module):
 
 
 class CrossAttentionDecoderLayer(CheckpointedLayer):
-    """A decoder layer that attends to images in the place of text; both halves are scaled by tanh
-    of a learned number.
+    """A decoder layer that attends to images instead of text. Attention and feed-forward outputs
+    are scaled by tanh of a learned gate.
     """
 
     def __init__(self, config: TextSpec, layer_idx: int):
@@ -121,8 +119,8 @@ class CrossAttentionDecoderLayer(CheckpointedLayer):
         cross=None,
         **context,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """As `forward`; the images' features become an argument of their own, where reentrant
-        checkpointing looks for gradients.
+        """As `forward`. The image features become an argument of their own, because reentrant
+        checkpointing tracks gradients of arguments only.
         """
         states = None if cross is None else cross.states
         return super().__call__(
@@ -141,7 +139,7 @@ class CrossAttentionDecoderLayer(CheckpointedLayer):
         **context,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """[B, T, hidden] -> (the same shape, probabilities or None). `positions` and `context` are
-        for layers that attend to text; without `cross` the layer does nothing."""
+        ignored; without `cross` the input is returned unchanged."""
         if cross is None:
             return hidden_states, None
         cross = replace(cross, states=states)
@@ -156,7 +154,7 @@ class CrossAttentionDecoderLayer(CheckpointedLayer):
 
 
 class CrossAttentionFusion(Fusion):
-    """Layers of the decoder attend to images; placeholders are words like others."""
+    """Layers of the decoder attend to images; placeholders are embedded like other ids."""
 
     def prepare(
         self, inputs: ModelInputs, padding_mask: torch.Tensor | None, parts: Parts
@@ -167,7 +165,7 @@ class CrossAttentionFusion(Fusion):
             placeholders = self.find_placeholders(inputs.input_ids)
             embeds = embed(inputs.input_ids, parts.embedding)
         elif isinstance(mask, torch.Tensor) and 0 < mask.shape[1] < embeds.shape[1]:
-            raise ValueError(  # whether the first or the last have none, nothing says
+            raise ValueError(  # with fewer rows it is ambiguous which positions they are for
                 f"cross_attention_mask must have a row for each of {embeds.shape[1]} "
                 f"inputs_embeds, got {mask.shape[1]}"
             )
@@ -182,7 +180,7 @@ class CrossAttentionFusion(Fusion):
             self.tokens_per_tile(parts),
             parts.reference,
             cached=cached,
-            filled=inputs.aspect_ratio_mask,
+            aspect_ratio_mask=inputs.aspect_ratio_mask,
         )
         if cache is not None and cross is not None:
             cache.tile_mask = cross.tile_mask
@@ -197,7 +195,7 @@ class CrossAttentionFusion(Fusion):
         return cross_context(None, mask, tokens, parts.reference, cached=cache.tile_mask)
 
     def tokens_per_tile(self, parts: Parts) -> int:
-        """Keys of one tile; an image that is not in tiles is one."""
+        """Keys per tile; an untiled image counts as one tile."""
         return self.spec.tokens_per_image
 
     def by_rows(self, features: torch.Tensor, rows: int) -> torch.Tensor:
@@ -208,14 +206,14 @@ class CrossAttentionFusion(Fusion):
         self, inputs: ModelInputs, parts: Parts, embeds: torch.Tensor
     ) -> tuple[torch.Tensor | None, tuple | None]:
         """Features and attentions of new images."""
-        count_images(inputs, self.spec, parts.encoder)  # and checks them
+        count_images(inputs, self.spec, parts.encoder)  # checks them
         if inputs.pixel_values is None:
             return inputs.image_features, None
         return parts.encode(inputs)
 
 
 class TiledCrossAttentionFusion(CrossAttentionFusion):
-    """Llama-3.2-Vision's: images come in tiles, as many to every row."""
+    """Fusion of Llama-3.2-Vision: tiled images, the same number in every row."""
 
     placeholders_per_image = 1  # type: ignore[assignment]
 
@@ -223,7 +221,7 @@ class TiledCrossAttentionFusion(CrossAttentionFusion):
         return parts.encoder.tokens_per_tile
 
     def by_rows(self, features: torch.Tensor, rows: int) -> torch.Tensor:
-        """[rows, images * tiles * tokens, hidden] as it is."""
+        """[rows, images * tiles * tokens, hidden], unchanged."""
         return features
 
     def _states(self, inputs, parts, embeds):
@@ -246,8 +244,8 @@ class TiledCrossAttentionFusion(CrossAttentionFusion):
 def _rows_of_mask(
     mask: torch.Tensor | None, shape: tuple[int, int], past: int | torch.Tensor
 ) -> torch.Tensor | None:
-    """The rows of a cross-attention mask for the new tokens: all of them, or those after the cached
-    ones, the last repeated.
+    """The rows of a cross-attention mask for the new tokens: all, or those after the cached ones,
+    with the last row repeated.
     """
     if mask is None:
         return None
@@ -265,8 +263,8 @@ def _rows_of_mask(
 
 
 def _check_visible(mask: torch.Tensor, placeholders: torch.Tensor) -> None:
-    """Reject a mask with fewer rows than tokens that shows a placeholder [B, T] no image: its rows
-    stand elsewhere than the text's, as where padding was moved after the mask was made.
+    """Reject a mask with fewer rows than tokens that hides every image from a placeholder [B, T]:
+    its rows are shifted against the text, as when padding was moved after the mask was made.
     """
     if mask.shape[1] >= placeholders.shape[1] or torch.compiler.is_compiling():
         return
@@ -281,7 +279,7 @@ def _check_visible(mask: torch.Tensor, placeholders: torch.Tensor) -> None:
 
 
 def _check_mask_of_packed(mask: torch.Tensor | None, length: int) -> None:
-    """Without a mask, a packed sequence would see the images of the others."""
+    """Require a mask for packed rows: without one a sequence would attend to others' images."""
     if not torch.compiler.is_compiling() and (mask is None or mask.shape[1] != length):
         given = "None" if mask is None else list(mask.shape)
         raise ValueError(

@@ -1,7 +1,7 @@
 """Which image keys each text position attends to.
 
 Visibility is per tile and changes only at image placeholders. Positions between two changes share
-one call of the attention operator, so that a [T, S] mask is never made.
+one call of the attention operator, so a [T, S] mask is never materialized.
 """
 
 from dataclasses import dataclass, replace
@@ -13,12 +13,12 @@ from mllama.config.checks import check_reference
 
 @dataclass(frozen=True)
 class Segment:
-    """Text positions `start` to `end` (exclusive), whose rows see the same keys throughout.
+    """Text positions `start` to `end` (exclusive) with the same visible keys.
 
     Attributes:
         start, end: the positions.
-        key_mask: bool [B, S], the keys that each row sees; None where all rows see all.
-        blind: no row sees anything.
+        key_mask: bool [B, S], the keys visible to each row; None if all rows see all keys.
+        blind: no key is visible to any row.
     """
 
     start: int
@@ -29,14 +29,13 @@ class Segment:
 
 @dataclass(frozen=True)
 class CrossAttentionContext:
-    """What the cross-attention layers of one forward pass share.
+    """Shared by the cross-attention layers of one forward pass.
 
     Attributes:
-        states: features of the images that are new in this pass, [B, keys, hidden], or None.
-        tile_mask: bool [images * tiles], of all images so far: which tiles have keys. On the
-            CPU.
-        segments: the text's positions, in order; None is one segment that sees all keys.
-        visible: bool [B, T, 1], False where a position sees no image; None where all see one.
+        states: features of the new images, [B, keys, hidden], or None.
+        tile_mask: bool [images * tiles] on the CPU, the tiles of all images so far that have keys.
+        segments: the text's positions, in order; None is one segment with all keys visible.
+        visible: bool [B, T, 1], False where no image is visible; None if all positions see one.
     """
 
     states: torch.Tensor | None
@@ -45,7 +44,7 @@ class CrossAttentionContext:
     visible: torch.Tensor | None = None
 
     def to(self, device: torch.device | str | int) -> "CrossAttentionContext":
-        """The same on another device; accelerate calls it where layers are spread over several."""
+        """Copy to a device; accelerate calls it for models spread over several devices."""
         states, visible = (
             None if tensor is None else tensor.to(device) for tensor in (self.states, self.visible)
         )
@@ -65,31 +64,31 @@ def cross_context(
     reference: str = "meta",
     *,
     cached: torch.Tensor | None = None,
-    filled: torch.Tensor | None = None,
+    aspect_ratio_mask: torch.Tensor | None = None,
 ) -> CrossAttentionContext | None:
-    """Prepare one forward pass.
+    """Build the context of one forward pass.
 
     Args:
         states: projected features of new images, [B, images * tiles * tokens_per_tile, hidden],
             or None.
-        mask: [B, T, images, tiles] of any dtype, non-zero where a position sees a tile, over
-            cached images and new ones; None lets every position see all.
-        tokens_per_tile: keys of one tile.
-        reference: what a position that sees no image does. "meta": the layer leaves it as it is.
-            "hf", as transformers: it attends to every key, padding too, and only the feed-forward
-            half leaves it.
-        cached: `tile_mask` of the pass before, where its keys are in the cache.
-        filled: [B, images, tiles] of any dtype, zero where a tile of a new image is empty. With
-            "meta" and a mask, tiles that are empty in every row, and visible to no position, get no
-            keys: nothing would attend to them.
+        mask: [B, T, images, tiles] of any dtype, non-zero where a tile is visible, for cached
+            and new images. Default: all tiles are visible.
+        tokens_per_tile: keys per tile.
+        reference: behavior of a position without visible images. "meta": the layer returns its
+            input. "hf", as transformers: it attends to every key, padding included, and only the
+            feed-forward half is skipped.
+        cached: `tile_mask` of the previous pass, whose keys are in the cache.
+        aspect_ratio_mask: [B, images, tiles] of any dtype, zero where a tile of a new image is
+            empty. With "meta" and a mask, tiles that are empty in every row and visible to no
+            position get no keys.
 
     Returns:
-        The context, or None where there is no image: layers given None do nothing.
+        The context, or None without images: the layers then return their input.
 
     Raises:
-        TypeError: mask is no tensor.
-        ValueError: mask or filled do not fit the keys, mask shows a tile that got none, or a
-            reference that is not known.
+        TypeError: mask is not a tensor.
+        ValueError: mask or aspect_ratio_mask do not fit the keys, mask shows a tile without keys,
+            or the reference is unknown.
     """
     check_reference(reference)
     cached = torch.ones(0, dtype=torch.bool, device="cpu") if cached is None else cached
@@ -113,8 +112,8 @@ def cross_context(
     visible_tiles = (mask != 0).flatten(2)
     host = visible_tiles.cpu()
     shown = host.flatten(0, 1).any(0)
-    if reference == "meta" and states is not None and filled is not None:
-        new = _used(filled, new) | shown[len(cached) :]
+    if reference == "meta" and states is not None and aspect_ratio_mask is not None:
+        new = _used(aspect_ratio_mask, new) | shown[len(cached) :]
         if not new.all():
             states = states.unflatten(1, (len(new), tokens_per_tile))  # (B, tiles, keys, hidden)
             states = states[:, new].flatten(1, 2)
@@ -133,15 +132,15 @@ def cross_context(
     )
 
 
-def _used(filled: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
-    """bool [images * tiles]: tiles that are filled in some row; all of them where none is, so
-    that an image always has keys.
+def _used(aspect_ratio_mask: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
+    """bool [images * tiles]: tiles that are non-empty in some row; all tiles if none is, so that an
+    image always has keys.
     """
-    used = (filled != 0).flatten(1).any(0).cpu()
+    used = (aspect_ratio_mask != 0).flatten(1).any(0).cpu()
     if used.shape != new.shape:
         raise ValueError(
             f"aspect_ratio_mask must be [batch, images, tiles] for {len(new)} tiles, "
-            f"got {list(filled.shape)}"
+            f"got {list(aspect_ratio_mask.shape)}"
         )
     return used if used.any() else new
 
@@ -149,7 +148,7 @@ def _used(filled: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
 def _segments(
     visible_tiles: torch.Tensor, host: torch.Tensor, tokens_per_tile: int
 ) -> tuple[Segment, ...]:
-    """bool [B, T, tiles], and the same on the CPU -> runs of positions with equal visibility."""
+    """bool [B, T, tiles], and its copy on the CPU -> runs of positions with equal visibility."""
     changes = (host[:, 1:] != host[:, :-1]).any(-1).any(0).nonzero().flatten() + 1
     edges = [0, *changes.tolist(), host.shape[1]]
     segments = []

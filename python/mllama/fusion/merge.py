@@ -1,4 +1,4 @@
-"""Early fusion: features are written at the placeholders of images."""
+"""Early fusion: image features replace the embeddings of placeholders."""
 
 import torch
 from torch import nn
@@ -10,32 +10,29 @@ from mllama.fusion.base import DecoderInputs, Fusion, ModelInputs, Parts, count_
 def find_placeholder(
     input_ids: torch.Tensor, attention_mask: torch.Tensor | None, per_image: int, images: int
 ) -> int | None:
-    """The id of the image placeholder, told by how it stands: `per_image` of it in a row for
-    each image.
+    """Find the id of the image placeholder by its runs: `per_image` times in a row per image.
 
-    A candidate is an id whose every run of equal neighbours at unmasked positions of a row has a
-    length that is a multiple of `per_image`. Several candidates are told apart by their number,
-    which must be `images * per_image`.
+    A candidate is an id whose runs at unmasked positions all have lengths that are multiples of
+    `per_image`. Among several candidates the number of occurrences must be `images * per_image`.
 
     Args:
         input_ids: int [B, T].
         attention_mask: [B, T], zero where padded, or None.
-        per_image: placeholders of one image.
-        images: images of the whole batch.
+        per_image: placeholders per image.
+        images: number of images in the batch.
 
     Returns:
-        The id, or None where no id stands like that.
+        The id, or None if there is no candidate.
 
     Raises:
-        ValueError: more than one id could be it.
+        ValueError: several ids qualify.
     """
     visible = (
         torch.ones_like(input_ids, dtype=torch.bool)
         if attention_mask is None
         else attention_mask.bool()
     )
-    # The rows end to end, each closed by a marker, so that no run crosses from row to row or over a
-    # padded position.
+    # All rows concatenated, each closed by a marker, so that no run crosses rows or padding.
     marker = input_ids.min() - 1
     ids = torch.nn.functional.pad(
         input_ids.masked_fill(~visible, marker), (0, 1), value=int(marker)
@@ -48,8 +45,8 @@ def find_placeholder(
         candidates = candidates[counts == images * per_image]
         if len(candidates) != 1:
             raise ValueError(
-                "image_token_index is not set and cannot be told from input_ids: "
-                f"{len(candidates) or 'no'} ids stand in runs of {per_image} for {images} images; "
+                "image_token_index is not set and cannot be inferred from input_ids: "
+                f"{len(candidates) or 'no'} ids have runs of {per_image} for {images} images; "
                 "set config.image_token_index"
             )
     return int(candidates[0]) if len(candidates) else None
@@ -62,7 +59,7 @@ def merge(
 
     Args:
         inputs_embeds: [B, T, hidden].
-        placeholders: bool [B, T], True at as many positions as there are features.
+        placeholders: bool [B, T], with one True per feature.
         image_features: [images, patches, hidden].
 
     Returns:
@@ -74,10 +71,10 @@ def merge(
 
 
 class MergeFusion(Fusion):
-    """Features take the places of placeholders in the text."""
+    """Features replace the placeholders in the text."""
 
-    optional = False  # a text may do without placeholders
-    any_feature_count = True  # other sizes and strategies give other numbers of features
+    optional = False  # whether placeholders may be absent
+    any_feature_count = True  # other image sizes and strategies give other numbers of features
 
     def prepare(
         self, inputs: ModelInputs, padding_mask: torch.Tensor | None, parts: Parts
@@ -116,7 +113,7 @@ class MergeFusion(Fusion):
     def _features(
         self, inputs: ModelInputs, placeholders: torch.Tensor | None, images: int, parts: Parts
     ) -> tuple[torch.Tensor | None, tuple | None]:
-        """Features and attentions of new images; none where the cache holds those given again."""
+        """Features and attentions of new images; none for images that the cache already has."""
         if placeholders is None and not self.may_stand_before(inputs, images):
             return None, None
         if inputs.pixel_values is None:
@@ -124,7 +121,7 @@ class MergeFusion(Fusion):
         return parts.encode(inputs)
 
     def may_stand_before(self, inputs: ModelInputs, images: int) -> bool:
-        """Whether images of a text without placeholders are put before it."""
+        """Whether images of a text without placeholders are prepended."""
         return False
 
     def _locate(
@@ -135,7 +132,7 @@ class MergeFusion(Fusion):
         images: int,
         per_image: int,
     ) -> torch.Tensor | None:
-        """`locate` among the new ids; those from `text_start` on are text."""
+        """`locate` among the new ids; ids from `text_start` on are text."""
         length = ids.shape[1]
         mask = None if padding_mask is None else padding_mask[:, -length:]
         start = inputs.text_start
@@ -153,12 +150,11 @@ class MergeFusion(Fusion):
         continuing: bool = False,
         per_image: int | None = None,
     ) -> torch.Tensor | None:
-        """bool [B, T] with as many True as there are features; None where the text has no place
-        for them: with `continuing` a cache already holds images that are given again.
+        """Locate the placeholders: bool [B, T] with one True per feature. None if there are none:
+        with `continuing`, the cache already has the images.
 
         Raises:
-            ValueError: another number of placeholders than features, or an image that crosses
-                rows.
+            ValueError: the numbers of placeholders and features differ, or an image crosses rows.
         """
         if attention_mask is not None:
             attention_mask = attention_mask[:, -input_ids.shape[1] :]
@@ -173,12 +169,12 @@ class MergeFusion(Fusion):
         if found != images * per_image:
             hint = "; expand each <image> with the processor" if found <= images else ""
             raise ValueError(
-                f"input_ids hold {found} image placeholders, but {images} images give "
+                f"input_ids have {found} image placeholders, but {images} images give "
                 f"{images * per_image} features{hint}"
             )
         if any(row % per_image for row in rows):
             raise ValueError(
-                f"every row must hold a multiple of {per_image} image placeholders, got {rows}"
+                f"every row must have a multiple of {per_image} image placeholders, got {rows}"
             )
         return placeholders
 
@@ -189,19 +185,19 @@ class MergeFusion(Fusion):
         images: int = 0,
         per_image: int | None = None,
     ) -> torch.Tensor:
-        """Where placeholders of images stand: bool [B, T].
+        """Positions of image placeholders: bool [B, T].
 
-        With `spec.image_token_index` these are the positions that hold it. Without, the id is
-        told by `find_placeholder` from its runs at unmasked positions.
+        These are the positions of `spec.image_token_index`. If it is None, `find_placeholder`
+        infers the id from its runs at unmasked positions.
 
         Args:
             input_ids: int [B, T].
             attention_mask: [B, T], zero where padded, or None.
-            images: how many images the batch has.
-            per_image: placeholders of each; by default those of an image of the spec's size.
+            images: number of images in the batch.
+            per_image: placeholders per image. Default: those of an image of the spec's size.
 
         Raises:
-            ValueError: the id is not set, and more than one could be it.
+            ValueError: the id is not set and several ids qualify.
         """
         token = None
         if self.spec.image_token_index is None and images and not self.optional:
@@ -213,7 +209,7 @@ class MergeFusion(Fusion):
         return found if attention_mask is None else found & (attention_mask != 0)
 
     def ids_of(self, inputs_embeds: torch.Tensor, embedding: nn.Module) -> torch.Tensor:
-        """int64 [B, T]: the placeholder's id where an embedding is its own, another elsewhere.
+        """int64 [B, T]: the placeholder's id where an embedding equals its own, else another id.
 
         Raises:
             ValueError: the placeholder has no embedding.
@@ -221,8 +217,8 @@ class MergeFusion(Fusion):
         token, rows = self.spec.image_token_index, embedding.num_embeddings
         if token is None or token >= rows:
             raise ValueError(
-                "images beside inputs_embeds need an image_token_index with an embedding "
-                f"(0 to {rows - 1}), whose places they take; got {token!r}"
+                "images with inputs_embeds need an image_token_index that has an embedding "
+                f"(0 to {rows - 1}), to mark their places; got {token!r}"
             )
         vector = embedding(torch.tensor(token, device=inputs_embeds.device))
         places = (inputs_embeds == vector).all(-1)

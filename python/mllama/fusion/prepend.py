@@ -1,7 +1,7 @@
-"""Visual tokens before the text, where it has no placeholders.
+"""Visual tokens prepended to a text without placeholders.
 
-Masks, labels and positions that come with such a text are the text's own and are extended here. How
-many visual tokens a cache begins with is kept on the cache: later calls do not say.
+Masks, labels and positions are given for the text alone and extended here. The cache remembers how
+many visual tokens it begins with, so later calls need not repeat it.
 """
 
 import torch
@@ -12,13 +12,13 @@ from mllama.fusion.merge import MergeFusion
 
 
 def share_out(image_features: torch.Tensor, rows: int) -> torch.Tensor:
-    """[images, patches, hidden] -> [rows, images per row * patches, hidden]; as `share_evenly`."""
+    """[images, patches, hidden] -> [rows, images per row * patches, hidden]."""
     per_row = share_evenly(image_features.shape[0], rows)
     return image_features.unflatten(0, (rows, per_row)).flatten(1, 2)
 
 
 class PrependFusion(MergeFusion):
-    """A few visual tokens stand before the text, or at placeholders where it has some."""
+    """Visual tokens are prepended, or replace placeholders if the text has some."""
 
     chunk_obstacle = 'fusion="prepend"'
     any_feature_count = False
@@ -36,7 +36,7 @@ class PrependFusion(MergeFusion):
         return prepared
 
     def join(self, inputs, padding_mask, embeds, placeholders, features, attentions):
-        """`DecoderInputs` with the features at their placeholders, or before the text."""
+        """`DecoderInputs` with the features at their placeholders, or prepended."""
         if placeholders is not None:
             return super().join(inputs, padding_mask, embeds, placeholders, features, attentions)
         visual = share_out(features, embeds.shape[0]).to(embeds)
@@ -68,7 +68,7 @@ class PrependFusion(MergeFusion):
         return super().locate(input_ids, attention_mask, images, continuing, per_image)
 
     def ids_of(self, inputs_embeds, embedding):
-        if self.spec.image_token_index is None:  # no position is a placeholder
+        if self.spec.image_token_index is None:  # there are no placeholders
             return inputs_embeds.new_zeros(inputs_embeds.shape[:2], dtype=torch.long)
         return super().ids_of(inputs_embeds, embedding)
 
@@ -81,14 +81,14 @@ class PrependFusion(MergeFusion):
     def _extend(
         self, prepared: DecoderInputs, inputs: ModelInputs, cached: int, visual: int
     ) -> None:
-        """Let mask, positions and labels cover the visual tokens too."""
+        """Extend mask, positions and labels over the visual tokens."""
         length, new = inputs.shape[1], prepared.num_prefix_tokens
         if prepared.first_key is not None and not torch.compiler.is_compiling():
             raise ValueError(
                 "position_ids must be of one sequence per row: they restart, and visual tokens "
                 "stand before the text"
             )
-        prepared.first_key = None  # the decoder finds it in positions that cover both
+        prepared.first_key = None  # the decoder finds it from the extended positions
         text_length = inputs.past - cached + length
         _check_own("attention_mask", prepared.padding_mask, text_length, visual)
         _check_own("position_ids", prepared.position_ids, length, visual)
@@ -107,16 +107,14 @@ def _check_own(name: str, tensor: torch.Tensor | None, length: int, visual: int)
 
 
 def _lengthen(tensor: torch.Tensor | None, count: int, value: int) -> torch.Tensor | None:
-    """[B, T] -> [B, count + T], `value` in front. Others are left to those who read them."""
+    """[B, T] -> [B, count + T], `value` in front. Other shapes are checked where they are read."""
     return pad(tensor, (count, 0), value=value) if isinstance(tensor, torch.Tensor) else tensor
 
 
 def _shift_positions(
     position_ids: torch.Tensor | None, cached: int, new: int
 ) -> torch.Tensor | None:
-    """Positions of a text [B, T] -> behind `cached` visual tokens and `new` ones, which come first:
-    [B, new + T].
-    """
+    """Positions [B, T] of a text -> [B, new + T], after `cached` and `new` visual tokens."""
     if not isinstance(position_ids, torch.Tensor):
         return position_ids
     front = torch.arange(new, device=position_ids.device, dtype=position_ids.dtype)

@@ -1,4 +1,4 @@
-"""From the encoder's features to the decoder's: fewer of them, and as wide as its embeddings."""
+"""Pooling and projection: from the encoder's features to the decoder's width."""
 
 import torch
 from torch import nn
@@ -29,7 +29,7 @@ class MultiModalProjector(nn.Module):
 
 
 class LinearProjector(nn.Module):
-    """One matrix, with or without a bias."""
+    """One linear layer, with or without a bias."""
 
     def __init__(self, input_size: int, output_size: int, bias: bool = True):
         super().__init__()
@@ -41,7 +41,7 @@ class LinearProjector(nn.Module):
 
 
 class AveragePooling(nn.AdaptiveAvgPool1d):
-    """Averages of neighbouring patches."""
+    """Average over neighboring patches."""
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
         """[images, patches, width] -> [images, output_size, width]."""
@@ -49,7 +49,7 @@ class AveragePooling(nn.AdaptiveAvgPool1d):
 
 
 class LearnedPooling(nn.Module):
-    """Every visual token is a learned sum of all patches."""
+    """Each visual token is a learned weighted sum of all patches."""
 
     def __init__(self, patches: int, tokens: int):
         super().__init__()
@@ -61,7 +61,7 @@ class LearnedPooling(nn.Module):
 
 
 def make_projector(spec: ModelSpec) -> nn.Module:
-    """The projector of a model."""
+    """Build the projector of a model."""
     features, inner, text = spec.projector_sizes
     if spec.projector == "linear":
         return LinearProjector(features, text, spec.projector_bias)
@@ -69,7 +69,7 @@ def make_projector(spec: ModelSpec) -> nn.Module:
 
 
 def make_pooling(spec: ModelSpec) -> nn.Module:
-    """The pooling of a model's features."""
+    """Build the pooling of a model's features."""
     if spec.pooling == "average":
         return AveragePooling(spec.tokens_per_image)
     patches = (spec.vision.image_size // spec.vision.patch_size) ** 2

@@ -1,5 +1,5 @@
-"""Answers by transformers' `generate`: the interface of `runtime.session.Session`, for transformers
-models and for options that a session does not have.
+"""Answers with transformers' `generate`, behind the interface of `runtime.session.Session`: for
+transformers models, and for options that a session does not support.
 """
 
 import difflib
@@ -22,11 +22,11 @@ _COUNTS = ("max_new_tokens", "max_length", "num_beams")
 
 
 class GenerateSession:
-    """`Session` by `model.generate`. Nothing is kept from call to call.
+    """A `Session` on `model.generate`. No cache is kept between calls.
 
     Args:
-        model: any transformers model that generates.
-        processor: with a `tokenizer`, or a tokenizer.
+        model: any transformers model with `generate`.
+        processor: a processor with a `tokenizer`, or a tokenizer.
     """
 
     def __init__(self, model: PreTrainedModel | Any, processor: Any):
@@ -35,12 +35,12 @@ class GenerateSession:
 
     @property
     def where(self) -> str:
-        """The files that the model came from."""
+        """The model's files."""
         return str(self.model.config.name_or_path)
 
     @property
     def context(self) -> int:
-        """Tokens that a prompt and its answer may have together."""
+        """Maximum tokens of a prompt and its answer together."""
         return _context(self.model)
 
     def generate(
@@ -51,20 +51,20 @@ class GenerateSession:
         interruptible: bool = False,
         **generate_kwargs: Any,
     ) -> Generation:
-        """As `Session.generate`; of several beams, text comes at the end.
+        """As `Session.generate`. With several beams or rows, text comes at the end.
 
         Args:
-            generate_kwargs: of transformers' `generate`. By default at most 128 new tokens, and
-                greedy: give a temperature, top_k, top_p or min_p to sample.
+            generate_kwargs: options of transformers' `generate`. Default: at most 128 new tokens,
+                greedy; temperature, top_k, top_p or min_p turn sampling on.
 
         Raises:
-            TypeError: an option of another type, or that `generate` does not have.
-            ValueError: a prompt that fills the context; an option that `generate` refuses.
+            TypeError: an option has the wrong type, or `generate` has no such option.
+            ValueError: the prompt fills the context, or `generate` rejects an option.
         """
         prompt, rows = inputs["input_ids"].shape[1], len(inputs["input_ids"])
         start, result = time.perf_counter(), Generation([], prompt)
         streamer = None
-        if on_text is not None and self._beams(generate_kwargs) == 1:
+        if on_text is not None and rows == self._beams(generate_kwargs) == 1:
             streamer = TextPieces(self.tokenizer, functools.partial(on_text, 0))
             generate_kwargs["streamer"] = streamer
         try:
@@ -72,7 +72,7 @@ class GenerateSession:
         except KeyboardInterrupt:
             if not interruptible or streamer is None:
                 raise
-            streamer.end()  # writes what is still held back
+            streamer.end()  # writes the pending text
             result.completions = [Completion(streamer.ids, streamer.text.strip(), "interrupted")]
         else:
             sequences = getattr(sequences, "sequences", sequences)
@@ -92,7 +92,7 @@ class GenerateSession:
         return result
 
     def _complete(self, ids: list[int], ends: frozenset[int]) -> Completion:
-        """A row without what stands after its end."""
+        """A row's completion, cut after its end token."""
         place = next((place for place, token in enumerate(ids) if token in ends), None)
         reason = "length" if place is None else "eos"
         ids = ids if place is None else ids[: place + 1]
@@ -105,12 +105,13 @@ class GenerateSession:
 
     def _ends(self, generate_kwargs: Mapping[str, Any]) -> frozenset[int]:
         settings = generate_kwargs.get("generation_config") or self.model.generation_config
-        ends = generate_kwargs.get("eos_token_id", settings.eos_token_id)
-        return frozenset([] if ends is None else [ends] if isinstance(ends, int) else ends)
+        ends = generate_kwargs.get("eos_token_id")
+        ends = settings.eos_token_id if ends is None else ends
+        return frozenset([] if ends is None else torch.as_tensor(ends).reshape(-1).tolist())
 
 
 def generate(model: Any, inputs: Mapping[str, torch.Tensor], **generate_kwargs: Any) -> Any:
-    """What `model.generate` returns for encoded prompts, with the defaults and checks of
+    """Call `model.generate` on encoded prompts, with the defaults and checks of
     `GenerateSession.generate`.
     """
     room = check_room(_context(model), inputs["input_ids"].shape[1])
@@ -127,11 +128,11 @@ def _context(model: Any) -> int:
 
 
 def complete_options(given: Mapping[str, Any]) -> dict[str, Any]:
-    """generate's options: greedy unless something about sampling is given.
+    """Complete the options of `generate`: greedy unless a sampling option is given.
 
     Raises:
-        TypeError: an option of another type, or that `generate` does not have.
-        ValueError: an option out of range, or without effect.
+        TypeError: an option has the wrong type, or `generate` has no such option.
+        ValueError: an option is out of range or has no effect.
     """
     options = {name: value for name, value in given.items() if value is not None}
     check_known(options)
@@ -140,12 +141,12 @@ def complete_options(given: Mapping[str, Any]) -> dict[str, Any]:
     for name in options.keys() & {*NEUTRAL, "repetition_penalty"}:
         check_option(name, options[name])
         if not isinstance(options[name], numbers.Integral) or name != "top_k":
-            options[name] = float(options[name])  # transformers refuses whole numbers
+            options[name] = float(options[name])  # transformers rejects ints
     if "generation_config" in options:
         return options
     sampling = [name for name in NEUTRAL if options.get(name, NEUTRAL[name]) != NEUTRAL[name]]
     if options.get("do_sample") is False and sampling:
-        raise ValueError(f"{', '.join(sampling)}: without effect beside do_sample=False")
+        raise ValueError(f"{', '.join(sampling)}: no effect with do_sample=False")
     if "max_length" not in options:
         options.setdefault("max_new_tokens", MAX_NEW_TOKENS)
     if options.get("temperature", 1) < COLDEST:
@@ -156,11 +157,10 @@ def complete_options(given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def check_known(options: Mapping[str, Any]) -> None:
-    """Refuse what `generate` does not have: transformers would take it for an argument of the
-    model.
+    """Reject options that `generate` does not have; transformers would pass them to the model.
 
     Raises:
-        TypeError: names the option and the nearest that there is.
+        TypeError: an option is unknown; the message names it and the nearest one.
     """
     known = {name for name in vars(GenerationConfig()) if not name.startswith("_")}
     known |= _generate_arguments()
@@ -176,21 +176,21 @@ def check_known(options: Mapping[str, Any]) -> None:
 @functools.cache
 def _generate_arguments() -> set[str]:
     named = inspect.signature(GenerationMixin.generate).parameters.keys()
-    # The last two it takes from its kwargs.
+    # It takes the last two from its kwargs.
     return {*named - {"self", "inputs", "kwargs"}, "tokenizer", "assistant_tokenizer"}
 
 
 class TextPieces(TextStreamer):
-    """A streamer of transformers that hands on the text of every token.
+    """A transformers streamer that passes on the text of every token.
 
     Attributes:
         text: the text so far.
         ids: the tokens so far.
-        first: when the first token came, by `time.perf_counter`; 0 before.
+        first: time of the first token, by `time.perf_counter`; 0 before it.
 
     Args:
-        tokenizer: decodes.
-        on_text: called after every token, with "" where it makes no text certain.
+        tokenizer: decodes the tokens.
+        on_text: called after every token with its text, "" if none is certain yet.
     """
 
     def __init__(self, tokenizer: Any, on_text: Callable[[str], None]):
@@ -200,7 +200,7 @@ class TextPieces(TextStreamer):
         self._on_text = on_text
 
     def put(self, value: torch.Tensor) -> None:
-        """Called by generate: with the prompt, then with each token."""
+        """Called by generate with the prompt, then with each token."""
         if self.next_tokens_are_prompt:
             super().put(value)
             return
@@ -209,6 +209,6 @@ class TextPieces(TextStreamer):
         super().put(value)
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-        """Called by TextStreamer with what is certain."""
+        """Called by TextStreamer with text that is certain."""
         self.text += text
         self._on_text(text)

@@ -1,5 +1,5 @@
-"""Arguments by name: which of them a model takes, and what becomes of the others. None is accepted
-and ignored.
+"""Arguments of forward passes by name: which ones a model takes, and how the others are handled.
+None is silently ignored.
 """
 
 import difflib
@@ -9,42 +9,41 @@ from typing import Any
 
 from mllama.config.spec import ModelSpec
 
-# What transformers, Trainer and TRL hand to every model, and has no meaning in these: there are no
-# experts, and input_ids tell the modality of every token.
+# Passed by transformers, Trainer and TRL to every model, without a meaning for these: there are no
+# experts, and input_ids give the modality of every token.
 PASSED_OVER = frozenset({"output_router_logits", "mm_token_type_ids"})
 _READ = frozenset({"num_items_in_batch"})
-# The only value of arguments that stock models take and these do not compute, and why.
+# Arguments of stock models that are not supported here: the only accepted value, and the reason.
 _FIXED = {
-    "is_causal": (None, "text is seen one way, or as token_type_ids say, and images both ways"),
-    "image_sizes": (None, "it is for towers that take images of several sizes (Pixtral's)"),
+    "is_causal": (None, "text is causal, or as token_type_ids say, and images are bidirectional"),
+    "image_sizes": (None, "it is for encoders of images of several sizes (Pixtral's)"),
 }
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """Text to end an error with: the known name that is most like an unknown one, where one is."""
+    """End of an error message: the most similar known name, if there is one."""
     near = difflib.get_close_matches(name, list(known), 1)
     return f"; did you mean {near[0]}?" if near else ""
 
 
 def check_keywords(owner: str, function: Callable, given: dict[str, Any]) -> None:
-    """Refuse further keywords of a forward pass that mean nothing, or something that is not
-    computed.
+    """Reject further keywords of a forward pass that are unknown or not supported.
 
     Raises:
-        TypeError: a name that is not known.
-        ValueError: a name that stock models know, with a value that would change the result there.
+        TypeError: a name is unknown.
+        ValueError: an argument of stock models has a value that would change their result.
     """
     for name, (value, why) in _FIXED.items():
         if given.get(name, value) not in (value, None):
             raise ValueError(f"{name} must be {value}: {why}")
-    for name in given:  # torch 2.11 compiles no arithmetic on sets
+    for name in given:  # torch 2.11 cannot compile set operations
         if name not in PASSED_OVER and name not in _READ and name not in _FIXED:
             known = [*inspect.signature(function).parameters, *_READ]
             raise TypeError(f"{owner}: {name!r} is not an argument{nearest(name, known)}")
 
 
-# Arguments that some families alone have, and who has them.
-_TILED = (lambda spec: spec.has_tiles, "models that cut images into tiles (Llama-3.2-Vision)")
+# Arguments of some families only, with the models that take them.
+_TILED = (lambda spec: spec.has_tiles, "models with tiled images (Llama-3.2-Vision)")
 _SELECTING = (lambda spec: spec.selects_features, "LLaVA")
 _SPECIAL: dict[str, tuple[Callable[[ModelSpec], bool], str]] = {
     "aspect_ratio_ids": _TILED,
@@ -52,7 +51,7 @@ _SPECIAL: dict[str, tuple[Callable[[ModelSpec], bool], str]] = {
     "cross_attention_states": _TILED,
     "cross_attention_mask": (
         lambda spec: bool(spec.text.cross_attention_layers),
-        "models whose layers attend to images",
+        "models with cross-attention layers",
     ),
     "prefix_length": (
         lambda spec: spec.bidirectional_prefix,
@@ -73,8 +72,8 @@ _IMAGE_ARGUMENTS = frozenset({"pixel_values", "image_features", "token_type_ids"
 
 
 def taken_by(model: Any, given: dict[str, Any]) -> dict[str, Any]:
-    """Arguments without those of images and prompts that another model, ours or of transformers,
-    does not take.
+    """Remove arguments of images and prompts that another model, ours or transformers', does not
+    take.
     """
     known, spec = inspect.signature(model.forward).parameters, getattr(model, "spec", None)
 
@@ -89,14 +88,14 @@ def taken_by(model: Any, given: dict[str, Any]) -> dict[str, Any]:
 
 
 def check_special(model: Any, **given: Any) -> None:
-    """Reject arguments that other families have.
+    """Reject arguments of other families.
 
     Args:
-        model: ours.
-        given: arguments by name; those that are None or False were not given.
+        model: a model of this package.
+        given: arguments by name; None and False mean not given.
 
     Raises:
-        ValueError: names the argument and who takes it.
+        ValueError: an argument is another family's; the message says which models take it.
     """
     for name, value in given.items():
         takes, who = _SPECIAL[name]

@@ -1,4 +1,4 @@
-"""A model without its head, as the libraries around transformers ask for it: `model.base_model`."""
+"""A model without its head, `model.base_model`, as libraries around transformers expect it."""
 
 from collections.abc import Callable
 from typing import Any
@@ -13,16 +13,16 @@ _HEAD = "lm_head"
 
 
 class Backbone(nn.Module):
-    """Tower, projector, fusion and decoder of a model. It holds the model's own modules, and
-    computes by the model's forward.
+    """Encoder, projector, fusion and decoder of a model. Its children are the model's own modules,
+    and its forward is the model's.
 
     Args:
-        owner: the model. It is no child of this module.
-        headless: its class's forward, which returns `DecoderOutput` where `logits_to_keep` is None.
-            Not that of a subclass, which may return something else.
+        owner: the model. It is not a child of this module.
+        headless: the class's forward, which returns `DecoderOutput` if `logits_to_keep` is None.
+            A subclass's forward may return something else.
     """
 
-    _tp_plan = _pp_plan = None  # transformers asks its base models for them
+    _tp_plan = _pp_plan = None  # attributes that transformers reads from base models
 
     def __init__(self, owner: PreTrainedModel, headless: Callable[..., Any]):
         super().__init__()
@@ -30,8 +30,8 @@ class Backbone(nn.Module):
         self.headless = headless
 
     def follow(self) -> "Backbone":
-        """This module, with the children that the model has now: wrappers (FSDP, torch.compile)
-        take the place of some.
+        """Return this module with the model's current children: wrappers (FSDP, torch.compile)
+        replace some.
         """
         if not torch.compiler.is_compiling():
             children = {name: child for name, child in self.owner.named_children() if name != _HEAD}
@@ -43,34 +43,34 @@ class Backbone(nn.Module):
 
     @property
     def config(self) -> PretrainedConfig:
-        """The model's."""
+        """The model's config."""
         return self.owner.config
 
     @property
     def device(self) -> torch.device:
-        """The model's."""
+        """The model's device."""
         return self.owner.device
 
     @property
     def dtype(self) -> torch.dtype:
-        """The model's."""
+        """The model's dtype."""
         return self.owner.dtype
 
     def get_input_embeddings(self) -> nn.Module:
-        """The decoder's embedding matrix."""
+        """The decoder's embedding."""
         return self.owner.get_input_embeddings()
 
     def set_input_embeddings(self, value: nn.Module) -> None:
-        """Put another embedding matrix in place."""
+        """Replace the decoder's embedding."""
         self.owner.set_input_embeddings(value)
 
     def get_image_features(self, *args, **kwargs) -> torch.Tensor:
-        """As the model's."""
+        """As the model's `get_image_features`."""
         return self.owner.get_image_features(*args, **kwargs)
 
     def forward(self, *args, **kwargs) -> DecoderOutput | tuple:
-        """As the model's forward, without labels: last_hidden_state [B, T, hidden], the decoder's
-        after its final norm, in place of logits.
+        """As the model's forward without labels, with last_hidden_state [B, T, hidden] (after the
+        decoder's final norm) instead of logits.
 
         Raises:
             TypeError, ValueError: as the model's forward.

@@ -1,6 +1,4 @@
-"""A config beside the model that was built from it: what may still be set, and what the model can
-no longer become.
-"""
+"""Changes of a config after its model was built: which ones apply, and which are rejected."""
 
 import copy
 from dataclasses import fields as spec_fields
@@ -12,14 +10,14 @@ from transformers import PretrainedConfig, PreTrainedModel
 from mllama.config.spec import TextSpec, TiledVisionSpec, VisionSpec
 from mllama.hf.config_objects import compose
 
-# Read when a model is called; the others of a spec's fields are built in.
+# Fields of a spec that are read when a model is called; the others are built in.
 _LIVE = {"max_position_embeddings", "tie_word_embeddings"}
 _JOINING = {
     *("projector", "projection_dim", "projector_hidden_act", "multimodal_projector_bias"),
     *("vision_feature", "fusion", "image_pooling", "cross_attention_every"),
     *("num_image_tokens", "dropout", "use_bidirectional_attention"),
 }
-# Of a decoder's layers.
+# Fields of a decoder's layers.
 _LAYERS = {
     *("num_hidden_layers", "rope_parameters", "cross_attention_layers", "layer_types"),
     *("sliding_window", "query_pre_attn_scalar", "attn_logit_softcapping", "hidden_activation"),
@@ -28,13 +26,13 @@ BUILT_FROM = (_JOINING | _LAYERS) | (
     {field.name for spec in (TextSpec, VisionSpec, TiledVisionSpec) for field in spec_fields(spec)}
     - _LIVE
 )
-"""Fields of configs and their parts that a model is built from: set afterwards they change nothing
-in it.
+"""Fields of configs and their parts that a model is built from. Changing them later has no effect
+on it.
 """
 
 
 def remember_config(model: PreTrainedModel) -> None:
-    """Note the config that a model is built from, for `check_built`."""
+    """Store the config that a model is built from, for `check_built`."""
     model._built_config = {
         part: {
             name: value if isinstance(value, PretrainedConfig) else copy.deepcopy(value)
@@ -45,13 +43,13 @@ def remember_config(model: PreTrainedModel) -> None:
 
 
 def check_built(model: PreTrainedModel) -> None:
-    """Let a model follow its config where fields were set since: those that are read at call time
-    are, the others are refused.
+    """Apply changes of the config since the model was built: fields that are read at call time
+    apply, others are rejected.
 
-    A compiled model keeps to what its config said when it was last called as it is.
+    A compiled model keeps the config of its last call before compilation.
 
     Raises:
-        ValueError: a field that the model is built from was changed.
+        ValueError: a field that the model was built from was changed.
     """
     if torch.compiler.is_compiling():
         return
@@ -64,8 +62,8 @@ def check_built(model: PreTrainedModel) -> None:
             if fields[name] != was and not _is_fewer_layers(model, part, name, fields[name]):
                 field = f"{part}.{name}" if part else name
                 raise ValueError(
-                    f"config: {field} was {was!r} when the model was built and cannot be "
-                    f"{fields[name]!r} now: build it anew"
+                    f"config: {field} was {was!r} when the model was built and cannot become "
+                    f"{fields[name]!r}: build a new model"
                 )
     if hasattr(model, "spec"):
         spec = compose(model.config)
@@ -80,7 +78,7 @@ def check_built(model: PreTrainedModel) -> None:
 
 
 def _parts(config: PretrainedConfig) -> dict[str, dict[str, Any]]:
-    """The fields of a config and of those in it, as they are."""
+    """The fields of a config and of its sub-configs."""
     own = vars(config)
     return {"": own} | {
         name: vars(value) for name, value in own.items() if isinstance(value, PretrainedConfig)
@@ -88,7 +86,7 @@ def _parts(config: PretrainedConfig) -> dict[str, dict[str, Any]]:
 
 
 def _is_fewer_layers(model: PreTrainedModel, part: str, name: str, value: Any) -> bool:
-    """Whether a decoder shall run its first layers alone, as transformers' Llama and Gemma do."""
+    """Whether a decoder should run its first layers only, as transformers' Llama and Gemma can."""
     if (
         name != "num_hidden_layers"
         or part == "vision_config"

@@ -1,7 +1,7 @@
-"""Caches of transformers in the terms of `mllama.nn.cache.Cache`.
+"""Adapts transformers' caches to `mllama.nn.cache.Cache`.
 
-A dynamic cache answers with its number of tokens; a static one shows all of its slots, filled or
-not, and keeps its length in a tensor that its update changes in place: hence copies of it.
+A dynamic cache has one key per token. A static one exposes all of its slots and keeps its length in
+a tensor that its update changes in place, so the length is copied.
 """
 
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ from mllama.config.spec import LayerSpec, TextSpec
 
 
 def check_cache(cache: Any) -> None:
-    """Raise TypeError unless it is None or a decoder's cache of transformers."""
+    """Raise TypeError unless it is None or a transformers cache of a decoder."""
     if cache is None:
         return
     if not isinstance(cache, Cache) or isinstance(cache, EncoderDecoderCache):
@@ -25,11 +25,10 @@ def check_cache(cache: Any) -> None:
 
 
 class CrossCacheLayer(DynamicLayer):
-    """A cross-attention layer's place in a cache: keys and values of images, which stay while text
-    comes and goes.
+    """A cross-attention layer's cache: keys and values of images, which stay when text is removed.
 
     Attributes:
-        tile_mask: see `mllama.nn.cache.Cache`; in the first such layer alone.
+        tile_mask: see `mllama.nn.cache.Cache`; only in the first such layer.
     """
 
     tile_mask: torch.Tensor | None = None
@@ -37,7 +36,7 @@ class CrossCacheLayer(DynamicLayer):
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Append the keys and values of new images, [B, heads, keys, head_dim], which may be none;
+        """Append the keys and values of new images, [B, heads, keys, head_dim], keys may be 0;
         return all.
         """
         if not self.get_seq_length():
@@ -48,7 +47,7 @@ class CrossCacheLayer(DynamicLayer):
         return self.keys, self.values
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Images stay when text is removed."""
+        """Keep the images."""
 
     def reset(self) -> None:
         """Remove images too."""
@@ -57,26 +56,26 @@ class CrossCacheLayer(DynamicLayer):
 
 
 class TransformersCache:
-    """A transformers cache as the decoder sees it. All state is the wrapped cache's own, so that
-    wrapping it anew for every call loses nothing.
+    """A transformers cache with the interface that the decoder needs. All state is in the wrapped
+    cache, so a new wrapper per call loses nothing.
 
     Args:
-        cache: dynamic or static, made for all layers or for the self-attention layers alone;
-            changed in place when it is first used.
+        cache: dynamic or static, created for all layers or for the self-attention layers only;
+            modified in place at its first use.
         text: the decoder's spec.
 
-    Layers that forget what lies outside a window are replaced by others that do not, since the
-    decoder's own windows hide it.
+    Layers that drop tokens outside a window are replaced by layers that keep them, because the
+    decoder applies its windows itself.
 
     Raises:
-        TypeError: no transformers cache of a decoder.
-        ValueError: a cache that forgets tokens otherwise, has too few layers, or was written to by
-            another model.
+        TypeError: not a transformers cache of a decoder.
+        ValueError: the cache drops tokens in another way, has the wrong number of layers, or was
+            written by another model.
     """
 
     def __init__(self, cache: Cache, text: TextSpec):
         check_cache(cache)
-        _keep_all_tokens(cache, text.layers)
+        keep_all_tokens(cache, text.layers)
         self.cache = cache
         cross = text.cross_attention_layers
         self._place = _place_cross_layers(cache, cross, text.num_hidden_layers) if cross else None
@@ -84,7 +83,7 @@ class TransformersCache:
 
     @property
     def num_prefix_tokens(self) -> int:
-        """Visual tokens that stand before the text."""
+        """Number of visual tokens before the text."""
         return num_prefix_tokens(self.cache)
 
     @num_prefix_tokens.setter
@@ -93,7 +92,7 @@ class TransformersCache:
 
     @property
     def tile_mask(self) -> torch.Tensor | None:
-        """bool [images * tiles]: which tiles have keys."""
+        """bool [images * tiles]: the tiles that have keys."""
         return None if self._place is None else self._place.tile_mask
 
     @tile_mask.setter
@@ -102,12 +101,12 @@ class TransformersCache:
 
     @property
     def length(self) -> int | torch.Tensor:
-        """Tokens in the cache: an int, or a copy of a static cache's int64 tensor as [1]."""
+        """Number of cached tokens: an int, or a copy of a static cache's int64 tensor as [1]."""
         length = self.cache.get_seq_length(self._first)
         return length.clone().reshape(1) if isinstance(length, torch.Tensor) else length
 
     def num_keys(self, new: int) -> int:
-        """A static cache's whole size, or length + new."""
+        """A static cache's size, or length + new."""
         return self.cache.get_mask_sizes(new, self._first)[0]
 
     def update(
@@ -117,29 +116,35 @@ class TransformersCache:
         k, v = self.cache.update(k.transpose(1, 2), v.transpose(1, 2), layer)  # (B, KV, S, D)
         return k.transpose(1, 2), v.transpose(1, 2)
 
-    update_cross = update  # a CrossCacheLayer appends in its own way
+    update_cross = update  # a CrossCacheLayer has an append of its own
 
 
 def num_prefix_tokens(cache: Cache | None) -> int:
-    """Visual tokens that stand before the text in a transformers cache."""
+    """Number of visual tokens before the text in a transformers cache."""
     return getattr(cache, "num_prefix_tokens", 0)
 
 
-def _keep_all_tokens(cache: Cache, specs: Sequence[LayerSpec]) -> None:
-    """Replace empty layers with a sliding window by layers without, where the decoder's layer has
-    that window; transformers makes such a cache of the config of a Gemma 2 or 3.
+def keep_all_tokens(cache: Cache, specs: Sequence[LayerSpec], size: int = 0) -> None:
+    """Replace empty sliding-window layers by full ones, if the decoder's layer has that window;
+    transformers creates such a cache from a Gemma 2 or 3 config.
+
+    Args:
+        cache: changed in place.
+        specs: the decoder's layers.
+        size: tokens that a static cache was made for; 0 is as its layers without a window say.
     """
     layers = cache.layers
     if not any(layer.is_sliding for layer in layers):
         return
-    size = max((_size(layer) for layer in layers if not layer.is_sliding), default=0)
+    sizes = [_size(layer) for layer in layers if not layer.is_sliding]
+    size = max(sizes) if sizes else size  # torch.compile takes no `default`
     for index, layer in enumerate(layers):
         if not layer.is_sliding:
             continue
         window = specs[index].window if index < len(specs) else None
         static = isinstance(layer, StaticLayer)
         same = window == (layer.max_cache_len if static else layer.sliding_window)
-        if static and window is not None:  # the smaller of its window and its size
+        if static and window is not None:  # the minimum of its window and its size
             same = size > 0 and layer.max_cache_len == min(window, size)
         if not same or int(layer.get_seq_length()):
             raise ValueError(
@@ -156,9 +161,8 @@ def _size(layer: Any) -> int:
 def _place_cross_layers(
     cache: Cache, cross_attention_layers: Sequence[int], num_layers: int
 ) -> CrossCacheLayer:
-    """Put a `CrossCacheLayer` at every cross-attention layer's place, where a cache comes with a
-    layer for text, or with none since it was made for the self-attention layers alone. Returns the
-    first of them.
+    """Put a `CrossCacheLayer` at every cross-attention layer's index, in place of a layer for text,
+    or inserted if the cache was created for the self-attention layers only. Returns the first one.
     """
     places = cache.layers
     if cache.layer_class_to_replicate is not None:
@@ -166,7 +170,7 @@ def _place_cross_layers(
         places.extend(cache.layer_class_to_replicate() for _ in range(missing))
     text_alone = len(places) == num_layers - len(cross_attention_layers)
     if text_alone and not int(cache.get_seq_length()):
-        for index in cross_attention_layers:  # ascending: each finds those before it in place
+        for index in cross_attention_layers:  # ascending: earlier ones are already in place
             places.insert(index, CrossCacheLayer())
     if len(places) < num_layers:
         raise ValueError(f"cache must have {num_layers} layers, as the decoder, got {len(places)}")
@@ -174,7 +178,7 @@ def _place_cross_layers(
         if not isinstance(places[index], CrossCacheLayer):
             if int(places[index].get_seq_length()):
                 raise ValueError(
-                    f"cache holds keys of another model at layer {index}, which attends to images"
+                    f"cache has keys of another model at layer {index}, which attends to images"
                 )
             places[index] = CrossCacheLayer()
     return places[cross_attention_layers[0]]  # type: ignore[return-value]

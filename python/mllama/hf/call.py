@@ -1,4 +1,4 @@
-"""Arguments of transformers' calls -> `ModelInputs`."""
+"""Converts the arguments of transformers' calls to `ModelInputs`."""
 
 from typing import Any, NamedTuple
 
@@ -8,12 +8,12 @@ from transformers.modeling_outputs import ModelOutput
 
 from mllama.fusion.base import ModelInputs
 from mllama.hf.cache import TransformersCache, check_cache
-from mllama.text.decoder import check_embeddings, check_mask, split_mask
+from mllama.text.decoder import check_mask, split_mask
 from mllama.text.packing import find_sequences, go_back
 
 
 class PackedRows(NamedTuple):
-    """How DataCollatorWithFlattening describes rows of several sequences: see `forward`."""
+    """DataCollatorWithFlattening's description of packed rows: see `forward`."""
 
     cu_seq_lens_q: torch.Tensor | None = None
     cu_seq_lens_k: torch.Tensor | None = None
@@ -22,39 +22,13 @@ class PackedRows(NamedTuple):
     seq_idx: torch.Tensor | None = None
 
 
-def check_text(
-    input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None, hidden_size: int
-) -> None:
-    """Raise ValueError or TypeError unless there are ids [B, T] or embeddings [B, T, hidden]."""
-    if (input_ids is None) == (inputs_embeds is None):
-        raise ValueError("give exactly one of input_ids and inputs_embeds")
-    if input_ids is not None:
-        check_ids(input_ids)
-    else:
-        check_embeddings(inputs_embeds, hidden_size)  # type: ignore[arg-type]
-
-
-def check_ids(input_ids: torch.Tensor) -> None:
-    """Raise TypeError unless they are integers, ValueError unless they are [B, T] with a token."""
-    if not isinstance(input_ids, torch.Tensor) or input_ids.dtype not in (torch.int64, torch.int32):
-        raise TypeError(
-            "input_ids must be an int64 or int32 torch.Tensor, "
-            f"got {getattr(input_ids, 'dtype', type(input_ids).__name__)}"
-        )
-    if input_ids.dim() != 2 or input_ids.shape[1] == 0:
-        raise ValueError(
-            "input_ids must be [batch, tokens] with at least one token, "
-            f"got {list(input_ids.shape)}"
-        )
-
-
 def set_extra_outputs(
     inputs: ModelInputs,
     config: PretrainedConfig,
     output_attentions: bool | None,
     output_hidden_states: bool | None,
 ) -> None:
-    """What a call asks for beside logits, or else the config or its decoder's."""
+    """Resolve which outputs to return besides logits: by the call, else the config's default."""
     text = getattr(config, "text_config", config)
     if output_attentions is None:
         output_attentions = config.output_attentions or text.output_attentions
@@ -72,11 +46,11 @@ def set_cache_and_positions(
     position_ids: torch.Tensor | None,
     packing: PackedRows,
 ) -> Cache | None:
-    """Fill in cache, position_ids and first_key; return the transformers cache, a new one where the
-    call wants one.
+    """Set cache, position_ids and first_key; return the transformers cache, a new one if the call
+    needs one.
 
     Raises:
-        TypeError, ValueError: a cache, mask or positions of another kind; packed rows beside them.
+        TypeError, ValueError: cache, mask or positions are invalid, or given with packed rows.
     """
     check_cache(cache)
     check_mask(inputs.attention_mask)
@@ -86,7 +60,7 @@ def set_cache_and_positions(
         padding_mask.shape[0] != shape[0] or padding_mask.shape[1] < shape[1]
     ):
         raise ValueError(
-            f"attention_mask must be [{shape[0]}, past + {shape[1]}], as the tokens, "
+            f"attention_mask must be [{shape[0]}, past + {shape[1]}], for all tokens, "
             f"got {list(padding_mask.shape)}"
         )
     if use_cache is None:
@@ -107,16 +81,16 @@ def set_cache_and_positions(
     if cache is None:
         return None
     inputs.cache = TransformersCache(cache, model.spec.text)
-    if model.training and model.is_activation_checkpointing:  # its layers are called without it
+    if model.training and model.is_activation_checkpointing:  # its layers get no cache
         raise ValueError(
-            "cache cannot be kept while activations are checkpointed: call model.eval(), or set "
+            "cache cannot be used while activations are checkpointed: call model.eval(), or set "
             "use_cache=False"
         )
     return cache
 
 
 def _wants_cache(model: Any) -> bool:
-    """Whether a call returns a cache unasked."""
+    """Whether a call returns a cache by default."""
     text = getattr(model.config, "text_config", model.config)
     return not model.training and text.use_cache and getattr(model.config, "use_cache", True)
 
@@ -127,12 +101,12 @@ def one_of_images(
     mm_encoder_outputs: dict[str, ModelOutput] | None,
     cross_attention_states: torch.Tensor | None,
 ) -> torch.Tensor | None:
-    """The features, given by one of several arguments; None where pixels or nothing are given.
+    """The image features from one of several arguments; None if pixels or nothing are given.
 
     Raises:
-        ValueError: several are given; mm_encoder_outputs holds another kind than images, or images
-            without features of one shape.
-        TypeError: mm_encoder_outputs is no dict of model outputs.
+        ValueError: several are given; mm_encoder_outputs has another key than "image", or features
+            of different shapes.
+        TypeError: mm_encoder_outputs is not a dict of model outputs.
     """
     encoded = None if mm_encoder_outputs is None else encoded_images(mm_encoder_outputs)
     given = {
@@ -148,15 +122,15 @@ def one_of_images(
 
 
 def encoded_images(mm_encoder_outputs: dict[str, ModelOutput]) -> torch.Tensor | None:
-    """The features [images, patches, hidden] in what transformers' `get_image_features` gave, by
-    the name "image".
+    """The features [images, patches, hidden] in the output of transformers' `get_image_features`,
+    under the key "image".
     """
     if not isinstance(mm_encoder_outputs, dict):
         raise TypeError(
             f"mm_encoder_outputs must be a dict, got {type(mm_encoder_outputs).__name__}"
         )
     if unknown := mm_encoder_outputs.keys() - {"image"}:
-        raise ValueError(f'mm_encoder_outputs must have "image" alone, got {sorted(unknown)}')
+        raise ValueError(f'mm_encoder_outputs must have only "image", got {sorted(unknown)}')
     if (output := mm_encoder_outputs.get("image")) is None:
         return None
     features = getattr(output, "pooler_output", None)
@@ -174,8 +148,8 @@ def by_rows(cross_attention_states: torch.Tensor, rows: int) -> torch.Tensor:
     """[..., hidden] -> [rows, images * tiles * tokens, hidden].
 
     Raises:
-        TypeError: no floating tensor.
-        ValueError: they cannot be shared out to the rows.
+        TypeError: not a floating tensor.
+        ValueError: the features cannot be divided among the rows.
     """
     if (
         not isinstance(cross_attention_states, torch.Tensor)

@@ -1,5 +1,5 @@
-"""transformers' models from checkpoints and back: what `from_pretrained` and `save_pretrained`
-add to `mllama.checkpoints`.
+"""transformers models and checkpoints: the part of `from_pretrained` and `save_pretrained` beyond
+`mllama.checkpoints`.
 """
 
 import copy
@@ -23,9 +23,10 @@ from mllama.hf.config_objects import check_names, config_object, file_content, s
 from mllama.hf.config_objects import compose as compose_object
 from mllama.hf.devices import Placement
 from mllama.nn.wrappers import plain_key
+from mllama.weights import stock_names
 from mllama.weights.rows import WeightMap, plan_moves, to_file
 
-# Of adapters that were saved there before: who reads the folder would take them for what it holds.
+# Files of adapters saved there before, which readers of the folder would load.
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
 
 
@@ -38,28 +39,28 @@ def load_model(
     fields: dict[str, Any] | None = None,
     **class_kwargs: Any,
 ) -> PreTrainedModel:
-    """A transformers model from a folder or file, as `mllama.checkpoints.load`.
+    """Load a transformers model from a folder or file, as `mllama.checkpoints.load`.
 
     Args:
-        model_class: what to build.
-        folder: what `open_checkpoint` takes.
-        config: takes the place of the folder's.
+        model_class: the class to build.
+        folder: as `open_checkpoint` takes it.
+        config: replaces the folder's.
         dtype: as `mllama.checkpoints.load`.
-        device: where the weights go: one device; or what accelerate spreads a model over: "auto",
-            "balanced", "balanced_low_0", "sequential", or {module: device}.
-        fields: of the config, that take the place of what it says.
+        device: one device; or accelerate's "auto", "balanced", "balanced_low_0", "sequential" or
+            {module: device} to spread the model over devices.
+        fields: config fields that override the config's values.
         class_kwargs: further arguments of the class's constructor.
 
     Raises:
         FileNotFoundError, ValueError: as `mllama.checkpoints.load`.
-        TypeError: a config of another kind, or a field that it has not.
-        ImportError: the weights shall be spread over devices, and accelerate is not installed.
+        TypeError: config has the wrong type, or a field is unknown.
+        ImportError: several devices need accelerate, which is not installed.
     """
     if not isinstance(config, (PretrainedConfig, type(None))):
         raise TypeError(f"config must be a config object or None, got {type(config).__name__}")
     content = None if config is None else config.to_dict()
     with (opened := open_checkpoint(folder, content)).source:
-        # A copy, since a model writes into its own.
+        # A copy, because a model modifies its config.
         config = config_object(opened.config) if config is None else copy.deepcopy(config)
         if fields:
             set_fields(config, fields)
@@ -76,11 +77,11 @@ def load_opened(
     config: PretrainedConfig | None = None,
     **class_kwargs: Any,
 ) -> tuple[PreTrainedModel, Report]:
-    """`load_model` of what is open already; says also what was loaded.
+    """`load_model` for an opened checkpoint; also returns the loading report.
 
     Args:
-        strict: False loads what fits; the rest of the model is left on the meta device.
-        config: the model's; None is the files'.
+        strict: False loads what fits; the rest of the model stays on the meta device.
+        config: the model's config. Default: the files'.
     """
     dtype, placement = dtype_named(dtype), Placement(device)
     config = config_object(opened.config) if config is None else config
@@ -101,8 +102,8 @@ def _generation_config(where: str, content: dict[str, Any]) -> GenerationConfig:
     try:
         generation_config = GenerationConfig.from_dict(content)
         generation_config.validate()
-        # As transformers marks what it has read: saved unchanged it is written as it came, though
-        # it may set what sampling alone takes.
+        # Marked as read, like in transformers: unchanged it is saved as it was, even with sampling
+        # options that greedy decoding ignores.
         generation_config._original_object_hash = hash(generation_config)
     except (ValueError, TypeError, AttributeError, KeyError, OverflowError) as error:
         raise ValueError(f"{where}: {GENERATION}: {error}") from error
@@ -115,19 +116,19 @@ def save_model(
     state_dict: dict[str, torch.Tensor] | None = None,
     max_shard_size: int | str = "5GB",
 ) -> None:
-    """Write a model's config, generation config and weights, whole or not at all.
+    """Write a model's config, generation config and weights atomically.
 
     Args:
-        model: what to write.
-        folder: made if absent. Other files in it stay.
-        state_dict: takes the place of the model's own; it must have all of its names.
-        max_shard_size: bytes of one weight file, or text as "5GB"; more is written as shards and an
-            index.
+        model: the model.
+        folder: created if needed. Other files in it stay.
+        state_dict: replaces the model's own; it must be complete.
+        max_shard_size: maximum size of a weight file in bytes, or a text such as "5GB"; larger
+            weights are split into shards with an index.
 
     Raises:
-        ValueError: the config says another model than this one: other shapes, or a tied head that
-            is none. `state_dict` lacks a tensor of the model or has one it does not know:
-            `load_model` would refuse the folder. A model with LoRA layers.
+        ValueError: the config describes another model (other shapes, or a tied head that is not
+            tied); `state_dict` has missing or unknown tensors, which `load_model` would reject;
+            the model has LoRA layers.
     """
     own = _plain(model.state_dict())
     check_plain(own)
@@ -160,32 +161,23 @@ def _weight_map(config: PretrainedConfig) -> WeightMap:
 
 
 def own_names(config: PretrainedConfig, names: Iterable[str]) -> dict[str, str]:
-    """The model's names of tensors by those that files have, or transformers' classes in memory.
-    Names that no row knows are left out, and what is put together of several tensors.
-    """
-    moves, _, _ = plan_moves(_weight_map(config), names)
-    single = [move for move in moves if len(move.theirs) == len(move.ours) == 1]
-    return {
-        theirs: ours
-        for move in single
-        for theirs, ours in zip(move.theirs, move.ours, strict=True)
-        if theirs is not None
-    }
+    """`mllama.weights.stock_names.own_names` of a config."""
+    return stock_names.own_names(_weight_map(config), names)
 
 
 def _check_readable(
     model: PreTrainedModel, content: dict[str, Any], state_dict: dict[str, torch.Tensor]
 ) -> None:
-    """Refuse to write a folder that would be read as another model.
+    """Reject writing a folder that would be read as another model.
 
     Args:
-        model: what is written.
-        content: of the config.json that is written.
-        state_dict: what is written, by the model's names.
+        model: the model to write.
+        content: the content of its config.json.
+        state_dict: the tensors to write, by the model's names.
 
     Raises:
-        ValueError: names every tensor of another shape, and one that the config ties and that has
-            values of its own.
+        ValueError: tensors have other shapes than the config's model, or a tensor that the config
+            ties has its own values; the message names them.
     """
     kind = next(
         kind for kind in type(model).__mro__ if kind.__module__.partition(".")[0] == "mllama"
@@ -203,13 +195,13 @@ def _check_readable(
     ]
     if unlike:
         raise ValueError(
-            "the config does not say this model, and the folder could not be read: "
+            "the config does not describe this model, so the folder could not be read: "
             f"{listing(unlike)}"
         )
     for name, other in tied.items():
         if name in state_dict and not _same(state_dict[name], state_dict[other]):
             raise ValueError(
-                f"tie_word_embeddings is True, but {name} has values of its own, which would be "
+                f"tie_word_embeddings is True, but {name} has its own values, which would be "
                 "lost: set it to False, or tie_weights()"
             )
 
@@ -221,21 +213,20 @@ def _same(tensor: torch.Tensor, other: torch.Tensor) -> bool:
 
 
 def _plain(named: dict[str, Any]) -> dict[str, Any]:
-    """Without the parts of names that wrappers of layers made."""
+    """Remove the parts of names that wrappers of layers add."""
     return {plain_key(name): value for name, value in named.items()}
 
 
 def translate_state_dict(
     model: PreTrainedModel, state_dict: Mapping[str, torch.Tensor]
 ) -> dict[str, torch.Tensor]:
-    """A state dict with the files' names brought to the model's, tied tensors in both their places.
+    """Translate a state dict's names from the files' to the model's; tied tensors get both names.
 
-    A name that neither knows stays, for `load_state_dict` to report. Wrappers of layers have no
-    part in the names.
+    Unknown names stay, for `load_state_dict` to report. Wrappers' parts of names are removed.
 
     Args:
-        model: whose names are wanted.
-        state_dict: under either's.
+        model: the model whose names are wanted.
+        state_dict: tensors under either's names.
     """
     own = _plain(model.state_dict()).keys()
     moves, unknown, _ = plan_moves(

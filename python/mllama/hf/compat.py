@@ -1,8 +1,7 @@
-"""What differs between the releases of transformers that are supported: the only module that knows
-it.
+"""Differences between the supported releases of transformers. No other module depends on them.
 
-transformers 5.24 calls `cache` what was `past_key_values` until 5.23. Here it is `cache`; callers
-may use either name under either release.
+transformers 5.24 renamed `past_key_values` to `cache`. This package uses `cache`; callers may use
+either name with either release.
 """
 
 from dataclasses import dataclass, fields
@@ -15,17 +14,17 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from transformers.utils.generic import ModelOutput
 
 _OLD_NAME = "past_key_values"
-# The keyword under which transformers' generate hands a cache on.
+# The keyword under which transformers' generate passes a cache.
 CACHE_NAME = (
     "cache" if "cache" in {field.name for field in fields(BaseModelOutputWithPast)} else _OLD_NAME
 )
 
 
 def one_cache(cache: Cache | None, past_key_values: Cache | None) -> Cache | None:
-    """The cache given by either name.
+    """The cache, given by either name.
 
     Raises:
-        ValueError: it was given by both.
+        ValueError: it is given by both.
     """
     if cache is not None and past_key_values is not None:
         raise ValueError("cache and past_key_values are two names of one argument; give one")
@@ -33,10 +32,10 @@ def one_cache(cache: Cache | None, past_key_values: Cache | None) -> Cache | Non
 
 
 def rename_cache(kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Keywords of `generate` with the cache under `CACHE_NAME`, by whichever name it was given.
+    """Keywords of `generate` with the cache under `CACHE_NAME`, given by either name.
 
     Raises:
-        ValueError: it was given by both.
+        ValueError: it is given by both.
     """
     if "cache" not in kwargs and _OLD_NAME not in kwargs:
         return kwargs
@@ -45,27 +44,27 @@ def rename_cache(kwargs: dict[str, Any]) -> dict[str, Any]:
 
 
 def hand_on(inputs: dict[str, Any]) -> dict[str, Any]:
-    """What a step of `generate` hands to forward, with the cache under the old name: PEFT, which
-    puts soft prompts into that step, looks there under either release, and would put them before
-    every token where it finds none.
+    """Arguments that a step of `generate` passes to forward, with the cache under the old name.
+    PEFT inserts soft prompts in that step; it looks for this name in either release, and without it
+    would insert them before every token.
     """
     return {_OLD_NAME if name == CACHE_NAME else name: value for name, value in inputs.items()}
 
 
 def config_fields(config: PretrainedConfig) -> dict[str, Any]:
-    """A config's fields. transformers 5.23 counts what a model set on it among them."""
+    """A config's fields. transformers 5.23 includes attributes that a model set on it."""
     content = config.to_dict()
     content.pop("keys_to_ignore_at_inference", None)
     return content
 
 
 class NextTokenModel:
-    """A model whose logits at t are scored against the label at t + 1, and which transformers knows
-    as one.
+    """A model whose logits at t are scored against the label at t + 1, registered as such with
+    transformers.
 
-    Trainer's `label_smoothing_factor` shifts the labels of models whose name stands in
-    transformers' list of causal ones, and of no other: every subclass is entered, those made by a
-    wrapper (FSDP) too. The package's name tells it from transformers' class of the same name.
+    Trainer's `label_smoothing_factor` shifts the labels of models whose class name is in
+    transformers' list of causal models, so every subclass is added, including those made by
+    wrappers (FSDP). The package's name distinguishes it from transformers' class of the same name.
     """
 
     def __init_subclass__(cls, **kwargs):
@@ -81,8 +80,8 @@ def _named(cls: type) -> str:
 
 
 class CacheOutput(ModelOutput):
-    """A ModelOutput with a field `cache` that is also read and written as `past_key_values`,
-    without a warning.
+    """A ModelOutput whose field `cache` can also be read and written as `past_key_values`, without
+    a warning.
     """
 
     cache: Any  # the field of every subclass
@@ -105,7 +104,7 @@ class CacheOutput(ModelOutput):
         return super().__contains__(_new_name(key))
 
     def get(self, key: str, default: Any = None) -> Any:
-        """As a dict's, by either name."""
+        """As `dict.get`, by either name."""
         return super().get(_new_name(key), default)
 
 
@@ -115,11 +114,11 @@ def _new_name(key: Any) -> Any:
 
 @dataclass
 class DecoderOutput(CacheOutput):
-    """What a decoder returns.
+    """Output of a decoder.
 
     Attributes:
         last_hidden_state: [B, T, hidden], after the final norm.
-        cache: the key-value cache, where one was used; also read as `past_key_values`.
+        cache: the key-value cache, if one was used; also read as `past_key_values`.
         hidden_states: layers + 1 of [B, T, hidden].
         attentions: one [B, heads, T, keys] float32 per layer.
     """

@@ -1,4 +1,4 @@
-"""Checks before transformers' config classes see a value."""
+"""Checks of values before transformers' config classes see them."""
 
 import inspect
 from collections.abc import Iterable, Mapping
@@ -8,17 +8,15 @@ from typing import Any
 import torch
 from huggingface_hub.errors import StrictDataclassError
 
-LABELS_MAX = 2**16  # no part of the model has labels
+LABELS_MAX = 2**16  # labels are used by no part of the model
 
 
 REFUSALS = (StrictDataclassError, AttributeError, TypeError, KeyError, ArithmeticError)
-"""What transformers' config classes raise for values that cannot be."""
+"""Exceptions of transformers' config classes for invalid values."""
 
 
 def construct(owner: str, constructor: Any, given: Mapping[str, Any]) -> Any:
-    """Run a config's constructor; the errors it has for values that cannot be become a
-    ValueError.
-    """
+    """Call a config's constructor, turning its errors for invalid values into ValueError."""
     try:
         return constructor(**given)
     except REFUSALS as error:
@@ -26,11 +24,10 @@ def construct(owner: str, constructor: Any, given: Mapping[str, Any]) -> Any:
 
 
 def check_names(owner: str, kind: type, given: Iterable[str]) -> None:
-    """Reject names that would shadow attributes of the class: its methods, its own tables, Python's
-    own names.
+    """Reject keys that would shadow attributes of the class.
 
     Raises:
-        ValueError: names such a field.
+        ValueError: a name is not a field's; the message has it.
     """
     taken = (
         {field.name for field in fields(kind)} if hasattr(kind, "__dataclass_fields__") else set()
@@ -46,11 +43,11 @@ def check_names(owner: str, kind: type, given: Iterable[str]) -> None:
 
 
 def check_common(owner: str, given: Mapping[str, Any]) -> None:
-    """Check fields that every config has and transformers acts on before it looks: dtypes, kinds of
-    layers, how many labels there are.
+    """Check fields of every config that transformers acts on unchecked: dtypes, kinds of layers,
+    the number of labels.
 
     Raises:
-        ValueError: names the field.
+        ValueError: a field is invalid; the message names it.
     """
     for name in ("dtype", "torch_dtype"):
         value = given.get(name)
@@ -63,7 +60,7 @@ def check_common(owner: str, given: Mapping[str, Any]) -> None:
             raise ValueError(
                 f"{owner}: {name} must be a {kind.__name__} or None, got {given[name]!r}"
             )
-    labels = given.get("num_labels", 0)  # transformers makes a dict with as many entries
+    labels = given.get("num_labels", 0)  # transformers builds a dict of this size
     if not (isinstance(labels, int) and 0 <= labels <= LABELS_MAX):
         raise ValueError(
             f"{owner}: num_labels must be an integer of 0 to {LABELS_MAX}, got {labels!r}"

@@ -16,12 +16,12 @@ from mllama.weights.family import Config
 
 
 def compose(config: PretrainedConfig) -> ModelSpec:
-    """What a model of this config is made of.
+    """The spec for a config object.
 
     Raises:
-        TypeError: no config.
-        ValueError: a `model_type` that is no family of ours; sizes and choices that cannot be. The
-            text names the field.
+        TypeError: config is not a config object.
+        ValueError: the `model_type` is unknown, or sizes and choices are invalid; the message
+            names the field.
     """
     if not isinstance(config, PretrainedConfig):
         raise TypeError(
@@ -31,10 +31,10 @@ def compose(config: PretrainedConfig) -> ModelSpec:
 
 
 def config_object(config: Config) -> PretrainedConfig:
-    """The config object of a complete config, which its family has checked.
+    """The config object for a complete config that its family has checked.
 
     Raises:
-        ValueError: a field that the class refuses; the text names it.
+        ValueError: the class rejects a field; the message names it.
     """
     kind = CONFIG_MAPPING[config["model_type"]]
     for name in families.family_of(config).parts:
@@ -50,8 +50,8 @@ def _check_fields(owner: str, config: Config) -> None:
 
 
 def file_content(config: PretrainedConfig) -> tuple[Config, PretrainedConfig]:
-    """The content of a config.json, and the config that it is of: LLaVA's in place of ours where
-    the model has that shape.
+    """The content of a config.json, and the config it belongs to: LLaVA's instead of ours if the
+    model has that form.
     """
     own = config.to_dict()
     written = families.written_as(own)
@@ -62,12 +62,11 @@ def file_content(config: PretrainedConfig) -> tuple[Config, PretrainedConfig]:
 
 
 def set_fields(config: PretrainedConfig, given: Mapping[str, Any]) -> None:
-    """Set fields of a config as `from_pretrained` takes them; a dict changes what it names of a
-    config within.
+    """Set config fields as `from_pretrained` does; a dict updates fields of a sub-config.
 
     Raises:
-        TypeError: a field that the config has not.
-        ValueError: a value that cannot be; the text names the field.
+        TypeError: the config has no such field.
+        ValueError: a value is invalid; the message names the field.
     """
     kind = type(config)
     settable = {name for name in dir(kind) if getattr(getattr(kind, name), "fset", None)}
@@ -83,8 +82,8 @@ def set_fields(config: PretrainedConfig, given: Mapping[str, Any]) -> None:
             near = difflib.get_close_matches(name, known, 1)
             hint = f"; did you mean {near[0]}?" if near else ""
             raise TypeError(
-                f"from_pretrained got an option it does not know, {name!r}, which is no field of "
-                f"a {kind.__name__} either{hint}"
+                f"from_pretrained got an unknown option {name!r}, which is not a field of "
+                f"{kind.__name__} either{hint}"
             )
         part = getattr(config, name)
         if isinstance(part, PretrainedConfig) and isinstance(value, dict):

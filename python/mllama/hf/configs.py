@@ -1,5 +1,5 @@
-"""Configurations of a SigLIP + Llama model as transformers' config objects. What they may say is
-checked by their family; these classes collect it.
+"""transformers config objects of a SigLIP + Llama model. Its family checks the values; these
+classes store them.
 """
 
 import os
@@ -15,8 +15,8 @@ from mllama.hf.compat import config_fields
 from mllama.hf.config_checks import check_common, check_names, construct
 from mllama.weights.family import Config, complete
 
-# Fields of the models' outputs that are no predictions: Trainer's evaluation would keep them all
-# for compute_metrics.
+# Output fields that are not predictions: Trainer's evaluation would keep them all for
+# compute_metrics.
 NO_PREDICTIONS = (
     "cache",
     "past_key_values",
@@ -25,7 +25,7 @@ NO_PREDICTIONS = (
     "num_trained_tokens",
 )
 
-# What older scripts call fields.
+# Names of fields in older scripts.
 _NO_FIELDS = {
     "emb_dim": "hidden_size",
     "hidden_dim": "intermediate_size",
@@ -42,8 +42,8 @@ class MllamaVisionConfig(SiglipVisionConfig):
     """SigLIP's vision configuration, without a pooling head.
 
     Raises:
-        ValueError: a size that is not a positive integer, or sizes that do not go together; the
-            text names the field.
+        ValueError: a size is not a positive integer, or sizes do not fit each other; the message
+            names the field.
     """
 
     def __init__(self, **kwargs):
@@ -53,20 +53,20 @@ class MllamaVisionConfig(SiglipVisionConfig):
 
 
 class MllamaTextConfig(LlamaConfig):
-    """The decoder's configuration: Llama's, and what other decoders have beyond it.
+    """The decoder's configuration: Llama's, with fields of other decoders.
 
     Attributes:
-        num_image_tokens: features of an image; set by the config of the whole.
+        num_image_tokens: features per image; set by `MllamaConfig`.
         norm_offset: added to the norms' weights (Gemma: 1).
-        embedding_scale: factor on looked-up embeddings (Gemma: the root of hidden_size); None is 1.
-        extra_embeddings: rows of the embedding matrix beyond the vocabulary, which has no logits
-            for them (Llama-3.2-Vision: 8).
-        cross_attention_layers: must be None; `MllamaConfig.cross_attention_every` places layers
-            that attend to images.
+        embedding_scale: factor on the embeddings (Gemma: sqrt(hidden_size)). Default: 1.
+        extra_embeddings: rows of the embedding matrix beyond the vocabulary, which have no logits
+            (Llama-3.2-Vision: 8).
+        cross_attention_layers: must be None; `MllamaConfig.cross_attention_every` adds
+            cross-attention layers.
 
     Raises:
-        ValueError: a size that is not a positive integer, or sizes that do not go together; the
-            text names the field.
+        ValueError: a size is not a positive integer, or sizes do not fit each other; the message
+            names the field.
     """
 
     num_image_tokens: int | None = None
@@ -82,14 +82,14 @@ class MllamaTextConfig(LlamaConfig):
 
 
 def _settled(owner: str, kind: type[PretrainedConfig], given: Config, defaults: Config) -> Config:
-    """The arguments of a part's config with its defaults, in one spelling."""
+    """The arguments of a part's config with defaults filled in, in one spelling."""
     given = dict(given)
     found = given.pop("model_type", kind.model_type)
     if found != kind.model_type:
         raise ValueError(f"{owner}: model_type must be {kind.model_type!r}, got {found!r}")
     check_names(owner, kind, given)
-    for name in _NO_FIELDS.keys() & given.keys():  # transformers would take it and pass it over
-        raise ValueError(f"{owner}: {name} is no field; {_NO_FIELDS[name]} is")
+    for name in _NO_FIELDS.keys() & given.keys():  # transformers would ignore it
+        raise ValueError(f"{owner}: {name} is not a field; use {_NO_FIELDS[name]}")
     check_common(owner, given)
     settled = complete(owner, given, defaults)
     settled.pop("model_type")
@@ -97,7 +97,7 @@ def _settled(owner: str, kind: type[PretrainedConfig], given: Config, defaults: 
 
 
 def _as_dict(name: str, given: Any) -> Config | None:
-    """What a part was given as, as a dict."""
+    """A sub-config as a dict."""
     if isinstance(given, PretrainedConfig):
         return config_fields(given)
     if not isinstance(given, (dict, type(None))):
@@ -108,49 +108,47 @@ def _as_dict(name: str, given: Any) -> Config | None:
 
 
 class MllamaConfig(PretrainedConfig):
-    """Configuration of a SigLIP encoder, a projector, and a Llama decoder that sees what they give
-    in one of three ways.
+    """Configuration of a SigLIP encoder, a projector, and a Llama decoder that uses the image
+    features in one of three ways.
 
     Args:
-        vision_config: dict or config of the SigLIP encoder (`MllamaVisionConfig` says which names
-            are taken). None: SigLIP-base's sizes.
-        text_config: dict or config of the Llama decoder (`MllamaTextConfig` says which names are
-            taken). None: Llama's defaults.
+        vision_config: dict or config of the SigLIP encoder; fields as in `MllamaVisionConfig`.
+            Default: SigLIP-base's sizes.
+        text_config: dict or config of the Llama decoder; fields as in `MllamaTextConfig`. Default:
+            Llama's defaults.
         ignore_index: label that is not trained.
-        image_token_index: id of the `<image>` placeholder. None: with "merge" the model finds it,
-            as the id standing in runs of a multiple of `text_config.num_image_tokens`; else there
-            is none. It may lie outside the vocabulary: it is never looked up, save with
-            "cross_attention", which has no use for it.
-        vocab_size, hidden_size, pad_token_index: taken for the decoder where `text_config` itself
-            does not say.
-        projector: "mlp", two layers with an activation between them, or "linear", one from the
-            encoder's width to the decoder's.
-        projection_dim: width between the layers of an "mlp"; the decoder's width by default, and
-            always with "linear".
-        vision_feature: "last" takes the encoder's output after its final layer norm, "pre_norm"
-            before it, as LLaVA's layer -1 does.
-        projector_hidden_act: activation between the layers of an "mlp", a name transformers knows.
+        image_token_index: id of the `<image>` placeholder. Default: with "merge" the model finds
+            it by its runs, whose lengths are multiples of `text_config.num_image_tokens`; else
+            there is none. It may lie outside the vocabulary, because it is never embedded, except
+            with "cross_attention", which does not use it.
+        vocab_size, hidden_size, pad_token_index: for the decoder, if `text_config` does not set
+            them.
+        projector: "mlp", two layers with an activation between them, or "linear", one layer from
+            the encoder's width to the decoder's.
+        projection_dim: width between the layers of an "mlp". Default, and always with "linear":
+            the decoder's width.
+        vision_feature: "last" reads the encoder's output after its final norm, "pre_norm" before
+            it, as LLaVA's layer -1.
+        projector_hidden_act: activation of an "mlp", by transformers' name.
         multimodal_projector_bias: whether the projector's layers have biases.
-        fusion: how the decoder sees images. "merge": every patch is a position of the text, where
-            a placeholder stands. "prepend": patches are pooled to a few positions, which stand
-            before the text. "cross_attention": gated layers, added to the decoder's own, in which
-            text attends to patches; with their gates at zero, as they start, the text model is what
-            it was.
-        num_image_tokens: with "prepend", what a image's patches are pooled to: 1 to all of them,
-            which is the default.
+        fusion: how the decoder uses images. "merge": every patch replaces a placeholder in the
+            text. "prepend": patches are pooled to a few visual tokens before the text.
+            "cross_attention": added gated layers attend from text to patches; their gates are
+            initially zero, so the text model's output is unchanged at first.
+        num_image_tokens: with "prepend", number of visual tokens per image, from 1 to the number
+            of patches (the default).
         image_pooling: with "prepend", "average" (the default; `torch.nn.AdaptiveAvgPool1d` over
-            patches) or "learned" (a matrix over them).
-        cross_attention_every: with "cross_attention", a layer is added after every so many of
-            `text_config.num_hidden_layers`; 4, or all of a shorter decoder's, by default.
+            patches) or "learned" (a matrix over patches).
+        cross_attention_every: with "cross_attention", add a layer after this many of
+            `text_config.num_hidden_layers`. Default: 4, or all layers of a shorter decoder.
 
     Attributes:
-        text_config.num_image_tokens: features of a image, and placeholders where it has some:
-            `num_image_tokens`, or where nothing is pooled `(image_size // patch_size) ** 2`. Set
-            here.
+        text_config.num_image_tokens: features per image, and placeholders if it has some:
+            `num_image_tokens`, or without pooling `(image_size // patch_size) ** 2`. Set here.
 
     Raises:
-        ValueError: a size or a choice that cannot be; the text names the field.
-        TypeError: a sub-config that is neither dict nor config.
+        ValueError: a size or choice is invalid; the message names the field.
+        TypeError: a sub-config is neither a dict nor a config.
     """
 
     model_type = "siglip_llama"
@@ -216,8 +214,8 @@ class MllamaConfig(PretrainedConfig):
     def get_config_dict(
         cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any
     ) -> tuple[dict[str, Any], dict[str, Any]]:
-        """As transformers', which `from_pretrained` asks; takes every folder the package reads,
-        LLaVA's too.
+        """As transformers', called by `from_pretrained`. Reads every folder that the package
+        supports, LLaVA's included.
         """
         content, unused = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
         content = harmless(content)
@@ -227,7 +225,7 @@ class MllamaConfig(PretrainedConfig):
 
     @property
     def vocab_size(self) -> int:
-        """The decoder's vocabulary."""
+        """The decoder's vocabulary size."""
         return self.text_config.vocab_size
 
     @property
@@ -242,7 +240,7 @@ class MllamaConfig(PretrainedConfig):
 
     @property
     def tie_word_embeddings(self) -> bool:
-        """Whether the output head is the embedding matrix; the decoder's own setting."""
+        """Whether the output head is tied to the embedding; stored in the decoder's config."""
         return self.text_config.tie_word_embeddings
 
     @tie_word_embeddings.setter
@@ -251,8 +249,8 @@ class MllamaConfig(PretrainedConfig):
 
     @property
     def use_cache(self) -> bool:
-        """Whether a forward pass outside training returns a cache unasked; the decoder's own
-        setting.
+        """Whether a forward pass outside training returns a cache by default; stored in the
+        decoder's config.
         """
         return self.text_config.use_cache
 

@@ -1,4 +1,4 @@
-"""Where a model's weights go, and in which type: one device, or several by way of accelerate."""
+"""Placement of a model's weights: one device, or several with accelerate."""
 
 from typing import Any
 
@@ -12,15 +12,15 @@ class Placement:
     """The device of every tensor of a model.
 
     Raises:
-        ValueError: what is no device, or not here; a disk.
-        ImportError: several devices without accelerate.
+        ValueError: a device is invalid or not available, or is a disk.
+        ImportError: several devices need accelerate, which is not installed.
     """
 
     def __init__(self, device: torch.device | str | int | dict[str, Any]):
         """
         Args:
-            device: one; "auto", "balanced", "balanced_low_0" or "sequential", which accelerate
-                turns into a map of modules to the devices there are; or such a map.
+            device: one device; or "auto", "balanced", "balanced_low_0" or "sequential", which
+                accelerate turns into a map of modules to devices; or such a map.
         """
         if isinstance(device, dict) and list(device) == [""]:
             device = device[""]
@@ -43,10 +43,11 @@ class Placement:
                 ) from error
 
     def settle(self, model: PreTrainedModel, dtype: torch.dtype | None) -> None:
-        """Have a device for every tensor of a model, which may be on the meta device.
+        """Choose a device for every tensor of a model, which may be on the meta device.
 
         Raises:
-            ValueError: a tensor that the map leaves out, a module that the model has not, no room.
+            ValueError: the map leaves out a tensor or names an unknown module, or memory is too
+                small.
         """
         if self._plan is not None:
             self._map = {
@@ -54,10 +55,11 @@ class Placement:
             }
         modules = dict(model.named_modules())
         if unknown := [name for name in self._map if name not in modules]:
-            raise ValueError(f"device_map names {', '.join(unknown)}, which the model has not")
+            raise ValueError(f"device_map names {', '.join(unknown)}, which the model lacks")
         if absent := [name for name in model.state_dict() if self._find(name) is None]:
             raise ValueError(
-                f"device_map has no device for {', '.join(absent[:5])}{' ...' if len(absent) > 5 else ''}"
+                f"device_map has no device for {', '.join(absent[:5])}"
+                f"{' ...' if len(absent) > 5 else ''}"
             )
 
     def _find(self, name: str) -> torch.device | None:
@@ -66,11 +68,11 @@ class Placement:
         return self._map.get(name)
 
     def of(self, name: str) -> torch.device:
-        """The device of the tensor of that name, after `settle`."""
+        """The device of a tensor by name, after `settle`."""
         return self._find(name)
 
     def dispatch(self, model: PreTrainedModel) -> PreTrainedModel:
-        """Have accelerate move activations from device to device, where there are several."""
+        """Let accelerate move activations between devices, if there are several."""
         if not self._spread:
             return model
         from accelerate import dispatch_model
@@ -99,7 +101,7 @@ def _infer(model: PreTrainedModel, how: str, dtype: torch.dtype | None) -> dict[
 def _device(device: torch.device | str | int) -> torch.device:
     if device == "disk":
         raise ValueError(
-            "device_map places a part on the disk, which is not supported; the model has to fit "
+            "device_map places a part on disk, which is not supported; the model has to fit "
             "into memory"
         )
     try:
@@ -118,7 +120,7 @@ def _device(device: torch.device | str | int) -> torch.device:
         AssertionError,
         ImportError,
         NotImplementedError,
-    ) as error:  # each backend has its own for not being there
+    ) as error:  # each backend raises its own type if unavailable
         raise ValueError(
             f"device {device!r} was asked for, but this torch cannot use it: "
             f"{str(error).splitlines()[0]}"

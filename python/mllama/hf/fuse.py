@@ -1,6 +1,4 @@
-"""`fuse` with a processor: two loaded models put together, and what stands before the one that they
-become.
-"""
+"""`fuse` with a processor: combines two loaded models and builds the processor of the result."""
 
 import copy
 import warnings
@@ -27,35 +25,34 @@ def fuse(
     tokenizer: PreTrainedTokenizerBase | None = None,
     **options: Any,
 ) -> MllamaForConditionalGeneration:
-    """One model of two. It shares their parameters: nothing is copied, and what is trained in one
-    is trained in the other.
+    """Combine a text and a vision model into one. It shares their parameters: nothing is copied,
+    and training one trains the other.
 
-    What stands between them (a projector, a learned pooling, cross-attention layers) is new and
-    random, save that gates are zero: with fusion="cross_attention" the logits are the text model's,
-    bit for bit, until something is trained.
+    The parts between them (projector, learned pooling, cross-attention layers) are new and random,
+    except that gates are zero: with fusion="cross_attention" the logits equal the text model's bit
+    for bit until something is trained.
 
-    The model's `processor` is made of the tokenizer (and chat template) of the text model's folder
-    and the image settings of the vision model's, and saved with it, so that `mllama.load` reads the
-    folder. It is None where there is no tokenizer.
+    The model's `processor` is built from the tokenizer (and chat template) in the text model's
+    folder and the image settings in the vision model's, and saved with the model, so that
+    `mllama.load` can read the folder. It is None if there is no tokenizer.
 
     Args:
-        text_model: a Llama, as `MllamaForConditionalGeneration.from_pretrained` reads it from a
+        text_model: a Llama, as `MllamaForConditionalGeneration.from_pretrained` loads it from a
             folder or a GGUF file.
-        vision_model: as `SiglipModel.from_pretrained` reads it. A pooling head is left out.
-        fusion: "merge", "prepend" or "cross_attention", as `MllamaConfig` has it.
-        tokenizer: in place of the one in the text model's folder; it is copied.
-        options: further arguments of `MllamaConfig`: `image_token_index` (with "merge" by default
-            that of `<image>` in the tokenizer, which is added where it is missing), `projector`,
-            `num_image_tokens`, `cross_attention_every` ...
+        vision_model: as `SiglipModel.from_pretrained` loads it. A pooling head is left out.
+        fusion: "merge", "prepend" or "cross_attention", as in `MllamaConfig`.
+        tokenizer: replaces the one in the text model's folder; it is copied.
+        options: further arguments of `MllamaConfig`: `image_token_index` (default with "merge":
+            the tokenizer's `<image>`, added if it is missing), `projector`, `num_image_tokens`,
+            `cross_attention_every` ...
 
     Returns:
-        A `siglip_llama`, in the text model's dtype, on its device, and in training or eval mode as
-        it is.
+        A `siglip_llama` with the text model's dtype, device and training mode.
 
     Raises:
-        TypeError: models of another kind, a tokenizer or an option that is none.
-        ValueError: a text model that is no Llama, models of two dtypes or on two devices, options
-            that cannot be.
+        TypeError: a model or the tokenizer has the wrong type, or an option is unknown.
+        ValueError: the text model is not a Llama, the models differ in dtype or device, or an
+            option is invalid.
     """
     if tokenizer is not None and not isinstance(tokenizer, PreTrainedTokenizerBase):
         raise TypeError(
@@ -77,7 +74,7 @@ def fuse(
 
 
 def _found(model: Any, kind: type) -> Any:
-    """What stands in the folder that a model was read from, where it is of a kind; else None."""
+    """The processor part in the folder of a model, if it has the given type; else None."""
     where = getattr(getattr(model, "config", None), "name_or_path", "")
     if not where or not Path(where).exists():
         return None
@@ -91,22 +88,20 @@ def _found(model: Any, kind: type) -> Any:
 def _processor(
     config: MllamaConfig, tokenizer: PreTrainedTokenizerBase, images: SquareImageProcessor | None
 ) -> MllamaImageProcessor | None:
-    """A processor that writes as many placeholders for an image as the fusion has, which may be
-    none.
-    """
+    """A processor that writes as many placeholders per image as the fusion needs, possibly none."""
     token, place = IMAGE_TOKEN, config.image_token_index
     if place is not None and place < len(tokenizer):
         token = tokenizer.convert_ids_to_tokens(place)
         if token not in tokenizer.get_added_vocab():
             warnings.warn(
-                f"no processor is made: image_token_index {place} is the ordinary token {token!r}; "
-                "give a special one",
+                f"no processor is built: image_token_index {place} is an ordinary token, "
+                f"{token!r}; give a special one",
                 stacklevel=3,
             )
             return None
     elif place is not None and (place > len(tokenizer) or token in tokenizer.get_vocab()):
         warnings.warn(
-            f"no processor is made: image_token_index {place} is not the tokenizer's next id, "
+            f"no processor is built: image_token_index {place} is not the tokenizer's next id, "
             f"{len(tokenizer)}",
             stacklevel=3,
         )

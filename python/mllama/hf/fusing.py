@@ -1,4 +1,4 @@
-"""Two loaded models put together: a Llama that is to see, and a SigLIP that sees for it."""
+"""Combines a loaded Llama and a loaded SigLIP into one model."""
 
 import copy
 import inspect
@@ -34,29 +34,28 @@ def fuse(
     fusion: str = "merge",
     **options: Any,
 ) -> MllamaForConditionalGeneration:
-    """One model of two. It shares their parameters: nothing is copied, and what is trained in one
-    is trained in the other.
+    """Combine a text and a vision model into one. It shares their parameters: nothing is copied,
+    and training one trains the other.
 
-    What stands between them (a projector, a learned pooling, cross-attention layers) is new and
-    random, save that gates are zero: with fusion="cross_attention" the logits are the text model's,
-    bit for bit, until something is trained.
+    The parts between them (projector, learned pooling, cross-attention layers) are new and random,
+    except that gates are zero: with fusion="cross_attention" the logits equal the text model's bit
+    for bit until something is trained.
 
     Args:
-        text_model: a Llama, as `MllamaForConditionalGeneration.from_pretrained` reads it from a
+        text_model: a Llama, as `MllamaForConditionalGeneration.from_pretrained` loads it from a
             folder or a GGUF file.
-        vision_model: as `SiglipModel.from_pretrained` reads it. A pooling head is left out.
-        fusion: "merge", "prepend" or "cross_attention", as `MllamaConfig` has it.
+        vision_model: as `SiglipModel.from_pretrained` loads it. A pooling head is left out.
+        fusion: "merge", "prepend" or "cross_attention", as in `MllamaConfig`.
         options: further arguments of `MllamaConfig`: `image_token_index`, `projector`,
             `num_image_tokens`, `cross_attention_every` ...
 
     Returns:
-        A `siglip_llama`, in the text model's dtype, on its device, and in training or eval mode as
-        it is.
+        A `siglip_llama` with the text model's dtype, device and training mode.
 
     Raises:
-        TypeError: models of another kind, an option that is none.
-        ValueError: a text model that is no Llama, models of two dtypes or on two devices, options
-            that cannot be.
+        TypeError: a model has the wrong type, or an option is unknown.
+        ValueError: the text model is not a Llama, the models differ in dtype or device, or an
+            option is invalid.
     """
     _check(text_model, vision_model, options)
     config = MllamaConfig(
@@ -100,9 +99,7 @@ def _check(text_model: Any, vision_model: Any, options: dict[str, Any]) -> None:
 
 
 def _sharing(module: _Module) -> _Module:
-    """The same modules anew, with the same parameters: their places in a cache can be others, and
-    their values cannot.
-    """
+    """New modules with the same parameters: their indices in a cache may differ."""
     return copy.deepcopy(
         module, {id(tensor): tensor for tensor in (*module.parameters(), *module.buffers())}
     )
@@ -125,7 +122,7 @@ def _take_decoder(
 
 
 def _make_new(model: MllamaForConditionalGeneration, dtype: torch.dtype) -> None:
-    """What neither model has, in place of what was laid out."""
+    """Create the parts that neither model has."""
     spec = model.spec
     made = {"multi_modal_projector": make_projector(spec)}
     if spec.pooling is not None:

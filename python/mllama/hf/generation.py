@@ -1,4 +1,4 @@
-"""What transformers' `generate` needs to know about images and masks."""
+"""Support for images and masks in transformers' `generate`."""
 
 import functools
 from typing import Any, Literal, overload
@@ -10,7 +10,7 @@ from transformers.generation.utils import GenerateOutput
 
 from mllama.hf.arguments import check_special, taken_by
 from mllama.hf.built import check_built
-from mllama.hf.cache import check_cache, num_prefix_tokens
+from mllama.hf.cache import check_cache, keep_all_tokens, num_prefix_tokens
 from mllama.hf.call import one_of_images
 from mllama.hf.compat import CACHE_NAME, hand_on, rename_cache
 from mllama.text.prefix import count_prefix
@@ -19,15 +19,15 @@ _READING = ("vision_feature_layer", "vision_feature_select_strategy", "interpola
 _TOKENIZERS = (
     "tokenizer",
     "assistant_tokenizer",
-)  # of stop strings and token healing; transformers leaves them among the model's arguments
+)  # for stop strings and token healing; transformers leaves them among the model's arguments
 
 
 class MllamaGenerationMixin(GenerationMixin):
-    """GenerationMixin for a model with images: they are encoded once, and their features follow
-    their rows.
+    """GenerationMixin for a model with images: they are encoded once, and their features are
+    repeated and reordered with their rows.
     """
 
-    spec: Any  # these are the model's
+    spec: Any  # this and the following are the model's
     fusion: Any
     config: Any
     lm_head: Any
@@ -40,11 +40,11 @@ class MllamaGenerationMixin(GenerationMixin):
     @overload
     def generate(self, *args: Any, **kwargs: Any) -> torch.LongTensor: ...
     def generate(self, *args: Any, **kwargs: Any) -> GenerateOutput | torch.LongTensor:
-        """As GenerationMixin's; the cache may be called `cache` or `past_key_values`.
+        """As GenerationMixin's; the cache may be given as `cache` or `past_key_values`.
 
         Raises:
-            ValueError: an attention_mask that is not [B, T], too: one of four dimensions says
-                nothing of the tokens to come.
+            ValueError: attention_mask is not [B, T] (a 4-D mask does not cover generated tokens);
+                else as GenerationMixin's.
         """
         check_built(self)  # type: ignore[arg-type]  # a mixin of that class
         mask = kwargs.get("attention_mask")
@@ -56,48 +56,48 @@ class MllamaGenerationMixin(GenerationMixin):
         kwargs = rename_cache(kwargs)
         if (
             encoded := kwargs.pop("mm_encoder_outputs", None)
-        ) is not None:  # as features, which follow their rows
+        ) is not None:  # as features, which are repeated with their rows
             check_special(self, mm_encoder_outputs=encoded)
             kwargs["image_features"] = one_of_images(
                 kwargs.get("pixel_values"), kwargs.get("image_features"), encoded, None
             )
         if torch.get_default_device().type in ("cpu", self.device.type):
             return super().generate(*args, **kwargs)
-        with self.device:  # GenerationMixin leaves it to torch's default where its tensors are
+        with self.device:  # GenerationMixin creates tensors on torch's default device
             return super().generate(*args, **kwargs)
 
     def _supports_mm_encoder_outputs(self) -> bool:
-        """False: GenerationMixin need not encode images before the first step, which does."""
+        """False: images are encoded in the first step, not by GenerationMixin before it."""
         return False
 
     @staticmethod
     def create_masks_for_generate(
         attention_mask: torch.Tensor | None = None, **kwargs
     ) -> torch.Tensor | None:
-        """The 2-D mask as it is: the attention operator takes no [T, S] masks, for static caches
-        either.
+        """The unchanged 2-D mask: the attention operator takes no [T, S] masks, also for static
+        caches.
         """
         return attention_mask
 
     def prepare_inputs_for_generation(
         self, input_ids, inputs_embeds=None, is_first_iteration=False, **kwargs
     ) -> dict[str, Any]:
-        """As GenerationMixin's; image features, like pixels, are for the first step where there
-        is a cache.
+        """As GenerationMixin's. With a cache, image features and pixels are passed in the first
+        step only.
 
-        A step onto an empty cache is a first one whatever the caller says: assisted decoding starts
-        its assistant with one.
+        A step with an empty cache is a first step regardless of the argument: assisted decoding
+        starts its assistant with one.
         """
         kwargs = rename_cache(
             {name: value for name, value in kwargs.items() if name not in _TOKENIZERS}
         )
         cache = kwargs.get(CACHE_NAME)
-        filled = cache is not None and int(cache.get_seq_length()) > 0
-        if is_first_iteration and filled and kwargs.get("next_sequence_length") is not None:
+        has_tokens = cache is not None and int(cache.get_seq_length()) > 0
+        if is_first_iteration and has_tokens and kwargs.get("next_sequence_length") is not None:
             kwargs["next_sequence_length"] += num_prefix_tokens(
                 cache
-            )  # which the cache's length counts, and the ids do not have
-        is_first_iteration = is_first_iteration or (cache is not None and not filled)
+            )  # counted in the cache's length, but not among the ids
+        is_first_iteration = is_first_iteration or (cache is not None and not has_tokens)
         inputs = super().prepare_inputs_for_generation(
             input_ids, inputs_embeds=inputs_embeds, is_first_iteration=is_first_iteration, **kwargs
         )
@@ -106,9 +106,9 @@ class MllamaGenerationMixin(GenerationMixin):
         return hand_on(inputs)
 
     def _prefill(self, input_ids, generation_config, model_kwargs, is_first_iteration=True):
-        """As GenerationMixin's. Chunked prefill is rejected for image_features, bidirectional
-        prompts and visual tokens before the text too. Without a cache, later steps are told where
-        the prompt ended: a placeholder's id that is generated is text.
+        """As GenerationMixin's. Chunked prefill is also rejected for image_features, bidirectional
+        prompts and prepended visual tokens. Without a cache, later steps get the prompt's length,
+        because a generated placeholder id is text.
         """
         if (
             self.spec.encoder is not None
@@ -126,14 +126,14 @@ class MllamaGenerationMixin(GenerationMixin):
             }
             if obstacle := next((name for name, there in obstacles.items() if there), None):
                 raise ValueError(
-                    f"prefill_chunk_size must be None for {obstacle}: the prompt is read whole"
+                    f"prefill_chunk_size must be None for {obstacle}: the prompt is prefilled whole"
                 )
         return super()._prefill(input_ids, generation_config, model_kwargs, is_first_iteration)
 
     def _update_model_kwargs_for_generation(
         self, outputs, model_kwargs, is_encoder_decoder=False, num_new_tokens=1
     ) -> dict[str, Any]:
-        """As GenerationMixin's; what is generated sees the images that the last token sees."""
+        """As GenerationMixin's; generated tokens attend to the images of the last token."""
         mask = model_kwargs.get("cross_attention_mask")
         model_kwargs = super()._update_model_kwargs_for_generation(
             outputs, model_kwargs, is_encoder_decoder, num_new_tokens
@@ -150,9 +150,9 @@ class MllamaGenerationMixin(GenerationMixin):
         """Repeat every row `expand_size` times (beams, several answers). Images are encoded once
         and repeated with their rows.
 
-        Token types become the length of what is seen both ways, all of the prompt by default:
-        transformers goes on with the last one, which would put an assistant's words into the
-        prompt.
+        Token types are replaced by the length of the bidirectional prefix, by default all of the
+        prompt: transformers would extend them by the last type, so that an assistant's tokens
+        would count as prompt.
         """
         types, cache = model_kwargs.pop("token_type_ids", None), model_kwargs.get(CACHE_NAME)
         check_cache(cache)
@@ -201,8 +201,8 @@ class MllamaGenerationMixin(GenerationMixin):
         return input_ids, model_kwargs | {"pixel_values": pixel_values, "image_features": features}
 
     def _has_soft_prompts(self) -> bool:
-        """Whether PEFT's `generate` called this one, to put learned embeddings before the prompt,
-        which it sees one way, as in training.
+        """Whether PEFT's `generate` called this one, to prepend learned embeddings. They make the
+        prompt causal, as in training.
         """
         caller = getattr(self.prepare_inputs_for_generation, "__self__", self)
         return bool(
@@ -212,22 +212,26 @@ class MllamaGenerationMixin(GenerationMixin):
     def _prepare_cache_for_generation(
         self, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
     ):
-        """As GenerationMixin's; a static cache gets room for visual tokens before the text, too,
-        which its length does not count.
+        """As GenerationMixin's; a static cache also gets room for prepended visual tokens, which
+        its length does not include, and its layers with a window keep all tokens.
         """
         beams, answers = generation_config.num_beams, generation_config.num_return_sequences
         max_cache_length += self.fusion.extra_cache_tokens(
             _count_images(model_kwargs), batch_size * max(beams, answers)
         )
-        return super()._prepare_cache_for_generation(
+        given = model_kwargs.get(CACHE_NAME)
+        super()._prepare_cache_for_generation(
             generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
         )
+        # A static cache whose layers all have a window does not say its size afterwards.
+        if given is None and (cache := model_kwargs.get(CACHE_NAME)) is not None:
+            keep_all_tokens(cache, self.spec.text.layers, max_cache_length)
 
     @functools.wraps(GenerationMixin._get_candidate_generator)
     def _get_candidate_generator(self, generation_config, input_ids, *args, **kwargs):
-        """As GenerationMixin's; what is proposed ends before a image's placeholder, and before an
-        id that the head has no logits for. An assistant guesses without the arguments that it does
-        not take: images, where it knows text alone.
+        """As GenerationMixin's. Candidates end before an image placeholder or an id without
+        logits. Arguments that an assistant does not take are removed, such as images for a text
+        model.
         """
         given, assistant = kwargs["model_kwargs"], kwargs.get("assistant_model")
         if assistant is not None:
@@ -243,7 +247,7 @@ class MllamaGenerationMixin(GenerationMixin):
             input_ids: torch.Tensor, *args, **kwargs
         ) -> tuple[torch.Tensor, torch.Tensor | None]:
             no_text = torch.isin(input_ids, stops) | (input_ids >= self.lm_head.out_features)
-            # A lookup takes what it proposes for a column of logits.
+            # A lookup uses its candidates as indices of logits.
             proposed, logits = propose(
                 input_ids.masked_fill(no_text, 0) if blind else input_ids, *args, **kwargs
             )
@@ -254,10 +258,10 @@ class MllamaGenerationMixin(GenerationMixin):
                 .flatten()
                 .tolist()
             )
-            kept = bad[0] if bad else new.shape[1]
-            return torch.cat([input_ids, new[:, :kept]], 1), logits[
-                :, :kept
-            ] if kept and logits is not None else None
+            num_valid = bad[0] if bad else new.shape[1]
+            return torch.cat([input_ids, new[:, :num_valid]], 1), logits[
+                :, :num_valid
+            ] if num_valid and logits is not None else None
 
         generator.get_candidates = get_candidates
         return generator
@@ -265,7 +269,7 @@ class MllamaGenerationMixin(GenerationMixin):
     def _placeholder_ids(
         self, input_ids: torch.Tensor, model_kwargs: dict[str, Any]
     ) -> torch.Tensor:
-        """The ids that stand for images in a prompt."""
+        """The ids of image placeholders in a prompt."""
         if (token := self.spec.image_token_index) is not None:
             return torch.tensor([token], device=input_ids.device)
         images, mask = _count_images(model_kwargs), model_kwargs.get("attention_mask")
@@ -273,8 +277,8 @@ class MllamaGenerationMixin(GenerationMixin):
 
     @functools.wraps(GenerationMixin._assisted_decoding)
     def _assisted_decoding(self, input_ids, *args, **kwargs):
-        """As GenerationMixin's, which takes what it guessed wrong back from the cache by the length
-        of the ids.
+        """As GenerationMixin's, which removes rejected candidates from the cache by the length of
+        the ids.
         """
         images, mask = _count_images(kwargs), kwargs.get("attention_mask")
         if num_prefix_tokens(kwargs.get(CACHE_NAME)) or self.fusion.stands_before_text(

@@ -1,4 +1,4 @@
-"""A transformers model as a GGUF file."""
+"""Saves a transformers model as a GGUF file."""
 
 import os
 
@@ -15,11 +15,11 @@ def save_gguf(
     path: str | os.PathLike,
     dtype: str = "f16",
 ) -> None:
-    """Write a model's decoder and its tokenizer as `mllama.checkpoints.gguf.writer.write_gguf`,
-    which ends generation where the model's generation config does.
+    """Write a model's decoder and its tokenizer with `mllama.checkpoints.gguf.writer.write_gguf`,
+    using the end tokens of the model's generation config.
 
     Raises:
-        ValueError, TypeError: as `write_gguf`; a config that was set to another model than this.
+        ValueError, TypeError: as `write_gguf`; the config was changed to describe another model.
     """
     if not isinstance(model, MllamaForConditionalGeneration):
         raise TypeError(

@@ -1,6 +1,4 @@
-"""The loader that older scripts call: `load_hf_model`, which says what it did and forgives
-leftovers.
-"""
+"""`load_hf_model`, a lenient loader: prints a report and ignores unused tensors."""
 
 import os
 from collections.abc import Callable
@@ -27,23 +25,24 @@ from mllama.processing.tokenizer import Tokenizer
 def load_hf_model(
     model_path: str | os.PathLike, device: str | torch.device = "cpu", strict: bool = False
 ) -> tuple[MllamaForConditionalGeneration | Any, PreTrainedTokenizerBase | Tokenizer]:
-    """Load a model and its tokenizer, and print what was converted, tied, skipped and missing.
+    """Load a model and its tokenizer, and print which tensors were converted, tied, skipped and
+    missing.
 
     Args:
-        model_path: all that `MllamaForConditionalGeneration.from_pretrained` takes, or a SigLIP's
+        model_path: anything `MllamaForConditionalGeneration.from_pretrained` takes, or a SigLIP's
             folder.
-        device: where the weights go.
-        strict: raise where the files and the model do not fit. Otherwise tensors of unknown names
-            or other shapes are skipped, an output head that the files lack is tied to the
-            embeddings, and what else they lack is initialised afresh.
+        device: device of the weights.
+        strict: raise if the files do not fit the model. Otherwise tensors with unknown names or
+            wrong shapes are skipped, a missing output head is tied to the embeddings, and other
+            missing tensors are initialized.
 
     Returns:
         The model, in eval mode, and the tokenizer.
 
     Raises:
-        FileNotFoundError: no such model, or one without tokenizer files.
-        ValueError: broken files; with `strict`, tensors that are missing, unexpected, doubled or of
-            another shape, all in one error.
+        FileNotFoundError: there is no such model, or it has no tokenizer files.
+        ValueError: files are broken; with `strict`, tensors are missing, unexpected, repeated or
+            have a wrong shape (one error lists all).
     """
     return load_as(lambda config: model_class(compose(config)), model_path, device, strict)
 
@@ -54,10 +53,10 @@ def load_as(
     device: str | torch.device,
     strict: bool,
 ) -> tuple[MllamaForConditionalGeneration | Any, PreTrainedTokenizerBase | Tokenizer]:
-    """`load_hf_model` of the class that `class_of` names for the model's config."""
+    """`load_hf_model` with the class that `class_of` returns for the model's config."""
     path = find_folder(model_path)
     with (opened := open_checkpoint(path)).source:
-        tokenizer = _tokenizer(path)  # before the weights: an error should not take their time
+        tokenizer = _tokenizer(path)  # before the weights, so that errors come at once
         config = config_object(opened.config)
         model, report = load_opened(
             class_of(config), opened, device=device, strict=strict, config=config
@@ -68,7 +67,7 @@ def load_as(
                 model.config.tie_word_embeddings = True
                 report.lacking.remove(name)
         model.tie_weights(recompute_mapping=True)
-        _initialise(model, torch.device(device), report.dtype)
+        _initialize(model, torch.device(device), report.dtype)
         model.tie_weights(recompute_mapping=True)
     print(
         "\n".join(
@@ -83,9 +82,9 @@ def load_as(
     return model, tokenizer
 
 
-def _initialise(model: PreTrainedModel, device: torch.device, dtype: torch.dtype) -> None:
-    """Give fresh values to parameters that are still on the meta device: the model's own
-    initialisation, zeros where it has none.
+def _initialize(model: PreTrainedModel, device: torch.device, dtype: torch.dtype) -> None:
+    """Initialize parameters that are still on the meta device with the model's own initialization,
+    or zeros if it has none.
     """
     for module in model.modules():
         own = dict(module.named_parameters(recurse=False))
@@ -119,7 +118,7 @@ def _lines(family: str, where: str, report: Report, tied: dict[str, str]) -> lis
         ("skipped, of unknown names", report.unexpected),
         ("skipped, of another shape or kind", report.unfit),
         ("skipped, given twice", report.twice),
-        ("missing, initialised afresh", report.lacking),
+        ("missing, newly initialized", report.lacking),
     ):
         if names:
             lines.append(f"{what} ({len(names)}): {listing(names)}")
@@ -127,7 +126,7 @@ def _lines(family: str, where: str, report: Report, tied: dict[str, str]) -> lis
 
 
 def _tokenizer(path: Path) -> PreTrainedTokenizerBase | Tokenizer:
-    """The tokenizer of a Hugging Face folder: older scripts have a processor of their own."""
+    """The tokenizer in a Hugging Face folder; older scripts have a processor of their own."""
     if not (path / CONFIG).exists():
         processor: Any = load_processor(path)
         return getattr(processor, "tokenizer", processor)

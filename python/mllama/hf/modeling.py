@@ -16,7 +16,6 @@ from mllama.hf.built import check_built, remember_config
 from mllama.hf.call import (
     PackedRows,
     by_rows,
-    check_text,
     one_of_images,
     set_cache_and_positions,
     set_extra_outputs,
@@ -29,33 +28,34 @@ from mllama.hf.outputs import MllamaOutput, as_output
 from mllama.hf.pretrained import PretrainedMixin, own_config
 from mllama.model.model import VisionLanguageModel
 from mllama.nn.norm import RMSNorm
+from mllama.text.decoder import check_text
 
 
 class MllamaForConditionalGeneration(
     NextTokenModel, PretrainedMixin, MllamaGenerationMixin, VisionLanguageModel, PreTrainedModel
 ):
-    """A vision-language or text model: encoder, projector, fusion and decoder as the config's
-    family has them.
+    """A vision-language or text model: encoder, projector, fusion and decoder of the config's
+    family.
 
     Args:
         config: `mllama.MllamaConfig` for a SigLIP encoder and a Llama decoder joined in one of
             three ways; or transformers' own LlavaConfig, PaliGemmaConfig, MllamaConfig
-            (Llama-3.2-Vision), LlamaConfig, GemmaConfig, Gemma2Config, Gemma3TextConfig. The
-            weights are random; `from_pretrained` reads a folder.
+            (Llama-3.2-Vision), LlamaConfig, GemmaConfig, Gemma2Config, Gemma3TextConfig. Weights
+            are random; `from_pretrained` loads a folder.
         reference: which Llama-3.2-Vision to follow where the two differ, "meta" (as trained) or
             "hf" (as transformers computes it). The encoder's intermediate features are the inputs
             ("meta") or the outputs ("hf") of the listed layers; text before the first image attends
-            to no image ("meta") or to all ("hf"). It may be set later; other families ignore it.
+            to no image ("meta") or to all ("hf"). Can be set later; other families ignore it.
 
     Raises:
-        TypeError: no config.
-        ValueError: a family, a size, a choice or a reference that cannot be.
+        TypeError: config is not a config object.
+        ValueError: a family, size, choice or reference is invalid.
     """
 
     config_class = MllamaConfig
     base_model_prefix = "model"
     main_input_name = "input_ids"
-    # As transformers' own models have it.
+    # As in transformers' own models.
     input_modalities = ("image", "text")  # type: ignore[assignment]
     accepts_loss_kwargs = True
     supports_gradient_checkpointing = True
@@ -72,20 +72,20 @@ class MllamaForConditionalGeneration(
     def __init__(self, config: PretrainedConfig, reference: str = "meta"):
         spec = compose(config)
         if spec.text is None:
-            raise ValueError(f"a {config.model_type} has no decoder: SiglipModel is its class")
+            raise ValueError(f"a {config.model_type} has no decoder: use SiglipModel")
         PreTrainedModel.__init__(self, own_config(config))
         self.build(spec, reference)
         if spec.text.extra_embeddings:  # the embedding has more rows than the head
             self._tied_weights_keys = None  # type: ignore[assignment]
-        # No child: its parameters are the model's own.
+        # Not a child: its parameters are the model's own.
         self.__dict__["_backbone"] = Backbone(self, MllamaForConditionalGeneration.forward)
         self.post_init()
         remember_config(self)
 
     @property
     def model(self) -> Backbone:
-        """The model without its head, which `base_model` is, too: called as the model is, it
-        returns last_hidden_state.
+        """The model without its head, also `base_model`. It is called like the model and returns
+        last_hidden_state.
         """
         return self._backbone.follow()  # type: ignore[union-attr,operator]
 
@@ -95,11 +95,11 @@ class MllamaForConditionalGeneration(
             nn.init.constant_(module.weight, 1 - module.offset)
 
     def get_input_embeddings(self) -> nn.Embedding:
-        """The decoder's embedding matrix."""
+        """The decoder's embedding."""
         return self.language_model.embed_tokens
 
     def set_input_embeddings(self, value: nn.Embedding) -> None:  # type: ignore[override]
-        """Put another embedding matrix in place."""
+        """Replace the decoder's embedding."""
         self.language_model.embed_tokens = value
 
     def resize_token_embeddings(
@@ -108,12 +108,12 @@ class MllamaForConditionalGeneration(
         pad_to_multiple_of: int | None = None,
         mean_resizing: bool = True,
     ) -> nn.Embedding:
-        """As transformers': the vocabulary gets `new_num_tokens`. An embedding matrix with rows
-        beyond it (Llama-3.2-Vision: 8, the placeholder's among them) has as many beyond the new
-        one, and every row that was there stays at its id.
+        """Resize the vocabulary to `new_num_tokens`, as in transformers. Rows of the embedding
+        matrix beyond the vocabulary (Llama-3.2-Vision: 8, including the placeholder's) stay beyond
+        the new one, and every existing row keeps its id.
 
         Raises:
-            ValueError: a size that cannot be, or that leaves out the placeholder's row.
+            ValueError: the size is invalid, or excludes the placeholder's row.
         """
         if new_num_tokens is None and pad_to_multiple_of is None:
             return self.get_input_embeddings()
@@ -141,7 +141,7 @@ class MllamaForConditionalGeneration(
     def _get_resized_embeddings(
         self, old_embeddings, new_num_tokens=None, pad_to_multiple_of=None, mean_resizing=True
     ) -> nn.Embedding:
-        """As transformers', with the rows beyond the vocabulary."""
+        """As transformers', including the rows beyond the vocabulary."""
         rows = new_num_tokens + self.spec.text.extra_embeddings
         return super()._get_resized_embeddings(
             old_embeddings, rows, pad_to_multiple_of, mean_resizing
@@ -156,15 +156,15 @@ class MllamaForConditionalGeneration(
         vision_feature_select_strategy: str | None = None,
         interpolate_pos_encoding: bool | None = None,
     ) -> torch.Tensor:
-        """Encode and project images. Arguments as `forward` has them.
+        """Encode and project images. Arguments as in `forward`.
 
         Returns:
-            [images, patches (or what they are pooled to), text hidden size], or of a model that
-            cuts images into tiles [B, images * tiles * patches, text hidden size]; `forward` and
-            `generate` take it as `image_features` in place of the pixels.
+            [images, patches (or pooled tokens), text hidden size], for tiled images [B, images *
+            tiles * patches, text hidden size]. `forward` and `generate` accept it as
+            `image_features` in place of pixel_values.
 
         Raises:
-            TypeError, ValueError: as the encoder. A model without one takes no images.
+            TypeError, ValueError: as the encoder; the model has no encoder.
         """
         if self.spec.encoder is None:
             raise ValueError(f"this {self.config.model_type} model takes text alone")
@@ -183,10 +183,10 @@ class MllamaForConditionalGeneration(
     def _choose_features(
         self, layer: int | list[int] | None, strategy: str | None, interpolate: bool | None
     ) -> FeatureChoice | None:
-        """Which states of the encoder a call reads.
+        """The states of the encoder that a call reads.
 
         Raises:
-            ValueError: an argument of another family; layers that do not exist.
+            ValueError: an argument is another family's, or a layer does not exist.
         """
         check_special(
             self,
@@ -205,7 +205,7 @@ class MllamaForConditionalGeneration(
         images: int = 0,
         per_image: int | None = None,
     ) -> torch.Tensor:
-        """Where placeholders of images stand, bool [B, T]: see `MergeFusion.find_placeholders`."""
+        """Positions of image placeholders, bool [B, T]: see `MergeFusion.find_placeholders`."""
         check_built(self)
         return self.fusion.find_placeholders(input_ids, attention_mask, images, per_image)
 
@@ -246,14 +246,14 @@ class MllamaForConditionalGeneration(
         """
         Args:
             input_ids: int [B, T], with one placeholder per image feature. Placeholder ids may lie
-                outside the vocabulary. With fusion="prepend" placeholders may be left out: the
-                visual tokens are put before the text, equally many images per row. attention_mask,
-                labels and position_ids then describe the text alone, here and in later calls, and
-                the outputs cover both. With fusion="cross_attention" there are no placeholders.
+                outside the vocabulary. With fusion="prepend" placeholders may be left out: visual
+                tokens are then prepended, the same number of images per row. attention_mask,
+                labels and position_ids describe the text alone, here and in later calls, and the
+                outputs cover both. With fusion="cross_attention" there are no placeholders.
             pixel_values: float [images of the batch in row order, channels, image_size,
                 image_size]; cast to the encoder's dtype. Ignored with a non-empty cache and no
-                placeholders in input_ids. With fusion="cross_attention" equally many images per
-                row. Models with tiles: float [B, images, tiles, channels, image_size, image_size].
+                placeholders in input_ids. With fusion="cross_attention" the same number of images
+                per row. Tiled models: float [B, images, tiles, channels, image_size, image_size].
                 With a non-empty cache, cross-attention layers append them to the cached images.
             attention_mask: [B, past + T] of any dtype, zero where padded, on either side. Or [B or
                 1, heads or 1, T, keys], bool (True: visible) or floats added to the scores; it
@@ -270,8 +270,8 @@ class MllamaForConditionalGeneration(
             cache: a transformers cache, dynamic or static, that keeps all tokens; not with
                 activation checkpointing.
             position_ids: int [B or 1, T]. Default: the number of unmasked tokens before each.
-                Without mask and cache, as in transformers, a position that is not one more than
-                the previous one starts a new sequence of a packed row, computed as if alone.
+                Without mask and cache, as in transformers, a position that is not its predecessor
+                plus one starts a new sequence of a packed row, computed independently.
                 Packed rows: token_type_ids may restart with every sequence, cross_attention_mask
                 must be given, and visual tokens cannot be prepended.
             use_cache: return a cache. Default: outside training, as the decoder's config says, but
@@ -284,20 +284,20 @@ class MllamaForConditionalGeneration(
             image_features: what `get_image_features` returned, in place of pixel_values.
             token_type_ids: int [B, T], for models with bidirectional prompts (PaliGemma): 0 for the
                 prompt, 1 for the completion. Default: causal here, bidirectional in `generate`.
-                Not read with a non-empty cache, nor by other models.
+                Ignored with a non-empty cache, and by other models.
             prefix_length: int64 [B], length of the prompt at the front of each row, padding
                 included: in place of token_type_ids.
             aspect_ratio_ids: int [B, images], 1 + the index of the image's aspect ratio in the
-                config's list, 0 for no image. For models with tiles (Llama-3.2-Vision).
-            aspect_ratio_mask: [B, images, tiles], 1 where a tile is filled. Default: as
-                aspect_ratio_ids say.
-            cross_attention_mask: [B, T or past + T, images, tiles (1 where there are none)], 1
+                config's list, 0 for no image. For tiled models (Llama-3.2-Vision).
+            aspect_ratio_mask: [B, images, tiles], 1 for non-empty tiles. Default: derived from
+                aspect_ratio_ids.
+            cross_attention_mask: [B, T or past + T, images, tiles (1 if untiled)], 1
                 where a token attends to a tile. For models with cross-attention layers. Later
                 tokens use the last row. Default: every token attends to every tile of its row.
             return_dict: False returns a tuple.
             past_key_values: another name of `cache`, transformers' until 5.23.
-            cu_seq_lens_q, cu_seq_lens_k: int [sequences + 1], where each sequence of packed rows
-                begins in the rows laid end to end, as DataCollatorWithFlattening gives them. All
+            cu_seq_lens_q, cu_seq_lens_k: int [sequences + 1], start of each sequence in the
+                concatenated rows, as DataCollatorWithFlattening returns them. All
                 descriptions of packed rows must agree with each other and with position_ids, which
                 are derived from them by default.
             max_length_q, max_length_k: length of the longest sequence.
@@ -308,7 +308,7 @@ class MllamaForConditionalGeneration(
             interpolate_pos_encoding: accept pixel_values of any size, [images, channels, height,
                 width], by interpolating positions; an image then has one placeholder per patch.
                 For SigLIP and CLIP encoders.
-            mm_encoder_outputs: {"image": what transformers' `get_image_features` returned}, whose
+            mm_encoder_outputs: {"image": output of transformers' `get_image_features`}, whose
                 `pooler_output` are the image_features.
             cross_attention_states: image_features under transformers' name for Llama-3.2-Vision, in
                 any shape [..., hidden].
@@ -318,11 +318,12 @@ class MllamaForConditionalGeneration(
                 these models (see `mllama.hf.arguments`) are ignored.
 
         Raises:
-            ValueError: shapes that do not fit, another number of placeholders than features, labels
-                out of range, no trained label (see `mllama.nn.loss.counted_loss`), an argument of
-                another family, a config changed in what the model was built from.
-            TypeError: an argument of the wrong type, or an unknown one.
-            IndexError: an id outside the vocabulary.
+            ValueError: shapes do not fit, the numbers of placeholders and features differ, labels
+                are out of range or none is trained (see `mllama.nn.loss.counted_loss`), an
+                argument is another family's, or the config changed in a field that the model was
+                built from.
+            TypeError: an argument has the wrong type, or is unknown.
+            IndexError: an id is outside the vocabulary.
         """
         check_keywords(type(self).__name__, MllamaForConditionalGeneration.forward, kwargs)
         check_built(self)
@@ -372,6 +373,6 @@ class MllamaForConditionalGeneration(
         return as_output(computed, cache, logits_to_keep is None, return_dict)
 
 
-# The mapping is by class, but refuses a class whose name one of transformers' own bears; theirs
-# stays what it was.
+# The mapping is by class, but rejects a class with the name of one of transformers' own; the
+# mapping of those is unchanged.
 AutoModelForImageTextToText.register(MllamaConfig, MllamaForConditionalGeneration, exist_ok=True)

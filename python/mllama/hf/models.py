@@ -1,4 +1,4 @@
-"""Which transformers class a model is of."""
+"""The transformers class of a model."""
 
 from typing import Any
 
@@ -14,11 +14,11 @@ from mllama.hf.siglip import SiglipModel
 
 
 def model_class(spec: ModelSpec) -> type[Any]:
-    """The class that models are of: SiglipModel for a SigLIP vision model alone."""
+    """The class for a spec: SiglipModel for a SigLIP vision model alone."""
     return SiglipModel if spec.text is None else MllamaForConditionalGeneration
 
 
 def survey_opened(opened: Opened) -> tuple[PreTrainedModel, Report]:
-    """The model that opened files are of, on the meta device, and what they have for it."""
+    """The model of opened files on the meta device, and the report of matching it with them."""
     config = config_object(opened.config)
     return survey(opened, lambda spec: model_class(spec)(config))

@@ -1,4 +1,4 @@
-"""Classes of transformers that the command line and the modules for older scripts name."""
+"""Classes of transformers used by the command line and the modules for older scripts."""
 
 from transformers import (
     BatchFeature,

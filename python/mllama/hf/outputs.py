@@ -1,4 +1,4 @@
-"""What the transformers models return."""
+"""Outputs of the transformers models."""
 
 from dataclasses import dataclass
 
@@ -12,21 +12,20 @@ from mllama.model.model import ModelOutput
 
 @dataclass
 class MllamaOutput(CacheOutput):
-    """What the model returns; readable as `output.logits`, `output["logits"]` and by place. What is
-    None is left out.
+    """Output of the model, read as `output.logits`, `output["logits"]` or by index. Fields that are
+    None are left out.
 
     Attributes:
-        loss: float32 scalar, where labels were given.
+        loss: float32 scalar, if labels were given.
         logits: [B, T, vocabulary], in the model's dtype; prepended visual tokens come
             first.
-        cache: the key-value cache, where one was used; also read as `past_key_values`.
+        cache: the key-value cache, if one was used; also read as `past_key_values`.
         hidden_states: the decoder's, layers + 1 of [B, T, hidden].
         attentions: the decoder's, one [B, heads, T, keys] float32 per layer.
         image_hidden_states: projected features [images, patches, hidden], as `get_image_features`
-            gives them.
+            returns them.
         image_attentions: the encoder's, one [images, heads, patches, patches] float32 per layer.
-        num_trained_tokens: int64 scalar, the labels that the loss was taken over, where labels were
-            given.
+        num_trained_tokens: int64 scalar, number of labels in the loss, if labels were given.
     """
 
     loss: torch.Tensor | None = None
@@ -40,7 +39,7 @@ class MllamaOutput(CacheOutput):
 
     @property
     def image_outputs(self) -> BaseModelOutputWithPooling | None:
-        """The encoder's part as transformers 5.24 returns it: `image_hidden_states` as
+        """The encoder's part in the form of transformers 5.24: `image_hidden_states` as
         `pooler_output`, and `attentions`.
         """
         if self.image_hidden_states is None:
@@ -53,7 +52,7 @@ class MllamaOutput(CacheOutput):
 def as_output(
     computed: ModelOutput, cache: Cache | None, headless: bool, return_dict: bool
 ) -> MllamaOutput | DecoderOutput | tuple:
-    """What `compute` gave as transformers returns it."""
+    """Convert the output of `compute` to transformers' form."""
     output: MllamaOutput | DecoderOutput
     if headless:
         output = DecoderOutput(

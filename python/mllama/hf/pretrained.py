@@ -1,4 +1,4 @@
-"""How the package's models are read and written: transformers' methods, on our checkpoints."""
+"""Loading and saving of the package's models: transformers' methods on our checkpoints."""
 
 import copy
 import functools
@@ -27,18 +27,18 @@ from mllama.nn.checkpointing import CheckpointedLayer
 from mllama.nn.wrappers import given_out, is_sharded, may_write, plain_key, whole
 from mllama.weights.stock_names import stock_name, stock_patterns
 
-if TYPE_CHECKING:  # a mixin of that class, not a subclass: its own methods come first
+if TYPE_CHECKING:  # a mixin of that class, not a subclass: its own methods take precedence
     _Model = PreTrainedModel
 else:
     _Model = object
 
 
 def own_config(config: PretrainedConfig) -> PretrainedConfig:
-    """The config itself, or a copy of one that a stock model has, as the way it computes attention
-    in it tells: ours has one way, called "eager".
+    """The config, copied if it belongs to a stock model, with our only attention implementation,
+    "eager".
 
-    It says which of our outputs are no predictions; the configs of transformers know its own
-    models' outputs alone.
+    It lists our outputs that are not predictions; transformers' configs list those of its own
+    models.
     """
     ignored = getattr(config, "keys_to_ignore_at_inference", ())
     more = [name for name in NO_PREDICTIONS if name not in ignored]
@@ -72,28 +72,29 @@ class PretrainedMixin(_Model):
         Args:
             pretrained_model_name_or_path: a folder with config.json and safetensors weights (LLaVA,
                 PaliGemma, Llama-3.2-Vision, Llama, Gemma, SigLIP, or our own format), a folder with
-                Meta's own files, a GGUF file, a folder of adapters in PEFT's format that says which
-                model they are for, or the id of a model on the hub.
-            config: takes the place of the folder's.
+                Meta's own files, a GGUF file, a folder of adapters in PEFT's format that names its
+                base model, or a model id on the hub.
+            config: replaces the folder's.
             dtype: "auto" (the default) is the files' own; or float32, bfloat16, float16.
                 `torch_dtype` is its older name.
-            device_map: a device; or what accelerate takes to spread a model over several: "auto",
-                "balanced", "balanced_low_0", "sequential", or {module: device}. The CPU by default.
-            subfolder: the model's place inside the folder.
-            kwargs: fields of the config, in place of what it says, as `vision_feature_layer=-1` or
-                `text_config={"use_cache": False}`; `attn_implementation`, "eager" alone;
-                `reference` of a model with cross-attention; the hub's options (`revision`,
-                `cache_dir`, `token`, `local_files_only`, `force_download`); the further ones
-                transformers has for them are taken and change nothing.
+            device_map: a device; or accelerate's "auto", "balanced", "balanced_low_0",
+                "sequential" or {module: device} to spread the model over several. Default: the
+                CPU.
+            subfolder: the model's folder inside.
+            kwargs: config fields that override the config's values, such as
+                `vision_feature_layer=-1` or `text_config={"use_cache": False}`;
+                `attn_implementation`, only "eager"; `reference` of a model with cross-attention;
+                the hub's options (`revision`, `cache_dir`, `token`, `local_files_only`,
+                `force_download`); transformers' other hub options are accepted, without effect.
 
         Raises:
-            FileNotFoundError: no folder, config or weights there.
-            ValueError: an unknown `model_type`, a broken file, or weights that do not fit: every
-                missing and unexpected tensor, and every wrong shape, in one error. A `subfolder`
+            FileNotFoundError: the folder, config or weights do not exist.
+            ValueError: the `model_type` is unknown, a file is broken, or weights do not fit (one
+                error lists every missing or unexpected tensor and wrong shape); `subfolder` is
                 outside the folder.
-            TypeError: an option that is not known and no field of the config, a config of another
-                kind.
-            ImportError: a model to be spread over devices, without accelerate.
+            TypeError: an option is neither known nor a field of the config, or config has the
+                wrong type.
+            ImportError: several devices need accelerate, which is not installed.
         """
         from mllama.checkpoints.hub import find_folder
         from mllama.hf.checkpoints import load_model
@@ -118,18 +119,19 @@ class PretrainedMixin(_Model):
         }
         folder = find_folder(pretrained_model_name_or_path, subfolder, **options)
         if (folder / ADAPTER_CONFIG).is_file():
-            asked.pop("revision", None)  # the adapters'
+            asked.pop("revision", None)  # it is the adapters'
             model = cls.from_pretrained(adapted_model(folder), **asked)
             load_lora(model, folder)
             return model
         where = "cpu" if device_map is None else device_map
-        return load_model(cls, folder, config, dtype, where, fields, **own)  # type: ignore[return-value]
+        loaded: Any = load_model(cls, folder, config, dtype, where, fields, **own)
+        return loaded
 
     load_options: frozenset[str] = (
         frozenset()
-    )  # arguments of the class's constructor that from_pretrained passes on
+    )  # constructor arguments that from_pretrained passes on
 
-    def save_pretrained(  # type: ignore[override]  # the options that are refused are in kwargs
+    def save_pretrained(  # type: ignore[override]  # rejected options are in kwargs
         self,
         save_directory: str | os.PathLike,
         is_main_process: bool = True,
@@ -138,41 +140,41 @@ class PretrainedMixin(_Model):
         max_shard_size: int | str = "50GB",
         **kwargs: Any,
     ) -> None:
-        """Write the model to a folder, whole or not at all, in its family's own format. Signature
-        as transformers'.
+        """Write the model to a folder, atomically, in its family's own format. The signature is
+        transformers'.
 
-        A model with LoRA layers is written as its adapters, in PEFT's format, with what else
-        learns: `from_pretrained` of the folder loads the model they were trained on and puts them
-        in, and transformers' Trainer goes on from it. After `mllama.merge_and_unload` the whole
-        model is written.
+        A model with LoRA layers is written as its adapters, in PEFT's format, with other trained
+        modules: `from_pretrained` of the folder loads the base model and adds them, and
+        transformers' Trainer resumes from it. After `mllama.merge_and_unload` the whole model is
+        written.
 
-        Of our own composition, a model that Hugging Face's LLaVA can be
-        (`vision_feature="pre_norm"`, `fusion="merge"`, a projector of two layers, projection_dim
-        equal to the decoder's width, and an `image_token_index` within the vocabulary) is written
-        as LLaVA. Of a model with an adapter of PEFT the adapter is written, as in transformers.
+        A `siglip_llama` that Hugging Face's LLaVA can represent (`vision_feature="pre_norm"`,
+        `fusion="merge"`, a projector of two layers, projection_dim equal to the decoder's width,
+        and an `image_token_index` within the vocabulary) is written as LLaVA. For a model with a
+        PEFT adapter the adapter is written, as in transformers.
 
         Args:
-            save_directory: made if absent; other files in it stay.
+            save_directory: created if needed; other files in it stay.
             is_main_process: False writes nothing.
-            state_dict: takes the place of the model's own; it must have all of its names.
-            push_to_hub: afterwards upload the folder, to `repo_id` (the folder's name by default).
-            max_shard_size: bytes of one weight file, or text as "5GB"; more is written as shards
-                and an index.
-            kwargs: the further options of transformers' method and of its `push_to_hub`.
+            state_dict: replaces the model's own; it must be complete.
+            push_to_hub: upload the folder afterwards, to `repo_id` (default: the folder's name).
+            max_shard_size: maximum size of a weight file in bytes, or a text such as "5GB"; larger
+                weights are split into shards with an index.
+            kwargs: the other options of transformers' method and of its `push_to_hub`.
 
         Raises:
-            ValueError: a `state_dict` that is not the whole model; a model inside a PeftModel;
-                adapters into a folder that holds a whole model; `variant`, `distributed_checkpoint`
-                or `safe_serialization=False`, which would change what is written and are not
+            ValueError: `state_dict` is not the complete model; the model is inside a PeftModel;
+                adapters would overwrite a whole model; `variant`, `distributed_checkpoint` or
+                `safe_serialization=False` is given, which would change the files and is not
                 supported.
-            TypeError: an option that is not known.
+            TypeError: an option is unknown.
         """
         from mllama.hf.checkpoints import save_model
 
         if unknown := sorted(
             kwargs.keys() - _PUSH_OPTIONS - _SAVE_PASSED_OVER - _SAVE_FIXED.keys()
         ):
-            raise TypeError(f"save_pretrained got options it does not know: {', '.join(unknown)}")
+            raise TypeError(f"save_pretrained got unknown options: {', '.join(unknown)}")
         for name, value in _SAVE_FIXED.items():
             if kwargs.get(name, value) != value:
                 raise ValueError(
@@ -190,7 +192,7 @@ class PretrainedMixin(_Model):
             return super().save_pretrained(save_directory, is_main_process, **own, **kwargs)
         if hasattr(self, "peft_config"):
             raise ValueError(
-                "a PeftModel has put adapters into this model: save that, or the model after its "
+                "a PeftModel added adapters to this model: save that, or the model after its "
                 "merge_and_unload()"
             )
         check_built(self)
@@ -214,11 +216,11 @@ class PretrainedMixin(_Model):
                         **{"repo_id": os.path.basename(os.path.abspath(save_directory))} | push
                     )
         finally:
-            if together:  # what one process wrote is there for all
+            if together:  # files written by one process are visible to all
                 distributed.barrier()
 
     def _sharded_state(self, lora: bool) -> dict[str, torch.Tensor]:
-        """The state dict; of a model with LoRA layers without the frozen weights, which are not
+        """The state dict; for a model with LoRA layers without the frozen weights, which are not
         written.
         """
         state = self.state_dict()
@@ -229,26 +231,26 @@ class PretrainedMixin(_Model):
             name: tensor for name, tensor in state.items() if ".lora_" in name or name in learning
         }
 
-    processor: Any = None  # of a fused model: what stands before it, saved with it
+    processor: Any = None  # a fused model's processor, saved with it
 
     @property
     def _checkpoint_conversion_mapping(self) -> dict[str, str]:
-        """What PEFT reads to put adapters of transformers' class into this one."""
+        """Read by PEFT to load adapters of transformers' class into this one."""
         return stock_patterns(stock_prefixes(self.config.to_dict()))
 
     def stock_name(self, name: str) -> str:
-        """The dotted name that a parameter or module has in transformers' own class of the model;
-        the same where there is none.
+        """The dotted name of a parameter or module in transformers' own class of the model;
+        unchanged if there is none.
         """
         return stock_name(stock_prefixes(self.config.to_dict()), name)
 
     def load_adapter(self, *args: Any, **kwargs: Any) -> Any:
-        """As transformers', of a folder whose adapters have this model's names or those of
+        """As transformers', for a folder whose adapters have this model's names or those of
         transformers' class.
 
         Raises:
-            ValueError: layers that the adapters' config names and their file lacks, which would be
-                left at random; else as transformers'.
+            ValueError: the adapters' config names layers that their file does not have, which would
+                stay random; else as transformers'.
         """
         from transformers.core_model_loading import WeightRenaming
 
@@ -266,8 +268,8 @@ class PretrainedMixin(_Model):
         return report
 
     def own_names(self, names: Iterable[str]) -> dict[str, str]:
-        """The parameters' names here by those that files have, or transformers' classes; unknown
-        ones are left out.
+        """Map names of files, or of transformers' classes, to the model's; unknown ones are left
+        out.
         """
         from mllama.hf.checkpoints import own_names
 
@@ -276,18 +278,18 @@ class PretrainedMixin(_Model):
     def load_state_dict(
         self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
     ) -> Any:
-        """As torch's; takes the names that weight files use too, whole or shard by shard with
-        `strict=False`; those that torch.compile, DDP and FSDP make of them; and adapters alone in
-        PEFT's names, which miss nothing of the rest of the model. What is sharded over processes,
-        here or there, is gathered and given out.
+        """As torch's. Also accepts the names in weight files, whole or shard by shard with
+        `strict=False`; names with the parts that torch.compile, DDP and FSDP add; and adapters
+        alone with PEFT's names, for which the other tensors do not count as missing. Tensors
+        sharded over processes, here or there, are gathered and scattered.
 
         Raises:
-            ValueError: adapters alone, for a model without LoRA layers; else as torch's.
+            ValueError: adapters are given for a model without LoRA layers; else as torch's.
         """
         from mllama.hf.checkpoints import translate_state_dict
 
         adapters_alone = False
-        if isinstance(state_dict, Mapping):  # torch says what else it is
+        if isinstance(state_dict, Mapping):  # torch reports other types
             adapters_alone = bool(state_dict) and is_peft(state_dict)
             plain = {plain_key(name): tensor for name, tensor in state_dict.items()}
             if adapters_alone and not lora_layers(self):
@@ -304,17 +306,17 @@ class PretrainedMixin(_Model):
         report = super().load_state_dict(state_dict, strict=strict, assign=assign)
         if adapters_alone:
             report.missing_keys[:] = [name for name in report.missing_keys if ".lora_" in name]
-        if assign:  # it gave every name a parameter of its own
+        if assign:  # every name got a parameter of its own
             self.tie_weights(recompute_mapping=False)
         return report
 
     def _set_gradient_checkpointing(  # type: ignore[override]
         self, enable: bool = True, gradient_checkpointing_func: Callable = checkpoint, **kwargs: Any
     ) -> None:
-        """What transformers' methods call to have activations checkpointed, or not."""
+        """Called by transformers' methods to turn activation checkpointing on or off."""
         if (
             getattr(gradient_checkpointing_func, "keywords", {}).get("use_reentrant") is not False
-        ):  # what torch does unless told otherwise
+        ):  # torch's default
             gradient_checkpointing_func = functools.partial(_reentrant, gradient_checkpointing_func)
         super()._set_gradient_checkpointing(enable, gradient_checkpointing_func, **kwargs)
         every = kwargs.get("every_n_layers", 1)  # transformers counts layers of its own class
@@ -326,9 +328,10 @@ class PretrainedMixin(_Model):
 def _reentrant(
     checkpoint: Callable, forward: functools.partial, hidden_states: torch.Tensor, *args
 ):
-    """The reentrant kind gives a layer's parameters no gradient, without a word, unless its input
-    asks for one: the input of the first layer with an adapter does not, where all below is frozen.
-    transformers makes embedded tokens ask, not images.
+    """Make the first layer's input require a gradient. The reentrant variant silently gives a
+    layer's parameters no gradient unless its input requires one, which the input of the first
+    layer with an adapter does not if everything below is frozen. transformers does this for
+    embedded tokens, not for images.
     """
     layer = forward.args[0]
     if torch.is_grad_enabled() and any(parameter.requires_grad for parameter in layer.parameters()):
@@ -340,7 +343,7 @@ def _reentrant(
     return checkpoint(forward, hidden_states, *args)
 
 
-# Of transformers: where and how to find a model on the hub; and what changes nothing here.
+# transformers' options: where to find a model on the hub; and those without effect here.
 HUB_OPTIONS = {"cache_dir", "force_download", "local_files_only", "revision", "token"}
 _PASSED_OVER = {
     "_from_auto",
@@ -361,7 +364,7 @@ _PUSH_OPTIONS = {
     "tags",
     "token",
 }
-# What transformers, Trainer, PEFT and accelerate pass; the files are the same either way.
+# Passed by transformers, Trainer, PEFT and accelerate; the files are the same either way.
 _SAVE_PASSED_OVER = {"save_function", "save_original_format", "save_peft_format"}
-# What would change the files in ways that are not supported: its only value.
+# Options that would change the files and are not supported: the only accepted value.
 _SAVE_FIXED = {"variant": None, "safe_serialization": True, "distributed_checkpoint": False}

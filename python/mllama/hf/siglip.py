@@ -1,6 +1,4 @@
-"""SigLIP's vision model alone: features of images, and one pooled feature where the weights have
-a head for it.
-"""
+"""SigLIP's vision model alone: image features, and a pooled feature if it has a head."""
 
 from typing import Any
 
@@ -8,7 +6,7 @@ import torch
 from transformers import PreTrainedModel, SiglipVisionConfig
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from mllama.encoders.siglip import SiglipPoolingHead, SiglipVisionTower
+from mllama.encoders.siglip import SiglipImageEncoder, SiglipPoolingHead
 from mllama.hf.arguments import check_keywords
 from mllama.hf.built import check_built, remember_config
 from mllama.hf.config_objects import compose
@@ -16,20 +14,20 @@ from mllama.hf.pretrained import PretrainedMixin, own_config
 
 
 class SiglipModel(PretrainedMixin, PreTrainedModel):
-    """What transformers' SiglipVisionModel computes, on this package's operators.
+    """transformers' SiglipVisionModel on this package's operators.
 
     Args:
-        config: transformers' SiglipVisionConfig. With `vision_use_head` (the default) there is a
+        config: transformers' SiglipVisionConfig. With `vision_use_head` (the default) it has a
             pooling head.
 
     Raises:
-        TypeError: another config.
-        ValueError: sizes that cannot be; the text names the field.
+        TypeError: config has another type.
+        ValueError: sizes are invalid; the message names the field.
     """
 
     config_class = SiglipVisionConfig
     main_input_name = "pixel_values"
-    input_modalities = ("image",)  # type: ignore[assignment]  # as transformers' own models have it
+    input_modalities = ("image",)  # type: ignore[assignment]  # as in transformers' models
     supports_gradient_checkpointing = True
     _no_split_modules = ["SiglipEncoderLayer", "SiglipPoolingHead"]
 
@@ -38,7 +36,7 @@ class SiglipModel(PretrainedMixin, PreTrainedModel):
             raise TypeError(f"config must be a SiglipVisionConfig, got {type(config).__name__}")
         vision = compose(config).vision
         super().__init__(own_config(config))
-        self.vision_tower = SiglipVisionTower(vision)
+        self.vision_tower = SiglipImageEncoder(vision)
         self.head = SiglipPoolingHead(vision) if vision.vision_use_head else None
         self.post_init()
         remember_config(self)
@@ -62,17 +60,17 @@ class SiglipModel(PretrainedMixin, PreTrainedModel):
                 dtype.
             output_attentions, output_hidden_states: also return every layer's.
             return_dict: False returns a tuple.
-            interpolate_pos_encoding: take pixels of any size, [images, channels, height, width],
-                with positions between the learned ones.
-            kwargs: what `mllama.hf.arguments` lists: passed over.
+            interpolate_pos_encoding: accept any size, [images, channels, height, width], by
+                interpolating positions.
+            kwargs: arguments that `mllama.hf.arguments` lists; ignored.
 
         Returns:
             `last_hidden_state` [images, patches, hidden] after the final norm, `pooler_output`
-            [images, hidden] with a head, and `hidden_states`, `attentions` where asked for.
+            [images, hidden] with a head, and `hidden_states`, `attentions` if requested.
 
         Raises:
-            TypeError: pixel_values is no floating tensor; an argument that is not known.
-            ValueError: pixel_values has another shape.
+            TypeError: pixel_values is not a floating tensor, or an argument is unknown.
+            ValueError: pixel_values has the wrong shape.
         """
         check_keywords(type(self).__name__, SiglipModel.forward, kwargs)
         check_built(self)

@@ -1,6 +1,4 @@
-"""Stock transformers' classes, which `generate --runtime transformers` runs and `verify` compares
-with.
-"""
+"""Stock transformers classes, for `generate --runtime transformers` and `verify`."""
 
 from pathlib import Path
 
@@ -13,14 +11,14 @@ from mllama.families import MODEL_TYPES
 
 
 def load_stock(folder: Path, dtype: str | torch.dtype) -> PreTrainedModel:
-    """A model by its stock class, in eval mode on the CPU.
+    """Load a model with its stock class, in eval mode on the CPU.
 
     Args:
-        folder: with config.json, or with a GGUF file; or that file.
-        dtype: of the model.
+        folder: a folder with config.json or a GGUF file; or that file.
+        dtype: dtype of the model.
 
     Raises:
-        ValueError: transformers does not read what is there.
+        ValueError: transformers cannot read it.
     """
     options = {"dtype": dtype, "local_files_only": True, "trust_remote_code": False}
     if (folder / CONFIG).is_file():
@@ -36,11 +34,11 @@ def load_stock(folder: Path, dtype: str | torch.dtype) -> PreTrainedModel:
         raise ValueError(
             f"stock transformers does not read {folder}: it has no {CONFIG} and is no GGUF file"
         )
-    # Here, since its library is an optional dependency.
+    # Imported here: the gguf library is an optional dependency.
     from mllama.checkpoints.gguf.reader import open_gguf
 
     options |= {"gguf_file": file.name}
     config = AutoConfig.from_pretrained(file.parent, **options)
-    # transformers reads no scaling of the rotary frequencies.
+    # transformers does not read rotary scaling.
     config.rope_parameters = open_gguf(file).config["rope_parameters"]
     return AutoModelForCausalLM.from_pretrained(file.parent, config=config, **options).eval()

@@ -1,4 +1,4 @@
-"""Adapters outside a model: their tensors, and the names that files give them."""
+"""The content of adapter files, and its names."""
 
 import re
 from collections.abc import Callable, Iterable, Mapping

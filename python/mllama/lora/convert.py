@@ -40,7 +40,7 @@ def convert_linears_to_lora(
         The new layers by dotted name. A layer used in several places appears under each name.
 
     Raises:
-        TypeError: an argument has another type.
+        TypeError: an argument has the wrong type.
         ValueError: rank, alpha or dropout is out of range; no layer matches; module is itself a
             linear layer, which cannot be replaced in place; a layer requested by name shares its
             weight.
@@ -82,7 +82,10 @@ def replace_linear_with_lora(
     dropout: float = 0.0,
     target_module_names: str | Iterable[str] | None = None,
 ) -> dict[str, Linear_LORA]:
-    """`convert_linears_to_lora` with other defaults, as older scripts use it."""
+    """`convert_linears_to_lora` with other defaults, for older scripts.
+
+    Arguments, Returns and Raises as `convert_linears_to_lora`.
+    """
     return convert_linears_to_lora(
         module, rank, alpha, dropout, target_module_names=target_module_names
     )
@@ -91,7 +94,10 @@ def replace_linear_with_lora(
 def convert_to_lora(
     model: _Model, target_modules: str | Iterable[str] | None, rank: int, alpha: float
 ) -> _Model:
-    """`convert_linears_to_lora` as older scripts use it: names first, returns the model."""
+    """`convert_linears_to_lora` for older scripts: names come first, and the model is returned.
+
+    Arguments and Raises as `convert_linears_to_lora`.
+    """
     convert_linears_to_lora(model, rank, alpha, target_module_names=target_modules)
     return model
 

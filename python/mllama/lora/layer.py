@@ -111,8 +111,8 @@ class Linear_LORA(RecomputingLinear):
         return self.linear.bias
 
     def forward(self, x: torch.Tensor, recompute: Recompute | None = None) -> torch.Tensor:
-        """x: [..., in_dim] -> [..., out_dim]. `recompute`: how x was made, if it is to be made
-        again in the backward pass instead of being kept.
+        """x: [..., in_dim] -> [..., out_dim]. `recompute`: how x was computed, to recompute it in
+        the backward pass instead of storing it.
 
         Raises:
             ValueError: the layer is merged and would be trained.

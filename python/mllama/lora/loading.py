@@ -1,4 +1,4 @@
-"""Adapters from a file -> the LoRA layers of a model."""
+"""Loads adapters from a file into the LoRA layers of a model."""
 
 import os
 from collections.abc import Mapping
@@ -43,9 +43,9 @@ def load_lora(model: nn.Module, path: str | os.PathLike) -> None:
     Raises:
         FileNotFoundError: there is no such file, or the folder has no adapters.
         TypeError: model is not a module.
-        ValueError: the file is broken, or holds no adapters, or other values than tensors; a field
-            of PEFT's config that is not supported; file and model do not match. One error lists
-            every unknown or missing name, wrong shape and different alpha.
+        ValueError: the file is broken, has no adapters, or has other values than tensors; a field
+            of PEFT's config is not supported; file and model do not match. One error lists every
+            unknown or missing name, wrong shape and different alpha.
     """
     path = Path(path)
     layers = plain_layers(model)
@@ -123,7 +123,7 @@ def _check_layers(
 
 
 def _adapter_shapes(name: str, rank: int, layer: nn.Linear | Linear_LORA) -> _Shapes:
-    """Shapes of A and B. FSDP may hold a weight in another shape, so they are computed."""
+    """Shapes of A and B, computed because FSDP may store a weight in another shape."""
     return {
         adapter_key(name, "lora_a"): (rank, layer.in_features),
         adapter_key(name, "lora_b"): (layer.out_features, rank),
@@ -131,7 +131,7 @@ def _adapter_shapes(name: str, rank: int, layer: nn.Linear | Linear_LORA) -> _Sh
 
 
 def _trained_shapes(model: nn.Module, found: Adapters) -> _Shapes:
-    """Shapes of the model's parameters that the file holds next to adapters."""
+    """Shapes of the model's parameters that the file has next to adapters."""
     if not found.trained:
         return {}
     return {

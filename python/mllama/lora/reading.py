@@ -1,4 +1,4 @@
-"""Adapter files and PEFT folders -> `Adapters`, under the file's own names."""
+"""Reads adapter files and PEFT folders to `Adapters`, with the file's own names."""
 
 import json
 from pathlib import Path
@@ -19,7 +19,7 @@ def read_adapters(path: Path) -> Adapters:
 
     Raises:
         FileNotFoundError: there is no such file, or the folder has no adapters.
-        ValueError: the file is broken or holds no adapters; a PEFT field that is not supported.
+        ValueError: the file is broken or has no adapters, or a PEFT field is not supported.
     """
     folder = path if path.is_dir() else path.parent
     if path.is_dir():
@@ -31,7 +31,7 @@ def read_adapters(path: Path) -> Adapters:
         return _parse_peft(folder, path, tensors)
     if tensors and not any(".lora_" in f".{name}" for name in tensors):
         raise ValueError(
-            f"{path} holds no adapters: its {len(tensors)} tensors are "
+            f"{path} has no adapters: its {len(tensors)} tensors are "
             f"{listing(list(tensors)[:3])} ..., the weights of a model"
         )
     return Adapters(tensors, _parse_alphas(path, alphas))
@@ -42,7 +42,7 @@ def _file_in(folder: Path) -> Path:
         return peft.weights_file(folder)
     if (folder / "config.json").exists():
         raise ValueError(
-            f"{folder} holds no adapters but a whole model: it has config.json and no {peft.CONFIG}"
+            f"{folder} has no adapters but a whole model: it has config.json and no {peft.CONFIG}"
         )
     raise FileNotFoundError(
         f"{folder} is no file of adapters, and as a folder it has no {peft.CONFIG}"
@@ -52,7 +52,7 @@ def _file_in(folder: Path) -> Path:
 def _parse_peft(folder: Path, path: Path, tensors: dict[str, torch.Tensor]) -> Adapters:
     if not (folder / peft.CONFIG).exists():
         raise ValueError(
-            f"{path} holds PEFT adapters and needs {peft.CONFIG} next to it, for ranks and alphas"
+            f"{path} has PEFT adapters and needs {peft.CONFIG} next to it, for ranks and alphas"
         )
     config = peft.read_config(folder)
     layers, trained = peft.parse(str(folder), config, tensors)

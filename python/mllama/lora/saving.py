@@ -1,4 +1,4 @@
-"""The adapters of a model -> a file, or a folder in PEFT's format."""
+"""Saves the adapters of a model to a file, or to a folder in PEFT's format."""
 
 import json
 import os
@@ -68,7 +68,7 @@ def save_adapter_folder(
     model, because no file holds those weights.
 
     Args:
-        state_dict: used instead of the model's own. It is whole, so no other process takes part.
+        state_dict: replaces the model's own. It is whole, so no other process takes part.
         strict: False warns instead of raising if PEFT could not read all of it; mllama can.
     """
     if folder.exists() and not folder.is_dir():

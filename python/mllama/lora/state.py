@@ -14,6 +14,12 @@ _Model = TypeVar("_Model", bound=nn.Module)
 def lora_parameters(model: nn.Module) -> list[nn.Parameter]:
     """Parameters A and B of every LoRA layer, each once, for an optimizer.
 
+    Args:
+        model: a module with LoRA layers.
+
+    Returns:
+        A list of A and B, layer by layer.
+
     Raises:
         TypeError: model is not a module.
         ValueError: it has no LoRA layers.

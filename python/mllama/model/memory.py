@@ -1,10 +1,8 @@
-"""What memory a model needs, by part, from its composition and sizes alone: nothing is loaded and
-nothing allocated.
+"""Memory that a model needs, by part, computed from its spec without loading or allocating it.
 
-Weights, caches and logits are counted to the byte. Activations are what the widest moment of one
-layer holds, which is where a forward
-pass in inference mode peaks: within a quarter or so of what is measured. What libraries and
-allocators keep for themselves comes on top.
+Weights, caches and logits are exact. Activations are the widest moment of one layer, where a
+forward pass in inference mode peaks: within about a quarter of the measured value. Memory that
+libraries and allocators reserve comes on top.
 """
 
 from dataclasses import dataclass
@@ -15,14 +13,13 @@ from torch import nn
 from mllama.config.spec import ModelSpec
 from mllama.encoders import ENCODERS
 
-PARTS = ("tower", "projector", "embeddings", "decoder", "cross layers", "head")
-# of a layer's width, alive while its feed-forward block runs: the layer's input, attended, their
-# sum, its norm
+PARTS = ("vision encoder", "projector", "embeddings", "decoder", "cross layers", "head")
+# Tensors of a layer's width alive in its feed-forward block: input, attention output, sum, norm.
 _STATES = 4
 _FLOAT32 = 4
 _PARTS_NAMED = {
-    "vision_tower": "tower",
-    "head": "tower",
+    "vision_tower": "vision encoder",
+    "head": "vision encoder",
     "image_pooling": "projector",
     "multi_modal_projector": "projector",
     "lm_head": "head",
@@ -31,15 +28,15 @@ _PARTS_NAMED = {
 
 @dataclass(frozen=True)
 class Work:
-    """What is asked of a model at once.
+    """The size of one forward pass.
 
     Attributes:
-        context: tokens of a row, prompt and answer, placeholders or visual tokens included.
-        batch: rows.
-        tiles: of the images of a row that are filled; of an encoder that cuts no tiles, its
-            images. The encoder holds an image's `max_num_tiles` however few are filled; keys have
-            the filled ones (with reference="hf" all).
-        dtype: of weights and activations.
+        context: tokens per row: prompt and answer, placeholders or visual tokens included.
+        batch: number of rows.
+        tiles: non-empty tiles of a row's images, or images of an encoder without tiles. The encoder
+            computes all `max_num_tiles` of an image; keys are those of the non-empty tiles (with
+            reference="hf" of all).
+        dtype: dtype of weights and activations.
     """
 
     context: int
@@ -49,11 +46,11 @@ class Work:
 
 
 def count_parameters(model: nn.Module) -> dict[str, int]:
-    """Parameters by part, in the order of `PARTS`, without the parts that the model lacks. A tied
-    head is no part of its own.
+    """Parameters by part, in the order of `PARTS`; parts that the model lacks are absent. A tied
+    head is counted with the embeddings.
 
     Args:
-        model: of this package; it may be on the meta device.
+        model: a model of this package; it may be on the meta device.
     """
     tied = model.get_expanded_tied_weights_keys()
     crossed = _crossed(spec_of(model))
@@ -65,18 +62,16 @@ def count_parameters(model: nn.Module) -> dict[str, int]:
 
 
 def memory_needed(model: nn.Module, work: Work) -> dict[str, int]:
-    """Bytes by what they are for, at the peak of a forward pass over the whole context in inference
-    mode.
+    """Bytes by purpose, at the peak of a forward pass over the whole context in inference mode.
 
     Args:
-        model: of this package; it may be on the meta device.
-        work: what is asked of it.
+        model: a model of this package; it may be on the meta device.
+        work: the size of the pass.
 
     Returns:
-        "weights"; of a model with an encoder "vision activations"; of one with cross-attention
-        "cross-attention keys and values"; of one with a decoder "key-value cache", "decoder
-        activations" and "logits": of the last position, with the float32 copy from which `generate`
-            chooses.
+        "weights"; "vision activations" if there is an encoder; "cross-attention keys and values"
+        if there are such layers; "key-value cache", "decoder activations" and "logits" if there is
+        a decoder. Logits are those of the last position, with `generate`'s float32 copy.
     """
     spec, size = spec_of(model), work.dtype.itemsize
     needed = {"weights": sum(count_parameters(model).values()) * size}
@@ -101,7 +96,7 @@ def memory_needed(model: nn.Module, work: Work) -> dict[str, int]:
 
 
 def spec_of(model: nn.Module) -> ModelSpec:
-    """What a model of this package is made of; an encoder alone has no text."""
+    """The spec of a model of this package; a vision model alone has no text."""
     return (
         model.spec
         if hasattr(model, "spec")
@@ -110,12 +105,12 @@ def spec_of(model: nn.Module) -> ModelSpec:
 
 
 def image_tokens(spec: ModelSpec, tiles: int) -> int:
-    """Features of the filled tiles of one row, as the decoder has them."""
+    """Features of one row's non-empty tiles, as the decoder reads them."""
     return tiles * spec.tokens_per_image if spec.pooling else _encoder_tokens(spec, tiles)
 
 
 def _encoder_tokens(spec: ModelSpec, tiles: int) -> int:
-    """The same as the encoder has them, class tokens among them."""
+    """Tokens of one row's images in the encoder, class tokens included."""
     patches = (spec.vision.image_size // spec.vision.patch_size) ** 2
     return tiles * (patches + ENCODERS[spec.encoder].class_tokens)
 

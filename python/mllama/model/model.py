@@ -1,4 +1,4 @@
-"""A vision-language model put together: encoder -> projector -> fusion -> decoder -> head."""
+"""A complete vision-language model: encoder -> projector -> fusion -> decoder -> head."""
 
 from dataclasses import dataclass, replace
 
@@ -15,24 +15,24 @@ from mllama.fusion.cross_attention import CrossAttentionDecoderLayer
 from mllama.fusion.projector import make_pooling, make_projector
 from mllama.nn.activation import softcap
 from mllama.nn.loss import counted_loss
-from mllama.text.decoder import Decoder, DecoderOutput, split_mask
+from mllama.text.decoder import Decoder, DecoderOutput, check_mask, check_text, split_mask
 from mllama.text.prefix import count_prefix
 
 
 @dataclass
 class ModelOutput:
-    """What a model computes.
+    """Output of `VisionLanguageModel.compute`.
 
     Attributes:
         last_hidden_state: [B, T, hidden], after the final norm; prepended visual tokens come first.
-        num_prefix_tokens: how many of those there are.
-        logits: [B, T, vocabulary], or of the positions asked for; None without.
-        loss: float32 scalar, with labels.
-        num_trained_tokens: int64 scalar, the labels that the loss was taken over.
+        num_prefix_tokens: number of prepended visual tokens.
+        logits: [B, T, vocabulary], or of the requested positions; None if not requested.
+        loss: float32 scalar, if labels were given.
+        num_trained_tokens: int64 scalar, number of labels in the loss.
         hidden_states: the decoder's, layers + 1 of [B, T, hidden].
         attentions: the decoder's, one [B, heads, T, keys] float32 per layer.
-        image_features: projected features, as `encode_images` gives them.
-        image_attentions: the encoder's.
+        image_features: projected features, as `encode_images` returns them.
+        image_attentions: the encoder's attentions.
     """
 
     last_hidden_state: torch.Tensor
@@ -47,12 +47,12 @@ class ModelOutput:
 
 
 class VisionLanguageModel(nn.Module):
-    """encoder x projector x fusion x decoder x head, as a spec says. Weights are random.
+    """encoder x projector x fusion x decoder x head, built from a spec with random weights.
 
     Args:
         spec: what to build.
-        reference: whose Llama-3.2-Vision to follow, "meta" or "hf"; it may be set later. Other
-            families do not read it.
+        reference: which Llama-3.2-Vision to follow, "meta" or "hf"; can be set later. Other
+            families ignore it.
 
     Attributes:
         fusion: brings images into the decoder's inputs; it has no parameters.
@@ -63,7 +63,7 @@ class VisionLanguageModel(nn.Module):
         self.build(spec, reference)
 
     def build(self, spec: ModelSpec, reference: str) -> None:
-        """Create the modules; for subclasses with another parent that has its own constructor."""
+        """Create the modules. Separate from __init__ for subclasses with another base class."""
         self.set_spec(spec)
         self.reference = reference
         text = spec.text
@@ -76,13 +76,13 @@ class VisionLanguageModel(nn.Module):
         self.lm_head = nn.Linear(text.hidden_size, text.vocab_size, bias=False)
 
     def set_spec(self, spec: ModelSpec) -> None:
-        """Follow a spec that differs in what is read at call time alone."""
+        """Replace the spec by one that differs only in fields read at call time."""
         self.spec = spec
         self.fusion = make_fusion(spec)
 
     @property
     def reference(self) -> str:
-        """Whose Llama-3.2-Vision is followed: "meta" or "hf"."""
+        """Which Llama-3.2-Vision is followed: "meta" or "hf"."""
         return self._reference
 
     @reference.setter
@@ -93,11 +93,11 @@ class VisionLanguageModel(nn.Module):
     def encode_images(
         self, inputs: ModelInputs
     ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...] | None]:
-        """Encode and project images: `pixel_values` and what belongs to them.
+        """Encode and project the images of a forward pass.
 
         Returns:
-            Features [images, patches (or what they are pooled to), hidden], of images in tiles [B,
-            images * tiles * patches, hidden]; and the encoder's attentions where asked for.
+            Features [images, patches (or pooled tokens), hidden], for tiled images [B,
+            images * tiles * patches, hidden]; and the encoder's attentions if requested.
         """
         spec = self.spec
         features, attentions = self.vision_tower.read(
@@ -116,8 +116,9 @@ class VisionLanguageModel(nn.Module):
         """One forward pass.
 
         Raises:
-            TypeError, ValueError, IndexError: as `fusion`, the decoder and the loss.
+            TypeError, ValueError, IndexError: as raised by the fusion, the decoder and the loss.
         """
+        self._check(inputs)
         padding_mask, attn_mask = split_mask(inputs.attention_mask)
         prepared = self.fusion.prepare(inputs, padding_mask, self.parts())
         decoded = self.language_model(
@@ -141,6 +142,26 @@ class VisionLanguageModel(nn.Module):
         )
         return self._with_logits(output, decoded, inputs, prepared)
 
+    def _check(self, inputs: ModelInputs) -> None:
+        """Refuse text of another kind, and arguments that this model would not read."""
+        spec = self.spec
+        check_text(inputs.input_ids, inputs.inputs_embeds, spec.text.hidden_size)
+        check_mask(inputs.attention_mask)
+        reads = {
+            "prefix_length": spec.bidirectional_prefix,
+            "cross_attention_mask": bool(spec.text.cross_attention_layers),
+            "aspect_ratio_ids": spec.has_tiles,
+            "aspect_ratio_mask": spec.has_tiles,
+        }
+        for name, read in reads.items():
+            if not read and getattr(inputs, name) is not None:
+                raise ValueError(f"{name} must be None: this model does not read it")
+        keep = inputs.logits_to_keep
+        if not isinstance(keep, (int, torch.SymInt, torch.Tensor, type(None))):
+            raise TypeError(
+                f"logits_to_keep must be an int, a torch.Tensor or None, got {type(keep).__name__}"
+            )
+
     def parts(self) -> Parts:
         """What fusion asks of the model."""
         encoder = None if self.spec.encoder is None else self.vision_tower
@@ -149,13 +170,13 @@ class VisionLanguageModel(nn.Module):
     def _prefix_length(
         self, inputs: ModelInputs, prepared: DecoderInputs, attn_mask: torch.Tensor | None
     ) -> torch.Tensor | None:
-        """Positions at each row's front that attend to each other in both directions."""
+        """Leading positions of each row that attend to each other in both directions."""
         if not self.spec.bidirectional_prefix or inputs.past:
             return None
         if inputs.prefix_length is not None:
             if prepared.first_key is not None and not torch.compiler.is_compiling():
                 raise ValueError(
-                    "prefix_length must be None where position_ids restart: token_type_ids tell "
+                    "prefix_length must be None where position_ids restart: token_type_ids mark "
                     "the prompt of each sequence"
                 )
             return inputs.prefix_length

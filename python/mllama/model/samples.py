@@ -1,4 +1,4 @@
-"""Random inputs that a model of any family takes: a row of tokens with an image, from a seed."""
+"""Random inputs for a model of any family: a row of tokens with an image, from a seed."""
 
 from dataclasses import dataclass
 
@@ -8,8 +8,8 @@ from mllama.config.spec import ModelSpec
 from mllama.encoders import ENCODERS
 from mllama.fusion import make_fusion
 
-_TEXT = (14, 9)  # tokens of text in each row
-_ANSWER = 4  # of them after the prompt
+_TEXT = (14, 9)  # text tokens per row
+_ANSWER = 4  # of these, tokens of the answer
 _PER_TOKEN = ("input_ids", "attention_mask", "token_type_ids", "cross_attention_mask")
 _IMAGES = ("pixel_values", "aspect_ratio_ids", "aspect_ratio_mask")
 
@@ -19,9 +19,9 @@ class Sample:
     """One row.
 
     Attributes:
-        inputs: the model's arguments.
-        length: its tokens, 0 of pixels alone.
-        prompt: how many of them come before the answer; a image stands among these.
+        inputs: the model's keyword arguments.
+        length: number of tokens; 0 for pixels alone.
+        prompt: number of tokens before the answer; the image is among these.
     """
 
     inputs: dict[str, torch.Tensor]
@@ -30,12 +30,12 @@ class Sample:
 
     @property
     def device(self) -> torch.device:
-        """Of the tensors."""
+        """The tensors' device."""
         return next(iter(self.inputs.values())).device
 
     def cut(self, start: int, end: int) -> dict[str, torch.Tensor]:
-        """The arguments for the tokens of `start` to `end` after those before; images come with
-        the first.
+        """Arguments for tokens `start` to `end`, continuing from those before; images come with
+        the first slice.
         """
         cut = {
             name: value[:, start:end] for name, value in self.inputs.items() if name in _PER_TOKEN
@@ -47,7 +47,7 @@ class Sample:
 
     @staticmethod
     def join(samples: list["Sample"]) -> dict[str, torch.Tensor]:
-        """The arguments for a batch of rows, padded on the left."""
+        """Arguments for a batch of samples, padded on the left."""
         longest = max(sample.length for sample in samples)
         joined = {}
         for name in samples[0].inputs:
@@ -65,13 +65,13 @@ class Sample:
 def make_samples(
     spec: ModelSpec, image_token: int | None, seed: int, device: torch.device
 ) -> list[Sample]:
-    """Two rows of unequal lengths, each with an image of its own where the model takes images.
+    """Two rows of unequal lengths, each with an image if the model takes images.
 
     Args:
-        spec: the model's.
-        image_token: the id of a image's placeholder; None is the vocabulary's last.
-        seed: of the random numbers.
-        device: of the tensors.
+        spec: the model's spec.
+        image_token: id of the image placeholder. Default: the last id of the vocabulary.
+        seed: seed of the random numbers.
+        device: device of the tensors.
     """
     generator = torch.Generator().manual_seed(seed)
     if spec.text is None:
@@ -92,7 +92,7 @@ def make_samples(
 def _row(spec: ModelSpec, token: int, number: int, generator: torch.Generator) -> Sample:
     text = torch.randint(1, spec.text.vocab_size, (_TEXT[number],), generator=generator)
     text[text == token] = 0
-    # Text before the image, where the family has such.
+    # Text before the image, if the family allows it.
     lead = 0 if spec.bidirectional_prefix else 2
     places = torch.full((make_fusion(spec).placeholders_per_image,), token)
     ids = torch.cat([text[:lead], places, text[lead:]])[None]  # (1, T)
@@ -101,7 +101,7 @@ def _row(spec: ModelSpec, token: int, number: int, generator: torch.Generator) -
     if spec.bidirectional_prefix:
         inputs["token_type_ids"] = (torch.arange(total) >= total - _ANSWER).long()[None]
     if spec.encoder is not None:
-        # The second row's image has other tiles empty than the first's.
+        # The two rows' images have different empty tiles.
         inputs |= ENCODERS[spec.encoder].sample(spec.vision, generator, 0 if number else 1)
     if spec.has_tiles:
         visible = (torch.arange(total) >= lead).long()

@@ -9,27 +9,27 @@ from torch.nn import functional as F
 
 
 def gelu_tanh(x: torch.Tensor) -> torch.Tensor:
-    """GELU's tanh approximation step by step: rounds as transformers' `gelu_new` in 16 bits."""
+    """GELU's tanh approximation in steps, rounded as transformers' `gelu_new` in 16 bits."""
     return 0.5 * x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x.pow(3))))
 
 
 def gelu_fast(x: torch.Tensor) -> torch.Tensor:
-    """The same approximation with its constant rounded and its terms in another order."""
+    """The tanh approximation with a rounded constant and another order of terms."""
     return 0.5 * x * (1 + torch.tanh(x * 0.7978845608 * (1 + 0.044715 * x * x)))
 
 
 def gelu_erf(x: torch.Tensor) -> torch.Tensor:
-    """GELU step by step."""
+    """GELU by its definition, in separate steps."""
     return x * 0.5 * (1 + torch.erf(x / math.sqrt(2)))
 
 
 def gelu_10(x: torch.Tensor) -> torch.Tensor:
-    """GELU, clipped to -10 ... 10."""
+    """GELU clipped to [-10, 10]."""
     return F.gelu(x).clip(-10, 10)
 
 
 def quick_gelu(x: torch.Tensor) -> torch.Tensor:
-    """x * sigmoid(1.702 x), CLIP's."""
+    """x * sigmoid(1.702 x), CLIP's activation."""
     return x * torch.sigmoid(1.702 * x)
 
 
@@ -49,16 +49,16 @@ def sqrt_softplus(x: torch.Tensor) -> torch.Tensor:
 
 
 def softcap(x: torch.Tensor, cap: float | None) -> torch.Tensor:
-    """cap * tanh(x / cap): close to x near 0, within +-cap. None: x."""
+    """cap * tanh(x / cap), within +-cap; x itself if cap is None."""
     return x if cap is None else torch.tanh(x / cap) * cap
 
 
 def linear(x: torch.Tensor) -> torch.Tensor:
-    """x."""
+    """The identity."""
     return x
 
 
-# transformers' names (ACT2FN), without those that have learned parameters (prelu, xielu).
+# transformers' names (ACT2FN), without those with learned parameters (prelu, xielu).
 ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "gelu": F.gelu,
     "gelu_10": gelu_10,

@@ -1,4 +1,4 @@
-"""Attention blocks: projections around the attention operator, on tensors [B, T, heads, D]."""
+"""Attention layers: projections around the attention operator, on tensors [B, T, heads, D]."""
 
 from collections.abc import Callable
 
@@ -23,18 +23,18 @@ def masked_attention(
     scale: float | None = None,
     softcap: float | None = None,
 ) -> torch.Tensor:
-    """Attention under a mask that the operator's numbers cannot express.
+    """Attention with a mask that the operator's arguments cannot express.
 
     Args:
         q: [B, T, H, D]; k, v: [B, S, KV, D], of the same dtype.
         attn_mask: [B or 1, H or 1, T or 1, S]: bool, True where a key is visible, or floats that
             are added to the scores.
-        scale, softcap: as the attention operator's.
+        scale, softcap: as for the attention operator.
 
     Returns:
-        [B, T, H, D]; zeros for a query to which every key is False or -inf.
+        [B, T, H, D]; zeros for a query without visible keys.
     """
-    if softcap is not None:  # torch's attention has none
+    if softcap is not None:  # scaled_dot_product_attention has none
         weights = masked_attention_weights(q, k, attn_mask, scale, softcap)
         groups = weights.to(v.dtype).unflatten(1, (v.shape[2], -1))  # (B, KV, G, T, S)
         return torch.einsum("bkgts,bskd->btkgd", groups, v).flatten(2, 3)
@@ -53,7 +53,7 @@ def masked_attention_weights(
     scale: float | None = None,
     softcap: float | None = None,
 ) -> torch.Tensor:
-    """The probabilities that `masked_attention` weighs v with: [B, H, T, S] float32."""
+    """The probabilities in `masked_attention`: [B, H, T, S] float32."""
     groups = q.float().unflatten(2, (k.shape[2], -1))  # (B, T, KV, G, D)
     scores = torch.einsum("btkgd,bskd->bkgts", groups, k.float()).flatten(1, 2)  # (B, H, T, S)
     scores = scores * (q.shape[-1] ** -0.5 if scale is None else scale)
@@ -64,18 +64,18 @@ def masked_attention_weights(
     else:
         scores = scores + attn_mask.float()
         hidden = scores == -torch.inf
-    # A finite fill, and zeros after: a query that sees nothing gives zeros, not nan.
+    # A finite fill value, zeroed afterwards: a query without visible keys gives zeros, not NaN.
     scores = scores.masked_fill(hidden, torch.finfo(scores.dtype).min)
     return scores.softmax(-1).masked_fill(hidden, 0)
 
 
 class BidirectionalAttention(nn.Module):
-    """Attention over all positions, or over a context; projections with biases, no positions.
+    """Attention over all positions, or over a context. Projections have biases; no positions.
 
     Args:
-        hidden_size: width of the input and of the output.
+        hidden_size: width of input and output.
         heads: number of heads.
-        dropout: of the probabilities, in training. Above 0 training materializes them,
+        dropout: dropout of the probabilities in training. Above 0, training materializes them,
             [B, heads, T, S].
     """
 
@@ -91,7 +91,7 @@ class BidirectionalAttention(nn.Module):
     def forward(
         self, x: torch.Tensor, output_attentions: bool = False, context: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """x: [B, T, hidden_size], context: [B, S, hidden_size], by default x.
+        """x: [B, T, hidden_size]; context: [B, S, hidden_size]. Default: x.
 
         Returns:
             ([B, T, hidden_size], probabilities [B, heads, T, S] float32 or None)
@@ -119,13 +119,13 @@ class CausalAttention(nn.Module):
     """Grouped-query attention with rotary positions, a key-value cache, and padding on either side.
 
     Args:
-        hidden_size: width of the input and of the output.
-        heads, kv_heads: query heads, and the key-value heads they share.
+        hidden_size: width of input and output.
+        heads, kv_heads: number of query heads and of key-value heads.
         head_dim: size of a head.
-        layer_idx: this layer's place in the cache.
+        layer_idx: index of this layer in the cache.
         bias: whether the four projections have biases.
-        window, scale, softcap: as the attention operator's.
-        make_norm: makes the norm of q's and k's heads from their size. Default: none.
+        window, scale, softcap: as for the attention operator.
+        make_norm: builds the norm of q's and k's heads from their size. Default: none.
     """
 
     def __init__(
@@ -172,13 +172,12 @@ class CausalAttention(nn.Module):
         Args:
             x: [B, T, hidden_size].
             positions: rotary tables of the T positions.
-            cache: cache that the new keys and values are written to and all S of them read from.
+            cache: cache that the new keys and values are appended to; all S are read.
             key_mask: bool [B, S], False where a key is padding.
-            query_offset: position of x's first row among the keys,
-            prefix_length: keys at the front that attend to each other in both directions, and
-            first_key: where each position's sequence begins, all as the attention operator takes
-                them.
-            attn_mask: replaces all these, causality and window, as `masked_attention` takes it.
+            query_offset: position of x's first row among the keys.
+            prefix_length: number of leading keys that attend to each other in both directions.
+            first_key: start of each position's sequence. These three are the attention operator's.
+            attn_mask: replaces all these, causality and window; as in `masked_attention`.
             output_attentions: also return the probabilities.
 
         Returns:

@@ -1,4 +1,4 @@
-"""What the decoder and its layers ask of a key-value cache."""
+"""The interface between the decoder and a key-value cache."""
 
 from typing import Protocol
 
@@ -6,12 +6,12 @@ import torch
 
 
 class Cache(Protocol):
-    """Keys and values of all layers, by the layers' index. Layers write once per forward pass.
+    """Keys and values of all layers, by layer index. A layer writes once per forward pass.
 
     Attributes:
-        num_prefix_tokens: visual tokens that stand before the text in it.
-        tile_mask: bool [images * tiles] on the CPU, the tiles that have keys in the cross-attention
-            layers; None where there are none yet.
+        num_prefix_tokens: number of visual tokens before the text.
+        tile_mask: bool [images * tiles] on the CPU, the tiles with keys in the cross-attention
+            layers; None before the first image.
     """
 
     num_prefix_tokens: int
@@ -19,13 +19,13 @@ class Cache(Protocol):
 
     @property
     def length(self) -> int | torch.Tensor:
-        """Positions that the self-attention layers hold, read before any layer writes: an int, or
-        int64 [1] of a cache whose length is a tensor, a copy.
+        """Number of cached positions of the self-attention layers, read before any layer writes.
+        An int, or a copy as int64 [1] if the cache's length is a tensor.
         """
 
     def num_keys(self, new: int) -> int:
-        """Keys that self-attention sees once `new` positions are written: length + new, or of a
-        cache of fixed size all of its slots.
+        """Number of self-attention keys after `new` positions are written: length + new, or all
+        slots of a cache of fixed size.
         """
 
     def update(

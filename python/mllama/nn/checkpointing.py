@@ -1,4 +1,4 @@
-"""Layers whose activations can be checkpointed: recomputed in the backward pass, not kept."""
+"""Gradient checkpointing: activations are recomputed in the backward pass instead of stored."""
 
 from collections.abc import Callable
 from functools import partial, wraps
@@ -9,15 +9,15 @@ from torch import nn
 
 
 class CheckpointedLayer(nn.Module):
-    """A layer that recomputes its activations in training while `gradient_checkpointing` is set.
+    """A layer that recomputes its activations in training if `gradient_checkpointing` is set.
 
-    What is checkpointed is `forward`, not the call, so that hooks (FSDP2's) run once. Tensors that
-    the reentrant kind must see gradients of are positional arguments.
+    `forward` is checkpointed, not the call, so that hooks (FSDP2's) run once. Tensors whose
+    gradients the reentrant variant must track are positional arguments.
 
     Attributes:
-        gradient_checkpointing: the switch; transformers and accelerate look for it by this name.
+        gradient_checkpointing: the switch; transformers and accelerate look for this name.
         _gradient_checkpointing_func: `torch.utils.checkpoint.checkpoint` with its options, set
-            together with the switch.
+            with the switch.
     """
 
     gradient_checkpointing = False
@@ -25,19 +25,19 @@ class CheckpointedLayer(nn.Module):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        if "forward" in cls.__dict__:  # FSDP2 makes subclasses that have none of their own
+        if "forward" in cls.__dict__:  # FSDP2 makes subclasses without a forward of their own
             cls.forward = _checkpointed(cls.forward)  # type: ignore[method-assign]
 
 
 def _checkpointed(forward: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(forward)
     def run(self, *args, **kwargs):
-        # A forward that calls its parent's is checkpointed once, by the outermost.
+        # A forward that calls super().forward is checkpointed once, by the outermost.
         outermost = type(self).forward is run
         checkpointing = self.gradient_checkpointing and self.training and torch.is_grad_enabled()
         if not (checkpointing and outermost):
             return forward(self, *args, **kwargs)
-        if kwargs.get("cache") is not None:  # recomputing would write to it again
+        if kwargs.get("cache") is not None:  # recomputing would write to it twice
             raise ValueError(
                 f"{type(self).__name__}: cache must be None while activations are checkpointed"
             )

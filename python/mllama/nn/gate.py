@@ -8,7 +8,7 @@ def gated_add(x: torch.Tensor, y: torch.Tensor, gate: torch.Tensor) -> torch.Ten
 
     Args:
         x: the residual stream, of any shape.
-        y: what is added; x's shape.
-        gate: [1], a learned number.
+        y: the residual branch, of x's shape.
+        gate: [1], learned.
     """
     return torch.addcmul(x, y.to(x.dtype), gate.float().tanh().to(x.dtype))

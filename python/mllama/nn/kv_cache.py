@@ -1,14 +1,14 @@
-"""The key-value cache of a decoder: preallocated, grown by doubling."""
+"""A decoder's key-value cache: preallocated, grown by doubling."""
 
+import numbers
 from collections.abc import Collection
+from typing import Any
 
 import torch
 
 
 class _Buffer:
-    """Keys and values of one layer, [B, kv_heads, capacity, head_dim] each, the first `length` of
-    them written.
-    """
+    """Keys and values of one layer, [B, kv_heads, capacity, head_dim] each; `length` are in use."""
 
     def __init__(self) -> None:
         self.keys: torch.Tensor | None = None
@@ -19,8 +19,19 @@ class _Buffer:
         self, k: torch.Tensor, v: torch.Tensor, capacity: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """[B, T, kv_heads, head_dim] in -> all [B, S, kv_heads, head_dim], as views."""
+        if k.dim() != 4 or v.shape[:3] != k.shape[:3]:
+            raise ValueError(
+                "k and v must be [batch, tokens, kv_heads, head_dim], "
+                f"got {list(k.shape)} and {list(v.shape)}"
+            )
+        alike = _is_alike(self.keys, k) and _is_alike(self.values, v)
+        if self.length and not alike:
+            raise ValueError(
+                f"k and v must be {_of(self.keys)} and {_of(self.values)} as what is cached, "
+                f"got {list(k.shape)} {k.dtype} and {list(v.shape)} {v.dtype}"
+            )
         start, end = self.length, self.length + k.shape[1]
-        if not self._fits(k, end):
+        if not alike or end > self.keys.shape[2]:  # type: ignore[union-attr]
             self._grow(k, v, end, capacity)
         self.keys[:, :, start:end] = k.transpose(1, 2)  # type: ignore[index]
         self.values[:, :, start:end] = v.transpose(1, 2)  # type: ignore[index]
@@ -41,49 +52,71 @@ class _Buffer:
             self.values[:, :, : self.length].transpose(1, 2),  # type: ignore[index]
         )
 
+    @property
+    def batch(self) -> int:
+        return 0 if self.keys is None or not self.length else len(self.keys)
+
     def reorder(self, rows: torch.Tensor) -> None:
-        if self.keys is not None and self.values is not None:
+        if self.batch and self.keys is not None and self.values is not None:
             rows = rows.to(self.keys.device)
             self.keys, self.values = self.keys[rows], self.values[rows]
 
-    def _fits(self, k: torch.Tensor, end: int) -> bool:
-        """An empty buffer is made anew for another batch, dtype or device."""
-        keys = self.keys
-        if keys is None or end > keys.shape[2]:
-            return False
-        same = keys.shape[0] == k.shape[0] and keys.dtype == k.dtype and keys.device == k.device
-        return same or self.length > 0
-
     def _grow(self, k: torch.Tensor, v: torch.Tensor, end: int, capacity: int) -> None:
-        kept = self.read() if self.length else None
+        old = self.read() if self.length else None
         capacity = max(end, capacity, 2 * self.length)
         B, _, KV, D = k.shape
         self.keys = k.new_empty(B, KV, capacity, D)
         self.values = v.new_empty(B, KV, capacity, v.shape[3])
-        if kept is not None:
-            self.keys[:, :, : self.length] = kept[0].transpose(1, 2)
-            self.values[:, :, : self.length] = kept[1].transpose(1, 2)
+        if old is not None:
+            self.keys[:, :, : self.length] = old[0].transpose(1, 2)
+            self.values[:, :, : self.length] = old[1].transpose(1, 2)
+
+
+def _is_alike(buffer: torch.Tensor | None, new: torch.Tensor) -> bool:
+    """Whether a buffer, [B, kv_heads, capacity, head_dim], takes [B, T, kv_heads, head_dim]."""
+    if buffer is None or buffer.dtype != new.dtype or buffer.device != new.device:
+        return False
+    B, KV, _, D = buffer.shape
+    return (new.shape[0], *new.shape[2:]) == (B, KV, D)
+
+
+def _of(buffer: torch.Tensor | None) -> str:
+    B, KV, _, D = buffer.shape  # type: ignore[union-attr]
+    return f"[{B}, tokens, {KV}, {D}] {buffer.dtype}"  # type: ignore[union-attr]
+
+
+def _check_int(name: str, value: Any, least: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        raise TypeError(f"{name} must be an int, got {type(value).__name__}")
+    if value < least:
+        raise ValueError(f"{name} must be at least {least}, got {value}")
 
 
 class KVCache:
     """Keys and values of all layers of a decoder.
 
-    A layer that attends to text stores one key per position; a layer that attends to images stores
-    the keys of the images, which `crop` leaves alone. Buffers are [B, kv_heads, capacity,
-    head_dim], made at the first update and doubled when full. For inference: no gradient flows
-    through them.
+    Self-attention layers store one key per position. Cross-attention layers store the images'
+    keys, which `crop` does not change. Buffers are [B, kv_heads, capacity, head_dim], allocated at
+    the first update and doubled when full. For inference, under torch.no_grad(): they are written
+    in place.
 
     Args:
-        num_layers: layers of the decoder.
-        capacity: positions to make room for at once.
+        num_layers: number of layers of the decoder.
+        capacity: positions to allocate at first.
 
     Attributes:
-        num_prefix_tokens: visual tokens that stand before the text, counted in `length`.
-        tile_mask: bool [images * tiles] on the CPU: the tiles that have keys in the layers that
-            attend to images; None before the first image.
+        num_prefix_tokens: number of visual tokens before the text, included in `length`.
+        tile_mask: bool [images * tiles] on the CPU: the tiles with keys in the cross-attention
+            layers; None before the first image.
+
+    Raises:
+        TypeError, ValueError, IndexError: of every method, an argument of another type, shape or
+            range; the cache is as before.
     """
 
     def __init__(self, num_layers: int, capacity: int = 0):
+        _check_int("num_layers", num_layers, 1)
+        _check_int("capacity", capacity, 0)
         self.capacity = capacity
         self._text = [_Buffer() for _ in range(num_layers)]
         self._cross = [_Buffer() for _ in range(num_layers)]
@@ -92,22 +125,22 @@ class KVCache:
 
     @property
     def length(self) -> int:
-        """Positions in the layers that attend to text, as their first one has them: read it before
-        a pass writes.
+        """Number of cached positions in the first self-attention layer; read it before a pass
+        writes.
         """
         return next((buffer.length for buffer in self._text if buffer.length), 0)
 
     def num_keys(self, new: int) -> int:
-        """Keys that attention sees once `new` more positions are written."""
+        """Number of keys after `new` more positions are written."""
         return self.length + new
 
     def update(
         self, layer: int, k: torch.Tensor, v: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Append positions: [B, T, kv_heads, head_dim] in, all [B, S, kv_heads, head_dim] out, as
+        """Append positions [B, T, kv_heads, head_dim]; return all [B, S, kv_heads, head_dim], as
         views of the buffers.
         """
-        return self._text[layer].append(k, v, self.capacity)
+        return self._at(self._text, layer).append(k, v, self.capacity)
 
     def reserve(
         self, new: int, cross: Collection[int] = ()
@@ -143,38 +176,46 @@ class KVCache:
     def update_cross(
         self, layer: int, k: torch.Tensor, v: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Append the keys of new images, [B, keys, kv_heads, head_dim], of which there may be none;
+        """Append the keys and values of new images, [B, keys, kv_heads, head_dim], keys may be 0;
         return all.
         """
-        buffer = self._cross[layer]
+        buffer = self._at(self._cross, layer)
         if k.shape[1]:
             return buffer.append(k, v, 0)
         return buffer.read() if buffer.length else (k, v)
 
+    def _at(self, buffers: list[_Buffer], layer: int) -> _Buffer:
+        if not 0 <= layer < len(buffers):
+            raise IndexError(f"layer must be 0 to {len(buffers) - 1}, the cache's own, got {layer}")
+        return buffers[layer]
+
     def crop(self, length: int) -> None:
-        """Drop positions from the end until `length` are left; keys of images stay.
+        """Drop positions at the end until `length` are left; the images' keys stay.
 
-        A pass that was interrupted leaves layers of different lengths: cropping to the length
-        before it restores the cache.
-
-        Raises:
-            ValueError: length is negative or more than there is.
+        After an interrupted pass, layers differ in length: crop to the length before the pass.
         """
-        if not 0 <= length <= self.length:
-            raise ValueError(f"length must be 0 to {self.length}, the cache's own, got {length}")
+        _check_int("length", length, 0)
+        if length > self.length:
+            raise ValueError(f"length must be at most {self.length}, the cache's own, got {length}")
         for buffer in self._text:
             buffer.length = min(buffer.length, length)
         self.num_prefix_tokens = min(self.num_prefix_tokens, length)
 
     def reorder(self, rows: torch.Tensor) -> None:
-        """Make the batch of these of its rows, int64 [new batch]: for beams, to repeat rows, or to
-        go on with some.
+        """Select rows of the batch by index, int64 [new batch], to reorder beams, repeat or drop
+        rows.
         """
+        if not isinstance(rows, torch.Tensor) or rows.dtype != torch.int64:
+            kind = getattr(rows, "dtype", type(rows).__name__)
+            raise TypeError(f"rows must be an int64 torch.Tensor, got {kind}")
+        batch = max((buffer.batch for buffer in (*self._text, *self._cross)), default=0)
+        if rows.dim() != 1 or (batch and not bool(((rows >= 0) & (rows < batch)).all())):
+            raise ValueError(f"rows must be [new batch], of 0 to {batch - 1}, got {rows.tolist()}")
         for buffer in (*self._text, *self._cross):
             buffer.reorder(rows)
 
     def reset(self) -> None:
-        """Forget text and images; the buffers are used again where they fit."""
+        """Empty the cache; buffers are reused where they fit."""
         for buffer in (*self._text, *self._cross):
             buffer.length = 0
         self.num_prefix_tokens, self.tile_mask = 0, None

@@ -10,7 +10,7 @@ from torch.nn.functional import cross_entropy, pad
 
 
 def next_token_loss(*args, **kwargs) -> torch.Tensor:
-    """The loss alone of `counted_loss`, whose arguments it takes."""
+    """The loss of `counted_loss` without the count. Takes the same arguments."""
     return counted_loss(*args, **kwargs)[0]
 
 
@@ -23,32 +23,31 @@ def counted_loss(
     ignore_index: int = -100,
     num_items_in_batch: int | torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cross entropy in float32 of the logits at t against the label at t + 1, and how many labels
-    were trained.
+    """Cross entropy in float32 of the logits at t against the label at t + 1, and the number of
+    trained labels.
 
-    Of the logits it keeps no copy, in float32 or as they are; the gradient is of their dtype. It
-    can be differentiated once.
+    Stores no copy of the logits; the gradient has their dtype. Cannot be differentiated twice.
 
     Args:
         logits: [B, T, vocabulary].
         labels: int [B, T]; `ignore_index`, placeholders and padding are not trained.
         shape: (B, T) of the input.
         attention_mask: [B, past + T], zero where padded, or None.
-        placeholders: bool [B, T], where images stand, or None.
-        ignore_index: the label that is not trained.
-        num_items_in_batch: what the sum is divided by; None is the number of trained positions.
+        placeholders: bool [B, T], positions of images, or None.
+        ignore_index: label that is not trained.
+        num_items_in_batch: divisor of the sum. Default: the number of trained positions.
 
     Returns:
-        The loss, float32 scalar, and the number of trained positions, int64 scalar. Where none is
-        trained, the loss is 0 if other batches of the step may have some: `num_items_in_batch`
-        above 0, several processes, accelerate's gradient accumulation. With `num_items_in_batch` 0
-        and no gradient (Trainer's evaluation) it is nan, as in transformers.
+        The loss, float32 scalar, and the number of trained positions, int64 scalar. If none is
+        trained, the loss is 0 where other batches of the step may have some: `num_items_in_batch`
+        above 0, several processes, or accelerate's gradient accumulation. With
+        `num_items_in_batch` 0 and no gradient (Trainer's evaluation) it is NaN, as in transformers.
 
     Raises:
-        TypeError: labels or num_items_in_batch of another kind.
-        ValueError: labels of another shape or outside the vocabulary; logits of some positions
-            only; no label that is trained, here or in the rest of the step; num_items_in_batch
-            below 0, or 0 where labels are trained.
+        TypeError: labels or num_items_in_batch have the wrong type.
+        ValueError: labels have the wrong shape or lie outside the vocabulary; logits cover some
+            positions only; no label is trained, here or in the rest of the step;
+            num_items_in_batch is below 0, or 0 although labels are trained.
     """
     if (
         not isinstance(labels, torch.Tensor)
@@ -69,7 +68,7 @@ def counted_loss(
     labels = labels[:, 1:]
     if (
         attention_mask is not None
-    ):  # a padded position is neither a target nor a place to predict from
+    ):  # a padded position is neither a target nor a position to predict from
         keep_mask = attention_mask[:, -shape[1] :] != 0  # (B, T)
         labels = labels.masked_fill(~(keep_mask[:, 1:] & keep_mask[:, :-1]), ignore_index)
     trained = labels != ignore_index
@@ -80,13 +79,11 @@ def counted_loss(
             f"labels must be {ignore_index} or within the vocabulary (0 to {vocabulary - 1}), "
             f"got {labels.min()} to {labels.max()}"
         )
-    scores = logits.reshape(
-        -1, vocabulary
-    )  # the last position stays, as one that is not trained: a slice would be a copy
+    scores = logits.reshape(-1, vocabulary)  # the last position stays, ignored: a slice would copy
     targets = pad(labels, (0, 1), value=ignore_index).flatten()
     if (
         compiling
-    ):  # how many rows are trained is not known there, and the compiler fuses what is chunked here
+    ):  # the number of trained rows is unknown while compiling, and the compiler fuses this
         total = cross_entropy(scores.float(), targets, ignore_index=ignore_index, reduction="sum")
     else:
         rows = (targets != ignore_index).nonzero().squeeze(1)
@@ -101,8 +98,8 @@ def counted_loss(
 
 
 def _check_count(count: int | torch.Tensor, trained: int) -> None:
-    """Raise TypeError unless it is one number, ValueError unless a sum over so many labels can be
-    divided by it.
+    """Raise TypeError unless it is one number, ValueError unless it can divide the sum over the
+    trained labels.
     """
     if isinstance(count, bool) or not isinstance(count, (numbers.Real, torch.Tensor)):
         raise TypeError(
@@ -112,32 +109,31 @@ def _check_count(count: int | torch.Tensor, trained: int) -> None:
         raise ValueError(f"num_items_in_batch must be one number, got {list(count.shape)}")
     if count < 0 or not count and trained:
         raise ValueError(
-            "num_items_in_batch must be how many labels are trained in all, at least 1 beside "
+            "num_items_in_batch must be the total number of trained labels, at least 1 with "
             f"{trained} here, got {count}"
         )
 
 
 def _count_of_none(count: int | torch.Tensor, alone: bool, ignore_index: int) -> int | torch.Tensor:
-    """What the sum over no label is divided by: `count`, or 1 where other batches may have labels
-    that nobody counted.
+    """The divisor if no label is trained here: `count`, or 1 if other batches may have labels.
 
     Raises:
-        ValueError: there is nothing to learn from, here or elsewhere.
+        ValueError: no label is trained, here or elsewhere.
     """
     if alone and _has_other_batches():
         return 1
     if not alone and (count > 0 or not torch.is_grad_enabled()):
         return count
     raise ValueError(
-        f"labels have nothing to train on: every one is {ignore_index}, padding, an image's "
-        "placeholder or the first of its row. If another batch of the same step has some, say how "
-        "many there are in all: num_items_in_batch"
+        f"labels have nothing to train on: every one is {ignore_index}, padding, an image "
+        "placeholder or the first of its row. If another batch of the same step has labels, pass "
+        "their total number as num_items_in_batch"
     )
 
 
 def _has_other_batches() -> bool:
-    """Whether a step may be over several batches: of other processes, or accumulated by accelerate,
-    whose state is the process's.
+    """Whether a step may span several batches: of other processes, or accumulated by accelerate,
+    whose state is global to the process.
     """
     if (
         distributed.is_available()
@@ -150,13 +146,13 @@ def _has_other_batches() -> bool:
 
 
 class _CrossEntropySum(torch.autograd.Function):
-    """Cross entropy of some rows in float32, summed. It saves its arguments alone; the gradient
-    takes the softmax again.
+    """Sum of the cross entropy of some rows in float32. It saves its arguments only; backward
+    recomputes the softmax.
     """
 
     @staticmethod
     def forward(scores: torch.Tensor, rows: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        """scores [N, vocabulary], rows int64 [n] of them, their targets int64 [n] -> float32 []."""
+        """scores [N, vocabulary], rows int64 [n], targets int64 [n] -> float32 []."""
         losses = [
             cross_entropy(x, target, reduction="none")
             for _, x, target in _chunks(scores, rows, targets)
@@ -173,7 +169,7 @@ class _CrossEntropySum(torch.autograd.Function):
 
 
 class _Gradient(torch.autograd.Function):
-    """The gradient of `_CrossEntropySum`, a function of its own so that differentiating it raises
+    """The gradient of `_CrossEntropySum`. A function of its own so that differentiating it raises
     instead of giving zeros.
     """
 
@@ -200,8 +196,8 @@ class _Gradient(torch.autograd.Function):
 def _chunks(
     scores: torch.Tensor, rows: torch.Tensor, targets: torch.Tensor
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-    """(rows, their scores in float32, their targets), as many at a time as a core's caches hold, or
-    keep a device busy.
+    """(rows, their scores in float32, their targets), in chunks that fit a core's caches or keep a
+    device busy.
     """
     size = max(1, (1 << 20 if scores.is_cpu else 1 << 24) // scores.shape[-1])
     for part, target in zip(rows.split(size), targets.split(size), strict=True):

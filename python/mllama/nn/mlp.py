@@ -31,9 +31,9 @@ class GatedMLP(nn.Module):
         """x: [..., hidden_size] -> the same shape."""
         gate, up = self.gate_proj(x), self.up_proj(x)
         product = self.gate(gate, up)
-        if takes_recompute(self.down_proj):  # gate and up are kept anyway: the product need not be
+        if takes_recompute(self.down_proj):  # gate and up are stored anyway
             return self.down_proj(product, recompute=Recompute(product, self.gate, (gate, up)))
-        del gate, up  # without a backward pass their memory is free from here on
+        del gate, up  # frees their memory here if there is no backward pass
         return self.down_proj(product)
 
 

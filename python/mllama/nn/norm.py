@@ -1,4 +1,4 @@
-"""Normalization layers on the operators."""
+"""Normalization layers on top of the operators."""
 
 import torch
 from torch import nn
@@ -9,10 +9,10 @@ from mllama.ops.rms_norm import add_rms_norm, rms_norm
 
 
 class RMSNorm(nn.Module):
-    """Root-mean-square norm over the last axis, scaled by offset + weight, at first 1.
+    """Root-mean-square norm over the last axis, scaled by offset + weight (initially 1).
 
-    Offset 0 is Llama's order (normalize in float32, cast, then scale), 1 is Gemma's (scale in
-    float32, cast last).
+    Offset 0 is Llama's order (normalize in float32, cast, scale); 1 is Gemma's (scale in float32,
+    cast last).
     """
 
     def __init__(self, size: int, eps: float = 1e-6, offset: float = 0.0):
@@ -28,7 +28,7 @@ class RMSNorm(nn.Module):
         return rms_norm(x, self.weight, self.eps, self.offset)
 
     def add(self, x: torch.Tensor, residual: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """(norm(x + residual), x + residual) in one pass, in the residual's dtype: under autocast
+        """(norm(x + residual), x + residual) in one pass, in the residual's dtype; under autocast
         x has a smaller one.
         """
         return add_rms_norm(x.to(residual.dtype), residual, self.weight, self.eps, self.offset)

@@ -44,7 +44,9 @@ class PackedLinear(nn.Module):
         )
 
     def extra_repr(self) -> str:
-        return f"{self.in_features}, {self.out_features}, {self.packing}, bias={self.bias is not None}"
+        return (
+            f"{self.in_features}, {self.out_features}, {self.packing}, bias={self.bias is not None}"
+        )
 
 
 class PackedEmbedding(nn.Module):

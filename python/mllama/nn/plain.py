@@ -1,11 +1,11 @@
-"""Whether a module may be read instead of called, or called with more than its input."""
+"""Whether a module's weights may be read directly, or its forward called with more arguments."""
 
 from torch import nn
 
 
 def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
-    """Whether calling the module does what `kind.forward` does and nothing else: no hooks, no
-    forward of its own.
+    """Whether calling the module does exactly what `kind.forward` does: no hooks, no overridden
+    forward.
     """
     hooks = (
         module._forward_hooks
@@ -17,8 +17,8 @@ def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
 
 
 class RecomputingLinear(nn.Module):
-    """A linear layer whose forward(x, recompute) takes how x was made, to keep that in place of x
-    for the backward pass.
+    """A linear layer whose forward(x, recompute) stores how to recompute x, instead of x, for the
+    backward pass.
     """
 
 

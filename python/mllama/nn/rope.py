@@ -1,4 +1,4 @@
-"""Rotary position tables, made once for a whole forward pass and shared by layers."""
+"""Rotary position tables, computed once per forward pass and shared by the layers."""
 
 import torch
 from torch import nn
@@ -9,13 +9,13 @@ from mllama.ops.rope import rope_frequencies, rope_tables
 class RotaryEmbedding(nn.Module):
     """Position ids -> (cos, sin).
 
-    The frequencies are a plain attribute, not a buffer: a model built on the meta device still has
-    them, and `.to(bfloat16)` leaves them float32.
+    The frequencies are a plain attribute, not a buffer: they survive building on the meta device,
+    and stay float32 under `.to(bfloat16)`.
 
     Args:
         head_dim: size of a head.
         parameters: transformers' `rope_parameters`: `rope_theta`, `rope_type` (default, linear,
-            llama3) and what that type needs.
+            llama3) and that type's own fields.
     """
 
     def __init__(self, head_dim: int, parameters: dict):

@@ -1,5 +1,5 @@
-"""Wrappers (torch.compile, DDP, FSDP, activation checkpointing): plain names of what is inside, and
-whole tensors of what is sharded.
+"""Wrappers (torch.compile, DDP, FSDP, activation checkpointing): names without the wrappers' parts,
+and full tensors of sharded parameters.
 """
 
 from collections.abc import Iterator, Mapping
@@ -21,10 +21,10 @@ def unwrapped(module: nn.Module) -> nn.Module:
 
 
 def plain_name(module: nn.Module, name: str) -> str:
-    """The dotted name of a module or parameter inside this one, without the wrappers' parts."""
+    """The dotted name of a module or parameter, without the wrappers' parts."""
     parts = []
     for part in name.split(".") if name else ():
-        if part not in module._modules:  # a parameter; or FSDP left its own part out
+        if part not in module._modules:  # a parameter, or FSDP omitted its own part
             module = unwrapped(module)
         if not _wraps(module, part):
             parts.append(part)
@@ -33,7 +33,7 @@ def plain_name(module: nn.Module, name: str) -> str:
 
 
 def plain_key(key: str) -> str:
-    """As `plain_name`, for a key of a state dict without its modules."""
+    """`plain_name` for a state dict's key, without its modules."""
     parts = [part for part in key.split(".") if part not in _PARTS]
     while len(parts) > 1 and parts[0] == "module":
         parts = parts[1:]
@@ -48,14 +48,12 @@ def _wraps(module: nn.Module, part: str) -> bool:
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor; of one sharded over processes (`fully_shard`) all of it. Every process must call
-    this.
-    """
+    """The full tensor, gathered if it is sharded (`fully_shard`); every process must call this."""
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
 def put(tensor: torch.Tensor, value: torch.Tensor) -> None:
-    """Copy values into a tensor; into a sharded one each process its part."""
+    """Copy values into a tensor; each process copies its part into a sharded one."""
     if hasattr(tensor, "full_tensor"):
         from torch.distributed.tensor import distribute_tensor  # slow to import
 
@@ -66,9 +64,7 @@ def put(tensor: torch.Tensor, value: torch.Tensor) -> None:
 
 
 def given_out(module: nn.Module, state_dict: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """A state dict in the form of the module's parameters: whole tensors, or of a sharded module
-    this process's parts.
-    """
+    """A state dict as the module holds it: full tensors, or this process's shards."""
     own = dict(module.named_parameters(remove_duplicate=False))
     placed = {}
     for name, tensor in state_dict.items():
@@ -82,24 +78,22 @@ def given_out(module: nn.Module, state_dict: Mapping[str, torch.Tensor]) -> dict
 
 
 def is_sharded(module: nn.Module) -> bool:
-    """Whether parameters are sharded over processes, all of which must take part in reading and
-    writing them.
-    """
+    """Whether parameters are sharded; all processes must then take part in reads and writes."""
     return bool(_flat_roots(module)) or any(
         hasattr(parameter, "full_tensor") for parameter in module.parameters()
     )
 
 
 def may_write(module: nn.Module) -> bool:
-    """Whether this process writes files: of a sharded module's processes the first."""
+    """Whether this process writes files: the first one if the module is sharded."""
     return not is_sharded(module) or distributed.get_rank() == 0
 
 
 @contextmanager
 def gathered(module: nn.Module, write: bool = False) -> Iterator[None]:
-    """Context in which FSDP's flat parameters are whole; with `write`, changes to them stay. At its
-    end, and on an error, the processes of a sharded module wait for each other, so that what one
-    wrote is there for all.
+    """Context in which FSDP's flat parameters are gathered; with `write`, changes to them stay. At
+    exit, also after an error, all processes of a sharded module wait for each other, so that files
+    written by one are visible to all.
     """
     sharded = is_sharded(module)
     try:
@@ -123,7 +117,7 @@ def _summoned(roots: list[nn.Module], write: bool) -> Iterator[None]:
 
 
 def _flat_roots(module: nn.Module) -> list[nn.Module]:
-    """The outermost FSDP 1 modules."""
+    """The outermost FSDP1 modules."""
     if not distributed.is_available() or not distributed.is_initialized():
         return []
     from torch.distributed.fsdp import FullyShardedDataParallel

@@ -1,4 +1,4 @@
-"""The operators: public functions, each with its reference in plain torch. Importing this package
+"""The operators: public functions, each with a reference in plain torch. Importing this package
 registers them with torch.
 """
 

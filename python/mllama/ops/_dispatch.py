@@ -1,9 +1,8 @@
-"""What every operator file shares: the choice between kernel and reference, registration with
-torch, and checks of arguments.
+"""Shared by all operator files: dispatch to kernel or reference, registration, argument checks.
 
 A public function checks numbers itself. Tensors are checked by the operator's `check`, which runs
-before the reference, in the fake, and where the kernel refused its arguments: in a call that
-succeeds it costs nothing, and every path raises the same text.
+before the reference, in the fake, and after the kernel rejected its arguments. So a call that
+succeeds pays nothing, and every path raises the same message.
 """
 
 import contextlib
@@ -20,15 +19,13 @@ FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def use_kernel(x: torch.Tensor) -> bool:
-    """True when the compiled kernel serves this tensor: it lives on the CPU and operators are not
-    disabled.
-    """
+    """Whether the compiled kernel applies: the tensor is on the CPU and operators are enabled."""
     return _EXTENSION is not None and isinstance(x, torch.Tensor) and x.is_cpu
 
 
 def autocast_dtype(x: torch.Tensor) -> torch.dtype | None:
-    """The dtype that autocast computes in on x's device, None where it is off. The meta device has
-    none, and asking raises; that there is one, torch 2.11 could not be asked in a compiled graph.
+    """The dtype of autocast on x's device, None if it is off. The meta device has no autocast, and
+    asking raises; a device's support cannot be queried inside a graph compiled by torch 2.11.
     """
     device = x.device.type if isinstance(x, torch.Tensor) else "meta"
     return (
@@ -39,9 +36,7 @@ def autocast_dtype(x: torch.Tensor) -> torch.dtype | None:
 
 
 def exact(x: torch.Tensor) -> contextlib.AbstractContextManager:
-    """A context for a reference's matrix products: autocast, which would round them to 16 bits,
-    leaves x's device alone.
-    """
+    """Context that disables autocast on x's device for a reference's matrix products."""
     return (
         contextlib.nullcontext()
         if autocast_dtype(x) is None
@@ -50,8 +45,8 @@ def exact(x: torch.Tensor) -> contextlib.AbstractContextManager:
 
 
 def check_tensors(op: str, *, optional: tuple[str, ...] = (), **tensors: Any) -> None:
-    """Raise TypeError unless all are float32, bfloat16 or float16 tensors (those named optional may
-    be None), ValueError unless they are on one device.
+    """Raise TypeError unless all are float32, bfloat16 or float16 tensors (`optional` ones may be
+    None), ValueError unless they are on one device.
     """
     for name, tensor in tensors.items():
         if tensor is None and name in optional:
@@ -68,13 +63,13 @@ def check_tensors(op: str, *, optional: tuple[str, ...] = (), **tensors: Any) ->
 
 
 def check_tensor(op: str, name: str, tensor: Any) -> None:
-    """Raise TypeError unless it is one."""
+    """Raise TypeError unless it is a tensor."""
     if not isinstance(tensor, torch.Tensor):
         raise TypeError(f"{op}: {name} must be a torch.Tensor, got {type(tensor).__name__}")
 
 
 def check_device(op: str, name: str, tensor, first: str, home) -> None:
-    """Raise ValueError unless the tensor is on the device of `home`, the argument `first`."""
+    """Raise ValueError unless the tensor is on the device of `home`, the argument named `first`."""
     if tensor.device != home.device:
         raise ValueError(
             f"{op}: {name} is on {tensor.device}, {first} on {home.device}; "
@@ -97,17 +92,17 @@ def check_eps(op: str, eps: float) -> None:
 
 
 def dtype_name(x: torch.Tensor) -> str:
-    """float32, not torch.float32."""
+    """The dtype without "torch.", such as float32."""
     return str(x.dtype).removeprefix("torch.")
 
 
 def kind(x: torch.Tensor) -> str:
-    """Sizes and dtype for a message: [2, 3] of float32."""
+    """Shape and dtype for a message, such as "[2, 3] of float32"."""
     return f"{list(x.shape)} of {dtype_name(x)}"
 
 
 def fresh(like: torch.Tensor) -> torch.Tensor:
-    """For fakes: a contiguous tensor of like's shape and dtype, as kernels return them."""
+    """A contiguous tensor of like's shape and dtype, as kernels return; for fakes."""
     return torch.empty_like(like, memory_format=torch.contiguous_format)
 
 
@@ -119,12 +114,12 @@ def register(
     backward: Callable | None = None,
     setup_context: Callable | None = None,
 ) -> Any:
-    """Give the compiled operator `mllama::name` its fake and its autograd formula; return the
-    function to call it by.
+    """Register fake and autograd formula of the compiled operator `mllama::name`; return the
+    function that calls it, or None if operators are disabled.
 
-    `check` takes the operator's arguments and raises for those it refuses. Without `backward` the
-    operator is itself a derivative: differentiating it raises, since a missing formula would give
-    silently wrong second derivatives. None where operators are disabled.
+    `check` takes the operator's arguments and raises for invalid ones. Without `backward` the
+    operator is itself a derivative: differentiating it raises, because a missing formula would
+    give wrong second derivatives silently.
     """
     if _EXTENSION is None:
         return None
@@ -141,8 +136,8 @@ def register(
 
 
 def _checked(check: Callable, fake: Callable) -> Callable:
-    """A meta tensor beside real ones comes here too: without the check its result would be
-    uninitialized memory.
+    """A fake that checks its arguments. A call that mixes meta and real tensors runs it too, and
+    its result would be uninitialized memory.
     """
 
     def checked(*arguments):
@@ -153,7 +148,7 @@ def _checked(check: Callable, fake: Callable) -> Callable:
 
 
 def _caller(name: str, check: Callable | None) -> Callable:
-    """The operator, with the errors of its check in place of the kernel's."""
+    """Call the operator, raising the errors of its check in place of the kernel's."""
     overload = getattr(torch.ops.mllama, name).default
 
     def call(*arguments):
@@ -166,7 +161,7 @@ def _caller(name: str, check: Callable | None) -> Callable:
             refused = error
         if check is not None:
             check(*arguments)
-        # C++'s std::invalid_argument comes as a ValueError up to torch 2.14 only.
+        # std::invalid_argument arrives as ValueError up to torch 2.14 only.
         if type(refused) is RuntimeError and str(refused).startswith(f"{name}: "):
             raise ValueError(str(refused)) from None
         raise refused
@@ -175,7 +170,7 @@ def _caller(name: str, check: Callable | None) -> Callable:
 
 
 def _refuse_tangents(name: str, arguments: tuple) -> None:
-    """Forward-mode derivatives have no formula, and torch would take them for zero silently."""
+    """Reject forward-mode tangents: there is no formula, and torch would use zero silently."""
     for value in arguments:
         if isinstance(value, torch.Tensor) and forward_ad.unpack_dual(value).tangent is not None:
             raise NotImplementedError(f"mllama::{name} has no forward-mode derivative")

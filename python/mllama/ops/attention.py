@@ -1,5 +1,5 @@
 """Attention: softmax(q k' * scale + bias) v over grouped heads, masked by a few numbers per row,
-query or key, not by a [T, S] tensor.
+query or key instead of a [T, S] tensor.
 """
 
 import functools
@@ -19,12 +19,12 @@ from mllama.ops._dispatch import (
     use_kernel,
 )
 
-_SMALLEST_HEAD, _LARGEST_HEAD = 16, 256  # of the kernel
-_FAR = 2**62  # offsets and windows stay below it, so that their sums fit int64
+_SMALLEST_HEAD, _LARGEST_HEAD = 16, 256  # head sizes of the kernel
+_FAR = 2**62  # bound of offsets and windows, so that sums fit int64
 
 
 class Options(NamedTuple):
-    """What `attention` takes beside q, k and v, in the order of the operator's schema: five masks,
+    """Arguments of `attention` after q, k and v, in the order of the operator's schema: five masks,
     then numbers.
     """
 
@@ -54,45 +54,46 @@ def attention(
     prefix_length: torch.Tensor | None = None,
     first_key: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Scaled dot-product attention of T queries over S keys, H query heads sharing KV key heads (H
-    a multiple of KV).
+    """Scaled dot-product attention of T queries over S keys; H query heads share KV key heads (H a
+    multiple of KV).
 
-    A query sees a key when all of these allow it: `key_mask`, a `key_bias` above -inf, `first_key`
-    and, with `causal`, the causal limit and window or the prefix. A query that sees no key gets
-    zeros, and zero gradients. Scores, softmax and sums are float32 whatever the inputs' type. Keys
-    that no query sees cost no time.
+    A key is visible to a query if all of these allow it: `key_mask`, a `key_bias` above -inf,
+    `first_key` and, with `causal`, the causal limit and window or the prefix. A query without
+    visible keys gets zeros, and zero gradients. Scores, softmax and sums are float32 for every
+    input dtype. Keys that are visible to no query cost no time.
 
     Args:
-        q: [B, T, H, D], float32, bfloat16 or float16; 1 <= D <= 256, from 16 on without a copy.
-        k: [B, S, KV, D] in q's dtype. Any strides, the last one best 1: a cache laid out
+        q: [B, T, H, D], float32, bfloat16 or float16; 1 <= D <= 256, copied if D < 16.
+        k: [B, S, KV, D] in q's dtype. Any strides, the last one preferably 1: a cache stored as
             [B, KV, S, D] is passed as `.transpose(1, 2)`.
         v: as k.
         scale: factor on q k'. Default: D**-0.5.
         softcap: scores become softcap * tanh(score / softcap), after the scale and before masks and
             key_bias, as in Gemma 2.
-        causal: query i of row b is at position p = i + query_offset[b] of the keys and sees keys
-            j <= p.
-        window: it sees only the last `window` of them, p - window < j <= p. Only with `causal`.
+        causal: query i of row b has position p = i + query_offset[b] among the keys; keys j <= p
+            are visible to it.
+        window: only the last `window` of these are visible, p - window < j <= p. Requires `causal`.
         query_offset: position of query 0 among the keys: an int, or int64 [], [1] or [B]. Default:
-            S - T, so that the last query sees the last key. Any value is valid: below -T hides
-            every key. Only with `causal`.
-        key_mask: bool [B, S], False hides a key: padding on either side, or holes.
-        key_bias: float32 [B or 1, S] added to the scores after scaling; log(n) makes one key count
-            as n equal ones, -inf and NaN hide it. It gets no gradient.
-        prefix_length: int64 [B], or [B, T] of each query: keys at the front that attend to each
-            other in both directions. A query at p < prefix_length sees all j < prefix_length, in
-            the window or not; later queries are causal, as in PaliGemma. Only with `causal`.
-        first_key: int64 [B or 1, T], query i of row b sees only keys j >= first_key[b, i]. In
-            packed rows it is the start of the query's sequence: with `causal` each sequence is then
-            computed as if alone. Any value is valid.
+            S - T, so that the last key is visible to the last query. Any value is valid: below -T
+            all keys are hidden. Requires `causal`.
+        key_mask: bool [B, S], False hides a key: padding on either side, or gaps.
+        key_bias: float32 [B or 1, S], added to the scores after scaling. log(n) makes one key count
+            as n equal ones; -inf and NaN hide it. It gets no gradient.
+        prefix_length: int64 [B], or [B, T] per query: number of leading keys that attend to each
+            other in both directions. For a query at p < prefix_length all j < prefix_length are
+            visible, in the window or not; later queries are causal, as in PaliGemma. Requires
+            `causal`.
+        first_key: int64 [B or 1, T], only keys j >= first_key[b, i] are visible to query i of row
+            b. In packed rows it is the start of the query's sequence; with `causal`, each sequence
+            is then computed independently. Any value is valid.
 
     Returns:
         [B, T, H, D], contiguous, in q's dtype.
 
     Raises:
-        TypeError: a tensor or argument of the wrong type.
-        ValueError: shapes that do not fit, D out of range, devices that differ, an offset or window
-            beyond 2**62, a key_bias that asks for a gradient.
+        TypeError: a tensor or argument has the wrong type.
+        ValueError: shapes do not fit, D is out of range, devices differ, an offset or window is
+            beyond 2**62, or key_bias requires a gradient.
     """
     options = Options(
         key_mask, key_bias, query_offset, prefix_length, first_key, causal, window, scale, softcap
@@ -112,10 +113,12 @@ def attention(
 
 
 def attention_weights(q: torch.Tensor, k: torch.Tensor, **options) -> torch.Tensor:
-    """The probabilities `attention` weighs v with: [B, H, T, S] float32, rows summing to 1 (or to 0
-    where a query sees no key).
+    """The probabilities in `attention`, for inspection: plain torch, and T x S memory.
 
-    Arguments and errors as `attention`. For inspection: always plain torch, and T x S large.
+    Arguments and Raises as `attention`.
+
+    Returns:
+        [B, H, T, S] float32, rows summing to 1 (0 for a query without visible keys).
     """
     checked = Options(**options)
     _check_numbers(checked)
@@ -125,9 +128,7 @@ def attention_weights(q: torch.Tensor, k: torch.Tensor, **options) -> torch.Tens
 
 
 def reference(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options) -> torch.Tensor:
-    """`attention` in plain torch, with the same arguments: what it computes, written down. Takes
-    float64 too.
-    """
+    """`attention` in plain torch, with the same arguments. Also accepts float64."""
     with exact(q):
         probabilities = _probabilities(q, k, Options(**options))
         out = torch.einsum("bkgts,bskd->btkgd", probabilities, v.to(probabilities.dtype))
@@ -135,8 +136,8 @@ def reference(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options) -> t
 
 
 def _padded(q, k, v, options: Options) -> torch.Tensor:
-    """Attention of heads smaller than the kernel takes: zeros change no score, and the columns they
-    give are cut off.
+    """Attention of heads smaller than the kernel's minimum: zero padding changes no score, and its
+    output columns are cut off.
     """
     size = q.shape[-1]
     wide = (pad(x, (0, _SMALLEST_HEAD - size)) for x in (q, k, v))
@@ -149,7 +150,7 @@ def _probabilities(q, k, o: Options) -> torch.Tensor:
     """[B, KV, H / KV, T, S] in float32 (float64 for float64 q)."""
     (batch, queries, heads, size), (keys, kv_heads) = q.shape, k.shape[1:3]
     dtype = torch.promote_types(q.dtype, torch.float32)
-    # The query heads that share a key head, side by side.
+    # Group the query heads that share a key head.
     q_groups = q.reshape(batch, queries, kv_heads, heads // kv_heads, size)  # (B, T, KV, G, D)
     scores = torch.einsum("btkgd,bskd->bkgts", q_groups.to(dtype), k.to(dtype))
     scores = scores * (size**-0.5 if o.scale is None else o.scale)
@@ -160,14 +161,14 @@ def _probabilities(q, k, o: Options) -> torch.Tensor:
     visible = _visible(queries, keys, q.device, o)
     if visible is None:
         return scores.softmax(-1)
-    # A finite fill, and zeros after: a row that sees nothing gives zeros and zero gradients, where
-    # -inf would give nan.
+    # A finite fill value, zeroed afterwards: a row without visible keys gives zeros and zero
+    # gradients, where -inf would give NaN.
     scores = scores.masked_fill(~visible, torch.finfo(dtype).min)
     return scores.softmax(-1).masked_fill(~visible, 0)
 
 
 def _visible(queries: int, keys: int, device: torch.device, o: Options) -> torch.Tensor | None:
-    """Bool, broadcastable to [B, KV, H / KV, T, S]: which keys each query sees. None: all."""
+    """Bool, broadcastable to [B, KV, H / KV, T, S]: the keys visible to each query. None: all."""
     conditions = []  # each broadcastable to [B, T, S]
     key = torch.arange(keys, device=device)
     if o.causal:
@@ -187,8 +188,8 @@ def _causal(queries: int, key: torch.Tensor, o: Options) -> torch.Tensor:
     offset = keys - queries if o.query_offset is None else o.query_offset
     offset = torch.as_tensor(offset, device=key.device).reshape(-1, 1, 1)  # (B or 1, 1, 1)
     query = torch.arange(queries, device=key.device)[None, :, None]
-    # Beyond -queries and keys nothing changes, and sums cannot overflow.
-    position = query + offset.clamp(-queries, keys)
+    # Clamped: values beyond have the same effect, and sums cannot overflow.
+    position = query + offset.clamp(-queries, _FAR)
     visible = key <= position
     if o.window is not None:
         visible = visible & (
@@ -201,7 +202,7 @@ def _causal(queries: int, key: torch.Tensor, o: Options) -> torch.Tensor:
 
 
 def _check_numbers(o: Options) -> None:
-    """The arguments that are no tensors, and what a tensor may not ask for."""
+    """Check the arguments that are not tensors, and that no unsupported gradient is required."""
     for name, value in (("scale", o.scale), ("softcap", o.softcap)):
         if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float))):
             raise TypeError(

@@ -1,6 +1,4 @@
-"""SwiGLU and GEGLU (Shazeer, 2020): the gated activations between the linear layers of a
-feed-forward block.
-"""
+"""SwiGLU and GEGLU (Shazeer, 2020): gated activations of feed-forward blocks."""
 
 import functools
 
@@ -11,17 +9,17 @@ from mllama.ops._dispatch import check_tensors, fresh, kind, register, use_kerne
 
 
 def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-    """Return silu(gate) * up, with silu(x) = x / (1 + exp(-x)).
+    """silu(gate) * up, with silu(x) = x / (1 + exp(-x)).
 
     Args:
         gate: any shape; float32, bfloat16 or float16.
-        up: of gate's shape and dtype.
+        up: as gate.
 
     Returns:
-        A tensor of that shape and dtype. Computed in float32 and rounded once.
+        A tensor of gate's shape and dtype. Computed in float32 and rounded once.
 
     Raises:
-        TypeError: an argument is no tensor, or of another dtype.
+        TypeError: an argument is not a tensor, or has another dtype.
         ValueError: shapes, dtypes or devices differ.
     """
     if use_kernel(gate):
@@ -31,10 +29,10 @@ def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
 
 
 def geglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-    """Return gelu(gate) * up, with GELU's tanh form: gelu(x) = x / 2 (1 + tanh(sqrt(2 / pi) (x +
+    """gelu(gate) * up, with GELU's tanh approximation: gelu(x) = x / 2 (1 + tanh(sqrt(2 / pi) (x +
     0.044715 x^3))).
 
-    Arguments, result and errors as `swiglu`.
+    Arguments, Returns and Raises as `swiglu`.
     """
     if use_kernel(gate):
         return _geglu(gate, up)
@@ -59,7 +57,7 @@ def _check(op: str, gate: torch.Tensor, up: torch.Tensor) -> None:
 
 
 def _register(name: str):
-    """Register `mllama::name` and its backward operator; return the function to call it by."""
+    """Register `mllama::name` and its backward operator; return the function that calls it."""
     backward = register(
         f"_{name}_backward", fake=lambda grad_y, gate, up: (fresh(gate), fresh(gate))
     )

@@ -1,9 +1,8 @@
-"""Resizing of 8-bit RGB images, bit for bit as Pillow's `Image.resize` does it, alone and with
-normalization after it.
+"""Resizing of 8-bit RGB images, bit-equal to Pillow's `Image.resize`, with optional normalization.
 
 Pillow's arithmetic (src/libImaging/Resample.c): weights in double, normalized to sum 1, rounded
 half away from zero to integers with 22 fractional bits; one direction, rounded to 8 bits, then the
-other. The filter widens with the ratio, so that shrinking is antialiased.
+other. The filter widens with the ratio, so shrinking is antialiased.
 """
 
 import numpy as np
@@ -13,20 +12,20 @@ from PIL import Image
 
 from mllama.ops._dispatch import check_value, register, use_kernel
 
-# Of the result, and of the image between the passes: a hostile size is refused before anything is
-# allocated.
+# Limit of the result and of the image between the passes: larger sizes are rejected before
+# allocation.
 MAX_PIXELS = 2**27
 _FILTERS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
 _PILLOW = tuple(int(part) for part in PIL.__version__.split(".")[:2])
 
 
 def resize(image: torch.Tensor, height: int, width: int, resample: str = "bicubic") -> torch.Tensor:
-    """Return the image in another size, equal in every bit to the installed Pillow's
-    `Image.resize((width, height), resample)`.
+    """Resize an image, bit-equal to the installed Pillow's `Image.resize((width, height),
+    resample)`.
 
     Args:
         image: [H, W, 3] uint8 on the CPU, any strides.
-        height, width: of the result in pixels, at least 1; neither the result nor the image
+        height, width: size of the result in pixels, at least 1. Neither the result nor the image
             between the two passes ([H, width] or [height, W]) may have more than MAX_PIXELS.
         resample: "bicubic" (a = -0.5) or "bilinear".
 
@@ -34,9 +33,9 @@ def resize(image: torch.Tensor, height: int, width: int, resample: str = "bicubi
         [height, width, 3] uint8. There is no gradient.
 
     Raises:
-        TypeError: image is no uint8 tensor, or a size is no int.
-        ValueError: image is not [H, W, 3], empty, or not on the CPU; a size is out of range; an
-            unknown filter.
+        TypeError: image is not a uint8 tensor, or a size is not an int.
+        ValueError: image is not [H, W, 3], is empty, or is not on the CPU; a size is out of range;
+            the filter is unknown.
     """
     height_first = _check("resize", image, height, width, resample)
     if use_kernel(image):
@@ -47,19 +46,19 @@ def resize(image: torch.Tensor, height: int, width: int, resample: str = "bicubi
 def resize_normalize(
     image: torch.Tensor, height: int, width: int, table: torch.Tensor, resample: str = "bicubic"
 ) -> torch.Tensor:
-    """Resize as `resize` does, then look every 8-bit value up in a table and lay the channels out
-    as planes.
+    """Resize as `resize` does, then map every 8-bit value through a table and move the channels
+    first.
 
     Args:
         image, height, width, resample: as in `resize`.
-        table: [256, 3] float32: what value v of channel c becomes
-            (`mllama.processing.image.normalisation_table`).
+        table: [256, 3] float32: the result for value v of channel c
+            (`mllama.processing.image.normalization_table`).
 
     Returns:
         [3, height, width] float32.
 
     Raises:
-        TypeError, ValueError: as `resize`; table is no float32 tensor, or not [256, 3] on the CPU.
+        TypeError, ValueError: as `resize`; table is not a float32 tensor [256, 3] on the CPU.
     """
     height_first = _check("resize_normalize", image, height, width, resample)
     if not isinstance(table, torch.Tensor) or table.dtype != torch.float32:
@@ -77,7 +76,7 @@ def resize_normalize(
 def reference(
     image: torch.Tensor, height: int, width: int, resample: str = "bicubic"
 ) -> torch.Tensor:
-    """`resize` by Pillow itself."""
+    """`resize` with Pillow itself."""
     source = Image.fromarray(image.contiguous().numpy())
     return torch.from_numpy(np.array(source.resize((width, height), _FILTERS[resample])))
 
@@ -85,13 +84,13 @@ def reference(
 def normalize_reference(
     image: torch.Tensor, height: int, width: int, table: torch.Tensor, resample: str = "bicubic"
 ) -> torch.Tensor:
-    """`resize_normalize` by Pillow and a lookup."""
+    """`resize_normalize` with Pillow and a lookup."""
     resized = reference(image, height, width, resample).long()
     return torch.stack([table[:, c][resized[:, :, c]] for c in range(3)])
 
 
 def _check(op: str, image: torch.Tensor, height: int, width: int, resample: str) -> bool:
-    """Refuse bad arguments, and return which direction Pillow resizes first."""
+    """Check the arguments; return whether Pillow resizes the height first."""
     if not isinstance(image, torch.Tensor) or image.dtype != torch.uint8:
         raise TypeError(f"{op}: image must be a uint8 tensor, got {_kind(image)}")
     check_value(
@@ -115,15 +114,15 @@ def _check(op: str, image: torch.Tensor, height: int, width: int, resample: str)
     most = max(height * width, height * in_width if height_first else in_height * width)
     check_value(
         most <= MAX_PIXELS,
-        f"{op}: {in_height} x {in_width} to {height} x {width} makes {most} pixels, "
+        f"{op}: {in_height} x {in_width} to {height} x {width} needs {most} pixels, "
         f"more than {MAX_PIXELS}",
     )
     return height_first
 
 
 def _height_first(in_height: int, in_width: int, height: int, width: int) -> bool:
-    """Pillow's choice, which changed over its versions: it rounds to 8 bits between the passes, so
-    the order shows in the last bit.
+    """Pillow's order, which depends on its version. It rounds to 8 bits between the passes, so the
+    order affects the last bit.
     """
     less_high, less_wide = in_height - height, in_width - width
     if _PILLOW >= (13, 0):

@@ -8,18 +8,18 @@ from mllama.ops._dispatch import check_eps, check_tensors, fresh, register, use_
 def layer_norm(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float = 1e-6
 ) -> torch.Tensor:
-    """Return (x - mean) / sqrt(variance + eps) * weight + bias over the last dimension.
+    """(x - mean) / sqrt(variance + eps) * weight + bias over the last dimension.
 
     Args:
         x: [..., D], float32, bfloat16 or float16.
-        weight, bias: [D], one of the same dtypes; float32 beside 16-bit x is accepted.
+        weight, bias: [D], of x's dtype, or float32 with 16-bit x.
         eps: added to the (biased) variance.
 
     Returns:
-        [..., D] of x's dtype. Statistics and the product are taken in float32 and rounded once.
+        [..., D] in x's dtype. Statistics and product are computed in float32 and rounded once.
 
     Raises:
-        TypeError: an argument is no tensor, or of another dtype; eps is no number.
+        TypeError: an argument is not a tensor of these dtypes; eps is not a number.
         ValueError: weight or bias is not [D], or eps is negative or not finite.
     """
     check_eps("layer_norm", eps)

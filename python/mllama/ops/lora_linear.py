@@ -31,34 +31,32 @@ def lora_linear(
     seed: torch.Tensor | None = None,
     recompute: Recompute | None = None,
 ) -> torch.Tensor:
-    """Return x W' + scale * (dropout(x) A') B' + bias, with gradients for x, A, B and bias, none
-    for the frozen W.
+    """x W' + scale * (dropout(x) A') B' + bias, with gradients for x, A, B and bias, but not for
+    the frozen W.
 
     Args:
         x: [..., in], float32, bfloat16 or float16. Under torch.autocast it is cast to autocast's
-            dtype first, as nn.Linear does; its gradient has the dtype it came in.
-        weight: [out, in], one of the same dtypes; cast to x's for the product where it has another.
-            It must not require a gradient.
-        lora_a: [rank, in] and
-        lora_b: [out, rank]: one of the same dtypes; float32 beside 16-bit x is read as it is.
+            dtype first, as in nn.Linear; its gradient has its original dtype.
+        weight: [out, in], of the same dtypes; cast to x's dtype for the product. It must not
+            require a gradient.
+        lora_a, lora_b: [rank, in] and [out, rank], of the same dtypes; float32 with 16-bit x is
+            not cast.
         bias: [out] or None.
-        scale: factor of the update, alpha / rank as a rule.
-        dropout: probability with which an element of x is left out of the update, at least 0 and
-            below 1; the others are divided by 1 - dropout. 0 outside training: the caller decides.
-        seed: int64 [1], the same elements are left out for the same seed. None draws one from
-            torch's generator, which torch.utils.checkpoint winds back before it computes a second
-            time.
-        recompute: how x was made. The kernel's backward pass then keeps what x was made from and
-            makes it again. Of no effect where recompute.result is not x.
-
+        scale: factor of the update, usually alpha / rank.
+        dropout: probability of dropping an element of x in the update, at least 0 and below 1; the
+            others are divided by 1 - dropout. The caller passes 0 outside training.
+        seed: int64 [1], selects the dropped elements. Default: drawn from torch's generator, which
+            torch.utils.checkpoint restores before recomputing.
+        recompute: how x was computed. The kernel's backward pass then stores the inputs of that
+            function and recomputes x. Ignored if recompute.result is not x.
     Returns:
-        [..., out] of x's dtype. The update is summed in float32 and added to the rounded x W' +
+        [..., out] in x's dtype. The update is summed in float32 and added to the rounded x W' +
         bias. Saved for the backward pass: the arguments and one float32 [rank] per row.
 
     Raises:
-        TypeError: an argument is no tensor, or of another dtype; scale or dropout is no number.
+        TypeError: an argument is not a tensor of these dtypes; scale or dropout is not a number.
         ValueError: shapes do not fit, scale is not finite, dropout is out of range, seed is not
-            [1], or weight.requires_grad.
+            [1], or weight requires a gradient.
     """
     _check_numbers(scale, dropout)
     if torch.is_grad_enabled() and getattr(weight, "requires_grad", False):
@@ -102,22 +100,22 @@ def reference(
     dropout: float = 0.0,
     seed: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """`lora_linear` in plain torch, but for two things: dropout needs a seed, and all is computed
-    in x's dtype.
+    """`lora_linear` in plain torch, except that dropout needs a seed and everything is computed in
+    x's dtype.
     """
     linear = torch.nn.functional.linear
     dtype = x.dtype
     y = linear(x, weight.to(dtype), None if bias is None else bias.to(dtype))
     if dropout:
-        assert seed is not None  # dropout comes with one
+        assert seed is not None  # required with dropout
         x = x.masked_fill(~keep_mask(seed, x.shape, dropout), 0)
     down = linear(x, lora_a.to(dtype)) * (scale / (1 - dropout))
     return y + linear(down, lora_b.to(dtype))
 
 
 def keep_mask(seed: torch.Tensor, shape: torch.Size, dropout: float) -> torch.Tensor:
-    """What dropout keeps, bool of `shape`: a hash of seed, row and column, the same
-    whatever computes it.
+    """Dropout's mask, bool of `shape`: a hash of seed, row and column, the same in every
+    implementation.
     """
     width = shape[-1]
     rows = torch.arange(math.prod(shape[:-1]), device=seed.device)[:, None] & _32_BITS
@@ -131,11 +129,10 @@ def keep_mask(seed: torch.Tensor, shape: torch.Size, dropout: float) -> torch.Te
 
 
 def _mix(h: torch.Tensor) -> torch.Tensor:
-    """A bijection of 32 bits in which every bit depends on every other, one that hash-prospector
-    found.
+    """A bijection of 32-bit integers with good avalanche, found by hash-prospector.
 
-    `h` is int64, of values below 2^32; products with the two constants are taken in halves, for
-    which 64 bits suffice.
+    `h` is int64 with values below 2^32; products with the two constants are computed in halves to
+    fit 64 bits.
     """
     h = h ^ h >> 16
     h = ((h * 0x21F0 & 0xFFFF) << 16) + h * 0xAAAD & _32_BITS
@@ -233,7 +230,7 @@ def _backward_fake(grad_y, x, weight, lora_a, lora_b, bias, small, seed, scale, 
 
 
 class _Recomputing(torch.autograd.Function):
-    """The operator and its formula, which keeps what x was made from in place of x."""
+    """The operator with its formula, saving the inputs that x was computed from instead of x."""
 
     @staticmethod
     def forward(*arguments_and_recompute):

@@ -1,5 +1,6 @@
-"""Packed weights in plain torch: the layout that csrc/kernels/cpu/packed_linear.h describes, written
-and read. What the kernels of `packed_linear` are tested against, and what runs without them.
+"""Packed weights in plain torch, written and read in the layout that
+csrc/kernels/cpu/packed_linear.h describes. The kernels are tested against it, and it runs without
+them.
 
 Here a weight is (blocks, LANES, groups, GROUP): output rows by block and lane, inputs by group.
 """

@@ -1,5 +1,5 @@
-"""Patch embedding: an image cut into squares that do not overlap, each projected to a vector
-(convolution with stride = kernel).
+"""Patch embedding: cuts an image into non-overlapping squares and projects each to a vector
+(convolution with stride = kernel size).
 """
 
 import torch
@@ -10,21 +10,21 @@ from mllama.ops._dispatch import check_tensors, exact, register, use_kernel
 def patch_embed(
     pixel_values: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """Return the embedding of every patch, row by row from the top left.
+    """Embed every patch, row by row from the top left.
 
     Args:
         pixel_values: [B, C, rows * p, columns * p], float32, bfloat16 or float16.
-        weight: [E, C, p, p], one of the same dtypes.
+        weight: [E, C, p, p], of the same dtypes.
         bias: [E] or None.
 
     Returns:
-        [B, rows * columns, E] of pixel_values' dtype; weight and bias are used in that dtype, sums
-        are taken in float32.
+        [B, rows * columns, E] in pixel_values' dtype; weight and bias are cast to it, sums are
+        computed in float32.
 
     Raises:
-        TypeError: an argument is no tensor, or of another dtype.
-        ValueError: the kernel is not square, the image is no multiple of it, channels or bias do
-            not fit.
+        TypeError: an argument is not a tensor of these dtypes.
+        ValueError: the kernel is not square, the image size is not a multiple of it, or channels
+            or bias do not fit.
     """
     with exact(pixel_values):  # the kernel's matrix product is torch's
         if use_kernel(pixel_values):

@@ -1,4 +1,4 @@
-"""Activations that are recomputed in the backward pass instead of being saved."""
+"""Activations that are recomputed in the backward pass instead of saved."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -7,9 +7,9 @@ import torch
 
 
 class Recompute(NamedTuple):
-    """How `result` was made: function(*inputs), cheap enough to do again in a backward pass.
+    """How `result` was computed: function(*inputs), cheap enough to repeat in a backward pass.
 
-    The consumer saves `inputs` in place of `result`; the function's own backward pass saves them
+    The consumer saves `inputs` instead of `result`; the function's own backward pass saves them
     anyway.
     """
 

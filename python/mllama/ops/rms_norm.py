@@ -1,6 +1,4 @@
-"""Root-mean-square normalization (Zhang and Sennrich, 2019), alone and with the residual addition
-before it.
-"""
+"""RMS normalization (Zhang and Sennrich, 2019), optionally after a residual addition."""
 
 import math
 
@@ -12,24 +10,24 @@ from mllama.ops._dispatch import check_eps, check_tensors, fresh, kind, register
 def rms_norm(
     x: torch.Tensor, weight: torch.Tensor, eps: float = 1e-6, offset: float = 0.0
 ) -> torch.Tensor:
-    """Return x / sqrt(mean(x^2) + eps) * (offset + weight) over the last dimension.
+    """x / sqrt(mean(x^2) + eps) * (offset + weight) over the last dimension.
 
-    Without an offset in Llama's order: the normalized x is rounded to its dtype before the product
-    with weight. With an offset in Gemma's, where it is 1: everything in float32, rounded once at
-    the end.
+    Without an offset the order is Llama's: the normalized x is rounded to its dtype, then
+    multiplied by weight. With an offset it is Gemma's (offset 1): everything in float32, rounded
+    once at the end.
 
     Args:
         x: [..., D], float32, bfloat16 or float16.
-        weight: [D], one of the same dtypes; float32 beside 16-bit x is accepted.
+        weight: [D], of x's dtype, or float32 with 16-bit x.
         eps: added to the mean of squares.
         offset: added to every weight.
 
     Returns:
-        [..., D] of x's dtype. Statistics are taken in float32.
+        [..., D] in x's dtype. Statistics are computed in float32.
 
     Raises:
-        TypeError: an argument is no tensor, or of another dtype; eps or offset is no number.
-        ValueError: weight is not [D], eps is negative or not finite, or offset not finite.
+        TypeError: an argument is not a tensor of these dtypes; eps or offset is not a number.
+        ValueError: weight is not [D], eps is negative or not finite, or offset is not finite.
     """
     check_eps("rms_norm", eps)
     _check_offset("rms_norm", offset)
@@ -46,12 +44,18 @@ def add_rms_norm(
     eps: float = 1e-6,
     offset: float = 0.0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return (rms_norm(hidden), hidden) where hidden = x + residual, of x's dtype; arguments as in
-    `rms_norm`, residual as x.
+    """`rms_norm` of x + residual, in one pass.
+
+    Args:
+        x, weight, eps, offset: as in `rms_norm`.
+        residual: as x.
+
+    Returns:
+        (rms_norm(hidden), hidden) with hidden = x + residual, both [..., D] in x's dtype.
 
     Raises:
-        TypeError: an argument is no tensor, or of another dtype; eps or offset is no number.
-        ValueError: as `rms_norm`'s, or residual differs from x in shape or dtype.
+        TypeError: an argument is not a tensor of these dtypes; eps or offset is not a number.
+        ValueError: as `rms_norm`, or residual differs from x in shape or dtype.
     """
     check_eps("add_rms_norm", eps)
     _check_offset("add_rms_norm", offset)

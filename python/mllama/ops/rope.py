@@ -1,4 +1,4 @@
-"""Rotary position embedding (Su et al., 2021) in the half-split layout: element i turns with
+"""Rotary position embedding (Su et al., 2021) in the half-split layout: element i is rotated with
 element i + D/2.
 
 Three steps: `rope_frequencies` once per model, `rope_tables` once per forward pass, `rope` once per
@@ -27,21 +27,21 @@ _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.uint8)
 def rope(
     q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rotate queries and keys: (x1, x2) -> (x1 cos - x2 sin, x2 cos + x1 sin) with x1, x2 the
+    """Rotate queries and keys: (x1, x2) -> (x1 cos - x2 sin, x2 cos + x1 sin), where x1, x2 are the
     halves of a head.
 
     Args:
         q: [B, T, H, D], float32, bfloat16 or float16; D even.
-        k: [B, T, KV, D], of q's dtype; KV may differ from H.
+        k: [B, T, KV, D], in q's dtype; KV may differ from H.
         cos, sin: float32 [B or 1, T, D/2], from `rope_tables`.
 
     Returns:
-        (rotated q, rotated k), contiguous, of the same shapes and dtype. Computed in float32 and
+        (rotated q, rotated k), contiguous, with the same shapes and dtype. Computed in float32 and
         rounded once.
 
     Raises:
-        TypeError: an argument is no tensor, or of a dtype not named above.
-        ValueError: sizes do not fit each other.
+        TypeError: an argument is not a tensor of these dtypes.
+        ValueError: shapes do not fit each other.
     """
     if torch.is_grad_enabled():
         _check_no_gradient("cos", cos)
@@ -67,7 +67,7 @@ def reference(
 
 def _check_no_gradient(name: str, table: torch.Tensor) -> None:
     if isinstance(table, torch.Tensor) and table.requires_grad:
-        raise ValueError(f"rope: {name} must not require a gradient: there is none")
+        raise ValueError(f"rope: {name} must not require a gradient")
 
 
 def _check(q, k, cos, sin, inverse) -> None:
@@ -100,8 +100,8 @@ def _setup(ctx, inputs, output):
 
 
 def _derivative(ctx, grad_q, grad_k):
-    """A rotation's gradient is turned back by the same angles: linear, so that any higher
-    derivative is right too.
+    """The gradient of a rotation is the inverse rotation. It is linear, so higher derivatives are
+    correct too.
     """
     return *_rope(grad_q, grad_k, *ctx.saved_tensors, not ctx.inverse), None, None, None
 
@@ -116,11 +116,17 @@ _rope = register("rope", check=_check, fake=_fake, backward=_derivative, setup_c
 def rope_tables(
     position_ids: torch.Tensor, frequencies: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return (cos, sin) of position * frequency: float32 [B, T, D/2] each, for integer positions
-    [B, T] and float32 frequencies [D/2].
+    """Cosines and sines of position * frequency.
+
+    Args:
+        position_ids: integer [B, T].
+        frequencies: float32 [D/2], from `rope_frequencies`.
+
+    Returns:
+        (cos, sin), float32 [B, T, D/2] each.
 
     Raises:
-        TypeError: positions are no integer tensor, or frequencies no float32 tensor.
+        TypeError: positions are not an integer tensor, or frequencies not a float32 tensor.
         ValueError: positions are not [B, T], or frequencies not [D/2].
     """
     if not isinstance(position_ids, torch.Tensor) or position_ids.dtype not in _INTEGERS:
@@ -147,22 +153,24 @@ def rope_frequencies(
     scaling: dict | None = None,
     device: torch.device | str | None = None,
 ) -> torch.Tensor:
-    """Return the angle per position of each pair: float32 [head_dim / 2], theta^(-2i / head_dim),
-    scaled as `scaling` says.
+    """Rotary frequencies: the angle per position of each pair, theta^(-2i / head_dim), scaled.
 
     Args:
         head_dim: size of a head, even.
-        theta: base of the geometric row.
+        theta: base of the frequencies.
         scaling: a Hugging Face `rope_scaling` or `rope_parameters` dict, or None. Its type
-            (`rope_type` or the older `type`) is one of default; linear (`factor`: every angle
-            divided by it); llama3 (`factor`, `low_freq_factor`, `high_freq_factor`,
-            `original_max_position_embeddings`: long waves divided by the factor, short ones kept,
-            those between interpolated). A `rope_theta` in it stands before the argument.
-        device: where the result lives.
+            (`rope_type` or the older `type`) is default; linear (`factor` divides every angle); or
+            llama3 (`factor`, `low_freq_factor`, `high_freq_factor`,
+            `original_max_position_embeddings`: long waves are divided by the factor, short ones
+            unchanged, those between interpolated). Its `rope_theta` overrides the argument.
+        device: device of the result.
+
+    Returns:
+        float32 [head_dim / 2].
 
     Raises:
-        TypeError: scaling is no dict, or head_dim no int.
-        ValueError: an unknown type, a missing or impossible number.
+        TypeError: scaling is not a dict, or head_dim not an int.
+        ValueError: the type is unknown, or a number is missing or invalid.
     """
     if not isinstance(head_dim, int):
         raise TypeError(f"rope_frequencies: head_dim must be an int, got {type(head_dim).__name__}")
@@ -214,7 +222,7 @@ def _llama3(frequencies: torch.Tensor, scaling: dict) -> torch.Tensor:
         f"rope_frequencies: high_freq_factor must exceed low_freq_factor, got {high} and {low}",
     )
     waves = 2 * math.pi / frequencies
-    keep = ((length / waves - low) / (high - low)).clamp(0, 1)  # 1 for short waves, 0 for long ones
+    keep = ((length / waves - low) / (high - low)).clamp(0, 1)  # 1 for short waves, 0 for long
     return keep * frequencies + (1 - keep) * frequencies / factor
 
 

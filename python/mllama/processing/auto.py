@@ -1,4 +1,4 @@
-"""What stands before the model of any folder, without transformers."""
+"""Loads the preprocessor or tokenizer of any model folder, without transformers."""
 
 import os
 from collections.abc import Callable, Sequence
@@ -28,33 +28,35 @@ KIND_OF_IMAGES = {"MllamaImageProcessor": "tiled", "SiglipImageProcessor": "imag
 
 
 def load_preprocessor(path: str | os.PathLike) -> Preprocessor | SquareImages | TextTokenizer:
-    """Return what a model needs before it, without transformers: its preprocessor, the images of a
-    SigLIP alone, or a text model's tokenizer.
+    """Load a model's preprocessor, without transformers.
 
     The choice is by exact names: processor_class, then config.json's model_type, then
-    image_processor_type; a folder without an image processor has a tokenizer. Meta's own folders
-    (params.json) and GGUF files bring theirs in their own way.
+    image_processor_type. A folder without an image processor has a tokenizer. Meta's own folders
+    (params.json) and GGUF files have loaders of their own.
 
     Args:
         path: a model folder, or a .gguf file.
 
+    Returns:
+        The preprocessor, the image transform of a SigLIP, or a text model's tokenizer.
+
     Raises:
-        TypeError: path is no path.
-        FileNotFoundError: no such folder, or a file missing in it.
-        ValueError: files that cannot be read, a tokenizer without tokenizer.json, or another
-            family's processor, which the text names.
+        TypeError: path is not a path.
+        FileNotFoundError: the folder or one of its files does not exist.
+        ValueError: a file cannot be read, a tokenizer has no tokenizer.json, or the processor
+            belongs to an unsupported family, which the message names.
     """
     return load_any(path, _load_folder, _load_gguf, _load_meta)
 
 
 def load_any(path: str | os.PathLike, folder: Callable, gguf: Callable, meta: Callable) -> Any:
-    """What one of the three readers makes of a path: of a folder with config.json, of a GGUF file,
-    or of Meta's own folder.
+    """Call the reader for a path: `folder` for config.json, `gguf` for a GGUF file, `meta` for
+    Meta's own folder.
 
     Raises:
-        TypeError: path is no path.
-        FileNotFoundError: no such folder, or a file missing in it.
-        ValueError: files that cannot be read.
+        TypeError: path is not a path.
+        FileNotFoundError: the folder or one of its files does not exist.
+        ValueError: a file cannot be read.
     """
     if not isinstance(path, (str, os.PathLike)):
         raise TypeError(f"path must be a str or a path, got {type(path).__name__}")
@@ -75,7 +77,7 @@ def load_any(path: str | os.PathLike, folder: Callable, gguf: Callable, meta: Ca
         raise FileNotFoundError(
             f"{place} lacks a processor's or tokenizer's files: {error}"
         ) from error
-    except Exception as error:  # a broken tokenizer.json raises nothing more definite
+    except Exception as error:  # a broken tokenizer.json raises bare Exception
         raise ValueError(f"{place}: the processor cannot be read: {error}") from error
 
 
@@ -140,10 +142,10 @@ _READERS: dict[str, Callable[[Path, dict, dict], Preprocessor | SquareImages]] =
 
 
 def processor_kind(folder: Path) -> str | None:
-    """Which kind of processor a folder holds, as in `KIND_OF_MODEL`; None for a tokenizer alone.
+    """The kind of a folder's processor, as in `KIND_OF_MODEL`; None for a tokenizer alone.
 
     Raises:
-        ValueError: another family's, which the text names.
+        ValueError: the processor is not supported; the message names it.
     """
     settings: dict = {}
     images: dict = {}
@@ -171,11 +173,10 @@ def processor_kind(folder: Path) -> str | None:
 
 
 def image_kind(where: str | os.PathLike, images: dict, accepted: Sequence[str]) -> str:
-    """The class of an image processor's settings, one of `accepted`; the first where they name
-    none.
+    """The class of an image processor's settings, one of `accepted`; the first if they name none.
 
     Raises:
-        ValueError: it is another, which the text names.
+        ValueError: it is another class; the message names it.
     """
     kind = images.get("image_processor_type")
     name = accepted[0] if kind is None else str(kind).removesuffix("Fast")
@@ -185,10 +186,10 @@ def image_kind(where: str | os.PathLike, images: dict, accepted: Sequence[str]) 
 
 
 def check_llava(where: str | os.PathLike, settings: dict, images: dict) -> None:
-    """Refuse settings of another family's processor.
+    """Reject settings of another family's processor.
 
     Raises:
-        ValueError: naming it.
+        ValueError: the processor is not LLaVA's; the message names it.
     """
     family = settings.get("processor_class") or images.get("processor_class")
     if family not in (None, "LlavaProcessor"):
@@ -198,16 +199,16 @@ def check_llava(where: str | os.PathLike, settings: dict, images: dict) -> None:
 def read_llava(
     where: str | os.PathLike, settings: dict, size: tuple[int | None, int | None]
 ) -> dict[str, Any]:
-    """Return what a LlavaProcessor's settings say of its placeholders: patch_size,
-    vision_feature_select_strategy and num_additional_image_tokens.
+    """The placeholder settings of a LlavaProcessor: patch_size, vision_feature_select_strategy and
+    num_additional_image_tokens.
 
     Args:
-        where: for errors.
-        settings: what processor_config.json holds.
+        where: the folder, used in errors.
+        settings: content of processor_config.json.
         size: height and width of the images.
 
     Raises:
-        ValueError: images that are not square, or settings that are none.
+        ValueError: images are not square, or a setting is invalid.
     """
     patch, more = settings.get("patch_size"), settings.get("num_additional_image_tokens", 0)
     if not size[0] or size[0] != size[1] or not isinstance(patch, int) or not 1 <= patch <= size[0]:
@@ -217,7 +218,7 @@ def read_llava(
         )
     if not isinstance(more, int) or not 0 <= (size[0] // patch) ** 2 + more <= MAX_IMAGE_TOKENS:
         raise ValueError(
-            f"{where}: {size[0]} pixels in patches of {patch}, and {more!r} more, are not up to"
+            f"{where}: {size[0]} pixels in patches of {patch}, and {more!r} more, must give at most"
             f" {MAX_IMAGE_TOKENS} tokens"
         )
     return {

@@ -1,6 +1,4 @@
-"""Conversations to a model's inputs, by whatever stands before it: this package's preprocessors and
-tokenizers, or processors and tokenizers of transformers.
-"""
+"""Encodes conversations, with this package's or transformers' processors and tokenizers."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -15,34 +13,33 @@ from mllama.processing.text_tokenizer import pad_rows
 def encode_messages(
     processor: Any, messages: Sequence[Mapping], images: Sequence = (), allow_urls: bool = False
 ) -> Any:
-    """Return a model's inputs for a conversation that the model is to continue: one row, as torch
-    tensors.
+    """Encode a conversation for the model to continue, as a batch of one row.
 
-    Written by the chat template of the processor or tokenizer. Without one, a single message from
-    the user is laid out as the family does it: images, BOS, text (and for PaliGemma and LLaVA a
+    Uses the chat template of the processor or tokenizer. Without one, a single user message is
+    written in the family's plain format: images, BOS, text (for PaliGemma and LLaVA also a
     newline).
 
     Args:
-        processor: as `load_preprocessor` or `mllama.load_processor` returns it: with images, or a
-            tokenizer, which takes none.
-        messages: {"role": ..., "content": ...}, content a str, None (an assistant's that only calls
-            tools) or a list of parts {"type": "text", "text": ...} and {"type": "image"}, which may
-            bring its image as "image", "path", "url" or "base64", each of which takes what
-            `load_picture` takes; or OpenAI's {"type": "image_url", "image_url": {"url": ...}}.
-        images: images for the image parts that bring none, in order. Where no part and no
-            placeholder written in a text asks for an image, they come first in the first message of
-            the user.
+        processor: as returned by `load_preprocessor` or `mllama.load_processor`: a processor with
+            images, or a tokenizer, which takes none.
+        messages: {"role": ..., "content": ...}. content is a str, None (an assistant's that only
+            calls tools) or a list of parts {"type": "text", "text": ...} and {"type": "image"}. An
+            image part may have its image as "image", "path", "url" or "base64", in any form that
+            `load_image` accepts; or be OpenAI's {"type": "image_url", "image_url": {"url": ...}}.
+        images: images for the image parts without one, in order. If neither a part nor a
+            placeholder in a text asks for an image, they are placed at the start of the first
+            user message.
         allow_urls: download images given as http(s) URLs.
 
     Returns:
-        A dict of tensors; of a processor of transformers its BatchFeature.
+        A dict of tensors; a BatchFeature for a processor of transformers.
 
     Raises:
-        TypeError: a processor, message or content of another type.
-        ValueError: no messages; a message without a role; a part that is neither text nor image;
-            images and places for them differ in number, or the model takes none; a chat template
-            that fails or is missing; an image that `load_picture` refuses.
-        FileNotFoundError: no such image.
+        TypeError: a processor, message or content has the wrong type.
+        ValueError: there are no messages; a message has no role; a part is neither text nor image;
+            the numbers of images and of places for them differ, or the model takes none; the chat
+            template fails or is missing; `load_image` rejects an image.
+        FileNotFoundError: an image file does not exist.
     """
     return encode_batch(processor, [messages], [images], allow_urls)
 
@@ -50,8 +47,7 @@ def encode_messages(
 def encode_batch(
     processor: Any, conversations: Sequence, images: Sequence[Sequence], allow_urls: bool = False
 ) -> Any:
-    """`encode_messages` of several conversations, each with images of its own: rows of one batch,
-    padded on the left.
+    """`encode_messages` for several conversations with their images: a batch, padded on the left.
 
     Raises:
         TypeError, ValueError, FileNotFoundError: as `encode_messages`.
@@ -102,7 +98,7 @@ def _write(
                 f"the processor has no chat template: give one message, not {len(turns)}"
             )
         return _plain_text(processor, as_text(turns[0]["content"], image_token), placed), placed
-    if image_token is None or "image" not in str(template):  # of a text model: contents are strings
+    if image_token is None or "image" not in str(template):  # a text model: contents are strings
         turns = [
             turn | {"content": as_text(turn["content"], image_token)}
             if isinstance(turn["content"], list)
@@ -119,8 +115,8 @@ def _in_parts(message: dict) -> dict:
 
 
 def _place(turns: list[dict], images: list, image_token: str | None) -> list:
-    """All images in the order of their places; the parts keep none, since no template needs to see
-    them.
+    """All images in the order of their places. They are removed from the parts: templates do not
+    read them.
     """
     parts = [
         part for turn in turns if isinstance(turn["content"], list) for part in turn["content"]
@@ -151,9 +147,7 @@ def _place(turns: list[dict], images: list, image_token: str | None) -> list:
 
 
 def _plain_text(processor: Any, text: str, images: list) -> str:
-    """What the family's own layout is made of: unwritten, leading placeholders get BOS and a
-    newline around the text.
-    """
+    """A text with its placeholders for the family's plain format."""
     leading = (processor.image_token or "") * len(images) if images else ""
     if getattr(processor, "takes_as_is", False) and leading and text.startswith(leading):
         return text[len(leading) :]

@@ -1,4 +1,4 @@
-"""What PaliGemma's answers say about places: `<loc0000>` ... and `<seg000>` ... decoded."""
+"""Decodes locations in PaliGemma's answers: `<loc0000>` ... and `<seg000>` ..."""
 
 import math
 import re
@@ -20,21 +20,24 @@ class Detection(NamedTuple):
 
 
 def parse_detections(text: str, width: float, height: float) -> list[Detection]:
-    """Return the objects in an answer to "detect ..." or "segment ...", in its order.
+    """Parse the objects in an answer to "detect ..." or "segment ...", in order.
 
-    An object is four `<locNNNN>`, y0, x0, y1, x1 on a grid of 1024 steps over the image, then 16
-    `<segNNN>` after "segment", then its label; objects are separated by ";". What is not written so
-    is left out: a model may write anything. The segmentation tokens are codes of the original's
-    VQ-VAE, which this package does not have.
+    An object is four `<locNNNN>`: y0, x0, y1, x1 on a grid of 1024 steps over the image; 16
+    `<segNNN>` after "segment"; and its label. Objects are separated by ";". Anything else is
+    ignored. Segmentation tokens are codes of PaliGemma's VQ-VAE, which this package does not
+    include.
 
     Args:
-        text: the answer, decoded with its location tokens (they are no special tokens, so
-            skip_special_tokens keeps them).
-        width, height: of the image, in pixels.
+        text: the answer, decoded with its location tokens (they are not special tokens:
+            skip_special_tokens does not remove them).
+        width, height: size of the image in pixels.
+
+    Returns:
+        One `Detection` per object.
 
     Raises:
-        TypeError: text is no str, or a size no number.
-        ValueError: a size that is not above 0 and finite.
+        TypeError: text is not a str, or a size is not a number.
+        ValueError: a size is not positive and finite.
     """
     if not isinstance(text, str):
         raise TypeError(f"text must be a str, got {type(text).__name__}")

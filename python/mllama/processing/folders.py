@@ -1,4 +1,4 @@
-"""What a folder says of its processor: the settings files, and what all of them are called."""
+"""Reads the settings files of a folder's processor."""
 
 import json
 import os
@@ -10,9 +10,9 @@ TOKENIZER_FILES = (
     "tokenizer.model",
     "spiece.model",
     "vocab.json",
-)  # one of them every tokenizer has
-# All that processors and tokenizers are read from: what one of them leaves beside another's would
-# be taken for its own.
+)  # every tokenizer has one of these
+# All files of processors and tokenizers. Stale ones left next to another processor's would be read
+# as its own.
 PROCESSOR_FILES = (
     *TOKENIZER_FILES,
     "added_tokens.json",
@@ -28,46 +28,45 @@ PROCESSOR_FILES = (
 
 
 def read_object(where: str | os.PathLike, name: str) -> dict:
-    """Return the JSON object in a file of a folder, empty where there is no such file.
+    """The JSON object in a file of a folder; empty if there is no such file.
 
     Raises:
-        ValueError: it is no JSON object.
+        ValueError: the file is not a JSON object.
     """
     file = Path(where, name)
     return parse_object(file, f"{where}: {name}") if file.exists() else {}
 
 
 def parse_object(file: str | os.PathLike, name: str) -> dict:
-    """Return the JSON object in a file.
+    """The JSON object in a file.
 
     Raises:
-        ValueError: it is no JSON object; the text begins with name.
+        ValueError: it is not a JSON object; the message begins with name.
     """
     try:
         content = json.loads(Path(file).read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{name} is no JSON: {error}") from error
     if not isinstance(content, dict):
-        raise ValueError(f"{name} must hold a JSON object, got {type(content).__name__}")
+        raise ValueError(f"{name} must be a JSON object, got {type(content).__name__}")
     return content
 
 
 def read_settings(
     where: str | os.PathLike, read: Callable[..., dict] = read_object
 ) -> tuple[dict, dict]:
-    """Return what a folder says of its processor and of its image processor.
+    """The settings of a folder's processor and of its image processor.
 
-    The first is processor_config.json, with the template of an older chat_template.json, and empty
-    where there is neither (tokenizers read chat_template.jinja); the second is its
-    "image_processor", or preprocessor_config.json.
+    The first is processor_config.json, with the template of an older chat_template.json, empty if
+    there is neither (tokenizers read chat_template.jinja). The second is its "image_processor", or
+    preprocessor_config.json.
 
     Args:
-        read: returns the JSON object in a file, as `read_object`; where files may be the hub's,
-            one that finds them there.
+        read: reads the JSON object in a file, as `read_object`; may find it on the hub.
 
     Raises:
         FileNotFoundError: there is no image processor's file.
-        ValueError: a file that is no JSON object.
+        ValueError: a file is not a JSON object.
     """
     processor = read(where, "processor_config.json")
     older = read(where, "chat_template.json")

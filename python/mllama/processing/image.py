@@ -1,22 +1,21 @@
-"""Images of every kind become 8-bit RGB: files, encoded bytes, PIL images, arrays and tensors. No
-model, no transformers.
+"""Converts images of any kind to 8-bit RGB: files, encoded bytes, PIL images, arrays and tensors.
 
-`mllama.processing.image_source` says where encoded images may come from.
+`mllama.processing.image_source` lists where encoded images may come from. Conversions:
 
-| what comes                                        | what it becomes                                                                      |
-|---------------------------------------------------|--------------------------------------------------------------------------------------|
-| EXIF orientation (a file or a PIL image)        | turned upright                                                                       |
-| gray, 1-bit, palette, CMYK, YCbCr, HSV            | Pillow's `convert("RGB")`                                                            |
-| transparency: RGBA, LA, palette or color key     | laid onto white                                                                      |
-| 16-bit gray ("I;16" in any byte order, "I")       | 0..65535 onto 0..255, rounded: v / 257                                               |
-| float gray ("F")                                  | 0..1 onto 0..255 when no value is above 1, else read as 0..255; others are refused   |
-| uint8 array; bool array                           | as it is; False and True as 0 and 255                                                |
-| uint16 array, in any byte order                   | as 16-bit gray, per channel                                                          |
-| float array or tensor                             | 0..1 (to within 1e-6) onto 0..255, rounded; values outside are refused               |
+- EXIF orientation (a file or a PIL image) is applied.
+- Gray, 1-bit, palette, CMYK, YCbCr and HSV use Pillow's `convert("RGB")`.
+- Transparent images (RGBA, LA, a palette or color key) are composited onto white.
+- 16-bit gray ("I;16" in any byte order, "I") is scaled from 0..65535 to 0..255 and rounded.
+- Float gray ("F") is scaled from 0..1 to 0..255 if no value is above 1, else read as 0..255.
+  Other values are rejected.
+- uint8 arrays are unchanged; in bool arrays False is 0 and True is 255.
+- uint16 arrays in any byte order are scaled as 16-bit gray, per channel.
+- Float arrays and tensors are scaled from 0..1 (to within 1e-6) to 0..255 and rounded. Values
+  outside are rejected.
 
-Arrays are [H, W], or have an axis of 1, 3 or 4 channels (gray, RGB, RGBA) last or first. Where both
-would do ([3, H, 3], [1, W, 3]), a numpy array is read channels last and a torch tensor channels
-first, as each is used to.
+Arrays are [H, W], or have an axis of 1, 3 or 4 channels (gray, RGB, RGBA) last or first. If both
+fit ([3, H, 3], [1, W, 3]), a numpy array is read as channels last and a torch tensor as channels
+first.
 """
 
 import functools
@@ -32,8 +31,8 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from mllama.processing.image_source import is_encoded, is_url, open_source, shorten
 
-# What is opened from disk. The rest of Pillow's list is left out on purpose: EPS, for one, starts
-# an interpreter.
+# Formats that are opened from disk. The rest of Pillow's list is left out on purpose: EPS, for
+# one, starts an interpreter.
 FORMATS = (
     "AVIF",
     "BMP",
@@ -53,26 +52,26 @@ FORMATS = (
 )
 
 
-_LOOKED_AT = 256  # bytes
-_ROUNDING = 1e-6  # how far arithmetic in float32 may leave 0..1
+_LOOKED_AT = 256  # bytes read to name an unknown format
+_ROUNDING = 1e-6  # tolerance around 0..1 for float32 arithmetic
 
 
-def load_picture(source: Any, allow_urls: bool = False) -> Image.Image:
-    """Return any accepted image as an upright PIL image of mode RGB, by the table above.
+def load_image(source: Any, allow_urls: bool = False) -> Image.Image:
+    """Load any accepted image as an upright PIL image of mode RGB; see above for conversions.
 
     Args:
         source: a path (str or Path) or a `file://` URL; bytes, bytearray or memoryview of an image
             file; a binary file object; a data URL or bare base64 text; a PIL image; a numpy array
             or a torch tensor.
-        allow_urls: take an http(s) URL too, and download it: at most 64 MiB in 30 seconds.
+        allow_urls: also accept an http(s) URL, downloading at most 64 MiB in 30 seconds.
 
     Raises:
-        FileNotFoundError: the path leads nowhere.
-        TypeError: something else than an image, an array of another dtype, or a file opened as
-            text.
-        ValueError: a file that is no image, is broken, truncated, closed or too large
-            (`PIL.Image.MAX_IMAGE_PIXELS`); broken base64; a URL without `allow_urls`, or one that
-            cannot be downloaded; an array without pixels, of another shape, or with values out of
+        FileNotFoundError: the path does not exist.
+        TypeError: source is not an image, an array has an unsupported dtype, or a file is opened
+            as text.
+        ValueError: a file is not an image, is broken, truncated, closed or too large
+            (`PIL.Image.MAX_IMAGE_PIXELS`); base64 is broken; a URL comes without `allow_urls` or
+            cannot be downloaded; an array is empty, or has an unsupported shape or values out of
             range.
     """
     if is_encoded(source):
@@ -82,49 +81,47 @@ def load_picture(source: Any, allow_urls: bool = False) -> Image.Image:
             source.load()  # an image opened elsewhere may not be decoded yet
         except Exception as error:
             raise ValueError(
-                f"cannot read the image {getattr(source, 'filename', '') or 'given as a PIL image'}: {_reason(error)}"
+                f"cannot read the image {getattr(source, 'filename', '') or 'given as a PIL image'}"
+                f": {_reason(error)}"
             ) from error
         return _to_rgb(source)
     return Image.fromarray(_array_to_rgb(source))
 
 
 def load_pixels(source: Any) -> torch.Tensor:
-    """Return any accepted image as [H, W, 3] uint8; `load_picture` says what is accepted and
-    raised.
-    """
+    """Load any image that `load_image` accepts as [H, W, 3] uint8; raises the same errors."""
     if isinstance(source, (np.ndarray, torch.Tensor)):
         return torch.from_numpy(_array_to_rgb(source))
-    return torch.from_numpy(np.array(load_picture(source)))
+    return torch.from_numpy(np.array(load_image(source)))
 
 
 def is_image(source: Any) -> bool:
-    """True for what can only be an image: any accepted form but text."""
+    """Whether it can only be an image: any accepted form except text."""
     return not isinstance(source, str) and (
         is_encoded(source) or isinstance(source, (Image.Image, np.ndarray, torch.Tensor))
     )
 
 
 def download_urls(images: Any, allow_urls: bool) -> Any:
-    """Return images, in lists as they came, with the http(s) URLs among them downloaded where
-    `allow_urls` is True.
+    """Download the http(s) URLs among images if `allow_urls` is True. Lists keep their structure.
 
     Raises:
-        TypeError: allow_urls is no bool.
-        ValueError: a download fails, or is no image.
+        TypeError: allow_urls is not a bool.
+        ValueError: a download fails, or is not an image.
     """
     if not isinstance(allow_urls, bool):
         raise TypeError(f"allow_urls must be True or False, got {type(allow_urls).__name__}")
     if isinstance(images, (list, tuple)):
         return [download_urls(image, allow_urls) for image in images]
-    return load_picture(images, allow_urls) if allow_urls and is_url(images) else images
+    return load_image(images, allow_urls) if allow_urls and is_url(images) else images
 
 
 def channel_values(name: str, values: float | Iterable[float]) -> tuple[float, float, float]:
-    """Return the mean or deviation of three channels, given as one number for all or as three.
+    """Mean or standard deviation per channel, given as one number for all or as three.
 
     Raises:
-        ValueError: no such numbers, one that is not finite, or a zero in image_std; the text begins
-            with name.
+        ValueError: values are not finite numbers, or image_std has a zero; the message begins with
+            name.
     """
     numbers = (
         (values,) * 3
@@ -143,18 +140,17 @@ def channel_values(name: str, values: float | Iterable[float]) -> tuple[float, f
 
 
 @functools.lru_cache(maxsize=16)
-def normalisation_table(
+def normalization_table(
     mean: tuple[float, ...], std: tuple[float, ...], rescale_factor: float = 1 / 255
 ) -> torch.Tensor:
-    """Return [256, 3] float32: what each 8-bit value becomes, per channel, by the arithmetic of
-    transformers' image processors.
+    """[256, 3] float32: the normalized value of each 8-bit value, per channel.
 
     v * rescale_factor in float64, rounded to float32, minus mean, divided by std: bit-equal to
-    their rescale and normalize by construction.
-    The result is shared between callers: do not write to it.
+    rescale and normalize of transformers' image processors. The result is shared between callers:
+    do not modify it.
 
     Raises:
-        ValueError: mean or std is refused by `channel_values`.
+        ValueError: `channel_values` rejects mean or std.
     """
     mean, std = channel_values("image_mean", mean), channel_values("image_std", std)
     values = (np.arange(256).astype(np.float64) * rescale_factor).astype(np.float32)[:, None]
@@ -168,12 +164,12 @@ def _decode(file: str | io.BytesIO, name: str) -> Image.Image:
         with Image.open(file) as image:
             limit = (
                 Image.MAX_IMAGE_PIXELS
-            )  # above it Pillow warns, above twice that it raises: a file is refused from there on
+            )  # Pillow warns above it and raises above twice that; here it is the limit
             if limit is not None and image.width * image.height > limit:
                 raise ValueError(f"{image.width} x {image.height} pixels, more than {limit}")
             if image.format not in FORMATS:
                 raise ValueError(
-                    f"the format {image.format} is not read, only {', '.join(FORMATS)}"
+                    f"the format {image.format} is not supported, only {', '.join(FORMATS)}"
                 )
             image.load()
             return _to_rgb(image)
@@ -181,12 +177,12 @@ def _decode(file: str | io.BytesIO, name: str) -> Image.Image:
         raise
     except UnidentifiedImageError as error:
         raise ValueError(f"cannot read the image {name}: {_what_it_is(file)}") from error
-    except Exception as error:  # Pillow's decoders raise about a dozen kinds on hostile files
+    except Exception as error:  # Pillow's decoders raise many types on malformed files
         raise ValueError(f"cannot read the image {name}: {_reason(error)}") from error
 
 
 def _what_it_is(file: str | io.BytesIO) -> str:
-    """Of something that is no image."""
+    """Describe a file that is not an image."""
     if isinstance(file, io.BytesIO):
         begin = file.getvalue()[:_LOOKED_AT]
     else:
@@ -207,7 +203,7 @@ def _reason(error: Exception) -> str:
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
-    """An upright RGB image; the one given is not changed."""
+    """An upright RGB image; the argument is not changed."""
     if image.width == 0 or image.height == 0:
         raise ValueError(f"the image has no pixels: {image.width} x {image.height}")
     image = ImageOps.exif_transpose(image)
@@ -215,7 +211,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         values = _sixteen_bits(np.array(image))
         key = image.info.get(
             "transparency"
-        )  # a 16-bit PNG's color key; Pillow keeps it, but does not apply it to this mode
+        )  # a 16-bit PNG's color key; Pillow reads it, but does not apply it to this mode
         if isinstance(key, int):
             values[values == key] = 65535
         return Image.fromarray(_array_to_rgb(values))
@@ -243,7 +239,7 @@ def _sixteen_bits(values: np.ndarray) -> np.ndarray:
 
 
 def _array_to_rgb(source) -> np.ndarray:
-    """[H, W, 3] uint8, contiguous, from an array or tensor."""
+    """An array or tensor as [H, W, 3] uint8, contiguous."""
     is_tensor = isinstance(source, torch.Tensor)
     if not is_tensor and not isinstance(source, np.ndarray):
         raise TypeError(
@@ -286,7 +282,7 @@ def _eight_bits(pixels: np.ndarray) -> np.ndarray:
         return ((pixels.astype(np.uint32) + 128) // 257).astype(np.uint8)
     if np.issubdtype(pixels.dtype, np.floating):
         low, high = pixels.min(), pixels.max()
-        if not (low >= -_ROUNDING and high <= 1 + _ROUNDING):  # written so that NaN is refused too
+        if not (low >= -_ROUNDING and high <= 1 + _ROUNDING):  # in this form NaN fails too
             raise ValueError(
                 f"an image of floats must hold 0..1, got {low:.8g}..{high:.8g}: divide by its full "
                 "scale, or cast to uint8"

@@ -1,5 +1,5 @@
-"""Where an image comes from: a path, a `file://` URL, bytes, a binary file, a data URL, base64
-text, or by permission an http(s) URL.
+"""Sources of encoded images: a path, a `file://` URL, bytes, a binary file, a data URL, base64
+text, or with permission an http(s) URL.
 """
 
 import base64
@@ -18,34 +18,32 @@ from typing import Any
 
 from PIL import Image
 
-MAX_BYTES = 2**26  # of a download: 64 MiB
-MAX_SECONDS = 30.0  # of a download
+MAX_BYTES = 2**26  # limit of a download: 64 MiB
+MAX_SECONDS = 30.0  # limit of a download
 _STALLED = 10.0  # seconds without any data
 _TOO_SLOW = "it takes more than {:g} seconds"
-_LONGEST_NAME = 255  # of a file; a text beyond it is no path
+_LONGEST_NAME = 255  # of a file; a longer text is not a path
 _BYTES = (bytes, bytearray, memoryview)
 _SHOWN = 80
 
 
 def is_encoded(source: Any) -> bool:
-    """True for what names or holds an encoded image: text, a path, bytes, a file object."""
+    """Whether it names or contains an encoded image: text, a path, bytes, a file object."""
     return isinstance(source, (str, os.PathLike, *_BYTES)) or hasattr(source, "read")
 
 
 def is_url(source: Any) -> bool:
-    """True for an http(s) URL."""
+    """Whether it is an http(s) URL."""
     return isinstance(source, str) and source[:8].lower().startswith(("http://", "https://"))
 
 
 def names_image(text: str) -> bool:
-    """True for a text that is a URL, a data URL or the path of a file."""
+    """Whether a text is a URL, a data URL or the path of a file."""
     return is_url(text) or text[:8].lower().startswith(("data:", "file://")) or os.path.isfile(text)
 
 
 def shorten(text: str, most: int = _SHOWN) -> str:
-    """One line of at most `most` characters; where something is left out it says how long the text
-    is.
-    """
+    """One line of at most `most` characters; a shortened text ends with its length."""
     line = "".join(
         letter if letter.isprintable() else "\ufffd"
         for letter in " ".join(text[: 4 * most].split())
@@ -58,29 +56,28 @@ def shorten(text: str, most: int = _SHOWN) -> str:
 
 
 def open_source(source: Any, allow_urls: bool = False) -> tuple[str | io.BytesIO, str]:
-    """Find the encoded image.
+    """Locate an encoded image.
 
     Args:
-        source: what `is_encoded` is true for. A file object is read from its beginning where it can
-            seek.
+        source: anything `is_encoded` accepts. A seekable file object is read from its start.
         allow_urls: download http(s) URLs, at most MAX_BYTES in MAX_SECONDS.
 
     Returns:
         A path or the bytes, and a short name for errors.
 
     Raises:
-        FileNotFoundError: no such file.
-        TypeError: a file opened as text.
-        ValueError: a closed or unreadable file, no data, broken base64, a URL without permission, a
-            failed download.
+        FileNotFoundError: the file does not exist.
+        TypeError: a file is opened as text.
+        ValueError: a file is closed or unreadable, there is no data, base64 is broken, a URL comes
+            without permission, or a download fails.
     """
     if isinstance(source, str):
         return _open_text(source, allow_urls)
     if isinstance(source, os.PathLike):
         return _open_path(os.fsdecode(source))
     if isinstance(source, _BYTES):
-        return _held(bytes(source), f"{memoryview(source).nbytes} bytes")
-    return _held(_read_file(source), f"file {shorten(str(getattr(source, 'name', 'object')))}")
+        return _in_memory(bytes(source), f"{memoryview(source).nbytes} bytes")
+    return _in_memory(_read_file(source), f"file {shorten(str(getattr(source, 'name', 'object')))}")
 
 
 def _open_text(text: str, allow_urls: bool) -> tuple[str | io.BytesIO, str]:
@@ -91,16 +88,16 @@ def _open_text(text: str, allow_urls: bool) -> tuple[str | io.BytesIO, str]:
                 "images are downloaded only with allow_urls=True (--allow-urls), got "
                 f"{shorten(text)}"
             )
-        return _held(_download(text), shorten(text))
+        return _in_memory(_download(text), shorten(text))
     if scheme.startswith("data:"):
-        return _held(_decode_data_url(text), shorten(text, 40))
+        return _in_memory(_decode_data_url(text), shorten(text, 40))
     if scheme.startswith("file://"):
         return _open_path(_path_of(text))
     if os.path.exists(text):
         return _open_path(text)
     data, fault = _decode_base64(text)
     if data is not None and _begins_an_image(data):
-        return _held(data, f"base64 text {shorten(text, 20)}")
+        return _in_memory(data, f"base64 text {shorten(text, 20)}")
     if data is None and len(text) > _LONGEST_NAME:
         raise ValueError(
             f"the text is neither the path of a file nor base64 ({fault}): {shorten(text, 40)}"
@@ -116,7 +113,7 @@ def _open_path(path: str) -> tuple[str, str]:
     return path, path
 
 
-def _held(data: bytes, name: str) -> tuple[io.BytesIO, str]:
+def _in_memory(data: bytes, name: str) -> tuple[io.BytesIO, str]:
     if not data:
         raise ValueError(f"the image holds no data: {name}")
     return io.BytesIO(data), name
@@ -128,17 +125,17 @@ def _read_file(file: Any) -> bytes:
     try:
         if not hasattr(file, "seekable") or file.seekable():
             file.seek(0)
-    except (AttributeError, OSError):  # a stream, which is where it is
+    except (AttributeError, OSError):  # a stream: read from its current position
         pass
     try:
         data = file.read()
-    except (OSError, ValueError) as error:  # opened for writing, closed underneath
+    except (OSError, ValueError) as error:  # opened for writing, or closed underneath
         raise ValueError(
             f"the image file cannot be read: {error or type(error).__name__}"
         ) from error
     if not isinstance(data, _BYTES):
         raise TypeError(
-            "an image file must be opened in binary mode, 'rb': read() gave a "
+            "an image file must be opened in binary mode, 'rb': read() returned a "
             f"{type(data).__name__}"
         )
     return bytes(data)
@@ -162,14 +159,12 @@ def _decode_data_url(url: str) -> bytes:
         return urllib.parse.unquote_to_bytes(data)
     found, fault = _decode_base64(urllib.parse.unquote(data) if "%" in data else data)
     if found is None:
-        raise ValueError(f"the data URL holds broken base64 ({fault}): {shorten(url, 40)}")
+        raise ValueError(f"the data URL has broken base64 ({fault}): {shorten(url, 40)}")
     return found
 
 
 def _decode_base64(text: str) -> tuple[bytes | None, str]:
-    """The bytes, or None and what is wrong. White space, absent padding and the alphabet of URLs
-    are taken.
-    """
+    """(bytes or None, fault). Accepts white space, missing padding and the URL alphabet."""
     try:
         packed = (
             "".join(text.split()).translate(str.maketrans("-_", "+/")).rstrip("=").encode("ascii")
@@ -185,21 +180,21 @@ def _begins_an_image(data: bytes) -> bool:
     try:
         with Image.open(io.BytesIO(data)):
             return True
-    except Exception:  # Pillow's decoders raise about a dozen kinds
+    except Exception:  # Pillow's decoders raise many types
         return False
 
 
 class _HttpOnly(urllib.request.HTTPRedirectHandler):
     def redirect_request(self, request, file, code, message, headers, new_url):
         if not is_url(new_url):
-            raise ValueError(f"it leads on to {shorten(new_url)}")
+            raise ValueError(f"it redirects to {shorten(new_url)}")
         return super().redirect_request(request, file, code, message, headers, new_url)
 
 
 def _download(url: str) -> bytes:
-    """The body, by Python's own client: proxies and certificates are the environment's."""
+    """Download with Python's own client; proxies and certificates come from the environment."""
     if "@" in urllib.parse.urlsplit(url).netloc:
-        raise ValueError("a URL with a user name or password is not downloaded, and not shown here")
+        raise ValueError("a URL with a user name or password is not downloaded, nor shown here")
     body: Future[bytes] = Future()
 
     def work() -> None:
@@ -208,8 +203,8 @@ def _download(url: str) -> bytes:
         except Exception as error:
             body.set_exception(error)
 
-    # In a thread of its own: the client bounds each wait for data, and a server that drips its
-    # headers would hold the caller for hours.
+    # In a thread: the client limits each wait for data only, and a server that sends its headers
+    # slowly would block the caller for hours.
     worker = threading.Thread(target=work, daemon=True)
     worker.start()
     worker.join(MAX_SECONDS)
@@ -223,7 +218,7 @@ def _download(url: str) -> bytes:
             f"{shorten(str(error.reason), 200)}"
         ) from error
     except (OSError, ValueError, http.client.HTTPException) as error:
-        reason = getattr(error, "reason", None) or error  # URLError's own text wraps it
+        reason = getattr(error, "reason", None) or error  # the text of URLError wraps it
         raise ValueError(
             f"cannot download {shorten(url)}: {shorten(str(reason), 200) or type(reason).__name__}"
         ) from error
@@ -235,7 +230,7 @@ def _fetch(url: str) -> bytes:
     )
     with urllib.request.build_opener(_HttpOnly).open(request, timeout=_STALLED) as response:
         data = _read_within(response.read1, time.monotonic() + MAX_SECONDS)
-        if response.length:  # what is left of the Content-Length, which read1 does not mind
+        if response.length:  # bytes missing from Content-Length, which read1 does not report
             raise ValueError(f"it ended {response.length} bytes early")
         return data
 

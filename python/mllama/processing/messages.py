@@ -1,4 +1,4 @@
-"""Conversations as chat templates take them: checked copies of messages, their contents in the form
+"""Prepares conversations for chat templates: checked copies of messages, with contents in the form
 that a template reads.
 """
 
@@ -7,28 +7,28 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-Render = Callable[[list[dict]], str]  # messages -> what the template writes
+Render = Callable[[list[dict]], str]  # messages -> the template's output
 
-ASSISTANT = "assistant"  # the role of messages that the model says
-IMAGE_KEYS = ("image", "path", "url", "base64")  # of a part that brings its image
-_CLOSED = re.compile(r"</\w+>\s*(?=\S)")  # behind thoughts, which templates cut off
-_TOOL_ROLES = ("tool", "ipython")  # whose content may be a JSON object
+ASSISTANT = "assistant"  # the role of the model's messages
+IMAGE_KEYS = ("image", "path", "url", "base64")  # keys of a part that contains its image
+_CLOSED = re.compile(r"</\w+>\s*(?=\S)")  # the end of reasoning, which templates cut off
+_TOOL_ROLES = ("tool", "ipython")  # their content may be a JSON object
 
 
 def as_messages(messages: Sequence[Mapping], where: str = "messages") -> list[dict]:
-    """Return copies of messages with an assistant's missing content as an empty text, and parts of
-    type image_url as image.
+    """Check and copy messages. An assistant's missing content becomes "", image_url parts become
+    image parts.
 
     Args:
-        messages: {"role": ..., "content": ...}, content a str or a list of parts of type text,
-            image or image_url; of an assistant that only calls tools also None, of a tool also a
-            dict. Other keys stay as they are.
-        where: the argument's name, for errors.
+        messages: {"role": ..., "content": ...}. content is a str or a list of text, image or
+            image_url parts; None for an assistant that only calls tools; for a tool also a dict.
+            Other keys are copied.
+        where: the argument's name, used in errors.
 
     Raises:
-        TypeError: messages that are no list, a message, content or text of another type.
-        ValueError: no messages, a message without a role, a part of another type, an image_url
-            without its address.
+        TypeError: messages is not a list, or a message, content or text has the wrong type.
+        ValueError: there are no messages, a message has no role, a part has an unknown type, or an
+            image_url has no URL.
     """
     messages = getattr(messages, "messages", messages)
     if not isinstance(messages, (list, tuple)):
@@ -45,7 +45,7 @@ def _as_message(message: Any, where: str) -> dict:
         }
     elif callable(
         getattr(message, "model_dump", None)
-    ):  # pydantic's, as clients of chat services have
+    ):  # pydantic models, which clients of chat services use
         message = message.model_dump()
     if not isinstance(message, Mapping):
         raise TypeError(f"{where} must be a dict, got {type(message).__name__}")
@@ -54,18 +54,18 @@ def _as_message(message: Any, where: str) -> dict:
         raise ValueError(
             f"the role of {where} must be a name such as user or assistant, got {role!r}"
         )
-    kept = {key: value for key, value in message.items() if value is not None}
+    fields = {key: value for key, value in message.items() if value is not None}
     if content is None and role == ASSISTANT:
-        return kept | {"content": ""}
+        return fields | {"content": ""}
     if isinstance(content, str) or (role in _TOOL_ROLES and isinstance(content, Mapping)):
-        return kept
+        return fields
     if not isinstance(content, (list, tuple)) or not all(
         isinstance(part, Mapping) for part in content
     ):
         raise TypeError(
             f"the content of {where} must be a str or a list of dicts, got {type(content).__name__}"
         )
-    return kept | {"content": [_as_part(part, where) for part in content]}
+    return fields | {"content": [_as_part(part, where) for part in content]}
 
 
 def _as_part(part: Mapping, where: str) -> dict:
@@ -83,9 +83,7 @@ def _as_part(part: Mapping, where: str) -> dict:
     address = part.get("image_url")
     address = address.get("url") if isinstance(address, Mapping) else address
     if address is None:
-        raise ValueError(
-            f"an image_url part of {where} must hold image_url, a text or {{'url': ...}}"
-        )
+        raise ValueError(f"an image_url part of {where} needs image_url, a str or {{'url': ...}}")
     return {"type": "image", "url": address}
 
 
@@ -102,15 +100,14 @@ def as_text(content: str | list[dict], image_token: str | None = None) -> str:
 
 
 def fit_contents(messages: list[dict], render: Render) -> list[dict]:
-    """Return messages whose contents have the form that the template reads: a text or a list of
-    parts.
+    """Convert contents to the form that the template reads: a text or a list of parts.
 
-    Some templates read one of the two alone, and write nothing of the other, or its Python form.
-    What a template reads as it was given stays; a content with images always does.
+    Some templates read only one of the two; the other is dropped, or written as its Python repr. A
+    content that the template reads as given is unchanged, as is a content with images.
 
     Args:
-        messages: as `as_messages` returns them.
-        render: may raise anything.
+        messages: as returned by `as_messages`.
+        render: renders messages; may raise anything.
     """
     mark = unused_mark(
         "".join(as_text(message["content"]) for message in messages if _is_text(message))
@@ -132,7 +129,7 @@ def fit_contents(messages: list[dict], render: Render) -> list[dict]:
                     for number, message in enumerate(form)
                 ]
             )
-        # it does not read this form; what is wrong with all of them the caller's own call will say
+        # It does not read this form. If both fail, the caller's own call raises the error.
         except Exception:
             continue
         shown = {number for number in left if f"{mark}{number}{mark}" in written}
@@ -143,16 +140,16 @@ def fit_contents(messages: list[dict], render: Render) -> list[dict]:
 
 
 def unused_mark(text: str) -> str:
-    """A character that is not in a text, and that templates do not know."""
+    """A character that is not in a text and has no meaning in templates."""
     return next(mark for mark in map(chr, range(0xE200, 0xF8FF)) if mark not in text)
 
 
 def mark_texts(message: dict, mark: str, before: str = "") -> dict:
-    """A message with a mark behind, and if asked one before, each of its content's texts, within
-    the white space around it.
+    """A message with a mark after each of its texts, and optionally one before, inside the
+    surrounding white space.
 
-    What is asked for before is also put behind closing tags such as `</think>`: some templates
-    leave out what is before them.
+    The mark before is also put after closing tags such as `</think>`, because some templates drop
+    what precedes them.
     """
 
     def marked(text: str) -> str:

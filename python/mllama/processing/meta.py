@@ -1,4 +1,4 @@
-"""What stands before a model in Meta's own folders: tokenizer.model and params.json."""
+"""The preprocessor of Meta's own folders: tokenizer.model and params.json."""
 
 import json
 from collections.abc import Sequence
@@ -15,15 +15,17 @@ from mllama.processing.tokenizer import PATTERN, SPECIAL_TOKENS, read_ranks
 
 BOS, _IMAGE = SPECIAL_TOKENS[0], "<|image|>"
 NAMED = {"bos_token": BOS, "eos_token": "<|end_of_text|>", "pad_token": "<|finetune_right_pad_id|>"}
-# Meta's chat format: contents as they are, images where they stand.
+# Meta's chat format: contents unchanged, images in place.
 CHAT_TEMPLATE = """\
 {%- for message in messages -%}
 {%- if loop.first -%}{{ bos_token }}{%- endif -%}
-{{ '<|start_header_id|>' + ('ipython' if message['role'] == 'tool' else message['role']) + '<|end_header_id|>\\n\\n' }}
+{{ '<|start_header_id|>' + ('ipython' if message['role'] == 'tool' else message['role']) }}
+{{- '<|end_header_id|>\\n\\n' }}
 {%- if message['content'] is string -%}{{ message['content'] }}
 {%- else -%}
 {%- for part in message['content'] -%}
-{%- if part['type'] == 'image' -%}<|image|>{%- elif part['type'] == 'text' -%}{{ part['text'] }}{%- endif -%}
+{%- if part['type'] == 'image' -%}<|image|>
+{%- elif part['type'] == 'text' -%}{{ part['text'] }}{%- endif -%}
 {%- endfor -%}
 {%- endif -%}
 {%- for call in message['tool_calls'] or [] -%}
@@ -33,23 +35,24 @@ CHAT_TEMPLATE = """\
 {%- endfor -%}
 <|eot_id|>
 {%- endfor -%}
-{%- if add_generation_prompt -%}{{ '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}{%- endif -%}
+{%- if add_generation_prompt -%}
+{{ '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}{%- endif -%}
 """
 
 
 def load_meta_preprocessor(folder: str | Path) -> TiledPreprocessor | TextTokenizer:
-    """Meta's tokenizer.model with Meta's ids and chat format; for a vision model, the preprocessor
-    around it.
+    """Load Meta's tokenizer.model with Meta's ids and chat format, inside a preprocessor for a
+    vision model.
 
-    A vision model's `<|image|>` is the first id behind the vocabulary, as Hugging Face's
-    checkpoints have it and as Meta's code replaces its tokenizer's own id for it.
+    A vision model's `<|image|>` is the first id after the vocabulary, as in Hugging Face's
+    checkpoints and Meta's code, which replaces the tokenizer's own id.
 
     Args:
-        folder: with params.json and tokenizer.model.
+        folder: a folder with params.json and tokenizer.model.
 
     Raises:
-        FileNotFoundError: one of them is not there.
-        ValueError: one of them is broken.
+        FileNotFoundError: a file is missing.
+        ValueError: a file is broken.
     """
     folder = Path(folder)
     settings = read_tile_settings(folder / "params.json")
@@ -61,10 +64,10 @@ def load_meta_preprocessor(folder: str | Path) -> TiledPreprocessor | TextTokeni
 
 
 def read_tile_settings(path: Path) -> dict | None:
-    """The settings of a MllamaImageProcessor that params.json says; None for a text model.
+    """The MllamaImageProcessor settings in params.json; None for a text model.
 
     Raises:
-        ValueError: it is no JSON object as Meta writes it.
+        ValueError: the file is not in Meta's format.
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -83,12 +86,12 @@ def read_tile_settings(path: Path) -> dict | None:
 
 
 def meta_backend(path: Path, vision: bool) -> Tokenizer:
-    """The byte pairs of a tokenizer.model and Meta's special tokens.
+    """The byte pairs of a tokenizer.model, and Meta's special tokens.
 
-    A text model's puts BOS into every text; a vision model's does not, since the processor does.
+    A text model's tokenizer adds BOS; a vision model's does not, because the processor does.
     """
     names: Sequence[str] = SPECIAL_TOKENS
-    if vision:  # the names behind <|image|> move up, and it goes last
+    if vision:  # names after <|image|> move up, and it comes last
         before = SPECIAL_TOKENS.index(_IMAGE)
         names = (
             *names[:before],
@@ -106,7 +109,7 @@ def meta_backend(path: Path, vision: bool) -> Tokenizer:
 
 
 def byte_pairs(ranks: dict[bytes, int], names: Sequence[str]) -> Tokenizer:
-    """Byte pairs in the order of their ranks, then the special tokens of these names."""
+    """Byte pairs in the order of their ranks, followed by the special tokens."""
     letters = _letters()
 
     def spelled(token: bytes) -> str:
@@ -133,8 +136,8 @@ def byte_pairs(ranks: dict[bytes, int], names: Sequence[str]) -> Tokenizer:
 
 
 def _letters() -> list[str]:
-    """The letter that byte-level BPE writes for each byte: itself where it is printable, else one
-    above 255, in order (GPT-2's bytes_to_unicode).
+    """The letter that byte-level BPE uses for each byte: itself if printable, else the next one
+    above 255 (GPT-2's bytes_to_unicode).
     """
     shown = {*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1)}
     shown |= set(range(ord("®"), ord("ÿ") + 1))

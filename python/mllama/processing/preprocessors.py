@@ -1,5 +1,5 @@
-"""What stands before a model, without transformers: one class per kind of family, from text and
-images to a dict of torch tensors.
+"""Preprocessors without transformers: text and images -> a dict of torch tensors. One class per
+kind of family.
 """
 
 from collections.abc import Mapping, Sequence
@@ -24,13 +24,15 @@ from mllama.processing.tiled import TiledImages, cross_attention_mask
 
 
 class Preprocessor:
-    """Text and images for a model, called as `preprocessor(prompts, images)`.
+    """Encodes text and images for a model: `preprocessor(prompts, images)`.
 
     Attributes:
-        tokenizer, images: a `TextTokenizer`; what makes tensors of images.
+        tokenizer: a `TextTokenizer`.
+        images: converts images to tensors.
         image_token, image_token_id: the placeholder of an image in a prompt.
         chat_template: a Jinja template, several by name, or None.
-        takes_as_is: prompts without placeholders are laid out unless they are said to be finished.
+        takes_as_is: whether `as_is` has an effect: prompts without placeholders are laid out
+            unless it is set.
     """
 
     takes_as_is = False
@@ -49,28 +51,28 @@ class Preprocessor:
     def __call__(
         self, text: Sequence[str], images: Any = None, as_is: bool = False
     ) -> dict[str, torch.Tensor]:
-        """Return the model's inputs for prompts: rows of one batch, padded on the left.
+        """Encode prompts as a batch, padded on the left.
 
         Args:
-            text: one prompt or more.
-            images: of any kind that `load_picture` takes: one, a flat list, or one list (or None)
+            text: one prompt or a list.
+            images: in any form that `load_image` accepts: one, a flat list, or one list (or None)
                 per prompt.
-            as_is: the prompts are a chat template's: where the family's layout would add to a
-                prompt without placeholders, it does not.
+            as_is: the prompts come from a chat template: add nothing to prompts without
+                placeholders.
 
         Returns:
-            input_ids and attention_mask [B, T] int64, with images pixel_values, and what the family
-            has beside them.
+            input_ids and attention_mask [B, T] int64; pixel_values if there are images; and the
+            family's other tensors.
 
         Raises:
-            ValueError: images and placeholders, or images and prompts, differ in number.
-            TypeError, ValueError, FileNotFoundError: an image that `load_picture` refuses.
+            ValueError: the numbers of images and placeholders, or of images and prompts, differ.
+            TypeError, ValueError, FileNotFoundError: `load_image` rejects an image.
         """
         raise NotImplementedError
 
 
 class MergedPreprocessor(Preprocessor):
-    """SigLIP or CLIP before Llama: placeholders in the text, `image_seq_length` per image.
+    """For SigLIP or CLIP with Llama: `image_seq_length` placeholders per image.
 
     Returns pixel_values [images, 3, height, width] float32.
     """
@@ -107,10 +109,10 @@ def _pad_or_end(tokenizer: TextTokenizer) -> int | None:
 
 
 class TiledPreprocessor(Preprocessor):
-    """Llama-3.2-Vision: a prompt holds `<|image|>` once per image; BOS is put in front, after
-    leading `<|image|>`, unless the prompt has it.
+    """For Llama-3.2-Vision. A prompt has one `<|image|>` per image; BOS is added after leading
+    `<|image|>` unless the prompt has it.
 
-    With images it returns what `TiledImages` does but num_tiles, and cross_attention_mask
+    Returns the tensors of `TiledImages` except num_tiles, and cross_attention_mask
     [B, T, N, max_image_tiles] int64.
     """
 
@@ -148,9 +150,9 @@ class TiledPreprocessor(Preprocessor):
 
 
 class PaliGemmaPreprocessor(Preprocessor):
-    """PaliGemma: `<image>` * image_seq_length per image, BOS, the prompt, a newline.
+    """For PaliGemma: `<image>` * image_seq_length per image, BOS, the prompt, a newline.
 
-    Returns token_type_ids [B, T] int64 of zeros (all of it is the prompt) and pixel_values
+    Returns token_type_ids [B, T] int64 of zeros (all tokens are the prompt) and pixel_values
     [images, 3, height, width] float32.
     """
 

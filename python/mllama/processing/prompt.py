@@ -1,5 +1,5 @@
-"""The text around the images: a prompt's layout, the chat template of the same layout, and which
-image belongs to which prompt.
+"""Prompts with images: plain layouts, the matching chat template, and the assignment of images to
+prompts.
 """
 
 from collections.abc import Callable, Sequence
@@ -13,16 +13,16 @@ from mllama.processing.image import is_image
 IMAGE_TOKEN = "<image>"
 MAX_IMAGE_TOKENS = (
     2**16
-)  # of one image; what a folder says above that is no model's, and would fill the memory
+)  # placeholders per image; a folder with a larger number would exhaust the memory
 LOCATION_TOKENS = tuple(f"<loc{i:04d}>" for i in range(1024)) + tuple(
     f"<seg{i:03d}>" for i in range(128)
 )
 
-# The layout of `lay_out` for conversations: every image, BOS, then "question\n" and "answer<eos>"
-# in turn. A message's text is its string content, or its text parts joined. Each <image> in it
-# stands for an image, as an image part does, and moves to the front; what is around it is joined.
-# Where that would make a new <image> ("<ima<image>ge>"), the template raises. `generation` marks
-# the answers for return_assistant_tokens_mask.
+# The layout of `lay_out` for conversations: all images, BOS, then alternately "question\n" and
+# "answer<eos>". A message's text is its content, or its text parts joined. An <image> in it stands
+# for an image, as an image part does, and moves to the front; the text around it is joined. If
+# that would make a new <image> ("<ima<image>ge>"), the template raises. `generation` marks the
+# answers for return_assistant_tokens_mask.
 CHAT_TEMPLATE = """\
 {%- macro text(content) -%}
 {%- if content is string -%}{{ content }}{%- else -%}
@@ -30,7 +30,8 @@ CHAT_TEMPLATE = """\
 {%- endmacro -%}
 {%- macro words(content) -%}
 {%- set rest = text(content) | replace('<image>', '') -%}
-{%- if '<image>' in rest -%}{{ raise_exception('a text with one <image> inside another') }}{%- endif -%}
+{%- if '<image>' in rest -%}
+{{ raise_exception('a text with one <image> inside another') }}{%- endif -%}
 {{ rest | trim }}
 {%- endmacro -%}
 {%- for message in messages -%}
@@ -50,10 +51,10 @@ CHAT_TEMPLATE = """\
 def lay_out(
     prompt: str, image_tokens: int, image_token: str = IMAGE_TOKEN, bos_token: str | None = None
 ) -> str:
-    """Return image tokens + BOS + prompt + newline.
+    """Image tokens + BOS + prompt + newline.
 
-    A tokenizer without BOS (None) adds none; a BOS or a newline that the prompt has already is not
-    doubled.
+    Without a BOS token (None) none is added. A BOS or newline that the prompt already has is not
+    repeated.
     """
     bos = "" if bos_token is None or prompt.startswith(bos_token) else bos_token
     newline = "" if prompt.endswith("\n") else "\n"
@@ -61,8 +62,8 @@ def lay_out(
 
 
 def expand_images(prompt: str, image_token: str, count: int) -> tuple[str, list[dict]]:
-    """Return a prompt with each image token repeated `count` times, and where that was done, as
-    transformers' text_replacement_offsets has it.
+    """Repeat each image token in a prompt `count` times. Also returns the replacements, as in
+    transformers' text_replacement_offsets.
     """
     replacement, pieces = image_token * count, prompt.split(image_token)
     offsets, start, new_start = [], 0, 0
@@ -91,27 +92,26 @@ def merge_images(
     as_is: bool = False,
     expand: Callable[[str], tuple[str, list[dict]]] | None = None,
 ) -> tuple[list[str], list[list[dict]], list[list], bool]:
-    """Return the finished prompts of a model whose images stand in the text.
+    """Complete the prompts of a model with image placeholders in the text.
 
-    A prompt without placeholders is laid out by `lay_out`; one that holds some is expanded in place
-    and nothing is added, except what the tokenizer itself adds to every text, and that not where
-    the text has BOS already.
+    A prompt without placeholders is laid out by `lay_out`. In a prompt with placeholders they are
+    expanded in place, and only the tokenizer's own tokens are added, unless the text has BOS.
 
     Args:
-        prompts: one or more.
-        images: as `share_out` takes them.
-        tokenizer: with bos_token, bos_token_id and encode.
+        prompts: one or more prompts.
+        images: in any form that `share_out` accepts.
+        tokenizer: has bos_token, bos_token_id and encode.
         image_token: the placeholder.
         count: placeholders per image.
-        as_is: add nothing to a prompt even where it holds no placeholder.
-        expand: in the place of `expand_images`.
+        as_is: add nothing, even to a prompt without placeholders.
+        expand: replaces `expand_images`.
 
     Returns:
-        The prompts, where their placeholders went, the images of each, and whether the tokenizer
-        may add its own tokens.
+        The prompts, their replacements, the images of each prompt, and whether the tokenizer may
+        add its own tokens.
 
     Raises:
-        ValueError: no prompts; images and placeholders differ in number.
+        ValueError: there are no prompts, or the numbers of images and placeholders differ.
     """
     if not prompts:
         raise ValueError("text is an empty list: give at least one prompt")
@@ -122,8 +122,7 @@ def merge_images(
     rows = share_out(images, wanted, image_token)
     bos = tokenizer.bos_token
     special = all(finished) and not any(bos and bos in text for text in texts)
-    # Where the tokenizer may not add BOS, since another prompt has one, it is written into those
-    # that lack it.
+    # If one prompt has BOS, the tokenizer must not add it, so it is written into the others.
     lead = bos if any(finished) and not special and adds_bos(tokenizer) else ""
     for number, text in enumerate(texts):
         if not finished[number]:
@@ -135,8 +134,8 @@ def merge_images(
 
 
 def lay_out_prefix(prompt: str, images: int, image_token: str, count: int, bos: str | None) -> str:
-    """PaliGemma's layout: `lay_out`, where a prompt that holds placeholders keeps their order, with
-    BOS after the last.
+    """PaliGemma's layout: as `lay_out`, but a prompt's own placeholders keep their order, with BOS
+    after the last one.
     """
     cut = prompt.rfind(image_token) + len(image_token) if image_token in prompt else 0
     head = prompt[:cut] if cut else image_token * images
@@ -145,9 +144,7 @@ def lay_out_prefix(prompt: str, images: int, image_token: str, count: int, bos: 
 
 
 def put_bos(prompt: str, bos: str, image_token: str) -> str:
-    """Llama-3.2-Vision's layout: BOS in front, after leading placeholders, unless the prompt has
-    it.
-    """
+    """Llama-3.2-Vision's layout: BOS after leading placeholders, unless the prompt has it."""
     if bos in prompt:
         return prompt
     rest = prompt
@@ -157,8 +154,8 @@ def put_bos(prompt: str, bos: str, image_token: str) -> str:
 
 
 def inserted(place: int, text: str, offsets: Sequence[dict]) -> list[dict]:
-    """Offsets of replacements (transformers' text_replacement_offsets) with a text put in at a
-    place before all of them.
+    """Offsets of replacements (transformers' text_replacement_offsets) after inserting a text
+    before all of them.
     """
     moved = [
         {**entry, "new_span": tuple(edge + len(text) for edge in entry["new_span"])}
@@ -177,16 +174,15 @@ def inserted(place: int, text: str, offsets: Sequence[dict]) -> list[dict]:
 
 
 def adds_bos(tokenizer) -> bool:
-    """True when the tokenizer puts BOS into every text by itself."""
+    """Whether the tokenizer adds BOS to every text."""
     return tokenizer.bos_token_id is not None and tokenizer.bos_token_id in tokenizer.encode("")
 
 
 def in_order(text, images, *others) -> tuple:
-    """(text, images), exchanged where they were plainly given the other way round.
+    """(text, images), exchanged if they were clearly given in the other order.
 
     Raises:
-        TypeError: text is neither a prompt nor a list of prompts, or there are others: videos,
-            audio.
+        TypeError: text is neither a prompt nor a list of prompts, or there are videos or audio.
         ValueError: both are None.
     """
     if any(other is not None for other in others):
@@ -204,10 +200,10 @@ def in_order(text, images, *others) -> tuple:
 
 
 def check_whole(input_ids, image_token_id: int, wanted: Sequence[int]) -> None:
-    """Refuse token rows whose image tokens are not as many as wanted.
+    """Reject token rows with another number of image tokens than wanted.
 
     Raises:
-        ValueError: truncation cut image tokens away.
+        ValueError: truncation removed image tokens.
     """
     for number, (ids, count) in enumerate(zip(input_ids, wanted, strict=False)):
         left = np.count_nonzero(np.asarray(ids) == image_token_id)
@@ -221,19 +217,21 @@ def check_whole(input_ids, image_token_id: int, wanted: Sequence[int]) -> None:
 def share_out(
     images, placeholders: Sequence[int | None], image_token: str = IMAGE_TOKEN
 ) -> list[list]:
-    """Return the images of each prompt.
+    """Assign images to prompts.
 
     Args:
-        images: None, one image, a flat list, a [N, ...] array of images, or one list (or None)
+        images: None, one image, a flat list, an array of images [N, ...], or one list (or None)
             per prompt.
-        placeholders: how many placeholders each prompt holds, None for a prompt that takes what it
-            is given. Of a flat list, prompts with placeholders take their images in order;
-            without any, a single prompt takes all and several take one each.
+        placeholders: number of placeholders in each prompt; None for a prompt that takes any
+            number. In a flat list, prompts with placeholders take their images in order; if there
+            are none, a single prompt takes all images and several prompts take one each.
+
+    Returns:
+        One list of images per prompt.
 
     Raises:
-        ValueError: images and placeholders, or images and prompts, differ in number (the text
-            counts both); an array of several images, or a list of them, stands where one image
-            belongs.
+        ValueError: the numbers of images and placeholders, or of images and prompts, differ; an
+            array or list of several images is given where one image is expected.
     """
     prompts = len(placeholders)
     if images is None:
@@ -283,11 +281,11 @@ def share_out(
 
 
 def share_out_rows(prompts: Sequence[str], images: Any, image_token: str) -> list[list]:
-    """Return the images of each prompt, where a flat list is one prompt's.
+    """Assign images to prompts, where a flat list belongs to one prompt.
 
     Raises:
-        ValueError: images and placeholders differ in number in some prompt, which a flat list for
-            several prompts always does.
+        ValueError: the numbers of images and placeholders of a prompt differ, as always for a flat
+            list with several prompts.
     """
     if images is None:
         images = [None] * len(prompts)

@@ -1,5 +1,5 @@
-"""Images of one size: SigLIP's (squeezed into it) and CLIP's (shortest edge to it, then the
-center), bit-equal to transformers' image processors for upright 8-bit images.
+"""Images of one size: SigLIP's (resized to it) and CLIP's (shortest edge resized, then
+center-cropped), bit-equal to transformers' image processors for upright 8-bit images.
 """
 
 from collections.abc import Sequence
@@ -11,23 +11,23 @@ import torch
 from PIL import Image
 
 from mllama.ops.image import resize, resize_normalize
-from mllama.processing.image import channel_values, load_pixels, normalisation_table
+from mllama.processing.image import channel_values, load_pixels, normalization_table
 
-MAX_EDGE = 2**14  # of a result, in pixels
+MAX_EDGE = 2**14  # largest edge of a result in pixels
 RESAMPLE = {Image.Resampling.BILINEAR: "bilinear", Image.Resampling.BICUBIC: "bicubic"}
-# CLIP's, which LLaVA 1.5 and Meta's vision models have.
+# CLIP's values, also those of LLaVA 1.5 and Meta's vision models.
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 @dataclass(frozen=True)
 class SquareImages:
-    """What becomes of an image: resized, cropped where `crop` says so, then normalized.
+    """Image transform: resize, center-crop if `crop` is set, normalize.
 
     Attributes:
         size: (height, width) of the resized image, or the length of its shortest edge.
-        crop: (height, width) of the center that is kept, or None.
-        table: [256, 3] float32, as `normalisation_table` returns it.
+        crop: (height, width) of the center crop, or None.
+        table: [256, 3] float32, as `normalization_table` returns it.
         resample: "bicubic" or "bilinear".
     """
 
@@ -38,26 +38,26 @@ class SquareImages:
 
     @property
     def result(self) -> tuple[int, int]:
-        """Height and width of what `__call__` returns."""
+        """(height, width) of the images that `__call__` returns."""
         size = self.crop or self.size
         return (size, size) if isinstance(size, int) else size
 
     def __call__(self, images: Sequence) -> dict[str, torch.Tensor]:
-        """Return pixel_values [images, 3, height, width] float32.
+        """Transform images to pixel_values [images, 3, height, width] float32.
 
         Args:
-            images: of any kind that `load_picture` takes.
+            images: in any form that `load_image` accepts.
 
         Raises:
-            TypeError, ValueError, FileNotFoundError: an image that `load_picture` refuses.
+            TypeError, ValueError, FileNotFoundError: `load_image` rejects an image.
         """
         return {"pixel_values": self.pixel_values([load_pixels(image) for image in images])}
 
     def pixel_values(self, images: Sequence[torch.Tensor]) -> torch.Tensor:
-        """`__call__` for images that are [H, W, 3] uint8.
+        """`__call__` for images [H, W, 3] uint8.
 
         Raises:
-            ValueError: no images.
+            ValueError: images is empty.
         """
         if not images:
             raise ValueError("images is empty: give at least one image")
@@ -76,10 +76,10 @@ class SquareImages:
 
 
 def read_images(settings: dict, kind: str) -> SquareImages:
-    """Return what the settings of a SiglipImageProcessor or CLIPImageProcessor say.
+    """The transform for the settings of a SiglipImageProcessor or CLIPImageProcessor.
 
     Raises:
-        ValueError: a setting that is not supported or no such value, by name.
+        ValueError: a setting is not supported or invalid; the message names it.
     """
     clip = kind == "CLIPImageProcessor"
     settings = {
@@ -92,7 +92,7 @@ def read_images(settings: dict, kind: str) -> SquareImages:
     } | {name: value for name, value in settings.items() if value is not None}
     for name, neutral in (("do_resize", True), ("do_convert_rgb", True), ("do_pad", False)):
         if settings.get(name, neutral) is not neutral:
-            raise ValueError(f"{name}={settings[name]!r} is not supported in the folder of a model")
+            raise ValueError(f"{name}={settings[name]!r} is not supported in a model folder")
     size = _size("size", settings["size"], square=not clip)
     crop = _size("crop_size", settings["crop_size"]) if settings["do_center_crop"] else None
     if isinstance(size, int) and crop is None:
@@ -101,16 +101,16 @@ def read_images(settings: dict, kind: str) -> SquareImages:
 
 
 def read_table(settings: dict) -> torch.Tensor:
-    """The normalization that an image processor's settings say: [256, 3] float32.
+    """The normalization table of an image processor's settings: [256, 3] float32.
 
     Raises:
-        ValueError: image_mean, image_std or rescale_factor is none.
+        ValueError: image_mean, image_std or rescale_factor is invalid.
     """
     normalized = settings.get("do_normalize", True)
     factor = settings.get("rescale_factor", 1 / 255) if settings.get("do_rescale", True) else 1.0
     if not isinstance(factor, (int, float)):
         raise ValueError(f"rescale_factor must be a number, got {factor!r}")
-    return normalisation_table(
+    return normalization_table(
         channel_values("image_mean", settings["image_mean"] if normalized else 0.0),
         channel_values("image_std", settings["image_std"] if normalized else 1.0),
         factor,
@@ -118,10 +118,10 @@ def read_table(settings: dict) -> torch.Tensor:
 
 
 def read_filter(resample: Any) -> str:
-    """The filter that `mllama.ops.image.resize` has for Pillow's number.
+    """The filter of `mllama.ops.image.resize` for Pillow's number.
 
     Raises:
-        ValueError: resample is another.
+        ValueError: there is no such filter.
     """
     if resample not in RESAMPLE:
         known = ", ".join(f"{int(number)} ({name})" for number, name in RESAMPLE.items())
@@ -130,11 +130,11 @@ def read_filter(resample: Any) -> str:
 
 
 def read_size(name: str, size: Any, square: bool = True) -> dict[str, int]:
-    """Return a size in any spelling of image processors' files as {"height": ..., "width": ...} or
-    {"shortest_edge": ...}; a number is both edges, or the shortest where `square` is False.
+    """Convert any spelling of a size in image processors' files to {"height": ..., "width": ...} or
+    {"shortest_edge": ...}. A number is both edges, or the shortest one if `square` is False.
 
     Raises:
-        ValueError: it is none, or an edge is no whole number of pixels in 1..MAX_EDGE; the text
+        ValueError: the size is invalid, or an edge is not an integer in 1..MAX_EDGE; the message
             begins with name.
     """
     if isinstance(size, int) and not isinstance(size, bool):
@@ -149,10 +149,10 @@ def read_size(name: str, size: Any, square: bool = True) -> dict[str, int]:
 
 
 def check_edges(name: str, size: dict) -> None:
-    """Refuse sizes that are none, or that a hostile folder gives to fill the memory.
+    """Reject invalid sizes, and sizes that would exhaust the memory.
 
     Raises:
-        ValueError: an edge is no whole number of pixels in 1..MAX_EDGE; the text begins with name.
+        ValueError: an edge is not an integer in 1..MAX_EDGE; the message begins with name.
     """
     for edge in size.values():
         if not isinstance(edge, int) or isinstance(edge, bool) or not 1 <= edge <= MAX_EDGE:
@@ -167,21 +167,21 @@ def _size(name: str, size: Any, square: bool = True) -> tuple[int, int] | int:
         return given["height"], given["width"]
     if set(given) == {"shortest_edge"}:
         return given["shortest_edge"]
-    raise ValueError(f"{name} must hold height and width, or shortest_edge alone, got {given}")
+    raise ValueError(f"{name} must have height and width, or shortest_edge alone, got {given}")
 
 
 def shortest_edge_to(edge: int, height: int, width: int) -> tuple[int, int]:
-    """Height and width of an image whose shortest edge becomes `edge`, its aspect kept."""
+    """(height, width) after resizing the shortest edge to `edge`, keeping the aspect ratio."""
     if width <= height:
         return int(edge * height / width), edge
     return edge, int(edge * width / height)
 
 
 def center_crop(pixels: torch.Tensor, height: int, width: int) -> torch.Tensor:
-    """Return the center [height, width, 3] of an image [H, W, 3]; where the image ends it is zero.
+    """The center [height, width, 3] of an image [H, W, 3], zero-padded where the image is smaller.
 
-    Of odd margins the smaller is above and to the left of an image that is cropped, the larger of
-    one that is filled up, as transformers' center_crop has it.
+    As in transformers' center_crop, an odd margin is smaller at the top and left when cropping,
+    larger there when padding.
     """
     for axis, wanted in enumerate((height, width)):
         margin = pixels.shape[axis] - wanted

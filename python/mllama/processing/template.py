@@ -1,5 +1,5 @@
-"""Chat templates come with models, from anyone: they are rendered in jinja2's immutable sandbox,
-with the names that transformers gives them, and bounded.
+"""Renders chat templates. They come with models from anyone, so they run in jinja2's immutable
+sandbox with limits, and with transformers' names.
 """
 
 import functools
@@ -16,10 +16,10 @@ from jinja2.lexer import Token
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 
-MAX_STEPS = 200_000  # a released template takes some dozens for a message
+MAX_STEPS = 200_000  # a released template takes dozens per message
 MAX_CHARACTERS = 2**24
-_MAX_NUMBER = 100_000  # jinja2's own bound of range()
-_REASONING = ("reasoning_content", "thinking", "reasoning")  # names of a message's thoughts
+_MAX_NUMBER = 100_000  # jinja2's own limit of range()
+_REASONING = ("reasoning_content", "thinking", "reasoning")  # keys of a message's reasoning
 
 _steps_left: ContextVar[list[int]] = ContextVar("steps_left")
 
@@ -27,21 +27,21 @@ _steps_left: ContextVar[list[int]] = ContextVar("steps_left")
 def render(
     template: str | Mapping[str, str], variables: Mapping[str, str], messages: Sequence[Mapping]
 ) -> str:
-    """Return the prompt that a chat template writes for messages, up to the model's turn.
+    """Render a chat template for messages, up to the model's turn.
 
-    The sandbox keeps a template from the interpreter's insides, and ends range() at 100 000. Beyond
-    it: no `**` and no larger number, which one step would turn into gigabytes; at most MAX_STEPS
-    rounds of loops and calls of macros; at most MAX_CHARACTERS of result. What a template holds in
-    between is not bounded: one that doubles a text in steps can still fill the memory.
+    The sandbox blocks access to the interpreter and limits range() to 100 000. In addition `**`
+    and larger numbers are rejected, because one step could use gigabytes; loops and macro calls
+    are limited to MAX_STEPS, the result to MAX_CHARACTERS. Intermediate values are not limited: a
+    template that doubles a text step by step can still exhaust the memory.
 
     Args:
-        template: a Jinja template, or several by name, of which "default" is taken.
+        template: a Jinja template, or several by name, of which "default" is used.
         variables: the tokenizer's special tokens by name (bos_token ...).
-        messages: {"role": ..., "content": ...}, as `mllama.processing.messages.as_messages` returns
-            them.
+        messages: {"role": ..., "content": ...}, as returned by
+            `mllama.processing.messages.as_messages`.
 
     Raises:
-        ValueError: the template fails, or exceeds a bound.
+        ValueError: the template fails or exceeds a limit.
     """
     try:
         text = template if isinstance(template, str) else template["default"]
@@ -58,7 +58,7 @@ def render(
             _steps_left.reset(budget)
         if len(prompt) > MAX_CHARACTERS:
             raise ValueError(f"it wrote {len(prompt)} characters, more than {MAX_CHARACTERS}")
-    # a template fails in its own ways: TemplateError, TypeError, OverflowError, RecursionError ...
+    # Templates fail in many ways: TemplateError, TypeError, OverflowError, RecursionError ...
     except Exception as error:
         raise ValueError(f"the chat template fails: {error}") from error
     return prompt
@@ -66,11 +66,11 @@ def render(
 
 @functools.lru_cache(maxsize=32)
 def compile_template(text: str):
-    """Return the compiled template.
+    """Compile a template.
 
     Raises:
-        TemplateError: its syntax is broken.
-        ValueError: it holds `**` or a number above 100 000.
+        TemplateError: its syntax is invalid.
+        ValueError: it contains `**` or a number above 100 000.
     """
     _check_numbers(text)
     environment = ImmutableSandboxedEnvironment(
@@ -91,14 +91,14 @@ def _check_numbers(text: str) -> None:
         if (kind, value) == ("operator", "**") or (
             kind == "integer" and int(value.replace("_", ""), 0) > _MAX_NUMBER
         ):
-            raise ValueError(f"{value} is not accepted in a template: numbers end at {_MAX_NUMBER}")
+            raise ValueError(f"{value} is not accepted in a template: the limit is {_MAX_NUMBER}")
 
 
 class _Chat(Extension):
-    """`{% generation %}`, which marks what the model says, and a count of the steps taken.
+    """`{% generation %}`, which marks the model's answers, and a count of the steps.
 
-    A tag of its own is put behind the head of each loop and macro: templates cannot hide it by
-    giving a variable its name.
+    A tag is inserted at the start of each loop and macro. Templates cannot shadow it with a
+    variable of the same name.
     """
 
     tags = {"generation", "mllama_step"}
@@ -132,7 +132,7 @@ class _Chat(Extension):
 
 
 class _Dict:
-    """`dict` without the class behind it."""
+    """`dict` without access to its class."""
 
     def __call__(self, *args, **kwargs) -> dict:
         return dict(*args, **kwargs)
@@ -142,7 +142,7 @@ class _Dict:
 
 
 class _Namespace(Namespace):
-    """`namespace` that refuses names with an underscore first."""
+    """`namespace` that rejects names with a leading underscore."""
 
     def __init__(*args, **kwargs):
         self, args = args[0], args[1:]
@@ -158,7 +158,7 @@ class _Namespace(Namespace):
 
 def _check_name(name: Any) -> None:
     if isinstance(name, str) and name.startswith("_"):
-        raise SecurityError(f"a namespace takes no names with an underscore first, got {name!r}")
+        raise SecurityError(f"a namespace takes no names with a leading underscore, got {name!r}")
 
 
 def _to_json(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False) -> str:
@@ -176,7 +176,7 @@ def _strftime_now(form: str) -> str:
 
 
 def _plain(value: Any) -> Any:
-    """A message's value rebuilt of JSON's types: templates see no methods of other objects."""
+    """A message's value rebuilt from JSON types: templates see no methods of other objects."""
     if isinstance(value, Mapping):
         return {_plain(key): _plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
@@ -188,8 +188,8 @@ def _plain(value: Any) -> Any:
 
 
 def _with_reasoning(message: dict) -> dict:
-    """A message's thoughts under each name that templates read."""
-    said = next((message[key] for key in _REASONING if message.get(key) is not None), None)
-    if said is None:
+    """A message's reasoning under each key that templates read."""
+    reasoning = next((message[key] for key in _REASONING if message.get(key) is not None), None)
+    if reasoning is None:
         return message
-    return {"thinking": said, **message, "reasoning_content": said}
+    return {"thinking": reasoning, **message, "reasoning_content": reasoning}

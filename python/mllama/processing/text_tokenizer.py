@@ -1,5 +1,5 @@
-"""A model's tokenizer: the tokenizers library's, with the names of its special tokens and its chat
-template. No transformers.
+"""A model's tokenizer, without transformers: the tokenizers library's, with named special tokens
+and a chat template.
 """
 
 import os
@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers
+from tokenizers import AddedToken, Tokenizer, decoders, normalizers, pre_tokenizers
 
 from mllama.processing.folders import TOKENIZER_FILES, read_object
 
 NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _ENDS = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
-# What transformers' classes name where a folder names nothing.
+# Defaults of transformers' classes for tokens that a folder does not name.
 _DEFAULTS = {
     "LlamaTokenizer": _ENDS,
     "GemmaTokenizer": {
@@ -32,8 +32,8 @@ class TextTokenizer:
         backend: the `tokenizers.Tokenizer`.
         special_tokens_map: {name: token} of the named special tokens (bos_token, eos_token ...).
         chat_template: a Jinja template, several by name, or None.
-        bos_token, eos_token, pad_token, bos_token_id, eos_token_id, pad_token_id: None where there
-            is no such token.
+        bos_token, eos_token, pad_token, bos_token_id, eos_token_id, pad_token_id: None if there is
+            no such token.
     """
 
     def __init__(
@@ -45,10 +45,10 @@ class TextTokenizer:
     ):
         """
         Args:
-            backend: it is changed: truncation and padding are switched off, special tokens that it
-                lacks are added.
-            named: special tokens by name; what is None is not there.
-            chat_template: as the attribute.
+            backend: modified: truncation and padding are turned off, missing special tokens are
+                added.
+            named: special tokens by name; None values are ignored.
+            chat_template: see the attribute.
             extra: special tokens without a name.
         """
         backend.no_truncation()
@@ -86,11 +86,11 @@ class TextTokenizer:
         return self.token_id(self.pad_token)
 
     def token_id(self, token: str | None) -> int | None:
-        """The id of a token; None where it is not in the vocabulary."""
+        """The id of a token; None if it is not in the vocabulary."""
         return None if token is None else self.backend.token_to_id(token)
 
     def add_special_tokens(self, tokens: Iterable[str | AddedToken]) -> None:
-        """Add special tokens that are not there: they are found in any text, and skipped by
+        """Add missing special tokens. They are recognized in any text, and skipped by
         `decode(skip_special_tokens=True)`.
         """
         there = {token.content for token in self.backend.get_added_tokens_decoder().values()}
@@ -102,18 +102,18 @@ class TextTokenizer:
                 self.backend.add_special_tokens([token])
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        """Token ids of a text; special tokens' names in it are the tokens.
+        """Token ids of a text. Names of special tokens in it become these tokens.
 
         Args:
-            text: of any length.
-            add_special_tokens: with the tokens that the tokenizer puts around every text (BOS).
+            text: a text of any length.
+            add_special_tokens: add the tokens that the tokenizer puts around every text (BOS).
         """
         return self.backend.encode(text, add_special_tokens=add_special_tokens).ids
 
     def decode(
         self, ids: int | Iterable[int] | torch.Tensor, skip_special_tokens: bool = False
     ) -> str:
-        """The text of token ids, [tokens] as a list or a tensor."""
+        """The text of token ids, given as a list or a tensor [tokens]."""
         if isinstance(ids, torch.Tensor):
             ids = ids.tolist()
         ids = [ids] if isinstance(ids, int) else list(ids)
@@ -122,13 +122,12 @@ class TextTokenizer:
     def pad(
         self, rows: Sequence[Sequence[int]], side: str = "left", pad_token_id: int | None = None
     ) -> dict[str, torch.Tensor]:
-        """Token ids as one batch.
+        """Pad token ids to a batch.
 
         Args:
             rows: one list of ids per text.
             side: "left" or "right".
-            pad_token_id: what rows are filled with; None is the padding token's, or 0 where there
-                is none.
+            pad_token_id: fills the rows. Default: the padding token's id, or 0 if there is none.
 
         Returns:
             input_ids and attention_mask [rows, longest] int64.
@@ -160,13 +159,13 @@ def pad_rows(
 
 
 def load_tokenizer(where: str | os.PathLike) -> TextTokenizer:
-    """Read a folder's tokenizer.json, and what tokenizer_config.json, special_tokens_map.json,
-    added_tokens.json and chat_template.jinja say beside it, as transformers 5 reads them.
+    """Read a folder's tokenizer.json with the settings in tokenizer_config.json,
+    special_tokens_map.json, added_tokens.json and chat_template.jinja, as transformers 5 does.
 
     Raises:
         FileNotFoundError: the folder has no tokenizer.
-        ValueError: a file that cannot be read, or a tokenizer of another kind, which is named:
-            transformers can convert it.
+        ValueError: a file cannot be read, or the tokenizer is of another kind (the message names
+            it), which transformers can convert.
     """
     folder = Path(where)
     file = folder / "tokenizer.json"
@@ -177,14 +176,14 @@ def load_tokenizer(where: str | os.PathLike) -> TextTokenizer:
                 f"{folder} holds no tokenizer: none of {', '.join(TOKENIZER_FILES)}"
             )
         raise ValueError(
-            f"{folder / others[0]} is not read without transformers: tokenizer.json is; "
+            f"{folder / others[0]} cannot be read without transformers, only tokenizer.json can; "
             "transformers'"
             " AutoTokenizer.from_pretrained(...).save_pretrained(...) writes one"
         )
     settings = read_object(folder, "tokenizer_config.json")
     try:
         backend = Tokenizer.from_file(str(file))
-    except Exception as error:  # tokenizers raises no narrower one
+    except Exception as error:  # tokenizers raises no narrower type
         raise ValueError(f"{file}: the tokenizer cannot be read: {str(error)[:200]}") from error
     try:
         _check_settings(settings, backend)
@@ -195,7 +194,7 @@ def load_tokenizer(where: str | os.PathLike) -> TextTokenizer:
 
 def _check_settings(settings: dict, backend: Tokenizer) -> None:
     if settings.get("fast_tokenizer_files"):
-        raise ValueError("fast_tokenizer_files is not supported: tokenizer.json alone is read")
+        raise ValueError("fast_tokenizer_files is not supported: only tokenizer.json is read")
     bpe = type(backend.model).__name__ == "BPE"
     corrupt = "clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output"
     if settings.get("clean_up_tokenization_spaces") and (not bpe or settings.get(corrupt)):
@@ -212,6 +211,8 @@ def _with_settings(folder: Path, backend: Tokenizer, settings: dict) -> TextToke
         known |= read_object(folder, "special_tokens_map.json")
     if kind == "LlamaTokenizer":
         _as_llama(backend, settings)
+    if kind == "GemmaTokenizer":
+        _as_gemma(backend)
     there = {token.content for token in backend.get_added_tokens_decoder().values()}
     backend.add_tokens(
         [added[place] for place in sorted(added) if added[place].content not in there]
@@ -234,7 +235,7 @@ def _with_settings(folder: Path, backend: Tokenizer, settings: dict) -> TextToke
 
 
 def _added(folder: Path, settings: dict) -> dict:
-    """Tokens that files add to those of tokenizer.json, by id."""
+    """Tokens by id that other files add to those of tokenizer.json."""
     if "added_tokens_decoder" in settings:
         return settings["added_tokens_decoder"]
     older = read_object(folder, "added_tokens.json")
@@ -242,7 +243,7 @@ def _added(folder: Path, settings: dict) -> dict:
 
 
 def as_token(token: Any) -> Any:
-    """A token as files spell it: a text, or a dict with its flags."""
+    """A token as it is written in files: a text, or a dict with its flags."""
     if not isinstance(token, dict):
         return token
     return AddedToken(**{name: value for name, value in token.items() if name != "__type"})
@@ -254,7 +255,7 @@ def str_of(token: str | AddedToken) -> str:
 
 
 def _chat_template(folder: Path, settings: dict) -> str | dict[str, str] | None:
-    """The templates in files of their own, or those of tokenizer_config.json."""
+    """The templates in their own files, or those in tokenizer_config.json."""
     files = {path.stem: path for path in sorted(folder.glob("additional_chat_templates/*.jinja"))}
     if (folder / "chat_template.jinja").exists():
         files["default"] = folder / "chat_template.jinja"
@@ -268,23 +269,23 @@ def _chat_template(folder: Path, settings: dict) -> str | dict[str, str] | None:
 
 
 def _tokenizer_class(folder: Path, settings: dict, backend: Tokenizer) -> str:
-    """transformers' class of a folder's tokenizer, without "Fast"."""
+    """transformers' class for a folder's tokenizer, without "Fast"."""
     config = read_object(folder, "config.json")
-    said = settings.get("tokenizer_class") or config.get("tokenizer_class")
-    kind = str(said or _CLASS_OF_MODEL.get(str(config.get("model_type")), "")).removesuffix("Fast")
+    class_name = settings.get("tokenizer_class") or config.get("tokenizer_class")
+    kind = str(class_name or _CLASS_OF_MODEL.get(str(config.get("model_type")), "")).removesuffix(
+        "Fast"
+    )
     byte_level = any(
         part and b"ByteLevel" in part.__getstate__()
         for part in (backend.pre_tokenizer, backend.decoder)
     )
-    if kind == "LlamaTokenizer" and (byte_level or config.get("model_type") == "llava"):
-        return (
-            "TokenizersBackend"  # the file as it is: folders of Llama 3 and LLaVA name it wrongly
-        )
+    if config.get("model_type") == "llava" or (kind == "LlamaTokenizer" and byte_level):
+        return "TokenizersBackend"  # unchanged: folders of Llama 3 and LLaVA name a wrong class
     return kind
 
 
 def _as_llama(backend: Tokenizer, settings: dict) -> None:
-    """The pipeline that transformers' LlamaTokenizer puts in the place of the file's."""
+    """Replace the file's pipeline by that of transformers' LlamaTokenizer."""
     prefix = settings.get("add_prefix_space")
     prefix = True if prefix is None else bool(prefix)
     scheme = "never" if not prefix else "always" if settings.get("legacy", False) else "first"
@@ -292,3 +293,12 @@ def _as_llama(backend: Tokenizer, settings: dict) -> None:
     backend.pre_tokenizer = pre_tokenizers.Metaspace("\u2581", scheme, split=False)
     steps = [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()]
     backend.decoder = decoders.Sequence(steps + [decoders.Strip(" ", 1, 0)] * prefix)
+
+
+def _as_gemma(backend: Tokenizer) -> None:
+    """As `_as_llama`, of GemmaTokenizer."""
+    backend.normalizer = normalizers.Replace(" ", "\u2581")
+    backend.pre_tokenizer = pre_tokenizers.Split(" ", "merged_with_previous")
+    backend.decoder = decoders.Sequence(
+        [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()]
+    )

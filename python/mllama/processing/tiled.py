@@ -1,5 +1,5 @@
-"""Llama-3.2-Vision's images: each becomes up to four tiles, and a mask says which tokens see which
-image. Bit-equal to transformers' MllamaImageProcessor for upright 8-bit images.
+"""Llama-3.2-Vision's images: up to four tiles per image, and the mask of tiles visible to each
+token. Bit-equal to transformers' MllamaImageProcessor for upright 8-bit images.
 """
 
 import functools
@@ -15,20 +15,20 @@ from mllama.ops.image import MAX_PIXELS, resize_normalize
 from mllama.processing.image import load_pixels
 from mllama.processing.square import RESAMPLE, read_size, read_table
 
-_MOST_TILES = 1024  # the arrangements are counted in a double loop
+_MOST_TILES = 1024  # arrangements are enumerated in a double loop
 
 
 @dataclass(frozen=True)
 class TiledImages:
-    """An image is laid onto the canvas of at most `max_image_tiles` tiles of size x size pixels
-    where it is shrunk least, its aspect kept, black below and to the right; unused tiles are zero
-    after the normalization.
+    """Tiles images. An image is resized, keeping its aspect ratio, onto the canvas of at most
+    `max_image_tiles` tiles of size x size pixels that shrinks it least, with black below and to
+    the right. Unused tiles are zero after normalization.
 
     Attributes:
-        size: a tile's edge in pixels.
-        max_image_tiles: of one image.
-        table: [256, 3] float32, as `normalisation_table` returns it.
-        resample: Pillow's number of the filter.
+        size: edge of a tile in pixels.
+        max_image_tiles: maximum number of tiles per image.
+        table: [256, 3] float32, as `normalization_table` returns it.
+        resample: the filter, by Pillow's number.
     """
 
     size: int
@@ -37,24 +37,24 @@ class TiledImages:
     resample: int = 2
 
     def __call__(self, rows: Sequence[Sequence]) -> dict:
-        """Return the tiles of B rows of at most N images.
+        """Tile the images of B rows, at most N per row.
 
         Args:
-            rows: lists of images of any kind that `load_picture` takes, at least one in all.
+            rows: lists of images in any form that `load_image` accepts, at least one in all.
 
         Returns:
             pixel_values [B, N, max_image_tiles, 3, size, size] float32; aspect_ratio_ids [B, N]
             int64, 1 + the index among the arrangements, 0 where a row has no image;
-            aspect_ratio_mask [B, N, max_image_tiles] int64, 1 for tiles in use, and for the first
-            tile everywhere; num_tiles, per row the tiles of each image.
+            aspect_ratio_mask [B, N, max_image_tiles] int64, 1 for tiles in use and for every
+            first tile; num_tiles, the number of tiles of each image, per row.
 
         Raises:
-            TypeError, ValueError, FileNotFoundError: an image that `load_picture` refuses.
+            TypeError, ValueError, FileNotFoundError: `load_image` rejects an image.
         """
         return self.tiles([[load_pixels(image) for image in row] for row in rows])
 
     def tiles(self, rows: Sequence[Sequence[torch.Tensor]]) -> dict:
-        """`__call__` for images that are [H, W, 3] uint8."""
+        """`__call__` for images [H, W, 3] uint8."""
         if not any(rows):
             raise ValueError("give at least one image")
         size, most = (len(rows), max(map(len, rows))), self.max_image_tiles
@@ -81,29 +81,27 @@ class TiledImages:
         }
 
     def _planes(self, image: torch.Tensor, target: tuple[int, int]) -> torch.Tensor:
-        """The image [H, W, 3] uint8 in its new size, normalized: [3, height, width] float32."""
-        if self.resample not in RESAMPLE:  # a filter that only Pillow has
+        """Resize and normalize an image [H, W, 3] uint8: [3, height, width] float32."""
+        if self.resample not in RESAMPLE:  # only Pillow has this filter
             resized = Image.fromarray(image.numpy()).resize(target[::-1], self.resample)
             image = torch.from_numpy(np.array(resized))
         return resize_normalize(image, *target, self.table, RESAMPLE.get(self.resample, "bilinear"))
 
 
 def read_tiles(settings: dict) -> TiledImages:
-    """Return what the settings of a MllamaImageProcessor say.
+    """The transform for the settings of a MllamaImageProcessor.
 
     Raises:
-        ValueError: a setting that is not supported or no such value, by name.
+        ValueError: a setting is not supported or invalid; the message names it.
     """
     given = {name: value for name, value in settings.items() if value is not None}
     settings = {"size": 224, "max_image_tiles": 4, "resample": 2} | given
     settings = {"image_mean": 0.5, "image_std": 0.5} | settings
     for name in ("do_resize", "do_pad", "do_convert_rgb"):
         if settings.get(name, True) is not True:
-            raise ValueError(
-                f"{name}={settings[name]!r} is not supported: images are fitted onto tiles"
-            )
+            raise ValueError(f"{name}={settings[name]!r} is not supported: images are always tiled")
     if settings.get("do_center_crop"):
-        raise ValueError("do_center_crop is not supported: images are fitted onto tiles")
+        raise ValueError("do_center_crop is not supported: images are always tiled")
     size = read_size("size", settings["size"])
     check_tiles(size.get("height"), size.get("width"), settings["max_image_tiles"])
     resample = settings["resample"]
@@ -115,16 +113,16 @@ def read_tiles(settings: dict) -> TiledImages:
 
 
 def check_tiles(height, width, max_image_tiles) -> None:
-    """Refuse tiles that are not square, or more or larger than memory should give.
+    """Reject tiles that are not square, or too many or too large for the memory.
 
     Raises:
-        ValueError: size or max_image_tiles is such.
+        ValueError: size or max_image_tiles is invalid.
     """
     for name, value in (("size", height), ("size", width), ("max_image_tiles", max_image_tiles)):
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise ValueError(f"{name} must be at least 1, got {value!r}")
     if height != width:
-        raise ValueError(f"size must be a square's, got {height} x {width}")
+        raise ValueError(f"size must be square, got {height} x {width}")
     if max_image_tiles > _MOST_TILES or max_image_tiles * height**2 > MAX_PIXELS:
         raise ValueError(
             f"max_image_tiles {max_image_tiles} of {height} pixels: at most {_MOST_TILES}, and"
@@ -134,7 +132,7 @@ def check_tiles(height, width, max_image_tiles) -> None:
 
 @functools.lru_cache(maxsize=10)
 def arrangements(max_image_tiles: int) -> tuple[tuple[int, int], ...]:
-    """All (high, wide) of at most so many tiles, in the order of their ids."""
+    """All (rows, columns) with at most `max_image_tiles` tiles, in the order of their ids."""
     numbers = range(1, max_image_tiles + 1)
     return tuple(
         (high, wide) for high in numbers for wide in numbers if high * wide <= max_image_tiles
@@ -144,11 +142,10 @@ def arrangements(max_image_tiles: int) -> tuple[tuple[int, int], ...]:
 def fit_onto_tiles(
     height: int, width: int, max_image_tiles: int, tile: int
 ) -> tuple[tuple[int, int], tuple[int, int]]:
-    """Return how many tiles high and wide the canvas of an image is, and the image's height and
-    width on it.
+    """The (rows, columns) of an image's canvas, and the image's (height, width) on it.
 
-    Of the canvases that the image need not be shrunk for, the one where it would grow least; else
-    the one where it is shrunk least; of equal ones the smallest.
+    Among the canvases that need no shrinking, the one with the least enlargement; else the one
+    with the least shrinking; of equal ones the smallest.
     """
     canvases = np.array(arrangements(max_image_tiles)) * tile  # [arrangements, 2]
     scales = (canvases / (height, width)).min(axis=1)
@@ -167,7 +164,7 @@ def fit_onto_tiles(
 def lay_onto_tiles(
     tiles: torch.Tensor, arrangement: tuple[int, int], planes: torch.Tensor, black: torch.Tensor
 ) -> None:
-    """Write planes [3, h, w] into tiles [most, 3, tile, tile], row by row; what they leave of the
+    """Write planes [3, h, w] into tiles [most, 3, tile, tile], row by row. The rest of the
     arrangement's tiles becomes black [3].
     """
     tile = tiles.shape[-1]
@@ -185,29 +182,29 @@ def cross_attention_mask(
     num_tiles: Sequence[Sequence[int]],
     max_image_tiles: int,
 ) -> torch.Tensor:
-    """Return which tokens see which tiles: [B, T, N, max_image_tiles] int64, 1 where one does.
+    """The tiles visible to each token: [B, T, N, max_image_tiles] int64, 1 where visible.
 
-    An image is seen from its token to the next one's; images whose tokens follow each other
-    directly are seen together, and the last is seen to the end of the row.
+    An image is visible from its placeholder to the next one. Images with consecutive placeholders
+    are visible together, and the last is visible to the end of the row.
 
     Args:
         input_ids: B rows of T ids.
-        image_token_id: the placeholder's.
-        num_tiles: per row the tiles of each image.
-        max_image_tiles: of one image.
+        image_token_id: id of the placeholder.
+        num_tiles: number of tiles of each image, per row.
+        max_image_tiles: maximum number of tiles per image.
     """
     length, most = max(map(len, input_ids)), max(map(len, num_tiles))
     mask = torch.zeros(
         len(input_ids), length, most, max_image_tiles, dtype=torch.int64, device="cpu"
     )
     for row, (ids, tiles) in enumerate(zip(input_ids, num_tiles, strict=True)):
-        for image, (start, end) in enumerate(_seen(ids, image_token_id)[: len(tiles)]):
+        for image, (start, end) in enumerate(_visible_spans(ids, image_token_id)[: len(tiles)]):
             mask[row, start:end, image, : tiles[image]] = 1
     return mask
 
 
-def _seen(ids: Sequence[int], image_token_id: int) -> list[tuple[int, int]]:
-    """From where to where each image of a row is seen."""
+def _visible_spans(ids: Sequence[int], image_token_id: int) -> list[tuple[int, int]]:
+    """(start, end) of the positions where each image of a row is visible."""
     places = [place for place, token in enumerate(ids) if token == image_token_id]
     spans: list[tuple[int, int]] = []
     end = len(ids)

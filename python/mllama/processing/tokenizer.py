@@ -1,4 +1,4 @@
-"""Meta's own `tokenizer.model` of Llama 3.x: byte-pair encoding by tiktoken, with Meta's pattern
+"""Meta's own `tokenizer.model` of Llama 3.x: byte-pair encoding with tiktoken, with Meta's pattern
 and special tokens.
 """
 
@@ -9,8 +9,11 @@ import re
 from collections.abc import Collection, Iterable
 from pathlib import Path
 
-# Meta's published pattern, which cuts text into the pieces that are encoded by themselves.
-PATTERN = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+# Meta's published pattern, which splits text into pieces that are encoded separately.
+PATTERN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 _NAMED = (
     "<|begin_of_text|>",
     "<|end_of_text|>",
@@ -25,14 +28,14 @@ _NAMED = (
     "<|python_tag|>",
     "<|image|>",
 )
-# In the order of their ids, which follow those of the file.
+# In the order of their ids, which follow the file's.
 SPECIAL_TOKENS = (
     *_NAMED,
     *(f"<|reserved_special_token_{2 + i}|>" for i in range(256 - len(_NAMED))),
 )
 
-# Meta's class encodes text in parts, because the pattern's engine gives up on very long ones. Its
-# cuts are part of the ids.
+# Meta's class encodes long texts in parts, because the regex engine fails on very long ones. The
+# boundaries affect the ids.
 _LONGEST_PART, _LONGEST_RUN = 400_000, 25_000
 
 
@@ -43,8 +46,8 @@ class Tokenizer:
     Attributes:
         model: the `tiktoken.Encoding`.
         special: {name: id} of the 256 special tokens, `<|begin_of_text|>` first.
-        n_words: how many ids there are.
-        bos_id, eos_id, pad_id: of `<|begin_of_text|>`, `<|end_of_text|>` and
+        n_words: number of ids.
+        bos_id, eos_id, pad_id: ids of `<|begin_of_text|>`, `<|end_of_text|>` and
             `<|finetune_right_pad_id|>`.
     """
 
@@ -54,8 +57,8 @@ class Tokenizer:
             model_path: a `tokenizer.model` of Llama 3.x.
 
         Raises:
-            FileNotFoundError: there is no such file.
-            ValueError: it is no list of byte-pair ranks.
+            FileNotFoundError: the file does not exist.
+            ValueError: it is not a list of byte-pair ranks.
             ImportError: tiktoken is not installed.
         """
         ranks = read_ranks(Path(model_path))
@@ -84,16 +87,16 @@ class Tokenizer:
         """Token ids of a text.
 
         Args:
-            text: of any length. Special tokens' names in it are plain text, since a prompt may come
-                from anyone.
-            bos: put `<|begin_of_text|>` first.
-            eos: put `<|end_of_text|>` last.
-            allowed_special: special tokens whose names in the text mean the tokens; "all" is all of
-                them.
+            text: a text of any length. Names of special tokens in it are plain text, because a
+                prompt may come from anyone.
+            bos: prepend `<|begin_of_text|>`.
+            eos: append `<|end_of_text|>`.
+            allowed_special: special tokens whose names in the text become these tokens; "all"
+                allows all of them.
 
         Raises:
-            TypeError: `text` is no string, `allowed_special` no collection of names.
-            ValueError: `allowed_special` names something else.
+            TypeError: text is not a string, or allowed_special not a collection of names.
+            ValueError: allowed_special contains an unknown name.
         """
         if not isinstance(text, str):
             raise TypeError(f"text must be a string, got {type(text).__name__}")
@@ -115,15 +118,14 @@ class Tokenizer:
         return ids
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of token ids, special tokens by their names. Bytes that are no UTF-8 become
-        U+FFFD.
+        """The text of token ids, with special tokens by name. Invalid UTF-8 becomes U+FFFD.
 
         Args:
-            ids: whole numbers, also as a one-dimensional tensor.
+            ids: integers, also as a one-dimensional tensor.
 
         Raises:
-            TypeError: `ids` is no sequence of whole numbers.
-            IndexError: an id is not one of the tokenizer's.
+            TypeError: ids is not a sequence of integers.
+            IndexError: an id is out of range.
         """
         try:
             numbers = [operator.index(token) for token in ids]
@@ -136,15 +138,15 @@ class Tokenizer:
 
 
 def read_ranks(path: Path) -> dict[bytes, int]:
-    """{token: rank} of a tiktoken file, which has a line of base64 and a number for each.
+    """{token: rank} of a tiktoken file, which has one line of base64 and a number per token.
 
-    tiktoken's own reader keeps a copy in the temporary folder for each path, and would read that
-    when the file has changed.
+    tiktoken's own reader caches a copy in the temporary folder by path, and would return it after
+    the file has changed.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: a line is something else, a rank is missing or comes twice, or a single byte has
-            none (tiktoken would panic on it).
+        FileNotFoundError: the file does not exist.
+        ValueError: a line is malformed, a rank is missing or repeated, or a single byte has no
+            rank (tiktoken would panic).
     """
     if not path.is_file():
         raise FileNotFoundError(f"there is no tokenizer file {path}")
@@ -170,8 +172,8 @@ def read_ranks(path: Path) -> dict[bytes, int]:
 
 
 def _parts(text: str) -> Iterable[str]:
-    """The text cut where Meta's class cuts it: every 400,000 characters, and in runs of more than
-    25,000 that are or are not spaces.
+    """The text split where Meta's class splits it: every 400,000 characters, and in runs of more
+    than 25,000 spaces or non-spaces.
     """
     for start in range(0, len(text), _LONGEST_PART):
         part = text[start : start + _LONGEST_PART]

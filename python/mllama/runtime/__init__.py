@@ -1,1 +1,1 @@
-"""Generation on the core model: sessions and sampling."""
+"""Generation with the core model: sessions and sampling."""

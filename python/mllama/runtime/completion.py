@@ -1,4 +1,4 @@
-"""What is generated for one row of a batch."""
+"""Results of generation."""
 
 from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass, field
@@ -9,13 +9,13 @@ from mllama.runtime.streaming import TextStream
 
 @dataclass
 class Completion:
-    """What was generated for one row.
+    """The completion of one row.
 
     Attributes:
-        token_ids: the end token included.
-        text: without special tokens, and without the stop string and what follows it; None of a
-            session without a processor.
-        finish_reason: "eos", "stop" (a stop string), "length" (max_new_tokens, or the context), or
+        token_ids: generated ids, including the end token.
+        text: without special tokens, cut before a stop string; None without a processor.
+        finish_reason: "eos", "stop" (a stop string), "length" (max_new_tokens or the context), or
+            "interrupted".
             "interrupted".
     """
 
@@ -26,14 +26,14 @@ class Completion:
 
 @dataclass
 class Generation:
-    """What one call generated.
+    """The result of one call.
 
     Attributes:
         completions: one per row.
-        num_prompt_tokens: ids of a row's prompt, padding included.
-        num_reused_tokens: of these, ids that the cache had.
-        prefill_seconds: until the first tokens were there.
-        decode_seconds: for all others.
+        num_prompt_tokens: length of the prompts, padding included.
+        num_reused_tokens: number of these that were already in the cache.
+        prefill_seconds: time to the first tokens.
+        decode_seconds: time for the rest.
     """
 
     completions: list[Completion]
@@ -44,13 +44,13 @@ class Generation:
 
 
 class Row:
-    """One row while it is generated.
+    """The state of one row during generation.
 
     Args:
-        index: its place in the batch.
-        tokenizer: for its text; None makes none.
-        stop: strings that end it.
-        on_text: told of each token's text.
+        index: index in the batch.
+        tokenizer: decodes the row's text; None for ids alone.
+        stop: strings that end the row.
+        on_text: called with the text of each token.
     """
 
     def __init__(
@@ -66,11 +66,11 @@ class Row:
 
     @property
     def done(self) -> bool:
-        """Whether an end token or a stop string came."""
+        """Whether an end token or a stop string was generated."""
         return bool(self.completion.finish_reason)
 
     def take(self, token: int, ends: Set[int]) -> None:
-        """The next token; what comes after the end is passed over."""
+        """Add the next token; ignored after the end."""
         if self.done:
             return
         self.completion.token_ids.append(token)
@@ -85,7 +85,7 @@ class Row:
             self._on_text(self._index, piece)
 
     def finish(self, reason: str) -> None:
-        """End the row, for this reason where it did not end by itself."""
+        """End the row with this reason, unless it has already ended."""
         self.completion.finish_reason = self.completion.finish_reason or reason
         if self._stream is None:
             return

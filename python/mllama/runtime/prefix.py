@@ -1,4 +1,4 @@
-"""What a cache has of the next prompt: the longest common prefix of ids, images included."""
+"""The part of a prompt that a cache already has: the longest common prefix of ids and images."""
 
 from collections.abc import Mapping
 from typing import NamedTuple
@@ -10,11 +10,11 @@ from mllama.nn.kv_cache import KVCache
 
 
 class Reuse(NamedTuple):
-    """The part of a prompt that a cache has.
+    """The part of a prompt that is reused from the cache.
 
     Attributes:
-        length: ids from the front that are not computed again.
-        images: images from the front that are not given again.
+        length: number of leading ids that are not computed again.
+        images: number of leading images that are not encoded again.
     """
 
     length: int = 0
@@ -24,7 +24,7 @@ class Reuse(NamedTuple):
 def same_images(
     first: Mapping[str, torch.Tensor] | None, second: Mapping[str, torch.Tensor] | None
 ) -> bool:
-    """Whether two prompts' image tensors, by name, are equal."""
+    """Whether the image tensors of two prompts, by name, are equal."""
     if not first or not second:
         return not first and not second
     return first.keys() == second.keys() and all(
@@ -40,17 +40,16 @@ def find_reuse(
     ids: list[int],
     images: Mapping[str, torch.Tensor] | None,
 ) -> Reuse:
-    """How much of a prompt of one row need not be computed again. The last id always is: its
-    logits are wanted.
+    """How much of a one-row prompt can be reused. The last id is always computed, for its logits.
 
     Args:
-        spec: the model's.
-        cache: of one row.
-        cached_ids: the ids that it has, without visual tokens before them.
-        cached_images: image tensors that it was filled with.
-        ids, images: of the prompt.
+        spec: the model's spec.
+        cache: cache of one row.
+        cached_ids: ids in the cache, without prepended visual tokens.
+        cached_images: image tensors in the cache.
+        ids, images: those of the prompt.
     """
-    if spec.bidirectional_prefix:  # the front of a prompt attends to its end
+    if spec.bidirectional_prefix:  # the start of a prompt attends to its end
         return Reuse()
     length = _common(cached_ids, ids[:-1])
     same = same_images(cached_images, images)
@@ -59,13 +58,13 @@ def find_reuse(
         return Reuse(length, count) if same and length else Reuse()
     if not images and not cached_images:
         return Reuse(length)
-    if spec.image_token_index is None:  # which ids are placeholders, the model alone can tell
+    if spec.image_token_index is None:  # placeholders are unknown outside the model
         return Reuse()
     equal = count if same else _equal_images(cached_images, images)
     places = [i for i, token in enumerate(ids) if token == spec.image_token_index]
     covered = sum(place < length for place in places)
     whole = min(covered // spec.tokens_per_image, equal)
-    if covered > whole * spec.tokens_per_image:  # an image is taken whole or not at all
+    if covered > whole * spec.tokens_per_image:  # an image is reused whole or not at all
         length = places[whole * spec.tokens_per_image]
     return Reuse(length, whole)
 
@@ -79,7 +78,7 @@ def _common(first: list[int], second: list[int]) -> int:
 def _equal_images(
     first: Mapping[str, torch.Tensor] | None, second: Mapping[str, torch.Tensor] | None
 ) -> int:
-    """How many images from the front are equal."""
+    """Number of leading images that are equal."""
     if not first or not second or first.keys() != second.keys():
         return 0
     count = min(len(first["pixel_values"]), len(second["pixel_values"]))

@@ -1,4 +1,4 @@
-"""Questions about images, checked and encoded to a model's inputs."""
+"""Checks questions about images and encodes them to a model's inputs."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -6,21 +6,21 @@ from typing import Any
 import torch
 
 from mllama.processing.conversation import encode_batch, encode_messages
-from mllama.processing.image import download_urls, is_image, load_picture
+from mllama.processing.image import download_urls, is_image, load_image
 from mllama.processing.image_source import names_image
 
 
 def tokenizer_of(processor: Any) -> Any:
-    """A processor's tokenizer; a tokenizer is its own."""
+    """A processor's tokenizer, or the tokenizer itself."""
     return getattr(processor, "tokenizer", processor)
 
 
 def refuse_swapped(image: Any, question: Any) -> None:
-    """Refuse `ask(question, image)`, and a question that is no text.
+    """Reject `ask(question, image)`, and a question that is not text.
 
     Raises:
-        TypeError: the question is no text.
-        ValueError: it names an image, and the image is the question.
+        TypeError: the question is not text.
+        ValueError: image and question are swapped.
     """
     shown = image if isinstance(image, (list, tuple)) else [image]
     is_words = bool(shown) and all(
@@ -49,14 +49,14 @@ def as_list(image: Any) -> list:
 
 
 def share_images(image: Any, questions: int) -> list[list]:
-    """The images of each question: one image belongs to them all, a list has an entry for each.
+    """The images of each question: one image for all, or one list entry per question.
 
     Raises:
-        ValueError: a list of another length.
+        ValueError: the list has the wrong length.
     """
     if not isinstance(image, (list, tuple)):
-        # A stream is read once.
-        row = [load_picture(one) if hasattr(one, "read") else one for one in as_list(image)]
+        # A stream can be read only once.
+        row = [load_image(one) if hasattr(one, "read") else one for one in as_list(image)]
         return [row] * questions
     if len(image) != questions:
         raise ValueError(
@@ -74,11 +74,11 @@ def encode(
     system: str | None = None,
     allow_urls: bool = False,
 ) -> Mapping[str, torch.Tensor]:
-    """The model's inputs for a question about an image or a list of them (None: about none), after
-    earlier turns of (question, answer).
+    """The model's inputs for a question about an image, a list of images or None, after earlier
+    turns of (question, answer).
 
-    Written by the processor's chat template; without one, by the family's plain layout, which takes
-    no turns and no system prompt.
+    Uses the processor's chat template; without one, the family's plain format, which supports no
+    turns and no system prompt.
 
     Raises:
         TypeError, ValueError, FileNotFoundError: as `mllama.ask`.
@@ -110,14 +110,12 @@ def encode_questions(
         conversations.append(messages)
     if system is not None:
         check_system(processor, system)
-    rows = [
-        [load_picture(image) for image in download_urls(list(row), allow_urls)] for row in images
-    ]
+    rows = [[load_image(image) for image in download_urls(list(row), allow_urls)] for row in images]
     return encode_batch(processor, conversations, rows)
 
 
 def as_messages(texts: Sequence[str]) -> list[dict[str, str]]:
-    """Messages of a user and an assistant by turns."""
+    """Alternating user and assistant messages."""
     return [
         {"role": "assistant" if index % 2 else "user", "content": text}
         for index, text in enumerate(texts)
@@ -125,11 +123,11 @@ def as_messages(texts: Sequence[str]) -> list[dict[str, str]]:
 
 
 def check_system(processor: Any, system: str) -> None:
-    """Refuse a system prompt that would not reach the model.
+    """Reject a system prompt that would not reach the model.
 
     Raises:
-        ValueError: it is empty or holds the image's placeholder; no chat template, or one that
-            leaves it out or refuses it.
+        ValueError: it is empty or contains the image placeholder; there is no chat template, or
+            the template drops or rejects system prompts.
     """
     if not system.strip():
         raise ValueError("the system prompt is empty")
@@ -152,11 +150,11 @@ def check_system(processor: Any, system: str) -> None:
 
 
 def check_question(question: Any) -> None:
-    """Refuse what no processor takes as a question.
+    """Reject what no processor accepts as a question.
 
     Raises:
-        TypeError: no str.
-        ValueError: empty, or with surrogates, which is how Python holds bytes that are no text.
+        TypeError: not a str.
+        ValueError: empty, or with surrogates (undecodable bytes).
     """
     if not isinstance(question, str):
         raise TypeError(f"the question must be a str, got {type(question).__name__}")

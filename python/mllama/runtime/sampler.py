@@ -1,5 +1,5 @@
-"""How the next token is chosen: greedy, or sampled from the distribution that transformers' logits
-processors make, applied in the same order.
+"""Selection of the next token: greedy, or sampled with the same processing of logits, in the same
+order, as in transformers.
 """
 
 import math
@@ -10,12 +10,11 @@ from typing import Any
 
 import torch
 
-# Below this temperature, 0 included, sampling is the likeliest token, and dividing by it would
-# overflow.
+# Below this temperature, 0 included, decoding is greedy: dividing by it would overflow.
 COLDEST = 1e-3
-DEFAULT_TOP_K = 50  # of sampling where neither model nor caller says, as in transformers
-NEUTRAL = {"temperature": 1, "top_k": 0, "top_p": 1, "min_p": 0}  # values that change nothing
-# name: least, most, whether the least itself is excluded
+DEFAULT_TOP_K = 50  # default of sampling, as in transformers
+NEUTRAL = {"temperature": 1, "top_k": 0, "top_p": 1, "min_p": 0}  # values without effect
+# name: minimum, maximum, whether the minimum itself is excluded
 _RANGES: dict[str, tuple[float, float, bool]] = {
     "temperature": (0, math.inf, False),
     "top_k": (0, math.inf, False),
@@ -24,24 +23,26 @@ _RANGES: dict[str, tuple[float, float, bool]] = {
     "repetition_penalty": (0, math.inf, True),
 }
 
+_NAMES = ("do_sample", *_RANGES, "seed")
+
 
 @dataclass(frozen=True)
 class Sampling:
     """Options of sampling.
 
     Attributes:
-        do_sample: draw the token; False takes the likeliest.
-        temperature: what logits are divided by; below 0.001 the likeliest token is taken.
-        top_k: sample from this many likeliest tokens; 0 is all.
+        do_sample: sample the token; False is greedy.
+        temperature: divides the logits; below 0.001 decoding is greedy.
+        top_k: sample from this number of likeliest tokens; 0 is all.
         top_p: sample from the likeliest tokens that add up to this probability.
-        min_p: drop tokens less likely than this fraction of the likeliest's probability.
-        repetition_penalty: divides positive logits, and multiplies negative ones, of tokens that
-            the prompt or the answer has; greedy decoding too.
-        seed: of the random numbers, 0 to 2**64 - 1; None draws from torch's own generator.
+        min_p: drop tokens less likely than this fraction of the likeliest one's probability.
+        repetition_penalty: divides positive and multiplies negative logits of tokens that are in
+            the prompt or the answer; also in greedy decoding.
+        seed: seed of the random numbers, 0 to 2**64 - 1. Default: torch's generator.
 
     Raises:
-        TypeError: a value of another type.
-        ValueError: a value out of range, or one without effect beside do_sample=False.
+        TypeError: a value has the wrong type.
+        ValueError: a value is out of range, or has no effect with do_sample=False.
     """
 
     do_sample: bool = False
@@ -56,7 +57,9 @@ class Sampling:
         if not isinstance(self.do_sample, bool):
             raise TypeError(f"do_sample must be a bool, got {type(self.do_sample).__name__}")
         for name in _RANGES:
-            check_option(name, getattr(self, name))
+            check_option(name, value := getattr(self, name))
+            if name != "top_k":
+                object.__setattr__(self, name, float(value))  # of any type of number
         if self.seed is not None:
             check_option("seed", self.seed)
         if self.do_sample:
@@ -65,7 +68,7 @@ class Sampling:
         if self.seed is not None:
             unused.append("seed")
         if unused:
-            raise ValueError(f"{', '.join(unused)}: without effect beside do_sample=False")
+            raise ValueError(f"{', '.join(unused)}: no effect with do_sample=False")
 
     @property
     def greedy(self) -> bool:
@@ -74,13 +77,23 @@ class Sampling:
 
     @classmethod
     def choose(cls, given: Mapping[str, Any], defaults: Mapping[str, Any]) -> "Sampling":
-        """The caller's options completed: greedy unless one of them is about sampling, then with
-        the model's own defaults for what is not given.
+        """Complete a call's options: greedy unless a sampling option is given, then with the
+        model's defaults.
+
+        Raises:
+            TypeError, ValueError: as the class; an option that is none of its.
         """
         given = {name: value for name, value in given.items() if value is not None}
+        for name, value in given.items():
+            if name not in _NAMES:
+                raise TypeError(f"{name!r} is no option; of sampling there are {', '.join(_NAMES)}")
+            if name != "do_sample":
+                check_option(name, value)
         cold = 0 <= given.get("temperature", 1) < COLDEST
         sample = given.get("do_sample", any(name in given for name in NEUTRAL))
-        penalty: dict[str, Any] = {"repetition_penalty": defaults.get("repetition_penalty") or 1.0}
+        penalty: dict[str, Any] = {}
+        if (own_penalty := defaults.get("repetition_penalty")) is not None:
+            penalty["repetition_penalty"] = own_penalty
         if not sample or cold:
             options = {
                 name: value for name, value in given.items() if not (cold and name in NEUTRAL)
@@ -91,11 +104,11 @@ class Sampling:
 
 
 def check_option(name: str, value: Any) -> None:
-    """Check one option of sampling by itself.
+    """Check one sampling option.
 
     Raises:
-        TypeError: a value of another type.
-        ValueError: a value out of range.
+        TypeError: the value has the wrong type.
+        ValueError: the value is out of range.
     """
     whole = name in ("top_k", "seed")
     if isinstance(value, bool) or not isinstance(
@@ -115,10 +128,10 @@ class Sampler:
     """Chooses one token per row, step by step.
 
     Args:
-        sampling: how.
-        input_ids: int64 [B, T], the prompts. Ids without a logit do not count for the repetition
+        sampling: the options.
+        input_ids: int64 [B, T], the prompts. Ids without a logit are ignored by the repetition
             penalty.
-        keep_mask: bool [B, T], False where padded; None has no padding.
+        keep_mask: bool [B, T], False where padded. Default: no padding.
     """
 
     def __init__(
@@ -129,7 +142,7 @@ class Sampler:
         if sampling.seed is not None:
             self._generator = torch.Generator(input_ids.device).manual_seed(int(sampling.seed))
         self._input_ids, self._keep_mask = input_ids, keep_mask
-        self._present: torch.Tensor | None = None  # bool [B, V], tokens of the rows so far
+        self._present: torch.Tensor | None = None  # bool [B, V], tokens that occurred
 
     def __call__(self, logits: torch.Tensor) -> torch.Tensor:
         """[B, V], of any float dtype -> int64 [B]."""
@@ -144,9 +157,7 @@ class Sampler:
         return tokens
 
     def process(self, logits: torch.Tensor) -> torch.Tensor:
-        """[B, V] -> float32 [B, V]: the scores whose softmax is sampled, -inf where a token is left
-        out.
-        """
+        """[B, V] -> float32 [B, V]: scores whose softmax is sampled; -inf for excluded tokens."""
         options, scores = self.sampling, logits.float()
         if options.repetition_penalty != 1:
             scores = self._penalize(scores)
@@ -176,17 +187,17 @@ class Sampler:
 def _present(
     input_ids: torch.Tensor, keep_mask: torch.Tensor | None, vocab_size: int
 ) -> torch.Tensor:
-    """bool [B, vocab_size]: the tokens that each row has."""
+    """bool [B, vocab_size]: the tokens that occur in each row."""
     counted = input_ids < vocab_size
     if keep_mask is not None:
         counted &= keep_mask
-    ids = input_ids.masked_fill(~counted, vocab_size)  # one column more, for what does not count
+    ids = input_ids.masked_fill(~counted, vocab_size)  # an extra column for ignored ids
     present = torch.zeros(len(input_ids), vocab_size + 1, dtype=torch.bool, device=input_ids.device)
     return present.scatter_(1, ids, True)[:, :vocab_size]
 
 
 def _top_p(scores: torch.Tensor, top_p: float) -> torch.Tensor:
-    """Leave out the unlikeliest tokens that add up to 1 - top_p or less; one always stays."""
+    """Exclude the unlikeliest tokens that add up to 1 - top_p or less; at least one stays."""
     ordered, order = scores.sort(dim=-1)
     dropped = ordered.softmax(-1).cumsum(-1) <= 1 - top_p
     dropped[:, -1] = False

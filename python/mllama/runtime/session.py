@@ -1,5 +1,5 @@
-"""Generation on a core model: prefill, decode, sampling, streaming, and a cache that goes on from
-turn to turn.
+"""Generation with a core model: prefill, decode, sampling, streaming, and a cache that is reused
+from turn to turn.
 """
 
 import numbers
@@ -16,28 +16,34 @@ from mllama.runtime.completion import Generation, Row
 from mllama.runtime.fast_decoder import MAX_ROWS, FastDecoder, find_obstacle
 from mllama.runtime.prefix import Reuse, find_reuse, same_images
 from mllama.runtime.sampler import NEUTRAL, Sampler, Sampling
+from mllama.runtime.settings import beyond_session
+from mllama.text.decoder import check_ids
 
 MAX_NEW_TOKENS = 128
 OPTIONS = frozenset(
     ("max_new_tokens", "eos_token_id", "do_sample", *NEUTRAL, "repetition_penalty")
-)  # those of transformers' generate that a session has
+)  # options of transformers' generate that a session supports
 _IMAGES = ("pixel_values", "aspect_ratio_ids", "aspect_ratio_mask")
 _INPUTS = ("input_ids", "attention_mask", "token_type_ids", "cross_attention_mask", *_IMAGES)
 
 
 class Session:
-    """Generates with a model, and keeps the cache of the last prompt of one row: the next one
-    computes only what differs, as a chat's next turn does. After a change of the model (other
-    weights, adapters), call `reset`.
+    """Generates with a model. The cache of the last one-row prompt is reused: the next prompt
+    computes only what differs, such as a chat's next turn. After changing the model (weights,
+    adapters), call `reset`.
 
     Args:
-        model: a `VisionLanguageModel`, in eval mode.
-        processor: with a `tokenizer`, or a tokenizer: needed for text; None generates ids alone.
-        settings: the model's defaults, as generation_config.json has them: eos_token_id, and of
-            sampling what a call leaves open.
-        where: the files that the model came from.
-        prefill_chunk_size: prompts without images are computed in pieces of at most so many tokens,
-            which bounds the memory of activations, where the model permits.
+        model: a `VisionLanguageModel` in eval mode.
+        processor: a processor with a `tokenizer`, or a tokenizer. None generates ids without text.
+        settings: the model's defaults, as in generation_config.json: eos_token_id, and sampling
+            options that a call does not give.
+        where: the model's files, used in errors.
+        prefill_chunk_size: prompts without images are prefilled in chunks of this many tokens if
+            the model permits it, which bounds the memory of activations.
+
+    Raises:
+        TypeError: a processor without a tokenizer, settings of another type.
+        ValueError: settings of transformers' generate that a session does not have.
     """
 
     def __init__(
@@ -49,8 +55,14 @@ class Session:
         prefill_chunk_size: int = 1024,
     ):
         check_count("prefill_chunk_size", prefill_chunk_size)
+        if not isinstance(settings, (Mapping, type(None))):
+            raise TypeError(f"settings must be a dict or None, got {type(settings).__name__}")
+        if unknown := beyond_session(settings or {}):
+            raise ValueError(f"settings: a session has no {unknown[0]}; transformers' generate has")
         self.model, self.processor, self.settings = model, processor, dict(settings or {})
         self.tokenizer = getattr(processor, "tokenizer", processor)
+        if processor is not None and not hasattr(self.tokenizer, "decode"):
+            raise TypeError(f"processor must have a tokenizer, got {type(processor).__name__}")
         self.where = where
         self.prefill_chunk_size = prefill_chunk_size
         self._encoded: tuple[dict, torch.Tensor] | None = None  # images and their features
@@ -58,7 +70,7 @@ class Session:
 
     @property
     def context(self) -> int:
-        """Tokens that a prompt and its answer may have together."""
+        """Maximum tokens of a prompt and its answer together."""
         return self.model.spec.text.max_position_embeddings
 
     @property
@@ -67,14 +79,14 @@ class Session:
         return self.model.fusion.chunk_obstacle is None and not spec.bidirectional_prefix
 
     def reset(self) -> None:
-        """Forget the last prompt and the features of its images."""
+        """Drop the cached prompt and its image features."""
         self._encoded = None
         decoder, head = self.model.language_model, self.model.lm_head
         self._fast = None if find_obstacle(decoder, head) else FastDecoder(decoder, head)
-        self._cross_mask: torch.Tensor | None = None  # of the prompt that the cache has
+        self._cross_mask: torch.Tensor | None = None  # of the cached prompt
         self._cache = KVCache(self.model.spec.text.num_hidden_layers)
-        self._ids: list[int] = []  # of one row, that the cache has
-        self._images: dict[str, torch.Tensor] | None = None  # that it has; None: not known
+        self._ids: list[int] = []  # ids of one row in the cache
+        self._images: dict[str, torch.Tensor] | None = None  # images in the cache; None: unknown
 
     @torch.inference_mode()
     def generate(
@@ -88,24 +100,25 @@ class Session:
         interruptible: bool = False,
         **sampling: Any,
     ) -> Generation:
-        """Generate a completion of every row.
+        """Generate a completion for every row.
 
         Args:
-            inputs: what a processor returns: input_ids int64 [B, T]; attention_mask [B, T], zero
-                where padded, on the left; pixel_values and what else belongs to them.
-            max_new_tokens: at most; fewer where the context ends.
+            inputs: a processor's output: input_ids int64 [B, T]; attention_mask [B, T], zero
+                where padded, on the left; pixel_values and related tensors.
+            max_new_tokens: maximum length; less at the end of the context.
             stop: strings that end a row's text.
-            eos_token_id: ids that end a row; by default the settings', or the tokenizer's.
-            on_text: called after every token with the row and the text that it makes certain, which
-                may be "".
-            interruptible: Ctrl-C ends all rows with what there is, in place of KeyboardInterrupt.
-            sampling: do_sample, temperature, top_k, top_p, min_p, repetition_penalty, seed, as
-                `Sampling` has them. Greedy unless one of the first five is given.
+            eos_token_id: ids that end a row. Default: the settings', or the tokenizer's.
+            on_text: called after every token with the row's index and its new text, which may
+                be "".
+            interruptible: Ctrl-C ends all rows and returns their text so far, instead of raising
+                KeyboardInterrupt.
+            sampling: do_sample, temperature, top_k, top_p, min_p, repetition_penalty, seed; see
+                `Sampling`. Greedy unless one of the first five is given.
 
         Raises:
-            TypeError: an input or option that is not known, or of another type.
-            ValueError: an option out of range or without effect; padding on the right; a prompt
-                that fills the context; stop or on_text without a processor.
+            TypeError: an input or option is unknown or has the wrong type.
+            ValueError: an option is out of range or has no effect; padding is on the right; the
+                prompt fills the context; stop or on_text is given without a processor.
         """
         check_count("max_new_tokens", max_new_tokens)
         inputs = self._take_inputs(inputs)
@@ -142,7 +155,7 @@ class Session:
         ends: frozenset[int],
         result: Generation,
     ) -> None:
-        """Prefill and decode until every row is done, or there are `max_new_tokens`."""
+        """Prefill, then decode until every row has ended or has `max_new_tokens`."""
         start = time.perf_counter()
         self._cache.capacity = result.num_prompt_tokens + min(max_new_tokens, MAX_NEW_TOKENS)
         logits = self._prefill(inputs, result)
@@ -157,12 +170,12 @@ class Session:
             if step == room - 1 or all(row.done for row in rows):
                 break
             logits = self._step(tokens, inputs)
-            if len(rows) == 1:
+            if self._ids:  # of one row without padding
                 self._ids += ids
         result.decode_seconds = time.perf_counter() - start - result.prefill_seconds
 
     def _prefill(self, inputs: dict[str, torch.Tensor], result: Generation) -> torch.Tensor:
-        """Compute what the cache does not have of the prompts; returns the last logits, [B, V]."""
+        """Compute the part of the prompts that is not cached; return the last logits, [B, V]."""
         ids = inputs["input_ids"]
         images = {name: inputs[name] for name in _IMAGES if name in inputs}
         reuse = self._reuse(inputs, images)
@@ -170,7 +183,7 @@ class Session:
         new = ids[:, reuse.length :]  # (B, T - reused)
         given: dict[str, Any] = self._new_images(images, reuse.images, len(ids))
         if given:
-            self._images = None  # while they are written
+            self._images = None  # until they are written
         elif self._can_chunk:
             while new.shape[1] > self.prefill_chunk_size:
                 chunk, new = new.split(
@@ -188,8 +201,8 @@ class Session:
     def _forward(
         self, ids: torch.Tensor, inputs: dict[str, torch.Tensor], logits: bool = True, **given: Any
     ) -> torch.Tensor:
-        """Append ids [B, T] to the cache; returns the logits of the last, [B, V], or without them
-        the hidden states.
+        """Append ids [B, T] to the cache; return the last logits, [B, V], or hidden states if no
+        logits are requested.
         """
         cache, mask = self._cache, inputs.get("attention_mask")
         if mask is not None:
@@ -215,7 +228,7 @@ class Session:
         return self._fast.step(tokens, self._cache, padding, cross)
 
     def _reuse(self, inputs: dict[str, torch.Tensor], images: dict[str, torch.Tensor]) -> Reuse:
-        """Find what the cache has of the prompt, and take the rest out of it."""
+        """Find the reusable part of the prompt, and drop the rest from the cache."""
         ids, reuse = inputs["input_ids"], Reuse()
         if len(ids) == 1 and "attention_mask" not in inputs and self._images is not None:
             reuse = find_reuse(
@@ -231,8 +244,8 @@ class Session:
         return reuse
 
     def _sees_the_same(self, inputs: dict[str, torch.Tensor], length: int) -> bool:
-        """Whether the first positions attend to the same images as before; those after a mask's
-        last row attend to what that row does.
+        """Whether the first positions attend to the same images as before. Positions after a mask's
+        last row repeat it.
         """
         before, now = self._cross_mask, inputs.get("cross_attention_mask")
         if before is None or now is None:
@@ -243,12 +256,12 @@ class Session:
     def _new_images(
         self, images: dict[str, torch.Tensor], first: int, rows: int
     ) -> dict[str, torch.Tensor]:
-        """The model's arguments for the images from `first` on. Those of one row are encoded once,
-        for later prompts too.
+        """Arguments for the images from `first` on. For one row they are encoded once and kept for
+        later prompts.
         """
         if not images or first >= len(images["pixel_values"]):
             return {}
-        if rows > 1 or self.model.spec.encoder is None:  # which refuses them
+        if rows > 1 or self.model.spec.encoder is None:  # the model rejects them
             return dict(images)
         if self._encoded is None or not same_images(self._encoded[0], images):
             self._encoded = images, self._encode(images)
@@ -259,7 +272,7 @@ class Session:
         return self.model.encode_images(ModelInputs(**images))[0]
 
     def _restore(self) -> None:
-        """After a pass that was interrupted: back to what the cache has for certain."""
+        """After an interrupted pass, crop the cache to what is complete."""
         if self._images is None or not self._ids:
             self.reset()
         else:
@@ -280,6 +293,10 @@ class Session:
         return frozenset(int(end) for end in ends)
 
     def _stop_strings(self, stop: Sequence[str], on_text: Callable | None) -> tuple[str, ...]:
+        if not isinstance(stop, (str, list, tuple)):
+            raise TypeError(f"stop must be a str or a list of them, got {type(stop).__name__}")
+        if on_text is not None and not callable(on_text):
+            raise TypeError(f"on_text must be callable, got {type(on_text).__name__}")
         stop = (stop,) if isinstance(stop, str) else tuple(stop)
         if not all(isinstance(one, str) and one for one in stop):
             raise ValueError(f"stop must be strings that are not empty, got {stop!r}")
@@ -288,14 +305,21 @@ class Session:
         return stop
 
     def _take_inputs(self, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """The inputs on the model's device, without a mask that masks nothing."""
+        """The inputs on the model's device, without a mask of ones."""
+        if not isinstance(inputs, Mapping):
+            raise TypeError(f"inputs must be a dict, got {type(inputs).__name__}")
         if unknown := [name for name in inputs if name not in _INPUTS]:
             raise TypeError(f"inputs must be {', '.join(_INPUTS)}; got {unknown[0]!r}")
+        given = {name: value for name, value in inputs.items() if value is not None}
+        for name, value in given.items():
+            if not isinstance(value, torch.Tensor):
+                raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
+        check_ids(given.get("input_ids"))
+        if not len(given["input_ids"]):
+            raise ValueError("input_ids must be [batch, tokens] with at least one row")
         device = next(self.model.parameters()).device
-        taken = {name: value.to(device) for name, value in inputs.items() if value is not None}
-        ids = taken.get("input_ids")
-        if ids is None or ids.dim() != 2 or not ids.numel() or ids.is_floating_point():
-            raise ValueError("input_ids must be an integer tensor [batch, tokens] with a token")
+        taken = {name: value.to(device) for name, value in given.items()}
+        ids = taken["input_ids"]
         if "pixel_values" not in taken and (loose := [name for name in _IMAGES if name in taken]):
             raise ValueError(f"{loose[0]} needs pixel_values")
         if (mask := taken.get("attention_mask")) is not None:
@@ -303,7 +327,7 @@ class Session:
             if mask.all():
                 del taken["attention_mask"]
         if self.model.spec.bidirectional_prefix and "token_type_ids" not in taken:
-            taken["token_type_ids"] = torch.zeros_like(ids)  # all of it is a prompt
+            taken["token_type_ids"] = torch.zeros_like(ids)  # the prompt
         return taken
 
 
@@ -316,10 +340,10 @@ def check_count(name: str, value: Any) -> None:
 
 
 def check_room(context: int, prompt: int) -> int:
-    """Tokens that a prompt leaves for its answer.
+    """Number of tokens that a prompt leaves for its answer.
 
     Raises:
-        ValueError: none.
+        ValueError: there are none.
     """
     if prompt >= context:
         raise ValueError(
@@ -334,4 +358,4 @@ def check_padding(mask: torch.Tensor, shape: torch.Size) -> None:
         raise ValueError(f"attention_mask must be {list(shape)}, got {list(mask.shape)}")
     keep = mask != 0
     if not keep[:, -1].all() or (keep[:, :-1] & ~keep[:, 1:]).any():
-        raise ValueError("attention_mask must be zero on the left alone: pad rows on the left")
+        raise ValueError("attention_mask must be zero on the left only: pad rows on the left")

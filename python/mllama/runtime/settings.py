@@ -1,12 +1,11 @@
-"""A model's own defaults of generation, as generation_config.json has them."""
+"""A model's default generation settings, from generation_config.json."""
 
 from collections.abc import Mapping
 from typing import Any
 
 from mllama.runtime.sampler import NEUTRAL, Sampling
 
-# What a session reads, and what means nothing to it: it has a cache of its own, and callers say how
-# long an answer may be.
+# Settings that a session reads, or can ignore: it has its own cache, and callers limit the length.
 _READ = {"eos_token_id", "do_sample", *NEUTRAL, "repetition_penalty"}
 _WITHOUT_EFFECT = {
     "bos_token_id",
@@ -18,7 +17,7 @@ _WITHOUT_EFFECT = {
     "transformers_version",
     "use_cache",
 }
-# Values that change nothing, of options that a session does not have; None and False are others.
+# Values without effect of settings that a session does not support, beside None and False.
 _NEUTRAL = {
     "diversity_penalty": 0,
     "encoder_no_repeat_ngram_size": 0,
@@ -36,7 +35,7 @@ _NEUTRAL = {
 
 
 def beyond_session(settings: Mapping[str, Any]) -> list[str]:
-    """Names of settings that change what is generated and that a session does not have."""
+    """Names of settings that affect generation and are not supported by a session."""
     return [
         name
         for name, value in settings.items()
@@ -48,10 +47,10 @@ def beyond_session(settings: Mapping[str, Any]) -> list[str]:
 
 
 def check_settings(where: str, settings: Mapping[str, Any]) -> None:
-    """Check the settings of sampling in the files at `where`.
+    """Check the sampling settings of a model's files.
 
     Raises:
-        ValueError: one of another type, or out of range.
+        ValueError: a setting has the wrong type or is out of range.
     """
     try:
         Sampling.choose({"do_sample": True}, settings)

@@ -1,21 +1,21 @@
-"""Text of tokens as they come: whole characters, and nothing from a stop string on."""
+"""Text of streamed tokens: complete characters only, and nothing from a stop string on."""
 
 from collections.abc import Sequence
 from typing import Any
 
-# What a decoder writes for bytes that are no character yet.
+# What a tokenizer writes for bytes that are not yet a character.
 _INCOMPLETE = "\ufffd"
 
 
 class TextStream:
-    """Decodes the tokens of one row piece by piece.
+    """Decodes one row's tokens incrementally.
 
     Args:
         tokenizer: has `decode(ids, skip_special_tokens)`.
-        stop: strings before which the text ends.
+        stop: strings that end the text.
 
     Attributes:
-        text: what was returned so far.
+        text: the text returned so far.
         stopped: whether a stop string was found.
     """
 
@@ -23,13 +23,13 @@ class TextStream:
         self.text, self.stopped = "", False
         self._tokenizer, self._stop = tokenizer, tuple(stop)
         self._ids: list[int] = []
-        # Ids before `_start` are decoded no more. Those from there to `_end` are written already,
-        # and decoded again with the next, since a token may be written otherwise at a beginning.
+        # Ids before `_start` are final. Those from there to `_end` are already written, but decoded
+        # again with the next token, which may change how they are written.
         self._start = self._end = 0
-        self._held = ""  # may be the beginning of a stop string
+        self._pending = ""  # a possible beginning of a stop string
 
     def put(self, token: int) -> str:
-        """Take the next token; return the text it makes certain, often none."""
+        """Add a token; return the text that is now certain, which may be empty."""
         if self.stopped:
             return ""
         self._ids.append(token)
@@ -41,7 +41,7 @@ class TextStream:
         return self._write(after[len(before) :], False)
 
     def end(self) -> str:
-        """Return what is left once no more tokens come."""
+        """Return the remaining text after the last token."""
         if self.stopped:
             return ""
         before = self._decode(self._start, self._end)
@@ -53,18 +53,18 @@ class TextStream:
         return self._tokenizer.decode(self._ids[start:end], skip_special_tokens=True)
 
     def _write(self, new: str, last: bool) -> str:
-        text, self._held = self._held + new, ""
+        text, self._pending = self._pending + new, ""
         places = [place for stop in self._stop if (place := text.find(stop)) >= 0]
         if places:
             text, self.stopped = text[: min(places)], True
         elif not last:
-            held = max((_overlap(text, stop) for stop in self._stop), default=0)
-            text, self._held = text[: len(text) - held], text[len(text) - held :]
+            pending = max((_overlap(text, stop) for stop in self._stop), default=0)
+            text, self._pending = text[: len(text) - pending], text[len(text) - pending :]
         self.text += text
         return text
 
 
 def _overlap(text: str, stop: str) -> int:
-    """The length of the longest end of `text` that `stop` begins with."""
+    """Length of the longest suffix of `text` that is a prefix of `stop`."""
     longest = min(len(text), len(stop) - 1)
     return next((n for n in range(longest, 0, -1) if text.endswith(stop[:n])), 0)

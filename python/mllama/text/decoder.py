@@ -1,4 +1,4 @@
-"""The decoder, Llama's or Gemma's by its spec: token ids or embeddings -> hidden states."""
+"""The decoder of Llama and Gemma, built from a spec: token ids or embeddings -> hidden states."""
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -22,7 +22,7 @@ from mllama.text.packing import find_starts
 
 @dataclass
 class DecoderOutput:
-    """What a decoder returns.
+    """Output of `Decoder`.
 
     Attributes:
         last_hidden_state: [B, T, hidden], after the final norm.
@@ -36,10 +36,10 @@ class DecoderOutput:
 
 
 class DecoderLayer(CheckpointedLayer):
-    """Transformer block with a norm before each half, or before and after it.
+    """Transformer block with a norm before each half, or before and after each.
 
-    The norms have Hugging Face's names: `post_attention_layernorm` stands before the feed-forward
-    block in the first kind, and behind attention in the second.
+    Norm names are Hugging Face's: without post-norms, `post_attention_layernorm` precedes the
+    feed-forward block; with post-norms, it follows attention.
     """
 
     def __init__(self, config: TextSpec, layer_idx: int):
@@ -76,7 +76,7 @@ class DecoderLayer(CheckpointedLayer):
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """[B, T, hidden] -> (the same shape, probabilities or None).
 
-        `context` goes to `CausalAttention.forward`; `cross` is for cross-attention layers.
+        `context` is passed to `CausalAttention.forward`; `cross` is for cross-attention layers.
         """
         normed = self.input_layernorm(hidden_states)
         attended, weights = self.self_attn(normed, positions=positions, cache=cache, **context)
@@ -91,8 +91,8 @@ class DecoderLayer(CheckpointedLayer):
 
 
 class ScaledEmbedding(nn.Embedding):
-    """Looked-up vectors times `embed_scale`, the factor in the matrix's dtype, as transformers
-    does. PEFT reads the attribute.
+    """Embedding scaled by `embed_scale`, a factor in the matrix's dtype as in transformers. PEFT
+    reads the attribute.
     """
 
     def __init__(self, num_embeddings: int, embedding_dim: int, embed_scale: float):
@@ -107,11 +107,11 @@ class ScaledEmbedding(nn.Embedding):
 
 
 class Decoder(nn.Module):
-    """Embeddings, layers and final norm; the output head belongs to the model around it.
+    """Embedding, layers and final norm. The output head belongs to the model around it.
 
     Args:
-        config: sizes and choices.
-        cross_layer: makes a layer that attends to images, called and answering as `DecoderLayer`.
+        config: the decoder's spec.
+        cross_layer: builds a cross-attention layer, with the interface of `DecoderLayer`.
     """
 
     def __init__(
@@ -151,36 +151,35 @@ class Decoder(nn.Module):
     ) -> DecoderOutput:
         """
         Args:
-            input_ids: int [B, T]; or give
+            input_ids: int [B, T]; exclusive with inputs_embeds.
             inputs_embeds: [B, T, hidden].
             attention_mask: [B, past + T] of any dtype, zero where padded, on either side. Or [B or
-                1, heads or 1, T, keys], over all keys (a static cache's unfilled slots too): bool,
-                True where a position sees a key, or floats that are added to the scores. Such a
-                mask replaces causality and prefix too. Default: nothing is padded.
-            position_ids: int [B or 1, T]. Default: the unmasked tokens before each, or past + 0,
-                1, ... without a 2-D mask. Without mask and cache, a position that is not one more
-                than the one before it begins a new sequence, which does not see those before it.
-            cache: keys and values of earlier calls; this call's are appended.
+                1, heads or 1, T, keys], over all keys (including a static cache's unused slots):
+                bool, True where a key is visible, or floats that are added to the scores; such a
+                mask replaces causality and prefix. Default: nothing is padded.
+            position_ids: int [B or 1, T]. Default: the number of unmasked tokens before each, or
+                past + 0, 1, ... without a 2-D mask. Without mask and cache, a position that is not
+                its predecessor plus one begins a new sequence, which does not attend to those
+                before it.
+            cache: keys and values of earlier calls; those of this call are appended.
             output_attentions: also return each layer's probabilities [B, heads, T, keys], float32.
             output_hidden_states: also return the embeddings, each further layer's input, and the
                 final norm's output: layers + 1 tensors.
-            prefix_length: int64 [B], positions at a row's front, its padding included, that attend
-                to each other in both directions; or [B, T] of each position. Default: causal.
-            first_key: int64 [B or 1, T], where each position's sequence begins. Default: told by
+            prefix_length: int64 [B], number of leading positions, padding included, that attend to
+                each other in both directions; or [B, T] per position. Default: causal.
+            first_key: int64 [B or 1, T], start of each position's sequence. Default: derived from
                 position_ids.
-            cross: handed to every layer: what cross-attention layers attend to.
+            cross: passed to every layer: the context of the cross-attention layers.
 
         Raises:
-            ValueError: both or none of ids and embeddings; a mask or positions of another shape.
-            TypeError: a mask of four dimensions, or positions, of another type.
+            ValueError: both or neither of ids and embeddings are given; a mask or positions have
+                the wrong shape.
+            TypeError: a 4-D mask or positions have the wrong dtype.
         """
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("give exactly one of input_ids and inputs_embeds")
+        check_text(input_ids, inputs_embeds, self.config.hidden_size)
         check_mask(attention_mask)
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
-        else:
-            check_embeddings(inputs_embeds, self.config.hidden_size)
         position_ids, context = self._context(
             inputs_embeds, attention_mask, position_ids, cache, prefix_length, first_key
         )
@@ -211,7 +210,7 @@ class Decoder(nn.Module):
         prefix_length: torch.Tensor | None,
         first_key: torch.Tensor | None,
     ) -> tuple[torch.Tensor, dict[str, Any]]:
-        """Position ids, and what every layer's attention is told of masks."""
+        """Position ids, and the mask arguments of every layer's attention."""
         batch, length = inputs_embeds.shape[:2]
         past, keys = (0, length) if cache is None else (cache.length, cache.num_keys(length))
         _check_room(keys, length, past)
@@ -232,8 +231,8 @@ class Decoder(nn.Module):
                 first_key = find_starts(position_ids)
         return position_ids, {
             "key_mask": _key_mask(padding_mask, keys),
-            # None is the operator's cheap way: the last query sees the last key. Not so where a
-            # static cache shows unfilled slots.
+            # None is the operator's fast path: the last query attends to the last key. It does not
+            # hold for a static cache with unused slots.
             "query_offset": None if isinstance(past, int) and keys == past + length else past,
             "prefix_length": prefix_length,
             "first_key": first_key,
@@ -242,7 +241,7 @@ class Decoder(nn.Module):
 
 
 def check_mask(attention_mask: torch.Tensor | None) -> None:
-    """Raise TypeError unless it is a tensor or None, of 4 dimensions bool or floating; ValueError
+    """Raise TypeError unless the mask is None or a tensor, bool or floating if 4-D; ValueError
     unless it is 2-D or 4-D.
     """
     if attention_mask is None:
@@ -266,17 +265,41 @@ def check_mask(attention_mask: torch.Tensor | None) -> None:
 def split_mask(
     attention_mask: torch.Tensor | None,
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """(the mask if it is [B, past + T] and says what is padding, the mask if it is 4-D and says
-    all), at least one of them None.
-    """
+    """(the mask if it is 2-D, for padding, the mask if it is 4-D); at least one is None."""
     if attention_mask is None or attention_mask.dim() == 2:
         return attention_mask, None
     return None, attention_mask
 
 
+def check_text(
+    input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None, hidden_size: int
+) -> None:
+    """Raise ValueError or TypeError unless there are ids [B, T] or embeddings [B, T, hidden]."""
+    if (input_ids is None) == (inputs_embeds is None):
+        raise ValueError("give exactly one of input_ids and inputs_embeds")
+    if input_ids is not None:
+        check_ids(input_ids)
+    else:
+        check_embeddings(inputs_embeds, hidden_size)  # type: ignore[arg-type]
+
+
+def check_ids(input_ids: torch.Tensor) -> None:
+    """Raise TypeError unless they are integers, ValueError unless they are [B, T] with a token."""
+    if not isinstance(input_ids, torch.Tensor) or input_ids.dtype not in (torch.int64, torch.int32):
+        raise TypeError(
+            "input_ids must be an int64 or int32 torch.Tensor, "
+            f"got {getattr(input_ids, 'dtype', type(input_ids).__name__)}"
+        )
+    if input_ids.dim() != 2 or input_ids.shape[1] == 0:
+        raise ValueError(
+            "input_ids must be [batch, tokens] with at least one token, "
+            f"got {list(input_ids.shape)}"
+        )
+
+
 def check_embeddings(inputs_embeds: torch.Tensor, size: int) -> None:
-    """Raise TypeError unless they are a floating tensor, ValueError unless they are [B, T, size]
-    with a token.
+    """Raise TypeError unless inputs_embeds is a floating tensor, ValueError unless it is [B, T,
+    size] with T of at least 1.
     """
     if not isinstance(inputs_embeds, torch.Tensor) or not inputs_embeds.is_floating_point():
         kind = getattr(inputs_embeds, "dtype", type(inputs_embeds).__name__)
@@ -289,7 +312,7 @@ def check_embeddings(inputs_embeds: torch.Tensor, size: int) -> None:
 
 
 def _check_room(keys: int, length: int, past: int | torch.Tensor) -> None:
-    """A static cache that is full would fail in the middle of the layers."""
+    """Reject a full static cache, which would fail inside the layers."""
     if not torch.compiler.is_compiling() and int(past) + length > keys:
         raise ValueError(
             f"cache has room for {keys} tokens: {int(past)} are in it, and {length} are to come"
@@ -304,7 +327,7 @@ def _check_mask_size(
     if mask.shape[0] != batch:
         raise ValueError(f"attention_mask must have {batch} rows, got {mask.shape[0]}")
     if isinstance(past, torch.Tensor) and torch.compiler.is_compiling():
-        return  # reading a static cache's length would break the graph
+        return  # reading a static cache's length would break the compiled graph
     if mask.shape[1] != int(past) + length:
         raise ValueError(
             f"attention_mask must cover {int(past)} cached and {length} new tokens, "
@@ -337,14 +360,14 @@ def _check_positions(position_ids: torch.Tensor, batch: int, length: int) -> Non
 def count_positions(
     mask: torch.Tensor | None, length: int, past: int | torch.Tensor, device: torch.device
 ) -> torch.Tensor:
-    """[B or 1, T]: how many unmasked tokens of its row stand before each new token."""
+    """[B or 1, T]: number of unmasked tokens before each new token in its row."""
     if mask is None:
         return torch.arange(length, device=device).unsqueeze(0) + past
     return ((mask != 0).long().cumsum(-1) - 1).clamp(min=0)[:, -length:]
 
 
 def _key_mask(mask: torch.Tensor | None, keys: int) -> torch.Tensor | None:
-    """bool [B, keys]; slots of a static cache beyond the mask are hidden by causality, whatever
-    stands here.
+    """bool [B, keys]. Slots of a static cache beyond the mask are hidden by causality, so their
+    values do not matter.
     """
     return None if mask is None else nn.functional.pad(mask != 0, (0, keys - mask.shape[1]))

@@ -1,5 +1,5 @@
-"""Packed rows: several sequences in one row, described by positions that restart or by flash
-attention's arguments.
+"""Packed rows: several sequences per row, marked by restarting positions or flash attention's
+arguments.
 """
 
 import torch
@@ -7,8 +7,8 @@ from torch.nn.functional import pad
 
 
 def go_back(position_ids: torch.Tensor | None) -> bool:
-    """Whether positions decrease within a row, which is packed then. While compiling: whether there
-    are positions.
+    """Whether positions decrease within a row, as in packed rows. While compiling: whether
+    positions are given.
     """
     if not isinstance(position_ids, torch.Tensor) or position_ids.dim() != 2:
         return False  # rejected where they are used
@@ -20,8 +20,8 @@ def go_back(position_ids: torch.Tensor | None) -> bool:
 def find_starts(position_ids: torch.Tensor) -> torch.Tensor | None:
     """Start of each position's sequence: int64 [B or 1, T].
 
-    As in transformers, a position that is not one more than its predecessor begins a sequence. None
-    where every row is one sequence; while compiling, when values cannot be read, never None.
+    As in transformers, a position that is not its predecessor plus one begins a sequence. None if
+    every row is one sequence; never None while compiling, when values cannot be read.
 
     Args:
         position_ids: int [B or 1, T].
@@ -40,19 +40,19 @@ def given_starts(
     max_length_k: int | None = None,
     seq_idx: torch.Tensor | None = None,
 ) -> torch.Tensor | None:
-    """As `find_starts`, from the arguments of transformers' DataCollatorWithFlattening; None where
-    none is given.
+    """`find_starts` from the arguments of transformers' DataCollatorWithFlattening; None if none is
+    given.
 
     Args:
         shape: (B, T).
-        cu_seq_lens_q: int [sequences + 1], each one's start in the concatenated rows, and B * T.
+        cu_seq_lens_q: int [sequences + 1], each start in the concatenated rows, and B * T.
         cu_seq_lens_k: as cu_seq_lens_q, with the same values.
-        max_length_q, max_length_k: the longest sequence's length, or more; with cu_seq_lens_q.
-        seq_idx: int [B or 1, T], changing from sequence to sequence.
+        max_length_q, max_length_k: length of the longest sequence or more; with cu_seq_lens_q.
+        seq_idx: int [B or 1, T], changing from one sequence to the next.
 
     Raises:
-        TypeError: no tensor of integers, or no int.
-        ValueError: values that do not fit the rows or each other.
+        TypeError: a value is not an integer tensor, or not an int.
+        ValueError: values do not fit the rows or each other.
     """
     found: dict[str, torch.Tensor] = {}
     for name, lengths in (("cu_seq_lens_q", cu_seq_lens_q), ("cu_seq_lens_k", cu_seq_lens_k)):
@@ -78,23 +78,23 @@ def given_starts(
 def find_sequences(
     shape: tuple[int, int], position_ids: torch.Tensor | None, obstacle: str | None, **described
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """Sequences of a call's rows: (position_ids, start of each position's sequence or None).
+    """Sequences in a call's rows: (position_ids, start of each position's sequence or None).
 
     Args:
         shape: (B, T).
-        position_ids: the call's. Default: made of `described`.
-        obstacle: name of an argument that excludes packing, if the call has one: positions that
-            restart mean nothing beside it.
+        position_ids: the call's. Default: derived from `described`.
+        obstacle: name of an argument that excludes packing, if the call has one: restarting
+            positions are not interpreted with it.
         described: arguments of `given_starts`.
 
     Raises:
         TypeError: as `given_starts`.
-        ValueError: as `given_starts`; arguments that disagree with position_ids, or come with an
+        ValueError: as `given_starts`; or arguments that contradict position_ids or come with an
             obstacle.
     """
     name = next((name for name, value in described.items() if value is not None), None)
     if name is not None and obstacle is not None:
-        raise ValueError(f"{name} describes packed rows, which take no {obstacle}")
+        raise ValueError(f"{name} describes packed rows, which do not support {obstacle}")
     if obstacle is not None:
         return position_ids, None
     fitting = isinstance(position_ids, torch.Tensor) and tuple(position_ids.shape) in (
@@ -116,7 +116,7 @@ def find_sequences(
 def check_same_starts(
     name: str, starts: torch.Tensor | None, other_name: str, other: torch.Tensor | None
 ) -> None:
-    """Raise ValueError unless two arguments begin sequences at the same positions; None is one
+    """Raise ValueError unless two arguments begin sequences at the same positions; None means one
     sequence per row.
     """
     if not all(_readable(tensor) for tensor in (starts, other) if tensor is not None):
@@ -137,14 +137,14 @@ def positions_within(starts: torch.Tensor) -> torch.Tensor:
 
 
 def ends_of(starts: torch.Tensor) -> torch.Tensor:
-    """End of each position's sequence, exclusive: as `starts`."""
+    """End (exclusive) of each position's sequence, shaped as `starts`."""
     begins = positions_within(starts) == 0
     return next_place(pad(begins[:, 1:], (0, 1)), after=1)
 
 
 def next_place(marks: torch.Tensor, after: int = 0) -> torch.Tensor:
-    """bool [B, T] -> int64 [B, T]: `after` plus the first marked index from each index on, or T
-    where there is none.
+    """bool [B, T] -> int64 [B, T]: `after` plus the first marked index at or after each index, T if
+    there is none.
     """
     length = marks.shape[1]
     places = (torch.arange(length, device=marks.device) + after).masked_fill(~marks, length)
@@ -152,7 +152,7 @@ def next_place(marks: torch.Tensor, after: int = 0) -> torch.Tensor:
 
 
 def _readable(tensor: torch.Tensor) -> bool:
-    """Whether values can be read: not while compiling, nor of a meta tensor."""
+    """Whether values can be read: not while compiling, and not on the meta device."""
     return not (torch.compiler.is_compiling() or tensor.is_meta)
 
 
@@ -172,7 +172,7 @@ def _from_lengths(name: str, lengths: torch.Tensor, shape: tuple[int, int]) -> t
         lengths[0] != 0 or lengths[-1] != rows * length or (lengths.diff() < 0).any()
     ):
         raise ValueError(
-            f"{name} must rise from 0 to the number of tokens, {rows * length}, "
+            f"{name} must increase from 0 to the number of tokens, {rows * length}, "
             f"got {lengths.tolist()}"
         )
     places = torch.arange(rows * length, device=lengths.device)
@@ -192,7 +192,7 @@ def _check_longest(name: str, longest: int | torch.Tensor, lengths: torch.Tensor
     if isinstance(longest, bool) or not isinstance(longest, (int, torch.Tensor)):
         raise TypeError(f"{name} must be an int, got {type(longest).__name__}")
     if lengths is None:
-        raise ValueError(f"{name} has a meaning only with cu_seq_lens_q")
+        raise ValueError(f"{name} needs cu_seq_lens_q")
     if _readable(lengths) and longest < (real := int(lengths.diff().max())):
         raise ValueError(
             f"{name} must be at least the longest sequence of cu_seq_lens_q, {real}, "

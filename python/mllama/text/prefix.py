@@ -11,23 +11,21 @@ def count_prefix(
     shape: torch.Size,
     first_key: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Length of each row's prompt, its padding on the left included: positions before the first of
-    type 1.
-
+    """Length of each row's prompt including left padding: positions before the first type 1.
     Args:
         token_type_ids: int [B, T], 0 for the prompt, 1 for the completion.
-        attention_mask: [B, T], zero where padded (types there do not matter), or None.
-        shape: (B, T), of the tokens.
-        first_key: int64 [B or 1, T], start of each position's sequence, for rows that hold several
-            sequences with a prompt each.
-
+        token_type_ids: int [B, T], 0 for the prompt, 1 for the completion.
+        attention_mask: [B, T], zero where padded (types there are ignored), or None.
+        shape: (B, T) of the tokens.
+        first_key: int64 [B or 1, T], start of each position's sequence, for packed rows with
+            several prompts.
     Returns:
-        int64 [B], as `Decoder.forward` takes it. With `first_key` [B, T], the end of the prompt of
+        int64 [B], as `Decoder.forward` takes it. With `first_key`, [B, T]: the end of the prompt of
         each position's sequence.
 
     Raises:
-        TypeError: types that are no integers.
-        ValueError: types of another shape, or a 0 after a 1.
+        TypeError: types are not integers.
+        ValueError: types have the wrong shape, or a 0 after a 1.
     """
     if not isinstance(token_type_ids, torch.Tensor) or token_type_ids.is_floating_point():
         raise TypeError(

@@ -1,4 +1,4 @@
-"""A family of models: everything about it that differs from other families, in one place."""
+"""A model family: everything that differs between families, in one place."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -15,14 +15,14 @@ Config = dict[str, Any]
 
 @dataclass(frozen=True)
 class Gguf:
-    """A family's decoder as llama.cpp has it.
+    """A family's decoder in llama.cpp's format.
 
     Attributes:
         architecture: `general.architecture`.
-        hidden_act: names of its activation, the first where the file is read.
-        rope_types: scalings of the rotary frequencies that it has.
-        permuted: q_proj's and k_proj's rows are pairs that rotate, not halves.
-        norm_shift: the file's norms are the model's and this.
+        hidden_act: names of its activation; the first is used when reading.
+        rope_types: supported types of rotary scaling.
+        permuted: rows of q_proj and k_proj are rotary pairs instead of halves.
+        norm_shift: added to the model's norm weights in the file.
         tied: the output head is always the embedding matrix.
     """
 
@@ -36,28 +36,27 @@ class Gguf:
 
 @dataclass(frozen=True)
 class Family:
-    """One kind of model.
+    """A kind of model.
 
     Attributes:
         name: its `model_type`.
-        defaults: what config.json need not say: transformers' defaults of every field that is read
-            here. Parts have tables of their own in it.
-        parts: fields with a config of their own, and the defaults of each kind that they may be
-            of; the first where the file does not say which.
-        read: a complete config -> the spec. Raises ValueError for what cannot be.
-        weight_map: spec -> the rows between the files' tensors and the model's.
-        translate: changes the content of a config.json that has spellings of the family's own.
-        settle: changes a complete config where fields follow from one another.
-        written_as: config -> the config that it is written under, which may be another family's.
-        stock_class: transformers' class of such a model; None where there is none.
-        processor: the kind of its processor in `mllama.processing`: "merged", "tiled",
-            "paligemma", "images"; None where a tokenizer is enough.
-        stock_processor: the processor's class in transformers.
-        stock_prefixes: (ours, transformers'): how the names of modules begin in memory, the first
-            that fits a name; what is not there has one name.
+        defaults: transformers' defaults of every config field that is read; parts are nested.
+        parts: fields with a config of their own, and the defaults for each kind that is accepted;
+            the first is used if the file does not name one.
+        read: a complete config -> the spec. Raises ValueError for invalid values.
+        weight_map: spec -> rows that map the files' tensors to the model's.
+        translate: rewrites the family's own spellings in the content of a config.json.
+        settle: fills in fields of a complete config that follow from others.
+        written_as: config -> the config that is written, which may be another family's.
+        stock_class: transformers' class for such a model, or None.
+        processor: kind of its processor in `mllama.processing`: "merged", "tiled", "paligemma",
+            "images"; None for a tokenizer alone.
+        stock_processor: transformers' class of the processor.
+        stock_prefixes: (ours, transformers') prefixes of module names in memory; the first match
+            applies, other names are equal.
         write: config -> content of config.json, without dtype and version.
-        also: further `model_type`s of files that hold such a model: their content -> ours.
-        gguf: the decoder as llama.cpp has it; None where it has none.
+        also: other `model_type`s that are read as this family: their content -> ours.
+        gguf: the decoder in llama.cpp's format, or None.
     """
 
     name: str
@@ -77,12 +76,12 @@ class Family:
     gguf: Gguf | None = None
 
     def from_json(self, content: Config) -> Config:
-        """A complete config from the content of a config.json: absent fields have their defaults,
-        older spellings are translated, fields that could steer what code runs are gone.
+        """A complete config from the content of a config.json: defaults are filled in, older
+        spellings translated, and fields that could decide what code runs removed.
 
         Raises:
-            ValueError: a part of another kind, quantized weights, rotary frequencies that cannot
-                be. What else is wrong `compose` finds.
+            ValueError: a part of an unsupported kind, quantized weights, or invalid rotary
+                parameters. `compose` checks the rest.
         """
         content = harmless(content)
         kind = content.get("model_type", self.name)
@@ -97,16 +96,16 @@ class Family:
         return self.settle(config | {"model_type": self.name})
 
     def compose(self, content: Config) -> ModelSpec:
-        """The checked spec of a config, which may be the content of a config.json.
+        """The checked spec of a config, or of the content of a config.json.
 
         Raises:
-            ValueError: sizes and choices that cannot be; the text names the field.
+            ValueError: invalid sizes or choices; the message names the field.
         """
         return self.read(self.from_json(content))
 
     def to_json(self, config: Config) -> Config:
-        """The content of a config.json, without dtype and version: of a config, or of the fields
-        of one that are not at their defaults.
+        """The content of a config.json, without dtype and version, for a complete config or its
+        non-default fields.
         """
         named = {"model_type": self.name}
         if self.stock_class is not None:
@@ -115,7 +114,7 @@ class Family:
 
 
 def _part(name: str, part: Any, kinds: tuple[Config, ...], absent: Config) -> Config:
-    """A complete config of a part; `absent` where the file says nothing of it."""
+    """A complete config of a part; `absent` if the file has none."""
     if part is None:
         part = absent
     check_kind("config", name, part, dict)
@@ -129,10 +128,10 @@ def _part(name: str, part: Any, kinds: tuple[Config, ...], absent: Config) -> Co
 
 
 def complete(owner: str, content: Config, defaults: Config) -> Config:
-    """A config or a part of one with its defaults, the rotary frequencies in one spelling.
+    """Fill in the defaults of a config or part, with rotary parameters in one spelling.
 
     Raises:
-        ValueError: quantized weights, rotary frequencies that cannot be.
+        ValueError: quantized weights, or invalid rotary parameters.
     """
     if content.get("quantization_config") is not None:
         raise ValueError(

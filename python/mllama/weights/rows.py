@@ -1,9 +1,9 @@
-"""Weight maps between the tensors of a file and a model's: rows that rename, drop, concatenate,
-split and reshape, each one invertible.
+"""Weight maps between the tensors of a file and of a model. Rows rename, drop, concatenate, split
+and reshape tensors; each is invertible.
 
-A weight map is a list of rows, one per group of tensors. It is read from top to bottom, and the
-first row that knows a name decides. In a name's pattern `{}` stands for a layer's number and `*`
-for any rest, the same on both sides. "Ours" is the model's side, "theirs" the file's.
+A weight map is a list of rows, one per group of tensors. The first row that matches a name applies.
+In a pattern `{}` stands for a layer's number and `*` for any rest, the same on both sides. "Ours"
+is the model's side, "theirs" the file's.
 """
 
 import re
@@ -14,34 +14,34 @@ from typing import Protocol
 
 import torch
 
-Binding = tuple[int | None, str | None]  # what `{}` and `*` of a pattern stand for
+Binding = tuple[int | None, str | None]  # values of `{}` and `*` in a pattern
 
 
 class Step(Protocol):
-    """A change of a tensor's values or shape on its way from the file to the model, and back."""
+    """A change of a tensor's values or shape between file and model."""
 
     def read(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The file's tensor as the model has it. Raises RuntimeError or ValueError for a shape that
-        it cannot be.
+        """Convert the file's tensor to the model's. Raises RuntimeError or ValueError for an
+        invalid shape.
         """
 
     def write(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The model's tensor as the file has it."""
+        """Convert the model's tensor to the file's."""
 
 
 @dataclass(frozen=True)
 class Permute:
-    """Rotary pairs <-> halves: files of Meta and GGUF rotate neighbours (2i, 2i + 1) of a head, the
+    """Rotary pairs <-> halves: files of Meta and GGUF rotate neighbors (2i, 2i + 1) of a head, the
     model (i, i + d/2).
 
     Attributes:
-        heads: along the first axis: query heads for q_proj, key-value heads for k_proj.
+        heads: heads along the first axis: query heads for q_proj, key-value heads for k_proj.
     """
 
     heads: int
 
     def read(self, tensor: torch.Tensor) -> torch.Tensor:
-        """[heads * d, ...] of neighbours -> of halves."""
+        """[heads * d, ...]: pairs -> halves."""
         return (
             tensor.reshape(self.heads, -1, 2, *tensor.shape[1:])
             .transpose(1, 2)
@@ -49,7 +49,7 @@ class Permute:
         )
 
     def write(self, tensor: torch.Tensor) -> torch.Tensor:
-        """[heads * d, ...] of halves -> of neighbours."""
+        """[heads * d, ...]: halves -> pairs."""
         return (
             tensor.reshape(self.heads, 2, -1, *tensor.shape[1:])
             .transpose(1, 2)
@@ -59,7 +59,7 @@ class Permute:
 
 @dataclass(frozen=True)
 class Reshape:
-    """The same values under another shape.
+    """The same values in another shape.
 
     Attributes:
         ours, theirs: the two shapes.
@@ -79,16 +79,16 @@ class Reshape:
 
 @dataclass(frozen=True)
 class Shift:
-    """A constant between the two: ours = theirs + amount."""
+    """A constant difference: ours = theirs + amount."""
 
     amount: float
 
     def read(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Theirs + amount, in the tensor's type."""
+        """theirs + amount, in the tensor's dtype."""
         return tensor + self.amount
 
     def write(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Ours - amount, in the tensor's type."""
+        """ours - amount, in the tensor's dtype."""
         return tensor - self.amount
 
 
@@ -99,13 +99,12 @@ def _of_shape(tensor: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
 
 
 class Row:
-    """One group of tensors: some of ours are made of some of theirs.
+    """One group of tensors: some of the model's, computed from some of the file's.
 
     Attributes:
         ours: patterns of the model's names.
-        theirs: patterns of the file's names, as they are written.
-        spellings: `theirs`, and further sets of names that files are known to have; those are read,
-            never written.
+        theirs: patterns of the file's names, as written.
+        spellings: `theirs` and other sets of names that are read but never written.
     """
 
     def __init__(
@@ -117,9 +116,9 @@ class Row:
     ):
         """
         Args:
-            ours, theirs, also: as the attributes.
-            index: a file's layer number -> the model's; where given, other layers are not this
-                row's.
+            ours, theirs: see the attributes.
+            also: the other spellings.
+            index: a file's layer number -> the model's; other layers do not match this row.
         """
         self.ours, self.theirs, self.spellings = (
             tuple(ours),
@@ -130,9 +129,7 @@ class Row:
         self._theirs_of = None if index is None else {mine: layer for layer, mine in index.items()}
 
     def find(self, name: str) -> tuple[Binding, int] | None:
-        """What a file's name stands for here: the binding on our side and its place in `theirs`;
-        None where this row does not know it.
-        """
+        """Match a file's name: its binding and index in `theirs`, or None."""
         for spelling in self.spellings:
             for place, pattern in enumerate(spelling):
                 if (binding := _bind(pattern, name, self._ours_of)) is not None:
@@ -140,7 +137,7 @@ class Row:
         return None
 
     def find_ours(self, name: str) -> tuple[Binding, int] | None:
-        """The same of one of the model's names: its binding and its place in `ours`."""
+        """Match a model's name: its binding and index in `ours`, or None."""
         for place, pattern in enumerate(self.ours):
             binding = _bind(pattern, name)
             if binding is not None and (self._theirs_of is None or binding[0] in self._theirs_of):
@@ -148,11 +145,11 @@ class Row:
         return None
 
     def our_names(self, binding: Binding) -> list[str]:
-        """The model's names of a binding."""
+        """The model's names for a binding."""
         return [_fill(pattern, binding) for pattern in self.ours]
 
     def file_names(self, binding: Binding) -> list[str]:
-        """The file's names of a binding, as written."""
+        """The file's names for a binding, as written."""
         layer, rest = binding
         return [
             _fill(pattern, (layer if self._theirs_of is None else self._theirs_of[layer], rest))
@@ -160,16 +157,16 @@ class Row:
         ]
 
     def read(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """Theirs -> ours. Raises RuntimeError or ValueError for shapes that they cannot be."""
+        """theirs -> ours. Raises RuntimeError or ValueError for invalid shapes."""
         raise NotImplementedError
 
     def write(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """Ours -> theirs."""
+        """ours -> theirs."""
         raise NotImplementedError
 
 
 class Rename(Row):
-    """Tensors that change their names, and their values by the steps given."""
+    """Tensors that are renamed, and changed by the given steps."""
 
     def __init__(
         self,
@@ -196,7 +193,7 @@ class Rename(Row):
 
 
 class Drop(Row):
-    """Tensors of files that the model has no use for: read past, never written."""
+    """Tensors of files that the model does not use: ignored, never written."""
 
     def __init__(self, theirs: str):
         super().__init__((), (theirs,))
@@ -206,7 +203,7 @@ class Drop(Row):
 
 
 class Concat(Row):
-    """Several tensors of the file are one of the model's, one after the other along an axis."""
+    """Several tensors of the file form one of the model's, concatenated along an axis."""
 
     def __init__(
         self,
@@ -221,7 +218,7 @@ class Concat(Row):
         Args:
             ours, theirs, also, index: as `Row`.
             dim: the axis.
-            sizes: of the parts along it; None: all of one size.
+            sizes: sizes of the parts along it. Default: equal.
         """
         super().__init__((ours,), theirs, also, index)
         self.dim, self.sizes = dim, sizes
@@ -234,7 +231,7 @@ class Concat(Row):
 
 
 class Split(Row):
-    """One tensor of the file is several of the model's, cut along an axis."""
+    """One tensor of the file is split into several of the model's along an axis."""
 
     def __init__(
         self,
@@ -304,13 +301,13 @@ def _fill(pattern: str, binding: Binding) -> str:
 
 @dataclass
 class Move:
-    """Some tensors of a file that make some of the model's.
+    """Tensors of a file that form tensors of the model.
 
     Attributes:
-        row: how.
+        row: the row that converts them.
         ours: the model's names.
-        theirs: the file's names, None for one that has not been found.
-        written: the names they would be written under, for errors.
+        theirs: the file's names; None for a tensor that was not found.
+        written: the names that would be written, for errors.
     """
 
     row: Row
@@ -322,15 +319,15 @@ class Move:
 def plan_moves(
     weight_map: WeightMap, names: Iterable[str]
 ) -> tuple[list[Move], list[str], list[str]]:
-    """How a file's tensors become the model's.
+    """Match a file's tensors with the model's.
 
     Args:
-        weight_map: between them.
-        names: the file's.
+        weight_map: the map between them.
+        names: the file's names.
 
     Returns:
-        The moves, in the order of the names; the names that no row knows; and "one and other" for
-        names of one and the same tensor.
+        The moves, in the order of the names; the names that no row matches; and "one and other"
+        for two names of the same tensor.
     """
     moves: dict[tuple[Row, Binding], Move] = {}
     unknown, twice = [], []
@@ -356,21 +353,21 @@ def plan_moves(
 
 
 def file_names(weight_map: WeightMap, name: str) -> list[str]:
-    """The names of the file's tensors that hold one of the model's.
+    """The names of the file's tensors that contain one of the model's.
 
     Raises:
-        ValueError: no row knows it.
+        ValueError: no row matches.
     """
     row, binding, _ = _writer(weight_map, name)
     return row.file_names(binding)
 
 
 def to_file(weight_map: WeightMap, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The model's tensors as the file has them.
+    """Convert the model's tensors to the file's.
 
     Raises:
-        ValueError: a tensor that no row knows, or one without the others that go into the same
-            tensor of the file.
+        ValueError: no row matches a tensor, or other tensors that form the same tensor of the file
+            are missing.
     """
     groups: dict[tuple[Row, Binding], list[torch.Tensor | None]] = {}
     for name, tensor in tensors.items():

@@ -86,7 +86,7 @@ optimizer = AdamW([p for p in model.parameters() if p.requires_grad], lr=2e-2, w
 scaler = GradScaler()
 model.train()
 losses = []
-for _ in range(15):
+for _ in range(40):
     for batch in dataloader:
         optimizer.zero_grad()
         with autocast():

@@ -1,5 +1,5 @@
-"""The header of a GGUF file, through the gguf library, with every number in it bounded by the
-file's size before it is used.
+"""Reads the header of a GGUF file with the gguf library. Every number in it is bounded by the
+file's size before use.
 """
 
 import functools
@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 
 try:
-    import gguf  # the other modules take it from here
+    import gguf  # re-exported to the other modules
 except ImportError as error:  # an optional dependency
     raise ImportError(
-        "GGUF files are read and written by the package gguf: pip install 'mllama[convert]'"
+        "reading and writing GGUF files needs the package gguf: pip install 'mllama[convert]'"
     ) from error
 
 if not all(
@@ -22,22 +22,20 @@ if not all(
     for name in ("_get", "_get_field_parts", "_get_tensor_info_field")
 ):
     raise ImportError(
-        "this version of the package gguf reads in another way, which is not bounded here: pip "
+        "this version of the package gguf has another reader, which is not bounded here: pip "
         "install gguf==0.19.0"
     )
 
-_READS_MAX = (
-    2**21
-)  # of numbers and texts of a header; Llama 4's, with its vocabulary and merges, takes 1.3 million
-_DIMS_MAX = 4  # as ggml's GGML_MAX_DIMS
-_ARRAY = int(gguf.GGUFValueType.ARRAY)  # a plain number compares many times faster
+_READS_MAX = 2**21  # limit of values in a header; Llama 4's vocabulary and merges take 1.3 million
+_DIMS_MAX = 4  # ggml's GGML_MAX_DIMS
+_ARRAY = int(gguf.GGUFValueType.ARRAY)  # an int compares much faster
 
 
 class _Reader(gguf.GGUFReader):
-    """gguf's reader. It believes what a file says: a count beyond the file's end makes it loop
-    without end, and arrays in arrays recurse.
+    """gguf's reader with bounds. The original trusts the file: a count beyond its end loops without
+    limit, and nested arrays recurse.
 
-    All that it reads goes through `_get`, so what is bounded there is bounded everywhere.
+    All reads go through `_get`, so bounds there apply everywhere.
     """
 
     _reads = 0
@@ -47,7 +45,7 @@ class _Reader(gguf.GGUFReader):
         if self.byte_order != "I":
             raise ValueError("it is of the other byte order")
         if not 0 <= start <= end <= len(self._bytes):
-            raise ValueError("it ends before what its header speaks of")
+            raise ValueError("it ends before the end of its header")
         self._reads += 1
         if self._reads > _READS_MAX:
             raise ValueError("its header has too many values")
@@ -57,11 +55,11 @@ class _Reader(gguf.GGUFReader):
     def _bytes(self) -> np.ndarray:
         return np.asarray(
             self.data
-        )  # a view of it: slices of a plain array are smaller and sooner made than a memmap's
+        )  # a view: slices of a plain array are smaller and faster than a memmap's
 
     def _get_field_parts(self, orig_offs, raw_type):
-        """As gguf's, but an array of numbers is one view and an array of texts one for each, where
-        gguf makes several for every element.
+        """As gguf's, but one view for an array of numbers and one per text for an array of texts;
+        gguf makes several per element.
         """
         if raw_type != _ARRAY:
             return super()._get_field_parts(orig_offs, raw_type)
@@ -83,30 +81,29 @@ class _Reader(gguf.GGUFReader):
     def _get_tensor_info_field(self, orig_offs):
         field = super()._get_tensor_info_field(orig_offs)
         if (dims := field.parts[2][0]) > _DIMS_MAX:
-            raise ValueError(f"it has a tensor of {dims} dimensions; at most {_DIMS_MAX} are read")
+            raise ValueError(f"it has a tensor of {dims} dimensions; at most {_DIMS_MAX} are valid")
         return field
 
 
 class GgufHeader:
-    """Metadata and tensor entries of a GGUF file. No tensor is read.
+    """Metadata and tensor entries of a GGUF file. Tensors are not read.
 
     Attributes:
         path: the file.
-        tensors: by their names, in the order in which they lie in the file. They neither overlap
-            nor leave it.
+        tensors: entries by name, in file order. They neither overlap nor leave the file.
     """
 
     def __init__(self, path: str | os.PathLike):
         """
         Raises:
-            FileNotFoundError: no such file.
-            ValueError: it is no GGUF file, or a broken one.
+            FileNotFoundError: the file does not exist.
+            ValueError: it is not a valid GGUF file.
         """
         self.path = Path(path)
         if not self.path.is_file():
             raise FileNotFoundError(f"no GGUF file {str(path)!r}")
         collecting = gc.isenabled()
-        # every text is an object: looking for garbage among them takes as long as the reading
+        # Every text is an object: collecting garbage among them takes as long as reading.
         gc.disable()
         try:
             with np.errstate(over="raise"):  # offsets are added as uint64
@@ -127,15 +124,15 @@ class GgufHeader:
                 gc.enable()
 
     def get(self, key: str, kind: type, default: Any = None) -> Any:
-        """A value of the metadata.
+        """A metadata value.
 
         Args:
-            key: its full name.
+            key: the full name.
             kind: int, float, bool, str or list.
-            default: where the file has no such key; None: it must have.
+            default: value for a missing key. None: the key is required.
 
         Raises:
-            ValueError: there is none, or it is of another kind.
+            ValueError: the key is missing, or its value has another type.
         """
         if key not in self._fields:
             if default is None:
@@ -144,7 +141,7 @@ class GgufHeader:
         field = self._fields[key]
         value = field.contents()
         if field.types == [gguf.GGUFValueType.FLOAT32]:
-            value = float(str(np.float32(value)))  # 1e-05 and not 9.999999747378752e-06
+            value = float(str(np.float32(value)))  # 1e-05 instead of 9.999999747378752e-06
         if kind is float and type(value) is int:
             value = float(value)
         if type(value) is not kind:
@@ -164,6 +161,6 @@ def _laid_out(reader: _Reader) -> dict[str, gguf.ReaderTensor]:
         if not tensor.n_elements:
             raise ValueError(f"{tensor.name} has no elements")
         if tensor.data_offset < free:
-            raise ValueError(f"{tensor.name} overlaps what lies before it")
+            raise ValueError(f"{tensor.name} overlaps the data before it")
         free = tensor.data_offset + tensor.n_bytes
     return {tensor.name: tensor for tensor in tensors}

@@ -1,10 +1,10 @@
-"""GGUF files, llama.cpp's: text models of the architectures `llama`, `gemma`, `gemma2` and
-`gemma3`, in every type of block that the gguf library knows.
+"""Reads GGUF files (llama.cpp): text models of the architectures `llama`, `gemma`, `gemma2` and
+`gemma3`, in every block type that the gguf library supports.
 
-A file has the weights, the sizes, and the tokenizer (`tokenizer.py`); `writer.py` writes
-one. Against Hugging Face's layout the rows of a llama's q_proj and k_proj are permuted (pairs that
-rotate are neighbours), a gemma's norms hold 1 + w, and Llama 3's scaling of the rotary frequencies
-is a tensor of the factors that it comes to.
+A file has the weights, the sizes and the tokenizer (`tokenizer.py`); `writer.py` writes one. It
+differs from Hugging Face's layout: rows of a llama's q_proj and k_proj are permuted (rotary pairs
+are neighbors), a gemma's norms are stored as 1 + w, and Llama 3's rotary scaling is a tensor of
+factors.
 """
 
 import os
@@ -24,11 +24,11 @@ from mllama.families import FAMILIES
 from mllama.weights.family import Config, Gguf
 from mllama.weights.rows import Drop, Permute, Rename, Row, Shift, WeightMap
 
-# our own: all that generation ends with, in order; llama.cpp has keys for three and knows others by
-# their texts
+# Our own key: all ids that end generation, in order. llama.cpp has keys for three, and finds others
+# by their text.
 ENDS = "mllama.eos_token_ids"
 EOM = "<|eom_id|>"  # the end of a message that calls a tool
-# Tokens that llama.cpp ends an answer at wherever a vocabulary has them, from its llama-vocab.cpp.
+# Tokens that end an answer in llama.cpp if the vocabulary has them (llama-vocab.cpp).
 _TURN_ENDS = (
     "<|eot_id|>",
     "<|im_end|>",
@@ -47,7 +47,7 @@ _CONTROL_ENDS = (
     "<|return|>",
     "<|call|>",
     "<end_of_utterance>",
-)  # where they are no plain text
+)  # unless they are plain text
 
 _Type = gguf.GGMLQuantizationType
 _PLAIN = {_Type.F32: torch.float32, _Type.F16: torch.float16, _Type.BF16: torch.bfloat16}
@@ -62,8 +62,8 @@ def weight_map(gguf: Gguf, spec: ModelSpec) -> WeightMap:
     """The rows between a GGUF file's tensors and the text part of a model.
 
     Args:
-        gguf: of its decoder's family.
-        spec: of the model.
+        gguf: format of the decoder's family.
+        spec: the model's spec.
     """
     norm = [Shift(-gguf.norm_shift)] if gguf.norm_shift else []
     norms = _FOUR_NORMS if spec.text.layers[0].post_norms else _TWO_NORMS
@@ -88,7 +88,7 @@ def weight_map(gguf: Gguf, spec: ModelSpec) -> WeightMap:
             Rename(f"{layer}.mlp.{name}_proj.*", f"{block}.ffn_{name}.*")
             for name in ("gate", "up", "down")
         ),
-        Drop(ROPE_FREQS),  # the config has what it says
+        Drop(ROPE_FREQS),  # the config has its content
     ]
     return rows
 
@@ -99,7 +99,7 @@ _FOUR_NORMS = {
     "post_attention_layernorm": "post_attention_norm",
     "pre_feedforward_layernorm": "ffn_norm",
     "post_feedforward_layernorm": "post_ffw_norm",
-    "self_attn.q_norm": "attn_q_norm",  # these two of Gemma 3
+    "self_attn.q_norm": "attn_q_norm",  # this and the next: Gemma 3
     "self_attn.k_norm": "attn_k_norm",
 }
 
@@ -107,9 +107,8 @@ _FOUR_NORMS = {
 class GgufSource:
     """The tensors of a GGUF file.
 
-    F32, F16 and BF16 are read as they are. Blocks are dequantised, and are float32: so "auto", the
-    dtype that most elements have, is float32 for a quantised file, and the file's own for one of
-    halves.
+    F32, F16 and BF16 are read unchanged. Quantized blocks are dequantized to float32, so "auto",
+    the dtype of most elements, is float32 for a quantized file.
     """
 
     mapped = False
@@ -117,7 +116,7 @@ class GgufSource:
     def __init__(self, header: GgufHeader):
         """
         Raises:
-            ValueError: a type of block that the gguf library does not dequantise.
+            ValueError: the gguf library cannot dequantize a block type.
         """
         self.where = str(header.path)
         self._path = header.path
@@ -133,11 +132,11 @@ class GgufSource:
             )
 
     def headers(self) -> dict[str, Header]:
-        """Every tensor's shape, and the dtype that `read` gives."""
+        """Every tensor's shape, and the dtype that `read` returns."""
         return self._headers
 
     def read(self, name: str) -> torch.Tensor:
-        """One tensor, in memory of its own.
+        """Read one tensor into memory of its own.
 
         Raises:
             ValueError: the file has become shorter.
@@ -150,11 +149,11 @@ class GgufSource:
             return torch.from_numpy(data).view(_PLAIN[kind]).reshape(self._headers[name].shape)
         with np.errstate(
             all="ignore"
-        ):  # a broken file's scales may be infinite; so are its weights then
+        ):  # a broken file's scales may be infinite, and its weights too
             return torch.from_numpy(gguf.dequantize(data.reshape(stored), kind))
 
     def close(self) -> None:
-        """Nothing is held open."""
+        """Nothing to close."""
 
     def __enter__(self) -> "GgufSource":
         return self
@@ -169,21 +168,22 @@ def _check_type(where: str, name: str, kind: gguf.GGMLQuantizationType) -> None:
         gguf.dequantize(np.zeros((1, size), np.uint8), kind)
     except NotImplementedError as error:
         raise ValueError(
-            f"{where}: {name} is of the type {kind.name}, which the gguf library cannot dequantise"
+            f"{where}: {name} has the type {kind.name}, which the gguf library cannot dequantize"
         ) from error
 
 
 def open_gguf(path: str | os.PathLike, config: Config | None = None) -> Opened:
-    """Open a GGUF file: its header is read, and of its tensors the rotary factors at most.
+    """Open a GGUF file. Reads its header, and of the tensors only the rotary factors.
 
     Args:
         path: the file.
-        config: takes the place of the file's own.
+        config: replaces the file's own.
 
     Raises:
-        FileNotFoundError: no such file.
-        ValueError: it is none, a broken one, one of several parts, or of a model that is not read.
-        TypeError: a config of another family.
+        FileNotFoundError: the file does not exist.
+        ValueError: it is not a valid GGUF file, is one of several parts, or has an unsupported
+            model.
+        TypeError: config is another family's.
     """
     header = GgufHeader(path)
     if (parts := header.get("split.count", int, 1)) > 1:
@@ -271,8 +271,8 @@ def _sizes(header: GgufHeader, architecture: str) -> dict[str, Any]:
 
 
 def _ids(header: GgufHeader) -> dict[str, Any]:
-    """The special tokens' ids; None for what the file does not name, since a config's own defaults
-    are another model's.
+    """The special tokens' ids; None for those that the file does not name, because a config's
+    defaults are another model's.
     """
     found: dict[str, Any] = {}
     vocabulary = int(header.tensors["token_embd.weight"].shape[1])
@@ -290,7 +290,7 @@ def _ids(header: GgufHeader) -> dict[str, Any]:
                 f"{vocabulary} tokens"
             )
         found[f"{name}_token_id"] = value if value >= 0 else None
-    # The end of a text, and what an answer of a chat ends with, where that is another.
+    # The end of a text, and the end of a chat answer if it is another token.
     named = [
         value
         for name in ("eos", "eot", "eom")

@@ -10,7 +10,7 @@ from mllama.checkpoints.sources import Source
 from mllama.config.checks import check_size
 
 ROPE_FREQS = "rope_freqs.weight"
-# What Meta's Llama 3 files of every size have; they differ in the factor.
+# Values of Meta's Llama 3 files of every size; only the factor differs.
 LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
 ORIGINAL_CONTEXT = 8192
 
@@ -20,10 +20,11 @@ def read_rope(
 ) -> dict[str, Any]:
     base = header.get(f"{architecture}.rope.freq_base", float, 10000.0)
     kind = header.get(f"{architecture}.rope.scaling.type", str, "none")
-    older = f"{architecture}.rope.scale_linear"  # of 2023's files
+    older = f"{architecture}.rope.scale_linear"  # in files of 2023
     if kind not in ("none", "linear"):
         raise ValueError(
-            f"{header.path}: {architecture}.rope.scaling.type {kind[:50]!r} is not read; 'none' "
+            f"{header.path}: {architecture}.rope.scaling.type {kind[:50]!r} is not read; "
+            "'none' "
             "and 'linear' are"
         )
     factor = header.get(
@@ -49,7 +50,7 @@ def read_rope(
 def _llama3(
     header: GgufHeader, source: Source, base: float, head_dim: int, original: int
 ) -> dict[str, Any]:
-    """The parameters that rope_freqs.weight comes of; empty where it scales nothing."""
+    """The parameters behind rope_freqs.weight; empty if it scales nothing."""
     shape = source.headers()[ROPE_FREQS].shape
     if shape != (head_dim // 2,):
         raise ValueError(
@@ -58,9 +59,9 @@ def _llama3(
         )
     parameters = llama3_parameters(source.read(ROPE_FREQS), head_dim, base, original)
     if parameters is None:
-        said = ", ".join(f"{name} {value}" for name, value in LLAMA3.items())
+        constants = ", ".join(f"{name} {value}" for name, value in LLAMA3.items())
         raise ValueError(
-            f"{header.path}: {ROPE_FREQS} is no scaling of Llama 3 with {said}, an original "
+            f"{header.path}: {ROPE_FREQS} is no scaling of Llama 3 with {constants}, an original "
             f"context of {original} tokens and one factor; "
             "others are not read"
         )
@@ -70,13 +71,13 @@ def _llama3(
 def llama3_parameters(
     factors: torch.Tensor, head_dim: int, base: float, original: int
 ) -> dict[str, Any] | None:
-    """The parameters of Llama 3's scaling that these factors come of; empty where they scale
-    nothing, None for those of another.
+    """The parameters of Llama 3's scaling that give these factors; empty if they scale nothing,
+    None for another scaling.
     """
     stored = factors.double()
     if bool((stored == 1).all()):
         return {}
-    factor = round(float(stored[-1]), 4)  # the slowest pair's is the whole factor
+    factor = round(float(stored[-1]), 4)  # the slowest pair has the full factor
     parameters = {
         "rope_type": "llama3",
         "factor": factor,
@@ -89,7 +90,7 @@ def llama3_parameters(
 
 
 def rope_factors(head_dim: int, base: float, parameters: dict[str, Any]) -> torch.Tensor:
-    """What Llama 3's scaling divides each rotary frequency by: float64 [head_dim / 2]. Formula of
+    """Divisors of the rotary frequencies in Llama 3's scaling: float64 [head_dim / 2]. Formula of
     transformers' `rope_type` "llama3".
     """
     factor, low, high = (
@@ -99,5 +100,5 @@ def rope_factors(head_dim: int, base: float, parameters: dict[str, Any]) -> torc
         -torch.arange(0, head_dim, 2, dtype=torch.float64, device="cpu") / head_dim
     )
     turns = parameters["original_max_position_embeddings"] * frequencies / (2 * math.pi)
-    kept = ((turns - low) / (high - low)).clamp(0, 1)
-    return 1 / ((1 - kept) / factor + kept)
+    keep = ((turns - low) / (high - low)).clamp(0, 1)
+    return 1 / ((1 - keep) / factor + keep)

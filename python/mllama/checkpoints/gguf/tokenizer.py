@@ -1,9 +1,9 @@
-"""The tokenizer of a GGUF file, and a tokenizer as a GGUF file has it.
+"""Reads the tokenizer of a GGUF file, and writes a tokenizer into one.
 
-Two kinds: `gpt2`, byte-level BPE with a pre-tokenizer that has a name (`tokenizer.ggml.pre`), and
-`llama`, SentencePiece's BPE with a score for each token. Transformers' own conversion does not know
-the pre-tokenizer of SmolLM, nor that Llama 3 takes a word that is a token without merging; so both
-are put together here, from the parts of the tokenizers library, as llama.cpp reads them.
+There are two kinds: `gpt2`, byte-level BPE with a named pre-tokenizer (`tokenizer.ggml.pre`), and
+`llama`, SentencePiece's BPE with a score per token. transformers' conversion supports neither
+SmolLM's pre-tokenizer nor Llama 3's rule that a word which is a token is not split. So both are
+built here from parts of the tokenizers library, as llama.cpp reads them.
 """
 
 import json
@@ -25,23 +25,26 @@ from tokenizers.models import BPE
 from mllama.checkpoints.gguf.header import GgufHeader, gguf
 
 _SPACE = "\u2581"  # SentencePiece's space
-_TOKEN_MAX = 512  # characters of one token; its merges are found by trying every cut of it
+_TOKEN_MAX = 512  # characters per token; merges are found by trying every split of it
 _BYTE = re.compile("<0x[0-9A-F]{2}>")
 _KEYS = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
 
 _GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)"
-_LLAMA3 = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_LLAMA3 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 
 
 def _split(*patterns: str) -> pre_tokenizers.PreTokenizer:
-    """Cuts by one regular expression after the other, then bytes."""
+    """Split by one regular expression after the other, then into bytes."""
     cuts = [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in patterns]
     return pre_tokenizers.Sequence(
         [*cuts, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
     )
 
 
-# llama.cpp's names, as its llama-vocab.cpp has them; the first of several spellings is written.
+# llama.cpp's names (llama-vocab.cpp); the first of several spellings is written.
 _PRE = {
     "llama-bpe": _split(_LLAMA3),
     "llama3": _split(_LLAMA3),
@@ -59,7 +62,7 @@ _WHOLE_WORDS = (
     "llama-bpe",
     "llama3",
     "llama-v3",
-)  # a word that is a token is taken whole, and BOS is added
+)  # a word that is a token is not split, and BOS is added
 
 
 class GgufTokenizer(NamedTuple):
@@ -73,14 +76,14 @@ class GgufTokenizer(NamedTuple):
 
 
 def read_tokenizer(path: str | os.PathLike) -> GgufTokenizer:
-    """The tokenizer inside a GGUF file.
+    """Read the tokenizer of a GGUF file.
 
-    Control tokens are special; tokens of the user are found in any text, and are not. BOS and EOS
-    are added as the file says, and as llama.cpp does where it says nothing.
+    Control tokens are special; user-defined tokens are found in any text but are not special. BOS
+    and EOS are added as the file says, by default as in llama.cpp.
 
     Raises:
-        FileNotFoundError: no such file.
-        ValueError: it is none, a broken one, or has a tokenizer of another kind.
+        FileNotFoundError: the file does not exist.
+        ValueError: it is not a valid GGUF file, or its tokenizer is of another kind.
     """
     header = GgufHeader(path)
     tokens, kinds = (
@@ -102,7 +105,7 @@ def read_tokenizer(path: str | os.PathLike) -> GgufTokenizer:
     model = header.get("tokenizer.ggml.model", str)
     if model not in ("gpt2", "llama"):
         raise ValueError(
-            f"{path}: a tokenizer.ggml.model {model[:50]!r} is not read; 'gpt2' and 'llama' are"
+            f"{path}: tokenizer.ggml.model {model[:50]!r} is not read; 'gpt2' and 'llama' are"
         )
     named = {f"{name}_token": _token(header, tokens, key) for name, key in _KEYS.items()}
     try:
@@ -149,7 +152,7 @@ def read_tokenizer(path: str | os.PathLike) -> GgufTokenizer:
 
 
 def _add_ends(backend: Tokenizer, bos: str | None, eos: str | None) -> None:
-    """Let a tokenizer put BOS before and EOS behind every text."""
+    """Make a tokenizer add BOS before and EOS after every text."""
     single = " ".join(part for part in (bos, "$A", eos) if part)
     ends = [(token, backend.token_to_id(token)) for token in {bos or eos, eos or bos} if token]
     backend.post_processor = processors.TemplateProcessing(single=single, special_tokens=ends)
@@ -175,7 +178,7 @@ def _byte_level(
     pre = _pre(header)
     if pre not in _PRE:
         raise ValueError(
-            f"{header.path}: a tokenizer.ggml.pre {pre[:50]!r} is not read; {', '.join(_PRE)} are"
+            f"{header.path}: tokenizer.ggml.pre {pre[:50]!r} is not read; {', '.join(_PRE)} are"
         )
     merges = [tuple(merge.split(" ", 1)) for merge in header.get("tokenizer.ggml.merges", list, [])]
     backend = Tokenizer(
@@ -219,7 +222,7 @@ def _sentencepiece(
 def _merges(
     vocabulary: dict[str, int], scores: dict[str, float], whole: set[str]
 ) -> list[tuple[str, str]]:
-    """The merges of tokens with scores: every cut of a token into two others, the highest score
+    """The merges of tokens with scores: every split of a token into two others, highest score
     first.
     """
     merges = []
@@ -237,20 +240,19 @@ def _merges(
 
 
 def add_tokenizer(writer: gguf.GGUFWriter, tokenizer: Any, vocabulary: int) -> None:
-    """Put a tokenizer into the metadata of a GGUF file.
+    """Write a tokenizer into the metadata of a GGUF file.
 
-    SentencePiece's merges are told by a score for each token, the earlier the higher: that is all
-    of them for tokenizers that come from SentencePiece.
+    SentencePiece's merges are encoded as a score per token, earlier merges higher. For tokenizers
+    that come from SentencePiece this is complete.
 
     Args:
-        writer: of the file.
-        tokenizer: a `TextTokenizer`, or a fast one of transformers, whose model is BPE.
-        vocabulary: rows of the model's embedding matrix; what the tokenizer does not name is filled
-            up with unused tokens.
+        writer: the file's writer.
+        tokenizer: a `TextTokenizer`, or a fast tokenizer of transformers, with a BPE model.
+        vocabulary: rows of the model's embedding matrix; ids without a token become unused tokens.
 
     Raises:
-        TypeError: no such tokenizer.
-        ValueError: one of another kind, or with more tokens than the model.
+        TypeError: tokenizer is of another type.
+        ValueError: it has another model than BPE, or more tokens than the model.
     """
     backend = getattr(tokenizer, "backend_tokenizer", None) or getattr(tokenizer, "backend", None)
     if not isinstance(backend, Tokenizer):
@@ -281,7 +283,7 @@ def add_tokenizer(writer: gguf.GGUFWriter, tokenizer: Any, vocabulary: int) -> N
             kind = (
                 gguf.TokenType.CONTROL if added[place]["special"] else gguf.TokenType.USER_DEFINED
             )
-            if kind == gguf.TokenType.USER_DEFINED:  # these are found in text as it stands
+            if kind == gguf.TokenType.USER_DEFINED:  # matched in unnormalized text
                 token = token.replace(_SPACE, " ")
         elif sentencepiece and _BYTE.fullmatch(token):
             kind = gguf.TokenType.BYTE
@@ -315,10 +317,10 @@ def add_tokenizer(writer: gguf.GGUFWriter, tokenizer: Any, vocabulary: int) -> N
 
 
 def _pre_name(state: dict[str, Any]) -> str:
-    """llama.cpp's name of a pre-tokenizer, from a tokenizer's state.
+    """llama.cpp's name for a pre-tokenizer, from a tokenizer's state.
 
     Raises:
-        ValueError: it has none.
+        ValueError: there is none.
     """
     found = _without_offsets(state["pre_tokenizer"])
     for name, known in _PRE.items():
@@ -329,17 +331,17 @@ def _pre_name(state: dict[str, Any]) -> str:
             and _without_offsets(json.loads(backend.to_str())["pre_tokenizer"]) == found
         ):
             return name
-    said = (
+    description = (
         f"its pre-tokenizer is {str(found)[:200]}, its normalizer {str(state['normalizer'])[:100]}"
     )
     raise ValueError(
-        f"the tokenizer cannot be written as GGUF: {said}; of byte-level ones those of "
-        f"{', '.join(_PRE)} can"
+        f"the tokenizer cannot be written as GGUF: {description}; supported byte-level ones are "
+        f"{', '.join(_PRE)}"
     )
 
 
 def _without_offsets(part: Any) -> Any:
-    """A tokenizer's part without what only moves offsets."""
+    """A tokenizer's part without fields that affect offsets only."""
     if isinstance(part, dict):
         return {
             name: _without_offsets(value) for name, value in part.items() if name != "trim_offsets"

@@ -1,4 +1,4 @@
-"""What Gemma 2's and 3's GGUF files say beyond a Llama's, and what llama.cpp knows without them."""
+"""Fields of Gemma 2's and 3's GGUF files beyond Llama's, and llama.cpp's defaults for them."""
 
 from typing import Any, NamedTuple
 
@@ -6,13 +6,13 @@ from mllama.checkpoints.gguf.header import GgufHeader
 
 
 class _Known(NamedTuple):
-    """llama.cpp's own values of an architecture (its llama-model.cpp).
+    """llama.cpp's constants of an architecture (llama-model.cpp).
 
     Attributes:
-        window: where the file names none; 0 is none.
-        period: every so many-th layer sees all positions.
+        window: default window; 0 is none.
+        period: every period-th layer attends to all positions.
         softcaps: of the attention scores and of the logits; 0 is none.
-        large: how many layers the 27B model has, whose scale follows from the width.
+        large: number of layers of the 27B model, whose scale follows from the width.
     """
 
     window: int
@@ -27,16 +27,16 @@ WINDOWED = {"gemma2": _Known(4096, 2, (50.0, 30.0), 46), "gemma3": _Known(0, 6, 
 def window_arguments(
     header: GgufHeader, architecture: str, sizes: dict[str, Any], rope: dict[str, Any]
 ) -> dict[str, Any]:
-    """Fields of a Gemma 2 or 3 config that other Gemmas do not have.
+    """Fields of a Gemma 2 or 3 config that Gemma 1 does not have.
 
     Args:
-        header: the file's.
+        header: the file's header.
         architecture: "gemma2" or "gemma3".
         sizes: the fields that every config has.
         rope: rotary parameters of the layers without a window.
 
     Raises:
-        ValueError: values of another kind, or that cannot be.
+        ValueError: values have the wrong type or are invalid.
     """
     known, layers = WINDOWED[architecture], sizes["num_hidden_layers"]
     window = header.get(f"{architecture}.attention.sliding_window", int, known.window)

@@ -1,4 +1,4 @@
-"""A model's text part as a GGUF file, as llama.cpp's converter writes it."""
+"""Writes a model's text part as a GGUF file, as llama.cpp's converter does."""
 
 import os
 import warnings
@@ -43,29 +43,28 @@ def write_gguf(
     dtype: str = "f16",
     ends: Sequence[int] = (),
 ) -> None:
-    """Write a Llama or Gemma decoder and its tokenizer to a GGUF file, whole or not at all.
-    llama.cpp runs it, `from_pretrained` reads it.
+    """Write a Llama or Gemma decoder and its tokenizer to a GGUF file, atomically. llama.cpp and
+    `from_pretrained` can read it.
 
-    Of a vision-language model it is the text part, and a UserWarning says so. Norms and biases are
-    float32, and so exact, but for Gemma's: the file holds 1 + w, rounded to float32. Weights of the
-    type that is written come back as they were.
+    A UserWarning says so if other parts of a vision-language model are left out. Norms and biases
+    are float32 and exact, except Gemma's norms: the file has 1 + w, rounded to float32. Weights
+    already in the written dtype are exact.
 
     Args:
-        spec: of the model whose decoder is written.
-        state_dict: of that model.
-        tokenizer: transformers'; goes into the file with its special tokens and chat template. A
-            byte-level BPE with a pre-tokenizer that llama.cpp has a name for, or a BPE of
-            SentencePiece.
-        path: of the file, *.gguf by custom. Its folder is made if absent.
-        dtype: "f16", "bf16" or "q8_0" (blocks of 32 weights in 8 bits and a scale); a matrix whose
-            rows are no multiple of 32 is then f16.
-        ends: ids that generation ends with.
+        spec: the model's spec.
+        state_dict: the model's state dict.
+        tokenizer: transformers' tokenizer, written with its special tokens and chat template. A
+            byte-level BPE with a pre-tokenizer that llama.cpp knows, or a SentencePiece BPE.
+        path: the file, usually *.gguf. Its folder is created if needed.
+        dtype: "f16", "bf16" or "q8_0" (blocks of 32 weights in 8 bits and a scale; a matrix whose
+            rows are not a multiple of 32 is f16).
+        ends: ids that end generation.
 
     Raises:
-        ValueError: a model with LoRA layers, with cross-attention layers or anything else that
-            llama.cpp's llama and gemma are not; weights too large for f16; a tokenizer that the
-            format cannot hold, or with more tokens than the model; another dtype.
-        TypeError: a tokenizer of another kind.
+        ValueError: the model has LoRA layers, cross-attention layers or anything else that
+            llama.cpp's llama and gemma do not have; weights are too large for f16; the tokenizer
+            cannot be represented, or has more tokens than the model; dtype is unknown.
+        TypeError: the tokenizer is of another type.
     """
     if dtype not in _KINDS:
         raise ValueError(f"dtype must be one of {', '.join(map(repr, _KINDS))}, got {dtype!r}")
@@ -80,7 +79,7 @@ def write_gguf(
         for name, tensor in state_dict.items()
         if name.startswith(("language_model.", "lm_head.")) and name not in tied
     }
-    # Norms and biases in float32 from here on: 1 + w would lose most of w in a half.
+    # Norms and biases are float32 from here on: 1 + w would lose most of w in 16 bits.
     tensors = to_file(
         weight_map(gguf_form, spec),
         {name: tensor.float() if tensor.dim() == 1 else tensor for name, tensor in state.items()},
@@ -141,8 +140,8 @@ def _check_ends(ends: Sequence[int], vocabulary: int) -> None:
 
 
 def _add_ends(writer: gguf.GGUFWriter, ends: Sequence[int], tokenizer: Any) -> None:
-    """The ends that are not the tokenizer's EOS, by the keys that llama.cpp has, and all of them by
-    one of ours.
+    """Write the end ids other than the tokenizer's EOS under llama.cpp's keys, and all of them
+    under our own.
     """
     eom = tokenizer.get_vocab().get(EOM)
     others = [end for end in ends if end not in (eom, tokenizer.eos_token_id)]
@@ -155,17 +154,17 @@ def _add_ends(writer: gguf.GGUFWriter, ends: Sequence[int], tokenizer: Any) -> N
 
 
 def _kind(tensor: torch.Tensor, kind: gguf.GGMLQuantizationType) -> gguf.GGMLQuantizationType:
-    """As llama.cpp's converter chooses."""
+    """The type that llama.cpp's converter chooses."""
     if tensor.dim() == 1:
         return _Type.F32
     return kind if tensor.shape[-1] % gguf.GGML_QUANT_SIZES[kind][0] == 0 else _Type.F16
 
 
 def find_gguf_form(text: TextSpec) -> Gguf:
-    """How llama.cpp has a decoder.
+    """llama.cpp's format for a decoder.
 
     Raises:
-        ValueError: one that it has not; the text names the field.
+        ValueError: there is none; the message names the field.
     """
     if text.cross_attention_layers:
         raise ValueError(
@@ -191,7 +190,7 @@ def find_gguf_form(text: TextSpec) -> Gguf:
     rope = text.layers[0].rope
     if {*text.layers} != {LayerSpec(rope=rope)}:
         raise ValueError(
-            "layers that differ, or that have a window, a softcap or further norms, cannot be "
+            "layers that differ, or with a window, a softcap or post-norms, cannot be "
             "written as GGUF"
         )
     if rope.rope_type not in form.rope_types:
@@ -204,7 +203,7 @@ def find_gguf_form(text: TextSpec) -> Gguf:
 
 
 def _llama3(head_dim: int, rope: RopeSpec) -> torch.Tensor:
-    """The rotary factors. Raises ValueError for those that would be read back as others."""
+    """The rotary factors. Raises ValueError if they would not be read back equal."""
     parameters = asdict(rope)
     base, original = rope.rope_theta, rope.original_max_position_embeddings
     factors = rope_factors(head_dim, base, parameters).float()
@@ -235,7 +234,7 @@ def _add_sizes(writer: gguf.GGUFWriter, text: TextSpec) -> None:
     if rope.rope_type == "linear":
         writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
         writer.add_rope_scaling_factor(rope.factor)
-    # Tells our reader what the factors come of.
+    # Our reader derives the factors' parameters from it.
     original = rope.original_max_position_embeddings
     if rope.rope_type == "llama3" and original != ORIGINAL_CONTEXT:
         writer.add_rope_scaling_orig_ctx_len(original)

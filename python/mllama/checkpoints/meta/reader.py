@@ -1,5 +1,5 @@
-"""Meta's own folders: params.json, consolidated.*.pth and the names of Meta's reference code, for
-Llama 3.x and Llama-3.2-Vision.
+"""Reads Meta's own folders of Llama 3.x and Llama-3.2-Vision: params.json, consolidated.*.pth, and
+the tensor names of Meta's reference code.
 """
 
 import math
@@ -17,7 +17,7 @@ from mllama.families.mllama import EXTRA_EMBEDDINGS
 from mllama.weights.family import Config
 
 PARAMS = "params.json"
-# What params.json does not say of the vision tower: constants of Meta's code.
+# Sizes of the vision encoder that params.json does not have: constants of Meta's code.
 VISION = {
     "hidden_size": 1280,
     "intermediate_size": 5120,
@@ -32,21 +32,21 @@ _SPECIAL = 256  # special tokens, the last of the vocabulary
 _ROPE_FACTOR_32 = (
     (2048, 16),
     (3072, 28),
-)  # (dim, n_layers) of 1B and 3B; the others have 8, which Meta's code uses for all
-_FINER = 4  # times more patches than the file has positions for, at most, are interpolated
+)  # (dim, n_layers) of 1B and 3B; the others have 8, Meta's default
+_FINER = 4  # positions are interpolated to at most this many times the file's
 
 
 def open_meta(folder: str | Path) -> Opened:
-    """A folder as Meta ships it: its config, and its tensors under Meta's names, parallel shards
-    put together.
+    """Open a folder as Meta ships it: its config, and its tensors with Meta's names, merged from
+    parallel shards.
 
     Args:
-        folder: with params.json and consolidated.pth, or consolidated.00.pth, consolidated.01.pth
-            and so on.
+        folder: a folder with params.json and consolidated.pth, or consolidated.00.pth,
+            consolidated.01.pth and so on.
 
     Raises:
-        FileNotFoundError: no params.json, no weights, or a shard that is not there.
-        ValueError: params.json or a shard is broken, is of no Llama 3, or the two do not fit each
+        FileNotFoundError: params.json, the weights or a shard is missing.
+        ValueError: params.json or a shard is broken or not a Llama 3's, or they do not fit each
             other.
     """
     folder = Path(folder)
@@ -129,14 +129,14 @@ def _open_vision(params: "_Params", text: dict[str, Any], source: "MetaSource") 
 
 
 def _fusion(self_layers: int, cross_layers: int) -> range:
-    """Meta's schedule, from the last one on: the self-attention layers that a cross-attention layer
-    stands before, evenly spread.
+    """Meta's schedule, from the last layer on: the self-attention layers that follow a
+    cross-attention layer, evenly spread.
     """
     return range(self_layers - 1, -1, -math.ceil(self_layers / cross_layers))[:cross_layers]
 
 
 def _text_arguments(params: "_Params") -> dict[str, Any]:
-    """The config of the decoder, cross-attention layers left out."""
+    """The config of the decoder, without cross-attention layers."""
     dim, layers, heads = (params.count(name) for name in ("dim", "n_layers", "n_heads"))
     kv_heads, vocabulary = params.count("n_kv_heads", heads), params.count("vocab_size")
     if dim % (2 * heads) or heads % kv_heads:
@@ -175,13 +175,11 @@ def _text_arguments(params: "_Params") -> dict[str, Any]:
 
 
 def _special_ids(vocabulary: int) -> dict[str, Any]:
-    """Meta's special tokens as a config has them; none where the vocabulary has no room for them
-    beside the single bytes.
-    """
+    """Config fields of Meta's special tokens; empty if the vocabulary is too small for them."""
     if vocabulary < 256 + _SPECIAL:
         return {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
     first = vocabulary - _SPECIAL
-    # Meta stops at end of text, end of message and end of turn, whatever the model.
+    # Meta stops at end of text, end of message and end of turn for every model.
     return {
         "bos_token_id": first,
         "eos_token_id": [first + 1, first + 8, first + 9],
@@ -195,7 +193,7 @@ def _generation(text: Config) -> dict[str, Any] | None:
 
 
 def _text_shapes(prefix: str, text: dict[str, Any]) -> dict[str, tuple[int | None, ...]]:
-    """Tensors that show every size of the decoder."""
+    """Tensors whose shapes show every size of the decoder."""
     dim, vocabulary = text["hidden_size"], text["vocab_size"]
     kv_dim = dim // text["num_attention_heads"] * text["num_key_value_heads"]
     return {
@@ -212,11 +210,11 @@ def _check_fit(
     shapes: dict[str, tuple[int | None, ...]],
     counts: dict[str, int],
 ) -> None:
-    """Before anything of the sizes that params.json gives is built: the shards must have them.
+    """Check that the shards have the sizes in params.json, before anything is built.
 
     Args:
-        shapes: {tensor: its shape}, None for a size that may be any.
-        counts: {name of a list of layers: how many it has}.
+        shapes: {tensor: its shape}, None for any size.
+        counts: {name of a list of layers: its length}.
     """
     wrong = []
     for name, shape in shapes.items():
@@ -234,13 +232,11 @@ def _check_fit(
         if len(numbers) != count:
             wrong.append(f"there are {len(numbers)} {stem}, not {count}")
     if wrong:
-        raise ValueError(
-            f"{path} and the shards beside it do not fit each other: {'; '.join(wrong)}"
-        )
+        raise ValueError(f"{path} and its shards do not fit each other: {'; '.join(wrong)}")
 
 
 class _Params:
-    """The content of params.json, its numbers checked one by one."""
+    """The content of params.json; numbers are checked when read."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -252,12 +248,12 @@ class _Params:
 
     @property
     def has_vision(self) -> bool:
-        """Whether it is of Llama-3.2-Vision: Meta's code asks no more."""
+        """Whether it is a Llama-3.2-Vision, by the test in Meta's code."""
         return self.content.get("vision_chunk_size", -1) != -1
 
     def count(self, name: str, default: int | None = None) -> int:
-        """A whole number of at least 1. Raises ValueError for another thing, and for none without a
-        default.
+        """An integer of at least 1. Raises ValueError for anything else, or if it is missing and
+        there is no default.
         """
         value = self._get(name, default)
         if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= SIZE_MAX:
@@ -268,7 +264,7 @@ class _Params:
         return value
 
     def number(self, name: str) -> float:
-        """A number above 0. Raises ValueError for another thing, and for none."""
+        """A number above 0. Raises ValueError for anything else, or if it is missing."""
         value = self._get(name, None)
         if (
             not isinstance(value, (int, float))

@@ -1,5 +1,5 @@
-"""The tensors of Meta's consolidated.*.pth, parallel shards put together. Only plain tensors are
-read from these pickles.
+"""Tensors of Meta's consolidated.*.pth, merged from parallel shards. Only plain tensors are read
+from these pickles.
 """
 
 import re
@@ -16,17 +16,18 @@ from mllama.checkpoints.sources import Header
 
 _MAPPED = (
     2**26
-    # bytes read from a mapping before it is given back, or a 32nd of the files: mapping them again
-    # reads their pickles
+    # Bytes read from a mapping before it is reopened, or a 32nd of the files: reopening reads the
+    # pickles again.
 )
 
-# The axis along which Meta's parallel layers cut a tensor; the tensors of no pattern are whole in
-# every shard.
+# The axis along which Meta's parallel layers split a tensor. Tensors that match no pattern are
+# whole in every shard.
 _CUT = (
     (
         0,
         re.compile(
-            r"(.*\.)?(w[qkv13]|c_fc|_linear|vision_projection|output|tok_embeddings|learnable_embedding)\.(weight|bias)"
+            r"(.*\.)?(w[qkv13]|c_fc|_linear|vision_projection|output|tok_embeddings"
+            r"|learnable_embedding)\.(weight|bias)"
         ),
     ),
     (1, re.compile(r"(.*\.)?(wo|w2|c_proj)\.weight")),
@@ -34,24 +35,22 @@ _CUT = (
 
 
 class MetaSource:
-    """The tensors of consolidated.*.pth; of parallel shards the parts are put together, one tensor
-    at a time.
+    """The tensors of consolidated.*.pth. Parallel shards are merged one tensor at a time.
 
-    Only plain tensors are read from the pickles in these files; whatever else they hold is refused
-    and never tried another way.
+    Only plain tensors are read from the pickles; any other content is rejected, without a fallback.
     """
 
     def __init__(self, where: str, paths: Sequence[Path]):
         """
         Args:
-            where: the folder, for errors.
+            where: the folder, used in errors.
             paths: the shards, in order.
 
         Raises:
-            ValueError: a shard holds something else, or they are not parts of one model.
+            ValueError: a shard has other content, or the shards are not parts of one model.
         """
         self.where = where
-        self.mapped = len(paths) == 1  # parts are put together in memory of their own
+        self.mapped = len(paths) == 1  # merged tensors have memory of their own
         self._paths = tuple(paths)
         self._open: dict[Path, dict[str, torch.Tensor]] = {}
         self._read, self._keep = (
@@ -78,11 +77,11 @@ class MetaSource:
         self._headers = {name: self._whole(name, header) for name, header in shards[0].items()}
 
     def headers(self) -> dict[str, Header]:
-        """Every tensor's shape and type, parts put together, in the order of the files."""
+        """Every merged tensor's shape and dtype, in file order."""
         return self._headers
 
     def read(self, name: str) -> torch.Tensor:
-        """One tensor: of a single file a view of its mapping, which is given back now and then;
+        """Read one tensor: a view of the mapping for a single file, which is reopened now and then;
         else a tensor of its own.
         """
         axis = _axis(name)
@@ -103,7 +102,7 @@ class MetaSource:
         return tensor
 
     def same(self, name: str, other: str) -> bool:
-        """Whether two tensors, cut along the same axis, are equal."""
+        """Whether two tensors, split along the same axis, are equal."""
         if self._headers[name] != self._headers[other]:
             return False
         pairs = ((self._parts(path)[name], self._parts(path)[other]) for path in self._paths)
@@ -114,7 +113,7 @@ class MetaSource:
         return equal
 
     def close(self) -> None:
-        """Let go of the mapped files. Idempotent."""
+        """Release the mapped files. Idempotent."""
         self._open, self._read = {}, 0
 
     def __enter__(self) -> "MetaSource":
@@ -146,7 +145,7 @@ def find_shards(folder: Path) -> list[Path]:
 
     Raises:
         FileNotFoundError: there are none, or one is missing.
-        ValueError: other names than Meta gives.
+        ValueError: file names are not Meta's.
     """
     names = sorted(path.name for path in folder.glob("consolidated*.pth"))
     if not names:
@@ -159,11 +158,11 @@ def find_shards(folder: Path) -> list[Path]:
 
 
 def _load(path: Path) -> dict[str, torch.Tensor]:
-    """The tensors of a .pth, mapped.
+    """The tensors of a .pth file, memory-mapped.
 
     Raises:
-        ValueError: it is no archive of torch.save's, holds something else than tensors by name, or
-            more of them than its size has room for.
+        ValueError: it is not an archive of torch.save, contains anything but tensors by name, or
+            claims more tensors than its size allows.
     """
     try:
         with zipfile.ZipFile(path) as archive:
@@ -182,8 +181,8 @@ def _load(path: Path) -> dict[str, torch.Tensor]:
         isinstance(name, str) and _is_plain(value) for name, value in content.items()
     ):
         raise ValueError(f"{path} must hold dense tensors by their names, and nothing else")
-    # Two names may share their memory, as tied tensors do; many could fill any memory from a small
-    # file.
+    # Two names may share memory, as tied tensors do; many of them could exhaust the memory from a
+    # small file.
     if (
         sum(tensor.nbytes for name, tensor in content.items() if not name.endswith("output.weight"))
         > path.stat().st_size

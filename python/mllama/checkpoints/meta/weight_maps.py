@@ -1,6 +1,4 @@
-"""Meta's names of the tensors of Llama 3.x and Llama-3.2-Vision, and the changes between Meta's
-tensors and the model's.
-"""
+"""Maps between the tensors of Meta's Llama 3.x and Llama-3.2-Vision and the model's."""
 
 import math
 from dataclasses import dataclass
@@ -15,7 +13,7 @@ ENCODER = "vision_model.vision_encoder."
 
 
 def text_weight_map(spec: ModelSpec) -> list[Row]:
-    """Meta's names of a text model's tensors."""
+    """The map of a text model's tensors."""
     text = spec.text
     return [
         Rename("language_model.embed_tokens.weight", "tok_embeddings.weight"),
@@ -25,7 +23,7 @@ def text_weight_map(spec: ModelSpec) -> list[Row]:
 
 
 def vision_weight_map(spec: ModelSpec) -> list[Row]:
-    """Meta's names of the tensors of Llama-3.2-Vision."""
+    """The map of Llama-3.2-Vision's tensors."""
     text, vision = spec.text, spec.vision
     crossed = text.cross_attention_layers
     selves = [layer for layer in range(text.num_hidden_layers) if layer not in crossed]
@@ -96,7 +94,7 @@ def _cross_rows(index: dict[int, int]) -> list[Row]:
     theirs = "text_model.cross_attention_layers"
     names = {
         f"cross_attn.{kind}_proj": f"attention.w{kind}" for kind in "qkvo"
-    }  # no rotation here, so nothing to permute
+    }  # without rotary positions, rows are not permuted
     names |= {f"cross_attn.{kind}_norm": f"attention.{kind}_norm" for kind in "qk"}
     gates = {"cross_attn_attn_gate": "gate_attn", "cross_attn_mlp_gate": "gate_ffwd"}
     return _layer_rows(theirs, names, {}, index) + [
@@ -162,31 +160,31 @@ def _encoder_rows(vision: TiledVisionSpec) -> list[Row]:
 
 @dataclass(frozen=True)
 class First:
-    """A gate is one number; files may hold it several times."""
+    """A gate is one number, which files may contain several times."""
 
     def read(self, tensor: torch.Tensor) -> torch.Tensor:
         """The first element, as [1]."""
         return tensor.reshape(-1)[:1]
 
     def write(self, tensor: torch.Tensor) -> torch.Tensor:
-        """As it is."""
+        """Unchanged."""
         return tensor
 
 
 @dataclass(frozen=True)
 class Resample:
-    """Positions for another number of patches than the file has, as Meta's code makes them when it
-    loads: bilinear over the whole canvas.
+    """Resample positions to another number of patches, as Meta's code does on loading: bilinear
+    over the whole canvas.
 
     Attributes:
-        positions: per tile, the class token's included.
+        positions: positions per tile, the class token's included.
     """
 
     positions: int
 
     def read(self, tensor: torch.Tensor) -> torch.Tensor:
-        """[positions of the file, width], or [tiles, tiles, positions of the file, width] -> the
-        same with `positions`.
+        """[file positions, width] or [tiles, tiles, file positions, width] -> the same with
+        `positions`.
         """
         *tiles, given, width = tensor.shape
         if given == self.positions:
@@ -206,20 +204,20 @@ class Resample:
         return torch.cat((tensor[..., :1, :], grid.reshape(*tiles, new * new, width)), dim=-2)
 
     def write(self, tensor: torch.Tensor) -> torch.Tensor:
-        """As it is."""
+        """Unchanged."""
         return tensor
 
 
 @dataclass(frozen=True)
 class TileTable:
-    """Embeddings by row and column of a tile, against a table by aspect ratio: row 0 for no
-    picture, zeros for the tiles not used.
+    """Meta's embeddings by tile row and column <-> a table by aspect ratio, with row 0 for no image
+    and zeros for unused tiles.
 
     Attributes:
-        ratios: (tiles high, tiles wide) of each row of the table, from row 1 on.
-        tiles: of a picture at most.
-        positions: per tile.
-        width: of an embedding.
+        ratios: (rows, columns) of tiles for each row of the table, from row 1 on.
+        tiles: maximum number of tiles per image.
+        positions: positions per tile.
+        width: width of an embedding.
     """
 
     ratios: tuple[tuple[int, int], ...]
@@ -237,11 +235,11 @@ class TileTable:
         return table.flatten(1)
 
     def write(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The reverse; rows and columns that no ratio reaches are zeros.
+        """The inverse; rows and columns that no ratio uses are zeros.
 
         Raises:
-            ValueError: the table has several embeddings for a tile that Meta's layout has once, as
-                after training.
+            ValueError: the table has different embeddings for one tile of Meta's layout, as after
+                training.
         """
         table = tensor.unflatten(1, (self.tiles, self.positions, self.width))
         written = tensor.new_zeros(self.tiles, self.tiles, self.positions, self.width)
@@ -249,7 +247,7 @@ class TileTable:
             written[:high, :wide] = table[row, : high * wide].unflatten(0, (high, wide))
         if not torch.equal(self.read(written), tensor):
             raise ValueError(
-                "a tile has other embeddings in one aspect ratio than in another: Meta's layout "
+                "a tile has different embeddings in different aspect ratios: Meta's layout "
                 "cannot hold that"
             )
         return written

@@ -14,7 +14,6 @@ from mllama.dropin.generate import (
     text_to_tokens,
     token_to_text,
 )
-from mllama.dropin.layers import FusedFeedForward as FusedFeedforward
 from mllama.dropin.layers import KVCache, LLAMARotaryEmbedding, RMSNorm, compute_rope_params, rope
 from mllama.dropin.layers import RMSNorm as LLAMARMSNorm
 from mllama.dropin.multimodal import MllamaForConditionalGeneration, MultiModalProjector

@@ -1,5 +1,4 @@
 # ruff: noqa: F401
-from mllama.dropin.config import PaliGemmaConfig
 from mllama.dropin.layers import KVCache
 from mllama.dropin.multimodal import GemmaForCausalLM, PaliGemmaForConditionalGeneration
-from mllama.hf.names import GemmaConfig
+from mllama.hf.names import GemmaConfig, PaliGemmaConfig

@@ -1,11 +1,1 @@
-# ruff: noqa: F401
-from mllama.dropin.vision import (
-    SiglipAttention,
-    SiglipEncoder,
-    SiglipEncoderLayer,
-    SiglipMLP,
-    SiglipVisionConfig,
-    SiglipVisionEmbeddings,
-    SiglipVisionModel,
-    SiglipVisionTransformer,
-)
+from mllama.dropin.vision import SiglipVisionConfig, SiglipVisionModel  # noqa: F401

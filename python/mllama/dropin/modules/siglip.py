@@ -1,13 +1,13 @@
 # ruff: noqa: F401
-from mllama.dropin.vision import OlderSiglipEncoder as SiglipEncoder
-from mllama.dropin.vision import OlderSiglipTransformer as SiglipVisionTransformer
 from mllama.dropin.vision import (
     SiglipAttention,
+    SiglipEncoder,
+    SiglipEncoderLayer,
     SiglipMLP,
     SiglipModel,
     SiglipVisionConfig,
     SiglipVisionEmbeddings,
-    SiglipVisionEncoder,
+    SiglipVisionTransformer,
 )
+from mllama.dropin.vision import SiglipEncoderLayer as SiglipVisionEncoder
 from mllama.dropin.vision import SiglipVisionEmbeddings as SiglipVisionEmbedding
-from mllama.dropin.vision import SiglipVisionEncoder as SiglipEncoderLayer

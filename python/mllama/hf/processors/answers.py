@@ -1,8 +1,7 @@
-"""Which tokens of a conversation are the assistant's: for any chat template, found by rendering it
-with marked answers.
+"""Finds the assistant's tokens of a conversation for any chat template, by rendering it with marked
+answers.
 
-A template that marks them itself, by `{% generation %}`, is taken at its word, which is
-transformers' own way.
+If a template has `{% generation %}`, its own marks are used, as in transformers.
 """
 
 import os
@@ -22,10 +21,10 @@ from mllama.processing.messages import (
     unused_mark,
 )
 
-Span = tuple[int, int]  # of characters
+Span = tuple[int, int]  # (start, end) in characters
 _GENERATION = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 _COMMENT = re.compile(r"\{#.*?#\}", re.DOTALL)
-_ENOUGH = 5  # characters at the end of a prompt that are no chance
+_ENOUGH = 5  # characters at the end of a prompt that do not match by chance
 _THOUGHTS = ("reasoning_content", "thinking", "reasoning")
 
 
@@ -38,23 +37,22 @@ def apply_template(
     options: dict[str, Any],
     with_places: dict[str, Any],
 ) -> Any:
-    """What transformers' apply_chat_template returns, with contents in the form that the template
-    reads, and the assistant's tokens.
+    """transformers' apply_chat_template, with contents in the form that the template reads, and the
+    mask of the assistant's tokens.
 
     Args:
         call: transformers' method: (conversation, **options).
-        render: the same to text, of one conversation: (messages, **changes of options).
-        template: what is rendered.
-        tokenizer: whose tokens are marked.
+        render: the same as text, for one conversation: (messages, **option overrides).
+        template: the template.
+        tokenizer: the tokenizer whose tokens are marked.
         conversation: messages, or a list of conversations.
-        options: of `call`.
-        with_places: changes of options that make it return offset_mapping and
+        options: options of `call`.
+        with_places: option overrides that make it return offset_mapping and
             text_replacement_offsets.
 
     Raises:
-        TypeError, ValueError: messages that are none (`as_messages`), a conversation without an
-            answer, answers that cannot be found in what the template writes, or that it should mark
-            and does not.
+        TypeError, ValueError: messages are invalid (`as_messages`), a conversation has no answer,
+            or answers cannot be found in the template's output or are not marked by it.
     """
     batched, conversations = as_batch(conversation)
     conversations = [fit_contents(messages, render) for messages in conversations]
@@ -63,13 +61,13 @@ def apply_template(
         return call(given, **options)
     for name in ("continue_final_message", "sanitize_control_tokens"):
         if options.get(name):
-            raise ValueError(f"{name} and return_assistant_tokens_mask exclude each other")
+            raise ValueError(f"{name} and return_assistant_tokens_mask cannot be combined")
     for number, messages in enumerate(conversations):
         if not any(message["role"] == ASSISTANT for message in messages):
             roles = ", ".join(dict.fromkeys(message["role"] for message in messages))
             raise ValueError(
-                f"conversation {number} has no message whose role is {ASSISTANT}, so no token of "
-                f"it is the model's: {roles}"
+                f"conversation {number} has no message with the role {ASSISTANT}, so no token is "
+                f"the model's: {roles}"
             )
     if _GENERATION.search(_COMMENT.sub("", str(template))):
         return _all_marked(call(given, **options), options)
@@ -77,7 +75,7 @@ def apply_template(
         raise ValueError("return_assistant_tokens_mask needs tokenize=True and return_dict=True")
     if not getattr(tokenizer, "is_fast", False):
         raise ValueError(
-            "return_assistant_tokens_mask needs a fast tokenizer, which tells where its tokens "
+            "return_assistant_tokens_mask needs a fast tokenizer, which returns where its tokens "
             "stand in the text"
         )
     names = _special_names(tokenizer)
@@ -107,18 +105,18 @@ def as_batch(conversation: Any) -> tuple[bool, list[list[dict]]]:
 def find_answers(
     messages: list[dict], render: Callable[..., str], names: re.Pattern, number: int = 0
 ) -> list[Span]:
-    """Return where in `render(messages)` the assistant speaks: from the end of the prompt for an
-    answer to its end token, inclusive.
+    """Spans of the assistant's text in `render(messages)`: from the end of each answer's prompt to
+    its end token, inclusive.
 
     Args:
-        messages: as `as_messages` returns them.
+        messages: as returned by `as_messages`.
         render: (messages, add_generation_prompt=None) -> text; None is as in the text that is
             tokenized.
-        names: matches the special tokens' texts, which are not to be cut.
-        number: of the conversation, for errors.
+        names: matches special tokens' texts, which must not be split.
+        number: the conversation's number, used in errors.
 
     Raises:
-        ValueError: they cannot be found, or none is written.
+        ValueError: the answers cannot be found, or none is written.
     """
     text = render(messages)
     mark = unused_mark(text)
@@ -126,7 +124,7 @@ def find_answers(
         (True, True),
         (True, False),
         (False, False),
-    ):  # a mark can hide from a template how an answer begins, or its absence
+    ):  # a mark can hide the start of an answer, or its absence, from a template
         marked = [
             _mark(message, f"{mark}{place}{mark}", before, empty)
             if message["role"] == ASSISTANT
@@ -137,7 +135,7 @@ def find_answers(
         if whole is not None and _Marks(mark).without(whole) == text:
             break
     else:
-        raise _unknown(number, "it writes other text around answers that are marked")
+        raise _unknown(number, "it writes different text around marked answers")
     spans = _Spans(render, marked, whole, _Marks(mark), names, number)
     found = [
         span
@@ -156,8 +154,8 @@ class _Marks:
         self.any = re.compile(rf"{mark}(\d+){mark}")
 
     def of(self, text: str, place: int) -> list[Span]:
-        """Where the marks of a message stand. All marks are gone through: between two of them an
-        answer that is a number looks like one.
+        """Spans of a message's marks. All marks are matched in order: between two of them an answer
+        that is a number looks like a mark.
         """
         return [match.span() for match in self.any.finditer(text) if match[1] == str(place)]
 
@@ -166,7 +164,7 @@ class _Marks:
 
 
 class _Spans:
-    """The answers in a text whose answers are marked.
+    """The answers in a text with marks.
 
     Attributes:
         whole: the text.
@@ -191,15 +189,13 @@ class _Spans:
         )
 
     def of(self, place: int) -> Span | None:
-        """Of the answer in a message, in the text without marks; None where the template leaves it
-        out of a longer conversation.
+        """The span of a message's answer in the text without marks; None if the template drops it
+        from a longer conversation.
         """
         prompt = _try(self._render, self._marked[:place], add_generation_prompt=True)
         alone = _try(self._render, self._marked[: place + 1], add_generation_prompt=False)
         if alone is None:
-            raise _unknown(
-                self._number, f"it fails on the first {place + 1} messages by themselves"
-            )
+            raise _unknown(self._number, f"it fails on the first {place + 1} messages alone")
         here, there = self._marks.of(self.whole, place), self._marks.of(alone, place)
         if here and there:
             start, last, rest = (
@@ -226,8 +222,8 @@ class _Spans:
         )
 
     def _start(self, place: int, prompt: str | None, alone: str, first: int) -> int:
-        """Where what the model says begins: behind the prompt for it, which may write more or less
-        than the header of an answer.
+        """Start of the model's text: after the prompt for it, which may be longer or shorter than
+        an answer's header.
         """
         shared = len(os.path.commonprefix([prompt or "", self.whole]))
         if prompt is not None and (shared == len(prompt) or not self.whole[shared:first].strip()):
@@ -237,8 +233,8 @@ class _Spans:
             found = self.whole.rfind(header, 0, first)
             if found >= 0 and not self._marks.any.search(self.whole, found, first):
                 return found + len(header)
-        # Templates that move a text, as a system message into the last question: by the end of the
-        # prompt, and the blank before the answer.
+        # For templates that move a text, such as a system message into the last question: match the
+        # end of the prompt, and the space before the answer.
         blank = first - len(self.whole[:first].rstrip())
         alike = [
             len(os.path.commonprefix([(prompt or "")[::-1], self.whole[: first - more][::-1]]))
@@ -251,8 +247,8 @@ class _Spans:
         )
 
     def _end(self, text: str, alone: str) -> int:
-        """How much of the text behind an answer is the model's: what the template writes there
-        whatever comes next.
+        """Length of the text after an answer that belongs to the model: what the template writes
+        regardless of the next message.
         """
         end = len(os.path.commonprefix([text, alone]).rstrip())
         cut = next(
@@ -267,8 +263,8 @@ class _Spans:
 
 
 def _mark(message: dict, mark: str, ahead: bool, empty: bool) -> dict:
-    """An assistant's message with marks at all that the model would have said: behind it, ahead of
-    it, where it is an empty text.
+    """Mark everything the model writes in an assistant's message: after it, `ahead` of it, and if
+    it is `empty`.
     """
     before = mark if ahead else ""
     marked = (
@@ -291,16 +287,16 @@ def _mark_call(call: Any, mark: str) -> Any:
 
 
 def _try(render: Callable[..., str], messages: list[dict], **changes: bool) -> str | None:
-    """What the template writes; None where it refuses."""
+    """The template's output; None if it raises."""
     try:
         return render(messages, **changes)
-    except Exception:  # templates fail in their own ways
+    except Exception:  # templates fail in many ways
         return None
 
 
 def _unknown(number: int, reason: str) -> ValueError:
     return ValueError(
-        f"the chat template does not tell the answers of conversation {number}: {reason}; put {{% "
+        f"the answers of conversation {number} cannot be found: {reason}; put {{% "
         "generation %}} and"
         " {% endgeneration %} around them in the template"
     )
@@ -312,9 +308,7 @@ def _special_names(tokenizer: Any) -> re.Pattern:
 
 
 def _with_masks(batch: Any, spans: list[list[Span]]) -> Any:
-    """A batch with assistant_masks, in the form that its input_ids have; what tells where tokens
-    stand is taken out.
-    """
+    """Add assistant_masks to a batch, in the form of its input_ids, and remove the offsets."""
     offsets, replaced, ids = (
         batch.pop("offset_mapping"),
         batch.pop("text_replacement_offsets", None),
@@ -336,11 +330,11 @@ def _with_masks(batch: Any, spans: list[list[Span]]) -> Any:
 
 
 def _all_marked(batch: Any, options: Mapping[str, Any]) -> Any:
-    """A batch with assistant_masks. Unless they may have been cut off, the template must have
-    marked tokens of every conversation.
+    """A batch with the template's own assistant_masks. Unless truncated, every conversation must
+    have marked tokens.
 
     Raises:
-        ValueError: it marked none.
+        ValueError: a conversation has none.
     """
     places = (options, options.get("tokenizer_kwargs") or {}, options.get("processor_kwargs") or {})
     rows = _lists(batch["assistant_masks"]) if "assistant_masks" in batch else []
@@ -349,8 +343,8 @@ def _all_marked(batch: Any, options: Mapping[str, Any]) -> Any:
         for number, row in enumerate(rows):
             if not any(row):
                 raise ValueError(
-                    f"the chat template has {{% generation %}}, and marks no token of conversation "
-                    f"{number} by it"
+                    f"the chat template has {{% generation %}}, but marks no token of conversation "
+                    f"{number}"
                 )
     return batch
 
@@ -360,7 +354,7 @@ def _lists(values: Any) -> list:
 
 
 def _moved(spans: list[Span], replaced: Sequence[Mapping]) -> list[Span]:
-    """Spans of the template's text, in the text that the processor made of it."""
+    """Map spans of the template's text to the processor's text."""
 
     def moved(character: int) -> int:
         before = [place for place in replaced if place["span"][1] <= character]

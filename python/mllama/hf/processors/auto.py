@@ -1,4 +1,4 @@
-"""The processor of any model folder, as transformers' classes."""
+"""Loads the processor of any model folder as transformers' classes."""
 
 import os
 from pathlib import Path
@@ -26,18 +26,19 @@ _CLASSES: dict[str, Any] = {
 def load_processor(
     path: str | os.PathLike,
 ) -> ProcessorMixin | SquareImageProcessor | PreTrainedTokenizerBase:
-    """Return what a model needs before it: its processor, the image processor of a SigLIP alone, or
-    a text model's tokenizer.
-
-    The choice is that of `mllama.processing.auto.load_preprocessor`.
+    """Load the processor of a model.
 
     Args:
         path: a model folder, or a .gguf file.
 
+    Returns:
+        The processor, the image processor of a SigLIP alone, or a text model's tokenizer, chosen
+        as by `mllama.processing.auto.load_preprocessor`.
+
     Raises:
-        TypeError: path is no path.
-        FileNotFoundError: no such folder, or a file missing in it.
-        ValueError: files that cannot be read, or another family's processor, which the text names.
+        TypeError: path is not a path.
+        FileNotFoundError: the folder or one of its files does not exist.
+        ValueError: files cannot be read, or the processor is not supported; the message names it.
     """
     return load_any(path, _load_folder, load_gguf_tokenizer, load_meta_processor)
 

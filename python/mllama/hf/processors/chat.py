@@ -1,5 +1,5 @@
-"""Chat templates of processors and tokenizers: any form of content, the assistant's tokens of any
-template, and labels.
+"""Chat templates of processors and tokenizers: any form of content, masks of the assistant's tokens
+for any template, and labels.
 """
 
 import functools
@@ -18,13 +18,13 @@ from mllama.hf.processors.answers import apply_template, as_batch
 from mllama.hf.processors.options import on_cpu
 from mllama.processing.messages import ASSISTANT, IMAGE_KEYS, as_parts, as_text
 
-IGNORED = -100  # a label that no loss counts
+IGNORED = -100  # a label that losses ignore
 _TOKENIZING = (
     "tokenize",
     "return_dict",
     "return_tensors",
     "return_assistant_tokens_mask",
-)  # what a text alone does not need
+)  # not needed for rendering text
 _PLACES = {"return_offsets_mapping": True}
 _GENERATION = re.compile(r"\{%[-+]?\s*(end)?generation\s*[-+]?%\}")
 
@@ -33,29 +33,28 @@ _GENERATION = re.compile(r"\{%[-+]?\s*(end)?generation\s*[-+]?%\}")
 def chat_labels(
     processor: Any, conversations: Sequence, **options: Any
 ) -> BatchFeature | BatchEncoding:
-    """Return a batch to train on conversations: a model's inputs, and labels of what the assistant
-    says.
+    """Encode conversations for training: a model's inputs, with labels for the assistant's tokens.
 
-    The answers are found in what the chat template writes, whichever it is, each from the end of
-    its prompt to its end token. PaliGemma, which has no chat template, takes one question with its
-    images and one answer, as prefix and suffix.
+    The answers are found in the output of any chat template, each from the end of its prompt to its
+    end token. PaliGemma, which has no chat template, takes one question with its images and one
+    answer, as prefix and suffix.
 
     Args:
         processor: a processor or a fast tokenizer, of this package or of transformers.
-        conversations: one, or a list of them: messages {"role": ..., "content": ...}, whose image
-            parts bring their images.
-        options: of the processor's (tokenizer's) apply_chat_template. Rows are padded to the
-            longest unless they say otherwise.
+        conversations: one conversation or a list: messages {"role": ..., "content": ...}, with
+            their images in the image parts.
+        options: options of the processor's (tokenizer's) apply_chat_template. By default rows are
+            padded to the longest.
 
     Returns:
-        What the processor returns, as torch tensors, and labels [rows, tokens] int64: the ids of
-        the assistant's tokens, -100 elsewhere. `(batch["labels"] != -100).sum()` is how many are
-        trained.
+        The processor's output as torch tensors, and labels [rows, tokens] int64: the ids of the
+        assistant's tokens, -100 elsewhere. `(batch["labels"] != -100).sum()` is the number of
+        trained tokens.
 
     Raises:
-        TypeError: a processor, conversation or message of another type.
-        ValueError: a conversation without an answer, a chat template that is missing or does not
-            tell the answers, no token left to train after truncation; what the processor refuses.
+        TypeError: a processor, conversation or message has the wrong type.
+        ValueError: a conversation has no answer, the chat template is missing or its answers
+            cannot be found, truncation leaves no token to train, or the processor raises it.
     """
     if not isinstance(processor, (ProcessorMixin, PreTrainedTokenizerBase)):
         raise TypeError(
@@ -85,15 +84,15 @@ class ChatTemplates:
 
     def apply_chat_template(self, conversation, chat_template: str | None = None, **kwargs):
         """As transformers': messages to text, or with tokenize=True, return_dict=True to a batch,
-        images in the messages included.
+        including the images in the messages.
 
-        A part {"type": "image", "image": image} takes what `load_picture` takes; "path" and "url"
-        name files. Contents may be a text or a list of parts, whichever of them the template reads,
-        and an assistant's may be None. With return_assistant_tokens_mask=True the answers are found
-        whether or not the template marks them.
+        A part {"type": "image", "image": image} takes any form that `load_image` accepts; "path"
+        and "url" name files. Contents may be a text or a list of parts, whichever the template
+        reads; an assistant's may be None. With return_assistant_tokens_mask=True answers are found
+        even if the template does not mark them.
 
         Raises:
-            TypeError, ValueError: messages that are none; answers that the template does not tell.
+            TypeError, ValueError: messages are invalid, or their answers cannot be found.
         """
         return _processor_template(
             super().apply_chat_template, self, conversation, chat_template, kwargs
@@ -101,7 +100,7 @@ class ChatTemplates:
 
 
 def with_answers(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
-    """The tokenizer itself, whose apply_chat_template now takes what `ChatTemplates` does."""
+    """Give the tokenizer `ChatTemplates`' apply_chat_template; returns the same tokenizer."""
     tokenizer.apply_chat_template = functools.partial(apply_tokenizer_template, tokenizer)
     return tokenizer
 
@@ -150,7 +149,7 @@ def _processor_template(
     chat_template: str | None,
     options: dict[str, Any],
 ):
-    """`ChatTemplates.apply_chat_template`, on transformers' method `stock`."""
+    """`ChatTemplates.apply_chat_template` on transformers' method `stock`."""
     template = _template_of(processor, chat_template)
     variables = {} if template is None else _variables(template)
     own = inspect.signature(ProcessorMixin.apply_chat_template).parameters
@@ -190,7 +189,7 @@ def _processor_template(
 
 
 def _images_apart(conversation: Any, image_token: str) -> tuple[Any, list[list]]:
-    """A conversation or several for a template that knows texts alone, with placeholders in them;
+    """A conversation or several for a template that reads texts only, with placeholders in them;
     and the images of each.
     """
     batched, conversations = as_batch(conversation)
@@ -210,9 +209,7 @@ def _parts(message: dict) -> list[dict]:
 
 
 def _template_of(processor: ProcessorMixin, chat_template: str | None) -> str | None:
-    """The text of the template that is rendered; None where transformers will say that there is
-    none.
-    """
+    """The text of the template to render; None if there is none, which transformers reports."""
     templates = processor.chat_template
     if isinstance(templates, Mapping):
         return templates.get("default" if chat_template is None else chat_template, chat_template)
@@ -221,7 +218,7 @@ def _template_of(processor: ProcessorMixin, chat_template: str | None) -> str | 
 
 @functools.lru_cache(maxsize=32)
 def _variables(template: str) -> frozenset[str]:
-    """Variables that a template reads and does not set; empty for a broken template, which
+    """Variables that a template reads and does not set; empty for an invalid template, which
     rendering reports.
     """
     try:

@@ -1,4 +1,4 @@
-"""Processors of transformers on disk: reading them, and writing one without leaving half a file."""
+"""Reading and atomic writing of transformers processors."""
 
 import functools
 import os
@@ -16,13 +16,13 @@ from mllama.processing.folders import TOKENIZER_FILES, parse_object, read_settin
 
 
 def read_stock_settings(where: str | os.PathLike, **kwargs) -> tuple[dict, dict]:
-    """`mllama.processing.folders.read_settings`, of a folder or a hub id.
+    """`mllama.processing.folders.read_settings` for a folder or a hub id.
 
-    Files are read here, not by transformers: it would load an audio tokenizer from wherever they
-    say.
+    Files are read here, not by transformers, which would load an audio tokenizer from wherever they
+    point.
 
     Args:
-        kwargs: of transformers' loading (revision, subfolder, local_files_only ...).
+        kwargs: options of transformers' loading (revision, subfolder, local_files_only ...).
     """
     return read_settings(where, functools.partial(_read_object, **kwargs))
 
@@ -33,17 +33,17 @@ def _read_object(where: str | os.PathLike, name: str, **kwargs) -> dict:
 
 
 def load_tokenizer(where: str | os.PathLike, **kwargs) -> PreTrainedTokenizerBase:
-    """Read a folder's (or hub id's) tokenizer; code that comes with it is not run unless kwargs say
-    trust_remote_code.
+    """Read the tokenizer of a folder or hub id. Code that comes with it is not run unless kwargs
+    have trust_remote_code.
 
     Raises:
-        OSError: there are no such files.
+        OSError: the files do not exist.
         ValueError: they cannot be read.
     """
     folder = Path(where, kwargs.get("subfolder") or "")
     if folder.is_dir() and not any(
         (folder / name).exists() for name in TOKENIZER_FILES
-    ):  # transformers would make one up
+    ):  # transformers would create an empty one
         raise FileNotFoundError(
             f"{folder} holds no tokenizer: none of {', '.join(TOKENIZER_FILES)}"
         )
@@ -53,7 +53,7 @@ def load_tokenizer(where: str | os.PathLike, **kwargs) -> PreTrainedTokenizerBas
         )
     except OSError:
         raise
-    except Exception as error:  # a broken tokenizer.json raises nothing more definite
+    except Exception as error:  # a broken tokenizer.json raises bare Exception
         raise ValueError(f"{where}: the tokenizer cannot be read: {error!r}") from error
 
 
@@ -63,8 +63,8 @@ def save_aside(
     push_to_hub: bool = False,
     **kwargs,
 ) -> list[str]:
-    """Save a processor of transformers; each file is written aside and renamed. Returns their
-    paths.
+    """Save a transformers processor; each file is written to a temporary file and renamed. Returns
+    the paths.
     """
     if push_to_hub:
         return processor.save_pretrained(save_directory, push_to_hub=True, **kwargs)
@@ -82,21 +82,21 @@ def save_aside(
 
 
 class StockFiles:
-    """Reading and writing of a processor whose files are those of one of transformers' own.
+    """Loading and saving of a processor with the files of one of transformers' own.
 
     Attributes:
-        stock_class: transformers' processor.
-        image_class: our image processor.
+        stock_class: transformers' class.
+        image_class: our image processor class.
     """
 
     stock_class: type[ProcessorMixin]
     image_class: Any
 
     def as_own(self, image_processor: Any) -> Any:
-        """An image processor of ours as it is, or one of transformers made into one.
+        """Convert an image processor of transformers to ours; ours is returned unchanged.
 
         Raises:
-            ValueError: it is of another kind, which the text names.
+            ValueError: it is of another class, which the message names.
         """
         if isinstance(image_processor, self.image_class):
             return image_processor
@@ -104,10 +104,10 @@ class StockFiles:
 
     @classmethod
     def own_images(cls, settings: dict, where: str | os.PathLike) -> Any:
-        """Our image processor from what an image processor says of itself.
+        """Build our image processor from the settings of one.
 
         Raises:
-            ValueError: it is of another kind, which the text names.
+            ValueError: they are of another class, which the message names.
         """
         image_kind(where, settings, [cls.image_class.kind])
         return cls.image_class.from_dict(settings)
@@ -116,15 +116,15 @@ class StockFiles:
     def from_pretrained(
         cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any
     ) -> Self:
-        """Read a folder (or hub id) that holds such a processor.
+        """Load the processor of a folder or hub id.
 
         Args:
-            kwargs: of transformers' loading (revision, subfolder, local_files_only ...).
+            kwargs: options of transformers' loading (revision, subfolder, local_files_only ...).
 
         Raises:
-            OSError: there are no such files.
-            ValueError: another family's image processor, which the text names, or files that cannot
-                be read.
+            OSError: the files do not exist.
+            ValueError: the image processor is of another class, which the message names, or files
+                cannot be read.
         """
         where = pretrained_model_name_or_path
         settings, images = read_stock_settings(where, **kwargs)
@@ -135,7 +135,7 @@ class StockFiles:
     def save_pretrained(
         self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any
     ) -> list[str]:
-        """Write what stock AutoProcessor reads; each file aside and renamed. Returns the paths."""
+        """Write the files for stock AutoProcessor, each atomically. Returns the paths."""
         theirs = self.stock_class(
             self.image_processor, self.tokenizer, chat_template=self.chat_template
         )

@@ -1,6 +1,5 @@
-"""The processor: text and images in, input_ids, attention_mask and pixel_values out.
-
-On disk it is the family's own: transformers' LlavaProcessor with a SiglipImageProcessor, or
+"""The processor of SigLIP + Llama and LLaVA: text and images -> input_ids, attention_mask and
+pixel_values. Saved as transformers' LlavaProcessor with a SiglipImageProcessor, or a
 CLIPImageProcessor as in LLaVA 1.5.
 """
 
@@ -42,43 +41,43 @@ _SIZING = (
     "do_center_crop",
     "pad_size",
     "do_pad",
-)  # what may change an image's size
+)  # options that may change an image's size
 
 
 class MllamaImageProcessor(ChatTemplates, ProcessorMixin):
-    """Text and images for SigLIP + Llama early fusion, called as `processor([prompt],
-    [image])`: the order is text, images.
+    """Text and images for SigLIP + Llama with merged features, called as `processor([prompt],
+    [image])`: text comes first.
 
-    What becomes of a prompt:
+    Prompts are completed as follows:
 
-    - One without `<image>`: image tokens (`image_seq_length` per image) + BOS (if the tokenizer
-      has one) + prompt + newline. A BOS at its start or a newline at its end is not doubled.
-    - One that holds `<image>`, once per image, as `apply_chat_template` writes it: each is
-      expanded in place and nothing is added, except what the tokenizer itself adds to every text
-      (some put BOS in front), and that not where the text has BOS already.
+    - Without `<image>`: image tokens (`image_seq_length` per image) + BOS (if the tokenizer has
+      one) + prompt + newline. An existing BOS at its start or newline at its end is not repeated.
+    - With one `<image>` per image, as `apply_chat_template` writes it: each is expanded in place.
+      Nothing is added except the tokenizer's own tokens (some add BOS), unless the text has BOS.
 
     Attributes: tokenizer, image_processor, chat_template, image_size, image_seq_length
-    (placeholders per image; 0 in a folder whose model has no place for images in the text, so
-    that `<image>` becomes nothing), IMAGE_TOKEN (also image_token), image_token_id.
+    (placeholders per image; 0 for a model without placeholders, where `<image>` expands to
+    nothing), IMAGE_TOKEN (also image_token), image_token_id.
 
     Args:
-        tokenizer: a transformers tokenizer. It is changed: `<image>` is added where it is missing
-            (len(processor.tokenizer) is then the vocabulary to make room for), and without a
-            padding token it pads with its end-of-text token.
+        tokenizer: a transformers tokenizer. It is modified: a missing `<image>` is added (the
+            vocabulary is then len(processor.tokenizer)), and without a padding token it pads with
+            its end-of-text token.
         num_image_token: placeholders per image, `config.text_config.num_image_tokens`:
-            (image_size // patch_size) ** 2, or fewer where patches are pooled.
-        image_size: images become image_size x image_size pixels.
+            (image_size // patch_size) ** 2, or fewer if patches are pooled.
+        image_size: images are resized to image_size x image_size pixels.
         image_mean, image_std: of the normalization, per channel.
         image_token: the placeholder.
-        location_tokens: add the 1024 tokens `<loc0000>` ... and the 128 `<seg000>` ... as well.
-        chat_template: a Jinja template, or "" for none. None takes the tokenizer's if it speaks of
-            images, else the package's own (`mllama.processing.prompt.CHAT_TEMPLATE`), which gives
-            the layout above; beside the latter the tokenizer's habit of adding BOS or EOS to every
-            text is switched off, since the layout has them.
+        location_tokens: also add the 1024 tokens `<loc0000>` ... and the 128 `<seg000>` ...
+        chat_template: a Jinja template, or "" for none. Default: the tokenizer's if it handles
+            images, else the package's own (`mllama.processing.prompt.CHAT_TEMPLATE`), which writes
+            the layout above; with the latter, the tokenizer no longer adds BOS or EOS itself.
 
     Raises:
-        TypeError: tokenizer is no transformers tokenizer, a size no int, or image_token no str.
-        ValueError: a size below 1, a mean or deviation that cannot be one, or an empty image_token.
+        TypeError: tokenizer is not a transformers tokenizer, a size is not an int, or image_token
+            is not a str.
+        ValueError: a size is below 1, a mean or standard deviation is invalid, or image_token is
+            empty.
     """
 
     takes_as_is = True
@@ -127,7 +126,7 @@ class MllamaImageProcessor(ChatTemplates, ProcessorMixin):
         self.image_token_id = tokenizer.convert_tokens_to_ids(image_token)
         self.image_seq_length = num_image_token
         self.image_size = image_size
-        self._llava: dict | None = None  # what a folder said beyond these, written back as it was
+        self._llava: dict | None = None  # other settings of a folder, written back unchanged
 
     @classmethod
     def get_attributes(cls) -> list[str]:
@@ -145,29 +144,29 @@ class MllamaImageProcessor(ChatTemplates, ProcessorMixin):
         allow_urls: bool = False,
         **kwargs: Any,
     ) -> BatchFeature:
-        """Return input_ids and attention_mask [prompts, tokens] int64 and, with images,
+        """Encode prompts: input_ids and attention_mask [prompts, tokens] int64 and, with images,
         pixel_values [images, 3, S, S] float32.
 
         Args:
             text: a prompt or a list of prompts; None for images alone. Text and images are
-                exchanged where they were plainly given in transformers' order, images first.
-            images: images of any kind `load_picture` takes: one, a flat list, or one list (or
-                None) per prompt. Of a flat list, the placeholders take theirs in order; without
+                exchanged if they were clearly given in transformers' order, images first.
+            images: in any form that `load_image` accepts: one, a flat list, or one list (or None)
+                per prompt. From a flat list, placeholders take images in order; without
                 placeholders, one prompt takes all and several take one each.
-            as_is: add nothing to a prompt even where it holds no placeholder. `apply_chat_template`
-                sets it.
+            as_is: add nothing to a prompt, even without placeholders. Set by
+                `apply_chat_template`.
             allow_urls: download images given as http(s) URLs.
-            kwargs: of the tokenizer and the image processor. padding is True (the longest) and
-                return_tensors "pt" unless given.
+            kwargs: options of the tokenizer and the image processor. Default: padding=True (to the
+                longest) and return_tensors="pt".
 
         Raises:
-            TypeError: text is no text, an image no image, there are videos or audio, an option
-                that is not known.
-            ValueError: images and placeholders differ in number (the text counts both),
-                truncation cut into an image's placeholders, an image is refused
-                (`mllama.processing.image.load_picture`), or an option's value
-                (`mllama.processing.options`).
-            FileNotFoundError: an image's path leads nowhere.
+            TypeError: text is not text, an image is not an image, there are videos or audio, or an
+                option is unknown.
+            ValueError: the numbers of images and placeholders differ (the message has both),
+                truncation cuts an image's placeholders, an image is rejected
+                (`mllama.processing.image.load_image`), or an option's value is
+                (`mllama.hf.processors.options`).
+            FileNotFoundError: an image file does not exist.
         """
         text, images = in_order(text, images, videos, audio)
         images = download_urls(images, allow_urls)
@@ -191,7 +190,7 @@ class MllamaImageProcessor(ChatTemplates, ProcessorMixin):
         for name in (
             "return_mm_token_type_ids",
             "return_text_replacement_offsets",
-        ):  # the processor's own, mirrored by _merge_kwargs
+        ):  # the processor's own attribute, mirrored by _merge_kwargs
             text_kwargs.pop(name, None)
         data = dict(self.tokenizer(prompts, **text_kwargs))
         check_whole(
@@ -218,7 +217,7 @@ class MllamaImageProcessor(ChatTemplates, ProcessorMixin):
     def apply_chat_template(
         self, conversation: Any, chat_template: str | None = None, **kwargs: Any
     ) -> Any:
-        """As `ChatTemplates` has it; nothing is added to what the template writes.
+        """As in `ChatTemplates`; nothing is added to the template's output.
 
         http(s) URLs in the messages are downloaded only with `processor_kwargs={"allow_urls":
         True}`.
@@ -230,16 +229,16 @@ class MllamaImageProcessor(ChatTemplates, ProcessorMixin):
     def from_pretrained(
         cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any
     ) -> Self:
-        """Read a folder (or hub id) that holds a LlavaProcessor with a SiglipImageProcessor or a
-        CLIPImageProcessor.
+        """Load a LlavaProcessor with a SiglipImageProcessor or CLIPImageProcessor from a folder or
+        hub id.
 
         Args:
-            kwargs: of transformers' loading (revision, subfolder, local_files_only ...).
+            kwargs: options of transformers' loading (revision, subfolder, local_files_only ...).
 
         Raises:
-            OSError: there are no such files.
-            ValueError: another family's processor, which the text names, or one whose images are
-                not square.
+            OSError: the files do not exist.
+            ValueError: the processor is another family's, which the message names, or its images
+                are not square.
         """
         where = pretrained_model_name_or_path
         settings, image_settings = read_stock_settings(where, **kwargs)
@@ -267,13 +266,13 @@ class MllamaImageProcessor(ChatTemplates, ProcessorMixin):
         """Write processor_config.json, the tokenizer's files and chat_template.jinja; return their
         paths.
 
-        Stock AutoProcessor reads the folder, and gives the same ids and pixel_values for what the
-        chat template writes. Each file is written aside and renamed.
+        Stock AutoProcessor can load the folder, and returns the same ids and pixel_values for the
+        chat template's output. Each file is written atomically.
         """
         return save_aside(self._as_llava(), save_directory, push_to_hub, **kwargs)
 
     def to_dict(self) -> dict:
-        """What processor_config.json says: a LlavaProcessor."""
+        """The content of processor_config.json: a LlavaProcessor."""
         return self._as_llava().to_dict()
 
     def _as_llava(self):
@@ -291,7 +290,7 @@ class MllamaImageProcessor(ChatTemplates, ProcessorMixin):
             ):
                 patch = (
                     self.image_size
-                )  # one patch, and the others are additional: so any number can be said
+                )  # one patch and additional tokens: this form allows any number
             more = self.image_seq_length - (self.image_size // patch) ** 2
             llava = {
                 "patch_size": patch,
@@ -307,16 +306,14 @@ class MllamaImageProcessor(ChatTemplates, ProcessorMixin):
         )
 
     def _expand(self, prompt: str) -> tuple[str, list[dict]]:
-        """`expand_images` by transformers, which knows placeholders that are plain text."""
+        """`expand_images` by transformers, which also finds plain-text placeholders."""
         image = self.image_token * self.image_seq_length
         images = [image] * prompt.count(self.image_token)
         texts, offsets = self.get_text_with_replacements([prompt], images)
         return texts[0], offsets[0]
 
     def _check_size(self, pixel_values, options: dict) -> None:
-        """Refuse options that make images of another size, which would have another number of
-        placeholders.
-        """
+        """Reject options that change the size of images, and so the number of placeholders."""
         sizes = {tuple(image.shape[-2:]) for image in pixel_values}
         if sizes != {(self.image_size, self.image_size)}:
             given = {**options, **(options.get("images_kwargs") or {})}

@@ -1,4 +1,4 @@
-"""The options of a processor's call: transformers' own, each honored or refused by name."""
+"""Options of a processor's call: transformers' own, each applied or rejected by name."""
 
 import contextlib
 import difflib
@@ -15,8 +15,8 @@ _GROUPS = ("text_kwargs", "images_kwargs", "common_kwargs")
 
 
 _TRUNCATION = ("longest_first", "only_first", "only_second", "do_not_truncate")
-# Options that are taken with some values alone: name -> (whether a value is one of them, what to
-# say of others).
+# Options of which only some values are supported: name -> (whether a value is, the reason why
+# others are not).
 Refusals = Mapping[str, tuple[Callable[[Any], bool], str]]
 _TENSORS = (lambda value: value in (None, "pt", "np"), "it is 'pt', 'np' or None")
 _COUNT = (
@@ -33,7 +33,7 @@ IMAGES: Refusals = {
     ),
     "device": (
         lambda value: value is None or torch.device(value).type == "cpu",
-        "images are processed on the CPU; move what is returned",
+        "images are processed on the CPU; move the result",
     ),
     "do_convert_rgb": (lambda value: value is not False, "images are always made RGB"),
     "image_seq_length": (lambda value: value is None, "it is the processor's, not the call's"),
@@ -60,8 +60,8 @@ _Function = TypeVar("_Function", bound=Callable)
 
 
 def on_cpu(function: _Function) -> _Function:
-    """The function with the CPU as torch's default device: what transformers makes of lists and
-    arrays is then there, whatever is set.
+    """Run a function with the CPU as torch's default device, for tensors that transformers creates
+    from lists and arrays.
     """
 
     @functools.wraps(function)
@@ -75,18 +75,18 @@ def on_cpu(function: _Function) -> _Function:
 def merge_options(
     processor: ProcessorMixin, options: Mapping[str, Any], refused: Refusals = TEXT
 ) -> dict[str, Any]:
-    """Return what transformers' processors make of a call's options: text_kwargs, images_kwargs,
-    and what concerns the whole call.
+    """Sort a call's options as transformers' processors do: text_kwargs, images_kwargs, and options
+    of the whole call.
 
     Args:
-        processor: with a tokenizer and an image processor.
+        processor: has a tokenizer and an image processor.
         options: as given, flat or in text_kwargs, images_kwargs and common_kwargs.
-        refused: options of text that are taken with some values alone; of images the image
-            processor says.
+        refused: text options of which only some values are supported; the image processor has its
+            own.
 
     Raises:
-        TypeError: an option that is not known, one of videos or audio, a group that is no dict.
-        ValueError: a value that is not taken, or that transformers refuses.
+        TypeError: an option is unknown, or of videos or audio, or a group is not a dict.
+        ValueError: a value is not supported, or rejected by transformers.
     """
     images = {
         *ImagesKwargs.__annotations__,
@@ -117,10 +117,10 @@ def merge_options(
 
 @contextlib.contextmanager
 def in_one_line() -> Iterator[None]:
-    """What transformers' check of options raises, as one line.
+    """Context that turns errors of transformers' option checks into one line.
 
     Raises:
-        TypeError, ValueError: as the reason is one.
+        TypeError, ValueError: whichever the cause is.
     """
     try:
         yield
@@ -130,10 +130,10 @@ def in_one_line() -> Iterator[None]:
 
 
 def check_names(owner: Any, options: Iterable[str], known: Iterable[str], where: str = "") -> None:
-    """Refuse options of other names.
+    """Reject unknown options.
 
     Raises:
-        TypeError: naming the first, and the known name that is most like it.
+        TypeError: an option is unknown; the message has the most similar known name.
     """
     for name in options:
         if name not in known:
@@ -145,10 +145,10 @@ def check_names(owner: Any, options: Iterable[str], known: Iterable[str], where:
 
 
 def check_values(options: Mapping[str, Any], refused: Refusals) -> None:
-    """Refuse values that are not taken.
+    """Reject unsupported values.
 
     Raises:
-        ValueError: naming the option.
+        ValueError: a value is not supported; the message names the option.
     """
     for name, value in options.items():
         taken, reason = refused.get(name, (None, ""))
@@ -157,14 +157,14 @@ def check_values(options: Mapping[str, Any], refused: Refusals) -> None:
 
 
 def check_rows(rows: Iterable[list[int]], tensors: Any) -> None:
-    """Refuse rows of unequal length where they are to be one tensor.
+    """Reject rows of unequal length if they should become one tensor.
 
     Raises:
-        ValueError: naming padding.
+        ValueError: the lengths differ; the message names padding.
     """
     lengths = sorted({len(row) for row in rows})
     if tensors is not None and len(lengths) > 1:
         raise ValueError(
-            f"padding is off, and rows of {lengths[0]} to {lengths[-1]} tokens are no one tensor: "
+            f"padding is off, and rows of {lengths[0]} to {lengths[-1]} tokens are no tensor: "
             "give padding=True"
         )

@@ -25,7 +25,7 @@ _REFUSED = {
     "add_special_tokens": (lambda value: not value, "the layout has BOS, and the suffix EOS"),
     "return_token_type_ids": (
         lambda value: value is not False,
-        "they tell the model where the suffix is",
+        "they tell the model where the suffix begins",
     ),
     **dict.fromkeys(
         ("text_pair", "text_target", "text_pair_target"),
@@ -34,25 +34,26 @@ _REFUSED = {
 }
 
 
-class PaliGemmaProcessor(ChatTemplates, StockFiles, stock.PaliGemmaProcessor):  # type: ignore[misc]  # from_pretrained has the hub's options in kwargs
+# misc: from_pretrained has the hub's options in kwargs
+class PaliGemmaProcessor(ChatTemplates, StockFiles, stock.PaliGemmaProcessor):  # type: ignore[misc]
     """Text and images for PaliGemma, called as `processor(images=..., text=..., suffix=...)`.
 
-    A prompt becomes `<image>` * image_seq_length for each image + BOS + prompt + newline; a
-    prompt that holds `<image>` keeps its order, with BOS after the last. It differs from
-    transformers' PaliGemmaProcessor where that fails or surprises: prompts with and without
-    images may be mixed; BOS, newline and the suffix's end token are not doubled; there are labels
-    only with a suffix; images are whatever `load_picture` takes.
+    A prompt becomes `<image>` * image_seq_length for each image + BOS + prompt + newline. A prompt
+    that contains `<image>` keeps its order, with BOS after the last one. Unlike transformers'
+    PaliGemmaProcessor, prompts with and without images may be mixed; BOS, newline and the suffix's
+    end token are not repeated; labels are returned only with a suffix; and images may be in any
+    form that `load_image` accepts.
 
     Args:
         image_processor: a `SquareImageProcessor` with an image_seq_length (tokens per image), or
-            a SiglipImageProcessor of transformers, which is made into one.
-        tokenizer: a transformers tokenizer. It is changed as transformers does: `<image>`, the 1024
-            `<loc0000>` ... and the 128 `<seg000>` ... are added where they are missing, and its
-            habit of adding BOS or EOS is switched off.
+            a SiglipImageProcessor of transformers, which is converted.
+        tokenizer: a transformers tokenizer. It is modified as in transformers: missing `<image>`,
+            `<loc0000>` ... (1024) and `<seg000>` ... (128) are added, and it no longer adds BOS or
+            EOS.
         chat_template: a Jinja template; released models have none.
 
     Raises:
-        ValueError: another image processor, or one without a sound image_seq_length.
+        ValueError: image_processor is of another class, or has no valid image_seq_length.
     """
 
     stock_class, image_class = stock.PaliGemmaProcessor, SquareImageProcessor
@@ -80,27 +81,26 @@ class PaliGemmaProcessor(ChatTemplates, StockFiles, stock.PaliGemmaProcessor):  
         allow_urls: bool = False,
         **kwargs: Any,
     ) -> BatchFeature:
-        """Return input_ids, attention_mask, token_type_ids [B, T] (1 where the suffix is) and
+        """Encode prompts: input_ids, attention_mask, token_type_ids [B, T] (1 for the suffix) and
         pixel_values [images, 3, S, S].
 
-        With a suffix there are labels [B, T] too: the ids of the suffix and its end token, -100
-        elsewhere.
+        With a suffix also labels [B, T]: the ids of the suffix and its end token, -100 elsewhere.
 
         Args:
-            images: images of any kind `load_picture` takes: one, a flat list, or one list (or
-                None) per prompt. Of a flat list, the placeholders take theirs in order; without
+            images: in any form that `load_image` accepts: one, a flat list, or one list (or None)
+                per prompt. From a flat list, placeholders take images in order; without
                 placeholders, one prompt takes all and several take one each.
             text: a prompt or a list of prompts.
-            suffix: what is to be learnt, one per prompt; EOS is put behind.
+            suffix: the answers to train, one per prompt; EOS is appended.
             allow_urls: download images given as http(s) URLs.
-            kwargs: of the tokenizer and the image processor (padding, return_tensors ...).
+            kwargs: options of the tokenizer and the image processor (padding, return_tensors ...).
 
         Raises:
-            TypeError: text or suffix is no text, an image no image, there are videos or audio,
-                an option that is not known.
-            ValueError: an option's value that is not supported; rows of unequal length without
-                padding; images and placeholders, or prompts and suffixes, differ in number;
-                truncation cut into an image's placeholders; an image that `load_picture` refuses.
+            TypeError: text or suffix is not text, an image is not an image, there are videos or
+                audio, or an option is unknown.
+            ValueError: an option's value is not supported; rows have unequal lengths without
+                padding; the numbers of images and placeholders, or of prompts and suffixes,
+                differ; truncation cuts an image's placeholders; `load_image` rejects an image.
         """
         text, images = in_order(text, images, videos, audio)
         images = download_urls(images, allow_urls)
@@ -112,7 +112,7 @@ class PaliGemmaProcessor(ChatTemplates, StockFiles, stock.PaliGemmaProcessor):  
             raise ValueError("text is an empty list: give at least one prompt")
         if merged["return_text_replacement_offsets"]:
             raise ValueError(
-                "return_text_replacement_offsets, which marks answers in a conversation, is not "
+                "return_text_replacement_offsets, used to mark answers in a conversation, is not "
                 "supported: give the answer as suffix"
             )
         rows = share_out(
@@ -126,7 +126,7 @@ class PaliGemmaProcessor(ChatTemplates, StockFiles, stock.PaliGemmaProcessor):  
         for name in (
             "return_mm_token_type_ids",
             "return_text_replacement_offsets",
-        ):  # the processor's own, mirrored by _merge_kwargs
+        ):  # the processor's own attribute, mirrored by _merge_kwargs
             text_kwargs.pop(name, None)
         tensors = text_kwargs.pop("return_tensors", None)
         if suffix is not None:

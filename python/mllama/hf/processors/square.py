@@ -1,8 +1,8 @@
-"""Image processors whose images all get one size: SigLIP's (squeezed into it) and CLIP's
-(shortest edge to it, then the center).
+"""Image processors with one output size: SigLIP's (resized to it) and CLIP's (shortest edge
+resized, then center-cropped).
 
-They are transformers' own, with this package's image loading and C++ resize underneath; bit-equal
-to them for upright 8-bit images.
+They are transformers' own on this package's image loading and C++ resize, bit-equal to
+transformers' for upright 8-bit images.
 """
 
 import numpy as np
@@ -18,8 +18,8 @@ from mllama.processing.square import RESAMPLE, SquareImages, check_edges, read_t
 
 
 def with_channels(kwargs: dict) -> dict:
-    """kwargs with image_mean and image_std as lists of floats: transformers' own check refuses
-    tuples and ints, by an error of its own.
+    """kwargs with image_mean and image_std as lists of floats: transformers' check rejects tuples
+    and ints with an unclear error.
     """
     checked = {
         name: list(channel_values(name, kwargs[name]))
@@ -30,15 +30,15 @@ def with_channels(kwargs: dict) -> dict:
 
 
 class OwnImages:
-    """What makes a PIL image processor of transformers take all that
-    `mllama.processing.image.load_picture` takes.
+    """Mixin that makes a PIL image processor of transformers accept every form that
+    `mllama.processing.image.load_image` does.
 
-    http(s) URLs are downloaded only with `allow_urls=True`. Whatever comes becomes RGB. Saved under
-    its parent's name, so that stock transformers reads it.
+    http(s) URLs are downloaded only with `allow_urls=True`. All images become RGB. It is saved
+    under its parent's name, so that stock transformers can load it.
     """
 
     refused = IMAGES
-    kind: str  # what files call it
+    kind: str  # its name in files
 
     @on_cpu
     def preprocess(self, images, *args, allow_urls: bool = False, **kwargs) -> BatchFeature:
@@ -54,7 +54,7 @@ class OwnImages:
     def process_image(self, image, input_data_format: str | None = None, **kwargs) -> np.ndarray:
         if (
             input_data_format is not None and getattr(image, "ndim", 0) == 3
-        ):  # arrays are read channels last, tensors channels first
+        ):  # arrays are read as channels last, tensors as channels first
             first, wanted = (
                 input_data_format == ChannelDimension.FIRST,
                 not isinstance(image, np.ndarray),
@@ -73,8 +73,8 @@ class OwnImages:
 
 
 class _OneSize(OwnImages):
-    """Takes images singly or in flat or nested lists; returns pixel_values [images, 3, height,
-    width] float32.
+    """Takes single images, or flat or nested lists; returns pixel_values [images, 3, height, width]
+    float32.
     """
 
     def _prepare_images_structure(self, images, expected_ndims: int = 3) -> list:
@@ -142,16 +142,16 @@ class _OneSize(OwnImages):
 
 
 class SquareImageProcessor(_OneSize, SiglipImageProcessorPil):
-    """transformers' SigLIP image processor on this package's images: `size` is the result's, the
-    aspect is not kept.
+    """transformers' SigLIP image processor on this package's image loading: images are resized to
+    `size`, without keeping the aspect ratio.
     """
 
     kind = "SiglipImageProcessor"
 
 
 class CroppedImageProcessor(_OneSize, CLIPImageProcessorPil):
-    """transformers' CLIP image processor on this package's images: the shortest edge becomes
-    `size`, and the center `crop_size` stays.
+    """transformers' CLIP image processor on this package's image loading: the shortest edge is
+    resized to `size`, then the center `crop_size` is cropped.
     """
 
     kind = "CLIPImageProcessor"

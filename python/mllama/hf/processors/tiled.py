@@ -1,8 +1,8 @@
-"""Llama-3.2-Vision's processor: an image becomes up to four tiles, and a mask says which tokens
-see which image.
+"""Llama-3.2-Vision's processor: up to four tiles per image, and the mask of tiles visible to each
+token.
 
-transformers' MllamaImageProcessor and MllamaProcessor, with this package's image loading and C++
-resize underneath; bit-equal to them for upright 8-bit images.
+transformers' MllamaImageProcessor and MllamaProcessor on this package's image loading and C++
+resize, bit-equal to transformers' for upright 8-bit images.
 """
 
 from collections.abc import Sequence
@@ -30,30 +30,30 @@ from mllama.processing.prompt import (
 from mllama.processing.square import read_table
 from mllama.processing.tiled import TiledImages, check_tiles, cross_attention_mask
 
-_FITTED = "images are fitted onto tiles"
+_FITTED = "images are always tiled"
 
 
 class TiledImageProcessor(OwnImages, MllamaImageProcessorPil):
-    """transformers' Llama-3.2-Vision image processor on this package's images.
+    """transformers' Llama-3.2-Vision image processor on this package's image loading.
 
-    An image is laid onto the canvas of at most max_image_tiles tiles of size x size pixels where
-    it is shrunk least, its aspect kept, black below and to the right; unused tiles are zero after
-    the normalization.
+    An image is resized, keeping its aspect ratio, onto the canvas of at most max_image_tiles tiles
+    of size x size pixels that shrinks it least, with black below and to the right. Unused tiles
+    are zero after normalization.
 
-    Takes one image, a flat list (one row), or a list of images (or None) per row; what
-    `load_picture` takes. Returns, for B rows of at most N images:
+    Takes one image, a flat list (one row), or a list of images (or None) per row, in any form that
+    `load_image` accepts. Returns, for B rows of at most N images:
 
     - pixel_values [B, N, max_image_tiles, 3, size, size] float32;
     - aspect_ratio_ids [B, N] int64: 1 + the index among the arrangements, 0 where a row has no
       image;
-    - aspect_ratio_mask [B, N, max_image_tiles] int64: 1 for tiles in use, and for the first tile
-      everywhere;
-    - num_tiles: per row, the tiles of each image.
+    - aspect_ratio_mask [B, N, max_image_tiles] int64: 1 for tiles in use, and for every first
+      tile;
+    - num_tiles: the number of tiles of each image, per row.
 
     Raises:
-        TypeError, ValueError, FileNotFoundError: an image that `load_picture` refuses.
-        ValueError: no image at all; tiles that are not square, or more or larger than memory
-            should give.
+        TypeError, ValueError, FileNotFoundError: `load_image` rejects an image.
+        ValueError: there is no image; tiles are not square, or too many or too large for the
+            memory.
     """
 
     kind = "MllamaImageProcessor"
@@ -110,22 +110,22 @@ class TiledImageProcessor(OwnImages, MllamaImageProcessorPil):
 class TiledProcessor(ChatTemplates, StockFiles, MllamaProcessor):
     """Text and images for Llama-3.2-Vision, called as `processor(images=..., text=...)`.
 
-    It differs from transformers' MllamaProcessor where that fails: rows with and without images
-    may be mixed in a batch, BOS is not doubled where the tokenizer adds one by itself, and images
-    are whatever `load_picture` takes.
+    Unlike transformers' MllamaProcessor, rows with and without images may be mixed in a batch, BOS
+    is not repeated if the tokenizer adds one itself, and images may be in any form that
+    `load_image` accepts.
 
-    A prompt holds `<|image|>` once per image. BOS is put in front, after leading `<|image|>`,
-    unless the prompt has it. An image is seen from its `<|image|>` to the next one; images that
-    follow each other directly are seen together.
+    A prompt has one `<|image|>` per image. BOS is added after leading `<|image|>` unless the prompt
+    has it. An image is visible from its `<|image|>` to the next one; images with consecutive
+    placeholders are visible together.
 
     Args:
         image_processor: a `TiledImageProcessor`, or a MllamaImageProcessor of transformers, which
-            is made into one.
-        tokenizer: a transformers tokenizer that knows `<|image|>`.
+            is converted.
+        tokenizer: a transformers tokenizer with `<|image|>`.
         chat_template: a Jinja template.
 
     Raises:
-        ValueError: another image processor, or a tokenizer without `<|image|>`.
+        ValueError: image_processor is of another class, or the tokenizer has no `<|image|>`.
     """
 
     stock_class, image_class = MllamaProcessor, TiledImageProcessor
@@ -153,26 +153,26 @@ class TiledProcessor(ChatTemplates, StockFiles, MllamaProcessor):
         allow_urls: bool = False,
         **kwargs: Any,
     ) -> BatchFeature:
-        """Return input_ids and attention_mask [B, T] and, with images, what `TiledImageProcessor`
-        returns but num_tiles.
+        """Encode prompts: input_ids and attention_mask [B, T] and, with images, the output of
+        `TiledImageProcessor` except num_tiles.
 
-        With both there is cross_attention_mask [B, T, N, max_image_tiles] int64: 1 where a token
-        sees a tile.
+        With both, also cross_attention_mask [B, T, N, max_image_tiles] int64: 1 where a tile is
+        visible to a token.
 
         Args:
             images: one image or a flat list for one prompt; for several prompts one list (or
                 None) per prompt.
             text: a prompt or a list of prompts.
             allow_urls: download images given as http(s) URLs.
-            kwargs: of the tokenizer and the image processor (padding, return_tensors ...).
+            kwargs: options of the tokenizer and the image processor (padding, return_tensors ...).
 
         Raises:
-            TypeError: text is no text, an image no image, there are videos or audio, an option
-                that is not known.
-            ValueError: an option's value that is not supported; rows of unequal length without
-                padding; images and `<|image|>` differ
-            in number in some prompt, which a flat list for several prompts always does;
-                truncation cut an `<|image|>` away; an image that `load_picture` refuses.
+            TypeError: text is not text, an image is not an image, there are videos or audio, or an
+                option is unknown.
+            ValueError: an option's value is not supported; rows have unequal lengths without
+                padding; the numbers of images and `<|image|>` of a prompt differ, as always for a
+                flat list with several prompts; truncation cuts an `<|image|>`; `load_image`
+                rejects an image.
         """
         text, images = in_order(text, images, videos, audio)
         images = download_urls(images, allow_urls)
@@ -184,7 +184,7 @@ class TiledProcessor(ChatTemplates, StockFiles, MllamaProcessor):
         for name in (
             "return_mm_token_type_ids",
             "return_text_replacement_offsets",
-        ):  # the processor's own, mirrored by _merge_kwargs
+        ):  # the processor's own attribute, mirrored by _merge_kwargs
             text_kwargs.pop(name, None)
         tensors = text_kwargs.pop("return_tensors", None)
         if text is None:
@@ -230,13 +230,13 @@ class TiledProcessor(ChatTemplates, StockFiles, MllamaProcessor):
         )
 
     def to_dict(self) -> dict:
-        """What processor_config.json says: a MllamaProcessor."""
+        """The content of processor_config.json: a MllamaProcessor."""
         return {**super().to_dict(), "processor_class": "MllamaProcessor"}
 
 
 def as_rows(images) -> list[list]:
-    """One image, a flat list, a [N, ...] array, or a list of images (or None) per row: as rows
-    of images.
+    """Rows of images, from one image, a flat list, an array [N, ...], or a list of images (or None)
+    per row.
     """
     if not isinstance(images, (list, tuple)):
         return [_row(images)]

@@ -1,4 +1,4 @@
-"""Tokenizers of GGUF files and of Meta's own folders, as transformers' fast tokenizer."""
+"""Tokenizers of GGUF files and of Meta's own folders as transformers' fast tokenizer."""
 
 import os
 from pathlib import Path
@@ -19,11 +19,11 @@ from mllama.processing.tokenizer import Tokenizer
 
 
 def load_gguf_tokenizer(path: str | os.PathLike) -> PreTrainedTokenizerFast:
-    """The tokenizer inside a GGUF file, in transformers' fast tokenizer.
+    """The tokenizer of a GGUF file as transformers' fast tokenizer.
 
     Raises:
-        FileNotFoundError: no such file.
-        ValueError: it is none, a broken one, or has a tokenizer of another kind.
+        FileNotFoundError: the file does not exist.
+        ValueError: it is not a valid GGUF file, or its tokenizer is of another kind.
     """
     from mllama.checkpoints.gguf.tokenizer import read_tokenizer
 
@@ -40,11 +40,11 @@ def load_gguf_tokenizer(path: str | os.PathLike) -> PreTrainedTokenizerFast:
 
 
 def load_meta_processor(folder: str | Path) -> TiledProcessor | PreTrainedTokenizerFast:
-    """`mllama.processing.meta.load_meta_preprocessor` as transformers' fast tokenizer; for a vision
-    model, the processor around it.
+    """`mllama.processing.meta.load_meta_preprocessor` as transformers' fast tokenizer, inside a
+    processor for a vision model.
 
     Raises:
-        FileNotFoundError: params.json or tokenizer.model is not there.
+        FileNotFoundError: params.json or tokenizer.model is missing.
         ValueError: one of them is broken.
     """
     folder = Path(folder)
@@ -57,11 +57,10 @@ def load_meta_processor(folder: str | Path) -> TiledProcessor | PreTrainedTokeni
 
 
 def fast_tokenizer(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
-    """The same vocabulary in transformers' fast tokenizer: the ids of `tokenizer.encode(text,
+    """The same vocabulary as transformers' fast tokenizer, with the ids of `tokenizer.encode(text,
     allowed_special="all")`.
 
-    BOS and EOS are named, and put into no text by themselves; it pads on the left and has no chat
-    template.
+    BOS and EOS are named but not added; it pads on the left and has no chat template.
     """
     ranks = {
         token: tokenizer.model.encode_single_token(token)
@@ -72,10 +71,10 @@ def fast_tokenizer(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
 
 
 def as_fast(tokenizer: TextTokenizer, **options) -> PreTrainedTokenizerFast:
-    """The same tokenizer as transformers' class, which pads on the left.
+    """The same tokenizer as transformers' class, padding on the left.
 
     Args:
-        options: of the class.
+        options: further arguments of the class.
     """
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer.backend,

@@ -1,3 +1,1 @@
-# ruff: noqa: F401
-from mllama.dropin.layers import FusedFeedForward, FusedSwiGLU, convert_feedforward_to_fused
-from mllama.dropin.layers import RMSNorm as FusedRMSNorm
+from mllama.dropin.layers import RMSNorm as FusedRMSNorm  # noqa: F401

@@ -1,2 +1,1 @@
-# ruff: noqa: F401
-from mllama.dropin.layers import RMSNorm as FusedRMSNorm
+from mllama.dropin.layers import RMSNorm as FusedRMSNorm  # noqa: F401

@@ -1,3 +1,0 @@
-"""Tiny models do not pay for threads."""
-
-from helpers import one_thread  # noqa: F401
