@@ -13,6 +13,7 @@ MUST_NOT_NAME = {
     "csrc/kernels": r"torch/|ATen|c10|pybind11|core/|ops/",
     "csrc/simd": r"torch/|ATen|c10|pybind11|core/|ops/|kernels/",
     "csrc/ops": r"torch/|ATen|c10|pybind11",
+    "csrc/decode": r"torch/|ATen|c10|pybind11|ops/",
     "python/mllama/ops": r"mllama\.(?!ops)|mllama import (?!_ext)",
     "python/mllama/config": r"mllama\.(?!config)|mllama import",
     "python/mllama/nn": r"mllama\.(?!ops|nn)|mllama import",
@@ -26,6 +27,7 @@ MUST_NOT_NAME = {
     r"|nn\.wrappers)|from mllama import",
     "python/mllama/processing": r"mllama\.(?!ops|processing|checkpoints\.gguf|families)"
     r"|from mllama import",
+    "python/mllama/quant": r"mllama\.(?!ops|nn|quant)|from mllama import (?!_ext)",
     "python/mllama/runtime": r"mllama\.(hf|cli|api|dropin)|mllama import",
     "python/mllama/lora": r"mllama\.(hf|cli|api|dropin|model|runtime)|mllama import",
     "python/mllama/hf": r"mllama\.(cli|dropin)",

@@ -37,6 +37,7 @@ if TYPE_CHECKING:  # the names of `_HOME` for type checkers; tests/test_types.py
     from mllama.lora import unmerge_lora as unmerge_lora
     from mllama.processing.detections import parse_detections as parse_detections
     from mllama.processing.tokenizer import Tokenizer as Tokenizer
+    from mllama.quant.packer import optimize as optimize
 
 _HOME = {
     "Linear_LORA": "lora",
@@ -60,6 +61,7 @@ _HOME = {
     "lora_parameters": "lora",
     "merge_and_unload": "lora",
     "merge_lora": "lora",
+    "optimize": "quant.packer",
     "parse_detections": "processing.detections",
     "replace_linear_with_lora": "lora",
     "save_lora": "lora",

@@ -17,8 +17,10 @@ from mllama.device import choose_device, choose_dtype, dtype_name, dtype_named
 from mllama.lora.loading import load_lora
 from mllama.lora.peft import CONFIG as ADAPTER_CONFIG
 from mllama.lora.peft import adapted_model
+from mllama.lora.state import merge_and_unload
 from mllama.model.model import VisionLanguageModel
 from mllama.processing.auto import load_preprocessor
+from mllama.quant.packer import Packer, optimize, packing_of
 from mllama.runtime.questions import as_list, encode_questions, refuse_swapped, share_images
 from mllama.runtime.session import OPTIONS, Session
 from mllama.runtime.settings import beyond_session, check_settings
@@ -49,6 +51,7 @@ def load(
     device: str | torch.device = "auto",
     reference: str = "meta",
     adapter: str | os.PathLike | None = None,
+    weights: str | None = None,
 ) -> "tuple[MllamaForConditionalGeneration | Any, Any]":
     """Load a model of any family and its processor. Prints what was chosen to stderr, once.
 
@@ -66,6 +69,8 @@ def load(
         reference: which implementation of Llama-3.2-Vision to follow, "meta" or "hf". Other
             families ignore it.
         adapter: LoRA adapters to load into the model, as `mllama.load_lora` accepts them.
+        weights: pack the weights for inference on a CPU, as `mllama.optimize` does, one by one as
+            they are read. Adapters are merged first.
 
     Returns:
         (model, processor). The model is in eval mode: MllamaForConditionalGeneration, or
@@ -76,9 +81,10 @@ def load(
         TypeError: path or adapter is not a path.
         FileNotFoundError: the folder or model does not exist, or one of its files is missing.
         ValueError: path is empty; the dtype, device or reference is unknown or not available; the
-            family is unknown or the files are broken; the adapters do not fit the model.
+            family is unknown or the files are broken; the adapters do not fit the model; weights
+            is unknown, or the device is not the CPU.
     """
-    model, processor = load_quietly(path, dtype, device, reference, adapter)
+    model, processor = load_quietly(path, dtype, device, reference, adapter, weights)
     say_loaded(path, model)
     return model, processor
 
@@ -89,6 +95,7 @@ def load_quietly(
     device: str | torch.device,
     reference: str = "meta",
     adapter: str | os.PathLike | None = None,
+    weights: str | None = None,
 ) -> "tuple[MllamaForConditionalGeneration | Any, Any]":
     """`load` without the line on stderr, which `say_loaded` writes."""
     from mllama.hf.checkpoints import load_opened
@@ -103,9 +110,12 @@ def load_quietly(
             {"reference": reference} if "reference" in found.load_options else {}
         )
         dtype = resolve_dtype(opened, dtype, device)
-        model, _ = load_opened(found, opened, dtype, device, **options)
+        packed = None if adapter is not None else weights
+        model, _ = load_opened(found, opened, dtype, device, weights=packed, **options)
     if adapter is not None:
         load_lora(model, adapter)
+        if weights is not None:  # with the adapters in them
+            optimize(merge_and_unload(model), weights)
     return model, processor_of(folder, load_processor)
 
 
@@ -115,12 +125,13 @@ def open_session(
     device: str | torch.device = "auto",
     reference: str = "meta",
     adapter: str | os.PathLike | None = None,
+    weights: str | None = None,
 ) -> "Session | GenerateSession":
     """Open a session: the core's own, or one on transformers' `generate` where the model's
     settings or its tokenizer need transformers.
 
     Args:
-        path, dtype, device, reference, adapter: as `load` takes them.
+        path, dtype, device, reference, adapter, weights: as `load` takes them.
 
     Raises:
         TypeError, ValueError, FileNotFoundError: as `load`. ValueError for SigLIP: no decoder.
@@ -134,13 +145,16 @@ def open_session(
         processor = None if beyond_session(settings) else _core_processor(folder)
         if processor is not None:
             check_settings(where, settings)
-            model = _load_core(opened, dtype, place, reference)
+            packed = None if own_adapter is not None else weights
+            model = _load_core(opened, dtype, place, reference, packed)
             if own_adapter is not None:
                 load_lora(model, own_adapter)
+                if weights is not None:
+                    optimize(merge_and_unload(model), weights)
             return Session(model, processor, settings, where)
     from mllama.hf.answering import GenerateSession
 
-    return GenerateSession(*load_quietly(path, dtype, device, reference, adapter))
+    return GenerateSession(*load_quietly(path, dtype, device, reference, adapter, weights))
 
 
 def _core_processor(folder: Path) -> Any:
@@ -152,10 +166,18 @@ def _core_processor(folder: Path) -> Any:
 
 
 def _load_core(
-    opened: Opened, dtype: str | torch.dtype, device: torch.device, reference: str
+    opened: Opened,
+    dtype: str | torch.dtype,
+    device: torch.device,
+    reference: str,
+    weights: str | None,
 ) -> VisionLanguageModel:
     model = lay_out(opened, lambda spec: VisionLanguageModel(spec, reference=reference))
-    fill(model, opened, dtype_named(resolve_dtype(opened, dtype, device)), lambda name: device)
+    packer = None if weights is None else Packer(model, weights, device)
+    dtype = dtype_named(resolve_dtype(opened, dtype, device))
+    fill(model, opened, dtype, lambda name: device, take=packer and packer.take)
+    if packer is not None:
+        packer.finish()
     # load_lora asks for it, of adapters under transformers' names.
     weight_map = opened.family.weight_map(opened.spec)
     model.__dict__["own_names"] = functools.partial(own_names, weight_map)
@@ -226,7 +248,8 @@ def say_loaded(path: str | os.PathLike | None, model: torch.nn.Module) -> None:
     line is printed once.
     """
     name, first = "the embedded model" if path is None else Path(path), next(model.parameters())
-    _say(f"mllama: {name} in {dtype_name(first.dtype)} on {first.device}")
+    packed = f", weights packed as {packing}" if (packing := packing_of(model)) else ""
+    _say(f"mllama: {name} in {dtype_name(first.dtype)} on {first.device}{packed}")
     if path is None:
         _say(f"mllama: {_LIMITS}")
 

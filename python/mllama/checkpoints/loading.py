@@ -154,6 +154,7 @@ def load_weights(
     device_of: Callable[[str], torch.device | str] = lambda name: "cpu",
     tied: dict[str, str] | None = None,
     strict: bool = True,
+    take: Callable[[str, torch.Tensor], bool] | None = None,
 ) -> Report:
     """Load a source's tensors as the model's parameters, which may be on the meta device. Weights
     are in memory once.
@@ -166,6 +167,8 @@ def load_weights(
         device_of: device of each of the model's tensors, by name.
         tied: as in `match`. If a file has both, they must be equal.
         strict: False loads what fits and leaves the rest unchanged.
+        take: called with each of the model's tensors; True says that it has put it into the model
+            in its own way.
 
     Returns:
         The report of what was loaded and what was not.
@@ -186,9 +189,10 @@ def load_weights(
         for name, value in zip(move.ours, move.row.read(given), strict=True):
             other = loaded.get(tied.get(name))
             if other is None:
-                loaded[name] = _placed(
-                    value, given if source.mapped else [], device_of(name), dtype
-                )
+                mapped = given if source.mapped else []
+                placed = _placed(value, mapped, device_of(name), dtype)
+                if take is None or not take(name, placed):
+                    loaded[name] = placed
             elif not torch.equal(other.cpu(), value.to(dtype)):
                 both = f"{move.theirs[0]} and {', '.join(file_names(weight_map, tied[name]))}"
                 problem = f"{both} differ, but the config says they are one (tied)"
@@ -199,6 +203,9 @@ def load_weights(
     for name, other in both_ways(tied).items():
         if name not in loaded and other in loaded:
             loaded[name] = loaded[other]
+    if take is not None:
+        in_place = model.state_dict()
+        loaded |= {name: in_place[name] for name in in_place if not in_place[name].is_meta}
     torch.nn.Module.load_state_dict(model, loaded, strict=strict, assign=True)
     return report
 

@@ -95,6 +95,7 @@ def fill(
     dtype: torch.dtype | None = None,
     device_of: Callable[[str], torch.device | str] = lambda name: "cpu",
     strict: bool = True,
+    take: Callable[[str, torch.Tensor], bool] | None = None,
 ) -> Report:
     """Load opened files' tensors into a model that `lay_out` built.
 
@@ -102,12 +103,15 @@ def fill(
         dtype: Default: the dtype of most of the files' elements.
         device_of: device of each of the model's tensors, by name.
         strict: False loads what fits; the rest of the model stays on the meta device.
+        take: as `load_weights` takes it.
 
     Raises:
         ValueError: as `load_weights`; or files changed since they were opened.
     """
     tied = tied_names(opened.spec)
-    report = load_weights(model, opened.source, opened.weight_map, dtype, device_of, tied, strict)
+    report = load_weights(
+        model, opened.source, opened.weight_map, dtype, device_of, tied, strict, take
+    )
     # Shards are opened one after the other: they could belong to different models.
     if opened.changed():
         raise ValueError(
@@ -115,7 +119,7 @@ def fill(
             "them again"
         )
     for name, other in tied.items():
-        if name not in report.lacking:
+        if name not in report.lacking and other in dict(model.named_parameters()):
             _tie(model, name, other)
     return report
 

@@ -13,6 +13,7 @@ from mllama.api import find_model, open_session
 from mllama.checkpoints import open_checkpoint
 from mllama.device import dtype_name
 from mllama.processing.image import load_image
+from mllama.quant.packer import packing_of
 from mllama.runtime.session import Session
 
 if TYPE_CHECKING:
@@ -36,6 +37,7 @@ def load_session(arguments: argparse.Namespace) -> "tuple[AnySession, dict[str, 
             arguments.device,
             arguments.reference or "meta",
             arguments.adapter,
+            arguments.weights,
         )
     return session, options
 
@@ -178,6 +180,7 @@ def facts(arguments: argparse.Namespace, session: "AnySession", answer: Reply) -
         "model": arguments.model or "embedded",
         "dtype": dtype_name(first.dtype),
         "device": str(first.device),
+        "weights": packing_of(session.model),
     }
 
 

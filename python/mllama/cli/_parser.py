@@ -13,6 +13,7 @@ SIZES = {
 }
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 GGUF_DTYPES = ("f16", "bf16", "q8_0")
+WEIGHTS = ("int4", "int8", "bf16", "f16", "f32")  # quant.packer's RECIPES
 
 
 class _Parser(argparse.ArgumentParser):
@@ -288,6 +289,11 @@ def _add_device(parser: argparse.ArgumentParser):
     )
     parser.add_argument(
         "--dtype", default="auto", choices=DTYPES, help="default: auto, chosen for the device"
+    )
+    parser.add_argument(
+        "--weights",
+        choices=WEIGHTS,
+        help="pack the weights, for a CPU: fewer bits, and more tokens per second",
     )
     _add_reference(
         parser, "meta: Llama-3.2-Vision as trained (default); hf: as transformers computes it"

@@ -62,14 +62,16 @@ def _load(arguments: argparse.Namespace) -> tuple[GenerateSession, dict[str, Any
             arguments.device,
             arguments.reference or "meta",
             arguments.adapter,
+            arguments.weights,
         )
     check_answers(model)
     return GenerateSession(model, processor), options
 
 
 def _load_stock(arguments: argparse.Namespace) -> tuple[GenerateSession, dict[str, Any]]:
-    if arguments.adapter is not None:
-        raise ValueError("--adapter needs --runtime mllama")
+    for name in ("adapter", "weights"):
+        if getattr(arguments, name) is not None:
+            raise ValueError(f"--{name} needs --runtime mllama")
     options = sampling(arguments)
     check_reference(arguments)
     if arguments.reference == "meta":

@@ -23,6 +23,7 @@ from mllama.hf.config_objects import check_names, config_object, file_content, s
 from mllama.hf.config_objects import compose as compose_object
 from mllama.hf.devices import Placement
 from mllama.nn.wrappers import plain_key
+from mllama.quant.packer import Packer
 from mllama.weights import stock_names
 from mllama.weights.rows import WeightMap, plan_moves, to_file
 
@@ -37,6 +38,7 @@ def load_model(
     dtype: torch.dtype | str = "auto",
     device: torch.device | str | int | dict = "cpu",
     fields: dict[str, Any] | None = None,
+    weights: str | None = None,
     **class_kwargs: Any,
 ) -> PreTrainedModel:
     """Load a transformers model from a folder or file, as `mllama.checkpoints.load`.
@@ -49,6 +51,7 @@ def load_model(
         device: one device; or accelerate's "auto", "balanced", "balanced_low_0", "sequential" or
             {module: device} to spread the model over devices.
         fields: config fields that override the config's values.
+        weights: pack the weights, as `mllama.optimize`, one by one as they are read.
         class_kwargs: further arguments of the class's constructor.
 
     Raises:
@@ -65,7 +68,9 @@ def load_model(
         if fields:
             set_fields(config, fields)
             opened = opened.with_config(config.to_dict())
-        return load_opened(model_class, opened, dtype, device, config=config, **class_kwargs)[0]
+        return load_opened(
+            model_class, opened, dtype, device, config=config, weights=weights, **class_kwargs
+        )[0]
 
 
 def load_opened(
@@ -75,6 +80,7 @@ def load_opened(
     device: torch.device | str | int | dict = "cpu",
     strict: bool = True,
     config: PretrainedConfig | None = None,
+    weights: str | None = None,
     **class_kwargs: Any,
 ) -> tuple[PreTrainedModel, Report]:
     """`load_model` for an opened checkpoint; also returns the loading report.
@@ -82,14 +88,19 @@ def load_opened(
     Args:
         strict: False loads what fits; the rest of the model stays on the meta device.
         config: the model's config. Default: the files'.
+        weights: as `load_model` takes it.
     """
     dtype, placement = dtype_named(dtype), Placement(device)
     config = config_object(opened.config) if config is None else config
     config.name_or_path = where = opened.source.where
     model = lay_out(opened, lambda spec: model_class(config, **class_kwargs))
     placement.settle(model, dtype)
-    report = fill(model, opened, dtype, placement.of, strict)
-    model.tie_weights(recompute_mapping=False)
+    packer = None if weights is None else Packer(model, weights, device)
+    report = fill(model, opened, dtype, placement.of, strict, packer and packer.take)
+    if packer is None:
+        model.tie_weights(recompute_mapping=False)
+    else:
+        packer.finish()
     model.config.dtype = dtype or report.dtype
     if opened.generation is not None and model.can_generate():
         model.generation_config = _generation_config(where, opened.generation)

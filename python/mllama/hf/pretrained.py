@@ -23,8 +23,10 @@ from mllama.lora.loading import load_lora
 from mllama.lora.peft import CONFIG as ADAPTER_CONFIG
 from mllama.lora.peft import adapted_model, is_peft
 from mllama.lora.saving import save_adapter_folder
+from mllama.lora.state import merge_and_unload
 from mllama.nn.checkpointing import CheckpointedLayer
 from mllama.nn.wrappers import given_out, is_sharded, may_write, plain_key, whole
+from mllama.quant.packer import optimize, packing_of
 from mllama.weights.stock_names import stock_name, stock_patterns
 
 if TYPE_CHECKING:  # a mixin of that class, not a subclass: its own methods take precedence
@@ -65,6 +67,7 @@ class PretrainedMixin(_Model):
         dtype: torch.dtype | str | None = None,
         device_map: torch.device | str | dict | None = None,
         subfolder: str | os.PathLike = "",
+        weights: str | None = None,
         **kwargs: Any,
     ) -> Self:
         """Load a model, in eval mode.
@@ -81,6 +84,8 @@ class PretrainedMixin(_Model):
                 "sequential" or {module: device} to spread the model over several. Default: the
                 CPU.
             subfolder: the model's folder inside.
+            weights: pack the weights for inference on a CPU, as `mllama.optimize` does, one by one
+                as they are read.
             kwargs: config fields that override the config's values, such as
                 `vision_feature_layer=-1` or `text_config={"use_cache": False}`;
                 `attn_implementation`, only "eager"; `reference` of a model with cross-attention;
@@ -103,6 +108,7 @@ class PretrainedMixin(_Model):
         older = kwargs.pop("torch_dtype", None)
         dtype = next((given for given in (dtype, older) if given is not None), "auto")
         own = {name: kwargs.pop(name) for name in cls.load_options & kwargs.keys()}
+        own["weights"] = weights
         check_choice(
             "from_pretrained",
             "attn_implementation",
@@ -122,7 +128,7 @@ class PretrainedMixin(_Model):
             asked.pop("revision", None)  # it is the adapters'
             model = cls.from_pretrained(adapted_model(folder), **asked)
             load_lora(model, folder)
-            return model
+            return model if weights is None else optimize(merge_and_unload(model), weights)
         where = "cpu" if device_map is None else device_map
         loaded: Any = load_model(cls, folder, config, dtype, where, fields, **own)
         return loaded
@@ -196,6 +202,11 @@ class PretrainedMixin(_Model):
                 "merge_and_unload()"
             )
         check_built(self)
+        if packing_of(self) is not None:
+            raise ValueError(
+                f"this model's weights are packed ({packing_of(self)}) and have no format of "
+                "their own: save the model before `mllama.optimize`"
+            )
         lora = bool(lora_layers(self))
         together = state_dict is None and is_sharded(self)
         if together:

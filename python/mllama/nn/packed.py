@@ -1,9 +1,21 @@
 """Linear layers and embeddings whose weight is packed (see `mllama.ops.packed_linear`)."""
 
+from typing import Any
+
 import torch
 from torch import nn
 
 from mllama.ops.packed_linear import packed_linear, unpack_weight
+
+
+def _missing(module: nn.Module, name: str) -> Any:
+    """nn.Module's lookup; who asks for the weight is told that it is packed."""
+    if name == "weight":
+        raise AttributeError(
+            f"the weight of this {type(module).__name__} is packed as {module.packing}: this needs "
+            "a model that mllama.optimize has not packed"
+        )
+    return nn.Module.__getattr__(module, name)
 
 
 class PackedLinear(nn.Module):
@@ -30,6 +42,9 @@ class PackedLinear(nn.Module):
         self.in_features, self.out_features, self.packing = in_features, out_features, packing
         self.register_buffer("packed", packed)
         self.register_buffer("bias", bias)
+
+    def __getattr__(self, name: str):
+        return _missing(self, name)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[..., in_features] -> [..., out_features], of x's dtype."""
@@ -75,6 +90,9 @@ class PackedEmbedding(nn.Module):
         self.num_embeddings, self.embedding_dim = num_embeddings, embedding_dim
         self.packing, self.dtype, self.embed_scale = packing, dtype, embed_scale
         self.register_buffer("packed", packed)
+
+    def __getattr__(self, name: str):
+        return _missing(self, name)
 
     def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
         """int [...] -> [..., embedding_dim]."""

@@ -222,6 +222,10 @@ def _unpack_fake(packed, rows, out_features, in_features, number, dtype):
     return packed.new_empty((count, in_features), dtype=dtype)
 
 
-_packed_linear = register("packed_linear", check=_check, fake=_fake)
+def _no_derivative(ctx, *grads):
+    raise NotImplementedError("packed_linear has no derivative: packed weights are for inference")
+
+
+_packed_linear = register("packed_linear", check=_check, fake=_fake, backward=_no_derivative)
 _pack_weight = register("pack_weight", check=_check_pack, fake=_pack_fake)
 _unpack_weight = register("unpack_weight", check=_check_unpack, fake=_unpack_fake)

@@ -1,6 +1,7 @@
 """Packing the linear layers of a model, all at once or one by one while it is loaded."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -41,25 +42,30 @@ class Packer:
     Args:
         model: a `VisionLanguageModel`, which may be on the meta device.
         weights: one of RECIPES.
+        device: where the model will be.
 
     Attributes:
         packed: the format of every layer packed so far, by name.
 
     Raises:
-        ValueError: weights is not known; the model has LoRA layers, or is packed; the compiled
-            operators are disabled.
+        ValueError: weights is not known; the model has LoRA layers, is packed, has no decoder or
+            is not on the CPU; the compiled operators are disabled.
     """
 
-    def __init__(self, model: nn.Module, weights: str):
+    def __init__(self, model: nn.Module, weights: str, device: Any = "cpu"):
         if weights not in RECIPES:
             raise ValueError(f"weights must be one of {', '.join(RECIPES)}, got {weights!r}")
         if _ext.disabled():
             raise ValueError("weights needs the compiled operators, which are disabled here")
-        if is_packed(model):
+        if isinstance(device, dict) or str(device) != "cpu":
+            raise ValueError(f"weights={weights!r} needs device 'cpu', got {device!r}")
+        if getattr(model.spec, "text", None) is None:
+            raise ValueError("weights are packed of models with a decoder; this one has none")
+        if packing_of(model) is not None:
             raise ValueError("weights cannot be packed twice: this model is packed")
         if any(".lora_a" in name or ".lora_A" in name for name, _ in model.named_parameters()):
             raise ValueError("this model has LoRA layers: merge them before its weights are packed")
-        self.model, self.recipe = model, RECIPES[weights]
+        self.model, self.weights, self.recipe = model, weights, RECIPES[weights]
         self.packed: dict[str, str] = {}
         self._formats = {
             name: packing
@@ -78,6 +84,9 @@ class Packer:
             Whether it was: then the model has a packed layer in its place.
         """
         owner, _, last = name.rpartition(".")
+        if last == "weight" and owner in self.packed:  # the other name of a tied matrix
+            self._check_equal(owner, weight)
+            return True
         if last != "weight" or owner not in self._formats:
             return False
         packing, module = self._formats.pop(owner), self.model.get_submodule(owner)
@@ -99,6 +108,20 @@ class Packer:
             if owner in self._formats:
                 self.take(f"{owner}.weight", self.model.get_submodule(owner).weight.detach())
 
+    def _check_equal(self, owner: str, weight: torch.Tensor) -> None:
+        if not torch.equal(
+            self.model.get_submodule(owner).packed, pack_weight(weight, self.packed[owner])
+        ):
+            raise ValueError(
+                f"{_HEAD}.weight and {_EMBEDDINGS}.weight differ, but the config says they are one "
+                "(tied)"
+            )
+
+    def finish(self) -> None:
+        """Freeze what is left, once all is packed."""
+        self.model.requires_grad_(False)
+        self.model.__dict__["packed_weights"] = self.weights
+
     @property
     def _tied(self) -> bool:
         spec = self.model.spec
@@ -119,9 +142,9 @@ class Packer:
         return None
 
 
-def is_packed(model: nn.Module) -> bool:
-    """Whether a model has packed layers."""
-    return any(isinstance(module, (PackedLinear, PackedEmbedding)) for module in model.modules())
+def packing_of(model: nn.Module) -> str | None:
+    """Which of RECIPES a model's weights are packed by; None where they are not."""
+    return getattr(model, "packed_weights", None)
 
 
 def optimize(model: nn.Module, weights: str) -> nn.Module:
@@ -142,6 +165,8 @@ def optimize(model: nn.Module, weights: str) -> nn.Module:
         ValueError: weights is not known, the model is packed or has LoRA layers, or a weight has
             values that the format cannot hold.
     """
-    Packer(model, weights).pack_all()
-    model.requires_grad_(False)
+    device = next(model.parameters()).device
+    packer = Packer(model, weights, device)
+    packer.pack_all()
+    packer.finish()
     return model.eval()

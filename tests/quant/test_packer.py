@@ -1,0 +1,165 @@
+"""Packed models against the dense ones that their weights stand for."""
+
+import copy
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import mllama
+import tiny
+from helpers import needs_kernels
+from mllama import MllamaForConditionalGeneration, optimize
+from mllama.cli._parser import WEIGHTS
+from mllama.nn.packed import PackedEmbedding, PackedLinear
+from mllama.quant.packer import RECIPES
+from tiny import folders, pairs
+
+pytestmark = needs_kernels
+# Of the logits' own size: what random weights of tiny models lose.
+ERROR = {"f32": 1e-5, "bf16": 5e-2, "f16": 5e-3, "int8": 0.15, "int4": 0.8}
+
+
+def distance(ours: torch.Tensor, theirs: torch.Tensor) -> float:
+    return ((ours - theirs).norm() / theirs.norm()).item()
+
+
+@pytest.mark.parametrize("weights", RECIPES)
+@pytest.mark.parametrize("case", ["llama", "gemma3_text", "llava, clip, -2", "paligemma", "mllama"])
+def test_logits(case, weights):
+    pair, model = pairs.pair(case), copy.deepcopy(pairs.pair(case).ours)
+    inputs = pair.inputs()
+    with torch.no_grad():
+        expected = model(**inputs).logits
+        logits = optimize(model, weights)(**inputs).logits
+    assert distance(logits, expected) <= ERROR[weights]
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_a_packed_model_computes_with_what_it_holds():
+    """Its dense weights in the dense model give its logits but for rounded activations."""
+    pair = pairs.pair("llava, clip, -2")
+    model, packed = copy.deepcopy(pair.ours), optimize(copy.deepcopy(pair.ours), "int4")
+    for name, module in packed.named_modules():
+        if isinstance(module, PackedLinear):
+            model.get_submodule(name).weight.data = module.dense()
+    with torch.no_grad():
+        ids = torch.arange(packed.spec.text.vocab_size)
+        model.get_input_embeddings().weight.data = packed.get_input_embeddings()(ids)
+        logits, expected = (one(**pair.inputs()).logits for one in (packed, model))
+    assert distance(logits, expected) <= 0.1
+
+
+def test_what_is_packed():
+    model = optimize(copy.deepcopy(pairs.pair("mllama").ours), "int4")
+    kinds = {
+        name: module.packing
+        for name, module in model.named_modules()
+        if isinstance(module, (PackedLinear, PackedEmbedding))
+    }
+    assert {name for name, kind in kinds.items() if kind == "int4"} == {
+        name for name in kinds if name.startswith("language_model.layers.")
+    }
+    assert kinds["lm_head"] == kinds["language_model.embed_tokens"] == "int8"
+    assert any(name.startswith("vision_tower.") for name in kinds)
+    assert not any(type(module) is torch.nn.Linear for module in model.modules())
+
+
+def test_tied_embeddings_are_packed_once():
+    model = optimize(copy.deepcopy(pairs.pair("gemma").ours), "int8")
+    assert model.spec.text.tie_word_embeddings
+    assert model.lm_head.packed is model.get_input_embeddings().packed
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma", "paligemma", "mllama"])
+def test_loading_packs_as_packing_after_loading(family, tmp_path):
+    folder = folders.write(family, tmp_path)
+    loaded = MllamaForConditionalGeneration.from_pretrained(folder, weights="int4")
+    packed = optimize(MllamaForConditionalGeneration.from_pretrained(folder), "int4")
+    expected = packed.state_dict()
+    assert loaded.state_dict().keys() == expected.keys()
+    for name, value in loaded.state_dict().items():
+        assert torch.equal(value, expected[name]), name
+    assert loaded.packed_weights == "int4" and not loaded.training
+
+
+def test_load_and_the_command_line(tmp_path):
+    folder = folders.write("llama", tmp_path)
+    model, _ = mllama.load(folder, weights="int8")
+    assert model.packed_weights == "int8"
+    command = [sys.executable, "-m", "mllama", "generate", "--model", folder, "--prompt", "a b"]
+    command += ["--weights", "int4", "--max-new-tokens", "3", "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout)["weights"] == "int4"
+    assert "int4" in done.stderr
+    assert set(WEIGHTS) == set(RECIPES)
+
+
+def test_adapters_are_merged_before(tmp_path):
+    folder = folders.write("llama", tmp_path / "model")
+    model = MllamaForConditionalGeneration.from_pretrained(folder)
+    mllama.convert_to_lora(model, rank=2, target_modules=["q_proj"])
+    for name, parameter in model.named_parameters():
+        if ".lora_" in name:
+            parameter.data.normal_(0, 0.1)
+    mllama.save_lora(model, tmp_path / "adapter.safetensors")
+    expected = optimize(mllama.merge_and_unload(model), "int8").state_dict()
+    loaded, _ = mllama.load(folder, adapter=tmp_path / "adapter.safetensors", weights="int8")
+    for name, value in loaded.state_dict().items():
+        assert torch.equal(value, expected[name]), name
+
+
+def test_a_file_whose_tied_tensors_differ_is_refused(tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    folder = folders.write("gemma", tmp_path)
+    weights = load_file(folder / "model.safetensors")
+    name = next(name for name in weights if name.endswith("embed_tokens.weight"))
+    weights["lm_head.weight"] = weights[name] + 1
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match="tied"):
+        MllamaForConditionalGeneration.from_pretrained(folder, weights="int8")
+
+
+@pytest.mark.parametrize("value", ["int3", "", 4, True])
+def test_formats_that_are_not_known(value):
+    with pytest.raises(ValueError, match="weights"):
+        optimize(copy.deepcopy(pairs.pair("llama").ours), value)
+
+
+def test_what_a_packed_model_refuses(tmp_path):
+    model = optimize(copy.deepcopy(pairs.pair("llama").ours), "int4")
+    with pytest.raises(ValueError, match="packed"):
+        optimize(model, "int8")
+    with pytest.raises(ValueError, match="packed"):
+        model.save_pretrained(tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(AttributeError, match="packed"):
+        model.resize_token_embeddings(200)
+    embeds = torch.randn(1, 3, model.spec.text.hidden_size, requires_grad=True)
+    with pytest.raises(NotImplementedError, match="packed"):
+        model(inputs_embeds=embeds).logits.sum().backward()
+
+
+def test_models_that_cannot_be_packed():
+    lora = copy.deepcopy(pairs.pair("llama").ours)
+    mllama.convert_to_lora(lora, rank=2, target_modules=["q_proj"])
+    with pytest.raises(ValueError, match="LoRA"):
+        optimize(lora, "int8")
+    with pytest.raises(ValueError, match="decoder"):
+        optimize(copy.deepcopy(pairs.pair("siglip_vision_model").ours), "int8")
+    too_large = tiny.model()
+    too_large.lm_head.weight.data[0, 0] = float("inf")
+    with pytest.raises(ValueError, match="weight"):
+        optimize(too_large, "int8")
+
+
+def test_copies_and_pickles_of_packed_models(tmp_path):
+    model = optimize(copy.deepcopy(pairs.pair("llama").ours), "int4")
+    torch.save(model, tmp_path / "model.pt")
+    inputs = pairs.pair("llama").inputs()
+    with torch.no_grad():
+        for other in (copy.deepcopy(model), torch.load(tmp_path / "model.pt", weights_only=False)):
+            assert torch.equal(other(**inputs).logits, model(**inputs).logits)
