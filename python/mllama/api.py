@@ -112,10 +112,7 @@ def load_quietly(
         dtype = resolve_dtype(opened, dtype, device)
         packed = None if adapter is not None else weights
         model, _ = load_opened(found, opened, dtype, device, weights=packed, **options)
-    if adapter is not None:
-        load_lora(model, adapter)
-        if weights is not None:  # with the adapters in them
-            optimize(merge_and_unload(model), weights)
+    _adapt(model, adapter, weights)
     return model, processor_of(folder, load_processor)
 
 
@@ -147,10 +144,7 @@ def open_session(
             check_settings(where, settings)
             packed = None if own_adapter is not None else weights
             model = _load_core(opened, dtype, place, reference, packed)
-            if own_adapter is not None:
-                load_lora(model, own_adapter)
-                if weights is not None:
-                    optimize(merge_and_unload(model), weights)
+            _adapt(model, own_adapter, weights)
             return Session(model, processor, settings, where)
     from mllama.hf.answering import GenerateSession
 
@@ -173,15 +167,25 @@ def _load_core(
     weights: str | None,
 ) -> VisionLanguageModel:
     model = lay_out(opened, lambda spec: VisionLanguageModel(spec, reference=reference))
+    loaded_as = dtype_named(resolve_dtype(opened, dtype, device))
     packer = None if weights is None else Packer(model, weights, device)
-    dtype = dtype_named(resolve_dtype(opened, dtype, device))
-    fill(model, opened, dtype, lambda name: device, take=packer and packer.take)
+    take = None if packer is None else packer.take
+    fill(model, opened, loaded_as, lambda name: device, take=take)
     if packer is not None:
         packer.finish()
     # load_lora asks for it, of adapters under transformers' names.
     weight_map = opened.family.weight_map(opened.spec)
     model.__dict__["own_names"] = functools.partial(own_names, weight_map)
     return model.eval()
+
+
+def _adapt(model: Any, adapter: str | os.PathLike | None, weights: str | None) -> None:
+    """Load adapters, if any; weights that shall be packed are packed with the adapters in them."""
+    if adapter is None:
+        return
+    load_lora(model, adapter)
+    if weights is not None:
+        optimize(merge_and_unload(model), weights)
 
 
 def _find_adapted(

@@ -100,7 +100,7 @@ def test_load_and_the_command_line(tmp_path):
 def test_adapters_are_merged_before(tmp_path):
     folder = folders.write("llama", tmp_path / "model")
     model = MllamaForConditionalGeneration.from_pretrained(folder)
-    mllama.convert_to_lora(model, rank=2, target_modules=["q_proj"])
+    mllama.convert_to_lora(model, rank=2, alpha=4, target_modules=["q_proj"])
     for name, parameter in model.named_parameters():
         if ".lora_" in name:
             parameter.data.normal_(0, 0.1)
@@ -145,7 +145,7 @@ def test_what_a_packed_model_refuses(tmp_path):
 
 def test_models_that_cannot_be_packed():
     lora = copy.deepcopy(pairs.pair("llama").ours)
-    mllama.convert_to_lora(lora, rank=2, target_modules=["q_proj"])
+    mllama.convert_to_lora(lora, rank=2, alpha=4, target_modules=["q_proj"])
     with pytest.raises(ValueError, match="LoRA"):
         optimize(lora, "int8")
     with pytest.raises(ValueError, match="decoder"):

@@ -39,7 +39,8 @@ def pack_weight(weight: torch.Tensor, packing: str) -> torch.Tensor:
         return _pack_weight(weight, PACKINGS[packing].number)
     _check_pack(weight, 0)
     packed = pack(weight, packing)
-    if not unpack(packed, *weight.shape, packing).isfinite().all():
+    out_features, in_features = weight.shape
+    if not unpack(packed, out_features, in_features, packing).isfinite().all():
         raise ValueError(f"pack_weight: weight has values that {packing} cannot hold")
     return packed
 

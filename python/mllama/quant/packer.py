@@ -1,7 +1,7 @@
 """Packing the linear layers of a model, all at once or one by one while it is loaded."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -33,6 +33,7 @@ RECIPES = {
     "int8": Recipe("int8", "int8", "int8"),
     "int4": Recipe("int4", "int8", "int8"),
 }
+_Model = TypeVar("_Model", bound=nn.Module)
 _HEAD, _EMBEDDINGS = "lm_head", "language_model.embed_tokens"
 
 
@@ -59,7 +60,7 @@ class Packer:
             raise ValueError("weights needs the compiled operators, which are disabled here")
         if isinstance(device, dict) or str(device) != "cpu":
             raise ValueError(f"weights={weights!r} needs device 'cpu', got {device!r}")
-        if getattr(model.spec, "text", None) is None:
+        if getattr(getattr(model, "spec", None), "text", None) is None:
             raise ValueError("weights are packed of models with a decoder; this one has none")
         if packing_of(model) is not None:
             raise ValueError("weights cannot be packed twice: this model is packed")
@@ -147,7 +148,7 @@ def packing_of(model: nn.Module) -> str | None:
     return getattr(model, "packed_weights", None)
 
 
-def optimize(model: nn.Module, weights: str) -> nn.Module:
+def optimize(model: _Model, weights: str) -> _Model:
     """Pack a model's linear layers, embeddings and output head, for inference on a CPU: generation
     then reads fewer bytes per token, and runs all layers in one operator call.
 
