@@ -3,7 +3,6 @@
 #pragma once
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
-#include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
@@ -14,6 +13,7 @@
 #include <vector>
 
 #include "core/check.h"
+#include "core/library.h"
 #include "simd/types.h"
 
 namespace mllama {

@@ -260,13 +260,13 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward(
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(mllama, m) {
-    m.def(kAttentionSchema);
-    m.def(kAttentionBackwardSchema);
+    define(m, kAttentionSchema);
+    define(m, kAttentionBackwardSchema);
 }
 
 STABLE_TORCH_LIBRARY_IMPL(mllama, CPU, m) {
-    m.impl("attention", TORCH_BOX(&attention));
-    m.impl("_attention_backward", TORCH_BOX(&attention_backward));
+    implement(m, "attention", TORCH_BOX(&attention));
+    implement(m, "_attention_backward", TORCH_BOX(&attention_backward));
 }
 
 }  // namespace mllama

@@ -71,17 +71,17 @@ std::tuple<Tensor, Tensor> geglu_backward(const Tensor& grad_y, const Tensor& ga
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(mllama, m) {
-    m.def(kSwigluSchema);
-    m.def(kGegluSchema);
-    m.def(kSwigluBackwardSchema);
-    m.def(kGegluBackwardSchema);
+    define(m, kSwigluSchema);
+    define(m, kGegluSchema);
+    define(m, kSwigluBackwardSchema);
+    define(m, kGegluBackwardSchema);
 }
 
 STABLE_TORCH_LIBRARY_IMPL(mllama, CPU, m) {
-    m.impl("swiglu", TORCH_BOX(&swiglu));
-    m.impl("geglu", TORCH_BOX(&geglu));
-    m.impl("_swiglu_backward", TORCH_BOX(&swiglu_backward));
-    m.impl("_geglu_backward", TORCH_BOX(&geglu_backward));
+    implement(m, "swiglu", TORCH_BOX(&swiglu));
+    implement(m, "geglu", TORCH_BOX(&geglu));
+    implement(m, "_swiglu_backward", TORCH_BOX(&swiglu_backward));
+    implement(m, "_geglu_backward", TORCH_BOX(&geglu_backward));
 }
 
 }  // namespace mllama

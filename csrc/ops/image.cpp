@@ -130,13 +130,13 @@ Tensor resize_normalize(const Tensor& image, int64_t height, int64_t width, cons
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(mllama, m) {
-    m.def(kResizeSchema);
-    m.def(kResizeNormalizeSchema);
+    define(m, kResizeSchema);
+    define(m, kResizeNormalizeSchema);
 }
 
 STABLE_TORCH_LIBRARY_IMPL(mllama, CPU, m) {
-    m.impl("resize", TORCH_BOX(&resize));
-    m.impl("resize_normalize", TORCH_BOX(&resize_normalize));
+    implement(m, "resize", TORCH_BOX(&resize));
+    implement(m, "resize_normalize", TORCH_BOX(&resize_normalize));
 }
 
 }  // namespace mllama

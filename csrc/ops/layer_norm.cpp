@@ -56,13 +56,13 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm_backward(const Tensor& grad_y, con
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(mllama, m) {
-    m.def(kLayerNormSchema);
-    m.def(kLayerNormBackwardSchema);
+    define(m, kLayerNormSchema);
+    define(m, kLayerNormBackwardSchema);
 }
 
 STABLE_TORCH_LIBRARY_IMPL(mllama, CPU, m) {
-    m.impl("layer_norm", TORCH_BOX(&layer_norm));
-    m.impl("_layer_norm_backward", TORCH_BOX(&layer_norm_backward));
+    implement(m, "layer_norm", TORCH_BOX(&layer_norm));
+    implement(m, "_layer_norm_backward", TORCH_BOX(&layer_norm_backward));
 }
 
 }  // namespace mllama

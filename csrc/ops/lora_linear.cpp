@@ -112,13 +112,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> lora_linear_backward(
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(mllama, m) {
-    m.def(kLoraLinearSchema);
-    m.def(kLoraLinearBackwardSchema);
+    define(m, kLoraLinearSchema);
+    define(m, kLoraLinearBackwardSchema);
 }
 
 STABLE_TORCH_LIBRARY_IMPL(mllama, CPU, m) {
-    m.impl("lora_linear", TORCH_BOX(&lora_linear));
-    m.impl("_lora_linear_backward", TORCH_BOX(&lora_linear_backward));
+    implement(m, "lora_linear", TORCH_BOX(&lora_linear));
+    implement(m, "_lora_linear_backward", TORCH_BOX(&lora_linear_backward));
 }
 
 }  // namespace mllama

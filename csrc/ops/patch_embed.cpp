@@ -76,13 +76,13 @@ std::tuple<Tensor, Tensor, Tensor> patch_embed_backward(const Tensor& grad_y, co
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(mllama, m) {
-    m.def(kPatchEmbedSchema);
-    m.def(kPatchEmbedBackwardSchema);
+    define(m, kPatchEmbedSchema);
+    define(m, kPatchEmbedBackwardSchema);
 }
 
 STABLE_TORCH_LIBRARY_IMPL(mllama, CPU, m) {
-    m.impl("patch_embed", TORCH_BOX(&patch_embed));
-    m.impl("_patch_embed_backward", TORCH_BOX(&patch_embed_backward));
+    implement(m, "patch_embed", TORCH_BOX(&patch_embed));
+    implement(m, "_patch_embed_backward", TORCH_BOX(&patch_embed_backward));
 }
 
 }  // namespace mllama

@@ -70,15 +70,15 @@ std::tuple<Tensor, Tensor> rms_norm_backward(const Tensor& grad_y, const MaybeTe
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(mllama, m) {
-    m.def(kRmsNormSchema);
-    m.def(kAddRmsNormSchema);
-    m.def(kRmsNormBackwardSchema);
+    define(m, kRmsNormSchema);
+    define(m, kAddRmsNormSchema);
+    define(m, kRmsNormBackwardSchema);
 }
 
 STABLE_TORCH_LIBRARY_IMPL(mllama, CPU, m) {
-    m.impl("rms_norm", TORCH_BOX(&rms_norm));
-    m.impl("add_rms_norm", TORCH_BOX(&add_rms_norm));
-    m.impl("_rms_norm_backward", TORCH_BOX(&rms_norm_backward));
+    implement(m, "rms_norm", TORCH_BOX(&rms_norm));
+    implement(m, "add_rms_norm", TORCH_BOX(&add_rms_norm));
+    implement(m, "_rms_norm_backward", TORCH_BOX(&rms_norm_backward));
 }
 
 }  // namespace mllama

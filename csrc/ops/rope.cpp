@@ -37,8 +37,8 @@ std::tuple<Tensor, Tensor> rope(const Tensor& q, const Tensor& k, const Tensor& 
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_FRAGMENT(mllama, m) { m.def(kRopeSchema); }
+STABLE_TORCH_LIBRARY_FRAGMENT(mllama, m) { define(m, kRopeSchema); }
 
-STABLE_TORCH_LIBRARY_IMPL(mllama, CPU, m) { m.impl("rope", TORCH_BOX(&rope)); }
+STABLE_TORCH_LIBRARY_IMPL(mllama, CPU, m) { implement(m, "rope", TORCH_BOX(&rope)); }
 
 }  // namespace mllama
