@@ -28,8 +28,8 @@ CONFIG = {
 
 
 def cases() -> Iterator[Case]:
-    """32 tokens after a prompt of 64, for one sequence and for 8. GB/s are the packed weights', read
-    once per token.
+    """32 tokens after a prompt of 64, for one sequence and for 8. GB/s are of the packed weights,
+    read once per token.
     """
     theirs = LlamaForCausalLM(LlamaConfig(**CONFIG)).eval()
     ours = MllamaForConditionalGeneration(LlamaConfig(**CONFIG)).eval()

@@ -127,15 +127,15 @@ Tensor unpack_weight(const Tensor& weight, const MaybeTensor& rows_, int64_t out
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(mllama, m) {
-    m.def(kPackedLinearSchema);
-    m.def(kPackWeightSchema);
-    m.def(kUnpackWeightSchema);
+    define(m, kPackedLinearSchema);
+    define(m, kPackWeightSchema);
+    define(m, kUnpackWeightSchema);
 }
 
 STABLE_TORCH_LIBRARY_IMPL(mllama, CPU, m) {
-    m.impl("packed_linear", TORCH_BOX(&packed_linear));
-    m.impl("pack_weight", TORCH_BOX(&pack_weight));
-    m.impl("unpack_weight", TORCH_BOX(&unpack_weight));
+    implement(m, "packed_linear", TORCH_BOX(&packed_linear));
+    implement(m, "pack_weight", TORCH_BOX(&pack_weight));
+    implement(m, "unpack_weight", TORCH_BOX(&unpack_weight));
 }
 
 }  // namespace mllama

@@ -11,20 +11,18 @@ import torch
 
 from mllama.assets import EMBEDDED
 from mllama.checkpoints import open_checkpoint
-from mllama.checkpoints.models import fill, lay_out
 from mllama.checkpoints.opened import Opened
 from mllama.device import choose_device, choose_dtype, dtype_name, dtype_named
 from mllama.lora.loading import load_lora
 from mllama.lora.peft import CONFIG as ADAPTER_CONFIG
 from mllama.lora.peft import adapted_model
 from mllama.lora.state import merge_and_unload
-from mllama.model.model import VisionLanguageModel
 from mllama.processing.auto import load_preprocessor
-from mllama.quant.packer import Packer, optimize, packing_of
+from mllama.quant.packer import optimize, packing_of
+from mllama.runtime.loading import load_core
 from mllama.runtime.questions import as_list, encode_questions, refuse_swapped, share_images
 from mllama.runtime.session import OPTIONS, Session
 from mllama.runtime.settings import beyond_session, check_settings
-from mllama.weights.stock_names import own_names
 
 if TYPE_CHECKING:
     from mllama.hf.answering import GenerateSession
@@ -143,7 +141,8 @@ def open_session(
         if processor is not None:
             check_settings(where, settings)
             packed = None if own_adapter is not None else weights
-            model = _load_core(opened, dtype, place, reference, packed)
+            loaded_as = dtype_named(resolve_dtype(opened, dtype, place))
+            model = load_core(opened, loaded_as, place, reference, packed)
             _adapt(model, own_adapter, weights)
             return Session(model, processor, settings, where)
     from mllama.hf.answering import GenerateSession
@@ -157,26 +156,6 @@ def _core_processor(folder: Path) -> Any:
         return load_preprocessor(folder)
     except ValueError:
         return None
-
-
-def _load_core(
-    opened: Opened,
-    dtype: str | torch.dtype,
-    device: torch.device,
-    reference: str,
-    weights: str | None,
-) -> VisionLanguageModel:
-    model = lay_out(opened, lambda spec: VisionLanguageModel(spec, reference=reference))
-    loaded_as = dtype_named(resolve_dtype(opened, dtype, device))
-    packer = None if weights is None else Packer(model, weights, device)
-    take = None if packer is None else packer.take
-    fill(model, opened, loaded_as, lambda name: device, take=take)
-    if packer is not None:
-        packer.finish()
-    # load_lora asks for it, of adapters under transformers' names.
-    weight_map = opened.family.weight_map(opened.spec)
-    model.__dict__["own_names"] = functools.partial(own_names, weight_map)
-    return model.eval()
 
 
 def _adapt(model: Any, adapter: str | os.PathLike | None, weights: str | None) -> None:

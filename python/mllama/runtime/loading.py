@@ -1,0 +1,42 @@
+"""The core's model of opened files."""
+
+import functools
+
+import torch
+
+from mllama.checkpoints.models import fill, lay_out
+from mllama.checkpoints.opened import Opened
+from mllama.model.model import VisionLanguageModel
+from mllama.quant.packer import Packer
+from mllama.weights.stock_names import own_names
+
+
+def load_core(
+    opened: Opened,
+    dtype: torch.dtype | None,
+    device: torch.device,
+    reference: str = "meta",
+    weights: str | None = None,
+) -> VisionLanguageModel:
+    """Load a model without transformers, in eval mode.
+
+    Args:
+        opened: its files.
+        dtype: of the weights. Default: the files'.
+        device: where they go.
+        reference: as `mllama.load` takes it.
+        weights: pack them, as `mllama.load` takes it.
+
+    Raises:
+        ValueError: as `lay_out`, `fill` and `Packer`.
+    """
+    model = lay_out(opened, lambda spec: VisionLanguageModel(spec, reference=reference))
+    packer = None if weights is None else Packer(model, weights, device)
+    take = None if packer is None else packer.take
+    fill(model, opened, dtype, lambda name: device, take=take)
+    if packer is not None:
+        packer.finish()
+    # load_lora asks for it, of adapters under transformers' names.
+    weight_map = opened.family.weight_map(opened.spec)
+    model.__dict__["own_names"] = functools.partial(own_names, weight_map)
+    return model.eval()
