@@ -68,7 +68,8 @@ def load(
             families ignore it.
         adapter: LoRA adapters to load into the model, as `mllama.load_lora` accepts them.
         weights: pack the weights for inference on a CPU, as `mllama.optimize` does, one by one as
-            they are read. Adapters are merged first.
+            they are read; or "file", in the file's own types, such as GGUF's blocks. Adapters are
+            merged first, which "file" does not allow.
 
     Returns:
         (model, processor). The model is in eval mode: MllamaForConditionalGeneration, or

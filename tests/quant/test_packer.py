@@ -14,7 +14,7 @@ from helpers import needs_kernels
 from mllama import MllamaForConditionalGeneration, optimize
 from mllama.cli._parser import WEIGHTS
 from mllama.nn.packed import PackedEmbedding, PackedLinear
-from mllama.quant.packer import RECIPES
+from mllama.quant.packer import FILE, RECIPES
 from tiny import folders, pairs
 
 pytestmark = needs_kernels
@@ -94,7 +94,7 @@ def test_load_and_the_command_line(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert json.loads(done.stdout)["weights"] == "int4"
     assert "int4" in done.stderr
-    assert set(WEIGHTS) == set(RECIPES)
+    assert set(WEIGHTS) == {FILE, *RECIPES}
 
 
 def test_adapters_are_merged_before(tmp_path):
@@ -123,7 +123,7 @@ def test_a_file_whose_tied_tensors_differ_is_refused(tmp_path):
         MllamaForConditionalGeneration.from_pretrained(folder, weights="int8")
 
 
-@pytest.mark.parametrize("value", ["int3", "", 4, True])
+@pytest.mark.parametrize("value", ["int3", "", 4, True, FILE])
 def test_formats_that_are_not_known(value):
     with pytest.raises(ValueError, match="weights"):
         optimize(copy.deepcopy(pairs.pair("llama").ours), value)
@@ -163,3 +163,22 @@ def test_copies_and_pickles_of_packed_models(tmp_path):
     with torch.no_grad():
         for other in (copy.deepcopy(model), torch.load(tmp_path / "model.pt", weights_only=False)):
             assert torch.equal(other(**inputs).logits, model(**inputs).logits)
+
+
+@pytest.mark.parametrize("blocks", ["Q4_0", "Q4_1", "Q8_0", "F16", "BF16", "F32"])
+def test_a_gguf_file_as_it_is(blocks, tmp_path):
+    """Every weight is exactly the file's, in its own number of bits."""
+    gguf = pytest.importorskip("gguf")
+    from checkpoints.test_gguf import stock, write
+
+    path = write(tmp_path / "m.gguf", stock(), getattr(gguf.GGMLQuantizationType, blocks))
+    model = MllamaForConditionalGeneration.from_pretrained(path, weights=FILE)
+    dense = MllamaForConditionalGeneration.from_pretrained(path, dtype=torch.float32)
+    packing = {"Q8_0": "int8", "F16": "f16", "BF16": "bf16", "F32": "f32"}.get(
+        blocks, blocks.lower()
+    )
+    for name, module in model.language_model.layers.named_modules():
+        if isinstance(module, PackedLinear):
+            assert module.packing == packing
+            weight = dense.language_model.layers.get_submodule(name).weight
+            assert torch.equal(module.dense(), weight.float()), name

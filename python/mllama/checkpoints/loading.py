@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 
 from mllama.checkpoints.files import listing
-from mllama.checkpoints.sources import Header, Source
+from mllama.checkpoints.sources import Header, Source, Taker
 from mllama.weights.rows import Move, WeightMap, file_names, plan_moves
 
 # Dtypes that tensors are loaded in: the operators do not support float64.
@@ -154,7 +154,7 @@ def load_weights(
     device_of: Callable[[str], torch.device | str] = lambda name: "cpu",
     tied: dict[str, str] | None = None,
     strict: bool = True,
-    take: Callable[[str, torch.Tensor], bool] | None = None,
+    take: Taker | None = None,
 ) -> Report:
     """Load a source's tensors as the model's parameters, which may be on the meta device. Weights
     are in memory once.
@@ -178,7 +178,8 @@ def load_weights(
             or dtype (one error lists all); or tied tensors differ.
     """
     tied = tied or {}
-    report = match(model.state_dict(), source.headers(), weight_map, tied)
+    headers = source.headers()
+    report = match(model.state_dict(), headers, weight_map, tied)
     if strict:
         report.check(source.where)
     dtype = dtype or report.dtype
@@ -189,10 +190,11 @@ def load_weights(
         for name, value in zip(move.ours, move.row.read(given), strict=True):
             other = loaded.get(tied.get(name))
             if other is None:
-                mapped = given if source.mapped else []
-                placed = _placed(value, mapped, device_of(name), dtype)
-                if take is None or not take(name, placed):
-                    loaded[name] = placed
+                if take is not None and take(name, value, headers[move.theirs[0]], dtype):
+                    continue
+                loaded[name] = _placed(
+                    value, given if source.mapped else [], device_of(name), dtype
+                )
             elif not torch.equal(other.cpu(), value.to(dtype)):
                 both = f"{move.theirs[0]} and {', '.join(file_names(weight_map, tied[name]))}"
                 problem = f"{both} differ, but the config says they are one (tied)"

@@ -11,6 +11,7 @@ from torch.overrides import TorchFunctionMode
 from mllama.checkpoints.loading import Report, load_weights, match
 from mllama.checkpoints.opened import Opened
 from mllama.checkpoints.opening import open_checkpoint
+from mllama.checkpoints.sources import Taker
 from mllama.config.spec import ModelSpec
 from mllama.device import choose_device, dtype_named
 
@@ -95,7 +96,7 @@ def fill(
     dtype: torch.dtype | None = None,
     device_of: Callable[[str], torch.device | str] = lambda name: "cpu",
     strict: bool = True,
-    take: Callable[[str, torch.Tensor], bool] | None = None,
+    take: Taker | None = None,
 ) -> Report:
     """Load opened files' tensors into a model that `lay_out` built.
 

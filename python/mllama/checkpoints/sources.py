@@ -3,6 +3,7 @@ time.
 """
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -31,10 +32,22 @@ _MAPPED = 2**28  # bytes read from a mapping before it is reopened
 
 @dataclass(frozen=True)
 class Header:
-    """Shape and dtype of a tensor in a file."""
+    """Shape and dtype of a tensor in a file.
+
+    Attributes:
+        shape, dtype: of what `Source.read` returns.
+        blocks: GGUF's name of the blocks that the file has it in, as Q4_0; None where it has plain
+            numbers.
+    """
 
     shape: tuple[int, ...]
     dtype: torch.dtype
+    blocks: str | None = None
+
+
+# Called with a tensor's name in the model, its value as it was read, its header and the dtype that
+# it shall have.
+Taker = Callable[[str, torch.Tensor, Header, torch.dtype], bool]
 
 
 class Source(Protocol):

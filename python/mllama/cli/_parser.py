@@ -13,7 +13,7 @@ SIZES = {
 }
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 GGUF_DTYPES = ("f16", "bf16", "q8_0")
-WEIGHTS = ("int4", "int8", "bf16", "f16", "f32")  # quant.packer's RECIPES
+WEIGHTS = ("file", "int4", "int8", "bf16", "f16", "f32")  # quant.packer's RECIPES and FILE
 
 
 class _Parser(argparse.ArgumentParser):
@@ -293,7 +293,8 @@ def _add_device(parser: argparse.ArgumentParser):
     parser.add_argument(
         "--weights",
         choices=WEIGHTS,
-        help="pack the weights, for a CPU: fewer bits, and more tokens per second",
+        help="pack the weights, for a CPU: fewer bits, and more tokens per second; file: in the "
+        "file's own types, such as GGUF's blocks",
     )
     _add_reference(
         parser, "meta: Llama-3.2-Vision as trained (default); hf: as transformers computes it"

@@ -85,7 +85,7 @@ class PretrainedMixin(_Model):
                 CPU.
             subfolder: the model's folder inside.
             weights: pack the weights for inference on a CPU, as `mllama.optimize` does, one by one
-                as they are read.
+                as they are read; or "file", in the file's own types, such as GGUF's blocks.
             kwargs: config fields that override the config's values, such as
                 `vision_feature_layer=-1` or `text_config={"use_cache": False}`;
                 `attn_implementation`, only "eager"; `reference` of a model with cross-attention;

@@ -33,6 +33,11 @@ RECIPES = {
     "int8": Recipe("int8", "int8", "int8"),
     "int4": Recipe("int4", "int8", "int8"),
 }
+# In place of a recipe: every layer in the format that holds what the file has for it, exactly.
+FILE = "file"
+_OF_DTYPES = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
+_OF_BLOCKS = {"Q8_0": "int8", "Q4_0": "q4_0", "Q4_1": "q4_1"}  # others are requantized
+_OTHER_BLOCKS = "int8"
 _Model = TypeVar("_Model", bound=nn.Module)
 _HEAD, _EMBEDDINGS = "lm_head", "language_model.embed_tokens"
 
@@ -42,7 +47,7 @@ class Packer:
 
     Args:
         model: a `VisionLanguageModel`, which may be on the meta device.
-        weights: one of RECIPES.
+        weights: one of RECIPES, or FILE while a model is loaded.
         device: where the model will be.
 
     Attributes:
@@ -54,8 +59,9 @@ class Packer:
     """
 
     def __init__(self, model: nn.Module, weights: str, device: Any = "cpu"):
-        if weights not in RECIPES:
-            raise ValueError(f"weights must be one of {', '.join(RECIPES)}, got {weights!r}")
+        known = [FILE, *RECIPES]
+        if weights not in known:
+            raise ValueError(f"weights must be one of {', '.join(known)}, got {weights!r}")
         if _ext.disabled():
             raise ValueError("weights needs the compiled operators, which are disabled here")
         if isinstance(device, dict) or str(device) != "cpu":
@@ -66,20 +72,22 @@ class Packer:
             raise ValueError("weights cannot be packed twice: this model is packed")
         if any(".lora_a" in name or ".lora_A" in name for name, _ in model.named_parameters()):
             raise ValueError("this model has LoRA layers: merge them before its weights are packed")
-        self.model, self.weights, self.recipe = model, weights, RECIPES[weights]
+        self.model, self.weights, self.recipe = model, weights, RECIPES.get(weights)
         self.packed: dict[str, str] = {}
-        self._formats = {
-            name: packing
+        self._left = {
+            name
             for name, module in model.named_modules()
-            if (packing := self._choose(name, module)) is not None
+            if type(module) is nn.Linear or name == _EMBEDDINGS
         }
 
-    def take(self, name: str, weight: torch.Tensor) -> bool:
+    def take(self, name: str, weight: torch.Tensor, header: Any, dtype: torch.dtype) -> bool:
         """Pack a parameter, if it is one of a layer to pack.
 
         Args:
             name: the parameter's.
             weight: its value.
+            header: of the file's tensor (`mllama.checkpoints.sources.Header`), or None.
+            dtype: of the model's other parameters.
 
         Returns:
             Whether it was: then the model has a packed layer in its place.
@@ -88,15 +96,16 @@ class Packer:
         if last == "weight" and owner in self.packed:  # the other name of a tied matrix
             self._check_equal(owner, weight)
             return True
-        if last != "weight" or owner not in self._formats:
+        if last != "weight" or owner not in self._left:
             return False
-        packing, module = self._formats.pop(owner), self.model.get_submodule(owner)
+        self._left.discard(owner)
+        packing, module = self._choose(owner, header), self.model.get_submodule(owner)
         packed = pack_weight(weight, packing)
         if isinstance(module, nn.Embedding):
             scale = getattr(module, "embed_scale", None)
-            self._put(owner, PackedEmbedding(packed, *weight.shape, packing, weight.dtype, scale))
+            self._put(owner, PackedEmbedding(packed, *weight.shape, packing, dtype, scale))
             if self._tied:
-                self._formats.pop(_HEAD)
+                self._left.discard(_HEAD)
                 self._put(_HEAD, PackedLinear(packed, *reversed(weight.shape), packing))
         else:
             bias = None if module.bias is None else module.bias.detach()
@@ -105,9 +114,9 @@ class Packer:
 
     def pack_all(self) -> None:
         """Pack the model's own parameters; each dense one is let go before the next is packed."""
-        for owner in list(self._formats):
-            if owner in self._formats:
-                self.take(f"{owner}.weight", self.model.get_submodule(owner).weight.detach())
+        for owner, module in list(self.model.named_modules()):
+            if owner in self._left:
+                self.take(f"{owner}.weight", module.weight.detach(), None, module.weight.dtype)
 
     def _check_equal(self, owner: str, weight: torch.Tensor) -> None:
         if not torch.equal(
@@ -132,15 +141,15 @@ class Packer:
         self.model.set_submodule(name, module)
         self.packed[name] = module.packing
 
-    def _choose(self, name: str, module: nn.Module) -> str | None:
-        """The format of a module; None for what stays as it is."""
-        if type(module) is nn.Linear:
-            if name == _HEAD:
-                return self.recipe.tables
-            return self.recipe.decoder if name.startswith("language_model.") else self.recipe.vision
-        if name == _EMBEDDINGS:
+    def _choose(self, name: str, header: Any) -> str:
+        """The format of a layer."""
+        if self.recipe is None:
+            if header.blocks is None:
+                return _OF_DTYPES.get(header.dtype, "f32")
+            return _OF_BLOCKS.get(header.blocks, _OTHER_BLOCKS)
+        if name in (_HEAD, _EMBEDDINGS):
             return self.recipe.tables
-        return None
+        return self.recipe.decoder if name.startswith("language_model.") else self.recipe.vision
 
 
 def packing_of(model: nn.Module) -> str | None:
@@ -166,6 +175,8 @@ def optimize(model: _Model, weights: str) -> _Model:
         ValueError: weights is not known, the model is packed or has LoRA layers, or a weight has
             values that the format cannot hold.
     """
+    if weights == FILE:
+        raise ValueError(f"weights={FILE!r} is for a model that is being loaded")
     device = next(model.parameters()).device
     packer = Packer(model, weights, device)
     packer.pack_all()

@@ -127,8 +127,11 @@ class GgufSource:
         self._headers = {}
         for name, tensor in header.tensors.items():
             _check_type(self.where, name, tensor.tensor_type)
+            kind = tensor.tensor_type
             self._headers[name] = Header(
-                tuple(tensor.shape[::-1].tolist()), _PLAIN.get(tensor.tensor_type, torch.float32)
+                tuple(tensor.shape[::-1].tolist()),
+                _PLAIN.get(kind, torch.float32),
+                None if kind in _PLAIN else kind.name,
             )
 
     def headers(self) -> dict[str, Header]:
