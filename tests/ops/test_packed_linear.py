@@ -125,3 +125,18 @@ def test_rows_that_are_not_there():
     for rows in (torch.tensor([20]), torch.tensor([-1])):
         with pytest.raises(IndexError, match="rows"):
             unpack_weight(PACKED, 20, 40, "int4", rows=rows)
+
+
+@needs_kernels
+@pytest.mark.parametrize("packing", ["f32", "bf16", "f16", "int8"])
+def test_weights_without_inputs(packing):
+    x, packed = torch.randn(2, 0), pack_weight(torch.empty(20, 0), packing)
+    y = packed_linear(x, packed, B, out_features=20, packing=packing)
+    assert torch.equal(y, B.expand(2, 20))
+
+
+@needs_kernels
+def test_features_whose_bytes_overflow():
+    empty = torch.empty(0, dtype=torch.uint8)
+    with pytest.raises((ValueError, OverflowError)):
+        torch.ops.mllama.unpack_weight(empty, torch.tensor([0, 5]), 2**58, 1, 0, torch.float32)
