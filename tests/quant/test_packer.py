@@ -163,3 +163,10 @@ def test_copies_and_pickles_of_packed_models(tmp_path):
     with torch.no_grad():
         for other in (copy.deepcopy(model), torch.load(tmp_path / "model.pt", weights_only=False)):
             assert torch.equal(other(**inputs).logits, model(**inputs).logits)
+
+
+def test_a_model_whose_tied_weights_differ_is_refused():
+    model = copy.deepcopy(pairs.pair("gemma").ours)
+    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight + 1)
+    with pytest.raises(ValueError, match="tied"):
+        optimize(model, "int8")
