@@ -140,3 +140,12 @@ def test_features_whose_bytes_overflow():
     empty = torch.empty(0, dtype=torch.uint8)
     with pytest.raises((ValueError, OverflowError)):
         torch.ops.mllama.unpack_weight(empty, torch.tensor([0, 5]), 2**58, 1, 0, torch.float32)
+
+
+@needs_kernels
+@pytest.mark.parametrize("size", [1e-6, 1e-5, 1e-4, 1, 1e4])
+def test_int4_holds_small_and_large_weights(size):
+    w = weight(20, 256) * 16 * size
+    for packed in (pack(w, "int4"), pack_weight(w, "int4")):
+        dense = unpack_weight(packed, 20, 256, "int4")
+        assert (dense - w).norm() / w.norm() <= (0.2 if size < 1e-5 else 0.09)
