@@ -128,9 +128,10 @@ def test_rows_that_are_not_there():
 
 
 @needs_kernels
-@pytest.mark.parametrize("packing", ["f32", "bf16", "f16", "int8"])
+@pytest.mark.parametrize("packing", PACKINGS)
 def test_weights_without_inputs(packing):
     x, packed = torch.randn(2, 0), pack_weight(torch.empty(20, 0), packing)
+    assert torch.equal(packed, pack(torch.empty(20, 0), packing))
     y = packed_linear(x, packed, B, out_features=20, packing=packing)
     assert torch.equal(y, B.expand(2, 20))
 

@@ -144,7 +144,8 @@ def _quantize_q4_1(w):
 def _quantize_int4(w):
     """The groups' scales and minima as 8 bits of the row's largest ones."""
     scale, minimum = fit_nibbles(w)
-    rows = [_half_above(value.amax(2) / 255) for value in (scale, -minimum)]  # (blocks, LANES)
+    largest = (torch.nn.functional.pad(value, (0, 1)).amax(2) for value in (scale, -minimum))
+    rows = [_half_above(value / 255) for value in largest]  # (blocks, LANES); 0 without inputs
     inverse = [_inverse(row)[..., None] for row in rows]
     s = torch.round(scale * inverse[0]).clamp(0, 255)
     m = torch.round(-minimum * inverse[1]).clamp(0, 255)
