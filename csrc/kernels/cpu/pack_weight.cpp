@@ -23,7 +23,7 @@ void write_f16(uint8_t* p, int64_t i, float x) { write(reinterpret_cast<f16*>(p)
 // Not below x: multiples of it up to the largest code reach what x is of.
 void write_f16_above(uint8_t* p, int64_t i, float x) {
     write_f16(p, i, x);
-    if (read_f16(p, i) < x) ++reinterpret_cast<uint16_t*>(p)[i];
+    if (read_f16(p, i) < x) ++reinterpret_cast<f16*>(p)[i].bits;
 }
 
 int to_code(float x, int lowest, int highest) {
