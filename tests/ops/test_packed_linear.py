@@ -150,3 +150,11 @@ def test_int4_holds_small_and_large_weights(size):
     for packed in (pack(w, "int4"), pack_weight(w, "int4")):
         dense = unpack_weight(packed, 20, 256, "int4")
         assert (dense - w).norm() / w.norm() <= (0.2 if size < 1e-5 else 0.09)
+
+
+@needs_kernels
+def test_subnormal_inputs_stay_small():
+    x = torch.full((2, 40), 1e-39)
+    x[0, ::3] = 0
+    for function in (packed_linear, reference):
+        assert function(x, PACKED, out_features=20, packing="int4").abs().max() < 1e-37
