@@ -7,6 +7,7 @@
 #include <string>
 
 #include "decode/decoder.h"
+#include "ops/packed_linear.h"
 
 namespace mllama {
 namespace {
@@ -106,14 +107,8 @@ class Reader {
     }
 
     DecoderLinear linear(int64_t in, int64_t out) {
-        int64_t packing = size();
-        check(0 <= packing && packing < static_cast<int64_t>(std::size(kernels::kPackings)), kOp,
-              "sizes");
-        DecoderLinear l{static_cast<kernels::Packing>(packing), in, out, tensor(), std::nullopt};
-        check(
-            l.weight.scalar_type() == ScalarType::Byte && l.weight.is_contiguous() &&
-                l.weight.numel() == kernels::block_count(out) * kernels::block_bytes(l.packing, in),
-            kOp, "tensors");
+        DecoderLinear l{packing_of(kOp, size()), in, out, tensor(), std::nullopt};
+        check_packed(kOp, l.weight, l.packing, out, in);
         Tensor bias = floats();
         check(bias.numel() == 0 || bias.numel() == out, kOp, "tensors");
         if (bias.numel()) l.bias = bias;

@@ -49,7 +49,7 @@ Tensor packed_linear(const Tensor& x, const Tensor& weight, const MaybeTensor& b
     auto multiply = MLLAMA_CALL(packed_product);
     parallel_for(rows, row_grain(in),
                  [&](int64_t begin, int64_t end) { prepare(args, begin, end); });
-    int64_t bytes = kernels::block_bytes(a.packing, in) * (1 + rows / 4);
+    int64_t bytes = (kernels::block_bytes(a.packing, in) + 1) * (1 + rows / 4);
     parallel_for(kernels::block_count(out), std::max<int64_t>(kBytesGrain / bytes, 1),
                  [&](int64_t begin, int64_t end) { multiply(args, begin, end); });
     return a.y;

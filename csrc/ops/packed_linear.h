@@ -20,10 +20,12 @@ inline kernels::Packing packing_of(const char* op, int64_t packing) {
     return static_cast<kernels::Packing>(packing);
 }
 
+constexpr int64_t kMostFeatures = int64_t{1} << 28;  // the bytes of so many squared are an int64
+
 // Bytes of `out` rows of `in` weights.
 inline void check_packed(const char* op, const Tensor& weight, kernels::Packing packing,
                          int64_t out, int64_t in) {
-    check(out >= 0 && in >= 0, op, "out");
+    check(out >= 0 && in >= 0 && out <= kMostFeatures && in <= kMostFeatures, op, "out");
     check(weight.dim() == 1 && weight.scalar_type() == ScalarType::Byte && weight.is_contiguous() &&
               weight.numel() == kernels::block_count(out) * kernels::block_bytes(packing, in),
           op, "weight");

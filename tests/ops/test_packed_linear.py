@@ -125,3 +125,36 @@ def test_rows_that_are_not_there():
     for rows in (torch.tensor([20]), torch.tensor([-1])):
         with pytest.raises(IndexError, match="rows"):
             unpack_weight(PACKED, 20, 40, "int4", rows=rows)
+
+
+@needs_kernels
+@pytest.mark.parametrize("packing", PACKINGS)
+def test_weights_without_inputs(packing):
+    x, packed = torch.randn(2, 0), pack_weight(torch.empty(20, 0), packing)
+    assert torch.equal(packed, pack(torch.empty(20, 0), packing))
+    y = packed_linear(x, packed, B, out_features=20, packing=packing)
+    assert torch.equal(y, B.expand(2, 20))
+
+
+@needs_kernels
+def test_features_whose_bytes_overflow():
+    empty = torch.empty(0, dtype=torch.uint8)
+    with pytest.raises((ValueError, OverflowError)):
+        torch.ops.mllama.unpack_weight(empty, torch.tensor([0, 5]), 2**58, 1, 0, torch.float32)
+
+
+@needs_kernels
+@pytest.mark.parametrize("size", [1e-6, 1e-5, 1e-4, 1, 1e4])
+def test_int4_holds_small_and_large_weights(size):
+    w = weight(20, 256) * 16 * size
+    for packed in (pack(w, "int4"), pack_weight(w, "int4")):
+        dense = unpack_weight(packed, 20, 256, "int4")
+        assert (dense - w).norm() / w.norm() <= (0.2 if size < 1e-5 else 0.09)
+
+
+@needs_kernels
+def test_subnormal_inputs_stay_small():
+    x = torch.full((2, 40), 1e-39)
+    x[0, ::3] = 0
+    for function in (packed_linear, reference):
+        assert function(x, PACKED, out_features=20, packing="int4").abs().max() < 1e-37

@@ -182,3 +182,10 @@ def test_a_gguf_file_as_it_is(blocks, tmp_path):
             assert module.packing == packing
             weight = dense.language_model.layers.get_submodule(name).weight
             assert torch.equal(module.dense(), weight.float()), name
+
+
+def test_a_model_whose_tied_weights_differ_is_refused():
+    model = copy.deepcopy(pairs.pair("gemma").ours)
+    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight + 1)
+    with pytest.raises(ValueError, match="tied"):
+        optimize(model, "int8")

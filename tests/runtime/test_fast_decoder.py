@@ -1,6 +1,7 @@
 """Decoding by `decode_step` against the same model's layers."""
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -163,3 +164,26 @@ def test_arguments_that_do_not_fit(change):
     assert torch.ops.mllama.decode_step(**arguments).shape == (2, spec.vocab_size)
     with pytest.raises((ValueError, RuntimeError), match="decode_step"):
         torch.ops.mllama.decode_step(**arguments | change)
+
+
+def test_a_default_dtype_changes_nothing():
+    model, inputs = optimize(copy.deepcopy(pairs.pair("llama").ours), "f32"), pairs.pair("llama")
+    expected, before = decoded(model, inputs.inputs(), True)[0], torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        assert decoded(model, inputs.inputs(), True)[0] == expected
+    finally:
+        torch.set_default_dtype(before)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda one: pickle.loads(pickle.dumps(one))])
+def test_copies_of_sessions(copied):
+    model = optimize(copy.deepcopy(pairs.pair("llama").ours), "f32")
+    inputs, session = pairs.pair("llama").inputs(), Session(model)
+    expected = [row.token_ids for row in session.generate(inputs, max_new_tokens=3).completions]
+    other = copied(session)
+    assert other._fast._handle != session._fast._handle
+    assert other._fast.embed_tokens is other.model.get_input_embeddings()
+    session.reset()
+    rows = other.generate(inputs, max_new_tokens=3).completions
+    assert [row.token_ids for row in rows] == expected

@@ -20,6 +20,11 @@ void write(T* p, float x) {
 }
 float read_f16(const uint8_t* p, int64_t i) { return read(reinterpret_cast<const f16*>(p) + i); }
 void write_f16(uint8_t* p, int64_t i, float x) { write(reinterpret_cast<f16*>(p) + i, x); }
+// Not below x: multiples of it up to the largest code reach what x is of.
+void write_f16_above(uint8_t* p, int64_t i, float x) {
+    write_f16(p, i, x);
+    if (read_f16(p, i) < x) ++reinterpret_cast<f16*>(p)[i].bits;
+}
 
 int to_code(float x, int lowest, int highest) {
     return static_cast<int>(std::lrint(std::clamp<float>(x, lowest, highest)));
@@ -136,8 +141,8 @@ bool pack_int4(const Row& row, int64_t size) {
         scale = std::max(scale, fits[g].scale);
         minimum = std::max(minimum, -fits[g].minimum);
     }
-    write_f16(row.header, row.lane, scale / 255);
-    write_f16(row.header + 2 * kLanes, row.lane, minimum / 255);
+    write_f16_above(row.header, row.lane, scale / 255);
+    write_f16_above(row.header + 2 * kLanes, row.lane, minimum / 255);
     scale = read_f16(row.header, row.lane);
     minimum = read_f16(row.header + 2 * kLanes, row.lane);
     if (!std::isfinite(scale) || !std::isfinite(minimum)) return false;

@@ -218,6 +218,14 @@ def share_evenly(images: int, rows: int) -> int:
     return images // rows
 
 
+def vocabulary(embedding: nn.Module) -> int:
+    """Rows of an embedding. PEFT's adapters around one have its weight alone, a packed one has
+    none.
+    """
+    rows = getattr(embedding, "num_embeddings", None)
+    return embedding.weight.shape[0] if rows is None else rows
+
+
 def embed(
     input_ids: torch.Tensor, embedding: nn.Module, placeholders: torch.Tensor | None = None
 ) -> torch.Tensor:
@@ -230,7 +238,7 @@ def embed(
         input_ids = input_ids.masked_fill(placeholders, 0)
     checkable = not (torch.compiler.is_compiling() or input_ids.is_meta) and input_ids.numel()
     if checkable:
-        rows = embedding.num_embeddings
+        rows = vocabulary(embedding)
         low, high = torch.stack(input_ids.aminmax()).tolist()  # one synchronization
         if low < 0 or high >= rows:
             raise IndexError(

@@ -4,7 +4,15 @@ import torch
 from torch import nn
 from torch.nn.functional import pad
 
-from mllama.fusion.base import DecoderInputs, Fusion, ModelInputs, Parts, count_images, embed
+from mllama.fusion.base import (
+    DecoderInputs,
+    Fusion,
+    ModelInputs,
+    Parts,
+    count_images,
+    embed,
+    vocabulary,
+)
 
 
 def find_placeholder(
@@ -214,7 +222,7 @@ class MergeFusion(Fusion):
         Raises:
             ValueError: the placeholder has no embedding.
         """
-        token, rows = self.spec.image_token_index, embedding.num_embeddings
+        token, rows = self.spec.image_token_index, vocabulary(embedding)
         if token is None or token >= rows:
             raise ValueError(
                 "images with inputs_embeds need an image_token_index that has an embedding "

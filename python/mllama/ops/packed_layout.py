@@ -144,13 +144,21 @@ def _quantize_q4_1(w):
 def _quantize_int4(w):
     """The groups' scales and minima as 8 bits of the row's largest ones."""
     scale, minimum = fit_nibbles(w)
-    rows = [(value.amax(2) / 255).half() for value in (scale, -minimum)]  # (blocks, LANES)
+    largest = (torch.nn.functional.pad(value, (0, 1)).amax(2) for value in (scale, -minimum))
+    rows = [_half_above(value / 255) for value in largest]  # (blocks, LANES); 0 without inputs
     inverse = [_inverse(row)[..., None] for row in rows]
     s = torch.round(scale * inverse[0]).clamp(0, 255)
     m = torch.round(-minimum * inverse[1]).clamp(0, 255)
     step, shift = (row.float()[..., None] * codes for row, codes in zip(rows, (s, m), strict=True))
     codes = torch.round((w + shift[..., None]) * _inverse(step)[..., None]).clamp(0, 15)
     return rows, (s.to(torch.uint8), m.to(torch.uint8)), codes
+
+
+def _half_above(x: torch.Tensor) -> torch.Tensor:
+    """Not below x, so that 8-bit multiples reach what x is of, where float16 has few digits too."""
+    half = x.half()
+    above = (half.view(torch.int16) + 1).view(torch.float16)
+    return torch.where(half.float() < x, above, half)
 
 
 def fit_nibbles(w: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

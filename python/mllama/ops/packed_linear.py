@@ -142,6 +142,7 @@ def _rounded(x: torch.Tensor) -> torch.Tensor:
     top = groups.abs().amax(-1, keepdim=True)
     # In float64 the product is exact, and rounded once, as in the kernels.
     codes = torch.round(groups.double() * torch.where(top > 0, 127 / top, 0).double())
+    codes = codes.nan_to_num().clamp(-127, 127)  # where 127 / top is infinite
     return (codes.float() * (top / 127)).flatten(-2)[..., : x.shape[-1]]
 
 

@@ -94,7 +94,8 @@ class Packer:
         """
         owner, _, last = name.rpartition(".")
         if last == "weight" and owner in self.packed:  # the other name of a tied matrix
-            self._check_equal(owner, weight)
+            packed = self.model.get_submodule(owner).packed
+            self._check_tied(torch.equal(packed, pack_weight(weight, self.packed[owner])))
             return True
         if last != "weight" or owner not in self._left:
             return False
@@ -114,14 +115,15 @@ class Packer:
 
     def pack_all(self) -> None:
         """Pack the model's own parameters; each dense one is let go before the next is packed."""
+        if self._tied:
+            names = f"{_HEAD}.weight", f"{_EMBEDDINGS}.weight"
+            self._check_tied(torch.equal(*map(self.model.get_parameter, names)))
         for owner, module in list(self.model.named_modules()):
             if owner in self._left:
                 self.take(f"{owner}.weight", module.weight.detach(), None, module.weight.dtype)
 
-    def _check_equal(self, owner: str, weight: torch.Tensor) -> None:
-        if not torch.equal(
-            self.model.get_submodule(owner).packed, pack_weight(weight, self.packed[owner])
-        ):
+    def _check_tied(self, equal: bool) -> None:
+        if not equal:
             raise ValueError(
                 f"{_HEAD}.weight and {_EMBEDDINGS}.weight differ, but the config says they are one "
                 "(tied)"

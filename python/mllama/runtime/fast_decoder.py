@@ -22,7 +22,7 @@ MAX_ROWS = 16
 class FastDecoder:
     """The C++ side's view of a decoder and its head.
 
-    It keeps the packed weights alive, not the modules: after a change of the model, make another.
+    It reads the modules once: after a change of the model, make another.
 
     Args:
         decoder: a `Decoder` whose linear layers are all packed.
@@ -32,11 +32,16 @@ class FastDecoder:
     def __init__(self, decoder: nn.Module, head: nn.Module):
         if (obstacle := find_obstacle(decoder, head)) is not None:
             raise ValueError(f"decoder cannot run by decode_step: {obstacle}")
+        self.decoder, self.head = decoder, head
         self.spec: TextSpec = decoder.config
         self.embed_tokens, self.rotary = decoder.embed_tokens, decoder.rotary
         tensors, sizes, numbers = _describe(decoder, head)
         self._handle = torch.ops.mllama._decoder_new(tensors, sizes, numbers)
         weakref.finalize(self, torch.ops.mllama._decoder_free, self._handle)
+
+    def __reduce__(self):
+        """A copy is made of the copied modules: the handle is this object's, in this process."""
+        return FastDecoder, (self.decoder, self.head)
 
     def step(
         self,
@@ -179,4 +184,8 @@ def _add_linear(linear: PackedLinear, tensors: list[torch.Tensor], sizes: list[i
 
 def _floats(x: torch.Tensor | None) -> torch.Tensor:
     """float32 and contiguous; empty for None."""
-    return torch.empty(0) if x is None else x.detach().float().contiguous()
+    return (
+        torch.empty(0, dtype=torch.float32, device="cpu")
+        if x is None
+        else x.detach().float().contiguous()
+    )
