@@ -23,6 +23,7 @@ from tiny import folders, tokenizers
 # Whole programs, trainings and products of families and options: `make test-quick` leaves them out.
 SLOW = (
     "checkpoints/test_devices.py",
+    "checkpoints/test_formats.py",
     "checkpoints/test_hostile.py",
     "checkpoints/test_memory.py",
     "checkpoints/test_smollm2.py",
@@ -39,6 +40,7 @@ SLOW = (
     "families/test_placeholders.py",
     "families/test_resizing.py",
     "families/test_training.py",
+    "fusion/test_prepend.py",
     "hf/test_fusing.py",
     "lora/test_models.py",
     "processing/test_meta.py",
