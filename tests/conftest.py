@@ -42,6 +42,7 @@ SLOW = (
     "families/test_training.py",
     "fusion/test_prepend.py",
     "hf/test_fusing.py",
+    "hf/test_modeling.py",
     "lora/test_models.py",
     "processing/test_meta.py",
     "runtime/test_real_models.py",
