@@ -139,7 +139,7 @@ def test_weights_without_inputs(packing):
 @needs_kernels
 def test_features_whose_bytes_overflow():
     empty = torch.empty(0, dtype=torch.uint8)
-    with pytest.raises((ValueError, OverflowError)):
+    with pytest.raises((ValueError, RuntimeError), match="out"):  # the first up to torch 2.14
         torch.ops.mllama.unpack_weight(empty, torch.tensor([0, 5]), 2**58, 1, 0, torch.float32)
 
 
