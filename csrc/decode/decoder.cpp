@@ -14,7 +14,6 @@
 namespace mllama {
 namespace {
 
-int64_t bytes_of(Dtype dtype) { return dtype == Dtype::f32 ? 4 : 2; }
 int64_t whole_lines(int64_t floats) { return (floats + 15) / 16 * 16; }
 
 // The buffers of a step, in one piece of memory. All but the last three are [rows, width].
@@ -132,7 +131,7 @@ class Step {
         bool both = layer.pre_feedforward.has_value();  // norms before and after the blocks
         member.share(s_.rows, [&](int64_t first, int64_t last) {
             if (layer.cross) scale_rows(layer.attention_gate, first, last);
-            if (both) norm(layer.post_attention, m_.out, d_.hidden, first, last);
+            if (both) norm(layer.post_attention, m_.out, d_.hidden, first, last, m_.rstd);
             add_and_norm(both ? layer.pre_feedforward : layer.post_attention, true, first, last);
             prepare(layer.gate, m_.normed, first, last);
         });
@@ -187,7 +186,7 @@ class Step {
 
     // The last steps of a layer on its output, before that is added to hidden.
     void end_layer(const DecoderLayer& layer, int64_t first, int64_t last) {
-        norm(layer.post_feedforward, m_.out, d_.hidden, first, last);
+        norm(layer.post_feedforward, m_.out, d_.hidden, first, last, m_.rstd);
         if (!layer.cross) return;
         scale_rows(layer.mlp_gate, first, last);
         for (int64_t row = first; row < last; ++row) {
@@ -200,24 +199,16 @@ class Step {
         for (int64_t i = first * d_.hidden; i < last * d_.hidden; ++i) m_.out[i] *= factor;
     }
 
-    // The norm of every head of a row, where there is one.
-    void norm_heads(const DecoderNorm& weight, float* x, int64_t heads, float* rstd) {
-        if (!weight) return;
-        kernels::RmsNorm args = norm_arguments(*weight, d_.head_dim);
-        args.x = x;
-        args.y = x;
-        args.rstd = rstd;
-        MLLAMA_CALL(rms_norm)(args, 0, heads);
-    }
-
-    // x becomes its norm where there is one.
-    void norm(const DecoderNorm& weight, float* x, int64_t width, int64_t first, int64_t last) {
+    // The rows [first, last) of x, `width` wide, become their norms where there is one. rstd is
+    // scratch that no other thread writes.
+    void norm(const DecoderNorm& weight, float* x, int64_t width, int64_t first, int64_t last,
+              float* rstd) {
         if (!weight) return;
         kernels::RmsNorm args = norm_arguments(*weight, width);
         args.x = x;
         args.y = x;
-        args.rstd = m_.rstd;
-        for (int64_t row = first; row < last; ++row) MLLAMA_CALL(rms_norm)(args, row, row + 1);
+        args.rstd = rstd;
+        MLLAMA_CALL(rms_norm)(args, first, last);
     }
 
     // hidden += out, where there is such a result yet; normed = the norm of hidden.
@@ -241,8 +232,8 @@ class Step {
         int64_t heads = d_.heads, kv = d_.kv_heads, size = d_.head_dim;
         float *q = m_.q + row * heads * size, *k = m_.k + row * kv * size,
               *v = m_.v + row * kv * size;
-        norm_heads(layer.q_norm, q, heads, m_.rstd + row * heads);
-        norm_heads(layer.k_norm, k, kv, m_.rstd + row * heads);
+        norm(layer.q_norm, q, size, 0, heads, m_.rstd + row * heads);
+        norm(layer.k_norm, k, size, 0, kv, m_.rstd + row * heads);
         kernels::Rope args{.dtype = Dtype::f32,
                            .tokens = 1,
                            .half = size / 2,
@@ -269,7 +260,7 @@ class Step {
     void query(const DecoderLayer& layer, int64_t row) {
         int64_t width = d_.heads * d_.head_dim;
         float* q = m_.q + row * width;
-        if (layer.cross) norm_heads(layer.q_norm, q, d_.heads, m_.rstd + row * d_.heads);
+        if (layer.cross) norm(layer.q_norm, q, d_.head_dim, 0, d_.heads, m_.rstd + row * d_.heads);
         MLLAMA_CALL(cast)
         (q, Dtype::f32, cached(m_.query, row * width), s_.cache_dtype, width);
     }
@@ -277,7 +268,7 @@ class Step {
     // ---- the kernels' arguments
 
     void* cached(void* p, int64_t i) const {
-        return static_cast<char*>(p) + i * bytes_of(s_.cache_dtype);
+        return static_cast<char*>(p) + i * size_of(s_.cache_dtype);
     }
 
     kernels::PackedLinear arguments(const DecoderLinear& linear, const float* x, float* y) const {

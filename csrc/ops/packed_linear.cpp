@@ -60,7 +60,7 @@ void unpack_all(const kernels::PackWeight& args, int64_t first, int64_t last) {
     auto unpack = MLLAMA_CALL(unpack_blocks);
     parallel_for(last - first, 1, [&](int64_t begin, int64_t end) {
         kernels::PackWeight part = args;
-        int64_t bytes = args.in * kernels::kLanes * (args.dtype == Dtype::f32 ? 4 : 2);
+        int64_t bytes = args.in * kernels::kLanes * size_of(args.dtype);
         part.dense = static_cast<char*>(args.dense) + begin * bytes;
         unpack(part, first + begin, first + end);
     });

@@ -30,7 +30,8 @@ inline void store_bytes(int8_t* p, vi x) {
 }
 inline vf to_float(vi x) { return __builtin_convertvector(x, vf); }
 
-// kWidth bytes, 0 to 255, as floats.
+// kWidth f16 numbers, or bytes from 0 to 255, as floats.
+inline vf lanes_f16(const uint8_t* p) { return load(reinterpret_cast<const f16*>(p)); }
 inline vf lanes_u8(const uint8_t* p) {
 #if defined(__AVX512F__)
     return reinterpret_cast<vf>(_mm512_cvtepi32_ps(

@@ -15,6 +15,8 @@ struct f16 {
 
 enum class Dtype { f32, bf16, f16 };
 
+constexpr int64_t size_of(Dtype dtype) { return dtype == Dtype::f32 ? 4 : 2; }  // bytes
+
 // Calls body(T{}) with T = float, bf16 or f16, as `dtype` says.
 template <class Body>
 inline void dispatch(Dtype dtype, Body&& body) {

@@ -39,11 +39,15 @@ uint8_t* byte_at(uint8_t* codes, int64_t lane, int64_t k) {
 uint8_t* nibbles_at(uint8_t* codes, int64_t lane, int64_t k) {
     return codes + (k / 8 * kLanes + lane) * 4 + k % 4;
 }
-void put_nibbles(uint8_t* codes, int64_t lane, const int (&values)[kGroup]) {
-    for (int k = 0; k < kGroup; ++k) {
-        if (k % 8 < 4) *nibbles_at(codes, lane, k) = values[k] | values[k + 4] << 4;
+// A group's codes (w + shift) * inverse + zero, where 0 <= code <= 15.
+void put_nibbles(uint8_t* codes, int64_t lane, const float* w, float shift, float inverse,
+                 float zero = 0) {
+    auto code = [&](int64_t k) { return to_code((w[k] + shift) * inverse + zero, 0, 15); };
+    for (int64_t k = 0; k < kGroup; ++k) {
+        if (k % 8 < 4) *nibbles_at(codes, lane, k) = code(k) | code(k + 4) << 4;
     }
 }
+
 // ---- the nearest codes
 
 // scale * code + minimum
@@ -151,14 +155,10 @@ bool pack_int4(const Row& row, int64_t size) {
         int s = scale > 0 ? to_code(fits[g].scale / scale, 0, 255) : 0;
         int m = minimum > 0 ? to_code(-fits[g].minimum / minimum, 0, 255) : 0;
         float step = scale * static_cast<float>(s), inverse = step > 0 ? 1 / step : 0;
-        int codes[kGroup];
-        for (int64_t k = 0; k < kGroup; ++k) {
-            float value = row.values[g * kGroup + k] + minimum * static_cast<float>(m);
-            codes[k] = to_code(value * inverse, 0, 15);
-        }
         p[row.lane] = s;
         p[kLanes + row.lane] = m;
-        put_nibbles(p + 2 * kLanes, row.lane, codes);
+        put_nibbles(p + 2 * kLanes, row.lane, row.values + g * kGroup,
+                    minimum * static_cast<float>(m), inverse);
     }
     return true;
 }
@@ -173,9 +173,7 @@ bool pack_q4_0(const Row& row, int64_t size) {
         write_f16(p, row.lane, top / -8);
         float scale = read_f16(p, row.lane), inverse = scale != 0 ? 1 / scale : 0;
         if (!std::isfinite(scale)) return false;
-        int codes[kGroup];
-        for (int64_t k = 0; k < kGroup; ++k) codes[k] = to_code(w[k] * inverse + 8, 0, 15);
-        put_nibbles(p + 2 * kLanes, row.lane, codes);
+        put_nibbles(p + 2 * kLanes, row.lane, w, 0, inverse, 8);
     }
     return true;
 }
@@ -190,9 +188,7 @@ bool pack_q4_1(const Row& row, int64_t size) {
         float scale = read_f16(p, row.lane), minimum = read_f16(p + 2 * kLanes, row.lane);
         if (!std::isfinite(scale) || !std::isfinite(minimum)) return false;
         float inverse = scale > 0 ? 1 / scale : 0;
-        int codes[kGroup];
-        for (int64_t k = 0; k < kGroup; ++k) codes[k] = to_code((w[k] - minimum) * inverse, 0, 15);
-        put_nibbles(p + 4 * kLanes, row.lane, codes);
+        put_nibbles(p + 4 * kLanes, row.lane, w, -minimum, inverse);
     }
     return true;
 }

@@ -1,8 +1,6 @@
 #include "kernels/cpu/packed_linear.h"
 
 #include <algorithm>
-#include <array>
-#include <utility>
 
 #include "simd/bytes.h"
 
@@ -82,11 +80,13 @@ void prepare_row(const PackedLinear& a, int64_t row) {
 
 // A row of the activations.
 struct FloatRow {
+    FloatRow() = default;
     FloatRow(const PackedLinear& a, int64_t row)
         : values(a.activations.values + row * group_count(a.in) * kGroup) {}
     const float* values;
 };
 struct CodeRow {
+    CodeRow() = default;
     CodeRow(const PackedLinear& a, int64_t row)
         : codes(a.activations.codes + row * group_count(a.in) * kGroup),
           scales(a.activations.scales + row * group_count(a.in)),
@@ -151,6 +151,7 @@ struct Bf16 {
 
 #if defined(__AVX512BF16__)
 struct PairRow {
+    PairRow() = default;
     PairRow(const PackedLinear& a, int64_t row)
         : pairs(reinterpret_cast<const uint32_t*>(a.activations.values) +
                 row * group_count(a.in) * kGroup / 2) {}
@@ -174,11 +175,6 @@ struct Bf16Pairs {
 };
 #endif
 
-// kWidth f16 numbers of a block's lanes.
-inline vf lanes_f16(const uint8_t* p, int v) {
-    return load(reinterpret_cast<const f16*>(p) + v * kWidth);
-}
-
 struct Int8 {
     using Row = CodeRow;
     template <int R>
@@ -191,7 +187,7 @@ struct Int8 {
             SignedBytes w(load_bits(p + 2 * kLanes + j * kLanes * 4 + v * kWidth * 4));
             for (int r = 0; r < R; ++r) dots[r].add(w, x[r].word(g * 8 + j));
         }
-        vf scale = lanes_f16(p, v);
+        vf scale = lanes_f16(p + 2 * v * kWidth);
         for (int r = 0; r < R; ++r)
             sum[r] += to_float(dots[r].value) * (scale * splat(x[r].scales[g]));
     }
@@ -232,8 +228,9 @@ struct Int4 {
                     int64_t g) {
         vi dots[R];
         nibble_dots(dots, p + 2 * kLanes, v, x, g);
-        vf scale = lanes_f16(header, v) * lanes_u8(p + v * kWidth);
-        vf minimum = lanes_f16(header + 2 * kLanes, v) * lanes_u8(p + kLanes + v * kWidth);
+        vf scale = lanes_f16(header + 2 * v * kWidth) * lanes_u8(p + v * kWidth);
+        vf minimum =
+            lanes_f16(header + 2 * kLanes + 2 * v * kWidth) * lanes_u8(p + kLanes + v * kWidth);
         add_scaled(sum, dots, scale, -minimum, x, g);
     }
 };
@@ -245,7 +242,7 @@ struct Q4_0 {
                     int64_t g) {
         vi dots[R];
         nibble_dots(dots, p + 2 * kLanes, v, x, g);
-        vf scale = lanes_f16(p, v);
+        vf scale = lanes_f16(p + 2 * v * kWidth);
         add_scaled(sum, dots, scale, scale * -8.0f, x, g);
     }
 };
@@ -257,7 +254,8 @@ struct Q4_1 {
                     int64_t g) {
         vi dots[R];
         nibble_dots(dots, p + 4 * kLanes, v, x, g);
-        add_scaled(sum, dots, lanes_f16(p, v), lanes_f16(p + 2 * kLanes, v), x, g);
+        add_scaled(sum, dots, lanes_f16(p + 2 * v * kWidth),
+                   lanes_f16(p + 2 * kLanes + 2 * v * kWidth), x, g);
     }
 };
 
@@ -293,10 +291,8 @@ void multiply_block(const PackedLinear& a, int64_t block, int64_t row) {
     const PackingSize& size = size_of(a.packing);
     const uint8_t* header = a.weight + block * block_bytes(a.packing, a.in);
     const uint8_t* p = header + size.header;
-    auto rows = [&]<size_t... I>(std::index_sequence<I...>) {
-        return std::array<typename Format::Row, R>{typename Format::Row(a, row + I)...};
-    }(std::make_index_sequence<R>{});
-    typename Format::Row(&x)[R] = *reinterpret_cast<typename Format::Row(*)[R]>(rows.data());
+    typename Format::Row x[R];
+    for (int r = 0; r < R; ++r) x[r] = typename Format::Row(a, row + r);
     vf sum[kVectors][R]{};
     for (int64_t g = 0, groups = group_count(a.in); g < groups; ++g, p += size.group) {
         for (int64_t line = 0; line < size.group; line += 64) __builtin_prefetch(p + kAhead + line);

@@ -31,14 +31,17 @@ constexpr int64_t kLanes = 16, kGroup = 32;
 enum class Packing { f32, bf16, f16, int8, int4, q4_0, q4_1 };
 
 struct PackingSize {
-    const char* name;
     int64_t header, group;  // bytes of kLanes rows
     bool quantized;         // activations are quantized too
 };
 constexpr PackingSize kPackings[] = {
-    {"f32", 0, 2048, false}, {"bf16", 0, 1024, false}, {"f16", 0, 1024, false},
-    {"int8", 0, 544, true},  {"int4", 64, 288, true},  {"q4_0", 0, 288, true},
-    {"q4_1", 0, 320, true},
+    {0, 2048, false},  // f32
+    {0, 1024, false},  // bf16
+    {0, 1024, false},  // f16
+    {0, 544, true},    // int8
+    {64, 288, true},   // int4
+    {0, 288, true},    // q4_0
+    {0, 320, true},    // q4_1
 };
 constexpr const PackingSize& size_of(Packing packing) {
     return kPackings[static_cast<int>(packing)];

@@ -7,8 +7,6 @@
 namespace mllama::kernels::MLLAMA_ISA {
 namespace {
 
-// kWidth f16 numbers of a block's lanes.
-vf lanes_f16(const uint8_t* p, int lane) { return load(reinterpret_cast<const f16*>(p) + lane); }
 // Code k of the lanes: a signed byte, or four bits.
 vf lanes_int8(const uint8_t* codes, int lane, int k) {
     vi words = reinterpret_cast<vi>(load_bits(codes + (k / 4 * kLanes + lane) * 4));
@@ -28,16 +26,16 @@ vf lanes_at(Packing packing, const uint8_t* header, const uint8_t* p, int lane, 
             vu pair = load_bits(p + (k / 2 * kLanes + lane) * 4);
             return as_float(k % 2 ? pair & 0xffff0000u : pair << 16);
         }
-        case Packing::int8: return lanes_f16(p, lane) * lanes_int8(p + 2 * kLanes, lane, k);
+        case Packing::int8: return lanes_f16(p + 2 * lane) * lanes_int8(p + 2 * kLanes, lane, k);
         case Packing::int4:
-            return lanes_f16(header, lane) * lanes_u8(p + lane) *
+            return lanes_f16(header + 2 * lane) * lanes_u8(p + lane) *
                        lanes_nibble(p + 2 * kLanes, lane, k) -
-                   lanes_f16(header + 2 * kLanes, lane) * lanes_u8(p + kLanes + lane);
+                   lanes_f16(header + 2 * kLanes + 2 * lane) * lanes_u8(p + kLanes + lane);
         case Packing::q4_0:
-            return lanes_f16(p, lane) * (lanes_nibble(p + 2 * kLanes, lane, k) - 8.0f);
+            return lanes_f16(p + 2 * lane) * (lanes_nibble(p + 2 * kLanes, lane, k) - 8.0f);
         case Packing::q4_1:
-            return lanes_f16(p, lane) * lanes_nibble(p + 4 * kLanes, lane, k) +
-                   lanes_f16(p + 2 * kLanes, lane);
+            return lanes_f16(p + 2 * lane) * lanes_nibble(p + 4 * kLanes, lane, k) +
+                   lanes_f16(p + 2 * kLanes + 2 * lane);
     }
     return vf{};
 }
