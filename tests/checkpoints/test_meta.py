@@ -23,6 +23,7 @@ from mllama.checkpoints.meta.source import MetaSource
 from mllama.checkpoints.sources import Header
 from mllama.hf.config_objects import config_object
 from mllama.weights.rows import to_file
+from tiny.sizes import META_ENCODER as ENCODER
 
 PARAMS = {
     "grouped": {
@@ -137,13 +138,6 @@ VISION_PARAMS = PARAMS["grouped"] | {
     "vision_chunk_size": 28,
     "vision_max_num_chunks": 4,
     "vision_num_cross_attention_layers": 2,
-}
-ENCODER = {
-    "width": 32,
-    "layers": 4,
-    "heads": 2,
-    "n_global_layers": 2,
-    "return_intermediate": [1, 3],
 }
 
 

@@ -11,6 +11,7 @@ from mllama import MllamaForConditionalGeneration
 from mllama.checkpoints.meta import weight_maps as meta_maps
 from mllama.families import compose
 from mllama.weights import rows as engine
+from tiny.sizes import META_ENCODER as ENCODER
 
 RATIOS = [[1, 1], [1, 2], [1, 3], [1, 4], [2, 1], [2, 2], [3, 1], [4, 1]]
 PARAMS = {
@@ -27,13 +28,6 @@ PARAMS = {
     "vision_max_num_chunks": 4,
     "vision_num_cross_attention_layers": 2,
     "max_seq_len": 16,
-}
-ENCODER = {
-    "width": 32,
-    "layers": 4,
-    "heads": 2,
-    "n_global_layers": 2,
-    "return_intermediate": [1, 3],
 }
 
 

@@ -28,7 +28,7 @@ def packed(lengths: list[int] = LENGTHS, seed: int = 2) -> dict[str, torch.Tenso
 
 
 def with_images(both: Pair) -> tuple[dict[str, torch.Tensor], list[dict[str, torch.Tensor]]]:
-    """A packed row of which some sequences have images, and the sequences by themselves."""
+    """A packed row in which some sequences have images, and each sequence alone."""
     alone = []
     for row in (["image", 3], [5], [2, "image", 1, "image", 2]):
         batch = both.inputs((row,), completion=1)

@@ -123,6 +123,20 @@ def test_a_file_whose_tied_tensors_differ_is_refused(tmp_path):
         MllamaForConditionalGeneration.from_pretrained(folder, weights="int8")
 
 
+def test_a_tied_file_with_the_head_alone(tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    folder = folders.write("gemma", tmp_path)
+    expected = MllamaForConditionalGeneration.from_pretrained(folder, weights="int8").state_dict()
+    weights = load_file(folder / "model.safetensors")
+    name = next(name for name in weights if name.endswith("embed_tokens.weight"))
+    weights["lm_head.weight"] = weights.pop(name)
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    loaded = MllamaForConditionalGeneration.from_pretrained(folder, weights="int8").state_dict()
+    assert loaded.keys() == expected.keys()
+    assert all(torch.equal(loaded[name], value) for name, value in expected.items())
+
+
 @pytest.mark.parametrize("value", ["int3", "", 4, True, FILE])
 def test_formats_that_are_not_known(value):
     with pytest.raises(ValueError, match="weights"):

@@ -45,16 +45,14 @@ def check(model, inputs, weights="f32", tolerance=1e-5):
     assert ids == expected_ids
 
 
-@pytest.mark.parametrize(
-    ("case", "rows"), [*pairs.MODELS_AND_ROWS, ("llama", "one row"), ("llava, clip, -2", "one row")]
-)
+@pytest.mark.parametrize(("case", "rows"), pairs.SESSIONS)
 def test_every_family(case, rows):
     both = pairs.pair(case)
     check(both.ours, both.inputs(rows))
 
 
 @pytest.mark.parametrize("reference", ["meta", "hf"])
-@pytest.mark.parametrize("rows", ["one row", "two images", pairs.MIXED, "no image"])
+@pytest.mark.parametrize("rows", pairs.TILED_ROWS)
 def test_layers_that_attend_to_images(rows, reference):
     model = pairs.make("mllama").ours
     model.reference = reference

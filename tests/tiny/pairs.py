@@ -35,6 +35,9 @@ FAMILIES = ["llama", "gemma", "llava, clip, -2", "llava, siglip, several", "pali
 MIXED = "a row without an image"
 MODELS_AND_ROWS = [(name, MIXED) for name in LANGUAGE]
 MODELS_AND_ROWS += [(name, rows) for name in ONE_EACH for rows in ("one image", "no image")]
+# The same for sessions, where one row is another path than several.
+SESSIONS = [*MODELS_AND_ROWS, ("llama", "one row"), ("llava, clip, -2", "one row")]
+TILED_ROWS = ["one row", "two images", MIXED, "no image"]  # of Llama-3.2-Vision
 # Rows of a batch: an image, or a number of tokens.
 ROWS = {
     "one image": (["image", 7], ["image", 3]),

@@ -69,6 +69,13 @@ CROSSED_TEXT = TEXT | {
     "pad_token_id": 0,
     "rope_scaling": LLAMA3,
 }
+META_ENCODER = {
+    "width": 32,
+    "layers": 4,
+    "heads": 2,
+    "n_global_layers": 2,
+    "return_intermediate": [1, 3],
+}
 
 
 def tiled_vision(**changes) -> dict:

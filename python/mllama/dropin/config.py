@@ -71,8 +71,8 @@ class LLAMA32Config(MllamaTextConfig):
     Args:
         vocab_size, hidden_size: sizes.
         fields: n_heads, n_layers, hidden_dim, n_kv_groups, rms_norm_eps, dtype, pad_token_index;
-            context_length and max_position_embeddings, of which the longer is the most tokens that
-            the model takes; rope_base and rope_freq, base (default 500000.0) and frequency scaling
+            context_length and max_position_embeddings, whose larger value is the model's maximum
+            length; rope_base and rope_freq, base (default 500000.0) and frequency scaling
             (default Llama 3.2's) of the rotary embedding.
 
     Raises:

@@ -23,7 +23,7 @@ from mllama.hf.config_objects import check_names, config_object, file_content, s
 from mllama.hf.config_objects import compose as compose_object
 from mllama.hf.devices import Placement
 from mllama.nn.wrappers import plain_key
-from mllama.quant.packer import Packer
+from mllama.quant.packer import packing
 from mllama.weights import stock_names
 from mllama.weights.rows import WeightMap, plan_moves, to_file
 
@@ -95,12 +95,10 @@ def load_opened(
     config.name_or_path = where = opened.source.where
     model = lay_out(opened, lambda spec: model_class(config, **class_kwargs))
     placement.settle(model, dtype)
-    packer = None if weights is None else Packer(model, weights, device)
-    report = fill(model, opened, dtype, placement.of, strict, packer and packer.take)
-    if packer is None:
+    with packing(model, weights, device) as take:
+        report = fill(model, opened, dtype, placement.of, strict, take)
+    if weights is None:
         model.tie_weights(recompute_mapping=False)
-    else:
-        packer.finish()
     model.config.dtype = dtype or report.dtype
     if opened.generation is not None and model.can_generate():
         model.generation_config = _generation_config(where, opened.generation)

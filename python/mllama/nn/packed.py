@@ -8,17 +8,22 @@ from torch import nn
 from mllama.ops.packed_linear import packed_linear, unpack_weight
 
 
-def _missing(module: nn.Module, name: str) -> Any:
-    """nn.Module's lookup; who asks for the weight is told that it is packed."""
-    if name == "weight":
-        raise AttributeError(
-            f"the weight of this {type(module).__name__} is packed as {module.packing}: this needs "
-            "a model that mllama.optimize has not packed"
-        )
-    return nn.Module.__getattr__(module, name)
+class _Packed(nn.Module):
+    """A layer with a packed weight: who asks for the dense one is told so."""
+
+    packed: torch.Tensor
+    packing: str
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "weight":
+            raise AttributeError(
+                f"the weight of this {type(self).__name__} is packed as {self.packing}: this needs "
+                "a model that mllama.optimize has not packed"
+            )
+        return super().__getattr__(name)
 
 
-class PackedLinear(nn.Module):
+class PackedLinear(_Packed):
     """y = x weight' + bias on a packed weight, for inference.
 
     Args:
@@ -27,8 +32,6 @@ class PackedLinear(nn.Module):
         packing: its format.
         bias: float [out_features], or None.
     """
-
-    packed: torch.Tensor
 
     def __init__(
         self,
@@ -42,9 +45,6 @@ class PackedLinear(nn.Module):
         self.in_features, self.out_features, self.packing = in_features, out_features, packing
         self.register_buffer("packed", packed)
         self.register_buffer("bias", bias)
-
-    def __getattr__(self, name: str):
-        return _missing(self, name)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[..., in_features] -> [..., out_features], of x's dtype."""
@@ -64,7 +64,7 @@ class PackedLinear(nn.Module):
         )
 
 
-class PackedEmbedding(nn.Module):
+class PackedEmbedding(_Packed):
     """Rows of a packed matrix, which the output head may share.
 
     Args:
@@ -74,8 +74,6 @@ class PackedEmbedding(nn.Module):
         dtype: of the rows.
         embed_scale: factor on them, in their dtype; None is 1.
     """
-
-    packed: torch.Tensor
 
     def __init__(
         self,
@@ -90,9 +88,6 @@ class PackedEmbedding(nn.Module):
         self.num_embeddings, self.embedding_dim = num_embeddings, embedding_dim
         self.packing, self.dtype, self.embed_scale = packing, dtype, embed_scale
         self.register_buffer("packed", packed)
-
-    def __getattr__(self, name: str):
-        return _missing(self, name)
 
     def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
         """int [...] -> [..., embedding_dim]."""

@@ -1,5 +1,7 @@
 """Packing the linear layers of a model, all at once or one by one while it is loaded."""
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -74,11 +76,14 @@ class Packer:
             raise ValueError("this model has LoRA layers: merge them before its weights are packed")
         self.model, self.weights, self.recipe = model, weights, RECIPES.get(weights)
         self.packed: dict[str, str] = {}
+        self._tied = model.spec.text.tie_word_embeddings
         self._left = {
             name
             for name, module in model.named_modules()
             if type(module) is nn.Linear or name == _EMBEDDINGS
         }
+        if self._tied:
+            self._left.discard(_HEAD)  # it gets the embeddings' matrix
 
     def take(self, name: str, weight: torch.Tensor, header: Any, dtype: torch.dtype) -> bool:
         """Pack a parameter, if it is one of a layer to pack.
@@ -93,6 +98,8 @@ class Packer:
             Whether it was: then the model has a packed layer in its place.
         """
         owner, _, last = name.rpartition(".")
+        if self._tied and owner == _HEAD:
+            owner = _EMBEDDINGS
         if last == "weight" and owner in self.packed:  # the other name of a tied matrix
             packed = self.model.get_submodule(owner).packed
             self._check_tied(torch.equal(packed, pack_weight(weight, self.packed[owner])))
@@ -106,7 +113,6 @@ class Packer:
             scale = getattr(module, "embed_scale", None)
             self._put(owner, PackedEmbedding(packed, *weight.shape, packing, dtype, scale))
             if self._tied:
-                self._left.discard(_HEAD)
                 self._put(_HEAD, PackedLinear(packed, *reversed(weight.shape), packing))
         else:
             bias = None if module.bias is None else module.bias.detach()
@@ -134,11 +140,6 @@ class Packer:
         self.model.requires_grad_(False)
         self.model.__dict__["packed_weights"] = self.weights
 
-    @property
-    def _tied(self) -> bool:
-        spec = self.model.spec
-        return spec.text is not None and spec.text.tie_word_embeddings
-
     def _put(self, name: str, module: nn.Module) -> None:
         self.model.set_submodule(name, module)
         self.packed[name] = module.packing
@@ -152,6 +153,26 @@ class Packer:
         if name in (_HEAD, _EMBEDDINGS):
             return self.recipe.tables
         return self.recipe.decoder if name.startswith("language_model.") else self.recipe.vision
+
+
+@contextmanager
+def packing(
+    model: nn.Module, weights: str | None, device: Any
+) -> Iterator[Callable[..., bool] | None]:
+    """Context in which a model is loaded: yields what takes its tensors, None where weights is.
+
+    Args:
+        model, weights, device: as `Packer` takes them.
+
+    Raises:
+        ValueError: as `Packer`.
+    """
+    if weights is None:
+        yield None
+        return
+    packer = Packer(model, weights, device)
+    yield packer.take
+    packer.finish()
 
 
 def packing_of(model: nn.Module) -> str | None:

@@ -7,7 +7,7 @@ import torch
 from mllama.checkpoints.models import fill, lay_out
 from mllama.checkpoints.opened import Opened
 from mllama.model.model import VisionLanguageModel
-from mllama.quant.packer import Packer
+from mllama.quant.packer import packing
 from mllama.weights.stock_names import own_names
 
 
@@ -31,11 +31,8 @@ def load_core(
         ValueError: as `lay_out`, `fill` and `Packer`.
     """
     model = lay_out(opened, lambda spec: VisionLanguageModel(spec, reference=reference))
-    packer = None if weights is None else Packer(model, weights, device)
-    take = None if packer is None else packer.take
-    fill(model, opened, dtype, lambda name: device, take=take)
-    if packer is not None:
-        packer.finish()
+    with packing(model, weights, device) as take:
+        fill(model, opened, dtype, lambda name: device, take=take)
     # load_lora asks for it, of adapters under transformers' names.
     weight_map = opened.family.weight_map(opened.spec)
     model.__dict__["own_names"] = functools.partial(own_names, weight_map)

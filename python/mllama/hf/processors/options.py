@@ -15,8 +15,7 @@ _GROUPS = ("text_kwargs", "images_kwargs", "common_kwargs")
 
 
 _TRUNCATION = ("longest_first", "only_first", "only_second", "do_not_truncate")
-# Options of which only some values are supported: name -> (whether a value is, the reason why
-# others are not).
+# Partly supported options: name -> (whether a value is supported, why others are not).
 Refusals = Mapping[str, tuple[Callable[[Any], bool], str]]
 _TENSORS = (lambda value: value in (None, "pt", "np"), "it is 'pt', 'np' or None")
 _COUNT = (
@@ -81,8 +80,7 @@ def merge_options(
     Args:
         processor: has a tokenizer and an image processor.
         options: as given, flat or in text_kwargs, images_kwargs and common_kwargs.
-        refused: text options of which only some values are supported; the image processor has its
-            own.
+        refused: partly supported text options; the image processor has its own.
 
     Raises:
         TypeError: an option is unknown, or of videos or audio, or a group is not a dict.
