@@ -20,7 +20,8 @@ MUST_NOT_NAME = {
     "python/mllama/encoders": r"mllama\.(?!ops|nn|encoders|config)|mllama import",
     "python/mllama/fusion": r"mllama\.(?!ops|nn|fusion|config)|mllama import",
     "python/mllama/text": r"mllama\.(?!ops|nn|text|config)|mllama import",
-    "python/mllama/model": r"mllama\.(?!ops|nn|encoders|fusion|text|config|model)|mllama import",
+    "python/mllama/model": r"mllama\.(?!ops|nn|encoders|fusion|text|config|model)"
+    r"|from mllama import (?!_ext)",
     "python/mllama/weights": r"mllama\.(?!config|weights)|mllama import",
     "python/mllama/families": r"mllama\.(?!config|weights|families)|from mllama import",
     "python/mllama/checkpoints": r"mllama\.(?!config|weights|families|checkpoints|device"

@@ -48,7 +48,7 @@ Decoders& decoders() {
     return *all;
 }
 
-// Reads a decoder from the lists that runtime/fast_decoder.py writes, in its order.
+// Reads a decoder from the lists that model/fast_decoder.py writes, in its order.
 class Reader {
   public:
     Reader(const std::vector<Tensor>& tensors, const std::vector<int64_t>& sizes,

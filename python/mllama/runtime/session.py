@@ -11,9 +11,9 @@ import torch
 from torch.nn.functional import pad
 
 from mllama.fusion.base import ModelInputs
+from mllama.model.fast_decoder import MAX_ROWS, FastDecoder, find_obstacle
 from mllama.nn.kv_cache import KVCache
 from mllama.runtime.completion import Generation, Row
-from mllama.runtime.fast_decoder import MAX_ROWS, FastDecoder, find_obstacle
 from mllama.runtime.prefix import Reuse, find_reuse, same_images
 from mllama.runtime.sampler import NEUTRAL, Sampler, Sampling
 from mllama.runtime.settings import beyond_session

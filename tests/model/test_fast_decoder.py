@@ -8,8 +8,8 @@ import torch
 
 import tiny
 from helpers import instruction_set, instruction_sets, needs_kernels
+from mllama.model.fast_decoder import FastDecoder
 from mllama.quant.packer import RECIPES, optimize
-from mllama.runtime.fast_decoder import FastDecoder
 from mllama.runtime.session import Session
 from tiny import pairs
 

@@ -7,7 +7,7 @@ import weakref
 import torch
 from torch import nn
 
-from mllama._ext import disabled
+from mllama import _ext
 from mllama.config.spec import TextSpec
 from mllama.fusion.cross_attention import CrossAttentionDecoderLayer
 from mllama.fusion.cross_context import CrossAttentionContext
@@ -93,7 +93,7 @@ class FastDecoder:
 
 def find_obstacle(decoder: nn.Module, head: nn.Module) -> str | None:
     """Why a decoder cannot run by `decode_step`; None where it can."""
-    if disabled():
+    if _ext.disabled():
         return "the compiled operators are disabled"
     spec: TextSpec = decoder.config
     if spec.hidden_act not in _ACTIVATIONS:
