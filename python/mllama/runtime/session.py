@@ -11,7 +11,6 @@ import torch
 from torch.nn.functional import pad
 
 from mllama.fusion.base import ModelInputs
-from mllama.model.fast_decoder import MAX_ROWS, FastDecoder, find_obstacle
 from mllama.nn.kv_cache import KVCache
 from mllama.runtime.completion import Generation, Row
 from mllama.runtime.prefix import Reuse, find_reuse, same_images
@@ -81,8 +80,6 @@ class Session:
     def reset(self) -> None:
         """Drop the cached prompt and its image features."""
         self._encoded = None
-        decoder, head = self.model.language_model, self.model.lm_head
-        self._fast = None if find_obstacle(decoder, head) else FastDecoder(decoder, head)
         self._cross_mask: torch.Tensor | None = None  # of the cached prompt
         self._cache = KVCache(self.model.spec.text.num_hidden_layers)
         self._ids: list[int] = []  # ids of one row in the cache
@@ -169,7 +166,7 @@ class Session:
                 row.take(token, ends)
             if step == room - 1 or all(row.done for row in rows):
                 break
-            logits = self._step(tokens, inputs)
+            logits = self._forward(tokens[:, None], inputs)
             if self._ids:  # of one row without padding
                 self._ids += ids
         result.decode_seconds = time.perf_counter() - start - result.prefill_seconds
@@ -215,17 +212,6 @@ class Session:
             ModelInputs(ids, attention_mask=mask, cache=cache, logits_to_keep=keep, **given)
         )
         return output.logits[:, -1] if logits else output.last_hidden_state
-
-    def _step(self, tokens: torch.Tensor, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-        """Append a token per row, int64 [B], to the cache; returns the logits, [B, V]."""
-        mask, prefix = inputs.get("attention_mask"), self._cache.num_prefix_tokens
-        if self._fast is None or len(tokens) > MAX_ROWS or (mask is not None and prefix):
-            return self._forward(tokens[:, None], inputs)
-        padding = None if mask is None else (mask == 0).sum(1)
-        cross = self.model.fusion.decode_context(
-            (len(tokens), 1), inputs.get("cross_attention_mask"), self._cache, self.model.parts()
-        )
-        return self._fast.step(tokens, self._cache, padding, cross)
 
     def _reuse(self, inputs: dict[str, torch.Tensor], images: dict[str, torch.Tensor]) -> Reuse:
         """Find the reusable part of the prompt, and drop the rest from the cache."""
