@@ -14,7 +14,7 @@ from helpers import needs_kernels
 from mllama import MllamaForConditionalGeneration, optimize
 from mllama.cli._parser import WEIGHTS
 from mllama.nn.packed import PackedEmbedding, PackedLinear
-from mllama.quant.packer import FILE, RECIPES
+from mllama.quant.packer import AUTO, FILE, RECIPES
 from tiny import folders, pairs
 
 pytestmark = needs_kernels
@@ -94,7 +94,7 @@ def test_load_and_the_command_line(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert json.loads(done.stdout)["weights"] == "int4"
     assert "int4" in done.stderr
-    assert set(WEIGHTS) == {FILE, *RECIPES}
+    assert set(WEIGHTS) == {"none", AUTO, FILE, *RECIPES}
 
 
 def test_adapters_are_merged_before(tmp_path):

@@ -13,7 +13,8 @@ SIZES = {
 }
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 GGUF_DTYPES = ("f16", "bf16", "q8_0")
-WEIGHTS = ("file", "int4", "int8", "bf16", "f16", "f32")  # quant.packer's RECIPES and FILE
+# quant.packer's AUTO, FILE and RECIPES; "none" packs nothing
+WEIGHTS = ("auto", "none", "file", "int4", "int8", "bf16", "f16", "f32")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -293,8 +294,10 @@ def _add_device(parser: argparse.ArgumentParser):
     parser.add_argument(
         "--weights",
         choices=WEIGHTS,
+        default="auto",
         help="pack the weights, for a CPU: fewer bits, and more tokens per second; file: in the "
-        "file's own types, such as GGUF's blocks",
+        "file's own types, such as GGUF's blocks; auto (default): the same, float32 in --dtype, "
+        "where no adapter or other device forbids it; none: as tensors",
     )
     _add_reference(
         parser, "meta: Llama-3.2-Vision as trained (default); hf: as transformers computes it"
