@@ -179,23 +179,31 @@ def test_copies_and_pickles_of_packed_models(tmp_path):
             assert torch.equal(other(**inputs).logits, model(**inputs).logits)
 
 
-@pytest.mark.parametrize("blocks", ["Q4_0", "Q4_1", "Q8_0", "F16", "BF16", "F32"])
+@pytest.mark.parametrize("blocks", ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "F16", "BF16", "F32"])
 def test_a_gguf_file_as_it_is(blocks, tmp_path):
     """Every weight is exactly the file's, in its own number of bits."""
     gguf = pytest.importorskip("gguf")
     from checkpoints.test_gguf import stock, write
 
     path = write(tmp_path / "m.gguf", stock(), getattr(gguf.GGMLQuantizationType, blocks))
-    model = MllamaForConditionalGeneration.from_pretrained(path, weights=FILE)
-    dense = MllamaForConditionalGeneration.from_pretrained(path, dtype=torch.float32)
     packing = {"Q8_0": "int8", "F16": "f16", "BF16": "bf16", "F32": "f32"}.get(
         blocks, blocks.lower()
     )
-    for name, module in model.language_model.layers.named_modules():
-        if isinstance(module, PackedLinear):
-            assert module.packing == packing
-            weight = dense.language_model.layers.get_submodule(name).weight
-            assert torch.equal(module.dense(), weight.float()), name
+    assert formats_held_exactly(path) == {packing}
+
+
+def formats_held_exactly(path) -> set[str]:
+    """How the decoder's layers of a file are packed, once each is the dense model's."""
+    model = MllamaForConditionalGeneration.from_pretrained(path, weights=FILE)
+    dense = MllamaForConditionalGeneration.from_pretrained(path, dtype=torch.float32)
+    packed = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, PackedLinear) and "layers" in name
+    }
+    for name, module in packed.items():
+        assert torch.equal(module.dense(), dense.get_submodule(name).weight.float()), name
+    return {module.packing for module in packed.values()}
 
 
 def test_a_model_whose_tied_weights_differ_is_refused():
