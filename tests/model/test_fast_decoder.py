@@ -11,6 +11,9 @@ import torch
 import tiny
 from helpers import instruction_set, instruction_sets, needs_kernels
 from mllama.model.fast_decoder import FastDecoder
+from mllama.nn.packed import PackedLinear
+from mllama.ops import pack_weight
+from mllama.ops.packed_layout import PACKINGS
 from mllama.quant.packer import RECIPES, optimize
 from mllama.runtime.session import Session
 from tiny import pairs
@@ -18,6 +21,7 @@ from tiny import pairs
 pytestmark = needs_kernels
 LENGTH = 6
 STEP = FastDecoder.__call__
+CODES = [packing for packing, kind in PACKINGS.items() if kind.quantized]
 
 
 @contextmanager
@@ -105,6 +109,21 @@ def test_every_format(case, weights):
     # Activations of the two ways are rounded apart where they differ in the last bit.
     tolerance = 1e-5 if RECIPES[weights].decoder in ("f32", "bf16", "f16") else 3e-2
     check(pairs.pair(case).ours, pairs.pair(case).inputs(), weights, tolerance)
+
+
+@pytest.mark.parametrize("first", range(len(CODES)))
+def test_formats_mixed_in_a_layer(first):
+    """As in GGUF files, where q, k and v, or gate and up, may have blocks of their own types."""
+    model = optimize(copy.deepcopy(pairs.pair("gemma2").ours), "int8")
+    linears = [module for module in model.modules() if isinstance(module, PackedLinear)]
+    for place, linear in enumerate(linears, first):
+        packing = CODES[place % len(CODES)]
+        linear.packed, linear.packing = pack_weight(linear.dense(), packing), packing
+    inputs = pairs.pair("gemma2").inputs()
+    ids, logits = decoded(model, inputs, True)
+    expected_ids, expected = decoded(model, inputs, False)
+    assert (logits - expected).abs().max() <= 3e-2 * expected.abs().max()
+    assert ids == expected_ids
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -9,6 +9,7 @@ from mllama.ops.packed_linear import reference
 SIZES = [(37, 100), (16, 32), (64, 576), (1, 1), (15, 33), (100, 260)]
 # Of the weight's own size: what rounding to these formats may cost on normal numbers.
 ERROR = {"f32": 0, "bf16": 2e-3, "f16": 3e-4, "int8": 7e-3, "int4": 8e-2, "q4_0": 0.1, "q4_1": 9e-2}
+ERROR |= {"q5_0": 5e-2, "q5_1": 5e-2, "q4_k": 8e-2, "q5_k": 4e-2, "q6_k": 2e-2}
 
 
 def weight(out, width, seed=0):

@@ -12,7 +12,7 @@ SIZES = {
     "11B": "meta-llama/Llama-3.2-11B-Vision-Instruct",
 }
 DTYPES = ("auto", "float32", "bfloat16", "float16")
-GGUF_DTYPES = ("f16", "bf16", "q8_0")
+GGUF_DTYPES = ("f16", "bf16", "q8_0", "q4_0", "q4_k")
 # quant.packer's AUTO, FILE and RECIPES; "none" packs nothing
 WEIGHTS = ("auto", "none", "file", "int4", "int8", "bf16", "f16", "f32")
 

@@ -11,6 +11,7 @@ from torch import nn
 
 from mllama import _ext
 from mllama.nn.packed import PackedEmbedding, PackedLinear
+from mllama.ops.packed_gguf import GGUF_BLOCKS, pack_gguf
 from mllama.ops.packed_linear import pack_weight
 
 
@@ -42,7 +43,8 @@ FILE = "file"
 # that only generate.
 AUTO = "auto"
 _OF_DTYPES = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
-_OF_BLOCKS = {"Q8_0": "int8", "Q4_0": "q4_0", "Q4_1": "q4_1"}  # others are requantized
+# GGUF's blocks by the format that holds them; others are requantized.
+_OF_BLOCKS = {"Q8_0": "int8"} | {name.upper(): name for name in GGUF_BLOCKS if name != "int8"}
 _OTHER_BLOCKS = "int8"
 _Model = TypeVar("_Model", bound=nn.Module)
 _HEAD, _EMBEDDINGS = "lm_head", "language_model.embed_tokens"
@@ -89,12 +91,15 @@ class Packer:
         if self._tied:
             self._left.discard(_HEAD)  # it gets the embeddings' matrix
 
-    def take(self, name: str, weight: torch.Tensor, header: Any, dtype: torch.dtype) -> bool:
+    def take(
+        self, name: str, read: Callable[..., torch.Tensor], header: Any, dtype: torch.dtype
+    ) -> bool:
         """Pack a parameter, if it is one of a layer to pack.
 
         Args:
             name: the parameter's.
-            weight: its value.
+            read: reads its value, or the blocks that header names, as
+                `mllama.checkpoints.sources.Reading` says.
             header: of the file's tensor (`mllama.checkpoints.sources.Header`), or None.
             dtype: of the model's other parameters.
 
@@ -106,21 +111,21 @@ class Packer:
             owner = _EMBEDDINGS
         if last == "weight" and owner in self.packed:  # the other name of a tied matrix
             packed = self.model.get_submodule(owner).packed
-            self._check_tied(torch.equal(packed, pack_weight(weight, self.packed[owner])))
+            self._check_tied(torch.equal(packed, _pack(read, header, self.packed[owner])))
             return True
         if last != "weight" or owner not in self._left:
             return False
         self._left.discard(owner)
         packing, module = self._choose(owner, header, dtype), self.model.get_submodule(owner)
-        packed = pack_weight(weight, packing)
+        packed, shape = _pack(read, header, packing), module.weight.shape
         if isinstance(module, nn.Embedding):
             scale = getattr(module, "embed_scale", None)
-            self._put(owner, PackedEmbedding(packed, *weight.shape, packing, dtype, scale))
+            self._put(owner, PackedEmbedding(packed, *shape, packing, dtype, scale))
             if self._tied:
-                self._put(_HEAD, PackedLinear(packed, *reversed(weight.shape), packing))
+                self._put(_HEAD, PackedLinear(packed, *reversed(shape), packing))
         else:
             bias = None if module.bias is None else module.bias.detach()
-            self._put(owner, PackedLinear(packed, *reversed(weight.shape), packing, bias))
+            self._put(owner, PackedLinear(packed, *reversed(shape), packing, bias))
         return True
 
     def pack_all(self) -> None:
@@ -130,7 +135,8 @@ class Packer:
             self._check_tied(torch.equal(*map(self.model.get_parameter, names)))
         for owner, module in list(self.model.named_modules()):
             if owner in self._left:
-                self.take(f"{owner}.weight", module.weight.detach(), None, module.weight.dtype)
+                weight = module.weight
+                self.take(f"{owner}.weight", weight.detach, None, weight.dtype)
 
     def _check_tied(self, equal: bool) -> None:
         if not equal:
@@ -160,6 +166,13 @@ class Packer:
         if name in (_HEAD, _EMBEDDINGS):
             return self.recipe.tables
         return self.recipe.decoder if name.startswith("language_model.") else self.recipe.vision
+
+
+def _pack(read: Callable[..., torch.Tensor], header: Any, packing: str) -> torch.Tensor:
+    """A weight in a format, from the file's own blocks where they are of that format."""
+    if header is not None and _OF_BLOCKS.get(header.blocks) == packing:
+        return pack_gguf(read(blocks=True), packing)
+    return pack_weight(read(), packing)
 
 
 @contextmanager
