@@ -8,6 +8,7 @@
 #include "decode/team.h"
 #include "kernels/cpu/attention.h"
 #include "kernels/cpu/cast.h"
+#include "kernels/cpu/quantized_rows.h"
 #include "kernels/cpu/rms_norm.h"
 #include "kernels/cpu/rope.h"
 
@@ -245,14 +246,22 @@ class Step {
                            .cos_batch_stride = 0,
                            .sin_batch_stride = 0};
         MLLAMA_CALL(rope)(args, 0, 1);
-        auto cast = MLLAMA_CALL(cast);
-        int64_t capacity = s_.keys[i].size(2);
-        for (int64_t head = 0; head < kv; ++head) {
-            int64_t at = ((row * kv + head) * capacity + s_.length) * size;
-            cast(k + head * size, Dtype::f32, cached(s_.keys[i].mutable_data_ptr(), at),
-                 s_.cache_dtype, size);
-            cast(v + head * size, Dtype::f32, cached(s_.values[i].mutable_data_ptr(), at),
-                 s_.cache_dtype, size);
+        write(s_.keys[i], row, k);
+        write(s_.values[i], row, v);
+    }
+
+    // The heads of a new position, x, into a buffer of the cache.
+    void write(const Tensor& buffer, int64_t row, const float* x) {
+        int64_t size = d_.head_dim, stride = buffer.size(2) * buffer.size(3);
+        int64_t at = row * d_.kv_heads * stride + s_.length * buffer.size(3);
+        for (int64_t head = 0; head < d_.kv_heads; ++head, at += stride, x += size) {
+            if (s_.quantized) {
+                MLLAMA_CALL(quantize_rows)
+                (x, Dtype::f32, mutable_data<int8_t>(buffer) + at, 1, size);
+            } else {
+                MLLAMA_CALL(cast)
+                (x, Dtype::f32, cached(buffer.mutable_data_ptr(), at), s_.cache_dtype, size);
+            }
         }
     }
 
@@ -330,18 +339,18 @@ class Step {
     kernels::AttentionForward attention(size_t i) {
         const DecoderLayer& layer = d_.layers[i];
         if (layer.cross && !s_.image_keys) return {};
-        int64_t size = d_.head_dim, capacity = s_.keys[i].size(2);
+        int64_t size = d_.head_dim, length = s_.keys[i].size(3);  // of a cached row
+        int64_t head = s_.keys[i].size(2) * length, row = d_.kv_heads * head;
         int64_t keys = layer.cross ? s_.image_keys : s_.length + 1, first = keys;
         for (const kernels::VisibleKeys& row : visible_[i]) first = std::min(first, row.first);
         kernels::AttentionForward a{};
-        a.dtype = s_.cache_dtype;
+        a.dtype = s_.cache_dtype, a.quantized = s_.quantized;
         a.batch = s_.rows, a.queries = 1, a.keys = keys;
         a.heads = d_.heads, a.kv_heads = d_.kv_heads, a.size = size;
         a.scale = layer.scale, a.softcap = layer.softcap;
         a.q = {m_.query, d_.heads * size, d_.heads * size, size};
-        int64_t row = d_.kv_heads * capacity * size;
-        a.k = {s_.keys[i].const_data_ptr(), row, size, capacity * size};
-        a.v = {s_.values[i].const_data_ptr(), row, size, capacity * size};
+        a.k = {s_.keys[i].const_data_ptr(), row, length, head};
+        a.v = {s_.values[i].const_data_ptr(), row, length, head};
         a.visible = visible_[i].data();
         a.out = m_.attended;
         a.statistics = statistics_.data();

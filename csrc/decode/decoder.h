@@ -43,11 +43,13 @@ struct Decoder {
 // What a step reads and writes beside the decoder.
 struct DecodeStep {
     int64_t rows;
-    Tensor hidden;                     // float32 [rows, hidden]: embeddings in, the last states out
-    std::vector<Tensor> cos, sin;      // float32 [rows, head_dim / 2], per table
-    std::vector<Tensor> keys, values;  // [rows, kv_heads, capacity, head_dim], per layer: text's or
-                                       // images'
-    Dtype cache_dtype;
+    Tensor hidden;                 // float32 [rows, hidden]: embeddings in, the last states out
+    std::vector<Tensor> cos, sin;  // float32 [rows, head_dim / 2], per table
+    // [rows, kv_heads, capacity, head_dim], per layer: text's or images'. Quantized: int8 rows of
+    // quantized_rows.h in place of head_dim values of cache_dtype.
+    std::vector<Tensor> keys, values;
+    bool quantized;
+    Dtype cache_dtype;               // of queries and attention's results; f32 if quantized
     int64_t length;                  // positions before this one
     std::vector<int64_t> first_key;  // [rows]: padding before them
     // Of images: how many keys there are (without them those layers do nothing), what is added to a

@@ -7,6 +7,7 @@
 #include <string>
 
 #include "decode/decoder.h"
+#include "kernels/cpu/quantized_rows.h"
 #include "ops/packed_linear.h"
 
 namespace mllama {
@@ -147,17 +148,26 @@ int64_t decoder_new(std::vector<Tensor> tensors, std::vector<int64_t> sizes,
 
 void decoder_free(int64_t number) { decoders().remove(number); }
 
+// The dtype of the first buffer that a step reads or writes.
+ScalarType cache_type(const Decoder& d, const std::vector<Tensor>& keys, int64_t image_keys) {
+    check(keys.size() == d.layers.size(), "decode_step", "keys");
+    size_t i = 0;
+    while (i + 1 < keys.size() && d.layers[i].cross && image_keys == 0) ++i;
+    return keys[i].scalar_type();
+}
+
 // Every cache is [rows, kv_heads, capacity, head_dim], with room for one position more, or for the
-// keys of images.
+// keys of images; quantized rows are longer.
 void check_caches(const Decoder& d, const std::vector<Tensor>& caches, const char* name,
                   int64_t rows, int64_t length, int64_t image_keys, ScalarType type) {
     check(caches.size() == d.layers.size(), "decode_step", name);
+    int64_t size = type == ScalarType::Char ? kernels::quantized_row_bytes(d.head_dim) : d.head_dim;
     for (size_t i = 0; i < caches.size(); ++i) {
         const Tensor& t = caches[i];
         int64_t keys = d.layers[i].cross ? image_keys : length + 1;
         if (keys == 0) continue;
         check(t.dim() == 4 && t.size(0) == rows && t.size(1) == d.kv_heads && t.size(2) >= keys &&
-                  t.size(3) == d.head_dim && t.is_contiguous() && t.scalar_type() == type,
+                  t.size(3) == size && t.is_contiguous() && t.scalar_type() == type,
               "decode_step", name);
     }
 }
@@ -188,9 +198,9 @@ Tensor decode_step(int64_t number, Tensor hidden, std::vector<Tensor> cos, std::
           op, "hidden");
     int64_t rows = hidden.size(0);
     check(length >= 0 && image_keys >= 0, op, "length");
-    check(!keys.empty(), op, "keys");
-    ScalarType type = keys[0].scalar_type();
-    Dtype dtype = dtype_of(op, "keys", keys[0]);
+    ScalarType type = cache_type(d, keys, image_keys);
+    bool quantized = type == ScalarType::Char;
+    Dtype dtype = quantized ? Dtype::f32 : dtype_of(op, "keys", type);
     check_caches(d, keys, "keys", rows, length, image_keys, type);
     check_caches(d, values, "values", rows, length, image_keys, type);
     for (const auto* tables : {&cos, &sin}) {
@@ -210,6 +220,7 @@ Tensor decode_step(int64_t number, Tensor hidden, std::vector<Tensor> cos, std::
                     .sin = std::move(sin),
                     .keys = std::move(keys),
                     .values = std::move(values),
+                    .quantized = quantized,
                     .cache_dtype = dtype,
                     .length = length,
                     .first_key = std::vector<int64_t>(rows, 0),

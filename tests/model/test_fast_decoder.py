@@ -26,9 +26,9 @@ class Recorded(Session):
         return logits
 
 
-def decoded(model, inputs, fast):
+def decoded(model, inputs, fast, kv_cache=None):
     """Greedy tokens and logits, by `decode_step` or by the layers."""
-    session = Recorded(model)
+    session = Recorded(model, kv_cache=kv_cache)
     session.logits = []
     assert isinstance(session._fast, FastDecoder)
     if not fast:
@@ -37,10 +37,10 @@ def decoded(model, inputs, fast):
     return [row.token_ids for row in result.completions], torch.stack(session.logits)
 
 
-def check(model, inputs, weights="f32", tolerance=1e-5):
+def check(model, inputs, weights="f32", tolerance=1e-5, kv_cache=None):
     model = optimize(copy.deepcopy(model), weights)
-    ids, logits = decoded(model, inputs, True)
-    expected_ids, expected = decoded(model, inputs, False)
+    ids, logits = decoded(model, inputs, True, kv_cache)
+    expected_ids, expected = decoded(model, inputs, False, kv_cache)
     assert (logits - expected).abs().max() <= tolerance * expected.abs().max()
     assert ids == expected_ids
 
@@ -84,6 +84,30 @@ def test_every_format(case, weights):
 def test_a_cache_of_16_bits(dtype):
     model = copy.deepcopy(pairs.pair("gemma3_text").ours).to(dtype)
     check(model, pairs.pair("gemma3_text").inputs(), "f32", 3e-2)
+
+
+@pytest.mark.parametrize("kv_cache", ["int8", "bf16", "f16"])
+@pytest.mark.parametrize("case", ["llama", "gemma2", "gemma3_text", "mllama"])
+def test_a_cache_in_a_dtype_of_its_own(case, kv_cache):
+    # Where the last bit of a key differs, its code may be the next one.
+    check(pairs.pair(case).ours, pairs.pair(case).inputs(), tolerance=3e-2, kv_cache=kv_cache)
+
+
+def test_a_first_layer_that_attends_to_images_there_are_none_of():
+    model = optimize(copy.deepcopy(pairs.pair("mllama").ours), "f32")
+    spec = model.spec.text
+    assert 0 not in spec.cross_attention_layers
+    inputs = {"input_ids": torch.randint(1, 90, (1, 4))}
+    for kv_cache in ("int8", "bf16"):
+        ids = decoded(model, inputs, True, kv_cache)[0]
+        assert ids == decoded(model, inputs, False, kv_cache)[0]
+
+
+def test_every_instruction_set_reads_a_quantized_cache():
+    for isa in instruction_sets():
+        with instruction_set(isa):
+            inputs = pairs.pair("gemma3_text").inputs()
+            check(pairs.pair("gemma3_text").ours, inputs, tolerance=3e-2, kv_cache="int8")
 
 
 def test_every_instruction_set():

@@ -5,7 +5,7 @@ import functools
 import inspect
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mllama.api import (
     check_answers,
@@ -26,7 +26,10 @@ from mllama.hf.processors.auto import load_processor
 from mllama.hf.stock import load_stock
 from mllama.processing.conversation import encode_messages
 from mllama.runtime.questions import check_question, check_system, tokenizer_of
-from mllama.runtime.session import check_room
+from mllama.runtime.session import Session, check_room
+
+if TYPE_CHECKING:
+    from mllama.cli._answering import AnySession
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -52,7 +55,7 @@ def run(arguments: argparse.Namespace) -> None:
         print(json.dumps(shown | facts(arguments, session, answer)))
 
 
-def _load(arguments: argparse.Namespace) -> tuple[GenerateSession, dict[str, Any]]:
+def _load(arguments: argparse.Namespace) -> "tuple[AnySession, dict[str, Any]]":
     options = sampling(arguments)
     check_reference(arguments)
     with working("loading the model"):
@@ -65,13 +68,16 @@ def _load(arguments: argparse.Namespace) -> tuple[GenerateSession, dict[str, Any
             arguments.weights,
         )
     check_answers(model)
-    return GenerateSession(model, processor), options
+    if arguments.kv_cache is None:
+        return GenerateSession(model, processor), options
+    settings = model.generation_config.to_dict()
+    return Session(model, processor, settings, kv_cache=arguments.kv_cache), options
 
 
 def _load_stock(arguments: argparse.Namespace) -> tuple[GenerateSession, dict[str, Any]]:
-    for name in ("adapter", "weights"):
+    for name in ("adapter", "weights", "kv_cache"):
         if getattr(arguments, name) is not None:
-            raise ValueError(f"--{name} needs --runtime mllama")
+            raise ValueError(f"--{name.replace('_', '-')} needs --runtime mllama")
     options = sampling(arguments)
     check_reference(arguments)
     if arguments.reference == "meta":

@@ -12,7 +12,7 @@ from torch.nn.functional import pad
 
 from mllama.fusion.base import ModelInputs
 from mllama.model.fast_decoder import MAX_ROWS, FastDecoder, find_obstacle
-from mllama.nn.kv_cache import KVCache
+from mllama.nn.kv_cache import CACHE_DTYPES, KVCache
 from mllama.runtime.completion import Generation, Row
 from mllama.runtime.prefix import Reuse, find_reuse, same_images
 from mllama.runtime.sampler import NEUTRAL, Sampler, Sampling
@@ -40,10 +40,13 @@ class Session:
         where: the model's files, used in errors.
         prefill_chunk_size: prompts without images are prefilled in chunks of this many tokens if
             the model permits it, which bounds the memory of activations.
+        kv_cache: what keys and values are stored in: "int8" (8.5 bits a value), "bf16", "f16" or
+            "f32". Default: the activations' dtype. A packed model decodes on it directly.
 
     Raises:
         TypeError: a processor without a tokenizer, settings of another type.
-        ValueError: settings of transformers' generate that a session does not have.
+        ValueError: settings of transformers' generate that a session does not have; another
+            kv_cache.
     """
 
     def __init__(
@@ -53,8 +56,13 @@ class Session:
         settings: Mapping[str, Any] | None = None,
         where: str | None = None,
         prefill_chunk_size: int = 1024,
+        kv_cache: str | None = None,
     ):
         check_count("prefill_chunk_size", prefill_chunk_size)
+        if kv_cache not in (None, *CACHE_DTYPES):
+            raise ValueError(
+                f"kv_cache must be one of {', '.join(CACHE_DTYPES)} or None, got {kv_cache!r}"
+            )
         if not isinstance(settings, (Mapping, type(None))):
             raise TypeError(f"settings must be a dict or None, got {type(settings).__name__}")
         if unknown := beyond_session(settings or {}):
@@ -65,6 +73,7 @@ class Session:
             raise TypeError(f"processor must have a tokenizer, got {type(processor).__name__}")
         self.where = where
         self.prefill_chunk_size = prefill_chunk_size
+        self.kv_cache = kv_cache
         self._encoded: tuple[dict, torch.Tensor] | None = None  # images and their features
         self.reset()
 
@@ -84,7 +93,8 @@ class Session:
         decoder, head = self.model.language_model, self.model.lm_head
         self._fast = None if find_obstacle(decoder, head) else FastDecoder(decoder, head)
         self._cross_mask: torch.Tensor | None = None  # of the cached prompt
-        self._cache = KVCache(self.model.spec.text.num_hidden_layers)
+        dtype = None if self.kv_cache is None else CACHE_DTYPES[self.kv_cache]
+        self._cache = KVCache(self.model.spec.text.num_hidden_layers, dtype=dtype)
         self._ids: list[int] = []  # ids of one row in the cache
         self._images: dict[str, torch.Tensor] | None = None  # images in the cache; None: unknown
 
