@@ -2,10 +2,10 @@
 
 #include <cmath>
 #include <initializer_list>
-#include <memory>
-#include <utility>
 
+#include "decode/memory.h"
 #include "decode/team.h"
+#include "kernels/cpu/adapter.h"
 #include "kernels/cpu/attention.h"
 #include "kernels/cpu/cast.h"
 #include "kernels/cpu/quantized_rows.h"
@@ -14,47 +14,6 @@
 
 namespace mllama {
 namespace {
-
-int64_t whole_lines(int64_t floats) { return (floats + 15) / 16 * 16; }
-
-// The buffers of a step, in one piece of memory. All but the last three are [rows, width].
-struct Memory {
-    Memory(const Decoder& d, int64_t rows, int64_t chunks) {
-        int64_t heads = d.heads * d.head_dim, kv = d.kv_heads * d.head_dim;
-        int64_t widest = std::max({d.hidden, heads, d.intermediate});
-        int64_t groups = kernels::group_count(widest), padded = groups * kernels::kGroup;
-        float *codes, *sums;
-        const std::pair<float**, int64_t> parts[] = {
-            {&normed, d.hidden},
-            {&out, d.hidden},
-            {&q, heads},
-            {&k, kv},
-            {&v, kv},
-            {&query, heads},
-            {&attended, heads},
-            {&gate, d.intermediate},
-            {&up, d.intermediate},
-            {&rstd, d.heads},
-            {&activations.values, padded},
-            {&activations.scales, groups},
-            {&codes, padded / 4},
-            {&sums, groups},
-            {&partial, chunks * d.heads * (d.head_dim + 2)},
-        };
-        int64_t size = 16;
-        for (auto& [part, width] : parts) size += whole_lines(rows * width);
-        all.reset(new float[size]);
-        float* at = all.get() + (64 - reinterpret_cast<uintptr_t>(all.get()) % 64) % 64 / 4;
-        for (auto& [part, width] : parts) *part = at, at += whole_lines(rows * width);
-        activations.codes = reinterpret_cast<int8_t*>(codes);
-        activations.sums = reinterpret_cast<int32_t*>(sums);
-    }
-
-    std::unique_ptr<float[]> all;
-    float *normed, *out, *q, *k, *v, *gate, *up, *rstd, *partial;
-    float *query, *attended;  // of the cache's dtype
-    kernels::Activations activations;
-};
 
 // A product's layer and its result.
 struct Product {
@@ -102,9 +61,9 @@ class Step {
             prepare(layer.q, m_.normed, first, last);
         });
         if (layer.cross) {
-            multiply(member, {{&layer.q, m_.q}});
+            multiply(member, m_.normed, {{&layer.q, m_.q}});
         } else {
-            multiply(member, {{&layer.q, m_.q}, {&layer.k, m_.k}, {&layer.v, m_.v}});
+            multiply(member, m_.normed, {{&layer.q, m_.q}, {&layer.k, m_.k}, {&layer.v, m_.v}});
         }
         member.share(s_.rows, [&](int64_t first, int64_t last) {
             for (int64_t row = first; row < last; ++row) {
@@ -125,7 +84,7 @@ class Step {
              (last - first) * width);
             prepare(layer.o, m_.q, first, last);
         });
-        multiply(member, {{&layer.o, m_.out}});
+        multiply(member, m_.q, {{&layer.o, m_.out}});
     }
 
     void feed_forward(Team::Member& member, const DecoderLayer& layer) {
@@ -136,7 +95,7 @@ class Step {
             add_and_norm(both ? layer.pre_feedforward : layer.post_attention, true, first, last);
             prepare(layer.gate, m_.normed, first, last);
         });
-        multiply(member, {{&layer.gate, m_.gate}, {&layer.up, m_.up}});
+        multiply(member, m_.normed, {{&layer.gate, m_.gate}, {&layer.up, m_.up}});
         member.share(s_.rows, [&](int64_t first, int64_t last) {
             kernels::Gated args{.activation = d_.activation,
                                 .dtype = Dtype::f32,
@@ -150,7 +109,7 @@ class Step {
             MLLAMA_CALL(gated)(args, first * d_.intermediate, last * d_.intermediate);
             prepare(layer.down, m_.gate, first, last);
         });
-        multiply(member, {{&layer.down, m_.out}});
+        multiply(member, m_.gate, {{&layer.down, m_.out}});
     }
 
     void finish(Team::Member& member, const DecoderLayer* before) {
@@ -160,7 +119,7 @@ class Step {
             add_and_norm(d_.norm, before != nullptr, first, last);
             prepare(d_.head, m_.normed, first, last);
         });
-        multiply(member, {{&d_.head, logits}});
+        multiply(member, m_.normed, {{&d_.head, logits}});
         if (d_.final_softcap == 0) return;
         member.share(s_.rows * d_.head.out, [&](int64_t first, int64_t last) {
             for (int64_t i = first; i < last; ++i)
@@ -168,17 +127,40 @@ class Step {
         });
     }
 
-    // The products of the activations that `prepare` left, as one list of blocks.
-    void multiply(Team::Member& member, Products products) {
-        auto kernel = MLLAMA_CALL(packed_product);
-        int64_t blocks = 0;
-        for (const Product& p : products) blocks += kernels::block_count(p.linear->out);
-        member.share(blocks, [&](int64_t first, int64_t last) {
+    // The products with x, whose activations `prepare` left, as one list of blocks.
+    void multiply(Team::Member& member, const float* x, Products products) {
+        share(
+            member, products, [](const DecoderLinear& linear) { return linear.rank(); },
+            [&](const Product& p, int64_t begin, int64_t end, float* small) {
+                MLLAMA_CALL(adapter_down)(adapter(p, x, small), begin, end);
+            });
+        share(
+            member, products,
+            [](const DecoderLinear& linear) { return kernels::block_count(linear.out); },
+            [&](const Product& p, int64_t begin, int64_t end, float* small) {
+                MLLAMA_CALL(packed_product)(arguments(*p.linear, nullptr, p.y), begin, end);
+                if (!p.linear->adapter) return;
+                MLLAMA_CALL(adapter_up)
+                (adapter(p, x, small), begin * kernels::kLanes,
+                 std::min(end * kernels::kLanes, p.linear->out));
+            });
+    }
+
+    // Shares out the tasks of several products, as many as count(linear) gives for each, as one
+    // list. body(product, first, last, its part of m_.small)
+    template <class Count, class Body>
+    void share(Team::Member& member, Products products, Count&& count, Body&& body) {
+        int64_t tasks = 0;
+        for (const Product& p : products) tasks += count(*p.linear);
+        if (tasks == 0) return;
+        member.share(tasks, [&](int64_t first, int64_t last) {
+            float* small = m_.small;
             for (const Product& p : products) {
-                int64_t own = kernels::block_count(p.linear->out);
+                int64_t own = count(*p.linear);
                 int64_t begin = std::max<int64_t>(first, 0), end = std::min(last, own);
-                if (begin < end) kernel(arguments(*p.linear, nullptr, p.y), begin, end);
+                if (begin < end) body(p, begin, end, small);
                 first -= own, last -= own;
+                small += s_.rows * p.linear->rank();
             }
         });
     }
@@ -291,6 +273,23 @@ class Step {
                 .weight = data<uint8_t>(linear.weight),
                 .bias = linear.bias ? data<float>(*linear.bias) : nullptr,
                 .y = y};
+    }
+
+    kernels::Adapter adapter(const Product& product, const float* x, float* small) const {
+        const DecoderLinear& linear = *product.linear;
+        const DecoderAdapter& own = *linear.adapter;
+        return {.rows = s_.rows,
+                .in = linear.in,
+                .out = linear.out,
+                .rank = own.rank,
+                .scale = own.scale,
+                .a_dtype = dtype_of("decode_step", "adapter", own.a),
+                .b_dtype = dtype_of("decode_step", "adapter", own.b),
+                .x = x,
+                .a = own.a.const_data_ptr(),
+                .b = own.b.const_data_ptr(),
+                .small = small,
+                .y = product.y};
     }
 
     kernels::RmsNorm norm_arguments(const Tensor& weight, int64_t width) const {

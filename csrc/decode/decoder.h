@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <optional>
 #include <vector>
 
 #include "core/tensor.h"
@@ -11,11 +12,21 @@
 
 namespace mllama {
 
+// A low-rank update beside a packed weight.
+struct DecoderAdapter {
+    int64_t rank;
+    Tensor a, b;  // [rank, in] and [out, rank]
+    float scale;
+};
+
 struct DecoderLinear {
     kernels::Packing packing;
     int64_t in, out;
     Tensor weight;     // uint8, packed
     MaybeTensor bias;  // float32 [out]
+    std::optional<DecoderAdapter> adapter;
+
+    int64_t rank() const { return adapter ? adapter->rank : 0; }
 };
 
 using DecoderNorm = MaybeTensor;  // float32 weight; none = no norm
@@ -33,6 +44,7 @@ struct DecoderLayer {
 
 struct Decoder {
     int64_t hidden, heads, kv_heads, head_dim, intermediate;
+    int64_t ranks;  // of the adapters of layers with the same input, together: the most there are
     kernels::Activation activation;
     float eps, norm_offset, final_softcap;
     std::vector<DecoderLayer> layers;

@@ -6,6 +6,7 @@
 #include <mutex>
 #include <string>
 
+#include "core/threads.h"
 #include "decode/decoder.h"
 #include "kernels/cpu/quantized_rows.h"
 #include "ops/packed_linear.h"
@@ -31,6 +32,7 @@ class Decoders {
         std::lock_guard lock(mutex_);
         all_.erase(number);
     }
+    std::mutex& mutex() { return mutex_; }
     std::shared_ptr<const Decoder> get(int64_t number) {
         std::lock_guard lock(mutex_);
         auto found = all_.find(number);
@@ -45,7 +47,14 @@ class Decoders {
 };
 
 Decoders& decoders() {
-    static Decoders* all = new Decoders;  // never destroyed: threads may outlive main
+    static Decoders* all = [] {
+#if defined(__unix__) || defined(__APPLE__)
+        // No other thread holds the mutex while a process is forked: its child could not free it.
+        pthread_atfork([] { decoders().mutex().lock(); }, [] { decoders().mutex().unlock(); },
+                       [] { decoders().mutex().unlock(); });
+#endif
+        return new Decoders;  // never destroyed: threads may outlive main
+    }();
     return *all;
 }
 
@@ -57,7 +66,7 @@ class Reader {
         : tensors_(tensors), sizes_(sizes), numbers_(numbers) {}
 
     Decoder decoder() {
-        Decoder d;
+        Decoder d{};
         d.hidden = size(), d.heads = size(), d.kv_heads = size(), d.head_dim = size();
         d.intermediate = size();
         d.activation = static_cast<kernels::Activation>(size());
@@ -69,6 +78,11 @@ class Reader {
         for (int64_t i = 0; i < count; ++i) d.layers.push_back(layer(d));
         d.norm = norm(d.hidden, true);
         d.head = linear(d.hidden, size());
+        for (const DecoderLayer& l : d.layers) {
+            int64_t inner = l.cross ? l.q.rank() : l.q.rank() + l.k.rank() + l.v.rank();
+            d.ranks = std::max({d.ranks, inner, l.o.rank(), l.gate.rank() + l.up.rank(),
+                                l.down.rank(), d.head.rank()});
+        }
         check(tensor_ == tensors_.size() && size_ == sizes_.size() && number_ == numbers_.size(),
               kOp, "sizes");
         return d;
@@ -108,12 +122,25 @@ class Reader {
     }
 
     DecoderLinear linear(int64_t in, int64_t out) {
-        DecoderLinear l{packing_of(kOp, size()), in, out, tensor(), std::nullopt};
+        DecoderLinear l{packing_of(kOp, size()), in, out, tensor(), std::nullopt, std::nullopt};
         check_packed(kOp, l.weight, l.packing, out, in);
         Tensor bias = floats();
         check(bias.numel() == 0 || bias.numel() == out, kOp, "tensors");
         if (bias.numel()) l.bias = bias;
+        if (int64_t rank = size(); rank != 0) {
+            check(rank > 0 && rank <= kMostFeatures, kOp, "sizes");
+            l.adapter = {rank, factor(rank, in), factor(out, rank), number()};
+        }
         return l;
+    }
+
+    // [rows, width], of any float dtype.
+    Tensor factor(int64_t rows, int64_t width) {
+        Tensor t = tensor();
+        dtype_of(kOp, "tensors", t);
+        check(t.dim() == 2 && t.size(0) == rows && t.size(1) == width && t.is_contiguous(), kOp,
+              "tensors");
+        return t;
     }
 
     Tensor tensor() {

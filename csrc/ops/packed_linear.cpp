@@ -3,6 +3,7 @@
 #include <atomic>
 #include <memory>
 
+#include "core/pages.h"
 #include "core/threads.h"
 
 namespace mllama {
@@ -75,6 +76,7 @@ Tensor pack_weight(const Tensor& weight, int64_t packing_) {
     Tensor source = dense(weight),
            packed = new_tensor(weight, {blocks * kernels::block_bytes(packing, in)},
                                aoti_torch_dtype_uint8());
+    advise_huge_pages(packed);
     kernels::PackWeight args{.packing = packing,
                              .dtype = dtype,
                              .in = in,

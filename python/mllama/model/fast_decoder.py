@@ -1,8 +1,9 @@
-"""Decoding by one operator call per token: a decoder whose linear layers are packed, as
-`decode_step` (csrc/decode) reads it.
+"""Decoding by one operator call per token: a decoder whose linear layers are packed, with low-rank
+adapters or without, as `decode_step` (csrc/decode) reads it.
 """
 
 import weakref
+from typing import Any
 
 import torch
 from torch import nn
@@ -11,6 +12,7 @@ from mllama import _ext
 from mllama.config.spec import TextSpec
 from mllama.fusion.cross_attention import CrossAttentionDecoderLayer
 from mllama.fusion.cross_context import CrossAttentionContext
+from mllama.nn.adapted import AdaptedLinear, LowRank, count_changes
 from mllama.nn.kv_cache import KVCache
 from mllama.nn.packed import PackedLinear
 from mllama.ops.packed_layout import PACKINGS
@@ -22,14 +24,16 @@ MAX_ROWS = 16
 class FastDecoder:
     """The C++ side's view of a decoder and its head.
 
-    It reads the modules once: after a change of the model, make another.
+    It reads the modules once: after a change of the model, make another. A change of adapters
+    (attached, replaced, switched on or off) is detected. Their values are shared.
 
     Args:
-        decoder: a `Decoder` whose linear layers are all packed.
-        head: the packed output head.
+        decoder: a `Decoder` whose linear layers are all packed, or adapters beside packed ones.
+        head: the output head, as these.
     """
 
     def __init__(self, decoder: nn.Module, head: nn.Module):
+        self._changes = count_changes()
         if (obstacle := find_obstacle(decoder, head)) is not None:
             raise ValueError(f"decoder cannot run by decode_step: {obstacle}")
         self.decoder, self.head = decoder, head
@@ -38,6 +42,11 @@ class FastDecoder:
         tensors, sizes, numbers = _describe(decoder, head)
         self._handle = torch.ops.mllama._decoder_new(tensors, sizes, numbers)
         weakref.finalize(self, torch.ops.mllama._decoder_free, self._handle)
+
+    @property
+    def is_current(self) -> bool:
+        """False after adapters of any model changed."""
+        return self._changes == count_changes()
 
     def __reduce__(self):
         """A copy is made of the copied modules: the handle is this object's, in this process."""
@@ -60,7 +69,12 @@ class FastDecoder:
 
         Returns:
             Logits, float32 [B, vocabulary].
+
+        Raises:
+            ValueError: adapters changed.
         """
+        if not self.is_current:
+            raise ValueError("decoder: adapters changed, make another FastDecoder")
         length = cache.length
         positions = torch.full_like(ids, length)
         if first_key is not None:
@@ -91,6 +105,17 @@ class FastDecoder:
         return logits
 
 
+def fast_decoder(
+    decoder: nn.Module, head: nn.Module, known: FastDecoder | None = None
+) -> FastDecoder | None:
+    """The `FastDecoder` of a decoder and its head: `known`, if it is current; None where the layers
+    have to run.
+    """
+    if known is not None and known.is_current:
+        return known
+    return FastDecoder(decoder, head) if find_obstacle(decoder, head) is None else None
+
+
 def find_obstacle(decoder: nn.Module, head: nn.Module) -> str | None:
     """Why a decoder cannot run by `decode_step`; None where it can."""
     if _ext.disabled():
@@ -100,17 +125,28 @@ def find_obstacle(decoder: nn.Module, head: nn.Module) -> str | None:
         return f"its activation is {spec.hidden_act}"
     if spec.head_dim > 256:
         return f"its heads are {spec.head_dim} wide, more than 256"
-    for layer in decoder.layers:
-        for group in _linears(layer):
-            if not all(isinstance(linear, PackedLinear) for linear in group):
-                return "not all of its linear layers are packed"
-            if len({PACKINGS[linear.packing].quantized for linear in group}) > 1:
-                return "linear layers with the same input differ in how they are packed"
-    if not isinstance(head, PackedLinear):
-        return "its head is not packed"
-    if head.packed.device.type != "cpu":
-        return f"it is on {head.packed.device}"
+    groups = [group for layer in decoder.layers for group in _linears(layer)]
+    for group in (*groups, (head,)):
+        bases = [_base(linear) for linear in group]
+        if not all(isinstance(base, PackedLinear) for base in bases):
+            return "not all of its linear layers are packed"
+        if len({PACKINGS[base.packing].quantized for base in bases}) > 1:
+            return "linear layers with the same input differ in how they are packed"
+        try:
+            [_update(linear) for linear in group]
+        except ValueError as error:
+            return str(error)
+    if (device := _base(head).packed.device).type != "cpu":
+        return f"it is on {device}"
     return None
+
+
+def _base(linear: nn.Module) -> Any:
+    return linear.linear if isinstance(linear, AdaptedLinear) else linear
+
+
+def _update(linear: nn.Module) -> LowRank | None:
+    return linear.update() if isinstance(linear, AdaptedLinear) else None
 
 
 def _linears(layer: nn.Module) -> tuple[tuple[nn.Module, ...], ...]:
@@ -142,7 +178,7 @@ def _norms(layer: nn.Module) -> tuple[nn.Module | None, ...]:
 
 
 def _describe(
-    decoder: nn.Module, head: PackedLinear
+    decoder: nn.Module, head: nn.Module
 ) -> tuple[list[torch.Tensor], list[int], list[float]]:
     """The lists that csrc/ops/decode.cpp reads, in its order."""
     spec: TextSpec = decoder.config
@@ -163,10 +199,10 @@ def _describe(
         numbers += _gates(layer)
         tensors += [_floats(norm and norm.weight) for norm in _norms(layer)]
         for linear in (linear for group in _linears(layer) for linear in group):
-            _add_linear(linear, tensors, sizes)
+            _add_linear(linear, tensors, sizes, numbers)
     tensors.append(_floats(decoder.norm.weight))
     sizes.append(head.out_features)
-    _add_linear(head, tensors, sizes)
+    _add_linear(head, tensors, sizes, numbers)
     return tensors, sizes, numbers
 
 
@@ -177,9 +213,16 @@ def _gates(layer: nn.Module) -> list[float]:
     return [gate.detach().float().tanh().item() for gate in gates]
 
 
-def _add_linear(linear: PackedLinear, tensors: list[torch.Tensor], sizes: list[int]) -> None:
-    sizes.append(PACKINGS[linear.packing].number)
-    tensors += [linear.packed, _floats(linear.bias)]
+def _add_linear(
+    linear: nn.Module, tensors: list[torch.Tensor], sizes: list[int], numbers: list[float]
+) -> None:
+    base, update = _base(linear), _update(linear)
+    sizes.append(PACKINGS[base.packing].number)
+    tensors += [base.packed, _floats(base.bias)]
+    sizes.append(0 if update is None else len(update.a))
+    if update is not None:
+        tensors += [update.a.detach().contiguous(), update.b.detach().contiguous()]
+        numbers.append(update.scale)
 
 
 def _floats(x: torch.Tensor | None) -> torch.Tensor:

@@ -12,6 +12,7 @@ from mllama.ops.patch_embed import patch_embed
 from mllama.ops.quantized_rows import dequantize_rows, quantize_rows
 from mllama.ops.rms_norm import add_rms_norm, rms_norm
 from mllama.ops.rope import rope, rope_frequencies, rope_tables
+from mllama.ops.select_token import select_token
 
 __all__ = [
     "add_rms_norm",
@@ -31,6 +32,7 @@ __all__ = [
     "rope",
     "rope_frequencies",
     "rope_tables",
+    "select_token",
     "swiglu",
     "unpack_weight",
 ]

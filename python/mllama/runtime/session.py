@@ -11,7 +11,8 @@ import torch
 from torch.nn.functional import pad
 
 from mllama.fusion.base import ModelInputs
-from mllama.model.fast_decoder import MAX_ROWS, FastDecoder, find_obstacle
+from mllama.model.fast_decoder import MAX_ROWS, fast_decoder
+from mllama.nn.adapted import count_changes
 from mllama.nn.kv_cache import CACHE_DTYPES, KVCache
 from mllama.runtime.completion import Generation, Row
 from mllama.runtime.prefix import Reuse, find_reuse, same_images
@@ -29,8 +30,8 @@ _INPUTS = ("input_ids", "attention_mask", "token_type_ids", "cross_attention_mas
 
 class Session:
     """Generates with a model. The cache of the last one-row prompt is reused: the next prompt
-    computes only what differs, such as a chat's next turn. After changing the model (weights,
-    adapters), call `reset`.
+    computes only what differs, such as a chat's next turn. After changing the model's weights, call
+    `reset`; adapters that are attached, replaced, switched or merged are noticed.
 
     Args:
         model: a `VisionLanguageModel` in eval mode.
@@ -89,9 +90,8 @@ class Session:
 
     def reset(self) -> None:
         """Drop the cached prompt and its image features."""
-        self._encoded = None
-        decoder, head = self.model.language_model, self.model.lm_head
-        self._fast = None if find_obstacle(decoder, head) else FastDecoder(decoder, head)
+        self._encoded, self._changes = None, count_changes()
+        self._fast = fast_decoder(self.model.language_model, self.model.lm_head)
         self._cross_mask: torch.Tensor | None = None  # of the cached prompt
         dtype = None if self.kv_cache is None else CACHE_DTYPES[self.kv_cache]
         self._cache = KVCache(self.model.spec.text.num_hidden_layers, dtype=dtype)
@@ -131,6 +131,8 @@ class Session:
                 prompt fills the context; stop or on_text is given without a processor.
         """
         check_count("max_new_tokens", max_new_tokens)
+        if self._changes != count_changes():  # what is cached is of other adapters
+            self.reset()
         inputs = self._take_inputs(inputs)
         options = Sampling.choose(sampling, self.settings)
         stop = self._stop_strings(stop, on_text)
@@ -228,6 +230,8 @@ class Session:
 
     def _step(self, tokens: torch.Tensor, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
         """Append a token per row, int64 [B], to the cache; returns the logits, [B, V]."""
+        if self._fast is not None:  # after a change of adapters, another one
+            self._fast = fast_decoder(self.model.language_model, self.model.lm_head, self._fast)
         mask, prefix = inputs.get("attention_mask"), self._cache.num_prefix_tokens
         if self._fast is None or len(tokens) > MAX_ROWS or (mask is not None and prefix):
             return self._forward(tokens[:, None], inputs)
