@@ -24,14 +24,17 @@ using MaybeTensor = std::optional<Tensor>;
 using Sizes = torch::headeronly::IntHeaderOnlyArrayRef;
 
 // The kernels' name for a tensor's dtype; refuses what they have no loop for.
-inline Dtype dtype_of(const char* op, const char* name, const Tensor& t) {
-    switch (t.scalar_type()) {
+inline Dtype dtype_of(const char* op, const char* name, ScalarType type) {
+    switch (type) {
         case ScalarType::Float: return Dtype::f32;
         case ScalarType::BFloat16: return Dtype::bf16;
         case ScalarType::Half: return Dtype::f16;
         default: check(false, op, name);
     }
     return Dtype::f32;
+}
+inline Dtype dtype_of(const char* op, const char* name, const Tensor& t) {
+    return dtype_of(op, name, t.scalar_type());
 }
 
 inline Tensor dense(const Tensor& t) {

@@ -1,16 +1,34 @@
 // How CPU entries share out work among torch's threads.
 #pragma once
 
+#if defined(__unix__) || defined(__APPLE__)
+#include <pthread.h>
+#endif
+
+#include <atomic>
 #include <memory>
 
 #include "core/tensor.h"
 
 namespace mllama {
 
+// Whether this process was forked from one that had loaded this module. GNU OpenMP takes the
+// parent's threads for its own there, and a parallel region waits for them forever: a forked
+// process works on one thread.
+inline std::atomic<bool> is_forked{false};
+#if defined(__unix__) || defined(__APPLE__)
+inline const int fork_watch = pthread_atfork(nullptr, nullptr, [] { is_forked = true; });
+#endif
+
+// Number of threads that a parallel region gets at most.
+inline int64_t thread_count() {
+    return is_forked ? 1 : std::max<int64_t>(torch::stable::get_num_threads(), 1);
+}
+
 // Runs body(begin, end) over [0, size) on torch's threads, in pieces of at least `grain`.
 template <class Body>
 void parallel_for(int64_t size, int64_t grain, Body&& body) {
-    if (size <= grain) {  // no parallel region for little work
+    if (size <= grain || is_forked) {  // no parallel region for little work
         if (size > 0) body(int64_t{0}, size);
         return;
     }

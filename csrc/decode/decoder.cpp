@@ -2,58 +2,18 @@
 
 #include <cmath>
 #include <initializer_list>
-#include <memory>
-#include <utility>
 
+#include "decode/memory.h"
 #include "decode/team.h"
+#include "kernels/cpu/adapter.h"
 #include "kernels/cpu/attention.h"
 #include "kernels/cpu/cast.h"
+#include "kernels/cpu/quantized_rows.h"
 #include "kernels/cpu/rms_norm.h"
 #include "kernels/cpu/rope.h"
 
 namespace mllama {
 namespace {
-
-int64_t whole_lines(int64_t floats) { return (floats + 15) / 16 * 16; }
-
-// The buffers of a step, in one piece of memory. All but the last three are [rows, width].
-struct Memory {
-    Memory(const Decoder& d, int64_t rows, int64_t chunks) {
-        int64_t heads = d.heads * d.head_dim, kv = d.kv_heads * d.head_dim;
-        int64_t widest = std::max({d.hidden, heads, d.intermediate});
-        int64_t groups = kernels::group_count(widest), padded = groups * kernels::kGroup;
-        float *codes, *sums;
-        const std::pair<float**, int64_t> parts[] = {
-            {&normed, d.hidden},
-            {&out, d.hidden},
-            {&q, heads},
-            {&k, kv},
-            {&v, kv},
-            {&query, heads},
-            {&attended, heads},
-            {&gate, d.intermediate},
-            {&up, d.intermediate},
-            {&rstd, d.heads},
-            {&activations.values, padded},
-            {&activations.scales, groups},
-            {&codes, padded / 4},
-            {&sums, groups},
-            {&partial, chunks * d.heads * (d.head_dim + 2)},
-        };
-        int64_t size = 16;
-        for (auto& [part, width] : parts) size += whole_lines(rows * width);
-        all.reset(new float[size]);
-        float* at = all.get() + (64 - reinterpret_cast<uintptr_t>(all.get()) % 64) % 64 / 4;
-        for (auto& [part, width] : parts) *part = at, at += whole_lines(rows * width);
-        activations.codes = reinterpret_cast<int8_t*>(codes);
-        activations.sums = reinterpret_cast<int16_t*>(sums);
-    }
-
-    std::unique_ptr<float[]> all;
-    float *normed, *out, *q, *k, *v, *gate, *up, *rstd, *partial;
-    float *query, *attended;  // of the cache's dtype
-    kernels::Activations activations;
-};
 
 // A product's layer and its result.
 struct Product {
@@ -101,9 +61,9 @@ class Step {
             prepare(layer.q, m_.normed, first, last);
         });
         if (layer.cross) {
-            multiply(member, {{&layer.q, m_.q}});
+            multiply(member, m_.normed, {{&layer.q, m_.q}});
         } else {
-            multiply(member, {{&layer.q, m_.q}, {&layer.k, m_.k}, {&layer.v, m_.v}});
+            multiply(member, m_.normed, {{&layer.q, m_.q}, {&layer.k, m_.k}, {&layer.v, m_.v}});
         }
         member.share(s_.rows, [&](int64_t first, int64_t last) {
             for (int64_t row = first; row < last; ++row) {
@@ -124,7 +84,7 @@ class Step {
              (last - first) * width);
             prepare(layer.o, m_.q, first, last);
         });
-        multiply(member, {{&layer.o, m_.out}});
+        multiply(member, m_.q, {{&layer.o, m_.out}});
     }
 
     void feed_forward(Team::Member& member, const DecoderLayer& layer) {
@@ -136,7 +96,7 @@ class Step {
                          last);
             prepare(layer.gate, m_.normed, first, last);
         });
-        multiply(member, {{&layer.gate, m_.gate}, {&layer.up, m_.up}});
+        multiply(member, m_.normed, {{&layer.gate, m_.gate}, {&layer.up, m_.up}});
         member.share(s_.rows, [&](int64_t first, int64_t last) {
             kernels::Gated args{.activation = d_.activation,
                                 .dtype = Dtype::f32,
@@ -150,7 +110,7 @@ class Step {
             MLLAMA_CALL(gated)(args, first * d_.intermediate, last * d_.intermediate);
             prepare(layer.down, m_.gate, first, last);
         });
-        multiply(member, {{&layer.down, m_.out}});
+        multiply(member, m_.gate, {{&layer.down, m_.out}});
     }
 
     void finish(Team::Member& member, const DecoderLayer* before) {
@@ -160,17 +120,40 @@ class Step {
         });
     }
 
-    // The products of the activations that `prepare` left, as one list of blocks.
-    void multiply(Team::Member& member, Products products) {
-        auto kernel = MLLAMA_CALL(packed_product);
-        int64_t blocks = 0;
-        for (const Product& p : products) blocks += kernels::block_count(p.linear->out);
-        member.share(blocks, [&](int64_t first, int64_t last) {
+    // The products with x, whose activations `prepare` left, as one list of blocks.
+    void multiply(Team::Member& member, const float* x, Products products) {
+        share(
+            member, products, [](const DecoderLinear& linear) { return linear.rank(); },
+            [&](const Product& p, int64_t begin, int64_t end, float* small) {
+                MLLAMA_CALL(adapter_down)(adapter(p, x, small), begin, end);
+            });
+        share(
+            member, products,
+            [](const DecoderLinear& linear) { return kernels::block_count(linear.out); },
+            [&](const Product& p, int64_t begin, int64_t end, float* small) {
+                MLLAMA_CALL(packed_product)(arguments(*p.linear, nullptr, p.y), begin, end);
+                if (!p.linear->adapter) return;
+                MLLAMA_CALL(adapter_up)
+                (adapter(p, x, small), begin * kernels::kLanes,
+                 std::min(end * kernels::kLanes, p.linear->out));
+            });
+    }
+
+    // Shares out the tasks of several products, as many as count(linear) gives for each, as one
+    // list. body(product, first, last, its part of m_.small)
+    template <class Count, class Body>
+    void share(Team::Member& member, Products products, Count&& count, Body&& body) {
+        int64_t tasks = 0;
+        for (const Product& p : products) tasks += count(*p.linear);
+        if (tasks == 0) return;
+        member.share(tasks, [&](int64_t first, int64_t last) {
+            float* small = m_.small;
             for (const Product& p : products) {
-                int64_t own = kernels::block_count(p.linear->out);
+                int64_t own = count(*p.linear);
                 int64_t begin = std::max<int64_t>(first, 0), end = std::min(last, own);
-                if (begin < end) kernel(arguments(*p.linear, nullptr, p.y), begin, end);
+                if (begin < end) body(p, begin, end, small);
                 first -= own, last -= own;
+                small += s_.rows * p.linear->rank();
             }
         });
     }
@@ -238,14 +221,22 @@ class Step {
                            .cos_batch_stride = 0,
                            .sin_batch_stride = 0};
         MLLAMA_CALL(rope)(args, 0, 1);
-        auto cast = MLLAMA_CALL(cast);
-        int64_t capacity = s_.keys[i].size(2);
-        for (int64_t head = 0; head < kv; ++head) {
-            int64_t at = ((row * kv + head) * capacity + s_.length) * size;
-            cast(k + head * size, Dtype::f32, cached(s_.keys[i].mutable_data_ptr(), at),
-                 s_.cache_dtype, size);
-            cast(v + head * size, Dtype::f32, cached(s_.values[i].mutable_data_ptr(), at),
-                 s_.cache_dtype, size);
+        write(s_.keys[i], row, k);
+        write(s_.values[i], row, v);
+    }
+
+    // The heads of a new position, x, into a buffer of the cache.
+    void write(const Tensor& buffer, int64_t row, const float* x) {
+        int64_t size = d_.head_dim, stride = buffer.size(2) * buffer.size(3);
+        int64_t at = row * d_.kv_heads * stride + s_.length * buffer.size(3);
+        for (int64_t head = 0; head < d_.kv_heads; ++head, at += stride, x += size) {
+            if (s_.quantized) {
+                MLLAMA_CALL(quantize_rows)
+                (x, Dtype::f32, mutable_data<int8_t>(buffer) + at, 1, size);
+            } else {
+                MLLAMA_CALL(cast)
+                (x, Dtype::f32, cached(buffer.mutable_data_ptr(), at), s_.cache_dtype, size);
+            }
         }
     }
 
@@ -275,6 +266,23 @@ class Step {
                 .weight = data<uint8_t>(linear.weight),
                 .bias = linear.bias ? data<float>(*linear.bias) : nullptr,
                 .y = y};
+    }
+
+    kernels::Adapter adapter(const Product& product, const float* x, float* small) const {
+        const DecoderLinear& linear = *product.linear;
+        const DecoderAdapter& own = *linear.adapter;
+        return {.rows = s_.rows,
+                .in = linear.in,
+                .out = linear.out,
+                .rank = own.rank,
+                .scale = own.scale,
+                .a_dtype = dtype_of("decode_step", "adapter", own.a),
+                .b_dtype = dtype_of("decode_step", "adapter", own.b),
+                .x = x,
+                .a = own.a.const_data_ptr(),
+                .b = own.b.const_data_ptr(),
+                .small = small,
+                .y = product.y};
     }
 
     kernels::RmsNorm norm_arguments(const Tensor& weight, int64_t width) const {
@@ -323,18 +331,18 @@ class Step {
     kernels::AttentionForward attention(size_t i) {
         const DecoderLayer& layer = d_.layers[i];
         if (layer.cross && !s_.image_keys) return {};
-        int64_t size = d_.head_dim, capacity = s_.keys[i].size(2);
+        int64_t size = d_.head_dim, length = s_.keys[i].size(3);  // of a cached row
+        int64_t head = s_.keys[i].size(2) * length, row = d_.kv_heads * head;
         int64_t keys = layer.cross ? s_.image_keys : s_.length + 1, first = keys;
         for (const kernels::VisibleKeys& row : visible_[i]) first = std::min(first, row.first);
         kernels::AttentionForward a{};
-        a.dtype = s_.cache_dtype;
+        a.dtype = s_.cache_dtype, a.quantized = s_.quantized;
         a.batch = s_.rows, a.queries = 1, a.keys = keys;
         a.heads = d_.heads, a.kv_heads = d_.kv_heads, a.size = size;
         a.scale = layer.scale, a.softcap = layer.softcap;
         a.q = {m_.query, d_.heads * size, d_.heads * size, size};
-        int64_t row = d_.kv_heads * capacity * size;
-        a.k = {s_.keys[i].const_data_ptr(), row, size, capacity * size};
-        a.v = {s_.values[i].const_data_ptr(), row, size, capacity * size};
+        a.k = {s_.keys[i].const_data_ptr(), row, length, head};
+        a.v = {s_.values[i].const_data_ptr(), row, length, head};
         a.visible = visible_[i].data();
         a.out = m_.attended;
         a.statistics = statistics_.data();

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <optional>
 #include <vector>
 
 #include "core/tensor.h"
@@ -11,11 +12,21 @@
 
 namespace mllama {
 
+// A low-rank update beside a packed weight.
+struct DecoderAdapter {
+    int64_t rank;
+    Tensor a, b;  // [rank, in] and [out, rank]
+    float scale;
+};
+
 struct DecoderLinear {
     kernels::Packing packing;
     int64_t in, out;
     Tensor weight;     // uint8, packed
     MaybeTensor bias;  // float32 [out]
+    std::optional<DecoderAdapter> adapter;
+
+    int64_t rank() const { return adapter ? adapter->rank : 0; }
 };
 
 using DecoderNorm = MaybeTensor;  // float32 weight; none = no norm
@@ -33,6 +44,7 @@ struct DecoderLayer {
 
 struct Decoder {
     int64_t hidden, heads, kv_heads, head_dim, intermediate;
+    int64_t ranks;  // of the adapters of layers with the same input, together: the most there are
     kernels::Activation activation;
     float eps, norm_offset;
     std::vector<DecoderLayer> layers;
@@ -42,11 +54,13 @@ struct Decoder {
 // What a step reads and writes beside the decoder.
 struct DecodeStep {
     int64_t rows;
-    Tensor hidden;                     // float32 [rows, hidden]: embeddings in, overwritten
-    std::vector<Tensor> cos, sin;      // float32 [rows, head_dim / 2], per table
-    std::vector<Tensor> keys, values;  // [rows, kv_heads, capacity, head_dim], per layer: text's or
-                                       // images'
-    Dtype cache_dtype;
+    Tensor hidden;                 // float32 [rows, hidden]: embeddings in, overwritten
+    std::vector<Tensor> cos, sin;  // float32 [rows, head_dim / 2], per table
+    // [rows, kv_heads, capacity, head_dim], per layer: text's or images'. Quantized: int8 rows of
+    // quantized_rows.h in place of head_dim values of cache_dtype.
+    std::vector<Tensor> keys, values;
+    bool quantized;
+    Dtype cache_dtype;               // of queries and attention's results; f32 if quantized
     int64_t length;                  // positions before this one
     std::vector<int64_t> first_key;  // [rows]: padding before them
     // Of images: how many keys there are (without them those layers do nothing), what is added to a

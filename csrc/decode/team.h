@@ -3,6 +3,7 @@
 #pragma once
 
 #include <atomic>
+#include <exception>
 #include <thread>
 
 #include "core/threads.h"
@@ -17,11 +18,18 @@ class Team {
         Member(Team& team, int64_t index) : team_(team), index_(index) {}
 
         // Runs body(begin, end) on this member's share of [0, tasks), then waits for the others.
+        // After a body threw, no other one runs; the members meet at every end all the same.
         template <class Body>
         void share(int64_t tasks, Body&& body) {
             int64_t members = team_.members_.load(std::memory_order_relaxed);
             int64_t begin = tasks * index_ / members, end = tasks * (index_ + 1) / members;
-            if (begin < end) body(begin, end);
+            if (begin < end && !team_.failed_.load(std::memory_order_relaxed)) {
+                try {
+                    body(begin, end);
+                } catch (...) {
+                    team_.fail(std::current_exception());
+                }
+            }
             team_.wait(members);
         }
 
@@ -30,29 +38,35 @@ class Team {
         int64_t index_;
     };
 
-    // Runs body(member) on each of torch's threads.
+    // Runs body(member) on each of torch's threads; throws what one of the bodies of `share` threw.
     template <class Body>
     void run(Body&& body) {
-        int64_t threads = std::max<int64_t>(torch::stable::get_num_threads(), 1);
+        int64_t threads = thread_count();
         if (threads == 1) {
             members_ = 1;
             body(Member(*this, 0));
-            return;
+        } else {
+            torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
+                // Where torch runs fewer threads than asked for (inside another region one), each
+                // gets several places: the first call says how many, and so how many members there
+                // are.
+                if (begin == 0) {
+                    size_.store(end, std::memory_order_relaxed);
+                    members_.store((threads + end - 1) / end, std::memory_order_release);
+                }
+                while (members_.load(std::memory_order_acquire) == 0) std::this_thread::yield();
+                body(Member(*this, begin / size_.load(std::memory_order_relaxed)));
+            });
         }
-        torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
-            // Where torch runs fewer threads than asked for (inside another region one), each gets
-            // several places: the first call says how many, and so how many members there are.
-            if (begin == 0) {
-                size_.store(end, std::memory_order_relaxed);
-                members_.store((threads + end - 1) / end, std::memory_order_release);
-            }
-            while (members_.load(std::memory_order_acquire) == 0) std::this_thread::yield();
-            body(Member(*this, begin / size_.load(std::memory_order_relaxed)));
-        });
+        if (error_) std::rethrow_exception(error_);
     }
 
   private:
     static constexpr int kSpins = 4096;  // before other programs get the core
+
+    void fail(std::exception_ptr error) {
+        if (!failed_.exchange(true)) error_ = std::move(error);
+    }
 
     void wait(int64_t members) {
         if (members == 1) return;
@@ -68,6 +82,8 @@ class Team {
     }
 
     std::atomic<int64_t> members_{0}, size_{1}, arrived_{0}, round_{0};
+    std::atomic<bool> failed_{false};
+    std::exception_ptr error_;  // the first one; written before the end of a phase
 };
 
 }  // namespace mllama

@@ -6,7 +6,9 @@
 #include <mutex>
 #include <string>
 
+#include "core/threads.h"
 #include "decode/decoder.h"
+#include "kernels/cpu/quantized_rows.h"
 #include "ops/packed_linear.h"
 
 namespace mllama {
@@ -30,6 +32,7 @@ class Decoders {
         std::lock_guard lock(mutex_);
         all_.erase(number);
     }
+    std::mutex& mutex() { return mutex_; }
     std::shared_ptr<const Decoder> get(int64_t number) {
         std::lock_guard lock(mutex_);
         auto found = all_.find(number);
@@ -44,7 +47,14 @@ class Decoders {
 };
 
 Decoders& decoders() {
-    static Decoders* all = new Decoders;  // never destroyed: threads may outlive main
+    static Decoders* all = [] {
+#if defined(__unix__) || defined(__APPLE__)
+        // No other thread holds the mutex while a process is forked: its child could not free it.
+        pthread_atfork([] { decoders().mutex().lock(); }, [] { decoders().mutex().unlock(); },
+                       [] { decoders().mutex().unlock(); });
+#endif
+        return new Decoders;  // never destroyed: threads may outlive main
+    }();
     return *all;
 }
 
@@ -56,7 +66,7 @@ class Reader {
         : tensors_(tensors), sizes_(sizes), numbers_(numbers) {}
 
     Decoder decoder() {
-        Decoder d;
+        Decoder d{};
         d.hidden = size(), d.heads = size(), d.kv_heads = size(), d.head_dim = size();
         d.intermediate = size();
         d.activation = static_cast<kernels::Activation>(size());
@@ -67,6 +77,11 @@ class Reader {
               kOp, "sizes");
         for (int64_t i = 0; i < count; ++i) d.layers.push_back(layer(d));
         d.norm = norm(d.hidden, true);
+        for (const DecoderLayer& l : d.layers) {
+            int64_t inner = l.cross ? l.q.rank() : l.q.rank() + l.k.rank() + l.v.rank();
+            d.ranks = std::max(
+                {d.ranks, inner, l.o.rank(), l.gate.rank() + l.up.rank(), l.down.rank()});
+        }
         check(tensor_ == tensors_.size() && size_ == sizes_.size() && number_ == numbers_.size(),
               kOp, "sizes");
         return d;
@@ -106,12 +121,25 @@ class Reader {
     }
 
     DecoderLinear linear(int64_t in, int64_t out) {
-        DecoderLinear l{packing_of(kOp, size()), in, out, tensor(), std::nullopt};
+        DecoderLinear l{packing_of(kOp, size()), in, out, tensor(), std::nullopt, std::nullopt};
         check_packed(kOp, l.weight, l.packing, out, in);
         Tensor bias = floats();
         check(bias.numel() == 0 || bias.numel() == out, kOp, "tensors");
         if (bias.numel()) l.bias = bias;
+        if (int64_t rank = size(); rank != 0) {
+            check(rank > 0 && rank <= kMostFeatures, kOp, "sizes");
+            l.adapter = {rank, factor(rank, in), factor(out, rank), number()};
+        }
         return l;
+    }
+
+    // [rows, width], of any float dtype.
+    Tensor factor(int64_t rows, int64_t width) {
+        Tensor t = tensor();
+        dtype_of(kOp, "tensors", t);
+        check(t.dim() == 2 && t.size(0) == rows && t.size(1) == width && t.is_contiguous(), kOp,
+              "tensors");
+        return t;
     }
 
     Tensor tensor() {
@@ -146,17 +174,26 @@ int64_t decoder_new(std::vector<Tensor> tensors, std::vector<int64_t> sizes,
 
 void decoder_free(int64_t number) { decoders().remove(number); }
 
+// The dtype of the first buffer that a step reads or writes.
+ScalarType cache_type(const Decoder& d, const std::vector<Tensor>& keys, int64_t image_keys) {
+    check(keys.size() == d.layers.size(), "decode_step", "keys");
+    size_t i = 0;
+    while (i + 1 < keys.size() && d.layers[i].cross && image_keys == 0) ++i;
+    return keys[i].scalar_type();
+}
+
 // Every cache is [rows, kv_heads, capacity, head_dim], with room for one position more, or for the
-// keys of images.
+// keys of images; quantized rows are longer.
 void check_caches(const Decoder& d, const std::vector<Tensor>& caches, const char* name,
                   int64_t rows, int64_t length, int64_t image_keys, ScalarType type) {
     check(caches.size() == d.layers.size(), "decode_step", name);
+    int64_t size = type == ScalarType::Char ? kernels::quantized_row_bytes(d.head_dim) : d.head_dim;
     for (size_t i = 0; i < caches.size(); ++i) {
         const Tensor& t = caches[i];
         int64_t keys = d.layers[i].cross ? image_keys : length + 1;
         if (keys == 0) continue;
         check(t.dim() == 4 && t.size(0) == rows && t.size(1) == d.kv_heads && t.size(2) >= keys &&
-                  t.size(3) == d.head_dim && t.is_contiguous() && t.scalar_type() == type,
+                  t.size(3) == size && t.is_contiguous() && t.scalar_type() == type,
               "decode_step", name);
     }
 }
@@ -187,9 +224,9 @@ Tensor decode_step(int64_t number, Tensor hidden, std::vector<Tensor> cos, std::
           op, "hidden");
     int64_t rows = hidden.size(0);
     check(length >= 0 && image_keys >= 0, op, "length");
-    check(!keys.empty(), op, "keys");
-    ScalarType type = keys[0].scalar_type();
-    Dtype dtype = dtype_of(op, "keys", keys[0]);
+    ScalarType type = cache_type(d, keys, image_keys);
+    bool quantized = type == ScalarType::Char;
+    Dtype dtype = quantized ? Dtype::f32 : dtype_of(op, "keys", type);
     check_caches(d, keys, "keys", rows, length, image_keys, type);
     check_caches(d, values, "values", rows, length, image_keys, type);
     for (const auto* tables : {&cos, &sin}) {
@@ -209,6 +246,7 @@ Tensor decode_step(int64_t number, Tensor hidden, std::vector<Tensor> cos, std::
                     .sin = std::move(sin),
                     .keys = std::move(keys),
                     .values = std::move(values),
+                    .quantized = quantized,
                     .cache_dtype = dtype,
                     .length = length,
                     .first_key = std::vector<int64_t>(rows, 0),

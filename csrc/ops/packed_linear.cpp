@@ -4,6 +4,7 @@
 #include <cstring>
 #include <memory>
 
+#include "core/pages.h"
 #include "core/threads.h"
 #include "kernels/cpu/pack_gguf.h"
 
@@ -77,6 +78,7 @@ Tensor pack_weight(const Tensor& weight, int64_t packing_) {
     Tensor source = dense(weight),
            packed = new_tensor(weight, {blocks * kernels::block_bytes(packing, in)},
                                aoti_torch_dtype_uint8());
+    advise_huge_pages(packed);
     kernels::PackWeight args{.packing = packing,
                              .dtype = dtype,
                              .in = in,

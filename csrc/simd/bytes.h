@@ -30,6 +30,32 @@ inline void store_bytes(int8_t* p, vi x) {
 }
 inline vf to_float(vi x) { return __builtin_convertvector(x, vf); }
 
+// n signed bytes as floats, 0 in lanes past them.
+inline vf load_codes(const int8_t* p, int n) {
+#if defined(__AVX512F__)
+    __m128i bytes = n == kWidth ? _mm_loadu_si128(reinterpret_cast<const __m128i*>(p))
+                                : _mm_maskz_loadu_epi8(first_n(n), p);
+    return reinterpret_cast<vf>(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(bytes)));
+#else
+    int8_t bytes[kWidth]{};
+    n == kWidth ? std::memcpy(bytes, p, kWidth) : std::memcpy(bytes, p, n);
+#if defined(__AVX2__)
+    __m128i low = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(bytes));
+    return reinterpret_cast<vf>(_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(low)));
+#else
+    vf x;
+    for (int i = 0; i < kWidth; ++i) x[i] = bytes[i];
+    return x;
+#endif
+#endif
+}
+// The bf16 at p in every lane.
+inline vf splat_bf16(const void* p) {
+    uint16_t bits;
+    std::memcpy(&bits, p, sizeof bits);
+    return as_float(reinterpret_cast<vu>(vi{} + static_cast<int32_t>(uint32_t{bits} << 16)));
+}
+
 // kWidth f16 numbers, or bytes from 0 to 255, as floats.
 inline vf lanes_f16(const uint8_t* p) { return load(reinterpret_cast<const f16*>(p)); }
 inline vf lanes_u8(const uint8_t* p) {

@@ -126,6 +126,7 @@ def open_session(
     reference: str = "meta",
     adapter: str | os.PathLike | None = None,
     weights: str | None = AUTO,
+    kv_cache: str | None = None,
 ) -> "Session | GenerateSession":
     """Open a session: the core's own, or one on transformers' `generate` where the model's
     settings or its tokenizer need transformers.
@@ -133,9 +134,11 @@ def open_session(
     Args:
         path, dtype, device, reference, adapter, weights: as `load` takes them, but packed where
             that is possible by default.
+        kv_cache: as `Session` takes it.
 
     Raises:
-        TypeError, ValueError, FileNotFoundError: as `load`. ValueError for SigLIP: no decoder.
+        TypeError, ValueError, FileNotFoundError: as `load`. ValueError for SigLIP: no decoder;
+            for a kv_cache of transformers' `generate`.
     """
     folder, own_adapter = _find_adapted(path, adapter)
     place = choose_device(device)
@@ -151,7 +154,12 @@ def open_session(
             loaded_as = dtype_named(resolve_dtype(opened, dtype, place))
             model = load_core(opened, loaded_as, place, reference, packed)
             _adapt(model, own_adapter, weights)
-            return Session(model, processor, settings, where)
+            return Session(model, processor, settings, where, kv_cache=kv_cache)
+    if kv_cache is not None:
+        raise ValueError(
+            f"kv_cache must be None, got {kv_cache!r}: this model's settings or tokenizer need "
+            "transformers' generate, which has a cache of its own"
+        )
     from mllama.hf.answering import GenerateSession
 
     return GenerateSession(*load_quietly(path, dtype, device, reference, adapter, weights))

@@ -69,6 +69,16 @@ def test_raw_leaves_the_template_out(run, family_folder):
     assert raw[1] != plain[1]
 
 
+def test_the_cache_has_the_dtype_asked_for(run, family_folder):
+    for words in (["--raw"], []):
+        command = ["generate", "--model-id", family_folder("llama"), "--prompt", "a b c", *GREEDY]
+        plain, exact, quantized = (
+            run(*command, *words, *more)
+            for more in ([], ["--kv-cache", "f32"], ["--kv-cache", "int8"])
+        )
+        assert exact == plain and quantized[0] == 0 and quantized[1]
+
+
 def test_do_sample_samples(run, family_folder):
     command = ["generate", "--model-id", family_folder("llama"), "--prompt", "a b c", *GREEDY]
     sampled = {
@@ -121,6 +131,10 @@ def test_sizes_are_ids(run, monkeypatch):
         (["--model-id", "some/where", "--prompt", "a"], "no folder 'some/where' here"),
         (["--model-id", "LLAMA", "--prompt", "a", "--top-p", "0"], "above 0"),
         (["--model-id", "SIGLIP", "--prompt", "a"], "a SigLIP vision model has no decoder"),
+        (
+            ["--prompt", "a", "--runtime", "transformers", "--kv-cache", "int8"],
+            "--kv-cache needs --runtime mllama",
+        ),
         (
             ["--model-id", "SIGLIP", "--prompt", "a", "--raw", "--runtime", "transformers"],
             "a SigLIP vision model has no decoder",

@@ -2,8 +2,6 @@
 
 import copy
 import pickle
-from contextlib import contextmanager
-from unittest import mock
 
 import pytest
 import torch
@@ -11,16 +9,14 @@ from transformers import DynamicCache, StaticCache
 from transformers.generation import LogitsProcessor, StoppingCriteria
 
 import tiny
-from helpers import needs_kernels
+from helpers import counted_steps, layer_by_layer, needs_kernels
 from mllama.hf.cache import GrowingCacheLayer
-from mllama.model.fast_decoder import FastDecoder
 from mllama.quant.packer import optimize
 
 pytestmark = needs_kernels
 IMAGE = [tiny.IMAGE] * tiny.PATCHES
 ROWS = [IMAGE + tiny.tokens(6), tiny.tokens(4, 7), tiny.tokens(3) + IMAGE + IMAGE + tiny.tokens(2)]
 OPTIONS = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
-STEP = FastDecoder.__call__
 
 
 @pytest.fixture(scope="module")
@@ -32,19 +28,10 @@ def inputs() -> dict[str, torch.Tensor]:
     return tiny.batch(*ROWS) | {"pixel_values": tiny.images(3)}
 
 
-@contextmanager
-def steps():
-    """Counts calls of `decode_step`."""
-    with mock.patch.object(FastDecoder, "__call__", autospec=True, side_effect=STEP) as calls:
-        yield calls
-
-
 def by_layers(model, function):
     """What a function gives where a hook forbids `decode_step`."""
-    hook = model.language_model.norm.register_forward_hook(lambda *call: None)
-    with steps() as calls:
+    with layer_by_layer(model), counted_steps() as calls:
         result = function()
-    hook.remove()
     assert calls.call_count == 0
     return result
 
@@ -71,14 +58,14 @@ class AfterFour(StoppingCriteria):
         {"stopping_criteria": [AfterFour()]},
         {"repetition_penalty": 1.5, "no_repeat_ngram_size": 2},
     ],
-    ids=str,
+    ids=lambda options: ", ".join(options) or "greedy",
 )
 def test_every_way_of_choosing_tokens(model, options):
     def generate():
         torch.manual_seed(0)
         return model.generate(**inputs(), **OPTIONS | options)
 
-    with steps() as calls:
+    with counted_steps() as calls:
         tokens = generate()
     assert calls.call_count >= 3
     assert torch.equal(tokens, by_layers(model, generate))
@@ -104,7 +91,7 @@ def test_scores(model):
     ids=str,
 )
 def test_what_runs_by_the_layers(model, options, reason, caplog):
-    with caplog.at_level("DEBUG", logger="mllama"), steps() as calls:
+    with caplog.at_level("DEBUG", logger="mllama"), counted_steps() as calls:
         model.generate(**inputs(), **OPTIONS | options)
     assert calls.call_count == 0
     assert reason is None or reason in caplog.text
@@ -113,7 +100,7 @@ def test_what_runs_by_the_layers(model, options, reason, caplog):
 def test_speculation_equals_greedy(model):
     one = tiny.batch(tiny.tokens(4) * 3)
     greedy = model.generate(**one, **OPTIONS)
-    with steps() as calls:
+    with counted_steps() as calls:
         guessed = model.generate(**one, **OPTIONS, prompt_lookup_num_tokens=2)
         assisted = model.generate(**one, **OPTIONS, assistant_model=copy.deepcopy(model))
     assert torch.equal(guessed, greedy) and torch.equal(assisted, greedy)
@@ -175,7 +162,7 @@ def test_given_embeddings_stay_as_they_are(model):
     model(torch.tensor([[5, 6, 7]]), past_key_values=cache)
     embeds = model.get_input_embeddings()(torch.tensor([[4]]))
     before = embeds.clone()
-    with steps() as calls:
+    with counted_steps() as calls:
         model(inputs_embeds=embeds, past_key_values=cache)
     assert calls.call_count == 1 and torch.equal(embeds, before)
 

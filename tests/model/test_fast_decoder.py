@@ -2,14 +2,12 @@
 
 import copy
 import pickle
-from contextlib import contextmanager, nullcontext
-from unittest import mock
 
 import pytest
 import torch
 
 import tiny
-from helpers import instruction_set, instruction_sets, needs_kernels
+from helpers import counted_steps, decoded, instruction_set, instruction_sets, needs_kernels
 from mllama.model.fast_decoder import FastDecoder
 from mllama.nn.packed import PackedLinear
 from mllama.ops import pack_weight
@@ -19,49 +17,16 @@ from mllama.runtime.session import Session
 from tiny import pairs
 
 pytestmark = needs_kernels
-LENGTH = 6
-STEP = FastDecoder.__call__
 CODES = [packing for packing, kind in PACKINGS.items() if kind.quantized]
 
 
-@contextmanager
-def layer_by_layer(model):
-    """A hook, which forbids `decode_step`."""
-    hook = model.language_model.norm.register_forward_hook(lambda *call: None)
-    yield
-    hook.remove()
+def check(model, inputs, weights="f32", tolerance=1e-5, kv_cache=None):
+    check_packed(optimize(copy.deepcopy(model), weights), inputs, tolerance, kv_cache)
 
 
-@contextmanager
-def steps():
-    """Counts calls of `decode_step`."""
-    with mock.patch.object(FastDecoder, "__call__", autospec=True, side_effect=STEP) as calls:
-        yield calls
-
-
-def decoded(model, inputs, fast):
-    """Greedy tokens and logits, by `decode_step` or by the layers."""
-    logits, compute = [], type(model).compute
-
-    def recorded(self, given):
-        output = compute(self, given)
-        logits.append(output.logits[:, -1].clone())
-        return output
-
-    way = nullcontext() if fast else layer_by_layer(model)
-    with mock.patch.object(type(model), "compute", recorded), way, steps() as calls:
-        result = Session(model).generate(inputs, max_new_tokens=LENGTH)
-    assert calls.call_count == (LENGTH - 1 if fast else 0)
-    return [row.token_ids for row in result.completions], torch.stack(logits[1:]).float()
-
-
-def check(model, inputs, weights="f32", tolerance=1e-5):
-    check_packed(optimize(copy.deepcopy(model), weights), inputs, tolerance)
-
-
-def check_packed(model, inputs, tolerance=1e-5):
-    ids, logits = decoded(model, inputs, True)
-    expected_ids, expected = decoded(model, inputs, False)
+def check_packed(model, inputs, tolerance=1e-5, kv_cache=None):
+    ids, logits = decoded(model, inputs, True, kv_cache)
+    expected_ids, expected = decoded(model, inputs, False, kv_cache)
     assert (logits - expected).abs().max() <= tolerance * expected.abs().max()
     assert ids == expected_ids
 
@@ -98,7 +63,7 @@ def test_images_without_placeholders(model, rows, each):
 def test_padding_after_visual_tokens_runs_by_the_layers(caplog):
     model = optimize(tiny.prepend(num_image_tokens=3), "f32")
     inputs = tiny.texts() | {"pixel_values": tiny.images(2)}
-    with caplog.at_level("DEBUG", logger="mllama"), steps() as calls:
+    with caplog.at_level("DEBUG", logger="mllama"), counted_steps() as calls:
         Session(model).generate(inputs, max_new_tokens=3)
     assert calls.call_count == 0 and "padding" in caplog.text
 
@@ -130,6 +95,30 @@ def test_formats_mixed_in_a_layer(first):
 def test_a_cache_of_16_bits(dtype):
     model = copy.deepcopy(pairs.pair("gemma3_text").ours).to(dtype)
     check(model, pairs.pair("gemma3_text").inputs(), "f32", 3e-2)
+
+
+@pytest.mark.parametrize("kv_cache", ["int8", "bf16", "f16"])
+@pytest.mark.parametrize("case", ["llama", "gemma2", "gemma3_text", "mllama"])
+def test_a_cache_in_a_dtype_of_its_own(case, kv_cache):
+    # Where the last bit of a key differs, its code may be the next one.
+    check(pairs.pair(case).ours, pairs.pair(case).inputs(), tolerance=3e-2, kv_cache=kv_cache)
+
+
+def test_a_first_layer_that_attends_to_images_there_are_none_of():
+    model = optimize(copy.deepcopy(pairs.pair("mllama").ours), "f32")
+    spec = model.spec.text
+    assert 0 not in spec.cross_attention_layers
+    inputs = {"input_ids": torch.randint(1, 90, (1, 4))}
+    for kv_cache in ("int8", "bf16"):
+        ids = decoded(model, inputs, True, kv_cache)[0]
+        assert ids == decoded(model, inputs, False, kv_cache)[0]
+
+
+def test_every_instruction_set_reads_a_quantized_cache():
+    for isa in instruction_sets():
+        with instruction_set(isa):
+            inputs = pairs.pair("gemma3_text").inputs()
+            check(pairs.pair("gemma3_text").ours, inputs, tolerance=3e-2, kv_cache="int8")
 
 
 def test_every_instruction_set():

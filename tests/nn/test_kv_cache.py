@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from mllama.nn.kv_cache import KVCache
+from mllama.nn.kv_cache import CACHE_DTYPES, KVCache
+from mllama.ops import dequantize_rows, quantize_rows
 
 B, KV, D = 3, 2, 5
 
@@ -82,6 +83,39 @@ def test_cropped_positions_are_written_anew():
     for length in (-1, 3):
         with pytest.raises(ValueError, match="length"):
             cache.crop(length)
+
+
+def stored(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    if dtype == torch.int8:
+        return dequantize_rows(quantize_rows(x), x.shape[-1], x.dtype)
+    return x.to(dtype).to(x.dtype)
+
+
+@pytest.mark.parametrize("dtype", CACHE_DTYPES.values(), ids=str)
+@pytest.mark.parametrize("given", [torch.float32, torch.bfloat16])
+def test_a_dtype_of_its_own(dtype, given):
+    cache, rows = KVCache(2, dtype=dtype), torch.tensor([2, 0])
+    text, images, more = (new(length, dtype=given) for length in (5, 3, 2))
+    k, v = cache.update(0, text, text + 1)
+    assert k.dtype == given and torch.equal(k, stored(text, dtype))
+    assert torch.equal(v, stored(text + 1, dtype))
+    cache.update_cross(1, images, images)
+    cache.crop(4)
+    cache.reorder(rows)
+    k, _ = cache.update(0, more[rows], more[rows])  # the buffer grows
+    assert torch.equal(k, stored(torch.cat([text[rows, :4], more[rows]], 1), dtype))
+    none = new(0, 2, dtype=given)
+    assert torch.equal(cache.update_cross(1, none, none)[1], stored(images[rows], dtype))
+    keys, values, image_keys = cache.reserve(3, [1])
+    assert {x.dtype for x in (*keys, *values)} == {dtype} and image_keys == 3
+    with pytest.raises(ValueError, match="k and v"):
+        cache.update(0, new(1, 2, dtype=given)[..., :4], new(1, 2, dtype=given))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.uint8, "int8"])
+def test_dtypes_that_are_refused(dtype):
+    with pytest.raises(ValueError, match="dtype"):
+        KVCache(1, dtype=dtype)
 
 
 def test_an_interrupted_pass_is_taken_back():

@@ -235,3 +235,26 @@ def test_another_view_of_the_same_images_is_computed_anew(monkeypatch):
     spy.since()
     assert tokens(session, other) == tokens(Session(spy.model), other)
     assert spy.since()[0] == inputs["input_ids"].shape[1]
+
+
+@pytest.mark.parametrize("kv_cache", ["int8", "bf16"])
+@pytest.mark.parametrize("case", ["llama", "gemma3_text", "mllama"])
+def test_a_cache_of_another_dtype_is_chunked_reused_and_cropped(case, kv_cache):
+    model, chunk = pairs.pair(case).ours, 3
+    ids = torch.randint(1, 90, (1, 14))
+    expected = tokens(Session(model, kv_cache=kv_cache), {"input_ids": ids})
+    chunked = Session(model, prefill_chunk_size=chunk, kv_cache=kv_cache)
+    assert tokens(chunked, {"input_ids": ids}) == expected
+    session = Session(model, kv_cache=kv_cache)
+    other = torch.cat([ids[:, :9], torch.randint(1, 90, (1, 4))], 1)
+    tokens(session, {"input_ids": other})
+    found = session.generate({"input_ids": ids}, max_new_tokens=LENGTH)
+    assert [row.token_ids for row in found.completions] == expected
+    assert found.num_reused_tokens == 9
+
+
+def test_a_wide_cache_changes_nothing_and_a_narrow_one_little():
+    model, inputs = pairs.pair("gemma2").ours, pairs.pair("gemma2").inputs()
+    assert tokens(Session(model, kv_cache="f32"), inputs) == tokens(Session(model), inputs)
+    with pytest.raises(ValueError, match="kv_cache"):
+        Session(model, kv_cache="int4")

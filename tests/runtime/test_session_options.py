@@ -109,21 +109,15 @@ def test_sampling_follows_the_seed_and_the_settings(session):
     assert len(set(draw(penal)[0])) == 8 and not set(draw(penal)[0]) & set(tiny.tokens(9))
 
 
-def test_transformers_draws_the_same_tokens(session):
-    drawn = []
-    options = {
-        "max_new_tokens": 8,
-        "do_sample": True,
-        "temperature": 0.8,
-        "repetition_penalty": 1.2,
-    }
-    for call in (
-        lambda: ids(session.generate(PROMPT, **options)),
-        lambda: session.model.generate(**PROMPT, **options)[:, 9:].tolist(),
+def test_a_seed_for_each_row_draws_what_the_row_draws_alone(session):
+    hot = {"max_new_tokens": 8, "temperature": 5.0}
+    rows = ids(session.generate(BATCH, **hot, seed=[7, 8]))
+    for seed, (row, mask), expected in zip(
+        (7, 8), zip(BATCH["input_ids"], BATCH["attention_mask"], strict=True), rows, strict=True
     ):
-        torch.manual_seed(3)
-        drawn.append(call())
-    assert drawn[0] == drawn[1]
+        alone = session.generate({"input_ids": row[mask != 0][None]}, **hot, seed=seed)
+        assert ids(alone) == [expected]
+    assert ids(session.generate(BATCH, **hot, seed=(7, 9)))[0] == rows[0]
 
 
 @pytest.mark.parametrize("at", [1, 5])

@@ -71,6 +71,9 @@ struct Statistic {
 };
 
 struct AttentionForward : Attention {
+    // For attention_decode: k and v are rows of quantized_rows.h, their strides in bytes; dtype,
+    // that of q and out, is f32.
+    bool quantized;
     void* out;                    // [batch, queries, heads, size]
     Statistic* statistics;        // [batch, heads, queries]
     int64_t first_chunk, chunks;  // for attention_decode: the chunks of keys visible to any query

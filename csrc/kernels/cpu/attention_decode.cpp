@@ -3,6 +3,9 @@
 // log-sum-exp.
 #include "kernels/cpu/attention.h"
 #include "kernels/cpu/attention_tiles.h"
+#include "kernels/cpu/quantized_rows.h"
+#include "simd/bytes.h"
+#include "simd/sums.h"
 
 namespace mllama::kernels::MLLAMA_ISA {
 namespace {
@@ -22,20 +25,22 @@ inline int in_step(int64_t left, int step) {
 // dtype.
 template <class T>
 struct Widened {
+    using Input = T;  // of q and the output
     using Query = float;
     static constexpr int kStep = kWidth;  // elements of a row in one vector
     static constexpr int kKeys = 1;       // keys that one step of the product with V takes
 
+    static int64_t length(int64_t size) { return size; }  // of a row of K or V, in T
     static vf query(const float* q) { return load(q); }
-    static vf key(const T* k, int n) { return at(k, n); }
+    static vf key(const T* row, int64_t d, int n, int64_t) { return at(row + d, n); }
     static vf multiply_add(vf a, vf b, vf sum) { return a * b + sum; }
     static vf probability(const float* p) { return splat(*p); }
 
-    // kVectors f32 vectors of V from d on, `left` elements before the row ends.
+    // kVectors f32 vectors of a row of V from d on.
     template <int kVectors>
-    static void values(const T* row, const T*, int64_t left, vf (&x)[kVectors]) {
+    static void values(const T* row, const T*, int64_t d, int64_t size, vf (&x)[kVectors]) {
         for (int i = 0; i < kVectors; ++i)
-            x[i] = at(row + i * kWidth, in_step(left - i * kWidth, kWidth));
+            x[i] = at(row + d + i * kWidth, in_step(size - d - i * kWidth, kWidth));
     }
     template <int kVectors>
     static void put_sums(float* out, const vf (&sum)[kVectors]) {
@@ -48,15 +53,38 @@ struct RowsOf {
     using type = Widened<T>;
 };
 
+// Codes with a scale for every group of them, widened to f32.
+struct Quantized : Widened<float> {
+    static int64_t length(int64_t size) { return quantized_row_bytes(size); }
+    static vf key(const int8_t* row, int64_t d, int n, int64_t size) {
+        return load_codes(row + d, n) * splat_bf16(row + size + d / kRowGroup * 2);
+    }
+    template <int kVectors>
+    static void values(const int8_t* row, const int8_t*, int64_t d, int64_t size,
+                       vf (&x)[kVectors]) {
+        for (int i = 0; i < kVectors; ++i) {
+            int n = in_step(size - d - i * kWidth, kWidth);
+            x[i] = n ? key(row, d + i * kWidth, n, size) : vf{};
+        }
+    }
+};
+template <>
+struct RowsOf<int8_t> {
+    using type = Quantized;
+};
+
 #if defined(__AVX512BF16__)
 // bf16 in pairs: neighbors in a row of K, two rows of V zipped together.
 struct Paired {
+    using Input = bf16;
     using Query = bf16;
     static constexpr int kStep = 32;
     static constexpr int kKeys = 2;
 
-    static vf query(const bf16* q) { return key(q, kStep); }
-    static vf key(const bf16* k, int n) {
+    static int64_t length(int64_t size) { return size; }
+    static vf query(const bf16* q) { return pairs(q, kStep); }
+    static vf key(const bf16* row, int64_t d, int n, int64_t) { return pairs(row + d, n); }
+    static vf pairs(const bf16* k, int n) {
         return reinterpret_cast<vf>(n == kStep
                                         ? _mm512_loadu_si512(k)
                                         : _mm512_maskz_loadu_epi16((__mmask32{1} << n) - 1, k));
@@ -65,12 +93,14 @@ struct Paired {
     static vf probability(const float* p) { return Bf16Words::broadcast(p); }
 
     template <int kVectors>
-    static void values(const bf16* low, const bf16* high, int64_t left, vf (&x)[kVectors]) {
+    static void values(const bf16* low, const bf16* high, int64_t d, int64_t size,
+                       vf (&x)[kVectors]) {
         static_assert(kVectors % 2 == 0);
         for (int i = 0; i < kVectors; i += 2) {
-            int n = in_step(left - i * kWidth, kStep);
-            __m512i a = reinterpret_cast<__m512i>(key(low + i * kWidth, n)),
-                    b = reinterpret_cast<__m512i>(key(high + i * kWidth, n));
+            int64_t at = d + i * kWidth;
+            int n = in_step(size - at, kStep);
+            __m512i a = reinterpret_cast<__m512i>(pairs(low + at, n)),
+                    b = reinterpret_cast<__m512i>(pairs(high + at, n));
             x[i] = reinterpret_cast<vf>(_mm512_unpacklo_epi16(a, b));
             x[i + 1] = reinterpret_cast<vf>(_mm512_unpackhi_epi16(a, b));
         }
@@ -94,50 +124,10 @@ struct RowsOf<bf16> {
 };
 #endif
 
-// Lane i of the result is the sum of the lanes of acc[i].
-inline __attribute__((always_inline)) vf sum_each(const vf (&acc)[kWidth]) {
-#if defined(__AVX512F__)
-    // Halving steps: each adds the two halves of two vectors and leaves both results in one.
-    vf x[8], y[4];
-#pragma GCC unroll 8
-    for (int i = 0; i < 8; ++i) {
-        __m512 a = reinterpret_cast<__m512>(acc[2 * i]),
-               b = reinterpret_cast<__m512>(acc[2 * i + 1]);
-        x[i] = reinterpret_cast<vf>(_mm512_unpacklo_ps(a, b)) +
-               reinterpret_cast<vf>(_mm512_unpackhi_ps(a, b));
-    }
-#pragma GCC unroll 4
-    for (int i = 0; i < 4; ++i) {
-        __m512d a = reinterpret_cast<__m512d>(x[2 * i]),
-                b = reinterpret_cast<__m512d>(x[2 * i + 1]);
-        y[i] = reinterpret_cast<vf>(_mm512_unpacklo_pd(a, b)) +
-               reinterpret_cast<vf>(_mm512_unpackhi_pd(a, b));
-    }
-    auto parts = [](vf first, vf second) {  // of 128 bits: 0 + 1 and 2 + 3 of both
-        __m512 a = reinterpret_cast<__m512>(first), b = reinterpret_cast<__m512>(second);
-        return reinterpret_cast<vf>(_mm512_shuffle_f32x4(a, b, 0x88)) +
-               reinterpret_cast<vf>(_mm512_shuffle_f32x4(a, b, 0xdd));
-    };
-    return parts(parts(y[0], y[1]), parts(y[2], y[3]));
-#elif defined(__AVX2__)
-    auto pair = [](vf a, vf b) {
-        return reinterpret_cast<vf>(
-            _mm256_hadd_ps(reinterpret_cast<__m256>(a), reinterpret_cast<__m256>(b)));
-    };
-    __m256 a = reinterpret_cast<__m256>(pair(pair(acc[0], acc[1]), pair(acc[2], acc[3])));
-    __m256 b = reinterpret_cast<__m256>(pair(pair(acc[4], acc[5]), pair(acc[6], acc[7])));
-    return reinterpret_cast<vf>(_mm256_permute2f128_ps(a, b, 0x20)) +
-           reinterpret_cast<vf>(_mm256_permute2f128_ps(a, b, 0x31));
-#else
-    vf sums;
-    for (int i = 0; i < kWidth; ++i) sums[i] = reduce_add(acc[i]);
-    return sums;
-#endif
-}
-
-template <class T>
+template <class T>  // an element of K and V
 class Decode {
     using Rows = typename RowsOf<T>::type;
+    using Input = typename Rows::Input;
     using Query = typename Rows::Query;
     static constexpr int64_t kRoom =
         kMaxSize + Rows::kStep;  // a row of Q or of sums, padded to whole steps
@@ -171,7 +161,7 @@ class Decode {
     template <int M>
     void pass(const Group& group, int64_t first_row, int64_t rows, float* partial) {
         auto row_of = [&](int m) { return first_row + std::min<int64_t>(m, rows - 1); };
-        auto q_row = group.query_rows<T>(a_.q, 0);
+        auto q_row = group.query_rows<Input>(a_.q, 0);
         for (int m = 0; m < M; ++m) pack_query(q_row(row_of(m)), queries_ + m * kRoom);
         auto k_row = group.key_rows<T>(a_.k), v_row = group.key_rows<T>(a_.v);
         int64_t skipped = first_ - group.visible.first;
@@ -203,7 +193,7 @@ class Decode {
         int64_t d = 0;
         // Prefetch the next chunk's keys while V is summed, which needs less memory bandwidth than
         // the scores do.
-        const T* next = a_.k.length == a_.size ? k_row(skipped + keys_) : nullptr;
+        const T* next = a_.k.length == length_ ? k_row(skipped + keys_) : nullptr;
         for (; d + (kValueVectors - 2) * kWidth < a_.size;
              d += kValueVectors * kWidth, next = nullptr)
             weigh<M, kValueVectors>(v, d, next);
@@ -215,12 +205,12 @@ class Decode {
         }
     }
 
-    void pack_query(const T* q, Query* to) const {
+    void pack_query(const Input* q, Query* to) const {
         if constexpr (std::is_same_v<Query, float>) {
             widen_row(q, to, a_.size, round_up(a_.size, kWidth));
         } else {
-            std::memcpy(to, q, a_.size * sizeof(T));
-            std::memset(to + a_.size, 0, Rows::kStep * sizeof(T));
+            std::memcpy(to, q, a_.size * sizeof(Input));
+            std::memset(to + a_.size, 0, Rows::kStep * sizeof(Input));
         }
     }
 
@@ -232,14 +222,14 @@ class Decode {
         for (int64_t key = 0; key < keys_; key += kTile) {
             const T* rows = k + key * a_.k.length;
             int64_t stride = a_.k.length;
-            T copy[kTile * kMaxSize];
-            if (key + kTile > keys_) {  // do not read past the last key
-                std::memset(copy, 0, sizeof copy);
-                for (int64_t i = 0; i < keys_ - key; ++i) {
-                    std::memcpy(copy + i * kMaxSize, rows + i * stride, a_.size * sizeof(T));
+            T copy[kTile * kLongest];
+            if (key + kTile > keys_) {  // do not read past the last key: repeat it
+                for (int64_t i = 0; i < kTile; ++i) {
+                    std::memcpy(copy + i * kLongest, rows + std::min(i, keys_ - key - 1) * stride,
+                                length_ * sizeof(T));
                 }
                 rows = copy;
-                stride = kMaxSize;
+                stride = kLongest;
             } else {
                 prefetch(rows + 4 * kTile * stride, stride, kTile);
             }
@@ -251,7 +241,7 @@ class Decode {
                 for (int m = 0; m < M; ++m) q[m] = Rows::query(queries_ + m * kRoom + d);
 #pragma GCC unroll 16
                 for (int i = 0; i < kTile; ++i) {
-                    vf x = Rows::key(rows + i * stride + d, n);
+                    vf x = Rows::key(rows + i * stride, d, n, a_.size);
 #pragma GCC unroll 4
                     for (int m = 0; m < M; ++m)
                         acc[i * M + m] = Rows::multiply_add(x, q[m], acc[i * M + m]);
@@ -316,15 +306,15 @@ class Decode {
     // unless null.
     template <int M, int kVectors>
     void weigh(const T* v, int64_t d, const T* next) {
-        const T* row = v + d;
-        int64_t stride = a_.v.length, left = a_.size - d;
+        const T* row = v;
+        int64_t stride = a_.v.length;
         vf sum[M][kVectors]{};
         for (int64_t key = 0; key < keys_; key += Rows::kKeys, row += Rows::kKeys * stride) {
             prefetch(row + 16 * stride, stride, Rows::kKeys);
-            if (next) fetch(next + key * a_.size, a_.size, Rows::kKeys);
+            if (next) fetch(next + key * length_, length_, Rows::kKeys);
             vf x[kVectors];
             // An odd last key is paired with itself, with probability 0.
-            Rows::values(row, key + 1 < keys_ ? row + stride : row, left, x);
+            Rows::values(row, key + 1 < keys_ ? row + stride : row, d, a_.size, x);
 #pragma GCC unroll 4
             for (int m = 0; m < M; ++m) {
                 vf p = Rows::probability(scores_ + key * M + m);
@@ -338,16 +328,19 @@ class Decode {
 
     // The hardware prefetcher does not handle rows that are apart in memory.
     void prefetch(const T* row, int64_t stride, int rows) const {
-        if (stride != a_.size) fetch(row, stride, rows);
+        if (stride != length_) fetch(row, stride, rows);
     }
     void fetch(const T* row, int64_t stride, int rows) const {
         for (int i = 0; i < rows; ++i, row += stride) {
-            for (int64_t d = 0; d < a_.size; d += 64 / sizeof(T)) __builtin_prefetch(row + d);
+            for (int64_t d = 0; d < length_; d += 64 / sizeof(T)) __builtin_prefetch(row + d);
         }
     }
 
+    static constexpr int64_t kLongest = kMaxSize + 16;  // room for a row of codes and scales
+
     const AttentionForward& a_;
     const ScoreScale scale_{a_};
+    const int64_t length_ = Rows::length(a_.size);  // of a dense row of K or V
     int64_t first_, keys_;  // the keys of this chunk visible to some row of the pass
     alignas(64) Query queries_[kMostRows * kRoom];
     alignas(64) float scores_[kDecodeChunk * kMostRows + 2 * kWidth];
@@ -380,13 +373,14 @@ void merge_row(const AttentionForward& a, const Group& group, int64_t row, const
 
 void attention_decode(const AttentionForward& args, float* partial, int64_t first_task,
                       int64_t last_task) {
-    dispatch(args.dtype, [&](auto t) {
+    auto decode = [&](auto t) {
         Decode<decltype(t)> work(args);
         int64_t size = attention_chunk_size(args);
         for (int64_t task = first_task; task < last_task; ++task)
             work.task(task / args.chunks, args.first_chunk + task % args.chunks,
                       partial + task * size);
-    });
+    };
+    args.quantized ? decode(int8_t{}) : dispatch(args.dtype, decode);
 }
 
 void attention_merge(const AttentionForward& args, const float* partial, int64_t first_group,

@@ -38,6 +38,7 @@ def load_session(arguments: argparse.Namespace) -> "tuple[AnySession, dict[str, 
             arguments.reference or "meta",
             arguments.adapter,
             packed_as(arguments),
+            arguments.kv_cache,
         )
     return session, options
 

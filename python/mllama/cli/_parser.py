@@ -13,6 +13,7 @@ SIZES = {
 }
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 GGUF_DTYPES = ("f16", "bf16", "q8_0", "q4_0", "q4_k")
+KV_CACHES = ("int8", "bf16", "f16", "f32")  # nn.kv_cache's CACHE_DTYPES
 # quant.packer's AUTO, FILE and RECIPES; "none" packs nothing
 WEIGHTS = ("auto", "none", "file", "int4", "int8", "bf16", "f16", "f32")
 
@@ -298,6 +299,11 @@ def _add_device(parser: argparse.ArgumentParser):
         help="pack the weights, for a CPU: fewer bits, and more tokens per second; file: in the "
         "file's own types, such as GGUF's blocks; auto (default): the same, float32 in --dtype, "
         "where no adapter or other device forbids it; none: as tensors",
+    )
+    parser.add_argument(
+        "--kv-cache",
+        choices=KV_CACHES,
+        help="store keys and values so (default: in the weights' dtype); int8: 8.5 bits a value",
     )
     _add_reference(
         parser, "meta: Llama-3.2-Vision as trained (default); hf: as transformers computes it"

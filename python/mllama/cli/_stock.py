@@ -19,8 +19,9 @@ def load_stock_session(arguments: argparse.Namespace) -> tuple[GenerateSession, 
     Raises:
         ValueError: an option that is the package's alone.
     """
-    if arguments.adapter is not None:
-        raise ValueError("--adapter needs --runtime mllama")
+    for name in ("adapter", "kv_cache"):
+        if getattr(arguments, name) is not None:
+            raise ValueError(f"--{name.replace('_', '-')} needs --runtime mllama")
     if arguments.weights not in ("auto", "none"):
         raise ValueError("--weights needs --runtime mllama")
     options = sampling(arguments)

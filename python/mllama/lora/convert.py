@@ -7,7 +7,8 @@ from typing import TypeVar
 
 from torch import nn
 
-from mllama.lora.layer import Linear_LORA, check_adapter, lora_layers
+from mllama.lora.layer import Linear_LORA, check_adapter, lora_layers, matrix_of
+from mllama.nn.packed import PackedLinear
 
 _Model = TypeVar("_Model", bound=nn.Module)
 
@@ -27,7 +28,8 @@ def convert_linears_to_lora(
     `module` are not changed: `convert_linears_to_lora(model.language_model)` skips the vision
     encoder, whose layers have the same names. Existing LoRA layers stay as they are. A layer used
     in several places stays one layer. A layer that shares its weight with another module, such as
-    an output head tied to the embedding, is skipped.
+    an output head tied to the embedding, is skipped. Packed layers count as nn.Linear; they are for
+    inference, with adapters loaded from a file.
 
     Args:
         module: the module to search, at any depth.
@@ -60,9 +62,11 @@ def convert_linears_to_lora(
     _check_found(module, names, [*found, *adapted])
     chosen = {name: layer for name, layer in found.items() if names is None or _fits(name, names)}
     owners = Counter(
-        id(parameter) for part in module.modules() for parameter in part.parameters(recurse=False)
+        id(tensor)
+        for part in module.modules()
+        for tensor in (*part.parameters(recurse=False), *part.buffers(recurse=False))
     )
-    tied = [name for name, layer in chosen.items() if owners[id(layer.weight)] > 1]
+    tied = [name for name, layer in chosen.items() if owners[id(matrix_of(layer))] > 1]
     if tied and (names is not None or len(tied) == len(found) and not adapted):
         raise ValueError(
             f"{', '.join(tied)} shares its weight with another module, so an adapter could not be "
@@ -104,8 +108,9 @@ def convert_to_lora(
 
 def linear_layers(
     module: nn.Module, classes: tuple[type[nn.Linear], ...] = (nn.Linear,)
-) -> dict[str, nn.Linear]:
+) -> dict[str, nn.Linear | PackedLinear]:
     """Linear layers under each of their dotted names, except those inside LoRA layers."""
+    kinds = (*classes, PackedLinear) if nn.Linear in classes else classes
     everything = list(module.named_modules(remove_duplicate=False))
     inside = tuple(
         f"{name}." if name else "" for name, layer in everything if isinstance(layer, Linear_LORA)
@@ -113,12 +118,14 @@ def linear_layers(
     return {
         name: layer
         for name, layer in everything
-        if isinstance(layer, classes) and not name.startswith(inside)
+        if isinstance(layer, kinds) and not name.startswith(inside)
     }
 
 
 def put_adapters(
-    module: nn.Module, chosen: Mapping[nn.Linear, tuple[int, float]], dropout: float = 0.0
+    module: nn.Module,
+    chosen: Mapping[nn.Linear | PackedLinear, tuple[int, float]],
+    dropout: float = 0.0,
 ) -> dict[str, Linear_LORA]:
     """Freeze everything but LoRA adapters, then wrap each chosen linear layer, wherever it is used,
     in a LoRA layer of its (rank, alpha).

@@ -7,13 +7,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from mllama.nn.plain import RecomputingLinear, is_plain
+from mllama.nn.adapted import AdaptedLinear, LowRank
+from mllama.nn.packed import PackedLinear
+from mllama.nn.plain import is_plain
 from mllama.ops._dispatch import FLOAT_DTYPES
 from mllama.ops.lora_linear import lora_linear
 from mllama.ops.recompute import Recompute
 
 
-class Linear_LORA(RecomputingLinear):
+class Linear_LORA(AdaptedLinear):
     """y = x W' + bias + alpha / rank * (dropout(x) A') B', with W and bias frozen, A and B
     trainable (Hu et al., 2021).
 
@@ -21,7 +23,8 @@ class Linear_LORA(RecomputingLinear):
     initialized as nn.Linear's weights are (Kaiming uniform) and B with zeros, so a new layer
     computes what `linear` does. Any of the three may be replaced or copied into. The operator
     `mllama.ops.lora_linear` computes plain children. If one is of another class, has hooks, is
-    float64 or is not frozen, the children are called one after the other.
+    float64 or is not frozen, the children are called one after the other. So they are if `linear`
+    is packed, for inference; such a layer cannot be merged.
 
     Args:
         in_dim, out_dim: input and output features.
@@ -55,10 +58,10 @@ class Linear_LORA(RecomputingLinear):
 
     @classmethod
     def around(
-        cls, linear: nn.Linear, rank: int, alpha: float, dropout: float = 0.0
+        cls, linear: nn.Linear | PackedLinear, rank: int, alpha: float, dropout: float = 0.0
     ) -> "Linear_LORA":
         """Wrap a linear layer, which is frozen. The adapter gets its device, dtype and training
-        mode.
+        mode; float32 beside packed weights.
         """
         check_adapter(rank, alpha, dropout)
         layer = cls.__new__(cls)
@@ -66,9 +69,11 @@ class Linear_LORA(RecomputingLinear):
         layer._adapt(linear, rank, alpha, dropout)
         return layer
 
-    def _adapt(self, linear: nn.Linear, rank: int, alpha: float, dropout: float) -> None:
+    def _adapt(
+        self, linear: nn.Linear | PackedLinear, rank: int, alpha: float, dropout: float
+    ) -> None:
         self.linear = linear.requires_grad_(False)
-        like = linear.weight
+        like = matrix_of(linear)
         # float32 next to quantized weights
         dtype = like.dtype if like.dtype in (*FLOAT_DTYPES, torch.float64) else torch.float32
         options: dict[str, Any] = {"bias": False, "device": like.device, "dtype": dtype}
@@ -137,6 +142,10 @@ class Linear_LORA(RecomputingLinear):
                 recompute=recompute,
             )
         y = self.linear(x)
+        if isinstance(self.linear, PackedLinear) and self._has_plain_adapter():
+            down = nn.functional.linear(self.dropout(x).float(), self.lora_a.weight.float())
+            update = nn.functional.linear(down, self.lora_b.weight.float())
+            return y + (update * self.scale).to(y.dtype)
         down = self.lora_a(self.dropout(x).to(self.lora_a.weight.dtype))
         return y + (self.lora_b(down) * self.scale).to(y.dtype)
 
@@ -146,6 +155,22 @@ class Linear_LORA(RecomputingLinear):
             return False
         weight = self.linear.weight
         return not weight.requires_grad and weight.dtype in FLOAT_DTYPES and x.dtype in FLOAT_DTYPES
+
+    def _has_plain_adapter(self) -> bool:
+        """Whether A and B alone say what the update is, in dtypes that operators take."""
+        return all(
+            is_plain(child, nn.Linear) and child.bias is None and child.weight.dtype in FLOAT_DTYPES
+            for child in (self.lora_a, self.lora_b)
+        )
+
+    def update(self) -> LowRank | None:
+        if not self.enabled:
+            return None
+        if not self._has_plain_adapter():
+            raise ValueError("an adapter has hooks, a bias, a forward of its own or another dtype")
+        if self.merged_weight is not None or (self.training and self.dropout.p):
+            raise ValueError("an adapter is merged, or drops elements")
+        return LowRank(self.lora_a.weight, self.lora_b.weight, self.scale)
 
     def adapter(self) -> list[nn.Parameter]:
         """The trainable parameters: A and B."""
@@ -206,6 +231,11 @@ class Linear_LORA(RecomputingLinear):
         text = f"rank={self.rank}, alpha={self.alpha}"
         text += ", merged" if self.merged_weight is not None else ""
         return text + (", disabled" if not self.enabled else "")
+
+
+def matrix_of(linear: nn.Linear | PackedLinear) -> torch.Tensor:
+    """The tensor that holds a layer's weight, packed or not."""
+    return linear.packed if isinstance(linear, PackedLinear) else linear.weight
 
 
 def lora_layers(model: nn.Module) -> dict[str, Linear_LORA]:

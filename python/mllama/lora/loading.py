@@ -20,6 +20,7 @@ from mllama.lora.adapters import (
 from mllama.lora.convert import linear_layers, put_adapters
 from mllama.lora.layer import Linear_LORA
 from mllama.lora.reading import read_adapters
+from mllama.nn.packed import PackedLinear
 from mllama.nn.wrappers import gathered, is_sharded, plain_name, put, whole
 from mllama.ops._dispatch import kind
 
@@ -82,7 +83,7 @@ def _convert(
         raise ValueError(
             "this model is sharded and has no LoRA layers: load or convert it before sharding"
         )
-    chosen: dict[nn.Linear, tuple[int, float]] = {}
+    chosen: dict[nn.Linear | PackedLinear, tuple[int, float]] = {}
     shapes = dict(trained_shapes)
     for name, linear in linear_layers(model).items():
         name = plain_name(model, name)
@@ -122,7 +123,7 @@ def _check_layers(
         )
 
 
-def _adapter_shapes(name: str, rank: int, layer: nn.Linear | Linear_LORA) -> _Shapes:
+def _adapter_shapes(name: str, rank: int, layer: nn.Linear | PackedLinear | Linear_LORA) -> _Shapes:
     """Shapes of A and B, computed because FSDP may store a weight in another shape."""
     return {
         adapter_key(name, "lora_a"): (rank, layer.in_features),

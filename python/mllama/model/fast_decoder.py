@@ -1,8 +1,9 @@
-"""Decoding by one operator call per token: a decoder whose linear layers are packed, as
-`decode_step` (csrc/decode) reads it.
+"""Decoding by one operator call per token: a decoder whose linear layers are packed, with low-rank
+adapters or without, as `decode_step` (csrc/decode) reads it.
 """
 
 import weakref
+from typing import Any
 
 import torch
 from torch import nn
@@ -11,6 +12,7 @@ from mllama import _ext
 from mllama.config.spec import TextSpec
 from mllama.fusion.base import DecoderInputs, ModelInputs
 from mllama.fusion.cross_attention import CrossAttentionDecoderLayer
+from mllama.nn.adapted import AdaptedLinear, LowRank, count_changes
 from mllama.nn.cache import Cache
 from mllama.nn.packed import PackedLinear
 from mllama.ops.packed_layout import PACKINGS
@@ -23,16 +25,18 @@ MAX_ROWS = 16
 class FastDecoder:
     """The C++ side's view of a decoder.
 
-    It reads the modules once: after a change of the model, make another.
+    It reads the modules once: after a change of the model, make another. A change of adapters
+    (attached, replaced, switched on or off) is detected. Their values are shared.
 
     Args:
-        decoder: a `Decoder` whose linear layers are all packed.
+        decoder: a `Decoder` whose linear layers are all packed, or adapters beside packed ones.
 
     Raises:
         ValueError: it cannot run so; see `find_obstacle`.
     """
 
     def __init__(self, decoder: nn.Module):
+        self._changes = count_changes()
         if (obstacle := find_obstacle(decoder)) is not None:
             raise ValueError(f"decoder cannot run by decode_step: {obstacle}")
         self.decoder = decoder
@@ -40,6 +44,11 @@ class FastDecoder:
         self._cross = frozenset(spec.cross_attention_layers)
         self._handle = torch.ops.mllama._decoder_new(*_describe(decoder))
         weakref.finalize(self, torch.ops.mllama._decoder_free, self._handle)
+
+    @property
+    def is_current(self) -> bool:
+        """False after adapters of any model changed."""
+        return self._changes == count_changes()
 
     def __reduce__(self):
         """A copy is made of the copied modules: the handle is this object's, in this process."""
@@ -54,7 +63,12 @@ class FastDecoder:
 
         Returns:
             The last hidden state, float32 [B, 1, hidden], after the final norm.
+
+        Raises:
+            ValueError: adapters changed.
         """
+        if not self.is_current:
+            raise ValueError("decoder: adapters changed, make another FastDecoder")
         B, length = len(prepared.embeds), int(cache.length)
         positions = prepared.position_ids
         if positions is None:
@@ -131,12 +145,16 @@ def find_obstacle(decoder: nn.Module) -> str | None:
         return f"its activation is {spec.hidden_act}"
     if spec.head_dim > 256:
         return f"its heads are {spec.head_dim} wide, more than 256"
-    for layer in decoder.layers:
-        for group in _linears(layer):
-            if not all(isinstance(linear, PackedLinear) for linear in group):
-                return "not all of its linear layers are packed"
-            if len({PACKINGS[linear.packing].quantized for linear in group}) > 1:
-                return "linear layers with the same input differ in how they are packed"
+    for group in (group for layer in decoder.layers for group in _linears(layer)):
+        bases = [_base(linear) for linear in group]
+        if not all(isinstance(base, PackedLinear) for base in bases):
+            return "not all of its linear layers are packed"
+        if len({PACKINGS[base.packing].quantized for base in bases}) > 1:
+            return "linear layers with the same input differ in how they are packed"
+        try:
+            [_update(linear) for linear in group]
+        except ValueError as error:
+            return str(error)
     if (device := decoder.norm.weight.device).type != "cpu":
         return f"it is on {device}"
     if any(_is_watched(module) for module in decoder.modules()):
@@ -146,6 +164,14 @@ def find_obstacle(decoder: nn.Module) -> str | None:
 
 def _is_watched(module: nn.Module) -> bool:
     return bool(module._forward_hooks or module._forward_pre_hooks) or "forward" in vars(module)
+
+
+def _base(linear: nn.Module) -> Any:
+    return linear.linear if isinstance(linear, AdaptedLinear) else linear
+
+
+def _update(linear: nn.Module) -> LowRank | None:
+    return linear.update() if isinstance(linear, AdaptedLinear) else None
 
 
 def _linears(layer: nn.Module) -> tuple[tuple[nn.Module, ...], ...]:
@@ -196,7 +222,7 @@ def _describe(decoder: nn.Module) -> tuple[list[torch.Tensor], list[int], list[f
         numbers += _gates(layer)
         tensors += [_floats(norm and norm.weight) for norm in _norms(layer)]
         for linear in (linear for group in _linears(layer) for linear in group):
-            _add_linear(linear, tensors, sizes)
+            _add_linear(linear, tensors, sizes, numbers)
     tensors.append(_floats(decoder.norm.weight))
     return tensors, sizes, numbers
 
@@ -208,9 +234,16 @@ def _gates(layer: nn.Module) -> list[float]:
     return [gate.detach().float().tanh().item() for gate in gates]
 
 
-def _add_linear(linear: PackedLinear, tensors: list[torch.Tensor], sizes: list[int]) -> None:
-    sizes.append(PACKINGS[linear.packing].number)
-    tensors += [linear.packed, _floats(linear.bias)]
+def _add_linear(
+    linear: nn.Module, tensors: list[torch.Tensor], sizes: list[int], numbers: list[float]
+) -> None:
+    base, update = _base(linear), _update(linear)
+    sizes.append(PACKINGS[base.packing].number)
+    tensors += [base.packed, _floats(base.bias)]
+    sizes.append(0 if update is None else len(update.a))
+    if update is not None:
+        tensors += [update.a.detach().contiguous(), update.b.detach().contiguous()]
+        numbers.append(update.scale)
 
 
 def _floats(x: torch.Tensor | None) -> torch.Tensor:

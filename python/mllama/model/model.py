@@ -159,9 +159,10 @@ class VisionLanguageModel(nn.Module):
         if prepared.embeds.shape[1] != 1:
             self._fast = None
             return None
-        if self._fast is None:
-            self._fast = find_obstacle(self.language_model) or FastDecoder(self.language_model)
         fast = self._fast
+        if fast is None or not (isinstance(fast, str) or fast.is_current):
+            fast = find_obstacle(self.language_model) or FastDecoder(self.language_model)
+            self._fast = fast
         obstacle = fast if isinstance(fast, str) else find_obstacle_of_pass(inputs, prepared)
         if obstacle is not None:
             _log.debug("a token runs layer by layer, not by decode_step: %s", obstacle)

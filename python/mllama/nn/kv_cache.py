@@ -1,4 +1,4 @@
-"""A decoder's key-value cache: preallocated, grown by doubling."""
+"""A decoder's key-value cache: preallocated, grown by doubling, in a dtype of its own if asked."""
 
 import numbers
 from collections.abc import Collection
@@ -6,11 +6,24 @@ from typing import Any
 
 import torch
 
+from mllama.ops.quantized_rows import dequantize_rows, quantize_rows
+
+# Names of the dtypes that keys and values may be stored in.
+CACHE_DTYPES = {
+    "f32": torch.float32,
+    "bf16": torch.bfloat16,
+    "f16": torch.float16,
+    "int8": torch.int8,
+}
+
 
 class _Buffer:
-    """Keys and values of one layer, [B, kv_heads, capacity, head_dim] each; `length` are in use."""
+    """Keys and values of one layer, [B, kv_heads, capacity, head_dim] each, of which `length` are
+    in use. int8: rows of `quantize_rows` in place of head_dim values.
+    """
 
-    def __init__(self) -> None:
+    def __init__(self, dtype: torch.dtype | None) -> None:
+        self.dtype = dtype
         self.keys: torch.Tensor | None = None
         self.values: torch.Tensor | None = None
         self.length = 0
@@ -24,7 +37,8 @@ class _Buffer:
                 "k and v must be [batch, tokens, kv_heads, head_dim], "
                 f"got {list(k.shape)} and {list(v.shape)}"
             )
-        alike = _is_alike(self.keys, k) and _is_alike(self.values, v)
+        new_k, new_v = self._stored(k), self._stored(v)
+        alike = _is_alike(self.keys, new_k) and _is_alike(self.values, new_v)
         if self.length and not alike:
             raise ValueError(
                 f"k and v must be {_of(self.keys)} and {_of(self.values)} as what is cached, "
@@ -32,11 +46,11 @@ class _Buffer:
             )
         start, end = self.length, self.length + k.shape[1]
         if not alike or end > self.keys.shape[2]:  # type: ignore[union-attr]
-            self._grow(k, v, end, capacity)
-        self.keys[:, :, start:end] = k.transpose(1, 2)  # type: ignore[index]
-        self.values[:, :, start:end] = v.transpose(1, 2)  # type: ignore[index]
+            self._grow(new_k, new_v, end, capacity)
+        self.keys[:, :, start:end] = new_k.transpose(1, 2)  # type: ignore[index]
+        self.values[:, :, start:end] = new_v.transpose(1, 2)  # type: ignore[index]
         self.length = end
-        return self.read()
+        return self.read(k, v)
 
     def reserve(self, new: int, capacity: int) -> tuple[torch.Tensor, torch.Tensor]:
         """The buffers, with room for `new` more positions."""
@@ -45,12 +59,22 @@ class _Buffer:
             self._grow(k, v, self.length + new, capacity)
         return self.keys, self.values  # type: ignore[return-value]
 
-    def read(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """All keys and values, [B, S, kv_heads, head_dim]."""
-        return (
-            self.keys[:, :, : self.length].transpose(1, 2),  # type: ignore[index]
-            self.values[:, :, : self.length].transpose(1, 2),  # type: ignore[index]
-        )
+    def read(self, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """All keys and values, [B, S, kv_heads, head_dim], of the head_dim and dtype of k and v:
+        views if they are stored so, else copies.
+        """
+        return self._loaded(self.keys, k), self._loaded(self.values, v)
+
+    def _stored(self, x: torch.Tensor) -> torch.Tensor:
+        if self.dtype is None:
+            return x
+        return quantize_rows(x) if self.dtype == torch.int8 else x.to(self.dtype)
+
+    def _loaded(self, buffer: torch.Tensor | None, like: torch.Tensor) -> torch.Tensor:
+        rows = buffer[:, :, : self.length]  # type: ignore[index]
+        if self.dtype == torch.int8:
+            rows = dequantize_rows(rows, like.shape[-1], like.dtype)
+        return rows.to(like.dtype).transpose(1, 2)
 
     @property
     def batch(self) -> int:
@@ -62,14 +86,14 @@ class _Buffer:
             self.keys, self.values = self.keys[rows], self.values[rows]
 
     def _grow(self, k: torch.Tensor, v: torch.Tensor, end: int, capacity: int) -> None:
-        old = self.read() if self.length else None
+        old = (self.keys, self.values) if self.length else None
         capacity = max(end, capacity, 2 * self.length)
         B, _, KV, D = k.shape
         self.keys = k.new_empty(B, KV, capacity, D)
         self.values = v.new_empty(B, KV, capacity, v.shape[3])
         if old is not None:
-            self.keys[:, :, : self.length] = old[0].transpose(1, 2)
-            self.values[:, :, : self.length] = old[1].transpose(1, 2)
+            self.keys[:, :, : self.length] = old[0][:, :, : self.length]  # type: ignore[index]
+            self.values[:, :, : self.length] = old[1][:, :, : self.length]  # type: ignore[index]
 
 
 def _is_alike(buffer: torch.Tensor | None, new: torch.Tensor) -> bool:
@@ -100,9 +124,14 @@ class KVCache:
     the first update and doubled when full. For inference, under torch.no_grad(): they are written
     in place.
 
+    With a dtype other than the activations', `update` returns copies in theirs: one layer's keys
+    and values at a time take memory twice. `decode_step` reads the buffers as they are.
+
     Args:
         num_layers: number of layers of the decoder.
         capacity: positions to allocate at first.
+        dtype: what keys and values are stored in: torch.float32, bfloat16, float16, or int8, 8.5
+            bits a value with a scale for 32 values of a head. Default: the activations' dtype.
 
     Attributes:
         num_prefix_tokens: number of visual tokens before the text, included in `length`.
@@ -114,12 +143,16 @@ class KVCache:
             range; the cache is as before.
     """
 
-    def __init__(self, num_layers: int, capacity: int = 0):
+    def __init__(self, num_layers: int, capacity: int = 0, dtype: torch.dtype | None = None):
         _check_int("num_layers", num_layers, 1)
         _check_int("capacity", capacity, 0)
+        if dtype not in (None, *CACHE_DTYPES.values()):
+            raise ValueError(
+                f"dtype must be one of {', '.join(map(str, CACHE_DTYPES.values()))}, got {dtype!r}"
+            )
         self.capacity = capacity
-        self._text = [_Buffer() for _ in range(num_layers)]
-        self._cross = [_Buffer() for _ in range(num_layers)]
+        self._text = [_Buffer(dtype) for _ in range(num_layers)]
+        self._cross = [_Buffer(dtype) for _ in range(num_layers)]
         self.num_prefix_tokens = 0
         self.tile_mask: torch.Tensor | None = None
 
@@ -138,7 +171,7 @@ class KVCache:
         self, layer: int, k: torch.Tensor, v: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Append positions [B, T, kv_heads, head_dim]; return all [B, S, kv_heads, head_dim], as
-        views of the buffers.
+        views of the buffers where those have k's dtype.
         """
         return self._at(self._text, layer).append(k, v, self.capacity)
 
@@ -150,7 +183,9 @@ class KVCache:
     def reserve(
         self, new: int, cross: Collection[int] = ()
     ) -> tuple[list[torch.Tensor], list[torch.Tensor], int]:
-        """As `mllama.nn.cache.Cache.reserve`."""
+        """As `mllama.nn.cache.Cache.reserve`; int8 buffers are [B, kv_heads, capacity,
+        row_bytes(head_dim)].
+        """
         keys, values, image_keys = [], [], 0
         for index, (text, image) in enumerate(zip(self._text, self._cross, strict=True)):
             if index not in cross:
@@ -177,7 +212,7 @@ class KVCache:
         buffer = self._at(self._cross, layer)
         if k.shape[1]:
             return buffer.append(k, v, 0)
-        return buffer.read() if buffer.length else (k, v)
+        return buffer.read(k, v) if buffer.length else (k, v)
 
     def _at(self, buffers: list[_Buffer], layer: int) -> _Buffer:
         if not 0 <= layer < len(buffers):

@@ -10,13 +10,16 @@ from mllama.ops.lora_linear import lora_linear
 from mllama.ops.packed_gguf import pack_gguf, unpack_gguf
 from mllama.ops.packed_linear import pack_weight, packed_linear, unpack_weight
 from mllama.ops.patch_embed import patch_embed
+from mllama.ops.quantized_rows import dequantize_rows, quantize_rows
 from mllama.ops.rms_norm import add_rms_norm, rms_norm
 from mllama.ops.rope import rope, rope_frequencies, rope_tables
+from mllama.ops.select_token import select_token
 
 __all__ = [
     "add_rms_norm",
     "attention",
     "attention_weights",
+    "dequantize_rows",
     "geglu",
     "layer_norm",
     "lora_linear",
@@ -24,12 +27,14 @@ __all__ = [
     "pack_weight",
     "packed_linear",
     "patch_embed",
+    "quantize_rows",
     "resize",
     "resize_normalize",
     "rms_norm",
     "rope",
     "rope_frequencies",
     "rope_tables",
+    "select_token",
     "swiglu",
     "unpack_gguf",
     "unpack_weight",

@@ -1,14 +1,14 @@
-"""Selection of the next token: greedy, or sampled with the same processing of logits, in the same
-order, as in transformers.
-"""
+"""Selection of the next token: greedy, or sampled from the same distribution as in transformers."""
 
 import math
 import numbers
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+
+from mllama.ops.select_token import penalize, process, select_token
 
 # Below this temperature, 0 included, decoding is greedy: dividing by it would overflow.
 COLDEST = 1e-3
@@ -38,7 +38,8 @@ class Sampling:
         min_p: drop tokens less likely than this fraction of the likeliest one's probability.
         repetition_penalty: divides positive and multiplies negative logits of tokens that are in
             the prompt or the answer; also in greedy decoding.
-        seed: seed of the random numbers, 0 to 2**64 - 1. Default: torch's generator.
+        seed: seed of the random numbers, 0 to 2**64 - 1; or several, one for each row, whose
+            draws then do not depend on the other rows. Default: torch's generator.
 
     Raises:
         TypeError: a value has the wrong type.
@@ -51,7 +52,7 @@ class Sampling:
     top_p: float = 1.0
     min_p: float = 0.0
     repetition_penalty: float = 1.0
-    seed: int | None = None
+    seed: int | tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.do_sample, bool):
@@ -62,6 +63,8 @@ class Sampling:
                 object.__setattr__(self, name, float(value))  # of any type of number
         if self.seed is not None:
             check_option("seed", self.seed)
+            if isinstance(self.seed, Sequence):
+                object.__setattr__(self, "seed", tuple(self.seed))
         if self.do_sample:
             return
         unused = [name for name, value in NEUTRAL.items() if getattr(self, name) != value]
@@ -110,6 +113,10 @@ def check_option(name: str, value: Any) -> None:
         TypeError: the value has the wrong type.
         ValueError: the value is out of range.
     """
+    if name == "seed" and isinstance(value, (list, tuple)):
+        for one in value:
+            check_option(name, one)
+        return
     whole = name in ("top_k", "seed")
     if isinstance(value, bool) or not isinstance(
         value, numbers.Integral if whole else numbers.Real
@@ -132,56 +139,69 @@ class Sampler:
         input_ids: int64 [B, T], the prompts. Ids without a logit are ignored by the repetition
             penalty.
         keep_mask: bool [B, T], False where padded. Default: no padding.
+
+    Raises:
+        ValueError: as many seeds as there are rows are needed, or one.
     """
 
     def __init__(
         self, sampling: Sampling, input_ids: torch.Tensor, keep_mask: torch.Tensor | None = None
     ):
         self.sampling = sampling
-        self._generator: torch.Generator | None = None
-        if sampling.seed is not None:
-            self._generator = torch.Generator(input_ids.device).manual_seed(int(sampling.seed))
+        seeds = sampling.seed if isinstance(sampling.seed, tuple) else (sampling.seed,)
+        if isinstance(sampling.seed, tuple) and len(seeds) != len(input_ids):
+            raise ValueError(f"seed must be one, or {len(input_ids)}, one a row, got {len(seeds)}")
+        self._rows = len(input_ids) // len(seeds) if len(input_ids) else 0  # per generator
+        self._generators = [
+            None if seed is None else torch.Generator(input_ids.device).manual_seed(int(seed))
+            for seed in seeds
+        ]
         self._input_ids, self._keep_mask = input_ids, keep_mask
         self._present: torch.Tensor | None = None  # bool [B, V], tokens that occurred
 
     def __call__(self, logits: torch.Tensor) -> torch.Tensor:
-        """[B, V], of any float dtype -> int64 [B]."""
-        scores = self.process(logits)
-        if self.sampling.greedy:
-            tokens = scores.argmax(-1)
-        else:
-            probabilities = scores.softmax(-1)
-            tokens = torch.multinomial(probabilities, 1, generator=self._generator).squeeze(1)
-        if self._present is not None:
-            self._present.scatter_(1, tokens[:, None], True)
+        """[B, V], of any float dtype -> int64 [B].
+
+        Raises:
+            ValueError: to sample, a row's largest logit must be finite.
+        """
+        options = self.sampling
+        present = self._find_present(logits.shape[-1])
+        uniform = None if options.greedy else self._draw_uniform(logits.device)
+        tokens = select_token(
+            logits,
+            uniform,
+            present,
+            temperature=1.0 if options.greedy else options.temperature,
+            top_k=int(options.top_k),
+            top_p=options.top_p,
+            min_p=options.min_p,
+            repetition_penalty=options.repetition_penalty,
+        )
+        if present is not None:
+            present.scatter_(1, tokens[:, None], True)
         return tokens
 
     def process(self, logits: torch.Tensor) -> torch.Tensor:
         """[B, V] -> float32 [B, V]: scores whose softmax is sampled; -inf for excluded tokens."""
-        options, scores = self.sampling, logits.float()
-        if options.repetition_penalty != 1:
-            scores = self._penalize(scores)
+        options, present = self.sampling, self._find_present(logits.shape[-1])
+        scores = penalize(logits.float(), present, options.repetition_penalty)
         if options.greedy:
             return scores
-        if options.temperature != 1:
-            scores = scores / options.temperature
-        if options.top_k:
-            least = scores.topk(min(options.top_k, scores.shape[-1])).values[:, -1:]  # (B, 1)
-            scores = scores.masked_fill(scores < least, -math.inf)
-        if options.top_p < 1:
-            scores = _top_p(scores, options.top_p)
-        if options.min_p > 0:
-            probabilities = scores.softmax(-1)
-            least = options.min_p * probabilities.amax(-1, keepdim=True)  # (B, 1)
-            scores = scores.masked_fill(probabilities < least, -math.inf)
-        return scores
+        return process(scores, options.temperature, options.top_k, options.top_p, options.min_p)
 
-    def _penalize(self, scores: torch.Tensor) -> torch.Tensor:
-        if self._present is None:
-            self._present = _present(self._input_ids, self._keep_mask, scores.shape[-1])
-        penalty = self.sampling.repetition_penalty
-        lowered = torch.where(scores < 0, scores * penalty, scores / penalty)
-        return torch.where(self._present, lowered, scores)
+    def _draw_uniform(self, device: torch.device) -> torch.Tensor:
+        """float64 [B] in [0, 1), from one generator for all rows, or each row's own."""
+        drawn = [
+            torch.rand(self._rows, dtype=torch.float64, device=device, generator=generator)
+            for generator in self._generators
+        ]
+        return drawn[0] if len(drawn) == 1 else torch.cat(drawn)
+
+    def _find_present(self, vocab_size: int) -> torch.Tensor | None:
+        if self._present is None and self.sampling.repetition_penalty != 1:
+            self._present = _present(self._input_ids, self._keep_mask, vocab_size)
+        return self._present
 
 
 def _present(
@@ -193,12 +213,4 @@ def _present(
         counted &= keep_mask
     ids = input_ids.masked_fill(~counted, vocab_size)  # an extra column for ignored ids
     present = torch.zeros(len(input_ids), vocab_size + 1, dtype=torch.bool, device=input_ids.device)
-    return present.scatter_(1, ids, True)[:, :vocab_size]
-
-
-def _top_p(scores: torch.Tensor, top_p: float) -> torch.Tensor:
-    """Exclude the unlikeliest tokens that add up to 1 - top_p or less; at least one stays."""
-    ordered, order = scores.sort(dim=-1)
-    dropped = ordered.softmax(-1).cumsum(-1) <= 1 - top_p
-    dropped[:, -1] = False
-    return scores.masked_fill(dropped.scatter(1, order, dropped), -math.inf)
+    return present.scatter_(1, ids, True)[:, :vocab_size].contiguous()

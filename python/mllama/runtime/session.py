@@ -11,7 +11,8 @@ import torch
 from torch.nn.functional import pad
 
 from mllama.fusion.base import ModelInputs
-from mllama.nn.kv_cache import KVCache
+from mllama.nn.adapted import count_changes
+from mllama.nn.kv_cache import CACHE_DTYPES, KVCache
 from mllama.runtime.completion import Generation, Row
 from mllama.runtime.prefix import Reuse, find_reuse, same_images
 from mllama.runtime.sampler import NEUTRAL, Sampler, Sampling
@@ -28,8 +29,8 @@ _INPUTS = ("input_ids", "attention_mask", "token_type_ids", "cross_attention_mas
 
 class Session:
     """Generates with a model. The cache of the last one-row prompt is reused: the next prompt
-    computes only what differs, such as a chat's next turn. After changing the model (weights,
-    adapters), call `reset`.
+    computes only what differs, such as a chat's next turn. After changing the model's weights, call
+    `reset`; adapters that are attached, replaced, switched or merged are noticed.
 
     Args:
         model: a `VisionLanguageModel` in eval mode.
@@ -39,10 +40,13 @@ class Session:
         where: the model's files, used in errors.
         prefill_chunk_size: prompts without images are prefilled in chunks of this many tokens if
             the model permits it, which bounds the memory of activations.
+        kv_cache: what keys and values are stored in: "int8" (8.5 bits a value), "bf16", "f16" or
+            "f32". Default: the activations' dtype. A packed model decodes on it directly.
 
     Raises:
         TypeError: a processor without a tokenizer, settings of another type.
-        ValueError: settings of transformers' generate that a session does not have.
+        ValueError: settings of transformers' generate that a session does not have; another
+            kv_cache.
     """
 
     def __init__(
@@ -52,8 +56,13 @@ class Session:
         settings: Mapping[str, Any] | None = None,
         where: str | None = None,
         prefill_chunk_size: int = 1024,
+        kv_cache: str | None = None,
     ):
         check_count("prefill_chunk_size", prefill_chunk_size)
+        if kv_cache not in (None, *CACHE_DTYPES):
+            raise ValueError(
+                f"kv_cache must be one of {', '.join(CACHE_DTYPES)} or None, got {kv_cache!r}"
+            )
         if not isinstance(settings, (Mapping, type(None))):
             raise TypeError(f"settings must be a dict or None, got {type(settings).__name__}")
         if unknown := beyond_session(settings or {}):
@@ -64,6 +73,7 @@ class Session:
             raise TypeError(f"processor must have a tokenizer, got {type(processor).__name__}")
         self.where = where
         self.prefill_chunk_size = prefill_chunk_size
+        self.kv_cache = kv_cache
         self._encoded: tuple[dict, torch.Tensor] | None = None  # images and their features
         self.reset()
 
@@ -79,9 +89,10 @@ class Session:
 
     def reset(self) -> None:
         """Drop the cached prompt and its image features."""
-        self._encoded = None
+        self._encoded, self._changes = None, count_changes()
         self._cross_mask: torch.Tensor | None = None  # of the cached prompt
-        self._cache = KVCache(self.model.spec.text.num_hidden_layers)
+        dtype = None if self.kv_cache is None else CACHE_DTYPES[self.kv_cache]
+        self._cache = KVCache(self.model.spec.text.num_hidden_layers, dtype=dtype)
         self._ids: list[int] = []  # ids of one row in the cache
         self._images: dict[str, torch.Tensor] | None = None  # images in the cache; None: unknown
 
@@ -118,6 +129,8 @@ class Session:
                 prompt fills the context; stop or on_text is given without a processor.
         """
         check_count("max_new_tokens", max_new_tokens)
+        if self._changes != count_changes():  # what is cached is of other adapters
+            self.reset()
         inputs = self._take_inputs(inputs)
         options = Sampling.choose(sampling, self.settings)
         stop = self._stop_strings(stop, on_text)

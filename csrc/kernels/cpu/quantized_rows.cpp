@@ -1,0 +1,68 @@
+#include "kernels/cpu/quantized_rows.h"
+
+#include <algorithm>
+
+#include "simd/bytes.h"
+
+namespace mllama::kernels::MLLAMA_ISA {
+namespace {
+
+using namespace simd::MLLAMA_ISA;
+
+constexpr float kSmallestScale = 1e-36f;  // its inverse is finite
+
+// Codes of one group, and its scale.
+bf16 quantize_group(const float (&x)[kRowGroup], int8_t (&codes)[kRowGroup]) {
+    vf largest{}, poison{};
+    for (int i = 0; i < kRowGroup; i += kWidth) {
+        vf v = load(x + i);
+        largest = max(largest, as_float(as_bits(v) & 0x7fffffffu));
+        poison += v * 0.0f;  // NaN where v is not finite
+    }
+    float top = 0;
+    for (int i = 0; i < kWidth; ++i) top = std::max(top, largest[i]);
+    vh half = narrow(splat(top / 127.0f + reduce_add(poison)), bf16{});
+    float scale = widen(half, bf16{})[0];
+    if (scale < kSmallestScale) scale = 0, half = vh{};
+    vf inverse = splat(scale > 0 ? 1.0f / scale : 0.0f);
+    for (int i = 0; i < kRowGroup; i += kWidth) {
+        vf shifted = load(x + i) * inverse + 12582912.0f;  // 1.5 * 2^23: rounds to an integer
+        vi code = reinterpret_cast<vi>(as_bits(shifted)) - 0x4b400000;
+        store_bytes(codes + i, code < -127 ? vi{} - 127 : (code > 127 ? vi{} + 127 : code));
+    }
+    return {half[0]};
+}
+
+}  // namespace
+
+void quantize_rows(const void* x, Dtype dtype, int8_t* codes, int64_t rows, int64_t size) {
+    dispatch(dtype, [&](auto t) {
+        const auto* row = static_cast<const decltype(t)*>(x);
+        for (int64_t r = 0; r < rows; ++r, row += size, codes += quantized_row_bytes(size)) {
+            int8_t* scales = codes + size;
+            for (int64_t g = 0; g < size; g += kRowGroup, scales += sizeof(bf16)) {
+                float group[kRowGroup]{};
+                int8_t own[kRowGroup];
+                int64_t count = std::min(kRowGroup, size - g);
+                for_vectors(count, [&](int64_t i, int n) { store(group + i, at(row + g + i, n)); });
+                bf16 scale = quantize_group(group, own);
+                std::memcpy(codes + g, own, count);
+                std::memcpy(scales, &scale, sizeof scale);
+            }
+        }
+    });
+}
+
+void dequantize_rows(const int8_t* codes, void* x, Dtype dtype, int64_t rows, int64_t size) {
+    dispatch(dtype, [&](auto t) {
+        auto* row = static_cast<decltype(t)*>(x);
+        for (int64_t r = 0; r < rows; ++r, row += size, codes += quantized_row_bytes(size)) {
+            for_vectors(size, [&](int64_t i, int n) {
+                put(row + i,
+                    load_codes(codes + i, n) * splat_bf16(codes + size + i / kRowGroup * 2), n);
+            });
+        }
+    });
+}
+
+}  // namespace mllama::kernels::MLLAMA_ISA

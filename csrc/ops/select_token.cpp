@@ -1,0 +1,50 @@
+#include "ops/select_token.h"
+
+#include <memory>
+
+#include "core/threads.h"
+
+namespace mllama {
+namespace {
+
+Tensor select_token(const Tensor& logits, const MaybeTensor& uniform, const MaybeTensor& present,
+                    double temperature, int64_t top_k, double top_p, double min_p,
+                    double repetition_penalty) {
+    const char* op = "select_token";
+    SelectTokenArgs a(op, logits, uniform, present);
+    check(top_k >= 0, op, "top_k");
+    int64_t rows = a.logits.size(0), size = a.logits.size(1);
+    kernels::SelectToken args{.dtype = a.dtype,
+                              .size = size,
+                              .logits = a.logits.const_data_ptr(),
+                              .present = a.present ? data<bool>(*a.present) : nullptr,
+                              .uniform = a.uniform ? data<double>(*a.uniform) : nullptr,
+                              .penalty = static_cast<float>(repetition_penalty),
+                              .temperature = static_cast<float>(temperature),
+                              .top_k = top_k,
+                              .top_p = top_p,
+                              .min_p = static_cast<float>(min_p),
+                              .tokens = mutable_data<int64_t>(a.tokens)};
+    auto select = MLLAMA_CALL(select_token);
+    int64_t shares = std::min(rows, thread_count());
+    std::unique_ptr<float[]> floats(new float[shares * 2 * size]);
+    std::unique_ptr<int32_t[]> indices(new int32_t[shares * 2 * size]);
+    parallel_for(shares, 1, [&](int64_t begin, int64_t end) {
+        for (int64_t share = begin; share < end; ++share)
+            select(args, &floats[share * 2 * size], &indices[share * 2 * size],
+                   rows * share / shares, rows * (share + 1) / shares);
+    });
+    for (int64_t row = 0; row < rows; ++row)
+        check(args.tokens[row] >= 0, op, "logits: they are no distribution");
+    return a.tokens;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(mllama, m) { define(m, kSelectTokenSchema); }
+
+STABLE_TORCH_LIBRARY_IMPL(mllama, CPU, m) {
+    implement(m, "select_token", TORCH_BOX(&select_token));
+}
+
+}  // namespace mllama
