@@ -7,6 +7,23 @@
 namespace mllama {
 namespace {
 
+// Kept by each thread that calls: fresh memory of this size costs more than most selections.
+struct Scratch {
+    void grow(int64_t wanted) {
+        if (wanted <= size) return;
+        floats.reset(new float[wanted]);
+        indices.reset(new int32_t[wanted]);
+        size = wanted;
+    }
+    int64_t size = 0;
+    std::unique_ptr<float[]> floats;
+    std::unique_ptr<int32_t[]> indices;
+};
+Scratch& own_scratch() {
+    thread_local Scratch scratch;
+    return scratch;
+}
+
 Tensor select_token(const Tensor& logits, const MaybeTensor& uniform, const MaybeTensor& present,
                     double temperature, int64_t top_k, double top_p, double min_p,
                     double repetition_penalty) {
@@ -27,11 +44,13 @@ Tensor select_token(const Tensor& logits, const MaybeTensor& uniform, const Mayb
                               .tokens = mutable_data<int64_t>(a.tokens)};
     auto select = MLLAMA_CALL(select_token);
     int64_t shares = std::min(rows, thread_count());
-    std::unique_ptr<float[]> floats(new float[shares * 2 * size]);
-    std::unique_ptr<int32_t[]> indices(new int32_t[shares * 2 * size]);
+    Scratch& scratch = own_scratch();
+    scratch.grow(uniform || present ? shares * 2 * size : 0);
+    float* floats = scratch.floats.get();
+    int32_t* indices = scratch.indices.get();
     parallel_for(shares, 1, [&](int64_t begin, int64_t end) {
         for (int64_t share = begin; share < end; ++share)
-            select(args, &floats[share * 2 * size], &indices[share * 2 * size],
+            select(args, floats + share * 2 * size, indices + share * 2 * size,
                    rows * share / shares, rows * (share + 1) / shares);
     });
     for (int64_t row = 0; row < rows; ++row)

@@ -28,18 +28,25 @@ class Row {
     int64_t select(int64_t row) {
         size_ = a_.size;
         all_ = true;
+        if (!a_.uniform && !a_.present) {
+            int64_t found = 0;
+            dispatch(a_.dtype, [&](auto t) {
+                found = likeliest(static_cast<const decltype(t)*>(a_.logits) + row * size_);
+            });
+            return found;
+        }
         dispatch(a_.dtype, [&](auto t) {
             const auto* logits = static_cast<const decltype(t)*>(a_.logits) + row * size_;
             for_vectors(size_, [&](int64_t i, int n) { put(x_ + i, at(logits + i, n), n); });
         });
         if (a_.present) penalize(a_.present + row * size_);
-        if (!a_.uniform) return likeliest();
+        if (!a_.uniform) return likeliest(x_);
         if (a_.temperature != 1) {
             for_vectors(size_, [&](int64_t i, int n) {
                 put(x_ + i, at(x_ + i, n) / splat(a_.temperature), n);
             });
         }
-        highest_ = highest(x_, size_);
+        highest_ = highest(x_);
         if (!(std::abs(highest_) < kInfinity)) return -1;  // NaN among them
         if (a_.top_k && a_.top_k < size_) keep_top_k();
         exponentials();
@@ -63,34 +70,34 @@ class Row {
         for (; i < size_; ++i) lower(i);
     }
 
-    // The largest of them; NaN if there is one.
-    static float highest(const float* x, int64_t size) {
+    // The largest one; NaN if there is one.
+    template <class T>
+    float highest(const T* x) const {
         vf top = splat(-kInfinity);
         vi nan{};
-        int64_t i = 0;
-        for (; i + kWidth <= size; i += kWidth) {
-            vf v = load(x + i);
+        auto take = [&](vf v) {
             nan |= v != v;
             top = max(v, top);  // top where v is NaN
-        }
-        float result = -kInfinity;
-        auto take = [&](float one, bool is_nan) {
-            if (is_nan || result != result) {
-                result = __builtin_nanf("");
-            } else {
-                result = std::max(result, one);
-            }
         };
-        for (int lane = 0; lane < kWidth; ++lane) take(top[lane], nan[lane]);
-        for (; i < size; ++i) take(x[i], x[i] != x[i]);
+        int64_t i = 0;
+        for (; i + kWidth <= size_; i += kWidth) take(load(x + i));
+        for (; i < size_; ++i) take(splat(at(x + i, 1)[0]));
+        float result = -kInfinity;
+        for (int lane = 0; lane < kWidth; ++lane) {
+            if (nan[lane]) return __builtin_nanf("");
+            result = std::max(result, top[lane]);
+        }
         return result;
     }
 
     // The first one of the largest, or the first NaN, as torch's argmax.
-    int64_t likeliest() const {
-        float top = highest(x_, size_);
+    template <class T>
+    int64_t likeliest(const T* x) const {
+        float top = highest(x);
+        auto found = [=](vf v) { return top == top ? v == top : v != v; };
         int64_t i = 0;
-        while (top == top ? x_[i] != top : x_[i] == x_[i]) ++i;
+        while (i + kWidth <= size_ && !any(found(load(x + i)))) i += kWidth;
+        while (!found(splat(at(x + i, 1)[0]))[0]) ++i;
         return i;
     }
 
@@ -154,55 +161,95 @@ class Row {
                     [&](int64_t i, int n) { put(x_ + i, exp(at(x_ + i, n) - highest_), n); });
     }
 
-    // How many candidates are below a bound, and their sum.
+    // How many are below a bound, and their sum.
     struct Below {
         int64_t count;
         double sum;
     };
-    Below below(float bound) const {
+    static Below below(const float* x, int64_t size, float bound) {
         Below found{0, 0};
         vi counts{};
-        for (int64_t part = 0; part < size_; part += kPart) {
-            int64_t end = std::min(part + kPart, size_), i = part;
+        for (int64_t part = 0; part < size; part += kPart) {
+            int64_t end = std::min(part + kPart, size), i = part;
             vf sums{};
             for (; i + kWidth <= end; i += kWidth) {
-                vf x = load(x_ + i);
-                vi in = x < bound;
+                vf v = load(x + i);
+                vi in = v < bound;
                 counts -= in;
-                sums += in ? x : vf{};
+                sums += in ? v : vf{};
             }
             found.sum += reduce_add(sums);
             for (; i < end; ++i) {
-                if (x_[i] < bound) ++found.count, found.sum += x_[i];
+                if (x[i] < bound) ++found.count, found.sum += x[i];
             }
         }
         for (int lane = 0; lane < kWidth; ++lane) found.count += counts[lane];
         return found;
     }
 
+    // Copies those of x in [low, high), in order; `to` has room for all, and may be x.
+    static int64_t copy_between(const float* x, int64_t size, float low, float high, float* to) {
+        int64_t count = 0, i = 0;
+#if defined(__AVX512F__)
+        for (; i + kWidth <= size; i += kWidth) {
+            vf v = load(x + i);
+            __mmask16 in = _mm512_movepi32_mask(reinterpret_cast<__m512i>((v >= low) & (v < high)));
+            store(to + count,
+                  reinterpret_cast<vf>(_mm512_maskz_compress_ps(in, reinterpret_cast<__m512>(v))));
+            count += __builtin_popcount(in);
+        }
+#endif
+        for (; i < size; ++i) {  // without branches: many may be in and many out
+            float v = x[i];
+            to[count] = v;
+            count += (v >= low) & (v < high);
+        }
+        return count;
+    }
+
+    // Calls body(i) for each of x in [low, high), few of them.
+    template <class Body>
+    static void for_each_between(const float* x, int64_t size, float low, float high, Body&& body) {
+        int64_t i = 0;
+        for (; i + kWidth <= size; i += kWidth) {
+            vf v = load(x + i);
+            if (!any((v >= low) & (v < high))) continue;
+            for (int64_t j = i; j < i + kWidth; ++j) {
+                if (low <= x[j] && x[j] < high) body(j);
+            }
+        }
+        for (; i < size; ++i) {
+            if (low <= x[i] && x[i] < high) body(i);
+        }
+    }
+
     // Drops the unlikeliest candidates that add up to 1 - top_p of all or less; one stays. Of equal
     // ones the first are dropped, as a stable sort has them.
     void keep_top_p() {
-        float high = std::nextafter(1.0f, 2.0f);  // the largest is 1
-        double dropped = (1 - a_.top_p) * below(high).sum;
-        // All below `low` are dropped: even if all candidates were, they would not add up to more.
-        // None from `high` on is.
+        // All below `low` are dropped: even as many as there are would not add up to more. None
+        // from `high` on is; the largest is 1.
+        float high = std::nextafter(1.0f, 2.0f);
+        double dropped = (1 - a_.top_p) * below(x_, size_, high).sum;
         float low = std::max(static_cast<float>(dropped / (2.0 * size_)), 0x1p-126f);
-        Below under_low = below(low), under_high = below(high);
+        Below under_low = below(x_, size_, low), under_high{size_, 0};
+        const float* between = x_;  // has all of [low, high)
+        int64_t size = size_;
+        Below outside{0, 0};  // what is below `low` and not in `between`
         while (under_high.count - under_low.count > kSorted) {
             float middle = std::sqrt(low) * std::sqrt(high);
             if (!(low < middle && middle < high)) break;  // the others are equal
-            Below under = below(middle);
-            if (under.sum <= dropped) {
-                low = middle, under_low = under;
-            } else {
-                high = middle, under_high = under;
+            Below under = below(between, size, middle);
+            under.count += outside.count, under.sum += outside.sum;
+            (under.sum <= dropped ? low : high) = middle;
+            (under.sum <= dropped ? under_low : under_high) = under;
+            if (4 * (under_high.count - under_low.count) < size) {  // look at fewer from now on
+                size = copy_between(between, size, low, high, room_);
+                between = room_, outside = under_low;
             }
         }
         int64_t count = 0;
-        for (int64_t i = 0; i < size_; ++i) {
-            if (low <= x_[i] && x_[i] < high) order_[count++] = static_cast<int32_t>(i);
-        }
+        for_each_between(x_, size_, low, high,
+                         [&](int64_t i) { order_[count++] = static_cast<int32_t>(i); });
         std::sort(order_, order_ + count,
                   [&](int32_t a, int32_t b) { return x_[a] < x_[b] || (x_[a] == x_[b] && a < b); });
         if (under_high.count == size_) --count;  // the last one of all stays

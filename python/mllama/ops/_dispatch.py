@@ -6,6 +6,7 @@ succeeds pays nothing, and every path raises the same message.
 """
 
 import contextlib
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -15,6 +16,10 @@ from torch.autograd import forward_ad
 from mllama import _ext
 
 _EXTENSION = _ext.load()
+if hasattr(os, "register_at_fork"):
+    # GNU OpenMP takes the parent's threads for its own in a forked process, and waits for them
+    # forever: in torch's operators too. core/threads.h does the same for ours.
+    os.register_at_fork(after_in_child=lambda: torch.set_num_threads(1))
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
