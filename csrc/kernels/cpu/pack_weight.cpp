@@ -21,10 +21,12 @@ float inverse_of(float scale) { return scale != 0 ? 1 / scale : 0; }
 int to_code(float x, int lowest, int highest) {
     return static_cast<int>(std::lrint(std::clamp<float>(x, lowest, highest)));
 }
-// Of a scale: what is not zero stays so.
-int to_step(float x, int lowest, int highest) {
-    int code = to_code(x, lowest, highest);
-    return code ? code : (x > 0) - (x < 0);
+// A scale's code: of the two nearest that with the smaller error(code), where there is one.
+template <class Error>
+int to_step(float x, int lowest, int highest, Error&& error) {
+    int low = to_code(std::floor(x), lowest, highest),
+        high = to_code(std::ceil(x), lowest, highest);
+    return low == high || error(low) <= error(high) ? low : high;
 }
 
 // A group's codes (w + shift) * inverse + zero, of `bits` bits.
@@ -93,23 +95,33 @@ float extreme(const float* w, int64_t count) {
                              [](float a, float b) { return std::fabs(a) < std::fabs(b); });
 }
 
-// The scale of kHalf codes from -32 to 31 with the least squared error found: the one that makes
-// the value of largest size -32, and some near it, each refitted.
-float fit_symmetric(const float* w) {
-    float top = extreme(w, kHalf), best = 0, best_error = INFINITY, q[kHalf];
+float centered_error(const float* w, int count, float scale, float center) {
+    float error = 0, inverse = inverse_of(scale);
+    for (int k = 0; k < count; ++k) {
+        float code = std::rint(std::clamp(w[k] * inverse, -center, center - 1));
+        error += (w[k] - scale * code) * (w[k] - scale * code);
+    }
+    return error;
+}
+
+// The scale of codes from -center to center - 1 with the least squared error found: the one that
+// makes the value of largest size -center, and some near it, each refitted.
+float fit_centered(const float* w, int count, float center) {
+    float top = extreme(w, count), best = top / -center, best_error = INFINITY, q[kGroup];
+    float margin = 1e-8f * top * top;  // more than what errors are rounded by
     if (top == 0) return 0;
     for (int step = -4; step <= 4; ++step) {
-        float inverse = (-32 + 0.25f * static_cast<float>(step)) / top;
+        float inverse = (-center + 0.25f * static_cast<float>(step)) / top;
         float sum_qq = 0, sum_qw = 0, error = 0;
-        for (int k = 0; k < kHalf; ++k) {
-            q[k] = std::rint(std::clamp(w[k] * inverse, -32.0f, 31.0f));
+        for (int k = 0; k < count; ++k) {
+            q[k] = std::rint(std::clamp(w[k] * inverse, -center, center - 1));
             sum_qq += q[k] * q[k], sum_qw += q[k] * w[k];
         }
         float scale = sum_qw / sum_qq;
-        for (int k = 0; k < kHalf; ++k) error += (w[k] - scale * q[k]) * (w[k] - scale * q[k]);
-        if (error < best_error) best = scale, best_error = error;
+        for (int k = 0; k < count; ++k) error += (w[k] - scale * q[k]) * (w[k] - scale * q[k]);
+        if (error + margin < best_error) best = scale, best_error = error;
     }
-    return best_error < INFINITY ? best : top / -32;
+    return best;
 }
 
 // ---- one row of a block
@@ -156,12 +168,13 @@ bool pack_int8(const Row& row) {
 // Scales and minima of the groups as multiples, up to `steps`, of those in the header.
 bool pack_nested(const Row& row, int bits, int steps) {
     std::vector<Affine> fits(row.groups);
+    float highest = (1 << bits) - 1;
     int64_t first = 0;
     do {
         int64_t last = std::min(first + row.size.span, row.groups);
         float scale = 0, minimum = 0;
         for (int64_t g = first; g < last; ++g) {
-            fits[g] = fit_affine(row.group(g), (1 << bits) - 1);
+            fits[g] = fit_affine(row.group(g), highest);
             scale = std::max(scale, fits[g].scale);
             minimum = std::max(minimum, -fits[g].minimum);
         }
@@ -173,8 +186,10 @@ bool pack_nested(const Row& row, int bits, int steps) {
         if (!std::isfinite(scale) || !std::isfinite(minimum)) return false;
         for (int64_t g = first; g < last; ++g) {
             uint8_t* p = row.group_bytes(g);
-            int s = to_step(fits[g].scale * inverse_of(scale), 0, steps);
             int m = to_code(-fits[g].minimum * inverse_of(minimum), 0, steps);
+            int s = to_step(fits[g].scale * inverse_of(scale), 0, steps, [&](int step) {
+                return squared_error(row.group(g), {scale * step, -minimum * m}, highest);
+            });
             p[row.lane] = s;
             p[kLanes + row.lane] = m;
             quantize(p + 2 * kLanes, row.lane, bits, row.group(g), minimum * static_cast<float>(m),
@@ -185,12 +200,11 @@ bool pack_nested(const Row& row, int bits, int steps) {
     return true;
 }
 
-// The value of largest size becomes the lowest code, as in GGUF's Q4_0 and Q5_0.
 bool pack_centered(const Row& row, int bits) {
     float center = 1 << (bits - 1);
     for (int64_t g = 0; g < row.groups; ++g) {
         uint8_t* p = row.group_bytes(g);
-        write_scale(p, row.lane, extreme(row.group(g), kGroup) / -center);
+        write_scale(p, row.lane, fit_centered(row.group(g), kGroup, center));
         float scale = read_f16(p, row.lane);
         if (!std::isfinite(scale)) return false;
         quantize(p + 2 * kLanes, row.lane, bits, row.group(g), 0, inverse_of(scale), center);
@@ -218,7 +232,7 @@ bool pack_q6_k(const Row& row) {
     do {
         int64_t last = std::min(first + row.size.span, row.groups);
         for (int64_t i = 2 * first; i < 2 * last; ++i)
-            fits[i] = fit_symmetric(row.values + i * kHalf);
+            fits[i] = fit_centered(row.values + i * kHalf, kHalf, 32);
         uint8_t* header = row.header_bytes(first);
         int64_t count = std::max<int64_t>(2 * (last - first), 1);
         write_f16_above(header, row.lane, extreme(&fits[2 * first], count) / -128);
@@ -227,7 +241,9 @@ bool pack_q6_k(const Row& row) {
         for (int64_t g = first; g < last; ++g) {
             uint8_t *p = row.group_bytes(g), codes[kGroup];
             for (int half = 0; half < 2; ++half) {
-                int s = to_step(fits[2 * g + half] * inverse_of(d), -128, 127);
+                const float* w = row.group(g) + half * kHalf;
+                int s = to_step(fits[2 * g + half] * inverse_of(d), -128, 127,
+                                [&](int step) { return centered_error(w, kHalf, d * step, 32); });
                 p[half * kLanes + row.lane] = s;
                 float inverse = inverse_of(d * static_cast<float>(s));
                 for (int k = half * kHalf; k < (half + 1) * kHalf; ++k)

@@ -2,6 +2,8 @@
 kernels (csrc/kernels/cpu/pack_weight.cpp) are tested against them.
 """
 
+from collections.abc import Callable
+
 import torch
 
 BITS = {
@@ -46,9 +48,8 @@ def quantize(w: torch.Tensor, packing: str, span: int) -> Numbers:
 
 
 def _quantize_centered(w: torch.Tensor, bits: int) -> Numbers:
-    """The value of largest size becomes the lowest code."""
     center = 2 ** (bits - 1)
-    scale = half_scale(_extreme(w) / -center)
+    scale = half_scale(fit_centered(w, center))
     codes = torch.round(w * _inverse(scale)[..., None] + center)
     return [], [scale], codes.clamp(0, 2 * center - 1)
 
@@ -68,8 +69,8 @@ def _quantize_nested(w: torch.Tensor, bits: int, steps: int, span: int) -> Numbe
     header = [half_above(_by_span(value, span).amax(3) / steps) for value in fits]
     of_group = torch.arange(groups) // span
     d, e = (value.float()[:, :, of_group] for value in header)
-    s = _steps(fits[0] * _inverse(d), 0, steps)
     m = torch.round(fits[1] * _inverse(e)).clamp(0, steps)
+    s = _steps(fits[0] * _inverse(d), 0, steps, lambda s: _squared_error(w, d * s, -e * m, highest))
     codes = torch.round((w + (e * m)[..., None]) * _inverse(d * s)[..., None]).clamp(0, highest)
     return header, [s.to(torch.uint8), m.to(torch.uint8)], codes
 
@@ -77,10 +78,10 @@ def _quantize_nested(w: torch.Tensor, bits: int, steps: int, span: int) -> Numbe
 def _quantize_q6_k(w: torch.Tensor, span: int) -> Numbers:
     """Scales of 16 inputs as multiples, -128 to 127, of the one in the header."""
     halves = w.unflatten(3, (2, -1))
-    fits = fit_symmetric(halves)  # (blocks, lanes, groups, 2)
+    fits = fit_centered(halves, 32)  # (blocks, lanes, groups, 2)
     header = half_above(_extreme(_by_span(fits, span).flatten(3)) / -128)
     d = header.float()[:, :, torch.arange(w.shape[2]) // span, None]
-    s = _steps(fits * _inverse(d), -128, 127)
+    s = _steps(fits * _inverse(d), -128, 127, lambda s: _centered_error(halves, d * s, 32))
     codes = torch.round(halves * _inverse(d * s)[..., None]).clamp(-32, 31) + 32
     return [header], list(s.to(torch.int8).unbind(3)), codes.flatten(3)
 
@@ -98,10 +99,10 @@ def _extreme(x: torch.Tensor) -> torch.Tensor:
     return x.gather(-1, x.abs().argmax(-1, keepdim=True))[..., 0]
 
 
-def _steps(x: torch.Tensor, lowest: int, highest: int) -> torch.Tensor:
-    """Codes of scales: what is not zero stays so."""
-    codes = torch.round(x).clamp(lowest, highest)
-    return torch.where(codes == 0, x.sign(), codes)
+def _steps(x: torch.Tensor, lowest: int, highest: int, error: Callable) -> torch.Tensor:
+    """Codes of scales: of the two nearest those with the smaller error(codes)."""
+    low, high = x.floor().clamp(lowest, highest), x.ceil().clamp(lowest, highest)
+    return torch.where(error(low) <= error(high), low, high)
 
 
 def _inverse(scale: torch.Tensor) -> torch.Tensor:
@@ -173,19 +174,27 @@ def _squared_error(w, scale, minimum, highest):
     return (values - w).square().sum(-1)
 
 
-def fit_symmetric(w: torch.Tensor) -> torch.Tensor:
-    """Scale of codes -32 to 31, of least squared error likewise: the one that makes the value of
-    largest size -32, and some near it, each refitted.
+def _centered_error(w, scale, center):
+    codes = torch.round(w * _inverse(scale)[..., None]).clamp(-center, center - 1)
+    return (w - scale[..., None] * codes).square().sum(-1)
+
+
+def fit_centered(w: torch.Tensor, center: int) -> torch.Tensor:
+    """Scale of codes -center to center - 1, of least squared error likewise: the one that makes the
+    value of largest size -center, and some near it, each refitted.
 
     Args:
         w: [..., inputs].
     """
     top = _extreme(w)
-    best, error = top / -32, torch.full_like(top, torch.inf)
+    best, error = top / -center, torch.full_like(top, torch.inf)
+    margin = 1e-8 * top.square()  # more than what errors are rounded by
     for step in range(-4, 5):
-        q = torch.round(w * ((-32 + 0.25 * step) * _inverse(top))[..., None]).clamp(-32, 31)
+        # torch rounds a number divided by a tensor twice: codes half way would be other ones.
+        inverse = torch.where(top != 0, torch.full_like(top, -center + 0.25 * step) / top, 0)
+        q = torch.round(w * inverse[..., None]).clamp(-center, center - 1)
         scale = (q * w).sum(-1) / (q * q).sum(-1)
         found = (w - scale[..., None] * q).square().sum(-1)
-        better = found < error
+        better = found + margin < error
         best, error = torch.where(better, scale, best), torch.where(better, found, error)
     return best

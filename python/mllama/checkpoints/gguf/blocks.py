@@ -19,11 +19,11 @@ FILE_TYPES = {
 }
 # What takes a type's place where rows are not whole blocks of it.
 _FALLBACK = {_Type.Q4_K: _Type.Q5_0, _Type.Q6_K: _Type.Q8_0}
-# Quantized here; the gguf library quantizes the others.
-_OWN = {_Type.Q4_K: "q4_k", _Type.Q6_K: "q6_k"}
+# Quantized here: the gguf library has no K-quants, and fits no scales. It writes the others.
+_OWN = {_Type.Q4_0: "q4_0", _Type.Q5_0: "q5_0", _Type.Q4_K: "q4_k", _Type.Q6_K: "q6_k"}
 _HALF_MAX = torch.finfo(torch.float16).max
 # The largest weight: these have it as a float16, or as a float16 times a code.
-_LARGEST = {_Type.F16: 1, _Type.Q8_0: 127, _Type.Q4_0: 8, _Type.Q5_0: 16}
+_LARGEST = {_Type.F16: 1, _Type.Q8_0: 127}
 _VARIED = re.compile(r"blk\.(\d+)\.(attn_v|ffn_down)\.weight")
 
 
