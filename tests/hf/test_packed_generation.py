@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from unittest import mock
 
 import pytest
 import torch
@@ -54,6 +55,7 @@ class AfterFour(StoppingCriteria):
         {"num_beams": 4, "num_return_sequences": 2, "length_penalty": 0.5},
         {"do_sample": True, "top_k": 20, "top_p": 0.9, "temperature": 0.8},
         {"do_sample": True, "num_return_sequences": 3},
+        {"do_sample": True, "min_p": 0.1, "repetition_penalty": 1.3},
         {"logits_processor": [Favor()]},
         {"stopping_criteria": [AfterFour()]},
         {"repetition_penalty": 1.5, "no_repeat_ngram_size": 2},
@@ -69,6 +71,59 @@ def test_every_way_of_choosing_tokens(model, options):
         tokens = generate()
     assert calls.call_count >= 3
     assert torch.equal(tokens, by_layers(model, generate))
+
+
+@pytest.mark.parametrize("options", [{}, {"repetition_penalty": 2.0}, {"eos_token_id": [7, 30]}])
+def test_greedy_tokens_are_those_of_transformers_loop(model, options):
+    options = OPTIONS | {"max_new_tokens": 16} | options
+    given = model.generate(**inputs(), **options)
+    with mock.patch("mllama.hf.generation.sampling_of", return_value=None):
+        expected = model.generate(**inputs(), **options)
+    assert torch.equal(given, expected)
+
+
+def test_tokens_are_drawn_as_transformers_draws_them(model):
+    """The first token of many rows, by a chi-square statistic."""
+    ids = torch.tensor([[5, 6, 7]])
+    warpers = {"do_sample": True, "top_k": 12, "top_p": 0.8, "temperature": 1.5, "min_p": 0.02}
+    torch.manual_seed(0)
+    drawn = model.generate(
+        ids, max_new_tokens=1, pad_token_id=0, num_return_sequences=4000, **warpers
+    )[:, -1]
+    scores = model.generate(
+        ids, max_new_tokens=1, pad_token_id=0, output_scores=True, return_dict_in_generate=True,
+        **warpers,
+    ).scores[0][0]  # fmt: skip
+    expected = scores.softmax(-1) * 4000
+    counts = torch.bincount(drawn, minlength=len(expected))
+    kept = expected > 0
+    assert not counts[~kept].any() and 2 < kept.sum() <= 12
+    statistic = ((counts - expected)[kept] ** 2 / expected[kept]).sum()
+    assert statistic < 35  # 11 degrees of freedom: once in 4,000 seeds
+
+
+def test_a_streamer_gets_every_token(model):
+    class Streamer:
+        def __init__(self):
+            self.tokens, self.ended = [], False
+
+        def put(self, value):
+            self.tokens += value.flatten().tolist()
+
+        def end(self):
+            self.ended = True
+
+    streamer, ids = Streamer(), torch.tensor([[5, 6, 7]])
+    tokens = model.generate(ids, streamer=streamer, **OPTIONS)
+    assert streamer.tokens == tokens[0].tolist() and streamer.ended
+
+
+def test_other_ways_are_those_of_transformers(model, caplog):
+    for options in ({"typical_p": 0.9, "do_sample": True}, {"return_dict_in_generate": True}):
+        with caplog.at_level("DEBUG", logger="mllama"):
+            model.generate(torch.tensor([[5, 6, 7]]), **OPTIONS | options)
+        assert "select_token" in caplog.text
+        caplog.clear()
 
 
 def test_scores(model):

@@ -1,6 +1,7 @@
 """Support for images and masks in transformers' `generate`."""
 
 import functools
+import logging
 from typing import Any, Literal, overload
 
 import torch
@@ -13,7 +14,12 @@ from mllama.hf.built import check_built
 from mllama.hf.cache import check_cache, keep_all_tokens, num_prefix_tokens
 from mllama.hf.call import one_of_images
 from mllama.hf.compat import CACHE_NAME, hand_on, rename_cache
+from mllama.hf.sampling import find_loop_obstacle, sample, sampling_of
+from mllama.quant.packer import packing_of
+from mllama.runtime.sampler import Sampler
 from mllama.text.prefix import count_prefix
+
+_log = logging.getLogger(__name__)
 
 _READING = ("vision_feature_layer", "vision_feature_select_strategy", "interpolate_pos_encoding")
 _TOKENIZERS = (
@@ -274,6 +280,32 @@ class MllamaGenerationMixin(GenerationMixin):
             return torch.tensor([token], device=input_ids.device)
         images, mask = _count_images(model_kwargs), model_kwargs.get("attention_mask")
         return input_ids[self.fusion.find_placeholders(input_ids, mask, images)].unique()
+
+    @functools.wraps(GenerationMixin._sample)
+    def _sample(
+        self,
+        input_ids,
+        logits_processor,
+        stopping_criteria,
+        generation_config,
+        synced_gpus=False,
+        streamer=None,
+        **model_kwargs,
+    ):
+        """As GenerationMixin's. A packed model selects tokens by `select_token`, whose draws with a
+        seed are others than torch.multinomial's.
+        """
+        given = (input_ids, logits_processor, stopping_criteria, generation_config)
+        if packing_of(self) is None:
+            return super()._sample(*given, synced_gpus, streamer, **model_kwargs)
+        sampling = sampling_of(logits_processor, generation_config.do_sample)
+        if obstacle := find_loop_obstacle(generation_config, synced_gpus, sampling):
+            _log.debug("tokens are selected by transformers, not by select_token: %s", obstacle)
+            return super()._sample(*given, synced_gpus, streamer, **model_kwargs)
+        sampler = Sampler(sampling, input_ids)
+        return sample(
+            self, input_ids, sampler, stopping_criteria, generation_config, streamer, model_kwargs
+        )
 
     @functools.wraps(GenerationMixin._assisted_decoding)
     def _assisted_decoding(self, input_ids, *args, **kwargs):

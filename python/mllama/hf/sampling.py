@@ -1,0 +1,100 @@
+"""transformers' loop of sampling, with the token selected by one operator."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from transformers.generation.logits_process import (
+    LogitsProcessor,
+    MinPLogitsWarper,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from mllama.runtime.sampler import COLDEST, Sampler, Sampling
+
+# In transformers' order; by the attribute that is the option of `Sampling`.
+_OPTIONS = {
+    RepetitionPenaltyLogitsProcessor: "penalty",
+    TemperatureLogitsWarper: "temperature",
+    TopKLogitsWarper: "top_k",
+    TopPLogitsWarper: "top_p",
+    MinPLogitsWarper: "min_p",
+}
+
+
+def sampling_of(processors: Iterable[LogitsProcessor], do_sample: bool) -> Sampling | None:
+    """The options that a list of processors stands for; None if it has other processors, another
+    order or another option.
+    """
+    options: dict[str, Any] = {}
+    order, last = list(_OPTIONS), -1
+    for one in processors:
+        kind = type(one)
+        if kind not in _OPTIONS or order.index(kind) <= last:
+            return None
+        last = order.index(kind)
+        few = getattr(one, "min_tokens_to_keep", 1) == 1
+        whole = getattr(one, "prompt_ignore_length", None) is None
+        excludes = getattr(one, "filter_value", -torch.inf) == -torch.inf
+        if not (few and whole and excludes):
+            return None
+        name = _OPTIONS[kind]
+        options["repetition_penalty" if name == "penalty" else name] = getattr(one, name)
+    cold = options.get("temperature", 1) < COLDEST  # greedy here, not in transformers
+    if cold or (not do_sample and options.keys() - {"repetition_penalty"}):
+        return None
+    return Sampling(do_sample=do_sample, **options)
+
+
+def find_loop_obstacle(
+    generation_config: Any, synced_gpus: bool, sampling: Sampling | None
+) -> str | None:
+    """Why `sample` cannot take the place of transformers' loop; None where it can."""
+    if sampling is None:
+        return "other processing of logits"
+    if generation_config.return_dict_in_generate:
+        return "return_dict_in_generate"
+    if synced_gpus:
+        return "synced_gpus"
+    return "an assistant" if getattr(generation_config, "is_assistant", False) else None
+
+
+def sample(
+    model: Any,
+    input_ids: torch.Tensor,
+    sampler: Sampler,
+    stopping_criteria: Any,
+    generation_config: Any,
+    streamer: Any,
+    model_kwargs: dict[str, Any],
+) -> torch.Tensor:
+    """`GenerationMixin._sample` without what it returns beside the tokens.
+
+    Returns:
+        int64 [B, T + new]: the ids and what follows, padded after the end of a row.
+    """
+    pad = generation_config._pad_token_tensor
+    ends = any(hasattr(criterion, "eos_token_id") for criterion in stopping_criteria)
+    unfinished = torch.ones_like(input_ids[:, 0])
+    outputs = model._prefill(input_ids, generation_config, model_kwargs, is_first_iteration=True)
+    while True:
+        model_kwargs = model._update_model_kwargs_for_generation(outputs, model_kwargs)
+        tokens = sampler(outputs.logits[:, -1])
+        if ends:
+            tokens = tokens * unfinished + pad * (1 - unfinished)
+        input_ids = torch.cat([input_ids, tokens[:, None]], dim=-1)
+        if streamer is not None:
+            streamer.put(tokens)
+        unfinished = unfinished & ~stopping_criteria(input_ids, None)
+        if not unfinished.any():
+            break
+        inputs = model.prepare_inputs_for_generation(
+            input_ids, next_sequence_length=1 if model_kwargs["use_cache"] else None, **model_kwargs
+        )
+        outputs = model(**inputs, return_dict=True)
+    if streamer is not None:
+        streamer.end()
+    return input_ids
