@@ -12,7 +12,7 @@ import torch
 from mllama.assets import EMBEDDED
 from mllama.checkpoints import open_checkpoint
 from mllama.checkpoints.opened import Opened
-from mllama.device import choose_device, choose_dtype, dtype_name, dtype_named
+from mllama.device import choose_dtype, dtype_name, dtype_named
 from mllama.lora.loading import load_lora
 from mllama.lora.peft import CONFIG as ADAPTER_CONFIG
 from mllama.lora.peft import adapted_model
@@ -69,7 +69,8 @@ def load(
         adapter: LoRA adapters to load into the model, as `mllama.load_lora` accepts them.
         weights: pack the weights for inference on a CPU, as `mllama.optimize` does, one by one as
             they are read; or "file", in the file's own types, such as GGUF's blocks. Adapters are
-            merged first, which "file" does not allow.
+            merged first, which "file" does not allow. A folder of packed weights (`mllama
+            quantize`) is packed as it says: None, "file" or the same.
 
     Returns:
         (model, processor). The model is in eval mode: MllamaForConditionalGeneration, or
@@ -102,15 +103,15 @@ def load_quietly(
     from mllama.hf.processors.auto import load_processor
 
     folder, adapter = _find_adapted(path, adapter)
-    device = choose_device(device)
     with (opened := open_checkpoint(folder)).source:
+        place = opened.choose_device(device)
         found: Any = model_class(opened.spec)
         options: dict[str, Any] = (
             {"reference": reference} if "reference" in found.load_options else {}
         )
-        dtype = resolve_dtype(opened, dtype, device)
+        dtype = resolve_dtype(opened, dtype, place)
         packed = None if adapter is not None else weights
-        model, _ = load_opened(found, opened, dtype, device, weights=packed, **options)
+        model, _ = load_opened(found, opened, dtype, place, weights=packed, **options)
     _adapt(model, adapter, weights)
     return model, processor_of(folder, load_processor)
 
@@ -133,8 +134,8 @@ def open_session(
         TypeError, ValueError, FileNotFoundError: as `load`. ValueError for SigLIP: no decoder.
     """
     folder, own_adapter = _find_adapted(path, adapter)
-    place = choose_device(device)
     with (opened := open_checkpoint(folder)).source:
+        place = opened.choose_device(device)
         if opened.spec.text is None:
             raise ValueError("a SigLIP vision model has no decoder to answer with")
         settings, where = opened.generation or {}, opened.source.where
@@ -163,6 +164,11 @@ def _adapt(model: Any, adapter: str | os.PathLike | None, weights: str | None) -
     """Load adapters, if any; weights that shall be packed are packed with the adapters in them."""
     if adapter is None:
         return
+    if packing_of(model) is not None:
+        raise ValueError(
+            "packed weights take no adapter: give the model that they were packed from, with "
+            "adapter and weights"
+        )
     load_lora(model, adapter)
     if weights is not None:
         optimize(merge_and_unload(model), weights)

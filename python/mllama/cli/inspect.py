@@ -203,7 +203,7 @@ def _page(found: dict[str, Any]) -> str:
             ),
             *_table(
                 f"memory ({asked})",
-                {name: _bytes(count) for name, count in found["memory"].items()},
+                {name: bytes_text(count) for name, count in found["memory"].items()},
             ),
             {
                 True: "loads: every tensor has its place",
@@ -219,7 +219,7 @@ def _table(title: str, rows: dict[str, str]) -> list[str]:
     return [title, *(f"  {name:34}{value:>18}" for name, value in rows.items())]
 
 
-def _bytes(count: int) -> str:
+def bytes_text(count: int) -> str:
     for power, unit in ((30, "GiB"), (20, "MiB")):
         if count >= 2**power:
             return f"{count / 2**power:,.2f} {unit}"

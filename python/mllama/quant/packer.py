@@ -1,7 +1,5 @@
 """Packing the linear layers of a model, all at once or one by one while it is loaded."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -9,7 +7,7 @@ import torch
 from torch import nn
 
 from mllama import _ext
-from mllama.nn.packed import PackedEmbedding, PackedLinear
+from mllama.nn.packed import PackedLinear, packed_layer
 from mllama.ops.packed_linear import pack_weight
 
 
@@ -41,7 +39,7 @@ _OF_DTYPES = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"
 _OF_BLOCKS = {"Q8_0": "int8", "Q4_0": "q4_0", "Q4_1": "q4_1"}  # others are requantized
 _OTHER_BLOCKS = "int8"
 _Model = TypeVar("_Model", bound=nn.Module)
-_HEAD, _EMBEDDINGS = "lm_head", "language_model.embed_tokens"
+HEAD, EMBEDDINGS = "lm_head", "language_model.embed_tokens"
 
 
 class Packer:
@@ -61,29 +59,17 @@ class Packer:
     """
 
     def __init__(self, model: nn.Module, weights: str, device: Any = "cpu"):
-        known = [FILE, *RECIPES]
-        if weights not in known:
-            raise ValueError(f"weights must be one of {', '.join(known)}, got {weights!r}")
-        if _ext.disabled():
-            raise ValueError("weights needs the compiled operators, which are disabled here")
-        if isinstance(device, dict) or str(device) != "cpu":
-            raise ValueError(f"weights={weights!r} needs device 'cpu', got {device!r}")
-        if getattr(getattr(model, "spec", None), "text", None) is None:
-            raise ValueError("weights are packed of models with a decoder; this one has none")
-        if packing_of(model) is not None:
-            raise ValueError("weights cannot be packed twice: this model is packed")
-        if any(".lora_a" in name or ".lora_A" in name for name, _ in model.named_parameters()):
-            raise ValueError("this model has LoRA layers: merge them before its weights are packed")
+        check_packable(model, weights, device)
         self.model, self.weights, self.recipe = model, weights, RECIPES.get(weights)
         self.packed: dict[str, str] = {}
         self._tied = model.spec.text.tie_word_embeddings
         self._left = {
             name
             for name, module in model.named_modules()
-            if type(module) is nn.Linear or name == _EMBEDDINGS
+            if type(module) is nn.Linear or name == EMBEDDINGS
         }
         if self._tied:
-            self._left.discard(_HEAD)  # it gets the embeddings' matrix
+            self._left.discard(HEAD)  # it gets the embeddings' matrix
 
     def take(self, name: str, weight: torch.Tensor, header: Any, dtype: torch.dtype) -> bool:
         """Pack a parameter, if it is one of a layer to pack.
@@ -98,47 +84,34 @@ class Packer:
             Whether it was: then the model has a packed layer in its place.
         """
         owner, _, last = name.rpartition(".")
-        if self._tied and owner == _HEAD:
-            owner = _EMBEDDINGS
+        if self._tied and owner == HEAD:
+            owner = EMBEDDINGS
         if last == "weight" and owner in self.packed:  # the other name of a tied matrix
             packed = self.model.get_submodule(owner).packed
-            self._check_tied(torch.equal(packed, pack_weight(weight, self.packed[owner])))
+            check_tied(torch.equal(packed, pack_weight(weight, self.packed[owner])))
             return True
         if last != "weight" or owner not in self._left:
             return False
         self._left.discard(owner)
         packing, module = self._choose(owner, header), self.model.get_submodule(owner)
         packed = pack_weight(weight, packing)
-        if isinstance(module, nn.Embedding):
-            scale = getattr(module, "embed_scale", None)
-            self._put(owner, PackedEmbedding(packed, *weight.shape, packing, dtype, scale))
-            if self._tied:
-                self._put(_HEAD, PackedLinear(packed, *reversed(weight.shape), packing))
-        else:
-            bias = None if module.bias is None else module.bias.detach()
-            self._put(owner, PackedLinear(packed, *reversed(weight.shape), packing, bias))
+        self._put(owner, packed_layer(module, packed, packing, dtype))
+        if self._tied and owner == EMBEDDINGS:
+            self._put(HEAD, PackedLinear(packed, *reversed(weight.shape), packing))
         return True
 
     def pack_all(self) -> None:
         """Pack the model's own parameters; each dense one is let go before the next is packed."""
         if self._tied:
-            names = f"{_HEAD}.weight", f"{_EMBEDDINGS}.weight"
-            self._check_tied(torch.equal(*map(self.model.get_parameter, names)))
+            names = f"{HEAD}.weight", f"{EMBEDDINGS}.weight"
+            check_tied(torch.equal(*map(self.model.get_parameter, names)))
         for owner, module in list(self.model.named_modules()):
             if owner in self._left:
                 self.take(f"{owner}.weight", module.weight.detach(), None, module.weight.dtype)
 
-    def _check_tied(self, equal: bool) -> None:
-        if not equal:
-            raise ValueError(
-                f"{_HEAD}.weight and {_EMBEDDINGS}.weight differ, but the config says they are one "
-                "(tied)"
-            )
-
     def finish(self) -> None:
         """Freeze what is left, once all is packed."""
-        self.model.requires_grad_(False)
-        self.model.__dict__["packed_weights"] = self.weights
+        mark_packed(self.model, self.weights)
 
     def _put(self, name: str, module: nn.Module) -> None:
         self.model.set_submodule(name, module)
@@ -150,34 +123,51 @@ class Packer:
             if header.blocks is None:
                 return _OF_DTYPES.get(header.dtype, "f32")
             return _OF_BLOCKS.get(header.blocks, _OTHER_BLOCKS)
-        if name in (_HEAD, _EMBEDDINGS):
+        if name in (HEAD, EMBEDDINGS):
             return self.recipe.tables
         return self.recipe.decoder if name.startswith("language_model.") else self.recipe.vision
 
 
-@contextmanager
-def packing(
-    model: nn.Module, weights: str | None, device: Any
-) -> Iterator[Callable[..., bool] | None]:
-    """Context in which a model is loaded: yields what takes its tensors, None where weights is.
+def check_packable(model: nn.Module, weights: str, device: Any) -> None:
+    """Raise ValueError as `Packer` does."""
+    known = [FILE, *RECIPES]
+    if weights not in known:
+        raise ValueError(f"weights must be one of {', '.join(known)}, got {weights!r}")
+    if _ext.disabled():
+        raise ValueError("weights needs the compiled operators, which are disabled here")
+    if isinstance(device, dict) or str(device) != "cpu":
+        raise ValueError(f"weights={weights!r} needs device 'cpu', got {device!r}")
+    if getattr(getattr(model, "spec", None), "text", None) is None:
+        raise ValueError("weights are packed of models with a decoder; this one has none")
+    if packing_of(model) is not None:
+        raise ValueError("weights cannot be packed twice: this model is packed")
+    if any(".lora_a" in name or ".lora_A" in name for name, _ in model.named_parameters()):
+        raise ValueError("this model has LoRA layers: merge them before its weights are packed")
 
-    Args:
-        model, weights, device: as `Packer` takes them.
 
-    Raises:
-        ValueError: as `Packer`.
-    """
-    if weights is None:
-        yield None
-        return
-    packer = Packer(model, weights, device)
-    yield packer.take
-    packer.finish()
+def check_tied(equal: bool) -> None:
+    """Raise ValueError unless the head's matrix and the embeddings' are equal."""
+    if not equal:
+        raise ValueError(
+            f"{HEAD}.weight and {EMBEDDINGS}.weight differ, but the config says they are one (tied)"
+        )
+
+
+def mark_packed(model: nn.Module, weights: str) -> None:
+    """Freeze a model whose layers are packed, and note how."""
+    model.requires_grad_(False)
+    model.__dict__["packed_weights"] = weights
 
 
 def packing_of(model: nn.Module) -> str | None:
     """Which of RECIPES a model's weights are packed by; None where they are not."""
     return getattr(model, "packed_weights", None)
+
+
+def tie_packed(model: nn.Module) -> None:
+    """Let a packed model's head share the packed embeddings, where its config ties them."""
+    if model.spec.text.tie_word_embeddings:
+        model.get_submodule(HEAD).packed = model.get_submodule(EMBEDDINGS).packed
 
 
 def optimize(model: _Model, weights: str) -> _Model:
