@@ -182,6 +182,11 @@ def _add_quantize(commands) -> None:
         help="dtype of norms and biases (default: auto, as in IN)",
     )
     parser.add_argument(
+        "--calibrate",
+        metavar="FILE",
+        help="a text for which the codes of int4 are chosen, by GPTQ: less error, and more time",
+    )
+    parser.add_argument(
         "--text",
         metavar="FILE",
         help="a text to compare both models on (default: a part of Python's documentation)",

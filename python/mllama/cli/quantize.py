@@ -17,6 +17,7 @@ def run(arguments: argparse.Namespace) -> None:
         arguments.target,
         arguments.weights,
         dtype=arguments.dtype,
+        calibration=arguments.calibrate,
         text=arguments.text,
         report=not arguments.no_report,
         force=arguments.force,

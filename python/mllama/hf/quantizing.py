@@ -19,11 +19,12 @@ from mllama.hf.models import model_class, survey_opened
 from mllama.hf.processors.auto import load_processor
 from mllama.hf.weight_types import count_bytes
 from mllama.processing.folders import PROCESSOR_FILES
-from mllama.quant.packer import FILE, RECIPES
+from mllama.quant.packer import FILE, RECIPES, optimize
 from mllama.quant.report import compare, cross_entropy, perplexity
 
 REPORT = "quantization_report.json"
 WINDOW = 512  # tokens that a row of a text has at most
+CALIBRATED = 32  # rows of a calibration text
 _DEFAULT_TEXT = 6000  # characters
 
 
@@ -33,6 +34,7 @@ def quantize(
     weights: str = "int4",
     *,
     dtype: str | torch.dtype = "auto",
+    calibration: str | os.PathLike | None = None,
     text: str | os.PathLike | None = None,
     report: bool = True,
     force: bool = False,
@@ -50,6 +52,9 @@ def quantize(
         target: a folder; written atomically.
         weights: "int4", "int8", "bf16", "f16", "f32", or "file", as `mllama.load` takes them.
         dtype: of norms and biases, and of the activations later: "auto" is the files' own.
+        calibration: a UTF-8 text file for which the codes of "int4" are chosen, as
+            `mllama.optimize` does; its first 16,384 tokens are used. The whole model is in memory
+            then, or mapped from its files.
         text: a UTF-8 text file for the report. Default: English documentation of Python.
         report: False skips it.
         force: write into a folder that is not empty; files that are not part of a model stay.
@@ -75,7 +80,13 @@ def quantize(
     with (opened := _open(path)).source:
         processor = _processor(path)
         ids = _token_ids(processor, text) if report else None
-        model, _ = load_opened(model_class(opened.spec), opened, dtype, weights=weights)
+        kind: Any = model_class(opened.spec)
+        if calibration is None:
+            model, _ = load_opened(kind, opened, dtype, weights=weights)
+        else:
+            known_ids = _token_ids(processor, calibration)[:CALIBRATED]
+            model, _ = load_opened(kind, opened, dtype, mapped=True)
+            optimize(model, weights, known_ids)
     found: dict[str, Any] = {}
 
     def write(aside: Path) -> None:
@@ -85,7 +96,8 @@ def quantize(
         if processor is not None:
             processor.save_pretrained(aside)
         if report:
-            found.update({"weights": weights} | _report(path, aside, ids))
+            found.update({"weights": weights, "calibrated": calibration is not None})
+            found.update(_report(path, aside, ids))
             write_json(aside / REPORT, found)
 
     write_folder(target, write, (REPORT, *(() if processor is None else PROCESSOR_FILES)))

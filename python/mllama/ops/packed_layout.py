@@ -5,6 +5,7 @@ them.
 Here a weight is (blocks, LANES, groups, GROUP): output rows by block and lane, inputs by group.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -58,11 +59,42 @@ def pack(weight: torch.Tensor, packing: str) -> torch.Tensor:
     if packing in _FLOATS:
         halves = _lanes_inside(w.to(_FLOATS[packing]), 2 if packing == "bf16" else 1)
         return halves.contiguous().view(torch.uint8).flatten()
-    header, scales, codes = _QUANTIZERS[packing](w)
+    return assemble(packing, *_QUANTIZERS[packing](w))
+
+
+def assemble(
+    packing: str,
+    header: Sequence[torch.Tensor],
+    scales: Sequence[torch.Tensor],
+    codes: torch.Tensor,
+) -> torch.Tensor:
+    """The bytes of codes and scales.
+
+    Args:
+        packing: a quantized format.
+        header: the blocks' values, (blocks, LANES) each, in their dtypes in the format.
+        scales: the groups' values, (blocks, LANES, groups) each, in theirs.
+        codes: (blocks, LANES, groups, GROUP).
+
+    Returns:
+        uint8 [packed_bytes].
+    """
     codes = _code_bytes(codes) if packing == "int8" else _nibble_bytes(codes)
     groups = torch.cat([*(_bytes_of(scale.transpose(1, 2)) for scale in scales), codes], dim=2)
     headers = [_bytes_of(value) for value in header]
     return torch.cat([*headers, groups.flatten(1)], dim=1).flatten()
+
+
+def int4_scales(packed: torch.Tensor, out_features: int, in_features: int) -> list[torch.Tensor]:
+    """What `assemble` takes beside codes for "int4", of a packed weight: d and e float16 (blocks,
+    LANES), s and m uint8 (blocks, LANES, groups).
+    """
+    size, groups = PACKINGS["int4"], -(-in_features // GROUP)
+    blocks = packed.view(-(-out_features // LANES), size.header + groups * size.group)
+    d, e = blocks[:, : size.header].contiguous().view(torch.float16).split(LANES, dim=1)
+    body = blocks[:, size.header :].unflatten(1, (groups, size.group))
+    s, m = body[..., : 2 * LANES].split(LANES, dim=2)
+    return [d, e, s.transpose(1, 2), m.transpose(1, 2)]
 
 
 def unpack(packed: torch.Tensor, out_features: int, in_features: int, packing: str) -> torch.Tensor:
