@@ -83,7 +83,13 @@ def test_every_command_takes_a_model_in_either_spelling(spelling):
         "inspect": [spelling, "x"],
         "verify": [spelling, "x"],
     }
-    names = {"download": "id", "convert": "source", "inspect": "folder", "verify": "folder"}
+    names = {
+        "download": "id",
+        "convert": "source",
+        "quantize": "source",
+        "inspect": "folder",
+        "verify": "folder",
+    }
     for command, given in words.items():
         found = parser.parse_args([command, *given])
         assert getattr(found, names.get(command, "model")) == "x"
