@@ -79,14 +79,17 @@ def quantize(
     check_free(target, force)
     with (opened := _open(path)).source:
         processor = _processor(path)
-        ids = _token_ids(processor, text) if report else None
         kind: Any = model_class(opened.spec)
+        if opened.spec.text is None:
+            raise ValueError(f"{path} has no decoder, and weights are packed for one")
+        longest = opened.spec.text.max_position_embeddings
+        ids = _token_ids(processor, text, longest) if report else None
         if calibration is None:
             model, _ = load_opened(kind, opened, dtype, weights=weights)
         else:
-            known_ids = _token_ids(processor, calibration)[:CALIBRATED]
+            known_ids: Any = _token_ids(processor, calibration, longest)
             model, _ = load_opened(kind, opened, dtype, mapped=True)
-            optimize(model, weights, known_ids)
+            optimize(model, weights, known_ids[:CALIBRATED])
     found: dict[str, Any] = {}
 
     def write(aside: Path) -> None:
@@ -136,8 +139,8 @@ def _processor(path: Path) -> Any:
         return None
 
 
-def _token_ids(processor: Any, text: str | os.PathLike | None) -> torch.Tensor | None:
-    """int64 [rows, T] of a text file; None without a tokenizer.
+def _token_ids(processor: Any, text: str | os.PathLike | None, longest: int) -> torch.Tensor | None:
+    """int64 [rows, T] of a text file, T at most `longest`; None without a tokenizer.
 
     Raises:
         ValueError: the text is no UTF-8, or has less than 2 tokens; or it is given and there is no
@@ -158,7 +161,7 @@ def _token_ids(processor: Any, text: str | os.PathLike | None) -> torch.Tensor |
     ids = torch.tensor(tokenizer.encode(content, add_special_tokens=False), dtype=torch.int64)
     if len(ids) < 2:
         raise ValueError(f"{text} is {len(ids)} tokens long, too short")
-    width = min(WINDOW, len(ids))
+    width = min(WINDOW, longest, len(ids))
     return ids[: len(ids) // width * width].view(-1, width)
 
 
