@@ -55,8 +55,8 @@ def fuse(
 
     Raises:
         TypeError: a model has the wrong type, or an option is unknown.
-        ValueError: the text model is not a Llama, or is packed; the models differ in dtype or device;
-            an option is invalid.
+        ValueError: the text model is not a Llama, or is packed; the models differ in dtype or
+            device; an option is invalid.
     """
     _check(text_model, vision_model, options)
     config = MllamaConfig(
