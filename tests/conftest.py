@@ -28,6 +28,7 @@ SLOW = (
     "checkpoints/test_memory.py",
     "checkpoints/test_smollm2.py",
     "cli/test_convert.py",
+    "cli/test_quantize.py",
     "cli/test_streams.py",
     "cli/test_verify.py",
     "dropin",

@@ -23,6 +23,7 @@ if TYPE_CHECKING:  # the names of `_HOME` for type checkers; tests/test_types.py
     from mllama.hf.processors.llava import MllamaImageProcessor as MllamaImageProcessor
     from mllama.hf.processors.paligemma import PaliGemmaProcessor as PaliGemmaProcessor
     from mllama.hf.processors.tiled import TiledProcessor as TiledProcessor
+    from mllama.hf.quantizing import quantize as quantize
     from mllama.hf.siglip import SiglipModel as SiglipModel
     from mllama.lora import Linear_LORA as Linear_LORA
     from mllama.lora import convert_linears_to_lora as convert_linears_to_lora
@@ -63,6 +64,7 @@ _HOME = {
     "merge_lora": "lora",
     "optimize": "quant.packer",
     "parse_detections": "processing.detections",
+    "quantize": "hf.quantizing",
     "replace_linear_with_lora": "lora",
     "save_lora": "lora",
     "unmerge_lora": "lora",

@@ -12,7 +12,7 @@ import torch
 from mllama.assets import EMBEDDED
 from mllama.checkpoints import open_checkpoint
 from mllama.checkpoints.opened import Opened
-from mllama.device import choose_device, choose_dtype, dtype_name, dtype_named
+from mllama.device import choose_dtype, dtype_name, dtype_named
 from mllama.lora.loading import load_lora
 from mllama.lora.peft import CONFIG as ADAPTER_CONFIG
 from mllama.lora.peft import adapted_model
@@ -29,15 +29,8 @@ if TYPE_CHECKING:
     from mllama.hf.modeling import MllamaForConditionalGeneration
     from mllama.hf.names import PreTrainedModel
 
-_UNREAD = (
-    "num_return_sequences",
-    "return_dict_in_generate",
-    "output_attentions",
-    "output_hidden_states",
-    "output_logits",
-    "output_scores",
-)
-_SHORT = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}
+_OUTPUTS = ("attentions", "hidden_states", "logits", "scores")
+_UNREAD = "num_return_sequences", "return_dict_in_generate", *(f"output_{x}" for x in _OUTPUTS)
 _LIMITS = (
     "it answers short English questions about six shapes, ten colors and five places in simple "
     "images; to anything else its answers mean nothing (docs/embedded-model.md)"
@@ -68,11 +61,11 @@ def load(
         reference: which implementation of Llama-3.2-Vision to follow, "meta" or "hf". Other
             families ignore it.
         adapter: LoRA adapters to load into the model, as `mllama.load_lora` accepts them.
-        weights: pack the weights for inference on a CPU, as `mllama.optimize` does, one by one as
-            they are read; or "file", in the file's own types, such as GGUF's blocks. "auto" is
-            "file", with float32 of the file in dtype; without adapters, on a CPU: elsewhere it
-            packs nothing. Adapters are merged first, which "file" does not allow. Default: not
-            packed, so that the model can be trained and saved.
+        weights: pack the weights for inference on a CPU: a format of `mllama.optimize`; "file", the
+            file's own types, such as GGUF's blocks; or "auto", "file" with float32 as dtype, where
+            the model can be packed. Adapters are merged first, which "file" does not allow.
+            Default: as a folder of packed weights (`mllama quantize`) says, else not packed, so
+            that the model can be trained and saved.
 
     Returns:
         (model, processor). The model is in eval mode: MllamaForConditionalGeneration, or
@@ -105,16 +98,16 @@ def load_quietly(
     from mllama.hf.processors.auto import load_processor
 
     folder, adapter = _find_adapted(path, adapter)
-    device = choose_device(device)
     with (opened := open_checkpoint(folder)).source:
+        place = opened.choose_device(device)
         found: Any = model_class(opened.spec)
         options: dict[str, Any] = (
             {"reference": reference} if "reference" in found.load_options else {}
         )
-        dtype = resolve_dtype(opened, dtype, device)
-        weights = choose_weights(weights, device, adapter is not None)
+        dtype = resolve_dtype(opened, dtype, place)
+        weights = choose_weights(weights, place, adapter is not None)
         packed = None if adapter is not None else weights
-        model, _ = load_opened(found, opened, dtype, device, weights=packed, **options)
+        model, _ = load_opened(found, opened, dtype, place, weights=packed, **options)
     _adapt(model, adapter, weights)
     return model, processor_of(folder, load_processor)
 
@@ -141,8 +134,8 @@ def open_session(
             for a kv_cache of transformers' `generate`.
     """
     folder, own_adapter = _find_adapted(path, adapter)
-    place = choose_device(device)
     with (opened := open_checkpoint(folder)).source:
+        place = opened.choose_device(device)
         if opened.spec.text is None:
             raise ValueError("a SigLIP vision model has no decoder to answer with")
         weights = choose_weights(weights, place, own_adapter is not None)
@@ -177,6 +170,11 @@ def _adapt(model: Any, adapter: str | os.PathLike | None, weights: str | None) -
     """Load adapters, if any; weights that shall be packed are packed with the adapters in them."""
     if adapter is None:
         return
+    if packing_of(model) is not None:
+        raise ValueError(
+            "packed weights take no adapter: give the model that they were packed from, with "
+            "adapter and weights"
+        )
     load_lora(model, adapter)
     if weights is not None:
         optimize(merge_and_unload(model), weights)
@@ -246,9 +244,9 @@ def say_loaded(path: str | os.PathLike | None, model: torch.nn.Module) -> None:
     line is printed once.
     """
     name, first = "the embedded model" if path is None else Path(path), next(model.parameters())
-    packing, dtype = packing_of(model), dtype_name(first.dtype)
-    packed = f", weights packed as {packing}" if packing not in (None, _SHORT[dtype]) else ""
-    _say(f"mllama: {name} in {dtype} on {first.device}{packed}")
+    packing = packing_of(model)
+    packed = f", weights packed as {packing}" if packing not in (None, "f32", "bf16") else ""
+    _say(f"mllama: {name} in {dtype_name(first.dtype)} on {first.device}{packed}")
     if path is None:
         _say(f"mllama: {_LIMITS}")
 

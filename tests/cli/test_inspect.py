@@ -226,3 +226,32 @@ def test_a_gguf_file(run, family_folder, tmp_path):
         stdin="How many circles?\n",
     )
     assert code == 0 and out.strip()
+
+
+def test_packed_weights_and_blocks_count_by_type(run, family_folder, tmp_path):
+    """A tied model's; layers are 64 and 96 wide, and the vocabulary's rows go by sixteens."""
+    pytest.importorskip("gguf")
+    source, packed, blocks = family_folder("llama"), tmp_path / "packed", tmp_path / "m.gguf"
+    assert run("quantize", source, packed, "--no-report")[0] == 0
+    assert run("convert", source, blocks, "--to", "gguf", "--dtype", "q8_0")[0] == 0
+    dense, found, file = (
+        json.loads(run("inspect", path, "--json")[1]) for path in (source, packed, blocks)
+    )
+    linear = 2 * (2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 96)
+    norms, rows = 5 * 64, dense["sizes"]["vocab_size"]
+    assert dense["stored"] == {
+        "embeddings": {"f32": 4 * rows * 64},
+        "decoder": {"f32": 4 * (linear + norms)},
+    }
+    model = mllama.MllamaForConditionalGeneration.from_pretrained(packed)
+    four_bits = sum(
+        layer.packed.nbytes for layer in model.modules() if getattr(layer, "packing", "") == "int4"
+    )
+    eight_bits = -(-rows // 16) * 2 * 544
+    assert found["stored"] == {
+        "embeddings": {"int8": eight_bits},
+        "decoder": {"int4": four_bits, "f32": 4 * norms},
+    }
+    assert found["memory"]["weights"] == four_bits + eight_bits + 4 * norms
+    assert found["parameters"] == dense["parameters"] and found["loads"]
+    assert file["stored"]["decoder"] == {"q8_0": linear * 34 // 32, "f32": 4 * norms}

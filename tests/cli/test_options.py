@@ -30,6 +30,7 @@ class Recorder(argparse.Namespace):
         ("generate", ["--prompt", "a", "--image", "IMAGE", "--model", "MLLAMA", *TEXT]),
         ("download", ["some/where", "TARGET"]),
         ("convert", ["LLAMA", "TARGET", "--to", "hf"]),
+        ("quantize", ["LLAMA", "TARGET"]),
         ("inspect", ["LLAMA"]),
         ("verify", ["MLLAMA"]),
         ("info", []),
@@ -45,14 +46,15 @@ def test_every_option_is_read(
         "generate",
         "download",
         "convert",
+        "quantize",
         "inspect",
         "verify",
         "info",
     }
     recorded = []
-    parse = _parser._Parser.parse_args
+    parse = _parser.Parser.parse_args
     monkeypatch.setattr(
-        _parser._Parser,
+        _parser.Parser,
         "parse_args",
         lambda self, *args: recorded.append(Recorder(parse(self, *args))) or recorded[-1],
     )
@@ -77,10 +79,17 @@ def test_every_command_takes_a_model_in_either_spelling(spelling):
         "generate": ["--prompt", "a", spelling, "x"],
         "download": [spelling, "x", "to"],
         "convert": [spelling, "x", "to", "--to", "hf"],
+        "quantize": [spelling, "x", "to"],
         "inspect": [spelling, "x"],
         "verify": [spelling, "x"],
     }
-    names = {"download": "id", "convert": "source", "inspect": "folder", "verify": "folder"}
+    names = {
+        "download": "id",
+        "convert": "source",
+        "quantize": "source",
+        "inspect": "folder",
+        "verify": "folder",
+    }
     for command, given in words.items():
         found = parser.parse_args([command, *given])
         assert getattr(found, names.get(command, "model")) == "x"

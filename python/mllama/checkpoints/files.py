@@ -6,12 +6,24 @@ import shutil
 import uuid
 from collections.abc import Callable, Collection
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
 
 WEIGHTS, INDEX, CONFIG = "model.safetensors", "model.safetensors.index.json", "config.json"
+# Packed weights have a name of their own: stock transformers would load the others' names, find
+# none of its tensors, and go on with random ones.
+PACKED_WEIGHTS, PACKED_INDEX = "packed.safetensors", "packed.safetensors.index.json"
+_ENTRIES = (WEIGHTS, INDEX, PACKED_WEIGHTS, PACKED_INDEX)  # what readers look for
 _LISTED = 30  # maximum number of names of one kind in an error
+_ALIGNMENT = 64  # of packed weights in a file
+_TYPE_NAMES = {
+    torch.uint8: "U8",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.float32: "F32",
+}
 _JSON_MAX = 2**26  # bytes; the index of the largest models is well below 2**24
 
 
@@ -97,17 +109,63 @@ def save_weights(folder: Path, tensors: dict[str, torch.Tensor], max_shard_size:
     """Write tensors under the given names: one file, or shards with an index if they exceed
     `max_shard_size`.
     """
+    _save_shards(folder, "model", INDEX, tensors, max_shard_size, save_tensors)
+
+
+def save_packed(folder: Path, tensors: dict[str, torch.Tensor], max_shard_size: int | str) -> None:
+    """`save_weights` of a packed model's state dict: the weights' bytes first, from a multiple of
+    64 bytes on, so that kernels read them well from a mapping of the file.
+    """
+    _save_shards(folder, "packed", PACKED_INDEX, tensors, max_shard_size, _save_aligned)
+
+
+def _save_shards(
+    folder: Path,
+    stem: str,
+    index: str,
+    tensors: dict[str, torch.Tensor],
+    max_shard_size: int | str,
+    save: Callable[[Path, dict[str, torch.Tensor]], None],
+) -> None:
     from huggingface_hub import split_torch_state_dict_into_shards
 
+    # On the meta device nothing shares memory, as views of a mapped file do.
     split = split_torch_state_dict_into_shards(
-        tensors, filename_pattern="model{suffix}.safetensors", max_shard_size=max_shard_size
+        {name: tensor.to("meta") for name, tensor in tensors.items()},
+        filename_pattern=f"{stem}{{suffix}}.safetensors",
+        max_shard_size=max_shard_size,
     )
     for shard, names in split.filename_to_tensors.items():
-        save_tensors(folder / shard, {name: tensors[name] for name in names})
+        save(folder / shard, {name: tensors[name] for name in names})
     if split.is_sharded:
         write_json(
-            folder / INDEX, {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+            folder / index, {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         )
+
+
+def _save_aligned(path: Path, tensors: dict[str, torch.Tensor]) -> None:
+    """Write a safetensors file in an order of our own, which the library does not offer: packed
+    weights, whose sizes are multiples of 32 bytes, then the others by their dtypes' sizes.
+    """
+
+    def order(name: str) -> tuple[bool, int]:
+        tensor = tensors[name]
+        return tensor.dtype != torch.uint8 or tensor.nbytes % 32 != 0, -tensor.itemsize
+
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    names, end = sorted(tensors, key=order), 0
+    for name in names:
+        tensor, start = tensors[name], end
+        end += tensor.nbytes
+        kind, shape = _TYPE_NAMES[tensor.dtype], list(tensor.shape)
+        header[name] = {"dtype": kind, "shape": shape, "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-(len(text) + 8) % _ALIGNMENT)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name in names:
+            plain = tensors[name].detach().cpu().contiguous().flatten()
+            file.write(plain.view(torch.uint8).numpy())
 
 
 def save_tensors(path: Path, tensors: dict[str, torch.Tensor], **metadata: str) -> None:
@@ -173,15 +231,15 @@ def write_file(path: Path, write: Callable[[Path], None]) -> None:
 
 def _move_into(aside: Path, folder: Path, more: Collection[str]) -> None:
     def entry_last(name: str) -> tuple[bool, str]:
-        return name in (WEIGHTS, INDEX), name
+        return name in _ENTRIES, name
 
     new = sorted((path.name for path in aside.iterdir()), key=entry_last)
     replaced = {
         *new,
         *more,
-        WEIGHTS,
-        INDEX,
+        *_ENTRIES,
         *(path.name for path in folder.glob("model-*-of-*.safetensors")),
+        *(path.name for path in folder.glob("packed-*-of-*.safetensors")),
     }
     there = (
         name

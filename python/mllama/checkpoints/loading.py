@@ -103,9 +103,9 @@ def match(
             else:
                 report.moves.append(move)
                 for name in move.theirs:
-                    elements[_LOADED_AS[headers[name].dtype]] += torch.Size(
-                        headers[name].shape
-                    ).numel()
+                    if headers[name].dtype in _LOADED_AS:
+                        count = torch.Size(headers[name].shape).numel()
+                        elements[_LOADED_AS[headers[name].dtype]] += count
     loaded, twins = {name for move in report.moves for name in move.ours}, both_ways(tied)
     report.lacking = [
         name for name in wanted if name not in loaded and twins.get(name) not in loaded
@@ -132,19 +132,22 @@ def _fault(move: Move, headers: dict[str, Header], wanted: dict[str, torch.Tenso
     problem = " and ".join(
         f"{name} is {kind}" for name, kind in zip(move.theirs, kinds, strict=True)
     )
-    taken = " and ".join(str(list(wanted[name].shape)) for name in move.ours)
+    in_bytes = any(wanted[name].dtype == torch.uint8 for name in move.ours)  # packed weights
+    shapes = " and ".join(str(list(wanted[name].shape)) for name in move.ours)
+    taken = f"{'uint8' if in_bytes else 'floating'} {shapes}"
+    known = (torch.uint8,) if in_bytes else _LOADED_AS
     try:
         values = move.row.read(
             [torch.empty(header.shape, dtype=header.dtype, device="meta") for header in given]
         )
     except (RuntimeError, ValueError, IndexError, ZeroDivisionError) as error:
-        return f"{problem}, the model takes floating {taken}: {' '.join(str(error).split())}"
+        return f"{problem}, the model takes {taken}: {' '.join(str(error).split())}"
     fits = [
         value.shape == wanted[name].shape for value, name in zip(values, move.ours, strict=True)
     ]
-    if all(fits) and all(header.dtype in _LOADED_AS for header in given):
+    if all(fits) and all(header.dtype in known for header in given):
         return ""
-    return f"{problem}, the model takes floating {taken}"
+    return f"{problem}, the model takes {taken}"
 
 
 def load_weights(
@@ -156,6 +159,7 @@ def load_weights(
     tied: dict[str, str] | None = None,
     strict: bool = True,
     take: Taker | None = None,
+    mapped: bool = False,
 ) -> Report:
     """Load a source's tensors as the model's parameters, which may be on the meta device. Weights
     are in memory once.
@@ -170,6 +174,8 @@ def load_weights(
         strict: False loads what fits and leaves the rest unchanged.
         take: called for each of the model's tensors; True says that it has put it into the model
             in its own way.
+        mapped: keep views of the source's mapped files where dtype and device allow it: the memory
+            is the files' pages, and the model must not outlive them or be changed.
 
     Returns:
         The report of what was loaded and what was not.
@@ -194,7 +200,8 @@ def load_weights(
                 if take is not None and tensors.taken(take, place, headers, dtype):
                     continue
                 given = tensors.given if source.mapped else []
-                loaded[name] = _placed(tensors.read(place), given, device_of(name), dtype)
+                value = tensors.read(place)
+                loaded[name] = _placed(value, given, device_of(name), dtype, mapped)
             elif not torch.equal(other.cpu(), tensors.read(place).to(dtype)):
                 both = f"{move.theirs[0]} and {', '.join(file_names(weight_map, tied[name]))}"
                 problem = f"{both} differ, but the config says they are one (tied)"
@@ -246,12 +253,18 @@ class _Tensors:
 
 
 def _placed(
-    value: torch.Tensor, mapped: list[torch.Tensor], device: torch.device | str, dtype: torch.dtype
+    value: torch.Tensor,
+    mapped: list[torch.Tensor],
+    device: torch.device | str,
+    dtype: torch.dtype,
+    keep: bool,
 ) -> torch.Tensor:
     """Copy the value to its device, into memory of its own: mapped pages would change or vanish
-    with the file.
+    with the file. `keep` accepts that.
     """
     placed = value.to(device=device, dtype=dtype).contiguous()
+    if keep:
+        return placed
     memory = placed.untyped_storage()
     shared = memory.nbytes() != placed.nbytes or any(
         memory.data_ptr() == given.untyped_storage().data_ptr() for given in mapped

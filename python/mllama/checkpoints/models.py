@@ -87,7 +87,7 @@ def survey(opened: Opened, build: Callable[[ModelSpec], _Model]) -> tuple[_Model
     """
     model = lay_out(opened, build)
     headers = opened.source.headers()
-    return model, match(model.state_dict(), headers, opened.weight_map, tied_names(opened.spec))
+    return model, match(model.state_dict(), headers, opened.weight_map, _tied_in(opened))
 
 
 def fill(
@@ -97,6 +97,7 @@ def fill(
     device_of: Callable[[str], torch.device | str] = lambda name: "cpu",
     strict: bool = True,
     take: Taker | None = None,
+    mapped: bool = False,
 ) -> Report:
     """Load opened files' tensors into a model that `lay_out` built.
 
@@ -104,14 +105,14 @@ def fill(
         dtype: Default: the dtype of most of the files' elements.
         device_of: device of each of the model's tensors, by name.
         strict: False loads what fits; the rest of the model stays on the meta device.
-        take: as `load_weights` takes it.
+        take, mapped: as `load_weights` takes them.
 
     Raises:
         ValueError: as `load_weights`; or files changed since they were opened.
     """
-    tied = tied_names(opened.spec)
+    tied = _tied_in(opened)
     report = load_weights(
-        model, opened.source, opened.weight_map, dtype, device_of, tied, strict, take
+        model, opened.source, opened.weight_map, dtype, device_of, tied, strict, take, mapped
     )
     # Shards are opened one after the other: they could belong to different models.
     if opened.changed():
@@ -128,6 +129,18 @@ def fill(
 def tied_names(spec: ModelSpec) -> dict[str, str]:
     """Tied parameters: {name: the other's name}."""
     return {_HEAD: _EMBEDDINGS} if spec.text is not None and spec.text.tie_word_embeddings else {}
+
+
+def _tied_in(opened: Opened) -> dict[str, str]:
+    """`tied_names`, for packed files of what a packed layer has in place of its weight."""
+    tied = tied_names(opened.spec)
+    if opened.packing is None:
+        return tied
+    return {
+        name.replace("weight", last): other.replace("weight", last)
+        for name, other in tied.items()
+        for last in ("packed", "format")
+    }
 
 
 def _tie(model: nn.Module, name: str, other: str) -> None:

@@ -4,8 +4,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
+
 from mllama.checkpoints.sources import Source
 from mllama.config.spec import ModelSpec
+from mllama.device import choose_device
 from mllama.families import family_of
 from mllama.weights.family import Config, Family
 from mllama.weights.rows import WeightMap
@@ -22,6 +25,8 @@ class Opened:
         source: the tensors; whoever opened it closes it.
         map_of: spec -> the rows between the source's tensors and the model's.
         generation: arguments of a GenerationConfig; None if the files have none.
+        packing: how the files' weights are packed, as their config names it; None where they have
+            plain tensors.
         changed: whether the weight files changed since they were opened.
     """
 
@@ -31,6 +36,7 @@ class Opened:
     source: Source
     map_of: Callable[[ModelSpec], WeightMap]
     generation: dict[str, Any] | None = None
+    packing: str | None = None
     changed: Callable[[], bool] = lambda: False
 
     @classmethod
@@ -51,6 +57,10 @@ class Opened:
     def weight_map(self) -> WeightMap:
         """The rows between the source's tensors and the model's."""
         return self.map_of(self.spec)
+
+    def choose_device(self, device: torch.device | str) -> torch.device:
+        """`mllama.device.choose_device`; packed weights are for the CPU, which is their "auto"."""
+        return choose_device("cpu" if self.packing is not None and device == "auto" else device)
 
     def with_config(self, config: Config) -> "Opened":
         """The same files with a changed config. Raises ValueError for an invalid one."""

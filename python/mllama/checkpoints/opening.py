@@ -6,16 +6,26 @@ import contextlib
 import dataclasses
 from pathlib import Path
 
-from mllama.checkpoints.files import CONFIG, INDEX, find_gguf, find_inside, read_json
+from mllama.checkpoints.files import (
+    CONFIG,
+    INDEX,
+    PACKED_INDEX,
+    PACKED_WEIGHTS,
+    find_gguf,
+    find_inside,
+    read_json,
+)
 from mllama.checkpoints.meta.reader import PARAMS, open_meta
 from mllama.checkpoints.opened import Opened, check_config
 from mllama.checkpoints.sources import open_safetensors
+from mllama.config.packing import split_packing
 from mllama.families import compose, family_of
 from mllama.weights.family import Config
+from mllama.weights.rows import Rename
 
 GENERATION = "generation_config.json"
 _ADAPTERS = (".safetensors", ".pth", ".bin")  # suffixes of adapter files
-_WEIGHT_FILES = ("*.safetensors", INDEX, "consolidated*.pth", "*.gguf")
+_WEIGHT_FILES = ("*.safetensors", INDEX, PACKED_INDEX, "consolidated*.pth", "*.gguf")
 
 
 def open_checkpoint(path: str | Path, config: Config | None = None) -> Opened:
@@ -94,6 +104,7 @@ def _open(path: Path, config: Config | None) -> Opened:
 def _open_folder(folder: Path, config: Config | None) -> Opened:
     content = read_json(find_inside(folder, CONFIG))
     with _named(folder / CONFIG):
+        content, packing = split_packing(content)
         family = family_of(content)
         if config is None:
             compose(content)  # before the weights, so that errors come at once
@@ -103,7 +114,12 @@ def _open_folder(folder: Path, config: Config | None) -> Opened:
         read_json(find_inside(folder, GENERATION)) if (folder / GENERATION).exists() else None
     )
     given = content if config is None else config
-    return Opened.of(given, open_safetensors(folder), generation=generation)
+    if packing is None:
+        return Opened.of(given, open_safetensors(folder), generation=generation)
+    source = open_safetensors(folder, PACKED_WEIGHTS, PACKED_INDEX)
+    own_names = (Rename("*", "*"),)
+    opened = Opened.of(given, source, lambda spec: own_names, generation)
+    return dataclasses.replace(opened, packing=packing)
 
 
 @contextlib.contextmanager

@@ -151,11 +151,17 @@ class SafetensorsSource:
         self.close()
 
 
-def open_safetensors(folder: str | Path) -> SafetensorsSource:
+def open_safetensors(
+    folder: str | Path, weights: str = WEIGHTS, index_name: str = INDEX
+) -> SafetensorsSource:
     """Open the safetensors weights of a folder: the single file, or the shards in the index.
 
     The index and the files must agree on the location of every tensor; files outside the folder
     are not opened.
+
+    Args:
+        folder: the folder.
+        weights, index_name: names of the single file and of the index.
 
     Raises:
         FileNotFoundError: there are no weights, or a shard is missing.
@@ -163,10 +169,10 @@ def open_safetensors(folder: str | Path) -> SafetensorsSource:
             them.
     """
     folder = Path(folder)
-    if (folder / WEIGHTS).is_file():
-        path = find_inside(folder, WEIGHTS)
+    if (folder / weights).is_file():
+        path = find_inside(folder, weights)
         return SafetensorsSource(str(folder), dict.fromkeys(_names(path), path))
-    if not (folder / INDEX).is_file():
+    if not (folder / index_name).is_file():
         pickled = [
             path.name
             for pattern in ("*.bin", "*.pt", "*.pth")
@@ -179,8 +185,8 @@ def open_safetensors(folder: str | Path) -> SafetensorsSource:
             else ""
         )
         hint = f"; to load {ggufs[0]}, give its own path" if ggufs else hint
-        raise FileNotFoundError(f"{folder} has neither {WEIGHTS} nor {INDEX}{hint}")
-    index = find_inside(folder, INDEX)
+        raise FileNotFoundError(f"{folder} has neither {weights} nor {index_name}{hint}")
+    index = find_inside(folder, index_name)
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(
         isinstance(shard, str) for shard in weight_map.values()
@@ -202,7 +208,7 @@ def open_safetensors(folder: str | Path) -> SafetensorsSource:
         for name in _names(path):
             if weight_map.get(name) != shard:
                 raise ValueError(
-                    f"{path} has {name!r}, which {INDEX} places in "
+                    f"{path} has {name!r}, which {index_name} places in "
                     f"{listing([weight_map.get(name, 'no file')])}"
                 )
             found[name] = path

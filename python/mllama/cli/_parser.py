@@ -1,9 +1,9 @@
 """The arguments of every command. Imports argparse only."""
 
 import argparse
-import math
 
 from mllama import __version__
+from mllama.cli._arguments import Parser, add_command, add_placed, number, some_text
 
 SIZES = {
     "1B": "meta-llama/Llama-3.2-1B-Instruct",
@@ -18,29 +18,10 @@ KV_CACHES = ("int8", "bf16", "f16", "f32")  # nn.kv_cache's CACHE_DTYPES
 WEIGHTS = ("auto", "none", "file", "int4", "int8", "bf16", "f16", "f32")
 
 
-class _Parser(argparse.ArgumentParser):
-    """Prints errors in one line, without argparse's usage."""
-
-    def error(self, message: str):
-        self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
-
-    def parse_known_args(self, args=None, namespace=None):
-        """Collect `words` from all places between options; argparse takes one contiguous run."""
-        found, rest = super().parse_known_args(args, namespace)
-        words = (
-            [word for word in rest if word == "-" or not word.startswith("-")]
-            if hasattr(found, "words")
-            else []
-        )
-        if words:
-            found.words = [*found.words, *words]
-        return found, [word for word in rest if word not in words]
-
-
 def build_parser() -> argparse.ArgumentParser:
     """The parser of all commands. Its result has `command` and that command's arguments."""
     whole = "Errors are one line; set MLLAMA_TRACEBACK=1 in the environment for the traceback."
-    parser = _Parser(
+    parser = Parser(
         prog="mllama",
         description="Vision-language models of the Llama family: ask, chat, inspect, verify.",
         epilog=whole,
@@ -53,6 +34,7 @@ def build_parser() -> argparse.ArgumentParser:
         _add_generate,
         _add_download,
         _add_convert,
+        _add_quantize,
         _add_inspect,
         _add_verify,
         _add_info,
@@ -62,7 +44,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def _add_ask(commands) -> None:
-    parser = _command(
+    parser = add_command(
         commands, "ask", "answer one question about one or several images, or without an image"
     )
     parser.usage = "mllama ask [options] [IMAGE ...] QUESTION"
@@ -78,7 +60,7 @@ def _add_ask(commands) -> None:
 
 
 def _add_chat(commands) -> None:
-    parser = _command(
+    parser = add_command(
         commands,
         "chat",
         "chat about images or in text alone, one question per line; /help lists the commands",
@@ -94,7 +76,7 @@ def _add_chat(commands) -> None:
 
 
 def _add_generate(commands) -> None:
-    parser = _command(commands, "generate", "continue a prompt, with any number of images")
+    parser = add_command(commands, "generate", "continue a prompt, with any number of images")
     which = parser.add_mutually_exclusive_group()
     _add_name(which)
     which.add_argument(
@@ -103,7 +85,7 @@ def _add_generate(commands) -> None:
     parser.add_argument(
         "--prompt",
         required=True,
-        type=_text,
+        type=some_text,
         metavar="TEXT",
         help="the prompt; put through the model's chat template if it has one",
     )
@@ -135,20 +117,20 @@ def _add_generate(commands) -> None:
 
 
 def _add_download(commands) -> None:
-    parser = _command(
+    parser = add_command(
         commands,
         "download",
         "fetch a model's config, tokenizer and weights from the hub into a folder",
     )
-    _add_placed(parser, "id", "ID", "such as meta-llama/Llama-3.2-1B-Instruct")
+    add_placed(parser, "id", "ID", "such as meta-llama/Llama-3.2-1B-Instruct")
     parser.add_argument("folder", metavar="DIR", help="the target folder; created if needed")
 
 
 def _add_convert(commands) -> None:
-    parser = _command(
+    parser = add_command(
         commands, "convert", "write a model, with its tokenizer or processor, in another format"
     )
-    _add_placed(
+    add_placed(
         parser,
         "source",
         "IN",
@@ -176,8 +158,52 @@ def _add_convert(commands) -> None:
     )
 
 
+def _add_quantize(commands) -> None:
+    parser = add_command(
+        commands,
+        "quantize",
+        "write a model with packed weights, for a CPU, and report what that costs in accuracy",
+    )
+    add_placed(
+        parser,
+        "source",
+        "IN",
+        "a folder of Hugging Face's or Meta's files, a GGUF file or a model id on the hub",
+    )
+    parser.add_argument("target", metavar="OUT", help="a folder; written atomically")
+    parser.add_argument(
+        "--weights",
+        choices=WEIGHTS,
+        default="int4",
+        help="the weights' format, as for ask and chat (default: int4)",
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=DTYPES,
+        default="auto",
+        help="dtype of norms and biases (default: auto, as in IN)",
+    )
+    parser.add_argument(
+        "--calibrate",
+        metavar="FILE",
+        help="a text for which the codes of int4 are chosen, by GPTQ: less error, and more time",
+    )
+    parser.add_argument(
+        "--text",
+        metavar="FILE",
+        help="a text to compare both models on (default: a part of Python's documentation)",
+    )
+    parser.add_argument("--no-report", action="store_true", help="do not compare them")
+    parser.add_argument(
+        "--force",
+        action="store_true",
+        help="overwrite OUT; files that are not part of a model stay",
+    )
+    parser.add_argument("--json", action="store_true", help="print the report as one JSON object")
+
+
 def _add_inspect(commands) -> None:
-    parser = _command(
+    parser = add_command(
         commands,
         "inspect",
         "print a model's family, sizes, parameters, memory and loading problems",
@@ -212,7 +238,7 @@ def _add_inspect(commands) -> None:
 
 
 def _add_verify(commands) -> None:
-    parser = _command(
+    parser = add_command(
         commands,
         "verify",
         "compare a model, stage by stage, with stock transformers, and cached and batched runs "
@@ -239,12 +265,10 @@ def _add_verify(commands) -> None:
 
 
 def _add_info(commands) -> None:
-    parser = _command(commands, "info", "print installed versions and the machine's capabilities")
+    parser = add_command(
+        commands, "info", "print installed versions and the machine's capabilities"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
-
-
-def _command(commands, name: str, what: str) -> argparse.ArgumentParser:
-    return commands.add_parser(name, help=what, description=f"{what[0].upper()}{what[1:]}.")
 
 
 def _add_model(parser: argparse.ArgumentParser) -> None:
@@ -271,16 +295,7 @@ def _add_folder(parser: argparse.ArgumentParser) -> None:
         "a folder of Hugging Face's or Meta's files, a GGUF file or a model id on the hub "
         "(default: the embedded model)"
     )
-    _add_placed(parser, "folder", "MODEL", what, required=False)
-
-
-def _add_placed(
-    parser: argparse.ArgumentParser, name: str, metavar: str, what: str, required: bool = True
-) -> None:
-    """A command's model, as a positional argument or as --model."""
-    which = parser.add_mutually_exclusive_group(required=required)
-    which.add_argument(name, metavar=metavar, nargs="?", default=argparse.SUPPRESS, help=what)
-    which.add_argument("--model-id", "--model", dest=name, metavar="MODEL", help="the same")
+    add_placed(parser, "folder", "MODEL", what, required=False)
 
 
 def _add_device(parser: argparse.ArgumentParser):
@@ -352,29 +367,3 @@ def _add_sampling(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--seed", type=number(int, 0, 2**64 - 1), metavar="N", help="seed of the random numbers"
     )
-
-
-def _text(text: str) -> str:
-    if not text.strip():
-        raise argparse.ArgumentTypeError("must not be empty")
-    return text
-
-
-def number(kind: type, least: float, most: float = math.inf, above: bool = False):
-    """A parser for int or float whose error names the range; `above` excludes `least` itself."""
-    upper = "" if most == math.inf else f" and at most {most}"
-    bounds = f"{'above' if above else 'of at least'} {least}{upper}"
-
-    def parse(text: str):
-        try:
-            value = kind(text)
-        except ValueError:
-            value = math.nan
-        if not least <= value <= most or value == math.inf or (above and value == least):
-            shown = f"{text[:40]!r}{' ...' * (len(text) > 40)}"
-            raise argparse.ArgumentTypeError(
-                f"must be a {'whole ' * (kind is int)}number {bounds}, got {shown}"
-            )
-        return value
-
-    return parse

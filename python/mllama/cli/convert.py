@@ -34,6 +34,11 @@ def run(arguments: argparse.Namespace) -> None:
     _check_free(target, to_gguf, arguments.force)
     source = find_folder(arguments.source)
     with (opened := open_checkpoint(source)).source:
+        if opened.packing is not None:
+            raise ValueError(
+                f"{source} has packed weights, which are not converted: give the model that they "
+                "were packed from"
+            )
         kind = written_as(opened.config)["model_type"]
         if arguments.to == "llava" and kind != "llava":
             raise ValueError(f"{source} holds a {kind}, which cannot be written as LLaVA. {_LLAVA}")

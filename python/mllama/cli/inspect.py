@@ -19,6 +19,7 @@ from mllama.families import compose
 from mllama.hf.config_objects import config_object
 from mllama.hf.models import model_class, survey_opened
 from mllama.hf.names import PreTrainedModel
+from mllama.hf.weight_types import count_bytes
 from mllama.model.memory import Work, count_parameters, image_tokens, memory_needed, spec_of
 from mllama.weights.family import Config
 
@@ -58,11 +59,13 @@ def collect(
     path = find_model(folder)
     if (config := config_alone(path)) is not None:
         model, report, headers = _lay_out(config), Report(dtype=_dtype_of(config)), {}
+        stored: dict[str, dict[str, int]] = {}
     else:
         with (opened := open_checkpoint(path)).source:
             config = opened.config
             model, report = survey_opened(opened)
             headers = opened.source.headers()
+            stored = count_bytes(opened, model, report)
     spec, parameters = spec_of(model), count_parameters(model)
     elements: dict[str, int] = {}
     for header in headers.values():
@@ -77,6 +80,7 @@ def collect(
         "made of": _made_of(spec),
         "sizes": _sizes(spec, work.tiles),
         "read as": elements,
+        "stored": stored,
         "parameters": parameters | {"total": sum(parameters.values())},
         "work": {
             "context": work.context,
@@ -199,11 +203,19 @@ def _page(found: dict[str, Any]) -> str:
                 {name: f"{count:,}" for name, count in found["read as"].items()},
             ),
             *_table(
+                "weights in the files, by part and type",
+                {
+                    f"{part}, {kind}": bytes_text(size)
+                    for part, types in found["stored"].items()
+                    for kind, size in types.items()
+                },
+            ),
+            *_table(
                 "parameters", {name: f"{count:,}" for name, count in found["parameters"].items()}
             ),
             *_table(
                 f"memory ({asked})",
-                {name: _bytes(count) for name, count in found["memory"].items()},
+                {name: bytes_text(count) for name, count in found["memory"].items()},
             ),
             {
                 True: "loads: every tensor has its place",
@@ -219,7 +231,7 @@ def _table(title: str, rows: dict[str, str]) -> list[str]:
     return [title, *(f"  {name:34}{value:>18}" for name, value in rows.items())]
 
 
-def _bytes(count: int) -> str:
+def bytes_text(count: int) -> str:
     for power, unit in ((30, "GiB"), (20, "MiB")):
         if count >= 2**power:
             return f"{count / 2**power:,.2f} {unit}"

@@ -55,6 +55,11 @@ def run(arguments: argparse.Namespace) -> int:
         getattr(torch, arguments.dtype),
     )
     with (opened := open_checkpoint(folder)).source:
+        if opened.packing is not None:
+            raise ValueError(
+                f"{folder} has packed weights, which round activations: verify the model that they "
+                "were packed from; mllama quantize compares both"
+            )
         kind = model_class(opened.spec)
         model, report = survey_opened(opened)
         report.check(opened.source.where)

@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 import mllama
 from mllama import cli
-from mllama.cli._parser import number
+from mllama.cli._arguments import number
 from mllama.processing.image import load_image
 
 

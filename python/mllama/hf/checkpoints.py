@@ -4,7 +4,7 @@
 
 import copy
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from mllama.hf.config_objects import check_names, config_object, file_content, s
 from mllama.hf.config_objects import compose as compose_object
 from mllama.hf.devices import Placement
 from mllama.nn.wrappers import plain_key
-from mllama.quant.packer import packing
+from mllama.quant.loading import lay_out_packed, packing
 from mllama.weights import stock_names
 from mllama.weights.rows import WeightMap, plan_moves, to_file
 
@@ -81,6 +81,7 @@ def load_opened(
     strict: bool = True,
     config: PretrainedConfig | None = None,
     weights: str | None = None,
+    mapped: bool = False,
     **class_kwargs: Any,
 ) -> tuple[PreTrainedModel, Report]:
     """`load_model` for an opened checkpoint; also returns the loading report.
@@ -89,16 +90,18 @@ def load_opened(
         strict: False loads what fits; the rest of the model stays on the meta device.
         config: the model's config. Default: the files'.
         weights: as `load_model` takes it.
+        mapped: as `load_weights` takes it.
     """
     dtype, placement = dtype_named(dtype), Placement(device)
     config = config_object(opened.config) if config is None else config
     config.name_or_path = where = opened.source.where
     model = lay_out(opened, lambda spec: model_class(config, **class_kwargs))
+    if opened.packing is not None:
+        lay_out_packed(model, opened.source)
     placement.settle(model, dtype)
-    with packing(model, weights, device) as take:
-        report = fill(model, opened, dtype, placement.of, strict, take)
-    if weights is None:
-        model.tie_weights(recompute_mapping=False)
+    with packing(model, weights, device, opened.packing) as take:
+        report = fill(model, opened, dtype, placement.of, strict, take, mapped)
+    model.tie_weights(recompute_mapping=False)
     model.config.dtype = dtype or report.dtype
     if opened.generation is not None and model.can_generate():
         model.generation_config = _generation_config(where, opened.generation)
@@ -139,10 +142,10 @@ def save_model(
             tied); `state_dict` has missing or unknown tensors, which `load_model` would reject;
             the model has LoRA layers.
     """
-    own = _plain(model.state_dict())
+    own = plain_keys(model.state_dict())
     check_plain(own)
     content, config = file_content(model.config)
-    tied = _plain(model.get_expanded_tied_weights_keys())
+    tied = plain_keys(model.get_expanded_tied_weights_keys())
     if state_dict is None:
         state_dict = own
     else:
@@ -151,16 +154,33 @@ def save_model(
         _weight_map(config),
         {name: tensor for name, tensor in state_dict.items() if name not in tied},
     )
-    dtype = str(common_dtype(tensors, model.dtype)).removeprefix("torch.")
-    content |= {"transformers_version": __version__, "torch_dtype": dtype}
+    content |= versions(model, tensors)
     content.pop("dtype", None)
-    _check_readable(model, content, state_dict)
+    check_readable(model, content, state_dict)
+    write_model(model, folder, content, lambda aside: save_weights(aside, tensors, max_shard_size))
+
+
+def versions(model: PreTrainedModel, tensors: dict[str, torch.Tensor]) -> dict[str, str]:
+    """Fields of config.json that say which release wrote a model's tensors, and their dtype."""
+    dtype = str(common_dtype(tensors, model.dtype)).removeprefix("torch.")
+    return {"transformers_version": __version__, "torch_dtype": dtype}
+
+
+def write_model(
+    model: PreTrainedModel,
+    folder: str | os.PathLike,
+    content: dict[str, Any],
+    save: Callable[[Path], None],
+) -> None:
+    """Write a model's folder atomically: `content` as config.json, the generation config, and the
+    weights, which `save` writes.
+    """
 
     def write(aside: Path) -> None:
         write_json(aside / CONFIG, content)
         if model.can_generate():
             model.generation_config.save_pretrained(aside)
-        save_weights(aside, tensors, max_shard_size)
+        save(aside)
 
     write_folder(Path(folder), write, replaced=ADAPTER_FILES)
 
@@ -174,7 +194,7 @@ def own_names(config: PretrainedConfig, names: Iterable[str]) -> dict[str, str]:
     return stock_names.own_names(_weight_map(config), names)
 
 
-def _check_readable(
+def check_readable(
     model: PreTrainedModel, content: dict[str, Any], state_dict: dict[str, torch.Tensor]
 ) -> None:
     """Reject writing a folder that would be read as another model.
@@ -221,7 +241,7 @@ def _same(tensor: torch.Tensor, other: torch.Tensor) -> bool:
     return tensor.shape == other.shape and bool((tensor == other.to(tensor.device)).all())
 
 
-def _plain(named: dict[str, Any]) -> dict[str, Any]:
+def plain_keys(named: dict[str, Any]) -> dict[str, Any]:
     """Remove the parts of names that wrappers of layers add."""
     return {plain_key(name): value for name, value in named.items()}
 
@@ -237,7 +257,7 @@ def translate_state_dict(
         model: the model whose names are wanted.
         state_dict: tensors under either's names.
     """
-    own = _plain(model.state_dict()).keys()
+    own = plain_keys(model.state_dict()).keys()
     moves, unknown, _ = plan_moves(
         _weight_map(model.config), [name for name in state_dict if name not in own]
     )
@@ -253,7 +273,7 @@ def translate_state_dict(
     tied = both_ways(
         {
             name: plain_key(other)
-            for name, other in _plain(model.get_expanded_tied_weights_keys()).items()
+            for name, other in plain_keys(model.get_expanded_tied_weights_keys()).items()
         }
     )
     return {

@@ -13,6 +13,7 @@ from mllama.hf.compat import config_fields
 from mllama.hf.configs import MllamaConfig
 from mllama.hf.modeling import MllamaForConditionalGeneration
 from mllama.hf.siglip import SiglipModel
+from mllama.quant.packer import packing_of
 
 _Module = TypeVar("_Module", bound=nn.Module)
 _NOT_OPTIONS = {
@@ -54,8 +55,8 @@ def fuse(
 
     Raises:
         TypeError: a model has the wrong type, or an option is unknown.
-        ValueError: the text model is not a Llama, the models differ in dtype or device, or an
-            option is invalid.
+        ValueError: the text model is not a Llama, or is packed; the models differ in dtype or
+            device; an option is invalid.
     """
     _check(text_model, vision_model, options)
     config = MllamaConfig(
@@ -83,6 +84,8 @@ def _check(text_model: Any, vision_model: Any, options: dict[str, Any]) -> None:
             "text_model must be a Llama without an encoder (model_type 'llama'), "
             f"got {text_model.config.model_type!r}"
         )
+    if packing_of(text_model) is not None:
+        raise ValueError("text_model must not be packed: fuse first, then pack")
     if not isinstance(vision_model, SiglipModel):
         raise TypeError(f"vision_model must be a SiglipModel, got {type(vision_model).__name__}")
     if unknown := sorted(options.keys() - set(_OPTIONS)):

@@ -11,6 +11,7 @@ from mllama.config.spec import ModelSpec
 from mllama.hf.config_objects import config_object
 from mllama.hf.modeling import MllamaForConditionalGeneration
 from mllama.hf.siglip import SiglipModel
+from mllama.quant.loading import lay_out_packed
 
 
 def model_class(spec: ModelSpec) -> type[Any]:
@@ -21,4 +22,11 @@ def model_class(spec: ModelSpec) -> type[Any]:
 def survey_opened(opened: Opened) -> tuple[PreTrainedModel, Report]:
     """The model of opened files on the meta device, and the report of matching it with them."""
     config = config_object(opened.config)
-    return survey(opened, lambda spec: model_class(spec)(config))
+
+    def build(spec: ModelSpec) -> PreTrainedModel:
+        model = model_class(spec)(config)
+        if opened.packing is not None:
+            lay_out_packed(model, opened.source)
+        return model
+
+    return survey(opened, build)

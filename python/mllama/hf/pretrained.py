@@ -26,7 +26,7 @@ from mllama.lora.saving import save_adapter_folder
 from mllama.lora.state import merge_and_unload
 from mllama.nn.checkpointing import CheckpointedLayer
 from mllama.nn.wrappers import given_out, is_sharded, may_write, plain_key, whole
-from mllama.quant.packer import optimize, packing_of
+from mllama.quant.packer import optimize, packing_of, tie_packed
 from mllama.weights.stock_names import stock_name, stock_patterns
 
 if TYPE_CHECKING:  # a mixin of that class, not a subclass: its own methods take precedence
@@ -152,7 +152,8 @@ class PretrainedMixin(_Model):
         A model with LoRA layers is written as its adapters, in PEFT's format, with other trained
         modules: `from_pretrained` of the folder loads the base model and adds them, and
         transformers' Trainer resumes from it. After `mllama.merge_and_unload` the whole model is
-        written.
+        written. A packed model is written packed (docs/packed-weights.md): stock transformers does
+        not read that.
 
         A `siglip_llama` that Hugging Face's LLaVA can represent (`vision_feature="pre_norm"`,
         `fusion="merge"`, a projector of two layers, projection_dim equal to the decoder's width,
@@ -176,6 +177,7 @@ class PretrainedMixin(_Model):
             TypeError: an option is unknown.
         """
         from mllama.hf.checkpoints import save_model
+        from mllama.hf.packed import save_packed_model
 
         if unknown := sorted(
             kwargs.keys() - _PUSH_OPTIONS - _SAVE_PASSED_OVER - _SAVE_FIXED.keys()
@@ -202,11 +204,6 @@ class PretrainedMixin(_Model):
                 "merge_and_unload()"
             )
         check_built(self)
-        if packing_of(self) is not None:
-            raise ValueError(
-                f"this model's weights are packed ({packing_of(self)}) and have no format of "
-                "their own: save the model before `mllama.optimize`"
-            )
         lora = bool(lora_layers(self))
         together = state_dict is None and is_sharded(self)
         if together:
@@ -218,7 +215,8 @@ class PretrainedMixin(_Model):
                 if lora:
                     save_adapter_folder(self, Path(save_directory), state_dict, strict=False)
                 else:
-                    save_model(self, save_directory, state_dict, max_shard_size)
+                    save = save_model if packing_of(self) is None else save_packed_model
+                    save(self, save_directory, state_dict, max_shard_size)
                 if self.processor is not None:
                     self.processor.save_pretrained(save_directory)
                 if push_to_hub:
@@ -285,6 +283,23 @@ class PretrainedMixin(_Model):
         from mllama.hf.checkpoints import own_names
 
         return own_names(self.config, names)
+
+    def tie_weights(self, missing_keys: Any = None, recompute_mapping: bool = True) -> None:
+        """As transformers'; a packed head shares the packed embeddings."""
+        if packing_of(self) is None:
+            super().tie_weights(missing_keys, recompute_mapping)
+        else:
+            tie_packed(self)
+
+    def init_weights(self) -> None:
+        """As transformers'.
+
+        Raises:
+            ValueError: the model is packed.
+        """
+        if packing_of(self) is not None:
+            raise ValueError("the weights of a packed model cannot be initialized")
+        super().init_weights()
 
     def load_state_dict(
         self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False

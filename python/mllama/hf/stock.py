@@ -7,6 +7,7 @@ import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from mllama.checkpoints.files import CONFIG, find_gguf, find_inside, read_json
+from mllama.config.packing import split_packing
 from mllama.families import MODEL_TYPES
 
 
@@ -22,7 +23,10 @@ def load_stock(folder: Path, dtype: str | torch.dtype) -> PreTrainedModel:
     """
     options = {"dtype": dtype, "local_files_only": True, "trust_remote_code": False}
     if (folder / CONFIG).is_file():
-        kind = read_json(find_inside(folder, CONFIG)).get("model_type")
+        content, packing = split_packing(read_json(find_inside(folder, CONFIG)))
+        if packing is not None:
+            raise ValueError(f"stock transformers does not read {folder}, whose weights are packed")
+        kind = content.get("model_type")
         family = MODEL_TYPES.get(kind)
         if family is None or family.stock_class is None:
             raise ValueError(

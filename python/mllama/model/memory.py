@@ -5,6 +5,7 @@ forward pass in inference mode peaks: within about a quarter of the measured val
 libraries and allocators reserve comes on top.
 """
 
+from collections.abc import Container
 from dataclasses import dataclass
 
 import torch
@@ -12,6 +13,7 @@ from torch import nn
 
 from mllama.config.spec import ModelSpec
 from mllama.encoders import ENCODERS
+from mllama.nn.packed import PackedEmbedding, PackedLinear
 
 PARTS = ("vision encoder", "projector", "embeddings", "decoder", "cross layers", "head")
 # Tensors of a layer's width alive in its feed-forward block: input, attention output, sum, norm.
@@ -58,6 +60,10 @@ def count_parameters(model: nn.Module) -> dict[str, int]:
     for name, parameter in model.named_parameters(remove_duplicate=False):
         if name not in tied:
             found[_part(name, crossed)] += parameter.numel()
+    for name, layer in _packed_layers(model, tied):
+        bias = getattr(layer, "bias", None)
+        count = layer.format.rows * layer.format.columns
+        found[_part(name, crossed)] += count + (0 if bias is None else bias.numel())
     return {part: count for part, count in found.items() if count}
 
 
@@ -74,7 +80,10 @@ def memory_needed(model: nn.Module, work: Work) -> dict[str, int]:
         a decoder. Logits are those of the last position, with `generate`'s float32 copy.
     """
     spec, size = spec_of(model), work.dtype.itemsize
-    needed = {"weights": sum(count_parameters(model).values()) * size}
+    packed = [layer for _, layer in _packed_layers(model, model.get_expanded_tied_weights_keys())]
+    dense = sum(count_parameters(model).values())
+    dense -= sum(layer.format.rows * layer.format.columns for layer in packed)
+    needed = {"weights": dense * size + sum(layer.format.nbytes for layer in packed)}
     if spec.encoder is not None:
         needed["vision activations"] = _vision(spec, work)
     if (text := spec.text) is None:
@@ -93,6 +102,17 @@ def memory_needed(model: nn.Module, work: Work) -> dict[str, int]:
         * size,
         "logits": work.batch * text.vocab_size * (size + _FLOAT32),
     }
+
+
+def _packed_layers(
+    model: nn.Module, tied: Container[str]
+) -> list[tuple[str, PackedLinear | PackedEmbedding]]:
+    """Layers with packed weights and their names, without a tied head."""
+    return [
+        (name, layer)
+        for name, layer in model.named_modules()
+        if isinstance(layer, (PackedLinear, PackedEmbedding)) and f"{name}.weight" not in tied
+    ]
 
 
 def spec_of(model: nn.Module) -> ModelSpec:
@@ -125,6 +145,11 @@ def _vision(spec: ModelSpec, work: Work) -> int:
 
 def _crossed(spec: ModelSpec) -> frozenset[int]:
     return frozenset(() if spec.text is None else spec.text.cross_attention_layers or ())
+
+
+def part_of(model: nn.Module, name: str) -> str:
+    """Which of PARTS a tensor of a model belongs to, by its name."""
+    return _part(name, _crossed(spec_of(model)))
 
 
 def _part(name: str, crossed: frozenset[int]) -> str:

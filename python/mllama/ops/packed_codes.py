@@ -64,15 +64,30 @@ def _quantize_shifted(w: torch.Tensor, bits: int) -> Numbers:
 def _quantize_nested(w: torch.Tensor, bits: int, steps: int, span: int) -> Numbers:
     """Scales and minima of the groups as multiples, up to `steps`, of those in the header."""
     highest, groups = 2**bits - 1, w.shape[2]
-    fits = fit_affine(w, highest)
-    fits = fits[0], -fits[1]
-    header = [half_above(_by_span(value, span).amax(3) / steps) for value in fits]
+    scale, minimum = fit_affine(w, highest)
+    header = [half_above(_by_span(x, span).amax(3) / steps) for x in (scale, -minimum)]
     of_group = torch.arange(groups) // span
     d, e = (value.float()[:, :, of_group] for value in header)
-    m = torch.round(fits[1] * _inverse(e)).clamp(0, steps)
-    s = _steps(fits[0] * _inverse(d), 0, steps, lambda s: _squared_error(w, d * s, -e * m, highest))
+    s, m = nested_steps(w, scale, minimum, d, e, steps, highest)
     codes = torch.round((w + (e * m)[..., None]) * _inverse(d * s)[..., None]).clamp(0, highest)
     return header, [s.to(torch.uint8), m.to(torch.uint8)], codes
+
+
+def nested_steps(
+    w: torch.Tensor,
+    scale: torch.Tensor,
+    minimum: torch.Tensor,
+    d: torch.Tensor,
+    e: torch.Tensor,
+    steps: int,
+    highest: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Multiples s and m, 0 to `steps`, of d and e, for groups w [..., inputs] whose fit is scale
+    and minimum [...].
+    """
+    m = torch.round(-minimum * _inverse(e)).clamp(0, steps)
+    s = _steps(scale * _inverse(d), 0, steps, lambda s: _squared_error(w, d * s, -e * m, highest))
+    return s, m
 
 
 def _quantize_q6_k(w: torch.Tensor, span: int) -> Numbers:

@@ -194,7 +194,7 @@ def _check_unpack(packed, rows, out_features, in_features, number, dtype) -> Non
 
 
 def _check_indices(rows: torch.Tensor | None, out_features: int) -> None:
-    if rows is None or not rows.numel():
+    if rows is None or not rows.numel() or rows.is_meta:
         return
     low, high = rows.min().item(), rows.max().item()
     if low < 0 or high >= out_features:

@@ -7,7 +7,7 @@ import torch
 from mllama.checkpoints.models import fill, lay_out
 from mllama.checkpoints.opened import Opened
 from mllama.model.model import VisionLanguageModel
-from mllama.quant.packer import packing
+from mllama.quant.loading import lay_out_packed, packing
 from mllama.weights.stock_names import own_names
 
 
@@ -31,7 +31,9 @@ def load_core(
         ValueError: as `lay_out`, `fill` and `Packer`.
     """
     model = lay_out(opened, lambda spec: VisionLanguageModel(spec, reference=reference))
-    with packing(model, weights, device) as take:
+    if opened.packing is not None:
+        lay_out_packed(model, opened.source)
+    with packing(model, weights, device, opened.packing) as take:
         fill(model, opened, dtype, lambda name: device, take=take)
     # load_lora asks for it, of adapters under transformers' names.
     weight_map = opened.family.weight_map(opened.spec)

@@ -6,6 +6,7 @@ from typing import Any
 
 from mllama.config.checks import check_kind
 from mllama.config.files import harmless, to_older
+from mllama.config.packing import split_packing
 from mllama.config.rope import settle_rope, settle_ropes
 from mllama.config.spec import ModelSpec
 from mllama.weights.rows import WeightMap
@@ -83,7 +84,7 @@ class Family:
             ValueError: a part of an unsupported kind, quantized weights, or invalid rotary
                 parameters. `compose` checks the rest.
         """
-        content = harmless(content)
+        content, _ = split_packing(harmless(content))
         kind = content.get("model_type", self.name)
         if kind in self.also:
             return self.from_json(self.also[kind](content))
@@ -110,7 +111,7 @@ class Family:
         named = {"model_type": self.name}
         if self.stock_class is not None:
             named["architectures"] = [self.stock_class]
-        return self.write(harmless(config)) | named
+        return self.write(split_packing(harmless(config))[0]) | named
 
 
 def _part(name: str, part: Any, kinds: tuple[Config, ...], absent: Config) -> Config:

@@ -1,0 +1,64 @@
+"""Pieces of the commands' parsers. Imports argparse only."""
+
+import argparse
+import math
+
+
+class Parser(argparse.ArgumentParser):
+    """Prints errors in one line, without argparse's usage."""
+
+    def error(self, message: str):
+        self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
+
+    def parse_known_args(self, args=None, namespace=None):
+        """Collect `words` from all places between options; argparse takes one contiguous run."""
+        found, rest = super().parse_known_args(args, namespace)
+        words = (
+            [word for word in rest if word == "-" or not word.startswith("-")]
+            if hasattr(found, "words")
+            else []
+        )
+        if words:
+            found.words = [*found.words, *words]
+        return found, [word for word in rest if word not in words]
+
+
+def add_command(commands, name: str, what: str) -> argparse.ArgumentParser:
+    """A command's parser; `what` describes it."""
+    return commands.add_parser(name, help=what, description=f"{what[0].upper()}{what[1:]}.")
+
+
+def add_placed(
+    parser: argparse.ArgumentParser, name: str, metavar: str, what: str, required: bool = True
+) -> None:
+    """A command's model, as a positional argument or as --model."""
+    which = parser.add_mutually_exclusive_group(required=required)
+    which.add_argument(name, metavar=metavar, nargs="?", default=argparse.SUPPRESS, help=what)
+    which.add_argument("--model-id", "--model", dest=name, metavar="MODEL", help="the same")
+
+
+def some_text(text: str) -> str:
+    """A type of argument: a text that is not blank."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError("must not be empty")
+    return text
+
+
+def number(kind: type, least: float, most: float = math.inf, above: bool = False):
+    """A parser for int or float whose error names the range; `above` excludes `least` itself."""
+    upper = "" if most == math.inf else f" and at most {most}"
+    bounds = f"{'above' if above else 'of at least'} {least}{upper}"
+
+    def parse(text: str):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not least <= value <= most or value == math.inf or (above and value == least):
+            shown = f"{text[:40]!r}{' ...' * (len(text) > 40)}"
+            raise argparse.ArgumentTypeError(
+                f"must be a {'whole ' * (kind is int)}number {bounds}, got {shown}"
+            )
+        return value
+
+    return parse
