@@ -1,6 +1,5 @@
 """The engines that are compared, and where this machine has them."""
 
-import importlib.util
 import os
 import shutil
 import sys

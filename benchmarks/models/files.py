@@ -147,7 +147,9 @@ class Files:
 
 
 def _run(*command: object) -> None:
-    subprocess.run(list(map(str, command)), check=True, stdout=sys.stderr)
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{command} failed: {done.stderr[-1000:]}")
 
 
 def packaged() -> Path | None:

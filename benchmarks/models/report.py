@@ -58,14 +58,15 @@ def _head(content: Mapping[str, Any]) -> Iterable[str]:
         if "engine" in row
     }
     peers = ", ".join(f"{name} {versions[name]}" for name in PEERS if name in versions)
-    yield f"{content['machine']}. Memory read {min(reads):.0f} to {max(reads):.0f} GB/s"
-    yield f"in the same run, {content['date'][:10]}."
-    yield f"Peers: {peers}."
+    yield "Tokens per second of whole models, against other engines with as many bits per weight:"
+    yield f"`make bench-models` on {content['machine']}, {content['date'][:10]}. Memory read"
+    yield f"{min(reads):.0f} to {max(reads):.0f} GB/s in the same run. Peers: {peers}. The ratio is"
+    yield "to the fastest one."
 
 
 def _rows(content: Mapping[str, Any]) -> Iterable[str]:
     """A line for each case of each group."""
-    yield _line("model", "weights", "tokens/s", "mllama", "of read speed", *PEERS, "ratio")
+    yield _line("model", "weights", "workload", "mllama", "share of read speed", *PEERS, "ratio")
     yield _line(*["---"] * (6 + len(PEERS)))
     for group in content["groups"].values():
         for case in dict.fromkeys(row["case"] for row in group["rows"] if "engine" in row):

@@ -44,7 +44,7 @@ class Worker:
     """
 
     def __init__(self, engine: str, python: str, model: Path, weights: str, threads: int):
-        self._errors = tempfile.TemporaryFile("w+")
+        self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115  for the child
         self._process = subprocess.Popen(
             [python, PEERS / f"{engine}_worker.py", model, weights, str(threads)],
             stdin=subprocess.PIPE,

@@ -32,7 +32,9 @@ def serve(load: Callable[[argparse.Namespace], tuple[dict[str, Any], dict[str, C
     for line in sys.stdin:
         request = json.loads(line)
         answer = actions[request.pop("action")](**request)
-        _reply(replies, answer | {"peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024})
+        _reply(
+            replies, answer | {"peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
+        )
 
 
 def _reply(replies: Any, answer: dict[str, Any]) -> None:
