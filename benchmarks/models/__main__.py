@@ -15,11 +15,11 @@ from benchmarks import harness
 from benchmarks.models import report
 from benchmarks.models.cold_start import measure_cold_starts
 from benchmarks.models.files import LLAMA_1B, TINY, Files
-from benchmarks.models.groups import GROUPS, QUICK
+from benchmarks.models.groups import GROUPS, QUICK, VISION_GROUP
 from benchmarks.models.measure import measure_group
 
 WORK = Path(__file__).parents[2] / "build/bench-models"
-COLD, VISION = "cold", "11b"
+COLD = "cold"
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -37,7 +37,7 @@ def main(argv: list[str] | None = None) -> None:
         print(report.table(facts | {"groups": found}))
         return
     files = Files(arguments.work, LLAMA_1B)
-    groups = [group for group in GROUPS if group.name in arguments.only]
+    groups = [group for group in (*GROUPS, VISION_GROUP) if group.name in arguments.only]
     if arguments.prepare:
         for contender in (one for group in groups for one in group.contenders):
             if contender.engine.python is not None:
@@ -71,13 +71,15 @@ def _draw(content: dict, path: Path) -> None:
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.models", description=__doc__)
-    known = [*(group.name for group in GROUPS), COLD]
+    usual = [*(group.name for group in GROUPS), COLD]
+    known = [*usual, VISION_GROUP.name]
     parser.add_argument(
         "--only",
         nargs="+",
         metavar="GROUP",
-        default=known,
-        help=f"groups, or beginnings of their names: {', '.join(known)} (default: all)",
+        default=usual,
+        help=f"groups, or beginnings of their names: {', '.join(known)} (default: all but "
+        f"{VISION_GROUP.name})",
     )
     parser.add_argument(
         "--threads", type=int, default=os.cpu_count(), help="of every engine (default: the CPUs)"

@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import LlamaConfig
+from transformers import LlamaConfig, MllamaConfig
 
 from benchmarks.models.engines import LLAMA_CPP, ONNXRUNTIME
+from benchmarks.models.random_packed import random_packed
 from benchmarks.models.worker import PEERS
 from mllama import MllamaForConditionalGeneration
 from mllama.checkpoints.files import write_file, write_folder
@@ -36,6 +37,7 @@ LLAMA_1B: dict[str, Any] = {
     },
     "tie_word_embeddings": True,
 }
+VISION_11B = {"vision_config": {"image_size": 560}}  # the rest is MllamaConfig's default
 TINY = LLAMA_1B | {
     "vocab_size": 512,
     "hidden_size": 128,
@@ -100,6 +102,16 @@ class Files:
 
     def smollm2_onnx(self, kind: str) -> Path | None:
         return self._onnx(self.smollm2, kind)
+
+    # ---- random weights in Llama-3.2-11B-Vision's shapes
+
+    def vision(self) -> Path:
+        """A folder of packed weights in int4."""
+
+        def write(aside: Path) -> None:
+            random_packed(MllamaConfig(**VISION_11B), "int4").save_pretrained(aside)
+
+        return self._make("vision-11b-int4", lambda path: write_folder(path, write))
 
     # ---- how
 

@@ -189,6 +189,17 @@ SMOLLM2_GROUPS = (
     ),
 )
 GROUPS = LLAMA_GROUPS + SMOLLM2_GROUPS
+# By itself: its file takes 8 GB, and minutes to write.
+VISION_GROUP = Group(
+    "11b",
+    "Llama-3.2-11B-Vision's shapes",
+    "int4",
+    (Contender(MLLAMA, "int4", "file", Files.vision),),
+    (
+        Case("decode, text", "decode", {"prompt": 16, "tokens": 16}),
+        Case("decode after an image", "see", {"tokens": 16}),
+    ),
+)
 
 # A smoke run: our worker's every action on a tiny model.
 QUICK = (

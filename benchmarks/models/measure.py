@@ -20,6 +20,8 @@ class Row:
         rates: tokens per second, by round.
         bytes: memory read for a step, if known.
         peak: the most memory that the process had, in bytes.
+        load_seconds: from the start of the process until the model was ready.
+        more: other figures of the last round.
     """
 
     case: str
@@ -29,6 +31,8 @@ class Row:
     rates: list[float] = field(default_factory=list)
     bytes_per_second: list[float] = field(default_factory=list)
     peak: int = 0
+    load_seconds: float = 0
+    more: dict[str, Any] = field(default_factory=dict)
 
     def as_json(self, read: float) -> dict[str, Any]:
         """With medians, and the share of `read`, in GB/s, at which memory was read."""
@@ -40,6 +44,8 @@ class Row:
             "tokens_per_second": round(statistics.median(self.rates), 3),
             "rounds": [round(rate, 3) for rate in self.rates],
             "peak_gb": round(self.peak / 1e9, 2),
+            "load_seconds": round(self.load_seconds, 2),
+            **self.more,
         }
         if self.bytes_per_second:
             speed = statistics.median(self.bytes_per_second) / 1e9
@@ -73,6 +79,7 @@ def measure_group(group: Group, files: Files, threads: int, rounds: int) -> dict
                             contender.engine.name,
                             contender.precision,
                             worker.facts["version"],
+                            load_seconds=worker.load_seconds,
                         ),
                     )
                     _measure(worker, case, row, keep=turn > 0)
@@ -111,7 +118,7 @@ def _measure(worker: Worker, case: Case, row: Row, keep: bool) -> None:
         print(f"{row.engine} {row.precision} fails in {case.name}: {error}", file=sys.stderr)
         worker.close()
         return
-    row.peak = max(row.peak, found["peak"])
+    row.peak, row.more = max(row.peak, found["peak"]), found.get("more", {})
     if keep:
         row.rates.append(found["tokens"] / found["seconds"])
         if "bytes" in found:

@@ -6,6 +6,7 @@ import os
 import selectors
 import subprocess
 import tempfile
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -38,12 +39,14 @@ class Worker:
 
     Attributes:
         facts: what the worker said once it had loaded: `version`, `actions`.
+        load_seconds: until then.
 
     Raises:
         WorkerError: it did not load.
     """
 
     def __init__(self, engine: str, python: str, model: Path, weights: str, threads: int):
+        start = time.perf_counter()
         self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115  for the child
         self._process = subprocess.Popen(
             [python, PEERS / f"{engine}_worker.py", model, weights, str(threads)],
@@ -58,10 +61,11 @@ class Worker:
         except BaseException:
             self.close()
             raise
+        self.load_seconds = time.perf_counter() - start
 
     def ask(self, action: str, **arguments: Any) -> dict[str, Any]:
-        """One measurement: `seconds`, `tokens`, `bytes` if known, and `peak`, the most memory that
-        the process has had, in bytes.
+        """One measurement: `seconds`, `tokens`, `bytes` if known, `more` of other figures, and
+        `peak`, the most memory that the process has had, in bytes.
         """
         with contextlib.suppress(BrokenPipeError):  # reading tells why
             self._process.stdin.write(json.dumps({"action": action, **arguments}) + "\n")

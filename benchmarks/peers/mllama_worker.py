@@ -13,6 +13,7 @@ from torch import nn
 from mllama import MllamaForConditionalGeneration
 from mllama.device import choose_dtype
 from mllama.model.fast_decoder import FastDecoder
+from mllama.model.samples import make_samples
 from mllama.nn.kv_cache import KVCache
 from mllama.nn.packed import PackedLinear
 from mllama.runtime.session import Session
@@ -32,7 +33,7 @@ class Mllama:
         ).eval()
         self.session = Session(self.model)
         self.text = self.model.spec.text
-        self.bytes = read_bytes(self.model)
+        self.bytes = read_bytes(self.model, images=False)
 
     def decode(self, prompt: int, tokens: int) -> dict:
         return self.batch(prompt, tokens, 1)
@@ -86,15 +87,38 @@ class Mllama:
         keys = layers * some.nbytes * (depth // 64)
         return {"seconds": seconds, "tokens": tokens, "bytes": (self.bytes + keys) * tokens}
 
+    def see(self, tokens: int) -> dict:
+        """Decode after a prompt with an image, whose features are not cached."""
+        self.session.reset()
+        (row, _) = make_samples(
+            self.model.spec, self.model.config.image_token_index, 0, torch.device("cpu")
+        )
+        made = self.session.generate(row.inputs, max_new_tokens=tokens + 1, eos_token_id=NO_END)
+        return {
+            "seconds": made.decode_seconds,
+            "tokens": tokens,
+            "bytes": read_bytes(self.model, images=True) * tokens,
+            "more": {"first_token_seconds": round(made.prefill_seconds, 2)},
+        }
+
     def _ids(self, rows: int, length: int) -> torch.Tensor:
         return torch.randint(self.text.vocab_size // 2, (rows, length))
 
 
-def read_bytes(model: nn.Module) -> int:
-    """Bytes of the weights that a token reads: those of the decoder's products."""
+def read_bytes(model: nn.Module, images: bool) -> int:
+    """Bytes of the weights that a token reads: those of the decoder's products. Layers that attend
+    to images do nothing without one, and the images' keys and values are computed before.
+    """
+    cross = model.spec.text.cross_attention_layers
+    parts: list[tuple[str, nn.Module]] = [("lm_head", model.lm_head)]
+    for i, layer in enumerate(model.language_model.layers):
+        if i in cross and not images:
+            continue
+        skipped = ("cross_attn.k_proj", "cross_attn.v_proj") if i in cross else ()
+        parts += [part for part in layer.named_modules() if part[0] not in skipped]
     weights = [
         module.packed if isinstance(module, PackedLinear) else module.weight
-        for module in model.modules()
+        for _, module in parts
         if isinstance(module, (PackedLinear, nn.Linear))
     ]
     return sum(weight.numel() * weight.element_size() for weight in weights)
@@ -105,6 +129,8 @@ def load(arguments: Namespace) -> tuple[dict, dict]:
     names = ["decode", "batch", "prefill", "answer", "generate"]
     if arguments.weights != "dense":
         names.append("deep")
+    if engine.model.spec.encoder is not None:
+        names.append("see")
     return {"version": version("mllama")}, {name: getattr(engine, name) for name in names}
 
 

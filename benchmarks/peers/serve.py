@@ -17,8 +17,8 @@ def serve(load: Callable[[argparse.Namespace], tuple[dict[str, Any], dict[str, C
     Args:
         load: from the command line's `model` (a path), `weights` and `threads` to what the parent
             is told (at least `version`), and the actions by name. An action takes a request's
-            arguments and returns `seconds`, `tokens`, and `bytes` (read in these seconds), if
-            known.
+            arguments and returns `seconds`, `tokens`, `bytes` (read in these seconds) if known,
+            and `more`, other figures by name, if there are any.
     """
     parser = argparse.ArgumentParser()
     parser.add_argument("model")
