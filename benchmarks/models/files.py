@@ -10,11 +10,10 @@ from typing import Any
 import torch
 from transformers import LlamaConfig, MllamaConfig
 
-from benchmarks.models.engines import LLAMA_CPP, ONNXRUNTIME
+from benchmarks.models.engines import ONNXRUNTIME
 from benchmarks.models.random_packed import random_packed
-from benchmarks.models.worker import PEERS
 from mllama import MllamaForConditionalGeneration
-from mllama.checkpoints.files import write_file, write_folder
+from mllama.checkpoints.files import write_folder
 from mllama.hf.gguf import save_gguf
 from mllama.hf.processors.auto import load_processor
 
@@ -81,7 +80,7 @@ class Files:
         return self._make("llama-1b", lambda path: write_folder(path, write))
 
     def llama_gguf(self, kind: str) -> Path | None:
-        """A GGUF file: by our writer in bf16 and q8_0, by llama.cpp's quantizer in q4_0."""
+        """A GGUF file in one of our writer's types, which are llama.cpp's."""
         return self._gguf(self.llama, kind)
 
     def llama_onnx(self, kind: str) -> Path | None:
@@ -119,23 +118,12 @@ class Files:
         folder, tokenizer = make_folder(), _tokenizer()
         if folder is None or tokenizer is None:
             return None
-        if kind == "q4_0":
-            return self._quantize(self._gguf(make_folder, "bf16"), folder.name)
 
         def write(path: Path) -> None:
             model = MllamaForConditionalGeneration.from_pretrained(folder, dtype="auto")
             save_gguf(model, tokenizer, path, kind)
 
         return self._make(f"{folder.name}-{kind}.gguf", write)
-
-    def _quantize(self, source: Path | None, name: str) -> Path | None:
-        if source is None or (python := LLAMA_CPP.python) is None:
-            return None
-
-        def write(path: Path) -> None:
-            write_file(path, lambda aside: _run(python, PEERS / "quantize.py", source, aside))
-
-        return self._make(f"{name}-q4_0.gguf", write)
 
     def _onnx(self, make_folder: Callable[[], Path | None], kind: str) -> Path | None:
         folder = make_folder()

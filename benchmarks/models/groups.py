@@ -121,6 +121,7 @@ LLAMA_GROUPS = (
         "int4",
         (
             Contender(MLLAMA, "int4", "int4", Files.llama),
+            Contender(MLLAMA, "the file's Q4_0", "file", _gguf("q4_0")),
             *_llama_cpp("Q4_0", _gguf("q4_0")),
             Contender(OPENVINO, "Q4_0", "q4_0", _gguf("q4_0")),
             Contender(ONNXRUNTIME, "int4", "int4", _onnx("int4")),

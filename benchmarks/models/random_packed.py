@@ -25,7 +25,7 @@ def random_packed(config: Any, weights: str) -> MllamaForConditionalGeneration:
     packer = Packer(model, weights)
     for name, parameter in list(model.named_parameters()):
         value = _random(parameter.shape)
-        if not packer.take(name, value, None, torch.bfloat16):
+        if not packer.take(name, lambda value=value: value, None, torch.bfloat16):
             owner, _, last = name.rpartition(".")
             setattr(model.get_submodule(owner), last, nn.Parameter(value, requires_grad=False))
     packer.finish()

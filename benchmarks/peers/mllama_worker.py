@@ -12,7 +12,7 @@ from torch import nn
 
 from mllama import MllamaForConditionalGeneration
 from mllama.device import choose_dtype
-from mllama.model.fast_decoder import FastDecoder
+from mllama.fusion.base import ModelInputs
 from mllama.model.samples import make_samples
 from mllama.nn.kv_cache import KVCache
 from mllama.nn.packed import PackedLinear
@@ -78,11 +78,12 @@ class Mllama:
         cache = KVCache(layers, depth + tokens + 1)
         for layer in range(layers):
             cache.update(layer, *some.repeat(1, 1, depth // 64, 1, 1))
-        fast = FastDecoder(self.model.language_model, self.model.lm_head)
-        ids = fast.step(self._ids(1, 1)[0], cache).argmax(-1)
-        start = time.perf_counter()
-        for _ in range(tokens):
-            ids = fast.step(ids, cache).argmax(-1)
+        ids = self._ids(1, 1)
+        for step in range(tokens + 1):
+            if step == 1:
+                start = time.perf_counter()
+            output = self.model.compute(ModelInputs(ids, cache=cache, logits_to_keep=1))
+            ids = output.logits[:, -1:].argmax(-1)
         seconds = time.perf_counter() - start
         keys = layers * some.nbytes * (depth // 64)
         return {"seconds": seconds, "tokens": tokens, "bytes": (self.bytes + keys) * tokens}
@@ -126,9 +127,7 @@ def read_bytes(model: nn.Module, images: bool) -> int:
 
 def load(arguments: Namespace) -> tuple[dict, dict]:
     engine = Mllama(arguments)
-    names = ["decode", "batch", "prefill", "answer", "generate"]
-    if arguments.weights != "dense":
-        names.append("deep")
+    names = ["decode", "batch", "prefill", "answer", "generate", "deep"]
     if engine.model.spec.encoder is not None:
         names.append("see")
     return {"version": version("mllama")}, {name: getattr(engine, name) for name in names}
