@@ -116,6 +116,15 @@ def test_readme_has_the_newest_results():
     assert text.split(report.BEGIN)[1].split(report.END)[0] == report.table(report.newest())
 
 
+def test_picture_is_small(tmp_path):
+    pytest.importorskip("matplotlib")
+    from benchmarks.models.plot import draw
+
+    content = {"groups": {"g": group("decode", mllama=30, llama_cpp=20), "cold": {"rows": []}}}
+    draw(content, tmp_path / "x.png")
+    assert 0 < (tmp_path / "x.png").stat().st_size < 100_000
+
+
 def test_a_worker_that_fails_says_why(tmp_path):
     with pytest.raises(WorkerError, match="no-such-folder"):
         Worker("mllama", sys.executable, tmp_path / "no-such-folder", "int4", 1)

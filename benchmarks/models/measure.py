@@ -56,8 +56,8 @@ class Row:
 def measure_group(group: Group, files: Files, threads: int, rounds: int) -> dict[str, Any]:
     """Rows of a group, with the limits of the machine while it was measured (medians over rounds).
 
-    A contender that is not installed is left out; one that fails is reported and left out from
-    then on.
+    A contender that is not installed is left out; one that fails is reported and left out of that
+    case.
     """
     with ExitStack() as stack:
         workers: list[tuple[Contender, Worker]] = []
@@ -116,7 +116,6 @@ def _measure(worker: Worker, case: Case, row: Row, keep: bool) -> None:
         found = worker.ask(case.action, **case.arguments)
     except WorkerError as error:
         print(f"{row.engine} {row.precision} fails in {case.name}: {error}", file=sys.stderr)
-        worker.close()
         return
     row.peak, row.more = max(row.peak, found["peak"]), found.get("more", {})
     if keep:

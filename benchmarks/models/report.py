@@ -2,6 +2,7 @@
 
 import json
 import re
+import textwrap
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -39,7 +40,8 @@ def table(content: Mapping[str, Any] | None) -> str:
     """README.md's text between BEGIN and END."""
     if content is None:
         return "\n"
-    return "\n".join(["", *_head(content), "", *_rows(content), "", *_starts(content)]) + "\n"
+    parts = [_head(content), "", *_rows(content), "", *_starts(content), "", *_notes(content)]
+    return "\n" + "\n".join(parts).rstrip() + "\n\n"
 
 
 def write_readme(content: Mapping[str, Any] | None) -> None:
@@ -48,7 +50,7 @@ def write_readme(content: Mapping[str, Any] | None) -> None:
     README.write_text(before + BEGIN + table(content) + END + rest.split(END)[1])
 
 
-def _head(content: Mapping[str, Any]) -> Iterable[str]:
+def _head(content: Mapping[str, Any]) -> str:
     roofs = [group["roofs"] for group in content["groups"].values() if "roofs" in group]
     reads = [roof["read_gb_per_second"] for roof in roofs]
     versions = {
@@ -58,10 +60,15 @@ def _head(content: Mapping[str, Any]) -> Iterable[str]:
         if "engine" in row
     }
     peers = ", ".join(f"{name} {versions[name]}" for name in PEERS if name in versions)
-    yield "Tokens per second of whole models, against other engines with as many bits per weight:"
-    yield f"`make bench-models` on {content['machine']}, {content['date'][:10]}. Memory read"
-    yield f"{min(reads):.0f} to {max(reads):.0f} GB/s in the same run. Peers: {peers}. The ratio is"
-    yield "to the fastest one."
+    text = (
+        "Whole models, in tokens per second, against other engines with as many bits per weight: "
+        f"`make bench-models` on {content['machine']}, {content['date'][:10]}. Peers: {peers}. The "
+        "ratio is to the fastest one. [benchmarks/README.md](benchmarks/README.md) explains the "
+        "workloads."
+    )
+    if reads:
+        text += f" Memory was read at {min(reads):.0f} to {max(reads):.0f} GB/s in the same run."
+    return textwrap.fill(text, 100, break_on_hyphens=False)
 
 
 def _rows(content: Mapping[str, Any]) -> Iterable[str]:
@@ -88,6 +95,18 @@ def _starts(content: Mapping[str, Any]) -> Iterable[str]:
         yield _line("---", "---")
     for row in rows:
         yield _line(row["case"], f"{row['seconds']:.2f}")
+
+
+def _notes(content: Mapping[str, Any]) -> Iterable[str]:
+    """A line for each model that was shown an image."""
+    for group in content["groups"].values():
+        for row in group["rows"]:
+            if "first_token_seconds" in row:
+                yield (
+                    f"{group['model']} in {group['bits']}: {row['peak_gb']:.1f} GB of memory, "
+                    f"loaded in {row['load_seconds']:.1f} s; an image and a question take "
+                    f"{row['first_token_seconds']:.1f} s to the first token."
+                )
 
 
 def _best(rows: Iterable[Mapping[str, Any]], engine: str) -> Mapping[str, Any] | None:

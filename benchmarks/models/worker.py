@@ -16,7 +16,7 @@ LOAD_SECONDS, ACTION_SECONDS = 600, 300
 
 
 class WorkerError(Exception):
-    """A worker that ended, or did not answer in time; the text is the end of what it printed."""
+    """A worker that failed in an action, ended, or did not answer in time."""
 
 
 def thread_variables(threads: int) -> dict[str, str]:
@@ -66,11 +66,17 @@ class Worker:
     def ask(self, action: str, **arguments: Any) -> dict[str, Any]:
         """One measurement: `seconds`, `tokens`, `bytes` if known, `more` of other figures, and
         `peak`, the most memory that the process has had, in bytes.
+
+        Raises:
+            WorkerError: it failed; where it did not answer, it is closed.
         """
         with contextlib.suppress(BrokenPipeError):  # reading tells why
             self._process.stdin.write(json.dumps({"action": action, **arguments}) + "\n")
             self._process.stdin.flush()
-        return self._read(ACTION_SECONDS)
+        answer = self._read(ACTION_SECONDS)
+        if "error" in answer:
+            raise WorkerError(answer["error"])
+        return answer
 
     @property
     def alive(self) -> bool:
@@ -84,6 +90,7 @@ class Worker:
         with selectors.DefaultSelector() as selector:
             selector.register(self._process.stdout, selectors.EVENT_READ)
             if not selector.select(seconds):
+                self.close()
                 raise WorkerError(f"no answer in {seconds} s")
         if line := self._process.stdout.readline():
             return json.loads(line)

@@ -7,6 +7,7 @@ import json
 import os
 import resource
 import sys
+import traceback
 from collections.abc import Callable
 from typing import Any
 
@@ -18,7 +19,7 @@ def serve(load: Callable[[argparse.Namespace], tuple[dict[str, Any], dict[str, C
         load: from the command line's `model` (a path), `weights` and `threads` to what the parent
             is told (at least `version`), and the actions by name. An action takes a request's
             arguments and returns `seconds`, `tokens`, `bytes` (read in these seconds) if known,
-            and `more`, other figures by name, if there are any.
+            and `more`, other figures by name, if there are any. What it raises is told as `error`.
     """
     parser = argparse.ArgumentParser()
     parser.add_argument("model")
@@ -31,10 +32,13 @@ def serve(load: Callable[[argparse.Namespace], tuple[dict[str, Any], dict[str, C
     _reply(replies, facts | {"actions": sorted(actions)})
     for line in sys.stdin:
         request = json.loads(line)
-        answer = actions[request.pop("action")](**request)
-        _reply(
-            replies, answer | {"peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
-        )
+        try:
+            answer = actions[request.pop("action")](**request)
+        except Exception as error:
+            traceback.print_exc()
+            answer = {"error": f"{type(error).__name__}: {error}"}
+        answer["peak"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        _reply(replies, answer)
 
 
 def _reply(replies: Any, answer: dict[str, Any]) -> None:
