@@ -24,10 +24,7 @@ def commands() -> dict[str, list[str]]:
     if (model := packaged()) is not None:
         prompt = ["--model", str(model), "--prompt", "What is the capital of France?"]
         generate = [*MLLAMA, "generate", *prompt, "--max-new-tokens", "4"]
-        found |= {
-            "`mllama generate`, SmolLM2": generate,
-            "`mllama generate --weights file`, SmolLM2": [*generate, "--weights", "file"],
-        }
+        found["`mllama generate`, SmolLM2"] = generate
     return found
 
 

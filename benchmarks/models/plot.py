@@ -8,7 +8,7 @@ from benchmarks.models.report import OURS, PEERS
 
 
 def draw(content: Mapping[str, Any], path: Path) -> None:
-    """Write a PNG: tokens per second of the case `decode`, and what memory's read speed allows.
+    """Write a PNG: tokens per second of the case `decode`; nothing where that was not measured.
 
     Raises:
         ImportError: matplotlib is not installed.
@@ -17,6 +17,8 @@ def draw(content: Mapping[str, Any], path: Path) -> None:
     from matplotlib.figure import Figure
 
     groups = [group for group in content["groups"].values() if _decode(group)]
+    if not groups:
+        return
     models = list(dict.fromkeys(group["model"] for group in groups))
     figure = Figure(figsize=(4.5 * len(models), 3.2), layout="constrained")
     FigureCanvasAgg(figure)
