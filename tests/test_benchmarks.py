@@ -90,7 +90,7 @@ def group(case: str, **rates: float) -> dict:
 def test_a_smoke_run_measures_every_action(capsys):
     bench_models(["--quick", "--threads", "1"])
     lines = [line for line in capsys.readouterr().out.splitlines() if "two layers" in line]
-    assert len(lines) == 6
+    assert len(lines) == 7
     assert all(float(line.split("|")[4]) > 0 for line in lines)
 
 

@@ -58,6 +58,7 @@ DECODE = Case("decode", "decode", {"prompt": 16, "tokens": 24})
 BATCH = Case("decode, 8 sequences", "batch", {"prompt": 16, "tokens": 16, "rows": 8})
 AFTER_8K = Case("decode after 8,192 tokens", "deep", {"depth": 8192, "tokens": 12})
 AFTER_32K = Case("decode after 32,768 tokens", "deep", {"depth": 32768, "tokens": 8})
+SMALLER = Case("the same, 8-bit cache", "deep_int8", {"depth": 32768, "tokens": 8})
 PREFILL = Case("prefill 256", "prefill", {"tokens": 256})
 ANSWER = Case("64 tokens after 64", "answer", {"prompt": 64, "tokens": 64})
 GENERATE = Case("the same by `generate()`", "generate", {"prompt": 64, "tokens": 64})
@@ -127,7 +128,7 @@ LLAMA_GROUPS = (
             Contender(ONNXRUNTIME, "int4", "int4", _onnx("int4")),
             Contender(TORCH, "int4", "int4", Files.llama),
         ),
-        (DECODE, BATCH, AFTER_8K, AFTER_32K, PREFILL),
+        (DECODE, BATCH, AFTER_8K, AFTER_32K, SMALLER, PREFILL),
     ),
     Group(
         "1b-f32",
@@ -213,6 +214,7 @@ QUICK = (
             Case("decode", "decode", {"prompt": 4, "tokens": 2}),
             Case("decode, 8 sequences", "batch", {"prompt": 4, "tokens": 2, "rows": 8}),
             Case("decode after 64 tokens", "deep", {"depth": 64, "tokens": 2}),
+            Case("the same, 8-bit cache", "deep_int8", {"depth": 64, "tokens": 2}),
             Case("prefill 8", "prefill", {"tokens": 8}),
             Case("4 tokens after 4", "answer", {"prompt": 4, "tokens": 4}),
             Case("the same by `generate()`", "generate", {"prompt": 4, "tokens": 4}),

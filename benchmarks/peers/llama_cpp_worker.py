@@ -1,5 +1,6 @@
 """llama.cpp by llama-cpp-python's low-level functions, for what llama-bench does not measure:
-`model` is a GGUF file. The cache is float16 and flash attention is on, as in its own tools.
+`model` is a GGUF file. The cache is float16 (or Q8_0) and flash attention is on, as in its own
+tools.
 """
 
 import ctypes
@@ -37,7 +38,13 @@ class LlamaCpp:
 
     def deep(self, depth: int, tokens: int) -> dict:
         """Decode after `depth` positions, a few computed ones again and again."""
-        context = self._context(depth + tokens + UNIT, 1)
+        return self._deep(depth, tokens, lib.GGML_TYPE_F16)
+
+    def deep_int8(self, depth: int, tokens: int) -> dict:
+        return self._deep(depth, tokens, lib.GGML_TYPE_Q8_0)
+
+    def _deep(self, depth: int, tokens: int, cache_type: int) -> dict:
+        context = self._context(depth + tokens + UNIT, 1, cache_type)
         for position in range(UNIT):
             self._feed(context, position, 1)
         size = lib.llama_state_seq_get_size(context, 0)
@@ -67,12 +74,13 @@ class LlamaCpp:
         lib.llama_free(context)
         return {"seconds": seconds, "tokens": tokens}
 
-    def _context(self, size: int, sequences: int):
+    def _context(self, size: int, sequences: int, cache_type: int = lib.GGML_TYPE_F16):
         params = lib.llama_context_default_params()
         params.n_ctx, params.n_seq_max = size + 256 * sequences, sequences
         params.n_batch = params.n_ubatch = 512
         params.n_threads = params.n_threads_batch = self.threads
-        params.flash_attn_type = 1
+        params.flash_attn_type = lib.LLAMA_FLASH_ATTN_TYPE_ENABLED
+        params.type_k = params.type_v = cache_type
         return lib.llama_init_from_model(self.model, params)
 
     def _steps(self, context, position: int, tokens: int, rows: int) -> dict:
@@ -137,7 +145,9 @@ def _argmax(values, count: int) -> int:
 
 def load(arguments: Namespace) -> tuple[dict, dict]:
     engine = LlamaCpp(arguments)
-    actions = {name: getattr(engine, name) for name in ("decode", "batch", "answer", "deep")}
+    actions = {
+        name: getattr(engine, name) for name in ("decode", "batch", "answer", "deep", "deep_int8")
+    }
     return {"version": f"llama-cpp-python {lib.__version__}"}, actions
 
 

@@ -70,12 +70,18 @@ class Mllama:
         self.session.generate({"input_ids": ids}, max_new_tokens=tokens, eos_token_id=NO_END)
         return {"seconds": time.perf_counter() - start, "tokens": tokens}
 
-    @torch.inference_mode()
     def deep(self, depth: int, tokens: int) -> dict:
         """Decode after `depth` positions (a multiple of 64) of random keys and values."""
+        return self._deep(depth, tokens, None, self.dtype.itemsize)
+
+    def deep_int8(self, depth: int, tokens: int) -> dict:
+        return self._deep(depth, tokens, torch.int8, 8.5 / 8)
+
+    @torch.inference_mode()
+    def _deep(self, depth: int, tokens: int, dtype: torch.dtype | None, value_bytes: float) -> dict:
         layers, heads = self.text.num_hidden_layers, self.text.num_key_value_heads
         some = torch.randn(2, 1, 64, heads, self.text.head_dim).to(self.dtype)
-        cache = KVCache(layers, depth + tokens + 1)
+        cache = KVCache(layers, depth + tokens + 1, dtype)
         for layer in range(layers):
             cache.update(layer, *some.repeat(1, 1, depth // 64, 1, 1))
         ids = self._ids(1, 1)
@@ -85,7 +91,7 @@ class Mllama:
             output = self.model.compute(ModelInputs(ids, cache=cache, logits_to_keep=1))
             ids = output.logits[:, -1:].argmax(-1)
         seconds = time.perf_counter() - start
-        keys = layers * some.nbytes * (depth // 64)
+        keys = int(layers * some.numel() * (depth // 64) * value_bytes)
         return {"seconds": seconds, "tokens": tokens, "bytes": (self.bytes + keys) * tokens}
 
     def see(self, tokens: int) -> dict:
@@ -127,7 +133,7 @@ def read_bytes(model: nn.Module, images: bool) -> int:
 
 def load(arguments: Namespace) -> tuple[dict, dict]:
     engine = Mllama(arguments)
-    names = ["decode", "batch", "prefill", "answer", "generate", "deep"]
+    names = ["decode", "batch", "prefill", "answer", "generate", "deep", "deep_int8"]
     if engine.model.spec.encoder is not None:
         names.append("see")
     return {"version": version("mllama")}, {name: getattr(engine, name) for name in names}
