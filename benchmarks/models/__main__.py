@@ -5,9 +5,11 @@ says how to install the peers.
 
 import argparse
 import datetime
+import json
 import os
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -33,7 +35,8 @@ def main(argv: list[str] | None = None) -> None:
     }
     if arguments.quick:
         with tempfile.TemporaryDirectory() as folder:
-            found = _measure(QUICK, Files(Path(folder), TINY), arguments.threads, 1)
+            files = Files(Path(folder), TINY)
+            found = {QUICK.name: measure_group(QUICK, files, arguments.threads, 1)}
         print(report.table(facts | {"groups": found}))
         return
     files = Files(arguments.work, LLAMA_1B)
@@ -43,21 +46,22 @@ def main(argv: list[str] | None = None) -> None:
             if contender.engine.python is not None:
                 contender.file(files)
         return
-    found = _measure(groups, files, arguments.threads, arguments.rounds)
-    if COLD in arguments.only:
-        found[COLD] = measure_cold_starts(arguments.threads, arguments.rounds)
-    if arguments.no_save:
-        print(report.table(facts | {"groups": found}))
-        return
     path = report.path_for(harness.processor())
-    content = report.save(path, facts, found)
-    report.write_readme(report.newest())
-    _draw(content, path.with_suffix(".png"))
-    print(report.table(content))
+    measured: dict[str, Any] = {}
 
+    def keep(name: str, found: dict[str, Any]) -> None:
+        measured[name] = {"date": facts["date"], "threads": arguments.threads} | found
+        if not arguments.no_save:  # at once: a later group may fail
+            report.save(path, facts, measured)
 
-def _measure(groups, files: Files, threads: int, rounds: int) -> dict:
-    return {group.name: measure_group(group, files, threads, rounds) for group in groups}
+    for group in groups:
+        keep(group.name, measure_group(group, files, arguments.threads, arguments.rounds))
+    if COLD in arguments.only:
+        keep(COLD, measure_cold_starts(arguments.threads, arguments.rounds))
+    print(report.table(facts | {"groups": measured}))
+    if not arguments.no_save:
+        report.write_readme(report.newest())
+        _draw(json.loads(path.read_text()), path.with_suffix(".png"))
 
 
 def _draw(content: dict, path: Path) -> None:

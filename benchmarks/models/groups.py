@@ -204,20 +204,18 @@ VISION_GROUP = Group(
 )
 
 # A smoke run: our worker's every action on a tiny model.
-QUICK = (
-    Group(
-        "quick",
-        "two layers of 128",
-        "int4",
-        (Contender(MLLAMA, "int4", "int4", Files.llama),),
-        (
-            Case("decode", "decode", {"prompt": 4, "tokens": 2}),
-            Case("decode, 8 sequences", "batch", {"prompt": 4, "tokens": 2, "rows": 8}),
-            Case("decode after 64 tokens", "deep", {"depth": 64, "tokens": 2}),
-            Case("the same, 8-bit cache", "deep_int8", {"depth": 64, "tokens": 2}),
-            Case("prefill 8", "prefill", {"tokens": 8}),
-            Case("4 tokens after 4", "answer", {"prompt": 4, "tokens": 4}),
-            Case("the same by `generate()`", "generate", {"prompt": 4, "tokens": 4}),
-        ),
+QUICK = Group(
+    "quick",
+    "two layers of 128",
+    "int4",
+    (Contender(MLLAMA, "int4", "int4", Files.llama),),
+    (
+        Case("decode", "decode", {"prompt": 4, "tokens": 2}),
+        Case("decode, 8 sequences", "batch", {"prompt": 4, "tokens": 2, "rows": 8}),
+        Case("decode after 64 tokens", "deep", {"depth": 64, "tokens": 2}),
+        Case("the same, 8-bit cache", "deep_int8", {"depth": 64, "tokens": 2}),
+        Case("prefill 8", "prefill", {"tokens": 8}),
+        Case("4 tokens after 4", "answer", {"prompt": 4, "tokens": 4}),
+        Case("the same by `generate()`", "generate", {"prompt": 4, "tokens": 4}),
     ),
 )

@@ -19,15 +19,14 @@ def path_for(processor: str) -> Path:
     return RESULTS / f"models-{re.sub('[^a-z0-9]+', '-', processor.lower()).strip('-')}.json"
 
 
-def save(path: Path, facts: Mapping[str, Any], groups: Mapping[str, Any]) -> dict[str, Any]:
+def save(path: Path, facts: Mapping[str, Any], groups: Mapping[str, Any]) -> None:
     """Write groups to a file of results; those of the same machine that it has already and that
-    were not measured now stay. Returns all of it.
+    were not measured now stay.
     """
     before = json.loads(path.read_text())["groups"] if path.exists() else {}
     content = {**facts, "groups": before | dict(groups)}
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(content, indent=1) + "\n")
-    return content
 
 
 def newest() -> dict[str, Any] | None:
