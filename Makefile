@@ -1,7 +1,7 @@
-# Targets: demo, test, test-quick, lint, bench, notebooks, clean; test-oldest, test-newest,
-# test-wheel; lock. They need only Python (>= 3.11), a C++20 compiler and make. The rest is
-# installed into .venv, at the versions in requirements.lock. `make PYTHON=python3.12 test` uses
-# another Python.
+# Targets: demo, test, test-quick, lint, bench, bench-models, notebooks, clean; test-oldest,
+# test-newest, test-wheel; lock. They need only Python (>= 3.11), a C++20 compiler and make. The
+# rest is installed into .venv, at the versions in requirements.lock. `make PYTHON=python3.12 test`
+# uses another Python.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -13,7 +13,8 @@ PYTEST := python -m pytest -n $(WORKERS) tests notebooks --nbmake
 # With ccache a rebuild takes seconds.
 export CMAKE_CXX_COMPILER_LAUNCHER ?= $(shell command -v ccache)
 
-.PHONY: demo test test-quick test-oldest test-newest test-wheel lint lock bench notebooks clean
+.PHONY: demo test test-quick test-oldest test-newest test-wheel lint lock bench bench-models \
+    notebooks clean
 .DELETE_ON_ERROR:
 .SECONDARY:
 
@@ -50,6 +51,10 @@ lock: $(VENV)/.tools
 
 bench: $(VENV)/.built
 	$(BIN)/python -m benchmarks
+
+# Whole models against other engines, where these are installed (benchmarks/README.md).
+bench-models: $(VENV)/.built
+	$(BIN)/python -m benchmarks.models
 
 notebooks: $(VENV)/.built
 	$(BIN)/python notebooks/execute.py

@@ -193,12 +193,12 @@ def machine() -> str:
     isa = extension.isa() if extension is not None else "references"
     torch_isa = torch.backends.cpu.get_cpu_capability().lower()
     return (
-        f"{_processor()}; {torch.get_num_threads()} threads; mllama on {isa}; "
+        f"{processor()}; {torch.get_num_threads()} threads; mllama on {isa}; "
         f"torch {torch.__version__} on {torch_isa}"
     )
 
 
-def _processor() -> str:
+def processor() -> str:
     """Name, family and model from /proc/cpuinfo, or the platform module's name without it."""
     try:
         lines = Path("/proc/cpuinfo").read_text().split("\n\n")[0].splitlines()

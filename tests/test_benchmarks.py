@@ -1,5 +1,6 @@
 """The benchmarks' harness; the timings themselves are never asserted."""
 
+import json
 import sys
 from pathlib import Path
 
@@ -8,6 +9,9 @@ import torch
 
 from benchmarks import harness
 from benchmarks.__main__ import main
+from benchmarks.models import report
+from benchmarks.models.__main__ import main as bench_models
+from benchmarks.models.worker import Worker, WorkerError
 from helpers import needs_kernels
 from mllama import _ext
 
@@ -62,3 +66,75 @@ def test_unknown_benchmark_is_refused(monkeypatch, capsys):
         main()
     assert caught.value.code == 2
     assert "no benchmark of swiglue; there are add_rms_norm" in capsys.readouterr().err
+
+
+# ---- whole models
+
+
+def group(case: str, **rates: float) -> dict:
+    """Results of a case by engine."""
+    rows = [
+        {
+            "case": case,
+            "engine": engine.replace("_", "."),
+            "precision": "int4",
+            "version": "1",
+            "tokens_per_second": rate,
+            "share_of_read": 0.5,
+        }
+        for engine, rate in rates.items()
+    ]
+    return {"model": "a model", "bits": "int4", "roofs": {"read_gb_per_second": 30.0}, "rows": rows}
+
+
+def test_a_smoke_run_measures_every_action(capsys):
+    bench_models(["--quick", "--threads", "1"])
+    lines = [line for line in capsys.readouterr().out.splitlines() if "two layers" in line]
+    assert len(lines) == 7
+    assert all(float(line.split("|")[4]) > 0 for line in lines)
+
+
+def test_table_has_the_ratio_to_the_fastest_peer():
+    content = {"date": "2026-11-29", "machine": "a machine"}
+    content["groups"] = {"g": group("decode", mllama=30, llama_cpp=20, transformers=5)}
+    (row,) = [line for line in report.table(content).splitlines() if "a model" in line]
+    cells = [cell.strip() for cell in row.strip("|").split("|")]
+    assert cells == ["a model", "int4", "decode", "30.0", "50%", "20.0", "", "", "5.0", "1.50"]
+
+
+def test_results_of_other_groups_stay(tmp_path):
+    path = tmp_path / "models-x.json"
+    report.save(path, {"date": "1"}, {"a": group("decode", mllama=1), "b": group("decode")})
+    report.save(path, {"date": "2"}, {"a": group("decode", mllama=2)})
+    content = json.loads(path.read_text())
+    assert content["date"] == "2" and list(content["groups"]) == ["a", "b"]
+    assert content["groups"]["a"]["rows"][0]["tokens_per_second"] == 2
+
+
+def test_readme_has_the_newest_results():
+    text = report.README.read_text()
+    assert text.split(report.BEGIN)[1].split(report.END)[0] == report.table(report.newest())
+
+
+def test_picture_is_small(tmp_path):
+    pytest.importorskip("matplotlib")
+    from benchmarks.models.plot import draw
+
+    content = {"groups": {"g": group("decode", mllama=30, llama_cpp=20), "cold": {"rows": []}}}
+    draw(content, tmp_path / "x.png")
+    assert 0 < (tmp_path / "x.png").stat().st_size < 100_000
+
+
+def test_a_worker_that_fails_says_why(tmp_path):
+    with pytest.raises(WorkerError, match="no-such-folder"):
+        Worker("mllama", sys.executable, tmp_path / "no-such-folder", "int4", 1)
+
+
+@pytest.mark.parametrize(
+    "options", [["--threads", "0"], ["--rounds", "0"], ["--only", "2b"]], ids=" ".join
+)
+def test_options_out_of_range_are_refused(options, capsys):
+    with pytest.raises(SystemExit) as caught:
+        bench_models(options)
+    assert caught.value.code == 2
+    assert options[0] in capsys.readouterr().err

@@ -52,6 +52,7 @@ def test_commands_exist(monkeypatch):
 
 
 PAGES = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "examples/pictures/README.md"]
+PAGES += ["benchmarks/README.md"]
 PAGES += [f"docs/{page.name}" for page in sorted((ROOT / "docs").glob("*.md"))]
 
 

@@ -1,0 +1,124 @@
+"""Measures a group: all contenders are loaded, then take turns at every case, round by round."""
+
+import statistics
+import sys
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import Any
+
+from benchmarks.harness import Roofs, measure_roofs
+from benchmarks.models.files import Files
+from benchmarks.models.groups import Case, Contender, Group
+from benchmarks.models.worker import Worker, WorkerError
+
+
+@dataclass
+class Row:
+    """All measurements of a contender in a case.
+
+    Attributes:
+        rates: tokens per second, by round.
+        bytes: memory read for a step, if known.
+        peak: the most memory that the process had, in bytes.
+        load_seconds: from the start of the process until the model was ready.
+        more: other figures of the last round.
+    """
+
+    case: str
+    engine: str
+    precision: str
+    version: str
+    rates: list[float] = field(default_factory=list)
+    bytes_per_second: list[float] = field(default_factory=list)
+    peak: int = 0
+    load_seconds: float = 0
+    more: dict[str, Any] = field(default_factory=dict)
+
+    def as_json(self, read: float) -> dict[str, Any]:
+        """With medians, and the share of `read`, in GB/s, at which memory was read."""
+        found: dict[str, Any] = {
+            "case": self.case,
+            "engine": self.engine,
+            "precision": self.precision,
+            "version": self.version,
+            "tokens_per_second": round(statistics.median(self.rates), 3),
+            "rounds": [round(rate, 3) for rate in self.rates],
+            "peak_gb": round(self.peak / 1e9, 2),
+            "load_seconds": round(self.load_seconds, 2),
+            **self.more,
+        }
+        if self.bytes_per_second:
+            speed = statistics.median(self.bytes_per_second) / 1e9
+            found |= {"gb_per_second": round(speed, 2), "share_of_read": round(speed / read, 3)}
+        return found
+
+
+def measure_group(group: Group, files: Files, threads: int, rounds: int) -> dict[str, Any]:
+    """Rows of a group, with the limits of the machine while it was measured (medians over rounds).
+
+    A contender that is not installed is left out; one that fails is reported and left out of that
+    case.
+    """
+    with ExitStack() as stack:
+        workers: list[tuple[Contender, Worker]] = []
+        for contender in group.contenders:
+            if (worker := _start(contender, files, threads)) is not None:
+                stack.callback(worker.close)
+                workers.append((contender, worker))
+        rows: dict[tuple[int, str], Row] = {}
+        roofs: list[Roofs] = []
+        for turn in range(rounds + 1):
+            if turn:
+                roofs.append(measure_roofs())
+            for case in group.cases if turn else group.cases[:1]:  # to warm up
+                for i, (contender, worker) in enumerate(workers):
+                    row = rows.setdefault(
+                        (i, case.name),
+                        Row(
+                            case.name,
+                            contender.engine.name,
+                            contender.precision,
+                            worker.facts["version"],
+                            load_seconds=worker.load_seconds,
+                        ),
+                    )
+                    _measure(worker, case, row, keep=turn > 0)
+            print(f"{group.name}: round {turn} of {rounds}", file=sys.stderr)
+    read = statistics.median(roof.read for roof in roofs)
+    return {
+        "model": group.model,
+        "bits": group.bits,
+        "roofs": {
+            "read_gb_per_second": round(read, 2),
+            "matmul_f32_gflops": round(statistics.median(roof.matmul_f32 for roof in roofs), 1),
+            "matmul_bf16_gflops": round(statistics.median(roof.matmul_bf16 for roof in roofs), 1),
+        },
+        "rows": [row.as_json(read) for row in rows.values() if len(row.rates) == rounds],
+    }
+
+
+def _start(contender: Contender, files: Files, threads: int) -> Worker | None:
+    engine, label = contender.engine, f"{contender.engine.name} {contender.precision}"
+    if (python := engine.python) is None or (model := contender.file(files)) is None:
+        print(f"{label}: not here", file=sys.stderr)
+        return None
+    try:
+        return Worker(engine.worker, python, model, contender.weights, threads)
+    except WorkerError as error:
+        print(f"{label} does not load: {error}", file=sys.stderr)
+        return None
+
+
+def _measure(worker: Worker, case: Case, row: Row, keep: bool) -> None:
+    if case.action not in worker.facts["actions"] or not worker.alive:
+        return
+    try:
+        found = worker.ask(case.action, **case.arguments)
+    except WorkerError as error:
+        print(f"{row.engine} {row.precision} fails in {case.name}: {error}", file=sys.stderr)
+        return
+    row.peak, row.more = max(row.peak, found["peak"]), found.get("more", {})
+    if keep:
+        row.rates.append(found["tokens"] / found["seconds"])
+        if "bytes" in found:
+            row.bytes_per_second.append(found["bytes"] / found["seconds"])

@@ -1,0 +1,124 @@
+"""Results as a file and as README.md's table; each equals the other (tests/test_benchmarks.py)."""
+
+import json
+import re
+import textwrap
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parents[1] / "results"
+README = Path(__file__).parents[2] / "README.md"
+BEGIN, END = "<!-- bench-models: begin -->", "<!-- bench-models: end -->"
+PEERS = ("llama.cpp", "OpenVINO", "ONNX Runtime", "transformers")
+OURS, BOUND = "mllama", "torch products"
+
+
+def path_for(processor: str) -> Path:
+    """The results of a machine: models-<processor>.json."""
+    return RESULTS / f"models-{re.sub('[^a-z0-9]+', '-', processor.lower()).strip('-')}.json"
+
+
+def save(path: Path, facts: Mapping[str, Any], groups: Mapping[str, Any]) -> None:
+    """Write groups to a file of results; those of the same machine that it has already and that
+    were not measured now stay.
+    """
+    before = json.loads(path.read_text())["groups"] if path.exists() else {}
+    content = {**facts, "groups": before | dict(groups)}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content, indent=1) + "\n")
+
+
+def newest() -> dict[str, Any] | None:
+    """The results that were measured last, on whichever machine; None without any."""
+    found = [json.loads(path.read_text()) for path in RESULTS.glob("models-*.json")]
+    return max(found, key=lambda content: content["date"], default=None)
+
+
+def table(content: Mapping[str, Any] | None) -> str:
+    """README.md's text between BEGIN and END."""
+    if content is None:
+        return "\n"
+    parts = [_head(content), "", *_rows(content), "", *_starts(content), "", *_notes(content)]
+    return "\n" + "\n".join(parts).rstrip() + "\n\n"
+
+
+def write_readme(content: Mapping[str, Any] | None) -> None:
+    """Replace README.md's text between BEGIN and END."""
+    before, rest = README.read_text().split(BEGIN)
+    README.write_text(before + BEGIN + table(content) + END + rest.split(END)[1])
+
+
+def _head(content: Mapping[str, Any]) -> str:
+    roofs = [group["roofs"] for group in content["groups"].values() if "roofs" in group]
+    reads = [roof["read_gb_per_second"] for roof in roofs]
+    versions = {
+        row["engine"]: row["version"]
+        for group in content["groups"].values()
+        for row in group["rows"]
+        if "engine" in row
+    }
+    peers = ", ".join(f"{name} {versions[name]}" for name in PEERS if name in versions)
+    text = (
+        "Whole models, in tokens per second, against other engines with as many bits per weight: "
+        f"`make bench-models` on {content['machine']}, {content['date'][:10]}. Peers: {peers}. The "
+        "ratio is to the fastest one. [benchmarks/README.md](benchmarks/README.md) explains the "
+        "workloads."
+    )
+    if reads:
+        text += f" Memory was read at {min(reads):.0f} to {max(reads):.0f} GB/s in the same run."
+    return textwrap.fill(text, 100, break_on_hyphens=False)
+
+
+def _rows(content: Mapping[str, Any]) -> Iterable[str]:
+    """A line for each case of each group."""
+    yield _line("model", "weights", "workload", "mllama", "share of read speed", *PEERS, "ratio")
+    yield _line(*["---"] * (6 + len(PEERS)))
+    for group in content["groups"].values():
+        for case in dict.fromkeys(row["case"] for row in group["rows"] if "engine" in row):
+            rows = [row for row in group["rows"] if row["case"] == case]
+            ours = _best(rows, OURS)
+            peers = [_best(rows, name) for name in PEERS]
+            others = [peer["tokens_per_second"] for peer in peers if peer]
+            share = f"{ours['share_of_read']:.0%}" if ours and "share_of_read" in ours else ""
+            ratio = f"{ours['tokens_per_second'] / max(others):.2f}" if ours and others else ""
+            cells = [_rate(ours), share, *map(_rate, peers), ratio]
+            yield _line(group["model"], group["bits"], case, *cells)
+
+
+def _starts(content: Mapping[str, Any]) -> Iterable[str]:
+    """A line for each cold start."""
+    rows = content["groups"].get("cold", {"rows": []})["rows"]
+    if rows:
+        yield _line("cold start", "seconds to the first text")
+        yield _line("---", "---")
+    for row in rows:
+        yield _line(row["case"], f"{row['seconds']:.2f}")
+
+
+def _notes(content: Mapping[str, Any]) -> Iterable[str]:
+    """A line for each model that was shown an image."""
+    for group in content["groups"].values():
+        for row in group["rows"]:
+            if "first_token_seconds" in row:
+                yield (
+                    f"{group['model']} in {group['bits']}: {row['peak_gb']:.1f} GB of memory, "
+                    f"loaded in {row['load_seconds']:.1f} s; an image and a question take "
+                    f"{row['first_token_seconds']:.1f} s to the first token."
+                )
+
+
+def _best(rows: Iterable[Mapping[str, Any]], engine: str) -> Mapping[str, Any] | None:
+    own = [row for row in rows if row["engine"] == engine]
+    return max(own, key=lambda row: row["tokens_per_second"], default=None)
+
+
+def _rate(row: Mapping[str, Any] | None) -> str:
+    if row is None:
+        return ""
+    rate = row["tokens_per_second"]
+    return f"{rate:.1f}" if rate < 100 else f"{rate:.0f}"
+
+
+def _line(*cells: str) -> str:
+    return f"| {' | '.join(cells)} |"

@@ -1,0 +1,99 @@
+"""The parent's side of a measurement: an engine with one model, in a process of its own."""
+
+import contextlib
+import json
+import os
+import selectors
+import subprocess
+import tempfile
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+PEERS = Path(__file__).parents[1] / "peers"
+LOAD_SECONDS, ACTION_SECONDS = 600, 300
+
+
+class WorkerError(Exception):
+    """A worker that failed in an action, ended, or did not answer in time."""
+
+
+def thread_variables(threads: int) -> dict[str, str]:
+    """Environment variables that limit a process to some threads, and let them spin as they do by
+    default.
+    """
+    others = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
+    return others | dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), str(threads))
+
+
+class Worker:
+    """One of benchmarks/peers/<engine>_worker.py, loaded with a model.
+
+    Args:
+        engine: the file's name without `_worker.py`.
+        python: the interpreter that runs it.
+        model: path of the model.
+        weights: what the worker takes it as.
+        threads: of the engine.
+
+    Attributes:
+        facts: what the worker said once it had loaded: `version`, `actions`.
+        load_seconds: until then.
+
+    Raises:
+        WorkerError: it did not load.
+    """
+
+    def __init__(self, engine: str, python: str, model: Path, weights: str, threads: int):
+        start = time.perf_counter()
+        self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115  for the child
+        self._process = subprocess.Popen(
+            [python, PEERS / f"{engine}_worker.py", model, weights, str(threads)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._errors,
+            env=thread_variables(threads),
+            text=True,
+        )
+        try:
+            self.facts: Mapping[str, Any] = self._read(LOAD_SECONDS)
+        except BaseException:
+            self.close()
+            raise
+        self.load_seconds = time.perf_counter() - start
+
+    def ask(self, action: str, **arguments: Any) -> dict[str, Any]:
+        """One measurement: `seconds`, `tokens`, `bytes` if known, `more` of other figures, and
+        `peak`, the most memory that the process has had, in bytes.
+
+        Raises:
+            WorkerError: it failed; where it did not answer, it is closed.
+        """
+        with contextlib.suppress(BrokenPipeError):  # reading tells why
+            self._process.stdin.write(json.dumps({"action": action, **arguments}) + "\n")
+            self._process.stdin.flush()
+        answer = self._read(ACTION_SECONDS)
+        if "error" in answer:
+            raise WorkerError(answer["error"])
+        return answer
+
+    @property
+    def alive(self) -> bool:
+        return self._process.poll() is None
+
+    def close(self) -> None:
+        self._process.kill()
+        self._process.communicate()
+
+    def _read(self, seconds: float) -> dict[str, Any]:
+        with selectors.DefaultSelector() as selector:
+            selector.register(self._process.stdout, selectors.EVENT_READ)
+            if not selector.select(seconds):
+                self.close()
+                raise WorkerError(f"no answer in {seconds} s")
+        if line := self._process.stdout.readline():
+            return json.loads(line)
+        self._process.wait()
+        self._errors.seek(0)
+        raise WorkerError("\n".join(self._errors.read().strip().splitlines()[-3:]))

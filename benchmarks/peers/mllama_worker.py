@@ -1,0 +1,143 @@
+"""mllama: `model` is a folder or a GGUF file, `weights` a format of `mllama.optimize`, "file", or
+"dense" for a model that is not packed.
+"""
+
+import time
+from argparse import Namespace
+from importlib.metadata import version
+
+import torch
+from serve import serve
+from torch import nn
+
+from mllama import MllamaForConditionalGeneration
+from mllama.device import choose_dtype
+from mllama.fusion.base import ModelInputs
+from mllama.model.samples import make_samples
+from mllama.nn.kv_cache import KVCache
+from mllama.nn.packed import PackedLinear
+from mllama.runtime.session import Session
+
+NO_END: tuple[int, ...] = ()
+
+
+class Mllama:
+    def __init__(self, arguments: Namespace):
+        torch.set_num_threads(arguments.threads)
+        torch.manual_seed(0)
+        plain = arguments.weights in ("f32", "dense")
+        self.dtype = torch.float32 if plain else choose_dtype(torch.device("cpu"), 1 << 30)
+        packed = {} if arguments.weights == "dense" else {"weights": arguments.weights}
+        self.model = MllamaForConditionalGeneration.from_pretrained(
+            arguments.model, dtype=self.dtype, **packed
+        ).eval()
+        self.session = Session(self.model)
+        self.text = self.model.spec.text
+        self.bytes = read_bytes(self.model, images=False)
+
+    def decode(self, prompt: int, tokens: int) -> dict:
+        return self.batch(prompt, tokens, 1)
+
+    def batch(self, prompt: int, tokens: int, rows: int) -> dict:
+        self.session.reset()
+        ids = {"input_ids": self._ids(rows, prompt)}
+        made = self.session.generate(ids, max_new_tokens=tokens + 1, eos_token_id=NO_END)
+        read = self.bytes * tokens
+        return {"seconds": made.decode_seconds, "tokens": tokens * rows, "bytes": read}
+
+    def prefill(self, tokens: int) -> dict:
+        self.session.reset()
+        ids = {"input_ids": self._ids(1, tokens)}
+        made = self.session.generate(ids, max_new_tokens=1, eos_token_id=NO_END)
+        return {"seconds": made.prefill_seconds, "tokens": tokens}
+
+    def generate(self, prompt: int, tokens: int) -> dict:
+        """transformers' `generate`, from a prompt to the last token."""
+        ids, start = self._ids(1, prompt), time.perf_counter()
+        self.model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=tokens,
+            min_new_tokens=tokens,
+            do_sample=False,
+        )
+        return {"seconds": time.perf_counter() - start, "tokens": tokens}
+
+    def answer(self, prompt: int, tokens: int) -> dict:
+        """The same by a session."""
+        self.session.reset()
+        ids, start = self._ids(1, prompt), time.perf_counter()
+        self.session.generate({"input_ids": ids}, max_new_tokens=tokens, eos_token_id=NO_END)
+        return {"seconds": time.perf_counter() - start, "tokens": tokens}
+
+    def deep(self, depth: int, tokens: int) -> dict:
+        """Decode after `depth` positions (a multiple of 64) of random keys and values."""
+        return self._deep(depth, tokens, None, self.dtype.itemsize)
+
+    def deep_int8(self, depth: int, tokens: int) -> dict:
+        return self._deep(depth, tokens, torch.int8, 8.5 / 8)
+
+    @torch.inference_mode()
+    def _deep(self, depth: int, tokens: int, dtype: torch.dtype | None, value_bytes: float) -> dict:
+        layers, heads = self.text.num_hidden_layers, self.text.num_key_value_heads
+        some = torch.randn(2, 1, 64, heads, self.text.head_dim).to(self.dtype)
+        cache = KVCache(layers, depth + tokens + 1, dtype)
+        for layer in range(layers):
+            cache.update(layer, *some.repeat(1, 1, depth // 64, 1, 1))
+        ids = self._ids(1, 1)
+        for step in range(tokens + 1):
+            if step == 1:
+                start = time.perf_counter()
+            output = self.model.compute(ModelInputs(ids, cache=cache, logits_to_keep=1))
+            ids = output.logits[:, -1:].argmax(-1)
+        seconds = time.perf_counter() - start
+        keys = int(layers * some.numel() * (depth // 64) * value_bytes)
+        return {"seconds": seconds, "tokens": tokens, "bytes": (self.bytes + keys) * tokens}
+
+    def see(self, tokens: int) -> dict:
+        """Decode after a prompt with an image, whose features are not cached."""
+        self.session.reset()
+        (row, _) = make_samples(
+            self.model.spec, self.model.config.image_token_index, 0, torch.device("cpu")
+        )
+        made = self.session.generate(row.inputs, max_new_tokens=tokens + 1, eos_token_id=NO_END)
+        return {
+            "seconds": made.decode_seconds,
+            "tokens": tokens,
+            "bytes": read_bytes(self.model, images=True) * tokens,
+            "more": {"first_token_seconds": round(made.prefill_seconds, 2)},
+        }
+
+    def _ids(self, rows: int, length: int) -> torch.Tensor:
+        return torch.randint(self.text.vocab_size // 2, (rows, length))
+
+
+def read_bytes(model: nn.Module, images: bool) -> int:
+    """Bytes of the weights that a token reads: those of the decoder's products. Layers that attend
+    to images do nothing without one, and the images' keys and values are computed before.
+    """
+    cross = model.spec.text.cross_attention_layers
+    parts: list[tuple[str, nn.Module]] = [("lm_head", model.lm_head)]
+    for i, layer in enumerate(model.language_model.layers):
+        if i in cross and not images:
+            continue
+        skipped = ("cross_attn.k_proj", "cross_attn.v_proj") if i in cross else ()
+        parts += [part for part in layer.named_modules() if part[0] not in skipped]
+    weights = [
+        module.packed if isinstance(module, PackedLinear) else module.weight
+        for _, module in parts
+        if isinstance(module, (PackedLinear, nn.Linear))
+    ]
+    return sum(weight.numel() * weight.element_size() for weight in weights)
+
+
+def load(arguments: Namespace) -> tuple[dict, dict]:
+    engine = Mllama(arguments)
+    names = ["decode", "batch", "prefill", "answer", "generate", "deep", "deep_int8"]
+    if engine.model.spec.encoder is not None:
+        names.append("see")
+    return {"version": version("mllama")}, {name: getattr(engine, name) for name in names}
+
+
+if __name__ == "__main__":
+    serve(load)

@@ -1,0 +1,81 @@
+"""transformers' own classes: `model` is a folder, `weights` is "f32" or "bf16"."""
+
+import time
+from argparse import Namespace
+
+import torch
+import transformers
+from serve import serve
+
+DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16}
+
+
+class Transformers:
+    def __init__(self, arguments: Namespace):
+        torch.set_num_threads(arguments.threads)
+        torch.manual_seed(0)
+        self.dtype = DTYPES[arguments.weights]
+        self.model = transformers.AutoModelForCausalLM.from_pretrained(
+            arguments.model, dtype=self.dtype
+        ).eval()
+        self.config = self.model.config
+        self.bytes = sum(p.numel() * p.element_size() for p in self.model.parameters())  # tied
+
+    def decode(self, prompt: int, tokens: int) -> dict:
+        return self.batch(prompt, tokens, 1)
+
+    def batch(self, prompt: int, tokens: int, rows: int) -> dict:
+        cache = transformers.DynamicCache(config=self.config)
+        with torch.inference_mode():
+            self.model(self._ids(rows, prompt), past_key_values=cache, logits_to_keep=1)
+        return self._steps(cache, tokens, rows)
+
+    def prefill(self, tokens: int) -> dict:
+        ids, start = self._ids(1, tokens), time.perf_counter()
+        with torch.inference_mode():
+            self.model(ids, use_cache=True, logits_to_keep=1)
+        return {"seconds": time.perf_counter() - start, "tokens": tokens}
+
+    def generate(self, prompt: int, tokens: int) -> dict:
+        ids, start = self._ids(1, prompt), time.perf_counter()
+        self.model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=tokens,
+            min_new_tokens=tokens,
+            do_sample=False,
+        )
+        return {"seconds": time.perf_counter() - start, "tokens": tokens}
+
+    def deep(self, depth: int, tokens: int) -> dict:
+        """Decode after `depth` positions (a multiple of 64) of random keys and values."""
+        cache = transformers.DynamicCache(config=self.config)
+        heads, size = self.config.num_key_value_heads, self.config.head_dim
+        some = torch.randn(2, 1, heads, 64, size).to(self.dtype)
+        for layer in range(self.config.num_hidden_layers):
+            cache.update(*some.repeat(1, 1, 1, depth // 64, 1), layer)
+        return self._steps(cache, tokens, 1)
+
+    @torch.inference_mode()
+    def _steps(self, cache: transformers.DynamicCache, tokens: int, rows: int) -> dict:
+        ids = self._ids(rows, 1)
+        for step in range(tokens + 1):
+            if step == 1:
+                start = time.perf_counter()
+            ids = self.model(ids, past_key_values=cache).logits[:, -1:].argmax(-1)
+        seconds = time.perf_counter() - start
+        return {"seconds": seconds, "tokens": tokens * rows, "bytes": self.bytes * tokens}
+
+    def _ids(self, rows: int, length: int) -> torch.Tensor:
+        return torch.randint(self.config.vocab_size // 2, (rows, length))
+
+
+def load(arguments: Namespace) -> tuple[dict, dict]:
+    engine = Transformers(arguments)
+    names = ("decode", "batch", "prefill", "generate", "deep")
+    actions = {name: getattr(engine, name) for name in names} | {"answer": engine.generate}
+    return {"version": f"{transformers.__version__}, torch {torch.__version__}"}, actions
+
+
+if __name__ == "__main__":
+    serve(load)
