@@ -12,6 +12,9 @@ from mllama.checkpoints.gguf.blocks import choose_types, to_blocks  # noqa: E402
 from mllama.hf.gguf import save_gguf  # noqa: E402
 
 Type = gguf.GGMLQuantizationType
+# Of a normal weight's size, what a type may lose.
+BOUNDS = {Type.Q8_0: 0.01, Type.Q4_0: 0.1, Type.Q5_0: 0.05, Type.Q5_1: 0.05}
+BOUNDS |= {Type.Q4_K: 0.08, Type.Q5_K: 0.04, Type.Q6_K: 0.02}
 WIDE = {
     "vocab_size": 330,
     "hidden_size": 256,
@@ -57,6 +60,17 @@ def test_layers_with_more_bits():
     assert more == [0, 1, 2, 5, 8, 11, 14, 17, 20, 23, 24, 25, 26, 27]
 
 
+@pytest.mark.parametrize(("width", "rest"), [(512, "Q5_K"), (288, "Q5_1")])
+def test_values_of_70b(width, rest):
+    names = [f"blk.{layer}.attn_v.weight" for layer in range(80)]
+    kinds = choose_types({name: torch.zeros(8, width) for name in names}, "q4_k", 80).values()
+    assert [kind.name for kind in kinds].count(
+        rest
+    ) == 40  # of 60 in the middle, every third is Q6_K
+    square = choose_types({name: torch.zeros(256, 256) for name in names}, "q4_k", 80)
+    assert {kind.name for kind in square.values()} == {"Q4_K", "Q6_K"}
+
+
 @pytest.mark.parametrize(
     ("dtype", "width", "body", "head"),
     [
@@ -92,15 +106,14 @@ def test_what_is_written_comes_back(tmp_path, make_tokenizer, architecture, dtyp
             assert (again[name] - value).norm() <= bound * value.norm(), name
 
 
-@pytest.mark.parametrize("kind", [Type.Q8_0, Type.Q4_0, Type.Q5_0, Type.Q4_K, Type.Q6_K])
+@pytest.mark.parametrize("kind", list(BOUNDS))
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_blocks_hold_the_tensor(kind, dtype):
     """Against the gguf library: what llama.cpp would read."""
     w = (torch.randn(5, 512) / 20).to(dtype)
     w[3] = 0
     dense = torch.from_numpy(gguf.dequantize(to_blocks("x", w, kind), kind))
-    bound = {Type.Q8_0: 0.01, Type.Q4_0: 0.1, Type.Q5_0: 0.05, Type.Q4_K: 0.08, Type.Q6_K: 0.02}
-    assert (dense - w.float()).norm() <= bound[kind] * w.float().norm()
+    assert (dense - w.float()).norm() <= BOUNDS[kind] * w.float().norm()
     assert not dense[3].any()
 
 

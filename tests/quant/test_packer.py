@@ -193,6 +193,18 @@ def test_a_gguf_file_as_it_is(blocks, tmp_path):
     assert formats_held_exactly(path) == {packing}
 
 
+def test_int8_takes_blocks_of_8_bits_as_they_are(tmp_path):
+    gguf = pytest.importorskip("gguf")
+    from checkpoints.test_gguf import stock, write
+
+    path = write(tmp_path / "m.gguf", stock(), gguf.GGMLQuantizationType.Q8_0)
+    states = [
+        MllamaForConditionalGeneration.from_pretrained(path, weights=weights).state_dict()
+        for weights in ("int8", FILE)
+    ]
+    assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())
+
+
 @pytest.mark.parametrize(
     ("sizes", "formats"),
     [

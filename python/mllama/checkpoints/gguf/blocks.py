@@ -18,9 +18,11 @@ FILE_TYPES = {
     "q4_k": (_Type.Q4_K, _File.MOSTLY_Q4_K_M),
 }
 # What takes a type's place where rows are not whole blocks of it.
-_FALLBACK = {_Type.Q4_K: _Type.Q5_0, _Type.Q6_K: _Type.Q8_0}
+_FALLBACK = {_Type.Q4_K: _Type.Q5_0, _Type.Q5_K: _Type.Q5_1, _Type.Q6_K: _Type.Q8_0}
 # Quantized here: the gguf library has no K-quants, and fits no scales. It writes the others.
-_OWN = {_Type.Q4_0: "q4_0", _Type.Q5_0: "q5_0", _Type.Q4_K: "q4_k", _Type.Q6_K: "q6_k"}
+_OWN = {
+    kind: kind.name.lower() for kind in (_Type.Q4_0, _Type.Q5_0, _Type.Q4_K, _Type.Q5_K, _Type.Q6_K)
+}
 _HALF_MAX = torch.finfo(torch.float16).max
 # The largest weight: these have it as a float16, or as a float16 times a code.
 _LARGEST = {_Type.F16: 1, _Type.Q8_0: 127}
@@ -33,8 +35,9 @@ def choose_types(
     """The type of every tensor, chosen as llama.cpp does (llama-quant.cpp): vectors are F32. With
     4-bit weights, the head is Q6_K, whether it is a matrix of its own or the embeddings; of "q4_k",
     which is Q4_K_M, so are attn_v and ffn_down in the first and last eighth of the layers and in
-    every third between. Rows that are not whole blocks of 256 are Q5_0 in place of Q4_K and Q8_0 in
-    place of Q6_K; those that are not whole blocks of 32 are F16.
+    every third between; other attn_v of a 70B model, 80 layers with few key-value heads, are Q5_K.
+    Rows that are not whole blocks of 256 are Q5_0 in place of Q4_K, Q5_1 in place of Q5_K and Q8_0
+    in place of Q6_K; those that are not whole blocks of 32 are F16.
 
     Args:
         tensors: by their names in the file.
@@ -55,6 +58,8 @@ def _choose(name: str, tensor: torch.Tensor, dtype: str, layers: int, head: str)
     varied = _VARIED.fullmatch(name) if dtype == "q4_k" else None
     if dtype in ("q4_0", "q4_k") and (name == head or (varied and _more(int(varied[1]), layers))):
         kind = _Type.Q6_K
+    elif varied and varied[2] == "attn_v" and layers == 80 and tensor.shape[0] < tensor.shape[1]:
+        kind = _Type.Q5_K
     for other in (_FALLBACK.get(kind, _Type.F16), _Type.F16):
         if tensor.shape[-1] % gguf.GGML_QUANT_SIZES[kind][0]:
             kind = other
