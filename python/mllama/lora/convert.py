@@ -3,7 +3,7 @@
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from torch import nn
 
@@ -110,7 +110,7 @@ def linear_layers(
     module: nn.Module, classes: tuple[type[nn.Linear], ...] = (nn.Linear,)
 ) -> dict[str, nn.Linear | PackedLinear]:
     """Linear layers under each of their dotted names, except those inside LoRA layers."""
-    kinds = (*classes, PackedLinear) if nn.Linear in classes else classes
+    kinds: tuple[Any, ...] = (*classes, PackedLinear) if nn.Linear in classes else classes
     everything = list(module.named_modules(remove_duplicate=False))
     inside = tuple(
         f"{name}." if name else "" for name, layer in everything if isinstance(layer, Linear_LORA)

@@ -1,9 +1,8 @@
 """Linear layers with a low-rank update beside them, as `decode_step` reads them."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-from torch import nn
 
 from mllama.nn.plain import RecomputingLinear
 
@@ -25,7 +24,7 @@ class AdaptedLinear(RecomputingLinear):
     others now. Values of a and b may be written in place: readers share their memory.
     """
 
-    linear: nn.Module
+    linear: Any  # nn.Linear, or a layer like it
 
     def update(self) -> LowRank | None:
         """The update, None where it is disabled.

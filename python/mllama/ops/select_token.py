@@ -3,6 +3,7 @@ logits, in the same order, as in transformers.
 """
 
 import math
+from typing import Any
 
 import torch
 
@@ -76,7 +77,7 @@ def reference(
     present: torch.Tensor | None = None,
     *,
     repetition_penalty: float = 1.0,
-    **options: float,
+    **options: Any,
 ) -> torch.Tensor:
     """`select_token` in plain torch."""
     scores = penalize(logits.float(), present, repetition_penalty)
