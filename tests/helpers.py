@@ -7,12 +7,15 @@ import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 
 from mllama import _ext
+from mllama.model.fast_decoder import FastDecoder
 from mllama.ops import _dispatch
+from mllama.runtime.session import Session
 
 # Largest error accepted, relative to the largest value of the exact result. 16-bit results carry
 # one or two roundings.
@@ -369,3 +372,37 @@ def answer(model, processor, inputs, **options):
     from mllama.hf.answering import GenerateSession
 
     return GenerateSession(model, processor).generate(inputs, **options).completions[0]
+
+
+@contextlib.contextmanager
+def layer_by_layer(model):
+    """A hook in the model's decoder, which forbids `decode_step`."""
+    hook = model.language_model.norm.register_forward_hook(lambda *call: None)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+@contextlib.contextmanager
+def counted_steps():
+    """Counts calls of `decode_step`: yields a mock."""
+    step = FastDecoder.__call__
+    with mock.patch.object(FastDecoder, "__call__", autospec=True, side_effect=step) as calls:
+        yield calls
+
+
+def decoded(model, inputs, fast=True, kv_cache=None):
+    """Greedy tokens and logits of a few steps, by `decode_step` or by the layers."""
+    logits, compute, length = [], type(model).compute, 6
+
+    def recorded(self, given):
+        output = compute(self, given)
+        logits.append(output.logits[:, -1].clone())
+        return output
+
+    way = contextlib.nullcontext() if fast else layer_by_layer(model)
+    with mock.patch.object(type(model), "compute", recorded), way, counted_steps() as calls:
+        result = Session(model, kv_cache=kv_cache).generate(inputs, max_new_tokens=length)
+    assert calls.call_count == (length - 1 if fast else 0)
+    return [row.token_ids for row in result.completions], torch.stack(logits[1:]).float()

@@ -24,7 +24,7 @@ MUST_NOT_NAME = {
     r"|from mllama import (?!_ext)",
     "python/mllama/weights": r"mllama\.(?!config|weights)|mllama import",
     "python/mllama/families": r"mllama\.(?!config|weights|families)|from mllama import",
-    "python/mllama/checkpoints": r"mllama\.(?!config|weights|families|checkpoints|device"
+    "python/mllama/checkpoints": r"mllama\.(?!ops|config|weights|families|checkpoints|device"
     r"|nn\.wrappers)|from mllama import",
     "python/mllama/processing": r"mllama\.(?!ops|processing|checkpoints\.gguf|families)"
     r"|from mllama import",

@@ -57,7 +57,7 @@ class Step {
         const DecoderLayer& layer = d_.layers[i];
         member.share(s_.rows, [&](int64_t first, int64_t last) {
             if (before) end_layer(*before, first, last);
-            add_and_norm(layer.input, before != nullptr, first, last);
+            add_and_norm(layer.input, before != nullptr, m_.normed, first, last);
             prepare(layer.q, m_.normed, first, last);
         });
         if (layer.cross) {
@@ -92,7 +92,8 @@ class Step {
         member.share(s_.rows, [&](int64_t first, int64_t last) {
             if (layer.cross) scale_rows(layer.attention_gate, first, last);
             if (both) norm(layer.post_attention, m_.out, d_.hidden, first, last, m_.rstd);
-            add_and_norm(both ? layer.pre_feedforward : layer.post_attention, true, first, last);
+            add_and_norm(both ? layer.pre_feedforward : layer.post_attention, true, m_.normed, first,
+                         last);
             prepare(layer.gate, m_.normed, first, last);
         });
         multiply(member, m_.normed, {{&layer.gate, m_.gate}, {&layer.up, m_.up}});
@@ -113,17 +114,9 @@ class Step {
     }
 
     void finish(Team::Member& member, const DecoderLayer* before) {
-        float* logits = mutable_data<float>(s_.logits);
         member.share(s_.rows, [&](int64_t first, int64_t last) {
             if (before) end_layer(*before, first, last);
-            add_and_norm(d_.norm, before != nullptr, first, last);
-            prepare(d_.head, m_.normed, first, last);
-        });
-        multiply(member, m_.normed, {{&d_.head, logits}});
-        if (d_.final_softcap == 0) return;
-        member.share(s_.rows * d_.head.out, [&](int64_t first, int64_t last) {
-            for (int64_t i = first; i < last; ++i)
-                logits[i] = d_.final_softcap * std::tanh(logits[i] / d_.final_softcap);
+            add_and_norm(d_.norm, before != nullptr, mutable_data<float>(s_.out), first, last);
         });
     }
 
@@ -194,13 +187,13 @@ class Step {
         MLLAMA_CALL(rms_norm)(args, first, last);
     }
 
-    // hidden += out, where there is such a result yet; normed = the norm of hidden.
-    void add_and_norm(const DecoderNorm& weight, bool add, int64_t first, int64_t last) {
+    // hidden += out, where there is such a result yet; y = the norm of hidden.
+    void add_and_norm(const DecoderNorm& weight, bool add, float* y, int64_t first, int64_t last) {
         kernels::RmsNorm args = norm_arguments(*weight, d_.hidden);
         args.x = add ? m_.out : hidden_;
         args.residual = add ? hidden_ : nullptr;
         args.hidden = hidden_;
-        args.y = m_.normed;
+        args.y = y;
         args.rstd = m_.rstd;
         MLLAMA_CALL(rms_norm)(args, first, last);
     }

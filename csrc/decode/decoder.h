@@ -46,16 +46,15 @@ struct Decoder {
     int64_t hidden, heads, kv_heads, head_dim, intermediate;
     int64_t ranks;  // of the adapters of layers with the same input, together: the most there are
     kernels::Activation activation;
-    float eps, norm_offset, final_softcap;
+    float eps, norm_offset;
     std::vector<DecoderLayer> layers;
     DecoderNorm norm;
-    DecoderLinear head;
 };
 
 // What a step reads and writes beside the decoder.
 struct DecodeStep {
     int64_t rows;
-    Tensor hidden;                 // float32 [rows, hidden]: embeddings in, the last states out
+    Tensor hidden;                 // float32 [rows, hidden]: embeddings in, overwritten
     std::vector<Tensor> cos, sin;  // float32 [rows, head_dim / 2], per table
     // [rows, kv_heads, capacity, head_dim], per layer: text's or images'. Quantized: int8 rows of
     // quantized_rows.h in place of head_dim values of cache_dtype.
@@ -69,7 +68,7 @@ struct DecodeStep {
     int64_t image_keys;
     const float* image_bias;
     std::vector<bool> sees_image;
-    Tensor logits;  // float32 [rows, vocabulary]
+    Tensor out;  // float32 [rows, hidden]: after the last norm
 };
 
 void run_step(const Decoder& decoder, const DecodeStep& step);

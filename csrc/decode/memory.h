@@ -42,7 +42,7 @@ struct Memory {
         float* at = all.get() + (64 - reinterpret_cast<uintptr_t>(all.get()) % 64) % 64 / 4;
         for (auto& [part, width] : parts) *part = at, at += whole_lines(rows * width);
         activations.codes = reinterpret_cast<int8_t*>(codes);
-        activations.sums = reinterpret_cast<int32_t*>(sums);
+        activations.sums = reinterpret_cast<int16_t*>(sums);
     }
 
     std::unique_ptr<float[]> all;

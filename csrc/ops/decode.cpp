@@ -70,18 +70,17 @@ class Reader {
         d.hidden = size(), d.heads = size(), d.kv_heads = size(), d.head_dim = size();
         d.intermediate = size();
         d.activation = static_cast<kernels::Activation>(size());
-        d.eps = number(), d.norm_offset = number(), d.final_softcap = number();
+        d.eps = number(), d.norm_offset = number();
         int64_t count = size();
         check(d.hidden > 0 && d.heads > 0 && d.kv_heads > 0 && d.heads % d.kv_heads == 0 &&
                   d.head_dim > 0 && d.head_dim % 2 == 0 && d.head_dim <= 256 && count > 0,
               kOp, "sizes");
         for (int64_t i = 0; i < count; ++i) d.layers.push_back(layer(d));
         d.norm = norm(d.hidden, true);
-        d.head = linear(d.hidden, size());
         for (const DecoderLayer& l : d.layers) {
             int64_t inner = l.cross ? l.q.rank() : l.q.rank() + l.k.rank() + l.v.rank();
-            d.ranks = std::max({d.ranks, inner, l.o.rank(), l.gate.rank() + l.up.rank(),
-                                l.down.rank(), d.head.rank()});
+            d.ranks = std::max(
+                {d.ranks, inner, l.o.rank(), l.gate.rank() + l.up.rank(), l.down.rank()});
         }
         check(tensor_ == tensors_.size() && size_ == sizes_.size() && number_ == numbers_.size(),
               kOp, "sizes");
@@ -254,7 +253,7 @@ Tensor decode_step(int64_t number, Tensor hidden, std::vector<Tensor> cos, std::
                     .image_keys = image_keys,
                     .image_bias = nullptr,
                     .sees_image = std::vector<bool>(rows, true),
-                    .logits = new_float(hidden, {rows, d.head.out})};
+                    .out = new_float(hidden, {rows, d.hidden})};
     if (first_key) {
         check(first_key->scalar_type() == ScalarType::Long && first_key->numel() == rows &&
                   first_key->is_contiguous(),
@@ -273,7 +272,7 @@ Tensor decode_step(int64_t number, Tensor hidden, std::vector<Tensor> cos, std::
         for (int64_t i = 0; i < rows; ++i) step.sees_image[i] = data<bool>(*sees_image)[i];
     }
     run_step(d, step);
-    return step.logits;
+    return step.out;
 }
 
 }  // namespace

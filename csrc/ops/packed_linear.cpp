@@ -1,10 +1,12 @@
 #include "ops/packed_linear.h"
 
 #include <atomic>
+#include <cstring>
 #include <memory>
 
 #include "core/pages.h"
 #include "core/threads.h"
+#include "kernels/cpu/pack_gguf.h"
 
 namespace mllama {
 namespace {
@@ -19,7 +21,7 @@ struct Workspace {
         memory.reset(new float[codes ? values / 4 + 2 * groups : values]);
         activations.values = memory.get();
         activations.scales = memory.get();
-        activations.sums = reinterpret_cast<int32_t*>(memory.get() + groups);
+        activations.sums = reinterpret_cast<int16_t*>(memory.get() + groups);
         activations.codes = reinterpret_cast<int8_t*>(memory.get() + 2 * groups);
     }
     std::unique_ptr<float[]> memory;
@@ -92,6 +94,33 @@ Tensor pack_weight(const Tensor& weight, int64_t packing_) {
     return packed;
 }
 
+// The lanes after the last row are zeros.
+Tensor pack_gguf(const Tensor& blocks, int64_t packing_) {
+    const char* op = "pack_gguf";
+    kernels::Packing packing = packing_of(op, packing_);
+    kernels::GgufBlock block = kernels::gguf_block(packing);
+    check(block.bytes > 0, op, "packing");
+    check(blocks.dim() == 2 && blocks.scalar_type() == ScalarType::Byte &&
+              blocks.size(1) % block.bytes == 0,
+          op, "blocks");
+    int64_t out = blocks.size(0), in = blocks.size(1) / block.bytes * block.inputs;
+    check(out <= kMostFeatures && in <= kMostFeatures, op, "blocks");
+    int64_t count = kernels::block_count(out), bytes = kernels::block_bytes(packing, in);
+    Tensor source = dense(blocks), packed = new_tensor(blocks, {count * bytes});
+    advise_huge_pages(packed);
+    auto* to = mutable_data<uint8_t>(packed);
+    kernels::PackGguf args{
+        .packing = packing, .in = in, .out = out, .blocks = data<uint8_t>(source), .packed = to};
+    auto pack = MLLAMA_CALL(pack_gguf);
+    std::atomic<bool> finite = true;
+    parallel_for(count, 1, [&](int64_t begin, int64_t end) {
+        if (end == count) std::memset(to + (count - 1) * bytes, 0, bytes);
+        if (!pack(args, begin, end)) finite = false;
+    });
+    check(finite, op, "blocks: they have scales that are not finite");
+    return packed;
+}
+
 // All rows, or those that an int64 tensor names.
 Tensor unpack_weight(const Tensor& weight, const MaybeTensor& rows_, int64_t out, int64_t width,
                      int64_t packing_, ScalarType type) {
@@ -131,12 +160,14 @@ Tensor unpack_weight(const Tensor& weight, const MaybeTensor& rows_, int64_t out
 STABLE_TORCH_LIBRARY_FRAGMENT(mllama, m) {
     define(m, kPackedLinearSchema);
     define(m, kPackWeightSchema);
+    define(m, kPackGgufSchema);
     define(m, kUnpackWeightSchema);
 }
 
 STABLE_TORCH_LIBRARY_IMPL(mllama, CPU, m) {
     implement(m, "packed_linear", TORCH_BOX(&packed_linear));
     implement(m, "pack_weight", TORCH_BOX(&pack_weight));
+    implement(m, "pack_gguf", TORCH_BOX(&pack_gguf));
     implement(m, "unpack_weight", TORCH_BOX(&unpack_weight));
 }
 

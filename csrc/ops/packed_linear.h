@@ -9,6 +9,7 @@ namespace mllama {
 constexpr char kPackedLinearSchema[] =
     "packed_linear(Tensor x, Tensor weight, Tensor? bias, int out, int packing) -> Tensor";
 constexpr char kPackWeightSchema[] = "pack_weight(Tensor weight, int packing) -> Tensor";
+constexpr char kPackGgufSchema[] = "pack_gguf(Tensor blocks, int packing) -> Tensor";
 constexpr char kUnpackWeightSchema[] =
     "unpack_weight(Tensor weight, Tensor? rows, int out, int width, int packing, "
     "ScalarType dtype) -> Tensor";

@@ -71,20 +71,28 @@ inline vf lanes_u8(const uint8_t* p) {
     return x;
 #endif
 }
+// Bytes from -128 to 127 likewise.
+inline vf lanes_s8(const uint8_t* p) {
+    vf x = lanes_u8(p);
+    return x < 128.0f ? x : x - 256.0f;
+}
+
+// CodeDot: unsigned weights of kBits bits, 4 to 6. Sums are whole after widen(), which has to
+// follow every kCodeSteps<kBits> products at the latest.
+template <int kBits>
+constexpr int kCodeSteps = 32 >> (kBits - 2);
 
 #if defined(__AVX512VNNI__)
 
 inline __m512i raw(vi x) { return reinterpret_cast<__m512i>(x); }
 inline __m512i raw(vu x) { return reinterpret_cast<__m512i>(x); }
 
-// Unsigned weights, 0 to 15.
-class NibbleDot {
-  public:
-    void add(vu weight, vi x) { sum_ = _mm512_dpbusd_epi32(sum_, raw(weight), raw(x)); }
-    vi value() const { return reinterpret_cast<vi>(sum_); }
-
-  private:
-    __m512i sum_ = _mm512_setzero_si512();
+struct CodeDot {
+    void add(vu weight, vi x) {
+        value = reinterpret_cast<vi>(_mm512_dpbusd_epi32(raw(value), raw(weight), raw(x)));
+    }
+    void widen() {}
+    vi value{};
 };
 
 // Signed weights. The instruction multiplies unsigned bytes with signed ones: 128 is added to every
@@ -103,31 +111,36 @@ struct SignedDot {
 
 #elif defined(__AVX2__)
 
-// vpmaddubsw adds two products in 16 bits. Of nibbles and codes in [-127, 127], 16 of them fit.
-class NibbleDot {
+// vpmaddubsw adds two products in 16 bits. Of codes below 2^kBits and x in [-127, 127], the sums of
+// kCodeSteps<kBits> instructions fit.
+class CodeDot {
   public:
+#if defined(__AVX512BW__)
     void add(vu weight, vi x) {
-#if defined(__AVX512BW__)
-        sum_ = _mm512_add_epi16(sum_, _mm512_maddubs_epi16(reinterpret_cast<__m512i>(weight),
-                                                           reinterpret_cast<__m512i>(x)));
-#else
-        sum_ = _mm256_add_epi16(sum_, _mm256_maddubs_epi16(reinterpret_cast<__m256i>(weight),
-                                                           reinterpret_cast<__m256i>(x)));
-#endif
+        sums_ = _mm512_add_epi16(sums_, _mm512_maddubs_epi16(reinterpret_cast<__m512i>(weight),
+                                                             reinterpret_cast<__m512i>(x)));
     }
-    vi value() const {
-#if defined(__AVX512BW__)
-        return reinterpret_cast<vi>(_mm512_madd_epi16(sum_, _mm512_set1_epi16(1)));
-#else
-        return reinterpret_cast<vi>(_mm256_madd_epi16(sum_, _mm256_set1_epi16(1)));
-#endif
+    void widen() {
+        value += reinterpret_cast<vi>(_mm512_madd_epi16(sums_, _mm512_set1_epi16(1)));
+        sums_ = _mm512_setzero_si512();
     }
+#else
+    void add(vu weight, vi x) {
+        sums_ = _mm256_add_epi16(sums_, _mm256_maddubs_epi16(reinterpret_cast<__m256i>(weight),
+                                                             reinterpret_cast<__m256i>(x)));
+    }
+    void widen() {
+        value += reinterpret_cast<vi>(_mm256_madd_epi16(sums_, _mm256_set1_epi16(1)));
+        sums_ = _mm256_setzero_si256();
+    }
+#endif
+    vi value{};
 
   private:
 #if defined(__AVX512BW__)
-    __m512i sum_ = _mm512_setzero_si512();
+    __m512i sums_ = _mm512_setzero_si512();
 #else
-    __m256i sum_ = _mm256_setzero_si256();
+    __m256i sums_ = _mm256_setzero_si256();
 #endif
 };
 
@@ -170,16 +183,13 @@ struct SignedDot {
 // Byte number `index` of every lane, sign-extended.
 inline vi byte_of(vi x, int index) { return x << (24 - 8 * index) >> 24; }
 
-class NibbleDot {
-  public:
+struct CodeDot {
     void add(vu weight, vi x) {
         for (int i = 0; i < 4; ++i)
-            sum_ += byte_of(reinterpret_cast<vi>(weight), i) * byte_of(x, i);
+            value += byte_of(reinterpret_cast<vi>(weight), i) * byte_of(x, i);
     }
-    vi value() const { return sum_; }
-
-  private:
-    vi sum_{};
+    void widen() {}
+    vi value{};
 };
 struct SignedBytes {
     explicit SignedBytes(vu weight) : bytes(reinterpret_cast<vi>(weight)) {}

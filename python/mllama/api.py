@@ -18,7 +18,7 @@ from mllama.lora.peft import CONFIG as ADAPTER_CONFIG
 from mllama.lora.peft import adapted_model
 from mllama.lora.state import merge_and_unload
 from mllama.processing.auto import load_preprocessor
-from mllama.quant.packer import optimize, packing_of
+from mllama.quant.packer import AUTO, choose_weights, optimize, packing_of
 from mllama.runtime.loading import load_core
 from mllama.runtime.questions import as_list, encode_questions, refuse_swapped, share_images
 from mllama.runtime.session import OPTIONS, Session
@@ -37,6 +37,7 @@ _UNREAD = (
     "output_logits",
     "output_scores",
 )
+_SHORT = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}
 _LIMITS = (
     "it answers short English questions about six shapes, ten colors and five places in simple "
     "images; to anything else its answers mean nothing (docs/embedded-model.md)"
@@ -68,8 +69,10 @@ def load(
             families ignore it.
         adapter: LoRA adapters to load into the model, as `mllama.load_lora` accepts them.
         weights: pack the weights for inference on a CPU, as `mllama.optimize` does, one by one as
-            they are read; or "file", in the file's own types, such as GGUF's blocks. Adapters are
-            merged first, which "file" does not allow.
+            they are read; or "file", in the file's own types, such as GGUF's blocks. "auto" is
+            "file", with float32 of the file in dtype; without adapters, on a CPU: elsewhere it
+            packs nothing. Adapters are merged first, which "file" does not allow. Default: not
+            packed, so that the model can be trained and saved.
 
     Returns:
         (model, processor). The model is in eval mode: MllamaForConditionalGeneration, or
@@ -109,6 +112,7 @@ def load_quietly(
             {"reference": reference} if "reference" in found.load_options else {}
         )
         dtype = resolve_dtype(opened, dtype, device)
+        weights = choose_weights(weights, device, adapter is not None)
         packed = None if adapter is not None else weights
         model, _ = load_opened(found, opened, dtype, device, weights=packed, **options)
     _adapt(model, adapter, weights)
@@ -121,14 +125,15 @@ def open_session(
     device: str | torch.device = "auto",
     reference: str = "meta",
     adapter: str | os.PathLike | None = None,
-    weights: str | None = None,
+    weights: str | None = AUTO,
     kv_cache: str | None = None,
 ) -> "Session | GenerateSession":
     """Open a session: the core's own, or one on transformers' `generate` where the model's
     settings or its tokenizer need transformers.
 
     Args:
-        path, dtype, device, reference, adapter, weights: as `load` takes them.
+        path, dtype, device, reference, adapter, weights: as `load` takes them, but packed where
+            that is possible by default.
         kv_cache: as `Session` takes it.
 
     Raises:
@@ -140,6 +145,7 @@ def open_session(
     with (opened := open_checkpoint(folder)).source:
         if opened.spec.text is None:
             raise ValueError("a SigLIP vision model has no decoder to answer with")
+        weights = choose_weights(weights, place, own_adapter is not None)
         settings, where = opened.generation or {}, opened.source.where
         processor = None if beyond_session(settings) else _core_processor(folder)
         if processor is not None:
@@ -240,8 +246,9 @@ def say_loaded(path: str | os.PathLike | None, model: torch.nn.Module) -> None:
     line is printed once.
     """
     name, first = "the embedded model" if path is None else Path(path), next(model.parameters())
-    packed = f", weights packed as {packing}" if (packing := packing_of(model)) else ""
-    _say(f"mllama: {name} in {dtype_name(first.dtype)} on {first.device}{packed}")
+    packing, dtype = packing_of(model), dtype_name(first.dtype)
+    packed = f", weights packed as {packing}" if packing not in (None, _SHORT[dtype]) else ""
+    _say(f"mllama: {name} in {dtype} on {first.device}{packed}")
     if path is None:
         _say(f"mllama: {_LIMITS}")
 

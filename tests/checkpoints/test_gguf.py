@@ -772,9 +772,9 @@ def test_what_cannot_be_written_is_refused_and_leaves_nothing(tmp_path, make_tok
     lowercase.backend_tokenizer.normalizer = normalizers.Lowercase()
     for arguments, error, said in (
         (
-            (ours, tokenizer, path, "q4_0"),
+            (ours, tokenizer, path, "q4_1"),
             ValueError,
-            "dtype must be one of 'f16', 'bf16', 'q8_0', got 'q4_0'",
+            "dtype must be one of 'f16', 'bf16', 'q8_0', 'q4_0', 'q4_k', got 'q4_1'",
         ),
         ((ours, object(), path), TypeError, "tokenizer must be a fast tokenizer"),
         (

@@ -15,6 +15,7 @@ from mllama import MllamaForConditionalGeneration
 
 pytest.importorskip("gguf")
 
+from mllama.hf.gguf import save_gguf  # noqa: E402
 from mllama.hf.processors.tokenizers import load_gguf_tokenizer as load_tokenizer  # noqa: E402
 from mllama.processing.auto import load_preprocessor  # noqa: E402
 from mllama.processing.conversation import encode_messages  # noqa: E402
@@ -150,6 +151,16 @@ def test_five_answers_of_128_tokens_and_20_kb_of_text(ours, stock, tokenizer, ca
     with capsys.disabled():
         print(f"\nperplexity {found:.6f}, stock transformers {wanted:.6f}")
     assert f"{found:.4g}" == f"{wanted:.4g}" and found == pytest.approx(wanted, rel=1e-5)
+
+
+@large
+@pytest.mark.parametrize(("dtype", "bound"), [("q8_0", 1.02), ("q4_k", 1.1), ("q4_0", 1.3)])
+def test_perplexity_of_files_of_blocks(ours, tokenizer, dtype, bound, tmp_path):
+    """The weights are in 4 bits already, on a grid that Q4_0 and Q5_0 do not have (docs/log.md)."""
+    save_gguf(ours, tokenizer, tmp_path / "model.gguf", dtype)
+    model = MllamaForConditionalGeneration.from_pretrained(tmp_path / "model.gguf", weights="file")
+    found, wanted = perplexity(model, tokenizer, 20_000), perplexity(ours, tokenizer, 20_000)
+    assert 0.95 * wanted <= found <= bound * wanted
 
 
 def test_the_core_tokenizer_is_the_same(path):

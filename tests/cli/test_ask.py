@@ -35,7 +35,7 @@ def test_ask_json_is_one_object(run, loaded, options, image_file, model_folder):
         "model": str(model_folder),
         "dtype": "float32",
         "device": "cpu",
-        "weights": None,
+        "weights": "f32",
     }
 
 

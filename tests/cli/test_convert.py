@@ -213,7 +213,7 @@ def test_no_processor_of_the_model_before_stays(run, family_folder, tmp_path):
         (
             "out.gguf",
             ["--to", "gguf", "--dtype", "float16"],
-            "--to gguf takes --dtype f16, bf16, q8_0, got float16",
+            "--to gguf takes --dtype f16, bf16, q8_0, q4_0, q4_k, got float16",
         ),
     ],
 )

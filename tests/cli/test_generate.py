@@ -101,7 +101,7 @@ def test_sizes_are_ids(run, monkeypatch):
         asked.append(path)
         raise FileNotFoundError(f"{path} is gated")
 
-    monkeypatch.setattr("mllama.cli.generate.load_quietly", load)
+    monkeypatch.setattr("mllama.cli._answering.open_session", load)
     assert [run("generate", "--size", size, "--prompt", "a")[0] for size in _parser.SIZES] == [
         2
     ] * 4

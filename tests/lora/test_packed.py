@@ -6,9 +6,11 @@ import pytest
 import torch
 
 import mllama
-from helpers import instruction_set, instruction_sets, needs_kernels
+from helpers import counted_steps, decoded, instruction_set, instruction_sets, needs_kernels
+from mllama.fusion.base import DecoderInputs, ModelInputs
 from mllama.lora.layer import lora_layers
 from mllama.model.fast_decoder import FastDecoder
+from mllama.nn.kv_cache import KVCache
 from mllama.nn.packed import PackedLinear
 from mllama.quant.packer import optimize
 from mllama.runtime.session import Session
@@ -30,24 +32,6 @@ def filled(model, dtype=torch.float32, names=None, rank=3):
 
 def packed(case, weights="f32"):
     return optimize(copy.deepcopy(pairs.pair(case).ours), weights)
-
-
-class Recorded(Session):
-    """Keeps the logits of every step."""
-
-    def _step(self, tokens, inputs):
-        logits = super()._step(tokens, inputs)
-        self.logits.append(logits.clone())
-        return logits
-
-
-def decoded(model, inputs, fast=True):
-    session = Recorded(model)
-    session.logits = []
-    assert isinstance(session._fast, FastDecoder)
-    session._fast = session._fast if fast else None
-    result = session.generate(inputs, max_new_tokens=LENGTH)
-    return [row.token_ids for row in result.completions], torch.stack(session.logits)
 
 
 def close(first, second, tolerance=1e-5):
@@ -113,7 +97,7 @@ def test_a_session_follows_its_adapters():
     plain = said()
     filled(model)
     adapted = said()
-    assert isinstance(session._fast, FastDecoder)
+    assert isinstance(model._fast, FastDecoder)
     assert adapted != plain and adapted == decoded_tokens(model, inputs)
     with mllama.lora_disabled(model):
         assert said() == plain == decoded_tokens(base, inputs)
@@ -130,34 +114,29 @@ def decoded_tokens(model, inputs):
 
 def test_a_change_within_an_answer():
     inputs, model = pairs.pair("llama").inputs("one row"), filled(packed("llama"))
-    session = Session(model)
-    fast = session._fast
-    with mllama.lora_disabled(model):
-        assert not fast.is_current
-        with pytest.raises(ValueError, match="adapters"):
-            fast.step(torch.tensor([1]), session._cache)
-    session.generate(inputs, max_new_tokens=2)
-    assert session._fast is not fast
-
-
-def test_values_are_shared():
-    inputs, model = pairs.pair("llama").inputs(), filled(packed("llama"))
-    session = Recorded(model)
-    for layer in lora_layers(model).values():
-        layer.lora_a.weight.data.neg_()
-    session.logits = []
-    session.generate(inputs, max_new_tokens=LENGTH)
-    assert torch.equal(torch.stack(session.logits), decoded(model, inputs)[1])
+    cache = KVCache(model.spec.text.num_hidden_layers)
+    with torch.no_grad():
+        model.compute(ModelInputs(inputs["input_ids"], cache=cache))
+        one = ModelInputs(torch.tensor([[1]]), cache=cache)
+        model.compute(one)
+        fast = model._fast
+        with mllama.lora_disabled(model), counted_steps() as calls:
+            assert not fast.is_current
+            with pytest.raises(ValueError, match="adapters"):
+                fast(DecoderInputs(torch.zeros(1, 1, 64)), cache)
+            model.compute(one)
+            assert model._fast is not fast and calls.call_count == 2
 
 
 def test_what_cannot_run_in_one_call_runs_by_layers():
     inputs = pairs.pair("llama").inputs()
-    model = filled(packed("llama"), torch.float64, ["q_proj"])
-    assert Session(model)._fast is None
-    Session(model).generate(inputs, max_new_tokens=2)
-    model = filled(packed("llama"), names=["q_proj"])
-    next(iter(lora_layers(model).values())).lora_a.register_forward_hook(lambda *_: None)
-    assert Session(model)._fast is None
+    double = filled(packed("llama"), torch.float64, ["q_proj"])
+    hooked = filled(packed("llama"), names=["q_proj"])
+    next(iter(lora_layers(hooked).values())).lora_a.register_forward_hook(lambda *_: None)
+    for model in (double, hooked):
+        with counted_steps() as calls:
+            Session(model).generate(inputs, max_new_tokens=2)
+        assert calls.call_count == 0
 
 
 def test_what_is_refused():

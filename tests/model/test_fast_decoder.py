@@ -7,38 +7,24 @@ import pytest
 import torch
 
 import tiny
-from helpers import instruction_set, instruction_sets, needs_kernels
+from helpers import counted_steps, decoded, instruction_set, instruction_sets, needs_kernels
 from mllama.model.fast_decoder import FastDecoder
+from mllama.nn.packed import PackedLinear
+from mllama.ops import pack_weight
+from mllama.ops.packed_layout import PACKINGS
 from mllama.quant.packer import RECIPES, optimize
 from mllama.runtime.session import Session
 from tiny import pairs
 
 pytestmark = needs_kernels
-LENGTH = 6
-
-
-class Recorded(Session):
-    """Keeps the logits of every step."""
-
-    def _step(self, tokens, inputs):
-        logits = super()._step(tokens, inputs)
-        self.logits.append(logits.clone())
-        return logits
-
-
-def decoded(model, inputs, fast, kv_cache=None):
-    """Greedy tokens and logits, by `decode_step` or by the layers."""
-    session = Recorded(model, kv_cache=kv_cache)
-    session.logits = []
-    assert isinstance(session._fast, FastDecoder)
-    if not fast:
-        session._fast = None
-    result = session.generate(inputs, max_new_tokens=LENGTH)
-    return [row.token_ids for row in result.completions], torch.stack(session.logits)
+CODES = [packing for packing, kind in PACKINGS.items() if kind.quantized]
 
 
 def check(model, inputs, weights="f32", tolerance=1e-5, kv_cache=None):
-    model = optimize(copy.deepcopy(model), weights)
+    check_packed(optimize(copy.deepcopy(model), weights), inputs, tolerance, kv_cache)
+
+
+def check_packed(model, inputs, tolerance=1e-5, kv_cache=None):
     ids, logits = decoded(model, inputs, True, kv_cache)
     expected_ids, expected = decoded(model, inputs, False, kv_cache)
     assert (logits - expected).abs().max() <= tolerance * expected.abs().max()
@@ -69,7 +55,17 @@ def test_layers_that_attend_to_images(rows, reference):
 def test_images_without_placeholders(model, rows, each):
     texts = {name: value[:rows] for name, value in tiny.texts().items()}
     images = {"pixel_values": tiny.images(rows * each)} if each else {}
+    if model.spec.fusion == "prepend" and rows > 1 and each:
+        texts["attention_mask"] = torch.ones_like(texts["attention_mask"])
     check(model, texts | images)
+
+
+def test_padding_after_visual_tokens_runs_by_the_layers(caplog):
+    model = optimize(tiny.prepend(num_image_tokens=3), "f32")
+    inputs = tiny.texts() | {"pixel_values": tiny.images(2)}
+    with caplog.at_level("DEBUG", logger="mllama"), counted_steps() as calls:
+        Session(model).generate(inputs, max_new_tokens=3)
+    assert calls.call_count == 0 and "padding" in caplog.text
 
 
 @pytest.mark.parametrize("weights", RECIPES)
@@ -78,6 +74,21 @@ def test_every_format(case, weights):
     # Activations of the two ways are rounded apart where they differ in the last bit.
     tolerance = 1e-5 if RECIPES[weights].decoder in ("f32", "bf16", "f16") else 3e-2
     check(pairs.pair(case).ours, pairs.pair(case).inputs(), weights, tolerance)
+
+
+@pytest.mark.parametrize("first", range(len(CODES)))
+def test_formats_mixed_in_a_layer(first):
+    """As in GGUF files, where q, k and v, or gate and up, may have blocks of their own types."""
+    model = optimize(copy.deepcopy(pairs.pair("gemma2").ours), "int8")
+    linears = [module for module in model.modules() if isinstance(module, PackedLinear)]
+    for place, linear in enumerate(linears, first):
+        packing = CODES[place % len(CODES)]
+        linear.packed, linear.packing = pack_weight(linear.dense(), packing), packing
+    inputs = pairs.pair("gemma2").inputs()
+    ids, logits = decoded(model, inputs, True)
+    expected_ids, expected = decoded(model, inputs, False)
+    assert (logits - expected).abs().max() <= 3e-2 * expected.abs().max()
+    assert ids == expected_ids
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -142,9 +153,9 @@ def test_more_rows_than_a_step_takes():
 
 
 def test_a_model_that_is_not_packed_runs_by_its_layers():
-    assert Session(pairs.pair("llama").ours)._fast is None
+    decoded(pairs.pair("llama").ours, pairs.pair("llama").inputs(), False)
     with pytest.raises(ValueError, match="decoder"):
-        FastDecoder(pairs.pair("llama").ours.language_model, pairs.pair("llama").ours.lm_head)
+        FastDecoder(pairs.pair("llama").ours.language_model)
 
 
 @pytest.mark.parametrize(
@@ -166,7 +177,7 @@ def test_a_model_that_is_not_packed_runs_by_its_layers():
 )
 def test_arguments_that_do_not_fit(change):
     model = optimize(copy.deepcopy(pairs.pair("llama").ours), "f32")
-    fast = FastDecoder(model.language_model, model.lm_head)
+    fast = FastDecoder(model.language_model)
     spec = model.spec.text
     cache = [torch.zeros(2, spec.num_key_value_heads, 8, spec.head_dim)] * spec.num_hidden_layers
     table = torch.ones(2, spec.head_dim // 2)
@@ -183,7 +194,7 @@ def test_arguments_that_do_not_fit(change):
         "image_mask": None,
         "sees_image": None,
     }
-    assert torch.ops.mllama.decode_step(**arguments).shape == (2, spec.vocab_size)
+    assert torch.ops.mllama.decode_step(**arguments).shape == (2, spec.hidden_size)
     with pytest.raises((ValueError, RuntimeError), match="decode_step"):
         torch.ops.mllama.decode_step(**arguments | change)
 
@@ -199,13 +210,24 @@ def test_a_default_dtype_changes_nothing():
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda one: pickle.loads(pickle.dumps(one))])
-def test_copies_of_sessions(copied):
+def test_copies_of_models_have_a_decoder_of_their_own(copied):
     model = optimize(copy.deepcopy(pairs.pair("llama").ours), "f32")
-    inputs, session = pairs.pair("llama").inputs(), Session(model)
-    expected = [row.token_ids for row in session.generate(inputs, max_new_tokens=3).completions]
-    other = copied(session)
-    assert other._fast._handle != session._fast._handle
-    assert other._fast.embed_tokens is other.model.get_input_embeddings()
-    session.reset()
-    rows = other.generate(inputs, max_new_tokens=3).completions
-    assert [row.token_ids for row in rows] == expected
+    inputs = pairs.pair("llama").inputs()
+    expected = decoded(model, inputs, True)[0]
+    other = copied(model)
+    assert other._fast._handle != model._fast._handle
+    assert other._fast.decoder is other.language_model
+    del model
+    assert decoded(other, inputs, True)[0] == expected
+
+
+def test_changed_weights_are_noticed_at_the_next_prompt():
+    model = optimize(copy.deepcopy(pairs.pair("llama").ours), "f32")
+    inputs = pairs.pair("llama").inputs()
+    before = decoded(model, inputs, True)[1]
+    with torch.no_grad():
+        model.language_model.norm.weight.copy_(model.language_model.norm.weight.flip(0))
+        model.language_model.norm.weight.data = model.language_model.norm.weight.data.clone()
+    after = decoded(model, inputs, True)[1]
+    assert not torch.allclose(before, after, atol=1e-2)
+    check_packed(model, inputs)

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from helpers import needs_kernels
+from mllama.ops import pack_weight, packed_linear
 from mllama.quant.packer import optimize
 from mllama.runtime.session import Session
 from tiny import pairs
@@ -38,9 +39,9 @@ def test_the_number_of_threads_may_change_between_steps(threads):
     expected, counts = decoded(Session(packed())), iter([1, 3, 2, 1, 4, 1, 2, 3])
 
     class Changing(Session):
-        def _step(self, tokens, inputs):
+        def _forward(self, *args, **given):
             threads(next(counts))
-            return super()._step(tokens, inputs)
+            return super()._forward(*args, **given)
 
     assert decoded(Changing(packed())) == expected
 
@@ -71,6 +72,9 @@ def test_several_threads_share_a_model(threads, own):
 
 
 def _decode_and_send(session, queue):
+    x, weight = torch.randn(64, 1024), torch.randn(1024, 1024)
+    packed_linear(x, pack_weight(weight, "int8"), out_features=1024, packing="int8")  # in parallel
+    torch.set_num_threads(1)  # torch's own operators wait for the threads of before
     queue.put(decoded(session, temperature=1.0, seed=3))
 
 

@@ -9,6 +9,7 @@ from mllama.ops.packed_linear import reference
 SIZES = [(37, 100), (16, 32), (64, 576), (1, 1), (15, 33), (100, 260)]
 # Of the weight's own size: what rounding to these formats may cost on normal numbers.
 ERROR = {"f32": 0, "bf16": 2e-3, "f16": 3e-4, "int8": 7e-3, "int4": 8e-2, "q4_0": 0.1, "q4_1": 9e-2}
+ERROR |= {"q5_0": 5e-2, "q5_1": 5e-2, "q4_k": 8e-2, "q5_k": 4e-2, "q6_k": 2e-2}
 
 
 def weight(out, width, seed=0):
@@ -144,12 +145,16 @@ def test_features_whose_bytes_overflow():
 
 
 @needs_kernels
-@pytest.mark.parametrize("size", [1e-6, 1e-5, 1e-4, 1, 1e4])
-def test_int4_holds_small_and_large_weights(size):
-    w = weight(20, 256) * 16 * size
-    for packed in (pack(w, "int4"), pack_weight(w, "int4")):
-        dense = unpack_weight(packed, 20, 256, "int4")
-        assert (dense - w).norm() / w.norm() <= (0.2 if size < 1e-5 else 0.09)
+@pytest.mark.parametrize("packing", PACKINGS)
+@pytest.mark.parametrize("size", [3e-8, 1e-6, 1e-5, 1e-4, 1, 1e3])
+def test_small_and_large_weights(packing, size):
+    """Scales that float16 has few digits for cost no more than half of its smallest number, beside
+    the format's own error.
+    """
+    w = weight(20, 512) * 512**0.5 * size
+    for packed in (pack(w, packing), pack_weight(w, packing)):
+        error = (unpack_weight(packed, 20, 512, packing) - w).norm() / w.numel() ** 0.5
+        assert error <= 1.5 * ERROR[packing] * size + 2**-25
 
 
 @needs_kernels

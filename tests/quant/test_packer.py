@@ -13,8 +13,10 @@ import tiny
 from helpers import needs_kernels
 from mllama import MllamaForConditionalGeneration, optimize
 from mllama.cli._parser import WEIGHTS
+from mllama.model.fast_decoder import find_obstacle
 from mllama.nn.packed import PackedEmbedding, PackedLinear
-from mllama.quant.packer import FILE, RECIPES
+from mllama.quant.packer import AUTO, FILE, RECIPES
+from mllama.runtime.session import Session
 from tiny import folders, pairs
 
 pytestmark = needs_kernels
@@ -94,7 +96,7 @@ def test_load_and_the_command_line(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert json.loads(done.stdout)["weights"] == "int4"
     assert "int4" in done.stderr
-    assert set(WEIGHTS) == {FILE, *RECIPES}
+    assert set(WEIGHTS) == {"none", AUTO, FILE, *RECIPES}
 
 
 def test_adapters_are_merged_before(tmp_path):
@@ -179,23 +181,64 @@ def test_copies_and_pickles_of_packed_models(tmp_path):
             assert torch.equal(other(**inputs).logits, model(**inputs).logits)
 
 
-@pytest.mark.parametrize("blocks", ["Q4_0", "Q4_1", "Q8_0", "F16", "BF16", "F32"])
+@pytest.mark.parametrize("blocks", ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "F16", "BF16", "F32"])
 def test_a_gguf_file_as_it_is(blocks, tmp_path):
     """Every weight is exactly the file's, in its own number of bits."""
     gguf = pytest.importorskip("gguf")
     from checkpoints.test_gguf import stock, write
 
     path = write(tmp_path / "m.gguf", stock(), getattr(gguf.GGMLQuantizationType, blocks))
-    model = MllamaForConditionalGeneration.from_pretrained(path, weights=FILE)
-    dense = MllamaForConditionalGeneration.from_pretrained(path, dtype=torch.float32)
     packing = {"Q8_0": "int8", "F16": "f16", "BF16": "bf16", "F32": "f32"}.get(
         blocks, blocks.lower()
     )
-    for name, module in model.language_model.layers.named_modules():
-        if isinstance(module, PackedLinear):
-            assert module.packing == packing
-            weight = dense.language_model.layers.get_submodule(name).weight
-            assert torch.equal(module.dense(), weight.float()), name
+    assert formats_held_exactly(path) == {packing}
+
+
+@pytest.mark.parametrize(
+    ("sizes", "formats"),
+    [
+        ({"hidden_size": 256, "head_dim": 64}, {"q4_k", "q6_k"}),
+        ({"hidden_size": 96, "head_dim": 32}, {"q5_0", "int8", "q4_k", "q6_k"}),
+    ],
+)
+@pytest.mark.parametrize("architecture", ["llama", "gemma"])
+def test_a_gguf_file_of_mixed_blocks(architecture, sizes, formats, tmp_path, make_tokenizer):
+    """As llama.cpp's Q4_K_M, and its fallbacks for rows that are no multiple of 256. It decodes by
+    `decode_step`, and as the same weights packed by themselves.
+    """
+    pytest.importorskip("gguf")
+    from checkpoints.test_gguf import own, stock
+    from mllama.hf.gguf import save_gguf
+
+    sizes = sizes | {"vocab_size": 330, "num_hidden_layers": 3, "intermediate_size": 512}
+    sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2}
+    path = tmp_path / "m.gguf"
+    save_gguf(own(stock(architecture, **sizes)), make_tokenizer(), path, "q4_k")
+    assert formats_held_exactly(path) == formats
+    model, processor = mllama.load(path, weights=FILE)
+    assert find_obstacle(model.language_model) is None
+    found = Session(model).generate({"input_ids": torch.arange(3, 9)[None]}, max_new_tokens=3)
+    ids = found.completions[0].token_ids
+    dense, _ = mllama.load(path)
+    with torch.no_grad():
+        states = torch.cat([torch.arange(3, 9), torch.tensor(ids)])[None]
+        logits, expected = (one(input_ids=states).logits for one in (model, dense))
+    assert distance(logits, expected) <= 0.1
+    assert logits[0, 5:-1].argmax(-1).tolist() == ids
+
+
+def formats_held_exactly(path) -> set[str]:
+    """How the decoder's layers of a file are packed, once each is the dense model's."""
+    model = MllamaForConditionalGeneration.from_pretrained(path, weights=FILE)
+    dense = MllamaForConditionalGeneration.from_pretrained(path, dtype=torch.float32)
+    packed = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, PackedLinear) and "layers" in name
+    }
+    for name, module in packed.items():
+        assert torch.equal(module.dense(), dense.get_submodule(name).weight.float()), name
+    return {module.packing for module in packed.values()}
 
 
 def test_a_model_whose_tied_weights_differ_is_refused():

@@ -16,9 +16,9 @@ constexpr int64_t kAhead = 1024;  // bytes; hides what the hardware's prefetcher
 
 // ---- activations
 
-// Codes in [-127, 127], the scale that gives the values back, and the sum of the codes. Values that
-// are not finite give a scale that is not.
-void quantize_group(const float* x, int8_t* codes, float* scale, int32_t* sum) {
+// Codes in [-127, 127], the scale that gives the values back, and the sums of the codes in either
+// half. Values that are not finite give a scale that is not.
+void quantize_group(const float* x, int8_t* codes, float* scale, int16_t* sums) {
     vf largest{}, poison{};
     for (int i = 0; i < kGroup; i += kWidth) {
         vf v = load(x + i);
@@ -29,16 +29,19 @@ void quantize_group(const float* x, int8_t* codes, float* scale, int32_t* sum) {
     for (int i = 0; i < kWidth; ++i) top = std::max(top, largest[i]);
     *scale = top / 127.0f + reduce_add(poison);
     vf inverse = splat(top > 0 ? 127.0f / top : 0.0f);
-    vi total{};
+    vi total[2]{};
     for (int i = 0; i < kGroup; i += kWidth) {
         vf shifted = load(x + i) * inverse + 12582912.0f;  // 1.5 * 2^23: rounds to an integer
         vi code = reinterpret_cast<vi>(as_bits(shifted)) - 0x4b400000;
         code = code < -127 ? vi{} - 127 : (code > 127 ? vi{} + 127 : code);
-        total += code;
+        total[i / (kGroup / 2)] += code;
         store_bytes(codes + i, code);
     }
-    *sum = 0;
-    for (int i = 0; i < kWidth; ++i) *sum += total[i];
+    for (int half = 0; half < 2; ++half) {
+        int32_t sum = 0;
+        for (int i = 0; i < kWidth; ++i) sum += total[half][i];
+        sums[half] = static_cast<int16_t>(sum);
+    }
 }
 
 // Whether x is multiplied as it is, in pairs of bf16.
@@ -71,7 +74,7 @@ void prepare_row(const PackedLinear& a, int64_t row) {
         }
         if (size_of(a.packing).quantized) {
             quantize_group(group, a.activations.codes + at_group * kGroup,
-                           a.activations.scales + at_group, a.activations.sums + at_group);
+                           a.activations.scales + at_group, a.activations.sums + 2 * at_group);
         }
     }
 }
@@ -90,11 +93,12 @@ struct CodeRow {
     CodeRow(const PackedLinear& a, int64_t row)
         : codes(a.activations.codes + row * group_count(a.in) * kGroup),
           scales(a.activations.scales + row * group_count(a.in)),
-          sums(a.activations.sums + row * group_count(a.in)) {}
+          sums(a.activations.sums + row * group_count(a.in) * 2) {}
     vi word(int64_t index) const { return splat_word(codes + index * 4); }  // four codes
+    int32_t sum(int64_t g) const { return sums[2 * g] + sums[2 * g + 1]; }
     const int8_t* codes;
     const float* scales;
-    const int32_t* sums;
+    const int16_t* sums;
 };
 
 struct F32 {
@@ -181,7 +185,7 @@ struct Int8 {
     static void add(vf (&sum)[R], const uint8_t*, const uint8_t* p, int v, const Row (&x)[R],
                     int64_t g) {
         SignedDot dots[R];
-        for (int r = 0; r < R; ++r) dots[r].start(x[r].sums[g]);
+        for (int r = 0; r < R; ++r) dots[r].start(x[r].sum(g));
 #pragma GCC unroll 8
         for (int j = 0; j < kGroup / 4; ++j) {
             SignedBytes w(load_bits(p + 2 * kLanes + j * kLanes * 4 + v * kWidth * 4));
@@ -193,69 +197,105 @@ struct Int8 {
     }
 };
 
-// The dot products of a group of nibbles, 0 to 15, with R rows of codes.
-template <int R>
-inline __attribute__((always_inline)) void nibble_dots(vi (&dots)[R], const uint8_t* p, int v,
-                                                       const CodeRow (&x)[R], int64_t g) {
-    NibbleDot dot[R];
+constexpr int64_t kNibbles = kGroup / 2 * kLanes;  // bytes of a group's codes up to four bits
+
+// What the codes of inputs 4 * step and on have beyond four bits, in place; `plane` is theirs.
+template <int kBits>
+vu upper_bits(const uint8_t* plane, int step) {
+    constexpr int kMore = kBits - 4, kSteps = 8 / kMore;  // steps in a byte
+    constexpr uint32_t kMask = 0x01010101u * (((1 << kMore) - 1) << 4);
+    vu words = load_bits(plane + step / kSteps * kLanes * 4);
+    int shift = step % kSteps * kMore - 4;
+    return (shift < 0 ? words << -shift : words >> shift) & kMask;
+}
+
+// The dot products of codes with R rows of x, inputs 8 * kFirst to 8 * kLast of a group.
+template <int kBits, int kFirst, int kLast, int R>
+inline __attribute__((always_inline)) void code_dots(vi (&dots)[R], const uint8_t* p, int v,
+                                                     const CodeRow (&x)[R], int64_t g) {
+    CodeDot dot[R];
+    p += v * kWidth * 4;
 #pragma GCC unroll 4
-    for (int j = 0; j < kGroup / 8; ++j) {
-        vu pairs = load_bits(p + j * kLanes * 4 + v * kWidth * 4);
+    for (int j = kFirst; j < kLast; ++j) {
+        vu pairs = load_bits(p + j * kLanes * 4);
         vu low = pairs & 0x0f0f0f0fu, high = (pairs >> 4) & 0x0f0f0f0fu;
+        if constexpr (kBits > 4) {
+            low |= upper_bits<kBits>(p + kNibbles, 2 * j);
+            high |= upper_bits<kBits>(p + kNibbles, 2 * j + 1);
+        }
         for (int r = 0; r < R; ++r) {
             dot[r].add(low, x[r].word(g * 8 + 2 * j));
             dot[r].add(high, x[r].word(g * 8 + 2 * j + 1));
+            if (2 * (j + 1) % kCodeSteps<kBits> == 0) dot[r].widen();
         }
     }
-    for (int r = 0; r < R; ++r) dots[r] = dot[r].value();
+    for (int r = 0; r < R; ++r) dots[r] = dot[r].value;
 }
 
-// What a group of scale * code + minimum adds to the sums.
-template <int R>
-inline __attribute__((always_inline)) void add_scaled(vf (&sum)[R], const vi (&dots)[R], vf scale,
-                                                      vf minimum, const CodeRow (&x)[R],
-                                                      int64_t g) {
+// Adds a group of scale * code + minimum to the sums.
+template <int kBits, int R>
+inline __attribute__((always_inline)) void add_codes(vf (&sum)[R], const uint8_t* p, int v,
+                                                     vf scale, vf minimum, const CodeRow (&x)[R],
+                                                     int64_t g) {
+    vi dots[R];
+    code_dots<kBits, 0, kGroup / 8>(dots, p, v, x, g);
     for (int r = 0; r < R; ++r) {
-        vf part = to_float(dots[r]) * scale + minimum * splat(static_cast<float>(x[r].sums[g]));
+        vf part = to_float(dots[r]) * scale + minimum * splat(static_cast<float>(x[r].sum(g)));
         sum[r] += part * splat(x[r].scales[g]);
     }
 }
 
-struct Int4 {
+template <int kBits>  // q4_0, q5_0
+struct Centered {
+    using Row = CodeRow;
+    template <int R>
+    static void add(vf (&sum)[R], const uint8_t*, const uint8_t* p, int v, const Row (&x)[R],
+                    int64_t g) {
+        constexpr float kCenter = 1 << (kBits - 1);
+        vf scale = lanes_f16(p + 2 * v * kWidth);
+        add_codes<kBits>(sum, p + 2 * kLanes, v, scale, scale * -kCenter, x, g);
+    }
+};
+
+template <int kBits>  // q4_1, q5_1
+struct Shifted {
+    using Row = CodeRow;
+    template <int R>
+    static void add(vf (&sum)[R], const uint8_t*, const uint8_t* p, int v, const Row (&x)[R],
+                    int64_t g) {
+        add_codes<kBits>(sum, p + 4 * kLanes, v, lanes_f16(p + 2 * v * kWidth),
+                         lanes_f16(p + 2 * kLanes + 2 * v * kWidth), x, g);
+    }
+};
+
+template <int kBits>  // int4, q4_k, q5_k
+struct Nested {
     using Row = CodeRow;
     template <int R>
     static void add(vf (&sum)[R], const uint8_t* header, const uint8_t* p, int v, const Row (&x)[R],
                     int64_t g) {
-        vi dots[R];
-        nibble_dots(dots, p + 2 * kLanes, v, x, g);
         vf scale = lanes_f16(header + 2 * v * kWidth) * lanes_u8(p + v * kWidth);
         vf minimum =
             lanes_f16(header + 2 * kLanes + 2 * v * kWidth) * lanes_u8(p + kLanes + v * kWidth);
-        add_scaled(sum, dots, scale, -minimum, x, g);
+        add_codes<kBits>(sum, p + 2 * kLanes, v, scale, -minimum, x, g);
     }
 };
 
-struct Q4_0 {
+struct Q6K {
     using Row = CodeRow;
     template <int R>
-    static void add(vf (&sum)[R], const uint8_t*, const uint8_t* p, int v, const Row (&x)[R],
+    static void add(vf (&sum)[R], const uint8_t* header, const uint8_t* p, int v, const Row (&x)[R],
                     int64_t g) {
-        vi dots[R];
-        nibble_dots(dots, p + 2 * kLanes, v, x, g);
-        vf scale = lanes_f16(p + 2 * v * kWidth);
-        add_scaled(sum, dots, scale, scale * -8.0f, x, g);
-    }
-};
-
-struct Q4_1 {
-    using Row = CodeRow;
-    template <int R>
-    static void add(vf (&sum)[R], const uint8_t*, const uint8_t* p, int v, const Row (&x)[R],
-                    int64_t g) {
-        vi dots[R];
-        nibble_dots(dots, p + 4 * kLanes, v, x, g);
-        add_scaled(sum, dots, lanes_f16(p + 2 * v * kWidth),
-                   lanes_f16(p + 2 * kLanes + 2 * v * kWidth), x, g);
+        vi first[R], second[R];
+        code_dots<6, 0, kGroup / 16>(first, p + 2 * kLanes, v, x, g);
+        code_dots<6, kGroup / 16, kGroup / 8>(second, p + 2 * kLanes, v, x, g);
+        vf d = lanes_f16(header + 2 * v * kWidth);
+        vf one = d * lanes_s8(p + v * kWidth), other = d * lanes_s8(p + kLanes + v * kWidth);
+        for (int r = 0; r < R; ++r) {
+            vf part = to_float(first[r] - 32 * x[r].sums[2 * g]) * one +
+                      to_float(second[r] - 32 * x[r].sums[2 * g + 1]) * other;
+            sum[r] += part * splat(x[r].scales[g]);
+        }
     }
 };
 
@@ -269,9 +309,14 @@ void dispatch_format(const PackedLinear& a, Body&& body) {
         case Packing::bf16: return body(Bf16{});
         case Packing::f16: return body(F16{});
         case Packing::int8: return body(Int8{});
-        case Packing::int4: return body(Int4{});
-        case Packing::q4_0: return body(Q4_0{});
-        case Packing::q4_1: return body(Q4_1{});
+        case Packing::int4:
+        case Packing::q4_k: return body(Nested<4>{});
+        case Packing::q5_k: return body(Nested<5>{});
+        case Packing::q4_0: return body(Centered<4>{});
+        case Packing::q5_0: return body(Centered<5>{});
+        case Packing::q4_1: return body(Shifted<4>{});
+        case Packing::q5_1: return body(Shifted<5>{});
+        case Packing::q6_k: return body(Q6K{});
     }
 }
 
@@ -289,12 +334,13 @@ void store_lanes(const PackedLinear& a, int64_t row, int64_t first, int v, vf su
 template <class Format, int R>
 void multiply_block(const PackedLinear& a, int64_t block, int64_t row) {
     const PackingSize& size = size_of(a.packing);
-    const uint8_t* header = a.weight + block * block_bytes(a.packing, a.in);
-    const uint8_t* p = header + size.header;
+    const uint8_t *p = a.weight + block * block_bytes(a.packing, a.in), *header = p;
     typename Format::Row x[R];
     for (int r = 0; r < R; ++r) x[r] = typename Format::Row(a, row + r);
     vf sum[kVectors][R]{};
+    int64_t left = 0;  // groups of this header
     for (int64_t g = 0, groups = group_count(a.in); g < groups; ++g, p += size.group) {
+        if (left-- == 0) header = p, p += size.header, left = size.span - 1;
         for (int64_t line = 0; line < size.group; line += 64) __builtin_prefetch(p + kAhead + line);
 #pragma GCC unroll 4
         for (int v = 0; v < kVectors; ++v) Format::add(sum[v], header, p, v, x, g);

@@ -4,6 +4,7 @@ read one at a time.
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from functools import cached_property, partial
 
 import torch
 
@@ -167,7 +168,7 @@ def load_weights(
         device_of: device of each of the model's tensors, by name.
         tied: as in `match`. If a file has both, they must be equal.
         strict: False loads what fits and leaves the rest unchanged.
-        take: called with each of the model's tensors; True says that it has put it into the model
+        take: called for each of the model's tensors; True says that it has put it into the model
             in its own way.
 
     Returns:
@@ -175,7 +176,7 @@ def load_weights(
 
     Raises:
         ValueError: with `strict`, a tensor is missing, unexpected, repeated, or has a wrong shape
-            or dtype (one error lists all); or tied tensors differ.
+            or dtype (one error lists all); tied tensors differ; or `take` refuses a tensor.
     """
     tied = tied or {}
     headers = source.headers()
@@ -186,16 +187,15 @@ def load_weights(
     loaded: dict[str, torch.Tensor] = {}
     # Tied tensors last: they are only compared, and never in memory next to their counterpart.
     for move in sorted(report.moves, key=lambda move: move.ours[0] in tied):
-        given = [source.read(name) for name in move.theirs]
-        for name, value in zip(move.ours, move.row.read(given), strict=True):
+        tensors = _Tensors(source, move)
+        for place, name in enumerate(move.ours):
             other = loaded.get(tied.get(name))
             if other is None:
-                if take is not None and take(name, value, headers[move.theirs[0]], dtype):
+                if take is not None and tensors.taken(take, place, headers, dtype):
                     continue
-                loaded[name] = _placed(
-                    value, given if source.mapped else [], device_of(name), dtype
-                )
-            elif not torch.equal(other.cpu(), value.to(dtype)):
+                given = tensors.given if source.mapped else []
+                loaded[name] = _placed(tensors.read(place), given, device_of(name), dtype)
+            elif not torch.equal(other.cpu(), tensors.read(place).to(dtype)):
                 both = f"{move.theirs[0]} and {', '.join(file_names(weight_map, tied[name]))}"
                 problem = f"{both} differ, but the config says they are one (tied)"
                 if strict:
@@ -210,6 +210,39 @@ def load_weights(
         loaded |= {name: in_place[name] for name in in_place if not in_place[name].is_meta}
     torch.nn.Module.load_state_dict(model, loaded, strict=strict, assign=True)
     return report
+
+
+class _Tensors:
+    """A move's tensors, read when they are needed."""
+
+    def __init__(self, source: Source, move: Move):
+        self._source, self._move = source, move
+
+    @cached_property
+    def given(self) -> list[torch.Tensor]:
+        """The file's."""
+        return [self._source.read(name) for name in self._move.theirs]
+
+    @cached_property
+    def _values(self) -> list[torch.Tensor]:
+        return self._move.row.read(self.given)
+
+    def read(self, place: int, blocks: bool = False) -> torch.Tensor:
+        """One of the model's, as a `Reading`. Rows of blocks are permuted as the others are."""
+        if not blocks:
+            return self._values[place]
+        rows = [self._source.read_blocks(name) for name in self._move.theirs]
+        return self._move.row.read(rows)[place]
+
+    def taken(
+        self, take: Taker, place: int, headers: dict[str, Header], dtype: torch.dtype
+    ) -> bool:
+        """What `take` says of one of the model's tensors."""
+        name = self._move.theirs[0]
+        try:
+            return take(self._move.ours[place], partial(self.read, place), headers[name], dtype)
+        except ValueError as error:
+            raise ValueError(f"{self._source.where}: {name}: {error}") from error
 
 
 def _placed(

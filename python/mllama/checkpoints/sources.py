@@ -45,9 +45,18 @@ class Header:
     blocks: str | None = None
 
 
-# Called with a tensor's name in the model, its value as it was read, its header and the dtype that
-# it shall have.
-Taker = Callable[[str, torch.Tensor, Header, torch.dtype], bool]
+class Reading(Protocol):
+    """Reads one of a model's tensors."""
+
+    def __call__(self, blocks: bool = False) -> torch.Tensor:
+        """The tensor; with `blocks` the bytes of its blocks, uint8 [rows, bytes of a row], which
+        only a tensor has whose header names them.
+        """
+
+
+# Called with a tensor's name in the model, what reads it, its header and the dtype that it shall
+# have.
+Taker = Callable[[str, Reading, Header, torch.dtype], bool]
 
 
 class Source(Protocol):
@@ -74,6 +83,13 @@ class Source(Protocol):
     def __enter__(self) -> "Source": ...
 
     def __exit__(self, *error: object) -> None: ...
+
+
+class BlockSource(Source, Protocol):
+    """A source some of whose headers name blocks."""
+
+    def read_blocks(self, name: str) -> torch.Tensor:
+        """The bytes of such a tensor: uint8 [rows, bytes of a row]."""
 
 
 class SafetensorsSource:

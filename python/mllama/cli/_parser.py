@@ -12,9 +12,10 @@ SIZES = {
     "11B": "meta-llama/Llama-3.2-11B-Vision-Instruct",
 }
 DTYPES = ("auto", "float32", "bfloat16", "float16")
-GGUF_DTYPES = ("f16", "bf16", "q8_0")
+GGUF_DTYPES = ("f16", "bf16", "q8_0", "q4_0", "q4_k")
 KV_CACHES = ("int8", "bf16", "f16", "f32")  # nn.kv_cache's CACHE_DTYPES
-WEIGHTS = ("file", "int4", "int8", "bf16", "f16", "f32")  # quant.packer's RECIPES and FILE
+# quant.packer's AUTO, FILE and RECIPES; "none" packs nothing
+WEIGHTS = ("auto", "none", "file", "int4", "int8", "bf16", "f16", "f32")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -294,8 +295,10 @@ def _add_device(parser: argparse.ArgumentParser):
     parser.add_argument(
         "--weights",
         choices=WEIGHTS,
+        default="auto",
         help="pack the weights, for a CPU: fewer bits, and more tokens per second; file: in the "
-        "file's own types, such as GGUF's blocks",
+        "file's own types, such as GGUF's blocks; auto (default): the same, float32 in --dtype, "
+        "where no adapter or other device forbids it; none: as tensors",
     )
     parser.add_argument(
         "--kv-cache",

@@ -9,7 +9,6 @@ from torch import nn
 
 from mllama.config.features import FeatureChoice, choose_features
 from mllama.config.spec import ModelSpec
-from mllama.nn.cache import Cache
 
 
 @dataclass
@@ -144,20 +143,6 @@ class Fusion:
             embeds = embed(inputs.input_ids, parts.embedding)
         return self.pass_on(inputs, padding_mask, embeds)
 
-    def decode_context(
-        self, rows: tuple[int, int], mask: torch.Tensor | None, cache: Cache, parts: Parts
-    ) -> Any:
-        """What layers that attend to images are told in a pass without new images; None without
-        such layers, or images.
-
-        Args:
-            rows: batch and new tokens.
-            mask: the cross-attention mask, or None.
-            cache: with what came before.
-            parts: of the model.
-        """
-        return None
-
     def pass_on(
         self, inputs: ModelInputs, padding_mask: torch.Tensor | None, embeds: torch.Tensor, **more
     ) -> DecoderInputs:
@@ -239,12 +224,23 @@ def embed(
     checkable = not (torch.compiler.is_compiling() or input_ids.is_meta) and input_ids.numel()
     if checkable:
         rows = vocabulary(embedding)
-        low, high = torch.stack(input_ids.aminmax()).tolist()  # one synchronization
+        low, high = _range(input_ids)
         if low < 0 or high >= rows:
             raise IndexError(
                 f"input_ids must lie within the vocabulary (0 to {rows - 1}), got {low} to {high}"
             )
     return embedding(input_ids)
+
+
+def _range(ids: torch.Tensor) -> tuple[int, int]:
+    """Lowest and highest id, with one synchronization; of few ids, as a decoding step has, on the
+    host.
+    """
+    if ids.numel() > 16:
+        low, high = torch.stack(ids.aminmax()).tolist()
+        return low, high
+    values = ids.flatten().tolist()
+    return min(values), max(values)
 
 
 def count_images(

@@ -189,11 +189,6 @@ class CrossAttentionFusion(Fusion):
         more = {"placeholders": placeholders, "features": states, "attentions": attentions}
         return self.pass_on(inputs, padding_mask, embeds, cross=cross, **more)
 
-    def decode_context(self, rows, mask, cache, parts):
-        mask = _rows_of_mask(mask, rows, cache.length)
-        tokens = self.tokens_per_tile(parts)
-        return cross_context(None, mask, tokens, parts.reference, cached=cache.tile_mask)
-
     def tokens_per_tile(self, parts: Parts) -> int:
         """Keys per tile; an untiled image counts as one tile."""
         return self.spec.tokens_per_image

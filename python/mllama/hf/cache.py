@@ -4,7 +4,7 @@ A dynamic cache has one key per token. A static one exposes all of its slots and
 a tensor that its update changes in place, so the length is copied.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
@@ -41,7 +41,7 @@ class CrossCacheLayer(DynamicLayer):
         """
         if not self.get_seq_length():
             self.lazy_initialization(key_states, value_states)
-            self.keys, self.values = key_states, value_states
+            self.keys, self.values = key_states.contiguous(), value_states.contiguous()
         elif key_states.shape[-2]:
             super().update(key_states, value_states)
         return self.keys, self.values
@@ -53,6 +53,50 @@ class CrossCacheLayer(DynamicLayer):
         """Remove images too."""
         super().reset()
         self.tile_mask = None
+
+
+class GrowingCacheLayer(DynamicLayer):
+    """A dynamic layer with room after its positions, so that a token is appended without a copy of
+    all of them. `keys` and `values`, [B, heads, S, head_dim], are views of its buffers, until
+    someone replaces them (crops or reorders them, say): then there are new buffers.
+
+    Args:
+        layer: whose positions it takes over.
+    """
+
+    def __init__(self, layer: DynamicLayer):
+        super().__init__()
+        self.lazy_initialization(layer.keys, layer.values)
+        self.keys, self.values = layer.keys, layer.values
+        self._buffers = self._views = (torch.empty(0), torch.empty(0))
+
+    def reserve(self, new: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The buffers, [B, heads, capacity, head_dim], with room for `new` more positions."""
+        length = self.keys.shape[2] + new
+        own = self.keys is self._views[0] and self.values is self._views[1]
+        if not own or length > self._buffers[0].shape[2]:
+            self._buffers = _with_room(self.keys, length), _with_room(self.values, length)
+        return self._buffers
+
+    def advance(self, new: int) -> None:
+        """Count `new` positions that were written after those of before."""
+        end = self.keys.shape[2] + new
+        self._views = self._buffers[0][:, :, :end], self._buffers[1][:, :, :end]
+        self.keys, self.values = self._views
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without buffers: a copy makes its own."""
+        empty = (torch.empty(0), torch.empty(0))
+        own = {"keys": self.keys, "values": self.values, "_buffers": empty, "_views": empty}
+        return self.__dict__ | own
+
+
+def _with_room(x: torch.Tensor, length: int) -> torch.Tensor:
+    """A copy of [B, heads, S, head_dim] with room for more than `length` positions."""
+    B, heads, S, D = x.shape
+    buffer = x.new_empty(B, heads, length + length // 2 + 64, D)
+    buffer[:, :, :S] = x
+    return buffer
 
 
 class TransformersCache:
@@ -117,6 +161,38 @@ class TransformersCache:
         return k.transpose(1, 2), v.transpose(1, 2)
 
     update_cross = update  # a CrossCacheLayer has an append of its own
+
+    @property
+    def in_place_obstacle(self) -> str | None:
+        """Why positions cannot be written in place, as a decoding step does; None if they can."""
+        if self.cache.offloading:
+            return "its cache is offloaded"
+        allowed = DynamicLayer, GrowingCacheLayer, CrossCacheLayer
+        other = next((one for one in self.cache.layers if type(one) not in allowed), None)
+        return None if other is None else f"its cache has a {type(other).__name__}"
+
+    def reserve(
+        self, new: int, cross: Collection[int] = ()
+    ) -> tuple[list[torch.Tensor], list[torch.Tensor], int]:
+        """As `mllama.nn.cache.Cache.reserve`; layers without room become ones with room."""
+        keys, values, image_keys = [], [], 0
+        for index, layer in enumerate(self.cache.layers):
+            if index in cross:
+                image_keys = max(image_keys, layer.get_seq_length())
+                own = (layer.keys, layer.values) if image_keys else (torch.empty(0),) * 2
+            else:
+                if type(layer) is DynamicLayer:
+                    layer = self.cache.layers[index] = GrowingCacheLayer(layer)
+                own = layer.reserve(new)
+            keys.append(own[0])
+            values.append(own[1])
+        return keys, values, image_keys
+
+    def advance(self, new: int) -> None:
+        """Count `new` positions that were written after `reserve`."""
+        for layer in self.cache.layers:
+            if isinstance(layer, GrowingCacheLayer):
+                layer.advance(new)
 
 
 def num_prefix_tokens(cache: Cache | None) -> int:

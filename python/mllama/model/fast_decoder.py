@@ -10,37 +10,39 @@ from torch import nn
 
 from mllama import _ext
 from mllama.config.spec import TextSpec
+from mllama.fusion.base import DecoderInputs, ModelInputs
 from mllama.fusion.cross_attention import CrossAttentionDecoderLayer
-from mllama.fusion.cross_context import CrossAttentionContext
 from mllama.nn.adapted import AdaptedLinear, LowRank, count_changes
-from mllama.nn.kv_cache import KVCache
+from mllama.nn.cache import Cache
 from mllama.nn.packed import PackedLinear
 from mllama.ops.packed_layout import PACKINGS
+from mllama.text.decoder import count_positions
 
 _ACTIVATIONS = {"silu": 0, "swish": 0, "gelu_pytorch_tanh": 1}
 MAX_ROWS = 16
 
 
 class FastDecoder:
-    """The C++ side's view of a decoder and its head.
+    """The C++ side's view of a decoder.
 
     It reads the modules once: after a change of the model, make another. A change of adapters
     (attached, replaced, switched on or off) is detected. Their values are shared.
 
     Args:
         decoder: a `Decoder` whose linear layers are all packed, or adapters beside packed ones.
-        head: the output head, as these.
+
+    Raises:
+        ValueError: it cannot run so; see `find_obstacle`.
     """
 
-    def __init__(self, decoder: nn.Module, head: nn.Module):
+    def __init__(self, decoder: nn.Module):
         self._changes = count_changes()
-        if (obstacle := find_obstacle(decoder, head)) is not None:
+        if (obstacle := find_obstacle(decoder)) is not None:
             raise ValueError(f"decoder cannot run by decode_step: {obstacle}")
-        self.decoder, self.head = decoder, head
-        self.spec: TextSpec = decoder.config
-        self.embed_tokens, self.rotary = decoder.embed_tokens, decoder.rotary
-        tensors, sizes, numbers = _describe(decoder, head)
-        self._handle = torch.ops.mllama._decoder_new(tensors, sizes, numbers)
+        self.decoder = decoder
+        spec: TextSpec = decoder.config
+        self._cross = frozenset(spec.cross_attention_layers)
+        self._handle = torch.ops.mllama._decoder_new(*_describe(decoder))
         weakref.finalize(self, torch.ops.mllama._decoder_free, self._handle)
 
     @property
@@ -50,73 +52,91 @@ class FastDecoder:
 
     def __reduce__(self):
         """A copy is made of the copied modules: the handle is this object's, in this process."""
-        return FastDecoder, (self.decoder, self.head)
+        return FastDecoder, (self.decoder,)
 
-    def step(
-        self,
-        ids: torch.Tensor,
-        cache: KVCache,
-        first_key: torch.Tensor | None = None,
-        cross: CrossAttentionContext | None = None,
-    ) -> torch.Tensor:
-        """Append one position per row to the cache.
+    def __call__(self, prepared: DecoderInputs, cache: Cache) -> torch.Tensor:
+        """Append one position per row to the cache, where `find_obstacle_of_pass` finds nothing.
 
         Args:
-            ids: int64 [B], with B at most MAX_ROWS.
+            prepared: embeddings [B, 1, hidden], with what the decoder takes beside them.
             cache: of this decoder, with a position in it.
-            first_key: int64 [B], how many positions at a row's front are padding. Default: none.
-            cross: what layers that attend to images are told; without it they do nothing.
 
         Returns:
-            Logits, float32 [B, vocabulary].
+            The last hidden state, float32 [B, 1, hidden], after the final norm.
 
         Raises:
             ValueError: adapters changed.
         """
         if not self.is_current:
             raise ValueError("decoder: adapters changed, make another FastDecoder")
-        length = cache.length
-        positions = torch.full_like(ids, length)
-        if first_key is not None:
-            positions -= first_key
-        tables = [rotary(positions[:, None]) for rotary in self.rotary]  # of (B, 1, D / 2)
-        keys, values, image_keys = cache.reserve(1, self.spec.cross_attention_layers)
-        hidden = self.embed_tokens(ids).float()
-        visible = key_mask = None
+        B, length = len(prepared.embeds), int(cache.length)
+        positions = prepared.position_ids
+        if positions is None:
+            positions = count_positions(prepared.padding_mask, 1, length, prepared.embeds.device)
+        tables = [rotary(positions) for rotary in self.decoder.rotary]
+        cos, sin = ([_floats(t.expand(B, 1, -1)) for t in one] for one in zip(*tables, strict=True))
+        keys, values, image_keys = cache.reserve(1, self._cross)
+        cross, visible, key_mask = prepared.cross, None, None
         if cross is None:
             image_keys = 0
         else:
             visible = cross.visible if cross.visible is None else cross.visible.flatten()
             key_mask = cross.segments[0].key_mask if cross.segments else None
-        logits = torch.ops.mllama.decode_step(
+        hidden = torch.ops.mllama.decode_step(
             self._handle,
-            hidden,
-            [cos.contiguous() for cos, _ in tables],
-            [sin.contiguous() for _, sin in tables],
+            prepared.embeds.to(torch.float32, copy=True).view(B, -1),  # it is overwritten
+            cos,
+            sin,
             keys,
             values,
             length,
-            first_key,
+            count_padding(prepared.padding_mask),
             image_keys,
             key_mask,
             visible,
         )
         cache.advance(1)
-        return logits
+        return hidden.unsqueeze(1)
 
 
-def fast_decoder(
-    decoder: nn.Module, head: nn.Module, known: FastDecoder | None = None
-) -> FastDecoder | None:
-    """The `FastDecoder` of a decoder and its head: `known`, if it is current; None where the layers
-    have to run.
+def find_obstacle_of_pass(inputs: ModelInputs, prepared: DecoderInputs) -> str | None:
+    """Why a pass cannot run by `decode_step` on a decoder that can; None where it can."""
+    B, T = prepared.embeds.shape[:2]
+    cache, mask, cross = inputs.cache, prepared.padding_mask, prepared.cross
+    if T != 1 or not inputs.past:
+        return "it is a prompt"
+    if torch.is_grad_enabled() and prepared.embeds.requires_grad:
+        return "it is differentiated"
+    if B > MAX_ROWS:
+        return f"it has {B} rows, more than {MAX_ROWS}"
+    if inputs.output_attentions or inputs.output_hidden_states:
+        return "attentions or hidden states are asked for"
+    if prepared.first_key is not None or (cross is not None and cross.states is not None):
+        return "it has packed rows or new images"
+    positions = prepared.position_ids
+    if positions is not None and list(positions.shape) not in ([1, 1], [B, 1]):
+        return "its position_ids are of another shape"
+    if (inputs.attention_mask is not None and mask is None) or (
+        mask is not None and mask.shape != (B, inputs.past + 1)
+    ):
+        return "its attention_mask is not [batch, past + 1]"
+    if mask is not None and count_padding(mask) is None and not bool((mask != 0).all()):
+        return "its padding is not on the left"
+    return cache.in_place_obstacle
+
+
+def count_padding(mask: torch.Tensor | None) -> torch.Tensor | None:
+    """int64 [B]: padding at the front of each row of a mask [B, S]; None where there is none, or
+    where it is elsewhere.
     """
-    if known is not None and known.is_current:
-        return known
-    return FastDecoder(decoder, head) if find_obstacle(decoder, head) is None else None
+    if mask is None or bool((keep := mask != 0).all()):
+        return None
+    if not bool(keep[:, -1].all()) or bool((keep[:, :-1] > keep[:, 1:]).any()):
+        return None
+    return (~keep).sum(1)
 
 
-def find_obstacle(decoder: nn.Module, head: nn.Module) -> str | None:
+def find_obstacle(decoder: nn.Module) -> str | None:
     """Why a decoder cannot run by `decode_step`; None where it can."""
     if _ext.disabled():
         return "the compiled operators are disabled"
@@ -125,8 +145,7 @@ def find_obstacle(decoder: nn.Module, head: nn.Module) -> str | None:
         return f"its activation is {spec.hidden_act}"
     if spec.head_dim > 256:
         return f"its heads are {spec.head_dim} wide, more than 256"
-    groups = [group for layer in decoder.layers for group in _linears(layer)]
-    for group in (*groups, (head,)):
+    for group in (group for layer in decoder.layers for group in _linears(layer)):
         bases = [_base(linear) for linear in group]
         if not all(isinstance(base, PackedLinear) for base in bases):
             return "not all of its linear layers are packed"
@@ -136,9 +155,15 @@ def find_obstacle(decoder: nn.Module, head: nn.Module) -> str | None:
             [_update(linear) for linear in group]
         except ValueError as error:
             return str(error)
-    if (device := _base(head).packed.device).type != "cpu":
+    if (device := decoder.norm.weight.device).type != "cpu":
         return f"it is on {device}"
+    if any(_is_watched(module) for module in decoder.modules()):
+        return "a module of it has a hook, or another forward than its class"
     return None
+
+
+def _is_watched(module: nn.Module) -> bool:
+    return bool(module._forward_hooks or module._forward_pre_hooks) or "forward" in vars(module)
 
 
 def _base(linear: nn.Module) -> Any:
@@ -177,9 +202,7 @@ def _norms(layer: nn.Module) -> tuple[nn.Module | None, ...]:
     return (*first, *blocks, *heads)
 
 
-def _describe(
-    decoder: nn.Module, head: nn.Module
-) -> tuple[list[torch.Tensor], list[int], list[float]]:
+def _describe(decoder: nn.Module) -> tuple[list[torch.Tensor], list[int], list[float]]:
     """The lists that csrc/ops/decode.cpp reads, in its order."""
     spec: TextSpec = decoder.config
     tensors: list[torch.Tensor] = []
@@ -192,7 +215,7 @@ def _describe(
         _ACTIVATIONS[spec.hidden_act],
         len(decoder.layers),
     ]
-    numbers = [spec.rms_norm_eps, spec.norm_offset, spec.final_logit_softcapping or 0.0]
+    numbers = [spec.rms_norm_eps, spec.norm_offset]
     for layer, own, rope in zip(decoder.layers, spec.layers, decoder.rope_of_layer, strict=True):
         sizes += [own.attention == "cross", rope, own.window or 0]
         numbers += [spec.head_dim**-0.5 if own.scale is None else own.scale, own.softcap or 0.0]
@@ -201,8 +224,6 @@ def _describe(
         for linear in (linear for group in _linears(layer) for linear in group):
             _add_linear(linear, tensors, sizes, numbers)
     tensors.append(_floats(decoder.norm.weight))
-    sizes.append(head.out_features)
-    _add_linear(head, tensors, sizes, numbers)
     return tensors, sizes, numbers
 
 

@@ -1,5 +1,6 @@
 """A complete vision-language model: encoder -> projector -> fusion -> decoder -> head."""
 
+import logging
 from dataclasses import dataclass, replace
 
 import torch
@@ -13,10 +14,14 @@ from mllama.fusion import make_fusion
 from mllama.fusion.base import DecoderInputs, ModelInputs, Parts
 from mllama.fusion.cross_attention import CrossAttentionDecoderLayer
 from mllama.fusion.projector import make_pooling, make_projector
+from mllama.model.fast_decoder import FastDecoder, find_obstacle, find_obstacle_of_pass
 from mllama.nn.activation import softcap
 from mllama.nn.loss import counted_loss
 from mllama.text.decoder import Decoder, DecoderOutput, check_mask, check_text, split_mask
 from mllama.text.prefix import count_prefix
+
+_log = logging.getLogger(__name__)
+_OF_TILES = ("aspect_ratio_ids", "aspect_ratio_mask")
 
 
 @dataclass
@@ -25,6 +30,7 @@ class ModelOutput:
 
     Attributes:
         last_hidden_state: [B, T, hidden], after the final norm; prepended visual tokens come first.
+            This and logits are float32 where `decode_step` ran, whatever the model's dtype.
         num_prefix_tokens: number of prepended visual tokens.
         logits: [B, T, vocabulary], or of the requested positions; None if not requested.
         loss: float32 scalar, if labels were given.
@@ -57,6 +63,8 @@ class VisionLanguageModel(nn.Module):
     Attributes:
         fusion: brings images into the decoder's inputs; it has no parameters.
     """
+
+    _fast: FastDecoder | str | None = None  # the decoder for `decode_step`, or why there is none
 
     def __init__(self, spec: ModelSpec, reference: str = "meta"):
         super().__init__()
@@ -120,8 +128,8 @@ class VisionLanguageModel(nn.Module):
         """
         self._check(inputs)
         padding_mask, attn_mask = split_mask(inputs.attention_mask)
-        prepared = self.fusion.prepare(inputs, padding_mask, self.parts())
-        decoded = self.language_model(
+        prepared = self.fusion.prepare(inputs, padding_mask, self._parts())
+        decoded = self._decode_step(inputs, prepared) or self.language_model(
             inputs_embeds=prepared.embeds,
             attention_mask=prepared.padding_mask if attn_mask is None else attn_mask,
             position_ids=prepared.position_ids,
@@ -142,19 +150,32 @@ class VisionLanguageModel(nn.Module):
         )
         return self._with_logits(output, decoded, inputs, prepared)
 
+    def _decode_step(self, inputs: ModelInputs, prepared: DecoderInputs) -> DecoderOutput | None:
+        """One new position per row by `decode_step`, if the decoder is packed and nothing forbids
+        it. A prompt drops what was read of the modules, so that changes of them are noticed.
+        """
+        if self.training or torch.compiler.is_compiling():
+            return None
+        if prepared.embeds.shape[1] != 1:
+            self._fast = None
+            return None
+        fast = self._fast
+        if fast is None or not (isinstance(fast, str) or fast.is_current):
+            fast = find_obstacle(self.language_model) or FastDecoder(self.language_model)
+            self._fast = fast
+        obstacle = fast if isinstance(fast, str) else find_obstacle_of_pass(inputs, prepared)
+        if obstacle is not None:
+            _log.debug("a token runs layer by layer, not by decode_step: %s", obstacle)
+            return None
+        return DecoderOutput(fast(prepared, inputs.cache))  # type: ignore[operator]
+
     def _check(self, inputs: ModelInputs) -> None:
         """Refuse text of another kind, and arguments that this model would not read."""
         spec = self.spec
         check_text(inputs.input_ids, inputs.inputs_embeds, spec.text.hidden_size)
         check_mask(inputs.attention_mask)
-        reads = {
-            "prefix_length": spec.bidirectional_prefix,
-            "cross_attention_mask": bool(spec.text.cross_attention_layers),
-            "aspect_ratio_ids": spec.has_tiles,
-            "aspect_ratio_mask": spec.has_tiles,
-        }
-        for name, read in reads.items():
-            if not read and getattr(inputs, name) is not None:
+        for name in ("prefix_length", "cross_attention_mask", *_OF_TILES):
+            if getattr(inputs, name) is not None and not _reads(spec, name):
                 raise ValueError(f"{name} must be None: this model does not read it")
         keep = inputs.logits_to_keep
         if not isinstance(keep, (int, torch.SymInt, torch.Tensor, type(None))):
@@ -162,7 +183,7 @@ class VisionLanguageModel(nn.Module):
                 f"logits_to_keep must be an int, a torch.Tensor or None, got {type(keep).__name__}"
             )
 
-    def parts(self) -> Parts:
+    def _parts(self) -> Parts:
         """What fusion asks of the model."""
         encoder = None if self.spec.encoder is None else self.vision_tower
         return Parts(self.language_model.embed_tokens, encoder, self.encode_images, self.reference)
@@ -220,3 +241,12 @@ class VisionLanguageModel(nn.Module):
     def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """[..., hidden] -> [..., vocabulary]."""
         return softcap(self.lm_head(hidden_states), self.spec.text.final_logit_softcapping)
+
+
+def _reads(spec: ModelSpec, name: str) -> bool:
+    """Whether a model reads one of the arguments that not all do."""
+    if name in _OF_TILES:
+        return spec.has_tiles
+    if name == "prefix_length":
+        return spec.bidirectional_prefix
+    return bool(spec.text.cross_attention_layers)

@@ -1,5 +1,6 @@
 """The interface between the decoder and a key-value cache."""
 
+from collections.abc import Collection
 from typing import Protocol
 
 import torch
@@ -39,3 +40,25 @@ class Cache(Protocol):
         self, layer: int, k: torch.Tensor, v: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Append keys and values of new images, [B, 0 or more, KV, D]; return all, as `update`."""
+
+    @property
+    def in_place_obstacle(self) -> str | None:
+        """Why positions cannot be written by `reserve` and `advance`; None where they can."""
+
+    def reserve(
+        self, new: int, cross: Collection[int] = ()
+    ) -> tuple[list[torch.Tensor], list[torch.Tensor], int]:
+        """The buffers of all layers, for who writes positions in place and then calls `advance`.
+        There must be a position in the cache.
+
+        Args:
+            new: positions to make room for.
+            cross: indices of the layers that attend to images: theirs are the images' buffers.
+
+        Returns:
+            Keys and values, contiguous [B, kv_heads, capacity, head_dim] each, empty where a layer
+            has none; and how many keys images have.
+        """
+
+    def advance(self, new: int) -> None:
+        """Count `new` positions that were written after `reserve`."""

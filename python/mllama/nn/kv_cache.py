@@ -175,19 +175,16 @@ class KVCache:
         """
         return self._at(self._text, layer).append(k, v, self.capacity)
 
+    @property
+    def in_place_obstacle(self) -> str | None:
+        """None: it is made for that."""
+        return None
+
     def reserve(
         self, new: int, cross: Collection[int] = ()
     ) -> tuple[list[torch.Tensor], list[torch.Tensor], int]:
-        """The buffers of all layers, for who writes positions in place and then calls `advance`.
-        There must be a position in the cache.
-
-        Args:
-            new: positions to make room for.
-            cross: indices of the layers that attend to images: theirs are the images' buffers.
-
-        Returns:
-            Keys and values, [B, kv_heads, capacity, head_dim] each (int8: row_bytes(head_dim)),
-            empty where a layer has none; and how many keys images have.
+        """As `mllama.nn.cache.Cache.reserve`; int8 buffers are [B, kv_heads, capacity,
+        row_bytes(head_dim)].
         """
         keys, values, image_keys = [], [], 0
         for index, (text, image) in enumerate(zip(self._text, self._cross, strict=True)):

@@ -7,6 +7,7 @@ from mllama.ops.gated import geglu, swiglu
 from mllama.ops.image import resize, resize_normalize
 from mllama.ops.layer_norm import layer_norm
 from mllama.ops.lora_linear import lora_linear
+from mllama.ops.packed_gguf import pack_gguf, unpack_gguf
 from mllama.ops.packed_linear import pack_weight, packed_linear, unpack_weight
 from mllama.ops.patch_embed import patch_embed
 from mllama.ops.quantized_rows import dequantize_rows, quantize_rows
@@ -22,6 +23,7 @@ __all__ = [
     "geglu",
     "layer_norm",
     "lora_linear",
+    "pack_gguf",
     "pack_weight",
     "packed_linear",
     "patch_embed",
@@ -34,5 +36,6 @@ __all__ = [
     "rope_tables",
     "select_token",
     "swiglu",
+    "unpack_gguf",
     "unpack_weight",
 ]

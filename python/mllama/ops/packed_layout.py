@@ -5,11 +5,17 @@ them.
 Here a weight is (blocks, LANES, groups, GROUP): output rows by block and lane, inputs by group.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
+from mllama.ops.packed_codes import BITS, CENTERED, NESTED, SHIFTED, quantize
+
 LANES, GROUP = 16, 32  # output rows side by side; inputs that share a scale
+
+
+WHOLE_ROW = 2**30  # groups; more than a row has
 
 
 @dataclass(frozen=True)
@@ -17,15 +23,21 @@ class Packing:
     """A format: its number in the kernels, and its bytes for LANES rows.
 
     Attributes:
-        header: bytes at the start of each block of rows.
+        header: bytes before every `span` groups of a block of rows.
         group: bytes of GROUP inputs.
         quantized: weights are codes, and activations are rounded to 8 bits by the group.
+        span: groups that share a header.
     """
 
     number: int
     header: int
     group: int
     quantized: bool
+    span: int = WHOLE_ROW
+
+    def headers(self, in_features: int) -> int:
+        """How many headers a block of rows has."""
+        return -(-max(-(-in_features // GROUP), 1) // self.span)
 
 
 PACKINGS = {
@@ -36,6 +48,11 @@ PACKINGS = {
     "int4": Packing(4, 64, 288, True),
     "q4_0": Packing(5, 0, 288, True),
     "q4_1": Packing(6, 0, 320, True),
+    "q5_0": Packing(7, 0, 352, True),
+    "q5_1": Packing(8, 0, 384, True),
+    "q4_k": Packing(9, 64, 288, True, span=8),
+    "q5_k": Packing(10, 64, 352, True, span=8),
+    "q6_k": Packing(11, 32, 416, True, span=8),
 }
 _FLOATS = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
 
@@ -43,7 +60,8 @@ _FLOATS = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
 def packed_bytes(out_features: int, in_features: int, packing: str) -> int:
     """Size of a packed weight."""
     size = PACKINGS[packing]
-    return -(-out_features // LANES) * (size.header + -(-in_features // GROUP) * size.group)
+    block = size.headers(in_features) * size.header + -(-in_features // GROUP) * size.group
+    return -(-out_features // LANES) * block
 
 
 def split_groups(x: torch.Tensor) -> torch.Tensor:
@@ -51,36 +69,119 @@ def split_groups(x: torch.Tensor) -> torch.Tensor:
     return torch.nn.functional.pad(x, (0, -x.shape[-1] % GROUP)).unflatten(-1, (-1, GROUP))
 
 
+def by_lanes(x: torch.Tensor) -> torch.Tensor:
+    """[out, ...] -> (blocks, LANES, ...), padded with zeros."""
+    padding = (0, 0) * (x.dim() - 1) + (0, -x.shape[0] % LANES)
+    return torch.nn.functional.pad(x, padding).unflatten(0, (-1, LANES))
+
+
 def pack(weight: torch.Tensor, packing: str) -> torch.Tensor:
     """[out, in] -> uint8 [packed_bytes]."""
-    rows = torch.nn.functional.pad(weight.float(), (0, 0, 0, -weight.shape[0] % LANES))
-    w = split_groups(rows).unflatten(0, (-1, LANES))
+    w = by_lanes(split_groups(weight.float()))
     if packing in _FLOATS:
         halves = _lanes_inside(w.to(_FLOATS[packing]), 2 if packing == "bf16" else 1)
         return halves.contiguous().view(torch.uint8).flatten()
-    header, scales, codes = _QUANTIZERS[packing](w)
-    codes = _code_bytes(codes) if packing == "int8" else _nibble_bytes(codes)
-    groups = torch.cat([*(_bytes_of(scale.transpose(1, 2)) for scale in scales), codes], dim=2)
-    headers = [_bytes_of(value) for value in header]
-    return torch.cat([*headers, groups.flatten(1)], dim=1).flatten()
+    return join(*quantize(w, packing, PACKINGS[packing].span), packing)
 
 
 def unpack(packed: torch.Tensor, out_features: int, in_features: int, packing: str) -> torch.Tensor:
     """uint8 [packed_bytes] -> float32 [out, in]."""
-    size = PACKINGS[packing]
-    groups = -(-in_features // GROUP)
-    blocks = packed.view(-(-out_features // LANES), size.header + groups * size.group)
-    header = blocks[:, : size.header]
-    body = blocks[:, size.header :].unflatten(1, (groups, size.group))  # (blocks, groups, bytes)
+    size, groups = PACKINGS[packing], -(-in_features // GROUP)
     if packing in _FLOATS:
-        values = body.contiguous().view(_FLOATS[packing])
+        values = packed.view(-(-out_features // LANES), groups, size.group).view(_FLOATS[packing])
         w = _lanes_outside(values, 2 if packing == "bf16" else 1).float()
     else:
-        w = _DEQUANTIZERS[packing](header, body)
+        header, scales, codes = split(packed, out_features, in_features, packing)
+        header = [value[:, :, torch.arange(groups) // size.span] for value in header]
+        w = _dequantize(packing, [x.float() for x in header], [x.float() for x in scales], codes)
     return w.flatten(2).flatten(0, 1)[:out_features, :in_features]
 
 
-# ---- the order of elements
+def _dequantize(packing, header, scales, codes):
+    """Header and scales (blocks, LANES, groups), codes (blocks, LANES, groups, GROUP)."""
+    codes = codes.float()
+    if packing == "int8":
+        return scales[0][..., None] * codes
+    if packing == "q6_k":
+        step = header[0][..., None] * torch.stack(scales, 3)  # (blocks, LANES, groups, 2)
+        return (step[..., None] * (codes - 32).unflatten(3, (2, -1))).flatten(3)
+    if packing in CENTERED:
+        return scales[0][..., None] * (codes - 2 ** (BITS[packing] - 1))
+    if packing in SHIFTED:
+        return scales[0][..., None] * codes + scales[1][..., None]
+    step, minimum = (of * number for of, number in zip(header, scales, strict=True))
+    return step[..., None] * codes - minimum[..., None]
+
+
+# ---- a weight's numbers: header (blocks, LANES, headers) and scales (blocks, LANES, groups), as
+# ---- they are stored, and codes (blocks, LANES, groups, GROUP)
+
+_SCALES = {
+    "int8": [torch.float16],
+    "q6_k": [torch.int8, torch.int8],
+    **dict.fromkeys(CENTERED, [torch.float16]),
+    **dict.fromkeys(SHIFTED, [torch.float16, torch.float16]),
+    **dict.fromkeys(NESTED, [torch.uint8, torch.uint8]),
+}
+
+
+def join(
+    header: Sequence[torch.Tensor],
+    scales: Sequence[torch.Tensor],
+    codes: torch.Tensor,
+    packing: str,
+) -> torch.Tensor:
+    """Numbers -> uint8 [packed_bytes]."""
+    bits, span = BITS[packing], PACKINGS[packing].span
+    stored = (
+        _lanes_inside(codes.to(torch.int8), 4).view(torch.uint8)
+        if bits == 8
+        else (_code_bytes(codes.to(torch.uint8), bits))
+    )
+    groups = torch.cat([*map(_lane_bytes, scales), stored], dim=2)
+    if not header:
+        return groups.flatten()
+    headers = torch.cat([*map(_lane_bytes, header)], dim=2)
+    parts: list[torch.Tensor] = []
+    for index in range(headers.shape[1]):
+        own = groups[:, index * span : (index + 1) * span]
+        parts += [headers[:, index], own.flatten(1)]
+    return torch.cat(parts, dim=1).flatten()
+
+
+def split(
+    packed: torch.Tensor, out_features: int, in_features: int, packing: str
+) -> tuple[list[torch.Tensor], list[torch.Tensor], torch.Tensor]:
+    """The inverse: header, scales and codes."""
+    size, groups = PACKINGS[packing], -(-in_features // GROUP)
+    blocks = packed.view(-(-out_features // LANES), packed_bytes(1, in_features, packing))
+    headers, bodies = [], []
+    for index in range(size.headers(in_features)):
+        start = index * (size.header + size.span * size.group)
+        count = min(size.span, groups - index * size.span)
+        headers.append(blocks[:, start : start + size.header])
+        body = blocks[:, start + size.header :][:, : count * size.group]
+        bodies.append(body.unflatten(1, (count, size.group)))
+    header = torch.stack(headers, 1).split(2 * LANES, dim=2) if size.header else ()
+    body, scales = torch.cat(bodies, 1), []
+    for dtype in _SCALES[packing]:
+        scales.append(viewed(body[..., : LANES * dtype.itemsize], dtype).transpose(1, 2))
+        body = body[..., LANES * dtype.itemsize :]
+    bits = BITS[packing]
+    codes = _lanes_outside(body.view(torch.int8), 4) if bits == 8 else _codes_of(body, bits)
+    return [viewed(part, torch.float16).transpose(1, 2) for part in header], scales, codes
+
+
+def _lane_bytes(x: torch.Tensor) -> torch.Tensor:
+    """(blocks, LANES, n) -> bytes (blocks, n, LANES * itemsize)."""
+    return viewed(x.transpose(1, 2), torch.uint8)
+
+
+def viewed(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """The bytes of the last dimension as another dtype; contiguous() may leave an empty tensor's
+    strides as they are, which view() refuses.
+    """
+    return x.clone(memory_format=torch.contiguous_format).view(dtype)
 
 
 def _lanes_inside(w: torch.Tensor, together: int) -> torch.Tensor:
@@ -95,164 +196,24 @@ def _lanes_outside(values: torch.Tensor, together: int) -> torch.Tensor:
     return values.unflatten(2, (-1, LANES, together)).permute(0, 3, 1, 2, 4).flatten(3)
 
 
-def _code_bytes(codes: torch.Tensor) -> torch.Tensor:
-    return _lanes_inside(codes.to(torch.int8), 4).view(torch.uint8)
+def _code_bytes(codes: torch.Tensor, bits: int) -> torch.Tensor:
+    """Nibbles, then what codes have beyond four bits."""
+    low, high = (codes & 15).unflatten(3, (-1, 2, 4)).unbind(4)  # (..., GROUP / 8, 4)
+    parts = [_lanes_inside((low | high << 4).flatten(3), 4)]
+    if more := bits - 4:
+        steps = (codes >> 4).unflatten(3, (more, 8 // more, 4))
+        shifted = steps << more * torch.arange(8 // more, dtype=torch.uint8)[:, None]
+        parts.append(_lanes_inside(shifted.sum(4, dtype=torch.uint8).flatten(3), 4))
+    return torch.cat(parts, dim=2)
 
 
-def _nibble_bytes(codes: torch.Tensor) -> torch.Tensor:
-    low, high = codes.to(torch.uint8).unflatten(3, (-1, 2, 4)).unbind(4)  # (..., GROUP / 8, 4)
-    return _lanes_inside((low | high << 4).flatten(3), 4)
-
-
-def _nibbles(data: torch.Tensor) -> torch.Tensor:
-    """(blocks, groups, GROUP * LANES / 2) -> codes (blocks, LANES, groups, GROUP)."""
-    pairs = _lanes_outside(data, 4).unflatten(3, (-1, 4))
-    return torch.stack([pairs & 15, pairs >> 4], dim=4).flatten(3).float()
-
-
-def _bytes_of(x: torch.Tensor) -> torch.Tensor:
-    return x.contiguous().view(torch.uint8)
-
-
-def _halves(data: torch.Tensor) -> torch.Tensor:
-    """f16 of a group's or a block's lanes as float32."""
-    return data.contiguous().view(torch.float16).float()
-
-
-# ---- quantizers: (header, scales of the groups, codes)
-
-
-def _quantize_int8(w):
-    scale = (w.abs().amax(3) / 127).half()
-    return (), (scale,), torch.round(w * _inverse(scale)[..., None]).clamp(-127, 127)
-
-
-def _quantize_q4_0(w):
-    """The value of largest size becomes -8."""
-    top = w.gather(3, w.abs().argmax(3, keepdim=True))[..., 0]
-    scale = (top / -8).half()
-    return (), (scale,), torch.round(w * _inverse(scale)[..., None] + 8).clamp(0, 15)
-
-
-def _quantize_q4_1(w):
-    low = w.amin(3)
-    scale, low = ((w.amax(3) - low) / 15).half(), low.half()
-    codes = torch.round((w - low.float()[..., None]) * _inverse(scale)[..., None]).clamp(0, 15)
-    return (), (scale, low), codes
-
-
-def _quantize_int4(w):
-    """The groups' scales and minima as 8 bits of the row's largest ones."""
-    scale, minimum = fit_nibbles(w)
-    largest = (torch.nn.functional.pad(value, (0, 1)).amax(2) for value in (scale, -minimum))
-    rows = [_half_above(value / 255) for value in largest]  # (blocks, LANES); 0 without inputs
-    inverse = [_inverse(row)[..., None] for row in rows]
-    s = torch.round(scale * inverse[0]).clamp(0, 255)
-    m = torch.round(-minimum * inverse[1]).clamp(0, 255)
-    step, shift = (row.float()[..., None] * codes for row, codes in zip(rows, (s, m), strict=True))
-    codes = torch.round((w + shift[..., None]) * _inverse(step)[..., None]).clamp(0, 15)
-    return rows, (s.to(torch.uint8), m.to(torch.uint8)), codes
-
-
-def _half_above(x: torch.Tensor) -> torch.Tensor:
-    """Not below x, so that 8-bit multiples reach what x is of, where float16 has few digits too."""
-    half = x.half()
-    above = (half.view(torch.int16) + 1).view(torch.float16)
-    return torch.where(half.float() < x, above, half)
-
-
-def fit_nibbles(w: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Scale and minimum of every group's four-bit codes, of least squared error among the range of
-    its values and others a little wider or narrower, each refitted. The minimum is at most zero.
-
-    Args:
-        w: [..., GROUP].
-    """
-    low, high = w.amin(-1).clamp(max=0), w.amax(-1)
-    spread = (high - low).clamp(min=0)
-    best, error = (spread / 15, low), _squared_error(w, spread / 15, low)
-    for step in range(-4, 9):
-        scale, minimum = _refit(w, spread / (15 + 0.25 * step), low)
-        found = _squared_error(w, scale, minimum)
-        better = (found < error) & (spread > 0)
-        best = torch.where(better, scale, best[0]), torch.where(better, minimum, best[1])
-        error = torch.where(better, found, error)
-    return best
-
-
-def _refit(w, scale, minimum):
-    """By least squares, for the codes that these give."""
-    q = _codes(w, scale, minimum)
-    n, sum_q, sum_qq, sum_w, sum_qw = GROUP, q.sum(-1), (q * q).sum(-1), w.sum(-1), (q * w).sum(-1)
-    determinant = n * sum_qq - sum_q * sum_q
-    new_scale = (n * sum_qw - sum_q * sum_w) / determinant
-    new_minimum = (sum_qq * sum_w - sum_q * sum_qw) / determinant
-    positive = new_minimum > 0
-    new_scale = torch.where(positive, sum_qw / sum_qq, new_scale)
-    valid = (determinant > 0) & (new_scale > 0)
-    return (
-        torch.where(valid, new_scale, scale),
-        torch.where(valid, new_minimum.clamp(max=0), minimum),
-    )
-
-
-def _codes(w, scale, minimum):
-    return torch.round(((w - minimum[..., None]) * _inverse(scale)[..., None]).clamp(0, 15))
-
-
-def _squared_error(w, scale, minimum):
-    values = scale[..., None] * _codes(w, scale, minimum) + minimum[..., None]
-    return (values - w).square().sum(-1)
-
-
-def _inverse(scale: torch.Tensor) -> torch.Tensor:
-    """1 / scale in float32, 0 for 0."""
-    return torch.where(scale != 0, 1 / scale.float(), 0)
-
-
-_QUANTIZERS = {
-    "int8": _quantize_int8,
-    "int4": _quantize_int4,
-    "q4_0": _quantize_q4_0,
-    "q4_1": _quantize_q4_1,
-}
-
-
-# ---- and back: header (blocks, bytes) and body (blocks, groups, bytes) -> weights
-
-
-def _by_lane(values: torch.Tensor) -> torch.Tensor:
-    """(blocks, groups, LANES) -> (blocks, LANES, groups, 1)."""
-    return values.transpose(1, 2)[..., None]
-
-
-def _dequantize_int8(header, body):
-    scale, codes = body[..., : 2 * LANES], body[..., 2 * LANES :]
-    return _by_lane(_halves(scale)) * _lanes_outside(codes.view(torch.int8), 4).float()
-
-
-def _dequantize_int4(header, body):
-    d, e = (_halves(part)[:, :, None] for part in header.split(2 * LANES, dim=1))
-    s, m, codes = body.split([LANES, LANES, body.shape[2] - 2 * LANES], dim=2)
-    scale = d * s.transpose(1, 2).float()  # (blocks, LANES, groups)
-    minimum = e * m.transpose(1, 2).float()
-    return scale[..., None] * _nibbles(codes) - minimum[..., None]
-
-
-def _dequantize_q4_0(header, body):
-    return _by_lane(_halves(body[..., : 2 * LANES])) * (_nibbles(body[..., 2 * LANES :]) - 8)
-
-
-def _dequantize_q4_1(header, body):
-    scale, minimum = (
-        _by_lane(_halves(body[..., start : start + 2 * LANES])) for start in (0, 2 * LANES)
-    )
-    return scale * _nibbles(body[..., 4 * LANES :]) + minimum
-
-
-_DEQUANTIZERS = {
-    "int8": _dequantize_int8,
-    "int4": _dequantize_int4,
-    "q4_0": _dequantize_q4_0,
-    "q4_1": _dequantize_q4_1,
-}
+def _codes_of(data: torch.Tensor, bits: int) -> torch.Tensor:
+    """The inverse: bytes (blocks, groups, GROUP * LANES * bits / 8) -> codes."""
+    nibbles, upper = data.split([GROUP // 2 * LANES, data.shape[2] - GROUP // 2 * LANES], dim=2)
+    pairs = _lanes_outside(nibbles, 4).unflatten(3, (-1, 4))
+    codes = torch.stack([pairs & 15, pairs >> 4], dim=4).flatten(3)
+    if more := bits - 4:
+        words = _lanes_outside(upper, 4).unflatten(3, (more, 1, 4))
+        shifts = more * torch.arange(8 // more, dtype=torch.uint8)[:, None]
+        codes = codes | ((words >> shifts) & (2**more - 1)).flatten(3) << 4
+    return codes

@@ -1,7 +1,9 @@
-"""Linear layers on packed weights: 16- or 32-bit floats, or 8- or 4-bit codes with scales, in the
+"""Linear layers on packed weights: 16- or 32-bit floats, or 8- to 4-bit codes with scales, in the
 order in which products with one row and with many read them. csrc/kernels/cpu/packed_linear.h
 describes the layout.
 """
+
+from collections.abc import Collection
 
 import torch
 
@@ -24,7 +26,8 @@ def pack_weight(weight: torch.Tensor, packing: str) -> torch.Tensor:
         weight: [out_features, in_features], float32, bfloat16 or float16.
         packing: "f32", "bf16" or "f16" round to that dtype; "int8" is symmetric, a scale for 32
             inputs; "int4" has a scale and a minimum for 32 inputs, themselves 8-bit multiples of a
-            row's, 4.5 bits a weight; "q4_0" and "q4_1" are GGUF's.
+            row's, 4.5 bits a weight; "q4_0", "q4_1", "q5_0", "q5_1", "q4_k", "q5_k" and "q6_k" are
+            GGUF's blocks of that name, as "int8" is Q8_0.
 
     Returns:
         uint8 [packed_bytes].
@@ -146,10 +149,10 @@ def _rounded(x: torch.Tensor) -> torch.Tensor:
     return (codes.float() * (top / 127)).flatten(-2)[..., : x.shape[-1]]
 
 
-def check_packing(op: str, packing: str) -> None:
-    """Raise ValueError unless it is one of PACKINGS."""
-    if packing not in PACKINGS:
-        raise ValueError(f"{op}: packing must be one of {', '.join(PACKINGS)}, got {packing!r}")
+def check_packing(op: str, packing: str, known: Collection[str] = tuple(PACKINGS)) -> None:
+    """Raise ValueError unless it is one of the known ones."""
+    if packing not in known:
+        raise ValueError(f"{op}: packing must be one of {', '.join(known)}, got {packing!r}")
 
 
 def _name_of(number: int) -> str:

@@ -53,7 +53,7 @@ def encode_batch(
         TypeError, ValueError, FileNotFoundError: as `encode_messages`.
     """
     tokenizer = getattr(processor, "tokenizer", processor)
-    image_token = getattr(processor, "image_token", None) if tokenizer is not processor else None
+    image_token = image_token_of(processor)
     if not hasattr(tokenizer, "special_tokens_map") or not hasattr(processor, "chat_template"):
         raise TypeError(
             f"processor must be a processor or a tokenizer, got {type(processor).__name__}"
@@ -63,8 +63,30 @@ def encode_batch(
         for messages, own in zip(conversations, images, strict=True)
     ]
     texts, rows = [text for text, _ in written], [own for _, own in written]
-    by_template = processor.chat_template is not None
-    if image_token is None:
+    return _encode(processor, texts, rows, processor.chat_template is not None)
+
+
+def encode_raw(processor: Any, prompt: str, images: Sequence = ()) -> Any:
+    """A prompt as it is, without the chat template; otherwise as `encode_messages`.
+
+    Raises:
+        ValueError: the model takes no images.
+    """
+    if images and image_token_of(processor) is None:
+        raise ValueError(f"this model takes no images, got {len(images)}")
+    return _encode(processor, [prompt], [images], by_template=False)
+
+
+def image_token_of(processor: Any) -> str | None:
+    """The placeholder of images; None for a tokenizer, which takes none."""
+    tokenizer = getattr(processor, "tokenizer", processor)
+    return None if tokenizer is processor else getattr(processor, "image_token", None)
+
+
+def _encode(processor: Any, texts: list[str], rows: Sequence[Sequence], by_template: bool) -> Any:
+    """Texts with their images as a batch; only those of no template get special tokens."""
+    if image_token_of(processor) is None:
+        tokenizer = getattr(processor, "tokenizer", processor)
         return pad_rows(
             [tokenizer.encode(text, add_special_tokens=not by_template) for text in texts]
         )

@@ -1,5 +1,6 @@
 """Packing the linear layers of a model, all at once or one by one while it is loaded."""
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ from torch import nn
 
 from mllama import _ext
 from mllama.nn.packed import PackedEmbedding, PackedLinear
+from mllama.ops.packed_gguf import GGUF_BLOCKS, pack_gguf
 from mllama.ops.packed_linear import pack_weight
 
 
@@ -37,8 +39,12 @@ RECIPES = {
 }
 # In place of a recipe: every layer in the format that holds what the file has for it, exactly.
 FILE = "file"
+# The same, but layers that the file has in float32 are packed in the model's dtype; for commands
+# that only generate.
+AUTO = "auto"
 _OF_DTYPES = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
-_OF_BLOCKS = {"Q8_0": "int8", "Q4_0": "q4_0", "Q4_1": "q4_1"}  # others are requantized
+# GGUF's blocks by the format that holds them; others are requantized.
+_OF_BLOCKS = {"Q8_0": "int8"} | {name.upper(): name for name in GGUF_BLOCKS if name != "int8"}
 _OTHER_BLOCKS = "int8"
 _Model = TypeVar("_Model", bound=nn.Module)
 _HEAD, _EMBEDDINGS = "lm_head", "language_model.embed_tokens"
@@ -49,7 +55,7 @@ class Packer:
 
     Args:
         model: a `VisionLanguageModel`, which may be on the meta device.
-        weights: one of RECIPES, or FILE while a model is loaded.
+        weights: one of RECIPES, or FILE or AUTO while a model is loaded.
         device: where the model will be.
 
     Attributes:
@@ -61,7 +67,7 @@ class Packer:
     """
 
     def __init__(self, model: nn.Module, weights: str, device: Any = "cpu"):
-        known = [FILE, *RECIPES]
+        known = [FILE, AUTO, *RECIPES]
         if weights not in known:
             raise ValueError(f"weights must be one of {', '.join(known)}, got {weights!r}")
         if _ext.disabled():
@@ -85,12 +91,15 @@ class Packer:
         if self._tied:
             self._left.discard(_HEAD)  # it gets the embeddings' matrix
 
-    def take(self, name: str, weight: torch.Tensor, header: Any, dtype: torch.dtype) -> bool:
+    def take(
+        self, name: str, read: Callable[..., torch.Tensor], header: Any, dtype: torch.dtype
+    ) -> bool:
         """Pack a parameter, if it is one of a layer to pack.
 
         Args:
             name: the parameter's.
-            weight: its value.
+            read: reads its value, or the blocks that header names, as
+                `mllama.checkpoints.sources.Reading` says.
             header: of the file's tensor (`mllama.checkpoints.sources.Header`), or None.
             dtype: of the model's other parameters.
 
@@ -102,21 +111,21 @@ class Packer:
             owner = _EMBEDDINGS
         if last == "weight" and owner in self.packed:  # the other name of a tied matrix
             packed = self.model.get_submodule(owner).packed
-            self._check_tied(torch.equal(packed, pack_weight(weight, self.packed[owner])))
+            self._check_tied(torch.equal(packed, _pack(read, header, self.packed[owner])))
             return True
         if last != "weight" or owner not in self._left:
             return False
         self._left.discard(owner)
-        packing, module = self._choose(owner, header), self.model.get_submodule(owner)
-        packed = pack_weight(weight, packing)
+        packing, module = self._choose(owner, header, dtype), self.model.get_submodule(owner)
+        packed, shape = _pack(read, header, packing), module.weight.shape
         if isinstance(module, nn.Embedding):
             scale = getattr(module, "embed_scale", None)
-            self._put(owner, PackedEmbedding(packed, *weight.shape, packing, dtype, scale))
+            self._put(owner, PackedEmbedding(packed, *shape, packing, dtype, scale))
             if self._tied:
-                self._put(_HEAD, PackedLinear(packed, *reversed(weight.shape), packing))
+                self._put(_HEAD, PackedLinear(packed, *reversed(shape), packing))
         else:
             bias = None if module.bias is None else module.bias.detach()
-            self._put(owner, PackedLinear(packed, *reversed(weight.shape), packing, bias))
+            self._put(owner, PackedLinear(packed, *reversed(shape), packing, bias))
         return True
 
     def pack_all(self) -> None:
@@ -126,7 +135,8 @@ class Packer:
             self._check_tied(torch.equal(*map(self.model.get_parameter, names)))
         for owner, module in list(self.model.named_modules()):
             if owner in self._left:
-                self.take(f"{owner}.weight", module.weight.detach(), None, module.weight.dtype)
+                weight = module.weight
+                self.take(f"{owner}.weight", weight.detach, None, weight.dtype)
 
     def _check_tied(self, equal: bool) -> None:
         if not equal:
@@ -138,21 +148,31 @@ class Packer:
     def finish(self) -> None:
         """Freeze what is left, once all is packed."""
         self.model.requires_grad_(False)
-        self.model.__dict__["packed_weights"] = self.weights
+        formats = Counter(self.packed.values())
+        name = "+".join(one for one, _ in formats.most_common())
+        self.model.__dict__["packed_weights"] = name if self.recipe is None else self.weights
 
     def _put(self, name: str, module: nn.Module) -> None:
         self.model.set_submodule(name, module)
         self.packed[name] = module.packing
 
-    def _choose(self, name: str, header: Any) -> str:
-        """The format of a layer."""
+    def _choose(self, name: str, header: Any, dtype: torch.dtype) -> str:
+        """The format of a layer in a model of a dtype."""
         if self.recipe is None:
             if header.blocks is None:
-                return _OF_DTYPES.get(header.dtype, "f32")
+                wide = self.weights == AUTO and header.dtype not in (torch.bfloat16, torch.float16)
+                return _OF_DTYPES.get(dtype if wide else header.dtype, "f32")
             return _OF_BLOCKS.get(header.blocks, _OTHER_BLOCKS)
         if name in (_HEAD, _EMBEDDINGS):
             return self.recipe.tables
         return self.recipe.decoder if name.startswith("language_model.") else self.recipe.vision
+
+
+def _pack(read: Callable[..., torch.Tensor], header: Any, packing: str) -> torch.Tensor:
+    """A weight in a format, from the file's own blocks where they are of that format."""
+    if header is not None and _OF_BLOCKS.get(header.blocks) == packing:
+        return pack_gguf(read(blocks=True), packing)
+    return pack_weight(read(), packing)
 
 
 @contextmanager
@@ -176,8 +196,19 @@ def packing(
 
 
 def packing_of(model: nn.Module) -> str | None:
-    """Which of RECIPES a model's weights are packed by; None where they are not."""
+    """Which of RECIPES a model's weights are packed by, or the formats that its file gave, as in
+    "q4_1+int8"; None where they are not packed.
+    """
     return getattr(model, "packed_weights", None)
+
+
+def choose_weights(weights: str | None, device: torch.device, adapted: bool) -> str | None:
+    """Resolve AUTO: it stays where a model can be packed, and is None on another device than the
+    CPU, without the compiled operators, or with adapters; any other value is returned unchanged.
+    """
+    if weights != AUTO:
+        return weights
+    return None if device.type != "cpu" or _ext.disabled() or adapted else AUTO
 
 
 def optimize(model: _Model, weights: str) -> _Model:
@@ -198,8 +229,8 @@ def optimize(model: _Model, weights: str) -> _Model:
         ValueError: weights is not known, the model is packed or has LoRA layers, or a weight has
             values that the format cannot hold.
     """
-    if weights == FILE:
-        raise ValueError(f"weights={FILE!r} is for a model that is being loaded")
+    if weights in (FILE, AUTO):
+        raise ValueError(f"weights={weights!r} is for a model that is being loaded")
     device = next(model.parameters()).device
     packer = Packer(model, weights, device)
     packer.pack_all()

@@ -11,7 +11,6 @@ import torch
 from torch.nn.functional import pad
 
 from mllama.fusion.base import ModelInputs
-from mllama.model.fast_decoder import MAX_ROWS, fast_decoder
 from mllama.nn.adapted import count_changes
 from mllama.nn.kv_cache import CACHE_DTYPES, KVCache
 from mllama.runtime.completion import Generation, Row
@@ -91,7 +90,6 @@ class Session:
     def reset(self) -> None:
         """Drop the cached prompt and its image features."""
         self._encoded, self._changes = None, count_changes()
-        self._fast = fast_decoder(self.model.language_model, self.model.lm_head)
         self._cross_mask: torch.Tensor | None = None  # of the cached prompt
         dtype = None if self.kv_cache is None else CACHE_DTYPES[self.kv_cache]
         self._cache = KVCache(self.model.spec.text.num_hidden_layers, dtype=dtype)
@@ -181,7 +179,7 @@ class Session:
                 row.take(token, ends)
             if step == room - 1 or all(row.done for row in rows):
                 break
-            logits = self._step(tokens, inputs)
+            logits = self._forward(tokens[:, None], inputs)
             if self._ids:  # of one row without padding
                 self._ids += ids
         result.decode_seconds = time.perf_counter() - start - result.prefill_seconds
@@ -227,19 +225,6 @@ class Session:
             ModelInputs(ids, attention_mask=mask, cache=cache, logits_to_keep=keep, **given)
         )
         return output.logits[:, -1] if logits else output.last_hidden_state
-
-    def _step(self, tokens: torch.Tensor, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-        """Append a token per row, int64 [B], to the cache; returns the logits, [B, V]."""
-        if self._fast is not None:  # after a change of adapters, another one
-            self._fast = fast_decoder(self.model.language_model, self.model.lm_head, self._fast)
-        mask, prefix = inputs.get("attention_mask"), self._cache.num_prefix_tokens
-        if self._fast is None or len(tokens) > MAX_ROWS or (mask is not None and prefix):
-            return self._forward(tokens[:, None], inputs)
-        padding = None if mask is None else (mask == 0).sum(1)
-        cross = self.model.fusion.decode_context(
-            (len(tokens), 1), inputs.get("cross_attention_mask"), self._cache, self.model.parts()
-        )
-        return self._fast.step(tokens, self._cache, padding, cross)
 
     def _reuse(self, inputs: dict[str, torch.Tensor], images: dict[str, torch.Tensor]) -> Reuse:
         """Find the reusable part of the prompt, and drop the rest from the cache."""

@@ -361,6 +361,8 @@ def count_positions(
     mask: torch.Tensor | None, length: int, past: int | torch.Tensor, device: torch.device
 ) -> torch.Tensor:
     """[B or 1, T]: number of unmasked tokens before each new token in its row."""
+    if mask is None and isinstance(past, int):
+        return torch.arange(past, past + length, device=device).unsqueeze(0)
     if mask is None:
         return torch.arange(length, device=device).unsqueeze(0) + past
     return ((mask != 0).long().cumsum(-1) - 1).clamp(min=0)[:, -length:]

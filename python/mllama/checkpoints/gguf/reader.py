@@ -144,16 +144,33 @@ class GgufSource:
         Raises:
             ValueError: the file has become shorter.
         """
-        kind, stored, offset, size = self._tensors[name]
-        data = np.fromfile(self._path, np.uint8, size, offset=offset)
-        if data.nbytes != size:
-            raise ValueError(f"{self.where} ends within {name}")
+        kind, stored, _, _ = self._tensors[name]
+        data = self._bytes(name)
         if kind in _PLAIN:
             return torch.from_numpy(data).view(_PLAIN[kind]).reshape(self._headers[name].shape)
         with np.errstate(
             all="ignore"
         ):  # a broken file's scales may be infinite, and its weights too
             return torch.from_numpy(gguf.dequantize(data.reshape(stored), kind))
+
+    def read_blocks(self, name: str) -> torch.Tensor:
+        """Read the bytes of a tensor of blocks.
+
+        Returns:
+            uint8 [rows, bytes of a row].
+
+        Raises:
+            ValueError: the file has become shorter.
+        """
+        _, stored, _, _ = self._tensors[name]
+        return torch.from_numpy(self._bytes(name).reshape(stored))
+
+    def _bytes(self, name: str) -> np.ndarray:
+        _, _, offset, size = self._tensors[name]
+        data = np.fromfile(self._path, np.uint8, size, offset=offset)
+        if data.nbytes != size:
+            raise ValueError(f"{self.where} ends within {name}")
+        return data
 
     def close(self) -> None:
         """Nothing to close."""

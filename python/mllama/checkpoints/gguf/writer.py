@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from mllama.checkpoints.files import write_file
+from mllama.checkpoints.gguf.blocks import FILE_TYPES, choose_types, to_blocks
 from mllama.checkpoints.gguf.header import gguf
 from mllama.checkpoints.gguf.reader import ARCHITECTURES, ENDS, EOM, weight_map
 from mllama.checkpoints.gguf.rope import (
@@ -26,13 +27,6 @@ from mllama.checkpoints.models import tied_names
 from mllama.config.spec import LayerSpec, ModelSpec, RopeSpec, TextSpec
 from mllama.weights.family import Gguf
 from mllama.weights.rows import to_file
-
-_Type = gguf.GGMLQuantizationType
-_KINDS = {
-    "f16": (_Type.F16, gguf.LlamaFileType.MOSTLY_F16),
-    "bf16": (_Type.BF16, gguf.LlamaFileType.MOSTLY_BF16),
-    "q8_0": (_Type.Q8_0, gguf.LlamaFileType.MOSTLY_Q8_0),
-}
 
 
 def write_gguf(
@@ -56,21 +50,21 @@ def write_gguf(
         tokenizer: transformers' tokenizer, written with its special tokens and chat template. A
             byte-level BPE with a pre-tokenizer that llama.cpp knows, or a SentencePiece BPE.
         path: the file, usually *.gguf. Its folder is created if needed.
-        dtype: "f16", "bf16" or "q8_0" (blocks of 32 weights in 8 bits and a scale; a matrix whose
-            rows are not a multiple of 32 is f16).
+        dtype: "f16", "bf16", or blocks of 8 or about 4 bits a weight, "q8_0", "q4_0" and "q4_k".
+            `choose_types` says which tensors get others.
         ends: ids that end generation.
 
     Raises:
         ValueError: the model has LoRA layers, cross-attention layers or anything else that
-            llama.cpp's llama and gemma do not have; weights are too large for f16; the tokenizer
-            cannot be represented, or has more tokens than the model; dtype is unknown.
+            llama.cpp's llama and gemma do not have; weights are too large for their type; the
+            tokenizer cannot be represented, or has more tokens than the model; dtype is unknown.
         TypeError: the tokenizer is of another type.
     """
-    if dtype not in _KINDS:
-        raise ValueError(f"dtype must be one of {', '.join(map(repr, _KINDS))}, got {dtype!r}")
+    if dtype not in FILE_TYPES:
+        raise ValueError(f"dtype must be one of {', '.join(map(repr, FILE_TYPES))}, got {dtype!r}")
     text = spec.text
     gguf_form = find_gguf_form(text)
-    path, (kind, file_type) = Path(path), _KINDS[dtype]
+    path, (_, file_type) = Path(path), FILE_TYPES[dtype]
     _check_ends(ends, text.vocab_size)
     check_plain(state_dict)
     tied = tied_names(spec)
@@ -86,13 +80,7 @@ def write_gguf(
     )
     if (rope := text.layers[0].rope).rope_type == "llama3":
         tensors[ROPE_FREQS] = _llama3(text.head_dim, rope)
-    kinds = {name: _kind(tensor, kind) for name, tensor in tensors.items()}
-    for name, tensor in tensors.items():
-        if kinds[name] == _Type.F16 and bool((tensor.abs() > torch.finfo(torch.float16).max).any()):
-            raise ValueError(
-                f"{name} has weights beyond float16's largest, "
-                f"{torch.finfo(torch.float16).max:.0f}; write bf16"
-            )
+    kinds = choose_types(tensors, dtype, text.num_hidden_layers)
     if len(state) + len(tied) < len(state_dict):
         warnings.warn(
             f"{path} gets the text part of the model; a GGUF file has no place for the rest",
@@ -122,9 +110,7 @@ def write_gguf(
             writer.write_kv_data_to_file()
             writer.write_ti_data_to_file()
             for name, tensor in tensors.items():
-                writer.write_tensor_data(
-                    gguf.quantize(tensor.detach().cpu().float().contiguous().numpy(), kinds[name])
-                )
+                writer.write_tensor_data(to_blocks(name, tensor, kinds[name]))
         finally:
             writer.close()
 
@@ -151,13 +137,6 @@ def _add_ends(writer: gguf.GGUFWriter, ends: Sequence[int], tokenizer: Any) -> N
         writer.add_eom_token_id(eom)
     if ends:
         writer.add_array(ENDS, list(ends))
-
-
-def _kind(tensor: torch.Tensor, kind: gguf.GGMLQuantizationType) -> gguf.GGMLQuantizationType:
-    """The type that llama.cpp's converter chooses."""
-    if tensor.dim() == 1:
-        return _Type.F32
-    return kind if tensor.shape[-1] % gguf.GGML_QUANT_SIZES[kind][0] == 0 else _Type.F16
 
 
 def find_gguf_form(text: TextSpec) -> Gguf:

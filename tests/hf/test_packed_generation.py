@@ -1,0 +1,177 @@
+"""generate() of a packed model: by `decode_step` it gives what the layers give one by one."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from transformers import DynamicCache, StaticCache
+from transformers.generation import LogitsProcessor, StoppingCriteria
+
+import tiny
+from helpers import counted_steps, layer_by_layer, needs_kernels
+from mllama.hf.cache import GrowingCacheLayer
+from mllama.quant.packer import optimize
+
+pytestmark = needs_kernels
+IMAGE = [tiny.IMAGE] * tiny.PATCHES
+ROWS = [IMAGE + tiny.tokens(6), tiny.tokens(4, 7), tiny.tokens(3) + IMAGE + IMAGE + tiny.tokens(2)]
+OPTIONS = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
+
+
+@pytest.fixture(scope="module")
+def model():
+    return optimize(tiny.model(), "f32")
+
+
+def inputs() -> dict[str, torch.Tensor]:
+    return tiny.batch(*ROWS) | {"pixel_values": tiny.images(3)}
+
+
+def by_layers(model, function):
+    """What a function gives where a hook forbids `decode_step`."""
+    with layer_by_layer(model), counted_steps() as calls:
+        result = function()
+    assert calls.call_count == 0
+    return result
+
+
+class Favor(LogitsProcessor):
+    def __call__(self, input_ids, scores):
+        return scores + (torch.arange(scores.shape[-1]) % 3 == 0)
+
+
+class AfterFour(StoppingCriteria):
+    def __call__(self, input_ids, scores, **kwargs):
+        return torch.full((len(input_ids),), input_ids.shape[1] >= max(map(len, ROWS)) + 4)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"num_beams": 3},
+        {"num_beams": 4, "num_return_sequences": 2, "length_penalty": 0.5},
+        {"do_sample": True, "top_k": 20, "top_p": 0.9, "temperature": 0.8},
+        {"do_sample": True, "num_return_sequences": 3},
+        {"logits_processor": [Favor()]},
+        {"stopping_criteria": [AfterFour()]},
+        {"repetition_penalty": 1.5, "no_repeat_ngram_size": 2},
+    ],
+    ids=lambda options: ", ".join(options) or "greedy",
+)
+def test_every_way_of_choosing_tokens(model, options):
+    def generate():
+        torch.manual_seed(0)
+        return model.generate(**inputs(), **OPTIONS | options)
+
+    with counted_steps() as calls:
+        tokens = generate()
+    assert calls.call_count >= 3
+    assert torch.equal(tokens, by_layers(model, generate))
+
+
+def test_scores(model):
+    def generate():
+        more = {"output_scores": True, "output_logits": True, "return_dict_in_generate": True}
+        return model.generate(**inputs(), **OPTIONS, **more)
+
+    for given, expected in zip(generate().scores, by_layers(model, generate).scores, strict=True):
+        torch.testing.assert_close(given, expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"cache_implementation": "static"}, "StaticLayer"),
+        ({"use_cache": False}, None),
+        ({"output_attentions": True, "return_dict_in_generate": True}, "attentions"),
+        ({"num_beams": 6}, "rows"),  # 18 rows
+    ],
+    ids=str,
+)
+def test_what_runs_by_the_layers(model, options, reason, caplog):
+    with caplog.at_level("DEBUG", logger="mllama"), counted_steps() as calls:
+        model.generate(**inputs(), **OPTIONS | options)
+    assert calls.call_count == 0
+    assert reason is None or reason in caplog.text
+
+
+def test_speculation_equals_greedy(model):
+    one = tiny.batch(tiny.tokens(4) * 3)
+    greedy = model.generate(**one, **OPTIONS)
+    with counted_steps() as calls:
+        guessed = model.generate(**one, **OPTIONS, prompt_lookup_num_tokens=2)
+        assisted = model.generate(**one, **OPTIONS, assistant_model=copy.deepcopy(model))
+    assert torch.equal(guessed, greedy) and torch.equal(assisted, greedy)
+    assert calls.call_count > 0
+
+
+def follow(model, cache, ids, steps=3):
+    """Logits of greedy steps after a prompt."""
+    logits = []
+    for _ in range(steps):
+        output = model(ids, past_key_values=cache)
+        logits.append(output.logits[:, -1].float())
+        ids = logits[-1].argmax(-1, keepdim=True)
+    return torch.stack(logits)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda cache: cache,
+        copy.deepcopy,
+        lambda cache: pickle.loads(pickle.dumps(cache)),
+        lambda cache: cache.crop(-2) or cache,
+        lambda cache: cache.reorder_cache(torch.tensor([1, 0])) or cache,
+        lambda cache: cache.batch_repeat_interleave(2) or cache,
+        lambda cache: cache.batch_select_indices(torch.tensor([1])) or cache,
+    ],
+    ids=["same", "deepcopy", "pickle", "crop", "reorder", "repeat", "select"],
+)
+@torch.no_grad()
+def test_changed_caches(model, change):
+    def run():
+        cache = DynamicCache(config=model.config)
+        follow(model, cache, torch.tensor([[5, 6, 7], [8, 9, 3]]))
+        other = change(cache)
+        ids = torch.full((len(other.layers[0].keys), 1), 4)
+        logits = follow(model, other, ids)
+        return torch.cat([logits.flatten(), follow(model, cache, ids).flatten()])
+
+    torch.testing.assert_close(run(), by_layers(model, run), atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_saved_views_of_a_cache_stay_as_they_are(model):
+    cache = DynamicCache(config=model.config)
+    follow(model, cache, torch.tensor([[5, 6, 7]]))
+    assert isinstance(cache.layers[0], GrowingCacheLayer)
+    saved = [(layer.keys, layer.values) for layer in cache.layers]
+    copies = [keys.clone() for keys, _ in saved]
+    cache.crop(-3)
+    follow(model, cache, torch.tensor([[9]]))
+    for (keys, _), expected in zip(saved, copies, strict=True):
+        assert torch.equal(keys, expected)
+
+
+@torch.no_grad()
+def test_given_embeddings_stay_as_they_are(model):
+    cache = DynamicCache(config=model.config)
+    model(torch.tensor([[5, 6, 7]]), past_key_values=cache)
+    embeds = model.get_input_embeddings()(torch.tensor([[4]]))
+    before = embeds.clone()
+    with counted_steps() as calls:
+        model(inputs_embeds=embeds, past_key_values=cache)
+    assert calls.call_count == 1 and torch.equal(embeds, before)
+
+
+@torch.no_grad()
+def test_a_static_cache_given_to_forward(model):
+    static, dynamic = (
+        StaticCache(config=model.config, max_cache_len=16),
+        DynamicCache(config=model.config),
+    )
+    given, expected = (follow(model, one, torch.tensor([[5, 6, 7]])) for one in (static, dynamic))
+    torch.testing.assert_close(given, expected, atol=1e-5, rtol=1e-5)
