@@ -107,6 +107,7 @@ Tensor pack_gguf(const Tensor& blocks, int64_t packing_) {
     check(out <= kMostFeatures && in <= kMostFeatures, op, "blocks");
     int64_t count = kernels::block_count(out), bytes = kernels::block_bytes(packing, in);
     Tensor source = dense(blocks), packed = new_tensor(blocks, {count * bytes});
+    advise_huge_pages(packed);
     auto* to = mutable_data<uint8_t>(packed);
     kernels::PackGguf args{
         .packing = packing, .in = in, .out = out, .blocks = data<uint8_t>(source), .packed = to};

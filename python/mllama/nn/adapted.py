@@ -24,7 +24,7 @@ class AdaptedLinear(RecomputingLinear):
     others now. Values of a and b may be written in place: readers share their memory.
     """
 
-    linear: Any
+    linear: Any  # nn.Linear, or a layer like it
 
     def update(self) -> LowRank | None:
         """The update, None where it is disabled.
