@@ -107,7 +107,9 @@ def _on_input(chosen: dict[nn.Module, str], put: Put) -> Iterator[None]:
     def pack(module: Any, arguments: tuple[torch.Tensor, ...]) -> None:
         x = arguments[0]
         if not latest or latest[0] is not x:
-            rows = x.flatten(0, -2).float()
+            # Every token counts the same: the first ones of a text can be a thousand times larger
+            # than all others, and would be all that the codes are chosen for.
+            rows = nn.functional.normalize(x.flatten(0, -2).float(), dim=-1)
             latest[:] = x, rows.T @ rows
         weight = module.weight.detach()
         packed = pack_int4(weight, latest[1])
