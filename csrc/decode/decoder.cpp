@@ -92,8 +92,8 @@ class Step {
         member.share(s_.rows, [&](int64_t first, int64_t last) {
             if (layer.cross) scale_rows(layer.attention_gate, first, last);
             if (both) norm(layer.post_attention, m_.out, d_.hidden, first, last, m_.rstd);
-            add_and_norm(both ? layer.pre_feedforward : layer.post_attention, true, m_.normed, first,
-                         last);
+            add_and_norm(both ? layer.pre_feedforward : layer.post_attention, true, m_.normed,
+                         first, last);
             prepare(layer.gate, m_.normed, first, last);
         });
         multiply(member, m_.normed, {{&layer.gate, m_.gate}, {&layer.up, m_.up}});

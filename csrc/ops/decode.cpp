@@ -79,8 +79,8 @@ class Reader {
         d.norm = norm(d.hidden, true);
         for (const DecoderLayer& l : d.layers) {
             int64_t inner = l.cross ? l.q.rank() : l.q.rank() + l.k.rank() + l.v.rank();
-            d.ranks = std::max(
-                {d.ranks, inner, l.o.rank(), l.gate.rank() + l.up.rank(), l.down.rank()});
+            d.ranks =
+                std::max({d.ranks, inner, l.o.rank(), l.gate.rank() + l.up.rank(), l.down.rank()});
         }
         check(tensor_ == tensors_.size() && size_ == sizes_.size() && number_ == numbers_.size(),
               kOp, "sizes");
