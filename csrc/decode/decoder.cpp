@@ -31,6 +31,7 @@ class Step {
              std::max(step.length, step.image_keys) / kernels::kDecodeChunk + 1),
           statistics_(step.rows * decoder.heads),
           hidden_(mutable_data<float>(step.hidden)) {
+        rotate_tables();
         for (size_t i = 0; i < d_.layers.size(); ++i) visible_.push_back(visible_keys(i));
         for (size_t i = 0; i < d_.layers.size(); ++i) attention_.push_back(attention(i));
     }
@@ -216,8 +217,8 @@ class Step {
                            .sign = 1,
                            .q = {q, q, heads, 0, 0, size},
                            .k = {k, k, kv, 0, 0, size},
-                           .cos = data<float>(s_.cos[layer.rope]) + row * size / 2,
-                           .sin = data<float>(s_.sin[layer.rope]) + row * size / 2,
+                           .cos = &cos_[(layer.rope * s_.rows + row) * size / 2],
+                           .sin = &sin_[(layer.rope * s_.rows + row) * size / 2],
                            .cos_batch_stride = 0,
                            .sin_batch_stride = 0};
         MLLAMA_CALL(rope)(args, 0, 1);
@@ -351,9 +352,23 @@ class Step {
         return a;
     }
 
+    // cos and sin of every position's angles, [frequencies, rows, head_dim / 2].
+    void rotate_tables() {
+        for (const Tensor& frequencies : d_.frequencies) {
+            for (int64_t position : s_.positions) {
+                for (int64_t i = 0; i < d_.head_dim / 2; ++i) {
+                    float angle = static_cast<float>(position) * data<float>(frequencies)[i];
+                    cos_.push_back(std::cos(angle));
+                    sin_.push_back(std::sin(angle));
+                }
+            }
+        }
+    }
+
     const Decoder& d_;
     const DecodeStep& s_;
     Memory m_;
+    std::vector<float> cos_, sin_;
     std::vector<kernels::Statistic> statistics_;
     std::vector<std::vector<kernels::VisibleKeys>> visible_;  // per layer
     std::vector<kernels::AttentionForward> attention_;        // per layer

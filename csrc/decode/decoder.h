@@ -36,7 +36,7 @@ struct DecoderLayer {
     bool cross;  // attends to images in place of text
     DecoderNorm input, post_attention, pre_feedforward, post_feedforward, q_norm, k_norm;
     DecoderLinear q, k, v, o, gate, up, down;
-    int64_t rope;    // which of the step's tables
+    int64_t rope;    // which of the decoder's frequencies
     int64_t window;  // positions that one sees; 0 = all
     float scale, softcap;
     float attention_gate, mlp_gate;  // what a cross-attention layer's halves are scaled by
@@ -49,13 +49,14 @@ struct Decoder {
     float eps, norm_offset;
     std::vector<DecoderLayer> layers;
     DecoderNorm norm;
+    std::vector<Tensor> frequencies;  // float32 [head_dim / 2] each, of rotary positions
 };
 
 // What a step reads and writes beside the decoder.
 struct DecodeStep {
     int64_t rows;
-    Tensor hidden;                 // float32 [rows, hidden]: embeddings in, overwritten
-    std::vector<Tensor> cos, sin;  // float32 [rows, head_dim / 2], per table
+    Tensor hidden;                   // float32 [rows, hidden]: embeddings in, overwritten
+    std::vector<int64_t> positions;  // [rows], that rotate q and k
     // [rows, kv_heads, capacity, head_dim], per layer: text's or images'. Quantized: int8 rows of
     // quantized_rows.h in place of head_dim values of cache_dtype.
     std::vector<Tensor> keys, values;

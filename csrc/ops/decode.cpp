@@ -17,7 +17,7 @@ namespace {
 constexpr char kNewSchema[] = "_decoder_new(Tensor[] tensors, int[] sizes, float[] numbers) -> int";
 constexpr char kFreeSchema[] = "_decoder_free(int decoder) -> ()";
 constexpr char kStepSchema[] =
-    "decode_step(int decoder, Tensor(a!) hidden, Tensor[] cos, Tensor[] sin, Tensor(b!)[] keys, "
+    "decode_step(int decoder, Tensor(a!) hidden, Tensor positions, Tensor(b!)[] keys, "
     "Tensor(c!)[] values, int length, Tensor? first_key, int image_keys, Tensor? image_mask, "
     "Tensor? sees_image) -> Tensor";
 
@@ -71,10 +71,11 @@ class Reader {
         d.intermediate = size();
         d.activation = static_cast<kernels::Activation>(size());
         d.eps = number(), d.norm_offset = number();
-        int64_t count = size();
+        int64_t count = size(), ropes = size();
         check(d.hidden > 0 && d.heads > 0 && d.kv_heads > 0 && d.heads % d.kv_heads == 0 &&
                   d.head_dim > 0 && d.head_dim % 2 == 0 && d.head_dim <= 256 && count > 0,
               kOp, "sizes");
+        for (int64_t i = 0; i < ropes; ++i) d.frequencies.push_back(*norm(d.head_dim / 2, true));
         for (int64_t i = 0; i < count; ++i) d.layers.push_back(layer(d));
         d.norm = norm(d.hidden, true);
         for (const DecoderLayer& l : d.layers) {
@@ -95,7 +96,8 @@ class Reader {
         l.cross = size() != 0, l.rope = size(), l.window = size();
         l.scale = number(), l.softcap = number();
         l.attention_gate = number(), l.mlp_gate = number();
-        check(l.rope >= 0 && l.window >= 0, kOp, "sizes");
+        check(0 <= l.rope && l.rope < static_cast<int64_t>(d.frequencies.size()) && l.window >= 0,
+              kOp, "sizes");
         l.input = norm(d.hidden, true);
         l.post_attention = norm(d.hidden, true);
         l.pre_feedforward = norm(d.hidden);
@@ -212,10 +214,9 @@ void read_mask(const Tensor& mask, DecodeStep& step, std::vector<float>& bias) {
     step.image_bias = bias.data();
 }
 
-Tensor decode_step(int64_t number, Tensor hidden, std::vector<Tensor> cos, std::vector<Tensor> sin,
-                   std::vector<Tensor> keys, std::vector<Tensor> values, int64_t length,
-                   MaybeTensor first_key, int64_t image_keys, MaybeTensor image_mask,
-                   MaybeTensor sees_image) {
+Tensor decode_step(int64_t number, Tensor hidden, Tensor positions, std::vector<Tensor> keys,
+                   std::vector<Tensor> values, int64_t length, MaybeTensor first_key,
+                   int64_t image_keys, MaybeTensor image_mask, MaybeTensor sees_image) {
     const char* op = "decode_step";
     std::shared_ptr<const Decoder> decoder = decoders().get(number);
     const Decoder& d = *decoder;
@@ -229,21 +230,12 @@ Tensor decode_step(int64_t number, Tensor hidden, std::vector<Tensor> cos, std::
     Dtype dtype = quantized ? Dtype::f32 : dtype_of(op, "keys", type);
     check_caches(d, keys, "keys", rows, length, image_keys, type);
     check_caches(d, values, "values", rows, length, image_keys, type);
-    for (const auto* tables : {&cos, &sin}) {
-        for (const Tensor& t : *tables) {
-            check(t.scalar_type() == ScalarType::Float && t.is_contiguous() &&
-                      t.numel() == rows * d.head_dim / 2,
-                  op, "cos");
-        }
-    }
-    for (const DecoderLayer& layer : d.layers) {
-        auto rope = static_cast<size_t>(layer.rope);
-        check(rope < cos.size() && rope < sin.size(), op, "cos");
-    }
+    check(positions.scalar_type() == ScalarType::Long && positions.is_contiguous() &&
+              positions.numel() == rows,
+          op, "positions");
     DecodeStep step{.rows = rows,
                     .hidden = hidden,
-                    .cos = std::move(cos),
-                    .sin = std::move(sin),
+                    .positions = {data<int64_t>(positions), data<int64_t>(positions) + rows},
                     .keys = std::move(keys),
                     .values = std::move(values),
                     .quantized = quantized,

@@ -167,8 +167,8 @@ def test_a_model_that_is_not_packed_runs_by_its_layers():
         {"length": 40},
         {"keys": []},
         {"values": [torch.zeros(2, 2, 8, 8)] * 2},
-        {"cos": []},
-        {"cos": [torch.zeros(1)]},
+        {"positions": torch.zeros(2)},
+        {"positions": torch.zeros(1, dtype=torch.int64)},
         {"first_key": torch.tensor([0, 9])},
         {"first_key": torch.tensor([0])},
         {"decoder": 10**9},
@@ -180,12 +180,10 @@ def test_arguments_that_do_not_fit(change):
     fast = FastDecoder(model.language_model)
     spec = model.spec.text
     cache = [torch.zeros(2, spec.num_key_value_heads, 8, spec.head_dim)] * spec.num_hidden_layers
-    table = torch.ones(2, spec.head_dim // 2)
     arguments = {
         "decoder": fast._handle,
         "hidden": torch.zeros(2, spec.hidden_size),
-        "cos": [table],
-        "sin": [table],
+        "positions": torch.zeros(2, dtype=torch.int64),
         "keys": cache,
         "values": cache,
         "length": 4,

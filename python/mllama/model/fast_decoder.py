@@ -73,8 +73,6 @@ class FastDecoder:
         positions = prepared.position_ids
         if positions is None:
             positions = count_positions(prepared.padding_mask, 1, length, prepared.embeds.device)
-        tables = [rotary(positions) for rotary in self.decoder.rotary]
-        cos, sin = ([_floats(t.expand(B, 1, -1)) for t in one] for one in zip(*tables, strict=True))
         keys, values, image_keys = cache.reserve(1, self._cross)
         cross, visible, key_mask = prepared.cross, None, None
         if cross is None:
@@ -85,8 +83,7 @@ class FastDecoder:
         hidden = torch.ops.mllama.decode_step(
             self._handle,
             prepared.embeds.to(torch.float32, copy=True).view(B, -1),  # it is overwritten
-            cos,
-            sin,
+            positions.expand(B, 1).long().contiguous(),
             keys,
             values,
             length,
@@ -214,8 +211,10 @@ def _describe(decoder: nn.Module) -> tuple[list[torch.Tensor], list[int], list[f
         spec.intermediate_size,
         _ACTIVATIONS[spec.hidden_act],
         len(decoder.layers),
+        len(decoder.rotary),
     ]
     numbers = [spec.rms_norm_eps, spec.norm_offset]
+    tensors += [_floats(rotary.frequencies) for rotary in decoder.rotary]
     for layer, own, rope in zip(decoder.layers, spec.layers, decoder.rope_of_layer, strict=True):
         sizes += [own.attention == "cross", rope, own.window or 0]
         numbers += [spec.head_dim**-0.5 if own.scale is None else own.scale, own.softcap or 0.0]
