@@ -74,7 +74,6 @@ def test_several_threads_share_a_model(threads, own):
 def _decode_and_send(session, queue):
     x, weight = torch.randn(64, 1024), torch.randn(1024, 1024)
     packed_linear(x, pack_weight(weight, "int8"), out_features=1024, packing="int8")  # in parallel
-    torch.set_num_threads(1)  # torch's own operators wait for the threads of before
     queue.put(decoded(session, temperature=1.0, seed=3))
 
 
