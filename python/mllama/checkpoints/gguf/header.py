@@ -5,6 +5,7 @@ file's size before use.
 import functools
 import gc
 import os
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,7 @@ class _Reader(gguf.GGUFReader):
     """gguf's reader with bounds. The original trusts the file: a count beyond its end loops without
     limit, and nested arrays recurse.
 
-    All reads go through `_get`, so bounds there apply everywhere.
+    All other reads than `_get_texts` go through `_get`, so bounds there apply everywhere.
     """
 
     _reads = 0
@@ -70,13 +71,30 @@ class _Reader(gguf.GGUFReader):
             values.append(self._get(end, scalar, length))
             end += values[0].nbytes
         elif kind == gguf.GGUFValueType.STRING:
-            for _ in range(length):
-                values.append(self._get_str(end)[1])
-                end += 8 + values[-1].nbytes
+            values, end = self._get_texts(int(end), length)
         else:
             raise ValueError("it has an array of arrays")
         places = list(range(len(head), len(head) + len(values)))
         return end - orig_offs, head + values, places, [gguf.GGUFValueType.ARRAY, kind]
+
+    def _get_texts(self, start: int, count: int) -> tuple[list[np.ndarray], int]:
+        """Texts one after the other, each after its length, and where they end. A vocabulary has
+        100,000 of them, so that `_get` for each would take a second.
+        """
+        self._reads += count
+        if self._reads > _READS_MAX:
+            raise ValueError("its header has too many values")
+        data, buffer, length_of = self._bytes, memoryview(self._bytes), struct.Struct("<Q")
+        texts, size = [], len(data)
+        for _ in range(count):
+            if start + 8 > size:
+                raise ValueError("it ends before the end of its header")
+            end = start + 8 + length_of.unpack_from(buffer, start)[0]
+            if end > size:
+                raise ValueError("it ends before the end of its header")
+            texts.append(data[start + 8 : end])
+            start = end
+        return texts, start
 
     def _get_tensor_info_field(self, orig_offs):
         field = super()._get_tensor_info_field(orig_offs)
