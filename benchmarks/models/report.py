@@ -67,7 +67,10 @@ def _head(content: Mapping[str, Any]) -> str:
     )
     if reads:
         text += f" Memory was read at {min(reads):.0f} to {max(reads):.0f} GB/s in the same run."
-    return textwrap.fill(text, 100, break_on_hyphens=False)
+    command = "make bench-models"  # stays on one line
+    text = text.replace(command, command.replace(" ", "\0"))
+    whole = textwrap.fill(text, 100, break_on_hyphens=False)
+    return whole.replace("\0", " ")
 
 
 def _rows(content: Mapping[str, Any]) -> Iterable[str]:
