@@ -40,7 +40,9 @@ def table(content: Mapping[str, Any] | None) -> str:
     if content is None:
         return "\n"
     parts = [_head(content), "", *_rows(content), "", *_starts(content), "", *_notes(content)]
-    return "\n" + "\n".join(parts).rstrip() + "\n\n"
+    if picture := content.get("picture"):
+        parts += ["", f"![Tokens per second of each engine](benchmarks/results/{picture})"]
+    return re.sub("\n\n+", "\n\n", "\n".join(["", *parts, "", ""]))
 
 
 def write_readme(content: Mapping[str, Any] | None) -> None:
