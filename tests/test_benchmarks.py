@@ -11,6 +11,7 @@ from benchmarks import harness
 from benchmarks.__main__ import main
 from benchmarks.models import report
 from benchmarks.models.__main__ import main as bench_models
+from benchmarks.models.plot import draw
 from benchmarks.models.worker import Worker, WorkerError
 from helpers import needs_kernels
 from mllama import _ext
@@ -118,8 +119,6 @@ def test_readme_has_the_newest_results():
 
 def test_picture_is_small(tmp_path):
     pytest.importorskip("matplotlib")
-    from benchmarks.models.plot import draw
-
     content = {"groups": {"g": group("decode", mllama=30, llama_cpp=20), "cold": {"rows": []}}}
     draw(content, tmp_path / "x.png")
     assert 0 < (tmp_path / "x.png").stat().st_size < 100_000

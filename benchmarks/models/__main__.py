@@ -19,6 +19,7 @@ from benchmarks.models.cold_start import measure_cold_starts
 from benchmarks.models.files import LLAMA_1B, TINY, Files
 from benchmarks.models.groups import GROUPS, QUICK, VISION_GROUP
 from benchmarks.models.measure import measure_group
+from benchmarks.models.plot import draw
 
 WORK = Path(__file__).parents[2] / "build/bench-models"
 COLD = "cold"
@@ -60,17 +61,18 @@ def main(argv: list[str] | None = None) -> None:
         keep(COLD, measure_cold_starts(arguments.threads, arguments.rounds))
     print(report.table(facts | {"groups": measured}))
     if not arguments.no_save:
+        drawn = _draw(json.loads(path.read_text()), path.with_suffix(".png"))
+        report.save(path, facts | drawn, measured)
         report.write_readme(report.newest())
-        _draw(json.loads(path.read_text()), path.with_suffix(".png"))
 
 
-def _draw(content: dict, path: Path) -> None:
+def _draw(content: dict[str, Any], path: Path) -> dict[str, str]:
+    """Draw a picture, and return what the results say about it."""
     try:
-        from benchmarks.models.plot import draw
-
         draw(content, path)
     except ImportError:
         print("no picture: matplotlib is not installed")
+    return {"picture": path.name} if path.exists() else {}
 
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:

@@ -40,7 +40,9 @@ def table(content: Mapping[str, Any] | None) -> str:
     if content is None:
         return "\n"
     parts = [_head(content), "", *_rows(content), "", *_starts(content), "", *_notes(content)]
-    return "\n" + "\n".join(parts).rstrip() + "\n\n"
+    if picture := content.get("picture"):
+        parts += ["", f"![Tokens per second of each engine](benchmarks/results/{picture})"]
+    return re.sub("\n\n+", "\n\n", "\n".join(["", *parts, "", ""]))
 
 
 def write_readme(content: Mapping[str, Any] | None) -> None:
@@ -67,7 +69,10 @@ def _head(content: Mapping[str, Any]) -> str:
     )
     if reads:
         text += f" Memory was read at {min(reads):.0f} to {max(reads):.0f} GB/s in the same run."
-    return textwrap.fill(text, 100, break_on_hyphens=False)
+    command = "make bench-models"  # stays on one line
+    text = text.replace(command, command.replace(" ", "\0"))
+    whole = textwrap.fill(text, 100, break_on_hyphens=False)
+    return whole.replace("\0", " ")
 
 
 def _rows(content: Mapping[str, Any]) -> Iterable[str]:

@@ -54,7 +54,9 @@ class Transformers:
         some = torch.randn(2, 1, heads, 64, size).to(self.dtype)
         for layer in range(self.config.num_hidden_layers):
             cache.update(*some.repeat(1, 1, 1, depth // 64, 1), layer)
-        return self._steps(cache, tokens, 1)
+        keys = self.config.num_hidden_layers * some.nbytes * (depth // 64)
+        answer = self._steps(cache, tokens, 1)
+        return answer | {"bytes": answer["bytes"] + keys * tokens}
 
     @torch.inference_mode()
     def _steps(self, cache: transformers.DynamicCache, tokens: int, rows: int) -> dict:
