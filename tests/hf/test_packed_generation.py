@@ -13,6 +13,7 @@ import tiny
 from helpers import counted_steps, layer_by_layer, needs_kernels
 from mllama.hf.cache import GrowingCacheLayer
 from mllama.quant.packer import optimize
+from tiny import pairs
 
 pytestmark = needs_kernels
 IMAGE = [tiny.IMAGE] * tiny.PATCHES
@@ -80,6 +81,27 @@ def test_greedy_tokens_are_those_of_transformers_loop(model, options):
     with mock.patch("mllama.hf.generation.sampling_of", return_value=None):
         expected = model.generate(**inputs(), **options)
     assert torch.equal(given, expected)
+
+
+@pytest.mark.parametrize(("case", "rows"), pairs.SESSIONS)
+def test_every_family(case, rows):
+    both = pairs.pair(case)
+    packed, given = optimize(copy.deepcopy(both.ours), "f32"), both.inputs(rows)
+    with counted_steps() as calls:
+        tokens = packed.generate(**given, **OPTIONS)
+    assert calls.call_count == 7
+    assert torch.equal(tokens, both.ours.generate(**given, **OPTIONS))
+
+
+@pytest.mark.parametrize("each", [1, 2])
+def test_images_before_the_text(each):
+    model = tiny.prepend(num_image_tokens=3)
+    given = tiny.texts() | {"pixel_values": tiny.images(2 * each)}
+    given["attention_mask"] = torch.ones_like(given["attention_mask"])
+    expected = model.generate(**given, **OPTIONS)
+    with counted_steps() as calls:
+        tokens = optimize(model, "f32").generate(**given, **OPTIONS)
+    assert calls.call_count == 7 and torch.equal(tokens, expected)
 
 
 def test_tokens_are_drawn_as_transformers_draws_them(model):

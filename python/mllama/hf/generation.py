@@ -299,7 +299,7 @@ class MllamaGenerationMixin(GenerationMixin):
         if packing_of(self) is None:
             return super()._sample(*given, synced_gpus, streamer, **model_kwargs)
         sampling = sampling_of(logits_processor, generation_config.do_sample)
-        if obstacle := find_loop_obstacle(generation_config, synced_gpus, sampling):
+        if obstacle := find_loop_obstacle(self, generation_config, synced_gpus, sampling):
             _log.debug("tokens are selected by transformers, not by select_token: %s", obstacle)
             return super()._sample(*given, synced_gpus, streamer, **model_kwargs)
         sampler = Sampler(sampling, input_ids)

@@ -13,6 +13,9 @@ from transformers.generation.logits_process import (
     TopPLogitsWarper,
 )
 
+from mllama.fusion.base import ModelInputs
+from mllama.hf.cache import TransformersCache
+from mllama.hf.compat import CACHE_NAME
 from mllama.runtime.sampler import COLDEST, Sampler, Sampling
 
 # In transformers' order; by the attribute that is the option of `Sampling`.
@@ -50,11 +53,16 @@ def sampling_of(processors: Iterable[LogitsProcessor], do_sample: bool) -> Sampl
 
 
 def find_loop_obstacle(
-    generation_config: Any, synced_gpus: bool, sampling: Sampling | None
+    model: Any, generation_config: Any, synced_gpus: bool, sampling: Sampling | None
 ) -> str | None:
     """Why `sample` cannot take the place of transformers' loop; None where it can."""
     if sampling is None:
         return "other processing of logits"
+    if not generation_config.use_cache:
+        return "use_cache=False"
+    prepares = getattr(model.prepare_inputs_for_generation, "__self__", model) is model
+    if not prepares or model._forward_hooks or model._forward_pre_hooks or "forward" in vars(model):
+        return "the model has hooks, or another forward than its class"
     if generation_config.return_dict_in_generate:
         return "return_dict_in_generate"
     if synced_gpus:
@@ -71,7 +79,8 @@ def sample(
     streamer: Any,
     model_kwargs: dict[str, Any],
 ) -> torch.Tensor:
-    """`GenerationMixin._sample` without what it returns beside the tokens.
+    """`GenerationMixin._sample` without what it returns beside the tokens. After the prompt it
+    calls the core, which saves most of the time that transformers spends on a token.
 
     Returns:
         int64 [B, T + new]: the ids and what follows, padded after the end of a row.
@@ -80,9 +89,10 @@ def sample(
     ends = any(hasattr(criterion, "eos_token_id") for criterion in stopping_criteria)
     unfinished = torch.ones_like(input_ids[:, 0])
     outputs = model._prefill(input_ids, generation_config, model_kwargs, is_first_iteration=True)
+    logits = outputs.logits
     while True:
         model_kwargs = model._update_model_kwargs_for_generation(outputs, model_kwargs)
-        tokens = sampler(outputs.logits[:, -1])
+        tokens = sampler(logits[:, -1])
         if ends:
             tokens = tokens * unfinished + pad * (1 - unfinished)
         input_ids = torch.cat([input_ids, tokens[:, None]], dim=-1)
@@ -91,10 +101,21 @@ def sample(
         unfinished = unfinished & ~stopping_criteria(input_ids, None)
         if not unfinished.any():
             break
-        inputs = model.prepare_inputs_for_generation(
-            input_ids, next_sequence_length=1 if model_kwargs["use_cache"] else None, **model_kwargs
-        )
-        outputs = model(**inputs, return_dict=True)
+        outputs, logits = {}, _step(model, tokens, model_kwargs)
     if streamer is not None:
         streamer.end()
     return input_ids
+
+
+def _step(model: Any, tokens: torch.Tensor, model_kwargs: dict[str, Any]) -> torch.Tensor:
+    """The logits [B, 1, V] after one more token per row, int64 [B]."""
+    positions = model_kwargs.get("position_ids")
+    inputs = ModelInputs(
+        input_ids=tokens[:, None],
+        attention_mask=model_kwargs.get("attention_mask"),
+        position_ids=None if positions is None else positions[:, -1:],
+        cache=TransformersCache(model_kwargs[CACHE_NAME], model.spec.text),
+        cross_attention_mask=model_kwargs.get("cross_attention_mask"),
+        logits_to_keep=1,
+    )
+    return model.compute(inputs).logits
