@@ -193,29 +193,34 @@ def _half_above(x: torch.Tensor) -> torch.Tensor:
     return torch.where(half.float() < x, above, half)
 
 
-def fit_nibbles(w: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def fit_nibbles(
+    w: torch.Tensor, importance: torch.Tensor | float = 1.0
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Scale and minimum of every group's four-bit codes, of least squared error among the range of
     its values and others a little wider or narrower, each refitted. The minimum is at most zero.
 
     Args:
         w: [..., GROUP].
+        importance: factors on the squared errors, [..., GROUP] or one for all.
     """
     low, high = w.amin(-1).clamp(max=0), w.amax(-1)
     spread = (high - low).clamp(min=0)
-    best, error = (spread / 15, low), _squared_error(w, spread / 15, low)
+    best, error = (spread / 15, low), _squared_error(w, spread / 15, low, importance)
     for step in range(-4, 9):
-        scale, minimum = _refit(w, spread / (15 + 0.25 * step), low)
-        found = _squared_error(w, scale, minimum)
+        scale, minimum = _refit(w, spread / (15 + 0.25 * step), low, importance)
+        found = _squared_error(w, scale, minimum, importance)
         better = (found < error) & (spread > 0)
         best = torch.where(better, scale, best[0]), torch.where(better, minimum, best[1])
         error = torch.where(better, found, error)
     return best
 
 
-def _refit(w, scale, minimum):
+def _refit(w, scale, minimum, importance):
     """By least squares, for the codes that these give."""
     q = _codes(w, scale, minimum)
-    n, sum_q, sum_qq, sum_w, sum_qw = GROUP, q.sum(-1), (q * q).sum(-1), w.sum(-1), (q * w).sum(-1)
+    n, sum_q, sum_qq, sum_w, sum_qw = (
+        (importance * x).sum(-1) for x in (torch.ones_like(w), q, q * q, w, q * w)
+    )
     determinant = n * sum_qq - sum_q * sum_q
     new_scale = (n * sum_qw - sum_q * sum_w) / determinant
     new_minimum = (sum_qq * sum_w - sum_q * sum_qw) / determinant
@@ -232,9 +237,9 @@ def _codes(w, scale, minimum):
     return torch.round(((w - minimum[..., None]) * _inverse(scale)[..., None]).clamp(0, 15))
 
 
-def _squared_error(w, scale, minimum):
+def _squared_error(w, scale, minimum, importance):
     values = scale[..., None] * _codes(w, scale, minimum) + minimum[..., None]
-    return (values - w).square().sum(-1)
+    return (importance * (values - w).square()).sum(-1)
 
 
 def _inverse(scale: torch.Tensor) -> torch.Tensor:

@@ -14,14 +14,15 @@ from mllama.ops.packed_linear import pack_weight, unpack_weight
 
 # Added to the Hessian's diagonal, of each element itself. The paper's hundredth of their mean is
 # more than most of them where a few inputs are far larger than all others, and undoes the method.
-_DAMPING = 0.1
+_DAMPING = 0.03
 FORMAT = "int4"
 
 
 def pack_int4(weight: torch.Tensor, hessian: torch.Tensor) -> torch.Tensor:
     """`pack_weight(weight, "int4")` with less error in the layer's output. One input's weights
     after the other are rounded; those that are left make up for the error, as far as their inputs
-    go together with it. A group's scale and minimum are fitted when its turn comes.
+    go together with it. A group's scale and minimum are fitted when its turn comes, by squared
+    errors times the size of the inputs.
 
     Args:
         weight: [out, in], float32, bfloat16 or float16.
@@ -42,34 +43,43 @@ def pack_int4(weight: torch.Tensor, hessian: torch.Tensor) -> torch.Tensor:
     d, e, _, _ = int4_scales(packed, rows, columns)  # of the rows: kept
     steps = [x.flatten().float() for x in (d, e)]
     w = nn.functional.pad(weight.float(), (0, -columns % GROUP, 0, -rows % LANES))
-    factor = _inverse_factor(hessian, w.shape[1])
-    parts = [_round_group(w, factor, start, *steps) for start in range(0, w.shape[1], GROUP)]
+    h = _damped(hessian, w.shape[1])
+    importance = nn.functional.pad(hessian.diagonal(), (0, len(h) - columns))
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(h))
+    factor = torch.linalg.cholesky(inverse, upper=True)
+    parts = [
+        _round_group(w, factor, importance, start, *steps) for start in range(0, w.shape[1], GROUP)
+    ]
     # (rows, groups, 1), the same, (rows, groups, GROUP)
     s, m, codes = (torch.stack(x, 1).unflatten(0, (-1, LANES)) for x in zip(*parts, strict=True))
     scales = [x[..., 0].to(torch.uint8) for x in (s, m)]
     return assemble(FORMAT, [d, e], scales, codes)
 
 
-def _inverse_factor(hessian: torch.Tensor, size: int) -> torch.Tensor:
-    """The upper Cholesky factor of the inverse, padded to `size` inputs that are always zero."""
+def _damped(hessian: torch.Tensor, size: int) -> torch.Tensor:
+    """Positive definite, and padded to `size` inputs that are always zero."""
     added = size - hessian.shape[0]
     h = nn.functional.pad(hessian, (0, added, 0, added))
     diagonal = h.diagonal()
     diagonal[diagonal == 0] = 1  # inputs that are always zero
     diagonal *= 1 + _DAMPING
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(h))
-    return torch.linalg.cholesky(inverse, upper=True)
+    return h
 
 
 def _round_group(
-    w: torch.Tensor, factor: torch.Tensor, start: int, d: torch.Tensor, e: torch.Tensor
+    w: torch.Tensor,
+    factor: torch.Tensor,
+    importance: torch.Tensor,
+    start: int,
+    d: torch.Tensor,
+    e: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Round the GROUP inputs from `start` on, and let the later ones in w [rows, inputs] make up
     for the error. Returns s and m [rows, 1] and codes [rows, GROUP].
     """
     end = start + GROUP
     group, inner = w[:, start:end], factor[start:end, start:end]
-    scale, minimum = fit_nibbles(group)
+    scale, minimum = fit_nibbles(group, importance[start:end])
     s = torch.round(torch.where(d > 0, scale / d, 0)).clamp(0, 255)
     m = torch.round(torch.where(e > 0, -minimum / e, 0)).clamp(0, 255)
     step, shift = s * d, m * e

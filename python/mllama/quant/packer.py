@@ -145,7 +145,8 @@ class Packer:
         if self._tied:
             names = f"{HEAD}.weight", f"{EMBEDDINGS}.weight"
             check_tied(torch.equal(*map(self.model.get_parameter, names)))
-        for owner, module in list(self.model.named_modules()):
+        modules: list[tuple[str, Any]] = list(self.model.named_modules())
+        for owner, module in modules:
             if owner in self._left:
                 self.take(f"{owner}.weight", module.weight.detach(), None, module.weight.dtype)
 
