@@ -14,7 +14,8 @@ from mllama.ops.packed_linear import pack_weight, unpack_weight
 
 # Added to the Hessian's diagonal, of each element itself. The paper's hundredth of their mean is
 # more than most of them where a few inputs are far larger than all others, and undoes the method.
-_DAMPING = 0.03
+# The later ones are for matrices that float32 does not hold well enough.
+_DAMPING = 0.01, 0.1, 1.0
 FORMAT = "int4"
 
 
@@ -32,7 +33,7 @@ def pack_int4(weight: torch.Tensor, hessian: torch.Tensor) -> torch.Tensor:
         uint8, as `pack_weight` returns it.
 
     Raises:
-        ValueError: as `pack_weight`; the hessian is not finite.
+        ValueError: as `pack_weight`; the hessian is not finite, or no such product.
     """
     rows, columns = weight.shape
     if hessian.shape != (columns, columns) or not hessian.isfinite().all():
@@ -43,10 +44,8 @@ def pack_int4(weight: torch.Tensor, hessian: torch.Tensor) -> torch.Tensor:
     d, e, _, _ = int4_scales(packed, rows, columns)  # of the rows: kept
     steps = [x.flatten().float() for x in (d, e)]
     w = nn.functional.pad(weight.float(), (0, -columns % GROUP, 0, -rows % LANES))
-    h = _damped(hessian, w.shape[1])
-    importance = nn.functional.pad(hessian.diagonal(), (0, len(h) - columns))
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(h))
-    factor = torch.linalg.cholesky(inverse, upper=True)
+    factor = _inverse_factor(hessian, w.shape[1])
+    importance = nn.functional.pad(hessian.diagonal(), (0, w.shape[1] - columns))
     parts = [
         _round_group(w, factor, importance, start, *steps) for start in range(0, w.shape[1], GROUP)
     ]
@@ -56,14 +55,20 @@ def pack_int4(weight: torch.Tensor, hessian: torch.Tensor) -> torch.Tensor:
     return assemble(FORMAT, [d, e], scales, codes)
 
 
-def _damped(hessian: torch.Tensor, size: int) -> torch.Tensor:
-    """Positive definite, and padded to `size` inputs that are always zero."""
+def _inverse_factor(hessian: torch.Tensor, size: int) -> torch.Tensor:
+    """The upper Cholesky factor of the inverse, padded to `size` inputs that are always zero."""
     added = size - hessian.shape[0]
-    h = nn.functional.pad(hessian, (0, added, 0, added))
-    diagonal = h.diagonal()
-    diagonal[diagonal == 0] = 1  # inputs that are always zero
-    diagonal *= 1 + _DAMPING
-    return h
+    for damping in _DAMPING:
+        h = nn.functional.pad(hessian, (0, added, 0, added))
+        diagonal = h.diagonal()
+        diagonal[diagonal == 0] = 1  # inputs that are always zero
+        diagonal *= 1 + damping
+        lower, failed = torch.linalg.cholesky_ex(h)
+        if not failed:
+            upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
+            if not failed:
+                return upper
+    raise ValueError("hessian must be x'x of some inputs x")
 
 
 def _round_group(
