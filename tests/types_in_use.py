@@ -58,6 +58,13 @@ def adapting(model: MllamaForConditionalGeneration, siglip: SiglipModel) -> None
     mllama.fuse(siglip, model)  # type: ignore[arg-type]
 
 
+def packing(model: MllamaForConditionalGeneration, ids: torch.Tensor) -> None:
+    assert_type(mllama.optimize(model, "int4", calibration=ids), MllamaForConditionalGeneration)
+    assert_type(mllama.quantize("folder", "packed", "int8", text="text.txt"), dict[str, Any])
+    mllama.optimize(model, 4)  # type: ignore[arg-type]
+    mllama.quantize("folder")  # type: ignore[call-arg]
+
+
 def operating(x: torch.Tensor, weight: torch.Tensor) -> None:
     assert_type(ops.rms_norm(x, weight), torch.Tensor)
     assert_type(ops.add_rms_norm(x, x, weight), tuple[torch.Tensor, torch.Tensor])

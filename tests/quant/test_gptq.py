@@ -47,6 +47,18 @@ def test_inputs_that_do_not_go_together_change_little():
     assert torch.allclose(plain, packed, atol=1e-6)
 
 
+@pytest.mark.parametrize("rows", [1, 3, 64])
+def test_few_inputs_and_ones_of_other_sizes(rows):
+    weight, x = torch.randn(16, 256), inputs(rows, 256, 1)
+    x[:, 5] *= 1e4
+    x[:, 100:200] = x[:, :100]
+    x[:, 250] *= 1e-6
+    packed = unpack_weight(pack_int4(weight, x.T @ x), 16, 256, "int4")
+    plain = unpack_weight(pack_weight(weight, "int4"), 16, 256, "int4")
+    errors = [(x @ (dense - weight).T).norm() for dense in (packed, plain)]
+    assert errors[0] < errors[1]
+
+
 def test_inputs_that_are_always_zero():
     weight, x = torch.randn(16, 40), inputs(100, 40, 1)
     x[:, 7] = x[:, 33:] = 0
@@ -66,7 +78,7 @@ def test_constant_and_zero_weights(dtype):
 def test_what_it_does_not_take():
     weight, infinite = torch.randn(16, 32), torch.eye(32)
     infinite[0, 0] = float("inf")
-    for hessian in (torch.eye(31), infinite):
+    for hessian in (torch.eye(31), infinite, -torch.eye(32)):
         with pytest.raises(ValueError, match="hessian"):
             pack_int4(weight, hessian)
     with pytest.raises(ValueError, match="weight"):

@@ -24,7 +24,7 @@ pytestmark = [
 ]
 
 
-@pytest.mark.parametrize(("weights", "percent"), [("int8", 0.5), ("int4", 4)])
+@pytest.mark.parametrize(("weights", "percent"), [("int8", 1), ("int4", 4)])
 def test_perplexity(weights, percent, tmp_path):
     from pydoc_data.topics import topics
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 
 from mllama.checkpoints import open_checkpoint
 from mllama.checkpoints.files import write_folder, write_json
@@ -90,12 +91,12 @@ def quantize(
             known_ids: Any = _token_ids(processor, calibration, longest)
             model, _ = load_opened(kind, opened, dtype, mapped=True)
             optimize(model, weights, known_ids[:CALIBRATED])
+    packed: list[PreTrainedModel] = [model]
+    del model
     found: dict[str, Any] = {}
 
     def write(aside: Path) -> None:
-        nonlocal model
-        model.save_pretrained(aside, max_shard_size=max_shard_size)
-        model = None  # it is read from its file from now on
+        packed.pop().save_pretrained(aside, max_shard_size=max_shard_size)  # and read from there
         if processor is not None:
             processor.save_pretrained(aside)
         if report:

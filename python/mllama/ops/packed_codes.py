@@ -64,30 +64,34 @@ def _quantize_shifted(w: torch.Tensor, bits: int) -> Numbers:
 def _quantize_nested(w: torch.Tensor, bits: int, steps: int, span: int) -> Numbers:
     """Scales and minima of the groups as multiples, up to `steps`, of those in the header."""
     highest, groups = 2**bits - 1, w.shape[2]
-    scale, minimum = fit_affine(w, highest)
-    header = [half_above(_by_span(x, span).amax(3) / steps) for x in (scale, -minimum)]
+    fit = fit_affine(w, highest)
+    header = [half_above(_by_span(x, span).amax(3) / steps) for x in (fit[0], -fit[1])]
     of_group = torch.arange(groups) // span
     d, e = (value.float()[:, :, of_group] for value in header)
-    s, m = nested_steps(w, scale, minimum, d, e, steps, highest)
+    s, m = nested_steps(w, d, e, steps, highest, fit=fit)
     codes = torch.round((w + (e * m)[..., None]) * _inverse(d * s)[..., None]).clamp(0, highest)
     return header, [s.to(torch.uint8), m.to(torch.uint8)], codes
 
 
 def nested_steps(
     w: torch.Tensor,
-    scale: torch.Tensor,
-    minimum: torch.Tensor,
     d: torch.Tensor,
     e: torch.Tensor,
     steps: int,
     highest: int,
+    importance: torch.Tensor | float = 1.0,
+    fit: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Multiples s and m, 0 to `steps`, of d and e, for groups w [..., inputs] whose fit is scale
-    and minimum [...].
+    """Multiples s and m, 0 to `steps`, of d and e [...], for groups w [..., inputs] and their fit
+    (default: `fit_affine`).
     """
+    scale, minimum = fit_affine(w, highest, importance) if fit is None else fit
     m = torch.round(-minimum * _inverse(e)).clamp(0, steps)
-    s = _steps(scale * _inverse(d), 0, steps, lambda s: _squared_error(w, d * s, -e * m, highest))
-    return s, m
+
+    def error(s: torch.Tensor) -> torch.Tensor:
+        return _squared_error(w, d * s, -e * m, highest, importance)
+
+    return _steps(scale * _inverse(d), 0, steps, error), m
 
 
 def _quantize_q6_k(w: torch.Tensor, span: int) -> Numbers:
@@ -142,32 +146,37 @@ def half_scale(x: torch.Tensor) -> torch.Tensor:
 # ---- fits of least squared error
 
 
-def fit_affine(w: torch.Tensor, highest: int) -> tuple[torch.Tensor, torch.Tensor]:
+def fit_affine(
+    w: torch.Tensor, highest: int, importance: torch.Tensor | float = 1.0
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Scale and minimum of codes 0 to `highest` for every group, of least squared error among the
     range of its values and others a little wider or narrower, each refitted. The minimum is at most
     zero.
 
     Args:
         w: [..., inputs].
+        highest: the largest code.
+        importance: factors on the squared errors, [..., inputs] or one for all.
     """
     low, high = w.amin(-1).clamp(max=0), w.amax(-1)
     spread = (high - low).clamp(min=0)
     best = spread / highest, low
-    error = _squared_error(w, *best, highest)
+    error = _squared_error(w, *best, highest, importance)
     for step in range(-4, 9):
-        scale, minimum = _refit(w, spread / (highest + 0.25 * step), low, highest)
-        found = _squared_error(w, scale, minimum, highest)
+        scale, minimum = _refit(w, spread / (highest + 0.25 * step), low, highest, importance)
+        found = _squared_error(w, scale, minimum, highest, importance)
         better = (found < error) & (spread > 0)
         best = torch.where(better, scale, best[0]), torch.where(better, minimum, best[1])
         error = torch.where(better, found, error)
     return best
 
 
-def _refit(w, scale, minimum, highest):
+def _refit(w, scale, minimum, highest, importance):
     """By least squares, for the codes that these give."""
     q = _codes(w, scale, minimum, highest)
-    n, sum_q, sum_qq = w.shape[-1], q.sum(-1), (q * q).sum(-1)
-    sum_w, sum_qw = w.sum(-1), (q * w).sum(-1)
+    n, sum_q, sum_qq, sum_w, sum_qw = (
+        (importance * x).sum(-1) for x in (torch.ones_like(w), q, q * q, w, q * w)
+    )
     determinant = n * sum_qq - sum_q * sum_q
     new_scale = (n * sum_qw - sum_q * sum_w) / determinant
     new_minimum = (sum_qq * sum_w - sum_q * sum_qw) / determinant
@@ -184,9 +193,9 @@ def _codes(w, scale, minimum, highest):
     return torch.round(((w - minimum[..., None]) * _inverse(scale)[..., None]).clamp(0, highest))
 
 
-def _squared_error(w, scale, minimum, highest):
+def _squared_error(w, scale, minimum, highest, importance):
     values = scale[..., None] * _codes(w, scale, minimum, highest) + minimum[..., None]
-    return (values - w).square().sum(-1)
+    return (importance * (values - w).square()).sum(-1)
 
 
 def _centered_error(w, scale, center):

@@ -9,20 +9,22 @@ from typing import Any
 import torch
 from torch import nn
 
-from mllama.ops.packed_codes import NESTED, fit_affine, nested_steps
+from mllama.ops.packed_codes import NESTED, nested_steps
 from mllama.ops.packed_layout import GROUP, LANES, join, split
 from mllama.ops.packed_linear import pack_weight, unpack_weight
 
 # Added to the Hessian's diagonal, of each element itself. The paper's hundredth of their mean is
 # more than most of them where a few inputs are far larger than all others, and undoes the method.
-_DAMPING = 0.1
+# The later ones are for matrices that float32 does not hold well enough.
+_DAMPING = 0.01, 0.1, 1.0
 FORMAT = "int4"
 
 
 def pack_int4(weight: torch.Tensor, hessian: torch.Tensor) -> torch.Tensor:
     """`pack_weight(weight, "int4")` with less error in the layer's output. One input's weights
     after the other are rounded; those that are left make up for the error, as far as their inputs
-    go together with it. A group's scale and minimum are fitted when its turn comes.
+    go together with it. A group's scale and minimum are fitted when its turn comes, by squared
+    errors times the size of the inputs.
 
     Args:
         weight: [out, in], float32, bfloat16 or float16.
@@ -32,7 +34,7 @@ def pack_int4(weight: torch.Tensor, hessian: torch.Tensor) -> torch.Tensor:
         uint8, as `pack_weight` returns it.
 
     Raises:
-        ValueError: as `pack_weight`; the hessian is not finite.
+        ValueError: as `pack_weight`; the hessian is not finite, or no such product.
     """
     rows, columns = weight.shape
     if hessian.shape != (columns, columns) or not hessian.isfinite().all():
@@ -44,7 +46,10 @@ def pack_int4(weight: torch.Tensor, hessian: torch.Tensor) -> torch.Tensor:
     steps = [x.flatten().float() for x in header]
     w = nn.functional.pad(weight.float(), (0, -columns % GROUP, 0, -rows % LANES))
     factor = _inverse_factor(hessian, w.shape[1])
-    parts = [_round_group(w, factor, start, *steps) for start in range(0, w.shape[1], GROUP)]
+    importance = nn.functional.pad(hessian.diagonal(), (0, w.shape[1] - columns))
+    parts = [
+        _round_group(w, factor, importance, start, *steps) for start in range(0, w.shape[1], GROUP)
+    ]
     # (rows, groups, 1), the same, (rows, groups, GROUP)
     s, m, codes = (torch.stack(x, 1).unflatten(0, (-1, LANES)) for x in zip(*parts, strict=True))
     scales = [x[..., 0].to(torch.uint8) for x in (s, m)]
@@ -54,23 +59,33 @@ def pack_int4(weight: torch.Tensor, hessian: torch.Tensor) -> torch.Tensor:
 def _inverse_factor(hessian: torch.Tensor, size: int) -> torch.Tensor:
     """The upper Cholesky factor of the inverse, padded to `size` inputs that are always zero."""
     added = size - hessian.shape[0]
-    h = nn.functional.pad(hessian, (0, added, 0, added))
-    diagonal = h.diagonal()
-    diagonal[diagonal == 0] = 1  # inputs that are always zero
-    diagonal *= 1 + _DAMPING
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(h))
-    return torch.linalg.cholesky(inverse, upper=True)
+    for damping in _DAMPING:
+        h = nn.functional.pad(hessian, (0, added, 0, added))
+        diagonal = h.diagonal()
+        diagonal[diagonal == 0] = 1  # inputs that are always zero
+        diagonal *= 1 + damping
+        lower, failed = torch.linalg.cholesky_ex(h)
+        if not failed:
+            upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
+            if not failed:
+                return upper
+    raise ValueError("hessian must be x'x of some inputs x")
 
 
 def _round_group(
-    w: torch.Tensor, factor: torch.Tensor, start: int, d: torch.Tensor, e: torch.Tensor
+    w: torch.Tensor,
+    factor: torch.Tensor,
+    importance: torch.Tensor,
+    start: int,
+    d: torch.Tensor,
+    e: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Round the GROUP inputs from `start` on, and let the later ones in w [rows, inputs] make up
     for the error. Returns s and m [rows, 1] and codes [rows, GROUP].
     """
     end = start + GROUP
     group, inner = w[:, start:end], factor[start:end, start:end]
-    s, m = nested_steps(group, *fit_affine(group, 15), d, e, NESTED[FORMAT], 15)
+    s, m = nested_steps(group, d, e, NESTED[FORMAT], 15, importance[start:end])
     step, shift = s * d, m * e
     inverse = torch.where(step > 0, 1 / step, 0)
     codes, errors = torch.empty_like(group), torch.empty_like(group)

@@ -159,7 +159,8 @@ class Packer:
         if self._tied:
             names = f"{HEAD}.weight", f"{EMBEDDINGS}.weight"
             check_tied(torch.equal(*map(self.model.get_parameter, names)))
-        for owner, module in list(self.model.named_modules()):
+        modules: list[tuple[str, Any]] = list(self.model.named_modules())
+        for owner, module in modules:
             if owner in self._left:
                 weight = module.weight
                 self.take(f"{owner}.weight", weight.detach, None, weight.dtype)
