@@ -64,8 +64,8 @@ def _head(content: Mapping[str, Any]) -> str:
     text = (
         "Whole models, in tokens per second, against other engines with as many bits per weight: "
         f"`make bench-models` on {content['machine']}, {content['date'][:10]}. The ratio "
-        f"is to the fastest one{f' of {peers}' if peers else ''}. [benchmarks/README.md](benchmarks/README.md) explains the "
-        "workloads."
+        f"is to the fastest one{f' of {peers}' if peers else ''}. "
+        "[benchmarks/README.md](benchmarks/README.md) explains the workloads."
     )
     if reads:
         text += f" Memory was read at {min(reads):.0f} to {max(reads):.0f} GB/s in the same run."
