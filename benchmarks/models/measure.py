@@ -2,6 +2,7 @@
 
 import statistics
 import sys
+import time
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
@@ -59,6 +60,7 @@ def measure_group(group: Group, files: Files, threads: int, rounds: int) -> dict
     A contender that is not installed is left out; one that fails is reported and left out of that
     case.
     """
+    start = time.perf_counter()
     with ExitStack() as stack:
         workers: list[tuple[Contender, Worker]] = []
         for contender in group.contenders:
@@ -83,7 +85,8 @@ def measure_group(group: Group, files: Files, threads: int, rounds: int) -> dict
                         ),
                     )
                     _measure(worker, case, row, keep=turn > 0)
-            print(f"{group.name}: round {turn} of {rounds}", file=sys.stderr)
+            seconds = time.perf_counter() - start
+            print(f"{group.name}: round {turn} of {rounds}, {seconds:.0f} s", file=sys.stderr)
     read = statistics.median(roof.read for roof in roofs)
     return {
         "model": group.model,

@@ -63,9 +63,9 @@ def _head(content: Mapping[str, Any]) -> str:
     peers = ", ".join(f"{name} {versions[name]}" for name in PEERS if name in versions)
     text = (
         "Whole models, in tokens per second, against other engines with as many bits per weight: "
-        f"`make bench-models` on {content['machine']}, {content['date'][:10]}. Peers: {peers}. The "
-        "ratio is to the fastest one. [benchmarks/README.md](benchmarks/README.md) explains the "
-        "workloads."
+        f"`make bench-models` on {content['machine']}, {content['date'][:10]}. The ratio "
+        f"is to the fastest one{f' of {peers}' if peers else ''}. "
+        "[benchmarks/README.md](benchmarks/README.md) explains the workloads."
     )
     if reads:
         text += f" Memory was read at {min(reads):.0f} to {max(reads):.0f} GB/s in the same run."

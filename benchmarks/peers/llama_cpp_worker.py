@@ -52,8 +52,8 @@ class LlamaCpp:
         lib.llama_state_seq_get_data(context, state, size, 0)
         longer = repeat_cells(bytes(state), depth // UNIT)
         lib.llama_memory_clear(lib.llama_get_memory(context), True)
-        state = (ctypes.c_uint8 * len(longer)).from_buffer_copy(longer)
-        if not lib.llama_state_seq_set_data(context, state, len(longer), 0):
+        start = ctypes.cast(longer, ctypes.POINTER(ctypes.c_uint8))
+        if not lib.llama_state_seq_set_data(context, start, len(longer), 0):
             raise RuntimeError("llama.cpp does not take the longer state")
         answer = self._steps(context, depth // UNIT * UNIT, tokens, 1)
         lib.llama_free(context)
