@@ -89,7 +89,7 @@ class Step {
     }
 
     void feed_forward(Team::Member& member, const DecoderLayer& layer) {
-        bool both = layer.pre_feedforward.has_value();  // norms before and after the blocks
+        bool both = layer.pre_feedforward != nullptr;  // norms before and after the blocks
         member.share(s_.rows, [&](int64_t first, int64_t last) {
             if (layer.cross) scale_rows(layer.attention_gate, first, last);
             if (both) norm(layer.post_attention, m_.out, d_.hidden, first, last, m_.rstd);
@@ -178,10 +178,10 @@ class Step {
 
     // The rows [first, last) of x, `width` wide, become their norms where there is one. rstd is
     // scratch that no other thread writes.
-    void norm(const DecoderNorm& weight, float* x, int64_t width, int64_t first, int64_t last,
+    void norm(DecoderNorm weight, float* x, int64_t width, int64_t first, int64_t last,
               float* rstd) {
         if (!weight) return;
-        kernels::RmsNorm args = norm_arguments(*weight, width);
+        kernels::RmsNorm args = norm_arguments(weight, width);
         args.x = x;
         args.y = x;
         args.rstd = rstd;
@@ -189,8 +189,8 @@ class Step {
     }
 
     // hidden += out, where there is such a result yet; y = the norm of hidden.
-    void add_and_norm(const DecoderNorm& weight, bool add, float* y, int64_t first, int64_t last) {
-        kernels::RmsNorm args = norm_arguments(*weight, d_.hidden);
+    void add_and_norm(DecoderNorm weight, bool add, float* y, int64_t first, int64_t last) {
+        kernels::RmsNorm args = norm_arguments(weight, d_.hidden);
         args.x = add ? m_.out : hidden_;
         args.residual = add ? hidden_ : nullptr;
         args.hidden = hidden_;
@@ -264,8 +264,8 @@ class Step {
                 .out = linear.out,
                 .x = x,
                 .activations = m_.activations,
-                .weight = data<uint8_t>(linear.weight),
-                .bias = linear.bias ? data<float>(*linear.bias) : nullptr,
+                .weight = linear.weight,
+                .bias = linear.bias,
                 .y = y};
     }
 
@@ -277,16 +277,16 @@ class Step {
                 .out = linear.out,
                 .rank = own.rank,
                 .scale = own.scale,
-                .a_dtype = dtype_of("decode_step", "adapter", own.a),
-                .b_dtype = dtype_of("decode_step", "adapter", own.b),
+                .a_dtype = own.a_dtype,
+                .b_dtype = own.b_dtype,
                 .x = x,
-                .a = own.a.const_data_ptr(),
-                .b = own.b.const_data_ptr(),
+                .a = own.a,
+                .b = own.b,
                 .small = small,
                 .y = product.y};
     }
 
-    kernels::RmsNorm norm_arguments(const Tensor& weight, int64_t width) const {
+    kernels::RmsNorm norm_arguments(DecoderNorm weight, int64_t width) const {
         return {.dtype = Dtype::f32,
                 .weight_dtype = Dtype::f32,
                 .width = width,
@@ -294,7 +294,7 @@ class Step {
                 .offset = d_.norm_offset,
                 .x = nullptr,
                 .residual = nullptr,
-                .weight = weight.const_data_ptr(),
+                .weight = weight,
                 .hidden = nullptr,
                 .y = nullptr,
                 .rstd = nullptr};
@@ -354,10 +354,10 @@ class Step {
 
     // cos and sin of every position's angles, [frequencies, rows, head_dim / 2].
     void rotate_tables() {
-        for (const Tensor& frequencies : d_.frequencies) {
+        for (const float* frequencies : d_.frequencies) {
             for (int64_t position : s_.positions) {
                 for (int64_t i = 0; i < d_.head_dim / 2; ++i) {
-                    float angle = static_cast<float>(position) * data<float>(frequencies)[i];
+                    float angle = static_cast<float>(position) * frequencies[i];
                     cos_.push_back(std::cos(angle));
                     sin_.push_back(std::sin(angle));
                 }

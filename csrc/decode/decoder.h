@@ -15,21 +15,22 @@ namespace mllama {
 // A low-rank update beside a packed weight.
 struct DecoderAdapter {
     int64_t rank;
-    Tensor a, b;  // [rank, in] and [out, rank]
+    Dtype a_dtype, b_dtype;
+    const void *a, *b;  // [rank, in] and [out, rank]
     float scale;
 };
 
 struct DecoderLinear {
     kernels::Packing packing;
     int64_t in, out;
-    Tensor weight;     // uint8, packed
-    MaybeTensor bias;  // float32 [out]
+    const uint8_t* weight;  // packed
+    const float* bias;      // [out] or null
     std::optional<DecoderAdapter> adapter;
 
     int64_t rank() const { return adapter ? adapter->rank : 0; }
 };
 
-using DecoderNorm = MaybeTensor;  // float32 weight; none = no norm
+using DecoderNorm = const float*;  // weight; null = no norm
 
 // k and v of a layer that attends to images are the cache's: its projections of them are not here.
 struct DecoderLayer {
@@ -49,7 +50,8 @@ struct Decoder {
     float eps, norm_offset;
     std::vector<DecoderLayer> layers;
     DecoderNorm norm;
-    std::vector<Tensor> frequencies;  // float32 [head_dim / 2] each, of rotary positions
+    std::vector<const float*> frequencies;  // [head_dim / 2] each, of rotary positions
+    std::vector<Tensor> tensors;            // what all pointers point into
 };
 
 // What a step reads and writes beside the decoder.

@@ -78,10 +78,20 @@ class Team {
         }
         for (int i = 0; round_.load(std::memory_order_acquire) == round; ++i) {
             if (i > kSpins) std::this_thread::yield();
+            pause();
         }
     }
 
-    std::atomic<int64_t> members_{0}, size_{1}, arrived_{0}, round_{0};
+    // Leaves the core's other thread, if it has one, more of the core.
+    static void pause() {
+#if defined(__x86_64__)
+        __builtin_ia32_pause();
+#endif
+    }
+
+    std::atomic<int64_t> members_{0}, size_{1};
+    alignas(64) std::atomic<int64_t> arrived_{0};
+    alignas(64) std::atomic<int64_t> round_{0};
     std::atomic<bool> failed_{false};
     std::exception_ptr error_;  // the first one; written before the end of a phase
 };

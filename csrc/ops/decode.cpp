@@ -75,14 +75,15 @@ class Reader {
         check(d.hidden > 0 && d.heads > 0 && d.kv_heads > 0 && d.heads % d.kv_heads == 0 &&
                   d.head_dim > 0 && d.head_dim % 2 == 0 && d.head_dim <= 256 && count > 0,
               kOp, "sizes");
-        for (int64_t i = 0; i < ropes; ++i) d.frequencies.push_back(*norm(d.head_dim / 2, true));
+        for (int64_t i = 0; i < ropes; ++i) d.frequencies.push_back(vector(d.head_dim / 2, true));
         for (int64_t i = 0; i < count; ++i) d.layers.push_back(layer(d));
-        d.norm = norm(d.hidden, true);
+        d.norm = vector(d.hidden, true);
         for (const DecoderLayer& l : d.layers) {
             int64_t inner = l.cross ? l.q.rank() : l.q.rank() + l.k.rank() + l.v.rank();
             d.ranks =
                 std::max({d.ranks, inner, l.o.rank(), l.gate.rank() + l.up.rank(), l.down.rank()});
         }
+        d.tensors = tensors_;
         check(tensor_ == tensors_.size() && size_ == sizes_.size() && number_ == numbers_.size(),
               kOp, "sizes");
         return d;
@@ -98,12 +99,12 @@ class Reader {
         l.attention_gate = number(), l.mlp_gate = number();
         check(0 <= l.rope && l.rope < static_cast<int64_t>(d.frequencies.size()) && l.window >= 0,
               kOp, "sizes");
-        l.input = norm(d.hidden, true);
-        l.post_attention = norm(d.hidden, true);
-        l.pre_feedforward = norm(d.hidden);
-        l.post_feedforward = norm(d.hidden);
-        l.q_norm = norm(d.head_dim);
-        l.k_norm = norm(d.head_dim);
+        l.input = vector(d.hidden, true);
+        l.post_attention = vector(d.hidden, true);
+        l.pre_feedforward = vector(d.hidden);
+        l.post_feedforward = vector(d.hidden);
+        l.q_norm = vector(d.head_dim);
+        l.k_norm = vector(d.head_dim);
         int64_t queries = d.heads * d.head_dim, keys = d.kv_heads * d.head_dim;
         l.q = linear(d.hidden, queries);
         if (!l.cross) l.k = linear(d.hidden, keys), l.v = linear(d.hidden, keys);
@@ -115,22 +116,28 @@ class Reader {
     }
 
     // An empty tensor is none.
-    DecoderNorm norm(int64_t width, bool needed = false) {
+    const float* vector(int64_t width, bool needed = false) {
         Tensor t = floats();
-        if (t.numel() == 0 && !needed) return std::nullopt;
+        if (t.numel() == 0 && !needed) return nullptr;
         check(t.numel() == width, kOp, "tensors");
-        return t;
+        return data<float>(t);
     }
 
     DecoderLinear linear(int64_t in, int64_t out) {
-        DecoderLinear l{packing_of(kOp, size()), in, out, tensor(), std::nullopt, std::nullopt};
-        check_packed(kOp, l.weight, l.packing, out, in);
-        Tensor bias = floats();
-        check(bias.numel() == 0 || bias.numel() == out, kOp, "tensors");
-        if (bias.numel()) l.bias = bias;
+        DecoderLinear l{packing_of(kOp, size()), in, out, nullptr, nullptr, std::nullopt};
+        Tensor weight = tensor();
+        check_packed(kOp, weight, l.packing, out, in);
+        l.weight = data<uint8_t>(weight);
+        l.bias = vector(out);
         if (int64_t rank = size(); rank != 0) {
             check(rank > 0 && rank <= kMostFeatures, kOp, "sizes");
-            l.adapter = {rank, factor(rank, in), factor(out, rank), number()};
+            Tensor a = factor(rank, in), b = factor(out, rank);
+            l.adapter = {rank,
+                         dtype_of(kOp, "tensors", a),
+                         dtype_of(kOp, "tensors", b),
+                         a.const_data_ptr(),
+                         b.const_data_ptr(),
+                         number()};
         }
         return l;
     }

@@ -238,7 +238,7 @@ def _add_linear(
 ) -> None:
     base, update = _base(linear), _update(linear)
     sizes.append(PACKINGS[base.packing].number)
-    tensors += [base.packed, _floats(base.bias)]
+    tensors += [base.packed.detach(), _floats(base.bias)]
     sizes.append(0 if update is None else len(update.a))
     if update is not None:
         tensors += [update.a.detach().contiguous(), update.b.detach().contiguous()]
