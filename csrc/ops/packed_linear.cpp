@@ -136,7 +136,7 @@ Tensor unpack_weight(const Tensor& weight, const MaybeTensor& rows_, int64_t out
         for (int64_t i = 0; i < rows_->numel(); ++i)
             check(0 <= rows[i] && rows[i] < out, op, "rows");
     }
-    int64_t count = rows ? rows_->numel() : out;
+    int64_t count = rows_ ? rows_->numel() : out;  // the address of no rows is null
     Tensor dense_rows = torch::stable::empty({count, width}, type);
     kernels::PackWeight args{.packing = packing,
                              .dtype = dtype_of(op, "dtype", dense_rows),
@@ -144,7 +144,7 @@ Tensor unpack_weight(const Tensor& weight, const MaybeTensor& rows_, int64_t out
                              .out = out,
                              .dense = dense_rows.mutable_data_ptr(),
                              .packed = const_cast<uint8_t*>(data<uint8_t>(weight))};
-    if (rows) {
+    if (rows_) {
         auto unpack = MLLAMA_CALL(unpack_row);
         parallel_for(count, row_grain(width), [&](int64_t begin, int64_t end) {
             for (int64_t i = begin; i < end; ++i) unpack(args, rows[i], i);

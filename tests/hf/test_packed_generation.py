@@ -83,6 +83,13 @@ def test_greedy_tokens_are_those_of_transformers_loop(model, options):
     assert torch.equal(given, expected)
 
 
+@pytest.mark.parametrize("options", [{}, {"repetition_penalty": 2.0}])
+def test_a_prompt_of_embeddings(model, options):
+    embeds = model.get_input_embeddings()(torch.tensor([[5, 6, 7], [8, 9, 10]]))
+    expected = tiny.model().generate(inputs_embeds=embeds, **OPTIONS | options)
+    assert torch.equal(model.generate(inputs_embeds=embeds, **OPTIONS | options), expected)
+
+
 @pytest.mark.parametrize(("case", "rows"), pairs.SESSIONS)
 def test_every_family(case, rows):
     both = pairs.pair(case)

@@ -5,6 +5,7 @@ import pickle
 
 import pytest
 import torch
+from transformers import DynamicCache
 
 import tiny
 from helpers import counted_steps, decoded, instruction_set, instruction_sets, needs_kernels
@@ -213,10 +214,20 @@ def test_copies_of_models_have_a_decoder_of_their_own(copied):
     inputs = pairs.pair("llama").inputs()
     expected = decoded(model, inputs, True)[0]
     other = copied(model)
-    assert other._fast._handle != model._fast._handle
-    assert other._fast.decoder is other.language_model
+    assert other._fast is None
     del model
     assert decoded(other, inputs, True)[0] == expected
+
+
+def test_a_model_that_got_a_hook_is_copied():
+    model, inputs = optimize(copy.deepcopy(pairs.pair("llama").ours), "f32"), pairs.pair("llama")
+    expected = decoded(model, inputs.inputs(), True)[0]
+    model.language_model.norm.register_forward_hook(do_nothing)
+    assert decoded(copy.deepcopy(model), inputs.inputs(), False)[0] == expected
+
+
+def do_nothing(*args) -> None:
+    """A hook that changes nothing."""
 
 
 def test_changed_weights_are_noticed_at_the_next_prompt():
@@ -229,3 +240,29 @@ def test_changed_weights_are_noticed_at_the_next_prompt():
     after = decoded(model, inputs, True)[1]
     assert not torch.allclose(before, after, atol=1e-2)
     check_packed(model, inputs)
+
+
+def test_a_prompt_of_one_token_notices_changes_too():
+    model, prompt = optimize(tiny.model(), "f32").bfloat16(), {"input_ids": torch.tensor([[5]])}
+    decoded(model, prompt, True)
+    other = optimize(tiny.model(seed=1), "f32").bfloat16()
+    model.load_state_dict(other.state_dict())
+    assert torch.equal(decoded(model, prompt, True)[1], decoded(other, prompt, True)[1])
+    model.language_model.norm.register_forward_hook(do_nothing)
+    decoded(model, prompt, False)
+
+
+@pytest.mark.parametrize("positions", [torch.tensor([[6.5]]), torch.tensor([[True]])])
+def test_positions_of_another_dtype_are_refused(positions):
+    model, cache = optimize(tiny.model(), "f32"), DynamicCache()
+    with torch.no_grad():
+        model(torch.tensor([[5, 6]]), cache=cache)
+        with pytest.raises(TypeError, match="position_ids"):
+            model(torch.tensor([[7]]), cache=cache, position_ids=positions)
+
+
+def test_a_batch_without_rows():
+    model, cache = optimize(tiny.model(), "int8"), DynamicCache()
+    with torch.no_grad():
+        assert model(torch.zeros(0, 3).long(), cache=cache).logits.shape == (0, 3, tiny.VOCAB_SIZE)
+        assert model(torch.zeros(0, 1).long(), cache=cache).logits.shape == (0, 1, tiny.VOCAB_SIZE)

@@ -122,6 +122,10 @@ def test_what_is_not_finite_in_x_is_not_finite_in_y(packing, value):
     assert not y[0].isfinite().any() and y[1].isfinite().all()
 
 
+def test_no_rows():
+    assert unpack_weight(PACKED, 20, 40, "int4", rows=torch.zeros(0).long()).shape == (0, 40)
+
+
 def test_rows_that_are_not_there():
     for rows in (torch.tensor([20]), torch.tensor([-1])):
         with pytest.raises(IndexError, match="rows"):

@@ -143,6 +143,13 @@ def test_an_interrupt_keeps_what_there_is(session, monkeypatch, at):
     assert ids(session.generate(PROMPT, max_new_tokens=8)) == expected
 
 
+def test_a_session_that_generates_is_not_used_for_another_text(session):
+    expected = ids(session.generate(PROMPT, max_new_tokens=8))
+    with pytest.raises(RuntimeError, match="generate"):
+        session.generate(PROMPT, on_text=lambda *_: session.generate(PROMPT))
+    assert ids(session.generate(PROMPT, max_new_tokens=8)) == expected
+
+
 def test_an_error_leaves_a_session_that_works(session, monkeypatch):
     expected = ids(session.generate(PROMPT, max_new_tokens=8))
     with pytest.raises(IndexError):

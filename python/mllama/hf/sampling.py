@@ -87,7 +87,7 @@ def sample(
     """
     pad = generation_config._pad_token_tensor
     ends = any(hasattr(criterion, "eos_token_id") for criterion in stopping_criteria)
-    unfinished = torch.ones_like(input_ids[:, 0])
+    unfinished = input_ids.new_ones(len(input_ids))  # a prompt of embeddings has no ids
     outputs = model._prefill(input_ids, generation_config, model_kwargs, is_first_iteration=True)
     logits = outputs.logits
     while True:

@@ -51,8 +51,8 @@ class FastDecoder:
         return self._changes == count_changes()
 
     def __reduce__(self):
-        """A copy is made of the copied modules: the handle is this object's, in this process."""
-        return FastDecoder, (self.decoder,)
+        """A copy is None: the handle is this object's, and a copied model makes its own."""
+        return type(None), ()
 
     def __call__(self, prepared: DecoderInputs, cache: Cache) -> torch.Tensor:
         """Append one position per row to the cache, where `find_obstacle_of_pass` finds nothing.
@@ -104,8 +104,8 @@ def find_obstacle_of_pass(inputs: ModelInputs, prepared: DecoderInputs) -> str |
         return "it is a prompt"
     if torch.is_grad_enabled() and prepared.embeds.requires_grad:
         return "it is differentiated"
-    if B > MAX_ROWS:
-        return f"it has {B} rows, more than {MAX_ROWS}"
+    if not 0 < B <= MAX_ROWS:
+        return f"it has {B} rows, not 1 to {MAX_ROWS}"
     if inputs.output_attentions or inputs.output_hidden_states:
         return "attentions or hidden states are asked for"
     if prepared.first_key is not None or (cross is not None and cross.states is not None):
@@ -113,6 +113,8 @@ def find_obstacle_of_pass(inputs: ModelInputs, prepared: DecoderInputs) -> str |
     positions = prepared.position_ids
     if positions is not None and list(positions.shape) not in ([1, 1], [B, 1]):
         return "its position_ids are of another shape"
+    if positions is not None and (positions.is_floating_point() or positions.dtype == torch.bool):
+        return "its position_ids are no integers"
     if (inputs.attention_mask is not None and mask is None) or (
         mask is not None and mask.shape != (B, inputs.past + 1)
     ):

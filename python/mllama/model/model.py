@@ -156,7 +156,7 @@ class VisionLanguageModel(nn.Module):
         """
         if self.training or torch.compiler.is_compiling():
             return None
-        if prepared.embeds.shape[1] != 1:
+        if prepared.embeds.shape[1] != 1 or not inputs.past:
             self._fast = None
             return None
         fast = self._fast

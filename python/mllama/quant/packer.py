@@ -163,7 +163,10 @@ class Packer:
         for owner, module in modules:
             if owner in self._left:
                 weight = module.weight
-                self.take(f"{owner}.weight", weight.detach, None, weight.dtype)
+                try:
+                    self.take(f"{owner}.weight", weight.detach, None, weight.dtype)
+                except ValueError as error:
+                    raise ValueError(f"{owner}.weight: {error}") from error
 
     def finish(self) -> None:
         """Freeze what is left, once all is packed."""

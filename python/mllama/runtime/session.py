@@ -75,6 +75,7 @@ class Session:
         self.prefill_chunk_size = prefill_chunk_size
         self.kv_cache = kv_cache
         self._encoded: tuple[dict, torch.Tensor] | None = None  # images and their features
+        self._running = False
         self.reset()
 
     @property
@@ -127,7 +128,10 @@ class Session:
             TypeError: an input or option is unknown or has the wrong type.
             ValueError: an option is out of range or has no effect; padding is on the right; the
                 prompt fills the context; stop or on_text is given without a processor.
+            RuntimeError: this session generates already: on_text or another thread called it.
         """
+        if self._running:
+            raise RuntimeError("generate: this session generates already; use another session")
         check_count("max_new_tokens", max_new_tokens)
         if self._changes != count_changes():  # what is cached is of other adapters
             self.reset()
@@ -139,6 +143,7 @@ class Session:
         rows = [Row(index, self.tokenizer, stop, on_text) for index in range(len(ids))]
         result = Generation([row.completion for row in rows], ids.shape[1])
         sampler = Sampler(options, ids, None if mask is None else mask != 0)
+        self._running = True
         try:
             self._run(inputs, rows, sampler, max_new_tokens, self._ends(eos_token_id), result)
             reason = "length"
@@ -150,6 +155,8 @@ class Session:
         except BaseException:
             self._restore()
             raise
+        finally:
+            self._running = False
         for row in rows:
             row.finish(reason)
         if len(rows) > 1:
