@@ -156,10 +156,11 @@ class VisionLanguageModel(nn.Module):
         """
         if self.training or torch.compiler.is_compiling():
             return None
-        if prepared.embeds.shape[1] != 1 or not inputs.past:
+        fast = self._fast
+        # Reading a static cache's length waits for its device: not where a decoder cannot run.
+        if prepared.embeds.shape[1] != 1 or not (isinstance(fast, str) or inputs.past):
             self._fast = None
             return None
-        fast = self._fast
         if fast is None or not (isinstance(fast, str) or fast.is_current):
             fast = find_obstacle(self.language_model) or FastDecoder(self.language_model)
             self._fast = fast
