@@ -147,6 +147,8 @@ def test_a_session_that_generates_is_not_used_for_another_text(session):
     expected = ids(session.generate(PROMPT, max_new_tokens=8))
     with pytest.raises(RuntimeError, match="generate"):
         session.generate(PROMPT, on_text=lambda *_: session.generate(PROMPT))
+    with pytest.raises(RuntimeError, match="reset"):
+        session.generate(PROMPT, on_text=lambda *_: session.reset())
     assert ids(session.generate(PROMPT, max_new_tokens=8)) == expected
 
 

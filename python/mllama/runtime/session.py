@@ -89,7 +89,16 @@ class Session:
         return self.model.fusion.chunk_obstacle is None and not spec.bidirectional_prefix
 
     def reset(self) -> None:
-        """Drop the cached prompt and its image features."""
+        """Drop the cached prompt and its image features.
+
+        Raises:
+            RuntimeError: the session is generating.
+        """
+        if self._running:
+            raise RuntimeError("reset: this session is generating")
+        self._drop()
+
+    def _drop(self) -> None:
         self._encoded, self._changes = None, count_changes()
         self._cross_mask: torch.Tensor | None = None  # of the cached prompt
         dtype = None if self.kv_cache is None else CACHE_DTYPES[self.kv_cache]
@@ -280,7 +289,7 @@ class Session:
     def _restore(self) -> None:
         """After an interrupted pass, crop the cache to what is complete."""
         if self._images is None or not self._ids:
-            self.reset()
+            self._drop()
         else:
             self._cache.crop(self._cache.num_prefix_tokens + len(self._ids))
 
