@@ -38,13 +38,11 @@ class Transformers:
 
     def generate(self, prompt: int, tokens: int) -> dict:
         ids, start = self._ids(1, prompt), time.perf_counter()
-        self.model.generate(
-            ids,
-            attention_mask=torch.ones_like(ids),
-            max_new_tokens=tokens,
-            min_new_tokens=tokens,
-            do_sample=False,
+        self.model.generation_config.eos_token_id = None  # no token ends it
+        made = self.model.generate(
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, do_sample=False
         )
+        assert made.shape[1] == prompt + tokens
         return {"seconds": time.perf_counter() - start, "tokens": tokens}
 
     def deep(self, depth: int, tokens: int) -> dict:

@@ -62,10 +62,10 @@ def load(
             families ignore it.
         adapter: LoRA adapters to load into the model, as `mllama.load_lora` accepts them.
         weights: pack the weights for inference on a CPU: a format of `mllama.optimize`; "file", the
-            file's own types, such as GGUF's blocks; or "auto", "file" with float32 as dtype, where
-            the model can be packed. Adapters are merged first, which "file" does not allow.
-            Default: as a folder of packed weights (`mllama quantize`) says, else not packed, so
-            that the model can be trained and saved.
+            file's own types, such as GGUF's blocks; "auto", "file" with float32 as dtype, where
+            the model can be packed; or "none". Adapters are merged first, which "file" does not
+            allow. Default: as a folder of packed weights (`mllama quantize`) says, else not packed,
+            so that the model can be trained and saved.
 
     Returns:
         (model, processor). The model is in eval mode: MllamaForConditionalGeneration, or
@@ -105,7 +105,7 @@ def load_quietly(
             {"reference": reference} if "reference" in found.load_options else {}
         )
         dtype = resolve_dtype(opened, dtype, place)
-        weights = choose_weights(weights, place, adapter is not None)
+        weights = choose_weights(weights, opened.packing, place, adapter is not None)
         packed = None if adapter is not None else weights
         model, _ = load_opened(found, opened, dtype, place, weights=packed, **options)
     _adapt(model, adapter, weights)
@@ -138,7 +138,7 @@ def open_session(
         place = opened.choose_device(device)
         if opened.spec.text is None:
             raise ValueError("a SigLIP vision model has no decoder to answer with")
-        weights = choose_weights(weights, place, own_adapter is not None)
+        weights = choose_weights(weights, opened.packing, place, own_adapter is not None)
         settings, where = opened.generation or {}, opened.source.where
         processor = None if beyond_session(settings) else _core_processor(folder)
         if processor is not None:

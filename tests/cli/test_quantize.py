@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 
 import pytest
 import torch
@@ -150,6 +151,10 @@ def test_writes_over_nothing_unless_told(run, family_folder, tmp_path):
     assert load(target).packed_weights == "int8"
     assert (target / "notes.txt").read_text() == "mine"
     assert run("quantize", source, target / "notes.txt")[0] == 2
+    before = {path.name: path.read_bytes() for path in Path(source).iterdir()}
+    code, _, err = run("quantize", source, source, "--force", "--no-report")
+    assert code == 2 and "OUT" in err
+    assert {path.name: path.read_bytes() for path in Path(source).iterdir()} == before
 
 
 @pytest.mark.parametrize(

@@ -141,12 +141,29 @@ def change_config(folder, **fields) -> None:
 
 @pytest.mark.parametrize(
     "fields",
-    [{"version": 2}, {"version": None}, {"weights": 4}, {"weights": "int3"}, {"weights": ""}],
+    [
+        {"version": 2},
+        {"version": None},
+        {"weights": 4},
+        {"weights": "int3"},
+        {"weights": ""},
+        {"weights": "int8"},
+        {"version": True},
+    ],
 )
 def test_a_config_of_another_kind(broken, fields):
     change_config(broken, **fields)
     with pytest.raises(ValueError):
         load(broken)
+
+
+def test_weights_of_a_packed_folder(written):
+    for weights in (None, "auto", "file", "int4"):
+        model, _ = mllama.load(written, weights=weights)
+        assert isinstance(model.get_submodule(LAYER), PackedLinear)
+    for weights in ("none", "int8", "f32"):
+        with pytest.raises(ValueError, match="weights"):
+            mllama.load(written, weights=weights)
 
 
 def test_a_config_of_another_library(broken):

@@ -257,3 +257,13 @@ def test_a_model_whose_tied_weights_differ_is_refused():
     model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight + 1)
     with pytest.raises(ValueError, match="tied"):
         optimize(model, "int8")
+
+
+def test_a_model_that_is_packed_in_part_is_refused():
+    model = tiny.model()
+    with torch.no_grad():
+        model.language_model.layers[-1].mlp.down_proj.weight[0, 0] = torch.nan
+    with pytest.raises(ValueError, match="down_proj"):
+        optimize(model, "int8")
+    with pytest.raises(ValueError, match="packed"):
+        optimize(model, "int4")

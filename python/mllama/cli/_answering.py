@@ -37,15 +37,10 @@ def load_session(arguments: argparse.Namespace) -> "tuple[AnySession, dict[str, 
             arguments.device,
             arguments.reference or "meta",
             arguments.adapter,
-            packed_as(arguments),
+            arguments.weights,
             arguments.kv_cache,
         )
     return session, options
-
-
-def packed_as(arguments: argparse.Namespace) -> str | None:
-    """`--weights` as `mllama.load` takes it."""
-    return None if arguments.weights == "none" else arguments.weights
 
 
 def check_reference(arguments: argparse.Namespace) -> None:

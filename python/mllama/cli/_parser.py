@@ -173,7 +173,7 @@ def _add_quantize(commands) -> None:
     parser.add_argument("target", metavar="OUT", help="a folder; written atomically")
     parser.add_argument(
         "--weights",
-        choices=WEIGHTS,
+        choices=WEIGHTS[2:],
         default="int4",
         help="the weights' format, as for ask and chat (default: int4)",
     )

@@ -22,7 +22,7 @@ def split_packing(content: dict[str, Any]) -> tuple[dict[str, Any], str | None]:
     found = content.get(FIELD)
     if not isinstance(found, dict) or found.get("quant_method") != METHOD:
         return content, None
-    if found.get("version") != VERSION:
+    if found.get("version") != VERSION or isinstance(found["version"], bool):
         raise ValueError(
             f"{FIELD}: version must be {VERSION}, got {str(found.get('version'))[:50]!r}: it needs "
             "another release of mllama"

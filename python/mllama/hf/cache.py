@@ -12,6 +12,7 @@ from transformers import Cache, EncoderDecoderCache
 from transformers.cache_utils import DynamicLayer, StaticLayer
 
 from mllama.config.spec import LayerSpec, TextSpec
+from mllama.ops._dispatch import FLOAT_DTYPES
 
 
 def check_cache(cache: Any) -> None:
@@ -162,14 +163,18 @@ class TransformersCache:
 
     update_cross = update  # a CrossCacheLayer has an append of its own
 
-    @property
-    def in_place_obstacle(self) -> str | None:
-        """Why positions cannot be written in place, as a decoding step does; None if they can."""
+    def in_place_obstacle(self, rows: int) -> str | None:
+        """As `mllama.nn.cache.Cache.in_place_obstacle`."""
         if self.cache.offloading:
             return "its cache is offloaded"
         allowed = DynamicLayer, GrowingCacheLayer, CrossCacheLayer
         other = next((one for one in self.cache.layers if type(one) not in allowed), None)
-        return None if other is None else f"its cache has a {type(other).__name__}"
+        if other is not None:
+            return f"its cache has a {type(other).__name__}"
+        keys = self.cache.layers[self._first].keys
+        if len(keys) != rows or keys.dtype not in FLOAT_DTYPES:
+            return f"its cache has {len(keys)} rows of {keys.dtype}"
+        return None
 
     def reserve(
         self, new: int, cross: Collection[int] = ()

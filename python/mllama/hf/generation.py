@@ -14,9 +14,8 @@ from mllama.hf.built import check_built
 from mllama.hf.cache import check_cache, keep_all_tokens, num_prefix_tokens
 from mllama.hf.call import one_of_images
 from mllama.hf.compat import CACHE_NAME, hand_on, rename_cache
-from mllama.hf.sampling import find_loop_obstacle, sample, sampling_of
+from mllama.hf.sampling import find_loop_obstacle, sample
 from mllama.quant.packer import packing_of
-from mllama.runtime.sampler import Sampler
 from mllama.text.prefix import count_prefix
 
 _log = logging.getLogger(__name__)
@@ -296,16 +295,12 @@ class MllamaGenerationMixin(GenerationMixin):
         seed are others than torch.multinomial's.
         """
         given = (input_ids, logits_processor, stopping_criteria, generation_config)
-        if packing_of(self) is None:
-            return super()._sample(*given, synced_gpus, streamer, **model_kwargs)
-        sampling = sampling_of(logits_processor, generation_config.do_sample)
-        if obstacle := find_loop_obstacle(self, generation_config, synced_gpus, sampling):
+        obstacle = find_loop_obstacle(self, generation_config, synced_gpus)
+        if packing_of(self) is not None and obstacle is None:
+            return sample(self, *given, streamer, model_kwargs)
+        if packing_of(self) is not None:
             _log.debug("tokens are selected by transformers, not by select_token: %s", obstacle)
-            return super()._sample(*given, synced_gpus, streamer, **model_kwargs)
-        sampler = Sampler(sampling, input_ids)
-        return sample(
-            self, input_ids, sampler, stopping_criteria, generation_config, streamer, model_kwargs
-        )
+        return super()._sample(*given, synced_gpus, streamer, **model_kwargs)
 
     @functools.wraps(GenerationMixin._assisted_decoding)
     def _assisted_decoding(self, input_ids, *args, **kwargs):

@@ -77,6 +77,8 @@ def quantize(
     if text is not None and not report:
         raise ValueError("text is for the report, and report is False")
     path, target = find_folder(source), Path(target)
+    if path.resolve() == target.resolve():
+        raise ValueError(f"OUT must be another folder than IN, got {target} for both")
     check_free(target, force)
     with (opened := _open(path)).source:
         processor = _processor(path)

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from transformers.generation.logits_process import (
     LogitsProcessor,
+    LogitsProcessorList,
     MinPLogitsWarper,
     RepetitionPenaltyLogitsProcessor,
     TemperatureLogitsWarper,
@@ -18,46 +19,42 @@ from mllama.hf.cache import TransformersCache
 from mllama.hf.compat import CACHE_NAME
 from mllama.runtime.sampler import COLDEST, Sampler, Sampling
 
-# In transformers' order; by the attribute that is the option of `Sampling`.
+# In transformers' order, with the attribute that is an option of `Sampling`.
 _OPTIONS = {
-    RepetitionPenaltyLogitsProcessor: "penalty",
-    TemperatureLogitsWarper: "temperature",
-    TopKLogitsWarper: "top_k",
-    TopPLogitsWarper: "top_p",
-    MinPLogitsWarper: "min_p",
+    RepetitionPenaltyLogitsProcessor: ("penalty", "repetition_penalty"),
+    TemperatureLogitsWarper: ("temperature", "temperature"),
+    TopKLogitsWarper: ("top_k", "top_k"),
+    TopPLogitsWarper: ("top_p", "top_p"),
+    MinPLogitsWarper: ("min_p", "min_p"),
 }
 
 
-def sampling_of(processors: Iterable[LogitsProcessor], do_sample: bool) -> Sampling | None:
-    """The options that a list of processors stands for; None if it has other processors, another
-    order or another option.
-    """
-    options: dict[str, Any] = {}
-    order, last = list(_OPTIONS), -1
-    for one in processors:
-        kind = type(one)
-        if kind not in _OPTIONS or order.index(kind) <= last:
-            return None
-        last = order.index(kind)
-        few = getattr(one, "min_tokens_to_keep", 1) == 1
-        whole = getattr(one, "prompt_ignore_length", None) is None
-        excludes = getattr(one, "filter_value", -torch.inf) == -torch.inf
-        if not (few and whole and excludes):
-            return None
-        name = _OPTIONS[kind]
-        options["repetition_penalty" if name == "penalty" else name] = getattr(one, name)
-    cold = options.get("temperature", 1) < COLDEST  # greedy here, not in transformers
-    if cold or (not do_sample and options.keys() - {"repetition_penalty"}):
-        return None
-    return Sampling(do_sample=do_sample, **options)
+def split_processors(
+    processors: Iterable[LogitsProcessor], do_sample: bool
+) -> tuple[LogitsProcessorList, Sampling]:
+    """Processors to call, and what the last ones of the list do as options of a `Sampler`."""
+    rest, options = list(processors), {}
+    kinds = list(_OPTIONS) if do_sample else [RepetitionPenaltyLogitsProcessor]
+    while rest and type(rest[-1]) in kinds and _is_plain(rest[-1]):
+        one = rest.pop()
+        attribute, name = _OPTIONS[type(one)]
+        options[name] = getattr(one, attribute)
+        kinds = kinds[: kinds.index(type(one))]
+    return LogitsProcessorList(rest), Sampling(do_sample=do_sample, **options)
 
 
-def find_loop_obstacle(
-    model: Any, generation_config: Any, synced_gpus: bool, sampling: Sampling | None
-) -> str | None:
+def _is_plain(one: Any) -> bool:
+    """Whether a processor has no option that a `Sampler` has not."""
+    return (
+        getattr(one, "min_tokens_to_keep", 1) == 1
+        and getattr(one, "prompt_ignore_length", None) is None
+        and getattr(one, "filter_value", -torch.inf) == -torch.inf
+        and getattr(one, "temperature", 1) >= COLDEST  # below it is greedy here
+    )
+
+
+def find_loop_obstacle(model: Any, generation_config: Any, synced_gpus: bool) -> str | None:
     """Why `sample` cannot take the place of transformers' loop; None where it can."""
-    if sampling is None:
-        return "other processing of logits"
     if not generation_config.use_cache:
         return "use_cache=False"
     prepares = getattr(model.prepare_inputs_for_generation, "__self__", model) is model
@@ -73,7 +70,7 @@ def find_loop_obstacle(
 def sample(
     model: Any,
     input_ids: torch.Tensor,
-    sampler: Sampler,
+    logits_processor: LogitsProcessorList,
     stopping_criteria: Any,
     generation_config: Any,
     streamer: Any,
@@ -85,6 +82,8 @@ def sample(
     Returns:
         int64 [B, T + new]: the ids and what follows, padded after the end of a row.
     """
+    processors, sampling = split_processors(logits_processor, generation_config.do_sample)
+    sampler = Sampler(sampling, input_ids)
     pad = generation_config._pad_token_tensor
     ends = any(hasattr(criterion, "eos_token_id") for criterion in stopping_criteria)
     unfinished = input_ids.new_ones(len(input_ids))  # a prompt of embeddings has no ids
@@ -92,7 +91,10 @@ def sample(
     logits = outputs.logits
     while True:
         model_kwargs = model._update_model_kwargs_for_generation(outputs, model_kwargs)
-        tokens = sampler(logits[:, -1])
+        scores = logits[:, -1]
+        if processors:
+            scores = processors(input_ids, scores.to(torch.float32, copy=True))
+        tokens = sampler(scores)
         if ends:
             tokens = tokens * unfinished + pad * (1 - unfinished)
         input_ids = torch.cat([input_ids, tokens[:, None]], dim=-1)

@@ -121,7 +121,7 @@ def find_obstacle_of_pass(inputs: ModelInputs, prepared: DecoderInputs) -> str |
         return "its attention_mask is not [batch, past + 1]"
     if mask is not None and count_padding(mask) is None and not bool((mask != 0).all()):
         return "its padding is not on the left"
-    return cache.in_place_obstacle
+    return cache.in_place_obstacle(B)
 
 
 def count_padding(mask: torch.Tensor | None) -> torch.Tensor | None:

@@ -41,9 +41,10 @@ class Cache(Protocol):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Append keys and values of new images, [B, 0 or more, KV, D]; return all, as `update`."""
 
-    @property
-    def in_place_obstacle(self) -> str | None:
-        """Why positions cannot be written by `reserve` and `advance`; None where they can."""
+    def in_place_obstacle(self, rows: int) -> str | None:
+        """Why positions of so many rows cannot be written by `reserve` and `advance`; None where
+        they can.
+        """
 
     def reserve(
         self, new: int, cross: Collection[int] = ()

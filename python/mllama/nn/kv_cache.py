@@ -175,10 +175,10 @@ class KVCache:
         """
         return self._at(self._text, layer).append(k, v, self.capacity)
 
-    @property
-    def in_place_obstacle(self) -> str | None:
-        """None: it is made for that."""
-        return None
+    def in_place_obstacle(self, rows: int) -> str | None:
+        """As `mllama.nn.cache.Cache.in_place_obstacle`."""
+        batch = next((buffer.batch for buffer in self._text if buffer.length), rows)
+        return None if batch == rows else f"its cache has {batch} rows"
 
     def reserve(
         self, new: int, cross: Collection[int] = ()

@@ -8,7 +8,6 @@ import torch
 from torch import nn
 
 from mllama.nn.packed import FORMAT, PackedEmbedding, PackedFormat, PackedLinear, packed_layer
-from mllama.ops.packed_layout import PACKINGS
 from mllama.quant.packer import (
     AUTO,
     EMBEDDINGS,
@@ -53,8 +52,6 @@ def packing(
             raise ValueError(
                 f"weights must be {packed_as!r}, as the files' weights are packed, got {weights!r}"
             )
-        if packed_as not in RECIPES and not set(packed_as.split("+")) <= PACKINGS.keys():
-            raise ValueError(f"this release of mllama has no weights packed as {packed_as!r}")
         packer = _Mapped(model, packed_as, device)
     elif weights is None:
         yield None
@@ -110,6 +107,15 @@ class _Mapped:
 
     def __init__(self, model: nn.Module, weights: str, device: Any):
         check_packable(model, weights, device)
+        kinds = PackedLinear, PackedEmbedding
+        found = {one.packing for one in model.modules() if isinstance(one, kinds)}
+        recipe = RECIPES.get(weights)
+        named = set(weights.split("+")) if recipe is None else set(vars(recipe).values())
+        if not found <= named:
+            raise ValueError(
+                f"the config says that weights are packed as {weights!r}, the files have "
+                f"{', '.join(sorted(found))}"
+            )
         self.model, self.weights = model, weights
 
     def take(

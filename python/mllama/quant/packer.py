@@ -166,6 +166,8 @@ class Packer:
                 try:
                     self.take(f"{owner}.weight", weight.detach, None, weight.dtype)
                 except ValueError as error:
+                    if self.packed:  # nothing else may take it for a dense model
+                        mark_packed(self.model, "a part of its layers only")
                     raise ValueError(f"{owner}.weight: {error}") from error
 
     def finish(self) -> None:
@@ -238,10 +240,21 @@ def tie_packed(model: nn.Module) -> None:
         model.get_submodule(HEAD).packed = model.get_submodule(EMBEDDINGS).packed
 
 
-def choose_weights(weights: str | None, device: torch.device, adapted: bool) -> str | None:
-    """Resolve AUTO: it stays where a model can be packed, and is None on another device than the
-    CPU, without the compiled operators, or with adapters. Any other value is returned unchanged.
+def choose_weights(
+    weights: str | None, packed_as: str | None, device: torch.device, adapted: bool
+) -> str | None:
+    """Resolve AUTO and "none" for files whose weights are packed as `packed_as`, or are not.
+
+    AUTO stays where a model can be packed, and is None on another device than the CPU, without the
+    compiled operators, or with adapters. Any other value is returned unchanged.
+
+    Raises:
+        ValueError: "none" for packed weights.
     """
+    if weights == "none" and packed_as is not None:
+        raise ValueError(f"weights must not be 'none': the files' are packed as {packed_as}")
+    if weights == "none":
+        return None
     if weights != AUTO:
         return weights
     return None if device.type != "cpu" or _ext.disabled() or adapted else AUTO
@@ -269,7 +282,7 @@ def optimize(model: _Model, weights: str, calibration: torch.Tensor | None = Non
         IndexError: calibration has an id beyond the vocabulary.
         ValueError: calibration is for other weights than "int4", or not [rows, T]; weights is not
             known; the model is packed or has LoRA layers; a weight has values that the format
-            cannot hold.
+            cannot hold; the model is then packed in part, and has to be loaded anew.
     """
     if weights in (FILE, AUTO):
         raise ValueError(f"weights={weights!r} is for a model that is being loaded")
