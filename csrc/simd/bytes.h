@@ -1,6 +1,8 @@
 // Products of bytes: in every 32-bit lane, four codes of a weight with four of x, summed.
 #pragma once
 
+#include <algorithm>
+
 #include "simd/vec.h"
 
 namespace mllama::simd::MLLAMA_ISA {
@@ -27,6 +29,24 @@ inline void store_bytes(int8_t* p, vi x) {
     typedef int8_t vb __attribute__((vector_size(kWidth)));
     vb bytes = __builtin_convertvector(x, vb);
     std::memcpy(p, &bytes, sizeof bytes);
+}
+// The nearest integer from -127 to 127; ties go to the even one.
+inline vi nearest_code(vf x) {
+    vf shifted = x + 12582912.0f;  // 1.5 * 2^23: rounds to an integer
+    vi code = reinterpret_cast<vi>(as_bits(shifted)) - 0x4b400000;
+    return code < -127 ? vi{} - 127 : (code > 127 ? vi{} + 127 : code);
+}
+// The largest size of n floats, a multiple of kWidth. NaN where one is not finite.
+inline float largest_size(const float* x, int n) {
+    vf largest{}, poison{};
+    for (int i = 0; i < n; i += kWidth) {
+        vf v = load(x + i);
+        largest = max(largest, as_float(as_bits(v) & 0x7fffffffu));
+        poison += v * 0.0f;  // NaN where v is not finite
+    }
+    float top = 0;
+    for (int i = 0; i < kWidth; ++i) top = std::max(top, largest[i]);
+    return top + reduce_add(poison);
 }
 inline vf to_float(vi x) { return __builtin_convertvector(x, vf); }
 

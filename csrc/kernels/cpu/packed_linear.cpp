@@ -19,21 +19,12 @@ constexpr int64_t kAhead = 1024;  // bytes; hides what the hardware's prefetcher
 // Codes in [-127, 127], the scale that gives the values back, and the sums of the codes in either
 // half. Values that are not finite give a scale that is not.
 void quantize_group(const float* x, int8_t* codes, float* scale, int16_t* sums) {
-    vf largest{}, poison{};
-    for (int i = 0; i < kGroup; i += kWidth) {
-        vf v = load(x + i);
-        largest = max(largest, as_float(as_bits(v) & 0x7fffffffu));
-        poison += v * 0.0f;  // NaN where v is not finite
-    }
-    float top = 0;
-    for (int i = 0; i < kWidth; ++i) top = std::max(top, largest[i]);
-    *scale = top / 127.0f + reduce_add(poison);
+    float top = largest_size(x, kGroup);
+    *scale = top / 127.0f;
     vf inverse = splat(top > 0 ? 127.0f / top : 0.0f);
     vi total[2]{};
     for (int i = 0; i < kGroup; i += kWidth) {
-        vf shifted = load(x + i) * inverse + 12582912.0f;  // 1.5 * 2^23: rounds to an integer
-        vi code = reinterpret_cast<vi>(as_bits(shifted)) - 0x4b400000;
-        code = code < -127 ? vi{} - 127 : (code > 127 ? vi{} + 127 : code);
+        vi code = nearest_code(load(x + i) * inverse);
         total[i / (kGroup / 2)] += code;
         store_bytes(codes + i, code);
     }

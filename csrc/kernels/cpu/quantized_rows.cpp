@@ -13,23 +13,12 @@ constexpr float kSmallestScale = 1e-36f;  // its inverse is finite
 
 // Codes of one group, and its scale.
 bf16 quantize_group(const float (&x)[kRowGroup], int8_t (&codes)[kRowGroup]) {
-    vf largest{}, poison{};
-    for (int i = 0; i < kRowGroup; i += kWidth) {
-        vf v = load(x + i);
-        largest = max(largest, as_float(as_bits(v) & 0x7fffffffu));
-        poison += v * 0.0f;  // NaN where v is not finite
-    }
-    float top = 0;
-    for (int i = 0; i < kWidth; ++i) top = std::max(top, largest[i]);
-    vh half = narrow(splat(top / 127.0f + reduce_add(poison)), bf16{});
+    vh half = narrow(splat(largest_size(x, kRowGroup) / 127.0f), bf16{});
     float scale = widen(half, bf16{})[0];
     if (scale < kSmallestScale) scale = 0, half = vh{};
     vf inverse = splat(scale > 0 ? 1.0f / scale : 0.0f);
-    for (int i = 0; i < kRowGroup; i += kWidth) {
-        vf shifted = load(x + i) * inverse + 12582912.0f;  // 1.5 * 2^23: rounds to an integer
-        vi code = reinterpret_cast<vi>(as_bits(shifted)) - 0x4b400000;
-        store_bytes(codes + i, code < -127 ? vi{} - 127 : (code > 127 ? vi{} + 127 : code));
-    }
+    for (int i = 0; i < kRowGroup; i += kWidth)
+        store_bytes(codes + i, nearest_code(load(x + i) * inverse));
     return {half[0]};
 }
 

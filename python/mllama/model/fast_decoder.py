@@ -70,9 +70,9 @@ class FastDecoder:
         if not self.is_current:
             raise ValueError("decoder: adapters changed, make another FastDecoder")
         B, length = len(prepared.embeds), int(cache.length)
-        positions = prepared.position_ids
+        positions, mask = prepared.position_ids, prepared.padding_mask
         if positions is None:
-            positions = count_positions(prepared.padding_mask, 1, length, prepared.embeds.device)
+            positions = count_positions(mask, 1, length, prepared.embeds.device)
         keys, values, image_keys = cache.reserve(1, self._cross)
         cross, visible, key_mask = prepared.cross, None, None
         if cross is None:
@@ -87,7 +87,7 @@ class FastDecoder:
             keys,
             values,
             length,
-            count_padding(prepared.padding_mask),
+            None if mask is None else (mask == 0).sum(1),
             image_keys,
             key_mask,
             visible,
@@ -97,11 +97,11 @@ class FastDecoder:
 
 
 def find_obstacle_of_pass(inputs: ModelInputs, prepared: DecoderInputs) -> str | None:
-    """Why a pass cannot run by `decode_step` on a decoder that can; None where it can."""
-    B, T = prepared.embeds.shape[:2]
+    """Why a pass of one position after others cannot run by `decode_step` on a decoder that can;
+    None where it can.
+    """
+    B = len(prepared.embeds)
     cache, mask, cross = inputs.cache, prepared.padding_mask, prepared.cross
-    if T != 1 or not inputs.past:
-        return "it is a prompt"
     if torch.is_grad_enabled() and prepared.embeds.requires_grad:
         return "it is differentiated"
     if not 0 < B <= MAX_ROWS:
@@ -119,20 +119,15 @@ def find_obstacle_of_pass(inputs: ModelInputs, prepared: DecoderInputs) -> str |
         mask is not None and mask.shape != (B, inputs.past + 1)
     ):
         return "its attention_mask is not [batch, past + 1]"
-    if mask is not None and count_padding(mask) is None and not bool((mask != 0).all()):
+    if mask is not None and not _is_padded_left(mask):
         return "its padding is not on the left"
     return cache.in_place_obstacle(B)
 
 
-def count_padding(mask: torch.Tensor | None) -> torch.Tensor | None:
-    """int64 [B]: padding at the front of each row of a mask [B, S]; None where there is none, or
-    where it is elsewhere.
-    """
-    if mask is None or bool((keep := mask != 0).all()):
-        return None
-    if not bool(keep[:, -1].all()) or bool((keep[:, :-1] > keep[:, 1:]).any()):
-        return None
-    return (~keep).sum(1)
+def _is_padded_left(mask: torch.Tensor) -> bool:
+    """Whether the rows of a mask [B, S] are zeros, if any, and then ones."""
+    keep = mask != 0
+    return bool(keep[:, -1].all()) and not bool((keep[:, :-1] > keep[:, 1:]).any())
 
 
 def find_obstacle(decoder: nn.Module) -> str | None:

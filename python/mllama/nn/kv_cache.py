@@ -18,8 +18,8 @@ CACHE_DTYPES = {
 
 
 class _Buffer:
-    """Keys and values of one layer, [B, kv_heads, capacity, head_dim] each, of which `length` are
-    in use. int8: rows of `quantize_rows` in place of head_dim values.
+    """Keys and values of one layer, [B, kv_heads, capacity, head_dim] each. The first `length`
+    positions are in use. int8: rows of `quantize_rows` in place of head_dim values.
     """
 
     def __init__(self, dtype: torch.dtype | None) -> None:
