@@ -166,30 +166,45 @@ class Roofs:
 
 
 def measure_roofs() -> Roofs:
-    """Best of RUNS, with buffers larger than the caches (256 MiB) and 2048 x 2048 matrices. Reading
-    is the fastest of a sum, a maximum and a dot product: none of them is so on every machine.
-    """
+    """Best of RUNS, with buffers larger than the caches (256 MiB) and 2048 x 2048 matrices."""
     source = torch.ones(1 << 26)
     target = torch.ones_like(source)
-    bytes_ = source.numel() * source.element_size()
     a = torch.randn(2048, 2048)
     b = a.bfloat16()
-
-    def best(call: Callable) -> float:
-        call()
-        return min(_run(call, 1) for _ in range(RUNS))
-
     return Roofs(
-        read=max(
-            bytes_ / best(source.sum),
-            bytes_ / best(source.amax),
-            2 * bytes_ / best(lambda: torch.dot(source, target)),
-        )
-        / 1e9,
-        copy=2 * bytes_ / best(lambda: target.copy_(source)) / 1e9,
-        matmul_f32=2 * 2048**3 / best(lambda: a @ a) / 1e9,
-        matmul_bf16=2 * 2048**3 / best(lambda: b @ b) / 1e9,
+        read=Reading(source, target).speed(),
+        copy=2 * source.nbytes / _best(lambda: target.copy_(source)) / 1e9,
+        matmul_f32=2 * 2048**3 / _best(lambda: a @ a) / 1e9,
+        matmul_bf16=2 * 2048**3 / _best(lambda: b @ b) / 1e9,
     )
+
+
+class Reading:
+    """How fast memory is read: the fastest of a sum, a maximum and a dot product, since none of
+    them is so on every machine.
+    """
+
+    def __init__(self, source: torch.Tensor | None = None, other: torch.Tensor | None = None):
+        self._source = torch.ones(1 << 26) if source is None else source
+        self._other = torch.ones_like(self._source) if other is None else other
+
+    def speed(self) -> float:
+        """GB/s, best of RUNS."""
+        source, other = self._source, self._other
+        bytes_ = source.nbytes
+        return (
+            max(
+                bytes_ / _best(source.sum),
+                bytes_ / _best(source.amax),
+                2 * bytes_ / _best(lambda: torch.dot(source, other)),
+            )
+            / 1e9
+        )
+
+
+def _best(call: Callable) -> float:
+    call()
+    return min(_run(call, 1) for _ in range(RUNS))
 
 
 def machine() -> str:

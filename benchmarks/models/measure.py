@@ -7,7 +7,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
-from benchmarks.harness import Roofs, measure_roofs
+from benchmarks.harness import Reading, Roofs, measure_roofs
 from benchmarks.models.files import Files
 from benchmarks.models.groups import Case, Contender, Group
 from benchmarks.models.worker import Worker, WorkerError
@@ -19,7 +19,8 @@ class Row:
 
     Attributes:
         rates: tokens per second, by round.
-        bytes: memory read for a step, if known.
+        bytes_per_second: that were read, if known, by round.
+        shares: of what the machine read just before and after, by round.
         peak: the most memory that the process had, in bytes.
         load_seconds: from the start of the process until the model was ready.
         more: other figures of the last round.
@@ -31,12 +32,13 @@ class Row:
     version: str
     rates: list[float] = field(default_factory=list)
     bytes_per_second: list[float] = field(default_factory=list)
+    shares: list[float] = field(default_factory=list)
     peak: int = 0
     load_seconds: float = 0
     more: dict[str, Any] = field(default_factory=dict)
 
-    def as_json(self, read: float) -> dict[str, Any]:
-        """With medians, and the share of `read`, in GB/s, at which memory was read."""
+    def as_json(self) -> dict[str, Any]:
+        """With medians."""
         found: dict[str, Any] = {
             "case": self.case,
             "engine": self.engine,
@@ -50,7 +52,8 @@ class Row:
         }
         if self.bytes_per_second:
             speed = statistics.median(self.bytes_per_second) / 1e9
-            found |= {"gb_per_second": round(speed, 2), "share_of_read": round(speed / read, 3)}
+            share = statistics.median(self.shares)
+            found |= {"gb_per_second": round(speed, 2), "share_of_read": round(share, 3)}
         return found
 
 
@@ -61,6 +64,7 @@ def measure_group(group: Group, files: Files, threads: int, rounds: int) -> dict
     case.
     """
     start = time.perf_counter()
+    reading = Reading()
     with ExitStack() as stack:
         workers: list[tuple[Contender, Worker]] = []
         for contender in group.contenders:
@@ -84,7 +88,7 @@ def measure_group(group: Group, files: Files, threads: int, rounds: int) -> dict
                             load_seconds=worker.load_seconds,
                         ),
                     )
-                    _measure(worker, case, row, keep=turn > 0)
+                    _measure(worker, case, row, reading if turn else None)
             seconds = time.perf_counter() - start
             print(f"{group.name}: round {turn} of {rounds}, {seconds:.0f} s", file=sys.stderr)
     read = statistics.median(roof.read for roof in roofs)
@@ -96,7 +100,7 @@ def measure_group(group: Group, files: Files, threads: int, rounds: int) -> dict
             "matmul_f32_gflops": round(statistics.median(roof.matmul_f32 for roof in roofs), 1),
             "matmul_bf16_gflops": round(statistics.median(roof.matmul_bf16 for roof in roofs), 1),
         },
-        "rows": [row.as_json(read) for row in rows.values() if len(row.rates) == rounds],
+        "rows": [row.as_json() for row in rows.values() if len(row.rates) == rounds],
     }
 
 
@@ -112,16 +116,20 @@ def _start(contender: Contender, files: Files, threads: int) -> Worker | None:
         return None
 
 
-def _measure(worker: Worker, case: Case, row: Row, keep: bool) -> None:
+def _measure(worker: Worker, case: Case, row: Row, reading: Reading | None) -> None:
+    """Adds a measurement to the row; without `reading` it only warms up."""
     if case.action not in worker.facts["actions"] or not worker.alive:
         return
+    before = reading.speed() if reading else 0
     try:
         found = worker.ask(case.action, **case.arguments)
     except WorkerError as error:
         print(f"{row.engine} {row.precision} fails in {case.name}: {error}", file=sys.stderr)
         return
     row.peak, row.more = max(row.peak, found["peak"]), found.get("more", {})
-    if keep:
+    if reading:
         row.rates.append(found["tokens"] / found["seconds"])
         if "bytes" in found:
-            row.bytes_per_second.append(found["bytes"] / found["seconds"])
+            speed = found["bytes"] / found["seconds"]
+            row.bytes_per_second.append(speed)
+            row.shares.append(speed / 1e9 / ((before + reading.speed()) / 2))

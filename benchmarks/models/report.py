@@ -68,7 +68,10 @@ def _head(content: Mapping[str, Any]) -> str:
         "[benchmarks/README.md](benchmarks/README.md) explains the workloads."
     )
     if reads:
-        text += f" Memory was read at {min(reads):.0f} to {max(reads):.0f} GB/s in the same run."
+        text += (
+            f" Memory was read at {min(reads):.0f} to {max(reads):.0f} GB/s in the same run; shares "
+            "are of its speed just before and after a measurement."
+        )
     command = "make bench-models"  # stays on one line
     text = text.replace(command, command.replace(" ", "\0"))
     whole = textwrap.fill(text, 100, break_on_hyphens=False)

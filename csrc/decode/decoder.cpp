@@ -1,12 +1,12 @@
 #include "decode/decoder.h"
 
 #include <cmath>
-#include <initializer_list>
 
+#include "decode/attention.h"
 #include "decode/memory.h"
+#include "decode/products.h"
 #include "decode/team.h"
 #include "kernels/cpu/adapter.h"
-#include "kernels/cpu/attention.h"
 #include "kernels/cpu/cast.h"
 #include "kernels/cpu/quantized_rows.h"
 #include "kernels/cpu/rms_norm.h"
@@ -15,12 +15,10 @@
 namespace mllama {
 namespace {
 
-// A product's layer and its result.
-struct Product {
-    const DecoderLinear* linear;
-    float* y;
-};
-using Products = std::initializer_list<Product>;
+constexpr int64_t kGrain = 4;      // blocks of a product that a thread takes at least
+constexpr int64_t kFewChunks = 4;  // of keys, whose results are merged with a row's other work
+
+constexpr auto nothing = [] {};
 
 class Step {
   public:
@@ -32,131 +30,184 @@ class Step {
           statistics_(step.rows * decoder.heads),
           hidden_(mutable_data<float>(step.hidden)) {
         rotate_tables();
-        for (size_t i = 0; i < d_.layers.size(); ++i) visible_.push_back(visible_keys(i));
-        for (size_t i = 0; i < d_.layers.size(); ++i) attention_.push_back(attention(i));
+        for (const DecoderLayer& layer : d_.layers) visible_.push_back(visible_keys(layer, s_));
+        for (size_t i = 0; i < d_.layers.size(); ++i) {
+            attention_.push_back(
+                attention_arguments(d_, s_, i, m_, visible_[i], statistics_.data()));
+        }
     }
 
     void run() {
+        std::vector<size_t> active;  // layers that attend to no image are left out without one
+        for (size_t i = 0; i < d_.layers.size(); ++i) {
+            if (!d_.layers[i].cross || s_.image_keys) active.push_back(i);
+        }
         Team team;
         team.run([&](Team::Member member) {
             const DecoderLayer* before = nullptr;
-            for (size_t i = 0; i < d_.layers.size(); ++i) {
-                const DecoderLayer& layer = d_.layers[i];
-                if (layer.cross && !s_.image_keys) continue;
-                attend(member, i, before);
-                feed_forward(member, layer);
+            auto enter = [&](const DecoderLayer* layer, int64_t first, int64_t last) {
+                if (before) end_layer(*before, first, last);
+                float* to = layer ? m_.normed : mutable_data<float>(s_.out);
+                add_and_norm(layer ? layer->input : d_.norm, before != nullptr, to, first, last);
+                if (layer) prepare(layer->q, m_.normed, first, last);
+            };
+            const DecoderLayer* first = active.empty() ? nullptr : &d_.layers[active[0]];
+            member.share(
+                s_.rows, 1, [&](int64_t begin, int64_t end) { enter(first, begin, end); }, nothing,
+                nothing);
+            for (size_t n = 0; n < active.size(); ++n) {
+                const DecoderLayer& layer = d_.layers[active[n]];
+                const DecoderLayer* next =
+                    n + 1 < active.size() ? &d_.layers[active[n + 1]] : nullptr;
+                attend(member, layer, active[n]);
                 before = &layer;
+                feed_forward(
+                    member, layer, [&](int64_t begin, int64_t end) { enter(next, begin, end); },
+                    next);
             }
-            finish(member, before);
         });
     }
 
   private:
-    // ---- phases, each ended by all threads together
+    // ---- phases
 
-    void attend(Team::Member& member, size_t i, const DecoderLayer* before) {
-        const DecoderLayer& layer = d_.layers[i];
-        member.share(s_.rows, [&](int64_t first, int64_t last) {
-            if (before) end_layer(*before, first, last);
-            add_and_norm(layer.input, before != nullptr, m_.normed, first, last);
-            prepare(layer.q, m_.normed, first, last);
-        });
-        if (layer.cross) {
-            multiply(member, m_.normed, {{&layer.q, m_.q}});
-        } else {
-            multiply(member, m_.normed, {{&layer.q, m_.q}, {&layer.k, m_.k}, {&layer.v, m_.v}});
-        }
-        member.share(s_.rows, [&](int64_t first, int64_t last) {
-            for (int64_t row = first; row < last; ++row) {
-                if (!layer.cross) append(layer, i, row);
-                query(layer, row);
-            }
-        });
+    // body(begin, end) for all tasks, then rows(first, last) for all rows: one row by the thread
+    // that ends the phase, more of them as a phase of their own. Who waits reads `next` ahead.
+    template <class Body, class Rows>
+    void phase(Team::Member& member, int64_t tasks, int64_t grain, Body&& body, Rows&& rows,
+               Products next) {
+        bool one = s_.rows == 1;
+        member.share(
+            tasks, grain, body,
+            [&] {
+                if (one) rows(int64_t{0}, int64_t{1});
+            },
+            [&] { fetch(next, member.begin(count(next, blocks), kGrain)); });
+        if (!one) member.share(s_.rows, 1, rows, nothing, nothing);
+    }
+
+    void attend(Team::Member& member, const DecoderLayer& layer, size_t i) {
+        Products text = {{&layer.q, m_.q}, {&layer.k, m_.k}, {&layer.v, m_.v}},
+                 image = {{&layer.q, m_.q}};
+        multiply(member, m_.normed, layer.cross ? image : text,
+                 [&](int64_t first, int64_t last) {
+                     for (int64_t row = first; row < last; ++row) {
+                         if (!layer.cross) append(layer, i, row);
+                         query(layer, row);
+                     }
+                 },
+                 {});
+        const Product out{&layer.o, m_.out};
         const kernels::AttentionForward& args = attention_[i];
-        auto scores = MLLAMA_CALL(attention_decode);
-        member.share(args.groups() * args.chunks,
-                     [&](int64_t first, int64_t last) { scores(args, m_.partial, first, last); });
-        member.share(s_.rows, [&](int64_t first, int64_t last) {
-            MLLAMA_CALL(attention_merge)
-            (args, m_.partial, first * d_.kv_heads, last * d_.kv_heads);
+        auto scores = [&](int64_t first, int64_t last) {
+            MLLAMA_CALL(attention_decode)(args, m_.partial, first, last);
+        };
+        auto merge = [&](int64_t first, int64_t last) {
+            MLLAMA_CALL(attention_merge)(args, m_.partial, first, last);
+        };
+        auto rows = [&](int64_t first, int64_t last) {
+            if (args.chunks <= kFewChunks) merge(first * d_.kv_heads, last * d_.kv_heads);
             int64_t width = d_.heads * d_.head_dim;
             MLLAMA_CALL(cast)
             (cached(m_.attended, first * width), s_.cache_dtype, m_.q + first * width, Dtype::f32,
              (last - first) * width);
             prepare(layer.o, m_.q, first, last);
-        });
-        multiply(member, m_.q, {{&layer.o, m_.out}});
+        };
+        if (args.chunks <= kFewChunks) {
+            phase(member, args.groups() * args.chunks, 1, scores, rows, {out});
+        } else {
+            member.share(args.groups() * args.chunks, 1, scores, nothing, nothing);
+            phase(member, args.groups(), 1, merge, rows, {out});
+        }
+        multiply(member, m_.q, {out},
+                 [&](int64_t first, int64_t last) {
+                     bool both =
+                         layer.pre_feedforward != nullptr;  // norms before and after the blocks
+                     if (layer.cross) scale_rows(layer.attention_gate, first, last);
+                     if (both) norm(layer.post_attention, m_.out, d_.hidden, first, last, m_.rstd);
+                     add_and_norm(both ? layer.pre_feedforward : layer.post_attention, true,
+                                  m_.normed, first, last);
+                     prepare(layer.gate, m_.normed, first, last);
+                 },
+                 {{&layer.gate, m_.gate}});
     }
 
-    void feed_forward(Team::Member& member, const DecoderLayer& layer) {
-        bool both = layer.pre_feedforward != nullptr;  // norms before and after the blocks
-        member.share(s_.rows, [&](int64_t first, int64_t last) {
-            if (layer.cross) scale_rows(layer.attention_gate, first, last);
-            if (both) norm(layer.post_attention, m_.out, d_.hidden, first, last, m_.rstd);
-            add_and_norm(both ? layer.pre_feedforward : layer.post_attention, true, m_.normed,
-                         first, last);
-            prepare(layer.gate, m_.normed, first, last);
-        });
-        multiply(member, m_.normed, {{&layer.gate, m_.gate}, {&layer.up, m_.up}});
-        member.share(s_.rows, [&](int64_t first, int64_t last) {
+    // `enter` leads to the next layer, if there is one.
+    template <class Rows>
+    void feed_forward(Team::Member& member, const DecoderLayer& layer, Rows&& enter,
+                      const DecoderLayer* next) {
+        const Product gate{&layer.gate, m_.gate}, up{&layer.up, m_.up}, down{&layer.down, m_.out};
+        float* small = m_.small + s_.rows * gate.linear->rank();  // of up
+        adapters_down(member, m_.normed, {gate, up});
+        phase(
+            member, kernels::block_count(d_.intermediate), kGrain,
+            [&](int64_t begin, int64_t end) {
+                product(gate, m_.normed, m_.small, begin, end);
+                product(up, m_.normed, small, begin, end);
+                activate(begin * kernels::kLanes, std::min(end * kernels::kLanes, d_.intermediate));
+            },
+            [&](int64_t first, int64_t last) { prepare(layer.down, m_.gate, first, last); },
+            {down});
+        if (next) {
+            multiply(member, m_.gate, {down}, enter, {{&next->q, m_.q}});
+        } else {
+            multiply(member, m_.gate, {down}, enter, {});
+        }
+    }
+
+    // Columns of gate become the activation's products with up.
+    void activate(int64_t first, int64_t last) {
+        for (int64_t row = 0; row < s_.rows; ++row) {
+            float* gate = m_.gate + row * d_.intermediate + first;
             kernels::Gated args{.activation = d_.activation,
                                 .dtype = Dtype::f32,
-                                .width = d_.intermediate,
-                                .gate = m_.gate,
-                                .up = m_.up,
-                                .gate_stride = d_.intermediate,
-                                .up_stride = d_.intermediate,
-                                .y = m_.gate,
+                                .width = last - first,
+                                .gate = gate,
+                                .up = m_.up + row * d_.intermediate + first,
+                                .gate_stride = 0,
+                                .up_stride = 0,
+                                .y = gate,
                                 .large = false};
-            MLLAMA_CALL(gated)(args, first * d_.intermediate, last * d_.intermediate);
-            prepare(layer.down, m_.gate, first, last);
-        });
-        multiply(member, m_.gate, {{&layer.down, m_.out}});
-    }
-
-    void finish(Team::Member& member, const DecoderLayer* before) {
-        member.share(s_.rows, [&](int64_t first, int64_t last) {
-            if (before) end_layer(*before, first, last);
-            add_and_norm(d_.norm, before != nullptr, mutable_data<float>(s_.out), first, last);
-        });
+            MLLAMA_CALL(gated)(args, 0, last - first);
+        }
     }
 
     // The products with x, whose activations `prepare` left, as one list of blocks.
-    void multiply(Team::Member& member, const float* x, Products products) {
-        share(
-            member, products, [](const DecoderLinear& linear) { return linear.rank(); },
-            [&](const Product& p, int64_t begin, int64_t end, float* small) {
-                MLLAMA_CALL(adapter_down)(adapter(p, x, small), begin, end);
-            });
-        share(
-            member, products,
-            [](const DecoderLinear& linear) { return kernels::block_count(linear.out); },
-            [&](const Product& p, int64_t begin, int64_t end, float* small) {
-                MLLAMA_CALL(packed_product)(arguments(*p.linear, nullptr, p.y), begin, end);
-                if (!p.linear->adapter) return;
-                MLLAMA_CALL(adapter_up)
-                (adapter(p, x, small), begin * kernels::kLanes,
-                 std::min(end * kernels::kLanes, p.linear->out));
-            });
+    template <class Rows>
+    void multiply(Team::Member& member, const float* x, Products products, Rows&& rows,
+                  Products next) {
+        adapters_down(member, x, products);
+        phase(
+            member, count(products, blocks), kGrain,
+            [&](int64_t first, int64_t last) {
+                each(products, blocks, m_.small, s_.rows, first, last,
+                     [&](const Product& p, float* small, int64_t begin, int64_t end) {
+                         product(p, x, small, begin, end);
+                     });
+            },
+            rows, next);
     }
 
-    // Shares out the tasks of several products, as many as count(linear) gives for each, as one
-    // list. body(product, first, last, its part of m_.small)
-    template <class Count, class Body>
-    void share(Team::Member& member, Products products, Count&& count, Body&& body) {
-        int64_t tasks = 0;
-        for (const Product& p : products) tasks += count(*p.linear);
+    void adapters_down(Team::Member& member, const float* x, Products products) {
+        int64_t tasks = count(products, ranks);
         if (tasks == 0) return;
-        member.share(tasks, [&](int64_t first, int64_t last) {
-            float* small = m_.small;
-            for (const Product& p : products) {
-                int64_t own = count(*p.linear);
-                int64_t begin = std::max<int64_t>(first, 0), end = std::min(last, own);
-                if (begin < end) body(p, begin, end, small);
-                first -= own, last -= own;
-                small += s_.rows * p.linear->rank();
-            }
-        });
+        member.share(
+            tasks, 1,
+            [&](int64_t first, int64_t last) {
+                each(products, ranks, m_.small, s_.rows, first, last,
+                     [&](const Product& p, float* small, int64_t begin, int64_t end) {
+                         MLLAMA_CALL(adapter_down)(adapter(p, x, small), begin, end);
+                     });
+            },
+            nothing, nothing);
+    }
+
+    void product(const Product& p, const float* x, float* small, int64_t begin, int64_t end) {
+        MLLAMA_CALL(packed_product)(arguments(*p.linear, nullptr, p.y), begin, end);
+        if (!p.linear->adapter) return;
+        MLLAMA_CALL(adapter_up)
+        (adapter(p, x, small), begin * kernels::kLanes,
+         std::min(end * kernels::kLanes, p.linear->out));
     }
 
     // ---- rows
@@ -298,58 +349,6 @@ class Step {
                 .hidden = nullptr,
                 .y = nullptr,
                 .rstd = nullptr};
-    }
-
-    std::vector<kernels::VisibleKeys> visible_keys(size_t i) const {
-        int64_t window = d_.layers[i].window, last = s_.length + 1;
-        std::vector<kernels::VisibleKeys> rows;
-        if (d_.layers[i].cross) {
-            for (int64_t row = 0; row < s_.rows; ++row)
-                rows.push_back(
-                    {.offset = s_.image_keys,
-                     .window_start = 0,
-                     .prefix = 0,
-                     .first = 0,
-                     .last = s_.image_keys,
-                     .added = s_.image_bias ? s_.image_bias + row * s_.image_keys : nullptr,
-                     .ranges = nullptr});
-            return rows;
-        }
-        for (int64_t row = 0; row < s_.rows; ++row) {
-            int64_t start = window ? std::max<int64_t>(last - window, 0) : 0;
-            int64_t first = std::max(s_.first_key[row], start);
-            rows.push_back({.offset = s_.length,
-                            .window_start = first,
-                            .prefix = 0,
-                            .first = first,
-                            .last = last,
-                            .added = nullptr,
-                            .ranges = nullptr});
-        }
-        return rows;
-    }
-
-    kernels::AttentionForward attention(size_t i) {
-        const DecoderLayer& layer = d_.layers[i];
-        if (layer.cross && !s_.image_keys) return {};
-        int64_t size = d_.head_dim, length = s_.keys[i].size(3);  // of a cached row
-        int64_t head = s_.keys[i].size(2) * length, row = d_.kv_heads * head;
-        int64_t keys = layer.cross ? s_.image_keys : s_.length + 1, first = keys;
-        for (const kernels::VisibleKeys& row : visible_[i]) first = std::min(first, row.first);
-        kernels::AttentionForward a{};
-        a.dtype = s_.cache_dtype, a.quantized = s_.quantized;
-        a.batch = s_.rows, a.queries = 1, a.keys = keys;
-        a.heads = d_.heads, a.kv_heads = d_.kv_heads, a.size = size;
-        a.scale = layer.scale, a.softcap = layer.softcap;
-        a.q = {m_.query, d_.heads * size, d_.heads * size, size};
-        a.k = {s_.keys[i].const_data_ptr(), row, length, head};
-        a.v = {s_.values[i].const_data_ptr(), row, length, head};
-        a.visible = visible_[i].data();
-        a.out = m_.attended;
-        a.statistics = statistics_.data();
-        a.first_chunk = first / kernels::kDecodeChunk;
-        a.chunks = (keys - 1) / kernels::kDecodeChunk + 1 - a.first_chunk;
-        return a;
     }
 
     // cos and sin of every position's angles, [frequencies, rows, head_dim / 2].

@@ -28,6 +28,7 @@ struct DecoderLinear {
     std::optional<DecoderAdapter> adapter;
 
     int64_t rank() const { return adapter ? adapter->rank : 0; }
+    int64_t block_bytes() const { return kernels::block_bytes(packing, in); }
 };
 
 using DecoderNorm = const float*;  // weight; null = no norm

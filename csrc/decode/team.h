@@ -2,14 +2,20 @@
 // a model's products would cost more than waiting inside of one.
 #pragma once
 
+#include <algorithm>
 #include <atomic>
 #include <exception>
+#include <memory>
 #include <thread>
 
 #include "core/threads.h"
 
 namespace mllama {
 
+// All threads call `share` for the same phases in the same order. Each has a range of a phase's
+// tasks of its own, which it reads through in order; who is done takes pieces of the others'. So a
+// thread that has lost its core to another program is not waited for: when it comes back, it passes
+// over the phases that are done.
 class Team {
   public:
     // One thread's place in the team.
@@ -17,68 +23,107 @@ class Team {
       public:
         Member(Team& team, int64_t index) : team_(team), index_(index) {}
 
-        // Runs body(begin, end) on this member's share of [0, tasks), then waits for the others.
-        // After a body threw, no other one runs; the members meet at every end all the same.
-        template <class Body>
-        void share(int64_t tasks, Body&& body) {
-            int64_t members = team_.members_.load(std::memory_order_relaxed);
-            int64_t begin = tasks * index_ / members, end = tasks * (index_ + 1) / members;
-            if (begin < end && !team_.failed_.load(std::memory_order_relaxed)) {
-                try {
-                    body(begin, end);
-                } catch (...) {
-                    team_.fail(std::current_exception());
-                }
+        // A phase: body(begin, end) for all of [0, tasks), of which there is one at least, in
+        // pieces that begin at multiples of `grain`; then last(), once, by the thread that ends the
+        // phase. The others call idle() while they wait for it. Returns when last() has. When body
+        // or last throws, all later ones are left out.
+        template <class Body, class Last, class Idle>
+        void share(int64_t tasks, int64_t grain, Body&& body, Last&& last, Idle&& idle) {
+            if (!team_.work(phase_, index_, tasks, grain, body, last)) {
+                if (team_.open(phase_)) idle();
+                team_.wait(phase_);
             }
-            team_.wait(members);
+            ++phase_;
+        }
+
+        // Where this thread's own range of a phase's tasks begins.
+        int64_t begin(int64_t tasks, int64_t grain) const {
+            return team_.bound(tasks, grain, index_);
         }
 
       private:
         Team& team_;
         int64_t index_;
+        uint32_t phase_ = 0;
     };
 
-    // Runs body(member) on each of torch's threads; throws what one of the bodies of `share` threw.
+    Team() : size_(thread_count()), ranges_(new Range[size_]) {}
+
+    // Runs body(member) on torch's threads; throws what a phase threw.
     template <class Body>
     void run(Body&& body) {
-        int64_t threads = thread_count();
-        if (threads == 1) {
-            members_ = 1;
-            body(Member(*this, 0));
-        } else {
-            torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
-                // Where torch runs fewer threads than asked for (inside another region one), each
-                // gets several places: the first call says how many, and so how many members there
-                // are.
-                if (begin == 0) {
-                    size_.store(end, std::memory_order_relaxed);
-                    members_.store((threads + end - 1) / end, std::memory_order_release);
-                }
-                while (members_.load(std::memory_order_acquire) == 0) std::this_thread::yield();
-                body(Member(*this, begin / size_.load(std::memory_order_relaxed)));
-            });
-        }
+        parallel_for(size_, 1, [&](int64_t begin, int64_t) { body(Member(*this, begin)); });
         if (error_) std::rethrow_exception(error_);
     }
 
   private:
-    static constexpr int kSpins = 4096;  // before other programs get the core
+    static constexpr int kSpins = 4096;    // before other programs get the core
+    static constexpr int64_t kPieces = 4;  // of a range
 
-    void fail(std::exception_ptr error) {
-        if (!failed_.exchange(true)) error_ = std::move(error);
+    // What is left of a member's range: the phase, and how many of its tasks are taken.
+    struct alignas(64) Range {
+        std::atomic<uint64_t> taken{0};
+    };
+    static constexpr uint64_t pack(uint32_t phase, int64_t tasks) {
+        return uint64_t{phase} << 32 | static_cast<uint64_t>(tasks);
     }
 
-    void wait(int64_t members) {
-        if (members == 1) return;
-        int64_t round = round_.load(std::memory_order_relaxed);
-        if (arrived_.fetch_add(1, std::memory_order_acq_rel) == members - 1) {
-            arrived_.store(0, std::memory_order_relaxed);
-            round_.store(round + 1, std::memory_order_release);
-            return;
+    bool open(uint32_t phase) const { return phase_.load(std::memory_order_acquire) == phase; }
+
+    int64_t bound(int64_t tasks, int64_t grain, int64_t index) const {
+        int64_t pieces = (tasks + grain - 1) / grain;
+        return std::min(pieces * index / size_ * grain, tasks);
+    }
+
+    // Whether this thread has ended the phase.
+    template <class Body, class Last>
+    bool work(uint32_t phase, int64_t index, int64_t tasks, int64_t grain, Body& body, Last& last) {
+        for (int64_t n = 0; n < size_; ++n) {
+            int64_t owner = (index + n) % size_;
+            int64_t first = bound(tasks, grain, owner),
+                    own = bound(tasks, grain, owner + 1) - first;
+            int64_t piece = (own + kPieces * grain - 1) / (kPieces * grain) * grain;
+            std::atomic<uint64_t>& taken = ranges_[owner].taken;
+            uint64_t now = taken.load(std::memory_order_acquire);
+            while (now >> 32 == phase) {
+                int64_t begin = static_cast<uint32_t>(now), end = std::min(begin + piece, own);
+                if (begin >= own) break;
+                if (!taken.compare_exchange_weak(now, pack(phase, end), std::memory_order_acq_rel))
+                    continue;
+                attempt([&] { body(first + begin, first + end); });
+                int64_t done = end - begin;
+                if (done_.fetch_add(done, std::memory_order_acq_rel) + done == tasks) {
+                    attempt(last);
+                    end_phase(phase);
+                    return true;
+                }
+                now = taken.load(std::memory_order_acquire);
+            }
         }
-        for (int i = 0; round_.load(std::memory_order_acquire) == round; ++i) {
+        return false;
+    }
+
+    void end_phase(uint32_t phase) {
+        done_.store(0, std::memory_order_relaxed);
+        for (int64_t i = 0; i < size_; ++i)
+            ranges_[i].taken.store(pack(phase + 1, 0), std::memory_order_release);
+        phase_.store(phase + 1, std::memory_order_release);
+    }
+
+    void wait(uint32_t phase) const {
+        for (int i = 0; open(phase); ++i) {
             if (i > kSpins) std::this_thread::yield();
             pause();
+        }
+    }
+
+    template <class Body>
+    void attempt(Body&& body) {
+        if (failed_.load(std::memory_order_relaxed)) return;
+        try {
+            body();
+        } catch (...) {
+            if (!failed_.exchange(true)) error_ = std::current_exception();
         }
     }
 
@@ -89,9 +134,10 @@ class Team {
 #endif
     }
 
-    std::atomic<int64_t> members_{0}, size_{1};
-    alignas(64) std::atomic<int64_t> arrived_{0};
-    alignas(64) std::atomic<int64_t> round_{0};
+    const int64_t size_;
+    const std::unique_ptr<Range[]> ranges_;
+    alignas(64) std::atomic<uint32_t> phase_{0};
+    alignas(64) std::atomic<int64_t> done_{0};
     std::atomic<bool> failed_{false};
     std::exception_ptr error_;  // the first one; written before the end of a phase
 };

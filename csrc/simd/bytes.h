@@ -97,8 +97,8 @@ inline vf lanes_s8(const uint8_t* p) {
     return x < 128.0f ? x : x - 256.0f;
 }
 
-// CodeDot: unsigned weights of kBits bits, 4 to 6. Sums are whole after widen(), which has to
-// follow every kCodeSteps<kBits> products at the latest.
+// CodeDot: unsigned weights of kBits bits, 4 to 6; add_halves takes the low and the high halves of
+// bytes. widen() has to follow every kCodeSteps<kBits> products at the latest.
 template <int kBits>
 constexpr int kCodeSteps = 32 >> (kBits - 2);
 
@@ -107,12 +107,21 @@ constexpr int kCodeSteps = 32 >> (kBits - 2);
 inline __m512i raw(vi x) { return reinterpret_cast<__m512i>(x); }
 inline __m512i raw(vu x) { return reinterpret_cast<__m512i>(x); }
 
-struct CodeDot {
-    void add(vu weight, vi x) {
-        value = reinterpret_cast<vi>(_mm512_dpbusd_epi32(raw(value), raw(weight), raw(x)));
+class CodeDot {
+  public:
+    void add(vu weight, vi x) { low_ = dot(low_, weight, x); }
+    void add_halves(vu weights, vi low, vi high) {
+        low_ = dot(low_, weights & 0x0f0f0f0fu, low);
+        high_ = dot(high_, weights & 0xf0f0f0f0u, high);  // 16 times too much: saves a shift
     }
     void widen() {}
-    vi value{};
+    vi sum() const { return low_ + (high_ >> 4); }
+
+  private:
+    static vi dot(vi sum, vu weight, vi x) {
+        return reinterpret_cast<vi>(_mm512_dpbusd_epi32(raw(sum), raw(weight), raw(x)));
+    }
+    vi low_{}, high_{};
 };
 
 // Signed weights. The instruction multiplies unsigned bytes with signed ones: 128 is added to every
@@ -141,7 +150,7 @@ class CodeDot {
                                                              reinterpret_cast<__m512i>(x)));
     }
     void widen() {
-        value += reinterpret_cast<vi>(_mm512_madd_epi16(sums_, _mm512_set1_epi16(1)));
+        value_ += reinterpret_cast<vi>(_mm512_madd_epi16(sums_, _mm512_set1_epi16(1)));
         sums_ = _mm512_setzero_si512();
     }
 #else
@@ -150,13 +159,18 @@ class CodeDot {
                                                              reinterpret_cast<__m256i>(x)));
     }
     void widen() {
-        value += reinterpret_cast<vi>(_mm256_madd_epi16(sums_, _mm256_set1_epi16(1)));
+        value_ += reinterpret_cast<vi>(_mm256_madd_epi16(sums_, _mm256_set1_epi16(1)));
         sums_ = _mm256_setzero_si256();
     }
 #endif
-    vi value{};
+    void add_halves(vu weights, vi low, vi high) {
+        add(weights & 0x0f0f0f0fu, low);
+        add((weights >> 4) & 0x0f0f0f0fu, high);
+    }
+    vi sum() const { return value_; }
 
   private:
+    vi value_{};
 #if defined(__AVX512BW__)
     __m512i sums_ = _mm512_setzero_si512();
 #else
@@ -203,13 +217,21 @@ struct SignedDot {
 // Byte number `index` of every lane, sign-extended.
 inline vi byte_of(vi x, int index) { return x << (24 - 8 * index) >> 24; }
 
-struct CodeDot {
+class CodeDot {
+  public:
     void add(vu weight, vi x) {
         for (int i = 0; i < 4; ++i)
-            value += byte_of(reinterpret_cast<vi>(weight), i) * byte_of(x, i);
+            value_ += byte_of(reinterpret_cast<vi>(weight), i) * byte_of(x, i);
+    }
+    void add_halves(vu weights, vi low, vi high) {
+        add(weights & 0x0f0f0f0fu, low);
+        add((weights >> 4) & 0x0f0f0f0fu, high);
     }
     void widen() {}
-    vi value{};
+    vi sum() const { return value_; }
+
+  private:
+    vi value_{};
 };
 struct SignedBytes {
     explicit SignedBytes(vu weight) : bytes(reinterpret_cast<vi>(weight)) {}
