@@ -86,18 +86,24 @@ inline void store_bytes(uint8_t* p, vi x) {
 template <int N>
 inline void sum_vectors(const Resize& a, int64_t index, const uint8_t* pairs, int64_t stride,
                         uint8_t* out) {
-    vi high[N] = {}, low[N];
-    for (vi& sum : low) sum = vi{} + (1 << (kFractionBits - 1));
+    vi high[N], low[N];
+#pragma GCC unroll 8  // early, or the sums go through memory
+    for (int j = 0; j < N; ++j) {
+        high[j] = vi{};
+        low[j] = vi{} + (1 << (kFractionBits - 1));
+    }
     pairs += a.first[index] * stride;
     for (int32_t k = 0; k < a.count[index]; ++k, pairs += stride) {
         vs high_weights = reinterpret_cast<vs>(vi{} + a.high[index * a.most + k]);
         vs low_weights = reinterpret_cast<vs>(vi{} + a.low[index * a.most + k]);
+#pragma GCC unroll 8
         for (int j = 0; j < N; ++j) {
             vs values = load_pairs(pairs + j * 2 * kWidth);
             high[j] = add_pairs(high[j], values, high_weights);
             low[j] = add_pairs(low[j], values, low_weights);
         }
     }
+#pragma GCC unroll 8
     for (int j = 0; j < N; ++j) {
         vu sum = (reinterpret_cast<vu>(high[j]) << kLowBits) + reinterpret_cast<vu>(low[j]);
         store_bytes(out + j * kWidth, reinterpret_cast<vi>(sum) >> kFractionBits);
@@ -120,16 +126,24 @@ int64_t whole_vectors(int64_t lanes) { return (lanes + kWidth - 1) / kWidth * kW
 // ---- getting pixels into lanes
 // ---------------------------------------------------------------------------------------
 
-// Two neighboring pixels r0 g0 b0 r1 g1 b1 become r0 r1 g0 g1 b0 b1; two bytes more are read and
-// written.
+// Two neighboring pixels r0 g0 b0 r1 g1 b1 of a row become r0 r1 g0 g1 b0 b1; two bytes more are
+// read and written.
 inline void pair_pixels(const uint8_t* from, uint8_t* to) {
-#if defined(__SSSE3__)
-    const __m128i order = _mm_setr_epi8(0, 3, 1, 4, 2, 5, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1);
-    __m128i pixels = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(from));
-    _mm_storel_epi64(reinterpret_cast<__m128i*>(to), _mm_shuffle_epi8(pixels, order));
-#else
     const uint8_t paired[8] = {from[0], from[3], from[1], from[4], from[2], from[5]};
     std::memcpy(to, paired, sizeof paired);
+}
+
+// The same of two rows, side by side; of each two bytes more are read, and four written.
+inline void pair_rows(const uint8_t* from, int64_t row_bytes, uint8_t* to) {
+#if defined(__SSSE3__)
+    const __m128i order = _mm_setr_epi8(0, 3, 1, 4, 2, 5, 8, 11, 9, 12, 10, 13, -1, -1, -1, -1);
+    __m128i first = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(from)),
+            second = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(from + row_bytes));
+    __m128i pixels = _mm_shuffle_epi8(_mm_unpacklo_epi64(first, second), order);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(to), pixels);
+#else
+    pair_pixels(from, to);
+    pair_pixels(from + row_bytes, to + 6);
 #endif
 }
 
@@ -141,9 +155,12 @@ void pair_columns(const uint8_t* in, int64_t rows, int64_t width, uint8_t* pairs
     for (int64_t top = 0; top < rows; top += kTile) {
         const int64_t bottom = std::min(top + kTile, rows);
         for (int64_t x = 0; x < inner; x += 2) {
-            for (int64_t row = top; row < bottom; ++row) {
-                pair_pixels(in + (row * width + x) * 3, pairs + x / 2 * stride + row * 6);
-            }
+            const uint8_t* from = in + (top * width + x) * 3;
+            uint8_t* to = pairs + x / 2 * stride + top * 6;
+            int64_t row = top;
+            for (; row + 1 < bottom; row += 2, from += 2 * width * 3, to += 12)
+                pair_rows(from, width * 3, to);
+            if (row < bottom) pair_pixels(from, to);
         }
         for (int64_t row = top; row < bottom; ++row) {
             uint8_t last[8] = {};
@@ -160,7 +177,7 @@ void resize_width(const Resize& a, int64_t first_block, int64_t last_block) {
     const int64_t most = std::min(a.height, kBlock), lanes = whole_vectors(most * 3);
     const int64_t stride = 2 * lanes + 8;  // pair_pixels writes a little ahead
     auto pairs = std::make_unique<uint8_t[]>((a.in_width + 1) / 2 * stride),
-         sums = std::make_unique<uint8_t[]>(lanes);
+         sums = std::make_unique<uint8_t[]>(lanes + 1);  // four bytes of the last pixel are read
     for (int64_t block = first_block; block < last_block; ++block) {
         const int64_t top = block * kBlock, rows = std::min(a.height - top, most);
         pair_columns(a.in + top * a.in_width * 3, rows, a.in_width, pairs.get(), stride);
@@ -168,8 +185,13 @@ void resize_width(const Resize& a, int64_t first_block, int64_t last_block) {
         const int64_t out_stride = a.width * 3;
         for (int64_t x = 0; x < a.width; ++x, out += 3) {
             sum_lanes(a, x, pairs.get(), stride, sums.get(), lanes);
-            for (int64_t row = 0; row < rows; ++row)
-                std::memcpy(out + row * out_stride, sums.get() + row * 3, 3);
+            if (x + 1 < a.width) {  // four bytes are one move; the next pixel overwrites the last
+                for (int64_t row = 0; row < rows; ++row)
+                    std::memcpy(out + row * out_stride, sums.get() + row * 3, 4);
+            } else {
+                for (int64_t row = 0; row < rows; ++row)
+                    std::memcpy(out + row * out_stride, sums.get() + row * 3, 3);
+            }
         }
     }
 }
