@@ -140,7 +140,8 @@ class Bands {
         if (pair > first_pair_) {
             const int64_t dropped = std::min(2 * (pair - first_pair_), end_ - 2 * first_pair_);
             const int64_t kept = end_ - 2 * first_pair_ - dropped;
-            std::memmove(between_.data(), between_.data() + dropped * size, kept * size);
+            if (kept > 0)
+                std::memmove(between_.data(), between_.data() + dropped * size, kept * size);
             first_pair_ = pair;
             end_ = 2 * pair + kept;
         }

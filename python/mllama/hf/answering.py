@@ -107,7 +107,8 @@ class GenerateSession:
                     on_text(index, completion.text or "")
         stages.finish()
         # _Steps counts rows that have ended, too.
-        stages.timings.decode.count = sum(len(row.token_ids) - 1 for row in result.completions)
+        lengths = [len(row.token_ids) for row in result.completions]
+        stages.timings.decode.count = sum(max(length - 1, 0) for length in lengths)
         return result
 
     def _complete(self, ids: list[int], ends: frozenset[int]) -> Completion:
