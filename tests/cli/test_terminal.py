@@ -2,6 +2,7 @@
 
 import os
 import re
+import signal
 import subprocess
 import sys
 import threading
@@ -134,6 +135,12 @@ sys.exit(main())
 """
 
 
+def sit_at_terminal() -> None:
+    """Make stdin the controlling terminal; take its Ctrl-C even if the tests ignore theirs."""
+    os.close(os.open(os.ttyname(0), os.O_RDWR))
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def test_ctrl_c_leaves_a_clean_line(family_folder, terminal):
     words = ["chat", "--model", family_folder("llama"), "--dtype", "float32"]
     process = subprocess.Popen(
@@ -142,14 +149,17 @@ def test_ctrl_c_leaves_a_clean_line(family_folder, terminal):
         stdout=terminal.slave,
         stderr=terminal.slave,
         start_new_session=True,
-        preexec_fn=lambda: os.close(os.open(os.ttyname(0), os.O_RDWR)),  # the controlling terminal
+        preexec_fn=sit_at_terminal,
     )
-    terminal.wait_for("> ")
-    terminal.type("a b c\n")
-    terminal.wait_for("prompt 0/")
-    terminal.type("\x03")
-    terminal.wait_for("\x1b[K> ")
-    terminal.type("/exit\n")
-    assert process.wait(60) == 0
+    try:
+        terminal.wait_for("> ")
+        terminal.type("a b c\n")
+        terminal.wait_for("prompt 0/")
+        terminal.type("\x03")
+        terminal.wait_for("\x1b[K> ")
+        terminal.type("/exit\n")
+        assert process.wait(60) == 0
+    finally:
+        process.kill()
     loaded, question, rest, end = terminal.screen()
     assert (question, rest, end) == ("> a b c", "> /exit", "")

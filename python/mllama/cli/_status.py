@@ -30,6 +30,7 @@ class Status:
         self._shown = sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
         self._hidden = DECODE if streams and sys.stdout.isatty() else None
         self._stage: str | None = None
+        self._drawn = False  # there is something to clear; the line may not be open yet
         self._line: Any = None
 
     def __call__(self, stage: str, done: int, total: int) -> None:
@@ -39,7 +40,9 @@ class Status:
         if stage != self._stage:
             self.clear()
             self._stage = stage
-            self._line = None if stage == self._hidden else _open_line(stage, done, total)
+            if stage != self._hidden:
+                self._drawn = True
+                self._line = _open_line(stage, done, total)
         elif self._line is not None:
             self._line.update(done - self._line.n)
 
@@ -47,9 +50,9 @@ class Status:
         """Clear the line; the next call shows it again."""
         if self._line is not None:
             self._line.close()
-            # Ctrl-C has left "^C" behind the line.
-            print("\033[K", end="", file=sys.stderr, flush=True)
-        self._stage = self._line = None
+        if self._drawn:  # also the "^C" that Ctrl-C leaves behind the line
+            print("\r\033[K", end="", file=sys.stderr, flush=True)
+        self._stage, self._drawn, self._line = None, False, None
 
     def __enter__(self) -> "Status":
         return self
@@ -61,9 +64,13 @@ class Status:
 def _open_line(stage: str, done: int, total: int) -> Any:
     from tqdm import tqdm  # slow to import
 
+    class Line(tqdm):
+        # No thread: after a Ctrl-C in the middle of a line it would wait for its lock forever.
+        monitor_interval = 0
+
     form = _FORMATS[stage] if total or stage == DECODE else _FORMATS[stage].split(" {")[0]
     columns, lines = shutil.get_terminal_size()  # tqdm shows nothing where the size is not known
-    return tqdm(
+    return Line(
         total=total or None,
         initial=done,
         bar_format=form,
