@@ -20,6 +20,7 @@ from mllama.lora.state import merge_and_unload
 from mllama.processing.auto import load_preprocessor
 from mllama.quant.packer import AUTO, choose_weights, optimize, packing_of
 from mllama.runtime.loading import load_core
+from mllama.runtime.progress import Progress, loading
 from mllama.runtime.questions import as_list, encode_questions, refuse_swapped, share_images
 from mllama.runtime.session import OPTIONS, Session
 from mllama.runtime.settings import beyond_session, check_settings
@@ -91,6 +92,7 @@ def load_quietly(
     reference: str = "meta",
     adapter: str | os.PathLike | None = None,
     weights: str | None = None,
+    progress: Progress | None = None,
 ) -> "tuple[MllamaForConditionalGeneration | Any, Any]":
     """`load` without the line on stderr, which `say_loaded` writes."""
     from mllama.hf.checkpoints import load_opened
@@ -101,9 +103,9 @@ def load_quietly(
     with (opened := open_checkpoint(folder)).source:
         place = opened.choose_device(device)
         found: Any = model_class(opened.spec)
-        options: dict[str, Any] = (
-            {"reference": reference} if "reference" in found.load_options else {}
-        )
+        options: dict[str, Any] = {"progress": loading(progress)}
+        if "reference" in found.load_options:
+            options["reference"] = reference
         dtype = resolve_dtype(opened, dtype, place)
         weights = choose_weights(weights, opened.packing, place, adapter is not None)
         packed = None if adapter is not None else weights
@@ -120,6 +122,7 @@ def open_session(
     adapter: str | os.PathLike | None = None,
     weights: str | None = AUTO,
     kv_cache: str | None = None,
+    progress: Progress | None = None,
 ) -> "Session | GenerateSession":
     """Open a session: the core's own, or one on transformers' `generate` where the model's
     settings or its tokenizer need transformers.
@@ -128,6 +131,7 @@ def open_session(
         path, dtype, device, reference, adapter, weights: as `load` takes them, but packed where
             that is possible by default.
         kv_cache: as `Session` takes it.
+        progress: as `Session` takes it; while loading, stage "load" counts parameters.
 
     Raises:
         TypeError, ValueError, FileNotFoundError: as `load`. ValueError for SigLIP: no decoder;
@@ -145,9 +149,9 @@ def open_session(
             check_settings(where, settings)
             packed = None if own_adapter is not None else weights
             loaded_as = dtype_named(resolve_dtype(opened, dtype, place))
-            model = load_core(opened, loaded_as, place, reference, packed)
+            model = load_core(opened, loaded_as, place, reference, packed, progress)
             _adapt(model, own_adapter, weights)
-            return Session(model, processor, settings, where, kv_cache=kv_cache)
+            return Session(model, processor, settings, where, kv_cache=kv_cache, progress=progress)
     if kv_cache is not None:
         raise ValueError(
             f"kv_cache must be None, got {kv_cache!r}: this model's settings or tokenizer need "
@@ -155,7 +159,8 @@ def open_session(
         )
     from mllama.hf.answering import GenerateSession
 
-    return GenerateSession(*load_quietly(path, dtype, device, reference, adapter, weights))
+    both = load_quietly(path, dtype, device, reference, adapter, weights, progress)
+    return GenerateSession(*both, progress)
 
 
 def _core_processor(folder: Path) -> Any:
@@ -337,7 +342,8 @@ def ask(
 def _session_of(model: Any, processor: Any, options: Mapping[str, Any]) -> Any:
     """A new session for every call: a session keeps the cache of its last prompt."""
     if model is None:
-        model, processor, settings, where = _embedded(bool(_beyond(options)))
+        beyond = any(name not in OPTIONS for name, value in options.items() if value is not None)
+        model, processor, settings, where = _embedded(beyond)
     else:
         settings, where = None, None
         check_answers(model)
@@ -363,11 +369,6 @@ def _embedded(by_transformers: bool) -> tuple[Any, Any, Any, str]:
     session: Any = open_session()
     say_loaded(None, session.model)
     return session.model, session.processor, session.settings, session.where
-
-
-def _beyond(options: Mapping[str, Any]) -> list[str]:
-    """Options that the core's session does not support."""
-    return [name for name, value in options.items() if value is not None and name not in OPTIONS]
 
 
 def check_images(session: "Session | GenerateSession", images: Sequence) -> None:

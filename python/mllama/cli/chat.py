@@ -5,19 +5,17 @@ import json
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from mllama.api import check_images, say_loaded
 from mllama.checkpoints.files import write_file, write_json
 from mllama.cli import complain
-from mllama.cli._answering import facts, load_session, read_images, reply
+from mllama.cli._answering import Loaded, facts, load_session, read_images, reply
 from mllama.runtime.questions import as_messages, check_system, encode, tokenizer_of
 from mllama.runtime.session import MAX_NEW_TOKENS, check_room
 
 if TYPE_CHECKING:
     from PIL import Image
-
-    from mllama.cli._answering import AnySession
 
 _HELP = """\
 /image PATH   start a new conversation about this image
@@ -40,7 +38,7 @@ def run(arguments: argparse.Namespace) -> None:
     if "-" in arguments.words:
         raise ValueError("questions come from stdin: an image cannot, got '-'")
     images = read_images(arguments, arguments.words)
-    talk = _Talk(arguments, *load_session(arguments))
+    talk = _Talk(arguments, load_session(arguments))
     if images:
         talk.show(arguments.words, images)
     if arguments.system is not None:
@@ -64,10 +62,8 @@ class _Talk:
     each question.
     """
 
-    def __init__(
-        self, arguments: argparse.Namespace, session: "AnySession", options: dict[str, Any]
-    ):
-        self.arguments, self.session, self.options = arguments, session, options
+    def __init__(self, arguments: argparse.Namespace, loaded: Loaded):
+        self.arguments, self.loaded, self.session = arguments, loaded, loaded.session
         self.names: list[str] = []
         self.images: list[Image.Image] = []
         self.system: str | None = None
@@ -172,8 +168,7 @@ class _Talk:
         """
         check_images(self.session, self.images)
         inputs, fitting = self._fit(question)
-        show = not self.arguments.json
-        answer = reply(self.session, inputs, self.options, show=show, stoppable=True)
+        answer = reply(self.arguments, self.loaded, inputs, stoppable=True)
         if self.arguments.json:
             shown = {"question": question} | facts(self.arguments, self.session, answer)
             print(json.dumps(shown | {"stopped": answer.stopped}), flush=True)

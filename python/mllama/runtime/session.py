@@ -3,7 +3,6 @@ from turn to turn.
 """
 
 import numbers
-import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -15,6 +14,7 @@ from mllama.nn.adapted import count_changes
 from mllama.nn.kv_cache import CACHE_DTYPES, KVCache
 from mllama.runtime.completion import Generation, Row
 from mllama.runtime.prefix import Reuse, find_reuse, same_images
+from mllama.runtime.progress import DECODE, IMAGE, PROMPT, Progress, Stages, check_progress
 from mllama.runtime.sampler import NEUTRAL, Sampler, Sampling
 from mllama.runtime.settings import beyond_session
 from mllama.text.decoder import check_ids
@@ -42,9 +42,12 @@ class Session:
             the model permits it, which bounds the memory of activations.
         kv_cache: what keys and values are stored in: "int8" (8.5 bits a value), "bf16", "f16" or
             "f32". Default: the activations' dtype. A packed model decodes on it directly.
+        progress: called while generating, as progress(stage, done, total): stage "image" counts
+            images, "prompt" and "decode" count tokens.
 
     Raises:
-        TypeError: a processor without a tokenizer, settings of another type.
+        TypeError: a processor without a tokenizer, settings of another type, progress that is not
+            callable.
         ValueError: settings of transformers' generate that a session does not have; another
             kv_cache.
     """
@@ -57,7 +60,9 @@ class Session:
         where: str | None = None,
         prefill_chunk_size: int = 1024,
         kv_cache: str | None = None,
+        progress: Progress | None = None,
     ):
+        check_progress(progress)
         check_count("prefill_chunk_size", prefill_chunk_size)
         if kv_cache not in (None, *CACHE_DTYPES):
             raise ValueError(
@@ -74,6 +79,7 @@ class Session:
         self.where = where
         self.prefill_chunk_size = prefill_chunk_size
         self.kv_cache = kv_cache
+        self.progress = progress
         self._encoded: tuple[dict, torch.Tensor] | None = None  # images and their features
         self._running = False
         self.reset()
@@ -144,13 +150,15 @@ class Session:
         check_count("max_new_tokens", max_new_tokens)
         if self._changes != count_changes():  # what is cached is of other adapters
             self.reset()
+        self._stages = Stages(self.progress)
         inputs = self._take_inputs(inputs)
         options = Sampling.choose(sampling, self.settings)
         stop = self._stop_strings(stop, on_text)
         ids, mask = inputs["input_ids"], inputs.get("attention_mask")
         check_room(self.context, ids.shape[1])
         rows = [Row(index, self.tokenizer, stop, on_text) for index in range(len(ids))]
-        result = Generation([row.completion for row in rows], ids.shape[1])
+        completions = [row.completion for row in rows]
+        result = Generation(completions, ids.shape[1], timings=self._stages.timings)
         sampler = Sampler(options, ids, None if mask is None else mask != 0)
         self._running = True
         try:
@@ -168,6 +176,7 @@ class Session:
             self._running = False
         for row in rows:
             row.finish(reason)
+        self._stages.finish()
         if len(rows) > 1:
             self.reset()
         return result
@@ -182,7 +191,6 @@ class Session:
         result: Generation,
     ) -> None:
         """Prefill, then decode until every row has ended or has `max_new_tokens`."""
-        start = time.perf_counter()
         self._cache.capacity = result.num_prompt_tokens + min(max_new_tokens, MAX_NEW_TOKENS)
         logits = self._prefill(inputs, result)
         room = min(max_new_tokens, check_room(self.context, self._cache.length))
@@ -190,7 +198,9 @@ class Session:
             tokens = sampler(logits)  # (B,)
             ids = tokens.tolist()
             if step == 0:
-                result.prefill_seconds = time.perf_counter() - start
+                self._stages.begin(DECODE, room * len(rows), len(rows))
+            else:
+                self._stages.advance(sum(not row.done for row in rows))
             for row, token in zip(rows, ids, strict=True):
                 row.take(token, ends)
             if step == room - 1 or all(row.done for row in rows):
@@ -198,7 +208,6 @@ class Session:
             logits = self._forward(tokens[:, None], inputs)
             if self._ids:  # of one row without padding
                 self._ids += ids
-        result.decode_seconds = time.perf_counter() - start - result.prefill_seconds
 
     def _prefill(self, inputs: dict[str, torch.Tensor], result: Generation) -> torch.Tensor:
         """Compute the part of the prompts that is not cached; return the last logits, [B, V]."""
@@ -208,6 +217,7 @@ class Session:
         result.num_reused_tokens = reuse.length
         new = ids[:, reuse.length :]  # (B, T - reused)
         given: dict[str, Any] = self._new_images(images, reuse.images, len(ids))
+        self._stages.begin(PROMPT, ids.numel(), ids.numel() - new.numel())
         if given:
             self._images = None  # until they are written
         elif self._can_chunk:
@@ -216,9 +226,11 @@ class Session:
                     [self.prefill_chunk_size, new.shape[1] - self.prefill_chunk_size], 1
                 )
                 self._forward(chunk, inputs, logits=False)
+                self._stages.advance(chunk.numel())
         if "token_type_ids" in inputs:
             given["token_type_ids"] = inputs["token_type_ids"][:, reuse.length :]
         logits = self._forward(new, inputs, **given)
+        self._stages.advance(new.numel())
         if len(ids) == 1 and "attention_mask" not in inputs:
             self._ids, self._images = ids[0].tolist(), images
             self._cross_mask = inputs.get("cross_attention_mask")
@@ -284,7 +296,11 @@ class Session:
         return others | {"image_features": self._encoded[1][first:]}
 
     def _encode(self, images: dict[str, Any]) -> torch.Tensor:
-        return self.model.encode_images(ModelInputs(**images))[0]
+        count = images["pixel_values"].shape[1 if self.model.spec.has_tiles else 0]
+        self._stages.begin(IMAGE, count)
+        features = self.model.encode_images(ModelInputs(**images))[0]
+        self._stages.advance(count)
+        return features
 
     def _restore(self) -> None:
         """After an interrupted pass, crop the cache to what is complete."""
