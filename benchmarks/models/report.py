@@ -69,8 +69,8 @@ def _head(content: Mapping[str, Any]) -> str:
     )
     if reads:
         text += (
-            f" Memory was read at {min(reads):.0f} to {max(reads):.0f} GB/s in the same run; shares "
-            "are of its speed just before and after a measurement."
+            f" Memory was read at {min(reads):.0f} to {max(reads):.0f} GB/s in the same run; "
+            "shares are of its speed just before and after a measurement."
         )
     command = "make bench-models"  # stays on one line
     text = text.replace(command, command.replace(" ", "\0"))
