@@ -11,8 +11,9 @@ from mllama.api import check_images, say_loaded
 from mllama.checkpoints.files import write_file, write_json
 from mllama.cli import complain
 from mllama.cli._answering import facts, load_session, read_images, reply
+from mllama.runtime.checks import check_room
 from mllama.runtime.questions import as_messages, check_system, encode, tokenizer_of
-from mllama.runtime.session import MAX_NEW_TOKENS, check_room
+from mllama.runtime.session import MAX_NEW_TOKENS
 
 if TYPE_CHECKING:
     from PIL import Image

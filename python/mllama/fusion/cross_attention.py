@@ -64,7 +64,10 @@ class CrossAttention(nn.Module):
             float32 or None)
         """
         q = self.q_norm(split_heads(self.q_proj(x), self.head_dim))
-        k, v = self._keys_values(x, cross.states)
+        if cross.states is None:
+            k = v = x.new_empty(x.shape[0], 0, self.kv_heads, self.head_dim)
+        else:
+            k, v = self.keys_values(cross.states)
         if cache is not None:
             k, v = cache.update_cross(self.layer_idx, k, v)  # (B, S, KV, D)
         attended, weights = [], []
@@ -82,13 +85,8 @@ class CrossAttention(nn.Module):
             weights, 2
         ) if output_attentions else None
 
-    def _keys_values(
-        self, x: torch.Tensor, states: torch.Tensor | None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """[B, keys, kv heads, head_dim] of the new images; zero keys without any."""
-        if states is None:
-            empty = x.new_empty(x.shape[0], 0, self.kv_heads, self.head_dim)
-            return empty, empty
+    def keys_values(self, states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Features [B, keys, hidden] -> their keys and values, [B, keys, kv_heads, head_dim]."""
         k, v = (
             split_heads(projection(states), self.head_dim)
             for projection in (self.k_proj, self.v_proj)

@@ -13,10 +13,11 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, GenerationMixin, PreTrainedModel, TextStreamer
 
+from mllama.runtime.checks import check_count, check_room
 from mllama.runtime.completion import Completion, Generation
 from mllama.runtime.questions import tokenizer_of
 from mllama.runtime.sampler import COLDEST, NEUTRAL, check_option
-from mllama.runtime.session import MAX_NEW_TOKENS, check_count, check_room
+from mllama.runtime.session import MAX_NEW_TOKENS
 
 _COUNTS = ("max_new_tokens", "max_length", "num_beams")
 

@@ -1,7 +1,7 @@
 """A decoder's key-value cache: preallocated, grown by doubling, in a dtype of its own if asked."""
 
 import numbers
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -214,6 +214,33 @@ class KVCache:
             return buffer.append(k, v, 0)
         return buffer.read(k, v) if buffer.length else (k, v)
 
+    def image_keys(self) -> dict[int, tuple[torch.Tensor, torch.Tensor]]:
+        """Keys and values of the images by layer, [B, kv_heads, keys, head_dim], as they are
+        stored: int8 has rows of `quantize_rows`.
+        """
+        return {
+            layer: (buffer.keys[:, :, : buffer.length], buffer.values[:, :, : buffer.length])
+            for layer, buffer in enumerate(self._cross)
+            if buffer.keys is not None and buffer.values is not None and buffer.length
+        }
+
+    def set_image_keys(
+        self, keys: Mapping[int, tuple[torch.Tensor, torch.Tensor]], tile_mask: torch.Tensor | None
+    ) -> None:
+        """Replace the images' keys and values by what `image_keys` returned for others. They are
+        not copied, and never written to.
+
+        Args:
+            keys: by layer; a layer that is not named has none.
+            tile_mask: see the attribute.
+        """
+        for layer in keys:
+            self._at(self._cross, layer)
+        for layer, buffer in enumerate(self._cross):
+            buffer.keys, buffer.values = keys.get(layer, (None, None))
+            buffer.length = 0 if buffer.keys is None else buffer.keys.shape[2]
+        self.tile_mask = tile_mask
+
     def _at(self, buffers: list[_Buffer], layer: int) -> _Buffer:
         if not 0 <= layer < len(buffers):
             raise IndexError(f"layer must be 0 to {len(buffers) - 1}, the cache's own, got {layer}")
@@ -245,7 +272,8 @@ class KVCache:
             buffer.reorder(rows)
 
     def reset(self) -> None:
-        """Empty the cache; buffers are reused where they fit."""
-        for buffer in (*self._text, *self._cross):
+        """Empty the cache; the text's buffers are reused where they fit."""
+        for buffer in self._text:
             buffer.length = 0
-        self.num_prefix_tokens, self.tile_mask = 0, None
+        self.num_prefix_tokens = 0
+        self.set_image_keys({}, None)  # theirs may be another's memory

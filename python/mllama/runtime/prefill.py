@@ -1,0 +1,272 @@
+"""Prefill: the passes that put prompts into a KV cache, of which what the cache already has and
+what the rows of a batch share are computed once.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch.nn.functional import pad
+
+from mllama.fusion.base import ModelInputs
+from mllama.nn.kv_cache import CACHE_DTYPES, KVCache
+from mllama.runtime.image_cache import ImageCache
+from mllama.runtime.images import Image, ImageReader
+from mllama.runtime.prefix import Prompt, Reuse, find_reuse
+
+Inputs = Mapping[str, torch.Tensor]
+# Fewer shared ids and visual tokens are computed with every row: another pass reads all weights.
+MIN_SHARED = 16
+
+
+class PromptCache:
+    """A KV cache and the prompt that is in it.
+
+    Args:
+        model: a `VisionLanguageModel` in eval mode.
+        images: where images' features, or keys and values, are kept.
+        kv_cache: what keys and values are stored in, as `Session` takes it.
+        chunk_size: tokens of a pass, where the model permits chunks.
+    """
+
+    def __init__(self, model: Any, images: ImageCache, kv_cache: str | None, chunk_size: int):
+        self.model, self._chunk_size = model, chunk_size
+        self._reader = ImageReader(model, images, kv_cache)
+        self._dtype = None if kv_cache is None else CACHE_DTYPES[kv_cache]
+        self.drop()
+
+    def drop(self) -> None:
+        """Forget the prompt and release its memory."""
+        layers = self.model.spec.text.num_hidden_layers
+        self.cache = KVCache(layers, dtype=self._dtype)
+        self._reader.forget()
+        self._forget()
+
+    def prefill(self, inputs: Inputs) -> tuple[torch.Tensor, int]:
+        """Compute what is new of the prompts.
+
+        Args:
+            inputs: as `Session.generate` takes them, on the model's device; without an
+                attention_mask if nothing is padded.
+
+        Returns:
+            The last logits, [B, V], and how many leading ids of every row were in the cache.
+        """
+        images, rows = self._reader.split(inputs)
+        if len(inputs["input_ids"]) == 1 and "attention_mask" not in inputs:
+            return self._prefill_row(inputs, images)
+        num_reused, shared = 0, None if rows is None else self._find_shared(inputs, rows)
+        if shared is None:
+            self.cache.reset()
+            self._forget()
+            if self._reader.layers:
+                mask = inputs.get("cross_attention_mask")
+                self.cache.set_image_keys(*self._reader.keys(rows, mask))  # type: ignore[arg-type]
+        else:
+            num_reused = self._prefill_shared(inputs, rows[0], shared)  # type: ignore[index]
+            inputs = self._rest(inputs, shared.length)
+            assert rows is not None
+            images = [image for row in rows for image in row[shared.images :]]
+        return self._prefill_rows(inputs, images), num_reused
+
+    def append(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Put one token per row, [B], behind the prompts; return the logits, [B, V]."""
+        logits = self._pass(tokens[:, None], {})
+        if self._row is not None:
+            self._row.ids.extend(tokens.tolist())
+        return logits
+
+    def finish(self) -> None:
+        """After the last token. Of a batch the shared prefix is left, as one row."""
+        shared = self._shared
+        if self._row is not None:
+            return
+        if shared is None:
+            self.drop()
+            return
+        self.cache.reorder(torch.tensor([0]))
+        self.cache.crop(self.cache.num_prefix_tokens + len(shared.ids))
+        self._forget()
+        self._row = shared
+
+    def restore(self) -> None:
+        """After an interrupted pass, crop the cache to what is complete."""
+        if self._row is None or not self._row.ids:
+            self.drop()
+        else:
+            self.cache.crop(self.cache.num_prefix_tokens + len(self._row.ids))
+
+    def _forget(self) -> None:
+        self._row: Prompt | None = Prompt([], [])  # in the cache; None: those of a batch
+        self._shared: Prompt | None = None  # start of a batch's rows, once it was computed
+        self._masks: dict[str, torch.Tensor] = {}  # of the prompts in the cache
+
+    def _prefill_row(
+        self, inputs: Inputs, images: list[Image], logits: bool = True
+    ) -> tuple[torch.Tensor, int]:
+        """`prefill` of one row without padding."""
+        ids, mask = inputs["input_ids"], inputs.get("cross_attention_mask")
+        prompt = Prompt(ids[0].tolist(), [image.key for image in images], mask)
+        reuse = self._cut(prompt)
+        given = {}
+        if self._reader.layers:
+            self.cache.set_image_keys(*self._reader.keys([images], mask))
+            self._row = self._row._replace(images=prompt.images)  # type: ignore[union-attr]
+        elif reuse.images < len(images):
+            given["image_features"] = self._reader.features(images[reuse.images :])
+        if self.model.spec.bidirectional_prefix:
+            given["token_type_ids"] = inputs["token_type_ids"][:, reuse.length :]
+        self._masks = {} if mask is None else {"cross_attention_mask": mask}
+        result = self._pass_in_chunks(ids[:, reuse.length :], given, logits)
+        self._row = prompt
+        return result, reuse.length
+
+    def _cut(self, prompt: Prompt) -> Reuse:
+        """Find what is reused, and drop the rest from the cache."""
+        row, cache, spec = self._row, self.cache, self.model.spec
+        reuse = Reuse()
+        if row is not None and cache.length:
+            reuse = find_reuse(spec, row, prompt, cache.num_prefix_tokens, self.model.reference)
+        if not reuse.length and not (cache.num_prefix_tokens and reuse.images):
+            cache.reset()
+            self._forget()
+            return Reuse()
+        cache.crop(cache.num_prefix_tokens + reuse.length)
+        self._row = Prompt(
+            prompt.ids[: reuse.length], prompt.images[: reuse.images], prompt.cross_mask
+        )
+        return reuse
+
+    def _find_shared(self, inputs: Inputs, rows: list[list[Image]]) -> Reuse | None:
+        """The start that all rows of a batch have in common, if it is worth a pass of its own."""
+        ids, mask, spec = inputs["input_ids"], inputs.get("attention_mask"), self.model.spec
+        if len(ids) == 1:
+            return None
+        prompts = _prompts(inputs, rows)
+        before = self.model.fusion.stands_before_text(ids, mask, sum(map(len, rows)))
+        visual = len(rows[0]) * spec.tokens_per_image if before else 0
+        first = prompts[0]._replace(ids=prompts[0].ids[:-1])  # every row has an id of its own
+        shared = min(
+            find_reuse(spec, first, prompt, visual, self.model.reference) for prompt in prompts[1:]
+        )
+        if not shared.length or shared.length + visual < MIN_SHARED:
+            return None
+        # Padding would stand between the start and the rest, and widen the window's distances.
+        windowed = any(layer.window is not None for layer in spec.text.layers)
+        if windowed and len({len(prompt.ids) for prompt in prompts}) > 1:
+            return None
+        if self._reader.layers and not _see_alike(prompts, shared.length):
+            return None
+        return shared
+
+    def _prefill_shared(self, inputs: Inputs, images: list[Image], shared: Reuse) -> int:
+        """Compute what all rows begin with, as one row, and repeat it."""
+        rows = len(inputs["input_ids"])
+        start = _padding(inputs)[0]
+        first = {
+            name: inputs[name][:1, start : start + shared.length]
+            for name in ("input_ids", "cross_attention_mask")
+            if name in inputs
+        }
+        if not self._reader.layers:
+            images = images[: shared.images]
+        _, num_reused = self._prefill_row(first, images, logits=False)
+        self._row, self._shared = None, self._row
+        self.cache.reorder(torch.zeros(rows, dtype=torch.long))
+        return num_reused
+
+    def _rest(self, inputs: Inputs, length: int) -> dict[str, torch.Tensor]:
+        """The inputs without the first `length` ids of each row, padded on the left; masks begin
+        with those ids.
+        """
+        ids, padding = inputs["input_ids"], _padding(inputs)
+        B, T = ids.shape
+        width, start = T - min(padding) - length, padding[0]
+        places = torch.arange(width, device=ids.device)
+        keep = places >= torch.tensor(padding, device=ids.device)[:, None] - min(
+            padding
+        )  # (B, width)
+        filler = 1 if self.model.spec.image_token_index == 0 else 0  # no placeholder
+        rest = {"input_ids": ids[:, T - width :].masked_fill(~keep, filler)}
+        if not keep.all():
+            rest["attention_mask"] = torch.cat([keep.new_ones(B, length), keep], 1)
+        if (mask := inputs.get("cross_attention_mask")) is not None:
+            head = mask[:1, start : start + length].expand(B, -1, -1, -1)
+            rest["cross_attention_mask"] = torch.cat([head, mask[:, T - width :]], 1)
+        return rest
+
+    def _prefill_rows(self, inputs: Inputs, images: list[Image]) -> torch.Tensor:
+        """Compute all ids of a batch; the cache has what comes before them, and what
+        cross-attention layers read. Returns the last logits.
+        """
+        self._row, given = None, {}
+        if images and not self._reader.layers:
+            given["image_features"] = self._reader.features(images)
+        if self.model.spec.bidirectional_prefix:
+            given["token_type_ids"] = inputs["token_type_ids"]
+        self._masks = {
+            name: inputs[name]
+            for name in ("attention_mask", "cross_attention_mask")
+            if name in inputs
+        }
+        return self._pass_in_chunks(inputs["input_ids"], given)
+
+    def _pass_in_chunks(
+        self, ids: torch.Tensor, given: dict[str, torch.Tensor], logits: bool = True
+    ) -> torch.Tensor:
+        """`_pass`, in several passes if images do not forbid it."""
+        if not given and self.model.fusion.chunk_obstacle is None:
+            *chunks, ids = ids.split(self._chunk_size, 1)
+            for chunk in chunks:
+                self._pass(chunk, {}, logits=False)
+        return self._pass(ids, given, logits)
+
+    def _pass(
+        self, ids: torch.Tensor, given: dict[str, torch.Tensor], logits: bool = True
+    ) -> torch.Tensor:
+        """Append ids [B, T] to the cache; return the last logits, [B, V], or hidden states if no
+        logits are requested.
+        """
+        cache, masks = self.cache, dict(self._masks)
+        if (mask := masks.pop("attention_mask", None)) is not None:
+            length = cache.length - cache.num_prefix_tokens + ids.shape[1]
+            mask = pad(mask[:, :length], (0, max(length - mask.shape[1], 0)), value=1)
+        keep = 1 if logits else None
+        output = self.model.compute(
+            ModelInputs(
+                ids, attention_mask=mask, cache=cache, logits_to_keep=keep, **masks, **given
+            )
+        )
+        return output.logits[:, -1] if logits else output.last_hidden_state
+
+
+def _padding(inputs: Inputs) -> list[int]:
+    """Number of padded positions before each row."""
+    mask = inputs.get("attention_mask")
+    return [0] * len(inputs["input_ids"]) if mask is None else (mask == 0).sum(1).tolist()
+
+
+def _prompts(inputs: Inputs, rows: list[list[Image]]) -> list[Prompt]:
+    """The rows of a batch, each without padding."""
+    mask = inputs.get("cross_attention_mask")
+    return [
+        Prompt(
+            inputs["input_ids"][row, start:].tolist(),
+            [image.key for image in images],
+            None if mask is None else mask[row : row + 1, start:],
+        )
+        for row, (start, images) in enumerate(zip(_padding(inputs), rows, strict=True))
+    ]
+
+
+def _see_alike(prompts: list[Prompt], length: int) -> bool:
+    """Whether all rows have the same images, and see no more of them later than in their first
+    `length` positions.
+    """
+    masks = [prompt.cross_mask for prompt in prompts]
+    if any(prompt.images != prompts[0].images for prompt in prompts):
+        return False
+    if masks[0] is None:
+        return True
+    shown = (masks[0][:, :length] != 0).any(1)
+    return all(torch.equal((mask != 0).any(1), shown) for mask in masks)  # type: ignore[union-attr]
