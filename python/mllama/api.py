@@ -19,6 +19,7 @@ from mllama.lora.peft import adapted_model
 from mllama.lora.state import merge_and_unload
 from mllama.processing.auto import load_preprocessor
 from mllama.quant.packer import AUTO, choose_weights, optimize, packing_of
+from mllama.runtime.image_cache import ImageCache
 from mllama.runtime.loading import load_core
 from mllama.runtime.questions import as_list, encode_questions, refuse_swapped, share_images
 from mllama.runtime.session import OPTIONS, Session
@@ -120,6 +121,7 @@ def open_session(
     adapter: str | os.PathLike | None = None,
     weights: str | None = AUTO,
     kv_cache: str | None = None,
+    image_cache: ImageCache | None = None,
 ) -> "Session | GenerateSession":
     """Open a session: the core's own, or one on transformers' `generate` where the model's
     settings or its tokenizer need transformers.
@@ -127,11 +129,11 @@ def open_session(
     Args:
         path, dtype, device, reference, adapter, weights: as `load` takes them, but packed where
             that is possible by default.
-        kv_cache: as `Session` takes it.
+        kv_cache, image_cache: as `Session` takes them.
 
     Raises:
         TypeError, ValueError, FileNotFoundError: as `load`. ValueError for SigLIP: no decoder;
-            for a kv_cache of transformers' `generate`.
+            for a kv_cache or image_cache of transformers' `generate`.
     """
     folder, own_adapter = _find_adapted(path, adapter)
     with (opened := open_checkpoint(folder)).source:
@@ -147,12 +149,15 @@ def open_session(
             loaded_as = dtype_named(resolve_dtype(opened, dtype, place))
             model = load_core(opened, loaded_as, place, reference, packed)
             _adapt(model, own_adapter, weights)
-            return Session(model, processor, settings, where, kv_cache=kv_cache)
-    if kv_cache is not None:
-        raise ValueError(
-            f"kv_cache must be None, got {kv_cache!r}: this model's settings or tokenizer need "
-            "transformers' generate, which has a cache of its own"
-        )
+            return Session(
+                model, processor, settings, where, kv_cache=kv_cache, image_cache=image_cache
+            )
+    for name, value in (("kv_cache", kv_cache), ("image_cache", image_cache)):
+        if value is not None:
+            raise ValueError(
+                f"{name} must be None, got {value!r}: this model's settings or tokenizer need "
+                "transformers' generate, which has a cache of its own"
+            )
     from mllama.hf.answering import GenerateSession
 
     return GenerateSession(*load_quietly(path, dtype, device, reference, adapter, weights))

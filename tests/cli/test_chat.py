@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import torch
 from PIL import Image
 
 import mllama
@@ -12,15 +13,22 @@ from mllama.runtime.questions import encode
 
 
 def test_chat_answers_in_the_light_of_what_was_said(run, loaded, options, image_file):
-    first = answer(
-        *loaded, encode(loaded[1], image_file, "How many circles?"), max_new_tokens=8
-    ).text
-    turns = [("How many circles?", first)]
-    second = answer(*loaded, encode(loaded[1], image_file, "a b c", turns), max_new_tokens=8).text
+    processor = loaded[1]
+    inputs = encode(processor, image_file, "How many circles?")
+    first = answer(*loaded, inputs, max_new_tokens=8)
+    # The answer stays the tokens that it was.
+    rest = processor.tokenizer.encode("<eos>a b c\n", add_special_tokens=False)
+    ids = inputs["input_ids"][0].tolist() + first.token_ids + rest
+    inputs = inputs | {
+        "input_ids": torch.tensor([ids]),
+        "attention_mask": torch.ones(1, len(ids), dtype=torch.long),
+    }
+    second = answer(*loaded, inputs, max_new_tokens=8)
     code, out, _ = run(
         "chat", image_file, *options, stdin="How many circles?\n\n a b c \n/exit\nWhat color?\n"
     )
-    assert (code, [line.strip() for line in out.splitlines()]) == (0, [first, second])
+    expected = [first.text, second.text]
+    assert (code, [line.strip() for line in out.splitlines()]) == (0, expected)
 
 
 def test_chat_forgets_the_oldest_turns_when_the_context_is_full(run, options, image_file):

@@ -14,6 +14,8 @@ from mllama.checkpoints import open_checkpoint
 from mllama.device import dtype_name
 from mllama.processing.image import load_image
 from mllama.quant.packer import packing_of
+from mllama.runtime.completion import Completion
+from mllama.runtime.image_cache import ImageCache
 from mllama.runtime.session import Session
 
 if TYPE_CHECKING:
@@ -39,8 +41,14 @@ def load_session(arguments: argparse.Namespace) -> "tuple[AnySession, dict[str, 
             arguments.adapter,
             arguments.weights,
             arguments.kv_cache,
+            image_cache=_image_cache(arguments),
         )
     return session, options
+
+
+def _image_cache(arguments: argparse.Namespace) -> ImageCache | None:
+    """The cache with the files of --image-cache; None for the session's own, in memory."""
+    return None if arguments.image_cache is None else ImageCache(folder=arguments.image_cache)
 
 
 def check_reference(arguments: argparse.Namespace) -> None:
@@ -116,12 +124,13 @@ def read_images(arguments: argparse.Namespace, paths: list[str]) -> "list[Image.
 
 
 class Reply(NamedTuple):
-    """An answer: its text, number of tokens, seconds, and whether Ctrl-C stopped it."""
+    """An answer: its text, number of tokens, seconds, whether Ctrl-C stopped it, and all of it."""
 
     text: str
     tokens: int
     seconds: float
-    stopped: bool = False
+    stopped: bool
+    completion: Completion
 
 
 def reply(
@@ -168,7 +177,7 @@ def reply(
             f"{prompt - made.num_reused_tokens} tokens read in {made.prefill_seconds:.2f} s",
             file=sys.stderr,
         )
-    return Reply((found.text or "").strip(), tokens, round(end - start, 3), stopped)
+    return Reply((found.text or "").strip(), tokens, round(end - start, 3), stopped, found)
 
 
 def facts(arguments: argparse.Namespace, session: "AnySession", answer: Reply) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from mllama.cli._answering import facts, load_session, read_images, reply
 from mllama.runtime.checks import check_room
 from mllama.runtime.questions import as_messages, check_system, encode, tokenizer_of
 from mllama.runtime.session import MAX_NEW_TOKENS
+from mllama.runtime.transcript import Transcript
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -73,6 +74,7 @@ class _Talk:
         self.images: list[Image.Image] = []
         self.system: str | None = None
         self.turns: list[tuple[str, str]] = []  # those that still fit the context
+        self.transcript = Transcript(session.tokenizer)  # of the same turns
         self.history: list[tuple[str, str]] = []  # all turns
         self.saved: set[Path] = set()
 
@@ -173,6 +175,9 @@ class _Talk:
         """
         check_images(self.session, self.images)
         inputs, fitting = self._fit(question)
+        if not fitting:
+            self.transcript.reset()
+        inputs = self.transcript.continue_with(inputs)
         show = not self.arguments.json
         answer = reply(self.session, inputs, self.options, show=show, stoppable=True)
         if self.arguments.json:
@@ -181,16 +186,21 @@ class _Talk:
         if answer.text or not answer.stopped:
             templated = self.session.processor.chat_template
             self.turns = [*fitting, (question, answer.text)] if templated else []
+            found = answer.completion
+            self.transcript.answer(found.token_ids, found.finish_reason == "eos")
             self.history.append((question, answer.text))
 
     def _fit(self, question: str) -> tuple[Mapping, list]:
         """The inputs, and the newest turns that leave room for an answer. `turns` is unchanged, so
         that a rejected question loses nothing.
+
+        Dropping turns changes what all others attend to, and they are computed anew. So room is
+        made for several further turns at once.
         """
         turns, processor, context = self.turns, self.session.processor, self.session.context
-        inputs = encode(processor, self.images, question, turns, self.system)
-        while turns and context - inputs["input_ids"].shape[1] < MAX_NEW_TOKENS:
-            turns = turns[1:]
+        inputs, room = encode(processor, self.images, question, turns, self.system), MAX_NEW_TOKENS
+        while turns and context - inputs["input_ids"].shape[1] < room:
+            turns, room = turns[1:], max(MAX_NEW_TOKENS, context // 4)
             inputs = encode(processor, self.images, question, turns, self.system)
         check_room(context, inputs["input_ids"].shape[1])
         return inputs, turns

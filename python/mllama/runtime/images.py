@@ -96,6 +96,7 @@ class ImageReader:
             mask: cross_attention_mask [rows, tokens, images, tiles].
         """
         if not rows[0]:
+            self.forget()
             return {}, None
         images = [image for row in rows for image in row]
         tiles = self._tiles(rows, mask)  # (rows, images, tiles)

@@ -107,7 +107,8 @@ class PromptCache:
         """`prefill` of one row without padding."""
         ids, mask = inputs["input_ids"], inputs.get("cross_attention_mask")
         prompt = Prompt(ids[0].tolist(), [image.key for image in images], mask)
-        reuse = self._cut(prompt)
+        # The last id is computed for its logits.
+        reuse = self._cut(prompt if logits else prompt._replace(ids=[*prompt.ids, -1]))
         given = {}
         if self._reader.layers:
             self.cache.set_image_keys(*self._reader.keys([images], mask))
@@ -117,7 +118,9 @@ class PromptCache:
         if self.model.spec.bidirectional_prefix:
             given["token_type_ids"] = inputs["token_type_ids"][:, reuse.length :]
         self._masks = {} if mask is None else {"cross_attention_mask": mask}
-        result = self._pass_in_chunks(ids[:, reuse.length :], given, logits)
+        result = None
+        if (new := ids[:, reuse.length :]).shape[1]:
+            result = self._pass_in_chunks(new, given, logits)
         self._row = prompt
         return result, reuse.length
 
