@@ -3,12 +3,14 @@
 import pytest
 import torch
 
+from helpers import prefilled
 from mllama.processing.meta import CHAT_TEMPLATE as META
 from mllama.processing.prompt import CHAT_TEMPLATE as OURS
 from mllama.runtime.questions import encode
+from mllama.runtime.session import Session
 from mllama.runtime.transcript import Transcript
 from processing import templates
-from tiny import tokenizers
+from tiny import pairs, stock, tokenizers
 
 QUESTIONS = ["How many circles?", " two red three", "What colour is it?", "a b c d"]
 ANSWERS = [" three circles.", "blue\n", "  ", "describe the picture: hello\n\n"]
@@ -63,6 +65,25 @@ def test_what_was_read_and_generated_is_never_encoded_otherwise(tokenizer, name,
         as_text = ["".join(tokenizer.decode(ids).split()) for ids in (written, read)]
         assert as_text[0] == as_text[1]
         before = read + answer
+
+
+@pytest.mark.parametrize("name", KEPT)
+def test_a_session_computes_what_is_new_in_each_turn(tokenizer, name):
+    tokenizer.chat_template = KEPT[name]
+    model = pairs.of(
+        stock.make("llama", vocab_size=len(tokenizer), max_position_embeddings=999)
+    ).ours
+    session, transcript, turns = Session(model, tokenizer), Transcript(tokenizer), []
+    known = 0
+    for question in QUESTIONS[:3]:
+        inputs = transcript.continue_with(encode(tokenizer, None, question, turns))
+        with prefilled(model) as passes:
+            made = session.generate(inputs, max_new_tokens=9, temperature=1.0, seed=4)
+        row, length = made.completions[0], inputs["input_ids"].shape[1]
+        assert passes[0] == (1, length - known)
+        known = length + len(row.token_ids) - 1  # the last token was never read
+        transcript.answer(row.token_ids, row.finish_reason == "eos")
+        turns.append((question, row.text.strip()))
 
 
 def test_the_generated_tokens_differ_from_those_of_the_text(tokenizer):
