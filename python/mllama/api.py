@@ -21,7 +21,13 @@ from mllama.processing.auto import load_preprocessor
 from mllama.quant.packer import AUTO, choose_weights, optimize, packing_of
 from mllama.runtime.image_cache import ImageCache
 from mllama.runtime.loading import load_core
-from mllama.runtime.questions import as_list, encode_questions, refuse_swapped, share_images
+from mllama.runtime.questions import (
+    as_list,
+    check_images,
+    encode_questions,
+    refuse_swapped,
+    share_images,
+)
 from mllama.runtime.session import OPTIONS, Session
 from mllama.runtime.settings import beyond_session, check_settings
 
@@ -152,12 +158,11 @@ def open_session(
             return Session(
                 model, processor, settings, where, kv_cache=kv_cache, image_cache=image_cache
             )
-    for name, value in (("kv_cache", kv_cache), ("image_cache", image_cache)):
-        if value is not None:
-            raise ValueError(
-                f"{name} must be None, got {value!r}: this model's settings or tokenizer need "
-                "transformers' generate, which has a cache of its own"
-            )
+    if kv_cache is not None or image_cache is not None:
+        raise ValueError(
+            f"{'image' if kv_cache is None else 'kv'}_cache must be None: this model's settings or "
+            "tokenizer need transformers' generate, which has a cache of its own"
+        )
     from mllama.hf.answering import GenerateSession
 
     return GenerateSession(*load_quietly(path, dtype, device, reference, adapter, weights))
@@ -341,10 +346,10 @@ def ask(
 
 def _session_of(model: Any, processor: Any, options: Mapping[str, Any]) -> Any:
     """A new session for every call: a session keeps the cache of its last prompt."""
+    settings = where = images = None
     if model is None:
-        model, processor, settings, where = _embedded(bool(_beyond(options)))
+        model, processor, settings, where, images = _embedded(bool(_beyond(options)))
     else:
-        settings, where = None, None
         check_answers(model)
     # Checked by attributes: adapters wrap models.
     if not hasattr(model, "generate") and not hasattr(model, "compute"):
@@ -354,37 +359,28 @@ def _session_of(model: Any, processor: Any, options: Mapping[str, Any]) -> Any:
             f"processor must be as mllama.load returns it, got {type(processor).__name__}"
         )
     if not hasattr(model, "generate"):
-        return Session(model, processor, settings, where)
+        return Session(model, processor, settings, where, image_cache=images)
     from mllama.hf.answering import GenerateSession
 
     return GenerateSession(model, processor)
 
 
 @functools.cache
-def _embedded(by_transformers: bool) -> tuple[Any, Any, Any, str]:
-    """The embedded model, its processor and settings, on the core or on transformers."""
+def _embedded(by_transformers: bool) -> tuple[Any, Any, Any, str, ImageCache | None]:
+    """The embedded model, its processor, settings, files and images, on the core or on
+    transformers.
+    """
     if by_transformers:
-        return *load(), None, str(EMBEDDED)
+        return *load(), None, str(EMBEDDED), None
     session: Any = open_session()
     say_loaded(None, session.model)
-    return session.model, session.processor, session.settings, session.where
+    own = session.model, session.processor, session.settings, session.where
+    return *own, session.image_cache
 
 
 def _beyond(options: Mapping[str, Any]) -> list[str]:
     """Options that the core's session does not support."""
     return [name for name, value in options.items() if value is not None and name not in OPTIONS]
-
-
-def check_images(session: "Session | GenerateSession", images: Sequence) -> None:
-    """Reject a question without an image for the embedded model: its answer would be meaningless.
-
-    Raises:
-        ValueError: images is empty and the model is the embedded one.
-    """
-    if not images and session.where == str(EMBEDDED):
-        raise ValueError(
-            "the embedded model answers questions about an image and no others: give an image"
-        )
 
 
 def check_answers(model: Any) -> None:

@@ -7,12 +7,13 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mllama.api import check_images, say_loaded
+from mllama.api import say_loaded
 from mllama.checkpoints.files import write_file, write_json
 from mllama.cli import complain
 from mllama.cli._answering import facts, load_session, read_images, reply
+from mllama.processing.preprocessors import Preprocessor
 from mllama.runtime.checks import check_room
-from mllama.runtime.questions import as_messages, check_system, encode, tokenizer_of
+from mllama.runtime.questions import as_messages, check_images, check_system, encode, tokenizer_of
 from mllama.runtime.session import MAX_NEW_TOKENS
 from mllama.runtime.transcript import Transcript
 
@@ -61,6 +62,24 @@ def run(arguments: argparse.Namespace) -> None:
             complain(error)
 
 
+class _KeptImages:
+    """An image transform that is run once: a chat is about the same images until there are others.
+
+    Args:
+        transform: the preprocessor's own.
+    """
+
+    def __init__(self, transform: Any):
+        self._transform, self._result = transform, None
+
+    def __call__(self, images: list) -> dict:
+        self._result = self._result or self._transform(images)
+        return dict(self._result)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._transform, name)
+
+
 class _Talk:
     """A conversation: images, system prompt and turns. The session computes only what is new in
     each question.
@@ -77,6 +96,7 @@ class _Talk:
         self.transcript = Transcript(session.tokenizer)  # of the same turns
         self.history: list[tuple[str, str]] = []  # all turns
         self.saved: set[Path] = set()
+        self._transform = getattr(session.processor, "images", None)
 
     def command(self, name: str, rest: str) -> bool:
         """Run a line that begins with "/"; False ends the chat.
@@ -126,6 +146,8 @@ class _Talk:
         if tokenizer_of(self.session.processor) is self.session.processor:
             raise ValueError(f"this model takes no images, got {len(images)}")
         self.names, self.images, self.turns, self.history = names, images, [], []
+        if isinstance(self.session.processor, Preprocessor):
+            self.session.processor.images = _KeptImages(self._transform)
 
     def instruct(self, system: str | None) -> None:
         """Set the system prompt.
