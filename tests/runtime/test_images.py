@@ -355,8 +355,10 @@ def test_arguments_are_refused_by_name():
     model = pairs.pair("llama").ours
     with pytest.raises(TypeError, match="image_cache"):
         Session(model, image_cache=2**20)
-    other = tiny.model()
     cache = ImageCache()
-    Session(other, image_cache=cache)
     with pytest.raises(ValueError, match="image_cache"):
         Session(model, image_cache=cache)
+    first, second = tiny.model(), tiny.model()
+    Session(first, image_cache=cache)
+    with pytest.raises(ValueError, match="image_cache"):
+        Session(second, image_cache=cache)

@@ -54,5 +54,5 @@ def test_smollm2_talks_on_as_transformers_does():
         assert pieces[0] == made.completions[0].text
         assert made.num_reused_tokens == known  # all that was read or generated
         known = made.num_prompt_tokens + len(expected.token_ids) - 1
-        transcript.answer(expected.token_ids, expected.finish_reason == "eos")
+        transcript.answer(made.completions[0])
         turns.append((question, expected.text))

@@ -6,6 +6,7 @@ import torch
 from helpers import prefilled
 from mllama.processing.meta import CHAT_TEMPLATE as META
 from mllama.processing.prompt import CHAT_TEMPLATE as OURS
+from mllama.runtime.completion import Completion
 from mllama.runtime.questions import encode
 from mllama.runtime.session import Session
 from mllama.runtime.transcript import Transcript
@@ -50,7 +51,8 @@ def talk(tokenizer, answers: list[str], ends: bool = True, system: str | None = 
         assert read["attention_mask"].shape == read["input_ids"].shape
         ids = in_bytes(tokenizer, text)
         yield inputs["input_ids"][0].tolist(), read["input_ids"][0].tolist(), ids
-        transcript.answer([*ids, tokenizer.eos_token_id] if ends else ids, ends)
+        ids_and_end = [*ids, tokenizer.eos_token_id] if ends else ids
+        transcript.answer(Completion(ids_and_end, text, "eos" if ends else "length"))
         turns.append((question, text.strip()))
 
 
@@ -82,7 +84,7 @@ def test_a_session_computes_what_is_new_in_each_turn(tokenizer, name):
         row, length = made.completions[0], inputs["input_ids"].shape[1]
         assert passes[0] == (1, length - known)
         known = length + len(row.token_ids) - 1  # the last token was never read
-        transcript.answer(row.token_ids, row.finish_reason == "eos")
+        transcript.answer(row)
         turns.append((question, row.text.strip()))
 
 
@@ -135,7 +137,7 @@ def test_masks_follow_the_tokens(tokenizer):
 
     first, _ = read([])
     answer = in_bytes(tokenizer, " blue circles")
-    transcript.answer([*answer, 0], True)
+    transcript.answer(Completion([*answer, 0], " blue circles", "eos"))
     written, found = read([("two red", "blue circles")])
     start = first["input_ids"].shape[1]
     ids, rows = found["input_ids"][0], found["cross_attention_mask"].flatten()
@@ -149,7 +151,8 @@ def test_a_prompt_without_an_answer_is_forgotten(tokenizer):
     tokenizer.chat_template = templates.CHATML
     transcript = Transcript(tokenizer)
     first = transcript.continue_with(encode(tokenizer, None, "two red"))
-    transcript.answer(answer := in_bytes(tokenizer, " blue"), False)
+    answer = in_bytes(tokenizer, " blue")
+    transcript.answer(Completion(answer, "blue", "interrupted"))
     transcript.continue_with(encode(tokenizer, None, "stopped at once", [("two red", "blue")]))
     found = transcript.continue_with(encode(tokenizer, None, "a b", [("two red", "blue")]))
     known = first["input_ids"][0].tolist() + answer
@@ -157,3 +160,16 @@ def test_a_prompt_without_an_answer_is_forgotten(tokenizer):
     transcript.reset()
     inputs = encode(tokenizer, None, "a b", [("two red", "blue")])
     assert torch.equal(transcript.continue_with(inputs)["input_ids"], inputs["input_ids"])
+
+
+def test_tokens_of_a_stop_string_are_left_out(tokenizer):
+    tokenizer.chat_template = templates.CHATML
+    transcript = Transcript(tokenizer)
+    first = transcript.continue_with(encode(tokenizer, None, "two red"))["input_ids"][0].tolist()
+    answer = in_bytes(tokenizer, " blue circles")
+    transcript.answer(Completion(answer, "blue ci", "stop"))
+    turns = [("two red", "blue ci")]
+    found = transcript.continue_with(encode(tokenizer, None, "a b", turns))["input_ids"][0]
+    kept = answer[: len(" blue ci")]
+    assert found[: len(first) + len(kept)].tolist() == first + kept
+    assert found[len(first) + len(kept)] == tokenizer.convert_tokens_to_ids("<|im_end|>")

@@ -41,7 +41,7 @@ def load_session(arguments: argparse.Namespace) -> "tuple[AnySession, dict[str, 
             arguments.adapter,
             arguments.weights,
             arguments.kv_cache,
-            image_cache=_image_cache(arguments),
+            _image_cache(arguments),
         )
     return session, options
 

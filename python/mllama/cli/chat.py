@@ -208,8 +208,7 @@ class _Talk:
         if answer.text or not answer.stopped:
             templated = self.session.processor.chat_template
             self.turns = [*fitting, (question, answer.text)] if templated else []
-            found = answer.completion
-            self.transcript.answer(found.token_ids, found.finish_reason == "eos")
+            self.transcript.answer(answer.completion)
             self.history.append((question, answer.text))
 
     def _fit(self, question: str) -> tuple[Mapping, list]:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, GenerationMixin, PreTrainedModel, TextStreamer
 
+from mllama.hf.encoded_images import encode_once
 from mllama.runtime.checks import check_count, check_room
 from mllama.runtime.completion import Completion, Generation
 from mllama.runtime.questions import tokenizer_of
@@ -120,6 +121,7 @@ def generate(model: Any, inputs: Mapping[str, torch.Tensor], **generate_kwargs: 
     if "max_new_tokens" in options:
         options["max_new_tokens"] = min(options["max_new_tokens"], room)
     given = {name: value.to(model.device) for name, value in inputs.items()}
+    given = encode_once(model, given, generate_kwargs.keys() - {"streamer"})
     with torch.inference_mode():
         return model.generate(**given, **options)
 

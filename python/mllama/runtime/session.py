@@ -49,7 +49,7 @@ class Session:
     Raises:
         TypeError: a processor without a tokenizer; settings or image_cache of another type.
         ValueError: settings of transformers' generate that a session does not have; another
-            kv_cache.
+            kv_cache; an image_cache that is another model's, or of a model without images.
     """
 
     def __init__(
@@ -82,6 +82,8 @@ class Session:
             raise TypeError(
                 f"image_cache must be an ImageCache or None, got {type(image_cache).__name__}"
             )
+        if image_cache is not None and model.spec.encoder is None:
+            raise ValueError("image_cache must be None: this model takes no images")
         self.image_cache = ImageCache() if image_cache is None else image_cache
         self.image_cache.attach(model)
         self._prompt = PromptCache(model, self.image_cache, kv_cache, prefill_chunk_size)

@@ -1,10 +1,11 @@
 """The ids of a conversation as a model read and wrote them."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 
+from mllama.runtime.completion import Completion
 from mllama.runtime.prefix import common
 
 _PER_TOKEN = ("input_ids", "attention_mask", "token_type_ids", "cross_attention_mask")
@@ -33,7 +34,8 @@ class Transcript:
         self._written: list[int] = []  # the last answered prompt, as the template has it
         self._read: list[int] = []  # the same, as the model read it
         self._places: list[int] = []  # where each of these ids is in `_written`
-        self._answer: list[int] = []
+        self._answer: list[int] = []  # without an end token, which is the template's to write
+        self._text: str | None = None  # of the whole answer
         self._pending: tuple[list[int], list[int], list[int]] | None = None
 
     def continue_with(self, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -59,17 +61,20 @@ class Transcript:
         ids = inputs["input_ids"]
         return continued | {"input_ids": torch.tensor([read], dtype=ids.dtype, device=ids.device)}
 
-    def answer(self, token_ids: Sequence[int], ended: bool) -> None:
-        """Add the answer to the last prompt. Without it the prompt is no part of the conversation.
-
-        Args:
-            token_ids: the generated ids.
-            ended: the last one is an end token, which is the template's to write.
+    def answer(self, completion: Completion) -> None:
+        """Add the answer to the last prompt. Without one the prompt is no part of the
+        conversation.
         """
-        if self._pending is not None:
-            self._written, self._read, self._places = self._pending
-            self._answer = list(token_ids[:-1] if ended else token_ids)
-            self._pending = None
+        if self._pending is None:
+            return
+        self._written, self._read, self._places = self._pending
+        self._pending = None
+        ids, reason = completion.token_ids, completion.finish_reason
+        self._answer = ids[:-1] if reason == "eos" else list(ids)
+        # Tokens of a stop string are no part of the text.
+        self._text = (
+            None if reason == "stop" or completion.text is None else completion.text.strip()
+        )
 
     def _find_answer(self, written: list[int]) -> tuple[int, int] | None:
         """How many tokens of the answer are kept, and where the prompt goes on behind them; None if
@@ -80,12 +85,12 @@ class Transcript:
             return None
         count = len(self._answer)
         for kept in range(count, max(count - _LAST, -1), -1):
-            text = self._decode(self._answer[:kept])
-            text = text.strip() if kept == count else text.lstrip()
+            whole = kept == count and self._text is not None
+            text = self._text if whole else self._decode(self._answer[:kept]).lstrip()
             about = start + len(self._tokenizer.encode(text, add_special_tokens=False))
             for end in range(max(about - _NEAR, start), min(about + _NEAR, len(written)) + 1):
                 found = self._decode(written[start:end])
-                if (found.strip() if kept == count else found.lstrip()) == text:
+                if (found.strip() if whole else found.lstrip()) == text:
                     return kept, end
         return None
 
