@@ -7,7 +7,7 @@ import torch
 
 import mllama
 import tiny
-from helpers import counted_images, prefilled
+from helpers import counted_images, counted_steps, needs_kernels, prefilled
 from mllama.runtime.image_cache import ImageCache
 from mllama.runtime.session import Session
 from tiny import batches, pairs, stock
@@ -84,7 +84,7 @@ def same_bits(first: list[torch.Tensor], second: list[torch.Tensor]) -> bool:
     return len(first) == len(second) and all(map(torch.equal, first, second))
 
 
-def alone(model, inputs: dict) -> list[list[int]]:
+def alone(model, inputs: dict, length: int = LENGTH) -> list[list[int]]:
     """Greedy tokens of each row by itself."""
     answers = []
     for row, keep in enumerate(inputs["attention_mask"] != 0):
@@ -95,7 +95,7 @@ def alone(model, inputs: dict) -> list[list[int]]:
                 one[name] = inputs[name][row * count : (row + 1) * count]
         if "cross_attention_mask" in inputs:
             one["cross_attention_mask"] = inputs["cross_attention_mask"][row : row + 1, keep]
-        made = Session(model).generate(one, max_new_tokens=LENGTH)
+        made = Session(model).generate(one, max_new_tokens=length)
         answers.append(made.completions[0].token_ids)
     return answers
 
@@ -293,16 +293,28 @@ def test_rows_of_tiled_images_with_other_tiles():
         assert [row.token_ids for row in found.completions] == alone(model, inputs)
 
 
-@pytest.mark.parametrize("case", ["gemma2", "gemma3_text"])
+@pytest.mark.parametrize("case", ["gemma2", "gemma3_text", "gemma2, one wide window"])
 def test_windows_do_not_reach_over_padding(case):
-    """Rows of one length share their start; others would have padding inside the window."""
+    """While padding stands behind the shared start, it must not push keys out of a window."""
     model = pairs.pair(case).ours
-    for tails, shares in ((TAILS, False), ([tiny.tokens(6, seed) for seed in (5, 6)], True)):
-        inputs = tiny.batch(*([*SHARED, *tail] for tail in tails))
+    window = min(layer.window for layer in model.spec.text.layers if layer.window)
+    alike = [tiny.tokens(6, seed) for seed in (5, 6)]
+    for start, tails in ((SHARED, TAILS), (SHARED, alike), (SHARED[:16], [[4], [5, 6, 7, 8]])):
+        inputs = tiny.batch(*([*start, *tail] for tail in tails))
         with prefilled(model) as passes:
-            found = Session(model).generate(inputs, max_new_tokens=LENGTH)
-        assert (passes[0][0] == 1) == shares
-        assert [row.token_ids for row in found.completions] == alone(model, inputs)
+            found = Session(model).generate(inputs, max_new_tokens=9)
+        assert (passes[0][0] == 1) == (tails is alike or inputs["input_ids"].shape[1] <= window)
+        assert [row.token_ids for row in found.completions] == alone(model, inputs, 9)
+
+
+@needs_kernels
+def test_a_packed_model_decodes_rows_with_a_shared_start_by_its_operator():
+    model = mllama.optimize(pairs.make("llama").ours, "f32")
+    inputs = tiny.batch(*([*SHARED, *tail] for tail in TAILS))
+    with counted_steps() as steps, prefilled(model) as passes:
+        found = Session(model).generate(inputs, max_new_tokens=LENGTH)
+    assert passes[0] == (1, len(SHARED)) and steps.call_count == LENGTH - 1
+    assert [row.token_ids for row in found.completions] == alone(model, inputs)
 
 
 def test_rows_that_share_little_are_computed_together():

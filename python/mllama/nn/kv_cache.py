@@ -1,7 +1,7 @@
 """A decoder's key-value cache: preallocated, grown by doubling, in a dtype of its own if asked."""
 
 import numbers
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -270,6 +270,28 @@ class KVCache:
             raise ValueError(f"rows must be [new batch], of 0 to {batch - 1}, got {rows.tolist()}")
         for buffer in (*self._text, *self._cross):
             buffer.reorder(rows)
+
+    def move_padding(self, start: int, length: int, padding: Sequence[int]) -> None:
+        """Put padding before the positions `start` to `start + length`, which it stands behind.
+        Keys do not know their places, so only masks change.
+
+        Args:
+            start, length: positions that are moved, in every row.
+            padding: number of padded positions behind them, for each row.
+        """
+        end = start + length
+        if not 0 <= start <= end <= end + max(padding, default=0) <= self.length:
+            raise ValueError(
+                f"start, length and padding must lie within {self.length} positions, got {start}, "
+                f"{length} and {list(padding)}"
+            )
+        for buffer in self._text:
+            if not buffer.length:
+                continue
+            for row, count in enumerate(padding):
+                for x in (buffer.keys, buffer.values):
+                    moved = x[row, :, start:end].clone()  # type: ignore[index]
+                    x[row, :, start + count : end + count] = moved  # type: ignore[index]
 
     def reset(self) -> None:
         """Empty the cache; the text's buffers are reused where they fit."""

@@ -55,19 +55,11 @@ class PromptCache:
         images, rows = self._reader.split(inputs)
         if len(inputs["input_ids"]) == 1 and "attention_mask" not in inputs:
             return self._prefill_row(inputs, images)
-        num_reused, shared = 0, None if rows is None else self._find_shared(inputs, rows)
+        shared = None if rows is None else self._find_shared(inputs, rows)
         if shared is None:
-            self.cache.reset()
-            self._forget()
-            if self._reader.layers:
-                mask = inputs.get("cross_attention_mask")
-                self.cache.set_image_keys(*self._reader.keys(rows, mask))  # type: ignore[arg-type]
-        else:
-            num_reused = self._prefill_shared(inputs, rows[0], shared)  # type: ignore[index]
-            inputs = self._rest(inputs, shared.length)
-            assert rows is not None
-            images = [image for row in rows for image in row[shared.images :]]
-        return self._prefill_rows(inputs, images), num_reused
+            return self._prefill_rows(inputs, images, rows), 0
+        assert rows is not None
+        return self._prefill_shared(inputs, rows, shared)
 
     def append(self, tokens: torch.Tensor) -> torch.Tensor:
         """Put one token per row, [B], behind the prompts; return the logits, [B, V]."""
@@ -77,17 +69,17 @@ class PromptCache:
         return logits
 
     def finish(self) -> None:
-        """After the last token. Of a batch the shared prefix is left, as one row."""
-        shared = self._shared
+        """After the last token. What the rows of a batch share is left, as one row."""
         if self._row is not None:
             return
-        if shared is None:
+        if self._shared is None:
             self.drop()
             return
-        self.cache.reorder(torch.tensor([0]))
-        self.cache.crop(self.cache.num_prefix_tokens + len(shared.ids))
+        row, start = self._shared
+        self.cache.reorder(torch.tensor([row]))
+        self.cache.crop(self.cache.num_prefix_tokens + len(start.ids))
         self._forget()
-        self._row = shared
+        self._row = start
 
     def restore(self) -> None:
         """After an interrupted pass, crop the cache to what is complete."""
@@ -98,7 +90,7 @@ class PromptCache:
 
     def _forget(self) -> None:
         self._row: Prompt | None = Prompt([], [])  # in the cache; None: those of a batch
-        self._shared: Prompt | None = None  # start of a batch's rows, once it was computed
+        self._shared: tuple[int, Prompt] | None = None  # a batch's row that begins with it
         self._masks: dict[str, torch.Tensor] = {}  # of the prompts in the cache
 
     def _prefill_row(
@@ -154,64 +146,89 @@ class PromptCache:
         )
         if not shared.length or shared.length + visual < MIN_SHARED:
             return None
-        # Padding would stand between the start and the rest, and widen the window's distances.
-        windowed = any(layer.window is not None for layer in spec.text.layers)
-        if windowed and len({len(prompt.ids) for prompt in prompts}) > 1:
+        # While the rest is computed, padding stands between: a window would be too narrow.
+        lengths = [len(prompt.ids) for prompt in prompts]
+        windows = [layer.window for layer in spec.text.layers if layer.window is not None]
+        if min(lengths) < max(lengths) and max(lengths) > min(windows, default=max(lengths)):
             return None
         if self._reader.layers and not _see_alike(prompts, shared.length):
             return None
         return shared
 
-    def _prefill_shared(self, inputs: Inputs, images: list[Image], shared: Reuse) -> int:
-        """Compute what all rows begin with, as one row, and repeat it."""
-        rows = len(inputs["input_ids"])
-        start = _padding(inputs)[0]
-        first = {
-            name: inputs[name][:1, start : start + shared.length]
+    def _prefill_shared(
+        self, inputs: Inputs, rows: list[list[Image]], shared: Reuse
+    ) -> tuple[torch.Tensor, int]:
+        """Compute what all rows begin with as one row, repeat it, and compute their rests."""
+        padding, length, layers = _padding(inputs), shared.length, self._reader.layers
+        first, least = padding[0], min(padding)
+        start = {
+            name: inputs[name][:1, first : first + length]
             for name in ("input_ids", "cross_attention_mask")
             if name in inputs
         }
-        if not self._reader.layers:
-            images = images[: shared.images]
-        _, num_reused = self._prefill_row(first, images, logits=False)
-        self._row, self._shared = None, self._row
-        self.cache.reorder(torch.zeros(rows, dtype=torch.long))
-        return num_reused
+        images = rows[0] if layers else rows[0][: shared.images]
+        _, num_reused = self._prefill_row(start, images, logits=False)
+        start_prompt, self._row = self._row, None
+        self.cache.reorder(torch.zeros(len(rows), dtype=torch.long))
+        rest = [image for row in rows for image in row[shared.images :]]
+        given = {} if layers or not rest else {"image_features": self._reader.features(rest)}
+        ids, masks = self._rest(inputs, padding, length)
+        self._masks = masks
+        logits = self._pass_in_chunks(ids, given)
+        # Padding before the rows, where `decode_step` and windows expect it.
+        between = [count - least for count in padding]
+        self.cache.move_padding(self.cache.num_prefix_tokens, length, between)
+        self._masks = {
+            name: inputs[name][:, least:]
+            for name in ("attention_mask", "cross_attention_mask")
+            if name in inputs
+        }
+        if not any(between):
+            self._masks.pop("attention_mask", None)
+        assert start_prompt is not None
+        self._shared = between.index(0), start_prompt
+        return logits, num_reused
 
-    def _rest(self, inputs: Inputs, length: int) -> dict[str, torch.Tensor]:
-        """The inputs without the first `length` ids of each row, padded on the left; masks begin
-        with those ids.
+    def _rest(
+        self, inputs: Inputs, padding: list[int], length: int
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """Ids without the first `length` of each row, padded on the left, and the masks of both
+        parts.
         """
-        ids, padding = inputs["input_ids"], _padding(inputs)
+        ids = inputs["input_ids"]
         B, T = ids.shape
-        width, start = T - min(padding) - length, padding[0]
-        places = torch.arange(width, device=ids.device)
-        keep = places >= torch.tensor(padding, device=ids.device)[:, None] - min(
-            padding
-        )  # (B, width)
+        first, width = padding[0], T - min(padding) - length
+        places = torch.arange(width, device=ids.device) + min(padding)
+        keep = places >= torch.tensor(padding, device=ids.device)[:, None]  # (B, width)
         filler = 1 if self.model.spec.image_token_index == 0 else 0  # no placeholder
-        rest = {"input_ids": ids[:, T - width :].masked_fill(~keep, filler)}
+        rest, masks = ids[:, T - width :].masked_fill(~keep, filler), {}
         if not keep.all():
-            rest["attention_mask"] = torch.cat([keep.new_ones(B, length), keep], 1)
+            masks["attention_mask"] = torch.cat([keep.new_ones(B, length), keep], 1)
         if (mask := inputs.get("cross_attention_mask")) is not None:
-            head = mask[:1, start : start + length].expand(B, -1, -1, -1)
-            rest["cross_attention_mask"] = torch.cat([head, mask[:, T - width :]], 1)
-        return rest
+            head = mask[:1, first : first + length].expand(B, -1, -1, -1)
+            masks["cross_attention_mask"] = torch.cat([head, mask[:, T - width :]], 1)
+        return rest, masks
 
-    def _prefill_rows(self, inputs: Inputs, images: list[Image]) -> torch.Tensor:
-        """Compute all ids of a batch; the cache has what comes before them, and what
-        cross-attention layers read. Returns the last logits.
-        """
+    def _prefill_rows(
+        self, inputs: Inputs, images: list[Image], rows: list[list[Image]] | None
+    ) -> torch.Tensor:
+        """`prefill` of rows that share nothing; `rows` are their images, where that is known."""
+        self.cache.reset()
+        self._forget()
         self._row, given = None, {}
-        if images and not self._reader.layers:
-            given["image_features"] = self._reader.features(images)
-        if self.model.spec.bidirectional_prefix:
-            given["token_type_ids"] = inputs["token_type_ids"]
         self._masks = {
             name: inputs[name]
             for name in ("attention_mask", "cross_attention_mask")
             if name in inputs
         }
+        if self._reader.layers:
+            assert rows is not None
+            mask = inputs.get("cross_attention_mask")
+            self.cache.set_image_keys(*self._reader.keys(rows, mask))
+        elif images:
+            given["image_features"] = self._reader.features(images)
+        if self.model.spec.bidirectional_prefix:
+            given["token_type_ids"] = inputs["token_type_ids"]
         return self._pass_in_chunks(inputs["input_ids"], given)
 
     def _pass_in_chunks(
