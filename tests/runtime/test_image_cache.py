@@ -232,6 +232,21 @@ def test_a_session_with_files_notices_adapters_and_a_reset(tmp_path):
     assert same_bits(logits(session, inputs), logits(Session(model), inputs))
 
 
+def test_a_forgotten_reset_spoils_no_file(tmp_path):
+    model = model_of("merge")
+    inputs = prompts("merge", model, (tiny.tokens(9), 1))
+    session = Session(model, image_cache=ImageCache(folder=tmp_path))
+    logits(session, inputs)
+    scale(model)
+    other = inputs | {"pixel_values": inputs["pixel_values"] * 2}
+    logits(session, other)
+    fresh = Session(model, image_cache=ImageCache(folder=tmp_path))
+    with counted_images(model) as images:
+        found = logits(fresh, other)
+        assert images.call_count == 0
+    assert same_bits(found, logits(Session(model), other))
+
+
 def test_the_decoders_other_weights_do_not_matter():
     for case in ("merge", "mllama"):
         model = model_of(case)

@@ -170,7 +170,7 @@ class CrossAttentionFusion(Fusion):
         states, attentions = self._states(inputs, parts, embeds)
         rows_of_mask = _rows_of_mask(mask, inputs.shape, 0 if cache is None else cache.length)
         if rows_of_mask is not None and placeholders is not None and states is not None:
-            _check_visible(mask, placeholders)
+            check_visible(mask, placeholders)
         cached = None if cache is None else cache.tile_mask
         cross = cross_context(
             None if states is None else self.by_rows(states, embeds.shape[0]).to(embeds.dtype),
@@ -255,7 +255,7 @@ def _rows_of_mask(
     return mask[:, rows.clamp(max=mask.shape[1] - 1)]
 
 
-def _check_visible(mask: torch.Tensor, placeholders: torch.Tensor) -> None:
+def check_visible(mask: torch.Tensor, placeholders: torch.Tensor) -> None:
     """Reject a mask with fewer rows than tokens that hides every image from a placeholder [B, T]:
     its rows are shifted against the text, as when padding was moved after the mask was made.
     """

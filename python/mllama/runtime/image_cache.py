@@ -55,7 +55,7 @@ class ImageCache:
         self._entries: OrderedDict[bytes, Entry] = OrderedDict()
         self._bytes = 0
         self._model: Callable[[], Any] = lambda: None  # a weak reference
-        self._weights = ""  # their fingerprint, once it is needed
+        self._weights = ""  # their fingerprint, once it is needed after `attach`
         self._changes = count_changes()
         self._lock = threading.Lock()
 
@@ -69,7 +69,8 @@ class ImageCache:
         return self._bytes
 
     def attach(self, model: Any) -> None:
-        """Say whose images are looked up next. What other adapters computed is dropped.
+        """Say whose images are looked up next. What other adapters computed is dropped, and the
+        weights are looked at again before a file is used.
 
         Raises:
             ValueError: the cache is another model's.
@@ -82,9 +83,10 @@ class ImageCache:
                 raise ValueError("image_cache must be of this model alone, it is another's already")
             if self._changes != count_changes():
                 self._clear()
+            self._weights = ""
 
     def clear(self) -> None:
-        """Forget the entries in memory, and which files the weights belong to."""
+        """Forget the entries in memory."""
         with self._lock:
             self._clear()
 
@@ -126,7 +128,7 @@ class ImageCache:
 
     def _clear(self) -> None:
         self._entries.clear()
-        self._bytes, self._weights, self._changes = 0, "", count_changes()
+        self._bytes, self._changes = 0, count_changes()
 
 
 def _nbytes(entry: Entry) -> int:

@@ -178,7 +178,7 @@ class ImageReader:
         if mask is None or self.model.reference != "meta" or masks[0] is None:
             return tiles
         tiles = torch.cat(masks).cpu().view(tiles.shape) != 0  # type: ignore[arg-type]
-        if mask.dim() == 4 and (len(mask), *mask.shape[2:]) == tiles.shape:
+        if mask.shape[2:] == tiles.shape[1:]:  # else the model rejects it
             tiles |= (mask != 0).any(1).cpu()
         tiles[..., 0] |= ~tiles.any(-1)
         return tiles

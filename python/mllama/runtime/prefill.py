@@ -9,6 +9,7 @@ import torch
 from torch.nn.functional import pad
 
 from mllama.fusion.base import ModelInputs
+from mllama.fusion.cross_attention import check_visible
 from mllama.nn.kv_cache import CACHE_DTYPES, KVCache
 from mllama.runtime.image_cache import ImageCache
 from mllama.runtime.images import Image, ImageReader
@@ -52,6 +53,7 @@ class PromptCache:
         Returns:
             The last logits, [B, V], and how many leading ids of every row were in the cache.
         """
+        inputs = self._with_whole_mask(inputs)
         images, rows = self._reader.split(inputs)
         if len(inputs["input_ids"]) == 1 and "attention_mask" not in inputs:
             return self._prefill_row(inputs, images)
@@ -92,6 +94,24 @@ class PromptCache:
         self._row: Prompt | None = Prompt([], [])  # in the cache; None: those of a batch
         self._shared: tuple[int, Prompt] | None = None  # a batch's row that begins with it
         self._masks: dict[str, torch.Tensor] = {}  # of the prompts in the cache
+
+    def _with_whole_mask(self, inputs: Inputs) -> Inputs:
+        """The inputs with a cross_attention_mask for all ids, its last row repeated.
+
+        Raises:
+            ValueError: it has another shape, or hides every image from a placeholder.
+        """
+        ids, mask = inputs["input_ids"], inputs.get("cross_attention_mask")
+        if mask is None:
+            return inputs
+        if mask.dim() != 4 or len(mask) != len(ids) or not mask.shape[1]:
+            raise ValueError(
+                f"cross_attention_mask must be [{len(ids)}, tokens, images, tiles], "
+                f"got {list(mask.shape)}"
+            )
+        check_visible(mask, self.model.fusion.find_placeholders(ids))
+        rows = torch.arange(ids.shape[1], device=mask.device).clamp(max=mask.shape[1] - 1)
+        return {**inputs, "cross_attention_mask": mask[:, rows]}
 
     def _prefill_row(
         self, inputs: Inputs, images: list[Image], logits: bool = True
