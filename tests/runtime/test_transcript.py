@@ -173,3 +173,15 @@ def test_tokens_of_a_stop_string_are_left_out(tokenizer):
     kept = answer[: len(" blue ci")]
     assert found[: len(first) + len(kept)].tolist() == first + kept
     assert found[len(first) + len(kept)] == tokenizer.convert_tokens_to_ids("<|im_end|>")
+
+
+def test_an_answer_that_was_changed_leaves_those_before_it_as_they_were(tokenizer):
+    tokenizer.chat_template = templates.CHATML
+    transcript, turns, known = Transcript(tokenizer), [], []
+    for number, answer in enumerate(ANSWERS[:3]):
+        read = transcript.continue_with(encode(tokenizer, None, QUESTIONS[number], turns))
+        ids = read["input_ids"][0].tolist()
+        transcript.answer(Completion(in_bytes(tokenizer, answer), answer, "length"))
+        turns.append((QUESTIONS[number], "another text, of more than a few tokens"))
+        assert ids[: len(known)] == known
+        known = ids

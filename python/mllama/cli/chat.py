@@ -128,7 +128,7 @@ class _Talk:
             self.instruct(rest or None)
             _note("a new system prompt" if rest else "no system prompt")
         elif name == "/reset":
-            self.turns, self.history = [], []
+            self.forget()
             _note("a new conversation")
         elif name == "/save":
             self.save(Path(rest))
@@ -145,9 +145,15 @@ class _Talk:
         """
         if tokenizer_of(self.session.processor) is self.session.processor:
             raise ValueError(f"this model takes no images, got {len(images)}")
-        self.names, self.images, self.turns, self.history = names, images, [], []
+        self.names, self.images = names, images
+        self.forget()
         if isinstance(self.session.processor, Preprocessor):
             self.session.processor.images = _KeptImages(self._transform)
+
+    def forget(self) -> None:
+        """Start a new conversation."""
+        self.turns, self.history = [], []
+        self.transcript.reset()
 
     def instruct(self, system: str | None) -> None:
         """Set the system prompt.
@@ -197,9 +203,6 @@ class _Talk:
         """
         check_images(self.session, self.images)
         inputs, fitting = self._fit(question)
-        if not fitting:
-            self.transcript.reset()
-        inputs = self.transcript.continue_with(inputs)
         show = not self.arguments.json
         answer = reply(self.session, inputs, self.options, show=show, stoppable=True)
         if self.arguments.json:
@@ -218,13 +221,17 @@ class _Talk:
         Dropping turns changes what all others attend to, and they are computed anew. So room is
         made for several further turns at once.
         """
-        turns, processor, context = self.turns, self.session.processor, self.session.context
-        inputs, room = encode(processor, self.images, question, turns, self.system), MAX_NEW_TOKENS
+        turns, context, room = self.turns, self.session.context, MAX_NEW_TOKENS
+        inputs = self._encode(question, turns)
         while turns and context - inputs["input_ids"].shape[1] < room:
-            turns, room = turns[1:], max(MAX_NEW_TOKENS, context // 4)
-            inputs = encode(processor, self.images, question, turns, self.system)
+            turns, room = turns[1:], MAX_NEW_TOKENS + context // 4
+            inputs = self._encode(question, turns)
         check_room(context, inputs["input_ids"].shape[1])
         return inputs, turns
+
+    def _encode(self, question: str, turns: list[tuple[str, str]]) -> Mapping:
+        inputs = encode(self.session.processor, self.images, question, turns, self.system)
+        return self.transcript.continue_with(inputs)
 
 
 def _note(text: str) -> None:

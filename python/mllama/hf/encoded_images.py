@@ -33,7 +33,12 @@ def encode_once(
         return given
     modules = dict(model.image_modules())
     parts = [part for module in modules.values() for part in module.modules()]
-    tensors = [tensor for module in modules.values() for tensor in module.state_dict().values()]
+    tensors = [
+        tensor
+        for part in parts
+        for own in (part.parameters, part.buffers)
+        for tensor in own(recurse=False)
+    ]
     if (
         not OPTIONS.issuperset(options)
         or not all(is_plain(part, type(part)) for part in parts)

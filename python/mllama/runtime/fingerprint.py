@@ -2,45 +2,41 @@
 
 import hashlib
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import nn
 
-from mllama.nn.adapted import AdaptedLinear
-
 _ROW = 4096  # bytes
-_PLAIN = (bool, int, float, str, type(None))
 
 
 def fingerprint(modules: Iterable[tuple[str, nn.Module]]) -> str:
     """32 hexadecimal digits for modules with their names: their classes, settings and tensors.
 
-    Tensors are summed as integers, by rows and by columns of 4096 bytes, and the sums are hashed.
-    This reads weights as fast as memory is, a cryptographic hash does not. Any changed value
-    changes the fingerprint; two tensors that are made to collide could.
+    Tensors are summed as integers, by rows and by columns of 4096 bytes, and the sums are hashed:
+    this reads weights as fast as memory is, a cryptographic hash of all bytes does not. A changed
+    value changes the fingerprint; tensors could be made to have the same one.
     """
     digest = hashlib.blake2b(digest_size=16)
     for name, module in modules:
         for inner, part in module.named_modules(prefix=name):
-            digest.update(f"{inner} {type(part).__qualname__} {_settings(part)}".encode())
-        for inner, tensor in module.state_dict(prefix=f"{name}.", keep_vars=True).items():
-            digest.update(f"{inner} {tensor.dtype} {list(tensor.shape)}".encode())
-            for sums in _sums(tensor.detach()):
-                digest.update(sums.cpu().numpy())
+            settings = [item for item in sorted(vars(part).items()) if _is_plain(item[1])]
+            digest.update(f"{inner} {type(part).__qualname__} {settings}".encode())
+            for own in (part.named_parameters, part.named_buffers):
+                for label, tensor in own(recurse=False):
+                    digest.update(f"{label} {tensor.dtype} {list(tensor.shape)}".encode())
+                    for sums in _sums(tensor.detach()):
+                        digest.update(sums.cpu().numpy())
     return digest.hexdigest()
 
 
-def _settings(module: nn.Module) -> list:
-    """Plain attributes of a module: switches, factors and names. Of an adapter also whether it is
-    on, which depends on more.
-    """
-    plain = [
-        (name, value) for name, value in sorted(vars(module).items()) if isinstance(value, _PLAIN)
-    ]
-    if isinstance(module, AdaptedLinear):
-        update = module.update()
-        plain.append(("update", None if update is None else update.scale))
-    return plain
+def _is_plain(value: Any) -> bool:
+    """Whether a module's attribute is a switch, a factor, a name, or several of them."""
+    if isinstance(value, (list, tuple)):
+        return all(map(_is_plain, value))
+    if isinstance(value, dict):
+        return all(map(_is_plain, value)) and all(map(_is_plain, value.values()))
+    return isinstance(value, (bool, int, float, str, type(None)))
 
 
 def _sums(tensor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

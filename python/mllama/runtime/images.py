@@ -16,7 +16,7 @@ from mllama.runtime.image_cache import Entry, ImageCache
 IMAGE_INPUTS = ("pixel_values", "aspect_ratio_ids", "aspect_ratio_mask")
 
 
-class Image(NamedTuple):
+class ImageInput(NamedTuple):
     """One image.
 
     Attributes:
@@ -49,7 +49,7 @@ class ImageReader:
 
     def split(
         self, inputs: Mapping[str, torch.Tensor]
-    ) -> tuple[list[Image], list[list[Image]] | None]:
+    ) -> tuple[list[ImageInput], list[list[ImageInput]] | None]:
         """The images of a batch in order, and those of each row; None if only the model can tell.
 
         Raises:
@@ -78,7 +78,7 @@ class ImageReader:
         rest = iter(flat)
         return flat, [[next(rest) for _ in range(count)] for count in each]
 
-    def features(self, images: Sequence[Image]) -> torch.Tensor:
+    def features(self, images: Sequence[ImageInput]) -> torch.Tensor:
         """[images, patches, hidden]."""
         entries = self._find(
             images, [image.key for image in images], lambda i: (self._encode(images[i]),)
@@ -86,7 +86,7 @@ class ImageReader:
         return torch.cat([features for (features,) in entries])
 
     def keys(
-        self, rows: Sequence[Sequence[Image]], mask: torch.Tensor | None
+        self, rows: Sequence[Sequence[ImageInput]], mask: torch.Tensor | None
     ) -> tuple[dict[int, tuple[torch.Tensor, torch.Tensor]], torch.Tensor | None]:
         """Keys and values of rows with the same number of images, as `KVCache.set_image_keys`
         takes them, and their tile_mask.
@@ -118,7 +118,7 @@ class ImageReader:
         joined = []
         for parts in zip(*entries, strict=True):
             each = [parts[i : i + len(rows[0])] for i in range(0, len(parts), len(rows[0]))]
-            joined.append(_cat([_cat(row, 2) for row in each], 0))  # (rows, kv_heads, keys, D)
+            joined.append(_join([_join(row, 2) for row in each], 0))  # (rows, kv_heads, keys, D)
         pairs = zip(joined[::2], joined[1::2], strict=True)
         found = dict(zip(self.layers, pairs, strict=True)), shown.flatten()
         self._last = (len(rows), names), found
@@ -152,7 +152,7 @@ class ImageReader:
         evenly = bool(self.layers) or self.model.fusion.placeholders_per_image == 0
         return [images // rows] * rows if evenly and images % rows == 0 else None
 
-    def _find(self, images: Sequence[Image], names: Sequence[bytes], compute) -> list[Entry]:
+    def _find(self, images: Sequence[ImageInput], names: Sequence[bytes], compute) -> list[Entry]:
         """Entries by name; one of several equal images is computed."""
         self.cache.attach(self.model)
         found: dict[bytes, Entry] = {}
@@ -161,19 +161,19 @@ class ImageReader:
                 found[name] = self.cache.find(name, lambda index=index: compute(index))
         return [found[name] for name in names]
 
-    def _encode(self, image: Image) -> torch.Tensor:
+    def _encode(self, image: ImageInput) -> torch.Tensor:
         """[1, patches, hidden]; of a tiled image [1, tiles * patches, hidden]."""
         return self.model.encode_images(ModelInputs(**image.tensors))[0]
 
-    def _tiles(self, rows: Sequence[Sequence[Image]], mask: torch.Tensor | None) -> torch.Tensor:
+    def _tiles(
+        self, rows: Sequence[Sequence[ImageInput]], mask: torch.Tensor | None
+    ) -> torch.Tensor:
         """bool [rows, images, tiles] on the CPU: tiles whose keys are needed, at least one of each
         image. As `cross_context`, which sees the whole batch.
         """
         spec, shape = self.model.spec, (len(rows), len(rows[0]))
-        tiles = torch.ones(
-            *shape, spec.vision.max_num_tiles if spec.has_tiles else 1, dtype=torch.bool,
-            device="cpu",
-        )  # fmt: skip
+        most = spec.vision.max_num_tiles if spec.has_tiles else 1
+        tiles = torch.ones(*shape, most, dtype=torch.bool, device="cpu")
         masks = [image.tensors.get("aspect_ratio_mask") for row in rows for image in row]
         if mask is None or self.model.reference != "meta" or masks[0] is None:
             return tiles
@@ -183,7 +183,7 @@ class ImageReader:
         tiles[..., 0] |= ~tiles.any(-1)
         return tiles
 
-    def _keys_of(self, image: Image, tiles: torch.Tensor) -> Entry:
+    def _keys_of(self, image: ImageInput, tiles: torch.Tensor) -> Entry:
         """Keys and values of an image's tiles, of one layer after the other, as they are stored."""
         decoder = self.model.language_model
         features = self._encode(image)
@@ -197,13 +197,13 @@ class ImageReader:
         return tuple(one.contiguous() for pair in stored.image_keys().values() for one in pair)
 
 
-def _identify(tensors: dict[str, torch.Tensor], settings: str) -> Image:
+def _identify(tensors: dict[str, torch.Tensor], settings: str) -> ImageInput:
     """The image with its key. `settings` are all that its features depend on but the weights."""
     digest = hashlib.blake2b(settings.encode(), digest_size=32)
     for name, tensor in tensors.items():
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)} ".encode())
         digest.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return Image(tensors, digest.digest())
+    return ImageInput(tensors, digest.digest())
 
 
 def _spread(keys: torch.Tensor, own: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
@@ -216,6 +216,6 @@ def _spread(keys: torch.Tensor, own: torch.Tensor, wanted: torch.Tensor) -> torc
     return spread.flatten(2, 3)
 
 
-def _cat(tensors: Sequence[torch.Tensor], dim: int) -> torch.Tensor:
+def _join(tensors: Sequence[torch.Tensor], dim: int) -> torch.Tensor:
     """torch.cat, without a copy of one tensor alone."""
     return tensors[0] if len(tensors) == 1 else torch.cat(list(tensors), dim)

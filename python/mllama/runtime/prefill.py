@@ -12,7 +12,7 @@ from mllama.fusion.base import ModelInputs
 from mllama.fusion.cross_attention import check_visible
 from mllama.nn.kv_cache import CACHE_DTYPES, KVCache
 from mllama.runtime.image_cache import ImageCache
-from mllama.runtime.images import Image, ImageReader
+from mllama.runtime.images import ImageInput, ImageReader
 from mllama.runtime.prefix import Prompt, Reuse, find_reuse
 
 Inputs = Mapping[str, torch.Tensor]
@@ -114,7 +114,7 @@ class PromptCache:
         return {**inputs, "cross_attention_mask": mask[:, rows]}
 
     def _prefill_row(
-        self, inputs: Inputs, images: list[Image], logits: bool = True
+        self, inputs: Inputs, images: list[ImageInput], logits: bool = True
     ) -> tuple[torch.Tensor, int]:
         """`prefill` of one row without padding."""
         ids, mask = inputs["input_ids"], inputs.get("cross_attention_mask")
@@ -152,7 +152,7 @@ class PromptCache:
         )
         return reuse
 
-    def _find_shared(self, inputs: Inputs, rows: list[list[Image]]) -> Reuse | None:
+    def _find_shared(self, inputs: Inputs, rows: list[list[ImageInput]]) -> Reuse | None:
         """The start that all rows of a batch have in common, if it is worth a pass of its own."""
         ids, mask, spec = inputs["input_ids"], inputs.get("attention_mask"), self.model.spec
         if len(ids) == 1:
@@ -176,7 +176,7 @@ class PromptCache:
         return shared
 
     def _prefill_shared(
-        self, inputs: Inputs, rows: list[list[Image]], shared: Reuse
+        self, inputs: Inputs, rows: list[list[ImageInput]], shared: Reuse
     ) -> tuple[torch.Tensor, int]:
         """Compute what all rows begin with as one row, repeat it, and compute their rests."""
         padding, length, layers = _padding(inputs), shared.length, self._reader.layers
@@ -230,7 +230,7 @@ class PromptCache:
         return rest, masks
 
     def _prefill_rows(
-        self, inputs: Inputs, images: list[Image], rows: list[list[Image]] | None
+        self, inputs: Inputs, images: list[ImageInput], rows: list[list[ImageInput]] | None
     ) -> torch.Tensor:
         """`prefill` of rows that share nothing; `rows` are their images, where that is known."""
         self.cache.reset()
@@ -286,7 +286,7 @@ def _padding(inputs: Inputs) -> list[int]:
     return [0] * len(inputs["input_ids"]) if mask is None else (mask == 0).sum(1).tolist()
 
 
-def _prompts(inputs: Inputs, rows: list[list[Image]]) -> list[Prompt]:
+def _prompts(inputs: Inputs, rows: list[list[ImageInput]]) -> list[Prompt]:
     """The rows of a batch, each without padding."""
     mask = inputs.get("cross_attention_mask")
     return [

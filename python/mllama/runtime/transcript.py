@@ -71,14 +71,12 @@ class Transcript:
         self._pending = None
         ids, reason = completion.token_ids, completion.finish_reason
         self._answer = ids[:-1] if reason == "eos" else list(ids)
-        # Tokens of a stop string are no part of the text.
-        self._text = (
-            None if reason == "stop" or completion.text is None else completion.text.strip()
-        )
+        text = None if reason == "stop" else completion.text  # without the stop string's tokens
+        self._text = None if text is None else text.strip()
 
     def _find_answer(self, written: list[int]) -> tuple[int, int] | None:
         """How many tokens of the answer are kept, and where the prompt goes on behind them; None if
-        the prompt does not continue the last one and its answer.
+        the prompt does not continue the last one.
         """
         start = len(self._written)
         if not start or common(self._written, written) < start:
@@ -92,7 +90,7 @@ class Transcript:
                 found = self._decode(written[start:end])
                 if (found.strip() if whole else found.lstrip()) == text:
                     return kept, end
-        return None
+        return 0, start
 
     def _decode(self, ids: list[int]) -> str:
         return self._tokenizer.decode(ids, skip_special_tokens=True)
