@@ -56,7 +56,7 @@ class PromptCache:
         inputs = self._with_whole_mask(inputs)
         images, rows = self._reader.split(inputs)
         if len(inputs["input_ids"]) == 1 and "attention_mask" not in inputs:
-            return self._prefill_row(inputs, images)
+            return self._prefill_row(inputs, images)  # type: ignore[return-value]
         shared = None if rows is None else self._find_shared(inputs, rows)
         if shared is None:
             return self._prefill_rows(inputs, images, rows), 0
@@ -115,13 +115,15 @@ class PromptCache:
 
     def _prefill_row(
         self, inputs: Inputs, images: list[ImageInput], logits: bool = True
-    ) -> tuple[torch.Tensor, int]:
-        """`prefill` of one row without padding."""
+    ) -> tuple[torch.Tensor | None, int]:
+        """`prefill` of one row without padding; all of it may be in the cache where no logits are
+        requested.
+        """
         ids, mask = inputs["input_ids"], inputs.get("cross_attention_mask")
         prompt = Prompt(ids[0].tolist(), [image.key for image in images], mask)
         # The last id is computed for its logits.
         reuse = self._cut(prompt if logits else prompt._replace(ids=[*prompt.ids, -1]))
-        given = {}
+        given: dict[str, torch.Tensor] = {}
         if self._reader.layers:
             self.cache.set_image_keys(*self._reader.keys([images], mask))
             self._row = self._row._replace(images=prompt.images)  # type: ignore[union-attr]
