@@ -30,6 +30,7 @@ SLOW = (
     "cli/test_convert.py",
     "cli/test_quantize.py",
     "cli/test_streams.py",
+    "cli/test_terminal.py",
     "cli/test_verify.py",
     "dropin",
     "families/test_attention_masks.py",

@@ -43,13 +43,13 @@ class Mllama:
         ids = {"input_ids": self._ids(rows, prompt)}
         made = self.session.generate(ids, max_new_tokens=tokens + 1, eos_token_id=NO_END)
         read = self.bytes * tokens
-        return {"seconds": made.decode_seconds, "tokens": tokens * rows, "bytes": read}
+        return {"seconds": made.timings.decode.seconds, "tokens": tokens * rows, "bytes": read}
 
     def prefill(self, tokens: int) -> dict:
         self.session.reset()
         ids = {"input_ids": self._ids(1, tokens)}
         made = self.session.generate(ids, max_new_tokens=1, eos_token_id=NO_END)
-        return {"seconds": made.prefill_seconds, "tokens": tokens}
+        return {"seconds": made.timings.first_token_seconds, "tokens": tokens}
 
     def generate(self, prompt: int, tokens: int) -> dict:
         """transformers' `generate`, from a prompt to the last token."""
@@ -100,10 +100,10 @@ class Mllama:
         )
         made = self.session.generate(row.inputs, max_new_tokens=tokens + 1, eos_token_id=NO_END)
         return {
-            "seconds": made.decode_seconds,
+            "seconds": made.timings.decode.seconds,
             "tokens": tokens,
             "bytes": read_bytes(self.model, images=True) * tokens,
-            "more": {"first_token_seconds": round(made.prefill_seconds, 2)},
+            "more": {"first_token_seconds": round(made.timings.first_token_seconds, 2)},
         }
 
     def _ids(self, rows: int, length: int) -> torch.Tensor:

@@ -21,6 +21,7 @@ from mllama.processing.auto import load_preprocessor
 from mllama.quant.packer import AUTO, choose_weights, optimize, packing_of
 from mllama.runtime.image_cache import ImageCache
 from mllama.runtime.loading import load_core
+from mllama.runtime.progress import Progress, loading
 from mllama.runtime.questions import (
     as_list,
     check_images,
@@ -98,6 +99,7 @@ def load_quietly(
     reference: str = "meta",
     adapter: str | os.PathLike | None = None,
     weights: str | None = None,
+    progress: Progress | None = None,
 ) -> "tuple[MllamaForConditionalGeneration | Any, Any]":
     """`load` without the line on stderr, which `say_loaded` writes."""
     from mllama.hf.checkpoints import load_opened
@@ -108,9 +110,9 @@ def load_quietly(
     with (opened := open_checkpoint(folder)).source:
         place = opened.choose_device(device)
         found: Any = model_class(opened.spec)
-        options: dict[str, Any] = (
-            {"reference": reference} if "reference" in found.load_options else {}
-        )
+        options: dict[str, Any] = {"progress": loading(progress)}
+        if "reference" in found.load_options:
+            options["reference"] = reference
         dtype = resolve_dtype(opened, dtype, place)
         weights = choose_weights(weights, opened.packing, place, adapter is not None)
         packed = None if adapter is not None else weights
@@ -128,6 +130,7 @@ def open_session(
     weights: str | None = AUTO,
     kv_cache: str | None = None,
     image_cache: ImageCache | None = None,
+    progress: Progress | None = None,
 ) -> "Session | GenerateSession":
     """Open a session: the core's own, or one on transformers' `generate` where the model's
     settings or its tokenizer need transformers.
@@ -136,6 +139,7 @@ def open_session(
         path, dtype, device, reference, adapter, weights: as `load` takes them, but packed where
             that is possible by default.
         kv_cache, image_cache: as `Session` takes them.
+        progress: as `Session` takes it; while loading, stage "load" counts parameters.
 
     Raises:
         TypeError, ValueError, FileNotFoundError: as `load`. ValueError for SigLIP: no decoder;
@@ -153,11 +157,10 @@ def open_session(
             check_settings(where, settings)
             packed = None if own_adapter is not None else weights
             loaded_as = dtype_named(resolve_dtype(opened, dtype, place))
-            model = load_core(opened, loaded_as, place, reference, packed)
+            model = load_core(opened, loaded_as, place, reference, packed, progress)
             _adapt(model, own_adapter, weights)
-            return Session(
-                model, processor, settings, where, kv_cache=kv_cache, image_cache=image_cache
-            )
+            kept = {"kv_cache": kv_cache, "image_cache": image_cache}
+            return Session(model, processor, settings, where, **kept, progress=progress)
     if kv_cache is not None or image_cache is not None:
         raise ValueError(
             f"{'image' if kv_cache is None else 'kv'}_cache must be None: this model's settings or "
@@ -165,7 +168,8 @@ def open_session(
         )
     from mllama.hf.answering import GenerateSession
 
-    return GenerateSession(*load_quietly(path, dtype, device, reference, adapter, weights))
+    both = load_quietly(path, dtype, device, reference, adapter, weights, progress)
+    return GenerateSession(*both, progress)
 
 
 def _core_processor(folder: Path) -> Any:
@@ -348,7 +352,8 @@ def _session_of(model: Any, processor: Any, options: Mapping[str, Any]) -> Any:
     """A new session for every call: a session keeps the cache of its last prompt."""
     settings = where = images = None
     if model is None:
-        model, processor, settings, where, images = _embedded(bool(_beyond(options)))
+        beyond = any(name not in OPTIONS for name, value in options.items() if value is not None)
+        model, processor, settings, where, images = _embedded(beyond)
     else:
         check_answers(model)
     # Checked by attributes: adapters wrap models.
@@ -376,11 +381,6 @@ def _embedded(by_transformers: bool) -> tuple[Any, Any, Any, str, ImageCache | N
     say_loaded(None, session.model)
     own = session.model, session.processor, session.settings, session.where
     return *own, session.image_cache
-
-
-def _beyond(options: Mapping[str, Any]) -> list[str]:
-    """Options that the core's session does not support."""
-    return [name for name, value in options.items() if value is not None and name not in OPTIONS]
 
 
 def check_answers(model: Any) -> None:

@@ -162,21 +162,23 @@ def test_a_model_that_searches_beams(run, family_folder, tmp_path):
     assert json.loads(run("ask", "a b c", "--json", *options)[1])["answer"] == expected
 
 
-def test_progress_and_speed_where_stderr_is_a_terminal(run, options, image_file, monkeypatch):
-    monkeypatch.setattr("_pytest.capture.CaptureIO.isatty", lambda self: True, raising=False)
-    monkeypatch.setattr(
-        "tqdm.std.tqdm.refresh", lambda self, *args, **kwargs: self.fp.write(f"[{self.desc}]")
-    )
-    code, _, err = run("ask", image_file, "How many?", *options)
-    assert (
-        code == 0
-        and "[mllama: loading the model ...]" in err
-        and "tokens ...]" in err
-        and "8 tokens, " in err
-        and "tokens/s" in err
-    )
-    monkeypatch.setattr("_pytest.capture.CaptureIO.isatty", lambda self: False)
-    assert "tokens/s" not in run("ask", image_file, "How many?", *options)[2]
+def test_timings(run, options, image_file):
+    code, out, err = run("ask", image_file, "How many circles?", "--timings", *options)
+    plain = run("ask", image_file, "How many circles?", *options)
+    assert (code, out) == (0, plain[1]) and err.startswith(plain[2])
+    rows = [line.split() for line in err[len(plain[2]) :].splitlines()]
+    assert [row[0] for row in rows] == ["load", "image", "prompt", "decode", "total", "first"]
+    code, out, err = run("ask", image_file, "How many circles?", "--timings", "--json", *options)
+    said = json.loads(out)
+    timings = said["timings"]
+    assert (code, err.count("\n"), timings["images"], timings["reused_tokens"]) == (0, 1, 1, 0)
+    assert str(timings["prompt_tokens"]) in rows[2] and timings["decode_tokens"] == 7
+    assert round(timings["total_seconds"], 3) == said["seconds"]
+    stages = timings["image_seconds"] + timings["prompt_seconds"]
+    assert 0 < stages <= timings["first_token_seconds"] + 2e-6
+    assert timings["first_token_seconds"] < timings["total_seconds"] and timings["load_seconds"] > 0
+    rate = timings["decode_tokens"] / timings["decode_seconds"]
+    assert timings["decode_tokens_per_second"] == pytest.approx(rate, rel=0.01)
 
 
 @pytest.mark.parametrize(

@@ -274,6 +274,16 @@ def test_an_interrupt_stops_the_answer_and_keeps_the_conversation(
     assert len(json.loads((tmp_path / "talk.json").read_text())["messages"]) == 4
 
 
+def test_timings_of_every_answer(run, options, image_file):
+    lines = "How many circles?\na b c\n"
+    out = run("chat", image_file, *options, "--timings", "--json", stdin=lines)[1]
+    first, second = (json.loads(line)["timings"] for line in out.splitlines())
+    assert (first["images"], first["reused_tokens"]) == (1, 0)
+    assert second["images"] == 0 and 0 < second["reused_tokens"] < second["prompt_tokens"]
+    err = run("chat", image_file, *options, "--timings", stdin=lines)[2]
+    assert [line.split()[0] for line in err.splitlines()].count("decode") == 2
+
+
 def test_an_interrupt_at_the_prompt_ends_the_chat(run, family_folder, monkeypatch):
     monkeypatch.setattr("builtins.input", lambda prompt: (_ for _ in ()).throw(KeyboardInterrupt))
     assert run("chat", "--model", family_folder("llama"), "--dtype", "float32")[:2] == (130, "")

@@ -1,5 +1,6 @@
 """`mllama generate`."""
 
+import json
 import shutil
 
 import pytest
@@ -85,6 +86,27 @@ def test_do_sample_samples(run, family_folder):
         run(*command, "--do-sample", "--temperature", "3", "--seed", seed)[1] for seed in range(3)
     }
     assert len(sampled) > 1
+
+
+@pytest.mark.parametrize("runtime", ["mllama", "transformers"])
+def test_timings_of_both_runtimes(run, family_folder, image_file, runtime):
+    command = [
+        "generate",
+        "--model-id",
+        family_folder("llava, siglip"),
+        "--prompt",
+        "a b c",
+        *GREEDY,
+    ]
+    command += ["--image", image_file, "--runtime", runtime, "--timings"]
+    said = json.loads(run(*command, "--json")[1])
+    timings = said["timings"]
+    assert timings["images"] == (runtime == "mllama")
+    assert timings["decode_tokens"] == said["tokens"] - 1 and timings["prompt_tokens"] > 3
+    assert 0 < timings["prompt_seconds"] < timings["first_token_seconds"] + 2e-6
+    assert timings["first_token_seconds"] < timings["total_seconds"]
+    lines = run(*command)[2].splitlines()[-6:]
+    assert f"{timings['prompt_tokens']} tokens" in lines[2]
 
 
 def test_without_a_model_it_is_the_embedded_one(run, image_file):

@@ -9,8 +9,8 @@ from mllama.ops import resize, resize_normalize
 from mllama.processing.image import normalization_table
 
 TABLE = normalization_table((0.48, 0.46, 0.41), (0.27, 0.26, 0.28))
-# (H, W) to (height, width): up, down, one of each, one pixel, a line, odd sizes, more than one
-# block of rows, the same size.
+# (H, W) to (height, width): up, down, one of each, one pixel, a line, odd sizes, the same size;
+# several bands of rows and blocks of their inputs, also where a band needs few inputs or all.
 SIZES = [
     ((37, 51), (96, 64)),
     ((131, 173), (32, 33)),
@@ -26,6 +26,13 @@ SIZES = [
     ((64, 48), (31, 48)),
     ((40, 40), (40, 40)),
     ((2, 3), (3, 2)),
+    ((257, 129), (100, 65)),
+    ((97, 140), (97, 65)),
+    ((65, 30), (130, 30)),
+    ((9, 11), (131, 67)),
+    ((3, 5), (40, 129)),
+    ((900, 7), (33, 3)),
+    ((5, 900), (70, 33)),
 ]
 
 
@@ -125,16 +132,19 @@ def test_the_result_is_new_memory():
     assert torch.equal(same, image) and same.data_ptr() != image.data_ptr()
 
 
-def test_same_bits_with_any_number_of_threads():
-    image, threads = pixels(1600, 1200), torch.get_num_threads()
-    results = []
+@needs_kernels
+@pytest.mark.parametrize("height_first", [False, True])
+@pytest.mark.parametrize("size", [(1601, 1200, 224, 223), (30, 1200, 1500, 1201)])
+def test_same_bits_with_any_number_of_threads(size, height_first):
+    image, threads = pixels(*size[:2]), torch.get_num_threads()
+    expected = in_two_steps(image, *size[2:], height_first)
     try:
-        for count in (1, 2, 3):
+        for count in (1, 2, 3, 5):
             torch.set_num_threads(count)
-            results.append(resize_normalize(image, 224, 224, TABLE))
+            actual = torch.ops.mllama.resize(image, *size[2:], True, height_first)
+            assert torch.equal(actual, expected)
     finally:
         torch.set_num_threads(threads)
-    assert all(torch.equal(results[0], result) for result in results)
 
 
 @needs_kernels

@@ -157,6 +157,15 @@ def test_float_gray():
             load_image(Image.fromarray(np.array(wrong, dtype=np.float32)))
 
 
+def test_an_upright_image_is_not_copied_and_a_turned_one_not_changed():
+    image = Image.fromarray(np.arange(60, dtype=np.uint8).reshape(4, 5, 3))
+    assert load_image(image) is image
+    image.getexif()[0x0112] = 6
+    before = image.tobytes()
+    assert load_image(image).size == (4, 5)
+    assert (image.size, image.tobytes()) == ((5, 4), before)
+
+
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_exif_orientation(tmp_path, orientation):
     image = Image.fromarray(RGB)

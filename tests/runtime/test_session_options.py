@@ -161,9 +161,14 @@ def test_an_error_leaves_a_session_that_works(session, monkeypatch):
 
 def test_timings_and_counts(session):
     found = session.generate(PROMPT, max_new_tokens=8)
-    assert found.prefill_seconds > 0 < found.decode_seconds
+    timings = found.timings
     assert (found.num_prompt_tokens, found.num_reused_tokens) == (9, 0)
-    assert session.generate(PROMPT, max_new_tokens=8).num_reused_tokens == 8
+    assert (timings.image.count, timings.prompt.count, timings.decode.count) == (0, 9, 7)
+    assert timings.prompt.seconds > 0 < timings.decode.seconds and timings.image.rate is None
+    assert timings.prompt.seconds <= timings.first_token_seconds < timings.total_seconds
+    assert timings.decode.rate == 7 / timings.decode.seconds
+    again = session.generate(PROMPT, max_new_tokens=8)
+    assert (again.num_reused_tokens, again.timings.prompt.count) == (8, 1)
 
 
 def test_one_padded_row_is_as_without_padding(session):
@@ -235,6 +240,7 @@ def test_inputs_are_refused_by_name(session, changed, error, name):
         ({"settings": 5}, TypeError, "settings"),
         ({"settings": {"num_beams": 4}}, ValueError, "num_beams"),
         ({"prefill_chunk_size": 0}, ValueError, "prefill_chunk_size"),
+        ({"progress": 5}, TypeError, "progress"),
     ],
 )
 def test_arguments_are_refused_by_name(session, arguments, error, name):

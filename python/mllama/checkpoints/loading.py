@@ -2,9 +2,10 @@
 read one at a time.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property, partial
+from itertools import accumulate
 
 import torch
 
@@ -160,6 +161,7 @@ def load_weights(
     strict: bool = True,
     take: Taker | None = None,
     mapped: bool = False,
+    progress: Callable[[int, int], None] | None = None,
 ) -> Report:
     """Load a source's tensors as the model's parameters, which may be on the meta device. Weights
     are in memory once.
@@ -176,6 +178,8 @@ def load_weights(
             in its own way.
         mapped: keep views of the source's mapped files where dtype and device allow it: the memory
             is the files' pages, and the model must not outlive them or be changed.
+        progress: called before the first tensor and after each one, with the number of elements
+            loaded and their total.
 
     Returns:
         The report of what was loaded and what was not.
@@ -192,7 +196,8 @@ def load_weights(
     dtype = dtype or report.dtype
     loaded: dict[str, torch.Tensor] = {}
     # Tied tensors last: they are only compared, and never in memory next to their counterpart.
-    for move in sorted(report.moves, key=lambda move: move.ours[0] in tied):
+    moves = sorted(report.moves, key=lambda move: move.ours[0] in tied)
+    for move in moves if progress is None else _counted(moves, headers, progress):
         tensors = _Tensors(source, move)
         for place, name in enumerate(move.ours):
             other = loaded.get(tied.get(name))
@@ -217,6 +222,17 @@ def load_weights(
         loaded |= {name: in_place[name] for name in in_place if not in_place[name].is_meta}
     torch.nn.Module.load_state_dict(model, loaded, strict=strict, assign=True)
     return report
+
+
+def _counted(
+    moves: list[Move], headers: dict[str, Header], progress: Callable[[int, int], None]
+) -> Iterator[Move]:
+    """The moves; `progress` is told the elements of those that are over."""
+    sizes = [sum(torch.Size(headers[name].shape).numel() for name in move.theirs) for move in moves]
+    progress(0, sum(sizes))
+    for move, done in zip(moves, accumulate(sizes), strict=True):
+        yield move
+        progress(done, sum(sizes))
 
 
 class _Tensors:

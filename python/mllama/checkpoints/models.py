@@ -98,6 +98,7 @@ def fill(
     strict: bool = True,
     take: Taker | None = None,
     mapped: bool = False,
+    progress: Callable[[int, int], None] | None = None,
 ) -> Report:
     """Load opened files' tensors into a model that `lay_out` built.
 
@@ -105,14 +106,23 @@ def fill(
         dtype: Default: the dtype of most of the files' elements.
         device_of: device of each of the model's tensors, by name.
         strict: False loads what fits; the rest of the model stays on the meta device.
-        take, mapped: as `load_weights` takes them.
+        take, mapped, progress: as `load_weights` takes them.
 
     Raises:
         ValueError: as `load_weights`; or files changed since they were opened.
     """
     tied = _tied_in(opened)
     report = load_weights(
-        model, opened.source, opened.weight_map, dtype, device_of, tied, strict, take, mapped
+        model,
+        opened.source,
+        opened.weight_map,
+        dtype,
+        device_of,
+        tied,
+        strict,
+        take,
+        mapped,
+        progress,
     )
     # Shards are opened one after the other: they could belong to different models.
     if opened.changed():

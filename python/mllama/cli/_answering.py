@@ -1,16 +1,17 @@
 """Shared by `ask`, `chat` and `generate`: model, images, and streamed answers."""
 
 import argparse
-import contextlib
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
 from mllama.api import find_model, open_session
 from mllama.checkpoints import open_checkpoint
+from mllama.cli._status import Status
+from mllama.cli._timings import timing_fields, timing_table
 from mllama.device import dtype_name
 from mllama.processing.image import load_image
 from mllama.quant.packer import packing_of
@@ -26,13 +27,30 @@ if TYPE_CHECKING:
     AnySession = Session | GenerateSession
 
 
-def load_session(arguments: argparse.Namespace) -> "tuple[AnySession, dict[str, Any]]":
-    """The session for a command line's model, and the options of its answers. The caller calls
-    `say_loaded`, after its last check.
+class Loaded(NamedTuple):
+    """What answers questions.
+
+    Attributes:
+        session: the model's session.
+        options: options of `Session.generate`.
+        status: shows the session's progress.
+        seconds: the time it took to load.
+    """
+
+    session: "AnySession"
+    options: dict[str, Any]
+    status: Status
+    seconds: float
+
+
+def load_session(arguments: argparse.Namespace) -> Loaded:
+    """Open the session for a command line's model. The caller calls `say_loaded`, after its last
+    check.
     """
     options = sampling(arguments)
     check_reference(arguments)
-    with working("loading the model"):
+    start = time.perf_counter()
+    with Status(streams=not arguments.json) as status:
         session = open_session(
             arguments.model,
             arguments.dtype,
@@ -42,8 +60,9 @@ def load_session(arguments: argparse.Namespace) -> "tuple[AnySession, dict[str, 
             arguments.weights,
             arguments.kv_cache,
             _image_cache(arguments),
+            status,
         )
-    return session, options
+    return Loaded(session, options, status, time.perf_counter() - start)
 
 
 def _image_cache(arguments: argparse.Namespace) -> ImageCache | None:
@@ -124,66 +143,84 @@ def read_images(arguments: argparse.Namespace, paths: list[str]) -> "list[Image.
 
 
 class Reply(NamedTuple):
-    """An answer: its text, number of tokens, seconds, whether Ctrl-C stopped it, and all of it."""
+    """An answer.
+
+    Attributes:
+        text: its text.
+        tokens: number of its tokens.
+        seconds: the time it took.
+        stopped: whether Ctrl-C stopped it.
+        timings: its fields of --timings.
+        completion: all of it.
+    """
 
     text: str
     tokens: int
     seconds: float
     stopped: bool
+    timings: dict[str, Any]
     completion: Completion
 
 
 def reply(
-    session: "AnySession",
+    arguments: argparse.Namespace,
+    loaded: Loaded,
     inputs: Mapping[str, torch.Tensor],
-    options: dict[str, Any],
     begin: Callable[[], None] = lambda: None,
-    show: bool = True,
     stoppable: bool = False,
 ) -> Reply:
-    """Generate an answer and stream it to stdout.
+    """Generate an answer and stream it to stdout, unless it is printed as JSON. Then print its
+    timings or, to a terminal, its speed.
 
     Args:
-        session: the model's session.
-        inputs: what its processor returned.
-        options: options of `Session.generate`.
+        arguments: the command line.
+        loaded: what answers.
+        inputs: what the session's processor returned.
         begin: called at the first token. Errors before it leave one line on stderr.
-        show: False writes nothing to stdout.
         stoppable: Ctrl-C ends the answer and returns the text so far.
     """
-    prompt, start = inputs["input_ids"].shape[1], time.perf_counter()
-    with working(f"reading {prompt} tokens") as clear:
-        begun = False
+    show, begun = not arguments.json, False
 
-        def write(row: int, text: str) -> None:
-            nonlocal begun
-            if not begun:
-                begun = True
-                clear()
-                begin()
-            if show:
-                print(text, end="", flush=bool(text))
+    def write(row: int, text: str) -> None:
+        nonlocal begun
+        if not begun:
+            begun = True
+            loaded.status.clear()
+            begin()
+        if show:
+            print(text, end="", flush=bool(text))
 
-        made = session.generate(inputs, on_text=write, interruptible=stoppable, **options)
-        if show and begun:
-            print()
-    end = time.perf_counter()
+    with loaded.status:
+        made = loaded.session.generate(
+            inputs, on_text=write, interruptible=stoppable, **loaded.options
+        )
+    if show and begun:
+        print()
     found = made.completions[0]
-    tokens, stopped = len(found.token_ids), found.finish_reason == "interrupted"
-    if sys.stderr.isatty() and tokens > 1:
-        speed = (tokens - 1) / max(made.decode_seconds, 1e-9)
+    answer = Reply(
+        (found.text or "").strip(),
+        len(found.token_ids),
+        round(made.timings.total_seconds, 3),
+        found.finish_reason == "interrupted",
+        timing_fields(loaded.seconds, made),
+        found,
+    )
+    if show and arguments.timings:
+        print(timing_table(answer.timings), file=sys.stderr)
+    elif sys.stderr.isatty() and made.timings.decode.rate is not None:
         print(
-            f"mllama: {tokens} tokens, {speed:.1f} tokens/s; "
-            f"{prompt - made.num_reused_tokens} tokens read in {made.prefill_seconds:.2f} s",
+            f"mllama: {answer.tokens} tokens, {made.timings.decode.rate:.1f} tokens/s; "
+            f"{made.num_prompt_tokens - made.num_reused_tokens} tokens read in "
+            f"{made.timings.first_token_seconds:.2f} s",
             file=sys.stderr,
         )
-    return Reply((found.text or "").strip(), tokens, round(end - start, 3), stopped, found)
+    return answer
 
 
 def facts(arguments: argparse.Namespace, session: "AnySession", answer: Reply) -> dict[str, Any]:
     """The fields of --json that every answer has."""
     first = next(session.model.parameters())
-    return {
+    found = {
         "answer": answer.text,
         "tokens": answer.tokens,
         "seconds": answer.seconds,
@@ -192,20 +229,4 @@ def facts(arguments: argparse.Namespace, session: "AnySession", answer: Reply) -
         "device": str(first.device),
         "weights": packing_of(session.model),
     }
-
-
-@contextlib.contextmanager
-def working(what: str) -> Iterator[Callable[[], None]]:
-    """Show a progress line on stderr if that is a terminal. It is cleared at the end, or when the
-    yielded function is called.
-    """
-    if not sys.stderr.isatty():
-        yield lambda: None
-        return
-    from tqdm import tqdm  # slow to import
-
-    line = tqdm(desc=f"mllama: {what} ...", bar_format="{desc}", leave=False, file=sys.stderr)
-    try:
-        yield line.close
-    finally:
-        line.close()
+    return found | ({"timings": answer.timings} if arguments.timings else {})

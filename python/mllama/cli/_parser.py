@@ -346,6 +346,11 @@ def _add_answering(parser: argparse.ArgumentParser, json: str) -> None:
         "--allow-urls", action="store_true", help="download images given as http(s) URLs"
     )
     _add_sampling(parser)
+    parser.add_argument(
+        "--timings",
+        action="store_true",
+        help="print how long each stage of an answer took to stderr; with --json as its fields",
+    )
     parser.add_argument("--json", action="store_true", help=json)
 
 

@@ -1,19 +1,21 @@
 """`mllama generate --runtime transformers`: stock transformers in place of the package."""
 
 import argparse
-from typing import Any
+import time
 
 from mllama.api import check_answers, find_model, processor_of, resolve_dtype
 from mllama.checkpoints import open_checkpoint
-from mllama.cli._answering import check_reference, sampling, working
+from mllama.cli._answering import Loaded, check_reference, sampling
+from mllama.cli._status import Status
 from mllama.device import choose_device
 from mllama.hf.answering import GenerateSession
 from mllama.hf.models import survey_opened
 from mllama.hf.processors.auto import load_processor
 from mllama.hf.stock import load_stock
+from mllama.runtime.progress import LOAD
 
 
-def load_stock_session(arguments: argparse.Namespace) -> tuple[GenerateSession, dict[str, Any]]:
+def load_stock_session(arguments: argparse.Namespace) -> Loaded:
     """As `load_session`, with transformers' own model.
 
     Raises:
@@ -37,6 +39,9 @@ def load_stock_session(arguments: argparse.Namespace) -> tuple[GenerateSession, 
         check_answers(model)
         report.check(opened.source.where)  # transformers would initialize what is missing
         dtype = resolve_dtype(opened, arguments.dtype, device)
-    with working("loading the model"):
+    start = time.perf_counter()
+    with Status(streams=not arguments.json) as status:
+        status(LOAD, 0, 0)
         model = load_stock(folder, dtype).to(device)
-        return GenerateSession(model, processor_of(folder, load_processor)), options
+        session = GenerateSession(model, processor_of(folder, load_processor), status)
+    return Loaded(session, options, status, time.perf_counter() - start)

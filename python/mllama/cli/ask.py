@@ -22,12 +22,12 @@ def run(arguments: argparse.Namespace) -> None:
         question = _read_question(paths)
     check_question(question)
     images = read_images(arguments, paths)
-    session, options = load_session(arguments)
+    session = (loaded := load_session(arguments)).session
     check_images(session, images)
     inputs = encode(session.processor, images, question, system=arguments.system)
     check_room(session.context, inputs["input_ids"].shape[1])
     begin = functools.partial(say_loaded, arguments.model, session.model)
-    answer = reply(session, inputs, options, begin, show=not arguments.json)
+    answer = reply(arguments, loaded, inputs, begin)
     if arguments.json:
         shown = {"image": paths[0] if len(paths) == 1 else paths or None, "question": question}
         # ASCII, which every stdout can encode

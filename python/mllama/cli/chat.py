@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from mllama.api import say_loaded
 from mllama.checkpoints.files import write_file, write_json
 from mllama.cli import complain
-from mllama.cli._answering import facts, load_session, read_images, reply
+from mllama.cli._answering import Loaded, facts, load_session, read_images, reply
 from mllama.processing.preprocessors import Preprocessor
 from mllama.runtime.checks import check_room
 from mllama.runtime.questions import as_messages, check_images, check_system, encode, tokenizer_of
@@ -19,8 +19,6 @@ from mllama.runtime.transcript import Transcript
 
 if TYPE_CHECKING:
     from PIL import Image
-
-    from mllama.cli._answering import AnySession
 
 _HELP = """\
 /image PATH   start a new conversation about this image
@@ -43,7 +41,7 @@ def run(arguments: argparse.Namespace) -> None:
     if "-" in arguments.words:
         raise ValueError("questions come from stdin: an image cannot, got '-'")
     images = read_images(arguments, arguments.words)
-    talk = _Talk(arguments, *load_session(arguments))
+    talk = _Talk(arguments, load_session(arguments))
     if images:
         talk.show(arguments.words, images)
     if arguments.system is not None:
@@ -85,18 +83,16 @@ class _Talk:
     each question.
     """
 
-    def __init__(
-        self, arguments: argparse.Namespace, session: "AnySession", options: dict[str, Any]
-    ):
-        self.arguments, self.session, self.options = arguments, session, options
+    def __init__(self, arguments: argparse.Namespace, loaded: Loaded):
+        self.arguments, self.loaded, self.session = arguments, loaded, loaded.session
         self.names: list[str] = []
         self.images: list[Image.Image] = []
         self.system: str | None = None
         self.turns: list[tuple[str, str]] = []  # those that still fit the context
-        self.transcript = Transcript(session.tokenizer)  # of the same turns
+        self.transcript = Transcript(loaded.session.tokenizer)  # of the same turns
         self.history: list[tuple[str, str]] = []  # all turns
         self.saved: set[Path] = set()
-        self._transform = getattr(session.processor, "images", None)
+        self._transform = getattr(loaded.session.processor, "images", None)
 
     def command(self, name: str, rest: str) -> bool:
         """Run a line that begins with "/"; False ends the chat.
@@ -203,8 +199,7 @@ class _Talk:
         """
         check_images(self.session, self.images)
         inputs, fitting = self._fit(question)
-        show = not self.arguments.json
-        answer = reply(self.session, inputs, self.options, show=show, stoppable=True)
+        answer = reply(self.arguments, self.loaded, inputs, stoppable=True)
         if self.arguments.json:
             shown = {"question": question} | facts(self.arguments, self.session, answer)
             print(json.dumps(shown | {"stopped": answer.stopped}), flush=True)

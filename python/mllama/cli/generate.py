@@ -27,7 +27,7 @@ def run(arguments: argparse.Namespace) -> None:
         from mllama.cli._stock import load_stock_session as load  # slow to import
     else:
         load = load_session
-    session, options = load(arguments)
+    session = (loaded := load(arguments)).session
     check_images(session, images)
     inputs = _encode(session.processor, arguments, images)
     if stock:
@@ -35,7 +35,7 @@ def run(arguments: argparse.Namespace) -> None:
             del inputs[name]
     check_room(session.context, inputs["input_ids"].shape[1])
     begin = functools.partial(say_loaded, arguments.model, session.model)
-    answer = reply(session, inputs, options, begin, show=not arguments.json)
+    answer = reply(arguments, loaded, inputs, begin)
     if arguments.json:
         shown = {"prompt": arguments.prompt, "images": arguments.image}
         print(json.dumps(shown | facts(arguments, session, answer)))

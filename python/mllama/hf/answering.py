@@ -6,16 +6,23 @@ import difflib
 import functools
 import inspect
 import numbers
-import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from transformers import GenerationConfig, GenerationMixin, PreTrainedModel, TextStreamer
+from transformers import (
+    GenerationConfig,
+    GenerationMixin,
+    PreTrainedModel,
+    StoppingCriteria,
+    StoppingCriteriaList,
+    TextStreamer,
+)
 
 from mllama.hf.encoded_images import encode_once
 from mllama.runtime.checks import check_count, check_room
 from mllama.runtime.completion import Completion, Generation
+from mllama.runtime.progress import DECODE, PROMPT, Progress, Stages, check_progress
 from mllama.runtime.questions import tokenizer_of
 from mllama.runtime.sampler import COLDEST, NEUTRAL, check_option
 from mllama.runtime.session import MAX_NEW_TOKENS
@@ -29,10 +36,17 @@ class GenerateSession:
     Args:
         model: any transformers model with `generate`.
         processor: a processor with a `tokenizer`, or a tokenizer.
+        progress: as `Session` takes it; images are part of the prompt.
+
+    Raises:
+        TypeError: progress is not callable.
     """
 
-    def __init__(self, model: PreTrainedModel | Any, processor: Any):
-        self.model, self.processor = model, processor
+    def __init__(
+        self, model: PreTrainedModel | Any, processor: Any, progress: Progress | None = None
+    ):
+        check_progress(progress)
+        self.model, self.processor, self.progress = model, processor, progress
         self.tokenizer = tokenizer_of(processor)
 
     @property
@@ -64,11 +78,16 @@ class GenerateSession:
             ValueError: the prompt fills the context, or `generate` rejects an option.
         """
         prompt, rows = inputs["input_ids"].shape[1], len(inputs["input_ids"])
-        start, result = time.perf_counter(), Generation([], prompt)
+        stages = Stages(self.progress)
+        result = Generation([], prompt, timings=stages.timings)
         streamer = None
         if on_text is not None and rows == self._beams(generate_kwargs) == 1:
             streamer = TextPieces(self.tokenizer, functools.partial(on_text, 0))
             generate_kwargs["streamer"] = streamer
+        criteria = StoppingCriteriaList(generate_kwargs.pop("stopping_criteria", None) or [])
+        criteria.append(_Steps(stages, rows, prompt))
+        generate_kwargs["stopping_criteria"] = criteria
+        stages.begin(PROMPT, rows * prompt)
         try:
             sequences = generate(self.model, inputs, **generate_kwargs)
         except KeyboardInterrupt:
@@ -88,9 +107,10 @@ class GenerateSession:
             if on_text is not None and streamer is None:
                 for index, completion in enumerate(result.completions):
                     on_text(index, completion.text or "")
-        first = streamer.first if streamer is not None and streamer.first else time.perf_counter()
-        result.prefill_seconds = first - start
-        result.decode_seconds = time.perf_counter() - first
+        stages.finish()
+        # _Steps counts rows that have ended, too.
+        lengths = [len(row.token_ids) for row in result.completions]
+        stages.timings.decode.count = sum(max(length - 1, 0) for length in lengths)
         return result
 
     def _complete(self, ids: list[int], ends: frozenset[int]) -> Completion:
@@ -183,13 +203,30 @@ def _generate_arguments() -> set[str]:
     return {*named - {"self", "inputs", "kwargs"}, "tokenizer", "assistant_tokenizer"}
 
 
+class _Steps(StoppingCriteria):
+    """Tells every step of `generate` to its stages, and stops nothing."""
+
+    def __init__(self, stages: Stages, rows: int, prompt: int):
+        self._stages, self._rows, self._prompt, self._length = stages, rows, prompt, prompt
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+        """Called by generate after every step with the ids so far, [B * beams, T]."""
+        new = self._rows * (input_ids.shape[1] - self._length)
+        if self._length == self._prompt:
+            self._stages.advance(self._rows * self._prompt)
+            self._stages.begin(DECODE, 0, new)
+        else:
+            self._stages.advance(new)
+        self._length = input_ids.shape[1]
+        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+
+
 class TextPieces(TextStreamer):
     """A transformers streamer that passes on the text of every token.
 
     Attributes:
         text: the text so far.
         ids: the tokens so far.
-        first: time of the first token, by `time.perf_counter`; 0 before it.
 
     Args:
         tokenizer: decodes the tokens.
@@ -198,7 +235,7 @@ class TextPieces(TextStreamer):
 
     def __init__(self, tokenizer: Any, on_text: Callable[[str], None]):
         super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
-        self.text, self.first = "", 0.0
+        self.text = ""
         self.ids: list[int] = []
         self._on_text = on_text
 
@@ -207,7 +244,6 @@ class TextPieces(TextStreamer):
         if self.next_tokens_are_prompt:
             super().put(value)
             return
-        self.first = self.first or time.perf_counter()
         self.ids += value.flatten().tolist()
         super().put(value)
 

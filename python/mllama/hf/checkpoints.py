@@ -82,6 +82,7 @@ def load_opened(
     config: PretrainedConfig | None = None,
     weights: str | None = None,
     mapped: bool = False,
+    progress: Callable[[int, int], None] | None = None,
     **class_kwargs: Any,
 ) -> tuple[PreTrainedModel, Report]:
     """`load_model` for an opened checkpoint; also returns the loading report.
@@ -90,7 +91,7 @@ def load_opened(
         strict: False loads what fits; the rest of the model stays on the meta device.
         config: the model's config. Default: the files'.
         weights: as `load_model` takes it.
-        mapped: as `load_weights` takes it.
+        mapped, progress: as `load_weights` takes them.
     """
     dtype, placement = dtype_named(dtype), Placement(device)
     config = config_object(opened.config) if config is None else config
@@ -100,7 +101,7 @@ def load_opened(
         lay_out_packed(model, opened.source)
     placement.settle(model, dtype)
     with packing(model, weights, device, opened.packing) as take:
-        report = fill(model, opened, dtype, placement.of, strict, take, mapped)
+        report = fill(model, opened, dtype, placement.of, strict, take, mapped, progress)
     model.tie_weights(recompute_mapping=False)
     model.config.dtype = dtype or report.dtype
     if opened.generation is not None and model.can_generate():

@@ -27,7 +27,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from mllama.processing.image_source import is_encoded, is_url, open_source, shorten
 
@@ -57,7 +57,8 @@ _ROUNDING = 1e-6  # tolerance around 0..1 for float32 arithmetic
 
 
 def load_image(source: Any, allow_urls: bool = False) -> Image.Image:
-    """Load any accepted image as an upright PIL image of mode RGB; see above for conversions.
+    """Load any accepted image as an upright PIL image of mode RGB, which may be the source itself;
+    see above for conversions.
 
     Args:
         source: a path (str or Path) or a `file://` URL; bytes, bytearray or memoryview of an image
@@ -212,10 +213,11 @@ def _reason(error: Exception) -> str:
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
-    """An upright RGB image; the argument is not changed."""
+    """An upright RGB image, which may be the argument; that is not changed."""
     if image.width == 0 or image.height == 0:
         raise ValueError(f"the image has no pixels: {image.width} x {image.height}")
-    image = ImageOps.exif_transpose(image)
+    if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:  # exif_transpose copies the image
+        image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I"):
         values = _sixteen_bits(np.array(image))
         key = image.info.get(

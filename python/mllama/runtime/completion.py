@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Any
 
+from mllama.runtime.progress import Timings
 from mllama.runtime.streaming import TextStream
 
 
@@ -15,7 +16,6 @@ class Completion:
         token_ids: generated ids, including the end token.
         text: without special tokens, cut before a stop string; None without a processor.
         finish_reason: "eos", "stop" (a stop string), "length" (max_new_tokens or the context), or
-            "interrupted".
             "interrupted".
     """
 
@@ -32,15 +32,13 @@ class Generation:
         completions: one per row.
         num_prompt_tokens: length of the prompts, padding included.
         num_reused_tokens: number of these, in each row, that were already in the cache.
-        prefill_seconds: time to the first tokens.
-        decode_seconds: time for the rest.
+        timings: seconds of each stage, and the images and tokens that it computed.
     """
 
     completions: list[Completion]
     num_prompt_tokens: int
     num_reused_tokens: int = 0
-    prefill_seconds: float = 0.0
-    decode_seconds: float = 0.0
+    timings: Timings = field(default_factory=Timings)
 
 
 class Row:

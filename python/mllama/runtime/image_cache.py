@@ -63,6 +63,10 @@ class ImageCache:
         """Number of entries in memory."""
         return len(self._entries)
 
+    def __contains__(self, key: bytes) -> bool:
+        """Whether an entry is in memory."""
+        return key in self._entries
+
     @property
     def nbytes(self) -> int:
         """Bytes of the entries in memory."""

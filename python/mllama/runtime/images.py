@@ -12,6 +12,7 @@ from mllama.config.features import choose_features
 from mllama.fusion.base import ModelInputs, share_evenly
 from mllama.nn.kv_cache import CACHE_DTYPES, KVCache
 from mllama.runtime.image_cache import Entry, ImageCache
+from mllama.runtime.progress import IMAGE, Stages
 
 IMAGE_INPUTS = ("pixel_values", "aspect_ratio_ids", "aspect_ratio_mask")
 
@@ -41,6 +42,7 @@ class ImageReader:
     def __init__(self, model: Any, cache: ImageCache, kv_cache: str | None = None):
         self.model, self.cache, self._kv_cache = model, cache, kv_cache
         self.layers = model.spec.text.cross_attention_layers
+        self.stages = Stages()  # is told of images that are encoded
         self.forget()
 
     def forget(self) -> None:
@@ -156,6 +158,8 @@ class ImageReader:
         """Entries by name; one of several equal images is computed."""
         self.cache.attach(self.model)
         found: dict[bytes, Entry] = {}
+        if missing := sum(name not in self.cache for name in set(names)):
+            self.stages.begin(IMAGE, missing)
         for index, name in enumerate(names):
             if name not in found:
                 found[name] = self.cache.find(name, lambda index=index: compute(index))
@@ -163,7 +167,9 @@ class ImageReader:
 
     def _encode(self, image: ImageInput) -> torch.Tensor:
         """[1, patches, hidden]; of a tiled image [1, tiles * patches, hidden]."""
-        return self.model.encode_images(ModelInputs(**image.tensors))[0]
+        features = self.model.encode_images(ModelInputs(**image.tensors))[0]
+        self.stages.advance(1)
+        return features
 
     def _tiles(
         self, rows: Sequence[Sequence[ImageInput]], mask: torch.Tensor | None

@@ -8,6 +8,7 @@ from mllama.checkpoints.models import fill, lay_out
 from mllama.checkpoints.opened import Opened
 from mllama.model.model import VisionLanguageModel
 from mllama.quant.loading import lay_out_packed, packing
+from mllama.runtime.progress import Progress, loading
 from mllama.weights.stock_names import own_names
 
 
@@ -17,6 +18,7 @@ def load_core(
     device: torch.device,
     reference: str = "meta",
     weights: str | None = None,
+    progress: Progress | None = None,
 ) -> VisionLanguageModel:
     """Load a model without transformers, in eval mode.
 
@@ -26,6 +28,7 @@ def load_core(
         device: where they go.
         reference: as `mllama.load` takes it.
         weights: pack them, as `mllama.load` takes it.
+        progress: called with the stage "load", the parameters loaded so far, and all of them.
 
     Raises:
         ValueError: as `lay_out`, `fill` and `Packer`.
@@ -34,7 +37,7 @@ def load_core(
     if opened.packing is not None:
         lay_out_packed(model, opened.source)
     with packing(model, weights, device, opened.packing) as take:
-        fill(model, opened, dtype, lambda name: device, take=take)
+        fill(model, opened, dtype, lambda name: device, take=take, progress=loading(progress))
     # load_lora asks for it, of adapters under transformers' names.
     weight_map = opened.family.weight_map(opened.spec)
     model.__dict__["own_names"] = functools.partial(own_names, weight_map)

@@ -14,6 +14,7 @@ from mllama.nn.kv_cache import CACHE_DTYPES, KVCache
 from mllama.runtime.image_cache import ImageCache
 from mllama.runtime.images import ImageInput, ImageReader
 from mllama.runtime.prefix import Prompt, Reuse, find_reuse
+from mllama.runtime.progress import PROMPT, Stages
 
 Inputs = Mapping[str, torch.Tensor]
 # Fewer shared ids and visual tokens are computed with every row: another pass reads all weights.
@@ -43,16 +44,18 @@ class PromptCache:
         self._reader.forget()
         self._forget()
 
-    def prefill(self, inputs: Inputs) -> tuple[torch.Tensor, int]:
+    def prefill(self, inputs: Inputs, stages: Stages) -> tuple[torch.Tensor, int]:
         """Compute what is new of the prompts.
 
         Args:
+            stages: is told of images and of passes.
             inputs: as `Session.generate` takes them, on the model's device; without an
                 attention_mask if nothing is padded.
 
         Returns:
             The last logits, [B, V], and how many leading ids of every row were in the cache.
         """
+        self._stages = self._reader.stages = stages
         inputs = self._with_whole_mask(inputs)
         images, rows = self._reader.split(inputs)
         if len(inputs["input_ids"]) == 1 and "attention_mask" not in inputs:
@@ -132,7 +135,8 @@ class PromptCache:
         if self.model.spec.bidirectional_prefix:
             given["token_type_ids"] = inputs["token_type_ids"][:, reuse.length :]
         self._masks = {} if mask is None else {"cross_attention_mask": mask}
-        result = None
+        result, total = None, ids.shape[1]
+        self._stages.begin(PROMPT, total, reuse.length)
         if (new := ids[:, reuse.length :]).shape[1]:
             result = self._pass_in_chunks(new, given, logits)
         self._row = prompt
@@ -195,6 +199,8 @@ class PromptCache:
         rest = [image for row in rows for image in row[shared.images :]]
         given = {} if layers or not rest else {"image_features": self._reader.features(rest)}
         ids, masks = self._rest(inputs, padding, length)
+        total = inputs["input_ids"].numel()
+        self._stages.begin(PROMPT, total, total - ids.numel())
         self._masks = masks
         logits = self._pass_in_chunks(ids, given)
         # Padding before the rows, where `decode_step` and windows expect it.
@@ -251,6 +257,7 @@ class PromptCache:
             given["image_features"] = self._reader.features(images)
         if self.model.spec.bidirectional_prefix:
             given["token_type_ids"] = inputs["token_type_ids"]
+        self._stages.begin(PROMPT, inputs["input_ids"].numel())
         return self._pass_in_chunks(inputs["input_ids"], given)
 
     def _pass_in_chunks(
@@ -261,7 +268,10 @@ class PromptCache:
             *chunks, ids = ids.split(self._chunk_size, 1)
             for chunk in chunks:
                 self._pass(chunk, {}, logits=False)
-        return self._pass(ids, given, logits)
+                self._stages.advance(chunk.numel())
+        result = self._pass(ids, given, logits)
+        self._stages.advance(ids.numel())
+        return result
 
     def _pass(
         self, ids: torch.Tensor, given: dict[str, torch.Tensor], logits: bool = True

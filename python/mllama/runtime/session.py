@@ -3,7 +3,6 @@ from turn to turn.
 """
 
 import numbers
-import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -16,6 +15,7 @@ from mllama.runtime.completion import Generation, Row
 from mllama.runtime.image_cache import ImageCache
 from mllama.runtime.images import IMAGE_INPUTS
 from mllama.runtime.prefill import PromptCache
+from mllama.runtime.progress import DECODE, Progress, Stages, check_progress
 from mllama.runtime.sampler import NEUTRAL, Sampler, Sampling
 from mllama.runtime.settings import beyond_session
 from mllama.text.decoder import check_ids
@@ -45,9 +45,12 @@ class Session:
             "f32". Default: the activations' dtype. A packed model decodes on it directly.
         image_cache: keeps what was computed of images, features or a decoder's keys and values.
             Default: a new one with its defaults, 512 MiB in memory.
+        progress: called while generating, as progress(stage, done, total): stage "image" counts
+            images, "prompt" and "decode" count tokens.
 
     Raises:
-        TypeError: a processor without a tokenizer; settings or image_cache of another type.
+        TypeError: a processor without a tokenizer; settings or image_cache of another type;
+            progress that is not callable.
         ValueError: settings of transformers' generate that a session does not have; another
             kv_cache; an image_cache that is another model's, or of a model without images.
     """
@@ -61,7 +64,9 @@ class Session:
         prefill_chunk_size: int = 1024,
         kv_cache: str | None = None,
         image_cache: ImageCache | None = None,
+        progress: Progress | None = None,
     ):
+        check_progress(progress)
         check_count("prefill_chunk_size", prefill_chunk_size)
         if kv_cache not in (None, *CACHE_DTYPES):
             raise ValueError(
@@ -88,6 +93,7 @@ class Session:
         self.image_cache.attach(model)
         self._prompt = PromptCache(model, self.image_cache, kv_cache, prefill_chunk_size)
         self._changes = count_changes()
+        self.progress = progress
         self._running = False
 
     @property
@@ -145,13 +151,15 @@ class Session:
         check_count("max_new_tokens", max_new_tokens)
         if self._changes != count_changes():  # what is cached is of other adapters
             self.reset()
+        self._stages = Stages(self.progress)
         inputs = self._take_inputs(inputs)
         options = Sampling.choose(sampling, self.settings)
         stop = self._stop_strings(stop, on_text)
         ids, mask = inputs["input_ids"], inputs.get("attention_mask")
         check_room(self.context, ids.shape[1])
         rows = [Row(index, self.tokenizer, stop, on_text) for index in range(len(ids))]
-        result = Generation([row.completion for row in rows], ids.shape[1])
+        completions = [row.completion for row in rows]
+        result = Generation(completions, ids.shape[1], timings=self._stages.timings)
         sampler = Sampler(options, ids, None if mask is None else mask != 0)
         self._running = True
         try:
@@ -169,6 +177,7 @@ class Session:
             self._running = False
         for row in rows:
             row.finish(reason)
+        self._stages.finish()
         return result
 
     def _run(
@@ -181,23 +190,23 @@ class Session:
         result: Generation,
     ) -> None:
         """Prefill, then decode until every row has ended or has `max_new_tokens`."""
-        start = time.perf_counter()
         cache = self._prompt.cache
         cache.capacity = result.num_prompt_tokens + min(max_new_tokens, MAX_NEW_TOKENS)
-        logits, result.num_reused_tokens = self._prompt.prefill(inputs)
+        logits, result.num_reused_tokens = self._prompt.prefill(inputs, self._stages)
         room = min(max_new_tokens, check_room(self.context, cache.length))
         for step in range(room):
             tokens = sampler(logits)  # (B,)
             ids = tokens.tolist()
             if step == 0:
-                result.prefill_seconds = time.perf_counter() - start
+                self._stages.begin(DECODE, room * len(rows), len(rows))
+            else:
+                self._stages.advance(sum(not row.done for row in rows))
             for row, token in zip(rows, ids, strict=True):
                 row.take(token, ends)
             if step == room - 1 or all(row.done for row in rows):
                 break
             logits = self._prompt.append(tokens)
         self._prompt.finish()
-        result.decode_seconds = time.perf_counter() - start - result.prefill_seconds
 
     def _ends(self, given: int | Sequence[int] | None) -> frozenset[int]:
         if given is None:
