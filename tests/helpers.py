@@ -392,6 +392,26 @@ def counted_steps():
         yield calls
 
 
+@contextlib.contextmanager
+def counted_images(model):
+    """Counts the images that a session encodes, one a call: yields a mock."""
+    with mock.patch.object(model, "encode_images", side_effect=model.encode_images) as calls:
+        yield calls
+
+
+@contextlib.contextmanager
+def prefilled(model):
+    """Yields a list that gets (rows, tokens) of each pass."""
+    passes, compute = [], model.compute
+
+    def counted(inputs):
+        passes.append(inputs.shape)
+        return compute(inputs)
+
+    with mock.patch.object(model, "compute", counted):
+        yield passes
+
+
 def decoded(model, inputs, fast=True, kv_cache=None):
     """Greedy tokens and logits of a few steps, by `decode_step` or by the layers."""
     logits, compute, length = [], type(model).compute, 6

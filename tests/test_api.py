@@ -9,7 +9,7 @@ from PIL import Image
 
 import mllama
 import tiny
-from helpers import answer
+from helpers import answer, counted_images
 from mllama import api, device
 from mllama.hf.answering import GenerateSession, generate
 from mllama.processing.conversation import encode_messages
@@ -411,3 +411,46 @@ def test_the_embedded_model_says_what_it_cannot_do(capsys):
     assert "its answers mean nothing" in capsys.readouterr().err
     with pytest.raises(ValueError, match="about an image and no others"):
         mllama.ask(None, "What is the capital of France?", *mllama.load())
+
+
+@pytest.mark.parametrize("family", ["llava, siglip", "llava, clip", "paligemma", "mllama"])
+def test_questions_about_an_image_encode_it_once(family, family_folder, image_file):
+    model, processor = mllama.load(family_folder(family), dtype="float32", device="cpu")
+    questions, options = ["How many?", "a b"], {"max_new_tokens": 6}
+
+    def ask(question):
+        return mllama.ask(image_file, question, model, processor, **options)
+
+    expected = [
+        answer(model, processor, encode(processor, image_file, question), **options).text
+        for question in questions
+    ]
+    with counted_images(model) as images:
+        assert [ask(question) for question in questions] == expected == ask(questions)
+        assert images.call_count == 0  # by the answers that were expected
+    parameter = next(model.vision_tower.parameters())
+    parameter.data.mul_(-2)  # a step of training
+    with counted_images(model) as images:
+        changed = [ask(question) for question in questions]
+        assert images.call_count == 1
+    hook = model.vision_tower.register_forward_hook(lambda module, given, output: None)
+    with counted_images(model) as images:
+        assert [ask(question) for question in questions] == changed
+        assert images.call_count == 2  # hooks want to see it
+    hook.remove()
+
+
+def test_options_of_generate_alone_get_the_pixels(loaded, image_file):
+    with counted_images(loaded[0]) as images:
+        for _ in range(2):
+            mllama.ask(image_file, "a b", *loaded, max_new_tokens=4, num_beams=2)
+        assert images.call_count == 2
+
+
+def test_the_embedded_model_encodes_an_image_once():
+    model = api._embedded(False)[0]
+    picture = IMAGES / "drawn.png"
+    mllama.ask(picture, "How many objects are there?")
+    with counted_images(model) as images:
+        mllama.ask(picture, "Where is the star?")
+        assert images.call_count == 0

@@ -19,9 +19,16 @@ from mllama.lora.peft import adapted_model
 from mllama.lora.state import merge_and_unload
 from mllama.processing.auto import load_preprocessor
 from mllama.quant.packer import AUTO, choose_weights, optimize, packing_of
+from mllama.runtime.image_cache import ImageCache
 from mllama.runtime.loading import load_core
 from mllama.runtime.progress import Progress, loading
-from mllama.runtime.questions import as_list, encode_questions, refuse_swapped, share_images
+from mllama.runtime.questions import (
+    as_list,
+    check_images,
+    encode_questions,
+    refuse_swapped,
+    share_images,
+)
 from mllama.runtime.session import OPTIONS, Session
 from mllama.runtime.settings import beyond_session, check_settings
 
@@ -122,6 +129,7 @@ def open_session(
     adapter: str | os.PathLike | None = None,
     weights: str | None = AUTO,
     kv_cache: str | None = None,
+    image_cache: ImageCache | None = None,
     progress: Progress | None = None,
 ) -> "Session | GenerateSession":
     """Open a session: the core's own, or one on transformers' `generate` where the model's
@@ -130,12 +138,12 @@ def open_session(
     Args:
         path, dtype, device, reference, adapter, weights: as `load` takes them, but packed where
             that is possible by default.
-        kv_cache: as `Session` takes it.
+        kv_cache, image_cache: as `Session` takes them.
         progress: as `Session` takes it; while loading, stage "load" counts parameters.
 
     Raises:
         TypeError, ValueError, FileNotFoundError: as `load`. ValueError for SigLIP: no decoder;
-            for a kv_cache of transformers' `generate`.
+            for a kv_cache or image_cache of transformers' `generate`.
     """
     folder, own_adapter = _find_adapted(path, adapter)
     with (opened := open_checkpoint(folder)).source:
@@ -151,11 +159,12 @@ def open_session(
             loaded_as = dtype_named(resolve_dtype(opened, dtype, place))
             model = load_core(opened, loaded_as, place, reference, packed, progress)
             _adapt(model, own_adapter, weights)
-            return Session(model, processor, settings, where, kv_cache=kv_cache, progress=progress)
-    if kv_cache is not None:
+            kept = {"kv_cache": kv_cache, "image_cache": image_cache}
+            return Session(model, processor, settings, where, **kept, progress=progress)
+    if kv_cache is not None or image_cache is not None:
         raise ValueError(
-            f"kv_cache must be None, got {kv_cache!r}: this model's settings or tokenizer need "
-            "transformers' generate, which has a cache of its own"
+            f"{'image' if kv_cache is None else 'kv'}_cache must be None: this model's settings or "
+            "tokenizer need transformers' generate, which has a cache of its own"
         )
     from mllama.hf.answering import GenerateSession
 
@@ -341,11 +350,11 @@ def ask(
 
 def _session_of(model: Any, processor: Any, options: Mapping[str, Any]) -> Any:
     """A new session for every call: a session keeps the cache of its last prompt."""
+    settings = where = images = None
     if model is None:
         beyond = any(name not in OPTIONS for name, value in options.items() if value is not None)
-        model, processor, settings, where = _embedded(beyond)
+        model, processor, settings, where, images = _embedded(beyond)
     else:
-        settings, where = None, None
         check_answers(model)
     # Checked by attributes: adapters wrap models.
     if not hasattr(model, "generate") and not hasattr(model, "compute"):
@@ -355,32 +364,23 @@ def _session_of(model: Any, processor: Any, options: Mapping[str, Any]) -> Any:
             f"processor must be as mllama.load returns it, got {type(processor).__name__}"
         )
     if not hasattr(model, "generate"):
-        return Session(model, processor, settings, where)
+        return Session(model, processor, settings, where, image_cache=images)
     from mllama.hf.answering import GenerateSession
 
     return GenerateSession(model, processor)
 
 
 @functools.cache
-def _embedded(by_transformers: bool) -> tuple[Any, Any, Any, str]:
-    """The embedded model, its processor and settings, on the core or on transformers."""
+def _embedded(by_transformers: bool) -> tuple[Any, Any, Any, str, ImageCache | None]:
+    """The embedded model, its processor, settings, files and images, on the core or on
+    transformers.
+    """
     if by_transformers:
-        return *load(), None, str(EMBEDDED)
+        return *load(), None, str(EMBEDDED), None
     session: Any = open_session()
     say_loaded(None, session.model)
-    return session.model, session.processor, session.settings, session.where
-
-
-def check_images(session: "Session | GenerateSession", images: Sequence) -> None:
-    """Reject a question without an image for the embedded model: its answer would be meaningless.
-
-    Raises:
-        ValueError: images is empty and the model is the embedded one.
-    """
-    if not images and session.where == str(EMBEDDED):
-        raise ValueError(
-            "the embedded model answers questions about an image and no others: give an image"
-        )
+    own = session.model, session.processor, session.settings, session.where
+    return *own, session.image_cache
 
 
 def check_answers(model: Any) -> None:

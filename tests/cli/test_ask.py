@@ -200,3 +200,31 @@ def test_what_changes_nothing_is_refused(run, image_file, arguments, said):
         "ask", *(image_file if argument == "IMAGE" else argument for argument in arguments)
     )
     assert (code, out, err.count("\n")) == (2, "", 1) and said in err
+
+
+@pytest.mark.parametrize("command", ["ask", "generate"])
+def test_an_image_is_kept_in_files(run, options, image_file, tmp_path, command):
+    folder = tmp_path / "images"
+    words = ["ask", image_file, "How many?"]
+    if command == "generate":
+        words = ["generate", "--prompt", "How many?", "--image", image_file]
+    expected = run(*words, *options)
+    for _ in range(2):
+        assert run(*words, *options, "--image-cache", folder) == expected
+        (file,) = folder.iterdir()
+    written = file.stat().st_ino
+    run(*words[:-1], *words[-1:], *options, "--image-cache", folder, "--temperature", "2")
+    assert [file.stat().st_ino for file in folder.iterdir()] == [written]
+
+
+def test_an_image_cache_without_effect_is_refused(
+    run, options, family_folder, image_file, tmp_path
+):
+    given = ["--image-cache", tmp_path / "images"]
+    code, _, err = run("ask", "a b", "--model", family_folder("llama"), *given)
+    assert (code, err.count("\n")) == (2, 1) and "image_cache" in err
+    stock = ["--prompt", "a", "--image", image_file, "--runtime", "transformers"]
+    code, _, err = run("generate", *stock, *options, *given)
+    assert (code, err.count("\n")) == (2, 1) and "--image-cache" in err
+    code, _, err = run("ask", image_file, "a b", *options, "--image-cache", image_file)
+    assert (code, err.count("\n")) == (2, 1) and str(image_file) in err

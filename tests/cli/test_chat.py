@@ -1,26 +1,37 @@
 """`mllama chat`."""
 
 import json
+import shutil
 
 import pytest
+import torch
 from PIL import Image
 
 import mllama
 from helpers import answer
+from mllama.model.model import VisionLanguageModel
 from mllama.runtime.completion import Row
 from mllama.runtime.questions import encode
+from processing import templates
 
 
 def test_chat_answers_in_the_light_of_what_was_said(run, loaded, options, image_file):
-    first = answer(
-        *loaded, encode(loaded[1], image_file, "How many circles?"), max_new_tokens=8
-    ).text
-    turns = [("How many circles?", first)]
-    second = answer(*loaded, encode(loaded[1], image_file, "a b c", turns), max_new_tokens=8).text
+    processor = loaded[1]
+    inputs = encode(processor, image_file, "How many circles?")
+    first = answer(*loaded, inputs, max_new_tokens=8)
+    # The answer stays the tokens that it was.
+    rest = processor.tokenizer.encode("<eos>a b c\n", add_special_tokens=False)
+    ids = inputs["input_ids"][0].tolist() + first.token_ids + rest
+    inputs = inputs | {
+        "input_ids": torch.tensor([ids]),
+        "attention_mask": torch.ones(1, len(ids), dtype=torch.long),
+    }
+    second = answer(*loaded, inputs, max_new_tokens=8)
     code, out, _ = run(
         "chat", image_file, *options, stdin="How many circles?\n\n a b c \n/exit\nWhat color?\n"
     )
-    assert (code, [line.strip() for line in out.splitlines()]) == (0, [first, second])
+    expected = [first.text, second.text]
+    assert (code, [line.strip() for line in out.splitlines()]) == (0, expected)
 
 
 def test_chat_forgets_the_oldest_turns_when_the_context_is_full(run, options, image_file):
@@ -79,6 +90,76 @@ def test_every_family_remembers_what_was_said(run, family_folder, image_file, fa
         "chat", *([image] if imaged else []), *options, stdin="How many circles?\na b c\n"
     )
     assert (code, out.split()) == (0, " ".join(answer for _, answer in turns).split())
+
+
+def prefills(run, *arguments, **options) -> tuple[list[str], list[int], int]:
+    """A command's lines, the tokens that each prompt computed, and the images that were encoded."""
+    passes, images = [], []
+    compute, encode_images = VisionLanguageModel.compute, VisionLanguageModel.encode_images
+
+    def computed(self, inputs):
+        passes.append(inputs.shape[1])
+        return compute(self, inputs)
+
+    def encoded(self, inputs):
+        images.append(inputs)
+        return encode_images(self, inputs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(VisionLanguageModel, "compute", computed)
+        patch.setattr(VisionLanguageModel, "encode_images", encoded)
+        code, out, _ = run(*arguments, **options)
+    assert code == 0
+    return out.splitlines(), [tokens for tokens in passes if tokens > 1], len(images)
+
+
+@pytest.mark.parametrize(
+    ("family", "template"),
+    [
+        ("llava, siglip", None),
+        ("llava, clip", templates.LLAVA),
+        ("mllama", templates.LLAMA_VISION),
+        ("llama", templates.CHATML),
+    ],
+)
+def test_no_turn_and_no_image_is_computed_twice(
+    run, family_folder, image_file, tmp_path, family, template
+):
+    folder = shutil.copytree(family_folder(family), tmp_path / "model")
+    if template is not None:
+        (folder / "chat_template.jinja").write_text(template)
+    options = ["--model", folder, "--dtype", "float32", "--max-new-tokens", 8, "--json"]
+    questions = ["How many circles?", "a b c", "What colour is it?"]  # the context has no room
+    image = None if family == "llama" else image_file
+    shown = [] if image is None else [image]
+    lines, tokens, images = prefills(run, "chat", *shown, *options, stdin="\n".join(questions))
+    assert len(lines) == len(tokens) == len(questions) and images == len(shown)
+    processor = mllama.load(folder, dtype="float32", device="cpu")[1]
+    first = encode(processor, image, questions[0])["input_ids"].shape[1]
+    assert tokens[0] == first
+    for question, count in zip(questions[1:], tokens[1:], strict=True):
+        alone = encode(processor, None, question)["input_ids"].shape[1]
+        assert count <= alone + 8  # the answer's end, and what the template writes there
+
+
+def test_a_full_context_is_made_room_in_for_several_turns(run, family_folder, tmp_path):
+    folder = shutil.copytree(family_folder("llama"), tmp_path / "model")
+    (folder / "chat_template.jinja").write_text(templates.CHATML)
+    options = ["--model", folder, "--dtype", "float32", "--max-new-tokens", 4, "--json"]
+    lines, tokens, _ = prefills(run, "chat", *options, stdin="\n".join(map(str, range(1000, 1024))))
+    assert len(lines) == len(tokens) == 24
+    long = [number for number, count in enumerate(tokens[1:], 1) if count > 100]
+    assert 2 <= len(long) <= 12 and min(b - a for a, b in zip(long, long[1:], strict=False)) > 1
+
+
+def test_a_new_conversation_about_the_same_image_does_not_encode_it_again(
+    run, family_folder, image_file
+):
+    options = ["--model", family_folder("llava, siglip"), "--dtype", "float32", "--json"]
+    lines = f"a b\n/reset\nc d\n/image {image_file}\na b\n"
+    answers, _, images = prefills(run, "chat", image_file, *options, stdin=lines)
+    answers = [json.loads(line)["answer"] for line in answers]
+    assert len(answers) == 3 and answers[0] == answers[2] and images == 1
 
 
 def test_without_a_chat_template_every_question_stands_alone(run, family_folder, image_file):

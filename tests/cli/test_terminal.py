@@ -123,14 +123,14 @@ def test_an_error_clears_the_line(run, options, image_file, monkeypatch, termina
 SLOW = """
 import sys, time
 from mllama.cli import main
-from mllama.runtime.session import Session
+from mllama.model.model import VisionLanguageModel
 
-forward = Session._forward
+forward = VisionLanguageModel.compute
 def slow(*args, **kwargs):
     time.sleep(60 if len(waits) else 0)
     return forward(*args, **kwargs)
 waits = [1]
-Session._forward = slow
+VisionLanguageModel.compute = slow
 sys.exit(main())
 """
 

@@ -204,3 +204,41 @@ def test_bad_arguments_are_refused_by_name(call, error, name):
     with pytest.raises(error, match=name):
         call(cache)
     assert torch.equal(cache.update(0, new(0), new(0))[0], first)
+
+
+@pytest.mark.parametrize("dtype", [None, torch.int8])
+def test_images_are_taken_over_from_another_cache_without_a_copy(dtype):
+    first, second = KVCache(3, dtype=dtype), KVCache(3, dtype=dtype)
+    given = first.update_cross(1, new(4), new(4))
+    keys, mask = first.image_keys(), torch.tensor([True])
+    assert list(keys) == [1]
+    second.update_cross(1, new(9), new(9))
+    second.update_cross(2, new(9), new(9))
+    second.set_image_keys(keys, mask)
+    none = new(0)
+    assert all(map(torch.equal, second.update_cross(1, none, none), given))
+    assert second.update_cross(2, none, none)[0].shape[1] == 0 and second.tile_mask is mask
+    assert second.image_keys()[1][0].data_ptr() == keys[1][0].data_ptr()
+    more = second.update_cross(1, new(2), new(2))  # others are appended elsewhere
+    assert more[0].shape[1] == 6 and torch.equal(more[0][:, :4], given[0])
+    second.set_image_keys(keys, mask)
+    second.reset()
+    second.update_cross(1, new(4), new(4))
+    assert all(map(torch.equal, first.update_cross(1, none, none), given))
+    with pytest.raises(IndexError, match="layer"):
+        second.set_image_keys({3: keys[1]}, mask)
+
+
+def test_padding_moves_before_the_positions_it_is_behind():
+    cache, k, v = KVCache(2, capacity=20), new(9), new(9)
+    cache.update(1, k, v)
+    cache.move_padding(2, 4, [0, 2, 1])
+    found = cache.update(1, new(1), new(1))
+    for row, count in enumerate((0, 2, 1)):
+        for moved, given in zip(found, (k, v), strict=True):
+            assert torch.equal(moved[row, :2], given[row, :2])
+            assert torch.equal(moved[row, 2 + count : 6 + count], given[row, 2:6])
+            assert torch.equal(moved[row, 6 + count : 9], given[row, 6 + count :])
+    for arguments in ((2, 4, [0, 5, 1]), (-1, 4, [0, 0, 0]), (9, 3, [])):
+        with pytest.raises(ValueError, match="start, length and padding"):
+            cache.move_padding(*arguments)

@@ -5,10 +5,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from mllama.runtime.prefix import Reuse, find_reuse
+from mllama.runtime.prefix import Prompt, Reuse, find_reuse
 
 IMAGE, PER = 9, 2
-PIXELS = torch.arange(3.0).reshape(3, 1)
 
 
 def spec(cross: tuple = (), token: int | None = IMAGE, both_ways: bool = False):
@@ -20,14 +19,14 @@ def spec(cross: tuple = (), token: int | None = IMAGE, both_ways: bool = False):
     )
 
 
-def images(*which: int) -> dict:
-    return {"pixel_values": PIXELS[list(which)]} if which else {}
+def prompt(ids: list, images: tuple = (), mask: list | None = None) -> Prompt:
+    """`mask`: the images that each position sees, all of one tile."""
+    seen = None if mask is None else torch.tensor(mask)[None, :, :, None]
+    return Prompt(ids, [bytes([image]) for image in images], seen)
 
 
-def reuse(cached: tuple, new: tuple, of=None, prefix: int = 0) -> Reuse:
-    cache = SimpleNamespace(num_prefix_tokens=prefix)
-    (ids, shown), (new_ids, new_shown) = cached, new
-    return find_reuse(of or spec(), cache, ids, images(*shown), new_ids, images(*new_shown))
+def reuse(cached: tuple, new: tuple, of=None, prefix: int = 0, reference: str = "meta") -> Reuse:
+    return find_reuse(of or spec(), prompt(*cached), prompt(*new), prefix, reference)
 
 
 @pytest.mark.parametrize(
@@ -60,7 +59,6 @@ TWO = [1, 9, 9, 2, 9, 9, 3]
         ((TWO, (0, 1)), ([*TWO, 5], (2, 1)), Reuse(1, 0)),
         ((TWO, (0, 1)), ([1, 9, 9, 2, 5], (0,)), Reuse(4, 1)),
         ((TWO, (0, 1)), ([1, 9, 9, 2, 9, 9], (0, 1)), Reuse(4, 1)),  # the second is cut in halves
-        ((ONE, (0,)), ([*ONE, 4], ()), Reuse(1, 0)),
         (([1, 2], ()), ([1, 2, 9, 9, 5], (0,)), Reuse(2, 0)),
     ],
 )
@@ -68,15 +66,50 @@ def test_images_at_placeholders(cached, new, expected):
     assert reuse(cached, new) == expected
 
 
-def test_images_beside_the_text_are_reused_whole_or_not_at_all():
-    for of, prefix in ((spec(cross=(1,)), 0), (spec(token=None), 4)):
-        known = {"of": of, "prefix": prefix}
-        assert reuse(([1, 2], (0, 1)), ([1, 2, 3], (0, 1)), **known) == Reuse(2, 2)
-        assert reuse(([1, 2], (0, 1)), ([5, 2, 3], (0, 1)), **known) == Reuse()
-        assert reuse(([1, 2], (0, 1)), ([1, 2, 3], (0,)), **known) == Reuse()
-        assert reuse(([1, 2], (0,)), ([1, 2, 3], ()), **known) == Reuse()
+def test_images_before_the_text_are_reused_whole_or_not_at_all():
+    known = {"of": spec(token=None), "prefix": 4}
+    assert reuse(([1, 2], (0, 1)), ([1, 2, 3], (0, 1)), **known) == Reuse(2, 2)
+    assert reuse(([1, 2], (0, 1)), ([5, 2, 3], (0, 1)), **known) == Reuse(0, 2)
+    assert reuse(([1, 2], (0, 1)), ([1, 2, 3], (0,)), **known) == Reuse()
+    assert reuse(([1, 2], (0,)), ([1, 2, 3], ()), **known) == Reuse()
+    assert reuse(([1, 2], (0,)), ([1, 2, 9, 9], (0,)), prefix=2) == Reuse()  # now in the text
+
+
+def test_images_that_all_positions_attend_to_are_the_same_or_nothing_is_reused():
+    known = {"of": spec(cross=(1,), token=None)}
+    assert reuse(([1, 2], (0, 1)), ([1, 2, 3], (0, 1)), **known) == Reuse(2, 2)
+    assert reuse(([1, 2], (0, 1)), ([5, 2, 3], (0, 1)), **known) == Reuse(0, 2)
+    assert reuse(([1, 2], (0, 1)), ([1, 2, 3], (0,)), **known) == Reuse()
+    assert reuse(([1, 2], (0,)), ([1, 2, 3], (0, 1)), **known) == Reuse()
+    assert reuse(([1, 2], ()), ([1, 2, 3], (0,)), **known) == Reuse()
+
+
+NONE, FIRST, BOTH = [0, 0], [1, 0], [1, 1]
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "meta", "hf"),
+    [
+        (((0,), [[1], [1]]), ((0, 1), [FIRST, FIRST, BOTH]), 2, 2),
+        (((0,), [[0], [1]]), ((0, 1), [NONE, FIRST, BOTH]), 2, 0),  # the first sees all, with "hf"
+        (((0,), [[1], [1]]), ((0, 1), [FIRST, BOTH, BOTH]), 0, 0),
+        (((0,), [[1], [1]]), ((0, 1), [FIRST, NONE, BOTH]), 0, 0),
+        (((0,), [[1], [1]]), ((1, 0), [FIRST, FIRST, BOTH]), 0, 0),
+        (((0,), [[0], [1]]), ((0,), [[0], [1], [1]]), 2, 2),
+        (((0,), [[0], [1]]), ((0,), [[0], [1]]), 2, 2),  # the last row holds for what follows
+        (((0,), [[1], [1]]), ((0,), None), 0, 0),
+        (((), None), ((0,), [[0], [0], [1]]), 2, 0),
+        (((), None), ((0,), [[0], [1], [1]]), 0, 0),
+    ],
+)
+def test_a_further_image_that_earlier_positions_do_not_see(before, now, meta, hf):
+    for reference, length in (("meta", meta), ("hf", hf)):
+        known = {"of": spec(cross=(1,)), "reference": reference}
+        assert reuse(([1, 2], *before), ([1, 2, 3], *now), **known).length == length
 
 
 def test_what_cannot_be_told_is_computed_anew():
     assert reuse((ONE, (0,)), ([*ONE, 4], (0,)), of=spec(token=None)) == Reuse()
+    assert reuse((ONE, (0,)), ([*ONE, 4], (0, 1))) == Reuse()  # an image without a place
+    assert reuse((ONE, (0,)), ([*ONE, 4], ())) == Reuse()
     assert reuse(([1, 2], ()), ([1, 2, 3], ()), of=spec(both_ways=True)) == Reuse()

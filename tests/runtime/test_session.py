@@ -237,6 +237,17 @@ def test_another_view_of_the_same_images_is_computed_anew(monkeypatch):
     assert spy.since()[0] == inputs["input_ids"].shape[1]
 
 
+def test_a_mask_of_fewer_rows_than_ids_in_chunks_of_as_many():
+    model, inputs = pairs.make("mllama").ours, pairs.pair("mllama").inputs("one row")
+    inputs["cross_attention_mask"] = inputs["cross_attention_mask"][:, :4]
+    expected = tokens(Session(model), inputs)
+    assert tokens(Session(model, prefill_chunk_size=4), inputs) == expected
+    shifted = inputs["cross_attention_mask"].roll(1, 1)
+    for mask in (shifted * 0, shifted[0], shifted.repeat(2, 1, 1, 1), shifted[:, :0]):
+        with pytest.raises(ValueError, match="cross_attention_mask"):
+            Session(model).generate(inputs | {"cross_attention_mask": mask})
+
+
 @pytest.mark.parametrize("kv_cache", ["int8", "bf16"])
 @pytest.mark.parametrize("case", ["llama", "gemma3_text", "mllama"])
 def test_a_cache_of_another_dtype_is_chunked_reused_and_cropped(case, kv_cache):

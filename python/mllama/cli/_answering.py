@@ -15,6 +15,8 @@ from mllama.cli._timings import timing_fields, timing_table
 from mllama.device import dtype_name
 from mllama.processing.image import load_image
 from mllama.quant.packer import packing_of
+from mllama.runtime.completion import Completion
+from mllama.runtime.image_cache import ImageCache
 from mllama.runtime.session import Session
 
 if TYPE_CHECKING:
@@ -57,9 +59,15 @@ def load_session(arguments: argparse.Namespace) -> Loaded:
             arguments.adapter,
             arguments.weights,
             arguments.kv_cache,
+            _image_cache(arguments),
             status,
         )
     return Loaded(session, options, status, time.perf_counter() - start)
+
+
+def _image_cache(arguments: argparse.Namespace) -> ImageCache | None:
+    """The cache with the files of --image-cache; None for the session's own, in memory."""
+    return None if arguments.image_cache is None else ImageCache(folder=arguments.image_cache)
 
 
 def check_reference(arguments: argparse.Namespace) -> None:
@@ -143,6 +151,7 @@ class Reply(NamedTuple):
         seconds: the time it took.
         stopped: whether Ctrl-C stopped it.
         timings: its fields of --timings.
+        completion: all of it.
     """
 
     text: str
@@ -150,6 +159,7 @@ class Reply(NamedTuple):
     seconds: float
     stopped: bool
     timings: dict[str, Any]
+    completion: Completion
 
 
 def reply(
@@ -193,6 +203,7 @@ def reply(
         round(made.timings.total_seconds, 3),
         found.finish_reason == "interrupted",
         timing_fields(loaded.seconds, made),
+        found,
     )
     if show and arguments.timings:
         print(timing_table(answer.timings), file=sys.stderr)

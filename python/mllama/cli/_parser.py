@@ -320,6 +320,13 @@ def _add_device(parser: argparse.ArgumentParser):
         choices=KV_CACHES,
         help="store keys and values so (default: in the weights' dtype); int8: 8.5 bits a value",
     )
+    parser.add_argument(
+        "--image-cache",
+        type=some_text,
+        metavar="DIR",
+        help="keep what is computed of images in files of this folder, at most 8 GiB, for later "
+        "calls",
+    )
     _add_reference(
         parser, "meta: Llama-3.2-Vision as trained (default); hf: as transformers computes it"
     )

@@ -21,7 +21,7 @@ def load_stock_session(arguments: argparse.Namespace) -> Loaded:
     Raises:
         ValueError: an option that is the package's alone.
     """
-    for name in ("adapter", "kv_cache"):
+    for name in ("adapter", "kv_cache", "image_cache"):
         if getattr(arguments, name) is not None:
             raise ValueError(f"--{name.replace('_', '-')} needs --runtime mllama")
     if arguments.weights not in ("auto", "none"):

@@ -6,10 +6,10 @@ import json
 import os
 import sys
 
-from mllama.api import check_images, say_loaded
+from mllama.api import say_loaded
 from mllama.cli._answering import facts, load_session, read_images, reply
-from mllama.runtime.questions import check_question, encode, refuse_swapped
-from mllama.runtime.session import check_room
+from mllama.runtime.checks import check_room
+from mllama.runtime.questions import check_images, check_question, encode, refuse_swapped
 
 
 def run(arguments: argparse.Namespace) -> None:

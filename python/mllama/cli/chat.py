@@ -5,14 +5,17 @@ import json
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from mllama.api import check_images, say_loaded
+from mllama.api import say_loaded
 from mllama.checkpoints.files import write_file, write_json
 from mllama.cli import complain
 from mllama.cli._answering import Loaded, facts, load_session, read_images, reply
-from mllama.runtime.questions import as_messages, check_system, encode, tokenizer_of
-from mllama.runtime.session import MAX_NEW_TOKENS, check_room
+from mllama.processing.preprocessors import Preprocessor
+from mllama.runtime.checks import check_room
+from mllama.runtime.questions import as_messages, check_images, check_system, encode, tokenizer_of
+from mllama.runtime.session import MAX_NEW_TOKENS
+from mllama.runtime.transcript import Transcript
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -57,6 +60,24 @@ def run(arguments: argparse.Namespace) -> None:
             complain(error)
 
 
+class _KeptImages:
+    """An image transform that is run once: a chat is about the same images until there are others.
+
+    Args:
+        transform: the preprocessor's own.
+    """
+
+    def __init__(self, transform: Any):
+        self._transform, self._result = transform, None
+
+    def __call__(self, images: list) -> dict:
+        self._result = self._result or self._transform(images)
+        return dict(self._result)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._transform, name)
+
+
 class _Talk:
     """A conversation: images, system prompt and turns. The session computes only what is new in
     each question.
@@ -68,8 +89,10 @@ class _Talk:
         self.images: list[Image.Image] = []
         self.system: str | None = None
         self.turns: list[tuple[str, str]] = []  # those that still fit the context
+        self.transcript = Transcript(loaded.session.tokenizer)  # of the same turns
         self.history: list[tuple[str, str]] = []  # all turns
         self.saved: set[Path] = set()
+        self._transform = getattr(loaded.session.processor, "images", None)
 
     def command(self, name: str, rest: str) -> bool:
         """Run a line that begins with "/"; False ends the chat.
@@ -101,7 +124,7 @@ class _Talk:
             self.instruct(rest or None)
             _note("a new system prompt" if rest else "no system prompt")
         elif name == "/reset":
-            self.turns, self.history = [], []
+            self.forget()
             _note("a new conversation")
         elif name == "/save":
             self.save(Path(rest))
@@ -118,7 +141,15 @@ class _Talk:
         """
         if tokenizer_of(self.session.processor) is self.session.processor:
             raise ValueError(f"this model takes no images, got {len(images)}")
-        self.names, self.images, self.turns, self.history = names, images, [], []
+        self.names, self.images = names, images
+        self.forget()
+        if isinstance(self.session.processor, Preprocessor):
+            self.session.processor.images = _KeptImages(self._transform)
+
+    def forget(self) -> None:
+        """Start a new conversation."""
+        self.turns, self.history = [], []
+        self.transcript.reset()
 
     def instruct(self, system: str | None) -> None:
         """Set the system prompt.
@@ -175,19 +206,27 @@ class _Talk:
         if answer.text or not answer.stopped:
             templated = self.session.processor.chat_template
             self.turns = [*fitting, (question, answer.text)] if templated else []
+            self.transcript.answer(answer.completion)
             self.history.append((question, answer.text))
 
     def _fit(self, question: str) -> tuple[Mapping, list]:
         """The inputs, and the newest turns that leave room for an answer. `turns` is unchanged, so
         that a rejected question loses nothing.
+
+        Dropping turns changes what all others attend to, and they are computed anew. So room is
+        made for several further turns at once.
         """
-        turns, processor, context = self.turns, self.session.processor, self.session.context
-        inputs = encode(processor, self.images, question, turns, self.system)
-        while turns and context - inputs["input_ids"].shape[1] < MAX_NEW_TOKENS:
-            turns = turns[1:]
-            inputs = encode(processor, self.images, question, turns, self.system)
+        turns, context, room = self.turns, self.session.context, MAX_NEW_TOKENS
+        inputs = self._encode(question, turns)
+        while turns and context - inputs["input_ids"].shape[1] < room:
+            turns, room = turns[1:], MAX_NEW_TOKENS + context // 4
+            inputs = self._encode(question, turns)
         check_room(context, inputs["input_ids"].shape[1])
         return inputs, turns
+
+    def _encode(self, question: str, turns: list[tuple[str, str]]) -> Mapping:
+        inputs = encode(self.session.processor, self.images, question, turns, self.system)
+        return self.transcript.continue_with(inputs)
 
 
 def _note(text: str) -> None:

@@ -6,12 +6,12 @@ import inspect
 import json
 from collections.abc import Mapping, Sequence
 
-from mllama.api import check_images, say_loaded
+from mllama.api import say_loaded
 from mllama.cli._answering import facts, load_session, read_images, reply
 from mllama.cli._parser import SIZES
 from mllama.processing.conversation import encode_messages, encode_raw
-from mllama.runtime.questions import check_question, check_system
-from mllama.runtime.session import check_room
+from mllama.runtime.checks import check_room
+from mllama.runtime.questions import check_images, check_question, check_system
 
 
 def run(arguments: argparse.Namespace) -> None:

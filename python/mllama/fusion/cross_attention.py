@@ -64,7 +64,10 @@ class CrossAttention(nn.Module):
             float32 or None)
         """
         q = self.q_norm(split_heads(self.q_proj(x), self.head_dim))
-        k, v = self._keys_values(x, cross.states)
+        if cross.states is None:
+            k = v = x.new_empty(x.shape[0], 0, self.kv_heads, self.head_dim)
+        else:
+            k, v = self.keys_values(cross.states)
         if cache is not None:
             k, v = cache.update_cross(self.layer_idx, k, v)  # (B, S, KV, D)
         attended, weights = [], []
@@ -82,13 +85,8 @@ class CrossAttention(nn.Module):
             weights, 2
         ) if output_attentions else None
 
-    def _keys_values(
-        self, x: torch.Tensor, states: torch.Tensor | None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """[B, keys, kv heads, head_dim] of the new images; zero keys without any."""
-        if states is None:
-            empty = x.new_empty(x.shape[0], 0, self.kv_heads, self.head_dim)
-            return empty, empty
+    def keys_values(self, states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Features [B, keys, hidden] -> their keys and values, [B, keys, kv_heads, head_dim]."""
         k, v = (
             split_heads(projection(states), self.head_dim)
             for projection in (self.k_proj, self.v_proj)
@@ -172,7 +170,7 @@ class CrossAttentionFusion(Fusion):
         states, attentions = self._states(inputs, parts, embeds)
         rows_of_mask = _rows_of_mask(mask, inputs.shape, 0 if cache is None else cache.length)
         if rows_of_mask is not None and placeholders is not None and states is not None:
-            _check_visible(mask, placeholders)
+            check_visible(mask, placeholders)
         cached = None if cache is None else cache.tile_mask
         cross = cross_context(
             None if states is None else self.by_rows(states, embeds.shape[0]).to(embeds.dtype),
@@ -257,7 +255,7 @@ def _rows_of_mask(
     return mask[:, rows.clamp(max=mask.shape[1] - 1)]
 
 
-def _check_visible(mask: torch.Tensor, placeholders: torch.Tensor) -> None:
+def check_visible(mask: torch.Tensor, placeholders: torch.Tensor) -> None:
     """Reject a mask with fewer rows than tokens that hides every image from a placeholder [B, T]:
     its rows are shifted against the text, as when padding was moved after the mask was made.
     """

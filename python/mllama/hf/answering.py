@@ -19,11 +19,13 @@ from transformers import (
     TextStreamer,
 )
 
+from mllama.hf.encoded_images import encode_once
+from mllama.runtime.checks import check_count, check_room
 from mllama.runtime.completion import Completion, Generation
 from mllama.runtime.progress import DECODE, PROMPT, Progress, Stages, check_progress
 from mllama.runtime.questions import tokenizer_of
 from mllama.runtime.sampler import COLDEST, NEUTRAL, check_option
-from mllama.runtime.session import MAX_NEW_TOKENS, check_count, check_room
+from mllama.runtime.session import MAX_NEW_TOKENS
 
 _COUNTS = ("max_new_tokens", "max_length", "num_beams")
 
@@ -139,6 +141,7 @@ def generate(model: Any, inputs: Mapping[str, torch.Tensor], **generate_kwargs: 
     if "max_new_tokens" in options:
         options["max_new_tokens"] = min(options["max_new_tokens"], room)
     given = {name: value.to(model.device) for name, value in inputs.items()}
+    given = encode_once(model, given, generate_kwargs.keys() - {"streamer", "stopping_criteria"})
     with torch.inference_mode():
         return model.generate(**given, **options)
 

@@ -1,6 +1,7 @@
 """A complete vision-language model: encoder -> projector -> fusion -> decoder -> head."""
 
 import logging
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -119,6 +120,16 @@ class VisionLanguageModel(nn.Module):
         if spec.pooling is not None:
             features = self.image_pooling(features)
         return self.multi_modal_projector(features), attentions
+
+    def image_modules(self) -> Iterator[tuple[str, nn.Module]]:
+        """Modules that images pass before any text is read, with their names."""
+        for name in ("vision_tower", "image_pooling", "multi_modal_projector"):
+            if hasattr(self, name):
+                yield name, getattr(self, name)
+        for index in self.spec.text.cross_attention_layers:
+            attention = self.language_model.layers[index].cross_attn
+            for name in ("k_proj", "k_norm", "v_proj"):
+                yield f"layers.{index}.{name}", getattr(attention, name)
 
     def compute(self, inputs: ModelInputs) -> ModelOutput:
         """One forward pass.

@@ -1,7 +1,7 @@
 """A decoder's key-value cache: preallocated, grown by doubling, in a dtype of its own if asked."""
 
 import numbers
-from collections.abc import Collection
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -214,6 +214,33 @@ class KVCache:
             return buffer.append(k, v, 0)
         return buffer.read(k, v) if buffer.length else (k, v)
 
+    def image_keys(self) -> dict[int, tuple[torch.Tensor, torch.Tensor]]:
+        """Keys and values of the images by layer, [B, kv_heads, keys, head_dim], as they are
+        stored: int8 has rows of `quantize_rows`.
+        """
+        return {
+            layer: (buffer.keys[:, :, : buffer.length], buffer.values[:, :, : buffer.length])
+            for layer, buffer in enumerate(self._cross)
+            if buffer.keys is not None and buffer.values is not None and buffer.length
+        }
+
+    def set_image_keys(
+        self, keys: Mapping[int, tuple[torch.Tensor, torch.Tensor]], tile_mask: torch.Tensor | None
+    ) -> None:
+        """Replace the images' keys and values by what `image_keys` returned for others. They are
+        not copied, and never written to.
+
+        Args:
+            keys: by layer; a layer that is not named has none.
+            tile_mask: see the attribute.
+        """
+        for layer in keys:
+            self._at(self._cross, layer)
+        for layer, buffer in enumerate(self._cross):
+            buffer.keys, buffer.values = keys.get(layer, (None, None))
+            buffer.length = 0 if buffer.keys is None else buffer.keys.shape[2]
+        self.tile_mask = tile_mask
+
     def _at(self, buffers: list[_Buffer], layer: int) -> _Buffer:
         if not 0 <= layer < len(buffers):
             raise IndexError(f"layer must be 0 to {len(buffers) - 1}, the cache's own, got {layer}")
@@ -244,8 +271,31 @@ class KVCache:
         for buffer in (*self._text, *self._cross):
             buffer.reorder(rows)
 
+    def move_padding(self, start: int, length: int, padding: Sequence[int]) -> None:
+        """Put padding before the positions `start` to `start + length`, which it stands behind.
+        Keys do not know their places, so only masks change.
+
+        Args:
+            start, length: positions that are moved, in every row.
+            padding: number of padded positions behind them, for each row.
+        """
+        end = start + length
+        if not 0 <= start <= end <= end + max(padding, default=0) <= self.length:
+            raise ValueError(
+                f"start, length and padding must lie within {self.length} positions, got {start}, "
+                f"{length} and {list(padding)}"
+            )
+        for buffer in self._text:
+            if not buffer.length:
+                continue
+            for row, count in enumerate(padding):
+                for x in (buffer.keys, buffer.values):
+                    moved = x[row, :, start:end].clone()  # type: ignore[index]
+                    x[row, :, start + count : end + count] = moved  # type: ignore[index]
+
     def reset(self) -> None:
-        """Empty the cache; buffers are reused where they fit."""
-        for buffer in (*self._text, *self._cross):
+        """Empty the cache; the text's buffers are reused where they fit."""
+        for buffer in self._text:
             buffer.length = 0
-        self.num_prefix_tokens, self.tile_mask = 0, None
+        self.num_prefix_tokens = 0
+        self.set_image_keys({}, None)  # theirs may be another's memory

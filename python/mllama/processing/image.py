@@ -21,7 +21,7 @@ first.
 import functools
 import io
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from numbers import Real
 from typing import Any
 
@@ -94,6 +94,15 @@ def load_pixels(source: Any) -> torch.Tensor:
     if isinstance(source, (np.ndarray, torch.Tensor)):
         return torch.from_numpy(_array_to_rgb(source))
     return torch.from_numpy(np.array(load_image(source)))
+
+
+def once_each(function: Callable, items: Iterable) -> list:
+    """The function's results for each item, called once for an object that comes several times."""
+    items, done = list(items), {}
+    for item in items:
+        if id(item) not in done:
+            done[id(item)] = function(item)
+    return [done[id(item)] for item in items]
 
 
 def is_image(source: Any) -> bool:

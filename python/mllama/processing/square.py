@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from mllama.ops.image import resize, resize_normalize
-from mllama.processing.image import channel_values, load_pixels, normalization_table
+from mllama.processing.image import channel_values, load_pixels, normalization_table, once_each
 
 MAX_EDGE = 2**14  # largest edge of a result in pixels
 RESAMPLE = {Image.Resampling.BILINEAR: "bilinear", Image.Resampling.BICUBIC: "bicubic"}
@@ -51,7 +51,7 @@ class SquareImages:
         Raises:
             TypeError, ValueError, FileNotFoundError: `load_image` rejects an image.
         """
-        return {"pixel_values": self.pixel_values([load_pixels(image) for image in images])}
+        return {"pixel_values": self.pixel_values(once_each(load_pixels, images))}
 
     def pixel_values(self, images: Sequence[torch.Tensor]) -> torch.Tensor:
         """`__call__` for images [H, W, 3] uint8.
@@ -61,7 +61,7 @@ class SquareImages:
         """
         if not images:
             raise ValueError("images is empty: give at least one image")
-        return torch.stack([self._planes(image) for image in images])
+        return torch.stack(once_each(self._planes, images))
 
     def _planes(self, pixels: torch.Tensor) -> torch.Tensor:
         height, width = (

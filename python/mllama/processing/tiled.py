@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from mllama.ops.image import MAX_PIXELS, resize_normalize
-from mllama.processing.image import load_pixels
+from mllama.processing.image import load_pixels, once_each
 from mllama.processing.square import RESAMPLE, read_size, read_table
 
 _MOST_TILES = 1024  # arrangements are enumerated in a double loop
@@ -51,7 +51,8 @@ class TiledImages:
         Raises:
             TypeError, ValueError, FileNotFoundError: `load_image` rejects an image.
         """
-        return self.tiles([[load_pixels(image) for image in row] for row in rows])
+        loaded = iter(once_each(load_pixels, (image for row in rows for image in row)))
+        return self.tiles([[next(loaded) for _ in row] for row in rows])
 
     def tiles(self, rows: Sequence[Sequence[torch.Tensor]]) -> dict:
         """`__call__` for images [H, W, 3] uint8."""
@@ -64,12 +65,11 @@ class TiledImages:
         mask = torch.zeros(*size, most, dtype=torch.int64, device="cpu")
         mask[:, :, 0] = 1
         num_tiles: list[list[int]] = [[] for _ in rows]
+        resized = iter(once_each(self._resize, (image for row in rows for image in row)))
         for b, row in enumerate(rows):
-            for n, image in enumerate(row):
-                arrangement, target = fit_onto_tiles(*image.shape[:2], most, self.size)
-                lay_onto_tiles(
-                    pixels[b, n], arrangement, self._planes(image, target), self.table[0]
-                )
+            for n in range(len(row)):
+                arrangement, planes = next(resized)
+                lay_onto_tiles(pixels[b, n], arrangement, planes, self.table[0])
                 ids[b, n] = arrangements(most).index(arrangement) + 1
                 num_tiles[b].append(math.prod(arrangement))
                 mask[b, n, : num_tiles[b][-1]] = 1
@@ -80,12 +80,16 @@ class TiledImages:
             "num_tiles": num_tiles,
         }
 
-    def _planes(self, image: torch.Tensor, target: tuple[int, int]) -> torch.Tensor:
-        """Resize and normalize an image [H, W, 3] uint8: [3, height, width] float32."""
+    def _resize(self, image: torch.Tensor) -> tuple[tuple[int, int], torch.Tensor]:
+        """The arrangement of tiles for an image [H, W, 3] uint8; and the image, resized and
+        normalized, [3, height, width] float32.
+        """
+        arrangement, target = fit_onto_tiles(*image.shape[:2], self.max_image_tiles, self.size)
         if self.resample not in RESAMPLE:  # only Pillow has this filter
             resized = Image.fromarray(image.numpy()).resize(target[::-1], self.resample)
             image = torch.from_numpy(np.array(resized))
-        return resize_normalize(image, *target, self.table, RESAMPLE.get(self.resample, "bilinear"))
+        filter = RESAMPLE.get(self.resample, "bilinear")
+        return arrangement, resize_normalize(image, *target, self.table, filter)
 
 
 def read_tiles(settings: dict) -> TiledImages:

@@ -31,7 +31,7 @@ class Generation:
     Attributes:
         completions: one per row.
         num_prompt_tokens: length of the prompts, padding included.
-        num_reused_tokens: number of these that were already in the cache.
+        num_reused_tokens: number of these, in each row, that were already in the cache.
         timings: seconds of each stage, and the images and tokens that it computed.
     """
 

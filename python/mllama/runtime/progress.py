@@ -36,8 +36,8 @@ class Timings:
     """How long the stages of a generation took. Tokens are those of all rows.
 
     Attributes:
-        image: the images that were encoded. None are counted where their features were cached, or
-            where they are encoded with the prompt: in a batch, and by transformers' `generate`.
+        image: the images that were encoded. None are counted where what they give was cached, or
+            where transformers' `generate` encodes them with the prompt.
         prompt: the prompt's tokens without the reused ones, up to the selection of the first token.
         decode: the tokens after the first one.
         first_token_seconds: from the call to the first token.

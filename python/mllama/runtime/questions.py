@@ -5,8 +5,9 @@ from typing import Any
 
 import torch
 
+from mllama.assets import EMBEDDED
 from mllama.processing.conversation import encode_batch, encode_messages
-from mllama.processing.image import download_urls, is_image, load_image
+from mllama.processing.image import download_urls, is_image, load_image, once_each
 from mllama.processing.image_source import names_image
 
 
@@ -110,7 +111,9 @@ def encode_questions(
         conversations.append(messages)
     if system is not None:
         check_system(processor, system)
-    rows = [[load_image(image) for image in download_urls(list(row), allow_urls)] for row in images]
+    rows = once_each(
+        lambda row: [load_image(image) for image in download_urls(list(row), allow_urls)], images
+    )
     return encode_batch(processor, conversations, rows)
 
 
@@ -166,3 +169,15 @@ def check_question(question: Any) -> None:
         raise ValueError(
             f"the question is no valid UTF-8 text, at {ascii(question[error.start])}"
         ) from error
+
+
+def check_images(session: Any, images: Sequence) -> None:
+    """Reject a question without an image for the embedded model: its answer would be meaningless.
+
+    Raises:
+        ValueError: images is empty and the model is the embedded one.
+    """
+    if not images and session.where == str(EMBEDDED):
+        raise ValueError(
+            "the embedded model answers questions about an image and no others: give an image"
+        )

@@ -7,14 +7,15 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch.nn.functional import pad
 
-from mllama.fusion.base import ModelInputs
 from mllama.nn.adapted import count_changes
-from mllama.nn.kv_cache import CACHE_DTYPES, KVCache
+from mllama.nn.kv_cache import CACHE_DTYPES
+from mllama.runtime.checks import check_count, check_padding, check_room
 from mllama.runtime.completion import Generation, Row
-from mllama.runtime.prefix import Reuse, find_reuse, same_images
-from mllama.runtime.progress import DECODE, IMAGE, PROMPT, Progress, Stages, check_progress
+from mllama.runtime.image_cache import ImageCache
+from mllama.runtime.images import IMAGE_INPUTS
+from mllama.runtime.prefill import PromptCache
+from mllama.runtime.progress import DECODE, Progress, Stages, check_progress
 from mllama.runtime.sampler import NEUTRAL, Sampler, Sampling
 from mllama.runtime.settings import beyond_session
 from mllama.text.decoder import check_ids
@@ -23,14 +24,14 @@ MAX_NEW_TOKENS = 128
 OPTIONS = frozenset(
     ("max_new_tokens", "eos_token_id", "do_sample", *NEUTRAL, "repetition_penalty")
 )  # options of transformers' generate that a session supports
-_IMAGES = ("pixel_values", "aspect_ratio_ids", "aspect_ratio_mask")
-_INPUTS = ("input_ids", "attention_mask", "token_type_ids", "cross_attention_mask", *_IMAGES)
+_INPUTS = ("input_ids", "attention_mask", "token_type_ids", "cross_attention_mask", *IMAGE_INPUTS)
 
 
 class Session:
-    """Generates with a model. The cache of the last one-row prompt is reused: the next prompt
-    computes only what differs, such as a chat's next turn. After changing the model's weights, call
-    `reset`; adapters that are attached, replaced, switched or merged are noticed.
+    """Generates with a model. What was computed is reused: of the last prompt the next one computes
+    only what differs, such as a chat's next turn; the start that all rows of a batch have in common
+    is computed once, and so is every image. After changing the model's weights, call `reset`;
+    adapters that are attached, replaced, switched or merged are noticed.
 
     Args:
         model: a `VisionLanguageModel` in eval mode.
@@ -42,14 +43,16 @@ class Session:
             the model permits it, which bounds the memory of activations.
         kv_cache: what keys and values are stored in: "int8" (8.5 bits a value), "bf16", "f16" or
             "f32". Default: the activations' dtype. A packed model decodes on it directly.
+        image_cache: keeps what was computed of images, features or a decoder's keys and values.
+            Default: a new one with its defaults, 512 MiB in memory.
         progress: called while generating, as progress(stage, done, total): stage "image" counts
             images, "prompt" and "decode" count tokens.
 
     Raises:
-        TypeError: a processor without a tokenizer, settings of another type, progress that is not
-            callable.
+        TypeError: a processor without a tokenizer; settings or image_cache of another type;
+            progress that is not callable.
         ValueError: settings of transformers' generate that a session does not have; another
-            kv_cache.
+            kv_cache; an image_cache that is another model's, or of a model without images.
     """
 
     def __init__(
@@ -60,6 +63,7 @@ class Session:
         where: str | None = None,
         prefill_chunk_size: int = 1024,
         kv_cache: str | None = None,
+        image_cache: ImageCache | None = None,
         progress: Progress | None = None,
     ):
         check_progress(progress)
@@ -79,38 +83,35 @@ class Session:
         self.where = where
         self.prefill_chunk_size = prefill_chunk_size
         self.kv_cache = kv_cache
+        if not isinstance(image_cache, (ImageCache, type(None))):
+            raise TypeError(
+                f"image_cache must be an ImageCache or None, got {type(image_cache).__name__}"
+            )
+        if image_cache is not None and model.spec.encoder is None:
+            raise ValueError("image_cache must be None: this model takes no images")
+        self.image_cache = ImageCache() if image_cache is None else image_cache
+        self.image_cache.attach(model)
+        self._prompt = PromptCache(model, self.image_cache, kv_cache, prefill_chunk_size)
+        self._changes = count_changes()
         self.progress = progress
-        self._encoded: tuple[dict, torch.Tensor] | None = None  # images and their features
         self._running = False
-        self.reset()
 
     @property
     def context(self) -> int:
         """Maximum tokens of a prompt and its answer together."""
         return self.model.spec.text.max_position_embeddings
 
-    @property
-    def _can_chunk(self) -> bool:
-        spec = self.model.spec
-        return self.model.fusion.chunk_obstacle is None and not spec.bidirectional_prefix
-
     def reset(self) -> None:
-        """Drop the cached prompt and its image features.
+        """Drop the cached prompt and what the image cache has in memory.
 
         Raises:
             RuntimeError: the session is generating.
         """
         if self._running:
             raise RuntimeError("reset: this session is generating")
-        self._drop()
-
-    def _drop(self) -> None:
-        self._encoded, self._changes = None, count_changes()
-        self._cross_mask: torch.Tensor | None = None  # of the cached prompt
-        dtype = None if self.kv_cache is None else CACHE_DTYPES[self.kv_cache]
-        self._cache = KVCache(self.model.spec.text.num_hidden_layers, dtype=dtype)
-        self._ids: list[int] = []  # ids of one row in the cache
-        self._images: dict[str, torch.Tensor] | None = None  # images in the cache; None: unknown
+        self._prompt.drop()
+        self.image_cache.clear()
+        self._changes = count_changes()
 
     @torch.inference_mode()
     def generate(
@@ -165,20 +166,18 @@ class Session:
             self._run(inputs, rows, sampler, max_new_tokens, self._ends(eos_token_id), result)
             reason = "length"
         except KeyboardInterrupt:
-            self._restore()
+            self._prompt.restore()
             if not interruptible:
                 raise
             reason = "interrupted"
         except BaseException:
-            self._restore()
+            self._prompt.restore()
             raise
         finally:
             self._running = False
         for row in rows:
             row.finish(reason)
         self._stages.finish()
-        if len(rows) > 1:
-            self.reset()
         return result
 
     def _run(
@@ -191,9 +190,10 @@ class Session:
         result: Generation,
     ) -> None:
         """Prefill, then decode until every row has ended or has `max_new_tokens`."""
-        self._cache.capacity = result.num_prompt_tokens + min(max_new_tokens, MAX_NEW_TOKENS)
-        logits = self._prefill(inputs, result)
-        room = min(max_new_tokens, check_room(self.context, self._cache.length))
+        cache = self._prompt.cache
+        cache.capacity = result.num_prompt_tokens + min(max_new_tokens, MAX_NEW_TOKENS)
+        logits, result.num_reused_tokens = self._prompt.prefill(inputs, self._stages)
+        room = min(max_new_tokens, check_room(self.context, cache.length))
         for step in range(room):
             tokens = sampler(logits)  # (B,)
             ids = tokens.tolist()
@@ -205,109 +205,8 @@ class Session:
                 row.take(token, ends)
             if step == room - 1 or all(row.done for row in rows):
                 break
-            logits = self._forward(tokens[:, None], inputs)
-            if self._ids:  # of one row without padding
-                self._ids += ids
-
-    def _prefill(self, inputs: dict[str, torch.Tensor], result: Generation) -> torch.Tensor:
-        """Compute the part of the prompts that is not cached; return the last logits, [B, V]."""
-        ids = inputs["input_ids"]
-        images = {name: inputs[name] for name in _IMAGES if name in inputs}
-        reuse = self._reuse(inputs, images)
-        result.num_reused_tokens = reuse.length
-        new = ids[:, reuse.length :]  # (B, T - reused)
-        given: dict[str, Any] = self._new_images(images, reuse.images, len(ids))
-        self._stages.begin(PROMPT, ids.numel(), ids.numel() - new.numel())
-        if given:
-            self._images = None  # until they are written
-        elif self._can_chunk:
-            while new.shape[1] > self.prefill_chunk_size:
-                chunk, new = new.split(
-                    [self.prefill_chunk_size, new.shape[1] - self.prefill_chunk_size], 1
-                )
-                self._forward(chunk, inputs, logits=False)
-                self._stages.advance(chunk.numel())
-        if "token_type_ids" in inputs:
-            given["token_type_ids"] = inputs["token_type_ids"][:, reuse.length :]
-        logits = self._forward(new, inputs, **given)
-        self._stages.advance(new.numel())
-        if len(ids) == 1 and "attention_mask" not in inputs:
-            self._ids, self._images = ids[0].tolist(), images
-            self._cross_mask = inputs.get("cross_attention_mask")
-        return logits
-
-    def _forward(
-        self, ids: torch.Tensor, inputs: dict[str, torch.Tensor], logits: bool = True, **given: Any
-    ) -> torch.Tensor:
-        """Append ids [B, T] to the cache; return the last logits, [B, V], or hidden states if no
-        logits are requested.
-        """
-        cache, mask = self._cache, inputs.get("attention_mask")
-        if mask is not None:
-            length = cache.length - cache.num_prefix_tokens + ids.shape[1]
-            mask = pad(mask[:, :length], (0, max(length - mask.shape[1], 0)), value=1)
-        if "cross_attention_mask" in inputs:
-            given["cross_attention_mask"] = inputs["cross_attention_mask"]
-        keep = 1 if logits else None
-        output = self.model.compute(
-            ModelInputs(ids, attention_mask=mask, cache=cache, logits_to_keep=keep, **given)
-        )
-        return output.logits[:, -1] if logits else output.last_hidden_state
-
-    def _reuse(self, inputs: dict[str, torch.Tensor], images: dict[str, torch.Tensor]) -> Reuse:
-        """Find the reusable part of the prompt, and drop the rest from the cache."""
-        ids, reuse = inputs["input_ids"], Reuse()
-        if len(ids) == 1 and "attention_mask" not in inputs and self._images is not None:
-            reuse = find_reuse(
-                self.model.spec, self._cache, self._ids, self._images, ids[0].tolist(), images
-            )
-        if not reuse.length or not self._sees_the_same(inputs, reuse.length):
-            reuse = Reuse()
-            self._cache.reset()
-            self._ids, self._images = [], {}
-            return reuse
-        self._cache.crop(self._cache.num_prefix_tokens + reuse.length)
-        self._ids = self._ids[: reuse.length]
-        return reuse
-
-    def _sees_the_same(self, inputs: dict[str, torch.Tensor], length: int) -> bool:
-        """Whether the first positions attend to the same images as before. Positions after a mask's
-        last row repeat it.
-        """
-        before, now = self._cross_mask, inputs.get("cross_attention_mask")
-        if before is None or now is None:
-            return before is now
-        rows = torch.arange(length, device=now.device)
-        return torch.equal(*(mask[:, rows.clamp(max=mask.shape[1] - 1)] for mask in (before, now)))
-
-    def _new_images(
-        self, images: dict[str, torch.Tensor], first: int, rows: int
-    ) -> dict[str, torch.Tensor]:
-        """Arguments for the images from `first` on. For one row they are encoded once and kept for
-        later prompts.
-        """
-        if not images or first >= len(images["pixel_values"]):
-            return {}
-        if rows > 1 or self.model.spec.encoder is None:  # the model rejects them
-            return dict(images)
-        if self._encoded is None or not same_images(self._encoded[0], images):
-            self._encoded = images, self._encode(images)
-        others = {name: value for name, value in images.items() if name != "pixel_values"}
-        return others | {"image_features": self._encoded[1][first:]}
-
-    def _encode(self, images: dict[str, Any]) -> torch.Tensor:
-        count = images["pixel_values"].shape[1 if self.model.spec.has_tiles else 0]
-        self._stages.begin(IMAGE, count)
-        features = self.model.encode_images(ModelInputs(**images))[0]
-        self._stages.advance(count)
-        return features
-
-    def _restore(self) -> None:
-        """After an interrupted pass, crop the cache to what is complete."""
-        if self._images is None or not self._ids:
-            self._drop()
-        else:
-            self._cache.crop(self._cache.num_prefix_tokens + len(self._ids))
+            logits = self._prompt.append(tokens)
+        self._prompt.finish()
 
     def _ends(self, given: int | Sequence[int] | None) -> frozenset[int]:
         if given is None:
@@ -351,7 +250,9 @@ class Session:
         device = next(self.model.parameters()).device
         taken = {name: value.to(device) for name, value in given.items()}
         ids = taken["input_ids"]
-        if "pixel_values" not in taken and (loose := [name for name in _IMAGES if name in taken]):
+        if "pixel_values" not in taken and (
+            loose := [name for name in IMAGE_INPUTS if name in taken]
+        ):
             raise ValueError(f"{loose[0]} needs pixel_values")
         if (mask := taken.get("attention_mask")) is not None:
             check_padding(mask, ids.shape)
@@ -360,33 +261,3 @@ class Session:
         if self.model.spec.bidirectional_prefix and "token_type_ids" not in taken:
             taken["token_type_ids"] = torch.zeros_like(ids)  # the prompt
         return taken
-
-
-def check_count(name: str, value: Any) -> None:
-    """Raise TypeError unless it is an int, ValueError unless it is at least 1."""
-    if not isinstance(value, numbers.Integral) or isinstance(value, bool):
-        raise TypeError(f"{name} must be an int, got {type(value).__name__}")
-    if value < 1:
-        raise ValueError(f"{name} must be at least 1, got {value}")
-
-
-def check_room(context: int, prompt: int) -> int:
-    """Number of tokens that a prompt leaves for its answer.
-
-    Raises:
-        ValueError: there are none.
-    """
-    if prompt >= context:
-        raise ValueError(
-            f"the prompt is {prompt} tokens long; this model takes {context}, answer included"
-        )
-    return context - prompt
-
-
-def check_padding(mask: torch.Tensor, shape: torch.Size) -> None:
-    """Raise ValueError unless a mask is [B, T] and its rows are zeros and then ones."""
-    if mask.shape != shape:
-        raise ValueError(f"attention_mask must be {list(shape)}, got {list(mask.shape)}")
-    keep = mask != 0
-    if not keep[:, -1].all() or (keep[:, :-1] & ~keep[:, 1:]).any():
-        raise ValueError("attention_mask must be zero on the left only: pad rows on the left")

@@ -1,0 +1,36 @@
+"""Checks of a session's arguments."""
+
+import numbers
+from typing import Any
+
+import torch
+
+
+def check_count(name: str, value: Any, least: int = 1) -> None:
+    """Raise TypeError unless it is an int, ValueError unless it is at least `least`."""
+    if not isinstance(value, numbers.Integral) or isinstance(value, bool):
+        raise TypeError(f"{name} must be an int, got {type(value).__name__}")
+    if value < least:
+        raise ValueError(f"{name} must be at least {least}, got {value}")
+
+
+def check_room(context: int, prompt: int) -> int:
+    """Number of tokens that a prompt leaves for its answer.
+
+    Raises:
+        ValueError: there are none.
+    """
+    if prompt >= context:
+        raise ValueError(
+            f"the prompt is {prompt} tokens long; this model takes {context}, answer included"
+        )
+    return context - prompt
+
+
+def check_padding(mask: torch.Tensor, shape: torch.Size) -> None:
+    """Raise ValueError unless a mask is [B, T] and its rows are zeros and then ones."""
+    if mask.shape != shape:
+        raise ValueError(f"attention_mask must be {list(shape)}, got {list(mask.shape)}")
+    keep = mask != 0
+    if not keep[:, -1].all() or (keep[:, :-1] & ~keep[:, 1:]).any():
+        raise ValueError("attention_mask must be zero on the left only: pad rows on the left")
