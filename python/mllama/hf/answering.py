@@ -121,7 +121,7 @@ def generate(model: Any, inputs: Mapping[str, torch.Tensor], **generate_kwargs: 
     if "max_new_tokens" in options:
         options["max_new_tokens"] = min(options["max_new_tokens"], room)
     given = {name: value.to(model.device) for name, value in inputs.items()}
-    given = encode_once(model, given, generate_kwargs.keys() - {"streamer"})
+    given = encode_once(model, given, generate_kwargs.keys() - {"streamer", "stopping_criteria"})
     with torch.inference_mode():
         return model.generate(**given, **options)
 
