@@ -2,14 +2,12 @@
 
 #include <algorithm>
 
-#include "simd/bytes.h"
+#include "kernels/cpu/packed_gemm.h"
+#include "kernels/cpu/packed_groups.h"
 
 namespace mllama::kernels::MLLAMA_ISA {
 namespace {
 
-using namespace simd::MLLAMA_ISA;
-
-constexpr int kVectors = kLanes / kWidth;    // registers that hold one number per lane of a block
 constexpr int kRows = kWidth == 16 ? 8 : 4;  // of x at a time: as many sums as there is room for
 constexpr int64_t kRowsInCache = 128;
 constexpr int64_t kAhead = 1024;  // bytes; hides what the hardware's prefetcher misses
@@ -33,15 +31,6 @@ void quantize_group(const float* x, int8_t* codes, float* scale, int16_t* sums) 
         for (int i = 0; i < kWidth; ++i) sum += total[half][i];
         sums[half] = static_cast<int16_t>(sum);
     }
-}
-
-// Whether x is multiplied as it is, in pairs of bf16.
-constexpr bool takes_pairs(const PackedLinear& a) {
-#if defined(__AVX512BF16__)
-    return a.packing == Packing::bf16 && a.dtype == Dtype::bf16;
-#else
-    return false;
-#endif
 }
 
 template <class T>
@@ -187,18 +176,6 @@ struct Int8 {
             sum[r] += to_float(dots[r].value) * (scale * splat(x[r].scales[g]));
     }
 };
-
-constexpr int64_t kNibbles = kGroup / 2 * kLanes;  // bytes of a group's codes up to four bits
-
-// What the codes of inputs 4 * step and on have beyond four bits, in place; `plane` is theirs.
-template <int kBits>
-vu upper_bits(const uint8_t* plane, int step) {
-    constexpr int kMore = kBits - 4, kSteps = 8 / kMore;  // steps in a byte
-    constexpr uint32_t kMask = 0x01010101u * (((1 << kMore) - 1) << 4);
-    vu words = load_bits(plane + step / kSteps * kLanes * 4);
-    int shift = step % kSteps * kMore - 4;
-    return (shift < 0 ? words << -shift : words >> shift) & kMask;
-}
 
 // The dot products of codes with R rows of x, inputs 8 * kFirst to 8 * kLast of a group.
 template <int kBits, int kFirst, int kLast, int R>
@@ -355,6 +332,7 @@ void multiply_rows(const PackedLinear& a, int64_t block, int64_t row, int64_t en
 }  // namespace
 
 void packed_activations(const PackedLinear& a, int64_t first, int64_t last) {
+    if (a.rows >= kManyRows) return gemm_activations(a, first, last);
     dispatch(a.dtype, [&](auto t) {
         for (int64_t row = first; row < last; ++row) prepare_row<decltype(t)>(a, row);
     });
@@ -362,6 +340,7 @@ void packed_activations(const PackedLinear& a, int64_t first, int64_t last) {
 
 // Blocks pass over some rows of x that the cache holds, and those over a block's weights.
 void packed_product(const PackedLinear& a, int64_t first, int64_t last) {
+    if (a.rows >= kManyRows) return gemm_product(a, first, last);
     dispatch_format(a, [&](auto format) {
         using Format = decltype(format);
         for (int64_t row = 0; row < a.rows; row += kRowsInCache) {
