@@ -86,7 +86,7 @@ def test_sums_of_the_largest_codes_fit(packing):
         packed = pack_gguf(blocks, packing)
         width = 2 * GGUF_BLOCKS[packing][0]
         ones = torch.ones(1, width)
-        for x in (ones, -ones, ones.expand(20, width), -ones.expand(20, width)):
+        for x in (ones, -ones, ones.expand(40, width), -ones.expand(40, width)):
             expected = product(x, packed, out_features=16, packing=packing)
             for isa in instruction_sets():
                 with instruction_set(isa):

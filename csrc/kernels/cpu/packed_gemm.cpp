@@ -7,8 +7,6 @@
 namespace mllama::kernels::MLLAMA_ISA {
 namespace {
 
-constexpr int64_t kRowsInCache = 512;  // of x, and of the sums that a panel gives
-
 // A part of the inputs of all rows.
 struct Chunk {
     int64_t first, width, rows;
@@ -45,43 +43,40 @@ inline void quantize_group(const Activations& to, int64_t at, const vf (&group)[
     float top = largest_size(reinterpret_cast<const float*>(group), kGroup), scale = top / 127.0f;
     vf inverse = splat(top > 0 ? 127.0f / top : 0.0f);
     vi total{};
-    for (int i = 0; i < kGroupVectors; ++i, at += kWidth) {
-        vi code = nearest_code(group[i] * inverse);
+    for (int v = 0; v < kGroupVectors; ++v) {
+        int64_t i = at + v * kWidth;
+        vi code = nearest_code(group[v] * inverse);
         total += code;
         if constexpr (code_form(8) == CodeForm::floats) {
-            store(to.values + at, to_float(code) * scale);
+            store(to.values + i, to_float(code) * scale);
         } else if constexpr (code_form(8) == CodeForm::biased) {
-            store_bytes(to.codes + at, code ^ 0x80);
+            store_bytes(to.codes + i, code ^ 0x80);
         } else {
-            store_bytes(to.codes + at, code);
-            store_pairs(reinterpret_cast<int16_t*>(to.values) + at, code);
+            store_bytes(to.codes + i, code);
+            store_pairs(reinterpret_cast<int16_t*>(to.values) + i, code);
         }
     }
-    to.scales[at / kGroup - 1] = scale;
-    reinterpret_cast<float*>(to.sums)[at / kGroup - 1] =
-        scale * static_cast<float>(reduce_add(total));
+    float sum = static_cast<float>(reduce_add(total));
+    to.scales[at / kGroup] = scale;
+    reinterpret_cast<float*>(to.sums)[at / kGroup] = scale * sum;
 }
 
 template <class T>
 void prepare_chunk(const PackedLinear& a, int64_t row, const Chunk& chunk) {
     const T* x = static_cast<const T*>(a.x) + row * a.in + chunk.first;
     int64_t at = chunk.at(row), count = std::min(chunk.width, a.in - chunk.first);
-    if (takes_pairs(a)) {
+    if (size_of(a.packing).quantized) {
+        for (int64_t i = 0; i < chunk.width; i += kGroup) {
+            vf group[kGroupVectors];
+            load_group(x + i, count - i, group);
+            quantize_group(a.activations, at + i, group);
+        }
+    } else if (takes_pairs(a)) {
         T* to = reinterpret_cast<T*>(a.activations.values) + at;
         std::copy_n(x, count, to);
         std::fill(to + count, to + chunk.width, T{});
-        return;
-    }
-    bool quantized = size_of(a.packing).quantized;
-    for (int64_t i = 0; i < chunk.width; i += kGroup) {
-        vf group[kGroupVectors];
-        load_group(x + i, count - i, group);
-        if (quantized) {
-            quantize_group(a.activations, at + i, group);
-        } else {
-            for (int v = 0; v < kGroupVectors; ++v)
-                store(a.activations.values + at + i + v * kWidth, group[v]);
-        }
+    } else {
+        widen_row(x, a.activations.values + at, count, chunk.width);
     }
 }
 
@@ -91,14 +86,11 @@ void prepare_chunk(const PackedLinear& a, int64_t row, const Chunk& chunk) {
 // wait for them.
 class NextWeights {
   public:
-    // `blocks` blocks' bytes [first, first + bytes), in as many shares as there are tiles.
-    NextWeights(const uint8_t* first, int64_t stride, int64_t blocks, int64_t bytes, int64_t tiles)
-        : at_(first),
-          skip_(stride - bytes),
-          bytes_(bytes),
-          left_(blocks * bytes),
-          share_(left_ / std::max<int64_t>(tiles, 1) + kLine) {}
-    void fetch_some() {
+    // `blocks` blocks' bytes [first, first + bytes)
+    NextWeights(const uint8_t* first, int64_t stride, int64_t blocks, int64_t bytes)
+        : at_(first), skip_(stride - bytes), bytes_(bytes), left_(blocks * bytes) {}
+    void share_out(int64_t tiles) { share_ = left_ / std::max<int64_t>(tiles, 1) + kLine; }
+    void fetch_share() {
         for (int64_t i = 0; i < share_ && left_ > 0; i += kLine, left_ -= kLine, at_ += kLine) {
             __builtin_prefetch(at_);
             if ((passed_ += kLine) >= bytes_) passed_ = 0, at_ += skip_;
@@ -108,18 +100,19 @@ class NextWeights {
   private:
     static constexpr int64_t kLine = 64;
     const uint8_t* at_;
-    int64_t skip_, bytes_, left_, share_, passed_ = 0;
+    int64_t skip_, bytes_, left_, share_ = 0, passed_ = 0;
 };
 
 // Adds to the sums of a panel what `tile` does, with as many rows and vectors at a time as there
 // are registers for: tile(rows, vectors, first row, first lane).
 template <int R, int NV, class Tile>
 void for_tiles(int64_t rows, int64_t lanes, NextWeights& next, Tile&& tile) {
+    next.share_out(rows / R * (lanes / (NV * kWidth)));
     auto all_rows = [&](auto vectors, int64_t lane) {
         int64_t row = 0;
         for (; row + R <= rows; row += R) {
             tile(std::integral_constant<int, R>{}, vectors, row, lane);
-            next.fetch_some();
+            next.fetch_share();
         }
         if constexpr (R > 4) {
             for (; row + 4 <= rows; row += 4)
@@ -146,6 +139,8 @@ template <class E>
 struct PackedFloats {
     using Panel = FloatPanel;
     static constexpr int64_t kInputs = kChunkWords * E::kElements;
+    static constexpr int64_t kRows = E::kElements == 1 ? 256 : 512,
+                             kPanels = E::kElements == 1 ? 8 : 1;
     static void unpack(const PackedLinear& a, const uint8_t* block, const Chunk& chunk,
                        Panel& panel, int64_t b) {
         const uint8_t* p = block + group_offset(size_of(a.packing), chunk.first / kGroup);
@@ -155,7 +150,8 @@ struct PackedFloats {
                          const Chunk& chunk, int64_t lanes, NextWeights& next, float* sums) {
         int64_t words = chunk.width / E::kElements;
         const Word* x = as_words(a.activations.values) + chunk.at(first) / E::kElements;
-        for_tiles<kTileRows, kTileVectors>(
+        constexpr int kTile = kWidth == 16 ? 8 : 6, kVectorsOfTile = kWidth == 16 ? 3 : 2;
+        for_tiles<kTile, kVectorsOfTile>(
             last - first, lanes, next, [&](auto r, auto n, int64_t row, int64_t lane) {
                 multiply_floats<E, r.value, n.value>(panel, lane, x + row * words, words,
                                                      sums + row * kPanelLanes + lane);
@@ -168,7 +164,7 @@ struct PackedFloats {
 template <Packing P>
 struct PackedCodes {
     using Panel = CodePanel;
-    static constexpr int64_t kInputs = kChunkInputs;
+    static constexpr int64_t kInputs = kChunkInputs, kRows = 512, kPanels = 1;
     static constexpr CodeForm kForm = code_form(bits_of(P));
     static constexpr int kParts = P == Packing::q6_k && kForm == CodeForm::biased ? 2 : 1;
     static constexpr bool kMinimum =
@@ -183,7 +179,8 @@ struct PackedCodes {
     static void multiply(const PackedLinear& a, const Panel& panel, int64_t first, int64_t last,
                          const Chunk& chunk, int64_t lanes, NextWeights& next, float* sums) {
         using Dot = PanelDot<bits_of(P)>;
-        constexpr int kRows = kWidth == 16 ? 4 : 3, kColumns = kWidth == 16 ? 3 : 2;
+        constexpr int kTile = kWidth == 16 || kForm == CodeForm::pairs ? 4 : 3;
+        constexpr int kVectorsOfTile = kWidth == 16 ? 3 : 2;
         int64_t groups = chunk.groups(), words = groups * Dot::kWords;
         const void* codes = kForm == CodeForm::pairs
                                 ? static_cast<const void*>(a.activations.values)
@@ -191,7 +188,7 @@ struct PackedCodes {
         CodeRows x{static_cast<const Word*>(codes) + chunk.group_at(first) * Dot::kWords,
                    a.activations.scales + chunk.group_at(first),
                    reinterpret_cast<const float*>(a.activations.sums) + chunk.group_at(first)};
-        for_tiles<kRows, kColumns>(
+        for_tiles<kTile, kVectorsOfTile>(
             last - first, lanes, next, [&](auto r, auto n, int64_t row, int64_t lane) {
                 CodeRows part{x.words + row * words, x.scales + row * groups,
                               x.sums + row * groups};
@@ -251,7 +248,8 @@ void store_sums(const PackedLinear& a, int64_t first, int64_t last, int64_t colu
     });
 }
 
-// Blocks pass over some rows of x that the cache holds.
+// A chunk of Format::kRows rows of x stays in the second-level cache while Format::kPanels panels
+// pass over it, as do the sums of these.
 template <class Format>
 class Product {
   public:
@@ -259,34 +257,57 @@ class Product {
         : a_(a),
           bytes_(block_bytes(a.packing, a.in)),
           panel_(1),
-          sums_(kRowsInCache * kPanelLanes) {}
+          sums_(kPanels * std::min(a.rows, kRows) * kPanelLanes) {}
 
     void run(int64_t first, int64_t last) {
-        for (int64_t row = 0; row < a_.rows; row += kRowsInCache) {
-            int64_t end = std::min(row + kRowsInCache, a_.rows);
-            for (int64_t block = first; block < last; block += kPanelBlocks) {
-                int64_t blocks = std::min(kPanelBlocks, last - block);
-                std::fill_n(static_cast<float*>(sums_), (end - row) * kPanelLanes, 0.0f);
-                for_chunks(a_, Format::kInputs, [&](const Chunk& chunk) {
-                    for (int64_t b = 0; b < blocks; ++b)
-                        Format::unpack(a_, a_.weight + (block + b) * bytes_, chunk, *panel_, b);
-                    NextWeights next = after(block, last, chunk, (end - row) / kTileRows);
-                    Format::multiply(a_, *panel_, row, end, chunk, blocks * kLanes, next, sums_);
-                });
-                store_sums(a_, row, end, block * kLanes, blocks * kLanes, sums_);
-            }
+        constexpr int64_t kBlocks = kPanels * kPanelBlocks;
+        for (int64_t row = 0; row < a_.rows; row += kRows) {
+            int64_t end = std::min(row + kRows, a_.rows);
+            for (int64_t block = first; block < last; block += kBlocks)
+                multiply(row, end, block, std::min(block + kBlocks, last), last);
         }
     }
 
   private:
-    // The weights of the chunk after this one, or of the first one of the next blocks.
-    NextWeights after(int64_t block, int64_t last, const Chunk& chunk, int64_t tiles) const {
+    static constexpr int64_t kRows = Format::kRows, kPanels = Format::kPanels;
+
+    // The columns that the blocks [first, last) give, for the rows [row, end). `all` is where the
+    // blocks end that come after these.
+    void multiply(int64_t row, int64_t end, int64_t first, int64_t last, int64_t all) {
+        int64_t size = (end - row) * kPanelLanes;  // sums of a panel
+        auto for_panels = [&](auto&& body) {
+            float* sums = sums_;
+            for (int64_t block = first; block < last; block += kPanelBlocks, sums += size)
+                body(block, std::min(kPanelBlocks, last - block), sums);
+        };
+        std::fill_n(static_cast<float*>(sums_), size * kPanels, 0.0f);
+        for_chunks(a_, Format::kInputs, [&](const Chunk& chunk) {
+            for_panels([&](int64_t block, int64_t blocks, float* sums) {
+                for (int64_t b = 0; b < blocks; ++b)
+                    Format::unpack(a_, a_.weight + (block + b) * bytes_, chunk, *panel_, b);
+                NextWeights next = after(block + kPanelBlocks, first, last, all, chunk);
+                Format::multiply(a_, *panel_, row, end, chunk, blocks * kLanes, next, sums);
+            });
+        });
+        for_panels([&](int64_t block, int64_t blocks, const float* sums) {
+            store_sums(a_, row, end, block * kLanes, blocks * kLanes, sums);
+        });
+    }
+
+    // The weights of the panel that comes next: this chunk's, the next one's, or the first one's of
+    // other blocks.
+    NextWeights after(int64_t block, int64_t first, int64_t last, int64_t all,
+                      const Chunk& chunk) const {
         const PackingSize& size = size_of(a_.packing);
-        int64_t groups = group_count(a_.in), g = (chunk.first + chunk.width) / kGroup;
-        if (g == groups) block += kPanelBlocks, g = 0;
+        int64_t groups = group_count(a_.in), g = chunk.first / kGroup;
+        if (block >= last) {
+            g += chunk.groups();
+            block = g < groups ? first : last;
+            if (g == groups) g = 0, last = all;
+        }
         int64_t count = std::min(Format::kInputs / kGroup, groups - g);
         return {a_.weight + block * bytes_ + group_offset(size, g), bytes_,
-                std::clamp<int64_t>(last - block, 0, kPanelBlocks), count * size.group, tiles};
+                std::clamp<int64_t>(last - block, 0, kPanelBlocks), count * size.group};
     }
 
     const PackedLinear& a_;

@@ -12,7 +12,6 @@
 
 namespace mllama::kernels {
 
-constexpr int64_t kManyRows = 16;
 constexpr int64_t kPanelBlocks = 3;
 
 // a.activations of the rows [first, last)

@@ -20,6 +20,15 @@ constexpr bool takes_pairs([[maybe_unused]] const PackedLinear& a) {
 #endif
 }
 
+// Whether x has so many rows that packed_gemm is faster. Equal for all formats of codes, and for
+// all of floats beside f32: they share activations.
+constexpr bool takes_panels(const PackedLinear& a) {
+#if defined(__AVX512VNNI__)
+    if (size_of(a.packing).quantized) return a.rows >= 32;
+#endif
+    return a.rows >= (takes_pairs(a) ? 128 : 16);
+}
+
 constexpr int64_t kNibbles = kGroup / 2 * kLanes;  // bytes of a group's codes up to four bits
 
 // What the codes of inputs 4 * step and on have beyond four bits, in place; `plane` is theirs.

@@ -332,7 +332,7 @@ void multiply_rows(const PackedLinear& a, int64_t block, int64_t row, int64_t en
 }  // namespace
 
 void packed_activations(const PackedLinear& a, int64_t first, int64_t last) {
-    if (a.rows >= kManyRows) return gemm_activations(a, first, last);
+    if (takes_panels(a)) return gemm_activations(a, first, last);
     dispatch(a.dtype, [&](auto t) {
         for (int64_t row = first; row < last; ++row) prepare_row<decltype(t)>(a, row);
     });
@@ -340,7 +340,7 @@ void packed_activations(const PackedLinear& a, int64_t first, int64_t last) {
 
 // Blocks pass over some rows of x that the cache holds, and those over a block's weights.
 void packed_product(const PackedLinear& a, int64_t first, int64_t last) {
-    if (a.rows >= kManyRows) return gemm_product(a, first, last);
+    if (takes_panels(a)) return gemm_product(a, first, last);
     dispatch_format(a, [&](auto format) {
         using Format = decltype(format);
         for (int64_t row = 0; row < a.rows; row += kRowsInCache) {

@@ -34,34 +34,31 @@ constexpr CodeForm code_form(int bits) {
 constexpr int64_t kChunkWords = 128;  // f32, or pairs of bf16
 
 struct FloatPanel {
-    alignas(64) Word words[kChunkWords][kPanelLanes];
+    alignas(64) Word words[kPanelBlocks][kChunkWords][kLanes];
+    const Word* blocks[kPanelBlocks];  // in `words`, or the packed weights themselves
 };
 
-// Inputs of `groups` groups at p as block b of a panel; `packing` has floats.
+// The inputs of `groups` groups at p as block b of a panel; `packing` has floats. Words that need
+// no unpacking stay where they are.
 template <class E>
 void unpack_floats(Packing packing, const uint8_t* p, int64_t groups, FloatPanel& panel,
                    int64_t b) {
-    Word* to = &panel.words[0][b * kLanes];
-    int64_t inputs = groups * kGroup;
-    for (int64_t lane = 0; lane < kLanes; lane += kWidth, to += kWidth) {
-        if (packing == Packing::bf16) {
-            for (int64_t k = 0; k < inputs / 2; ++k) {
-                vu pair = load_bits(p + (k * kLanes + lane) * 4);
-                if constexpr (E::kElements == 2) {
-                    store_words(to + k * kPanelLanes, as_float(pair));
-                } else {
-                    store_words(to + 2 * k * kPanelLanes, as_float(pair << 16));
-                    store_words(to + (2 * k + 1) * kPanelLanes, as_float(pair & 0xffff0000u));
-                }
-            }
-        } else if (packing == Packing::f16) {
-            for (int64_t k = 0; k < inputs; ++k)
-                store_words(to + k * kPanelLanes, lanes_f16(p + (k * kLanes + lane) * 2));
-        } else {
-            for (int64_t k = 0; k < inputs; ++k)
-                store_words(to + k * kPanelLanes,
-                            load(reinterpret_cast<const float*>(p) + k * kLanes + lane));
-        }
+    if (packing == Packing::f32 || E::kElements == 2) {
+        panel.blocks[b] = reinterpret_cast<const Word*>(p);
+        return;
+    }
+    Word* to = panel.words[b][0];
+    panel.blocks[b] = to;
+    int64_t numbers = groups * kGroup * kLanes;
+    if (packing == Packing::f16) {
+        for (int64_t i = 0; i < numbers; i += kWidth) store_words(to + i, lanes_f16(p + 2 * i));
+        return;
+    }
+    for (int64_t i = 0; i < numbers / 2; i += kWidth) {  // pairs of inputs
+        vu pair = load_bits(p + 4 * i);
+        Word* at = to + i / kLanes * 2 * kLanes + i % kLanes;
+        store_words(at, as_float(pair << 16));
+        store_words(at + kLanes, as_float(pair & 0xffff0000u));
     }
 }
 
@@ -195,6 +192,7 @@ void unpack_codes(const uint8_t* header, const uint8_t* p, CodePanel& panel, int
 template <Packing P>
 void unpack_codes(const uint8_t* header, const uint8_t* p, FloatPanel& panel, int64_t b,
                   int64_t g) {
+    panel.blocks[b] = panel.words[b][0];
     for (int64_t lane = 0; lane < kLanes; lane += kWidth) {
         Numbers numbers = numbers_of<P>(header, p, lane);
         for (int j = 0; j < kGroup / 4; ++j) {
@@ -202,7 +200,7 @@ void unpack_codes(const uint8_t* header, const uint8_t* p, FloatPanel& panel, in
             vf scale = numbers.scale;
             if constexpr (P == Packing::q6_k) scale *= to_float(numbers.s[j / 4]);
             for (int t = 0; t < 4; ++t)
-                store_words(&panel.words[g * kGroup + 4 * j + t][b * kLanes + lane],
+                store_words(&panel.words[b][g * kGroup + 4 * j + t][lane],
                             to_float(centered_code<P>(word, t)) * scale + numbers.minimum);
         }
     }

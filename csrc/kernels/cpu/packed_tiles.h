@@ -15,12 +15,13 @@ void multiply_floats(const FloatPanel& panel, int64_t lane, const Word* x, int64
                      float* sums) {
     vf tile[R][NV];
     for_tile<NV, R>([&](int r, int n) { tile[r][n] = load(sums + r * kPanelLanes + n * kWidth); });
-    const Word* w = &panel.words[0][lane];
+    const Word* w[NV];
+    for (int n = 0; n < NV; ++n, lane += kWidth) w[n] = panel.blocks[lane / kLanes] + lane % kLanes;
 #pragma GCC unroll 4
-    for (int64_t k = 0; k < words; ++k, w += kPanelLanes) {
+    for (int64_t k = 0; k < words; ++k) {
         vf weight[NV], row{};
 #pragma GCC unroll 3
-        for (int n = 0; n < NV; ++n) weight[n] = load_words(w + n * kWidth);
+        for (int n = 0; n < NV; ++n) weight[n] = load_words(w[n] + k * kLanes);
         for_tile<NV, R>([&](int r, int n) {
             if (n == 0) row = E::broadcast(x + r * words + k);
             tile[r][n] = E::multiply_add(row, weight[n], tile[r][n]);
