@@ -139,8 +139,6 @@ template <class E>
 struct PackedFloats {
     using Panel = FloatPanel;
     static constexpr int64_t kInputs = kChunkWords * E::kElements;
-    static constexpr int64_t kRows = E::kElements == 1 ? 256 : 512,
-                             kPanels = E::kElements == 1 ? 8 : 1;
     static void unpack(const PackedLinear& a, const uint8_t* block, const Chunk& chunk,
                        Panel& panel, int64_t b) {
         const uint8_t* p = block + group_offset(size_of(a.packing), chunk.first / kGroup);
@@ -164,7 +162,7 @@ struct PackedFloats {
 template <Packing P>
 struct PackedCodes {
     using Panel = CodePanel;
-    static constexpr int64_t kInputs = kChunkInputs, kRows = 512, kPanels = 1;
+    static constexpr int64_t kInputs = kChunkInputs;
     static constexpr CodeForm kForm = code_form(bits_of(P));
     static constexpr int kParts = P == Packing::q6_k && kForm == CodeForm::biased ? 2 : 1;
     static constexpr bool kMinimum =
@@ -248,8 +246,8 @@ void store_sums(const PackedLinear& a, int64_t first, int64_t last, int64_t colu
     });
 }
 
-// A chunk of Format::kRows rows of x stays in the second-level cache while Format::kPanels panels
-// pass over it, as do the sums of these.
+// A chunk of kRows rows of x stays in the second-level cache while kPanels panels pass over it, as
+// do the sums of these.
 template <class Format>
 class Product {
   public:
@@ -269,7 +267,7 @@ class Product {
     }
 
   private:
-    static constexpr int64_t kRows = Format::kRows, kPanels = Format::kPanels;
+    static constexpr int64_t kRows = 256, kPanels = 8;
 
     // The columns that the blocks [first, last) give, for the rows [row, end). `all` is where the
     // blocks end that come after these.
