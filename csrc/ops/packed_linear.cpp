@@ -13,7 +13,8 @@ namespace {
 
 constexpr int64_t kBytesGrain = 65536;  // of weights that a thread reads at least
 
-// Memory for a call's activations.
+// Memory for a call's activations. Beside codes, `values` is used on some instruction sets alone;
+// what is not touched costs nothing.
 struct Workspace {
     Workspace(kernels::Packing packing, int64_t rows, int64_t in) {
         int64_t groups = rows * kernels::group_count(in), values = groups * kernels::kGroup;

@@ -20,8 +20,8 @@ constexpr bool takes_pairs([[maybe_unused]] const PackedLinear& a) {
 #endif
 }
 
-// Whether x has so many rows that packed_gemm is faster. Equal for all formats of codes, and for
-// all of floats beside f32: they share activations.
+// Whether x has so many rows that packed_gemm is faster. The same for all formats of codes, and for
+// all of floats if x is f32: layers with the same input share activations.
 constexpr bool takes_panels(const PackedLinear& a) {
 #if defined(__AVX512VNNI__)
     if (size_of(a.packing).quantized) return a.rows >= 32;

@@ -19,13 +19,13 @@ enum class CodeForm {
     pairs,   // both in 16 bits
     biased,  // weights from -128 to 127, 128 added to x
 };
-constexpr CodeForm code_form(int bits) {
+constexpr CodeForm code_form([[maybe_unused]] int bits) {
 #if defined(__AVX512VNNI__)
-    return bits ? CodeForm::biased : CodeForm::biased;
+    return CodeForm::biased;
 #elif defined(__AVX2__)
     return bits <= 5 ? CodeForm::bytes : CodeForm::pairs;
 #else
-    return bits ? CodeForm::floats : CodeForm::floats;
+    return CodeForm::floats;
 #endif
 }
 
@@ -143,7 +143,7 @@ vi centered_code(vu word, int t) {
     return (reinterpret_cast<vi>(word) << (24 - 8 * t) >> 24) - center_of(P);
 }
 
-// A group as block b and group g of a panel; or, as floats, at words[32 * g].
+// A group as block b and group g of a panel.
 template <Packing P>
 void unpack_codes(const uint8_t* header, const uint8_t* p, CodePanel& panel, int64_t b, int64_t g) {
     constexpr CodeForm kForm = code_form(bits_of(P));
@@ -188,7 +188,7 @@ void unpack_codes(const uint8_t* header, const uint8_t* p, CodePanel& panel, int
     }
 }
 
-// The same as floats, inputs 32 * g and on of block b.
+// The same as floats.
 template <Packing P>
 void unpack_codes(const uint8_t* header, const uint8_t* p, FloatPanel& panel, int64_t b,
                   int64_t g) {
