@@ -13,16 +13,17 @@ namespace {
 
 constexpr int64_t kBytesGrain = 65536;  // of weights that a thread reads at least
 
-// Memory for a call's activations.
+// Memory for a call's activations. Beside codes, `values` is used on some instruction sets alone;
+// what is not touched costs nothing.
 struct Workspace {
     Workspace(kernels::Packing packing, int64_t rows, int64_t in) {
         int64_t groups = rows * kernels::group_count(in), values = groups * kernels::kGroup;
         bool codes = kernels::size_of(packing).quantized;
-        memory.reset(new float[codes ? values / 4 + 2 * groups : values]);
+        memory.reset(new float[values + (codes ? values / 4 + 2 * groups : 0)]);
         activations.values = memory.get();
-        activations.scales = memory.get();
-        activations.sums = reinterpret_cast<int16_t*>(memory.get() + groups);
-        activations.codes = reinterpret_cast<int8_t*>(memory.get() + 2 * groups);
+        activations.scales = memory.get() + values;
+        activations.sums = reinterpret_cast<int16_t*>(activations.scales + groups);
+        activations.codes = reinterpret_cast<int8_t*>(activations.scales + 2 * groups);
     }
     std::unique_ptr<float[]> memory;
     kernels::Activations activations;

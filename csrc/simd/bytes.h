@@ -30,23 +30,57 @@ inline void store_bytes(int8_t* p, vi x) {
     vb bytes = __builtin_convertvector(x, vb);
     std::memcpy(p, &bytes, sizeof bytes);
 }
+// The low halves of every lane.
+inline void store_pairs(int16_t* p, vi x) {
+    typedef int16_t vp __attribute__((vector_size(kWidth * 2)));
+    vp pairs = __builtin_convertvector(x, vp);
+    std::memcpy(p, &pairs, sizeof pairs);
+}
 // The nearest integer from -127 to 127; ties go to the even one.
 inline vi nearest_code(vf x) {
     vf shifted = x + 12582912.0f;  // 1.5 * 2^23: rounds to an integer
     vi code = reinterpret_cast<vi>(as_bits(shifted)) - 0x4b400000;
     return code < -127 ? vi{} - 127 : (code > 127 ? vi{} + 127 : code);
 }
+inline int32_t reduce_max(vi x) {
+#if defined(__AVX512F__)
+    return _mm512_reduce_max_epi32(reinterpret_cast<__m512i>(x));
+#elif defined(__AVX2__)
+    __m256i y = reinterpret_cast<__m256i>(x);
+    __m128i z = _mm_max_epi32(_mm256_castsi256_si128(y), _mm256_extracti128_si256(y, 1));
+    z = _mm_max_epi32(z, _mm_shuffle_epi32(z, 0x4e));
+    return _mm_cvtsi128_si32(_mm_max_epi32(z, _mm_shuffle_epi32(z, 0xb1)));
+#else
+    int32_t top = x[0];
+    for (int i = 1; i < kWidth; ++i) top = std::max(top, x[i]);
+    return top;
+#endif
+}
+inline int32_t reduce_add(vi x) {
+#if defined(__AVX512F__)
+    return _mm512_reduce_add_epi32(reinterpret_cast<__m512i>(x));
+#elif defined(__AVX2__)
+    __m256i y = reinterpret_cast<__m256i>(x);
+    __m128i z = _mm_add_epi32(_mm256_castsi256_si128(y), _mm256_extracti128_si256(y, 1));
+    z = _mm_add_epi32(z, _mm_shuffle_epi32(z, 0x4e));
+    return _mm_cvtsi128_si32(_mm_add_epi32(z, _mm_shuffle_epi32(z, 0xb1)));
+#else
+    int32_t sum = 0;
+    for (int i = 0; i < kWidth; ++i) sum += x[i];
+    return sum;
+#endif
+}
 // The largest size of n floats, a multiple of kWidth. NaN where one is not finite.
 inline float largest_size(const float* x, int n) {
-    vf largest{}, poison{};
+    vi largest{};  // as integers, sizes have the same order, and what is not finite comes last
     for (int i = 0; i < n; i += kWidth) {
-        vf v = load(x + i);
-        largest = max(largest, as_float(as_bits(v) & 0x7fffffffu));
-        poison += v * 0.0f;  // NaN where v is not finite
+        vi size = reinterpret_cast<vi>(as_bits(load(x + i)) & 0x7fffffffu);
+        largest = size > largest ? size : largest;
     }
-    float top = 0;
-    for (int i = 0; i < kWidth; ++i) top = std::max(top, largest[i]);
-    return top + reduce_add(poison);
+    int32_t bits = reduce_max(largest);
+    float top;
+    std::memcpy(&top, &bits, sizeof top);
+    return top + top * 0.0f;
 }
 inline vf to_float(vi x) { return __builtin_convertvector(x, vf); }
 
@@ -139,6 +173,17 @@ struct SignedDot {
 };
 
 #elif defined(__AVX2__)
+
+// Products of 16-bit codes, two in every lane, summed.
+inline vi multiply_pairs(vu weight, vi x) {
+#if defined(__AVX512BW__)
+    return reinterpret_cast<vi>(
+        _mm512_madd_epi16(reinterpret_cast<__m512i>(weight), reinterpret_cast<__m512i>(x)));
+#else
+    return reinterpret_cast<vi>(
+        _mm256_madd_epi16(reinterpret_cast<__m256i>(weight), reinterpret_cast<__m256i>(x)));
+#endif
+}
 
 // vpmaddubsw adds two products in 16 bits. Of codes below 2^kBits and x in [-127, 127], the sums of
 // kCodeSteps<kBits> instructions fit.

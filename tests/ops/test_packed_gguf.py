@@ -58,7 +58,7 @@ def test_reference_holds_the_blocks(packing, size):
 def test_kernels_hold_the_blocks(packing):
     blocks = random_blocks(packing)
     dense = dequantized(blocks, packing)
-    x = torch.randn(9, IN)
+    x = torch.randn(40, IN)
     for isa in instruction_sets():
         with instruction_set(isa):
             packed = pack_gguf(blocks, packing)
@@ -67,7 +67,7 @@ def test_kernels_hold_the_blocks(packing):
             assert torch.equal(
                 pack_gguf(blocks[::2], packing), pack_gguf(blocks[::2].clone(), packing)
             )
-            for rows in (1, 2, 9):
+            for rows in (1, 2, 9, 40):
                 y = packed_linear(x[:rows], packed, out_features=OUT, packing=packing)
                 expected = product(x[:rows], packed, out_features=OUT, packing=packing)
                 assert (y - expected).norm() <= 1e-5 * expected.norm()
@@ -85,7 +85,8 @@ def test_sums_of_the_largest_codes_fit(packing):
             blocks.unflatten(1, (2, size))[..., start : start + 2] = one
         packed = pack_gguf(blocks, packing)
         width = 2 * GGUF_BLOCKS[packing][0]
-        for x in (torch.ones(1, width), -torch.ones(1, width)):
+        ones = torch.ones(1, width)
+        for x in (ones, -ones, ones.expand(40, width), -ones.expand(40, width)):
             expected = product(x, packed, out_features=16, packing=packing)
             for isa in instruction_sets():
                 with instruction_set(isa):

@@ -77,6 +77,9 @@ def test_packed_linear(packing):
             sample(packing, 16, 32, (2, 3), bias=False),
             sample(packing, 64, 576, (9,)),
             sample(packing, 5, 33, (130,)),
+            sample(packing, 100, 300, (2, 65)),  # many rows; panels and chunks that are not whole
+            sample(packing, 48, 64, (32,), bias=False),
+            sample(packing, 17, 515, (3, 11)),
             sample(packing, 8, 64, (0, 2)),
             sample(packing, 3, 7, ()),
         ],
@@ -116,10 +119,11 @@ def test_packed_linear(packing):
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("packing", ["int8", "int4", "bf16"])
 def test_what_is_not_finite_in_x_is_not_finite_in_y(packing, value):
-    x = torch.randn(2, 40)
-    x[0, 33] = value
-    y = packed_linear(x, pack(weight(20, 40), packing), out_features=20, packing=packing)
-    assert not y[0].isfinite().any() and y[1].isfinite().all()
+    for rows in (2, 40):
+        x = torch.randn(rows, 40)
+        x[0, 33] = value
+        y = packed_linear(x, pack(weight(20, 40), packing), out_features=20, packing=packing)
+        assert not y[0].isfinite().any() and y[1:].isfinite().all()
 
 
 def test_no_rows():
@@ -135,10 +139,11 @@ def test_rows_that_are_not_there():
 @needs_kernels
 @pytest.mark.parametrize("packing", PACKINGS)
 def test_weights_without_inputs(packing):
-    x, packed = torch.randn(2, 0), pack_weight(torch.empty(20, 0), packing)
+    packed = pack_weight(torch.empty(20, 0), packing)
     assert torch.equal(packed, pack(torch.empty(20, 0), packing))
-    y = packed_linear(x, packed, B, out_features=20, packing=packing)
-    assert torch.equal(y, B.expand(2, 20))
+    for rows in (2, 40):
+        y = packed_linear(torch.randn(rows, 0), packed, B, out_features=20, packing=packing)
+        assert torch.equal(y, B.expand(rows, 20))
 
 
 @needs_kernels

@@ -3,13 +3,10 @@
 
 #include <type_traits>
 
-#include "kernels/cpu/packed_linear.h"
-#include "simd/bytes.h"
+#include "kernels/cpu/packed_groups.h"
 
 namespace mllama::kernels::MLLAMA_ISA {
 namespace {
-
-using namespace simd::MLLAMA_ISA;
 
 // A row of the activations.
 struct FloatRow {
@@ -147,18 +144,6 @@ struct Int8 {
             sum[r].total += to_float(dots[r].value) * (scale * splat(x[r].scales[g]));
     }
 };
-
-constexpr int64_t kNibbles = kGroup / 2 * kLanes;  // bytes of a group's codes up to four bits
-
-// What the codes of inputs 4 * step and on have beyond four bits, in place; `plane` is theirs.
-template <int kBits>
-vu upper_bits(const uint8_t* plane, int step) {
-    constexpr int kMore = kBits - 4, kSteps = 8 / kMore;  // steps in a byte
-    constexpr uint32_t kMask = 0x01010101u * (((1 << kMore) - 1) << 4);
-    vu words = load_bits(plane + step / kSteps * kLanes * 4);
-    int shift = step % kSteps * kMore - 4;
-    return (shift < 0 ? words << -shift : words >> shift) & kMask;
-}
 
 // The dot products of codes with R rows of x, inputs 8 * kFirst to 8 * kLast of a group.
 template <int kBits, int kFirst, int kLast, int R>

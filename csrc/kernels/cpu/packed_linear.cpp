@@ -3,14 +3,11 @@
 #include <algorithm>
 
 #include "kernels/cpu/packed_formats.h"
-#include "simd/bytes.h"
+#include "kernels/cpu/packed_gemm.h"
 
 namespace mllama::kernels::MLLAMA_ISA {
 namespace {
 
-using namespace simd::MLLAMA_ISA;
-
-constexpr int kVectors = kLanes / kWidth;    // registers that hold one number per lane of a block
 constexpr int kRows = kWidth == 16 ? 8 : 4;  // of x at a time: as many sums as there is room for
 constexpr int64_t kRowsInCache = 128;
 constexpr int64_t kAhead = 4096;  // bytes; hides what the hardware's prefetcher misses
@@ -34,15 +31,6 @@ void quantize_group(const float* x, int8_t* codes, float* scale, int16_t* sums) 
         for (int i = 0; i < kWidth; ++i) sum += total[half][i];
         sums[half] = static_cast<int16_t>(sum);
     }
-}
-
-// Whether x is multiplied as it is, in pairs of bf16.
-constexpr bool takes_pairs(const PackedLinear& a) {
-#if defined(__AVX512BF16__)
-    return a.packing == Packing::bf16 && a.dtype == Dtype::bf16;
-#else
-    return false;
-#endif
 }
 
 template <class T>
@@ -143,6 +131,7 @@ void multiply_rows(const PackedLinear& a, int64_t block, int64_t row, int64_t en
 }  // namespace
 
 void packed_activations(const PackedLinear& a, int64_t first, int64_t last) {
+    if (takes_panels(a)) return gemm_activations(a, first, last);
     dispatch(a.dtype, [&](auto t) {
         for (int64_t row = first; row < last; ++row) prepare_row<decltype(t)>(a, row);
     });
@@ -150,6 +139,7 @@ void packed_activations(const PackedLinear& a, int64_t first, int64_t last) {
 
 // Blocks pass over some rows of x that the cache holds, and those over a block's weights.
 void packed_product(const PackedLinear& a, int64_t first, int64_t last) {
+    if (takes_panels(a)) return gemm_product(a, first, last);
     dispatch_format(a, [&](auto format) {
         using Format = decltype(format);
         for (int64_t row = 0; row < a.rows; row += kRowsInCache) {

@@ -143,8 +143,10 @@ def _rounded(x: torch.Tensor) -> torch.Tensor:
     """x as 8-bit codes hold it, with a scale for every group of the last dimension."""
     groups = split_groups(x)
     top = groups.abs().amax(-1, keepdim=True)
-    # In float64 the product is exact, and rounded once, as in the kernels.
-    codes = torch.round(groups.double() * torch.where(top > 0, 127 / top, 0).double())
+    # In float64 the product is exact, and rounded once, as in the kernels. `127 / top` would be
+    # 127 times a rounded reciprocal.
+    inverse = torch.where(top > 0, torch.full_like(top, 127) / top, 0)
+    codes = torch.round(groups.double() * inverse.double())
     codes = codes.nan_to_num().clamp(-127, 127)  # where 127 / top is infinite
     return (codes.float() * (top / 127)).flatten(-2)[..., : x.shape[-1]]
 
