@@ -1,6 +1,7 @@
 """Entries of images by content: limits in memory and on disk, and files that are not to be used."""
 
 import gc
+import os
 import subprocess
 import sys
 import threading
@@ -13,7 +14,7 @@ import mllama
 import tiny
 from helpers import counted_images
 from mllama.runtime.fingerprint import fingerprint
-from mllama.runtime.image_cache import ImageCache
+from mllama.runtime.image_cache import _FORMAT, ImageCache
 from mllama.runtime.images import ImageReader
 from mllama.runtime.session import Session
 from runtime.test_images import logits, model_of, prompts, same_bits
@@ -256,6 +257,22 @@ def test_files_are_of_the_plain_encoder(tmp_path):
     assert not same_bits(stored(), plain)
 
 
+def test_files_are_named_after_the_weights_while_another_session_begins(
+    make, model, tmp_path, monkeypatch
+):
+    make(folder=tmp_path).find(KEYS[0], entry)
+    cache = make(folder=tmp_path)
+
+    class Version(int):
+        def __format__(self, spec):  # while a file's name is made
+            cache.attach(model)
+            return super().__format__(spec)
+
+    monkeypatch.setattr("mllama.runtime.image_cache._FORMAT", Version(_FORMAT))
+    cache.find(KEYS[0], fail)
+    assert len(list(tmp_path.iterdir())) == 1
+
+
 @pytest.mark.parametrize("folder", [False, True])
 def test_what_was_rounded_by_autocast_is_not_used_without(folder, tmp_path):
     model = model_of("merge")
@@ -320,7 +337,12 @@ def be_a_folder(path):
     path.mkdir()
 
 
-@pytest.mark.parametrize("spoil", [shorten, flip, empty, junk, exchange, be_a_folder])
+def be_a_pipe(path):
+    path.unlink()
+    os.mkfifo(path)
+
+
+@pytest.mark.parametrize("spoil", [shorten, flip, empty, junk, exchange, be_a_folder, be_a_pipe])
 def test_a_file_that_is_not_whole_is_not_used(spoil, make, tmp_path):
     for number in (0, 1):
         make(folder=tmp_path).find(KEYS[number], lambda number=number: entry(number))

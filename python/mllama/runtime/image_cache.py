@@ -117,8 +117,9 @@ class ImageCache:
         modules = list(model.image_modules())
         if not all(all_plain(module) for _, module in modules):
             return compute()
-        self._weights = self._weights or fingerprint(modules)
-        context = f"{_FORMAT} {torch.__version__} {self._weights}".encode()
+        # Another thread's `attach` may forget it at any time.
+        weights = self._weights = self._weights or fingerprint(modules)
+        context = f"{_FORMAT} {torch.__version__} {weights}".encode()
         name = hashlib.blake2b(context + key, digest_size=32).digest()
         entry = files.read(name, next(model.parameters()).device)
         if entry is None:

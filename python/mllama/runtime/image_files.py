@@ -49,7 +49,8 @@ class ImageFiles:
         """The tensors of a key, or None."""
         path = self._path(key)
         try:
-            if path.stat().st_size > self._max_bytes:
+            state = path.stat()
+            if state.st_size > self._max_bytes or not stat.S_ISREG(state.st_mode):  # a pipe waits
                 return None
             found = load(path.read_bytes())
         except FileNotFoundError:
