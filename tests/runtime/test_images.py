@@ -392,3 +392,17 @@ def test_adapters_that_are_loaded_over_others_are_noticed(part, tmp_path):
         answers.append(logits(session, inputs))
         assert same_bits(answers[-1], logits(Session(model), inputs))
     assert same_bits(answers[0], answers[2]) and not same_bits(answers[0], answers[1])
+
+
+@pytest.mark.parametrize("case", ["mllama", "added layers", "merge"])
+def test_autocast(case):
+    """Stored keys of images are read in the dtype that autocast gives to queries."""
+    model = model_of(case)
+    inputs = prompts(case, model, (tiny.tokens(9), 1))
+    session = Session(model)
+    plain = logits(session, inputs)
+    with torch.autocast("cpu", torch.bfloat16):
+        session.reset()
+        rounded = logits(session, inputs)
+    tiny.close(rounded[0].float(), plain[0], tolerance=0.1)
+    assert not same_bits(rounded[:1], plain[:1])
