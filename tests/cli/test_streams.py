@@ -16,6 +16,12 @@ import pytest
             2,
             "mllama: error: stdin is closed: there are no questions to read\n",
         ),
+        (
+            "<&-",
+            ["ask", "-", "?"],
+            2,
+            "mllama: error: stdin is closed: there is no image to read\n",
+        ),
         (">&-", ["ask", "IMAGE", "?"], 2, "mllama: error: stdout is closed\n"),
         ("2>&-", ["ask", "nowhere.png", "?"], 2, ""),
     ],

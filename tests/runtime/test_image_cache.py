@@ -1,6 +1,7 @@
 """Entries of images by content: limits in memory and on disk, and files that are not to be used."""
 
 import gc
+import os
 import subprocess
 import sys
 import threading
@@ -13,7 +14,7 @@ import mllama
 import tiny
 from helpers import counted_images
 from mllama.runtime.fingerprint import fingerprint
-from mllama.runtime.image_cache import ImageCache
+from mllama.runtime.image_cache import _FORMAT, ImageCache
 from mllama.runtime.images import ImageReader
 from mllama.runtime.session import Session
 from runtime.test_images import logits, model_of, prompts, same_bits
@@ -232,6 +233,57 @@ def test_a_session_with_files_notices_adapters_and_a_reset(tmp_path):
     assert same_bits(logits(session, inputs), logits(Session(model), inputs))
 
 
+def test_files_are_of_the_plain_encoder(tmp_path):
+    """Hooks and other forwards compute something else of the same weights."""
+    model = model_of("merge")
+    inputs = prompts("merge", model, (tiny.tokens(9), 1))
+    layer = model.vision_tower.encoder.layers[0].mlp
+    compute = layer.forward
+
+    def stored() -> list[torch.Tensor]:
+        found = logits(Session(model, image_cache=ImageCache(folder=tmp_path)), inputs)
+        assert same_bits(found, logits(Session(model), inputs))
+        return found
+
+    hooked = []
+    for factor in (2, 5):
+        hook = layer.register_forward_hook(lambda *call, factor=factor: call[-1] * factor)
+        hooked.append(stored())
+        hook.remove()
+    assert not same_bits(*hooked) and not list(tmp_path.iterdir())
+    plain = stored()
+    assert len(list(tmp_path.iterdir())) == 1
+    layer.forward = lambda x: compute(x) * 3
+    assert not same_bits(stored(), plain)
+
+
+def test_files_are_named_after_the_weights_while_another_session_begins(
+    make, model, tmp_path, monkeypatch
+):
+    make(folder=tmp_path).find(KEYS[0], entry)
+    cache = make(folder=tmp_path)
+
+    class Version(int):
+        def __format__(self, spec):  # while a file's name is made
+            cache.attach(model)
+            return super().__format__(spec)
+
+    monkeypatch.setattr("mllama.runtime.image_cache._FORMAT", Version(_FORMAT))
+    cache.find(KEYS[0], fail)
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+@pytest.mark.parametrize("folder", [False, True])
+def test_what_was_rounded_by_autocast_is_not_used_without(folder, tmp_path):
+    model = model_of("merge")
+    inputs = prompts("merge", model, (tiny.tokens(9), 1))
+    cache = ImageCache(0, tmp_path) if folder else ImageCache()
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded = logits(Session(model, image_cache=cache), inputs)
+    plain = logits(Session(model, image_cache=cache), inputs)
+    assert same_bits(plain, logits(Session(model), inputs)) and not same_bits(plain, rounded)
+
+
 def test_a_forgotten_reset_spoils_no_file(tmp_path):
     model = model_of("merge")
     inputs = prompts("merge", model, (tiny.tokens(9), 1))
@@ -285,7 +337,12 @@ def be_a_folder(path):
     path.mkdir()
 
 
-@pytest.mark.parametrize("spoil", [shorten, flip, empty, junk, exchange, be_a_folder])
+def be_a_pipe(path):
+    path.unlink()
+    os.mkfifo(path)
+
+
+@pytest.mark.parametrize("spoil", [shorten, flip, empty, junk, exchange, be_a_folder, be_a_pipe])
 def test_a_file_that_is_not_whole_is_not_used(spoil, make, tmp_path):
     for number in (0, 1):
         make(folder=tmp_path).find(KEYS[number], lambda number=number: entry(number))
@@ -312,6 +369,31 @@ def test_files_stay_within_their_limit_and_others_are_left_alone(make, tmp_path)
     make(0, **options).find(KEYS[5], lambda: (torch.zeros(2000),))  # larger than all
     assert cached(make(0, **options)) == [0, 3, 4]
     assert (tmp_path / "notes.txt").stat().st_size == 9000
+
+
+def test_what_cannot_be_removed_does_not_end_the_limit(make, tmp_path, monkeypatch):
+    (tmp_path / f"{'0' * 64}.safetensors").mkdir()
+    options, unlink, kept = {"folder": tmp_path, "max_folder_bytes": 4000}, Path.unlink, []
+
+    def refuse(path, *arguments, **named):
+        if path in kept:
+            raise PermissionError("another user's")
+        unlink(path, *arguments, **named)
+
+    monkeypatch.setattr(Path, "unlink", refuse)
+    for number in range(6):
+        make(0, **options).find(KEYS[number], lambda number=number: entry(number))
+        kept = kept or [path for path in tmp_path.iterdir() if path.is_file()]
+    sizes = [path.stat().st_size for path in tmp_path.iterdir() if path.is_file()]
+    assert len(sizes) == 3 and sum(sizes) <= 4000 and kept[0].exists()
+
+
+def test_a_file_that_its_header_makes_too_large_drops_no_others(make, tmp_path):
+    options = {"folder": tmp_path, "max_folder_bytes": 4000}
+    for number, size in ((0, 256), (1, 990)):  # 3,960 bytes of values
+        value = torch.full((size,), float(number))
+        make(0, **options).find(KEYS[number], lambda value=value: (value,))
+    assert cached(make(0, **options)) == [0]
 
 
 def test_a_folder_that_cannot_be_written_costs_the_cache_alone(make, tmp_path, monkeypatch):

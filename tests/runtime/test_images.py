@@ -374,3 +374,35 @@ def test_arguments_are_refused_by_name():
     Session(first, image_cache=cache)
     with pytest.raises(ValueError, match="image_cache"):
         Session(second, image_cache=cache)
+
+
+@pytest.mark.parametrize("part", ["language_model", "vision_tower"])
+def test_adapters_that_are_loaded_over_others_are_noticed(part, tmp_path):
+    model = model_of("merge")
+    inputs = prompts("merge", model, (tiny.tokens(9), 1))
+    mllama.convert_linears_to_lora(getattr(model, part), rank=2)
+    session, paths = Session(model), (tmp_path / "0.safetensors", tmp_path / "1.safetensors")
+    for seed, path in enumerate(paths):
+        tiny.randomize(model, seed)
+        model.load_state_dict(model_of("merge").state_dict(), strict=False)
+        mllama.save_lora(model, path)
+    answers = []
+    for path in (*paths, paths[0]):
+        mllama.load_lora(model, path)
+        answers.append(logits(session, inputs))
+        assert same_bits(answers[-1], logits(Session(model), inputs))
+    assert same_bits(answers[0], answers[2]) and not same_bits(answers[0], answers[1])
+
+
+@pytest.mark.parametrize("case", ["mllama", "added layers", "merge"])
+def test_autocast(case):
+    """Stored keys of images are read in the dtype that autocast gives to queries."""
+    model = model_of(case)
+    inputs = prompts(case, model, (tiny.tokens(9), 1))
+    session = Session(model)
+    plain = logits(session, inputs)
+    with torch.autocast("cpu", torch.bfloat16):
+        session.reset()
+        rounded = logits(session, inputs)
+    tiny.close(rounded[0].float(), plain[0], tolerance=0.1)
+    assert not same_bits(rounded[:1], plain[:1])

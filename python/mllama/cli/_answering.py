@@ -136,6 +136,8 @@ def read_images(arguments: argparse.Namespace, paths: list[str]) -> "list[Image.
     """
     if paths.count("-") > 1:
         raise ValueError("stdin, '-', can be read only once")
+    if "-" in paths and sys.stdin is None:
+        raise OSError("stdin is closed: there is no image to read")
     return [
         load_image(sys.stdin.buffer if path == "-" else path, arguments.allow_urls)
         for path in paths

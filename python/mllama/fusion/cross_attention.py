@@ -65,7 +65,7 @@ class CrossAttention(nn.Module):
         """
         q = self.q_norm(split_heads(self.q_proj(x), self.head_dim))
         if cross.states is None:
-            k = v = x.new_empty(x.shape[0], 0, self.kv_heads, self.head_dim)
+            k = v = q.new_empty(q.shape[0], 0, self.kv_heads, self.head_dim)
         else:
             k, v = self.keys_values(cross.states)
         if cache is not None:

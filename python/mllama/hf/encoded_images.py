@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from mllama.nn.plain import is_plain
+from mllama.nn.plain import all_plain
 from mllama.runtime.fingerprint import fingerprint
 from mllama.runtime.image_cache import ImageCache
 from mllama.runtime.images import ImageReader
@@ -41,7 +41,7 @@ def encode_once(
     ]
     if (
         not OPTIONS.issuperset(options)
-        or not all(is_plain(part, type(part)) for part in parts)
+        or not all(map(all_plain, modules.values()))
         or any(part.training for part in parts)
         or any(type(tensor) not in _PLAIN or tensor.is_meta for tensor in tensors)
     ):

@@ -20,6 +20,7 @@ from mllama.lora.adapters import (
 from mllama.lora.convert import linear_layers, put_adapters
 from mllama.lora.layer import Linear_LORA
 from mllama.lora.reading import read_adapters
+from mllama.nn.adapted import note_change
 from mllama.nn.packed import PackedLinear
 from mllama.nn.wrappers import gathered, is_sharded, plain_name, put, whole
 from mllama.ops._dispatch import kind
@@ -68,6 +69,7 @@ def load_lora(model: nn.Module, path: str | os.PathLike) -> None:
             if name in found.trained:
                 put(parameter, found.trained[name])
                 parameter.requires_grad_(name not in found.frozen)
+    note_change()
 
 
 def _convert(

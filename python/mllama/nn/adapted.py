@@ -35,11 +35,16 @@ class AdaptedLinear(RecomputingLinear):
         raise NotImplementedError
 
     def __setattr__(self, name: str, value: object) -> None:
-        global _changes
-        _changes += 1
+        note_change()
         super().__setattr__(name, value)
 
 
+def note_change() -> None:
+    """Count a change of adapted layers that sets no attribute, such as values from a file."""
+    global _changes
+    _changes += 1
+
+
 def count_changes() -> int:
-    """How often attributes of adapted layers were set, in all models of this process."""
+    """How often adapted layers were changed, in all models of this process."""
     return _changes

@@ -16,6 +16,11 @@ def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
     return type(module).forward is kind.forward and not hooks and "forward" not in module.__dict__
 
 
+def all_plain(module: nn.Module) -> bool:
+    """Whether the module and all in it compute what their classes do."""
+    return all(is_plain(part, type(part)) for part in module.modules())
+
+
 class RecomputingLinear(nn.Module):
     """A linear layer whose forward(x, recompute) stores how to recompute x, instead of x, for the
     backward pass.

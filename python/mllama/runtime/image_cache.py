@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from mllama.nn.adapted import count_changes
+from mllama.nn.plain import all_plain
 from mllama.runtime.checks import check_count
 from mllama.runtime.fingerprint import fingerprint
 from mllama.runtime.image_files import ImageFiles
@@ -28,7 +29,8 @@ class ImageCache:
 
     In memory the model's weights are not part of the key: call `clear`, or a session's `reset`,
     after changing them. Adapters that are attached, replaced, switched or merged are noticed. Files
-    are named after the weights as well, so that a folder serves several models.
+    are named after the weights as well, so that a folder serves several models; where hooks or
+    other forwards compute something else of the same weights, files are neither read nor written.
 
     Args:
         max_bytes: limit in the memory of the model's device; 0 keeps nothing there.
@@ -112,8 +114,12 @@ class ImageCache:
 
     def _from_file(self, key: bytes, files: ImageFiles, compute: Callable[[], Entry]) -> Entry:
         model = self._model()
-        self._weights = self._weights or fingerprint(model.image_modules())
-        context = f"{_FORMAT} {torch.__version__} {self._weights}".encode()
+        modules = list(model.image_modules())
+        if not all(all_plain(module) for _, module in modules):
+            return compute()
+        # Another thread's `attach` may forget it at any time.
+        weights = self._weights = self._weights or fingerprint(modules)
+        context = f"{_FORMAT} {torch.__version__} {weights}".encode()
         name = hashlib.blake2b(context + key, digest_size=32).digest()
         entry = files.read(name, next(model.parameters()).device)
         if entry is None:

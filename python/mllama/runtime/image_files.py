@@ -5,6 +5,7 @@ import hashlib
 import logging
 import os
 import re
+import stat
 import time
 from collections.abc import Iterable
 from pathlib import Path
@@ -19,6 +20,7 @@ _log = logging.getLogger(__name__)
 _NAME = re.compile(r"[0-9a-f]{64}\.safetensors")
 _ASIDE = ".*.safetensors-*"  # files that are being written; a killed process leaves them
 _HOUR = 3600
+_HEADER = 256  # bytes of a tensor in a file, beside its values, at most
 _DIGEST = "digest"  # name of a tensor: the hash of the key and the others
 
 
@@ -47,7 +49,8 @@ class ImageFiles:
         """The tensors of a key, or None."""
         path = self._path(key)
         try:
-            if path.stat().st_size > self._max_bytes:
+            state = path.stat()
+            if state.st_size > self._max_bytes or not stat.S_ISREG(state.st_mode):  # a pipe waits
                 return None
             found = load(path.read_bytes())
         except FileNotFoundError:
@@ -70,7 +73,7 @@ class ImageFiles:
     def write(self, key: bytes, tensors: Iterable[torch.Tensor]) -> None:
         """Store the tensors of a key, then remove what exceeds the limit."""
         tensors = [tensor.cpu().contiguous() for tensor in tensors]
-        if sum(tensor.nbytes for tensor in tensors) > self._max_bytes:
+        if sum(tensor.nbytes + _HEADER for tensor in tensors) > self._max_bytes:
             return
         named = {str(index): tensor for index, tensor in enumerate(tensors)}
         named[_DIGEST] = torch.tensor(list(_hash(key, tensors)), dtype=torch.uint8, device="cpu")
@@ -92,17 +95,16 @@ class ImageFiles:
         found = []
         for path in self._folder.iterdir():
             if _NAME.fullmatch(path.name):
-                try:
-                    state = path.stat()
-                except FileNotFoundError:  # another process removed it
-                    continue
-                found.append((state.st_mtime_ns, state.st_size, path))
+                with contextlib.suppress(FileNotFoundError):  # another process removed it
+                    if stat.S_ISREG((state := path.stat()).st_mode):
+                        found.append((state.st_mtime_ns, state.st_size, path))
         left = sum(size for _, size, _ in found)
         for _, size, path in sorted(found):
             if left <= self._max_bytes:
                 break
-            path.unlink(missing_ok=True)
-            left -= size
+            with contextlib.suppress(PermissionError):  # another user's: the next ones go
+                path.unlink(missing_ok=True)
+                left -= size
         for path in self._folder.glob(_ASIDE):
             with contextlib.suppress(FileNotFoundError):
                 if path.stat().st_mtime < time.time() - _HOUR:

@@ -70,7 +70,8 @@ class ImageReader:
         else:
             each = self._count(ids, len(pixels))
         # given: [images, 1, ...] of tiled images, else [images, ...]
-        settings = f"{spec} {choose_features(spec)} {self.model.reference} {pixels.device.type}"
+        features, arithmetic = choose_features(spec), _arithmetic(pixels.device.type)
+        settings = f"{spec} {features} {self.model.reference} {arithmetic}"
         flat = [
             _identify({name: value[i : i + 1] for name, value in given.items()}, settings)
             for i in range(len(given["pixel_values"]))
@@ -201,6 +202,12 @@ class ImageReader:
         for layer in self.layers:
             stored.update_cross(layer, *decoder.layers[layer].cross_attn.keys_values(features))
         return tuple(one.contiguous() for pair in stored.image_keys().values() for one in pair)
+
+
+def _arithmetic(device: str) -> tuple:
+    """What rounds an encoder's values beside its weights."""
+    cast = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device)
+    return device, cast, torch.get_float32_matmul_precision()
 
 
 def _identify(tensors: dict[str, torch.Tensor], settings: str) -> ImageInput:

@@ -30,8 +30,9 @@ _INPUTS = ("input_ids", "attention_mask", "token_type_ids", "cross_attention_mas
 class Session:
     """Generates with a model. What was computed is reused: of the last prompt the next one computes
     only what differs, such as a chat's next turn; the start that all rows of a batch have in common
-    is computed once, and so is every image. After changing the model's weights, call `reset`;
-    adapters that are attached, replaced, switched or merged are noticed.
+    is computed once, and so is every image. After changing the model's weights, hooks or
+    PEFT adapters, call `reset`; this package's adapters are noticed when they are attached, loaded,
+    replaced, switched or merged.
 
     Args:
         model: a `VisionLanguageModel` in eval mode.
