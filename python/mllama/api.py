@@ -159,7 +159,7 @@ def open_session(
             loaded_as = dtype_named(resolve_dtype(opened, dtype, place))
             model = load_core(opened, loaded_as, place, reference, packed, progress)
             _adapt(model, own_adapter, weights)
-            kept = {"kv_cache": kv_cache, "image_cache": image_cache}
+            kept: dict[str, Any] = {"kv_cache": kv_cache, "image_cache": image_cache}
             return Session(model, processor, settings, where, **kept, progress=progress)
     if kv_cache is not None or image_cache is not None:
         raise ValueError(

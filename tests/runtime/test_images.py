@@ -394,6 +394,15 @@ def test_adapters_that_are_loaded_over_others_are_noticed(part, tmp_path):
     assert same_bits(answers[0], answers[2]) and not same_bits(answers[0], answers[1])
 
 
+def test_a_model_that_is_packed_is_noticed():
+    model = model_of("merge")
+    inputs = prompts("merge", model, (tiny.tokens(9), 1))
+    session = Session(model)
+    logits(session, inputs)
+    mllama.optimize(model, "int4")
+    assert same_bits(logits(session, inputs), logits(Session(model), inputs))
+
+
 @pytest.mark.parametrize("case", ["mllama", "added layers", "merge"])
 def test_autocast(case):
     """Stored keys of images are read in the dtype that autocast gives to queries."""

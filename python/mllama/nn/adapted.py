@@ -40,7 +40,7 @@ class AdaptedLinear(RecomputingLinear):
 
 
 def note_change() -> None:
-    """Count a change of adapted layers that sets no attribute, such as values from a file."""
+    """Count a change that sets no attribute of an adapted layer: values from a file, packing."""
     global _changes
     _changes += 1
 

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from mllama import _ext
+from mllama.nn.adapted import note_change
 from mllama.nn.packed import PackedLinear, packed_layer
 from mllama.ops.packed_gguf import GGUF_BLOCKS, pack_gguf
 from mllama.ops.packed_linear import pack_weight
@@ -292,4 +293,5 @@ def optimize(model: _Model, weights: str, calibration: torch.Tensor | None = Non
         packer.calibrate(calibration)
     packer.pack_all()
     packer.finish()
+    note_change()  # sessions of the model begin anew
     return model.eval()
