@@ -39,8 +39,8 @@ inline std::vector<kernels::VisibleKeys> visible_keys(const DecoderLayer& layer,
     return rows;
 }
 
-// The kernel's arguments for layer i, `visible` of which and `statistics` outlive them. Empty for a
-// layer that attends to images where there is none.
+// The kernel's arguments for layer i. They point to `visible`, the layer's, and to `statistics`.
+// Empty for a layer that attends to images if there are none.
 inline kernels::AttentionForward attention_arguments(
     const Decoder& d, const DecodeStep& s, size_t i, const Memory& memory,
     const std::vector<kernels::VisibleKeys>& visible, kernels::Statistic* statistics) {

@@ -23,10 +23,10 @@ class Team {
       public:
         Member(Team& team, int64_t index) : team_(team), index_(index) {}
 
-        // A phase: body(begin, end) for all of [0, tasks), of which there is one at least, in
-        // pieces that begin at multiples of `grain`; then last(), once, by the thread that ends the
-        // phase. The others call idle() while they wait for it. Returns when last() has. When body
-        // or last throws, all later ones are left out.
+        // One phase of at least one task: body(begin, end) for all of [0, tasks), in pieces that
+        // begin at multiples of `grain`. The thread that finishes the phase then calls last(),
+        // once; the others call idle() and wait for it. If body or last throws, later calls of them
+        // are left out.
         template <class Body, class Last, class Idle>
         void share(int64_t tasks, int64_t grain, Body&& body, Last&& last, Idle&& idle) {
             if (!team_.work(phase_, index_, tasks, grain, body, last)) {

@@ -102,7 +102,7 @@ def alone(model, inputs: dict, length: int = LENGTH) -> list[list[int]]:
 
 @contextlib.contextmanager
 def counted_calls(module: torch.nn.Module, interrupt_at: int = 0):
-    """Yields a list with an entry for each call of a module, one of which may be interrupted."""
+    """Yields a list with an entry for each call of a module. It can interrupt one of the calls."""
     calls = []
 
     def count(*_):

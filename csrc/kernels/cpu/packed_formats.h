@@ -46,10 +46,15 @@ struct NestedSum {
     vf total{}, codes{}, minima{};
 };
 
-struct F32 {
-    using Row = FloatRow;
+// A format whose groups are added to one sum.
+template <class X>
+struct OneSum {
+    using Row = X;
     template <int R>
     using Sum = PlainSum;
+};
+
+struct F32 : OneSum<FloatRow> {
     template <int R>
     static void add(Sum<R> (&sum)[R], const uint8_t*, const uint8_t* p, int v, const Row (&x)[R],
                     int64_t g) {
@@ -64,10 +69,7 @@ struct F32 {
 // Two numbers of 16 bits side by side or in turn; odd inputs have sums of their own, since one
 // would wait for each addition.
 template <class Pair>
-struct Half {
-    using Row = FloatRow;
-    template <int R>
-    using Sum = PlainSum;
+struct Half : OneSum<FloatRow> {
     template <int R>
     static void add(Sum<R> (&sum)[R], const uint8_t*, const uint8_t* p, int v, const Row (&x)[R],
                     int64_t g) {
@@ -105,10 +107,7 @@ struct PairRow {
                 row * group_count(a.in) * kGroup / 2) {}
     const uint32_t* pairs;
 };
-struct Bf16Pairs {
-    using Row = PairRow;
-    template <int R>
-    using Sum = PlainSum;
+struct Bf16Pairs : OneSum<PairRow> {
     template <int R>
     static void add(Sum<R> (&sum)[R], const uint8_t*, const uint8_t* p, int, const Row (&x)[R],
                     int64_t g) {
@@ -125,10 +124,7 @@ struct Bf16Pairs {
 };
 #endif
 
-struct Int8 {
-    using Row = CodeRow;
-    template <int R>
-    using Sum = PlainSum;
+struct Int8 : OneSum<CodeRow> {
     template <int R>
     static void add(Sum<R> (&sum)[R], const uint8_t*, const uint8_t* p, int v, const Row (&x)[R],
                     int64_t g) {
@@ -187,10 +183,7 @@ inline __attribute__((always_inline)) void add_parts(PlainSum (&sum)[R], const v
 
 // Formats of scale * code + minimum in one group.
 template <int kBits, class Numbers>
-struct Affine {
-    using Row = CodeRow;
-    template <int R>
-    using Sum = PlainSum;
+struct Affine : OneSum<CodeRow> {
     template <int R>
     static void add(Sum<R> (&sum)[R], const uint8_t* header, const uint8_t* p, int v,
                     const Row (&x)[R], int64_t g) {
@@ -240,10 +233,7 @@ struct Nested {
     }
 };
 
-struct Q6K {
-    using Row = CodeRow;
-    template <int R>
-    using Sum = PlainSum;
+struct Q6K : OneSum<CodeRow> {
     template <int R>
     static void add(Sum<R> (&sum)[R], const uint8_t* header, const uint8_t* p, int v,
                     const Row (&x)[R], int64_t g) {

@@ -157,6 +157,15 @@ struct PackedFloats {
     }
 };
 
+// The chunk's groups of a block of codes as block b of a panel.
+template <Packing P, class Panel>
+void unpack_chunk(const PackedLinear& a, const uint8_t* block, const Chunk& chunk, Panel& panel,
+                  int64_t b) {
+    const PackingSize& size = size_of(a.packing);
+    for (int64_t i = 0, g = chunk.first / kGroup; i < chunk.groups(); ++i, ++g)
+        unpack_codes<P>(block + header_offset(size, g), block + group_offset(size, g), panel, b, i);
+}
+
 #if defined(__AVX2__)
 
 template <Packing P>
@@ -169,10 +178,7 @@ struct PackedCodes {
         has_minimum(P) || (kForm == CodeForm::bytes && center_of(P) > 0);
     static void unpack(const PackedLinear& a, const uint8_t* block, const Chunk& chunk,
                        Panel& panel, int64_t b) {
-        const PackingSize& size = size_of(a.packing);
-        for (int64_t i = 0, g = chunk.first / kGroup; i < chunk.groups(); ++i, ++g)
-            unpack_codes<P>(block + header_offset(size, g), block + group_offset(size, g), panel, b,
-                            i);
+        unpack_chunk<P>(a, block, chunk, panel, b);
     }
     static void multiply(const PackedLinear& a, const Panel& panel, int64_t first, int64_t last,
                          const Chunk& chunk, int64_t lanes, NextWeights& next, float* sums) {
@@ -202,10 +208,7 @@ template <Packing P>
 struct PackedCodes : PackedFloats<F32Words> {
     static void unpack(const PackedLinear& a, const uint8_t* block, const Chunk& chunk,
                        Panel& panel, int64_t b) {
-        const PackingSize& size = size_of(a.packing);
-        for (int64_t i = 0, g = chunk.first / kGroup; i < chunk.groups(); ++i, ++g)
-            unpack_codes<P>(block + header_offset(size, g), block + group_offset(size, g), panel, b,
-                            i);
+        unpack_chunk<P>(a, block, chunk, panel, b);
     }
 };
 

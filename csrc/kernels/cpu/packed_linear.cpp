@@ -26,11 +26,7 @@ void quantize_group(const float* x, int8_t* codes, float* scale, int16_t* sums) 
         total[i / (kGroup / 2)] += code;
         store_bytes(codes + i, code);
     }
-    for (int half = 0; half < 2; ++half) {
-        int32_t sum = 0;
-        for (int i = 0; i < kWidth; ++i) sum += total[half][i];
-        sums[half] = static_cast<int16_t>(sum);
-    }
+    for (int half = 0; half < 2; ++half) sums[half] = static_cast<int16_t>(reduce_add(total[half]));
 }
 
 template <class T>

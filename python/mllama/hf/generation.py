@@ -295,10 +295,10 @@ class MllamaGenerationMixin(GenerationMixin):
         seed are others than torch.multinomial's.
         """
         given = (input_ids, logits_processor, stopping_criteria, generation_config)
-        obstacle = find_loop_obstacle(self, generation_config, synced_gpus)
-        if packing_of(self) is not None and obstacle is None:
-            return sample(self, *given, streamer, model_kwargs)
         if packing_of(self) is not None:
+            obstacle = find_loop_obstacle(self, generation_config, synced_gpus)
+            if obstacle is None:
+                return sample(self, *given, streamer, model_kwargs)
             _log.debug("tokens are selected by transformers, not by select_token: %s", obstacle)
         return super()._sample(*given, synced_gpus, streamer, **model_kwargs)
 

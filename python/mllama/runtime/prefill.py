@@ -1,5 +1,5 @@
-"""Prefill: the passes that put prompts into a KV cache, of which what the cache already has and
-what the rows of a batch share are computed once.
+"""Prefill: the passes that put prompts into a KV cache. They do not compute again what the cache
+has already, and compute once what the rows of a batch share.
 """
 
 from collections.abc import Mapping
