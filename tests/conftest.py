@@ -17,6 +17,8 @@ import pytest
 import torch
 from PIL import Image, ImageDraw
 
+import devices
+import emulated
 import mllama
 from tiny import folders, tokenizers
 
@@ -61,13 +63,27 @@ SLOW = (
 )
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Add --device (devices.py)."""
+    parser.addoption(
+        "--device", choices=devices.CHOICES, default="cpu", help="where operators are tested"
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Choose the device before test files are imported."""
+    devices.choose(config.getoption("device"))
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark the tests of the files and folders in SLOW."""
+    """Mark the tests of the files and folders in SLOW, and those that the device does not run."""
     slow = {Path(__file__).parent / name for name in SLOW}
     for path, tests in itertools.groupby(items, lambda item: item.path):
-        if slow & {path, *path.parents}:
-            for item in tests:
-                item.add_marker(pytest.mark.slow)
+        marks = [pytest.mark.slow] if slow & {path, *path.parents} else []
+        if reason := devices.skip_reason(path):
+            marks.append(pytest.mark.skip(reason=reason))
+        for item, mark in itertools.product(tests, marks):
+            item.add_marker(mark)
 
 
 def pytest_report_header() -> str:
@@ -86,6 +102,14 @@ def pytest_report_header() -> str:
 def _same_random_numbers():
     """Every test draws the same numbers, whichever tests ran before it."""
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _same_schedules():
+    """Emulated threads run in the same orders in every test, whichever tests ran before it."""
+    if devices.is_emulated():
+        emulated.set_options()
+        emulated.take_counters()
 
 
 @pytest.fixture(autouse=True, scope="module")

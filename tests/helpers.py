@@ -12,6 +12,8 @@ from unittest import mock
 import pytest
 import torch
 
+import devices
+import emulated
 from mllama import _ext
 from mllama.model.fast_decoder import FastDecoder
 from mllama.ops import _dispatch
@@ -89,20 +91,12 @@ class BadCall:
 
 
 def instruction_sets() -> list[str]:
-    """Those this CPU has, weakest first."""
+    """Those this CPU has, weakest first. CUDA kernels on the CPU do not depend on them."""
     module = _ext.load()
+    if devices.is_emulated():
+        return [module.isa()]
     compiled = module.build_info()["instruction_sets"].split()
     return compiled[: compiled.index(module.best_isa()) + 1]
-
-
-def has_kernels(device: str, overloads: Sequence[Any]) -> bool:
-    """Whether this machine has the device, and all operators have a kernel for it."""
-    if device == "cuda" and not torch.cuda.is_available():
-        return False
-    try:
-        return all(torch.library.get_kernel(op.name(), device.upper()) for op in overloads)
-    except RuntimeError:  # there is none
-        return False
 
 
 @contextlib.contextmanager
@@ -169,7 +163,6 @@ def check_op(
     gradient_tolerance: dict[torch.dtype, float] | None = None,
     second_derivative: bool = False,
     thread_counts: Sequence[int] = (1, 2),
-    devices: Sequence[str] = ("cpu", "cuda"),
 ) -> None:
     """Prove an operator on `samples` against its reference evaluated on the same (rounded) values
     in float64 or float32.
@@ -188,20 +181,20 @@ def check_op(
         second_derivative: the operator has one, equal to the reference's; without, it must raise.
         thread_counts: which must give the same bits; () where torch's matrix product, whose bits
             depend on it, is a part.
-        devices: where values and gradients are checked, if the machine has the device and all
-            operators of `raw` have a kernel for it.
 
-    Checked: values for each dtype, device, instruction set and memory layout; 16-bit beside float32
-    where kept so; determinism, run to run and over thread counts; gradients against the
-    reference's; that a second derivative raises or is right; opcheck; torch.compile(fullgraph=True,
-    backend="aot_eager"), forward and gradients; every bad call, with kernels and without.
+    Checked, on the device of devices.py: values for each dtype, instruction set and memory layout;
+    16-bit beside float32 where kept so; determinism, run to run and over thread counts; gradients
+    against the reference's; that a second derivative raises or is right; opcheck;
+    torch.compile(fullgraph=True, backend="aot_eager"), forward and gradients; every bad call, with
+    kernels and without.
     """
     gradient_tolerance = gradient_tolerance or {
         dtype: 4 * bound for dtype, bound in tolerance.items()
     }
     has_gradient = differentiable != ()
-    present = [d for d in devices if has_kernels(d, [overload for overload, _ in raw])]
-    for device, (number, sample), dtype in itertools.product(present, enumerate(samples), dtypes):
+    device = devices.tensor_device()
+    samples = [sample.to(device) for sample in samples]
+    for (number, sample), dtype in itertools.product(enumerate(samples), dtypes):
         typed = sample.map(lambda value, dtype=dtype: value.to(dtype), keep=keep_float32)
         what = f"sample {number}, {dtype}"
         _check_values(public, reference, typed, device, tolerance[dtype], dtype, what)
@@ -220,7 +213,7 @@ def check_op(
     for sample in samples:
         _check_determinism(public, _leaves(sample, differentiable), has_gradient, thread_counts)
     for overload, arguments in raw:
-        torch.library.opcheck(overload, arguments)
+        torch.library.opcheck(overload, Sample(arguments).to(device).args)
     for sample in samples[:2]:
         _check_compile(public, _leaves(sample, differentiable), has_gradient)
     for bad in bad_calls:
@@ -228,6 +221,9 @@ def check_op(
         with pytest.MonkeyPatch.context() as patch:  # the reference's own check refuses the same
             patch.setattr(_dispatch, "_EXTENSION", None)
             _check_refused(bad)
+    if devices.is_emulated():
+        counters = emulated.take_counters()
+        assert counters.launches and counters.accesses, "no CUDA kernel has run"
 
 
 def _check_refused(bad: BadCall) -> None:

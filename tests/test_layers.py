@@ -11,7 +11,8 @@ PACKAGE = ROOT / "python/mllama"
 FILES = sorted(PACKAGE.rglob("*.py"))
 MUST_NOT_NAME = {
     "csrc/kernels": r"torch/|ATen|c10|pybind11|core/|ops/",
-    "csrc/simd": r"torch/|ATen|c10|pybind11|core/|ops/|kernels/",
+    "csrc/simd": r"torch/|ATen|c10|pybind11|core/|ops/|kernels/|emulator/",
+    "csrc/emulator": r"torch/|ATen|c10|pybind11|core/|ops/|kernels/",
     "csrc/ops": r"torch/|ATen|c10|pybind11",
     "csrc/decode": r"torch/|ATen|c10|pybind11|ops/",
     "python/mllama/ops": r"mllama\.(?!ops)|mllama import (?!_ext)",
@@ -55,6 +56,13 @@ def test_layer(place):
     lines = [(path, line) for path in files for line in import_lines(path)]
     wrong = [(name(path), line) for path, line in lines if re.search(MUST_NOT_NAME[place], line)]
     assert lines and wrong == []
+
+
+def test_one_kernel_file_tells_devices_apart():
+    files = [path for path in (ROOT / "csrc/kernels").rglob("*") if path.is_file()]
+    apart = r"__CUDA|\basm\b|emulator"
+    named = [name(path) for path in files if re.search(apart, path.read_text())]
+    assert named == ["csrc/kernels/cuda/device.cuh"]
 
 
 def test_one_room_for_transformers():

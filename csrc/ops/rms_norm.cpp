@@ -1,23 +1,12 @@
 #include "ops/rms_norm.h"
 
 #include "core/threads.h"
-#include "kernels/cpu/rms_norm.h"
 
 namespace mllama {
 namespace {
 
 void run(const RmsNormArgs& a) {
-    kernels::RmsNorm args{.dtype = a.dtype,
-                          .weight_dtype = a.weight_dtype,
-                          .width = last_size(a.x),
-                          .eps = a.eps,
-                          .offset = a.offset,
-                          .x = a.x.const_data_ptr(),
-                          .residual = a.residual ? a.residual->const_data_ptr() : nullptr,
-                          .weight = a.weight.const_data_ptr(),
-                          .hidden = a.residual ? a.hidden.mutable_data_ptr() : nullptr,
-                          .y = a.y.mutable_data_ptr(),
-                          .rstd = mutable_data<float>(a.rstd)};
+    kernels::RmsNorm args = a.kernel();
     auto kernel = MLLAMA_CALL(rms_norm);
     parallel_for(row_count(a.x), row_grain(args.width),
                  [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
@@ -43,17 +32,7 @@ std::tuple<Tensor, Tensor> rms_norm_backward(const Tensor& grad_y, const MaybeTe
                                              const Tensor& rstd, double offset,
                                              bool weight_gradient) {
     RmsNormBackwardArgs a("_rms_norm_backward", grad_y, grad_hidden, hidden, weight, rstd, offset);
-    kernels::RmsNormBackward args{
-        .dtype = a.dtype,
-        .weight_dtype = a.weight_dtype,
-        .width = last_size(a.hidden),
-        .offset = a.offset,
-        .grad_y = a.grad_y.const_data_ptr(),
-        .grad_hidden = a.grad_hidden ? a.grad_hidden->const_data_ptr() : nullptr,
-        .x = a.hidden.const_data_ptr(),
-        .weight = a.weight.const_data_ptr(),
-        .rstd = data<float>(a.rstd),
-        .grad_x = a.grad_x.mutable_data_ptr()};
+    kernels::RmsNormBackward args = a.kernel();
     auto kernel = MLLAMA_CALL(rms_norm_backward);
     int64_t rows = row_count(a.hidden);
     if (!weight_gradient) {

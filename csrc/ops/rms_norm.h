@@ -2,6 +2,7 @@
 #pragma once
 
 #include "core/rows.h"
+#include "kernels/cpu/rms_norm.h"
 
 namespace mllama {
 
@@ -40,6 +41,19 @@ struct RmsNormArgs {
         residual = dense(*residual_);
         hidden = new_like(x);
     }
+    kernels::RmsNorm kernel() const {
+        return {.dtype = dtype,
+                .weight_dtype = weight_dtype,
+                .width = last_size(x),
+                .eps = eps,
+                .offset = offset,
+                .x = x.const_data_ptr(),
+                .residual = residual ? residual->const_data_ptr() : nullptr,
+                .weight = weight.const_data_ptr(),
+                .hidden = residual ? hidden.mutable_data_ptr() : nullptr,
+                .y = y.mutable_data_ptr(),
+                .rstd = mutable_data<float>(rstd)};
+    }
 
     Dtype dtype;
     Tensor weight;
@@ -69,6 +83,18 @@ struct RmsNormBackwardArgs {
         if (!grad_hidden_) return;
         check(same_kind(*grad_hidden_, hidden), op, "grad_hidden");
         grad_hidden = dense(*grad_hidden_);
+    }
+    kernels::RmsNormBackward kernel() const {
+        return {.dtype = dtype,
+                .weight_dtype = weight_dtype,
+                .width = last_size(hidden),
+                .offset = offset,
+                .grad_y = grad_y.const_data_ptr(),
+                .grad_hidden = grad_hidden ? grad_hidden->const_data_ptr() : nullptr,
+                .x = hidden.const_data_ptr(),
+                .weight = weight.const_data_ptr(),
+                .rstd = data<float>(rstd),
+                .grad_x = grad_x.mutable_data_ptr()};
     }
 
     Dtype dtype;

@@ -17,7 +17,7 @@ from mllama.ops import add_rms_norm, rms_norm
 from mllama.ops.rms_norm import add_reference, reference
 
 torch.manual_seed(0)
-SHAPES = [(3, 64), (2, 5, 77), (40, 16 + 13), (1,), (0, 8), (130, 100)]
+SHAPES = [(3, 64), (2, 5, 77), (40, 16 + 13), (1,), (0, 8), (130, 100), (3, 1032), (2, 517)]
 
 
 def norm_sample(shape, **options):

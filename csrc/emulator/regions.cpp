@@ -1,0 +1,63 @@
+#include "emulator/regions.h"
+
+#include <algorithm>
+
+namespace mllama::emulator {
+
+void Regions::add(const void* begin, size_t bytes, Use use, bool shared, const char* name) {
+    auto first = reinterpret_cast<uintptr_t>(begin);
+    if (bytes == 0) return;
+    all_.push_back(std::make_unique<Region>(Region{first, first + bytes, use, shared, name, {}}));
+}
+
+void Regions::forget_shared() {
+    last_ = nullptr;
+    std::erase_if(all_, [](const auto& region) { return region->shared; });
+}
+
+void Regions::forget_all() {
+    last_ = nullptr;
+    all_.clear();
+}
+
+void Regions::begin_launch() {
+    for (auto& region : all_) {
+        for (Cell& cell : region->cells) {
+            bool written = cell.written;
+            cell = {};
+            cell.written = written;
+        }
+    }
+}
+
+Region* Regions::find(uintptr_t at, size_t bytes) {
+    if (last_ && last_->holds(at) && at + bytes <= last_->end) return last_;
+    Region* found = nullptr;
+    for (auto& region : all_) {
+        if (!region->holds(at)) continue;
+        if (!found) found = region.get();
+        if (at + bytes <= region->end) return last_ = region.get();
+    }
+    return found;
+}
+
+const Region* Regions::nearest(uintptr_t at) const {
+    auto distance = [at](const auto& r) { return at < r->begin ? r->begin - at : at - r->end; };
+    auto nearest = std::min_element(all_.begin(), all_.end(), [&](const auto& a, const auto& b) {
+        return distance(a) < distance(b);
+    });
+    return nearest == all_.end() ? nullptr : nearest->get();
+}
+
+std::string Regions::unwritten() const {
+    for (const auto& region : all_) {
+        if (region->use != Use::write) continue;
+        auto written = std::count_if(region->cells.begin(), region->cells.end(),
+                                     [](const Cell& cell) { return cell.written; });
+        if (size_t missing = region->size() - written)
+            return std::to_string(missing) + " bytes of " + region->name;
+    }
+    return "";
+}
+
+}  // namespace mllama::emulator
