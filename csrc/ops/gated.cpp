@@ -1,30 +1,15 @@
 #include "ops/gated.h"
 
 #include "core/threads.h"
-#include "kernels/cpu/gated.h"
 
 namespace mllama {
 namespace {
 
 using kernels::Activation;
 
-// Too large to stay in a cache until the next operator reads it (measured: 17 % faster at 16 MiB,
-// slower at 8).
-bool is_large(const Tensor& t) {
-    return t.numel() * static_cast<int64_t>(t.element_size()) >= int64_t{16} << 20;
-}
-
 Tensor gated(const char* op, Activation activation, const Tensor& gate, const Tensor& up) {
     GatedArgs a(op, gate, up);
-    kernels::Gated args{.activation = activation,
-                        .dtype = a.dtype,
-                        .width = a.width,
-                        .gate = a.gate.tensor.const_data_ptr(),
-                        .up = a.up.tensor.const_data_ptr(),
-                        .gate_stride = a.gate.stride,
-                        .up_stride = a.up.stride,
-                        .y = a.y.mutable_data_ptr(),
-                        .large = is_large(a.y)};
+    kernels::Gated args = a.kernel(activation);
     auto kernel = MLLAMA_CALL(gated);
     parallel_for(gate.numel(), kGrain,
                  [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
@@ -35,18 +20,7 @@ std::tuple<Tensor, Tensor> gated_backward(const char* op, Activation activation,
                                           const Tensor& grad_y, const Tensor& gate,
                                           const Tensor& up) {
     GatedBackwardArgs a(op, grad_y, gate, up);
-    kernels::GatedBackward args{.activation = activation,
-                                .dtype = a.dtype,
-                                .width = a.width,
-                                .grad_y = a.grad_y.tensor.const_data_ptr(),
-                                .gate = a.gate.tensor.const_data_ptr(),
-                                .up = a.up.tensor.const_data_ptr(),
-                                .grad_stride = a.grad_y.stride,
-                                .gate_stride = a.gate.stride,
-                                .up_stride = a.up.stride,
-                                .grad_gate = a.grad_gate.mutable_data_ptr(),
-                                .grad_up = a.grad_up.mutable_data_ptr(),
-                                .large = is_large(a.grad_up)};
+    kernels::GatedBackward args = a.kernel(activation);
     auto kernel = MLLAMA_CALL(gated_backward);
     parallel_for(gate.numel(), kGrain,
                  [&](int64_t begin, int64_t end) { kernel(args, begin, end); });

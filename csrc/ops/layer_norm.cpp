@@ -1,7 +1,6 @@
 #include "ops/layer_norm.h"
 
 #include "core/threads.h"
-#include "kernels/cpu/layer_norm.h"
 
 namespace mllama {
 namespace {
@@ -9,15 +8,7 @@ namespace {
 std::tuple<Tensor, Tensor> layer_norm(const Tensor& x, const Tensor& weight, const Tensor& bias,
                                       double eps) {
     LayerNormArgs a("layer_norm", x, weight, bias, eps);
-    kernels::LayerNorm args{.dtype = a.dtype,
-                            .weight_dtype = a.weight_dtype(),
-                            .width = last_size(a.x),
-                            .eps = a.eps,
-                            .x = a.x.const_data_ptr(),
-                            .weight = a.weight.const_data_ptr(),
-                            .bias = a.bias.const_data_ptr(),
-                            .y = a.y.mutable_data_ptr(),
-                            .statistics = mutable_data<float>(a.statistics)};
+    kernels::LayerNorm args = a.kernel();
     auto kernel = MLLAMA_CALL(layer_norm);
     parallel_for(row_count(a.x), row_grain(args.width),
                  [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
@@ -30,14 +21,7 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm_backward(const Tensor& grad_y, con
                                                        const Tensor& statistics,
                                                        bool parameter_gradients) {
     LayerNormBackwardArgs a("_layer_norm_backward", grad_y, x, weight, bias, statistics);
-    kernels::LayerNormBackward args{.dtype = a.dtype,
-                                    .weight_dtype = a.weight_dtype(),
-                                    .width = last_size(a.x),
-                                    .grad_y = a.grad_y.const_data_ptr(),
-                                    .x = a.x.const_data_ptr(),
-                                    .weight = a.weight.const_data_ptr(),
-                                    .statistics = data<float>(a.statistics),
-                                    .grad_x = a.grad_x.mutable_data_ptr()};
+    kernels::LayerNormBackward args = a.kernel();
     auto kernel = MLLAMA_CALL(layer_norm_backward);
     int64_t rows = row_count(a.x);
     if (!parameter_gradients) {

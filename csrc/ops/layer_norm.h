@@ -2,6 +2,7 @@
 #pragma once
 
 #include "core/rows.h"
+#include "kernels/cpu/layer_norm.h"
 
 namespace mllama {
 
@@ -50,6 +51,17 @@ struct LayerNormArgs : LayerNormInputs {
           eps(static_cast<float>(eps)),
           y(new_like(x)),
           statistics(new_float(x, with_last(x, 2))) {}
+    kernels::LayerNorm kernel() const {
+        return {.dtype = dtype,
+                .weight_dtype = weight_dtype(),
+                .width = last_size(x),
+                .eps = eps,
+                .x = x.const_data_ptr(),
+                .weight = weight.const_data_ptr(),
+                .bias = bias.const_data_ptr(),
+                .y = y.mutable_data_ptr(),
+                .statistics = mutable_data<float>(statistics)};
+    }
 
     float eps;
     Tensor y;           // as x
@@ -67,6 +79,16 @@ struct LayerNormBackwardArgs : LayerNormInputs {
         check(
             statistics.numel() == 2 * row_count(x) && statistics.scalar_type() == ScalarType::Float,
             op, "statistics");
+    }
+    kernels::LayerNormBackward kernel() const {
+        return {.dtype = dtype,
+                .weight_dtype = weight_dtype(),
+                .width = last_size(x),
+                .grad_y = grad_y.const_data_ptr(),
+                .x = x.const_data_ptr(),
+                .weight = weight.const_data_ptr(),
+                .statistics = data<float>(statistics),
+                .grad_x = grad_x.mutable_data_ptr()};
     }
 
     Tensor grad_y;      // as x

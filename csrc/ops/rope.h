@@ -2,6 +2,7 @@
 #pragma once
 
 #include "core/tensor.h"
+#include "kernels/cpu/rope.h"
 
 namespace mllama {
 
@@ -18,6 +19,19 @@ struct RopeArgs {
           sin(dense(sin_)),
           rotated_q(new_like(q)),
           rotated_k(new_like(k)) {}
+    kernels::Rope kernel(bool inverse) const {
+        int64_t tokens = q.size(1), half = q.size(3) / 2;
+        return {.dtype = dtype,
+                .tokens = tokens,
+                .half = half,
+                .sign = inverse ? -1.0f : 1.0f,
+                .q = heads_of(q, rotated_q),
+                .k = heads_of(k, rotated_k),
+                .cos = data<float>(cos),
+                .sin = data<float>(sin),
+                .cos_batch_stride = cos.size(0) == 1 ? 0 : tokens * half,
+                .sin_batch_stride = sin.size(0) == 1 ? 0 : tokens * half};
+    }
 
     Dtype dtype;
     Tensor q;         // [B, T, H, D], any strides but the last one
@@ -35,6 +49,14 @@ struct RopeArgs {
         check_table(op, "cos", cos, q);
         check_table(op, "sin", sin, q);
         return dtype_of(op, "q", q);
+    }
+    static kernels::RopeHeads heads_of(const Tensor& x, const Tensor& y) {
+        return {.x = x.const_data_ptr(),
+                .y = y.mutable_data_ptr(),
+                .heads = x.size(2),
+                .batch_stride = x.stride(0),
+                .token_stride = x.stride(1),
+                .head_stride = x.stride(2)};
     }
     static void check_table(const char* op, const char* name, const Tensor& t, const Tensor& q) {
         check(t.scalar_type() == ScalarType::Float && t.dim() == 3 &&

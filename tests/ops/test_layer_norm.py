@@ -6,7 +6,7 @@ from mllama.ops import layer_norm
 from mllama.ops.layer_norm import reference
 
 torch.manual_seed(0)
-SHAPES = [(3, 64), (2, 5, 77), (40, 16 + 13), (5,), (0, 8), (130, 100)]
+SHAPES = [(3, 64), (2, 5, 77), (40, 16 + 13), (5,), (0, 8), (130, 100), (3, 1032), (2, 517)]
 X, W, B = torch.randn(4, 8), torch.randn(8), torch.randn(8)
 
 
