@@ -18,6 +18,7 @@ from mllama.ops.gated import geglu_reference, swiglu_reference
 
 torch.manual_seed(0)
 GATE, UP = torch.randn(2, 3, 8)
+SHAPES = [(3, 64), (2, 3, 29), (0, 8), (), (40, 1000)]
 both = pytest.mark.parametrize(
     ("gated", "reference"),
     [(swiglu, swiglu_reference), (geglu, geglu_reference)],
@@ -42,15 +43,7 @@ def test_gated(gated, reference):
     check_op(
         gated,
         reference,
-        [
-            sample(3, 64),
-            halves(5, 77),
-            halves(6, 48),
-            sample(2, 3, 29),
-            sample(0, 8),
-            sample(),
-            sample(40, 1000),
-        ],
+        [halves(5, 77), halves(6, 48), *(sample(*shape) for shape in SHAPES)],
         raw=[
             (operator, (GATE.clone().requires_grad_(), UP)),
             (backward, (torch.randn(3, 8), GATE, UP)),
