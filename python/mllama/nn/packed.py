@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from mllama.ops.packed_layout import PACKINGS, packed_bytes
 from mllama.nn.plain import is_plain
+from mllama.ops.packed_layout import PACKINGS, packed_bytes
 from mllama.ops.packed_linear import PACKED_ACTIVATIONS, packed_linear, unpack_weight
 
 PACKED, FORMAT = "packed", "format"  # names in a state dict

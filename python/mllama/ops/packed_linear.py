@@ -20,6 +20,7 @@ from mllama.ops._dispatch import (
 )
 from mllama.ops.packed_layout import PACKINGS, pack, packed_bytes, split_groups, unpack
 
+
 def quick_gelu(x: torch.Tensor) -> torch.Tensor:
     """x * sigmoid(1.702 x), CLIP's activation."""
     return x * torch.sigmoid(1.702 * x)
