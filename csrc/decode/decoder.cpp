@@ -317,7 +317,8 @@ class Step {
                 .activations = m_.activations,
                 .weight = linear.weight,
                 .bias = linear.bias,
-                .y = y};
+                .y = y,
+                .activation = {}};
     }
 
     kernels::Adapter adapter(const Product& product, const float* x, float* small) const {

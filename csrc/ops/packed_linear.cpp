@@ -39,12 +39,13 @@ kernels::PackedLinear kernel_args(const PackedLinearArgs& a, const Workspace& wo
             .activations = workspace.activations,
             .weight = data<uint8_t>(a.weight),
             .bias = a.bias ? data<float>(*a.bias) : nullptr,
-            .y = a.y.mutable_data_ptr()};
+            .y = a.y.mutable_data_ptr(),
+            .activation = a.activation};
 }
 
 Tensor packed_linear(const Tensor& x, const Tensor& weight, const MaybeTensor& bias, int64_t out,
-                     int64_t packing) {
-    PackedLinearArgs a("packed_linear", x, weight, bias, out, packing);
+                     int64_t packing, int64_t activation) {
+    PackedLinearArgs a("packed_linear", x, weight, bias, out, packing, activation);
     if (a.y.numel() == 0) return a.y;
     int64_t rows = row_count(a.x), in = last_size(a.x);
     Workspace workspace(a.packing, rows, in);

@@ -7,7 +7,8 @@
 namespace mllama {
 
 constexpr char kPackedLinearSchema[] =
-    "packed_linear(Tensor x, Tensor weight, Tensor? bias, int out, int packing) -> Tensor";
+    "packed_linear(Tensor x, Tensor weight, Tensor? bias, int out, int packing, "
+    "int activation) -> Tensor";
 constexpr char kPackWeightSchema[] = "pack_weight(Tensor weight, int packing) -> Tensor";
 constexpr char kPackGgufSchema[] = "pack_gguf(Tensor blocks, int packing) -> Tensor";
 constexpr char kUnpackWeightSchema[] =
@@ -19,6 +20,12 @@ inline kernels::Packing packing_of(const char* op, int64_t packing) {
     check(0 <= packing && packing < static_cast<int64_t>(std::size(kernels::kPackings)), op,
           "packing");
     return static_cast<kernels::Packing>(packing);
+}
+
+inline kernels::LinearActivation activation_of(const char* op, int64_t activation) {
+    check(0 <= activation && activation <= static_cast<int64_t>(kernels::LinearActivation::quick_gelu), op,
+          "activation");
+    return static_cast<kernels::LinearActivation>(activation);
 }
 
 constexpr int64_t kMostFeatures = int64_t{1} << 28;  // the bytes of so many squared are an int64
@@ -34,8 +41,9 @@ inline void check_packed(const char* op, const Tensor& weight, kernels::Packing 
 
 struct PackedLinearArgs {
     PackedLinearArgs(const char* op, const Tensor& x_, const Tensor& weight,
-                     const MaybeTensor& bias_, int64_t out, int64_t packing_)
+                     const MaybeTensor& bias_, int64_t out, int64_t packing_, int64_t activation_)
         : packing(packing_of(op, packing_)),
+          activation(activation_of(op, activation_)),
           dtype(dtype_of(op, "x", x_)),
           weight(weight),
           out(out) {
@@ -50,6 +58,7 @@ struct PackedLinearArgs {
     }
 
     kernels::Packing packing;
+    kernels::LinearActivation activation;
     Dtype dtype;
     Tensor x;          // [..., in]
     Tensor weight;     // uint8, packed

@@ -177,8 +177,16 @@ def test_what_it_does_not_take(run, family_folder, tmp_path, text, options, name
     assert code == 2 and named in err and not (tmp_path / "out").exists()
 
 
-def test_sources_that_cannot_be_packed(run, family_folder, tmp_path):
-    assert run("quantize", family_folder("siglip"), tmp_path / "out")[0] == 2
+def test_an_image_encoder(run, family_folder, tmp_path):
+    code, _, _ = run("quantize", family_folder("siglip"), tmp_path / "out", "--weights", "int8")
+    found = json.loads((tmp_path / "out/quantization_report.json").read_text())
+    assert code == 0 and "tokenizer" in found["skipped"]
+    assert found["bytes"]["after"]["vision encoder"].keys() == {"int8", "f32"}
+
+
+def test_sources_that_cannot_be_packed(run, family_folder, tmp_path, text):
+    options = ["--no-report", "--calibrate", text]
+    assert run("quantize", family_folder("siglip"), tmp_path / "out", *options)[0] == 2
     assert run("quantize", family_folder("llama"), tmp_path / "packed", "--no-report")[0] == 0
     for command in (
         ["quantize", tmp_path / "packed", tmp_path / "out"],

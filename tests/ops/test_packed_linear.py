@@ -2,9 +2,10 @@ import pytest
 import torch
 
 from helpers import BadCall, Sample, check_op, instruction_set, instruction_sets, needs_kernels
+from mllama import _ext
 from mllama.ops import pack_weight, packed_linear, unpack_weight
 from mllama.ops.packed_layout import PACKINGS, pack, packed_bytes, unpack
-from mllama.ops.packed_linear import reference
+from mllama.ops.packed_linear import PACKED_ACTIVATIONS, reference
 
 SIZES = [(37, 100), (16, 32), (64, 576), (1, 1), (15, 33), (100, 260)]
 # Of the weight's own size: what rounding to these formats may cost on normal numbers.
@@ -50,19 +51,19 @@ def check_packing(w, packing):
     assert torch.equal(halves, dense.bfloat16())
 
 
-def sample(packing, out, width, lead, bias=True):
+def sample(packing, out, width, lead, bias=True, activation=None):
     packed = pack(weight(out, width), packing)
     return Sample(
         (torch.randn(*lead, width), packed, torch.randn(out) if bias else None),
-        {"out_features": out, "packing": packing},
+        {"out_features": out, "packing": packing, "activation": activation},
     )
 
 
 X, PACKED, B = torch.randn(2, 40), pack(weight(20, 40), "int4"), torch.randn(20)
 
 
-def call(x=X, packed=PACKED, bias=B, out_features=20, packing="int4"):
-    return packed_linear(x, packed, bias, out_features=out_features, packing=packing)
+def call(x=X, packed=PACKED, bias=B, out_features=20, packing="int4", **more):
+    return packed_linear(x, packed, bias, out_features=out_features, packing=packing, **more)
 
 
 @needs_kernels
@@ -76,7 +77,11 @@ def test_packed_linear(packing):
             sample(packing, 37, 100, (1,)),
             sample(packing, 16, 32, (2, 3), bias=False),
             sample(packing, 64, 576, (9,)),
-            sample(packing, 5, 33, (130,)),
+            sample(packing, 5, 33, (130,), activation="gelu"),
+            sample(packing, 37, 96, (3,), activation="gelu"),
+            sample(packing, 37, 96, (3,), bias=False, activation="gelu_pytorch_tanh"),
+            sample(packing, 50, 100, (140,), bias=False, activation="gelu_pytorch_tanh"),
+            sample(packing, 50, 96, (140,), activation="quick_gelu"),
             sample(packing, 100, 300, (2, 65)),  # many rows; panels and chunks that are not whole
             sample(packing, 48, 64, (32,), bias=False),
             sample(packing, 17, 515, (3, 11)),
@@ -88,7 +93,7 @@ def test_packed_linear(packing):
         raw=[
             (
                 torch.ops.mllama.packed_linear.default,
-                (torch.randn(2, 40), pack(weight(20, 40), packing), torch.randn(20), 20, number),
+                (torch.randn(2, 40), pack(weight(20, 40), packing), torch.randn(20), 20, number, 0),
             ),
             (torch.ops.mllama.pack_weight.default, (weight(20, 40), number)),
             (
@@ -106,6 +111,7 @@ def test_packed_linear(packing):
             BadCall(lambda: call(packing="int8"), ValueError, "weight"),
             BadCall(lambda: call(packing="int3"), ValueError, "packing"),
             BadCall(lambda: call(bias=B[1:]), ValueError, "bias"),
+            BadCall(lambda: call(activation="relu"), ValueError, "activation"),
             BadCall(lambda: pack_weight(X[0], "int4"), ValueError, "weight"),
             BadCall(lambda: pack_weight(X.int(), "int4"), TypeError, "weight"),
             BadCall(lambda: pack_weight(X * 1e30, "int4"), ValueError, "weight"),
@@ -172,3 +178,20 @@ def test_subnormal_inputs_stay_small():
     x[0, ::3] = 0
     for function in (packed_linear, reference):
         assert function(x, PACKED, out_features=20, packing="int4").abs().max() < 1e-37
+
+
+@needs_kernels
+@pytest.mark.parametrize("activation", PACKED_ACTIVATIONS)
+@pytest.mark.parametrize("isa", instruction_sets() if not _ext.disabled() else [])
+def test_activations_of_every_size_of_number(activation, isa):
+    """As many rows of x, and as many weights. NaN is where torch has it, as for minus infinity."""
+    every = torch.arange(-(2**15), 2**15).to(torch.int16).view(torch.bfloat16).float()[:, None]
+    expected = PACKED_ACTIVATIONS[activation](every.double()).float()
+    one = torch.ones(1, 1)
+    options = {"packing": "f32", "activation": activation}
+    with instruction_set(isa):
+        for y in (
+            packed_linear(every, pack(one, "f32"), out_features=1, **options),
+            packed_linear(one, pack(every, "f32"), out_features=len(every), **options).mT,
+        ):
+            torch.testing.assert_close(y, expected, rtol=2e-6, atol=2e-7, equal_nan=True)

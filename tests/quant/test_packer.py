@@ -11,7 +11,7 @@ import torch
 import mllama
 import tiny
 from helpers import needs_kernels
-from mllama import MllamaForConditionalGeneration, optimize
+from mllama import MllamaForConditionalGeneration, SiglipModel, optimize
 from mllama.cli._parser import WEIGHTS
 from mllama.model.fast_decoder import find_obstacle
 from mllama.nn.packed import PackedEmbedding, PackedLinear
@@ -38,6 +38,26 @@ def test_logits(case, weights):
         logits = optimize(model, weights)(**inputs).logits
     assert distance(logits, expected) <= ERROR[weights]
     assert not any(parameter.requires_grad for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("weights", RECIPES)
+def test_features(weights, tmp_path):
+    """Of an image encoder alone, also from files: while they are loaded, and packed ones."""
+    pair = pairs.pair("siglip_vision_model")
+    pair.ours.save_pretrained(tmp_path / "dense")
+    model = optimize(copy.deepcopy(pair.ours), weights)
+    model.save_pretrained(tmp_path / "packed")
+    loaded = (
+        SiglipModel.from_pretrained(tmp_path / "dense", weights=weights),
+        SiglipModel.from_pretrained(tmp_path / "packed"),
+    )
+    assert not any(type(part) is torch.nn.Linear for part in model.modules())
+    pixels = pair.images(2)
+    with torch.no_grad():
+        expected, output = pair.ours(pixels), model(pixels)
+        for name in ("last_hidden_state", "pooler_output"):
+            assert distance(output[name], expected[name]) <= ERROR[weights]
+            assert all(torch.equal(one(pixels)[name], output[name]) for one in loaded)
 
 
 def test_a_packed_model_computes_with_what_it_holds():
@@ -163,8 +183,8 @@ def test_models_that_cannot_be_packed():
     mllama.convert_to_lora(lora, rank=2, alpha=4, target_modules=["q_proj"])
     with pytest.raises(ValueError, match="LoRA"):
         optimize(lora, "int8")
-    with pytest.raises(ValueError, match="decoder"):
-        optimize(copy.deepcopy(pairs.pair("siglip_vision_model").ours), "int8")
+    with pytest.raises(ValueError, match="Linear"):
+        optimize(torch.nn.Linear(32, 32), "int8")
     too_large = tiny.model()
     too_large.lm_head.weight.data[0, 0] = float("inf")
     with pytest.raises(ValueError, match="lm_head.weight"):

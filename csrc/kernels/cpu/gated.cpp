@@ -13,9 +13,8 @@ struct Silu {
     static float slope(vf) { return 1.0f; }
 };
 struct Gelu {
-    static constexpr float kScale = 1.59576912f, kCubic = 0.044715f;  // 2 sqrt(2 / pi)
-    static vf z(vf x) { return kScale * x * (1.0f + kCubic * (x * x)); }
-    static vf slope(vf x) { return kScale + 3.0f * kScale * kCubic * (x * x); }
+    static vf z(vf x) { return gelu_argument(x); }
+    static vf slope(vf x) { return kGeluScale + 3.0f * kGeluScale * kGeluCubic * (x * x); }
 };
 
 // Calls body(Silu{} or Gelu{}, T{}) as the arguments say.

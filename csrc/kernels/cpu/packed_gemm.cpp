@@ -2,6 +2,7 @@
 
 #include <algorithm>
 
+#include "kernels/cpu/packed_epilogue.h"
 #include "kernels/cpu/packed_tiles.h"
 
 namespace mllama::kernels::MLLAMA_ISA {
@@ -241,9 +242,7 @@ void store_sums(const PackedLinear& a, int64_t first, int64_t last, int64_t colu
         for (int64_t row = first; row < last; ++row, sums += kPanelLanes) {
             auto* y = static_cast<decltype(t)*>(a.y) + row * a.out + column;
             for_vectors(count, [&](int64_t i, int n) {
-                vf sum = load(sums + i);
-                if (a.bias) sum += at(a.bias + column + i, n);
-                put(y + i, sum, n);
+                put(y + i, finish(a, column + i, n, load(sums + i)), n);
             });
         }
     });

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 
+#include "kernels/cpu/packed_epilogue.h"
 #include "kernels/cpu/packed_formats.h"
 #include "kernels/cpu/packed_gemm.h"
 
@@ -82,7 +83,7 @@ template <class T>
 void store_lanes(const PackedLinear& a, int64_t row, int64_t first, int v, vf sum) {
     int64_t lane = first + v * kWidth, count = std::clamp<int64_t>(a.out - lane, 0, kWidth);
     if (count == 0) return;
-    if (a.bias) sum += count == kWidth ? load(a.bias + lane) : load_n(a.bias + lane, count);
+    sum = finish(a, lane, static_cast<int>(count), sum);
     put(static_cast<T*>(a.y) + row * a.out + lane, sum, static_cast<int>(count));
 }
 

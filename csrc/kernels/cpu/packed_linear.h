@@ -81,7 +81,10 @@ struct Activations {
     int16_t* sums;  // [rows, groups, 2]
 };
 
-// y = x weight' + bias
+// What a result passes through before it is stored.
+enum class LinearActivation { none, gelu, gelu_tanh, quick_gelu };
+
+// y = activation(x weight' + bias)
 struct PackedLinear {
     Packing packing;
     Dtype dtype;  // of x and y
@@ -91,6 +94,7 @@ struct PackedLinear {
     const uint8_t* weight;
     const float* bias;  // [out] or null
     void* y;            // [rows, out]
+    LinearActivation activation;
 };
 
 // Weights to blocks and back.

@@ -20,7 +20,7 @@ from mllama.hf.config_objects import config_object
 from mllama.hf.models import model_class, survey_opened
 from mllama.hf.names import PreTrainedModel
 from mllama.hf.weight_types import count_bytes
-from mllama.model.memory import Work, count_parameters, image_tokens, memory_needed, spec_of
+from mllama.model.memory import Work, count_parameters, image_tokens, memory_needed
 from mllama.weights.family import Config
 
 _CONTEXT = 4096  # default for models that take more
@@ -66,7 +66,7 @@ def collect(
             model, report = survey_opened(opened)
             headers = opened.source.headers()
             stored = count_bytes(opened, model, report)
-    spec, parameters = spec_of(model), count_parameters(model)
+    spec, parameters = model.spec, count_parameters(model)
     elements: dict[str, int] = {}
     for header in headers.values():
         elements[dtype_name(header.dtype)] = (
@@ -127,7 +127,7 @@ def _work(
     tiles: int | None,
     dtype: str,
 ) -> Work:
-    spec = spec_of(model)
+    spec = model.spec
     if context is not None and spec.text is None:
         raise ValueError("--context needs a decoder, and this model has none")
     if tiles is not None and spec.encoder is None:

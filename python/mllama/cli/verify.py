@@ -25,7 +25,6 @@ from mllama.hf.models import model_class, survey_opened
 from mllama.hf.names import PreTrainedModel
 from mllama.hf.siglip import SiglipModel
 from mllama.hf.stock import load_stock
-from mllama.model.memory import spec_of
 from mllama.model.samples import Sample, make_samples
 
 _FLOAT32 = 1e-4  # largest relative error of a vector in float32
@@ -63,7 +62,7 @@ def run(arguments: argparse.Namespace) -> int:
         kind = model_class(opened.spec)
         model, report = survey_opened(opened)
         report.check(opened.source.where)
-        spec = spec_of(model)
+        spec = model.spec
     if arguments.reference == "meta":
         refuse_meta(opened.family.name)
     samples = make_samples(spec, spec.image_token_index, arguments.seed, device)

@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from mllama.config.spec import ModelSpec
-from mllama.nn.activation import ACTIVATIONS
+from mllama.nn.activation import activated
 
 
 class MultiModalProjector(nn.Module):
@@ -20,12 +20,12 @@ class MultiModalProjector(nn.Module):
     ):
         super().__init__()
         self.linear_1 = nn.Linear(input_size, inner_size, bias=bias)
-        self.act = ACTIVATIONS[activation]
+        self.activation = activation
         self.linear_2 = nn.Linear(inner_size, output_size, bias=bias)
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
         """[..., input_size] -> [..., output_size]."""
-        return self.linear_2(self.act(self.linear_1(features)))
+        return self.linear_2(activated(self.linear_1, features, self.activation))
 
 
 class LinearProjector(nn.Module):

@@ -79,7 +79,7 @@ def taken_by(model: Any, given: dict[str, Any]) -> dict[str, Any]:
 
     def takes(name: str) -> bool:
         if name in ("pixel_values", "image_features") and spec is not None:
-            return spec.encoder is not None
+            return name in known and spec.encoder is not None
         return name in known and (spec is None or name not in _SPECIAL or _SPECIAL[name][0](spec))
 
     return {

@@ -65,7 +65,7 @@ def check_built(model: PreTrainedModel) -> None:
                     f"config: {field} was {was!r} when the model was built and cannot become "
                     f"{fields[name]!r}: build a new model"
                 )
-    if hasattr(model, "spec"):
+    if model.spec.text is not None:
         spec = compose(model.config)
         if spec.projector_sizes != model.spec.projector_sizes:
             raise ValueError(
@@ -90,7 +90,7 @@ def _is_fewer_layers(model: PreTrainedModel, part: str, name: str, value: Any) -
     if (
         name != "num_hidden_layers"
         or part == "vision_config"
-        or not hasattr(model, "spec")
+        or model.spec.text is None
         or model.spec.text.cross_attention_layers
     ):
         return False

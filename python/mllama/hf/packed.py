@@ -1,7 +1,6 @@
 """Packed models as transformers models: saving, tied weights."""
 
 import os
-from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -12,7 +11,7 @@ from mllama.config.packing import FIELD, packing_field
 from mllama.hf.checkpoints import check_readable, plain_keys, versions, write_model
 from mllama.hf.config_objects import file_content
 from mllama.nn.packed import FORMAT, PACKED, PackedFormat
-from mllama.quant.packer import HEAD, packing_of
+from mllama.quant.packer import HEAD, is_tied, packing_of
 
 
 def save_packed_model(
@@ -47,8 +46,7 @@ def save_packed_model(
 
 
 def _tied_names(model: PreTrainedModel) -> set[str]:
-    tied: Any = model.spec.text.tie_word_embeddings  # type: ignore[union-attr]
-    return {f"{HEAD}.{PACKED}", f"{HEAD}.{FORMAT}"} if tied else set()
+    return {f"{HEAD}.{PACKED}", f"{HEAD}.{FORMAT}"} if is_tied(model) else set()
 
 
 def _check_formats(state: dict[str, torch.Tensor], own: dict[str, torch.Tensor]) -> None:

@@ -69,8 +69,8 @@ def quantize(
     Raises:
         FileNotFoundError: there is no such model or text.
         FileExistsError: target exists and is not empty.
-        ValueError: weights or dtype is unknown; the source's weights are packed already, or it has
-            no decoder; the text is too short or has no use; or as `mllama.load`.
+        ValueError: weights or dtype is unknown; the source's weights are packed already; the text
+            is too short or has no use; or as `mllama.load`.
     """
     if weights not in (known := [*RECIPES, FILE]):
         raise ValueError(f"weights must be one of {', '.join(known)}, got {weights!r}")
@@ -83,9 +83,7 @@ def quantize(
     with (opened := _open(path)).source:
         processor = _processor(path)
         kind: Any = model_class(opened.spec)
-        if opened.spec.text is None:
-            raise ValueError(f"{path} has no decoder, and weights are packed for one")
-        longest = opened.spec.text.max_position_embeddings
+        longest = opened.spec.text.max_position_embeddings if opened.spec.text else 0
         ids = _token_ids(processor, text, longest) if report else None
         if calibration is None:
             model, _ = load_opened(kind, opened, dtype, weights=weights)

@@ -34,8 +34,9 @@ class SiglipModel(PretrainedMixin, PreTrainedModel):
     def __init__(self, config: SiglipVisionConfig):
         if not isinstance(config, SiglipVisionConfig):
             raise TypeError(f"config must be a SiglipVisionConfig, got {type(config).__name__}")
-        vision = compose(config).vision
         super().__init__(own_config(config))
+        self.spec = compose(config)
+        vision = self.spec.vision
         self.vision_tower = SiglipImageEncoder(vision)
         self.head = SiglipPoolingHead(vision) if vision.vision_use_head else None
         self.post_init()

@@ -55,7 +55,7 @@ def count_parameters(model: nn.Module) -> dict[str, int]:
         model: a model of this package; it may be on the meta device.
     """
     tied = model.get_expanded_tied_weights_keys()
-    crossed = _crossed(spec_of(model))
+    crossed = _crossed(model.spec)
     found = dict.fromkeys(PARTS, 0)
     for name, parameter in model.named_parameters(remove_duplicate=False):
         if name not in tied:
@@ -79,7 +79,7 @@ def memory_needed(model: nn.Module, work: Work) -> dict[str, int]:
         if there are such layers; "key-value cache", "decoder activations" and "logits" if there is
         a decoder. Logits are those of the last position, with `generate`'s float32 copy.
     """
-    spec, size = spec_of(model), work.dtype.itemsize
+    spec, size = model.spec, work.dtype.itemsize
     packed = [layer for _, layer in _packed_layers(model, model.get_expanded_tied_weights_keys())]
     dense = sum(count_parameters(model).values())
     dense -= sum(layer.format.rows * layer.format.columns for layer in packed)
@@ -115,15 +115,6 @@ def _packed_layers(
     ]
 
 
-def spec_of(model: nn.Module) -> ModelSpec:
-    """The spec of a model of this package; a vision model alone has no text."""
-    return (
-        model.spec
-        if hasattr(model, "spec")
-        else ModelSpec(text=None, encoder="siglip", vision=model.vision_tower.config)
-    )
-
-
 def image_tokens(spec: ModelSpec, tiles: int) -> int:
     """Features of one row's non-empty tiles, as the decoder reads them."""
     return tiles * spec.tokens_per_image if spec.pooling else _encoder_tokens(spec, tiles)
@@ -149,7 +140,7 @@ def _crossed(spec: ModelSpec) -> frozenset[int]:
 
 def part_of(model: nn.Module, name: str) -> str:
     """Which of PARTS a tensor of a model belongs to, by its name."""
-    return _part(name, _crossed(spec_of(model)))
+    return _part(name, _crossed(model.spec))
 
 
 def _part(name: str, crossed: frozenset[int]) -> str:

@@ -5,7 +5,11 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
+from torch import nn
 from torch.nn import functional as F
+
+from mllama.nn.packed import takes_activation
+from mllama.ops.packed_linear import quick_gelu
 
 
 def gelu_tanh(x: torch.Tensor) -> torch.Tensor:
@@ -26,11 +30,6 @@ def gelu_erf(x: torch.Tensor) -> torch.Tensor:
 def gelu_10(x: torch.Tensor) -> torch.Tensor:
     """GELU clipped to [-10, 10]."""
     return F.gelu(x).clip(-10, 10)
-
-
-def quick_gelu(x: torch.Tensor) -> torch.Tensor:
-    """x * sigmoid(1.702 x), CLIP's activation."""
-    return x * torch.sigmoid(1.702 * x)
 
 
 def laplace(x: torch.Tensor) -> torch.Tensor:
@@ -83,3 +82,16 @@ ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "swish": F.silu,
     "tanh": torch.tanh,
 }
+
+
+def activated(linear: nn.Module, x: torch.Tensor, activation: str) -> torch.Tensor:
+    """activation(linear(x)), as one operator where the layer is packed.
+
+    Args:
+        linear: the layer.
+        x: its input.
+        activation: one of ACTIVATIONS.
+    """
+    if takes_activation(linear, activation):
+        return linear(x, activation)
+    return ACTIVATIONS[activation](linear(x))

@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from mllama.nn.activation import ACTIVATIONS
+from mllama.nn.activation import activated
 from mllama.nn.plain import takes_recompute
 from mllama.ops.gated import geglu, swiglu
 from mllama.ops.recompute import Recompute
@@ -45,9 +45,9 @@ class MLP(nn.Module):
     ):
         super().__init__()
         self.fc1 = nn.Linear(hidden_size, intermediate_size)
-        self.act = ACTIVATIONS[activation]
+        self.activation = activation
         self.fc2 = nn.Linear(intermediate_size, hidden_size)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x: [..., hidden_size] -> the same shape."""
-        return self.fc2(self.act(self.fc1(x)))
+        return self.fc2(activated(self.fc1, x, self.activation))

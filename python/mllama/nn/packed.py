@@ -10,8 +10,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from mllama.nn.plain import is_plain
 from mllama.ops.packed_layout import PACKINGS, packed_bytes
-from mllama.ops.packed_linear import packed_linear, unpack_weight
+from mllama.ops.packed_linear import PACKED_ACTIVATIONS, packed_linear, unpack_weight
 
 PACKED, FORMAT = "packed", "format"  # names in a state dict
 _LONGEST_FORMAT = 64  # bytes
@@ -155,10 +156,17 @@ class PackedLinear(_Packed):
         """What `packed` is."""
         return PackedFormat(self.packing, self.out_features, self.in_features)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """[..., in_features] -> [..., out_features], of x's dtype."""
+    def forward(self, x: torch.Tensor, activation: str | None = None) -> torch.Tensor:
+        """[..., in_features] -> [..., out_features], of x's dtype; activation is one of
+        PACKED_ACTIVATIONS.
+        """
         return packed_linear(
-            x, self.packed, self.bias, out_features=self.out_features, packing=self.packing
+            x,
+            self.packed,
+            self.bias,
+            out_features=self.out_features,
+            packing=self.packing,
+            activation=activation,
         )
 
     def dense(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -171,6 +179,11 @@ class PackedLinear(_Packed):
         return (
             f"{self.in_features}, {self.out_features}, {self.packing}, bias={self.bias is not None}"
         )
+
+
+def takes_activation(module: nn.Module, activation: str) -> bool:
+    """Whether it is a plain packed layer whose product can apply the activation."""
+    return activation in PACKED_ACTIVATIONS and is_plain(module, PackedLinear)
 
 
 class PackedEmbedding(_Packed):

@@ -3,9 +3,11 @@ order in which products with one row and with many read them. csrc/kernels/cpu/p
 describes the layout.
 """
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
+from functools import partial
 
 import torch
+from torch.nn.functional import gelu
 
 from mllama.ops._dispatch import (
     FLOAT_DTYPES,
@@ -17,6 +19,19 @@ from mllama.ops._dispatch import (
     use_kernel,
 )
 from mllama.ops.packed_layout import PACKINGS, pack, packed_bytes, split_groups, unpack
+
+
+def quick_gelu(x: torch.Tensor) -> torch.Tensor:
+    """x * sigmoid(1.702 x), CLIP's activation."""
+    return x * torch.sigmoid(1.702 * x)
+
+
+# In the order of LinearActivation of packed_linear.h, from 1 on; by the names that configs use.
+PACKED_ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "gelu": gelu,
+    "gelu_pytorch_tanh": partial(gelu, approximate="tanh"),
+    "quick_gelu": quick_gelu,
+}
 
 
 def pack_weight(weight: torch.Tensor, packing: str) -> torch.Tensor:
@@ -94,10 +109,12 @@ def packed_linear(
     *,
     out_features: int,
     packing: str,
+    activation: str | None = None,
 ) -> torch.Tensor:
-    """x weight' + bias. For inference: it has no derivative.
+    """activation(x weight' + bias). For inference: it has no derivative.
 
-    Beside codes, x is rounded to 8 bits, symmetric, with a scale for 32 inputs. Sums are float32.
+    Beside codes, x is rounded to 8 bits, symmetric, with a scale for 32 inputs. Sums are float32,
+    and so is what the activation gets.
 
     Args:
         x: [..., in_features], float32, bfloat16 or float16.
@@ -105,6 +122,7 @@ def packed_linear(
         bias: [out_features], one of x's dtypes.
         out_features: rows of the weight.
         packing: its format.
+        activation: one of PACKED_ACTIVATIONS. Default: none.
 
     Returns:
         [..., out_features] of x's dtype.
@@ -112,14 +130,16 @@ def packed_linear(
     Raises:
         TypeError: a tensor of another dtype.
         ValueError: weight has another size than these features and packing give; bias is not
-            [out_features].
+            [out_features]; activation is not known.
     """
     check_packing("packed_linear", packing)
-    number = PACKINGS[packing].number
+    number, applied = PACKINGS[packing].number, _number_of(activation)
     if use_kernel(x):
-        return _packed_linear(x, weight, bias, out_features, number)
-    _check(x, weight, bias, out_features, number)
-    return reference(x, weight, bias, out_features=out_features, packing=packing)
+        return _packed_linear(x, weight, bias, out_features, number, applied)
+    _check(x, weight, bias, out_features, number, applied)
+    return reference(
+        x, weight, bias, out_features=out_features, packing=packing, activation=activation
+    )
 
 
 def reference(
@@ -129,6 +149,7 @@ def reference(
     *,
     out_features: int,
     packing: str,
+    activation: str | None = None,
 ) -> torch.Tensor:
     """`packed_linear` in plain torch."""
     dense = unpack(weight, out_features, x.shape[-1], packing)
@@ -136,7 +157,7 @@ def reference(
     if PACKINGS[packing].quantized:
         values = _rounded(values)
     y = torch.nn.functional.linear(values, dense, None if bias is None else bias.float())
-    return y.to(x.dtype)
+    return (y if activation is None else PACKED_ACTIVATIONS[activation](y)).to(x.dtype)
 
 
 def _rounded(x: torch.Tensor) -> torch.Tensor:
@@ -205,7 +226,19 @@ def _check_indices(rows: torch.Tensor | None, out_features: int) -> None:
         )
 
 
-def _check(x, weight, bias, out_features, number) -> None:
+def _number_of(activation: str | None) -> int:
+    """What the kernel takes it as: LinearActivation of packed_linear.h."""
+    if activation is None:
+        return 0
+    if activation not in PACKED_ACTIVATIONS:
+        raise ValueError(
+            f"packed_linear: activation must be None or one of {', '.join(PACKED_ACTIVATIONS)}, "
+            f"got {activation!r}"
+        )
+    return 1 + list(PACKED_ACTIVATIONS).index(activation)
+
+
+def _check(x, weight, bias, out_features, number, activation) -> None:
     check_tensors("packed_linear", optional=("bias",), x=x, bias=bias)
     if x.dim() == 0:
         raise ValueError("packed_linear: x must have at least one dimension")
@@ -215,7 +248,7 @@ def _check(x, weight, bias, out_features, number) -> None:
         raise ValueError(f"packed_linear: bias must be [{out_features}], got {list(bias.shape)}")
 
 
-def _fake(x, weight, bias, out_features, number):
+def _fake(x, weight, bias, out_features, number, activation):
     return x.new_empty((*x.shape[:-1], out_features))
 
 

@@ -17,6 +17,7 @@ from mllama.quant.packer import (
     Packer,
     check_packable,
     check_tied,
+    is_tied,
     mark_packed,
     tie_packed,
 )
@@ -70,7 +71,7 @@ def lay_out_packed(model: nn.Module, source: _Source) -> None:
         ValueError: a format is not known, or has another shape than the model's layer.
     """
     modules = dict(model.named_modules())
-    tied = model.spec.text.tie_word_embeddings
+    tied = is_tied(model)
     for name in source.headers():
         owner, _, last = name.rpartition(".")
         module = modules.get(owner)
@@ -126,7 +127,7 @@ class _Mapped:
         module = self.model.get_submodule(owner)
         if not isinstance(module, (PackedLinear, PackedEmbedding)) or last == "bias":
             return False
-        if owner == HEAD and self.model.spec.text.tie_word_embeddings:
+        if owner == HEAD and is_tied(self.model):
             check_tied(torch.equal(read(), module.state_dict()[last]))
             return True
         if last == FORMAT:  # lay_out_packed has read it

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from mllama import _ext
+from mllama.config.spec import ModelSpec
 from mllama.nn.adapted import note_change
 from mllama.nn.packed import PackedLinear, packed_layer
 from mllama.ops.packed_gguf import GGUF_BLOCKS, pack_gguf
@@ -55,7 +56,7 @@ class Packer:
     """Replaces layers of a model by packed ones.
 
     Args:
-        model: a `VisionLanguageModel`, which may be on the meta device.
+        model: a `VisionLanguageModel` or a SigLIP, which may be on the meta device.
         weights: one of RECIPES, or FILE or AUTO while a model is loaded.
         device: where the model will be.
 
@@ -63,8 +64,8 @@ class Packer:
         packed: the format of every layer packed so far, by name.
 
     Raises:
-        ValueError: weights is not known; the model has LoRA layers, is packed, has no decoder or
-            is not on the CPU; the compiled operators are disabled.
+        ValueError: weights is not known; the model is none of this package's, has LoRA layers, is
+            packed or is not on the CPU; the compiled operators are disabled.
     """
 
     def __init__(self, model: nn.Module, weights: str, device: Any = "cpu"):
@@ -74,7 +75,7 @@ class Packer:
         check_packable(model, weights, device)
         self.model, self.weights, self.recipe = model, weights, RECIPES.get(weights)
         self.packed: dict[str, str] = {}
-        self._tied = model.spec.text.tie_word_embeddings
+        self._tied = is_tied(model)
         self._left = {
             name
             for name, module in model.named_modules()
@@ -134,9 +135,12 @@ class Packer:
 
         Raises:
             TypeError: ids is no int64 tensor.
-            ValueError: no layer gets four bits; ids is not [rows, T] with tokens.
+            ValueError: there is no decoder, or no layer of it gets four bits; ids is not [rows, T]
+                with tokens.
             IndexError: an id is not in the vocabulary.
         """
+        if self.model.spec.text is None:
+            raise ValueError("calibration is for decoders, and the model has none")
         if self.recipe is None or gptq.FORMAT not in (self.recipe.decoder, self.recipe.vision):
             raise ValueError(f"calibration is for weights='int4', got {self.weights!r}")
         if not isinstance(ids, torch.Tensor) or ids.dtype != torch.int64:
@@ -206,8 +210,10 @@ def check_packable(model: nn.Module, weights: str, device: Any) -> None:
         raise ValueError("weights needs the compiled operators, which are disabled here")
     if isinstance(device, dict) or str(device) != "cpu":
         raise ValueError(f"weights={weights!r} needs device 'cpu', got {device!r}")
-    if getattr(getattr(model, "spec", None), "text", None) is None:
-        raise ValueError("weights are packed of models with a decoder; this one has none")
+    if not isinstance(getattr(model, "spec", None), ModelSpec):
+        raise ValueError(
+            f"weights are packed of this package's models; {type(model).__name__} is none"
+        )
     if packing_of(model) is not None:
         raise ValueError("weights cannot be packed twice: this model is packed")
     if any(".lora_a" in name or ".lora_A" in name for name, _ in model.named_parameters()):
@@ -235,9 +241,15 @@ def packing_of(model: nn.Module) -> str | None:
     return getattr(model, "packed_weights", None)
 
 
+def is_tied(model: nn.Module) -> bool:
+    """Whether the model has an output head that is its embeddings' matrix."""
+    text = model.spec.text
+    return text is not None and text.tie_word_embeddings
+
+
 def tie_packed(model: nn.Module) -> None:
     """Let a packed model's head share the packed embeddings, where its config ties them."""
-    if model.spec.text.tie_word_embeddings:
+    if is_tied(model):
         model.get_submodule(HEAD).packed = model.get_submodule(EMBEDDINGS).packed
 
 
@@ -266,8 +278,9 @@ def optimize(model: _Model, weights: str, calibration: torch.Tensor | None = Non
     then reads fewer bytes per token, and runs all layers in one operator call.
 
     Args:
-        model: `MllamaForConditionalGeneration`, or a core `VisionLanguageModel`, with its weights.
-            It is changed in place; its other parameters need no gradient afterwards.
+        model: `MllamaForConditionalGeneration`, `SiglipModel`, or a core `VisionLanguageModel`,
+            with its weights. It is changed in place; its other parameters need no gradient
+            afterwards.
         weights: "bf16", "f16" or "f32" keep 16 or 32 bits; "int8" takes 8 with a scale for 32
             weights; "int4" takes 4 with a scale and a minimum for 32 weights, and 8 for embeddings,
             head, vision encoder and projector.
@@ -281,9 +294,10 @@ def optimize(model: _Model, weights: str, calibration: torch.Tensor | None = Non
     Raises:
         TypeError: calibration is no int64 tensor.
         IndexError: calibration has an id beyond the vocabulary.
-        ValueError: calibration is for other weights than "int4", or not [rows, T]; weights is not
-            known; the model is packed or has LoRA layers; a weight has values that the format
-            cannot hold; the model is then packed in part, and has to be loaded anew.
+        ValueError: calibration is for other weights than "int4", for a model without a decoder, or
+            not [rows, T]; weights is not known; the model is packed or has LoRA layers; a weight
+            has values that the format cannot hold; the model is then packed in part, and has to be
+            loaded anew.
     """
     if weights in (FILE, AUTO):
         raise ValueError(f"weights={weights!r} is for a model that is being loaded")
