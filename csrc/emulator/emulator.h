@@ -7,6 +7,7 @@
 #include <cstdint>
 #include <source_location>
 #include <stdexcept>
+#include <string>
 
 struct dim3 {
     unsigned x, y, z;
@@ -40,6 +41,9 @@ struct Counters {
     uint64_t launches, blocks, threads, switches, collectives, accesses;
 };
 Counters& counters();
+
+// Ends the running launch with this error.
+[[noreturn]] void stop(const std::string& text);
 
 // ---- memory that kernels may touch
 
@@ -96,10 +100,11 @@ void fence();
 // Tensor-core instructions on the registers of the calling warp, for f16 or bf16.
 struct MatrixRegisters {
     uint32_t a[4], b[2];
-    int depth;  // 8 or 16: columns of A
+    int depth;  // columns of A: 8 or 16; of codes 16 or 32
     bool is_bf16;
 };
 void mma(float (&d)[4], const MatrixRegisters& registers, Where where);
+void mma_codes(int (&d)[4], const MatrixRegisters& registers, Where where);  // signed bytes
 // `matrices` is 1, 2 or 4; `row` is where this lane's row of 16 bytes begins.
 void ldmatrix(uint32_t* registers, const void* row, int matrices, bool transposed, Where where);
 

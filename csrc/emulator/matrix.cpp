@@ -1,6 +1,6 @@
-// ldmatrix and mma, with the layouts of registers that the PTX manual gives for m16n8k8 and
-// m16n8k16: lane 4 g + t has rows g and g + 8 of A and D, column g of B, and pairs of columns
-// (rows of B) from 2 t on.
+// ldmatrix and mma, with the layouts of registers that the PTX manual gives for m16n8k8, m16n8k16
+// and m16n8k32: lane 4 g + t has rows g and g + 8 of A and D, column g of B, and pairs of columns
+// (rows of B) from 2 t on; of bytes, four from 4 t on.
 #include <cstring>
 
 #include "emulator/checker.h"
@@ -50,6 +50,28 @@ void multiply(Lanes& lanes) {
     }
 }
 
+void multiply_codes(Lanes& lanes) {
+    int a[16][32] = {}, b[32][8] = {};
+    for (int lane = 0; lane < 32; ++lane) {
+        const auto& r = *static_cast<const MatrixRegisters*>(lanes.in[lane]);
+        int g = lane / 4, t = lane % 4 * 4;
+        for (int i = 0; i < 4; ++i) {
+            for (int k = 0; k < r.depth; k += 16) {
+                a[g][t + k + i] = static_cast<int8_t>(r.a[k / 8] >> 8 * i);
+                a[g + 8][t + k + i] = static_cast<int8_t>(r.a[k / 8 + 1] >> 8 * i);
+                b[t + k + i][g] = static_cast<int8_t>(r.b[k / 16] >> 8 * i);
+            }
+        }
+    }
+    for (int lane = 0; lane < 32; ++lane) {
+        auto* d = static_cast<int*>(lanes.out[lane]);
+        for (int i = 0; i < 4; ++i) {
+            int row = lane / 4 + i / 2 * 8, column = lane % 4 * 2 + i % 2;
+            for (int k = 0; k < 32; ++k) d[i] += a[row][k] * b[k][column];
+        }
+    }
+}
+
 struct Rows {
     const void* at[32];
 };
@@ -72,6 +94,10 @@ uint32_t element(const Rows& rows, int row, int column) {
 
 void mma(float (&d)[4], const MatrixRegisters& registers, Where where) {
     warp_function(Function::mma, kAllLanes, &registers, d, &multiply, where);
+}
+
+void mma_codes(int (&d)[4], const MatrixRegisters& registers, Where where) {
+    warp_function(Function::mma, kAllLanes, &registers, d, &multiply_codes, where);
 }
 
 void ldmatrix(uint32_t* registers, const void* row, int matrices, bool transposed, Where where) {

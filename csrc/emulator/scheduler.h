@@ -84,8 +84,6 @@ void make_ready(Fiber& fiber);
 void wait(const char* for_what, Where where);
 // Lets others go first, unless the order is forward.
 void give_way();
-// Ends the launch with this error.
-[[noreturn]] void stop(const std::string& text);
 
 std::string describe(const Fiber& fiber);
 std::string describe(Where where);

@@ -29,27 +29,13 @@ struct Workspace {
     kernels::Activations activations;
 };
 
-kernels::PackedLinear kernel_args(const PackedLinearArgs& a, const Workspace& workspace) {
-    return {.packing = a.packing,
-            .dtype = a.dtype,
-            .rows = row_count(a.x),
-            .in = last_size(a.x),
-            .out = a.out,
-            .x = a.x.const_data_ptr(),
-            .activations = workspace.activations,
-            .weight = data<uint8_t>(a.weight),
-            .bias = a.bias ? data<float>(*a.bias) : nullptr,
-            .y = a.y.mutable_data_ptr(),
-            .activation = a.activation};
-}
-
 Tensor packed_linear(const Tensor& x, const Tensor& weight, const MaybeTensor& bias, int64_t out,
                      int64_t packing, int64_t activation) {
     PackedLinearArgs a("packed_linear", x, weight, bias, out, packing, activation);
     if (a.y.numel() == 0) return a.y;
     int64_t rows = row_count(a.x), in = last_size(a.x);
     Workspace workspace(a.packing, rows, in);
-    kernels::PackedLinear args = kernel_args(a, workspace);
+    kernels::PackedLinear args = a.kernel(workspace.activations);
     auto prepare = MLLAMA_CALL(packed_activations);
     auto multiply = MLLAMA_CALL(packed_product);
     parallel_for(rows, row_grain(in),
@@ -123,38 +109,23 @@ Tensor pack_gguf(const Tensor& blocks, int64_t packing_) {
     return packed;
 }
 
-// All rows, or those that an int64 tensor names.
-Tensor unpack_weight(const Tensor& weight, const MaybeTensor& rows_, int64_t out, int64_t width,
-                     int64_t packing_, ScalarType type) {
+Tensor unpack_weight(const Tensor& weight, const MaybeTensor& rows, int64_t out, int64_t width,
+                     int64_t packing, ScalarType type) {
     const char* op = "unpack_weight";
-    kernels::Packing packing = packing_of(op, packing_);
-    check_packed(op, weight, packing, out, width);
-    const int64_t* rows = nullptr;
-    MaybeTensor indices;
-    if (rows_) {
-        check(rows_->scalar_type() == ScalarType::Long && rows_->dim() == 1, op, "rows");
-        indices = dense(*rows_);
-        rows = data<int64_t>(*indices);
-        for (int64_t i = 0; i < rows_->numel(); ++i)
-            check(0 <= rows[i] && rows[i] < out, op, "rows");
+    UnpackWeightArgs a(op, weight, rows, out, width, packing, type);
+    kernels::PackWeight args = a.kernel();
+    if (!a.rows) {
+        unpack_all(args, 0, kernels::block_count(out));
+        return a.dense_rows;
     }
-    int64_t count = rows_ ? rows_->numel() : out;  // the address of no rows is null
-    Tensor dense_rows = torch::stable::empty({count, width}, type);
-    kernels::PackWeight args{.packing = packing,
-                             .dtype = dtype_of(op, "dtype", dense_rows),
-                             .in = width,
-                             .out = out,
-                             .dense = dense_rows.mutable_data_ptr(),
-                             .packed = const_cast<uint8_t*>(data<uint8_t>(weight))};
-    if (rows_) {
-        auto unpack = MLLAMA_CALL(unpack_row);
-        parallel_for(count, row_grain(width), [&](int64_t begin, int64_t end) {
-            for (int64_t i = begin; i < end; ++i) unpack(args, rows[i], i);
-        });
-        return dense_rows;
-    }
-    unpack_all(args, 0, kernels::block_count(out));
-    return dense_rows;
+    const int64_t* indices = data<int64_t>(*a.rows);
+    int64_t count = a.rows->numel();
+    for (int64_t i = 0; i < count; ++i) check(0 <= indices[i] && indices[i] < out, op, "rows");
+    auto unpack = MLLAMA_CALL(unpack_row);
+    parallel_for(count, row_grain(width), [&](int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; ++i) unpack(args, indices[i], i);
+    });
+    return a.dense_rows;
 }
 
 }  // namespace

@@ -23,8 +23,9 @@ inline kernels::Packing packing_of(const char* op, int64_t packing) {
 }
 
 inline kernels::LinearActivation activation_of(const char* op, int64_t activation) {
-    check(0 <= activation && activation <= static_cast<int64_t>(kernels::LinearActivation::quick_gelu), op,
-          "activation");
+    check(0 <= activation &&
+              activation <= static_cast<int64_t>(kernels::LinearActivation::quick_gelu),
+          op, "activation");
     return static_cast<kernels::LinearActivation>(activation);
 }
 
@@ -57,6 +58,20 @@ struct PackedLinearArgs {
         bias = dense(to_dtype(*bias_, ScalarType::Float));
     }
 
+    kernels::PackedLinear kernel(const kernels::Activations& activations) const {
+        return {.packing = packing,
+                .dtype = dtype,
+                .rows = row_count(x),
+                .in = last_size(x),
+                .out = out,
+                .x = x.const_data_ptr(),
+                .activations = activations,
+                .weight = data<uint8_t>(weight),
+                .bias = bias ? data<float>(*bias) : nullptr,
+                .y = y.mutable_data_ptr(),
+                .activation = activation};
+    }
+
     kernels::Packing packing;
     kernels::LinearActivation activation;
     Dtype dtype;
@@ -65,6 +80,38 @@ struct PackedLinearArgs {
     MaybeTensor bias;  // float32 [out]
     int64_t out;
     Tensor y;  // [..., out], in x's dtype
+};
+
+// All rows, or those that an int64 tensor names.
+struct UnpackWeightArgs {
+    UnpackWeightArgs(const char* op, const Tensor& weight, const MaybeTensor& rows_, int64_t out,
+                     int64_t width, int64_t packing_, ScalarType type)
+        : packing(packing_of(op, packing_)), weight(weight), out(out), width(width) {
+        check_packed(op, weight, packing, out, width);
+        if (rows_) {
+            check(rows_->scalar_type() == ScalarType::Long && rows_->dim() == 1, op, "rows");
+            rows = dense(*rows_);
+        }
+        Tensor like = new_tensor(weight, {0});
+        dense_rows = torch::stable::new_empty(like, {rows ? rows->numel() : out, width}, type);
+        dtype = dtype_of(op, "dtype", dense_rows);
+    }
+
+    kernels::PackWeight kernel() const {
+        return {.packing = packing,
+                .dtype = dtype,
+                .in = width,
+                .out = out,
+                .dense = dense_rows.mutable_data_ptr(),
+                .packed = const_cast<uint8_t*>(data<uint8_t>(weight))};
+    }
+
+    kernels::Packing packing;
+    Dtype dtype;
+    Tensor weight;
+    MaybeTensor rows;
+    int64_t out, width;
+    Tensor dense_rows;
 };
 
 }  // namespace mllama

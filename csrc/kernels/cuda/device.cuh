@@ -23,6 +23,7 @@
 namespace mllama::cuda {
 
 constexpr uint32_t kAllLanes = 0xffffffffu;
+constexpr float kLargest = 3.402823466e38f, kRounder = 12582912.0f;  // 1.5 * 2^23
 
 template <class T, int N>
 struct Array {
@@ -142,6 +143,13 @@ MLLAMA_DEVICE float warp_sum(float v) {
     return v;
 }
 
+MLLAMA_DEVICE float warp_max(float v) {
+    MLLAMA_UNROLL for (int step = 16; step; step /= 2) v =
+        fmaxf(v, __shfl_xor_sync(kAllLanes, v, step));
+    return v;
+}
+MLLAMA_DEVICE bool warp_all(bool v) { return __all_sync(kAllLanes, v); }
+
 template <int kWarps>
 MLLAMA_DEVICE float block_sum(float v) {
     using Parts = Array<float, kWarps>;
@@ -228,6 +236,37 @@ MLLAMA_DEVICE void mma_8(float (&d)[4], const uint32_t (&a)[2], uint32_t b) {
         : "r"(a[0]), "r"(a[1]), "r"(b));
 }
 
+#define MLLAMA_MMA_CODES(shape, a_registers, b_registers, ...)                                  \
+    asm volatile("mma.sync.aligned." shape ".row.col.s32.s8.s8.s32 {%0,%1,%2,%3}, " a_registers \
+                 ", " b_registers ", {%0,%1,%2,%3};"                                            \
+                 : "+r"(d[0]), "+r"(d[1]), "+r"(d[2]), "+r"(d[3])                               \
+                 : __VA_ARGS__)
+// d += a b for a 16x32 by rows, b 32x8 by columns, of signed bytes (sm_80).
+MLLAMA_DEVICE void mma_codes_32(int (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+#if __CUDA_ARCH__ >= 800
+    MLLAMA_MMA_CODES("m16n8k32", "{%4,%5,%6,%7}", "{%8,%9}", "r"(a[0]), "r"(a[1]), "r"(a[2]),
+                     "r"(a[3]), "r"(b[0]), "r"(b[1]));
+#else
+    __trap();
+#endif
+}
+// The same for a 16x16 and b 16x8.
+MLLAMA_DEVICE void mma_codes_16(int (&d)[4], const uint32_t (&a)[2], uint32_t b) {
+#if __CUDA_ARCH__ >= 800
+    MLLAMA_MMA_CODES("m16n8k16", "{%4,%5}", "{%6}", "r"(a[0]), "r"(a[1]), "r"(b));
+#else
+    __trap();
+#endif
+}
+#undef MLLAMA_MMA_CODES
+
+// sum + the dot product of four signed bytes.
+MLLAMA_DEVICE int dot_codes(uint32_t a, uint32_t b, int sum) {
+    return __dp4a(static_cast<int>(a), static_cast<int>(b), sum);
+}
+// Ends the kernel with an error.
+MLLAMA_DEVICE void trap(const char*) { __trap(); }
+
 #else
 
 inline void copy_async(void* to, const void* from, bool valid) {
@@ -252,6 +291,18 @@ void mma_16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], MLLAM
 inline void mma_8(float (&d)[4], const uint32_t (&a)[2], uint32_t b, MLLAMA_HERE) {
     emulator::mma(d, {{a[0], a[1]}, {b}, 8, false}, where);
 }
+inline void mma_codes_32(int (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], MLLAMA_HERE) {
+    emulator::mma_codes(d, {{a[0], a[1], a[2], a[3]}, {b[0], b[1]}, 32, false}, where);
+}
+inline void mma_codes_16(int (&d)[4], const uint32_t (&a)[2], uint32_t b, MLLAMA_HERE) {
+    emulator::mma_codes(d, {{a[0], a[1]}, {b}, 16, false}, where);
+}
+inline int dot_codes(uint32_t a, uint32_t b, int sum) {
+    for (int i = 0; i < 32; i += 8)
+        sum += static_cast<int8_t>(a >> i) * static_cast<int8_t>(b >> i);
+    return sum;
+}
+inline void trap(const char* why) { emulator::stop(why); }
 
 #endif
 

@@ -1,0 +1,89 @@
+#include "kernels/cuda/packed_linear.cuh"
+
+namespace mllama::cuda {
+namespace {
+
+constexpr int64_t kManyRows = 16;  // from which on tiles of rows are worth their padding
+
+unsigned parts(int64_t size, int64_t part) {
+    return static_cast<unsigned>((size + part - 1) / part);
+}
+
+template <class Half>
+void launch_few(const PackedLinear& a, Stream stream) {
+    int64_t bytes = kernels::block_bytes(a.packing, a.in);
+    dispatch(a.dtype, [&](auto t) {
+        auto run = [&](auto rows) {
+            launch("multiply_few", &multiply_few<Half, decltype(t), rows>,
+                   dim3(parts(a.out, kLanes), parts(a.rows, rows)), 32 * kFewWarps, 0, stream, a,
+                   bytes);
+        };
+        if (a.rows == 1) return run(std::integral_constant<int, 1>{});
+        run(std::integral_constant<int, 4>{});
+    });
+}
+
+template <class Steps>
+void launch_many(const PackedLinear& a, const TileRows& x, Stream stream) {
+    int64_t bytes = kernels::block_bytes(a.packing, a.in);
+    dispatch(a.dtype, [&](auto t) {
+        launch("multiply_many", &multiply_many<Steps, decltype(t)>,
+               dim3(parts(a.out, kLanes * kTileWarps), parts(a.rows, kTileRows)), kTileThreadCount,
+               0, stream, a, x, bytes);
+    });
+}
+
+// Whether mma takes rows of x as they are: of the weights' type, in pieces of 16 bytes.
+bool are_tiles(const PackedLinear& a) {
+    bool same = (a.packing == Packing::bf16 && a.dtype == Dtype::bf16) ||
+                (a.packing == Packing::f16 && a.dtype == Dtype::f16);
+    return same && a.in % 8 == 0 && are_aligned(a.x);
+}
+
+}  // namespace
+
+void quantize_activations(const PackedLinear& a, Stream stream) {
+    int64_t groups = chunk_count(a.in) * kChunkGroups;
+    dispatch(a.dtype, [&](auto t) {
+        launch("quantize_activations", &quantize_activations<decltype(t)>,
+               blocks_for(a.rows * groups, kQuantizeWarps), 32 * kQuantizeWarps, 0, stream, a,
+               groups);
+    });
+}
+
+void packed_linear(const PackedLinear& a, int architecture, Stream stream) {
+    bool many = a.rows >= kManyRows && architecture >= 80;
+    dispatch_codes(a.packing, [&](auto p) {
+        int64_t stride = chunk_count(a.in) * kChunkInputs;
+        const auto* codes = reinterpret_cast<const char*>(a.activations.codes);
+        if (many) return launch_many<CodeSteps<p>>(a, {codes, stride, stride}, stream);
+        launch_few<CodeHalf<p>>(a, stream);
+    });
+    dispatch_floats(a.packing, [&](auto w) {
+        using W = decltype(w);
+        if constexpr (sizeof(W) == 2) {
+            int64_t stride = a.in * 2;
+            if (many && are_tiles(a))
+                return launch_many<FloatSteps<W>>(
+                    a, {static_cast<const char*>(a.x), stride, stride}, stream);
+        }
+        dispatch(a.dtype, [&](auto t) { launch_few<FloatHalf<W, decltype(t)>>(a, stream); });
+    });
+}
+
+void unpack_weight(const kernels::PackWeight& a, const int64_t* rows, int64_t count,
+                   Stream stream) {
+    int64_t bytes = kernels::block_bytes(a.packing, a.in);
+    dispatch(a.dtype, [&](auto t) {
+        auto run = [&]<class Value>() {
+            launch("unpack_weight", &unpack_weight<Value, decltype(t)>,
+                   blocks_for(count * a.in, kUnpackThreads), kUnpackThreads, 0, stream, a, rows,
+                   count, bytes);
+        };
+        dispatch_codes(a.packing, [&](auto p) { run.template operator()<CodeValue<p>>(); });
+        dispatch_floats(a.packing,
+                        [&](auto w) { run.template operator()<FloatValue<decltype(w)>>(); });
+    });
+}
+
+}  // namespace mllama::cuda
