@@ -99,8 +99,8 @@ MLLAMA_DEVICE void multiply_tile(int64_t terms, Neighbors left_neighbors, Left&&
             }
         }
     }
-    for (int i = 0; i < 2; ++i) {
-        for (int j = 0; j < 4; ++j) done(row + i, column + j, sums[i][j]);
+    MLLAMA_UNROLL for (int i = 0; i < 2; ++i) {
+        MLLAMA_UNROLL for (int j = 0; j < 4; ++j) done(row + i, column + j, sums[i][j]);
     }
 }
 
