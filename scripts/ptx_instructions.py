@@ -84,8 +84,8 @@ class Instructions:
             return f"address_of({name(operand)})"
         if operand in self.shared:
             return f"{c}({list(self.shared).index(operand)}u << kVariableBits)"
-        if number := re.fullmatch(r"0[fF]([0-9A-Fa-f]{8})", operand):
-            return f"as<float>(0x{number[1]}u)"
+        if number := re.fullmatch(r"0[fFdD]([0-9A-Fa-f]{8,16})", operand):
+            return f"as<{c}>(0x{number[1]}{'u' if c == 'float' else 'ull'})"
         if type_ == "pred":
             return "false" if operand == "0" else "true"
         if re.fullmatch(r"-?(0x[0-9A-Fa-f]+|\d+)", operand):
@@ -147,13 +147,14 @@ class Instructions:
         return self._access(words, o[0], o[1], t, store)
 
     def _mov(self, words, o, t):
+        half = f"b{bits(t) // 2}" if t != "pred" else t
         if "{" in o[1]:
-            low, high = (self.value(half, "u16") for half in listed(o[1]))
-            return self.set(o[0], t, f"{low} | uint32_t({high}) << 16")
+            low, high = (self.value(part, half) for part in listed(o[1]))
+            return self.set(o[0], t, f"{low} | {unsigned(t)}({high}) << {bits(half)}")
         if "{" in o[0]:
             low, high = listed(o[0])
-            whole = self.value(o[1], "u32")
-            return self.set(low, "b16", whole) + self.set(high, "b16", f"{whole} >> 16")
+            whole = self.value(o[1], t)
+            return self.set(low, half, whole) + self.set(high, half, f"{whole} >> {bits(half)}")
         return self.set(o[0], t, self.value(o[1], t))
 
     def _cvta(self, words, o, t):

@@ -68,7 +68,8 @@ using TileTerms =
 
 template <class At>
 MLLAMA_DEVICE void load_terms(TileTerms& to, Neighbors neighbors, At&& at) {
-    for (int e = threadIdx.x; e < kTile * kTile; e += kTileThreads) {
+    // More at a time would spill registers.
+    MLLAMA_UNROLL_2 for (int e = threadIdx.x; e < kTile * kTile; e += kTileThreads) {
         int fast = e % kTile, slow = e / kTile;
         int place = neighbors == Neighbors::in_tile ? fast : slow;
         int term = neighbors == Neighbors::in_tile ? slow : fast;

@@ -38,7 +38,7 @@ def pack_weight(weight: torch.Tensor, packing: str) -> torch.Tensor:
             known.
     """
     check_packing("pack_weight", packing)
-    if use_kernel(weight):
+    if use_kernel("packed_linear", weight):
         return _pack_weight(weight, PACKINGS[packing].number)
     _check_pack(weight, 0)
     packed = pack(weight, packing)
@@ -75,7 +75,7 @@ def unpack_weight(
     """
     check_packing("unpack_weight", packing)
     number = PACKINGS[packing].number
-    if use_kernel(packed):
+    if use_kernel("packed_linear", packed):
         try:
             return _unpack_weight(packed, rows, out_features, in_features, number, dtype)
         except ValueError:
@@ -116,7 +116,7 @@ def packed_linear(
     """
     check_packing("packed_linear", packing)
     number = PACKINGS[packing].number
-    if use_kernel(x):
+    if use_kernel("packed_linear", x):
         return _packed_linear(x, weight, bias, out_features, number)
     _check(x, weight, bias, out_features, number)
     return reference(x, weight, bias, out_features=out_features, packing=packing)
