@@ -1,4 +1,4 @@
-# Targets: demo, test, test-quick, test-emulated, lint, bench, bench-models, notebooks, clean;
+# Targets: demo, test, test-quick, test-emulated, test-ptx, lint, bench, bench-models, notebooks, clean;
 # test-oldest, test-newest, test-wheel; lock. They need only Python (>= 3.11), a C++20 compiler and make. The
 # rest is installed into .venv, at the versions in requirements.lock. `make PYTHON=python3.12 test`
 # uses another Python.
@@ -14,7 +14,7 @@ PYTEST := python -m pytest -n $(WORKERS) tests notebooks --nbmake
 # With ccache a rebuild takes seconds.
 export CMAKE_CXX_COMPILER_LAUNCHER ?= $(shell command -v ccache)
 
-.PHONY: demo test test-quick test-emulated test-oldest test-newest test-wheel lint lock bench \
+.PHONY: demo test test-quick test-emulated test-ptx test-oldest test-newest test-wheel lint lock bench \
     bench-models notebooks clean
 .DELETE_ON_ERROR:
 .SECONDARY:
@@ -30,8 +30,13 @@ test-quick: $(VENV)/.built
 	$(BIN)/python -m pytest -n $(WORKERS) -m "not slow" tests
 
 # The CUDA kernels on the CPU, in an emulator that checks every access (docs/gpu-status.md).
-test-emulated: $(VENV)/.built build/emulated/.built
+test-emulated: $(VENV)/.built build/emulated/.mllama_emulated
 	$(BIN)/python -m pytest -n $(WORKERS) --device=emulated tests/cuda tests/ops
+
+# The same from nvcc's PTX, for the oldest architecture and for one with all that kernels use.
+test-ptx: $(VENV)/.built build/emulated/.mllama_ptx_75 build/emulated/.mllama_ptx_80
+	$(BIN)/python -m pytest -n $(WORKERS) --device=ptx --architecture=75 tests/cuda tests/ops
+	$(BIN)/python -m pytest -n $(WORKERS) --device=ptx --architecture=80 tests/cuda tests/ops
 
 # One wheel, built against the pinned torch, tested with the lowest versions that pyproject.toml
 # allows, the newest ones, and the locked ones.
@@ -86,11 +91,11 @@ $(VENV)/.built: $(VENV)/.tools $(SOURCES)
 	$(BIN)/$(PIP_INSTALL) $(FILES_ONLY)
 	touch $@
 
-build/emulated/.built: $(VENV)/.tools $(SOURCES) $(wildcard tests/cuda/*.cu)
+build/emulated/.%: $(VENV)/.tools $(SOURCES) $(wildcard scripts/ptx*.py tests/cuda/planted.*)
 	$(BIN)/cmake -S . -B build/emulated -G Ninja -DMLLAMA_EMULATOR=ON \
 	    -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja -DPython_EXECUTABLE=$(CURDIR)/$(BIN)/python \
 	    -Dpybind11_DIR=$$($(BIN)/python -m pybind11 --cmakedir)
-	$(BIN)/cmake --build build/emulated --target mllama_emulated
+	$(BIN)/cmake --build build/emulated --target $*
 	touch $@
 
 $(VENV)/.lint: $(VENV)/.tools

@@ -18,7 +18,8 @@ PYBIND11_MODULE(_C, m) {
             py::dict info;
             info["operators"] = MLLAMA_OPS;
             info["instruction_sets"] = mllama::isa_names();
-            info["cuda_toolkit"] = false;  // there are no CUDA sources yet
+            info["cuda_toolkit"] = MLLAMA_CUDA_TOOLKIT;
+            info["cuda_operators"] = MLLAMA_CUDA_OPS;
             info["torch"] = TORCH_VERSION;
 #if defined(__GNUC__) && !defined(__clang__)
             info["compiler"] = "GCC " __VERSION__;  // Clang's version begins with its name
@@ -27,8 +28,8 @@ PYBIND11_MODULE(_C, m) {
 #endif
             return info;
         },
-        "What the extension was built with: operators, instruction sets, CUDA toolkit, torch, "
-        "compiler.");
+        "What the extension was built with: operators, instruction sets, CUDA toolkit (its "
+        "version, empty without one), operators that have a CUDA kernel, torch, compiler.");
     m.def(
         "isa", [] { return mllama::isa_name(mllama::current_isa()); },
         "The instruction set that the kernels use.\n\nRaises ValueError if MLLAMA_CPU_ISA names "

@@ -64,15 +64,22 @@ SLOW = (
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """Add --device (devices.py)."""
+    """Add --device and --architecture (devices.py)."""
     parser.addoption(
         "--device", choices=devices.CHOICES, default="cpu", help="where operators are tested"
+    )
+    parser.addoption(
+        "--architecture",
+        type=int,
+        choices=emulated.ARCHITECTURES,
+        default=80,
+        help="of the device that --device=emulated or ptx stands for",
     )
 
 
 def pytest_configure(config: pytest.Config) -> None:
     """Choose the device before test files are imported."""
-    devices.choose(config.getoption("device"))
+    devices.choose(config.getoption("device"), config.getoption("architecture"))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -2,7 +2,8 @@
 
 - cpu: the CPU kernels.
 - emulated: the CUDA kernels, compiled for the CPU with the emulator. Operators that have none, and
-  tests of no operator's kernel, are skipped.
+  tests of no operator's kernel, are skipped. `make test-emulated`
+- ptx: the same, compiled by nvcc to PTX for `--architecture`, 75 or 80. `make test-ptx`
 - cuda: the CUDA kernels on a GPU, with the tensors moved there.
 """
 
@@ -14,12 +15,12 @@ import torch
 import emulated
 from mllama import _ext
 
-CHOICES = ("cpu", "emulated", "cuda")
+CHOICES = ("cpu", "emulated", "ptx", "cuda")
 TESTS = Path(__file__).parent
 _chosen = "cpu"
 
 
-def choose(device: str) -> None:
+def choose(device: str, architecture: int) -> None:
     """Use the device from now on.
 
     Raises:
@@ -28,18 +29,23 @@ def choose(device: str) -> None:
     global _chosen
     if device == "cuda" and not torch.cuda.is_available():
         raise pytest.UsageError("--device=cuda: torch finds no CUDA device")
-    if device == "emulated":
-        if not emulated.LIBRARY.exists():
-            raise pytest.UsageError(
-                f"--device=emulated: no {emulated.LIBRARY}; `make test-emulated` builds it"
-            )
-        emulated.library()
+    if device in ("emulated", "ptx"):
+        name = device if device == "emulated" else f"ptx_{architecture}"
+        path = emulated.FOLDER / f"libmllama_{name}.so"
+        if not path.exists():
+            raise pytest.UsageError(f"--device={device}: no {path}; `make test-{device}` builds it")
+        emulated.load(path, architecture)
     _chosen = device
 
 
 def is_emulated() -> bool:
     """Whether mllama's operators run their CUDA kernels on the CPU."""
-    return _chosen == "emulated"
+    return _chosen in ("emulated", "ptx")
+
+
+def is_compiled() -> bool:
+    """Whether the kernels were compiled by nvcc, and have what the architecture has."""
+    return _chosen == "ptx"
 
 
 def tensor_device() -> str:
@@ -51,7 +57,7 @@ def skip_reason(test_file: Path) -> str | None:
     """Why the tests of a file do not run on this device; None if they do."""
     folder, name = test_file.parent, test_file.stem.removeprefix("test_")
     if folder == TESTS / "cuda":
-        return None if is_emulated() else "needs --device=emulated"
+        return None if is_emulated() else "needs --device=emulated or ptx"
     if not is_emulated() or folder != TESTS / "ops":
         return None
     if name not in _ext.load().build_info()["operators"].split():

@@ -1,11 +1,12 @@
-"""The CUDA kernels that run on the CPU: a library for tests, built by `make test-emulated`."""
+"""The CUDA kernels that run on the CPU: libraries for tests, of which one is loaded."""
 
 import ctypes
 import functools
 from dataclasses import dataclass
 from pathlib import Path
 
-LIBRARY = Path(__file__).parent.parent / "build/emulated/libmllama_emulated.so"
+FOLDER = Path(__file__).parent.parent / "build/emulated"
+ARCHITECTURES = (75, 80, 86, 90)
 ORDERS, ARRIVALS = ("forward", "reverse", "random"), ("late", "early")
 
 
@@ -21,30 +22,47 @@ class Counters:
     accesses: int
 
 
-@functools.cache
-def library() -> ctypes.CDLL:
-    """The library, loaded once. From then on mllama's operators that have a CUDA kernel run it."""
+_library: ctypes.CDLL | None = None
+_architecture = 80
+
+
+def load(path: Path, architecture: int) -> None:
+    """Load a library: from now on mllama's operators that have a CUDA kernel run it, as a device
+    of the architecture would.
+    """
     import mllama.ops  # noqa: F401  registers the CPU kernels, which are replaced
 
-    library = ctypes.CDLL(str(LIBRARY))
-    library.mllama_emulator_operators.restype = ctypes.c_char_p
-    return library
+    global _library, _architecture
+    _library, _architecture = ctypes.CDLL(str(path)), architecture
+    _library.mllama_emulator_operators.restype = ctypes.c_char_p
 
 
+def library() -> ctypes.CDLL:
+    """The library that was loaded."""
+    assert _library is not None
+    return _library
+
+
+@functools.cache
 def operators() -> list[str]:
     """The operators' files, such as rms_norm, that have a CUDA kernel."""
     return library().mllama_emulator_operators().decode().split()
 
 
+def architecture() -> int:
+    """That of the device which the library stands for."""
+    return _architecture
+
+
 def set_options(
-    architecture: int = 80, order: str | None = None, arrival: str = "late", seed: int = 0
+    order: str | None = None, arrival: str = "late", seed: int = 0, architecture: int | None = None
 ) -> None:
-    """Choose the device's architecture (75, 80, 86 or 90), and how threads are scheduled; without
-    an order it changes from launch to launch.
+    """Choose how threads are scheduled, which changes from launch to launch without an order, and
+    an architecture other than the loaded one.
     """
-    library().mllama_emulator_set(
-        architecture, order is None, ORDERS.index(order or "forward"), ARRIVALS.index(arrival), seed
-    )
+    rotate, order = order is None, ORDERS.index(order or "forward")
+    architecture = architecture or _architecture
+    library().mllama_emulator_set(architecture, rotate, order, ARRIVALS.index(arrival), seed)
 
 
 def take_counters() -> Counters:

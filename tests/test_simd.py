@@ -66,5 +66,7 @@ def test_a_weaker_set_is_never_missing():
             module.set_isa(name)
 
 
-def test_no_cuda_is_claimed():
-    assert _ext.load().build_info()["cuda_toolkit"] is False
+def test_cuda_kernels_need_a_toolkit():
+    built = _ext.load().build_info()
+    assert bool(built["cuda_operators"]) == bool(built["cuda_toolkit"])
+    assert set(built["cuda_operators"].split()) <= set(built["operators"].split())

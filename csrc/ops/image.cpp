@@ -1,63 +1,33 @@
 #include "ops/image.h"
 
-#include <cmath>
 #include <cstring>
 #include <optional>
 #include <vector>
 
 #include "core/threads.h"
 #include "kernels/cpu/image.h"
+#include "ops/resize_taps.h"
 
 namespace mllama {
 namespace {
 
-double bilinear(double x) {
-    x = std::abs(x);
-    return x < 1.0 ? 1.0 - x : 0.0;
-}
-
-double bicubic(double x) {
-    constexpr double a = -0.5;
-    x = std::abs(x);
-    if (x < 1.0) return ((a + 2.0) * x - (a + 3.0)) * x * x + 1;
-    return x < 2.0 ? (((x - 5) * x + 8) * x - 4) * a : 0.0;
-}
-
-// The weights of one direction: Pillow's precompute_coeffs and normalize_coeffs_8bpc, operation by
-// operation, then in pairs as the kernels read them. (Compiled without FMA on x86: a fused product
-// would round differently.)
+// Taps of one direction in pairs, as the kernels read them.
 struct Weights {
     int64_t most;
     std::vector<int64_t> first;
     std::vector<int32_t> count, high, low;
 
     Weights(int64_t in_size, int64_t out_size, bool cubic) : first(out_size), count(out_size) {
-        const double scale = static_cast<double>(in_size) / static_cast<double>(out_size);
-        const double widened = std::max(scale, 1.0), support = (cubic ? 2.0 : 1.0) * widened,
-                     per_pixel = 1.0 / widened;
-        const int64_t taps = static_cast<int64_t>(std::ceil(support)) * 2 + 1;
-        most = taps / 2 + 1;
+        const ResizeTaps taps(in_size, out_size, cubic);
+        most = taps.most / 2 + 1;
         high.assign(out_size * most, 0);
         low.assign(out_size * most, 0);
-        std::vector<double> exact(taps);
         for (int64_t i = 0; i < out_size; ++i) {
-            const double center = (static_cast<double>(i) + 0.5) * scale;
-            const int64_t begin =
-                std::max<int64_t>(static_cast<int64_t>(center - support + 0.5), 0);
-            const int64_t end =
-                std::min<int64_t>(static_cast<int64_t>(center + support + 0.5), in_size);
-            double total = 0.0;
-            for (int64_t k = begin; k < end; ++k) {
-                const double x = (static_cast<double>(k) - center + 0.5) * per_pixel;
-                exact[k - begin] = cubic ? bicubic(x) : bilinear(x);
-                total += exact[k - begin];
-            }
+            const int64_t begin = taps.first[i], end = begin + taps.count[i];
             first[i] = begin / 2;
             count[i] = static_cast<int32_t>((end + 1) / 2 - begin / 2);
             for (int64_t k = begin; k < end; ++k) {
-                const double share = total != 0.0 ? exact[k - begin] / total : exact[k - begin];
-                const double units = share * (1 << kernels::kFractionBits);
-                const int32_t weight = static_cast<int32_t>(units < 0 ? units - 0.5 : units + 0.5);
+                const int32_t weight = taps.weight[i * taps.most + k - begin];
                 const int32_t upper =
                     (weight + (1 << (kernels::kLowBits - 1))) >> kernels::kLowBits;
                 const int64_t at = i * most + k / 2 - begin / 2;

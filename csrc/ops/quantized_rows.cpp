@@ -10,8 +10,8 @@ Tensor quantize_rows(const Tensor& x_) {
     Dtype dtype = dtype_of(op, "x", x_);
     check(x_.dim() >= 1, op, "x");
     Tensor x = dense(x_);
-    int64_t size = last_size(x), bytes = kernels::quantized_row_bytes(size);
-    Tensor codes = new_tensor(x, with_last(x, bytes), aoti_torch_dtype_int8());
+    Tensor codes = new_codes(x);
+    int64_t size = last_size(x), bytes = last_size(codes);
     auto quantize = MLLAMA_CALL(quantize_rows);
     parallel_for(row_count(x), row_grain(size), [&](int64_t begin, int64_t end) {
         quantize(static_cast<const char*>(x.const_data_ptr()) + begin * size * size_of(dtype),
@@ -25,8 +25,7 @@ Tensor dequantize_rows(const Tensor& codes_, int64_t size, ScalarType type) {
     check_rows(op, codes_, size);
     Dtype dtype = dtype_of(op, "dtype", type);
     Tensor codes = dense(codes_);
-    std::vector<int64_t> sizes = with_last(codes, size);
-    Tensor x = torch::stable::empty(sizes, type);
+    Tensor x = new_values(codes, size, type);
     int64_t bytes = last_size(codes);
     auto dequantize = MLLAMA_CALL(dequantize_rows);
     parallel_for(row_count(codes), row_grain(size), [&](int64_t begin, int64_t end) {

@@ -17,4 +17,13 @@ inline void check_rows(const char* op, const Tensor& codes, int64_t size) {
           op, "size");
 }
 
+// Results: rows of codes for x, and rows of `size` values for codes.
+inline Tensor new_codes(const Tensor& x) {
+    return new_tensor(x, with_last(x, kernels::quantized_row_bytes(last_size(x))),
+                      aoti_torch_dtype_int8());
+}
+inline Tensor new_values(const Tensor& codes, int64_t size, ScalarType type) {
+    return new_tensor(codes, with_last(codes, size), static_cast<int32_t>(type));
+}
+
 }  // namespace mllama

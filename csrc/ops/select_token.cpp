@@ -31,17 +31,7 @@ Tensor select_token(const Tensor& logits, const MaybeTensor& uniform, const Mayb
     SelectTokenArgs a(op, logits, uniform, present);
     check(top_k >= 0, op, "top_k");
     int64_t rows = a.logits.size(0), size = a.logits.size(1);
-    kernels::SelectToken args{.dtype = a.dtype,
-                              .size = size,
-                              .logits = a.logits.const_data_ptr(),
-                              .present = a.present ? data<bool>(*a.present) : nullptr,
-                              .uniform = a.uniform ? data<double>(*a.uniform) : nullptr,
-                              .penalty = static_cast<float>(repetition_penalty),
-                              .temperature = static_cast<float>(temperature),
-                              .top_k = top_k,
-                              .top_p = top_p,
-                              .min_p = static_cast<float>(min_p),
-                              .tokens = mutable_data<int64_t>(a.tokens)};
+    kernels::SelectToken args = a.kernel(temperature, top_k, top_p, min_p, repetition_penalty);
     auto select = MLLAMA_CALL(select_token);
     int64_t shares = std::min(rows, thread_count());
     Scratch& scratch = own_scratch();

@@ -31,6 +31,20 @@ struct SelectTokenArgs {
         }
         tokens = new_tensor(logits, {logits.size(0)}, aoti_torch_dtype_int64());
     }
+    kernels::SelectToken kernel(double temperature, int64_t top_k, double top_p, double min_p,
+                                double repetition_penalty) const {
+        return {.dtype = dtype,
+                .size = logits.size(1),
+                .logits = logits.const_data_ptr(),
+                .present = present ? data<bool>(*present) : nullptr,
+                .uniform = uniform ? data<double>(*uniform) : nullptr,
+                .penalty = static_cast<float>(repetition_penalty),
+                .temperature = static_cast<float>(temperature),
+                .top_k = top_k,
+                .top_p = top_p,
+                .min_p = static_cast<float>(min_p),
+                .tokens = mutable_data<int64_t>(tokens)};
+    }
 
     Dtype dtype;
     Tensor logits;        // [rows, vocabulary]

@@ -8,9 +8,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+import devices
 import emulated
 
 SCHEDULES = list(itertools.product(emulated.ORDERS, emulated.ARRIVALS))
+SM_75 = devices.is_compiled() and emulated.architecture() == 75
 MISTAKES = {
     "missing_barrier": "race|uninitialized read",
     "warp_barrier_between_warps": "race|uninitialized read",
@@ -55,8 +57,8 @@ def run(name: str) -> SimpleNamespace:
         halves=torch.randn(2, 16, 16).half(),
     )
     error = ctypes.create_string_buffer(2000)
-    pointers = [ctypes.c_void_p(tensor.data_ptr()) for tensor in vars(t).values()]
-    emulated.library().mllama_run_planted(name.encode(), *pointers, error, ctypes.c_size_t(2000))
+    pointers = (ctypes.c_void_p * 5)(*(tensor.data_ptr() for tensor in vars(t).values()))
+    emulated.library().mllama_run_planted(name.encode(), pointers, error, ctypes.c_size_t(2000))
     t.error = error.value.decode()
     return t
 
@@ -64,14 +66,16 @@ def run(name: str) -> SimpleNamespace:
 @pytest.mark.parametrize("name", MISTAKES)
 def test_mistake_is_named(name):
     """In every order of threads and of copies."""
+    if name in ("read_before_wait", "never_waited_for") and SM_75:
+        pytest.skip("sm_75 has no asynchronous copies")
     for order, arrival in SCHEDULES:
-        emulated.set_options(75, order, arrival)
+        emulated.set_options(order, arrival, architecture=75)
         assert re.search(MISTAKES[name], run(name).error), (order, arrival)
 
 
 @pytest.mark.parametrize(("order", "arrival"), SCHEDULES)
 def test_right_kernels(order, arrival):
-    emulated.set_options(80, order, arrival, seed=7)
+    emulated.set_options(order, arrival, seed=7)
     steps = torch.arange(64.0)
 
     def result(name):
@@ -86,9 +90,12 @@ def test_right_kernels(order, arrival):
     assert torch.equal(result("copied_asynchronously").out, steps.where(steps < 60, 0))
     sums = (torch.arange(16.0) + torch.arange(4.0)[:, None]).flatten()
     assert torch.equal(result("added_by_the_last_block").x, sums + sums.flip(0))
-    product = result("multiplied")
-    a, b = product.halves.float()
-    torch.testing.assert_close(product.out.view(8, 8), (a @ b.T)[:8, :8])
+    for product in ("multiplied_by_8", "multiplied_by_16"):
+        if product == "multiplied_by_16" and SM_75:
+            continue  # sm_75 multiplies 8 columns at a time
+        tensors = result(product)
+        a, b = tensors.halves.float()
+        torch.testing.assert_close(tensors.out.view(8, 8), (a @ b.T)[:8, :8])
 
 
 def test_mistakes_have_a_place():

@@ -3,6 +3,7 @@ import pytest
 import torch
 from PIL import Image
 
+import devices
 from helpers import THROWN, BadCall, instruction_set, instruction_sets, needs_kernels
 from mllama.ops import image as op
 from mllama.ops import resize, resize_normalize
@@ -133,6 +134,7 @@ def test_the_result_is_new_memory():
 
 
 @needs_kernels
+@pytest.mark.skipif(devices.is_emulated(), reason="of the CPU kernels' threads")
 @pytest.mark.parametrize("height_first", [False, True])
 @pytest.mark.parametrize("size", [(1601, 1200, 224, 223), (30, 1200, 1500, 1201)])
 def test_same_bits_with_any_number_of_threads(size, height_first):

@@ -13,10 +13,12 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #define MLLAMA_UNROLL _Pragma("unroll")
+#define MLLAMA_UNROLL_2 _Pragma("unroll 2")
 #else
 #include "emulator/cuda.h"
 #include "emulator/half.h"
 #define MLLAMA_UNROLL  // it would take the C++ compiler longer
+#define MLLAMA_UNROLL_2
 #endif
 #define MLLAMA_DEVICE __device__ __forceinline__
 

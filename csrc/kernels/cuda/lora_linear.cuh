@@ -68,7 +68,8 @@ using TileTerms =
 
 template <class At>
 MLLAMA_DEVICE void load_terms(TileTerms& to, Neighbors neighbors, At&& at) {
-    for (int e = threadIdx.x; e < kTile * kTile; e += kTileThreads) {
+    // More at a time would spill registers.
+    MLLAMA_UNROLL_2 for (int e = threadIdx.x; e < kTile * kTile; e += kTileThreads) {
         int fast = e % kTile, slow = e / kTile;
         int place = neighbors == Neighbors::in_tile ? fast : slow;
         int term = neighbors == Neighbors::in_tile ? slow : fast;
@@ -99,8 +100,8 @@ MLLAMA_DEVICE void multiply_tile(int64_t terms, Neighbors left_neighbors, Left&&
             }
         }
     }
-    for (int i = 0; i < 2; ++i) {
-        for (int j = 0; j < 4; ++j) done(row + i, column + j, sums[i][j]);
+    MLLAMA_UNROLL for (int i = 0; i < 2; ++i) {
+        MLLAMA_UNROLL for (int j = 0; j < 4; ++j) done(row + i, column + j, sums[i][j]);
     }
 }
 

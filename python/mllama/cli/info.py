@@ -64,7 +64,7 @@ def _kernels() -> dict[str, str | list[str]]:
         ),
         "built with": (
             f"torch {built['torch']}, {built['compiler']}, "
-            f"{'a' if built['cuda_toolkit'] else 'no'} CUDA toolkit"
+            f"{'CUDA ' + built['cuda_toolkit'] if built['cuda_toolkit'] else 'no CUDA toolkit'}"
         ),
     }
 

@@ -16,6 +16,7 @@ from torch.autograd import forward_ad
 from mllama import _ext
 
 _EXTENSION = _ext.load()
+_CUDA_OPERATORS = frozenset(_EXTENSION.build_info()["cuda_operators"].split() if _EXTENSION else ())
 if hasattr(os, "register_at_fork"):
     # GNU OpenMP takes the parent's threads for its own in a forked process, and waits for them
     # forever: in torch's operators too. core/threads.h does the same for ours.
@@ -23,9 +24,13 @@ if hasattr(os, "register_at_fork"):
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def use_kernel(x: torch.Tensor) -> bool:
-    """Whether the compiled kernel applies: the tensor is on the CPU and operators are enabled."""
-    return _EXTENSION is not None and isinstance(x, torch.Tensor) and x.is_cpu
+def use_kernel(operator: str, x: torch.Tensor) -> bool:
+    """Whether operators are enabled and have a kernel for x's device; the name is that of the
+    operator's file in csrc/ops.
+    """
+    if _EXTENSION is None or not isinstance(x, torch.Tensor):
+        return False
+    return x.is_cpu or (x.is_cuda and operator in _CUDA_OPERATORS)
 
 
 def autocast_dtype(x: torch.Tensor) -> torch.dtype | None:

@@ -99,7 +99,7 @@ def attention(
         key_mask, key_bias, query_offset, prefix_length, first_key, causal, window, scale, softcap
     )
     _check_numbers(options)
-    if use_kernel(q):
+    if use_kernel("attention", q):
         if q.dim() == 4 and q.shape[-1] < _SMALLEST_HEAD:
             _check(q, k, v, *options)
             return _padded(q, k, v, options)

@@ -22,7 +22,7 @@ def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
         TypeError: an argument is not a tensor, or has another dtype.
         ValueError: shapes, dtypes or devices differ.
     """
-    if use_kernel(gate):
+    if use_kernel("gated", gate):
         return _swiglu(gate, up)
     _check("swiglu", gate, up)
     return swiglu_reference(gate, up)
@@ -34,7 +34,7 @@ def geglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
 
     Arguments, Returns and Raises as `swiglu`.
     """
-    if use_kernel(gate):
+    if use_kernel("gated", gate):
         return _geglu(gate, up)
     _check("geglu", gate, up)
     return geglu_reference(gate, up)

@@ -38,7 +38,7 @@ def resize(image: torch.Tensor, height: int, width: int, resample: str = "bicubi
             the filter is unknown.
     """
     height_first = _check("resize", image, height, width, resample)
-    if use_kernel(image):
+    if use_kernel("image", image):
         return _resize(image, height, width, resample == "bicubic", height_first)
     return reference(image, height, width, resample)
 
@@ -68,7 +68,7 @@ def resize_normalize(
         "resize_normalize: table must be [256, 3] on the CPU, "
         f"got {tuple(table.shape)} on {table.device}",
     )
-    if use_kernel(image):
+    if use_kernel("image", image):
         return _resize_normalize(image, height, width, table, resample == "bicubic", height_first)
     return normalize_reference(image, height, width, table, resample)
 

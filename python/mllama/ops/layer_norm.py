@@ -23,7 +23,7 @@ def layer_norm(
         ValueError: weight or bias is not [D], or eps is negative or not finite.
     """
     check_eps("layer_norm", eps)
-    if use_kernel(x):
+    if use_kernel("layer_norm", x):
         return _layer_norm(x, weight, bias, eps)[0]
     _check(x, weight, bias, eps)
     return reference(x, weight, bias, eps)

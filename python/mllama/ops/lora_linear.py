@@ -80,7 +80,7 @@ def lora_linear(
         check_tensor("lora_linear", "x", x)
         seed = torch.randint(1 << 62, (1,), device=x.device)
     arguments = (x, weight, lora_a, lora_b, bias, seed, scale, dropout)
-    if use_kernel(x):
+    if use_kernel("lora_linear", x):
         if recompute is None or recompute.result is not x or not x.requires_grad:
             return _lora_linear(*arguments)[0]
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():

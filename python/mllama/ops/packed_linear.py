@@ -53,7 +53,7 @@ def pack_weight(weight: torch.Tensor, packing: str) -> torch.Tensor:
             known.
     """
     check_packing("pack_weight", packing)
-    if use_kernel(weight):
+    if use_kernel("packed_linear", weight):
         return _pack_weight(weight, PACKINGS[packing].number)
     _check_pack(weight, 0)
     packed = pack(weight, packing)
@@ -90,7 +90,7 @@ def unpack_weight(
     """
     check_packing("unpack_weight", packing)
     number = PACKINGS[packing].number
-    if use_kernel(packed):
+    if use_kernel("packed_linear", packed):
         try:
             return _unpack_weight(packed, rows, out_features, in_features, number, dtype)
         except ValueError:
@@ -134,7 +134,7 @@ def packed_linear(
     """
     check_packing("packed_linear", packing)
     number, applied = PACKINGS[packing].number, _number_of(activation)
-    if use_kernel(x):
+    if use_kernel("packed_linear", x):
         return _packed_linear(x, weight, bias, out_features, number, applied)
     _check(x, weight, bias, out_features, number, applied)
     return reference(

@@ -27,7 +27,7 @@ def patch_embed(
             or bias do not fit.
     """
     with exact(pixel_values):  # the kernel's matrix product is torch's
-        if use_kernel(pixel_values):
+        if use_kernel("patch_embed", pixel_values):
             return _patch_embed(pixel_values, weight, bias)
         _check(pixel_values, weight, bias)
         return reference(pixel_values, weight, bias)

@@ -34,7 +34,7 @@ def quantize_rows(x: torch.Tensor) -> torch.Tensor:
         TypeError: x is no tensor, or of another dtype.
         ValueError: x has no dimension.
     """
-    if use_kernel(x):
+    if use_kernel("quantized_rows", x):
         return _quantize_rows(x)
     _check_quantize(x)
     return reference_quantize(x)
@@ -57,7 +57,7 @@ def dequantize_rows(
         TypeError: codes is no int8 tensor, or dtype is none of float32, bfloat16 and float16.
         ValueError: codes has rows of another size.
     """
-    if use_kernel(codes):
+    if use_kernel("quantized_rows", codes):
         return _dequantize_rows(codes, size, dtype)
     _check_dequantize(codes, size, dtype)
     return reference_dequantize(codes, size, dtype)

@@ -31,7 +31,7 @@ def rms_norm(
     """
     check_eps("rms_norm", eps)
     _check_offset("rms_norm", offset)
-    if use_kernel(x):
+    if use_kernel("rms_norm", x):
         return _rms_norm(x, weight, eps, offset)[0]
     _check(x, weight, eps, offset)
     return reference(x, weight, eps, offset)
@@ -59,7 +59,7 @@ def add_rms_norm(
     """
     check_eps("add_rms_norm", eps)
     _check_offset("add_rms_norm", offset)
-    if use_kernel(x):
+    if use_kernel("rms_norm", x):
         return _add_rms_norm(x, residual, weight, eps, offset)[:2]
     _add_check(x, residual, weight, eps, offset)
     return add_reference(x, residual, weight, eps, offset)

@@ -46,7 +46,7 @@ def rope(
     if torch.is_grad_enabled():
         _check_no_gradient("cos", cos)
         _check_no_gradient("sin", sin)
-    if use_kernel(q):
+    if use_kernel("rope", q):
         return _rope(q, k, cos, sin, False)
     _check(q, k, cos, sin, False)
     return reference(q, k, cos, sin)

@@ -51,12 +51,17 @@ def select_token(
     numbers = (temperature, top_k, top_p, min_p, repetition_penalty)
     _check_numbers(*numbers)
     arguments = (logits, uniform, present, *numbers)
-    if use_kernel(logits):
+    if use_kernel("select_token", logits):
         try:
-            return _select_token(*arguments)
+            tokens = _select_token(*arguments)
         except ValueError:
             _check_distribution(logits, uniform)
             raise
+        # The CPU kernel has raised; that of a device gives such rows the token -1. Who must not
+        # wait for the device calls the operator itself.
+        if logits.is_cuda and uniform is not None and (tokens < 0).any():
+            _check_distribution(logits, uniform)
+        return tokens
     _check(*arguments)
     _check_distribution(logits, uniform)
     return reference(

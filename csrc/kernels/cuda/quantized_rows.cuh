@@ -1,0 +1,71 @@
+#pragma once
+
+#include "kernels/cpu/quantized_rows.h"
+#include "kernels/cuda/device.cuh"
+
+namespace mllama::cuda {
+
+constexpr int kQuantizeWarps = 8;         // of a block
+constexpr float kSmallestScale = 1e-36f;  // its inverse is finite, as on the CPU
+
+// The scale of a group, a bf16 that need not be aligned.
+MLLAMA_DEVICE float load_scale(const int8_t* at) {
+    uint32_t low = static_cast<uint8_t>(at[0]), high = static_cast<uint8_t>(at[1]);
+    return to_float(bf16{static_cast<uint16_t>(low | high << 8)});
+}
+MLLAMA_DEVICE void store_scale(int8_t* at, bf16 scale) {
+    at[0] = static_cast<int8_t>(scale.bits & 0xff);
+    at[1] = static_cast<int8_t>(scale.bits >> 8);
+}
+
+// The largest absolute value of the warp; NaN if one is not finite.
+MLLAMA_DEVICE float warp_largest_size(float v) {
+    uint32_t size = __float_as_uint(v) & 0x7fffffffu;  // as integers sizes have the same order
+    MLLAMA_UNROLL for (int step = 16; step; step /= 2) {
+        uint32_t other = __shfl_xor_sync(kAllLanes, size, step);
+        size = size > other ? size : other;
+    }
+    float largest = __uint_as_float(size);
+    return largest + largest * 0.0f;
+}
+
+// The nearest integer from -127 to 127, halves to even; 0 for NaN.
+MLLAMA_DEVICE int8_t nearest_code(float v) {
+    if (v != v) return 0;
+    v = v < -127.0f ? -127.0f : v > 127.0f ? 127.0f : v;
+    return static_cast<int8_t>(static_cast<int>(rintf(v)));
+}
+
+// A warp has a group of kRowGroup elements, a lane one.
+template <class T>
+__global__ void __launch_bounds__(32 * kQuantizeWarps)
+    quantize_rows(const T* x, int8_t* codes, int64_t rows, int64_t size, int64_t row_bytes) {
+    int64_t groups = (size + kernels::kRowGroup - 1) / kernels::kRowGroup;
+    int64_t i = int64_t{blockIdx.x} * kQuantizeWarps + threadIdx.x / 32;
+    for (; i < rows * groups; i += int64_t{gridDim.x} * kQuantizeWarps) {
+        int64_t row = i / groups, group = i - row * groups;
+        int64_t column = group * kernels::kRowGroup + threadIdx.x % 32;
+        float v = column < size ? to_float(x[row * size + column]) : 0.0f;
+        bf16 scale = from_float<bf16>(warp_largest_size(v) / 127.0f);
+        if (to_float(scale) < kSmallestScale) scale = bf16{0};
+        float inverse = to_float(scale) > 0 ? 1.0f / to_float(scale) : 0.0f;
+        int8_t* to = codes + row * row_bytes;
+        if (column < size) to[column] = nearest_code(v * inverse);
+        if (threadIdx.x % 32 == 0) store_scale(to + size + group * sizeof(bf16), scale);
+    }
+}
+
+template <class T>
+__global__ void __launch_bounds__(32 * kQuantizeWarps)
+    dequantize_rows(const int8_t* codes, T* x, int64_t rows, int64_t size, int64_t row_bytes) {
+    constexpr int kThreads = 32 * kQuantizeWarps;
+    int64_t i = int64_t{blockIdx.x} * kThreads + threadIdx.x;
+    for (; i < rows * size; i += int64_t{gridDim.x} * kThreads) {
+        int64_t row = i / size, column = i - row * size;
+        const int8_t* from = codes + row * row_bytes;
+        float scale = load_scale(from + size + column / kernels::kRowGroup * sizeof(bf16));
+        x[i] = from_float<T>(static_cast<float>(from[column]) * scale);
+    }
+}
+
+}  // namespace mllama::cuda

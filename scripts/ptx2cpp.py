@@ -1,0 +1,131 @@
+"""PTX, which nvcc makes of a kernel with its inline assembly, to C++ on the emulator.
+
+python scripts/ptx2cpp.py KERNELS.ptx KERNELS.cpp
+
+Each entry becomes a function with the symbol of the kernel that it was made from, and a linker
+takes it instead of the kernel's own template, which is a weak symbol.
+"""
+
+import re
+import sys
+from pathlib import Path
+
+from ptx_instructions import Instructions, c_type, name, split
+
+REGISTERS = {"pred": "bool", "b16": "uint16_t", "b32": "uint32_t", "b64": "uint64_t"}
+REGISTERS |= {"f16": "uint16_t", "f32": "uint32_t", "f64": "uint64_t"}
+VARIABLE = re.compile(r"\.(shared|local) \.align (\d+) \.\w(\d+) (\S+?)(?:\[(\d+)\])?")
+ENTRY = re.compile(r"\.entry (\S+)\(\s*(.*?)\)\s*(?:\.\w+ [\d, ]+\s*)*\{\n(.*?)\n\}\n", re.S)
+
+
+def source_name(symbol: str) -> str:
+    """The variable's name in its source: the last part of the mangled one."""
+    for length in range(1, len(symbol)):
+        if symbol[:-length].endswith(str(length)):
+            return symbol[-length:]
+    return symbol
+
+
+class Entry(Instructions):
+    """One kernel: its declarations and statements in C++."""
+
+    def __init__(self, symbol: str, parameters: str, shared: dict[str, tuple[int, int]]):
+        super().__init__(symbol)
+        self.shared = dict(shared)
+        self.statements: list[str] = []
+        self.arguments: list[str] = []
+        for i, declaration in enumerate(split(parameters)):
+            words = declaration.split()
+            array = re.fullmatch(r"(\S+)\[(\d+)\]", words[-1])
+            self.parameters.append(array[1] if array else words[-1])
+            kind = f"Bytes<{array[2]}>" if array else c_type(words[1][1:])
+            self.arguments.append(f"{kind} p{i}")
+
+    def declare(self, declaration: str) -> None:
+        """Note registers, and variables in local and shared memory."""
+        words = declaration.split(None, 2)
+        if words[0] == ".reg":
+            for part in split(words[2]):
+                several = re.fullmatch(r"(%\w+)<(\d+)>", part)
+                count = range(int(several[2])) if several else [""]
+                for i in count:
+                    register = f"{several[1]}{i}" if several else part
+                    self.registers[register] = REGISTERS[words[1][1:]]
+            return
+        variable = VARIABLE.fullmatch(declaration)
+        assert variable, declaration
+        space, align, width, symbol, count = variable.groups()
+        size = int(width) // 8 * int(count or 1)
+        if space == "local":
+            self.local[symbol] = size
+        else:
+            self.shared[symbol] = (size, int(align))
+
+    def read(self, body: str, files: dict[str, str]) -> None:
+        """Translate the statements of a body."""
+        body = re.sub(r"^\s*(\.loc \d+ \d+ \d+).*$", r"\1;", body, flags=re.M)
+        for part in re.split(r";|(?<=:)\s", body):
+            text = " ".join(part.replace("\n", " ").split()).lstrip("{} ")
+            text = text if text.count("}") == text.count("{") else text.rstrip("} ")
+            if not text or text.startswith((".pragma", ".branchtargets")):
+                continue
+            if text.startswith(".loc "):
+                file, line = text.split()[1:3]
+                self.statements.append(f'\n#line {line} "{files[file]}"\n')
+            elif text.startswith("."):
+                self.declare(text)
+            elif text.endswith(":"):
+                self.statements.append(f"{name(text[:-1])}:; ")
+            else:
+                self.statements.append(self._guarded(text) + " ")
+
+    def _guarded(self, text: str) -> str:
+        guard = ""
+        if text.startswith("@"):
+            register, text = text[1:].split(None, 1)
+            guard = f"if ({self.value(register, 'pred')}) "
+        return f"{guard}{{ {self.statement(text)} }}"
+
+    def code(self) -> str:
+        """The function."""
+        lines = [
+            f'extern "C" __attribute__((visibility("hidden"))) void {self.symbol}('
+            f"{', '.join(self.arguments)}) {{",
+            "static const char places[kVariables] = {};",
+            "[[maybe_unused]] unsigned char* variables[kVariables] = {",
+        ]
+        for i, (symbol, (size, align)) in enumerate(self.shared.items()):
+            lines.append(
+                f'shared_variable(&places[{i}], {size}, {align}, "{source_name(symbol)}"),'
+            )
+        lines.append("};")
+        for symbol, size in self.local.items():
+            lines.append(f"alignas(16) unsigned char {name(symbol)}[{size}];")
+        for c in sorted(set(self.registers.values())):
+            names = [name(register) for register, kind in self.registers.items() if kind == c]
+            lines.append(f"{c} {', '.join(names)};")
+        return "\n".join(lines) + "".join(self.statements) + "\n}\n"
+
+
+def translate(ptx: str) -> str:
+    """The C++ file of a PTX file."""
+    ptx = re.sub(r"[ \t]+", " ", re.sub(r"//.*", "", ptx))
+    files = dict(re.findall(r'^ ?\.file (\d+) "([^"]+)"', ptx, re.M))
+    outside = ENTRY.sub("", ptx)
+    dynamic = re.findall(r"\.extern \.shared \.align (\d+) \.b8 (\S+)\[\];", outside)
+    shared = {symbol: (0, int(align)) for align, symbol in dynamic}
+    for match in re.finditer(rf"^ ?{VARIABLE.pattern};", outside, re.M):
+        _, align, width, symbol, count = match.groups()
+        shared[symbol] = (int(width) // 8 * int(count or 1), int(align))
+    functions = []
+    for symbol, parameters, body in ENTRY.findall(ptx):
+        entry = Entry(symbol, parameters, shared)
+        entry.read(body, files)
+        functions.append(entry.code())
+    head = '#include "emulator/ptx.h"\n\nusing namespace mllama::emulator;'
+    return "\n".join([head, *functions])
+
+
+if __name__ == "__main__":
+    source, target = map(Path, sys.argv[1:])
+    target.write_text(translate(source.read_text()))
