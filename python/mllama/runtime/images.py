@@ -42,7 +42,8 @@ class ImageReader:
     def __init__(self, model: Any, cache: ImageCache, kv_cache: str | None = None):
         self.model, self.cache, self._kv_cache = model, cache, kv_cache
         self.layers = model.spec.text.cross_attention_layers
-        self.stages = Stages()  # is told of images that are encoded
+        self.stages = Stages()  # is told of images that are not in memory
+        self._encoded = False  # whether the last one was, and did not come from a file
         self.forget()
 
     def forget(self) -> None:
@@ -159,18 +160,21 @@ class ImageReader:
         """Entries by name; one of several equal images is computed."""
         self.cache.attach(self.model)
         found: dict[bytes, Entry] = {}
-        if missing := sum(name not in self.cache for name in set(names)):
-            self.stages.begin(IMAGE, missing)
+        missing = {name for name in names if name not in self.cache}
+        if missing:
+            self.stages.begin(IMAGE, len(missing))
         for index, name in enumerate(names):
             if name not in found:
+                self._encoded = False
                 found[name] = self.cache.find(name, lambda index=index: compute(index))
+                if name in missing:
+                    self.stages.advance(1, computed=self._encoded)
         return [found[name] for name in names]
 
     def _encode(self, image: ImageInput) -> torch.Tensor:
         """[1, patches, hidden]; of a tiled image [1, tiles * patches, hidden]."""
-        features = self.model.encode_images(ModelInputs(**image.tensors))[0]
-        self.stages.advance(1)
-        return features
+        self._encoded = True
+        return self.model.encode_images(ModelInputs(**image.tensors))[0]
 
     def _tiles(
         self, rows: Sequence[Sequence[ImageInput]], mask: torch.Tensor | None
