@@ -70,8 +70,8 @@ def load_image(source: Any, allow_urls: bool = False) -> Image.Image:
         FileNotFoundError: the path does not exist.
         TypeError: source is not an image, an array has an unsupported dtype, or a file is opened
             as text.
-        ValueError: a file is not an image, is broken, truncated, closed or too large
-            (`PIL.Image.MAX_IMAGE_PIXELS`); base64 is broken; a URL comes without `allow_urls` or
+        ValueError: a path is no regular file; a file is not an image, is broken, truncated, closed
+            or too large (`PIL.Image.MAX_IMAGE_PIXELS`); base64 is broken; a URL comes without `allow_urls` or
             cannot be downloaded; an array is empty, or has an unsupported shape or values out of
             range.
     """
