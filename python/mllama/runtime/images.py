@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 
 from mllama.config.features import choose_features
+from mllama.device import instruction_set
 from mllama.fusion.base import ModelInputs, share_evenly
 from mllama.nn.kv_cache import CACHE_DTYPES, KVCache
 from mllama.runtime.image_cache import Entry, ImageCache
@@ -211,7 +212,7 @@ class ImageReader:
 def _arithmetic(device: str) -> tuple:
     """What rounds an encoder's values beside its weights."""
     cast = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device)
-    return device, cast, torch.get_float32_matmul_precision()
+    return instruction_set(device), cast, torch.get_float32_matmul_precision()
 
 
 def _identify(tensors: dict[str, torch.Tensor], settings: str) -> ImageInput:
