@@ -74,9 +74,9 @@ def load_image(source: Any, allow_urls: bool = False) -> Image.Image:
         TypeError: source is not an image, an array has an unsupported dtype, or a file is opened
             as text.
         ValueError: a path is no regular file; a file is not an image, is broken, truncated, closed
-            or too large (`PIL.Image.MAX_IMAGE_PIXELS`); base64 is broken; a URL comes without `allow_urls` or
-            cannot be downloaded; an array is empty, or has an unsupported shape or values out of
-            range.
+            or too large (`PIL.Image.MAX_IMAGE_PIXELS`); base64 is broken; a URL comes without
+            `allow_urls` or cannot be downloaded; an array is empty, or has an unsupported shape or
+            values out of range.
     """
     if is_encoded(source):
         return _decode(*open_source(source, allow_urls))
@@ -246,7 +246,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _integers(values: np.ndarray, deep: bool) -> np.ndarray:
-    """The values of an image of mode I as uint16; `deep`: they are 16-bit, also if all are small."""
+    """The values of an image of mode I as uint16; if `deep` they are 16-bit, else that depends."""
     low, high = values.min(), values.max()
     if low < 0 or high > 65535:
         raise ValueError(f"an image of mode I must hold 0..65535, got {low}..{high}")

@@ -8,9 +8,9 @@ from functools import partial
 LOAD, IMAGE, PROMPT, DECODE = "load", "image", "prompt", "decode"
 
 # progress(stage, done, total) is called when a stage begins and after each of its steps. `done` and
-# `total` are parameters (load), images that are not in memory (image) or tokens of all rows (prompt,
-# decode). A prompt begins at its reused tokens; a decode's total is the most that may come. A total
-# of 0 is unknown.
+# `total` are parameters (load), images that are not in memory (image), or tokens of all rows
+# (prompt, decode). A prompt begins at its reused tokens; a decode's total is the most that may
+# come. A total of 0 is unknown.
 Progress = Callable[[str, int, int], None]
 
 
