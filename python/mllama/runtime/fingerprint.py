@@ -1,7 +1,7 @@
-"""A fingerprint of weights: what files that were computed with them are named after."""
+"""Hashes of tensors, and a fingerprint of weights, which files computed with them are named after."""
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -28,6 +28,15 @@ def fingerprint(modules: Iterable[tuple[str, nn.Module]]) -> str:
                     for sums in _sums(tensor.detach()):
                         digest.update(sums.cpu().numpy())
     return digest.hexdigest()
+
+
+def hash_tensors(start: bytes, tensors: Mapping[str, torch.Tensor]) -> bytes:
+    """32 bytes: a hash of `start` and of tensors with their names, dtypes and shapes."""
+    digest = hashlib.blake2b(start, digest_size=32)
+    for name, tensor in tensors.items():
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)} ".encode())
+        digest.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.digest()
 
 
 def _is_plain(value: Any) -> bool:

@@ -12,6 +12,7 @@ from mllama.config.features import choose_features
 from mllama.device import instruction_set
 from mllama.fusion.base import ModelInputs, share_evenly
 from mllama.nn.kv_cache import CACHE_DTYPES, KVCache
+from mllama.runtime.fingerprint import hash_tensors
 from mllama.runtime.image_cache import Entry, ImageCache
 from mllama.runtime.progress import IMAGE, Stages
 
@@ -73,11 +74,12 @@ class ImageReader:
             each = self._count(ids, len(pixels))
         # given: [images, 1, ...] of tiled images, else [images, ...]
         features, arithmetic = choose_features(spec), _arithmetic(pixels.device.type)
-        settings = f"{spec} {features} {self.model.reference} {arithmetic}"
-        flat = [
-            _identify({name: value[i : i + 1] for name, value in given.items()}, settings)
+        settings = f"{spec} {features} {self.model.reference} {arithmetic}".encode()
+        each_image = [
+            {name: value[i : i + 1] for name, value in given.items()}
             for i in range(len(given["pixel_values"]))
         ]
+        flat = [ImageInput(tensors, hash_tensors(settings, tensors)) for tensors in each_image]
         if each is None:
             return flat, [flat] if len(ids) == 1 else None
         rest = iter(flat)
@@ -213,15 +215,6 @@ def _arithmetic(device: str) -> tuple:
     """What rounds an encoder's values beside its weights."""
     cast = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device)
     return instruction_set(device), cast, torch.get_float32_matmul_precision()
-
-
-def _identify(tensors: dict[str, torch.Tensor], settings: str) -> ImageInput:
-    """The image with its key. `settings` are all that its features depend on but the weights."""
-    digest = hashlib.blake2b(settings.encode(), digest_size=32)
-    for name, tensor in tensors.items():
-        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)} ".encode())
-        digest.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return ImageInput(tensors, digest.digest())
 
 
 def _spread(keys: torch.Tensor, own: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
