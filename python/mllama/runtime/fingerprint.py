@@ -1,6 +1,7 @@
-"""Hashes of tensors, and a fingerprint of weights, which files computed with them are named after."""
+"""Hashes of tensors, fingerprints of weights, and what modules run beside their weights."""
 
 import hashlib
+import weakref
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -8,6 +9,8 @@ import torch
 from torch import nn
 
 _ROW = 4096  # bytes
+_HOOKS = ("_forward_pre_hooks", "_forward_hooks")
+_KNOWN = ("torch.", "mllama.")  # whose changes are counted, or do not matter
 
 
 def fingerprint(modules: Iterable[tuple[str, nn.Module]]) -> str:
@@ -28,6 +31,22 @@ def fingerprint(modules: Iterable[tuple[str, nn.Module]]) -> str:
                     for sums in _sums(tensor.detach()):
                         digest.update(sums.cpu().numpy())
     return digest.hexdigest()
+
+
+def structure(modules: Iterable[nn.Module]) -> tuple:
+    """What calls of modules run beside their weights: which modules these are, with all in them;
+    their hooks and overridden forwards; and the switches of other libraries' layers, such as
+    PEFT's. To be compared with another one; equal ones are of the same objects.
+    """
+    found: list[Any] = []
+    for part in (inner for module in modules for inner in module.modules()):
+        own = vars(part)
+        # Ids of hooks are never used again, those of objects are: a reference is of one object.
+        hooks = [key for name in _HOOKS for key in own[name]]
+        foreign = not type(part).__module__.startswith(_KNOWN)
+        switches = str([x for x in own.items() if _is_plain(x[1])]) if foreign else ""
+        found.append((weakref.ref(part), tuple(hooks), id(own.get("forward")), switches))
+    return tuple(found)
 
 
 def hash_tensors(start: bytes, tensors: Mapping[str, torch.Tensor]) -> bytes:
