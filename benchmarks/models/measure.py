@@ -4,7 +4,7 @@ import statistics
 import sys
 import time
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from benchmarks.harness import Reading, Roofs, measure_roofs
@@ -73,40 +73,42 @@ def measure_group(group: Group, files: Files, threads: int, rounds: int) -> dict
     A contender that is not installed is left out; one that fails is reported and left out of that
     case.
     """
-    start, reading = time.perf_counter(), Reading()
     rows: list[Row] = []
     roofs: list[Roofs] = []
-    parts = [(one,) for one in group.contenders] if group.alone else [group.contenders]
-    for contenders in parts:
-        with ExitStack() as stack:
-            found = [_start(contender, files, threads) for contender in contenders]
-            workers = [one for one in found if one is not None]
-            for _, worker in workers:
-                stack.callback(worker.close)
-            table = {
-                (i, case.name): _row(*pair, case)
-                for case in group.cases
-                for i, pair in enumerate(workers)
-            }
-            for turn in range(rounds + 1 if workers else 0):
-                if turn:
-                    roofs.append(measure_roofs())
-                for case in group.cases if turn else group.cases[:1]:  # to warm up
-                    for i, (_, worker) in enumerate(workers):
-                        _measure(worker, case, table[i, case.name], reading if turn else None)
-                seconds = time.perf_counter() - start
-                print(f"{group.name}: round {turn} of {rounds}, {seconds:.0f} s", file=sys.stderr)
-            rows += table.values()
+    for part in [(one,) for one in group.contenders] if group.alone else [group.contenders]:
+        rows += _take_turns(replace(group, contenders=part), files, threads, rounds, roofs)
     return {
         "model": group.model,
         "bits": group.bits,
         "roofs": {
             name: round(statistics.median(getattr(roof, field) for roof in roofs), 2)
             for name, field in ROOFS.items()
-            if roofs
         },
         "rows": [row.as_json() for row in rows if row.rounds == rounds],
     }
+
+
+def _take_turns(
+    group: Group, files: Files, threads: int, rounds: int, roofs: list[Roofs]
+) -> list[Row]:
+    """Rows of contenders that are loaded together; adds the machine's limits in each round."""
+    start, reading = time.perf_counter(), Reading()
+    with ExitStack() as stack:
+        workers: list[tuple[Contender, Worker]] = []
+        for contender in group.contenders:
+            if (worker := _start(contender, files, threads)) is not None:
+                stack.callback(worker.close)
+                workers.append((contender, worker))
+        rows = [(_row(*pair, case), pair[1], case) for case in group.cases for pair in workers]
+        for turn in range(rounds + 1):
+            if turn:
+                roofs.append(measure_roofs())
+            for row, worker, case in rows:
+                if turn or case == group.cases[0]:  # to warm up
+                    _measure(worker, case, row, reading if turn else None)
+            seconds = time.perf_counter() - start
+            print(f"{group.name}: round {turn} of {rounds}, {seconds:.0f} s", file=sys.stderr)
+    return [row for row, _, _ in rows]
 
 
 def _row(contender: Contender, worker: Worker, case: Case) -> Row:
@@ -119,13 +121,13 @@ def _row(contender: Contender, worker: Worker, case: Case) -> Row:
     )
 
 
-def _start(contender: Contender, files: Files, threads: int) -> tuple[Contender, Worker] | None:
+def _start(contender: Contender, files: Files, threads: int) -> Worker | None:
     engine, label = contender.engine, f"{contender.engine.name} {contender.precision}"
     if (python := engine.python) is None or (model := contender.file(files)) is None:
         print(f"{label}: not here", file=sys.stderr)
         return None
     try:
-        return contender, Worker(engine.worker, python, model, contender.weights, threads)
+        return Worker(engine.worker, python, model, contender.weights, threads)
     except WorkerError as error:
         print(f"{label} does not load: {error}", file=sys.stderr)
         return None
