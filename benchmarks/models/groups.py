@@ -45,13 +45,18 @@ class Contender:
 
 @dataclass(frozen=True)
 class Group:
-    """Contenders on one model with about as many bits per weight, measured in turn."""
+    """Contenders on one model, most with about as many bits per weight, measured in turn.
+
+    Attributes:
+        alone: memory holds one contender at a time, so that each has all its turns at once.
+    """
 
     name: str
     model: str
     bits: str
     contenders: tuple[Contender, ...]
     cases: tuple[Case, ...]
+    alone: bool = False
 
 
 DECODE = Case("decode", "decode", {"prompt": 16, "tokens": 24})
@@ -191,17 +196,6 @@ SMOLLM2_GROUPS = (
     ),
 )
 GROUPS = LLAMA_GROUPS + SMOLLM2_GROUPS
-# By itself: its file takes 8 GB, and minutes to write.
-VISION_GROUP = Group(
-    "11b",
-    "Llama-3.2-11B-Vision's shapes",
-    "int4",
-    (Contender(MLLAMA, "int4", "file", Files.vision),),
-    (
-        Case("decode, text", "decode", {"prompt": 16, "tokens": 16}),
-        Case("decode after an image", "see", {"tokens": 16}),
-    ),
-)
 
 # A smoke run: our worker's every action on a tiny model.
 QUICK = Group(

@@ -7,6 +7,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from benchmarks.models.vision_11b import NAMES, vision_tables
+
 RESULTS = Path(__file__).parents[1] / "results"
 README = Path(__file__).parents[2] / "README.md"
 BEGIN, END = "<!-- bench-models: begin -->", "<!-- bench-models: end -->"
@@ -39,7 +41,8 @@ def table(content: Mapping[str, Any] | None) -> str:
     """README.md's text between BEGIN and END."""
     if content is None:
         return "\n"
-    parts = [_head(content), "", *_rows(content), "", *_starts(content), "", *_notes(content)]
+    parts = [_head(content), "", *_rows(content), "", *vision_tables(content["groups"]), ""]
+    parts += _starts(content)
     if picture := content.get("picture"):
         parts += ["", f"![Tokens per second of each engine](benchmarks/results/{picture})"]
     return re.sub("\n\n+", "\n\n", "\n".join(["", *parts, "", ""]))
@@ -82,7 +85,9 @@ def _rows(content: Mapping[str, Any]) -> Iterable[str]:
     """A line for each case of each group."""
     yield _line("model", "weights", "workload", "mllama", "share of read speed", *PEERS, "ratio")
     yield _line(*["---"] * (6 + len(PEERS)))
-    for group in content["groups"].values():
+    for name, group in content["groups"].items():
+        if name in NAMES:
+            continue
         for case in dict.fromkeys(row["case"] for row in group["rows"] if "engine" in row):
             rows = [row for row in group["rows"] if row["case"] == case]
             ours = _best(rows, OURS)
@@ -102,18 +107,6 @@ def _starts(content: Mapping[str, Any]) -> Iterable[str]:
         yield _line("---", "---")
     for row in rows:
         yield _line(row["case"], f"{row['seconds']:.2f}")
-
-
-def _notes(content: Mapping[str, Any]) -> Iterable[str]:
-    """A line for each model that was shown an image."""
-    for group in content["groups"].values():
-        for row in group["rows"]:
-            if "first_token_seconds" in row:
-                yield (
-                    f"{group['model']} in {group['bits']}: {row['peak_gb']:.1f} GB of memory, "
-                    f"loaded in {row['load_seconds']:.1f} s; an image and a question take "
-                    f"{row['first_token_seconds']:.1f} s to the first token."
-                )
 
 
 def _best(rows: Iterable[Mapping[str, Any]], engine: str) -> Mapping[str, Any] | None:

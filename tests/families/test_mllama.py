@@ -464,6 +464,27 @@ def test_features_take_the_place_of_pixels(models):
     )
 
 
+@pytest.mark.parametrize("reference", ["meta", "hf"])
+def test_a_row_with_fewer_images_than_others(models, reference):
+    """In transformers, text before its image attends to the images that only other rows have."""
+    ours, theirs = models
+    fewer, more = [1, TILED_IMAGE, 5, 6], [2, TILED_IMAGE, 3, TILED_IMAGE]
+    batch, alone = tiled(ours, (fewer, [8]), (more, [8, 7])), tiled(ours, (fewer, [8]))
+    ours.reference = reference
+    try:
+        with torch.no_grad():
+            both, one = ours(**batch).logits[0], ours(**alone).logits[0]
+            if reference == "meta":
+                close(both, one)
+                return
+            close(both, theirs(**batch).logits[0])
+            expected = theirs(**alone).logits[0]
+    finally:
+        ours.reference = "hf"
+    close(one, expected)
+    assert (both - one).abs().max() > 100 * (one - expected).abs().max()
+
+
 def test_an_encoder_of_another_dtype():
     ours, _ = pairs.make("mllama")
     batch = tiled(ours, *ROWS["two"])

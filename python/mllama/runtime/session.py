@@ -12,6 +12,7 @@ from mllama.nn.adapted import count_changes
 from mllama.nn.kv_cache import CACHE_DTYPES
 from mllama.runtime.checks import check_count, check_padding, check_room
 from mllama.runtime.completion import Generation, Row
+from mllama.runtime.fingerprint import structure
 from mllama.runtime.image_cache import ImageCache
 from mllama.runtime.images import IMAGE_INPUTS
 from mllama.runtime.prefill import PromptCache
@@ -30,9 +31,9 @@ _INPUTS = ("input_ids", "attention_mask", "token_type_ids", "cross_attention_mas
 class Session:
     """Generates with a model. What was computed is reused: of the last prompt the next one computes
     only what differs, such as a chat's next turn; the start that all rows of a batch have in common
-    is computed once, and so is every image. After changing the model's weights, hooks or
-    PEFT adapters, call `reset`; this package's adapters are noticed when they are attached, loaded,
-    replaced, switched or merged.
+    is computed once, and so is every image. After changing the model's weights, call
+    `reset`. Hooks are noticed, and so are adapters, this package's and PEFT's, when they are
+    attached, loaded, replaced, switched or merged.
 
     Args:
         model: a `VisionLanguageModel` in eval mode.
@@ -93,7 +94,7 @@ class Session:
         self.image_cache = ImageCache() if image_cache is None else image_cache
         self.image_cache.attach(model)
         self._prompt = PromptCache(model, self.image_cache, kv_cache, prefill_chunk_size)
-        self._changes = count_changes()
+        self._state = self._look()
         self.progress = progress
         self._running = False
 
@@ -112,7 +113,11 @@ class Session:
             raise RuntimeError("reset: this session is generating")
         self._prompt.drop()
         self.image_cache.clear()
-        self._changes = count_changes()
+        self._state = self._look()
+
+    def _look(self) -> tuple:
+        """What the cached prompt was computed with, beside weights."""
+        return count_changes(), structure([self.model])
 
     @torch.inference_mode()
     def generate(
@@ -150,7 +155,7 @@ class Session:
         if self._running:
             raise RuntimeError("generate: this session generates already; use another session")
         check_count("max_new_tokens", max_new_tokens)
-        if self._changes != count_changes():  # what is cached is of other adapters
+        if self._state != self._look():  # what is cached is of other adapters, modules or hooks
             self.reset()
         self._stages = Stages(self.progress)
         inputs = self._take_inputs(inputs)
