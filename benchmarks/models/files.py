@@ -104,7 +104,7 @@ class Files:
             if (tokenizer := _tokenizer()) is not None:
                 tokenizer.save_pretrained(aside)
 
-        return self._make("llama-1b", lambda path: write_folder(path, write))
+        return self.make("llama-1b", lambda path: write_folder(path, write))
 
     def llama_gguf(self, kind: str) -> Path | None:
         """A GGUF file in one of our writer's types, which are llama.cpp's."""
@@ -121,7 +121,7 @@ class Files:
             return None
         command = [sys.executable, "-m", "mllama", "convert", source]
         options = ["--to", "hf", "--dtype", "bfloat16"]
-        return self._make("smollm2", lambda path: _run(*command, path, *options))
+        return self.make("smollm2", lambda path: run(*command, path, *options))
 
     def smollm2_gguf(self, kind: str) -> Path | None:
         return self._gguf(self.smollm2, kind)
@@ -133,23 +133,23 @@ class Files:
 
     def vision(self) -> Path:
         """A folder in bfloat16, 21 GB."""
-        return self._make("vision-11b", self._write_vision(self._vision))
+        return self.make("vision-11b", self._write_vision(self._vision))
 
     def vision_quarter(self) -> Path:
         """The same with a quarter of the decoder's layers, 8 GB."""
         config = self._vision | {"text_config": QUARTER}
-        return self._make("vision-11b-quarter", self._write_vision(config))
+        return self.make("vision-11b-quarter", self._write_vision(config))
 
     def vision_packed(self) -> Path:
         """Its packed weights in int4."""
         command = [sys.executable, "-m", "mllama", "quantize", self.vision()]
         options = ["--weights", "int4", "--no-report"]
-        return self._make("vision-11b-int4", lambda path: _run(*command, path, *options))
+        return self.make("vision-11b-int4", lambda path: run(*command, path, *options))
 
     def encoder(self) -> Path:
         """The encoder in bfloat16, with the smallest decoder."""
         config = self._vision | SMALLEST_DECODER
-        return self._make("vision-11b-encoder", self._write_vision(config))
+        return self.make("vision-11b-encoder", self._write_vision(config))
 
     # ---- how
 
@@ -170,7 +170,7 @@ class Files:
             model = MllamaForConditionalGeneration.from_pretrained(folder, dtype="auto")
             save_gguf(model, tokenizer, path, kind)
 
-        return self._make(f"{folder.name}-{kind}.gguf", write)
+        return self.make(f"{folder.name}-{kind}.gguf", write)
 
     def _onnx(self, make_folder: Callable[[], Path | None], kind: str) -> Path | None:
         folder = make_folder()
@@ -180,11 +180,12 @@ class Files:
 
         def write(aside: Path) -> None:
             options = ["-p", {"f32": "fp32"}.get(kind, kind), "-e", "cpu"]
-            _run(*command, "-o", aside, *options, "-c", self.folder / "cache")
+            run(*command, "-o", aside, *options, "-c", self.folder / "cache")
 
-        return self._make(f"{folder.name}-{kind}-onnx", lambda path: write_folder(path, write))
+        return self.make(f"{folder.name}-{kind}-onnx", lambda path: write_folder(path, write))
 
-    def _make(self, name: str, write: Callable[[Path], object]) -> Path:
+    def make(self, name: str, write: Callable[[Path], object]) -> Path:
+        """The path of a file or folder, which `write` makes if there is none."""
         path = self.folder / name
         if not path.exists():
             print(f"writing {path}", file=sys.stderr)
@@ -193,7 +194,12 @@ class Files:
         return path
 
 
-def _run(*command: object) -> None:
+def run(*command: object) -> None:
+    """Run a program.
+
+    Raises:
+        RuntimeError: it failed.
+    """
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"{command} failed: {done.stderr[-1000:]}")

@@ -8,9 +8,9 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
+from image_inputs import random_tiles, timed_prompt
 from photos import NEXT_QUESTION, QUESTION, Photos
 from serve import serve
-from tiles import random_tiles
 from torch import nn
 
 from mllama import MllamaForConditionalGeneration
@@ -142,6 +142,11 @@ class Mllama:
             "more": {"encoder_seconds": seconds},
         }
 
+    @torch.inference_mode()
+    def see(self, tokens: int) -> dict:
+        """Prefill of an image and some tokens of text."""
+        return timed_prompt(self.model, self.dtype, tokens)
+
     def _ids(self, rows: int, length: int) -> torch.Tensor:
         return torch.randint(self.text.vocab_size // 2, (rows, length))
 
@@ -170,6 +175,8 @@ def load(arguments: Namespace) -> tuple[dict, dict]:
     names = ["decode", "batch", "prefill", "answer", "generate", "deep", "deep_int8"]
     if engine.model.spec.has_tiles:
         names += ["encode", "photo"]
+    elif engine.model.spec.encoder is not None:
+        names.append("see")
     return {"version": version("mllama")}, {name: getattr(engine, name) for name in names}
 
 

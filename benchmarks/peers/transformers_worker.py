@@ -5,8 +5,8 @@ from argparse import Namespace
 
 import torch
 import transformers
+from image_inputs import random_tiles, timed_prompt
 from serve import serve
-from tiles import random_tiles
 
 DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16}
 
@@ -19,7 +19,7 @@ class Transformers:
         config = transformers.AutoConfig.from_pretrained(arguments.model)
         auto = (
             transformers.AutoModelForImageTextToText
-            if config.model_type == "mllama"
+            if hasattr(config, "vision_config")
             else transformers.AutoModelForCausalLM
         )
         self.model = auto.from_pretrained(arguments.model, dtype=self.dtype).eval()
@@ -77,6 +77,11 @@ class Transformers:
         }
 
     @torch.inference_mode()
+    def see(self, tokens: int) -> dict:
+        """Prefill of an image and some tokens of text."""
+        return timed_prompt(self.model, self.dtype, tokens)
+
+    @torch.inference_mode()
     def _steps(self, cache: transformers.DynamicCache, tokens: int, rows: int) -> dict:
         ids = self._ids(rows, 1)
         for step in range(tokens + 1):
@@ -95,6 +100,8 @@ def load(arguments: Namespace) -> tuple[dict, dict]:
     version = f"{transformers.__version__}, torch {torch.__version__}"
     if engine.config.model_type == "mllama":
         return {"version": version}, {"encode": engine.encode}
+    if hasattr(engine.config, "vision_config"):
+        return {"version": version}, {"see": engine.see}
     names = ("decode", "batch", "prefill", "generate", "deep")
     actions = {name: getattr(engine, name) for name in names} | {"answer": engine.generate}
     return {"version": version}, actions
