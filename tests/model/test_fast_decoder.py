@@ -162,8 +162,11 @@ def test_a_model_that_is_not_packed_runs_by_its_layers():
 @pytest.mark.parametrize(
     "change",
     [
-        {"hidden": torch.zeros(2, 3)},
-        {"hidden": torch.zeros(2, 64, dtype=torch.float64)},
+        {"hidden": torch.zeros(2, 1, 3)},
+        {"hidden": torch.zeros(2, 1, 64, dtype=torch.float64)},
+        {"hidden": torch.zeros(2, 64)},
+        {"hidden": torch.zeros(2, 0, 64)},
+        {"hidden": torch.zeros(1, 2, 64)},
         {"length": -1},
         {"length": 40},
         {"keys": []},
@@ -183,7 +186,7 @@ def test_arguments_that_do_not_fit(change):
     cache = [torch.zeros(2, spec.num_key_value_heads, 8, spec.head_dim)] * spec.num_hidden_layers
     arguments = {
         "decoder": fast._handle,
-        "hidden": torch.zeros(2, spec.hidden_size),
+        "hidden": torch.zeros(2, 1, spec.hidden_size),
         "positions": torch.zeros(2, dtype=torch.int64),
         "keys": cache,
         "values": cache,
@@ -193,7 +196,7 @@ def test_arguments_that_do_not_fit(change):
         "image_mask": None,
         "sees_image": None,
     }
-    assert torch.ops.mllama.decode_step(**arguments).shape == (2, spec.hidden_size)
+    assert torch.ops.mllama.decode_step(**arguments).shape == (2, 1, spec.hidden_size)
     with pytest.raises((ValueError, RuntimeError), match="decode_step"):
         torch.ops.mllama.decode_step(**arguments | change)
 

@@ -213,22 +213,16 @@ template <int kBits>  // int4, q4_k, q5_k
 struct Nested {
     using Row = CodeRow;
     template <int R>
-    using Sum = std::conditional_t<is_few(R), NestedSum, PlainSum>;
+    using Sum = NestedSum;
     template <int R>
     static void add(Sum<R> (&sum)[R], const uint8_t* header, const uint8_t* p, int v,
                     const Row (&x)[R], int64_t g) {
         vi dots[R];
         code_dots<kBits, 0, kGroup / 8>(dots, p + 2 * kLanes, v, x, g);
         vf s = lanes_u8(p + v * kWidth), m = lanes_u8(p + kLanes + v * kWidth);
-        if constexpr (is_few(R)) {
-            for (int r = 0; r < R; ++r) {
-                sum[r].codes += to_float(dots[r]) * s * splat(x[r].scales[g]);
-                sum[r].minima += m * splat(x[r].scales[g] * static_cast<float>(x[r].sum(g)));
-            }
-        } else {
-            vf scale = lanes_f16(header + 2 * v * kWidth) * s,
-               minimum = lanes_f16(header + 2 * kLanes + 2 * v * kWidth) * m;
-            add_parts(sum, dots, scale, -minimum, x, g);
+        for (int r = 0; r < R; ++r) {
+            sum[r].codes += to_float(dots[r]) * s * splat(x[r].scales[g]);
+            sum[r].minima += m * splat(x[r].scales[g] * static_cast<float>(x[r].sum(g)));
         }
     }
 };

@@ -120,7 +120,10 @@ void multiply_block(const PackedLinear& a, int64_t block, int64_t row) {
 template <class Format>
 void multiply_rows(const PackedLinear& a, int64_t block, int64_t row, int64_t end) {
     for (; row + kRows <= end; row += kRows) multiply_block<Format, kRows>(a, block, row);
-    for (; row + 2 <= end; row += 2) multiply_block<Format, 2>(a, block, row);
+    if constexpr (kRows > 4) {
+        if (row + 4 <= end) multiply_block<Format, 4>(a, block, row), row += 4;
+    }
+    if (row + 2 <= end) multiply_block<Format, 2>(a, block, row), row += 2;
     if (row < end) multiply_block<Format, 1>(a, block, row);
 }
 
