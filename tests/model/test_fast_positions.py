@@ -8,13 +8,7 @@ from transformers import DynamicCache
 
 import mllama
 import tiny
-from helpers import (
-    counted_steps,
-    instruction_set,
-    instruction_sets,
-    layer_by_layer,
-    needs_kernels,
-)
+from helpers import counted_steps, instruction_set, instruction_sets, layer_by_layer, needs_kernels
 from mllama.lora.layer import lora_layers
 from mllama.model.fast_decoder import MAX_ROWS
 from mllama.quant.packer import RECIPES, optimize
@@ -162,7 +156,9 @@ def test_positions_that_see_different_images(reference, caplog):
     cache.crop(-3)
     with counted_steps() as calls:
         single = [
-            model(new[:, i : i + 1], past_key_values=cache, cross_attention_mask=other[:, i : i + 1])
+            model(
+                new[:, i : i + 1], past_key_values=cache, cross_attention_mask=other[:, i : i + 1]
+            )
             for i in range(3)
         ]
     assert calls.call_count == 3

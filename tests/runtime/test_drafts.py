@@ -328,9 +328,10 @@ def test_a_draft_model_that_does_not_pay_is_asked_now_and_then(model):
     session = Session(model, draft_model=smaller(seed=9))
     session._drafter._rate.value = 0.0
     made = session.generate(PROMPT, max_new_tokens=60, eos_token_id=[])
-    assert made.completions == Session(model).generate(
-        PROMPT, max_new_tokens=60, eos_token_id=[]
-    ).completions
+    assert (
+        made.completions
+        == Session(model).generate(PROMPT, max_new_tokens=60, eos_token_id=[]).completions
+    )
     assert 2 <= made.num_drafted_tokens <= 6
 
 

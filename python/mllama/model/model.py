@@ -15,12 +15,7 @@ from mllama.fusion import make_fusion
 from mllama.fusion.base import DecoderInputs, ModelInputs, Parts
 from mllama.fusion.cross_attention import CrossAttentionDecoderLayer
 from mllama.fusion.projector import make_pooling, make_projector
-from mllama.model.fast_decoder import (
-    MAX_ROWS,
-    FastDecoder,
-    find_obstacle,
-    find_obstacle_of_pass,
-)
+from mllama.model.fast_decoder import MAX_ROWS, FastDecoder, find_obstacle, find_obstacle_of_pass
 from mllama.nn.activation import softcap
 from mllama.nn.loss import counted_loss
 from mllama.text.decoder import Decoder, DecoderOutput, check_mask, check_text, split_mask
