@@ -11,7 +11,7 @@ from transformers.generation.utils import GenerateOutput
 
 from mllama.hf.arguments import check_special, taken_by
 from mllama.hf.built import check_built
-from mllama.hf.cache import check_cache, keep_all_tokens, num_prefix_tokens
+from mllama.hf.cache import check_cache, keep_all_tokens, num_prefix_tokens, rewinding
 from mllama.hf.call import one_of_images
 from mllama.hf.compat import CACHE_NAME, hand_on, rename_cache
 from mllama.hf.sampling import find_loop_obstacle, sample
@@ -316,7 +316,8 @@ class MllamaGenerationMixin(GenerationMixin):
                 "every visual token: set config.image_token_index, and let the processor "
                 "(MllamaImageProcessor) write them"
             )
-        return super()._assisted_decoding(input_ids, *args, **kwargs)
+        with rewinding(kwargs.get(CACHE_NAME)):
+            return super()._assisted_decoding(input_ids, *args, **kwargs)
 
 
 def _count_images(model_kwargs: dict[str, Any]) -> int:
