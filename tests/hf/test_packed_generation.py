@@ -218,7 +218,11 @@ def test_assistants():
     one, options = torch.tensor([tiny.tokens(4) * 3]), OPTIONS | {"pad_token_id": 97}
     greedy = model.generate(one, **options)
     for other in (copy.deepcopy(model), assistant):
-        other.generation_config.assistant_confidence_threshold = 0.0
+        other.generation_config.update(
+            assistant_confidence_threshold=0.0,
+            num_assistant_tokens=3,
+            num_assistant_tokens_schedule="constant",
+        )
         with counted_steps() as calls:
             assert torch.equal(model.generate(one, **options, assistant_model=other), greedy)
         assert max(sizes_of(calls)) > 2

@@ -11,7 +11,13 @@ from transformers.generation.utils import GenerateOutput
 
 from mllama.hf.arguments import check_special, taken_by
 from mllama.hf.built import check_built
-from mllama.hf.cache import check_cache, keep_all_tokens, num_prefix_tokens, rewinding
+from mllama.hf.cache import (
+    TransformersCache,
+    check_cache,
+    keep_all_tokens,
+    num_prefix_tokens,
+    rewinding,
+)
 from mllama.hf.call import one_of_images
 from mllama.hf.compat import CACHE_NAME, hand_on, rename_cache
 from mllama.hf.sampling import find_loop_obstacle, sample
@@ -108,6 +114,12 @@ class MllamaGenerationMixin(GenerationMixin):
         )
         if not is_first_iteration and kwargs.get("use_cache", True):
             inputs.pop("image_features", None)
+        mask, ids = inputs.get("cross_attention_mask"), inputs.get("input_ids")
+        if has_tokens and mask is not None and ids is not None:
+            # As many rows as candidates of an assistant would else be taken for theirs.
+            past = int(TransformersCache(cache, self.spec.text).length)
+            rows = torch.arange(past, past + ids.shape[1], device=mask.device)
+            inputs["cross_attention_mask"] = mask[:, rows.clamp(max=mask.shape[1] - 1)]
         return hand_on(inputs)
 
     def _prefill(self, input_ids, generation_config, model_kwargs, is_first_iteration=True):
