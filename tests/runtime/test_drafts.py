@@ -107,6 +107,21 @@ def test_right_and_wrong_drafts(case, kv_cache):
     assert made.num_accepted_tokens > LENGTH // 2
 
 
+@pytest.mark.parametrize("count", range(1, 5))
+def test_as_many_positions_as_the_prompt_has(count):
+    """A pass reads its own rows of a cross_attention_mask, not those of the prompt."""
+    model = pairs.make("mllama").ours
+    model.reference = "meta"
+    for name, parameter in model.named_parameters():
+        if name.endswith("_gate"):
+            torch.nn.init.constant_(parameter, 1.0)
+    inputs = pairs.pair("mllama").inputs(([1, "image", 1],))  # the first token sees no image
+    options = {"max_new_tokens": 9, "eos_token_id": []}
+    expected = Session(model).generate(inputs, **options).completions
+    session = with_oracle(Session(model), expected[0].token_ids, count=count, wrong=99)
+    assert session.generate(inputs, **options).completions == expected
+
+
 @pytest.mark.parametrize("each", [0, 1])
 @pytest.mark.parametrize(
     "model",
