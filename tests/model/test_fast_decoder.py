@@ -255,6 +255,19 @@ def test_a_prompt_of_one_token_notices_changes_too():
     decoded(model, prompt, False)
 
 
+def test_a_short_prompt_after_another_notices_changes_too():
+    model, first = optimize(tiny.model(), "f32"), [5, 6, 7]
+    session = Session(model)
+    session.generate({"input_ids": torch.tensor([first])}, max_new_tokens=3)
+    model.language_model.norm.register_forward_hook(do_nothing)
+    with counted_steps() as calls:
+        turn = {"input_ids": torch.tensor([[*first, 8, 9]])}
+        assert session.generate(turn, max_new_tokens=3).num_reused_tokens == 3
+        cache = DynamicCache()
+        model.generate(torch.tensor([first]), past_key_values=cache, max_new_tokens=3)
+    assert calls.call_count == 0
+
+
 @pytest.mark.parametrize("positions", [torch.tensor([[6.5]]), torch.tensor([[True]])])
 def test_positions_of_another_dtype_are_refused(positions):
     model, cache = optimize(tiny.model(), "f32"), DynamicCache()

@@ -43,6 +43,7 @@ class MllamaGenerationMixin(GenerationMixin):
     config: Any
     lm_head: Any
     device: Any
+    read_again: Any
 
     @overload
     def generate(
@@ -127,6 +128,7 @@ class MllamaGenerationMixin(GenerationMixin):
         prompts and prepended visual tokens. Without a cache, later steps get the prompt's length,
         because a generated placeholder id is text.
         """
+        self.read_again()
         if (
             self.spec.encoder is not None
             and not model_kwargs.get("use_cache", True)

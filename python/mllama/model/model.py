@@ -161,10 +161,15 @@ class VisionLanguageModel(nn.Module):
         )
         return self._with_logits(output, decoded, inputs, prepared)
 
+    def read_again(self) -> None:
+        """Before a prompt that continues a cache: read the modules for `decode_step` again, so that
+        changes of weights and hooks are noticed.
+        """
+        self._fast = None
+
     def _decode_step(self, inputs: ModelInputs, prepared: DecoderInputs) -> DecoderOutput | None:
         """A few new positions after others by `decode_step`, if the decoder is packed and nothing
-        forbids it. A prompt drops what was read of the modules, so that changes of them are
-        noticed.
+        forbids it. Other passes drop what was read of the modules, as `read_again` does.
         """
         if self.training or torch.compiler.is_compiling():
             return None
@@ -172,7 +177,7 @@ class VisionLanguageModel(nn.Module):
         # Reading a static cache's length waits for its device: not where a decoder cannot run.
         knows_none = T == 1 and isinstance(fast, str)
         if (T > 1 and B * T > MAX_ROWS) or not (knows_none or inputs.past):
-            self._fast = None
+            self.read_again()
             return None
         if fast is None or not (isinstance(fast, str) or fast.is_current):
             fast = find_obstacle(self.language_model) or FastDecoder(self.language_model)

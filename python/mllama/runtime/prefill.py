@@ -56,6 +56,7 @@ class PromptCache:
             The last logits, [B, V], and how many leading ids of every row were in the cache.
         """
         self._stages = self._reader.stages = stages
+        self.model.read_again()
         inputs = self._with_whole_mask(inputs)
         images, rows = self._reader.split(inputs)
         if len(inputs["input_ids"]) == 1 and "attention_mask" not in inputs:
