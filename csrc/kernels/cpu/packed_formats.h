@@ -20,12 +20,14 @@ struct CodeRow {
     CodeRow(const PackedLinear& a, int64_t row)
         : codes(a.activations.codes + row * group_count(a.in) * kGroup),
           scales(a.activations.scales + row * group_count(a.in)),
-          sums(a.activations.sums + row * group_count(a.in) * 2) {}
+          sums(a.activations.sums + row * group_count(a.in) * 2),
+          totals(a.activations.totals + row * group_count(a.in)) {}
     vi word(int64_t index) const { return splat_word(codes + index * 4); }  // four codes
     int32_t sum(int64_t g) const { return sums[2 * g] + sums[2 * g + 1]; }
     const int8_t* codes;
     const float* scales;
     const int16_t* sums;
+    const float* totals;
 };
 
 // Rows that leave registers for more than one sum each.
@@ -176,8 +178,8 @@ inline __attribute__((always_inline)) void add_parts(PlainSum (&sum)[R], const v
                                                      vf scale, vf minimum, const CodeRow (&x)[R],
                                                      int64_t g) {
     for (int r = 0; r < R; ++r) {
-        vf part = to_float(dots[r]) * scale + minimum * splat(static_cast<float>(x[r].sum(g)));
-        sum[r].total += part * splat(x[r].scales[g]);
+        sum[r].total += to_float(dots[r]) * scale * splat(x[r].scales[g]);
+        sum[r].total += minimum * splat(x[r].totals[g]);
     }
 }
 
@@ -222,7 +224,7 @@ struct Nested {
         vf s = lanes_u8(p + v * kWidth), m = lanes_u8(p + kLanes + v * kWidth);
         for (int r = 0; r < R; ++r) {
             sum[r].codes += to_float(dots[r]) * s * splat(x[r].scales[g]);
-            sum[r].minima += m * splat(x[r].scales[g] * static_cast<float>(x[r].sum(g)));
+            sum[r].minima += m * splat(x[r].totals[g]);
         }
     }
 };
