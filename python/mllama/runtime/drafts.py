@@ -6,6 +6,7 @@ from typing import Any, Protocol
 
 import torch
 
+from mllama.model.fast_decoder import MAX_ROWS
 from mllama.runtime.checks import check_count
 from mllama.runtime.completion import Generation
 from mllama.runtime.image_cache import ImageCache
@@ -13,7 +14,7 @@ from mllama.runtime.prefill import PromptCache
 from mllama.runtime.prefix import common
 from mllama.runtime.progress import Stages
 
-MAX_DRAFTS = 15  # with the token before them, what `decode_step` takes in one pass
+MAX_DRAFTS = MAX_ROWS - 1  # beside the token before them
 _COUNTS = (1, 3, 7, 15)  # with the token before them, what products take at once
 _ROW_COST = 0.15  # of a further position in a pass, in passes of one
 _NGRAMS = (4, 3, 2)  # tokens, the longest first
@@ -34,7 +35,7 @@ class Drafter(Protocol):
 
 
 class AcceptanceRate:
-    """The share of drafts that were the right tokens, the latest ones weighing most.
+    """The share of guesses that were right, the latest ones weighing most.
 
     Attributes:
         value: 0 to 1.
@@ -42,10 +43,20 @@ class AcceptanceRate:
 
     def __init__(self) -> None:
         self.value = 0.5
+        self._expected: list[int] = []
 
-    def add(self, accepted: bool) -> None:
-        """Count the first draft of a pass, or one behind accepted drafts."""
-        self.value += (accepted - self.value) / 8
+    def expect(self, tokens: list[int]) -> None:
+        """Compare the next tokens with these, up to the first one that is another."""
+        self._expected = list(tokens)
+
+    def add(self, token: int) -> None:
+        """Compare the next token, if one is expected."""
+        if not self._expected:
+            return
+        right = self._expected.pop(0) == token
+        self.value += (right - self.value) / 8
+        if not right:
+            self._expected = []
 
     def best_count(self, most: int, cost: float) -> int:
         """How many drafts, 0 to `most`, give the most tokens per time, if one costs `cost`, in
@@ -79,16 +90,14 @@ class PromptLookup:
         """Start with a prompt."""
         self._ids: list[int] = []
         self._next: dict[tuple[int, ...], int] = {}  # where the token after an n-gram is
-        self._guess: list[int] = []  # what is still to be compared
+        self._rate: AcceptanceRate | None = None  # of the last guess
         for token in ids:
             self.add(token)
 
     def add(self, token: int) -> None:
         """Append the next token."""
-        if self._guess:
-            right = self._guess.pop(0) == token
-            self._rates[self._size].add(right)
-            self._guess = self._guess if right else []
+        if self._rate is not None:
+            self._rate.add(token)
         for size in _NGRAMS:
             if size <= len(self._ids):
                 self._next[tuple(self._ids[-size:])] = len(self._ids)
@@ -97,18 +106,16 @@ class PromptLookup:
     def propose(self, most: int) -> list[int]:
         """Guess up to `most` tokens that may follow."""
         ids, most = self._ids, min(most, self._most)
-        for size in _NGRAMS:
-            start = self._next.get(tuple(ids[-size:]))
-            if start is not None and most > 0:
-                break
-        else:
-            self._guess = []
+        self._rate = None
+        size = next((size for size in _NGRAMS if tuple(ids[-size:]) in self._next), None)
+        if size is None or most < 1:
             return []
-        guess: list[int] = []
+        start, guess = self._next[tuple(ids[-size:])], []
         for place in range(start, start + most):  # it may run into what it guesses
             guess.append(ids[place] if place < len(ids) else guess[place - len(ids)])
-        self._guess, self._size = guess, size
-        return guess[: self._rates[size].best_count(most, _ROW_COST)]
+        self._rate = self._rates[size]
+        self._rate.expect(guess)
+        return guess[: self._rate.best_count(most, _ROW_COST)]
 
 
 class DraftModel:
@@ -132,16 +139,13 @@ class DraftModel:
         """Start with a prompt. It is read when the first draft is asked for."""
         vocabulary = self._model.spec.text.vocab_size
         self._ids = [token for token in ids if token < vocabulary and token != self._no_text]
-        self._known: int | None = None  # leading ids that the cache surely has; None: not the text
-        self._guess: list[int] = []
+        self._known: int | None = None  # leading ids that the cache surely has; None: another text
+        self._rate.expect([])
         self._pause = 0
 
     def add(self, token: int) -> None:
         """Append the next token."""
-        if self._guess:
-            right = self._guess.pop(0) == token
-            self._rate.add(right)
-            self._guess = self._guess if right else []
+        self._rate.add(token)
         self._ids.append(token)
         self._pause -= 1
 
@@ -161,7 +165,7 @@ class DraftModel:
             if len(drafts) == count:
                 break
             logits = self._prompt.append(token[:, None])[:, -1]
-        self._guess = list(drafts)
+        self._rate.expect(drafts)
         return drafts
 
     def _read(self) -> torch.Tensor:
