@@ -10,7 +10,7 @@ from benchmarks.models.files import Files
 from benchmarks.models.groups import Case, Contender, Group
 
 MODEL = "Llama-3.2-11B-Vision's shapes"
-ANSWERS, QUARTER, ENCODER = NAMES = "11b", "11b-quarter", "11b-encoder"
+ANSWERS, QUARTER, ENCODER = NAMES = "11b-int4", "11b-quarter", "11b-encoder"
 PACKED = Contender(MLLAMA, "int4", "file", Files.vision_packed)
 CASES = (
     Case("text alone", "decode", {"prompt": 16, "tokens": 32}),
