@@ -12,11 +12,8 @@ from mllama.nn.adapted import count_changes
 from mllama.nn.kv_cache import CACHE_DTYPES
 from mllama.runtime.checks import check_count, check_padding, check_room
 from mllama.runtime.completion import Generation, Row
-<<<<<<< HEAD
-from mllama.runtime.fingerprint import structure
-=======
 from mllama.runtime.drafts import Passes, make_drafter
->>>>>>> spec13
+from mllama.runtime.fingerprint import structure
 from mllama.runtime.image_cache import ImageCache
 from mllama.runtime.images import IMAGE_INPUTS
 from mllama.runtime.prefill import PromptCache
@@ -110,13 +107,9 @@ class Session:
         self.image_cache = ImageCache() if image_cache is None else image_cache
         self.image_cache.attach(model)
         self._prompt = PromptCache(model, self.image_cache, kv_cache, prefill_chunk_size)
-<<<<<<< HEAD
-        self._state = self._look()
-=======
         self._drafting = prompt_lookup_tokens, draft_model
         self._drafter = make_drafter(model, *self._drafting)
-        self._changes = count_changes()
->>>>>>> spec13
+        self._state = self._look()
         self.progress = progress
         self._running = False
 
