@@ -15,7 +15,6 @@ from benchmarks.models.engines import MLLAMA
 from benchmarks.models.groups import Case, Contender, Group
 from benchmarks.models.measure import measure_group
 from benchmarks.models.plot import draw
-from benchmarks.models.vision_11b import vision_tables
 from benchmarks.models.worker import Worker, WorkerError
 from helpers import needs_kernels
 from mllama import _ext
@@ -147,7 +146,8 @@ def test_tables_of_the_vision_model():
         "11b-quarter": {"model": "shorter", "rows": [answer]},
         "11b-encoder": {"model": "encoder", "rows": [row | {"encoder_seconds": 1.234}]},
     }
-    lines = [line for line in vision_tables(groups) if "mistral.rs" in line]
+    content = {"date": "2026-11-29", "machine": "a machine", "groups": groups}
+    lines = [line for line in report.table(content).splitlines() if "mistral.rs" in line]
     assert [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines] == [
         ["mistral.rs 1", "Q4K", "one tile", "60.00", "", "", "", "2.50", "", "", "20.8"],
         ["mistral.rs 1", "Q4K", "1.23"],
