@@ -11,6 +11,9 @@ from benchmarks import harness
 from benchmarks.__main__ import main
 from benchmarks.models import report
 from benchmarks.models.__main__ import main as bench_models
+from benchmarks.models.engines import MLLAMA
+from benchmarks.models.groups import Case, Contender, Group
+from benchmarks.models.measure import measure_group
 from benchmarks.models.plot import draw
 from benchmarks.models.worker import Worker, WorkerError
 from helpers import needs_kernels
@@ -90,9 +93,12 @@ def group(case: str, **rates: float) -> dict:
 
 def test_a_smoke_run_measures_every_action(capsys):
     bench_models(["--quick", "--threads", "1"])
-    lines = [line for line in capsys.readouterr().out.splitlines() if "two layers" in line]
-    assert len(lines) == 7
-    assert all(float(line.split("|")[4]) > 0 for line in lines)
+    lines = [line.split("|") for line in capsys.readouterr().out.splitlines() if "|" in line]
+    assert [float(cells[4]) > 0 for cells in lines if "two layers" in cells[1]] == [True] * 7
+    ours = [cells[3:-1] for cells in lines if cells[1:3] == [" mllama ", " int4 "]]
+    assert [cells[0].strip() for cells in ours] == ["text alone", "one tile", "four tiles"]
+    assert all(float(cell) >= 0 for cells in ours[1:] for cell in cells[1:])  # none is missing
+    assert sum(" f32 " in cells for cells in lines) == 2  # encoders, ours and transformers'
 
 
 def test_table_has_the_ratio_to_the_fastest_peer():
@@ -101,6 +107,51 @@ def test_table_has_the_ratio_to_the_fastest_peer():
     (row,) = [line for line in report.table(content).splitlines() if "a model" in line]
     cells = [cell.strip() for cell in row.strip("|").split("|")]
     assert cells == ["a model", "int4", "decode", "30.0", "50%", "20.0", "", "", "5.0", "1.50"]
+
+
+def test_contenders_that_do_not_fit_together_are_loaded_one_by_one(monkeypatch):
+    loaded = set()
+
+    class Engine:
+        facts, load_seconds, alive = {"version": "1", "actions": ["a", "b"]}, 1.0, True
+
+        def __init__(self, worker, python, model, weights, threads):
+            loaded.add(weights)
+            self.weights = weights
+
+        def ask(self, action):
+            assert loaded == {self.weights}
+            found = {"seconds": 2.0, "tokens": 8} if action == "a" else {}
+            return found | {"peak": 10**9, "more": {"stage_seconds": 0.5}}
+
+        def close(self):
+            loaded.remove(self.weights)
+
+    monkeypatch.setattr("benchmarks.models.measure.Worker", Engine)
+    contenders = [Contender(MLLAMA, name, name, lambda files: Path()) for name in ("x", "y")]
+    cases = (Case("timed", "a"), Case("without tokens", "b"))
+    group = Group("g", "m", "int4", tuple(contenders), cases, alone=True)
+    rows = measure_group(group, None, 1, 2)["rows"]
+    assert [(row["precision"], row["case"]) for row in rows] == [
+        (name, case.name) for name in ("x", "y") for case in cases
+    ]
+    assert [row.get("tokens_per_second") for row in rows] == [4.0, None, 4.0, None]
+    assert all(row["stage_seconds"] == 0.5 and row["load_seconds"] == 1 for row in rows)
+
+
+def test_tables_of_the_vision_model():
+    row = {"engine": "mistral.rs", "version": "1", "precision": "Q4K", "case": "one tile"}
+    answer = row | {"load_seconds": 60, "first_token_seconds": 2.5, "peak_gb": 20.84}
+    groups = {
+        "11b-quarter": {"model": "shorter", "rows": [answer]},
+        "11b-encoder": {"model": "encoder", "rows": [row | {"encoder_seconds": 1.234}]},
+    }
+    content = {"date": "2026-11-29", "machine": "a machine", "groups": groups}
+    lines = [line for line in report.table(content).splitlines() if "mistral.rs" in line]
+    assert [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines] == [
+        ["mistral.rs 1", "Q4K", "one tile", "60.00", "", "", "", "2.50", "", "", "20.8"],
+        ["mistral.rs 1", "Q4K", "1.23"],
+    ]
 
 
 def test_results_of_other_groups_stay(tmp_path):

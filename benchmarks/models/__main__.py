@@ -16,11 +16,14 @@ import torch
 from benchmarks import harness
 from benchmarks.models import report
 from benchmarks.models.cold_start import measure_cold_starts
-from benchmarks.models.files import LLAMA_1B, TINY, Files
-from benchmarks.models.groups import GROUPS, QUICK, VISION_GROUP
+from benchmarks.models.files import LLAMA_1B, TINY, TINY_TILED, VISION_11B, Files
+from benchmarks.models.groups import GROUPS, QUICK
+from benchmarks.models.images import PROMPT_GROUPS, SIGLIP_GROUPS
 from benchmarks.models.measure import measure_group
 from benchmarks.models.plot import draw
+from benchmarks.models.vision_11b import QUICK_VISION, VISION_GROUPS
 
+USUAL, LARGE = GROUPS + SIGLIP_GROUPS, PROMPT_GROUPS + VISION_GROUPS
 WORK = Path(__file__).parents[2] / "build/bench-models"
 COLD = "cold"
 
@@ -36,12 +39,15 @@ def main(argv: list[str] | None = None) -> None:
     }
     if arguments.quick:
         with tempfile.TemporaryDirectory() as folder:
-            files = Files(Path(folder), TINY)
-            found = {QUICK.name: measure_group(QUICK, files, arguments.threads, 1)}
+            files = Files(Path(folder), TINY, TINY_TILED)
+            found = {
+                group.name: measure_group(group, files, arguments.threads, 1)
+                for group in (QUICK, *QUICK_VISION)
+            }
         print(report.table(facts | {"groups": found}))
         return
-    files = Files(arguments.work, LLAMA_1B)
-    groups = [group for group in (*GROUPS, VISION_GROUP) if group.name in arguments.only]
+    files = Files(arguments.work, LLAMA_1B, VISION_11B)
+    groups = [group for group in (*USUAL, *LARGE) if group.name in arguments.only]
     if arguments.prepare:
         for contender in (one for group in groups for one in group.contenders):
             if contender.engine.python is not None:
@@ -77,15 +83,15 @@ def _draw(content: dict[str, Any], path: Path) -> dict[str, str]:
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.models", description=__doc__)
-    usual = [*(group.name for group in GROUPS), COLD]
-    known = [*usual, VISION_GROUP.name]
+    usual = [*(group.name for group in USUAL), COLD]
+    known = [*usual, *(group.name for group in LARGE)]
     parser.add_argument(
         "--only",
         nargs="+",
         metavar="GROUP",
         default=usual,
-        help=f"groups, or beginnings of their names: {', '.join(known)} (default: all but "
-        f"{VISION_GROUP.name})",
+        help=f"groups, or beginnings of their names: {', '.join(known)} (default: all but the "
+        "largest models)",
     )
     parser.add_argument(
         "--threads", type=int, default=os.cpu_count(), help="of every engine (default: the CPUs)"

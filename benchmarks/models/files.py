@@ -11,7 +11,7 @@ import torch
 from transformers import LlamaConfig, MllamaConfig
 
 from benchmarks.models.engines import ONNXRUNTIME
-from benchmarks.models.random_packed import random_packed
+from benchmarks.models.random_folder import write_processor, write_random
 from mllama import MllamaForConditionalGeneration
 from mllama.checkpoints.files import write_folder
 from mllama.hf.gguf import save_gguf
@@ -36,7 +36,8 @@ LLAMA_1B: dict[str, Any] = {
     },
     "tie_word_embeddings": True,
 }
-VISION_11B = {"vision_config": {"image_size": 560}}  # the rest is MllamaConfig's default
+QUARTER = {"num_hidden_layers": 10, "cross_attention_layers": [3, 8]}  # of 40 layers and 8
+VISION_11B: dict[str, Any] = {"vision_config": {"image_size": 560}}  # else MllamaConfig's defaults
 TINY = LLAMA_1B | {
     "vocab_size": 512,
     "hidden_size": 128,
@@ -46,6 +47,30 @@ TINY = LLAMA_1B | {
     "num_key_value_heads": 2,
     "head_dim": 32,
 }
+TINY_TEXT = {
+    "vocab_size": 512,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "cross_attention_layers": [1],
+    "bos_token_id": 256,
+    "eos_token_id": 257,
+    "pad_token_id": 258,
+}
+TINY_VISION = {
+    "image_size": 28,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "attention_heads": 2,
+    "num_hidden_layers": 2,
+    "num_global_layers": 1,
+    "intermediate_layers_indices": [1],
+    "vision_output_dim": 128,
+}
+SMALLEST_DECODER = {"text_config": TINY_TEXT, "image_token_index": TINY_TEXT["vocab_size"]}
+TINY_TILED: dict[str, Any] = {"vision_config": TINY_VISION, **SMALLEST_DECODER}
 ENDS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2}
 
 
@@ -55,11 +80,13 @@ class Files:
 
     Args:
         folder: where they are kept.
-        config: of the model with random weights.
+        config: of the Llama with random weights.
+        vision: of the Llama-3.2-Vision with random weights.
     """
 
-    def __init__(self, folder: Path, config: dict[str, Any]):
+    def __init__(self, folder: Path, config: dict[str, Any], vision: dict[str, Any]):
         self.folder, self.config = folder, config
+        self._vision = vision
 
     # ---- random weights in Llama-3.2-1B's shapes
 
@@ -77,7 +104,7 @@ class Files:
             if (tokenizer := _tokenizer()) is not None:
                 tokenizer.save_pretrained(aside)
 
-        return self._make("llama-1b", lambda path: write_folder(path, write))
+        return self.make("llama-1b", lambda path: write_folder(path, write))
 
     def llama_gguf(self, kind: str) -> Path | None:
         """A GGUF file in one of our writer's types, which are llama.cpp's."""
@@ -94,7 +121,7 @@ class Files:
             return None
         command = [sys.executable, "-m", "mllama", "convert", source]
         options = ["--to", "hf", "--dtype", "bfloat16"]
-        return self._make("smollm2", lambda path: _run(*command, path, *options))
+        return self.make("smollm2", lambda path: run(*command, path, *options))
 
     def smollm2_gguf(self, kind: str) -> Path | None:
         return self._gguf(self.smollm2, kind)
@@ -105,14 +132,34 @@ class Files:
     # ---- random weights in Llama-3.2-11B-Vision's shapes
 
     def vision(self) -> Path:
-        """A folder of packed weights in int4."""
+        """A folder in bfloat16, 21 GB."""
+        return self.make("vision-11b", self._write_vision(self._vision))
 
-        def write(aside: Path) -> None:
-            random_packed(MllamaConfig(**VISION_11B), "int4").save_pretrained(aside)
+    def vision_quarter(self) -> Path:
+        """The same with a quarter of the decoder's layers, 8 GB."""
+        config = self._vision | {"text_config": QUARTER}
+        return self.make("vision-11b-quarter", self._write_vision(config))
 
-        return self._make("vision-11b-int4", lambda path: write_folder(path, write))
+    def vision_packed(self) -> Path:
+        """Its packed weights in int4."""
+        command = [sys.executable, "-m", "mllama", "quantize", self.vision()]
+        options = ["--weights", "int4", "--no-report"]
+        return self.make("vision-11b-int4", lambda path: run(*command, path, *options))
+
+    def encoder(self) -> Path:
+        """The encoder in bfloat16, with the smallest decoder."""
+        config = self._vision | SMALLEST_DECODER
+        return self.make("vision-11b-encoder", self._write_vision(config))
 
     # ---- how
+
+    def _write_vision(self, options: dict[str, Any]) -> Callable[[Path], None]:
+        def write(aside: Path) -> None:
+            config = MllamaConfig(**options)
+            write_random(config, aside)
+            write_processor(config, aside)
+
+        return lambda path: write_folder(path, write)
 
     def _gguf(self, make_folder: Callable[[], Path | None], kind: str) -> Path | None:
         folder, tokenizer = make_folder(), _tokenizer()
@@ -123,7 +170,7 @@ class Files:
             model = MllamaForConditionalGeneration.from_pretrained(folder, dtype="auto")
             save_gguf(model, tokenizer, path, kind)
 
-        return self._make(f"{folder.name}-{kind}.gguf", write)
+        return self.make(f"{folder.name}-{kind}.gguf", write)
 
     def _onnx(self, make_folder: Callable[[], Path | None], kind: str) -> Path | None:
         folder = make_folder()
@@ -133,11 +180,12 @@ class Files:
 
         def write(aside: Path) -> None:
             options = ["-p", {"f32": "fp32"}.get(kind, kind), "-e", "cpu"]
-            _run(*command, "-o", aside, *options, "-c", self.folder / "cache")
+            run(*command, "-o", aside, *options, "-c", self.folder / "cache")
 
-        return self._make(f"{folder.name}-{kind}-onnx", lambda path: write_folder(path, write))
+        return self.make(f"{folder.name}-{kind}-onnx", lambda path: write_folder(path, write))
 
-    def _make(self, name: str, write: Callable[[Path], object]) -> Path:
+    def make(self, name: str, write: Callable[[Path], object]) -> Path:
+        """The path of a file or folder, which `write` makes if there is none."""
         path = self.folder / name
         if not path.exists():
             print(f"writing {path}", file=sys.stderr)
@@ -146,7 +194,12 @@ class Files:
         return path
 
 
-def _run(*command: object) -> None:
+def run(*command: object) -> None:
+    """Run a program.
+
+    Raises:
+        RuntimeError: it failed.
+    """
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"{command} failed: {done.stderr[-1000:]}")

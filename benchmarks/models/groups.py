@@ -45,13 +45,18 @@ class Contender:
 
 @dataclass(frozen=True)
 class Group:
-    """Contenders on one model with about as many bits per weight, measured in turn."""
+    """Contenders on one model, most with about as many bits per weight, measured in turn.
+
+    Attributes:
+        alone: memory holds one contender at a time, so that each has all its turns at once.
+    """
 
     name: str
     model: str
     bits: str
     contenders: tuple[Contender, ...]
     cases: tuple[Case, ...]
+    alone: bool = False
 
 
 DECODE = Case("decode", "decode", {"prompt": 16, "tokens": 24})
@@ -60,6 +65,7 @@ AFTER_8K = Case("decode after 8,192 tokens", "deep", {"depth": 8192, "tokens": 1
 AFTER_32K = Case("decode after 32,768 tokens", "deep", {"depth": 32768, "tokens": 8})
 SMALLER = Case("the same, 8-bit cache", "deep_int8", {"depth": 32768, "tokens": 8})
 PREFILL = Case("prefill 256", "prefill", {"tokens": 256})
+PREFILL_2K = Case("prefill 2,048", "prefill", {"tokens": 2048})
 ANSWER = Case("64 tokens after 64", "answer", {"prompt": 64, "tokens": 64})
 GENERATE = Case("the same by `generate()`", "generate", {"prompt": 64, "tokens": 64})
 LONGER = Case("decode", "decode", {"prompt": 64, "tokens": 96})
@@ -102,7 +108,7 @@ LLAMA_GROUPS = (
             Contender(TRANSFORMERS, "bf16", "bf16", Files.llama),
             Contender(TORCH, "bf16", "bf16", Files.llama),
         ),
-        (DECODE, AFTER_8K, PREFILL),
+        (DECODE, AFTER_8K, PREFILL, PREFILL_2K),
     ),
     Group(
         "1b-int8",
@@ -114,7 +120,7 @@ LLAMA_GROUPS = (
             Contender(OPENVINO, "Q8_0", "q8_0", _gguf("q8_0")),
             Contender(TORCH, "int8", "int8", Files.llama),
         ),
-        (DECODE, PREFILL),
+        (DECODE, PREFILL, PREFILL_2K),
     ),
     Group(
         "1b-int4",
@@ -128,7 +134,7 @@ LLAMA_GROUPS = (
             Contender(ONNXRUNTIME, "int4", "int4", _onnx("int4")),
             Contender(TORCH, "int4", "int4", Files.llama),
         ),
-        (DECODE, BATCH, AFTER_8K, AFTER_32K, SMALLER, PREFILL),
+        (DECODE, BATCH, AFTER_8K, AFTER_32K, SMALLER, PREFILL, PREFILL_2K),
     ),
     Group(
         "1b-f32",
@@ -138,7 +144,7 @@ LLAMA_GROUPS = (
             Contender(MLLAMA, "f32", "f32", Files.llama),
             Contender(TRANSFORMERS, "f32", "f32", Files.llama),
         ),
-        (DECODE,),
+        (DECODE, PREFILL, PREFILL_2K),
     ),
 )
 SMOLLM2_GROUPS = (
@@ -151,7 +157,7 @@ SMOLLM2_GROUPS = (
             Contender(TRANSFORMERS, "f32", "f32", Files.smollm2),
             Contender(ONNXRUNTIME, "f32", "f32", _small_onnx("f32")),
         ),
-        (LONGER, ANSWER, GENERATE),
+        (LONGER, PREFILL, PREFILL_2K, ANSWER, GENERATE),
     ),
     Group(
         "smollm2-bf16",
@@ -162,7 +168,7 @@ SMOLLM2_GROUPS = (
             Contender(TRANSFORMERS, "bf16", "bf16", Files.smollm2),
             *_llama_cpp("BF16", _small_gguf("bf16")),
         ),
-        (LONGER, ANSWER, GENERATE),
+        (LONGER, PREFILL, PREFILL_2K, ANSWER, GENERATE),
     ),
     Group(
         "smollm2-int8",
@@ -173,7 +179,7 @@ SMOLLM2_GROUPS = (
             *_llama_cpp("Q8_0", _small_gguf("q8_0")),
             Contender(OPENVINO, "Q8_0", "q8_0", _small_gguf("q8_0")),
         ),
-        (LONGER, ANSWER, GENERATE),
+        (LONGER, PREFILL, PREFILL_2K, ANSWER, GENERATE),
     ),
     Group(
         "smollm2-int4",
@@ -187,21 +193,10 @@ SMOLLM2_GROUPS = (
             Contender(OPENVINO, "Q4_1", "q4_1", _packaged),
             Contender(ONNXRUNTIME, "int4", "int4", _small_onnx("int4")),
         ),
-        (LONGER, ANSWER, GENERATE),
+        (LONGER, PREFILL, PREFILL_2K, ANSWER, GENERATE),
     ),
 )
 GROUPS = LLAMA_GROUPS + SMOLLM2_GROUPS
-# By itself: its file takes 8 GB, and minutes to write.
-VISION_GROUP = Group(
-    "11b",
-    "Llama-3.2-11B-Vision's shapes",
-    "int4",
-    (Contender(MLLAMA, "int4", "file", Files.vision),),
-    (
-        Case("decode, text", "decode", {"prompt": 16, "tokens": 16}),
-        Case("decode after an image", "see", {"tokens": 16}),
-    ),
-)
 
 # A smoke run: our worker's every action on a tiny model.
 QUICK = Group(

@@ -4,13 +4,20 @@ import statistics
 import sys
 import time
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from benchmarks.harness import Reading, Roofs, measure_roofs
 from benchmarks.models.files import Files
 from benchmarks.models.groups import Case, Contender, Group
 from benchmarks.models.worker import Worker, WorkerError
+
+# Names of the machine's limits in files, and in `Roofs`.
+ROOFS = {
+    "read_gb_per_second": "read",
+    "matmul_f32_gflops": "matmul_f32",
+    "matmul_bf16_gflops": "matmul_bf16",
+}
 
 
 @dataclass
@@ -23,7 +30,8 @@ class Row:
         shares: of what the machine read just before and after, by round.
         peak: the most memory that the process had, in bytes.
         load_seconds: from the start of the process until the model was ready.
-        more: other figures of the last round.
+        rounds: how many it was measured in.
+        more: other figures by name, by round.
     """
 
     case: str
@@ -35,7 +43,8 @@ class Row:
     shares: list[float] = field(default_factory=list)
     peak: int = 0
     load_seconds: float = 0
-    more: dict[str, Any] = field(default_factory=dict)
+    rounds: int = 0
+    more: dict[str, list[float]] = field(default_factory=dict)
 
     def as_json(self) -> dict[str, Any]:
         """With medians."""
@@ -44,12 +53,13 @@ class Row:
             "engine": self.engine,
             "precision": self.precision,
             "version": self.version,
-            "tokens_per_second": round(statistics.median(self.rates), 3),
-            "rounds": [round(rate, 3) for rate in self.rates],
             "peak_gb": round(self.peak / 1e9, 2),
             "load_seconds": round(self.load_seconds, 2),
-            **self.more,
         }
+        found |= {name: round(statistics.median(x), 3) for name, x in self.more.items()}
+        if self.rates:
+            found["tokens_per_second"] = round(statistics.median(self.rates), 3)
+            found["rounds"] = [round(rate, 3) for rate in self.rates]
         if self.bytes_per_second:
             speed = statistics.median(self.bytes_per_second) / 1e9
             share = statistics.median(self.shares)
@@ -63,45 +73,52 @@ def measure_group(group: Group, files: Files, threads: int, rounds: int) -> dict
     A contender that is not installed is left out; one that fails is reported and left out of that
     case.
     """
-    start = time.perf_counter()
-    reading = Reading()
+    rows: list[Row] = []
+    roofs: list[Roofs] = []
+    for part in [(one,) for one in group.contenders] if group.alone else [group.contenders]:
+        rows += _take_turns(replace(group, contenders=part), files, threads, rounds, roofs)
+    return {
+        "model": group.model,
+        "bits": group.bits,
+        "roofs": {
+            name: round(statistics.median(getattr(roof, field) for roof in roofs), 2)
+            for name, field in ROOFS.items()
+        },
+        "rows": [row.as_json() for row in rows if row.rounds == rounds],
+    }
+
+
+def _take_turns(
+    group: Group, files: Files, threads: int, rounds: int, roofs: list[Roofs]
+) -> list[Row]:
+    """Rows of contenders that are loaded together; adds the machine's limits in each round."""
+    start, reading = time.perf_counter(), Reading()
     with ExitStack() as stack:
         workers: list[tuple[Contender, Worker]] = []
         for contender in group.contenders:
             if (worker := _start(contender, files, threads)) is not None:
                 stack.callback(worker.close)
                 workers.append((contender, worker))
-        rows: dict[tuple[int, str], Row] = {}
-        roofs: list[Roofs] = []
+        rows = [(_row(*pair, case), pair[1], case) for case in group.cases for pair in workers]
         for turn in range(rounds + 1):
             if turn:
                 roofs.append(measure_roofs())
-            for case in group.cases if turn else group.cases[:1]:  # to warm up
-                for i, (contender, worker) in enumerate(workers):
-                    row = rows.setdefault(
-                        (i, case.name),
-                        Row(
-                            case.name,
-                            contender.engine.name,
-                            contender.precision,
-                            worker.facts["version"],
-                            load_seconds=worker.load_seconds,
-                        ),
-                    )
+            for row, worker, case in rows:
+                if turn or case == group.cases[0]:  # to warm up
                     _measure(worker, case, row, reading if turn else None)
             seconds = time.perf_counter() - start
             print(f"{group.name}: round {turn} of {rounds}, {seconds:.0f} s", file=sys.stderr)
-    read = statistics.median(roof.read for roof in roofs)
-    return {
-        "model": group.model,
-        "bits": group.bits,
-        "roofs": {
-            "read_gb_per_second": round(read, 2),
-            "matmul_f32_gflops": round(statistics.median(roof.matmul_f32 for roof in roofs), 1),
-            "matmul_bf16_gflops": round(statistics.median(roof.matmul_bf16 for roof in roofs), 1),
-        },
-        "rows": [row.as_json() for row in rows.values() if len(row.rates) == rounds],
-    }
+    return [row for row, _, _ in rows]
+
+
+def _row(contender: Contender, worker: Worker, case: Case) -> Row:
+    return Row(
+        case.name,
+        contender.engine.name,
+        contender.precision,
+        worker.facts["version"],
+        load_seconds=worker.load_seconds,
+    )
 
 
 def _start(contender: Contender, files: Files, threads: int) -> Worker | None:
@@ -126,10 +143,15 @@ def _measure(worker: Worker, case: Case, row: Row, reading: Reading | None) -> N
     except WorkerError as error:
         print(f"{row.engine} {row.precision} fails in {case.name}: {error}", file=sys.stderr)
         return
-    row.peak, row.more = max(row.peak, found["peak"]), found.get("more", {})
-    if reading:
+    row.peak = max(row.peak, found["peak"])
+    if reading is None:
+        return
+    row.rounds += 1
+    for name, figure in found.get("more", {}).items():
+        row.more.setdefault(name, []).append(figure)
+    if "tokens" in found:
         row.rates.append(found["tokens"] / found["seconds"])
-        if "bytes" in found:
-            speed = found["bytes"] / found["seconds"]
-            row.bytes_per_second.append(speed)
-            row.shares.append(speed / 1e9 / ((before + reading.speed()) / 2))
+    if "bytes" in found:
+        speed = found["bytes"] / found["seconds"]
+        row.bytes_per_second.append(speed)
+        row.shares.append(speed / 1e9 / ((before + reading.speed()) / 2))

@@ -7,11 +7,22 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from benchmarks.models.vision_11b import ANSWERS, ENCODER, NAMES, QUARTER
+
 RESULTS = Path(__file__).parents[1] / "results"
 README = Path(__file__).parents[2] / "README.md"
 BEGIN, END = "<!-- bench-models: begin -->", "<!-- bench-models: end -->"
 PEERS = ("llama.cpp", "OpenVINO", "ONNX Runtime", "transformers")
-OURS, BOUND = "mllama", "torch products"
+OURS = "mllama"
+# Of an answer about an image, by what the table calls them.
+STAGES = {
+    "load": "load_seconds",
+    "preprocessing": "prepare_seconds",
+    "encoder": "encoder_seconds",
+    "prompt": "prompt_seconds",
+    "first token": "first_token_seconds",
+    "next question": "next_question_seconds",
+}
 
 
 def path_for(processor: str) -> Path:
@@ -39,7 +50,8 @@ def table(content: Mapping[str, Any] | None) -> str:
     """README.md's text between BEGIN and END."""
     if content is None:
         return "\n"
-    parts = [_head(content), "", *_rows(content), "", *_starts(content), "", *_notes(content)]
+    parts = [_head(content), "", *_rows(content), "", *_vision(content["groups"]), ""]
+    parts += _starts(content)
     if picture := content.get("picture"):
         parts += ["", f"![Tokens per second of each engine](benchmarks/results/{picture})"]
     return re.sub("\n\n+", "\n\n", "\n".join(["", *parts, "", ""]))
@@ -82,7 +94,9 @@ def _rows(content: Mapping[str, Any]) -> Iterable[str]:
     """A line for each case of each group."""
     yield _line("model", "weights", "workload", "mllama", "share of read speed", *PEERS, "ratio")
     yield _line(*["---"] * (6 + len(PEERS)))
-    for group in content["groups"].values():
+    for name, group in content["groups"].items():
+        if name in NAMES:
+            continue
         for case in dict.fromkeys(row["case"] for row in group["rows"] if "engine" in row):
             rows = [row for row in group["rows"] if row["case"] == case]
             ours = _best(rows, OURS)
@@ -104,16 +118,37 @@ def _starts(content: Mapping[str, Any]) -> Iterable[str]:
         yield _line(row["case"], f"{row['seconds']:.2f}")
 
 
-def _notes(content: Mapping[str, Any]) -> Iterable[str]:
-    """A line for each model that was shown an image."""
-    for group in content["groups"].values():
+def _vision(groups: Mapping[str, Any]) -> Iterable[str]:
+    """Lines of README.md: seconds by stage, then those of the encoder alone."""
+    for group in (groups[name] for name in (ANSWERS, QUARTER) if name in groups):
+        title = f"{group['model']}, seconds"
+        yield _line(title, "weights", "image", *STAGES, "tokens/s", "memory, GB")
+        yield _line(*["---"] * (5 + len(STAGES)))
         for row in group["rows"]:
-            if "first_token_seconds" in row:
-                yield (
-                    f"{group['model']} in {group['bits']}: {row['peak_gb']:.1f} GB of memory, "
-                    f"loaded in {row['load_seconds']:.1f} s; an image and a question take "
-                    f"{row['first_token_seconds']:.1f} s to the first token."
-                )
+            stages = [_number(row.get(name), 2) for name in STAGES.values()]
+            rate, peak = row.get("tokens_per_second"), row["peak_gb"]
+            rest = _number(rate, 1), _number(peak, 1)
+            yield _line(_engine(row), row["precision"], row["case"], *stages, *rest)
+        yield ""
+    if group := groups.get(ENCODER):
+        cases = list(dict.fromkeys(row["case"] for row in group["rows"]))
+        yield _line(f"{group['model']}, seconds", "weights", *cases)
+        yield _line(*["---"] * (2 + len(cases)))
+        found: dict[tuple[str, str], dict[str, float]] = {}
+        for row in group["rows"]:
+            own = found.setdefault((_engine(row), row["precision"]), {})
+            own[row["case"]] = row["encoder_seconds"]
+        for contender, seconds in found.items():
+            yield _line(*contender, *(_number(seconds.get(case), 2) for case in cases))
+
+
+def _engine(row: Mapping[str, Any]) -> str:
+    ours = row["engine"] == OURS
+    return row["engine"] if ours else f"{row['engine']} {row['version']}"
+
+
+def _number(value: float | None, digits: int) -> str:
+    return "" if value is None else f"{value:.{digits}f}"
 
 
 def _best(rows: Iterable[Mapping[str, Any]], engine: str) -> Mapping[str, Any] | None:

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 PEERS = Path(__file__).parents[1] / "peers"
-LOAD_SECONDS, ACTION_SECONDS = 600, 300
+LOAD_SECONDS = ACTION_SECONDS = 1800
+_THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "RAYON_NUM_THREADS")
 
 
 class WorkerError(Exception):
@@ -24,7 +25,7 @@ def thread_variables(threads: int) -> dict[str, str]:
     default.
     """
     others = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
-    return others | dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), str(threads))
+    return others | dict.fromkeys(_THREADS, str(threads))
 
 
 class Worker:
@@ -64,8 +65,8 @@ class Worker:
         self.load_seconds = time.perf_counter() - start
 
     def ask(self, action: str, **arguments: Any) -> dict[str, Any]:
-        """One measurement: `seconds`, `tokens`, `bytes` if known, `more` of other figures, and
-        `peak`, the most memory that the process has had, in bytes.
+        """One measurement: `seconds` and `tokens`, if tokens were timed; `bytes` if known; `more`
+        figures by name; and `peak`, the most memory that the process has had, in bytes.
 
         Raises:
             WorkerError: it failed; where it did not answer, it is closed.

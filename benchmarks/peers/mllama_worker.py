@@ -5,17 +5,22 @@
 import time
 from argparse import Namespace
 from importlib.metadata import version
+from pathlib import Path
 
 import torch
+from image_inputs import random_tiles, timed_prompt
+from photos import NEXT_QUESTION, QUESTION, Photos
 from serve import serve
 from torch import nn
 
 from mllama import MllamaForConditionalGeneration
 from mllama.device import choose_dtype
 from mllama.fusion.base import ModelInputs
-from mllama.model.samples import make_samples
 from mllama.nn.kv_cache import KVCache
 from mllama.nn.packed import PackedLinear
+from mllama.processing.auto import load_preprocessor
+from mllama.runtime.completion import Generation
+from mllama.runtime.questions import encode
 from mllama.runtime.session import Session
 
 NO_END: tuple[int, ...] = ()
@@ -34,6 +39,9 @@ class Mllama:
         self.session = Session(self.model)
         self.text = self.model.spec.text
         self.bytes = read_bytes(self.model, images=False)
+        self.photos = Photos()
+        if self.model.spec.has_tiles:
+            self.processor = load_preprocessor(Path(arguments.model))
 
     def decode(self, prompt: int, tokens: int) -> dict:
         return self.batch(prompt, tokens, 1)
@@ -92,19 +100,52 @@ class Mllama:
         keys = int(layers * some.numel() * (depth // 64) * value_bytes)
         return {"seconds": seconds, "tokens": tokens, "bytes": (self.bytes + keys) * tokens}
 
-    def see(self, tokens: int) -> dict:
-        """Decode after a prompt with an image, whose features are not cached."""
+    def photo(self, side: int, tokens: int) -> dict:
+        """An image of side x side pixels and a question, then one more question about it."""
         self.session.reset()
-        (row, _) = make_samples(
-            self.model.spec, self.model.config.image_token_index, 0, torch.device("cpu")
-        )
-        made = self.session.generate(row.inputs, max_new_tokens=tokens + 1, eos_token_id=NO_END)
+        path = self.photos.new(side)
+        prepared, made = self._ask(path, QUESTION, tokens + 1)
+        prepared_next, following = self._ask(path, NEXT_QUESTION, 1)
+        found = made.timings
         return {
-            "seconds": made.timings.decode.seconds,
+            "seconds": found.decode.seconds,
             "tokens": tokens,
             "bytes": read_bytes(self.model, images=True) * tokens,
-            "more": {"first_token_seconds": round(made.timings.first_token_seconds, 2)},
+            "more": {
+                "prepare_seconds": prepared,
+                "encoder_seconds": found.image.seconds,
+                "prompt_seconds": found.prompt.seconds,
+                "prompt_tokens": made.num_prompt_tokens,
+                "first_token_seconds": prepared + found.first_token_seconds,
+                "next_question_seconds": prepared_next + following.timings.first_token_seconds,
+            },
         }
+
+    def _ask(self, path: Path, question: str, tokens: int) -> tuple[float, Generation]:
+        """The seconds that text and image took to become tensors, and what was generated."""
+        start = time.perf_counter()
+        inputs = encode(self.processor, str(path), question)
+        prepared = time.perf_counter() - start
+        return prepared, self.session.generate(inputs, max_new_tokens=tokens, eos_token_id=NO_END)
+
+    @torch.inference_mode()
+    def encode(self, tiles: int) -> dict:
+        """The vision encoder alone, on an image of some tiles; tokens are its outputs."""
+        tower = self.model.vision_tower
+        inputs = random_tiles(tower.config, tiles)
+        start = time.perf_counter()
+        tower(**inputs, reference=self.model.reference)
+        seconds = time.perf_counter() - start
+        return {
+            "seconds": seconds,
+            "tokens": tiles * tower.tokens_per_tile,
+            "more": {"encoder_seconds": seconds},
+        }
+
+    @torch.inference_mode()
+    def see(self, tokens: int) -> dict:
+        """Prefill of an image and some tokens of text."""
+        return timed_prompt(self.model, self.dtype, tokens)
 
     def _ids(self, rows: int, length: int) -> torch.Tensor:
         return torch.randint(self.text.vocab_size // 2, (rows, length))
@@ -132,7 +173,9 @@ def read_bytes(model: nn.Module, images: bool) -> int:
 def load(arguments: Namespace) -> tuple[dict, dict]:
     engine = Mllama(arguments)
     names = ["decode", "batch", "prefill", "answer", "generate", "deep", "deep_int8"]
-    if engine.model.spec.encoder is not None:
+    if engine.model.spec.has_tiles:
+        names += ["encode", "photo"]
+    elif engine.model.spec.encoder is not None:
         names.append("see")
     return {"version": version("mllama")}, {name: getattr(engine, name) for name in names}
 

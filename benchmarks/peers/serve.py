@@ -3,6 +3,7 @@ engine that it measures, so it imports the standard library only.
 """
 
 import argparse
+import contextlib
 import json
 import os
 import resource
@@ -18,8 +19,9 @@ def serve(load: Callable[[argparse.Namespace], tuple[dict[str, Any], dict[str, C
     Args:
         load: from the command line's `model` (a path), `weights` and `threads` to what the parent
             is told (at least `version`), and the actions by name. An action takes a request's
-            arguments and returns `seconds`, `tokens`, `bytes` (read in these seconds) if known,
-            and `more`, other figures by name, if there are any. What it raises is told as `error`.
+            arguments and returns `seconds` and `tokens` if it timed tokens, `bytes` (read in these
+            seconds) if known, and `more`, other figures by name, if there are any. What it raises
+            is told as `error`.
     """
     parser = argparse.ArgumentParser()
     parser.add_argument("model")
@@ -37,8 +39,15 @@ def serve(load: Callable[[argparse.Namespace], tuple[dict[str, Any], dict[str, C
         except Exception as error:
             traceback.print_exc()
             answer = {"error": f"{type(error).__name__}: {error}"}
-        answer["peak"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        answer["peak"] = _peak()
         _reply(replies, answer)
+
+
+def _peak() -> int:
+    """The most memory that this process has had, in bytes. getrusage begins at its parent's."""
+    with contextlib.suppress(OSError), open("/proc/self/status") as status:
+        return next(int(line.split()[1]) for line in status if line.startswith("VmHWM")) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def _reply(replies: Any, answer: dict[str, Any]) -> None:

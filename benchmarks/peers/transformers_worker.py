@@ -5,6 +5,7 @@ from argparse import Namespace
 
 import torch
 import transformers
+from image_inputs import random_tiles, timed_prompt
 from serve import serve
 
 DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16}
@@ -15,9 +16,13 @@ class Transformers:
         torch.set_num_threads(arguments.threads)
         torch.manual_seed(0)
         self.dtype = DTYPES[arguments.weights]
-        self.model = transformers.AutoModelForCausalLM.from_pretrained(
-            arguments.model, dtype=self.dtype
-        ).eval()
+        config = transformers.AutoConfig.from_pretrained(arguments.model)
+        auto = (
+            transformers.AutoModelForImageTextToText
+            if hasattr(config, "vision_config")
+            else transformers.AutoModelForCausalLM
+        )
+        self.model = auto.from_pretrained(arguments.model, dtype=self.dtype).eval()
         self.config = self.model.config
         self.bytes = sum(p.numel() * p.element_size() for p in self.model.parameters())  # tied
 
@@ -57,6 +62,26 @@ class Transformers:
         return answer | {"bytes": answer["bytes"] + keys * tokens}
 
     @torch.inference_mode()
+    def encode(self, tiles: int) -> dict:
+        """Llama-3.2-Vision's encoder alone, on an image of some tiles; tokens are its outputs."""
+        tower = self.model.model.vision_model
+        inputs = random_tiles(tower.config, tiles)
+        inputs["pixel_values"] = inputs["pixel_values"].to(self.dtype)
+        start = time.perf_counter()
+        features = tower(**inputs).last_hidden_state  # (1, 1, tiles, tokens, hidden)
+        seconds = time.perf_counter() - start
+        return {
+            "seconds": seconds,
+            "tokens": tiles * features.shape[3],
+            "more": {"encoder_seconds": seconds},
+        }
+
+    @torch.inference_mode()
+    def see(self, tokens: int) -> dict:
+        """Prefill of an image and some tokens of text."""
+        return timed_prompt(self.model, self.dtype, tokens)
+
+    @torch.inference_mode()
     def _steps(self, cache: transformers.DynamicCache, tokens: int, rows: int) -> dict:
         ids = self._ids(rows, 1)
         for step in range(tokens + 1):
@@ -72,9 +97,14 @@ class Transformers:
 
 def load(arguments: Namespace) -> tuple[dict, dict]:
     engine = Transformers(arguments)
+    version = f"{transformers.__version__}, torch {torch.__version__}"
+    if engine.config.model_type == "mllama":
+        return {"version": version}, {"encode": engine.encode}
+    if hasattr(engine.config, "vision_config"):
+        return {"version": version}, {"see": engine.see}
     names = ("decode", "batch", "prefill", "generate", "deep")
     actions = {name: getattr(engine, name) for name in names} | {"answer": engine.generate}
-    return {"version": f"{transformers.__version__}, torch {torch.__version__}"}, actions
+    return {"version": version}, actions
 
 
 if __name__ == "__main__":

@@ -10,14 +10,14 @@
 
 namespace mllama {
 
-// The keys that each row sees in a layer.
+// The keys that the new positions of each row of the batch see in a layer.
 inline std::vector<kernels::VisibleKeys> visible_keys(const DecoderLayer& layer,
                                                       const DecodeStep& s) {
     std::vector<kernels::VisibleKeys> rows;
-    for (int64_t row = 0; row < s.rows; ++row) {
+    for (int64_t row = 0; row < s.batch; ++row) {
         if (layer.cross) {
             rows.push_back({.offset = s.image_keys,
-                            .window_start = 0,
+                            .window_start = -s.queries,
                             .prefix = 0,
                             .first = 0,
                             .last = s.image_keys,
@@ -25,14 +25,12 @@ inline std::vector<kernels::VisibleKeys> visible_keys(const DecoderLayer& layer,
                             .ranges = nullptr});
             continue;
         }
-        int64_t last = s.length + 1;
-        int64_t start = layer.window ? std::max<int64_t>(last - layer.window, 0) : 0;
-        int64_t first = std::max(s.first_key[row], start);
+        int64_t start = layer.window ? s.length + 1 - layer.window : -s.queries;
         rows.push_back({.offset = s.length,
-                        .window_start = first,
+                        .window_start = start,
                         .prefix = 0,
-                        .first = first,
-                        .last = last,
+                        .first = std::max(s.first_key[row], start),
+                        .last = s.length + s.queries,
                         .added = nullptr,
                         .ranges = nullptr});
     }
@@ -48,14 +46,14 @@ inline kernels::AttentionForward attention_arguments(
     if (layer.cross && !s.image_keys) return {};
     int64_t size = d.head_dim, length = s.keys[i].size(3);  // of a cached row
     int64_t head = s.keys[i].size(2) * length, row = d.kv_heads * head;
-    int64_t keys = layer.cross ? s.image_keys : s.length + 1, first = keys;
+    int64_t keys = layer.cross ? s.image_keys : s.length + s.queries, first = keys;
     for (const kernels::VisibleKeys& one : visible) first = std::min(first, one.first);
     kernels::AttentionForward a{};
     a.dtype = s.cache_dtype, a.quantized = s.quantized;
-    a.batch = s.rows, a.queries = 1, a.keys = keys;
+    a.batch = s.batch, a.queries = s.queries, a.keys = keys;
     a.heads = d.heads, a.kv_heads = d.kv_heads, a.size = size;
     a.scale = layer.scale, a.softcap = layer.softcap;
-    a.q = {memory.query, d.heads * size, d.heads * size, size};
+    a.q = {memory.query, s.queries * d.heads * size, d.heads * size, size};
     a.k = {s.keys[i].const_data_ptr(), row, length, head};
     a.v = {s.values[i].const_data_ptr(), row, length, head};
     a.visible = visible.data();

@@ -25,9 +25,10 @@ class Step {
     Step(const Decoder& decoder, const DecodeStep& step)
         : d_(decoder),
           s_(step),
-          m_(decoder, step.rows,
-             std::max(step.length, step.image_keys) / kernels::kDecodeChunk + 1),
-          statistics_(step.rows * decoder.heads),
+          rows_(step.rows()),
+          m_(decoder, rows_,
+             std::max(step.length + step.queries - 1, step.image_keys) / kernels::kDecodeChunk + 1),
+          statistics_(rows_ * decoder.heads),
           hidden_(mutable_data<float>(step.hidden)) {
         rotate_tables();
         for (const DecoderLayer& layer : d_.layers) visible_.push_back(visible_keys(layer, s_));
@@ -53,7 +54,7 @@ class Step {
             };
             const DecoderLayer* first = active.empty() ? nullptr : &d_.layers[active[0]];
             member.share(
-                s_.rows, 1, [&](int64_t begin, int64_t end) { enter(first, begin, end); }, nothing,
+                rows_, 1, [&](int64_t begin, int64_t end) { enter(first, begin, end); }, nothing,
                 nothing);
             for (size_t n = 0; n < active.size(); ++n) {
                 const DecoderLayer& layer = d_.layers[active[n]];
@@ -76,14 +77,14 @@ class Step {
     template <class Body, class Rows>
     void phase(Team::Member& member, int64_t tasks, int64_t grain, Body&& body, Rows&& rows,
                Products next) {
-        bool one = s_.rows == 1;
+        bool one = rows_ == 1;
         member.share(
             tasks, grain, body,
             [&] {
                 if (one) rows(int64_t{0}, int64_t{1});
             },
             [&] { fetch(next, member.begin(count(next, blocks), kGrain)); });
-        if (!one) member.share(s_.rows, 1, rows, nothing, nothing);
+        if (!one) member.share(rows_, 1, rows, nothing, nothing);
     }
 
     void attend(Team::Member& member, const DecoderLayer& layer, size_t i) {
@@ -105,15 +106,17 @@ class Step {
         auto merge = [&](int64_t first, int64_t last) {
             MLLAMA_CALL(attention_merge)(args, m_.partial, first, last);
         };
+        // With more queries, a row of products is a part of the groups of its row of the batch.
+        bool few = args.chunks <= kFewChunks && s_.queries == 1;
         auto rows = [&](int64_t first, int64_t last) {
-            if (args.chunks <= kFewChunks) merge(first * d_.kv_heads, last * d_.kv_heads);
+            if (few) merge(first * d_.kv_heads, last * d_.kv_heads);
             int64_t width = d_.heads * d_.head_dim;
             MLLAMA_CALL(cast)
             (cached(m_.attended, first * width), s_.cache_dtype, m_.q + first * width, Dtype::f32,
              (last - first) * width);
             prepare(layer.o, m_.q, first, last);
         };
-        if (args.chunks <= kFewChunks) {
+        if (few) {
             phase(member, args.groups() * args.chunks, 1, scores, rows, {out});
         } else {
             member.share(args.groups() * args.chunks, 1, scores, nothing, nothing);
@@ -137,7 +140,7 @@ class Step {
     void feed_forward(Team::Member& member, const DecoderLayer& layer, Rows&& enter,
                       const DecoderLayer* next) {
         const Product gate{&layer.gate, m_.gate}, up{&layer.up, m_.up}, down{&layer.down, m_.out};
-        float* small = m_.small + s_.rows * gate.linear->rank();  // of up
+        float* small = m_.small + rows_ * gate.linear->rank();  // of up
         adapters_down(member, m_.normed, {gate, up});
         phase(
             member, kernels::block_count(d_.intermediate), kGrain,
@@ -157,7 +160,7 @@ class Step {
 
     // Columns of gate become the activation's products with up.
     void activate(int64_t first, int64_t last) {
-        for (int64_t row = 0; row < s_.rows; ++row) {
+        for (int64_t row = 0; row < rows_; ++row) {
             float* gate = m_.gate + row * d_.intermediate + first;
             kernels::Gated args{.activation = d_.activation,
                                 .dtype = Dtype::f32,
@@ -180,7 +183,7 @@ class Step {
         phase(
             member, count(products, blocks), kGrain,
             [&](int64_t first, int64_t last) {
-                each(products, blocks, m_.small, s_.rows, first, last,
+                each(products, blocks, m_.small, rows_, first, last,
                      [&](const Product& p, float* small, int64_t begin, int64_t end) {
                          product(p, x, small, begin, end);
                      });
@@ -194,7 +197,7 @@ class Step {
         member.share(
             tasks, 1,
             [&](int64_t first, int64_t last) {
-                each(products, ranks, m_.small, s_.rows, first, last,
+                each(products, ranks, m_.small, rows_, first, last,
                      [&](const Product& p, float* small, int64_t begin, int64_t end) {
                          MLLAMA_CALL(adapter_down)(adapter(p, x, small), begin, end);
                      });
@@ -268,8 +271,8 @@ class Step {
                            .sign = 1,
                            .q = {q, q, heads, 0, 0, size},
                            .k = {k, k, kv, 0, 0, size},
-                           .cos = &cos_[(layer.rope * s_.rows + row) * size / 2],
-                           .sin = &sin_[(layer.rope * s_.rows + row) * size / 2],
+                           .cos = &cos_[(layer.rope * rows_ + row) * size / 2],
+                           .sin = &sin_[(layer.rope * rows_ + row) * size / 2],
                            .cos_batch_stride = 0,
                            .sin_batch_stride = 0};
         MLLAMA_CALL(rope)(args, 0, 1);
@@ -280,7 +283,8 @@ class Step {
     // The heads of a new position, x, into a buffer of the cache.
     void write(const Tensor& buffer, int64_t row, const float* x) {
         int64_t size = d_.head_dim, stride = buffer.size(2) * buffer.size(3);
-        int64_t at = row * d_.kv_heads * stride + s_.length * buffer.size(3);
+        int64_t at = row / s_.queries * d_.kv_heads * stride +
+                     (s_.length + row % s_.queries) * buffer.size(3);
         for (int64_t head = 0; head < d_.kv_heads; ++head, at += stride, x += size) {
             if (s_.quantized) {
                 MLLAMA_CALL(quantize_rows)
@@ -310,7 +314,7 @@ class Step {
     kernels::PackedLinear arguments(const DecoderLinear& linear, const float* x, float* y) const {
         return {.packing = linear.packing,
                 .dtype = Dtype::f32,
-                .rows = s_.rows,
+                .rows = rows_,
                 .in = linear.in,
                 .out = linear.out,
                 .x = x,
@@ -324,7 +328,7 @@ class Step {
     kernels::Adapter adapter(const Product& product, const float* x, float* small) const {
         const DecoderLinear& linear = *product.linear;
         const DecoderAdapter& own = *linear.adapter;
-        return {.rows = s_.rows,
+        return {.rows = rows_,
                 .in = linear.in,
                 .out = linear.out,
                 .rank = own.rank,
@@ -367,6 +371,7 @@ class Step {
 
     const Decoder& d_;
     const DecodeStep& s_;
+    const int64_t rows_;  // of products
     Memory m_;
     std::vector<float> cos_, sin_;
     std::vector<kernels::Statistic> statistics_;

@@ -1,5 +1,5 @@
-// A decoder whose linear layers are packed, as `decode_step` runs it: one new position in each row
-// of a batch, through all layers, on a key-value cache.
+// A decoder whose linear layers are packed, as `decode_step` runs it: one or a few new positions in
+// each row of a batch, through all layers, on a key-value cache.
 #pragma once
 
 #include <cstdint>
@@ -57,22 +57,26 @@ struct Decoder {
 
 // What a step reads and writes beside the decoder.
 struct DecodeStep {
-    int64_t rows;
-    Tensor hidden;                   // float32 [rows, hidden]: embeddings in, overwritten
-    std::vector<int64_t> positions;  // [rows], that rotate q and k
-    // [rows, kv_heads, capacity, head_dim], per layer: text's or images'. Quantized: int8 rows of
+    int64_t batch, queries;          // new positions of each row of the batch
+    Tensor hidden;                   // float32 [batch, queries, hidden]: embeddings, overwritten
+    std::vector<int64_t> positions;  // [batch, queries], that rotate q and k
+    // [batch, kv_heads, capacity, head_dim], per layer: text's or images'. Quantized: int8 rows of
     // quantized_rows.h in place of head_dim values of cache_dtype.
     std::vector<Tensor> keys, values;
     bool quantized;
     Dtype cache_dtype;               // of queries and attention's results; f32 if quantized
-    int64_t length;                  // positions before this one
-    std::vector<int64_t> first_key;  // [rows]: padding before them
+    int64_t length;                  // positions before the new ones
+    std::vector<int64_t> first_key;  // [batch]: padding before them
     // Of images: how many keys there are (without them those layers do nothing), what is added to a
-    // key's scores, [rows, image_keys] in log2 units or null, and whether a row sees any.
+    // key's scores, [batch, image_keys] in log2 units or null, and whether a position sees any,
+    // [batch, queries].
     int64_t image_keys;
     const float* image_bias;
     std::vector<bool> sees_image;
-    Tensor out;  // float32 [rows, hidden]: after the last norm
+    Tensor out;  // float32 [batch, queries, hidden]: after the last norm
+
+    // Of products: the positions of row 0, then those of row 1, and so on.
+    int64_t rows() const { return batch * queries; }
 };
 
 void run_step(const Decoder& decoder, const DecodeStep& step);

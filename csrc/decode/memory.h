@@ -32,6 +32,7 @@ struct Memory {
             {&small, d.ranks},
             {&activations.values, padded},
             {&activations.scales, groups},
+            {&activations.totals, groups},
             {&codes, padded / 4},
             {&sums, groups},
             {&partial, chunks * d.heads * (d.head_dim + 2)},

@@ -191,26 +191,26 @@ ScalarType cache_type(const Decoder& d, const std::vector<Tensor>& keys, int64_t
     return keys[i].scalar_type();
 }
 
-// Every cache is [rows, kv_heads, capacity, head_dim], with room for one position more, or for the
-// keys of images; quantized rows are longer.
+// Every cache is [batch, kv_heads, capacity, head_dim], with room for `length` positions, the new
+// ones among them, or for the keys of images; quantized rows are longer.
 void check_caches(const Decoder& d, const std::vector<Tensor>& caches, const char* name,
-                  int64_t rows, int64_t length, int64_t image_keys, ScalarType type) {
+                  int64_t batch, int64_t length, int64_t image_keys, ScalarType type) {
     check(caches.size() == d.layers.size(), "decode_step", name);
     int64_t size = type == ScalarType::Char ? kernels::quantized_row_bytes(d.head_dim) : d.head_dim;
     for (size_t i = 0; i < caches.size(); ++i) {
         const Tensor& t = caches[i];
-        int64_t keys = d.layers[i].cross ? image_keys : length + 1;
+        int64_t keys = d.layers[i].cross ? image_keys : length;
         if (keys == 0) continue;
-        check(t.dim() == 4 && t.size(0) == rows && t.size(1) == d.kv_heads && t.size(2) >= keys &&
+        check(t.dim() == 4 && t.size(0) == batch && t.size(1) == d.kv_heads && t.size(2) >= keys &&
                   t.size(3) == size && t.is_contiguous() && t.scalar_type() == type,
               "decode_step", name);
     }
 }
 
-// Which image keys each row sees, bool [rows, image_keys], becomes what is added to scores.
+// Which image keys each row sees, bool [batch, image_keys], becomes what is added to scores.
 void read_mask(const Tensor& mask, DecodeStep& step, std::vector<float>& bias) {
     check(mask.scalar_type() == ScalarType::Bool && mask.is_contiguous() &&
-              mask.numel() == step.rows * step.image_keys,
+              mask.numel() == step.batch * step.image_keys,
           "decode_step", "image_mask");
     constexpr float kHidden = -std::numeric_limits<float>::infinity();
     const bool* visible = data<bool>(mask);
@@ -227,20 +227,21 @@ Tensor decode_step(int64_t number, Tensor hidden, Tensor positions, std::vector<
     const char* op = "decode_step";
     std::shared_ptr<const Decoder> decoder = decoders().get(number);
     const Decoder& d = *decoder;
-    check(hidden.dim() == 2 && hidden.size(1) == d.hidden && hidden.is_contiguous() &&
-              hidden.scalar_type() == ScalarType::Float && hidden.size(0) > 0,
+    check(hidden.dim() == 3 && hidden.size(2) == d.hidden && hidden.is_contiguous() &&
+              hidden.scalar_type() == ScalarType::Float && hidden.numel() > 0,
           op, "hidden");
-    int64_t rows = hidden.size(0);
+    int64_t batch = hidden.size(0), queries = hidden.size(1), rows = batch * queries;
     check(length >= 0 && image_keys >= 0, op, "length");
     ScalarType type = cache_type(d, keys, image_keys);
     bool quantized = type == ScalarType::Char;
     Dtype dtype = quantized ? Dtype::f32 : dtype_of(op, "keys", type);
-    check_caches(d, keys, "keys", rows, length, image_keys, type);
-    check_caches(d, values, "values", rows, length, image_keys, type);
+    check_caches(d, keys, "keys", batch, length + queries, image_keys, type);
+    check_caches(d, values, "values", batch, length + queries, image_keys, type);
     check(positions.scalar_type() == ScalarType::Long && positions.is_contiguous() &&
               positions.numel() == rows,
           op, "positions");
-    DecodeStep step{.rows = rows,
+    DecodeStep step{.batch = batch,
+                    .queries = queries,
                     .hidden = hidden,
                     .positions = {data<int64_t>(positions), data<int64_t>(positions) + rows},
                     .keys = std::move(keys),
@@ -248,16 +249,16 @@ Tensor decode_step(int64_t number, Tensor hidden, Tensor positions, std::vector<
                     .quantized = quantized,
                     .cache_dtype = dtype,
                     .length = length,
-                    .first_key = std::vector<int64_t>(rows, 0),
+                    .first_key = std::vector<int64_t>(batch, 0),
                     .image_keys = image_keys,
                     .image_bias = nullptr,
                     .sees_image = std::vector<bool>(rows, true),
-                    .out = new_float(hidden, {rows, d.hidden})};
+                    .out = new_float(hidden, {batch, queries, d.hidden})};
     if (first_key) {
-        check(first_key->scalar_type() == ScalarType::Long && first_key->numel() == rows &&
+        check(first_key->scalar_type() == ScalarType::Long && first_key->numel() == batch &&
                   first_key->is_contiguous(),
               op, "first_key");
-        for (int64_t i = 0; i < rows; ++i) {
+        for (int64_t i = 0; i < batch; ++i) {
             step.first_key[i] = data<int64_t>(*first_key)[i];
             check(0 <= step.first_key[i] && step.first_key[i] <= length, op, "first_key");
         }

@@ -19,11 +19,12 @@ struct Workspace {
     Workspace(kernels::Packing packing, int64_t rows, int64_t in) {
         int64_t groups = rows * kernels::group_count(in), values = groups * kernels::kGroup;
         bool codes = kernels::size_of(packing).quantized;
-        memory.reset(new float[values + (codes ? values / 4 + 2 * groups : 0)]);
+        memory.reset(new float[values + (codes ? values / 4 + 3 * groups : 0)]);
         activations.values = memory.get();
         activations.scales = memory.get() + values;
         activations.sums = reinterpret_cast<int16_t*>(activations.scales + groups);
-        activations.codes = reinterpret_cast<int8_t*>(activations.scales + 2 * groups);
+        activations.totals = activations.scales + 2 * groups;
+        activations.codes = reinterpret_cast<int8_t*>(activations.totals + groups);
     }
     std::unique_ptr<float[]> memory;
     kernels::Activations activations;

@@ -3,7 +3,7 @@
 import functools
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 
@@ -17,7 +17,7 @@ from mllama.lora.loading import load_lora
 from mllama.lora.peft import CONFIG as ADAPTER_CONFIG
 from mllama.lora.peft import adapted_model
 from mllama.lora.state import merge_and_unload
-from mllama.processing.auto import load_preprocessor
+from mllama.processing.auto import load_preprocessor, processor_of
 from mllama.quant.packer import AUTO, choose_weights, optimize, packing_of
 from mllama.runtime.image_cache import ImageCache
 from mllama.runtime.loading import load_core
@@ -25,6 +25,7 @@ from mllama.runtime.progress import Progress, loading
 from mllama.runtime.questions import (
     as_list,
     check_images,
+    check_same_tokenizer,
     encode_questions,
     refuse_swapped,
     share_images,
@@ -128,9 +129,9 @@ def open_session(
     reference: str = "meta",
     adapter: str | os.PathLike | None = None,
     weights: str | None = AUTO,
-    kv_cache: str | None = None,
-    image_cache: ImageCache | None = None,
     progress: Progress | None = None,
+    draft_model: str | os.PathLike | None = None,
+    **options: Any,
 ) -> "Session | GenerateSession":
     """Open a session: the core's own, or one on transformers' `generate` where the model's
     settings or its tokenizer need transformers.
@@ -138,13 +139,17 @@ def open_session(
     Args:
         path, dtype, device, reference, adapter, weights: as `load` takes them, but packed where
             that is possible by default.
-        kv_cache, image_cache: as `Session` takes them.
         progress: as `Session` takes it; while loading, stage "load" counts parameters.
+        draft_model: where a smaller model of text is, that guesses tokens as `Session` says; it is
+            loaded with the same dtype, device and weights.
+        options: kv_cache, image_cache, prompt_lookup_tokens, as `Session` takes them.
 
     Raises:
-        TypeError, ValueError, FileNotFoundError: as `load`. ValueError for SigLIP: no decoder;
-            for a kv_cache or image_cache of transformers' `generate`.
+        TypeError, ValueError, FileNotFoundError: as `load` and `Session`. ValueError for SigLIP: no
+            decoder; a draft_model with another tokenizer; for options of the core's own session
+            where transformers' `generate` runs.
     """
+    options = {name: value for name, value in options.items() if value is not None}
     folder, own_adapter = _find_adapted(path, adapter)
     with (opened := open_checkpoint(folder)).source:
         place = opened.choose_device(device)
@@ -159,12 +164,16 @@ def open_session(
             loaded_as = dtype_named(resolve_dtype(opened, dtype, place))
             model = load_core(opened, loaded_as, place, reference, packed, progress)
             _adapt(model, own_adapter, weights)
-            kept: dict[str, Any] = {"kv_cache": kv_cache, "image_cache": image_cache}
-            return Session(model, processor, settings, where, **kept, progress=progress)
-    if kv_cache is not None or image_cache is not None:
+            if draft_model is not None:
+                draft = open_session(draft_model, dtype, device, weights=weights, progress=progress)
+                check_same_tokenizer(processor, draft.processor)
+                options["draft_model"] = draft.model
+            return Session(model, processor, settings, where, progress=progress, **options)
+    if draft_model is not None or options:
+        name = "draft_model" if draft_model is not None else next(iter(options))
         raise ValueError(
-            f"{'image' if kv_cache is None else 'kv'}_cache must be None: this model's settings or "
-            "tokenizer need transformers' generate, which has a cache of its own"
+            f"{name} must be None: this model's settings or tokenizer need transformers' generate, "
+            "which has none, or its own"
         )
     from mllama.hf.answering import GenerateSession
 
@@ -221,16 +230,6 @@ def resolve_dtype(
     return choose_dtype(
         device, sum(torch.Size(header.shape).numel() * header.dtype.itemsize for header in headers)
     )
-
-
-def processor_of(folder: Path, load: Callable[[Path], Any]) -> Any:
-    """Call `load` on a model's folder; add the folder to its error."""
-    try:
-        return load(folder)
-    except ValueError as error:  # broken JSON does not say where
-        raise ValueError(
-            f"{folder} holds a model, but its processor cannot be read: {error}"
-        ) from error
 
 
 def find_model(path: str | os.PathLike | None) -> Path:

@@ -1,8 +1,11 @@
-"""Device and dtype as `mllama.load` and the command line choose them. Depends on torch alone."""
+"""Device and dtype as `mllama.load` and the command line choose them."""
 
+import functools
 from typing import Any
 
 import torch
+
+from mllama import _ext
 
 # On a CPU bfloat16 saves memory traffic. Weights that fit in the cache cause none: the embedded
 # model takes 52 ms for an answer of 16 tokens in float32 and 60 in bfloat16 (one Zen 4 core).
@@ -78,3 +81,16 @@ def cpu_features() -> list[str]:
     """Instruction sets of this CPU that the kernels use, by torch's names; empty if unknown."""
     found: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
     return [name for name in _CPU_FEATURES if found.get(name)]
+
+
+@functools.cache
+def instruction_set(kind: str) -> str:
+    """What sums on a type of device are rounded by: a text that is the same on like machines only.
+
+    Raises:
+        OpsUnavailable, ValueError: as `mllama._ext.load`.
+    """
+    if kind == "cuda":
+        return f"cuda {torch.cuda.get_device_name()}"
+    kernels = "references" if (module := _ext.load()) is None else module.isa()
+    return f"{kind} {kernels} {torch.backends.cpu.get_cpu_capability()} {cpu_features()}"

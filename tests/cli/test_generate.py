@@ -119,7 +119,7 @@ def test_without_a_model_it_is_the_embedded_one(run, image_file):
 def test_sizes_are_ids(run, monkeypatch):
     asked = []
 
-    def load(path, *others):
+    def load(path, *others, **options):
         asked.append(path)
         raise FileNotFoundError(f"{path} is gated")
 

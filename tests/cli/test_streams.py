@@ -39,6 +39,20 @@ def test_closed_streams(image_file, redirection, arguments, code, message):
     assert (ended.returncode, ended.stdout, ended.stderr) == (code, "", message)
 
 
+@pytest.mark.parametrize("redirection", ["2>&-", "2>/dev/full", ""])
+def test_an_answer_needs_no_stderr(image_file, redirection):
+    command = [sys.executable, "-m", "mllama", "ask", str(image_file), "How many?", "--timings"]
+    reader, writer = os.pipe()
+    os.close(reader)  # who reads stderr is gone
+    ended = subprocess.run(
+        ["sh", "-c", f'exec "$@" {redirection}', "sh", *command],
+        stdout=subprocess.PIPE,
+        stderr=writer,
+    )
+    os.close(writer)
+    assert ended.returncode == 0 and ended.stdout.strip()
+
+
 def test_a_closed_pipe_ends_quietly():
     reader, writer = os.pipe()
     os.close(reader)

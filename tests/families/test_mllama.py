@@ -246,6 +246,24 @@ def test_ways_of_generating_agree(models, reference):
     ours.reference = "hf"
 
 
+def test_as_many_candidates_as_the_mask_has_rows():
+    ours = pairs.make("mllama").ours
+    ours.reference = "meta"
+    for name, parameter in ours.named_parameters():
+        if name.endswith("_gate"):
+            torch.nn.init.constant_(parameter, 1.0)
+    batch = pairs.pair("mllama").inputs(([1, "image", 1],))  # the first token sees no image
+    assistant = pairs.make("llama", 5, vocab_size=ours.spec.text.vocab_size).ours
+    assistant.generation_config.update(
+        assistant_confidence_threshold=0.0,
+        num_assistant_tokens=3,
+        num_assistant_tokens_schedule="constant",
+    )
+    options = GREEDY | {"max_new_tokens": 12, "pad_token_id": 97}
+    greedy = ours.generate(**batch, **options)
+    assert torch.equal(ours.generate(**batch, **options, assistant_model=assistant), greedy)
+
+
 @pytest.mark.parametrize("reference", ["meta", "hf"])
 def test_a_conversation_goes_on_from_its_cache(models, reference):
     """A second question, and one with an image of its own: the cache has the first image, and
@@ -462,6 +480,27 @@ def test_features_take_the_place_of_pixels(models):
     assert torch.equal(
         ours(inputs_embeds=embeds, **batch, image_features=features).logits, expected.logits
     )
+
+
+@pytest.mark.parametrize("reference", ["meta", "hf"])
+def test_a_row_with_fewer_images_than_others(models, reference):
+    """In transformers, text before its image attends to the images that only other rows have."""
+    ours, theirs = models
+    fewer, more = [1, TILED_IMAGE, 5, 6], [2, TILED_IMAGE, 3, TILED_IMAGE]
+    batch, alone = tiled(ours, (fewer, [8]), (more, [8, 7])), tiled(ours, (fewer, [8]))
+    ours.reference = reference
+    try:
+        with torch.no_grad():
+            both, one = ours(**batch).logits[0], ours(**alone).logits[0]
+            if reference == "meta":
+                close(both, one)
+                return
+            close(both, theirs(**batch).logits[0])
+            expected = theirs(**alone).logits[0]
+    finally:
+        ours.reference = "hf"
+    close(one, expected)
+    assert (both - one).abs().max() > 100 * (one - expected).abs().max()
 
 
 def test_an_encoder_of_another_dtype():

@@ -1,5 +1,6 @@
 """generate() of a packed model: by `decode_step` it gives what the layers give one by one."""
 
+import contextlib
 import copy
 import pickle
 from unittest import mock
@@ -11,7 +12,7 @@ from transformers.generation import LogitsProcessor, StoppingCriteria
 
 import tiny
 from helpers import counted_steps, layer_by_layer, needs_kernels
-from mllama.hf.cache import GrowingCacheLayer
+from mllama.hf.cache import GrowingCacheLayer, _with_room
 from mllama.quant.packer import optimize
 from tiny import pairs
 
@@ -191,14 +192,64 @@ def test_what_runs_by_the_layers(model, options, reason, caplog):
     assert reason is None or reason in caplog.text
 
 
-def test_speculation_equals_greedy(model):
-    one = tiny.batch(tiny.tokens(4) * 3)
-    greedy = model.generate(**one, **OPTIONS)
+def sizes_of(calls) -> list[int]:
+    """Positions of the passes of `counted_steps`."""
+    return [call.args[1].embeds.shape[1] for call in calls.call_args_list]
+
+
+@pytest.mark.parametrize("weights", ["f32", "int4"])
+@pytest.mark.parametrize("case", [*pairs.TEXTS, "llava, clip, -2", "paligemma, gemma2", "mllama"])
+def test_drafts_are_verified_by_decode_step(case, weights):
+    both = pairs.pair(case)
+    packed, given = optimize(copy.deepcopy(both.ours), weights), both.inputs("one row")
+    options = OPTIONS | {"max_new_tokens": 20}
+    greedy = packed.generate(**given, **options)
+    lookup = {"prompt_lookup_num_tokens": 5, "max_matching_ngram_size": 1}
+    with layer_by_layer(packed) if weights == "f32" else contextlib.nullcontext():
+        expected = packed.generate(**given, **options, **lookup)
     with counted_steps() as calls:
-        guessed = model.generate(**one, **OPTIONS, prompt_lookup_num_tokens=2)
-        assisted = model.generate(**one, **OPTIONS, assistant_model=copy.deepcopy(model))
-    assert torch.equal(guessed, greedy) and torch.equal(assisted, greedy)
-    assert calls.call_count > 0
+        assert torch.equal(packed.generate(**given, **options, **lookup), greedy)
+    assert torch.equal(expected, greedy) and max(sizes_of(calls)) > 1
+
+
+def test_assistants():
+    model = optimize(copy.deepcopy(pairs.pair("llama").ours), "int4")
+    assistant = optimize(pairs.make("llama", seed=1).ours, "f32")
+    one, options = torch.tensor([tiny.tokens(4) * 3]), OPTIONS | {"pad_token_id": 97}
+    greedy = model.generate(one, **options)
+    for other in (copy.deepcopy(model), assistant):
+        other.generation_config.update(
+            assistant_confidence_threshold=0.0,
+            num_assistant_tokens=3,
+            num_assistant_tokens_schedule="constant",
+        )
+        with counted_steps() as calls:
+            assert torch.equal(model.generate(one, **options, assistant_model=other), greedy)
+        assert max(sizes_of(calls)) > 2
+
+
+def test_drafts_beyond_sixteen_run_by_the_layers(model):
+    one = torch.tensor([[5, 6, 7] * 9])
+    options = OPTIONS | {"max_new_tokens": 30, "prompt_lookup_num_tokens": 20}
+    greedy = model.generate(one, **OPTIONS | {"max_new_tokens": 30})
+    with counted_steps() as calls:
+        assert torch.equal(model.generate(one, **options), greedy)
+    assert max(sizes_of(calls)) <= 16
+
+
+def test_rejected_drafts_are_written_over_in_the_same_buffers(model):
+    """And after `generate`, views of the cache that was given stay as they are again."""
+    cache, one = DynamicCache(config=model.config), torch.tensor([tiny.tokens(4) * 3])
+    lookup = {"prompt_lookup_num_tokens": 3, "max_matching_ngram_size": 1}
+    with mock.patch("mllama.hf.cache._with_room", wraps=_with_room) as copies:
+        model.generate(one, past_key_values=cache, **OPTIONS | {"max_new_tokens": 30}, **lookup)
+    assert copies.call_count <= 2 * 2 * len(cache.layers)  # at first, and where there is no room
+    assert not hasattr(cache, "rewinds")
+    saved = [layer.keys for layer in cache.layers]
+    copied = [keys.clone() for keys in saved]
+    cache.crop(-3)
+    follow(model, cache, torch.tensor([[9]]))
+    assert all(map(torch.equal, saved, copied))
 
 
 def follow(model, cache, ids, steps=3):

@@ -162,8 +162,11 @@ def test_a_model_that_is_not_packed_runs_by_its_layers():
 @pytest.mark.parametrize(
     "change",
     [
-        {"hidden": torch.zeros(2, 3)},
-        {"hidden": torch.zeros(2, 64, dtype=torch.float64)},
+        {"hidden": torch.zeros(2, 1, 3)},
+        {"hidden": torch.zeros(2, 1, 64, dtype=torch.float64)},
+        {"hidden": torch.zeros(2, 64)},
+        {"hidden": torch.zeros(2, 0, 64)},
+        {"hidden": torch.zeros(1, 2, 64)},
         {"length": -1},
         {"length": 40},
         {"keys": []},
@@ -183,7 +186,7 @@ def test_arguments_that_do_not_fit(change):
     cache = [torch.zeros(2, spec.num_key_value_heads, 8, spec.head_dim)] * spec.num_hidden_layers
     arguments = {
         "decoder": fast._handle,
-        "hidden": torch.zeros(2, spec.hidden_size),
+        "hidden": torch.zeros(2, 1, spec.hidden_size),
         "positions": torch.zeros(2, dtype=torch.int64),
         "keys": cache,
         "values": cache,
@@ -193,7 +196,7 @@ def test_arguments_that_do_not_fit(change):
         "image_mask": None,
         "sees_image": None,
     }
-    assert torch.ops.mllama.decode_step(**arguments).shape == (2, spec.hidden_size)
+    assert torch.ops.mllama.decode_step(**arguments).shape == (2, 1, spec.hidden_size)
     with pytest.raises((ValueError, RuntimeError), match="decode_step"):
         torch.ops.mllama.decode_step(**arguments | change)
 
@@ -250,6 +253,19 @@ def test_a_prompt_of_one_token_notices_changes_too():
     assert torch.equal(decoded(model, prompt, True)[1], decoded(other, prompt, True)[1])
     model.language_model.norm.register_forward_hook(do_nothing)
     decoded(model, prompt, False)
+
+
+def test_a_short_prompt_after_another_notices_changes_too():
+    model, first = optimize(tiny.model(), "f32"), [5, 6, 7]
+    session = Session(model)
+    session.generate({"input_ids": torch.tensor([first])}, max_new_tokens=3)
+    model.language_model.norm.register_forward_hook(do_nothing)
+    with counted_steps() as calls:
+        turn = {"input_ids": torch.tensor([[*first, 8, 9]])}
+        assert session.generate(turn, max_new_tokens=3).num_reused_tokens == 0
+        cache = DynamicCache()
+        model.generate(torch.tensor([first]), past_key_values=cache, max_new_tokens=3)
+    assert calls.call_count == 0
 
 
 @pytest.mark.parametrize("positions", [torch.tensor([[6.5]]), torch.tensor([[True]])])

@@ -915,3 +915,21 @@ def test_one_sequence_has_the_same_bits_as_none(queries):
         out = attention(*inputs, causal=True, **masks)
         found.append([out, *torch.autograd.grad(out.square().sum(), inputs)])
     assert all(torch.equal(*pair) for pair in zip(*found, strict=True))
+
+
+@needs_kernels
+@pytest.mark.parametrize("heads, kv_heads", [(4, 4), (8, 2), (9, 3)])
+@pytest.mark.parametrize("window", [None, 5, 300])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_few_queries_have_the_bits_that_each_has_alone(heads, kv_heads, window, dtype):
+    new, keys = 24 * kv_heads // heads, 523  # as many as the kernel for few queries takes
+    q, k, v = (x.to(dtype) for x in tensors(2, new, keys, heads, kv_heads, 48))
+    how = {"causal": True, "window": window}
+    for isa in instruction_sets():
+        with instruction_set(isa):
+            ends = range(keys - new + 1, keys + 1)
+            alone = [
+                attention(q[:, i : i + 1], k[:, :end], v[:, :end], **how)
+                for i, end in enumerate(ends)
+            ]
+            assert torch.equal(attention(q, k, v, **how), torch.cat(alone, 1))

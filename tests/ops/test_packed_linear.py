@@ -122,6 +122,19 @@ def test_packed_linear(packing):
 
 
 @needs_kernels
+@pytest.mark.parametrize("packing", PACKINGS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_up_to_sixteen_rows_have_the_bits_that_each_has_alone(packing, dtype):
+    packed, how = pack(weight(37, 300), packing), {"out_features": 37, "packing": packing}
+    x = torch.randn(16, 300, generator=torch.Generator().manual_seed(1)).to(dtype)
+    for isa in instruction_sets():
+        with instruction_set(isa):
+            alone = torch.cat([packed_linear(row[None], packed, **how) for row in x])
+            for rows in range(2, 17):
+                assert torch.equal(packed_linear(x[:rows], packed, **how), alone[:rows]), rows
+
+
+@needs_kernels
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("packing", ["int8", "int4", "bf16"])
 def test_what_is_not_finite_in_x_is_not_finite_in_y(packing, value):

@@ -119,6 +119,18 @@ def test_16_bit_gray_is_scaled(tmp_path):
         load_image(Image.fromarray(np.array([[-1, 5]], dtype=np.int32)))
 
 
+def test_gray_of_32_bits_with_values_of_8(tmp_path):
+    values = np.array([[0, 128, 255]], dtype=np.int32)
+    wide = Image.fromarray(values)
+    wide.save(tmp_path / "wide.tif")
+    for shallow in (wide, Image.fromarray(values.astype(np.uint8)).convert("I")):
+        same(shallow, three(values))
+    same(tmp_path / "wide.tif", three(values))
+    wide.save(tmp_path / "dark.pgm")  # 16 bits, and dark
+    for deep in (tmp_path / "dark.pgm", Image.open(tmp_path / "dark.pgm")):
+        same(deep, three(np.array([[0, 0, 1]])))
+
+
 def test_a_transparent_16_bit_gray_goes_onto_white(tmp_path):
     values = np.array(
         [[1285, 1286], [0, 1285]], dtype=np.uint16

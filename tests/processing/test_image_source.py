@@ -5,8 +5,10 @@ short line.
 import base64
 import http.server
 import io
+import os
 import tempfile
 import threading
+from pathlib import Path
 
 import pytest
 import torch
@@ -283,3 +285,11 @@ def test_a_password_in_a_url_is_refused_and_not_shown():
     with pytest.raises(ValueError, match="password") as refused:
         load_image("http://someone:secret@127.0.0.1:9/a.png", allow_urls=True)
     assert "secret" not in str(refused.value)
+
+
+def test_a_path_that_may_never_end_is_refused(tmp_path):
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    for path in (pipe, str(pipe), pipe.as_uri(), "/dev/zero"):
+        with pytest.raises(ValueError, match=Path(str(path)).name):
+            load_image(path)

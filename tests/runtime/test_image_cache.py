@@ -12,7 +12,7 @@ import torch
 
 import mllama
 import tiny
-from helpers import counted_images
+from helpers import counted_images, needs_kernels
 from mllama.runtime.fingerprint import fingerprint
 from mllama.runtime.image_cache import _FORMAT, ImageCache
 from mllama.runtime.images import ImageReader
@@ -174,6 +174,26 @@ with mock.patch.object(session.model, "encode_images", side_effect=encode_images
     first, second = (one.stdout.strip() for one in outputs)
     assert first.startswith("0 [") and first.endswith("] 1")
     assert second == first[:-1] + "0"
+
+
+@needs_kernels
+def test_other_instruction_sets_have_other_files(tmp_path):
+    """They round otherwise, and a hit has the bits of a miss."""
+    code = f"""
+from mllama.api import open_session
+from mllama.runtime.image_cache import ImageCache
+from mllama.runtime.questions import encode
+
+session = open_session(device="cpu", image_cache=ImageCache(folder={str(tmp_path)!r}))
+inputs = encode(session.processor, {str(EXAMPLE)!r}, "How many objects are there?")
+print(session.generate(inputs, max_new_tokens=1).timings.image.count)
+"""
+    command = [sys.executable, "-c", code]
+    counts = [
+        subprocess.check_output(command, env=os.environ | {"MLLAMA_CPU_ISA": isa}, text=True)
+        for isa in ("", "", "scalar")
+    ]
+    assert [int(count) for count in counts] == [1, 0, 1]
 
 
 def scale(model) -> None:

@@ -7,6 +7,7 @@ import mllama
 import tiny
 from mllama.api import open_session
 from mllama.hf.answering import GenerateSession
+from mllama.runtime.image_cache import ImageCache
 from mllama.runtime.questions import encode
 from mllama.runtime.session import Session
 from tiny import pairs
@@ -51,6 +52,16 @@ def test_images(case, images):
 
 
 DONE = ("decode", 2, 2)
+
+
+def test_an_image_from_a_file_is_done_and_not_counted(tmp_path):
+    both, told = pairs.pair("mllama"), Told()
+    inputs = both.inputs(([2, "image", 3],))
+    for count in (1, 0):
+        session = Session(both.ours, image_cache=ImageCache(folder=tmp_path), progress=told)
+        found = session.generate(inputs, max_new_tokens=2)
+        assert told.since()[:2] == [("image", 0, 1), ("image", 1, 1)]
+        assert found.timings.image.count == count
 
 
 def test_rows_that_end_early():

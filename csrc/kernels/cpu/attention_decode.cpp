@@ -140,7 +140,8 @@ class Decode {
     void task(int64_t index, int64_t chunk, float* partial) {
         Group group(a_, index);
         for (int64_t row = 0, rows = 0; row < a_.rows(); row += rows) {
-            rows = std::min<int64_t>(kMostRows, a_.rows() - row);
+            // Of one query, so that its bits do not depend on the queries beside it.
+            rows = std::min<int64_t>(kMostRows, a_.group_size() - row % a_.group_size());
             first_ = std::max(chunk * kDecodeChunk, group.visible.first + group.start(row));
             int64_t end = group.visible.first + group.limit(row + rows - 1);
             keys_ = std::min((chunk + 1) * kDecodeChunk, end) - first_;

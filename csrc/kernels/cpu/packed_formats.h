@@ -20,12 +20,14 @@ struct CodeRow {
     CodeRow(const PackedLinear& a, int64_t row)
         : codes(a.activations.codes + row * group_count(a.in) * kGroup),
           scales(a.activations.scales + row * group_count(a.in)),
-          sums(a.activations.sums + row * group_count(a.in) * 2) {}
+          sums(a.activations.sums + row * group_count(a.in) * 2),
+          totals(a.activations.totals + row * group_count(a.in)) {}
     vi word(int64_t index) const { return splat_word(codes + index * 4); }  // four codes
     int32_t sum(int64_t g) const { return sums[2 * g] + sums[2 * g + 1]; }
     const int8_t* codes;
     const float* scales;
     const int16_t* sums;
+    const float* totals;
 };
 
 // Rows that leave registers for more than one sum each.
@@ -176,8 +178,8 @@ inline __attribute__((always_inline)) void add_parts(PlainSum (&sum)[R], const v
                                                      vf scale, vf minimum, const CodeRow (&x)[R],
                                                      int64_t g) {
     for (int r = 0; r < R; ++r) {
-        vf part = to_float(dots[r]) * scale + minimum * splat(static_cast<float>(x[r].sum(g)));
-        sum[r].total += part * splat(x[r].scales[g]);
+        sum[r].total += to_float(dots[r]) * scale * splat(x[r].scales[g]);
+        sum[r].total += minimum * splat(x[r].totals[g]);
     }
 }
 
@@ -213,22 +215,16 @@ template <int kBits>  // int4, q4_k, q5_k
 struct Nested {
     using Row = CodeRow;
     template <int R>
-    using Sum = std::conditional_t<is_few(R), NestedSum, PlainSum>;
+    using Sum = NestedSum;
     template <int R>
     static void add(Sum<R> (&sum)[R], const uint8_t* header, const uint8_t* p, int v,
                     const Row (&x)[R], int64_t g) {
         vi dots[R];
         code_dots<kBits, 0, kGroup / 8>(dots, p + 2 * kLanes, v, x, g);
         vf s = lanes_u8(p + v * kWidth), m = lanes_u8(p + kLanes + v * kWidth);
-        if constexpr (is_few(R)) {
-            for (int r = 0; r < R; ++r) {
-                sum[r].codes += to_float(dots[r]) * s * splat(x[r].scales[g]);
-                sum[r].minima += m * splat(x[r].scales[g] * static_cast<float>(x[r].sum(g)));
-            }
-        } else {
-            vf scale = lanes_f16(header + 2 * v * kWidth) * s,
-               minimum = lanes_f16(header + 2 * kLanes + 2 * v * kWidth) * m;
-            add_parts(sum, dots, scale, -minimum, x, g);
+        for (int r = 0; r < R; ++r) {
+            sum[r].codes += to_float(dots[r]) * s * splat(x[r].scales[g]);
+            sum[r].minima += m * splat(x[r].totals[g]);
         }
     }
 };

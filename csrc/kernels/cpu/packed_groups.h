@@ -21,12 +21,13 @@ constexpr bool takes_pairs([[maybe_unused]] const PackedLinear& a) {
 }
 
 // Whether x has so many rows that packed_gemm is faster. The same for all formats of codes, and for
-// all of floats if x is f32: layers with the same input share activations.
+// all of floats if x is f32: layers with the same input share activations. Up to 16 rows never, so
+// that a row's bits do not depend on the rows beside it in a `decode_step`.
 constexpr bool takes_panels(const PackedLinear& a) {
 #if defined(__AVX512VNNI__)
     if (size_of(a.packing).quantized) return a.rows >= 32;
 #endif
-    return a.rows >= (takes_pairs(a) ? 128 : 16);
+    return a.rows > (takes_pairs(a) ? 127 : 16);
 }
 
 constexpr int64_t kNibbles = kGroup / 2 * kLanes;  // bytes of a group's codes up to four bits

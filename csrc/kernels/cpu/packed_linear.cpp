@@ -15,19 +15,20 @@ constexpr int64_t kAhead = 4096;  // bytes; hides what the hardware's prefetcher
 
 // ---- activations
 
-// Codes in [-127, 127], the scale that gives the values back, and the sums of the codes in either
-// half. Values that are not finite give a scale that is not.
-void quantize_group(const float* x, int8_t* codes, float* scale, int16_t* sums) {
+// Codes in [-127, 127], the scale that gives the values back, the sums of the codes in either half,
+// and the sum of what all codes stand for. Values that are not finite give a scale that is not.
+void quantize_group(const float* x, int8_t* codes, float* scale, int16_t* sums, float* total) {
     float top = largest_size(x, kGroup);
     *scale = top / 127.0f;
     vf inverse = splat(top > 0 ? 127.0f / top : 0.0f);
-    vi total[2]{};
+    vi sum[2]{};
     for (int i = 0; i < kGroup; i += kWidth) {
         vi code = nearest_code(load(x + i) * inverse);
-        total[i / (kGroup / 2)] += code;
+        sum[i / (kGroup / 2)] += code;
         store_bytes(codes + i, code);
     }
-    for (int half = 0; half < 2; ++half) sums[half] = static_cast<int16_t>(reduce_add(total[half]));
+    for (int half = 0; half < 2; ++half) sums[half] = static_cast<int16_t>(reduce_add(sum[half]));
+    *total = *scale * static_cast<float>(sums[0] + sums[1]);
 }
 
 template <class T>
@@ -51,7 +52,8 @@ void prepare_row(const PackedLinear& a, int64_t row) {
         }
         if (size_of(a.packing).quantized) {
             quantize_group(group, a.activations.codes + at_group * kGroup,
-                           a.activations.scales + at_group, a.activations.sums + 2 * at_group);
+                           a.activations.scales + at_group, a.activations.sums + 2 * at_group,
+                           a.activations.totals + at_group);
         }
     }
 }
@@ -118,11 +120,11 @@ void multiply_block(const PackedLinear& a, int64_t block, int64_t row) {
     }
 }
 
-template <class Format>
+// The rows from `row` on, as many at a time as there are: up to 4, or R = 8.
+template <class Format, int R = kRows>
 void multiply_rows(const PackedLinear& a, int64_t block, int64_t row, int64_t end) {
-    for (; row + kRows <= end; row += kRows) multiply_block<Format, kRows>(a, block, row);
-    for (; row + 2 <= end; row += 2) multiply_block<Format, 2>(a, block, row);
-    if (row < end) multiply_block<Format, 1>(a, block, row);
+    for (; row + R <= end; row += R) multiply_block<Format, R>(a, block, row);
+    if constexpr (R > 1) multiply_rows<Format, R == 8 ? 4 : R - 1>(a, block, row, end);
 }
 
 }  // namespace

@@ -79,6 +79,7 @@ struct Activations {
     int8_t* codes;  // [rows, groups * kGroup]
     float* scales;  // [rows, groups]
     int16_t* sums;  // [rows, groups, 2]
+    float* totals;  // [rows, groups]: scale * sum of codes
 };
 
 // What a result passes through before it is stored.

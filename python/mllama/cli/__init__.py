@@ -6,10 +6,12 @@ Ctrl-C; 141 if stdout is closed. MLLAMA_TRACEBACK=1 raises errors instead of pri
 """
 
 import importlib
+import io
 import os
 import sys
 import warnings
 from collections.abc import Callable
+from typing import Any
 
 from mllama._ext import OpsUnavailable
 from mllama.cli._parser import build_parser
@@ -61,10 +63,26 @@ def complain(error: Exception) -> None:
     )
 
 
+class _Droppable(io.FileIO):
+    """A file that drops what it cannot write: a full disk or a closed pipe behind stderr must not
+    cost the answer on stdout.
+    """
+
+    def write(self, data: Any) -> int:
+        try:
+            return super().write(data) or 0
+        except OSError:
+            return len(data)
+
+
 def _open_streams() -> None:
-    """Replace a closed stderr, check stdout, and escape what stdout cannot encode."""
+    """Make stderr one that never fails, check stdout, and escape what stdout cannot encode."""
     if sys.stderr is None:  # it was closed
         sys.stderr = open(os.devnull, "w")  # noqa: SIM115
+    elif sys.stderr is sys.__stderr__:
+        file: Any = _Droppable(sys.stderr.fileno(), "w", closefd=False)
+        named = {"encoding": sys.stderr.encoding, "errors": sys.stderr.errors}
+        sys.stderr = io.TextIOWrapper(file, **named, write_through=True)
     if sys.stdout is None:
         raise OSError("stdout is closed")
     if hasattr(sys.stdout, "reconfigure"):

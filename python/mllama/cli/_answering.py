@@ -58,9 +58,11 @@ def load_session(arguments: argparse.Namespace) -> Loaded:
             arguments.reference or "meta",
             arguments.adapter,
             arguments.weights,
-            arguments.kv_cache,
-            _image_cache(arguments),
             status,
+            arguments.draft_model,
+            kv_cache=arguments.kv_cache,
+            image_cache=_image_cache(arguments),
+            prompt_lookup_tokens=arguments.prompt_lookup,
         )
     return Loaded(session, options, status, time.perf_counter() - start)
 

@@ -346,12 +346,30 @@ def _add_answering(parser: argparse.ArgumentParser, json: str) -> None:
         "--allow-urls", action="store_true", help="download images given as http(s) URLs"
     )
     _add_sampling(parser)
+    _add_drafts(parser)
     parser.add_argument(
         "--timings",
         action="store_true",
         help="print how long each stage of an answer took to stderr; with --json as its fields",
     )
     parser.add_argument("--json", action="store_true", help=json)
+
+
+def _add_drafts(parser: argparse.ArgumentParser) -> None:
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument(
+        "--prompt-lookup",
+        type=number(int, 1, 15),  # runtime.drafts' MAX_DRAFTS
+        metavar="N",
+        help="guess up to N tokens for one pass, 1 to 15, where the last ones stood before in the "
+        "prompt or the answer: the same text in fewer passes if it repeats itself",
+    )
+    which.add_argument(
+        "--draft-model",
+        metavar="MODEL",
+        help="guess tokens by a smaller model of text with the same tokenizer: the same text in "
+        "fewer passes",
+    )
 
 
 def _add_sampling(parser: argparse.ArgumentParser) -> None:

@@ -3,7 +3,7 @@
 import argparse
 import time
 
-from mllama.api import check_answers, find_model, processor_of, resolve_dtype
+from mllama.api import check_answers, find_model, resolve_dtype
 from mllama.checkpoints import open_checkpoint
 from mllama.cli._answering import Loaded, check_reference, sampling
 from mllama.cli._status import Status
@@ -12,6 +12,7 @@ from mllama.hf.answering import GenerateSession
 from mllama.hf.models import survey_opened
 from mllama.hf.processors.auto import load_processor
 from mllama.hf.stock import load_stock
+from mllama.processing.auto import processor_of
 from mllama.runtime.progress import LOAD
 
 
@@ -21,7 +22,7 @@ def load_stock_session(arguments: argparse.Namespace) -> Loaded:
     Raises:
         ValueError: an option that is the package's alone.
     """
-    for name in ("adapter", "kv_cache", "image_cache"):
+    for name in ("adapter", "kv_cache", "image_cache", "prompt_lookup", "draft_model"):
         if getattr(arguments, name) is not None:
             raise ValueError(f"--{name.replace('_', '-')} needs --runtime mllama")
     if arguments.weights not in ("auto", "none"):

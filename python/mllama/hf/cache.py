@@ -4,7 +4,8 @@ A dynamic cache has one key per token. A static one exposes all of its slots and
 a tensor that its update changes in place, so the length is copied.
 """
 
-from collections.abc import Collection, Sequence
+import contextlib
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -63,7 +64,12 @@ class GrowingCacheLayer(DynamicLayer):
 
     Args:
         layer: whose positions it takes over.
+
+    Attributes:
+        rewinds: positions that are cropped are written over, in the same buffers.
     """
+
+    rewinds = False
 
     def __init__(self, layer: DynamicLayer):
         super().__init__()
@@ -74,10 +80,19 @@ class GrowingCacheLayer(DynamicLayer):
     def reserve(self, new: int) -> tuple[torch.Tensor, torch.Tensor]:
         """The buffers, [B, heads, capacity, head_dim], with room for `new` more positions."""
         length = self.keys.shape[2] + new
-        own = self.keys is self._views[0] and self.values is self._views[1]
-        if not own or length > self._buffers[0].shape[2]:
+        if not self._is_own() or length > self._buffers[0].shape[2]:
             self._buffers = _with_room(self.keys, length), _with_room(self.values, length)
         return self._buffers
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Remove positions at the end, as transformers counts them."""
+        own = self._is_own()
+        super().crop(tokens_to_remove)
+        if own and self.rewinds:
+            self._views = self.keys, self.values
+
+    def _is_own(self) -> bool:
+        return self.keys is self._views[0] and self.values is self._views[1]
 
     def advance(self, new: int) -> None:
         """Count `new` positions that were written after those of before."""
@@ -188,6 +203,7 @@ class TransformersCache:
             else:
                 if type(layer) is DynamicLayer:
                     layer = self.cache.layers[index] = GrowingCacheLayer(layer)
+                layer.rewinds = getattr(self.cache, "rewinds", False)
                 own = layer.reserve(new)
             keys.append(own[0])
             values.append(own[1])
@@ -198,6 +214,22 @@ class TransformersCache:
         for layer in self.cache.layers:
             if isinstance(layer, GrowingCacheLayer):
                 layer.advance(new)
+
+
+@contextlib.contextmanager
+def rewinding(cache: Cache | None) -> Iterator[None]:
+    """Meanwhile nobody keeps views of a cache: what is cropped, as drafts are, is written over."""
+    if cache is None:
+        yield
+        return
+    cache.rewinds = True
+    try:
+        yield
+    finally:
+        del cache.rewinds
+        for layer in cache.layers:
+            if isinstance(layer, GrowingCacheLayer):
+                layer.rewinds = False
 
 
 def num_prefix_tokens(cache: Cache | None) -> int:

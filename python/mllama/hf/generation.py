@@ -11,7 +11,13 @@ from transformers.generation.utils import GenerateOutput
 
 from mllama.hf.arguments import check_special, taken_by
 from mllama.hf.built import check_built
-from mllama.hf.cache import check_cache, keep_all_tokens, num_prefix_tokens
+from mllama.hf.cache import (
+    TransformersCache,
+    check_cache,
+    keep_all_tokens,
+    num_prefix_tokens,
+    rewinding,
+)
 from mllama.hf.call import one_of_images
 from mllama.hf.compat import CACHE_NAME, hand_on, rename_cache
 from mllama.hf.sampling import find_loop_obstacle, sample
@@ -37,6 +43,7 @@ class MllamaGenerationMixin(GenerationMixin):
     config: Any
     lm_head: Any
     device: Any
+    read_again: Any
 
     @overload
     def generate(
@@ -108,6 +115,12 @@ class MllamaGenerationMixin(GenerationMixin):
         )
         if not is_first_iteration and kwargs.get("use_cache", True):
             inputs.pop("image_features", None)
+        mask, ids = inputs.get("cross_attention_mask"), inputs.get("input_ids")
+        if cache is not None and has_tokens and mask is not None and ids is not None:
+            # As many rows as candidates of an assistant would else be taken for theirs.
+            past = int(TransformersCache(cache, self.spec.text).length)
+            rows = torch.arange(past, past + ids.shape[1], device=mask.device)
+            inputs["cross_attention_mask"] = mask[:, rows.clamp(max=mask.shape[1] - 1)]
         return hand_on(inputs)
 
     def _prefill(self, input_ids, generation_config, model_kwargs, is_first_iteration=True):
@@ -115,6 +128,7 @@ class MllamaGenerationMixin(GenerationMixin):
         prompts and prepended visual tokens. Without a cache, later steps get the prompt's length,
         because a generated placeholder id is text.
         """
+        self.read_again()
         if (
             self.spec.encoder is not None
             and not model_kwargs.get("use_cache", True)
@@ -316,7 +330,8 @@ class MllamaGenerationMixin(GenerationMixin):
                 "every visual token: set config.image_token_index, and let the processor "
                 "(MllamaImageProcessor) write them"
             )
-        return super()._assisted_decoding(input_ids, *args, **kwargs)
+        with rewinding(kwargs.get(CACHE_NAME)):
+            return super()._assisted_decoding(input_ids, *args, **kwargs)
 
 
 def _count_images(model_kwargs: dict[str, Any]) -> int:

@@ -45,7 +45,8 @@ class MllamaForConditionalGeneration(
         reference: which Llama-3.2-Vision to follow where the two differ, "meta" (as trained) or
             "hf" (as transformers computes it). The encoder's intermediate features are the inputs
             ("meta") or the outputs ("hf") of the listed layers; text before the first image attends
-            to no image ("meta") or to all ("hf"). Can be set later; other families ignore it.
+            to no image ("meta") or to all ("hf"), also to those that other rows of a batch have
+            beyond the row's own. Can be set later; other families ignore it.
 
     Raises:
         TypeError: config is not a config object.

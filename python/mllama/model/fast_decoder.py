@@ -1,4 +1,4 @@
-"""Decoding by one operator call per token: a decoder whose linear layers are packed, with low-rank
+"""Decoding by one operator call per pass: a decoder whose linear layers are packed, with low-rank
 adapters or without, as `decode_step` (csrc/decode) reads it.
 """
 
@@ -55,25 +55,26 @@ class FastDecoder:
         return type(None), ()
 
     def __call__(self, prepared: DecoderInputs, cache: Cache) -> torch.Tensor:
-        """Append one position per row to the cache, where `find_obstacle_of_pass` finds nothing.
+        """Append positions to the cache, where `find_obstacle_of_pass` finds nothing. A position's
+        result has the same bits whatever stands beside it in the pass.
 
         Args:
-            prepared: embeddings [B, 1, hidden], with what the decoder takes beside them.
+            prepared: embeddings [B, T, hidden], with what the decoder takes beside them.
             cache: of this decoder, with a position in it.
 
         Returns:
-            The last hidden state, float32 [B, 1, hidden], after the final norm.
+            The last hidden state, float32 [B, T, hidden], after the final norm.
 
         Raises:
             ValueError: adapters changed.
         """
         if not self.is_current:
             raise ValueError("decoder: adapters changed, make another FastDecoder")
-        B, length = len(prepared.embeds), int(cache.length)
+        (B, T, _), length = prepared.embeds.shape, int(cache.length)
         positions, mask = prepared.position_ids, prepared.padding_mask
         if positions is None:
-            positions = count_positions(mask, 1, length, prepared.embeds.device)
-        keys, values, image_keys = cache.reserve(1, self._cross)
+            positions = count_positions(mask, T, length, prepared.embeds.device)
+        keys, values, image_keys = cache.reserve(T, self._cross)
         cross, visible, key_mask = prepared.cross, None, None
         if cross is None:
             image_keys = 0
@@ -82,8 +83,9 @@ class FastDecoder:
             key_mask = cross.segments[0].key_mask if cross.segments else None
         hidden = torch.ops.mllama.decode_step(
             self._handle,
-            prepared.embeds.to(torch.float32, copy=True).view(B, -1),  # it is overwritten
-            positions.expand(B, 1).long().contiguous(),
+            # It is overwritten.
+            prepared.embeds.to(torch.float32, copy=True, memory_format=torch.contiguous_format),
+            positions.expand(B, T).long().contiguous(),
             keys,
             values,
             length,
@@ -92,42 +94,44 @@ class FastDecoder:
             key_mask,
             visible,
         )
-        cache.advance(1)
-        return hidden.unsqueeze(1)
+        cache.advance(T)
+        return hidden
 
 
 def find_obstacle_of_pass(inputs: ModelInputs, prepared: DecoderInputs) -> str | None:
-    """Why a pass of one position after others cannot run by `decode_step` on a decoder that can;
-    None where it can.
+    """Why a pass of positions after others cannot run by `decode_step` on a decoder that can; None
+    where it can.
     """
-    B = len(prepared.embeds)
+    B, T, _ = prepared.embeds.shape
     cache, mask, cross = inputs.cache, prepared.padding_mask, prepared.cross
     if torch.is_grad_enabled() and prepared.embeds.requires_grad:
         return "it is differentiated"
-    if not 0 < B <= MAX_ROWS:
-        return f"it has {B} rows, not 1 to {MAX_ROWS}"
+    if not 0 < B * T <= MAX_ROWS:
+        return f"it has {B * T} rows, not 1 to {MAX_ROWS}"
     if inputs.output_attentions or inputs.output_hidden_states:
         return "attentions or hidden states are asked for"
     if prepared.first_key is not None or (cross is not None and cross.states is not None):
         return "it has packed rows or new images"
+    if cross is not None and cross.segments is not None and len(cross.segments) > 1:
+        return "its positions see different images"
     positions = prepared.position_ids
-    if positions is not None and list(positions.shape) not in ([1, 1], [B, 1]):
+    if positions is not None and list(positions.shape) not in ([1, T], [B, T]):
         return "its position_ids are of another shape"
     if positions is not None and (positions.is_floating_point() or positions.dtype == torch.bool):
         return "its position_ids are no integers"
     if (inputs.attention_mask is not None and mask is None) or (
-        mask is not None and mask.shape != (B, inputs.past + 1)
+        mask is not None and mask.shape != (B, inputs.past + T)
     ):
-        return "its attention_mask is not [batch, past + 1]"
-    if mask is not None and not _is_padded_left(mask):
+        return "its attention_mask is not [batch, past + new]"
+    if mask is not None and not _is_padded_left(mask, T):
         return "its padding is not on the left"
     return cache.in_place_obstacle(B)
 
 
-def _is_padded_left(mask: torch.Tensor) -> bool:
-    """Whether the rows of a mask [B, S] are zeros, if any, and then ones."""
+def _is_padded_left(mask: torch.Tensor, new: int) -> bool:
+    """Whether the rows of a mask [B, S] are zeros, if any, and then ones, `new` of them or more."""
     keep = mask != 0
-    return bool(keep[:, -1].all()) and not bool((keep[:, :-1] > keep[:, 1:]).any())
+    return bool(keep[:, -new:].all()) and not bool((keep[:, :-1] > keep[:, 1:]).any())
 
 
 def find_obstacle(decoder: nn.Module) -> str | None:

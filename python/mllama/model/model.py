@@ -15,7 +15,7 @@ from mllama.fusion import make_fusion
 from mllama.fusion.base import DecoderInputs, ModelInputs, Parts
 from mllama.fusion.cross_attention import CrossAttentionDecoderLayer
 from mllama.fusion.projector import make_pooling, make_projector
-from mllama.model.fast_decoder import FastDecoder, find_obstacle, find_obstacle_of_pass
+from mllama.model.fast_decoder import MAX_ROWS, FastDecoder, find_obstacle, find_obstacle_of_pass
 from mllama.nn.activation import softcap
 from mllama.nn.loss import counted_loss
 from mllama.text.decoder import Decoder, DecoderOutput, check_mask, check_text, split_mask
@@ -161,23 +161,30 @@ class VisionLanguageModel(nn.Module):
         )
         return self._with_logits(output, decoded, inputs, prepared)
 
+    def read_again(self) -> None:
+        """Before a prompt that continues a cache: read the modules for `decode_step` again, so that
+        changes of weights and hooks are noticed.
+        """
+        self._fast = None
+
     def _decode_step(self, inputs: ModelInputs, prepared: DecoderInputs) -> DecoderOutput | None:
-        """One new position per row by `decode_step`, if the decoder is packed and nothing forbids
-        it. A prompt drops what was read of the modules, so that changes of them are noticed.
+        """A few new positions after others by `decode_step`, if the decoder is packed and nothing
+        forbids it. Other passes drop what was read of the modules, as `read_again` does.
         """
         if self.training or torch.compiler.is_compiling():
             return None
-        fast = self._fast
+        fast, (B, T, _) = self._fast, prepared.embeds.shape
         # Reading a static cache's length waits for its device: not where a decoder cannot run.
-        if prepared.embeds.shape[1] != 1 or not (isinstance(fast, str) or inputs.past):
-            self._fast = None
+        knows_none = T == 1 and isinstance(fast, str)
+        if (T > 1 and B * T > MAX_ROWS) or not (knows_none or inputs.past):
+            self.read_again()
             return None
         if fast is None or not (isinstance(fast, str) or fast.is_current):
             fast = find_obstacle(self.language_model) or FastDecoder(self.language_model)
             self._fast = fast
         obstacle = fast if isinstance(fast, str) else find_obstacle_of_pass(inputs, prepared)
         if obstacle is not None:
-            _log.debug("a token runs layer by layer, not by decode_step: %s", obstacle)
+            _log.debug("a pass runs layer by layer, not by decode_step: %s", obstacle)
             return None
         return DecoderOutput(fast(prepared, inputs.cache))  # type: ignore[operator]
 

@@ -38,7 +38,7 @@ def pack_gguf(blocks: torch.Tensor, packing: str) -> torch.Tensor:
             finite; packing is not known.
     """
     check_packing("pack_gguf", packing, GGUF_BLOCKS)
-    if use_kernel("packed_linear", blocks):
+    if use_kernel("pack_gguf", blocks):
         return _pack_gguf(blocks, PACKINGS[packing].number)
     _check(blocks, PACKINGS[packing].number)
     return reference(blocks, packing)

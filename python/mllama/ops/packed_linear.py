@@ -53,7 +53,7 @@ def pack_weight(weight: torch.Tensor, packing: str) -> torch.Tensor:
             known.
     """
     check_packing("pack_weight", packing)
-    if use_kernel("packed_linear", weight):
+    if use_kernel("pack_weight", weight):
         return _pack_weight(weight, PACKINGS[packing].number)
     _check_pack(weight, 0)
     packed = pack(weight, packing)

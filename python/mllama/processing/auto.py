@@ -27,6 +27,16 @@ KIND_OF_MODEL = {name: family.processor for name, family in MODEL_TYPES.items() 
 KIND_OF_IMAGES = {"MllamaImageProcessor": "tiled", "SiglipImageProcessor": "images"}
 
 
+def processor_of(folder: Path, load: Callable[[Path], Any]) -> Any:
+    """Call `load` on a model's folder; add the folder to its error."""
+    try:
+        return load(folder)
+    except ValueError as error:  # broken JSON does not say where
+        raise ValueError(
+            f"{folder} holds a model, but its processor cannot be read: {error}"
+        ) from error
+
+
 def load_preprocessor(path: str | os.PathLike) -> Preprocessor | SquareImages | TextTokenizer:
     """Load a model's preprocessor, without transformers.
 

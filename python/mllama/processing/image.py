@@ -5,7 +5,9 @@
 - EXIF orientation (a file or a PIL image) is applied.
 - Gray, 1-bit, palette, CMYK, YCbCr and HSV use Pillow's `convert("RGB")`.
 - Transparent images (RGBA, LA, a palette or color key) are composited onto white.
-- 16-bit gray ("I;16" in any byte order, "I") is scaled from 0..65535 to 0..255 and rounded.
+- 16-bit gray ("I;16" in any byte order, and "I" of a PNG or PPM file, where Pillow puts 16 bits)
+  is scaled from 0..65535 to 0..255 and rounded. Other "I" images (32-bit TIFF, `convert("I")`) are
+  read as 0..255 if no value is above 255, else as 0..65535. Other values are rejected.
 - Float gray ("F") is scaled from 0..1 to 0..255 if no value is above 1, else read as 0..255.
   Other values are rejected.
 - uint8 arrays are unchanged; in bool arrays False is 0 and True is 255.
@@ -52,6 +54,7 @@ FORMATS = (
 )
 
 
+_SIXTEEN_BITS = ("PNG", "PPM")  # formats that Pillow opens in mode I for 16-bit values alone
 _LOOKED_AT = 256  # bytes read to name an unknown format
 _ROUNDING = 1e-6  # tolerance around 0..1 for float32 arithmetic
 
@@ -70,10 +73,10 @@ def load_image(source: Any, allow_urls: bool = False) -> Image.Image:
         FileNotFoundError: the path does not exist.
         TypeError: source is not an image, an array has an unsupported dtype, or a file is opened
             as text.
-        ValueError: a file is not an image, is broken, truncated, closed or too large
-            (`PIL.Image.MAX_IMAGE_PIXELS`); base64 is broken; a URL comes without `allow_urls` or
-            cannot be downloaded; an array is empty, or has an unsupported shape or values out of
-            range.
+        ValueError: a path is no regular file; a file is not an image, is broken, truncated, closed
+            or too large (`PIL.Image.MAX_IMAGE_PIXELS`); base64 is broken; a URL comes without
+            `allow_urls` or cannot be downloaded; an array is empty, or has an unsupported shape or
+            values out of range.
     """
     if is_encoded(source):
         return _decode(*open_source(source, allow_urls))
@@ -216,10 +219,11 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     """An upright RGB image, which may be the argument; that is not changed."""
     if image.width == 0 or image.height == 0:
         raise ValueError(f"the image has no pixels: {image.width} x {image.height}")
+    deep = image.mode.startswith("I;") or image.format in _SIXTEEN_BITS
     if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:  # exif_transpose copies the image
         image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I"):
-        values = _sixteen_bits(np.array(image))
+        values = _integers(np.array(image), deep)
         key = image.info.get(
             "transparency"
         )  # a 16-bit PNG's color key; Pillow reads it, but does not apply it to this mode
@@ -241,12 +245,12 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
-def _sixteen_bits(values: np.ndarray) -> np.ndarray:
-    if values.min() < 0 or values.max() > 65535:
-        raise ValueError(
-            f"an image of mode I must hold 0..65535, got {values.min()}..{values.max()}"
-        )
-    return values.astype(np.uint16)
+def _integers(values: np.ndarray, deep: bool) -> np.ndarray:
+    """The values of an image of mode I as uint16; if `deep` they are 16-bit, else that depends."""
+    low, high = values.min(), values.max()
+    if low < 0 or high > 65535:
+        raise ValueError(f"an image of mode I must hold 0..65535, got {low}..{high}")
+    return (values if deep or high > 255 else values * 257).astype(np.uint16)
 
 
 def _array_to_rgb(source) -> np.ndarray:

@@ -68,8 +68,8 @@ def open_source(source: Any, allow_urls: bool = False) -> tuple[str | io.BytesIO
     Raises:
         FileNotFoundError: the file does not exist.
         TypeError: a file is opened as text.
-        ValueError: a file is closed or unreadable, there is no data, base64 is broken, a URL comes
-            without permission, or a download fails.
+        ValueError: a path is a folder, pipe or device, a file is closed or unreadable, there is no
+            data, base64 is broken, a URL comes without permission, or a download fails.
     """
     if isinstance(source, str):
         return _open_text(source, allow_urls)
@@ -110,6 +110,8 @@ def _open_path(path: str) -> tuple[str, str]:
         raise FileNotFoundError(f"no such image: {shorten(path, _LONGEST_NAME)}")
     if os.path.isdir(path):
         raise ValueError(f"{path} is a folder, not an image")
+    if not os.path.isfile(path):  # reading a pipe or a device may never end
+        raise ValueError(f"{path} is a pipe or a device: give its data, such as an opened file")
     return path, path
 
 

@@ -32,12 +32,16 @@ class Generation:
         completions: one per row.
         num_prompt_tokens: length of the prompts, padding included.
         num_reused_tokens: number of these, in each row, that were already in the cache.
+        num_drafted_tokens: tokens that were guessed and verified.
+        num_accepted_tokens: those of them that were the right ones: each saved a pass.
         timings: seconds of each stage, and the images and tokens that it computed.
     """
 
     completions: list[Completion]
     num_prompt_tokens: int
     num_reused_tokens: int = 0
+    num_drafted_tokens: int = 0
+    num_accepted_tokens: int = 0
     timings: Timings = field(default_factory=Timings)
 
 

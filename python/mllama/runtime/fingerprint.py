@@ -1,13 +1,16 @@
-"""A fingerprint of weights: what files that were computed with them are named after."""
+"""Hashes of tensors, fingerprints of weights, and what modules run beside their weights."""
 
 import hashlib
-from collections.abc import Iterable
+import weakref
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
 _ROW = 4096  # bytes
+_HOOKS = ("_forward_pre_hooks", "_forward_hooks")
+_KNOWN = ("torch.", "mllama.")  # whose changes are counted, or do not matter
 
 
 def fingerprint(modules: Iterable[tuple[str, nn.Module]]) -> str:
@@ -28,6 +31,31 @@ def fingerprint(modules: Iterable[tuple[str, nn.Module]]) -> str:
                     for sums in _sums(tensor.detach()):
                         digest.update(sums.cpu().numpy())
     return digest.hexdigest()
+
+
+def structure(modules: Iterable[nn.Module]) -> tuple:
+    """What calls of modules run beside their weights: which modules these are, with all in them;
+    their hooks and overridden forwards; and the switches of other libraries' layers, such as
+    PEFT's. To be compared with another one; equal ones are of the same objects.
+    """
+    found: list[Any] = []
+    for part in (inner for module in modules for inner in module.modules()):
+        own = vars(part)
+        # Ids of hooks are never used again, those of objects are: a reference is of one object.
+        hooks = [key for name in _HOOKS for key in own[name]]
+        foreign = not type(part).__module__.startswith(_KNOWN)
+        switches = str([x for x in own.items() if _is_plain(x[1])]) if foreign else ""
+        found.append((weakref.ref(part), tuple(hooks), id(own.get("forward")), switches))
+    return tuple(found)
+
+
+def hash_tensors(start: bytes, tensors: Mapping[str, torch.Tensor]) -> bytes:
+    """32 bytes: a hash of `start` and of tensors with their names, dtypes and shapes."""
+    digest = hashlib.blake2b(start, digest_size=32)
+    for name, tensor in tensors.items():
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)} ".encode())
+        digest.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.digest()
 
 
 def _is_plain(value: Any) -> bool:

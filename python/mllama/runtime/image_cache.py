@@ -13,7 +13,7 @@ import torch
 from mllama.nn.adapted import count_changes
 from mllama.nn.plain import all_plain
 from mllama.runtime.checks import check_count
-from mllama.runtime.fingerprint import fingerprint
+from mllama.runtime.fingerprint import fingerprint, structure
 from mllama.runtime.image_files import ImageFiles
 
 MAX_BYTES = 2**29  # of memory
@@ -28,7 +28,8 @@ class ImageCache:
     share a cache, in several threads too.
 
     In memory the model's weights are not part of the key: call `clear`, or a session's `reset`,
-    after changing them. Adapters that are attached, replaced, switched or merged are noticed. Files
+    after changing them. Adapters that are attached, replaced, switched or merged are noticed, and
+    so are hooks and modules in place of others, such as PEFT's. Files
     are named after the weights as well, so that a folder serves several models; where hooks or
     other forwards compute something else of the same weights, files are neither read nor written.
 
@@ -58,7 +59,7 @@ class ImageCache:
         self._bytes = 0
         self._model: Callable[[], Any] = lambda: None  # a weak reference
         self._weights = ""  # their fingerprint, once it is needed after `attach`
-        self._changes = count_changes()
+        self._state: tuple = ()  # adapters, modules and hooks that the entries were computed with
         self._lock = threading.Lock()
 
     def __len__(self) -> int:
@@ -75,21 +76,21 @@ class ImageCache:
         return self._bytes
 
     def attach(self, model: Any) -> None:
-        """Say whose images are looked up next. What other adapters computed is dropped, and the
-        weights are looked at again before a file is used.
+        """Say whose images are looked up next. What other adapters, modules or hooks computed is
+        dropped, and the weights are looked at again before a file is used.
 
         Raises:
             ValueError: the cache is another model's.
         """
         with self._lock:
             if self._model() is None:
-                self._clear()
                 self._model = weakref.ref(model)
             elif self._model() is not model:
                 raise ValueError("image_cache must be of this model alone, it is another's already")
-            if self._changes != count_changes():
+            state = count_changes(), structure(module for _, module in model.image_modules())
+            if self._state != state:
                 self._clear()
-            self._weights = ""
+            self._state, self._weights = state, ""
 
     def clear(self) -> None:
         """Forget the entries in memory."""
@@ -138,7 +139,7 @@ class ImageCache:
 
     def _clear(self) -> None:
         self._entries.clear()
-        self._bytes, self._changes = 0, count_changes()
+        self._bytes = 0
 
 
 def _nbytes(entry: Entry) -> int:

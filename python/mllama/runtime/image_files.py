@@ -1,7 +1,6 @@
 """Tensors by key in a folder of safetensors files that several processes may use at once."""
 
 import contextlib
-import hashlib
 import logging
 import os
 import re
@@ -15,6 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load
 
 from mllama.checkpoints.files import save_tensors, write_file
+from mllama.runtime.fingerprint import hash_tensors
 
 _log = logging.getLogger(__name__)
 _NAME = re.compile(r"[0-9a-f]{64}\.safetensors")
@@ -60,15 +60,15 @@ class ImageFiles:
             return None
         digest = found.pop(_DIGEST, torch.empty(0))
         try:
-            tensors = [found[str(index)] for index in range(len(found))]
-            whole = bytes(digest.tolist()) == _hash(key, tensors)
+            named = {str(index): found[str(index)] for index in range(len(found))}
+            whole = bytes(digest.tolist()) == hash_tensors(key, named)
         except (KeyError, TypeError, ValueError):
             whole = False
         if not whole:
             _log.warning("%s is not used: its content is another", path)
             return None
         self._touch(path)
-        return tuple(tensor.to(device) for tensor in tensors)
+        return tuple(tensor.to(device) for tensor in named.values())
 
     def write(self, key: bytes, tensors: Iterable[torch.Tensor]) -> None:
         """Store the tensors of a key, then remove what exceeds the limit."""
@@ -76,7 +76,8 @@ class ImageFiles:
         if sum(tensor.nbytes + _HEADER for tensor in tensors) > self._max_bytes:
             return
         named = {str(index): tensor for index, tensor in enumerate(tensors)}
-        named[_DIGEST] = torch.tensor(list(_hash(key, tensors)), dtype=torch.uint8, device="cpu")
+        digest = list(hash_tensors(key, named))
+        named[_DIGEST] = torch.tensor(digest, dtype=torch.uint8, device="cpu")
         try:
             write_file(self._path(key), lambda aside: save_tensors(aside, named))
             self._trim()
@@ -109,11 +110,3 @@ class ImageFiles:
             with contextlib.suppress(FileNotFoundError):
                 if path.stat().st_mtime < time.time() - _HOUR:
                     path.unlink()
-
-
-def _hash(key: bytes, tensors: Iterable[torch.Tensor]) -> bytes:
-    digest = hashlib.blake2b(key, digest_size=32)
-    for tensor in tensors:
-        digest.update(f"{tensor.dtype} {list(tensor.shape)} ".encode())
-        digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy())
-    return digest.digest()

@@ -9,8 +9,10 @@ from typing import Any, NamedTuple
 import torch
 
 from mllama.config.features import choose_features
+from mllama.device import instruction_set
 from mllama.fusion.base import ModelInputs, share_evenly
 from mllama.nn.kv_cache import CACHE_DTYPES, KVCache
+from mllama.runtime.fingerprint import hash_tensors
 from mllama.runtime.image_cache import Entry, ImageCache
 from mllama.runtime.progress import IMAGE, Stages
 
@@ -42,7 +44,8 @@ class ImageReader:
     def __init__(self, model: Any, cache: ImageCache, kv_cache: str | None = None):
         self.model, self.cache, self._kv_cache = model, cache, kv_cache
         self.layers = model.spec.text.cross_attention_layers
-        self.stages = Stages()  # is told of images that are encoded
+        self.stages = Stages()  # is told of images that are not in memory
+        self._encoded = False  # whether the last one was, and did not come from a file
         self.forget()
 
     def forget(self) -> None:
@@ -71,11 +74,12 @@ class ImageReader:
             each = self._count(ids, len(pixels))
         # given: [images, 1, ...] of tiled images, else [images, ...]
         features, arithmetic = choose_features(spec), _arithmetic(pixels.device.type)
-        settings = f"{spec} {features} {self.model.reference} {arithmetic}"
-        flat = [
-            _identify({name: value[i : i + 1] for name, value in given.items()}, settings)
+        settings = f"{spec} {features} {self.model.reference} {arithmetic}".encode()
+        each_image = [
+            {name: value[i : i + 1] for name, value in given.items()}
             for i in range(len(given["pixel_values"]))
         ]
+        flat = [ImageInput(tensors, hash_tensors(settings, tensors)) for tensors in each_image]
         if each is None:
             return flat, [flat] if len(ids) == 1 else None
         rest = iter(flat)
@@ -159,18 +163,21 @@ class ImageReader:
         """Entries by name; one of several equal images is computed."""
         self.cache.attach(self.model)
         found: dict[bytes, Entry] = {}
-        if missing := sum(name not in self.cache for name in set(names)):
-            self.stages.begin(IMAGE, missing)
+        missing = {name for name in names if name not in self.cache}
+        if missing:
+            self.stages.begin(IMAGE, len(missing))
         for index, name in enumerate(names):
             if name not in found:
+                self._encoded = False
                 found[name] = self.cache.find(name, lambda index=index: compute(index))
+                if name in missing:
+                    self.stages.advance(1, computed=self._encoded)
         return [found[name] for name in names]
 
     def _encode(self, image: ImageInput) -> torch.Tensor:
         """[1, patches, hidden]; of a tiled image [1, tiles * patches, hidden]."""
-        features = self.model.encode_images(ModelInputs(**image.tensors))[0]
-        self.stages.advance(1)
-        return features
+        self._encoded = True
+        return self.model.encode_images(ModelInputs(**image.tensors))[0]
 
     def _tiles(
         self, rows: Sequence[Sequence[ImageInput]], mask: torch.Tensor | None
@@ -207,16 +214,7 @@ class ImageReader:
 def _arithmetic(device: str) -> tuple:
     """What rounds an encoder's values beside its weights."""
     cast = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device)
-    return device, cast, torch.get_float32_matmul_precision()
-
-
-def _identify(tensors: dict[str, torch.Tensor], settings: str) -> ImageInput:
-    """The image with its key. `settings` are all that its features depend on but the weights."""
-    digest = hashlib.blake2b(settings.encode(), digest_size=32)
-    for name, tensor in tensors.items():
-        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)} ".encode())
-        digest.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return ImageInput(tensors, digest.digest())
+    return instruction_set(device), cast, torch.get_float32_matmul_precision()
 
 
 def _spread(keys: torch.Tensor, own: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:

@@ -56,6 +56,7 @@ class PromptCache:
             The last logits, [B, V], and how many leading ids of every row were in the cache.
         """
         self._stages = self._reader.stages = stages
+        self.model.read_again()
         inputs = self._with_whole_mask(inputs)
         images, rows = self._reader.split(inputs)
         if len(inputs["input_ids"]) == 1 and "attention_mask" not in inputs:
@@ -66,12 +67,24 @@ class PromptCache:
         assert rows is not None
         return self._prefill_shared(inputs, rows, shared)
 
-    def append(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Put one token per row, [B], behind the prompts; return the logits, [B, V]."""
-        logits = self._pass(tokens[:, None], {})
+    @property
+    def ids(self) -> list[int]:
+        """What is in the cache of a single row; of several rows nothing."""
+        return [] if self._row is None else self._row.ids
+
+    def append(self, ids: torch.Tensor) -> torch.Tensor:
+        """Put ids [B, T] behind the prompts; return their logits, [B, T, V]."""
+        logits = self._pass(ids, {}, keep=ids.shape[1])
         if self._row is not None:
-            self._row.ids.extend(tokens.tolist())
+            self._row.ids.extend(ids[0].tolist())
         return logits
+
+    def drop_last(self, count: int) -> None:
+        """Take back the last `count` ids that were put behind the prompts."""
+        if count:
+            self.cache.crop(self.cache.length - count)
+            if self._row is not None:
+                del self._row.ids[-count:]
 
     def finish(self) -> None:
         """After the last token. What the rows of a batch share is left, as one row."""
@@ -267,29 +280,31 @@ class PromptCache:
         if not given and self.model.fusion.chunk_obstacle is None:
             *chunks, ids = ids.split(self._chunk_size, 1)
             for chunk in chunks:
-                self._pass(chunk, {}, logits=False)
+                self._pass(chunk, {}, keep=None)
                 self._stages.advance(chunk.numel())
-        result = self._pass(ids, given, logits)
+        result = self._pass(ids, given, keep=1 if logits else None)
         self._stages.advance(ids.numel())
-        return result
+        return result[:, -1]
 
     def _pass(
-        self, ids: torch.Tensor, given: dict[str, torch.Tensor], logits: bool = True
+        self, ids: torch.Tensor, given: dict[str, torch.Tensor], keep: int | None
     ) -> torch.Tensor:
-        """Append ids [B, T] to the cache; return the last logits, [B, V], or hidden states if no
-        logits are requested.
+        """Append ids [B, T] to the cache; return the last logits, [B, keep, V], or hidden states if
+        no logits are requested.
         """
-        cache, masks = self.cache, dict(self._masks)
+        cache, masks, T = self.cache, dict(self._masks), ids.shape[1]
+        past = cache.length - cache.num_prefix_tokens
         if (mask := masks.pop("attention_mask", None)) is not None:
-            length = cache.length - cache.num_prefix_tokens + ids.shape[1]
-            mask = pad(mask[:, :length], (0, max(length - mask.shape[1], 0)), value=1)
-        keep = 1 if logits else None
+            mask = pad(mask[:, : past + T], (0, max(past + T - mask.shape[1], 0)), value=1)
+        if (cross := masks.pop("cross_attention_mask", None)) is not None:
+            rows = torch.arange(past, past + T, device=cross.device)
+            masks["cross_attention_mask"] = cross[:, rows.clamp(max=cross.shape[1] - 1)]
         output = self.model.compute(
             ModelInputs(
                 ids, attention_mask=mask, cache=cache, logits_to_keep=keep, **masks, **given
             )
         )
-        return output.logits[:, -1] if logits else output.last_hidden_state
+        return output.last_hidden_state if keep is None else output.logits
 
 
 def _padding(inputs: Inputs) -> list[int]:

@@ -8,8 +8,9 @@ from functools import partial
 LOAD, IMAGE, PROMPT, DECODE = "load", "image", "prompt", "decode"
 
 # progress(stage, done, total) is called when a stage begins and after each of its steps. `done` and
-# `total` are parameters (load), images (image) or tokens of all rows (prompt, decode). A prompt
-# begins at its reused tokens; a decode's total is the most that may come. A total of 0 is unknown.
+# `total` are parameters (load), images that are not in memory (image), or tokens of all rows
+# (prompt, decode). A prompt begins at its reused tokens; a decode's total is the most that may
+# come. A total of 0 is unknown.
 Progress = Callable[[str, int, int], None]
 
 
@@ -77,9 +78,9 @@ class Stages:
         self._name, self._done, self._total = name, done, total
         self._tell()
 
-    def advance(self, count: int) -> None:
-        """Add to what the stage has done."""
-        if self._stage is not None:
+    def advance(self, count: int, computed: bool = True) -> None:
+        """Add to what the stage has done; the timings do not count what was not computed."""
+        if self._stage is not None and computed:
             self._stage.count += count
         self._done += count
         self._tell()

@@ -16,6 +16,18 @@ def tokenizer_of(processor: Any) -> Any:
     return getattr(processor, "tokenizer", processor)
 
 
+def check_same_tokenizer(processor: Any, other: Any) -> None:
+    """Reject a draft model's processor whose ids are others.
+
+    Raises:
+        ValueError: a text has other ids.
+    """
+    text = "The 3 naïve café-goers said:\n\tprint('hello')  # 東京, 2026"
+    ids, others = (tokenizer_of(one).encode(text) for one in (processor, other))
+    if ids != others:
+        raise ValueError("draft_model must have the model's own tokenizer: its ids are others")
+
+
 def refuse_swapped(image: Any, question: Any) -> None:
     """Reject `ask(question, image)`, and a question that is not text.
 

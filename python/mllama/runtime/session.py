@@ -12,6 +12,8 @@ from mllama.nn.adapted import count_changes
 from mllama.nn.kv_cache import CACHE_DTYPES
 from mllama.runtime.checks import check_count, check_padding, check_room
 from mllama.runtime.completion import Generation, Row
+from mllama.runtime.drafts import Passes, make_drafter
+from mllama.runtime.fingerprint import structure
 from mllama.runtime.image_cache import ImageCache
 from mllama.runtime.images import IMAGE_INPUTS
 from mllama.runtime.prefill import PromptCache
@@ -30,9 +32,9 @@ _INPUTS = ("input_ids", "attention_mask", "token_type_ids", "cross_attention_mas
 class Session:
     """Generates with a model. What was computed is reused: of the last prompt the next one computes
     only what differs, such as a chat's next turn; the start that all rows of a batch have in common
-    is computed once, and so is every image. After changing the model's weights, hooks or
-    PEFT adapters, call `reset`; this package's adapters are noticed when they are attached, loaded,
-    replaced, switched or merged.
+    is computed once, and so is every image. After changing the model's weights, call
+    `reset`. Hooks are noticed, and so are adapters, this package's and PEFT's, when they are
+    attached, loaded, replaced, switched or merged.
 
     Args:
         model: a `VisionLanguageModel` in eval mode.
@@ -48,12 +50,22 @@ class Session:
             Default: a new one with its defaults, 512 MiB in memory.
         progress: called while generating, as progress(stage, done, total): stage "image" counts
             images, "prompt" and "decode" count tokens.
+        prompt_lookup_tokens: most tokens, up to 15, that are guessed for one pass: where the last
+            tokens stood before, in the prompt or the answer, the text may go on as it did. 0
+            guesses none.
+        draft_model: a smaller `VisionLanguageModel` of text, with the same vocabulary, that guesses
+            tokens for the model; instead of prompt_lookup_tokens.
+
+    Guessed tokens are verified: text, sampled text too, is the same as without them, on a packed
+    model to the bit. Batches of several rows are generated without guesses.
 
     Raises:
         TypeError: a processor without a tokenizer; settings or image_cache of another type;
-            progress that is not callable.
+            progress that is not callable; draft_model that is no such model.
         ValueError: settings of transformers' generate that a session does not have; another
-            kv_cache; an image_cache that is another model's, or of a model without images.
+            kv_cache; an image_cache that is another model's, or of a model without images;
+            prompt_lookup_tokens out of range; a draft_model that takes images or has another
+            vocabulary.
     """
 
     def __init__(
@@ -66,6 +78,8 @@ class Session:
         kv_cache: str | None = None,
         image_cache: ImageCache | None = None,
         progress: Progress | None = None,
+        prompt_lookup_tokens: int = 0,
+        draft_model: Any = None,
     ):
         check_progress(progress)
         check_count("prefill_chunk_size", prefill_chunk_size)
@@ -93,7 +107,9 @@ class Session:
         self.image_cache = ImageCache() if image_cache is None else image_cache
         self.image_cache.attach(model)
         self._prompt = PromptCache(model, self.image_cache, kv_cache, prefill_chunk_size)
-        self._changes = count_changes()
+        self._drafting = prompt_lookup_tokens, draft_model
+        self._drafter = make_drafter(model, *self._drafting)
+        self._state = self._look()
         self.progress = progress
         self._running = False
 
@@ -111,8 +127,13 @@ class Session:
         if self._running:
             raise RuntimeError("reset: this session is generating")
         self._prompt.drop()
+        self._drafter = make_drafter(self.model, *self._drafting)
         self.image_cache.clear()
-        self._changes = count_changes()
+        self._state = self._look()
+
+    def _look(self) -> tuple:
+        """What the cached prompt was computed with, beside weights."""
+        return count_changes(), structure([self.model])
 
     @torch.inference_mode()
     def generate(
@@ -150,7 +171,7 @@ class Session:
         if self._running:
             raise RuntimeError("generate: this session generates already; use another session")
         check_count("max_new_tokens", max_new_tokens)
-        if self._changes != count_changes():  # what is cached is of other adapters
+        if self._state != self._look():  # what is cached is of other adapters, modules or hooks
             self.reset()
         self._stages = Stages(self.progress)
         inputs = self._take_inputs(inputs)
@@ -194,6 +215,7 @@ class Session:
         cache = self._prompt.cache
         cache.capacity = result.num_prompt_tokens + min(max_new_tokens, MAX_NEW_TOKENS)
         logits, result.num_reused_tokens = self._prompt.prefill(inputs, self._stages)
+        passes = self._start_passes(inputs, result)
         room = min(max_new_tokens, check_room(self.context, cache.length))
         for step in range(room):
             tokens = sampler(logits)  # (B,)
@@ -206,8 +228,17 @@ class Session:
                 row.take(token, ends)
             if step == room - 1 or all(row.done for row in rows):
                 break
-            logits = self._prompt.append(tokens)
+            logits = passes.append(tokens, room - step - 1)
+        passes.finish()
         self._prompt.finish()
+
+    def _start_passes(self, inputs: dict[str, torch.Tensor], result: Generation) -> Passes:
+        """The passes after a prompt; those of several rows are without drafts."""
+        drafter = self._drafter if len(result.completions) == 1 else None
+        if drafter is not None:
+            ids, mask = inputs["input_ids"], inputs.get("attention_mask")
+            drafter.begin((ids if mask is None else ids[mask != 0]).flatten().tolist())
+        return Passes(self._prompt, drafter, result)
 
     def _ends(self, given: int | Sequence[int] | None) -> frozenset[int]:
         if given is None:

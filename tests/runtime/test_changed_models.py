@@ -1,0 +1,42 @@
+"""Sessions notice what changes a model beside its weights, without a reset."""
+
+import peft
+import pytest
+
+import tiny
+from mllama.runtime.session import Session
+from runtime.test_images import logits, model_of, prompts, same_bits
+
+
+@pytest.mark.parametrize("part", ["language_model", "vision_tower.encoder"])
+def test_hooks(part):
+    model = model_of("merge")
+    inputs = prompts("merge", model, (tiny.tokens(9), 1))
+    session = Session(model)
+    mlp = model.get_submodule(f"{part}.layers.0.mlp")
+    answers = [logits(session, inputs)]
+    for factor in (2, 3):
+        hook = mlp.register_forward_hook(lambda *call, factor=factor: call[-1] * factor)
+        answers.append(logits(session, inputs))
+        assert same_bits(answers[-1], logits(Session(model), inputs))
+        assert not same_bits(answers[-1], answers[-2])
+        hook.remove()
+    assert same_bits(logits(session, inputs), answers[0])
+
+
+@pytest.mark.parametrize("part", ["language_model", "vision_tower"])
+def test_adapters_of_peft(part):
+    model = model_of("merge")
+    inputs = prompts("merge", model, (tiny.tokens(9), 1))
+    session = Session(model)
+    plain = logits(session, inputs)
+    targets = f".*{part}.*(q_proj|v_proj)"
+    config = peft.LoraConfig(r=2, target_modules=targets, init_lora_weights=False)
+    wrapped = peft.get_peft_model(model, config)
+    adapted = logits(session, inputs)
+    assert same_bits(adapted, logits(Session(model), inputs)) and not same_bits(adapted, plain)
+    with wrapped.disable_adapter():
+        assert same_bits(logits(session, inputs), plain)
+    assert same_bits(logits(session, inputs), adapted)
+    wrapped.unload()
+    assert same_bits(logits(session, inputs), plain)
