@@ -94,6 +94,19 @@ MLLAMA_DEVICE uint32_t pack(float a, float b) {
     return from_float<T>(a).bits | static_cast<uint32_t>(from_float<T>(b).bits) << 16;
 }
 
+// ---- arithmetic
+
+// 2^x with a relative error of 2^-22; 0 for results below the least normal number.
+#if defined(__CUDACC__)
+MLLAMA_DEVICE float fast_exp2(float x) {
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+#else
+inline float fast_exp2(float x) { return x < -126 ? 0 : std::exp2(x); }
+#endif
+
 // ---- loads and stores of several elements
 
 template <class T, int N>
@@ -254,6 +267,33 @@ inline void mma_8(float (&d)[4], const uint32_t (&a)[2], uint32_t b, MLLAMA_HERE
 }
 
 #endif
+
+// ---- architectures: hosts select variants of kernels by `architecture`
+
+// Whether the variant for sm_75, or that for later devices, is compiled in this pass: elsewhere its
+// kernels only stop.
+#if defined(__CUDA_ARCH__)
+template <bool kTuring>
+constexpr bool kRunsHere = kTuring == (__CUDA_ARCH__ < 800);
+MLLAMA_DEVICE void stop_kernel() { __trap(); }
+#else
+template <bool kTuring>
+constexpr bool kRunsHere = true;
+MLLAMA_DEVICE void stop_kernel() {}
+#endif
+
+// The current device's compute capability: 75, 80, ...
+inline int architecture() {
+#if defined(__CUDACC__)
+    int device = 0, major = 0, minor = 0;
+    cudaGetDevice(&device);
+    cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+    cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
+    return 10 * major + minor;
+#else
+    return emulator::options().architecture;
+#endif
+}
 
 // ---- launching
 
