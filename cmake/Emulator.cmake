@@ -4,7 +4,7 @@
 list(TRANSFORM MLLAMA_CUDA_OPS REPLACE "(.+)" "csrc/ops/\\1_cuda.cpp" OUTPUT_VARIABLE host_sources)
 list(TRANSFORM MLLAMA_CUDA_OPS REPLACE "(.+)" "csrc/kernels/cuda/\\1.cu"
     OUTPUT_VARIABLE cuda_sources)
-list(APPEND cuda_sources tests/cuda/planted.cu)
+list(APPEND cuda_sources csrc/kernels/cuda/attention_backward.cu tests/cuda/planted.cu)
 set_source_files_properties(${cuda_sources} PROPERTIES LANGUAGE CXX)
 set(emulator_sources source stack regions checker callbacks scheduler collectives matrix switches)
 list(TRANSFORM emulator_sources REPLACE "(.+)" "csrc/emulator/\\1.cpp")

@@ -84,10 +84,45 @@ std::tuple<Tensor, Tensor> attention(const Tensor& q, const Tensor& k, const Ten
     return {a.out, a.statistics};
 }
 
+std::tuple<Tensor, Tensor, Tensor> attention_backward(
+    const Tensor& grad_out, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& out,
+    const Tensor& statistics, const MaybeTensor& key_mask, const MaybeTensor& key_bias,
+    const MaybeTensor& query_offset, const MaybeTensor& prefix_length, const MaybeTensor& first_key,
+    bool causal, std::optional<int64_t> window, std::optional<double> scale,
+    std::optional<double> softcap) {
+    const char* op = "_attention_backward";
+    AttentionBackwardArgs a(op, grad_out, q, k, v, out, statistics,
+                            {key_mask, key_bias, query_offset, prefix_length, first_key, causal,
+                             window, scale, softcap});
+    Launcher launcher(op, a.q);
+    cuda::AttentionBackward args{};
+    describe(args, a, launcher);
+    Tensor deltas = new_float(a.q, {args.batch, args.heads, args.queries});
+    launcher.reads("grad_out", a.grad_out);
+    launcher.reads("out", a.out);
+    launcher.reads("statistics", a.statistics);
+    launcher.writes("deltas", deltas);
+    launcher.writes("grad_q", a.grad_q);
+    launcher.writes("grad_k", a.grad_k);
+    launcher.writes("grad_v", a.grad_v);
+    args.grad_out = heads(a.grad_out);
+    args.aligned = args.aligned && is_aligned(a.grad_out);
+    args.out = a.out.const_data_ptr();
+    args.statistics = data<kernels::Statistic>(a.statistics);
+    args.deltas = mutable_data<float>(deltas);
+    args.grad_q = a.grad_q.mutable_data_ptr();
+    args.grad_k = a.grad_k.mutable_data_ptr();
+    args.grad_v = a.grad_v.mutable_data_ptr();
+    cuda::attention_backward(args, launcher.stream());
+    launcher.done();
+    return {a.grad_q, a.grad_k, a.grad_v};
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(mllama, MLLAMA_CUDA_KEY, m) {
     implement(m, "attention", TORCH_BOX(&attention));
+    implement(m, "_attention_backward", TORCH_BOX(&attention_backward));
 }
 
 }  // namespace mllama

@@ -12,13 +12,6 @@ constexpr int kFewRows = 16;
 // A launch has so many blocks, if there are keys enough for parts of at least so many keys.
 constexpr int64_t kBlocks = 256, kPartKeys = 128;
 
-// The first of some shapes, best first, that fits the shared memory.
-template <class... Shapes>
-struct FirstFitting;
-template <class Shape, class... Others>
-struct FirstFitting<Shape, Others...>
-    : std::conditional_t<Shape::kFits, std::type_identity<Shape>, FirstFitting<Others...>> {};
-
 template <class Tiles>
 using ManyRows = typename FirstFitting<ForwardShape<Tiles, 4, 1, 64>, ForwardShape<Tiles, 4, 1, 32>,
                                        ForwardShape<Tiles, 4, 1, 16>, ForwardShape<Tiles, 2, 1, 16>,

@@ -24,7 +24,8 @@ struct TensorTiles {
     using Element = T;
     static constexpr int kSize = kSize_, kStride = kSize + 8;
     static constexpr bool kTuring = kTuring_;
-    static constexpr int kMostColumns = 64;  // of a warp's scores: a register each
+    static constexpr int kMostColumns = 64;  // of a warp's scores
+    static constexpr int kDepth = 16;        // of products: rows of b in multiply_columns
     static_assert(!kTuring || std::is_same_v<T, f16>);
 
     // sums += a b' for 16 rows of a, 8 N rows of b.
@@ -81,7 +82,7 @@ struct FloatTiles {
     using Element = T;
     static constexpr int kSize = kSize_, kStride = kSize + 16 / static_cast<int>(sizeof(T));
     static constexpr bool kTuring = kTuring_;
-    static constexpr int kMostColumns = 32;
+    static constexpr int kMostColumns = 32, kDepth = 8;
 
     template <int N>
     MLLAMA_DEVICE static void multiply_rows(float (&sums)[N][4], const T* a, const T* b) {
@@ -210,6 +211,13 @@ struct BlockPlace {
 // blocks.
 template <bool kTuring>
 constexpr int kTileBytes = kTuring ? 62 << 10 : 70 << 10;
+
+// The first of some shapes, best first, that fits the shared memory.
+template <class... Shapes>
+struct FirstFitting;
+template <class Shape, class... Others>
+struct FirstFitting<Shape, Others...>
+    : std::conditional_t<Shape::kFits, std::type_identity<Shape>, FirstFitting<Others...>> {};
 
 // Calls run(std::type_identity<Tiles>) with the tiles for the arguments on this device.
 template <int kSize, class Run>
