@@ -209,7 +209,7 @@ MLLAMA_DEVICE void write_gradient(const float (&sums)[kColumns / 8][4], int firs
 
 // The gradients of k and v.
 template <class Shape>
-__global__ void __launch_bounds__(Shape::kThreads) attention_key_gradients(AttentionBackward a) {
+__global__ void __launch_bounds__(Shape::kThreads, 1) attention_key_gradients(AttentionBackward a) {
     using T = typename Shape::Tiles::Element;
     if constexpr (!kRunsHere<Shape::Tiles::kTuring>) return stop_kernel();
     const BlockPlace place((a.keys + Shape::kOwn - 1) / Shape::kOwn, Shape::kParts, a.kv_heads);
@@ -235,7 +235,8 @@ __global__ void __launch_bounds__(Shape::kThreads) attention_key_gradients(Atten
 
 // The gradient of q.
 template <class Shape>
-__global__ void __launch_bounds__(Shape::kThreads) attention_query_gradient(AttentionBackward a) {
+__global__ void __launch_bounds__(Shape::kThreads, 1)
+    attention_query_gradient(AttentionBackward a) {
     using T = typename Shape::Tiles::Element;
     if constexpr (!kRunsHere<Shape::Tiles::kTuring>) return stop_kernel();
     const BlockPlace place((a.rows + Shape::kOwn - 1) / Shape::kOwn, 1, a.kv_heads);
