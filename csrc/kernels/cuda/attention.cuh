@@ -134,37 +134,27 @@ struct RowsSee {
     }
 };
 
-// Writes one row of a result: the tensors' own, or a part's.
+// Writes a warp's rows: of the result, or of a part's.
 template <class T, int kColumns>
 MLLAMA_DEVICE void write_rows(const AttentionForward& a, const BlockPlace& place, int first_row,
                               const Softmax<kColumns>& softmax) {
     MLLAMA_UNROLL for (int h = 0; h < 2; ++h) {
         int row = first_row + tile_row(2 * h);
         if (row >= a.rows) continue;
-        float total = softmax.total[h], factor = a.parts > 1 ? 1 : total == 0 ? 0 : 1 / total;
-        int query = row / a.group_size, head = place.kv_head * a.group_size + row % a.group_size;
-        Statistic statistic{softmax.highest[h], total};
+        const Statistic statistic{softmax.highest[h], softmax.total[h]};
         if (a.parts > 1) {
             int64_t group = place.batch * a.kv_heads + place.kv_head;
             float* to = a.partial + ((group * a.rows + row) * a.parts + place.part) * (a.size + 2);
-            MLLAMA_UNROLL for (int n = 0; n < kColumns / 8; ++n) {
-                int d = tile_column(n, 0);
-                store_pair(to, d, a.size, softmax.sums[n][2 * h], softmax.sums[n][2 * h + 1]);
-            }
+            store_row(to, softmax.sums, h, a.size, 1);
             if (threadIdx.x % 4 == 0) {
                 to[a.size] = statistic.highest;
                 to[a.size + 1] = statistic.sum;
             }
         } else {
-            T* to = static_cast<T*>(a.out) +
-                    ((place.batch * a.queries + query) * a.heads + head) * a.size;
-            MLLAMA_UNROLL for (int n = 0; n < kColumns / 8; ++n) {
-                store_pair(to, tile_column(n, 0), a.size, softmax.sums[n][2 * h] * factor,
-                           softmax.sums[n][2 * h + 1] * factor);
-            }
-            if (threadIdx.x % 4 == 0) {
-                a.statistics[(place.batch * a.heads + head) * a.queries + query] = statistic;
-            }
+            RowPlace at(a, place, row);
+            store_row(static_cast<T*>(a.out) + at.by_query * a.size, softmax.sums, h, a.size,
+                      statistic.sum == 0 ? 0 : 1 / statistic.sum);
+            if (threadIdx.x % 4 == 0) a.statistics[at.by_head] = statistic;
         }
     }
 }

@@ -35,9 +35,8 @@ struct RowNumbers {
                                        int row) {
         RowNumbers n{{a.keys, 0}, kInfinity, 0, 0};
         if (row >= a.rows) return n;
-        int query = row / a.group_size, head = place.kv_head * a.group_size + row % a.group_size;
-        int64_t i = (place.batch * a.heads + head) * a.queries + query;
-        n.keys = visible_keys(a, place.batch, query);
+        int64_t i = RowPlace(a, place, row).by_head;
+        n.keys = visible_keys(a, place.batch, row / a.group_size);
         n.delta = a.deltas[i];
         if (Statistic s = a.statistics[i]; s.sum != 0) n.highest = s.highest, n.inverse = 1 / s.sum;
         return n;
@@ -192,21 +191,6 @@ MLLAMA_DEVICE void walk(const AttentionBackward& a, const BlockPlace& place, int
     }
 }
 
-// Writes a warp's 16 rows of a gradient, scaled; `row_at(i)` is where row i begins.
-template <class T, int kColumns, class RowAt>
-MLLAMA_DEVICE void write_gradient(const float (&sums)[kColumns / 8][4], int first, int count,
-                                  int first_column, int size, float scale, RowAt&& row_at) {
-    MLLAMA_UNROLL for (int h = 0; h < 2; ++h) {
-        int i = first + tile_row(2 * h);
-        if (i >= count) continue;
-        T* to = row_at(i);
-        MLLAMA_UNROLL for (int n = 0; n < kColumns / 8; ++n) {
-            store_pair(to, first_column + tile_column(n, 0), size, sums[n][2 * h] * scale,
-                       sums[n][2 * h + 1] * scale);
-        }
-    }
-}
-
 // The gradients of k and v.
 template <class Shape>
 __global__ void __launch_bounds__(Shape::kThreads, 1) attention_key_gradients(AttentionBackward a) {
@@ -222,15 +206,13 @@ __global__ void __launch_bounds__(Shape::kThreads, 1) attention_key_gradients(At
 
     const int first = place.tile * Shape::kOwn + threadIdx.x / 32 * 16,
               column = place.part * Shape::kColumns;
-    auto row_in = [&](void* gradient) {
-        return [&a, &place, gradient](int key) {
-            return static_cast<T*>(gradient) +
-                   ((place.batch * a.keys + key) * a.kv_heads + place.kv_head) * a.size;
-        };
-    };
-    write_gradient<T, Shape::kColumns>(grad_k, first, a.keys, column, a.size, a.scale,
-                                       row_in(a.grad_k));
-    write_gradient<T, Shape::kColumns>(grad_v, first, a.keys, column, a.size, 1, row_in(a.grad_v));
+    MLLAMA_UNROLL for (int h = 0; h < 2; ++h) {
+        int key = first + tile_row(2 * h);
+        if (key >= a.keys) continue;
+        int64_t at = ((place.batch * a.keys + key) * a.kv_heads + place.kv_head) * a.size + column;
+        store_row(static_cast<T*>(a.grad_k) + at, grad_k, h, a.size - column, a.scale);
+        store_row(static_cast<T*>(a.grad_v) + at, grad_v, h, a.size - column, 1);
+    }
 }
 
 // The gradient of q.
@@ -248,11 +230,12 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
     walk<Shape, RowsOwned<Shape>>(a, place, a.rows, own, others, grad_q, unused);
 
     const int first = place.tile * Shape::kOwn + threadIdx.x / 32 * 16;
-    write_gradient<T, Shape::kColumns>(grad_q, first, a.rows, 0, a.size, a.scale, [&](int row) {
-        int query = row / a.group_size, head = place.kv_head * a.group_size + row % a.group_size;
-        return static_cast<T*>(a.grad_q) +
-               ((place.batch * a.queries + query) * a.heads + head) * a.size;
-    });
+    MLLAMA_UNROLL for (int h = 0; h < 2; ++h) {
+        int row = first + tile_row(2 * h);
+        if (row >= a.rows) continue;
+        int64_t at = RowPlace(a, place, row).by_query * a.size;
+        store_row(static_cast<T*>(a.grad_q) + at, grad_q, h, a.size, a.scale);
+    }
 }
 
 // ---- deltas

@@ -175,18 +175,6 @@ MLLAMA_DEVICE void fetch(typename Tiles::Element* tile, const Rows& rows, int fi
     }
 }
 
-// Stores two neighbors of a row, as far as they are within its size.
-template <class T>
-MLLAMA_DEVICE void store_pair(T* row, int d, int size, float a, float b) {
-    if (size % 2 == 0) {
-        float pair[2] = {a, b};
-        if (d < size) store(row + d, pair);
-    } else {
-        if (d < size) row[d] = from_float<T>(a);
-        if (d + 1 < size) row[d + 1] = from_float<T>(b);
-    }
-}
-
 // ---- the work of a block
 
 // Blocks go through tiles first, then parts, then groups. Tiles are counted from the last: with a
@@ -204,6 +192,31 @@ struct BlockPlace {
         batch = i / kv_heads;
     }
 };
+
+// Where a row of the group is in [batch, queries, heads] and in [batch, heads, queries].
+struct RowPlace {
+    int64_t by_query, by_head;
+    MLLAMA_DEVICE RowPlace(const Attention& a, const BlockPlace& place, int row) {
+        int query = row / a.group_size, head = place.kv_head * a.group_size + row % a.group_size;
+        by_query = (place.batch * a.queries + query) * a.heads + head;
+        by_head = (place.batch * a.heads + head) * a.queries + query;
+    }
+};
+
+// Stores a row's columns of a tile, scaled: those of row g or, with h = 1, g + 8.
+template <class T, int N>
+MLLAMA_DEVICE void store_row(T* to, const float (&tile)[N][4], int h, int size, float scale) {
+    MLLAMA_UNROLL for (int n = 0; n < N; ++n) {
+        int d = tile_column(n, 0);
+        float pair[2] = {tile[n][2 * h] * scale, tile[n][2 * h + 1] * scale};
+        if (size % 2 == 0) {
+            if (d < size) store(to + d, pair);
+        } else {
+            if (d < size) to[d] = from_float<T>(pair[0]);
+            if (d + 1 < size) to[d + 1] = from_float<T>(pair[1]);
+        }
+    }
+}
 
 // ---- choices of the host
 
