@@ -28,6 +28,7 @@ def sample(batch, queries, keys, heads, kv_heads, size, **masks):
 
 SAMPLES = {
     "many rows": sample(1, 37, 70, 2, 1, 64, causal=True, window=50),
+    "a tile but one key": sample(1, 20, 63, 1, 1, 64),
     "few rows, parts of the keys": sample(2, 2, 290, 4, 2, 40, softcap=3.0),
     "many rows, parts of the keys": sample(
         1, 10, 140, 2, 1, 72, causal=True, key_mask=torch.rand(1, 140) > 0.3

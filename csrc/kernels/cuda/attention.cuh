@@ -185,7 +185,8 @@ MLLAMA_DEVICE KeyRange block_keys(const AttentionForward& a, const BlockPlace& p
 
 // While a tile of k is used, that of v arrives, and the other way around.
 template <class Shape>
-__global__ void __launch_bounds__(Shape::kThreads, 1) attention(AttentionForward a) {
+__global__ void __launch_bounds__(Shape::kThreads, kBlocksAtOnce<typename Shape::Tiles, 128>)
+    attention(AttentionForward a) {
     using Tiles = typename Shape::Tiles;
     using T = typename Tiles::Element;
     if constexpr (!kRunsHere<Tiles::kTuring>) return stop_kernel();

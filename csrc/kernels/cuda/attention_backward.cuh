@@ -193,7 +193,8 @@ MLLAMA_DEVICE void walk(const AttentionBackward& a, const BlockPlace& place, int
 
 // The gradients of k and v.
 template <class Shape>
-__global__ void __launch_bounds__(Shape::kThreads, 1) attention_key_gradients(AttentionBackward a) {
+__global__ void __launch_bounds__(Shape::kThreads, kBlocksAtOnce<typename Shape::Tiles, 0>)
+    attention_key_gradients(AttentionBackward a) {
     using T = typename Shape::Tiles::Element;
     if constexpr (!kRunsHere<Shape::Tiles::kTuring>) return stop_kernel();
     const BlockPlace place((a.keys + Shape::kOwn - 1) / Shape::kOwn, Shape::kParts, a.kv_heads);
@@ -217,7 +218,7 @@ __global__ void __launch_bounds__(Shape::kThreads, 1) attention_key_gradients(At
 
 // The gradient of q.
 template <class Shape>
-__global__ void __launch_bounds__(Shape::kThreads, 1)
+__global__ void __launch_bounds__(Shape::kThreads, kBlocksAtOnce<typename Shape::Tiles, 80>)
     attention_query_gradient(AttentionBackward a) {
     using T = typename Shape::Tiles::Element;
     if constexpr (!kRunsHere<Shape::Tiles::kTuring>) return stop_kernel();

@@ -177,6 +177,13 @@ MLLAMA_DEVICE void fetch(typename Tiles::Element* tile, const Rows& rows, int fi
 
 // ---- the work of a block
 
+// How many blocks of up to 128 threads a multiprocessor shall have registers for: with 3 a thread
+// has 168, enough for heads up to kThree, with 2 it has 255. On sm_75 shared memory is the limit.
+template <class Tiles, int kThree>
+constexpr int kBlocksAtOnce = Tiles::kTuring           ? 1
+                              : Tiles::kSize <= kThree ? 3
+                                                       : 2;
+
 // Blocks go through tiles first, then parts, then groups. Tiles are counted from the last: with a
 // causal limit it takes longest.
 struct BlockPlace {
