@@ -31,8 +31,9 @@ SAMPLES = {
     "a tile but one key": sample(1, 20, 63, 1, 1, 64),
     "few rows, parts of the keys": sample(2, 2, 290, 4, 2, 40, softcap=3.0),
     "many rows, parts of the keys": sample(
-        1, 10, 140, 2, 1, 72, causal=True, key_mask=torch.rand(1, 140) > 0.3
+        1, 9, 140, 2, 1, 72, causal=True, key_mask=torch.rand(1, 140) > 0.3
     ),
+    "padding within a tile": sample(1, 20, 40, 1, 1, 64, key_mask=torch.arange(40)[None] < 30),
     "head size 128": sample(1, 70, 70, 1, 1, 128, causal=True),
     "largest head size, many rows": sample(1, 20, 40, 1, 1, 256, causal=True),
     "largest head size, few rows": sample(1, 3, 40, 2, 1, 250, key_bias=torch.randn(1, 40)),

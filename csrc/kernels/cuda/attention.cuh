@@ -159,7 +159,7 @@ MLLAMA_DEVICE void write_rows(const AttentionForward& a, const BlockPlace& place
     }
 }
 
-// The block's part of the keys that its rows see; of each lane's rows, what is within it.
+// The block's part of the keys that its rows see: whole tiles, but for the last one of all.
 template <class Shape>
 MLLAMA_DEVICE KeyRange block_keys(const AttentionForward& a, const BlockPlace& place, int first_row,
                                   RowsSee& see) {
@@ -179,7 +179,6 @@ MLLAMA_DEVICE KeyRange block_keys(const AttentionForward& a, const BlockPlace& p
         keys.first = smaller(keys.first + place.part * share, keys.last);
         keys.last = smaller(keys.first + share, keys.last);
     }
-    MLLAMA_UNROLL for (int h = 0; h < 2; ++h) see.last[h] = smaller(see.last[h], keys.last);
     return keys;
 }
 
@@ -223,7 +222,7 @@ __global__ void __launch_bounds__(Shape::kThreads, kBlocksAtOnce<typename Shape:
     for (int key = keys.first; key < keys.last; key += kKeys) {
         if (adds) {
             for (int i = threadIdx.x; i < kKeys; i += Shape::kThreads) {
-                added[i] = key + i < keys.last ? added_score(a, place.batch, key + i) : 0;
+                added[i] = key + i < keys.last ? added_score(a, place.batch, key + i) : -kInfinity;
             }
         }
         wait_for_copies<1>();
