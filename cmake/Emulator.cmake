@@ -2,7 +2,7 @@
 # operators when they are loaded. `make test-emulated` builds mllama_emulated, from the kernels'
 # sources; `make test-ptx` builds mllama_ptx_75 and mllama_ptx_80, from the PTX that nvcc makes.
 list(TRANSFORM MLLAMA_CUDA_OPS REPLACE "(.+)" "csrc/ops/\\1_cuda.cpp" OUTPUT_VARIABLE host_sources)
-list(TRANSFORM MLLAMA_CUDA_OPS REPLACE "(.+)" "csrc/kernels/cuda/\\1.cu"
+list(TRANSFORM MLLAMA_CUDA_KERNELS REPLACE "(.+)" "csrc/kernels/cuda/\\1.cu"
     OUTPUT_VARIABLE cuda_sources)
 list(APPEND cuda_sources tests/cuda/planted.cu)
 set_source_files_properties(${cuda_sources} PROPERTIES LANGUAGE CXX)

@@ -59,7 +59,8 @@ struct AttentionArgs {
               op, "k");
         check(v.sizes() == k.sizes() && v.scalar_type() == q.scalar_type(), op, "v");
         constexpr int64_t kMost = 1 << 30;  // so that kernels can count in int32
-        check(q.size(1) < kMost && k.size(1) < kMost, op, "length");
+        int64_t rows = q.size(1) * (q.size(2) / k.size(2));
+        check(q.size(1) < kMost && k.size(1) < kMost && rows < 2 * kMost, op, "length");
         return dtype_of(op, "q", q);
     }
 

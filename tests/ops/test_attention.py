@@ -12,6 +12,7 @@ from transformers.masking_utils import (
 )
 from transformers.models.gemma2 import modeling_gemma2
 
+import devices
 from helpers import (
     THROWN,
     BadCall,
@@ -264,6 +265,31 @@ SAMPLES = {
     ),
     "no rows": sample(0, 2, 3, 2, 1, 16, key_mask=torch.ones(0, 3, dtype=torch.bool)),
 }
+# What replaces them in the emulator, which would take minutes: fewer queries and keys, since tiles
+# of CUDA kernels, up to 64 keys, are smaller than the CPU's chunks of 128 to 500.
+SMALLER = {
+    "no mask, several tiles and blocks": sample(1, 70, 70, 2, 2, 40),
+    "chunks of keys for the gradients": sample(
+        2, 20, 140, 2, 1, 250, causal=True, query_offset=torch.tensor([50, 119])
+    ),
+    "several sequences in a row": sample(
+        2, 70, 70, 4, 2, 24, causal=True, first_key=starts([30, 1, 39], [3, 67])
+    ),
+    "several sequences over chunks of keys": sample(
+        1, 70, 70, 2, 1, 250, causal=True, first_key=starts([28, 37, 5])
+    ),
+    "window, several tiles and blocks": sample(1, 90, 90, 4, 2, 24, causal=True, window=37),
+    "window over chunks of keys, one query": sample(
+        2, 1, 400, 6, 2, 64, causal=True, window=200, key_mask=left_padding(400, 60, keys=400)
+    ),
+    "window over chunks of keys for the gradients": sample(
+        1, 50, 120, 2, 1, 250, causal=True, window=40, query_offset=60
+    ),
+}
+assert SMALLER.keys() <= SAMPLES.keys()
+if devices.is_emulated():
+    SAMPLES |= SMALLER
+
 Q, K, V = tensors(2, 4, 6, 4, 2, 16)
 OFFSET, MASK, BIAS, FIRST = (
     torch.tensor([2]),
@@ -775,7 +801,8 @@ def test_nan_stays_in_its_row(queries):
 @needs_kernels
 def test_same_bits_on_any_number_of_threads():
     """Where work is cut into shares, chunks and partial sums: long enough for several of each."""
-    q, k, v = (tensor.requires_grad_() for tensor in tensors(1, 300, 300, 6, 2, 16))
+    length = 140 if devices.is_emulated() else 300
+    q, k, v = (tensor.requires_grad_() for tensor in tensors(1, length, length, 6, 2, 16))
     few = torch.randn(1, 2, 6, 16)
 
     def results(function):

@@ -94,8 +94,31 @@ MLLAMA_DEVICE float rounded(float v) {
 // Two as one register; a in its low half.
 template <class T>
 MLLAMA_DEVICE uint32_t pack(float a, float b) {
+#if defined(__CUDACC__)  // one instruction on sm_80
+    if constexpr (std::is_same_v<T, bf16>) {
+        __nv_bfloat162 both = __floats2bfloat162_rn(a, b);
+        return reinterpret_cast<uint32_t&>(both);
+    } else {
+        __half2 both = __floats2half2_rn(a, b);
+        return reinterpret_cast<uint32_t&>(both);
+    }
+#else
     return from_float<T>(a).bits | static_cast<uint32_t>(from_float<T>(b).bits) << 16;
+#endif
 }
+
+// ---- arithmetic
+
+// 2^x with a relative error of 2^-22; 0 for results below the least normal number.
+#if defined(__CUDACC__)
+MLLAMA_DEVICE float fast_exp2(float x) {
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+#else
+inline float fast_exp2(float x) { return x < -126 ? 0 : std::exp2(x); }
+#endif
 
 // ---- loads and stores of several elements
 
@@ -307,6 +330,33 @@ inline int dot_codes(uint32_t a, uint32_t b, int sum) {
 inline void trap(const char* why) { emulator::stop(why); }
 
 #endif
+
+// ---- architectures: hosts select variants of kernels by `architecture`
+
+// Whether the variant for sm_75, or that for later devices, is compiled in this pass: elsewhere its
+// kernels only stop.
+#if defined(__CUDA_ARCH__)
+template <bool kTuring>
+constexpr bool kRunsHere = kTuring == (__CUDA_ARCH__ < 800);
+MLLAMA_DEVICE void stop_kernel() { __trap(); }
+#else
+template <bool kTuring>
+constexpr bool kRunsHere = true;
+MLLAMA_DEVICE void stop_kernel() {}
+#endif
+
+// The current device's compute capability: 75, 80, ...
+inline int architecture() {
+#if defined(__CUDACC__)
+    int device = 0, major = 0, minor = 0;
+    cudaGetDevice(&device);
+    cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+    cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
+    return 10 * major + minor;
+#else
+    return emulator::options().architecture;
+#endif
+}
 
 // ---- launching
 
