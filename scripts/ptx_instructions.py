@@ -330,13 +330,20 @@ class Instructions:
 
     def _mma(self, words, o, t):
         d, a, b, c = map(listed, o)
-        depth = 16 if "m16n8k16" in words else 8
-        assert {"row", "col"} <= set(words) and words.count("f32") == 2, words
+        (shape,) = (word for word in words if word.startswith("m16n8k"))
+        codes = words.count("s8") == 2
+        kind, function = ("s32", "mma_codes") if codes else ("f32", "mma")
+        assert {"row", "col"} <= set(words) and words.count(kind) == 2, words
         registers = [", ".join(self.value(register, "u32") for register in part) for part in (a, b)]
-        sums = ", ".join(self.value(register, "f32") for register in c)
+        sums = ", ".join(self.value(register, kind) for register in c)
         is_bf16 = str("bf16" in words).lower()
         return (
-            f"float d[4] = {{{sums}}}; mma(d, {{{{{registers[0]}}}, {{{registers[1]}}}, {depth}, "
-            f"{is_bf16}}}, Where::current()); "
-            + " ".join(self.set(register, "f32", f"d[{i}]") for i, register in enumerate(d))
+            f"{c_type(kind)} d[4] = {{{sums}}}; {function}(d, {{{{{registers[0]}}}, "
+            f"{{{registers[1]}}}, {shape.removeprefix('m16n8k')}, {is_bf16}}}, Where::current()); "
+            + " ".join(self.set(register, kind, f"d[{i}]") for i, register in enumerate(d))
         )
+
+    def _dp4a(self, words, o, t):
+        assert words.count("s32") == 2, words
+        a, b, c = (self.value(operand, "s32") for operand in o[1:])
+        return self.set(o[0], "s32", f"__dp4a({a}, {b}, {c})")

@@ -150,4 +150,9 @@ inline void __threadfence() { mllama::emulator::fence(); }
 inline float __uint_as_float(uint32_t bits) { return std::bit_cast<float>(bits); }
 inline uint32_t __float_as_uint(float value) { return std::bit_cast<uint32_t>(value); }
 inline int __popc(uint32_t bits) { return std::popcount(bits); }
+inline int __dp4a(int a, int b, int sum) {  // of four signed bytes
+    for (int i = 0; i < 32; i += 8)
+        sum += static_cast<int8_t>(a >> i) * static_cast<int8_t>(b >> i);
+    return sum;
+}
 inline int __clz(int bits) { return std::countl_zero(static_cast<uint32_t>(bits)); }

@@ -23,10 +23,9 @@ Tensor packed_linear(const Tensor& x, const Tensor& weight, const MaybeTensor& b
         codes = new_tensor(a.x, {rows, chunks * cuda::kChunkInputs}, aoti_torch_dtype_int8());
         scales = new_float(a.x, {rows, chunks * cuda::kChunkGroups});
         sums = new_float(a.x, {rows, chunks * cuda::kChunkGroups});
-        activations = {.values = mutable_data<float>(sums),
-                       .codes = mutable_data<int8_t>(codes),
-                       .scales = mutable_data<float>(scales),
-                       .sums = nullptr};
+        activations.values = mutable_data<float>(sums);
+        activations.codes = mutable_data<int8_t>(codes);
+        activations.scales = mutable_data<float>(scales);
         launcher.writes("codes", codes);
         launcher.writes("scales", scales);
         launcher.writes("sums", sums);

@@ -10,8 +10,6 @@ namespace mllama::cuda {
 
 using kernels::KeyRange;
 
-constexpr float kInfinity = std::numeric_limits<float>::infinity();
-constexpr float kLargest = std::numeric_limits<float>::max();
 constexpr float kLog2e = 1.44269504f;
 
 template <class T>

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <limits>
 #include <tuple>
 #include <type_traits>
 
@@ -25,7 +26,8 @@
 namespace mllama::cuda {
 
 constexpr uint32_t kAllLanes = 0xffffffffu;
-constexpr float kLargest = 3.402823466e38f, kRounder = 12582912.0f;  // 1.5 * 2^23
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
+constexpr float kLargest = std::numeric_limits<float>::max();
 
 template <class T, int N>
 struct Array {
@@ -173,6 +175,10 @@ MLLAMA_DEVICE float warp_max(float v) {
         fmaxf(v, __shfl_xor_sync(kAllLanes, v, step));
     return v;
 }
+// sum + the dot product of four signed bytes.
+MLLAMA_DEVICE int dot_codes(uint32_t a, uint32_t b, int sum) {
+    return __dp4a(static_cast<int>(a), static_cast<int>(b), sum);
+}
 MLLAMA_DEVICE bool warp_all(bool v) { return __all_sync(kAllLanes, v); }
 
 template <int kWarps>
@@ -284,11 +290,6 @@ MLLAMA_DEVICE void mma_codes_16(int (&d)[4], const uint32_t (&a)[2], uint32_t b)
 #endif
 }
 #undef MLLAMA_MMA_CODES
-
-// sum + the dot product of four signed bytes.
-MLLAMA_DEVICE int dot_codes(uint32_t a, uint32_t b, int sum) {
-    return __dp4a(static_cast<int>(a), static_cast<int>(b), sum);
-}
 // Ends the kernel with an error.
 MLLAMA_DEVICE void trap(const char*) { __trap(); }
 
@@ -321,11 +322,6 @@ inline void mma_codes_32(int (&d)[4], const uint32_t (&a)[4], const uint32_t (&b
 }
 inline void mma_codes_16(int (&d)[4], const uint32_t (&a)[2], uint32_t b, MLLAMA_HERE) {
     emulator::mma_codes(d, {{a[0], a[1]}, {b}, 16, false}, where);
-}
-inline int dot_codes(uint32_t a, uint32_t b, int sum) {
-    for (int i = 0; i < 32; i += 8)
-        sum += static_cast<int8_t>(a >> i) * static_cast<int8_t>(b >> i);
-    return sum;
 }
 inline void trap(const char* why) { emulator::stop(why); }
 

@@ -15,6 +15,7 @@ using kernels::PackedLinear;
 // ---- activations
 
 constexpr int kQuantizeWarps = 8;
+constexpr float kRounder = 12582912.0f;  // 1.5 * 2^23: what is added to it is rounded
 
 // A warp for each group of each row of x, padding included.
 template <class T>
