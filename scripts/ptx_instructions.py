@@ -264,6 +264,12 @@ class Instructions:
     def _function(self, words, o, t):
         return self.set(o[0], t, f"ptx_{words[0]}({self.value(o[1], t)})")
 
+    def _bits(self, words, o, t):
+        kinds = [t] * (2 if words[0] in ("bfi", "prmt") else 1) + ["u32"] * 2
+        arguments = ", ".join(self.value(v, kind) for v, kind in zip(o[1:], kinds, strict=False))
+        return self.set(o[0], t, f"ptx_{words[0]}({arguments})")
+
+    _bfi = _bfe = _prmt = _bits
     _ex2 = _lg2 = _rcp = _rsqrt = _sqrt = _function
 
     # ---- threads

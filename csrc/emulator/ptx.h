@@ -108,12 +108,12 @@ inline uint32_t inserted_bits(uint32_t low, uint32_t into, uint32_t first, uint3
 }
 inline float saturated(float v) { return v > 0 ? std::min(v, 1.0f) : 0.0f; }
 // Rounded to zero, within the type's range.
-template <class T>
-T truncated(float v) {
+template <class T, class Float>
+T truncated(Float v) {
     using Limits = std::numeric_limits<T>;
     if (v != v) return 0;
-    if (v >= static_cast<float>(Limits::max())) return Limits::max();
-    if (v <= static_cast<float>(Limits::min())) return Limits::min();
+    if (v >= static_cast<Float>(Limits::max())) return Limits::max();
+    if (v <= static_cast<Float>(Limits::min())) return Limits::min();
     return static_cast<T>(v);
 }
 // a * b + c, rounded down.
@@ -130,6 +130,30 @@ inline float ptx_lg2(float v) { return std::log2(v); }
 inline float ptx_rcp(float v) { return 1.0f / v; }
 inline float ptx_sqrt(float v) { return std::sqrt(v); }
 inline float ptx_rsqrt(float v) { return 1.0f / std::sqrt(v); }
+
+// `count` bits of `into`, from place `at` on, become the lowest ones of `bits`.
+template <class T>
+T ptx_bfi(T bits, T into, uint32_t at, uint32_t count) {
+    T ones = count < 8 * sizeof(T) ? (T{1} << count) - 1 : ~T{0};
+    return at < 8 * sizeof(T) ? (into & ~(ones << at)) | (bits & ones) << at : into;
+}
+template <class T>
+T ptx_bfe(T bits, uint32_t at, uint32_t count) {
+    static_assert(std::is_unsigned_v<T>);
+    T ones = count < 8 * sizeof(T) ? (T{1} << count) - 1 : ~T{0};
+    return at < 8 * sizeof(T) ? bits >> at & ones : T{0};
+}
+// Four bytes out of eight, a's and then b's; with 8 added to a choice its sign bit fills the byte.
+inline uint32_t ptx_prmt(uint32_t a, uint32_t b, uint32_t choices) {
+    uint64_t bytes = static_cast<uint64_t>(b) << 32 | a;
+    uint32_t result = 0;
+    for (int i = 0; i < 4; ++i) {
+        uint32_t choice = choices >> 4 * i & 15, byte = bytes >> 8 * (choice & 7) & 255;
+        if (choice & 8) byte = byte & 128 ? 255 : 0;
+        result |= byte << 8 * i;
+    }
+    return result;
+}
 
 // ---- warps: `clamp` has 32 less the width of groups in bits 8 to 12
 

@@ -13,7 +13,7 @@ from mllama.ops import select_token
 from mllama.ops.select_token import draw, penalize, process, reference
 
 # The emulator takes a thousand times as long.
-LARGE, EQUALS, DRAWS = (5_000, 4, 300) if devices.is_emulated() else (50_000, 64, 20_000)
+LARGE, EQUALS, DRAWS = (5_000, 4, 100) if devices.is_emulated() else (50_000, 64, 20_000)
 WAYS = [
     {},
     {"temperature": 0.3},
