@@ -61,7 +61,7 @@ def check(sample: Sample, dtype: torch.dtype, what: str) -> None:
 def test_architecture(name, architecture):
     """Each has its limit of shared memory, and sm_75 no bf16 in tensor cores."""
     own = emulated.architecture()
-    if devices.compiled_for(own) and (architecture < 80) != (own < 80):
+    if devices.is_compiled() and (architecture < 80) != (own < 80):
         pytest.skip(f"the kernels were compiled for sm_{own}")
     emulated.set_options(architecture=architecture)
     for dtype in TOLERANCE:
