@@ -23,14 +23,11 @@ void launch_few(const PackedLinear& a, Stream stream) {
     });
 }
 
-template <class Steps>
+template <class Steps, class T>
 void launch_many(const PackedLinear& a, const TileRows& x, Stream stream) {
-    int64_t bytes = kernels::block_bytes(a.packing, a.in);
-    dispatch(a.dtype, [&](auto t) {
-        launch("multiply_many", &multiply_many<Steps, decltype(t)>,
-               dim3(parts(a.out, kLanes * kTileWarps), parts(a.rows, kTileRows)), kTileThreadCount,
-               0, stream, a, x, bytes);
-    });
+    launch("multiply_many", &multiply_many<Steps, T>,
+           dim3(parts(a.out, kLanes * kTileWarps), parts(a.rows, kTileRows)), kTileThreadCount, 0,
+           stream, a, x, kernels::block_bytes(a.packing, a.in));
 }
 
 // Whether mma takes rows of x as they are: of the weights' type, in pieces of 16 bytes.
@@ -56,15 +53,17 @@ void packed_linear(const PackedLinear& a, int architecture, Stream stream) {
     dispatch_codes(a.packing, [&](auto p) {
         int64_t stride = chunk_count(a.in) * kChunkInputs;
         const auto* codes = reinterpret_cast<const char*>(a.activations.codes);
-        if (many) return launch_many<CodeSteps<p>>(a, {codes, stride, stride}, stream);
-        launch_few<CodeHalf<p>>(a, stream);
+        if (!many) return launch_few<CodeHalf<p>>(a, stream);
+        dispatch(a.dtype, [&](auto t) {
+            launch_many<CodeSteps<p>, decltype(t)>(a, {codes, stride, stride}, stream);
+        });
     });
     dispatch_floats(a.packing, [&](auto w) {
         using W = decltype(w);
         if constexpr (sizeof(W) == 2) {
             int64_t stride = a.in * 2;
             if (many && are_tiles(a))
-                return launch_many<FloatSteps<W>>(
+                return launch_many<FloatSteps<W>, W>(
                     a, {static_cast<const char*>(a.x), stride, stride}, stream);
         }
         dispatch(a.dtype, [&](auto t) { launch_few<FloatHalf<W, decltype(t)>>(a, stream); });

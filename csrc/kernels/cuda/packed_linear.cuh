@@ -12,6 +12,9 @@ namespace mllama::cuda {
 using kernels::LinearActivation;
 using kernels::PackedLinear;
 
+// Of a multiprocessor at least. Left alone, ptxas saves registers and spills some of q6_k's.
+constexpr int kBlocks = 3;
+
 // ---- activations
 
 constexpr int kQuantizeWarps = 8;
@@ -40,6 +43,11 @@ __global__ void __launch_bounds__(32 * kQuantizeWarps)
             a.activations.values[i] = scale * sum;
         }
     }
+}
+
+// Where group `index` of a row of x is among all rows' scales.
+MLLAMA_DEVICE int64_t scale_place(const PackedLinear& a, int64_t row, int64_t index) {
+    return row * ((a.in + kChunkInputs - 1) / kChunkInputs * kChunkGroups) + index;
 }
 
 // ---- results
@@ -79,7 +87,7 @@ struct CodeHalf {
             group.word(half * kWords + i, row);
     }
     MLLAMA_DEVICE float dot(const PackedLinear& a, int64_t row) const {
-        int64_t at = row * chunk_count(a.in) * kChunkGroups + index;
+        int64_t at = scale_place(a, row, index);
         const auto* x = reinterpret_cast<const uint32_t*>(a.activations.codes + at * kGroup);
         int sum = 0;
         MLLAMA_UNROLL for (int i = 0; i < kWords; ++i) sum =
@@ -119,7 +127,8 @@ struct FloatHalf {
 
 // R rows of x from blockIdx.y * R on, for the block of weights blockIdx.x.
 template <class Half, class T, int R>
-__global__ void __launch_bounds__(32 * kFewWarps) multiply_few(PackedLinear a, int64_t bytes) {
+__global__ void __launch_bounds__(32 * kFewWarps, kBlocks)
+    multiply_few(PackedLinear a, int64_t bytes) {
     using Parts = Array<float, kFewWarps * R * kLanes>;
     MLLAMA_SHARED(Parts, parts);
     int warp = threadIdx.x / 32, row = threadIdx.x % kLanes, half = threadIdx.x % 32 / kLanes;
@@ -201,7 +210,7 @@ struct CodeSteps {
             MLLAMA_UNROLL for (int i = 0; i < 4; ++i) {
                 int64_t x = first_row + n * 8 + q * 2 + i % 2;
                 if (x >= a.rows) continue;
-                int64_t at = x * chunk_count(a.in) * kChunkGroups + index;
+                int64_t at = scale_place(a, x, index);
                 float dot = scales[i / 2][0] * static_cast<float>(dots[0][i]);
                 if constexpr (P == Packing::q6_k)
                     dot += scales[i / 2][1] * static_cast<float>(dots[1][i]);
@@ -234,7 +243,7 @@ struct FloatSteps {
 };
 
 template <class Steps, class T>
-__global__ void __launch_bounds__(kTileThreadCount)
+__global__ void __launch_bounds__(kTileThreadCount, kBlocks)
     multiply_many(PackedLinear a, TileRows x, int64_t bytes) {
     using Stages = Array<TileStage, 2>;
     MLLAMA_SHARED(Stages, stages);

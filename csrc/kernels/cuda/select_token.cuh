@@ -8,6 +8,7 @@
 
 namespace mllama::cuda {
 
+// Loops over a block's threads are unrolled twice only: more would spill registers.
 constexpr int kSelectWarps = 8, kSelectThreads = 32 * kSelectWarps;
 
 // Combines the values of all threads, in a fixed order; the result in each.
@@ -130,7 +131,7 @@ class RowSelection {
         counts[threadIdx.x] = own;
         __syncthreads();
         int64_t before = 0, all = 0;
-        for (int i = 0; i < kSelectThreads; ++i) {
+        MLLAMA_UNROLL_2 for (int i = 0; i < kSelectThreads; ++i) {
             before += i < static_cast<int>(threadIdx.x) ? counts[i] : 0;
             all += counts[i];
         }
@@ -152,10 +153,10 @@ class RowSelection {
         __syncthreads();
         if (threadIdx.x != 0) return -1;
         double total = 0;
-        for (int i = 0; i < kSelectThreads; ++i) total += sums[i];
+        MLLAMA_UNROLL_2 for (int i = 0; i < kSelectThreads; ++i) total += sums[i];
         double left = a_.uniform[row_] * total, in_chunk = left;
         int chunk = 0;  // the last one that has any, if rounding leaves none that ends past it
-        for (int i = 0; i < kSelectThreads; ++i) {
+        MLLAMA_UNROLL_2 for (int i = 0; i < kSelectThreads; ++i) {
             if (sums[i] == 0) continue;
             chunk = i;
             in_chunk = left;
