@@ -3,7 +3,9 @@
 namespace mllama::cuda {
 namespace {
 
-constexpr int64_t kManyRows = 16;  // from which on tiles of rows are worth their padding
+// From which on tiles of rows are worth their padding. What decodes has fewer, and a row of it the
+// same bits beside any others.
+constexpr int64_t kManyRows = 17;
 
 unsigned parts(int64_t size, int64_t part) {
     return static_cast<unsigned>((size + part - 1) / part);
