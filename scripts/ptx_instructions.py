@@ -14,6 +14,8 @@ COMPARISONS = {"eq": "==", "ne": "!=", "lt": "<", "le": "<=", "gt": ">", "ge": "
 COMPARISONS |= {"ls": "<=", "hi": ">", "hs": ">="}
 # True where an operand is NaN: the opposite comparison, negated.
 UNORDERED = {"equ": "!=", "neu": "==", "ltu": ">=", "leu": ">", "gtu": "<=", "geu": "<"}
+# To an integer: to the nearest, to zero, down, up.
+ROUNDINGS = {"rni": "std::nearbyint", "rzi": "std::trunc", "rmi": "std::floor", "rpi": "std::ceil"}
 SPACES = ("param", "shared", "global", "local")
 
 
@@ -177,8 +179,11 @@ class Instructions:
         value = self.value(o[1], from_)
         if "sat" in words:
             value = f"saturated({value})"
+        for word in words:
+            if word in ROUNDINGS:
+                value = f"{ROUNDINGS[word]}({value})"
         if from_[0] == "f" and to[0] != "f":
-            assert "rzi" in words, words
+            assert ROUNDINGS.keys() & set(words), words
             value = f"truncated<{c_type(to)}>({value})"
         return self.set(o[0], to, value)
 
