@@ -228,6 +228,28 @@ def test_assistants():
         assert max(sizes_of(calls)) > 2
 
 
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("case", ["llama", "gemma"])
+def test_drafts_after_a_cache(case, masked):
+    """The first pass is of what is new, though transformers names no length for it."""
+    model = optimize(copy.deepcopy(pairs.pair(case).ours), "f32")
+    first = torch.tensor([[0] * masked + tiny.tokens(9) * 2])
+    for drafting in ({"prompt_lookup_num_tokens": 3}, {"assistant_model": copy.deepcopy(model)}):
+        answers = []
+        for more in ({}, drafting):
+            cache = DynamicCache()
+            mask = (torch.arange(first.shape[1]) >= masked).long()[None]
+            given = {"past_key_values": cache, "attention_mask": mask}
+            answer = model.generate(first, **OPTIONS, **given)
+            longer = torch.cat([answer, torch.tensor([[44, 45]])], 1)
+            count = longer.shape[1] - first.shape[1]
+            given["attention_mask"] = torch.nn.functional.pad(mask, (0, count), value=1)
+            answers.append(model.generate(longer, **OPTIONS, **given, **more))
+        assert torch.equal(*answers)
+        with pytest.raises(ValueError, match="input_ids"):  # the cache's own are not there
+            model.generate(longer[:, -2:], **OPTIONS, **given, **drafting)
+
+
 def test_drafts_beyond_sixteen_run_by_the_layers(model):
     one = torch.tensor([[5, 6, 7] * 9])
     options = OPTIONS | {"max_new_tokens": 30, "prompt_lookup_num_tokens": 20}

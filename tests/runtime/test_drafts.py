@@ -1,6 +1,7 @@
 """Speculative decoding says what plain decoding says, whatever is guessed."""
 
 import copy
+from unittest import mock
 
 import pytest
 import torch
@@ -230,6 +231,44 @@ def test_an_interrupt_within_drafts(model, at):
     session._drafter = None
     fresh = Session(model, Letters()).generate(turn, max_new_tokens=6)
     assert ids(session.generate(turn, max_new_tokens=6)) == ids(fresh)
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, ZeroDivisionError])
+@pytest.mark.parametrize("at", range(1, 9))
+def test_an_interrupted_answer_leaves_no_drafts(model, at, error):
+    answer = ids(Session(model).generate(PROMPT, max_new_tokens=LENGTH))
+    sessions = Session(model, Letters()), with_oracle(Session(model, Letters()), answer)
+    for session in sessions:
+        left = iter(range(1, at))
+
+        def fail(row: int, text: str, left=left) -> None:
+            if next(left, None) is None:
+                raise error
+
+        with pytest.raises(error):
+            session.generate(PROMPT, max_new_tokens=LENGTH, on_text=fail)
+    plain, drafted = (session._prompt for session in sessions)
+    assert drafted.ids == plain.ids == [*PROMPT["input_ids"][0].tolist(), *answer[: at - 1]]
+    assert drafted.cache.length == plain.cache.length
+
+
+def test_an_interrupt_within_a_pass_of_drafts(model):
+    """The pass is undone: none of its drafts are dropped from what was there before."""
+    answer = ids(Session(model).generate(PROMPT, max_new_tokens=LENGTH))
+    session = with_oracle(Session(model), answer, wrong=99)
+    whole, calls = model.compute, []
+
+    def compute(inputs):
+        calls.append(inputs)
+        output = whole(inputs)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return output
+
+    with mock.patch.object(model, "compute", compute):
+        session.generate(PROMPT, max_new_tokens=LENGTH, interruptible=True)
+    assert session._prompt.ids == [*PROMPT["input_ids"][0].tolist(), *answer[:6]]
+    assert session._prompt.cache.length == len(session._prompt.ids)
 
 
 @needs_kernels

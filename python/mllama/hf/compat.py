@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
-from transformers import Cache, PretrainedConfig
+from transformers import Cache, GenerationConfig, PretrainedConfig
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils.generic import ModelOutput
@@ -127,3 +127,8 @@ class DecoderOutput(CacheOutput):
     cache: Cache | None = None
     hidden_states: tuple[torch.Tensor, ...] | None = None
     attentions: tuple[torch.Tensor, ...] | None = None
+
+
+def mask_length(generation_config: GenerationConfig) -> int | None:
+    """Length of an attention_mask of ones that `generate` left out; None where it left none out."""
+    return getattr(generation_config, "_mask_length", None)

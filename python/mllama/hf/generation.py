@@ -19,7 +19,7 @@ from mllama.hf.cache import (
     rewinding,
 )
 from mllama.hf.call import one_of_images
-from mllama.hf.compat import CACHE_NAME, hand_on, rename_cache
+from mllama.hf.compat import CACHE_NAME, hand_on, mask_length, rename_cache
 from mllama.hf.sampling import find_loop_obstacle, sample
 from mllama.quant.packer import packing_of
 from mllama.text.prefix import count_prefix
@@ -98,17 +98,21 @@ class MllamaGenerationMixin(GenerationMixin):
         step only.
 
         A step with an empty cache is a first step regardless of the argument: assisted decoding
-        starts its assistant with one.
+        starts its assistant with one. Its own first step names no length, and would compute again
+        what a given cache has.
         """
         kwargs = rename_cache(
             {name: value for name, value in kwargs.items() if name not in _TOKENIZERS}
         )
         cache = kwargs.get(CACHE_NAME)
         has_tokens = cache is not None and int(cache.get_seq_length()) > 0
-        if is_first_iteration and has_tokens and kwargs.get("next_sequence_length") is not None:
-            kwargs["next_sequence_length"] += num_prefix_tokens(
-                cache
-            )  # counted in the cache's length, but not among the ids
+        if is_first_iteration and has_tokens:
+            new, mask = kwargs.get("next_sequence_length"), kwargs.get("attention_mask")
+            whole = mask is not None and mask.shape[1] == input_ids.shape[1]
+            if new is None and inputs_embeds is None and whole:
+                new = input_ids.shape[1] - int(cache.get_seq_length())
+            if new is not None:  # visual tokens are in the cache's length, but not among the ids
+                kwargs["next_sequence_length"] = new + num_prefix_tokens(cache)
         is_first_iteration = is_first_iteration or (cache is not None and not has_tokens)
         inputs = super().prepare_inputs_for_generation(
             input_ids, inputs_embeds=inputs_embeds, is_first_iteration=is_first_iteration, **kwargs
@@ -319,18 +323,26 @@ class MllamaGenerationMixin(GenerationMixin):
     @functools.wraps(GenerationMixin._assisted_decoding)
     def _assisted_decoding(self, input_ids, *args, **kwargs):
         """As GenerationMixin's, which removes rejected candidates from the cache by the length of
-        the ids.
+        the ids: a cache with tokens needs the ids of all of them.
         """
         images, mask = _count_images(kwargs), kwargs.get("attention_mask")
-        if num_prefix_tokens(kwargs.get(CACHE_NAME)) or self.fusion.stands_before_text(
-            input_ids, mask, images
-        ):
+        cache = kwargs.get(CACHE_NAME)
+        if num_prefix_tokens(cache) or self.fusion.stands_before_text(input_ids, mask, images):
             raise ValueError(
                 "assisted decoding and prompt lookup need input_ids that hold a placeholder for "
                 "every visual token: set config.image_token_index, and let the processor "
                 "(MllamaImageProcessor) write them"
             )
-        with rewinding(kwargs.get(CACHE_NAME)):
+        if cache is not None and int(cache.get_seq_length()):
+            length = mask_length(kwargs["generation_config"]) if mask is None else mask.shape[1]
+            if input_ids.shape[1] != length:
+                raise ValueError(
+                    "assisted decoding and prompt lookup need input_ids of the whole text, what is "
+                    f"in the cache too: {length} tokens, got {input_ids.shape[1]}"
+                )
+            # `prepare_inputs_for_generation` sees by a mask that they are whole.
+            kwargs["attention_mask"] = torch.ones_like(input_ids) if mask is None else mask
+        with rewinding(cache):
             return super()._assisted_decoding(input_ids, *args, **kwargs)
 
 

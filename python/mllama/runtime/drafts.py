@@ -206,6 +206,7 @@ class Passes:
             tokens: the tokens.
             wanted: how many more may be asked for, this one included.
         """
+        drafts: list[int] = []
         if self._drafter is not None:
             token = int(tokens[0])
             self._drafter.add(token)
@@ -214,12 +215,13 @@ class Passes:
                 self._result.num_accepted_tokens += 1
                 return self._logits[:, self._place]
             self.finish()
-            self._drafts = self._text_of(self._drafter.propose(wanted - 1))
-            self._result.num_drafted_tokens += len(self._drafts)
+            drafts = self._text_of(self._drafter.propose(wanted - 1))
+            self._result.num_drafted_tokens += len(drafts)
         ids = tokens[:, None]
-        if self._drafts:
-            ids = torch.cat([ids, ids.new_tensor([self._drafts])], 1)
+        if drafts:
+            ids = torch.cat([ids, ids.new_tensor([drafts])], 1)
         self._logits = self._prompt.append(ids)
+        self._drafts = drafts  # not before: the pass may be interrupted
         return self._logits[:, 0]
 
     def finish(self) -> None:

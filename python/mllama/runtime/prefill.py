@@ -82,9 +82,9 @@ class PromptCache:
     def drop_last(self, count: int) -> None:
         """Take back the last `count` ids that were put behind the prompts."""
         if count:
-            self.cache.crop(self.cache.length - count)
-            if self._row is not None:
+            if self._row is not None:  # first: `restore` crops the cache to them
                 del self._row.ids[-count:]
+            self.cache.crop(self.cache.length - count)
 
     def finish(self) -> None:
         """After the last token. What the rows of a batch share is left, as one row."""

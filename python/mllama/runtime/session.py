@@ -217,19 +217,21 @@ class Session:
         logits, result.num_reused_tokens = self._prompt.prefill(inputs, self._stages)
         passes = self._start_passes(inputs, result)
         room = min(max_new_tokens, check_room(self.context, cache.length))
-        for step in range(room):
-            tokens = sampler(logits)  # (B,)
-            ids = tokens.tolist()
-            if step == 0:
-                self._stages.begin(DECODE, room * len(rows), len(rows))
-            else:
-                self._stages.advance(sum(not row.done for row in rows))
-            for row, token in zip(rows, ids, strict=True):
-                row.take(token, ends)
-            if step == room - 1 or all(row.done for row in rows):
-                break
-            logits = passes.append(tokens, room - step - 1)
-        passes.finish()
+        try:
+            for step in range(room):
+                tokens = sampler(logits)  # (B,)
+                ids = tokens.tolist()
+                if step == 0:
+                    self._stages.begin(DECODE, room * len(rows), len(rows))
+                else:
+                    self._stages.advance(sum(not row.done for row in rows))
+                for row, token in zip(rows, ids, strict=True):
+                    row.take(token, ends)
+                if step == room - 1 or all(row.done for row in rows):
+                    break
+                logits = passes.append(tokens, room - step - 1)
+        finally:  # an interrupted answer leaves no drafts either
+            passes.finish()
         self._prompt.finish()
 
     def _start_passes(self, inputs: dict[str, torch.Tensor], result: Generation) -> Passes:
