@@ -120,7 +120,7 @@ class MllamaGenerationMixin(GenerationMixin):
         if not is_first_iteration and kwargs.get("use_cache", True):
             inputs.pop("image_features", None)
         mask, ids = inputs.get("cross_attention_mask"), inputs.get("input_ids")
-        if cache is not None and has_tokens and mask is not None and ids is not None:
+        if cache is not None and cached and mask is not None and ids is not None:
             # As many rows as candidates of an assistant would else be taken for theirs.
             past = int(TransformersCache(cache, self.spec.text).length)
             rows = torch.arange(past, past + ids.shape[1], device=mask.device)
