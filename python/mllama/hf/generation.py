@@ -105,12 +105,13 @@ class MllamaGenerationMixin(GenerationMixin):
             {name: value for name, value in kwargs.items() if name not in _TOKENIZERS}
         )
         cache = kwargs.get(CACHE_NAME)
-        has_tokens = cache is not None and int(cache.get_seq_length()) > 0
+        past = 0 if cache is None else int(cache.get_seq_length())
+        has_tokens = past > 0
         if is_first_iteration and has_tokens:
             new, mask = kwargs.get("next_sequence_length"), kwargs.get("attention_mask")
             whole = mask is not None and mask.shape[1] == input_ids.shape[1]
             if new is None and inputs_embeds is None and whole:
-                new = input_ids.shape[1] - int(cache.get_seq_length())
+                new = input_ids.shape[1] - past
             if new is not None:  # visual tokens are in the cache's length, but not among the ids
                 kwargs["next_sequence_length"] = new + num_prefix_tokens(cache)
         is_first_iteration = is_first_iteration or (cache is not None and not has_tokens)
