@@ -105,23 +105,22 @@ class MllamaGenerationMixin(GenerationMixin):
             {name: value for name, value in kwargs.items() if name not in _TOKENIZERS}
         )
         cache = kwargs.get(CACHE_NAME)
-        past = 0 if cache is None else int(cache.get_seq_length())
-        has_tokens = past > 0
-        if is_first_iteration and has_tokens:
+        cached = 0 if cache is None else int(cache.get_seq_length())
+        if is_first_iteration and cached > 0:
             new, mask = kwargs.get("next_sequence_length"), kwargs.get("attention_mask")
             whole = mask is not None and mask.shape[1] == input_ids.shape[1]
             if new is None and inputs_embeds is None and whole:
-                new = input_ids.shape[1] - past
+                new = input_ids.shape[1] - cached
             if new is not None:  # visual tokens are in the cache's length, but not among the ids
                 kwargs["next_sequence_length"] = new + num_prefix_tokens(cache)
-        is_first_iteration = is_first_iteration or (cache is not None and not has_tokens)
+        is_first_iteration = is_first_iteration or (cache is not None and not cached)
         inputs = super().prepare_inputs_for_generation(
             input_ids, inputs_embeds=inputs_embeds, is_first_iteration=is_first_iteration, **kwargs
         )
         if not is_first_iteration and kwargs.get("use_cache", True):
             inputs.pop("image_features", None)
         mask, ids = inputs.get("cross_attention_mask"), inputs.get("input_ids")
-        if cache is not None and has_tokens and mask is not None and ids is not None:
+        if cache is not None and cached and mask is not None and ids is not None:
             # As many rows as candidates of an assistant would else be taken for theirs.
             past = int(TransformersCache(cache, self.spec.text).length)
             rows = torch.arange(past, past + ids.shape[1], device=mask.device)
