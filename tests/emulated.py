@@ -1,4 +1,4 @@
-"""The CUDA kernels that run on the CPU: libraries for tests, of which one is loaded."""
+"""The CUDA kernels that run on the CPU. There are several libraries; tests load one."""
 
 import ctypes
 import functools

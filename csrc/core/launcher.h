@@ -27,8 +27,6 @@ class Launcher {
     void writes(const char* name, const Tensor& t) { allow(name, t, emulator::Use::write); }
     void updates(const char* name, const Tensor& t) { allow(name, t, emulator::Use::update); }
     cuda::Stream stream() const { return nullptr; }
-    // Such as 80.
-    int architecture() const { return emulator::options().architecture; }
     // All kernels have been launched.
     void done() const { emulator::check_written(); }
 
@@ -76,13 +74,6 @@ class Launcher {
     void writes(const char* name, const Tensor& t) const { reads(name, t); }
     void updates(const char* name, const Tensor& t) const { reads(name, t); }
     cuda::Stream stream() const { return stream_; }
-    // Such as 80.
-    int architecture() const {
-        int major = 0, minor = 0;
-        cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device_);
-        cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device_);
-        return 10 * major + minor;
-    }
     // All kernels have been launched.
     void done() const {
         cudaError_t error = cudaGetLastError();

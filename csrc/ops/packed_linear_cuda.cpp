@@ -32,7 +32,7 @@ Tensor packed_linear(const Tensor& x, const Tensor& weight, const MaybeTensor& b
     }
     kernels::PackedLinear args = a.kernel(activations);
     if (quantized) cuda::quantize_activations(args, launcher.stream());
-    cuda::packed_linear(args, launcher.architecture(), launcher.stream());
+    cuda::packed_linear(args, launcher.stream());
     launcher.done();
     return a.y;
 }

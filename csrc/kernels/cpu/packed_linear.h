@@ -58,6 +58,34 @@ constexpr PackingSize kPackings[] = {
 constexpr const PackingSize& size_of(Packing packing) {
     return kPackings[static_cast<int>(packing)];
 }
+
+// Of formats of codes: how many bits a code has, what is taken off it, whether its group's numbers
+// are multiples of a header's, and whether a minimum is added.
+constexpr int bits_of(Packing packing) {
+    switch (packing) {
+        case Packing::int8: return 8;
+        case Packing::q6_k: return 6;
+        case Packing::q5_0:
+        case Packing::q5_1:
+        case Packing::q5_k: return 5;
+        default: return 4;
+    }
+}
+constexpr int center_of(Packing packing) {
+    switch (packing) {
+        case Packing::q4_0: return 8;
+        case Packing::q5_0: return 16;
+        case Packing::q6_k: return 32;
+        default: return 0;
+    }
+}
+constexpr bool is_nested(Packing packing) {
+    return packing == Packing::int4 || packing == Packing::q4_k || packing == Packing::q5_k;
+}
+constexpr bool has_minimum(Packing packing) {
+    return packing != Packing::int8 && center_of(packing) == 0;
+}
+
 constexpr int64_t group_count(int64_t in) { return (in + kGroup - 1) / kGroup; }
 constexpr int64_t block_count(int64_t out) { return (out + kLanes - 1) / kLanes; }
 // Where the header of group g is in a block, and the group itself.

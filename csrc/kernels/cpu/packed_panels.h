@@ -75,29 +75,6 @@ struct CodePanel {
     float minima[kPanelBlocks][kChunkGroups][kLanes];
 };
 
-constexpr int bits_of(Packing packing) {
-    switch (packing) {
-        case Packing::int8: return 8;
-        case Packing::q6_k: return 6;
-        case Packing::q5_0:
-        case Packing::q5_1:
-        case Packing::q5_k: return 5;
-        default: return 4;
-    }
-}
-// What is taken off a code.
-constexpr int center_of(Packing packing) {
-    switch (packing) {
-        case Packing::q4_0: return 8;
-        case Packing::q5_0: return 16;
-        case Packing::q6_k: return 32;
-        default: return 0;
-    }
-}
-constexpr bool has_minimum(Packing packing) {
-    return packing != Packing::int8 && center_of(packing) == 0;
-}
-
 // Weights are scale * (code - center) + minimum, for kWidth rows from `lane` on. The halves of a
 // group of q6_k have scales d * s of their own.
 struct Numbers {
@@ -107,7 +84,7 @@ struct Numbers {
 template <Packing P>
 Numbers numbers_of(const uint8_t* header, const uint8_t* p, int64_t lane) {
     Numbers n{};
-    if constexpr (P == Packing::int4 || P == Packing::q4_k || P == Packing::q5_k) {
+    if constexpr (is_nested(P)) {
         n.scale = lanes_f16(header + 2 * lane) * lanes_u8(p + lane);
         n.minimum = -(lanes_f16(header + 2 * kLanes + 2 * lane) * lanes_u8(p + kLanes + lane));
     } else if constexpr (P == Packing::q6_k) {
@@ -125,7 +102,7 @@ Numbers numbers_of(const uint8_t* header, const uint8_t* p, int64_t lane) {
 template <Packing P>
 vu code_word(const uint8_t* p, int64_t lane, int j) {
     constexpr int kBits = bits_of(P);
-    constexpr bool kTwoNumbers = P == Packing::q4_1 || P == Packing::q5_1;
+    constexpr bool kTwoNumbers = has_minimum(P) && !is_nested(P);
     p += 2 * kLanes * (kTwoNumbers ? 2 : 1) + lane * 4;
     if constexpr (kBits == 8) {
         return load_bits(p + j * kLanes * 4);

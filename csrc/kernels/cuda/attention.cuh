@@ -188,7 +188,7 @@ __global__ void __launch_bounds__(Shape::kThreads, kBlocksAtOnce<typename Shape:
     attention(AttentionForward a) {
     using Tiles = typename Shape::Tiles;
     using T = typename Tiles::Element;
-    if constexpr (!kRunsHere<Tiles::kTuring>) return stop_kernel();
+    if constexpr (!kRunsHere<Tiles::kTuring>) return trap("made for another device");
     constexpr int kKeys = Shape::kKeys, kWarpKeys = Shape::kWarpKeys, kStride = Tiles::kStride;
     T *q_tile = dynamic_shared<T>(), *k_tile = q_tile + Shape::kRows * kStride,
       *v_tile = k_tile + kKeys * kStride;

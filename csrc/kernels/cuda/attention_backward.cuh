@@ -196,7 +196,7 @@ template <class Shape>
 __global__ void __launch_bounds__(Shape::kThreads, kBlocksAtOnce<typename Shape::Tiles, 0>)
     attention_key_gradients(AttentionBackward a) {
     using T = typename Shape::Tiles::Element;
-    if constexpr (!kRunsHere<Shape::Tiles::kTuring>) return stop_kernel();
+    if constexpr (!kRunsHere<Shape::Tiles::kTuring>) return trap("made for another device");
     const BlockPlace place((a.keys + Shape::kOwn - 1) / Shape::kOwn, Shape::kParts, a.kv_heads);
     const KeyRows<T> own[2] = {{a.k, place.batch, place.kv_head},
                                {a.v, place.batch, place.kv_head}};
@@ -221,7 +221,7 @@ template <class Shape>
 __global__ void __launch_bounds__(Shape::kThreads, kBlocksAtOnce<typename Shape::Tiles, 80>)
     attention_query_gradient(AttentionBackward a) {
     using T = typename Shape::Tiles::Element;
-    if constexpr (!kRunsHere<Shape::Tiles::kTuring>) return stop_kernel();
+    if constexpr (!kRunsHere<Shape::Tiles::kTuring>) return trap("made for another device");
     const BlockPlace place((a.rows + Shape::kOwn - 1) / Shape::kOwn, 1, a.kv_heads);
     const QueryRows<T> own[2] = {{a.q, place.batch, place.kv_head, a.group_size},
                                  {a.grad_out, place.batch, place.kv_head, a.group_size}};

@@ -44,7 +44,7 @@ struct TensorTiles {
             }
         }
     }
-    // sums += p b for 8 N rows of b, of which kColumns columns are used.
+    // sums += p b for 8 N rows of b and its first kColumns columns.
     template <int kColumns, int N>
     MLLAMA_DEVICE static void multiply_columns(float (&sums)[kColumns / 8][4],
                                                const float (&p)[N][4], const T* b) {

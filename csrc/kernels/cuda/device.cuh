@@ -122,6 +122,11 @@ MLLAMA_DEVICE float fast_exp2(float x) {
 inline float fast_exp2(float x) { return x < -126 ? 0 : std::exp2(x); }
 #endif
 
+// sum + the dot product of four signed bytes.
+MLLAMA_DEVICE int dot_codes(uint32_t a, uint32_t b, int sum) {
+    return __dp4a(static_cast<int>(a), static_cast<int>(b), sum);
+}
+
 // ---- loads and stores of several elements
 
 template <class T, int N>
@@ -175,11 +180,6 @@ MLLAMA_DEVICE float warp_max(float v) {
         fmaxf(v, __shfl_xor_sync(kAllLanes, v, step));
     return v;
 }
-// sum + the dot product of four signed bytes.
-MLLAMA_DEVICE int dot_codes(uint32_t a, uint32_t b, int sum) {
-    return __dp4a(static_cast<int>(a), static_cast<int>(b), sum);
-}
-MLLAMA_DEVICE bool warp_all(bool v) { return __all_sync(kAllLanes, v); }
 
 template <int kWarps>
 MLLAMA_DEVICE float block_sum(float v) {
@@ -334,11 +334,9 @@ inline void trap(const char* why) { emulator::stop(why); }
 #if defined(__CUDA_ARCH__)
 template <bool kTuring>
 constexpr bool kRunsHere = kTuring == (__CUDA_ARCH__ < 800);
-MLLAMA_DEVICE void stop_kernel() { __trap(); }
 #else
 template <bool kTuring>
 constexpr bool kRunsHere = true;
-MLLAMA_DEVICE void stop_kernel() {}
 #endif
 
 // The current device's compute capability: 75, 80, ...

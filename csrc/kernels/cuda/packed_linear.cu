@@ -50,8 +50,8 @@ void quantize_activations(const PackedLinear& a, Stream stream) {
     });
 }
 
-void packed_linear(const PackedLinear& a, int architecture, Stream stream) {
-    bool many = a.rows >= kManyRows && architecture >= 80;
+void packed_linear(const PackedLinear& a, Stream stream) {
+    bool many = a.rows >= kManyRows && architecture() >= 80;
     dispatch_codes(a.packing, [&](auto p) {
         int64_t stride = chunk_count(a.in) * kChunkInputs;
         const auto* codes = reinterpret_cast<const char*>(a.activations.codes);

@@ -30,7 +30,7 @@ __global__ void __launch_bounds__(32 * kQuantizeWarps)
         int64_t row = i / groups, column = i % groups * kGroup + lane;
         float x = column < a.in ? to_float(static_cast<const T*>(a.x)[row * a.in + column]) : 0;
         float top = warp_max(fabsf(x));
-        bool finite = warp_all(fabsf(x) <= kLargest);
+        bool finite = __all_sync(kAllLanes, fabsf(x) <= kLargest);
         // Rounded once: the product and the sum are one operation. Where 127 / top is infinite,
         // codes are 0 or the largest.
         float code = fmaf(x, top > 0 ? 127.0f / top : 0.0f, kRounder) - kRounder;
@@ -155,8 +155,8 @@ __global__ void __launch_bounds__(32 * kFewWarps, kBlocks)
 
 // ---- many rows
 
-// A block of threads has kTileWarps blocks of weights and kTileRows rows of x, of which it copies
-// kChunkBytes at a time to shared memory while it multiplies those before. A step is what one mma
+// A block of threads has kTileWarps blocks of weights and kTileRows rows of x. It copies the next
+// kChunkBytes of each row to shared memory while it multiplies those before. A step is what one mma
 // takes: 8 words of a row of x.
 constexpr int kTileWarps = 4, kTileRows = 64, kTileThreadCount = 32 * kTileWarps;
 constexpr int kChunkBytes = 128, kChunkSteps = 4, kStepWords = 8;

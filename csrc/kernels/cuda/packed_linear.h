@@ -14,8 +14,8 @@ constexpr int64_t chunk_count(int64_t in) { return (in + kChunkInputs - 1) / kCh
 // x as codes: a.activations.codes [rows, chunks * kChunkInputs], .scales [rows, chunks *
 // kChunkGroups] and, as many in .values, each group's scale times the sum of its codes.
 void quantize_activations(const kernels::PackedLinear& a, Stream stream);
-// y, from a.activations where the weights are codes. `architecture` is the device's, such as 80.
-void packed_linear(const kernels::PackedLinear& a, int architecture, Stream stream);
+// y, from a.activations where the weights are codes.
+void packed_linear(const kernels::PackedLinear& a, Stream stream);
 // Dense rows of a packed weight: all of them, or those that `rows` names.
 void unpack_weight(const kernels::PackWeight& a, const int64_t* rows, int64_t count, Stream stream);
 

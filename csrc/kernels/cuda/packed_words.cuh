@@ -1,8 +1,6 @@
 // How kernels read a block of packed weights: kLanes output rows, in groups of kGroup inputs.
 #pragma once
 
-#include <initializer_list>
-
 #include "kernels/cpu/packed_linear.h"
 #include "kernels/cuda/device.cuh"
 
@@ -17,27 +15,14 @@ MLLAMA_DEVICE float load_f16(const uint8_t* p) {
     return to_float(*reinterpret_cast<const f16*>(p));
 }
 
-constexpr bool is_any(Packing p, std::initializer_list<Packing> of) {
-    for (Packing one : of) {
-        if (p == one) return true;
-    }
-    return false;
-}
-
 // One group, with the header that it shares.
 template <Packing P>
 struct PackedGroup {
     static constexpr kernels::PackingSize kSize = kernels::size_of(P);
-    static constexpr bool kNested = is_any(P, {Packing::int4, Packing::q4_k, Packing::q5_k});
-    static constexpr bool kShifted = is_any(P, {Packing::q4_1, Packing::q5_1});
-    static constexpr bool kHasMinimum = kNested || kShifted;
-    static constexpr int kBits = P == Packing::int8                                         ? 8
-                                 : P == Packing::q6_k                                       ? 6
-                                 : is_any(P, {Packing::q5_0, Packing::q5_1, Packing::q5_k}) ? 5
-                                                                                            : 4;
-    // Subtracted from codes.
-    static constexpr uint32_t kCenter =
-        is_any(P, {Packing::q4_0, Packing::q5_0, Packing::q6_k}) ? 1u << (kBits - 1) : 0;
+    static constexpr bool kNested = kernels::is_nested(P), kHasMinimum = kernels::has_minimum(P);
+    static constexpr bool kShifted = kHasMinimum && !kNested;
+    static constexpr int kBits = kernels::bits_of(P);
+    static constexpr uint32_t kCenter = kernels::center_of(P);
     static constexpr int kScaleBytes = kShifted ? 4 * kLanes : 2 * kLanes;
     static constexpr int kNibbleBytes = kGroup / 2 * kLanes;
 
