@@ -7,11 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 
+import mllama
 from benchmarks import harness
 from benchmarks.__main__ import main
 from benchmarks.models import report
 from benchmarks.models.__main__ import main as bench_models
 from benchmarks.models.engines import MLLAMA
+from benchmarks.models.files import TINY_TILED, Files
 from benchmarks.models.groups import Case, Contender, Group
 from benchmarks.models.measure import measure_group
 from benchmarks.models.plot import draw
@@ -152,6 +154,26 @@ def test_tables_of_the_vision_model():
         ["mistral.rs 1", "Q4K", "one tile", "60.00", "", "", "", "2.50", "", "", "20.8"],
         ["mistral.rs 1", "Q4K", "1.23"],
     ]
+
+
+def test_random_weights_have_the_savings_of_real_ones(tmp_path):
+    """As in Meta's weights, tables are zero for tiles that an aspect ratio does not have, so that
+    empty tiles are equal.
+    """
+    model, _ = mllama.load(Files(tmp_path, {}, TINY_TILED).encoder(), dtype="float32")
+    tower = model.vision_tower
+    tables = (
+        tower.gated_positional_embedding.tile_embedding.weight,
+        tower.pre_tile_positional_embedding.embedding.weight,
+        tower.post_tile_positional_embedding.embedding.weight,
+    )
+    for table in tables:
+        by_tile = table.unflatten(1, (4, -1)).abs().amax(-1)
+        assert by_tile[0].tolist() == [0] * 4  # no image
+        for (rows, columns), sizes in zip(
+            tower.config.supported_aspect_ratios, by_tile[1:], strict=True
+        ):
+            assert (sizes > 0).tolist() == [tile < rows * columns for tile in range(4)]
 
 
 def test_results_of_other_groups_stay(tmp_path):
