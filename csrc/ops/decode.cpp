@@ -18,7 +18,7 @@ constexpr char kNewSchema[] = "_decoder_new(Tensor[] tensors, int[] sizes, float
 constexpr char kFreeSchema[] = "_decoder_free(int decoder) -> ()";
 constexpr char kStepSchema[] =
     "decode_step(int decoder, Tensor(a!) hidden, Tensor positions, Tensor(b!)[] keys, "
-    "Tensor(c!)[] values, int length, Tensor? first_key, int image_keys, Tensor? image_mask, "
+    "Tensor(c!)[] values, Tensor length, Tensor? first_key, int image_keys, Tensor? image_mask, "
     "Tensor? sees_image) -> Tensor";
 
 class Decoders {
@@ -183,6 +183,8 @@ int64_t decoder_new(std::vector<Tensor> tensors, std::vector<int64_t> sizes,
 
 void decoder_free(int64_t number) { decoders().remove(number); }
 
+constexpr int64_t kLongest = int64_t{1} << 40;  // positions; sums of them do not overflow
+
 // The dtype of the first buffer that a step reads or writes.
 ScalarType cache_type(const Decoder& d, const std::vector<Tensor>& keys, int64_t image_keys) {
     check(keys.size() == d.layers.size(), "decode_step", "keys");
@@ -222,7 +224,7 @@ void read_mask(const Tensor& mask, DecodeStep& step, std::vector<float>& bias) {
 }
 
 Tensor decode_step(int64_t number, Tensor hidden, Tensor positions, std::vector<Tensor> keys,
-                   std::vector<Tensor> values, int64_t length, MaybeTensor first_key,
+                   std::vector<Tensor> values, Tensor past, MaybeTensor first_key,
                    int64_t image_keys, MaybeTensor image_mask, MaybeTensor sees_image) {
     const char* op = "decode_step";
     std::shared_ptr<const Decoder> decoder = decoders().get(number);
@@ -231,7 +233,9 @@ Tensor decode_step(int64_t number, Tensor hidden, Tensor positions, std::vector<
               hidden.scalar_type() == ScalarType::Float && hidden.numel() > 0,
           op, "hidden");
     int64_t batch = hidden.size(0), queries = hidden.size(1), rows = batch * queries;
-    check(length >= 0 && image_keys >= 0, op, "length");
+    check(past.scalar_type() == ScalarType::Long && past.numel() == 1, op, "length");
+    int64_t length = *data<int64_t>(past);
+    check(length >= 0 && length <= kLongest && image_keys >= 0, op, "length");
     ScalarType type = cache_type(d, keys, image_keys);
     bool quantized = type == ScalarType::Char;
     Dtype dtype = quantized ? Dtype::f32 : dtype_of(op, "keys", type);

@@ -5,6 +5,7 @@ import pickle
 
 import pytest
 import torch
+from torch._subclasses import FakeTensorMode
 from transformers import DynamicCache
 
 import tiny
@@ -12,6 +13,7 @@ from helpers import counted_steps, decoded, instruction_set, instruction_sets, n
 from mllama.model.fast_decoder import FastDecoder
 from mllama.nn.packed import PackedLinear
 from mllama.ops import pack_weight
+from mllama.ops.decode import decode_step
 from mllama.ops.packed_layout import PACKINGS
 from mllama.quant.packer import RECIPES, optimize
 from mllama.runtime.session import Session
@@ -167,8 +169,10 @@ def test_a_model_that_is_not_packed_runs_by_its_layers():
         {"hidden": torch.zeros(2, 64)},
         {"hidden": torch.zeros(2, 0, 64)},
         {"hidden": torch.zeros(1, 2, 64)},
-        {"length": -1},
-        {"length": 40},
+        {"length": torch.tensor([-1])},
+        {"length": torch.tensor([40])},
+        {"length": torch.tensor([4, 4])},
+        {"length": torch.tensor([4.0])},
         {"keys": []},
         {"values": [torch.zeros(2, 2, 8, 8)] * 2},
         {"positions": torch.zeros(2)},
@@ -180,25 +184,39 @@ def test_a_model_that_is_not_packed_runs_by_its_layers():
     ids=str,
 )
 def test_arguments_that_do_not_fit(change):
+    model, arguments = step_arguments()
+    shape = 2, 1, model.spec.text.hidden_size
+    assert decode_step(**arguments).shape == shape
+    with pytest.raises((ValueError, RuntimeError), match="decode_step"):
+        decode_step(**arguments | change)
+
+
+def test_fake_tensors_have_the_shapes_of_real_ones():
+    model, arguments = step_arguments()
+    with FakeTensorMode() as mode:
+        fake = torch.utils._pytree.tree_map_only(torch.Tensor, mode.from_tensor, arguments)
+        result = decode_step(**fake)
+    assert (result.shape, result.dtype) == ((2, 1, model.spec.text.hidden_size), torch.float32)
+
+
+def step_arguments():
+    """A model, whose decoder lives as long, and arguments that fit it."""
     model = optimize(copy.deepcopy(pairs.pair("llama").ours), "f32")
-    fast = FastDecoder(model.language_model)
+    model._fast = FastDecoder(model.language_model)
     spec = model.spec.text
     cache = [torch.zeros(2, spec.num_key_value_heads, 8, spec.head_dim)] * spec.num_hidden_layers
-    arguments = {
-        "decoder": fast._handle,
+    return model, {
+        "decoder": model._fast._handle,
         "hidden": torch.zeros(2, 1, spec.hidden_size),
         "positions": torch.zeros(2, dtype=torch.int64),
         "keys": cache,
         "values": cache,
-        "length": 4,
+        "length": torch.tensor([4]),
         "first_key": None,
         "image_keys": 0,
         "image_mask": None,
         "sees_image": None,
     }
-    assert torch.ops.mllama.decode_step(**arguments).shape == (2, 1, spec.hidden_size)
-    with pytest.raises((ValueError, RuntimeError), match="decode_step"):
-        torch.ops.mllama.decode_step(**arguments | change)
 
 
 def test_a_default_dtype_changes_nothing():

@@ -15,6 +15,7 @@ from mllama.fusion.cross_attention import CrossAttentionDecoderLayer
 from mllama.nn.adapted import AdaptedLinear, LowRank, count_changes
 from mllama.nn.cache import Cache
 from mllama.nn.packed import PackedLinear
+from mllama.ops.decode import decode_step
 from mllama.ops.packed_layout import PACKINGS
 from mllama.text.decoder import count_positions
 
@@ -81,14 +82,14 @@ class FastDecoder:
         else:
             visible = cross.visible if cross.visible is None else cross.visible.flatten()
             key_mask = cross.segments[0].key_mask if cross.segments else None
-        hidden = torch.ops.mllama.decode_step(
+        hidden = decode_step(
             self._handle,
             # It is overwritten.
             prepared.embeds.to(torch.float32, copy=True, memory_format=torch.contiguous_format),
             positions.expand(B, T).long().contiguous(),
             keys,
             values,
-            length,
+            torch.full((1,), length, dtype=torch.int64, device=positions.device),
             None if mask is None else (mask == 0).sum(1),
             image_keys,
             key_mask,
