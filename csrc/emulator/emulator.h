@@ -47,7 +47,8 @@ Counters& counters();
 
 // ---- memory that kernels may touch
 
-enum class Use { read, write, update };  // write: nothing is there yet
+// write and scratch: nothing is there yet; all of the former must be written.
+enum class Use { read, write, update, scratch };
 // Allows memory of a tensor until forget_tensors.
 void allow_tensor(const void* begin, size_t bytes, Use use, const char* name);
 void forget_tensors();

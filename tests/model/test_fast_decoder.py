@@ -199,6 +199,16 @@ def test_fake_tensors_have_the_shapes_of_real_ones():
     assert (result.shape, result.dtype) == ((2, 1, model.spec.text.hidden_size), torch.float32)
 
 
+@pytest.mark.parametrize("device", ["cuda:0", "cuda:1"])
+def test_fake_tensors_of_a_gpu(device):
+    with FakeTensorMode():
+        hidden = torch.zeros(1, 2, 64, device=device)
+        caches = [torch.zeros(1, 2, 8, 16, device=device, dtype=torch.int8)]
+        positions, length = (torch.zeros(n, dtype=torch.int64, device=device) for n in (2, 1))
+        result = decode_step(1, hidden, positions, caches, caches, length, None, 0, None, None)
+    assert str(result.device) == device and result.shape == (1, 2, 64)
+
+
 def step_arguments():
     """A model, whose decoder lives as long, and arguments that fit it."""
     model = optimize(copy.deepcopy(pairs.pair("llama").ours), "f32")

@@ -62,3 +62,6 @@ def _fake(
 
 if _ext.load() is not None:
     torch.library.register_fake("mllama::decode_step", _fake)
+    # A decoder of fake tensors is none: numbers begin with 1.
+    torch.library.register_fake("mllama::_decoder_new", lambda tensors, sizes, numbers: 0)
+    torch.library.register_fake("mllama::_decoder_free", lambda decoder: None)
