@@ -44,6 +44,7 @@ Counters& counters();
 
 // Ends the running launch with this error.
 [[noreturn]] void stop(const std::string& text);
+[[noreturn]] void stop(const char* text);  // for kernels, whose strings would be watched
 
 // ---- memory that kernels may touch
 
