@@ -13,7 +13,9 @@ list(TRANSFORM emulator_sources REPLACE "(.+)" "csrc/emulator/\\1.cpp")
 set(paths -ffile-prefix-map=../../= -ffile-prefix-map=${CMAKE_BINARY_DIR}=${CMAKE_SOURCE_DIR})
 set(options -g1 -Wall -Wextra -Wno-psabi ${paths})
 
-add_library(emulator OBJECT ${emulator_sources} ${host_sources} tests/cuda/planted.cpp)
+# Decoders are the library's own, since its decode_step is.
+add_library(emulator OBJECT ${emulator_sources} ${host_sources} csrc/ops/decoders.cpp
+    tests/cuda/planted.cpp)
 target_include_directories(emulator PRIVATE csrc)
 list(JOIN MLLAMA_CUDA_OPS " " cuda_op_words)
 target_compile_definitions(emulator PRIVATE MLLAMA_EMULATED MLLAMA_CUDA_OPS="${cuda_op_words}")

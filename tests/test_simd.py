@@ -69,4 +69,5 @@ def test_a_weaker_set_is_never_missing():
 def test_cuda_kernels_need_a_toolkit():
     built = _ext.load().build_info()
     assert bool(built["cuda_operators"]) == bool(built["cuda_toolkit"])
-    assert set(built["cuda_operators"].split()) <= set(built["operators"].split())
+    # decode_step has no file of kernels on the CPU: it calls those of the others.
+    assert set(built["cuda_operators"].split()) <= {*built["operators"].split(), "decode"}

@@ -26,6 +26,7 @@ class Launcher {
     void reads(const char* name, const Tensor& t) { allow(name, t, emulator::Use::read); }
     void writes(const char* name, const Tensor& t) { allow(name, t, emulator::Use::write); }
     void updates(const char* name, const Tensor& t) { allow(name, t, emulator::Use::update); }
+    void scratch(const char* name, const Tensor& t) { allow(name, t, emulator::Use::scratch); }
     cuda::Stream stream() const { return nullptr; }
     // All kernels have been launched.
     void done() const { emulator::check_written(); }
@@ -73,6 +74,8 @@ class Launcher {
     }
     void writes(const char* name, const Tensor& t) const { reads(name, t); }
     void updates(const char* name, const Tensor& t) const { reads(name, t); }
+    // New memory, of which kernels may leave parts unwritten.
+    void scratch(const char*, const Tensor&) const {}
     cuda::Stream stream() const { return stream_; }
     // All kernels have been launched.
     void done() const {

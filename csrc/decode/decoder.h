@@ -53,6 +53,7 @@ struct Decoder {
     DecoderNorm norm;
     std::vector<const float*> frequencies;  // [head_dim / 2] each, of rotary positions
     std::vector<Tensor> tensors;            // what all pointers point into
+    int32_t device;                         // a CUDA device's index; -1: the CPU
 };
 
 // What a step reads and writes beside the decoder.

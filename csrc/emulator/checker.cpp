@@ -109,7 +109,7 @@ void note_read(Cell& cell, const Stamp& now) {
 void check_byte(Cell& cell, const Region& region, const Access& a, const Stamp& now) {
     if (cell.pending && a.kind != Kind::copy_arrived)
         fail("asynchronous copy has not arrived", a, &region, &cell.write);
-    bool known = region.use != Use::write || cell.written;
+    bool known = region.use == Use::read || region.use == Use::update || cell.written;
     if (!known && (a.kind == Kind::load || a.kind == Kind::atomic))
         fail("uninitialized read", a, &region);
     bool both_atomic = a.kind == Kind::atomic && cell.atomic;
@@ -190,7 +190,7 @@ void access(const void* address, size_t bytes, Kind kind, void* caller) {
         fail("out of bounds", a, region ? region : regions.nearest(a.at));
     if (bytes <= 16 && a.at % bytes) fail("misaligned", a, region);
     if (a.writes() && region->use == Use::read) fail("write to an input", a, region);
-    if (region->cells.empty()) region->cells.resize(region->size());
+    regions.touch(*region);
     if (kind == Kind::atomic) {
         exchange_order(a.at);
     } else if (a.writes() && !region->shared) {

@@ -149,6 +149,8 @@ inline void __threadfence() { mllama::emulator::fence(); }
 
 inline float __uint_as_float(uint32_t bits) { return std::bit_cast<float>(bits); }
 inline uint32_t __float_as_uint(float value) { return std::bit_cast<uint32_t>(value); }
+inline float sinpif(float x) { return static_cast<float>(std::sin(M_PI * x)); }
+inline float cospif(float x) { return static_cast<float>(std::cos(M_PI * x)); }
 inline int __popc(uint32_t bits) { return std::popcount(bits); }
 inline int __dp4a(int a, int b, int sum) {  // of four signed bytes
     for (int i = 0; i < 32; i += 8)

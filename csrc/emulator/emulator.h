@@ -44,10 +44,12 @@ Counters& counters();
 
 // Ends the running launch with this error.
 [[noreturn]] void stop(const std::string& text);
+[[noreturn]] void stop(const char* text);  // for kernels, whose strings would be watched
 
 // ---- memory that kernels may touch
 
-enum class Use { read, write, update };  // write: nothing is there yet
+// write and scratch: nothing is there yet; all of the former must be written.
+enum class Use { read, write, update, scratch };
 // Allows memory of a tensor until forget_tensors.
 void allow_tensor(const void* begin, size_t bytes, Use use, const char* name);
 void forget_tensors();

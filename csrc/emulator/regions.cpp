@@ -7,7 +7,8 @@ namespace mllama::emulator {
 void Regions::add(const void* begin, size_t bytes, Use use, bool shared, const char* name) {
     auto first = reinterpret_cast<uintptr_t>(begin);
     if (bytes == 0) return;
-    all_.push_back(std::make_unique<Region>(Region{first, first + bytes, use, shared, name, {}}));
+    all_.push_back(
+        std::make_unique<Region>(Region{first, first + bytes, use, shared, name, {}, 0}));
 }
 
 void Regions::forget_shared() {
@@ -20,23 +21,28 @@ void Regions::forget_all() {
     all_.clear();
 }
 
-void Regions::begin_launch() {
-    for (auto& region : all_) {
-        for (Cell& cell : region->cells) {
-            bool written = cell.written;
-            cell = {};
-            cell.written = written;
-        }
+void Regions::touch(Region& region) {
+    if (region.cells.empty()) region.cells.resize(region.size());
+    if (region.launch == launch_) return;
+    region.launch = launch_;
+    for (Cell& cell : region.cells) {
+        bool written = cell.written;
+        cell = {};
+        cell.written = written;
     }
 }
 
 Region* Regions::find(uintptr_t at, size_t bytes) {
     if (last_ && last_->holds(at) && at + bytes <= last_->end) return last_;
     Region* found = nullptr;
-    for (auto& region : all_) {
+    for (size_t i = 0; i < all_.size(); ++i) {
+        Region* region = all_[i].get();
         if (!region->holds(at)) continue;
-        if (!found) found = region.get();
-        if (at + bytes <= region->end) return last_ = region.get();
+        if (!found) found = region;
+        if (at + bytes > region->end) continue;
+        // To the front: of the many tensors of a model, a kernel uses few.
+        std::rotate(all_.begin(), all_.begin() + i, all_.begin() + i + 1);
+        return last_ = region;
     }
     return found;
 }

@@ -31,6 +31,7 @@ struct Region {
     bool shared;  // memory of the block that runs
     std::string name;
     std::vector<Cell> cells;  // of each byte; empty until a kernel touches one
+    uint64_t launch = 0;      // that touched it last
 
     size_t size() const { return end - begin; }
     bool holds(uintptr_t at) const { return begin <= at && at < end; }
@@ -41,8 +42,9 @@ class Regions {
     void add(const void* begin, size_t bytes, Use use, bool shared, const char* name);
     void forget_shared();
     void forget_all();
-    // Forgets when bytes were accessed, not that they were written.
-    void begin_launch();
+    void begin_launch() { ++launch_; }
+    // Before its cells are used: forgets when earlier launches accessed them, not that they wrote.
+    void touch(Region& region);
     // The region of an address: one that holds all bytes, if any does.
     Region* find(uintptr_t at, size_t bytes);
     // The one that is least far away, or null.
@@ -53,6 +55,7 @@ class Regions {
   private:
     std::vector<std::unique_ptr<Region>> all_;
     Region* last_ = nullptr;  // found last
+    uint64_t launch_ = 0;
 };
 
 }  // namespace mllama::emulator

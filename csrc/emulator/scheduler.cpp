@@ -194,6 +194,11 @@ void stop(const std::string& text) {
     __builtin_unreachable();
 }
 
+void stop(const char* text) {
+    checker::thread = {};
+    stop(std::string(text));
+}
+
 std::string describe(const Fiber& fiber) {
     auto part = [](unsigned value) { return std::to_string(value); };
     dim3 b = fiber.block->index;

@@ -52,6 +52,7 @@ void describe(cuda::Attention& args, const AttentionArgs& a, Launcher& launcher)
                   .prefix_length = mask<int64_t>(launcher, "prefix_length", o.prefix_length),
                   .first_key = mask<int64_t>(launcher, "first_key", o.first_key),
                   .prefix_per_query = o.prefix_length && o.prefix_length->dim() == 2,
+                  .first_key_per_query = true,
                   .causal = o.causal,
                   .window = o.window.value_or(0)};
 }

@@ -5,13 +5,15 @@ import pickle
 
 import pytest
 import torch
+from torch._subclasses import FakeTensorMode
 from transformers import DynamicCache
 
 import tiny
 from helpers import counted_steps, decoded, instruction_set, instruction_sets, needs_kernels
-from mllama.model.fast_decoder import FastDecoder
+from mllama.model.fast_decoder import FastDecoder, find_obstacle
 from mllama.nn.packed import PackedLinear
 from mllama.ops import pack_weight
+from mllama.ops.decode import decode_step
 from mllama.ops.packed_layout import PACKINGS
 from mllama.quant.packer import RECIPES, optimize
 from mllama.runtime.session import Session
@@ -159,6 +161,13 @@ def test_a_model_that_is_not_packed_runs_by_its_layers():
         FastDecoder(pairs.pair("llama").ours.language_model)
 
 
+def test_devices_without_a_kernel():
+    model = optimize(copy.deepcopy(pairs.pair("llama").ours), "f32")
+    model.language_model.layers[1].to("meta")
+    assert "cpu, meta" in find_obstacle(model.language_model)
+    assert "meta" in find_obstacle(model.to("meta").language_model)
+
+
 @pytest.mark.parametrize(
     "change",
     [
@@ -167,8 +176,10 @@ def test_a_model_that_is_not_packed_runs_by_its_layers():
         {"hidden": torch.zeros(2, 64)},
         {"hidden": torch.zeros(2, 0, 64)},
         {"hidden": torch.zeros(1, 2, 64)},
-        {"length": -1},
-        {"length": 40},
+        {"length": torch.tensor([-1])},
+        {"length": torch.tensor([40])},
+        {"length": torch.tensor([4, 4])},
+        {"length": torch.tensor([4.0])},
         {"keys": []},
         {"values": [torch.zeros(2, 2, 8, 8)] * 2},
         {"positions": torch.zeros(2)},
@@ -180,25 +191,49 @@ def test_a_model_that_is_not_packed_runs_by_its_layers():
     ids=str,
 )
 def test_arguments_that_do_not_fit(change):
+    model, arguments = step_arguments()
+    shape = 2, 1, model.spec.text.hidden_size
+    assert decode_step(**arguments).shape == shape
+    with pytest.raises((ValueError, RuntimeError), match="decode_step"):
+        decode_step(**arguments | change)
+
+
+def test_fake_tensors_have_the_shapes_of_real_ones():
+    model, arguments = step_arguments()
+    with FakeTensorMode() as mode:
+        fake = torch.utils._pytree.tree_map_only(torch.Tensor, mode.from_tensor, arguments)
+        result = decode_step(**fake)
+    assert (result.shape, result.dtype) == ((2, 1, model.spec.text.hidden_size), torch.float32)
+
+
+@pytest.mark.parametrize("device", ["cuda:0", "cuda:1"])
+def test_fake_tensors_of_a_gpu(device):
+    with FakeTensorMode():
+        hidden = torch.zeros(1, 2, 64, device=device)
+        caches = [torch.zeros(1, 2, 8, 16, device=device, dtype=torch.int8)]
+        positions, length = (torch.zeros(n, dtype=torch.int64, device=device) for n in (2, 1))
+        result = decode_step(1, hidden, positions, caches, caches, length, None, 0, None, None)
+    assert str(result.device) == device and result.shape == (1, 2, 64)
+
+
+def step_arguments():
+    """A model, whose decoder lives as long, and arguments that fit it."""
     model = optimize(copy.deepcopy(pairs.pair("llama").ours), "f32")
-    fast = FastDecoder(model.language_model)
+    model._fast = FastDecoder(model.language_model)
     spec = model.spec.text
     cache = [torch.zeros(2, spec.num_key_value_heads, 8, spec.head_dim)] * spec.num_hidden_layers
-    arguments = {
-        "decoder": fast._handle,
+    return model, {
+        "decoder": model._fast._handle,
         "hidden": torch.zeros(2, 1, spec.hidden_size),
         "positions": torch.zeros(2, dtype=torch.int64),
         "keys": cache,
         "values": cache,
-        "length": 4,
+        "length": torch.tensor([4]),
         "first_key": None,
         "image_keys": 0,
         "image_mask": None,
         "sees_image": None,
     }
-    assert torch.ops.mllama.decode_step(**arguments).shape == (2, 1, spec.hidden_size)
-    with pytest.raises((ValueError, RuntimeError), match="decode_step"):
-        torch.ops.mllama.decode_step(**arguments | change)
 
 
 def test_a_default_dtype_changes_nothing():

@@ -134,6 +134,12 @@ struct RowsSee {
     }
 };
 
+// A part's sums, highest score and sum of exponentials of a row.
+MLLAMA_DEVICE float* part_of_row(const AttentionForward& a, const BlockPlace& place, int row) {
+    int64_t group = place.batch * a.kv_heads + place.kv_head;
+    return a.partial + ((group * a.rows + row) * a.parts + place.part) * (a.size + 2);
+}
+
 // Writes a warp's rows: of the result, or of a part's.
 template <class T, int kColumns>
 MLLAMA_DEVICE void write_rows(const AttentionForward& a, const BlockPlace& place, int first_row,
@@ -142,9 +148,8 @@ MLLAMA_DEVICE void write_rows(const AttentionForward& a, const BlockPlace& place
         int row = first_row + tile_row(2 * h);
         if (row >= a.rows) continue;
         const Statistic statistic{softmax.highest[h], softmax.total[h]};
-        if (a.parts > 1) {
-            int64_t group = place.batch * a.kv_heads + place.kv_head;
-            float* to = a.partial + ((group * a.rows + row) * a.parts + place.part) * (a.size + 2);
+        if (a.partial) {
+            float* to = part_of_row(a, place, row);
             store_row(to, softmax.sums, h, a.size, 1);
             if (threadIdx.x % 4 == 0) {
                 to[a.size] = statistic.highest;
@@ -159,7 +164,8 @@ MLLAMA_DEVICE void write_rows(const AttentionForward& a, const BlockPlace& place
     }
 }
 
-// The block's part of the keys that its rows see: whole tiles, but for the last one of all.
+// The block's part of the keys that its rows see: whole tiles, but for the last one of all. Tiles
+// of parts with part_keys begin at the same keys whatever is visible.
 template <class Shape>
 MLLAMA_DEVICE KeyRange block_keys(const AttentionForward& a, const BlockPlace& place, int first_row,
                                   RowsSee& see) {
@@ -173,7 +179,10 @@ MLLAMA_DEVICE KeyRange block_keys(const AttentionForward& a, const BlockPlace& p
         mine = {smaller(mine.first, range.first), larger(mine.last, range.last)};
     }
     KeyRange keys = keys_of_block<Shape::kWarps>(a, place.batch, mine);
-    if (a.parts > 1) {
+    if (a.part_keys) {
+        keys.first = larger(keys.first / Shape::kKeys * Shape::kKeys, place.part * a.part_keys);
+        keys.last = smaller(keys.last, (place.part + 1) * a.part_keys);
+    } else if (a.parts > 1) {
         int tiles = (keys.last - keys.first + Shape::kKeys - 1) / Shape::kKeys,
             share = (larger(tiles, 0) + a.parts - 1) / a.parts * Shape::kKeys;
         keys.first = smaller(keys.first + place.part * share, keys.last);
@@ -183,7 +192,7 @@ MLLAMA_DEVICE KeyRange block_keys(const AttentionForward& a, const BlockPlace& p
 }
 
 // While a tile of k is used, that of v arrives, and the other way around.
-template <class Shape>
+template <class Shape, class Keys>
 __global__ void __launch_bounds__(Shape::kThreads, kBlocksAtOnce<typename Shape::Tiles, 128>)
     attention(AttentionForward a) {
     using Tiles = typename Shape::Tiles;
@@ -202,9 +211,18 @@ __global__ void __launch_bounds__(Shape::kThreads, kBlocksAtOnce<typename Shape:
     const bool has_rows = first_row < a.rows, adds = adds_to_scores(a);
     RowsSee see;
     const KeyRange keys = block_keys<Shape>(a, place, first_row, see);
+    if (a.part_keys && keys.first >= keys.last) {  // what is merged needs no sums of it
+        int row = tile_first + static_cast<int>(threadIdx.x);
+        if (threadIdx.x < Shape::kRows && row < a.rows) {
+            float* to = part_of_row(a, place, row) + a.size;
+            to[0] = -kInfinity, to[1] = 0;
+        }
+        return;
+    }
     const QueryRows<T> q(a.q, place.batch, place.kv_head, a.group_size);
-    const KeyRows<T> k(a.k, place.batch, place.kv_head), v(a.v, place.batch, place.kv_head);
-    auto fetch_keys = [&](T* tile, const KeyRows<T>& rows, int first) {
+    const Keys k(a.k, place.batch, place.kv_head, a.size),
+        v(a.v, place.batch, place.kv_head, a.size);
+    auto fetch_keys = [&](T* tile, const Keys& rows, int first) {
         if (first < keys.last) {
             fetch<Tiles, kKeys, Shape::kThreads>(tile, rows, first, keys.last, a.size, a.aligned);
         }
@@ -261,32 +279,40 @@ __global__ void __launch_bounds__(Shape::kThreads, kBlocksAtOnce<typename Shape:
 
 constexpr int kMergeWarps = 4;
 
-// A warp has a row.
-template <class T>
+// A warp has a row. Parts without keys are left out.
+template <class Out>
 __global__ void __launch_bounds__(32 * kMergeWarps) merge_attention(AttentionForward a) {
     int64_t row = int64_t{blockIdx.x} * kMergeWarps + threadIdx.x / 32;
     if (row >= a.batch * a.kv_heads * a.rows) return;
-    const int lane = threadIdx.x % 32, width = a.size + 2;
-    const float* parts = a.partial + row * a.parts * width;
-    float most = -kInfinity, total = 0;
-    for (int p = 0; p < a.parts; ++p) most = fmaxf(most, parts[p * width + a.size]);
-    const float shift = most == -kInfinity ? 0 : most;
-    for (int p = 0; p < a.parts; ++p) {
-        total += parts[p * width + a.size + 1] * fast_exp2(parts[p * width + a.size] - shift);
-    }
     const int64_t group = row / a.rows, batch = group / a.kv_heads;
     const int in_group = static_cast<int>(row % a.rows), query = in_group / a.group_size,
               head = static_cast<int>(group % a.kv_heads) * a.group_size + in_group % a.group_size;
-    T* out = static_cast<T*>(a.out) + ((batch * a.queries + query) * a.heads + head) * a.size;
+    const int lane = threadIdx.x % 32, width = a.size + 2;
+    int first = 0, last = a.parts;
+    if (a.part_keys) {
+        KeyRange keys = visible_keys(a, batch, query);
+        first = keys.first / a.part_keys;
+        last = smaller((keys.last + a.part_keys - 1) / a.part_keys, last);
+    }
+    const float* parts = a.partial + row * a.parts * width;
+    float most = -kInfinity, total = 0;
+    for (int p = first; p < last; ++p) most = fmaxf(most, parts[p * width + a.size]);
+    const float shift = most == -kInfinity ? 0 : most;
+    for (int p = first; p < last; ++p) {
+        total += parts[p * width + a.size + 1] * fast_exp2(parts[p * width + a.size] - shift);
+    }
+    Out* out = static_cast<Out*>(a.out) + ((batch * a.queries + query) * a.heads + head) * a.size;
     const float factor = total == 0 ? 0 : 1 / total;
     for (int d = lane; d < a.size; d += 32) {
         float sum = 0;
-        for (int p = 0; p < a.parts; ++p) {
+        for (int p = first; p < last; ++p) {
+            if (parts[p * width + a.size + 1] == 0) continue;
             sum += parts[p * width + d] * fast_exp2(parts[p * width + a.size] - shift);
         }
-        out[d] = from_float<T>(sum * factor);
+        out[d] = from_float<Out>(sum * factor);
     }
-    if (lane == 0) a.statistics[(batch * a.heads + head) * a.queries + query] = {most, total};
+    if (a.statistics && lane == 0)
+        a.statistics[(batch * a.heads + head) * a.queries + query] = {most, total};
 }
 
 }  // namespace mllama::cuda

@@ -20,7 +20,7 @@ struct Masks {
     Mask<bool> key_mask;
     Mask<float> key_bias;
     Mask<int64_t> query_offset, prefix_length, first_key;
-    bool prefix_per_query;
+    bool prefix_per_query, first_key_per_query;
     bool causal;
     int64_t window;  // 0 = none
 };
@@ -41,6 +41,7 @@ struct AttentionForward : Attention {
     void* out;                       // [batch, queries, heads, size]
     kernels::Statistic* statistics;  // [batch, heads, queries]
     int parts;                       // of the keys
+    int part_keys;                   // of a part; 0: what is visible is shared out
     float* partial;                  // [groups, rows, parts, size + 2], unless there is one part
 };
 
@@ -55,6 +56,15 @@ struct AttentionBackward : Attention {
 // How many parts of the keys have blocks of their own. Depends on sizes alone, as bits do.
 int attention_parts(const Attention& args);
 void attention(const AttentionForward& args, Stream stream);
+
+// Few queries on a cache whose length is on the device: masks have it as the query_offset, and
+// `keys` are the cache's room. What a query gets does not depend on the others, nor on that room up
+// to kMostParts parts of kDecodePart keys. `out` is float32; there are no statistics. Quantized: k
+// and v are rows of quantized_rows.h, their strides in bytes, and q is float32.
+constexpr int kDecodePart = 256, kMostParts = 128;
+int decode_part_keys(int64_t keys);
+void attention_decode(const AttentionForward& args, bool quantized, Stream stream);
+
 void attention_backward(const AttentionBackward& args, Stream stream);
 
 }  // namespace mllama::cuda

@@ -8,6 +8,7 @@
 #include <climits>
 
 #include "kernels/cuda/attention_visible.cuh"
+#include "kernels/cuda/quantized_rows.cuh"
 
 namespace mllama::cuda {
 
@@ -128,16 +129,33 @@ struct FloatTiles {
 
 template <class T>
 struct KeyRows {  // of k or v, by key
+    static constexpr bool kInPlace = true;
     const T* base;
     int64_t stride;
-    MLLAMA_DEVICE KeyRows(const kernels::Heads& t, int64_t batch, int kv_head)
+    MLLAMA_DEVICE KeyRows(const kernels::Heads& t, int64_t batch, int kv_head, int = 0)
         : base(static_cast<const T*>(t.data) + batch * t.batch + kv_head * t.head),
           stride(t.length) {}
     MLLAMA_DEVICE const T* operator()(int key) const { return base + key * stride; }
 };
 
+// Codes, and scales behind them.
+struct QuantizedKeyRows {
+    static constexpr bool kInPlace = false;
+    struct Row {
+        const int8_t* codes;
+        int size;
+        MLLAMA_DEVICE float operator[](int d) const { return dequantized(codes, size, d); }
+    };
+    KeyRows<int8_t> rows;
+    int size;
+    MLLAMA_DEVICE QuantizedKeyRows(const kernels::Heads& t, int64_t batch, int kv_head, int size)
+        : rows(t, batch, kv_head, size), size(size) {}
+    MLLAMA_DEVICE Row operator()(int key) const { return {rows(key), size}; }
+};
+
 template <class T>
 struct QueryRows {  // of q or grad_out, by row of the group
+    static constexpr bool kInPlace = true;
     const T* base;
     int64_t query_stride, head_stride;
     int group_size;
@@ -159,19 +177,21 @@ MLLAMA_DEVICE void fetch(typename Tiles::Element* tile, const Rows& rows, int fi
                          int size, bool aligned) {
     using T = typename Tiles::Element;
     constexpr int kPiece = kVector<T>, kPieces = Tiles::kSize / kPiece;
-    if (aligned) {
-        for (int i = threadIdx.x; i < kRows * kPieces; i += kThreads) {
-            int row = i / kPieces, d = i % kPieces * kPiece;
-            bool valid = first + row < last && d < size;
-            copy_async(tile + row * Tiles::kStride + d, valid ? rows(first + row) + d : rows.base,
-                       valid);
+    if constexpr (Rows::kInPlace) {
+        if (aligned) {
+            for (int i = threadIdx.x; i < kRows * kPieces; i += kThreads) {
+                int row = i / kPieces, d = i % kPieces * kPiece;
+                bool valid = first + row < last && d < size;
+                copy_async(tile + row * Tiles::kStride + d,
+                           valid ? rows(first + row) + d : rows.base, valid);
+            }
+            return;
         }
-    } else {
-        for (int i = threadIdx.x; i < kRows * Tiles::kSize; i += kThreads) {
-            int row = i / Tiles::kSize, d = i % Tiles::kSize;
-            bool valid = first + row < last && d < size;
-            tile[row * Tiles::kStride + d] = valid ? rows(first + row)[d] : T{};
-        }
+    }
+    for (int i = threadIdx.x; i < kRows * Tiles::kSize; i += kThreads) {
+        int row = i / Tiles::kSize, d = i % Tiles::kSize;
+        bool valid = first + row < last && d < size;
+        tile[row * Tiles::kStride + d] = valid ? rows(first + row)[d] : T{};
     }
 }
 

@@ -42,7 +42,10 @@ MLLAMA_DEVICE KeyRange visible_keys(const Attention& a, int64_t b, int t) {
             if (position < prefix) first = 0, last = prefix;
         }
     }
-    if (m.first_key.data) first = larger(first, m.first_key.data[b * m.first_key.stride + t]);
+    if (m.first_key.data) {
+        int64_t query = m.first_key_per_query ? t : 0;
+        first = larger(first, m.first_key.data[b * m.first_key.stride + query]);
+    }
     first = larger<int64_t>(first, 0);
     last = smaller<int64_t>(last, a.keys);
     if (first >= last) return {a.keys, 0};

@@ -11,14 +11,22 @@ unsigned parts(int64_t size, int64_t part) {
     return static_cast<unsigned>((size + part - 1) / part);
 }
 
+// Products of one format with the same x.
 template <class Half>
-void launch_few(const PackedLinear& a, Stream stream) {
+void launch_few(const PackedLinear* products, int count, Stream stream) {
+    const PackedLinear& a = *products;
     int64_t bytes = kernels::block_bytes(a.packing, a.in);
+    unsigned blocks = parts(a.out, kLanes);
+    OtherProducts others{.count = count - 1, .at = {}};
+    for (int i = 0; i < others.count; ++i) {
+        const PackedLinear& other = products[i + 1];
+        others.at[i] = {other.weight, other.bias, other.y, other.out};
+        blocks += parts(other.out, kLanes);
+    }
     dispatch(a.dtype, [&](auto t) {
         auto run = [&](auto rows) {
             launch("multiply_few", &multiply_few<Half, decltype(t), rows>,
-                   dim3(parts(a.out, kLanes), parts(a.rows, rows)), 32 * kFewWarps, 0, stream, a,
-                   bytes);
+                   dim3(blocks, parts(a.rows, rows)), 32 * kFewWarps, 0, stream, a, others, bytes);
         };
         if (a.rows == 1) return run(std::integral_constant<int, 1>{});
         run(std::integral_constant<int, 4>{});
@@ -39,6 +47,16 @@ bool are_tiles(const PackedLinear& a) {
     return same && a.in % 8 == 0 && are_aligned(a.x);
 }
 
+void launch_few(const PackedLinear* products, int count, Stream stream) {
+    dispatch_codes(products->packing,
+                   [&](auto p) { launch_few<CodeHalf<p>>(products, count, stream); });
+    dispatch_floats(products->packing, [&](auto w) {
+        dispatch(products->dtype, [&](auto t) {
+            launch_few<FloatHalf<decltype(w), decltype(t)>>(products, count, stream);
+        });
+    });
+}
+
 }  // namespace
 
 void quantize_activations(const PackedLinear& a, Stream stream) {
@@ -51,11 +69,10 @@ void quantize_activations(const PackedLinear& a, Stream stream) {
 }
 
 void packed_linear(const PackedLinear& a, Stream stream) {
-    bool many = a.rows >= kManyRows && architecture() >= 80;
+    if (a.rows < kManyRows || architecture() < 80) return launch_few(&a, 1, stream);
     dispatch_codes(a.packing, [&](auto p) {
         int64_t stride = chunk_count(a.in) * kChunkInputs;
         const auto* codes = reinterpret_cast<const char*>(a.activations.codes);
-        if (!many) return launch_few<CodeHalf<p>>(a, stream);
         dispatch(a.dtype, [&](auto t) {
             launch_many<CodeSteps<p>, decltype(t)>(a, {codes, stride, stride}, stream);
         });
@@ -64,12 +81,21 @@ void packed_linear(const PackedLinear& a, Stream stream) {
         using W = decltype(w);
         if constexpr (sizeof(W) == 2) {
             int64_t stride = a.in * 2;
-            if (many && are_tiles(a))
+            if (are_tiles(a))
                 return launch_many<FloatSteps<W>, W>(
                     a, {static_cast<const char*>(a.x), stride, stride}, stream);
         }
-        dispatch(a.dtype, [&](auto t) { launch_few<FloatHalf<W, decltype(t)>>(a, stream); });
+        launch_few(&a, 1, stream);
     });
+}
+
+void packed_linears(const PackedLinear* products, int count, Stream stream) {
+    for (int i = 0, alike; i < count; i += alike) {
+        for (alike = 1; i + alike < count; ++alike) {
+            if (products[i + alike].packing != products[i].packing) break;
+        }
+        launch_few(products + i, alike, stream);
+    }
 }
 
 void unpack_weight(const kernels::PackWeight& a, const int64_t* rows, int64_t count,

@@ -125,15 +125,42 @@ struct FloatHalf {
     float weights[kInputs];
 };
 
+// Layers after the first, whose blocks of weights follow its own.
+struct OtherProducts {
+    int count;
+    struct {
+        const uint8_t* weight;
+        const float* bias;
+        void* y;
+        int64_t out;
+    } at[kMostProducts - 1];
+};
+
+// Makes `a` the layer that a block of weights, counted through all of them, belongs to; returns
+// which of its blocks it is.
+MLLAMA_DEVICE int64_t find_product(PackedLinear& a, const OtherProducts& others, int64_t block) {
+    MLLAMA_UNROLL for (int i = 0; i < kMostProducts - 1; ++i) {
+        int64_t own = (a.out + kLanes - 1) / kLanes;
+        if (i >= others.count || block < own) continue;
+        block -= own;
+        a.weight = others.at[i].weight;
+        a.bias = others.at[i].bias;
+        a.y = others.at[i].y;
+        a.out = others.at[i].out;
+    }
+    return block;
+}
+
 // R rows of x from blockIdx.y * R on, for the block of weights blockIdx.x.
 template <class Half, class T, int R>
 __global__ void __launch_bounds__(32 * kFewWarps, kBlocks)
-    multiply_few(PackedLinear a, int64_t bytes) {
+    multiply_few(PackedLinear a, OtherProducts others, int64_t bytes) {
     using Parts = Array<float, kFewWarps * R * kLanes>;
     MLLAMA_SHARED(Parts, parts);
+    const int64_t index = find_product(a, others, blockIdx.x);
     int warp = threadIdx.x / 32, row = threadIdx.x % kLanes, half = threadIdx.x % 32 / kLanes;
     int64_t first = int64_t{blockIdx.y} * R, groups = (a.in + kGroup - 1) / kGroup;
-    const uint8_t* block = a.weight + blockIdx.x * bytes;
+    const uint8_t* block = a.weight + index * bytes;
     float sums[R] = {};
     for (int64_t g = warp; g < groups; g += kFewWarps) {
         Half weights(block, g, row, half);
@@ -149,7 +176,7 @@ __global__ void __launch_bounds__(32 * kFewWarps, kBlocks)
     for (int i = threadIdx.x; i < R * kLanes; i += 32 * kFewWarps) {
         float sum = 0;
         for (int w = 0; w < kFewWarps; ++w) sum += parts[w * R * kLanes + i];
-        store_result<T>(a, first + i / kLanes, int64_t{blockIdx.x} * kLanes + i % kLanes, sum);
+        store_result<T>(a, first + i / kLanes, index * kLanes + i % kLanes, sum);
     }
 }
 

@@ -36,6 +36,21 @@ MLLAMA_DEVICE int8_t nearest_code(float v) {
     return static_cast<int8_t>(static_cast<int>(rintf(v)));
 }
 
+// A warp writes a group of a row of `size` codes. A lane has an element; 0 behind the row's end.
+MLLAMA_DEVICE void store_group(int8_t* row, int64_t size, int64_t group, float v) {
+    int64_t column = group * kernels::kRowGroup + threadIdx.x % 32;
+    bf16 scale = from_float<bf16>(warp_largest_size(v) / 127.0f);
+    if (to_float(scale) < kSmallestScale) scale = bf16{0};
+    float inverse = to_float(scale) > 0 ? 1.0f / to_float(scale) : 0.0f;
+    if (column < size) row[column] = nearest_code(v * inverse);
+    if (threadIdx.x % 32 == 0) store_scale(row + size + group * sizeof(bf16), scale);
+}
+
+MLLAMA_DEVICE float dequantized(const int8_t* row, int64_t size, int64_t column) {
+    float scale = load_scale(row + size + column / kernels::kRowGroup * sizeof(bf16));
+    return static_cast<float>(row[column]) * scale;
+}
+
 // A warp has a group of kRowGroup elements, a lane one.
 template <class T>
 __global__ void __launch_bounds__(32 * kQuantizeWarps)
@@ -46,12 +61,7 @@ __global__ void __launch_bounds__(32 * kQuantizeWarps)
         int64_t row = i / groups, group = i - row * groups;
         int64_t column = group * kernels::kRowGroup + threadIdx.x % 32;
         float v = column < size ? to_float(x[row * size + column]) : 0.0f;
-        bf16 scale = from_float<bf16>(warp_largest_size(v) / 127.0f);
-        if (to_float(scale) < kSmallestScale) scale = bf16{0};
-        float inverse = to_float(scale) > 0 ? 1.0f / to_float(scale) : 0.0f;
-        int8_t* to = codes + row * row_bytes;
-        if (column < size) to[column] = nearest_code(v * inverse);
-        if (threadIdx.x % 32 == 0) store_scale(to + size + group * sizeof(bf16), scale);
+        store_group(codes + row * row_bytes, size, group, v);
     }
 }
 
@@ -62,9 +72,7 @@ __global__ void __launch_bounds__(32 * kQuantizeWarps)
     int64_t i = int64_t{blockIdx.x} * kThreads + threadIdx.x;
     for (; i < rows * size; i += int64_t{gridDim.x} * kThreads) {
         int64_t row = i / size, column = i - row * size;
-        const int8_t* from = codes + row * row_bytes;
-        float scale = load_scale(from + size + column / kernels::kRowGroup * sizeof(bf16));
-        x[i] = from_float<T>(static_cast<float>(from[column]) * scale);
+        x[i] = from_float<T>(dequantized(codes + row * row_bytes, size, column));
     }
 }
 

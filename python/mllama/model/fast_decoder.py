@@ -15,6 +15,8 @@ from mllama.fusion.cross_attention import CrossAttentionDecoderLayer
 from mllama.nn.adapted import AdaptedLinear, LowRank, count_changes
 from mllama.nn.cache import Cache
 from mllama.nn.packed import PackedLinear
+from mllama.ops._dispatch import use_kernel
+from mllama.ops.decode import decode_step
 from mllama.ops.packed_layout import PACKINGS
 from mllama.text.decoder import count_positions
 
@@ -81,14 +83,14 @@ class FastDecoder:
         else:
             visible = cross.visible if cross.visible is None else cross.visible.flatten()
             key_mask = cross.segments[0].key_mask if cross.segments else None
-        hidden = torch.ops.mllama.decode_step(
+        hidden = decode_step(
             self._handle,
             # It is overwritten.
             prepared.embeds.to(torch.float32, copy=True, memory_format=torch.contiguous_format),
             positions.expand(B, T).long().contiguous(),
             keys,
             values,
-            length,
+            torch.full((1,), length, dtype=torch.int64, device=positions.device),
             None if mask is None else (mask == 0).sum(1),
             image_keys,
             key_mask,
@@ -153,8 +155,12 @@ def find_obstacle(decoder: nn.Module) -> str | None:
             [_update(linear) for linear in group]
         except ValueError as error:
             return str(error)
-    if (device := decoder.norm.weight.device).type != "cpu":
-        return f"it is on {device}"
+    parts = nn.ModuleList([decoder.layers, decoder.norm])
+    devices = {tensor.device for tensor in (*parts.parameters(), *parts.buffers())}
+    if len(devices) > 1:
+        return f"it is on several devices: {', '.join(sorted(map(str, devices)))}"
+    if not use_kernel("decode", decoder.norm.weight):
+        return f"there is no kernel for {decoder.norm.weight.device}"
     if any(_is_watched(module) for module in decoder.modules()):
         return "a module of it has a hook, or another forward than its class"
     return None
@@ -215,7 +221,8 @@ def _describe(decoder: nn.Module) -> tuple[list[torch.Tensor], list[int], list[f
         len(decoder.rotary),
     ]
     numbers = [spec.rms_norm_eps, spec.norm_offset]
-    tensors += [_floats(rotary.frequencies) for rotary in decoder.rotary]
+    device = decoder.norm.weight.device
+    tensors += [_floats(rotary.frequencies.to(device)) for rotary in decoder.rotary]
     for layer, own, rope in zip(decoder.layers, spec.layers, decoder.rope_of_layer, strict=True):
         sizes += [own.attention == "cross", rope, own.window or 0]
         numbers += [spec.head_dim**-0.5 if own.scale is None else own.scale, own.softcap or 0.0]

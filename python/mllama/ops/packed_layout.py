@@ -92,7 +92,9 @@ def unpack(packed: torch.Tensor, out_features: int, in_features: int, packing: s
         w = _lanes_outside(values, 2 if packing == "bf16" else 1).float()
     else:
         header, scales, codes = split(packed, out_features, in_features, packing)
-        header = [value[:, :, torch.arange(groups) // size.span] for value in header]
+        header = [
+            value[:, :, torch.arange(groups, device=packed.device) // size.span] for value in header
+        ]
         w = _dequantize(packing, [x.float() for x in header], [x.float() for x in scales], codes)
     return w.flatten(2).flatten(0, 1)[:out_features, :in_features]
 

@@ -18,13 +18,15 @@ from mllama.ops._dispatch import (
     register,
     use_kernel,
 )
-from mllama.ops.packed_layout import PACKINGS, pack, packed_bytes, split_groups, unpack
+from mllama.ops.packed_layout import LANES, PACKINGS, pack, packed_bytes, split_groups, unpack
 
 
 def quick_gelu(x: torch.Tensor) -> torch.Tensor:
     """x * sigmoid(1.702 x), CLIP's activation."""
     return x * torch.sigmoid(1.702 * x)
 
+
+_VALUES_AT_ONCE = 2**24  # of a weight that is packed in plain torch
 
 # In the order of LinearActivation of packed_linear.h, from 1 on; by the names that configs use.
 PACKED_ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
@@ -56,6 +58,12 @@ def pack_weight(weight: torch.Tensor, packing: str) -> torch.Tensor:
     if use_kernel("pack_weight", weight):
         return _pack_weight(weight, PACKINGS[packing].number)
     _check_pack(weight, 0)
+    # Fits take a dozen float32 copies of what is packed at a time.
+    rows = max(_VALUES_AT_ONCE // max(weight.shape[1], 1) // LANES, 1) * LANES
+    return torch.cat([_pack_rows(part, packing) for part in weight.split(rows)])
+
+
+def _pack_rows(weight: torch.Tensor, packing: str) -> torch.Tensor:
     packed = pack(weight, packing)
     out_features, in_features = weight.shape
     if not unpack(packed, out_features, in_features, packing).isfinite().all():
