@@ -58,7 +58,8 @@ def select_token(
     try:
         tokens = select_token_async(logits, uniform, present, **options)
     except ValueError:
-        _check_distribution(logits, uniform)
+        if logits.is_cpu:
+            _check_distribution(logits, uniform)
         raise
     if uniform is not None and not logits.is_cpu and (tokens < 0).any():
         _check_distribution(logits, uniform)
