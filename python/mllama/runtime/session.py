@@ -14,10 +14,11 @@ from mllama.nn.kv_cache import CACHE_DTYPES
 from mllama.runtime.checks import check_count, check_padding, check_room
 from mllama.runtime.completion import Generation, Row
 from mllama.runtime.decode_graph import DecodeGraph
-from mllama.runtime.drafts import Passes, make_drafter
+from mllama.runtime.drafts import make_drafter
 from mllama.runtime.fingerprint import structure
 from mllama.runtime.image_cache import ImageCache
 from mllama.runtime.images import IMAGE_INPUTS
+from mllama.runtime.passes import Passes
 from mllama.runtime.prefill import PromptCache
 from mllama.runtime.progress import DECODE, Progress, Stages, check_progress
 from mllama.runtime.sampler import NEUTRAL, Sampler, Sampling
