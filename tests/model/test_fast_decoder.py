@@ -10,7 +10,7 @@ from transformers import DynamicCache
 
 import tiny
 from helpers import counted_steps, decoded, instruction_set, instruction_sets, needs_kernels
-from mllama.model.fast_decoder import FastDecoder
+from mllama.model.fast_decoder import FastDecoder, find_obstacle
 from mllama.nn.packed import PackedLinear
 from mllama.ops import pack_weight
 from mllama.ops.decode import decode_step
@@ -159,6 +159,13 @@ def test_a_model_that_is_not_packed_runs_by_its_layers():
     decoded(pairs.pair("llama").ours, pairs.pair("llama").inputs(), False)
     with pytest.raises(ValueError, match="decoder"):
         FastDecoder(pairs.pair("llama").ours.language_model)
+
+
+def test_devices_without_a_kernel():
+    model = optimize(copy.deepcopy(pairs.pair("llama").ours), "f32")
+    model.language_model.layers[1].to("meta")
+    assert "cpu, meta" in find_obstacle(model.language_model)
+    assert "meta" in find_obstacle(model.to("meta").language_model)
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,7 @@ import torch
 
 from helpers import BadCall, Sample, check_op, instruction_set, instruction_sets, needs_kernels
 from mllama import _ext
-from mllama.ops import pack_weight, packed_linear, unpack_weight
+from mllama.ops import _dispatch, pack_weight, packed_linear, unpack_weight
 from mllama.ops.packed_layout import PACKINGS, pack, packed_bytes, unpack
 from mllama.ops.packed_linear import PACKED_ACTIVATIONS, reference
 
@@ -49,6 +49,17 @@ def check_packing(w, packing):
     assert torch.equal(unpack_weight(packed, *w.shape, packing, rows=rows), dense[rows])
     halves = unpack_weight(packed, *w.shape, packing, dtype=torch.bfloat16)
     assert torch.equal(halves, dense.bfloat16())
+
+
+@pytest.mark.parametrize("packing", PACKINGS)
+def test_packing_without_a_kernel_takes_a_few_rows_at_a_time(packing, monkeypatch):
+    monkeypatch.setattr(_dispatch, "_EXTENSION", None)
+    monkeypatch.setitem(pack_weight.__globals__, "_VALUES_AT_ONCE", 40 * 20)
+    w = weight(50, 40)
+    assert torch.equal(pack_weight(w, packing), pack(w, packing))
+    w[49, 3] = torch.inf
+    with pytest.raises(ValueError, match="weight has values"):
+        pack_weight(w, packing)
 
 
 def sample(packing, out, width, lead, bias=True, activation=None):

@@ -65,7 +65,8 @@ def pack_weight(weight: torch.Tensor, packing: str) -> torch.Tensor:
 
 def _pack_rows(weight: torch.Tensor, packing: str) -> torch.Tensor:
     packed = pack(weight, packing)
-    if not unpack(packed, *weight.shape, packing).isfinite().all():
+    out_features, in_features = weight.shape
+    if not unpack(packed, out_features, in_features, packing).isfinite().all():
         raise ValueError(f"pack_weight: weight has values that {packing} cannot hold")
     return packed
 
