@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_flatten
 import devices
 import mllama
 from mllama.model.offload import device_of_each, offload
-from mllama.nn.offload import LayerOffload
+from mllama.nn.offload import LayerOffload, _Layer
 from mllama.runtime.session import Session
 from tiny import pairs
 
@@ -52,10 +52,10 @@ class LateStreams(TorchDispatchMode):
         self._on_host.add(_place(pinned))
         return pinned
 
-    def start_copy(self, target: torch.Tensor, source: torch.Tensor, after: Event | None) -> Event:
+    def start_copy(self, target: torch.Tensor, source: torch.Tensor, after: Event) -> Event:
         self.copies += 1
         used = self._used.get(_place(target), 0)
-        assert used <= (0 if after is None else after.time), "a buffer is overwritten while in use"
+        assert used <= after.time, "a buffer is overwritten while in use"
         event = Event(self._time, lambda: target.copy_(source))
         self._pending[_place(target)] = event
         if not self._late:
@@ -223,24 +223,23 @@ def test_buffers_are_two_layers():
     assert not any(layer.weight.requires_grad for layer in layers)
 
 
-def test_the_double_sees_what_goes_wrong(monkeypatch):
-    layers = [torch.nn.Linear(8, 8) for _ in range(4)]
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [("wait", "before its copy"), ("mark", "while in use"), ("enter", "on the host")],
+)
+def test_the_double_sees_what_goes_wrong(name, text, monkeypatch):
+    layers, streams = [torch.nn.Linear(8, 8) for _ in range(4)], LateStreams(True)
+    broken = {
+        "wait": (streams, lambda event: None),
+        "mark": (streams, lambda: Event(0)),
+        "enter": (_Layer, lambda self, memory: None),
+    }
+    offload_all(layers, streams)
+    owner, instead = broken[name]
+    monkeypatch.setattr(owner, name, instead)
     x = torch.randn(2, 8)
-    for name, text in (
-        ("wait", "before its copy"),
-        ("mark", "while in use"),
-        ("enter", "on the host"),
-    ):
-        own = [torch.nn.Linear(8, 8) for _ in layers]
-        streams = LateStreams(True)
-        with monkeypatch.context() as patch, streams, torch.no_grad():
-            offload_all(own, streams)
-            if name == "enter":
-                patch.setattr("mllama.nn.offload._Layer.enter", lambda self, memory: None)
-            else:
-                patch.setattr(streams, name, lambda *event: None)
-            with pytest.raises(AssertionError, match=text):
-                run(own, run(own, x))
+    with streams, torch.no_grad(), pytest.raises(AssertionError, match=text):
+        run(layers, run(layers, x))
 
 
 def test_gradients_are_refused():

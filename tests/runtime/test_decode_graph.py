@@ -1,6 +1,7 @@
 """Captured passes against passes that run one operator after the other."""
 
 import copy
+import itertools
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from helpers import needs_kernels
 from mllama.quant.packer import optimize
 from mllama.runtime import decode_graph
 from mllama.runtime.session import Session
-from step_graphs import captured_passes
+from step_graphs import RecordedGraph, captured_passes
 from tiny import pairs
 
 LENGTH = 8
@@ -211,6 +212,17 @@ def test_logits_that_are_no_distribution(monkeypatch):
             tokens(session, inputs, temperature=1.0, seed=1)
         monkeypatch.undo()
     assert tokens(session, inputs) == tokens(Session(model), inputs)
+
+
+def test_the_double_refuses_what_a_graph_would_not_do():
+    x, numbers = torch.zeros(4), itertools.count()
+    places = itertools.cycle([torch.ones(4), torch.ones(4)])
+    for run in (lambda: x.add_(next(numbers)), lambda: x.add_(next(places))):
+        graph = RecordedGraph(run, x.device)
+        with pytest.raises(AssertionError):
+            graph.replay()
+    with pytest.raises(AssertionError, match="on the host"):
+        RecordedGraph(lambda: x.add_(x[0].item()), x.device)
 
 
 def test_on_a_cpu_nothing_is_captured():

@@ -20,9 +20,7 @@ class Streams(Protocol):
         """A copy on the host, in memory that the device reads by itself."""
 
     def start_copy(self, target: torch.Tensor, source: torch.Tensor, after: Any) -> Any:
-        """Copy on the second stream, not before the event `after`, if there is one. Returns the
-        event of its end.
-        """
+        """Copy on the second stream, not before the event `after`. Returns the event of its end."""
 
     def wait(self, event: Any) -> None:
         """Let what is computed from now on wait for an event."""
@@ -41,12 +39,12 @@ class CudaStreams:
         return x.detach().cpu().pin_memory()
 
     def start_copy(
-        self, target: torch.Tensor, source: torch.Tensor, after: torch.cuda.Event | None
+        self, target: torch.Tensor, source: torch.Tensor, after: torch.cuda.Event
     ) -> torch.cuda.Event:
         with torch.cuda.stream(self._copying):
-            if after is not None:
-                self._copying.wait_event(after)
+            self._copying.wait_event(after)
             target.copy_(source, non_blocking=True)
+            target.record_stream(self._copying)  # not free before, where the model is dropped
             return self._copying.record_event()
 
     def wait(self, event: torch.cuda.Event) -> None:
@@ -62,14 +60,14 @@ class _Buffer:
     Attributes:
         layer: the index of the layer that is in it, or on its way; None at first.
         arrived: the event after which it is in it.
-        free: the event after which its last use is over.
+        free: the event after which its last use is over, also by who had the memory before.
     """
 
-    def __init__(self, size: int, device: torch.device):
+    def __init__(self, size: int, device: torch.device, streams: Streams):
         self.memory = torch.empty(size, dtype=torch.uint8, device=device)
         self.layer: int | None = None
         self.arrived: Any = None
-        self.free: Any = None
+        self.free = streams.mark()
 
 
 class _Layer:
@@ -144,7 +142,7 @@ class LayerOffload:
         self._streams = streams
         self._layers = [_Layer(module.requires_grad_(False), kept, streams) for module in layers]
         size = max(len(layer.weights) for layer in self._layers)
-        self._buffers = [_Buffer(size, device) for _ in range(min(2, len(layers)))]
+        self._buffers = [_Buffer(size, device, streams) for _ in range(min(2, len(layers)))]
         self._lock = threading.Lock()  # of the layer that computes
         self._owner = 0  # its thread
         self._inside: int | None = None  # its index
