@@ -11,12 +11,12 @@ import torch
 
 from mllama.assets import EMBEDDED
 from mllama.checkpoints import open_checkpoint
-from mllama.checkpoints.opened import Opened
-from mllama.device import choose_dtype, dtype_name, dtype_named
+from mllama.device import dtype_name, dtype_named
 from mllama.lora.loading import load_lora
 from mllama.lora.peft import CONFIG as ADAPTER_CONFIG
 from mllama.lora.peft import adapted_model
 from mllama.lora.state import merge_and_unload
+from mllama.model.offload import check_gpu_layers, offload
 from mllama.processing.auto import load_preprocessor, processor_of
 from mllama.quant.packer import AUTO, choose_weights, optimize, packing_of
 from mllama.runtime.image_cache import ImageCache
@@ -53,6 +53,7 @@ def load(
     reference: str = "meta",
     adapter: str | os.PathLike | None = None,
     weights: str | None = None,
+    gpu_layers: int | None = None,
 ) -> "tuple[MllamaForConditionalGeneration | Any, Any]":
     """Load a model of any family and its processor. Prints what was chosen to stderr, once.
 
@@ -70,11 +71,15 @@ def load(
         reference: which implementation of Llama-3.2-Vision to follow, "meta" or "hf". Other
             families ignore it.
         adapter: LoRA adapters to load into the model, as `mllama.load_lora` accepts them.
-        weights: pack the weights for inference on a CPU: a format of `mllama.optimize`; "file", the
-            file's own types, such as GGUF's blocks; "auto", "file" with float32 as dtype, where
-            the model can be packed; or "none". Adapters are merged first, which "file" does not
-            allow. Default: as a folder of packed weights (`mllama quantize`) says, else not packed,
-            so that the model can be trained and saved.
+        weights: pack the weights for inference: a format of `mllama.optimize`; "file", the file's
+            own types, such as GGUF's blocks; "auto", "file" with float32 as dtype, where the model
+            can be packed and is on the CPU; or "none". Adapters are merged first, which "file" does
+            not allow. Default: as a folder of packed weights (`mllama quantize`) says, else not
+            packed, so that the model can be trained and saved.
+        gpu_layers: for a model that does not fit a GPU: how many of the decoder's first layers have
+            their weights there. Those of the others stay in the host's memory and are copied, two
+            layers at a time, while the layer before computes, in every pass. For inference.
+            Default: all.
 
     Returns:
         (model, processor). The model is in eval mode: MllamaForConditionalGeneration, or
@@ -86,9 +91,11 @@ def load(
         FileNotFoundError: the folder or model does not exist, or one of its files is missing.
         ValueError: path is empty; the dtype, device or reference is unknown or not available; the
             family is unknown or the files are broken; the adapters do not fit the model; weights
-            is unknown, or the device is not the CPU.
+            is unknown, or there are no kernels for it on the device; gpu_layers is negative, or
+            there is no CUDA device or no decoder.
     """
-    model, processor = load_quietly(path, dtype, device, reference, adapter, weights)
+    both = load_quietly(path, dtype, device, reference, adapter, weights, None, gpu_layers)
+    model, processor = both
     say_loaded(path, model)
     return model, processor
 
@@ -101,6 +108,7 @@ def load_quietly(
     adapter: str | os.PathLike | None = None,
     weights: str | None = None,
     progress: Progress | None = None,
+    gpu_layers: int | None = None,
 ) -> "tuple[MllamaForConditionalGeneration | Any, Any]":
     """`load` without the line on stderr, which `say_loaded` writes."""
     from mllama.hf.checkpoints import load_opened
@@ -111,14 +119,16 @@ def load_quietly(
     with (opened := open_checkpoint(folder)).source:
         place = opened.choose_device(device)
         found: Any = model_class(opened.spec)
-        options: dict[str, Any] = {"progress": loading(progress)}
+        check_gpu_layers(gpu_layers, place, opened.spec.text is not None)
+        options: dict[str, Any] = {"progress": loading(progress), "gpu_layers": gpu_layers}
         if "reference" in found.load_options:
             options["reference"] = reference
-        dtype = resolve_dtype(opened, dtype, place)
+        dtype = opened.resolve_dtype(dtype, place)
         weights = choose_weights(weights, opened.packing, place, adapter is not None)
         packed = None if adapter is not None else weights
         model, _ = load_opened(found, opened, dtype, place, weights=packed, **options)
     _adapt(model, adapter, weights)
+    offload(model, gpu_layers, place)
     return model, processor_of(folder, load_processor)
 
 
@@ -131,14 +141,15 @@ def open_session(
     weights: str | None = AUTO,
     progress: Progress | None = None,
     draft_model: str | os.PathLike | None = None,
+    gpu_layers: int | None = None,
     **options: Any,
 ) -> "Session | GenerateSession":
     """Open a session: the core's own, or one on transformers' `generate` where the model's
     settings or its tokenizer need transformers.
 
     Args:
-        path, dtype, device, reference, adapter, weights: as `load` takes them, but packed where
-            that is possible by default.
+        path, dtype, device, reference, adapter, weights, gpu_layers: as `load` takes them, but
+            packed where that is possible by default.
         progress: as `Session` takes it; while loading, stage "load" counts parameters.
         draft_model: where a smaller model of text is, that guesses tokens as `Session` says; it is
             loaded with the same dtype, device and weights.
@@ -161,9 +172,11 @@ def open_session(
         if processor is not None:
             check_settings(where, settings)
             packed = None if own_adapter is not None else weights
-            loaded_as = dtype_named(resolve_dtype(opened, dtype, place))
-            model = load_core(opened, loaded_as, place, reference, packed, progress)
+            loaded_as = dtype_named(opened.resolve_dtype(dtype, place))
+            check_gpu_layers(gpu_layers, place, True)
+            model = load_core(opened, loaded_as, place, reference, packed, progress, gpu_layers)
             _adapt(model, own_adapter, weights)
+            offload(model, gpu_layers, place)
             if draft_model is not None:
                 draft = open_session(draft_model, dtype, device, weights=weights, progress=progress)
                 check_same_tokenizer(processor, draft.processor)
@@ -177,7 +190,7 @@ def open_session(
         )
     from mllama.hf.answering import GenerateSession
 
-    both = load_quietly(path, dtype, device, reference, adapter, weights, progress)
+    both = load_quietly(path, dtype, device, reference, adapter, weights, progress, gpu_layers)
     return GenerateSession(*both, progress)
 
 
@@ -218,18 +231,6 @@ def _find_adapted(
             "one of them"
         )
     return find_model(adapted_model(folder)), folder
-
-
-def resolve_dtype(
-    opened: Opened, dtype: str | torch.dtype, device: torch.device
-) -> str | torch.dtype:
-    """Resolve "auto" for a checkpoint and a device; any other dtype is returned unchanged."""
-    if not isinstance(dtype, str) or dtype != "auto":
-        return dtype
-    headers = opened.source.headers().values()
-    return choose_dtype(
-        device, sum(torch.Size(header.shape).numel() * header.dtype.itemsize for header in headers)
-    )
 
 
 def find_model(path: str | os.PathLike | None) -> Path:

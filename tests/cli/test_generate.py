@@ -158,6 +158,10 @@ def test_sizes_are_ids(run, monkeypatch):
             "--kv-cache needs --runtime mllama",
         ),
         (
+            ["--model-id", "LLAMA", "--prompt", "a", "--device", "cpu", "--gpu-layers", "1"],
+            "gpu_layers needs a CUDA device",
+        ),
+        (
             ["--model-id", "SIGLIP", "--prompt", "a", "--raw", "--runtime", "transformers"],
             "a SigLIP vision model has no decoder",
         ),

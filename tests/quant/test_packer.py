@@ -93,6 +93,9 @@ def test_tied_embeddings_are_packed_once():
     model = optimize(copy.deepcopy(pairs.pair("gemma").ours), "int8")
     assert model.spec.text.tie_word_embeddings
     assert model.lm_head.packed is model.get_input_embeddings().packed
+    model.to("meta")
+    assert model.lm_head.packed.is_meta
+    assert model.lm_head.packed is model.get_input_embeddings().packed
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma", "paligemma", "mllama"])

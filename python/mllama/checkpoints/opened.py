@@ -8,8 +8,9 @@ import torch
 
 from mllama.checkpoints.sources import Source
 from mllama.config.spec import ModelSpec
-from mllama.device import choose_device
+from mllama.device import choose_device, choose_dtype
 from mllama.families import family_of
+from mllama.ops._dispatch import has_kernel
 from mllama.weights.family import Config, Family
 from mllama.weights.rows import WeightMap
 
@@ -59,8 +60,20 @@ class Opened:
         return self.map_of(self.spec)
 
     def choose_device(self, device: torch.device | str) -> torch.device:
-        """`mllama.device.choose_device`; packed weights are for the CPU, which is their "auto"."""
-        return choose_device("cpu" if self.packing is not None and device == "auto" else device)
+        """`mllama.device.choose_device`; "auto" of packed weights is the CPU where this build has
+        no other kernels for them.
+        """
+        found = choose_device(device)
+        stays = device == "auto" and self.packing is not None
+        return torch.device("cpu") if stays and not has_kernel("packed_linear", found) else found
+
+    def resolve_dtype(self, dtype: str | torch.dtype, device: torch.device) -> str | torch.dtype:
+        """Resolve "auto" for a device; any other dtype is returned unchanged."""
+        if not isinstance(dtype, str) or dtype != "auto":
+            return dtype
+        headers = self.source.headers().values()
+        sizes = (torch.Size(one.shape).numel() * one.dtype.itemsize for one in headers)
+        return choose_dtype(device, sum(sizes))
 
     def with_config(self, config: Config) -> "Opened":
         """The same files with a changed config. Raises ValueError for an invalid one."""

@@ -60,6 +60,7 @@ def load_session(arguments: argparse.Namespace) -> Loaded:
             arguments.weights,
             status,
             arguments.draft_model,
+            arguments.gpu_layers,
             kv_cache=arguments.kv_cache,
             image_cache=_image_cache(arguments),
             prompt_lookup_tokens=arguments.prompt_lookup,

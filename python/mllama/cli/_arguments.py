@@ -37,6 +37,24 @@ def add_placed(
     which.add_argument("--model-id", "--model", dest=name, metavar="MODEL", help="the same")
 
 
+def add_drafts(parser: argparse.ArgumentParser) -> None:
+    """What guesses tokens."""
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument(
+        "--prompt-lookup",
+        type=number(int, 1, 15),  # runtime.drafts' MAX_DRAFTS
+        metavar="N",
+        help="guess up to N tokens for one pass, 1 to 15, where the last ones stood before in the "
+        "prompt or the answer: the same text in fewer passes if it repeats itself",
+    )
+    which.add_argument(
+        "--draft-model",
+        metavar="MODEL",
+        help="guess tokens by a smaller model of text with the same tokenizer: the same text in "
+        "fewer passes",
+    )
+
+
 def some_text(text: str) -> str:
     """A type of argument: a text that is not blank."""
     if not text.strip():

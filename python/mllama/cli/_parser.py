@@ -3,7 +3,7 @@
 import argparse
 
 from mllama import __version__
-from mllama.cli._arguments import Parser, add_command, add_placed, number, some_text
+from mllama.cli._arguments import Parser, add_command, add_drafts, add_placed, number, some_text
 
 SIZES = {
     "1B": "meta-llama/Llama-3.2-1B-Instruct",
@@ -162,7 +162,7 @@ def _add_quantize(commands) -> None:
     parser = add_command(
         commands,
         "quantize",
-        "write a model with packed weights, for a CPU, and report what that costs in accuracy",
+        "write a model with packed weights, and report what that costs in accuracy",
     )
     add_placed(
         parser,
@@ -311,9 +311,16 @@ def _add_device(parser: argparse.ArgumentParser):
         "--weights",
         choices=WEIGHTS,
         default="auto",
-        help="pack the weights, for a CPU: fewer bits, and more tokens per second; file: in the "
+        help="pack the weights: fewer bits, and more tokens per second; file: in the "
         "file's own types, such as GGUF's blocks; auto (default): the same, float32 in --dtype, "
         "where no adapter or other device forbids it; none: as tensors",
+    )
+    parser.add_argument(
+        "--gpu-layers",
+        type=number(int, 0),
+        metavar="N",
+        help="for a model that does not fit the GPU: keep the weights of the decoder's first N "
+        "layers there, the others' in the host's memory, from where every pass copies them",
     )
     parser.add_argument(
         "--kv-cache",
@@ -346,30 +353,13 @@ def _add_answering(parser: argparse.ArgumentParser, json: str) -> None:
         "--allow-urls", action="store_true", help="download images given as http(s) URLs"
     )
     _add_sampling(parser)
-    _add_drafts(parser)
+    add_drafts(parser)
     parser.add_argument(
         "--timings",
         action="store_true",
         help="print how long each stage of an answer took to stderr; with --json as its fields",
     )
     parser.add_argument("--json", action="store_true", help=json)
-
-
-def _add_drafts(parser: argparse.ArgumentParser) -> None:
-    which = parser.add_mutually_exclusive_group()
-    which.add_argument(
-        "--prompt-lookup",
-        type=number(int, 1, 15),  # runtime.drafts' MAX_DRAFTS
-        metavar="N",
-        help="guess up to N tokens for one pass, 1 to 15, where the last ones stood before in the "
-        "prompt or the answer: the same text in fewer passes if it repeats itself",
-    )
-    which.add_argument(
-        "--draft-model",
-        metavar="MODEL",
-        help="guess tokens by a smaller model of text with the same tokenizer: the same text in "
-        "fewer passes",
-    )
 
 
 def _add_sampling(parser: argparse.ArgumentParser) -> None:

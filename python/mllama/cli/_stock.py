@@ -3,7 +3,7 @@
 import argparse
 import time
 
-from mllama.api import check_answers, find_model, resolve_dtype
+from mllama.api import check_answers, find_model
 from mllama.checkpoints import open_checkpoint
 from mllama.cli._answering import Loaded, check_reference, sampling
 from mllama.cli._status import Status
@@ -22,7 +22,8 @@ def load_stock_session(arguments: argparse.Namespace) -> Loaded:
     Raises:
         ValueError: an option that is the package's alone.
     """
-    for name in ("adapter", "kv_cache", "image_cache", "prompt_lookup", "draft_model"):
+    own = ("adapter", "kv_cache", "image_cache", "prompt_lookup", "draft_model", "gpu_layers")
+    for name in own:
         if getattr(arguments, name) is not None:
             raise ValueError(f"--{name.replace('_', '-')} needs --runtime mllama")
     if arguments.weights not in ("auto", "none"):
@@ -39,7 +40,7 @@ def load_stock_session(arguments: argparse.Namespace) -> Loaded:
         model, report = survey_opened(opened)
         check_answers(model)
         report.check(opened.source.where)  # transformers would initialize what is missing
-        dtype = resolve_dtype(opened, arguments.dtype, device)
+        dtype = opened.resolve_dtype(arguments.dtype, device)
     start = time.perf_counter()
     with Status(streams=not arguments.json) as status:
         status(LOAD, 0, 0)

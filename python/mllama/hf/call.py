@@ -8,7 +8,7 @@ from transformers.modeling_outputs import ModelOutput
 
 from mllama.fusion.base import ModelInputs
 from mllama.hf.cache import TransformersCache, check_cache
-from mllama.text.decoder import check_mask, split_mask
+from mllama.text.checks import check_mask, split_mask
 from mllama.text.packing import find_sequences, go_back
 
 

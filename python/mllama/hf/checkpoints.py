@@ -22,6 +22,7 @@ from mllama.families import family_of
 from mllama.hf.config_objects import check_names, config_object, file_content, set_fields
 from mllama.hf.config_objects import compose as compose_object
 from mllama.hf.devices import Placement
+from mllama.model.offload import device_of_each
 from mllama.nn.wrappers import plain_key
 from mllama.quant.loading import lay_out_packed, packing
 from mllama.weights import stock_names
@@ -83,6 +84,7 @@ def load_opened(
     weights: str | None = None,
     mapped: bool = False,
     progress: Callable[[int, int], None] | None = None,
+    gpu_layers: int | None = None,
     **class_kwargs: Any,
 ) -> tuple[PreTrainedModel, Report]:
     """`load_model` for an opened checkpoint; also returns the loading report.
@@ -92,6 +94,8 @@ def load_opened(
         config: the model's config. Default: the files'.
         weights: as `load_model` takes it.
         mapped, progress: as `load_weights` takes them.
+        gpu_layers: as `mllama.load` takes it, with one device; the caller calls `offload` when the
+            model is complete.
     """
     dtype, placement = dtype_named(dtype), Placement(device)
     config = config_object(opened.config) if config is None else config
@@ -100,8 +104,11 @@ def load_opened(
     if opened.packing is not None:
         lay_out_packed(model, opened.source)
     placement.settle(model, dtype)
-    with packing(model, weights, device, opened.packing) as take:
-        report = fill(model, opened, dtype, placement.of, strict, take, mapped, progress)
+    device_of = placement.of
+    if gpu_layers is not None:
+        device_of = device_of_each(model, gpu_layers, placement.of("lm_head.weight"))
+    with packing(model, weights, device, opened.packing, device_of) as take:
+        report = fill(model, opened, dtype, device_of, strict, take, mapped, progress)
     model.tie_weights(recompute_mapping=False)
     model.config.dtype = dtype or report.dtype
     if opened.generation is not None and model.can_generate():

@@ -28,7 +28,7 @@ from mllama.hf.outputs import MllamaOutput, as_output
 from mllama.hf.pretrained import PretrainedMixin, own_config
 from mllama.model.model import VisionLanguageModel
 from mllama.nn.norm import RMSNorm
-from mllama.text.decoder import check_text
+from mllama.text.checks import check_text
 
 
 class MllamaForConditionalGeneration(

@@ -72,10 +72,12 @@ class FastDecoder:
         """
         if not self.is_current:
             raise ValueError("decoder: adapters changed, make another FastDecoder")
-        (B, T, _), length = prepared.embeds.shape, int(cache.length)
+        (B, T, _), length = prepared.embeds.shape, cache.length
         positions, mask = prepared.position_ids, prepared.padding_mask
         if positions is None:
             positions = count_positions(mask, T, length, prepared.embeds.device)
+        if not isinstance(length, torch.Tensor):
+            length = torch.full((1,), length, dtype=torch.int64, device=prepared.embeds.device)
         keys, values, image_keys = cache.reserve(T, self._cross)
         cross, visible, key_mask = prepared.cross, None, None
         if cross is None:
@@ -90,7 +92,7 @@ class FastDecoder:
             positions.expand(B, T).long().contiguous(),
             keys,
             values,
-            torch.full((1,), length, dtype=torch.int64, device=positions.device),
+            length,
             None if mask is None else (mask == 0).sum(1),
             image_keys,
             key_mask,

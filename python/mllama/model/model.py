@@ -18,7 +18,10 @@ from mllama.fusion.projector import make_pooling, make_projector
 from mllama.model.fast_decoder import MAX_ROWS, FastDecoder, find_obstacle, find_obstacle_of_pass
 from mllama.nn.activation import softcap
 from mllama.nn.loss import counted_loss
-from mllama.text.decoder import Decoder, DecoderOutput, check_mask, check_text, split_mask
+from mllama.nn.packed import PackedEmbedding
+from mllama.nn.static_cache import StaticCache
+from mllama.text.checks import check_mask, check_text, split_mask
+from mllama.text.decoder import Decoder, DecoderOutput
 from mllama.text.prefix import count_prefix
 
 _log = logging.getLogger(__name__)
@@ -161,15 +164,73 @@ class VisionLanguageModel(nn.Module):
         )
         return self._with_logits(output, decoded, inputs, prepared)
 
+    def _apply(self, fn, recurse=True):
+        """As torch's, which copies shared buffers one by one: a packed head still shares the
+        embeddings' matrix afterwards.
+        """
+        super()._apply(fn, recurse)
+        text, embeddings = self.spec.text, self.language_model.embed_tokens
+        if text.tie_word_embeddings and isinstance(embeddings, PackedEmbedding):
+            self.lm_head.packed = embeddings.packed
+        return self
+
     def read_again(self) -> None:
         """Before a prompt that continues a cache: read the modules for `decode_step` again, so that
         changes of weights and hooks are noticed.
         """
         self._fast = None
 
+    def start_decoding(self, inputs: ModelInputs) -> tuple[DecoderInputs, FastDecoder | None]:
+        """What `decode` takes, for all positions that follow a prompt, one per row and pass.
+
+        Args:
+            inputs: the first one's, whose cache has the prompt.
+
+        Raises:
+            TypeError, ValueError, IndexError: as `compute`.
+        """
+        self._check(inputs)
+        prepared = self.fusion.prepare(inputs, inputs.attention_mask, self._parts())
+        return prepared, self._choose_fast(inputs, prepared)
+
+    def decode(
+        self,
+        input_ids: torch.Tensor,
+        prepared: DecoderInputs,
+        fast: FastDecoder | None,
+        cache: StaticCache,
+    ) -> torch.Tensor:
+        """Append a position to every row. Nothing is checked, and the host waits for nothing, so
+        that the pass can be captured.
+
+        Args:
+            input_ids: int64 [B, 1].
+            prepared: as `start_decoding` returns it, with padding_mask bool [B, keys] and
+                position_ids int64 [B, 1]; its embeds are not read.
+            fast: as `start_decoding` returns it.
+            cache: its length moves, too.
+
+        Returns:
+            Logits [B, vocabulary].
+        """
+        prepared = replace(prepared, embeds=self.language_model.embed_tokens(input_ids))
+        if fast is not None:
+            states = fast(prepared, cache)
+        else:
+            states = self.language_model.decode(
+                prepared.embeds, prepared.position_ids, cache, prepared.padding_mask, prepared.cross
+            )
+            cache.advance(1)
+        return self.compute_logits(states[:, -1:])[:, -1]
+
     def _decode_step(self, inputs: ModelInputs, prepared: DecoderInputs) -> DecoderOutput | None:
-        """A few new positions after others by `decode_step`, if the decoder is packed and nothing
-        forbids it. Other passes drop what was read of the modules, as `read_again` does.
+        """A few new positions after others by `decode_step`, if it can run them."""
+        fast = self._choose_fast(inputs, prepared)
+        return None if fast is None else DecoderOutput(fast(prepared, inputs.cache))
+
+    def _choose_fast(self, inputs: ModelInputs, prepared: DecoderInputs) -> FastDecoder | None:
+        """The decoder for `decode_step`, if this one is packed and nothing forbids to run a pass by
+        it. Other passes drop what was read of the modules, as `read_again` does.
         """
         if self.training or torch.compiler.is_compiling():
             return None
@@ -186,7 +247,7 @@ class VisionLanguageModel(nn.Module):
         if obstacle is not None:
             _log.debug("a pass runs layer by layer, not by decode_step: %s", obstacle)
             return None
-        return DecoderOutput(fast(prepared, inputs.cache))  # type: ignore[operator]
+        return fast  # type: ignore[return-value]
 
     def _check(self, inputs: ModelInputs) -> None:
         """Refuse text of another kind, and arguments that this model would not read."""

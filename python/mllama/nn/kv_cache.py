@@ -37,7 +37,7 @@ class _Buffer:
                 "k and v must be [batch, tokens, kv_heads, head_dim], "
                 f"got {list(k.shape)} and {list(v.shape)}"
             )
-        new_k, new_v = self._stored(k), self._stored(v)
+        new_k, new_v = as_stored(k, self.dtype), as_stored(v, self.dtype)
         alike = _is_alike(self.keys, new_k) and _is_alike(self.values, new_v)
         if self.length and not alike:
             raise ValueError(
@@ -63,18 +63,8 @@ class _Buffer:
         """All keys and values, [B, S, kv_heads, head_dim], of the head_dim and dtype of k and v:
         views if they are stored so, else copies.
         """
-        return self._loaded(self.keys, k), self._loaded(self.values, v)
-
-    def _stored(self, x: torch.Tensor) -> torch.Tensor:
-        if self.dtype is None:
-            return x
-        return quantize_rows(x) if self.dtype == torch.int8 else x.to(self.dtype)
-
-    def _loaded(self, buffer: torch.Tensor | None, like: torch.Tensor) -> torch.Tensor:
-        rows = buffer[:, :, : self.length]  # type: ignore[index]
-        if self.dtype == torch.int8:
-            rows = dequantize_rows(rows, like.shape[-1], like.dtype)
-        return rows.to(like.dtype).transpose(1, 2)
+        keys, values = (x[:, :, : self.length] for x in (self.keys, self.values))  # type: ignore[index]
+        return as_loaded(keys, k), as_loaded(values, v)
 
     @property
     def batch(self) -> int:
@@ -94,6 +84,22 @@ class _Buffer:
         if old is not None:
             self.keys[:, :, : self.length] = old[0][:, :, : self.length]  # type: ignore[index]
             self.values[:, :, : self.length] = old[1][:, :, : self.length]  # type: ignore[index]
+
+
+def as_stored(x: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
+    """Keys or values [..., head_dim] as buffers of a dtype have them; None: as they are."""
+    if dtype is None:
+        return x
+    return quantize_rows(x) if dtype == torch.int8 else x.to(dtype)
+
+
+def as_loaded(rows: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """A buffer's [B, kv_heads, S, ...] -> [B, S, kv_heads, head_dim], of the head_dim and dtype of
+    `like`: a view if it is stored so.
+    """
+    if rows.dtype == torch.int8:
+        rows = dequantize_rows(rows, like.shape[-1], like.dtype)
+    return rows.to(like.dtype).transpose(1, 2)
 
 
 def _is_alike(buffer: torch.Tensor | None, new: torch.Tensor) -> bool:
@@ -134,6 +140,7 @@ class KVCache:
             bits a value with a scale for 32 values of a head. Default: the activations' dtype.
 
     Attributes:
+        capacity, dtype: see the arguments; capacity may be changed.
         num_prefix_tokens: number of visual tokens before the text, included in `length`.
         tile_mask: bool [images * tiles] on the CPU: the tiles with keys in the cross-attention
             layers; None before the first image.
@@ -150,7 +157,7 @@ class KVCache:
             raise ValueError(
                 f"dtype must be one of {', '.join(map(str, CACHE_DTYPES.values()))}, got {dtype!r}"
             )
-        self.capacity = capacity
+        self.capacity, self.dtype = capacity, dtype
         self._text = [_Buffer(dtype) for _ in range(num_layers)]
         self._cross = [_Buffer(dtype) for _ in range(num_layers)]
         self.num_prefix_tokens = 0

@@ -241,7 +241,7 @@ class PackedEmbedding(_Packed):
         ).view(*input_ids.shape, self.embedding_dim)
         if self.embed_scale is None:
             return rows
-        return rows * torch.tensor(self.embed_scale, dtype=rows.dtype, device=rows.device)
+        return rows * rows.new_full((), self.embed_scale)  # filled on the device, not copied to it
 
     def extra_repr(self) -> str:
         return f"{self.num_embeddings}, {self.embedding_dim}, {self.packing}"

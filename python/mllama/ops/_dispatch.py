@@ -28,9 +28,14 @@ def use_kernel(operator: str, x: torch.Tensor) -> bool:
     """Whether operators are enabled and have a kernel for x's device; the name is that of the
     operator's file in csrc/ops.
     """
-    if _EXTENSION is None or not isinstance(x, torch.Tensor):
+    return isinstance(x, torch.Tensor) and has_kernel(operator, x.device)
+
+
+def has_kernel(operator: str, device: torch.device) -> bool:
+    """`use_kernel` of tensors on a device."""
+    if _EXTENSION is None:
         return False
-    return x.is_cpu or (x.is_cuda and operator in _CUDA_OPERATORS)
+    return device.type == "cpu" or (device.type == "cuda" and operator in _CUDA_OPERATORS)
 
 
 def autocast_dtype(x: torch.Tensor) -> torch.dtype | None:

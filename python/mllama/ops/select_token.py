@@ -48,23 +48,47 @@ def select_token(
         ValueError: shapes do not fit, a number is out of range, or with `uniform`, a row's largest
             logit is not finite.
     """
+    options: dict[str, Any] = {
+        "temperature": temperature,
+        "top_k": top_k,
+        "top_p": top_p,
+        "min_p": min_p,
+        "repetition_penalty": repetition_penalty,
+    }
+    try:
+        tokens = select_token_async(logits, uniform, present, **options)
+    except ValueError:
+        if logits.is_cpu:
+            _check_distribution(logits, uniform)
+        raise
+    if uniform is not None and not logits.is_cpu and (tokens < 0).any():
+        _check_distribution(logits, uniform)
+    return tokens
+
+
+def select_token_async(
+    logits: torch.Tensor,
+    uniform: torch.Tensor | None = None,
+    present: torch.Tensor | None = None,
+    *,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    min_p: float = 0.0,
+    repetition_penalty: float = 1.0,
+) -> torch.Tensor:
+    """`select_token` that does not wait for a device: there, rows whose largest logit is not finite
+    get the token -1 in place of an error.
+    """
     numbers = (temperature, top_k, top_p, min_p, repetition_penalty)
     _check_numbers(*numbers)
     arguments = (logits, uniform, present, *numbers)
     if use_kernel("select_token", logits):
-        try:
-            tokens = _select_token(*arguments)
-        except ValueError:
-            _check_distribution(logits, uniform)
-            raise
-        # The CPU kernel has raised; that of a device gives such rows the token -1. Who must not
-        # wait for the device calls the operator itself.
-        if logits.is_cuda and uniform is not None and (tokens < 0).any():
-            _check_distribution(logits, uniform)
-        return tokens
+        return _select_token(*arguments)
     _check(*arguments)
-    _check_distribution(logits, uniform)
-    return reference(
+    if logits.is_cpu:
+        _check_distribution(logits, uniform)
+    tokens = reference(
         logits,
         uniform,
         present,
@@ -74,6 +98,9 @@ def select_token(
         min_p=min_p,
         repetition_penalty=repetition_penalty,
     )
+    if uniform is None:
+        return tokens
+    return tokens.where(logits.float().amax(-1).isfinite(), -1)
 
 
 def reference(

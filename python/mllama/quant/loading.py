@@ -35,12 +35,16 @@ class _Source(Protocol):
 
 @contextmanager
 def packing(
-    model: nn.Module, weights: str | None, device: Any, packed_as: str | None = None
+    model: nn.Module,
+    weights: str | None,
+    device: Any,
+    packed_as: str | None = None,
+    device_of: Callable[[str], Any] | None = None,
 ) -> Iterator[Callable[..., bool] | None]:
     """Context in which a model is loaded: yields what takes its tensors, None where none is packed.
 
     Args:
-        model, weights, device: as `Packer` takes them.
+        model, weights, device, device_of: as `Packer` takes them.
         packed_as: how the files' weights are packed already; then `lay_out_packed` has prepared
             the model, and weights is None, FILE, AUTO or the same.
 
@@ -53,12 +57,12 @@ def packing(
             raise ValueError(
                 f"weights must be {packed_as!r}, as the files' weights are packed, got {weights!r}"
             )
-        packer = _Mapped(model, packed_as, device)
+        packer = _Mapped(model, packed_as, device, device_of)
     elif weights is None:
         yield None
         return
     else:
-        packer = Packer(model, weights, device)
+        packer = Packer(model, weights, device, device_of)
     yield packer.take
     packer.finish()
 
@@ -99,14 +103,21 @@ def _put(model: nn.Module, name: str, found: PackedFormat) -> None:
 
 
 class _Mapped:
-    """Takes packed files' weights as they are: views of the mapped files, which processes share.
+    """Takes packed files' weights as they are: views of the mapped files, which processes share, or
+    copies on another device than the CPU.
 
     Args:
         model: as `lay_out_packed` left it.
-        weights, device: as `Packer` takes them.
+        weights, device, device_of: as `Packer` takes them.
     """
 
-    def __init__(self, model: nn.Module, weights: str, device: Any):
+    def __init__(
+        self,
+        model: nn.Module,
+        weights: str,
+        device: Any,
+        device_of: Callable[[str], Any] | None = None,
+    ):
         check_packable(model, weights, device)
         kinds = PackedLinear, PackedEmbedding
         found = {one.packing for one in model.modules() if isinstance(one, kinds)}
@@ -118,6 +129,7 @@ class _Mapped:
                 f"{', '.join(sorted(found))}"
             )
         self.model, self.weights = model, weights
+        self._device_of = device_of or (lambda name: device)
 
     def take(
         self, name: str, read: Callable[..., torch.Tensor], header: Any, dtype: torch.dtype
@@ -128,11 +140,11 @@ class _Mapped:
         if not isinstance(module, (PackedLinear, PackedEmbedding)) or last == "bias":
             return False
         if owner == HEAD and is_tied(self.model):
-            check_tied(torch.equal(read(), module.state_dict()[last]))
+            check_tied(torch.equal(read(), module.state_dict()[last].cpu()))
             return True
         if last == FORMAT:  # lay_out_packed has read it
             return True
-        module.packed = read()
+        module.packed = read().to(self._device_of(owner))
         if isinstance(module, PackedEmbedding):
             module.set_dtype(dtype)
             tie_packed(self.model)

@@ -11,6 +11,7 @@ from torch import nn
 from mllama import _ext
 from mllama.nn.adapted import note_change
 from mllama.nn.packed import PackedLinear, packed_layer
+from mllama.ops._dispatch import has_kernel
 from mllama.ops.packed_gguf import GGUF_BLOCKS, pack_gguf
 from mllama.ops.packed_linear import pack_weight
 from mllama.quant import gptq
@@ -57,22 +58,30 @@ class Packer:
     Args:
         model: a `VisionLanguageModel` or a SigLIP, which may be on the meta device.
         weights: one of RECIPES, or FILE or AUTO while a model is loaded.
-        device: where the model will be.
+        device: where the model will be. Weights are packed on the CPU.
+        device_of: where each layer will be, by name. Default: all on `device`.
 
     Attributes:
         packed: the format of every layer packed so far, by name.
 
     Raises:
-        ValueError: weights is not known; the model is none of this package's, has LoRA layers, is
-            packed or is not on the CPU; the compiled operators are disabled.
+        ValueError: weights is not known; the model is none of this package's, has LoRA layers or is
+            packed; there are no kernels for packed weights on the device.
     """
 
-    def __init__(self, model: nn.Module, weights: str, device: Any = "cpu"):
+    def __init__(
+        self,
+        model: nn.Module,
+        weights: str,
+        device: Any = "cpu",
+        device_of: Callable[[str], Any] | None = None,
+    ):
         known = [FILE, AUTO, *RECIPES]
         if weights not in known:
             raise ValueError(f"weights must be one of {', '.join(known)}, got {weights!r}")
         check_packable(model, weights, device)
         self.model, self.weights, self.recipe = model, weights, RECIPES.get(weights)
+        self._device_of = device_of or (lambda name: device)
         self.packed: dict[str, str] = {}
         self._tied = is_tied(model)
         self._left = {
@@ -102,7 +111,7 @@ class Packer:
         if self._tied and owner == HEAD:
             owner = EMBEDDINGS
         if last == "weight" and owner in self.packed:  # the other name of a tied matrix
-            packed = self.model.get_submodule(owner).packed
+            packed = self.model.get_submodule(owner).packed.cpu()
             check_tied(torch.equal(packed, _pack(read, header, self.packed[owner])))
             return True
         if last != "weight" or owner not in self._left:
@@ -122,6 +131,7 @@ class Packer:
         """
         self._left.discard(owner)
         module: Any = self.model.get_submodule(owner)
+        packed = packed.to(self._device_of(owner))
         self._put(owner, packed_layer(module, packed, packing, dtype))
         if self._tied and owner == EMBEDDINGS:
             self._put(HEAD, PackedLinear(packed, *reversed(module.weight.shape), packing))
@@ -200,15 +210,18 @@ def _pack(read: Callable[..., torch.Tensor], header: Any, packing: str) -> torch
     """A weight in a format, from the file's own blocks where they are of that format."""
     if header is not None and _OF_BLOCKS.get(header.blocks) == packing:
         return pack_gguf(read(blocks=True), packing)
-    return pack_weight(read(), packing)
+    return pack_weight(read().cpu(), packing)
 
 
 def check_packable(model: nn.Module, weights: str, device: Any) -> None:
     """Raise ValueError as `Packer` does."""
     if _ext.disabled():
         raise ValueError("weights needs the compiled operators, which are disabled here")
-    if isinstance(device, dict) or str(device) != "cpu":
-        raise ValueError(f"weights={weights!r} needs device 'cpu', got {device!r}")
+    if not _has_kernels(device):
+        raise ValueError(
+            f"weights={weights!r} needs one device: the CPU, or CUDA's if this build has kernels "
+            f"for it; got {str(device)!r}"
+        )
     if not hasattr(model, "spec"):
         raise ValueError(
             f"weights are packed of this package's models; {type(model).__name__} is none"
@@ -217,6 +230,13 @@ def check_packable(model: nn.Module, weights: str, device: Any) -> None:
         raise ValueError("weights cannot be packed twice: this model is packed")
     if any(".lora_a" in name or ".lora_A" in name for name, _ in model.named_parameters()):
         raise ValueError("this model has LoRA layers: merge them before its weights are packed")
+
+
+def _has_kernels(device: Any) -> bool:
+    try:
+        return has_kernel("packed_linear", torch.device(device))
+    except (RuntimeError, TypeError):  # a map, or the name of a way to make one
+        return False
 
 
 def check_tied(equal: bool) -> None:
@@ -257,7 +277,7 @@ def choose_weights(
 ) -> str | None:
     """Resolve AUTO and "none" for files whose weights are packed as `packed_as`, or are not.
 
-    AUTO stays where a model can be packed, and is None on another device than the CPU, without the
+    AUTO stays on the CPU where a model can be packed, and is None on other devices, without the
     compiled operators, or with adapters. Any other value is returned unchanged.
 
     Raises:
@@ -273,8 +293,8 @@ def choose_weights(
 
 
 def optimize(model: _Model, weights: str, calibration: torch.Tensor | None = None) -> _Model:
-    """Pack a model's linear layers, embeddings and output head, for inference on a CPU: generation
-    then reads fewer bytes per token, and runs all layers in one operator call.
+    """Pack a model's linear layers, embeddings and output head, for inference: generation then
+    reads fewer bytes per token, and runs all layers in one operator call.
 
     Args:
         model: `MllamaForConditionalGeneration`, `SiglipModel`, or a core `VisionLanguageModel`,
@@ -294,14 +314,15 @@ def optimize(model: _Model, weights: str, calibration: torch.Tensor | None = Non
         TypeError: calibration is no int64 tensor.
         IndexError: calibration has an id beyond the vocabulary.
         ValueError: calibration is for other weights than "int4", for a model without a decoder, or
-            not [rows, T]; weights is not known; the model is packed or has LoRA layers; a weight
-            has values that the format cannot hold; the model is then packed in part, and has to be
-            loaded anew.
+            not [rows, T]; weights is not known; the model is packed or has LoRA layers, or is on a
+            device for which this build has no kernels; a weight has values that the format cannot
+            hold; the model is then packed in part, and has to be loaded anew.
     """
     if weights in (FILE, AUTO):
         raise ValueError(f"weights={weights!r} is for a model that is being loaded")
     device = next(model.parameters()).device
-    packer = Packer(model, weights, device)
+    # Each layer stays where it is: some may be on the host.
+    packer = Packer(model, weights, device, lambda name: model.get_submodule(name).weight.device)
     if calibration is not None:
         packer.calibrate(calibration)
     packer.pack_all()

@@ -8,7 +8,6 @@ import torch
 
 from mllama.model.fast_decoder import MAX_ROWS
 from mllama.runtime.checks import check_count
-from mllama.runtime.completion import Generation
 from mllama.runtime.image_cache import ImageCache
 from mllama.runtime.prefill import PromptCache
 from mllama.runtime.prefix import common
@@ -183,57 +182,6 @@ class DraftModel:
             logits = self._prompt.append(ids)[:, -1]
         self._known = len(self._ids)
         return logits
-
-
-class Passes:
-    """The passes of one generation after its prompt. Plain decoding is the case without drafts.
-
-    Args:
-        prompt: the cache that has the prompt.
-        drafter: guesses tokens of a single row, from the prompt on; None for none.
-        result: counts drafts.
-    """
-
-    def __init__(self, prompt: PromptCache, drafter: Drafter | None, result: Generation):
-        self._prompt, self._drafter, self._result = prompt, drafter, result
-        self._drafts: list[int] = []  # of the last pass
-        self._place = 0  # of the last token in the pass
-
-    def append(self, tokens: torch.Tensor, wanted: int) -> torch.Tensor:
-        """The logits [B, V] after one more token per row, int64 [B].
-
-        Args:
-            tokens: the tokens.
-            wanted: how many more may be asked for, this one included.
-        """
-        drafts: list[int] = []
-        if self._drafter is not None:
-            token = int(tokens[0])
-            self._drafter.add(token)
-            if self._drafts[self._place : self._place + 1] == [token]:
-                self._place += 1
-                self._result.num_accepted_tokens += 1
-                return self._logits[:, self._place]
-            self.finish()
-            drafts = self._text_of(self._drafter.propose(wanted - 1))
-            self._result.num_drafted_tokens += len(drafts)
-        ids = tokens[:, None]
-        if drafts:
-            ids = torch.cat([ids, ids.new_tensor([drafts])], 1)
-        self._logits = self._prompt.append(ids)
-        self._drafts = drafts  # not before: the pass may be interrupted
-        return self._logits[:, 0]
-
-    def finish(self) -> None:
-        """Drop drafts that were not reached from the cache."""
-        self._prompt.drop_last(len(self._drafts) - self._place)
-        self._drafts, self._place = [], 0
-
-    def _text_of(self, drafts: list[int]) -> list[int]:
-        """Drafts before the first placeholder of an image, which may be no input."""
-        vocabulary = self._prompt.model.spec.text.vocab_size
-        ends = (place for place, token in enumerate(drafts) if token >= vocabulary)
-        return drafts[: next(ends, len(drafts))]
 
 
 def make_drafter(model: Any, prompt_lookup_tokens: int, draft_model: Any) -> Drafter | None:

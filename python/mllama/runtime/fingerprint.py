@@ -43,10 +43,20 @@ def structure(modules: Iterable[nn.Module]) -> tuple:
         own = vars(part)
         # Ids of hooks are never used again, those of objects are: a reference is of one object.
         hooks = [key for name in _HOOKS for key in own[name]]
-        foreign = not type(part).__module__.startswith(_KNOWN)
-        switches = str([x for x in own.items() if _is_plain(x[1])]) if foreign else ""
+        switches = str([x for x in own.items() if _is_plain(x[1])]) if is_foreign(part) else ""
         found.append((weakref.ref(part), tuple(hooks), id(own.get("forward")), switches))
     return tuple(found)
+
+
+def is_foreign(module: nn.Module) -> bool:
+    """Whether it is another library's module than torch's or this one's."""
+    return not type(module).__module__.startswith(_KNOWN)
+
+
+def versions(module: nn.Module) -> tuple:
+    """Where a module's parameters and buffers are in memory, and how often they were written to."""
+    tensors = (*module.parameters(), *module.buffers())
+    return tuple((x.data_ptr(), 0 if x.is_inference() else x._version) for x in tensors)
 
 
 def hash_tensors(start: bytes, tensors: Mapping[str, torch.Tensor]) -> bytes:

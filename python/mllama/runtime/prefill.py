@@ -79,6 +79,15 @@ class PromptCache:
             self._row.ids.extend(ids[0].tolist())
         return logits
 
+    def next_inputs(self, tokens: torch.Tensor) -> ModelInputs:
+        """The pass that would append a token to every row, int64 [B]."""
+        return self._inputs(tokens[:, None], {}, keep=1)
+
+    def note(self, tokens: list[int]) -> None:
+        """Say which tokens, one per row, a captured pass has put behind the prompts."""
+        if self._row is not None:
+            self._row.ids.extend(tokens)
+
     def drop_last(self, count: int) -> None:
         """Take back the last `count` ids that were put behind the prompts."""
         if count:
@@ -86,9 +95,17 @@ class PromptCache:
                 del self._row.ids[-count:]
             self.cache.crop(self.cache.length - count)
 
-    def finish(self) -> None:
-        """After the last token. What the rows of a batch share is left, as one row."""
+    def finish(self, keep_buffers: bool = False) -> None:
+        """After the last token. What the rows of a batch share is left, as one row; `keep_buffers`
+        leaves the memory of a batch that shares nothing to the next one.
+        """
         if self._row is not None:
+            self.cache.crop(self.cache.num_prefix_tokens + len(self._row.ids))  # of what ran ahead
+            return
+        if self._shared is None and keep_buffers:
+            self.cache.reset()
+            self._reader.forget()
+            self._forget()
             return
         if self._shared is None:
             self.drop()
@@ -292,6 +309,13 @@ class PromptCache:
         """Append ids [B, T] to the cache; return the last logits, [B, keep, V], or hidden states if
         no logits are requested.
         """
+        output = self.model.compute(self._inputs(ids, given, keep))
+        return output.last_hidden_state if keep is None else output.logits
+
+    def _inputs(
+        self, ids: torch.Tensor, given: dict[str, torch.Tensor], keep: int | None
+    ) -> ModelInputs:
+        """A pass over ids [B, T] behind what is in the cache."""
         cache, masks, T = self.cache, dict(self._masks), ids.shape[1]
         past = cache.length - cache.num_prefix_tokens
         if (mask := masks.pop("attention_mask", None)) is not None:
@@ -299,12 +323,9 @@ class PromptCache:
         if (cross := masks.pop("cross_attention_mask", None)) is not None:
             rows = torch.arange(past, past + T, device=cross.device)
             masks["cross_attention_mask"] = cross[:, rows.clamp(max=cross.shape[1] - 1)]
-        output = self.model.compute(
-            ModelInputs(
-                ids, attention_mask=mask, cache=cache, logits_to_keep=keep, **masks, **given
-            )
+        return ModelInputs(
+            ids, attention_mask=mask, cache=cache, logits_to_keep=keep, **masks, **given
         )
-        return output.last_hidden_state if keep is None else output.logits
 
 
 def _padding(inputs: Inputs) -> list[int]:

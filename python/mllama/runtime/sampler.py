@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from mllama.ops.select_token import penalize, process, select_token
+from mllama.ops.select_token import penalize, process, select_token, select_token_async
 
 # Below this temperature, 0 included, decoding is greedy: dividing by it would overflow.
 COLDEST = 1e-3
@@ -78,6 +78,17 @@ class Sampling:
         """Whether the likeliest token is taken."""
         return not self.do_sample or self.temperature < COLDEST
 
+    @property
+    def numbers(self) -> dict[str, Any]:
+        """What `select_token` takes."""
+        return {
+            "temperature": 1.0 if self.greedy else self.temperature,
+            "top_k": int(self.top_k),
+            "top_p": self.top_p,
+            "min_p": self.min_p,
+            "repetition_penalty": self.repetition_penalty,
+        }
+
     @classmethod
     def choose(cls, given: Mapping[str, Any], defaults: Mapping[str, Any]) -> "Sampling":
         """Complete a call's options: greedy unless a sampling option is given, then with the
@@ -131,6 +142,30 @@ def check_option(name: str, value: Any) -> None:
         raise ValueError(f"{name} must be {bounds}, got {value}")
 
 
+def select_again(
+    logits: torch.Tensor,
+    sampling: Sampling,
+    uniform: torch.Tensor | None,
+    present: torch.Tensor | None,
+) -> torch.Tensor:
+    """One step of a `Sampler` that does not wait for a device: rows that it would raise for get the
+    token -1 there.
+
+    Args:
+        logits: [B, V].
+        sampling: the options; the seed is not read.
+        uniform, present: as the sampler's `draw_uniform` and `find_present` return them; present is
+            written to.
+
+    Returns:
+        int64 [B].
+    """
+    tokens = select_token_async(logits, uniform, present, **sampling.numbers)
+    if present is not None:
+        present.scatter_(1, tokens[:, None].clamp(min=0), True)
+    return tokens
+
+
 class Sampler:
     """Chooses one token per row, step by step.
 
@@ -165,18 +200,9 @@ class Sampler:
         Raises:
             ValueError: to sample, a row's largest logit must be finite.
         """
-        options = self.sampling
-        present = self._find_present(logits.shape[-1])
-        uniform = None if options.greedy else self._draw_uniform(logits.device)
+        present = self.find_present(logits.shape[-1])
         tokens = select_token(
-            logits,
-            uniform,
-            present,
-            temperature=1.0 if options.greedy else options.temperature,
-            top_k=int(options.top_k),
-            top_p=options.top_p,
-            min_p=options.min_p,
-            repetition_penalty=options.repetition_penalty,
+            logits, self.draw_uniform(logits.device), present, **self.sampling.numbers
         )
         if present is not None:
             present.scatter_(1, tokens[:, None], True)
@@ -184,21 +210,26 @@ class Sampler:
 
     def process(self, logits: torch.Tensor) -> torch.Tensor:
         """[B, V] -> float32 [B, V]: scores whose softmax is sampled; -inf for excluded tokens."""
-        options, present = self.sampling, self._find_present(logits.shape[-1])
+        options, present = self.sampling, self.find_present(logits.shape[-1])
         scores = penalize(logits.float(), present, options.repetition_penalty)
         if options.greedy:
             return scores
         return process(scores, options.temperature, options.top_k, options.top_p, options.min_p)
 
-    def _draw_uniform(self, device: torch.device) -> torch.Tensor:
-        """float64 [B] in [0, 1), from one generator for all rows, or each row's own."""
+    def draw_uniform(self, device: torch.device) -> torch.Tensor | None:
+        """float64 [B] in [0, 1), from one generator for all rows, or each row's own; None where
+        decoding is greedy.
+        """
+        if self.sampling.greedy:
+            return None
         drawn = [
             torch.rand(self._rows, dtype=torch.float64, device=device, generator=generator)
             for generator in self._generators
         ]
         return drawn[0] if len(drawn) == 1 else torch.cat(drawn)
 
-    def _find_present(self, vocab_size: int) -> torch.Tensor | None:
+    def find_present(self, vocab_size: int) -> torch.Tensor | None:
+        """bool [B, vocab_size], tokens that occurred; None without a repetition penalty."""
         if self._present is None and self.sampling.repetition_penalty != 1:
             self._present = _present(self._input_ids, self._keep_mask, vocab_size)
         return self._present

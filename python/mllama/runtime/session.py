@@ -2,6 +2,7 @@
 from turn to turn.
 """
 
+import logging
 import numbers
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -12,16 +13,19 @@ from mllama.nn.adapted import count_changes
 from mllama.nn.kv_cache import CACHE_DTYPES
 from mllama.runtime.checks import check_count, check_padding, check_room
 from mllama.runtime.completion import Generation, Row
-from mllama.runtime.drafts import Passes, make_drafter
+from mllama.runtime.decode_graph import DecodeGraph
+from mllama.runtime.drafts import make_drafter
 from mllama.runtime.fingerprint import structure
 from mllama.runtime.image_cache import ImageCache
 from mllama.runtime.images import IMAGE_INPUTS
+from mllama.runtime.passes import Passes
 from mllama.runtime.prefill import PromptCache
 from mllama.runtime.progress import DECODE, Progress, Stages, check_progress
 from mllama.runtime.sampler import NEUTRAL, Sampler, Sampling
 from mllama.runtime.settings import beyond_session
-from mllama.text.decoder import check_ids
+from mllama.text.checks import check_ids
 
+_log = logging.getLogger(__name__)
 MAX_NEW_TOKENS = 128
 OPTIONS = frozenset(
     ("max_new_tokens", "eos_token_id", "do_sample", *NEUTRAL, "repetition_penalty")
@@ -55,6 +59,10 @@ class Session:
             guesses none.
         draft_model: a smaller `VisionLanguageModel` of text, with the same vocabulary, that guesses
             tokens for the model; instead of prompt_lookup_tokens.
+
+    On a CUDA device a pass after the prompt is one CUDA graph, with the selection of tokens, where
+    nothing forbids it: drafts, hooks, other libraries' layers, or layers that stay on the host. The
+    cache has room for `max_new_tokens` then.
 
     Guessed tokens are verified: text, sampled text too, is the same as without them, on a packed
     model to the bit. Batches of several rows are generated without guesses.
@@ -107,6 +115,7 @@ class Session:
         self.image_cache = ImageCache() if image_cache is None else image_cache
         self.image_cache.attach(model)
         self._prompt = PromptCache(model, self.image_cache, kv_cache, prefill_chunk_size)
+        self._graph = DecodeGraph(model)
         self._drafting = prompt_lookup_tokens, draft_model
         self._drafter = make_drafter(model, *self._drafting)
         self._state = self._look()
@@ -127,6 +136,7 @@ class Session:
         if self._running:
             raise RuntimeError("reset: this session is generating")
         self._prompt.drop()
+        self._graph.drop()
         self._drafter = make_drafter(self.model, *self._drafting)
         self.image_cache.clear()
         self._state = self._look()
@@ -212,35 +222,38 @@ class Session:
         result: Generation,
     ) -> None:
         """Prefill, then decode until every row has ended or has `max_new_tokens`."""
+        drafter = self._drafter if len(rows) == 1 else None
+        graph = None if drafter is not None else self._choose_graph(inputs["input_ids"].device)
         cache = self._prompt.cache
-        cache.capacity = result.num_prompt_tokens + min(max_new_tokens, MAX_NEW_TOKENS)
+        at_first = max_new_tokens if graph is not None else min(max_new_tokens, MAX_NEW_TOKENS)
+        cache.capacity = min(result.num_prompt_tokens + at_first, self.context)
         logits, result.num_reused_tokens = self._prompt.prefill(inputs, self._stages)
-        passes = self._start_passes(inputs, result)
+        if drafter is not None:
+            ids, mask = inputs["input_ids"], inputs.get("attention_mask")
+            drafter.begin((ids if mask is None else ids[mask != 0]).flatten().tolist())
+        passes = Passes(self._prompt, sampler, drafter, graph, result)
         room = min(max_new_tokens, check_room(self.context, cache.length))
         try:
-            for step in range(room):
-                tokens = sampler(logits)  # (B,)
-                ids = tokens.tolist()
+            for step, tokens in enumerate(passes.tokens(logits, room)):
                 if step == 0:
                     self._stages.begin(DECODE, room * len(rows), len(rows))
                 else:
                     self._stages.advance(sum(not row.done for row in rows))
-                for row, token in zip(rows, ids, strict=True):
+                for row, token in zip(rows, tokens, strict=True):
                     row.take(token, ends)
-                if step == room - 1 or all(row.done for row in rows):
+                if all(row.done for row in rows):
                     break
-                logits = passes.append(tokens, room - step - 1)
         finally:  # an interrupted answer leaves no drafts either
             passes.finish()
-        self._prompt.finish()
+        self._prompt.finish(keep_buffers=graph is not None)
 
-    def _start_passes(self, inputs: dict[str, torch.Tensor], result: Generation) -> Passes:
-        """The passes after a prompt; those of several rows are without drafts."""
-        drafter = self._drafter if len(result.completions) == 1 else None
-        if drafter is not None:
-            ids, mask = inputs["input_ids"], inputs.get("attention_mask")
-            drafter.begin((ids if mask is None else ids[mask != 0]).flatten().tolist())
-        return Passes(self._prompt, drafter, result)
+    def _choose_graph(self, device: torch.device) -> DecodeGraph | None:
+        """What captures passes on a device; None where that cannot be."""
+        obstacle = self._graph.find_obstacle(device)
+        if obstacle is None:
+            return self._graph
+        _log.debug("passes are not captured: %s", obstacle)
+        return None
 
     def _ends(self, given: int | Sequence[int] | None) -> frozenset[int]:
         if given is None:

@@ -16,7 +16,7 @@ from mllama.nn.checkpointing import CheckpointedLayer
 from mllama.nn.mlp import GatedMLP
 from mllama.nn.norm import RMSNorm, add_and_norm
 from mllama.nn.rope import RotaryEmbedding
-from mllama.ops._dispatch import FLOAT_DTYPES
+from mllama.text.checks import check_mask, check_text, split_mask
 from mllama.text.packing import find_starts
 
 
@@ -101,9 +101,8 @@ class ScaledEmbedding(nn.Embedding):
 
     def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
         """int [...] -> [..., embedding_dim]."""
-        return super().forward(input_ids) * torch.tensor(
-            self.embed_scale, dtype=self.weight.dtype, device=self.weight.device
-        )
+        weight = self.weight  # filled on its device: a copy from the host would wait
+        return super().forward(input_ids) * weight.new_full((), self.embed_scale)
 
 
 class Decoder(nn.Module):
@@ -184,8 +183,44 @@ class Decoder(nn.Module):
             inputs_embeds, attention_mask, position_ids, cache, prefix_length, first_key
         )
         context |= {"cache": cache, "cross": cross, "output_attentions": output_attentions}
+        return self._run(inputs_embeds, position_ids, output_hidden_states, context)
 
-        hidden_states = inputs_embeds
+    def decode(
+        self,
+        inputs_embeds: torch.Tensor,
+        position_ids: torch.Tensor,
+        cache: Cache,
+        key_mask: torch.Tensor | None = None,
+        cross: object = None,
+    ) -> torch.Tensor:
+        """`forward` of one more position per row, without the checks that wait for the device.
+
+        Args:
+            inputs_embeds: [B, 1, hidden].
+            position_ids: int64 [B, 1].
+            cache: of fixed size, with its length on the device.
+            key_mask: bool [B, keys], False where padded.
+            cross: as `forward`.
+
+        Returns:
+            [B, 1, hidden].
+        """
+        context = {
+            "key_mask": key_mask,
+            "query_offset": cache.length,
+            "cache": cache,
+            "cross": cross,
+        }
+        return self._run(inputs_embeds, position_ids, False, context).last_hidden_state
+
+    def _run(
+        self,
+        hidden_states: torch.Tensor,
+        position_ids: torch.Tensor,
+        output_hidden_states: bool,
+        context: dict[str, Any],
+    ) -> DecoderOutput:
+        """The layers and the norm, on embeddings; `context` is every layer's."""
         tables = [rotary(position_ids) for rotary in self.rotary]
         states, attentions = [], []
         layers = zip(self.layers, self.rope_of_layer, strict=True)
@@ -198,7 +233,7 @@ class Decoder(nn.Module):
         return DecoderOutput(
             hidden_states,
             (*states, hidden_states) if output_hidden_states else None,
-            tuple(attentions) if output_attentions else None,
+            tuple(attentions) if context.get("output_attentions") else None,
         )
 
     def _context(
@@ -238,77 +273,6 @@ class Decoder(nn.Module):
             "first_key": first_key,
             "attn_mask": attn_mask,
         }
-
-
-def check_mask(attention_mask: torch.Tensor | None) -> None:
-    """Raise TypeError unless the mask is None or a tensor, bool or floating if 4-D; ValueError
-    unless it is 2-D or 4-D.
-    """
-    if attention_mask is None:
-        return
-    if not isinstance(attention_mask, torch.Tensor):
-        raise TypeError(
-            f"attention_mask must be a torch.Tensor or None, got {type(attention_mask).__name__}"
-        )
-    if attention_mask.dim() not in (2, 4):
-        raise ValueError(
-            "attention_mask must be [batch, past + new tokens], zero where padded, or "
-            f"[batch, 1 or heads, new tokens, keys]; got {list(attention_mask.shape)}"
-        )
-    if attention_mask.dim() == 4 and attention_mask.dtype not in (torch.bool, *FLOAT_DTYPES):
-        raise TypeError(
-            "attention_mask of 4 dimensions must be bool, True where a key is visible, or float32, "
-            f"bfloat16 or float16, added to the scores; got {attention_mask.dtype}"
-        )
-
-
-def split_mask(
-    attention_mask: torch.Tensor | None,
-) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """(the mask if it is 2-D, for padding, the mask if it is 4-D); at least one is None."""
-    if attention_mask is None or attention_mask.dim() == 2:
-        return attention_mask, None
-    return None, attention_mask
-
-
-def check_text(
-    input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None, hidden_size: int
-) -> None:
-    """Raise ValueError or TypeError unless there are ids [B, T] or embeddings [B, T, hidden]."""
-    if (input_ids is None) == (inputs_embeds is None):
-        raise ValueError("give exactly one of input_ids and inputs_embeds")
-    if input_ids is not None:
-        check_ids(input_ids)
-    else:
-        check_embeddings(inputs_embeds, hidden_size)  # type: ignore[arg-type]
-
-
-def check_ids(input_ids: torch.Tensor) -> None:
-    """Raise TypeError unless they are integers, ValueError unless they are [B, T] with a token."""
-    if not isinstance(input_ids, torch.Tensor) or input_ids.dtype not in (torch.int64, torch.int32):
-        raise TypeError(
-            "input_ids must be an int64 or int32 torch.Tensor, "
-            f"got {getattr(input_ids, 'dtype', type(input_ids).__name__)}"
-        )
-    if input_ids.dim() != 2 or input_ids.shape[1] == 0:
-        raise ValueError(
-            "input_ids must be [batch, tokens] with at least one token, "
-            f"got {list(input_ids.shape)}"
-        )
-
-
-def check_embeddings(inputs_embeds: torch.Tensor, size: int) -> None:
-    """Raise TypeError unless inputs_embeds is a floating tensor, ValueError unless it is [B, T,
-    size] with T of at least 1.
-    """
-    if not isinstance(inputs_embeds, torch.Tensor) or not inputs_embeds.is_floating_point():
-        kind = getattr(inputs_embeds, "dtype", type(inputs_embeds).__name__)
-        raise TypeError(f"inputs_embeds must be a floating torch.Tensor, got {kind}")
-    if inputs_embeds.dim() != 3 or inputs_embeds.shape[1] == 0 or inputs_embeds.shape[2] != size:
-        raise ValueError(
-            f"inputs_embeds must be [batch, tokens, {size}] with at least one token, "
-            f"got {list(inputs_embeds.shape)}"
-        )
 
 
 def _check_room(keys: int, length: int, past: int | torch.Tensor) -> None:

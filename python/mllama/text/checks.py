@@ -1,0 +1,76 @@
+"""Checks of a decoder's inputs, shared with the models around it."""
+
+import torch
+
+from mllama.ops._dispatch import FLOAT_DTYPES
+
+
+def check_mask(attention_mask: torch.Tensor | None) -> None:
+    """Raise TypeError unless the mask is None or a tensor, bool or floating if 4-D; ValueError
+    unless it is 2-D or 4-D.
+    """
+    if attention_mask is None:
+        return
+    if not isinstance(attention_mask, torch.Tensor):
+        raise TypeError(
+            f"attention_mask must be a torch.Tensor or None, got {type(attention_mask).__name__}"
+        )
+    if attention_mask.dim() not in (2, 4):
+        raise ValueError(
+            "attention_mask must be [batch, past + new tokens], zero where padded, or "
+            f"[batch, 1 or heads, new tokens, keys]; got {list(attention_mask.shape)}"
+        )
+    if attention_mask.dim() == 4 and attention_mask.dtype not in (torch.bool, *FLOAT_DTYPES):
+        raise TypeError(
+            "attention_mask of 4 dimensions must be bool, True where a key is visible, or float32, "
+            f"bfloat16 or float16, added to the scores; got {attention_mask.dtype}"
+        )
+
+
+def split_mask(
+    attention_mask: torch.Tensor | None,
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """(the mask if it is 2-D, for padding, the mask if it is 4-D); at least one is None."""
+    if attention_mask is None or attention_mask.dim() == 2:
+        return attention_mask, None
+    return None, attention_mask
+
+
+def check_text(
+    input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None, hidden_size: int
+) -> None:
+    """Raise ValueError or TypeError unless there are ids [B, T] or embeddings [B, T, hidden]."""
+    if (input_ids is None) == (inputs_embeds is None):
+        raise ValueError("give exactly one of input_ids and inputs_embeds")
+    if input_ids is not None:
+        check_ids(input_ids)
+    else:
+        check_embeddings(inputs_embeds, hidden_size)  # type: ignore[arg-type]
+
+
+def check_ids(input_ids: torch.Tensor) -> None:
+    """Raise TypeError unless they are integers, ValueError unless they are [B, T] with a token."""
+    if not isinstance(input_ids, torch.Tensor) or input_ids.dtype not in (torch.int64, torch.int32):
+        raise TypeError(
+            "input_ids must be an int64 or int32 torch.Tensor, "
+            f"got {getattr(input_ids, 'dtype', type(input_ids).__name__)}"
+        )
+    if input_ids.dim() != 2 or input_ids.shape[1] == 0:
+        raise ValueError(
+            "input_ids must be [batch, tokens] with at least one token, "
+            f"got {list(input_ids.shape)}"
+        )
+
+
+def check_embeddings(inputs_embeds: torch.Tensor, size: int) -> None:
+    """Raise TypeError unless inputs_embeds is a floating tensor, ValueError unless it is [B, T,
+    size] with T of at least 1.
+    """
+    if not isinstance(inputs_embeds, torch.Tensor) or not inputs_embeds.is_floating_point():
+        kind = getattr(inputs_embeds, "dtype", type(inputs_embeds).__name__)
+        raise TypeError(f"inputs_embeds must be a floating torch.Tensor, got {kind}")
+    if inputs_embeds.dim() != 3 or inputs_embeds.shape[1] == 0 or inputs_embeds.shape[2] != size:
+        raise ValueError(
+            f"inputs_embeds must be [batch, tokens, {size}] with at least one token, "
+            f"got {list(inputs_embeds.shape)}"
+        )
