@@ -8,6 +8,8 @@ import torch
 from torch import distributed
 from torch.nn.functional import cross_entropy, pad
 
+from mllama.ops.cross_entropy import cross_entropy_
+
 
 def next_token_loss(*args, **kwargs) -> torch.Tensor:
     """The loss of `counted_loss` without the count. Takes the same arguments."""
@@ -153,10 +155,7 @@ class _CrossEntropySum(torch.autograd.Function):
     @staticmethod
     def forward(scores: torch.Tensor, rows: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         """scores [N, vocabulary], rows int64 [n], targets int64 [n] -> float32 []."""
-        losses = [
-            cross_entropy(x, target, reduction="none")
-            for _, x, target in _chunks(scores, rows, targets)
-        ]
+        losses = [cross_entropy_(x, target) for _, x, target in _chunks(scores, rows, targets)]
         return torch.cat([scores.new_zeros(1, dtype=torch.float32), *losses]).sum()
 
     @staticmethod
@@ -179,8 +178,7 @@ class _Gradient(torch.autograd.Function):
     ) -> torch.Tensor:
         gradient = torch.zeros_like(scores)
         for part, x, target in _chunks(scores, rows, targets):
-            x = x.softmax(-1)
-            x[torch.arange(len(x), device=x.device), target] -= 1
+            cross_entropy_(x, target, gradient=1.0)
             gradient.index_copy_(0, part, (x * grad).to(gradient.dtype))
         return gradient
 
@@ -196,9 +194,9 @@ class _Gradient(torch.autograd.Function):
 def _chunks(
     scores: torch.Tensor, rows: torch.Tensor, targets: torch.Tensor
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-    """(rows, their scores in float32, their targets), in chunks that fit a core's caches or keep a
-    device busy.
+    """(rows, a copy of their scores in float32, their targets), in chunks that fit a core's caches
+    or keep a device busy.
     """
     size = max(1, (1 << 20 if scores.is_cpu else 1 << 24) // scores.shape[-1])
     for part, target in zip(rows.split(size), targets.split(size), strict=True):
-        yield part, scores.index_select(0, part).float(), target
+        yield part, scores.index_select(0, part).float(), target.contiguous()
