@@ -162,6 +162,7 @@ def check_op(
     tolerance: dict[torch.dtype, float] = TOLERANCE,
     gradient_tolerance: dict[torch.dtype, float] | None = None,
     second_derivative: bool = False,
+    result_dtype: torch.dtype | None = None,
     thread_counts: Sequence[int] = (1, 2),
 ) -> None:
     """Prove an operator on `samples` against its reference evaluated on the same (rounded) values
@@ -179,6 +180,7 @@ def check_op(
         keep_float32: places and names of arguments that stay float32 beside 16-bit ones.
         dtypes, tolerance, gradient_tolerance: what is accepted for each dtype (see `assert_close`).
         second_derivative: the operator has one, equal to the reference's; without, it must raise.
+        result_dtype: of the results; None = that of the float tensors.
         thread_counts: which must give the same bits; () where torch's matrix product, whose bits
             depend on it, is a part.
 
@@ -197,7 +199,8 @@ def check_op(
     for (number, sample), dtype in itertools.product(enumerate(samples), dtypes):
         typed = sample.map(lambda value, dtype=dtype: value.to(dtype), keep=keep_float32)
         what = f"sample {number}, {dtype}"
-        _check_values(public, reference, typed, device, tolerance[dtype], dtype, what)
+        wanted = result_dtype or dtype
+        _check_values(public, reference, typed, device, tolerance[dtype], wanted, what)
         if has_gradient:
             bound = gradient_tolerance[dtype]
             _check_gradients(public, reference, typed, device, differentiable, bound, what)

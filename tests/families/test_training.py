@@ -42,6 +42,33 @@ def trained(model, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, dict[s
     return loss.detach(), gradients(model)
 
 
+@pytest.mark.parametrize("frozen", [True, False], ids=["frozen head", "trained head"])
+@pytest.mark.parametrize("case", LANGUAGE)
+def test_loss_without_logits(case, frozen):
+    """The same loss and gradients as with them, and no logits in the output."""
+    model = make(case).ours
+    batch = examples(make(case))
+    model.lm_head.weight.requires_grad_(not frozen)
+    expected, wanted = trained(model, batch)
+    loss, found = trained(model, batch | {"logits_to_keep": None})
+    torch.testing.assert_close(loss, expected)
+    assert found.keys() == wanted.keys() and (model.lm_head.weight.grad is None) == frozen
+    for name, gradient in found.items():
+        close(gradient, wanted[name], tolerance=2e-4, floor=1e-2)
+    output = model(**batch, logits_to_keep=None)
+    assert output.logits is None
+    assert output.num_trained_tokens == model(**batch).num_trained_tokens
+
+
+def test_loss_without_logits_of_a_head_that_is_more_than_its_weight():
+    both = make(LANGUAGE[0])
+    model, batch = both.ours, examples(both)
+    model.lm_head.register_forward_hook(lambda module, inputs, output: 2 * output)
+    torch.testing.assert_close(model(**batch, logits_to_keep=None).loss, model(**batch).loss)
+    with pytest.raises(ValueError, match="labels must be None: the base model has no head"):
+        model.base_model(**batch)
+
+
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("case", LANGUAGE)
 def test_loss_and_gradients(case, side):

@@ -35,7 +35,7 @@ class ModelInputs:
         labels: int [B, T], shifted inside.
         num_items_in_batch: divides the sum of the loss.
         logits_to_keep: number of last positions to compute logits for (0: all), or their indices.
-            Default: no logits.
+            Default: no logits; a loss is then computed without all of them in memory.
         output_attentions, output_hidden_states: return these too.
     """
 

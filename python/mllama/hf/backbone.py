@@ -73,6 +73,8 @@ class Backbone(nn.Module):
         decoder's final norm) instead of logits.
 
         Raises:
-            TypeError, ValueError: as the model's forward.
+            TypeError, ValueError: as the model's forward; labels are given.
         """
+        if kwargs.get("labels") is not None:
+            raise ValueError("labels must be None: the base model has no head; call the model")
         return self.headless(self.owner, *args, **kwargs, logits_to_keep=None)

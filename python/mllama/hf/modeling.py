@@ -280,8 +280,9 @@ class MllamaForConditionalGeneration(
                 arguments below describe it; while compiling, with any position_ids).
             output_attentions, output_hidden_states: also return these fields of `MllamaOutput`.
             logits_to_keep: number of last positions to compute logits for (0: all), or their
-                indices, as in transformers. None: no logits; returns `DecoderOutput`, whose
-                last_hidden_state [B, T, hidden] covers the text alone. `base_model` does so.
+                indices, as in transformers. None: no logits. With labels, the loss is then computed
+                from the logits of a few positions at a time; without, returns `DecoderOutput`,
+                whose last_hidden_state [B, T, hidden] covers the text alone, as `base_model` does.
             image_features: what `get_image_features` returned, in place of pixel_values.
             token_type_ids: int [B, T], for models with bidirectional prompts (PaliGemma): 0 for the
                 prompt, 1 for the completion. Default: causal here, bidirectional in `generate`.
@@ -361,8 +362,6 @@ class MllamaForConditionalGeneration(
         )
         if cross_attention_states is not None:
             inputs.image_features = by_rows(cross_attention_states, inputs.shape[0])
-        if labels is not None and logits_to_keep is None:
-            raise ValueError("labels need logits; leave logits_to_keep at 0")
         packing = PackedRows(cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k, seq_idx)
         cache = one_cache(cache, past_key_values)
         cache = set_cache_and_positions(self, inputs, cache, use_cache, position_ids, packing)
@@ -371,7 +370,8 @@ class MllamaForConditionalGeneration(
         set_extra_outputs(inputs, self.config, output_attentions, output_hidden_states)
         computed = self.compute(inputs)
         return_dict = self.config.return_dict if return_dict is None else return_dict
-        return as_output(computed, cache, logits_to_keep is None, return_dict)
+        headless = logits_to_keep is None and labels is None
+        return as_output(computed, cache, headless, return_dict)
 
 
 # The mapping is by class, but rejects a class with the name of one of transformers' own; the

@@ -17,8 +17,9 @@ from mllama.fusion.cross_attention import CrossAttentionDecoderLayer
 from mllama.fusion.projector import make_pooling, make_projector
 from mllama.model.fast_decoder import MAX_ROWS, FastDecoder, find_obstacle, find_obstacle_of_pass
 from mllama.nn.activation import softcap
-from mllama.nn.loss import counted_loss
+from mllama.nn.loss import counted_loss, counted_loss_of_states
 from mllama.nn.packed import PackedEmbedding
+from mllama.nn.plain import is_plain
 from mllama.nn.static_cache import StaticCache
 from mllama.text.checks import check_mask, check_text, split_mask
 from mllama.text.decoder import Decoder, DecoderOutput
@@ -297,25 +298,35 @@ class VisionLanguageModel(nn.Module):
         inputs: ModelInputs,
         prepared: DecoderInputs,
     ) -> ModelOutput:
-        """Add logits and, with labels, the loss."""
-        keep = inputs.logits_to_keep
-        if keep is None:
-            return output
-        states = decoded.last_hidden_state  # (B, T, hidden)
-        logits = self.compute_logits(
-            states[:, -keep:] if isinstance(keep, int) else states[:, keep]
-        )
-        if prepared.labels is None:
+        """Add logits, if they are requested, and, with labels, the loss."""
+        keep, labels = inputs.logits_to_keep, prepared.labels
+        states, logits = decoded.last_hidden_state, None  # (B, T, hidden)
+        head = self.lm_head
+        if keep is not None:
+            logits = self.compute_logits(
+                states[:, -keep:] if isinstance(keep, int) else states[:, keep]
+            )
+        if labels is None:
             return replace(output, logits=logits)
-        loss, count = counted_loss(
-            logits,
-            prepared.labels,
+        rest = (
+            labels,
             prepared.embeds.shape[:2],
             prepared.padding_mask,
             prepared.placeholders,
             self.spec.ignore_index,
             inputs.num_items_in_batch,
         )
+        if logits is not None:
+            loss, count = counted_loss(logits, *rest)
+        elif (
+            is_plain(head, nn.Linear)
+            and head.bias is None
+            and not hasattr(head.weight, "placements")
+        ):
+            cap = self.spec.text.final_logit_softcapping
+            loss, count = counted_loss_of_states(states, head.weight, cap, *rest)
+        else:  # the head is adapted, packed or sharded
+            loss, count = counted_loss(self.compute_logits(states), *rest)
         return replace(output, logits=logits, loss=loss, num_trained_tokens=count)
 
     def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor:

@@ -8,6 +8,9 @@ import torch
 from torch import distributed
 from torch.nn.functional import cross_entropy, pad
 
+from mllama.ops import linear_cross_entropy
+from mllama.ops.cross_entropy import cross_entropy_
+
 
 def next_token_loss(*args, **kwargs) -> torch.Tensor:
     """The loss of `counted_loss` without the count. Takes the same arguments."""
@@ -49,6 +52,62 @@ def counted_loss(
             positions only; no label is trained, here or in the rest of the step;
             num_items_in_batch is below 0, or 0 although labels are trained.
     """
+    vocabulary = logits.shape[-1]
+    targets = _targets(
+        labels, logits.device, shape, vocabulary, attention_mask, placeholders, ignore_index
+    )
+    if logits.shape[:2] != shape:
+        raise ValueError("labels need the logits of every position; leave logits_to_keep at 0")
+    scores = logits.reshape(-1, vocabulary)  # the last position stays, ignored: a slice would copy
+    if torch.compiler.is_compiling():
+        # the number of trained rows is unknown while compiling, and the compiler fuses this
+        total = cross_entropy(scores.float(), targets, ignore_index=ignore_index, reduction="sum")
+    else:
+        rows = (targets != ignore_index).nonzero().squeeze(1)
+        total = _CrossEntropySum.apply(scores, rows, targets[rows])
+    return _divided(total, targets, ignore_index, num_items_in_batch)
+
+
+def counted_loss_of_states(
+    states: torch.Tensor,
+    head: torch.Tensor,
+    softcap: float | None,
+    labels: torch.Tensor,
+    shape: torch.Size,
+    attention_mask: torch.Tensor | None = None,
+    placeholders: torch.Tensor | None = None,
+    ignore_index: int = -100,
+    num_items_in_batch: int | torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`counted_loss` of the logits softcap(states head'), which are never all in memory
+    (`mllama.ops.linear_cross_entropy`).
+
+    Args:
+        states: [B, T, hidden].
+        head: [vocabulary, hidden].
+        softcap: see `linear_cross_entropy`.
+    """
+    targets = _targets(
+        labels, states.device, shape, len(head), attention_mask, placeholders, ignore_index
+    )
+    total = linear_cross_entropy(
+        states.flatten(0, 1), head, targets, softcap, "sum", ignore_index=ignore_index
+    )
+    return _divided(total, targets, ignore_index, num_items_in_batch)
+
+
+def _targets(
+    labels: torch.Tensor,
+    device: torch.device,
+    shape: torch.Size,
+    vocabulary: int,
+    attention_mask: torch.Tensor | None,
+    placeholders: torch.Tensor | None,
+    ignore_index: int,
+) -> torch.Tensor:
+    """The label of each position's next one, int64 [B * T] on the device; `ignore_index` where it
+    is not trained.
+    """
     if (
         not isinstance(labels, torch.Tensor)
         or labels.is_floating_point()
@@ -60,9 +119,7 @@ def counted_loss(
         )
     if labels.shape != shape:
         raise ValueError(f"labels must be {list(shape)}, one per token, got {list(labels.shape)}")
-    if logits.shape[:2] != shape:
-        raise ValueError("labels need the logits of every position; leave logits_to_keep at 0")
-    labels = labels.to(logits.device, torch.long)
+    labels = labels.to(device, torch.long)
     if placeholders is not None:
         labels = labels.masked_fill(placeholders, ignore_index)
     labels = labels[:, 1:]
@@ -71,29 +128,30 @@ def counted_loss(
     ):  # a padded position is neither a target nor a position to predict from
         keep_mask = attention_mask[:, -shape[1] :] != 0  # (B, T)
         labels = labels.masked_fill(~(keep_mask[:, 1:] & keep_mask[:, :-1]), ignore_index)
-    trained = labels != ignore_index
-    vocabulary = logits.shape[-1]
-    compiling = torch.compiler.is_compiling()
-    if not compiling and bool((trained & ((labels < 0) | (labels >= vocabulary))).any()):
+    known = (labels == ignore_index) | ((labels >= 0) & (labels < vocabulary))
+    if not torch.compiler.is_compiling() and not bool(known.all()):
         raise ValueError(
             f"labels must be {ignore_index} or within the vocabulary (0 to {vocabulary - 1}), "
             f"got {labels.min()} to {labels.max()}"
         )
-    scores = logits.reshape(-1, vocabulary)  # the last position stays, ignored: a slice would copy
-    targets = pad(labels, (0, 1), value=ignore_index).flatten()
-    if (
-        compiling
-    ):  # the number of trained rows is unknown while compiling, and the compiler fuses this
-        total = cross_entropy(scores.float(), targets, ignore_index=ignore_index, reduction="sum")
-    else:
-        rows = (targets != ignore_index).nonzero().squeeze(1)
-        total = _CrossEntropySum.apply(scores, rows, targets[rows])
-    found = trained.sum()
+    return pad(labels, (0, 1), value=ignore_index).flatten()
+
+
+def _divided(
+    total: torch.Tensor,
+    targets: torch.Tensor,
+    ignore_index: int,
+    num_items_in_batch: int | torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The loss and the number of trained positions."""
+    found = (targets != ignore_index).sum()
     count = found if num_items_in_batch is None else num_items_in_batch
-    if num_items_in_batch is not None and not compiling:
-        _check_count(num_items_in_batch, len(rows))
-    if not compiling and not len(rows):
-        count = _count_of_none(count, num_items_in_batch is None, ignore_index)
+    if not torch.compiler.is_compiling():
+        trained = int(found)
+        if num_items_in_batch is not None:
+            _check_count(num_items_in_batch, trained)
+        if not trained:
+            count = _count_of_none(count, num_items_in_batch is None, ignore_index)
     return total / (count.to(total.device) if isinstance(count, torch.Tensor) else count), found
 
 
@@ -153,10 +211,7 @@ class _CrossEntropySum(torch.autograd.Function):
     @staticmethod
     def forward(scores: torch.Tensor, rows: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         """scores [N, vocabulary], rows int64 [n], targets int64 [n] -> float32 []."""
-        losses = [
-            cross_entropy(x, target, reduction="none")
-            for _, x, target in _chunks(scores, rows, targets)
-        ]
+        losses = [cross_entropy_(x, target) for _, x, target in _chunks(scores, rows, targets)]
         return torch.cat([scores.new_zeros(1, dtype=torch.float32), *losses]).sum()
 
     @staticmethod
@@ -179,8 +234,7 @@ class _Gradient(torch.autograd.Function):
     ) -> torch.Tensor:
         gradient = torch.zeros_like(scores)
         for part, x, target in _chunks(scores, rows, targets):
-            x = x.softmax(-1)
-            x[torch.arange(len(x), device=x.device), target] -= 1
+            cross_entropy_(x, target, gradient=1.0)
             gradient.index_copy_(0, part, (x * grad).to(gradient.dtype))
         return gradient
 
@@ -196,9 +250,9 @@ class _Gradient(torch.autograd.Function):
 def _chunks(
     scores: torch.Tensor, rows: torch.Tensor, targets: torch.Tensor
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-    """(rows, their scores in float32, their targets), in chunks that fit a core's caches or keep a
-    device busy.
+    """(rows, a copy of their scores in float32, their targets), in chunks that fit a core's caches
+    or keep a device busy.
     """
     size = max(1, (1 << 20 if scores.is_cpu else 1 << 24) // scores.shape[-1])
     for part, target in zip(rows.split(size), targets.split(size), strict=True):
-        yield part, scores.index_select(0, part).float(), target
+        yield part, scores.index_select(0, part).float(), target.contiguous()

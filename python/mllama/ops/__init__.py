@@ -6,6 +6,7 @@ from mllama.ops.attention import attention, attention_weights
 from mllama.ops.gated import geglu, swiglu
 from mllama.ops.image import resize, resize_normalize
 from mllama.ops.layer_norm import layer_norm
+from mllama.ops.linear_cross_entropy import linear_cross_entropy
 from mllama.ops.lora_linear import lora_linear
 from mllama.ops.packed_gguf import pack_gguf, unpack_gguf
 from mllama.ops.packed_linear import pack_weight, packed_linear, unpack_weight
@@ -22,6 +23,7 @@ __all__ = [
     "dequantize_rows",
     "geglu",
     "layer_norm",
+    "linear_cross_entropy",
     "lora_linear",
     "pack_gguf",
     "pack_weight",

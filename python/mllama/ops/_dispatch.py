@@ -199,6 +199,28 @@ def _refuse_tangents(name: str, arguments: tuple) -> None:
             raise NotImplementedError(f"mllama::{name} has no forward-mode derivative")
 
 
+def differentiable_once(
+    name: str, source: torch.Tensor, gradient: torch.Tensor | None
+) -> torch.Tensor | None:
+    """A gradient that was computed from `source`, such that differentiating it raises: what it was
+    computed by may have no derivative, or another one.
+    """
+    if gradient is None or not torch.is_grad_enabled():
+        return gradient
+    return _Once.apply(gradient, source, name)
+
+
+class _Once(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, gradient, source, name):
+        ctx.name = name
+        return gradient.view_as(gradient)
+
+    @staticmethod
+    def backward(ctx, *grads):
+        _no_second_derivative(ctx.name)(ctx, *grads)
+
+
 def _no_second_derivative(name: str) -> Callable:
     def backward(ctx, *grads):
         raise NotImplementedError(
