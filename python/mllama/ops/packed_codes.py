@@ -66,7 +66,7 @@ def _quantize_nested(w: torch.Tensor, bits: int, steps: int, span: int) -> Numbe
     highest, groups = 2**bits - 1, w.shape[2]
     fit = fit_affine(w, highest)
     header = [half_above(_by_span(x, span).amax(3) / steps) for x in (fit[0], -fit[1])]
-    of_group = torch.arange(groups) // span
+    of_group = torch.arange(groups, device=w.device) // span
     d, e = (value.float()[:, :, of_group] for value in header)
     s, m = nested_steps(w, d, e, steps, highest, fit=fit)
     codes = torch.round((w + (e * m)[..., None]) * _inverse(d * s)[..., None]).clamp(0, highest)
@@ -99,7 +99,7 @@ def _quantize_q6_k(w: torch.Tensor, span: int) -> Numbers:
     halves = w.unflatten(3, (2, -1))
     fits = fit_centered(halves, 32)  # (blocks, lanes, groups, 2)
     header = half_above(_extreme(_by_span(fits, span).flatten(3)) / -128)
-    d = header.float()[:, :, torch.arange(w.shape[2]) // span, None]
+    d = header.float()[:, :, torch.arange(w.shape[2], device=w.device) // span, None]
     s = _steps(fits * _inverse(d), -128, 127, lambda s: _centered_error(halves, d * s, 32))
     codes = torch.round(halves * _inverse(d * s)[..., None]).clamp(-32, 31) + 32
     return [header], list(s.to(torch.int8).unbind(3)), codes.flatten(3)

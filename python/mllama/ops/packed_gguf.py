@@ -137,7 +137,7 @@ def _read_q6_k(blocks, packing):
     """Four low bits, a plane of the upper two, 16 scales, an f16 number; halves of 128 inputs."""
     low, upper, s, d = blocks.split([128, 64, 16, 2], -1)
     low = _low_high(low.unflatten(-1, (2, 64))).unflatten(-1, (4, GROUP))  # (..., 2, 4, GROUP)
-    shifts = torch.tensor([0, 2, 4, 6], dtype=torch.uint8)[:, None]
+    shifts = _places(2, upper.device)[:, None]
     upper = upper.unflatten(-1, (2, 1, GROUP)) >> shifts & 3
     codes = (low | upper << 4).flatten(-3, -2)
     halves = viewed(s, torch.int8).unflatten(-1, (8, 2)).flatten(2, 3)
@@ -147,7 +147,7 @@ def _read_q6_k(blocks, packing):
 def _write_q6_k(header, scales, codes, packing):
     codes = codes.unflatten(2, (-1, 2, 4))  # (..., 2, 4, GROUP)
     low = _joined((codes & 15).flatten(-2))
-    shifts = torch.tensor([0, 2, 4, 6], dtype=torch.uint8)[:, None]
+    shifts = _places(2, codes.device)[:, None]
     upper = (codes >> 4 << shifts).sum(-2, dtype=torch.uint8)
     s = torch.stack([scale.unflatten(2, (-1, 8)) for scale in scales], -1).view(torch.uint8)
     return torch.cat([low.flatten(-2), upper.flatten(-2), s.flatten(-2), _bytes(header[0])], -1)
@@ -177,14 +177,19 @@ def _joined(codes: torch.Tensor) -> torch.Tensor:
     return low | high << 4
 
 
+def _places(step: int, device: torch.device) -> torch.Tensor:
+    """Every `step`-th bit of a byte."""
+    return torch.arange(0, 8, step, dtype=torch.uint8, device=device)
+
+
 def _bits(data: torch.Tensor) -> torch.Tensor:
     """(...) -> (..., 8), the lowest first."""
-    return data[..., None] >> torch.arange(8, dtype=torch.uint8) & 1
+    return data[..., None] >> _places(1, data.device) & 1
 
 
 def _packed_bits(bits: torch.Tensor) -> torch.Tensor:
     """The inverse."""
-    return (bits << torch.arange(8, dtype=torch.uint8)).sum(-1, dtype=torch.uint8)
+    return (bits << _places(1, bits.device)).sum(-1, dtype=torch.uint8)
 
 
 # ---- the operator
