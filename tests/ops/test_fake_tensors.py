@@ -72,9 +72,7 @@ CALLS = {
     "attention, small heads": Call(
         ops.attention, {"q": (1, 2, 2, 4), "k": (1, 2, 1, 4), "v": (1, 2, 1, 4)}
     ),
-    "attention_weights": Call(
-        ops.attention_weights, {"q": Q, "k": KV, **MASKS}, {"causal": True}
-    ),
+    "attention_weights": Call(ops.attention_weights, {"q": Q, "k": KV, **MASKS}, {"causal": True}),
     "patch_embed": Call(ops.patch_embed, PIXELS),
     "lora_linear": Call(ops.lora_linear, LORA, {"dropout": 0.5}),
     "packed_linear": Call(
@@ -115,9 +113,7 @@ CALLS = {
     "quantize_rows": Call(ops.quantize_rows, {"x": X}),
     "dequantize_rows": Call(ops.dequantize_rows, {"codes": CODES}, {"size": 32}),
     "select_token": Call(
-        ops.select_token,
-        {"logits": (2, 9), "present": ((2, 9), BOOL)},
-        {"repetition_penalty": 1.5},
+        ops.select_token, {"logits": (2, 9), "present": ((2, 9), BOOL)}, {"repetition_penalty": 1.5}
     ),
     "select_token, drawn": Call(
         lambda **tensors: RAW.select_token(
