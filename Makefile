@@ -131,11 +131,11 @@ dist/.wheel: $(VENV)/.tools $(SOURCES) $(shell find python -name '*.py')
 	.venv-$*/bin/$(PIP_INSTALL) --no-deps --force-reinstall dist/*.whl
 	touch $@
 
-# The lock has the CPU build's version of torch.
+# Another version of torch than the lock's, of which pip may have the CPU build.
 CUDA_TORCH ?= 2.14.1
-.venv-cuda/.ready: pyproject.toml
+.venv-cuda/.ready: requirements.lock
 	test -d .venv-cuda || $(PYTHON) -m venv .venv-cuda
-	grep -v '^torch==' requirements.lock > .venv-cuda/constraints.txt
+	grep -vE '^(torch|triton|nvidia|cuda)' requirements.lock > .venv-cuda/constraints.txt
 	.venv-cuda/bin/$(PIP_INSTALL) -c .venv-cuda/constraints.txt torch==$(CUDA_TORCH) \
-	    transformers pytest
+	    transformers Pillow pytest
 	touch $@
