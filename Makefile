@@ -1,4 +1,4 @@
-# Targets: demo, test, test-quick, test-emulated, test-ptx, lint, bench, bench-models, notebooks, clean;
+# Targets: demo, test, test-quick, test-emulated, test-ptx, test-cuda-build, lint, bench, bench-models, notebooks, clean;
 # test-oldest, test-newest, test-wheel; lock. They need only Python (>= 3.11), a C++20 compiler and make. The
 # rest is installed into .venv, at the versions in requirements.lock. `make PYTHON=python3.12 test`
 # uses another Python.
@@ -14,7 +14,7 @@ PYTEST := python -m pytest -n $(WORKERS) tests notebooks --nbmake
 # With ccache a rebuild takes seconds.
 export CMAKE_CXX_COMPILER_LAUNCHER ?= $(shell command -v ccache)
 
-.PHONY: demo test test-quick test-emulated test-ptx test-oldest test-newest test-wheel lint lock bench \
+.PHONY: demo test test-quick test-emulated test-ptx test-cuda-build test-oldest test-newest test-wheel lint lock bench \
     bench-models notebooks clean
 .DELETE_ON_ERROR:
 .SECONDARY:
@@ -37,6 +37,12 @@ test-emulated: $(VENV)/.built build/emulated/.mllama_emulated
 test-ptx: $(VENV)/.built build/emulated/.mllama_ptx_75 build/emulated/.mllama_ptx_80
 	$(BIN)/python -m pytest -n $(WORKERS) --device=ptx --architecture=75 tests/cuda tests/ops
 	$(BIN)/python -m pytest -n $(WORKERS) --device=ptx --architecture=80 tests/cuda tests/ops
+
+# The module with CUDA kernels, as it is without a GPU: its machine code, and that it is imported
+# under CPU and CUDA builds of torch. Needs nvcc, and 8 GB for a CUDA build of torch in .venv-cuda.
+test-cuda-build: $(VENV)/.built build/cuda/.built .venv-cuda/.ready
+	$(BIN)/$(PIP_INSTALL) --no-deps nvidia-cuda-cuobjdump==13.5.37 nvidia-cuda-nvdisasm==13.5.37
+	$(BIN)/python -m pytest tests/test_cuda_build.py
 
 # One wheel, built against the pinned torch, tested with the lowest versions that pyproject.toml
 # allows, the newest ones, and the locked ones.
@@ -91,11 +97,18 @@ $(VENV)/.built: $(VENV)/.tools $(SOURCES)
 	$(BIN)/$(PIP_INSTALL) $(FILES_ONLY)
 	touch $@
 
+CONFIGURE = $(BIN)/cmake -S . -G Ninja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja \
+    -DPython_EXECUTABLE=$(CURDIR)/$(BIN)/python \
+    -Dpybind11_DIR=$$($(BIN)/python -m pybind11 --cmakedir)
+
 build/emulated/.%: $(VENV)/.tools $(SOURCES) $(wildcard scripts/ptx*.py tests/cuda/planted.*)
-	$(BIN)/cmake -S . -B build/emulated -G Ninja -DMLLAMA_EMULATOR=ON \
-	    -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja -DPython_EXECUTABLE=$(CURDIR)/$(BIN)/python \
-	    -Dpybind11_DIR=$$($(BIN)/python -m pybind11 --cmakedir)
+	$(CONFIGURE) -B build/emulated -DMLLAMA_EMULATOR=ON
 	$(BIN)/cmake --build build/emulated --target $*
+	touch $@
+
+build/cuda/.built: $(VENV)/.tools $(SOURCES)
+	$(CONFIGURE) -B build/cuda -DMLLAMA_CUDA=ON
+	$(BIN)/cmake --build build/cuda --parallel 2
 	touch $@
 
 $(VENV)/.lint: $(VENV)/.tools
@@ -116,4 +129,13 @@ dist/.wheel: $(VENV)/.tools $(SOURCES) $(shell find python -name '*.py')
 	.venv-$*/bin/$(PIP_INSTALL) $(PINS) $$($(BIN)/python scripts/requirement_names.py)
 	.venv-$*/bin/$(PIP_INSTALL) $(FILES_ONLY)
 	.venv-$*/bin/$(PIP_INSTALL) --no-deps --force-reinstall dist/*.whl
+	touch $@
+
+# Another version of torch than the lock's, of which pip may have the CPU build.
+CUDA_TORCH ?= 2.14.1
+.venv-cuda/.ready: requirements.lock
+	test -d .venv-cuda || $(PYTHON) -m venv .venv-cuda
+	grep -vE '^(torch|triton|nvidia|cuda)' requirements.lock > .venv-cuda/constraints.txt
+	.venv-cuda/bin/$(PIP_INSTALL) -c .venv-cuda/constraints.txt torch==$(CUDA_TORCH) \
+	    transformers Pillow pytest
 	touch $@

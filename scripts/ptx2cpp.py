@@ -1,9 +1,10 @@
 """PTX, which nvcc makes of a kernel with its inline assembly, to C++ on the emulator.
 
-python scripts/ptx2cpp.py KERNELS.ptx KERNELS.cpp
+python scripts/ptx2cpp.py KERNELS.ptx KERNELS.cpp [PATTERN]
 
-Each entry becomes a function with the symbol of the kernel that it was made from, and a linker
-takes it instead of the kernel's own template, which is a weak symbol.
+Each entry whose symbol has the regular expression PATTERN becomes a function with the symbol of the
+kernel that it was made from, and a linker takes it instead of the kernel's own template, which is a
+weak symbol.
 """
 
 import re
@@ -107,8 +108,8 @@ class Entry(Instructions):
         return "\n".join(lines) + "".join(self.statements) + "\n}\n"
 
 
-def translate(ptx: str) -> str:
-    """The C++ file of a PTX file."""
+def translate(ptx: str, pattern: str = "") -> str:
+    """The C++ file of a PTX file's entries whose symbol has the regular expression."""
     ptx = re.sub(r"[ \t]+", " ", re.sub(r"//.*", "", ptx))
     files = dict(re.findall(r'^ ?\.file (\d+) "([^"]+)"', ptx, re.M))
     outside = ENTRY.sub("", ptx)
@@ -119,6 +120,8 @@ def translate(ptx: str) -> str:
         shared[symbol] = (int(width) // 8 * int(count or 1), int(align))
     functions = []
     for symbol, parameters, body in ENTRY.findall(ptx):
+        if not re.search(pattern, symbol):
+            continue
         entry = Entry(symbol, parameters, shared)
         entry.read(body, files)
         functions.append(entry.code())
@@ -127,5 +130,5 @@ def translate(ptx: str) -> str:
 
 
 if __name__ == "__main__":
-    source, target = map(Path, sys.argv[1:])
-    target.write_text(translate(source.read_text()))
+    source, target, *pattern = sys.argv[1:]
+    Path(target).write_text(translate(Path(source).read_text(), *pattern))

@@ -235,12 +235,6 @@ class Instructions:
     def _copysign(self, words, o, t):
         return self.set(o[0], t, f"std::copysign({self.value(o[2], t)}, {self.value(o[1], t)})")
 
-    def _bfi(self, words, o, t):
-        arguments = ", ".join(
-            self.value(v, kind) for v, kind in zip(o[1:], (t, t, "u32", "u32"), strict=True)
-        )
-        return self.set(o[0], t, f"inserted_bits({arguments})")
-
     def _abs(self, words, o, t):
         return self.set(o[0], t, f"std::abs({self.value(o[1], t)})")
 

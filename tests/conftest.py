@@ -51,6 +51,7 @@ SLOW = (
     "processing/test_meta.py",
     "runtime/test_real_models.py",
     "test_benchmarks.py",
+    "test_cuda_build.py",
     "test_embedded.py",
     "test_examples.py",
     "test_import.py",

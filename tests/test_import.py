@@ -3,10 +3,7 @@ broken, stale or wrongly asked.
 """
 
 import json
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,40 +11,12 @@ import torch
 
 import helpers
 import mllama
+from compiled_module import python, replaced
 from mllama import _ext
 from mllama.ops import _dispatch
 
 IMAGES = Path(__file__).parent.parent / "examples" / "pictures"
 HEAVY = ("torch", "transformers", "numpy", "PIL", "safetensors")
-
-
-def python(code: str, **env: str) -> subprocess.CompletedProcess:
-    """Run code in another Python, with kernels unless `env` says otherwise."""
-    environment = os.environ | {"MLLAMA_DISABLE_OPS": "", "MLLAMA_CPU_ISA": ""} | env
-    return subprocess.run(
-        [sys.executable, "-c", f"import sys\n{code}"],
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
-
-
-def compiled_module(file: str | None) -> str:
-    """Code that puts a file in the place of the compiled module; None: there is none."""
-    return f"""
-import importlib.util
-
-FILE = {file!r}
-
-class Finder:
-    def find_spec(self, name, path=None, target=None):
-        if name == "mllama._C":
-            if FILE is None:
-                raise ModuleNotFoundError("No module named 'mllama._C'", name=name)
-            return importlib.util.spec_from_file_location(name, FILE)
-
-sys.meta_path.insert(0, Finder())
-"""
 
 
 def test_the_package_and_the_help_import_nothing_heavy():
@@ -81,7 +50,7 @@ def test_without_the_compiled_module_there_is_one_error_with_its_cure(kind, tmp_
         else f"mllama._C cannot be loaded: {file}"
     )
     run = python(
-        compiled_module(None if kind == "missing" else str(file))
+        replaced(None if kind == "missing" else str(file))
         + """
 import json
 from mllama import cli
@@ -107,9 +76,9 @@ sys.exit(cli.main(["ask", "image.png", "How many?"]))
     assert (run.returncode, run.stderr) == (2, f"mllama: error: {import_ops}\n")
 
 
-def test_references_need_no_compiled_module():
+def test_references_need_no_replaced():
     run = python(
-        compiled_module(None)
+        replaced(None)
         + "import torch, mllama\nprint(mllama.ops.swiglu(torch.ones(1), torch.ones(1)).item())",
         MLLAMA_DISABLE_OPS="1",
     )

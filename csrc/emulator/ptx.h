@@ -102,10 +102,6 @@ T high_product(T a, T b) {
     using Wide = std::conditional_t<std::is_signed_v<T>, __int128, unsigned __int128>;
     return static_cast<T>(static_cast<Wide>(a) * static_cast<Wide>(b) >> (8 * sizeof(T)));
 }
-inline uint32_t inserted_bits(uint32_t low, uint32_t into, uint32_t first, uint32_t count) {
-    uint32_t mask = shifted_left(shifted_left(1u, count) - 1, first);
-    return (into & ~mask) | (shifted_left(low, first) & mask);
-}
 inline float saturated(float v) { return v > 0 ? std::min(v, 1.0f) : 0.0f; }
 // Rounded to zero, within the type's range.
 template <class T, class Float>

@@ -22,8 +22,14 @@ struct BackwardShape {
     static constexpr int kParts = Tiles::kSize / kColumns;
     static constexpr int kBytes =
         2 * (kOwn + kOther) * Tiles::kStride * static_cast<int>(sizeof(typename Tiles::Element));
-    static constexpr bool kFits =
-        kBytes <= kTileBytes<Tiles::kTuring> && kOther % Tiles::kDepth == 0;
+    // Two results of 128 columns take 128 registers of a thread. In float32 they leave too few for
+    // the scores of 16 others.
+    static constexpr int kMostOthers = kOwnsKeys && kParts > 1 &&
+                                               sizeof(typename Tiles::Element) == 4
+                                           ? 8
+                                           : 32;
+    static constexpr bool kFits = kBytes <= kTileBytes<Tiles::kTuring> &&
+                                  kOther % Tiles::kDepth == 0 && kOther <= kMostOthers;
 };
 
 // What turns a row's scores into probabilities, and dP into dS.

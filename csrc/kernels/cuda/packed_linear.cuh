@@ -272,6 +272,7 @@ struct FloatSteps {
 template <class Steps, class T>
 __global__ void __launch_bounds__(kTileThreadCount, kBlocks)
     multiply_many(PackedLinear a, TileRows x, int64_t bytes) {
+    if constexpr (!kRunsHere<false>) return trap("made for another device");
     using Stages = Array<TileStage, 2>;
     MLLAMA_SHARED(Stages, stages);
     int lane = threadIdx.x % 32;
@@ -311,11 +312,23 @@ __global__ void __launch_bounds__(kTileThreadCount, kBlocks)
         __syncthreads();  // before the next copy to this stage
     }
     wait_for_copies<0>();
-    for (int n = 0; n < kTileRows / 8; ++n) {
-        for (int i = 0; i < 4; ++i) {
-            int64_t column = index * kLanes + lane / 4 + i / 2 * 8;
-            store_result<T>(a, first_row + n * 8 + lane % 4 * 2 + i % 2, column, sums[n][i]);
+    __syncthreads();
+    // Through shared memory, so that neighboring threads write neighboring columns, and the
+    // activation's code is there once.
+    constexpr int kColumns = kLanes * kTileWarps, kStride = kColumns + 1;
+    static_assert(kTileRows * kStride * sizeof(float) <= sizeof(Stages));
+    auto* tile = reinterpret_cast<float*>(&stages[0]);
+    MLLAMA_UNROLL for (int n = 0; n < kTileRows / 8; ++n) {
+        MLLAMA_UNROLL for (int i = 0; i < 4; ++i) {
+            int row = n * 8 + lane % 4 * 2 + i % 2,
+                column = threadIdx.x / 32 * kLanes + lane / 4 + i / 2 * 8;
+            tile[row * kStride + column] = sums[n][i];
         }
+    }
+    __syncthreads();
+    MLLAMA_UNROLL_2 for (int i = threadIdx.x; i < kTileRows * kColumns; i += kTileThreadCount) {
+        store_result<T>(a, first_row + i / kColumns, int64_t{blockIdx.x} * kColumns + i % kColumns,
+                        tile[i / kColumns * kStride + i % kColumns]);
     }
 }
 

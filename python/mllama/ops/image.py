@@ -10,7 +10,7 @@ import PIL
 import torch
 from PIL import Image
 
-from mllama.ops._dispatch import check_value, register, use_kernel
+from mllama.ops._dispatch import check_device, check_value, register, use_kernel
 
 # Limit of the result and of the image between the passes: larger sizes are rejected before
 # allocation.
@@ -138,11 +138,16 @@ def _kind(value) -> str:
     )
 
 
+def _check_table(image, height, width, table, cubic, height_first) -> None:
+    check_device("resize_normalize", "table", table, "image", image)
+
+
 _resize = register(
     "resize",
     fake=lambda image, height, width, cubic, height_first: image.new_empty(height, width, 3),
 )
 _resize_normalize = register(
     "resize_normalize",
+    check=_check_table,
     fake=lambda image, height, width, table, cubic, height_first: table.new_empty(3, height, width),
 )

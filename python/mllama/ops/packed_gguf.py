@@ -137,7 +137,8 @@ def _read_q6_k(blocks, packing):
     """Four low bits, a plane of the upper two, 16 scales, an f16 number; halves of 128 inputs."""
     low, upper, s, d = blocks.split([128, 64, 16, 2], -1)
     low = _low_high(low.unflatten(-1, (2, 64))).unflatten(-1, (4, GROUP))  # (..., 2, 4, GROUP)
-    upper = upper.unflatten(-1, (2, 1, GROUP)) >> _shifts(blocks) & 3
+    shifts = _places(2, upper.device)[:, None]
+    upper = upper.unflatten(-1, (2, 1, GROUP)) >> shifts & 3
     codes = (low | upper << 4).flatten(-3, -2)
     halves = viewed(s, torch.int8).unflatten(-1, (8, 2)).flatten(2, 3)
     return list(_numbers(d)), list(halves.unbind(-1)), codes.flatten(2, 3)
@@ -146,13 +147,10 @@ def _read_q6_k(blocks, packing):
 def _write_q6_k(header, scales, codes, packing):
     codes = codes.unflatten(2, (-1, 2, 4))  # (..., 2, 4, GROUP)
     low = _joined((codes & 15).flatten(-2))
-    upper = (codes >> 4 << _shifts(codes)).sum(-2, dtype=torch.uint8)
+    shifts = _places(2, codes.device)[:, None]
+    upper = (codes >> 4 << shifts).sum(-2, dtype=torch.uint8)
     s = torch.stack([scale.unflatten(2, (-1, 8)) for scale in scales], -1).view(torch.uint8)
     return torch.cat([low.flatten(-2), upper.flatten(-2), s.flatten(-2), _bytes(header[0])], -1)
-
-
-def _shifts(like: torch.Tensor) -> torch.Tensor:
-    return torch.tensor([0, 2, 4, 6], dtype=torch.uint8, device=like.device)[:, None]
 
 
 _READERS = {"q4_k": _read_nested, "q5_k": _read_nested, "q6_k": _read_q6_k}
@@ -179,15 +177,19 @@ def _joined(codes: torch.Tensor) -> torch.Tensor:
     return low | high << 4
 
 
+def _places(step: int, device: torch.device) -> torch.Tensor:
+    """Every `step`-th bit of a byte."""
+    return torch.arange(0, 8, step, dtype=torch.uint8, device=device)
+
+
 def _bits(data: torch.Tensor) -> torch.Tensor:
     """(...) -> (..., 8), the lowest first."""
-    return data[..., None] >> torch.arange(8, dtype=torch.uint8, device=data.device) & 1
+    return data[..., None] >> _places(1, data.device) & 1
 
 
 def _packed_bits(bits: torch.Tensor) -> torch.Tensor:
     """The inverse."""
-    places = torch.arange(8, dtype=torch.uint8, device=bits.device)
-    return (bits << places).sum(-1, dtype=torch.uint8)
+    return (bits << _places(1, bits.device)).sum(-1, dtype=torch.uint8)
 
 
 # ---- the operator

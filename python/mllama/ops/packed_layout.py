@@ -92,9 +92,8 @@ def unpack(packed: torch.Tensor, out_features: int, in_features: int, packing: s
         w = _lanes_outside(values, 2 if packing == "bf16" else 1).float()
     else:
         header, scales, codes = split(packed, out_features, in_features, packing)
-        header = [
-            value[:, :, torch.arange(groups, device=packed.device) // size.span] for value in header
-        ]
+        of_group = torch.arange(groups, device=packed.device) // size.span
+        header = [value[:, :, of_group] for value in header]
         w = _dequantize(packing, [x.float() for x in header], [x.float() for x in scales], codes)
     return w.flatten(2).flatten(0, 1)[:out_features, :in_features]
 
@@ -198,13 +197,18 @@ def _lanes_outside(values: torch.Tensor, together: int) -> torch.Tensor:
     return values.unflatten(2, (-1, LANES, together)).permute(0, 3, 1, 2, 4).flatten(3)
 
 
+def _shifts(more: int, device: torch.device) -> torch.Tensor:
+    """Where in a byte the upper bits of several codes are."""
+    return more * torch.arange(8 // more, dtype=torch.uint8, device=device)[:, None]
+
+
 def _code_bytes(codes: torch.Tensor, bits: int) -> torch.Tensor:
     """Nibbles, then what codes have beyond four bits."""
     low, high = (codes & 15).unflatten(3, (-1, 2, 4)).unbind(4)  # (..., GROUP / 8, 4)
     parts = [_lanes_inside((low | high << 4).flatten(3), 4)]
     if more := bits - 4:
         steps = (codes >> 4).unflatten(3, (more, 8 // more, 4))
-        shifted = steps << more * torch.arange(8 // more, dtype=torch.uint8)[:, None]
+        shifted = steps << _shifts(more, codes.device)
         parts.append(_lanes_inside(shifted.sum(4, dtype=torch.uint8).flatten(3), 4))
     return torch.cat(parts, dim=2)
 
@@ -216,6 +220,6 @@ def _codes_of(data: torch.Tensor, bits: int) -> torch.Tensor:
     codes = torch.stack([pairs & 15, pairs >> 4], dim=4).flatten(3)
     if more := bits - 4:
         words = _lanes_outside(upper, 4).unflatten(3, (more, 1, 4))
-        shifts = more * torch.arange(8 // more, dtype=torch.uint8)[:, None]
-        codes = codes | ((words >> shifts) & (2**more - 1)).flatten(3) << 4
+        upper = (words >> _shifts(more, data.device)) & (2**more - 1)
+        codes = codes | upper.flatten(3) << 4
     return codes

@@ -127,7 +127,7 @@ def rope_tables(
 
     Raises:
         TypeError: positions are not an integer tensor, or frequencies not a float32 tensor.
-        ValueError: positions are not [B, T], or frequencies not [D/2].
+        ValueError: positions are not [B, T], or frequencies not [D/2] on the same device.
     """
     if not isinstance(position_ids, torch.Tensor) or position_ids.dtype not in _INTEGERS:
         got = getattr(position_ids, "dtype", type(position_ids).__name__)
@@ -143,6 +143,7 @@ def rope_tables(
         frequencies.dim() == 1,
         f"rope_tables: frequencies must be [D/2], got {list(frequencies.shape)}",
     )
+    check_device("rope_tables", "frequencies", frequencies, "position_ids", position_ids)
     angles = position_ids.unsqueeze(-1).float() * frequencies
     return angles.cos(), angles.sin()
 
