@@ -21,6 +21,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
+# Beside the operators' tests: what makes its tensors on `devices.tensor_device()`.
+OTHERS = ("tests/cuda",)
 EVERY_KERNEL = "tests/cuda/test_every_kernel.py"
 PASSED, FAILED, SKIPPED = "passed", "FAILED", "skipped"
 # Of our kernels' mangled names. initcheck gets no filter: what it does not see written is
@@ -104,8 +106,8 @@ def facts() -> Iterator[str]:
 def steps(workers: int) -> Iterator[Step]:
     """All steps, in the order in which time is given to them."""
     options = ["--device=cuda", *(["-n", str(workers)] if workers > 1 else [])]
-    cuda = [*options, "tests/cuda"]
-    yield "kernels' launches and tiny models", 180, lambda left: run_tests(cuda, left)
+    others = [*options, *OTHERS]
+    yield "kernels' launches and tiny models", 180, lambda left: run_tests(others, left)
     yield "operators", 300, lambda left: run_tests([*options, "tests/ops"], left)
     for tool in TOOLS:
         yield tool, 150, lambda left, tool=tool: sanitize(tool, left)
