@@ -1,5 +1,5 @@
-# Targets: demo, test, test-quick, test-emulated, test-ptx, lint, bench, bench-models, notebooks, clean;
-# test-oldest, test-newest, test-wheel; lock. They need only Python (>= 3.11), a C++20 compiler and make. The
+# Targets: demo, test, test-quick, test-emulated, test-ptx, test-gpu, lint, bench, bench-models,
+# bench-gpu, notebooks, clean; test-oldest, test-newest, test-wheel; lock. They need only Python (>= 3.11), a C++20 compiler and make. The
 # rest is installed into .venv, at the versions in requirements.lock. `make PYTHON=python3.12 test`
 # uses another Python.
 PYTHON ?= python3
@@ -14,8 +14,8 @@ PYTEST := python -m pytest -n $(WORKERS) tests notebooks --nbmake
 # With ccache a rebuild takes seconds.
 export CMAKE_CXX_COMPILER_LAUNCHER ?= $(shell command -v ccache)
 
-.PHONY: demo test test-quick test-emulated test-ptx test-oldest test-newest test-wheel lint lock bench \
-    bench-models notebooks clean
+.PHONY: demo test test-quick test-emulated test-ptx test-gpu test-oldest test-newest test-wheel lint lock bench \
+    bench-models bench-gpu notebooks clean
 .DELETE_ON_ERROR:
 .SECONDARY:
 
@@ -37,6 +37,14 @@ test-emulated: $(VENV)/.built build/emulated/.mllama_emulated
 test-ptx: $(VENV)/.built build/emulated/.mllama_ptx_75 build/emulated/.mllama_ptx_80
 	$(BIN)/python -m pytest -n $(WORKERS) --device=ptx --architecture=75 tests/cuda tests/ops
 	$(BIN)/python -m pytest -n $(WORKERS) --device=ptx --architecture=80 tests/cuda tests/ops
+
+# What needs a GPU, in ten minutes. GPU_PYTHON: another Python, with a CUDA build of torch and mllama
+# built for it, where .venv's torch has no CUDA.
+GPU_PYTHON ?= $(BIN)/python
+GPU_BUILT := $(if $(filter $(BIN)/python,$(GPU_PYTHON)),$(VENV)/.built)
+
+test-gpu: $(GPU_BUILT)
+	$(GPU_PYTHON) scripts/gpu_tests.py
 
 # One wheel, built against the pinned torch, tested with the lowest versions that pyproject.toml
 # allows, the newest ones, and the locked ones.
@@ -65,6 +73,10 @@ bench: $(VENV)/.built
 # Whole models against other engines, where these are installed (benchmarks/README.md).
 bench-models: $(VENV)/.built
 	$(BIN)/python -m benchmarks.models
+
+# Models and operators on a GPU, in ten minutes.
+bench-gpu: $(GPU_BUILT)
+	$(GPU_PYTHON) -m benchmarks.gpu
 
 notebooks: $(VENV)/.built
 	$(BIN)/python notebooks/execute.py
