@@ -22,7 +22,12 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 # Beside the operators' tests: what makes its tensors on `devices.tensor_device()`.
-OTHERS = ("tests/cuda",)
+OTHERS = (
+    "tests/cuda",
+    "tests/nn/test_offload.py",
+    "tests/runtime/test_decode_graph.py",
+    "tests/training/test_amp.py",
+)
 EVERY_KERNEL = "tests/cuda/test_every_kernel.py"
 PASSED, FAILED, SKIPPED = "passed", "FAILED", "skipped"
 # Of our kernels' mangled names. initcheck gets no filter: what it does not see written is

@@ -10,6 +10,7 @@ import torch
 
 from helpers import Sample
 from mllama import ops
+from mllama.ops.cross_entropy import cross_entropy_
 from mllama.ops.packed_layout import pack
 
 torch.manual_seed(0)
@@ -102,6 +103,17 @@ def _image() -> KernelCall:
     return KernelCall(ops.resize_normalize, Sample((image, 20, 60, table)), (3,), capturable=False)
 
 
+def _entropy() -> KernelCall:
+    (scores,), targets = _numbers((5, 515)), torch.tensor([3, -1, 514, 515, 0], device="cpu")
+    return KernelCall(_losses, Sample((scores, targets)))
+
+
+def _losses(scores: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """With the gradient, which takes the scores' place."""
+    slopes = scores.clone()
+    return cross_entropy_(slopes, targets, 4.0, 1.0), slopes
+
+
 def _make() -> dict[str, list[KernelCall]]:
     """Calls by the operator's file in csrc/ops."""
     norm = Sample(tuple(_numbers((5, 77), (77,))), {"eps": 1e-5})
@@ -128,6 +140,7 @@ def _make() -> dict[str, list[KernelCall]]:
             _attention(2, 2, 290, 4, 2, 40, softcap=3.0),
             _attention(1, 20, 40, 2, 2, 128, key_mask=torch.arange(40, device="cpu")[None] < 30),
         ],
+        "cross_entropy": [_entropy()],
         "packed_linear": [
             *(_packed(packing, rows) for packing in ("int4", "int8", "bf16") for rows in (3, 70)),
             _unpack("int4"),
