@@ -3,6 +3,7 @@
 from typing import Any
 
 HIDDEN, HEADS, KV_HEADS, HEAD_SIZE, FFN = 2048, 32, 8, 64, 8192
+VOCABULARY = 128256
 TEXT_LENGTHS = (1, 512)  # one decoding step, one prefill
 
 VISION_HIDDEN, VISION_HEADS, VISION_FFN = 768, 12, 3072

@@ -25,8 +25,9 @@ NAMES = (
     "select_token",
     "quantized_rows",
     "image",
+    "cross_entropy",
 )
-TINY = {"HIDDEN": 64, "FFN": 128, "VISION_HIDDEN": 48}
+TINY = {"HIDDEN": 64, "FFN": 128, "VISION_HIDDEN": 48, "VOCABULARY": 512}
 
 
 def measure_operators(device: str, seconds: float, tiny: bool) -> dict[str, Any]:
