@@ -1,5 +1,6 @@
-# Targets: demo, test, test-quick, test-emulated, test-ptx, test-cuda-build, lint, bench, bench-models, notebooks, clean;
-# test-oldest, test-newest, test-wheel; lock. They need only Python (>= 3.11), a C++20 compiler and make. The
+# Targets: demo, test, test-quick, test-emulated, test-ptx, test-cuda-build, test-gpu, lint, bench,
+# bench-models, bench-gpu, notebooks, clean; test-oldest, test-newest, test-wheel, test-mutations; lock.
+# They need only Python (>= 3.11), a C++20 compiler and make; some say what else. The
 # rest is installed into .venv, at the versions in requirements.lock. `make PYTHON=python3.12 test`
 # uses another Python.
 PYTHON ?= python3
@@ -14,8 +15,8 @@ PYTEST := python -m pytest -n $(WORKERS) tests notebooks --nbmake
 # With ccache a rebuild takes seconds.
 export CMAKE_CXX_COMPILER_LAUNCHER ?= $(shell command -v ccache)
 
-.PHONY: demo test test-quick test-emulated test-ptx test-cuda-build test-oldest test-newest test-wheel lint lock bench \
-    bench-models notebooks clean
+.PHONY: demo test test-quick test-emulated test-ptx test-cuda-build test-gpu test-oldest test-newest \
+    test-wheel lint lock bench bench-models bench-gpu notebooks clean
 .DELETE_ON_ERROR:
 .SECONDARY:
 
@@ -44,6 +45,14 @@ test-cuda-build: $(VENV)/.built build/cuda/.built .venv-cuda/.ready
 	$(BIN)/$(PIP_INSTALL) --no-deps nvidia-cuda-cuobjdump==13.5.37 nvidia-cuda-nvdisasm==13.5.37
 	$(BIN)/python -m pytest tests/test_cuda_build.py
 
+# What needs a GPU, in ten minutes. GPU_PYTHON: another Python, with a CUDA build of torch and mllama
+# built for it, where .venv's torch has no CUDA.
+GPU_PYTHON ?= $(BIN)/python
+GPU_BUILT := $(if $(filter $(BIN)/python,$(GPU_PYTHON)),$(VENV)/.built)
+
+test-gpu: $(GPU_BUILT)
+	$(GPU_PYTHON) scripts/gpu_tests.py
+
 # One wheel, built against the pinned torch, tested with the lowest versions that pyproject.toml
 # allows, the newest ones, and the locked ones.
 test-oldest test-newest test-wheel: test-%: .venv-%/.ready
@@ -71,6 +80,10 @@ bench: $(VENV)/.built
 # Whole models against other engines, where these are installed (benchmarks/README.md).
 bench-models: $(VENV)/.built
 	$(BIN)/python -m benchmarks.models
+
+# Models and operators on a GPU, in ten minutes.
+bench-gpu: $(GPU_BUILT)
+	$(GPU_PYTHON) -m benchmarks.gpu
 
 notebooks: $(VENV)/.built
 	$(BIN)/python notebooks/execute.py

@@ -125,10 +125,18 @@ def _repeats(call: Callable) -> int:
 
 
 def _run(call: Callable, count: int) -> float:
+    _wait()
     start = time.perf_counter()
     for _ in range(count):
         call()
+    _wait()
     return (time.perf_counter() - start) / count
+
+
+def _wait() -> None:
+    """Wait for the GPU, if one is used."""
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
 
 
 def saved_bytes(call: Callable[[], object], parameters: Iterable[torch.Tensor] = ()) -> int:
@@ -165,41 +173,49 @@ class Roofs:
         return f"{memory}, {matmul}"
 
 
-def measure_roofs() -> Roofs:
-    """Best of RUNS, with buffers larger than the caches (256 MiB) and 2048 x 2048 matrices."""
-    source = torch.ones(1 << 26)
-    target = torch.ones_like(source)
-    a = torch.randn(2048, 2048)
+# Elements of a buffer larger than the caches, 256 MiB and 2 GiB, and sides of matrices.
+_BUFFERS, _SIDES = {"cpu": 1 << 26, "cuda": 1 << 29}, {"cpu": 2048, "cuda": 8192}
+
+
+def measure_roofs(device: str = "cpu") -> Roofs:
+    """Best of RUNS, with buffers larger than the caches, and square matrices."""
+    reading = Reading(device)
+    side = _SIDES[device]
+    a = torch.randn(side, side, device=device)
     b = a.bfloat16()
     return Roofs(
-        read=Reading(source, target).speed(),
-        copy=2 * source.nbytes / _best(lambda: target.copy_(source)) / 1e9,
-        matmul_f32=2 * 2048**3 / _best(lambda: a @ a) / 1e9,
-        matmul_bf16=2 * 2048**3 / _best(lambda: b @ b) / 1e9,
+        read=reading.speed(),
+        copy=reading.copying(),
+        matmul_f32=2 * side**3 / _best(lambda: a @ a) / 1e9,
+        matmul_bf16=2 * side**3 / _best(lambda: b @ b) / 1e9,
     )
 
 
 class Reading:
     """How fast memory is read: the fastest of a sum, a maximum and a dot product, since none of
-    them is so on every machine.
+    them is so on every machine; on a GPU a copy too, whose writes are as fast as its reads.
     """
 
-    def __init__(self, source: torch.Tensor | None = None, other: torch.Tensor | None = None):
-        self._source = torch.ones(1 << 26) if source is None else source
-        self._other = torch.ones_like(self._source) if other is None else other
+    def __init__(self, device: str = "cpu"):
+        self._device = device
+        self._source = torch.ones(_BUFFERS[device], device=device)
+        self._other = torch.ones_like(self._source)
 
     def speed(self) -> float:
         """GB/s, best of RUNS."""
         source, other = self._source, self._other
         bytes_ = source.nbytes
-        return (
-            max(
-                bytes_ / _best(source.sum),
-                bytes_ / _best(source.amax),
-                2 * bytes_ / _best(lambda: torch.dot(source, other)),
-            )
-            / 1e9
-        )
+        speeds = [
+            bytes_ / _best(source.sum),
+            bytes_ / _best(source.amax),
+            2 * bytes_ / _best(lambda: torch.dot(source, other)),
+        ]
+        copying = [] if self._device == "cpu" else [self.copying()]
+        return max(*(speed / 1e9 for speed in speeds), *copying)
+
+    def copying(self) -> float:
+        """GB/s of a copy, reads and writes, best of RUNS."""
+        return 2 * self._source.nbytes / _best(lambda: self._other.copy_(self._source)) / 1e9
 
 
 def _best(call: Callable) -> float:

@@ -83,6 +83,20 @@ def pytest_configure(config: pytest.Config) -> None:
     devices.choose(config.getoption("device"), config.getoption("architecture"))
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report(collector: pytest.Collector):
+    """Import test files with the default device that their tests have."""
+    with devices.default_for(collector.path):
+        return (yield)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item):
+    """Run tests with it."""
+    with devices.default_for(item.path):
+        return (yield)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark the tests of the files and folders in SLOW, and those that the device does not run."""
     slow = {Path(__file__).parent / name for name in SLOW}

@@ -3,6 +3,7 @@ samples.
 """
 
 import contextlib
+import functools
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -91,9 +92,9 @@ class BadCall:
 
 
 def instruction_sets() -> list[str]:
-    """Those this CPU has, weakest first. CUDA kernels on the CPU do not depend on them."""
+    """Those this CPU has, weakest first. CUDA kernels do not depend on them: one stands for all."""
     module = _ext.load()
-    if devices.is_emulated():
+    if devices.runs_cuda_kernels():
         return [module.isa()]
     compiled = module.build_info()["instruction_sets"].split()
     return compiled[: compiled.index(module.best_isa()) + 1]
@@ -149,6 +150,20 @@ def assert_close(actual: torch.Tensor, exact: torch.Tensor, tolerance: float, wh
         )
 
 
+def _with_usual_default(function: Callable) -> Callable:
+    """The function with the CPU as torch's default device, as in users' programs, wherever the
+    tensors are.
+    """
+
+    @functools.wraps(function)
+    def run(*arguments, **options):
+        with torch.device("cpu"):
+            return function(*arguments, **options)
+
+    return run
+
+
+@_with_usual_default
 def check_op(
     public: Callable,
     reference: Callable,
@@ -219,11 +234,12 @@ def check_op(
         torch.library.opcheck(overload, Sample(arguments).to(device).args)
     for sample in samples[:2]:
         _check_compile(public, _leaves(sample, differentiable), has_gradient)
-    for bad in bad_calls:
-        _check_refused(bad)
-        with pytest.MonkeyPatch.context() as patch:  # the reference's own check refuses the same
-            patch.setattr(_dispatch, "_EXTENSION", None)
+    with torch.device(device):  # what bad calls make
+        for bad in bad_calls:
             _check_refused(bad)
+            with pytest.MonkeyPatch.context() as patch:  # the reference's own check refuses it too
+                patch.setattr(_dispatch, "_EXTENSION", None)
+                _check_refused(bad)
     if devices.is_emulated():
         counters = emulated.take_counters()
         assert counters.launches and counters.accesses, "no CUDA kernel has run"
@@ -259,9 +275,9 @@ def _gradients(function: Callable, sample: Sample) -> list[torch.Tensor | None]:
     asks for one.
     """
     results = _results(function(*sample.args, **sample.kwargs))
-    generator = torch.Generator().manual_seed(1)
+    options = {"generator": torch.Generator().manual_seed(1), "device": "cpu"}
     loss = sum(
-        (r.cpu().double() * torch.randn(r.shape, generator=generator, dtype=torch.float64)).sum()
+        (r.cpu().double() * torch.randn(r.shape, dtype=torch.float64, **options)).sum()
         for r in results
     )
     return list(torch.autograd.grad(loss, sample.leaves(), allow_unused=True))
@@ -272,8 +288,8 @@ def _variants(sample: Sample, device: str) -> Iterator[tuple[str, Sample]]:
     another's, and with strides.
     """
     sample = sample.to(device)
-    for isa in instruction_sets() if device == "cpu" else [device]:
-        with instruction_set(isa) if device == "cpu" else contextlib.nullcontext():
+    for isa in instruction_sets():
+        with instruction_set(isa):
             yield f"{isa}, contiguous", sample
             yield f"{isa}, sliced", sample.map(sliced)
             yield f"{isa}, strided", sample.map(strided)
@@ -326,7 +342,7 @@ def _check_second_derivative(public, reference, sample, tolerance) -> None:
 
 def _check_determinism(public, sample, has_gradient, thread_counts) -> None:
     """The same bits again, whatever the number of threads. CUDA kernels do not depend on it."""
-    if devices.is_emulated():
+    if devices.runs_cuda_kernels():
         thread_counts = ()
     threads = torch.get_num_threads()
     runs = []

@@ -1,7 +1,9 @@
 """The benchmarks' harness; the timings themselves are never asserted."""
 
 import json
+import subprocess
 import sys
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
@@ -10,6 +12,10 @@ import torch
 import mllama
 from benchmarks import harness
 from benchmarks.__main__ import main
+from benchmarks.gpu import operators as gpu_operators
+from benchmarks.gpu.__main__ import main as bench_gpu
+from benchmarks.gpu.__main__ import measure_contenders
+from benchmarks.gpu.groups import groups as gpu_groups
 from benchmarks.models import report
 from benchmarks.models.__main__ import main as bench_models
 from benchmarks.models.engines import MLLAMA
@@ -103,6 +109,52 @@ def test_a_smoke_run_measures_every_action(capsys):
     assert sum(" f32 " in cells for cells in lines) == 2  # encoders, ours and transformers'
 
 
+def test_a_smoke_run_of_the_gpus_benchmarks():
+    """In a process of its own, since it makes the benchmarks' sizes the smallest. It fails where
+    anything is missing.
+    """
+    command = [sys.executable, "-m", "benchmarks.gpu", "--quick", "--device", "cpu"]
+    done = subprocess.run([*command, "--threads", "1"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    lines = done.stdout.splitlines()
+    rows = [line for line in lines if line.startswith("  ")]
+    assert [sum(f" {name} " in row for row in rows) for name in ("mllama", "transformers")] == [
+        8,
+        5,
+    ]
+    assert sum(" against " in line for line in lines) == len(gpu_operators.NAMES)
+
+
+def test_every_operator_is_measured_on_a_gpu():
+    benched = {path.stem.removeprefix("bench_") for path in ROOT.glob("benchmarks/ops/bench_*.py")}
+    assert set(gpu_operators.NAMES) == benched
+
+
+def test_the_gpus_benchmarks_fail_without_one(capsys):
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    assert bench_gpu(["--only", "1b"]) == 1
+    assert "there is no GPU" in capsys.readouterr().err
+
+
+def test_contenders_on_a_gpu_share_the_time(monkeypatch):
+    """Where none is left, they are listed."""
+    limits = []
+
+    def measured(group, files, threads, rounds, device, limit):
+        limits.append(limit)
+        return {"rows": [{"case": group.cases[0].name}], "roofs": {"read_gb_per_second": 1.0}}
+
+    monkeypatch.setattr("benchmarks.gpu.__main__.measure_group", measured)
+    arguments = Namespace(quick=True, threads=1, device="cpu")
+    contenders = gpu_groups(tiny=True)["1b"]
+    found = measure_contenders(contenders, None, arguments, 100)
+    assert len(limits) == len(found["rows"]) == 2 and 45 < limits[0] < 50 < 95 < limits[1]
+    assert found["left_out"] == ["mllama int4, prefill 8", "transformers f32, prefill 8"]
+    found = measure_contenders(contenders, None, arguments, 0)
+    assert len(limits) == 2 and len(found["left_out"]) == 4 and not found["rows"]
+
+
 def test_table_has_the_ratio_to_the_fastest_peer():
     content = {"date": "2026-11-29", "machine": "a machine"}
     content["groups"] = {"g": group("decode", mllama=30, llama_cpp=20, transformers=5)}
@@ -117,7 +169,7 @@ def test_contenders_that_do_not_fit_together_are_loaded_one_by_one(monkeypatch):
     class Engine:
         facts, load_seconds, alive = {"version": "1", "actions": ["a", "b"]}, 1.0, True
 
-        def __init__(self, worker, python, model, weights, threads):
+        def __init__(self, worker, python, model, weights, threads, device, limit):
             loaded.add(weights)
             self.weights = weights
 

@@ -1,5 +1,6 @@
 """Measures a group: all contenders are loaded, then take turns at every case, round by round."""
 
+import math
 import statistics
 import sys
 import time
@@ -67,16 +68,25 @@ class Row:
         return found
 
 
-def measure_group(group: Group, files: Files, threads: int, rounds: int) -> dict[str, Any]:
+def measure_group(
+    group: Group,
+    files: Files,
+    threads: int,
+    rounds: int,
+    device: str = "cpu",
+    limit: float = math.inf,
+) -> dict[str, Any]:
     """Rows of a group, with the limits of the machine while it was measured (medians over rounds).
 
     A contender that is not installed is left out; one that fails is reported and left out of that
-    case.
+    case. With a limit, the most seconds for a contender, a case has as many rounds as fit.
     """
+    least = rounds if math.isinf(limit) else 1
+    how = _How(files, threads, rounds, device, limit)
     rows: list[Row] = []
     roofs: list[Roofs] = []
     for part in [(one,) for one in group.contenders] if group.alone else [group.contenders]:
-        rows += _take_turns(replace(group, contenders=part), files, threads, rounds, roofs)
+        rows += _take_turns(replace(group, contenders=part), how, roofs)
     return {
         "model": group.model,
         "bits": group.bits,
@@ -84,30 +94,39 @@ def measure_group(group: Group, files: Files, threads: int, rounds: int) -> dict
             name: round(statistics.median(getattr(roof, field) for roof in roofs), 2)
             for name, field in ROOFS.items()
         },
-        "rows": [row.as_json() for row in rows if row.rounds == rounds],
+        "rows": [row.as_json() for row in rows if row.rounds >= least],
     }
 
 
-def _take_turns(
-    group: Group, files: Files, threads: int, rounds: int, roofs: list[Roofs]
-) -> list[Row]:
+@dataclass(frozen=True)
+class _How:
+    """What `measure_group` takes beside the group."""
+
+    files: Files
+    threads: int
+    rounds: int
+    device: str
+    limit: float
+
+
+def _take_turns(group: Group, how: _How, roofs: list[Roofs]) -> list[Row]:
     """Rows of contenders that are loaded together; adds the machine's limits in each round."""
-    start, reading = time.perf_counter(), Reading()
+    start, reading, on_gpu = time.perf_counter(), Reading(how.device), how.device != "cpu"
     with ExitStack() as stack:
         workers: list[tuple[Contender, Worker]] = []
         for contender in group.contenders:
-            if (worker := _start(contender, files, threads)) is not None:
+            if (worker := _start(contender, how)) is not None:
                 stack.callback(worker.close)
                 workers.append((contender, worker))
         rows = [(_row(*pair, case), pair[1], case) for case in group.cases for pair in workers]
-        for turn in range(rounds + 1):
+        for turn in range(how.rounds + 1):
             if turn:
-                roofs.append(measure_roofs())
+                roofs.append(measure_roofs(how.device))
             for row, worker, case in rows:
-                if turn or case == group.cases[0]:  # to warm up
+                if turn or on_gpu or case == group.cases[0]:  # to warm up
                     _measure(worker, case, row, reading if turn else None)
             seconds = time.perf_counter() - start
-            print(f"{group.name}: round {turn} of {rounds}, {seconds:.0f} s", file=sys.stderr)
+            print(f"{group.name}: round {turn} of {how.rounds}, {seconds:.0f} s", file=sys.stderr)
     return [row for row, _, _ in rows]
 
 
@@ -121,13 +140,15 @@ def _row(contender: Contender, worker: Worker, case: Case) -> Row:
     )
 
 
-def _start(contender: Contender, files: Files, threads: int) -> Worker | None:
+def _start(contender: Contender, how: _How) -> Worker | None:
     engine, label = contender.engine, f"{contender.engine.name} {contender.precision}"
-    if (python := engine.python) is None or (model := contender.file(files)) is None:
+    if (python := engine.python) is None or (model := contender.file(how.files)) is None:
         print(f"{label}: not here", file=sys.stderr)
         return None
     try:
-        return Worker(engine.worker, python, model, contender.weights, threads)
+        return Worker(
+            engine.worker, python, model, contender.weights, how.threads, how.device, how.limit
+        )
     except WorkerError as error:
         print(f"{label} does not load: {error}", file=sys.stderr)
         return None

@@ -9,10 +9,10 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import nn
 from transformers import PreTrainedTokenizerFast
 
+from benchmarks.peers.on_device import TILE_TABLES, without_empty_tiles
 from mllama import MllamaForConditionalGeneration
 from mllama.hf.processors.tiled import TiledImageProcessor, TiledProcessor
 
-TILE_TABLES = ("tile_positional_embedding.embedding.weight", "tile_embedding.weight")
 SPECIAL = {"bos_token": "<bos>", "eos_token": "<eos>", "pad_token": "<pad>"}
 # An image may stand in the text or be a part of its own, since engines differ in that.
 TEMPLATE = (
@@ -37,7 +37,7 @@ def write_random(config: Any, folder: Path) -> None:
         owner, _, last = name.rpartition(".")
         value = _random(name, parameter.shape)
         if name.endswith(TILE_TABLES):
-            value = _without_empty_tiles(value, config.vision_config)
+            value = without_empty_tiles(value, config.vision_config)
         setattr(model.get_submodule(owner), last, nn.Parameter(value, requires_grad=False))
     model.save_pretrained(folder, max_shard_size="2GB")
 
@@ -51,17 +51,6 @@ def _random(name: str, shape: torch.Size) -> torch.Tensor:
     if len(shape) == 1 and "norm" in name and name.endswith("weight"):
         numbers += 1
     return numbers.bfloat16().as_strided(shape, (1, *row.stride()))
-
-
-def _without_empty_tiles(table: torch.Tensor, vision: Any) -> torch.Tensor:
-    """A table [aspect ratios, tiles * size] that is zero for tiles which an aspect ratio does not
-    have, as Meta's weights are: on other weights the exact savings of empty tiles do not exist.
-    """
-    kept = torch.zeros_like(table, memory_format=torch.contiguous_format)
-    size = table.shape[1] // vision.max_num_tiles
-    for ratio, (rows, columns) in enumerate(vision.supported_aspect_ratios, start=1):
-        kept[ratio, : rows * columns * size] = table[ratio, : rows * columns * size]
-    return kept
 
 
 def write_processor(config: Any, folder: Path) -> None:

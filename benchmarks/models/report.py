@@ -25,9 +25,9 @@ STAGES = {
 }
 
 
-def path_for(processor: str) -> Path:
+def path_for(processor: str, kind: str = "models") -> Path:
     """The results of a machine: models-<processor>.json."""
-    return RESULTS / f"models-{re.sub('[^a-z0-9]+', '-', processor.lower()).strip('-')}.json"
+    return RESULTS / f"{kind}-{re.sub('[^a-z0-9]+', '-', processor.lower()).strip('-')}.json"
 
 
 def save(path: Path, facts: Mapping[str, Any], groups: Mapping[str, Any]) -> None:

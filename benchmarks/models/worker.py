@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import os
 import selectors
 import subprocess
@@ -12,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 PEERS = Path(__file__).parents[1] / "peers"
-LOAD_SECONDS = ACTION_SECONDS = 1800
+MOST_SECONDS = 1800  # for loading, or for an action
 _THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "RAYON_NUM_THREADS")
 
 
@@ -37,6 +38,8 @@ class Worker:
         model: path of the model.
         weights: what the worker takes it as.
         threads: of the engine.
+        device: of torch, for workers that have one.
+        limit: most seconds for loading and all actions together.
 
     Attributes:
         facts: what the worker said once it had loaded: `version`, `actions`.
@@ -46,11 +49,21 @@ class Worker:
         WorkerError: it did not load.
     """
 
-    def __init__(self, engine: str, python: str, model: Path, weights: str, threads: int):
-        start = time.perf_counter()
+    def __init__(
+        self,
+        engine: str,
+        python: str,
+        model: Path,
+        weights: str,
+        threads: int,
+        device: str = "cpu",
+        limit: float = math.inf,
+    ):
+        start, where = time.perf_counter(), [] if device == "cpu" else ["--device", device]
+        self._end = start + limit
         self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115  for the child
         self._process = subprocess.Popen(
-            [python, PEERS / f"{engine}_worker.py", model, weights, str(threads)],
+            [python, PEERS / f"{engine}_worker.py", model, weights, str(threads), *where],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._errors,
@@ -58,7 +71,7 @@ class Worker:
             text=True,
         )
         try:
-            self.facts: Mapping[str, Any] = self._read(LOAD_SECONDS)
+            self.facts: Mapping[str, Any] = self._read()
         except BaseException:
             self.close()
             raise
@@ -74,7 +87,7 @@ class Worker:
         with contextlib.suppress(BrokenPipeError):  # reading tells why
             self._process.stdin.write(json.dumps({"action": action, **arguments}) + "\n")
             self._process.stdin.flush()
-        answer = self._read(ACTION_SECONDS)
+        answer = self._read()
         if "error" in answer:
             raise WorkerError(answer["error"])
         return answer
@@ -87,12 +100,13 @@ class Worker:
         self._process.kill()
         self._process.communicate()
 
-    def _read(self, seconds: float) -> dict[str, Any]:
+    def _read(self) -> dict[str, Any]:
+        seconds = max(0.0, min(MOST_SECONDS, self._end - time.perf_counter()))
         with selectors.DefaultSelector() as selector:
             selector.register(self._process.stdout, selectors.EVENT_READ)
             if not selector.select(seconds):
                 self.close()
-                raise WorkerError(f"no answer in {seconds} s")
+                raise WorkerError(f"no answer in {seconds:.0f} s")
         if line := self._process.stdout.readline():
             return json.loads(line)
         self._process.wait()

@@ -33,10 +33,11 @@ def cases() -> Iterator[Case]:
     once.
     """
     half = (0.5, 0.5, 0.5)
-    table = normalization_table(half, half)
+    device = torch.get_default_device()
+    table = normalization_table(half, half).to(device)
     for (height, width), target in SIZES:
         array = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
-        image, source = torch.from_numpy(array), Image.fromarray(array)
+        image, source = torch.from_numpy(array).to(device), Image.fromarray(array)
         planes = image.permute(2, 0, 1)[None]  # channels last in memory, torch's fast path
 
         def pillow(source=source, size=target[::-1]):

@@ -5,8 +5,8 @@ from collections.abc import Callable, Iterator
 import torch
 from torch.nn.functional import linear
 
+from benchmarks import shapes
 from benchmarks.harness import DTYPES, Case
-from benchmarks.shapes import FFN, HIDDEN
 from mllama.ops import pack_weight, packed_linear
 from mllama.ops.packed_layout import PACKINGS, packed_bytes
 
@@ -18,19 +18,19 @@ COPIES = 8  # of the weight, one after the other: no cache holds them all
 def cases() -> Iterator[Case]:
     """Every format, number of rows and dtype of x. GB/s are the packed weight's."""
     for dtype in DTYPES:
-        dense = [torch.randn(FFN, HIDDEN).div_(50).to(dtype) for _ in range(COPIES)]
+        dense = [torch.randn(shapes.FFN, shapes.HIDDEN).div_(50).to(dtype) for _ in range(COPIES)]
         for packing in PACKINGS:
             packed = [pack_weight(weight, packing) for weight in dense]
             for rows in ROWS:
-                x = torch.randn(rows, HIDDEN, dtype=dtype)
+                x = torch.randn(rows, shapes.HIDDEN, dtype=dtype)
                 yield Case(
-                    f"{packing} {rows}x{HIDDEN}x{FFN}",
+                    f"{packing} {rows}x{shapes.HIDDEN}x{shapes.FFN}",
                     dtype,
                     "forward",
                     _in_turn(packed, x, packing),
                     _in_turn(dense, x),
-                    bytes=packed_bytes(FFN, HIDDEN, packing),
-                    flops=2 * rows * HIDDEN * FFN,
+                    bytes=packed_bytes(shapes.FFN, shapes.HIDDEN, packing),
+                    flops=2 * rows * shapes.HIDDEN * shapes.FFN,
                 )
 
 
@@ -43,7 +43,7 @@ def _in_turn(weights: list[torch.Tensor], x: torch.Tensor, packing: str = "") ->
         turn = (turn + 1) % COPIES
         with torch.inference_mode():
             if packing:
-                return packed_linear(x, weights[turn], out_features=FFN, packing=packing)
+                return packed_linear(x, weights[turn], out_features=shapes.FFN, packing=packing)
             return linear(x, weights[turn])
 
     return run

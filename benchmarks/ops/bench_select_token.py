@@ -4,12 +4,13 @@ from collections.abc import Iterator
 
 import torch
 
+from benchmarks import shapes
 from benchmarks.harness import DTYPES, Case
 from mllama.ops import select_token
 from mllama.ops.select_token import process
 
 PEER = "torch: topk, sort, softmax, multinomial, as transformers' generate"
-VOCABULARY, ROWS = 128256, (1, 16)
+ROWS = (1, 16)
 WAYS = {
     "greedy": None,
     "plain": {},
@@ -24,7 +25,7 @@ def cases() -> Iterator[Case]:
     """Every way of sampling, number of rows and dtype."""
     for dtype in DTYPES:
         for rows in ROWS:
-            logits = (2 * torch.randn(rows, VOCABULARY)).to(dtype)
+            logits = (2 * torch.randn(rows, shapes.VOCABULARY)).to(dtype)
             uniform = torch.rand(rows, dtype=torch.float64)
             for name, options in WAYS.items():
                 if options is None:
@@ -33,7 +34,9 @@ def cases() -> Iterator[Case]:
                     ours = lambda x=logits, u=uniform, o=options: select_token(x, u, **o)  # noqa: E731
                     peer = lambda x=logits, o=options: _sample(x, o)  # noqa: E731
                 size = logits.numel() * logits.element_size()
-                yield Case(f"{name} {rows}x{VOCABULARY}", dtype, "forward", ours, peer, bytes=size)
+                yield Case(
+                    f"{name} {rows}x{shapes.VOCABULARY}", dtype, "forward", ours, peer, bytes=size
+                )
 
 
 def _sample(logits: torch.Tensor, options: dict) -> torch.Tensor:

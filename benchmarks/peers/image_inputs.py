@@ -24,6 +24,26 @@ def random_tiles(config: Any, tiles: int) -> dict[str, torch.Tensor]:
     }
 
 
+def tiled_prompt(config: Any, tiles: int, tokens: int) -> dict[str, torch.Tensor]:
+    """Inputs of a Llama-3.2-Vision: a square image of some tiles, then tokens of text.
+
+    Args:
+        config: the model's.
+        tiles: of the image, a square number.
+        tokens: of text.
+    """
+    ids = torch.randint(3, config.text_config.vocab_size // 2, (1, tokens + 1))
+    ids[:, 0] = config.image_token_index
+    images = random_tiles(config.vision_config, tiles)
+    mask = images["aspect_ratio_mask"][:, None].expand(-1, tokens + 1, -1, -1)  # (1, T, 1, tiles)
+    return {
+        "input_ids": ids,
+        "attention_mask": torch.ones_like(ids),
+        "cross_attention_mask": mask.contiguous(),
+        **images,
+    }
+
+
 def timed_prompt(model: Any, dtype: torch.dtype, tokens: int) -> dict:
     """Prefill of one image and some tokens of text, by the call that transformers' models have.
 

@@ -1,5 +1,5 @@
 """mllama: `model` is a folder or a GGUF file, `weights` a format of `mllama.optimize`, "file", or
-"dense" for a model that is not packed.
+"dense" for a model that is not packed. A folder with a config.json alone gets random weights.
 """
 
 import time
@@ -8,12 +8,14 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
-from image_inputs import random_tiles, timed_prompt
+from image_inputs import random_tiles, tiled_prompt, timed_prompt
+from on_device import has_weights, random_weights, with_memory
 from photos import NEXT_QUESTION, QUESTION, Photos
 from serve import serve
 from torch import nn
+from transformers import AutoConfig
 
-from mllama import MllamaForConditionalGeneration
+from mllama import MllamaForConditionalGeneration, optimize
 from mllama.device import choose_dtype
 from mllama.fusion.base import ModelInputs
 from mllama.nn.kv_cache import KVCache
@@ -30,12 +32,23 @@ class Mllama:
     def __init__(self, arguments: Namespace):
         torch.set_num_threads(arguments.threads)
         torch.manual_seed(0)
-        plain = arguments.weights in ("f32", "dense")
-        self.dtype = torch.float32 if plain else choose_dtype(torch.device("cpu"), 1 << 30)
-        packed = {} if arguments.weights == "dense" else {"weights": arguments.weights}
-        self.model = MllamaForConditionalGeneration.from_pretrained(
-            arguments.model, dtype=self.dtype, **packed
-        ).eval()
+        self.device = torch.device(arguments.device)
+        dense = arguments.weights == "dense"
+        plain = arguments.weights == "f32" or (dense and self.device.type == "cpu")
+        self.dtype = torch.float32 if plain else choose_dtype(self.device, 1 << 30)
+        packed = {} if dense else {"weights": arguments.weights}
+        if has_weights(arguments.model):
+            self.model = MllamaForConditionalGeneration.from_pretrained(
+                arguments.model, dtype=self.dtype, **packed
+            ).to(self.device)
+        else:
+            config = AutoConfig.from_pretrained(arguments.model)
+            self.model = random_weights(
+                lambda: MllamaForConditionalGeneration(config), self.device, self.dtype
+            )
+            if packed:
+                optimize(self.model, **packed)
+        self.model.eval()
         self.session = Session(self.model)
         self.text = self.model.spec.text
         self.bytes = read_bytes(self.model, images=False)
@@ -86,7 +99,8 @@ class Mllama:
     @torch.inference_mode()
     def _deep(self, depth: int, tokens: int, dtype: torch.dtype | None, value_bytes: float) -> dict:
         layers, heads = self.text.num_hidden_layers, self.text.num_key_value_heads
-        some = torch.randn(2, 1, 64, heads, self.text.head_dim).to(self.dtype)
+        shape = (2, 1, 64, heads, self.text.head_dim)
+        some = torch.randn(shape, device=self.device).to(self.dtype)
         cache = KVCache(layers, depth + tokens + 1, dtype)
         for layer in range(layers):
             cache.update(layer, *some.repeat(1, 1, depth // 64, 1, 1))
@@ -128,6 +142,14 @@ class Mllama:
         prepared = time.perf_counter() - start
         return prepared, self.session.generate(inputs, max_new_tokens=tokens, eos_token_id=NO_END)
 
+    def tiles(self, tiles: int, tokens: int) -> dict:
+        """An image of some tiles, already tensors, and a question, up to the first token."""
+        self.session.reset()
+        inputs, start = tiled_prompt(self.model.config, tiles, tokens), time.perf_counter()
+        self.session.generate(inputs, max_new_tokens=1, eos_token_id=NO_END)
+        seconds = time.perf_counter() - start
+        return {"seconds": seconds, "more": {"first_token_seconds": seconds}}
+
     @torch.inference_mode()
     def encode(self, tiles: int) -> dict:
         """The vision encoder alone, on an image of some tiles; tokens are its outputs."""
@@ -148,7 +170,7 @@ class Mllama:
         return timed_prompt(self.model, self.dtype, tokens)
 
     def _ids(self, rows: int, length: int) -> torch.Tensor:
-        return torch.randint(self.text.vocab_size // 2, (rows, length))
+        return torch.randint(self.text.vocab_size // 2, (rows, length), device=self.device)
 
 
 def read_bytes(model: nn.Module, images: bool) -> int:
@@ -174,10 +196,11 @@ def load(arguments: Namespace) -> tuple[dict, dict]:
     engine = Mllama(arguments)
     names = ["decode", "batch", "prefill", "answer", "generate", "deep", "deep_int8"]
     if engine.model.spec.has_tiles:
-        names += ["encode", "photo"]
+        names += ["encode", "photo", "tiles"]
     elif engine.model.spec.encoder is not None:
         names.append("see")
-    return {"version": version("mllama")}, {name: getattr(engine, name) for name in names}
+    actions = {name: getattr(engine, name) for name in names}
+    return {"version": version("mllama")}, with_memory(actions, engine.device)
 
 
 if __name__ == "__main__":

@@ -17,16 +17,17 @@ def serve(load: Callable[[argparse.Namespace], tuple[dict[str, Any], dict[str, C
     """Load a model, then answer requests: JSON objects, one a line, on stdin and stdout.
 
     Args:
-        load: from the command line's `model` (a path), `weights` and `threads` to what the parent
-            is told (at least `version`), and the actions by name. An action takes a request's
-            arguments and returns `seconds` and `tokens` if it timed tokens, `bytes` (read in these
-            seconds) if known, and `more`, other figures by name, if there are any. What it raises
-            is told as `error`.
+        load: from the command line's `model` (a path), `weights`, `threads` and `device` ("cpu", or
+            what torch calls another) to what the parent is told (at least `version`), and the
+            actions by name. An action takes a request's arguments and returns `seconds` and
+            `tokens` if it timed tokens, `bytes` (read in these seconds) if known, and `more`, other
+            figures by name, if there are any. What it raises is told as `error`.
     """
     parser = argparse.ArgumentParser()
     parser.add_argument("model")
     parser.add_argument("weights")
     parser.add_argument("threads", type=int)
+    parser.add_argument("--device", default="cpu")
     arguments = parser.parse_args()
     replies = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # whatever libraries print goes to stderr

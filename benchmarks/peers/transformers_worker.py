@@ -1,11 +1,14 @@
-"""transformers' own classes: `model` is a folder, `weights` is "f32" or "bf16"."""
+"""transformers' own classes: `model` is a folder, `weights` is "f32" or "bf16". A folder with a
+config.json alone gets random weights.
+"""
 
 import time
 from argparse import Namespace
 
 import torch
 import transformers
-from image_inputs import random_tiles, timed_prompt
+from image_inputs import random_tiles, tiled_prompt, timed_prompt
+from on_device import has_weights, random_weights, with_memory
 from serve import serve
 
 DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16}
@@ -22,7 +25,14 @@ class Transformers:
             if hasattr(config, "vision_config")
             else transformers.AutoModelForCausalLM
         )
-        self.model = auto.from_pretrained(arguments.model, dtype=self.dtype).eval()
+        self.device = torch.device(arguments.device)
+        if has_weights(arguments.model):
+            self.model = auto.from_pretrained(arguments.model, dtype=self.dtype).to(self.device)
+        else:
+            self.model = random_weights(
+                lambda: auto.from_config(config, dtype=self.dtype), self.device, self.dtype
+            )
+        self.model.eval()
         self.config = self.model.config
         self.bytes = sum(p.numel() * p.element_size() for p in self.model.parameters())  # tied
 
@@ -35,10 +45,38 @@ class Transformers:
             self.model(self._ids(rows, prompt), past_key_values=cache, logits_to_keep=1)
         return self._steps(cache, tokens, rows)
 
+    def static(self, prompt: int, tokens: int) -> dict:
+        """Decode by `generate` with a static cache, which compiles the model on a GPU: the time of
+        all tokens less that of one.
+        """
+        first, whole = (self._generate_static(prompt, count) for count in (1, tokens + 1))
+        read = self.bytes * tokens
+        return {"seconds": whole - first, "tokens": tokens, "bytes": read}
+
+    def _generate_static(self, prompt: int, tokens: int) -> float:
+        ids = self._ids(1, prompt)
+        length = {"min_new_tokens": tokens, "max_new_tokens": tokens, "do_sample": False}
+        for _ in range(2):  # the first one compiles
+            start = time.perf_counter()
+            self.model.generate(
+                ids, attention_mask=torch.ones_like(ids), cache_implementation="static", **length
+            )[0, -1].item()
+        return time.perf_counter() - start
+
+    def tiles(self, tiles: int, tokens: int) -> dict:
+        """An image of some tiles, already tensors, and a question, up to the first token."""
+        inputs, start = tiled_prompt(self.config, tiles, tokens), time.perf_counter()
+        inputs = {name: value.to(self.device) for name, value in inputs.items()}
+        inputs["pixel_values"] = inputs["pixel_values"].to(self.dtype)
+        with torch.inference_mode():
+            self.model(**inputs, use_cache=True, logits_to_keep=1).logits[0, -1].argmax().item()
+        seconds = time.perf_counter() - start
+        return {"seconds": seconds, "more": {"first_token_seconds": seconds}}
+
     def prefill(self, tokens: int) -> dict:
         ids, start = self._ids(1, tokens), time.perf_counter()
         with torch.inference_mode():
-            self.model(ids, use_cache=True, logits_to_keep=1)
+            self.model(ids, use_cache=True, logits_to_keep=1).logits[0, -1].argmax().item()
         return {"seconds": time.perf_counter() - start, "tokens": tokens}
 
     def generate(self, prompt: int, tokens: int) -> dict:
@@ -54,7 +92,7 @@ class Transformers:
         """Decode after `depth` positions (a multiple of 64) of random keys and values."""
         cache = transformers.DynamicCache(config=self.config)
         heads, size = self.config.num_key_value_heads, self.config.head_dim
-        some = torch.randn(2, 1, heads, 64, size).to(self.dtype)
+        some = torch.randn(2, 1, heads, 64, size, device=self.device).to(self.dtype)
         for layer in range(self.config.num_hidden_layers):
             cache.update(*some.repeat(1, 1, 1, depth // 64, 1), layer)
         keys = self.config.num_hidden_layers * some.nbytes * (depth // 64)
@@ -88,23 +126,27 @@ class Transformers:
             if step == 1:
                 start = time.perf_counter()
             ids = self.model(ids, past_key_values=cache).logits[:, -1:].argmax(-1)
+        ids.tolist()  # waits for the device
         seconds = time.perf_counter() - start
         return {"seconds": seconds, "tokens": tokens * rows, "bytes": self.bytes * tokens}
 
     def _ids(self, rows: int, length: int) -> torch.Tensor:
-        return torch.randint(self.config.vocab_size // 2, (rows, length))
+        vocabulary = self.config.get_text_config().vocab_size
+        return torch.randint(vocabulary // 2, (rows, length), device=self.device)
 
 
 def load(arguments: Namespace) -> tuple[dict, dict]:
     engine = Transformers(arguments)
     version = f"{transformers.__version__}, torch {torch.__version__}"
     if engine.config.model_type == "mllama":
-        return {"version": version}, {"encode": engine.encode}
+        names = ("encode", "tiles", "static")
+        actions = {name: getattr(engine, name) for name in names}
+        return {"version": version}, with_memory(actions, engine.device)
     if hasattr(engine.config, "vision_config"):
         return {"version": version}, {"see": engine.see}
-    names = ("decode", "batch", "prefill", "generate", "deep")
+    names = ("decode", "batch", "static", "prefill", "generate", "deep")
     actions = {name: getattr(engine, name) for name in names} | {"answer": engine.generate}
-    return {"version": version}, actions
+    return {"version": version}, with_memory(actions, engine.device)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from mllama.ops import image as op
 from mllama.ops import resize, resize_normalize
 from mllama.processing.image import normalization_table
 
-TABLE = normalization_table((0.48, 0.46, 0.41), (0.27, 0.26, 0.28))
+TABLE = normalization_table((0.48, 0.46, 0.41), (0.27, 0.26, 0.28)).to(devices.tensor_device())
 # (H, W) to (height, width): up, down, one of each, one pixel, a line, odd sizes, the same size;
 # several bands of rows and blocks of their inputs, also where a band needs few inputs or all.
 SIZES = [
@@ -38,9 +38,8 @@ SIZES = [
 
 
 def pixels(height, width, seed=0):
-    return torch.from_numpy(
-        np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
-    )
+    values = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    return torch.from_numpy(values).to(devices.tensor_device())
 
 
 def some_sizes(count):
@@ -53,15 +52,12 @@ def some_sizes(count):
 
 def in_two_steps(image, height, width, height_first):
     """One direction at a time, each by Pillow: what the order of the passes means."""
-    source = Image.fromarray(image.numpy())
+    source = Image.fromarray(image.cpu().numpy())
     between = (source.width, height) if height_first else (width, source.height)
-    return torch.from_numpy(
-        np.array(
-            source.resize(between, Image.Resampling.BICUBIC).resize(
-                (width, height), Image.Resampling.BICUBIC
-            )
-        )
+    resized = source.resize(between, Image.Resampling.BICUBIC).resize(
+        (width, height), Image.Resampling.BICUBIC
     )
+    return torch.from_numpy(np.array(resized)).to(image.device)
 
 
 @needs_kernels
@@ -134,7 +130,7 @@ def test_the_result_is_new_memory():
 
 
 @needs_kernels
-@pytest.mark.skipif(devices.is_emulated(), reason="of the CPU kernels' threads")
+@pytest.mark.skipif(devices.runs_cuda_kernels(), reason="of the CPU kernels' threads")
 @pytest.mark.parametrize("height_first", [False, True])
 @pytest.mark.parametrize("size", [(1601, 1200, 224, 223), (30, 1200, 1500, 1201)])
 def test_same_bits_with_any_number_of_threads(size, height_first):
@@ -164,7 +160,9 @@ def test_operators_are_well_formed():
 IMAGE = pixels(4, 5)
 BAD = [
     BadCall(
-        lambda: resize(IMAGE.numpy(), 2, 2), TypeError, "image must be a uint8 tensor, got ndarray"
+        lambda: resize(np.zeros((4, 5, 3), np.uint8), 2, 2),
+        TypeError,
+        "image must be a uint8 tensor, got ndarray",
     ),
     BadCall(
         lambda: resize(IMAGE.float(), 2, 2),
@@ -196,9 +194,14 @@ BAD = [
         "table must be a float32 tensor, got NoneType",
     ),
     BadCall(
+        lambda: resize_normalize(IMAGE, 2, 2, TABLE.to("meta")),
+        ValueError,
+        r"table must be \[256, 3\] on .*, got \(256, 3\) on meta",
+    ),
+    BadCall(
         lambda: resize_normalize(IMAGE, 2, 2, TABLE.T),
         ValueError,
-        r"table must be \[256, 3\] on the CPU, got \(3, 256\)",
+        r"table must be \[256, 3\] on .*, got \(3, 256\)",
     ),
 ]
 BAD_OPERATOR_CALLS = [

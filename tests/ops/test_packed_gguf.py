@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+import devices
 from helpers import instruction_set, instruction_sets, needs_kernels
 from mllama.ops import pack_gguf, pack_weight, packed_linear, unpack_gguf, unpack_weight
 from mllama.ops.packed_gguf import GGUF_BLOCKS, reference
@@ -24,7 +25,7 @@ def kind_of(packing):
 
 def random_blocks(packing, out=OUT, width=IN, seed=0):
     """Every byte at random, but scales that are numbers."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = devices.generator(seed)
     inputs, size = GGUF_BLOCKS[packing]
     shape = (out, width // inputs, size)
     blocks = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
@@ -35,7 +36,8 @@ def random_blocks(packing, out=OUT, width=IN, seed=0):
 
 
 def dequantized(blocks, packing):
-    return torch.from_numpy(gguf.dequantize(blocks.numpy(), kind_of(packing)))
+    dense = torch.from_numpy(gguf.dequantize(blocks.cpu().numpy(), kind_of(packing)))
+    return dense.to(blocks.device)
 
 
 @pytest.mark.parametrize("packing", GGUF_BLOCKS)
@@ -144,5 +146,5 @@ def test_calls_that_are_refused():
 
 @needs_kernels
 def test_fake():
-    blocks = random_blocks("q6_k")
+    blocks = random_blocks("q6_k").cpu()  # other devices have no kernel
     torch.library.opcheck(torch.ops.mllama.pack_gguf.default, (blocks, 11))

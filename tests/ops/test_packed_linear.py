@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+import devices
 from helpers import BadCall, Sample, check_op, instruction_set, instruction_sets, needs_kernels
 from mllama import _ext
 from mllama.ops import _dispatch, pack_weight, packed_linear, unpack_weight
@@ -14,7 +15,7 @@ ERROR |= {"q5_0": 5e-2, "q5_1": 5e-2, "q4_k": 8e-2, "q5_k": 4e-2, "q6_k": 2e-2}
 
 
 def weight(out, width, seed=0):
-    generator = torch.Generator().manual_seed(seed)
+    generator = devices.generator(seed)
     return torch.randn(out, width, generator=generator) * width**-0.5
 
 
@@ -106,7 +107,6 @@ def test_packed_linear(packing):
                 torch.ops.mllama.packed_linear.default,
                 (torch.randn(2, 40), pack(weight(20, 40), packing), torch.randn(20), 20, number, 0),
             ),
-            (torch.ops.mllama.pack_weight.default, (weight(20, 40), number)),
             (
                 torch.ops.mllama.unpack_weight.default,
                 (pack(weight(20, 40), packing), None, 20, 40, number, torch.float32),
@@ -137,7 +137,7 @@ def test_packed_linear(packing):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_up_to_sixteen_rows_have_the_bits_that_each_has_alone(packing, dtype):
     packed, how = pack(weight(37, 300), packing), {"out_features": 37, "packing": packing}
-    x = torch.randn(16, 300, generator=torch.Generator().manual_seed(1)).to(dtype)
+    x = torch.randn(16, 300, generator=devices.generator(1)).to(dtype)
     for isa in instruction_sets():
         with instruction_set(isa):
             alone = torch.cat([packed_linear(row[None], packed, **how) for row in x])
@@ -156,10 +156,20 @@ def test_what_is_not_finite_in_x_is_not_finite_in_y(packing, value):
         assert not y[0].isfinite().any() and y[1:].isfinite().all()
 
 
+@needs_kernels
+@pytest.mark.parametrize("packing", PACKINGS)
+def test_registration_of_pack_weight(packing):
+    arguments = weight(20, 40).cpu(), PACKINGS[packing].number  # other devices have no kernel
+    torch.library.opcheck(torch.ops.mllama.pack_weight.default, arguments)
+
+
 def test_no_rows():
     assert unpack_weight(PACKED, 20, 40, "int4", rows=torch.zeros(0).long()).shape == (0, 40)
 
 
+@pytest.mark.skipif(
+    devices.tensor_device() == "cuda", reason="ends a GPU's process: see tests/cuda/test_gpu.py"
+)
 def test_rows_that_are_not_there():
     for rows in (torch.tensor([20]), torch.tensor([-1])):
         with pytest.raises(IndexError, match="rows"):

@@ -15,7 +15,7 @@ SETTING = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 @needs_kernels
 @pytest.mark.skipif(not SETTING.exists() or not MAPS.exists(), reason="no huge pages here")
 def test_huge_pages_are_asked_for():
-    packed = pack_weight(torch.zeros(4096, 1024), "f32")  # 16 MiB
+    packed = pack_weight(torch.zeros(4096, 1024, device="cpu"), "f32")  # 16 MiB
     middle, flags = packed.data_ptr() + packed.numel() // 2, []
     for line in MAPS.read_text().splitlines():
         name, _, rest = line.partition(" ")

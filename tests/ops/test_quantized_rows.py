@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+import devices
 from helpers import instruction_set, instruction_sets, needs_kernels
 from mllama.ops import dequantize_rows, quantize_rows
 from mllama.ops.quantized_rows import reference_dequantize, reference_quantize, row_bytes
@@ -13,7 +14,7 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 @pytest.mark.parametrize("size", [0, 1, 8, 33, 64, 256])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_codes_are_the_references(size, dtype):
-    generator = torch.Generator().manual_seed(size)
+    generator = devices.generator(size)
     x = torch.randn(3, 5, size, generator=generator).mul(7).to(dtype).transpose(0, 1)
     expected = reference_quantize(x)
     assert expected.shape == (5, 3, row_bytes(size))

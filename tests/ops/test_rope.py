@@ -4,6 +4,7 @@ from transformers import LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
+import devices
 from helpers import THROWN, BadCall, Sample, check_op, needs_kernels
 from mllama.ops import rope, rope_frequencies, rope_tables
 from mllama.ops.rope import reference
@@ -144,7 +145,7 @@ def test_frequencies_match_transformers(scaling):
     if kind == "default":
         expected = LlamaRotaryEmbedding(config).inv_freq
     else:
-        expected, factor = ROPE_INIT_FUNCTIONS[kind](config, torch.device("cpu"))
+        expected, factor = ROPE_INIT_FUNCTIONS[kind](config, devices.tensor_device())
         assert factor == 1.0
     torch.testing.assert_close(rope_frequencies(64, 500000.0, scaling), expected, rtol=1e-6, atol=0)
     assert torch.equal(

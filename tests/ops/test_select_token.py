@@ -31,7 +31,7 @@ WAYS = [
 
 
 def inputs(rows, size, dtype=torch.float32, scale=3.0, seed=0):
-    generator = torch.Generator().manual_seed(seed)
+    generator = devices.generator(seed)
     logits = scale * torch.randn(rows, size, generator=generator)
     uniform = torch.rand(rows, dtype=torch.float64, generator=generator)
     present = torch.rand(rows, size, generator=generator) < 0.1
@@ -67,7 +67,7 @@ def exact(logits, uniform, present=None, repetition_penalty=1.0, **options):
 def test_equal_logits(options):
     """What is equal to the last of top-k stays; of top-p's, the first ones go."""
     _, uniform, _ = inputs(EQUALS, 1)
-    levels = torch.randint(0, 3, (EQUALS, 4000), generator=torch.Generator().manual_seed(1))
+    levels = torch.randint(0, 3, (EQUALS, 4000), generator=devices.generator(1))
     for logits in (levels.float(), torch.zeros(EQUALS, 4000)):
         found = select_token(logits, uniform, **options)
         # What is drawn from is exact; where it ends, a sum may be rounded to the other side.
@@ -96,7 +96,7 @@ def test_draws_are_as_frequent_as_their_probabilities(options):
     """Chi-square of the draws: the mean is the degrees of freedom, the variance twice that."""
     draws, size = DRAWS, 40
     logits, _, present = inputs(1, size, scale=1.0)
-    uniform = torch.rand(draws, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
+    uniform = torch.rand(draws, dtype=torch.float64, generator=devices.generator(5))
     rows = logits.expand(draws, -1), uniform, present.expand(draws, -1)
     counts = select_token(*rows, **options).bincount(minlength=size).double()
     own = dict(options)

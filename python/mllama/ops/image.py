@@ -24,18 +24,18 @@ def resize(image: torch.Tensor, height: int, width: int, resample: str = "bicubi
     resample)`.
 
     Args:
-        image: [H, W, 3] uint8 on the CPU, any strides.
+        image: [H, W, 3] uint8 on the CPU or a CUDA device, any strides.
         height, width: size of the result in pixels, at least 1. Neither the result nor the image
             between the two passes ([H, width] or [height, W]) may have more than MAX_PIXELS.
         resample: "bicubic" (a = -0.5) or "bilinear".
 
     Returns:
-        [height, width, 3] uint8. There is no gradient.
+        [height, width, 3] uint8 on the image's device. There is no gradient.
 
     Raises:
         TypeError: image is not a uint8 tensor, or a size is not an int.
-        ValueError: image is not [H, W, 3], is empty, or is not on the CPU; a size is out of range;
-            the filter is unknown.
+        ValueError: image is not [H, W, 3], is empty, or is on another device; a size is out of
+            range; the filter is unknown.
     """
     height_first = _check("resize", image, height, width, resample)
     if use_kernel("image", image):
@@ -55,17 +55,18 @@ def resize_normalize(
             (`mllama.processing.image.normalization_table`).
 
     Returns:
-        [3, height, width] float32.
+        [3, height, width] float32 on the image's device.
 
     Raises:
-        TypeError, ValueError: as `resize`; table is not a float32 tensor [256, 3] on the CPU.
+        TypeError, ValueError: as `resize`; table is not a float32 tensor [256, 3] on the
+            image's device.
     """
     height_first = _check("resize_normalize", image, height, width, resample)
     if not isinstance(table, torch.Tensor) or table.dtype != torch.float32:
         raise TypeError(f"resize_normalize: table must be a float32 tensor, got {_kind(table)}")
     check_value(
-        table.shape == (256, 3) and table.device.type == "cpu",
-        "resize_normalize: table must be [256, 3] on the CPU, "
+        table.shape == (256, 3) and table.device == image.device,
+        f"resize_normalize: table must be [256, 3] on {image.device}, as image, "
         f"got {tuple(table.shape)} on {table.device}",
     )
     if use_kernel("image", image):
@@ -77,8 +78,9 @@ def reference(
     image: torch.Tensor, height: int, width: int, resample: str = "bicubic"
 ) -> torch.Tensor:
     """`resize` with Pillow itself."""
-    source = Image.fromarray(image.contiguous().numpy())
-    return torch.from_numpy(np.array(source.resize((width, height), _FILTERS[resample])))
+    source = Image.fromarray(image.contiguous().cpu().numpy())
+    resized = np.array(source.resize((width, height), _FILTERS[resample]))
+    return torch.from_numpy(resized).to(image.device)
 
 
 def normalize_reference(
@@ -97,8 +99,8 @@ def _check(op: str, image: torch.Tensor, height: int, width: int, resample: str)
         image.dim() == 3
         and image.shape[2] == 3
         and image.numel() > 0
-        and image.device.type == "cpu",
-        f"{op}: image must be [H, W, 3] on the CPU and not empty, "
+        and image.device.type in ("cpu", "cuda"),
+        f"{op}: image must be [H, W, 3] on the CPU or a CUDA device and not empty, "
         f"got {tuple(image.shape)} on {image.device}",
     )
     for name, size in (("height", height), ("width", width)):

@@ -1,0 +1,34 @@
+"""LoRA in mllama: `model` is a folder with a config.json, `weights` is "f32" or "bf16"."""
+
+from argparse import Namespace
+from importlib.metadata import version
+
+import torch
+from lora_steps import RANK, TARGETS, timed_steps
+from on_device import random_weights, with_memory
+from serve import serve
+from transformers import AutoConfig
+
+import mllama
+
+
+def load(arguments: Namespace) -> tuple[dict, dict]:
+    torch.set_num_threads(arguments.threads)
+    torch.manual_seed(0)
+    device = torch.device(arguments.device)
+    dtype = {"f32": torch.float32, "bf16": torch.bfloat16}[arguments.weights]
+    config = AutoConfig.from_pretrained(arguments.model)
+    model = random_weights(lambda: mllama.MllamaForConditionalGeneration(config), device, dtype)
+    mllama.convert_linears_to_lora(
+        model.requires_grad_(False), RANK, 2 * RANK, target_module_names=TARGETS
+    )
+    model.train()
+
+    def steps(tokens: int, steps: int) -> dict:
+        return timed_steps(model, mllama.lora_parameters(model), tokens, steps)
+
+    return {"version": version("mllama")}, with_memory({"steps": steps}, device)
+
+
+if __name__ == "__main__":
+    serve(load)
