@@ -1,7 +1,7 @@
-# Targets: demo, test, test-quick, test-emulated, test-ptx, lint, bench, bench-models, notebooks, clean;
-# test-oldest, test-newest, test-wheel; lock. They need only Python (>= 3.11), a C++20 compiler and make. The
-# rest is installed into .venv, at the versions in requirements.lock. `make PYTHON=python3.12 test`
-# uses another Python.
+# Targets: demo, test, test-quick, test-emulated, test-ptx, test-mutations, lint, bench, bench-models,
+# notebooks, clean; test-oldest, test-newest, test-wheel; lock. They need only Python (>= 3.11), a
+# C++20 compiler and make. The rest is installed into .venv, at the versions in requirements.lock.
+# `make PYTHON=python3.12 test` uses another Python.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -14,8 +14,8 @@ PYTEST := python -m pytest -n $(WORKERS) tests notebooks --nbmake
 # With ccache a rebuild takes seconds.
 export CMAKE_CXX_COMPILER_LAUNCHER ?= $(shell command -v ccache)
 
-.PHONY: demo test test-quick test-emulated test-ptx test-oldest test-newest test-wheel lint lock bench \
-    bench-models notebooks clean
+.PHONY: demo test test-quick test-emulated test-ptx test-mutations test-oldest test-newest test-wheel \
+    lint lock bench bench-models notebooks clean
 .DELETE_ON_ERROR:
 .SECONDARY:
 
@@ -37,6 +37,10 @@ test-emulated: $(VENV)/.built build/emulated/.mllama_emulated
 test-ptx: $(VENV)/.built build/emulated/.mllama_ptx_75 build/emulated/.mllama_ptx_80
 	$(BIN)/python -m pytest -n $(WORKERS) --device=ptx --architecture=75 tests/cuda tests/ops
 	$(BIN)/python -m pytest -n $(WORKERS) --device=ptx --architecture=80 tests/cuda tests/ops
+
+# Whether test-emulated notices mistakes in the kernels: takes an hour.
+test-mutations: $(VENV)/.built build/emulated/.mllama_emulated
+	$(BIN)/python scripts/mutate_kernels.py
 
 # One wheel, built against the pinned torch, tested with the lowest versions that pyproject.toml
 # allows, the newest ones, and the locked ones.
