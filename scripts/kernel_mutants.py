@@ -63,19 +63,16 @@ _TABLE = {
     ],
     ("layer_norm", "layer_norm.cuh"): [
         ("sum in the dtype of x", "++j) sum += v[j];", "++j) sum = rounded<T>(sum + v[j]);"),
-        ("variance of a sample", "team.sum(squares) / width", "team.sum(squares) / (width - 1)"),
         ("mean of the gradient left out", "(v[j] - mean) * share - sum;", "(v[j] - mean) * share;"),
     ],
     ("layer_norm", "rows.cuh"): [
         ("an element too many", "i < width; i += kThreads * N", "i <= width; i += kThreads * N"),
         ("last part dropped", "part < parts; ++part", "part < parts - 1; ++part"),
-        ("parts of one sum for all", "(n * count + blockIdx.y)", "blockIdx.y"),
     ],
     ("layer_norm", "device.cuh"): [
         ("barrier before partial sums dropped", "    __syncthreads();  // the last use", "    //")
     ],
     ("rope", "rope.cuh"): [
-        ("turned the other way", "x2[j] * c[j] + x1[j] * sine", "x2[j] * c[j] - x1[j] * sine"),
         ("one table for all of the batch", "a.sin + batch * a.sin_batch_stride +", "a.sin +"),
         ("queries' stride for keys", "(row * h.heads + head)", "(row * a.q.heads + head)"),
         ("backward turns forward", "s[j] * a.sign", "s[j]"),
@@ -85,7 +82,6 @@ _TABLE = {
         ("alignment of tables ignored", "&& are_aligned(a.cos, a.sin)", ""),
     ],
     ("gated", "gated.cuh"): [
-        ("rows without gaps", "width == size ? 0 : i / width", "0 * width"),
         ("cubic term's slope", "3.0f * 1.59576912f", "1.59576912f"),
         (
             "stride of gate for up",
@@ -104,10 +100,8 @@ _TABLE = {
     ("patch_embed", "patch_embed.cuh"): [
         ("an element too many", "i < count * patch_size", "i <= count * patch_size"),
         ("patches transposed", "+ column * a.size + x;", "+ column * a.size + y;"),
-        ("rows of all images", "row = patch / a.columns % a.rows", "row = patch / a.columns"),
     ],
     ("image", "image.cuh"): [
-        ("rounded down", "uint32_t sum = 1u << (kFractionBits - 1);", "uint32_t sum = 0;"),
         ("not clamped above", "value > 255 ? 255 : value", "value"),
         ("more taps than there are", "k < a.count[place]", "k < a.most"),
     ],
@@ -147,17 +141,7 @@ _TABLE = {
         ("no stride of the grid", "i += int64_t{gridDim.x} * kDotWarps", "i = a.rows * a.rank"),
     ],
     ("quantized_rows", "quantized_rows.cuh"): [
-        ("codes past the row", "if (column < size) to[column]", "to[column]"),
-        (
-            "the smallest for the largest",
-            "size > other ? size : other",
-            "size < other ? size : other",
-        ),
-        (
-            "scale's place in bytes",
-            "column / kernels::kRowGroup * sizeof(bf16)",
-            "column / kernels::kRowGroup",
-        ),
+        ("codes past the row", "if (column < size) ", ""),
         ("tiny scales kept", "if (to_float(scale) < kSmallestScale) scale = bf16{0};", ""),
     ],
     ("select_token", "select_token.cuh"): [
@@ -178,9 +162,9 @@ _TABLE = {
             "double sum = 0;\n",
         ),
         (
-            "barrier before the count dropped",
-            "int own = 0;\n        __syncthreads();  // others have written the chunk\n",
-            "int own = 0;\n",
+            "barrier behind dropped tokens dropped",
+            "before++ < count) x = 0;\n        });\n        __syncthreads();\n",
+            "before++ < count) x = 0;\n        });\n",
         ),
         ("one token too few", "count >= a_.top_k", "count > a_.top_k"),
         (
@@ -292,8 +276,8 @@ _TABLE = {
     ("attention", "attention_tiles.cuh"): [
         (
             "columns past the head",
-            "d = i % kPieces * kPiece;\n            bool valid = first + row < last && d < size;",
-            "d = i % kPieces * kPiece;\n            bool valid = first + row < last;",
+            "d = i % kPieces * kPiece;",
+            "d = i % kPieces * kPiece;\n            size = Tiles::kSize;",
         ),
         (
             "matrices of B exchanged",

@@ -67,7 +67,7 @@ class Build:
         unchanged, made = command[command.index("-o") + 1], str(folder / "kernel.o")
         del command[command.index("-MD") :]
         source = changed if changed.suffix == ".cu" else SOURCES / f"{mutant.kernel}.cu"
-        self._run([*command, "-iquote", str(folder), "-o", made, "-c", str(source)])
+        self._run([*command, "-w", "-iquote", str(folder), "-o", made, "-c", str(source)])
         # In the first one's place: of inline functions that several objects have, the linker
         # takes the first.
         link = self.link[self.link.index("&&") + 1 : -2]
