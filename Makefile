@@ -1,8 +1,8 @@
-# Targets: demo, test, test-quick, test-emulated, test-ptx, test-cuda-build, test-gpu, lint, bench,
-# bench-models, bench-gpu, notebooks, clean; test-oldest, test-newest, test-wheel, test-mutations; lock.
-# They need only Python (>= 3.11), a C++20 compiler and make; some say what else. The
-# rest is installed into .venv, at the versions in requirements.lock. `make PYTHON=python3.12 test`
-# uses another Python.
+# Targets: demo, test, test-quick, test-emulated, test-ptx, test-mutations, test-cuda-build, test-gpu,
+# lint, bench, bench-models, bench-gpu, notebooks, clean; test-oldest, test-newest, test-wheel; lock.
+# They need only Python (>= 3.11), a C++20 compiler and make; some say what else. The rest is
+# installed into .venv, at the versions in requirements.lock. `make PYTHON=python3.12 test` uses
+# another Python.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -15,8 +15,8 @@ PYTEST := python -m pytest -n $(WORKERS) tests notebooks --nbmake
 # With ccache a rebuild takes seconds.
 export CMAKE_CXX_COMPILER_LAUNCHER ?= $(shell command -v ccache)
 
-.PHONY: demo test test-quick test-emulated test-ptx test-cuda-build test-gpu test-oldest test-newest \
-    test-wheel lint lock bench bench-models bench-gpu notebooks clean
+.PHONY: demo test test-quick test-emulated test-ptx test-mutations test-cuda-build test-gpu \
+    test-oldest test-newest test-wheel lint lock bench bench-models bench-gpu notebooks clean
 .DELETE_ON_ERROR:
 .SECONDARY:
 
@@ -38,6 +38,10 @@ test-emulated: $(VENV)/.built build/emulated/.mllama_emulated
 test-ptx: $(VENV)/.built build/emulated/.mllama_ptx_75 build/emulated/.mllama_ptx_80
 	$(BIN)/python -m pytest -n $(WORKERS) --device=ptx --architecture=75 tests/cuda tests/ops
 	$(BIN)/python -m pytest -n $(WORKERS) --device=ptx --architecture=80 tests/cuda tests/ops
+
+# Whether test-emulated notices mistakes in the kernels: takes an hour.
+test-mutations: $(VENV)/.built build/emulated/.mllama_emulated
+	$(BIN)/python scripts/mutate_kernels.py
 
 # The module with CUDA kernels, as it is without a GPU: its machine code, and that it is imported
 # under CPU and CUDA builds of torch. Needs nvcc, and 8 GB for a CUDA build of torch in .venv-cuda.

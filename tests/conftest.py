@@ -65,7 +65,7 @@ SLOW = (
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """Add --device and --architecture (devices.py)."""
+    """Add --device, --architecture and --library (devices.py)."""
     parser.addoption(
         "--device", choices=devices.CHOICES, default="cpu", help="where operators are tested"
     )
@@ -76,11 +76,15 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         default=80,
         help="of the device that --device=emulated or ptx stands for",
     )
+    parser.addoption(
+        "--library", type=Path, help="what --device=emulated or ptx loads; the built one by default"
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
     """Choose the device before test files are imported."""
-    devices.choose(config.getoption("device"), config.getoption("architecture"))
+    options = (config.getoption(name) for name in ("device", "architecture", "library"))
+    devices.choose(*options)
 
 
 @pytest.hookimpl(wrapper=True)

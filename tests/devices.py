@@ -25,8 +25,8 @@ ON_A_GPU, EVERYWHERE = ("gpu", "gpu_models"), "every_kernel"
 _chosen = "cpu"
 
 
-def choose(device: str, architecture: int) -> None:
-    """Use the device from now on.
+def choose(device: str, architecture: int, library: Path | None = None) -> None:
+    """Use the device from now on, with another emulated library than the built one if given.
 
     Raises:
         pytest.UsageError: this machine does not have it, or the emulated library is not built.
@@ -36,7 +36,7 @@ def choose(device: str, architecture: int) -> None:
         raise pytest.UsageError("--device=cuda: torch finds no CUDA device")
     if device in ("emulated", "ptx"):
         name = device if device == "emulated" else f"ptx_{architecture}"
-        path = emulated.FOLDER / f"libmllama_{name}.so"
+        path = library or emulated.FOLDER / f"libmllama_{name}.so"
         if not path.exists():
             raise pytest.UsageError(f"--device={device}: no {path}; `make test-{device}` builds it")
         emulated.load(path, architecture)

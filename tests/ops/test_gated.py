@@ -30,6 +30,12 @@ def sample(*shape):
     return Sample((3 * torch.randn(shape), torch.randn(shape)))
 
 
+def odd_rows(rows, width):
+    """Rows of whole vectors, an odd number of elements apart."""
+    whole = torch.randn(rows, 2 * width + 1)
+    return Sample((whole[:, :width], whole[:, width : 2 * width]))
+
+
 def halves(rows, width):
     """Gate and up as one projection leaves them, side by side."""
     return Sample(tuple(torch.randn(rows, 2 * width).chunk(2, dim=-1)))
@@ -43,7 +49,7 @@ def test_gated(gated, reference):
     check_op(
         gated,
         reference,
-        [halves(5, 77), halves(6, 48), *(sample(*shape) for shape in SHAPES)],
+        [halves(5, 77), halves(6, 48), odd_rows(6, 48), *(sample(*shape) for shape in SHAPES)],
         raw=[
             (operator, (GATE.clone().requires_grad_(), UP)),
             (backward, (torch.randn(3, 8), GATE, UP)),

@@ -75,6 +75,20 @@ def test_large_mean_keeps_its_variance():
     torch.testing.assert_close(actual.double(), expected, atol=2e-3, rtol=0)
 
 
+@needs_kernels
+@pytest.mark.parametrize("width", [77, 1032])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_statistics_are_float32(dtype, width):
+    """The sums too, whatever x is."""
+    x = (torch.randn(9, width) + 1).to(dtype)
+    ones = torch.ones(width)
+    mean, rstd = torch.ops.mllama.layer_norm(x, ones, ones, 1e-5)[1].view(9, 2).double().unbind(1)
+    exact = x.double()
+    torch.testing.assert_close(mean, exact.mean(-1), rtol=1e-6, atol=1e-6)
+    variance = exact.var(-1, correction=0)
+    torch.testing.assert_close(rstd, (variance + 1e-5).rsqrt(), rtol=1e-6, atol=0)
+
+
 def test_frozen_parameters_get_no_gradient():
     x = X.clone().requires_grad_()
     layer_norm(x, W, B).sum().backward()

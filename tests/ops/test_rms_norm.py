@@ -1,6 +1,7 @@
 import pytest
 import torch
 from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from helpers import (
     THROWN,
@@ -146,6 +147,19 @@ def test_gemma_bit_for_bit(dtype, size):
     assert torch.equal(reference(x.cpu(), module.weight, offset=1.0), module(x.cpu()))
 
 
+@needs_kernels
+@pytest.mark.parametrize("size", [29, 64, 520])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_llama_bit_for_bit(dtype, size):
+    """As for Gemma. What is normalized is rounded before it meets the weight."""
+    llama = LlamaRMSNorm(size).to(dtype)
+    torch.nn.init.normal_(llama.weight)
+    x = (torch.randint(-16, 17, (50, size)) / 8).to(dtype)
+    for isa in instruction_sets():
+        with instruction_set(isa):
+            assert torch.equal(rms_norm(x, llama.weight), llama(x)), isa
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_gemma_rounds_once(dtype):
     """On any values at most one in a thousand lands on the other side of a rounding; Llama's order
@@ -166,6 +180,17 @@ def test_gemma_gradients(dtype):
     )
     for a, b in zip(actual, expected, strict=True):
         assert_close(a, b, 1e-5 if dtype == torch.float32 else 3e-2, "gradient")
+
+
+@needs_kernels
+@pytest.mark.parametrize("width", [77, 1032])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_statistics_are_float32(dtype, width):
+    """The sum of squares too, whatever x is; that of a sum is of its rounded elements."""
+    x, residual = torch.randn(2, 9, width).to(dtype).unbind()
+    _, hidden, rstd = torch.ops.mllama.add_rms_norm(x, residual, torch.ones(width), 1e-5, 0.0)
+    exact = (hidden.double().square().mean(-1) + 1e-5).rsqrt()
+    torch.testing.assert_close(rstd.flatten().double(), exact, rtol=1e-6, atol=0)
 
 
 def test_module_starts_at_scale_one():

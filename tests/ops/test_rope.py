@@ -5,7 +5,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
 import devices
-from helpers import THROWN, BadCall, Sample, check_op, needs_kernels
+from helpers import THROWN, BadCall, Sample, check_op, needs_kernels, sliced
 from mllama.ops import rope, rope_frequencies, rope_tables
 from mllama.ops.rope import reference
 from tiny.sizes import LLAMA32
@@ -32,6 +32,18 @@ def views_of_a_projection():
     )
 
 
+def views_of_rows_that_are_not_aligned():
+    """Heads are whole vectors from the first one on, but tokens are an odd number apart."""
+    whole = torch.randn(2, 8, 97)
+    q, k = whole[..., :64].unflatten(-1, (4, 16)), whole[..., 64:96].unflatten(-1, (2, 16))
+    return Sample((q, k, *rope_tables(torch.arange(8)[None], rope_frequencies(16))))
+
+
+def tables_that_are_not_aligned():
+    q, k, cos, sin = sample(1, 5, 2, 1, 32).args
+    return Sample((q, k, sliced(cos), sliced(sin)))
+
+
 Q, K, COS, SIN = sample(2, 3, 4, 2, 8).args
 
 
@@ -44,6 +56,8 @@ def test_rope():
         [
             sample(2, 3, 4, 2, 64),
             views_of_a_projection(),
+            views_of_rows_that_are_not_aligned(),
+            tables_that_are_not_aligned(),
             sample(3, 4, 1, 3, 26, tables=3),
             sample(1, 0, 2, 2, 8),
             sample(2, 90, 5, 5, 34),

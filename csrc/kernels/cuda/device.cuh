@@ -292,6 +292,7 @@ MLLAMA_DEVICE void mma_codes_16(int (&d)[4], const uint32_t (&a)[2], uint32_t b)
 #undef MLLAMA_MMA_CODES
 // Ends the kernel with an error.
 MLLAMA_DEVICE void trap(const char*) { __trap(); }
+constexpr int64_t kMostBlocks = 1 << 20;
 
 #else
 
@@ -324,6 +325,7 @@ inline void mma_codes_16(int (&d)[4], const uint32_t (&a)[2], uint32_t b, MLLAMA
     emulator::mma_codes(d, {{a[0], a[1]}, {b}, 16, false}, where);
 }
 inline void trap(const char* why) { emulator::stop(why); }
+constexpr int64_t kMostBlocks = 5;  // so that tests reach the second stride
 
 #endif
 
@@ -354,10 +356,8 @@ inline int architecture() {
 
 // ---- launching
 
-// Most blocks of a launch: kernels go through their work in strides of the grid.
-constexpr int64_t kMostBlocks = 1 << 20;
-
-// How many blocks have `size` units of work, `per_block` in each.
+// How many blocks have `size` units of work, `per_block` in each. If there would be more than
+// kMostBlocks, kernels go through their work in strides of the grid.
 inline unsigned blocks_for(int64_t size, int64_t per_block) {
     int64_t blocks = (size + per_block - 1) / per_block;
     return static_cast<unsigned>(blocks < kMostBlocks ? blocks : kMostBlocks);

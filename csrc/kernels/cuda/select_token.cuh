@@ -121,12 +121,12 @@ class RowSelection {
         for_own([&](float& x) { x = __float_as_uint(x) <= low ? 0.0f : x; });
     }
 
-    // Drops the first `count` of those with these bits; one of the largest stays.
+    // Drops the first `count` of those with these bits; one of the largest stays. A sum over the
+    // block has been taken, whose barriers are behind what others wrote to this thread's chunk.
     MLLAMA_DEVICE void drop_first(uint32_t bits, int64_t count) {
         using Counts = Array<int, kSelectThreads>;
         MLLAMA_SHARED(Counts, counts);
         int own = 0;
-        __syncthreads();  // others have written the chunk
         for_chunk([&](float& x) { own += __float_as_uint(x) == bits; });
         counts[threadIdx.x] = own;
         __syncthreads();
