@@ -9,6 +9,7 @@ import copy
 import pytest
 import torch
 
+import devices
 import emulated
 import mllama
 from helpers import counted_steps
@@ -134,6 +135,8 @@ def test_parts_of_the_keys(case, kv_cache):
 @pytest.mark.parametrize("architecture", [75, 86, 90])
 @pytest.mark.parametrize("kv_cache", TOLERANCE)
 def test_architecture(architecture, kv_cache):
+    if devices.is_compiled() and (architecture < 80) != (emulated.architecture() < 80):
+        pytest.skip(f"the kernels were compiled for sm_{emulated.architecture()}")
     emulated.set_options(architecture=architecture)
     model = packed("gemma3_text", "int4")
     both = logits_of(model, [1, NEW - 1], 2, kv_cache)
@@ -191,7 +194,8 @@ def test_numbers_on_the_device_that_do_not_fit(change):
     model = packed("llama")
     arguments = arguments_of(model, 5)
     decode_step(**arguments)
-    with pytest.raises(RuntimeError, match="decode_step: " + next(iter(change))):
+    text = "trap" if devices.is_compiled() else "decode_step: " + next(iter(change))
+    with pytest.raises(RuntimeError, match=text):
         decode_step(**arguments | change)
 
 
