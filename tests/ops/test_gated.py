@@ -31,9 +31,8 @@ def sample(*shape):
 
 
 def odd_rows(rows, width):
-    """Rows of whole vectors, an odd number of elements apart."""
-    whole = torch.randn(rows, 2 * width + 1)
-    return Sample((whole[:, :width], whole[:, width : 2 * width]))
+    """Gate has rows an odd number of elements apart, up has none between its rows."""
+    return Sample((torch.randn(rows, width + 1)[:, :width], torch.randn(rows, width)))
 
 
 def halves(rows, width):
