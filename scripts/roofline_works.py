@@ -101,15 +101,16 @@ def attention(turing: bool) -> Iterator[Work]:
     cache, q = 2 * 2 * CONTEXT * KV_HEADS * SIZE, 2 * CONTEXT * HEADS * SIZE  # bytes
     product = 2 * CONTEXT * HEADS * SIZE  # of one query's heads with all keys, or with all values
     shape = "attention<mllama::cuda::ForwardShape<" + tiles
+    keys = ", mllama::cuda::KeyRows<mllama::f16> >"
     blocks, parts = 256, 256 // KV_HEADS
     results = 4 * HEADS * parts * (SIZE + 2)
-    yield Work("attention, decode", "attention", f"{shape}, 1, 4, 16> >", blocks, 128,
+    yield Work("attention, decode", "attention", f"{shape}, 1, 4, 16>{keys}", blocks, 128,
                cache + results, 2 * product, "f16", (16 + 2 * 64) * TILE_STRIDE)  # fmt: skip
     yield Work("attention, merging of parts, decode", "attention", "merge_attention<mllama::f16>",
                HEADS / 4, 128, results, HEADS * parts * SIZE * 3)  # fmt: skip
     causal = CONTEXT / 2 * product  # of all queries
     blocks = KV_HEADS * CONTEXT * HEADS / KV_HEADS / 64
-    yield Work("attention, prefill", "attention", f"{shape}, 4, 1, 64> >", blocks, 128,
+    yield Work("attention, prefill", "attention", f"{shape}, 4, 1, 64>{keys}", blocks, 128,
                cache + 2 * q, 2 * causal, "f16", 3 * 64 * TILE_STRIDE,
                moved=2 * q + blocks * cache / KV_HEADS / 2)  # fmt: skip
     shape = "<mllama::cuda::BackwardShape<" + tiles
