@@ -320,6 +320,53 @@ _TABLE = {
         ),
         ("keys past the last", "if (key >= a.keys) continue;", ""),
     ],
+    ("decode", "decode.cuh"): [
+        ("other half's sign", "x[d] * c + x[d - half] * s", "x[d] * c - x[d - half] * s"),
+        ("values rotated", "a.kv_heads > 0 && place.kind != HeadPlace::value", "a.kv_heads > 0"),
+        (
+            "head written before all is read",
+            "load_head(a, place, x);\n        __syncwarp();",
+            "load_head(a, place, x);",
+        ),
+        (
+            "position of another query",
+            "position = *a.length + place.row % a.queries;",
+            "position = *a.length + place.row / a.queries;",
+        ),
+        ("lanes past the head", "if (d < a.size) cached[d] =", "cached[d] ="),
+        (
+            "angle of an integer position",
+            "2 * (turns - rint(turns))",
+            "2 * (turns - rint(turns) + 0.25)",
+        ),
+        ("norm of k from q", "HeadPlace::key ? a.k_norm", "HeadPlace::key ? a.q_norm"),
+        ("hidden images scaled", "!sees_image[i / width] ? 0 :", "!sees_image[i / width] ? x[i] :"),
+    ],
+    ("cross_entropy", "cross_entropy.cuh"): [
+        ("own score of every thread", "if (i + j == target) own = x;", "own = x;"),
+        ("sum without the highest", "sum += expf(x - top);", "sum += expf(x);"),
+        ("gradient without its target", "if (counts && i + j == target) v[j]", "if (false) v[j]"),
+        ("slope of the soft cap", "1.0f - t * t;", "1.0f - t;"),
+        ("rows without a target kept", "if (!counts) v[j] = 0;", ";"),
+        ("loss written by all", "if (threadIdx.x % team.kThreads == 0) a.losses", "a.losses"),
+    ],
+    ("cross_entropy", "rows.cuh"): [
+        (
+            "barrier before the highest dropped",
+            "    __syncthreads();  // the last use of highest is over\n",
+            "",
+        ),
+        (
+            "barrier after the highest dropped",
+            "highest[threadIdx.x / 32] = v;\n    __syncthreads();",
+            "highest[threadIdx.x / 32] = v;",
+        ),
+        (
+            "last warp's highest left out",
+            "int i = 1; i < kWarps; ++i) v = f",
+            "int i = 1; i < kWarps - 1; ++i) v = f",
+        ),
+    ],
 }
 MUTANTS = [
     Mutant(kernel, file, *change)

@@ -29,16 +29,18 @@ BUILD = ROOT / "build/emulated"
 LIBRARY = "libmllama_emulated.so"
 SECONDS = 900  # after which tests are stopped; each operator's take less than a tenth of it
 # The most important of what a kernel's tests are; -x ends them with the first failure.
+_ATTENTION = ("tests/cuda/test_attention_variants.py", "tests/ops/test_attention.py")
 TESTS = {
-    "attention": ("tests/cuda/test_attention_variants.py", "tests/ops/test_attention.py"),
+    "attention": _ATTENTION,
+    "attention_backward": _ATTENTION,
     "packed_linear": (
         "tests/cuda/test_packed_linear.py",
         "tests/ops/test_packed_linear.py",
         "tests/ops/test_packed_gguf.py",
     ),
+    "select_token": ("tests/cuda/test_select_token.py", "tests/ops/test_select_token.py"),
+    "decode": ("tests/cuda/test_decode.py",),
 }
-TESTS["select_token"] = ("tests/cuda/test_select_token.py", "tests/ops/test_select_token.py")
-TESTS["attention_backward"] = TESTS["attention"]
 CHECKER = re.compile(r"\(order \w+, copies \w+, seed \d+\)|were never written|impossible size")
 
 

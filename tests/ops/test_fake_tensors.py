@@ -14,6 +14,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from helpers import needs_kernels
 from mllama import _ext, ops
 from mllama.ops import _dispatch
+from mllama.ops.cross_entropy import cross_entropy_
 from mllama.ops.packed_gguf import GGUF_BLOCKS
 from mllama.ops.packed_layout import PACKINGS, packed_bytes
 
@@ -121,6 +122,11 @@ CALLS = {
         ),
         {"logits": (2, 9), "uniform": ((2,), F64), "present": ((2, 9), BOOL)},
         needs_kernel=True,
+    ),
+    "linear_cross_entropy, of rows": Call(
+        cross_entropy_,
+        {"scores": (3, 9), "targets": ((3,), I64)},
+        {"softcap": 2.0, "gradient": 1.0},
     ),
     "resize": Call(
         RAW.resize, {"image": IMAGE}, SIZE | {"cubic": True, "height_first": True}, True

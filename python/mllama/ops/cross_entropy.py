@@ -4,7 +4,7 @@ of.
 
 import torch
 
-from mllama.ops._dispatch import use_kernel
+from mllama.ops._dispatch import check_device, check_tensor, check_tensors, dtype_name, use_kernel
 
 
 def cross_entropy_(
@@ -21,7 +21,11 @@ def cross_entropy_(
         gradient: see scores.
     Returns:
         float32 [N].
+
+    Raises:
+        TypeError, ValueError: of other dtypes or shapes, or on several devices.
     """
+    _check(scores, targets)
     if use_kernel("cross_entropy", scores):
         return torch.ops.mllama._cross_entropy.kernel(scores, targets, softcap, gradient)
     return reference(scores, targets, softcap, gradient)
@@ -43,9 +47,28 @@ def reference(
     return -logs.gather(1, own)[:, 0].masked_fill(~counts, 0)
 
 
+def _check(scores: torch.Tensor, targets: torch.Tensor) -> None:
+    op = "cross_entropy_"
+    check_tensors(op, scores=scores)
+    check_tensor(op, "targets", targets)
+    check_device(op, "targets", targets, "scores", scores)
+    if targets.dtype != torch.int64:
+        raise TypeError(f"{op}: targets must be int64, got {dtype_name(targets)}")
+    if scores.dim() != 2 or not scores.shape[1] or not scores.is_contiguous():
+        raise ValueError(
+            f"{op}: scores must be contiguous [rows, vocabulary], got {list(scores.shape)} with "
+            f"strides {scores.stride()}"
+        )
+    if targets.shape != scores.shape[:1] or not targets.is_contiguous():
+        raise ValueError(
+            f"{op}: targets must be contiguous [{len(scores)}], got {list(targets.shape)}"
+        )
+
+
 def _fake(
     scores: torch.Tensor, targets: torch.Tensor, softcap: float, gradient: float
 ) -> torch.Tensor:
+    _check(scores, targets)
     return scores.new_empty(targets.shape, dtype=torch.float32)
 
 
