@@ -352,11 +352,6 @@ _TABLE = {
     ],
     ("cross_entropy", "rows.cuh"): [
         (
-            "barrier before the highest dropped",
-            "    __syncthreads();  // the last use of highest is over\n",
-            "",
-        ),
-        (
             "barrier after the highest dropped",
             "highest[threadIdx.x / 32] = v;\n    __syncthreads();",
             "highest[threadIdx.x / 32] = v;",

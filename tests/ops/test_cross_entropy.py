@@ -74,6 +74,17 @@ def test_extreme_rows():
     torch.testing.assert_close(losses.double(), expected, rtol=1e-6, atol=1e-7)
 
 
+@needs_kernels
+def test_the_highest_score_is_found_wherever_it_is():
+    """e^1000 of a highest one that was missed would be infinite."""
+    places = torch.arange(0, 3000, 62)
+    scores = torch.zeros(len(places), 3000)
+    scores[torch.arange(len(places)), places] = 1000.0
+    scores, places = (x.to(devices.tensor_device()) for x in (scores, places))
+    assert not cross_entropy_(scores, places).any()
+    assert (cross_entropy_(scores, 2999 - places) == 1000).all()
+
+
 torch.manual_seed(0)
 H, W = torch.randn(2, 5, 24), torch.randn(70, 24) / 3
 L = torch.randint(0, 70, (2, 5))
