@@ -38,7 +38,9 @@ struct DecodeArgs {
         batch = hidden.size(0), queries = hidden.size(1);
         check_list("positions", positions, ScalarType::Long, rows());
         check_list("length", length, ScalarType::Long, 1);
-        check(image_keys >= 0, kOp, "image_keys");
+        bool reads_images = std::any_of(d.layers.begin(), d.layers.end(),
+                                        [](const DecoderLayer& l) { return l.cross; });
+        check(image_keys >= 0 && (image_keys == 0 || reads_images), kOp, "image_keys");
         check_caches("keys", keys);
         check_caches("values", values);
         for (size_t i = 0; i < keys.size(); ++i) {

@@ -107,14 +107,23 @@ def test_a_loss_over_no_labels_is_an_error(untrained, options):
 
 @pytest.mark.parametrize(
     ("count", "error"),
-    [(0, ValueError), (-3, ValueError), (torch.tensor([2, 3]), ValueError), ("3", TypeError)],
+    [
+        (0, ValueError),
+        (-3, ValueError),
+        (float("inf"), ValueError),
+        (torch.tensor([2, 3]), ValueError),
+        ("3", TypeError),
+        (torch.tensor(True), TypeError),
+    ],
 )
 def test_a_count_of_labels_that_cannot_be(count, error):
     logits, labels = torch.randn(1, 4, 9), torch.tensor([[1, 2, 3, 4]])
     with pytest.raises(error, match="num_items_in_batch"):
         next_token_loss(logits, labels, labels.shape, num_items_in_batch=count)
-    one = next_token_loss(logits, labels, labels.shape, num_items_in_batch=torch.tensor([3]))
-    torch.testing.assert_close(one.squeeze(), next_token_loss(logits, labels, labels.shape))
+    tensor = torch.tensor([3], dtype=torch.float64)
+    one = next_token_loss(logits, labels, labels.shape, num_items_in_batch=tensor)
+    assert one.shape == () and one.dtype == torch.float32
+    torch.testing.assert_close(one, next_token_loss(logits, labels, labels.shape))
 
 
 def test_labels_of_other_batches_make_it_zero(untrained, monkeypatch):

@@ -131,9 +131,13 @@ BAD_CALLS = [
     BadCall(
         call(H, W, L, reduction="sum", num_items_in_batch=3), ValueError, "is for the mean, got"
     ),
-    BadCall(call(H, W, L, num_items_in_batch=0), ValueError, "must be above 0, got 0"),
+    BadCall(call(H, W, L, num_items_in_batch=0), ValueError, "must be above 0 and finite, got 0"),
     BadCall(call(H, W, L, num_items_in_batch="9"), TypeError, "must be a number or a tensor"),
     BadCall(call(H, W, L, num_items_in_batch=L), ValueError, r"one number, got \[2, 5\]"),
+    BadCall(call(H, W, L, num_items_in_batch=torch.tensor(True)), TypeError, "number, got bool"),
+    BadCall(call(H, W, L, num_items_in_batch=math.inf), ValueError, "finite, got inf"),
+    BadCall(call(H, W, L, 1e-50), ValueError, "softcap must be positive and finite, got 1e-50"),
+    BadCall(call(H, W, L, ignore_index=2**63), ValueError, "ignore_index must be an int64"),
 ]
 
 
@@ -179,19 +183,54 @@ def test_compiled_with_rows_without_labels():
         torch.testing.assert_close(ours.grad, theirs.grad)
 
 
+def test_compiled_for_any_number_of_rows(monkeypatch):
+    """One graph, whatever the number of chunks."""
+    monkeypatch.setattr(MODULE, "_CHUNK", 3 * 4 * 70)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    compiled = torch.compile(linear_cross_entropy, fullgraph=True, backend="aot_eager")
+    for trained in (False, True):
+        ours, theirs = (W.clone().requires_grad_(trained) for _ in range(2))
+        hidden, labels = torch.randn(2, 9, 24), torch.randint(0, 70, (2, 9))
+        for length in (9, 3, 6, 2):
+            short = hidden[:, :length].clone().requires_grad_()
+            torch._dynamo.mark_dynamic(short, 1)
+            torch._dynamo.mark_dynamic(part := labels[:, :length].clone(), 1)
+            result, copy = compiled(short, ours, part), short.detach().clone().requires_grad_()
+            expected = linear_cross_entropy(copy, theirs, part)
+            assert torch.equal(result, expected)
+            result.backward()
+            expected.backward()
+            assert torch.equal(short.grad, copy.grad)
+            assert not trained or torch.equal(ours.grad, theirs.grad)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
+
+
+def test_compiled_with_a_label_that_is_none():
+    """It is not left out of the mean in silence."""
+    compiled = torch.compile(linear_cross_entropy, fullgraph=True, backend="aot_eager")
+    labels = ALL_LABELED.clone()
+    labels[1, 2] = 70
+    assert compiled(H, W, labels).isnan()
+    losses = compiled(H, W, labels, reduction="none")
+    assert losses.isnan().tolist() == (labels == 70).tolist()
+
+
 def test_the_reference_is_pytorchs():
     logits = H @ W.T
     expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), L.flatten())
     torch.testing.assert_close(reference(H, W, L), expected)
 
 
-def test_small_probabilities_keep_their_gradient_in_float16():
+@pytest.mark.parametrize("trained", [False, True])
+def test_small_probabilities_keep_their_gradient_in_float16(trained):
     """A probability of 1e-7 is nothing in float16, and half of a million of them is a lot."""
     vocabulary = 20_000
     weight = torch.full((vocabulary, 8), -2.0)
     weight[0] = 0.0
     hidden = torch.ones(1, 8).half().requires_grad_()
-    linear_cross_entropy(hidden, weight.half(), torch.tensor([0])).backward()
+    head = weight.half().requires_grad_(trained)
+    linear_cross_entropy(hidden, head, torch.tensor([0])).backward()
     exact = torch.ones(1, 8).double().requires_grad_()
     reference(exact, weight.double(), torch.tensor([0])).backward()
     torch.testing.assert_close(hidden.grad.double(), exact.grad, rtol=5e-3, atol=0)
@@ -204,6 +243,38 @@ def test_no_labels():
     loss = linear_cross_entropy(hidden, W, labels, num_items_in_batch=3)
     loss.backward()
     assert loss == 0 and not hidden.grad.any()
+
+
+@pytest.mark.parametrize("differentiable", [(0,), (1,), (0, 1)], ids=str)
+def test_second_derivatives_raise(differentiable):
+    """Also in a sum with the loss, where a missing one would be taken for zero."""
+    inputs = [x.clone().requires_grad_(i in differentiable) for i, x in enumerate((H, W))]
+    loss = linear_cross_entropy(*inputs, L)
+    wanted = [inputs[i] for i in differentiable]
+    gradients = torch.autograd.grad(loss, wanted, create_graph=True)
+    total = loss + sum((gradient**2).sum() for gradient in gradients)
+    with pytest.raises(NotImplementedError, match="differentiated once"):
+        torch.autograd.grad(total, wanted, retain_graph=True)
+    with pytest.raises(NotImplementedError, match="differentiated once"):
+        total.backward()
+
+
+def test_a_count_in_a_tensor():
+    expected = linear_cross_entropy(H, W, L, num_items_in_batch=7)
+    for count in (torch.tensor([7]), torch.tensor([[7.0]], dtype=torch.float64)):
+        loss = linear_cross_entropy(H, W, L, num_items_in_batch=count)
+        assert torch.equal(loss, expected) and loss.dtype == torch.float32
+
+
+def test_states_without_a_feature():
+    """Logits of 0: each of 5 labels is as likely."""
+    loss = linear_cross_entropy(torch.zeros(3, 0), torch.zeros(5, 0), torch.tensor([0, 4, 2]))
+    torch.testing.assert_close(loss, torch.tensor(math.log(5)))
+
+
+def test_the_meta_device():
+    loss = linear_cross_entropy(H.to("meta"), W.to("meta"), L.to("meta"), reduction="none")
+    assert loss.is_meta and loss.shape == (2, 5) and loss.dtype == torch.float32
 
 
 def test_autocast():

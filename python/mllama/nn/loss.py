@@ -1,5 +1,6 @@
 """The loss of next-token prediction."""
 
+import math
 import numbers
 import sys
 from collections.abc import Iterator
@@ -50,7 +51,7 @@ def counted_loss(
         TypeError: labels or num_items_in_batch have the wrong type.
         ValueError: labels have the wrong shape or lie outside the vocabulary; logits cover some
             positions only; no label is trained, here or in the rest of the step;
-            num_items_in_batch is below 0, or 0 although labels are trained.
+            num_items_in_batch is below 0 or not finite, or 0 although labels are trained.
     """
     vocabulary = logits.shape[-1]
     targets = _targets(
@@ -152,7 +153,9 @@ def _divided(
             _check_count(num_items_in_batch, trained)
         if not trained:
             count = _count_of_none(count, num_items_in_batch is None, ignore_index)
-    return total / (count.to(total.device) if isinstance(count, torch.Tensor) else count), found
+    if isinstance(count, torch.Tensor):
+        count = count.to(total.device, torch.float32).reshape(())
+    return total / count, found
 
 
 def _check_count(count: int | torch.Tensor, trained: int) -> None:
@@ -163,9 +166,12 @@ def _check_count(count: int | torch.Tensor, trained: int) -> None:
         raise TypeError(
             f"num_items_in_batch must be a number or a tensor of one, got {type(count).__name__}"
         )
-    if isinstance(count, torch.Tensor) and count.numel() != 1:
-        raise ValueError(f"num_items_in_batch must be one number, got {list(count.shape)}")
-    if count < 0 or not count and trained:
+    if isinstance(count, torch.Tensor):
+        if count.dtype == torch.bool or count.is_complex():
+            raise TypeError(f"num_items_in_batch must be a number, got {count.dtype}")
+        if count.numel() != 1:
+            raise ValueError(f"num_items_in_batch must be one number, got {list(count.shape)}")
+    if not 0 <= count < math.inf or not count and trained:
         raise ValueError(
             "num_items_in_batch must be the total number of trained labels, at least 1 with "
             f"{trained} here, got {count}"

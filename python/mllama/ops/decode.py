@@ -3,7 +3,7 @@
 import torch
 
 from mllama import _ext
-from mllama.ops._dispatch import fresh
+from mllama.ops._dispatch import check_device, fresh
 
 
 def decode_step(
@@ -57,6 +57,19 @@ def decode_step(
 def _fake(
     decoder, hidden, positions, keys, values, length, first_key, image_keys, image_mask, sees_image
 ):
+    # A call that mixes meta and real tensors comes here, too: its result would be any bytes.
+    tensors = {
+        "positions": positions,
+        "length": length,
+        "first_key": first_key,
+        "image_mask": image_mask,
+        "sees_image": sees_image,
+        **{f"keys[{layer}]": x for layer, x in enumerate(keys)},
+        **{f"values[{layer}]": x for layer, x in enumerate(values)},
+    }
+    for name, x in tensors.items():
+        if x is not None and x.numel():  # a layer that has no keys has an empty tensor
+            check_device("decode_step", name, x, "hidden", hidden)
     return fresh(hidden)
 
 

@@ -20,6 +20,7 @@ from mllama.ops._dispatch import (
 )
 from mllama.ops.cross_entropy import cross_entropy_
 
+FLOAT32 = torch.finfo(torch.float32)
 REDUCTIONS = ("mean", "sum", "none")
 # Bytes of the logits that exist at once.
 _CHUNK = 1 << 25
@@ -48,7 +49,8 @@ def linear_cross_entropy(
         num_items_in_batch: divisor of the sum in place of the number of labeled rows; for "mean".
     Returns:
         float32 [], or float32 [...] with 0 where a row is left out. The mean of no labeled rows is
-        NaN, as PyTorch's is.
+        NaN, as PyTorch's is. In a compiled graph, which cannot raise for labels, the loss of one
+        that is refused below is NaN.
 
         Gradients are exact. That of hidden is computed with the loss where weight is frozen, and is
         what is saved for the backward pass; else hidden is saved, and the logits are computed
@@ -57,8 +59,9 @@ def linear_cross_entropy(
     Raises:
         TypeError: an argument has another type or dtype.
         ValueError: shapes do not fit, a label is neither of the vocabulary nor ignore_index,
-            softcap is not positive and finite, reduction is unknown, or num_items_in_batch is given
-            for another reduction than "mean", or not above 0.
+            ignore_index is no int64, softcap is not positive and finite in float32, reduction is
+            unknown, or num_items_in_batch is given for another reduction than "mean", or not
+            positive and finite.
     """
     _check(hidden, weight, labels, softcap, reduction, ignore_index, num_items_in_batch)
     dtype = autocast_dtype(hidden)
@@ -73,15 +76,20 @@ def linear_cross_entropy(
                 ignore_index,
                 num_items_in_batch,
             )
-    rows, targets = hidden.reshape(-1, hidden.shape[-1]), labels.flatten()
+    rows, targets = hidden.reshape(labels.numel(), hidden.shape[-1]), labels.flatten()
+    known = _known(targets, ignore_index, len(weight))
     kept = None
-    if not torch.compiler.is_compiling():  # where the number of labeled rows is unknown
+    if _reads_labels(labels):
         kept = (targets != ignore_index).nonzero().squeeze(1)
         rows, targets = rows[kept], targets[kept]
     # The kernel skips rows whose target is outside of the vocabulary.
     targets = targets.masked_fill(targets == ignore_index, -1)
     frozen = torch.is_grad_enabled() and hidden.requires_grad and not weight.requires_grad
-    losses = _Losses.apply(rows, weight, targets, softcap or 0.0, frozen)
+    # By nothing else the gradient that is saved would be connected with hidden.
+    anchor = rows[:0].clone() if frozen else None
+    losses = _Losses.apply(rows, weight, targets, softcap or 0.0, anchor)
+    if kept is None:
+        losses = losses.masked_fill(~known, math.nan)
     if reduction == "none":
         if kept is not None:
             losses = losses.new_zeros(labels.numel()).index_copy(0, kept, losses)
@@ -117,7 +125,19 @@ def _count(
 ) -> torch.Tensor | int | float:
     if given is None:
         return (labels != ignore_index).sum()
-    return given.to(labels.device) if isinstance(given, torch.Tensor) else given
+    if isinstance(given, torch.Tensor):
+        return given.to(labels.device, torch.float32).reshape(())
+    return given
+
+
+def _known(labels: torch.Tensor, ignore_index: int, vocabulary: int) -> torch.Tensor:
+    """Which labels are ignore_index or of the vocabulary."""
+    return (labels == ignore_index) | ((labels >= 0) & (labels < vocabulary))
+
+
+def _reads_labels(labels: torch.Tensor) -> bool:
+    """Whether values are at hand: not while compiling, nor on the meta device."""
+    return not torch.compiler.is_compiling() and not labels.is_meta
 
 
 def _check(hidden, weight, labels, softcap, reduction, ignore_index, num_items_in_batch) -> None:
@@ -129,6 +149,8 @@ def _check(hidden, weight, labels, softcap, reduction, ignore_index, num_items_i
         raise TypeError(f"{op}: labels must be int64, got {dtype_name(labels)}")
     if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
         raise TypeError(f"{op}: ignore_index must be an int, got {type(ignore_index).__name__}")
+    if not -(2**63) <= ignore_index < 2**63:
+        raise ValueError(f"{op}: ignore_index must be an int64, got {ignore_index}")
     if hidden.dim() == 0:
         raise ValueError(f"{op}: hidden must have at least one dimension")
     width = hidden.shape[-1]
@@ -143,20 +165,18 @@ def _check(hidden, weight, labels, softcap, reduction, ignore_index, num_items_i
             f"got {list(labels.shape)}"
         )
     _check_options(op, softcap, reduction, num_items_in_batch)
-    if not torch.compiler.is_compiling() and labels.device.type != "meta":
-        known = (labels == ignore_index) | ((labels >= 0) & (labels < len(weight)))
-        if not bool(known.all()):
-            raise ValueError(
-                f"{op}: labels must be {ignore_index} or within the vocabulary (0 to "
-                f"{len(weight) - 1}), got {labels.min()} to {labels.max()}"
-            )
+    if _reads_labels(labels) and not bool(_known(labels, ignore_index, len(weight)).all()):
+        raise ValueError(
+            f"{op}: labels must be {ignore_index} or within the vocabulary (0 to "
+            f"{len(weight) - 1}), got {labels.min()} to {labels.max()}"
+        )
 
 
 def _check_options(op: str, softcap, reduction, num_items_in_batch) -> None:
     if softcap is not None:
         if isinstance(softcap, bool) or not isinstance(softcap, (int, float)):
             raise TypeError(f"{op}: softcap must be a number or None, got {type(softcap).__name__}")
-        if not 0 < softcap < math.inf:
+        if not FLOAT32.tiny <= softcap <= FLOAT32.max:
             raise ValueError(f"{op}: softcap must be positive and finite, got {softcap}")
     if reduction not in REDUCTIONS:
         raise ValueError(
@@ -172,10 +192,17 @@ def _check_options(op: str, softcap, reduction, num_items_in_batch) -> None:
             f"{op}: num_items_in_batch must be a number or a tensor of one, "
             f"got {type(count).__name__}"
         )
-    if isinstance(count, torch.Tensor) and count.numel() != 1:
-        raise ValueError(f"{op}: num_items_in_batch must be one number, got {list(count.shape)}")
-    if not torch.compiler.is_compiling() and not count > 0:
-        raise ValueError(f"{op}: num_items_in_batch must be above 0, got {count}")
+    if isinstance(count, torch.Tensor):
+        if count.dtype == torch.bool or count.is_complex():
+            raise TypeError(f"{op}: num_items_in_batch must be a number, got {dtype_name(count)}")
+        if count.numel() != 1:
+            raise ValueError(
+                f"{op}: num_items_in_batch must be one number, got {list(count.shape)}"
+            )
+        if not _reads_labels(count):
+            return
+    if not 0 < count <= FLOAT32.max:
+        raise ValueError(f"{op}: num_items_in_batch must be above 0 and finite, got {count}")
 
 
 class _Losses(torch.autograd.Function):
@@ -188,52 +215,92 @@ class _Losses(torch.autograd.Function):
         weight: torch.Tensor,
         targets: torch.Tensor,
         softcap: float,
-        frozen: bool,
+        anchor: torch.Tensor | None,
     ) -> torch.Tensor:
-        """hidden [N, in], weight [vocabulary, in], targets int64 [N] -> float32 [N]."""
-        losses = hidden.new_empty(len(hidden), dtype=torch.float32)
-        gradient = torch.empty_like(hidden) if frozen else None
-        factor = _factor(hidden) if frozen else 0.0
-        typed = weight.to(hidden.dtype)
-        for rows, scores, target in _chunks(hidden, typed, targets):
-            losses[rows] = cross_entropy_(scores, target, softcap, factor)
-            if gradient is not None:
-                gradient[rows] = scores @ typed
+        """hidden [N, in], weight [vocabulary, in], targets int64 [N] -> float32 [N]. The anchor,
+        none of hidden's rows, is given where weight is frozen.
+        """
+        compute = _losses_op if torch.compiler.is_compiling() else _losses
+        losses, gradient = compute(hidden, weight, targets, softcap, anchor is not None)
         ctx.softcap = softcap
-        ctx.save_for_backward(*([hidden, weight, targets] if gradient is None else [gradient]))
+        saved = (hidden, weight, targets) if anchor is None else (gradient, anchor)
+        ctx.save_for_backward(*saved)
         return losses
 
     @staticmethod
     def backward(ctx, grad):
-        saved = ctx.saved_tensors
-        if len(saved) == 1:
-            by_hidden, by_weight = (saved[0] * (grad / _factor(saved[0]))[:, None]), None
-            by_hidden = by_hidden.to(saved[0].dtype)
+        saved, source = ctx.saved_tensors, grad
+        if len(saved) == 2:
+            gradient, source = saved
+            by_hidden, by_weight = _times(gradient, grad), None
         else:
-            by_hidden, by_weight = _recomputed(*saved, ctx.softcap, grad, ctx.needs_input_grad[0])
-        once = functools.partial(differentiable_once, "linear_cross_entropy", grad)
+            compute = _gradients_op if torch.compiler.is_compiling() else _gradients
+            wanted = ctx.needs_input_grad[0]
+            by_hidden, by_weight = compute(*saved, ctx.softcap, grad, wanted)
+            by_hidden = by_hidden if wanted else None
+        once = functools.partial(differentiable_once, "linear_cross_entropy", source)
         return once(by_hidden), once(by_weight), None, None, None
 
 
-def _recomputed(
+def _losses(
+    hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, softcap: float, frozen: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Losses of rows, and where weight is frozen `_factor` times their gradients of hidden."""
+    losses = hidden.new_empty(len(hidden), dtype=torch.float32)
+    gradient = _like_or_empty(hidden, frozen)
+    factor = _factor(hidden) if frozen else 0.0
+    typed = weight.to(hidden.dtype)
+    for rows, scores, target in _chunks(hidden, typed, targets):
+        losses[rows] = cross_entropy_(scores, target, softcap, factor)
+        if frozen:
+            gradient[rows] = scores @ typed
+    return losses, gradient
+
+
+def _gradients(
     hidden: torch.Tensor,
     weight: torch.Tensor,
     targets: torch.Tensor,
     softcap: float,
     grad: torch.Tensor,
     wants_hidden: bool,
-) -> tuple[torch.Tensor | None, torch.Tensor]:
-    """Gradients of hidden and weight, from the logits once more."""
-    by_hidden = torch.empty_like(hidden) if wants_hidden else None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Gradients of hidden, if wanted, and weight, from the logits once more."""
+    by_hidden = _like_or_empty(hidden, wants_hidden)
     by_weight = torch.zeros_like(weight, dtype=torch.float32)
     factor, typed = _factor(hidden), weight.to(hidden.dtype)
     for rows, scores, target in _chunks(hidden, typed, targets):
         cross_entropy_(scores, target, softcap, factor)
+        if wants_hidden:
+            by_hidden[rows] = _times(scores @ typed, grad[rows])
         scores *= (grad[rows] / factor)[:, None]
-        if by_hidden is not None:
-            by_hidden[rows] = scores @ typed
         by_weight += scores.T @ hidden[rows]
     return by_hidden, by_weight.to(weight.dtype)
+
+
+# One node in a compiled graph: loops over chunks would be another graph for each number of rows.
+_losses_op = torch.library.custom_op("mllama::_linear_losses", _losses, mutates_args=())
+_gradients_op = torch.library.custom_op("mllama::_linear_gradients", _gradients, mutates_args=())
+
+
+@_losses_op.register_fake
+def _(hidden, weight, targets, softcap, frozen):
+    losses = hidden.new_empty(hidden.shape[0], dtype=torch.float32)  # len would fix the number
+    return losses, _like_or_empty(hidden, frozen)
+
+
+@_gradients_op.register_fake
+def _(hidden, weight, targets, softcap, grad, wants_hidden):
+    return _like_or_empty(hidden, wants_hidden), torch.empty_like(weight)
+
+
+def _like_or_empty(hidden: torch.Tensor, wanted: bool) -> torch.Tensor:
+    return torch.empty_like(hidden) if wanted else hidden.new_empty(0)
+
+
+def _times(gradient: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
+    """`_factor` times the gradients of rows' losses, with the gradients of these."""
+    return (gradient * (grad / _factor(gradient))[:, None]).to(gradient.dtype)
 
 
 def _factor(hidden: torch.Tensor) -> float:
