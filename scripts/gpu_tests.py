@@ -7,6 +7,7 @@ torch, and exits with 1 if there is none, or no GPU, or anything fails. What is 
 
 import argparse
 import contextlib
+import math
 import os
 import re
 import shutil
@@ -61,6 +62,10 @@ def main(argv: list[str] | None = None) -> int:
     workers = min(8, os.cpu_count() or 1)
     parser.add_argument("--workers", type=int, default=workers, help="test processes on the GPU")
     arguments = parser.parse_args(argv)
+    if not 0 < arguments.minutes < math.inf:
+        parser.error(f"--minutes must be above 0 and finite, got {arguments.minutes}")
+    if arguments.workers < 1:
+        parser.error(f"--workers must be at least 1, got {arguments.workers}")
     if reason := why_not():
         print(f"make test-gpu: {reason}. Nothing was tested.", file=sys.stderr)
         return 1
@@ -190,12 +195,15 @@ def run(
             stderr=subprocess.STDOUT,
             start_new_session=True,  # so that its children end with it
         )
+        code: int | None = None
         try:
-            code: int | None = process.wait(seconds)
+            code = process.wait(seconds)
         except subprocess.TimeoutExpired:
-            os.killpg(process.pid, 9)
-            process.wait()
-            code = None
+            pass
+        finally:  # also where Ctrl-C ends this process
+            if process.returncode is None:
+                os.killpg(process.pid, 9)
+                process.wait()
         output.seek(0)
         text = output.read()
     lines = text.splitlines()

@@ -52,6 +52,8 @@ class Build:
     """The commands that made build/emulated, repeated for one kernel from another source."""
 
     def __init__(self) -> None:
+        if not (BUILD / "build.ninja").exists():
+            sys.exit(f"{BUILD} is not configured: run make test-mutations")
         ninja = [str(Path(sys.executable).parent / "ninja"), "-C", str(BUILD)]
         subprocess.run([*ninja, "mllama_emulated"], check=True, stdout=subprocess.DEVNULL)
         listed = [*ninja, "-t", "commands", "mllama_emulated"]

@@ -5,10 +5,14 @@ run; registers and shared memory are what ptxas says.
 python scripts/rooflines.py    # needs nvcc; compiles every kernel for three architectures
 """
 
+import argparse
 import functools
 import re
+import shutil
 import subprocess
+import sys
 import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -104,15 +108,28 @@ def short(number: float) -> str:
     return f"{number:,.0f}" if number >= 10 else f"{number:.2g}"
 
 
-def main() -> None:
-    rows = [works(card.architecture) for card in CARDS]
-    print("| launch | MB | MFLOP |", " | ".join(card.name for card in CARDS), "|")
-    print("|---|---|---|" + "---|" * len(CARDS))
-    for same in zip(*rows, strict=True):
+def table() -> Iterator[str]:
+    """Lines of the table."""
+    yield f"| launch | MB | MFLOP | {' | '.join(card.name for card in CARDS)} |"
+    yield "|---|---|---|" + "---|" * len(CARDS)
+    for same in zip(*(works(card.architecture) for card in CARDS), strict=True):
         cells = [cell(work, card) for work, card in zip(same, CARDS, strict=True)]
         first = same[-1]
         sizes = f"{short(first.size / 1e6)} | {short(first.operations / 1e6)}"
-        print(f"| {first.name} | {sizes} |", " | ".join(cells), "|")
+        yield f"| {first.name} | {sizes} | {' | '.join(cells)} |"
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition(":")[0])
+    parser.parse_args(argv)
+    for program in ("nvcc", "c++filt"):
+        if shutil.which(program) is None:
+            sys.exit(f"scripts/rooflines.py: there is no {program} in PATH")
+    try:
+        lines = list(table())  # all of them, or none
+    except subprocess.CalledProcessError as error:
+        sys.exit(f"scripts/rooflines.py: {' '.join(error.cmd)} failed:\n{error.stderr}")
+    print("\n".join(lines))
 
 
 if __name__ == "__main__":

@@ -137,6 +137,13 @@ def test_the_gpus_benchmarks_fail_without_one(capsys):
     assert "there is no GPU" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("option", ["--minutes=nan", "--rounds=0", "--threads=-1"])
+def test_options_out_of_range(option, capsys):
+    with pytest.raises(SystemExit):
+        bench_gpu(["--quick", "--device=cpu", option])
+    assert option.partition("=")[0] in capsys.readouterr().err.splitlines()[-1]
+
+
 def test_contenders_on_a_gpu_share_the_time(monkeypatch):
     """Where none is left, they are listed."""
     limits = []
@@ -235,6 +242,21 @@ def test_results_of_other_groups_stay(tmp_path):
     content = json.loads(path.read_text())
     assert content["date"] == "2" and list(content["groups"]) == ["a", "b"]
     assert content["groups"]["a"]["rows"][0]["tokens_per_second"] == 2
+
+
+def test_an_interrupt_leaves_the_results_that_were_there(tmp_path, monkeypatch):
+    path = tmp_path / "models-x.json"
+    report.save(path, {"date": "1"}, {})
+    before, write = path.read_text(), Path.write_text
+
+    def interrupted(self, text):
+        write(self, text[:9])
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "write_text", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        report.save(path, {"date": "2"}, {})
+    assert path.read_text() == before and list(tmp_path.iterdir()) == [path]
 
 
 def test_readme_has_the_newest_results():

@@ -2,6 +2,9 @@
 reads what pytest and compute-sanitizer say.
 """
 
+import os
+import signal
+import sys
 from collections import Counter
 
 import pytest
@@ -14,6 +17,13 @@ from scripts import gpu_tests as script
 def test_it_fails_without_a_gpu(capsys):
     assert script.main([]) == 1
     assert "there is no GPU" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("option", ["--minutes=0", "--minutes=nan", "--workers=0"])
+def test_options_out_of_range(option, capsys):
+    with pytest.raises(SystemExit):
+        script.main([option])
+    assert f"{option.partition('=')[0]} must be" in capsys.readouterr().err
 
 
 TESTS = """
@@ -43,6 +53,23 @@ def test_tests_that_do_not_end_fail(tmp_path):
     path.write_text("import time\ndef test_long(): time.sleep(600)\n")
     outcome = script.run_tests([str(path)], 0.1)
     assert outcome.status == script.FAILED and "did not end" in outcome.detail
+
+
+def test_an_interrupt_ends_the_tests(tmp_path):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    code = "import os, sys, time; print(os.getpid(), file=open('pid', 'w')); time.sleep(600)"
+    pid, before = tmp_path / "pid", signal.signal(signal.SIGALRM, interrupt)
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 1)
+        with pytest.raises(KeyboardInterrupt):
+            script.run([sys.executable, "-c", code.replace("'pid'", repr(str(pid)))], 60)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(pid.read_text()), 0)
 
 
 CLEAN = "24 passed in 3.00s\n========= ERROR SUMMARY: 0 errors\n"

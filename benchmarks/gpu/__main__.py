@@ -138,6 +138,10 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     arguments = parser.parse_args(argv)
     if arguments.device == "cpu" and not arguments.quick:
         parser.error("--device cpu takes --quick, too: the models are made for a GPU")
+    if min(arguments.threads, arguments.rounds) < 1:
+        parser.error("--threads and --rounds must be at least 1")
+    if not 0 < arguments.minutes < math.inf:
+        parser.error(f"--minutes must be above 0 and finite, got {arguments.minutes}")
     arguments.no_save |= arguments.quick
     return arguments
 

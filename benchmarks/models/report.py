@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.models.vision_11b import ANSWERS, ENCODER, NAMES, QUARTER
+from mllama.checkpoints.files import write_file
 
 RESULTS = Path(__file__).parents[1] / "results"
 README = Path(__file__).parents[2] / "README.md"
@@ -31,13 +32,16 @@ def path_for(processor: str, kind: str = "models") -> Path:
 
 
 def save(path: Path, facts: Mapping[str, Any], groups: Mapping[str, Any]) -> None:
-    """Write groups to a file of results; those of the same machine that it has already and that
-    were not measured now stay.
+    """Write groups to a file of results, all at once; those of the same machine that it has already
+    and that were not measured now stay.
     """
     before = json.loads(path.read_text())["groups"] if path.exists() else {}
     content = {**facts, "groups": before | dict(groups)}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(content, indent=1) + "\n")
+
+    def write(aside: Path) -> None:
+        aside.write_text(json.dumps(content, indent=1) + "\n")
+
+    write_file(path, write)
 
 
 def newest() -> dict[str, Any] | None:

@@ -9,7 +9,7 @@ import pytest
 from kernel_mutants import SOURCES
 from occupancy import LIMITS, REGISTERS, occupancy, resident_blocks
 from roofline_works import Work, works
-from rooflines import CARDS, USAGE, microseconds
+from rooflines import CARDS, USAGE, main, microseconds
 
 THREADS, SHARED = (32, 96, 128, 256, 1024), (0, 1000, 20736, 27648, 49152, 66560, 101376, 166912)
 NVIDIAS = """
@@ -127,6 +127,20 @@ def test_cards_have_the_same_launches():
     names = [[work.name for work in found] for found in launches.values()]
     assert names[0] == names[1] == names[2] and len(set(names[0])) == len(names[0])
     assert all((SOURCES / f"{work.source}.cu").exists() for work in launches[90])
+
+
+def test_without_nvcc(monkeypatch, capsys):
+    """Nothing is written that could be taken for a table."""
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(SystemExit, match="there is no nvcc"):
+        main([])
+    assert capsys.readouterr().out == ""
+
+
+def test_arguments_that_it_has_not(capsys):
+    with pytest.raises(SystemExit):
+        main(["rope"])
+    assert "unrecognized arguments: rope" in capsys.readouterr().err
 
 
 def test_what_ptxas_says():

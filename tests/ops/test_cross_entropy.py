@@ -287,6 +287,7 @@ def test_autocast():
     torch.testing.assert_close(loss, expected, rtol=1e-2, atol=0)
 
 
+@needs_kernels
 def test_memory():
     """Neither logits [T, vocabulary] nor a copy of weight are made."""
     hidden, weight = torch.randn(1024, 8, requires_grad=True), torch.randn(40_000, 8)

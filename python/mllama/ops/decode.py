@@ -29,7 +29,8 @@ def decode_step(
             text gets the new positions at `length`; one that attends to images is only read.
         length: int64 [1], positions before the new ones, on the device of the others.
         first_key: int64 [B], the padding before a row's first key. Default: none.
-        image_keys: of the layers that attend to images; with 0 these do nothing.
+        image_keys: of the layers that attend to images; with 0 these do nothing. 0 where there are
+            no such layers.
         image_mask: bool [B, image_keys], which of them a row attends to. Default: all.
         sees_image: bool [B * T], False for positions whose feed-forward blocks of those layers do
             nothing. Default: all True.
