@@ -79,7 +79,7 @@ def linear_cross_entropy(
     rows, targets = hidden.reshape(labels.numel(), hidden.shape[-1]), labels.flatten()
     known = _known(targets, ignore_index, len(weight))
     kept = None
-    if _reads_labels(labels):
+    if _reads_labels(labels) and bool((targets == ignore_index).any()):
         kept = (targets != ignore_index).nonzero().squeeze(1)
         rows, targets = rows[kept], targets[kept]
     # The kernel skips rows whose target is outside of the vocabulary.
@@ -254,6 +254,7 @@ def _losses(
         losses[rows] = cross_entropy_(scores, target, softcap, factor)
         if frozen:
             gradient[rows] = scores @ typed
+        del scores  # before the next ones are made
     return losses, gradient
 
 
@@ -275,6 +276,7 @@ def _gradients(
             by_hidden[rows] = _times(scores @ typed, grad[rows])
         scores *= (grad[rows] / factor)[:, None]
         by_weight += scores.T @ hidden[rows]
+        del scores
     return by_hidden, by_weight.to(weight.dtype)
 
 
