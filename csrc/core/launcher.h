@@ -74,7 +74,7 @@ class Launcher {
     }
     void writes(const char* name, const Tensor& t) const { reads(name, t); }
     void updates(const char* name, const Tensor& t) const { reads(name, t); }
-    // New memory, of which kernels may leave parts unwritten.
+    // New memory. Kernels may leave parts of it unwritten.
     void scratch(const char*, const Tensor&) const {}
     cuda::Stream stream() const { return stream_; }
     // All kernels have been launched.

@@ -21,6 +21,7 @@ from mllama.nn.loss import counted_loss, counted_loss_of_states
 from mllama.nn.packed import PackedEmbedding
 from mllama.nn.plain import is_plain
 from mllama.nn.static_cache import StaticCache
+from mllama.nn.wrappers import is_sharded
 from mllama.text.checks import check_mask, check_text, split_mask
 from mllama.text.decoder import Decoder, DecoderOutput
 from mllama.text.prefix import count_prefix
@@ -318,11 +319,7 @@ class VisionLanguageModel(nn.Module):
         )
         if logits is not None:
             loss, count = counted_loss(logits, *rest)
-        elif (
-            is_plain(head, nn.Linear)
-            and head.bias is None
-            and not hasattr(head.weight, "placements")
-        ):
+        elif is_plain(head, nn.Linear) and head.bias is None and not is_sharded(head):
             cap = self.spec.text.final_logit_softcapping
             loss, count = counted_loss_of_states(states, head.weight, cap, *rest)
         else:  # the head is adapted, packed or sharded

@@ -10,6 +10,7 @@ from torch import distributed
 from torch.nn.functional import cross_entropy, pad
 
 from mllama.ops import linear_cross_entropy
+from mllama.ops._dispatch import differentiable_once
 from mllama.ops.cross_entropy import cross_entropy_
 
 
@@ -226,31 +227,13 @@ class _CrossEntropySum(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:
-        return _Gradient.apply(*ctx.saved_tensors, grad), None, None
-
-
-class _Gradient(torch.autograd.Function):
-    """The gradient of `_CrossEntropySum`. A function of its own so that differentiating it raises
-    instead of giving zeros.
-    """
-
-    @staticmethod
-    def forward(
-        scores: torch.Tensor, rows: torch.Tensor, targets: torch.Tensor, grad: torch.Tensor
-    ) -> torch.Tensor:
-        gradient = torch.zeros_like(scores)
-        for part, x, target in _chunks(scores, rows, targets):
-            cross_entropy_(x, target, gradient=1.0)
-            gradient.index_copy_(0, part, (x * grad).to(gradient.dtype))
-        return gradient
-
-    @staticmethod
-    def setup_context(ctx, inputs: tuple, output: torch.Tensor) -> None:
-        pass
-
-    @staticmethod
-    def backward(ctx, grad: torch.Tensor):
-        raise NotImplementedError("mllama's loss can be differentiated once")
+        scores, rows, targets = ctx.saved_tensors
+        with torch.no_grad():
+            gradient = torch.zeros_like(scores)
+            for part, x, target in _chunks(scores, rows, targets):
+                cross_entropy_(x, target, gradient=1.0)
+                gradient.index_copy_(0, part, (x * grad).to(gradient.dtype))
+        return differentiable_once("next_token_loss", scores, gradient), None, None
 
 
 def _chunks(

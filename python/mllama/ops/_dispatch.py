@@ -212,9 +212,12 @@ def differentiable_once(
 
 class _Once(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, gradient, source, name):
-        ctx.name = name
+    def forward(gradient, source, name):
         return gradient.view_as(gradient)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.name = inputs[2]
 
     @staticmethod
     def backward(ctx, *grads):

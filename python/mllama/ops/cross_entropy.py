@@ -4,6 +4,7 @@ of.
 
 import torch
 
+from mllama import _ext
 from mllama.ops._dispatch import check_device, check_tensor, check_tensors, dtype_name, use_kernel
 
 
@@ -72,6 +73,6 @@ def _fake(
     return scores.new_empty(targets.shape, dtype=torch.float32)
 
 
-if hasattr(torch.ops.mllama, "_cross_entropy"):
+if _ext.load() is not None:
     for _name in ("mllama::_cross_entropy", "mllama::_cross_entropy.kernel"):
         torch.library.register_fake(_name, _fake)

@@ -77,7 +77,6 @@ def linear_cross_entropy(
                 num_items_in_batch,
             )
     rows, targets = hidden.reshape(labels.numel(), hidden.shape[-1]), labels.flatten()
-    known = _known(targets, ignore_index, len(weight))
     kept = None
     if _reads_labels(labels) and bool((targets == ignore_index).any()):
         kept = (targets != ignore_index).nonzero().squeeze(1)
@@ -88,14 +87,12 @@ def linear_cross_entropy(
     # By nothing else the gradient that is saved would be connected with hidden.
     anchor = rows[:0].clone() if frozen else None
     losses = _Losses.apply(rows, weight, targets, softcap or 0.0, anchor)
-    if kept is None:
+    if not _reads_labels(labels):
+        known = _known(labels.flatten(), ignore_index, len(weight))
         losses = losses.masked_fill(~known, math.nan)
-    if reduction == "none":
-        if kept is not None:
-            losses = losses.new_zeros(labels.numel()).index_copy(0, kept, losses)
-        return losses.view(labels.shape)
-    total = losses.sum()
-    return total if reduction == "sum" else total / _count(labels, ignore_index, num_items_in_batch)
+    if kept is not None and reduction == "none":
+        losses = losses.new_zeros(labels.numel()).index_copy(0, kept, losses)
+    return _reduced(losses, labels, reduction, ignore_index, num_items_in_batch)
 
 
 def reference(
@@ -114,20 +111,27 @@ def reference(
     losses = torch.nn.functional.cross_entropy(
         logits.flatten(0, -2), labels.flatten(), ignore_index=ignore_index, reduction="none"
     )
+    return _reduced(losses, labels, reduction, ignore_index, num_items_in_batch)
+
+
+def _reduced(
+    losses: torch.Tensor,
+    labels: torch.Tensor,
+    reduction: str,
+    ignore_index: int,
+    count: int | float | torch.Tensor | None,
+) -> torch.Tensor:
+    """The result of losses [N]: of all rows for "none", of those with labels at least else."""
     if reduction == "none":
         return losses.view(labels.shape)
     total = losses.sum()
-    return total if reduction == "sum" else total / _count(labels, ignore_index, num_items_in_batch)
-
-
-def _count(
-    labels: torch.Tensor, ignore_index: int, given: int | float | torch.Tensor | None
-) -> torch.Tensor | int | float:
-    if given is None:
-        return (labels != ignore_index).sum()
-    if isinstance(given, torch.Tensor):
-        return given.to(labels.device, torch.float32).reshape(())
-    return given
+    if reduction == "sum":
+        return total
+    if count is None:
+        count = (labels != ignore_index).sum()
+    elif isinstance(count, torch.Tensor):
+        count = count.to(labels.device, torch.float32).reshape(())
+    return total / count
 
 
 def _known(labels: torch.Tensor, ignore_index: int, vocabulary: int) -> torch.Tensor:
