@@ -62,6 +62,7 @@ class TrainSettings:
         None, text("TEXT"), "the question of every image, for a folder of class folders"
     )
     split: str | None = key(None, text("NAME"), "the split of a datasets id that is trained on")
+    eval_split: str | None = key(None, text("NAME"), "the split of eval_data, a datasets id")
     skip_bad_rows: bool = key(
         False, FLAG, "skip rows that cannot be read, and count them; otherwise they end the run"
     )
@@ -221,6 +222,7 @@ def _check_together(settings: TrainSettings) -> None:
     has_eval = settings.eval_data is not None or settings.eval_fraction > 0
     both = settings.eval_data is not None and settings.eval_fraction > 0
     _refuse(both, "eval_fraction must be 0 beside eval_data")
+    _refuse("eval_split" in given and settings.eval_data is None, "eval_split needs eval_data")
     _refuse("eval_every" in given and not has_eval, "eval_every needs eval_data or eval_fraction")
     _refuse(settings.pack and settings.max_length is None, "pack needs max_length")
     _refuse("epochs" in given and "max_steps" in given, "epochs has no effect beside max_steps")
