@@ -99,7 +99,7 @@ class CheckpointFolder:
             return Checkpoint(plain.pop("step"), **parts, plain=plain)
         except Exception as error:  # safetensors has an exception of its own
             raise ValueError(
-                f"the checkpoint {path} is broken ({error}): remove it to resume from an earlier one"
+                f"the checkpoint {path} is broken ({error}): remove it to resume earlier"
             ) from error
 
     def prune(self, keep: int, best: int | None) -> None:

@@ -220,7 +220,7 @@ class Loop:
         if missing := sorted(self._without_gradient):
             shown = ", ".join(missing[:3]) + " ..." * (len(missing) > 3)
             raise ValueError(
-                f"step {step}: no gradient has reached {len(missing)} trained parameter(s), {shown}: "
+                f"step {step}: no gradient has reached {len(missing)} parameter(s), {shown}: "
                 "leave them out of targets or trained_modules, or give data that uses them"
             )
 

@@ -43,7 +43,7 @@ def make_optimizer(parameters: _Named, settings: TrainSettings) -> torch.optim.O
 def optimizer_state(
     optimizer: torch.optim.Optimizer, parameters: _Named
 ) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """The state of each parameter: tensors by "PARAMETER.NAME", and other values in the same way."""
+    """The state of each parameter: tensors by "PARAMETER.NAME", and other values likewise."""
     tensors: dict[str, torch.Tensor] = {}
     plain: dict[str, Any] = {}
     for name, parameter in parameters.items():

@@ -153,8 +153,8 @@ def _locked(output: Path) -> Iterator[None]:
 
 
 def _check_output(output: Path, settings: TrainSettings, resume: bool) -> None:
-    """Raise FileExistsError for a folder in use without `resume`, ValueError for other settings than
-    those of the run to resume.
+    """Raise FileExistsError for a folder in use without `resume`, ValueError for other settings
+    than those of the run to resume.
     """
     if not resume:
         if others := sorted(path.name for path in output.iterdir() if path.name != ".lock"):

@@ -24,6 +24,14 @@ from mllama.train.keys import (
 METHODS = ("lora", "full")
 SCHEDULES = ("cosine", "linear", "constant")
 OPTIMIZERS = ("adamw", "adamw8bit")
+# The first key of each group of the help.
+GROUPS = {
+    "model": "model",
+    "data": "data",
+    "method": "what is trained",
+    "epochs": "optimization",
+    "output": "output",
+}
 TRACKERS = ("tensorboard", "wandb", "comet_ml", "trackio")  # accelerate's names
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 WEIGHTS = ("int8", "int4", "bf16", "f16", "f32", "file")
@@ -47,6 +55,19 @@ class TrainSettings:
     )
     adapter: str | None = key(
         None, text("PATH"), "adapters to train further: a file of save_lora, or a PEFT folder"
+    )
+    weights: str | None = key(
+        None, one_of(*WEIGHTS), "pack frozen weights, for less memory (QLoRA); none: as tensors"
+    )
+    dtype: str = key(
+        "auto",
+        one_of(*DTYPES),
+        "dtype of the computation; auto: bfloat16 where it is fast, float16 on older GPUs, else "
+        "float32",
+    )
+    device: str = key("auto", text("DEVICE"), "auto, cpu, cuda, cuda:1 ...")
+    gradient_checkpointing: bool = key(
+        False, FLAG, "recompute each layer in the backward pass: less memory, more time"
     )
     data: str = key(
         dataclasses.MISSING,
@@ -74,8 +95,6 @@ class TrainSettings:
     cache_features: str | None = key(
         None, text("DIR"), "keep a frozen image encoder's features in files of this folder"
     )
-    output: str = key("runs/train", text("DIR"), "folder of everything that the run writes")
-    seed: int = key(0, number(int, 0, 2**32 - 1), "seed of adapters, dropout and the rows' order")
     method: str = key("lora", one_of(*METHODS), "lora: adapters; full: every parameter")
     rank: int = key(16, _POSITIVE, "rank of adapters")
     alpha: float = key(32.0, number(float, 0, above=True), "adapters are scaled by alpha / rank")
@@ -93,23 +112,13 @@ class TrainSettings:
     trained_modules: tuple[str, ...] = key(
         (), several(text(""), "NAME"), "modules trained in full beside the adapters"
     )
-    weights: str | None = key(
-        None, one_of(*WEIGHTS), "pack frozen weights, for less memory (QLoRA); none: as tensors"
-    )
-    dtype: str = key(
-        "auto",
-        one_of(*DTYPES),
-        "dtype of the computation; auto: bfloat16 where it is fast, float16 on older GPUs, else "
-        "float32",
-    )
-    device: str = key("auto", text("DEVICE"), "auto, cpu, cuda, cuda:1 ...")
-    gradient_checkpointing: bool = key(
-        False, FLAG, "recompute each layer in the backward pass: less memory, more time"
-    )
     epochs: float = key(1.0, number(float, 0, above=True), "passes over the training data")
     max_steps: int | None = key(None, _POSITIVE, "optimizer steps, in place of epochs")
     batch_size: int = key(1, _POSITIVE, "examples per forward pass and process")
     accumulation: int = key(1, _POSITIVE, "forward passes per optimizer step")
+    optimizer: str = key(
+        "adamw", one_of(*OPTIMIZERS), "adamw8bit: 8-bit states, by bitsandbytes on a GPU"
+    )
     learning_rate: float = key(2e-4, number(float, 0, above=True), "largest learning rate")
     schedule: str = key(
         "cosine", one_of(*SCHEDULES), "how the learning rate falls after the warm-up"
@@ -125,9 +134,8 @@ class TrainSettings:
         "gradients are clipped to this norm; null: they are not",
         or_none=True,
     )
-    optimizer: str = key(
-        "adamw", one_of(*OPTIMIZERS), "adamw8bit: 8-bit states, by bitsandbytes on a GPU"
-    )
+    seed: int = key(0, number(int, 0, 2**32 - 1), "seed of adapters, dropout and the rows' order")
+    output: str = key("runs/train", text("DIR"), "folder of everything that the run writes")
     log_every: int = key(1, _POSITIVE, "steps between lines of the log")
     eval_every: int | None = key(
         None, _POSITIVE, "steps between evaluations; none: ten in the run, if there is eval data"
