@@ -297,10 +297,12 @@ class Linear_LORA(AdaptedLinear):
         self.merged_weight = None
 
     def unload(self) -> nn.Linear:
-        """Return `linear` with the update added to its weight, as a new parameter: modules that
-        share the old one keep it. The layer is marked, because later adapters of the model do not
-        belong to the checkpoint it was loaded from.
+        """Return `linear` with the update, if it is active, added to its weight, as a new
+        parameter: modules that share the old one keep it. The layer is marked, because later
+        adapters of the model do not belong to the checkpoint it was loaded from.
         """
+        if not self.active:
+            return self.linear
         self.check_mergeable("this layer")
         self.linear.weight = nn.Parameter(self._sum().detach(), requires_grad=False)
         self.linear.__dict__["holds_adapter"] = True
