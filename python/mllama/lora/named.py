@@ -12,7 +12,7 @@ from mllama.lora.adapter import check_name, parts_of
 from mllama.lora.convert import Options, put_adapters, use_adapter
 from mllama.lora.layer import Linear_LORA, active_name, lora_layers, needed_lora_layers
 from mllama.lora.state import lora_disabled
-from mllama.nn.adapted import note_change
+from mllama.nn.adapted import adapter_state, name_state, note_change, return_to_state
 from mllama.nn.wrappers import is_sharded
 
 
@@ -69,13 +69,18 @@ def lora_active(model: nn.Module, name: str | None) -> Iterator[None]:
         for adapter in layer.adapters().values()
         for parameter in parts_of(adapter).values()
     }
+    outside = adapter_state()
     activate_lora(model, name)
+    inside = name_state(outside, (id(model), name))
     try:
         yield
     finally:
+        unchanged = adapter_state() == inside
         activate_lora(model, str(before))
         for parameter, requires_grad in trained.items():
             parameter.requires_grad_(requires_grad)
+        if unchanged:
+            return_to_state(outside)
 
 
 def combine_lora(
