@@ -33,6 +33,7 @@ MUST_NOT_NAME = {
     "python/mllama/runtime": r"mllama\.(hf|cli|api|dropin)|mllama import",
     "python/mllama/lora": r"mllama\.(hf|cli|api|dropin|model|runtime)|mllama import",
     "python/mllama/hf": r"mllama\.(cli|dropin)",
+    "python/mllama/train": r"mllama\.(cli|dropin)|^\s*(import|from) peft\b",
 }
 LONGEST_FILE, LONGEST_FUNCTION = 400, 80  # lines
 
