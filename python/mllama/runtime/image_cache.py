@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from mllama.nn.adapted import count_changes
+from mllama.nn.adapted import adapter_state
 from mllama.nn.plain import all_plain
 from mllama.runtime.checks import check_count
 from mllama.runtime.fingerprint import fingerprint, structure
@@ -87,7 +87,7 @@ class ImageCache:
                 self._model = weakref.ref(model)
             elif self._model() is not model:
                 raise ValueError("image_cache must be of this model alone, it is another's already")
-            state = count_changes(), structure(module for _, module in model.image_modules())
+            state = adapter_state(), structure(module for _, module in model.image_modules())
             if self._state != state:
                 self._clear()
             self._state, self._weights = state, ""
