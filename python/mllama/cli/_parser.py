@@ -1,4 +1,4 @@
-"""The arguments of every command. Imports argparse only."""
+"""The arguments of every command. Imports argparse and the keys of `mllama train`."""
 
 import argparse
 
@@ -16,6 +16,7 @@ from mllama.cli._options import (
     add_name,
     add_reference,
 )
+from mllama.cli._training import add_train
 
 SIZES = {
     "1B": "meta-llama/Llama-3.2-1B-Instruct",
@@ -31,7 +32,7 @@ def build_parser() -> argparse.ArgumentParser:
     whole = "Errors are one line; set MLLAMA_TRACEBACK=1 in the environment for the traceback."
     parser = Parser(
         prog="mllama",
-        description="Vision-language models of the Llama family: ask, chat, inspect, verify.",
+        description="Vision-language models of the Llama family: ask, chat, train, verify.",
         epilog=whole,
     )
     parser.add_argument("--version", action="version", version=f"mllama {__version__}")
@@ -46,6 +47,7 @@ def build_parser() -> argparse.ArgumentParser:
         _add_inspect,
         add_inspect_labels,
         _add_verify,
+        add_train,
         _add_info,
     ):
         add(commands)

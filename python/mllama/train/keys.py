@@ -186,6 +186,8 @@ def default_text(field: dataclasses.Field) -> str:
     default = default_of(field)
     if isinstance(default, bool):
         return str(default).lower()
+    if default is dataclasses.MISSING:
+        return "must be given"
     if isinstance(default, (tuple, dict)):
         return " ".join(default) or "none"
     return "none" if default is None else f"{default}"

@@ -24,9 +24,23 @@ from mllama.train.keys import (
 METHODS = ("lora", "full")
 SCHEDULES = ("cosine", "linear", "constant")
 OPTIMIZERS = ("adamw", "adamw8bit")
+# The first key of each group of the help.
+GROUPS = {
+    "model": "model",
+    "data": "data",
+    "method": "what is trained",
+    "epochs": "optimization",
+    "output": "output",
+}
 TRACKERS = ("tensorboard", "wandb", "comet_ml", "trackio")  # accelerate's names
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 WEIGHTS = ("int8", "int4", "bf16", "f16", "f32", "file")
+_ALTERNATIVES = (
+    ("epochs", "max_steps"),
+    ("max_steps", "epochs"),
+    ("eval_data", "eval_fraction"),
+    ("eval_fraction", "eval_data"),
+)
 _MOST_BYTES = 1 << 20  # of a config
 _MOST = 2**31 - 1
 _POSITIVE = number(int, 1, _MOST)
@@ -48,6 +62,19 @@ class TrainSettings:
     adapter: str | None = key(
         None, text("PATH"), "adapters to train further: a file of save_lora, or a PEFT folder"
     )
+    weights: str | None = key(
+        None, one_of(*WEIGHTS), "pack frozen weights, for less memory (QLoRA); none: as tensors"
+    )
+    dtype: str = key(
+        "auto",
+        one_of(*DTYPES),
+        "dtype of the computation; auto: bfloat16 where it is fast, float16 on older GPUs, else "
+        "float32",
+    )
+    device: str = key("auto", text("DEVICE"), "auto, cpu, cuda, cuda:1 ...")
+    gradient_checkpointing: bool = key(
+        False, FLAG, "recompute each layer in the backward pass: less memory, more time"
+    )
     data: str = key(
         dataclasses.MISSING,
         text("DATA"),
@@ -62,6 +89,7 @@ class TrainSettings:
         None, text("TEXT"), "the question of every image, for a folder of class folders"
     )
     split: str | None = key(None, text("NAME"), "the split of a datasets id that is trained on")
+    eval_split: str | None = key(None, text("NAME"), "the split of eval_data, a datasets id")
     skip_bad_rows: bool = key(
         False, FLAG, "skip rows that cannot be read, and count them; otherwise they end the run"
     )
@@ -73,8 +101,6 @@ class TrainSettings:
     cache_features: str | None = key(
         None, text("DIR"), "keep a frozen image encoder's features in files of this folder"
     )
-    output: str = key("runs/train", text("DIR"), "folder of everything that the run writes")
-    seed: int = key(0, number(int, 0, 2**32 - 1), "seed of adapters, dropout and the rows' order")
     method: str = key("lora", one_of(*METHODS), "lora: adapters; full: every parameter")
     rank: int = key(16, _POSITIVE, "rank of adapters")
     alpha: float = key(32.0, number(float, 0, above=True), "adapters are scaled by alpha / rank")
@@ -85,30 +111,20 @@ class TrainSettings:
         "layers with adapters: vision, projector, cross_attn, attn, mlp, all-linear, re:..., names",
     )
     ranks: dict[str, int] = key(
-        {}, mapping(_POSITIVE, "SCOPE=N"), "other ranks of some of the targets"
+        {}, mapping(_POSITIVE, "NAME=N"), "other ranks, by ends or patterns of layers' names"
     )
     rslora: bool = key(False, FLAG, "scale adapters by alpha / sqrt(rank)")
     dora: bool = key(False, FLAG, "train the magnitude of each row of adapted weights, too (DoRA)")
     trained_modules: tuple[str, ...] = key(
         (), several(text(""), "NAME"), "modules trained in full beside the adapters"
     )
-    weights: str | None = key(
-        None, one_of(*WEIGHTS), "pack frozen weights, for less memory (QLoRA); none: as tensors"
-    )
-    dtype: str = key(
-        "auto",
-        one_of(*DTYPES),
-        "dtype of the computation; auto: bfloat16 where it is fast, float16 on older GPUs, else "
-        "float32",
-    )
-    device: str = key("auto", text("DEVICE"), "auto, cpu, cuda, cuda:1 ...")
-    gradient_checkpointing: bool = key(
-        False, FLAG, "recompute each layer in the backward pass: less memory, more time"
-    )
     epochs: float = key(1.0, number(float, 0, above=True), "passes over the training data")
     max_steps: int | None = key(None, _POSITIVE, "optimizer steps, in place of epochs")
     batch_size: int = key(1, _POSITIVE, "examples per forward pass and process")
     accumulation: int = key(1, _POSITIVE, "forward passes per optimizer step")
+    optimizer: str = key(
+        "adamw", one_of(*OPTIMIZERS), "adamw8bit: 8-bit states, by bitsandbytes on a GPU"
+    )
     learning_rate: float = key(2e-4, number(float, 0, above=True), "largest learning rate")
     schedule: str = key(
         "cosine", one_of(*SCHEDULES), "how the learning rate falls after the warm-up"
@@ -124,9 +140,8 @@ class TrainSettings:
         "gradients are clipped to this norm; null: they are not",
         or_none=True,
     )
-    optimizer: str = key(
-        "adamw", one_of(*OPTIMIZERS), "adamw8bit: 8-bit states, by bitsandbytes on a GPU"
-    )
+    seed: int = key(0, number(int, 0, 2**32 - 1), "seed of adapters, dropout and the rows' order")
+    output: str = key("runs/train", text("DIR"), "folder of everything that the run writes")
     log_every: int = key(1, _POSITIVE, "steps between lines of the log")
     eval_every: int | None = key(
         None, _POSITIVE, "steps between evaluations; none: ten in the run, if there is eval data"
@@ -157,7 +172,8 @@ def load_settings(path: Any = None, overrides: Mapping[str, Any] | None = None) 
     Args:
         path: the file, or None for `overrides` alone. Paths in it are relative to the current
             folder, as those of flags.
-        overrides: key -> value in place of the file's.
+        overrides: key -> value in place of the file's. max_steps also replaces epochs, eval_data
+            eval_fraction, and the reverse.
 
     Raises:
         FileNotFoundError: the file, or one that a key names, does not exist.
@@ -166,7 +182,11 @@ def load_settings(path: Any = None, overrides: Mapping[str, Any] | None = None) 
     """
     found = {} if path is None else _read(Path(path))
     where = "settings" if path is None else str(path)
-    found |= overrides or {}
+    overrides = overrides or {}
+    for one, other in _ALTERNATIVES:
+        if one in overrides and other not in overrides:
+            found.pop(other, None)
+    found |= overrides
     known = keys()
     if unknown := [name for name in found if name not in known]:
         raise ValueError(
@@ -216,11 +236,12 @@ def _check_together(settings: TrainSettings) -> None:
     elif settings.adapter is not None:
         for name in ("rank", "alpha", "dropout", "targets", "ranks", "rslora", "dora"):
             _refuse(name in given, f"{name} is the adapter's own: leave it out beside adapter")
-    elif not settings.targets and not settings.trained_modules:
-        raise ValueError("targets must name what gets adapters, or trained_modules what is trained")
+    else:
+        _refuse(not settings.targets, "targets must name what gets adapters")
     has_eval = settings.eval_data is not None or settings.eval_fraction > 0
     both = settings.eval_data is not None and settings.eval_fraction > 0
     _refuse(both, "eval_fraction must be 0 beside eval_data")
+    _refuse("eval_split" in given and settings.eval_data is None, "eval_split needs eval_data")
     _refuse("eval_every" in given and not has_eval, "eval_every needs eval_data or eval_fraction")
     _refuse(settings.pack and settings.max_length is None, "pack needs max_length")
     _refuse("epochs" in given and "max_steps" in given, "epochs has no effect beside max_steps")

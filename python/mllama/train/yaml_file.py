@@ -1,4 +1,4 @@
-"""Reads YAML of plain values, strictly."""
+"""YAML of plain values, read strictly."""
 
 from pathlib import Path
 from typing import Any
@@ -49,3 +49,14 @@ def read_yaml(path: Path) -> Any:
 
 def _repeated(names: list[str]) -> str:
     return next((name for name in names if names.count(name) > 1), names[0])[:60]
+
+
+def write_yaml(path: Path, values: dict[str, Any]) -> None:
+    """Write settings, in their order; tuples as lists."""
+    import yaml
+
+    class Dumper(yaml.SafeDumper):
+        pass
+
+    Dumper.add_representer(tuple, yaml.SafeDumper.represent_list)
+    path.write_text(yaml.dump(values, Dumper=Dumper, sort_keys=False), encoding="utf-8")
