@@ -4,6 +4,7 @@ Imports nothing beyond the standard library until a file is read.
 """
 
 import dataclasses
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -266,16 +267,16 @@ def _changed(settings: TrainSettings) -> set[str]:
 
 def _check_files(settings: TrainSettings, where: str) -> None:
     """Raise FileNotFoundError for a file of a key that does not exist. A datasets id and a model id
-    are looked up where they are loaded.
+    are looked up where they are loaded. os.path takes any name, pathlib raises for long ones.
     """
     for name in ("data", "eval_data"):
         value = getattr(settings, name)
         is_file = value is not None and (
             Path(value).suffix in (".jsonl", ".json", ".csv") or value.startswith((".", "/", "~"))
         )
-        if is_file and not Path(value).exists():
+        if is_file and not os.path.exists(value):
             raise FileNotFoundError(f"{where}: {name}: no such file: {value}")
-    if settings.image_folder is not None and not Path(settings.image_folder).is_dir():
+    if settings.image_folder is not None and not os.path.isdir(settings.image_folder):
         raise FileNotFoundError(f"{where}: image_folder: no such folder: {settings.image_folder}")
-    if settings.adapter is not None and not Path(settings.adapter).exists():
+    if settings.adapter is not None and not os.path.exists(settings.adapter):
         raise FileNotFoundError(f"{where}: adapter: no such file: {settings.adapter}")
