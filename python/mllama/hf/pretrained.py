@@ -17,6 +17,7 @@ from mllama.config.checks import check_choice
 from mllama.families import stock_prefixes
 from mllama.hf.built import check_built
 from mllama.hf.configs import NO_PREDICTIONS
+from mllama.hf.peft_config import PeftConfigMixin
 from mllama.lora.adapters import own_adapters
 from mllama.lora.layer import lora_layers
 from mllama.lora.loading import load_adapters
@@ -53,7 +54,7 @@ def own_config(config: PretrainedConfig) -> PretrainedConfig:
     return config
 
 
-class PretrainedMixin(_Model):
+class PretrainedMixin(PeftConfigMixin, _Model):
     """`from_pretrained`, `save_pretrained` and `load_state_dict` of a PreTrainedModel, for every
     format of `mllama.checkpoints`.
     """
