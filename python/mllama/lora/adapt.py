@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from torch import nn
 
 from mllama.checkpoints.files import listing
-from mllama.lora.adapter import DEFAULT, check_adapter, check_name, parts_of
-from mllama.lora.convert import Options, adaptable_layers, put_adapters, tied_layers
+from mllama.lora.adapter import DEFAULT, Options, check_adapter, check_name, parts_of
+from mllama.lora.convert import adaptable_layers, put_adapters, tied_layers
 from mllama.lora.layer import Linear_LORA, lora_layers
 from mllama.lora.scopes import find_targets, ranked
 from mllama.nn.wrappers import is_sharded, plain_name

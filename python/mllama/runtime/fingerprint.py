@@ -10,7 +10,7 @@ from torch import nn
 
 _ROW = 4096  # bytes
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks")
-_KNOWN = ("torch.", "mllama.")  # whose changes are counted, or do not matter
+_KNOWN = ("torch.", "mllama.", "builtins")  # whose changes are counted, or do not matter
 
 
 def fingerprint(modules: Iterable[tuple[str, nn.Module]]) -> str:
@@ -49,8 +49,8 @@ def structure(modules: Iterable[nn.Module]) -> tuple:
 
 
 def is_foreign(module: nn.Module) -> bool:
-    """Whether it is another library's module than torch's or this one's."""
-    return not type(module).__module__.startswith(_KNOWN)
+    """Whether it is another library's module than torch's or this one's, or made from one."""
+    return not all(kind.__module__.startswith(_KNOWN) for kind in type(module).__mro__)
 
 
 def versions(module: nn.Module) -> tuple:

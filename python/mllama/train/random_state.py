@@ -7,6 +7,13 @@ import numpy as np
 import torch
 
 
+def seed(number: int) -> None:
+    """Seed all generators."""
+    random.seed(number)
+    np.random.seed(number % 2**32)
+    torch.manual_seed(number)
+
+
 def capture() -> dict[str, torch.Tensor]:
     """States of torch's, CUDA's, Python's and numpy's global generators, of this process."""
     version, words, spare = random.getstate()
@@ -26,6 +33,7 @@ def capture() -> dict[str, torch.Tensor]:
 
 def restore(states: dict[str, torch.Tensor]) -> None:
     """Put the generators into the states that `capture` returned."""
+    states = {name: state.clone() for name, state in states.items()}  # torch reads from the storage
     torch.set_rng_state(states["torch"])
     version, *words = states["python"].tolist()
     random.setstate((version, tuple(words), _number(states["python_spare"])))

@@ -10,6 +10,7 @@ from torch import nn
 from torch.utils.data import Subset
 
 from mllama.device import choose_device
+from mllama.train import random_state
 from mllama.train.collate import Collator
 from mllama.train.course import Course, held_out
 from mllama.train.optimizer import make_optimizer
@@ -55,15 +56,16 @@ class Setup:
         return next(self.model.parameters()).device
 
 
-def set_up(settings: TrainSettings) -> Setup:
+def set_up(settings: TrainSettings, accelerator: Any, device: torch.device) -> Setup:
     """Load model and data, and build what trains them.
 
+    Args:
+        settings: the run's settings.
+        accelerator, device: as `make_accelerator` returns them.
+
     Raises:
-        ImportError: a package that the settings need is missing.
         TypeError, ValueError, FileNotFoundError: model, data or settings do not fit each other.
     """
-    _check_packages(settings)
-    accelerator, device = _accelerator(settings)
     quiet = not accelerator.is_main_process
     model, processor, _ = prepare_model(settings, device, quiet)
     parameters = trained_parameters(model)
@@ -75,7 +77,7 @@ def set_up(settings: TrainSettings) -> Setup:
 
         features = FeatureCache(model, settings.cache_features)
     dtype = compute_dtype(settings, model)
-    torch.manual_seed(settings.seed + accelerator.process_index)  # of dropout
+    random_state.seed(settings.seed + accelerator.process_index)  # for dropout
     return Setup(
         settings=settings,
         accelerator=accelerator,
@@ -108,8 +110,14 @@ def _check_packages(settings: TrainSettings) -> None:
         raise ImportError(f"trackers: {missing[0]} is not installed: pip install {missing[0]}")
 
 
-def _accelerator(settings: TrainSettings) -> tuple[Any, torch.device]:
-    """accelerate's Accelerator, and this process's device."""
+def make_accelerator(settings: TrainSettings) -> tuple[Any, torch.device]:
+    """accelerate's Accelerator, and this process's device.
+
+    Raises:
+        ImportError: a package that the settings need is missing.
+        ValueError: the device is not here, or is one for several processes.
+    """
+    _check_packages(settings)
     from accelerate import Accelerator
     from accelerate.utils import DistributedDataParallelKwargs, ProjectConfiguration
 
