@@ -210,11 +210,13 @@ def _start_trackers(setup: Setup, output: Path) -> None:
 def _show(setup: Setup, output: Path, step: int) -> None:
     """Write sample answers, after an evaluation."""
     count = setup.settings.samples
-    if count and setup.accelerator.is_main_process:
+    first = setup.accelerator.is_main_process
+    if count and (first or setup.settings.shard):  # all of them hold the weights
         rows = range(min(count, len(setup.eval_examples)))
         examples = [setup.eval_examples[row] for row in rows]
         found = answer_samples(setup.model, setup.processor, examples)
-        plot_samples(found, output / "samples" / f"step-{step:08}.png")
+        if first:
+            plot_samples(found, output / "samples" / f"step-{step:08}.png")
     setup.accelerator.wait_for_everyone()
 
 
@@ -225,10 +227,11 @@ def _write_result(setup: Setup, loop: Loop, output: Path) -> Path:
         loop.load_weights(state.best_step)
     setup.model.eval()
     folder = output / ("model" if setup.settings.method == "full" else "adapter")
-    if setup.accelerator.is_main_process:
+    if setup.accelerator.is_main_process or setup.settings.shard:  # then the first one writes
         if setup.settings.method == "full":
             setup.model.save_pretrained(folder)
-            setup.processor.save_pretrained(folder)
+            if setup.accelerator.is_main_process:
+                setup.processor.save_pretrained(folder)
         else:
             save_lora(setup.model, folder, format="peft")
     setup.accelerator.wait_for_everyone()

@@ -18,6 +18,7 @@ from mllama.train.optimizer import make_optimizer
 from mllama.train.prepare import compute_dtype, prepare_model, trained_parameters
 from mllama.train.rows import Example
 from mllama.train.settings import TrainSettings
+from mllama.train.sharding import shard
 from mllama.train.sources import open_examples
 
 
@@ -28,7 +29,7 @@ class Setup:
     Attributes:
         accelerator: accelerate's, for processes and trackers.
         model: the model; `wrapped` is what is called, DDP's module around it if there are several
-            processes.
+            processes that do not share its weights out.
         dtype: of the computation.
         parameters: what is trained, by name.
         examples, eval_examples: the rows; no eval_examples: an empty list.
@@ -68,7 +69,10 @@ def set_up(settings: TrainSettings, accelerator: Any, device: torch.device) -> S
         TypeError, ValueError, FileNotFoundError: model, data or settings do not fit each other.
     """
     quiet = not accelerator.is_main_process
-    model, processor, _ = prepare_model(settings, device, quiet)
+    place = torch.device("cpu") if settings.shard else device
+    model, processor, _ = prepare_model(settings, place, quiet)
+    if settings.shard:
+        shard(model, device)
     parameters = trained_parameters(model)
     collator = Collator(model, processor, settings.max_length, settings.pack)
     examples, eval_examples, bad_rows = _open_data(settings, collator)
@@ -76,12 +80,15 @@ def set_up(settings: TrainSettings, accelerator: Any, device: torch.device) -> S
     if settings.cache_features is not None:
         features = FeatureCache(model, settings.cache_features)
     dtype = compute_dtype(settings, model)
+    wrapped = model
+    if not settings.shard:
+        wrapped = accelerator.prepare_model(model, device_placement=False)
     random_state.seed(settings.seed + accelerator.process_index)  # for dropout
     return Setup(
         settings=settings,
         accelerator=accelerator,
         model=model,
-        wrapped=accelerator.prepare_model(model, device_placement=False),
+        wrapped=wrapped,
         processor=processor,
         dtype=dtype,
         parameters=parameters,
@@ -130,6 +137,8 @@ def make_accelerator(settings: TrainSettings) -> tuple[Any, torch.device]:
         project_config=ProjectConfiguration(settings.output, f"{settings.output}/trackers"),
         kwargs_handlers=[wrapping],
     )
+    if settings.shard and accelerator.num_processes == 1:
+        raise ValueError("shard needs several processes: start it with torchrun")
     if accelerator.num_processes > 1:
         if settings.device not in ("auto", device.type):
             raise ValueError(
