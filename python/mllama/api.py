@@ -70,13 +70,13 @@ def load(
         reference: which implementation of Llama-3.2-Vision to follow, "meta" or "hf". Other
             families ignore it.
         adapter: LoRA adapters to load into the model, as `mllama.load_lora` accepts them. Several
-            by name, {"name": path}: the first is used until `mllama.activate_lora` or a session's
-            `adapter` says otherwise.
+            by name, {"name": path}: the first is used until `mllama.activate_lora` says otherwise.
         weights: pack the weights for inference: a format of `mllama.optimize`; "file", the file's
             own types, such as GGUF's blocks; "auto", "file" with float32 as dtype, where the model
-            can be packed and is on the CPU; or "none". Adapters are merged first, which "file" does
-            not allow. Default: as a folder of packed weights (`mllama quantize`) says, else not
-            packed, so that the model can be trained and saved.
+            can be packed and is on the CPU; or "none". An adapter is merged first, which "file"
+            does not allow; several by name stay beside packed weights. Default: as a folder of
+            packed weights (`mllama quantize`) says, else not packed, so that the model can be
+            trained and saved.
         gpu_layers: for a model that does not fit a GPU: how many of the decoder's first layers have
             their weights there. Those of the others stay in the host's memory and are copied, two
             layers at a time, while the layer before computes, in every pass. For inference.
@@ -126,7 +126,7 @@ def load_quietly(
             options["reference"] = reference
         dtype = opened.resolve_dtype(dtype, place)
         weights = choose_weights(weights, opened.packing, place, adapter is not None)
-        packed = None if adapter is not None else weights
+        packed = weights if adapter is None or isinstance(adapter, Mapping) else None
         model, _ = load_opened(found, opened, dtype, place, weights=packed, **options)
     _adapt(model, adapter, weights)
     offload(model, gpu_layers, place)
@@ -172,7 +172,8 @@ def open_session(
         processor = None if beyond_session(settings) else _core_processor(folder)
         if processor is not None:
             check_settings(where, settings)
-            packed = None if own_adapter is not None else weights
+            mapped = isinstance(own_adapter, Mapping)
+            packed = weights if own_adapter is None or mapped else None
             loaded_as = dtype_named(opened.resolve_dtype(dtype, place))
             check_gpu_layers(gpu_layers, place, True)
             model = load_core(opened, loaded_as, place, reference, packed, progress, gpu_layers)
@@ -204,20 +205,19 @@ def _core_processor(folder: Path) -> Any:
 
 
 def _adapt(model: Any, adapter: Paths | None, weights: str | None) -> None:
-    """Load adapters, if any; weights that shall be packed are packed with the adapters in them."""
+    """Load adapters, if any. Weights that shall be packed are packed with one adapter in them;
+    several by name stay beside them.
+    """
     if adapter is None:
         return
-    if packing_of(model) is not None:
+    beside = isinstance(adapter, Mapping)  # of which any may be used, so that none is merged
+    if packing_of(model) is not None and not beside:
         raise ValueError(
             "packed weights take no adapter: give the model that they were packed from, with "
             "adapter and weights"
         )
-    if weights is not None and isinstance(adapter, Mapping) and len(adapter) > 1:
-        raise ValueError(
-            "weights are packed with one adapter merged into them: give one, or weights='none'"
-        )
     load_adapters(model, adapter)
-    if weights is not None:
+    if weights is not None and not beside:
         optimize(merge_and_unload(model), weights)
 
 

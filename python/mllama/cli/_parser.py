@@ -84,7 +84,7 @@ def _add_chat(commands) -> None:
         nargs="*",
         help="image files; without one the conversation is text only",
     )
-    add_model(parser)
+    add_model(parser, several=True)
     add_answering(parser, "print one JSON object per answer, one per line")
 
 
@@ -159,6 +159,7 @@ def _add_convert(commands) -> None:
         help="hf: the family's own format; llava: the same, rejected for other models; gguf: "
         "the decoder, for llama.cpp",
     )
+    add_adapter(parser)
     kinds = (
         f"for a folder {', '.join(DTYPES)} (default: auto, as in IN); for gguf "
         f"{', '.join(GGUF_DTYPES)} (default: f16)"

@@ -120,7 +120,8 @@ def adapt(
     own_alphas = ranked(list(chosen), alphas, "alphas")
     options = {}
     for each, own_rank in chosen.items():
-        r, a = own_rank or rank, own_alphas[each] or alpha
+        r = rank if own_rank is None else own_rank
+        a = alpha if own_alphas[each] is None else own_alphas[each]
         check_adapter(r, a)
         options[each] = Options(r, a * math.sqrt(r) if rslora else a, dropout, dora)
     layers = {plain_name(model, each): layer for each, layer in adaptable_layers(model).items()}

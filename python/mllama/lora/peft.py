@@ -176,7 +176,7 @@ def parse(
         if sorted((part.dim() for part in own.values()), reverse=True) != dims
     ]:
         raise ValueError(
-            f"{where}: expected two matrices{' and magnitudes' * (len(dims) > 2)} each for "
+            f"{where}: expected two matrices{' and magnitudes (use_dora)' * (len(dims) > 2)} each for "
             f"{listing(odd)}"
         )
     if (targets := config.get("target_modules")) and not isinstance(targets, str):

@@ -61,7 +61,8 @@ def find_base(folder: Path, adapters: Paths | None) -> tuple[str | None, Paths |
             f"{folder} holds adapters, and adapter names others: give the model's own folder with "
             "one of them"
         )
-    return peft.adapted_model(next(iter(saved.values()))), saved
+    paths = [*saved.values()]
+    return peft.adapted_model(paths[0]), saved if len(paths) > 1 else paths[0]
 
 
 def saved_adapters(folder: Path) -> dict[str, Path]:
