@@ -13,6 +13,7 @@ from mllama.device import choose_device
 from mllama.train import random_state
 from mllama.train.collate import Collator
 from mllama.train.course import Course, held_out
+from mllama.train.features import FeatureCache
 from mllama.train.optimizer import make_optimizer
 from mllama.train.prepare import compute_dtype, prepare_model, trained_parameters
 from mllama.train.rows import Example
@@ -44,7 +45,7 @@ class Setup:
     optimizer: torch.optim.Optimizer
     scaler: Any
     collator: Collator
-    features: Any
+    features: FeatureCache | None
     examples: Sequence[Example]
     eval_examples: Sequence[Example]
     bad_rows: list[str]
@@ -73,8 +74,6 @@ def set_up(settings: TrainSettings, accelerator: Any, device: torch.device) -> S
     examples, eval_examples, bad_rows = _open_data(settings, collator)
     features = None
     if settings.cache_features is not None:
-        from mllama.train.features import FeatureCache
-
         features = FeatureCache(model, settings.cache_features)
     dtype = compute_dtype(settings, model)
     random_state.seed(settings.seed + accelerator.process_index)  # for dropout
