@@ -85,6 +85,10 @@ def test_what_changes_is_computed_again(small):
     pixels[1, 0, 3, 3] += 1e-3
     assert computed(batch | {"pixel_values": pixels}) == 1
     assert computed(batch | {"pixel_values": pixels.flip(0)}) == 0
+    model.eval()
+    assert computed(batch) == 0 and not model.vision_tower.training
+    model.train()
+    assert computed(batch) == 0 and all(part.training for part in model.modules())
     with torch.no_grad():
         model.vision_tower.encoder.layers[0].mlp.fc1.weight[0, 0] += 1e-3
     assert computed(batch) == 2
