@@ -68,8 +68,8 @@ def score(name: str, answers: Sequence[str], references: References) -> Scores:
 
 
 def vqa_accuracy(answer: str, references: Sequence[str]) -> float:
-    """The share of annotators that an answer agrees with, three of the others being enough, averaged
-    over leaving out each. With fewer than four references all others must agree; with one, the
+    """How far an answer agrees with annotators, three of the others being enough, averaged over
+    leaving out each. With fewer than four references all others must agree; with one, the
     answer is right or wrong. All texts are normalized; the original code leaves references as
     they are where all are the same.
     """
