@@ -36,6 +36,7 @@ if TYPE_CHECKING:  # the names of `_HOME` for type checkers; tests/test_types.py
     from mllama.lora import replace_linear_with_lora as replace_linear_with_lora
     from mllama.lora import save_lora as save_lora
     from mllama.lora import unmerge_lora as unmerge_lora
+    from mllama.lora.adapt import adapt as adapt
     from mllama.processing.detections import parse_detections as parse_detections
     from mllama.processing.tokenizer import Tokenizer as Tokenizer
     from mllama.quant.packer import optimize as optimize
@@ -49,6 +50,7 @@ _HOME = {
     "SiglipModel": "hf.siglip",
     "TiledProcessor": "hf.processors.tiled",
     "Tokenizer": "processing.tokenizer",
+    "adapt": "lora.adapt",
     "ask": "api",
     "chat_labels": "hf.processors.chat",
     "convert_linears_to_lora": "lora",

@@ -8,7 +8,8 @@ from pathlib import Path
 from mllama.checkpoints import open_checkpoint
 from mllama.checkpoints.files import write_folder
 from mllama.checkpoints.hub import find_folder
-from mllama.cli._parser import DTYPES, GGUF_DTYPES
+from mllama.cli._options import DTYPES
+from mllama.cli._parser import GGUF_DTYPES
 from mllama.device import dtype_name
 from mllama.families import written_as
 from mllama.hf.checkpoints import load_opened

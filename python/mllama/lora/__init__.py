@@ -1,5 +1,6 @@
 """LoRA (Hu et al., 2021): low-rank adapters for the linear layers of any module, in place."""
 
+from mllama.lora.adapt import Adapted, adapt
 from mllama.lora.convert import convert_linears_to_lora, convert_to_lora, replace_linear_with_lora
 from mllama.lora.layer import Linear_LORA
 from mllama.lora.loading import load_lora
@@ -13,7 +14,9 @@ from mllama.lora.state import (
 )
 
 __all__ = [
+    "Adapted",
     "Linear_LORA",
+    "adapt",
     "convert_linears_to_lora",
     "convert_to_lora",
     "load_lora",

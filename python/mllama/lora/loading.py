@@ -17,7 +17,7 @@ from mllama.lora.adapters import (
     plain_parameters,
     with_own_names,
 )
-from mllama.lora.convert import linear_layers, put_adapters
+from mllama.lora.convert import Options, linear_layers, put_adapters
 from mllama.lora.layer import Linear_LORA
 from mllama.lora.reading import read_adapters
 from mllama.nn.adapted import note_change
@@ -85,7 +85,7 @@ def _convert(
         raise ValueError(
             "this model is sharded and has no LoRA layers: load or convert it before sharding"
         )
-    chosen: dict[nn.Linear | PackedLinear, tuple[int, float]] = {}
+    chosen: dict[nn.Module, Options] = {}
     shapes = dict(trained_shapes)
     for name, linear in linear_layers(model).items():
         name = plain_name(model, name)
@@ -93,11 +93,11 @@ def _convert(
         if not name or name not in found.alphas or down is None:
             continue  # a lone layer, whose name is empty, cannot be replaced in place
         rank = max([1, *down.shape[:1]])
-        chosen[linear] = rank, found.alphas[name]
+        chosen[linear] = Options(rank, found.alphas[name], found.dropout)
         shapes |= _adapter_shapes(name, rank, linear)
     _check_fit(path, found, shapes)
     # A shared layer appears under each of its names; the file may not use the first.
-    converted = put_adapters(model, chosen, found.dropout)
+    converted = put_adapters(model, chosen)
     by_name = {plain_name(model, name): layer for name, layer in converted.items()}
     return {
         name: layer

@@ -23,7 +23,8 @@ from mllama.checkpoints.files import (
     write_folder,
     write_json,
 )
-from mllama.lora.layer import Linear_LORA, check_adapter
+from mllama.lora.adapter import check_adapter
+from mllama.lora.layer import Linear_LORA
 
 CONFIG, ADAPTERS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 PREFIX = "base_model.model."

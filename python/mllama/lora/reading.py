@@ -10,8 +10,8 @@ from mllama.checkpoints.files import listing
 from mllama.checkpoints.meta.source import MetaSource
 from mllama.checkpoints.sources import SafetensorsSource, open_file
 from mllama.lora import peft
+from mllama.lora.adapter import check_adapter
 from mllama.lora.adapters import PARTS, Adapters, adapter_key
-from mllama.lora.layer import check_adapter
 
 
 def read_adapters(path: Path) -> Adapters:
