@@ -4,6 +4,7 @@ import argparse
 
 from mllama import __version__
 from mllama.cli._arguments import Parser, add_command, add_placed, number, some_text
+from mllama.cli._data_arguments import add_inspect_labels
 from mllama.cli._options import (
     DTYPES,
     WEIGHTS,
@@ -44,6 +45,7 @@ def build_parser() -> argparse.ArgumentParser:
         _add_convert,
         _add_quantize,
         _add_inspect,
+        add_inspect_labels,
         _add_verify,
         add_train,
         _add_info,
