@@ -1,5 +1,7 @@
 """A run's model without its weights: on the meta device, adapted and packed as the settings say."""
 
+import contextlib
+import io
 from typing import Any
 
 import torch
@@ -34,7 +36,8 @@ def lay_out_model(settings: TrainSettings) -> tuple[Any, Any]:
         packer = Packer(model, settings.weights, "cpu", lambda name: "meta")
         packer.lay_out(dtype)
         packer.finish()
-    make_trainable(model, settings)
+    with contextlib.redirect_stderr(io.StringIO()):  # training says what it adapts
+        make_trainable(model, settings)
     return model, processor_of(folder, load_processor)
 
 

@@ -7,6 +7,7 @@ import torch
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 _BINARY = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+_SIZE = re.compile(r"\s*(\d{1,12}(?:\.\d{1,6})?)\s*([KMGT]?)(i?)B?\s*", re.IGNORECASE)
 _MEMINFO = Path("/proc/meminfo")
 _STATUS = Path("/proc/self/status")
 # Limits of containers: cgroup's second version, and its first.
@@ -25,9 +26,11 @@ def parse_bytes(text: str) -> int:
     Raises:
         ValueError: it is no size above 0.
     """
-    found = re.fullmatch(r"\s*(\d{1,12}(?:\.\d{1,6})?)\s*([KMGT]?)(i?)B?\s*", text, re.IGNORECASE)
+    found = _SIZE.fullmatch(text)
     if found is None or (found[3] and not found[2]):
-        raise ValueError(f"a size must be a number with a unit, such as 8GB or 7.5GiB, got {text!r}")
+        raise ValueError(
+            f"a size must be a number with a unit, such as 8GB or 7.5GiB, got {text!r}"
+        )
     units = _BINARY if found[3] else _UNITS
     size = int(float(found[1]) * units[found[2].upper()])
     if not size:
