@@ -26,10 +26,15 @@ if TYPE_CHECKING:  # the names of `_HOME` for type checkers; tests/test_types.py
     from mllama.hf.quantizing import quantize as quantize
     from mllama.hf.siglip import SiglipModel as SiglipModel
     from mllama.lora import Linear_LORA as Linear_LORA
+    from mllama.lora import activate_lora as activate_lora
+    from mllama.lora import combine_lora as combine_lora
     from mllama.lora import convert_linears_to_lora as convert_linears_to_lora
     from mllama.lora import convert_to_lora as convert_to_lora
+    from mllama.lora import delete_lora as delete_lora
     from mllama.lora import load_lora as load_lora
+    from mllama.lora import lora_active as lora_active
     from mllama.lora import lora_disabled as lora_disabled
+    from mllama.lora import lora_names as lora_names
     from mllama.lora import lora_parameters as lora_parameters
     from mllama.lora import merge_and_unload as merge_and_unload
     from mllama.lora import merge_lora as merge_lora
@@ -50,17 +55,22 @@ _HOME = {
     "SiglipModel": "hf.siglip",
     "TiledProcessor": "hf.processors.tiled",
     "Tokenizer": "processing.tokenizer",
+    "activate_lora": "lora",
     "adapt": "lora.adapt",
     "ask": "api",
     "chat_labels": "hf.processors.chat",
+    "combine_lora": "lora",
     "convert_linears_to_lora": "lora",
     "convert_to_lora": "lora",
+    "delete_lora": "lora",
     "fuse": "hf.fuse",
     "load": "api",
     "load_hf_model": "hf.loader",
     "load_lora": "lora",
     "load_processor": "hf.processors.auto",
+    "lora_active": "lora",
     "lora_disabled": "lora",
+    "lora_names": "lora",
     "lora_parameters": "lora",
     "merge_and_unload": "lora",
     "merge_lora": "lora",

@@ -22,7 +22,7 @@ from mllama.lora.layer import lora_layers
 from mllama.lora.loading import load_lora
 from mllama.lora.peft import CONFIG as ADAPTER_CONFIG
 from mllama.lora.peft import adapted_model, is_peft
-from mllama.lora.saving import save_adapter_folder
+from mllama.lora.saving import save_adapter_folders
 from mllama.lora.state import merge_and_unload
 from mllama.nn.checkpointing import CheckpointedLayer
 from mllama.nn.wrappers import given_out, is_sharded, may_write, plain_key, whole
@@ -213,7 +213,7 @@ class PretrainedMixin(_Model):
         try:
             if is_main_process and may_write(self):
                 if lora:
-                    save_adapter_folder(self, Path(save_directory), state_dict, strict=False)
+                    save_adapter_folders(self, Path(save_directory), state_dict, strict=False)
                 else:
                     save = save_model if packing_of(self) is None else save_packed_model
                     save(self, save_directory, state_dict, max_shard_size)

@@ -10,7 +10,7 @@ from torch import nn
 
 from mllama.checkpoints.files import listing
 from mllama.lora.adapter import DEFAULT, check_adapter, check_name, parts_of
-from mllama.lora.convert import Options, linear_layers, put_adapters, tied_layers
+from mllama.lora.convert import Options, adaptable_layers, put_adapters, tied_layers
 from mllama.lora.layer import Linear_LORA, lora_layers
 from mllama.lora.scopes import find_targets, ranked
 from mllama.nn.wrappers import is_sharded, plain_name
@@ -123,7 +123,7 @@ def adapt(
         r, a = own_rank or rank, own_alphas[each] or alpha
         check_adapter(r, a)
         options[each] = Options(r, a * math.sqrt(r) if rslora else a, dropout, dora)
-    layers = {plain_name(model, each): layer for each, layer in _adaptable(model).items()}
+    layers = {plain_name(model, each): layer for each, layer in adaptable_layers(model).items()}
     if tied := tied_layers(model, {each: layers[each] for each in chosen}):
         raise ValueError(
             f"targets: {listing(tied)} shares its weight with another module, so an adapter could "
@@ -159,16 +159,6 @@ def describe(model: nn.Module, name: str, trained_modules: tuple[str, ...] = ())
         sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad),
         sum(parameter.numel() for parameter in model.parameters()),
     )
-
-
-def _adaptable(model: nn.Module) -> dict[str, nn.Module]:
-    """Linear layers and LoRA layers under each of their names."""
-    found: dict[str, nn.Module] = dict(linear_layers(model))
-    return found | {
-        name: layer
-        for name, layer in model.named_modules(remove_duplicate=False)
-        if isinstance(layer, Linear_LORA)
-    }
 
 
 def _find_modules(

@@ -127,6 +127,15 @@ def linear_layers(
     }
 
 
+def adaptable_layers(module: nn.Module) -> dict[str, Any]:
+    """Linear layers and LoRA layers under each of their dotted names."""
+    return linear_layers(module) | {
+        name: layer
+        for name, layer in module.named_modules(remove_duplicate=False)
+        if isinstance(layer, Linear_LORA)
+    }
+
+
 def tied_layers(module: nn.Module, layers: Mapping[str, nn.Module]) -> list[str]:
     """Names of linear layers whose weight another module of `module` has too."""
     owners = Counter(
@@ -142,7 +151,10 @@ def tied_layers(module: nn.Module, layers: Mapping[str, nn.Module]) -> list[str]
 
 
 def put_adapters(
-    module: nn.Module, chosen: Mapping[nn.Module, Options], name: str | None = None
+    module: nn.Module,
+    chosen: Mapping[nn.Module, Options],
+    name: str | None = None,
+    freeze: bool = True,
 ) -> dict[str, Linear_LORA]:
     """Freeze everything but LoRA adapters, then give each chosen linear layer, wherever it is used,
     a new adapter, which is in use afterwards.
@@ -151,6 +163,7 @@ def put_adapters(
         module: what contains the layers.
         chosen: linear layers, which are wrapped, and LoRA layers, which get one more.
         name: the adapter's. Default: the one in use.
+        freeze: False leaves parameters that are no adapter's as they are.
 
     Returns:
         The layers by each of their dotted names.
@@ -160,7 +173,7 @@ def put_adapters(
         parameter for layer in lora_layers(module).values() for parameter in layer.adapter()
     }
     for parameter in module.parameters():
-        if parameter not in adapters:
+        if freeze and parameter not in adapters:
             parameter.requires_grad_(False)
     found = {
         each: layer

@@ -148,13 +148,16 @@ class Linear_LORA(AdaptedLinear):
         if self.merged_weight is not None:
             raise ValueError("a merged adapter is in use: call mllama.unmerge_lora(model) first")
         if name != self.name:
-            chosen, before = self.inactive[name], Adapter.__new__(Adapter)
-            nn.Module.__init__(before)
+            other = self.inactive[name]
             for field in FIELDS:
-                setattr(before, field, getattr(self, field))
-                setattr(self, field, getattr(chosen, field))
-            del self.inactive[name]
-            self.inactive[self.name] = before.requires_grad_(False).train(self.training)
+                own = getattr(self, field)
+                setattr(self, field, getattr(other, field))
+                setattr(other, field, own)
+            other.requires_grad_(False).train(self.training)
+            # In place of the other one, so that activating that again restores everything.
+            renamed = {self.name if key == name else key: own for key, own in self.inactive.items()}
+            self.inactive.clear()
+            self.inactive.update(renamed)
             self.name = name
         self.active = True
         for parameter in self.adapter():
@@ -297,10 +300,12 @@ class Linear_LORA(AdaptedLinear):
         self.merged_weight = None
 
     def unload(self) -> nn.Linear:
-        """Return `linear` with the update added to its weight, as a new parameter: modules that
-        share the old one keep it. The layer is marked, because later adapters of the model do not
-        belong to the checkpoint it was loaded from.
+        """Return `linear` with the update, if it is active, added to its weight, as a new
+        parameter: modules that share the old one keep it. The layer is marked, because later
+        adapters of the model do not belong to the checkpoint it was loaded from.
         """
+        if not self.active:
+            return self.linear
         self.check_mergeable("this layer")
         self.linear.weight = nn.Parameter(self._sum().detach(), requires_grad=False)
         self.linear.__dict__["holds_adapter"] = True

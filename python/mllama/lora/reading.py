@@ -11,7 +11,7 @@ from mllama.checkpoints.meta.source import MetaSource
 from mllama.checkpoints.sources import SafetensorsSource, open_file
 from mllama.lora import peft
 from mllama.lora.adapter import check_adapter
-from mllama.lora.adapters import PARTS, Adapters, adapter_key
+from mllama.lora.adapters import Adapters
 
 
 def read_adapters(path: Path) -> Adapters:
@@ -55,15 +55,9 @@ def _parse_peft(folder: Path, path: Path, tensors: dict[str, torch.Tensor]) -> A
             f"{path} has PEFT adapters and needs {peft.CONFIG} next to it, for ranks and alphas"
         )
     config = peft.read_config(folder)
-    layers, trained = peft.parse(str(folder), config, tensors)
-    matrices = {
-        adapter_key(name, part): matrix
-        for name, (down, up, _) in layers.items()
-        for part, matrix in zip(PARTS, (down, up), strict=True)
-    }
-    alphas = {name: alpha for name, (*_, alpha) in layers.items()}
+    tensors, alphas, trained = peft.parse(str(folder), config, tensors)
     frozen = frozenset(name for name in trained if not peft.learns(config, name))
-    return Adapters(matrices, alphas, trained, float(config.get("lora_dropout") or 0.0), frozen)
+    return Adapters(tensors, alphas, trained, float(config.get("lora_dropout") or 0.0), frozen)
 
 
 def _open(path: Path) -> tuple[dict[str, torch.Tensor], str | None]:

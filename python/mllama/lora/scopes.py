@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Iterable, Mapping
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 from torch import nn
 
@@ -10,7 +10,6 @@ from mllama.lora.layer import Linear_LORA
 from mllama.nn.packed import PackedLinear
 from mllama.nn.wrappers import plain_name
 
-_Number = TypeVar("_Number", int, float)
 _DECODER = r"language_model\.layers\.\d+\."
 # Regular expressions that names of linear layers start with, by scope.
 SCOPES = {
@@ -88,14 +87,14 @@ def linear_names(model: nn.Module) -> list[str]:
 
 
 def ranked(
-    names: list[str], patterns: Mapping[str, _Number] | None, what: str = "ranks"
-) -> dict[str, _Number | None]:
+    names: list[str], patterns: Mapping[str, float] | None, what: str = "ranks"
+) -> dict[str, Any]:
     """Names with the number of the first pattern that matches their end; `what` they are, for
     errors.
     """
     if not isinstance(patterns, (Mapping, type(None))):
         raise TypeError(f"{what} must be a mapping or None, got {type(patterns).__name__}")
-    found: dict[str, _Number | None] = dict.fromkeys(names)
+    found: dict[str, Any] = dict.fromkeys(names)
     for pattern, number in reversed([*(patterns or {}).items()]):  # the first one is written last
         expression = _compile(rf"(?:.*\.)?(?:{pattern})")
         fitting = [name for name in names if expression.fullmatch(name)]

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from mllama.nn.adapted import count_changes
+from mllama.nn.adapted import adapter_state
 from mllama.nn.plain import all_plain
 from mllama.runtime.checks import check_count
 from mllama.runtime.fingerprint import fingerprint, structure
@@ -95,7 +95,7 @@ class ImageCache:
             elif self._model() is not model:
                 raise ValueError("image_cache must be of this model alone, it is another's already")
             self._of_features = of_features
-            state = count_changes(), structure(module for _, module in self._modules(model))
+            state = adapter_state(), structure(module for _, module in self._modules(model))
             if self._state != state:
                 self._clear()
             self._state, self._weights = state, ""

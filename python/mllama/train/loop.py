@@ -16,6 +16,7 @@ from mllama.train.batches import Batch, count_tokens, count_trained, load_batche
 from mllama.train.checkpoints import Checkpoint, CheckpointFolder
 from mllama.train.log import Log
 from mllama.train.optimizer import load_optimizer_state, optimizer_state
+from mllama.train.prepare import adapter_parameters
 from mllama.train.progress import TrainingProgress, peak_memory
 from mllama.train.setup import Setup
 from mllama.train.stopping import Stopping
@@ -213,16 +214,24 @@ class Loop:
             self.log.add(entry)
 
     def _check_gradients(self, step: int) -> None:
-        """Raise ValueError if a parameter is not reached by the data of an epoch."""
+        """Raise ValueError if an adapter is not reached by the data of an epoch. Of modules that are
+        trained in full parts may be unused: LLaVA reads an earlier layer than its tower's last.
+        """
         course = self.setup.course
         if step != min(course.steps_per_epoch, course.steps, _CHECKED_AFTER):
             return
-        if missing := sorted(self._without_gradient):
+        adapters = set(map(id, adapter_parameters(self.setup.model)))
+        missing = sorted(
+            name for name in self._without_gradient if id(self.setup.parameters[name]) in adapters
+        )
+        if missing:
             shown = ", ".join(missing[:3]) + " ..." * (len(missing) > 3)
             raise ValueError(
-                f"step {step}: no gradient has reached {len(missing)} parameter(s), {shown}: "
-                "leave them out of targets or trained_modules, or give data that uses them"
+                f"step {step}: no gradient has reached {len(missing)} parameter(s), {shown}: leave "
+                "them out of targets, or give data that uses them"
             )
+        if self._without_gradient:
+            self.progress.say(f"{len(self._without_gradient)} parameters are not used by the data")
 
     @torch.no_grad()
     def _evaluate(self, step: int) -> bool:

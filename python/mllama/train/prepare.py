@@ -1,5 +1,7 @@
 """Loads and adapts the model of a run."""
 
+from contextlib import nullcontext, redirect_stderr
+from io import StringIO
 from typing import Any
 
 import torch
@@ -8,7 +10,9 @@ from torch import nn
 from mllama import api
 from mllama.device import choose_device, choose_dtype, dtype_named
 from mllama.lora.adapt import Adapted, adapt
+from mllama.lora.layer import lora_layers
 from mllama.lora.loading import load_lora
+from mllama.lora.state import lora_parameters
 from mllama.nn.wrappers import plain_name
 from mllama.train.settings import TrainSettings
 
@@ -24,7 +28,7 @@ def prepare_model(
     Args:
         settings: the run's settings.
         device: in place of the settings' device.
-        quiet: do not print what was loaded.
+        quiet: do not print what was loaded and adapted.
 
     Returns:
         (model, processor, what was adapted; None with method "full"). The model is in eval mode.
@@ -58,23 +62,28 @@ def make_trainable(model: Any, settings: TrainSettings) -> Adapted | None:
     elif settings.adapter is not None:
         load_lora(model, settings.adapter)
     else:
-        adapted = adapt(
-            model,
-            targets=settings.targets,
-            rank=settings.rank,
-            alpha=settings.alpha,
-            dropout=settings.dropout,
-            ranks=settings.ranks or None,
-            rslora=settings.rslora,
-            dora=settings.dora,
-            trained_modules=settings.trained_modules,
-        )
+        adapted = _adapt(model, settings, quiet)
     for parameter in model.parameters():
         if parameter.requires_grad and parameter.dtype != torch.float32:
             parameter.data = parameter.data.float()
     if settings.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     return adapted
+
+
+def _adapt(model: nn.Module, settings: TrainSettings, quiet: bool) -> Adapted:
+    with redirect_stderr(StringIO()) if quiet else nullcontext():
+        return adapt(
+            model,
+            targets=settings.targets,
+            rank=settings.rank,
+            alpha=settings.alpha,
+            dropout=settings.dropout,
+            ranks=settings.ranks,
+            rslora=settings.rslora,
+            dora=settings.dora,
+            trained_modules=settings.trained_modules,
+        )
 
 
 def _unfreeze(model: nn.Module) -> None:
@@ -108,3 +117,8 @@ def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     if not found:
         raise ValueError("nothing is trained: targets and trained_modules name no parameter")
     return found
+
+
+def adapter_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """Parameters of LoRA layers; none of a model without adapters."""
+    return lora_parameters(model) if lora_layers(model) else []

@@ -183,12 +183,9 @@ def _plain(value: Any) -> Any:
 
 def _describe(setup: Setup, progress: TrainingProgress) -> None:
     course = setup.course
-    if setup.adapted is not None:
-        for line in str(setup.adapted).splitlines():
-            progress.say(line)
-    count = sum(one.numel() for one in setup.parameters.values())
-    every = sum(one.numel() for one in setup.model.parameters())
-    progress.say(f"{count:,} parameters are trained, of {every:,}")
+    if setup.settings.method == "full" or setup.settings.adapter is not None:  # adapt says its own
+        count = sum(one.numel() for one in setup.parameters.values())
+        progress.say(f"{count:,} parameters are trained")
     evaluated = f", {len(setup.eval_examples)} evaluated" if setup.eval_examples else ""
     skipped = f", {len(setup.bad_rows)} skipped" if setup.bad_rows else ""
     progress.say(

@@ -35,6 +35,12 @@ GROUPS = {
 TRACKERS = ("tensorboard", "wandb", "comet_ml", "trackio")  # accelerate's names
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 WEIGHTS = ("int8", "int4", "bf16", "f16", "f32", "file")
+_ALTERNATIVES = (
+    ("epochs", "max_steps"),
+    ("max_steps", "epochs"),
+    ("eval_data", "eval_fraction"),
+    ("eval_fraction", "eval_data"),
+)
 _MOST_BYTES = 1 << 20  # of a config
 _MOST = 2**31 - 1
 _POSITIVE = number(int, 1, _MOST)
@@ -105,7 +111,7 @@ class TrainSettings:
         "layers with adapters: vision, projector, cross_attn, attn, mlp, all-linear, re:..., names",
     )
     ranks: dict[str, int] = key(
-        {}, mapping(_POSITIVE, "SCOPE=N"), "other ranks of some of the targets"
+        {}, mapping(_POSITIVE, "NAME=N"), "other ranks, by ends or patterns of layers' names"
     )
     rslora: bool = key(False, FLAG, "scale adapters by alpha / sqrt(rank)")
     dora: bool = key(False, FLAG, "train the magnitude of each row of adapted weights, too (DoRA)")
@@ -166,7 +172,8 @@ def load_settings(path: Any = None, overrides: Mapping[str, Any] | None = None) 
     Args:
         path: the file, or None for `overrides` alone. Paths in it are relative to the current
             folder, as those of flags.
-        overrides: key -> value in place of the file's.
+        overrides: key -> value in place of the file's. max_steps also replaces epochs, eval_data
+            eval_fraction, and the reverse.
 
     Raises:
         FileNotFoundError: the file, or one that a key names, does not exist.
@@ -175,7 +182,11 @@ def load_settings(path: Any = None, overrides: Mapping[str, Any] | None = None) 
     """
     found = {} if path is None else _read(Path(path))
     where = "settings" if path is None else str(path)
-    found |= overrides or {}
+    overrides = overrides or {}
+    for one, other in _ALTERNATIVES:
+        if one in overrides and other not in overrides:
+            found.pop(other, None)
+    found |= overrides
     known = keys()
     if unknown := [name for name in found if name not in known]:
         raise ValueError(
@@ -225,8 +236,8 @@ def _check_together(settings: TrainSettings) -> None:
     elif settings.adapter is not None:
         for name in ("rank", "alpha", "dropout", "targets", "ranks", "rslora", "dora"):
             _refuse(name in given, f"{name} is the adapter's own: leave it out beside adapter")
-    elif not settings.targets and not settings.trained_modules:
-        raise ValueError("targets must name what gets adapters, or trained_modules what is trained")
+    else:
+        _refuse(not settings.targets, "targets must name what gets adapters")
     has_eval = settings.eval_data is not None or settings.eval_fraction > 0
     both = settings.eval_data is not None and settings.eval_fraction > 0
     _refuse(both, "eval_fraction must be 0 beside eval_data")

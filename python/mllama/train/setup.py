@@ -10,7 +10,6 @@ from torch import nn
 from torch.utils.data import Subset
 
 from mllama.device import choose_device
-from mllama.lora.adapt import Adapted
 from mllama.train.collate import Collator
 from mllama.train.course import Course, held_out
 from mllama.train.optimizer import make_optimizer
@@ -39,7 +38,6 @@ class Setup:
     model: Any
     wrapped: Any
     processor: Any
-    adapted: Adapted | None
     dtype: torch.dtype
     parameters: dict[str, nn.Parameter]
     optimizer: torch.optim.Optimizer
@@ -67,7 +65,7 @@ def set_up(settings: TrainSettings) -> Setup:
     _check_packages(settings)
     accelerator, device = _accelerator(settings)
     quiet = not accelerator.is_main_process
-    model, processor, adapted = prepare_model(settings, device, quiet)
+    model, processor, _ = prepare_model(settings, device, quiet)
     parameters = trained_parameters(model)
     collator = Collator(model, processor, settings.max_length, settings.pack)
     examples, eval_examples, bad_rows = _open_data(settings, collator)
@@ -84,7 +82,6 @@ def set_up(settings: TrainSettings) -> Setup:
         model=model,
         wrapped=accelerator.prepare_model(model, device_placement=False),
         processor=processor,
-        adapted=adapted,
         dtype=dtype,
         parameters=parameters,
         optimizer=make_optimizer(parameters, settings),
@@ -123,7 +120,7 @@ def _accelerator(settings: TrainSettings) -> tuple[Any, torch.device]:
         cpu=device.type == "cpu",
         mixed_precision="no",  # autocast and loss scaling are the loop's own
         log_with=list(settings.trackers) or None,
-        project_config=ProjectConfiguration(settings.output, settings.output),
+        project_config=ProjectConfiguration(settings.output, f"{settings.output}/trackers"),
         kwargs_handlers=[wrapping],
     )
     if accelerator.num_processes > 1:
