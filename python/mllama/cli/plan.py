@@ -52,7 +52,7 @@ def _verdict(found: Plan) -> str:
 
 def _line(switch: Switch) -> str:
     changes = ", ".join(f"{name}: {_yaml(value)}" for name, value in switch.changes.items())
-    return f"  {changes:52}{bytes_text(switch.total)}{', fits' if switch.fits else ''}"
+    return f"  {bytes_text(switch.total):>18}{'  fits' if switch.fits else '      '}  {changes}"
 
 
 def _yaml(value: object) -> str:

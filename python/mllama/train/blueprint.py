@@ -1,7 +1,5 @@
 """A run's model without its weights: on the meta device, adapted and packed as the settings say."""
 
-import contextlib
-import io
 from typing import Any
 
 import torch
@@ -36,8 +34,7 @@ def lay_out_model(settings: TrainSettings) -> tuple[Any, Any]:
         packer = Packer(model, settings.weights, "cpu", lambda name: "meta")
         packer.lay_out(dtype)
         packer.finish()
-    with contextlib.redirect_stderr(io.StringIO()):  # training says what it adapts
-        make_trainable(model, settings)
+    make_trainable(model, settings, quiet=True)
     return model, processor_of(folder, load_processor)
 
 

@@ -123,7 +123,12 @@ def plan(
 
 
 class _Rows:
-    """The longest rows of a run's data, encoded once."""
+    """The longest rows of a run's data; for a given length the longest one alone.
+
+    Attributes:
+        looked_at: number of rows that were read.
+        libraries: bytes of this process, which has all libraries of training and no weights.
+    """
 
     def __init__(self, settings: TrainSettings, length: int | None):
         self._length = length
@@ -137,10 +142,13 @@ class _Rows:
         self._examples: list[Example] = sorted(
             first, key=lambda example: len(collator.encode(example)), reverse=True
         )
+        self.libraries = resident_memory()
 
     def batch(self, settings: TrainSettings, model: Any, processor: Any) -> Batch:
         """A batch of the longest rows, the first ones again if there are too few."""
         size, rows = settings.batch_size, self._examples
+        if self._length is not None:
+            rows = rows[:1]
         chosen = (rows * math.ceil(size / len(rows)))[:size]
         collator = Collator(model, processor, settings.max_length, settings.pack)
         batch = collator(chosen)
@@ -187,7 +195,7 @@ def _count(
     if eight_bits:
         parts[OPTIMIZER] = int(parts[OPTIMIZER] * _EIGHT_BITS)
     if device.type == "cpu":
-        parts[LIBRARIES] = resident_memory()
+        parts[LIBRARIES] = rows.libraries
     work = {
         "rows": len(batch["input_ids"]),
         "tokens": batch["input_ids"].shape[1],

@@ -39,10 +39,10 @@ def prepare_model(
     place = choose_device(settings.device) if device is None else device
     load = api.load_quietly if quiet else api.load
     model, processor = load(settings.model, settings.dtype, place, weights=settings.weights)
-    return model, processor, make_trainable(model, settings)
+    return model, processor, make_trainable(model, settings, quiet)
 
 
-def make_trainable(model: Any, settings: TrainSettings) -> Adapted | None:
+def make_trainable(model: Any, settings: TrainSettings, quiet: bool = False) -> Adapted | None:
     """Adapt a model that is loaded, or laid out on the meta device, and choose what is trained.
 
     Returns:
