@@ -124,19 +124,35 @@ class Loop:
             is_last = index == len(passes) - 1
             with nullcontext() if is_last else setup.accelerator.no_sync(setup.wrapped):
                 part = self._forward(batch, num_items_in_batch=trained).loss
-                # processes' gradients are averaged
-                setup.scaler.scale(part * setup.accelerator.num_processes).backward()
+                self._backward(part)
             loss += part.detach()
         self.state.loss = setup.accelerator.reduce(loss, "sum").item()
         if not math.isfinite(self.state.loss):
             raise ValueError(f"step {step}: the loss is {self.state.loss}; {self._way_out()}")
-        self._without_gradient -= {
-            name for name in self._without_gradient if setup.parameters[name].grad is not None
-        }
         self._update(step)
+
+    def _backward(self, loss: torch.Tensor) -> None:
+        """Add the gradients of a pass. Maybe nothing that is trained is on its way: an adapted
+        encoder, and rows without images.
+        """
+        setup = self.setup
+        processes, reached = setup.accelerator.num_processes, loss.requires_grad
+        if not reached and processes == 1:
+            return
+        if not reached:  # the others wait for this process's gradients
+            loss = loss + 0 * sum(one.sum() for one in setup.parameters.values())
+        # processes' gradients are averaged
+        setup.scaler.scale(loss * processes).backward()
+        if reached and self._without_gradient:
+            self._without_gradient = {
+                name for name in self._without_gradient if setup.parameters[name].grad is None
+            }
 
     def _update(self, step: int) -> None:
         setup, most = self.setup, self.setup.settings.max_grad_norm
+        if all(one.grad is None for one in setup.parameters.values()):  # see `_backward`
+            self._grad_norm = 0.0
+            return
         setup.scaler.unscale_(setup.optimizer)
         norm = torch.nn.utils.clip_grad_norm_(
             setup.parameters.values(), math.inf if most is None else most
@@ -214,8 +230,8 @@ class Loop:
             self.log.add(entry)
 
     def _check_gradients(self, step: int) -> None:
-        """Raise ValueError if an adapter is not reached by the data of an epoch. Of modules that are
-        trained in full parts may be unused: LLaVA reads an earlier layer than its tower's last.
+        """Raise ValueError if an adapter is not reached by the data of an epoch. Parts of modules
+        trained in full may be unused: LLaVA reads an earlier layer than its tower's last.
         """
         course = self.setup.course
         if step != min(course.steps_per_epoch, course.steps, _CHECKED_AFTER):

@@ -7,6 +7,13 @@ import numpy as np
 import torch
 
 
+def seed(number: int) -> None:
+    """Seed all generators."""
+    random.seed(number)
+    np.random.seed(number % 2**32)
+    torch.manual_seed(number)
+
+
 def capture() -> dict[str, torch.Tensor]:
     """States of torch's, CUDA's, Python's and numpy's global generators, of this process."""
     version, words, spare = random.getstate()

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mllama.checkpoints.files import write_file
-from mllama.lora.saving import save_adapter_folder
+from mllama.lora.saving import save_lora
 from mllama.train.figures import plot_curves, plot_samples
 from mllama.train.log import NAME as LOG
 from mllama.train.log import Log
@@ -227,6 +227,6 @@ def _write_result(setup: Setup, loop: Loop, output: Path) -> Path:
             setup.model.save_pretrained(folder)
             setup.processor.save_pretrained(folder)
         else:
-            save_adapter_folder(setup.model, folder)
+            save_lora(setup.model, folder, format="peft")
     setup.accelerator.wait_for_everyone()
     return folder

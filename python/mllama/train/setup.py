@@ -10,6 +10,7 @@ from torch import nn
 from torch.utils.data import Subset
 
 from mllama.device import choose_device
+from mllama.train import random_state
 from mllama.train.collate import Collator
 from mllama.train.course import Course, held_out
 from mllama.train.optimizer import make_optimizer
@@ -75,7 +76,7 @@ def set_up(settings: TrainSettings) -> Setup:
 
         features = FeatureCache(model, settings.cache_features)
     dtype = compute_dtype(settings, model)
-    torch.manual_seed(settings.seed + accelerator.process_index)  # of dropout
+    random_state.seed(settings.seed + accelerator.process_index)  # for dropout
     return Setup(
         settings=settings,
         accelerator=accelerator,
