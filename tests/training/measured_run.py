@@ -2,12 +2,11 @@
 
     python tests/training/measured_run.py SETTINGS.json
 
-Prints JSON: `allocated`, the peak of what torch's allocator gave out, counted by the allocator's
-own reports to the profiler, and `resident`, the peak of the whole process.
+Prints the peak of what torch's allocator gave out, in bytes, by the allocator's own reports to the
+profiler.
 """
 
 import json
-import resource
 import sys
 from pathlib import Path
 
@@ -31,17 +30,11 @@ def peak_of(profile: torch.profiler.profile) -> int:
 def main() -> None:
     torch.set_num_threads(1)
     settings = load_settings(None, json.loads(Path(sys.argv[1]).read_text()))
-    if "--profile" in sys.argv:
-        with torch.profiler.profile(
-            activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
-        ) as profile:
-            train(settings)
-        allocated = peak_of(profile)
-    else:
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+    ) as profile:
         train(settings)
-        allocated = None
-    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    print(json.dumps({"allocated": allocated, "resident": resident}))
+    print(peak_of(profile))
 
 
 if __name__ == "__main__":
