@@ -45,6 +45,10 @@ if TYPE_CHECKING:  # the names of `_HOME` for type checkers; tests/test_types.py
     from mllama.processing.detections import parse_detections as parse_detections
     from mllama.processing.tokenizer import Tokenizer as Tokenizer
     from mllama.quant.packer import optimize as optimize
+    from mllama.train.checks import check_frozen as check_frozen
+    from mllama.train.checks import check_gradients as check_gradients
+    from mllama.train.checks import check_labels as check_labels
+    from mllama.train.checks import check_overfit as check_overfit
 
 _HOME = {
     "Linear_LORA": "lora",
@@ -60,6 +64,10 @@ _HOME = {
     "ask": "api",
     "chat_labels": "hf.processors.chat",
     "combine_lora": "lora",
+    "check_frozen": "train.checks",
+    "check_gradients": "train.checks",
+    "check_labels": "train.checks",
+    "check_overfit": "train.checks",
     "convert_linears_to_lora": "lora",
     "convert_to_lora": "lora",
     "delete_lora": "lora",

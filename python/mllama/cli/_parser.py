@@ -5,6 +5,7 @@ import argparse
 from mllama import __version__
 from mllama.cli._arguments import Parser, add_command, add_placed, number, some_text
 from mllama.cli._data_arguments import add_inspect_labels
+from mllama.cli._evaluation import add_eval, add_plan
 from mllama.cli._lora_arguments import add_lora
 from mllama.cli._options import (
     DTYPES,
@@ -50,6 +51,8 @@ def build_parser() -> argparse.ArgumentParser:
         add_inspect_labels,
         _add_verify,
         add_train,
+        add_plan,
+        add_eval,
         _add_info,
     ):
         add(commands)

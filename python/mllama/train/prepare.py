@@ -39,6 +39,19 @@ def prepare_model(
     place = choose_device(settings.device) if device is None else device
     load = api.load_quietly if quiet else api.load
     model, processor = load(settings.model, settings.dtype, place, weights=settings.weights)
+    return model, processor, make_trainable(model, settings, quiet)
+
+
+def make_trainable(model: Any, settings: TrainSettings, quiet: bool = False) -> Adapted | None:
+    """Adapt a model that is loaded, or laid out on the meta device, and choose what is trained.
+
+    Returns:
+        What was adapted; None with method "full", or with an adapter of the settings.
+
+    Raises:
+        TypeError, ValueError, FileNotFoundError: as `mllama.lora.adapt.adapt` and
+            `mllama.load_lora`; the model has no decoder, or cannot be trained so.
+    """
     if not hasattr(model, "language_model"):
         raise ValueError("model must have a decoder: this one has no answers to train")
     torch.manual_seed(settings.seed)
@@ -55,7 +68,7 @@ def prepare_model(
             parameter.data = parameter.data.float()
     if settings.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    return model, processor, adapted
+    return adapted
 
 
 def _adapt(model: nn.Module, settings: TrainSettings, quiet: bool) -> Adapted:
