@@ -53,7 +53,9 @@ def test_every_option_is_read(
         "inspect",
         "inspect-labels",
         "verify",
+        "plan",
         "train",
+        "eval",
         "info",
     }
     recorded = []

@@ -259,5 +259,8 @@ def test_the_summary_of_the_command(settings, tmp_path, capsys, monkeypatch):
     assert cli.main(["train", str(path), "--max-steps", "2", "--resume"]) == 0
     out = capsys.readouterr().out
     assert f"--adapter {tmp_path / 'run/adapter'}" in out and "2 of 2" in out
+    assert cli.main(["train", str(path), "--check", "--json"]) == 0
+    assert all(check["passed"] for check in json.loads(capsys.readouterr().out))
+    assert cli.main(["train", str(path), "--check", "--resume"]) == 2
     assert cli.main(["train", str(path), "--rank", "many"]) == 2
     assert "--rank must be" in capsys.readouterr().err

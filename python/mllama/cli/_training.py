@@ -25,6 +25,11 @@ def add_train(commands) -> None:
         action="store_true",
         help="continue the run in the output folder from its last checkpoint, or begin it",
     )
+    parser.add_argument(
+        "--check",
+        action="store_true",
+        help="only check, on one batch: labels, gradients, frozen weights, whether it is learned",
+    )
     parser.add_argument("--json", action="store_true", help="print the summary as one JSON object")
     add_settings(parser)
 
