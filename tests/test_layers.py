@@ -32,7 +32,9 @@ MUST_NOT_NAME = {
     "python/mllama/quant": r"mllama\.(?!ops|nn|quant)|from mllama import (?!_ext)",
     "python/mllama/runtime": r"mllama\.(hf|cli|api|dropin)|mllama import",
     "python/mllama/lora": r"mllama\.(hf|cli|api|dropin|model|runtime)|mllama import",
+    "python/mllama/evaluate": r"mllama\.(cli|dropin)",
     "python/mllama/hf": r"mllama\.(cli|dropin)",
+    "python/mllama/train": r"mllama\.(cli|dropin)|^\s*(import|from) peft\b",
 }
 LONGEST_FILE, LONGEST_FUNCTION = 400, 80  # lines
 

@@ -12,7 +12,7 @@ import mllama
 import tiny
 from helpers import needs_kernels
 from mllama import MllamaForConditionalGeneration, SiglipModel, optimize
-from mllama.cli._parser import WEIGHTS
+from mllama.cli._options import WEIGHTS
 from mllama.model.fast_decoder import find_obstacle
 from mllama.nn.packed import PackedEmbedding, PackedLinear
 from mllama.quant.packer import AUTO, FILE, RECIPES

@@ -1,8 +1,10 @@
-"""The command line. `mllama --help` lists the commands; each is a module of that name.
+"""The command line. `mllama --help` lists the commands; each is a module of that name, with _ for
+each hyphen.
 
-Only argparse is imported until a command runs. Exit codes: 0; 1 if `inspect` or `verify` found a
-problem; 2 if an argument cannot be used or a command fails, with one line on stderr; 130 after
-Ctrl-C; 141 if stdout is closed. MLLAMA_TRACEBACK=1 raises errors instead of printing them.
+Only argparse and the keys of `mllama train` are imported until a command runs. Exit codes: 0; 1 if
+`inspect` or `verify` found a problem; 2 if an argument cannot be used or a command fails, with one
+line on stderr; 130 after Ctrl-C; 143 if `train` was stopped by SIGTERM; 141 if stdout is closed.
+MLLAMA_TRACEBACK=1 raises errors instead of printing them.
 """
 
 import importlib
@@ -25,7 +27,8 @@ def main(argv: list[str] | None = None) -> int:
     def work() -> int | None:
         arguments = build_parser().parse_args(argv)
         quieten()
-        return importlib.import_module(f"mllama.cli.{arguments.command}").run(arguments)
+        module = arguments.command.replace("-", "_")
+        return importlib.import_module(f"mllama.cli.{module}").run(arguments)
 
     return run_told(work)
 

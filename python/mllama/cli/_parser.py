@@ -1,9 +1,24 @@
-"""The arguments of every command. Imports argparse only."""
+"""The arguments of every command. Imports argparse and the keys of `mllama train`."""
 
 import argparse
 
 from mllama import __version__
-from mllama.cli._arguments import Parser, add_command, add_drafts, add_placed, number, some_text
+from mllama.cli._arguments import Parser, add_command, add_placed, number, some_text
+from mllama.cli._data_arguments import add_inspect_labels
+from mllama.cli._evaluation import add_eval, add_plan
+from mllama.cli._lora_arguments import add_lora
+from mllama.cli._options import (
+    DTYPES,
+    WEIGHTS,
+    add_adapter,
+    add_answering,
+    add_device,
+    add_folder,
+    add_model,
+    add_name,
+    add_reference,
+)
+from mllama.cli._training import add_train
 
 SIZES = {
     "1B": "meta-llama/Llama-3.2-1B-Instruct",
@@ -11,11 +26,7 @@ SIZES = {
     "8B": "meta-llama/Llama-3.1-8B-Instruct",
     "11B": "meta-llama/Llama-3.2-11B-Vision-Instruct",
 }
-DTYPES = ("auto", "float32", "bfloat16", "float16")
 GGUF_DTYPES = ("f16", "bf16", "q8_0", "q4_0", "q4_k")
-KV_CACHES = ("int8", "bf16", "f16", "f32")  # nn.kv_cache's CACHE_DTYPES
-# quant.packer's AUTO, FILE and RECIPES; "none" packs nothing
-WEIGHTS = ("auto", "none", "file", "int4", "int8", "bf16", "f16", "f32")
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -23,7 +34,7 @@ def build_parser() -> argparse.ArgumentParser:
     whole = "Errors are one line; set MLLAMA_TRACEBACK=1 in the environment for the traceback."
     parser = Parser(
         prog="mllama",
-        description="Vision-language models of the Llama family: ask, chat, inspect, verify.",
+        description="Vision-language models of the Llama family: ask, chat, train, verify.",
         epilog=whole,
     )
     parser.add_argument("--version", action="version", version=f"mllama {__version__}")
@@ -35,8 +46,13 @@ def build_parser() -> argparse.ArgumentParser:
         _add_download,
         _add_convert,
         _add_quantize,
+        add_lora,
         _add_inspect,
+        add_inspect_labels,
         _add_verify,
+        add_train,
+        add_plan,
+        add_eval,
         _add_info,
     ):
         add(commands)
@@ -55,8 +71,8 @@ def _add_ask(commands) -> None:
         help="image files ('-': stdin), then the question in quotes ('-': from stdin); for "
         "PaliGemma a prefix such as 'caption en'",
     )
-    _add_model(parser)
-    _add_answering(parser, "print one JSON object instead of streaming the answer")
+    add_model(parser)
+    add_answering(parser, "print one JSON object instead of streaming the answer")
 
 
 def _add_chat(commands) -> None:
@@ -71,14 +87,14 @@ def _add_chat(commands) -> None:
         nargs="*",
         help="image files; without one the conversation is text only",
     )
-    _add_model(parser)
-    _add_answering(parser, "print one JSON object per answer, one per line")
+    add_model(parser, several=True)
+    add_answering(parser, "print one JSON object per answer, one per line")
 
 
 def _add_generate(commands) -> None:
     parser = add_command(commands, "generate", "continue a prompt, with any number of images")
     which = parser.add_mutually_exclusive_group()
-    _add_name(which)
+    add_name(which)
     which.add_argument(
         "--size", choices=SIZES, help="Meta's instruct model of this size, instead of --model"
     )
@@ -108,9 +124,9 @@ def _add_generate(commands) -> None:
         default="mllama",
         help="transformers: run transformers' own class on the same inputs, for comparison",
     )
-    _add_answering(parser, "print one JSON object instead of streaming the answer")
-    _add_adapter(parser)
-    device = _add_device(parser)
+    add_answering(parser, "print one JSON object instead of streaming the answer")
+    add_adapter(parser)
+    device = add_device(parser)
     device.add_argument(
         "--cpu", dest="device", action="store_const", const="cpu", help="the same as --device cpu"
     )
@@ -146,6 +162,7 @@ def _add_convert(commands) -> None:
         help="hf: the family's own format; llava: the same, rejected for other models; gguf: "
         "the decoder, for llama.cpp",
     )
+    add_adapter(parser)
     kinds = (
         f"for a folder {', '.join(DTYPES)} (default: auto, as in IN); for gguf "
         f"{', '.join(GGUF_DTYPES)} (default: f16)"
@@ -208,7 +225,7 @@ def _add_inspect(commands) -> None:
         "inspect",
         "print a model's family, sizes, parameters, memory and loading problems",
     )
-    _add_folder(parser)
+    add_folder(parser)
     parser.add_argument(
         "--context",
         type=number(int, 1),
@@ -244,11 +261,11 @@ def _add_verify(commands) -> None:
         "compare a model, stage by stage, with stock transformers, and cached and batched runs "
         "with plain ones",
     )
-    _add_folder(parser)
+    add_folder(parser)
     parser.add_argument(
         "--dtype", default="float32", choices=DTYPES[1:], help="dtype of both (default: float32)"
     )
-    _add_reference(
+    add_reference(
         parser,
         "reference for the cached and batched runs of Llama-3.2-Vision (default: meta); the "
         "comparison with transformers always uses hf",
@@ -269,121 +286,3 @@ def _add_info(commands) -> None:
         commands, "info", "print installed versions and the machine's capabilities"
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
-
-
-def _add_model(parser: argparse.ArgumentParser) -> None:
-    _add_name(parser)
-    _add_adapter(parser)
-    _add_device(parser)
-
-
-def _add_adapter(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--adapter",
-        metavar="PATH",
-        help="LoRA adapters for the model: a file of mllama.save_lora, or a PEFT folder",
-    )
-
-
-def _add_name(parser) -> None:
-    help = "a model folder, a GGUF file or a model id on the hub (default: the embedded model)"
-    parser.add_argument("--model-id", "--model", dest="model", metavar="MODEL", help=help)
-
-
-def _add_folder(parser: argparse.ArgumentParser) -> None:
-    what = (
-        "a folder of Hugging Face's or Meta's files, a GGUF file or a model id on the hub "
-        "(default: the embedded model)"
-    )
-    add_placed(parser, "folder", "MODEL", what, required=False)
-
-
-def _add_device(parser: argparse.ArgumentParser):
-    """Add --device, --dtype and --reference; returns --device's group, for its aliases."""
-    device = parser.add_mutually_exclusive_group()
-    device.add_argument(
-        "--device", default="auto", help="auto, cpu, cuda, cuda:1 ... (default: auto)"
-    )
-    parser.add_argument(
-        "--dtype", default="auto", choices=DTYPES, help="default: auto, chosen for the device"
-    )
-    parser.add_argument(
-        "--weights",
-        choices=WEIGHTS,
-        default="auto",
-        help="pack the weights: fewer bits, and more tokens per second; file: in the "
-        "file's own types, such as GGUF's blocks; auto (default): the same, float32 in --dtype, "
-        "where no adapter or other device forbids it; none: as tensors",
-    )
-    parser.add_argument(
-        "--gpu-layers",
-        type=number(int, 0),
-        metavar="N",
-        help="for a model that does not fit the GPU: keep the weights of the decoder's first N "
-        "layers there, the others' in the host's memory, from where every pass copies them",
-    )
-    parser.add_argument(
-        "--kv-cache",
-        choices=KV_CACHES,
-        help="store keys and values so (default: in the weights' dtype); int8: 8.5 bits a value",
-    )
-    parser.add_argument(
-        "--image-cache",
-        type=some_text,
-        metavar="DIR",
-        help="keep what is computed of images in files of this folder, at most 8 GiB, for later "
-        "calls",
-    )
-    _add_reference(
-        parser, "meta: Llama-3.2-Vision as trained (default); hf: as transformers computes it"
-    )
-    return device
-
-
-def _add_reference(parser: argparse.ArgumentParser, what: str) -> None:
-    parser.add_argument("--reference", choices=("meta", "hf"), help=what)
-
-
-def _add_answering(parser: argparse.ArgumentParser, json: str) -> None:
-    """Arguments of all commands that generate answers."""
-    parser.add_argument(
-        "--system", metavar="TEXT", help="system prompt, for models whose chat template has one"
-    )
-    parser.add_argument(
-        "--allow-urls", action="store_true", help="download images given as http(s) URLs"
-    )
-    _add_sampling(parser)
-    add_drafts(parser)
-    parser.add_argument(
-        "--timings",
-        action="store_true",
-        help="print how long each stage of an answer took to stderr; with --json as its fields",
-    )
-    parser.add_argument("--json", action="store_true", help=json)
-
-
-def _add_sampling(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--max-new-tokens",
-        type=number(int, 1),
-        metavar="N",
-        help="maximum length of the answer in tokens (default: 128)",
-    )
-    parser.add_argument(
-        "--temperature",
-        type=number(float, 0),
-        metavar="T",
-        help="sample with this temperature (0: greedy)",
-    )
-    parser.add_argument(
-        "--top-p",
-        type=number(float, 0, 1, above=True),
-        metavar="P",
-        help="sample from the likeliest tokens whose probabilities add up to P",
-    )
-    parser.add_argument(
-        "--top-k", type=number(int, 1), metavar="K", help="sample from the K likeliest tokens"
-    )
-    parser.add_argument(
-        "--seed", type=number(int, 0, 2**64 - 1), metavar="N", help="seed of the random numbers"
-    )

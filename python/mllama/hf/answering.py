@@ -7,6 +7,7 @@ import functools
 import inspect
 import numbers
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from transformers import (
 )
 
 from mllama.hf.encoded_images import encode_once
+from mllama.lora.named import lora_active
 from mllama.runtime.checks import check_count, check_room
 from mllama.runtime.completion import Completion, Generation
 from mllama.runtime.progress import DECODE, PROMPT, Progress, Stages, check_progress
@@ -65,11 +67,13 @@ class GenerateSession:
         *,
         on_text: Callable[[int, str], None] | None = None,
         interruptible: bool = False,
+        adapter: str | None = None,
         **generate_kwargs: Any,
     ) -> Generation:
         """As `Session.generate`. With several beams or rows, text comes at the end.
 
         Args:
+            adapter: as `Session.generate` takes it, of a model of this package.
             generate_kwargs: options of transformers' `generate`. Default: at most 128 new tokens,
                 greedy; temperature, top_k, top_p or min_p turn sampling on.
 
@@ -89,7 +93,8 @@ class GenerateSession:
         generate_kwargs["stopping_criteria"] = criteria
         stages.begin(PROMPT, rows * prompt)
         try:
-            sequences = generate(self.model, inputs, **generate_kwargs)
+            with nullcontext() if adapter is None else lora_active(self.model, adapter):
+                sequences = generate(self.model, inputs, **generate_kwargs)
         except KeyboardInterrupt:
             if not interruptible or streamer is None:
                 raise

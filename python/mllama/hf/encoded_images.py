@@ -31,7 +31,7 @@ def encode_once(
     given = dict(inputs)
     if "pixel_values" not in given or not hasattr(model, "image_modules"):
         return given
-    modules = dict(model.image_modules())
+    modules = dict(model.encoder_modules())
     parts = [part for module in modules.values() for part in module.modules()]
     tensors = [
         tensor
@@ -51,11 +51,5 @@ def encode_once(
     if cache is None or known != weights:
         cache = ImageCache(_MAX_BYTES)
         _caches[model] = weights, cache
-    reader = ImageReader(model, cache)
     with torch.inference_mode():
-        images, _ = reader.split(given)
-        features = reader.features(images)
-    if model.spec.has_tiles:  # [rows * images, tiles * patches, hidden]
-        features = features.unflatten(0, (len(given["input_ids"]), -1)).flatten(1, 2)
-    del given["pixel_values"]
-    return given | {"image_features": features}
+        return ImageReader(model, cache).replace_pixels(given)

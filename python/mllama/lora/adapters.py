@@ -8,12 +8,11 @@ import torch
 from torch import nn
 
 from mllama.lora import peft
+from mllama.lora.adapter import Options, parts_of
 from mllama.lora.layer import Linear_LORA, lora_layers
 from mllama.nn.wrappers import plain_key, plain_name, unwrapped
 
-PARTS = ("lora_a", "lora_b")
-_PEFT_PART = re.compile(r"\.lora_([AB])(?:\.default)?\.weight$")
-_KEY = re.compile(r"((?P<name>.*)\.)?(?P<part>lora_[ab])\.weight")
+_KEY = re.compile(r"((?P<name>.*)\.)?(?P<part>lora_[ab]|lora_magnitude)\.weight")
 
 
 @dataclass
@@ -21,12 +20,15 @@ class Adapters:
     """The content of an adapter file.
 
     Attributes:
-        tensors: NAME.lora_a.weight and NAME.lora_b.weight of every layer.
+        tensors: NAME.lora_a.weight and NAME.lora_b.weight of every layer, with DoRA also
+            NAME.lora_magnitude.weight.
         alphas: by layer name; empty if the file has none.
         trained: other parameters, by name.
         dropout: of the layers, in training.
         frozen: names in `trained` that were not trained: embedding and head matrices, which PEFT
             writes next to adapters.
+        format: of the file: "mllama", "peft" or "pth".
+        base: the model that the file names.
     """
 
     tensors: dict[str, torch.Tensor]
@@ -34,16 +36,56 @@ class Adapters:
     trained: dict[str, torch.Tensor] = field(default_factory=dict)
     dropout: float = 0.0
     frozen: frozenset[str] = frozenset()
+    format: str = "mllama"
+    base: str | None = None
+
+    def options(self) -> dict[str, Options]:
+        """What each layer's adapter is made with.
+
+        Raises:
+            ValueError: a layer lacks a part, its rank does not fit, or the file has no alphas.
+        """
+        found = {}
+        layers = {
+            parts["name"] or "": key
+            for key in self.tensors
+            if (parts := _KEY.fullmatch(key)) and parts["part"] == "lora_a"
+        }
+        for name, key in layers.items():
+            down, up = self.tensors[key], self.tensors.get(adapter_key(name, "lora_b.weight"))
+            if up is None or down.dim() != 2 or up.dim() != 2 or up.shape[1] != down.shape[0]:
+                raise ValueError(f"{name} has no two matrices of one rank")
+            if name not in self.alphas:
+                raise ValueError(f"the file does not say which alpha {name} has")
+            dora = adapter_key(name, "lora_magnitude.weight") in self.tensors
+            found[name] = Options(down.shape[0], self.alphas[name], self.dropout, dora)
+        return found
 
 
 def adapter_key(name: str, part: str) -> str:
-    """Key of a layer's `lora_a` or `lora_b` in a file; the name of a lone layer is empty."""
-    return f"{name}.{part}.weight" if name else f"{part}.weight"
+    """Key of a layer's part, such as "lora_a.weight"; the name of a lone layer is empty."""
+    return f"{name}.{part}" if name else part
 
 
-def plain_layers(model: nn.Module) -> dict[str, Linear_LORA]:
-    """LoRA layers by name, without the parts that wrappers add to names."""
-    return {plain_name(model, name): layer for name, layer in lora_layers(model).items()}
+def plain_layers(model: nn.Module, adapter: str | None = None) -> dict[str, Linear_LORA]:
+    """LoRA layers by name, without the parts that wrappers add to names; those that have an adapter
+    of this name.
+    """
+    return {
+        plain_name(model, name): layer
+        for name, layer in lora_layers(model).items()
+        if adapter is None or adapter in layer.adapters()
+    }
+
+
+def part_keys(layers: Mapping[str, Linear_LORA], adapter: str) -> dict[str, str]:
+    """Keys in a file of an adapter -> keys in the model's state dict."""
+    keys = {}
+    for name, layer in layers.items():
+        inside = "" if adapter == layer.name else f"inactive.{adapter}."
+        for part in parts_of(layer.adapters()[adapter]):
+            keys[adapter_key(name, part)] = adapter_key(name, inside + part)
+    return keys
 
 
 def plain_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -59,8 +101,7 @@ def own_adapters(model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> dict[
     layers: dict[str, torch.Tensor] = {}
     trained: dict[str, torch.Tensor] = {}
     for key, tensor in tensors.items():
-        name = key.removeprefix(peft.PREFIX)
-        name = _PEFT_PART.sub(lambda found: f".lora_{found[1].lower()}.weight", name)
+        name = peft.own_key(key.removeprefix(peft.PREFIX))
         (layers if _KEY.fullmatch(name) else trained)[name] = tensor
     found = with_own_names(model, Adapters(layers, {}, trained))
     return found.tensors | found.trained
@@ -75,7 +116,9 @@ def with_own_names(model: nn.Module, found: Adapters) -> Adapters:
 
     def own_key(key: str) -> str:
         parts = split[key]
-        return adapter_key(layers[parts["name"] or ""], parts["part"]) if parts else key
+        if not parts:
+            return key
+        return adapter_key(layers[parts["name"] or ""], f"{parts['part']}.weight")
 
     def own_parameter(name: str) -> str:
         owner, _, leaf = name.rpartition(".")
@@ -87,6 +130,8 @@ def with_own_names(model: nn.Module, found: Adapters) -> Adapters:
         {own_parameter(name): tensor for name, tensor in found.trained.items()},
         found.dropout,
         frozenset(map(own_parameter, found.frozen)),
+        found.format,
+        found.base,
     )
 
 

@@ -7,7 +7,8 @@ from typing import Any, TypeVar
 
 from torch import nn
 
-from mllama.lora.layer import Linear_LORA, check_adapter, lora_layers, matrix_of
+from mllama.lora.adapter import DEFAULT, Options, check_adapter, matrix_of
+from mllama.lora.layer import Linear_LORA, active_name, lora_layers
 from mllama.nn.packed import PackedLinear
 
 _Model = TypeVar("_Model", bound=nn.Module)
@@ -61,21 +62,15 @@ def convert_linears_to_lora(
     found = linear_layers(module, classes)
     _check_found(module, names, [*found, *adapted])
     chosen = {name: layer for name, layer in found.items() if names is None or _fits(name, names)}
-    owners = Counter(
-        id(tensor)
-        for part in module.modules()
-        for tensor in (*part.parameters(recurse=False), *part.buffers(recurse=False))
-    )
-    tied = [name for name, layer in chosen.items() if owners[id(matrix_of(layer))] > 1]
+    tied = tied_layers(module, chosen)
     if tied and (names is not None or len(tied) == len(found) and not adapted):
         raise ValueError(
             f"{', '.join(tied)} shares its weight with another module, so an adapter could not be "
             "merged: leave it out, or give it a weight of its own first"
         )
+    options = Options(rank, alpha, dropout)
     return put_adapters(
-        module,
-        {layer: (rank, alpha) for name, layer in chosen.items() if name not in tied},
-        dropout,
+        module, {layer: options for name, layer in chosen.items() if name not in tied}
     )
 
 
@@ -122,27 +117,81 @@ def linear_layers(
     }
 
 
+def adaptable_layers(module: nn.Module) -> dict[str, Any]:
+    """Linear layers and LoRA layers under each of their dotted names."""
+    return linear_layers(module) | {
+        name: layer
+        for name, layer in module.named_modules(remove_duplicate=False)
+        if isinstance(layer, Linear_LORA)
+    }
+
+
+def tied_layers(module: nn.Module, layers: Mapping[str, nn.Module]) -> list[str]:
+    """Names of linear layers whose weight another module of `module` has too."""
+    owners = Counter(
+        id(tensor)
+        for part in module.modules()
+        for tensor in (*part.parameters(recurse=False), *part.buffers(recurse=False))
+    )
+    return [
+        name
+        for name, layer in layers.items()
+        if isinstance(layer, nn.Linear | PackedLinear) and owners[id(matrix_of(layer))] > 1
+    ]
+
+
 def put_adapters(
     module: nn.Module,
-    chosen: Mapping[nn.Linear | PackedLinear, tuple[int, float]],
-    dropout: float = 0.0,
+    chosen: Mapping[nn.Module, Options],
+    name: str | None = None,
+    freeze: bool = True,
 ) -> dict[str, Linear_LORA]:
-    """Freeze everything but LoRA adapters, then wrap each chosen linear layer, wherever it is used,
-    in a LoRA layer of its (rank, alpha).
+    """Freeze everything but LoRA adapters, then give each chosen linear layer, wherever it is used,
+    a new adapter, which is in use afterwards.
+
+    Args:
+        module: what contains the layers.
+        chosen: linear layers, which are wrapped, and LoRA layers, which get one more.
+        name: the adapter's. Default: the one in use.
+        freeze: False leaves parameters that are no adapter's as they are.
+
+    Returns:
+        The layers by each of their dotted names.
     """
+    name = name or active_name(module) or DEFAULT
     adapters = {
         parameter for layer in lora_layers(module).values() for parameter in layer.adapter()
     }
     for parameter in module.parameters():
-        if parameter not in adapters:
+        if freeze and parameter not in adapters:
             parameter.requires_grad_(False)
-    found = {name: linear for name, linear in linear_layers(module).items() if linear in chosen}
-    wrapped = {
-        linear: Linear_LORA.around(linear, *numbers, dropout) for linear, numbers in chosen.items()
+    found = {
+        each: layer
+        for each, layer in module.named_modules(remove_duplicate=False)
+        if layer in chosen
     }
-    for name, linear in found.items():
-        module.set_submodule(name, wrapped[linear])
-    return {name: wrapped[linear] for name, linear in found.items()}
+    wrapped: dict[nn.Module, Linear_LORA] = {}
+    for layer, options in chosen.items():
+        if isinstance(layer, Linear_LORA):
+            layer.add(name, *options)
+            wrapped[layer] = layer
+        else:
+            wrapped[layer] = Linear_LORA.around(layer, *options, name)  # type: ignore[arg-type]
+    for each, layer in found.items():
+        if layer is not wrapped[layer]:
+            module.set_submodule(each, wrapped[layer])
+    if any(layer.name != name or not layer.active for layer in lora_layers(module).values()):
+        use_adapter(module, name)
+    return {each: wrapped[layer] for each, layer in found.items()}
+
+
+def use_adapter(module: nn.Module, name: str) -> None:
+    """Make the adapter of this name the active one, in all layers that have it."""
+    for layer in lora_layers(module).values():
+        if name in layer.adapters():
+            layer.activate(name)
+        else:
+            layer.deactivate()
 
 
 def _fits(name: str, targets: Iterable[str]) -> bool:

@@ -1,12 +1,22 @@
 """A frozen linear layer with a trainable low-rank update beside it."""
 
-import math
-import numbers
 from typing import Any
 
 import torch
 from torch import nn
 
+from mllama.lora.adapter import (
+    DEFAULT,
+    FIELDS,
+    Adapter,
+    Magnitude,
+    check_adapter,
+    check_name,
+    check_size,
+    dense_weight,
+    name_adapters,
+    row_norms,
+)
 from mllama.nn.adapted import AdaptedLinear, LowRank
 from mllama.nn.packed import PackedLinear
 from mllama.nn.plain import is_plain
@@ -19,12 +29,18 @@ class Linear_LORA(AdaptedLinear):
     """y = x W' + bias + alpha / rank * (dropout(x) A') B', with W and bias frozen, A and B
     trainable (Hu et al., 2021).
 
-    `linear` holds W and the bias, `lora_a` A [rank, in_dim], `lora_b` B [out_dim, rank]. A is
-    initialized as nn.Linear's weights are (Kaiming uniform) and B with zeros, so a new layer
-    computes what `linear` does. Any of the three may be replaced or copied into. The operator
-    `mllama.ops.lora_linear` computes plain children. If one is of another class, has hooks, is
-    float64 or is not frozen, the children are called one after the other. So they are if `linear`
-    is packed, for inference; such a layer cannot be merged.
+    `linear` holds W and the bias, `lora_a` A [rank, in_dim], `lora_b` B [out_dim, rank], float32
+    (float64 beside a layer of that dtype). A is initialized as nn.Linear's weights are (Kaiming
+    uniform) and B with zeros, so a new layer computes what `linear` does. Any of the three may be
+    replaced or copied into. The operator `mllama.ops.lora_linear` computes plain children. If one
+    is of another class, has hooks, is float64 or is not frozen, the children are called one after
+    the other. So they are if `linear` is packed, for inference; such a layer cannot be merged.
+
+    With `lora_magnitude`, DoRA (Liu et al., 2024): every row of the weight W + update is scaled to
+    a trained norm, without a gradient through the norm that it has, as in the paper's section 4.3.
+
+    A layer may have several adapters, of which one is in use. Its parts are the attributes named
+    here; those of the others are in `inactive`, by name.
 
     Args:
         in_dim, out_dim: input and output features.
@@ -36,7 +52,12 @@ class Linear_LORA(AdaptedLinear):
     Attributes:
         rank, alpha: as given. `scale` is alpha / rank.
         dropout: an nn.Dropout.
+        lora_magnitude: None, or a module whose `weight` [out_dim] has DoRA's magnitudes.
         enabled: False skips the update; set by `mllama.lora_disabled`.
+        name: of the adapter whose parts these are.
+        active: False if the model's active adapter is another one, which this layer does not have;
+            set by `mllama.activate_lora`. The update is skipped.
+        inactive: other adapters by name.
         merged_weight: [out_dim, in_dim] after `merge`, else None. Not in state dicts.
 
     Raises:
@@ -45,45 +66,110 @@ class Linear_LORA(AdaptedLinear):
             [0, 1).
     """
 
+    lora_a: nn.Linear
+    lora_b: nn.Linear
+    lora_magnitude: Magnitude | None
+    dropout: nn.Dropout
+    rank: int
+    alpha: float
+    inactive: nn.ModuleDict
     merged_weight: torch.Tensor | None
 
     def __init__(
         self, in_dim: int, out_dim: int, rank: int, alpha: float, dropout: float, bias: bool = False
     ):
         check_adapter(rank, alpha, dropout)
-        _check_size("in_dim", in_dim)
-        _check_size("out_dim", out_dim)
+        check_size("in_dim", in_dim)
+        check_size("out_dim", out_dim)
         super().__init__()
-        self._adapt(nn.Linear(in_dim, out_dim, bias=bias), rank, alpha, dropout)
+        self._adapt(nn.Linear(in_dim, out_dim, bias=bias), DEFAULT, rank, alpha, dropout)
 
     @classmethod
     def around(
-        cls, linear: nn.Linear | PackedLinear, rank: int, alpha: float, dropout: float = 0.0
+        cls,
+        linear: nn.Linear | PackedLinear,
+        rank: int,
+        alpha: float,
+        dropout: float = 0.0,
+        dora: bool = False,
+        name: str = DEFAULT,
     ) -> "Linear_LORA":
-        """Wrap a linear layer, which is frozen. The adapter gets its device, dtype and training
-        mode; float32 beside packed weights.
-        """
+        """Wrap a linear layer, which is frozen. The adapter gets its device and training mode."""
         check_adapter(rank, alpha, dropout)
+        check_name(name)
         layer = cls.__new__(cls)
         nn.Module.__init__(layer)
-        layer._adapt(linear, rank, alpha, dropout)
+        layer._adapt(linear, name, rank, alpha, dropout, dora)
         return layer
 
-    def _adapt(
-        self, linear: nn.Linear | PackedLinear, rank: int, alpha: float, dropout: float
-    ) -> None:
+    def _adapt(self, linear: nn.Linear | PackedLinear, name: str, *options: Any) -> None:
         self.linear = linear.requires_grad_(False)
-        like = matrix_of(linear)
-        # float32 next to quantized weights
-        dtype = like.dtype if like.dtype in (*FLOAT_DTYPES, torch.float64) else torch.float32
-        options: dict[str, Any] = {"bias": False, "device": like.device, "dtype": dtype}
-        self.lora_a = nn.Linear(linear.in_features, rank, **options)
-        self.lora_b = nn.Linear(rank, linear.out_features, **options)
-        nn.init.zeros_(self.lora_b.weight)
-        self.dropout = nn.Dropout(float(dropout))
-        self.rank, self.alpha, self.enabled = rank, alpha, True
+        adapter = Adapter(linear, *options)
+        for field in FIELDS:
+            setattr(self, field, getattr(adapter, field))
+        self.name, self.active, self.enabled = name, True, True
+        self.inactive = nn.ModuleDict()
         self.register_buffer("merged_weight", None, persistent=False)
         self.train(linear.training)
+
+    @property
+    def is_on(self) -> bool:
+        """Whether forward adds an update."""
+        return self.enabled and self.active
+
+    def adapters(self) -> "dict[str, Linear_LORA | Adapter]":
+        """Each adapter's parts by its name; those of the current one are the layer's own."""
+        others: Any = self.inactive
+        return {self.name: self, **others}
+
+    def add(
+        self, name: str, rank: int, alpha: float, dropout: float = 0.0, dora: bool = False
+    ) -> None:
+        """Add a new adapter, which is inactive.
+
+        Raises:
+            ValueError: there is one of this name, or a number is out of range.
+        """
+        check_adapter(rank, alpha, dropout)
+        check_name(name)
+        if name in self.adapters():
+            raise ValueError(f"there is an adapter {name!r} already")
+        made = Adapter(self.linear, rank, alpha, dropout, dora)
+        self.inactive[name] = made.requires_grad_(False).train(self.training)
+
+    def activate(self, name: str) -> None:
+        """Use the adapter of this name: its parts become the layer's own, and are trainable; those
+        of the others are frozen.
+
+        Raises:
+            ValueError: the layer is merged.
+            KeyError: it has no such adapter.
+        """
+        if self.merged_weight is not None:
+            raise ValueError("a merged adapter is in use: call mllama.unmerge_lora(model) first")
+        if name != self.name:
+            other = self.inactive[name]
+            for field in FIELDS:
+                own = getattr(self, field)
+                setattr(self, field, getattr(other, field))
+                setattr(other, field, own)
+            other.requires_grad_(False).train(self.training)
+            # In place of the other one, so that activating that again restores everything.
+            renamed = {self.name if key == name else key: own for key, own in self.inactive.items()}
+            self.inactive.clear()
+            self.inactive.update(renamed)
+            self.name = name
+        self.active = True
+        for parameter in self.adapter():
+            parameter.requires_grad_(True)
+
+    def deactivate(self) -> None:
+        """Skip the update, because the model's active adapter is not in this layer."""
+        if self.merged_weight is not None:
+            raise ValueError("a merged adapter is in use: call mllama.unmerge_lora(model) first")
+        self.active = False
+        for parameter in self.adapter():
+            parameter.requires_grad_(False)
 
     @property
     def scale(self) -> float:
@@ -106,7 +192,7 @@ class Linear_LORA(AdaptedLinear):
         instead of calling it, such as nn.MultiheadAttention. Computed on every access: to copy
         weights in, write to `linear.weight`.
         """
-        if not self.enabled:
+        if not self.is_on:
             return self.linear.weight
         return self._sum() if self.merged_weight is None else self.merged_weight
 
@@ -122,7 +208,7 @@ class Linear_LORA(AdaptedLinear):
         Raises:
             ValueError: the layer is merged and would be trained.
         """
-        if not self.enabled:
+        if not self.is_on:
             return self.linear(x)
         if self.merged_weight is not None:
             if self.training and torch.is_grad_enabled():
@@ -131,23 +217,44 @@ class Linear_LORA(AdaptedLinear):
                     "mllama.unmerge_lora(model) before training"
                 )
             return nn.functional.linear(x, self.merged_weight, self.linear.bias)
+        if self.lora_magnitude is None:
+            return self._low_rank(x, self.linear.bias, recompute)
+        y = self._low_rank(x, None, recompute)
+        y = (y * self._row_factors()).to(y.dtype)
+        return y if self.linear.bias is None else y + self.linear.bias.to(y.dtype)
+
+    def _low_rank(
+        self, x: torch.Tensor, bias: torch.Tensor | None, recompute: Recompute | None
+    ) -> torch.Tensor:
+        """x W' + update, and the bias of `linear`, or None for none."""
         if self._is_plain(x):
             weights = self.linear.weight, self.lora_a.weight, self.lora_b.weight
             return lora_linear(
                 x,
                 *weights,
-                self.linear.bias,
+                bias,
                 self.scale,
                 self.dropout.p if self.dropout.training else 0.0,
                 recompute=recompute,
             )
         y = self.linear(x)
+        if bias is None and self.linear.bias is not None:
+            y = y - self.linear.bias.to(y.dtype)
         if isinstance(self.linear, PackedLinear) and self._has_plain_adapter():
             down = nn.functional.linear(self.dropout(x).float(), self.lora_a.weight.float())
             update = nn.functional.linear(down, self.lora_b.weight.float())
             return y + (update * self.scale).to(y.dtype)
         down = self.lora_a(self.dropout(x).to(self.lora_a.weight.dtype))
         return y + (self.lora_b(down) * self.scale).to(y.dtype)
+
+    def _row_factors(self) -> torch.Tensor:
+        """[out_dim] in float32 or wider: DoRA's magnitudes over the norms of the rows of W +
+        update, which have no gradient. Computed with a temporary matrix of W's size.
+        """
+        assert self.lora_magnitude is not None
+        with torch.no_grad():
+            norms = row_norms(self._direction())
+        return self.lora_magnitude.weight.to(norms.dtype) / norms
 
     def _is_plain(self, x: torch.Tensor) -> bool:
         """Whether the operator computes what calling the children would."""
@@ -164,8 +271,10 @@ class Linear_LORA(AdaptedLinear):
         )
 
     def update(self) -> LowRank | None:
-        if not self.enabled:
+        if not self.is_on:
             return None
+        if self.lora_magnitude is not None:
+            raise ValueError("an adapter has magnitudes (DoRA)")
         if not self._has_plain_adapter():
             raise ValueError("an adapter has hooks, a bias, a forward of its own or another dtype")
         if self.merged_weight is not None or (self.training and self.dropout.p):
@@ -173,8 +282,9 @@ class Linear_LORA(AdaptedLinear):
         return LowRank(self.lora_a.weight, self.lora_b.weight, self.scale)
 
     def adapter(self) -> list[nn.Parameter]:
-        """The trainable parameters: A and B."""
-        return [*self.lora_a.parameters(), *self.lora_b.parameters()]
+        """The trainable parameters of the current adapter: A, B, and DoRA's magnitudes."""
+        parts = (self.lora_a, self.lora_b, self.lora_magnitude)
+        return [parameter for part in parts if part is not None for parameter in part.parameters()]
 
     def merge(self) -> None:
         """Add the update to a copy of W, which forward uses until `unmerge`. W is not changed.
@@ -190,10 +300,12 @@ class Linear_LORA(AdaptedLinear):
         self.merged_weight = None
 
     def unload(self) -> nn.Linear:
-        """Return `linear` with the update added to its weight, as a new parameter: modules that
-        share the old one keep it. The layer is marked, because later adapters of the model do not
-        belong to the checkpoint it was loaded from.
+        """Return `linear` with the update, if it is active, added to its weight, as a new
+        parameter: modules that share the old one keep it. The layer is marked, because later
+        adapters of the model do not belong to the checkpoint it was loaded from.
         """
+        if not self.active:
+            return self.linear
         self.check_mergeable("this layer")
         self.linear.weight = nn.Parameter(self._sum().detach(), requires_grad=False)
         self.linear.__dict__["holds_adapter"] = True
@@ -212,12 +324,19 @@ class Linear_LORA(AdaptedLinear):
                 )
 
     def _sum(self) -> torch.Tensor:
-        """[out_dim, in_dim] in W's dtype; computed in float32 or wider and rounded once."""
-        weight = self.linear.weight
+        """[out_dim, in_dim] in W's dtype: the merged weight, rounded once."""
+        weight = self._direction()
+        if self.lora_magnitude is not None:
+            weight = weight * self._row_factors()[:, None]
+        return weight.to(self.linear.weight.dtype)
+
+    def _direction(self) -> torch.Tensor:
+        """[out_dim, in_dim], W + update in float32 or wider."""
+        weight = dense_weight(self.linear)
         kind = torch.promote_types(weight.dtype, torch.float32)
         with torch.autocast(weight.device.type, enabled=False):
             update = self.lora_b.weight.to(kind) @ self.lora_a.weight.to(kind)
-            return torch.add(weight.to(kind), update, alpha=self.scale).to(weight.dtype)
+            return torch.add(weight.to(kind), update, alpha=self.scale)
 
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any) -> None:
         """Accept the weights of a plain linear layer for `linear`, and drop the merged weight."""
@@ -225,17 +344,14 @@ class Linear_LORA(AdaptedLinear):
             if f"{prefix}{name}" in state_dict:
                 state_dict.setdefault(f"{prefix}linear.{name}", state_dict.pop(f"{prefix}{name}"))
         self.unmerge()
+        name_adapters(state_dict, prefix, self.name, self.inactive.keys())
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def extra_repr(self) -> str:
         text = f"rank={self.rank}, alpha={self.alpha}"
+        text += "" if self.name == DEFAULT and not self.inactive else f", name={self.name!r}"
         text += ", merged" if self.merged_weight is not None else ""
-        return text + (", disabled" if not self.enabled else "")
-
-
-def matrix_of(linear: nn.Linear | PackedLinear) -> torch.Tensor:
-    """The tensor that holds a layer's weight, packed or not."""
-    return linear.packed if isinstance(linear, PackedLinear) else linear.weight
+        return text + (", disabled" if not self.is_on else "")
 
 
 def lora_layers(model: nn.Module) -> dict[str, Linear_LORA]:
@@ -264,27 +380,13 @@ def needed_lora_layers(model: nn.Module) -> dict[str, Linear_LORA]:
     return layers
 
 
+def active_name(model: nn.Module) -> str | None:
+    """Name of the adapter in use, None without LoRA layers."""
+    return next((layer.name for layer in lora_layers(model).values() if layer.active), None)
+
+
 def holds_adapters(model: nn.Module) -> bool:
     """Whether adapters were added to the model's weights permanently, so that its checkpoint has
     other weights.
     """
     return any("holds_adapter" in vars(module) for module in model.modules())
-
-
-def check_adapter(rank: int, alpha: float, dropout: float = 0.0) -> None:
-    """Raise TypeError or ValueError for an invalid rank, alpha or dropout."""
-    _check_size("rank", rank)
-    for name, value in (("alpha", alpha), ("dropout", dropout)):
-        if isinstance(value, bool) or not isinstance(value, numbers.Real):
-            raise TypeError(f"{name} must be a number, got {type(value).__name__}")
-    if not 0 < alpha < math.inf:
-        raise ValueError(f"alpha must be above 0 and finite, got {alpha}")
-    if not 0 <= dropout < 1:
-        raise ValueError(f"dropout must be at least 0 and below 1, got {dropout}")
-
-
-def _check_size(name: str, value: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
-        raise TypeError(f"{name} must be an int, got {type(value).__name__}")
-    if value < 1:
-        raise ValueError(f"{name} must be at least 1, got {value}")

@@ -23,7 +23,8 @@ from mllama.checkpoints.files import (
     write_folder,
     write_json,
 )
-from mllama.lora.layer import Linear_LORA, check_adapter
+from mllama.lora.adapter import Options, check_adapter
+from mllama.lora.layer import Linear_LORA
 
 CONFIG, ADAPTERS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 PREFIX = "base_model.model."
@@ -31,7 +32,9 @@ PREFIX = "base_model.model."
 _WRAPPER = re.compile(r"\.(base_layer|modules_to_save(\.default)?)(?=\.[^.]+$)")
 # PEFT also writes their frozen weights if they were resized or have adapters
 _EMBEDDINGS = ("embed_tokens", "lm_head")
-_KEY = re.compile(r"(?P<name>.+)\.lora_(?P<part>[AB])(\.default)?\.weight")
+_KEY = re.compile(
+    r"(?P<name>.+)\.lora_((?P<part>[AB])(\.default)?\.weight|magnitude_vector(\.default)?(\.weight)?)"
+)
 
 # _READ: fields that define the layers, all honored. _DESCRIPTIVE: fields that do not change what a
 # trained adapter computes.
@@ -42,6 +45,7 @@ _READ = {
     "lora_dropout",
     "rank_pattern",
     "alpha_pattern",
+    "use_dora",
     "use_rslora",
     "target_modules",
     "modules_to_save",
@@ -62,6 +66,15 @@ _ONLY = {
 def is_peft(keys: Iterable[str]) -> bool:
     """Whether tensors have PEFT's names."""
     return any(key.startswith("base_model.") for key in keys)
+
+
+def own_key(name: str) -> str:
+    """NAME.lora_A.weight -> NAME.lora_a.weight, NAME.lora_magnitude_vector ->
+    NAME.lora_magnitude.weight; other names stay.
+    """
+    if not (found := _KEY.fullmatch(name)):
+        return name
+    return f"{found['name']}.lora_{(found['part'] or 'magnitude').lower()}.weight"
 
 
 def weights_file(folder: Path) -> Path:
@@ -132,45 +145,49 @@ def adapted_model(folder: Path) -> str:
 
 def parse(
     where: str, config: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]
-) -> tuple[dict[str, tuple[torch.Tensor, torch.Tensor, float]], dict[str, torch.Tensor]]:
+) -> tuple[dict[str, torch.Tensor], dict[str, float], dict[str, torch.Tensor]]:
     """Sort PEFT's tensors.
 
     Returns:
-        (A, B, alpha) of every layer by the file's name, and other parameters (`learns` says which
-        were trained).
+        The parts of every layer under mllama's keys (`own_key`) with the file's names of layers;
+        each layer's alpha; and other parameters (`learns` says which were trained).
 
     Raises:
-        ValueError: one half of an adapter is missing; a rank or a layer differs from the config;
+        ValueError: a part of an adapter is missing; a rank or a layer differs from the config;
             tensors of another kind.
     """
-    halves: dict[str, dict[str, torch.Tensor]] = {}
+    parts: dict[str, dict[str, torch.Tensor]] = {}
     trained = {}
     for key, tensor in tensors.items():
         name = key.removeprefix(PREFIX)
         if found := _KEY.fullmatch(name):
-            halves.setdefault(found["name"], {})[found["part"]] = tensor
-        elif ".lora_" in key:  # of embeddings, biases, or DoRA's magnitudes
+            parts.setdefault(found["name"], {})[own_key(name)] = tensor
+        elif ".lora_" in key:  # of embeddings, or biases
             raise ValueError(
                 f"{where}: {key} is not supported; only adapters of linear layers are, as "
                 "NAME.lora_A.weight"
             )
         elif ".original_module." not in name:  # a module of modules_to_save before training
             trained[_WRAPPER.sub("", name)] = tensor
+    dims = [2, 2] + [1] * bool(config.get("use_dora"))  # A, B, magnitudes
     if odd := [
         name
-        for name, parts in halves.items()
-        if len(parts) < 2 or any(part.dim() != 2 for part in parts.values())
+        for name, own in parts.items()
+        if sorted((part.dim() for part in own.values()), reverse=True) != dims
     ]:
-        raise ValueError(f"{where}: expected two matrices each for {listing(odd)}")
+        raise ValueError(
+            f"{where}: expected two matrices{' and magnitudes (use_dora)' * (len(dims) > 2)} each for "
+            f"{listing(odd)}"
+        )
     if (targets := config.get("target_modules")) and not isinstance(targets, str):
         ends = tuple(f".{target}" for target in targets)
-        if outside := [name for name in halves if not f".{name}".endswith(ends)]:
+        if outside := [name for name in parts if not f".{name}".endswith(ends)]:
             raise ValueError(f"{where}: target_modules does not name {listing(outside)}")
-    layers = {
-        name: (parts["A"], parts["B"], _alpha(where, config, name, parts["A"].shape[0]))
-        for name, parts in halves.items()
+    alphas = {
+        name: _alpha(where, config, name, own[f"{name}.lora_a.weight"].shape[0])
+        for name, own in parts.items()
     }
-    return layers, trained
+    return {key: part for own in parts.values() for key, part in own.items()}, alphas, trained
 
 
 def learns(config: Mapping[str, Any], name: str) -> bool:
@@ -206,7 +223,7 @@ def _pattern(patterns: Mapping[str, Any] | None, name: str, otherwise: Any) -> A
 
 def write(
     folder: Path,
-    layers: Mapping[str, Linear_LORA],
+    layers: Mapping[str, Options],
     tensors: Mapping[str, torch.Tensor],
     trained: Mapping[str, torch.Tensor],
     modules_to_save: Iterable[str],
@@ -217,15 +234,15 @@ def write(
 
     Args:
         folder: created if needed; other files in it are kept.
-        layers: LoRA layers by name.
-        tensors: NAME.lora_a.weight and NAME.lora_b.weight of each.
+        layers: what each layer's adapter was made with.
+        tensors: NAME.lora_a.weight and NAME.lora_b.weight of each, and DoRA's magnitudes.
         trained: other trained parameters.
         modules_to_save: the modules that they belong to.
         stock_name: maps the model's name of a module or parameter to that of transformers' class.
         base: folder or hub id of the base model.
 
     Raises:
-        ValueError: the folder holds a whole model.
+        ValueError: the folder holds a whole model; only some layers have magnitudes.
     """
     if (folder / "config.json").exists():
         raise ValueError(
@@ -249,12 +266,13 @@ def write(
 
 
 def _peft_key(key: str) -> str:
-    """NAME.lora_a.weight -> NAME.lora_A.weight."""
+    """The inverse of `own_key`."""
+    key = re.sub(r"lora_magnitude\.weight$", "lora_magnitude_vector", key)
     return re.sub(r"lora_([ab])\.weight$", lambda found: f"lora_{found[1].upper()}.weight", key)
 
 
 def _config(
-    layers: Mapping[str, Linear_LORA],
+    layers: Mapping[str, Options],
     modules_to_save: Iterable[str],
     stock_name: Callable[[str], str],
     base: str | None,
@@ -266,10 +284,13 @@ def _config(
     def both(name: str) -> list[str]:
         return list(dict.fromkeys([name, stock_name(name)]))
 
+    (dora, *mixed) = {layer.dora for layer in layers.values()}
+    if mixed:
+        raise ValueError("PEFT's format needs DoRA's magnitudes in all layers or in none")
     rank, alpha, dropout = (
         Counter(values).most_common(1)[0][0]
         for values in zip(
-            *((layer.rank, _number(layer.alpha), layer.dropout.p) for layer in layers.values()),
+            *((layer.rank, _number(layer.alpha), layer.dropout) for layer in layers.values()),
             strict=True,
         )
     )
@@ -298,7 +319,7 @@ def _config(
         or None,
         "bias": "none",
         "use_rslora": False,
-        "use_dora": False,
+        "use_dora": dora,
         "fan_in_fan_out": False,
         "init_lora_weights": True,
     }

@@ -12,15 +12,18 @@ from torch import nn
 
 from mllama.checkpoints.files import listing, save_tensors, write_file
 from mllama.lora import peft
-from mllama.lora.adapters import PARTS, adapter_key, plain_layers, plain_parameters
-from mllama.lora.layer import Linear_LORA, holds_adapters, needed_lora_layers
+from mllama.lora.adapter import DEFAULT, options_of, parts_of
+from mllama.lora.adapters import adapter_key, part_keys, plain_layers, plain_parameters
+from mllama.lora.layer import Linear_LORA, active_name, holds_adapters, needed_lora_layers
 from mllama.nn.wrappers import gathered, may_write, plain_key, plain_name, unwrapped, whole
 
 FORMATS = ("mllama", "peft")
 
 
-def save_lora(model: nn.Module, path: str | os.PathLike, format: str = "mllama") -> None:
-    """Write the adapters atomically. The folder is created if needed.
+def save_lora(
+    model: nn.Module, path: str | os.PathLike, format: str = "mllama", name: str | None = None
+) -> None:
+    """Write an adapter atomically. The folder is created if needed.
 
     Names that torch.compile, DDP and FSDP add are stripped. If the model is sharded over
     processes, every process must call this; the first one writes.
@@ -31,34 +34,56 @@ def save_lora(model: nn.Module, path: str | os.PathLike, format: str = "mllama")
         format: "mllama": one file with the adapters and the alpha of each layer. "peft": a folder
             that `peft.PeftModel` loads onto this model or transformers' own class of it, with the
             modules that were trained next to the adapters.
+        name: which adapter. Default: the one in use.
 
     Raises:
         TypeError: model is not a module.
-        ValueError: model has no LoRA layers; format is unknown; path is a folder instead of a file
-            or the reverse, or a folder that holds a whole model; in PEFT's format, trained
-            parameters in the same module as adapters.
+        ValueError: model has no LoRA layers, or no adapter of that name; format is unknown; path is
+            a folder instead of a file or the reverse, or a folder that holds a whole model; in
+            PEFT's format, trained parameters in the same module as adapters, or magnitudes (DoRA)
+            in some layers alone.
     """
     needed_lora_layers(model)
-    path = Path(path)
+    name, path = name or str(active_name(model)), Path(path)
+    if not (layers := plain_layers(model, name)):
+        raise ValueError(f"name: the model has no adapter {name!r}")
     if format not in FORMATS:
         raise ValueError(f"format must be one of {', '.join(FORMATS)}, got {format!r}")
     if format == "peft":
-        return save_adapter_folder(model, path)
+        return save_adapter_folder(model, path, name)
     if path.is_dir():
         raise ValueError(
             f"path must be a file, such as {path / 'adapters.safetensors'}; {path} is a folder"
         )
-    layers = plain_layers(model)
     with gathered(model):
-        tensors = _adapter_tensors(layers)
-        alphas = json.dumps({name: float(layer.alpha) for name, layer in layers.items()})
+        tensors = _adapter_tensors(layers, name)
+        alphas = {each: float(layer.adapters()[name].alpha) for each, layer in layers.items()}
         if may_write(model):
-            write_file(path, lambda aside: save_tensors(aside, tensors, alpha=alphas))
+            metadata = json.dumps(alphas)
+            write_file(path, lambda aside: save_tensors(aside, tensors, alpha=metadata))
+
+
+def save_adapter_folders(
+    model: nn.Module,
+    folder: Path,
+    state_dict: Mapping[str, torch.Tensor] | None = None,
+    strict: bool = True,
+) -> None:
+    """Save every adapter as PEFT does: the one called "default" in the folder, others in folders of
+    their names in it. A single adapter is saved in the folder itself.
+
+    Arguments as `save_adapter_folder`.
+    """
+    names = sorted({name for layer in plain_layers(model).values() for name in layer.adapters()})
+    for name in names:
+        inside = folder if name == DEFAULT or len(names) == 1 else folder / name
+        save_adapter_folder(model, inside, name, state_dict, strict)
 
 
 def save_adapter_folder(
     model: nn.Module,
     folder: Path,
+    name: str,
     state_dict: Mapping[str, torch.Tensor] | None = None,
     strict: bool = True,
 ) -> None:
@@ -68,40 +93,43 @@ def save_adapter_folder(
     model, because no file holds those weights.
 
     Args:
+        name: the adapter's.
         state_dict: replaces the model's own. It is whole, so no other process takes part.
         strict: False warns instead of raising if PEFT could not read all of it; mllama can.
     """
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"path must be a folder in PEFT's format; {folder} is a file")
-    inner, layers = unwrapped(model), plain_layers(model)
-    modules, loose = _trained_beside(model, layers, strict)
+    inner, layers = unwrapped(model), plain_layers(model, name)
+    modules, loose = _trained_beside(model, strict)
     with gathered(model) if state_dict is None else nullcontext():
         if state_dict is None:
             values: Mapping[str, torch.Tensor] = plain_parameters(model)
-            tensors = _adapter_tensors(layers)
+            tensors = _adapter_tensors(layers, name)
         else:
-            values = {plain_key(name): tensor for name, tensor in state_dict.items()}
-            keys = (adapter_key(name, part) for name in layers for part in PARTS)
-            tensors = {key: _value(values, key) for key in keys}
+            values = {plain_key(key): tensor for key, tensor in state_dict.items()}
+            keys = part_keys(layers, name)
+            tensors = {key: _value(values, own) for key, own in keys.items()}
         inside = tuple(f"{name}." for name in modules)
         trained = {
-            name: _copied(tensor)
-            for name, tensor in values.items()
-            if name in loose or name.startswith(inside)
+            each: _copied(tensor)
+            for each, tensor in values.items()
+            if each in loose or each.startswith(inside)
         }
         stock_name = getattr(inner, "stock_name", str)
         if may_write(model):
-            peft.write(folder, layers, tensors, trained, modules, stock_name, _base_model(inner))
+            options = {each: options_of(layer.adapters()[name]) for each, layer in layers.items()}
+            peft.write(folder, options, tensors, trained, modules, stock_name, _base_model(inner))
 
 
-def _trained_beside(
-    model: nn.Module, layers: Mapping[str, Linear_LORA], strict: bool
-) -> tuple[list[str], list[str]]:
+def _trained_beside(model: nn.Module, strict: bool) -> tuple[list[str], list[str]]:
     """Names of modules trained as a whole, and of other trained parameters, which PEFT's format
     does not support.
     """
     adapters: Iterable[nn.Parameter] = [
-        parameter for layer in layers.values() for parameter in layer.adapter()
+        parameter
+        for layer in plain_layers(model).values()
+        for adapter in layer.adapters().values()
+        for parameter in parts_of(adapter).values()
     ]
     modules, loose = (
         [plain_name(model, name) for name in names] for names in peft.trained_whole(model, adapters)
@@ -123,11 +151,11 @@ def _base_model(inner: nn.Module) -> str | None:
     return getattr(getattr(inner, "config", None), "name_or_path", None) or None
 
 
-def _adapter_tensors(layers: Mapping[str, Linear_LORA]) -> dict[str, torch.Tensor]:
+def _adapter_tensors(layers: Mapping[str, Linear_LORA], adapter: str) -> dict[str, torch.Tensor]:
     return {
-        adapter_key(name, part): _copied(getattr(layer, part).weight)
+        adapter_key(name, part): _copied(parameter)
         for name, layer in layers.items()
-        for part in PARTS
+        for part, parameter in parts_of(layer.adapters()[adapter]).items()
     }
 
 

@@ -12,7 +12,8 @@ _Model = TypeVar("_Model", bound=nn.Module)
 
 
 def lora_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """Parameters A and B of every LoRA layer, each once, for an optimizer.
+    """Parameters A and B of every LoRA layer, and DoRA's magnitudes, each once, for an optimizer.
+    Of several adapters, the active one's.
 
     Args:
         model: a module with LoRA layers.
@@ -28,6 +29,7 @@ def lora_parameters(model: nn.Module) -> list[nn.Parameter]:
         dict.fromkeys(
             parameter
             for layer in needed_lora_layers(model).values()
+            if layer.active
             for parameter in layer.adapter()
         )
     )
@@ -55,7 +57,7 @@ def lora_disabled(model: nn.Module) -> Iterator[None]:
 
 
 def merge_lora(model: nn.Module) -> None:
-    """Merge every adapter into a copy of its layer's weight: inference as fast as without adapters.
+    """Merge the adapter in use into a copy of each layer's weight: inference as fast as without.
 
     The frozen weights are kept, so adapted weights need memory twice. State dicts do not change.
     Merging again uses the adapters' current values. Merged layers cannot be trained.
@@ -66,7 +68,8 @@ def merge_lora(model: nn.Module) -> None:
             none is merged.
     """
     for layer in _mergeable(model):
-        layer.merge()
+        if layer.active:
+            layer.merge()
 
 
 def unmerge_lora(model: nn.Module) -> None:
@@ -85,7 +88,8 @@ def merge_and_unload(model: Linear_LORA) -> nn.Linear: ...
 @overload
 def merge_and_unload(model: _Model) -> _Model: ...
 def merge_and_unload(model: nn.Module) -> nn.Module:
-    """Add every adapter to its layer's weight permanently, and restore plain linear layers.
+    """Add the adapter in use to its layers' weights permanently, and restore plain linear layers;
+    other adapters are dropped.
 
     `save_pretrained` then writes the model in its family's format. Adapters that are added later
     belong to the new weights: save the model, and load the adapters onto it.

@@ -12,7 +12,7 @@ from mllama import _ext
 from mllama.config.spec import TextSpec
 from mllama.fusion.base import DecoderInputs, ModelInputs
 from mllama.fusion.cross_attention import CrossAttentionDecoderLayer
-from mllama.nn.adapted import AdaptedLinear, LowRank, count_changes
+from mllama.nn.adapted import AdaptedLinear, LowRank, adapter_state
 from mllama.nn.cache import Cache
 from mllama.nn.packed import PackedLinear
 from mllama.ops._dispatch import use_kernel
@@ -38,7 +38,7 @@ class FastDecoder:
     """
 
     def __init__(self, decoder: nn.Module):
-        self._changes = count_changes()
+        self._changes = adapter_state()
         if (obstacle := find_obstacle(decoder)) is not None:
             raise ValueError(f"decoder cannot run by decode_step: {obstacle}")
         self.decoder = decoder
@@ -50,7 +50,7 @@ class FastDecoder:
     @property
     def is_current(self) -> bool:
         """False after adapters of any model changed."""
-        return self._changes == count_changes()
+        return self._changes == adapter_state()
 
     def __reduce__(self):
         """A copy is None: the handle is this object's, and a copied model makes its own."""

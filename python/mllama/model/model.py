@@ -126,11 +126,17 @@ class VisionLanguageModel(nn.Module):
             features = self.image_pooling(features)
         return self.multi_modal_projector(features), attentions
 
-    def image_modules(self) -> Iterator[tuple[str, nn.Module]]:
-        """Modules that images pass before any text is read, with their names."""
+    def encoder_modules(self) -> Iterator[tuple[str, nn.Module]]:
+        """Modules that `encode_images` runs, with their names."""
         for name in ("vision_tower", "image_pooling", "multi_modal_projector"):
             if hasattr(self, name):
                 yield name, getattr(self, name)
+
+    def image_modules(self) -> Iterator[tuple[str, nn.Module]]:
+        """Modules that images pass before any text is read, with their names: the encoder's, and
+        those that make keys and values of its features.
+        """
+        yield from self.encoder_modules()
         for index in self.spec.text.cross_attention_layers:
             attention = self.language_model.layers[index].cross_attn
             for name in ("k_proj", "k_norm", "v_proj"):

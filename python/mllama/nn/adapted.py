@@ -1,12 +1,16 @@
 """Linear layers with a low-rank update beside them, as `decode_step` reads them."""
 
+import functools
+import itertools
+from collections.abc import Hashable
 from typing import Any, NamedTuple
 
 import torch
 
 from mllama.nn.plain import RecomputingLinear
 
-_changes = 0
+_counter = itertools.count(1)
+_state = 0
 
 
 class LowRank(NamedTuple):
@@ -20,7 +24,7 @@ class LowRank(NamedTuple):
 class AdaptedLinear(RecomputingLinear):
     """A layer `linear` and a low-rank update.
 
-    Setting an attribute of one is counted, so that who has read its parts can see that they may be
+    Setting an attribute of one is noted, so that who has read its parts can see that they may be
     others now. Values of a and b may be written in place: readers share their memory.
     """
 
@@ -40,11 +44,33 @@ class AdaptedLinear(RecomputingLinear):
 
 
 def note_change() -> None:
-    """Count a change that sets no attribute of an adapted layer: values from a file, packing."""
-    global _changes
-    _changes += 1
+    """Note a change that sets no attribute of an adapted layer: values from a file, packing."""
+    global _state
+    _state = next(_counter)
 
 
-def count_changes() -> int:
-    """How often adapted layers were changed, in all models of this process."""
-    return _changes
+def adapter_state() -> int:
+    """A number that is another one after every change of adapted layers, in all models of this
+    process.
+    """
+    return _state
+
+
+def name_state(before: int, change: Hashable) -> int:
+    """Give the state after a change the number that it had when the same change was made in the
+    same state before, for those who kept what they computed then.
+    """
+    global _state
+    _state = _number(before, change)
+    return _state
+
+
+def return_to_state(number: int) -> None:
+    """Say that all changes since a state were undone."""
+    global _state
+    _state = number
+
+
+@functools.lru_cache(maxsize=256)
+def _number(before: int, change: Hashable) -> int:
+    return next(_counter)

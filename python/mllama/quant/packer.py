@@ -10,7 +10,7 @@ from torch import nn
 
 from mllama import _ext
 from mllama.nn.adapted import note_change
-from mllama.nn.packed import PackedLinear, packed_layer
+from mllama.nn.packed import PackedFormat, PackedLinear, packed_layer
 from mllama.ops._dispatch import has_kernel
 from mllama.ops.packed_gguf import GGUF_BLOCKS, pack_gguf
 from mllama.ops.packed_linear import pack_weight
@@ -135,6 +135,25 @@ class Packer:
         self._put(owner, packed_layer(module, packed, packing, dtype))
         if self._tied and owner == EMBEDDINGS:
             self._put(HEAD, PackedLinear(packed, *reversed(module.weight.shape), packing))
+
+    def lay_out(self, dtype: torch.dtype) -> None:
+        """Put packed layers without values on the meta device, for a model that is there: what a
+        recipe would make of it.
+
+        Args:
+            dtype: of the model's other parameters.
+
+        Raises:
+            ValueError: there is no recipe, but FILE or AUTO.
+        """
+        if self.recipe is None:
+            raise ValueError(f"weights={self.weights!r} depends on files: it cannot be laid out")
+        for owner in sorted(self._left):
+            packing = self._choose(owner, None, dtype)
+            shape = self.model.get_submodule(owner).weight.shape
+            size = PackedFormat(packing, *shape).nbytes
+            packed = torch.empty(size, dtype=torch.uint8, device="meta")
+            self.put(owner, packed, packing, dtype)
 
     def calibrate(self, ids: torch.Tensor) -> None:
         """Pack the layers that get four bits for a text, as `pack_calibrated` does.

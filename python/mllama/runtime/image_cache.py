@@ -5,12 +5,13 @@ import os
 import threading
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
+from torch import nn
 
-from mllama.nn.adapted import count_changes
+from mllama.nn.adapted import adapter_state
 from mllama.nn.plain import all_plain
 from mllama.runtime.checks import check_count
 from mllama.runtime.fingerprint import fingerprint, structure
@@ -58,6 +59,7 @@ class ImageCache:
         self._entries: OrderedDict[bytes, Entry] = OrderedDict()
         self._bytes = 0
         self._model: Callable[[], Any] = lambda: None  # a weak reference
+        self._of_features = False  # which of its modules entries depend on
         self._weights = ""  # their fingerprint, once it is needed after `attach`
         self._state: tuple = ()  # adapters, modules and hooks that the entries were computed with
         self._lock = threading.Lock()
@@ -75,9 +77,14 @@ class ImageCache:
         """Bytes of the entries in memory."""
         return self._bytes
 
-    def attach(self, model: Any) -> None:
+    def attach(self, model: Any, of_features: bool = False) -> None:
         """Say whose images are looked up next. What other adapters, modules or hooks computed is
         dropped, and the weights are looked at again before a file is used.
+
+        Args:
+            model: a `VisionLanguageModel`.
+            of_features: entries are features, which depend on `encoder_modules` alone. Default:
+                they may depend on all `image_modules`.
 
         Raises:
             ValueError: the cache is another model's.
@@ -87,7 +94,8 @@ class ImageCache:
                 self._model = weakref.ref(model)
             elif self._model() is not model:
                 raise ValueError("image_cache must be of this model alone, it is another's already")
-            state = count_changes(), structure(module for _, module in model.image_modules())
+            self._of_features = of_features
+            state = adapter_state(), structure(module for _, module in self._modules(model))
             if self._state != state:
                 self._clear()
             self._state, self._weights = state, ""
@@ -115,7 +123,7 @@ class ImageCache:
 
     def _from_file(self, key: bytes, files: ImageFiles, compute: Callable[[], Entry]) -> Entry:
         model = self._model()
-        modules = list(model.image_modules())
+        modules = list(self._modules(model))
         if not all(all_plain(module) for _, module in modules):
             return compute()
         # Another thread's `attach` may forget it at any time.
@@ -127,6 +135,9 @@ class ImageCache:
             entry = compute()
             files.write(name, entry)
         return entry
+
+    def _modules(self, model: Any) -> Iterable[tuple[str, nn.Module]]:
+        return model.encoder_modules() if self._of_features else model.image_modules()
 
     def _keep(self, key: bytes, entry: Entry) -> None:
         size = _nbytes(entry)

@@ -20,6 +20,8 @@ _log = logging.getLogger(__name__)
 _NAME = re.compile(r"[0-9a-f]{64}\.safetensors")
 _ASIDE = ".*.safetensors-*"  # files that are being written; a killed process leaves them
 _HOUR = 3600
+_SPARE = 32  # part of the limit that is freed beyond it
+_WRITERS = 4  # processes that may write at once without exceeding the limit
 _HEADER = 256  # bytes of a tensor in a file, beside its values, at most
 _DIGEST = "digest"  # name of a tensor: the hash of the key and the others
 
@@ -44,6 +46,7 @@ class ImageFiles:
             raise TypeError(f"folder must be a path, got {folder!r}")
         self._folder, self._max_bytes = Path(os.path.abspath(folder)), max_bytes
         self._folder.mkdir(parents=True, exist_ok=True)
+        self._room = 0  # bytes to write before the files are counted again
 
     def read(self, key: bytes, device: torch.device) -> tuple[torch.Tensor, ...] | None:
         """The tensors of a key, or None."""
@@ -80,7 +83,9 @@ class ImageFiles:
         named[_DIGEST] = torch.tensor(digest, dtype=torch.uint8, device="cpu")
         try:
             write_file(self._path(key), lambda aside: save_tensors(aside, named))
-            self._trim()
+            self._room -= self._path(key).stat().st_size
+            if self._room < 0:
+                self._trim()
         except OSError as error:
             _log.warning("%s: an image's features are not stored: %s", self._folder, error)
 
@@ -92,7 +97,7 @@ class ImageFiles:
             os.utime(path)
 
     def _trim(self) -> None:
-        """Remove the files that were not used for longest, down to the limit."""
+        """Remove the files that were not used for longest if they exceed the limit."""
         found = []
         for path in self._folder.iterdir():
             if _NAME.fullmatch(path.name):
@@ -100,12 +105,15 @@ class ImageFiles:
                     if stat.S_ISREG((state := path.stat()).st_mode):
                         found.append((state.st_mtime_ns, state.st_size, path))
         left = sum(size for _, size, _ in found)
+        # Somewhat below the limit, so that the next writes need not count all files again.
+        most = self._max_bytes - (self._max_bytes // _SPARE if left > self._max_bytes else 0)
         for _, size, path in sorted(found):
-            if left <= self._max_bytes:
+            if left <= most:
                 break
             with contextlib.suppress(PermissionError):  # another user's: the next ones go
                 path.unlink(missing_ok=True)
                 left -= size
+        self._room = (self._max_bytes - left) // _WRITERS
         for path in self._folder.glob(_ASIDE):
             with contextlib.suppress(FileNotFoundError):
                 if path.stat().st_mtime < time.time() - _HOUR:

@@ -87,10 +87,24 @@ class ImageReader:
 
     def features(self, images: Sequence[ImageInput]) -> torch.Tensor:
         """[images, patches, hidden]."""
+        self.cache.attach(self.model, of_features=True)
         entries = self._find(
             images, [image.key for image in images], lambda i: (self._encode(images[i]),)
         )
         return torch.cat([features for (features,) in entries])
+
+    def replace_pixels(self, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Arguments of `forward` with image_features in place of pixel_values.
+
+        Raises:
+            TypeError, ValueError, IndexError: as `split`.
+        """
+        images, _ = self.split(inputs)
+        features = self.features(images)
+        if self.model.spec.has_tiles:  # [rows * images, tiles * patches, hidden]
+            features = features.unflatten(0, (len(inputs["input_ids"]), -1)).flatten(1, 2)
+        rest = {name: value for name, value in inputs.items() if name != "pixel_values"}
+        return rest | {"image_features": features}
 
     def keys(
         self, rows: Sequence[Sequence[ImageInput]], mask: torch.Tensor | None
@@ -116,6 +130,7 @@ class ImageReader:
         ]
         if self._last is not None and self._last[0] == (len(rows), names):
             return self._last[1]
+        self.cache.attach(self.model)
         entries = self._find(images, names, lambda i: self._keys_of(images[i], own[i]))
         shown = tiles.any(0)  # (images, tiles): a row without a tile's keys has zeros there
         entries = [
@@ -161,7 +176,6 @@ class ImageReader:
 
     def _find(self, images: Sequence[ImageInput], names: Sequence[bytes], compute) -> list[Entry]:
         """Entries by name; one of several equal images is computed."""
-        self.cache.attach(self.model)
         found: dict[bytes, Entry] = {}
         missing = {name for name in names if name not in self.cache}
         if missing:

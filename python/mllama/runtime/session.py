@@ -5,11 +5,13 @@ from turn to turn.
 import logging
 import numbers
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 
-from mllama.nn.adapted import count_changes
+from mllama.lora.named import lora_active
+from mllama.nn.adapted import adapter_state
 from mllama.nn.kv_cache import CACHE_DTYPES
 from mllama.runtime.checks import check_count, check_padding, check_room
 from mllama.runtime.completion import Generation, Row
@@ -143,7 +145,7 @@ class Session:
 
     def _look(self) -> tuple:
         """What the cached prompt was computed with, beside weights."""
-        return count_changes(), structure([self.model])
+        return adapter_state(), structure([self.model])
 
     @torch.inference_mode()
     def generate(
@@ -155,6 +157,7 @@ class Session:
         eos_token_id: int | Sequence[int] | None = None,
         on_text: Callable[[int, str], None] | None = None,
         interruptible: bool = False,
+        adapter: str | None = None,
         **sampling: Any,
     ) -> Generation:
         """Generate a completion for every row.
@@ -169,48 +172,61 @@ class Session:
                 be "".
             interruptible: Ctrl-C ends all rows and returns their text so far, instead of raising
                 KeyboardInterrupt.
+            adapter: name of the model's adapter (`mllama.load_lora`) to answer with. Nothing that
+                was computed with another one is used. Default: the one in use.
             sampling: do_sample, temperature, top_k, top_p, min_p, repetition_penalty, seed; see
                 `Sampling`. Greedy unless one of the first five is given.
 
         Raises:
             TypeError: an input or option is unknown or has the wrong type.
             ValueError: an option is out of range or has no effect; padding is on the right; the
-                prompt fills the context; stop or on_text is given without a processor.
+                prompt fills the context; stop or on_text is given without a processor; the model
+                has no such adapter, or one is merged.
             RuntimeError: this session generates already: on_text or another thread called it.
         """
         if self._running:
             raise RuntimeError("generate: this session generates already; use another session")
         check_count("max_new_tokens", max_new_tokens)
-        if self._state != self._look():  # what is cached is of other adapters, modules or hooks
-            self.reset()
-        self._stages = Stages(self.progress)
-        inputs = self._take_inputs(inputs)
-        options = Sampling.choose(sampling, self.settings)
-        stop = self._stop_strings(stop, on_text)
-        ids, mask = inputs["input_ids"], inputs.get("attention_mask")
-        check_room(self.context, ids.shape[1])
-        rows = [Row(index, self.tokenizer, stop, on_text) for index in range(len(ids))]
-        completions = [row.completion for row in rows]
-        result = Generation(completions, ids.shape[1], timings=self._stages.timings)
-        sampler = Sampler(options, ids, None if mask is None else mask != 0)
+        with nullcontext() if adapter is None else lora_active(self.model, adapter):
+            if self._state != self._look():  # what is cached is of other adapters, modules or hooks
+                self.reset()
+            self._stages = Stages(self.progress)
+            inputs = self._take_inputs(inputs)
+            options = Sampling.choose(sampling, self.settings)
+            stop = self._stop_strings(stop, on_text)
+            ids, mask = inputs["input_ids"], inputs.get("attention_mask")
+            check_room(self.context, ids.shape[1])
+            rows = [Row(index, self.tokenizer, stop, on_text) for index in range(len(ids))]
+            completions = [row.completion for row in rows]
+            result = Generation(completions, ids.shape[1], timings=self._stages.timings)
+            sampler = Sampler(options, ids, None if mask is None else mask != 0)
+            reason = self._generate(
+                interruptible,
+                lambda: self._run(
+                    inputs, rows, sampler, max_new_tokens, self._ends(eos_token_id), result
+                ),
+            )
+        for row in rows:
+            row.finish(reason)
+        self._stages.finish()
+        return result
+
+    def _generate(self, interruptible: bool, run: Callable[[], None]) -> str:
+        """Run, and say why rows that have not ended stop; the cache is restored on a throw."""
         self._running = True
         try:
-            self._run(inputs, rows, sampler, max_new_tokens, self._ends(eos_token_id), result)
-            reason = "length"
+            run()
+            return "length"
         except KeyboardInterrupt:
             self._prompt.restore()
             if not interruptible:
                 raise
-            reason = "interrupted"
+            return "interrupted"
         except BaseException:
             self._prompt.restore()
             raise
         finally:
             self._running = False
-        for row in rows:
-            row.finish(reason)
-        self._stages.finish()
-        return result
 
     def _run(
         self,

@@ -1,0 +1,73 @@
+"""Counts the bytes of tensors by kind while torch computes, real ones and fake ones alike."""
+
+import contextlib
+import weakref
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+
+class AllocationTracker(TorchDispatchMode):
+    """Counts the storages that are alive, those of operators' results among them, from their first
+    use to their end.
+
+    Args:
+        vocabulary: floating tensors with this last dimension are of kind "logits".
+
+    Attributes:
+        live: bytes by kind, now.
+        peak: bytes by kind when their sum was highest.
+    """
+
+    def __init__(self, vocabulary: int | None = None):
+        super().__init__()
+        self.live: Counter[str] = Counter()
+        self.peak: Counter[str] = Counter()
+        self._vocabulary, self._kind = vocabulary, "activations"
+        self._known: dict[int, tuple[str, int]] = {}  # storage -> kind, bytes
+
+    def note(self, tensor: torch.Tensor, kind: str) -> None:
+        """Count a tensor, or what was counted of it already, as this kind."""
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key in self._known:
+            before, size = self._known[key]
+            self.live[before] -= size
+        else:
+            size = storage.nbytes()
+            weakref.finalize(storage, self._drop, key)
+        self._known[key] = kind, size
+        self.live[kind] += size
+        if self.live.total() > self.peak.total():
+            self.peak = self.live.copy()
+
+    @contextlib.contextmanager
+    def counting_as(self, kind: str) -> Iterator[None]:
+        """Context in which new tensors are of this kind."""
+        before, self._kind = self._kind, kind
+        try:
+            yield
+        finally:
+            self._kind = before
+
+    def _drop(self, key: int) -> None:
+        kind, size = self._known.pop(key)
+        self.live[kind] -= size
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor) and self._is_new(tensor):
+                self.note(tensor, self._kind_of(tensor))
+        return result
+
+    def _is_new(self, tensor: torch.Tensor) -> bool:
+        return tensor.untyped_storage()._cdata not in self._known
+
+    def _kind_of(self, tensor: torch.Tensor) -> str:
+        wide = tensor.dim() > 1 and tensor.is_floating_point()
+        return "logits" if wide and tensor.shape[-1] == self._vocabulary else self._kind

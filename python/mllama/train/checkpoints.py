@@ -1,0 +1,125 @@
+"""Checkpoints of a run: safetensors and JSON, written aside, flushed and renamed."""
+
+import json
+import re
+import shutil
+import uuid
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+
+from mllama.checkpoints.files import read_json, save_tensors, write_folder
+
+_NAME = re.compile(r"step-(\d{8})")
+_ASIDE = re.compile(r"\.(step-\d{8}|removed)-[0-9a-f]{32}")  # what a killed process leaves
+
+
+@dataclass
+class Checkpoint:
+    """All that a run needs to go on.
+
+    Attributes:
+        step: the last step that was made.
+        weights: trained parameters by name.
+        optimizer: tensors of the optimizer's state.
+        random: states of the random number generators, [processes, ...] each.
+        plain: everything else, as JSON holds it.
+    """
+
+    step: int
+    weights: Mapping[str, torch.Tensor]
+    optimizer: Mapping[str, torch.Tensor]
+    random: Mapping[str, torch.Tensor]
+    plain: dict[str, Any] = field(default_factory=dict)
+
+
+class CheckpointFolder:
+    """The checkpoints of a run.
+
+    Args:
+        folder: where they are; created with the first one.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+
+    def steps(self) -> list[int]:
+        """The steps that have a checkpoint, in order. Each is whole: names appear by a rename."""
+        if not self.folder.is_dir():
+            return []
+        found = (_NAME.fullmatch(path.name) for path in self.folder.iterdir())
+        return sorted(int(match[1]) for match in found if match)
+
+    def path(self, step: int) -> Path:
+        """Where the checkpoint of a step is."""
+        return self.folder / f"step-{step:08}"
+
+    def save(self, checkpoint: Checkpoint) -> None:
+        """Write a checkpoint, all of it or none.
+
+        Raises:
+            OSError: it cannot be written; earlier ones are as they were.
+        """
+
+        def write(aside: Path) -> None:
+            for name in ("weights", "optimizer", "random"):
+                save_tensors(aside / f"{name}.safetensors", _stored(getattr(checkpoint, name)))
+            text = json.dumps({"step": checkpoint.step, **checkpoint.plain}, indent=1)
+            (aside / "state.json").write_text(text + "\n")
+
+        path = self.path(checkpoint.step)
+        if path.exists():  # resumed with nothing left to do
+            return
+        try:
+            write_folder(path, write)
+        except Exception as error:  # safetensors has an exception of its own for a full disk
+            kept = self.steps()
+            last = f"the last whole one is {self.path(kept[-1])}" if kept else "there is none yet"
+            raise OSError(
+                f"the checkpoint of step {checkpoint.step} cannot be written: {error}; {last}"
+            ) from error
+
+    def load(self, step: int) -> Checkpoint:
+        """Read a checkpoint, onto the CPU.
+
+        Raises:
+            ValueError: it is broken.
+        """
+        path = self.path(step)
+        try:
+            parts = {
+                name: load_file(path / f"{name}.safetensors")
+                for name in ("weights", "optimizer", "random")
+            }
+            plain = read_json(path / "state.json")
+            return Checkpoint(plain.pop("step"), **parts, plain=plain)
+        except Exception as error:  # safetensors has an exception of its own
+            raise ValueError(
+                f"the checkpoint {path} is broken ({error}): remove it to resume earlier"
+            ) from error
+
+    def prune(self, keep: int, best: int | None) -> None:
+        """Remove all but the last `keep` and the one of step `best`."""
+        for step in self.steps()[:-keep]:
+            if step != best:
+                self._remove(step)
+
+    def _remove(self, step: int) -> None:
+        aside = self.folder / f".removed-{uuid.uuid4().hex}"
+        self.path(step).rename(aside)  # no half of it is ever found under its name
+        shutil.rmtree(aside, ignore_errors=True)
+
+    def sweep(self) -> None:
+        """Remove what a killed process left."""
+        if self.folder.is_dir():
+            for path in self.folder.iterdir():
+                if _ASIDE.fullmatch(path.name):
+                    shutil.rmtree(path, ignore_errors=True)
+
+
+def _stored(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}

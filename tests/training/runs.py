@@ -1,0 +1,103 @@
+"""A tiny model, a few rows and short runs of `mllama.train` on them."""
+
+import dataclasses
+import json
+import os
+from pathlib import Path
+
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from mllama.train.run import TrainResult, train
+from mllama.train.settings import TrainSettings
+
+COLORS = ("red", "green", "blue", "white", "black")
+TIMES = ("tokens_per_second", "peak_memory")  # of a log: what differs between equal runs
+
+
+def write_rows(folder: Path) -> Path:
+    """Ten rows of unequal length, half of them with an image."""
+    rows = []
+    for number, color in enumerate(COLORS):
+        Image.new("RGB", (40, 30), color).save(folder / f"{color}.png")
+        rows.append({"image": f"{color}.png", "question": "What color?", "answer": color})
+        rows.append({"question": f"Say {number}.", "answer": f"It is {color}. " * (number + 1)})
+    path = folder / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def settings_of(model: Path, data: Path, output: Path, **changes) -> TrainSettings:
+    """Six steps of four rows, with dropout and evaluations."""
+    given = {
+        "model": str(model),
+        "data": str(data),
+        "output": str(output),
+        "eval_fraction": 0.2,
+        "max_steps": 6,
+        "batch_size": 2,
+        "accumulation": 2,
+        "learning_rate": 1e-2,
+        "rank": 2,
+        "dropout": 0.2,
+        "samples": 0,
+        "eval_every": 3,
+        "save_every": 2,
+        "dtype": "float32",
+        "device": "cpu",
+    }
+    return TrainSettings(**given | changes)
+
+
+def in_child(settings: TrainSettings, resume: bool = False) -> int:
+    """Start a run in a forked process that ends with it; returns its id."""
+    child = os.fork()
+    if child:
+        return child
+    try:
+        torch.set_num_threads(1)
+        quiet = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(quiet, 2)
+        result = train(settings, resume)
+        os._exit(0 if result.signal is None else 128 + result.signal)
+    except BaseException as error:
+        (Path(settings.output).parent / "error.txt").write_text(repr(error))
+        os._exit(1)
+
+
+def log_of(output: Path) -> list[dict]:
+    """A run's log, without times."""
+    entries = map(json.loads, (output / "log.jsonl").read_text().splitlines())
+    return [{name: entry[name] for name in entry if name not in TIMES} for entry in entries]
+
+
+def assert_same_run(one: Path, other: Path) -> None:
+    """Two runs ended with the same bits: weights, optimizer, random numbers, adapter and log."""
+    assert log_of(one) == log_of(other)
+    last = [sorted((run / "checkpoints").iterdir())[-1] for run in (one, other)]
+    assert last[0].name == last[1].name
+    for name in ("weights", "optimizer", "random"):
+        assert_same_tensors(*(folder / f"{name}.safetensors" for folder in last))
+    states = [json.loads((folder / "state.json").read_text()) for folder in last]
+    assert states[0] == states[1]
+    assert_same_tensors(*(run / "adapter/adapter_model.safetensors" for run in (one, other)))
+
+
+def assert_same_tensors(one: Path, other: Path) -> None:
+    """Two safetensors files have the same bits."""
+    first, second = load_file(one), load_file(other)
+    assert first.keys() == second.keys() and first
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def replaced(settings: TrainSettings, **changes) -> TrainSettings:
+    """Other settings."""
+    return dataclasses.replace(settings, **changes)
+
+
+def trained(settings: TrainSettings, resume: bool = False) -> TrainResult:
+    """A run that must end by itself."""
+    result = train(settings, resume)
+    assert result.signal is None and result.step == result.steps
+    return result
