@@ -47,6 +47,7 @@ def test_every_option_is_read(
         "download",
         "convert",
         "quantize",
+        "lora",
         "inspect",
         "verify",
         "info",
