@@ -59,6 +59,15 @@ inline void linear_out(const Tensor& x, const Tensor& weight, const std::optiona
     torch::stable::detail::to<Tensor>(stack[0]);  // takes the reference that the call returned
 }
 
+// y = a b: torch's matrix product.
+inline void matmul_out(const Tensor& a, const Tensor& b, const Tensor& y) {
+    using torch::stable::detail::from;
+    std::array<StableIValue, 3> stack{from(a), from(b), from(y)};
+    STABLE_TORCH_ERROR_CODE_CHECK(
+        torch_call_dispatcher("aten::mm", "out", stack.data(), TORCH_ABI_VERSION));
+    torch::stable::detail::to<Tensor>(stack[0]);
+}
+
 // Fresh contiguous memory on like's device. Through the C shim: torch::stable::new_empty goes
 // through the dispatcher by the operator's name and takes twice as long (1.4 us against 0.6), which
 // short calls feel.

@@ -15,8 +15,6 @@ constexpr char kLoraLinearBackwardSchema[] =
     "bool a_gradient, bool b_gradient, bool bias_gradient) "
     "-> (Tensor grad_x, Tensor grad_a, Tensor grad_b, Tensor grad_bias)";
 
-inline Tensor as_rows(const Tensor& t) { return as_matrix(dense(t), row_count(t), last_size(t)); }
-
 struct LoraLinearArgs {
     LoraLinearArgs(const char* op, const Tensor& x_, const Tensor& weight_, const Tensor& a_,
                    const Tensor& b_, const MaybeTensor& bias_, const MaybeTensor& seed_,

@@ -81,6 +81,11 @@ CALLS = {
         {"x": X, "weight": PACKED, "bias": (16,)},
         {"out_features": 16, "packing": "int8"},
     ),
+    "dequantized_linear": Call(
+        ops.dequantized_linear,
+        {"x": X, "weight": PACKED, "bias": (16,)},
+        {"out_features": 16, "packing": "int8"},
+    ),
     **{
         f"pack_weight, {packing}": Call(
             ops.pack_weight, {"weight": (16, 32)}, {"packing": packing}, needs_kernel=True
@@ -160,6 +165,11 @@ BACKWARD = {
         RAW._patch_embed_backward,
         {"grad_y": (1, 4, 5), **PIXELS},
         dict.fromkeys(("pixel_gradient", "weight_gradient", "bias_gradient"), True),
+    ),
+    "dequantized_linear": Call(
+        RAW._dequantized_linear_backward,
+        {"grad_y": (2, 3, 16), "weight": PACKED},
+        {"width": 32, "packing": INT8},
     ),
     "lora_linear": Call(
         RAW._lora_linear_backward,

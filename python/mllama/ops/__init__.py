@@ -3,6 +3,7 @@ registers them with torch.
 """
 
 from mllama.ops.attention import attention, attention_weights
+from mllama.ops.dequantized_linear import dequantized_linear
 from mllama.ops.gated import geglu, swiglu
 from mllama.ops.image import resize, resize_normalize
 from mllama.ops.layer_norm import layer_norm
@@ -21,6 +22,7 @@ __all__ = [
     "attention",
     "attention_weights",
     "dequantize_rows",
+    "dequantized_linear",
     "geglu",
     "layer_norm",
     "linear_cross_entropy",
