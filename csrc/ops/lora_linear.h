@@ -1,34 +1,33 @@
 // lora_linear: schemas, checks, and all but the products of low rank, shared by all devices.
 #pragma once
 
-#include "core/rows.h"
 #include "kernels/cpu/lora_linear.h"
+#include "ops/frozen_weight.h"
 
 namespace mllama {
 
 constexpr char kLoraLinearSchema[] =
     "lora_linear(Tensor x, Tensor weight, Tensor lora_a, Tensor lora_b, Tensor? bias, "
-    "Tensor? seed, float scale, float dropout) -> (Tensor y, Tensor small)";
+    "Tensor? seed, float scale, float dropout, int packing=-1) -> (Tensor y, Tensor small)";
 constexpr char kLoraLinearBackwardSchema[] =
     "_lora_linear_backward(Tensor grad_y, Tensor x, Tensor weight, Tensor lora_a, Tensor lora_b, "
     "Tensor? bias, Tensor small, Tensor? seed, float scale, float dropout, bool x_gradient, "
-    "bool a_gradient, bool b_gradient, bool bias_gradient) "
+    "bool a_gradient, bool b_gradient, bool bias_gradient, int packing=-1) "
     "-> (Tensor grad_x, Tensor grad_a, Tensor grad_b, Tensor grad_bias)";
 
 struct LoraLinearArgs {
-    LoraLinearArgs(const char* op, const Tensor& x_, const Tensor& weight_, const Tensor& a_,
-                   const Tensor& b_, const MaybeTensor& bias_, const MaybeTensor& seed_,
-                   double scale, double dropout)
-        : dtype(checked(op, x_, weight_, a_, b_)),
+    LoraLinearArgs(const char* op, const Tensor& x_, const Tensor& a_, const Tensor& b_,
+                   const MaybeTensor& bias_, const MaybeTensor& seed_, double scale,
+                   double dropout)
+        : dtype(checked(op, x_, a_, b_)),
           a_dtype(dtype_of(op, "lora_a", a_)),
           b_dtype(dtype_of(op, "lora_b", b_)),
           x(as_rows(x_)),
-          weight(to_dtype(weight_, x_.scalar_type())),
           a(dense(a_)),
           b(dense(b_)),
           scale(scale),
           dropout(dropout),
-          out(weight_.size(0)),
+          out(b_.size(0)),
           rank(a_.size(0)) {
         check(0 <= dropout && dropout < 1, op, "dropout");
         check(dropout == 0 ||
@@ -43,7 +42,6 @@ struct LoraLinearArgs {
 
     Dtype dtype, a_dtype, b_dtype;
     Tensor x;          // [rows, in]
-    Tensor weight;     // [out, in], in x's dtype
     Tensor a, b;       // [rank, in] and [out, rank]
     MaybeTensor bias;  // [out], in x's dtype
     MaybeTensor seed;  // int64 [1], with dropout
@@ -51,13 +49,10 @@ struct LoraLinearArgs {
     int64_t out, rank;
 
   private:
-    static Dtype checked(const char* op, const Tensor& x, const Tensor& weight, const Tensor& a,
-                         const Tensor& b) {
-        dtype_of(op, "weight", weight);
+    static Dtype checked(const char* op, const Tensor& x, const Tensor& a, const Tensor& b) {
         check(x.dim() >= 1, op, "x");
-        check(weight.dim() == 2 && weight.size(1) == last_size(x), op, "weight");
         check(a.dim() == 2 && a.size(0) > 0 && a.size(1) == last_size(x), op, "lora_a");
-        check(b.dim() == 2 && b.size(0) == weight.size(0) && b.size(1) == a.size(0), op, "lora_b");
+        check(b.dim() == 2 && b.size(1) == a.size(0), op, "lora_b");
         return dtype_of(op, "x", x);
     }
 };
@@ -99,18 +94,23 @@ struct LowRankProduct {
     MaybeTensor seed;
 };
 
-// What a device has: down, up and outer of a LowRankProduct, as kernels/cpu/lora_linear.h.
+// What a device has: down, up and outer of a LowRankProduct, as kernels/cpu/lora_linear.h, and
+// Unpack, FrozenWeight's device.
 template <class Device>
 struct LoraLinear {
+    using Weight = FrozenWeight<typename Device::Unpack>;
+
     static std::tuple<Tensor, Tensor> forward(const Tensor& x, const Tensor& weight,
                                               const Tensor& lora_a, const Tensor& lora_b,
                                               const MaybeTensor& bias, const MaybeTensor& seed,
-                                              double scale, double dropout) {
-        LoraLinearArgs l("lora_linear", x, weight, lora_a, lora_b, bias, seed, scale, dropout);
+                                              double scale, double dropout, int64_t packing) {
+        const char* op = "lora_linear";
+        LoraLinearArgs l(op, x, lora_a, lora_b, bias, seed, scale, dropout);
+        Weight frozen(op, weight, packing, l.out, x);
         Tensor y = new_tensor(x, with_last(x, l.out)), small = new_float(x, with_last(x, l.rank));
         Tensor y_rows = as_rows(y);
         Device::down(LowRankProduct(l, l.x, l.a, false, small, 1).with_dropout(l));
-        linear_out(l.x, l.weight, l.bias, y_rows);
+        frozen.multiply(l.x, l.bias, y_rows);
         Device::up(LowRankProduct(l, y_rows, l.b, true, small, scale));
         return {y, small};
     }
@@ -120,9 +120,10 @@ struct LoraLinear {
         const Tensor& grad_y, const Tensor& x, const Tensor& weight, const Tensor& lora_a,
         const Tensor& lora_b, const MaybeTensor& bias, const Tensor& small, const MaybeTensor& seed,
         double scale, double dropout, bool x_gradient, bool a_gradient, bool b_gradient,
-        bool bias_gradient) {
+        bool bias_gradient, int64_t packing) {
         const char* op = "_lora_linear_backward";
-        LoraLinearArgs l(op, x, weight, lora_a, lora_b, bias, seed, scale, dropout);
+        LoraLinearArgs l(op, x, lora_a, lora_b, bias, seed, scale, dropout);
+        Weight frozen(op, weight, packing, l.out, x);
         check(grad_y.dim() == x.dim() && last_size(grad_y) == l.out &&
                   row_count(grad_y) == row_count(x) && grad_y.scalar_type() == x.scalar_type(),
               op, "grad_y");
@@ -130,7 +131,7 @@ struct LoraLinear {
               op, "small");
         Tensor g = as_rows(grad_y), grad_small = new_float(x, small.sizes());
         Tensor grad_x = new_tensor(x, {0}), grad_a = new_tensor(lora_a, {0}),
-               grad_b = new_tensor(lora_b, {0}), grad_bias = new_tensor(bias.value_or(weight), {0});
+               grad_b = new_tensor(lora_b, {0}), grad_bias = new_tensor(bias.value_or(x), {0});
         if (x_gradient || a_gradient)
             Device::down(LowRankProduct(l, g, l.b, true, grad_small, scale));
         if (b_gradient) {
@@ -142,7 +143,7 @@ struct LoraLinear {
             Device::outer(LowRankProduct(l, l.x, grad_a, false, grad_small, 1).with_dropout(l));
         }
         if (x_gradient) {
-            Tensor rows = torch::stable::matmul(g, l.weight);
+            Tensor rows = frozen.gradient(g);
             grad_x = torch::stable::view(rows, x.sizes());
             Device::up(LowRankProduct(l, rows, l.a, false, grad_small, 1).with_dropout(l));
         }

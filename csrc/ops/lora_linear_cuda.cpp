@@ -1,12 +1,15 @@
 #include "core/launcher.h"
 #include "kernels/cuda/lora_linear.h"
 #include "ops/lora_linear.h"
+#include "ops/unpack_cuda.h"
 
 namespace mllama {
 namespace {
 
 class Cuda {
   public:
+    using Unpack = UnpackOnCuda;
+
     static void down(const LowRankProduct& p) {
         Launcher launcher(kOp, p.x);
         launcher.reads("x", p.x);

@@ -24,7 +24,7 @@ class Linear_LORA(AdaptedLinear):
     computes what `linear` does. Any of the three may be replaced or copied into. The operator
     `mllama.ops.lora_linear` computes plain children. If one is of another class, has hooks, is
     float64 or is not frozen, the children are called one after the other. So they are if `linear`
-    is packed, for inference; such a layer cannot be merged.
+    is packed and nothing is trained. A layer around a packed one cannot be merged.
 
     Args:
         in_dim, out_dim: input and output features.
@@ -131,15 +131,17 @@ class Linear_LORA(AdaptedLinear):
                     "mllama.unmerge_lora(model) before training"
                 )
             return nn.functional.linear(x, self.merged_weight, self.linear.bias)
-        if self._is_plain(x):
-            weights = self.linear.weight, self.lora_a.weight, self.lora_b.weight
+        if self._is_plain(x) or self._is_trained_beside_packed(x):
             return lora_linear(
                 x,
-                *weights,
+                matrix_of(self.linear),
+                self.lora_a.weight,
+                self.lora_b.weight,
                 self.linear.bias,
                 self.scale,
                 self.dropout.p if self.dropout.training else 0.0,
                 recompute=recompute,
+                packing=getattr(self.linear, "packing", None),
             )
         y = self.linear(x)
         if isinstance(self.linear, PackedLinear) and self._has_plain_adapter():
@@ -155,6 +157,15 @@ class Linear_LORA(AdaptedLinear):
             return False
         weight = self.linear.weight
         return not weight.requires_grad and weight.dtype in FLOAT_DTYPES and x.dtype in FLOAT_DTYPES
+
+    def _is_trained_beside_packed(self, x: torch.Tensor) -> bool:
+        """The same where `linear` is packed, as long as something is trained: else x is rounded."""
+        return (
+            is_plain(self.linear, PackedLinear)
+            and self._has_plain_adapter()
+            and x.dtype in FLOAT_DTYPES
+            and self.linear.is_trained(x, *self.adapter())
+        )
 
     def _has_plain_adapter(self) -> bool:
         """Whether A and B alone say what the update is, in dtypes that operators take."""

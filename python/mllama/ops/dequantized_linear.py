@@ -59,6 +59,18 @@ def dequantized_linear(
         return reference(x, weight, bias, out_features=out_features, packing=packing)
 
 
+def dequantized_product(
+    rows: torch.Tensor, weight: torch.Tensor, in_features: int, packing: str
+) -> torch.Tensor:
+    """rows W, what `dequantized_linear` gives the gradient of x by: [..., out_features] ->
+    [..., in_features]. Not differentiable, and its arguments are not checked.
+    """
+    if use_kernel("packed_linear", rows):
+        number = PACKINGS[packing].number
+        return _dequantized_linear_backward(rows, weight, in_features, number)
+    return rows @ unpack(weight, rows.shape[-1], in_features, packing).to(rows.dtype)
+
+
 def reference(
     x: torch.Tensor,
     weight: torch.Tensor,
