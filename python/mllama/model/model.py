@@ -176,6 +176,19 @@ class VisionLanguageModel(nn.Module):
             self.lm_head.packed = embeddings.packed
         return self
 
+    def requires_grad_(self, requires_grad: bool = True):
+        """As torch's.
+
+        Raises:
+            ValueError: the model is packed, and its weights would have to be trained.
+        """
+        if requires_grad and any(isinstance(module, PackedLinear) for module in self.modules()):
+            raise ValueError(
+                "the weights of a packed model are frozen: train adapters beside them "
+                "(mllama.convert_linears_to_lora), or a model that is not packed"
+            )
+        return super().requires_grad_(requires_grad)
+
     def read_again(self) -> None:
         """Before a prompt that continues a cache: read the modules for `decode_step` again, so that
         changes of weights and hooks are noticed.

@@ -22,7 +22,7 @@ def dequantized_linear(
     out_features: int,
     packing: str,
 ) -> torch.Tensor:
-    """x W' + bias with W as `unpack_weight` gives it in x's dtype, and gradients for x and bias, but
+    """x W' + bias with W as `unpack_weight` gives it in x's dtype; gradients for x and bias, but
     not for the frozen W. `packed_linear` is faster where there is nothing to train, and rounds x to
     8 bits beside codes.
 
