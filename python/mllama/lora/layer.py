@@ -11,8 +11,7 @@ from mllama.nn.adapted import AdaptedLinear, LowRank
 from mllama.nn.packed import PackedLinear
 from mllama.nn.plain import is_plain
 from mllama.ops._dispatch import FLOAT_DTYPES
-from mllama.ops.lora_linear import lora_linear
-from mllama.ops.recompute import Recompute
+from mllama.ops.lora_linear import LoraLayer, lora_linear
 
 
 class Linear_LORA(AdaptedLinear):
@@ -115,9 +114,8 @@ class Linear_LORA(AdaptedLinear):
         """The bias of `linear`."""
         return self.linear.bias
 
-    def forward(self, x: torch.Tensor, recompute: Recompute | None = None) -> torch.Tensor:
-        """x: [..., in_dim] -> [..., out_dim]. `recompute`: how x was computed, to recompute it in
-        the backward pass instead of storing it.
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x: [..., in_dim] -> [..., out_dim].
 
         Raises:
             ValueError: the layer is merged and would be trained.
@@ -131,16 +129,8 @@ class Linear_LORA(AdaptedLinear):
                     "mllama.unmerge_lora(model) before training"
                 )
             return nn.functional.linear(x, self.merged_weight, self.linear.bias)
-        if self._is_plain(x):
-            weights = self.linear.weight, self.lora_a.weight, self.lora_b.weight
-            return lora_linear(
-                x,
-                *weights,
-                self.linear.bias,
-                self.scale,
-                self.dropout.p if self.dropout.training else 0.0,
-                recompute=recompute,
-            )
+        if (operands := self.operands(x)) is not None:
+            return lora_linear(x, *operands)
         y = self.linear(x)
         if isinstance(self.linear, PackedLinear) and self._has_plain_adapter():
             down = nn.functional.linear(self.dropout(x).float(), self.lora_a.weight.float())
@@ -148,6 +138,13 @@ class Linear_LORA(AdaptedLinear):
             return y + (update * self.scale).to(y.dtype)
         down = self.lora_a(self.dropout(x).to(self.lora_a.weight.dtype))
         return y + (self.lora_b(down) * self.scale).to(y.dtype)
+
+    def operands(self, x: torch.Tensor) -> LoraLayer | None:
+        if not self.enabled or self.merged_weight is not None or not self._is_plain(x):
+            return None
+        dropout = self.dropout.p if self.dropout.training else 0.0
+        weights = self.linear.weight, self.lora_a.weight, self.lora_b.weight
+        return LoraLayer(*weights, self.linear.bias, self.scale, dropout)
 
     def _is_plain(self, x: torch.Tensor) -> bool:
         """Whether the operator computes what calling the children would."""
