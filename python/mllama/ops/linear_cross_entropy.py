@@ -23,7 +23,7 @@ from mllama.ops.cross_entropy import cross_entropy_
 FLOAT32 = torch.finfo(torch.float32)
 REDUCTIONS = ("mean", "sum", "none")
 # Bytes of the logits that exist at once.
-_CHUNK = 1 << 25
+_CHUNK = 44 << 20
 
 
 def linear_cross_entropy(
@@ -318,7 +318,9 @@ def _chunks(
     hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor
 ) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor]]:
     """Some rows, their logits and their targets; all of one dtype."""
-    size = max(1, _CHUNK // (len(weight) * hidden.element_size()))
+    most = max(1, _CHUNK // (len(weight) * hidden.element_size()))
+    # Of one size: products with few rows are slow.
+    size = max(1, -(-len(hidden) // max(1, -(-len(hidden) // most))))
     for start in range(0, len(hidden), size):
         rows = slice(start, start + size)
         yield rows, linear(hidden[rows], weight), targets[rows]
