@@ -24,9 +24,7 @@ def cases() -> Iterator[Case]:
                 yield from _cases(x.to(dtype), packed, weight.to(dtype), packing)
 
 
-def _cases(
-    x: torch.Tensor, packed: torch.Tensor, weight: torch.Tensor, packing: str
-) -> list[Case]:
+def _cases(x: torch.Tensor, packed: torch.Tensor, weight: torch.Tensor, packing: str) -> list[Case]:
     out, width = weight.shape
     flops = 2 * ROWS * out * width
     return both_directions(

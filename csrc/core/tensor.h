@@ -49,7 +49,7 @@ inline Tensor to_dtype(const Tensor& t, ScalarType type) {
     return t.scalar_type() == type ? t : torch::stable::to(t, type);
 }
 
-// y = x weight^T + bias: torch's matrix product.
+// y = x weight^T + bias: torch's matrix product. The bias may be a matrix, also y itself.
 inline void linear_out(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
                        const Tensor& y) {
     using torch::stable::detail::from;

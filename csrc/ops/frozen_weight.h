@@ -47,17 +47,30 @@ class FrozenWeight {
     Tensor gradient(const Tensor& g) const {
         if (!packing_) return torch::stable::matmul(g, weight_);
         Tensor x = new_tensor(g, {g.size(0), in_});
-        int64_t step = tile_size(out_, kernels::kGroup);
-        Tensor memory = new_tensor(g, {std::min(step, in_) * out_});
-        for (int64_t first = 0; first < in_; first += step) {
-            int64_t width = std::min(step, in_ - first);
-            Tensor tile = unpack(memory, 0, out_, first, width);
-            matmul_out(g, tile, torch::stable::narrow(x, 1, first, width));
-        }
+        for_columns(x, [&](const Tensor& tile, const Tensor& part) { matmul_out(g, tile, part); });
         return x;
+    }
+    // x [rows, in] += g W
+    void add_gradient(const Tensor& g, Tensor& x) const {
+        auto add = [&](Tensor w, const Tensor& part) {
+            linear_out(g, torch::stable::transpose(w, 0, 1), part, part);
+        };
+        packing_ ? for_columns(x, add) : add(weight_, x);
     }
 
   private:
+    // Calls body(tile [out, width], columns of x [rows, width]) for all columns.
+    template <class Body>
+    void for_columns(Tensor& x, Body&& body) const {
+        int64_t step = tile_size(out_, kernels::kGroup);
+        Tensor memory = new_tensor(x, {std::min(step, in_) * out_});
+        for (int64_t first = 0; first < in_; first += step) {
+            int64_t width = std::min(step, in_ - first);
+            body(unpack(memory, 0, out_, first, width),
+                 torch::stable::narrow(x, 1, first, width));
+        }
+    }
+
     // How many rows of this length a tile has, or columns, a multiple of `part`.
     static int64_t tile_size(int64_t length, int64_t part) {
         return std::max<int64_t>(Device::kTileElements / std::max<int64_t>(length, 1) / part, 1) *

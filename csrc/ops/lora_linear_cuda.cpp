@@ -14,7 +14,9 @@ class Cuda {
         Launcher launcher(kOp, p.x);
         launcher.reads("x", p.x);
         launcher.reads("factor", p.factor);
-        launcher.writes("small", p.small);
+        // other factors have the other columns
+        p.args.rank == p.args.stride ? launcher.writes("small", p.small)
+                                     : launcher.scratch("small", p.small);
         cuda::low_rank_down(p.args, seed_of(p, launcher), launcher.stream());
         launcher.done();
     }

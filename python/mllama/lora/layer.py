@@ -11,8 +11,7 @@ from mllama.nn.adapted import AdaptedLinear, LowRank
 from mllama.nn.packed import PackedLinear
 from mllama.nn.plain import is_plain
 from mllama.ops._dispatch import FLOAT_DTYPES
-from mllama.ops.lora_linear import lora_linear
-from mllama.ops.recompute import Recompute
+from mllama.ops.lora_linear import LoraLayer, lora_linears
 
 
 class Linear_LORA(AdaptedLinear):
@@ -115,9 +114,8 @@ class Linear_LORA(AdaptedLinear):
         """The bias of `linear`."""
         return self.linear.bias
 
-    def forward(self, x: torch.Tensor, recompute: Recompute | None = None) -> torch.Tensor:
-        """x: [..., in_dim] -> [..., out_dim]. `recompute`: how x was computed, to recompute it in
-        the backward pass instead of storing it.
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x: [..., in_dim] -> [..., out_dim].
 
         Raises:
             ValueError: the layer is merged and would be trained.
@@ -131,18 +129,8 @@ class Linear_LORA(AdaptedLinear):
                     "mllama.unmerge_lora(model) before training"
                 )
             return nn.functional.linear(x, self.merged_weight, self.linear.bias)
-        if self._is_plain(x) or self._is_trained_beside_packed(x):
-            return lora_linear(
-                x,
-                matrix_of(self.linear),
-                self.lora_a.weight,
-                self.lora_b.weight,
-                self.linear.bias,
-                self.scale,
-                self.dropout.p if self.dropout.training else 0.0,
-                recompute=recompute,
-                packing=getattr(self.linear, "packing", None),
-            )
+        if (operands := self.operands(x)) is not None:
+            return lora_linears(x, [operands])[0]
         y = self.linear(x)
         if isinstance(self.linear, PackedLinear) and self._has_plain_adapter():
             down = nn.functional.linear(self.dropout(x).float(), self.lora_a.weight.float())
@@ -150,6 +138,16 @@ class Linear_LORA(AdaptedLinear):
             return y + (update * self.scale).to(y.dtype)
         down = self.lora_a(self.dropout(x).to(self.lora_a.weight.dtype))
         return y + (self.lora_b(down) * self.scale).to(y.dtype)
+
+    def operands(self, x: torch.Tensor) -> LoraLayer | None:
+        if not self.enabled or self.merged_weight is not None:
+            return None
+        if not (self._is_plain(x) or self._is_trained_beside_packed(x)):
+            return None
+        dropout = self.dropout.p if self.dropout.training else 0.0
+        weights = matrix_of(self.linear), self.lora_a.weight, self.lora_b.weight
+        packing = getattr(self.linear, "packing", None)
+        return LoraLayer(*weights, self.linear.bias, self.scale, dropout, packing)
 
     def _is_plain(self, x: torch.Tensor) -> bool:
         """Whether the operator computes what calling the children would."""

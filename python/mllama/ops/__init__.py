@@ -8,7 +8,7 @@ from mllama.ops.gated import geglu, swiglu
 from mllama.ops.image import resize, resize_normalize
 from mllama.ops.layer_norm import layer_norm
 from mllama.ops.linear_cross_entropy import linear_cross_entropy
-from mllama.ops.lora_linear import lora_linear
+from mllama.ops.lora_linear import LoraLayer, lora_linear, lora_linears
 from mllama.ops.packed_gguf import pack_gguf, unpack_gguf
 from mllama.ops.packed_linear import pack_weight, packed_linear, unpack_weight
 from mllama.ops.patch_embed import patch_embed
@@ -18,6 +18,7 @@ from mllama.ops.rope import rope, rope_frequencies, rope_tables
 from mllama.ops.select_token import select_token
 
 __all__ = [
+    "LoraLayer",
     "add_rms_norm",
     "attention",
     "attention_weights",
@@ -27,6 +28,7 @@ __all__ = [
     "layer_norm",
     "linear_cross_entropy",
     "lora_linear",
+    "lora_linears",
     "pack_gguf",
     "pack_weight",
     "packed_linear",

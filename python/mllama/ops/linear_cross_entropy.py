@@ -5,7 +5,6 @@ once.
 import functools
 import math
 from collections.abc import Iterator
-from typing import NamedTuple
 
 import torch
 from torch.nn.functional import linear
@@ -20,14 +19,13 @@ from mllama.ops._dispatch import (
     exact,
 )
 from mllama.ops.cross_entropy import cross_entropy_
-from mllama.ops.dequantized_linear import dequantized_linear, dequantized_product
+from mllama.ops.head import Head
 from mllama.ops.packed_layout import unpack
-from mllama.ops.packed_linear import check_packed, check_packing
 
 FLOAT32 = torch.finfo(torch.float32)
 REDUCTIONS = ("mean", "sum", "none")
 # Bytes of the logits that exist at once.
-_CHUNK = 1 << 25
+_CHUNK = 44 << 20
 
 
 def linear_cross_entropy(
@@ -74,7 +72,7 @@ def linear_cross_entropy(
             unknown, or num_items_in_batch is given for another reduction than "mean", or not
             positive and finite.
     """
-    head = _Head(weight, out_features, packing)
+    head = Head(weight, out_features, packing)
     _check(hidden, head, labels, softcap, reduction, ignore_index, num_items_in_batch)
     dtype = autocast_dtype(hidden)
     if dtype is not None:
@@ -134,35 +132,6 @@ def reference(
     return _reduced(losses, labels, reduction, ignore_index, num_items_in_batch)
 
 
-class _Head(NamedTuple):
-    """The weight of a linear layer, dense or, with the other two, packed."""
-
-    weight: torch.Tensor
-    out_features: int | None
-    packing: str | None
-
-    @property
-    def vocabulary(self) -> int:
-        return len(self.weight) if self.out_features is None else self.out_features
-
-    def to(self, dtype: torch.dtype) -> "_Head":
-        """As products with rows of this dtype take it."""
-        return self if self.packing else self._replace(weight=self.weight.to(dtype))
-
-    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """[n, in] -> [n, vocabulary]."""
-        if self.packing is None:
-            return linear(hidden, self.weight)
-        options = {"out_features": self.vocabulary, "packing": self.packing}
-        return dequantized_linear(hidden, self.weight, **options)
-
-    def gradient(self, scores: torch.Tensor, width: int) -> torch.Tensor:
-        """[n, vocabulary] -> [n, width], for hidden."""
-        if self.packing is None:
-            return scores @ self.weight
-        return dequantized_product(scores, self.weight, width, self.packing)
-
-
 def _reduced(
     losses: torch.Tensor,
     labels: torch.Tensor,
@@ -193,28 +162,6 @@ def _reads_labels(labels: torch.Tensor) -> bool:
     return not torch.compiler.is_compiling() and not labels.is_meta
 
 
-def _check_head(op: str, hidden: torch.Tensor, head: _Head) -> None:
-    width, weight = hidden.shape[-1], head.weight
-    if head.packing is not None:
-        check_packing(op, head.packing)
-        if not isinstance(head.out_features, int) or head.out_features < 1:
-            raise ValueError(
-                f"{op}: out_features must be the rows of the packed weight, "
-                f"got {head.out_features!r}"
-            )
-        check_packed(op, weight, head.out_features, width, head.packing)
-        check_device(op, "weight", weight, "hidden", hidden)
-        return
-    check_tensors(op, hidden=hidden, weight=weight)
-    if head.out_features is not None:
-        raise ValueError(f"{op}: out_features is for a packed weight, got {head.out_features!r}")
-    if weight.dim() != 2 or weight.shape[1] != width or not len(weight):
-        raise ValueError(
-            f"{op}: weight must be [vocabulary, {width}] for hidden {list(hidden.shape)}, "
-            f"got {list(weight.shape)}"
-        )
-
-
 def _check(hidden, head, labels, softcap, reduction, ignore_index, num_items_in_batch) -> None:
     op = "linear_cross_entropy"
     check_tensors(op, hidden=hidden)
@@ -228,7 +175,7 @@ def _check(hidden, head, labels, softcap, reduction, ignore_index, num_items_in_
         raise ValueError(f"{op}: ignore_index must be an int64, got {ignore_index}")
     if hidden.dim() == 0:
         raise ValueError(f"{op}: hidden must have at least one dimension")
-    _check_head(op, hidden, head)
+    head.check(op, hidden)
     if labels.shape != hidden.shape[:-1]:
         raise ValueError(
             f"{op}: labels must be {list(hidden.shape[:-1])} for hidden {list(hidden.shape)}, "
@@ -328,7 +275,7 @@ def _losses(
     losses = hidden.new_empty(len(hidden), dtype=torch.float32)
     gradient = _like_or_empty(hidden, frozen)
     factor = _factor(hidden) if frozen else 0.0
-    head = _Head(weight, out_features, packing).to(hidden.dtype)
+    head = Head(weight, out_features, packing).to(hidden.dtype)
     for rows, scores, target in _chunks(hidden, head, targets):
         losses[rows] = cross_entropy_(scores, target, softcap, factor)
         if frozen:
@@ -348,7 +295,7 @@ def _gradients(
     """Gradients of hidden, if wanted, and weight, from the logits once more."""
     by_hidden = _like_or_empty(hidden, wants_hidden)
     by_weight = torch.zeros_like(weight, dtype=torch.float32)
-    factor, head = _factor(hidden), _Head(weight, None, None).to(hidden.dtype)
+    factor, head = _factor(hidden), Head(weight, None, None).to(hidden.dtype)
     for rows, scores, target in _chunks(hidden, head, targets):
         cross_entropy_(scores, target, softcap, factor)
         if wants_hidden:
@@ -390,10 +337,12 @@ def _factor(hidden: torch.Tensor) -> float:
 
 
 def _chunks(
-    hidden: torch.Tensor, head: _Head, targets: torch.Tensor
+    hidden: torch.Tensor, head: Head, targets: torch.Tensor
 ) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor]]:
     """Some rows, their logits and their targets; all of one dtype."""
-    size = max(1, _CHUNK // (head.vocabulary * hidden.element_size()))
+    most = max(1, _CHUNK // (head.vocabulary * hidden.element_size()))
+    # Of one size: products with few rows are slow.
+    size = max(1, -(-len(hidden) // max(1, -(-len(hidden) // most))))
     for start in range(0, len(hidden), size):
         rows = slice(start, start + size)
         yield rows, head.logits(hidden[rows]), targets[rows]
