@@ -78,6 +78,13 @@ def _packed(packing: str, rows: int) -> KernelCall:
     return KernelCall(ops.packed_linear, Sample(arguments, options), (2,))
 
 
+def _dequantized(packing: str) -> KernelCall:
+    x, weight, bias = _numbers((7, 100), (37, 100), (37,))
+    arguments = x, pack(weight / 10, packing), bias
+    options = {"out_features": 37, "packing": packing}
+    return KernelCall(ops.dequantized_linear, Sample(arguments, options), (2,), (0, 2))
+
+
 def _unpack(packing: str) -> KernelCall:
     packed, rows = pack(_numbers((37, 100))[0], packing), torch.tensor([3, 36, 0], device="cpu")
     return KernelCall(ops.unpack_weight, Sample((packed, 37, 100, packing), {"rows": rows}))
@@ -144,6 +151,7 @@ def _make() -> dict[str, list[KernelCall]]:
         "packed_linear": [
             *(_packed(packing, rows) for packing in ("int4", "int8", "bf16") for rows in (3, 70)),
             _unpack("int4"),
+            _dequantized("int4"),
         ],
     }
 

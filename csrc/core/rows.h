@@ -21,6 +21,9 @@ inline std::vector<int64_t> with_last(const Tensor& t, int64_t size) {
     return sizes;
 }
 
+// A contiguous copy or view as [rows, last size].
+inline Tensor as_rows(const Tensor& t) { return as_matrix(dense(t), row_count(t), last_size(t)); }
+
 inline bool same_kind(const Tensor& a, const Tensor& b) {
     return a.sizes() == b.sizes() && a.scalar_type() == b.scalar_type();
 }

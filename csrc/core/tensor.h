@@ -49,7 +49,7 @@ inline Tensor to_dtype(const Tensor& t, ScalarType type) {
     return t.scalar_type() == type ? t : torch::stable::to(t, type);
 }
 
-// y = x weight^T + bias: torch's matrix product.
+// y = x weight^T + bias: torch's matrix product. The bias may be a matrix, also y itself.
 inline void linear_out(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
                        const Tensor& y) {
     using torch::stable::detail::from;
@@ -57,6 +57,15 @@ inline void linear_out(const Tensor& x, const Tensor& weight, const std::optiona
     STABLE_TORCH_ERROR_CODE_CHECK(
         torch_call_dispatcher("aten::linear", "out", stack.data(), TORCH_ABI_VERSION));
     torch::stable::detail::to<Tensor>(stack[0]);  // takes the reference that the call returned
+}
+
+// y = a b: torch's matrix product.
+inline void matmul_out(const Tensor& a, const Tensor& b, const Tensor& y) {
+    using torch::stable::detail::from;
+    std::array<StableIValue, 3> stack{from(a), from(b), from(y)};
+    STABLE_TORCH_ERROR_CODE_CHECK(
+        torch_call_dispatcher("aten::mm", "out", stack.data(), TORCH_ABI_VERSION));
+    torch::stable::detail::to<Tensor>(stack[0]);
 }
 
 // Fresh contiguous memory on like's device. Through the C shim: torch::stable::new_empty goes

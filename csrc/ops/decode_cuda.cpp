@@ -151,6 +151,7 @@ class Step {
         kernels::LowRank args{.rows = rows_,
                               .width = linear.in,
                               .rank = own.rank,
+                              .stride = own.rank,
                               .dtype = Dtype::f32,
                               .factor_dtype = own.a_dtype,
                               .by_column = false,

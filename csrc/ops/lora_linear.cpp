@@ -1,11 +1,14 @@
 #include "ops/lora_linear.h"
 
 #include "core/threads.h"
+#include "ops/unpack_cpu.h"
 
 namespace mllama {
 namespace {
 
 struct Cpu {
+    using Unpack = UnpackOnCpu;
+
     static void down(const LowRankProduct& product) {
         auto kernel = MLLAMA_CALL(low_rank_down);
         kernels::LowRank args = with_seed(product);

@@ -1,17 +1,22 @@
 #include "core/launcher.h"
 #include "kernels/cuda/lora_linear.h"
 #include "ops/lora_linear.h"
+#include "ops/unpack_cuda.h"
 
 namespace mllama {
 namespace {
 
 class Cuda {
   public:
+    using Unpack = UnpackOnCuda;
+
     static void down(const LowRankProduct& p) {
         Launcher launcher(kOp, p.x);
         launcher.reads("x", p.x);
         launcher.reads("factor", p.factor);
-        launcher.writes("small", p.small);
+        // other factors have the other columns
+        p.args.rank == p.args.stride ? launcher.writes("small", p.small)
+                                     : launcher.scratch("small", p.small);
         cuda::low_rank_down(p.args, seed_of(p, launcher), launcher.stream());
         launcher.done();
     }

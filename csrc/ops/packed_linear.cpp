@@ -7,6 +7,8 @@
 #include "core/pages.h"
 #include "core/threads.h"
 #include "kernels/cpu/pack_gguf.h"
+#include "ops/frozen_weight.h"
+#include "ops/unpack_cpu.h"
 
 namespace mllama {
 namespace {
@@ -47,17 +49,6 @@ Tensor packed_linear(const Tensor& x, const Tensor& weight, const MaybeTensor& b
     return a.y;
 }
 
-// args.dense = the rows of the blocks [first, last).
-void unpack_all(const kernels::PackWeight& args, int64_t first, int64_t last) {
-    auto unpack = MLLAMA_CALL(unpack_blocks);
-    parallel_for(last - first, 1, [&](int64_t begin, int64_t end) {
-        kernels::PackWeight part = args;
-        int64_t bytes = args.in * kernels::kLanes * size_of(args.dtype);
-        part.dense = static_cast<char*>(args.dense) + begin * bytes;
-        unpack(part, first + begin, first + end);
-    });
-}
-
 Tensor pack_weight(const Tensor& weight, int64_t packing_) {
     const char* op = "pack_weight";
     kernels::Packing packing = packing_of(op, packing_);
@@ -72,6 +63,8 @@ Tensor pack_weight(const Tensor& weight, int64_t packing_) {
                              .dtype = dtype,
                              .in = in,
                              .out = out,
+                             .first = 0,
+                             .width = in,
                              .dense = const_cast<void*>(source.const_data_ptr()),
                              .packed = mutable_data<uint8_t>(packed)};
     auto pack = MLLAMA_CALL(pack_weight);
@@ -116,7 +109,7 @@ Tensor unpack_weight(const Tensor& weight, const MaybeTensor& rows, int64_t out,
     UnpackWeightArgs a(op, weight, rows, out, width, packing, type);
     kernels::PackWeight args = a.kernel();
     if (!a.rows) {
-        unpack_all(args, 0, kernels::block_count(out));
+        UnpackOnCpu::unpack(args, 0, kernels::block_count(out));
         return a.dense_rows;
     }
     const int64_t* indices = data<int64_t>(*a.rows);
@@ -136,6 +129,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(mllama, m) {
     define(m, kPackWeightSchema);
     define(m, kPackGgufSchema);
     define(m, kUnpackWeightSchema);
+    define(m, kDequantizedLinearSchema);
+    define(m, kDequantizedLinearBackwardSchema);
 }
 
 STABLE_TORCH_LIBRARY_IMPL(mllama, CPU, m) {
@@ -143,6 +138,9 @@ STABLE_TORCH_LIBRARY_IMPL(mllama, CPU, m) {
     implement(m, "pack_weight", TORCH_BOX(&pack_weight));
     implement(m, "pack_gguf", TORCH_BOX(&pack_gguf));
     implement(m, "unpack_weight", TORCH_BOX(&unpack_weight));
+    implement(m, "dequantized_linear", TORCH_BOX(&DequantizedLinear<UnpackOnCpu>::forward));
+    implement(m, "_dequantized_linear_backward",
+              TORCH_BOX(&DequantizedLinear<UnpackOnCpu>::backward));
 }
 
 }  // namespace mllama

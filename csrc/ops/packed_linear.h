@@ -102,6 +102,8 @@ struct UnpackWeightArgs {
                 .dtype = dtype,
                 .in = width,
                 .out = out,
+                .first = 0,
+                .width = width,
                 .dense = dense_rows.mutable_data_ptr(),
                 .packed = const_cast<uint8_t*>(data<uint8_t>(weight))};
     }

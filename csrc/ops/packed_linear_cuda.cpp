@@ -1,6 +1,8 @@
 #include "core/launcher.h"
 #include "kernels/cuda/packed_linear.h"
+#include "ops/frozen_weight.h"
 #include "ops/packed_linear.h"
+#include "ops/unpack_cuda.h"
 
 namespace mllama {
 namespace {
@@ -57,6 +59,9 @@ Tensor unpack_weight(const Tensor& weight, const MaybeTensor& rows, int64_t out,
 STABLE_TORCH_LIBRARY_IMPL(mllama, MLLAMA_CUDA_KEY, m) {
     implement(m, "packed_linear", TORCH_BOX(&packed_linear));
     implement(m, "unpack_weight", TORCH_BOX(&unpack_weight));
+    implement(m, "dequantized_linear", TORCH_BOX(&DequantizedLinear<UnpackOnCuda>::forward));
+    implement(m, "_dequantized_linear_backward",
+              TORCH_BOX(&DequantizedLinear<UnpackOnCuda>::backward));
 }
 
 }  // namespace mllama

@@ -137,13 +137,3 @@ def test_what_cannot_run_in_one_call_runs_by_layers():
         with counted_steps() as calls:
             Session(model).generate(inputs, max_new_tokens=2)
         assert calls.call_count == 0
-
-
-def test_what_is_refused():
-    model = filled(packed("llama"))
-    for call in (mllama.merge_lora, mllama.merge_and_unload):
-        with pytest.raises(ValueError, match="cannot be merged"):
-            call(model)
-    loss = model(**pairs.pair("llama").inputs()).logits.sum()
-    with pytest.raises(NotImplementedError):
-        loss.backward()

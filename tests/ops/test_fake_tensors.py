@@ -81,6 +81,11 @@ CALLS = {
         {"x": X, "weight": PACKED, "bias": (16,)},
         {"out_features": 16, "packing": "int8"},
     ),
+    "dequantized_linear": Call(
+        ops.dequantized_linear,
+        {"x": X, "weight": PACKED, "bias": (16,)},
+        {"out_features": 16, "packing": "int8"},
+    ),
     **{
         f"pack_weight, {packing}": Call(
             ops.pack_weight, {"weight": (16, 32)}, {"packing": packing}, needs_kernel=True
@@ -161,11 +166,17 @@ BACKWARD = {
         {"grad_y": (1, 4, 5), **PIXELS},
         dict.fromkeys(("pixel_gradient", "weight_gradient", "bias_gradient"), True),
     ),
+    "dequantized_linear": Call(
+        RAW._dequantized_linear_backward,
+        {"grad_y": (2, 3, 16), "weight": PACKED},
+        {"width": 32, "packing": INT8},
+    ),
     "lora_linear": Call(
-        RAW._lora_linear_backward,
+        lambda grad_y, x, weight, lora_a, lora_b, bias, seed, small: RAW._lora_linear_backward(
+            *([grad_y], x, [weight], [lora_a], [lora_b], [bias], small, seed, [1.0], [0.5], [-1]),
+            *(True, True, True, True),
+        ),
         {"grad_y": (2, 3, 8), **LORA, "small": (2, 3, 4)},
-        {"scale": 1.0, "dropout": 0.5}
-        | dict.fromkeys(("x_gradient", "a_gradient", "b_gradient", "bias_gradient"), True),
     ),
 }
 
@@ -231,6 +242,7 @@ def test_a_tensor_on_another_device_is_refused(name, other, way):
 def test_gradients_are_where_the_arguments_are(name, device):
     with fake_tensors():
         gradients = BACKWARD[name].on(device)
+    gradients = torch.utils._pytree.tree_leaves(gradients)
     assert [g.device for g in gradients] == len(gradients) * [torch.device(device)]
 
 

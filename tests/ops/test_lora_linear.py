@@ -11,7 +11,7 @@ from helpers import (
     instruction_sets,
     needs_kernels,
 )
-from mllama.ops import lora_linear
+from mllama.ops import LoraLayer, lora_linear, lora_linears
 from mllama.ops.lora_linear import keep_mask, reference
 
 torch.manual_seed(0)
@@ -23,7 +23,34 @@ X, W, A, B, BIAS = (
     torch.randn(5),
 )
 SEED = torch.tensor([-(1 << 62) - 12345])
+GRAD = torch.randn(4, 5)
+ALL = (True, True, True, True)
 operators = torch.ops.mllama
+
+
+def raw(
+    x, weights, a, b, biases=(), seeds=None, scales=(2.0, 0.5), dropouts=(0.0, 0.0), small=None
+):
+    """The operator's arguments for dense weights; with `small`, those of its backward pass after the
+    gradients.
+    """
+    count = len(weights)
+    numbers = list(scales[:count]), list(dropouts[:count])
+    return (
+        *(x, weights, a, b, list(biases)),
+        *(() if small is None else (small,)),
+        *(seeds, *numbers, [-1] * count),
+    )
+
+
+def group_lists(differentiable):
+    """Two layers' tensors."""
+    lists = [W, W * 2], [A, A * 2], [B, B * 2], [BIAS, BIAS * 2]
+    if differentiable:
+        lists = [[tensor.clone() for tensor in tensors] for tensors in lists]
+        for tensor in (*lists[1], *lists[2]):
+            tensor.requires_grad_()
+    return lists
 
 
 def inputs(shape, out, rank, dtype=torch.float32, adapters=torch.float32):
@@ -64,7 +91,7 @@ def results(function, x, weight, a, b, bias, grad_y, **kwargs):
     "keep", [(), (2, 3), (1, 3, 4)], ids=["all as x", "f32 adapters", "f32 weight, bias and B"]
 )
 def test_lora_linear(keep):
-    small = operators.lora_linear(X, W, A, B, BIAS, SEED, 0.5, 0.25)[1]
+    small = operators.lora_linear(*raw(X, [W], [A], [B], [BIAS], SEED, [0.5], [0.25]))[1]
     check_op(
         lora_linear,
         reference,
@@ -82,51 +109,27 @@ def test_lora_linear(keep):
         keep_float32=keep,
         thread_counts=(),  # see test_the_number_of_threads_does_not_matter
         raw=[
+            (operators.lora_linear.default, raw(X, [W], [A.clone().requires_grad_()], [B], [BIAS])),
             (
                 operators.lora_linear.default,
-                (X, W, A.clone().requires_grad_(), B, BIAS, None, 2.0, 0.0),
+                raw(X.clone().requires_grad_(), [W], [A], [B], [], SEED, [2.0], [0.5]),
             ),
+            (operators.lora_linear.default, raw(X, *group_lists(True))),
             (
-                operators.lora_linear.default,
-                (X.clone().requires_grad_(), W, A, B, None, SEED, 2.0, 0.5),
+                operators._lora_linear_backward.default,
+                ([GRAD], *raw(X, [W], [A], [B], [BIAS], SEED, [0.5], [0.25], small=small), *ALL),
             ),
             (
                 operators._lora_linear_backward.default,
                 (
-                    torch.randn(4, 5),
-                    X,
-                    W,
-                    A,
-                    B,
-                    BIAS,
-                    small,
-                    SEED,
-                    0.5,
-                    0.25,
-                    True,
-                    True,
-                    True,
-                    True,
+                    [GRAD],
+                    *raw(X, [W], [A], [B], [], None, [0.5], small=small),
+                    *(False, False, True, False),
                 ),
             ),
             (
                 operators._lora_linear_backward.default,
-                (
-                    torch.randn(4, 5),
-                    X,
-                    W,
-                    A,
-                    B,
-                    None,
-                    small,
-                    None,
-                    0.5,
-                    0.0,
-                    False,
-                    False,
-                    True,
-                    False,
-                ),
+                ([GRAD, GRAD], *raw(X, *group_lists(False), small=torch.randn(4, 6)), *ALL),
             ),
         ],
         bad_calls=[
@@ -227,22 +230,20 @@ def test_lora_linear(keep):
                 "weight.requires_grad is True, .* weight.requires_grad_",
             ),
             BadCall(
-                lambda: operators.lora_linear(X, W, A, B, BIAS[:3], None, 1.0, 0.0),
+                lambda: operators.lora_linear(*raw(X, [W], [A], [B], [BIAS[:3]])),
                 THROWN,
                 "invalid bias",
             ),
             BadCall(
-                lambda: operators.lora_linear(X, W, A, B.T, None, None, 1.0, 0.0),
-                THROWN,
-                "invalid lora_b",
+                lambda: operators.lora_linear(*raw(X, [W], [A], [B.T])), THROWN, "invalid lora_b"
             ),
             BadCall(
-                lambda: operators.lora_linear(X, W, A, B, None, None, 1.0, 0.5),
+                lambda: operators.lora_linear(*raw(X, [W], [A], [B], [], None, [1.0], [0.5])),
                 THROWN,
                 "invalid seed",
             ),
             BadCall(
-                lambda: operators.lora_linear(X, W, A, B, None, SEED, 1.0, 1.5),
+                lambda: operators.lora_linear(*raw(X, [W], [A], [B], [], SEED, [1.0], [1.5])),
                 THROWN,
                 "invalid dropout",
             ),
@@ -562,3 +563,185 @@ def test_meta():
 def test_inference_mode():
     with torch.inference_mode():
         torch.testing.assert_close(lora_linear(X, W, A, B, BIAS), reference(X, W, A, B, BIAS))
+
+
+# ---- several layers of one x
+
+
+def group(dtype=torch.float32, adapters=torch.float32, width=300, shape=(2, 45)):
+    """x, layers as lists of tensors with biases, and a gradient for each layer's output."""
+    layers = []
+    for out, rank in ((700, 16), (96, 4), (130, 9)):
+        x, *tensors = inputs((*shape, width), out, rank, dtype, adapters)
+        layers.append(tensors)
+    return x, layers, [torch.randn(*shape, len(layer[0])).to(dtype) for layer in layers]
+
+
+def group_results(function, x, layers, grads, wanted=(0, 1, 2)):
+    """Outputs and gradients of x and every layer's A, B and bias."""
+    (x,) = leaves(x)
+    layers = [[weight, *leaves(*others)] for weight, *others in layers]
+    ys = function(x, layers)
+    needed = [x, *(tensor for _, *others in layers for tensor in others)]
+    loss = sum((ys[i] * grads[i]).sum() for i in wanted)
+    found = torch.autograd.grad(loss, needed, allow_unused=True, materialize_grads=True)
+    return [y.detach() for y in ys], list(found)
+
+
+def together(options, seeds=None):
+    return lambda x, layers: lora_linears(
+        x, [LoraLayer(*layer, *one) for layer, one in zip(layers, options, strict=True)], seeds
+    )
+
+
+def apart(function, options, seeds=None):
+    def run(x, layers):
+        return [
+            function(x, *layer, *one, seed=None if seeds is None else seeds[i : i + 1])
+            for i, (layer, one) in enumerate(zip(layers, options, strict=True))
+        ]
+
+    return run
+
+
+SCALES = [(2.0, 0.0), (0.5, 0.0), (1.0, 0.0)]
+DROPPED = [(2.0, 0.25), (0.5, 0.0), (1.0, 0.5)]
+
+
+@pytest.mark.parametrize("options", [SCALES, DROPPED], ids=["plain", "dropout"])
+def test_a_group_against_float64(options):
+    seeds = torch.tensor([3, 4, -5])
+    x, layers, grads = group()
+    doubles = x.double(), [[t.double() for t in one] for one in layers], [g.double() for g in grads]
+    ys, found = group_results(together(options, seeds), x, layers, grads)
+    exact_ys, exact = group_results(apart(plain, options, seeds), *doubles)
+    assert max(errors(ys + found, exact_ys + exact)) <= F32_TOLERANCE
+
+
+@needs_kernels
+@pytest.mark.parametrize("adapters", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("options", [SCALES, DROPPED], ids=["plain", "dropout"])
+def test_a_group_is_its_layers(options, adapters):
+    """All bits but those of x's gradient, which is rounded once for each layer anyway."""
+    seeds = torch.tensor([3, 4, -5])
+    x, layers, grads = group(torch.bfloat16, adapters)
+    ys, found = group_results(together(options, seeds), x, layers, grads)
+    alone_ys, alone = group_results(apart(lora_linear, options, seeds), x, layers, grads)
+    assert all(map(torch.equal, ys, alone_ys))
+    assert all(map(torch.equal, found[1:], alone[1:]))
+    doubles = x.double(), [[t.double() for t in one] for one in layers], [g.double() for g in grads]
+    exact = group_results(apart(plain, options, seeds), *doubles)[1]
+    (ours,), (theirs,) = errors(found[:1], exact[:1]), errors(alone[:1], exact[:1])
+    # With dropout each layer's update is rounded, at the size of the sum.
+    assert ours <= (1.02 if options is SCALES else 1.2) * theirs
+
+
+def test_a_layer_that_nothing_came_of_has_no_gradient():
+    x, layers, grads = group()
+    found = group_results(together(SCALES), x, layers, grads, wanted=(1,))[1]
+    expected = group_results(apart(lora_linear, SCALES), x, layers, grads, wanted=(1,))[1]
+    torch.testing.assert_close(found, expected)
+
+
+def test_frozen_layers_of_a_group():
+    x, layers, grads = group()
+    layers = [LoraLayer(*layer) for layer in layers]
+    (a,) = leaves(layers[1].lora_a)
+    (b,) = leaves(layers[2].lora_b)
+    layers[1], layers[2] = layers[1]._replace(lora_a=a), layers[2]._replace(lora_b=b)
+    ys = lora_linears(x, layers)
+    found = torch.autograd.grad(ys, (a, b), grads)
+    alone = [lora_linear(x, *layer) for layer in layers]
+    expected = torch.autograd.grad(alone[1:], (a, b), grads[1:])
+    torch.testing.assert_close(found, expected)
+
+
+@needs_kernels
+def test_what_a_group_saves_and_allocates():
+    """x once; on the way back one tensor as large as x, its gradient."""
+    x, layers, grads = group(torch.bfloat16, width=640, shape=(256,))
+    (x,) = leaves(x)
+    layers = [LoraLayer(weight, *leaves(a, b), bias) for weight, a, b, bias in layers]
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda tensor: saved.append(tensor) or tensor, lambda tensor: tensor
+    ):
+        ys = lora_linears(x, layers)
+    arguments = {tensor.data_ptr() for layer in layers for tensor in layer[:4]} | {x.data_ptr()}
+    others = [tensor for tensor in saved if tensor.data_ptr() not in arguments]
+    assert [tensor.shape for tensor in others] == [(256, 16 + 4 + 9)]
+    assert sum(tensor.data_ptr() == x.data_ptr() for tensor in saved) == 1
+    torch.autograd.backward(ys, grads, retain_graph=True)
+    x.grad = None
+    for layer in layers:
+        layer.lora_a.grad = layer.lora_b.grad = None
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # torch's matrix product takes some scratch for each
+    try:
+        with torch.profiler.profile(profile_memory=True) as profile:
+            torch.autograd.backward(ys, grads)
+    finally:
+        torch.set_num_threads(threads)
+    sizes = [
+        event.nbytes()
+        for event in profile.profiler.kineto_results.events()
+        if event.name() == "[memory]"
+    ]
+    assert sum(size >= x.nbytes for size in sizes) == 1
+
+
+def test_a_group_compiles():
+    x, layers, _ = group()
+    (x,) = leaves(x)
+    layers = [LoraLayer(weight, *leaves(a, b), bias) for weight, a, b, bias in layers]
+
+    def loss(x):
+        return sum(y.square().sum() for y in lora_linears(x, layers))
+
+    expected = torch.autograd.grad(loss(x), (x, layers[0].lora_a))
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(torch.autograd.grad(compiled(x), (x, layers[0].lora_a)), expected)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointing_of_a_group(reentrant):
+    x, layers, _ = group()
+
+    def gradients(call):
+        torch.manual_seed(7)
+        x_, *tensors = leaves(x, *(t for _, *others in layers for t in others))
+        call(x_, *tensors).backward()
+        return [tensor.grad for tensor in (x_, *tensors)]
+
+    def loss(x, *tensors):
+        made = [
+            LoraLayer(layer[0], *tensors[3 * i : 3 * i + 3], 2.0, 0.5)
+            for i, layer in enumerate(layers)
+        ]
+        return sum(y.square().sum() for y in lora_linears(x, made))
+
+    def checkpointed(*tensors):
+        return checkpoint(loss, *tensors, use_reentrant=reentrant)
+
+    assert all(map(torch.equal, gradients(loss), gradients(checkpointed)))
+
+
+def test_each_layer_of_a_group_draws_a_mask():
+    x, zero = torch.ones(50, 37), torch.zeros(37, 37)
+    layer = LoraLayer(zero, torch.eye(37), torch.eye(37), None, 1.0, 0.5)
+    first, second = lora_linears(x, [layer, layer])
+    assert not torch.equal(first, second)
+
+
+def test_groups_that_are_refused():
+    one = LoraLayer(W, A, B)
+    with pytest.raises(ValueError, match="layers must be at least one"):
+        lora_linears(X, [])
+    with pytest.raises(ValueError, match="bias must be given for all layers or for none"):
+        lora_linears(X, [one, one._replace(bias=BIAS)])
+    with pytest.raises(TypeError, match="lora_a must have one dtype"):
+        lora_linears(X, [one, one._replace(lora_a=A.bfloat16())])
+    with pytest.raises(ValueError, match=r"seed must be \[2\], got \[1\]"):
+        lora_linears(X, [one, one._replace(dropout=0.5)], SEED)
+    with pytest.raises(ValueError, match=r"weight must be \[out, 8\]"):
+        lora_linears(X, [one, one._replace(weight=W.T)])

@@ -112,7 +112,7 @@ void down_by_dots(const LowRank& a, const W* factor, int64_t first_row, int64_t 
             }
             for_vectors(a.width - i,
                         [&](int64_t j, int n) { sum[0] += load(x + i + j) * at(f + i + j, n); });
-            a.small[row * a.rank + c] = a.scale * reduce_add((sum[0] + sum[1]) + (sum[2] + sum[3]));
+            a.small[row * a.stride + c] = a.scale * reduce_add((sum[0] + sum[1]) + (sum[2] + sum[3]));
         }
     }
 }
@@ -126,7 +126,8 @@ void down(const LowRank& a, int64_t first_row, int64_t last_row) {
     int64_t lanes = round_up(a.rank, kWidth);
     Words factor(kSteps * lanes), room(kSteps * lanes);
     Floats x(kTileRows * kSteps);
-    std::fill(a.small + first_row * a.rank, a.small + last_row * a.rank, 0.0f);
+    for (int64_t row = first_row; row < last_row; ++row)
+        std::fill_n(a.small + row * a.stride, a.rank, 0.0f);
     for (int64_t column = 0; column < a.width; column += kSteps) {
         int64_t steps = std::min(kSteps, a.width - column);
         pack_factor(a, column, steps, true, lanes, room, factor);
@@ -141,7 +142,7 @@ void down(const LowRank& a, int64_t first_row, int64_t last_row) {
                 multiply_add<F32Words, kSteps>(tile, as_words(x), 1, factor + lane, lanes, steps);
                 for_tile<kVectors>([&](int r, int n) {
                     int64_t c = lane + n * kWidth, count = std::min<int64_t>(kWidth, a.rank - c);
-                    float* sum = a.small + (row + r) * a.rank + c;
+                    float* sum = a.small + (row + r) * a.stride + c;
                     if (r < rows) put(sum, at(sum, count) + a.scale * tile[r][n], count);
                 });
             });
@@ -160,11 +161,11 @@ class Up {
         if (block != block_) pack(block);
         int64_t row = row_block * kRowBlock, last = std::min(row + kRowBlock, a.rows);
         for (; row + kTileRows <= last; row += kTileRows) {
-            pack_columns<F32Words>([&](int64_t i) { return a.small + (row + i) * a.rank; },
+            pack_columns<F32Words>([&](int64_t i) { return a.small + (row + i) * a.stride; },
                                    kTileRows, kTileRows, a.rank, room_, small_);
             add_rows<kTileRows>(row, small_, kTileRows);
         }
-        for (; row < last; ++row) add_rows<1>(row, as_words(a.small + row * a.rank), 1);
+        for (; row < last; ++row) add_rows<1>(row, as_words(a.small + row * a.stride), 1);
     }
 
   private:
@@ -215,7 +216,7 @@ void outer(const LowRank& a, int64_t block) {
         int64_t rows = std::min(kRowBlock, a.rows - row);
         for (int64_t i = 0; i < rows; ++i)
             widen_with_dropout(a, row + i, first, columns, x + i * kStride, lanes);
-        pack_rows<F32Words>([&](int64_t i) { return a.small + (row + i) * a.rank; }, rows, a.rank,
+        pack_rows<F32Words>([&](int64_t i) { return a.small + (row + i) * a.stride; }, rows, a.rank,
                             ranks, small);
         for (int64_t c = 0; c < a.rank; c += kTileRows) {
             for_lanes(lanes, [&](int64_t lane, auto vectors) {

@@ -1,6 +1,6 @@
 // The three products of a low-rank update, between rows x [rows, width], a factor of low rank and
-// small [rows, rank]: each is computed from the other two. Dropout drops the same elements of x
-// in all three.
+// small [rows, rank], whose rows are `stride` apart: each is computed from the other two. Dropout
+// drops the same elements of x in all three.
 #pragma once
 
 #include <cstdint>
@@ -14,7 +14,8 @@ struct LowRank {
     int64_t rows;
     int64_t width;
     int64_t rank;
-    Dtype dtype;  // of x
+    int64_t stride;  // of small
+    Dtype dtype;     // of x
     Dtype factor_dtype;
     bool by_column;  // the factor is [width, rank], as B is, instead of [rank, width], as A is
     float scale;

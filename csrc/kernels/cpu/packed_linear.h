@@ -126,12 +126,13 @@ struct PackedLinear {
     LinearActivation activation;
 };
 
-// Weights to blocks and back.
+// Weights to blocks and back. Dense rows have all inputs, or, unpacked, those of some whole groups.
 struct PackWeight {
     Packing packing;
     Dtype dtype;  // of the dense weight
     int64_t in, out;
-    void* dense;  // [out, in]
+    int64_t first, width;  // inputs [first, first + width)
+    void* dense;           // [out, width]
     uint8_t* packed;
 };
 

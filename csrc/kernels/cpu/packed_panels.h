@@ -38,17 +38,8 @@ struct FloatPanel {
     const Word* blocks[kPanelBlocks];  // in `words`, or the packed weights themselves
 };
 
-// The inputs of `groups` groups at p as block b of a panel; `packing` has floats. Words that need
-// no unpacking stay where they are.
-template <class E>
-void unpack_floats(Packing packing, const uint8_t* p, int64_t groups, FloatPanel& panel,
-                   int64_t b) {
-    if (packing == Packing::f32 || E::kElements == 2) {
-        panel.blocks[b] = reinterpret_cast<const Word*>(p);
-        return;
-    }
-    Word* to = panel.words[b][0];
-    panel.blocks[b] = to;
+// to[k][lane] = the inputs of `groups` groups at p; `packing` has 16-bit floats.
+inline void widen_halves(Packing packing, const uint8_t* p, int64_t groups, Word* to) {
     int64_t numbers = groups * kGroup * kLanes;
     if (packing == Packing::f16) {
         for (int64_t i = 0; i < numbers; i += kWidth) store_words(to + i, lanes_f16(p + 2 * i));
@@ -60,6 +51,19 @@ void unpack_floats(Packing packing, const uint8_t* p, int64_t groups, FloatPanel
         store_words(at, as_float(pair << 16));
         store_words(at + kLanes, as_float(pair & 0xffff0000u));
     }
+}
+
+// The inputs of `groups` groups at p as block b of a panel; `packing` has floats. Words that need
+// no unpacking stay where they are.
+template <class E>
+void unpack_floats(Packing packing, const uint8_t* p, int64_t groups, FloatPanel& panel,
+                   int64_t b) {
+    if (packing == Packing::f32 || E::kElements == 2) {
+        panel.blocks[b] = reinterpret_cast<const Word*>(p);
+        return;
+    }
+    panel.blocks[b] = panel.words[b][0];
+    widen_halves(packing, p, groups, panel.words[b][0]);
 }
 
 // ---- codes
@@ -165,22 +169,29 @@ void unpack_codes(const uint8_t* header, const uint8_t* p, CodePanel& panel, int
     }
 }
 
-// The same as floats.
+// to[k][lane] = the weights of the group at p.
 template <Packing P>
-void unpack_codes(const uint8_t* header, const uint8_t* p, FloatPanel& panel, int64_t b,
-                  int64_t g) {
-    panel.blocks[b] = panel.words[b][0];
+void unpack_numbers(const uint8_t* header, const uint8_t* p, Word* to) {
     for (int64_t lane = 0; lane < kLanes; lane += kWidth) {
         Numbers numbers = numbers_of<P>(header, p, lane);
+#pragma GCC unroll 8
         for (int j = 0; j < kGroup / 4; ++j) {
             vu word = code_word<P>(p, lane, j);
             vf scale = numbers.scale;
             if constexpr (P == Packing::q6_k) scale *= to_float(numbers.s[j / 4]);
             for (int t = 0; t < 4; ++t)
-                store_words(&panel.words[b][g * kGroup + 4 * j + t][lane],
+                store_words(to + (4 * j + t) * kLanes + lane,
                             to_float(centered_code<P>(word, t)) * scale + numbers.minimum);
         }
     }
+}
+
+// The same as block b and group g of a panel.
+template <Packing P>
+void unpack_codes(const uint8_t* header, const uint8_t* p, FloatPanel& panel, int64_t b,
+                  int64_t g) {
+    panel.blocks[b] = panel.words[b][0];
+    unpack_numbers<P>(header, p, panel.words[b][g * kGroup]);
 }
 
 }  // namespace

@@ -12,34 +12,29 @@ void forward_row(const RmsNorm& a, int64_t row) {
     const T* x = static_cast<const T*>(a.x) + row * a.width;
     const W* weight = static_cast<const W*>(a.weight);
     T* y = static_cast<T*>(a.y) + row * a.width;
-    vf squares{};
     if (a.residual) {
         const T* residual = static_cast<const T*>(a.residual) + row * a.width;
         T* hidden = static_cast<T*>(a.hidden) + row * a.width;
-        for_vectors(a.width, [&](int64_t i, int n) {
-            vf sum = rounded(at(x + i, n) + at(residual + i, n), T{});
-            put(hidden + i, sum, n);
-            squares += sum * sum;
-        });
-        x = hidden;
-    } else {
-        // Four independent sums, because one would wait for each addition.
-        vf s0{}, s1{}, s2{}, s3{};
-        int64_t i = 0;
-        for (; i + 4 * kWidth <= a.width; i += 4 * kWidth) {
-            vf x0 = load(x + i), x1 = load(x + i + kWidth), x2 = load(x + i + 2 * kWidth),
-               x3 = load(x + i + 3 * kWidth);
-            s0 += x0 * x0;
-            s1 += x1 * x1;
-            s2 += x2 * x2;
-            s3 += x3 * x3;
-        }
-        squares = (s0 + s1) + (s2 + s3);
-        for_vectors(a.width - i, [&](int64_t j, int n) {
-            vf value = at(x + i + j, n);
-            squares += value * value;
-        });
+        for_vectors(a.width,
+                    [&](int64_t i, int n) { put(hidden + i, at(x + i, n) + at(residual + i, n), n); });
+        x = hidden;  // and on with the same sums: the norm of hidden alone has the same bits
     }
+    // Four independent sums, because one would wait for each addition.
+    vf s0{}, s1{}, s2{}, s3{};
+    int64_t i = 0;
+    for (; i + 4 * kWidth <= a.width; i += 4 * kWidth) {
+        vf x0 = load(x + i), x1 = load(x + i + kWidth), x2 = load(x + i + 2 * kWidth),
+           x3 = load(x + i + 3 * kWidth);
+        s0 += x0 * x0;
+        s1 += x1 * x1;
+        s2 += x2 * x2;
+        s3 += x3 * x3;
+    }
+    vf squares = (s0 + s1) + (s2 + s3);
+    for_vectors(a.width - i, [&](int64_t j, int n) {
+        vf value = at(x + i + j, n);
+        squares += value * value;
+    });
     float rstd = 1.0f / __builtin_sqrtf(reduce_add(squares) / static_cast<float>(a.width) + a.eps);
     a.rstd[row] = rstd;
     if (a.offset == 0) {  // Llama's order: the normalized row is rounded to its dtype before the

@@ -1,113 +1,76 @@
 #include <algorithm>
 
-#include "kernels/cpu/packed_linear.h"
-#include "kernels/cpu/tiles.h"
-#include "simd/bytes.h"
+#include "kernels/cpu/packed_panels.h"
 
 namespace mllama::kernels::MLLAMA_ISA {
 namespace {
 
-// Code k of the lanes: a signed byte, or 4 to 6 bits.
-vf lanes_int8(const uint8_t* codes, int lane, int k) {
-    vi words = reinterpret_cast<vi>(load_bits(codes + (k / 4 * kLanes + lane) * 4));
-    return to_float(words << (24 - 8 * (k % 4)) >> 24);
-}
-template <int kBits>
-vf lanes_code(const uint8_t* codes, int lane, int k) {
-    constexpr int kMore = kBits - 4, kNibbles = kGroup / 2 * kLanes;
-    vu words = load_bits(codes + (k / 8 * kLanes + lane) * 4);
-    vu code = (words >> (8 * (k % 4) + k % 8 / 4 * 4)) & 15u;
-    if constexpr (kMore > 0) {
-        constexpr int kSteps = 8 / kMore;  // codes in a byte
-        vu upper = load_bits(codes + kNibbles + (k / 4 / kSteps * kLanes + lane) * 4);
-        code |= ((upper >> (8 * (k % 4) + k / 4 % kSteps * kMore)) & ((1u << kMore) - 1)) << 4;
-    }
-    return to_float(reinterpret_cast<vi>(code));
-}
-
-template <int kBits>  // int4, q4_k, q5_k
-vf lanes_nested(const uint8_t* header, const uint8_t* p, int lane, int k) {
-    return lanes_f16(header + 2 * lane) * lanes_u8(p + lane) *
-               lanes_code<kBits>(p + 2 * kLanes, lane, k) -
-           lanes_f16(header + 2 * kLanes + 2 * lane) * lanes_u8(p + kLanes + lane);
-}
-template <int kBits>  // q4_0, q5_0
-vf lanes_centered(const uint8_t* p, int lane, int k) {
-    constexpr float kCenter = 1 << (kBits - 1);
-    return lanes_f16(p + 2 * lane) * (lanes_code<kBits>(p + 2 * kLanes, lane, k) - kCenter);
-}
-template <int kBits>  // q4_1, q5_1
-vf lanes_shifted(const uint8_t* p, int lane, int k) {
-    return lanes_f16(p + 2 * lane) * lanes_code<kBits>(p + 4 * kLanes, lane, k) +
-           lanes_f16(p + 2 * kLanes + 2 * lane);
-}
-
-// The weights of input k of the group at p, for kWidth rows from `lane` on.
-vf lanes_at(Packing packing, const uint8_t* header, const uint8_t* p, int lane, int k) {
+// to[k][lane] = the weights of the group at p.
+void unpack_group(Packing packing, const uint8_t* header, const uint8_t* p, Word* to) {
     switch (packing) {
-        case Packing::f32: return load(reinterpret_cast<const float*>(p) + k * kLanes + lane);
-        case Packing::f16: return load(reinterpret_cast<const f16*>(p) + k * kLanes + lane);
-        case Packing::bf16: {
-            vu pair = load_bits(p + (k / 2 * kLanes + lane) * 4);
-            return as_float(k % 2 ? pair & 0xffff0000u : pair << 16);
-        }
-        case Packing::int8: return lanes_f16(p + 2 * lane) * lanes_int8(p + 2 * kLanes, lane, k);
+        case Packing::f32: std::memcpy(to, p, kGroup * kLanes * sizeof(float)); return;
+        case Packing::bf16:
+        case Packing::f16: return widen_halves(packing, p, 1, to);
+        case Packing::int8: return unpack_numbers<Packing::int8>(header, p, to);
         case Packing::int4:
-        case Packing::q4_k: return lanes_nested<4>(header, p, lane, k);
-        case Packing::q5_k: return lanes_nested<5>(header, p, lane, k);
-        case Packing::q4_0: return lanes_centered<4>(p, lane, k);
-        case Packing::q5_0: return lanes_centered<5>(p, lane, k);
-        case Packing::q4_1: return lanes_shifted<4>(p, lane, k);
-        case Packing::q5_1: return lanes_shifted<5>(p, lane, k);
-        case Packing::q6_k:
-            return lanes_f16(header + 2 * lane) * lanes_s8(p + k / 16 * kLanes + lane) *
-                   (lanes_code<6>(p + 2 * kLanes, lane, k) - 32.0f);
+        case Packing::q4_k: return unpack_numbers<Packing::q4_k>(header, p, to);
+        case Packing::q5_k: return unpack_numbers<Packing::q5_k>(header, p, to);
+        case Packing::q4_0: return unpack_numbers<Packing::q4_0>(header, p, to);
+        case Packing::q5_0: return unpack_numbers<Packing::q5_0>(header, p, to);
+        case Packing::q4_1: return unpack_numbers<Packing::q4_1>(header, p, to);
+        case Packing::q5_1: return unpack_numbers<Packing::q5_1>(header, p, to);
+        case Packing::q6_k: return unpack_numbers<Packing::q6_k>(header, p, to);
     }
-    return vf{};
 }
 
-// Group g of a block: tile[k][lane].
-void unpack_group(const PackWeight& a, int64_t block, int64_t g, float* tile) {
+// Calls body(first of its inputs in the dense row, how many, tile[k][lane]) for every group of a
+// block that the dense rows have inputs of.
+template <class Body>
+void for_groups(const PackWeight& a, int64_t block, Body&& body) {
+    alignas(64) Word tile[kGroup * kLanes];
     const PackingSize& size = size_of(a.packing);
     const uint8_t* start = a.packed + block * block_bytes(a.packing, a.in);
-    const uint8_t *header = start + header_offset(size, g), *p = start + group_offset(size, g);
-    for (int k = 0; k < kGroup; ++k) {
-        for (int lane = 0; lane < kLanes; lane += kWidth)
-            store(tile + k * kLanes + lane, lanes_at(a.packing, header, p, lane, k));
+    for (int64_t at = 0; at < a.width; at += kGroup) {
+        int64_t g = (a.first + at) / kGroup;
+        unpack_group(a.packing, start + header_offset(size, g), start + group_offset(size, g),
+                     tile);
+        body(at, std::min(kGroup, a.width - at), tile);
     }
 }
 
-// Inputs of group g of a dense row.
-void write_inputs(const PackWeight& a, int64_t index, int64_t g, const float* values) {
-    dispatch(a.dtype, [&](auto t) {
-        auto* to = static_cast<decltype(t)*>(a.dense) + index * a.in + g * kGroup;
-        for_vectors(std::min(kGroup, a.in - g * kGroup),
-                    [&](int64_t i, int n) { put(to + i, at(values + i, n), n); });
-    });
+// `count` values of a dense row from input `first` on.
+template <class T>
+void write_inputs(const PackWeight& a, int64_t index, int64_t first, int64_t count,
+                  const float* values) {
+    T* to = static_cast<T*>(a.dense) + index * a.width + first;
+    for_vectors(count, [&](int64_t i, int n) { put(to + i, at(values + i, n), n); });
 }
 
 }  // namespace
 
 void unpack_blocks(const PackWeight& a, int64_t first, int64_t last) {
-    float tile[kGroup * kLanes], rows[kLanes * kGroup];
-    for (int64_t block = first; block < last; ++block) {
-        int64_t row = (block - first) * kLanes, count = std::min(kLanes, a.out - block * kLanes);
-        for (int64_t g = 0; g < group_count(a.in); ++g) {
-            unpack_group(a, block, g, tile);
-            transpose(as_words(tile), kLanes, as_words(rows), kGroup, kGroup, kLanes);
-            for (int64_t lane = 0; lane < count; ++lane)
-                write_inputs(a, row + lane, g, rows + lane * kGroup);
+    alignas(64) float rows[kLanes * kGroup];
+    dispatch(a.dtype, [&](auto t) {
+        for (int64_t block = first; block < last; ++block) {
+            int64_t row = (block - first) * kLanes, lanes = std::min(kLanes, a.out - block * kLanes);
+            for_groups(a, block, [&](int64_t at, int64_t count, const Word* tile) {
+                transpose(tile, kLanes, as_words(rows), kGroup, kGroup, kLanes);
+                for (int64_t lane = 0; lane < lanes; ++lane)
+                    write_inputs<decltype(t)>(a, row + lane, at, count, rows + lane * kGroup);
+            });
         }
-    }
+    });
 }
 
 void unpack_row(const PackWeight& a, int64_t row, int64_t index) {
-    float tile[kGroup * kLanes], values[kGroup];
-    for (int64_t g = 0; g < group_count(a.in); ++g) {
-        unpack_group(a, row / kLanes, g, tile);
-        for (int64_t k = 0; k < kGroup; ++k) values[k] = tile[k * kLanes + row % kLanes];
-        write_inputs(a, index, g, values);
-    }
+    float values[kGroup];
+    dispatch(a.dtype, [&](auto t) {
+        for_groups(a, row / kLanes, [&](int64_t at, int64_t count, Word* tile) {
+            for (int64_t k = 0; k < kGroup; ++k)
+                values[k] = as_floats(tile)[k * kLanes + row % kLanes];
+            write_inputs<decltype(t)>(a, index, at, count, values);
+        });
+    });
 }
 
 }  // namespace mllama::kernels::MLLAMA_ISA

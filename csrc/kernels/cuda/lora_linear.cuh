@@ -56,7 +56,7 @@ struct LowRankOperands {
         return to_float(static_cast<const W*>(a.factor)[factor_place(c, column)]);
     }
     MLLAMA_DEVICE float small(int64_t row, int64_t c) const {
-        return row < a.rows && c < a.rank ? a.small[row * a.rank + c] : 0;
+        return row < a.rows && c < a.rank ? a.small[row * a.stride + c] : 0;
     }
 };
 
@@ -119,7 +119,7 @@ __global__ void __launch_bounds__(kTileThreads)
         [&](int i, int64_t k) { return o.factor(rank + i, k); },
         [&](int i, int j, float sum) {
             if (row + i < a.rows && rank + j < a.rank)
-                a.small[(row + i) * a.rank + rank + j] = a.scale * sum;
+                a.small[(row + i) * a.stride + rank + j] = a.scale * sum;
         });
 }
 
@@ -135,7 +135,7 @@ __global__ void __launch_bounds__(32 * kDotWarps)
         for (int64_t k = threadIdx.x % 32; k < a.width; k += 32)
             sum += o.x(row, k) * o.factor(c, k);
         sum = warp_sum(sum);
-        if (threadIdx.x % 32 == 0) a.small[i] = a.scale * sum;
+        if (threadIdx.x % 32 == 0) a.small[row * a.stride + c] = a.scale * sum;
     }
 }
 

@@ -104,7 +104,7 @@ void unpack_weight(const kernels::PackWeight& a, const int64_t* rows, int64_t co
     dispatch(a.dtype, [&](auto t) {
         auto run = [&]<class Value>() {
             launch("unpack_weight", &unpack_weight<Value, decltype(t)>,
-                   blocks_for(count * a.in, kUnpackThreads), kUnpackThreads, 0, stream, a, rows,
+                   blocks_for(count * a.width, kUnpackThreads), kUnpackThreads, 0, stream, a, rows,
                    count, bytes);
         };
         dispatch_codes(a.packing, [&](auto p) { run.template operator()<CodeValue<p>>(); });

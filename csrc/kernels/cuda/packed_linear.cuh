@@ -336,15 +336,16 @@ __global__ void __launch_bounds__(kTileThreadCount, kBlocks)
 
 constexpr int kUnpackThreads = 256;
 
-// Element (rows ? rows[i] : i, k) of the weight to dense[i, k].
+// Element (rows ? rows[i] : i, first + k) of the weight to dense[i, k].
 template <class Value, class T>
 __global__ void __launch_bounds__(kUnpackThreads)
     unpack_weight(kernels::PackWeight a, const int64_t* rows, int64_t count, int64_t bytes) {
     int64_t i = int64_t{blockIdx.x} * kUnpackThreads + threadIdx.x;
-    for (; i < count * a.in; i += int64_t{gridDim.x} * kUnpackThreads) {
-        int64_t row = rows ? rows[i / a.in] : i / a.in;
+    for (; i < count * a.width; i += int64_t{gridDim.x} * kUnpackThreads) {
+        int64_t row = rows ? rows[i / a.width] : i / a.width;
         if (row < 0 || row >= a.out) trap("unpack_weight: rows has an index that is not there");
-        float value = Value::at(a.packed + row / kLanes * bytes, row % kLanes, i % a.in);
+        float value = Value::at(a.packed + row / kLanes * bytes, row % kLanes,
+                                a.first + i % a.width);
         static_cast<T*>(a.dense)[i] = from_float<T>(value);
     }
 }

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from mllama.config.spec import TiledVisionSpec
+from mllama.nn.adapted import linears
 from mllama.nn.attention import split_heads
 from mllama.nn.checkpointing import CheckpointedLayer
 from mllama.nn.gate import gated_add
@@ -86,8 +87,8 @@ class TiledAttention(nn.Module):
             (the same shape, probabilities [images, heads, S, S] float32 or None)
         """
         q, k, v = (
-            split_heads(projection(x), self.head_dim)
-            for projection in (self.q_proj, self.k_proj, self.v_proj)
+            split_heads(part, self.head_dim)
+            for part in linears(x, self.q_proj, self.k_proj, self.v_proj)
         )
         attended = [
             attention(q[:, :real], k, v, key_bias=counts),

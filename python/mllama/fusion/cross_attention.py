@@ -12,6 +12,7 @@ from mllama.config.spec import TextSpec
 from mllama.fusion.base import DecoderInputs, Fusion, ModelInputs, Parts, count_images, embed
 from mllama.fusion.cross_context import CrossAttentionContext, Segment, cross_context
 from mllama.fusion.prepend import share_out
+from mllama.nn.adapted import linears
 from mllama.nn.attention import split_heads
 from mllama.nn.cache import Cache
 from mllama.nn.checkpointing import CheckpointedLayer
@@ -88,8 +89,7 @@ class CrossAttention(nn.Module):
     def keys_values(self, states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Features [B, keys, hidden] -> their keys and values, [B, keys, kv_heads, head_dim]."""
         k, v = (
-            split_heads(projection(states), self.head_dim)
-            for projection in (self.k_proj, self.v_proj)
+            split_heads(part, self.head_dim) for part in linears(states, self.k_proj, self.v_proj)
         )
         return self.k_norm(k), v
 

@@ -14,6 +14,7 @@ from mllama.lora.adapter import (
     check_name,
     check_size,
     dense_weight,
+    matrix_of,
     name_adapters,
     row_norms,
 )
@@ -21,8 +22,7 @@ from mllama.nn.adapted import AdaptedLinear, LowRank
 from mllama.nn.packed import PackedLinear
 from mllama.nn.plain import is_plain
 from mllama.ops._dispatch import FLOAT_DTYPES
-from mllama.ops.lora_linear import lora_linear
-from mllama.ops.recompute import Recompute
+from mllama.ops.lora_linear import LoraLayer, lora_linears
 
 
 class Linear_LORA(AdaptedLinear):
@@ -34,7 +34,8 @@ class Linear_LORA(AdaptedLinear):
     uniform) and B with zeros, so a new layer computes what `linear` does. Any of the three may be
     replaced or copied into. The operator `mllama.ops.lora_linear` computes plain children. If one
     is of another class, has hooks, is float64 or is not frozen, the children are called one after
-    the other. So they are if `linear` is packed, for inference; such a layer cannot be merged.
+    the other. So they are if `linear` is packed and nothing is trained. A layer around a packed
+    one cannot be merged.
 
     With `lora_magnitude`, DoRA (Liu et al., 2024): every row of the weight W + update is scaled to
     a trained norm, without a gradient through the norm that it has, as in the paper's section 4.3.
@@ -201,9 +202,8 @@ class Linear_LORA(AdaptedLinear):
         """The bias of `linear`."""
         return self.linear.bias
 
-    def forward(self, x: torch.Tensor, recompute: Recompute | None = None) -> torch.Tensor:
-        """x: [..., in_dim] -> [..., out_dim]. `recompute`: how x was computed, to recompute it in
-        the backward pass instead of storing it.
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x: [..., in_dim] -> [..., out_dim].
 
         Raises:
             ValueError: the layer is merged and would be trained.
@@ -218,25 +218,32 @@ class Linear_LORA(AdaptedLinear):
                 )
             return nn.functional.linear(x, self.merged_weight, self.linear.bias)
         if self.lora_magnitude is None:
-            return self._low_rank(x, self.linear.bias, recompute)
-        y = self._low_rank(x, None, recompute)
+            return self._low_rank(x, self.linear.bias)
+        y = self._low_rank(x, None)
         y = (y * self._row_factors()).to(y.dtype)
         return y if self.linear.bias is None else y + self.linear.bias.to(y.dtype)
 
-    def _low_rank(
-        self, x: torch.Tensor, bias: torch.Tensor | None, recompute: Recompute | None
-    ) -> torch.Tensor:
+    def operands(self, x: torch.Tensor) -> LoraLayer | None:
+        if not self.is_on or self.merged_weight is not None or self.lora_magnitude is not None:
+            return None
+        return self._operands(x, self.linear.bias)
+
+    def _operands(self, x: torch.Tensor, bias: torch.Tensor | None) -> LoraLayer | None:
+        """What the operator computes x W' + update from, and the bias; None where calling the
+        children would do something else.
+        """
+        if not (self._is_plain(x) or self._is_trained_beside_packed(x)):
+            return None
+        dropout = self.dropout.p if self.dropout.training else 0.0
+        weights = matrix_of(self.linear), self.lora_a.weight, self.lora_b.weight
+        return LoraLayer(
+            *weights, bias, self.scale, dropout, getattr(self.linear, "packing", None)
+        )
+
+    def _low_rank(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """x W' + update, and the bias of `linear`, or None for none."""
-        if self._is_plain(x):
-            weights = self.linear.weight, self.lora_a.weight, self.lora_b.weight
-            return lora_linear(
-                x,
-                *weights,
-                bias,
-                self.scale,
-                self.dropout.p if self.dropout.training else 0.0,
-                recompute=recompute,
-            )
+        if (operands := self._operands(x, bias)) is not None:
+            return lora_linears(x, [operands])[0]
         y = self.linear(x)
         if bias is None and self.linear.bias is not None:
             y = y - self.linear.bias.to(y.dtype)
@@ -262,6 +269,15 @@ class Linear_LORA(AdaptedLinear):
             return False
         weight = self.linear.weight
         return not weight.requires_grad and weight.dtype in FLOAT_DTYPES and x.dtype in FLOAT_DTYPES
+
+    def _is_trained_beside_packed(self, x: torch.Tensor) -> bool:
+        """The same where `linear` is packed, as long as something is trained: else x is rounded."""
+        return (
+            is_plain(self.linear, PackedLinear)
+            and self._has_plain_adapter()
+            and x.dtype in FLOAT_DTYPES
+            and self.linear.is_trained(x, *self.adapter())
+        )
 
     def _has_plain_adapter(self) -> bool:
         """Whether A and B alone say what the update is, in dtypes that operators take."""

@@ -18,7 +18,7 @@ from mllama.fusion.projector import make_pooling, make_projector
 from mllama.model.fast_decoder import MAX_ROWS, FastDecoder, find_obstacle, find_obstacle_of_pass
 from mllama.nn.activation import softcap
 from mllama.nn.loss import counted_loss, counted_loss_of_states
-from mllama.nn.packed import PackedEmbedding
+from mllama.nn.packed import PackedEmbedding, PackedLinear
 from mllama.nn.plain import is_plain
 from mllama.nn.static_cache import StaticCache
 from mllama.nn.wrappers import is_sharded
@@ -182,6 +182,19 @@ class VisionLanguageModel(nn.Module):
             self.lm_head.packed = embeddings.packed
         return self
 
+    def requires_grad_(self, requires_grad: bool = True):
+        """As torch's.
+
+        Raises:
+            ValueError: the model is packed, and its weights would have to be trained.
+        """
+        if requires_grad and any(isinstance(module, PackedLinear) for module in self.modules()):
+            raise ValueError(
+                "the weights of a packed model are frozen: train adapters beside them "
+                "(mllama.convert_linears_to_lora), or a model that is not packed"
+            )
+        return super().requires_grad_(requires_grad)
+
     def read_again(self) -> None:
         """Before a prompt that continues a cache: read the modules for `decode_step` again, so that
         changes of weights and hooks are noticed.
@@ -325,16 +338,25 @@ class VisionLanguageModel(nn.Module):
         )
         if logits is not None:
             loss, count = counted_loss(logits, *rest)
-        elif is_plain(head, nn.Linear) and head.bias is None and not is_sharded(head):
+        elif _takes_states(head, states):
             cap = self.spec.text.final_logit_softcapping
-            loss, count = counted_loss_of_states(states, head.weight, cap, *rest)
-        else:  # the head is adapted, packed or sharded
+            loss, count = counted_loss_of_states(states, head, cap, *rest)
+        else:
             loss, count = counted_loss(self.compute_logits(states), *rest)
         return replace(output, logits=logits, loss=loss, num_trained_tokens=count)
 
     def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """[..., hidden] -> [..., vocabulary]."""
         return softcap(self.lm_head(hidden_states), self.spec.text.final_logit_softcapping)
+
+
+def _takes_states(head: nn.Module, states: torch.Tensor) -> bool:
+    """Whether a loss needs no logits of all positions: not if the head is adapted or sharded, nor
+    where one that is packed rounds the states.
+    """
+    if is_plain(head, PackedLinear):
+        return head.bias is None and head.is_trained(states)
+    return is_plain(head, nn.Linear) and head.bias is None and not is_sharded(head)
 
 
 def _reads(spec: ModelSpec, name: str) -> bool:

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from mllama.nn.packed import takes_activation
 from mllama.ops.packed_linear import quick_gelu
+from mllama.ops.recompute import recomputable
 
 
 def gelu_tanh(x: torch.Tensor) -> torch.Tensor:
@@ -82,6 +83,10 @@ ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "swish": F.silu,
     "tanh": torch.tanh,
 }
+# Those whose own backward pass saves x rather than the result.
+_SAVES_INPUT = frozenset(
+    name for name in ACTIVATIONS if "gelu" in name or name in ("hardswish", "mish", "silu", "swish")
+)
 
 
 def activated(linear: nn.Module, x: torch.Tensor, activation: str) -> torch.Tensor:
@@ -94,4 +99,6 @@ def activated(linear: nn.Module, x: torch.Tensor, activation: str) -> torch.Tens
     """
     if takes_activation(linear, activation):
         return linear(x, activation)
-    return ACTIVATIONS[activation](linear(x))
+    before, function = linear(x), ACTIVATIONS[activation]
+    after = function(before)
+    return recomputable(after, function, before) if activation in _SAVES_INPUT else after

@@ -1,4 +1,4 @@
-"""Linear layers with a low-rank update beside them, as `decode_step` reads them."""
+"""Linear layers with a low-rank update beside them, as `decode_step` and training read them."""
 
 import functools
 import itertools
@@ -6,8 +6,10 @@ from collections.abc import Hashable
 from typing import Any, NamedTuple
 
 import torch
+from torch import nn
 
-from mllama.nn.plain import RecomputingLinear
+from mllama.nn.plain import is_plain
+from mllama.ops.lora_linear import LoraLayer, lora_linears
 
 _counter = itertools.count(1)
 _state = 0
@@ -21,7 +23,7 @@ class LowRank(NamedTuple):
     scale: float
 
 
-class AdaptedLinear(RecomputingLinear):
+class AdaptedLinear(nn.Module):
     """A layer `linear` and a low-rank update.
 
     Setting an attribute of one is noted, so that who has read its parts can see that they may be
@@ -38,9 +40,34 @@ class AdaptedLinear(RecomputingLinear):
         """
         raise NotImplementedError
 
+    def operands(self, x: torch.Tensor) -> LoraLayer | None:
+        """What `lora_linears` computes forward(x) from; None where forward does something else."""
+        raise NotImplementedError
+
     def __setattr__(self, name: str, value: object) -> None:
         note_change()
         super().__setattr__(name, value)
+
+
+def linears(x: torch.Tensor, *layers: nn.Module) -> list[torch.Tensor]:
+    """The output of each layer of x, by one operator where all are plain and have adapters."""
+    if torch.is_grad_enabled():
+        plain = [
+            layer.operands(x)
+            if isinstance(layer, AdaptedLinear) and is_plain(layer, type(layer))
+            else None
+            for layer in layers
+        ]
+        if one_group := _group(plain):
+            return lora_linears(x, one_group)
+    return [layer(x) for layer in layers]
+
+
+def _group(layers: list[LoraLayer | None]) -> list[LoraLayer] | None:
+    """The layers, if the operator takes them together."""
+    found = [layer for layer in layers if layer is not None]
+    kinds = {(layer.lora_a.dtype, layer.bias is None, layer.weight.device) for layer in found}
+    return found if len(found) == len(layers) and len(kinds) == 1 else None
 
 
 def note_change() -> None:

@@ -5,6 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
+from mllama.nn.adapted import linears
 from mllama.nn.cache import Cache
 from mllama.ops.attention import attention, attention_weights
 from mllama.ops.rope import rope
@@ -96,15 +97,7 @@ class BidirectionalAttention(nn.Module):
         Returns:
             ([B, T, hidden_size], probabilities [B, heads, T, S] float32 or None)
         """
-        context = x if context is None else context
-        q, k, v = (
-            split_heads(projection(source), self.head_dim)
-            for projection, source in (
-                (self.q_proj, x),
-                (self.k_proj, context),
-                (self.v_proj, context),
-            )
-        )
+        q, k, v = (split_heads(part, self.head_dim) for part in self._project(x, context))
         dropping = self.training and self.dropout > 0
         weights = attention_weights(q, k) if output_attentions or dropping else None
         if dropping:
@@ -113,6 +106,11 @@ class BidirectionalAttention(nn.Module):
         else:
             attended = attention(q, k, v)
         return self.out_proj(attended.flatten(2)), weights
+
+    def _project(self, x: torch.Tensor, context: torch.Tensor | None) -> list[torch.Tensor]:
+        if context is None:
+            return linears(x, self.q_proj, self.k_proj, self.v_proj)
+        return [self.q_proj(x), *linears(context, self.k_proj, self.v_proj)]
 
 
 class CausalAttention(nn.Module):
@@ -184,8 +182,8 @@ class CausalAttention(nn.Module):
             ([B, T, hidden_size], probabilities [B, heads, T, S] float32 or None)
         """
         q, k, v = (
-            split_heads(projection(x), self.head_dim)  # (B, T, heads, D)
-            for projection in (self.q_proj, self.k_proj, self.v_proj)
+            split_heads(part, self.head_dim)  # (B, T, heads, D)
+            for part in linears(x, self.q_proj, self.k_proj, self.v_proj)
         )
         if self.has_qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)

@@ -4,11 +4,13 @@ import math
 import numbers
 import sys
 from collections.abc import Iterator
+from typing import Any
 
 import torch
-from torch import distributed
+from torch import distributed, nn
 from torch.nn.functional import cross_entropy, pad
 
+from mllama.nn.packed import PackedLinear
 from mllama.ops import linear_cross_entropy
 from mllama.ops._dispatch import differentiable_once
 from mllama.ops.cross_entropy import cross_entropy_
@@ -72,7 +74,7 @@ def counted_loss(
 
 def counted_loss_of_states(
     states: torch.Tensor,
-    head: torch.Tensor,
+    head: nn.Linear | PackedLinear,
     softcap: float | None,
     labels: torch.Tensor,
     shape: torch.Size,
@@ -86,14 +88,24 @@ def counted_loss_of_states(
 
     Args:
         states: [B, T, hidden].
-        head: [vocabulary, hidden].
+        head: without a bias.
         softcap: see `linear_cross_entropy`.
     """
     targets = _targets(
-        labels, states.device, shape, len(head), attention_mask, placeholders, ignore_index
+        labels, states.device, shape, head.out_features, attention_mask, placeholders, ignore_index
+    )
+    weight: dict[str, Any] = (
+        {"weight": head.packed, "out_features": head.out_features, "packing": head.packing}
+        if isinstance(head, PackedLinear)
+        else {"weight": head.weight}
     )
     total = linear_cross_entropy(
-        states.flatten(0, 1), head, targets, softcap, "sum", ignore_index=ignore_index
+        states.flatten(0, 1),
+        labels=targets,
+        softcap=softcap,
+        reduction="sum",
+        ignore_index=ignore_index,
+        **weight,
     )
     return _divided(total, targets, ignore_index, num_items_in_batch)
 

@@ -4,9 +4,8 @@ import torch
 from torch import nn
 
 from mllama.nn.activation import activated
-from mllama.nn.plain import takes_recompute
+from mllama.nn.adapted import linears
 from mllama.ops.gated import geglu, swiglu
-from mllama.ops.recompute import Recompute
 
 _GATES = {"silu": swiglu, "swish": swiglu, "gelu_pytorch_tanh": geglu}
 
@@ -29,10 +28,8 @@ class GatedMLP(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x: [..., hidden_size] -> the same shape."""
-        gate, up = self.gate_proj(x), self.up_proj(x)
+        gate, up = linears(x, self.gate_proj, self.up_proj)
         product = self.gate(gate, up)
-        if takes_recompute(self.down_proj):  # gate and up are stored anyway
-            return self.down_proj(product, recompute=Recompute(product, self.gate, (gate, up)))
         del gate, up  # frees their memory here if there is no backward pass
         return self.down_proj(product)
 

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from mllama.nn.plain import is_plain
+from mllama.ops.dequantized_linear import dequantized_linear
 from mllama.ops.packed_layout import PACKINGS, packed_bytes
 from mllama.ops.packed_linear import PACKED_ACTIVATIONS, packed_linear, unpack_weight
 
@@ -129,7 +130,10 @@ def packed_layer(
 
 
 class PackedLinear(_Packed):
-    """y = x weight' + bias on a packed weight, for inference.
+    """y = x weight' + bias on a packed weight, which is frozen. x gets a gradient.
+
+    In training, that is in training mode or where a gradient is wanted, it computes by
+    `dequantized_linear`, as nn.Linear with the dense weight does, else by `packed_linear`.
 
     Args:
         packed: uint8, as `pack_weight` returns it.
@@ -160,13 +164,18 @@ class PackedLinear(_Packed):
         """[..., in_features] -> [..., out_features], of x's dtype; activation is one of
         PACKED_ACTIVATIONS.
         """
-        return packed_linear(
-            x,
-            self.packed,
-            self.bias,
-            out_features=self.out_features,
-            packing=self.packing,
-            activation=activation,
+        weight: dict[str, Any] = {"out_features": self.out_features, "packing": self.packing}
+        if not self.is_trained(x):
+            return packed_linear(x, self.packed, self.bias, **weight, activation=activation)
+        y = dequantized_linear(x, self.packed, self.bias, **weight)
+        return y if activation is None else PACKED_ACTIVATIONS[activation](y)
+
+    def is_trained(self, *inputs: torch.Tensor) -> bool:
+        """Whether a product is part of training. In training mode each is, so that activations are
+        the same when checkpointing computes them with gradients and without.
+        """
+        return self.training or (
+            torch.is_grad_enabled() and any(value.requires_grad for value in inputs)
         )
 
     def dense(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:

@@ -19,14 +19,3 @@ def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
 def all_plain(module: nn.Module) -> bool:
     """Whether the module and all in it compute what their classes do."""
     return all(is_plain(part, type(part)) for part in module.modules())
-
-
-class RecomputingLinear(nn.Module):
-    """A linear layer whose forward(x, recompute) stores how to recompute x, instead of x, for the
-    backward pass.
-    """
-
-
-def takes_recompute(module: nn.Module) -> bool:
-    """Whether it is a RecomputingLinear without hooks that could change its input."""
-    return isinstance(module, RecomputingLinear) and is_plain(module, type(module))

@@ -3,11 +3,12 @@ registers them with torch.
 """
 
 from mllama.ops.attention import attention, attention_weights
+from mllama.ops.dequantized_linear import dequantized_linear
 from mllama.ops.gated import geglu, swiglu
 from mllama.ops.image import resize, resize_normalize
 from mllama.ops.layer_norm import layer_norm
 from mllama.ops.linear_cross_entropy import linear_cross_entropy
-from mllama.ops.lora_linear import lora_linear
+from mllama.ops.lora_linear import LoraLayer, lora_linear, lora_linears
 from mllama.ops.packed_gguf import pack_gguf, unpack_gguf
 from mllama.ops.packed_linear import pack_weight, packed_linear, unpack_weight
 from mllama.ops.patch_embed import patch_embed
@@ -17,14 +18,17 @@ from mllama.ops.rope import rope, rope_frequencies, rope_tables
 from mllama.ops.select_token import select_token
 
 __all__ = [
+    "LoraLayer",
     "add_rms_norm",
     "attention",
     "attention_weights",
     "dequantize_rows",
+    "dequantized_linear",
     "geglu",
     "layer_norm",
     "linear_cross_entropy",
     "lora_linear",
+    "lora_linears",
     "pack_gguf",
     "pack_weight",
     "packed_linear",

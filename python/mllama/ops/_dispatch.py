@@ -7,7 +7,7 @@ succeeds pays nothing, and every path raises the same message.
 
 import contextlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -175,7 +175,7 @@ def _caller(name: str, check: Callable | None) -> Callable:
             return default(*arguments)
         _refuse_tangents(name, arguments)
         wants_gradient = torch.is_grad_enabled() and any(
-            isinstance(value, torch.Tensor) and value.requires_grad for value in arguments
+            tensor.requires_grad for tensor in _tensors(arguments)
         )
         run = default if wants_gradient else kernel
         try:
@@ -192,10 +192,19 @@ def _caller(name: str, check: Callable | None) -> Callable:
     return call
 
 
+def _tensors(arguments: Iterable[Any]) -> Iterator[torch.Tensor]:
+    """Those among an operator's arguments, in lists as well."""
+    for value in arguments:
+        if isinstance(value, torch.Tensor):
+            yield value
+        elif isinstance(value, list):
+            yield from _tensors(value)
+
+
 def _refuse_tangents(name: str, arguments: tuple) -> None:
     """Reject forward-mode tangents: there is no formula, and torch would use zero silently."""
-    for value in arguments:
-        if isinstance(value, torch.Tensor) and forward_ad.unpack_dual(value).tangent is not None:
+    for tensor in _tensors(arguments):
+        if forward_ad.unpack_dual(tensor).tangent is not None:
             raise NotImplementedError(f"mllama::{name} has no forward-mode derivative")
 
 

@@ -18,6 +18,7 @@ from mllama.ops._dispatch import (
     register,
     use_kernel,
 )
+from mllama.ops.recompute import Saved, restored
 
 _SMALLEST_HEAD, _LARGEST_HEAD = 16, 256  # head sizes of the kernel
 _FAR = 2**62  # bound of offsets and windows, so that sums fit int64
@@ -295,14 +296,19 @@ def _setup(ctx, inputs, output):
     ctx.mark_non_differentiable(statistics)
     ctx.set_materialize_grads(False)
     masks, ctx.numbers = options[:5], options[5:]
-    ctx.save_for_backward(q, k, v, out, statistics, *masks)
+    # Normalized and rotated heads are computed again from what their norms save.
+    (ctx.q, q_from), (ctx.k, k_from) = Saved.of(q), Saved.of(k)
+    ctx.ends = len(q_from), len(q_from) + len(k_from)
+    ctx.save_for_backward(*q_from, *k_from, v, out, statistics, *masks)
 
 
 def _derivative(ctx, grad_out, grad_statistics):
     none = (None,) * len(Options._fields)
     if grad_out is None:
         return (None, None, None, *none)
-    return (*_attention_backward(grad_out, *ctx.saved_tensors, *ctx.numbers), *none)
+    (first, last), saved = ctx.ends, ctx.saved_tensors
+    q, k = restored(ctx.q, saved[:first]), restored(ctx.k, saved[first:last])
+    return (*_attention_backward(grad_out, q, k, *saved[last:], *ctx.numbers), *none)
 
 
 def _fake(q, k, v, *options):

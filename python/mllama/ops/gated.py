@@ -6,6 +6,7 @@ import torch
 from torch.nn.functional import gelu, silu
 
 from mllama.ops._dispatch import check_tensors, fresh, kind, register, use_kernel
+from mllama.ops.recompute import recomputable
 
 
 def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
@@ -23,7 +24,7 @@ def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
         ValueError: shapes, dtypes or devices differ.
     """
     if use_kernel("gated", gate):
-        return _swiglu(gate, up)
+        return recomputable(_swiglu(gate, up), swiglu, gate, up)
     _check("swiglu", gate, up)
     return swiglu_reference(gate, up)
 
@@ -35,7 +36,7 @@ def geglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     Arguments, Returns and Raises as `swiglu`.
     """
     if use_kernel("gated", gate):
-        return _geglu(gate, up)
+        return recomputable(_geglu(gate, up), geglu, gate, up)
     _check("geglu", gate, up)
     return geglu_reference(gate, up)
 

@@ -1,8 +1,11 @@
 """Layer normalization (Ba et al., 2016) over the last dimension, with weight and bias."""
 
+import functools
+
 import torch
 
 from mllama.ops._dispatch import check_eps, check_tensors, fresh, register, use_kernel
+from mllama.ops.recompute import recomputable
 
 
 def layer_norm(
@@ -24,7 +27,8 @@ def layer_norm(
     """
     check_eps("layer_norm", eps)
     if use_kernel("layer_norm", x):
-        return _layer_norm(x, weight, bias, eps)[0]
+        y = _layer_norm(x, weight, bias, eps)[0]
+        return recomputable(y, functools.partial(layer_norm, eps=eps), x, weight, bias)
     _check(x, weight, bias, eps)
     return reference(x, weight, bias, eps)
 

@@ -19,11 +19,13 @@ from mllama.ops._dispatch import (
     exact,
 )
 from mllama.ops.cross_entropy import cross_entropy_
+from mllama.ops.head import Head
+from mllama.ops.packed_layout import unpack
 
 FLOAT32 = torch.finfo(torch.float32)
 REDUCTIONS = ("mean", "sum", "none")
 # Bytes of the logits that exist at once.
-_CHUNK = 1 << 25
+_CHUNK = 44 << 20
 
 
 def linear_cross_entropy(
@@ -34,6 +36,9 @@ def linear_cross_entropy(
     reduction: str = "mean",
     ignore_index: int = -100,
     num_items_in_batch: int | float | torch.Tensor | None = None,
+    *,
+    out_features: int | None = None,
+    packing: str | None = None,
 ) -> torch.Tensor:
     """Cross entropy of the logits hidden W' against labels, in float32. The logits of a few rows
     exist at a time, those of rows that are not labeled never.
@@ -41,12 +46,15 @@ def linear_cross_entropy(
     Args:
         hidden: [..., in], float32, bfloat16 or float16. Under torch.autocast it is cast to
             autocast's dtype first, as in nn.Linear.
-        weight: [vocabulary, in], of the same dtypes; cast to hidden's dtype for the product.
+        weight: [vocabulary, in], of the same dtypes; cast to hidden's dtype for the product. With
+            `packing`, uint8 as `pack_weight` returns it, dequantized a tile at a time.
         labels: int64 [...], one per row of hidden: of the vocabulary, or ignore_index.
         softcap: logits become softcap * tanh(logits / softcap), as in Gemma 2; None leaves them.
         reduction: "mean" over the labeled rows, "sum", or "none".
         ignore_index: label of rows that are left out.
         num_items_in_batch: divisor of the sum in place of the number of labeled rows; for "mean".
+        out_features, packing: of a packed weight, its rows and format. Default: weight is dense.
+
     Returns:
         float32 [], or float32 [...] with 0 where a row is left out. The mean of no labeled rows is
         NaN, as PyTorch's is. In a compiled graph, which cannot raise for labels, the loss of one
@@ -59,22 +67,26 @@ def linear_cross_entropy(
     Raises:
         TypeError: an argument has another type or dtype.
         ValueError: shapes do not fit, a label is neither of the vocabulary nor ignore_index,
-            ignore_index is no int64, softcap is not positive and finite in float32, reduction is
+            ignore_index is no int64, packing is not known, out_features is given for a dense weight
+            or not for a packed one, softcap is not positive and finite in float32, reduction is
             unknown, or num_items_in_batch is given for another reduction than "mean", or not
             positive and finite.
     """
-    _check(hidden, weight, labels, softcap, reduction, ignore_index, num_items_in_batch)
+    head = Head(weight, out_features, packing)
+    _check(hidden, head, labels, softcap, reduction, ignore_index, num_items_in_batch)
     dtype = autocast_dtype(hidden)
     if dtype is not None:
         with exact(hidden):
             return linear_cross_entropy(
                 hidden.to(dtype),
-                weight.to(dtype),
+                weight.to(dtype) if packing is None else weight,
                 labels,
                 softcap,
                 reduction,
                 ignore_index,
                 num_items_in_batch,
+                out_features=out_features,
+                packing=packing,
             )
     rows, targets = hidden.reshape(labels.numel(), hidden.shape[-1]), labels.flatten()
     kept = None
@@ -86,9 +98,9 @@ def linear_cross_entropy(
     frozen = torch.is_grad_enabled() and hidden.requires_grad and not weight.requires_grad
     # By nothing else the gradient that is saved would be connected with hidden.
     anchor = rows[:0].clone() if frozen else None
-    losses = _Losses.apply(rows, weight, targets, softcap or 0.0, anchor)
+    losses = _Losses.apply(rows, *head, targets, softcap or 0.0, anchor)
     if not _reads_labels(labels):
-        known = _known(labels.flatten(), ignore_index, len(weight))
+        known = _known(labels.flatten(), ignore_index, head.vocabulary)
         losses = losses.masked_fill(~known, math.nan)
     if kept is not None and reduction == "none":
         losses = losses.new_zeros(labels.numel()).index_copy(0, kept, losses)
@@ -103,8 +115,14 @@ def reference(
     reduction: str = "mean",
     ignore_index: int = -100,
     num_items_in_batch: int | float | torch.Tensor | None = None,
+    *,
+    out_features: int | None = None,
+    packing: str | None = None,
 ) -> torch.Tensor:
     """`linear_cross_entropy` in plain torch, with all logits."""
+    if packing is not None:
+        assert out_features is not None  # required with packing
+        weight = unpack(weight, out_features, hidden.shape[-1], packing)
     logits = linear(hidden, weight.to(hidden.dtype)).float()
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
@@ -144,9 +162,9 @@ def _reads_labels(labels: torch.Tensor) -> bool:
     return not torch.compiler.is_compiling() and not labels.is_meta
 
 
-def _check(hidden, weight, labels, softcap, reduction, ignore_index, num_items_in_batch) -> None:
+def _check(hidden, head, labels, softcap, reduction, ignore_index, num_items_in_batch) -> None:
     op = "linear_cross_entropy"
-    check_tensors(op, hidden=hidden, weight=weight)
+    check_tensors(op, hidden=hidden)
     check_tensor(op, "labels", labels)
     check_device(op, "labels", labels, "hidden", hidden)
     if labels.dtype != torch.int64:
@@ -157,22 +175,17 @@ def _check(hidden, weight, labels, softcap, reduction, ignore_index, num_items_i
         raise ValueError(f"{op}: ignore_index must be an int64, got {ignore_index}")
     if hidden.dim() == 0:
         raise ValueError(f"{op}: hidden must have at least one dimension")
-    width = hidden.shape[-1]
-    if weight.dim() != 2 or weight.shape[1] != width or not len(weight):
-        raise ValueError(
-            f"{op}: weight must be [vocabulary, {width}] for hidden {list(hidden.shape)}, "
-            f"got {list(weight.shape)}"
-        )
+    head.check(op, hidden)
     if labels.shape != hidden.shape[:-1]:
         raise ValueError(
             f"{op}: labels must be {list(hidden.shape[:-1])} for hidden {list(hidden.shape)}, "
             f"got {list(labels.shape)}"
         )
     _check_options(op, softcap, reduction, num_items_in_batch)
-    if _reads_labels(labels) and not bool(_known(labels, ignore_index, len(weight)).all()):
+    if _reads_labels(labels) and not bool(_known(labels, ignore_index, head.vocabulary).all()):
         raise ValueError(
             f"{op}: labels must be {ignore_index} or within the vocabulary (0 to "
-            f"{len(weight) - 1}), got {labels.min()} to {labels.max()}"
+            f"{head.vocabulary - 1}), got {labels.min()} to {labels.max()}"
         )
 
 
@@ -217,15 +230,18 @@ class _Losses(torch.autograd.Function):
         ctx,
         hidden: torch.Tensor,
         weight: torch.Tensor,
+        out_features: int | None,
+        packing: str | None,
         targets: torch.Tensor,
         softcap: float,
         anchor: torch.Tensor | None,
     ) -> torch.Tensor:
-        """hidden [N, in], weight [vocabulary, in], targets int64 [N] -> float32 [N]. The anchor,
-        none of hidden's rows, is given where weight is frozen.
+        """hidden [N, in], weight [vocabulary, in] or packed, targets int64 [N] -> float32 [N]. The
+        anchor, none of hidden's rows, is given where weight is frozen.
         """
         compute = _losses_op if torch.compiler.is_compiling() else _losses
-        losses, gradient = compute(hidden, weight, targets, softcap, anchor is not None)
+        head = weight, out_features, packing
+        losses, gradient = compute(hidden, *head, targets, softcap, anchor is not None)
         ctx.softcap = softcap
         saved = (hidden, weight, targets) if anchor is None else (gradient, anchor)
         ctx.save_for_backward(*saved)
@@ -243,21 +259,27 @@ class _Losses(torch.autograd.Function):
             by_hidden, by_weight = compute(*saved, ctx.softcap, grad, wanted)
             by_hidden = by_hidden if wanted else None
         once = functools.partial(differentiable_once, "linear_cross_entropy", source)
-        return once(by_hidden), once(by_weight), None, None, None
+        return once(by_hidden), once(by_weight), None, None, None, None, None
 
 
 def _losses(
-    hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, softcap: float, frozen: bool
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    out_features: int | None,
+    packing: str | None,
+    targets: torch.Tensor,
+    softcap: float,
+    frozen: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Losses of rows, and where weight is frozen `_factor` times their gradients of hidden."""
     losses = hidden.new_empty(len(hidden), dtype=torch.float32)
     gradient = _like_or_empty(hidden, frozen)
     factor = _factor(hidden) if frozen else 0.0
-    typed = weight.to(hidden.dtype)
-    for rows, scores, target in _chunks(hidden, typed, targets):
+    head = Head(weight, out_features, packing).to(hidden.dtype)
+    for rows, scores, target in _chunks(hidden, head, targets):
         losses[rows] = cross_entropy_(scores, target, softcap, factor)
         if frozen:
-            gradient[rows] = scores @ typed
+            gradient[rows] = head.gradient(scores, hidden.shape[-1])
         del scores  # before the next ones are made
     return losses, gradient
 
@@ -273,11 +295,11 @@ def _gradients(
     """Gradients of hidden, if wanted, and weight, from the logits once more."""
     by_hidden = _like_or_empty(hidden, wants_hidden)
     by_weight = torch.zeros_like(weight, dtype=torch.float32)
-    factor, typed = _factor(hidden), weight.to(hidden.dtype)
-    for rows, scores, target in _chunks(hidden, typed, targets):
+    factor, head = _factor(hidden), Head(weight, None, None).to(hidden.dtype)
+    for rows, scores, target in _chunks(hidden, head, targets):
         cross_entropy_(scores, target, softcap, factor)
         if wants_hidden:
-            by_hidden[rows] = _times(scores @ typed, grad[rows])
+            by_hidden[rows] = _times(head.gradient(scores, hidden.shape[-1]), grad[rows])
         scores *= (grad[rows] / factor)[:, None]
         by_weight += scores.T @ hidden[rows]
         del scores
@@ -290,7 +312,7 @@ _gradients_op = torch.library.custom_op("mllama::_linear_gradients", _gradients,
 
 
 @_losses_op.register_fake
-def _(hidden, weight, targets, softcap, frozen):
+def _(hidden, weight, out_features, packing, targets, softcap, frozen):
     losses = hidden.new_empty(hidden.shape[0], dtype=torch.float32)  # len would fix the number
     return losses, _like_or_empty(hidden, frozen)
 
@@ -315,10 +337,12 @@ def _factor(hidden: torch.Tensor) -> float:
 
 
 def _chunks(
-    hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor
+    hidden: torch.Tensor, head: Head, targets: torch.Tensor
 ) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor]]:
     """Some rows, their logits and their targets; all of one dtype."""
-    size = max(1, _CHUNK // (len(weight) * hidden.element_size()))
+    most = max(1, _CHUNK // (head.vocabulary * hidden.element_size()))
+    # Of one size: products with few rows are slow.
+    size = max(1, -(-len(hidden) // max(1, -(-len(hidden) // most))))
     for start in range(0, len(hidden), size):
         rows = slice(start, start + size)
-        yield rows, linear(hidden[rows], weight), targets[rows]
+        yield rows, head.logits(hidden[rows]), targets[rows]

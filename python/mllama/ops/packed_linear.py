@@ -120,7 +120,7 @@ def packed_linear(
     packing: str,
     activation: str | None = None,
 ) -> torch.Tensor:
-    """activation(x weight' + bias). For inference: it has no derivative.
+    """activation(x weight' + bias). For inference: `dequantized_linear` has a derivative.
 
     Beside codes, x is rounded to 8 bits, symmetric, with a scale for 32 inputs. Sums are float32,
     and so is what the activation gets.
@@ -187,7 +187,8 @@ def check_packing(op: str, packing: str, known: Collection[str] = tuple(PACKINGS
         raise ValueError(f"{op}: packing must be one of {', '.join(known)}, got {packing!r}")
 
 
-def _name_of(number: int) -> str:
+def packing_name(number: int) -> str:
+    """The format of a number in the kernels."""
     return list(PACKINGS)[number]
 
 
@@ -197,22 +198,25 @@ def _check_pack(weight, number) -> None:
         raise ValueError(f"pack_weight: weight must be [out, in], got {list(weight.shape)}")
 
 
-def _check_packed(op, weight, out_features, in_features, number) -> None:
+def check_packed(
+    op: str, weight: torch.Tensor, out_features: int, in_features: int, packing: str
+) -> None:
+    """Raise TypeError or ValueError unless it is such a packed weight."""
     check_tensor(op, "weight", weight)
     if weight.dtype != torch.uint8:
         raise TypeError(
             f"{op}: weight must be uint8, as pack_weight returns it, got {dtype_name(weight)}"
         )
-    size = packed_bytes(out_features, in_features, _name_of(number))
+    size = packed_bytes(out_features, in_features, packing)
     if weight.shape != (size,):
         raise ValueError(
             f"{op}: weight must be [{size}], the bytes of {out_features} x {in_features} weights "
-            f"as {_name_of(number)}, got {list(weight.shape)}"
+            f"as {packing}, got {list(weight.shape)}"
         )
 
 
 def _check_unpack(packed, rows, out_features, in_features, number, dtype) -> None:
-    _check_packed("unpack_weight", packed, out_features, in_features, number)
+    check_packed("unpack_weight", packed, out_features, in_features, packing_name(number))
     if dtype not in FLOAT_DTYPES:
         raise TypeError(f"unpack_weight: dtype must be float32, bfloat16 or float16, got {dtype}")
     if rows is None:
@@ -251,7 +255,7 @@ def _check(x, weight, bias, out_features, number, activation) -> None:
     check_tensors("packed_linear", optional=("bias",), x=x, bias=bias)
     if x.dim() == 0:
         raise ValueError("packed_linear: x must have at least one dimension")
-    _check_packed("packed_linear", weight, out_features, x.shape[-1], number)
+    check_packed("packed_linear", weight, out_features, x.shape[-1], packing_name(number))
     check_device("packed_linear", "weight", weight, "x", x)
     if bias is not None and bias.shape != (out_features,):
         raise ValueError(f"packed_linear: bias must be [{out_features}], got {list(bias.shape)}")
@@ -262,7 +266,7 @@ def _fake(x, weight, bias, out_features, number, activation):
 
 
 def _pack_fake(weight, number):
-    size = packed_bytes(*weight.shape, _name_of(number))
+    size = packed_bytes(*weight.shape, packing_name(number))
     return weight.new_empty(size, dtype=torch.uint8)
 
 
@@ -272,7 +276,7 @@ def _unpack_fake(packed, rows, out_features, in_features, number, dtype):
 
 
 def _no_derivative(ctx, *grads):
-    raise NotImplementedError("packed_linear has no derivative: packed weights are for inference")
+    raise NotImplementedError("packed_linear has no derivative: dequantized_linear has")
 
 
 _packed_linear = register("packed_linear", check=_check, fake=_fake, backward=_no_derivative)

@@ -1,10 +1,12 @@
 """RMS normalization (Zhang and Sennrich, 2019), optionally after a residual addition."""
 
+import functools
 import math
 
 import torch
 
 from mllama.ops._dispatch import check_eps, check_tensors, fresh, kind, register, use_kernel
+from mllama.ops.recompute import recomputable
 
 
 def rms_norm(
@@ -32,7 +34,7 @@ def rms_norm(
     check_eps("rms_norm", eps)
     _check_offset("rms_norm", offset)
     if use_kernel("rms_norm", x):
-        return _rms_norm(x, weight, eps, offset)[0]
+        return _noted(_rms_norm(x, weight, eps, offset)[0], x, weight, eps, offset)
     _check(x, weight, eps, offset)
     return reference(x, weight, eps, offset)
 
@@ -60,7 +62,8 @@ def add_rms_norm(
     check_eps("add_rms_norm", eps)
     _check_offset("add_rms_norm", offset)
     if use_kernel("rms_norm", x):
-        return _add_rms_norm(x, residual, weight, eps, offset)[:2]
+        y, hidden, _ = _add_rms_norm(x, residual, weight, eps, offset)
+        return _noted(y, hidden, weight, eps, offset), hidden
     _add_check(x, residual, weight, eps, offset)
     return add_reference(x, residual, weight, eps, offset)
 
@@ -86,6 +89,11 @@ def add_reference(
     """`add_rms_norm` in plain torch."""
     hidden = x + residual
     return reference(hidden, weight, eps, offset), hidden
+
+
+def _noted(y, hidden, weight, eps, offset) -> torch.Tensor:
+    function = functools.partial(rms_norm, eps=eps, offset=offset)
+    return recomputable(y, function, hidden, weight)
 
 
 def _check_offset(op: str, offset: float) -> None:

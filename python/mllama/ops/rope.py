@@ -20,6 +20,7 @@ from mllama.ops._dispatch import (
     register,
     use_kernel,
 )
+from mllama.ops.recompute import note_of, recomputable
 
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.uint8)
 
@@ -47,7 +48,8 @@ def rope(
         _check_no_gradient("cos", cos)
         _check_no_gradient("sin", sin)
     if use_kernel("rope", q):
-        return _rope(q, k, cos, sin, False)
+        rotated_q, rotated_k = _rope(q, k, cos, sin, False)
+        return _noted(rotated_q, q, cos, sin), _noted(rotated_k, k, cos, sin)
     _check(q, k, cos, sin, False)
     return reference(q, k, cos, sin)
 
@@ -63,6 +65,22 @@ def reference(
         return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin), dim=-1).to(x.dtype)
 
     return rotate(q), rotate(k)
+
+
+def _noted(
+    rotated: torch.Tensor, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+) -> torch.Tensor:
+    """rotated, noted if x is: a rotation's own backward pass does not save x."""
+    note = note_of(x)
+    if note is None:
+        return rotated
+
+    def rotate(*tensors: torch.Tensor) -> torch.Tensor:
+        *inputs, cos, sin = tensors
+        again = note.function(*inputs)
+        return rope(again, again[:, :, :1], cos, sin)[0]
+
+    return recomputable(rotated, rotate, *note.inputs, cos, sin)
 
 
 def _check_no_gradient(name: str, table: torch.Tensor) -> None:

@@ -1,0 +1,30 @@
+// Dequantizing blocks of a packed weight on torch's threads.
+#pragma once
+
+#include "core/threads.h"
+#include "ops/packed_linear.h"
+
+namespace mllama {
+
+struct UnpackOnCpu {
+    static constexpr int64_t kTileElements = int64_t{1} << 20;  // in the cache that cores share
+
+    // args.dense = the rows of the blocks [first, last).
+    static void unpack(const kernels::PackWeight& args, int64_t first, int64_t last) {
+        auto unpack = MLLAMA_CALL(unpack_blocks);
+        int64_t block = args.width * kernels::kLanes;
+        parallel_for(last - first, std::max<int64_t>(kGrain / std::max<int64_t>(block, 1), 1),
+                     [&](int64_t begin, int64_t end) {
+                         kernels::PackWeight part = args;
+                         int64_t bytes = block * size_of(args.dtype);
+                         part.dense = static_cast<char*>(args.dense) + begin * bytes;
+                         unpack(part, first + begin, first + end);
+                     });
+    }
+    static void unpack(const kernels::PackWeight& args, int64_t first, int64_t last, const Tensor&,
+                       const Tensor&) {
+        unpack(args, first, last);
+    }
+};
+
+}  // namespace mllama
