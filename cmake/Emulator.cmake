@@ -42,30 +42,29 @@ if(NOT MLLAMA_NVCC)
   return()
 endif()
 # A kernel from PTX has the symbol of the template in its source, which is weak. Those of attention
-# are long: heads of up to 64 and of more than 128 stand for all.
-set(MLLAMA_PTX_HEADS "Li(64|256)ELb|merge|deltas")
+# are long, and others differ in a type that is converted alone: what matches these patterns is
+# translated and stands for the rest, which runs from its source.
+set(heads "Tiles<[^,]*, 64,|Tiles<mllama::f16,")  # every dtype, and every size with one of them
+set(MLLAMA_PTX_attention "${heads}|merge_attention")
+set(MLLAMA_PTX_attention_backward "${heads}|attention_deltas")
 file(MAKE_DIRECTORY ${CMAKE_BINARY_DIR}/ptx)
 foreach(architecture 75 80)
   set(translated "")
   foreach(source IN LISTS cuda_sources)
     cmake_path(GET source STEM stem)
-    set(pattern "")
-    if(stem MATCHES "^attention")
-      set(pattern "${MLLAMA_PTX_HEADS}")
-    endif()
     set(made ${CMAKE_BINARY_DIR}/ptx/${stem}_${architecture})
     add_custom_command(OUTPUT ${made}.cpp
       COMMAND ${MLLAMA_NVCC} -std=c++20 -O3 -lineinfo -arch=compute_${architecture} -ptx
               -I${CMAKE_SOURCE_DIR}/csrc -MD -MF ${made}.d -MT ${made}.cpp
               ${CMAKE_SOURCE_DIR}/${source} -o ${made}.ptx
       COMMAND ${Python_EXECUTABLE} ${CMAKE_SOURCE_DIR}/scripts/ptx2cpp.py ${made}.ptx ${made}.cpp
-              "${pattern}"
+              "${MLLAMA_PTX_${stem}}"
       DEPENDS ${source} scripts/ptx2cpp.py scripts/ptx_instructions.py DEPFILE ${made}.d VERBATIM)
     list(APPEND translated ${made}.cpp)
   endforeach()
   add_library(translated_${architecture} OBJECT ${translated})
   target_include_directories(translated_${architecture} PRIVATE csrc)
   target_compile_options(translated_${architecture} PRIVATE -O1 ${options} -Wno-unused-label
-      -Wno-unused-variable -Wno-unused-parameter -ffp-contract=off -fwrapv -fno-strict-aliasing)
+      -Wno-unused-variable -Wno-unused-but-set-variable -Wno-unused-parameter -ffp-contract=off -fwrapv -fno-strict-aliasing)
   add_emulated_library(mllama_ptx_${architecture} $<TARGET_OBJECTS:translated_${architecture}>)
 endforeach()

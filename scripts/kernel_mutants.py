@@ -57,8 +57,8 @@ _TABLE = {
         ),
         (
             "first step of a warp's sum dropped",
-            "(int step = 16; step; step /= 2) v += ",
-            "(int step = 8; step; step /= 2) v += ",
+            "(int step = 16; step; step /= 2) {\n        v = Combine",
+            "(int step = 8; step; step /= 2) {\n        v = Combine",
         ),
     ],
     ("layer_norm", "layer_norm.cuh"): [
@@ -150,13 +150,15 @@ _TABLE = {
         ("codes past the row", "if (column < size) ", ""),
         ("tiny scales kept", "if (to_float(scale) < kSmallestScale) scale = bf16{0};", ""),
     ],
-    ("select_token", "select_token.cuh"): [
+    ("select_token", "device.cuh"): [
         ("barrier between reductions dropped", "    __syncthreads();  // the last use", "    //"),
         (
             "barrier after partial results dropped",
             "= v;\n    __syncthreads();\n    v = parts[0];",
             "= v;\n    v = parts[0];",
         ),
+    ],
+    ("select_token", "select_token.cuh"): [
         (
             "barrier before scores change dropped",
             "__syncthreads();  // all have read x[likeliest]",
@@ -172,7 +174,9 @@ _TABLE = {
             "before++ < count) x = 0;\n        });\n        __syncthreads();\n",
             "before++ < count) x = 0;\n        });\n",
         ),
-        ("one token too few", "count >= a_.top_k", "count > a_.top_k"),
+        ("one token too few", "(a_.size - a_.top_k)", "(a_.size - a_.top_k + 1)"),
+        ("decided scores forgotten", "own += more;", ";"),
+        ("decided scores counted again", "key <= low ||", "key < low ||"),
         (
             "sums in float32",
             "double sum = 0;\n        __syncthreads();",
@@ -282,8 +286,14 @@ _TABLE = {
     ("attention", "attention_tiles.cuh"): [
         (
             "columns past the head",
-            "d = i % kPieces * kPiece;",
-            "d = i % kPieces * kPiece;\n            size = Tiles::kSize;",
+            "d = i % kPieces * kPiece;\n                bool valid",
+            "d = i % kPieces * kPiece;\n size = Tiles::kSize;\n bool valid",
+        ),
+        ("words of rows that are not aligned", "| size) % 4 == 0)", "| size) % 2 == 0)"),
+        (
+            "codes behind the row",
+            "if (first + row < last && d < size)\n",
+            "if (first + row < last)\n",
         ),
         (
             "matrices of B exchanged",
@@ -356,16 +366,16 @@ _TABLE = {
         ("rows without a target kept", "if (!counts) v[j] = 0;", ";"),
         ("loss written by all", "if (threadIdx.x % team.kThreads == 0) a.losses", "a.losses"),
     ],
-    ("cross_entropy", "rows.cuh"): [
+    ("cross_entropy", "device.cuh"): [
         (
             "barrier after the highest dropped",
-            "highest[threadIdx.x / 32] = v;\n    __syncthreads();",
-            "highest[threadIdx.x / 32] = v;",
+            "parts[threadIdx.x / 32] = v;\n    __syncthreads();",
+            "parts[threadIdx.x / 32] = v;",
         ),
         (
             "last warp's highest left out",
-            "int i = 1; i < kWarps; ++i) v = f",
-            "int i = 1; i < kWarps - 1; ++i) v = f",
+            "int i = 1; i < kWarps; ++i) v = Combine",
+            "int i = 1; i < kWarps - 1; ++i) v = Combine",
         ),
     ],
 }

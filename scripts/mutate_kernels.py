@@ -31,7 +31,7 @@ SECONDS = 900  # after which tests are stopped; each operator's take less than a
 # The most important of what a kernel's tests are; -x ends them with the first failure.
 _ATTENTION = ("tests/cuda/test_attention_variants.py", "tests/ops/test_attention.py")
 TESTS = {
-    "attention": _ATTENTION,
+    "attention": ("tests/cuda/test_decode.py", *_ATTENTION),
     "attention_backward": _ATTENTION,
     "packed_linear": (
         "tests/cuda/test_packed_linear.py",

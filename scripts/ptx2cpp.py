@@ -2,20 +2,23 @@
 
 python scripts/ptx2cpp.py KERNELS.ptx KERNELS.cpp [PATTERN]
 
-Each entry whose symbol has the regular expression PATTERN becomes a function with the symbol of the
-kernel that it was made from, and a linker takes it instead of the kernel's own template, which is a
-weak symbol.
+Each entry whose name, with its template's arguments, has the regular expression PATTERN becomes a
+function with the symbol of the kernel that it was made from, and a linker takes it instead of the
+kernel's own template, which is a weak symbol.
 """
 
 import re
+import subprocess
 import sys
 from pathlib import Path
 
 from ptx_instructions import Instructions, c_type, name, split
 
 REGISTERS = {"pred": "bool", "b16": "uint16_t", "b32": "uint32_t", "b64": "uint64_t"}
-REGISTERS |= {"f16": "uint16_t", "f32": "uint32_t", "f64": "uint64_t"}
+REGISTERS |= {"f16": "uint16_t", "f32": "float", "f64": "double"}
 VARIABLE = re.compile(r"\.(shared|local) \.align (\d+) \.\w(\d+) (\S+?)(?:\[(\d+)\])?")
+# Instructions that the emulator checks: errors name their lines in the source.
+CHECKED = re.compile(r"(@\S+ )?(ld(?!\.param)|st|atom|bar|shfl|vote|mma|cp|trap)")
 ENTRY = re.compile(r"\.entry (\S+)\(\s*(.*?)\)\s*(?:\.\w+ [\d, ]+\s*)*\{\n(.*?)\n\}\n", re.S)
 
 
@@ -64,6 +67,7 @@ class Entry(Instructions):
 
     def read(self, body: str, files: dict[str, str]) -> None:
         """Translate the statements of a body."""
+        here = last = ""
         body = re.sub(r"^\s*(\.loc \d+ \d+ \d+).*$", r"\1;", body, flags=re.M)
         for part in re.split(r";|(?<=:)\s", body):
             text = " ".join(part.replace("\n", " ").split()).lstrip("{} ")
@@ -72,12 +76,15 @@ class Entry(Instructions):
                 continue
             if text.startswith(".loc "):
                 file, line = text.split()[1:3]
-                self.statements.append(f'\n#line {line} "{files[file]}"\n')
+                here = f'\n#line {line} "{files[file]}"\n'
             elif text.startswith("."):
                 self.declare(text)
             elif text.endswith(":"):
                 self.statements.append(f"{name(text[:-1])}:; ")
             else:
+                if here != last and CHECKED.match(text):
+                    self.statements.append(here)
+                    last = here
                 self.statements.append(self._guarded(text) + " ")
 
     def _guarded(self, text: str) -> str:
@@ -108,8 +115,15 @@ class Entry(Instructions):
         return "\n".join(lines) + "".join(self.statements) + "\n}\n"
 
 
+def demangled(symbols: list[str]) -> list[str]:
+    """The names, with their templates' arguments."""
+    text = "\n".join(symbols)
+    done = subprocess.run(["c++filt"], input=text, capture_output=True, text=True, check=True)
+    return done.stdout.splitlines()
+
+
 def translate(ptx: str, pattern: str = "") -> str:
-    """The C++ file of a PTX file's entries whose symbol has the regular expression."""
+    """The C++ file of a PTX file's entries whose name has the regular expression."""
     ptx = re.sub(r"[ \t]+", " ", re.sub(r"//.*", "", ptx))
     files = dict(re.findall(r'^ ?\.file (\d+) "([^"]+)"', ptx, re.M))
     outside = ENTRY.sub("", ptx)
@@ -118,9 +132,10 @@ def translate(ptx: str, pattern: str = "") -> str:
     for match in re.finditer(rf"^ ?{VARIABLE.pattern};", outside, re.M):
         _, align, width, symbol, count = match.groups()
         shared[symbol] = (int(width) // 8 * int(count or 1), int(align))
-    functions = []
-    for symbol, parameters, body in ENTRY.findall(ptx):
-        if not re.search(pattern, symbol):
+    functions, entries = [], ENTRY.findall(ptx)
+    names = demangled([symbol for symbol, _, _ in entries])
+    for full_name, (symbol, parameters, body) in zip(names, entries, strict=True):
+        if not re.search(pattern, full_name):
             continue
         entry = Entry(symbol, parameters, shared)
         entry.read(body, files)

@@ -35,6 +35,11 @@ def c_type(type_: str) -> str:
     return f"{'int' if type_[0] == 's' else 'uint'}{bits(type_)}_t"
 
 
+def are_integers(*c_types: str) -> bool:
+    """Whether values of the C++ types become each other's by a cast."""
+    return all("int" in c for c in c_types)
+
+
 def unsigned(type_: str) -> str:
     """The C++ type that wraps around."""
     return f"uint{bits(type_)}_t"
@@ -79,7 +84,7 @@ class Instructions:
         if operand == "WARP_SZ":
             return "32"
         if operand in self.registers:
-            return name(operand) if type_ == "pred" else f"as<{c}>({name(operand)})"
+            return self._register(operand, c)
         if operand in self.parameters:
             return f"address_of(p{self.parameters.index(operand)})"
         if operand in self.local:
@@ -94,13 +99,23 @@ class Instructions:
             return f"{c}({operand}{'ull' if bits(type_) == 64 else ''})"
         raise SystemExit(f"{self.symbol}: no rule for the operand {operand}")
 
+    def _register(self, register: str, c: str) -> str:
+        """A register as a C++ value of the type c."""
+        own = self.registers[register]
+        if own == c:
+            return name(register)
+        return f"{c}({name(register)})" if are_integers(own, c) else f"as<{c}>({name(register)})"
+
     def set(self, register: str, type_: str, value: str) -> str:
         """A statement that gives a register a value of the type."""
         if register == "_":
             return f"(void)({value});"
-        if type_ == "pred":
+        c, own = c_type(type_), self.registers[register]
+        if own == c or (are_integers(own, c) and bits(own) == bits(c)):
             return f"{name(register)} = {value};"
-        return f"put({name(register)}, {c_type(type_)}({value}));"
+        if are_integers(own, c):
+            return f"{name(register)} = {c}({value});"
+        return f"put({name(register)}, {c}({value}));"
 
     def address(self, operand: str, space: str) -> str:
         """A pointer to bytes, of [base + offset]."""

@@ -5,10 +5,11 @@ is a token after CONTEXT others, prefill all of them; gradients are prefill's.
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-CONTEXT, HIDDEN, INNER, VOCABULARY = 4096, 2048, 8192, 128256
+CONTEXT, HIDDEN, INNER, VOCABULARY, LAYERS = 4096, 2048, 8192, 128256, 16
 HEADS, KV_HEADS, SIZE, RANK = 32, 8, 64, 16
 PIXELS = (1600, 1200, 560)  # width and height of an image, and of a tile
 TILE_STRIDE = 2 * (SIZE + 8)  # bytes of a row of attention's tiles
+WEIGHT_BYTES = {"float16": 2.0, "int8": 17 / 16, "int4": 9 / 16}  # of an element
 
 
 @dataclass(frozen=True)
@@ -25,75 +26,124 @@ class Work:
     moved: float = (
         0  # bytes to and from multiprocessors, where that is more: several blocks read it
     )
+    count: int = 0  # launches of a token of `decode_step` with int4 weights and a float16 cache
 
 
-def rows(tokens: int, when: str) -> Iterator[Work]:
-    """Kernels that go through activations once."""
-    x, inner = 2 * tokens * HIDDEN, 2 * tokens * INNER  # bytes
-    turned, keys = tokens * (HEADS + KV_HEADS) * SIZE, tokens * KV_HEADS * SIZE  # elements
+def rows() -> Iterator[Work]:
+    """Prefill's kernels that go through activations once."""
+    x, inner = 2 * CONTEXT * HIDDEN, 2 * CONTEXT * INNER  # bytes
+    turned, keys = CONTEXT * (HEADS + KV_HEADS) * SIZE, CONTEXT * KV_HEADS * SIZE  # elements
     norm = "<mllama::f16, mllama::f16, 8, 8>"
-    yield Work(f"add_rms_norm, {when}", "rms_norm", "rms_norm" + norm, tokens, 256, 4 * x, 4 * x)
-    yield Work(
-        f"rope, {when}", "rope", "rope<mllama::f16, 8>", turned / 4096, 256, 4 * turned, 3 * turned
-    )
+    yield Work("add_rms_norm, prefill", "rms_norm", "rms_norm" + norm, CONTEXT, 256, 4 * x, 4 * x)
+    yield Work("rope, prefill", "rope", "rope<mllama::f16, 8>", turned / 4096, 256, 4 * turned,
+               3 * turned)  # fmt: skip
     gated = "gated<mllama::f16, mllama::cuda::Silu, 8>"
-    yield Work(f"swiglu, {when}", "gated", gated, inner / 4096, 256, 3 * inner, 4 * inner)
-    codes = "quantize_activations<mllama::f16>"
-    yield Work(
-        f"packed_linear, rounding of x, {when}",
-        "packed_linear",
-        codes,
-        x / 512,
-        256,
-        1.6 * x,
-        5 * x,
-    )
-    yield Work(
-        f"quantize_rows of keys, {when}",
-        "quantized_rows",
-        "quantize_rows<mllama::f16>",
-        keys / 256,
-        256,
-        3.06 * keys,
-        10 * keys,
-    )
+    yield Work("swiglu, prefill", "gated", gated, inner / 4096, 256, 3 * inner, 4 * inner)
+    yield Work("packed_linear, rounding of x, prefill", "packed_linear",
+               "quantize_activations<mllama::f16>", x / 512, 256, 1.6 * x, 5 * x)  # fmt: skip
+    yield Work("quantize_rows of keys, prefill", "quantized_rows", "quantize_rows<mllama::f16>",
+               keys / 256, 256, 3.06 * keys, 10 * keys)  # fmt: skip
 
 
-def products(tokens: int, when: str, turing: bool) -> Iterator[Work]:
-    """The layer from HIDDEN to INNER, packed, and its adapter."""
-    terms = 2 * tokens * HIDDEN * INNER
-    formats = {
-        "float16": (2.0, "Float{}<mllama::f16{}>", "fma", "f16"),
-        "int8": (17 / 16, "Code{}<(mllama::kernels::Packing)3>", "dp4a", "int8"),
-        "int4": (9 / 16, "Code{}<(mllama::kernels::Packing)4>", "dp4a", "int8"),
+def few_rows(name: str, x_dtype: str, rows: int) -> tuple[str, str]:
+    """The kernel for few rows of x and its unit, by the weights' format."""
+    half = {
+        "float16": f"FloatHalf<mllama::f16, {x_dtype}>",
+        "int8": "CodeHalf<(mllama::kernels::Packing)3>",
+        "int4": "CodeHalf<(mllama::kernels::Packing)4>",
+    }[name]
+    unit = "fma" if name == "float16" else "dp4a"
+    return f"multiply_few<mllama::cuda::{half}, {x_dtype}, {rows}>", unit
+
+
+def products(turing: bool) -> Iterator[Work]:
+    """Prefill's layer from HIDDEN to INNER, packed, and its adapter."""
+    terms = 2 * CONTEXT * HIDDEN * INNER
+    tiles = {
+        "float16": ("FloatSteps<mllama::f16>", "f16"),
+        "int8": ("CodeSteps<(mllama::kernels::Packing)3>", "int8"),
+        "int4": ("CodeSteps<(mllama::kernels::Packing)4>", "int8"),
     }
-    for name, (bytes_each, steps, few, many) in formats.items():
-        weight, x = bytes_each * HIDDEN * INNER, (2 if name == "float16" else 1.2) * tokens * HIDDEN
-        size = weight + x + 2 * tokens * INNER
-        what = f"packed_linear of {name}, {when}"
-        if tokens == 1 or turing:
-            part = 4 if tokens > 1 else 1
-            half = "mllama::cuda::" + steps.format("Half", ", mllama::f16")
-            kernel = f"multiply_few<{half}, mllama::f16, {part}>"
-            blocks = INNER / 16 * tokens / part
-            yield Work(what, "packed_linear", kernel, blocks, 256, size, terms, few,
-                       moved=weight * tokens / part + x * INNER / 16)  # fmt: skip
+    for name, (steps, many) in tiles.items():
+        weight = WEIGHT_BYTES[name] * HIDDEN * INNER
+        x = (2 if name == "float16" else 1.2) * CONTEXT * HIDDEN
+        size = weight + x + 2 * CONTEXT * INNER
+        what = f"packed_linear of {name}, prefill"
+        if turing:
+            kernel, few = few_rows(name, "mllama::f16", 4)
+            yield Work(what, "packed_linear", kernel, INNER / 16 * CONTEXT / 4, 256, size, terms,
+                       few, moved=weight * CONTEXT / 4 + x * INNER / 16)  # fmt: skip
         else:
-            kernel = f"multiply_many<mllama::cuda::{steps.format('Steps', '')}, mllama::f16>"
-            blocks = INNER / 64 * tokens / 64
-            yield Work(what, "packed_linear", kernel, blocks, 128, size, terms, many,
-                       moved=weight * tokens / 64 + x * INNER / 64)  # fmt: skip
-    x, factor, terms = 2 * tokens * HIDDEN, 4 * RANK * HIDDEN, 2 * tokens * HIDDEN * RANK
+            kernel = f"multiply_many<mllama::cuda::{steps}, mllama::f16>"
+            yield Work(what, "packed_linear", kernel, INNER / 64 * CONTEXT / 64, 128, size, terms,
+                       many, moved=weight * CONTEXT / 64 + x * INNER / 64)  # fmt: skip
+    x, factor, terms = 2 * CONTEXT * HIDDEN, 4 * RANK * HIDDEN, 2 * CONTEXT * HIDDEN * RANK
     for product, size in {"down": x, "up": 2 * x, "outer": x}.items():
-        if tokens == 1 and product == "outer":
-            continue
-        few = tokens == 1 and product == "down"
-        kernel = f"low_rank_{'dots' if few else product}<mllama::f16, float>"
-        blocks = RANK / 8 if few else max(tokens / 32, 1) * (HIDDEN / 32 if product == "up" else 1)
-        if product == "outer":
-            blocks = HIDDEN / 32
-        yield Work(f"lora_linear, {product}, {when}", "lora_linear", kernel, blocks,
-                   256 if few else 128, size + factor, terms)  # fmt: skip
+        blocks = HIDDEN / 32 if product == "outer" else CONTEXT / 32
+        yield Work(f"lora_linear, {product}, prefill", "lora_linear",
+                   f"low_rank_{product}<mllama::f16, float>",
+                   blocks * (HIDDEN / 32 if product == "up" else 1), 128, size + factor,
+                   terms)  # fmt: skip
+
+
+def decode_step(turing: bool) -> Iterator[Work]:
+    """A token of `decode_step`, whose activations are float32."""
+    x, inner, heads = 4 * HIDDEN, 4 * INNER, (HEADS + 2 * KV_HEADS) * SIZE
+    half, norms = SIZE / 2, 2 * LAYERS + 1
+    yield Work("decode_step, start", "decode", "start_step<0>", 1, 256, 12 * half, 60 * half,
+               count=1)  # fmt: skip
+    yield Work("decode_step, sum and norm", "rms_norm", "rms_norm<float, float, 8, 4>", 1, 256,
+               5 * x, HIDDEN * 4, count=norms)  # fmt: skip
+    for width, name, count in ((HIDDEN, "hidden", 3), (INNER, "inner", 1)):
+        yield Work(f"decode_step, rounding of {name} x", "packed_linear",
+                   "quantize_activations<float>", width / 256, 256, 5.25 * width, 10 * width,
+                   count=count * LAYERS)  # fmt: skip
+    layers = [
+        ("q, k and v", "int4", HIDDEN, heads, LAYERS),
+        ("o", "int4", HIDDEN, HIDDEN, LAYERS),
+        ("gate and up", "int4", HIDDEN, 2 * INNER, LAYERS),
+        ("down", "int4", INNER, HIDDEN, LAYERS),
+        ("gate and up", "int8", HIDDEN, 2 * INNER, 0),
+        ("gate and up", "float16", HIDDEN, 2 * INNER, 0),
+    ]
+    for what, name, before, after, count in layers:
+        weight, input_bytes = WEIGHT_BYTES[name] * before * after, 4 if name == "float16" else 1.25
+        kernel, unit = few_rows(name, "float", 1)
+        yield Work(f"decode_step, {what} of {name}", "packed_linear", kernel, after / 16, 256,
+                   weight + input_bytes * before + 4 * after, 2 * before * after, unit,
+                   moved=weight + input_bytes * before * after / 16, count=count)  # fmt: skip
+    yield Work("decode_step, heads to the cache", "decode", "place_heads<mllama::f16, mllama::f16>",
+               heads / SIZE / 4, 128, 6 * heads, 8 * heads, count=LAYERS)  # fmt: skip
+    yield from decode_attention(turing)
+    yield Work("decode_step, swiglu", "gated", "gated<float, mllama::cuda::Silu, 4>", INNER / 1024,
+               256, 3 * inner, 8 * INNER, count=LAYERS)  # fmt: skip
+    factor, terms = 4 * RANK * HIDDEN, 2 * HIDDEN * RANK
+    yield Work("decode_step, adapter, down", "lora_linear", "low_rank_dots<float, float>", RANK / 8,
+               256, x + factor, terms)  # fmt: skip
+    yield Work("decode_step, adapter, up", "lora_linear", "low_rank_up<float, float>", HIDDEN / 32,
+               128, 2 * x + factor, terms)  # fmt: skip
+    yield Work("decode_step, gate of image layers", "decode", "scale_rows<0>", HIDDEN / 256, 256,
+               2 * x, HIDDEN)  # fmt: skip
+
+
+def decode_attention(turing: bool) -> Iterator[Work]:
+    """What attends to a cache, whose parts have 256 keys each."""
+    elements, product = 2 * CONTEXT * KV_HEADS * SIZE, 2 * CONTEXT * HEADS * SIZE
+    parts = CONTEXT // 256
+    blocks, results = KV_HEADS * parts, 4 * HEADS * parts * (SIZE + 2)  # bytes
+    tensor = f"TensorTiles<mllama::f16, {SIZE}, {str(turing).lower()}>"
+    plain = f"FloatTiles<float, {SIZE}, {str(turing).lower()}>"
+    caches = [
+        ("float16", tensor, "KeyRows<mllama::f16> ", 2.0, "f16", TILE_STRIDE, LAYERS),
+        ("int8", plain, "QuantizedKeyRows", 1 + 2 / 32, "fma", 4 * (SIZE + 4), 0),
+    ]
+    for name, tiles, keys, size, unit, stride, count in caches:
+        kernel = f"attention<mllama::cuda::ForwardShape<mllama::cuda::{tiles}, 1, 4, 16>"
+        yield Work(f"decode_step, attention to {name}", "attention",
+                   f"{kernel}, mllama::cuda::{keys}>", blocks, 128, size * elements + results,
+                   2 * product, unit, (16 + 2 * 64) * stride, count=count)  # fmt: skip
+    yield Work("decode_step, merging of parts", "attention", "merge_attention<float>", HEADS / 4,
+               128, results, HEADS * parts * SIZE * 3, count=LAYERS)  # fmt: skip
 
 
 def attention(turing: bool) -> Iterator[Work]:
@@ -102,12 +152,6 @@ def attention(turing: bool) -> Iterator[Work]:
     product = 2 * CONTEXT * HEADS * SIZE  # of one query's heads with all keys, or with all values
     shape = "attention<mllama::cuda::ForwardShape<" + tiles
     keys = ", mllama::cuda::KeyRows<mllama::f16> >"
-    blocks, parts = 256, 256 // KV_HEADS
-    results = 4 * HEADS * parts * (SIZE + 2)
-    yield Work("attention, decode", "attention", f"{shape}, 1, 4, 16>{keys}", blocks, 128,
-               cache + results, 2 * product, "f16", (16 + 2 * 64) * TILE_STRIDE)  # fmt: skip
-    yield Work("attention, merging of parts, decode", "attention", "merge_attention<mllama::f16>",
-               HEADS / 4, 128, results, HEADS * parts * SIZE * 3)  # fmt: skip
     causal = CONTEXT / 2 * product  # of all queries
     blocks = KV_HEADS * CONTEXT * HEADS / KV_HEADS / 64
     yield Work("attention, prefill", "attention", f"{shape}, 4, 1, 64>{keys}", blocks, 128,
@@ -160,14 +204,16 @@ def others() -> Iterator[Work]:
     select = "select_token<mllama::f16>"
     yield Work("select_token, greedy", "select_token", select, 1, 256, scores / 2,
                4 * VOCABULARY)  # fmt: skip
-    yield Work("select_token, top_k and top_p", "select_token", select, 1, 256, 1.5 * scores,
-               66 * 2 * VOCABULARY, moved=68 * scores)  # fmt: skip
+    # As many accesses as the emulator counts for normal scores.
+    yield Work("select_token, top_k and top_p", "select_token", select, 1, 256, 2.5 * scores,
+               60 * VOCABULARY, moved=20 * scores)  # fmt: skip
+    scores = 2 * CONTEXT * VOCABULARY
+    yield Work("cross_entropy and its gradient", "cross_entropy",
+               "cross_entropy<mllama::f16, 8, 8>", CONTEXT, 256, 2 * scores,
+               9 * CONTEXT * VOCABULARY, moved=4 * scores)  # fmt: skip
 
 
 def works(architecture: int) -> list[Work]:
     """What is launched on a device."""
     turing = architecture < 80
-    found = [*attention(turing)]
-    for tokens, when in ((1, "decode"), (CONTEXT, "prefill")):
-        found += [*rows(tokens, when), *products(tokens, when, turing)]
-    return [*found, *others()]
+    return [*attention(turing), *rows(), *products(turing), *decode_step(turing), *others()]

@@ -104,6 +104,22 @@ def cell(work: Work, card: Card) -> str:
     return f"{short(times[bound])}, {bound}; {registers}, {part:.0%}"
 
 
+def whole_token() -> str:
+    """The line of all launches of `decode_step`, one after the other."""
+    cells = []
+    for card in CARDS:
+        launches = [work for work in works(card.architecture) if work.count]
+        times = sum(work.count * max(microseconds(work, card).values()) for work in launches)
+        cells.append(short(times))
+    count = sum(work.count for work in launches)
+    size, operations = (
+        sum(work.count * each(work) for work in launches) / 1e6
+        for each in (lambda work: work.size, lambda work: work.operations)
+    )
+    name = f"decode_step, all {count} launches of int4"
+    return f"| {name} | {short(size)} | {short(operations)} | {' | '.join(cells)} |"
+
+
 def short(number: float) -> str:
     return f"{number:,.0f}" if number >= 10 else f"{number:.2g}"
 
@@ -117,6 +133,7 @@ def table() -> Iterator[str]:
         first = same[-1]
         sizes = f"{short(first.size / 1e6)} | {short(first.operations / 1e6)}"
         yield f"| {first.name} | {sizes} | {' | '.join(cells)} |"
+    yield whole_token()
 
 
 def main(argv: list[str] | None = None) -> None:

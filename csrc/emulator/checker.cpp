@@ -1,6 +1,7 @@
 #include "emulator/checker.h"
 
 #include <algorithm>
+#include <cstring>
 #include <sstream>
 #include <unordered_map>
 #include <utility>
@@ -199,7 +200,15 @@ void access(const void* address, size_t bytes, Kind kind, void* caller) {
     Stamp now{block.number, block.epoch, block.threads[thread.id].clocks[thread.id % 32],
               thread.id};
     Cell* cells = &region->cells[a.at - region->begin];
-    for (size_t i = 0; i < bytes; ++i) check_byte(cells[i], *region, a, now);
+    const Cell before = cells[0];
+    check_byte(cells[0], *region, a, now);
+    for (size_t i = 1; i < bytes; ++i) {  // most know what their neighbor knows
+        if (std::memcmp(&cells[i], &before, sizeof before) == 0) {
+            cells[i] = cells[0];
+        } else {
+            check_byte(cells[i], *region, a, now);
+        }
+    }
 }
 
 }  // namespace checker

@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <memory>
 #include <string>
+#include <type_traits>
 #include <vector>
 
 #include "emulator/emulator.h"
@@ -23,7 +24,9 @@ struct Cell {
     bool written = false;  // in this launch or an earlier one
     bool atomic = false;   // the last write was
     bool pending = false;  // an asynchronous copy is on its way
+    bool unused = false;   // no padding: cells are compared as bytes
 };
+static_assert(std::has_unique_object_representations_v<Cell>);
 
 struct Region {
     uintptr_t begin, end;

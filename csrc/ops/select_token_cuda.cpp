@@ -14,15 +14,15 @@ Tensor select_token(const Tensor& logits, const MaybeTensor& uniform, const Mayb
     SelectTokenArgs a(op, logits, uniform, present);
     check(top_k >= 0, op, "top_k");
     int64_t rows = a.logits.size(0);
-    Tensor scores = new_float(a.logits, {uniform ? rows : 0, a.logits.size(1)});
+    Tensor scratch = new_float(a.logits, {uniform ? rows : 0, 2, a.logits.size(1)});
     Launcher launcher(op, a.logits);
     launcher.reads("logits", a.logits);
     if (a.uniform) launcher.reads("uniform", *a.uniform);
     if (a.present) launcher.reads("present", *a.present);
-    launcher.writes("scores", scores);
+    launcher.scratch("scratch", scratch);
     launcher.writes("tokens", a.tokens);
     cuda::select_token(a.kernel(temperature, top_k, top_p, min_p, repetition_penalty),
-                       mutable_data<float>(scores), rows, launcher.stream());
+                       mutable_data<float>(scratch), rows, launcher.stream());
     launcher.done();
     return a.tokens;
 }

@@ -174,6 +174,21 @@ def test_what_cannot_be_captured_runs_as_before(why, monkeypatch):
     assert counted.captures == 0
 
 
+def test_a_failed_capture_says_how_to_do_without(monkeypatch):
+    model, inputs = pairs.pair("llama").ours, pairs.pair("llama").inputs("one row")
+
+    def fail(run, device):
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    monkeypatch.setattr(decode_graph, "graph_class", lambda device: fail)
+    session = Session(model)
+    with pytest.raises(RuntimeError, match="capturing") as raised:
+        tokens(session, inputs)
+    assert "MLLAMA_DISABLE_GRAPHS=1" in raised.value.__notes__[0]
+    monkeypatch.setenv("MLLAMA_DISABLE_GRAPHS", "1")
+    assert tokens(session, inputs) == tokens(Session(model), inputs)
+
+
 class Stop(Exception):
     pass
 

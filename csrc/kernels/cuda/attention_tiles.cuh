@@ -148,8 +148,11 @@ struct QuantizedKeyRows {
     };
     KeyRows<int8_t> rows;
     int size;
+    bool in_words;  // whether four codes can be loaded at a time
     MLLAMA_DEVICE QuantizedKeyRows(const kernels::Heads& t, int64_t batch, int kv_head, int size)
-        : rows(t, batch, kv_head, size), size(size) {}
+        : rows(t, batch, kv_head, size),
+          size(size),
+          in_words((reinterpret_cast<uintptr_t>(rows.base) | rows.stride | size) % 4 == 0) {}
     MLLAMA_DEVICE Row operator()(int key) const { return {rows(key), size}; }
 };
 
@@ -187,6 +190,16 @@ MLLAMA_DEVICE void fetch(typename Tiles::Element* tile, const Rows& rows, int fi
             }
             return;
         }
+    } else if (rows.in_words) {
+        static_assert(std::is_same_v<T, float>);
+        for (int i = threadIdx.x; i < kRows * kPieces; i += kThreads) {
+            int row = i / kPieces, d = i % kPieces * kPiece;
+            float v[kPiece] = {};
+            if (first + row < last && d < size)
+                dequantize_four(v, rows(first + row).codes, size, d);
+            store(tile + row * Tiles::kStride + d, v);
+        }
+        return;
     }
     for (int i = threadIdx.x; i < kRows * Tiles::kSize; i += kThreads) {
         int row = i / Tiles::kSize, d = i % Tiles::kSize;

@@ -58,6 +58,7 @@ T* dynamic_shared() {
 // ---- conversions
 
 MLLAMA_DEVICE float to_float(float v) { return v; }
+MLLAMA_DEVICE float to_float(int8_t v) { return v; }
 MLLAMA_DEVICE float to_float(bf16 v) {
     return __uint_as_float(static_cast<uint32_t>(v.bits) << 16);
 }
@@ -168,29 +169,39 @@ MLLAMA_DEVICE void store(T* to, const float (&from)[N]) {
     }
 }
 
-// ---- sums in a fixed order, the result in every thread
+// ---- reductions in a fixed order, the result in every thread
 
-MLLAMA_DEVICE float warp_sum(float v) {
-    MLLAMA_UNROLL for (int step = 16; step; step /= 2) v += __shfl_xor_sync(kAllLanes, v, step);
+struct Sum {
+    template <class V>
+    MLLAMA_DEVICE V operator()(V a, V b) const {
+        return a + b;
+    }
+};
+struct Largest {
+    MLLAMA_DEVICE float operator()(float a, float b) const { return fmaxf(a, b); }
+    MLLAMA_DEVICE uint64_t operator()(uint64_t a, uint64_t b) const { return a > b ? a : b; }
+};
+
+template <class Combine, class V>
+MLLAMA_DEVICE V warp_reduce(V v) {
+    MLLAMA_UNROLL for (int step = 16; step; step /= 2) {
+        v = Combine{}(v, __shfl_xor_sync(kAllLanes, v, step));
+    }
     return v;
 }
+MLLAMA_DEVICE float warp_sum(float v) { return warp_reduce<Sum>(v); }
+MLLAMA_DEVICE float warp_max(float v) { return warp_reduce<Largest>(v); }
 
-MLLAMA_DEVICE float warp_max(float v) {
-    MLLAMA_UNROLL for (int step = 16; step; step /= 2) v =
-        fmaxf(v, __shfl_xor_sync(kAllLanes, v, step));
-    return v;
-}
-
-template <int kWarps>
-MLLAMA_DEVICE float block_sum(float v) {
-    using Parts = Array<float, kWarps>;
+template <class Combine, int kWarps, class V>
+MLLAMA_DEVICE V block_reduce(V v) {
+    using Parts = Array<V, kWarps>;
     MLLAMA_SHARED(Parts, parts);
-    v = warp_sum(v);
+    v = warp_reduce<Combine>(v);
     __syncthreads();  // the last use of parts is over
     if (threadIdx.x % 32 == 0) parts[threadIdx.x / 32] = v;
     __syncthreads();
-    v = 0;
-    MLLAMA_UNROLL for (int i = 0; i < kWarps; ++i) v += parts[i];
+    v = parts[0];
+    MLLAMA_UNROLL for (int i = 1; i < kWarps; ++i) v = Combine{}(v, parts[i]);
     return v;
 }
 

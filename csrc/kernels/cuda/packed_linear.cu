@@ -12,7 +12,7 @@ unsigned parts(int64_t size, int64_t part) {
 }
 
 // Products of one format with the same x.
-template <class Half>
+template <class Half, class T>
 void launch_few(const PackedLinear* products, int count, Stream stream) {
     const PackedLinear& a = *products;
     int64_t bytes = kernels::block_bytes(a.packing, a.in);
@@ -23,14 +23,12 @@ void launch_few(const PackedLinear* products, int count, Stream stream) {
         others.at[i] = {other.weight, other.bias, other.y, other.out};
         blocks += parts(other.out, kLanes);
     }
-    dispatch(a.dtype, [&](auto t) {
-        auto run = [&](auto rows) {
-            launch("multiply_few", &multiply_few<Half, decltype(t), rows>,
-                   dim3(blocks, parts(a.rows, rows)), 32 * kFewWarps, 0, stream, a, others, bytes);
-        };
-        if (a.rows == 1) return run(std::integral_constant<int, 1>{});
-        run(std::integral_constant<int, 4>{});
-    });
+    auto run = [&](auto rows) {
+        launch("multiply_few", &multiply_few<Half, T, rows>, dim3(blocks, parts(a.rows, rows)),
+               32 * kFewWarps, 0, stream, a, others, bytes);
+    };
+    if (a.rows == 1) return run(std::integral_constant<int, 1>{});
+    run(std::integral_constant<int, 4>{});
 }
 
 template <class Steps, class T>
@@ -48,11 +46,12 @@ bool are_tiles(const PackedLinear& a) {
 }
 
 void launch_few(const PackedLinear* products, int count, Stream stream) {
-    dispatch_codes(products->packing,
-                   [&](auto p) { launch_few<CodeHalf<p>>(products, count, stream); });
-    dispatch_floats(products->packing, [&](auto w) {
-        dispatch(products->dtype, [&](auto t) {
-            launch_few<FloatHalf<decltype(w), decltype(t)>>(products, count, stream);
+    dispatch(products->dtype, [&](auto t) {
+        using T = decltype(t);
+        dispatch_codes(products->packing,
+                       [&](auto p) { launch_few<CodeHalf<p>, T>(products, count, stream); });
+        dispatch_floats(products->packing, [&](auto w) {
+            launch_few<FloatHalf<decltype(w), T>, T>(products, count, stream);
         });
     });
 }

@@ -46,6 +46,15 @@ MLLAMA_DEVICE void store_group(int8_t* row, int64_t size, int64_t group, float v
     if (threadIdx.x % 32 == 0) store_scale(row + size + group * sizeof(bf16), scale);
 }
 
+// Four elements from `column` on, a multiple of 4, of a row at a multiple of 4 bytes.
+MLLAMA_DEVICE void dequantize_four(float (&to)[4], const int8_t* row, int64_t size,
+                                   int64_t column) {
+    float scale[1];
+    load(scale, reinterpret_cast<const bf16*>(row + size) + column / kernels::kRowGroup);
+    load(to, row + column);
+    MLLAMA_UNROLL for (int i = 0; i < 4; ++i) to[i] *= scale[0];
+}
+
 MLLAMA_DEVICE float dequantized(const int8_t* row, int64_t size, int64_t column) {
     float scale = load_scale(row + size + column / kernels::kRowGroup * sizeof(bf16));
     return static_cast<float>(row[column]) * scale;

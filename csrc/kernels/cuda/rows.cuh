@@ -10,19 +10,6 @@ namespace mllama::cuda {
 constexpr int kRowBlockWarps = 8, kRowBlockThreads = 32 * kRowBlockWarps;
 constexpr int64_t kShortRow = 512;  // elements
 
-template <int kWarps>
-MLLAMA_DEVICE float block_max(float v) {
-    using Parts = Array<float, kWarps>;
-    MLLAMA_SHARED(Parts, highest);
-    v = warp_max(v);
-    __syncthreads();  // the last use of highest is over
-    if (threadIdx.x % 32 == 0) highest[threadIdx.x / 32] = v;
-    __syncthreads();
-    v = highest[0];
-    MLLAMA_UNROLL for (int i = 1; i < kWarps; ++i) v = fmaxf(v, highest[i]);
-    return v;
-}
-
 template <int kWarps>  // of a row: 1 or kRowBlockWarps
 struct RowTeam {
     static constexpr int kThreads = 32 * kWarps, kRows = kRowBlockWarps / kWarps;
@@ -33,18 +20,19 @@ struct RowTeam {
     MLLAMA_DEVICE int64_t row_step() const { return int64_t{gridDim.x} * kRows; }
     // The sum, or the largest, of the row's threads. All threads of a block call it for the same
     // row, if it is one of several warps.
-    MLLAMA_DEVICE float sum(float v) const {
-        if constexpr (kWarps == 1) return warp_sum(v);
-        return block_sum<kWarps>(v);
-    }
-    MLLAMA_DEVICE float max(float v) const {
-        if constexpr (kWarps == 1) return warp_max(v);
-        return block_max<kWarps>(v);
-    }
+    MLLAMA_DEVICE float sum(float v) const { return reduce<Sum>(v); }
+    MLLAMA_DEVICE float max(float v) const { return reduce<Largest>(v); }
     // Calls body(i) for the elements i ... i + N of the row that this thread has.
     template <int N, class Body>
     MLLAMA_DEVICE void for_elements(int64_t width, Body&& body) const {
         for (int64_t i = threadIdx.x % kThreads * N; i < width; i += kThreads * N) body(i);
+    }
+
+  private:
+    template <class Combine>
+    MLLAMA_DEVICE static float reduce(float v) {
+        if constexpr (kWarps == 1) return warp_reduce<Combine>(v);
+        return block_reduce<Combine, kWarps>(v);
     }
 };
 

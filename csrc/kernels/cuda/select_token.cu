@@ -4,10 +4,10 @@
 
 namespace mllama::cuda {
 
-void select_token(const kernels::SelectToken& a, float* scores, int64_t rows, Stream stream) {
+void select_token(const kernels::SelectToken& a, float* scratch, int64_t rows, Stream stream) {
     dispatch(a.dtype, [&](auto t) {
         launch("select_token", &select_token<decltype(t)>, blocks_for(rows, 1), kSelectThreads, 0,
-               stream, a, scores, rows);
+               stream, a, scratch, rows);
     });
 }
 

@@ -1,6 +1,6 @@
 // A block has a row. Scores, later probabilities as multiples of the largest one's, are in scratch.
 // A thread has every kSelectThreads-th of them, or, where their order counts, a chunk. Bounds are
-// found by bisection over bits, with sums of float64 in a fixed order.
+// found by bisection over bits, with sums of float64 in a fixed order, of what is still undecided.
 #pragma once
 
 #include "kernels/cpu/select_token.h"
@@ -11,25 +11,6 @@ namespace mllama::cuda {
 // Loops over a block's threads are unrolled twice only: more would spill registers.
 constexpr int kSelectWarps = 8, kSelectThreads = 32 * kSelectWarps;
 
-// Combines the values of all threads, in a fixed order; the result in each.
-template <class V, class Combine>
-MLLAMA_DEVICE V block_reduce(V v, Combine&& combine) {
-    using Parts = Array<V, kSelectWarps>;
-    MLLAMA_SHARED(Parts, parts);
-    MLLAMA_UNROLL for (int step = 16; step; step /= 2) {
-        v = combine(v, __shfl_xor_sync(kAllLanes, v, step));
-    }
-    __syncthreads();  // the last use of parts is over
-    if (threadIdx.x % 32 == 0) parts[threadIdx.x / 32] = v;
-    __syncthreads();
-    v = parts[0];
-    MLLAMA_UNROLL for (int i = 1; i < kSelectWarps; ++i) v = combine(v, parts[i]);
-    return v;
-}
-MLLAMA_DEVICE double block_total(double v) {
-    return block_reduce(v, [](double a, double b) { return a + b; });
-}
-
 // An integer with the order of floats; NaN is the largest, and both zeros are equal.
 MLLAMA_DEVICE uint32_t order_of(float v) {
     if (v != v) return 0xffffffffu;
@@ -37,10 +18,27 @@ MLLAMA_DEVICE uint32_t order_of(float v) {
     return bits >> 31 ? ~bits : bits | 0x80000000u;
 }
 
+// What bounds are found among: keys of scores, and what counts for each.
+struct CountByScore {
+    using Weight = int;
+    MLLAMA_DEVICE static uint32_t key(float x) { return order_of(x); }
+    MLLAMA_DEVICE static int weight(float) { return 1; }
+};
+struct SumOfProbabilities {  // which are positive: their bits have their order
+    using Weight = double;
+    MLLAMA_DEVICE static uint32_t key(float x) { return __float_as_uint(x); }
+    MLLAMA_DEVICE static double weight(float x) { return x; }
+};
+
 class RowSelection {
   public:
-    MLLAMA_DEVICE RowSelection(const kernels::SelectToken& a, float* x, int64_t row)
-        : a_(a), x_(x), row_(row), chunk_((a.size + kSelectThreads - 1) / kSelectThreads) {}
+    // scratch: [2, size]
+    MLLAMA_DEVICE RowSelection(const kernels::SelectToken& a, float* scratch, int64_t row)
+        : a_(a),
+          x_(scratch),
+          open_(scratch + a.size),
+          row_(row),
+          chunk_((a.size + kSelectThreads - 1) / kSelectThreads) {}
 
     // The token, in thread 0.
     template <class T>
@@ -83,42 +81,66 @@ class RowSelection {
                 static_cast<uint64_t>(order_of(v)) << 32 | static_cast<uint32_t>(~i);
             best = candidate > best ? candidate : best;
         }
-        return block_reduce(best, [](uint64_t a, uint64_t b) { return a > b ? a : b; });
+        return block_reduce<Largest, kSelectWarps>(best);
+    }
+
+    // The least key from 1 to `high` up to which weights add up to more than `most`, or `high` if
+    // none of the others is; `below`: what the lesser ones add up to. A thread keeps those of its
+    // scores that are between the bounds in open_, so that each pass has fewer.
+    template <class By>
+    MLLAMA_DEVICE uint32_t bound(uint32_t high, typename By::Weight most,
+                                 typename By::Weight& below) {
+        using Weight = typename By::Weight;
+        const float* from = x_ + threadIdx.x;
+        float* to = open_ + threadIdx.x;
+        int count =
+            (static_cast<int>(a_.size) - static_cast<int>(threadIdx.x) + kSelectThreads - 1) /
+            kSelectThreads;
+        uint32_t low = 0;
+        Weight own = 0;  // of keys up to `low`
+        below = 0;
+        while (high - low > 1) {
+            uint32_t middle = low + (high - low) / 2;
+            Weight more = 0;
+            int open = 0;
+            for (int i = 0; i < count; ++i) {
+                float x = from[int64_t{i} * kSelectThreads];
+                uint32_t key = By::key(x);
+                if (key <= low || key > high) continue;
+                to[int64_t{open++} * kSelectThreads] = x;
+                if (key <= middle) more += By::weight(x);
+            }
+            from = to;
+            count = open;
+            Weight sum = block_reduce<Sum, kSelectWarps>(own + more);
+            if (sum <= most) {
+                low = middle;
+                own += more;
+                below = sum;
+            } else {
+                high = middle;
+            }
+        }
+        return high;
     }
 
     // The order of the top_k-th score.
-    MLLAMA_DEVICE uint32_t top_k_bound() const {
-        uint32_t bound = 0;
-        for (int bit = 31; bit >= 0; --bit) {
-            uint32_t candidate = bound | 1u << bit;
-            int count = 0;
-            for_own([&](float& x) { count += order_of(x) >= candidate; });
-            count = block_reduce(count, [](int a, int b) { return a + b; });
-            if (count >= a_.top_k) bound = candidate;
-        }
-        return bound;
-    }
-
-    // The sum of those up to `most`, an order among positive floats: their bits.
-    MLLAMA_DEVICE double sum_up_to(uint32_t most) const {
-        double sum = 0;
-        for_own([&](float& x) { sum += __float_as_uint(x) <= most ? x : 0.0f; });
-        return block_total(sum);
+    MLLAMA_DEVICE uint32_t top_k_bound() {
+        int below;
+        return bound<CountByScore>(~0u, static_cast<int>(a_.size - a_.top_k), below);
     }
 
     // Drops the unlikeliest that add up to 1 - top_p of all or less; one stays. Of equal ones the
     // first are dropped.
     MLLAMA_DEVICE void keep_top_p() {
         constexpr uint32_t kOne = 0x3f800000u;  // the bits of 1, the largest one
-        double dropped = (1 - a_.top_p) * sum_up_to(kOne);
-        uint32_t low = 0, high = kOne;  // all up to `low` are dropped, not all up to `high`
-        while (high - low > 1) {
-            uint32_t middle = low + (high - low) / 2;
-            (sum_up_to(middle) <= dropped ? low : high) = middle;
-        }
-        double more = (dropped - sum_up_to(low)) / __uint_as_float(high);
-        drop_first(high, more < 0 ? 0 : static_cast<int64_t>(more));
-        for_own([&](float& x) { x = __float_as_uint(x) <= low ? 0.0f : x; });
+        double sum = 0, below;
+        for_own([&](float& x) { sum += x; });
+        double dropped = (1 - a_.top_p) * block_reduce<Sum, kSelectWarps>(sum);
+        uint32_t least = bound<SumOfProbabilities>(kOne, dropped, below);
+        double more = (dropped - below) / __uint_as_float(least);
+        drop_first(least, more < 0 ? 0 : static_cast<int64_t>(more));
+        for_own([&](float& x) { x = __float_as_uint(x) < least ? 0.0f : x; });
     }
 
     // Drops the first `count` of those with these bits; one of the largest stays. A sum over the
@@ -177,15 +199,15 @@ class RowSelection {
     }
 
     const kernels::SelectToken& a_;
-    float* x_;
+    float *x_, *open_;
     int64_t row_, chunk_;
 };
 
 template <class T>
 __global__ void __launch_bounds__(kSelectThreads)
-    select_token(kernels::SelectToken a, float* scores, int64_t rows) {
+    select_token(kernels::SelectToken a, float* scratch, int64_t rows) {
     for (int64_t row = blockIdx.x; row < rows; row += gridDim.x) {
-        int64_t token = RowSelection(a, scores + row * a.size, row).select<T>();
+        int64_t token = RowSelection(a, scratch + 2 * row * a.size, row).select<T>();
         if (threadIdx.x == 0) a.tokens[row] = token;
     }
 }

@@ -6,7 +6,7 @@
 
 namespace mllama::cuda {
 
-// scores: scratch, [rows, size].
-void select_token(const kernels::SelectToken& args, float* scores, int64_t rows, Stream stream);
+// scratch: [rows, 2, size]; not read without `uniform`.
+void select_token(const kernels::SelectToken& args, float* scratch, int64_t rows, Stream stream);
 
 }  // namespace mllama::cuda

@@ -28,6 +28,7 @@ def select_token(
     top_p: float = 1.0,
     min_p: float = 0.0,
     repetition_penalty: float = 1.0,
+    non_blocking: bool = False,
 ) -> torch.Tensor:
     """Select a token per row.
 
@@ -39,6 +40,7 @@ def select_token(
         temperature, top_k, top_p, min_p: what is drawn from, see `runtime.sampler.Sampling`; read
             with `uniform` only.
         repetition_penalty: divides positive and multiplies negative logits of present tokens.
+        non_blocking: do not wait for a device. There, a row that is an error otherwise gets -1.
 
     Returns:
         int64 [B].
@@ -48,56 +50,31 @@ def select_token(
         ValueError: shapes do not fit, a number is out of range, or with `uniform`, a row's largest
             logit is not finite.
     """
-    options: dict[str, Any] = {
-        "temperature": temperature,
-        "top_k": top_k,
-        "top_p": top_p,
-        "min_p": min_p,
-        "repetition_penalty": repetition_penalty,
-    }
-    try:
-        tokens = select_token_async(logits, uniform, present, **options)
-    except ValueError:
-        if logits.is_cpu:
-            _check_distribution(logits, uniform)
-        raise
-    if uniform is not None and not logits.is_cpu and (tokens < 0).any():
-        _check_distribution(logits, uniform)
-    return tokens
-
-
-def select_token_async(
-    logits: torch.Tensor,
-    uniform: torch.Tensor | None = None,
-    present: torch.Tensor | None = None,
-    *,
-    temperature: float = 1.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
-    min_p: float = 0.0,
-    repetition_penalty: float = 1.0,
-) -> torch.Tensor:
-    """`select_token` that does not wait for a device: there, rows whose largest logit is not finite
-    get the token -1 in place of an error.
-    """
     numbers = (temperature, top_k, top_p, min_p, repetition_penalty)
     _check_numbers(*numbers)
     arguments = (logits, uniform, present, *numbers)
     if use_kernel("select_token", logits):
-        return _select_token(*arguments)
-    _check(*arguments)
-    if logits.is_cpu:
+        try:
+            tokens = _select_token(*arguments)
+        except ValueError:
+            if logits.is_cpu:
+                _check_distribution(logits, uniform)
+            raise
+    else:
+        _check(*arguments)
+        if logits.is_cpu:
+            _check_distribution(logits, uniform)
+        tokens = _select_by_reference(*arguments)
+    if uniform is not None and not (logits.is_cpu or non_blocking) and (tokens < 0).any():
         _check_distribution(logits, uniform)
-    tokens = reference(
-        logits,
-        uniform,
-        present,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        min_p=min_p,
-        repetition_penalty=repetition_penalty,
-    )
+    return tokens
+
+
+def _select_by_reference(logits, uniform, present, *numbers) -> torch.Tensor:
+    """What kernels return on a device."""
+    names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+    options = dict(zip(names, numbers, strict=True))
+    tokens = reference(logits, uniform, present, **options)
     if uniform is None:
         return tokens
     return tokens.where(logits.float().amax(-1).isfinite(), -1)

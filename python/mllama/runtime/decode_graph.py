@@ -1,6 +1,7 @@
 """Decoding by a captured pass: from the last token of each row to its next one, by one launch."""
 
 import logging
+import os
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -159,6 +160,8 @@ class DecodeGraph:
         """Why passes of the model on a device cannot be captured; None if they can."""
         if graph_class(device) is None:
             return f"it is on {device}"
+        if os.environ.get("MLLAMA_DISABLE_GRAPHS", "0") == "1":
+            return "MLLAMA_DISABLE_GRAPHS=1 is set"
         if self._model.training or torch.is_autocast_enabled(device.type):
             return "it is in training mode or under autocast"
         parts = self._model.language_model, self._model.lm_head
@@ -203,7 +206,15 @@ class DecodeGraph:
             kind = graph_class(tokens.device)
             assert kind is not None
             step = Step(self._model, first.copy(), prepared, fast, cache, options)
-            self._graph, self._step, self._key = kind(step.run, tokens.device), step, key
+            try:
+                self._graph = kind(step.run, tokens.device)
+            except RuntimeError as error:
+                error.add_note(
+                    "A pass could not be captured as a CUDA graph. MLLAMA_DISABLE_GRAPHS=1 decodes "
+                    "without graphs."
+                )
+                raise
+            self._step, self._key = step, key
             _log.debug("a pass of %d rows was captured", len(tokens))
         assert self._step is not None
         self._step.tensors.load(first)

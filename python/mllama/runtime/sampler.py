@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from mllama.ops.select_token import penalize, process, select_token, select_token_async
+from mllama.ops.select_token import penalize, process, select_token
 
 # Below this temperature, 0 included, decoding is greedy: dividing by it would overflow.
 COLDEST = 1e-3
@@ -160,7 +160,7 @@ def select_again(
     Returns:
         int64 [B].
     """
-    tokens = select_token_async(logits, uniform, present, **sampling.numbers)
+    tokens = select_token(logits, uniform, present, **sampling.numbers, non_blocking=True)
     if present is not None:
         present.scatter_(1, tokens[:, None].clamp(min=0), True)
     return tokens
