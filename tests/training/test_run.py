@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import math
+import runpy
+from pathlib import Path
 
 import pytest
 import torch
@@ -288,3 +290,10 @@ def test_the_bar_on_a_terminal(settings, monkeypatch, capsys):
     assert "3/3" in shown and "tokens/s" in shown and "GiB" in shown and "\r" in shown
     assert "mllama: step 3: evaluation loss" in shown
     assert "mllama: step 1/3" not in shown
+
+
+def test_the_script_is_the_command(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["train.py", "--help"])
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path(str(Path(__file__).parents[2] / "scripts/train.py"), run_name="__main__")
+    assert end.value.code == 0 and "mllama train [CONFIG.yaml]" in capsys.readouterr().out
