@@ -383,10 +383,3 @@ def needed_lora_layers(model: nn.Module) -> dict[str, Linear_LORA]:
 def active_name(model: nn.Module) -> str | None:
     """Name of the adapter in use, None without LoRA layers."""
     return next((layer.name for layer in lora_layers(model).values() if layer.active), None)
-
-
-def holds_adapters(model: nn.Module) -> bool:
-    """Whether adapters were added to the model's weights permanently, so that its checkpoint has
-    other weights.
-    """
-    return any("holds_adapter" in vars(module) for module in model.modules())
