@@ -8,6 +8,8 @@ from safetensors.torch import load_file, save_file
 
 import mllama
 import tiny
+from cli.test_options import Recorder
+from mllama.cli import _parser
 
 IDS = torch.tensor([tiny.tokens(5)])
 
@@ -164,7 +166,7 @@ def test_adapters_by_name_in_a_chat(run, options, adapters, image_file):
     ]
     stdin = "How many?\n/adapter two\nHow many?\n/adapter three\n/adapter\n"
     code, text, error = run("chat", image_file, *options, *given, stdin=stdin)
-    assert code == 0 and len(text.splitlines()) == 2
+    assert code == 0 and text.count("\n") == 2
     assert "answers come from the adapter two" in error and "no adapter 'three'" in error
     assert "/adapter takes a NAME" in error
     code, _, error = run("chat", *given, "--adapter", "x.safetensors")
@@ -177,3 +179,28 @@ def test_converted_with_an_adapter(run, model_folder, adapters, tmp_path):
     assert run("convert", model_folder, tmp_path / "out", *given)[0] == 0
     found, _ = mllama.load(tmp_path / "out", dtype="float32", device="cpu")
     torch.testing.assert_close(logits(found), logits(model), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("task", "words"),
+    [
+        ("merge", ["MODEL", "peft", "OUT"]),
+        ("convert", ["peft", "OUT.safetensors", "--to", "mllama"]),
+        ("inspect", ["peft"]),
+    ],
+)
+def test_every_option_is_read(run, model_folder, adapters, monkeypatch, tmp_path, task, words):
+    folder, recorded, parse = adapters[2], [], _parser.Parser.parse_args
+
+    def record(self, *args):
+        recorded.append(Recorder(parse(self, *args)))
+        return recorded[-1]
+
+    monkeypatch.setattr(_parser.Parser, "parse_args", record)
+    given = {"MODEL": model_folder, "peft": folder / "peft"}
+    given |= {word: tmp_path / word for word in words if word.startswith("OUT")}
+    assert run("lora", task, *(given.get(word, word) for word in words))[0] == 0
+    tasks = _parser.build_parser()._subparsers._group_actions[0].choices["lora"]
+    parser = tasks._subparsers._group_actions[0].choices[task]
+    options = {action.dest for action in parser._actions} - {"help"}
+    assert options and options - recorded[0].read == set()
