@@ -8,6 +8,7 @@ from dataclasses import asdict
 from typing import Any
 
 from mllama.cli._training import given_settings
+from mllama.train.checks import run_checks
 from mllama.train.run import TrainResult, train
 from mllama.train.settings import TrainSettings, load_settings
 
@@ -15,10 +16,12 @@ _BAD_ROWS = 10  # that the summary names
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Train and print a summary. Returns 0, or 128 + the number of the signal that stopped the run
-    (130 for Ctrl-C, 143 for SIGTERM).
+    """Train and print a summary, or check the run. Returns 0; 1 if a check fails; 128 + the number
+    of the signal that stopped the run (130 for Ctrl-C, 143 for SIGTERM).
     """
     settings = load_settings(arguments.config, given_settings(arguments))
+    if arguments.check:
+        return _check(settings, arguments)
     result = train(settings, resume=arguments.resume)
     if _is_first():
         if arguments.json:
@@ -37,6 +40,18 @@ def run(arguments: argparse.Namespace) -> int:
                 file=sys.stderr,
             )
     return 0 if result.signal is None else 128 + result.signal
+
+
+def _check(settings: TrainSettings, arguments: argparse.Namespace) -> int:
+    """Check a run instead of starting it."""
+    if arguments.resume:
+        raise ValueError("--check starts no run that --resume could continue: give one of them")
+    checks = run_checks(settings)
+    if arguments.json:
+        print(json.dumps([asdict(check) for check in checks]))
+    else:
+        print(*checks, sep="\n")
+    return 0 if all(check.passed for check in checks) else 1
 
 
 def _is_first() -> bool:
